@@ -59,14 +59,16 @@ import random
 import re
 import secrets
 import stat
-import sys
+import struct
 import tempfile
 import threading
 import time
 import uuid
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping
+from typing import Any, Callable, Dict, Mapping, Union
 
 # ==============================================================================
 # FOUNDATION
@@ -451,9 +453,9 @@ def read_settings_file(path: Path) -> JsonObject | None:
     except OSError as error:
         raise BadConfiguration(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise BadConfiguration(f"{path} is not JSON ({error}); mend or delete it") from (
-            error
-        )
+        raise BadConfiguration(
+            f"{path} is not JSON ({error}); mend or delete it"
+        ) from (error)
     if not isinstance(value, dict):
         raise BadConfiguration(f"{path} must hold a JSON object; mend or delete it")
     return value
@@ -596,8 +598,394 @@ class GatewayFile:
 # ==============================================================================
 # Wire protocol
 #
-# Envelopes, output chunks, calls awaiting an answer.
+# What gateway, nodes and operators say to each other: JSON envelopes in text
+# messages, command streams in binary ones, and calls that await an answer.  It knows
+# shapes and no connection: a `send` is given to it.  The facts that compatibility
+# with Moltis (protocol 4) needs are here and nowhere else.
 # ==============================================================================
+
+STDOUT = 1
+STDERR = 2
+STDIN = 3  # kinds of output chunks
+
+STREAM_NAMES = {STDOUT: "stdout", STDERR: "stderr", STDIN: "stdin"}
+
+CHUNK_HEADER = struct.Struct(">B16sQ")  # kind, invocation (UUID), offset
+
+CAP_SCRAM = "auth.scram"
+CAP_STREAM = "exec.stream"
+CAP_CANCEL = "exec.cancel"
+CAP_RESUME = "exec.resume"
+CAP_LLM = "llm.chat"
+
+INVOKE_REQUEST = "node.invoke.request"
+INVOKE_RESULT = "node.invoke.result"
+INVOKE_ACK = "node.invoke.ack"
+INVOKE_CANCEL = "node.invoke.cancel"
+INVOKE_STATE = "node.invoke.state"
+NODE_EVENT = "node.event"
+NODE_TELEMETRY = "node.telemetry"
+
+
+@dataclass(frozen=True)
+class Request:
+    id: str
+    method: str
+    params: JsonObject
+
+
+@dataclass(frozen=True)
+class Response:
+    id: str
+    payload: Any = None
+    error: RpcError | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    name: str
+    payload: Any = None
+    seq: int | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a command's stream, and where in the stream it starts."""
+
+    kind: int  # STDOUT, STDERR or STDIN; an empty STDIN chunk is the end of input
+    invoke_id: str
+    offset: int  # bytes
+    data: bytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + len(self.data)
+
+
+Envelope = Union[Request, Response, Event]
+
+
+class EnvelopeError(RpcError):
+    """A message that is no envelope: answer `id`, which is "" where there is none."""
+
+    def __init__(self, envelope_id: str, message: str) -> None:
+        super().__init__("INVALID_REQUEST", message)
+        self.id = envelope_id
+
+
+def encode_envelope(envelope: Envelope) -> str:
+    """Return the JSON text; absent optionals are left out, never null."""
+    value: JsonObject
+    if isinstance(envelope, Request):
+        value = {
+            "type": "req",
+            "id": envelope.id,
+            "method": envelope.method,
+            "params": envelope.params,
+        }
+    elif isinstance(envelope, Response):
+        value = {"type": "res", "id": envelope.id, "ok": envelope.error is None}
+        if envelope.error is None:
+            value["payload"] = envelope.payload
+        else:
+            value["error"] = encode_error(envelope.error)
+    else:
+        value = {"type": "event", "event": envelope.name}
+        if envelope.payload is not None:
+            value["payload"] = envelope.payload
+        if envelope.seq is not None:
+            value["seq"] = envelope.seq
+    return to_json(value)
+
+
+def encode_error(error: RpcError) -> JsonObject:
+    value: JsonObject = {"code": error.code, "message": redact(error.message)}
+    if error.details is not None:
+        value["details"] = error.details
+    if error.retryable is not None:
+        value["retryable"] = error.retryable
+    if error.retry_after is not None:
+        value["retryAfterMs"] = round(error.retry_after * 1000)
+    return value
+
+
+def decode_envelope(text: str) -> Envelope:
+    """Return what `text` says; unknown fields are ignored.  Raises EnvelopeError."""
+    try:
+        value = from_json(text)
+    except ValueError as error:
+        raise EnvelopeError("", f"the message is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise EnvelopeError("", "the message must be a JSON object")
+    envelope_id = value.get("id")
+    try:
+        return _decode_fields(value)
+    except RpcError as error:
+        known = envelope_id if isinstance(envelope_id, str) else ""
+        raise EnvelopeError(known, error.message) from error
+
+
+def _decode_fields(value: JsonObject) -> Envelope:
+    kind = required(value, "type", str)
+    if kind == "req":
+        return Request(
+            id=required(value, "id", str),
+            method=required(value, "method", str),
+            params=optional(value, "params", dict) or {},
+        )
+    if kind == "res":
+        ok = required(value, "ok", bool)
+        error = None if ok else decode_error(optional(value, "error", dict) or {})
+        return Response(required(value, "id", str), value.get("payload"), error)
+    if kind == "event":
+        return Event(
+            name=required(value, "event", str),
+            payload=value.get("payload"),
+            seq=optional(value, "seq", int),
+        )
+    raise RpcError("INVALID_REQUEST", f"type must be req, res or event, not {kind!r}")
+
+
+def decode_error(value: JsonObject) -> RpcError:
+    """Return the error that a peer sent; nothing in it is taken for granted."""
+    retry_after_ms = value.get("retryAfterMs")
+    retryable = value.get("retryable")
+    return RpcError(
+        str(value.get("code") or "INTERNAL"),
+        str(value.get("message") or "the other side gave no reason"),
+        details=value.get("details"),
+        retryable=retryable if isinstance(retryable, bool) else None,
+        retry_after=retry_after_ms / 1000 if isinstance(retry_after_ms, int) else None,
+    )
+
+
+def encode_chunk(chunk: Chunk) -> bytes:
+    """Return the binary message.  `chunk.invoke_id` has to be a UUID."""
+    invocation = uuid.UUID(chunk.invoke_id).bytes
+    return CHUNK_HEADER.pack(chunk.kind, invocation, chunk.offset) + chunk.data
+
+
+def decode_chunk(message: bytes) -> Chunk:
+    """Return what the binary message carries.  Raises RpcError."""
+    if len(message) < CHUNK_HEADER.size:
+        raise RpcError(
+            "PROTOCOL_ERROR",
+            f"a chunk has at least {CHUNK_HEADER.size} bytes, not {len(message)}",
+        )
+    kind, invocation, offset = CHUNK_HEADER.unpack_from(message)
+    if kind not in STREAM_NAMES:
+        raise RpcError("PROTOCOL_ERROR", f"a chunk's kind is 1, 2 or 3, not {kind}")
+    data = message[CHUNK_HEADER.size :]
+    if len(data) > MAX_CHUNK:
+        raise RpcError(
+            "PAYLOAD_TOO_LARGE", f"a chunk carries {MAX_CHUNK} bytes, not {len(data)}"
+        )
+    return Chunk(kind, str(uuid.UUID(bytes=invocation)), offset, data)
+
+
+def is_uuid(text: str) -> bool:
+    """Return whether `text` is a UUID as we write it, and so can name a stream."""
+    try:
+        return str(uuid.UUID(text)) == text
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class InflightCommand:
+    """What a node says at `connect` of an invocation that is not settled yet."""
+
+    invoke_id: str
+    stdout: int  # bytes acknowledged by the gateway so far
+    stderr: int
+    stdin: int  # bytes that arrived so far
+    done: bool
+
+    @classmethod
+    def from_json(cls, value: JsonObject) -> InflightCommand:
+        """Raises RpcError."""
+        return cls(
+            invoke_id=required(value, "invokeId", str),
+            stdout=optional(value, "stdout", int) or 0,
+            stderr=optional(value, "stderr", int) or 0,
+            stdin=optional(value, "stdin", int) or 0,
+            done=optional(value, "done", bool) or False,
+        )
+
+    def to_json(self) -> JsonObject:
+        return {
+            "invokeId": self.invoke_id,
+            "stdout": self.stdout,
+            "stderr": self.stderr,
+            "stdin": self.stdin,
+            "done": self.done,
+        }
+
+
+@dataclass(frozen=True)
+class ConnectParams:
+    """What a peer says of itself in `connect`, in either form of protocol 4."""
+
+    role: str  # what the peer asks for; what it gets comes from its credential
+    client_id: str = ""
+    display_name: str = ""
+    version: str = ""
+    platform: str = ""
+    min_protocol: int = PROTOCOL_VERSION
+    max_protocol: int = PROTOCOL_VERSION
+    capabilities: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+    device_token: str = ""
+    api_key: str = ""
+    scram_final: str = ""
+    instance: str = ""  # one life of the node's process
+    inflight: tuple[InflightCommand, ...] = ()
+
+    @classmethod
+    def from_json(cls, params: JsonObject) -> ConnectParams:
+        """Raises RpcError."""
+        flat = "minProtocol" in params or "maxProtocol" in params
+        protocol = optional(params, "protocol", dict) or {}
+        client = optional(params, "client", dict) or {}
+        auth = optional(params, "auth", dict) or {}
+        scram = optional(auth, "scram", dict) or {}
+        extensions = optional(params, "extensions", dict) or {}
+        ours = params if flat else optional(extensions, "moltis", dict) or {}
+        if flat:
+            protocol = {
+                "min": params.get("minProtocol"),
+                "max": params.get("maxProtocol"),
+            }
+        low = optional(protocol, "min", int)
+        high = optional(protocol, "max", int)
+        return cls(
+            role=optional(params, "role", str) or "operator",
+            client_id=optional(client, "id", str) or "",
+            display_name=optional(client, "displayName", str) or "",
+            version=optional(client, "version", str) or "",
+            platform=optional(client, "platform", str) or "",
+            min_protocol=PROTOCOL_VERSION if low is None else low,
+            max_protocol=PROTOCOL_VERSION if high is None else high,
+            capabilities=_texts(ours, "caps"),
+            commands=_texts(ours, "commands"),
+            device_token=optional(auth, "deviceToken", str) or "",
+            api_key=optional(auth, "api_key", str) or "",
+            scram_final=optional(scram, "clientFinal", str) or "",
+            instance=optional(ours, "instance", str) or "",
+            inflight=tuple(
+                InflightCommand.from_json(item)
+                for item in optional(ours, "inflight", list) or []
+                if isinstance(item, dict)
+            ),
+        )
+
+    def to_json(self) -> JsonObject:
+        client = {
+            "id": self.client_id,
+            "displayName": self.display_name,
+            "version": self.version,
+            "platform": self.platform,
+            "mode": "headless",
+        }
+        auth: JsonObject = {}
+        if self.device_token:
+            auth["deviceToken"] = self.device_token
+        if self.api_key:
+            auth["api_key"] = self.api_key
+        if self.scram_final:
+            auth["scram"] = {"clientFinal": self.scram_final}
+        ours: JsonObject = {
+            "caps": list(self.capabilities),
+            "commands": list(self.commands),
+        }
+        if self.instance:
+            ours["instance"] = self.instance
+            ours["inflight"] = [item.to_json() for item in self.inflight]
+        return {
+            "protocol": {"min": self.min_protocol, "max": self.max_protocol},
+            "client": {name: text for name, text in client.items() if text},
+            "role": self.role,
+            "auth": auth,
+            "extensions": {"moltis": ours},
+        }
+
+    def check_protocol(self) -> None:
+        """Raises RpcError PROTOCOL_ERROR unless the peer speaks our version."""
+        if not self.min_protocol <= PROTOCOL_VERSION <= self.max_protocol:
+            raise RpcError(
+                "PROTOCOL_ERROR",
+                f"protocol mismatch: server={PROTOCOL_VERSION}, "
+                f"client={self.min_protocol}-{self.max_protocol}",
+            )
+
+
+def _texts(value: JsonObject, name: str) -> tuple[str, ...]:
+    items = optional(value, name, list) or []
+    return tuple(item for item in items if isinstance(item, str))
+
+
+class Calls:
+    """Requests that were sent and not yet answered, by id."""
+
+    def __init__(self, send: Callable[[str], None]) -> None:
+        self._send = send
+        self._lock = threading.Lock()  # guards _pending and _closed
+        self._pending: dict[str, Future[Any]] = {}
+        self._closed: MoltisError | None = None
+
+    def start(self, method: str, params: JsonObject) -> Future[Any]:
+        """Send a request; the future gets its payload, or RpcError, or why it closed.
+
+        Raises ConnectionClosed.
+        """
+        request = Request(new_id(), method, params)
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed
+            # Known before it is sent: a fast answer finds it.
+            self._pending[request.id] = future
+        try:
+            self._send(encode_envelope(request))
+        except MoltisError:
+            with self._lock:
+                self._pending.pop(request.id, None)
+            raise
+        return future
+
+    def call(self, method: str, params: JsonObject, timeout: float | None) -> Any:
+        """Return the answer's payload.
+
+        Raises RpcError as the peer says, or TIMEOUT after `timeout` s;
+        ConnectionClosed when the connection ends first.
+        """
+        try:
+            return self.start(method, params).result(timeout)
+        except FutureTimeout:
+            raise RpcError(
+                "TIMEOUT", f"no answer to {method} within {timeout:g} s"
+            ) from None
+
+    def answer(self, response: Response) -> None:
+        """Settle the call; an answer that nobody waits for is dropped."""
+        with self._lock:
+            future = self._pending.pop(response.id, None)
+        if future is None:
+            log.debug("answer to no call id=%.64s", response.id)
+        elif response.error is not None:
+            future.set_exception(response.error)
+        else:
+            future.set_result(response.payload)
+
+    def close(self, error: MoltisError) -> None:
+        """Fail all calls, those to come as well, with `error`."""
+        with self._lock:
+            self._closed = error
+            pending = list(self._pending.values())
+            self._pending.clear()
+        for future in pending:
+            future.set_exception(error)
+
 
 # ==============================================================================
 # Commands
