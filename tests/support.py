@@ -1,0 +1,238 @@
+"""Helpers that several test files share."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "moltis.py"
+
+
+def wait_for(condition, timeout=10.0, what="the condition"):
+    """Return the first true value of `condition()`; fail after `timeout` seconds.
+
+    `what`, a text or a function that gives one, says what did not happen.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() >= deadline:
+            text = what() if callable(what) else what
+            raise AssertionError(f"waited {timeout:g} s in vain for {text}")
+        time.sleep(0.01)
+
+
+def child_processes():
+    """Return the command names of this process's children, by process id."""
+    if sys.platform == "linux":
+        return dict(_children_in_proc())
+    listing = subprocess.Popen(
+        ["ps", "-A", "-o", "pid=,ppid=,comm="], stdout=subprocess.PIPE, text=True
+    )
+    output, _ = listing.communicate()
+    rows = (line.split(None, 2) for line in output.splitlines())
+    return {
+        int(pid): command
+        for pid, parent, command in rows
+        if int(parent) == os.getpid() and int(pid) != listing.pid
+    }
+
+
+def _children_in_proc():
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread may end as we look
+            for pid in path.read_text().split():
+                yield int(pid), Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def process_exists(pid):
+    """Tell whether `pid` runs; one that ended and awaits its parent does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        if sys.platform == "linux":
+            return False
+        found = subprocess.run(
+            ["ps", "-o", "stat=", "-p", str(pid)],
+            check=False,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return found.returncode == 0 and not found.stdout.startswith("Z")
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def free_port():
+    """Return a TCP port of 127.0.0.1 on which nothing listens."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def clean_environment(home, **extra):
+    """Return the environment of a person who has just logged in, and no more."""
+    return {
+        "HOME": str(home),
+        "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+        "LANG": "C.UTF-8",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **extra,
+    }
+
+
+def run_moltis(*arguments, home, stdin=b"", timeout=60, program=PROGRAM, **extra):
+    """Run the program to its end as a person would; output is text.
+
+    `home` is its HOME, `extra` more of its environment.
+    """
+    return subprocess.run(
+        [sys.executable, str(program), *map(str, arguments)],
+        input=stdin.decode() if isinstance(stdin, bytes) else stdin,
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=timeout,
+        env=clean_environment(home, **extra),
+        cwd=str(home),
+    )
+
+
+class Program:
+    """A moltis that runs beside the test, with what it has written so far."""
+
+    def __init__(self, *arguments, home, program=PROGRAM, **extra):
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", str(program), *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=clean_environment(home, **extra),
+            cwd=str(home),
+        )
+        self._texts = {"stdout": b"", "stderr": b""}
+        self._readers = [
+            threading.Thread(target=self._read, args=(name,), name=f"test-{name}")
+            for name in self._texts
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, name):
+        pipe = getattr(self.process, name)
+        while True:
+            data = pipe.read1(65536)
+            if not data:
+                break
+            self._texts[name] += data
+        pipe.close()
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    @property
+    def stdout(self):
+        return self._texts["stdout"].decode("utf-8", "replace")
+
+    @property
+    def stderr(self):
+        return self._texts["stderr"].decode("utf-8", "replace")
+
+    @property
+    def output(self):
+        return self.stdout + self.stderr
+
+    def wait_for_output(self, text, timeout=20.0):
+        """Return all output once `text` is in it."""
+
+        def said():
+            return text in self.output or self.process.poll() is not None
+
+        wait_for(said, timeout, lambda: f"{text!r} in {self.output!r}")
+        wait_for(lambda: text in self.output, 1, lambda: f"{text!r}: {self.output}")
+        return self.output
+
+    def end(self, signal_number=15, timeout=20.0):
+        """Send a signal where it still runs; return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal_number)
+        try:
+            return self.process.wait(timeout)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+            for reader in self._readers:
+                reader.join()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.end()
+
+
+class ScriptedServer:
+    """An HTTP server on a free port that answers as `reply(request)` says.
+
+    `reply` gets the handler, whose `body` holds the request's body, and returns
+    (status, headers, chunks); each chunk is sent by itself.  It may also wait in
+    between: one thread a connection.
+    """
+
+    def __init__(self, reply):
+        self.requests = []  # (method, path, headers, body)
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def handle_one(self):
+                length = int(self.headers.get("Content-Length") or 0)
+                self.body = self.rfile.read(length)
+                outer.requests.append(
+                    (self.command, self.path, self.headers, self.body)
+                )
+                status, headers, chunks = reply(self)
+                self.send_response(status)
+                for name, value in dict(headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with contextlib.suppress(ConnectionError):  # the client may leave
+                    for chunk in chunks:
+                        self.wfile.write(chunk)
+                        self.wfile.flush()
+
+            do_GET = do_POST = do_HEAD = handle_one
+
+            def log_message(self, *_):
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = False  # so that closing waits for them
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.02,), name="test-http"
+        )
+        self._thread.start()
+
+    def close(self):
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
