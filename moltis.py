@@ -105,6 +105,19 @@ TELEMETRY_INTERVAL = 30.0  # s; what Moltis' protocol promises
 KILL_AFTER = 2.0  # s from SIGTERM to SIGKILL
 DRAIN_AFTER_EXIT = 0.5  # s for output that a grandchild still holds open
 
+API_KEY_VARIABLES: Mapping[str, str] = {  # by provider; where its secret lies
+    "openai": "OPENAI_API_KEY",
+    "anthropic": "ANTHROPIC_API_KEY",
+    "google": "GOOGLE_API_KEY",
+    "gemini": "GEMINI_API_KEY",
+    "mistral": "MISTRAL_API_KEY",
+    "groq": "GROQ_API_KEY",
+    "together": "TOGETHER_API_KEY",
+    "openrouter": "OPENROUTER_API_KEY",
+    "deepseek": "DEEPSEEK_API_KEY",
+    "xai": "XAI_API_KEY",
+}
+
 
 class MoltisError(Exception):
     """The root of all that this program raises on purpose."""
