@@ -68,7 +68,8 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Union
+from typing import Any, Callable, Dict, Iterator, Mapping, Union
+from urllib.parse import urlsplit
 
 # ==============================================================================
 # FOUNDATION
@@ -180,6 +181,10 @@ class ConnectionClosed(MoltisError):
 
 class AuthenticationError(MoltisError):
     """The peer did not prove who it is: close the connection."""
+
+
+class Cancelled(MoltisError):
+    """Somebody asked for this to end: clean up and pass it on."""
 
 
 class RpcError(MoltisError):
@@ -401,6 +406,73 @@ class Ticker:
             except Exception:
                 # A tick that fails must not end all that come after it.
                 log.exception("tick failed thread=%s", self._thread.name)
+
+
+class Cancellation:
+    """A switch, thrown once and from any thread, that also wakes what is blocked."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _callbacks
+        self._thrown = threading.Event()
+        self._callbacks: dict[object, Callable[[], None]] = {}
+
+    @property
+    def cancelled(self) -> bool:
+        return self._thrown.is_set()
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._thrown.set()
+            callbacks = list(self._callbacks.values())
+        for callback in callbacks:
+            callback()
+
+    def pause(self, timeout: float) -> None:
+        """Wait for `timeout` s.  Raises Cancelled as soon as it is."""
+        if self._thrown.wait(timeout):
+            raise Cancelled
+
+    @contextlib.contextmanager
+    def calling(self, callback: Callable[[], None]) -> Iterator[None]:
+        """While the block runs, a cancellation calls `callback` to wake it.
+
+        Raises Cancelled instead of whatever failed in the block because of that,
+        and at once when the cancellation came before it.
+        """
+        entry = object()
+        with self._lock:
+            if self._thrown.is_set():
+                raise Cancelled
+            self._callbacks[entry] = callback
+        try:
+            yield
+        except Exception as error:
+            if self.cancelled:
+                raise Cancelled from error
+            raise
+        finally:
+            with self._lock:
+                del self._callbacks[entry]
+
+
+def ollama_url(host: str) -> str:
+    """Return the address that OLLAMA_HOST means, read as Ollama reads it.
+
+    It may lack the scheme, the name or the port, and may be one to listen on.
+    """
+    scheme, _, rest = host.strip().rpartition("://")
+    parts = urlsplit(f"//{rest}")
+    name = parts.hostname or "127.0.0.1"
+    if name in ("0.0.0.0", "::"):
+        name = "127.0.0.1"
+    default = {"http": 80, "https": 443}.get(scheme, 11434)
+    try:
+        port = parts.port or default
+    except ValueError:  # what Ollama does with a port that is none
+        port = default
+    if ":" in name:
+        name = f"[{name}]"
+    return f"{scheme or 'http'}://{name}:{port}"
 
 
 def make_private_directory(path: Path) -> None:
