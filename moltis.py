@@ -212,7 +212,6 @@ class RpcError(MoltisError):
 
 # ==============================================================================
 # Helpers
-# Uses: Constants and errors
 #
 # What every section needs and nobody would look for anywhere else.
 # ==============================================================================
@@ -513,7 +512,6 @@ def write_private(path: Path, data: bytes) -> None:
 
 # ==============================================================================
 # Settings
-# Uses: Constants and errors, Helpers
 #
 # What a machine remembers between runs: `node.json` and `gateway.json` in the data
 # directory.  Which flag beats which variable is said by the command line.
