@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """moltis: one file that makes many machines usable from one place.
 
-    browser / CLI / MCP client --HTTP + WebSocket--> gateway <--WebSocket-- node, node, ...
+    browser / CLI / MCP client --HTTP + WebSocket--> gateway <--WebSocket-- node, …
 
 A **gateway** serves a chat in which an AI agent, a person or a script runs shell
 commands on any connected machine.  A **node** is any machine that dials out to the
@@ -691,7 +691,7 @@ STDOUT = 1
 STDERR = 2
 STDIN = 3  # kinds of output chunks
 
-STREAM_NAMES = {STDOUT: "stdout", STDERR: "stderr", STDIN: "stdin"}
+STREAM_NAMES: Mapping[int, str] = {STDOUT: "stdout", STDERR: "stderr", STDIN: "stdin"}
 
 CHUNK_HEADER = struct.Struct(">B16sQ")  # kind, invocation (UUID), offset
 
