@@ -52,6 +52,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -66,10 +67,22 @@ import time
 import uuid
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    Mapping,
+    Sequence,
+    Union,
+)
 from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    import sqlite3
 
 # ==============================================================================
 # FOUNDATION
@@ -208,6 +221,13 @@ class RpcError(MoltisError):
         self.details = details
         self.retryable = retryable
         self.retry_after = retry_after
+
+
+class StoreError(RpcError):
+    """The database cannot be read or written now: nothing was changed by the call."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("UNAVAILABLE", message, retryable=True)
 
 
 # ==============================================================================
@@ -1113,8 +1133,813 @@ class Calls:
 # ==============================================================================
 # Store
 #
-# SQLite; one method a question.
+# What the gateway remembers, in one SQLite file: devices, commands that were asked
+# for, operator keys, sign-ins, join codes, settings.  One method a question, each
+# in one transaction, from any thread.  It decides nothing, which is left to Access,
+# and a secret comes here only as a hash.  Times are ms since 1970.
 # ==============================================================================
+
+STORE_FILE = "moltis.db"
+STORE_BUSY_TIMEOUT = 5.0  # s; a person's `sqlite3` shell may hold the file that long
+MAX_PAGE = 1000  # rows of one answer
+
+SqlValues = Union[Sequence[object], Mapping[str, object]]
+
+# Each entry takes the schema one `user_version` further.  Released ones never change.
+MIGRATIONS = (
+    """
+    CREATE TABLE devices (
+        id TEXT PRIMARY KEY,
+        display_name TEXT NOT NULL,
+        renamed INTEGER NOT NULL DEFAULT 0,  -- by an operator, for good
+        platform TEXT NOT NULL,
+        version TEXT NOT NULL DEFAULT '',
+        handle TEXT NOT NULL UNIQUE,         -- SCRAM username
+        token_hash TEXT NOT NULL UNIQUE,     -- SHA-256, hex
+        verifier TEXT NOT NULL,              -- RFC 5803
+        node_id TEXT,
+        created_at INTEGER NOT NULL,
+        expires_at INTEGER,                  -- unless it has connected before
+        last_seen_at INTEGER,
+        last_ip TEXT NOT NULL DEFAULT '',
+        telemetry TEXT NOT NULL DEFAULT '{}',
+        capabilities TEXT NOT NULL DEFAULT '[]',
+        commands TEXT NOT NULL DEFAULT '[]',
+        revoked_at INTEGER
+    );
+    -- A machine that was revoked may come back under a new token.
+    CREATE UNIQUE INDEX devices_node_id ON devices(node_id) WHERE revoked_at IS NULL;
+
+    CREATE TABLE commands (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        invoke_id TEXT NOT NULL UNIQUE,
+        asked_at INTEGER NOT NULL,
+        started_at INTEGER,
+        ended_at INTEGER,
+        caller_kind TEXT NOT NULL,
+        caller_name TEXT NOT NULL,
+        session_key TEXT,
+        node_id TEXT NOT NULL,
+        node_name TEXT NOT NULL,
+        command TEXT NOT NULL,
+        cwd TEXT,
+        state TEXT NOT NULL,
+        exit_code INTEGER,
+        signal TEXT,
+        stdout_bytes INTEGER NOT NULL DEFAULT 0,
+        stderr_bytes INTEGER NOT NULL DEFAULT 0,
+        error TEXT
+    );
+    CREATE INDEX commands_node ON commands(node_id, seq);
+    CREATE INDEX commands_state ON commands(state, seq);
+    CREATE INDEX commands_asked_at ON commands(asked_at);
+
+    CREATE TABLE operator_keys (
+        id TEXT PRIMARY KEY,
+        name TEXT NOT NULL,
+        key_hash TEXT NOT NULL UNIQUE,       -- SHA-256, hex
+        scopes TEXT NOT NULL,                -- JSON array
+        created_at INTEGER NOT NULL,
+        last_used_at INTEGER,
+        revoked_at INTEGER
+    );
+
+    CREATE TABLE logins (
+        id TEXT PRIMARY KEY,
+        cookie_hash TEXT NOT NULL UNIQUE,    -- SHA-256, hex
+        key_id TEXT NOT NULL REFERENCES operator_keys(id) ON DELETE CASCADE,
+        created_at INTEGER NOT NULL,
+        last_used_at INTEGER NOT NULL,
+        expires_at INTEGER NOT NULL,
+        user_agent TEXT NOT NULL,
+        address TEXT NOT NULL
+    );
+
+    CREATE TABLE join_codes (
+        code_hash TEXT PRIMARY KEY,          -- SHA-256, hex
+        display_name TEXT NOT NULL,
+        platform TEXT NOT NULL,
+        expires_at INTEGER NOT NULL
+    );
+
+    CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);  -- JSON
+    """,
+)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A machine that holds a token of ours, and what was last known of it."""
+
+    id: str
+    display_name: str
+    platform: str
+    created_at: int
+    renamed: bool = False
+    version: str = ""
+    node_id: str | None = None  # None: it never connected
+    expires_at: int | None = None  # until it has connected
+    last_seen_at: int | None = None
+    last_ip: str = ""
+    telemetry: Mapping[str, Any] = field(default_factory=dict)
+    capabilities: Sequence[str] = ()
+    commands: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class DeviceCredential:
+    """What proves a device, without being of use to a thief."""
+
+    handle: str
+    token_hash: str
+    verifier: str  # RFC 5803
+
+
+class CommandState:
+    """The fates of a command, as the store and the page name them."""
+
+    SENT = "sent"
+    RUNNING = "running"
+    DONE = "done"  # whatever its exit code
+    FAILED = "failed"  # it could not be started
+    TIMED_OUT = "timed_out"
+    CANCELLED = "cancelled"
+    LOST = "lost"  # the node came back without it, or never did
+
+
+@dataclass(frozen=True)
+class CommandRecord:
+    """One command in the audit: who asked for what, where, and how it ended."""
+
+    invoke_id: str
+    asked_at: int
+    caller_kind: str
+    caller_name: str
+    node_id: str
+    node_name: str
+    command: str
+    state: str = CommandState.SENT
+    session_key: str | None = None
+    cwd: str | None = None
+    started_at: int | None = None
+    ended_at: int | None = None
+    exit_code: int | None = None
+    signal: str | None = None
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
+    error: str | None = None
+    seq: int = 0  # given by the store; grows with every command
+
+
+@dataclass(frozen=True)
+class CommandEnd:
+    """How a command ended, and when."""
+
+    state: str
+    ended_at: int
+    exit_code: int | None = None
+    signal: str | None = None
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class OperatorKey:
+    """What an operator's API key may do; never the key itself."""
+
+    id: str
+    name: str
+    scopes: Sequence[str]
+    created_at: int
+    last_used_at: int | None = None
+    revoked_at: int | None = None
+
+
+@dataclass(frozen=True)
+class Login:
+    """A browser that traded an operator key for a cookie."""
+
+    id: str
+    key_id: str
+    created_at: int
+    last_used_at: int
+    expires_at: int
+    user_agent: str
+    address: str
+
+
+@dataclass(frozen=True)
+class JoinOffer:
+    """What a join code stands for: a device that does not exist before it is used."""
+
+    display_name: str
+    platform: str
+    expires_at: int
+
+
+def _open_database(path: Path) -> sqlite3.Connection:
+    try:
+        import sqlite3
+    except ImportError as error:
+        raise BadConfiguration(
+            "the gateway needs Python's module sqlite3, which is missing here; "
+            "install it (Debian: libpython3-stdlib, Alpine and OpenWrt: "
+            "python3-sqlite3, FreeBSD: py3-sqlite3) or use another python3"
+        ) from error
+    make_private_directory(path.parent)
+    try:
+        # SQLite gives its own files beside this one the same permissions.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        path.chmod(0o600)
+    except OSError as error:
+        raise BadConfiguration(
+            f"cannot open {path}: {error.strerror}; give it to the gateway's user, "
+            "or choose another directory with MOLTIS_DATA_DIR"
+        ) from error
+    db = sqlite3.connect(
+        str(path),
+        timeout=STORE_BUSY_TIMEOUT,
+        isolation_level=None,  # autocommit: a statement alone is a transaction
+        check_same_thread=False,  # Store has a lock
+    )
+    try:
+        db.row_factory = sqlite3.Row
+        _prepare_database(db, path)
+    except sqlite3.Error as error:
+        db.close()
+        raise BadConfiguration(_cannot_use_database(path, error)) from error
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+DATABASE_ADVICE: Mapping[str, str] = {  # by a word of SQLite's message
+    "not a database": "move it away and start again, or restore a backup",
+    "malformed": "move it away and start again, or restore a backup",
+    "full": "make room on that disk",
+    "I/O": "make room on that disk, or look at its health",
+    "locked": "end the program that holds it",
+    "readonly": "look at the permissions of the file and its directory",
+    "unable to open": "look at the permissions of the file and its directory",
+}
+
+
+def _cannot_use_database(path: Path, error: Exception) -> str:
+    reason = str(error)
+    advice = [text for word, text in DATABASE_ADVICE.items() if word in reason][:1]
+    return "; ".join([f"cannot use the database {path}: {reason}", *advice])
+
+
+def _prepare_database(db: sqlite3.Connection, path: Path) -> None:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise BadConfiguration(
+            f"{path} has version {version} and this moltis {__version__} knows only "
+            f"up to {len(MIGRATIONS)}: a newer moltis wrote it; update this one"
+        )
+    db.execute("PRAGMA journal_mode = WAL")
+    # In WAL mode a power cut may undo the last commits, and never damages the file.
+    db.execute("PRAGMA synchronous = NORMAL")
+    db.execute("PRAGMA foreign_keys = ON")
+    for number, script in enumerate(MIGRATIONS[version:], version + 1):
+        db.executescript(
+            f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;"
+        )
+
+
+def _device_from(row: sqlite3.Row) -> Device:
+    return Device(
+        id=row["id"],
+        display_name=row["display_name"],
+        platform=row["platform"],
+        created_at=row["created_at"],
+        renamed=bool(row["renamed"]),
+        version=row["version"],
+        node_id=row["node_id"],
+        expires_at=row["expires_at"],
+        last_seen_at=row["last_seen_at"],
+        last_ip=row["last_ip"],
+        telemetry=json.loads(row["telemetry"]),
+        capabilities=tuple(json.loads(row["capabilities"])),
+        commands=tuple(json.loads(row["commands"])),
+    )
+
+
+def _operator_key_from(row: sqlite3.Row) -> OperatorKey:
+    return OperatorKey(
+        id=row["id"],
+        name=row["name"],
+        scopes=tuple(json.loads(row["scopes"])),
+        created_at=row["created_at"],
+        last_used_at=row["last_used_at"],
+        revoked_at=row["revoked_at"],
+    )
+
+
+def _login_from(row: sqlite3.Row) -> Login:
+    return Login(**{f.name: row[f.name] for f in dataclasses.fields(Login)})
+
+
+def _command_from(row: sqlite3.Row) -> CommandRecord:
+    names = (f.name for f in dataclasses.fields(CommandRecord))
+    return CommandRecord(**{name: row[name] for name in names})
+
+
+class Database:
+    """One SQLite connection that any thread may use."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the file at `path`.  Raises BadConfiguration."""
+        self._path = path
+        self._lock = threading.Lock()  # guards _db: one transaction at a time
+        self._db = _open_database(path)
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def write(self, sql: str, values: SqlValues = ()) -> int:
+        """Return the number of rows changed.  Raises StoreError."""
+        with self._connection() as db:
+            return db.execute(sql, values).rowcount
+
+    def rows(self, sql: str, values: SqlValues = ()) -> list[sqlite3.Row]:
+        """Return all rows of the answer.  Raises StoreError."""
+        with self._connection() as db:
+            return db.execute(sql, values).fetchall()
+
+    def row(self, sql: str, values: SqlValues = ()) -> sqlite3.Row | None:
+        """Return the first row of the answer, or None.  Raises StoreError."""
+        rows = self.rows(sql, values)
+        return rows[0] if rows else None
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection for statements that count together or not at all.
+
+        Raises StoreError.
+        """
+        with self._connection() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                # SQLite itself rolls back when the disk is full.
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        import sqlite3
+
+        with self._lock:
+            try:
+                yield self._db
+            except sqlite3.Error as error:
+                raise StoreError(_cannot_use_database(self._path, error)) from error
+
+
+class DevicesTable:
+    """The devices; one that is revoked or has expired is not found any more."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def add(self, device: Device, credential: DeviceCredential) -> None:
+        """Keep a device that has never connected.  Raises StoreError."""
+        self._db.write(
+            "INSERT INTO devices (id, display_name, platform, created_at, expires_at,"
+            " handle, token_hash, verifier) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                device.id,
+                device.display_name,
+                device.platform,
+                device.created_at,
+                device.expires_at,
+                credential.handle,
+                credential.token_hash,
+                credential.verifier,
+            ),
+        )
+
+    def all(self, now: int) -> list[Device]:
+        """Return the devices by name."""
+        rows = self._db.rows(
+            "SELECT * FROM devices"
+            " WHERE revoked_at IS NULL AND ifnull(expires_at, ?) >= ?"
+            " ORDER BY display_name COLLATE NOCASE, created_at",
+            (now, now),
+        )
+        return [_device_from(row) for row in rows]
+
+    def by_id(self, device_id: str, now: int) -> Device | None:
+        return self._one("id", device_id, now)
+
+    def by_token_hash(self, token_hash: str, now: int) -> Device | None:
+        return self._one("token_hash", token_hash, now)
+
+    def by_handle(self, handle: str, now: int) -> Device | None:
+        return self._one("handle", handle, now)
+
+    def by_node_id(self, node_id: str, now: int) -> Device | None:
+        return self._one("node_id", node_id, now)
+
+    def verifier(self, handle: str, now: int) -> str | None:
+        """Return the SCRAM verifier of a device, as RFC 5803 writes it."""
+        row = self._db.row(
+            "SELECT verifier FROM devices WHERE handle = ?"
+            " AND revoked_at IS NULL AND ifnull(expires_at, ?) >= ?",
+            (handle, now, now),
+        )
+        return None if row is None else str(row["verifier"])
+
+    def connect(
+        self,
+        device_id: str,
+        *,
+        node_id: str,
+        address: str,
+        now: int,
+        display_name: str = "",
+        platform: str = "",
+        version: str = "",
+        capabilities: Sequence[str] = (),
+        commands: Sequence[str] = (),
+    ) -> bool:
+        """Note what a node said of itself, and bind its id to this device for good.
+
+        Empty texts leave what is known, and a rename by an operator outlasts what
+        the node calls itself.  False where the device is bound to another node id,
+        or the node id to another device: nothing is noted then.
+        """
+        changed = self._db.write(
+            "UPDATE devices SET node_id = :node_id, expires_at = NULL,"
+            " display_name = CASE WHEN renamed OR :display_name = ''"
+            "   THEN display_name ELSE :display_name END,"
+            " platform = CASE :platform WHEN '' THEN platform ELSE :platform END,"
+            " version = CASE :version WHEN '' THEN version ELSE :version END,"
+            " capabilities = :capabilities, commands = :commands,"
+            " last_ip = :address, last_seen_at = :now"
+            " WHERE id = :id AND revoked_at IS NULL"
+            " AND ifnull(expires_at, :now) >= :now"
+            " AND ifnull(node_id, :node_id) = :node_id"
+            " AND NOT EXISTS (SELECT 1 FROM devices WHERE node_id = :node_id"
+            "   AND id <> :id AND revoked_at IS NULL)",
+            {
+                "id": device_id,
+                "node_id": node_id,
+                "display_name": display_name,
+                "platform": platform,
+                "version": version,
+                "capabilities": to_json(list(capabilities)),
+                "commands": to_json(list(commands)),
+                "address": address,
+                "now": now,
+            },
+        )
+        return changed == 1
+
+    def save_telemetry(
+        self, device_id: str, telemetry: Mapping[str, Any], now: int
+    ) -> None:
+        self._db.write(
+            "UPDATE devices SET telemetry = ?, last_seen_at = ? WHERE id = ?",
+            (to_json(telemetry), now, device_id),
+        )
+
+    def seen(self, device_id: str, now: int) -> None:
+        self._db.write(
+            "UPDATE devices SET last_seen_at = ? WHERE id = ?", (now, device_id)
+        )
+
+    def rename(self, device_id: str, display_name: str) -> bool:
+        """Give the device the operator's name for good; False: no such device."""
+        changed = self._db.write(
+            "UPDATE devices SET display_name = ?, renamed = 1"
+            " WHERE id = ? AND revoked_at IS NULL",
+            (display_name, device_id),
+        )
+        return changed == 1
+
+    def rotate(self, device_id: str, credential: DeviceCredential) -> bool:
+        """Replace what proves the device; False: no such device."""
+        changed = self._db.write(
+            "UPDATE devices SET handle = ?, token_hash = ?, verifier = ?"
+            " WHERE id = ? AND revoked_at IS NULL",
+            (
+                credential.handle,
+                credential.token_hash,
+                credential.verifier,
+                device_id,
+            ),
+        )
+        return changed == 1
+
+    def revoke(self, device_id: str, now: int) -> bool:
+        """Let the device in no more; False: no such device."""
+        changed = self._db.write(
+            "UPDATE devices SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL",
+            (now, device_id),
+        )
+        return changed == 1
+
+    def delete_expired(self, now: int) -> int:
+        """Forget the devices that never connected in time; return how many."""
+        return self._db.write("DELETE FROM devices WHERE expires_at < ?", (now,))
+
+    def _one(self, column: str, value: str, now: int) -> Device | None:
+        assert column in ("id", "token_hash", "handle", "node_id")
+        row = self._db.row(
+            f"SELECT * FROM devices WHERE {column} = ?"
+            " AND revoked_at IS NULL AND ifnull(expires_at, ?) >= ?",
+            (value, now, now),
+        )
+        return None if row is None else _device_from(row)
+
+
+class CommandsTable:
+    """The audit of commands, from the moment each was asked for."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def add(self, record: CommandRecord) -> bool:
+        """Note that a command was asked for; False where its id is known already."""
+        changed = self._db.write(
+            "INSERT INTO commands (invoke_id, asked_at, caller_kind, caller_name,"
+            " session_key, node_id, node_name, command, cwd, state)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (invoke_id) DO NOTHING",
+            (
+                record.invoke_id,
+                record.asked_at,
+                record.caller_kind,
+                record.caller_name,
+                record.session_key,
+                record.node_id,
+                record.node_name,
+                record.command,
+                record.cwd,
+                record.state,
+            ),
+        )
+        return changed == 1
+
+    def start(self, invoke_id: str, now: int) -> None:
+        """Note that the node runs it; one that has ended stays ended."""
+        self._db.write(
+            "UPDATE commands SET state = 'running', started_at = ifnull(started_at, ?)"
+            " WHERE invoke_id = ? AND state IN ('sent', 'lost')",
+            (now, invoke_id),
+        )
+
+    def end(self, invoke_id: str, end: CommandEnd) -> bool:
+        """Note how it ended; False where that is known already or nothing is.
+
+        A command that was given up as lost may still be heard of.
+        """
+        changed = self._db.write(
+            "UPDATE commands SET state = ?, ended_at = ?, exit_code = ?, signal = ?,"
+            " stdout_bytes = ?, stderr_bytes = ?, error = ?"
+            " WHERE invoke_id = ? AND state IN ('sent', 'running', 'lost')",
+            (
+                end.state,
+                end.ended_at,
+                end.exit_code,
+                end.signal,
+                end.stdout_bytes,
+                end.stderr_bytes,
+                end.error,
+                invoke_id,
+            ),
+        )
+        return changed == 1
+
+    def by_id(self, invoke_id: str) -> CommandRecord | None:
+        row = self._db.row("SELECT * FROM commands WHERE invoke_id = ?", (invoke_id,))
+        return None if row is None else _command_from(row)
+
+    def page(
+        self,
+        *,
+        node_id: str | None = None,
+        state: str | None = None,
+        before: int | None = None,
+        limit: int = 100,
+    ) -> list[CommandRecord]:
+        """Return commands, the newest first, at most MAX_PAGE of them.
+
+        `before` is the `seq` of the last one that the caller has.
+        """
+        rows = self._db.rows(
+            "SELECT * FROM commands WHERE (:node_id IS NULL OR node_id = :node_id)"
+            " AND (:state IS NULL OR state = :state)"
+            " AND (:before IS NULL OR seq < :before) ORDER BY seq DESC LIMIT :limit",
+            {
+                "node_id": node_id,
+                "state": state,
+                "before": before,
+                "limit": max(0, min(limit, MAX_PAGE)),
+            },
+        )
+        return [_command_from(row) for row in rows]
+
+    def unfinished(self, node_id: str | None = None) -> list[CommandRecord]:
+        """Return what has not ended, of one node or of all, the oldest first."""
+        rows = self._db.rows(
+            "SELECT * FROM commands WHERE state IN ('sent', 'running')"
+            " AND (:node_id IS NULL OR node_id = :node_id) ORDER BY seq",
+            {"node_id": node_id},
+        )
+        return [_command_from(row) for row in rows]
+
+    def delete_before(self, asked_at: int) -> int:
+        """Forget commands that ended and were asked for earlier; return how many."""
+        return self._db.write(
+            "DELETE FROM commands WHERE asked_at < ?"
+            " AND state NOT IN ('sent', 'running')",
+            (asked_at,),
+        )
+
+
+class OperatorKeysTable:
+    """The operators' API keys; one that is revoked opens nothing and stays listed."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def add(self, key: OperatorKey, key_hash: str) -> None:
+        self._db.write(
+            "INSERT INTO operator_keys (id, name, key_hash, scopes, created_at)"
+            " VALUES (?, ?, ?, ?, ?)",
+            (key.id, key.name, key_hash, to_json(list(key.scopes)), key.created_at),
+        )
+
+    def all(self) -> list[OperatorKey]:
+        """Return the keys, the newest first."""
+        rows = self._db.rows(
+            "SELECT * FROM operator_keys ORDER BY created_at DESC, rowid DESC"
+        )
+        return [_operator_key_from(row) for row in rows]
+
+    def by_hash(self, key_hash: str) -> OperatorKey | None:
+        """Return a key that is not revoked."""
+        row = self._db.row(
+            "SELECT * FROM operator_keys WHERE key_hash = ? AND revoked_at IS NULL",
+            (key_hash,),
+        )
+        return None if row is None else _operator_key_from(row)
+
+    def used(self, key_id: str, now: int) -> None:
+        self._db.write(
+            "UPDATE operator_keys SET last_used_at = ? WHERE id = ?", (now, key_id)
+        )
+
+    def revoke(self, key_id: str, now: int) -> bool:
+        """End a key and the sign-ins made with it; False: no such key."""
+        with self._db.transaction() as db:
+            db.execute("DELETE FROM logins WHERE key_id = ?", (key_id,))
+            changed = db.execute(
+                "UPDATE operator_keys SET revoked_at = ?"
+                " WHERE id = ? AND revoked_at IS NULL",
+                (now, key_id),
+            ).rowcount
+        return changed == 1
+
+
+class LoginsTable:
+    """The browsers that are signed in."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def add(self, login: Login, cookie_hash: str) -> None:
+        self._db.write(
+            "INSERT INTO logins (id, cookie_hash, key_id, created_at, last_used_at,"
+            " expires_at, user_agent, address) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                login.id,
+                cookie_hash,
+                login.key_id,
+                login.created_at,
+                login.last_used_at,
+                login.expires_at,
+                login.user_agent,
+                login.address,
+            ),
+        )
+
+    def by_cookie_hash(
+        self, cookie_hash: str, now: int
+    ) -> tuple[Login, OperatorKey] | None:
+        """Return a sign-in that has not expired, and the key behind it."""
+        login = self._db.row(
+            "SELECT * FROM logins WHERE cookie_hash = ? AND expires_at > ?",
+            (cookie_hash, now),
+        )
+        key = login and self._db.row(
+            "SELECT * FROM operator_keys WHERE id = ? AND revoked_at IS NULL",
+            (login["key_id"],),
+        )
+        return (_login_from(login), _operator_key_from(key)) if login and key else None
+
+    def all(self, now: int) -> list[Login]:
+        """Return the sign-ins that have not expired, the last used first."""
+        rows = self._db.rows(
+            "SELECT * FROM logins WHERE expires_at > ? ORDER BY last_used_at DESC",
+            (now,),
+        )
+        return [_login_from(row) for row in rows]
+
+    def used(self, login_id: str, now: int, expires_at: int) -> None:
+        self._db.write(
+            "UPDATE logins SET last_used_at = ?, expires_at = ? WHERE id = ?",
+            (now, expires_at, login_id),
+        )
+
+    def delete(self, login_id: str) -> bool:
+        return self._db.write("DELETE FROM logins WHERE id = ?", (login_id,)) == 1
+
+    def delete_expired(self, now: int) -> int:
+        """Forget the sign-ins that have expired; return how many."""
+        return self._db.write("DELETE FROM logins WHERE expires_at <= ?", (now,))
+
+
+class JoinCodesTable:
+    """The join codes that nobody has used yet."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def add(self, code_hash: str, offer: JoinOffer) -> None:
+        self._db.write(
+            "INSERT INTO join_codes (code_hash, display_name, platform, expires_at)"
+            " VALUES (?, ?, ?, ?)",
+            (code_hash, offer.display_name, offer.platform, offer.expires_at),
+        )
+
+    def take(self, code_hash: str, now: int) -> JoinOffer | None:
+        """Return what the code stands for and forget it: one of many callers wins."""
+        with self._db.transaction() as db:
+            row = db.execute(
+                "SELECT * FROM join_codes WHERE code_hash = ? AND expires_at > ?",
+                (code_hash, now),
+            ).fetchone()
+            db.execute(
+                "DELETE FROM join_codes WHERE code_hash = ? OR expires_at <= ?",
+                (code_hash, now),
+            )
+        return row and JoinOffer(
+            display_name=row["display_name"],
+            platform=row["platform"],
+            expires_at=row["expires_at"],
+        )
+
+
+class SettingsTable:
+    """Small things to remember, as JSON values by name."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def get(self, key: str) -> Any:
+        """Return the value, or None where there is none."""
+        row = self._db.row("SELECT value FROM settings WHERE key = ?", (key,))
+        return None if row is None else json.loads(row["value"])
+
+    def put(self, key: str, value: object) -> None:
+        self._db.write(
+            "INSERT INTO settings (key, value) VALUES (?, ?)"
+            " ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+            (key, to_json(value)),
+        )
+
+    def delete(self, key: str) -> None:
+        self._db.write("DELETE FROM settings WHERE key = ?", (key,))
+
+
+class Store:
+    """All that the gateway remembers, table by table.
+
+    Every method of a table raises StoreError where the database cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the file at `path`.  Raises BadConfiguration."""
+        self._database = Database(path)
+        self.devices = DevicesTable(self._database)
+        self.commands = CommandsTable(self._database)
+        self.operator_keys = OperatorKeysTable(self._database)
+        self.logins = LoginsTable(self._database)
+        self.join_codes = JoinCodesTable(self._database)
+        self.settings = SettingsTable(self._database)
+
+    def close(self) -> None:
+        self._database.close()
+
 
 # ==============================================================================
 # Access
