@@ -59,15 +59,20 @@ import os
 import random
 import re
 import secrets
+import select
+import shutil
+import signal
+import socket
 import stat
 import struct
+import sys
 import tempfile
 import threading
 import time
 import uuid
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -76,13 +81,15 @@ from typing import (
     Dict,
     Iterator,
     Mapping,
+    Pattern,
     Sequence,
     Union,
 )
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 if TYPE_CHECKING:
     import sqlite3
+    from subprocess import Popen
 
 # ==============================================================================
 # FOUNDATION
@@ -260,6 +267,16 @@ def new_secret(prefix: str) -> str:
 def redact(text: str) -> str:
     """Return `text` with the secret part of our tokens, keys and codes cut out."""
     return SECRET_PATTERN.sub(r"\1_…", text)
+
+
+def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return `environ` without our own settings and without the API keys for models."""
+    keys = set(API_KEY_VARIABLES.values())
+    return {
+        name: value
+        for name, value in environ.items()
+        if name not in keys and not name.startswith("MOLTIS_")
+    }
 
 
 def b64encode(data: bytes) -> str:
@@ -1100,8 +1117,815 @@ class Calls:
 # ==============================================================================
 # Telemetry
 #
-# What a machine has and how it is doing.
+# What a machine has and how it is doing: a quick reading of the operating system
+# (memory, CPU, disk, load, temperature), and an inventory that a thread of its own
+# takes at leisure (runtimes, GPUs, LLM providers).  When to report, and to whom, is
+# left to others.
 # ==============================================================================
+
+INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
+VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
+GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
+SYSCTL_TIMEOUT = 2.0  # s; a reading of the vital signs waits for it
+OLLAMA_TIMEOUT = 3.0  # s; what Moltis gives it
+STOP_LATENCY = 0.1  # s until somebody who reads notices that it shall stop
+MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes; `ps` on a busy Mac prints 10 KiB
+MAX_MODEL_LIST = 4 * 1024 * 1024  # bytes; Ollama needs about 400 a model
+MAX_LISTED = 256  # entries of one list in a report; those beyond are left out
+MAX_LABEL = 200  # characters of one name in a report; those beyond are cut off
+MAX_NUMBER = 2**63  # beyond it, neither SQLite nor a Moltis peer takes a number
+MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is but noise
+USUAL_PLACES = (  # of programs, from the home directory
+    ".local/bin",
+    "bin",
+    ".cargo/bin",
+    "go/bin",
+    "/usr/local/bin",
+    "/usr/local/go/bin",
+    "/opt/homebrew/bin",
+    "/opt/local/bin",
+    "/snap/bin",
+    "/usr/lib/wsl/lib",
+    "/usr/bin",
+    "/bin",
+    "/usr/local/sbin",
+    "/usr/sbin",
+    "/sbin",
+)
+
+SYSCTL_NAMES = (
+    *("hw.memsize", "hw.physmem", "hw.pagesize", "kern.boottime", "kern.cp_time"),
+    "vm.stats.vm.v_free_count",
+    "vm.stats.vm.v_inactive_count",
+    "vm.stats.vm.v_cache_count",
+)
+
+# Programs of macOS that only offer to install the real one, by where that then lies.
+MACOS_STUBS: Mapping[str, str] = {
+    "/usr/bin/java": "/Library/Java/JavaVirtualMachines",
+    "/usr/bin/python3": "/Library/Developer/CommandLineTools",
+}
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_NAMED_NUMBER = re.compile(r"^([^:=\n]+)[:=]\s*(\d+)", re.MULTILINE)
+_BOOT_TIME = re.compile(r"^kern\.boottime\b\D*sec = (\d+)", re.MULTILINE)
+_CP_TIME = re.compile(r"^kern\.cp_time\b[:=]((?: *\d+){5})", re.MULTILINE)
+_VM_STAT_PAGE = re.compile(r"page size of (\d+) bytes")
+_VERSION = re.compile(r"(\d+\.\d+[\w.+-]*)")
+_JAVA_VERSION = re.compile(r'version "([^"]+)"')
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A program that runs others' programs, with how to ask it which version it is."""
+
+    program: str
+    argument: str = "--version"
+    version: Pattern[str] = _VERSION
+
+
+RUNTIMES = (
+    Runtime("python3"),
+    Runtime("node"),
+    Runtime("ruby"),
+    Runtime("go", "version"),
+    Runtime("rustc"),
+    Runtime("java", "-version", _JAVA_VERSION),
+)
+
+
+def _without_none(fields: JsonObject) -> JsonObject:
+    # Absent fields are left out on the wire, and a Moltis peer may choke on null.
+    return {
+        name: _without_none(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if value is not None
+    }
+
+
+@dataclass(frozen=True)
+class CpuTimes:
+    """Ticks that all cores together have counted since the system started."""
+
+    busy: float
+    total: float
+
+    def usage_since(self, earlier: CpuTimes) -> float | None:
+        """Return the usage from 0 to 100, or None where too little time passed."""
+        total = self.total - earlier.total
+        if total < MIN_CPU_TICKS:
+            return None
+        # Linux lets the count of ticks spent waiting for I/O, thus idle, go back.
+        return min(100.0, max(0.0, 100 * (self.busy - earlier.busy) / total))
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What the operating system says right now; None where it does not say it."""
+
+    mem_total: int | None = None  # bytes
+    mem_available: int | None = None  # bytes
+    uptime: float | None = None  # s
+    cpu_times: CpuTimes | None = None
+    cpu_usage: float | None = None  # 0 to 100, from a system that does the sum itself
+    temperature: float | None = None  # °C
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    mem_total: int | None = None  # bytes
+
+    def to_payload(self) -> JsonObject:
+        return _without_none({"name": self.name, "memTotal": self.mem_total})
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A source of language models that a machine has, with those it can list."""
+
+    name: str
+    models: tuple[str, ...] = ()
+
+    def to_payload(self) -> JsonObject:
+        return {"provider": self.name, "models": list(self.models)}
+
+
+@dataclass(frozen=True)
+class Equipment:
+    """What is installed on a machine."""
+
+    runtimes: tuple[str, ...] = ()  # names of programs, as Moltis lists them
+    runtime_versions: Mapping[str, str] = field(default_factory=dict)
+    gpus: tuple[Gpu, ...] = ()
+    providers: tuple[Provider, ...] = ()
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """One report of a node; None and empty where it does not say."""
+
+    mem_total: int | None = None  # bytes
+    mem_available: int | None = None  # bytes
+    cpu_count: int | None = None
+    cpu_usage: float | None = None  # 0 to 100
+    uptime: float | None = None  # s
+    disk_total: int | None = None  # bytes, of "/"
+    disk_available: int | None = None  # bytes
+    load: tuple[float, ...] = ()  # over 1, 5 and 15 minutes
+    temperature: float | None = None  # °C
+    services: tuple[str, ...] = ()
+    runtimes: tuple[str, ...] = ()
+    runtime_versions: Mapping[str, str] = field(default_factory=dict)
+    gpus: tuple[Gpu, ...] = ()
+    providers: tuple[Provider, ...] | None = None  # a Rust node has to be asked
+
+    def to_payload(self, node_id: str) -> JsonObject:
+        """Return the payload of `node.telemetry`, as nodes send it."""
+        return _without_none(
+            {
+                "nodeId": node_id,
+                "mem": {"total": self.mem_total, "available": self.mem_available},
+                "cpuCount": self.cpu_count,
+                "cpuUsage": self.cpu_usage,
+                "uptime": None if self.uptime is None else int(self.uptime),
+                "disk": {"total": self.disk_total, "available": self.disk_available},
+                **self._extras(),
+                "providers": self._providers(),
+            }
+        )
+
+    def to_columns(self, *, stale: bool) -> JsonObject:
+        """Return `telemetry` of an entry of `node.list`; `providers` stand beside it.
+
+        It is `stale` when the node has not said so lately, thus when it is away.
+        """
+        return _without_none(
+            {
+                "memTotal": self.mem_total,
+                "memAvailable": self.mem_available,
+                "cpuCount": self.cpu_count,
+                "cpuUsage": self.cpu_usage,
+                "uptimeSecs": None if self.uptime is None else int(self.uptime),
+                "diskTotal": self.disk_total,
+                "diskAvailable": self.disk_available,
+                **self._extras(),
+                "stale": stale,
+            }
+        )
+
+    def _extras(self) -> JsonObject:
+        return {
+            "load": list(self.load) or None,
+            "temperature": self.temperature,
+            "services": list(self.services),
+            "runtimes": list(self.runtimes),
+            "runtimeVersions": dict(self.runtime_versions),
+            "gpus": [gpu.to_payload() for gpu in self.gpus],
+        }
+
+    def _providers(self) -> list[JsonObject] | None:
+        if self.providers is None:
+            return None
+        return [provider.to_payload() for provider in self.providers]
+
+
+def _label(text: str) -> str:
+    # A node's words end up on terminals: no escape sequences, and no lone surrogates,
+    # which cannot be encoded again.
+    return "".join(c for c in text[:MAX_LABEL] if c.isprintable())
+
+
+def _reported_number(params: Mapping[str, Any], name: str) -> float | None:
+    value: float | None = optional(params, name, float)
+    # JSON can say 1e999, which Python reads as infinity, and no other JSON can.
+    if value is not None and not -MAX_NUMBER < value < MAX_NUMBER:
+        raise RpcError("INVALID_REQUEST", f"{name} is beyond reason")
+    return value
+
+
+def _reported_count(params: Mapping[str, Any], name: str) -> int | None:
+    value = _reported_number(params, name)
+    if value is not None and value < 0:
+        raise RpcError("INVALID_REQUEST", f"{name} must not be negative")
+    return None if value is None else int(value)
+
+
+def _reported_list(params: Mapping[str, Any], name: str, kind: type) -> list[Any]:
+    items = optional(params, name, list) or []
+    return [required({name: item}, name, kind) for item in items[:MAX_LISTED]]
+
+
+def _reported_names(params: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    return tuple(_label(text) for text in _reported_list(params, name, str))
+
+
+def _reported_load(params: Mapping[str, Any]) -> tuple[float, ...]:
+    averages = _reported_list(params, "load", float)[:3]
+    return tuple(_reported_number({"load": value}, "load") or 0.0 for value in averages)
+
+
+def _reported_versions(params: Mapping[str, Any]) -> dict[str, str]:
+    versions = optional(params, "runtimeVersions", dict) or {}
+    return {
+        _label(name): _label(required(versions, name, str))
+        for name in list(versions)[:MAX_LISTED]
+    }
+
+
+def _reported_gpus(params: Mapping[str, Any]) -> tuple[Gpu, ...]:
+    return tuple(
+        Gpu(_label(required(entry, "name", str)), _reported_count(entry, "memTotal"))
+        for entry in _reported_list(params, "gpus", dict)
+    )
+
+
+def providers_from_payload(payload: Mapping[str, Any]) -> tuple[Provider, ...]:
+    """Return the `providers` of a telemetry payload or of a `system.providers` result.
+
+    Raises RpcError INVALID_REQUEST.
+    """
+    return tuple(
+        Provider(
+            name=_label(required(entry, "provider", str)),
+            models=_reported_names(entry, "models"),
+        )
+        for entry in _reported_list(payload, "providers", dict)
+    )
+
+
+def telemetry_from_payload(payload: object) -> Telemetry:
+    """Return what the payload of a `node.telemetry` says, from ours or a Rust node.
+
+    Unknown fields are ignored, over-long lists and names cut.
+    Raises RpcError INVALID_REQUEST for a value of the wrong type or beyond reason.
+    """
+    if not isinstance(payload, dict):
+        raise RpcError("INVALID_REQUEST", "the payload of telemetry must be an object")
+    memory = optional(payload, "mem", dict) or {}
+    disk = optional(payload, "disk", dict) or {}
+    usage = _reported_number(payload, "cpuUsage")
+    return Telemetry(
+        mem_total=_reported_count(memory, "total"),
+        mem_available=_reported_count(memory, "available"),
+        cpu_count=_reported_count(payload, "cpuCount"),
+        cpu_usage=None if usage is None else min(100.0, max(0.0, usage)),
+        uptime=_reported_number(payload, "uptime"),
+        disk_total=_reported_count(disk, "total"),
+        disk_available=_reported_count(disk, "available"),
+        load=_reported_load(payload),
+        temperature=_reported_number(payload, "temperature"),
+        services=_reported_names(payload, "services"),
+        runtimes=_reported_names(payload, "runtimes"),
+        runtime_versions=_reported_versions(payload),
+        gpus=_reported_gpus(payload),
+        providers=(
+            None
+            if payload.get("providers") is None
+            else providers_from_payload(payload)
+        ),
+    )
+
+
+def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the path of a program: of the user's PATH, or of the usual places.
+
+    A service is started with a bare PATH, and the user's programs lie elsewhere.
+    Raises RpcError INVALID_REQUEST for what is no plain name.
+    """
+    if not name or len(name) > 255 or "/" in name or not name.isprintable():
+        raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
+    directories = environ.get("PATH", os.defpath).split(os.pathsep)
+    home = environ.get("HOME") or os.path.expanduser("~")
+    usual = [os.path.join(home, place) for place in USUAL_PLACES]
+    # "" in PATH means the working directory; `join` leaves absolute places alone.
+    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
+    return shutil.which(name, path=os.pathsep.join(absolute))
+
+
+class ShortPrograms:
+    """Programs that are asked one question, and ended when they do not answer."""
+
+    def __init__(
+        self, environ: Mapping[str, str], cancellation: Cancellation | None = None
+    ) -> None:
+        # What we look for in their answers is English.
+        self._environ = {**without_secrets(environ), "LC_ALL": "C"}
+        self._cancellation = cancellation or Cancellation()
+        self._stuck: dict[str, Popen[bytes]] = {}  # by path: not even SIGKILL ends it
+
+    def find(self, name: str) -> str | None:
+        return find_binary(name, self._environ)
+
+    def ask(
+        self, path: str, *arguments: str, timeout: float, any_status: bool = False
+    ) -> str:
+        """Return what the program prints on stdout and stderr.
+
+        It is "" where the program cannot be started, is not done after `timeout` s or,
+        unless `any_status`, fails.
+        """
+        # A program that waits for a broken driver cannot be killed: one is enough.
+        if path in self._stuck and self._stuck[path].poll() is None:
+            return ""
+        try:
+            process = self._start([path, *arguments])
+        except OSError:
+            return ""
+        assert process.stdout is not None
+        with process.stdout as pipe:
+            output = self._read(pipe.fileno(), Deadline(timeout))
+        # A program closes its output a moment before it exits.
+        status = self._end(path, process, 0.0 if output is None else 1.0)
+        if output is None or status < 0 or (status > 0 and not any_status):
+            return ""
+        return output.decode("utf-8", "replace")
+
+    def _start(self, argv: list[str]) -> Popen[bytes]:
+        import subprocess
+
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,  # `java -version` answers there
+            env=self._environ,
+            cwd="/",
+            start_new_session=True,  # a group to end, and no terminal to ask at
+        )
+
+    def _read(self, pipe: int, deadline: Deadline) -> bytes | None:
+        """Return all that comes before the end of `pipe`; None: it did not end."""
+        output = b""
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        while not (self._cancellation.cancelled or deadline.expired):
+            if poll.poll(STOP_LATENCY * 1000):
+                data = os.read(pipe, 65536)
+                output += data
+                if not data:
+                    return output
+                if len(output) > MAX_PROGRAM_OUTPUT:
+                    break
+        return None
+
+    def _end(self, path: str, process: Popen[bytes], patience: float) -> int:
+        """Return the exit status, after `patience` s that of SIGKILL."""
+        import subprocess
+
+        try:
+            return process.wait(patience)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+        try:
+            return process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            log.warning("program cannot be ended program=%s pid=%d", path, process.pid)
+            self._stuck[path] = process
+            return -signal.SIGKILL
+
+
+def _read_text(path: Path | None) -> str:
+    """Return what the file holds; "" where there is none."""
+    if path is None:
+        return ""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _numbers_by_name(text: str) -> dict[str, int]:
+    """Return the first number of each line like `name: 12 kB` or `name=12`."""
+    return {name.strip(): int(number) for name, number in _NAMED_NUMBER.findall(text)}
+
+
+def _first_number(text: str) -> float | None:
+    found = _NUMBER.match(text)
+    return float(found[0]) if found else None
+
+
+def _times(count: float | None, factor: int) -> int | None:
+    return None if count is None else int(count * factor)
+
+
+def _find_thermometer(zones: Path) -> Path | None:
+    """Return the file with the temperature of the CPU, in thousandths of a degree."""
+    for path in sorted(zones.glob("thermal_zone*/type")):
+        # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
+        if _read_text(path).startswith(("cpu", "soc", "bcm2835", "x86_pkg")):
+            return path.with_name("temp")
+    return None
+
+
+def _linux_cpu_times(stat_text: str) -> CpuTimes | None:
+    """Return the first line of /proc/stat, see proc(5)."""
+    words = stat_text.partition("\n")[0].split()
+    if len(words) < 5 or words[0] != "cpu":
+        return None
+    # user nice system idle iowait irq softirq steal; `user` holds the guests' time.
+    ticks = [int(word) for word in words[1:9]]
+    return CpuTimes(busy=sum(ticks) - sum(ticks[3:5]), total=sum(ticks))
+
+
+class ProcProbe:
+    """The vital signs of Linux, from /proc and /sys."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._meminfo = root / "proc/meminfo"
+        self._uptime = root / "proc/uptime"
+        self._stat = root / "proc/stat"
+        self._thermometer = _find_thermometer(root / "sys/class/thermal")
+
+    def read(self) -> Vitals:
+        memory = _numbers_by_name(_read_text(self._meminfo))  # KiB
+        # Before Linux 3.14, and on NetBSD, nobody reckons what is available.
+        available = memory.get("MemAvailable", memory.get("MemFree"))
+        milli = _first_number(_read_text(self._thermometer))
+        return Vitals(
+            mem_total=_times(memory.get("MemTotal"), 1024),
+            mem_available=_times(available, 1024),
+            uptime=_first_number(_read_text(self._uptime)),
+            cpu_times=_linux_cpu_times(_read_text(self._stat)),
+            temperature=None if milli is None else milli / 1000,
+        )
+
+
+def _bsd_cpu_times(sysctl_text: str) -> CpuTimes | None:
+    found = _CP_TIME.search(sysctl_text)
+    if not found:
+        return None
+    ticks = [int(number) for number in found[1].split()]
+    return CpuTimes(busy=sum(ticks[:-1]), total=sum(ticks))  # the last one is idle
+
+
+def _bsd_available(values: Mapping[str, int]) -> int | None:
+    """Return the bytes that FreeBSD could give away without writing anything."""
+    kinds = ("free", "inactive", "cache")
+    pages = [values.get(f"vm.stats.vm.v_{kind}_count") for kind in kinds]
+    size = values.get("hw.pagesize")
+    return None if pages[0] is None or not size else size * sum(p or 0 for p in pages)
+
+
+def _macos_available(vm_stat_text: str) -> int | None:
+    pages = _numbers_by_name(vm_stat_text)
+    size = _VM_STAT_PAGE.search(vm_stat_text)
+    if size is None or "Pages free" not in pages:
+        return None
+    kinds = ("free", "inactive", "speculative")
+    return int(size[1]) * sum(pages.get(f"Pages {kind}", 0) for kind in kinds)
+
+
+class SysctlProbe:
+    """The vital signs of macOS and the BSDs, from their programs."""
+
+    def __init__(
+        self, programs: ShortPrograms, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._programs = programs
+        self._clock = clock
+
+    def read(self) -> Vitals:
+        # Each system knows some of the names, and fails for the others.
+        text = self._ask("sysctl", *SYSCTL_NAMES, any_status=True)
+        values = _numbers_by_name(text)
+        booted = _BOOT_TIME.search(text)
+        vitals = Vitals(
+            mem_total=values.get("hw.memsize", values.get("hw.physmem")),
+            mem_available=_bsd_available(values),
+            uptime=max(0.0, self._clock() - int(booted[1])) if booted else None,
+            cpu_times=_bsd_cpu_times(text),
+        )
+        return self._on_macos(vitals) if "hw.memsize" in values else vitals
+
+    def _on_macos(self, vitals: Vitals) -> Vitals:
+        # No sysctl of macOS counts CPU time; `ps` has each process's recent share.
+        shares = [float(n) for n in _NUMBER.findall(self._ask("ps", "-Ao", "%cpu="))]
+        usage = min(100.0, sum(shares) / (os.cpu_count() or 1)) if shares else None
+        available = _macos_available(self._ask("vm_stat"))
+        return replace(vitals, mem_available=available, cpu_usage=usage)
+
+    def _ask(self, program: str, *arguments: str, any_status: bool = False) -> str:
+        path = self._programs.find(program)
+        if path is None:
+            return ""
+        return self._programs.ask(
+            path, *arguments, timeout=SYSCTL_TIMEOUT, any_status=any_status
+        )
+
+
+def read_psutil() -> Vitals:
+    """Return what psutil, where somebody installed it, knows of an unknown system."""
+    try:
+        import psutil  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError:
+        return Vitals()
+    memory = psutil.virtual_memory()
+    ticks = psutil.cpu_times()
+    return Vitals(
+        mem_total=memory.total,
+        mem_available=memory.available,
+        uptime=max(0.0, time.time() - psutil.boot_time()),
+        cpu_times=CpuTimes(100 * (sum(ticks) - ticks.idle), 100 * sum(ticks)),  # s
+    )
+
+
+Probe = Callable[[], Vitals]  # a reading, within about SYSCTL_TIMEOUT
+
+
+def choose_probe(environ: Mapping[str, str], root: Path = Path("/")) -> Probe:
+    """Return the first way of reading this system that knows its memory."""
+    candidates = (ProcProbe(root).read, SysctlProbe(ShortPrograms(environ)).read)
+    for probe in candidates:
+        if probe().mem_total is not None:
+            return probe
+    return read_psutil
+
+
+def _open_socket(url: SplitResult, timeout: float | None) -> socket.socket:
+    context = None
+    if url.scheme == "https":
+        import ssl
+
+        context = ssl.create_default_context()
+    sock = socket.create_connection((url.hostname, url.port), timeout)
+    if context is None:
+        return sock
+    return context.wrap_socket(sock, server_hostname=url.hostname)
+
+
+def _receive_all(
+    sock: socket.socket, deadline: Deadline, cancellation: Cancellation
+) -> bytes:
+    sock.settimeout(STOP_LATENCY)
+    data = b""
+    while not (cancellation.cancelled or deadline.expired):
+        try:
+            chunk = sock.recv(65536)
+        except socket.timeout:
+            continue
+        if not chunk:
+            return data
+        data += chunk
+        if len(data) > MAX_MODEL_LIST:
+            raise ValueError("the answer is too long")
+    raise TimeoutError("the answer does not end")
+
+
+def _http_get(url: str, deadline: Deadline, cancellation: Cancellation) -> bytes:
+    """Return the body that `url` answers with.  Raises OSError and ValueError."""
+    # `http.client` takes 2.3 MiB, for one question that most nodes ask in vain.  To
+    # HTTP/1.0 a server answers without chunks, and closes the connection.
+    parts = urlsplit(url)
+    request = f"GET {parts.path} HTTP/1.0\r\nHost: {parts.netloc}\r\n\r\n"
+    with _open_socket(parts, deadline.remaining()) as sock:
+        sock.sendall(request.encode("ascii"))
+        answer = _receive_all(sock, deadline, cancellation)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    if head.split(b" ", 2)[1:2] != [b"200"]:
+        raise ValueError(f"{url} answered {head[:80]!r}")
+    return body
+
+
+def find_ollama(host: str, cancellation: Cancellation) -> Provider | None:
+    """Return the Ollama that OLLAMA_HOST means, or None where none answers."""
+    url = f"{ollama_url(host)}/api/tags"
+    try:
+        answer = from_json(_http_get(url, Deadline(OLLAMA_TIMEOUT), cancellation))
+        models = _reported_list({"models": answer["models"]}, "models", dict)
+        names = tuple(_label(required(model, "name", str)) for model in models)
+    # Whatever is wrong with who answers there, or with our own ssl: no Ollama.
+    except (OSError, ValueError, LookupError, TypeError, ImportError, RpcError):
+        return None
+    return Provider("ollama", names)
+
+
+def providers_with_keys(environ: Mapping[str, str]) -> tuple[Provider, ...]:
+    """Return the providers whose API key is here; never the key."""
+    return tuple(
+        Provider(name)
+        for name, variable in API_KEY_VARIABLES.items()
+        if environ.get(variable)
+    )
+
+
+def _is_macos_stub(path: str, platform: str = sys.platform) -> bool:
+    installed = MACOS_STUBS.get(path) if platform == "darwin" else None
+    return installed is not None and not (
+        os.path.isdir(installed) and os.listdir(installed)
+    )
+
+
+def _parse_gpus(csv: str) -> tuple[Gpu, ...]:
+    """Return the GPUs from lines like `NVIDIA A100-SXM4-80GB, 81920` (MiB)."""
+    rows = (line.rpartition(",") for line in csv.splitlines())
+    return tuple(
+        Gpu(name.strip(), _times(_first_number(size.strip()), 1024 * 1024))
+        for name, _, size in rows
+        if name.strip()
+    )
+
+
+class Inventory:
+    """What is installed on this machine, looked up now and then by a thread."""
+
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        *,
+        interval: float = INVENTORY_INTERVAL,
+        on_change: Callable[[], None] | None = None,  # called by that thread
+    ) -> None:
+        self._environ = environ
+        self._interval = interval
+        self._on_change = on_change
+        self._cancellation = Cancellation()
+        self._programs = ShortPrograms(environ, self._cancellation)
+        self._equipment = Equipment()  # replaced as a whole, so it needs no lock
+        self._thread = threading.Thread(
+            target=self._run, name="moltis-inventory", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def equipment(self) -> Equipment:
+        """What was found so far: nothing yet in the first moment."""
+        return self._equipment
+
+    def close(self) -> None:
+        self._cancellation.cancel()
+        # A name that does not resolve, or a host that does not answer, holds the
+        # thread for some seconds: nobody has to wait for that.
+        self._thread.join(2.0)
+
+    def _run(self) -> None:
+        with contextlib.suppress(Cancelled):
+            while True:
+                try:
+                    self._take()
+                except Exception:
+                    log.exception("inventory failed")
+                self._cancellation.pause(self._interval)
+
+    def _take(self) -> None:
+        runtimes = self._find_runtimes()
+        keys = providers_with_keys(self._environ)
+        if self._equipment == Equipment():
+            # Names are quick to find; the first report shall not wait for versions.
+            self._publish(Equipment(runtimes=tuple(runtimes), providers=keys))
+        ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancellation)
+        self._publish(
+            Equipment(
+                runtimes=tuple(runtimes),
+                runtime_versions=self._ask_versions(runtimes),
+                gpus=self._ask_gpus(),
+                providers=(*(() if ollama is None else (ollama,)), *keys),
+            )
+        )
+
+    def _publish(self, equipment: Equipment) -> None:
+        # What was cut short by close() would look like a machine that lost things.
+        if self._cancellation.cancelled or equipment == self._equipment:
+            return
+        self._equipment = equipment
+        if self._on_change is not None:
+            self._on_change()
+
+    def _find_runtimes(self) -> dict[str, str]:
+        """Return the paths of the runtimes that are installed, by program."""
+        found = {r.program: self._programs.find(r.program) for r in RUNTIMES}
+        return {
+            program: path
+            for program, path in found.items()
+            if path is not None and not _is_macos_stub(path)
+        }
+
+    def _ask_versions(self, paths: Mapping[str, str]) -> dict[str, str]:
+        versions = {}
+        for runtime in RUNTIMES:
+            path = paths.get(runtime.program)
+            if path is not None:
+                answer = self._programs.ask(
+                    path, runtime.argument, timeout=VERSION_TIMEOUT
+                )
+                found = runtime.version.search(answer)
+                if found:
+                    versions[runtime.program] = _label(found[1])
+        return versions
+
+    def _ask_gpus(self) -> tuple[Gpu, ...]:
+        path = self._programs.find("nvidia-smi")
+        if path is None:
+            return ()
+        query = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
+        return _parse_gpus(self._programs.ask(path, *query, timeout=GPU_TIMEOUT))
+
+
+def _read_disk() -> tuple[int | None, int | None]:
+    """Return the size of "/" in bytes, and how much of it the user may still fill."""
+    try:
+        disk = os.statvfs("/")
+    except OSError:
+        return None, None
+    return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+
+
+def _read_load() -> tuple[float, ...]:
+    try:
+        return tuple(round(average, 2) for average in os.getloadavg())
+    except OSError:
+        return ()
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
+
+
+class TelemetrySource:
+    """Readings of this machine, each with the CPU usage since the one before."""
+
+    def __init__(self, probe: Probe, inventory: Inventory) -> None:
+        self._probe = probe
+        self._inventory = inventory
+        self._lock = threading.Lock()  # guards _cpu_times and _cpu_usage
+        self._cpu_times = probe().cpu_times
+        self._cpu_usage: float | None = None
+
+    def read(self) -> Telemetry:
+        """Return how the machine is doing; from any thread, within about 6 s."""
+        vitals = self._probe()
+        equipment = self._inventory.equipment
+        disk_total, disk_available = _read_disk()
+        usage = vitals.cpu_usage
+        if usage is None and vitals.cpu_times is not None:
+            usage = self._usage_until(vitals.cpu_times)
+        return Telemetry(
+            mem_total=vitals.mem_total,
+            mem_available=vitals.mem_available,
+            cpu_count=os.cpu_count(),
+            cpu_usage=_rounded(usage),
+            uptime=vitals.uptime,
+            disk_total=disk_total,
+            disk_available=disk_available,
+            load=_read_load(),
+            temperature=_rounded(vitals.temperature),
+            runtimes=equipment.runtimes,
+            runtime_versions=equipment.runtime_versions,
+            gpus=equipment.gpus,
+            providers=equipment.providers,
+        )
+
+    def _usage_until(self, now: CpuTimes) -> float | None:
+        with self._lock:
+            earlier = self._cpu_times
+            usage = None if earlier is None else now.usage_since(earlier)
+            # Two readings at nearly the same time share the usage before them.
+            if usage is not None or earlier is None:
+                self._cpu_times, self._cpu_usage = now, usage
+            return self._cpu_usage
+
 
 # ==============================================================================
 # Language models
