@@ -51,10 +51,14 @@ Contents
 from __future__ import annotations
 
 import base64
+import codecs
+import collections
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -1111,8 +1115,1072 @@ class Calls:
 # Commands
 # Uses: Wire protocol
 #
-# One shell command as a process group.
+# One shell command as a process group: its streams with their windows, timeout,
+# cancel, and a runner that keeps many side by side.  Whoever runs it hands in
+# callables for what comes out; it knows no connection and keeps no file.
+# DESIGN of the streams: what was read from a pipe stays until the reader has
+# acknowledged it, so that a new connection continues at the exact byte.
 # ==============================================================================
+
+SHELL = "/bin/sh"  # POSIX on every machine; a user's $SHELL may be fish or nologin
+
+MAX_RUNNING = 16  # commands side by side on a node; more wait in line
+MAX_KEPT = 1000  # unacknowledged results; beyond it the oldest goes
+MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes they hold; beyond it the oldest goes
+MAX_REMEMBERED = 10_000  # ids of settled invocations, about 1.5 MB; the oldest goes
+
+EXIT_LOOK = 0.1  # s between looks for the shell's end, where there is no pidfd
+GROUP_LOOK = 0.05  # s between looks for survivors of a group that has to end
+LONGEST_POLL = 3600.0  # s; poll() takes a C int of ms
+
+FORWARDED_VARIABLE = re.compile(r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR")
+
+
+@dataclass(frozen=True)
+class CommandSpec:
+    """What to run, and how."""
+
+    command: str  # for /bin/sh
+    cwd: str | None = None  # relative to the runner's; blank or None: just that
+    env: Mapping[str, str] = field(default_factory=dict)  # forwarded variables
+    timeout: float | None = None  # s from its start, not from its place in line
+    stdin: bool = False  # fed by write_stdin(); otherwise /dev/null
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    exit_code: int | None  # negative: a signal, as in subprocess; None: never started
+    stdout_bytes: int = 0  # in all; the final offset of the stream
+    stderr_bytes: int = 0
+    duration: float = 0.0  # s until the shell's end
+    timed_out: bool = False
+    cancelled: bool = False
+    error: str | None = None  # one sentence on why there is no exit code
+
+
+ChunkHandler = Callable[[int, int, bytes], None]  # kind, offset, data
+ResultHandler = Callable[[CommandResult], None]
+
+
+def filter_environment(env: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables of `env` that may be forwarded to a command.
+
+    They tell how to write, not what to do: terminal type, language, colour.
+    """
+    return {
+        name: value
+        for name, value in env.items()
+        if FORWARDED_VARIABLE.fullmatch(name)
+        and isinstance(value, str)
+        and len(value) <= 256
+        and value.isprintable()
+    }
+
+
+def command_environment(
+    environ: Mapping[str, str], forwarded: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the environment of a command: the node user's, without our secrets."""
+    secrets_of_ours = set(API_KEY_VARIABLES.values())
+    env = {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith("MOLTIS_") and name not in secrets_of_ours
+    }
+    # A second time: a node does not take the gateway's word for it.
+    env.update(filter_environment(forwarded))
+    return env
+
+
+class OutputWindow:
+    """What was read from one pipe and not yet acknowledged by its reader."""
+
+    def __init__(self) -> None:
+        self.acknowledged = 0  # offset of the first byte of _data
+        self._data = bytearray()  # ≤ STREAM_WINDOW; full: the pipe is left alone
+        self._next = 0  # offset of what take() gives
+        self._sent = 0  # offset up to which take() ever gave
+
+    @property
+    def end(self) -> int:
+        return self.acknowledged + len(self._data)
+
+    @property
+    def room(self) -> int:
+        return STREAM_WINDOW - len(self._data)
+
+    def append(self, data: bytes) -> None:
+        assert len(data) <= self.room
+        self._data += data
+
+    def take(self) -> tuple[int, bytes] | None:
+        """Return the offset and bytes of the next chunk to send, or None."""
+        if self._next == self.end:
+            return None
+        offset = self._next
+        start = offset - self.acknowledged
+        data = bytes(memoryview(self._data)[start : start + MAX_CHUNK])
+        self._next += len(data)
+        self._sent = max(self._sent, self._next)
+        return offset, data
+
+    def acknowledge(self, offset: int) -> None:
+        """Let go of the bytes before `offset`.
+
+        Raises RpcError for bytes that were never sent.
+        """
+        if offset > self._sent:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"offset {offset} is acknowledged, but {self._sent} bytes were sent",
+            )
+        if offset > self.acknowledged:
+            del self._data[: offset - self.acknowledged]
+            self.acknowledged = offset
+            self._next = max(self._next, offset)
+
+    def rewind(self, offset: int) -> None:
+        """Send again from `offset`, up to which the reader has everything.
+
+        What is gone already is not sent again.  Raises RpcError.
+        """
+        self.acknowledge(offset)
+        self._next = max(offset, self.acknowledged)
+
+
+class InputWindow:
+    """What arrived for a command's standard input and was not yet consumed."""
+
+    def __init__(self) -> None:
+        self.consumed = 0  # offset of the first byte of _data
+        self._data = bytearray()  # ≤ STREAM_WINDOW; more is refused
+        self._ended = False
+
+    @property
+    def arrived(self) -> int:
+        return self.consumed + len(self._data)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the end of input was reached."""
+        return self._ended and not self._data
+
+    def add(self, offset: int, data: bytes) -> None:
+        """Take `data`, or the end of input if it is empty.  Raises RpcError."""
+        if offset > self.arrived or (not data and offset != self.arrived):
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"input at offset {offset} does not follow the {self.arrived} "
+                "bytes that arrived",
+            )
+        # After a reconnection the sender may begin before what is here already.
+        fresh = data[self.arrived - offset :]
+        if fresh and self._ended:
+            raise RpcError("INVALID_REQUEST", "input goes on after its end")
+        if len(self._data) + len(fresh) > STREAM_WINDOW:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"more than {STREAM_WINDOW} bytes of input are not yet consumed",
+            )
+        self._data += fresh
+        self._ended = self._ended or not data
+
+    def peek(self) -> bytes:
+        return bytes(memoryview(self._data)[:MAX_CHUNK])
+
+    def consume(self, count: int) -> None:
+        count = min(count, len(self._data))
+        del self._data[:count]
+        self.consumed += count
+
+
+class Waker:
+    """Ends the poll() of another thread; open only as long as that thread polls."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _ends
+        self._ends: tuple[int, int] | None = None  # read, write
+
+    def __enter__(self) -> int:
+        """Return the descriptor to poll."""
+        ends = os.pipe()
+        for end in ends:
+            os.set_blocking(end, False)
+        with self._lock:
+            self._ends = ends
+        return ends[0]
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            ends, self._ends = self._ends, None
+        for end in ends or ():
+            os.close(end)
+
+    def wake(self) -> None:
+        # A write under a lock, but one that cannot block: without it the number
+        # might be another file's by now.
+        with self._lock:
+            if self._ends is not None:
+                with contextlib.suppress(BlockingIOError):  # full: it will wake
+                    os.write(self._ends[1], b"\0")
+
+    def clear(self) -> None:
+        """Forget the calls of wake() so far; for the thread that polls."""
+        assert self._ends is not None
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._ends[0], 4096)
+
+
+class CommandStreams:
+    """The three streams of a command, between its peer and the thread that runs it."""
+
+    def __init__(
+        self,
+        on_chunk: ChunkHandler,
+        on_stdin: Callable[[int], None] | None,
+        resumable: bool,
+    ) -> None:
+        self.waker = Waker()
+        self._on_chunk = on_chunk
+        self._on_stdin = on_stdin
+        self._resumable = resumable
+        self._lock = threading.Lock()  # guards all below
+        self._windows = {STDOUT: OutputWindow(), STDERR: OutputWindow()}
+        self._paused: set[int] = set()  # kinds whose window was full
+        self._input = InputWindow()
+        self._delivering = False  # some thread is in deliver()
+        self._finished = False  # nothing is read any more; rewinds deliver
+
+    def offsets(self) -> dict[int, int]:
+        """Return how far each stream is known to have come: what was acknowledged
+        of the outputs, what arrived of the input."""
+        with self._lock:
+            offsets = {kind: w.acknowledged for kind, w in self._windows.items()}
+            offsets[STDIN] = self._input.arrived
+            return offsets
+
+    def totals(self) -> dict[int, int]:
+        with self._lock:
+            return {kind: window.end for kind, window in self._windows.items()}
+
+    def held(self) -> int:
+        """Return the number of bytes kept for a rewind."""
+        with self._lock:
+            return sum(w.end - w.acknowledged for w in self._windows.values())
+
+    # For the peer, from any thread
+
+    def acknowledge(self, kind: int, offset: int) -> None:
+        with self._lock:
+            self._window(kind).acknowledge(offset)
+            resumed = self._resume(kind)
+        if resumed:
+            self.waker.wake()
+
+    def rewind(self, offsets: Mapping[int, int]) -> None:
+        with self._lock:
+            for kind, window in self._windows.items():
+                window.rewind(offsets.get(kind, window.acknowledged))
+                self._resume(kind)
+            finished = self._finished
+        if finished:
+            self.deliver()
+        else:
+            self.waker.wake()
+
+    def write_stdin(self, offset: int, data: bytes) -> None:
+        with self._lock:
+            if self._finished:
+                return  # it crossed the end of the command on its way
+            self._input.add(offset, data)
+        self.waker.wake()
+
+    def _window(self, kind: int) -> OutputWindow:
+        if kind not in self._windows:
+            raise RpcError("INVALID_REQUEST", f"there is no output of kind {kind}")
+        return self._windows[kind]
+
+    def _resume(self, kind: int) -> bool:
+        # A full window opens again by a whole chunk: an acknowledgement of 10 bytes
+        # must not lead to a read of 10 bytes, and that to the next.
+        if kind in self._paused and self._windows[kind].room >= MAX_CHUNK:
+            self._paused.discard(kind)
+            return True
+        return False
+
+    # For the thread that runs the command
+
+    def room(self, kind: int) -> int:
+        """Return how many bytes to read now; 0 until the waker says otherwise."""
+        with self._lock:
+            return 0 if kind in self._paused else self._windows[kind].room
+
+    def append(self, kind: int, data: bytes) -> None:
+        with self._lock:
+            self._windows[kind].append(data)
+            if not self._windows[kind].room:
+                self._paused.add(kind)
+
+    def deliver(self, *, finish: bool = False) -> None:
+        """Hand out what is to be sent; with `finish`, rewind() does it from now on.
+
+        One thread at a time: another that comes finds its work done by the first.
+        """
+        with self._lock:
+            if self._delivering:
+                return
+            self._delivering = True
+        while True:
+            with self._lock:
+                chunk = self._take()
+                if chunk is None:
+                    self._delivering = False
+                    self._finished = self._finished or finish
+                    return
+            try:
+                self._hand_out(*chunk)
+            except BaseException:
+                with self._lock:
+                    self._delivering = False
+                raise
+
+    def _take(self) -> tuple[int, int, bytes] | None:
+        for kind, window in self._windows.items():
+            chunk = window.take()
+            if chunk is not None:
+                return (kind, *chunk)
+        return None
+
+    def _hand_out(self, kind: int, offset: int, data: bytes) -> None:
+        # The reader is away: its return rewinds to what it has got.
+        with contextlib.suppress(ConnectionClosed):
+            self._on_chunk(kind, offset, data)
+        if not self._resumable:
+            with self._lock:
+                self._windows[kind].acknowledge(offset + len(data))
+                self._resume(kind)
+
+    def peek_stdin(self) -> bytes:
+        with self._lock:
+            return self._input.peek()
+
+    @property
+    def stdin_pending(self) -> bool:
+        with self._lock:
+            return self._input.arrived > self._input.consumed
+
+    @property
+    def stdin_exhausted(self) -> bool:
+        with self._lock:
+            return self._input.exhausted
+
+    def consume_stdin(self, count: int) -> None:
+        """Drop what peek_stdin() gave up to `count`, and tell the sender."""
+        with self._lock:
+            self._input.consume(count)
+            consumed = self._input.consumed
+        if self._on_stdin is not None:
+            with contextlib.suppress(ConnectionClosed):
+                self._on_stdin(consumed)
+
+
+class ProcessGroup:
+    """A shell and what it started, in a process group of their own."""
+
+    def __init__(
+        self, command: str, *, cwd: str | None, env: Mapping[str, str], stdin: bool
+    ) -> None:
+        """Raises OSError and ValueError as subprocess does."""
+        import subprocess
+
+        self._process = subprocess.Popen(
+            [SHELL, "-c", "--", command],
+            bufsize=0,
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=cwd,
+            env=env,
+            start_new_session=True,
+            # Ours are not inheritable (PEP 446), and closing up to a limit of
+            # millions takes longer than the command.  Without pipe2() there is a
+            # moment in which another thread's spawn would inherit a new pipe.
+            close_fds=not hasattr(os, "pipe2"),
+        )
+        self.pipes = {
+            kind: pipe
+            for kind, pipe in (
+                (STDOUT, self._process.stdout),
+                (STDERR, self._process.stderr),
+                (STDIN, self._process.stdin),
+            )
+            if pipe is not None
+        }
+        for pipe in self.pipes.values():
+            # A command may open /dev/stdout for reading and be faster than we are.
+            os.set_blocking(pipe.fileno(), False)
+        self.pidfd = _open_pidfd(self._process.pid)
+        self._kill: Deadline | None = None  # from end() on
+        self._killed: Deadline | None = None  # from SIGKILL on
+
+    @property
+    def exit_code(self) -> int | None:
+        """The shell's exit status; None while it runs."""
+        return self._process.poll()
+
+    @property
+    def ending(self) -> bool:
+        return self._kill is not None
+
+    def end(self) -> None:
+        """Begin to end the group, whose shell must not have ended yet."""
+        self._kill = Deadline(KILL_AFTER)
+        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)  # one that is stopped would not hear of it
+
+    def advance(self) -> bool:
+        """Kill what did not end in time.  Return whether the ending is over."""
+        assert self._kill is not None
+        if self._killed is not None:
+            return self.exit_code is not None or self._killed.expired
+        if self.exit_code is not None and not self._survived():
+            return True
+        if self._kill.expired:
+            self._signal(signal.SIGKILL)
+            self._killed = Deadline(KILL_AFTER)
+        return False
+
+    def _survived(self) -> bool:
+        """Return whether anyone of the group lives on after the shell."""
+        return self._signal(0) and _has_live_members(self._process.pid)
+
+    def _signal(self, number: int) -> bool:
+        # The shell's pid is the group's id for as long as anyone is in it, so a look
+        # every GROUP_LOOK s does not take another group for this one.
+        try:
+            os.killpg(self._process.pid, number)
+        except (ProcessLookupError, PermissionError):  # macOS: EPERM for zombies
+            return False
+        return True
+
+    def close_pipe(self, kind: int) -> None:
+        self.pipes.pop(kind).close()
+
+    def close(self) -> None:
+        """Give everything back; kill the group if its shell still runs."""
+        import subprocess
+
+        for kind in list(self.pipes):
+            self.close_pipe(kind)
+        if self.exit_code is None:
+            self._signal(signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(KILL_AFTER)
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+
+
+def _has_live_members(group_id: int) -> bool:
+    # Where nobody reaps orphans (PID 1 of many containers), a group that has ended
+    # stays there as zombies, and a signal to it succeeds.
+    if sys.platform != "linux":
+        return True
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended as we looked
+            state, _, group = path.read_bytes().rpartition(b")")[2].split()[:3]
+            if int(group) == group_id and state not in b"ZX":
+                return True
+    return False
+
+
+def _open_pidfd(pid: int) -> int | None:
+    # Python 3.9, Linux 5.3; a sandbox may still refuse it.
+    pidfd_open = getattr(os, "pidfd_open", None)
+    try:
+        return None if pidfd_open is None else int(pidfd_open(pid))
+    except OSError:
+        return None
+
+
+class CommandLoop:
+    """Moves the bytes of one process group until it is over; used by one thread."""
+
+    def __init__(
+        self,
+        group: ProcessGroup,
+        streams: CommandStreams,
+        timeout: float | None,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self.timed_out = False
+        self.exited_at: float | None = None  # monotonic
+        self._group = group
+        self._streams = streams
+        self._deadline = Deadline(timeout)
+        self._cancelled = cancelled
+        self._poll = select.poll()  # no limit of 1024 descriptors, unlike select()
+        self._watched: dict[int, int] = {}  # kind by descriptor, as in _poll
+        self._owed: dict[int, int] = {}  # bytes in a pipe when the shell ended
+        self._drain: Deadline | None = None  # from the end of the group on
+        self._look = 0.0005  # s; the pause before a look for the end, halved
+
+    def run(self) -> None:
+        """Return when the command is over and all its output was handed out."""
+        with self._streams.waker as wake:
+            self._poll.register(wake, select.POLLIN)
+            if self._group.pidfd is not None:
+                self._poll.register(self._group.pidfd, select.POLLIN)
+            while not self._advance():
+                self._watch()
+                for descriptor, _ in self._poll.poll(math.ceil(self._pause() * 1000)):
+                    self._handle(descriptor, wake)
+                self._streams.deliver()
+        self._streams.deliver(finish=True)
+
+    def _advance(self) -> bool:
+        """Take the next step towards the end; return whether there is none left."""
+        self._notice_exit()
+        if self._cancelled():
+            self._end()
+        elif self.exited_at is None and self._deadline.expired:
+            self.timed_out = True
+            self._end()
+        if self._group.ending:
+            if not self._group.advance():
+                return False
+            self._notice_exit()
+            if self.exited_at is None:
+                return True  # not even SIGKILL could: it hangs in the kernel
+        elif self.exited_at is None:
+            return False
+        return self._drained()
+
+    def _notice_exit(self) -> None:
+        if self.exited_at is not None or self._group.exit_code is None:
+            return
+        self.exited_at = time.monotonic()
+        if self._group.pidfd is not None:
+            self._poll.unregister(self._group.pidfd)  # ready for ever from now on
+        self._close(STDIN)
+        for kind, pipe in self._group.pipes.items():
+            self._owed[kind] = _bytes_ready(pipe.fileno())
+
+    def _end(self) -> None:
+        # The reader may be away: what it has no room for is not waited for.
+        self._owed.clear()
+        if self.exited_at is None and not self._group.ending:
+            self._group.end()
+
+    def _drained(self) -> bool:
+        """Close the outputs that are due; return whether all are closed.
+
+        What the shell left in a pipe is read however long the reader takes; what
+        a grandchild adds has DRAIN_AFTER_EXIT.
+        """
+        if self._drain is None:
+            self._drain = Deadline(DRAIN_AFTER_EXIT)
+        if self._drain.expired:
+            for kind in list(self._group.pipes):
+                if self._owed.get(kind, 0) <= 0:
+                    self._close(kind)
+        return not self._group.pipes
+
+    def _pause(self) -> float:
+        """Return the seconds until something has to be looked at."""
+        waits = [LONGEST_POLL]
+        if self._group.ending:
+            waits.append(GROUP_LOOK)
+        elif self.exited_at is None:
+            remaining = self._deadline.remaining()
+            if remaining is not None:
+                waits.append(remaining)
+            if self._group.pidfd is None:
+                waits.append(self._exit_look())
+        if self._drain is not None and not self._drain.expired:
+            waits.append(self._drain.remaining() or 0.0)
+        return min(waits)
+
+    def _exit_look(self) -> float:
+        # Once the outputs are closed the end is near: looks from 1 ms on, doubling.
+        if self._group.pipes.keys() - {STDIN}:
+            return EXIT_LOOK
+        self._look = min(EXIT_LOOK, self._look * 2)
+        return self._look
+
+    def _watch(self) -> None:
+        """Poll the pipes that can be used now, and no others."""
+        if self._streams.stdin_pending and STDIN not in self._group.pipes:
+            # The command closed it: take what comes, so that the sender gets on.
+            self._streams.consume_stdin(MAX_CHUNK)
+        elif self._streams.stdin_exhausted:
+            self._close(STDIN)
+        for kind, pipe in self._group.pipes.items():
+            descriptor = pipe.fileno()
+            wanted = self._wanted(kind)
+            if wanted and descriptor not in self._watched:
+                event = select.POLLOUT if kind == STDIN else select.POLLIN
+                self._poll.register(descriptor, event)
+                self._watched[descriptor] = kind
+            elif not wanted and descriptor in self._watched:
+                self._unwatch(descriptor)
+
+    def _wanted(self, kind: int) -> bool:
+        if kind == STDIN:
+            return self._streams.stdin_pending
+        return self._streams.room(kind) > 0
+
+    def _handle(self, descriptor: int, wake: int) -> None:
+        kind = self._watched.get(descriptor)
+        if kind == STDIN:
+            self._write_stdin(descriptor)
+        elif kind is not None:
+            self._read(kind, descriptor)
+        elif descriptor == wake:
+            self._streams.waker.clear()
+
+    def _read(self, kind: int, descriptor: int) -> None:
+        try:
+            data = os.read(descriptor, min(MAX_CHUNK, self._streams.room(kind)))
+        except BlockingIOError:
+            return
+        if data:
+            self._streams.append(kind, data)
+            self._owed[kind] = self._owed.get(kind, 0) - len(data)
+        else:
+            self._close(kind)
+
+    def _write_stdin(self, descriptor: int) -> None:
+        try:
+            count = os.write(descriptor, self._streams.peek_stdin())
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self._close(STDIN)
+        else:
+            self._streams.consume_stdin(count)
+
+    def _close(self, kind: int) -> None:
+        pipe = self._group.pipes.get(kind)
+        if pipe is not None:
+            self._unwatch(pipe.fileno())
+            self._group.close_pipe(kind)
+
+    def _unwatch(self, descriptor: int) -> None:
+        if self._watched.pop(descriptor, None) is not None:
+            self._poll.unregister(descriptor)
+
+
+def _bytes_ready(descriptor: int) -> int:
+    import fcntl
+    import termios
+
+    count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
+    return int.from_bytes(count, sys.byteorder)
+
+
+class Command:
+    """One shell command, from its start to what its reader has not got yet."""
+
+    def __init__(
+        self,
+        spec: CommandSpec,
+        on_chunk: ChunkHandler,
+        *,
+        on_stdin: Callable[[int], None] | None = None,
+        environ: Mapping[str, str],
+        default_cwd: str | None = None,
+        resumable: bool = True,
+    ) -> None:
+        """`on_chunk(kind, offset, data)` gets the output: in the order of each
+        stream, from one thread at a time, again after rewind().  `on_stdin(offset)`
+        hears how much input was consumed.  Either may raise ConnectionClosed.
+
+        Unless it is `resumable`, output counts as acknowledged by on_chunk's return.
+        """
+        self.spec = spec
+        self.result: CommandResult | None = None  # set when it has ended
+        self._environ = environ
+        self._default_cwd = default_cwd
+        self._streams = CommandStreams(on_chunk, on_stdin, resumable)
+        self._cancelled = False
+
+    def run(self) -> CommandResult:
+        """Run it in this thread, to its end; all its output was handed out then."""
+        self.result = self._run()
+        return self.result
+
+    def acknowledge(self, kind: int, offset: int) -> None:
+        """Let go of a stream's bytes before `offset`, so that more can be read.
+
+        Raises RpcError for bytes that were not sent yet.
+        """
+        self._streams.acknowledge(kind, offset)
+
+    def rewind(self, offsets: Mapping[int, int]) -> None:
+        """Hand out again what follows these offsets, which are acknowledged thereby.
+
+        For a reader that comes back.  A stream that is not named starts after what
+        was acknowledged last.  A chunk that is on its way while this is called may
+        still arrive before: the reader has to ignore one that is ahead of it.
+        Raises RpcError for bytes that were not sent yet.
+        """
+        self._streams.rewind(offsets)
+
+    def write_stdin(self, offset: int, data: bytes) -> None:
+        """Feed the command; no data is the end of input.
+
+        What arrived before is skipped.  Raises RpcError for a gap, for more than
+        STREAM_WINDOW bytes that are not consumed, and without `spec.stdin`.
+        """
+        if not self.spec.stdin:
+            raise RpcError("INVALID_REQUEST", "the command was started without input")
+        self._streams.write_stdin(offset, data)
+
+    def cancel(self) -> None:
+        """End the process group, or do not start it at all."""
+        self._cancelled = True
+        self._streams.waker.wake()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def offsets(self) -> dict[int, int]:
+        """Return how far each stream has come by both sides' knowledge: the
+        acknowledged bytes of the outputs, the arrived ones of the input."""
+        return self._streams.offsets()
+
+    @property
+    def held(self) -> int:
+        """The number of output bytes kept for a rewind."""
+        return self._streams.held()
+
+    def _run(self) -> CommandResult:
+        started = time.monotonic()
+        if self._cancelled:
+            self._streams.deliver(finish=True)
+            return CommandResult(None, cancelled=True, error="cancelled before it ran")
+        try:
+            cwd = self._working_directory()
+            group = ProcessGroup(
+                self.spec.command,
+                cwd=cwd,
+                env=command_environment(self._environ, self.spec.env),
+                stdin=self.spec.stdin,
+            )
+        except (OSError, ValueError) as error:
+            self._streams.deliver(finish=True)
+            return CommandResult(None, error=_why_not_started(error, cwd))
+        loop = CommandLoop(
+            group, self._streams, self.spec.timeout, lambda: self._cancelled
+        )
+        try:
+            loop.run()
+        finally:
+            group.close()
+        return self._conclude(group, loop, started)
+
+    def _working_directory(self) -> str | None:
+        chosen = (self.spec.cwd or "").strip()
+        if not chosen:
+            return self._default_cwd
+        return os.path.join(self._default_cwd or "", os.path.expanduser(chosen))
+
+    def _conclude(
+        self, group: ProcessGroup, loop: CommandLoop, started: float
+    ) -> CommandResult:
+        totals = self._streams.totals()
+        exit_code = group.exit_code
+        return CommandResult(
+            exit_code,
+            stdout_bytes=totals[STDOUT],
+            stderr_bytes=totals[STDERR],
+            duration=(loop.exited_at or time.monotonic()) - started,
+            timed_out=loop.timed_out,
+            cancelled=self._cancelled and not loop.timed_out,
+            error="it is still there after SIGKILL" if exit_code is None else None,
+        )
+
+
+def _why_not_started(error: OSError | ValueError, cwd: str | None) -> str:
+    if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
+        return f"the command cannot be passed to {SHELL}: {error}"
+    if error.errno == errno.E2BIG:
+        return "the command is too long for this system; put it into a file there"
+    if cwd is not None and error.filename == cwd:
+        return f"cannot use the working directory {cwd}: {error.strerror}"
+    return f"cannot start {SHELL}: {error.strerror}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    invoke_id: str
+    command: Command
+    on_result: ResultHandler
+    on_queued: Callable[[int], None] | None
+
+    def tell_place(self, place: int) -> None:
+        if self.on_queued is not None:
+            with contextlib.suppress(ConnectionClosed):
+                self.on_queued(place)
+
+
+class CommandRunner:
+    """Commands by invocation id, each run once, a limited number side by side."""
+
+    def __init__(
+        self,
+        *,
+        environ: Mapping[str, str],
+        working_dir: str | None = None,
+        max_timeout: float | None = None,
+        limit: int = MAX_RUNNING,
+    ) -> None:
+        self._environ = environ
+        self._working_dir = working_dir
+        self._max_timeout = max_timeout
+        self._limit = limit
+        self._lock = threading.Lock()  # guards all below
+        self._jobs: dict[str, _Job] = {}  # until they are forgotten
+        self._line: collections.deque[_Job] = collections.deque()
+        self._running: dict[str, None] = {}  # ids, the oldest first
+        self._settled: dict[str, None] = {}  # ids of kept results, the oldest first
+        self._forgotten: dict[str, None] = {}  # ids; MAX_REMEMBERED, the oldest goes
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    def start(
+        self,
+        invoke_id: str,
+        spec: CommandSpec,
+        *,
+        on_chunk: ChunkHandler,
+        on_result: ResultHandler,
+        on_stdin: Callable[[int], None] | None = None,
+        on_queued: Callable[[int], None] | None = None,
+        resumable: bool = True,
+    ) -> Command:
+        """Run the command in a thread, now or when its turn comes.
+
+        An id that is known is not run again: its command is returned, which may have
+        its result already.  `on_result` comes after all output.  `on_queued` hears
+        the place in line, from 1, if it has to wait, and 0 when its turn has come.
+        Raises RpcError CONFLICT for an id whose result was forgotten, UNAVAILABLE
+        after close().
+        """
+        command = Command(
+            self._capped(spec),
+            on_chunk,
+            on_stdin=on_stdin,
+            environ=self._environ,
+            default_cwd=self._working_dir,
+            resumable=resumable,
+        )
+        job = _Job(invoke_id, command, on_result, on_queued)
+        with self._lock:
+            known = self._jobs.get(invoke_id)
+            if known is not None:
+                return known.command
+            self._refuse(invoke_id)
+            self._jobs[invoke_id] = job
+            place = len(self._line) + 1 if len(self._running) >= self._limit else 0
+        # Its place is told before anybody else can take it from the line.
+        if place:
+            job.tell_place(place)
+        self._enter(job)
+        return command
+
+    def get(self, invoke_id: str) -> Command | None:
+        """Return the command until its result is forgotten."""
+        with self._lock:
+            job = self._jobs.get(invoke_id)
+            return None if job is None else job.command
+
+    def known(self) -> dict[str, Command]:
+        """Return all commands by id: waiting, running, and not yet forgotten."""
+        with self._lock:
+            return {invoke_id: job.command for invoke_id, job in self._jobs.items()}
+
+    def running(self) -> list[str]:
+        with self._lock:
+            return list(self._running)
+
+    def cancel(self, invoke_id: str) -> bool:
+        """End the command, at once if it is in line; return whether it is known."""
+        with self._lock:
+            job = self._jobs.get(invoke_id)
+        if job is None:
+            return False
+        # First the mark, then the look: a job that is just entering the line is
+        # found by one of us.
+        job.command.cancel()
+        with self._lock:
+            waits = job in self._line
+            if waits:
+                self._line.remove(job)
+        if waits:
+            self._run(job)
+        return True
+
+    def forget(self, invoke_id: str) -> None:
+        """Let go of a result, and of the output, that the peer has got."""
+        with self._lock:
+            if invoke_id in self._settled:
+                self._forget(invoke_id)
+
+    def close(self, timeout: float | None = None) -> None:
+        """End all commands, report them, and join their threads."""
+        deadline = Deadline(timeout)
+        with self._lock:
+            self._closed = True
+            waiting = list(self._line)
+            self._line.clear()
+            running = [self._jobs[invoke_id] for invoke_id in self._running]
+            threads = list(self._threads)
+        for job in waiting + running:
+            job.command.cancel()
+        for job in waiting:
+            self._run(job)
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(deadline.remaining())
+
+    def _capped(self, spec: CommandSpec) -> CommandSpec:
+        limits = [t for t in (spec.timeout, self._max_timeout) if t is not None]
+        return dataclasses.replace(spec, timeout=min(limits, default=None))
+
+    def _refuse(self, invoke_id: str) -> None:
+        if self._closed:
+            raise RpcError("UNAVAILABLE", "this node is shutting down", retryable=True)
+        if invoke_id in self._forgotten:
+            raise RpcError("CONFLICT", f"invocation {invoke_id} was run already")
+
+    def _enter(self, job: _Job) -> None:
+        with self._lock:
+            ended = self._closed or job.command.cancelled
+            if not ended and len(self._running) >= self._limit:
+                self._line.append(job)
+                return
+            if not ended:
+                # Started under the lock: close() joins only threads that run.
+                self._running[job.invoke_id] = None
+                self._start_thread(job)
+                return
+        job.command.cancel()
+        self._run(job)
+
+    def _start_thread(self, job: _Job) -> None:
+        thread = threading.Thread(target=self._work, args=(job,), daemon=True)
+        thread.start()
+        self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+
+    def _work(self, job: _Job | None) -> None:
+        """Run this command, and those in line as long as there are any."""
+        waited = False
+        while job is not None:
+            threading.current_thread().name = f"moltis-run-{job.invoke_id[:8]}"
+            if waited:
+                job.tell_place(0)
+            self._run(job)
+            job = self._next(job)
+            waited = True
+
+    def _next(self, done: _Job) -> _Job | None:
+        with self._lock:
+            del self._running[done.invoke_id]
+            if not self._line:
+                return None
+            job = self._line.popleft()
+            self._running[job.invoke_id] = None
+            return job
+
+    def _run(self, job: _Job) -> None:
+        try:
+            result = job.command.run()
+        except Exception:
+            log.exception("command failed invocation=%s", job.invoke_id)
+            result = CommandResult(None, error="the runner failed; its log says why")
+            job.command.result = result
+        with self._lock:
+            self._settled[job.invoke_id] = None
+        self._trim()
+        try:
+            job.on_result(result)
+        except ConnectionClosed:
+            pass  # the reader is away; get() has it when it comes back
+        except Exception:
+            log.exception("result not taken invocation=%s", job.invoke_id)
+
+    def _trim(self) -> None:
+        """Let the oldest results go where there are too many."""
+        with self._lock:
+            kept = [self._jobs[invoke_id] for invoke_id in self._settled]
+        held = sum(job.command.held for job in kept)
+        excess = len(kept) - MAX_KEPT
+        for number, job in enumerate(kept):
+            if number >= excess and held <= MAX_KEPT_OUTPUT:
+                break
+            held -= job.command.held
+            log.warning("result dropped unread invocation=%s", job.invoke_id)
+            self.forget(job.invoke_id)
+
+    def _forget(self, invoke_id: str) -> None:
+        del self._settled[invoke_id], self._jobs[invoke_id]
+        self._forgotten[invoke_id] = None
+        if len(self._forgotten) > MAX_REMEMBERED:
+            del self._forgotten[next(iter(self._forgotten))]
+
+
+class ClippedBytes:
+    """A stream in one piece: all of it, or its head and tail beyond a limit."""
+
+    def __init__(self, limit: int) -> None:  # bytes
+        self.total = 0
+        self._head = bytearray()  # ≤ half the limit; then the tail takes it
+        self._tail = bytearray()  # ≤ twice the other half; then its first goes
+        self._head_limit = limit // 2
+        self._tail_limit = limit - limit // 2
+
+    def add(self, offset: int, data: bytes) -> None:
+        """Take a chunk; what was taken before, or does not follow, is skipped."""
+        if offset > self.total:
+            return
+        fresh = data[self.total - offset :]
+        self.total += len(fresh)
+        room = self._head_limit - len(self._head)
+        self._head += fresh[:room]
+        self._tail += fresh[room:]
+        # Cut when it is twice as long, so that each byte is moved only once.
+        if len(self._tail) > 2 * self._tail_limit:
+            del self._tail[: -self._tail_limit]
+
+    @property
+    def cut(self) -> int:
+        """The number of bytes left out between head and tail."""
+        return max(0, self.total - self._head_limit - self._tail_limit)
+
+    def text(self) -> str:
+        """Return it as UTF-8, broken characters replaced, with the number cut."""
+        if not self.cut:
+            return (self._head + self._tail).decode("utf-8", "replace")
+        # A character that the cut went through is left out with what was cut.
+        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
+        tail = bytes(self._tail[-self._tail_limit :])
+        while tail and tail[0] & 0xC0 == 0x80:
+            tail = tail[1:]
+        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
+
+
+class OutputCollector:
+    """Both outputs of a command in one piece each, for `on_chunk`."""
+
+    def __init__(self, limit: int) -> None:  # bytes of each stream
+        self.stdout = ClippedBytes(limit)
+        self.stderr = ClippedBytes(limit)
+
+    def add(self, kind: int, offset: int, data: bytes) -> None:
+        (self.stdout if kind == STDOUT else self.stderr).add(offset, data)
+
 
 # ==============================================================================
 # Telemetry
