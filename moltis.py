@@ -56,6 +56,8 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import hashlib
+import hmac
 import json
 import logging
 import math
@@ -251,7 +253,7 @@ log = logging.getLogger("moltis")
 
 JsonObject = Dict[str, Any]
 
-SECRET_PATTERN = re.compile(r"\b(mdt|mk|mc)_[A-Za-z0-9_-]{8,}")
+SECRET_PATTERN = re.compile(r"\b(mdt|mk|mc|ms)_[A-Za-z0-9_-]{8,}")
 
 
 def now_ms() -> int:
@@ -715,9 +717,395 @@ class GatewayFile:
 # ==============================================================================
 # SCRAM
 #
-# SCRAM-SHA-256 (RFC 5802, RFC 7677), client and server halves, with channel
-# binding.  Text in, text out; no socket.
+# SCRAM-SHA-256 and SCRAM-SHA-256-PLUS (RFC 5802, RFC 7677), client and server
+# halves: how node and gateway prove to each other that both know the device token,
+# which never crosses the wire.  Text in, text out; no socket, and no idea of who may
+# do what.  The secrets here are ASCII, which SASLprep leaves as it is.
 # ==============================================================================
+
+SCRAM_ITERATIONS = 4096  # RFC 7677 §4's minimum; a token has 256 random bits anyway
+SCRAM_MAX_ITERATIONS = 100_000  # 0.1 s on a Pi; a hostile server may ask for more
+SCRAM_MAX_LENGTH = 4096  # characters of one SCRAM message; ours have 200
+
+_SCRAM_VALUE = r"[^,\x00]+"
+_SCRAM_NONCE = r"[\x21-\x2b\x2d-\x7e]+"
+_SCRAM_EXTENSIONS = rf"(?:,[A-Za-z]={_SCRAM_VALUE})*"  # RFC 5802 §5.1: to be ignored
+_CLIENT_FIRST = re.compile(
+    rf"(?P<gs2>(?P<flag>n|y|p=[A-Za-z0-9.-]+),(?:a={_SCRAM_VALUE})?,)"
+    rf"(?P<bare>n=(?P<username>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
+    rf"{_SCRAM_EXTENSIONS})"
+)
+_SERVER_FIRST = re.compile(
+    rf"r=(?P<nonce>{_SCRAM_NONCE}),s=(?P<salt>{_SCRAM_VALUE}),"
+    rf"i=(?P<iterations>[1-9][0-9]{{0,8}}){_SCRAM_EXTENSIONS}"
+)
+_CLIENT_FINAL = re.compile(
+    rf"(?P<unproved>c=(?P<binding>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
+    rf"{_SCRAM_EXTENSIONS}),p=(?P<proof>{_SCRAM_VALUE})"
+)
+_SERVER_FINAL = re.compile(
+    rf"(?P<kind>[ve])=(?P<value>{_SCRAM_VALUE}){_SCRAM_EXTENSIONS}"
+)
+
+# The hash of a certificate's signature, by the content of its DER object identifier.
+# RFC 5929 §4.1 puts SHA-256 in the place of MD5 and SHA-1.
+_RSA_PSS = bytes.fromhex("2a864886f70d01010a")  # names its hash in its parameters
+_SIGNATURE_HASHES: Mapping[bytes, str] = {
+    bytes.fromhex("2a864886f70d01010c"): "sha384",  # sha384WithRSAEncryption
+    bytes.fromhex("2a864886f70d01010d"): "sha512",
+    bytes.fromhex("2a864886f70d01010e"): "sha224",
+    bytes.fromhex("2a8648ce3d040301"): "sha224",  # ecdsa-with-SHA224
+    bytes.fromhex("2a8648ce3d040303"): "sha384",
+    bytes.fromhex("2a8648ce3d040304"): "sha512",
+    bytes.fromhex("608648016503040202"): "sha384",  # id-sha384, inside RSA-PSS
+    bytes.fromhex("608648016503040203"): "sha512",
+    bytes.fromhex("608648016503040204"): "sha224",
+}
+
+
+@dataclass(frozen=True)
+class DerValue:
+    """One ASN.1 value in DER: what X.509 certificates are made of."""
+
+    tag: int
+    content: bytes
+    encoding: bytes  # tag, length and content
+
+    def children(self) -> list[DerValue]:
+        """Return the values that a SEQUENCE, SET or tagged value holds."""
+        return der_values(self.content)
+
+
+def der_values(data: bytes) -> list[DerValue]:
+    """Return the DER values that stand in a row in `data`.  Raises ValueError."""
+    values = []
+    start = 0
+    while start < len(data):
+        if len(data) < start + 2:
+            raise ValueError("DER ends within a value")
+        size, content = data[start + 1], start + 2
+        if size >= 0x80:
+            content += size & 0x7F
+            size = int.from_bytes(data[start + 2 : content], "big")
+        end = content + size
+        if end > len(data):
+            raise ValueError("DER ends within a value")
+        values.append(DerValue(data[start], data[content:end], data[start:end]))
+        start = end
+    return values
+
+
+def tls_server_end_point(certificate: bytes) -> bytes:
+    """Return the channel binding of a TLS server's certificate in DER (RFC 5929 §4).
+
+    Where the signature has no hash of its own (Ed25519), which the RFC leaves
+    undefined, it is SHA-256.  Raises ValueError for what is no certificate.
+    """
+    try:
+        _, algorithm, _ = der_values(certificate)[0].children()
+        name, *parameters = algorithm.children()
+        if name.content == _RSA_PSS and parameters:
+            name = _rsa_pss_hash(parameters[0]) or name
+    except (IndexError, ValueError) as error:
+        raise ValueError("this is no X.509 certificate in DER") from error
+    return hashlib.new(
+        _SIGNATURE_HASHES.get(name.content, "sha256"), certificate
+    ).digest()
+
+
+def _rsa_pss_hash(parameters: DerValue) -> DerValue | None:
+    for value in parameters.children():
+        if value.tag == 0xA0:  # [0] hashAlgorithm (RFC 4055 §3.1)
+            return value.children()[0].children()[0]
+    return None
+
+
+def device_handle(token: str) -> str:
+    """Return the SCRAM username of a device, from which no token can be told."""
+    return hashlib.sha256(b"moltis handle" + token.encode("utf-8")).digest()[:16].hex()
+
+
+@dataclass(frozen=True)
+class ScramVerifier:
+    """What a server keeps to recognise a secret, and cannot use in its place."""
+
+    salt: bytes
+    iterations: int
+    stored_key: bytes
+    server_key: bytes
+
+    def to_text(self) -> str:
+        """Return the form of RFC 5803, as PostgreSQL too stores it."""
+        salt, stored, server = map(
+            b64encode, (self.salt, self.stored_key, self.server_key)
+        )
+        return f"SCRAM-SHA-256${self.iterations}:{salt}${stored}:{server}"
+
+    @classmethod
+    def from_text(cls, text: str) -> ScramVerifier:
+        """Read what to_text() wrote.  Raises ValueError."""
+        scheme, parameters, keys = text.split("$")
+        if scheme != "SCRAM-SHA-256":
+            raise ValueError(f"{scheme} is not SCRAM-SHA-256")
+        iterations, salt = parameters.split(":")
+        stored, server = keys.split(":")
+        return cls(_b64(salt), int(iterations), _b64(stored), _b64(server))
+
+    def accepts(self, proof: bytes, signed: bytes) -> bool:
+        """Tell whether who made `proof` over `signed` knows the secret."""
+        signature = _hmac(self.stored_key, signed)
+        client_key = _xor(proof, signature) if len(proof) == len(signature) else b""
+        return hmac.compare_digest(hashlib.sha256(client_key).digest(), self.stored_key)
+
+
+def make_verifier(
+    secret: str, *, salt: bytes | None = None, iterations: int = SCRAM_ITERATIONS
+) -> ScramVerifier:
+    """Return what a server keeps of `secret` (RFC 5802 §3)."""
+    salt = secrets.token_bytes(16) if salt is None else salt
+    salted = _salted_password(secret, salt, iterations)
+    stored_key = hashlib.sha256(_hmac(salted, b"Client Key")).digest()
+    return ScramVerifier(salt, iterations, stored_key, _hmac(salted, b"Server Key"))
+
+
+def decoy_verifier(key: bytes, username: str) -> ScramVerifier:
+    """Return a verifier that no secret satisfies, the same at each attempt.
+
+    With it an unknown user looks to a stranger like one with another secret.
+    """
+    salt, stored_key, server_key = (
+        _hmac(key, f"{purpose} {username}".encode())
+        for purpose in ("salt", "stored key", "server key")
+    )
+    return ScramVerifier(salt[:16], SCRAM_ITERATIONS, stored_key, server_key)
+
+
+def _hmac(key: bytes, data: bytes) -> bytes:
+    return hmac.new(key, data, "sha256").digest()
+
+
+def _salted_password(secret: str, salt: bytes, iterations: int) -> bytes:
+    password = secret.encode("utf-8")
+    if hasattr(hashlib, "pbkdf2_hmac"):
+        return hashlib.pbkdf2_hmac("sha256", password, salt, iterations)
+    return _hi(password, salt, iterations)  # a Python 3.12+ built without OpenSSL
+
+
+def _hi(password: bytes, salt: bytes, iterations: int) -> bytes:
+    """RFC 5802 §2.2: one block of PBKDF2."""
+    keyed = hmac.new(password, digestmod="sha256")
+    block = salt + b"\x00\x00\x00\x01"
+    total = 0
+    for _ in range(iterations):
+        step = keyed.copy()
+        step.update(block)
+        block = step.digest()
+        total ^= int.from_bytes(block, "big")
+    return total.to_bytes(32, "big")
+
+
+def _xor(left: bytes, right: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(left, right))
+
+
+def _b64(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
+
+
+def _scram_fields(pattern: re.Pattern[str], message: str) -> Mapping[str, str]:
+    match = pattern.fullmatch(message) if len(message) <= SCRAM_MAX_LENGTH else None
+    # JSON can carry half a surrogate pair, which is no text and cannot be hashed.
+    if match is None or re.search("[\ud800-\udfff]", message):
+        raise AuthenticationError("the other side sent a malformed SCRAM message")
+    return match.groupdict()
+
+
+def _scram_bytes(text: str) -> bytes:
+    try:
+        return _b64(text)
+    except ValueError as error:
+        raise AuthenticationError(
+            "the other side sent a SCRAM message that is not base64"
+        ) from error
+
+
+def _escaped(username: str) -> str:
+    return username.replace("=", "=3D").replace(",", "=2C")
+
+
+def _unescaped(saslname: str) -> str:
+    if re.search("=(?!2C|3D)", saslname):
+        raise AuthenticationError("the other side sent a malformed SCRAM username")
+    return saslname.replace("=2C", ",").replace("=3D", "=")
+
+
+class ScramClient:
+    """One authentication, as the side that comes with the secret.
+
+    With `channel_binding` (see tls_server_end_point) it is SCRAM-SHA-256-PLUS.  Where
+    the server said that it cannot do that, `server_binds=False` lets it know that we
+    could have: a server that can takes this for the trace of a man in the middle.
+    """
+
+    def __init__(
+        self,
+        username: str,
+        secret: str,
+        channel_binding: bytes | None = None,
+        *,
+        server_binds: bool = True,
+        nonce: str | None = None,
+    ) -> None:
+        binds = channel_binding is not None and server_binds
+        flag = "n" if channel_binding is None else "y"
+        self._gs2 = "p=tls-server-end-point,," if binds else f"{flag},,"
+        self._binding = (channel_binding or b"") if binds else b""
+        self._secret = secret
+        self._nonce = nonce or secrets.token_urlsafe(24)
+        self._bare = f"n={_escaped(username)},r={self._nonce}"
+        self._server_signature = b""
+
+    def first(self) -> str:
+        """Return the client-first-message."""
+        return self._gs2 + self._bare
+
+    def final(self, server_first: str) -> str:
+        """Return the client-final-message.  Raises AuthenticationError."""
+        fields = _scram_fields(_SERVER_FIRST, server_first)
+        nonce, iterations = fields["nonce"], int(fields["iterations"])
+        if not nonce.startswith(self._nonce) or nonce == self._nonce:
+            raise AuthenticationError("the server answered to somebody else's nonce")
+        if not SCRAM_ITERATIONS <= iterations <= SCRAM_MAX_ITERATIONS:
+            raise AuthenticationError(
+                f"the server asks for {iterations} SCRAM iterations, which is not "
+                f"within {SCRAM_ITERATIONS} to {SCRAM_MAX_ITERATIONS}"
+            )
+        salt = _scram_bytes(fields["salt"])
+        salted = _salted_password(self._secret, salt, iterations)
+        binding = b64encode(self._gs2.encode("ascii") + self._binding)
+        unproved = f"c={binding},r={nonce}"
+        signed = ",".join((self._bare, server_first, unproved)).encode("utf-8")
+        client_key = _hmac(salted, b"Client Key")
+        stored_key = hashlib.sha256(client_key).digest()
+        proof = _xor(client_key, _hmac(stored_key, signed))
+        self._server_signature = _hmac(_hmac(salted, b"Server Key"), signed)
+        return f"{unproved},p={b64encode(proof)}"
+
+    def verify(self, server_final: str) -> None:
+        """Return when the server has proved that it knows the secret too.
+
+        Raises AuthenticationError: obey nothing that it says.
+        """
+        fields = _scram_fields(_SERVER_FINAL, server_final)
+        if fields["kind"] == "e":
+            raise AuthenticationError(f"the server refused: {fields['value'][:80]}")
+        signature = _scram_bytes(fields["value"])
+        expected = self._server_signature
+        if not expected or not hmac.compare_digest(signature, expected):
+            raise AuthenticationError(
+                "the server does not know the secret: it is another one than it "
+                "claims to be, or somebody stands in between"
+            )
+
+
+@dataclass(frozen=True)
+class _ScramExpectation:
+    """What the client-final-message has to fit."""
+
+    username: str
+    verifier: ScramVerifier
+    nonce: str
+    binding: bytes
+    signed: str  # so far
+
+
+class ScramServer:
+    """One authentication, as the side that keeps verifiers.
+
+    `lookup` returns the verifier of a username, a decoy for an unknown one.  With
+    `channel_binding` only SCRAM-SHA-256-PLUS is accepted, without it only the plain
+    form.
+    """
+
+    def __init__(
+        self,
+        lookup: Callable[[str], ScramVerifier],
+        channel_binding: bytes | None = None,
+        *,
+        nonce: str | None = None,
+    ) -> None:
+        self._lookup = lookup
+        self._channel_binding = channel_binding
+        self._own_nonce = nonce or secrets.token_urlsafe(24)
+        self._expected: _ScramExpectation | None = None
+        self._username: str | None = None
+
+    @property
+    def username(self) -> str | None:
+        """Who it is, or None as long as that is not proved."""
+        return self._username
+
+    def first(self, client_first: str) -> str:
+        """Return the server-first-message.  Raises AuthenticationError."""
+        if self._expected is not None or self._username is not None:
+            raise AuthenticationError("the client began to authenticate twice")
+        fields = _scram_fields(_CLIENT_FIRST, client_first)
+        self._check_flag(fields["flag"])
+        if not fields["gs2"].endswith(",,"):
+            raise AuthenticationError("the client wants to act for somebody else")
+        username = _unescaped(fields["username"])
+        verifier = self._lookup(username)
+        nonce = fields["nonce"] + self._own_nonce
+        message = f"r={nonce},s={b64encode(verifier.salt)},i={verifier.iterations}"
+        self._expected = _ScramExpectation(
+            username=username,
+            verifier=verifier,
+            nonce=nonce,
+            binding=fields["gs2"].encode("ascii") + (self._channel_binding or b""),
+            signed=f"{fields['bare']},{message}",
+        )
+        return message
+
+    def final(self, client_final: str) -> str:
+        """Return the server-final-message, once the client has proved who it is.
+
+        Raises AuthenticationError; there is no second attempt.
+        """
+        expected, self._expected = self._expected, None
+        if expected is None:
+            raise AuthenticationError("the client sent a proof that nobody asked for")
+        fields = _scram_fields(_CLIENT_FINAL, client_final)
+        binding = _scram_bytes(fields["binding"])
+        if not hmac.compare_digest(binding, expected.binding):
+            raise AuthenticationError(
+                "the client sees another TLS certificate than ours: somebody stands "
+                "in between"
+            )
+        nonce = fields["nonce"].encode("ascii")
+        if not hmac.compare_digest(nonce, expected.nonce.encode("ascii")):
+            raise AuthenticationError("the client answered to somebody else's nonce")
+        signed = f"{expected.signed},{fields['unproved']}".encode()
+        if not expected.verifier.accepts(_scram_bytes(fields["proof"]), signed):
+            raise AuthenticationError("the client does not know the secret")
+        self._username = expected.username
+        return f"v={b64encode(_hmac(expected.verifier.server_key, signed))}"
+
+    def _check_flag(self, flag: str) -> None:
+        """Compare what the client says of channel binding with what we have (§6)."""
+        if self._channel_binding is None:
+            if flag not in ("n", "y"):
+                raise AuthenticationError(
+                    "the client binds to a TLS certificate, and none is used here: "
+                    "a proxy, or somebody else, stands in between"
+                )
+        elif flag == "y":
+            raise AuthenticationError(
+                "the client was told that there is no channel binding here, which is "
+                "not true: somebody stands in between"
+            )
+        elif flag != "p=tls-server-end-point":
+            raise AuthenticationError("over TLS only SCRAM-SHA-256-PLUS is accepted")
+
 
 # ==============================================================================
 # Wire protocol
@@ -3835,9 +4223,388 @@ class Store:
 
 # ==============================================================================
 # Access
+# Uses: SCRAM, Store
 #
-# Callers, scopes, tokens, sign-ins, limits.
+# Who may come in, and what for: device tokens, operator keys with their scopes,
+# sign-ins of browsers, join codes, and patience with those who guess.  It hands out
+# secrets once and keeps their hashes; what a scope allows is said by the Gateway.
 # ==============================================================================
+
+LOGIN_LIFETIME = 30 * 86400  # s since the browser was last here
+JOIN_CODE_LIFETIME = 600.0  # s; also for the device to connect after that
+USE_NOTED_EVERY = 60.0  # s; noting each use of a key would write at every request
+MAX_FAILURES = 5  # an address within FAILURE_WINDOW, then it has to wait
+FAILURE_WINDOW = 60.0  # s; also the first wait, which doubles
+MAX_FAILURE_WAIT = 3600.0  # s
+MAX_FAILING_ADDRESSES = 10_000  # then the one that failed longest ago is forgotten
+LOCAL_KEY_NAME = "this machine"  # of the key in gateway.json
+
+
+class Scope:
+    """What an operator may do."""
+
+    READ = "operator.read"
+    WRITE = "operator.write"  # run commands, chat; includes reading
+    APPROVALS = "operator.approvals"  # answer an agent that asks
+    PAIRING = "operator.pairing"  # tokens of devices
+    ADMIN = "operator.admin"  # all of it, and keys
+
+
+SCOPES = (Scope.READ, Scope.WRITE, Scope.APPROVALS, Scope.PAIRING, Scope.ADMIN)
+
+DEVICE = "device"
+OPERATOR = "operator"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Somebody who proved who they are."""
+
+    kind: str  # DEVICE or OPERATOR
+    id: str  # of the device, or of the operator key
+    name: str
+    scopes: Sequence[str] = ()
+    login_id: str | None = None  # of a browser's sign-in
+
+    def may(self, scope: str) -> bool:
+        """Tell whether the caller has `scope`, or one that includes it."""
+        including = {scope, Scope.ADMIN}
+        if scope == Scope.READ:
+            including.add(Scope.WRITE)
+        return self.kind == OPERATOR and not including.isdisjoint(self.scopes)
+
+    def require(self, scope: str) -> None:
+        """Return where the caller may.  Raises RpcError FORBIDDEN otherwise."""
+        if not self.may(scope):
+            raise RpcError("FORBIDDEN", f"{self.name} lacks the scope {scope}")
+
+
+def device_caller(device: Device) -> Caller:
+    return Caller(DEVICE, device.id, device.display_name)
+
+
+def _operator_caller(key: OperatorKey, login: Login | None = None) -> Caller:
+    return Caller(
+        OPERATOR, key.id, key.name, tuple(key.scopes), login.id if login else None
+    )
+
+
+def secret_hash(secret: str) -> str:
+    """Return what the store keeps of a secret.
+
+    It has 128 random bits or more: nothing slower than SHA-256 is called for, and how
+    long it takes to find a hash tells nothing about the secret.
+    """
+    return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
+
+
+def _device_credential(token: str) -> DeviceCredential:
+    return DeviceCredential(
+        handle=device_handle(token),
+        token_hash=secret_hash(token),
+        verifier=make_verifier(token).to_text(),
+    )
+
+
+def is_loopback(address: str) -> bool:
+    plain = address.lower()
+    if plain.startswith("::ffff:"):
+        plain = plain[len("::ffff:") :]
+    return plain.startswith("127.") or plain == "::1"
+
+
+def _address_block(address: str) -> str:
+    """Return what one customer has: an IPv4 address, or the /64 of an IPv6 one."""
+    try:
+        packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
+    except (OSError, ValueError):
+        return address
+    if packed.startswith(bytes(10) + b"\xff\xff"):  # ::ffff:192.0.2.1
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return socket.inet_ntop(socket.AF_INET6, packed[:8] + bytes(8)) + "/64"
+
+
+@dataclass
+class _Failures:
+    """What one address did wrong; times as the clock of its RateLimit has them."""
+
+    times: list[float] = field(default_factory=list)
+    waits: int = 0  # so far; each is twice as long as the one before
+    blocked_until: float = 0.0
+
+
+class RateLimit:
+    """Addresses that failed too often lately, and how long each has to wait."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()  # guards _failures
+        self._failures: dict[str, _Failures] = {}  # the last to fail is last
+
+    def retry_after(self, address: str) -> float | None:
+        """Return the seconds that the address has to wait, or None."""
+        with self._lock:
+            record = self._failures.get(_address_block(address))
+            left = record.blocked_until - self._clock() if record else 0.0
+        return left if left > 0 else None
+
+    def failed(self, address: str) -> None:
+        block, now = _address_block(address), self._clock()
+        with self._lock:
+            record = self._failures.pop(block, None) or _Failures()
+            if now - record.blocked_until > MAX_FAILURE_WAIT:
+                record.waits = 0
+            record.times = [t for t in record.times if t > now - FAILURE_WINDOW]
+            record.times.append(now)
+            if len(record.times) >= MAX_FAILURES:
+                wait = min(FAILURE_WINDOW * 2**record.waits, MAX_FAILURE_WAIT)
+                # No larger exponent is needed, and 2 ** 1100 would overflow a float.
+                record.waits = min(record.waits + 1, 32)
+                record.blocked_until = now + wait
+                record.times.clear()
+            self._failures[block] = record
+            if len(self._failures) > MAX_FAILING_ADDRESSES:
+                del self._failures[next(iter(self._failures))]
+
+    def succeeded(self, address: str) -> None:
+        with self._lock:
+            self._failures.pop(_address_block(address), None)
+
+
+class Access:
+    """The judge of what devices and operators present."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        clock: Callable[[], int] = now_ms,
+        limit: RateLimit | None = None,
+    ) -> None:
+        """Raises StoreError."""
+        self._store = store
+        self._clock = clock
+        self._limit = limit or RateLimit()
+        self._decoy_key = self._kept_decoy_key()
+
+    # Devices
+
+    def create_device(
+        self, display_name: str, platform: str = "", *, lifetime: float | None = None
+    ) -> tuple[Device, str]:
+        """Return a new device and its token, which nobody can look up later.
+
+        One that has not connected after `lifetime` seconds is forgotten.
+        """
+        now, token = self._clock(), new_secret("mdt_")
+        device = Device(
+            id=new_id(),
+            display_name=display_name,
+            platform=platform,
+            created_at=now,
+            expires_at=None if lifetime is None else now + round(lifetime * 1000),
+        )
+        self._store.devices.add(device, _device_credential(token))
+        return device, token
+
+    def rotate_device(self, device_id: str) -> str:
+        """Return a new token for the device; the old one opens nothing any more.
+
+        Raises RpcError NOT_FOUND.
+        """
+        token = new_secret("mdt_")
+        if not self._store.devices.rotate(device_id, _device_credential(token)):
+            raise RpcError("NOT_FOUND", f"there is no device {clip(device_id, 80)}")
+        return token
+
+    def revoke_device(self, device_id: str) -> None:
+        """Let the device in no more.  Raises RpcError NOT_FOUND."""
+        if not self._store.devices.revoke(device_id, self._clock()):
+            raise RpcError("NOT_FOUND", f"there is no device {clip(device_id, 80)}")
+
+    def device_by_token(self, token: str) -> Device | None:
+        return self._store.devices.by_token_hash(secret_hash(token), self._clock())
+
+    def device_by_handle(self, handle: str) -> Device | None:
+        """Return whom a ScramServer has authenticated as `handle`."""
+        return self._store.devices.by_handle(handle, self._clock())
+
+    def scram_server(self, channel_binding: bytes | None = None) -> ScramServer:
+        """Return the gateway's half of one device's authentication."""
+        return ScramServer(self._verifier, channel_binding)
+
+    def _verifier(self, handle: str) -> ScramVerifier:
+        text = self._store.devices.verifier(handle, self._clock())
+        # Both are made, so that time does not tell a known handle from another.
+        decoy = decoy_verifier(self._decoy_key, handle)
+        return decoy if text is None else ScramVerifier.from_text(text)
+
+    def _kept_decoy_key(self) -> bytes:
+        kept = self._store.settings.get("scram_decoy_key")
+        if not isinstance(kept, str):
+            kept = secrets.token_hex(32)
+            self._store.settings.put("scram_decoy_key", kept)
+        return bytes.fromhex(kept)
+
+    # Join codes
+
+    def create_join_code(
+        self, display_name: str, platform: str = ""
+    ) -> tuple[str, JoinOffer]:
+        """Return a code that gives one machine a token, once and soon."""
+        code = "mc_" + secrets.token_urlsafe(16)
+        expires_at = self._clock() + round(JOIN_CODE_LIFETIME * 1000)
+        offer = JoinOffer(display_name, platform, expires_at)
+        self._store.join_codes.add(secret_hash(code), offer)
+        return code, offer
+
+    def redeem_join_code(self, code: str, address: str) -> tuple[Device, str]:
+        """Return the device that a join code stands for, made now, and its token.
+
+        Raises RpcError NOT_FOUND, or RATE_LIMITED with `retry_after`.
+        """
+        self._refuse_guessing(address)
+        offer = self._store.join_codes.take(secret_hash(code), self._clock())
+        if offer is None:
+            self._limit.failed(address)
+            raise RpcError(
+                "NOT_FOUND", "this join code was used or has expired; make another"
+            )
+        # A token that went astray on its way dies as the code would have.
+        return self.create_device(
+            offer.display_name, offer.platform, lifetime=JOIN_CODE_LIFETIME
+        )
+
+    # Operators
+
+    def ensure_operator_key(self, current: str | None) -> str:
+        """Return the key of this machine's own operator, for gateway.json.
+
+        `current` is what that file holds.  Where it opens nothing, there is a new key,
+        and its predecessors, which nobody has any more, are revoked.
+        """
+        if current and self.operator_by_key(current):
+            return current
+        for key in self._store.operator_keys.all():
+            if key.name == LOCAL_KEY_NAME:
+                self._store.operator_keys.revoke(key.id, self._clock())
+        return self._add_key(LOCAL_KEY_NAME, (Scope.ADMIN,))[1]
+
+    def create_key(self, name: str, scopes: Sequence[str]) -> tuple[OperatorKey, str]:
+        """Return a new operator key, and its text, which is shown once.
+
+        Raises RpcError INVALID_REQUEST.
+        """
+        unknown = [s for s in scopes if s not in SCOPES]
+        if unknown or not scopes:
+            wrong = clip(str(unknown[0]), 80) if unknown else "nothing"
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"{wrong} is no scope; there are {', '.join(SCOPES)}",
+            )
+        if not name.strip() or name == LOCAL_KEY_NAME:
+            raise RpcError("INVALID_REQUEST", "a key needs a name of its own")
+        return self._add_key(name, tuple(s for s in SCOPES if s in scopes))
+
+    def keys(self) -> list[OperatorKey]:
+        """Return the operator keys, revoked ones too, the newest first."""
+        return self._store.operator_keys.all()
+
+    def revoke_key(self, key_id: str) -> None:
+        """End a key and its sign-ins.  Raises RpcError NOT_FOUND."""
+        if not self._store.operator_keys.revoke(key_id, self._clock()):
+            raise RpcError("NOT_FOUND", f"there is no key {clip(key_id, 80)}")
+
+    def operator_by_key(self, key: str) -> Caller | None:
+        found = self._store.operator_keys.by_hash(secret_hash(key))
+        if found is None:
+            return None
+        if self._use_is_news(found.last_used_at):
+            # A full disk must not lock out who could make room on it.
+            with contextlib.suppress(StoreError):
+                self._store.operator_keys.used(found.id, self._clock())
+        return _operator_caller(found)
+
+    def admit_operator(self, key: str, address: str) -> Caller:
+        """Return who comes from `address` with an operator key.
+
+        Raises RpcError UNAUTHORIZED, or RATE_LIMITED with `retry_after`.
+        """
+        # On the machine itself the right key opens whatever others there tried.
+        if not is_loopback(address):
+            self._refuse_guessing(address)
+        caller = self.operator_by_key(key)
+        if caller is None:
+            self._refuse_guessing(address)
+            self._limit.failed(address)
+            raise RpcError("UNAUTHORIZED", "this operator key opens nothing here")
+        self._limit.succeeded(address)
+        return caller
+
+    def _add_key(self, name: str, scopes: Sequence[str]) -> tuple[OperatorKey, str]:
+        text = new_secret("mk_")
+        key = OperatorKey(new_id(), name, scopes, self._clock())
+        self._store.operator_keys.add(key, secret_hash(text))
+        return key, text
+
+    def _refuse_guessing(self, address: str) -> None:
+        wait = self._limit.retry_after(address)
+        if wait is not None:
+            raise RpcError(
+                "RATE_LIMITED",
+                f"too many failed attempts; try again in {format_duration(wait)}",
+                retryable=True,
+                retry_after=wait,
+            )
+
+    def _use_is_news(self, last_used_at: int | None) -> bool:
+        return self._clock() - (last_used_at or 0) >= USE_NOTED_EVERY * 1000
+
+    # Sign-ins
+
+    def sign_in(self, key: str, address: str, user_agent: str) -> str:
+        """Return a cookie for a browser that came with an operator key.
+
+        Raises RpcError UNAUTHORIZED, or RATE_LIMITED with `retry_after`.
+        """
+        caller = self.admit_operator(key, address)
+        now, cookie = self._clock(), new_secret("ms_")
+        login = Login(
+            id=new_id(),
+            key_id=caller.id,
+            created_at=now,
+            last_used_at=now,
+            expires_at=now + LOGIN_LIFETIME * 1000,
+            user_agent=clip(user_agent, 300),
+            address=address,
+        )
+        self._store.logins.add(login, secret_hash(cookie))
+        return cookie
+
+    def caller_by_cookie(self, cookie: str) -> Caller | None:
+        now = self._clock()
+        found = self._store.logins.by_cookie_hash(secret_hash(cookie), now)
+        if found is None:
+            return None
+        login, key = found
+        if self._use_is_news(login.last_used_at):
+            with contextlib.suppress(StoreError):  # as in operator_by_key()
+                self._store.logins.used(login.id, now, now + LOGIN_LIFETIME * 1000)
+        return _operator_caller(key, login)
+
+    def logins(self) -> list[Login]:
+        """Return the browsers that are signed in, the last used first."""
+        return self._store.logins.all(self._clock())
+
+    def sign_out(self, login_id: str) -> bool:
+        """End a sign-in; False: there was none."""
+        return self._store.logins.delete(login_id)
+
+    def purge(self) -> None:
+        """Forget what has expired.  Raises StoreError."""
+        self._store.logins.delete_expired(self._clock())
+        self._store.devices.delete_expired(self._clock())
+
 
 # ==============================================================================
 # Fleet

@@ -91,7 +91,7 @@ def login(name, key_id):
     )
 
 
-# --- the file -----------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------
 
 
 def test_the_file_and_its_helpers_are_readable_by_their_owner_alone(store, path):
@@ -327,7 +327,7 @@ def test_many_threads_may_use_one_store(store):
     assert store.commands.unfinished() == []
 
 
-# --- devices ------------------------------------------------------------------------
+# --- devices --------------------------------------------------------------------------
 
 
 def test_a_device_is_found_by_each_of_its_names_and_by_no_other(store):
@@ -425,7 +425,7 @@ def test_seen_moves_the_last_sight_of_a_device(store):
     assert store.devices.by_id("d1", NOW).last_seen_at == NOW + 9
 
 
-# --- commands -----------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------
 
 
 def test_a_command_has_a_row_from_the_moment_it_is_asked_for(store):
@@ -517,7 +517,7 @@ def test_old_commands_are_deleted_unless_they_have_not_ended(store):
     assert [c.invoke_id for c in store.commands.page()] == ["new", "old, running"]
 
 
-# --- operator keys, sign-ins, join codes, settings -----------------------------------
+# --- operator keys, sign-ins, join codes, settings ------------------------------------
 
 
 def test_a_revoked_key_opens_nothing_and_ends_its_sign_ins(store):

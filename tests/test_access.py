@@ -1,0 +1,495 @@
+"""The section Access: who may come in, and what for."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+import moltis
+from moltis import (
+    SCOPES,
+    Access,
+    AuthenticationError,
+    Caller,
+    RateLimit,
+    RpcError,
+    Scope,
+    ScramClient,
+    Store,
+    StoreError,
+    device_caller,
+    device_handle,
+    redact,
+)
+
+HERE = "127.0.0.1"
+THERE = "192.0.2.7"
+MINUTE = 60.0  # s
+
+
+class Clock:
+    """Time that passes when the test says so, in both units that moltis uses."""
+
+    def __init__(self):
+        self.seconds = 1_700_000_000.0
+
+    def sleep(self, seconds):
+        self.seconds += seconds
+
+    def ms(self):
+        return round(self.seconds * 1000)
+
+    def monotonic(self):
+        return self.seconds
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "moltis.db")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def access(store, clock):
+    return Access(store, clock=clock.ms, limit=RateLimit(clock.monotonic))
+
+
+def code_of(caught):
+    return caught.value.code
+
+
+def scram(access, token, server_binding=None, client_binding=None):
+    """Authenticate as a node does; return the device that the gateway then knows."""
+    client = ScramClient(device_handle(token), token, client_binding)
+    server = access.scram_server(server_binding)
+    client.verify(server.final(client.final(server.first(client.first()))))
+    return access.device_by_handle(server.username)
+
+
+# --- devices --------------------------------------------------------------------------
+
+
+def test_a_token_proves_its_device_in_both_forms(access):
+    device, token = access.create_device("Pi", "linux")
+    other, _ = access.create_device("Mac", "macos")
+    assert token.startswith("mdt_")
+    assert len(token) == 4 + 43
+    assert access.device_by_token(token) == device
+    assert scram(access, token) == device
+    assert scram(access, token, b"cert", b"cert") == device
+    assert device != other
+
+
+def test_no_other_token_is_accepted(access):
+    access.create_device("Pi")
+    for token in ("", "mdt_", moltis.new_secret("mdt_"), "\0", "\ud800"):
+        assert access.device_by_token(token) is None
+    with pytest.raises(AuthenticationError):
+        scram(access, moltis.new_secret("mdt_"))
+
+
+def test_the_store_holds_no_token_key_cookie_or_code(access, store, tmp_path):
+    secrets = [access.create_device("Pi")[1], access.create_join_code("Pi")[0]]
+    key = access.ensure_operator_key(None)
+    secrets += [
+        key,
+        access.sign_in(key, HERE, "Firefox"),
+        access.create_key("ci", SCOPES)[1],
+    ]
+    store.close()
+    kept = b"".join(path.read_bytes() for path in tmp_path.glob("moltis.db*"))
+    for secret in secrets:
+        assert secret.encode() not in kept
+        assert secret.partition("_")[2].encode() not in kept
+
+
+def test_secrets_are_cut_out_of_logs(access):
+    key = access.ensure_operator_key(None)
+    secrets = [access.create_device("Pi")[1], access.create_join_code("Pi")[0], key]
+    secrets.append(access.sign_in(key, HERE, "Firefox"))
+    for secret in secrets:
+        assert (
+            redact(f"got {secret}, sorry") == f"got {secret[:3].rstrip('_')}_…, sorry"
+        )
+
+
+def test_a_rotated_token_opens_nothing_any_more(access):
+    device, old = access.create_device("Pi")
+    new = access.rotate_device(device.id)
+    assert access.device_by_token(old) is None
+    assert access.device_by_token(new).id == device.id
+    assert scram(access, new).id == device.id
+    with pytest.raises(AuthenticationError):
+        scram(access, old)
+
+
+def test_a_revoked_token_opens_nothing_any_more(access):
+    device, token = access.create_device("Pi")
+    access.revoke_device(device.id)
+    assert access.device_by_token(token) is None
+    with pytest.raises(AuthenticationError):
+        scram(access, token)
+
+
+def test_revoking_or_rotating_nothing_is_an_error(access):
+    device, _ = access.create_device("Pi")
+    access.revoke_device(device.id)
+    for device_id in (device.id, "nobody"):
+        for act in (access.revoke_device, access.rotate_device):
+            with pytest.raises(RpcError) as caught:
+                act(device_id)
+            assert code_of(caught) == "NOT_FOUND"
+
+
+def test_a_device_is_revoked_while_it_authenticates(access):
+    device, token = access.create_device("Pi")
+    client = ScramClient(device_handle(token), token)
+    server = access.scram_server()
+    proof = client.final(server.first(client.first()))
+    access.revoke_device(device.id)
+    server.final(proof)
+    assert access.device_by_handle(server.username) is None
+
+
+def test_an_unknown_handle_gets_the_same_salt_after_a_restart(store):
+    def salt():
+        server = Access(store).scram_server()
+        return server.first("n,,n=nobody,r=abc").split(",")[1]
+
+    assert salt() == salt()
+
+
+def test_a_device_that_has_a_lifetime_must_connect_within_it(access, store, clock):
+    device, token = access.create_device("Pi", lifetime=600.0)
+    clock.sleep(599)
+    assert scram(access, token) == device
+    clock.sleep(2)
+    assert access.device_by_token(token) is None
+    with pytest.raises(AuthenticationError):
+        scram(access, token)
+    access.purge()
+    assert store.devices.all(0) == []
+
+
+def test_a_device_is_no_operator(access):
+    device, _ = access.create_device("Pi")
+    caller = device_caller(device)
+    assert (caller.kind, caller.id, caller.name) == ("device", device.id, "Pi")
+    for scope in SCOPES:
+        with pytest.raises(RpcError) as caught:
+            caller.require(scope)
+        assert code_of(caught) == "FORBIDDEN"
+    forged = Caller("device", "d", "d", scopes=SCOPES)
+    assert not any(forged.may(scope) for scope in SCOPES)
+
+
+# --- join codes -----------------------------------------------------------------------
+
+
+def test_a_join_code_gives_one_machine_a_token(access):
+    code, offer = access.create_join_code("Pi", "linux")
+    assert offer.display_name == "Pi"
+    device, token = access.redeem_join_code(code, THERE)
+    assert (device.display_name, device.platform) == ("Pi", "linux")
+    assert scram(access, token) == device
+    with pytest.raises(RpcError) as caught:
+        access.redeem_join_code(code, THERE)
+    assert code_of(caught) == "NOT_FOUND"
+
+
+def test_a_join_code_has_128_random_bits(access):
+    codes = {access.create_join_code("Pi")[0] for _ in range(20)}
+    assert len(codes) == 20
+    assert all(len(code) == len("mc_") + 22 for code in codes)
+
+
+def test_a_join_code_lasts_ten_minutes(access, clock):
+    early, late = (access.create_join_code("Pi")[0] for _ in range(2))
+    clock.sleep(599)
+    access.redeem_join_code(early, THERE)
+    clock.sleep(1)
+    with pytest.raises(RpcError) as caught:
+        access.redeem_join_code(late, THERE)
+    assert code_of(caught) == "NOT_FOUND"
+
+
+def test_a_token_that_was_fetched_and_never_used_dies(access, store, clock):
+    """DESIGN section 5: what a link preview fetches is worth nothing later."""
+    _, token = access.redeem_join_code(access.create_join_code("Pi")[0], THERE)
+    used, kept = access.redeem_join_code(access.create_join_code("Mac")[0], THERE)
+    store.devices.connect(used.id, node_id="n1", address=THERE, now=clock.ms())
+    clock.sleep(601)
+    assert access.device_by_token(token) is None
+    assert access.device_by_token(kept).id == used.id
+
+
+def test_guessing_join_codes_is_slowed_down(access):
+    code, _ = access.create_join_code("Pi")
+    for _ in range(5):
+        with pytest.raises(RpcError):
+            access.redeem_join_code("mc_guess", THERE)
+    with pytest.raises(RpcError) as caught:
+        access.redeem_join_code(code, THERE)
+    assert code_of(caught) == "RATE_LIMITED"
+    access.redeem_join_code(code, "192.0.2.8")
+
+
+# --- operator keys --------------------------------------------------------------------
+
+
+def test_the_first_start_makes_a_key_that_may_do_everything(access):
+    key = access.ensure_operator_key(None)
+    assert key.startswith("mk_")
+    caller = access.operator_by_key(key)
+    assert caller.kind == "operator"
+    assert all(caller.may(scope) for scope in SCOPES)
+
+
+def test_later_starts_keep_the_key(access):
+    key = access.ensure_operator_key(None)
+    assert access.ensure_operator_key(key) == key
+    assert len(access.keys()) == 1
+
+
+@pytest.mark.parametrize("current", [None, "", "mk_something", "\ud800"])
+def test_a_key_that_opens_nothing_is_made_anew_and_its_predecessor_ends(
+    access, current
+):
+    old = access.ensure_operator_key(None)
+    _, other = access.create_key("ci", [Scope.READ])
+    new = access.ensure_operator_key(current)
+    assert access.operator_by_key(old) is None
+    assert access.operator_by_key(new).may(Scope.ADMIN)
+    assert access.operator_by_key(other)
+
+
+def test_a_key_may_do_what_its_scopes_say(access):
+    _, text = access.create_key("ci", [Scope.WRITE])
+    caller = access.operator_by_key(text)
+    allowed = {scope for scope in SCOPES if caller.may(scope)}
+    assert allowed == {Scope.READ, Scope.WRITE}
+    caller.require(Scope.READ)
+    with pytest.raises(RpcError, match=r"ci lacks the scope operator\.admin") as caught:
+        caller.require(Scope.ADMIN)
+    assert code_of(caught) == "FORBIDDEN"
+
+
+@pytest.mark.parametrize("scope", [Scope.READ, Scope.APPROVALS, Scope.PAIRING])
+def test_a_narrow_scope_includes_no_other(access, scope):
+    _, text = access.create_key("ci", [scope])
+    caller = access.operator_by_key(text)
+    assert [s for s in SCOPES if caller.may(s)] == [scope]
+
+
+@pytest.mark.parametrize(
+    ("name", "scopes"),
+    [
+        ("ci", []),
+        ("ci", ["operator.everything"]),
+        ("ci", [Scope.READ, ""]),
+        ("  ", [Scope.READ]),
+        (moltis.LOCAL_KEY_NAME, [Scope.READ]),
+    ],
+)
+def test_a_key_needs_a_name_and_known_scopes(access, name, scopes):
+    with pytest.raises(RpcError) as caught:
+        access.create_key(name, scopes)
+    assert code_of(caught) == "INVALID_REQUEST"
+
+
+def test_a_revoked_key_opens_nothing_and_ends_its_sign_ins(access):
+    key, text = access.create_key("ci", SCOPES)
+    cookie = access.sign_in(text, HERE, "Firefox")
+    access.revoke_key(key.id)
+    assert access.operator_by_key(text) is None
+    assert access.caller_by_cookie(cookie) is None
+    with pytest.raises(RpcError) as caught:
+        access.revoke_key(key.id)
+    assert code_of(caught) == "NOT_FOUND"
+
+
+def test_the_last_use_of_a_key_is_noted_once_a_minute(access, clock):
+    _, text = access.create_key("ci", SCOPES)
+    first = clock.ms()
+    access.operator_by_key(text)
+    clock.sleep(59)
+    access.operator_by_key(text)
+    assert access.keys()[0].last_used_at == first
+    clock.sleep(1)
+    access.operator_by_key(text)
+    assert access.keys()[0].last_used_at == first + 60_000
+
+
+def test_a_full_disk_locks_no_operator_out(access, store):
+    _, text = access.create_key("ci", SCOPES)
+    cookie = access.sign_in(access.ensure_operator_key(None), HERE, "Firefox")
+    store.settings._db.rows("PRAGMA query_only = ON")
+    with pytest.raises(StoreError):
+        access.create_device("Pi")
+    assert access.operator_by_key(text)
+    assert access.caller_by_cookie(cookie)
+
+
+# --- sign-ins -------------------------------------------------------------------------
+
+
+def test_a_key_is_traded_for_a_cookie(access):
+    key = access.ensure_operator_key(None)
+    cookie = access.sign_in(key, THERE, "Firefox")
+    caller = access.caller_by_cookie(cookie)
+    assert caller.may(Scope.ADMIN)
+    (login,) = access.logins()
+    assert (login.id, login.address) == (caller.login_id, THERE)
+    assert login.user_agent == "Firefox"
+    for wrong in ("", "ms_", key, cookie + "x", login.id, "\ud800"):
+        assert access.caller_by_cookie(wrong) is None
+    assert access.operator_by_key(cookie) is None
+
+
+def test_a_sign_in_may_do_what_its_key_may(access):
+    _, text = access.create_key("guest", [Scope.READ])
+    caller = access.caller_by_cookie(access.sign_in(text, THERE, "Firefox"))
+    assert caller.scopes == (Scope.READ,)
+
+
+def test_signing_out_ends_this_sign_in_alone(access):
+    key = access.ensure_operator_key(None)
+    first, second = (access.sign_in(key, THERE, name) for name in ("a", "b"))
+    login_id = access.caller_by_cookie(first).login_id
+    assert access.sign_out(login_id)
+    assert not access.sign_out(login_id)
+    assert access.caller_by_cookie(first) is None
+    assert access.caller_by_cookie(second)
+
+
+def test_a_sign_in_ends_thirty_days_after_its_last_use(access, clock):
+    day = 86400
+    cookie = access.sign_in(access.ensure_operator_key(None), THERE, "Firefox")
+    clock.sleep(29 * day)
+    assert access.caller_by_cookie(cookie)
+    clock.sleep(29 * day)
+    assert access.caller_by_cookie(cookie)
+    clock.sleep(30 * day)
+    assert access.caller_by_cookie(cookie) is None
+    assert access.logins() == []
+    access.purge()
+
+
+def test_an_endless_user_agent_is_cut(access):
+    access.sign_in(access.ensure_operator_key(None), THERE, "x" * 10_000)
+    assert len(access.logins()[0].user_agent) < 400
+
+
+# --- patience -------------------------------------------------------------------------
+
+
+def fail(access, address, times=1):
+    codes = []
+    for _ in range(times):
+        with pytest.raises(RpcError) as caught:
+            access.sign_in("mk_wrong", address, "")
+        codes.append(code_of(caught))
+    return codes
+
+
+def test_five_failures_a_minute_then_even_the_right_key_has_to_wait(access, clock):
+    """DESIGN section 4"""
+    key = access.ensure_operator_key(None)
+    assert fail(access, THERE, 6) == ["UNAUTHORIZED"] * 5 + ["RATE_LIMITED"]
+    with pytest.raises(RpcError) as caught:
+        access.sign_in(key, THERE, "")
+    assert caught.value.retry_after == MINUTE
+    access.sign_in(key, "192.0.2.8", "")
+    clock.sleep(MINUTE)
+    access.sign_in(key, THERE, "")
+
+
+def test_slow_failures_are_no_guessing(access, clock):
+    for _ in range(20):
+        assert fail(access, THERE) == ["UNAUTHORIZED"]
+        clock.sleep(15.1)
+
+
+def test_the_right_key_clears_the_record(access):
+    key = access.ensure_operator_key(None)
+    for _ in range(3):
+        assert fail(access, THERE, 4) == ["UNAUTHORIZED"] * 4
+        access.sign_in(key, THERE, "")
+
+
+def test_the_wait_doubles_up_to_an_hour_and_is_forgotten_after_one(clock):
+    limit = RateLimit(clock.monotonic)
+    waits = []
+    for _ in range(9):
+        for _ in range(5):
+            limit.failed(THERE)
+        waits.append(limit.retry_after(THERE) / MINUTE)
+        clock.sleep(waits[-1] * MINUTE)
+        assert limit.retry_after(THERE) is None
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    clock.sleep(3601)
+    for _ in range(5):
+        limit.failed(THERE)
+    assert limit.retry_after(THERE) == MINUTE
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "::1", "::ffff:127.0.0.1", "127.9.9.9"]
+)
+def test_loopback_is_never_locked_out_with_the_right_key(access, address):
+    key = access.ensure_operator_key(None)
+    assert fail(access, address, 7)[5:] == ["RATE_LIMITED"] * 2
+    assert access.sign_in(key, address, "")
+
+
+def test_an_ipv6_customer_is_one_address_and_an_ipv4_one_is_not_many(clock):
+    limit = RateLimit(clock.monotonic)
+    for number in range(5):
+        limit.failed(f"2001:db8:1:2::{number}")
+        limit.failed(f"::ffff:192.0.2.{number}")
+    assert limit.retry_after("2001:db8:1:2:ffff::1%eth0")
+    assert not limit.retry_after("2001:db8:1:3::1")
+    assert not limit.retry_after("192.0.2.1")
+    for _ in range(4):
+        limit.failed("192.0.2.1")
+    assert limit.retry_after("::ffff:192.0.2.1")
+
+
+def test_what_is_no_address_is_limited_all_the_same(clock):
+    limit = RateLimit(clock.monotonic)
+    for _ in range(5):
+        limit.failed("unix\0socket")
+    assert limit.retry_after("unix\0socket")
+
+
+def test_the_memory_of_failures_is_bounded(clock, monkeypatch):
+    monkeypatch.setattr(moltis, "MAX_FAILING_ADDRESSES", 100)
+    limit = RateLimit(clock.monotonic)
+    for _ in range(5):
+        limit.failed(THERE)
+    for number in range(99):
+        limit.failed(f"10.0.0.{number}")
+    assert limit.retry_after(THERE)
+    limit.failed("10.0.1.0")
+    assert not limit.retry_after(THERE)
+    assert len(limit._failures) == 100
+
+
+def test_a_refusal_says_neither_the_key_nor_more_than_needed(access):
+    with pytest.raises(RpcError) as caught:
+        access.admit_operator("mk_wrong_key_of_somebody", THERE)
+    assert "wrong_key" not in caught.value.message
+    assert "try again" not in caught.value.message
+
+
+def test_hashes_are_plain_sha256_so_that_a_shell_can_check_them(access, store):
+    _, token = access.create_device("Pi")
+    (row,) = store.settings._db.rows("SELECT token_hash FROM devices")
+    assert row["token_hash"] == hashlib.sha256(token.encode()).hexdigest()
