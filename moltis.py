@@ -66,6 +66,7 @@ import random
 import re
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -88,6 +89,7 @@ from typing import (
     Iterator,
     Mapping,
     Pattern,
+    Protocol,
     Sequence,
     Union,
 )
@@ -172,6 +174,10 @@ class Refused(UserError):
     """The other side answered, and does not let us in: get another credential."""
 
     exit_code = EXIT_REFUSED
+
+
+class NoServiceManager(UserError):
+    """Nothing here starts services for a user: have the node started otherwise."""
 
 
 class BadConfiguration(UserError):
@@ -3403,8 +3409,658 @@ class TelemetrySource:
 # Node service
 # Uses: Settings
 #
-# Systemd user unit and launchd agent.
+# What makes a node start on boot and stay: the program's copy in the data directory,
+# a systemd user unit or a launchd agent that runs it, its log, and the file in which
+# the running node says how it is.  Units hold no secret and no parameter.  What runs
+# in the service is the node agent's business.
 # ==============================================================================
+
+UNIT_NAME = "moltis-node.service"
+LAUNCHD_LABEL = "org.moltis.node"
+PROGRAM_FILE = "moltis.py"
+NODE_LOG_FILE = "node.log"
+
+RESTART_AFTER = 10  # s; between a node's end and its next start
+STOP_TIMEOUT = 10  # s; from SIGTERM to SIGKILL, for the node and its commands
+MANAGER_TIMEOUT = 60.0  # s; for one systemctl, loginctl or launchctl
+USER_MANAGER_TIMEOUT = 10.0  # s; for a user manager to come up after enable-linger
+MAX_NODE_LOG = 5 * 1024 * 1024  # bytes; then it becomes node.log.1
+
+# Runs the copy by importing it, so that Python takes its compiled form from
+# __pycache__: compiling a script of this size takes seconds on a Pi Zero.
+# sys.path[0] is the working directory here, where a random.py would be imported.
+IMPORT_AND_RUN = (
+    "import sys; sys.path[0] = sys.argv.pop(1); import moltis; sys.exit(moltis.main())"
+)
+
+
+@dataclass(frozen=True)
+class ServiceSpec:
+    """What a unit needs to know: the interpreter, and whose node it is."""
+
+    python: str
+    directory: Path  # the data directory
+    home: Path
+
+    @property
+    def program(self) -> Path:
+        return self.directory / PROGRAM_FILE
+
+    @property
+    def log(self) -> Path:
+        return self.directory / NODE_LOG_FILE
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What the service cannot know by itself; empty for the usual directory."""
+        if self.directory == self.home / ".moltis":
+            return {}
+        return {"MOLTIS_DATA_DIR": str(self.directory)}
+
+    def by_hand(self) -> str:
+        """Return the shell line that runs the node as the service would."""
+        words = [f"{name}={value}" for name, value in self.environment.items()]
+        words += [self.python, str(self.program), "node", "run"]
+        return " ".join(map(shlex.quote, words))
+
+
+def service_python() -> str:
+    """Return the interpreter for the service.  Raises BadConfiguration.
+
+    Not that of a virtual environment, which may be deleted: nothing in it is needed.
+    """
+    python = getattr(sys, "_base_executable", None) or sys.executable
+    if not python:
+        raise BadConfiguration("this Python does not know its own path; use python3")
+    return str(python)
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """What the service manager says."""
+
+    installed: bool
+    enabled: bool  # starts on boot, or at log-in where that is all there is
+    active: bool
+    pid: int | None
+    state: str  # in the manager's own words, for people
+
+
+class ServiceManager(Protocol):
+    """What systemd and launchd have in common, as far as a node needs it."""
+
+    @property
+    def unit(self) -> Path:
+        """The file that tells the service manager about the node."""
+
+    def install(self) -> list[str]:
+        """Write the unit and have it started on every boot.
+
+        Returns what the person should know.  Raises UserError, NoServiceManager.
+        """
+
+    def start(self) -> None:
+        """Start the node, or start it anew.  Raises UserError."""
+
+    def stop(self) -> None:
+        """Stop the node until the next boot.  Raises UserError."""
+
+    def remove(self) -> list[str]:
+        """Stop the node and delete the unit, whatever of it is there.
+
+        Returns what the person should know.
+        """
+
+    def status(self) -> ServiceStatus: ...
+
+
+def service_manager(
+    spec: ServiceSpec, environ: Mapping[str, str], platform: str = sys.platform
+) -> ServiceManager:
+    """Return what starts services for a user here.  Raises NoServiceManager."""
+    if platform.startswith("linux"):
+        return SystemdService(spec, environ)
+    if platform == "darwin":
+        return LaunchdService(spec, environ)
+    raise no_service_manager(spec, f"{platform} has neither systemd nor launchd")
+
+
+def no_service_manager(spec: ServiceSpec, reason: str) -> NoServiceManager:
+    """Return the error that says how else the node can be started on boot."""
+    line = spec.by_hand()
+    cron_line = line.replace("%", r"\%")  # to cron, a bare % ends the line
+    return NoServiceManager(
+        f"nothing here starts a service for a user ({reason}); the configuration is "
+        "kept. Give one of these lines to what starts programs on this machine:\n"
+        f"  its own supervisor:  {line}\n"
+        f"  `crontab -e`:        @reboot {cron_line}"
+    )
+
+
+def _call_manager(
+    arguments: Sequence[str], environ: Mapping[str, str]
+) -> tuple[int, str]:
+    """Run systemctl and the like; return the exit status and all output.
+
+    A program that is missing or hangs has status 127 or 124, as in a shell.
+    """
+    import subprocess
+
+    try:
+        done = subprocess.run(
+            arguments,
+            check=False,
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=MANAGER_TIMEOUT,
+        )
+    except OSError as error:
+        return 127, f"{arguments[0]}: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return 124, f"{arguments[0]} does not answer"
+    return done.returncode, done.stdout.decode("utf-8", "replace").strip()
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def _remove_file(path: Path) -> None:
+    try:
+        path.unlink()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise BadConfiguration(f"cannot delete {path}: {error.strerror}") from error
+
+
+# -- the program's copy --------------------------------------------------------
+
+
+def own_program() -> bytes | None:
+    """Return the text of this program, or None where it came through a pipe."""
+    try:
+        return Path(__file__).read_bytes()
+    except (NameError, OSError):
+        return None
+
+
+def install_program(directory: Path, text: bytes) -> Path:
+    """Put the program's `text` into the data directory, compiled too; return its path.
+
+    Raises BadConfiguration.
+    """
+    import py_compile
+
+    path = directory / PROGRAM_FILE
+    write_private(path, text)
+    try:
+        # Compiled now: a copy of the same size within the same second would look
+        # like the old one to Python, which compares size and time in whole seconds.
+        py_compile.compile(str(path), doraise=True)
+    except (OSError, py_compile.PyCompileError) as error:
+        raise BadConfiguration(f"cannot compile {path}: {error}") from error
+    return path
+
+
+def remove_node_files(directory: Path) -> None:
+    """Delete all that made this machine a node, except its log.
+
+    Raises BadConfiguration.
+    """
+    for name in (NodeSettings.FILE, NodeState.FILE, PROGRAM_FILE):
+        _remove_file(directory / name)
+    cache = directory / "__pycache__"
+    for compiled in cache.glob("moltis.*.pyc"):
+        _remove_file(compiled)
+    with contextlib.suppress(OSError):  # not there, or not only ours
+        cache.rmdir()
+
+
+# -- what the running node says ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """What `node-state.json` holds: how the node that runs here is doing."""
+
+    pid: int
+    connected: bool
+    since: float  # s since 1970; when `connected` became what it is
+    error: str | None = None  # why it is not connected, one sentence
+
+    FILE = "node-state.json"
+
+    @classmethod
+    def load(cls, directory: Path) -> NodeState | None:
+        """Return what a node that still runs has written, or None.
+
+        Raises BadConfiguration.
+        """
+        path = directory / cls.FILE
+        value = read_settings_file(path)
+        if value is None:
+            return None
+        try:
+            state = cls(
+                pid=required(value, "pid", int),
+                connected=required(value, "connected", bool),
+                since=required(value, "since", float),
+                error=optional(value, "error", str),
+            )
+        except RpcError as error:
+            raise BadConfiguration(f"{path}: {error.message}") from error
+        return state if _process_runs(state.pid) else None
+
+    def save(self, directory: Path) -> None:
+        """Write node-state.json.  Raises BadConfiguration."""
+        write_private(
+            directory / self.FILE, to_json(dataclasses.asdict(self)).encode("utf-8")
+        )
+
+    @classmethod
+    def clear(cls, directory: Path) -> None:
+        """Forget the state, as a node does that ends.  Raises BadConfiguration."""
+        _remove_file(directory / cls.FILE)
+
+
+def _process_runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return pid > 0
+
+
+def wait_until_connected(directory: Path, deadline: Deadline) -> NodeState | None:
+    """Return the node's state once it is connected, or the last one in time.
+
+    Raises BadConfiguration.
+    """
+    while True:
+        state = NodeState.load(directory)
+        if (state is not None and state.connected) or deadline.expired:
+            return state
+        time.sleep(0.1)
+
+
+# -- its log -------------------------------------------------------------------
+
+
+class NodeLog(logging.FileHandler):
+    """`node.log`; what is older than the last 5 MiB or so is in `node.log.1`."""
+
+    def __init__(self, directory: Path, limit: int = MAX_NODE_LOG) -> None:
+        """Raises BadConfiguration where the file cannot be written."""
+        self._limit = limit  # bytes
+        make_private_directory(directory)
+        path = directory / NODE_LOG_FILE
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+            super().__init__(path, encoding="utf-8")
+        except OSError as error:
+            raise BadConfiguration(f"cannot write {path}: {error.strerror}") from error
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        try:
+            if os.stat(self.baseFilename).st_size >= self._limit:
+                self._rotate()
+        except OSError:
+            self.handleError(record)
+
+    def _rotate(self) -> None:
+        # Copied and emptied, not renamed: the service manager has the same file
+        # open for stdout and stderr, and would go on writing to the old one.
+        import shutil
+
+        shutil.copy2(self.baseFilename, self.baseFilename + ".1")
+        os.truncate(self.baseFilename, 0)
+
+    @property
+    def is_stderr(self) -> bool:
+        """Whether what is written to stderr arrives in this file anyway."""
+        try:
+            return os.path.samestat(os.stat(self.baseFilename), os.fstat(2))
+        except OSError:
+            return False
+
+
+def last_log_line(directory: Path) -> str:
+    """Return the last line of node.log, or an empty text."""
+    try:
+        with open(directory / NODE_LOG_FILE, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            return _last_line(file.read().decode("utf-8", "replace"))
+    except OSError:
+        return ""
+
+
+def follow_log(
+    directory: Path, write: Callable[[bytes], object], stopped: threading.Event
+) -> None:
+    """Write the log's last 4 KiB and all that comes, until `stopped` is set.
+
+    Raises BadConfiguration where there is no log.
+    """
+    path = directory / NODE_LOG_FILE
+    try:
+        with open(path, "rb") as file:
+            position = max(0, os.fstat(file.fileno()).st_size - 4096)
+            if position:
+                file.seek(position)
+                file.readline()  # the rest of a line that began before
+            while True:
+                if os.fstat(file.fileno()).st_size < file.tell():
+                    file.seek(0)  # it was emptied
+                data = file.read()
+                if data:
+                    write(data)
+                elif stopped.wait(0.2):
+                    return
+    except OSError as error:
+        raise BadConfiguration(f"cannot read {path}: {error.strerror}") from error
+
+
+# -- systemd -------------------------------------------------------------------
+
+
+def _systemd_quote(text: str) -> str:
+    """Return `text` as one word of ExecStart= (systemd.syntax(7))."""
+    for char, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$")):
+        text = text.replace(char, escaped)
+    return f'"{text}"'
+
+
+def render_systemd_unit(spec: ServiceSpec) -> str:
+    """Return the text of the user unit."""
+    command = [spec.python, "-c", IMPORT_AND_RUN, str(spec.directory), "node", "run"]
+    log_path = str(spec.log).replace("%", "%%")
+    lines = [
+        "# Made by `moltis node add`, deleted by `moltis node remove`.",
+        "[Unit]",
+        "Description=moltis node",
+        # Without it systemd gives up for good after five quick failures.
+        "StartLimitIntervalSec=0",
+        "",
+        "[Service]",
+        "Type=exec",
+        f"ExecStart={' '.join(map(_systemd_quote, command))}",
+        "Restart=always",
+        f"RestartSec={RESTART_AFTER}",
+        "KillMode=control-group",
+        f"TimeoutStopSec={STOP_TIMEOUT}",
+        # systemd makes the log, and would make it readable by everybody.
+        "UMask=0077",
+        f"StandardOutput=append:{log_path}",
+        f"StandardError=append:{log_path}",
+    ]
+    for name, value in spec.environment.items():
+        # Unlike in ExecStart=, a dollar is no variable here.
+        lines.append(
+            "Environment=" + _systemd_quote(f"{name}={value}").replace("$$", "$")
+        )
+    return "\n".join([*lines, "", "[Install]", "WantedBy=default.target", ""])
+
+
+class SystemdService:
+    """The node as a service of the user's own systemd."""
+
+    def __init__(self, spec: ServiceSpec, environ: Mapping[str, str]) -> None:
+        self._spec = spec
+        self._environ = _user_manager_environment(environ)
+        self._units = spec.home / ".config" / "systemd" / "user"
+
+    @property
+    def unit(self) -> Path:
+        return self._units / UNIT_NAME
+
+    def install(self) -> list[str]:
+        # systemd does not make the log's directory: `start` would succeed, and the
+        # service fail at once.
+        make_private_directory(self._spec.directory)
+        lingers = self._enable_linger()
+        self._wait_for_user_manager(lingers)
+        _write_unit(self.unit, render_systemd_unit(self._spec).encode("utf-8"))
+        self._systemctl("daemon-reload")
+        self._systemctl("enable", UNIT_NAME)
+        if lingers:
+            return []
+        note = (
+            "the node will stop when you log out and start when you log in; to change"
+        )
+        return [f"{note} that: sudo loginctl enable-linger {_user_name()}"]
+
+    def start(self) -> None:
+        """Start the node, or start it anew.  Raises UserError."""
+        # What the last run said must not be taken for what this one says.
+        self.stop()
+        NodeState.clear(self._spec.directory)
+        self._systemctl("start", UNIT_NAME)
+        status = self.status()
+        if not status.active:
+            raise UserError(
+                f"the service does not start ({status.state}); "
+                f"see `systemctl --user status {UNIT_NAME}` and {self._spec.log}"
+            )
+
+    def stop(self) -> None:
+        self._systemctl("stop", UNIT_NAME)
+
+    def remove(self) -> list[str]:
+        self._try_systemctl("disable", "--now", UNIT_NAME)
+        _remove_file(self.unit)
+        # systemctl does both, unless there is no user manager to talk to.
+        wants = self._units / "default.target.wants"
+        _remove_file(wants / UNIT_NAME)
+        with contextlib.suppress(OSError):
+            wants.rmdir()
+        self._try_systemctl("daemon-reload")
+        self._try_systemctl("reset-failed", UNIT_NAME)
+        if not self._lingers():
+            return []
+        note = f"services of {_user_name()} start on boot; if no other is to do that"
+        return [f"{note}: loginctl disable-linger {_user_name()}"]
+
+    def status(self) -> ServiceStatus:
+        code, output = self._try_systemctl(
+            "show",
+            "--property=ActiveState,SubState,MainPID,UnitFileState,Result",
+            UNIT_NAME,
+        )
+        installed = self.unit.exists()
+        if code != 0:
+            return ServiceStatus(installed, False, False, None, _last_line(output))
+        fields = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+        state = f"{fields.get('ActiveState')} ({fields.get('SubState')})"
+        if fields.get("Result", "success") != "success":
+            state += f", last result: {fields['Result']}"
+        return ServiceStatus(
+            installed,
+            enabled=fields.get("UnitFileState") == "enabled",
+            active=fields.get("ActiveState") == "active",
+            pid=int(fields.get("MainPID") or 0) or None,
+            state=state if installed else "not installed",
+        )
+
+    def _try_systemctl(self, *arguments: str) -> tuple[int, str]:
+        return _call_manager(["systemctl", "--user", *arguments], self._environ)
+
+    def _systemctl(self, *arguments: str) -> None:
+        code, output = self._try_systemctl(*arguments)
+        if code != 0:
+            raise UserError(
+                f"`systemctl --user {' '.join(arguments)}` failed: {_last_line(output)}"
+            )
+
+    def _lingers(self) -> bool:
+        return Path("/var/lib/systemd/linger", _user_name()).exists()
+
+    def _enable_linger(self) -> bool:
+        """Have the user's services run from boot on; tell whether they do."""
+        if not self._lingers():
+            # By name: without a session loginctl does not know who we are.
+            _call_manager(["loginctl", "enable-linger", _user_name()], self._environ)
+        return self._lingers()
+
+    def _wait_for_user_manager(self, lingers: bool) -> None:
+        """Return once it answers, which takes a moment where it was just started."""
+        deadline = Deadline(USER_MANAGER_TIMEOUT if lingers else 0)
+        while True:
+            code, output = self._try_systemctl("daemon-reload")
+            if code == 0:
+                return
+            if code == 127 or deadline.expired:
+                reason = _last_line(output)
+                if code != 127 and not lingers and Path("/run/systemd/system").exists():
+                    reason += f"; perhaps sudo loginctl enable-linger {_user_name()}"
+                raise no_service_manager(self._spec, reason)
+            time.sleep(0.1)
+
+
+def _user_name() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container that runs as a number
+        return str(os.getuid())
+
+
+def _user_manager_environment(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """Return `environ` with the way to the user's own systemd.
+
+    It is missing without a session (cron, a console of a supervisor), and somebody
+    else's after `su`.
+    """
+    given = environ.get("XDG_RUNTIME_DIR")
+    try:
+        if given and os.stat(given).st_uid == os.getuid():
+            return environ
+    except OSError:
+        pass
+    found = dict(environ, XDG_RUNTIME_DIR=f"/run/user/{os.getuid()}")
+    found.pop("DBUS_SESSION_BUS_ADDRESS", None)
+    return found
+
+
+def _write_unit(path: Path, data: bytes) -> None:
+    """Write into a directory that is not ours alone.  Raises BadConfiguration."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise BadConfiguration(f"cannot write {path}: {error.strerror}") from error
+
+
+# -- launchd -------------------------------------------------------------------
+
+
+def render_launchd_plist(spec: ServiceSpec) -> bytes:
+    """Return the property list of the agent."""
+    import plistlib
+
+    agent: JsonObject = {
+        "Label": LAUNCHD_LABEL,
+        "ProgramArguments": [spec.python, str(spec.program), "node", "run"],
+        "RunAtLoad": True,
+        "KeepAlive": True,
+        "ThrottleInterval": RESTART_AFTER,
+        "ExitTimeOut": STOP_TIMEOUT,
+        "ProcessType": "Background",
+        "Umask": 0o077,
+        "StandardOutPath": str(spec.log),
+        "StandardErrorPath": str(spec.log),
+    }
+    if spec.environment:
+        agent["EnvironmentVariables"] = dict(spec.environment)
+    return plistlib.dumps(agent)
+
+
+class LaunchdService:
+    """The node as an agent of the user's launchd."""
+
+    def __init__(self, spec: ServiceSpec, environ: Mapping[str, str]) -> None:
+        self._spec = spec
+        self._environ = environ
+        self._domain = f"gui/{os.getuid()}"
+        self._target = f"{self._domain}/{LAUNCHD_LABEL}"
+
+    @property
+    def unit(self) -> Path:
+        return self._spec.home / "Library" / "LaunchAgents" / f"{LAUNCHD_LABEL}.plist"
+
+    def install(self) -> list[str]:
+        make_private_directory(self._spec.directory)
+        _write_unit(self.unit, render_launchd_plist(self._spec))
+        self._launchctl("enable", self._target)
+        return ["the node starts when you log in; macOS has no user services before"]
+
+    def start(self) -> None:
+        self.stop()
+        NodeState.clear(self._spec.directory)
+        # bootout returns before it is done, and bootstrap fails until it is.
+        deadline = Deadline(STOP_TIMEOUT + 5)
+        arguments = ("bootstrap", self._domain, str(self.unit))
+        code, _ = self._try_launchctl(*arguments)
+        while code not in (0, 127) and not deadline.expired:
+            time.sleep(0.5)
+            code, _ = self._try_launchctl(*arguments)
+        if code != 0:
+            self._launchctl(*arguments)
+        self._launchctl("kickstart", "-k", self._target)
+
+    def stop(self) -> None:
+        self._try_launchctl("bootout", self._target)  # fails where it is not loaded
+
+    def remove(self) -> list[str]:
+        self.stop()
+        _remove_file(self.unit)
+        return []
+
+    def status(self) -> ServiceStatus:
+        installed = self.unit.exists()
+        code, output = self._try_launchctl("print", self._target)
+        if code != 0:
+            state = "not loaded" if installed else "not installed"
+            return ServiceStatus(installed, installed, False, None, state)
+        fields = _launchctl_fields(output)
+        pid = fields.get("pid", "")
+        return ServiceStatus(
+            installed,
+            enabled=installed,
+            active=fields.get("state") == "running",
+            pid=int(pid) if pid.isdigit() else None,
+            state=fields.get("state", "loaded"),
+        )
+
+    def _try_launchctl(self, *arguments: str) -> tuple[int, str]:
+        return _call_manager(["launchctl", *arguments], self._environ)
+
+    def _launchctl(self, *arguments: str) -> None:
+        code, output = self._try_launchctl(*arguments)
+        if code == 127:
+            raise no_service_manager(self._spec, output)
+        if code != 0:
+            raise UserError(
+                f"`launchctl {' '.join(arguments)}` failed: {_last_line(output)}"
+            )
+
+
+def _launchctl_fields(output: str) -> Mapping[str, str]:
+    """Return the `name = value` lines of the outermost braces of `launchctl print`."""
+    fields = {}
+    for line in output.splitlines():
+        name, equals, value = line.partition(" = ")
+        if equals and len(name) - len(name.lstrip("\t")) == 1 and value != "{":
+            fields[name.strip()] = value.strip()
+    return fields
+
 
 # ==============================================================================
 # GATEWAY

@@ -1,0 +1,693 @@
+"""Node service: units, the program's copy, the node's state and log, real systemd."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import plistlib
+import pwd
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from support import ScriptedTools, process_exists, wait_for
+
+import moltis
+
+# Stands in for the program in a service: it says who it is, logs, and waits.
+STAND_IN = b"""
+import json, os, pathlib, sys, time
+
+def main():
+    directory = pathlib.Path(os.environ.get("MOLTIS_DATA_DIR", "~/.moltis"))
+    directory = directory.expanduser()
+    state = {"pid": os.getpid(), "connected": True, "since": time.time()}
+    (directory / "node-state.json").write_text(json.dumps(state))
+    (directory / "argv.json").write_text(json.dumps(sys.argv[1:]))
+    print("stand-in runs", __name__, flush=True)
+    if "once" not in sys.argv:
+        time.sleep(600)
+
+if __name__ == "__main__":
+    main()
+"""
+
+BROKEN = b"import sys\n\n\ndef main():\n    sys.exit('nothing works')\n"
+
+
+@pytest.fixture
+def directory(home):
+    return home / ".moltis"
+
+
+@pytest.fixture
+def spec(home, directory):
+    return moltis.ServiceSpec(sys.executable, directory, home)
+
+
+@pytest.fixture
+def tools(tmp_path):
+    return ScriptedTools(tmp_path / "tools")
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# -- the program's copy --------------------------------------------------------------
+
+
+def test_the_copy_is_private_and_compiled(directory):
+    path = moltis.install_program(directory, STAND_IN)
+    assert path == directory / "moltis.py"
+    assert path.read_bytes() == STAND_IN
+    assert mode_of(path) == 0o600
+    assert list((directory / "__pycache__").glob("moltis.*.pyc"))
+
+
+def test_a_newer_copy_of_the_same_size_replaces_the_compiled_form_too(directory):
+    for number in range(3):
+        moltis.install_program(directory, b"def main():\n    print(%d)\n" % number)
+        command = [sys.executable, "-c", moltis.IMPORT_AND_RUN, str(directory)]
+        assert subprocess.check_output(command) == b"%d\n" % number
+
+
+def test_a_text_that_is_no_program_is_not_installed_in_silence(directory):
+    with pytest.raises(moltis.BadConfiguration, match="cannot compile"):
+        moltis.install_program(directory, b"<html>not found</html>")
+
+
+def test_the_program_knows_its_own_text():
+    assert moltis.own_program() == Path(moltis.__file__).read_bytes()
+
+
+def test_the_service_runs_on_the_interpreter_beneath_a_virtual_environment():
+    base = subprocess.check_output(
+        [moltis.service_python(), "-c", "import sys; print(sys.prefix)"], text=True
+    )
+    assert base.strip() == sys.base_prefix
+
+
+def test_removing_the_files_keeps_the_log_and_what_is_not_ours(directory):
+    moltis.install_program(directory, STAND_IN)
+    moltis.NodeSettings("ws://x/ws", "mdt_secret", "id", "name").save(directory)
+    moltis.NodeState(os.getpid(), True, 1.0).save(directory)
+    for name in ("node.log", "node.log.1", "gateway.json"):
+        (directory / name).write_text("x")
+    moltis.remove_node_files(directory)
+    left = sorted(path.name for path in directory.iterdir())
+    assert left == ["gateway.json", "node.log", "node.log.1"]
+    moltis.remove_node_files(directory)  # whatever is there
+    moltis.remove_node_files(directory / "nowhere")
+
+
+# -- what the running node says ------------------------------------------------------
+
+
+def test_the_state_is_read_as_it_was_written(directory):
+    state = moltis.NodeState(os.getpid(), False, 12.5, "the gateway refused the token")
+    state.save(directory)
+    assert moltis.NodeState.load(directory) == state
+
+
+def test_the_state_of_a_node_that_has_ended_is_no_state(directory):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    moltis.NodeState(ended.pid, True, 1.0).save(directory)
+    assert moltis.NodeState.load(directory) is None
+
+
+def test_no_state_is_no_state(directory):
+    moltis.NodeState.clear(directory)
+    assert moltis.NodeState.load(directory) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"pid": "1"}', "{}", '{"pid": 1}'])
+def test_a_state_that_cannot_be_read_says_so(directory, text):
+    directory.mkdir(parents=True)
+    (directory / "node-state.json").write_text(text)
+    with pytest.raises(moltis.BadConfiguration, match=r"node-state\.json"):
+        moltis.NodeState.load(directory)
+
+
+@pytest.mark.parametrize("pid", [0, -1, 2**70])
+def test_impossible_process_ids_do_not_run(directory, pid):
+    moltis.NodeState(pid, True, 1.0).save(directory)
+    assert moltis.NodeState.load(directory) is None
+
+
+def test_waiting_ends_when_the_node_is_connected(directory):
+    moltis.NodeState(os.getpid(), False, 1.0, "refused").save(directory)
+    found = []
+
+    def wait():
+        found.append(moltis.wait_until_connected(directory, moltis.Deadline(20)))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    connected = moltis.NodeState(os.getpid(), True, 2.0)
+    connected.save(directory)
+    waiting.join()
+    assert found == [connected]
+
+
+def test_waiting_in_vain_returns_why(directory):
+    moltis.NodeState(os.getpid(), False, 1.0, "refused").save(directory)
+    state = moltis.wait_until_connected(directory, moltis.Deadline(0))
+    assert state is not None
+    assert state.error == "refused"
+
+
+# -- its log -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def node_log(directory):
+    handler = moltis.NodeLog(directory, limit=1000)
+    yield handler
+    handler.close()
+
+
+def record(text):
+    return logging.LogRecord("moltis", logging.INFO, __file__, 1, text, None, None)
+
+
+def test_the_log_is_for_its_owner_alone(directory, node_log):
+    node_log.handle(record("hello"))
+    assert (directory / "node.log").read_text() == "hello\n"
+    assert mode_of(directory / "node.log") == 0o600
+
+
+def test_a_full_log_becomes_the_old_one(directory, node_log):
+    for number in range(250):
+        node_log.handle(record(f"line {number:03}"))
+    log, old = directory / "node.log", directory / "node.log.1"
+    assert log.stat().st_size <= 1000
+    lines = (old.read_text() + log.read_text()).splitlines()
+    assert lines == [f"line {number:03}" for number in range(250 - len(lines), 250)]
+    assert mode_of(old) == 0o600
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "node.log",
+        "node.log.1",
+    ]
+
+
+def test_who_has_the_log_open_goes_on_writing_to_the_new_one(directory, node_log):
+    """A service manager has it open as stdout and stderr, for appending."""
+    with open(directory / "node.log", "a") as stderr:
+        while not (directory / "node.log.1").exists():
+            node_log.handle(record("x" * 50))
+        stderr.write("Traceback\n")
+    node_log.handle(record("after"))
+    assert (directory / "node.log").read_text() == "Traceback\nafter\n"
+
+
+def test_the_log_knows_whether_stderr_is_itself(tmp_path):
+    code = (
+        "import moltis, pathlib, sys; "
+        "print(moltis.NodeLog(pathlib.Path(sys.argv[1])).is_stderr)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with open(tmp_path / "node.log", "a") as same, open(tmp_path / "x", "a") as other:
+        for file, expected in ((same, b"True\n"), (other, b"False\n")):
+            output = subprocess.check_output(
+                command, stderr=file, cwd=str(Path(moltis.__file__).parent)
+            )
+            assert output == expected
+
+
+def test_a_log_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "node.log").mkdir()
+    with pytest.raises(moltis.BadConfiguration, match=r"cannot write .*node\.log"):
+        moltis.NodeLog(tmp_path)
+
+
+def test_the_last_line_of_the_log(directory, node_log):
+    assert moltis.last_log_line(directory / "nowhere") == ""
+    assert moltis.last_log_line(directory) == ""
+    node_log.handle(record("first"))
+    node_log.handle(record("last"))
+    assert moltis.last_log_line(directory) == "last"
+
+
+def test_following_the_log_shows_what_comes_also_after_it_was_emptied(
+    directory, node_log
+):
+    node_log.handle(record("before"))
+    shown, stopped = [], threading.Event()
+    follower = threading.Thread(
+        target=moltis.follow_log, args=(directory, shown.append, stopped)
+    )
+    follower.start()
+    try:
+        wait_for(lambda: b"before" in b"".join(shown), what="the old line")
+        while not (directory / "node.log.1").exists():
+            node_log.handle(record("x" * 90))
+        node_log.handle(record("after"))
+        wait_for(lambda: b"after" in b"".join(shown), what="the new line")
+    finally:
+        stopped.set()
+        follower.join()
+
+
+def test_following_a_long_log_starts_with_a_whole_line(directory, node_log):
+    (directory / "node.log").write_text("0123456789\n" * 1000)
+    shown, stopped = [], threading.Event()
+    stopped.set()
+    moltis.follow_log(directory, shown.append, stopped)
+    assert set(b"".join(shown).splitlines()) == {b"0123456789"}
+    assert len(b"".join(shown)) <= 4096
+
+
+def test_following_no_log_says_so(directory):
+    with pytest.raises(moltis.BadConfiguration, match=r"cannot read .*node\.log"):
+        moltis.follow_log(directory, print, threading.Event())
+
+
+# -- which manager -------------------------------------------------------------------
+
+
+def test_each_system_has_its_manager(spec):
+    choose = moltis.service_manager
+    assert isinstance(choose(spec, {}, "linux"), moltis.SystemdService)
+    assert isinstance(choose(spec, {}, "darwin"), moltis.LaunchdService)
+    with pytest.raises(moltis.NoServiceManager, match="freebsd13 has neither"):
+        choose(spec, {}, "freebsd13")
+
+
+def test_without_a_manager_there_are_two_other_ways(home):
+    directory = home / "50% of it"
+    spec = moltis.ServiceSpec("/usr/bin/python3", directory, home)
+    text = str(moltis.no_service_manager(spec, "no reason"))
+    reason, by_hand, cron = text.splitlines()
+    assert "(no reason)" in reason
+    assert "configuration is kept" in reason
+    line = by_hand.split(":", 1)[1].strip()
+    assert shlex.split(line) == [
+        f"MOLTIS_DATA_DIR={directory}",
+        "/usr/bin/python3",
+        f"{directory}/moltis.py",
+        "node",
+        "run",
+    ]
+    assert cron.split("@reboot ")[1] == line.replace("%", r"\%")
+
+
+# -- systemd, as text ----------------------------------------------------------------
+
+
+def unit_fields(text):
+    lines = [line for line in text.splitlines() if line and line[0] not in "#["]
+    return [tuple(line.split("=", 1)) for line in lines]
+
+
+def test_the_unit_restarts_for_ever_and_holds_no_parameter(spec):
+    fields = dict(unit_fields(moltis.render_systemd_unit(spec)))
+    assert fields["StartLimitIntervalSec"] == "0"
+    assert fields["Restart"] == "always"
+    assert fields["RestartSec"] == "10"
+    assert fields["KillMode"] == "control-group"
+    assert fields["TimeoutStopSec"] == "10"
+    assert fields["UMask"] == "0077"
+    assert fields["StandardOutput"] == f"append:{spec.log}"
+    assert fields["StandardError"] == f"append:{spec.log}"
+    assert fields["WantedBy"] == "default.target"
+    assert fields["ExecStart"].endswith(f'"{spec.directory}" "node" "run"')
+    assert "Environment" not in fields
+
+
+def test_another_data_directory_is_told_to_the_service(home):
+    spec = moltis.ServiceSpec("/usr/bin/python3", home / "else", home)
+    fields = dict(unit_fields(moltis.render_systemd_unit(spec)))
+    assert fields["Environment"] == f'"MOLTIS_DATA_DIR={home}/else"'
+
+
+def test_the_unit_quotes_what_systemd_would_read_otherwise(home):
+    """systemd.syntax(7), systemd.unit(5) on specifiers"""
+    spec = moltis.ServiceSpec("/opt/a b/$p", home / 'x "%h" \\', home)
+    fields = dict(unit_fields(moltis.render_systemd_unit(spec)))
+    assert fields["ExecStart"].startswith('"/opt/a b/$$p" "-c" "')
+    assert f'"{home}/x \\"%%h\\" \\\\" "node"' in fields["ExecStart"]
+    assert fields["StandardOutput"] == f'append:{home}/x "%%h" \\/node.log'
+    assert fields["Environment"] == f'"MOLTIS_DATA_DIR={home}/x \\"%%h\\" \\\\"'
+
+
+# -- systemd, with a systemctl that writes down what it is asked ---------------------
+
+
+@pytest.fixture
+def not_lingering(monkeypatch):
+    monkeypatch.setattr(moltis.SystemdService, "_lingers", lambda self: False)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (None, "systemctl: No such file or directory"),
+        ("echo 'Failed to connect to bus: No medium found' >&2; exit 1", "No medium"),
+    ],
+)
+def test_without_user_systemd_nothing_is_written(
+    spec, tools, not_lingering, script, reason
+):
+    if script:
+        tools.add("systemctl", script)
+    manager = moltis.SystemdService(spec, tools.environ)
+    with pytest.raises(moltis.NoServiceManager, match=reason):
+        manager.install()
+    assert not manager.unit.exists()
+
+
+def test_a_user_without_a_session_gets_at_their_own_manager(spec, tools, not_lingering):
+    tools.add(
+        "systemctl", "echo runtime=$XDG_RUNTIME_DIR bus=$DBUS_SESSION_BUS_ADDRESS"
+    )
+    environ = dict(
+        tools.environ, XDG_RUNTIME_DIR="/", DBUS_SESSION_BUS_ADDRESS="unix:path=/x"
+    )
+    if os.getuid() == 0:  # whose / it is: take what is nobody's
+        environ["XDG_RUNTIME_DIR"] = "/nowhere"
+    manager = moltis.SystemdService(spec, environ)
+    _, output = manager._try_systemctl("is-active")
+    assert output == f"runtime=/run/user/{os.getuid()} bus="
+
+
+def test_without_lingering_the_person_is_told_what_to_do(spec, tools, not_lingering):
+    tools.add("systemctl", "exit 0")
+    tools.add("loginctl", "echo 'Access denied' >&2; exit 1")
+    manager = moltis.SystemdService(spec, tools.environ)
+    (note,) = manager.install()
+    name = pwd.getpwuid(os.getuid()).pw_name
+    assert f"sudo loginctl enable-linger {name}" in note
+    assert ["loginctl", "enable-linger", name] in tools.calls()
+    assert manager.unit.read_text() == moltis.render_systemd_unit(spec)
+
+
+def test_a_systemctl_that_refuses_is_reported(spec, tools, not_lingering):
+    tools.add("systemctl", 'case "$*" in *enable*) echo "it is so" >&2; exit 1;; esac')
+    manager = moltis.SystemdService(spec, tools.environ)
+    with pytest.raises(moltis.UserError, match=r"enable moltis-node\.service` failed"):
+        manager.install()
+
+
+def test_remove_works_where_there_is_no_manager_any_more(spec, tools, not_lingering):
+    manager = moltis.SystemdService(spec, tools.environ)
+    wants = manager.unit.parent / "default.target.wants" / "moltis-node.service"
+    wants.parent.mkdir(parents=True)
+    manager.unit.write_text("x")
+    wants.symlink_to(manager.unit)
+    assert manager.remove() == []
+    assert not manager.unit.exists()
+    assert not wants.parent.exists()
+    assert manager.remove() == []
+    assert not manager.status().installed
+
+
+# -- launchd -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launchd(spec, tools):
+    tools.add("launchctl", "exit 0")
+    return moltis.LaunchdService(spec, tools.environ)
+
+
+def test_the_agent_restarts_for_ever_and_holds_no_parameter(spec):
+    assert plistlib.loads(moltis.render_launchd_plist(spec)) == {
+        "Label": "org.moltis.node",
+        "ProgramArguments": [spec.python, str(spec.program), "node", "run"],
+        "RunAtLoad": True,
+        "KeepAlive": True,
+        "ThrottleInterval": 10,
+        "ExitTimeOut": 10,
+        "ProcessType": "Background",
+        "Umask": 0o077,
+        "StandardOutPath": str(spec.log),
+        "StandardErrorPath": str(spec.log),
+    }
+
+
+def test_another_data_directory_is_told_to_the_agent(home):
+    spec = moltis.ServiceSpec("/usr/bin/python3", home / "<&>", home)
+    agent = plistlib.loads(moltis.render_launchd_plist(spec))
+    assert agent["EnvironmentVariables"] == {"MOLTIS_DATA_DIR": f"{home}/<&>"}
+
+
+def test_the_agents_arguments_run_the_copy_as_they_stand(home, launchd, directory):
+    moltis.install_program(directory, STAND_IN.replace(b'"once"', b'"run"'))
+    launchd.install()
+    agent = plistlib.loads(launchd.unit.read_bytes())
+    with open(agent["StandardOutPath"], "ab") as log:
+        subprocess.run(
+            agent["ProgramArguments"], stdout=log, env={"HOME": str(home)}, check=True
+        )
+    assert json.loads((directory / "argv.json").read_text()) == ["node", "run"]
+    assert moltis.last_log_line(directory) == "stand-in runs __main__"
+
+
+def test_the_agent_is_loaded_anew_and_started(launchd, tools):
+    launchd.install()
+    launchd.start()
+    domain = f"gui/{os.getuid()}"
+    assert launchd.unit.name == "org.moltis.node.plist"
+    assert tools.calls() == [
+        ["launchctl", "enable", f"{domain}/org.moltis.node"],
+        ["launchctl", "bootout", f"{domain}/org.moltis.node"],
+        ["launchctl", "bootstrap", domain, str(launchd.unit)],
+        ["launchctl", "kickstart", "-k", f"{domain}/org.moltis.node"],
+    ]
+
+
+def test_loading_is_tried_until_the_old_agent_is_gone(launchd, tools):
+    tools.add(
+        "launchctl",
+        'case $1 in bootstrap) test -e "$0.done" || { : >"$0.done"; exit 5; };; esac',
+    )
+    launchd.install()
+    launchd.start()
+    assert [call[1] for call in tools.calls()].count("bootstrap") == 2
+
+
+def test_the_agent_is_removed_also_when_half_installed(launchd, tools):
+    launchd.install()
+    assert launchd.remove() == []
+    assert not launchd.unit.exists()
+    tools.add("launchctl", "echo 'Boot-out failed: 3: No such process' >&2; exit 3")
+    assert launchd.remove() == []
+
+
+PRINTED = """gui/501/org.moltis.node = {
+	active count = 1
+	path = /Users/u/Library/LaunchAgents/org.moltis.node.plist
+	type = LaunchAgent
+	state = running
+
+	program = /usr/bin/python3
+	arguments = {
+		/usr/bin/python3
+	}
+
+	default environment = {
+		PATH => /usr/bin:/bin:/usr/sbin:/sbin
+	}
+
+	domain = gui/501 [100006]
+	minimum runtime = 10
+	exit timeout = 10
+	runs = 1
+	pid = 34567
+	last exit code = (never exited)
+
+	endpoints = {
+		"x" = {
+			state = idle
+			pid = 1
+		}
+	}
+}
+"""
+
+
+def test_the_status_is_read_from_launchctl_print(launchd, tools):
+    """Output of launchctl on macOS 14."""
+    launchd.install()
+    tools.add("launchctl", f"cat <<'END'\n{PRINTED}END")
+    assert launchd.status() == moltis.ServiceStatus(
+        installed=True, enabled=True, active=True, pid=34567, state="running"
+    )
+    tools.add("launchctl", "echo 'Could not find service' >&2; exit 113")
+    assert launchd.status() == moltis.ServiceStatus(
+        installed=True, enabled=True, active=False, pid=None, state="not loaded"
+    )
+    launchd.unit.unlink()
+    assert launchd.status().state == "not installed"
+
+
+def test_a_mac_without_launchctl_gets_the_other_ways(spec, tools):
+    manager = moltis.LaunchdService(spec, tools.environ)
+    with pytest.raises(moltis.NoServiceManager, match="@reboot"):
+        manager.install()
+
+
+# -- real systemd --------------------------------------------------------------------
+
+
+@pytest.fixture
+def real(monkeypatch):
+    """The user's own systemd, and all that is written for it in their real home."""
+    home = Path(pwd.getpwuid(os.getuid()).pw_dir)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("MOLTIS_DATA_DIR")
+    spec = moltis.ServiceSpec(moltis.service_python(), home / ".moltis", home)
+    manager = moltis.SystemdService(spec, os.environ)
+    if not Path("/run/systemd/system").exists() or manager._try_systemctl("status")[0]:
+        pytest.skip("needs a working systemctl --user")
+    if manager.unit.exists() or spec.directory.exists():
+        pytest.skip("would touch the moltis node of this user")
+    yield manager
+    manager.remove()
+    shutil.rmtree(spec.directory)
+
+
+def running_state(directory):
+    return wait_for(
+        lambda: moltis.NodeState.load(directory), 30, "the node to say that it runs"
+    )
+
+
+@pytest.mark.systemd
+def test_systemd_starts_the_node_and_has_it_start_on_boot(real):
+    directory = real._spec.directory
+    moltis.install_program(directory, STAND_IN)
+    assert real.install() == []
+    real.start()
+    state = running_state(directory)
+    assert json.loads((directory / "argv.json").read_text()) == ["node", "run"]
+    assert real.status() == moltis.ServiceStatus(
+        installed=True,
+        enabled=True,
+        active=True,
+        pid=state.pid,
+        state="active (running)",
+    )
+    assert Path("/var/lib/systemd/linger", moltis._user_name()).exists()
+    wait_for(lambda: "stand-in runs moltis" in moltis.last_log_line(directory))
+    assert mode_of(directory / "node.log") == 0o600
+
+
+@pytest.mark.systemd
+def test_systemd_starts_a_node_that_was_killed_again(real):
+    directory = real._spec.directory
+    moltis.install_program(directory, STAND_IN)
+    real.install()
+    real.start()
+    killed = running_state(directory).pid
+    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: not process_exists(killed), 10, "the end of the node")
+    again = running_state(directory).pid
+    assert again != killed
+    assert real.status().pid == again
+
+
+@pytest.mark.systemd
+def test_systemd_runs_the_new_program_after_a_second_start(real):
+    directory = real._spec.directory
+    for word in (b"first", b"other"):
+        moltis.install_program(directory, STAND_IN.replace(b"stand-in", word))
+        real.install()
+        real.start()
+        running_state(directory)
+        wait_for(lambda w=word: w.decode() in moltis.last_log_line(directory))
+
+
+@pytest.mark.systemd
+def test_systemd_ends_the_node_and_all_that_it_started(real):
+    directory = real._spec.directory
+    child = b'__import__("subprocess").Popen(["sleep", "600"], start_new_session=True)'
+    program = STAND_IN.replace(
+        b"    state =", b"    child = " + child + b"\n    state ="
+    )
+    program = program.replace(b'"pid": os.getpid()', b'"pid": child.pid')
+    moltis.install_program(directory, program)
+    real.install()
+    real.start()
+    started = running_state(directory).pid
+    real.stop()
+    assert not process_exists(started)
+    assert not real.status().active
+    assert real.status().enabled
+
+
+@pytest.mark.systemd
+def test_systemd_keeps_trying_a_node_that_cannot_start(real):
+    directory = real._spec.directory
+    moltis.install_program(directory, BROKEN)
+    real.install()
+    real._systemctl("start", moltis.UNIT_NAME)
+    wait_for(lambda: "nothing works" in moltis.last_log_line(directory), 20)
+    wait_for(lambda: "auto-restart" in real.status().state, 20, "the next attempt")
+    assert "exit-code" in real.status().state
+    assert not real.status().active
+
+
+@pytest.mark.systemd
+def test_an_interpreter_that_is_gone_is_reported_at_once(real):
+    directory = real._spec.directory
+    moltis.install_program(directory, STAND_IN)
+    spec = moltis.ServiceSpec("/nowhere/python3", directory, directory.parent)
+    manager = moltis.SystemdService(spec, os.environ)
+    manager.install()
+    with pytest.raises(moltis.UserError, match=r"start moltis-node\.service` failed"):
+        manager.start()
+
+
+@pytest.mark.systemd
+def test_removing_leaves_no_file_but_the_log(real):
+    directory = real._spec.directory
+    moltis.install_program(directory, STAND_IN)
+    real.install()
+    real.start()
+    pid = running_state(directory).pid
+    (note,) = real.remove()
+    assert "disable-linger" in note
+    moltis.remove_node_files(directory)
+    (directory / "argv.json").unlink()  # the stand-in's own
+    assert [path.name for path in directory.iterdir()] == ["node.log"]
+    assert not process_exists(pid)
+    assert not real.unit.exists()
+    assert not (real.unit.parent / "default.target.wants").exists()
+    assert real.status() == moltis.ServiceStatus(
+        installed=False, enabled=False, active=False, pid=None, state="not installed"
+    )
+
+
+@pytest.mark.systemd
+def test_an_odd_data_directory_works(real):
+    home = real.unit.parents[3]
+    directory = home / ".moltis" / 'a "b" %h $HOME \\x'
+    moltis.install_program(directory, STAND_IN)
+    spec = moltis.ServiceSpec(moltis.service_python(), directory, home)
+    manager = moltis.SystemdService(spec, os.environ)
+    manager.install()
+    manager.start()
+    running_state(directory)
+    wait_for(lambda: "stand-in" in moltis.last_log_line(directory), what="the log")
+    manager.remove()
+
+
+@pytest.mark.systemd
+def test_a_program_without_a_session_finds_its_manager(real):
+    """As from cron: no XDG_RUNTIME_DIR, no bus address."""
+    bare = {"PATH": os.environ["PATH"]}
+    manager = moltis.SystemdService(real._spec, bare)
+    moltis.install_program(real._spec.directory, STAND_IN)
+    assert manager.install() == []
+    manager.start()
+    assert manager.status().pid == running_state(real._spec.directory).pid
