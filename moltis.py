@@ -4751,7 +4751,7 @@ class Inventory:
         environ: Mapping[str, str],
         *,
         interval: float = INVENTORY_INTERVAL,
-        on_change: Callable[[], None] | None = None,  # called by that thread
+        on_change: Callable[[], None] | None = None,  # by that thread, maybe at once
     ) -> None:
         self._environ = environ
         self._interval = interval
@@ -4806,7 +4806,10 @@ class Inventory:
             return
         self._equipment = equipment
         if self._on_change is not None:
-            self._on_change()
+            try:
+                self._on_change()
+            except Exception:
+                log.exception("nobody hears of a change in the inventory")
 
     def _find_runtimes(self) -> dict[str, str]:
         """Return the paths of the runtimes that are installed, by program."""
