@@ -293,16 +293,6 @@ def redact(text: str) -> str:
     return SECRET_PATTERN.sub(r"\1_…", text)
 
 
-def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return `environ` without our own settings and without the API keys for models."""
-    keys = set(API_KEY_VARIABLES.values())
-    return {
-        name: value
-        for name, value in environ.items()
-        if name not in keys and not name.startswith("MOLTIS_")
-    }
-
-
 def b64encode(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
@@ -4091,6 +4081,7 @@ class OutputCollector:
 
 # ==============================================================================
 # Telemetry
+# Uses: Commands
 #
 # What a machine has and how it is doing: a quick reading of the operating system
 # (memory, CPU, disk, load, temperature), and an inventory that a thread of its own
@@ -4425,7 +4416,7 @@ class ShortPrograms:
         self, environ: Mapping[str, str], cancellation: Cancellation | None = None
     ) -> None:
         # What we look for in their answers is English.
-        self._environ = {**without_secrets(environ), "LC_ALL": "C"}
+        self._environ = {**command_environment(environ, {}), "LC_ALL": "C"}
         self._cancellation = cancellation or Cancellation()
         self._stuck: dict[str, Popen[bytes]] = {}  # by path: not even SIGKILL ends it
 
