@@ -60,6 +60,7 @@ import errno
 import functools
 import hashlib
 import hmac
+import itertools
 import json
 import logging
 import math
@@ -89,7 +90,9 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    ClassVar,
     Dict,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -104,6 +107,7 @@ from typing import (
 from urllib.parse import SplitResult, quote, urlsplit
 
 if TYPE_CHECKING:
+    import http.client
     import sqlite3
     import ssl
     from subprocess import Popen
@@ -229,6 +233,28 @@ class AuthenticationError(MoltisError):
 
 class Cancelled(MoltisError):
     """Somebody asked for this to end: clean up and pass it on."""
+
+
+class ModelError(MoltisError):
+    """A language model gave no complete answer: say so in the chat."""
+
+    def __init__(self, message: str, detail: str = "") -> None:
+        super().__init__(message)
+        self.detail = detail  # all that the server said, as JSON
+
+
+class ModelBusy(ModelError):
+    """The model may answer when asked again, after `retry_after` s where it said so."""
+
+    def __init__(
+        self, message: str, detail: str = "", retry_after: float | None = None
+    ) -> None:
+        super().__init__(message, detail)
+        self.retry_after = retry_after
+
+
+class ContextTooLong(ModelError):
+    """The conversation does not fit into the model: shorten it, then ask again."""
 
 
 class RpcError(MoltisError):
@@ -368,6 +394,17 @@ def optional(params: Mapping[str, Any], name: str, kind: type) -> Any:
             "INVALID_REQUEST", f"{name} must be {JSON_KINDS[kind]}, not {found}"
         )
     return value
+
+
+def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
+    """Return the objects in the array `params[name]`, none where it is absent.
+
+    Raises RpcError INVALID_REQUEST.
+    """
+    values: list[JsonObject] = optional(params, name, list) or []
+    if not all(isinstance(value, dict) for value in values):
+        raise RpcError("INVALID_REQUEST", f"{name} must hold objects only")
+    return values
 
 
 def clip(text: str, limit: int) -> str:
@@ -4898,9 +4935,1318 @@ class TelemetrySource:
 
 # ==============================================================================
 # Language models
+# Uses: Settings
 #
-# Ollama, OpenAI-compatible, Anthropic.
+# One streaming interface over Ollama, OpenAI-compatible servers and Anthropic: a
+# conversation in, ModelEvents out.  Gateway and nodes use the same classes, and all
+# that passes through the interface has a JSON form, so that a node can lend a model
+# of its own.  What an answer is good for, and who may ask, is decided elsewhere.
 # ==============================================================================
+
+MODEL_SILENCE = 600.0  # s without a byte; a Pi needs minutes to load a model
+MODEL_TRIES = 3  # for a provider that is busy or breaks off before its first word
+MODEL_PATIENCE = 60.0  # s; a longer Retry-After is said, not waited for
+MODEL_LIST_LIFETIME = 600.0  # s that a provider's list of models is remembered
+MAX_MODEL_LINE = 16 * 1024 * 1024  # bytes; a longer one ends the answer
+MAX_MODEL_REPLY = 16 * 1024 * 1024  # bytes of a list or an error that are read
+ANTHROPIC_VERSION = "2023-06-01"
+ANTHROPIC_MAX_TOKENS = 16384  # of one answer; the API wants it said
+OLLAMA_FIRST_CONTEXT = 8192  # tokens; its own default cuts our tools off in silence
+OLLAMA_LAST_CONTEXT = 65536  # tokens; more fits hardly any home GPU
+
+OVERLONG_PATTERN = re.compile(
+    r"context.{0,24}(length|window|size|limit)|prompt is too long|too many tokens",
+    re.IGNORECASE,
+)
+BUSY_STATUSES = (408, 409, 425, 429)  # and everything from 500 on
+BUSY_KINDS = ("overloaded_error", "rate_limit_error", "api_error", "server_error")
+STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "tool_use": "stop",
+    "tool_calls": "stop",
+    "function_call": "stop",
+    "max_tokens": "length",
+    "content_filter": "refusal",
+}
+
+
+def _fields(value: JsonObject, **kinds: type) -> JsonObject:
+    """Return the named fields of `value`.  Raises RpcError INVALID_REQUEST."""
+    return {name: required(value, name, kind) for name, kind in kinds.items()}
+
+
+@dataclass(frozen=True)
+class ToolSpec:
+    """A tool that a model may call."""
+
+    name: str
+    description: str
+    parameters: JsonObject  # JSON Schema of an object
+
+    @classmethod
+    def from_json_object(cls, value: JsonObject) -> ToolSpec:
+        """Read what `to_json_object` wrote.  Raises RpcError."""
+        return cls(**_fields(value, name=str, description=str, parameters=dict))
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """What a model wants done."""
+
+    id: str
+    name: str
+    arguments: JsonObject
+    malformed: str = ""  # the arguments as written, where they are no JSON object
+
+    @classmethod
+    def from_json_object(cls, value: JsonObject) -> ToolCall:
+        """Read what `to_json_object` wrote.  Raises RpcError."""
+        return cls(**_fields(value, id=str, name=str, arguments=dict, malformed=str))
+
+
+@dataclass(frozen=True)
+class ChatMessage:
+    """One message of a conversation, in no vendor's format."""
+
+    role: str  # system, user, assistant or tool
+    text: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
+    tool_call_id: str = ""  # of a tool: the call that it answers
+    tool_name: str = ""
+    # What only the model that said it understands (signed thinking, say), under "by"
+    # that model's id; it goes back to it unchanged.
+    provider_data: JsonObject = field(default_factory=dict)
+
+    @classmethod
+    def from_json_object(cls, value: JsonObject) -> ChatMessage:
+        """Read what `to_json_object` wrote.  Raises RpcError."""
+        fields = _fields(
+            value,
+            role=str,
+            text=str,
+            tool_call_id=str,
+            tool_name=str,
+            provider_data=dict,
+        )
+        if fields["role"] not in ("system", "user", "assistant", "tool"):
+            raise RpcError("INVALID_REQUEST", f"{fields['role']!r} is no role")
+        calls = map(ToolCall.from_json_object, objects_in(value, "tool_calls"))
+        return cls(tool_calls=tuple(calls), **fields)
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """What a model is asked."""
+
+    model: str  # as its provider calls it
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[ToolSpec, ...] = ()
+
+    @classmethod
+    def from_json_object(cls, value: JsonObject) -> ChatRequest:
+        """Read what `to_json_object` wrote.  Raises RpcError."""
+        messages = map(ChatMessage.from_json_object, objects_in(value, "messages"))
+        tools = map(ToolSpec.from_json_object, objects_in(value, "tools"))
+        return cls(required(value, "model", str), tuple(messages), tuple(tools))
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The next piece of an answer."""
+
+    kind: str  # text, thinking, or notice: a wait, or another hitch, to be shown
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The whole answer: the last event of a stream, and never that of a broken one."""
+
+    message: ChatMessage
+    reason: str  # stop, length, refusal, or the provider's own word
+    input_tokens: int  # 0: not said
+    output_tokens: int
+
+
+ModelEvent = Union[Delta, Finished]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model that can be chosen."""
+
+    id: str  # provider/name
+    provider: str  # for people
+    display_name: str
+    supports_tools: bool
+
+    @classmethod
+    def from_json_object(cls, value: JsonObject) -> ModelInfo:
+        """Read what `to_json_object` wrote.  Raises RpcError."""
+        kinds = {"id": str, "provider": str, "display_name": str}
+        return cls(**_fields(value, supports_tools=bool, **kinds))
+
+
+def to_json_object(
+    value: ToolSpec | ChatMessage | ChatRequest | ModelEvent | ModelInfo,
+) -> JsonObject:
+    """Return a value of this section as JSON; its `from_json_object` reads it again."""
+    return dataclasses.asdict(value)
+
+
+def event_from_json_object(value: JsonObject) -> ModelEvent:
+    """Return an event that somebody else streamed.  Raises RpcError."""
+    if "message" not in value:
+        return Delta(**_fields(value, kind=str, text=str))
+    return Finished(
+        message=ChatMessage.from_json_object(required(value, "message", dict)),
+        **_fields(value, reason=str, input_tokens=int, output_tokens=int),
+    )
+
+
+class ChatModel(Protocol):
+    """A model that can be talked to, wherever it runs."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def context_tokens(self) -> int:
+        """How long a conversation may be."""
+
+    def stream(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[ToolSpec],
+        cancel: Cancellation,
+    ) -> Iterator[ModelEvent]:
+        """Yield the answer as it comes, `Finished` last.
+
+        Raises ModelError where there will be no `Finished`, and Cancelled.
+        """
+
+
+# --- What servers send: anything may be missing or of another type ---
+
+
+def _text_of(value: JsonObject, name: str) -> str:
+    found = value.get(name)
+    return found if isinstance(found, str) else ""
+
+
+def _count_of(value: JsonObject, name: str) -> int:
+    found = value.get(name)
+    return found if isinstance(found, int) else 0
+
+
+def _object_of(value: JsonObject, name: str) -> JsonObject:
+    found = value.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _objects_of(value: JsonObject, name: str) -> list[JsonObject]:
+    found = value.get(name)
+    return [v for v in found if isinstance(v, dict)] if isinstance(found, list) else []
+
+
+def _error_text(document: Any) -> str:
+    """Return what an error body says, in any of the forms that servers use."""
+    if isinstance(document, list) and document:  # Gemini
+        document = document[0]
+    if isinstance(document, dict):
+        for name in ("error", "message", "detail"):
+            if document.get(name):
+                return _error_text(document[name])
+    return document if isinstance(document, str) else to_json(document)
+
+
+def new_call_id() -> str:
+    """Return an id for a tool call; nine letters and digits suit every provider."""
+    return secrets.token_hex(5)[:9]
+
+
+def read_tool_call(call_id: str, name: str, arguments: object) -> ToolCall:
+    """Return a call whose arguments are an object, JSON text, or nothing at all."""
+    if isinstance(arguments, dict):
+        return ToolCall(call_id, name, arguments)
+    text = arguments if isinstance(arguments, str) else to_json(arguments)
+    try:
+        value = from_json(text) if text.strip() not in ("", "null") else {}
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        return ToolCall(call_id, name, value)
+    return ToolCall(call_id, name, {}, malformed=text)
+
+
+def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Return `messages` with one result right after each call, in the calls' order.
+
+    All providers demand it, and a run that was cut short leaves calls open.  Results
+    without a call, and answers without content, are left out for the same reason.
+    """
+    settled = []
+    for position, message in enumerate(messages, 1):
+        empty = message.role == "assistant" and not message.text.strip()
+        if message.role == "tool" or (empty and not message.tool_calls):
+            continue
+        settled.append(message)
+        results = _results_after(messages, position)
+        for call in message.tool_calls:
+            missing = ChatMessage(
+                role="tool",
+                text="No result: the run ended before this call did.",
+                tool_call_id=call.id,
+                tool_name=call.name,
+            )
+            settled.append(results.get(call.id, missing))
+    return settled
+
+
+def _results_after(
+    messages: Sequence[ChatMessage], position: int
+) -> dict[str, ChatMessage]:
+    # Up to the next answer with calls only: some servers number theirs anew in each.
+    results: dict[str, ChatMessage] = {}
+    for message in itertools.islice(messages, position, None):
+        if message.tool_calls:
+            break
+        if message.role == "tool":
+            results.setdefault(message.tool_call_id, message)
+    return results
+
+
+# --- HTTP ---
+
+
+def _cut(sock: socket.socket) -> None:
+    # The plain socket's method: SSLSocket's would take the TLS state away from the
+    # thread that is reading.
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _connect_model(host: str, port: int, cancel: Cancellation) -> socket.socket:
+    """Return a TCP connection.  Raises OSError, Cancelled."""
+    failure = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM
+    ):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(CONNECT_TIMEOUT)
+            with cancel.calling(functools.partial(_cut, sock)):
+                sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+        except Cancelled:
+            sock.close()
+            raise
+    raise failure
+
+
+def _dial_model(parts: SplitResult, cancel: Cancellation) -> socket.socket:
+    """Return a connection to an http or https URL.  Raises ModelError, Cancelled."""
+    host = parts.hostname or ""
+    try:
+        if parts.scheme != "https":
+            return _connect_model(host, parts.port or 80, cancel)
+        import ssl
+
+        sock = ssl.create_default_context().wrap_socket(
+            _connect_model(host, parts.port or 443, cancel),
+            server_hostname=host,
+            do_handshake_on_connect=False,
+        )
+        with contextlib.ExitStack() as stack:
+            stack.callback(sock.close)
+            with cancel.calling(functools.partial(_cut, sock)):
+                sock.do_handshake()
+            stack.pop_all()
+        return sock
+    except (OSError, ValueError) as error:  # ValueError: a port that is none
+        raise ModelError(f"{parts.netloc} cannot be reached: {error}") from error
+
+
+@contextlib.contextmanager
+def model_exchange(
+    method: str,
+    url: str,
+    headers: Mapping[str, str],
+    body: JsonObject | None,
+    cancel: Cancellation,
+    timeout: float = MODEL_SILENCE,  # s without a byte
+) -> Iterator[http.client.HTTPResponse]:
+    """Yield the response to one HTTP request, whatever its status.
+
+    Raises ModelError, ModelBusy where asking again may help, and Cancelled; that
+    goes for reading the response in the block as well.
+    """
+    import http.client
+
+    parts = urlsplit(url)
+    sock = _dial_model(parts, cancel)
+    connection = http.client.HTTPConnection(parts.hostname or "")
+    connection.sock = sock
+    target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+    content = None if body is None else to_json(body).encode("utf-8", "replace")
+    try:
+        with cancel.calling(functools.partial(_cut, sock)):
+            sock.settimeout(timeout)
+            connection.request(
+                method,
+                target,
+                content,
+                {**headers, "Host": parts.netloc, "Connection": "close"},
+            )
+            with connection.getresponse() as response:
+                yield response
+    except socket.timeout as error:
+        raise ModelError(
+            f"{parts.netloc} was silent for {format_duration(timeout)}"
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        said = str(error) or type(error).__name__
+        raise ModelBusy(f"{parts.netloc} broke off: {said}") from error
+    finally:
+        connection.close()
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Yield the lines of a body as they arrive, without their ends."""
+    pending = bytearray()
+    while True:
+        data = response.read1(65536)
+        if not data:
+            break
+        pending += data
+        if len(pending) > MAX_MODEL_LINE:
+            raise ModelError("the answer holds a line beyond all measure")
+        if b"\n" in data:
+            *lines, rest = bytes(pending).split(b"\n")
+            pending = bytearray(rest)
+            yield from (line.rstrip(b"\r") for line in lines)
+    if pending:
+        yield bytes(pending)
+
+
+def _server_sent_data(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the data of each event (HTML Living Standard §9.2.6)."""
+    data: list[bytes] = []
+    for line in lines:
+        if line.startswith(b"data:"):
+            data.append(line[5:].lstrip(b" "))
+        elif not line and data:
+            yield b"\n".join(data)
+            data = []
+    if data:  # the standard drops it, but servers forget the last empty line
+        yield b"\n".join(data)
+
+
+def _retry_after(response: http.client.HTTPResponse) -> float | None:
+    """Return the seconds that a busy server asks to wait (RFC 9110 §10.2.3)."""
+    import email.utils
+
+    text = response.getheader("Retry-After", "").strip()
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        pass
+    try:
+        moment = email.utils.parsedate_to_datetime(text)
+        return max(0.0, moment.timestamp() - time.time())
+    except (TypeError, ValueError):  # which of them depends on Python's version
+        return None
+
+
+# --- Answers ---
+
+
+class PartialCall:
+    """A tool call whose pieces are still arriving."""
+
+    def __init__(self, call_id: str, given_id: str, name: str) -> None:
+        self.id = call_id
+        self.given_id = given_id  # by the server; perhaps empty, or not unique
+        self.name = name
+        self.arguments: object = ""
+
+    def add(self, arguments: object) -> None:
+        if isinstance(arguments, str) and isinstance(self.arguments, str):
+            self.arguments += arguments
+        elif arguments:
+            self.arguments = arguments
+
+    def finished(self) -> ToolCall:
+        return read_tool_call(self.id, self.name, self.arguments)
+
+
+class AnswerReader:
+    """One answer: the provider's documents in, ModelEvents out."""
+
+    def __init__(self, model_id: str) -> None:
+        self.complete = False  # all that matters is here; the stream may end
+        self.over = False  # nothing follows that would be worth reading
+        self.reason = "stop"
+        self.input_tokens = 0
+        self.output_tokens = 0
+        self.calls: list[PartialCall] = []
+        self.provider_data: JsonObject = {}
+        self._model_id = model_id
+        self._text: list[str] = []
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        raise NotImplementedError
+
+    def say(self, text: str) -> Iterator[ModelEvent]:
+        if text:
+            self._text.append(text)
+            yield Delta("text", text)
+
+    def think(self, text: str) -> Iterator[ModelEvent]:
+        if text:
+            yield Delta("thinking", text)
+
+    def open_call(self, given_id: str, name: str) -> PartialCall:
+        # Servers leave ids out, or give all calls of an answer the same.
+        taken = not given_id or any(call.id == given_id for call in self.calls)
+        call = PartialCall(new_call_id() if taken else given_id, given_id, name)
+        self.calls.append(call)
+        return call
+
+    def end(self, reason: str) -> None:
+        self.complete = True
+        self.reason = STOP_REASONS.get(reason, reason) or "stop"
+
+    def finished(self) -> Finished:
+        data = self.provider_data
+        message = ChatMessage(
+            role="assistant",
+            text="".join(self._text),
+            tool_calls=tuple(call.finished() for call in self.calls),
+            provider_data={"by": self._model_id, **data} if data else {},
+        )
+        return Finished(message, self.reason, self.input_tokens, self.output_tokens)
+
+
+class OllamaAnswer(AnswerReader):
+    """An answer of `/api/chat`."""
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        message = _object_of(document, "message")
+        thinking = _text_of(message, "thinking")
+        if thinking:
+            before = self.provider_data.get("thinking", "")
+            self.provider_data["thinking"] = before + thinking
+        yield from self.think(thinking)
+        yield from self.say(_text_of(message, "content"))
+        for call in _objects_of(message, "tool_calls"):
+            function = _object_of(call, "function")
+            opened = self.open_call(_text_of(call, "id"), _text_of(function, "name"))
+            opened.add(function.get("arguments"))
+        if document.get("done") is True:
+            self.end(_text_of(document, "done_reason"))
+            self.over = True
+            self.input_tokens = _count_of(document, "prompt_eval_count")
+            self.output_tokens = _count_of(document, "eval_count")
+
+
+class OpenAiAnswer(AnswerReader):
+    """An answer of `/chat/completions`, from whoever imitates it."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(model_id)
+        self._slots: dict[int, PartialCall] = {}
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        usage = _object_of(document, "usage")
+        if usage:  # in a document of its own, whose `choices` is empty, or in any other
+            self.input_tokens = _count_of(usage, "prompt_tokens")
+            self.output_tokens = _count_of(usage, "completion_tokens")
+        for choice in _objects_of(document, "choices")[:1]:
+            # A server that cannot stream answers with a `message` instead.
+            delta = _object_of(choice, "delta") or _object_of(choice, "message")
+            yield from self._take_delta(delta)
+            reason = _text_of(choice, "finish_reason")
+            if reason:
+                self.end(reason)
+
+    def _take_delta(self, delta: JsonObject) -> Iterator[ModelEvent]:
+        reasoning = _text_of(delta, "reasoning_content")
+        if reasoning:
+            before = self.provider_data.get("reasoning_content", "")
+            self.provider_data["reasoning_content"] = before + reasoning
+        yield from self.think(reasoning or _text_of(delta, "reasoning"))
+        yield from self.say(_text_of(delta, "content"))
+        for part in _objects_of(delta, "content"):  # Mistral's thinking models
+            for thought in _objects_of(part, "thinking"):
+                yield from self.think(_text_of(thought, "text"))
+            yield from self.say(_text_of(part, "text"))
+        for piece in _objects_of(delta, "tool_calls"):
+            self._take_call(piece)
+
+    def _take_call(self, piece: JsonObject) -> None:
+        function = _object_of(piece, "function")
+        call = self._call_of(piece, _text_of(function, "name"))
+        call.add(function.get("arguments"))
+        if piece.get("extra_content"):  # Gemini's signatures
+            extras = self.provider_data.setdefault("extra_content", {})
+            extras[call.id] = piece["extra_content"]
+
+    def _call_of(self, piece: JsonObject, name: str) -> PartialCall:
+        """Return the call to which a piece belongs.
+
+        `index` says so in theory; servers omit it or always send 0.  So a new id opens
+        a new call, and so does a name after arguments that are complete.
+        """
+        slot = _count_of(piece, "index")
+        given_id = _text_of(piece, "id")
+        call = self._slots.get(slot)
+        if call is not None and not self._opens_another(call, given_id, name):
+            call.name = call.name or name
+            return call
+        self._slots[slot] = self.open_call(given_id, name)
+        return self._slots[slot]
+
+    def _opens_another(self, call: PartialCall, given_id: str, name: str) -> bool:
+        if given_id:
+            return given_id != call.given_id
+        return bool(name and call.arguments and not call.finished().malformed)
+
+
+class AnthropicAnswer(AnswerReader):
+    """An answer of `/v1/messages`."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(model_id)
+        self._blocks: dict[int, JsonObject] = {}
+        self._inputs: dict[int, PartialCall] = {}
+        self._whole: list[JsonObject] = []  # the blocks that have ended
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        kind = _text_of(document, "type")
+        index = _count_of(document, "index")
+        if kind == "content_block_delta":
+            yield from self._take_delta(index, _object_of(document, "delta"))
+        elif kind == "content_block_start":
+            yield from self._open_block(index, _object_of(document, "content_block"))
+        elif kind == "content_block_stop":
+            self._close_block(index)
+        elif kind == "message_start":
+            self._count(_object_of(_object_of(document, "message"), "usage"))
+        elif kind == "message_delta":
+            self.reason = _text_of(_object_of(document, "delta"), "stop_reason")
+            self._count(_object_of(document, "usage"))
+        elif kind == "message_stop":
+            self._end_message()
+        # Anything else is a ping, or newer than this: to be ignored, says the vendor.
+
+    def _open_block(self, index: int, block: JsonObject) -> Iterator[ModelEvent]:
+        self._blocks[index] = dict(block)
+        if block.get("type") == "tool_use":
+            call = self.open_call(_text_of(block, "id"), _text_of(block, "name"))
+            call.add(block.get("input"))
+            self._inputs[index] = call
+        yield from self.say(_text_of(block, "text"))
+
+    def _take_delta(self, index: int, delta: JsonObject) -> Iterator[ModelEvent]:
+        block = self._blocks.setdefault(index, {})
+        if index in self._inputs:
+            self._inputs[index].add(_text_of(delta, "partial_json"))
+        for name in ("text", "thinking", "signature"):
+            piece = _text_of(delta, name)
+            if piece:
+                block[name] = _text_of(block, name) + piece
+        yield from self.think(_text_of(delta, "thinking"))
+        yield from self.say(_text_of(delta, "text"))
+
+    def _close_block(self, index: int) -> None:
+        block = self._blocks.pop(index, {})
+        if index in self._inputs:
+            call = self._inputs.pop(index).finished()
+            block = {**block, "id": call.id, "input": call.arguments}
+        if block.get("type") != "text" or block.get("text"):  # it refuses empty ones
+            self._whole.append(block)
+
+    def _count(self, usage: JsonObject) -> None:
+        names = (
+            "input_tokens",
+            "cache_creation_input_tokens",
+            "cache_read_input_tokens",
+        )
+        self.input_tokens = sum(_count_of(usage, n) for n in names) or self.input_tokens
+        self.output_tokens = _count_of(usage, "output_tokens") or self.output_tokens
+
+    def _end_message(self) -> None:
+        self.end(self.reason)
+        self.over = True
+        # Without thinking, text and calls say it all, for any provider.
+        if any("thinking" in _text_of(block, "type") for block in self._whole):
+            self.provider_data["blocks"] = self._whole
+
+
+# --- Providers ---
+
+
+@dataclass(frozen=True)
+class ProviderSpec:
+    """Somebody who serves models, and the habits that set them apart."""
+
+    id: str
+    label: str
+    protocol: str  # of PROTOCOLS
+    base_url: str
+    url_variable: str = ""
+    call_id: str = "[A-Za-z0-9_-]{1,40}"  # the ids of calls that it takes
+    wants_reasoning: bool = False  # back, or it refuses what follows a tool call
+
+
+PROVIDERS = (
+    ProviderSpec("ollama", "Ollama", "ollama", "http://127.0.0.1:11434", "OLLAMA_HOST"),
+    ProviderSpec(
+        "anthropic",
+        "Anthropic",
+        "anthropic",
+        "https://api.anthropic.com",
+        "ANTHROPIC_BASE_URL",
+    ),
+    ProviderSpec(
+        "openai", "OpenAI", "openai", "https://api.openai.com/v1", "OPENAI_BASE_URL"
+    ),
+    ProviderSpec("openrouter", "OpenRouter", "openai", "https://openrouter.ai/api/v1"),
+    ProviderSpec("groq", "Groq", "openai", "https://api.groq.com/openai/v1"),
+    ProviderSpec(
+        "mistral",
+        "Mistral",
+        "openai",
+        "https://api.mistral.ai/v1",
+        call_id="[A-Za-z0-9]{9}",
+    ),
+    ProviderSpec(
+        "deepseek",
+        "DeepSeek",
+        "openai",
+        "https://api.deepseek.com/v1",
+        wants_reasoning=True,
+    ),
+    ProviderSpec("together", "Together", "openai", "https://api.together.xyz/v1"),
+    ProviderSpec("xai", "xAI", "openai", "https://api.x.ai/v1"),
+    ProviderSpec(
+        "gemini",
+        "Gemini",
+        "openai",
+        "https://generativelanguage.googleapis.com/v1beta/openai",
+    ),
+)
+
+
+class ModelProvider:
+    """A vendor's protocol, spoken with one address."""
+
+    chat_path = ""
+    list_path = ""
+    context_tokens = 100_000  # of most of its models; a guess that errs on their side
+
+    def __init__(
+        self,
+        spec: ProviderSpec,
+        base_url: str,
+        api_key: str,
+        *,
+        first_pause: float = 1.0,  # s before the second try
+    ) -> None:
+        self.spec = spec
+        self.base_url = base_url.rstrip("/")
+        self._api_key = api_key
+        self._first_pause = first_pause
+
+    def stream(
+        self, request: ChatRequest, cancel: Cancellation
+    ) -> Iterator[ModelEvent]:
+        """Yield the answer as it comes; see ChatModel.stream."""
+        body = self._body(request)
+        backoff = Backoff(self._first_pause, 20 * self._first_pause)
+        tries = 1
+        while True:
+            silent = True  # what was shown once cannot be taken back by a new try
+            try:
+                with contextlib.closing(self._attempt(request, body, cancel)) as events:
+                    for event in events:
+                        silent = False
+                        yield event
+                return
+            except ModelBusy as error:
+                delay = max(backoff.next(), error.retry_after or 0)
+                if not silent or tries == MODEL_TRIES or delay > MODEL_PATIENCE:
+                    raise
+                tries += 1
+                notice = (
+                    f"{error}; trying again in {format_duration(delay)} "
+                    f"(try {tries} of {MODEL_TRIES})"
+                )
+            except ModelError as error:
+                delay = 0
+                amended = self._amend(body, error) if silent else None
+                if amended is None:
+                    raise
+                notice = amended
+            if notice:
+                yield Delta("notice", notice)
+            cancel.pause(delay)
+
+    def models(self, cancel: Cancellation) -> list[ModelInfo]:
+        """Return the models that the provider lists.  Raises ModelError, Cancelled."""
+        listing = self._ask("GET", self.list_path, None, cancel)
+        listed = _objects_of(listing, "data") or _objects_of(listing, "models")
+        infos = (self._info(model, cancel) for model in listed)
+        return [info for info in infos if info is not None]
+
+    def _headers(self) -> dict[str, str]:
+        headers = {"Content-Type": "application/json"}
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        return headers
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        raise NotImplementedError
+
+    def _reader(self, model_id: str) -> AnswerReader:
+        raise NotImplementedError
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        """Change a request that was refused so that it may pass.
+
+        Return what to tell the person about it, or None where nothing helps.
+        """
+        raise NotImplementedError
+
+    def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
+        """Return what a list says of a model, None where it is none for chats."""
+        raise NotImplementedError
+
+    def _named(self, name: str, title: str, *, supports_tools: bool) -> ModelInfo:
+        return ModelInfo(
+            f"{self.spec.id}/{name}", self.spec.label, title, supports_tools
+        )
+
+    def _attempt(
+        self, request: ChatRequest, body: JsonObject, cancel: Cancellation
+    ) -> Generator[ModelEvent, None, None]:
+        reader = self._reader(f"{self.spec.id}/{request.model}")
+        url = self.base_url + self.chat_path
+        with model_exchange("POST", url, self._headers(), body, cancel) as response:
+            self._check(response)
+            for data in self._documents(response):
+                if data == b"[DONE]":
+                    reader.complete = True
+                    break
+                yield from reader.take(self._document(data))
+                if reader.over:
+                    break
+            if not reader.complete:
+                raise ModelBusy(f"{self.spec.label} broke off before the answer's end")
+        yield reader.finished()
+
+    def _ask(
+        self, method: str, path: str, body: JsonObject | None, cancel: Cancellation
+    ) -> JsonObject:
+        """Return the answer to one short request.  Raises ModelError, Cancelled."""
+        url = self.base_url + path
+        with model_exchange(
+            method, url, self._headers(), body, cancel, CONNECT_TIMEOUT
+        ) as response:
+            self._check(response)
+            data = response.read(MAX_MODEL_REPLY)
+        try:
+            document = from_json(data)
+        except ValueError as error:
+            raise ModelError(f"{url} is no {self.spec.label}: {error}") from error
+        # Together lists its models without an object around them.
+        return document if isinstance(document, dict) else {"data": document}
+
+    def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        # Some servers tell of an error, or of all at once, without an event stream.
+        if response.getheader("Content-Type", "").startswith("application/json"):
+            return iter([response.read(MAX_MODEL_REPLY)])
+        return _server_sent_data(_lines(response))
+
+    def _document(self, data: bytes) -> JsonObject:
+        """Return one document of the answer.  Raises ModelError where it is none."""
+        try:
+            document = from_json(data)
+        except ValueError as error:
+            raise ModelError(f"{self.spec.label} sent no JSON: {error}") from error
+        if not isinstance(document, dict):
+            raise ModelError(f"{self.spec.label} sent {data[:80]!r} for an object")
+        if document.get("error"):
+            raise self._error(200, document, None)
+        return document
+
+    def _check(self, response: http.client.HTTPResponse) -> None:
+        """Raises ModelError unless the request was taken."""
+        if response.status == 200:
+            return
+        data = response.read(MAX_MODEL_REPLY)
+        try:
+            document = from_json(data)
+        except ValueError:
+            document = data[:2000].decode("utf-8", "replace") or response.reason
+        raise self._error(response.status, document, _retry_after(response))
+
+    def _error(
+        self, status: int, document: Any, retry_after: float | None
+    ) -> ModelError:
+        detail = to_json(document)
+        error = _object_of(document, "error") if isinstance(document, dict) else {}
+        kind = error.get("type") or error.get("code")
+        status = _count_of(error, "code") if status == 200 else status
+        text = clip(_error_text(document), 1000)
+        if self._api_key:  # some servers quote it
+            text = text.replace(self._api_key, "…")
+        message = f"{self.spec.label}: {text}" + (f" ({status})" if status else "")
+        if OVERLONG_PATTERN.search(text):
+            return ContextTooLong(message, detail)
+        if status in (401, 403):
+            return ModelError(f"{message}; is the API key right?", detail)
+        # A used-up quota comes as 429 too, and waiting does not fill it.
+        if "insufficient_quota" not in detail and (
+            status in BUSY_STATUSES or status >= 500 or kind in BUSY_KINDS
+        ):
+            return ModelBusy(message, detail, retry_after)
+        return ModelError(message, detail)
+
+    def _call_id(self, call_id: str) -> str:
+        # A conversation may have begun with a provider that has other ids.
+        if re.fullmatch(self.spec.call_id, call_id):
+            return call_id
+        return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
+
+    def _own_data(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
+        data = message.provider_data
+        return data if data.get("by") == f"{self.spec.id}/{request.model}" else {}
+
+
+class OllamaProvider(ModelProvider):
+    """Ollama's own API, https://docs.ollama.com/api."""
+
+    chat_path = "/api/chat"
+    list_path = "/api/tags"
+    context_tokens = OLLAMA_LAST_CONTEXT
+
+    def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
+        name = _text_of(listed, "name")
+        shown = self._ask("POST", "/api/show", {"model": name}, cancel)
+        abilities = shown.get("capabilities")
+        if not isinstance(abilities, list):  # before 0.6.4 it did not say
+            abilities = ["completion", "tools"]
+        if "completion" not in abilities:
+            return None
+        return self._named(name, name, supports_tools="tools" in abilities)
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        body: JsonObject = {
+            "model": request.model,
+            "messages": [
+                self._message(request, message)
+                for message in settle_tool_calls(request.messages)
+            ],
+            "stream": True,
+        }
+        if request.tools:
+            body["tools"] = function_tools(request.tools)
+        body["options"] = {"num_ctx": self._context_for(body)}
+        return body
+
+    def _message(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
+        value: JsonObject = {"role": message.role, "content": message.text}
+        if message.role == "tool":
+            value["tool_name"] = message.tool_name
+        if message.tool_calls:
+            value["tool_calls"] = [
+                {"function": {"name": call.name, "arguments": call.arguments}}
+                for call in message.tool_calls
+            ]
+        thinking = _text_of(self._own_data(request, message), "thinking")
+        return {**value, "thinking": thinking} if thinking else value
+
+    def _context_for(self, body: JsonObject) -> int:
+        # In doublings: another size makes Ollama load the model anew.  Three
+        # characters a token errs on the safe side, and the answer needs room too.
+        needed = len(to_json(body)) // 3 + 2048
+        size = OLLAMA_FIRST_CONTEXT
+        while size < min(needed, OLLAMA_LAST_CONTEXT):
+            size *= 2
+        return size
+
+    def _reader(self, model_id: str) -> AnswerReader:
+        return OllamaAnswer(model_id)
+
+    def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        return (line for line in _lines(response) if line.strip())
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        if "does not support tools" in error.detail and body.pop("tools", None):
+            return f"{body['model']} cannot use tools: it can only talk"
+        return None
+
+
+def function_tools(tools: Sequence[ToolSpec]) -> list[JsonObject]:
+    """Return `tools` as OpenAI and those after it want them."""
+    return [{"type": "function", "function": to_json_object(tool)} for tool in tools]
+
+
+class OpenAiProvider(ModelProvider):
+    """OpenAI's chat completions, and the many servers that imitate them."""
+
+    chat_path = "/chat/completions"
+    list_path = "/models"
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        body: JsonObject = {
+            "model": request.model,
+            "messages": [
+                self._message(request, message)
+                for message in settle_tool_calls(request.messages)
+            ],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if request.tools:
+            body["tools"] = function_tools(request.tools)
+        return body
+
+    def _message(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
+        value: JsonObject = {"role": message.role, "content": message.text}
+        if message.role == "tool":
+            value["tool_call_id"] = self._call_id(message.tool_call_id)
+        data = self._own_data(request, message)
+        if message.tool_calls:
+            value["content"] = message.text or None  # some refuse an empty text here
+            extras = _object_of(data, "extra_content")
+            value["tool_calls"] = [
+                self._call(call, extras) for call in message.tool_calls
+            ]
+        if self.spec.wants_reasoning and message.tool_calls:
+            value["reasoning_content"] = _text_of(data, "reasoning_content")
+        return value
+
+    def _call(self, call: ToolCall, extras: JsonObject) -> JsonObject:
+        value: JsonObject = {
+            "id": self._call_id(call.id),
+            "type": "function",
+            "function": {"name": call.name, "arguments": to_json(call.arguments)},
+        }
+        if call.id in extras:
+            value["extra_content"] = extras[call.id]
+        return value
+
+    def _reader(self, model_id: str) -> AnswerReader:
+        return OpenAiAnswer(model_id)
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        if "stream_options" in error.detail and body.pop("stream_options", None):
+            return ""  # only the token counts are lost
+        return None
+
+    def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo | None:
+        name = _text_of(listed, "id")
+        # OpenAI's list does not tell its chat models from the others.
+        if re.search("embed|whisper|tts|dall-e|moderat|image|audio|realtime", name):
+            return None
+        mistral = (
+            _object_of(listed, "capabilities").get("function_calling") is not False
+        )
+        openrouter = listed.get("supported_parameters", ["tools"])
+        tools = mistral and isinstance(openrouter, list) and "tools" in openrouter
+        return self._named(name, name, supports_tools=tools)
+
+
+class AnthropicProvider(ModelProvider):
+    """Anthropic's messages API, https://docs.anthropic.com/en/api/messages."""
+
+    chat_path = "/v1/messages"
+    list_path = "/v1/models?limit=1000"
+    context_tokens = 200_000
+
+    def _headers(self) -> dict[str, str]:
+        return {
+            "Content-Type": "application/json",
+            "anthropic-version": ANTHROPIC_VERSION,
+            "x-api-key": self._api_key,
+        }
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        messages = settle_tool_calls(request.messages)
+        system = [m.text for m in messages if m.role == "system" and m.text]
+        body: JsonObject = {
+            "model": request.model,
+            "max_tokens": ANTHROPIC_MAX_TOKENS,
+            "messages": self._turns(request, messages),
+            "stream": True,
+        }
+        if system:
+            body["system"] = "\n\n".join(system)
+        if request.tools:
+            body["tools"] = [
+                {
+                    "name": tool.name,
+                    "description": tool.description,
+                    "input_schema": tool.parameters,
+                }
+                for tool in request.tools
+            ]
+        return body
+
+    def _turns(
+        self, request: ChatRequest, messages: Sequence[ChatMessage]
+    ) -> list[JsonObject]:
+        """Return the turns, which alternate: results and what follows make one."""
+        turns: list[JsonObject] = []
+        for message in messages:
+            role = "assistant" if message.role == "assistant" else "user"
+            blocks = [] if message.role == "system" else self._blocks(request, message)
+            if blocks and turns and turns[-1]["role"] == role:
+                turns[-1]["content"] += blocks
+            elif blocks:
+                turns.append({"role": role, "content": list(blocks)})
+        return turns
+
+    def _blocks(self, request: ChatRequest, message: ChatMessage) -> list[JsonObject]:
+        kept = _objects_of(self._own_data(request, message), "blocks")
+        if kept:
+            return kept
+        if message.role == "tool":
+            call_id = self._call_id(message.tool_call_id)
+            result = {"type": "tool_result", "tool_use_id": call_id}
+            return [{**result, "content": message.text}]
+        text = [{"type": "text", "text": message.text}] if message.text.strip() else []
+        return text + [
+            {
+                "type": "tool_use",
+                "id": self._call_id(call.id),
+                "name": call.name,
+                "input": call.arguments,
+            }
+            for call in message.tool_calls
+        ]
+
+    def _reader(self, model_id: str) -> AnswerReader:
+        return AnthropicAnswer(model_id)
+
+    def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo:
+        name = _text_of(listed, "id")
+        title = _text_of(listed, "display_name")
+        return self._named(name, title or name, supports_tools=True)
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        # Old models allow less, and only the refusal says how much.
+        match = re.search(r"max_tokens: \d+ > (\d+)", error.detail)
+        if match is None or int(match.group(1)) >= body["max_tokens"]:
+            return None
+        body["max_tokens"] = int(match.group(1))
+        return ""
+
+
+PROTOCOLS: Mapping[str, type[ModelProvider]] = {
+    "ollama": OllamaProvider,
+    "openai": OpenAiProvider,
+    "anthropic": AnthropicProvider,
+}
+
+
+@dataclass(frozen=True)
+class ProviderSettings:
+    """What a person entered for one provider in Settings → Models."""
+
+    api_key: str = field(default="", repr=False)
+    base_url: str = ""
+
+    FILE: ClassVar[str] = "models.json"
+
+    @classmethod
+    def load_all(cls, directory: Path) -> dict[str, ProviderSettings]:
+        """Return what was entered, by provider.  Raises BadConfiguration."""
+        path = directory / cls.FILE
+        value = read_settings_file(path) or {}
+        try:
+            return {
+                name: cls(
+                    api_key=optional(entry, "api_key", str) or "",
+                    base_url=optional(entry, "base_url", str) or "",
+                )
+                for name, entry in ((n, required(value, n, dict)) for n in value)
+            }
+        except RpcError as error:
+            raise BadConfiguration(f"{path}: {error.message}") from error
+
+    @classmethod
+    def save_all(
+        cls, directory: Path, settings: Mapping[str, ProviderSettings]
+    ) -> None:
+        """Write models.json.  Raises BadConfiguration."""
+        value = {
+            name: {"api_key": entry.api_key, "base_url": entry.base_url}
+            for name, entry in settings.items()
+        }
+        text = json.dumps(value, indent=2) + "\n"
+        write_private(directory / cls.FILE, text.encode("utf-8"))
+
+
+def all_providers(settings: Mapping[str, ProviderSettings]) -> list[ProviderSpec]:
+    """Return the providers that are known, and those that `settings` adds.
+
+    What is added is taken for OpenAI-compatible: llama.cpp, vLLM, LM Studio are.
+    """
+    known = {spec.id for spec in PROVIDERS}
+    return [*PROVIDERS] + [
+        ProviderSpec(name, name, "openai", entry.base_url)
+        for name, entry in settings.items()
+        if name not in known and entry.base_url and "/" not in name
+    ]
+
+
+def _with_path(base_url: str) -> str:
+    # People leave it out for their LM Studio.
+    bare = not urlsplit(base_url).path.strip("/")
+    return base_url.rstrip("/") + "/v1" if bare else base_url
+
+
+def make_providers(
+    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
+) -> list[ModelProvider]:
+    """Return the providers that can be used; the environment beats `settings`."""
+    providers = []
+    for spec in all_providers(settings):
+        entered = settings.get(spec.id, ProviderSettings())
+        api_key = environ.get(API_KEY_VARIABLES.get(spec.id, "")) or entered.api_key
+        base_url = environ.get(spec.url_variable) or entered.base_url
+        if spec.protocol == "ollama":
+            base_url = ollama_url(base_url or spec.base_url)
+        elif spec.protocol == "openai" and base_url:
+            base_url = _with_path(base_url)
+        if api_key or base_url:
+            make = PROTOCOLS[spec.protocol]
+            providers.append(make(spec, base_url or spec.base_url, api_key))
+    return providers
+
+
+def describe_providers(
+    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
+) -> list[JsonObject]:
+    """Return each provider and where its key is from, for people; never the key."""
+    descriptions = []
+    for spec in all_providers(settings):
+        entered = settings.get(spec.id, ProviderSettings())
+        variable = API_KEY_VARIABLES.get(spec.id, "")
+        source = "settings" if entered.api_key else ""
+        descriptions.append(
+            {
+                "id": spec.id,
+                "label": spec.label,
+                "keyVariable": variable,
+                "keyFrom": "environment" if environ.get(variable) else source,
+                "baseUrl": entered.base_url or spec.base_url,
+            }
+        )
+    return descriptions
+
+
+class ProviderModel:
+    """A model of a provider that this machine reaches; a ChatModel."""
+
+    def __init__(self, provider: ModelProvider, name: str) -> None:
+        self.id = f"{provider.spec.id}/{name}"
+        self.context_tokens = provider.context_tokens
+        self._provider = provider
+        self._name = name
+
+    def stream(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[ToolSpec],
+        cancel: Cancellation,
+    ) -> Iterator[ModelEvent]:
+        """Yield the answer as it comes; see ChatModel.stream."""
+        request = ChatRequest(self._name, tuple(messages), tuple(tools))
+        return self._provider.stream(request, cancel)
+
+
+class ModelCatalog:
+    """The models that the providers of this machine list."""
+
+    def __init__(self, providers: Sequence[ModelProvider]) -> None:
+        self._lock = threading.Lock()  # guards the four below
+        self._providers = {provider.spec.id: provider for provider in providers}
+        self._models: list[ModelInfo] = []
+        self._errors: dict[str, str] = {}
+        self._fresh = Deadline(0)
+
+    def replace(self, providers: Sequence[ModelProvider]) -> None:
+        """Use these providers from now on: somebody changed the settings."""
+        with self._lock:
+            self._providers = {provider.spec.id: provider for provider in providers}
+            self._fresh = Deadline(0)
+
+    def model(self, model_id: str) -> ProviderModel:
+        """Return a model by its id, provider/name, be it listed or not.
+
+        Raises ModelError where there is no such provider.
+        """
+        provider_id, _, name = model_id.partition("/")
+        with self._lock:
+            provider = self._providers.get(provider_id)
+            known = ", ".join(self._providers) or "none"
+        if provider is None or not name:
+            raise ModelError(
+                f"{model_id!r} is no model: write PROVIDER/NAME with one of the "
+                f"providers that are set up ({known})"
+            )
+        return ProviderModel(provider, name)
+
+    def models(
+        self, cancel: Cancellation, *, refresh: bool = False
+    ) -> tuple[list[ModelInfo], dict[str, str]]:
+        """Return the models, and by provider why one could not be asked.
+
+        They are remembered for MODEL_LIST_LIFETIME.  Raises Cancelled.
+        """
+        with self._lock:
+            if not refresh and not self._fresh.expired:
+                return list(self._models), dict(self._errors)
+            providers = list(self._providers.values())
+        models, errors = list_models(providers, cancel)
+        with self._lock:
+            if providers == list(self._providers.values()):
+                self._models, self._errors = models, errors
+                self._fresh = Deadline(MODEL_LIST_LIFETIME)
+        return models, errors
+
+
+def list_models(
+    providers: Sequence[ModelProvider], cancel: Cancellation
+) -> tuple[list[ModelInfo], dict[str, str]]:
+    """Ask all providers at once; return their models, and who could not answer why.
+
+    Raises Cancelled.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    models: list[ModelInfo] = []
+    errors: dict[str, str] = {}
+    with ThreadPoolExecutor(
+        max(1, len(providers)), thread_name_prefix="moltis-models"
+    ) as pool:
+        asked = [(p, pool.submit(p.models, cancel)) for p in providers]
+        for provider, answer in asked:
+            try:
+                models += answer.result()
+            except ModelError as error:
+                errors[provider.spec.id] = str(error)
+    return models, errors
+
 
 # ==============================================================================
 # NODE

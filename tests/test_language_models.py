@@ -1,0 +1,1349 @@
+"""Language models: what each vendor sends, and strictly what we send it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from email.utils import formatdate
+
+import pytest
+from support import ScriptedServer, free_port, wait_for
+
+import moltis
+from moltis import (
+    Cancellation,
+    Cancelled,
+    ChatMessage,
+    ChatRequest,
+    ContextTooLong,
+    Delta,
+    Finished,
+    ModelBusy,
+    ModelError,
+    RpcError,
+    ToolCall,
+    ToolSpec,
+)
+
+EXEC = ToolSpec("exec", "Run it.", {"type": "object", "properties": {}})
+HELLO = (ChatMessage("user", "hello"),)
+
+
+def ndjson(*documents):
+    return b"".join(json.dumps(d).encode() + b"\n" for d in documents)
+
+
+def sse(*documents, done=False):
+    events = b"".join(b"data: " + json.dumps(d).encode() + b"\n\n" for d in documents)
+    return events + (b"data: [DONE]\n\n" if done else b"")
+
+
+class Ollama:
+    """How Ollama talks, and what it lets pass."""
+
+    content_type = "application/x-ndjson"
+    make = moltis.OllamaProvider
+    spec = moltis.PROVIDERS[0]
+    path = "/api/chat"
+
+    def answer(self, text="", calls=(), thinking="", reason="stop"):
+        def chunk(**message):
+            message = {"role": "assistant", "content": "", **message}
+            return {"model": "m", "message": message, "done": False}
+
+        return ndjson(
+            *[chunk(thinking=thinking)] * bool(thinking),
+            *[chunk(content=piece) for piece in pieces(text)],
+            *[
+                chunk(tool_calls=[{"function": {"name": name, "arguments": arguments}}])
+                for _, name, arguments in calls
+            ],
+            {
+                "message": {"role": "assistant", "content": ""},
+                "done": True,
+                "done_reason": reason,
+                "prompt_eval_count": 7,
+                "eval_count": 3,
+            },
+        )
+
+    def broken(self, text, message):
+        whole = self.answer(text)
+        return whole[: whole.index(b'{"message": {"role": "assistant"')] + ndjson(
+            {"error": message}
+        )
+
+    def error(self, message, kind=""):
+        return json.dumps({"error": message}).encode()
+
+    def check(self, headers, body):
+        assert set(body) <= {"model", "messages", "stream", "tools", "options"}
+        assert body["stream"] is True
+        assert set(body["options"]) == {"num_ctx"}
+        for message in body["messages"]:
+            expected = {"role", "content"}
+            if message["role"] == "tool":
+                expected = {"role", "content", "tool_name"}
+            extra = set(message) - expected
+            assert extra <= {"tool_calls", "thinking"}
+            assert not extra or message["role"] == "assistant"
+            for call in message.get("tool_calls", ()):
+                assert set(call) == {"function"}
+                assert set(call["function"]) == {"name", "arguments"}
+                assert isinstance(call["function"]["arguments"], dict)
+        check_function_tools(body)
+
+
+class OpenAi:
+    """How OpenAI talks, and what it lets pass."""
+
+    content_type = "text/event-stream; charset=utf-8"
+    make = moltis.OpenAiProvider
+    spec = next(s for s in moltis.PROVIDERS if s.id == "openai")
+    path = "/chat/completions"
+
+    def answer(self, text="", calls=(), thinking="", reason=None):
+        def chunk(delta, finish=None):
+            choice = {"index": 0, "delta": delta, "finish_reason": finish}
+            return {"id": "c", "choices": [choice], "usage": None}
+
+        deltas = [{"role": "assistant", "content": ""}]
+        deltas += [{"reasoning_content": thinking}] * bool(thinking)
+        deltas += [{"content": piece} for piece in pieces(text)]
+        for index, (call_id, name, arguments) in enumerate(calls):
+            head = {"name": name, "arguments": ""}
+            deltas.append(
+                {
+                    "tool_calls": [
+                        {
+                            "index": index,
+                            "id": call_id,
+                            "type": "function",
+                            "function": head,
+                        }
+                    ]
+                }
+            )
+            deltas += [
+                {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}
+                for piece in pieces(json.dumps(arguments))
+            ]
+        return sse(
+            *map(chunk, deltas),
+            chunk({}, reason or ("tool_calls" if calls else "stop")),
+            {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}},
+            done=True,
+        )
+
+    def broken(self, text, message):
+        delta = {"choices": [{"index": 0, "delta": {"content": text}}]}
+        return sse(*[delta] * bool(text), {"error": {"message": message}})
+
+    def error(self, message, kind="invalid_request_error"):
+        return json.dumps({"error": {"message": message, "type": kind}}).encode()
+
+    def check(self, headers, body):
+        assert headers["Authorization"] == "Bearer k-secret"
+        assert set(body) <= {"model", "messages", "stream", "stream_options", "tools"}
+        assert body["stream"] is True
+        open_calls = []
+        for message in body["messages"]:
+            if open_calls:  # every call's result comes before anything else
+                assert set(message) == {"role", "content", "tool_call_id"}
+                assert message["role"] == "tool"
+                assert message["tool_call_id"] == open_calls.pop(0)
+                assert isinstance(message["content"], str)
+                continue
+            assert message["role"] != "tool"
+            extra = set(message) - {"role", "content"}
+            assert extra <= {"tool_calls"}
+            for call in message.get("tool_calls", ()):
+                assert set(call) == {"id", "type", "function"}
+                assert call["type"] == "function"
+                assert set(call["function"]) == {"name", "arguments"}
+                assert isinstance(json.loads(call["function"]["arguments"]), dict)
+                assert re.fullmatch("[A-Za-z0-9_-]{1,40}", call["id"])
+                open_calls.append(call["id"])
+            assert extra or message["content"]
+        assert not open_calls
+        check_function_tools(body)
+
+
+class Anthropic:
+    """How Anthropic talks, and what it lets pass."""
+
+    content_type = "text/event-stream; charset=utf-8"
+    make = moltis.AnthropicProvider
+    spec = moltis.PROVIDERS[1]
+    path = "/v1/messages"
+
+    def answer(self, text="", calls=(), thinking="", reason=None):
+        usage = {"input_tokens": 4, "cache_read_input_tokens": 3, "output_tokens": 1}
+        start = {"type": "message_start", "message": {"usage": usage}}
+        documents = [start, {"type": "ping"}]
+        blocks = []
+        if thinking:
+            deltas = [{"type": "thinking_delta", "thinking": thinking}]
+            deltas.append({"type": "signature_delta", "signature": "c2lnbmVk"})
+            head = {"type": "thinking", "thinking": "", "signature": ""}
+            blocks.append((head, deltas))
+        if text:
+            deltas = [{"type": "text_delta", "text": piece} for piece in pieces(text)]
+            blocks.append(({"type": "text", "text": ""}, deltas))
+        for call_id, name, arguments in calls:
+            written = json.dumps(arguments) if arguments else ""
+            deltas = [
+                {"type": "input_json_delta", "partial_json": piece}
+                for piece in ["", *pieces(written)]
+            ]
+            head = {"type": "tool_use", "id": call_id, "name": name, "input": {}}
+            blocks.append((head, deltas))
+        for index, (head, deltas) in enumerate(blocks):
+            documents.append(
+                {"type": "content_block_start", "index": index, "content_block": head}
+            )
+            documents += [
+                {"type": "content_block_delta", "index": index, "delta": delta}
+                for delta in deltas
+            ]
+            documents.append({"type": "content_block_stop", "index": index})
+        reason = reason or ("tool_use" if calls else "end_turn")
+        documents.append(
+            {
+                "type": "message_delta",
+                "delta": {"stop_reason": reason, "stop_sequence": None},
+                "usage": {"output_tokens": 3},
+            }
+        )
+        documents.append({"type": "something_newer", "of": "them"})
+        documents.append({"type": "message_stop"})
+        return b"".join(
+            b"event: " + d["type"].encode() + b"\n" + sse(d) for d in documents
+        )
+
+    def broken(self, text, message):
+        block = {"type": "content_block_start", "index": 0}
+        delta = {"type": "text_delta", "text": text}
+        return sse(
+            {**block, "content_block": {"type": "text", "text": ""}},
+            {"type": "content_block_delta", "index": 0, "delta": delta},
+            {"type": "error", "error": {"type": "api_error", "message": message}},
+        )
+
+    def error(self, message, kind="invalid_request_error"):
+        value = {"type": "error", "error": {"type": kind, "message": message}}
+        return json.dumps(value).encode()
+
+    def check(self, headers, body):
+        assert headers["anthropic-version"] == "2023-06-01"
+        assert headers["x-api-key"] == "k-secret"
+        assert "Authorization" not in headers
+        allowed = {"model", "max_tokens", "messages", "stream", "system", "tools"}
+        assert set(body) <= allowed
+        assert body["stream"] is True
+        assert body["max_tokens"] > 0
+        roles = [message["role"] for message in body["messages"]]
+        assert roles == (["user", "assistant"] * len(roles))[: len(roles)]
+        open_calls = []
+        for message in body["messages"]:
+            assert set(message) == {"role", "content"}
+            blocks = message["content"]
+            answered = [b["tool_use_id"] for b in blocks if b["type"] == "tool_result"]
+            assert answered == open_calls
+            assert all(b["type"] == "tool_result" for b in blocks[: len(answered)])
+            assert all(b["text"].strip() for b in blocks if b["type"] == "text")
+            open_calls = [b["id"] for b in blocks if b["type"] == "tool_use"]
+            assert all(re.fullmatch("[A-Za-z0-9_-]+", i) for i in open_calls)
+        assert not open_calls
+        for tool in body.get("tools", ()):
+            assert set(tool) == {"name", "description", "input_schema"}
+
+
+def pieces(text):
+    return [text[i : i + 4] for i in range(0, len(text), 4)]
+
+
+def check_function_tools(body):
+    for tool in body.get("tools", ()):
+        assert set(tool) == {"type", "function"}
+        assert tool["type"] == "function"
+        assert set(tool["function"]) == {"name", "description", "parameters"}
+
+
+@pytest.fixture(
+    params=[Ollama(), OpenAi(), Anthropic()], ids=["ollama", "openai", "anthropic"]
+)
+def vendor(request):
+    return request.param
+
+
+class Script:
+    """A vendor's server that sends prepared replies, one after the other."""
+
+    def __init__(self, vendor):
+        self.vendor = vendor
+        self.replies = []  # (status, headers, chunks)
+        self.server = ScriptedServer(self._reply)
+        self.provider = vendor.make(
+            vendor.spec, self.server.url, "k-secret", first_pause=0.01
+        )
+
+    def _reply(self, handler):
+        return self.replies.pop(0)
+
+    def stream(self, *chunks, **headers):
+        headers = {"Content-Type": self.vendor.content_type, **headers}
+        self.replies.append((200, headers, chunks))
+
+    def refuse(self, status, message="no", kind="", **headers):
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.replies.append((status, headers, [self.vendor.error(message, kind)]))
+
+    def ask(self, messages=HELLO, tools=(EXEC,), cancel=None):
+        model = moltis.ProviderModel(self.provider, "m")
+        return model.stream(messages, tools, cancel or Cancellation())
+
+    @property
+    def bodies(self):
+        return [json.loads(body) for _, _, _, body in self.server.requests]
+
+
+@pytest.fixture
+def script(vendor):
+    script = Script(vendor)
+    yield script
+    script.server.close()
+    for method, path, headers, body in script.server.requests:
+        assert (method, path) == ("POST", vendor.path)
+        assert headers["Content-Type"] == "application/json"
+        vendor.check(headers, json.loads(body))
+    assert not script.replies
+
+
+def text_of(events):
+    return "".join(e.text for e in events if isinstance(e, Delta) and e.kind == "text")
+
+
+def notices(events):
+    return [e.text for e in events if isinstance(e, Delta) and e.kind == "notice"]
+
+
+# --- What every provider does ---
+
+
+def test_an_answer_streams_and_ends_with_the_whole_of_it(script, vendor):
+    script.stream(vendor.answer("Grüße, world"))
+    *deltas, finished = script.ask()
+    assert len(deltas) == 3
+    assert text_of(deltas) == "Grüße, world"
+    assert finished == Finished(ChatMessage("assistant", "Grüße, world"), "stop", 7, 3)
+
+
+def test_every_byte_may_come_alone(script, vendor):
+    """Also as chunks of HTTP/1.1, RFC 9112 §7.1"""
+    calls = [("call_a", "exec", {"command": "ls"})]
+    whole = vendor.answer("Grüße", calls, thinking="hm")
+    single = [b"1\r\n%c\r\n" % byte for byte in whole]
+    script.stream(*single, b"0\r\n\r\n", **{"Transfer-Encoding": "chunked"})
+    events = list(script.ask())
+    assert text_of(events) == "Grüße"
+    assert events[-1].message.tool_calls[0].arguments == {"command": "ls"}
+
+
+def test_the_stream_may_be_cut_anywhere_into_two_reads(vendor):
+    whole = vendor.answer("Grüße", [("call_a", "exec", {"command": "ls"})])
+    provider = vendor.make(vendor.spec, "http://nobody", "")
+    for cut in range(len(whole) + 1):
+        reader = provider._reader("m")
+        for data in provider._documents(Reads(whole[:cut], whole[cut:])):
+            if data != b"[DONE]":
+                list(reader.take(provider._document(data)))
+        assert reader.complete
+        assert reader.finished().message.text == "Grüße"
+        assert reader.finished().message.tool_calls[0].arguments == {"command": "ls"}
+
+
+class Reads:
+    """A response whose body arrives in the given pieces."""
+
+    def __init__(self, *data):
+        self._data = [piece for piece in data if piece]
+
+    def getheader(self, name, default):
+        return default
+
+    def read1(self, size):
+        return self._data.pop(0) if self._data else b""
+
+
+def test_lines_may_end_with_carriage_return_and_line_feed(script, vendor):
+    script.stream(vendor.answer("fine").replace(b"\n", b"\r\n"))
+    assert text_of(script.ask()) == "fine"
+
+
+def test_tool_calls_arrive_whole_and_in_order(script, vendor):
+    script.stream(
+        vendor.answer(
+            "Let me look.",
+            [
+                ("call_a", "exec", {"command": "uptime", "node": "pi"}),
+                ("call_b", "nodes_list", {}),
+            ],
+        )
+    )
+    finished = list(script.ask())[-1]
+    first, second = finished.message.tool_calls
+    assert finished.reason == "stop"
+    assert (first.name, first.arguments) == (
+        "exec",
+        {"command": "uptime", "node": "pi"},
+    )
+    assert (second.name, second.arguments) == ("nodes_list", {})
+    assert first.id
+    assert first.id != second.id
+
+
+def test_thinking_is_told_apart_from_the_answer(script, vendor):
+    script.stream(vendor.answer("42", thinking="six times seven"))
+    events = list(script.ask())
+    assert events[0] == Delta("thinking", "six times seven")
+    assert text_of(events) == "42"
+    assert events[-1].message.text == "42"
+
+
+def test_an_answer_that_met_its_limit_says_so(script, vendor):
+    reason = "max_tokens" if isinstance(vendor, Anthropic) else "length"
+    script.stream(vendor.answer("and then", reason=reason))
+    assert list(script.ask())[-1].reason == "length"
+
+
+CONVERSATION = (
+    ChatMessage("system", "Be brief."),
+    ChatMessage("user", "Look around"),
+    ChatMessage(
+        "assistant",
+        "",
+        (
+            ToolCall("call_a", "exec", {"command": "ls"}),
+            ToolCall("call_b", "nodes_list", {}),
+            ToolCall("call_c", "exec", {}, malformed='{"comm'),
+        ),
+    ),
+    ChatMessage("tool", "two", tool_call_id="call_b", tool_name="nodes_list"),
+    ChatMessage("user", "And hurry"),
+    ChatMessage("tool", "one", tool_call_id="call_a", tool_name="exec"),
+    ChatMessage("tool", "whose?", tool_call_id="call_x", tool_name="exec"),
+    ChatMessage("assistant", " "),
+    ChatMessage("assistant", "Done."),
+    ChatMessage("user", "Thanks"),
+)
+
+
+def test_each_call_gets_its_result_at_once_and_in_order(script, vendor):
+    """What is strictly sent is checked by the fixture; here, that all of it is."""
+    script.stream(vendor.answer("ok"))
+    list(script.ask(CONVERSATION))
+    sent = json.dumps(script.bodies[0])
+    texts = ("Be brief.", "Look around", '"one"', '"two"', "No result", "And hurry")
+    positions = [sent.index(text) for text in texts[1:]]
+    assert positions == sorted(positions)
+    assert texts[0] in sent
+    assert "whose?" not in sent
+
+
+def test_ids_that_other_servers_gave_are_made_to_fit(script, vendor):
+    odd = ("functions.exec:0", "x" * 90)
+    script.stream(vendor.answer("ok"))
+    list(
+        script.ask(
+            (
+                *HELLO,
+                ChatMessage(
+                    "assistant", "", tuple(ToolCall(i, "exec", {}) for i in odd)
+                ),
+                *(
+                    ChatMessage("tool", "", tool_call_id=i, tool_name="exec")
+                    for i in odd
+                ),
+            )
+        )
+    )
+
+
+def test_the_same_id_in_two_answers_stays_with_its_own_result():
+    first = ChatMessage("assistant", "", (ToolCall("0", "exec", {}),))
+    messages = [
+        first,
+        ChatMessage("tool", "one", tool_call_id="0"),
+        first,
+        ChatMessage("tool", "two", tool_call_id="0"),
+    ]
+    assert moltis.settle_tool_calls(messages) == messages
+
+
+def test_without_tools_none_are_sent(script, vendor):
+    script.stream(vendor.answer("ok"))
+    list(script.ask(tools=()))
+    assert "tools" not in script.bodies[0]
+
+
+def test_a_stream_that_breaks_off_is_never_a_finished_answer(vendor):
+    """Cut at every byte, it ends with an error, or with all of the text."""
+    whole = vendor.answer("abcdefgh", [("call_a", "exec", {"command": "ls"})])
+    provider = vendor.make(vendor.spec, "http://nobody", "")
+    for cut in range(len(whole)):
+        reader = provider._reader("m")
+        try:
+            for data in provider._documents(Reads(whole[:cut])):
+                if data != b"[DONE]":
+                    list(reader.take(provider._document(data)))
+        except ModelError:
+            continue
+        if reader.complete:
+            finished = reader.finished()
+            assert finished.message.text == "abcdefgh"
+            assert finished.message.tool_calls[0].arguments == {"command": "ls"}
+
+
+def test_a_dropped_stream_is_an_error_once_something_was_shown(script, vendor):
+    whole = vendor.answer("abcdefgh")
+    script.stream(whole[: whole.index(b"efgh")])
+    events = []
+    with pytest.raises(ModelError, match=r"broke off|no JSON"):
+        iterate_into(events, script.ask())
+    assert text_of(events) == "abcd"
+
+
+def test_a_connection_that_is_reset_is_no_end(script, vendor):
+    whole = vendor.answer("abcd")
+    cut = whole.index(b"abcd") + 4
+    cut = whole.index(b"\n\n" if b"\n\n" in whole else b"\n", cut) + 2
+    head = b"%x\r\n" % cut + whole[:cut] + b"\r\n5\r\nab"
+    script.stream(head, **{"Transfer-Encoding": "chunked"})
+    events = []
+    with pytest.raises(ModelBusy):
+        iterate_into(events, script.ask())
+    assert text_of(events) == "abcd"
+
+
+def iterate_into(events, stream):
+    for event in stream:
+        events.append(event)
+
+
+def test_a_stream_that_drops_before_its_first_word_is_asked_again(script, vendor):
+    script.stream()
+    script.stream(vendor.answer("ok"))
+    events = list(script.ask())
+    assert text_of(events) == "ok"
+    assert "try 2 of 3" in notices(events)[0]
+
+
+def test_an_error_amid_the_stream_is_an_error(script, vendor):
+    """Under HTTP 200, when the answer has begun."""
+    script.stream(vendor.broken("abcd", "the GPU fell out"))
+    events = []
+    with pytest.raises(ModelError, match="the GPU fell out"):
+        iterate_into(events, script.ask())
+    assert text_of(events) == "abcd"
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, 529])
+def test_a_busy_provider_is_asked_three_times(script, vendor, status):
+    for _ in range(3):
+        script.refuse(status, "come back later")
+    events = []
+    with pytest.raises(ModelBusy, match=f"come back later.*{status}"):
+        iterate_into(events, script.ask())
+    assert [re.search(r"try \d of 3", text).group() for text in notices(events)] == [
+        "try 2 of 3",
+        "try 3 of 3",
+    ]
+    assert script.bodies[0] == script.bodies[2]
+
+
+def test_retry_after_is_honoured(script, vendor):
+    script.refuse(429, Retry_After="0.2")
+    script.stream(vendor.answer("ok"))
+    events = list(script.ask())
+    assert "trying again in 0.2 s" in notices(events)[0]
+    assert text_of(events) == "ok"
+
+
+@pytest.mark.parametrize("later", ["3600", formatdate(4102444800, usegmt=True)])
+def test_nobody_waits_for_an_hour(script, vendor, later):
+    script.refuse(429, "quota", Retry_After=later)
+    with pytest.raises(ModelBusy, match="quota") as caught:
+        list(script.ask())
+    assert caught.value.retry_after > 3000
+
+
+def test_a_request_that_is_refused_is_not_repeated(script, vendor):
+    script.refuse(400, "no such thing")
+    with pytest.raises(ModelError, match="no such thing") as caught:
+        list(script.ask())
+    assert not isinstance(caught.value, ModelBusy)
+
+
+def test_a_wrong_key_is_said_without_the_key(script, vendor):
+    script.refuse(401, "bad key k-secret")
+    with pytest.raises(ModelError, match="is the API key right") as caught:
+        list(script.ask())
+    assert "k-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model's maximum context length is 8192 tokens",
+        "prompt is too long: 210000 tokens > 200000 maximum",
+        "the request exceeds the available context size, try increasing it",
+    ],
+)
+def test_a_conversation_that_is_too_long_has_an_error_of_its_own(script, message):
+    script.refuse(400, message)
+    with pytest.raises(ContextTooLong):
+        list(script.ask())
+
+
+def test_a_page_of_html_is_an_error_that_shows_it(script, vendor):
+    script.replies.append((404, {}, [b"<h1>not here</h1>"]))
+    with pytest.raises(ModelError, match=r"not here.*404"):
+        list(script.ask())
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        [[1, 2]],
+        [{"choices": "x", "message": 3, "type": "content_block_start", "index": "a"}],
+        [{"choices": [{"delta": {"tool_calls": [{"function": 5}, 7], "content": {}}}]}],
+        [{"message": {"tool_calls": [{"function": []}], "content": 1}}],
+        [{"type": "content_block_delta", "index": 9, "delta": {"text": 1}}],
+    ],
+)
+def test_nonsense_is_an_error_and_no_traceback(script, vendor, documents):
+    for _ in range(3):
+        if vendor.content_type.startswith("text"):
+            script.stream(sse(*documents))
+        else:
+            script.stream(ndjson(*documents))
+    with pytest.raises(ModelError):
+        list(script.ask())
+    script.replies.clear()
+
+
+def test_an_endless_line_is_given_up(script, vendor, monkeypatch):
+    monkeypatch.setattr(moltis, "MAX_MODEL_LINE", 100_000)
+    script.stream(*[b"data: " + b"x" * 65536] * 3)
+    with pytest.raises(ModelError, match="line"):
+        list(script.ask())
+
+
+def test_where_nobody_listens_the_address_is_named(vendor):
+    port = free_port()
+    provider = vendor.make(vendor.spec, f"http://127.0.0.1:{port}", "")
+    with pytest.raises(ModelError, match=rf"127\.0\.0\.1:{port} cannot be reached"):
+        list(provider.stream(ChatRequest("m", HELLO), Cancellation()))
+
+
+# --- Cancelling ---
+
+
+def cancel_once(condition, cancel):
+    """Cancel from another thread as soon as `condition` holds."""
+
+    def wait():
+        wait_for(condition)
+        cancel.cancel()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_cancelled_before_it_begins_nothing_is_sent(script):
+    cancel = Cancellation()
+    cancel.cancel()
+    with pytest.raises(Cancelled):
+        list(script.ask(cancel=cancel))
+    assert not script.server.requests
+
+
+def test_cancelled_while_the_model_loads(script, vendor):
+    cancel = Cancellation()
+    released = threading.Event()
+
+    def slow():
+        released.wait(10)
+        yield vendor.answer("too late")
+
+    script.stream()
+    script.replies[0] = (200, {"Content-Type": vendor.content_type}, slow())
+    thread = cancel_once(lambda: script.server.requests, cancel)
+    with pytest.raises(Cancelled):
+        list(script.ask(cancel=cancel))
+    released.set()
+    thread.join()
+
+
+def test_cancelled_amid_the_answer(script, vendor):
+    cancel = Cancellation()
+    released = threading.Event()
+    whole = vendor.answer("abcdefgh")
+    cut = whole.index(b"efgh")
+
+    def slow():
+        yield whole[:cut]
+        released.wait(10)
+        yield whole[cut:]
+
+    script.replies.append((200, {"Content-Type": vendor.content_type}, slow()))
+    stream = script.ask(cancel=cancel)
+    assert next(stream) == Delta("text", "abcd")
+    cancel.cancel()
+    with pytest.raises(Cancelled):
+        next(stream)
+    released.set()
+
+
+def test_cancelled_while_waiting_to_try_again(script):
+    cancel = Cancellation()
+    script.refuse(429, Retry_After="50")
+    stream = script.ask(cancel=cancel)
+    assert next(stream).kind == "notice"
+    thread = cancel_once(lambda: True, cancel)
+    with pytest.raises(Cancelled):
+        next(stream)
+    thread.join()
+
+
+def test_cancelled_while_connecting(vendor):
+    """A listener whose queue is full never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address = listener.getsockname()
+        waiting = []
+        for _ in range(4):
+            sock = socket.socket()
+            sock.setblocking(False)
+            sock.connect_ex(address)
+            waiting.append(sock)
+        cancel = Cancellation()
+        provider = vendor.make(vendor.spec, f"http://127.0.0.1:{address[1]}", "")
+        stream = provider.stream(ChatRequest("m", HELLO), cancel)
+        thread = cancel_once(lambda: cancel._callbacks, cancel)
+        with pytest.raises(Cancelled):
+            next(stream)
+        thread.join()
+        for sock in waiting:
+            sock.close()
+
+
+def test_a_stream_that_nobody_reads_on_closes_its_connection(script, vendor):
+    gone = threading.Event()
+    whole = vendor.answer("abcdefgh")
+
+    def until_it_breaks():
+        try:
+            yield whole[: whole.index(b"efgh")]
+            while True:
+                yield b" "
+        finally:
+            gone.set()
+
+    script.replies.append(
+        (200, {"Content-Type": vendor.content_type}, until_it_breaks())
+    )
+    stream = script.ask()
+    next(stream)
+    stream.close()
+    assert gone.wait(10)
+
+
+# --- Ollama alone ---
+
+only_ollama = pytest.mark.parametrize("vendor", [Ollama()], ids=["ollama"])
+only_openai = pytest.mark.parametrize("vendor", [OpenAi()], ids=["openai"])
+only_anthropic = pytest.mark.parametrize("vendor", [Anthropic()], ids=["anthropic"])
+
+
+@only_ollama
+def test_a_model_without_tools_is_asked_without_them(script, vendor):
+    script.refuse(400, "registry.ollama.ai/library/m does not support tools")
+    script.stream(vendor.answer("just words"))
+    events = list(script.ask())
+    assert notices(events) == ["m cannot use tools: it can only talk"]
+    assert "tools" not in script.bodies[1]
+
+
+@only_ollama
+def test_the_context_grows_in_doublings_with_the_conversation(script, vendor):
+    sizes = []
+    for length in (10, 40_000, 10_000_000):
+        script.stream(vendor.answer("ok"))
+        list(script.ask((ChatMessage("user", "x" * length),)))
+        sizes.append(script.bodies[-1]["options"]["num_ctx"])
+    assert sizes == [8192, 16384, 65536]
+
+
+@only_ollama
+def test_several_chunks_may_each_carry_several_calls(script):
+    def call(name):
+        return {"function": {"name": name, "arguments": {}}}
+
+    script.stream(
+        ndjson(
+            {"message": {"tool_calls": [call("a"), call("b")]}},
+            {"message": {"tool_calls": [call("c")]}, "done": True},
+        )
+    )
+    finished = list(script.ask())[-1]
+    assert [c.name for c in finished.message.tool_calls] == ["a", "b", "c"]
+
+
+@only_ollama
+def test_thinking_goes_back_to_the_same_model_only(script, vendor):
+    script.stream(vendor.answer("", [("", "exec", {})], thinking="hm"))
+    message = list(script.ask())[-1].message
+    script.stream(vendor.answer("ok"))
+    list(script.ask((*HELLO, message)))
+    assert script.bodies[1]["messages"][1]["thinking"] == "hm"
+    other = moltis.ProviderModel(script.provider, "other")
+    script.stream(vendor.answer("ok"))
+    list(other.stream((*HELLO, message), (), Cancellation()))
+    assert "thinking" not in script.bodies[2]["messages"][1]
+
+
+# --- OpenAI and its imitators ---
+
+
+def openai_calls(script, *pieces_of_calls, finish="stop"):
+    """Let the server send these tool-call deltas, one a chunk; return the calls."""
+    deltas = [
+        {"choices": [{"delta": {"tool_calls": [piece]}}]} for piece in pieces_of_calls
+    ]
+    end = {"choices": [{"delta": {}, "finish_reason": finish}]}
+    script.stream(sse(*deltas, end, done=True))
+    return list(script.ask())[-1].message.tool_calls
+
+
+def piece(index=None, call_id=None, name=None, arguments=None):
+    value = {"function": {}}
+    for key, found in (("index", index), ("id", call_id)):
+        if found is not None:
+            value[key] = found
+    for key, found in (("name", name), ("arguments", arguments)):
+        if found is not None:
+            value["function"][key] = found
+    return value
+
+
+@only_openai
+def test_pieces_are_merged_by_index_although_they_interleave(script):
+    calls = openai_calls(
+        script,
+        piece(0, "a", "exec", ""),
+        piece(1, "b", "exec", ""),
+        piece(0, arguments='{"command":'),
+        piece(1, arguments='{"command":"w"'),
+        piece(0, arguments='"ls"}'),
+        piece(1, arguments="}"),
+        finish="tool_calls",
+    )
+    assert [(c.id, c.arguments) for c in calls] == [
+        ("a", {"command": "ls"}),
+        ("b", {"command": "w"}),
+    ]
+
+
+@only_openai
+@pytest.mark.parametrize("index", [None, 0])
+def test_a_new_id_on_the_same_index_is_a_new_call(script, index):
+    """And `finish_reason` may be `stop` although there are calls."""
+    calls = openai_calls(
+        script,
+        piece(index, "a", "exec", '{"command":'),
+        piece(index, arguments='"ls"}'),
+        piece(index, "b", "exec", '{"command":'),
+        piece(index, "b", arguments='"w"}'),
+    )
+    assert [(c.id, c.arguments) for c in calls] == [
+        ("a", {"command": "ls"}),
+        ("b", {"command": "w"}),
+    ]
+
+
+@only_openai
+@pytest.mark.parametrize("call_id", [None, ""])
+def test_missing_ids_are_made_up_and_differ(script, call_id):
+    calls = openai_calls(
+        script,
+        piece(0, call_id, "exec", '{"command":"ls"}'),
+        piece(0, call_id, "exec", '{"command":"w"}'),
+    )
+    assert [c.arguments["command"] for c in calls] == ["ls", "w"]
+    assert len({c.id for c in calls}) == 2
+    assert all(re.fullmatch("[A-Za-z0-9]{9}", c.id) for c in calls)
+
+
+@only_openai
+def test_the_same_id_on_two_indexes_is_two_calls(script):
+    calls = openai_calls(
+        script,
+        piece(0, "call", "exec", '{"command":"ls"}'),
+        piece(1, "call", "exec", '{"command":'),
+        piece(1, "call", arguments='"w"}'),
+    )
+    assert [c.arguments["command"] for c in calls] == ["ls", "w"]
+    assert len({c.id for c in calls}) == 2
+
+
+@only_openai
+@pytest.mark.parametrize(
+    ("written", "arguments", "malformed"),
+    [
+        ("", {}, ""),
+        (None, {}, ""),
+        ("null", {}, ""),
+        ({"command": "ls"}, {"command": "ls"}, ""),
+        ('{"comm', {}, '{"comm'),
+        ("[1]", {}, "[1]"),
+        ("NaN", {}, "NaN"),
+    ],
+)
+def test_arguments_are_an_object_or_marked_as_malformed(
+    script, written, arguments, malformed
+):
+    (call,) = openai_calls(script, piece(0, "a", "exec", written))
+    assert call == ToolCall("a", "exec", arguments, malformed)
+
+
+@only_openai
+def test_a_server_that_refuses_stream_options_is_asked_without(script, vendor):
+    script.refuse(422, "Extra inputs are not permitted: stream_options")
+    script.stream(vendor.answer("ok"))
+    events = list(script.ask())
+    assert notices(events) == []
+    assert "stream_options" not in script.bodies[1]
+
+
+@only_openai
+def test_a_server_that_does_not_stream_is_understood(script):
+    message = {"role": "assistant", "content": "whole"}
+    whole = {"choices": [{"message": message, "finish_reason": "stop"}]}
+    script.stream(json.dumps(whole).encode(), **{"Content-Type": "application/json"})
+    assert text_of(script.ask()) == "whole"
+
+
+@only_openai
+def test_comments_and_a_missing_last_line_do_no_harm(script, vendor):
+    whole = vendor.answer("ok").replace(b"data:", b": PROCESSING\n\ndata:")
+    script.stream(whole.rstrip(b"\n"))
+    assert text_of(script.ask()) == "ok"
+
+
+@only_openai
+def test_an_end_without_done_is_an_end(script, vendor):
+    script.stream(vendor.answer("ok").replace(b"data: [DONE]\n\n", b""))
+    assert list(script.ask())[-1].output_tokens == 3
+
+
+@only_openai
+def test_a_used_up_quota_is_not_asked_again(script):
+    script.refuse(429, "You exceeded your current quota", "insufficient_quota")
+    with pytest.raises(ModelError, match="quota") as caught:
+        list(script.ask())
+    assert not isinstance(caught.value, ModelBusy)
+
+
+@only_openai
+def test_thinking_comes_under_several_names(script):
+    def chunk(**delta):
+        return {"choices": [{"delta": delta}]}
+
+    thought = [{"type": "thinking", "thinking": [{"type": "text", "text": "c"}]}]
+    said = [{"type": "text", "text": "d"}]
+    script.stream(
+        sse(
+            chunk(reasoning_content="a"),
+            chunk(reasoning="b"),
+            chunk(content=thought),
+            chunk(content=said),
+            done=True,
+        )
+    )
+    events = list(script.ask())
+    assert "".join(e.text for e in events[:-1] if e.kind == "thinking") == "abc"
+    assert events[-1].message.text == "d"
+
+
+def test_what_gemini_and_deepseek_want_back_they_get():
+    extra = {"google": {"thought_signature": "c2ln"}}
+    call = {**piece(0, "a", "exec", "{}"), "extra_content": extra}
+    delta = {"reasoning_content": "hm", "tool_calls": [call]}
+    spec = next(s for s in moltis.PROVIDERS if s.id == "deepseek")
+    reader = moltis.OpenAiAnswer("deepseek/m")
+    list(reader.take({"choices": [{"delta": delta, "finish_reason": "tool_calls"}]}))
+    message = reader.finished().message
+    provider = moltis.OpenAiProvider(spec, "http://nobody/v1", "")
+    sent = provider._body(ChatRequest("m", (*HELLO, message)))["messages"][1]
+    assert sent["reasoning_content"] == "hm"
+    assert sent["tool_calls"][0]["extra_content"] == extra
+
+
+def test_mistral_gets_ids_of_nine_characters():
+    spec = next(s for s in moltis.PROVIDERS if s.id == "mistral")
+    provider = moltis.OpenAiProvider(spec, "http://nobody/v1", "")
+    answer = ChatMessage("assistant", "", (ToolCall("toolu_01", "exec", {}),))
+    sent = provider._body(ChatRequest("m", (*HELLO, answer)))["messages"]
+    assert re.fullmatch("[a-z0-9]{9}", sent[2]["tool_call_id"])
+    assert sent[1]["tool_calls"][0]["id"] == sent[2]["tool_call_id"]
+
+
+# --- Anthropic alone ---
+
+
+@only_anthropic
+def test_thinking_goes_back_unchanged_with_its_signature(script, vendor):
+    calls = [("toolu_1", "exec", {"command": "ls"})]
+    script.stream(vendor.answer("So", calls, thinking="hm"))
+    message = list(script.ask())[-1].message
+    message = ChatMessage.from_json_object(
+        json.loads(json.dumps(moltis.to_json_object(message)))
+    )
+    script.stream(vendor.answer("ok"))
+    list(script.ask((*HELLO, message)))
+    assert script.bodies[1]["messages"][1]["content"] == [
+        {"type": "thinking", "thinking": "hm", "signature": "c2lnbmVk"},
+        {"type": "text", "text": "So"},
+        {
+            "type": "tool_use",
+            "id": "toolu_1",
+            "name": "exec",
+            "input": {"command": "ls"},
+        },
+    ]
+
+
+@only_anthropic
+def test_input_that_is_no_json_is_marked(script, vendor):
+    whole = vendor.answer("", [("toolu_1", "exec", {"command": "ls"})])
+    script.stream(whole.replace(b'{\\"co', b'<\\"co'))
+    (call,) = list(script.ask())[-1].message.tool_calls
+    assert call == ToolCall("toolu_1", "exec", {}, '<"command": "ls"}')
+
+
+@only_anthropic
+def test_an_overload_before_the_first_word_is_asked_again(script, vendor):
+    overload = {"type": "overloaded_error", "message": "Overloaded"}
+    script.stream(sse({"type": "error", "error": overload}))
+    script.stream(vendor.answer("ok"))
+    assert text_of(script.ask()) == "ok"
+
+
+@only_anthropic
+def test_an_old_model_gets_the_answer_length_that_it_allows(script, vendor):
+    script.refuse(400, "max_tokens: 16384 > 4096, which is the maximum for m")
+    script.stream(vendor.answer("ok"))
+    assert text_of(script.ask()) == "ok"
+    assert script.bodies[1]["max_tokens"] == 4096
+
+
+# --- TLS ---
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl program")
+    path = tmp_path / "tls.pem"
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
+        " -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+        f" -keyout {path} -out {tmp_path / 'crt.pem'}"
+    )
+    subprocess.run(command.split(), check=True, capture_output=True)
+    path.write_text(path.read_text() + (tmp_path / "crt.pem").read_text())
+    return path
+
+
+@pytest.fixture
+def tls(script, certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(certificate))
+    server = script.server._server
+    server.handle_error = lambda *_: None  # a client that does not trust it leaves
+    server.socket = context.wrap_socket(
+        server.socket, server_side=True, do_handshake_on_connect=False
+    )
+    script.provider.base_url = f"https://localhost:{script.server.port}"
+    return certificate
+
+
+@only_anthropic
+def test_over_tls_it_is_the_same(script, vendor, tls, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls))
+    script.stream(vendor.answer("ok"))
+    assert text_of(script.ask()) == "ok"
+
+
+@only_anthropic
+def test_over_tls_it_can_be_cancelled(script, vendor, tls, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls))
+    released = threading.Event()
+    cancel = Cancellation()
+
+    def slow():
+        released.wait(10)
+        yield b""
+
+    script.replies.append((200, {}, slow()))
+    thread = cancel_once(lambda: script.server.requests, cancel)
+    with pytest.raises(Cancelled):
+        list(script.ask(cancel=cancel))
+    released.set()
+    thread.join()
+
+
+@only_anthropic
+def test_a_certificate_that_nobody_vouches_for_is_refused_once(script, tls):
+    with pytest.raises(ModelError, match="certificate verify failed"):
+        list(script.ask())
+    assert not script.server.requests
+
+
+# --- The JSON forms ---
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Delta("text", "hi"),
+        Delta("thinking", "hm"),
+        Delta("notice", "busy"),
+        Finished(ChatMessage("assistant", "hi"), "stop", 1, 2),
+        Finished(
+            ChatMessage(
+                "assistant",
+                "",
+                (ToolCall("a", "exec", {"command": "ls"}, ""),),
+                provider_data={"by": "x/y", "blocks": [{"type": "thinking"}]},
+            ),
+            "length",
+            0,
+            0,
+        ),
+    ],
+)
+def test_an_event_survives_json(event):
+    text = json.dumps(moltis.to_json_object(event))
+    assert moltis.event_from_json_object(json.loads(text)) == event
+
+
+def test_a_request_survives_json():
+    request = ChatRequest("m", CONVERSATION, (EXEC,))
+    text = json.dumps(moltis.to_json_object(request))
+    assert ChatRequest.from_json_object(json.loads(text)) == request
+
+
+def test_a_model_survives_json():
+    info = moltis.ModelInfo("ollama/llama3.2", "Ollama", "llama3.2", True)
+    text = json.dumps(moltis.to_json_object(info))
+    assert moltis.ModelInfo.from_json_object(json.loads(text)) == info
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": 5},
+        {"messages": "x"},
+        {"messages": [3]},
+        {"messages": [{"role": "boss", "text": ""}]},
+        {"tools": [{"name": "x"}]},
+    ],
+)
+def test_a_request_of_the_wrong_shape_is_refused(change):
+    value = moltis.to_json_object(ChatRequest("m", HELLO, (EXEC,)))
+    value = {**json.loads(json.dumps(value)), **change}
+    with pytest.raises(RpcError):
+        ChatRequest.from_json_object(value)
+
+
+# --- Which providers and models there are ---
+
+
+def make(environ=(), **settings):
+    settings = {n: moltis.ProviderSettings(**s) for n, s in settings.items()}
+    providers = moltis.make_providers(dict(environ), settings)
+    return {p.spec.id: p for p in providers}
+
+
+def test_without_keys_there_is_the_ollama_of_this_machine():
+    providers = make()
+    assert list(providers) == ["ollama"]
+    assert providers["ollama"].base_url == "http://127.0.0.1:11434"
+
+
+def test_ollama_host_may_be_written_as_ollama_reads_it():
+    urls = {
+        "box": "http://box:11434",
+        "0.0.0.0": "http://127.0.0.1:11434",
+        "0.0.0.0:80": "http://127.0.0.1:80",
+        ":99": "http://127.0.0.1:99",
+        "https://box": "https://box:443",
+        "http://box/": "http://box:80",
+        "[::1]:5": "http://[::1]:5",
+        "box:what": "http://box:11434",
+    }
+    assert {host: moltis.ollama_url(host) for host in urls} == urls
+
+
+@pytest.mark.parametrize(
+    ("provider", "variable"),
+    [(s.id, moltis.API_KEY_VARIABLES[s.id]) for s in moltis.PROVIDERS[1:]],
+)
+def test_a_key_in_the_environment_is_enough(provider, variable):
+    providers = make({variable: "k"})
+    assert list(providers) == ["ollama", provider]
+    assert providers[provider].base_url.startswith("https://")
+
+
+def test_a_key_in_the_environment_beats_one_that_was_entered():
+    providers = make({"OPENAI_API_KEY": "env"}, openai={"api_key": "entered"})
+    assert providers["openai"]._headers()["Authorization"] == "Bearer env"
+
+
+def test_a_server_without_key_needs_an_address_only():
+    providers = make({"OPENAI_BASE_URL": "http://box:8080/v1"})
+    assert providers["openai"].base_url == "http://box:8080/v1"
+    assert "Authorization" not in providers["openai"]._headers()
+
+
+def test_servers_can_be_added_by_address():
+    providers = make(studio={"base_url": "http://box:1234/"}, half={"api_key": "k"})
+    assert list(providers) == ["ollama", "studio"]
+    assert providers["studio"].base_url == "http://box:1234/v1"
+
+
+def test_entered_keys_are_kept_for_their_owner_alone(tmp_path):
+    settings = {"groq": moltis.ProviderSettings("gsk", "")}
+    moltis.ProviderSettings.save_all(tmp_path / "data", settings)
+    path = tmp_path / "data" / "models.json"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert moltis.ProviderSettings.load_all(tmp_path / "data") == settings
+    assert "gsk" not in repr(settings)
+
+
+def test_settings_of_the_wrong_shape_are_bad_configuration(tmp_path):
+    (tmp_path / "models.json").write_text('{"groq": {"api_key": 5}}')
+    with pytest.raises(moltis.BadConfiguration, match=r"models\.json: api_key"):
+        moltis.ProviderSettings.load_all(tmp_path)
+
+
+def test_providers_are_described_without_their_keys():
+    environ = {"ANTHROPIC_API_KEY": "k-env"}
+    settings = {"groq": moltis.ProviderSettings("k-entered", "")}
+    rows = {d["id"]: d for d in moltis.describe_providers(environ, settings)}
+    assert rows["anthropic"]["keyFrom"] == "environment"
+    assert rows["groq"]["keyFrom"] == "settings"
+    assert rows["openai"]["keyFrom"] == ""
+    assert "k-" not in json.dumps(rows)
+
+
+def listing(replies):
+    """Return a server that answers by path, and counts."""
+
+    def reply(handler):
+        found = replies[handler.path]
+        if callable(found):
+            found = found(json.loads(handler.body))
+        return 200, {}, [json.dumps(found).encode()]
+
+    return ScriptedServer(reply)
+
+
+def test_ollama_lists_what_can_chat_and_what_can_use_tools():
+    abilities = {
+        "qwen3:8b": {"capabilities": ["completion", "tools"]},
+        "gemma3": {"capabilities": ["completion"]},
+        "nomic-embed-text": {"capabilities": ["embedding"]},
+        "of-an-old-server": {},
+    }
+    replies = {
+        "/api/tags": {"models": [{"name": name} for name in abilities]},
+        "/api/show": lambda body: abilities[body["model"]],
+    }
+    with listing(replies) as server:
+        provider = Ollama.make(Ollama.spec, server.url, "")
+        models = provider.models(Cancellation())
+    assert [(m.id, m.supports_tools) for m in models] == [
+        ("ollama/qwen3:8b", True),
+        ("ollama/gemma3", False),
+        ("ollama/of-an-old-server", True),
+    ]
+
+
+def test_openai_and_its_imitators_list_models_in_their_ways():
+    found = [
+        {"id": "gpt-5"},
+        {"id": "text-embedding-3-small"},
+        {"id": "a/no-tools", "supported_parameters": ["seed"]},
+        {"id": "mistral", "capabilities": {"function_calling": False}},
+    ]
+    for answer in ({"data": found}, found):
+        with listing({"/models": answer}) as server:
+            provider = OpenAi.make(OpenAi.spec, server.url, "")
+            models = provider.models(Cancellation())
+        assert [(m.id, m.supports_tools) for m in models] == [
+            ("openai/gpt-5", True),
+            ("openai/a/no-tools", False),
+            ("openai/mistral", False),
+        ]
+
+
+def test_anthropic_lists_names_for_people():
+    found = {"data": [{"id": "claude-x", "display_name": "Claude X"}]}
+    with listing({"/v1/models?limit=1000": found}) as server:
+        provider = Anthropic.make(Anthropic.spec, server.url, "k")
+        (model,) = provider.models(Cancellation())
+    assert model == moltis.ModelInfo(
+        "anthropic/claude-x", "Anthropic", "Claude X", True
+    )
+
+
+def test_lists_are_remembered_until_somebody_wants_them_fresh():
+    with listing({"/models": {"data": [{"id": "m"}]}}) as server:
+        dead = Ollama.make(Ollama.spec, f"http://127.0.0.1:{free_port()}", "")
+        catalog = moltis.ModelCatalog([OpenAi.make(OpenAi.spec, server.url, ""), dead])
+        for _ in range(2):
+            models, errors = catalog.models(Cancellation())
+            assert [m.id for m in models] == ["openai/m"]
+            assert "cannot be reached" in errors["ollama"]
+        assert len(server.requests) == 1
+        catalog.models(Cancellation(), refresh=True)
+        assert len(server.requests) == 2
+        catalog.replace([])
+        assert catalog.models(Cancellation()) == ([], {})
+
+
+def test_a_model_can_be_typed_in_though_no_list_has_it(script, vendor):
+    catalog = moltis.ModelCatalog([script.provider])
+    model = catalog.model(f"{vendor.spec.id}/new/est:1b")
+    assert model.id == f"{vendor.spec.id}/new/est:1b"
+    script.stream(vendor.answer("ok"))
+    list(model.stream(HELLO, (), Cancellation()))
+    assert script.bodies[0]["model"] == "new/est:1b"
+
+
+@pytest.mark.parametrize("model_id", ["gpt-5", "openai/", "other/m", ""])
+def test_a_model_of_nobody_is_an_error_that_lists_the_providers(model_id):
+    catalog = moltis.ModelCatalog([OpenAi.make(OpenAi.spec, "http://nobody", "")])
+    with pytest.raises(ModelError, match="openai"):
+        catalog.model(model_id)
