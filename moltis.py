@@ -3051,9 +3051,9 @@ class Calls:
 #
 # One shell command as a process group: its streams with their windows, timeout,
 # cancel, and a runner that keeps many side by side.  Whoever runs it hands in
-# callables for what comes out; it knows no connection and keeps no file.
-# DESIGN of the streams: what was read from a pipe stays until the reader has
-# acknowledged it, so that a new connection continues at the exact byte.
+# callables for what comes out; it knows no connection.  What was read from a pipe
+# stays until the reader acknowledged it: a full window pauses the command, and a
+# reader that was away continues at the exact byte.
 # ==============================================================================
 
 SHELL = "/bin/sh"  # POSIX on every machine; a user's $SHELL may be fish or nologin
@@ -3286,8 +3286,7 @@ class CommandStreams:
         self._finished = False  # nothing is read any more; rewinds deliver
 
     def offsets(self) -> dict[int, int]:
-        """Return how far each stream is known to have come: what was acknowledged
-        of the outputs, what arrived of the input."""
+        """Return what was acknowledged of each output, and what arrived of stdin."""
         with self._lock:
             offsets = {kind: w.acknowledged for kind, w in self._windows.items()}
             offsets[STDIN] = self._input.arrived
@@ -3556,7 +3555,7 @@ class CommandLoop:
         self._watched: dict[int, int] = {}  # kind by descriptor, as in _poll
         self._owed: dict[int, int] = {}  # bytes in a pipe when the shell ended
         self._drain: Deadline | None = None  # from the end of the group on
-        self._look = 0.0005  # s; the pause before a look for the end, halved
+        self._look = 0.0005  # s; doubled before each look for the end
 
     def run(self) -> None:
         """Return when the command is over and all its output was handed out."""
@@ -3596,8 +3595,9 @@ class CommandLoop:
         if self._group.pidfd is not None:
             self._poll.unregister(self._group.pidfd)  # ready for ever from now on
         self._close(STDIN)
-        for kind, pipe in self._group.pipes.items():
-            self._owed[kind] = _bytes_ready(pipe.fileno())
+        if not self._group.ending:
+            for kind, pipe in self._group.pipes.items():
+                self._owed[kind] = _bytes_ready(pipe.fileno())
 
     def _end(self) -> None:
         # The reader may be away: what it has no room for is not waited for.
@@ -3614,8 +3614,9 @@ class CommandLoop:
         if self._drain is None:
             self._drain = Deadline(DRAIN_AFTER_EXIT)
         if self._drain.expired:
-            for kind in list(self._group.pipes):
-                if self._owed.get(kind, 0) <= 0:
+            for kind, pipe in list(self._group.pipes.items()):
+                # Looked at again: a grandchild can read from /dev/stdout as well.
+                if self._owed.get(kind, 0) <= 0 or not _bytes_ready(pipe.fileno()):
                     self._close(kind)
         return not self._group.pipes
 
@@ -3645,7 +3646,7 @@ class CommandLoop:
         """Poll the pipes that can be used now, and no others."""
         if self._streams.stdin_pending and STDIN not in self._group.pipes:
             # The command closed it: take what comes, so that the sender gets on.
-            self._streams.consume_stdin(MAX_CHUNK)
+            self._streams.consume_stdin(STREAM_WINDOW)
         elif self._streams.stdin_exhausted:
             self._close(STDIN)
         for kind, pipe in self._group.pipes.items():
@@ -3780,8 +3781,7 @@ class Command:
         return self._cancelled
 
     def offsets(self) -> dict[int, int]:
-        """Return how far each stream has come by both sides' knowledge: the
-        acknowledged bytes of the outputs, the arrived ones of the input."""
+        """Return what was acknowledged of each output, and what arrived of stdin."""
         return self._streams.offsets()
 
     @property
@@ -3794,8 +3794,8 @@ class Command:
         if self._cancelled:
             self._streams.deliver(finish=True)
             return CommandResult(None, cancelled=True, error="cancelled before it ran")
+        cwd = self._working_directory()
         try:
-            cwd = self._working_directory()
             group = ProcessGroup(
                 self.spec.command,
                 cwd=cwd,
