@@ -37,6 +37,7 @@ Contents
     Node service              systemd user unit and launchd agent
   Gateway
     Store                     SQLite; one method a question
+    Certificates              the gateway's own, or one that was brought
     Access                    callers, scopes, tokens, sign-ins, limits
     Fleet                     connected nodes, their invocations and their fate
     Agent                     tools, the loop, approvals, the built-in Shell
@@ -92,7 +93,6 @@ from typing import (
     Callable,
     ClassVar,
     Dict,
-    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -7728,6 +7728,291 @@ class Store:
 
     def close(self) -> None:
         self._database.close()
+
+
+# ==============================================================================
+# Certificates
+# Uses: SCRAM
+#
+# The gateway's TLS certificate: one of its own, made by the program `openssl` for the
+# names and addresses of this machine, or one that was brought; its pin and its channel
+# binding.  Who trusts which certificate is said by those who connect.
+# ==============================================================================
+
+TLS_DIRECTORY = "tls"  # in the data directory
+TLS_DAYS = 3650
+TLS_RENEW_BEFORE = 30 * 86400  # s
+OPENSSL_TIMEOUT = 60.0  # s; a Pi without entropy takes its time
+OPENSSL_CONFIG = """\
+[req]
+prompt = no
+distinguished_name = subject
+x509_extensions = extensions
+[subject]
+CN = moltis gateway
+[extensions]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+subjectAltName = @names
+"""
+
+HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9._-]{0,251}[a-z0-9_])?")
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What we need to know of an X.509 certificate (RFC 5280)."""
+
+    names: Sequence[str]  # "DNS:localhost", "IP:127.0.0.1", as openssl writes them
+    expires_at: float  # s since 1970
+    public_key: bytes  # SubjectPublicKeyInfo in DER
+
+    @property
+    def pin(self) -> str:
+        """The public key as `curl --pinnedpubkey` wants it."""
+        return "sha256//" + b64encode(hashlib.sha256(self.public_key).digest())
+
+    def lasts(self) -> bool:
+        return self.expires_at > time.time() + TLS_RENEW_BEFORE
+
+    def covers(self, names: Iterable[str]) -> bool:
+        """Tell whether all of `names` are in it; one that is no more does no harm."""
+        return set(names) <= set(self.names)
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """Where a certificate, with what it takes to verify it, and its key are, in PEM."""
+
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True)
+class TlsIdentity:
+    """A certificate in use; a connection keeps the one that it was accepted with."""
+
+    context: ssl.SSLContext
+    certificate: Certificate
+    channel_binding: bytes  # for Access.scram_server()
+
+
+def parse_certificate(der: bytes) -> Certificate:
+    """Read a certificate in DER.  Raises ValueError."""
+    try:
+        fields = der_values(der)[0].children()[0].children()
+        if fields[0].tag == 0xA0:  # [0] version
+            del fields[0]
+        _serial, _algorithm, _issuer, validity, _subject, key, *optionals = fields
+        _not_before, not_after = validity.children()
+        return Certificate(
+            names=tuple(_alternative_names(optionals)),
+            expires_at=_certificate_time(not_after),
+            public_key=key.encoding,
+        )
+    except (IndexError, OSError, ValueError) as error:
+        raise ValueError("this is no X.509 certificate in DER") from error
+
+
+def _certificate_time(value: DerValue) -> float:
+    import calendar
+
+    text = value.content.decode("ascii")
+    if value.tag == 0x17:  # UTCTime: two digits of the year (RFC 5280 §4.1.2.5.1)
+        text = ("19" if text >= "5" else "20") + text
+    return float(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ")))
+
+
+def _alternative_names(optionals: Sequence[DerValue]) -> Iterator[str]:
+    """Yield the dNSNames and iPAddresses of the extension (RFC 5280 §4.2.1.6)."""
+    lists = [value.children()[0] for value in optionals if value.tag == 0xA3]
+    for extension in (item for found in lists for item in found.children()):
+        oid, *_, octets = extension.children()
+        if oid.content != b"\x55\x1d\x11":  # id-ce-subjectAltName
+            continue
+        for name in octets.children()[0].children():
+            if name.tag == 0x82:
+                yield "DNS:" + name.content.decode("ascii").lower()
+            elif name.tag == 0x87:
+                family = socket.AF_INET if len(name.content) == 4 else socket.AF_INET6
+                yield "IP:" + socket.inet_ntop(family, name.content)
+
+
+def certificate_from_pem(pem: bytes) -> bytes:
+    """Return the first certificate in `pem` in DER.  Raises ValueError."""
+    found = re.search(
+        rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", pem, re.DOTALL
+    )
+    if found is None:
+        raise ValueError("there is no certificate in PEM")
+    return base64.b64decode(b"".join(found[1].split()), validate=True)
+
+
+def host_names() -> list[str]:
+    """Return the names under which this machine may be known, without asking DNS."""
+    name = socket.gethostname().lower()
+    names = ["localhost", name]
+    if "." not in name:
+        names.append(f"{name}.local")  # mDNS
+    return [n for n in names if HOST_NAME.fullmatch(n)]
+
+
+def host_addresses() -> list[str]:
+    """Return the addresses of this machine's interfaces, without link-local ones."""
+    found = {"127.0.0.1", "::1", *_routed_addresses()}
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            found.update(parse_fib_trie(Path("/proc/net/fib_trie").read_text()))
+        with contextlib.suppress(OSError):
+            found.update(parse_if_inet6(Path("/proc/net/if_inet6").read_text()))
+    else:
+        with contextlib.suppress(OSError, BadConfiguration):
+            found.update(parse_ifconfig(_program_output("ifconfig").decode()))
+    return sorted(found)
+
+
+def _routed_addresses() -> Iterator[str]:
+    """Yield the addresses that packets to the world would come from."""
+    elsewhere = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
+    for family, address in elsewhere:
+        with contextlib.suppress(OSError), socket.socket(
+            family, socket.SOCK_DGRAM
+        ) as sock:
+            sock.connect((address, 9))  # sends nothing: it is UDP
+            yield sock.getsockname()[0]
+
+
+def parse_fib_trie(text: str) -> set[str]:
+    """Return the IPv4 addresses in Linux' /proc/net/fib_trie."""
+    return set(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", text))
+
+
+def parse_if_inet6(text: str) -> set[str]:
+    """Return the IPv6 addresses in Linux' /proc/net/if_inet6, but link-local ones."""
+    rows = (line.split() for line in text.splitlines())
+    return {
+        socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))
+        for address, _index, _prefix, scope, *_ in rows
+        if scope != "20"
+    }
+
+
+def parse_ifconfig(text: str) -> set[str]:
+    """Return the addresses in the output of a BSD's `ifconfig`."""
+    found = re.findall(r"^\s+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
+    return {a for a in found if not a.lower().startswith("fe80:")}
+
+
+def _program_output(*arguments: str) -> bytes:
+    """Run a program that asks nothing; return what it printed.
+
+    Raises BadConfiguration where it failed, FileNotFoundError where there is none.
+    """
+    import subprocess
+
+    try:
+        done = subprocess.run(
+            arguments,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=OPENSSL_TIMEOUT,
+        )
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode("utf-8", "replace").strip()
+        raise BadConfiguration(f"{arguments[0]} failed: {clip(said, 400)}") from error
+    except subprocess.TimeoutExpired as error:
+        raise BadConfiguration(
+            f"{arguments[0]} took longer than {OPENSSL_TIMEOUT:.0f} s"
+        ) from error
+    return done.stdout
+
+
+def _read_tls(files: TlsFiles) -> TlsIdentity:
+    """As load_tls(), but raises OSError and ValueError where the files are no good."""
+    try:
+        import ssl
+    except ImportError as error:
+        raise BadConfiguration(
+            "TLS needs Python's module ssl, which is missing here; install it "
+            "(OpenWrt: python3-openssl) or use another python3"
+        ) from error
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    # Without the empty password OpenSSL would ask for one on the terminal.
+    context.load_cert_chain(files.certificate, files.key, password=lambda: "")
+    der = certificate_from_pem(files.certificate.read_bytes())
+    return TlsIdentity(context, parse_certificate(der), tls_server_end_point(der))
+
+
+def load_tls(files: TlsFiles) -> TlsIdentity:
+    """Return what a server needs for TLS 1.2 and later.
+
+    Called again when the files have changed.  Raises BadConfiguration.
+    """
+    try:
+        return _read_tls(files)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise BadConfiguration(
+            f"cannot use the certificate {files.certificate} with the key "
+            f"{files.key}: {reason}; both must be PEM, belong together, and the key "
+            "have no passphrase"
+        ) from error
+
+
+def _certificate_name(name: str) -> str | None:
+    """Return `name` as openssl's configuration has it, or None where it cannot be."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):
+            return f"IP:{socket.inet_ntop(family, socket.inet_pton(family, name))}"
+    fits = HOST_NAME.fullmatch(name.lower())
+    return f"DNS:{name.lower()}" if fits else None
+
+
+def _make_certificate(files: TlsFiles, names: Sequence[str], keep_key: bool) -> None:
+    if not keep_key:
+        key = _program_output("openssl", "ecparam", "-name", "prime256v1", "-genkey")
+        write_private(files.key, key[key.index(b"-----BEGIN EC PRIVATE KEY") :])
+    config = files.certificate.with_name("openssl.cnf")
+    text = OPENSSL_CONFIG.replace("@names", ",".join(names))
+    write_private(config, text.encode("ascii"))
+    # Browsers refuse two certificates of one issuer with the same serial number.
+    serial = str(int.from_bytes(secrets.token_bytes(8), "big"))
+    pem = _program_output(
+        *("openssl", "req", "-x509", "-new", "-sha256", "-config", str(config)),
+        *("-key", str(files.key), "-days", str(TLS_DAYS), "-set_serial", serial),
+    )
+    write_private(files.certificate, pem)
+
+
+def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
+    """Return a certificate of our own, made or renewed where need be.
+
+    `names` are those of the host, and its addresses; what can be neither is left out.
+    The key stays the same, so that a pin outlives a change of names or addresses.
+    Raises BadConfiguration.
+    """
+    files = TlsFiles(directory / "certificate.pem", directory / "key.pem")
+    wanted = sorted({n for n in map(_certificate_name, names) if n})
+    try:
+        found = _read_tls(files).certificate
+    except (OSError, ValueError):
+        found = None  # not made yet, or damaged
+    if found and found.lasts() and found.covers(wanted):
+        return files
+    try:
+        _make_certificate(files, wanted, keep_key=found is not None)
+    except FileNotFoundError as error:
+        raise BadConfiguration(
+            "the program openssl is needed to make a certificate, and is not here; "
+            "install it, or bring a certificate with --tls-cert and --tls-key"
+        ) from error
+    log.info("certificate made file=%s names=%s", files.certificate, ",".join(wanted))
+    return files
 
 
 # ==============================================================================

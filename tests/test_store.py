@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import stat
@@ -199,8 +200,11 @@ def test_a_damaged_database_is_an_error_that_says_so(path):
     with path.open("r+b") as file:
         file.seek(4096)
         file.write(os.urandom(size - 4096))
-    with pytest.raises((BadConfiguration, StoreError), match="malformed"):
-        Store(path).devices.all(NOW)
+    refusals = (BadConfiguration, StoreError)
+    with pytest.raises(refusals, match="malformed"), contextlib.closing(
+        Store(path)
+    ) as damaged:
+        damaged.devices.all(NOW)
 
 
 def test_a_directory_in_place_of_the_file_is_refused(path):
