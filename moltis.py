@@ -93,6 +93,7 @@ from typing import (
     Callable,
     ClassVar,
     Dict,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
