@@ -104,10 +104,11 @@ find_python() {
             continue
         fi
         # The interpreter itself: not a shim, nor a virtual environment that may go.
-        python=$("$candidate" -I -c 'import sys
+        python=$("$candidate" -I -c 'import os, sys
 if sys.version_info >= (3, 8):
-    print(getattr(sys, "_base_executable", None) or sys.executable)' 2>/dev/null) ||
-            continue
+    path = "%s/bin/python%d.%d" % (sys.base_prefix, *sys.version_info[:2])
+    virtual = sys.prefix != sys.base_prefix and os.path.exists(path)
+    print(path if virtual else sys.executable)' 2>/dev/null) || continue
         [ -z "$python" ] || return 0
     done
     fail "no Python 3.8 or later here; install the package python3"

@@ -6323,10 +6323,12 @@ def service_python() -> str:
 
     Not that of a virtual environment, which may be deleted: nothing in it is needed.
     """
-    python = getattr(sys, "_base_executable", None) or sys.executable
-    if not python:
+    beneath = f"{sys.base_prefix}/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
+    if sys.prefix != sys.base_prefix and os.path.exists(beneath):
+        return beneath
+    if not sys.executable:
         raise BadConfiguration("this Python does not know its own path; use python3")
-    return str(python)
+    return sys.executable
 
 
 @dataclass(frozen=True)

@@ -274,7 +274,7 @@ def test_a_python_without_a_module_gets_its_sentence(
     fake_python(
         path,
         'case "$*" in\n'
-        f"*_base_executable*) echo '{path}/python3' ;;\n"
+        f"*base_prefix*) echo '{path}/python3' ;;\n"
         f'*importlib*) shift 2; exec {sys.executable} -I -c "{hook}" "$@" ;;\n'
         f'*) exec {sys.executable} "$@" ;;\n'
         "esac",
