@@ -2342,6 +2342,13 @@ def der_values(data: bytes) -> list[DerValue]:
     return values
 
 
+def _rsa_pss_hash(parameters: DerValue) -> DerValue | None:
+    for value in parameters.children():
+        if value.tag == 0xA0:  # [0] hashAlgorithm (RFC 4055 §3.1)
+            return value.children()[0].children()[0]
+    return None
+
+
 def tls_server_end_point(certificate: bytes) -> bytes:
     """Return the channel binding of a TLS server's certificate in DER (RFC 5929 §4).
 
@@ -2360,16 +2367,41 @@ def tls_server_end_point(certificate: bytes) -> bytes:
     ).digest()
 
 
-def _rsa_pss_hash(parameters: DerValue) -> DerValue | None:
-    for value in parameters.children():
-        if value.tag == 0xA0:  # [0] hashAlgorithm (RFC 4055 §3.1)
-            return value.children()[0].children()[0]
-    return None
-
-
 def device_handle(token: str) -> str:
     """Return the SCRAM username of a device, from which no token can be told."""
     return hashlib.sha256(b"moltis handle" + token.encode("utf-8")).digest()[:16].hex()
+
+
+def _b64(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
+
+
+def _xor(left: bytes, right: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(left, right))
+
+
+def _hmac(key: bytes, data: bytes) -> bytes:
+    return hmac.new(key, data, "sha256").digest()
+
+
+def _hi(password: bytes, salt: bytes, iterations: int) -> bytes:
+    """RFC 5802 §2.2: one block of PBKDF2."""
+    keyed = hmac.new(password, digestmod="sha256")
+    block = salt + b"\x00\x00\x00\x01"
+    total = 0
+    for _ in range(iterations):
+        step = keyed.copy()
+        step.update(block)
+        block = step.digest()
+        total ^= int.from_bytes(block, "big")
+    return total.to_bytes(32, "big")
+
+
+def _salted_password(secret: str, salt: bytes, iterations: int) -> bytes:
+    password = secret.encode("utf-8")
+    if hasattr(hashlib, "pbkdf2_hmac"):
+        return hashlib.pbkdf2_hmac("sha256", password, salt, iterations)
+    return _hi(password, salt, iterations)  # a Python 3.12+ built without OpenSSL
 
 
 @dataclass(frozen=True)
@@ -2425,38 +2457,6 @@ def decoy_verifier(key: bytes, username: str) -> ScramVerifier:
         for purpose in ("salt", "stored key", "server key")
     )
     return ScramVerifier(salt[:16], SCRAM_ITERATIONS, stored_key, server_key)
-
-
-def _hmac(key: bytes, data: bytes) -> bytes:
-    return hmac.new(key, data, "sha256").digest()
-
-
-def _salted_password(secret: str, salt: bytes, iterations: int) -> bytes:
-    password = secret.encode("utf-8")
-    if hasattr(hashlib, "pbkdf2_hmac"):
-        return hashlib.pbkdf2_hmac("sha256", password, salt, iterations)
-    return _hi(password, salt, iterations)  # a Python 3.12+ built without OpenSSL
-
-
-def _hi(password: bytes, salt: bytes, iterations: int) -> bytes:
-    """RFC 5802 §2.2: one block of PBKDF2."""
-    keyed = hmac.new(password, digestmod="sha256")
-    block = salt + b"\x00\x00\x00\x01"
-    total = 0
-    for _ in range(iterations):
-        step = keyed.copy()
-        step.update(block)
-        block = step.digest()
-        total ^= int.from_bytes(block, "big")
-    return total.to_bytes(32, "big")
-
-
-def _xor(left: bytes, right: bytes) -> bytes:
-    return bytes(a ^ b for a, b in zip(left, right))
-
-
-def _b64(text: str) -> bytes:
-    return base64.b64decode(text, validate=True)
 
 
 def _scram_fields(pattern: re.Pattern[str], message: str) -> Mapping[str, str]:
@@ -6935,6 +6935,16 @@ STORE_FILE = "moltis.db"
 STORE_BUSY_TIMEOUT = 5.0  # s; a person's `sqlite3` shell may hold the file that long
 MAX_PAGE = 1000  # rows of one answer
 
+DATABASE_ADVICE: Mapping[str, str] = {  # by a word of SQLite's message
+    "not a database": "move it away and start again, or restore a backup",
+    "malformed": "move it away and start again, or restore a backup",
+    "full": "make room on that disk",
+    "I/O": "make room on that disk, or look at its health",
+    "locked": "end the program that holds it",
+    "readonly": "look at the permissions of the file and its directory",
+    "unable to open": "look at the permissions of the file and its directory",
+}
+
 SqlValues = Union[Sequence[object], Mapping[str, object]]
 
 # Each entry takes the schema one `user_version` further.  Released ones never change.
@@ -7130,14 +7140,37 @@ class JoinOffer:
     expires_at: int
 
 
+def _cannot_use_database(path: Path, error: Exception) -> str:
+    reason = str(error)
+    advice = [text for word, text in DATABASE_ADVICE.items() if word in reason][:1]
+    return "; ".join([f"cannot use the database {path}: {reason}", *advice])
+
+
+def _prepare_database(db: sqlite3.Connection, path: Path) -> None:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise BadConfiguration(
+            f"{path} has version {version} and this moltis {__version__} knows only "
+            f"up to {len(MIGRATIONS)}: a newer moltis wrote it; update this one"
+        )
+    db.execute("PRAGMA journal_mode = WAL")
+    # In WAL mode a power cut may undo the last commits, and never damages the file.
+    db.execute("PRAGMA synchronous = NORMAL")
+    db.execute("PRAGMA foreign_keys = ON")
+    for number, script in enumerate(MIGRATIONS[version:], version + 1):
+        db.executescript(
+            f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;"
+        )
+
+
 def _open_database(path: Path) -> sqlite3.Connection:
     try:
         import sqlite3
     except ImportError as error:
         raise BadConfiguration(
             "the gateway needs Python's module sqlite3, which is missing here; "
-            "install it (Debian: libpython3-stdlib, Alpine and OpenWrt: "
-            "python3-sqlite3, FreeBSD: py3-sqlite3) or use another python3"
+            "install it (OpenWrt: python3-sqlite3, FreeBSD: databases/py-sqlite3) or "
+            "use another python3"
         ) from error
     make_private_directory(path.parent)
     try:
@@ -7165,40 +7198,6 @@ def _open_database(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
-
-
-DATABASE_ADVICE: Mapping[str, str] = {  # by a word of SQLite's message
-    "not a database": "move it away and start again, or restore a backup",
-    "malformed": "move it away and start again, or restore a backup",
-    "full": "make room on that disk",
-    "I/O": "make room on that disk, or look at its health",
-    "locked": "end the program that holds it",
-    "readonly": "look at the permissions of the file and its directory",
-    "unable to open": "look at the permissions of the file and its directory",
-}
-
-
-def _cannot_use_database(path: Path, error: Exception) -> str:
-    reason = str(error)
-    advice = [text for word, text in DATABASE_ADVICE.items() if word in reason][:1]
-    return "; ".join([f"cannot use the database {path}: {reason}", *advice])
-
-
-def _prepare_database(db: sqlite3.Connection, path: Path) -> None:
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > len(MIGRATIONS):
-        raise BadConfiguration(
-            f"{path} has version {version} and this moltis {__version__} knows only "
-            f"up to {len(MIGRATIONS)}: a newer moltis wrote it; update this one"
-        )
-    db.execute("PRAGMA journal_mode = WAL")
-    # In WAL mode a power cut may undo the last commits, and never damages the file.
-    db.execute("PRAGMA synchronous = NORMAL")
-    db.execute("PRAGMA foreign_keys = ON")
-    for number, script in enumerate(MIGRATIONS[version:], version + 1):
-        db.executescript(
-            f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;"
-        )
 
 
 def _device_from(row: sqlite3.Row) -> Device:
@@ -7329,16 +7328,21 @@ class DevicesTable:
         return [_device_from(row) for row in rows]
 
     def by_id(self, device_id: str, now: int) -> Device | None:
-        return self._one("id", device_id, now)
+        return self._one("SELECT * FROM devices WHERE id = ?", device_id, now)
 
     def by_token_hash(self, token_hash: str, now: int) -> Device | None:
-        return self._one("token_hash", token_hash, now)
+        return self._one("SELECT * FROM devices WHERE token_hash = ?", token_hash, now)
 
     def by_handle(self, handle: str, now: int) -> Device | None:
-        return self._one("handle", handle, now)
+        return self._one("SELECT * FROM devices WHERE handle = ?", handle, now)
 
     def by_node_id(self, node_id: str, now: int) -> Device | None:
-        return self._one("node_id", node_id, now)
+        # Only one that has not been revoked, which the index keeps unique.
+        return self._one(
+            "SELECT * FROM devices WHERE node_id = ? AND revoked_at IS NULL",
+            node_id,
+            now,
+        )
 
     def verifier(self, handle: str, now: int) -> str | None:
         """Return the SCRAM verifier of a device, as RFC 5803 writes it."""
@@ -7443,14 +7447,13 @@ class DevicesTable:
         """Forget the devices that never connected in time; return how many."""
         return self._db.write("DELETE FROM devices WHERE expires_at < ?", (now,))
 
-    def _one(self, column: str, value: str, now: int) -> Device | None:
-        assert column in ("id", "token_hash", "handle", "node_id")
-        row = self._db.row(
-            f"SELECT * FROM devices WHERE {column} = ?"
-            " AND revoked_at IS NULL AND ifnull(expires_at, ?) >= ?",
-            (value, now, now),
-        )
-        return None if row is None else _device_from(row)
+    def _one(self, sql: str, value: str, now: int) -> Device | None:
+        row = self._db.row(sql, (value,))
+        if row is None or row["revoked_at"] is not None:
+            return None
+        device = _device_from(row)
+        expired = device.expires_at is not None and device.expires_at < now
+        return None if expired else device
 
 
 class CommandsTable:
@@ -7526,16 +7529,13 @@ class CommandsTable:
 
         `before` is the `seq` of the last one that the caller has.
         """
+        filters = {"node_id = ?": node_id, "state = ?": state, "seq < ?": before}
+        given = {sql: value for sql, value in filters.items() if value is not None}
+        # Only what is given: SQLite finds no index for `? IS NULL OR node_id = ?`.
         rows = self._db.rows(
-            "SELECT * FROM commands WHERE (:node_id IS NULL OR node_id = :node_id)"
-            " AND (:state IS NULL OR state = :state)"
-            " AND (:before IS NULL OR seq < :before) ORDER BY seq DESC LIMIT :limit",
-            {
-                "node_id": node_id,
-                "state": state,
-                "before": before,
-                "limit": max(0, min(limit, MAX_PAGE)),
-            },
+            " AND ".join(["SELECT * FROM commands WHERE TRUE", *given])
+            + " ORDER BY seq DESC LIMIT ?",
+            (*given.values(), max(0, min(limit, MAX_PAGE))),
         )
         return [_command_from(row) for row in rows]
 
@@ -7802,23 +7802,6 @@ class TlsIdentity:
     channel_binding: bytes  # for Access.scram_server()
 
 
-def parse_certificate(der: bytes) -> Certificate:
-    """Read a certificate in DER.  Raises ValueError."""
-    try:
-        fields = der_values(der)[0].children()[0].children()
-        if fields[0].tag == 0xA0:  # [0] version
-            del fields[0]
-        _serial, _algorithm, _issuer, validity, _subject, key, *optionals = fields
-        _not_before, not_after = validity.children()
-        return Certificate(
-            names=tuple(_alternative_names(optionals)),
-            expires_at=_certificate_time(not_after),
-            public_key=key.encoding,
-        )
-    except (IndexError, OSError, ValueError) as error:
-        raise ValueError("this is no X.509 certificate in DER") from error
-
-
 def _certificate_time(value: DerValue) -> float:
     import calendar
 
@@ -7843,6 +7826,40 @@ def _alternative_names(optionals: Sequence[DerValue]) -> Iterator[str]:
                 yield "IP:" + socket.inet_ntop(family, name.content)
 
 
+def parse_certificate(der: bytes) -> Certificate:
+    """Read a certificate in DER.  Raises ValueError."""
+    try:
+        fields = der_values(der)[0].children()[0].children()
+        if fields[0].tag == 0xA0:  # [0] version
+            del fields[0]
+        _serial, _algorithm, _issuer, validity, _subject, key, *optionals = fields
+        _not_before, not_after = validity.children()
+        return Certificate(
+            names=tuple(_alternative_names(optionals)),
+            expires_at=_certificate_time(not_after),
+            public_key=key.encoding,
+        )
+    except (IndexError, OSError, ValueError) as error:
+        raise ValueError("this is no X.509 certificate in DER") from error
+
+
+def check_pin(der: bytes, pin: str) -> None:
+    """Return where the certificate in DER has the public key of `pin`.
+
+    Raises Refused.
+    """
+    try:
+        found = parse_certificate(der).pin
+    except ValueError:
+        found = "no certificate at all"
+    if not hmac.compare_digest(found.encode(), pin.encode("utf-8", "replace")):
+        raise Refused(
+            f"the other side shows another TLS certificate ({found}) than the pinned "
+            f"one ({pin}): this is what somebody in between looks like; nothing was "
+            "sent. If the gateway was set up anew, take its new pin from there"
+        )
+
+
 def certificate_from_pem(pem: bytes) -> bytes:
     """Return the first certificate in `pem` in DER.  Raises ValueError."""
     found = re.search(
@@ -7860,20 +7877,6 @@ def host_names() -> list[str]:
     if "." not in name:
         names.append(f"{name}.local")  # mDNS
     return [n for n in names if HOST_NAME.fullmatch(n)]
-
-
-def host_addresses() -> list[str]:
-    """Return the addresses of this machine's interfaces, without link-local ones."""
-    found = {"127.0.0.1", "::1", *_routed_addresses()}
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            found.update(parse_fib_trie(Path("/proc/net/fib_trie").read_text()))
-        with contextlib.suppress(OSError):
-            found.update(parse_if_inet6(Path("/proc/net/if_inet6").read_text()))
-    else:
-        with contextlib.suppress(OSError, BadConfiguration):
-            found.update(parse_ifconfig(_program_output("ifconfig").decode()))
-    return sorted(found)
 
 
 def _routed_addresses() -> Iterator[str]:
@@ -7919,6 +7922,7 @@ def _program_output(*arguments: str) -> bytes:
         done = subprocess.run(
             arguments,
             check=True,
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=OPENSSL_TIMEOUT,
@@ -7931,6 +7935,20 @@ def _program_output(*arguments: str) -> bytes:
             f"{arguments[0]} took longer than {OPENSSL_TIMEOUT:.0f} s"
         ) from error
     return done.stdout
+
+
+def host_addresses() -> list[str]:
+    """Return the addresses of this machine's interfaces, without link-local ones."""
+    found = {"127.0.0.1", "::1", *_routed_addresses()}
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            found.update(parse_fib_trie(Path("/proc/net/fib_trie").read_text()))
+        with contextlib.suppress(OSError):
+            found.update(parse_if_inet6(Path("/proc/net/if_inet6").read_text()))
+    else:
+        with contextlib.suppress(OSError, BadConfiguration):
+            found.update(parse_ifconfig(_program_output("ifconfig").decode()))
+    return sorted(found)
 
 
 def _read_tls(files: TlsFiles) -> TlsIdentity:

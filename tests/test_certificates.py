@@ -240,6 +240,21 @@ def test_curl_accepts_the_pin(files):
     assert load_tls(files).certificate.pin == expected
 
 
+def test_another_certificate_than_the_pinned_one_is_what_an_attack_looks_like(
+    files, tmp_path
+):
+    pin = load_tls(files).certificate.pin
+    moltis.check_pin(der_of(files), pin)
+    ensure_certificate(files.key.parent, (*NAMES, "more"))
+    moltis.check_pin(der_of(files), pin)
+    for der in (der_of(self_signed(tmp_path)), b"", b"nonsense"):
+        with pytest.raises(moltis.Refused, match="somebody in between"):
+            moltis.check_pin(der, pin)
+    for wrong in ("", pin[:-1], pin.lower(), "sha256//\ud800"):
+        with pytest.raises(moltis.Refused):
+            moltis.check_pin(der_of(files), wrong)
+
+
 ALGORITHMS = {
     "rsa sha1": ("-newkey rsa:2048 -sha1", "sha256"),
     "rsa sha256": ("-newkey rsa:2048 -sha256", "sha256"),
