@@ -32,6 +32,7 @@ Contents
     Commands                  one shell command as a process group
     Telemetry                 what a machine has and how it is doing
     Language models           Ollama, OpenAI-compatible, Anthropic
+    Machine                   what a computer does when it is asked
   Node
     Node agent                dial, authenticate, serve, reconnect, resume
     Node service              systemd user unit and launchd agent
@@ -46,11 +47,13 @@ Contents
     HTTP                      routes, upgrade, headers
     Web page                  three raw strings, served as three files
   Program
+    Operator client           the command line's side of a gateway
     Command line              argparse, output, exit codes, main()
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import codecs
 import collections
@@ -75,6 +78,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import stat
 import struct
 import sys
@@ -83,10 +87,12 @@ import threading
 import time
 import uuid
 import zlib
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -111,7 +117,13 @@ if TYPE_CHECKING:
     import http.client
     import sqlite3
     import ssl
+    from argparse import _SubParsersAction
+    from email.message import Message as HttpHeaders
+    from http.server import BaseHTTPRequestHandler
+    from io import BufferedReader
     from subprocess import Popen
+
+    Subcommands = _SubParsersAction[argparse.ArgumentParser]
 
 # ==============================================================================
 # FOUNDATION
@@ -436,6 +448,11 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def format_time(at_ms: int) -> str:
+    """Return a moment (ms since 1970) for people, in local time."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_ms / 1000))
+
+
 class Deadline:
     """A moment on the monotonic clock, or never."""
 
@@ -605,6 +622,29 @@ def write_private(path: Path, data: bytes) -> None:
 # What a machine remembers between runs: `node.json` and `gateway.json` in the data
 # directory.  Which flag beats which variable is said by the command line.
 # ==============================================================================
+
+
+def websocket_url(url: str) -> str:
+    """Return the gateway's WebSocket address for what a person typed.
+
+    `gateway:9090`, `http://gateway:9090` and `ws://gateway:9090/ws` are the same.
+    Raises UsageError.
+    """
+    text = url.strip()
+    if "://" not in text:
+        text = "ws://" + text
+    parts = urlsplit(text)
+    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
+    try:
+        usable = scheme in ("ws", "wss") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        usable = False
+    if not usable or parts.username is not None:
+        raise UsageError(
+            f"{redact(url)!r} is not a gateway's address; "
+            "it looks like ws://gateway:9090/ws"
+        )
+    return f"{scheme}://{parts.netloc}{parts.path.rstrip('/') or '/ws'}"
 
 
 def data_directory(environ: Mapping[str, str]) -> Path:
@@ -6287,14 +6327,608 @@ def list_models(
 
 
 # ==============================================================================
+# Machine
+# Uses: Wire protocol, Commands, Telemetry
+#
+# What one computer does when it is asked: `system.run`, `system.which`,
+# `system.providers`.  A node answers its gateway with it, and the gateway answers
+# itself for `Local`, so that Local is a node like the others.  Who asks, and over
+# which connection, is left to a MachinePeer.
+# ==============================================================================
+
+RUN = "system.run"
+WHICH = "system.which"
+PROVIDERS = "system.providers"
+
+MACHINE_COMMANDS = (RUN, WHICH, PROVIDERS)
+MACHINE_CAPABILITIES = (CAP_SCRAM, CAP_STREAM, CAP_CANCEL, CAP_RESUME)
+
+PLATFORMS = {"darwin": "macos"}  # what Moltis calls sys.platform
+
+MAX_COLLECTED = 200 * 1024  # bytes a stream, for a caller that does not take streams
+MAX_TIMEOUT_MS = 2**53  # JSON's safe integers
+
+
+def platform_name() -> str:
+    return PLATFORMS.get(sys.platform, sys.platform.rstrip("0123456789"))
+
+
+class MachinePeer(Protocol):
+    """Whoever asked, over the connection of the moment."""
+
+    max_result: int | None  # bytes; a longer result would be dropped on the way
+
+    def chunk(self, chunk: Chunk) -> None: ...
+
+    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
+
+    def queued(self, invoke_id: str, place: int) -> None: ...
+
+    def result(self, invoke_id: str, result: JsonObject) -> None: ...
+
+
+def run_arguments(args: JsonObject) -> CommandSpec:
+    """Return what `system.run` is to run.  Raises RpcError."""
+    command = required(args, "command", str)
+    if not command.strip():
+        raise RpcError("INVALID_REQUEST", "command is empty")
+    if "\0" in command:
+        raise RpcError("INVALID_REQUEST", "command holds a NUL character")
+    timeout_ms = optional(args, "timeout", float)
+    if timeout_ms is not None and not 0 < timeout_ms <= MAX_TIMEOUT_MS:
+        raise RpcError(
+            "INVALID_REQUEST",
+            f"timeout must be a positive number of ms, not {timeout_ms:g}",
+        )
+    return CommandSpec(
+        command=command,
+        cwd=optional(args, "cwd", str),
+        env=filter_environment(optional(args, "env", dict) or {}),
+        timeout=None if timeout_ms is None else timeout_ms / 1000,
+        stdin=optional(args, "stdin", bool) or False,
+    )
+
+
+def run_result(result: CommandResult) -> JsonObject:
+    """Return the wire form of how a command ended; its output is not in it."""
+    if result.error is not None:
+        return {"error": result.error}
+    code = -1 if result.exit_code is None else result.exit_code
+    value: JsonObject = {
+        "exitCode": max(code, -1),
+        "stdoutBytes": result.stdout_bytes,
+        "stderrBytes": result.stderr_bytes,
+        "durationMs": round(result.duration * 1000),
+    }
+    if code < 0:
+        value["signal"] = -code
+    if result.timed_out:
+        value["timedOut"] = True
+    if result.cancelled:
+        value["cancelled"] = True
+    return value
+
+
+def fit_result(result: JsonObject, limit: int | None) -> JsonObject:
+    """Return `result`, its output cut so that the JSON has at most `limit` bytes."""
+    room = MAX_COLLECTED
+    while limit is not None and len(to_json(result).encode("utf-8")) > limit:
+        room //= 2
+        texts = {n: result[n] for n in ("stdout", "stderr") if n in result}
+        if not texts or room < 1024:
+            return {"error": "the result is too large for this gateway"}
+        result = {**result, **{n: clip(text, room) for n, text in texts.items()}}
+    return result
+
+
+class Machine:
+    """Invocations carried out on this computer."""
+
+    def __init__(self, runner: CommandRunner, inventory: Inventory) -> None:
+        self._runner = runner
+        self._inventory = inventory
+        self._lock = threading.Lock()  # guards _peer and _results
+        self._peer: MachinePeer | None = None
+        self._results: dict[str, JsonObject] = {}  # kept until settled
+        self._actions: Mapping[str, Callable[[str, JsonObject], JsonObject | None]] = {
+            RUN: self._run,
+            WHICH: self._which,
+            PROVIDERS: self._providers,
+        }
+
+    def attach(self, peer: MachinePeer | None) -> None:
+        """Send all that comes from now on to `peer`; None while nobody listens."""
+        with self._lock:
+            self._peer = peer
+
+    def invoke(self, invoke_id: str, command: str, args: JsonObject) -> None:
+        """Carry out a request; its result goes to the peer, now or later."""
+        action = self._actions.get(command)
+        try:
+            if action is None:
+                raise RpcError(
+                    "INVALID_REQUEST",
+                    f"unknown command {command!r}; "
+                    f"this machine knows {', '.join(MACHINE_COMMANDS)}",
+                )
+            result = action(invoke_id, args)
+        except RpcError as error:
+            result = {"error": error.message}
+        if result is not None:
+            self.finish(invoke_id, result)
+
+    def acknowledge(self, invoke_id: str, kind: int, offset: int) -> None:
+        """Raises RpcError for an offset beyond what was sent."""
+        command = self._runner.get(invoke_id)
+        if command is not None:
+            command.acknowledge(kind, offset)
+
+    def write_stdin(self, chunk: Chunk) -> None:
+        """Raises RpcError for a gap, or for more than the window holds."""
+        command = self._runner.get(chunk.invoke_id)
+        if command is not None:
+            command.write_stdin(chunk.offset, chunk.data)
+
+    def cancel(self, invoke_id: str) -> None:
+        self._runner.cancel(invoke_id)
+
+    def settle(self, invoke_id: str) -> None:
+        """Forget an invocation: its result has arrived for good."""
+        with self._lock:
+            self._results.pop(invoke_id, None)
+        self._runner.forget(invoke_id)
+
+    def inflight(self) -> list[InflightCommand]:
+        """Return the commands whose result has not arrived for good."""
+        return [
+            InflightCommand(
+                invoke_id=invoke_id,
+                stdout=offsets[STDOUT],
+                stderr=offsets[STDERR],
+                stdin=offsets[STDIN],
+                done=command.result is not None,
+            )
+            for invoke_id, command in self._runner.known().items()
+            for offsets in [command.offsets()]
+        ]
+
+    def resume(self, invoke_id: str, stdout: int, stderr: int) -> None:
+        """Send again, to a new peer, what followed these offsets, then the result."""
+        command = self._runner.get(invoke_id)
+        if command is not None:
+            command.rewind({STDOUT: stdout, STDERR: stderr})
+        self.resend_result(invoke_id)
+
+    def resend_result(self, invoke_id: str) -> None:
+        with self._lock:
+            result = self._results.get(invoke_id)
+        if result is not None:
+            self.finish(invoke_id, result)
+
+    def close(self) -> None:
+        """End all commands in order; their results still go to the peer."""
+        self._runner.close()
+
+    def finish(self, invoke_id: str, result: JsonObject) -> None:
+        """Send a result, and keep that of a command until it is settled."""
+        kept = self._runner.get(invoke_id) is not None
+        with self._lock:
+            if kept:
+                self._results[invoke_id] = result
+                if len(self._results) > MAX_KEPT:  # the runner let go of it before
+                    del self._results[next(iter(self._results))]
+            peer = self._peer
+        if peer is not None:
+            peer.result(invoke_id, fit_result(result, peer.max_result))
+
+    def _which(self, _invoke_id: str, args: JsonObject) -> JsonObject:
+        path = find_binary(required(args, "binary", str))
+        return {"found": path is not None, "path": path}
+
+    def _providers(self, _invoke_id: str, _args: JsonObject) -> JsonObject:
+        providers = self._inventory.equipment.providers
+        return {"providers": [provider.to_payload() for provider in providers]}
+
+    def _run(self, invoke_id: str, args: JsonObject) -> JsonObject | None:
+        spec = run_arguments(args)
+        streams = optional(args, "stream", bool) or False
+        if streams and not is_uuid(invoke_id):
+            raise RpcError("INVALID_REQUEST", "invokeId must be a UUID for a stream")
+        with self._lock:
+            result = self._results.get(invoke_id)
+        if result is not None:
+            return result  # asked again: answered, not run again
+        job = (_StreamedRun if streams else _CollectedRun)(self, invoke_id)
+        self._runner.start(
+            invoke_id,
+            spec,
+            on_chunk=job.on_chunk,
+            on_stdin=job.on_stdin,
+            on_result=job.on_result,
+            on_queued=job.on_queued,
+            resumable=streams,
+        )
+        return None
+
+    def tell(self, say: Callable[[MachinePeer], None]) -> None:
+        """Say something to whoever listens at the moment."""
+        with self._lock:
+            peer = self._peer
+        if peer is not None:
+            say(peer)
+
+
+class _StreamedRun:
+    """One `system.run` whose output travels while it runs."""
+
+    def __init__(self, machine: Machine, invoke_id: str) -> None:
+        self._machine = machine
+        self._invoke_id = invoke_id
+
+    def on_chunk(self, kind: int, offset: int, data: bytes) -> None:
+        chunk = Chunk(kind, self._invoke_id, offset, data)
+        self._machine.tell(lambda peer: peer.chunk(chunk))
+
+    def on_stdin(self, offset: int) -> None:
+        self._machine.tell(lambda peer: peer.stdin_received(self._invoke_id, offset))
+
+    def on_queued(self, place: int) -> None:
+        self._machine.tell(lambda peer: peer.queued(self._invoke_id, place))
+
+    def on_result(self, result: CommandResult) -> None:
+        self._machine.finish(self._invoke_id, run_result(result))
+
+
+class _CollectedRun(_StreamedRun):
+    """One `system.run` whose output comes in one piece with its result."""
+
+    def __init__(self, machine: Machine, invoke_id: str) -> None:
+        super().__init__(machine, invoke_id)
+        self._output = OutputCollector(MAX_COLLECTED)
+
+    def on_chunk(self, kind: int, offset: int, data: bytes) -> None:
+        self._output.add(kind, offset, data)
+
+    def on_result(self, result: CommandResult) -> None:
+        value = run_result(result)
+        if "error" not in value:
+            value["stdout"] = self._output.stdout.text()
+            value["stderr"] = self._output.stderr.text()
+        self._machine.finish(self._invoke_id, value)
+
+
+# ==============================================================================
 # NODE
 # ==============================================================================
 
 # ==============================================================================
 # Node agent
+# Uses: WebSocket connections, SCRAM, Wire protocol, Telemetry, Machine, Settings
 #
-# Dial, authenticate, serve, reconnect, resume.
+# A machine as its gateway sees it: dial, authenticate, serve, reconnect, resume.
+# What is asked of it is carried out by Machine; whether it starts on boot is the
+# service's business.
 # ==============================================================================
+
+# Hears whether the node is connected now, and if not, why.
+NodeStateHandler = Callable[[bool, Optional[str]], None]
+
+
+class GatewayLink:
+    """One authenticated connection to the gateway, from hello to its end."""
+
+    def __init__(self, ws: WebSocket, machine: Machine, hello: JsonObject) -> None:
+        features = hello.get("features")
+        methods = features.get("methods") if isinstance(features, dict) else None
+        streams = isinstance(methods, list) and CAP_STREAM in methods
+        # A Moltis gateway drops longer frames in silence; the rest is the envelope.
+        self.max_result = None if streams else MAX_PAYLOAD - 1024
+        self._ws = ws
+        self._machine = machine
+        self._resumable = _resumable(hello) if streams else None
+        self._calls = Calls(ws.send)
+        self._results: dict[Future[Any], str] = {}  # sent, not yet answered
+        self._refused: list[str] = []  # results to send again: its disk was full, say
+        self._handlers: Mapping[str, Callable[[JsonObject], None]] = {
+            INVOKE_REQUEST: self._on_request,
+            INVOKE_ACK: self._on_ack,
+            INVOKE_CANCEL: self._on_cancel,
+        }
+
+    def chunk(self, chunk: Chunk) -> None:
+        # What a closed connection does not take, the command's window keeps.
+        with contextlib.suppress(ConnectionClosed):
+            self._ws.send(encode_chunk(chunk))
+
+    def stdin_received(self, invoke_id: str, offset: int) -> None:
+        self._send_event(INVOKE_ACK, {"invokeId": invoke_id, "stdin": offset})
+
+    def queued(self, invoke_id: str, place: int) -> None:
+        state = {"invokeId": invoke_id, "state": "queued", "place": place}
+        if self.max_result is None:
+            self._send_event(INVOKE_STATE, state)
+
+    def result(self, invoke_id: str, result: JsonObject) -> None:
+        params = {"invokeId": invoke_id, "result": result}
+        with contextlib.suppress(ConnectionClosed):
+            answer = self._calls.start(INVOKE_RESULT, params)
+            self._results[answer] = invoke_id
+            answer.add_done_callback(self._on_answer)
+
+    def resume(self) -> None:
+        """Go on where the last connection stopped, with what the gateway still has."""
+        for item in self._machine.inflight():
+            if self._resumable is None:
+                # A gateway that cannot resume has forgotten what it asked for.
+                if item.done:
+                    self._machine.settle(item.invoke_id)
+            elif item.invoke_id in self._resumable:
+                self._machine.resume(item.invoke_id, *self._resumable[item.invoke_id])
+
+    def report(self, payload: JsonObject) -> None:
+        """Send telemetry, and results that were not taken.  Raises ConnectionClosed."""
+        refused, self._refused = self._refused, []
+        for invoke_id in refused:
+            self._machine.resend_result(invoke_id)
+        self._calls.start(NODE_EVENT, {"event": NODE_TELEMETRY, "payload": payload})
+
+    def handle(self, message: str | bytes) -> None:
+        """Do what one message says; one that makes no sense is logged and skipped."""
+        try:
+            if isinstance(message, bytes):
+                self._machine.write_stdin(decode_chunk(message))
+                return
+            envelope = decode_envelope(message)
+            if isinstance(envelope, Response):
+                self._calls.answer(envelope)
+            elif isinstance(envelope, Event) and envelope.name in self._handlers:
+                payload = envelope.payload
+                if not isinstance(payload, dict):
+                    raise RpcError("INVALID_REQUEST", "the payload must be an object")
+                self._handlers[envelope.name](payload)
+        except RpcError as error:
+            log.warning("message from the gateway skipped: %s", error)
+
+    def wait_until_settled(self, timeout: float) -> None:
+        """Give the gateway `timeout` s to take the results that were sent."""
+        deadline = Deadline(timeout)
+        with contextlib.suppress(FutureTimeout, MoltisError):
+            for answer in list(self._results):
+                answer.result(deadline.remaining())
+
+    def close(self, error: MoltisError) -> None:
+        self._calls.close(error)
+
+    def _on_answer(self, answer: Future[Any]) -> None:
+        invoke_id = self._results.pop(answer, "")
+        error = answer.exception()
+        if isinstance(error, ConnectionClosed):
+            return  # the result is kept, and sent again over the next connection
+        if error is not None:
+            log.warning("result not taken invocation=%s: %s", invoke_id, error)
+        if isinstance(error, RpcError) and error.retryable:
+            self._refused.append(invoke_id)
+        else:
+            self._machine.settle(invoke_id)
+
+    def _send_event(self, name: str, payload: JsonObject) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            self._ws.send(encode_envelope(Event(name, payload)))
+
+    def _on_request(self, payload: JsonObject) -> None:
+        self._machine.invoke(
+            required(payload, "invokeId", str),
+            required(payload, "command", str),
+            optional(payload, "args", dict) or {},
+        )
+
+    def _on_ack(self, payload: JsonObject) -> None:
+        invoke_id = required(payload, "invokeId", str)
+        for kind in (STDOUT, STDERR):
+            offset = optional(payload, STREAM_NAMES[kind], int)
+            if offset is not None:
+                self._machine.acknowledge(invoke_id, kind, offset)
+
+    def _on_cancel(self, payload: JsonObject) -> None:
+        self._machine.cancel(required(payload, "invokeId", str))
+
+
+def _resumable(hello: JsonObject) -> dict[str, tuple[int, int]]:
+    """Return, by invocation, the bytes of stdout and stderr the gateway has."""
+    extensions = optional(hello, "extensions", dict) or {}
+    ours = optional(extensions, "moltis", dict) or {}
+    return {
+        required(item, "invokeId", str): (
+            required(item, "stdout", int),
+            required(item, "stderr", int),
+        )
+        for item in optional(ours, "resume", list) or []
+    }
+
+
+def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
+    """Return the payload of the answer to one request, before all else is obeyed.
+
+    Raises RpcError as the gateway says, ConnectionClosed, or TimeoutError.
+    """
+    request = Request(new_id(), method, params)
+    ws.send(encode_envelope(request))
+    deadline = Deadline(CONNECT_TIMEOUT)
+    while True:
+        message = ws.receive(deadline.remaining())
+        if message is None:
+            raise ConnectionClosed(CloseCode.NORMAL, "the gateway hung up")
+        envelope = decode_envelope(message) if isinstance(message, str) else None
+        if isinstance(envelope, Response) and envelope.id == request.id:
+            if envelope.error is not None:
+                raise envelope.error
+            if not isinstance(envelope.payload, dict):
+                raise RpcError("PROTOCOL_ERROR", f"the answer to {method} is no object")
+            return envelope.payload
+
+
+class NodeAgent:
+    """A node's life: connected to its gateway, or on the way there."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        machine: Machine,
+        telemetry: TelemetrySource,
+        on_state: NodeStateHandler,
+    ) -> None:
+        self._settings = settings
+        self._machine = machine
+        self._telemetry = telemetry
+        self._on_state = on_state
+        self._instance = new_id()
+        self._backoff = Backoff()
+        self._stopped = threading.Event()
+        # The connection of the moment, for other threads; replaced as a whole.
+        self._serving: tuple[GatewayLink, WebSocket] | None = None
+
+    def run(self, *, give_up_when_refused: bool = False) -> None:
+        """Stay connected until close().
+
+        Raises Refused, if asked to, when the first attempt is turned away.
+        """
+        last_problem = ""
+        while not self._stopped.is_set():
+            try:
+                link, ws = self._dial()
+            except (Unreachable, Refused) as error:
+                if give_up_when_refused and isinstance(error, Refused):
+                    raise
+                problem = str(error)
+            else:
+                give_up_when_refused = False
+                problem = self._serve(link, ws)
+            if self._stopped.is_set():
+                return
+            pause = self._backoff.next()
+            if problem != last_problem:
+                log.warning("%s; trying again every minute or sooner", problem)
+                self._on_state(False, problem)
+            last_problem = problem
+            self._stopped.wait(pause)
+
+    def close(self) -> None:
+        """End running commands, report them, and hang up; run() returns."""
+        self._stopped.set()
+        self._machine.close()
+        serving = self._serving
+        if serving is not None:
+            link, ws = serving
+            link.wait_until_settled(KILL_AFTER)
+            ws.close(CloseCode.GOING_AWAY, "the node stops")
+
+    def report(self) -> None:
+        """Send telemetry now, from any thread; nothing while not connected."""
+        serving = self._serving
+        if serving is not None:
+            with contextlib.suppress(ConnectionClosed):
+                self._report(serving[0])
+
+    def _dial(self) -> tuple[GatewayLink, WebSocket]:
+        """Raises Unreachable or Refused, with one line that says why."""
+        url = self._settings.gateway_url
+        ws = connect(url)
+        try:
+            hello = self._authenticate(ws)
+            return GatewayLink(ws, self._machine, hello), ws
+        except RpcError as error:
+            ws.close(CloseCode.NORMAL)
+            kind = Unreachable if error.code in ("TIMEOUT", "UNAVAILABLE") else Refused
+            raise kind(f"{url} refused this node: {error.message}") from error
+        except AuthenticationError as error:
+            ws.abort()
+            raise Refused(
+                f"{url} did not prove that it knows this node's token ({error}): "
+                "this is what an impostor looks like; check the address and the token"
+            ) from error
+        except (ConnectionClosed, TimeoutError) as error:
+            ws.abort()
+            raise Unreachable(
+                f"{url} hung up while this node signed in: {error}"
+            ) from (error)
+
+    def _authenticate(self, ws: WebSocket) -> JsonObject:
+        """Return the hello-ok payload, after the gateway has proved itself."""
+        asked = ConnectParams(
+            role="node",
+            client_id=self._settings.node_id,
+            display_name=self._settings.display_name,
+            version=__version__,
+            platform=platform_name(),
+            capabilities=MACHINE_CAPABILITIES,
+            commands=MACHINE_COMMANDS,
+            instance=self._instance,
+            inflight=tuple(self._machine.inflight()),
+        )
+        token = self._settings.device_token
+        if self._settings.auth == "bearer":
+            params = replace(asked, device_token=token)
+            return _exchange(ws, "connect", params.to_json())
+        scram = ScramClient(device_handle(token), token, None)
+        first = _exchange(ws, CAP_SCRAM, {"clientFirst": scram.first()})
+        final = scram.final(required(first, "serverFirst", str))
+        params = replace(asked, scram_final=final)
+        hello = _exchange(ws, "connect", params.to_json())
+        auth = optional(hello, "auth", dict) or {}
+        proof = optional(auth, "scram", dict) or {}
+        scram.verify(required(proof, "serverFinal", str))
+        return hello
+
+    def _serve(self, link: GatewayLink, ws: WebSocket) -> str:
+        """Serve one connection to its end; return why it ended."""
+        self._serving = (link, ws)
+        self._backoff.reset()
+        self._machine.attach(link)
+        try:
+            link.resume()
+            log.info("connected gateway=%s", self._settings.gateway_url)
+            self._on_state(True, None)
+            self._receive(link, ws)
+            problem = "the gateway closed the connection"
+        except ConnectionClosed as error:
+            problem = f"the connection to {self._settings.gateway_url} broke: {error}"
+            link.close(error)
+        finally:
+            self._machine.attach(None)
+            self._serving = None
+            ws.abort()
+        link.close(ConnectionClosed(CloseCode.GOING_AWAY))
+        return problem
+
+    def _receive(self, link: GatewayLink, ws: WebSocket) -> None:
+        """Handle what arrives until a clean close; report and ping in between.
+
+        Raises ConnectionClosed.
+        """
+        due = {"report": 0.0, "ping": time.monotonic() + PING_INTERVAL}
+        while True:
+            now = time.monotonic()
+            if now >= due["report"]:
+                self._report(link)
+                due["report"] = now + TELEMETRY_INTERVAL
+            if now >= due["ping"]:
+                if ws.idle > PEER_TIMEOUT:
+                    raise ConnectionClosed(
+                        CloseCode.GOING_AWAY, f"nothing heard for {PEER_TIMEOUT:.0f} s"
+                    )
+                ws.ping()
+                due["ping"] = now + PING_INTERVAL
+            try:
+                message = ws.receive(max(0.0, min(due.values()) - now))
+            except TimeoutError:
+                continue
+            if message is None:
+                return
+            link.handle(message)
+
+    def _report(self, link: GatewayLink) -> None:
+        link.report(self._telemetry.read().to_payload(self._settings.node_id))
+
 
 # ==============================================================================
 # Node service
@@ -8460,9 +9094,758 @@ class Access:
 
 # ==============================================================================
 # Fleet
+# Uses: Wire protocol, Commands, Telemetry, Machine, Store
 #
-# Connected nodes, their invocations and their fate.
+# The machines this gateway can use, connected or not, with `Local` among them; the
+# invocations sent to them, the streams of those, and their fate.  Who may ask is
+# decided by Access and Gateway; what carries the envelopes is a NodeLink.
 # ==============================================================================
+
+LOCAL_ID = "local"
+LOCAL_NAME = "Local"
+
+MAX_NODE_ID = 200  # characters
+MAX_NAME = 200  # characters
+ACKNOWLEDGE_EVERY = STREAM_WINDOW // 4  # bytes; often enough that no sender waits
+LOST_AFTER = (
+    60.0  # s beyond its own timeout that a command of an absent node is awaited
+)
+STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without news of a connected node
+REPLACE_TIMEOUT = 5.0  # s for an old connection of the same node to end
+
+
+class NodeLink(Protocol):
+    """How a connected node is reached; each method raises ConnectionClosed."""
+
+    def request(self, invoke_id: str, command: str, args: JsonObject) -> None: ...
+
+    def acknowledge(self, invoke_id: str, stream: int, offset: int) -> None: ...
+
+    def cancel(self, invoke_id: str) -> None: ...
+
+    def write_stdin(self, chunk: Chunk) -> None: ...
+
+    def hang_up(self, reason: str) -> None: ...
+
+
+class Sink(Protocol):
+    """Whoever wants what an invocation sends while it runs."""
+
+    def chunk(self, chunk: Chunk) -> bool:
+        """Take output; False when it will be acknowledged later, by Fleet."""
+
+    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
+
+    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:
+        """Hear that it is `queued`, `waiting` for its node, or `running` again."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who asked for an invocation."""
+
+    kind: str
+    name: str
+    session_key: str | None = None
+
+
+class ConnectedNode:
+    """One node's presence, from its hello to the end of its connection."""
+
+    def __init__(
+        self,
+        node_id: str,
+        device_id: str,
+        link: NodeLink,
+        params: ConnectParams,
+        address: str = "",
+    ) -> None:
+        self.node_id = node_id
+        self.device_id = device_id
+        self.link = link
+        self.instance = params.instance
+        self.inflight = {item.invoke_id: item for item in params.inflight}
+        self.streams = CAP_STREAM in params.capabilities
+        self.resumes = CAP_RESUME in params.capabilities
+        self.platform = params.platform
+        self.address = address
+        self.since_ms = now_ms()
+        self.ready = False  # its hello is out; set once, by Fleet.activate
+        self.gone = threading.Event()  # its reader has ended
+
+
+class Invocation:
+    """One piece of work on a node, from being asked for to its result."""
+
+    def __init__(
+        self,
+        invoke_id: str,
+        node: tuple[str, str],  # id and name
+        command: str,
+        args: JsonObject,
+        origin: Origin,
+        sink: Sink,
+    ) -> None:
+        self.id = invoke_id
+        self.node_id, self.node_name = node
+        self.command = command
+        self.args = args
+        self.origin = origin
+        self.sink = sink
+        self.future: Future[JsonObject] = Future()
+        self.sent_to: str | None = None  # the instance of the node that has it
+        self.cancelled = False
+        timeout_ms = args.get("timeout") if command == RUN else None
+        self.deadline = Deadline(timeout_ms / 1000 + LOST_AFTER if timeout_ms else None)
+        self._lock = threading.Lock()  # guards the offsets and _accept
+        self._received = {STDOUT: 0, STDERR: 0}
+        self._consumed = {STDOUT: 0, STDERR: 0}
+        self._announced = {STDOUT: 0, STDERR: 0}
+        self._accept: Callable[[], None] | None = None
+
+    def received(self, stream: int) -> int:
+        with self._lock:
+            return self._received[stream]
+
+    def restart_at(self, stdout: int, stderr: int) -> None:
+        """Take up a stream whose beginning was dealt with in an earlier life."""
+        with self._lock:
+            for offsets in (self._received, self._consumed, self._announced):
+                offsets.update({STDOUT: stdout, STDERR: stderr})
+
+    def fresh(self, chunk: Chunk) -> Chunk | None:
+        """Return the part of `chunk` that had not arrived yet, or None.
+
+        One that is ahead was on its way when the node was told to go back: it will
+        come again.
+        """
+        with self._lock:
+            have = self._received[chunk.kind]
+            if chunk.offset > have or chunk.end <= have:
+                return None
+            self._received[chunk.kind] = chunk.end
+        if chunk.offset == have:
+            return chunk
+        return Chunk(
+            chunk.kind, chunk.invoke_id, have, chunk.data[have - chunk.offset :]
+        )
+
+    def consume(self, stream: int, offset: int) -> bool:
+        """Note that the sink has dealt with `offset` bytes; True: tell the node now."""
+        with self._lock:
+            if offset > self._received[stream]:
+                raise RpcError(
+                    "INVALID_REQUEST",
+                    f"byte {offset} of {STREAM_NAMES[stream]} is acknowledged before "
+                    f"it was sent; {self._received[stream]} were",
+                )
+            self._consumed[stream] = max(offset, self._consumed[stream])
+            due = self._consumed[stream] - self._announced[stream] >= ACKNOWLEDGE_EVERY
+            if due:
+                self._announced[stream] = self._consumed[stream]
+        return due
+
+    def accept_when_consumed(self, accept: Callable[[], None] | None) -> bool:
+        """Keep `accept`, if given, until all is consumed; then call it.
+
+        Returns whether the node has been told that it may forget the invocation.
+        """
+        with self._lock:
+            self._accept = accept or self._accept
+            if self._accept is None or self._consumed != self._received:
+                return False
+            ready, self._accept = self._accept, None
+        ready()
+        return True
+
+
+class CollectingSink:
+    """Keeps the output of an invocation for a caller who wants it in one piece."""
+
+    def __init__(self, limit: int) -> None:  # bytes a stream
+        self._output = OutputCollector(limit)
+        self._starts: dict[int, int] = {}  # where what we heard begins
+
+    def chunk(self, chunk: Chunk) -> bool:
+        start = self._starts.setdefault(chunk.kind, chunk.offset)
+        self._output.add(chunk.kind, chunk.offset - start, chunk.data)
+        return True
+
+    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
+
+    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None: ...
+
+    def result(self, result: JsonObject) -> JsonObject:
+        """Return `result` with the output in it."""
+        if "exitCode" not in result:
+            return result
+        stdout, stderr = self._output.stdout, self._output.stderr
+        whole = {**result, "stdout": stdout.text(), "stderr": stderr.text()}
+        if stdout.cut or stderr.cut:
+            whole["truncated"] = True
+        return whole
+
+
+class LocalLink:
+    """The gateway's own machine, asked as any other node is."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def request(self, invoke_id: str, command: str, args: JsonObject) -> None:
+        self._machine.invoke(invoke_id, command, args)
+
+    def acknowledge(self, invoke_id: str, stream: int, offset: int) -> None:
+        self._machine.acknowledge(invoke_id, stream, offset)
+
+    def cancel(self, invoke_id: str) -> None:
+        self._machine.cancel(invoke_id)
+
+    def write_stdin(self, chunk: Chunk) -> None:
+        self._machine.write_stdin(chunk)
+
+    def hang_up(self, _reason: str) -> None:
+        self._machine.close()
+
+
+def command_end(result: JsonObject, invocation: Invocation) -> CommandEnd:
+    """Return what the audit keeps of a result, whoever made the node."""
+    if "error" in result:
+        return CommandEnd(CommandState.FAILED, now_ms(), error=str(result["error"]))
+    state = CommandState.DONE
+    if result.get("timedOut"):
+        state = CommandState.TIMED_OUT
+    elif result.get("cancelled"):
+        state = CommandState.CANCELLED
+    code, signal_number = result.get("exitCode"), result.get("signal")
+    return CommandEnd(
+        state,
+        now_ms(),
+        exit_code=code if isinstance(code, int) else None,
+        signal=None if signal_number is None else str(signal_number),
+        stdout_bytes=invocation.received(STDOUT),
+        stderr_bytes=invocation.received(STDERR),
+    )
+
+
+def valid_name(text: str) -> str:
+    """Return a name for a node without white space around it.  Raises RpcError."""
+    name = " ".join(text.split())
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise RpcError(
+            "INVALID_REQUEST", f"a name has 1 to {MAX_NAME} printable characters"
+        )
+    return name
+
+
+class Fleet:
+    """The machines this gateway can use, connected or not."""
+
+    def __init__(
+        self,
+        devices: DevicesTable,
+        local: ConnectedNode,
+        announce: Callable[[str, JsonObject], None],
+    ) -> None:
+        self._devices = devices
+        self._announce = announce
+        self._local = local
+        self._lock = threading.Lock()  # guards _connected and _telemetry
+        self._connected = {local.node_id: local}
+        self._telemetry: dict[str, tuple[Telemetry, float]] = {}  # and when, monotonic
+
+    def connected(self, node_id: str) -> ConnectedNode | None:
+        with self._lock:
+            return self._connected.get(node_id)
+
+    def all_connected(self) -> list[ConnectedNode]:
+        with self._lock:
+            return list(self._connected.values())
+
+    def claim(self, node: ConnectedNode, device: Device) -> None:
+        """Make `node` the one connection of its id; an old one is hung up first.
+
+        Raises RpcError when the token or the id is in use by another machine.
+        """
+        self._check_claim(node.node_id, device)
+        with self._lock:
+            previous = self._connected.get(node.node_id)
+            self._connected[node.node_id] = node
+        if previous is not None:
+            # Its reader has to be through before ours starts: chunks stay in order.
+            previous.link.hang_up("this node has connected again")
+            if not previous.gone.wait(REPLACE_TIMEOUT):
+                raise RpcError(
+                    "UNAVAILABLE",
+                    "the node's previous connection is still closing; try again",
+                )
+
+    def release(self, node: ConnectedNode) -> None:
+        """Note that the connection of `node` has ended, unless another took over."""
+        with self._lock:
+            current = self._connected.get(node.node_id) is node
+            if current:
+                del self._connected[node.node_id]
+        node.gone.set()
+        if current and node.ready:
+            self._devices.seen(node.device_id, now_ms())
+            self._announce_presence("node.disconnected", node)
+
+    def activate(self, node: ConnectedNode) -> None:
+        """Open `node` for requests: its hello is on the way."""
+        node.ready = True
+        self._announce_presence("node.connected", node)
+
+    def report(self, node: ConnectedNode, payload: JsonObject) -> None:
+        """Take a node's telemetry.  Raises RpcError where it makes no sense."""
+        told_id = optional(payload, "nodeId", str)
+        if told_id and told_id != node.node_id:
+            raise RpcError("FORBIDDEN", f"{node.node_id} may report on itself only")
+        telemetry = telemetry_from_payload(payload)
+        with self._lock:
+            self._telemetry[node.node_id] = (telemetry, time.monotonic())
+        self._devices.save_telemetry(
+            node.device_id, telemetry.to_payload(node.node_id), now_ms()
+        )
+        self._announce(
+            NODE_TELEMETRY,
+            {"nodeId": node.node_id, **telemetry.to_columns(stale=False)},
+        )
+
+    def report_local(self, telemetry: Telemetry) -> None:
+        with self._lock:
+            self._telemetry[LOCAL_ID] = (telemetry, time.monotonic())
+        columns = telemetry.to_columns(stale=False)
+        self._announce(NODE_TELEMETRY, {"nodeId": LOCAL_ID, **columns})
+
+    def resolve(self, reference: str) -> tuple[str, str]:
+        """Return id and name of the machine that an id or a name stands for.
+
+        An exact id wins, then a name without regard to case.
+        Raises RpcError NOT_FOUND, or INVALID_REQUEST for an ambiguous name.
+        """
+        wanted = reference.strip()
+        names = self._names()
+        if wanted in names:
+            return wanted, names[wanted]
+        matches = [
+            (node_id, name)
+            for node_id, name in names.items()
+            if name.casefold() == wanted.casefold()
+        ]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            candidates = ", ".join(node_id for node_id, _ in matches)
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"{wanted!r} is the name of {len(matches)} nodes; use an id: "
+                f"{candidates}",
+            )
+        known = ", ".join(sorted(names.values(), key=str.casefold))
+        raise RpcError("NOT_FOUND", f"there is no node {reference!r}; there is {known}")
+
+    def require_connected(self, node_id: str, name: str) -> ConnectedNode:
+        """Raises RpcError UNAVAILABLE, which says since when the node is offline."""
+        node = self.connected(node_id)
+        if node is not None:
+            return node
+        device = self._devices.by_node_id(node_id, now_ms())
+        seen = device.last_seen_at if device else None
+        since = f" since {format_time(seen)}" if seen else ""
+        raise RpcError("UNAVAILABLE", f"{name} is offline{since}", retryable=True)
+
+    def views(self) -> list[JsonObject]:
+        """Return `node.list`: Local, then the others by name."""
+        devices = [d for d in self._devices.all(now_ms()) if d.node_id is not None]
+        return [self._local_view(), *(self._view(device) for device in devices)]
+
+    def view(self, node_id: str) -> JsonObject:
+        """Return `node.describe`.  Raises RpcError NOT_FOUND."""
+        if node_id == LOCAL_ID:
+            return self._local_view()
+        device = self._devices.by_node_id(node_id, now_ms())
+        if device is None:
+            raise RpcError("NOT_FOUND", f"there is no node {node_id!r}")
+        return self._view(device)
+
+    def _check_claim(self, node_id: str, device: Device) -> None:
+        if not 0 < len(node_id) <= MAX_NODE_ID or node_id == LOCAL_ID:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"client.id must have 1 to {MAX_NODE_ID} characters and not be "
+                f"{LOCAL_ID!r}",
+            )
+        owner = self._devices.by_node_id(node_id, now_ms())
+        if owner is not None and owner.id != device.id:
+            raise RpcError(
+                "CONFLICT",
+                f"the node id {node_id} belongs to another token ({owner.display_name})"
+                "; choose another with --node-id, or revoke that one",
+            )
+        if device.node_id in (None, node_id):
+            return
+        if self.connected(str(device.node_id)) is not None:
+            raise RpcError(
+                "CONFLICT",
+                "this token is in use by another machine that is connected now; "
+                "make one for each with `moltis node generate-token`",
+            )
+
+    def _names(self) -> dict[str, str]:
+        names = {LOCAL_ID: LOCAL_NAME}
+        for device in self._devices.all(now_ms()):
+            if device.node_id is not None:
+                names[device.node_id] = device.display_name
+        return names
+
+    def _announce_presence(self, kind: str, node: ConnectedNode) -> None:
+        self._announce(
+            "presence",
+            {"type": kind, "nodeId": node.node_id, "platform": node.platform},
+        )
+
+    def _local_view(self) -> JsonObject:
+        return {
+            "nodeId": LOCAL_ID,
+            "displayName": LOCAL_NAME,
+            "platform": self._local.platform,
+            "version": __version__,
+            "capabilities": list(MACHINE_CAPABILITIES),
+            "commands": list(MACHINE_COMMANDS),
+            "remoteIp": "",
+            "connected": True,
+            "connectedAt": self._local.since_ms,
+            "lastSeenAt": now_ms(),
+            **self._telemetry_fields(LOCAL_ID, {}),
+        }
+
+    def _view(self, device: Device) -> JsonObject:
+        assert device.node_id is not None
+        node = self.connected(device.node_id)
+        view = {
+            "nodeId": device.node_id,
+            "deviceId": device.id,
+            "displayName": device.display_name,
+            "platform": device.platform,
+            "version": device.version,
+            "capabilities": list(device.capabilities),
+            "commands": list(device.commands),
+            "remoteIp": device.last_ip,
+            "connected": node is not None,
+            "lastSeenAt": now_ms() if node else device.last_seen_at,
+            **self._telemetry_fields(device.node_id, device.telemetry),
+        }
+        if node is not None:
+            view["connectedAt"] = node.since_ms
+        return view
+
+    def _telemetry_fields(self, node_id: str, stored: Mapping[str, Any]) -> JsonObject:
+        with self._lock:
+            known = self._telemetry.get(node_id)
+            connected = node_id in self._connected
+        if known is not None:
+            telemetry, at = known
+            stale = not connected or time.monotonic() - at > STALE_AFTER
+        elif stored:
+            telemetry, stale = telemetry_from_payload(dict(stored)), True
+        else:
+            return {"telemetry": None, "providers": []}
+        return {
+            "telemetry": telemetry.to_columns(stale=stale),
+            "providers": [p.to_payload() for p in telemetry.providers or ()],
+        }
+
+
+class Invocations:
+    """Work that was sent to machines and is not settled yet."""
+
+    def __init__(self, fleet: Fleet, commands: CommandsTable) -> None:
+        self._fleet = fleet
+        self._commands = commands
+        self._lock = threading.Lock()  # guards _active
+        self._active: dict[str, Invocation] = {}
+
+    def start(
+        self,
+        node_reference: str,
+        command: str,
+        args: JsonObject,
+        origin: Origin,
+        sink: Sink,
+        invoke_id: str | None = None,
+    ) -> Invocation:
+        """Send work to a machine and return at once; its future gets the result.
+
+        Raises RpcError; StoreError when the audit cannot be written: what leaves no
+        trace does not run.
+        """
+        node_id, name = self._fleet.resolve(node_reference)
+        node = self._fleet.require_connected(node_id, name)
+        if command == RUN:
+            run_arguments(args)  # what is wrong with them is said before they travel
+            args = {**args, "env": filter_environment(args.get("env") or {})}
+            args["stream"] = node.streams
+        invocation = Invocation(
+            invoke_id or new_id(), (node_id, name), command, args, origin, sink
+        )
+        self._register(invocation)
+        if node.ready:
+            self._send(invocation, node)
+        return invocation
+
+    def get(self, invoke_id: str) -> Invocation | None:
+        with self._lock:
+            return self._active.get(invoke_id)
+
+    def running_on(self, node_id: str) -> list[Invocation]:
+        with self._lock:
+            return [i for i in self._active.values() if i.node_id == node_id]
+
+    def cancel(self, invocation: Invocation) -> None:
+        """End its process group; the result then says so."""
+        invocation.cancelled = True
+        node = self._fleet.connected(invocation.node_id)
+        if node is not None and node.ready:
+            with contextlib.suppress(ConnectionClosed):
+                node.link.cancel(invocation.id)
+
+    def acknowledge(self, invocation: Invocation, stream: int, offset: int) -> None:
+        """Note that a sink has dealt with output.  Raises RpcError."""
+        if invocation.consume(stream, offset):
+            node = self._fleet.connected(invocation.node_id)
+            if node is not None and node.ready:
+                with contextlib.suppress(ConnectionClosed):
+                    node.link.acknowledge(invocation.id, stream, offset)
+        self._accept_if_consumed(invocation)
+
+    def write_stdin(self, invocation: Invocation, chunk: Chunk) -> None:
+        node = self._fleet.connected(invocation.node_id)
+        if node is not None and node.ready:
+            with contextlib.suppress(ConnectionClosed):
+                node.link.write_stdin(chunk)
+
+    def handle_chunk(self, node_id: str, chunk: Chunk) -> None:
+        """Take output from a node."""
+        invocation = self._of_node(node_id, chunk.invoke_id)
+        if invocation is None or chunk.kind == STDIN:
+            return
+        fresh = invocation.fresh(chunk)
+        if fresh is not None and invocation.sink.chunk(fresh):
+            self.acknowledge(invocation, fresh.kind, fresh.end)
+
+    def handle_stdin_received(self, node_id: str, invoke_id: str, offset: int) -> None:
+        invocation = self._of_node(node_id, invoke_id)
+        if invocation is not None:
+            invocation.sink.stdin_received(invoke_id, offset)
+
+    def handle_state(
+        self, node_id: str, invoke_id: str, state: str, detail: JsonObject
+    ) -> None:
+        invocation = self._of_node(node_id, invoke_id)
+        if invocation is not None:
+            invocation.sink.state(invoke_id, state, detail)
+
+    def handle_result(
+        self,
+        node_id: str,
+        invoke_id: str,
+        result: JsonObject,
+        accept: Callable[[], None],
+    ) -> None:
+        """Take a result; `accept` is called once the node may forget it."""
+        invocation = self._of_node(node_id, invoke_id)
+        if invocation is None:
+            accept()  # settled already, or given up: nobody will ask again
+            return
+        self._take_whole_output(invocation, result)
+        if not invocation.future.done():
+            self._note_end(invocation, command_end(result, invocation))
+            with contextlib.suppress(InvalidStateError):  # it was given up meanwhile
+                invocation.future.set_result({**result, "node": invocation.node_name})
+        self._accept_if_consumed(invocation, accept)
+
+    def resumable(self, node: ConnectedNode) -> list[JsonObject]:
+        """Return how far the commands that `node` brought along have come here."""
+        self._adopt_forgotten(node)
+        return [
+            {
+                "invokeId": invocation.id,
+                "stdout": invocation.received(STDOUT),
+                "stderr": invocation.received(STDERR),
+            }
+            for invocation in self.running_on(node.node_id)
+            if invocation.id in node.inflight
+        ]
+
+    def resume(self, node: ConnectedNode) -> None:
+        """Bring a node that has just connected and our view of its work together."""
+        for invocation in self.running_on(node.node_id):
+            if invocation.id in node.inflight:
+                invocation.sent_to = node.instance
+                item = node.inflight[invocation.id]
+                resumed = {"resumed": True, "stdin": item.stdin}
+                invocation.sink.state(invocation.id, "running", resumed)
+                if invocation.cancelled:
+                    self.cancel(invocation)
+            elif invocation.sent_to in (None, node.instance):
+                # The same process does not know it: the request got lost on the way.
+                self._send(invocation, node)
+            else:
+                self.give_up(invocation, "the node came back without it")
+        for invoke_id in node.inflight:
+            if self.get(invoke_id) is None:
+                node.link.cancel(invoke_id)
+
+    def node_left(self, node: ConnectedNode) -> None:
+        """Wait for a node that can resume; give up what another kind was doing."""
+        for invocation in self.running_on(node.node_id):
+            if node.resumes:
+                invocation.sink.state(invocation.id, "waiting", {})
+            else:
+                self.give_up(invocation, "the node disconnected")
+
+    def give_up(self, invocation: Invocation, reason: str) -> None:
+        """End an invocation whose result will not come."""
+        self._forget(invocation)
+        if invocation.future.done():
+            return
+        message = (
+            f"{invocation.node_name}: {reason}; whether the command ran is not known"
+        )
+        end = CommandEnd(CommandState.LOST, now_ms(), error=message)
+        self._note_end(invocation, end)
+        with contextlib.suppress(InvalidStateError):
+            invocation.future.set_exception(RpcError("UNAVAILABLE", message))
+
+    def give_up_overdue(self) -> None:
+        """Give up what should have ended long ago; called every second or so."""
+        with self._lock:
+            overdue = [i for i in self._active.values() if i.deadline.expired]
+        for invocation in overdue:
+            self.give_up(
+                invocation, f"no result {LOST_AFTER:.0f} s after the command's timeout"
+            )
+
+    def _of_node(self, node_id: str, invoke_id: str) -> Invocation | None:
+        # A node answers its own invocations only, whatever ids it names.
+        invocation = self.get(invoke_id)
+        return invocation if invocation and invocation.node_id == node_id else None
+
+    def _register(self, invocation: Invocation) -> None:
+        """Make it known, here and in the audit, before the node can answer."""
+        with self._lock:
+            known = self._active.setdefault(invocation.id, invocation)
+        try:
+            if known is not invocation or not self._note(invocation):
+                raise RpcError(
+                    "CONFLICT", f"the invocation {invocation.id} was asked for before"
+                )
+        except MoltisError:
+            if known is invocation:
+                self._forget(invocation)
+            raise
+
+    def _note(self, invocation: Invocation) -> bool:
+        """Write the audit row of a command; False where its id is not new."""
+        if invocation.command != RUN:
+            return True
+        args, origin = invocation.args, invocation.origin
+        return self._commands.add(
+            CommandRecord(
+                invoke_id=invocation.id,
+                asked_at=now_ms(),
+                caller_kind=origin.kind,
+                caller_name=origin.name,
+                session_key=origin.session_key,
+                node_id=invocation.node_id,
+                node_name=invocation.node_name,
+                command=args["command"],
+                cwd=args.get("cwd"),
+            )
+        )
+
+    def _note_end(self, invocation: Invocation, end: CommandEnd) -> None:
+        try:
+            if invocation.command == RUN:
+                self._commands.end(invocation.id, end)
+        except StoreError as error:
+            # The caller gets the result all the same; the row stays open till resume.
+            log.error("audit incomplete invocation=%s: %s", invocation.id, error)
+
+    def _send(self, invocation: Invocation, node: ConnectedNode) -> None:
+        invocation.sent_to = node.instance
+        try:
+            node.link.request(invocation.id, invocation.command, invocation.args)
+        except ConnectionClosed:
+            if not node.resumes:
+                self.give_up(invocation, "the node disconnected")
+
+    def _forget(self, invocation: Invocation) -> None:
+        with self._lock:
+            self._active.pop(invocation.id, None)
+
+    def _accept_if_consumed(
+        self, invocation: Invocation, accept: Callable[[], None] | None = None
+    ) -> None:
+        if invocation.accept_when_consumed(accept):
+            self._forget(invocation)
+
+    def _take_whole_output(self, invocation: Invocation, result: JsonObject) -> None:
+        # A node that does not stream sends its output with the result.
+        for stream in (STDOUT, STDERR):
+            text = result.pop(STREAM_NAMES[stream], None)
+            data = text.encode("utf-8") if isinstance(text, str) else b""
+            for start in range(0, len(data), MAX_CHUNK):
+                piece = data[start : start + MAX_CHUNK]
+                chunk = Chunk(stream, invocation.id, start, piece)
+                self.handle_chunk(invocation.node_id, chunk)
+
+    def _adopt_forgotten(self, node: ConnectedNode) -> None:
+        """Take up commands that were asked for in an earlier life of this gateway."""
+        for record in self._commands.unfinished(node.node_id):
+            if self.get(record.invoke_id) is not None:
+                continue
+            invocation = Invocation(
+                record.invoke_id,
+                (record.node_id, record.node_name),
+                RUN,
+                {"command": record.command},
+                Origin(record.caller_kind, record.caller_name, record.session_key),
+                CollectingSink(0),
+            )
+            item = node.inflight.get(record.invoke_id)
+            if item is None:
+                self.give_up(invocation, "the node came back without it")
+                continue
+            invocation.restart_at(item.stdout, item.stderr)
+            with self._lock:
+                self._active[invocation.id] = invocation
+
+
+class LocalPeer:
+    """What Local sends, handed to the fleet as any other node's."""
+
+    max_result: int | None = None
+
+    def __init__(self, invocations: Invocations, machine: Machine) -> None:
+        self._invocations = invocations
+        self._machine = machine
+
+    def chunk(self, chunk: Chunk) -> None:
+        self._invocations.handle_chunk(LOCAL_ID, chunk)
+
+    def stdin_received(self, invoke_id: str, offset: int) -> None:
+        self._invocations.handle_stdin_received(LOCAL_ID, invoke_id, offset)
+
+    def queued(self, invoke_id: str, place: int) -> None:
+        self._invocations.handle_state(LOCAL_ID, invoke_id, "queued", {"place": place})
+
+    def result(self, invoke_id: str, result: JsonObject) -> None:
+        self._invocations.handle_result(
+            LOCAL_ID, invoke_id, result, lambda: self._machine.settle(invoke_id)
+        )
+
 
 # ==============================================================================
 # Agent
@@ -9213,9 +10596,803 @@ class Agent:
 
 # ==============================================================================
 # Gateway
+# Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Telemetry,
+#       Machine, Store, Access, Fleet
 #
-# RPC methods, events, chat runs.
+# What peers may ask of the gateway, and what it tells them: RPC methods by role in
+# one table, and events to those who subscribed.  A peer's role comes from its
+# credential, never from what it says of itself.
 # ==============================================================================
+
+KEEPALIVE_TICK = 1.0  # s; pings are due one by one, so that a thousand do not coincide
+MAX_COLLECTED_RESULT = 1024 * 1024  # bytes a stream, for callers without streams
+MAX_SUBSCRIPTIONS = 64  # event names of one operator
+MAX_OPERATOR_OUTBOX = 64 * 1024 * 1024  # bytes; 32 full windows of two streams
+
+EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved")
+
+
+@dataclass(frozen=True)
+class RpcCall:
+    """One request of an operator."""
+
+    caller: Caller
+    params: JsonObject
+    peer: OperatorPeer | None  # None: over HTTP, where nothing can be streamed
+
+
+@dataclass(frozen=True)
+class Method:
+    action: Callable[[RpcCall], Any]  # a Future stands for an answer to come
+    scope: str
+
+
+class Rpc:
+    """The methods that operators may call."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        invocations: Invocations,
+        access: Access,
+        devices: DevicesTable,
+        on_revoked: Callable[[Device], None],
+        announce: Callable[[str, JsonObject], None],
+    ) -> None:
+        self._fleet = fleet
+        self._invocations = invocations
+        self._access = access
+        self._devices = devices
+        self._on_revoked = on_revoked
+        self._announce = announce
+        self.methods: Mapping[str, Method] = {
+            "node.list": Method(self._node_list, Scope.READ),
+            "node.describe": Method(self._node_describe, Scope.READ),
+            "node.rename": Method(self._node_rename, Scope.WRITE),
+            "node.invoke": Method(self._node_invoke, Scope.WRITE),
+            "node.invoke.cancel": Method(self._invoke_cancel, Scope.WRITE),
+            "node.invoke.ack": Method(self._invoke_ack, Scope.WRITE),
+            "device.token.create": Method(self._token_create, Scope.PAIRING),
+            "device.token.rotate": Method(self._token_rotate, Scope.PAIRING),
+            "device.token.revoke": Method(self._token_revoke, Scope.PAIRING),
+            "device.pair.list": Method(self._pair_list, Scope.PAIRING),
+            "subscribe": Method(self._subscribe, Scope.READ),
+            "unsubscribe": Method(self._unsubscribe, Scope.READ),
+        }
+
+    def call(
+        self,
+        caller: Caller,
+        name: str,
+        params: JsonObject,
+        peer: OperatorPeer | None = None,
+    ) -> Any:
+        """Return the payload of the answer, or a Future of it.  Raises RpcError."""
+        method = self.methods.get(name)
+        if caller.kind != OPERATOR or method is None:
+            raise RpcError("UNKNOWN_METHOD", f"there is no method {name[:100]!r}")
+        if not caller.may(method.scope):
+            raise RpcError(
+                "FORBIDDEN", f"{name} needs a key with the scope {method.scope}"
+            )
+        try:
+            return method.action(RpcCall(caller, params, peer))
+        except StoreError as error:
+            raise RpcError("UNAVAILABLE", str(error), retryable=True) from error
+
+    def _node_list(self, _call: RpcCall) -> list[JsonObject]:
+        return self._fleet.views()
+
+    def _node_describe(self, call: RpcCall) -> JsonObject:
+        node_id, _ = self._fleet.resolve(required(call.params, "nodeId", str))
+        return self._fleet.view(node_id)
+
+    def _node_rename(self, call: RpcCall) -> JsonObject:
+        node_id, _ = self._fleet.resolve(required(call.params, "nodeId", str))
+        name = valid_name(required(call.params, "displayName", str))
+        device = self._devices.by_node_id(node_id, now_ms())
+        if device is None:
+            raise RpcError("INVALID_REQUEST", f"{LOCAL_NAME} cannot be renamed")
+        self._devices.rename(device.id, name)
+        self._announce("presence", {"type": "node.renamed", "nodeId": node_id})
+        return {}
+
+    def _node_invoke(self, call: RpcCall) -> Future[JsonObject]:
+        args = optional(call.params, "args", dict) or {}
+        streams = bool(optional(args, "stream", bool)) and call.peer is not None
+        sink: OperatorPeer | CollectingSink = CollectingSink(MAX_COLLECTED_RESULT)
+        if streams and call.peer is not None:
+            sink = call.peer
+        invoke_id = optional(call.params, "invokeId", str)
+        if invoke_id is not None and not is_uuid(invoke_id):
+            raise RpcError("INVALID_REQUEST", "invokeId must be a UUID in lower case")
+        origin = Origin(call.caller.kind, call.caller.name)
+        known = self._invocations.get(invoke_id) if invoke_id else None
+        if known is not None and known.origin == origin:
+            return known.future  # asked again: answered, not run again
+        invocation = self._invocations.start(
+            required(call.params, "nodeId", str),
+            required(call.params, "command", str),
+            args,
+            origin,
+            sink,
+            invoke_id,
+        )
+        if isinstance(sink, CollectingSink):
+            return _mapped(invocation.future, sink.result)
+        sink.follow(invocation)
+        return invocation.future
+
+    def _invoke_cancel(self, call: RpcCall) -> JsonObject:
+        self._invocations.cancel(self._invocation(call))
+        return {}
+
+    def _invoke_ack(self, call: RpcCall) -> JsonObject:
+        invocation = self._invocation(call)
+        for stream in (STDOUT, STDERR):
+            offset = optional(call.params, STREAM_NAMES[stream], int)
+            if offset is not None:
+                self._invocations.acknowledge(invocation, stream, offset)
+        return {}
+
+    def _invocation(self, call: RpcCall) -> Invocation:
+        invoke_id = required(call.params, "invokeId", str)
+        invocation = self._invocations.get(invoke_id)
+        if invocation is None:
+            raise RpcError("NOT_FOUND", f"no command {invoke_id[:64]} is running")
+        return invocation
+
+    def _token_create(self, call: RpcCall) -> JsonObject:
+        name = optional(call.params, "displayName", str)
+        device, token = self._access.create_device(
+            valid_name(name) if name else "",
+            optional(call.params, "platform", str) or "",
+        )
+        return {
+            "deviceToken": token,
+            "deviceId": device.id,
+            "scopes": list(device_caller(device).scopes),
+        }
+
+    def _token_rotate(self, call: RpcCall) -> JsonObject:
+        device = self._device(call)
+        token = self._access.rotate_device(device.id)
+        self._on_revoked(device)
+        return {"deviceToken": token, "scopes": list(device_caller(device).scopes)}
+
+    def _token_revoke(self, call: RpcCall) -> JsonObject:
+        device = self._device(call)
+        self._access.revoke_device(device.id)
+        self._on_revoked(device)
+        self._announce(
+            "device.pair.resolved", {"deviceId": device.id, "status": "revoked"}
+        )
+        return {}
+
+    def _device(self, call: RpcCall) -> Device:
+        device_id = required(call.params, "deviceId", str)
+        device = self._devices.by_id(device_id, now_ms())
+        if device is None:
+            raise RpcError("NOT_FOUND", f"there is no device {device_id[:100]!r}")
+        return device
+
+    def _pair_list(self, _call: RpcCall) -> list[JsonObject]:
+        return [
+            {
+                "deviceId": device.id,
+                "displayName": device.display_name,
+                "platform": device.platform,
+                "createdAt": device.created_at,
+                "nodeId": device.node_id,
+                "lastSeenAt": device.last_seen_at,
+                "connected": device.node_id is not None
+                and self._fleet.connected(device.node_id) is not None,
+            }
+            for device in self._devices.all(now_ms())
+        ]
+
+    def _subscribe(self, call: RpcCall) -> JsonObject:
+        peer = self._subscriber(call)
+        peer.events |= set(self._event_names(call))
+        return {"subscriptionId": peer.id, "events": sorted(peer.events)}
+
+    def _unsubscribe(self, call: RpcCall) -> JsonObject:
+        peer = self._subscriber(call)
+        peer.events -= set(self._event_names(call))
+        return {"subscriptionId": peer.id, "events": sorted(peer.events)}
+
+    def _subscriber(self, call: RpcCall) -> OperatorPeer:
+        if call.peer is None:
+            raise RpcError("INVALID_REQUEST", "events come over the WebSocket /ws only")
+        return call.peer
+
+    def _event_names(self, call: RpcCall) -> list[str]:
+        names: list[str] = required(call.params, "events", list)
+        unknown = [name for name in names if name not in EVENTS]
+        if unknown:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"there is no event {unknown[0]!r}; there is {', '.join(EVENTS)}",
+            )
+        return names
+
+
+def _mapped(
+    future: Future[JsonObject], convert: Callable[[JsonObject], JsonObject]
+) -> Future[JsonObject]:
+    """Return a future of what `convert` makes of the result."""
+    converted: Future[JsonObject] = Future()
+
+    def settle(done: Future[JsonObject]) -> None:
+        error = done.exception()
+        if error is not None:
+            converted.set_exception(error)
+        else:
+            converted.set_result(convert(done.result()))
+
+    future.add_done_callback(settle)
+    return converted
+
+
+def as_rpc_error(error: BaseException, what: str) -> RpcError:
+    """Return what the peer may know of `error`; the log has the rest."""
+    if isinstance(error, RpcError):
+        return error
+    if isinstance(error, MoltisError):
+        return RpcError("UNAVAILABLE", str(error))
+    log.error("%s failed", what, exc_info=error)
+    return RpcError("INTERNAL", f"{what} failed inside the gateway; its log says why")
+
+
+class OperatorPeer:
+    """One operator's WebSocket: a browser, a CLI, a script."""
+
+    def __init__(
+        self, ws: WebSocket, caller: Caller, rpc: Rpc, invocations: Invocations
+    ) -> None:
+        self.id = new_id()
+        self.ws = ws
+        self.caller = caller
+        self.events: set[str] = set()
+        self._rpc = rpc
+        self._invocations = invocations
+        self._lock = threading.Lock()  # guards _followed
+        self._followed: dict[str, Invocation] = {}
+
+    def serve(self) -> None:
+        """Answer until the connection ends.  Raises ConnectionClosed."""
+        try:
+            while True:
+                message = self.ws.receive()
+                if message is None:
+                    return
+                if isinstance(message, bytes):
+                    self._take_stdin(message)
+                else:
+                    self._answer(message)
+        finally:
+            self._hang_up_followed()
+
+    def follow(self, invocation: Invocation) -> None:
+        """Tie a streaming invocation to this connection: they end together."""
+        with self._lock:
+            self._followed[invocation.id] = invocation
+
+    def notify(self, text: str) -> None:
+        """Send an event; one who is gone by now does not need it."""
+        self._send(text)
+
+    def chunk(self, chunk: Chunk) -> bool:
+        self._send(encode_chunk(chunk))
+        return self.ws.closed  # nobody will acknowledge what a closed peer was sent
+
+    def stdin_received(self, invoke_id: str, offset: int) -> None:
+        self._send_event(INVOKE_ACK, {"invokeId": invoke_id, "stdin": offset})
+
+    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:
+        payload = {"invokeId": invoke_id, "state": state, **detail}
+        self._send_event(INVOKE_STATE, payload)
+
+    def _answer(self, text: str) -> None:
+        try:
+            envelope = decode_envelope(text)
+        except EnvelopeError as error:
+            self._respond(Response(error.id, error=error))
+            return
+        if not isinstance(envelope, Request):
+            return
+        try:
+            payload = self._rpc.call(
+                self.caller, envelope.method, envelope.params, self
+            )
+        except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
+            failure = as_rpc_error(error, envelope.method)
+            self._respond(Response(envelope.id, error=failure))
+            return
+        if isinstance(payload, Future):
+            payload.add_done_callback(
+                lambda done: self._respond_with(envelope.id, envelope.method, done)
+            )
+        else:
+            self._respond(Response(envelope.id, payload))
+
+    def _respond_with(self, request_id: str, method: str, done: Future[Any]) -> None:
+        error = done.exception()
+        if error is None:
+            self._respond(Response(request_id, done.result()))
+        else:
+            self._respond(Response(request_id, error=as_rpc_error(error, method)))
+
+    def _respond(self, response: Response) -> None:
+        self._send(encode_envelope(response))
+
+    def _send_event(self, name: str, payload: JsonObject) -> None:
+        self._send(encode_envelope(Event(name, payload)))
+
+    def _send(self, message: str | bytes) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            self.ws.send(message)
+
+    def _take_stdin(self, message: bytes) -> None:
+        try:
+            chunk = decode_chunk(message)
+        except RpcError as error:
+            raise ConnectionClosed(CloseCode.UNSUPPORTED_DATA, str(error)) from error
+        with self._lock:
+            invocation = self._followed.get(chunk.invoke_id)
+        if invocation is not None and chunk.kind == STDIN:
+            self._invocations.write_stdin(invocation, chunk)
+
+    def _hang_up_followed(self) -> None:
+        with self._lock:
+            followed = list(self._followed.values())
+        for invocation in followed:
+            if not invocation.future.done():
+                self._invocations.cancel(invocation)
+            # What was sent and not acknowledged will not be: let the node forget.
+            for stream in (STDOUT, STDERR):
+                self._invocations.acknowledge(
+                    invocation, stream, invocation.received(stream)
+                )
+
+
+NodeRequestHandler = Callable[[ConnectedNode, Request], Optional[JsonObject]]
+
+
+class NodePeer:
+    """One node's WebSocket, as the fleet reaches it."""
+
+    def __init__(self, ws: WebSocket, fleet: Fleet, invocations: Invocations) -> None:
+        self._ws = ws
+        self._fleet = fleet
+        self._invocations = invocations
+        self._requests: Mapping[str, NodeRequestHandler] = {
+            INVOKE_RESULT: self._on_result,
+            NODE_EVENT: self._on_event,
+        }
+
+    def request(self, invoke_id: str, command: str, args: JsonObject) -> None:
+        payload = {"invokeId": invoke_id, "command": command, "args": args}
+        self._send_event(INVOKE_REQUEST, payload)
+
+    def acknowledge(self, invoke_id: str, stream: int, offset: int) -> None:
+        payload = {"invokeId": invoke_id, STREAM_NAMES[stream]: offset}
+        self._send_event(INVOKE_ACK, payload)
+
+    def cancel(self, invoke_id: str) -> None:
+        self._send_event(INVOKE_CANCEL, {"invokeId": invoke_id})
+
+    def write_stdin(self, chunk: Chunk) -> None:
+        self._ws.send(encode_chunk(chunk))
+
+    def hang_up(self, reason: str) -> None:
+        self._ws.close(CloseCode.POLICY_VIOLATION, reason, timeout=0)
+
+    def serve(self, node: ConnectedNode) -> None:
+        """Take what the node sends until it hangs up.  Raises ConnectionClosed."""
+        while True:
+            message = self._ws.receive()
+            if message is None:
+                return
+            try:
+                self._take(node, message)
+            except RpcError as error:
+                log.warning("node %s broke the protocol: %s", node.node_id, error)
+                raise ConnectionClosed(
+                    CloseCode.POLICY_VIOLATION, error.message
+                ) from error
+
+    def _take(self, node: ConnectedNode, message: str | bytes) -> None:
+        """Raises RpcError where going on makes no sense."""
+        if isinstance(message, bytes):
+            self._invocations.handle_chunk(node.node_id, decode_chunk(message))
+            return
+        try:
+            envelope = decode_envelope(message)
+        except EnvelopeError as error:
+            self._respond(Response(error.id, error=error))
+            return
+        if isinstance(envelope, Event):
+            self._on_node_event(node, envelope)
+        elif isinstance(envelope, Request):
+            self._answer(node, envelope)
+
+    def _answer(self, node: ConnectedNode, request: Request) -> None:
+        action = self._requests.get(request.method)
+        try:
+            if action is None:
+                # The role comes from the credential: a node calls nothing else.
+                raise RpcError(
+                    "FORBIDDEN", f"a node may not call {request.method[:100]!r}"
+                )
+            payload = action(node, request)
+        except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
+            failure = as_rpc_error(error, request.method)
+            self._respond(Response(request.id, error=failure))
+            return
+        if payload is not None:
+            self._respond(Response(request.id, payload))
+
+    def _on_result(self, node: ConnectedNode, request: Request) -> None:
+        # Answered once all output is consumed: the answer lets the node forget it.
+        self._invocations.handle_result(
+            node.node_id,
+            required(request.params, "invokeId", str),
+            optional(request.params, "result", dict) or {"error": "an empty result"},
+            lambda: self._respond(Response(request.id, {})),
+        )
+
+    def _on_event(self, node: ConnectedNode, request: Request) -> JsonObject:
+        if required(request.params, "event", str) == NODE_TELEMETRY:
+            self._fleet.report(node, required(request.params, "payload", dict))
+        return {}
+
+    def _on_node_event(self, node: ConnectedNode, event: Event) -> None:
+        payload = event.payload if isinstance(event.payload, dict) else {}
+        invoke_id = str(payload.get("invokeId", ""))
+        if event.name == INVOKE_ACK:
+            offset = required(payload, "stdin", int)
+            self._invocations.handle_stdin_received(node.node_id, invoke_id, offset)
+        elif event.name == INVOKE_STATE:
+            detail = {"place": optional(payload, "place", int)}
+            state = required(payload, "state", str)
+            self._invocations.handle_state(node.node_id, invoke_id, state, detail)
+
+    def _send_event(self, name: str, payload: JsonObject) -> None:
+        self._ws.send(encode_envelope(Event(name, payload)))
+
+    def _respond(self, response: Response) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            self._ws.send(encode_envelope(response))
+
+
+class Audience:
+    """The operators that are connected, to be told what happens."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _peers
+        self._peers: set[OperatorPeer] = set()
+
+    def add(self, peer: OperatorPeer) -> None:
+        with self._lock:
+            self._peers.add(peer)
+
+    def remove(self, peer: OperatorPeer) -> None:
+        with self._lock:
+            self._peers.discard(peer)
+
+    def announce(self, name: str, payload: JsonObject) -> None:
+        """Send an event to those who subscribed to it; nobody is waited for."""
+        with self._lock:
+            peers = [peer for peer in self._peers if name in peer.events]
+        if peers:
+            text = encode_envelope(Event(name, payload))
+            for peer in peers:
+                peer.notify(text)
+
+
+class Connection:
+    """A WebSocket that the gateway keeps an eye on."""
+
+    def __init__(self, ws: WebSocket) -> None:
+        self.ws = ws
+        self.next_ping = time.monotonic() + PING_INTERVAL
+        self.node: ConnectedNode | None = None  # None: an operator, or nobody yet
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who a peer has proved to be, and what it says of itself."""
+
+    caller: Caller
+    params: ConnectParams
+    device: Device | None = None  # None: an operator
+    server_final: str = ""  # our half of the proof, where SCRAM was used
+
+
+class Introduction:
+    """The first exchange of a connection, until the peer has proved who it is."""
+
+    def __init__(self, access: Access, address: str, login: Caller | None) -> None:
+        self._access = access
+        self._address = address
+        self._login = login
+        self._scram: ScramServer | None = None
+
+    def take(self, request: Request) -> Identity | JsonObject:
+        """Return the answer to `auth.scram`, or who sent `connect`.
+
+        Raises RpcError: refuse the peer with it.
+        """
+        try:
+            if request.method == CAP_SCRAM and self._scram is None:
+                self._scram = self._access.scram_server()
+                first = required(request.params, "clientFirst", str)
+                return {"serverFirst": self._scram.first(first)}
+            if request.method != "connect":
+                raise RpcError(
+                    "INVALID_REQUEST",
+                    f"the first request must be connect, not {request.method[:100]!r}",
+                )
+            params = ConnectParams.from_json(request.params)
+            params.check_protocol()
+            return self._identify(params)
+        except AuthenticationError as error:
+            # Not counted against the address: nobody guesses 256 bits, and a node with
+            # an old token must not lock out others behind the same router.
+            log.warning("refused address=%s: %s", self._address, error)
+            raise RpcError("UNAUTHORIZED", "authentication failed") from error
+
+    def _identify(self, params: ConnectParams) -> Identity:
+        """Raises AuthenticationError, or RpcError where there is no credential."""
+        if params.scram_final and self._scram is not None:
+            server_final = self._scram.final(params.scram_final)
+            device = self._access.device_by_handle(self._scram.username or "")
+            return _device_identity(params, device, server_final)
+        if params.device_token:
+            device = self._access.device_by_token(params.device_token)
+            return _device_identity(params, device)
+        if params.api_key:
+            caller = self._access.admit_operator(params.api_key, self._address)
+            return Identity(caller, params)
+        if self._login is not None and params.role != "node":
+            return Identity(self._login, params)
+        raise RpcError(
+            "FORBIDDEN",
+            "no credential: a node needs a device token, an operator a key or sign-in",
+        )
+
+
+def _device_identity(
+    params: ConnectParams, device: Device | None, server_final: str = ""
+) -> Identity:
+    """Raises AuthenticationError where there is no such device."""
+    if device is None:
+        raise AuthenticationError("unknown or revoked device token")
+    return Identity(device_caller(device), params, device, server_final)
+
+
+def _first_request(message: str | bytes) -> Request:
+    """Raises RpcError for anything but a request."""
+    if isinstance(message, bytes):
+        raise RpcError("PROTOCOL_ERROR", "the first message must be the text connect")
+    envelope = decode_envelope(message)
+    if not isinstance(envelope, Request):
+        raise RpcError("PROTOCOL_ERROR", "the first message must be a request")
+    return envelope
+
+
+class Gateway:
+    """The connections of nodes and operators, from their first frame to their end."""
+
+    def __init__(
+        self,
+        access: Access,
+        devices: DevicesTable,
+        fleet: Fleet,
+        invocations: Invocations,
+        audience: Audience,
+    ) -> None:
+        self._access = access
+        self._devices = devices
+        self._fleet = fleet
+        self._invocations = invocations
+        self._audience = audience
+        self.rpc = Rpc(
+            fleet, invocations, access, devices, self._drop_device, audience.announce
+        )
+        self._lock = threading.Lock()  # guards _connections and _closed
+        self._connections: set[Connection] = set()
+        self._closed = False
+        self._ticker = Ticker(KEEPALIVE_TICK, self._tick)
+
+    @property
+    def connections(self) -> int:
+        with self._lock:
+            return len(self._connections)
+
+    def serve(self, ws: WebSocket, address: str, login: Caller | None) -> None:
+        """Serve one WebSocket to its end, in the caller's thread.
+
+        `login` is whoever the cookie of the upgrade belongs to.
+        """
+        connection = Connection(ws)
+        with self._lock:
+            refused = self._closed
+            self._connections.add(connection)
+        try:
+            if refused:
+                raise ConnectionClosed(CloseCode.GOING_AWAY, "the gateway stops")
+            self._introduce(connection, address, login)
+        except ConnectionClosed as error:
+            ws.close(error.code, error.reason, timeout=0)
+        except TimeoutError:
+            ws.close(CloseCode.POLICY_VIOLATION, "no connect within 10 s", timeout=0)
+        finally:
+            with self._lock:
+                self._connections.discard(connection)
+            ws.abort()
+
+    def close(self) -> None:
+        """Hang up on everybody; their serve() returns."""
+        with self._lock:
+            self._closed = True
+            connections = list(self._connections)
+        self._ticker.close()
+        for connection in connections:
+            connection.ws.close(CloseCode.GOING_AWAY, "the gateway stops", timeout=0)
+
+    def _introduce(
+        self, connection: Connection, address: str, login: Caller | None
+    ) -> None:
+        """Find out who it is, then serve them.
+
+        Raises ConnectionClosed, or TimeoutError when they do not say in time.
+        """
+        deadline = Deadline(CONNECT_TIMEOUT)
+        introduction = Introduction(self._access, address, login)
+        while True:
+            message = connection.ws.receive(deadline.remaining())
+            if message is None:
+                return
+            request_id = ""
+            try:
+                request = _first_request(message)
+                request_id = request.id
+                answer = introduction.take(request)
+                if isinstance(answer, Identity):
+                    self._serve_identity(connection, request_id, answer, address)
+                    return
+            except RpcError as error:
+                # The answer first, then the close: existing nodes read it so.
+                refusal = Response(request_id or getattr(error, "id", ""), error=error)
+                connection.ws.send(encode_envelope(refusal))
+                connection.ws.flush(KILL_AFTER)
+                raise ConnectionClosed(
+                    CloseCode.POLICY_VIOLATION, error.message[:100]
+                ) from error
+            connection.ws.send(encode_envelope(Response(request_id, answer)))
+
+    def _serve_identity(
+        self, connection: Connection, request_id: str, identity: Identity, address: str
+    ) -> None:
+        if identity.device is not None:
+            self._serve_node(connection, request_id, identity, address)
+        else:
+            self._serve_operator(connection, request_id, identity)
+
+    def _serve_operator(
+        self, connection: Connection, request_id: str, identity: Identity
+    ) -> None:
+        ws = connection.ws
+        peer = OperatorPeer(ws, identity.caller, self.rpc, self._invocations)
+        hello = self._hello(peer.id, identity, resume=[])
+        ws.send(encode_envelope(Response(request_id, hello)))
+        ws.release_pongs()
+        self._audience.add(peer)
+        try:
+            peer.serve()
+        finally:
+            self._audience.remove(peer)
+
+    def _serve_node(
+        self, connection: Connection, request_id: str, identity: Identity, address: str
+    ) -> None:
+        """Raises RpcError when this node may not be here, ConnectionClosed later."""
+        ws, params, device = connection.ws, identity.params, identity.device
+        assert device is not None
+        peer = NodePeer(ws, self._fleet, self._invocations)
+        node = ConnectedNode(params.client_id, device.id, peer, params, address)
+        self._fleet.claim(node, device)
+        try:
+            self._devices.connect(
+                device.id,
+                node_id=node.node_id,
+                address=address,
+                now=now_ms(),
+                display_name=params.display_name[:MAX_NAME],
+                platform=params.platform[:MAX_NAME],
+                version=params.version[:MAX_NAME],
+                capabilities=params.capabilities,
+                commands=params.commands,
+            )
+            hello = self._hello(
+                new_id(), identity, resume=self._invocations.resumable(node)
+            )
+            ws.send(encode_envelope(Response(request_id, hello)))
+            ws.release_pongs()
+            connection.node = node
+            self._fleet.activate(node)
+            log.info("node connected node=%s address=%s", node.node_id, address)
+            self._invocations.resume(node)
+            peer.serve(node)
+        finally:
+            self._invocations.node_left(node)
+            self._fleet.release(node)
+            log.info("node disconnected node=%s", node.node_id)
+
+    def _hello(
+        self, connection_id: str, identity: Identity, resume: list[JsonObject]
+    ) -> JsonObject:
+        is_node = identity.device is not None
+        auth: JsonObject = {
+            "deviceToken": "",
+            "role": "node" if is_node else "operator",
+            "scopes": list(identity.caller.scopes),
+            "issuedAtMs": now_ms(),
+        }
+        if identity.server_final:
+            auth["scram"] = {"serverFinal": identity.server_final}
+        methods = [] if is_node else sorted(self.rpc.methods)
+        return {
+            "type": "hello-ok",
+            "protocol": PROTOCOL_VERSION,
+            "server": {
+                "version": __version__,
+                "host": socket.gethostname(),
+                "connId": connection_id,
+            },
+            "features": {
+                "methods": [*methods, *MACHINE_CAPABILITIES],
+                "events": list(EVENTS),
+            },
+            "snapshot": {},
+            "auth": auth,
+            "policy": {
+                "maxPayload": MAX_PAYLOAD,
+                "maxBufferedBytes": MAX_BUFFERED,
+                "tickIntervalMs": round(TELEMETRY_INTERVAL * 1000),
+            },
+            "extensions": {"moltis": {"resume": resume}},
+        }
+
+    def _drop_device(self, device: Device) -> None:
+        """Hang up on a device whose token is no longer good."""
+        node = self._fleet.connected(device.node_id or "")
+        if node is not None and node.device_id == device.id:
+            node.link.hang_up("the token was revoked")
+
+    def _tick(self) -> None:
+        """Ping those who are due, hang up on the silent, give up the overdue."""
+        self._invocations.give_up_overdue()
+        now = time.monotonic()
+        with self._lock:
+            connections = list(self._connections)
+        for connection in connections:
+            if connection.ws.idle > PEER_TIMEOUT and not self._is_busy(connection.node):
+                log.info("peer silent for %.0f s: closed", PEER_TIMEOUT)
+                connection.ws.abort()
+            elif now >= connection.next_ping:
+                connection.next_ping = now + PING_INTERVAL
+                with contextlib.suppress(ConnectionClosed):
+                    connection.ws.ping()
+
+    def _is_busy(self, node: ConnectedNode | None) -> bool:
+        # An existing Moltis node reads nothing, so answers no Ping, during a command.
+        if node is None or node.resumes:
+            return False
+        return bool(self._invocations.running_on(node.node_id))
+
 
 # ==============================================================================
 # MCP
@@ -9225,9 +11402,513 @@ class Agent:
 
 # ==============================================================================
 # HTTP
+# Uses: WebSocket handshake, WebSocket protocol, WebSocket connections, Wire protocol,
+#       Access, Gateway
 #
-# Routes, upgrade, headers.
+# The gateway's door: routes, the upgrade to WebSocket, the headers that keep other
+# web pages out.  http.server does the reading and the threads; what a request means
+# is decided by Access and Gateway.
 # ==============================================================================
+
+MAX_BODY = 1024 * 1024  # bytes of a request
+REQUEST_TIMEOUT = 10.0  # s for a client to send the next bytes of its request
+LISTEN_BACKLOG = 1024  # connections; a fleet comes back all at once
+MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a result of ours has 600 KB at most
+DOOR_TIMEOUT = 3.0  # s for all connections to end
+COOKIE_NAME = "moltis_login"
+
+SECURITY_HEADERS = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    (
+        "Content-Security-Policy",
+        (
+            "default-src 'none'; script-src 'self'; style-src 'self'; "
+            "img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
+            "form-action 'none'; frame-ancestors 'none'"
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class HttpRequest:
+    """One request, read whole."""
+
+    method: str
+    path: str  # without the query
+    headers: HttpHeaders[str, str]
+    body: bytes
+    address: str  # of the client
+    secure: bool  # came over TLS
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What to answer to an HttpRequest."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = "text/plain; charset=utf-8"
+    headers: Sequence[tuple[str, str]] = ()
+
+
+def json_reply(
+    status: int, value: object, headers: Sequence[tuple[str, str]] = ()
+) -> Reply:
+    body = to_json(value).encode("utf-8")
+    return Reply(status, body, "application/json", headers)
+
+
+def error_reply(status: int, message: str) -> Reply:
+    return Reply(status, (message + "\n").encode("utf-8"))
+
+
+STATUS_OF_CODE: Mapping[str, int] = {
+    "INVALID_REQUEST": 400,
+    "UNAUTHORIZED": 401,
+    "FORBIDDEN": 403,
+    "NOT_FOUND": 404,
+    "UNKNOWN_METHOD": 404,
+    "CONFLICT": 409,
+    "PAYLOAD_TOO_LARGE": 413,
+    "RATE_LIMITED": 429,
+    "INTERNAL": 500,
+    "UNAVAILABLE": 503,
+    "TIMEOUT": 504,
+}
+
+
+class HostCheck:
+    """The names under which this gateway may be asked for.
+
+    A web page elsewhere can point a name of its own at our address (DNS rebinding):
+    then the Host header is a name that is not ours.
+    """
+
+    def __init__(self, allowed: Iterable[str]) -> None:
+        own = ("localhost", socket.gethostname())
+        self._allowed = {name.lower() for name in (*own, *allowed)}
+
+    def accepts(self, host: str) -> bool:
+        """Return whether the Host header (`name` or `name:port`) names this gateway."""
+        name = (urlsplit("//" + host).hostname or "").lower()
+        if name in self._allowed:
+            return True
+        # An address cannot be pointed elsewhere as a name can: only names are checked.
+        return is_ip_address(name)
+
+
+def is_ip_address(text: str) -> bool:
+    import ipaddress
+
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def is_same_origin(headers: HttpHeaders[str, str]) -> bool:
+    """Return whether a browser says the request comes from our own page.
+
+    Programs that are no browsers send no Origin, and carry no cookie by themselves.
+    """
+    origin = headers.get("Origin")
+    if origin is None:
+        return True
+    return urlsplit(origin).netloc.lower() == headers.get("Host", "").lower()
+
+
+class HttpApp:
+    """What each path answers."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        access: Access,
+        hosts: HostCheck,
+        program: bytes,
+    ) -> None:
+        self._gateway = gateway
+        self._access = access
+        self._hosts = hosts
+        self._program = program
+        self._routes: Mapping[tuple[str, str], Callable[[HttpRequest], Reply]] = {
+            ("GET", "/health"): self._health,
+            ("GET", "/moltis.py"): self._own_text,
+            ("POST", "/api/rpc"): self._rpc,
+            ("POST", "/api/sign-in"): self._sign_in,
+            ("POST", "/api/sign-out"): self._sign_out,
+        }
+
+    def answer(self, request: HttpRequest) -> Reply:
+        """Return the reply; whatever goes wrong is one."""
+        refusal = self.refusal(request)
+        if refusal is not None:
+            return refusal
+        method = "GET" if request.method == "HEAD" else request.method
+        route = self._routes.get((method, request.path))
+        if route is None:
+            return self._no_route(request.path)
+        try:
+            return route(request)
+        except RpcError as error:
+            return _rpc_failure("", error)
+        except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
+            return _rpc_failure("", as_rpc_error(error, request.path))
+
+    def refusal(self, request: HttpRequest) -> Reply | None:
+        """Return why this request may come from a foreign web page, or None."""
+        host = request.headers.get("Host", "")
+        if not self._hosts.accepts(host):
+            return error_reply(
+                421,
+                f"this gateway is not known as {host[:200]!r}; "
+                "start it with --allowed-host to allow that name",
+            )
+        cross = request.method != "GET" or request.path == "/ws"
+        if cross and not is_same_origin(request.headers):
+            return error_reply(403, "this request comes from another site's page")
+        return None
+
+    def login(self, request: HttpRequest) -> Caller | None:
+        """Return who the request's cookie belongs to."""
+        cookie = _cookie(request.headers)
+        return self._access.caller_by_cookie(cookie) if cookie else None
+
+    def serve(self, ws: WebSocket, request: HttpRequest) -> None:
+        """Serve an upgraded connection to its end."""
+        self._gateway.serve(ws, request.address, self.login(request))
+
+    def _no_route(self, path: str) -> Reply:
+        allowed = [m for m, p in self._routes if p == path]
+        if allowed:
+            reply = error_reply(405, f"{path} takes {' or '.join(allowed)}")
+            return replace(reply, headers=[("Allow", ", ".join(allowed))])
+        if path == "/ws":
+            return error_reply(426, "/ws takes WebSocket connections")
+        return error_reply(404, f"there is no {path[:200]} here")
+
+    def _health(self, _request: HttpRequest) -> Reply:
+        return json_reply(
+            200,
+            {
+                "status": "ok",
+                "version": __version__,
+                "protocol": PROTOCOL_VERSION,
+                "connections": self._gateway.connections,
+            },
+        )
+
+    def _own_text(self, _request: HttpRequest) -> Reply:
+        return Reply(200, self._program, "text/x-python; charset=utf-8")
+
+    def _rpc(self, request: HttpRequest) -> Reply:
+        caller = self._caller(request)
+        try:
+            value = from_json(request.body)
+        except ValueError as error:
+            raise RpcError("INVALID_REQUEST", f"the body is not JSON: {error}") from (
+                error
+            )
+        if not isinstance(value, dict):
+            raise RpcError("INVALID_REQUEST", "the body must be a JSON object")
+        request_id = optional(value, "id", str) or new_id()
+        try:
+            payload = self._gateway.rpc.call(
+                caller,
+                required(value, "method", str),
+                optional(value, "params", dict) or {},
+            )
+            if isinstance(payload, Future):
+                payload = payload.result()
+        except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
+            return _rpc_failure(request_id, as_rpc_error(error, "the call"))
+        return _rpc_reply(200, Response(request_id, payload))
+
+    def _caller(self, request: HttpRequest) -> Caller:
+        """Raises RpcError UNAUTHORIZED or RATE_LIMITED."""
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            return self._access.admit_operator(key.strip(), request.address)
+        caller = self.login(request)
+        if caller is None:
+            raise RpcError(
+                "UNAUTHORIZED", "send the operator key: Authorization: Bearer mk_…"
+            )
+        return caller
+
+    def _sign_in(self, request: HttpRequest) -> Reply:
+        try:
+            value = from_json(request.body)
+        except ValueError:
+            value = None
+        key = value.get("key") if isinstance(value, dict) else None
+        if not isinstance(key, str):
+            raise RpcError("INVALID_REQUEST", 'the body must be {"key": "mk_…"}')
+        agent = request.headers.get("User-Agent", "")
+        cookie = self._access.sign_in(key.strip(), request.address, agent)
+        return json_reply(
+            200, {}, [("Set-Cookie", _set_cookie(cookie, request.secure))]
+        )
+
+    def _sign_out(self, request: HttpRequest) -> Reply:
+        caller = self.login(request)
+        if caller is not None and caller.login_id is not None:
+            self._access.sign_out(caller.login_id)
+        header = _set_cookie("", request.secure) + "; Max-Age=0"
+        return json_reply(200, {}, [("Set-Cookie", header)])
+
+
+def _rpc_reply(status: int, response: Response) -> Reply:
+    body = encode_envelope(response).encode("utf-8")
+    return Reply(status, body, "application/json")
+
+
+def _rpc_failure(request_id: str, error: RpcError) -> Reply:
+    reply = _rpc_reply(
+        STATUS_OF_CODE.get(error.code, 500), Response(request_id, error=error)
+    )
+    if error.retry_after is None:
+        return reply
+    seconds = str(max(1, round(error.retry_after)))
+    return replace(reply, headers=[("Retry-After", seconds)])
+
+
+def _cookie(headers: HttpHeaders[str, str]) -> str | None:
+    from http.cookies import CookieError, SimpleCookie
+
+    try:
+        morsel = SimpleCookie(headers.get("Cookie", "")).get(COOKIE_NAME)
+    except CookieError:
+        return None
+    return morsel.value if morsel else None
+
+
+def _set_cookie(value: str, secure: bool) -> str:
+    flags = "Path=/; HttpOnly; SameSite=Strict" + ("; Secure" if secure else "")
+    lifetime = f"; Max-Age={LOGIN_LIFETIME}" if value else ""
+    return f"{COOKIE_NAME}={value}; {flags}{lifetime}"
+
+
+class HttpExchange:
+    """One request that http.server has parsed, and its answer."""
+
+    def __init__(self, handler: BaseHTTPRequestHandler, app: HttpApp) -> None:
+        self._handler = handler
+        self._app = app
+
+    def get(self) -> None:
+        request = self._request(b"")
+        if request.path == "/ws" and "Upgrade" in request.headers:
+            self._upgrade(request)
+        else:
+            self.send(self._app.answer(request))
+
+    def post(self) -> None:
+        length = self._handler.headers.get("Content-Length", "")
+        if not length.isdecimal() or "Transfer-Encoding" in self._handler.headers:
+            self.refuse(411, "send the body with its Content-Length")
+        elif int(length) > MAX_BODY:
+            self.refuse(413, f"a body may have {MAX_BODY} bytes, not {length}")
+        else:
+            body = self._handler.rfile.read(int(length))
+            if len(body) == int(length):
+                self.send(self._app.answer(self._request(body)))
+            else:
+                self._handler.close_connection = True
+
+    def refuse(self, status: int, message: str) -> None:
+        """Answer what cannot be answered otherwise; the connection ends with it."""
+        self._handler.close_connection = True
+        self.send(error_reply(status, message))
+
+    def send(self, reply: Reply) -> None:
+        handler = self._handler
+        handler.send_response(reply.status)
+        handler.send_header("Content-Type", reply.content_type)
+        handler.send_header("Content-Length", str(len(reply.body)))
+        for name, value in (*SECURITY_HEADERS, *reply.headers):
+            handler.send_header(name, value)
+        if handler.close_connection:
+            handler.send_header("Connection", "close")
+        handler.end_headers()
+        if handler.command != "HEAD":
+            handler.wfile.write(reply.body)
+
+    def _request(self, body: bytes) -> HttpRequest:
+        return HttpRequest(
+            method=self._handler.command,
+            path=self._handler.path.partition("?")[0],
+            headers=self._handler.headers,
+            body=body,
+            address=self._handler.client_address[0],
+            secure=False,
+        )
+
+    def _upgrade(self, request: HttpRequest) -> None:
+        handler = self._handler
+        handler.close_connection = True
+        refusal = self._app.refusal(request)
+        if refusal is not None:
+            self.send(refusal)
+            return
+        try:
+            upgrade = accept_upgrade(request.headers)
+        except HandshakeError as error:
+            refusal = error_reply(error.status, str(error))
+            self.send(replace(refusal, headers=error.headers))
+            return
+        handler.send_response_only(101)
+        for name, value in upgrade.headers:
+            handler.send_header(name, value)
+        handler.end_headers()
+        self._app.serve(self._websocket(upgrade), request)
+
+    def _websocket(self, upgrade: Upgrade) -> WebSocket:
+        sock = self._handler.connection
+        # What the client sent right behind its request waits in rfile's buffer.
+        sock.setblocking(False)
+        early = cast("BufferedReader", self._handler.rfile).peek()
+        protocol = WebSocketProtocol(
+            client=False,
+            deflate=upgrade.deflate,
+            max_message=MAX_PEER_MESSAGE,
+            hold_pongs=True,
+        )
+        return WebSocket(sock, protocol, early=early, max_outbox=MAX_OPERATOR_OUTBOX)
+
+
+def _handler_class(app: HttpApp) -> type[BaseHTTPRequestHandler]:
+    # Made here, because http.server takes a Pi Zero a quarter of a second to import,
+    # which no other subcommand should wait for.
+    from http.server import BaseHTTPRequestHandler
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        server_version = "moltis"
+        sys_version = ""
+        timeout = REQUEST_TIMEOUT
+        disable_nagle_algorithm = True
+        wbufsize = -1  # headers and body leave in one write
+        command = ""  # until a request line was read
+
+        def handle_one_request(self) -> None:
+            try:
+                super().handle_one_request()
+            except (ConnectionError, TimeoutError):
+                self.close_connection = True
+
+        def do_GET(self) -> None:
+            HttpExchange(self, app).get()
+
+        def do_HEAD(self) -> None:
+            HttpExchange(self, app).get()
+
+        def do_POST(self) -> None:
+            HttpExchange(self, app).post()
+
+        def send_error(
+            self, code: int, message: Any = None, explain: Any = None
+        ) -> None:
+            # http.server's own answer is a page of HTML.
+            text = message or explain or self.responses[code][0]
+            HttpExchange(self, app).refuse(code, text)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            log.debug("http %s %s", self.client_address[0], redact(format % args))
+
+    return Handler
+
+
+class ConnectionThreads:
+    """The threads that serve connections, to be waited for at the end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _threads
+        self._threads: set[threading.Thread] = set()
+
+    def start(self, serve: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(
+            target=self._run, args=(serve,), name=name, daemon=True
+        )
+        with self._lock:
+            self._threads.add(thread)
+        thread.start()
+
+    def join(self, timeout: float) -> None:
+        deadline = Deadline(timeout)
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join(deadline.remaining())
+
+    def _run(self, serve: Callable[[], None]) -> None:
+        try:
+            serve()
+        finally:
+            with self._lock:
+                self._threads.discard(threading.current_thread())
+
+
+def _make_server(
+    address: tuple[str, int], app: HttpApp, threads: ConnectionThreads
+) -> socketserver.TCPServer:
+    """Return a server that listens.  Raises BadConfiguration."""
+
+    class Server(socketserver.TCPServer):
+        address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        allow_reuse_address = True
+        request_queue_size = LISTEN_BACKLOG
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            def serve() -> None:
+                try:
+                    self.finish_request(request, client_address)
+                except Exception:
+                    log.exception("connection failed address=%s", client_address[0])
+                finally:
+                    self.shutdown_request(request)
+
+            threads.start(serve, f"moltis-read-{client_address[0]}")
+
+    try:
+        return Server(address, _handler_class(app))
+    except (OSError, OverflowError) as error:
+        host, port = address
+        raise BadConfiguration(
+            f"cannot listen on {host} port {port}: "
+            f"{getattr(error, 'strerror', None) or error}; "
+            "choose another address with --bind or --port"
+        ) from error
+
+
+class HttpDoor:
+    """A listening socket with one thread a connection, from start to close()."""
+
+    def __init__(self, address: tuple[str, int], app: HttpApp) -> None:
+        """Raises BadConfiguration when the address cannot be listened on."""
+        self._connections = ConnectionThreads()
+        self._server = _make_server(address, app, self._connections)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, name="moltis-http", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
+
+    def stop_accepting(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def join(self) -> None:
+        """Wait for the connections to end, DOOR_TIMEOUT at most."""
+        self._connections.join(DOOR_TIMEOUT)
+
 
 # ==============================================================================
 # Web page
@@ -9240,10 +11921,1425 @@ class Agent:
 # ==============================================================================
 
 # ==============================================================================
-# Command line
+# Operator client
+# Uses: WebSocket connections, Wire protocol, Commands
 #
-# Argparse, output, exit codes, main().
+# The command line's side of a gateway: calls, events, and commands whose streams
+# come back while they run.  What is printed is the command line's business.
 # ==============================================================================
 
+CALL_TIMEOUT = 30.0  # s; for an answer that needs no node
+
+
+class OperatorClient:
+    """A connection to a gateway, as the operator whose key it has."""
+
+    def __init__(self, url: str, api_key: str) -> None:
+        """`url` is the gateway's http:// or https:// address.
+
+        Raises Unreachable, or Refused where the key opens nothing.
+        """
+        self._url = url
+        self._ws = connect(websocket_url(url))
+        self._calls = Calls(self._ws.send)
+        self._on_event: Callable[[Event], None] = lambda event: None
+        self._on_chunk: Callable[[Chunk], None] = lambda chunk: None
+        self._reader = threading.Thread(
+            target=self._read, name="moltis-read-gateway", daemon=True
+        )
+        self._reader.start()
+        try:
+            self._connect(api_key)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> OperatorClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._ws.close(timeout=1.0)
+        self._reader.join()
+
+    def listen(
+        self, on_event: Callable[[Event], None], on_chunk: Callable[[Chunk], None]
+    ) -> None:
+        """Hand all that comes from now on to these, from the reading thread."""
+        self._on_event = on_event
+        self._on_chunk = on_chunk
+
+    def call(self, method: str, params: JsonObject) -> Any:
+        """Return the payload of the answer.
+
+        Raises UserError as the gateway says, Unreachable when it goes away.
+        """
+        try:
+            return self._calls.call(method, params, CALL_TIMEOUT)
+        except RpcError as error:
+            raise user_error(error) from error
+        except ConnectionClosed as error:
+            raise Unreachable(f"{self._url} hung up: {error}") from error
+
+    def start(self, method: str, params: JsonObject) -> Future[Any]:
+        """Return the answer to come.  Raises Unreachable."""
+        try:
+            return self._calls.start(method, params)
+        except ConnectionClosed as error:
+            raise Unreachable(f"{self._url} hung up: {error}") from error
+
+    def send_chunk(self, chunk: Chunk) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            self._ws.send(encode_chunk(chunk))
+
+    def notify(self, method: str, params: JsonObject) -> None:
+        """Make a call whose answer nobody waits for."""
+        with contextlib.suppress(ConnectionClosed):
+            self._calls.start(method, params)
+
+    def _connect(self, api_key: str) -> None:
+        params = ConnectParams(
+            role="operator",
+            client_id=f"cli-{os.getpid()}",
+            version=__version__,
+            platform=platform_name(),
+            api_key=api_key,
+        )
+        try:
+            self._calls.call("connect", params.to_json(), CONNECT_TIMEOUT)
+        except RpcError as error:
+            kind = Unreachable if error.code == "TIMEOUT" else Refused
+            raise kind(
+                f"{self._url} did not let the operator in: {error.message}; the key is "
+                "in gateway.json on the gateway's machine, or give another with "
+                "MOLTIS_API_KEY"
+            ) from error
+        except ConnectionClosed as error:
+            raise Unreachable(f"{self._url} hung up: {error}") from error
+
+    def _read(self) -> None:
+        ended: MoltisError = ConnectionClosed(CloseCode.NORMAL, "the gateway hung up")
+        next_ping = time.monotonic() + PING_INTERVAL
+        try:
+            while True:
+                try:
+                    message = self._ws.receive(max(0, next_ping - time.monotonic()))
+                except TimeoutError:
+                    if self._ws.idle > PEER_TIMEOUT:
+                        self._ws.abort()
+                    self._ws.ping()
+                    next_ping = time.monotonic() + PING_INTERVAL
+                    continue
+                if message is None:
+                    return
+                self._handle(message)
+        except MoltisError as error:
+            ended = error
+        finally:
+            self._calls.close(ended)
+
+    def _handle(self, message: str | bytes) -> None:
+        if isinstance(message, bytes):
+            self._on_chunk(decode_chunk(message))
+            return
+        envelope = decode_envelope(message)
+        if isinstance(envelope, Response):
+            self._calls.answer(envelope)
+        elif isinstance(envelope, Event):
+            self._on_event(envelope)
+
+
+def user_error(error: RpcError) -> UserError:
+    """Return the error for the command line, with the exit code that fits it."""
+    kinds: Mapping[str, type[UserError]] = {
+        "UNAVAILABLE": Unreachable,
+        "TIMEOUT": Unreachable,
+        "UNAUTHORIZED": Refused,
+        "FORBIDDEN": Refused,
+        "RATE_LIMITED": Refused,
+        "INVALID_REQUEST": UsageError,
+    }
+    return kinds.get(error.code, UserError)(error.message)
+
+
+@dataclass(frozen=True)
+class RemoteOutput:
+    """A piece of output of one of several commands."""
+
+    command: RemoteCommand
+    chunk: Chunk
+
+
+@dataclass(frozen=True)
+class RemoteState:
+    """News of a command: it waits in line, or for its node, or goes on."""
+
+    command: RemoteCommand
+    state: str
+    detail: JsonObject
+
+
+@dataclass(frozen=True)
+class RemoteEnd:
+    """How a command ended: its result, or why there is none."""
+
+    command: RemoteCommand
+    result: JsonObject
+    error: MoltisError | None = None
+
+
+RemoteNews = Union[RemoteOutput, RemoteState, RemoteEnd]
+
+
+class RemoteCommand:
+    """One command on one node."""
+
+    def __init__(self, client: OperatorClient, node: str, name: str) -> None:
+        self.node = node
+        self.name = name
+        self.id = new_id()
+        self._client = client
+        self._written = {STDOUT: 0, STDERR: 0}
+        self._acknowledged = {STDOUT: 0, STDERR: 0}
+
+    def start(self, args: JsonObject) -> Future[Any]:
+        params = {
+            "nodeId": self.node,
+            "command": "system.run",
+            "args": {**args, "stream": True},
+            "invokeId": self.id,
+        }
+        return self._client.start("node.invoke", params)
+
+    def written(self, chunk: Chunk, *, every: int) -> None:
+        """Note that output was dealt with; let the node send more now and then."""
+        self._written[chunk.kind] = chunk.end
+        if chunk.end - self._acknowledged[chunk.kind] >= every:
+            self.acknowledge()
+
+    def acknowledge(self) -> None:
+        self._acknowledged = dict(self._written)
+        self._client.notify(
+            INVOKE_ACK,
+            {
+                "invokeId": self.id,
+                "stdout": self._written[STDOUT],
+                "stderr": self._written[STDERR],
+            },
+        )
+
+    def cancel(self) -> None:
+        self._client.notify(INVOKE_CANCEL, {"invokeId": self.id})
+
+
+class RemoteCommands:
+    """The same command on several nodes, side by side, as one stream of news."""
+
+    def __init__(self, client: OperatorClient, nodes: Mapping[str, str]) -> None:
+        """`nodes` are names for people by what the gateway calls the nodes."""
+        self.commands = [
+            RemoteCommand(client, node, name) for node, name in nodes.items()
+        ]
+        self.interrupted = False
+        self._client = client
+        self._by_id = {command.id: command for command in self.commands}
+        # Bounded by what the nodes may send unacknowledged.
+        self._news: SimpleQueue[RemoteNews | None] = SimpleQueue()
+        self._stdin = OutputWindow()
+        self._stdin_ended = False
+        self._stdin_changed = threading.Condition()  # guards _stdin and _stdin_ended
+        self._stdin_turn = threading.Lock()  # held by the thread that sends input
+        client.listen(self._on_event, self._on_chunk)
+
+    def start(self, args: JsonObject) -> None:
+        """Send the requests.  Raises Unreachable."""
+        for command in self.commands:
+            answer = command.start(args)
+            answer.add_done_callback(partial(self._on_end, command))
+
+    def feed(self, read: Callable[[int], bytes]) -> None:
+        """Send what `read` gives, to its end, as the input of the one command.
+
+        Never more than a window ahead of what the command has consumed.
+        """
+        while True:
+            data = read(MAX_CHUNK)
+            with self._stdin_changed:
+                self._stdin_changed.wait_for(lambda: self._stdin.room >= len(data))
+                self._stdin.append(data)
+            self._send_stdin()
+            if not data:
+                self._send_stdin_end()
+                return
+
+    def news(self) -> Iterator[RemoteNews | None]:
+        """Yield what happens until all have ended; None after interrupt()."""
+        running = len(self.commands)
+        while running:
+            item = self._news.get()
+            running -= isinstance(item, RemoteEnd)
+            yield item
+
+    def interrupt(self) -> None:
+        """Wake news(); may be called from a signal handler."""
+        self.interrupted = True
+        self._news.put(None)
+
+    def cancel(self) -> None:
+        for command in self.commands:
+            command.cancel()
+
+    def _send_stdin(self) -> None:
+        # One at a time, or chunks would overtake each other.
+        with self._stdin_turn:
+            while True:
+                with self._stdin_changed:
+                    piece = self._stdin.take()
+                if piece is None:
+                    return
+                chunk = Chunk(STDIN, self.commands[0].id, *piece)
+                self._client.send_chunk(chunk)
+
+    def _send_stdin_end(self) -> None:
+        with self._stdin_changed:
+            self._stdin_ended = True
+            end = self._stdin.end
+        self._client.send_chunk(Chunk(STDIN, self.commands[0].id, end, b""))
+
+    def _rewind_stdin(self, offset: int) -> None:
+        """Send again what a node that came back did not get."""
+        with self._stdin_changed:
+            self._stdin.rewind(offset)
+            ended = self._stdin_ended
+        self._send_stdin()
+        if ended:
+            self._send_stdin_end()
+
+    def _on_event(self, event: Event) -> None:
+        payload = event.payload if isinstance(event.payload, dict) else {}
+        command = self._by_id.get(str(payload.get("invokeId")))
+        if command is None:
+            return
+        received = payload.get("stdin")
+        if event.name == INVOKE_STATE:
+            self._news.put(RemoteState(command, str(payload.get("state")), payload))
+            if isinstance(received, int):
+                self._rewind_stdin(received)
+        elif event.name == INVOKE_ACK and isinstance(received, int):
+            with self._stdin_changed:
+                self._stdin.acknowledge(received)
+                self._stdin_changed.notify_all()
+
+    def _on_chunk(self, chunk: Chunk) -> None:
+        command = self._by_id.get(chunk.invoke_id)
+        if command is not None:
+            self._news.put(RemoteOutput(command, chunk))
+
+    def _on_end(self, command: RemoteCommand, answer: Future[Any]) -> None:
+        error = answer.exception()
+        if isinstance(error, RpcError):
+            self._news.put(RemoteEnd(command, {}, user_error(error)))
+        elif error is not None:
+            gone = Unreachable(f"the gateway went away: {error}")
+            self._news.put(RemoteEnd(command, {}, gone))
+        else:
+            self._news.put(RemoteEnd(command, dict(answer.result())))
+
+
+# ==============================================================================
+# Command line
+# Uses: Settings, WebSocket connections, Wire protocol, Commands, Telemetry, Machine,
+#       Node agent, Node service, Store, Access, Fleet, Gateway, HTTP, Operator client
+#
+# What a person types: a pair of functions for each subcommand, its arguments and its
+# action, which returns the exit status.  The objects of a gateway and of a node are
+# put together here.  Answers go to stdout, the conversation to stderr.
+# ==============================================================================
+
+DEFAULT_PORT = 9090
+START_TIMEOUT = 20.0  # s for a service that was just started to connect
+DEMO_DIRECTORY = "demo-node"  # below the data directory
+INTERRUPTED = 130  # as a shell counts SIGINT
+TIMED_OUT = 124  # as timeout(1)
+BROKEN_PIPE = 141  # as a shell counts SIGPIPE
+
+
+class Output:
+    """What the program writes: answers to stdout, the conversation to stderr."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._color = sys.stderr.isatty() and not environ.get("NO_COLOR")
+
+    def say(self, text: str) -> None:
+        """Tell the person something; the answer is not in it."""
+        print(text, file=sys.stderr, flush=True)
+
+    def answer(self, text: str) -> None:
+        print(text, flush=True)
+
+    def json(self, value: object) -> None:
+        self.answer(json.dumps(value, indent=2, ensure_ascii=False))
+
+    def complain(self, text: str) -> None:
+        bold = "\033[31m{}\033[0m" if self._color else "{}"
+        self.say(bold.format(f"moltis: {redact(text)}"))
+
+    def table(self, rows: Sequence[Sequence[str]]) -> None:
+        """Print rows in columns; the first one is the heading."""
+        widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+        for row in rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths))
+            self.answer("  ".join(cells).rstrip())
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every subcommand gets besides its arguments."""
+
+    environ: Mapping[str, str]
+    output: Output
+
+    @property
+    def directory(self) -> Path:
+        return data_directory(self.environ)
+
+
+def _example(text: str) -> dict[str, Any]:
+    """Return the keyword arguments that end a --help with an example."""
+    return {
+        "epilog": "example:\n  " + text,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
+# -- reaching a gateway --------------------------------------------------------
+
+
+def add_gateway_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host", metavar="URL", help="the gateway (default: the one of this machine)"
+    )
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="operator key; better in MOLTIS_API_KEY"
+    )
+
+
+def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
+    """Return URL and operator key: flags, then environment, then gateway.json.
+
+    Raises Unreachable where no gateway is known.
+    """
+    file = GatewayFile.load(context.directory)
+    given = args.host or context.environ.get("MOLTIS_GATEWAY_URL")
+    key = args.api_key or context.environ.get("MOLTIS_API_KEY")
+    if not given and file is None:
+        raise Unreachable(
+            f"no gateway is known: {context.directory / GatewayFile.FILE} is not there;"
+            " start one with `moltis gateway`, or name it with --host"
+        )
+    url = given or (file.url if file else "")
+    key = key or (file.api_key if file else "")
+    if not key:
+        raise Refused(
+            f"{url} wants an operator key; give it with MOLTIS_API_KEY "
+            "(it is in gateway.json on the gateway's machine)"
+        )
+    return url, key
+
+
+def operator_client(args: argparse.Namespace, context: Context) -> OperatorClient:
+    """Raises Unreachable or Refused."""
+    url, key = gateway_address(args, context)
+    file = GatewayFile.load(context.directory)
+    try:
+        return OperatorClient(url, key)
+    except Unreachable as error:
+        if file is not None and file.url == url and not is_running(file.pid):
+            raise Unreachable(
+                f"the gateway at {url} does not run any more; "
+                "start it again with `moltis gateway`"
+            ) from error
+        raise
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return pid > 0
+
+
+class StopSignal:
+    """SIGTERM and Ctrl+C, as an event that the main thread waits for."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._event.set())
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self._event.wait(timeout)
+
+    def set(self) -> None:
+        self._event.set()
+
+
+# -- moltis gateway ------------------------------------------------------------
+
+
+def add_gateway(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "gateway",
+        help="serve the page, the nodes and the command line",
+        **_example("moltis gateway --demo-node"),
+    )
+    parser.add_argument("--bind", default="127.0.0.1", metavar="ADDRESS")
+    parser.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help="0: any free one"
+    )
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name under which browsers may reach it",
+    )
+    parser.add_argument(
+        "--demo-node", action="store_true", help="add a node on this machine"
+    )
+    parser.add_argument(
+        "--open", action="store_true", help="open the page in the browser"
+    )
+    parser.set_defaults(run=cmd_gateway)
+
+
+def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
+    if not 0 <= args.port <= 65535:
+        raise UsageError(f"--port takes 0 to 65535, not {args.port}")
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
+    )
+    with GatewayLock(context.directory), contextlib.ExitStack() as stack:
+        stop = StopSignal()
+        running = RunningGateway(context, args.bind, args.port, args.allowed_host)
+        stack.callback(running.close)
+        say_started(context.output, running)
+        if args.demo_node:
+            stack.callback(start_demo_node(context, running).close)
+        if args.open:
+            import webbrowser
+
+            webbrowser.open(running.sign_in_link)
+        stop.wait()
+        context.output.say("stopping")
+    return EXIT_OK
+
+
+def say_started(output: Output, running: RunningGateway) -> None:
+    output.answer(f"Gateway:  {running.url}")
+    output.answer(f"Sign in:  {running.sign_in_link}")
+    output.answer(f"Nodes:    {websocket_url(running.url)}")
+    if is_loopback(running.bind):
+        output.say(
+            "Only this machine can reach it; --bind 0.0.0.0 lets the network in."
+        )
+    output.say("Ctrl+C stops it.")
+
+
+class GatewayLock:
+    """The right to be the one gateway of a data directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "gateway.lock"
+        self._file: Any = None
+
+    def __enter__(self) -> None:
+        """Raises BadConfiguration where another gateway has it."""
+        import fcntl
+
+        make_private_directory(self._path.parent)
+        try:
+            self._file = open(self._path, "a+")  # noqa: SIM115  open until __exit__
+        except OSError as error:
+            raise BadConfiguration(
+                f"cannot write {self._path}: {error.strerror}"
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            holder = GatewayFile.load(self._path.parent)
+            where = f" at {holder.url} (process {holder.pid})" if holder else ""
+            raise BadConfiguration(
+                f"a gateway{where} uses {self._path.parent} already; stop it, or set "
+                "MOLTIS_DATA_DIR to another directory"
+            ) from error
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+class RunningGateway:
+    """A gateway with all its parts, from the constructor's return to close()."""
+
+    def __init__(
+        self, context: Context, bind: str, port: int, allowed_hosts: Sequence[str]
+    ) -> None:
+        """Raises BadConfiguration."""
+        self.bind = bind
+        self._directory = context.directory
+        with contextlib.ExitStack() as stack:
+            store = Store(self._directory / STORE_FILE)
+            stack.callback(store.close)
+            access = self._access = Access(store)
+            previous = GatewayFile.load(self._directory)
+            key = access.ensure_operator_key(previous.api_key if previous else None)
+            audience = Audience()
+            local = LocalNode(context.environ)
+            stack.callback(local.close)
+            fleet = Fleet(store.devices, local.node, audience.announce)
+            invocations = Invocations(fleet, store.commands)
+            local.start(fleet, invocations)
+            gateway = Gateway(access, store.devices, fleet, invocations, audience)
+            stack.callback(gateway.close)
+            app = HttpApp(
+                gateway, access, HostCheck(allowed_hosts), own_program() or b""
+            )
+            self._door = HttpDoor((bind, port), app)
+            self.port = self._door.port
+            shown = "127.0.0.1" if bind in ("", "0.0.0.0", "::") else bind
+            host = f"[{shown}]" if ":" in shown else shown
+            self.url = f"http://{host}:{self.port}"
+            self.sign_in_link = f"{self.url}/#key={key}"
+            self._file = GatewayFile(self.url, key, os.getpid())
+            self._file.save(self._directory)
+            self._stack = stack.pop_all()
+
+    def device_token(self, name: str, current: str) -> str:
+        """Return `current` if it is still good, or the token of a new device."""
+        if current and self._access.device_by_token(current):
+            return current
+        return self._access.create_device(name)[1]
+
+    def close(self) -> None:
+        """Hang up on everybody and end Local's commands."""
+        self._door.stop_accepting()
+        self._stack.close()
+        self._door.join()
+
+
+class LocalNode:
+    """The gateway's own machine as a node."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._inventory = Inventory(environ)
+        self._telemetry = TelemetrySource(choose_probe(environ), self._inventory)
+        self._machine = Machine(
+            CommandRunner(environ=environ, working_dir=os.path.expanduser("~")),
+            self._inventory,
+        )
+        params = ConnectParams(
+            role="node",
+            platform=platform_name(),
+            version=__version__,
+            capabilities=MACHINE_CAPABILITIES,
+        )
+        link = LocalLink(self._machine)
+        self.node = ConnectedNode(LOCAL_ID, "", link, params)
+        self._ticker: Ticker | None = None
+
+    def start(self, fleet: Fleet, invocations: Invocations) -> None:
+        self._machine.attach(LocalPeer(invocations, self._machine))
+
+        def report() -> None:
+            fleet.report_local(self._telemetry.read())
+
+        report()
+        self._ticker = Ticker(TELEMETRY_INTERVAL, report)
+
+    def close(self) -> None:
+        if self._ticker is not None:
+            self._ticker.close()
+        self._machine.close()
+        self._inventory.close()
+
+
+# -- the node's own subcommands ------------------------------------------------
+
+
+class RunningNode:
+    """A node agent with all its parts, in a thread of its own until close()."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        environ: Mapping[str, str],
+        on_state: NodeStateHandler,
+        *,
+        give_up_when_refused: bool = False,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.refused: Refused | None = None
+        self._inventory = Inventory(environ, on_change=lambda: self.agent.report())
+        machine = Machine(
+            CommandRunner(
+                environ=environ,
+                working_dir=settings.working_dir or os.path.expanduser("~"),
+                max_timeout=settings.timeout,
+            ),
+            self._inventory,
+        )
+        telemetry = TelemetrySource(choose_probe(environ), self._inventory)
+        self.agent = NodeAgent(settings, machine, telemetry, on_state)
+        self._give_up = give_up_when_refused
+        self._on_end = on_end
+        self._thread = threading.Thread(
+            target=self._run, name="moltis-node", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        self.agent.close()
+        self._thread.join()
+        self._inventory.close()
+
+    def _run(self) -> None:
+        try:
+            self.agent.run(give_up_when_refused=self._give_up)
+        except Refused as error:
+            self.refused = error
+        finally:
+            self._on_end()
+
+
+def start_demo_node(context: Context, gateway: RunningGateway) -> RunningNode:
+    """Start a node on this machine, with a token and a directory of its own."""
+    directory = context.directory / DEMO_DIRECTORY
+    known = NodeSettings.load(directory)
+    token = known.device_token if known else ""
+    settings = NodeSettings(
+        gateway_url=websocket_url(gateway.url),
+        device_token=gateway.device_token("Demo node", token),
+        node_id=known.node_id if known else new_id(),
+        display_name="Demo node",
+    )
+    settings.save(directory)
+    return RunningNode(settings, context.environ, lambda connected, error: None)
+
+
+def add_node_add(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "add",
+        help="make this machine a node",
+        **_example(
+            "moltis node add --host ws://gateway:9090/ws --token mdt_… --name Pi"
+        ),
+    )
+    parser.add_argument("--host", metavar="URL", help="the gateway")
+    parser.add_argument(
+        "--token", help="device token; better in MOLTIS_DEVICE_TOKEN or by --join"
+    )
+    parser.add_argument("--join", metavar="URL", help="join link instead of a token")
+    parser.add_argument("--name", help="what the node is called (default: host name)")
+    parser.add_argument("--node-id", metavar="ID", help="keep or choose its id")
+    parser.add_argument(
+        "--working-dir", metavar="DIR", help="where commands start (default: home)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, metavar="S", help="no command runs longer, in seconds"
+    )
+    parser.add_argument(
+        "--auth",
+        choices=("scram", "bearer"),
+        help="bearer: for gateways of the original Moltis",
+    )
+    parser.add_argument(
+        "--foreground", action="store_true", help="run here until Ctrl+C, keep nothing"
+    )
+    parser.set_defaults(run=cmd_node_add)
+
+
+def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
+    settings = node_settings(args, context)
+    warn_about_plain_text(settings.gateway_url, context.output)
+    if args.foreground:
+        return run_node(settings, context, None)
+    settings.save(context.directory)
+    return install_node(settings, context)
+
+
+def node_settings(args: argparse.Namespace, context: Context) -> NodeSettings:
+    """Return what flags, environment, join link or standard input say.
+
+    Raises UserError where something is missing or makes no sense.
+    """
+    offer = join_offer(args, context)
+    host = args.host or offer.get("gateway_url")
+    host = host or context.environ.get("MOLTIS_GATEWAY_URL")
+    token = args.token or offer.get("device_token")
+    token = token or context.environ.get("MOLTIS_DEVICE_TOKEN")
+    if not host or not token:
+        missing = "--token" if host else "--host"
+        raise UsageError(
+            f"{missing} is missing; `moltis node generate-token` on the gateway prints "
+            "the whole command"
+        )
+    if args.timeout is not None and not 0 < args.timeout < MAX_TIMEOUT_MS:
+        raise UsageError(f"--timeout takes a positive number of s, not {args.timeout}")
+    working_dir = args.working_dir and os.path.abspath(args.working_dir)
+    if working_dir and not os.path.isdir(working_dir):
+        raise UsageError(f"--working-dir {args.working_dir} is not a directory")
+    previous = None if args.foreground else NodeSettings.load(context.directory)
+    return NodeSettings(
+        gateway_url=websocket_url(host),
+        device_token=token,
+        node_id=args.node_id or (previous.node_id if previous else new_id()),
+        display_name=args.name or offer.get("display_name") or socket.gethostname(),
+        working_dir=working_dir,
+        timeout=args.timeout,
+        auth=args.auth or offer.get("auth") or "scram",
+    )
+
+
+def join_offer(args: argparse.Namespace, context: Context) -> JsonObject:
+    """Return what a join link, or JSON on standard input, says; {} without either.
+
+    Raises UserError.
+    """
+    if args.join:
+        text = fetch(args.join)
+    elif args.host or args.token or sys.stdin is None or sys.stdin.isatty():
+        return {}
+    else:
+        text = sys.stdin.buffer.read(MAX_BODY)
+    if not text.strip():
+        return {}
+    try:
+        offer = from_json(text)
+    except ValueError as error:
+        raise UsageError(f"what came is no join offer: it is not JSON: {error}") from (
+            error
+        )
+    if not isinstance(offer, dict):
+        raise UsageError("what came is no join offer: it is not a JSON object")
+    return {name: text for name, text in offer.items() if isinstance(text, str)}
+
+
+def fetch(url: str) -> bytes:
+    """Return what an http:// or https:// address answers.
+
+    Raises Unreachable, or Refused with the answer's own words.
+    """
+    import urllib.error
+    import urllib.request
+
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
+    try:
+        with urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT) as answer:
+            return bytes(answer.read(MAX_MESSAGE))
+    except urllib.error.HTTPError as error:
+        words = error.read(300).decode("utf-8", "replace").strip()
+        raise Refused(f"{redact(url)} answered {error.code}: {words}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise Unreachable(f"{redact(url)} cannot be fetched: {reason}") from error
+
+
+def install_node(settings: NodeSettings, context: Context) -> int:
+    """Put the node under the service manager and wait until it is connected.
+
+    Raises UserError.
+    """
+    output, directory = context.output, context.directory
+    text = own_program()
+    if text is None:
+        scheme = "https" if settings.gateway_url.startswith("wss:") else "http"
+        text = fetch(f"{scheme}://{urlsplit(settings.gateway_url).netloc}/moltis.py")
+    install_program(directory, text)
+    spec = ServiceSpec(service_python(), directory, Path.home())
+    service = service_manager(spec, context.environ)
+    notes = service.install()
+    service.start()
+    state = wait_until_connected(directory, Deadline(START_TIMEOUT))
+    for note in notes:
+        output.say(note)
+    output.answer(f"Name:     {settings.display_name}")
+    output.answer(f"Node id:  {settings.node_id}")
+    output.answer(f"Gateway:  {settings.gateway_url}")
+    output.answer(f"Service:  {service.status().state}")
+    output.answer(f"Log:      {spec.log}")
+    if state is not None and state.connected:
+        return EXIT_OK
+    reason = state.error if state and state.error else last_log_line(directory)
+    raise Unreachable(f"the service runs, but is not connected yet: {reason}")
+
+
+def warn_about_plain_text(url: str, output: Output) -> None:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
+        output.say(
+            f"warning: {url} is not encrypted: who listens on the way reads commands "
+            "and output"
+        )
+
+
+def run_node(settings: NodeSettings, context: Context, directory: Path | None) -> int:
+    """Be a node until SIGTERM or Ctrl+C; `directory` gets its state and log."""
+    stop = StopSignal()
+    last: list[str] = []
+
+    def on_state(connected: bool, error: str | None) -> None:
+        if directory is not None:
+            NodeState(os.getpid(), connected, time.time(), error).save(directory)
+        elif connected:
+            context.output.say(
+                f"connected to {settings.gateway_url} as {settings.display_name!r}; "
+                "Ctrl+C stops it"
+            )
+        last[:] = [error or ""]
+
+    handler: logging.Handler = logging.StreamHandler()
+    if directory is not None:
+        handler = NodeLog(directory)
+    logging.basicConfig(
+        level=logging.INFO, handlers=[handler], format="%(asctime)s %(message)s"
+    )
+    node = RunningNode(
+        settings,
+        context.environ,
+        on_state,
+        give_up_when_refused=directory is None,
+        on_end=stop.set,
+    )
+    try:
+        stop.wait()
+    finally:
+        node.close()
+        if directory is not None:
+            NodeState.clear(directory)
+    if node.refused is not None:
+        raise node.refused
+    return EXIT_OK
+
+
+def add_node_run(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "run",
+        help="what the service starts: the node that node.json describes",
+        **_example("moltis node run"),
+    )
+    parser.set_defaults(run=cmd_node_run)
+
+
+def cmd_node_run(_args: argparse.Namespace, context: Context) -> int:
+    settings = NodeSettings.load(context.directory)
+    if settings is None:
+        raise BadConfiguration(
+            f"this machine is no node: {context.directory / NodeSettings.FILE} is not "
+            "there; `moltis node add` makes it"
+        )
+    return run_node(settings, context, context.directory)
+
+
+def local_service(context: Context) -> tuple[ServiceSpec, ServiceManager | None]:
+    """Return this machine's node service; None where nothing starts services."""
+    spec = ServiceSpec(service_python(), context.directory, Path.home())
+    try:
+        return spec, service_manager(spec, context.environ)
+    except NoServiceManager:
+        return spec, None
+
+
+def add_node_remove(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "remove",
+        help="make this machine a node no more; the log is kept",
+        **_example("moltis node remove"),
+    )
+    parser.set_defaults(run=cmd_node_remove)
+
+
+def cmd_node_remove(_args: argparse.Namespace, context: Context) -> int:
+    spec, service = local_service(context)
+    for note in service.remove() if service else []:
+        context.output.say(note)
+    remove_node_files(context.directory)
+    context.output.say(f"this machine is no node any more; its log is {spec.log}")
+    return EXIT_OK
+
+
+def add_node_status(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "status",
+        help="show how this machine's node is doing",
+        **_example("moltis node status"),
+    )
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=cmd_node_status)
+
+
+def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
+    settings = NodeSettings.load(context.directory)
+    state = NodeState.load(context.directory)
+    _, service = local_service(context)
+    status = service.status() if service else None
+    connected = state is not None and state.connected
+    value = {
+        "name": settings.display_name if settings else None,
+        "nodeId": settings.node_id if settings else None,
+        "gateway": settings.gateway_url if settings else None,
+        "service": status.state if status else "no service manager",
+        "pid": state.pid if state else (status.pid if status else None),
+        "connected": connected,
+        "since": round(state.since * 1000) if state else None,
+        "lastError": state.error if state else None,
+    }
+    if args.json:
+        context.output.json(value)
+    elif settings is None:
+        context.output.say("this machine is no node; `moltis node add` makes it one")
+    else:
+        for line in status_lines(value):
+            context.output.answer(line)
+    return EXIT_OK if connected else EXIT_FAILURE
+
+
+def status_lines(value: JsonObject) -> Iterator[str]:
+    """Yield what `node status` tells a person."""
+    yield f"Name:       {value['name']}"
+    yield f"Node id:    {value['nodeId']}"
+    yield f"Gateway:    {value['gateway']}"
+    pid = f", process {value['pid']}" if value["pid"] else ""
+    yield f"Service:    {value['service']}{pid}"
+    since = f" since {format_time(value['since'])}" if value["since"] else ""
+    yield f"Connected:  {'yes' if value['connected'] else 'no'}{since}"
+    if value["lastError"]:
+        yield f"Last error: {value['lastError']}"
+
+
+def add_node_logs(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "logs",
+        help="print the path of this machine's node log, or follow it",
+        **_example("moltis node logs -f"),
+    )
+    parser.add_argument("-f", "--follow", action="store_true")
+    parser.set_defaults(run=cmd_node_logs)
+
+
+def cmd_node_logs(args: argparse.Namespace, context: Context) -> int:
+    path = context.directory / NODE_LOG_FILE
+    if not args.follow:
+        context.output.answer(str(path))
+        return EXIT_OK
+
+    def write(data: bytes) -> None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+
+    follow_log(context.directory, write, threading.Event())
+    return EXIT_OK
+
+
+# -- moltis node: what operators do --------------------------------------------
+
+
+def add_node_generate_token(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "generate-token",
+        help="make a token for a machine, and print what to run there",
+        **_example('moltis node generate-token --name "Build Server"'),
+    )
+    parser.add_argument("--name", default="", help="what the node is to be called")
+    add_gateway_options(parser)
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=cmd_node_generate_token)
+
+
+def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
+    url, _ = gateway_address(args, context)
+    with operator_client(args, context) as client:
+        made = client.call("device.token.create", {"displayName": args.name})
+    token, host = made["deviceToken"], websocket_url(url)
+    named = f" --name {shlex.quote(args.name)}" if args.name else ""
+    command = f"node add --host {host} --token {token}{named}"
+    if args.json:
+        context.output.json(
+            {**made, "gatewayUrl": host, "command": f"moltis {command}"}
+        )
+        return EXIT_OK
+    page = "http" + host[2:].removesuffix("/ws")
+    context.output.answer(
+        f"Device token: {token}\n"
+        "Run this on the remote machine:\n"
+        f"  moltis {command}\n"
+        "or, where moltis is not installed:\n"
+        f"  curl -fsSL {page}/moltis.py | python3 - {command}"
+    )
+    return EXIT_OK
+
+
+def add_node_list(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "list", help="show the machines of the gateway", **_example("moltis node list")
+    )
+    add_gateway_options(parser)
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=cmd_node_list)
+
+
+def cmd_node_list(args: argparse.Namespace, context: Context) -> int:
+    with operator_client(args, context) as client:
+        nodes = client.call("node.list", {})
+    if args.json:
+        context.output.json(nodes)
+        return EXIT_OK
+    heading = ("NAME", "STATE", "PLATFORM", "CPU", "MEMORY FREE", "DISK FREE", "ID")
+    context.output.table([heading, *(node_row(node) for node in nodes)])
+    return EXIT_OK
+
+
+def node_row(node: JsonObject) -> tuple[str, ...]:
+    """Return the columns of `node list`; "-" for what is not known."""
+    telemetry = node.get("telemetry") or {}
+
+    def share(free: str, total: str) -> str:
+        if telemetry.get(free) is None or telemetry.get(total) is None:
+            return "-"
+        return f"{format_bytes(telemetry[free])} of {format_bytes(telemetry[total])}"
+
+    usage = telemetry.get("cpuUsage")
+    seen = node.get("lastSeenAt")
+    state = "connected"
+    if not node["connected"]:
+        state = f"offline since {format_time(seen)}" if seen else "offline"
+    return (
+        node["displayName"],
+        state,
+        node["platform"],
+        "-" if usage is None else f"{usage:.0f} %",
+        share("memAvailable", "memTotal"),
+        share("diskAvailable", "diskTotal"),
+        node["nodeId"],
+    )
+
+
+def add_node_rename(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "rename",
+        help="give a node another name",
+        **_example("moltis node rename pi attic"),
+    )
+    parser.add_argument("node", help="name or id")
+    parser.add_argument("name", help="its new name")
+    add_gateway_options(parser)
+    parser.set_defaults(run=cmd_node_rename)
+
+
+def cmd_node_rename(args: argparse.Namespace, context: Context) -> int:
+    with operator_client(args, context) as client:
+        client.call("node.rename", {"nodeId": args.node, "displayName": args.name})
+    context.output.say(f"{args.node} is now called {args.name}")
+    return EXIT_OK
+
+
+def add_node_revoke(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "revoke",
+        help="let a node in no more; its connection is dropped",
+        **_example("moltis node revoke pi"),
+    )
+    parser.add_argument("node", help="name or id")
+    add_gateway_options(parser)
+    parser.set_defaults(run=cmd_node_revoke)
+
+
+def cmd_node_revoke(args: argparse.Namespace, context: Context) -> int:
+    with operator_client(args, context) as client:
+        device_id = find_device(args.node, client.call("device.pair.list", {}))
+        client.call("device.token.revoke", {"deviceId": device_id})
+    context.output.say(f"{args.node} is revoked")
+    return EXIT_OK
+
+
+def find_device(reference: str, devices: Sequence[JsonObject]) -> str:
+    """Return the device id for a device id, a node id, or an unambiguous name.
+
+    Unlike a node, a device may never have connected.  Raises UserError.
+    """
+    exact = [d for d in devices if reference in (d["deviceId"], d["nodeId"])]
+    named = [
+        d
+        for d in devices
+        if d["displayName"].casefold() == reference.strip().casefold()
+    ]
+    found = exact or named
+    if len(found) == 1:
+        return str(found[0]["deviceId"])
+    if found:
+        ids = ", ".join(str(d["nodeId"] or d["deviceId"]) for d in found)
+        raise UsageError(f"{reference!r} is the name of several; use an id: {ids}")
+    names = ", ".join(d["displayName"] for d in devices) or "none at all"
+    raise UserError(f"no device is called {reference!r}; there is {names}")
+
+
+# -- moltis node exec ----------------------------------------------------------
+
+
+def add_node_exec(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "exec",
+        help="run a command on one or more nodes",
+        usage="moltis node exec NODE [NODE ...] [--all] [options] -- COMMAND",
+        **_example("moltis node exec pi -- 'df -h / | tail -1'"),
+    )
+    parser.add_argument("nodes", nargs="*", metavar="NODE", help="name or id")
+    parser.add_argument("--all", action="store_true", help="on all connected nodes")
+    parser.add_argument("--timeout", type=float, metavar="S", help="in seconds")
+    parser.add_argument("--cwd", metavar="DIR", help="where to run it, on the node")
+    parser.add_argument(
+        "--stdin", action="store_true", help="feed it our standard input"
+    )
+    add_gateway_options(parser)
+    parser.set_defaults(run=cmd_node_exec)
+
+
+def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
+    if not args.command:
+        raise UsageError("no command; put it after --, as in: node exec pi -- uptime")
+    if args.all == bool(args.nodes):
+        raise UsageError("name the nodes, or say --all")
+    if args.timeout is not None and not 0 < args.timeout < MAX_TIMEOUT_MS:
+        raise UsageError(f"--timeout takes a positive number of s, not {args.timeout}")
+    # One word is a line for the shell; several are to arrive as the words they are.
+    line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
+    request: JsonObject = {
+        "command": line,
+        "env": filter_environment(context.environ),
+        "stdin": args.stdin,
+    }
+    if args.timeout is not None:
+        request["timeout"] = round(args.timeout * 1000)
+    if args.cwd is not None:
+        request["cwd"] = args.cwd
+    with operator_client(args, context) as client:
+        nodes = {name: name for name in args.nodes} or {
+            node["nodeId"]: node["displayName"]
+            for node in client.call("node.list", {})
+            if node["connected"]
+        }
+        if args.stdin and len(nodes) > 1:
+            raise UsageError("--stdin feeds one node only")
+        return Execution(client, nodes, context.output).run(request)
+
+
+class Execution:
+    """One run of `node exec`: what the commands say, printed as it comes."""
+
+    def __init__(
+        self,
+        client: OperatorClient,
+        nodes: Mapping[str, str],  # names by id, or by what the person called them
+        output: Output,
+    ) -> None:
+        self._output = output
+        self._remote = RemoteCommands(client, nodes)
+        self._several = len(nodes) > 1
+        self._ends: list[RemoteEnd] = []
+        self._broken_pipe = False
+        self._printers = {
+            command: {
+                STDOUT: StreamPrinter(sys.stdout.buffer, self._label(command)),
+                STDERR: StreamPrinter(sys.stderr.buffer, self._label(command)),
+            }
+            for command in self._remote.commands
+        }
+
+    def run(self, request: JsonObject) -> int:
+        """Return the exit status.  Raises Unreachable when the gateway goes away."""
+        previous = signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            self._remote.start(request)
+            if request["stdin"]:
+                threading.Thread(
+                    target=self._remote.feed,
+                    args=(partial(os.read, sys.stdin.fileno()),),
+                    name="moltis-stdin",
+                    daemon=True,  # nothing ends a read from a terminal
+                ).start()
+            for news in self._remote.news():
+                self._take(news)
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        if self._broken_pipe:
+            # Nothing more can be written there, not even at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return BROKEN_PIPE
+        if self._several:
+            return self._recap()
+        return self._status_of(self._ends[0])
+
+    def _label(self, command: RemoteCommand) -> bytes:
+        return f"{command.name} | ".encode() if self._several else b""
+
+    def _on_interrupt(self, *_: object) -> None:
+        if self._remote.interrupted:  # pressed twice: somebody is in a hurry
+            os._exit(INTERRUPTED)
+        self._remote.interrupt()
+
+    def _take(self, news: RemoteNews | None) -> None:
+        if news is None:
+            self._remote.cancel()
+        elif isinstance(news, RemoteOutput):
+            self._print(news)
+        elif isinstance(news, RemoteState):
+            self._explain(news)
+        else:
+            for printer in self._printers[news.command].values():
+                printer.finish()
+            news.command.acknowledge()
+            self._ends.append(news)
+
+    def _print(self, news: RemoteOutput) -> None:
+        try:
+            if not self._broken_pipe:
+                self._printers[news.command][news.chunk.kind].write(news.chunk.data)
+        except BrokenPipeError:
+            self._broken_pipe = True
+            self._remote.cancel()
+        news.command.written(news.chunk, every=ACKNOWLEDGE_EVERY)
+
+    def _explain(self, news: RemoteState) -> None:
+        name, place = news.command.name, news.detail.get("place")
+        if news.state == "queued" and place:
+            self._output.say(f"moltis: {name} is busy; in line at place {place}")
+        elif news.state == "waiting":
+            self._output.say(f"moltis: waiting for {name} to come back")
+        elif news.state == "running" and news.detail.get("resumed"):
+            self._output.say(f"moltis: {name} is back")
+
+    def _status_of(self, end: RemoteEnd) -> int:
+        """Return the exit status for one command; say what it alone does not."""
+        if end.error is not None:
+            raise end.error
+        result, name = end.result, end.command.name
+        if "error" in result:
+            self._output.complain(f"{name}: {result['error']}")
+            return EXIT_FAILURE
+        if result.get("timedOut"):
+            self._output.complain(f"{name}: the command's time was up; it was ended")
+            return TIMED_OUT
+        if result.get("cancelled"):
+            return INTERRUPTED
+        if "signal" in result:
+            return 128 + int(result["signal"])
+        return int(result.get("exitCode", EXIT_FAILURE))
+
+    def _recap(self) -> int:
+        """Say how it went on each node; 0 only if it went well on all."""
+        groups: dict[str, list[str]] = {"ok": [], "failed": [], "unreachable": []}
+        for end in self._ends:
+            name = end.command.name
+            if isinstance(end.error, Unreachable):
+                groups["unreachable"].append(f"{name} ({end.error})")
+            elif end.error is not None:
+                groups["failed"].append(f"{name} ({end.error})")
+            else:
+                status = self._status_of(end)
+                group = "failed" if status else "ok"
+                groups[group].append(f"{name} ({status})" if status else name)
+        for group, names in groups.items():
+            if names:
+                self._output.say(f"{group}: {', '.join(names)}")
+        return EXIT_FAILURE if groups["failed"] or groups["unreachable"] else EXIT_OK
+
+
+class StreamPrinter:
+    """One output stream of one of several commands, each line with its label."""
+
+    def __init__(self, file: Any, label: bytes) -> None:
+        self._file = file
+        self._label = label
+        self._line = b""  # begun; beyond MAX_CHUNK it is printed as it is
+
+    def write(self, data: bytes) -> None:
+        """Raises BrokenPipeError."""
+        if self._label:
+            *lines, self._line = (self._line + data).split(b"\n")
+            if len(self._line) > MAX_CHUNK:
+                lines.append(self._line)
+                self._line = b""
+            data = b"".join(self._label + line + b"\n" for line in lines)
+        self._file.write(data)
+        self._file.flush()
+
+    def finish(self) -> None:
+        if self._line:
+            with contextlib.suppress(BrokenPipeError):
+                self.write(b"\n")
+
+
+# -- main ----------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="moltis",
+        description="Many machines, usable from one place.",
+        **_example("moltis gateway --demo-node"),
+    )
+    parser.add_argument("--version", action="version", version=f"moltis {__version__}")
+    subcommands = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
+    add_gateway(subcommands)
+    node = subcommands.add_parser(
+        "node", help="machines: add, list, use them", **_example("moltis node list")
+    )
+    on_node = node.add_subparsers(metavar="SUBCOMMAND", required=True)
+    for add in (
+        add_node_generate_token,
+        add_node_list,
+        add_node_add,
+        add_node_run,
+        add_node_status,
+        add_node_logs,
+        add_node_remove,
+        add_node_exec,
+        add_node_rename,
+        add_node_revoke,
+    ):
+        add(on_node)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command: list[str] = []
+    if "--" in arguments:  # what follows belongs to the other machine
+        split = arguments.index("--")
+        arguments, command = arguments[:split], arguments[split + 1 :]
+    args = build_parser().parse_args(arguments, argparse.Namespace(command=command))
+    context = Context(dict(os.environ), Output(os.environ))
+    try:
+        status: int = args.run(args, context)
+        return status
+    except (UserError, RpcError) as error:
+        context.output.complain(str(error))
+        return error.exit_code if isinstance(error, UserError) else EXIT_FAILURE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
 if __name__ == "__main__":
-    pass
+    sys.exit(main())
