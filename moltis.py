@@ -11764,6 +11764,7 @@ class HttpExchange:
         for name, value in upgrade.headers:
             handler.send_header(name, value)
         handler.end_headers()
+        handler.wfile.flush()
         self._app.serve(self._websocket(upgrade), request)
 
     def _websocket(self, upgrade: Upgrade) -> WebSocket:
@@ -11866,6 +11867,8 @@ def _make_server(
             def serve() -> None:
                 try:
                     self.finish_request(request, client_address)
+                except (ConnectionError, TimeoutError):
+                    pass  # the client went away in the middle
                 except Exception:
                     log.exception("connection failed address=%s", client_address[0])
                 finally:
@@ -12555,6 +12558,7 @@ class LocalNode:
 
     def start(self, fleet: Fleet, invocations: Invocations) -> None:
         self._machine.attach(LocalPeer(invocations, self._machine))
+        fleet.activate(self.node)
 
         def report() -> None:
             fleet.report_local(self._telemetry.read())
@@ -12585,7 +12589,8 @@ class RunningNode:
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.refused: Refused | None = None
-        self._inventory = Inventory(environ, on_change=lambda: self.agent.report())
+        self._agent: NodeAgent | None = None  # the inventory is heard of before it
+        self._inventory = Inventory(environ, on_change=self._report)
         machine = Machine(
             CommandRunner(
                 environ=environ,
@@ -12595,22 +12600,28 @@ class RunningNode:
             self._inventory,
         )
         telemetry = TelemetrySource(choose_probe(environ), self._inventory)
-        self.agent = NodeAgent(settings, machine, telemetry, on_state)
+        agent = self._agent = NodeAgent(settings, machine, telemetry, on_state)
         self._give_up = give_up_when_refused
         self._on_end = on_end
         self._thread = threading.Thread(
-            target=self._run, name="moltis-node", daemon=True
+            target=self._run, args=(agent,), name="moltis-node", daemon=True
         )
         self._thread.start()
 
     def close(self) -> None:
-        self.agent.close()
+        """End its commands in order and hang up."""
+        if self._agent is not None:
+            self._agent.close()
         self._thread.join()
         self._inventory.close()
 
-    def _run(self) -> None:
+    def _report(self) -> None:
+        if self._agent is not None:
+            self._agent.report()
+
+    def _run(self, agent: NodeAgent) -> None:
         try:
-            self.agent.run(give_up_when_refused=self._give_up)
+            agent.run(give_up_when_refused=self._give_up)
         except Refused as error:
             self.refused = error
         finally:
