@@ -6336,21 +6336,21 @@ def list_models(
 # which connection, is left to a MachinePeer.
 # ==============================================================================
 
-RUN = "system.run"
-WHICH = "system.which"
-PROVIDERS = "system.providers"
+SYSTEM_RUN = "system.run"
+SYSTEM_WHICH = "system.which"
+SYSTEM_PROVIDERS = "system.providers"
 
-MACHINE_COMMANDS = (RUN, WHICH, PROVIDERS)
+MACHINE_COMMANDS = (SYSTEM_RUN, SYSTEM_WHICH, SYSTEM_PROVIDERS)
 MACHINE_CAPABILITIES = (CAP_SCRAM, CAP_STREAM, CAP_CANCEL, CAP_RESUME)
 
-PLATFORMS = {"darwin": "macos"}  # what Moltis calls sys.platform
 
 MAX_COLLECTED = 200 * 1024  # bytes a stream, for a caller that does not take streams
 MAX_TIMEOUT_MS = 2**53  # JSON's safe integers
 
 
 def platform_name() -> str:
-    return PLATFORMS.get(sys.platform, sys.platform.rstrip("0123456789"))
+    """Return what Moltis calls this system: linux, macos, freebsd, ..."""
+    return "macos" if sys.platform == "darwin" else sys.platform.rstrip("0123456789")
 
 
 class MachinePeer(Protocol):
@@ -6431,9 +6431,9 @@ class Machine:
         self._peer: MachinePeer | None = None
         self._results: dict[str, JsonObject] = {}  # kept until settled
         self._actions: Mapping[str, Callable[[str, JsonObject], JsonObject | None]] = {
-            RUN: self._run,
-            WHICH: self._which,
-            PROVIDERS: self._providers,
+            SYSTEM_RUN: self._run,
+            SYSTEM_WHICH: self._which,
+            SYSTEM_PROVIDERS: self._providers,
         }
 
     def attach(self, peer: MachinePeer | None) -> None:
@@ -6444,16 +6444,16 @@ class Machine:
     def invoke(self, invoke_id: str, command: str, args: JsonObject) -> None:
         """Carry out a request; its result goes to the peer, now or later."""
         action = self._actions.get(command)
-        try:
-            if action is None:
-                raise RpcError(
-                    "INVALID_REQUEST",
-                    f"unknown command {command!r}; "
-                    f"this machine knows {', '.join(MACHINE_COMMANDS)}",
-                )
-            result = action(invoke_id, args)
-        except RpcError as error:
-            result = {"error": error.message}
+        result: JsonObject | None
+        if action is None:
+            known = ", ".join(MACHINE_COMMANDS)
+            problem = f"unknown command {command!r}; this machine knows {known}"
+            result = {"error": problem}
+        else:
+            try:
+                result = action(invoke_id, args)
+            except RpcError as error:
+                result = {"error": error.message}
         if result is not None:
             self.finish(invoke_id, result)
 
@@ -6603,7 +6603,8 @@ class _CollectedRun(_StreamedRun):
 
 # ==============================================================================
 # Node agent
-# Uses: WebSocket connections, SCRAM, Wire protocol, Telemetry, Machine, Settings
+# Uses: Settings, WebSocket frames, WebSocket connections, SCRAM, Wire protocol,
+#       Telemetry, Machine
 #
 # A machine as its gateway sees it: dial, authenticate, serve, reconnect, resume.
 # What is asked of it is carried out by Machine; whether it starts on boot is the
@@ -6673,7 +6674,7 @@ class GatewayLink:
         self._calls.start(NODE_EVENT, {"event": NODE_TELEMETRY, "payload": payload})
 
     def handle(self, message: str | bytes) -> None:
-        """Do what one message says; one that makes no sense is logged and skipped."""
+        """Do what one message says; one that makes no sense is skipped and logged."""
         try:
             if isinstance(message, bytes):
                 self._machine.write_stdin(decode_chunk(message))
@@ -6682,9 +6683,7 @@ class GatewayLink:
             if isinstance(envelope, Response):
                 self._calls.answer(envelope)
             elif isinstance(envelope, Event) and envelope.name in self._handlers:
-                payload = envelope.payload
-                if not isinstance(payload, dict):
-                    raise RpcError("INVALID_REQUEST", "the payload must be an object")
+                payload = required({"payload": envelope.payload}, "payload", dict)
                 self._handlers[envelope.name](payload)
         except RpcError as error:
             log.warning("message from the gateway skipped: %s", error)
@@ -6832,7 +6831,8 @@ class NodeAgent:
     def _dial(self) -> tuple[GatewayLink, WebSocket]:
         """Raises Unreachable or Refused, with one line that says why."""
         url = self._settings.gateway_url
-        ws = connect(url)
+        # Output is not worth a Pi's time to compress, and 300 KiB a connection.
+        ws = connect(url, compression=False)
         try:
             hello = self._authenticate(ws)
             return GatewayLink(ws, self._machine, hello), ws
@@ -9195,7 +9195,7 @@ class Invocation:
         self.future: Future[JsonObject] = Future()
         self.sent_to: str | None = None  # the instance of the node that has it
         self.cancelled = False
-        timeout_ms = args.get("timeout") if command == RUN else None
+        timeout_ms = args.get("timeout") if command == SYSTEM_RUN else None
         self.deadline = Deadline(timeout_ms / 1000 + LOST_AFTER if timeout_ms else None)
         self._lock = threading.Lock()  # guards the offsets and _accept
         self._received = {STDOUT: 0, STDERR: 0}
@@ -9231,7 +9231,10 @@ class Invocation:
         )
 
     def consume(self, stream: int, offset: int) -> bool:
-        """Note that the sink has dealt with `offset` bytes; True: tell the node now."""
+        """Note that the sink has dealt with `offset` bytes; True: tell the node now.
+
+        Raises RpcError for bytes that were not sent.
+        """
         with self._lock:
             if offset > self._received[stream]:
                 raise RpcError(
@@ -9306,6 +9309,22 @@ class LocalLink:
 
     def hang_up(self, _reason: str) -> None:
         self._machine.close()
+
+
+def command_record(invocation: Invocation) -> CommandRecord:
+    """Return what the audit keeps of a command that was asked for just now."""
+    args, origin = invocation.args, invocation.origin
+    return CommandRecord(
+        invoke_id=invocation.id,
+        asked_at=now_ms(),
+        caller_kind=origin.kind,
+        caller_name=origin.name,
+        session_key=origin.session_key,
+        node_id=invocation.node_id,
+        node_name=invocation.node_name,
+        command=args["command"],
+        cwd=args.get("cwd"),
+    )
 
 
 def command_end(result: JsonObject, invocation: Invocation) -> CommandEnd:
@@ -9557,14 +9576,39 @@ class Fleet:
         }
 
 
+class ActiveInvocations:
+    """The invocations that are not settled, by id."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _by_id
+        self._by_id: dict[str, Invocation] = {}
+
+    def add(self, invocation: Invocation) -> bool:
+        """Return whether the id was new."""
+        with self._lock:
+            return self._by_id.setdefault(invocation.id, invocation) is invocation
+
+    def remove(self, invocation: Invocation) -> None:
+        with self._lock:
+            if self._by_id.get(invocation.id) is invocation:
+                del self._by_id[invocation.id]
+
+    def get(self, invoke_id: str) -> Invocation | None:
+        with self._lock:
+            return self._by_id.get(invoke_id)
+
+    def all(self) -> list[Invocation]:
+        with self._lock:
+            return list(self._by_id.values())
+
+
 class Invocations:
-    """Work that was sent to machines and is not settled yet."""
+    """Work that was sent to machines, and how it fares."""
 
     def __init__(self, fleet: Fleet, commands: CommandsTable) -> None:
         self._fleet = fleet
         self._commands = commands
-        self._lock = threading.Lock()  # guards _active
-        self._active: dict[str, Invocation] = {}
+        self._active = ActiveInvocations()
 
     def start(
         self,
@@ -9582,7 +9626,7 @@ class Invocations:
         """
         node_id, name = self._fleet.resolve(node_reference)
         node = self._fleet.require_connected(node_id, name)
-        if command == RUN:
+        if command == SYSTEM_RUN:
             run_arguments(args)  # what is wrong with them is said before they travel
             args = {**args, "env": filter_environment(args.get("env") or {})}
             args["stream"] = node.streams
@@ -9595,12 +9639,10 @@ class Invocations:
         return invocation
 
     def get(self, invoke_id: str) -> Invocation | None:
-        with self._lock:
-            return self._active.get(invoke_id)
+        return self._active.get(invoke_id)
 
     def running_on(self, node_id: str) -> list[Invocation]:
-        with self._lock:
-            return [i for i in self._active.values() if i.node_id == node_id]
+        return [i for i in self._active.all() if i.node_id == node_id]
 
     def cancel(self, invocation: Invocation) -> None:
         """End its process group; the result then says so."""
@@ -9707,7 +9749,7 @@ class Invocations:
 
     def give_up(self, invocation: Invocation, reason: str) -> None:
         """End an invocation whose result will not come."""
-        self._forget(invocation)
+        self._active.remove(invocation)
         if invocation.future.done():
             return
         message = (
@@ -9720,12 +9762,10 @@ class Invocations:
 
     def give_up_overdue(self) -> None:
         """Give up what should have ended long ago; called every second or so."""
-        with self._lock:
-            overdue = [i for i in self._active.values() if i.deadline.expired]
-        for invocation in overdue:
-            self.give_up(
-                invocation, f"no result {LOST_AFTER:.0f} s after the command's timeout"
-            )
+        for invocation in self._active.all():
+            if invocation.deadline.expired:
+                reason = f"no result {LOST_AFTER:.0f} s after the command's timeout"
+                self.give_up(invocation, reason)
 
     def _of_node(self, node_id: str, invoke_id: str) -> Invocation | None:
         # A node answers its own invocations only, whatever ids it names.
@@ -9733,41 +9773,29 @@ class Invocations:
         return invocation if invocation and invocation.node_id == node_id else None
 
     def _register(self, invocation: Invocation) -> None:
-        """Make it known, here and in the audit, before the node can answer."""
-        with self._lock:
-            known = self._active.setdefault(invocation.id, invocation)
+        """Make it known, here and in the audit, before the node can answer.
+
+        Raises RpcError CONFLICT for an id that is not new, StoreError.
+        """
+        known = not self._active.add(invocation)
         try:
-            if known is not invocation or not self._note(invocation):
+            if known or not self._note(invocation):
                 raise RpcError(
                     "CONFLICT", f"the invocation {invocation.id} was asked for before"
                 )
         except MoltisError:
-            if known is invocation:
-                self._forget(invocation)
+            self._active.remove(invocation)
             raise
 
     def _note(self, invocation: Invocation) -> bool:
         """Write the audit row of a command; False where its id is not new."""
-        if invocation.command != RUN:
+        if invocation.command != SYSTEM_RUN:
             return True
-        args, origin = invocation.args, invocation.origin
-        return self._commands.add(
-            CommandRecord(
-                invoke_id=invocation.id,
-                asked_at=now_ms(),
-                caller_kind=origin.kind,
-                caller_name=origin.name,
-                session_key=origin.session_key,
-                node_id=invocation.node_id,
-                node_name=invocation.node_name,
-                command=args["command"],
-                cwd=args.get("cwd"),
-            )
-        )
+        return self._commands.add(command_record(invocation))
 
     def _note_end(self, invocation: Invocation, end: CommandEnd) -> None:
         try:
-            if invocation.command == RUN:
+            if invocation.command == SYSTEM_RUN:
                 self._commands.end(invocation.id, end)
         except StoreError as error:
             # The caller gets the result all the same; the row stays open till resume.
@@ -9781,15 +9809,11 @@ class Invocations:
             if not node.resumes:
                 self.give_up(invocation, "the node disconnected")
 
-    def _forget(self, invocation: Invocation) -> None:
-        with self._lock:
-            self._active.pop(invocation.id, None)
-
     def _accept_if_consumed(
         self, invocation: Invocation, accept: Callable[[], None] | None = None
     ) -> None:
         if invocation.accept_when_consumed(accept):
-            self._forget(invocation)
+            self._active.remove(invocation)
 
     def _take_whole_output(self, invocation: Invocation, result: JsonObject) -> None:
         # A node that does not stream sends its output with the result.
@@ -9809,7 +9833,7 @@ class Invocations:
             invocation = Invocation(
                 record.invoke_id,
                 (record.node_id, record.node_name),
-                RUN,
+                SYSTEM_RUN,
                 {"command": record.command},
                 Origin(record.caller_kind, record.caller_name, record.session_key),
                 CollectingSink(0),
@@ -9819,8 +9843,7 @@ class Invocations:
                 self.give_up(invocation, "the node came back without it")
                 continue
             invocation.restart_at(item.stdout, item.stderr)
-            with self._lock:
-                self._active[invocation.id] = invocation
+            self._active.add(invocation)
 
 
 class LocalPeer:
@@ -10596,8 +10619,8 @@ class Agent:
 
 # ==============================================================================
 # Gateway
-# Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Telemetry,
-#       Machine, Store, Access, Fleet
+# Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Machine, Store,
+#       Access, Fleet
 #
 # What peers may ask of the gateway, and what it tells them: RPC methods by role in
 # one table, and events to those who subscribed.  A peer's role comes from its
@@ -11218,12 +11241,11 @@ class Gateway:
         """
         connection = Connection(ws)
         with self._lock:
-            refused = self._closed
             self._connections.add(connection)
+            stops = self._closed
         try:
-            if refused:
-                raise ConnectionClosed(CloseCode.GOING_AWAY, "the gateway stops")
-            self._introduce(connection, address, login)
+            if not stops:
+                self._introduce(connection, address, login)
         except ConnectionClosed as error:
             ws.close(error.code, error.reason, timeout=0)
         except TimeoutError:
@@ -11925,13 +11947,17 @@ class HttpDoor:
 
 # ==============================================================================
 # Operator client
-# Uses: WebSocket connections, Wire protocol, Commands
+# Uses: Settings, WebSocket frames, WebSocket connections, Wire protocol, Commands,
+#       Machine
 #
 # The command line's side of a gateway: calls, events, and commands whose streams
 # come back while they run.  What is printed is the command line's business.
 # ==============================================================================
 
 CALL_TIMEOUT = 30.0  # s; for an answer that needs no node
+
+
+def _ignore(_news: object) -> None: ...
 
 
 class OperatorClient:
@@ -11943,10 +11969,10 @@ class OperatorClient:
         Raises Unreachable, or Refused where the key opens nothing.
         """
         self._url = url
-        self._ws = connect(websocket_url(url))
+        self._ws = connect(websocket_url(url), compression=False)
         self._calls = Calls(self._ws.send)
-        self._on_event: Callable[[Event], None] = lambda event: None
-        self._on_chunk: Callable[[Chunk], None] = lambda chunk: None
+        self._on_event: Callable[[Event], None] = _ignore
+        self._on_chunk: Callable[[Chunk], None] = _ignore
         self._reader = threading.Thread(
             target=self._read, name="moltis-read-gateway", daemon=True
         )
@@ -12170,7 +12196,8 @@ class RemoteCommands:
         while True:
             data = read(MAX_CHUNK)
             with self._stdin_changed:
-                self._stdin_changed.wait_for(lambda: self._stdin.room >= len(data))
+                while self._stdin.room < len(data):
+                    self._stdin_changed.wait()
                 self._stdin.append(data)
             self._send_stdin()
             if not data:
@@ -12253,7 +12280,7 @@ class RemoteCommands:
 
 # ==============================================================================
 # Command line
-# Uses: Settings, WebSocket connections, Wire protocol, Commands, Telemetry, Machine,
+# Uses: Settings, Wire protocol, Commands, Telemetry, Machine,
 #       Node agent, Node service, Store, Access, Fleet, Gateway, HTTP, Operator client
 #
 # What a person types: a pair of functions for each subcommand, its arguments and its
@@ -12277,10 +12304,12 @@ class Output:
 
     def say(self, text: str) -> None:
         """Tell the person something; the answer is not in it."""
-        print(text, file=sys.stderr, flush=True)
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
     def answer(self, text: str) -> None:
-        print(text, flush=True)
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
     def json(self, value: object) -> None:
         self.answer(json.dumps(value, indent=2, ensure_ascii=False))
@@ -12422,6 +12451,7 @@ def add_gateway(subcommands: Subcommands) -> None:
 
 
 def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, BadConfiguration."""
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port takes 0 to 65535, not {args.port}")
     logging.basicConfig(
@@ -12467,7 +12497,7 @@ class GatewayLock:
 
         make_private_directory(self._path.parent)
         try:
-            self._file = open(self._path, "a+")  # noqa: SIM115  open until __exit__
+            self._file = open(self._path, "a+")
         except OSError as error:
             raise BadConfiguration(
                 f"cannot write {self._path}: {error.strerror}"
@@ -12628,6 +12658,9 @@ class RunningNode:
             self._on_end()
 
 
+def _ignore_state(_connected: bool, _error: str | None) -> None: ...
+
+
 def start_demo_node(context: Context, gateway: RunningGateway) -> RunningNode:
     """Start a node on this machine, with a token and a directory of its own."""
     directory = context.directory / DEMO_DIRECTORY
@@ -12640,7 +12673,7 @@ def start_demo_node(context: Context, gateway: RunningGateway) -> RunningNode:
         display_name="Demo node",
     )
     settings.save(directory)
-    return RunningNode(settings, context.environ, lambda connected, error: None)
+    return RunningNode(settings, context.environ, _ignore_state)
 
 
 def add_node_add(subcommands: Subcommands) -> None:
@@ -12689,7 +12722,7 @@ def node_settings(args: argparse.Namespace, context: Context) -> NodeSettings:
 
     Raises UserError where something is missing or makes no sense.
     """
-    offer = join_offer(args, context)
+    offer = join_offer(args)
     host = args.host or offer.get("gateway_url")
     host = host or context.environ.get("MOLTIS_GATEWAY_URL")
     token = args.token or offer.get("device_token")
@@ -12717,7 +12750,7 @@ def node_settings(args: argparse.Namespace, context: Context) -> NodeSettings:
     )
 
 
-def join_offer(args: argparse.Namespace, context: Context) -> JsonObject:
+def join_offer(args: argparse.Namespace) -> JsonObject:
     """Return what a join link, or JSON on standard input, says; {} without either.
 
     Raises UserError.
@@ -12850,6 +12883,7 @@ def add_node_run(subcommands: Subcommands) -> None:
 
 
 def cmd_node_run(_args: argparse.Namespace, context: Context) -> int:
+    """Raises BadConfiguration."""
     settings = NodeSettings.load(context.directory)
     if settings is None:
         raise BadConfiguration(
@@ -13123,6 +13157,7 @@ def add_node_exec(subcommands: Subcommands) -> None:
 
 
 def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, Unreachable, Refused."""
     if not args.command:
         raise UsageError("no command; put it after --, as in: node exec pi -- uptime")
     if args.all == bool(args.nodes):
