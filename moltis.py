@@ -5885,7 +5885,8 @@ class ModelProvider:
         if self._api_key:  # some servers quote it
             text = text.replace(self._api_key, "…")
         message = f"{self.spec.label}: {text}" + (f" ({status})" if status else "")
-        if OVERLONG_PATTERN.search(text):
+        # "Too many tokens" of the last minute are another matter.
+        if status != 429 and OVERLONG_PATTERN.search(text):
             return ContextTooLong(message, detail)
         if status in (401, 403):
             return ModelError(f"{message}; is the API key right?", detail)
@@ -5916,7 +5917,10 @@ class OllamaProvider(ModelProvider):
 
     def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
         name = _text_of(listed, "name")
-        shown = self._ask("POST", "/api/show", {"model": name}, cancel)
+        try:
+            shown = self._ask("POST", "/api/show", {"model": name}, cancel)
+        except ModelError:  # one that is broken must not hide the others
+            return None
         abilities = shown.get("capabilities")
         if not isinstance(abilities, list):  # before 0.6.4 it did not say
             abilities = ["completion", "tools"]
@@ -10043,7 +10047,8 @@ class Approvals:
                 self._always.add((question[0], question[1].node_id))
         if question is None:
             raise RpcError("NOT_FOUND", "this question is closed: decided, or too old")
-        question[2].set_result(Verdict(allowed, by, "denied by the user"))
+        reason = "" if allowed else "denied by the user"
+        question[2].set_result(Verdict(allowed, by, reason))
 
     def pending(self, session_key: str) -> list[JsonObject]:
         """Return the commands of a session that wait for an answer."""

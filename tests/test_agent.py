@@ -318,9 +318,7 @@ def test_an_error_of_the_model_ends_the_run_and_keeps_what_was_said(chat):
     turn = [Delta("text", "The disk "), ModelError("the stream broke off")]
     last = chat.run(Scripted(turn))
     assert last == Step("error", {"message": "the stream broke off"})
-    assert chat.session.stored[-1].text == "The disk \n\n[broke off]".replace(
-        "broke", "broken"
-    )
+    assert chat.session.stored[-1].text == "The disk \n\n[broken off]"
 
 
 def test_a_stream_without_end_is_no_answer(chat):
@@ -541,7 +539,7 @@ def test_a_question_is_answered_once():
             approvals.answer("i", allowed=False, by="ben")
 
     verdict = approvals.ask("main", planned, answer_twice, Cancellation())
-    assert verdict == Verdict(True, "anna", "denied by the user")
+    assert verdict == Verdict(True, "anna")
 
 
 # --- Shell ---

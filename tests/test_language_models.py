@@ -956,6 +956,13 @@ def test_an_end_without_done_is_an_end(script, vendor):
 
 
 @only_openai
+def test_too_many_tokens_a_minute_are_no_long_conversation(script, vendor):
+    script.refuse(429, "Too many tokens, please wait")
+    script.stream(vendor.answer("ok"))
+    assert text_of(script.ask()) == "ok"
+
+
+@only_openai
 def test_a_used_up_quota_is_not_asked_again(script):
     script.refuse(429, "You exceeded your current quota", "insufficient_quota")
     with pytest.raises(ModelError, match="quota") as caught:
@@ -1264,7 +1271,7 @@ def listing(replies):
         found = replies[handler.path]
         if callable(found):
             found = found(json.loads(handler.body))
-        return 200, {}, [json.dumps(found).encode()]
+        return 404 if "error" in found else 200, {}, [json.dumps(found).encode()]
 
     return ScriptedServer(reply)
 
@@ -1275,6 +1282,7 @@ def test_ollama_lists_what_can_chat_and_what_can_use_tools():
         "gemma3": {"capabilities": ["completion"]},
         "nomic-embed-text": {"capabilities": ["embedding"]},
         "of-an-old-server": {},
+        "broken": {"error": "no such blob"},
     }
     replies = {
         "/api/tags": {"models": [{"name": name} for name in abilities]},
