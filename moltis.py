@@ -925,16 +925,17 @@ class FrameParser:
         self._key = b""
         self._remaining = 0  # bytes of its payload not yet handed on
 
-    def frames(self, data: bytes) -> Iterator[Frame]:
-        """Yield the frames `data` brings.  Raises ProtocolError at a bad header."""
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the peer.  What came before should have been used up."""
         # Nothing is copied when nothing waits: CPython returns `data` for b"" + data.
         self._buffer = self._buffer[self._position :] + data
         self._position = 0
-        while self._frame is not None or self._read_header():
-            frame = self._take_payload()
-            if frame is None:
-                return
-            yield frame
+
+    def next_frame(self) -> Frame | None:
+        """Return the next frame, or None for want of bytes.  Raises ProtocolError."""
+        if self._frame is None and not self._read_header():
+            return None
+        return self._take_payload()
 
     def _read_header(self) -> bool:
         """Take a header off the buffer; return False while it is not there in full."""
@@ -1674,27 +1675,29 @@ class WebSocketProtocol:
         self._verdict = self._verdict or (code, reason)
         self._outgoing.clear()
 
-    def receive(self, data: bytes) -> list[Message]:
-        """Take bytes from the peer; return the messages that they complete.
+    def receive(self, data: bytes = b"") -> Message | None:
+        """Take bytes from the peer; return the next message, or None for want of more.
 
+        One at a time, and call again without data for the next: so what is sent in
+        answer to a message goes out before whatever the bytes after it bring about.
         A peer that breaks the protocol fails the connection: see `close_code`.
         """
-        messages: list[Message] = []
-        if self.ended:
-            return messages  # RFC 6455 §1.4 and §7.1.7: not to be looked at any more
+        if not self.ended:  # RFC 6455 §1.4, §7.1.7: what follows is not looked at
+            self._parser.feed(data)
         try:
-            for frame in self._parser.frames(data):
+            while not self.ended:
+                frame = self._parser.next_frame()
+                if frame is None:
+                    return None
                 if is_control(frame.opcode):
                     self._receive_control(frame)
-                    if self._close_received:
-                        break
                     continue
                 message = self._reader.add(frame)
                 if message is not None:
-                    messages.append(message)
+                    return message
         except ProtocolError as error:
             self.fail(error.close_code, str(error))
-        return messages
+        return None
 
     def outgoing(self) -> bytes:
         """Return, once, the bytes that have to go to the peer."""
@@ -1743,7 +1746,7 @@ class WebSocketProtocol:
 # ==============================================================================
 
 MAX_OUTBOX = 16 * 1024 * 1024  # bytes that wait for a peer to read, unless told else
-READ_SIZE = 64 * 1024  # bytes; bounds what one read can decompress to (1,030 times)
+READ_SIZE = 64 * 1024  # bytes
 TLS_WRITE_SIZE = 256 * 1024  # bytes; OpenSSL takes what it is given whole, or not yet
 CLOSE_TIMEOUT = 2.0  # s for the peer's part of a closing handshake
 
@@ -1767,7 +1770,7 @@ def wait_for_socket(
 
 
 class PlainChannel:
-    """A stream socket that never blocks its user."""
+    """A stream socket that never blocks who holds the lock around its use."""
 
     certificate: bytes | None = None
 
@@ -1777,6 +1780,8 @@ class PlainChannel:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
         self.drained = True  # whether to wait before reading makes sense
+        self._waiting = 0  # threads: the socket stays open for them
+        self._closed = False
         self.read_needs_write = False  # only TLS turns the two around
         self.write_needs_read = False
 
@@ -1800,22 +1805,41 @@ class PlainChannel:
             return 0
 
     def end_writing(self) -> None:
-        """Tell the peer that nothing more comes."""
+        """Tell the peer, once, that nothing more comes."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
 
-    def shut(self) -> None:
-        """End the connection now; whoever waits for the socket wakes up."""
-        with contextlib.suppress(OSError):
-            # Not SSLSocket's own, which goes on without encryption.
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+    def wait(
+        self, lock: threading.Lock, *, write: bool = False, timeout: float | None = None
+    ) -> None:
+        """Release `lock`, wait until the socket is ready or closed, and take it again.
+
+        Returns after `timeout` s all the same.
+        """
+        self._waiting += 1
+        lock.release()
+        try:
+            wait_for_socket(self.sock, write=write, timeout=timeout)
+        finally:
+            lock.acquire()
+            self._waiting -= 1
+            if self._closed:
+                self.close()
 
     def close(self) -> None:
-        self.sock.close()
+        """End the connection now; whoever waits for the socket wakes up."""
+        if not self._closed:
+            self._closed = True
+            with contextlib.suppress(OSError):
+                # Not SSLSocket's own, which goes on without encryption.
+                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+        # Not before: the number of a closed descriptor may be another's at once.
+        if not self._waiting:
+            self.sock.close()
 
 
 class TlsChannel(PlainChannel):
-    """The same with TLS: the caller's lock keeps reads and writes apart."""
+    """The same with TLS; the lock keeps reads and writes apart, which OpenSSL needs."""
 
     def __init__(self, sock: ssl.SSLSocket) -> None:
         import ssl
@@ -1881,21 +1905,26 @@ def _remote_ip(sock: socket.socket) -> str:
 class Outbox:
     """The bytes that a channel has not yet taken, in their order."""
 
-    def __init__(self, channel: PlainChannel) -> None:
+    def __init__(self, channel: PlainChannel, limit: int) -> None:
         self._channel = channel
+        self._limit = limit  # bytes
         self._pieces: collections.deque[memoryview] = collections.deque()
-        self.size = 0  # bytes; whoever puts something here keeps it bounded
+        self._size = 0  # bytes
         self.broken = False  # whether a write has failed: nothing gets out any more
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
+
+    def has_room(self, size: int) -> bool:
+        """Return whether `size` more bytes may wait; a single piece always may."""
+        return not self._pieces or self._size + size <= self._limit
 
     def put(self, data: bytes) -> None:
         """Write at once what the channel takes, and keep the rest."""
         if data and not self.broken:
             waiting = bool(self._pieces)
             self._pieces.append(memoryview(data))
-            self.size += len(data)
+            self._size += len(data)
             if not waiting:
                 self.write()
 
@@ -1906,7 +1935,7 @@ class Outbox:
                 sent = self._channel.write(self._pieces[0])
                 if not sent:
                     return
-                self.size -= sent
+                self._size -= sent
                 if sent < len(self._pieces[0]):
                     # TLS wants to be given the same bytes again: never join pieces.
                     self._pieces[0] = self._pieces[0][sent:]
@@ -1919,7 +1948,7 @@ class Outbox:
 
     def clear(self) -> None:
         self._pieces.clear()
-        self.size = 0
+        self._size = 0
 
 
 class WebSocket:
@@ -1944,25 +1973,18 @@ class WebSocket:
         self.compression = protocol.compression
         self._channel = _open_channel(sock)
         self._name = name or self.remote_ip
-        self._max_outbox = max_outbox  # bytes; over it the peer is dropped with 1013
-        # Guards all below, and that nobody reads and writes at the same moment, which
-        # OpenSSL forbids.  I/O under it never blocks.
+        # Guards all below and the channel, whose I/O never blocks.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._protocol = protocol
-        self._inbox: collections.deque[Message] = collections.deque()
-        self._outbox = Outbox(self._channel)
+        self._arrived = early  # read, and not yet given to the protocol
+        self._outbox = Outbox(self._channel, max_outbox)  # full: dropped with 1013
         self._writer: threading.Thread | None = None
         self._writing = False  # whether _writer has not ended its work
         self._reading = False  # whether a thread is in receive(), or reads in close()
-        self._waiting = 0  # threads that wait for the socket: it stays open for them
         self._finished = False
         self._linger = Deadline(None)  # for the peer to end the TCP connection
         self._last_arrival = time.monotonic()
-        if early:
-            self._inbox.extend(protocol.receive(early))
-            with self._lock:
-                self._transmit()
 
     def __enter__(self) -> WebSocket:
         return self
@@ -2037,13 +2059,16 @@ class WebSocket:
         deadline = Deadline(timeout)
         late = False  # looked at after a read, so that a timeout of 0 reads once
         with self._lock:
-            while not self._inbox and not self._finished:
+            while True:
+                message = self._next_message()
+                if message is not None:
+                    return message
+                if self._finished:
+                    break
                 if late:
                     raise TimeoutError(f"no message for {timeout} s")
                 self._read(deadline)
                 late = deadline.expired
-            if self._inbox:
-                return self._inbox.popleft()
             if self._protocol.close_code in CLEAN_CLOSE_CODES:
                 return None
             raise self._closed_error()
@@ -2063,8 +2088,9 @@ class WebSocket:
             self._protocol.close(code, reason)
             self._transmit(bounded=False)
             while not self._finished and not deadline.expired:
+                while self._next_message() is not None:
+                    pass
                 self._read(deadline)
-                self._inbox.clear()
             self._finish()
             writer = self._writer
         if writer is not None:
@@ -2085,40 +2111,38 @@ class WebSocket:
         code = self._protocol.close_code or CloseCode.ABNORMAL
         return ConnectionClosed(code, self._protocol.close_reason)
 
+    def _next_message(self) -> Message | None:
+        """Return a message that has arrived, and answer what came before it."""
+        message = self._protocol.receive(self._arrived)
+        self._arrived = b""
+        self._transmit()
+        return message
+
     def _read(self, deadline: Deadline) -> None:
         """Read once, waiting for it; or wait for the thread that is reading."""
         if self._reading:
             self._changed.wait(deadline.remaining())
             return
         self._reading = True
-        if self._channel.drained:
-            limits = (deadline.remaining(), self._linger.remaining())
-            self._wait(
-                write=self._channel.read_needs_write,
-                timeout=min((s for s in limits if s is not None), default=None),
-            )
+        try:
+            if self._channel.drained:
+                limits = (deadline.remaining(), self._linger.remaining())
+                self._channel.wait(
+                    self._lock,
+                    write=self._channel.read_needs_write,
+                    timeout=min((s for s in limits if s is not None), default=None),
+                )
+        finally:  # Ctrl+C ends a wait too, and reading goes on after it
+            self._reading = False
+            self._changed.notify_all()
         if not self._finished:
             self._take(self._channel.read())
-        self._reading = False
-        self._changed.notify_all()
-
-    def _wait(self, *, write: bool, timeout: float | None) -> None:
-        """Wait for the socket, without the lock."""
-        self._waiting += 1
-        self._lock.release()
-        try:
-            wait_for_socket(self._channel.sock, write=write, timeout=timeout)
-        finally:
-            self._lock.acquire()
-            self._waiting -= 1
-            self._close_when_unused()
 
     def _take(self, data: bytes | None) -> None:
         """Deal with what a read brought."""
         if data:
             self._last_arrival = time.monotonic()
-            self._inbox.extend(self._protocol.receive(data))
-            self._transmit()
+            self._arrived = data
         elif data is not None:
             self._finish()
         if self._linger.expired:
@@ -2127,11 +2151,7 @@ class WebSocket:
     def _transmit(self, *, bounded: bool = True) -> None:
         """Write what the protocol has to say, and leave the rest to the writer."""
         data = self._protocol.outgoing()
-        if (
-            bounded
-            and self._outbox
-            and self._outbox.size + len(data) > self._max_outbox
-        ):
+        if bounded and not self._outbox.has_room(len(data)):
             # No Close frame: it would wait behind what the peer does not read.
             self._protocol.give_up(CloseCode.TRY_AGAIN_LATER, "the peer does not read")
             self._finish()
@@ -2155,7 +2175,9 @@ class WebSocket:
             while self._outbox:
                 reads = self._channel.write_needs_read
                 # What it needs to read, the reader may have taken: look again soon.
-                self._wait(write=not reads, timeout=0.05 if reads else None)
+                self._channel.wait(
+                    self._lock, write=not reads, timeout=0.05 if reads else None
+                )
                 self._outbox.write()
             self._writing = False
             self._settle()
@@ -2163,11 +2185,9 @@ class WebSocket:
 
     def _settle(self) -> None:
         """After the closing handshake: end our half, and give the peer its time."""
-        if not self._protocol.ended:
-            return
-        if self._linger.remaining() is None:
+        if self._protocol.ended and self._linger.remaining() is None:
             self._linger = Deadline(CLOSE_TIMEOUT)
-        if not self._outbox and self._protocol.closes_first:
+        if self._protocol.closes_first and not self._outbox:
             self._channel.end_writing()
 
     def _finish(self) -> None:
@@ -2177,14 +2197,8 @@ class WebSocket:
         self._finished = True
         self._protocol.give_up()
         self._outbox.clear()
-        self._channel.shut()
-        self._close_when_unused()
+        self._channel.close()
         self._changed.notify_all()
-
-    def _close_when_unused(self) -> None:
-        # Not before: the number of a closed descriptor may be another's at once.
-        if self._finished and not self._waiting:
-            self._channel.close()
 
 
 def connect(
