@@ -3123,8 +3123,8 @@ GROUP_LOOK = 0.05  # s between looks for survivors of a group that has to end
 LONGEST_POLL = 3600.0  # s; poll() takes a C int of ms
 WORKER_LINGER = 10.0  # s that a thread waits for another command
 
-# A million lines written one by one are 10,000 chunks with this, 45,000 without; the
-# first line, and the last before the command ends, are not held up.
+# 300,000 lines echoed one by one are 200 chunks with this, 45,000 without; the first
+# line, and the last before the command ends, are not held up.
 LINE_PAUSE = 0.002  # s in which a pipe is left to collect
 LINE_CHUNK = 4096  # bytes; where less than this arrives so soon after the last read
 
@@ -3343,6 +3343,7 @@ class CommandStreams:
         self._windows = {STDOUT: OutputWindow(), STDERR: OutputWindow()}
         self._paused: set[int] = set()  # kinds whose window was full
         self._input = InputWindow()
+        self._told = 0  # offset of the input that the sender knows to be consumed
         self._delivering = False  # some thread is in deliver()
         self._finished = False  # nothing is read any more; rewinds deliver
 
@@ -3469,11 +3470,14 @@ class CommandStreams:
             return self._input.exhausted
 
     def consume_stdin(self, count: int) -> None:
-        """Drop what peek_stdin() gave up to `count`, and tell the sender."""
+        """Drop up to `count` bytes, and tell the sender from time to time."""
         with self._lock:
             self._input.consume(count)
             consumed = self._input.consumed
-        if self._on_stdin is not None:
+            # A command that reads line by line takes 4 KiB at a time.
+            due = consumed == self._input.arrived or consumed >= self._told + MAX_CHUNK
+            self._told = consumed if due else self._told
+        if due and self._on_stdin is not None:
             with contextlib.suppress(ConnectionClosed):
                 self._on_stdin(consumed)
 
@@ -3911,7 +3915,7 @@ class Command:
             duration=(loop.exited_at or time.monotonic()) - started,
             timed_out=loop.timed_out,
             cancelled=self._cancelled and not loop.timed_out,
-            error="it is still there after SIGKILL" if exit_code is None else None,
+            error=None if exit_code is not None else "it survived even SIGKILL",
         )
 
 
@@ -4084,8 +4088,8 @@ class CommandRunner:
             self._run(job)
 
     def _call_worker(self) -> None:
-        # An idle thread takes half the time of a new one (40 and 90 µs).  One that
-        # was called and has not come yet counts as idle still: hence the comparison.
+        # An idle thread has the command 0.2 ms earlier than a new one.  One that was
+        # called and has not come yet counts as idle still: hence the comparison.
         if len(self._line) <= self._idle:
             self._lock.notify()
         elif len(self._threads) < self._limit:
@@ -4178,7 +4182,7 @@ class ClippedBytes:
         self._tail += fresh[room:]
         # Cut when it is twice as long, so that each byte is moved only once.
         if len(self._tail) > 2 * self._tail_limit:
-            del self._tail[: -self._tail_limit]
+            del self._tail[: len(self._tail) - self._tail_limit]
 
     @property
     def cut(self) -> int:
@@ -4191,9 +4195,10 @@ class ClippedBytes:
             return (self._head + self._tail).decode("utf-8", "replace")
         # A character that the cut went through is left out with what was cut.
         head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
-        tail = bytes(self._tail[-self._tail_limit :])
-        while tail and tail[0] & 0xC0 == 0x80:
-            tail = tail[1:]
+        tail = self._tail[len(self._tail) - self._tail_limit :]
+        for _ in range(3):
+            if tail[:1] and tail[0] & 0xC0 == 0x80:
+                del tail[0]
         return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
 
 

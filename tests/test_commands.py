@@ -654,6 +654,16 @@ def test_long_input_flows_within_its_window():
     assert reader.consumed[-1] == len(data)
 
 
+def test_a_slow_consumer_of_input_is_not_reported_byte_by_byte():
+    script = "import os\nwhile os.read(0, 1000): pass"
+    with Background(python(script), stdin=True) as background:
+        command, reader = background.command, background.reader
+        feed(command, b"x" * MIB)
+        assert background.wait().exit_code == 0
+    assert reader.consumed[-1] == MIB
+    assert len(reader.consumed) <= MIB // moltis.MAX_CHUNK
+
+
 def test_input_that_was_here_before_is_skipped():
     command, reader = make("cat", stdin=True)
     command.write_stdin(0, b"abcd")
@@ -929,10 +939,19 @@ def test_a_cut_leaves_no_broken_characters():
     assert clipped.text() == "äö\n… 9 bytes cut …\nöü"
 
 
+def test_nothing_may_be_kept_at_all():
+    clipped = moltis.ClippedBytes(0)
+    for offset in range(100):
+        clipped.add(offset, b"x")
+    assert clipped.text() == "\n… 100 bytes cut …\n"
+
+
 def test_bytes_that_are_no_text_are_replaced():
     clipped = moltis.ClippedBytes(100)
     clipped.add(0, b"a\xff\xfeb\xc3")
     assert clipped.text() == "a��b�"
+    clipped.add(5, b"\x80" * 200)
+    assert clipped.text().endswith(" bytes cut …\n" + 47 * "�")
 
 
 # Under load
