@@ -7138,6 +7138,29 @@ def own_program() -> bytes | None:
         return None
 
 
+def check_program(text: bytes) -> None:
+    """Raises BadConfiguration unless `text` is a whole moltis, not older than this."""
+    # Its last lines too: half a program may compile as well.
+    parts = (
+        rb'^"""moltis:',
+        rb'^__version__ = "([\d.]+)"$',
+        rb"^if __name__ == .*\n.*\n\Z",
+    )
+    found = [re.search(part, text, re.MULTILINE) for part in parts]
+    if not all(found):
+        raise BadConfiguration("what the gateway serves is not moltis.py, or only half")
+    version = found[1].group(1).decode("ascii") if found[1] else ""
+    if _version_numbers(version) < _version_numbers(__version__):
+        raise BadConfiguration(
+            f"the gateway serves moltis {version}, which is older than this "
+            f"{__version__}; upgrade the gateway first"
+        )
+
+
+def _version_numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".") if number]
+
+
 def install_program(directory: Path, text: bytes) -> Path:
     """Put the program's `text` into the data directory, compiled too; return its path.
 
@@ -12454,7 +12477,12 @@ def add_gateway(subcommands: Subcommands) -> None:
         help="serve the page, the nodes and the command line",
         **_example("moltis gateway --demo-node"),
     )
-    parser.add_argument("--bind", default="127.0.0.1", metavar="ADDRESS")
+    parser.add_argument(
+        "--bind",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen (default: 127.0.0.1, this machine alone)",
+    )
     parser.add_argument(
         "--port", type=int, default=DEFAULT_PORT, help="0: any free one"
     )
@@ -12829,6 +12857,7 @@ def install_node(settings: NodeSettings, context: Context) -> int:
     if text is None:
         scheme = "https" if settings.gateway_url.startswith("wss:") else "http"
         text = fetch(f"{scheme}://{urlsplit(settings.gateway_url).netloc}/moltis.py")
+        check_program(text)
     install_program(directory, text)
     spec = ServiceSpec(service_python(), directory, Path.home())
     service = service_manager(spec, context.environ)
@@ -12950,7 +12979,7 @@ def add_node_status(subcommands: Subcommands) -> None:
         help="show how this machine's node is doing",
         **_example("moltis node status"),
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
     parser.set_defaults(run=cmd_node_status)
 
 
@@ -12999,7 +13028,9 @@ def add_node_logs(subcommands: Subcommands) -> None:
         help="print the path of this machine's node log, or follow it",
         **_example("moltis node logs -f"),
     )
-    parser.add_argument("-f", "--follow", action="store_true")
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="print what comes until Ctrl+C"
+    )
     parser.set_defaults(run=cmd_node_logs)
 
 
@@ -13028,7 +13059,7 @@ def add_node_generate_token(subcommands: Subcommands) -> None:
     )
     parser.add_argument("--name", default="", help="what the node is to be called")
     add_gateway_options(parser)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
     parser.set_defaults(run=cmd_node_generate_token)
 
 
@@ -13044,7 +13075,7 @@ def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
             {**made, "gatewayUrl": host, "command": f"moltis {command}"}
         )
         return EXIT_OK
-    page = "http" + host[2:].removesuffix("/ws")
+    page = "http" + host[2 : -len("/ws")]
     context.output.answer(
         f"Device token: {token}\n"
         "Run this on the remote machine:\n"
@@ -13060,7 +13091,7 @@ def add_node_list(subcommands: Subcommands) -> None:
         "list", help="show the machines of the gateway", **_example("moltis node list")
     )
     add_gateway_options(parser)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
     parser.set_defaults(run=cmd_node_list)
 
 

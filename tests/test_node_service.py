@@ -88,6 +88,24 @@ def test_the_program_knows_its_own_text():
     assert moltis.own_program() == Path(moltis.__file__).read_bytes()
 
 
+def test_what_a_gateway_serves_must_be_a_whole_moltis():
+    text = moltis.own_program()
+    moltis.check_program(text)
+    moltis.check_program(text.replace(b'__version__ = "', b'__version__ = "10'))
+    half = text[: text.index(b"\n# Node service")]
+    for wrong in (b"", b"<html></html>", half, STAND_IN):
+        with pytest.raises(moltis.BadConfiguration, match=r"not moltis\.py"):
+            moltis.check_program(wrong)
+
+
+def test_what_a_gateway_serves_must_not_be_older():
+    text = moltis.own_program().replace(
+        b'__version__ = "%s"' % moltis.__version__.encode(), b'__version__ = "0.0.9"'
+    )
+    with pytest.raises(moltis.BadConfiguration, match=r"0\.0\.9, which is older"):
+        moltis.check_program(text)
+
+
 def test_the_service_runs_on_the_interpreter_beneath_a_virtual_environment():
     base = subprocess.check_output(
         [moltis.service_python(), "-c", "import sys; print(sys.prefix)"], text=True
