@@ -3620,7 +3620,7 @@ class CommandLoop:
         self._watched: dict[int, int] = {}  # kind by descriptor, as in _poll
         self._owed: dict[int, int] = {}  # bytes in a pipe when the shell ended
         self._drain: Deadline | None = None  # from the end of the group on
-        self._look = 0.0005  # s; doubled before each look for the end
+        self._look = 0.00005  # s; doubled before each look for the end
         self._read_at: dict[int, float] = {}  # monotonic; the last read by kind
         self._collecting: dict[int, Deadline] = {}  # kinds that are left alone
 
@@ -3632,7 +3632,7 @@ class CommandLoop:
                 self._poll.register(self._group.pidfd, select.POLLIN)
             while not self._advance():
                 self._watch()
-                for descriptor, _ in self._poll.poll(math.ceil(self._pause() * 1000)):
+                for descriptor, _ in self._wait(self._pause()):
                     self._handle(descriptor, wake)
                 self._streams.deliver()
         self._streams.deliver(finish=True)
@@ -3688,6 +3688,13 @@ class CommandLoop:
                     self._close(kind)
         return not self._group.pipes
 
+    def _wait(self, seconds: float) -> list[tuple[int, int]]:
+        """Return the descriptors that are ready, with their events."""
+        if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
+            time.sleep(seconds)
+            seconds = 0.0
+        return self._poll.poll(math.ceil(seconds * 1000))
+
     def _pause(self) -> float:
         """Return the seconds until something has to be looked at."""
         waits = [LONGEST_POLL]
@@ -3706,7 +3713,7 @@ class CommandLoop:
         return min(waits)
 
     def _exit_look(self) -> float:
-        # Once the outputs are closed the end is near: looks from 1 ms on, doubling.
+        # Once the outputs are closed the end is near: from 0.1 ms on, doubling.
         if self._group.pipes.keys() - {STDIN}:
             return EXIT_LOOK
         self._look = min(EXIT_LOOK, self._look * 2)
