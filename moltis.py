@@ -8106,7 +8106,6 @@ class DevicesTable:
             " last_ip = :address, last_seen_at = :now"
             " WHERE id = :id AND revoked_at IS NULL"
             " AND ifnull(expires_at, :now) >= :now"
-            " AND ifnull(node_id, :node_id) = :node_id"
             " AND NOT EXISTS (SELECT 1 FROM devices WHERE node_id = :node_id"
             "   AND id <> :id AND revoked_at IS NULL)",
             {
@@ -12586,7 +12585,7 @@ class RunningGateway:
         self.bind = bind
         self._directory = context.directory
         with contextlib.ExitStack() as stack:
-            store = Store(self._directory / STORE_FILE)
+            store = self.store = Store(self._directory / STORE_FILE)
             stack.callback(store.close)
             access = self._access = Access(store)
             previous = GatewayFile.load(self._directory)
