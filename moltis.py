@@ -8090,11 +8090,11 @@ class DevicesTable:
         capabilities: Sequence[str] = (),
         commands: Sequence[str] = (),
     ) -> bool:
-        """Note what a node said of itself, and bind its id to this device for good.
+        """Note what a node said of itself, its id first of all.
 
         Empty texts leave what is known, and a rename by an operator outlasts what
-        the node calls itself.  False where the device is bound to another node id,
-        or the node id to another device: nothing is noted then.
+        the node calls itself.  False where the id belongs to another device, or the
+        device may not come in any more: nothing is noted then.
         """
         changed = self._db.write(
             "UPDATE devices SET node_id = :node_id, expires_at = NULL,"
@@ -11380,7 +11380,7 @@ class Gateway:
         node = ConnectedNode(params.client_id, device.id, peer, params, address)
         self._fleet.claim(node, device)
         try:
-            self._devices.connect(
+            known = self._devices.connect(
                 device.id,
                 node_id=node.node_id,
                 address=address,
@@ -11391,6 +11391,8 @@ class Gateway:
                 capabilities=params.capabilities,
                 commands=params.commands,
             )
+            if not known:  # it was revoked, or its id taken, as it came in
+                raise RpcError("UNAUTHORIZED", "authentication failed")
             hello = self._hello(
                 new_id(), identity, resume=self._invocations.resumable(node)
             )

@@ -370,11 +370,12 @@ def test_a_node_id_of_another_device_is_refused(store):
     assert store.devices.by_id("d2", NOW).display_name == "d2"
 
 
-def test_a_device_keeps_its_first_node_id(store):
+def test_a_machine_that_was_installed_anew_brings_a_new_node_id(store):
     add_device(store, "d1")
     assert connect(store, "d1", "n1")
-    assert not connect(store, "d1", "n2")
-    assert store.devices.by_id("d1", NOW).node_id == "n1"
+    assert connect(store, "d1", "n2")
+    assert store.devices.by_id("d1", NOW).node_id == "n2"
+    assert store.devices.by_node_id("n1", NOW) is None
 
 
 def test_a_node_names_itself_until_an_operator_renames_it(store):
