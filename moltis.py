@@ -3970,7 +3970,7 @@ class CommandRunner:
         self._jobs: dict[str, _Job] = {}  # until they are forgotten
         self._line: collections.deque[_Job] = collections.deque()
         self._running: dict[str, None] = {}  # ids, the oldest first
-        self._settled: dict[str, None] = {}  # ids of kept results, the oldest first
+        self._settled: dict[str, int] = {}  # kept results, the oldest first; bytes held
         self._forgotten: dict[str, None] = {}  # ids; MAX_REMEMBERED, the oldest goes
         self._threads: list[threading.Thread] = []  # at most `limit`
         self._idle = 0  # of them, waiting for: _line or _closed
@@ -4137,10 +4137,14 @@ class CommandRunner:
             log.exception("command failed invocation=%s", job.invoke_id)
             result = CommandResult(None, error="the runner failed; its log says why")
             job.command.result = result
+        held = job.command.held
         with self._lock:
             self._running.pop(job.invoke_id, None)
-            self._settled[job.invoke_id] = None
-        self._trim()
+            self._settled[job.invoke_id] = held
+            held = sum(self._settled.values())  # at most: some is acknowledged by now
+            crowded = len(self._settled) > MAX_KEPT or held > MAX_KEPT_OUTPUT
+        if crowded:
+            self._trim()
         try:
             job.on_result(result)
         except ConnectionClosed:
