@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,7 +18,15 @@ import threading
 from pathlib import Path
 
 import pytest
-from support import ScriptedTools, process_exists, wait_for
+from support import (
+    Program,
+    ScriptedTools,
+    clean_environment,
+    free_port,
+    process_exists,
+    run_moltis,
+    wait_for,
+)
 
 import moltis
 
@@ -709,3 +718,175 @@ def test_a_program_without_a_session_finds_its_manager(real):
     assert manager.install() == []
     manager.start()
     assert manager.status().pid == running_state(real._spec.directory).pid
+
+
+# -- the whole way: gateway, `node add`, systemd -------------------------------------
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    """A gateway process; its data directory is `gateway.directory`."""
+    with gateway_process(tmp_path / "gateway", free_port()) as program:
+        yield program
+
+
+@contextlib.contextmanager
+def gateway_process(directory, port):
+    directory.mkdir(exist_ok=True)
+    program = Program("gateway", "--port", port, home=directory)
+    with program:
+        program.wait_for_output("Ctrl+C stops it")
+        program.directory, program.port = directory, port
+        program.url = f"ws://127.0.0.1:{port}/ws"
+        yield program
+
+
+def new_token(gateway):
+    done = run_moltis("node", "generate-token", "--json", home=gateway.directory)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["deviceToken"]
+
+
+def connected_names(gateway):
+    done = run_moltis("node", "list", "--json", home=gateway.directory)
+    nodes = json.loads(done.stdout) if done.returncode == 0 else []
+    return {n["displayName"] for n in nodes if n["connected"]} - {"Local"}
+
+
+def add_node(gateway, home, name, token=None):
+    return run_moltis(
+        *("node", "add", "--host", gateway.url, "--name", name),
+        home=home,
+        MOLTIS_DEVICE_TOKEN=token or new_token(gateway),
+    )
+
+
+@pytest.mark.systemd
+def test_an_added_node_is_there_from_then_on(real, gateway):
+    home, directory = real._spec.home, real._spec.directory
+    token = new_token(gateway)
+    done = add_node(gateway, home, "Build Server", token)
+    assert done.returncode == 0, done.stderr
+    node_id = moltis.NodeSettings.load(directory).node_id
+    for words in ("Build Server", node_id, gateway.url, "active", "node.log"):
+        assert words in done.stdout
+    assert mode_of(directory / "node.json") == 0o600
+    assert connected_names(gateway) == {"Build Server"}
+    assert list((directory / "__pycache__").glob("moltis.*.pyc"))
+
+    status = run_moltis("node", "status", "--json", home=home)
+    value = json.loads(status.stdout)
+    assert status.returncode == 0
+    assert value["connected"] is True
+    assert value["nodeId"] == node_id
+    os.kill(value["pid"], signal.SIGKILL)
+    wait_for(lambda: not connected_names(gateway), 20, "the gateway to miss it")
+    wait_for(lambda: connected_names(gateway), 40, "the node to come back")
+
+    done = add_node(gateway, home, "Build Server", token)
+    assert done.returncode == 0, done.stderr
+    assert moltis.NodeSettings.load(directory).node_id == node_id
+
+
+@pytest.mark.systemd
+def test_a_node_waits_for_a_gateway_that_is_away(real, tmp_path):
+    home, port = real._spec.home, free_port()
+    with gateway_process(tmp_path / "gateway", port) as gateway:
+        assert add_node(gateway, home, "Pi").returncode == 0
+    status = wait_for(lambda: away(home), 20, "the node to notice")
+    assert status["lastError"]
+    assert status["pid"]
+    with gateway_process(tmp_path / "gateway", port) as gateway:
+        wait_for(lambda: connected_names(gateway) == {"Pi"}, 60, "its return")
+
+
+def away(home):
+    done = run_moltis("node", "status", "--json", home=home)
+    return json.loads(done.stdout) if done.returncode == 1 else None
+
+
+@pytest.mark.systemd
+def test_a_gateway_that_is_not_there_is_said_when_the_node_is_added(real):
+    url = f"ws://127.0.0.1:{free_port()}/ws"
+    done = run_moltis(
+        *("node", "add", "--host", url, "--token", "mdt_" + "x" * 43),
+        home=real._spec.home,
+    )
+    assert done.returncode == moltis.EXIT_UNREACHABLE
+    assert "refused the connection" in done.stderr
+    assert real.status().active
+
+
+@pytest.mark.systemd
+def test_a_removed_node_leaves_no_file_but_its_log(real, gateway):
+    home, directory = real._spec.home, real._spec.directory
+    before = {path for path in home.rglob("*") if directory not in path.parents}
+    add_node(gateway, home, "Pi")
+    done = run_moltis("node", "remove", home=home)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in directory.iterdir()] == ["node.log"]
+    after = {path for path in home.rglob("*") if directory not in path.parents}
+    assert {p for p in after - before if not p.is_dir()} == set()
+    assert run_moltis("node", "remove", home=home).returncode == 0
+    assert run_moltis("node", "status", home=home).returncode == 1
+
+
+@pytest.mark.systemd
+def test_one_line_makes_a_node_of_a_machine_with_only_python(real, gateway):
+    """curl … | python3 - node add …"""
+    text = Path(moltis.__file__).read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-", "node", "add", "--host", gateway.url, "--name", "Pi"],
+        input=text,
+        check=False,
+        capture_output=True,
+        cwd="/",
+        env=clean_environment(real._spec.home, MOLTIS_DEVICE_TOKEN=new_token(gateway)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert connected_names(gateway) == {"Pi"}
+    assert (real._spec.directory / "moltis.py").read_bytes() == text
+
+
+# -- and a reboot --------------------------------------------------------------------
+
+SDTB = Path(__file__).resolve().parent.parent.parent / "shared" / "tools" / "sdtb"
+
+
+def in_machine(*words):
+    return subprocess.run(
+        [str(SDTB), *words], check=False, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def machine():
+    """A machine that boots systemd and has this one's loopback interface."""
+    if os.getuid() != 0 or not SDTB.exists():
+        pytest.skip("needs root, and ../shared/tools/sdtb to boot a machine in")
+    up = in_machine("up", "-n", "moltis-boot", "-b", str(Path(moltis.__file__).parent))
+    try:
+        assert up.returncode == 0, up.stderr
+        yield "moltis-boot"
+    finally:
+        in_machine("down", "-n", "moltis-boot")
+
+
+def test_a_node_is_back_after_a_reboot_with_nobody_logged_in(machine, gateway):
+    copied = in_machine("root", "-n", machine, "cp", moltis.__file__, "/srv/moltis.py")
+    assert copied.returncode == 0, copied.stderr
+    done = in_machine(
+        *("run", "-n", machine, "env", f"MOLTIS_DEVICE_TOKEN={new_token(gateway)}"),
+        *("/usr/bin/python3", "/srv/moltis.py", "node", "add", "--name", "Pi"),
+        *("--host", gateway.url),
+    )
+    assert done.returncode == 0, done.stderr
+    assert connected_names(gateway) == {"Pi"}
+
+    rebooted = in_machine("reboot", "-n", machine)
+    assert rebooted.returncode == 0, rebooted.stderr
+    wait_for(lambda: "Pi" in connected_names(gateway), 60, "the node to come back")
+    sessions = in_machine("root", "-n", machine, "loginctl", "list-sessions")
+    assert "tester" not in sessions.stdout
+    run = run_moltis("node", "exec", "Pi", "--", "id", "-un", home=gateway.directory)
+    assert run.stdout == "tester\n"
