@@ -7,8 +7,9 @@ import json
 import os
 import uuid
 
-import moltis
 from support import wait_for
+
+import moltis
 
 
 class InProcessGateway:

@@ -8,10 +8,11 @@ import socket
 import threading
 import uuid
 
-import moltis
 import pytest
 from peers import InProcessGateway, RawPeer, rust_connect
 from support import wait_for
+
+import moltis
 
 
 @pytest.fixture
