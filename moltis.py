@@ -1561,6 +1561,10 @@ class MessageReader:
             self._utf8.decode(payload, final)
         except UnicodeDecodeError as error:
             raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8") from error
+        # Half of a surrogate pair is the one thing that CPython's decoder waits with.
+        begun = self._utf8.getstate()[0]
+        if begun[:1] == b"\xed" and begun[1:] > b"\x9f":
+            raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8")
 
     def _finish(self, data: bytes) -> Message:
         text = self._opcode is Opcode.TEXT
@@ -1682,7 +1686,7 @@ class WebSocketProtocol:
         answer to a message goes out before whatever the bytes after it bring about.
         A peer that breaks the protocol fails the connection: see `close_code`.
         """
-        if not self.ended:  # RFC 6455 §1.4, §7.1.7: what follows is not looked at
+        if data and not self.ended:  # RFC 6455 §1.4, §7.1.7: the rest is not looked at
             self._parser.feed(data)
         try:
             while not self.ended:

@@ -1,0 +1,549 @@
+"""One connection as a state machine: RFC 6455 §5 to §8, bytes against bytes."""
+
+from __future__ import annotations
+
+import os
+import tracemalloc
+
+import pytest
+
+from moltis import (
+    CloseCode,
+    ConnectionClosed,
+    DeflateParameters,
+    Frame,
+    FrameParser,
+    Opcode,
+    PerMessageDeflate,
+    WebSocketProtocol,
+    encode_close,
+    encode_frame,
+)
+
+TEXT, BINARY, MORE = Opcode.TEXT, Opcode.BINARY, Opcode.CONTINUATION
+
+
+@pytest.fixture
+def server():
+    return WebSocketProtocol(client=False)
+
+
+@pytest.fixture
+def client():
+    return WebSocketProtocol(client=True)
+
+
+def to_server(opcode, payload=b"", **bits):
+    """Return a frame as a client sends it."""
+    return encode_frame(Frame(opcode, payload, **bits), masked=True)
+
+
+def to_client(opcode, payload=b"", **bits):
+    """Return a frame as a server sends it."""
+    return encode_frame(Frame(opcode, payload, **bits), masked=False)
+
+
+def receive_all(protocol, data=b""):
+    """Return every message that `data` brings."""
+    first = protocol.receive(data)
+    return [first, *iter(protocol.receive, None)] if first is not None else []
+
+
+def sent(protocol):
+    """Return the frames that a protocol has to send."""
+    parser = FrameParser(masked=protocol.client, compression=True, max_frame=1 << 30)
+    parser.feed(protocol.outgoing())
+    return list(iter(parser.next_frame, None))
+
+
+def close_frame(code, reason=""):
+    return Frame(Opcode.CLOSE, encode_close(code, reason))
+
+
+def connect(protocol, other):
+    """Carry bytes between the two until neither has any; return what they received."""
+    received = {protocol: [], other: []}
+    while True:
+        to_other, to_protocol = protocol.outgoing(), other.outgoing()
+        if not to_other and not to_protocol:
+            return received[protocol], received[other]
+        received[other] += receive_all(other, to_other)
+        received[protocol] += receive_all(protocol, to_protocol)
+
+
+# --- messages --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "message", ["", "hi", "äöü€😀", b"", b"\x00\xff", "x" * 70_000]
+)
+def test_messages_arrive_as_they_were_sent(server, client, message):
+    """RFC 6455 §5.6"""
+    client.send(message)
+    assert connect(client, server) == ([], [message])
+    server.send(message)
+    assert connect(client, server) == ([message], [])
+
+
+def test_a_client_masks_and_a_server_does_not(server, client):
+    """RFC 6455 §5.1"""
+    server.send("hi")
+    assert server.outgoing() == b"\x81\x02hi"
+    client.send("hi")
+    data = client.outgoing()
+    assert data[:2] == b"\x81\x82"
+    assert len(data) == 8
+
+
+def test_anything_like_bytes_can_be_sent(server):
+    server.send(bytearray(b"ab"))
+    server.send(memoryview(b"cd"))
+    assert server.outgoing() == b"\x82\x02ab\x82\x02cd"
+
+
+def test_many_messages_in_one_read_cost_no_quadratic_copying(server):
+    assert server.receive(to_server(BINARY, b"x") * 8000) == b"x"
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in iter(server.receive, None)) == 7999
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * 1024
+
+
+def test_messages_come_out_one_at_a_time(server):
+    data = to_server(TEXT, b"one") + to_server(TEXT, b"two")
+    assert server.receive(data) == "one"
+    assert server.receive() == "two"
+    assert server.receive() is None
+
+
+def test_an_answer_goes_out_before_what_the_next_bytes_bring_about(server):
+    """The echo of a message, and then the failure for what came in the same read."""
+    assert server.receive(to_server(TEXT, b"hi") + b"\xff\xff") == "hi"
+    server.send("hi")
+    assert server.receive() is None
+    assert sent(server) == [Frame(TEXT, b"hi"), close_frame(1002)]
+
+
+def test_a_fragmented_message_is_put_together(server):
+    """RFC 6455 §5.4"""
+    data = (
+        to_server(TEXT, b"one ", fin=False)
+        + to_server(MORE, b"two ", fin=False)
+        + to_server(MORE, b"", fin=False)
+        + to_server(MORE, b"three")
+    )
+    assert receive_all(server, data) == ["one two three"]
+
+
+def test_control_frames_are_answered_inside_a_fragmented_message(server):
+    """RFC 6455 §5.4"""
+    data = (
+        to_server(BINARY, b"one ", fin=False)
+        + to_server(Opcode.PING, b"?")
+        + to_server(Opcode.PONG, b"unasked")
+        + to_server(MORE, b"two")
+    )
+    assert receive_all(server, data) == [b"one two"]
+    assert sent(server) == [Frame(Opcode.PONG, b"?")]
+
+
+def test_a_continuation_of_nothing_fails_the_connection_with_1002(server):
+    """RFC 6455 §5.4"""
+    assert receive_all(server, to_server(MORE, b"x")) == []
+    assert sent(server) == [close_frame(1002)]
+
+
+def test_a_message_inside_another_fails_the_connection_with_1002(server):
+    """RFC 6455 §5.4"""
+    data = to_server(TEXT, b"x", fin=False) + to_server(TEXT, b"y")
+    assert receive_all(server, data) == []
+    assert sent(server) == [close_frame(1002)]
+
+
+def test_an_unmasked_frame_fails_the_connection_with_1002(server):
+    """RFC 6455 §5.1"""
+    server.receive(b"\x81\x02hi")
+    assert server.outgoing() == b"\x88\x02\x03\xea"
+
+
+def test_a_masked_frame_fails_a_clients_connection_with_1002(client):
+    """RFC 6455 §5.1"""
+    client.receive(to_server(TEXT, b"hi"))
+    assert sent(client) == [close_frame(1002)]
+    assert client.close_code == 1002
+
+
+def test_after_a_failure_nothing_more_is_looked_at(server):
+    """RFC 6455 §7.1.7"""
+    server.receive(b"\xff")
+    server.receive(b"\xff" + to_server(TEXT, b"hi"))
+    server.outgoing()
+    assert receive_all(server, to_server(TEXT, b"hi")) == []
+    assert receive_all(server, to_server(Opcode.PING)) == []
+    assert server.outgoing() == b""
+    with pytest.raises(ConnectionClosed) as caught:
+        server.send("hi")
+    assert caught.value.code == 1002
+
+
+# --- UTF-8 -----------------------------------------------------------------------
+
+IMPOSSIBLE = [
+    b"\x80",  # a continuation byte first
+    b"\xc0",  # could only be an overlong form
+    b"\xc1",
+    b"\xe0\x80",
+    b"\xed\xa0",  # half of a surrogate pair
+    b"\xf0\x80",
+    b"\xf4\x90",  # beyond U+10FFFF
+    b"\xf5",
+    b"\xff",
+    b"\xc3(",
+    b"\xe2\x82(",
+]
+
+
+@pytest.mark.parametrize("impossible", IMPOSSIBLE)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_text_fails_at_its_first_impossible_byte(impossible, compressed):
+    """RFC 6455 §8.1: byte by byte, in a frame that says it will go on."""
+    deflate = DeflateParameters() if compressed else None
+    server = WebSocketProtocol(client=False, deflate=deflate)
+    # A stored block, so that the compressed bytes are those of the text.
+    size = len(impossible) + 600
+    prefix = (
+        b"\x00" + size.to_bytes(2, "little") + (size ^ 0xFFFF).to_bytes(2, "little")
+    )
+    payload = (prefix if compressed else b"") + b"ok " * 100 + impossible
+    frame = to_server(TEXT, payload + b"x" * 300, fin=False, rsv1=compressed)
+    end = len(frame) - 300
+    for i in range(end - 1):
+        assert server.receive(frame[i : i + 1]) is None
+        assert server.open
+    server.receive(frame[end - 1 : end])
+    assert sent(server) == [close_frame(1007)]
+
+
+@pytest.mark.parametrize("impossible", IMPOSSIBLE)
+def test_text_fails_across_fragments_too(server, impossible):
+    """RFC 6455 §8.1"""
+    server.receive(to_server(TEXT, b"ok", fin=False))
+    for i in range(len(impossible)):
+        assert server.open
+        server.receive(to_server(MORE, impossible[i : i + 1], fin=False))
+    assert sent(server) == [close_frame(1007)]
+
+
+@pytest.mark.parametrize("text", [b"\xe2\x82", b"abc\xf0\x9f\x98"])
+def test_text_that_ends_inside_a_character_fails_with_1007(text):
+    """RFC 6455 §8.1"""
+    whole = WebSocketProtocol(client=False)
+    whole.receive(to_server(TEXT, text))
+    assert sent(whole) == [close_frame(1007)]
+    halves = WebSocketProtocol(client=False)
+    halves.receive(to_server(TEXT, text, fin=False))
+    assert halves.open
+    halves.receive(to_server(MORE))
+    assert sent(halves) == [close_frame(1007)]
+
+
+def test_characters_may_be_split_anywhere(server):
+    """RFC 6455 §5.6"""
+    text = "aé€😀" * 3
+    data = text.encode()
+    frames = [to_server(TEXT, b"", fin=False)]
+    frames += [to_server(MORE, data[i : i + 1], fin=False) for i in range(len(data))]
+    frames.append(to_server(MORE))
+    assert receive_all(server, b"".join(frames)) == [text]
+    assert [m for b in frames for m in receive_all(server, b)] == [text]
+
+
+def test_binary_may_hold_anything(server):
+    """RFC 6455 §5.6"""
+    data = to_server(BINARY, b"\xff", fin=False) + to_server(MORE, b"\xc0")
+    assert receive_all(server, data) == [b"\xff\xc0"]
+
+
+# --- limits ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("fragments", [1, 2, 7])
+def test_a_message_over_the_limit_fails_with_1009(compressed, fragments):
+    """RFC 6455 §7.4.1"""
+    deflate = DeflateParameters() if compressed else None
+
+    def answer(size):
+        server = WebSocketProtocol(client=False, deflate=deflate, max_message=1000)
+        payload = os.urandom(size)
+        if compressed:
+            sender = PerMessageDeflate(DeflateParameters(), client=True)
+            payload = sender.compress(payload)
+        step = -(-len(payload) // fragments)
+        for i in range(fragments):
+            server.receive(
+                to_server(
+                    BINARY if i == 0 else MORE,
+                    payload[i * step : (i + 1) * step],
+                    fin=i == fragments - 1,
+                    rsv1=compressed and i == 0,
+                )
+            )
+        return sent(server)
+
+    assert answer(1000) == []
+    assert answer(1001) == [close_frame(1009)]
+
+
+def test_a_frame_that_announces_too_much_fails_before_it_arrives():
+    """RFC 6455 §7.4.1"""
+    server = WebSocketProtocol(client=False, max_message=1000)
+    server.receive(b"\x82\xff" + (1 << 40).to_bytes(8, "big") + b"mask")
+    assert sent(server) == [close_frame(1009)]
+
+
+def test_a_message_in_single_bytes_takes_no_more_memory_than_it_needs(server):
+    frames = to_server(BINARY, b"x", fin=False) + to_server(MORE, b"x", fin=False) * 999
+    server.receive(frames)
+    more = to_server(MORE, b"x", fin=False) * 1000
+    tracemalloc.start()
+    try:
+        for _ in range(10):
+            server.receive(more)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 100_000  # an object for each byte would take 400,000
+
+
+# --- Ping and Pong ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("payload", [b"", b"\x00\xff", b"x" * 125])
+def test_a_ping_is_answered_with_its_payload(server, payload):
+    """RFC 6455 §5.5.2"""
+    server.receive(to_server(Opcode.PING, payload))
+    assert sent(server) == [Frame(Opcode.PONG, payload)]
+
+
+def test_each_ping_is_answered_in_order(server):
+    """RFC 6455 §5.5.3"""
+    server.receive(b"".join(to_server(Opcode.PING, b"%d" % i) for i in range(10)))
+    assert [frame.payload for frame in sent(server)] == [b"%d" % i for i in range(10)]
+
+
+def test_our_pings_have_the_payload_they_were_given(client):
+    """RFC 6455 §5.5.2"""
+    client.ping(b"there?")
+    assert sent(client) == [Frame(Opcode.PING, b"there?")]
+    client.receive(to_client(Opcode.PONG, b"there?"))
+    assert client.open
+
+
+def test_held_pongs_go_out_at_release_for_the_latest_ping():
+    """RFC 6455 §5.5.3; a Moltis node aborts on a Pong before its `connect` answer."""
+    server = WebSocketProtocol(client=False, hold_pongs=True)
+    for payload in (b"1", b"2", b"3"):
+        server.receive(to_server(Opcode.PING, payload))
+    assert server.outgoing() == b""
+    server.release_pongs()
+    assert sent(server) == [Frame(Opcode.PONG, b"3")]
+    server.release_pongs()
+    assert server.outgoing() == b""
+    server.receive(to_server(Opcode.PING, b"4"))
+    assert sent(server) == [Frame(Opcode.PONG, b"4")]
+
+
+def test_a_held_pong_is_not_sent_after_a_close():
+    """RFC 6455 §5.5.1"""
+    server = WebSocketProtocol(client=False, hold_pongs=True)
+    server.receive(to_server(Opcode.PING))
+    server.close()
+    server.release_pongs()
+    assert sent(server) == [close_frame(1000)]
+
+
+# --- closing ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1011, 3000, 4999])
+def test_a_close_is_answered_with_its_code(server, code):
+    """RFC 6455 §5.5.1"""
+    server.receive(to_server(Opcode.CLOSE, encode_close(code, "because")))
+    assert sent(server) == [close_frame(code)]
+    assert (server.close_code, server.close_reason) == (code, "because")
+    assert server.ended
+    assert server.closes_first
+
+
+def test_a_close_without_a_code_is_answered_likewise(server):
+    """RFC 6455 §7.1.5"""
+    server.receive(to_server(Opcode.CLOSE))
+    assert sent(server) == [Frame(Opcode.CLOSE, b"")]
+    assert server.close_code == CloseCode.NO_STATUS
+
+
+@pytest.mark.parametrize(
+    ("payload", "code"),
+    [
+        (b"\x03", 1002),
+        (b"\x03\xec", 1002),
+        (b"\x03\xed", 1002),
+        (b"\xff\xff", 1002),
+        (b"\x03\xe8\xff", 1007),
+    ],
+)
+def test_a_bad_close_frame_fails_the_connection(server, payload, code):
+    """RFC 6455 §7.4, §8.1"""
+    server.receive(to_server(Opcode.CLOSE, payload))
+    assert sent(server) == [close_frame(code)]
+    assert server.close_code == code
+
+
+def test_a_client_lets_the_server_end_the_tcp_connection(client):
+    """RFC 6455 §7.1.1"""
+    client.receive(to_client(Opcode.CLOSE, encode_close(1000)))
+    assert client.ended
+    assert not client.closes_first
+
+
+def test_a_close_from_us_waits_for_the_peers(server, client):
+    """RFC 6455 §7.1.2"""
+    client.close(1000, "done")
+    assert not client.open
+    assert not client.ended
+    assert connect(client, server) == ([], [])
+    assert client.ended
+    assert server.ended
+    assert (server.close_code, server.close_reason) == (1000, "done")
+    assert client.close_code == 1000
+
+
+def test_after_our_close_we_send_nothing_more(server):
+    """RFC 6455 §5.5.1"""
+    server.close()
+    server.close(1001)
+    server.receive(to_server(Opcode.PING))
+    with pytest.raises(ConnectionClosed):
+        server.send("late")
+    with pytest.raises(ConnectionClosed):
+        server.ping()
+    assert sent(server) == [close_frame(1000)]
+
+
+def test_after_our_close_the_peers_messages_still_count(server):
+    """RFC 6455 §5.5.1: until it has sent a Close itself."""
+    server.close()
+    data = to_server(TEXT, b"on its way") + to_server(Opcode.CLOSE, encode_close(1000))
+    assert receive_all(server, data) == ["on its way"]
+    assert server.ended
+
+
+def test_after_the_peers_close_nothing_counts(server):
+    """RFC 6455 §5.5.1"""
+    data = to_server(Opcode.CLOSE) + to_server(TEXT, b"late") + to_server(Opcode.PING)
+    assert receive_all(server, data) == []
+    assert sent(server) == [Frame(Opcode.CLOSE, b"")]
+
+
+def test_both_may_close_at_the_same_time(server, client):
+    """RFC 6455 §7.1.2"""
+    client.close(1000)
+    server.close(1001)
+    assert connect(client, server) == ([], [])
+    assert client.close_code == 1001
+    assert server.close_code == 1000
+
+
+def test_a_failure_after_our_close_sends_no_second_one(server):
+    """RFC 6455 §5.5.1"""
+    server.close()
+    server.receive(b"\xff\xff")
+    assert sent(server) == [close_frame(1000)]
+    assert server.close_code == 1002
+
+
+def test_the_end_without_a_close_frame_is_1006(server):
+    """RFC 6455 §7.1.5"""
+    server.send("never read")
+    server.give_up()
+    assert server.close_code == CloseCode.ABNORMAL
+    assert server.outgoing() == b""
+    with pytest.raises(ConnectionClosed):
+        server.send("late")
+
+
+def test_the_end_after_a_close_frame_keeps_its_code(server):
+    """RFC 6455 §7.1.5"""
+    server.receive(to_server(Opcode.CLOSE, encode_close(4000, "mine")))
+    server.give_up()
+    assert (server.close_code, server.close_reason) == (4000, "mine")
+
+
+# --- compression -----------------------------------------------------------------
+
+
+def compressed_pair(**parameters):
+    deflate = DeflateParameters(**parameters)
+    return WebSocketProtocol(client=True, deflate=deflate), WebSocketProtocol(
+        client=False, deflate=deflate
+    )
+
+
+def test_long_messages_are_compressed_and_short_ones_are_not():
+    """RFC 7692 §6.1"""
+    client, _ = compressed_pair()
+    client.send("short")
+    client.send("long " * 1000)
+    short, long = sent(client)
+    assert not short.rsv1
+    assert long.rsv1
+    assert len(long.payload) < 200
+
+
+def test_compressed_messages_arrive_as_they_were_sent():
+    """RFC 7692 §6"""
+    client, server = compressed_pair()
+    messages = ["text " * 1000, b"bytes " * 1000, "short", os.urandom(5000)] * 3
+    for message in messages:
+        client.send(message)
+        server.send(message)
+    assert connect(client, server) == (messages, messages)
+
+
+def test_a_peer_that_allows_a_window_of_8_bits_gets_plain_messages():
+    """RFC 7692 §7.1.2"""
+    client, server = compressed_pair(server_max_window_bits=8)
+    server.send(b"x" * 5000)
+    assert [frame.rsv1 for frame in sent(server)] == [False]
+    client.send(b"x" * 5000)
+    assert [frame.rsv1 for frame in sent(client)] == [True]
+
+
+def test_a_compressed_frame_without_agreement_fails_with_1002(server):
+    """RFC 6455 §5.2"""
+    server.receive(to_server(TEXT, b"x", rsv1=True))
+    assert sent(server) == [close_frame(1002)]
+
+
+def test_a_message_that_cannot_be_decompressed_fails_with_1007():
+    """RFC 7692 §6.2"""
+    _, server = compressed_pair()
+    server.receive(to_server(TEXT, b"\xff\xff\xff", rsv1=True))
+    assert sent(server) == [close_frame(1007)]
+
+
+def test_control_frames_pass_between_compressed_fragments():
+    """RFC 7692 §6.1"""
+    _, server = compressed_pair()
+    payload = PerMessageDeflate(DeflateParameters(), client=True).compress(b"ab" * 500)
+    data = (
+        to_server(TEXT, payload[:5], fin=False, rsv1=True)
+        + to_server(Opcode.PING, b"?")
+        + to_server(MORE, payload[5:])
+    )
+    assert receive_all(server, data) == ["ab" * 500]
+    assert sent(server) == [Frame(Opcode.PONG, b"?")]
