@@ -7751,8 +7751,7 @@ MIGRATIONS = (
 
     CREATE TABLE join_codes (
         code_hash TEXT PRIMARY KEY,          -- SHA-256, hex
-        display_name TEXT NOT NULL,
-        platform TEXT NOT NULL,
+        device_id TEXT NOT NULL REFERENCES devices(id) ON DELETE CASCADE,
         expires_at INTEGER NOT NULL
     );
 
@@ -7861,15 +7860,6 @@ class Login:
     expires_at: int
     user_agent: str
     address: str
-
-
-@dataclass(frozen=True)
-class JoinOffer:
-    """What a join code stands for: a device that does not exist before it is used."""
-
-    display_name: str
-    platform: str
-    expires_at: int
 
 
 def _cannot_use_database(path: Path, error: Exception) -> str:
@@ -8152,15 +8142,21 @@ class DevicesTable:
         )
         return changed == 1
 
-    def rotate(self, device_id: str, credential: DeviceCredential) -> bool:
+    def rotate(
+        self,
+        device_id: str,
+        credential: DeviceCredential,
+        expires_at: int | None = None,
+    ) -> bool:
         """Replace what proves the device; False: no such device."""
         changed = self._db.write(
-            "UPDATE devices SET handle = ?, token_hash = ?, verifier = ?"
-            " WHERE id = ? AND revoked_at IS NULL",
+            "UPDATE devices SET handle = ?, token_hash = ?, verifier = ?,"
+            " expires_at = ifnull(?, expires_at) WHERE id = ? AND revoked_at IS NULL",
             (
                 credential.handle,
                 credential.token_hash,
                 credential.verifier,
+                expires_at,
                 device_id,
             ),
         )
@@ -8397,29 +8393,29 @@ class JoinCodesTable:
     def __init__(self, database: Database) -> None:
         self._db = database
 
-    def add(self, code_hash: str, offer: JoinOffer) -> None:
+    def add(self, code_hash: str, device_id: str, expires_at: int) -> None:
         self._db.write(
-            "INSERT INTO join_codes (code_hash, display_name, platform, expires_at)"
-            " VALUES (?, ?, ?, ?)",
-            (code_hash, offer.display_name, offer.platform, offer.expires_at),
+            "INSERT INTO join_codes (code_hash, device_id, expires_at)"
+            " VALUES (?, ?, ?)",
+            (code_hash, device_id, expires_at),
         )
 
-    def take(self, code_hash: str, now: int) -> JoinOffer | None:
-        """Return what the code stands for and forget it: one of many callers wins."""
+    def take(self, code_hash: str, now: int) -> str | None:
+        """Return the id of the code's device and forget the code.
+
+        One of many callers wins.
+        """
         with self._db.transaction() as db:
             row = db.execute(
-                "SELECT * FROM join_codes WHERE code_hash = ? AND expires_at > ?",
+                "SELECT device_id FROM join_codes WHERE code_hash = ?"
+                " AND expires_at > ?",
                 (code_hash, now),
             ).fetchone()
             db.execute(
                 "DELETE FROM join_codes WHERE code_hash = ? OR expires_at <= ?",
                 (code_hash, now),
             )
-        return row and JoinOffer(
-            display_name=row["display_name"],
-            platform=row["platform"],
-            expires_at=row["expires_at"],
-        )
+        return None if row is None else str(row["device_id"])
 
 
 class SettingsTable:
@@ -8953,13 +8949,16 @@ class Access:
         self._store.devices.add(device, _device_credential(token))
         return device, token
 
-    def rotate_device(self, device_id: str) -> str:
+    def rotate_device(self, device_id: str, expires_at: int | None = None) -> str:
         """Return a new token for the device; the old one opens nothing any more.
+
+        `expires_at` is when a device that has not connected by then is forgotten.
 
         Raises RpcError NOT_FOUND.
         """
         token = new_secret("mdt_")
-        if not self._store.devices.rotate(device_id, _device_credential(token)):
+        credential = _device_credential(token)
+        if not self._store.devices.rotate(device_id, credential, expires_at):
             raise RpcError("NOT_FOUND", f"there is no device {clip(device_id, 80)}")
         return token
 
@@ -8994,32 +8993,33 @@ class Access:
 
     # Join codes
 
-    def create_join_code(
-        self, display_name: str, platform: str = ""
-    ) -> tuple[str, JoinOffer]:
-        """Return a code that gives one machine a token, once and soon."""
+    def create_join_code(self, device: Device) -> str:
+        """Return a code that gives one machine the device's token, once and soon."""
         code = "mc_" + secrets.token_urlsafe(16)
         expires_at = self._clock() + round(JOIN_CODE_LIFETIME * 1000)
-        offer = JoinOffer(display_name, platform, expires_at)
-        self._store.join_codes.add(secret_hash(code), offer)
-        return code, offer
+        self._store.join_codes.add(secret_hash(code), device.id, expires_at)
+        return code
 
     def redeem_join_code(self, code: str, address: str) -> tuple[Device, str]:
-        """Return the device that a join code stands for, made now, and its token.
+        """Return the device that a join code stands for, and a new token of it.
 
         Raises RpcError NOT_FOUND, or RATE_LIMITED with `retry_after`.
         """
         self._refuse_guessing(address)
-        offer = self._store.join_codes.take(secret_hash(code), self._clock())
-        if offer is None:
+        now = self._clock()
+        device_id = self._store.join_codes.take(secret_hash(code), now)
+        device = (
+            None if device_id is None else self._store.devices.by_id(device_id, now)
+        )
+        if device is None or device.node_id is not None:
             self._limit.failed(address)
             raise RpcError(
                 "NOT_FOUND", "this join code was used or has expired; make another"
             )
-        # A token that went astray on its way dies as the code would have.
-        return self.create_device(
-            offer.display_name, offer.platform, lifetime=JOIN_CODE_LIFETIME
-        )
+        # The token that was shown beside the link is void now, and one that goes
+        # astray on its way dies as the code would have.
+        expires_at = now + round(JOIN_CODE_LIFETIME * 1000)
+        return device, self.rotate_device(device.id, expires_at)
 
     # Operators
 
@@ -10835,6 +10835,7 @@ class Rpc:
         return {
             "deviceToken": token,
             "deviceId": device.id,
+            "joinCode": self._access.create_join_code(device),
             "scopes": list(device_caller(device).scopes),
         }
 
@@ -11501,6 +11502,7 @@ LISTEN_BACKLOG = 1024  # connections; a fleet comes back all at once
 MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a result of ours has 600 KB at most
 DOOR_TIMEOUT = 3.0  # s for all connections to end
 COOKIE_NAME = "moltis_login"
+JOIN_PATH = "/join/"
 
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -11634,6 +11636,8 @@ class HttpApp:
             return refusal
         method = "GET" if request.method == "HEAD" else request.method
         route = self._routes.get((method, request.path))
+        if method == "GET" and request.path.startswith(JOIN_PATH):
+            route = self._join
         if route is None:
             return self._no_route(request.path)
         try:
@@ -11688,6 +11692,22 @@ class HttpApp:
 
     def _own_text(self, _request: HttpRequest) -> Reply:
         return Reply(200, self._program, "text/x-python; charset=utf-8")
+
+    def _join(self, request: HttpRequest) -> Reply:
+        """Answer a join link: what a machine needs to become a node, once."""
+        code = request.path[len(JOIN_PATH) :]
+        try:
+            device, token = self._access.redeem_join_code(code, request.address)
+        except RpcError as error:
+            if error.code != "NOT_FOUND":
+                raise
+            return error_reply(410, error.message)
+        offer = {
+            "gateway_url": f"ws://{request.headers.get('Host', '')}/ws",
+            "device_token": token,
+            "display_name": device.display_name,
+        }
+        return json_reply(200, offer, [("Cache-Control", "no-store")])
 
     def _rpc(self, request: HttpRequest) -> Reply:
         caller = self._caller(request)
@@ -13092,12 +13112,15 @@ def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
         )
         return EXIT_OK
     page = "http" + host[2 : -len("/ws")]
+    join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
     context.output.answer(
         f"Device token: {token}\n"
         "Run this on the remote machine:\n"
         f"  moltis {command}\n"
         "or, where moltis is not installed:\n"
-        f"  curl -fsSL {page}/moltis.py | python3 - {command}"
+        f"  curl -fsSL {page}/moltis.py | python3 - {command}\n"
+        "or, within ten minutes and without a token in the shell's history:\n"
+        f"  curl -fsSL {page}/moltis.py | python3 - {join}"
     )
     return EXIT_OK
 

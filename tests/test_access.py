@@ -96,7 +96,10 @@ def test_no_other_token_is_accepted(access):
 
 
 def test_the_store_holds_no_token_key_cookie_or_code(access, store, tmp_path):
-    secrets = [access.create_device("Pi")[1], access.create_join_code("Pi")[0]]
+    secrets = [
+        access.create_device("Pi")[1],
+        access.create_join_code(access.create_device("Pi")[0]),
+    ]
     key = access.ensure_operator_key(None)
     secrets += [
         key,
@@ -112,7 +115,11 @@ def test_the_store_holds_no_token_key_cookie_or_code(access, store, tmp_path):
 
 def test_secrets_are_cut_out_of_logs(access):
     key = access.ensure_operator_key(None)
-    secrets = [access.create_device("Pi")[1], access.create_join_code("Pi")[0], key]
+    secrets = [
+        access.create_device("Pi")[1],
+        access.create_join_code(access.create_device("Pi")[0]),
+        key,
+    ]
     secrets.append(access.sign_in(key, HERE, "Firefox"))
     for secret in secrets:
         assert (
@@ -193,25 +200,40 @@ def test_a_device_is_no_operator(access):
 # --- join codes -----------------------------------------------------------------------
 
 
+def join_code(access, name="Pi"):
+    return access.create_join_code(access.create_device(name)[0])
+
+
 def test_a_join_code_gives_one_machine_a_token(access):
-    code, offer = access.create_join_code("Pi", "linux")
-    assert offer.display_name == "Pi"
+    made, shown = access.create_device("Pi", "linux")
+    code = access.create_join_code(made)
     device, token = access.redeem_join_code(code, THERE)
-    assert (device.display_name, device.platform) == ("Pi", "linux")
-    assert scram(access, token) == device
+    assert (device.id, device.display_name) == (made.id, "Pi")
+    assert scram(access, token).id == made.id
+    assert access.device_by_token(shown) is None
     with pytest.raises(RpcError) as caught:
         access.redeem_join_code(code, THERE)
     assert code_of(caught) == "NOT_FOUND"
 
 
+def test_a_join_code_dies_when_the_token_beside_it_is_used(access, store, clock):
+    device, token = access.create_device("Pi")
+    code = access.create_join_code(device)
+    store.devices.connect(device.id, node_id="n1", address=THERE, now=clock.ms())
+    with pytest.raises(RpcError) as caught:
+        access.redeem_join_code(code, THERE)
+    assert code_of(caught) == "NOT_FOUND"
+    assert access.device_by_token(token).id == device.id
+
+
 def test_a_join_code_has_128_random_bits(access):
-    codes = {access.create_join_code("Pi")[0] for _ in range(20)}
+    codes = {join_code(access) for _ in range(20)}
     assert len(codes) == 20
     assert all(len(code) == len("mc_") + 22 for code in codes)
 
 
 def test_a_join_code_lasts_ten_minutes(access, clock):
-    early, late = (access.create_join_code("Pi")[0] for _ in range(2))
+    early, late = (join_code(access) for _ in range(2))
     clock.sleep(599)
     access.redeem_join_code(early, THERE)
     clock.sleep(1)
@@ -222,8 +244,8 @@ def test_a_join_code_lasts_ten_minutes(access, clock):
 
 def test_a_token_that_was_fetched_and_never_used_dies(access, store, clock):
     """DESIGN section 5: what a link preview fetches is worth nothing later."""
-    _, token = access.redeem_join_code(access.create_join_code("Pi")[0], THERE)
-    used, kept = access.redeem_join_code(access.create_join_code("Mac")[0], THERE)
+    _, token = access.redeem_join_code(join_code(access), THERE)
+    used, kept = access.redeem_join_code(join_code(access, "Mac"), THERE)
     store.devices.connect(used.id, node_id="n1", address=THERE, now=clock.ms())
     clock.sleep(601)
     assert access.device_by_token(token) is None
@@ -231,7 +253,7 @@ def test_a_token_that_was_fetched_and_never_used_dies(access, store, clock):
 
 
 def test_guessing_join_codes_is_slowed_down(access):
-    code, _ = access.create_join_code("Pi")
+    code = join_code(access)
     for _ in range(5):
         with pytest.raises(RpcError):
             access.redeem_join_code("mc_guess", THERE)

@@ -23,7 +23,6 @@ from moltis import (
     CommandState,
     Device,
     DeviceCredential,
-    JoinOffer,
     Login,
     OperatorKey,
     Store,
@@ -570,8 +569,8 @@ def test_a_sign_in_without_a_key_is_impossible(store):
 
 
 def test_one_of_many_takers_gets_a_join_code(store):
-    offer = JoinOffer("Pi", "linux", NOW + 1)
-    store.join_codes.add("code", offer)
+    add_device(store, "d1")
+    store.join_codes.add("code", "d1", NOW + 1)
     taken = []
     threads = [
         threading.Thread(
@@ -583,11 +582,12 @@ def test_one_of_many_takers_gets_a_join_code(store):
         thread.start()
     for thread in threads:
         thread.join()
-    assert [t for t in taken if t] == [offer]
+    assert [t for t in taken if t] == ["d1"]
 
 
 def test_a_join_code_that_has_expired_is_forgotten(store):
-    store.join_codes.add("code", JoinOffer("Pi", "linux", NOW))
+    add_device(store, "d1")
+    store.join_codes.add("code", "d1", NOW)
     assert store.join_codes.take("code", NOW) is None
     assert store.settings._db.rows("SELECT * FROM join_codes") == []
 
