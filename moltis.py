@@ -11648,9 +11648,13 @@ class HttpApp:
             return _rpc_failure("", as_rpc_error(error, request.path))
 
     def refusal(self, request: HttpRequest) -> Reply | None:
-        """Return why this request may come from a foreign web page, or None."""
+        """Return why this request may come from a foreign web page, or None.
+
+        Nodes and curl, which send neither Origin nor Cookie, may use any name for us.
+        """
         host = request.headers.get("Host", "")
-        if not self._hosts.accepts(host):
+        browser = "Origin" in request.headers or "Cookie" in request.headers
+        if browser and not self._hosts.accepts(host):
             return error_reply(
                 421,
                 f"this gateway is not known as {host[:200]!r}; "
