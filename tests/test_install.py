@@ -10,6 +10,8 @@ import sys
 import pytest
 from support import ROOT, ScriptedServer, clean_environment
 
+import moltis
+
 SCRIPT = ROOT / "install.sh"
 SHELLS = {"dash": ["dash"], "busybox sh": ["busybox", "sh"], "bash": ["bash"]}
 
@@ -334,3 +336,7 @@ def test_it_is_portable_shell(tool):
     for script in (SCRIPT, ROOT / "tests" / "run", ROOT / ".ci" / "run"):
         done = subprocess.run([tool, str(script)], check=False, capture_output=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_gateway_hands_out_the_script_of_the_repository():
+    assert (ROOT / "install.sh").read_text(encoding="utf-8") == moltis.INSTALL_SH
