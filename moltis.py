@@ -6828,7 +6828,7 @@ class NodeAgent:
     def run(self, *, give_up_when_refused: bool = False) -> None:
         """Stay connected until close().
 
-        Raises Refused, if asked to, when the first attempt is turned away.
+        Raises Refused, if asked to, when the gateway turns it away.
         """
         last_problem = ""
         while not self._stopped.is_set():
@@ -6839,7 +6839,6 @@ class NodeAgent:
                     raise
                 problem = str(error)
             else:
-                give_up_when_refused = False
                 problem = self._serve(link, ws)
             if self._stopped.is_set():
                 return
@@ -13217,23 +13216,27 @@ def warn_about_plain_text(url: str, output: Output) -> None:
 def run_node(settings: NodeSettings, context: Context, directory: Path | None) -> int:
     """Be a node until SIGTERM or Ctrl+C; `directory` gets its state and log."""
     stop = StopSignal()
-    last: list[str] = []
 
     def on_state(connected: bool, error: str | None) -> None:
         if directory is not None:
-            NodeState(os.getpid(), connected, time.time(), error).save(directory)
+            state = NodeState(os.getpid(), connected, time.time(), error)
+            try:
+                state.save(directory)
+            except BadConfiguration as problem:  # a full disk does not end a node
+                log.warning("%s", problem)
         elif connected:
             context.output.say(
                 f"connected to {settings.gateway_url} as {settings.display_name!r}; "
                 "Ctrl+C stops it"
             )
-        last[:] = [error or ""]
 
     handler: logging.Handler = logging.StreamHandler()
     if directory is not None:
         handler = NodeLog(directory)
     logging.basicConfig(
-        level=logging.INFO, handlers=[handler], format="%(asctime)s %(message)s"
+        level=logging.WARNING if directory is None else logging.INFO,
+        handlers=[handler],
+        format="%(asctime)s %(message)s",
     )
     node = RunningNode(
         settings,
