@@ -1921,8 +1921,10 @@ class Outbox:
         return bool(self._pieces)
 
     def has_room(self, size: int) -> bool:
-        """Return whether `size` more bytes may wait; a single piece always may."""
-        return not self._pieces or self._size + size <= self._limit
+        """Return whether `size` more bytes may wait behind what is being written."""
+        # A message over the limit may go out, and Pings with it while it does.
+        waiting = self._size - len(self._pieces[0]) if self._pieces else -size
+        return waiting + size <= self._limit
 
     def put(self, data: bytes) -> None:
         """Write at once what the channel takes, and keep the rest."""
@@ -2156,7 +2158,7 @@ class WebSocket:
     def _transmit(self, *, bounded: bool = True) -> None:
         """Write what the protocol has to say, and leave the rest to the writer."""
         data = self._protocol.outgoing()
-        if bounded and not self._outbox.has_room(len(data)):
+        if data and bounded and not self._outbox.has_room(len(data)):
             # No Close frame: it would wait behind what the peer does not read.
             self._protocol.give_up(CloseCode.TRY_AGAIN_LATER, "the peer does not read")
             self._finish()
