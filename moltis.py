@@ -349,6 +349,12 @@ def from_json(text: str | bytes) -> Any:
         raise ValueError("JSON nested too deeply") from None
     if _depth_exceeds(value, MAX_JSON_DEPTH):
         raise ValueError(f"JSON nested more than {MAX_JSON_DEPTH} deep")
+    if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():  # type: ignore[operator]
+        # Half a character, which neither the wire nor the store could take.
+        try:
+            to_json(value).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("JSON with half a surrogate pair") from None
     return value
 
 
@@ -2942,6 +2948,9 @@ class InflightCommand:
         }
 
 
+MAX_ABILITIES = 100  # capabilities, commands; characters of each
+
+
 @dataclass(frozen=True)
 class ConnectParams:
     """What a peer says of itself in `connect`, in either form of protocol 4."""
@@ -3040,8 +3049,9 @@ class ConnectParams:
 
 
 def _texts(value: JsonObject, name: str) -> tuple[str, ...]:
-    items = optional(value, name, list) or []
-    return tuple(item for item in items if isinstance(item, str))
+    # Bounded, because they are stored and listed; what is beyond is not kept.
+    items = (optional(value, name, list) or [])[:MAX_ABILITIES]
+    return tuple(item[:MAX_ABILITIES] for item in items if isinstance(item, str))
 
 
 class Calls:
@@ -6652,6 +6662,9 @@ class _CollectedRun(_StreamedRun):
 # service's business.
 # ==============================================================================
 
+# Refusals that end by themselves: the gateway starts, stops, or its disk is full.
+PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LIMITED")
+
 # Hears whether the node is connected now, and if not, why.
 NodeStateHandler = Callable[[bool, Optional[str]], None]
 
@@ -6686,9 +6699,10 @@ class GatewayLink:
         self._send_event(INVOKE_ACK, {"invokeId": invoke_id, "stdin": offset})
 
     def queued(self, invoke_id: str, place: int) -> None:
-        state = {"invokeId": invoke_id, "state": "queued", "place": place}
+        state = "queued" if place else "running"
+        payload = {"invokeId": invoke_id, "state": state, "place": place}
         if self.max_result is None:
-            self._send_event(INVOKE_STATE, state)
+            self._send_event(INVOKE_STATE, payload)
 
     def result(self, invoke_id: str, result: JsonObject) -> None:
         params = {"invokeId": invoke_id, "result": result}
@@ -6840,6 +6854,10 @@ class NodeAgent:
                 if give_up_when_refused and isinstance(error, Refused):
                     raise
                 problem = str(error)
+            except Exception as error:
+                # Whatever it is, a node that ended would be out of reach for good.
+                log.exception("could not connect")
+                problem = f"could not connect: {error}"
             else:
                 problem = self._serve(link, ws)
             if self._stopped.is_set():
@@ -6878,7 +6896,7 @@ class NodeAgent:
             return GatewayLink(ws, self._machine, hello), ws
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
-            kind = Unreachable if error.code in ("TIMEOUT", "UNAVAILABLE") else Refused
+            kind = Unreachable if error.code in PASSING_CODES else Refused
             raise kind(f"{url} refused this node: {error.message}") from error
         except AuthenticationError as error:
             ws.abort()
@@ -6933,6 +6951,9 @@ class NodeAgent:
         except ConnectionClosed as error:
             problem = f"the connection to {self._settings.gateway_url} broke: {error}"
             link.close(error)
+        except Exception as error:
+            log.exception("connection failed")
+            problem = f"the connection failed inside this node: {error}"
         finally:
             self._machine.attach(None)
             self._serving = None
@@ -9229,11 +9250,23 @@ class ConnectedNode:
         self.inflight = {item.invoke_id: item for item in params.inflight}
         self.streams = CAP_STREAM in params.capabilities
         self.resumes = CAP_RESUME in params.capabilities
+        # Ours names them in its telemetry; that of an existing node has to be asked.
+        self.asked_for_providers = (
+            SYSTEM_PROVIDERS in params.commands and not self.streams
+        )
         self.platform = params.platform
         self.address = address
         self.since_ms = now_ms()
         self.ready = False  # its hello is out; set once, by Fleet.activate
         self.gone = threading.Event()  # its reader has ended
+
+
+def _lost_after(command: str, args: JsonObject) -> float | None:
+    """Return the seconds after which a result is not awaited any more."""
+    if command != SYSTEM_RUN:
+        return LOST_AFTER
+    timeout_ms: float | None = args.get("timeout")
+    return timeout_ms / 1000 + LOST_AFTER if timeout_ms else None
 
 
 class Invocation:
@@ -9255,15 +9288,29 @@ class Invocation:
         self.origin = origin
         self.sink = sink
         self.future: Future[JsonObject] = Future()
+        self.settled: Future[None] = Future()  # done: nothing more of it will come
         self.sent_to: str | None = None  # the instance of the node that has it
+        self.started_at: int | None = None  # ms; None while it waits, or is not sent
+        self.noted_running = False  # in the audit; by the ticker alone
         self.cancelled = False
-        timeout_ms = args.get("timeout") if command == SYSTEM_RUN else None
-        self.deadline = Deadline(timeout_ms / 1000 + LOST_AFTER if timeout_ms else None)
-        self._lock = threading.Lock()  # guards the offsets and _accept
+        self.deadline = Deadline(_lost_after(command, args))
+        self._lock = threading.Lock()  # guards all below and sent_to
+        self._asked: ConnectedNode | None = None  # over its connection of the moment
         self._received = {STDOUT: 0, STDERR: 0}
         self._consumed = {STDOUT: 0, STDERR: 0}
         self._announced = {STDOUT: 0, STDERR: 0}
         self._accept: Callable[[], None] | None = None
+
+    def hand_to(self, node: ConnectedNode) -> bool:
+        """Note that `node` is to be asked; False where it has been, since it connected.
+
+        A caller and the node's coming may both be about to send: one of them does.
+        """
+        with self._lock:
+            if self._asked is node:
+                return False
+            self._asked, self.sent_to = node, node.instance
+            return True
 
     def received(self, stream: int) -> int:
         with self._lock:
@@ -9389,20 +9436,56 @@ def command_record(invocation: Invocation) -> CommandRecord:
     )
 
 
-def command_end(result: JsonObject, invocation: Invocation) -> CommandEnd:
-    """Return what the audit keeps of a result, whoever made the node."""
+def checked_run_result(result: JsonObject) -> JsonObject:
+    """Return a node's result of `system.run` as all may rely on it.
+
+    It has an `error`, or an `exitCode` and output in texts; what a node that is not
+    ours says otherwise than DESIGN becomes an error.
+    """
     if "error" in result:
-        return CommandEnd(CommandState.FAILED, now_ms(), error=str(result["error"]))
+        return {**result, "error": str(result["error"])}
+    try:
+        code = required(result, "exitCode", int)
+        for name in ("stdout", "stderr"):
+            optional(result, name, str)
+    except RpcError as error:
+        return {"error": f"the node sent a result that makes no sense: {error}"}
+    known = {name: value for name, value in result.items() if value is not None}
+    # Windows has exit codes of 32 bits; what is more than that is no exit code.
+    known["exitCode"] = code if -(2**31) <= code < 2**32 else -1
+    if not isinstance(known.get("signal", 0), (int, str)):
+        del known["signal"]
+    return known
+
+
+def take_output(invoke_id: str, result: JsonObject) -> list[Chunk]:
+    """Return the output in a result, and leave it out there.
+
+    A node that does not stream sends it so.
+    """
+    chunks = []
+    for stream in (STDOUT, STDERR):
+        data = (result.pop(STREAM_NAMES[stream], None) or "").encode("utf-8")
+        for start in range(0, len(data), MAX_CHUNK):
+            piece = data[start : start + MAX_CHUNK]
+            chunks.append(Chunk(stream, invoke_id, start, piece))
+    return chunks
+
+
+def command_end(result: JsonObject, invocation: Invocation) -> CommandEnd:
+    """Return what the audit keeps of a checked result."""
+    if "error" in result:
+        return CommandEnd(CommandState.FAILED, now_ms(), error=result["error"])
     state = CommandState.DONE
     if result.get("timedOut"):
         state = CommandState.TIMED_OUT
     elif result.get("cancelled"):
         state = CommandState.CANCELLED
-    code, signal_number = result.get("exitCode"), result.get("signal")
+    signal_number = result.get("signal")
     return CommandEnd(
         state,
         now_ms(),
-        exit_code=code if isinstance(code, int) else None,
+        exit_code=result["exitCode"],
         signal=None if signal_number is None else str(signal_number),
         stdout_bytes=invocation.received(STDOUT),
         stderr_bytes=invocation.received(STDERR),
@@ -9449,28 +9532,32 @@ class Fleet:
         Raises RpcError when the token or the id is in use by another machine.
         """
         self._check_claim(node.node_id, device)
-        with self._lock:
-            previous = self._connected.get(node.node_id)
-            self._connected[node.node_id] = node
-        if previous is not None:
+        deadline = Deadline(REPLACE_TIMEOUT)
+        while True:
+            with self._lock:
+                previous = self._connected.setdefault(node.node_id, node)
+            if previous is node:
+                return
             # Its reader has to be through before ours starts: chunks stay in order.
             previous.link.hang_up("this node has connected again")
-            if not previous.gone.wait(REPLACE_TIMEOUT):
+            if not previous.gone.wait(deadline.remaining()):
                 raise RpcError(
                     "UNAVAILABLE",
                     "the node's previous connection is still closing; try again",
                 )
 
     def release(self, node: ConnectedNode) -> None:
-        """Note that the connection of `node` has ended, unless another took over."""
+        """Note that the connection of `node` has ended."""
         with self._lock:
-            current = self._connected.get(node.node_id) is node
-            if current:
-                del self._connected[node.node_id]
-        node.gone.set()
-        if current and node.ready:
-            self._devices.seen(node.device_id, now_ms())
-            self._announce_presence("node.disconnected", node)
+            del self._connected[node.node_id]
+        try:
+            if node.ready:
+                self._announce_presence("node.disconnected", node)
+                self._devices.seen(node.device_id, now_ms())
+        except StoreError as error:
+            log.warning("last seen not kept node=%s: %s", node.node_id, error)
+        finally:
+            node.gone.set()
 
     def activate(self, node: ConnectedNode) -> None:
         """Open `node` for requests: its hello is on the way."""
@@ -9483,6 +9570,20 @@ class Fleet:
         if told_id and told_id != node.node_id:
             raise RpcError("FORBIDDEN", f"{node.node_id} may report on itself only")
         telemetry = telemetry_from_payload(payload)
+        with self._lock:
+            known, _ = self._telemetry.get(node.node_id, (None, 0.0))
+            if telemetry.providers is None and known is not None:
+                telemetry = replace(telemetry, providers=known.providers)
+        self._keep_telemetry(node, telemetry)
+
+    def keep_providers(self, node: ConnectedNode, payload: JsonObject) -> None:
+        """Take a node's answer to `system.providers`.  Raises RpcError."""
+        providers = providers_from_payload(payload)
+        with self._lock:
+            known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
+        self._keep_telemetry(node, replace(known, providers=providers))
+
+    def _keep_telemetry(self, node: ConnectedNode, telemetry: Telemetry) -> None:
         with self._lock:
             self._telemetry[node.node_id] = (telemetry, time.monotonic())
         self._devices.save_telemetry(
@@ -9664,13 +9765,66 @@ class ActiveInvocations:
             return list(self._by_id.values())
 
 
+class Audit:
+    """What became of each command, in the store."""
+
+    def __init__(self, commands: CommandsTable) -> None:
+        self._commands = commands
+
+    def asked(self, invocation: Invocation) -> bool:
+        """Note that it was asked for; False where its id is not new.
+
+        Raises StoreError.
+        """
+        if invocation.command != SYSTEM_RUN:
+            return True
+        return self._commands.add(command_record(invocation))
+
+    def running(self, invocation: Invocation) -> None:
+        """Note that it has been running for a second.
+
+        Not that it starts: most commands end sooner, and are spared a write.
+        """
+        started_at = invocation.started_at
+        if (
+            invocation.command != SYSTEM_RUN
+            or invocation.noted_running
+            or started_at is None
+            or started_at > now_ms() - 1000
+        ):
+            return
+        invocation.noted_running = True
+        try:
+            self._commands.start(invocation.id, started_at)
+        except StoreError as error:
+            log.error("audit incomplete invocation=%s: %s", invocation.id, error)
+
+    def ended(self, invocation: Invocation, result: JsonObject) -> None:
+        if invocation.command == SYSTEM_RUN:
+            self._end(invocation, command_end(result, invocation))
+
+    def lost(self, invocation: Invocation, reason: str) -> None:
+        if invocation.command == SYSTEM_RUN:
+            end = CommandEnd(CommandState.LOST, now_ms(), error=reason)
+            self._end(invocation, end)
+
+    def _end(self, invocation: Invocation, end: CommandEnd) -> None:
+        try:
+            self._commands.end(invocation.id, end)
+        except StoreError as error:
+            # The caller gets the result all the same; the row stays open till resume.
+            log.error("audit incomplete invocation=%s: %s", invocation.id, error)
+
+
 class Invocations:
     """Work that was sent to machines, and how it fares."""
 
     def __init__(self, fleet: Fleet, commands: CommandsTable) -> None:
         self._fleet = fleet
         self._commands = commands
+        self._audit = Audit(commands)
         self._active = ActiveInvocations()
+        self._closed = False  # once set, nothing new is sent
 
     def start(
         self,
@@ -9686,6 +9840,8 @@ class Invocations:
         Raises RpcError; StoreError when the audit cannot be written: what leaves no
         trace does not run.
         """
+        if self._closed:
+            raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
         node_id, name = self._fleet.resolve(node_reference)
         node = self._fleet.require_connected(node_id, name)
         if command == SYSTEM_RUN:
@@ -9748,6 +9904,7 @@ class Invocations:
     ) -> None:
         invocation = self._of_node(node_id, invoke_id)
         if invocation is not None:
+            invocation.started_at = now_ms() if state == "running" else None
             invocation.sink.state(invoke_id, state, detail)
 
     def handle_result(
@@ -9762,9 +9919,12 @@ class Invocations:
         if invocation is None:
             accept()  # settled already, or given up: nobody will ask again
             return
-        self._take_whole_output(invocation, result)
+        if invocation.command == SYSTEM_RUN:
+            result = checked_run_result(result)
+            for chunk in take_output(invoke_id, result):
+                self.handle_chunk(node_id, chunk)
         if not invocation.future.done():
-            self._note_end(invocation, command_end(result, invocation))
+            self._audit.ended(invocation, result)
             with contextlib.suppress(InvalidStateError):  # it was given up meanwhile
                 invocation.future.set_result({**result, "node": invocation.node_name})
         self._accept_if_consumed(invocation, accept)
@@ -9786,7 +9946,7 @@ class Invocations:
         """Bring a node that has just connected and our view of its work together."""
         for invocation in self.running_on(node.node_id):
             if invocation.id in node.inflight:
-                invocation.sent_to = node.instance
+                invocation.hand_to(node)
                 item = node.inflight[invocation.id]
                 resumed = {"resumed": True, "stdin": item.stdin}
                 invocation.sink.state(invocation.id, "running", resumed)
@@ -9811,14 +9971,13 @@ class Invocations:
 
     def give_up(self, invocation: Invocation, reason: str) -> None:
         """End an invocation whose result will not come."""
-        self._active.remove(invocation)
+        self._settle(invocation)
         if invocation.future.done():
             return
         message = (
             f"{invocation.node_name}: {reason}; whether the command ran is not known"
         )
-        end = CommandEnd(CommandState.LOST, now_ms(), error=message)
-        self._note_end(invocation, end)
+        self._audit.lost(invocation, message)
         with contextlib.suppress(InvalidStateError):
             invocation.future.set_exception(RpcError("UNAVAILABLE", message))
 
@@ -9828,6 +9987,20 @@ class Invocations:
             if invocation.deadline.expired:
                 reason = f"no result {LOST_AFTER:.0f} s after the command's timeout"
                 self.give_up(invocation, reason)
+
+    def note_running(self) -> None:
+        """Note in the audit what is running; called every second or so."""
+        for invocation in self._active.all():
+            self._audit.running(invocation)
+
+    def close(self) -> None:
+        """Tell those who wait that the gateway stops; the commands go on."""
+        self._closed = True
+        for invocation in self._active.all():
+            with contextlib.suppress(InvalidStateError):
+                invocation.future.set_exception(
+                    RpcError("UNAVAILABLE", "the gateway stops; the command goes on")
+                )
 
     def _of_node(self, node_id: str, invoke_id: str) -> Invocation | None:
         # A node answers its own invocations only, whatever ids it names.
@@ -9841,7 +10014,7 @@ class Invocations:
         """
         known = not self._active.add(invocation)
         try:
-            if known or not self._note(invocation):
+            if known or not self._audit.asked(invocation):
                 raise RpcError(
                     "CONFLICT", f"the invocation {invocation.id} was asked for before"
                 )
@@ -9849,22 +10022,10 @@ class Invocations:
             self._active.remove(invocation)
             raise
 
-    def _note(self, invocation: Invocation) -> bool:
-        """Write the audit row of a command; False where its id is not new."""
-        if invocation.command != SYSTEM_RUN:
-            return True
-        return self._commands.add(command_record(invocation))
-
-    def _note_end(self, invocation: Invocation, end: CommandEnd) -> None:
-        try:
-            if invocation.command == SYSTEM_RUN:
-                self._commands.end(invocation.id, end)
-        except StoreError as error:
-            # The caller gets the result all the same; the row stays open till resume.
-            log.error("audit incomplete invocation=%s: %s", invocation.id, error)
-
     def _send(self, invocation: Invocation, node: ConnectedNode) -> None:
-        invocation.sent_to = node.instance
+        if not invocation.hand_to(node):
+            return
+        invocation.started_at = now_ms()
         try:
             node.link.request(invocation.id, invocation.command, invocation.args)
         except ConnectionClosed:
@@ -9875,17 +10036,12 @@ class Invocations:
         self, invocation: Invocation, accept: Callable[[], None] | None = None
     ) -> None:
         if invocation.accept_when_consumed(accept):
-            self._active.remove(invocation)
+            self._settle(invocation)
 
-    def _take_whole_output(self, invocation: Invocation, result: JsonObject) -> None:
-        # A node that does not stream sends its output with the result.
-        for stream in (STDOUT, STDERR):
-            text = result.pop(STREAM_NAMES[stream], None)
-            data = text.encode("utf-8") if isinstance(text, str) else b""
-            for start in range(0, len(data), MAX_CHUNK):
-                piece = data[start : start + MAX_CHUNK]
-                chunk = Chunk(stream, invocation.id, start, piece)
-                self.handle_chunk(invocation.node_id, chunk)
+    def _settle(self, invocation: Invocation) -> None:
+        self._active.remove(invocation)
+        with contextlib.suppress(InvalidStateError):
+            invocation.settled.set_result(None)
 
     def _adopt_forgotten(self, node: ConnectedNode) -> None:
         """Take up commands that were asked for in an earlier life of this gateway."""
@@ -9905,6 +10061,7 @@ class Invocations:
                 self.give_up(invocation, "the node came back without it")
                 continue
             invocation.restart_at(item.stdout, item.stderr)
+            invocation.started_at = record.started_at or record.asked_at
             self._active.add(invocation)
 
 
@@ -9924,7 +10081,8 @@ class LocalPeer:
         self._invocations.handle_stdin_received(LOCAL_ID, invoke_id, offset)
 
     def queued(self, invoke_id: str, place: int) -> None:
-        self._invocations.handle_state(LOCAL_ID, invoke_id, "queued", {"place": place})
+        state = "queued" if place else "running"
+        self._invocations.handle_state(LOCAL_ID, invoke_id, state, {"place": place})
 
     def result(self, invoke_id: str, result: JsonObject) -> None:
         self._invocations.handle_result(
@@ -10964,6 +11122,7 @@ class OperatorPeer:
         """Tie a streaming invocation to this connection: they end together."""
         with self._lock:
             self._followed[invocation.id] = invocation
+        invocation.settled.add_done_callback(lambda _: self._unfollow(invocation.id))
 
     def notify(self, text: str) -> None:
         """Send an event; one who is gone by now does not need it."""
@@ -11030,6 +11189,10 @@ class OperatorPeer:
         if invocation is not None and chunk.kind == STDIN:
             self._invocations.write_stdin(invocation, chunk)
 
+    def _unfollow(self, invoke_id: str) -> None:
+        with self._lock:
+            self._followed.pop(invoke_id, None)
+
     def _hang_up_followed(self) -> None:
         with self._lock:
             followed = list(self._followed.values())
@@ -11074,6 +11237,20 @@ class NodePeer:
 
     def hang_up(self, reason: str) -> None:
         self._ws.close(CloseCode.POLICY_VIOLATION, reason, timeout=0)
+
+    def ask_providers(self, node: ConnectedNode) -> None:
+        """Ask which models the node has; its answer is kept when it comes."""
+
+        def keep(answer: Future[JsonObject]) -> None:
+            try:
+                self._fleet.keep_providers(node, answer.result())
+            except RpcError as error:
+                log.info("providers not known node=%s: %s", node.node_id, error)
+
+        origin, sink = Origin("gateway", "gateway"), CollectingSink(0)
+        self._invocations.start(
+            node.node_id, SYSTEM_PROVIDERS, {}, origin, sink
+        ).future.add_done_callback(keep)
 
     def serve(self, node: ConnectedNode) -> None:
         """Take what the node sends until it hangs up.  Raises ConnectionClosed."""
@@ -11141,7 +11318,8 @@ class NodePeer:
             offset = required(payload, "stdin", int)
             self._invocations.handle_stdin_received(node.node_id, invoke_id, offset)
         elif event.name == INVOKE_STATE:
-            detail = {"place": optional(payload, "place", int)}
+            place = optional(payload, "place", int)
+            detail = {} if place is None else {"place": place}
             state = required(payload, "state", str)
             self._invocations.handle_state(node.node_id, invoke_id, state, detail)
 
@@ -11325,6 +11503,8 @@ class Gateway:
             self._closed = True
             connections = list(self._connections)
         self._ticker.close()
+        # Before anybody is hung up on: an operator who leaves ends their commands.
+        self._invocations.close()
         for connection in connections:
             connection.ws.close(CloseCode.GOING_AWAY, "the gateway stops", timeout=0)
 
@@ -11413,6 +11593,8 @@ class Gateway:
             self._fleet.activate(node)
             log.info("node connected node=%s address=%s", node.node_id, address)
             self._invocations.resume(node)
+            if node.asked_for_providers:
+                peer.ask_providers(node)
             peer.serve(node)
         finally:
             self._invocations.node_left(node)
@@ -11462,7 +11644,6 @@ class Gateway:
 
     def _tick(self) -> None:
         """Ping those who are due, hang up on the silent, give up the overdue."""
-        self._invocations.give_up_overdue()
         now = time.monotonic()
         with self._lock:
             connections = list(self._connections)
@@ -11474,6 +11655,8 @@ class Gateway:
                 connection.next_ping = now + PING_INTERVAL
                 with contextlib.suppress(ConnectionClosed):
                     connection.ws.ping()
+        self._invocations.give_up_overdue()
+        self._invocations.note_running()
 
     def _is_busy(self, node: ConnectedNode | None) -> bool:
         # An existing Moltis node reads nothing, so answers no Ping, during a command.
@@ -11502,7 +11685,7 @@ MAX_BODY = 1024 * 1024  # bytes of a request
 REQUEST_TIMEOUT = 10.0  # s for a client to send the next bytes of its request
 LISTEN_BACKLOG = 1024  # connections; a fleet comes back all at once
 MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a result of ours has 600 KB at most
-DOOR_TIMEOUT = 3.0  # s for all connections to end
+DOOR_TIMEOUT = 0.5  # s for requests to be answered when the gateway stops
 COOKIE_NAME = "moltis_login"
 JOIN_PATH = "/join/"
 
@@ -11936,22 +12119,26 @@ class ConnectionThreads:
     """The threads that serve connections, to be waited for at the end."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _threads
-        self._threads: set[threading.Thread] = set()
+        self._lock = threading.Lock()  # guards _sockets
+        self._sockets: dict[threading.Thread, socket.socket] = {}
 
-    def start(self, serve: Callable[[], None], name: str) -> None:
+    def start(self, serve: Callable[[], None], sock: socket.socket, name: str) -> None:
         thread = threading.Thread(
             target=self._run, args=(serve,), name=name, daemon=True
         )
         with self._lock:
-            self._threads.add(thread)
+            self._sockets[thread] = sock
         thread.start()
 
-    def join(self, timeout: float) -> None:
-        deadline = Deadline(timeout)
+    def close(self) -> None:
+        """Wait for what is being answered, not for what may still be asked."""
+        deadline = Deadline(DOOR_TIMEOUT)
         with self._lock:
-            threads = list(self._threads)
-        for thread in threads:
+            sockets = dict(self._sockets)
+        for sock in sockets.values():
+            with contextlib.suppress(OSError):  # it is closed already
+                sock.shutdown(socket.SHUT_RD)
+        for thread in sockets:
             thread.join(deadline.remaining())
 
     def _run(self, serve: Callable[[], None]) -> None:
@@ -11959,7 +12146,7 @@ class ConnectionThreads:
             serve()
         finally:
             with self._lock:
-                self._threads.discard(threading.current_thread())
+                del self._sockets[threading.current_thread()]
 
 
 def _make_server(
@@ -11983,7 +12170,7 @@ def _make_server(
                 finally:
                     self.shutdown_request(request)
 
-            threads.start(serve, f"moltis-read-{client_address[0]}")
+            threads.start(serve, request, f"moltis-read-{client_address[0]}")
 
     try:
         return Server(address, _handler_class(app))
@@ -11999,10 +12186,11 @@ def _make_server(
 class HttpDoor:
     """A listening socket with one thread a connection, from start to close()."""
 
-    def __init__(self, address: tuple[str, int], app: HttpApp) -> None:
+    def __init__(
+        self, address: tuple[str, int], app: HttpApp, connections: ConnectionThreads
+    ) -> None:
         """Raises BadConfiguration when the address cannot be listened on."""
-        self._connections = ConnectionThreads()
-        self._server = _make_server(address, app, self._connections)
+        self._server = _make_server(address, app, connections)
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="moltis-http", daemon=True
         )
@@ -12012,14 +12200,11 @@ class HttpDoor:
     def port(self) -> int:
         return int(self._server.server_address[1])
 
-    def stop_accepting(self) -> None:
+    def close(self) -> None:
+        """Let nobody in any more; those who are in are left alone."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
-
-    def join(self) -> None:
-        """Wait for the connections to end, DOOR_TIMEOUT at most."""
-        self._connections.join(DOOR_TIMEOUT)
 
 
 # ==============================================================================
@@ -12832,7 +13017,8 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
         stack.callback(running.close)
         say_started(context.output, running)
         if args.demo_node:
-            stack.callback(start_demo_node(context, running).close)
+            demo = start_demo_node(context, running)
+            stack.callback(close_together, demo.close, running.close)
         if args.open:
             import webbrowser
 
@@ -12886,6 +13072,15 @@ class GatewayLock:
         self._file.close()
 
 
+def close_together(*closers: Callable[[], None]) -> None:
+    """Close things that may each take a while, side by side."""
+    threads = [threading.Thread(target=close, name="moltis-close") for close in closers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 class RunningGateway:
     """A gateway with all its parts, from the constructor's return to close()."""
 
@@ -12898,6 +13093,8 @@ class RunningGateway:
         with contextlib.ExitStack() as stack:
             store = self.store = Store(self._directory / STORE_FILE)
             stack.callback(store.close)
+            connections = ConnectionThreads()
+            stack.callback(connections.close)
             access = self._access = Access(store)
             previous = GatewayFile.load(self._directory)
             key = access.ensure_operator_key(previous.api_key if previous else None)
@@ -12910,8 +13107,9 @@ class RunningGateway:
             gateway = Gateway(access, store.devices, fleet, invocations, audience)
             stack.callback(gateway.close)
             app = HttpApp(gateway, access, HostCheck(allowed_hosts), served_files())
-            self._door = HttpDoor((bind, port), app)
-            self.port = self._door.port
+            door = HttpDoor((bind, port), app, connections)
+            stack.callback(door.close)
+            self.port = door.port
             shown = "127.0.0.1" if bind in ("", "0.0.0.0", "::") else bind
             host = f"[{shown}]" if ":" in shown else shown
             self.url = f"http://{host}:{self.port}"
@@ -12928,9 +13126,7 @@ class RunningGateway:
 
     def close(self) -> None:
         """Hang up on everybody and end Local's commands."""
-        self._door.stop_accepting()
         self._stack.close()
-        self._door.join()
 
 
 def served_files() -> dict[str, Reply]:
@@ -13022,7 +13218,8 @@ class RunningNode:
         """End its commands in order and hang up."""
         if self._agent is not None:
             self._agent.close()
-        self._thread.join()
+        # A look for the gateway's name or address ends by itself, some time.
+        self._thread.join(KILL_AFTER / 2)
         self._inventory.close()
 
     def _report(self) -> None:
@@ -13674,9 +13871,12 @@ class Execution:
             return TIMED_OUT
         if result.get("cancelled"):
             return INTERRUPTED
-        if "signal" in result:
+        if isinstance(result.get("signal"), int):
             return 128 + int(result["signal"])
-        return int(result.get("exitCode", EXIT_FAILURE))
+        code = result.get("exitCode")
+        # Our own status has 8 bits: what does not fit must not look like a success.
+        fits = isinstance(code, int) and 0 <= code <= 255
+        return cast("int", code) if fits else EXIT_FAILURE
 
     def _recap(self) -> int:
         """Say how it went on each node; 0 only if it went well on all."""

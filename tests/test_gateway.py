@@ -28,7 +28,16 @@ def rust(gateway):
         answer = peer.request("connect", rust_connect(gateway.token("Rust box")))
         assert answer["ok"], answer
         peer.hello = answer["payload"]
+        answer_providers(peer, [{"provider": "ollama", "models": ["qwen3"]}])
         yield peer
+
+
+def answer_providers(peer, providers):
+    """Answer what the gateway asks a node whose telemetry does not name models."""
+    request = peer.receive()["payload"]
+    assert request["command"] == "system.providers"
+    result = {"invokeId": request["invokeId"], "result": {"providers": providers}}
+    assert peer.request("node.invoke.result", result)["ok"]
 
 
 def invoke_in_background(gateway, results, **params):
@@ -45,8 +54,13 @@ def invoke_in_background(gateway, results, **params):
 
 
 def next_request(peer):
+    """Return what the node is asked next, besides the models that it has."""
     event = peer.receive_until(
-        lambda m: isinstance(m, dict) and m.get("event") == "node.invoke.request"
+        lambda m: (
+            isinstance(m, dict)
+            and m.get("event") == "node.invoke.request"
+            and m["payload"]["command"] != "system.providers"
+        )
     )
     return event["payload"]
 
@@ -125,7 +139,7 @@ def test_no_pong_precedes_the_answer_to_connect(gateway):
         peer.ws.flush(5)
         connect = {"type": "req", "id": "1", "method": "connect"}
         raw = _first_frames(peer, {**connect, "params": rust_connect(token)})
-        assert [opcode for opcode, _ in raw] == [0x1, 0xA]
+        assert [opcode for opcode, _ in raw[:2]] == [0x1, 0xA]
         assert raw[1][1] == b"early"
 
 
