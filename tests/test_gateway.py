@@ -165,9 +165,13 @@ def _first_frames(peer, connect):
     rest = b""
     protocol.receive = record
     peer.send(connect)
-    with contextlib.suppress(TimeoutError):
-        while len(seen) < 2:
-            peer.ws.receive(3)
+
+    def two_came():
+        with contextlib.suppress(TimeoutError):
+            peer.ws.receive(0.05)  # a Pong is no message: nothing is returned for it
+        return len(seen) >= 2
+
+    wait_for(two_came, what="two frames")
     return seen
 
 
