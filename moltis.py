@@ -12210,8 +12210,3386 @@ class HttpDoor:
 # ==============================================================================
 # Web page
 #
-# Three raw strings, served as three files.
+# What a browser gets: three files as they are, with nothing filled in.  The page
+# learns everything over its WebSocket, shows it as text, and fetches nothing from
+# elsewhere; serving it is left to HTTP.  From the ground up: dom, words, terminal,
+# Markdown, socket, state, routes, widgets, views, start.
 # ==============================================================================
+
+WEB_HTML = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>moltis</title>
+<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover,
+ interactive-widget=resizes-content">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:image/svg+xml,
+ %3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E
+ %3Crect width='32' height='32' rx='8' fill='%230b6e5f'/%3E
+ %3Cpath d='M16 16 8 9m8 7 8-7m-8 7v9' stroke='%23fff' stroke-width='2'/%3E
+ %3Cg fill='%23fff'%3E%3Ccircle cx='16' cy='16' r='4'/%3E
+ %3Ccircle cx='8' cy='9' r='3'/%3E%3Ccircle cx='24' cy='9' r='3'/%3E
+ %3Ccircle cx='16' cy='25' r='3'/%3E%3C/g%3E%3C/svg%3E">
+<link rel="stylesheet" href="/app.css">
+<script type="module" src="/app.js"></script>
+</head>
+<body>
+<noscript><p class="lone">moltis needs JavaScript, and loads it from this gateway
+only.</p></noscript>
+
+<svg hidden>
+<symbol id="i-mark" viewBox="0 0 32 32"><path d="M16 16 8 9m8 7 8-7m-8 7v9"/>
+<g fill="currentColor"><circle cx="16" cy="16" r="4"/><circle cx="8" cy="9" r="3"/>
+<circle cx="24" cy="9" r="3"/><circle cx="16" cy="25" r="3"/></g></symbol>
+<path id="i-plus" d="M10 4v12M4 10h12"/>
+<path id="i-menu" d="M3 6h14M3 10h14M3 14h14"/>
+<path id="i-close" d="m5 5 10 10M15 5 5 15"/>
+<path id="i-down" d="m6 8 4 4 4-4"/>
+<path id="i-pen" d="m4 16 .8-3.4L13 4.4l2.6 2.6-8.2 8.2z"/>
+<path id="i-bin" d="M4 6h12M8 6V4h4v2M6 6l.7 10h6.6L14 6"/>
+<path id="i-copy" d="M7 7h9v9H7zM4 13V4h9"/>
+<path id="i-check" d="m4 10.5 4 4 8-9"/>
+<path id="i-save" d="M10 3v9m-4-3.5 4 4 4-4M4 16h12"/>
+<path id="i-send" d="M10 16V4m-5 5 5-5 5 5"/>
+<path id="i-stop" d="M6 6h8v8H6z" fill="currentColor"/>
+<path id="i-chat" d="M4 4h12v9H9l-3.5 3v-3H4z"/>
+<path id="i-node" d="M3 4h14v5H3zM3 11h14v5H3zM6 6.5h1M6
+ 13.5h1"/>
+<path id="i-list" d="m3 5 3 2.5L3 10M9 10h8M3 15h14"/>
+<path id="i-out" d="M8 4H4v12h4M9 10h8m-3-3 3 3-3 3"/>
+<path id="i-warn" d="M10 3 2.5 16.5h15zM10 8v4m0 2v.5"/>
+</svg>
+<template id="icon"><svg class="icon" viewBox="0 0 20 20" aria-hidden="true"><use/>
+</svg>
+</template>
+<template id="spark"><svg class="spark" viewBox="0 0 120 28" preserveAspectRatio="none"
+ role="img"><path class="area"/><path class="trace"/></svg></template>
+
+<main id="sign-in" class="lone" hidden>
+<form id="sign-in-form" class="sheet">
+<h1><svg class="mark" aria-hidden="true"><use href="#i-mark"/></svg> moltis</h1>
+<p>Sign in with the operator key of this gateway.</p>
+<label for="key">Operator key</label>
+<input id="key" name="key" type="password" autocomplete="current-password" required
+ spellcheck="false" placeholder="mk_…" aria-describedby="sign-in-error sign-in-help">
+<p id="sign-in-error" class="bad" role="alert"></p>
+<button id="sign-in-button" class="button main" type="submit">Sign in</button>
+<details id="sign-in-help"><summary>Where is the key?</summary>
+<p>The gateway printed a sign-in link when it started: opening it signs you in. The key
+is also in <code>~/.moltis/gateway.json</code> on the gateway’s machine, readable only
+by the account that runs it:</p>
+<pre tabindex="0"><code>grep api_key ~/.moltis/gateway.json</code></pre>
+</details>
+</form>
+</main>
+
+<div id="app" hidden>
+<a class="skip" href="#page">Skip to the content</a>
+<div id="veil" hidden></div>
+<nav id="sidebar" aria-label="Chats and settings">
+<div class="side-head">
+<a id="home" class="brand" href="/chat/main"><svg class="mark" aria-hidden="true">
+<use href="#i-mark"/></svg> moltis</a>
+<button id="close-sidebar" class="bare phone" type="button"
+ aria-label="Close menu" data-icon="close"></button>
+</div>
+<button id="new-chat" class="button wide" type="button"
+ data-icon="plus">New chat</button>
+<input id="find-chat" type="search" placeholder="Search chats" aria-label="Search chats"
+ hidden>
+<ul id="sessions" aria-label="Chats"></ul>
+<div class="side-foot">
+<h2 id="settings-head">Settings</h2>
+<ul aria-labelledby="settings-head">
+<li><a id="to-nodes" href="/settings/nodes" data-icon="node">Nodes <span
+ id="node-count" class="count"></span></a></li>
+<li><a id="to-commands" href="/settings/commands" data-icon="list">Commands</a></li>
+<li><button id="sign-out" class="bare" type="button" data-icon="out">Sign out</button>
+</li>
+</ul>
+</div>
+</nav>
+
+<div id="frame">
+<div id="banner" role="status" hidden><span id="banner-text"></span>
+<button id="retry" class="link" type="button">Try now</button></div>
+
+<main id="page" tabindex="-1">
+<section id="chat" aria-labelledby="chat-title" hidden>
+<header class="bar">
+<button id="open-sidebar" class="bare phone" type="button" aria-label="Open menu"
+ aria-expanded="false" aria-controls="sidebar" data-icon="menu"></button>
+<h1 id="chat-title"></h1>
+<div class="pickers">
+<div class="picker"><button id="model-button" class="pick" type="button"
+ aria-haspopup="listbox" aria-expanded="false"></button>
+<ul id="model-list" class="choices" role="listbox" aria-label="Model" tabindex="-1"
+ hidden></ul></div>
+<div class="picker"><button id="node-button" class="pick" type="button"
+ aria-haspopup="listbox" aria-expanded="false"></button>
+<ul id="node-list" class="choices" role="listbox" aria-label="Machine" tabindex="-1"
+ hidden></ul></div>
+</div>
+</header>
+<div id="transcript" tabindex="0" role="region" aria-label="Conversation">
+<button id="older" class="button small" type="button"
+ hidden>Show earlier messages</button>
+<div id="welcome" hidden></div>
+<div id="messages"></div>
+<p id="thinking" hidden><span class="dots" aria-hidden="true"><i></i><i></i><i></i>
+</span>
+<span id="thinking-text"></span></p>
+</div>
+<button id="latest" class="button small" type="button" hidden
+ data-icon="down">Latest</button>
+<form id="composer">
+<p id="node-away" class="warn" hidden></p>
+<div class="field">
+<span id="prompt" aria-hidden="true"></span>
+<textarea id="text" rows="1" aria-label="Message" autocomplete="off"
+ autocapitalize="off"
+ enterkeyhint="send"></textarea>
+<button id="stop" class="round" type="button" aria-label="Stop" hidden data-icon="stop">
+</button>
+<button id="send" class="round main" type="submit" aria-label="Send" data-icon="send">
+</button>
+</div>
+<p id="hint"></p>
+</form>
+</section>
+
+<section id="nodes" class="settings" aria-labelledby="nodes-title" hidden>
+<header class="bar"><button class="bare phone menu" type="button"
+ aria-label="Open menu" data-icon="menu"></button>
+<h1 id="nodes-title">Nodes</h1>
+<button id="new-token" class="button main" type="button"
+ data-icon="plus">Generate Token</button></header>
+<div class="scroll" tabindex="0" role="region" aria-label="Machines">
+<p id="nodes-summary" class="lead"></p>
+<div id="node-cards"></div>
+<section id="unused" aria-labelledby="unused-title" hidden>
+<h2 id="unused-title">Tokens that no machine has used yet</h2>
+<ul id="unused-list" class="rows"></ul>
+</section>
+</div>
+</section>
+
+<section id="commands" class="settings" aria-labelledby="commands-title" hidden>
+<header class="bar"><button class="bare phone menu" type="button"
+ aria-label="Open menu" data-icon="menu"></button>
+<h1 id="commands-title">Commands</h1>
+<div class="filters"><label>Node <select id="filter-node"></select></label>
+<label>Result <select id="filter-state"></select></label></div></header>
+<div class="scroll" tabindex="0" role="region" aria-label="Commands that were run">
+<table id="audit"><thead><tr><th scope="col">When</th><th scope="col">Who</th>
+<th scope="col">Node</th><th scope="col">Command</th><th scope="col">Result</th>
+<th scope="col" class="number">Duration</th><th scope="col" class="number">Output</th>
+</tr></thead><tbody id="audit-rows"></tbody></table>
+<p id="audit-empty" class="lead" hidden>No command matches.</p>
+<button id="audit-older" class="button small" type="button" hidden>Show older</button>
+</div>
+</section>
+</main>
+</div>
+
+<dialog id="token" aria-labelledby="token-title">
+<form id="token-form">
+<h2 id="token-title">Add a machine</h2>
+<p>A token lets one machine in. Give it a name; you can change it later.</p>
+<label for="token-name">Name</label>
+<input id="token-name" maxlength="100" placeholder="Build Server" autocomplete="off">
+<p id="token-error" class="bad" role="alert"></p>
+<div class="actions"><button id="token-cancel" class="button"
+ type="button">Cancel</button>
+<button class="button main" type="submit">Generate Token</button></div>
+</form>
+<div id="token-made" hidden>
+<h2 id="token-made-title" tabindex="-1"></h2>
+<div id="token-warnings"></div>
+<div id="token-lines"></div>
+<p id="token-wait" role="status"></p>
+<div class="actions"><button id="token-chat" class="button" type="button"
+ hidden>Use it in
+ the chat</button>
+<button id="token-done" class="button main" type="button">Done</button></div>
+</div>
+</dialog>
+
+<dialog id="confirm" aria-labelledby="confirm-title" aria-describedby="confirm-text">
+<h2 id="confirm-title"></h2>
+<p id="confirm-text"></p>
+<div class="actions"><button id="confirm-no" class="button"
+ type="button">Cancel</button>
+<button id="confirm-yes" class="button danger" type="button"></button></div>
+</dialog>
+</div>
+
+<p id="live" class="unseen" aria-live="polite"></p>
+<p id="toast" role="alert" hidden></p>
+</body>
+</html>
+"""
+
+WEB_CSS = r"""/* Colours first, by role; then the pieces from small to large. */
+:root { color-scheme: light dark; --paper: #faf9f6; --surface: #fff; --sunken: #f2f0eb;
+  --line: #e3e0d9; --ink: #1d1f21; --soft: #595e64; --accent: #0b6e5f;
+  --on-accent: #fff; --tint: #e3f0ed; --ok: #1a7444; --bad: #b3261e; --wait: #835400;
+  --bad-tint: #fbeae8; --wait-tint: #fbf1dd; --shade: 0 8px 30px rgb(30 25 15 / .14);
+  --screen: #16191d; --screen-ink: #dde2e7; --screen-soft: #98a2ad; --sans: system-ui,
+  -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; --mono: ui-monospace,
+  "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #151719; --surface: #1c1f22; --sunken: #101214; --line: #2d3135;
+    --ink: #e6e7e5; --soft: #a0a6ad; --accent: #55c7b1; --on-accent: #06201b;
+    --tint: #1b3531; --ok: #62c98f; --bad: #ff8f85; --wait: #e3b35a;
+    --bad-tint: #3a2020; --wait-tint: #362b15; --shade: 0 8px 30px rgb(0 0 0 / .5);
+    --screen: #0d0f11; }
+}
+*, ::before, ::after { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html, body { height: 100%; margin: 0; }
+body { background: var(--paper); color: var(--ink); font: 15px/1.55 var(--sans);
+  -webkit-text-size-adjust: 100%; overflow-wrap: break-word; }
+h1, h2, h3, p, ul, ol, dl, dd, pre, figure { margin: 0; padding: 0; }
+ul { list-style: none; }
+h1 { font-size: 17px; font-weight: 620; letter-spacing: -.01em; }
+h2 { font-size: 16px; font-weight: 620; letter-spacing: -.01em; }
+a { color: var(--accent); text-underline-offset: 3px; text-decoration-thickness: 1px; }
+code, pre, .mono { font-family: var(--mono); font-size: .88em; }
+button, input, select, textarea { font: inherit; color: inherit;
+  letter-spacing: inherit; }
+button, summary, select { cursor: pointer; }
+button:disabled { opacity: .5; cursor: default; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+#page:focus, h2:focus { outline: none; }
+::selection { background: color-mix(in srgb, var(--accent) 30%, transparent); }
+.unseen { position: fixed; left: -9999px; width: 1px; height: 1px; overflow: hidden; }
+.skip { position: fixed; left: 12px; top: -60px; z-index: 9; padding: 8px 14px;
+  background: var(--surface); border-radius: 8px; }
+.skip:focus { top: 12px; box-shadow: var(--shade); }
+
+/* small pieces */
+.icon { width: 18px; height: 18px; flex: none; fill: none; stroke: currentColor;
+  stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
+.mark { width: 24px; height: 24px; flex: none; color: var(--accent); fill: none;
+  stroke: currentColor; stroke-width: 2.2; }
+.button, .bare { display: inline-flex; align-items: center; justify-content: center;
+  gap: 6px; border: 1px solid var(--line); border-radius: 9px; padding: 6px 13px;
+  background: var(--surface); text-decoration: none; white-space: nowrap; }
+.button { min-height: 36px; font-weight: 520; }
+.button:hover { background: var(--sunken); }
+.button.main, .round.main { background: var(--accent); border-color: transparent;
+  color: var(--on-accent); }
+.button.main:hover, .round.main:hover { filter: brightness(1.08); }
+.button.danger { background: var(--bad); border-color: transparent; color: var(--paper);
+  }
+.button.small { min-height: 30px; padding: 3px 10px; font-size: 13px;
+  border-radius: 8px; }
+.button.small .icon { width: 15px; height: 15px; }
+.button.wide { width: 100%; }
+.bare { border-color: transparent; background: none; padding: 0; min-width: 30px;
+  min-height: 30px; color: var(--soft); border-radius: 8px; }
+.bare:hover { background: color-mix(in srgb, var(--ink) 8%, transparent);
+  color: var(--ink); }
+.link { border: 0; background: none; padding: 0; color: inherit;
+  text-decoration: underline; text-underline-offset: 3px; }
+input, textarea, select { border: 1px solid var(--line); border-radius: 9px;
+  background: var(--surface); padding: 7px 11px; min-width: 0; }
+input::placeholder, textarea::placeholder { color: var(--soft); opacity: 1; }
+.edit { width: 100%; padding: 1px 6px; border-radius: 6px; font: inherit; }
+.bad { color: var(--bad); }
+p.bad:empty { display: none; }
+.warn { display: flex; gap: 9px; padding: 9px 12px; border-radius: 9px; font-size: 14px;
+  background: var(--wait-tint); color: var(--wait); }
+.dot { display: inline-block; width: 9px; height: 9px; flex: none; border-radius: 50%;
+  background: var(--soft); }
+.dot.on, .dot.ok { background: var(--ok); }
+.dot.bad { background: var(--bad); }
+.dot.off { background: none; border: 2px solid var(--soft); }
+.dot.wait { background: var(--wait); }
+.dot.run { background: var(--accent); animation: pulse 1.6s ease-in-out infinite; }
+@keyframes pulse { 50% { opacity: .3; } }
+.tools { display: inline-flex; gap: 2px; margin-left: auto; }
+.actions { display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 10px;
+  margin-top: 20px; }
+.chip { display: inline-block; padding: 1px 8px; margin: 0 5px 5px 0;
+  border-radius: 6px; background: var(--sunken); font-size: 13px; }
+
+/* sign-in, dialogs */
+.lone { min-height: 100%; display: grid; place-items: center; padding: 24px; }
+.sheet { width: min(420px, 100%); display: grid; gap: 12px; padding: 32px;
+  background: var(--surface); border: 1px solid var(--line); border-radius: 18px;
+  box-shadow: var(--shade); }
+.sheet h1 { display: flex; align-items: center; gap: 10px; font-size: 22px; }
+.sheet .mark { width: 32px; height: 32px; }
+.sheet label, dialog label { font-weight: 560; font-size: 14px; }
+.sheet p, dialog > p, dialog form > p { color: var(--soft); }
+.sheet p.bad, dialog p.bad { color: var(--bad); }
+.sheet .button { margin-top: 4px; }
+details { margin-top: 6px; color: var(--soft); font-size: 14px; }
+details p { margin: 8px 0; }
+details pre { padding: 8px 10px; border-radius: 8px; background: var(--sunken);
+  overflow-x: auto; }
+dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
+  border: 1px solid var(--line); border-radius: 18px; padding: 26px; overflow: auto;
+  background: var(--surface); color: var(--ink); box-shadow: var(--shade); }
+#token { width: min(660px, calc(100vw - 24px)); }
+dialog::backdrop { background: rgb(0 0 0 / .4); }
+dialog h2 { font-size: 19px; margin-bottom: 8px; }
+#token-form { display: grid; gap: 8px; }
+#token-warnings { margin: 10px 0; }
+#token-lines .line { position: relative; margin-top: 14px; }
+#token-lines p { font-size: 13.5px; color: var(--soft); margin-bottom: 4px; }
+#token-lines pre { padding: 11px 44px 11px 13px; border-radius: 10px; font-size: 13px;
+  background: var(--screen); color: var(--screen-ink); white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+#token-lines .bare { position: absolute; right: 6px; bottom: 6px;
+  color: var(--screen-soft); }
+#token-lines .bare:hover { color: #fff; background: rgb(255 255 255 / .14); }
+#token-wait { display: flex; align-items: center; gap: 9px; margin-top: 18px;
+  padding: 11px 13px; border-radius: 10px; background: var(--sunken);
+  color: var(--soft); }
+#token-wait .dot { animation: pulse 1.6s ease-in-out infinite; }
+#token-wait.here { background: var(--tint); color: var(--ink); font-weight: 560; }
+#token-wait.here .icon { color: var(--ok); }
+#toast { position: fixed; z-index: 20; left: 50%; bottom: 96px; translate: -50% 0;
+  max-width: min(560px, calc(100vw - 32px)); padding: 10px 16px; border-radius: 11px;
+  background: var(--ink); color: var(--paper); box-shadow: var(--shade); }
+
+/* frame */
+#app { display: grid; grid-template-columns: 272px minmax(0, 1fr); height: 100dvh; }
+#sidebar { display: flex; flex-direction: column; gap: 10px; min-height: 0;
+  padding: 14px 12px; background: var(--sunken); border-right: 1px solid var(--line); }
+.side-head { display: flex; align-items: center; justify-content: space-between;
+  padding: 0 6px 4px; }
+.brand { display: flex; align-items: center; gap: 9px; font-size: 17px;
+  font-weight: 660; letter-spacing: -.02em; color: var(--ink); text-decoration: none; }
+#sessions { flex: 1; min-height: 0; overflow-y: auto; margin: 0 -4px; padding: 0 4px; }
+#sessions li { position: relative; border-radius: 9px; }
+#sessions a { display: block; padding: 7px 10px; border-radius: 9px; color: inherit;
+  text-decoration: none; }
+#sessions li:hover { background: color-mix(in srgb, var(--ink) 5%, transparent); }
+#sessions li.current { background: var(--surface); box-shadow: 0 0 0 1px var(--line); }
+#sessions .name, #sessions .detail { display: block; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; }
+#sessions .name { font-weight: 520; }
+#sessions .detail, .detail { font-size: 12.5px; color: var(--soft); }
+#sessions .replying .detail { color: var(--accent); }
+#sessions .tools { position: absolute; right: 5px; top: 5px; border-radius: 8px;
+  opacity: 0; background: var(--surface); }
+#sessions li:hover .tools, #sessions li:focus-within .tools { opacity: 1; }
+.side-foot { padding-top: 10px; border-top: 1px solid var(--line); }
+.side-foot h2 { padding: 0 10px 4px; font-size: 12.5px; font-weight: 560;
+  color: var(--soft); letter-spacing: 0; }
+.side-foot a, .side-foot .bare { display: flex; justify-content: flex-start; gap: 10px;
+  align-items: center; width: 100%; padding: 6px 10px; border-radius: 9px;
+  color: var(--ink); text-decoration: none; }
+.side-foot .icon { color: var(--soft); }
+.side-foot a:hover { background: color-mix(in srgb, var(--ink) 5%, transparent); }
+.side-foot a[aria-current] { background: var(--surface);
+  box-shadow: 0 0 0 1px var(--line); }
+.count { margin-left: auto; font-size: 12.5px; color: var(--soft); }
+#frame { display: flex; flex-direction: column; min-height: 0; min-width: 0; }
+#banner { padding: 7px 20px; background: var(--wait-tint); color: var(--wait);
+  font-size: 14px; }
+#page, #page > section { flex: 1; display: flex; flex-direction: column; min-height: 0;
+  position: relative; }
+.bar { position: relative; z-index: 2; display: flex; align-items: center; gap: 12px;
+  min-height: 57px; padding: 8px 20px; border-bottom: 1px solid var(--line); }
+.bar h1 { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+.phone { display: none; }
+
+/* choosing a model and a machine */
+.pickers { display: flex; gap: 8px; min-width: 0; }
+.picker { position: relative; min-width: 0; }
+.pick { display: flex; align-items: center; gap: 8px; max-width: 240px;
+  min-height: 36px; padding: 5px 8px 5px 12px; border: 1px solid var(--line);
+  border-radius: 9px; background: var(--surface); }
+.pick:hover, .pick[aria-expanded=true] { background: var(--sunken); }
+.pick-label { flex: 1; text-align: left; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+.choices { position: absolute; z-index: 10; right: 0; top: calc(100% + 6px);
+  padding: 5px; width: max-content; min-width: 240px; max-width: min(380px, 92vw);
+  max-height: min(440px, 65vh); overflow-y: auto; background: var(--surface);
+  border: 1px solid var(--line); border-radius: 12px; box-shadow: var(--shade); }
+.choices:focus-visible { outline-offset: 0; outline-width: 1px; }
+.choices li { display: flex; align-items: center; gap: 10px; padding: 7px 10px;
+  border-radius: 8px; cursor: pointer; }
+.choices li:hover, .choices .active { background: var(--sunken); }
+.choices .active { box-shadow: inset 0 0 0 1px var(--accent); }
+.choices .dim .choice > :first-child { color: var(--soft); }
+.choice { flex: 1; min-width: 0; }
+.choice span { display: block; overflow: hidden; text-overflow: ellipsis; }
+.choices .icon { color: var(--accent); }
+
+/* conversation */
+#transcript, #composer { scrollbar-gutter: stable; overflow: hidden; }
+#transcript { flex: 1; min-height: 0; overflow-y: auto; padding: 26px 20px 18px;
+  overflow-anchor: none; }
+#transcript:focus-visible { outline-offset: -3px; }
+#messages, #welcome, #thinking, #composer > * { max-width: 800px; margin-inline: auto; }
+#older { display: flex; margin: 0 auto 18px; }
+.turn { margin-bottom: 20px; }
+.note { font-size: 12.5px; color: var(--soft); }
+.note:empty { display: none; }
+.user { display: flex; flex-direction: column; align-items: flex-end; }
+.bubble { max-width: 85%; padding: 9px 15px; border-radius: 17px 17px 5px 17px;
+  background: var(--tint); white-space: pre-wrap; }
+.user .note { margin: 4px 6px 0; }
+.assistant footer { display: flex; align-items: center; gap: 6px; min-height: 30px; }
+.notice { max-width: 640px; margin-inline: auto; text-align: center; font-size: 13.5px;
+  color: var(--soft); white-space: pre-wrap; }
+.notice.bad { color: var(--bad); background: var(--bad-tint); padding: 8px 14px;
+  border-radius: 10px; }
+#welcome { padding: 9vh 0 30px; text-align: center; color: var(--soft); }
+#welcome h2 { font-size: 25px; color: var(--ink); letter-spacing: -.02em; }
+#welcome p { margin-top: 10px; }
+.starters { display: flex; flex-wrap: wrap; justify-content: center; gap: 8px;
+  padding: 12px 0; }
+#thinking { display: flex; align-items: center; gap: 10px; color: var(--soft);
+  font-size: 13.5px; min-height: 24px; }
+.dots i { display: inline-block; width: 6px; height: 6px; margin-right: 4px;
+  border-radius: 50%; background: var(--soft); animation: pulse 1.2s infinite; }
+.dots i:nth-child(2) { animation-delay: .2s; }
+.dots i:nth-child(3) { animation-delay: .4s; }
+#latest { position: absolute; left: 50%; bottom: 116px; translate: -50% 0;
+  border-radius: 20px; box-shadow: var(--shade); }
+#composer { padding: 6px 20px max(12px, env(safe-area-inset-bottom)); }
+.field { display: flex; align-items: flex-end; gap: 6px; padding: 6px;
+  background: var(--surface); border: 1px solid var(--line); border-radius: 16px;
+  box-shadow: 0 2px 10px rgb(30 25 15 / .05); }
+.field:focus-within { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent);
+  }
+#text { flex: 1; border: 0; background: none; resize: none; padding: 7px 8px;
+  outline: 0; line-height: 22px; min-height: 36px; }
+.shell #text, #prompt { font-family: var(--mono); font-size: 14px; }
+#prompt { flex: none; max-width: 40%; padding: 7px 0 7px 10px; line-height: 22px;
+  color: var(--accent); overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  }
+#prompt:empty { display: none; }
+.round { display: grid; place-items: center; width: 36px; height: 36px; flex: none;
+  border: 1px solid var(--line); border-radius: 11px; background: var(--surface); }
+#hint { margin-top: 6px; text-align: center; font-size: 12.5px; color: var(--soft); }
+#node-away { margin-bottom: 8px; }
+
+/* prose */
+.prose > * + * { margin-top: 12px; }
+.prose :is(h3, h4, h5, h6) { margin: 20px 0 0; font-size: 1.05em; font-weight: 620; }
+.prose > :first-child { margin-top: 0; }
+.prose :is(ul, ol) { padding-left: 24px; }
+.prose ul { list-style: disc; }
+.prose li + li, .prose li > :is(ul, ol, p, .code) { margin-top: 4px; }
+.prose li::marker { color: var(--soft); }
+.prose :not(pre) > code { padding: 1px 5px; border-radius: 5px;
+  background: var(--sunken); }
+.prose blockquote { margin-inline: 0; padding-left: 14px;
+  border-left: 3px solid var(--line); color: var(--soft); }
+.prose hr { width: 100%; border: 0; border-top: 1px solid var(--line); }
+.prose .wide { overflow-x: auto; }
+.prose table { border-collapse: collapse; font-size: 14px; }
+.prose :is(th, td) { padding: 5px 14px 5px 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
+.prose .number, td.number, th.number { text-align: right;
+  font-variant-numeric: tabular-nums; }
+.prose .center { text-align: center; }
+.code { border-radius: 11px; overflow: hidden; background: var(--sunken); }
+.code-head { display: flex; justify-content: space-between; align-items: center;
+  padding: 2px 5px 0 13px; font-size: 12.5px; color: var(--soft); }
+.code pre { padding: 4px 13px 11px; overflow-x: auto; }
+
+/* a command */
+.command { border: 1px solid var(--line); border-radius: 13px;
+  background: var(--surface); overflow: hidden; }
+.command > header, .command > footer { display: flex; align-items: center; gap: 8px;
+  min-height: 40px; padding: 4px 8px 4px 13px; }
+.where { flex: none; max-width: 34%; font-size: 13px; font-weight: 580;
+  overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.command .line { flex: 1; min-width: 0; max-height: 110px; overflow: auto;
+  font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.command > footer { gap: 6px 12px; min-height: 38px; font-size: 13px;
+  color: var(--soft); font-variant-numeric: tabular-nums; }
+.command > footer .tools { align-items: center; }
+.word { font-weight: 560; }
+[data-kind=ok] .word { color: var(--ok); }
+[data-kind=bad] .word { color: var(--bad); }
+[data-kind=wait] .word { color: var(--wait); }
+[data-kind=run] .word { color: var(--accent); }
+.folded > .screen { display: none; }
+.folded [aria-expanded] { rotate: -90deg; }
+.approval { display: flex; flex-wrap: wrap; gap: 8px; padding: 4px 13px 13px; }
+.approval p { width: 100%; color: var(--soft); font-size: 14px; }
+.screen { max-height: 420px; overflow: auto; padding: 10px 14px;
+  background: var(--screen); color: var(--screen-ink); font: 13px/1.5 var(--mono);
+  white-space: pre; tab-size: 8; overflow-anchor: none; }
+.screen.empty { display: none; }
+.screen:focus-visible { outline-offset: -3px; }
+.screen div > div { min-height: 1.5em; }
+.screen .gap { color: var(--screen-soft); font-family: var(--sans); padding: 4px 0; }
+.screen .err { color: #f5bfa5; }
+.screen .b { font-weight: 700; }
+.screen .dim { opacity: .7; }
+.screen .i { font-style: italic; }
+.screen .u { text-decoration: underline; }
+.screen .s { text-decoration: line-through; }
+.screen .inv { filter: invert(1); background: var(--screen); }
+.f0 { color: #8a949f; } .f1 { color: #ff8078; } .f2 { color: #7ddc8a; }
+.f3 { color: #e3b94e; } .f4 { color: #79b8ff; } .f5 { color: #d2a8ff; }
+.f6 { color: #5fd3dc; } .f7 { color: #dde2e7; } .f8 { color: #9ba5b0; }
+.f9 { color: #ffa29b; } .f10 { color: #a3eeae; } .f11 { color: #f3d06d; }
+.f12 { color: #a8d1ff; } .f13 { color: #e2c6ff; } .f14 { color: #93e6ec; }
+.f15 { color: #fff; }
+.g0 { background: #2a3037; } .g1 { background: #7d1f1b; } .g2 { background: #17592a; }
+.g3 { background: #664a05; } .g4 { background: #17457a; } .g5 { background: #562a80; }
+.g6 { background: #10545a; } .g7 { background: #59626c; } .g8 { background: #3d454e; }
+.g9 { background: #93302a; } .g10 { background: #226b37; } .g11 { background: #76570d; }
+.g12 { background: #245a99; } .g13 { background: #6b3a9b; } .g14 { background: #1a686f;
+  }
+.g15 { background: #68727d; }
+
+/* settings */
+.scroll { flex: 1; overflow: auto; padding: 20px; }
+.scroll:focus-visible { outline-offset: -3px; }
+.lead { max-width: 640px; margin-bottom: 16px; color: var(--soft); }
+#node-cards { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill,
+  minmax(min(360px, 100%), 1fr)); }
+.card { padding: 16px 18px; background: var(--surface); border: 1px solid var(--line);
+  border-radius: 15px; }
+.node header { display: flex; align-items: center; gap: 10px; min-height: 32px; }
+.node h2 { min-width: 0; overflow: hidden; text-overflow: ellipsis; }
+.since { font-size: 13.5px; }
+.about, .facts { font-size: 13px; color: var(--soft); }
+.facts { margin-top: 10px; font-variant-numeric: tabular-nums; }
+.facts:empty, .about:empty { display: none; }
+.away .since { color: var(--soft); }
+.away :is(.cpu, .meters, .facts) { display: none; }
+.away h2 { color: var(--soft); }
+.stale .since { color: var(--wait); }
+.cpu { display: flex; gap: 18px; align-items: flex-end; margin-top: 14px; }
+.cpu > dl { flex: 1; }
+.spark { flex: 1; height: 36px; min-width: 0; border-bottom: 1px solid var(--line); }
+.spark.none { visibility: hidden; }
+.spark .trace { fill: none; stroke: var(--accent); stroke-width: 1.5;
+  vector-effect: non-scaling-stroke; stroke-linejoin: round; }
+.spark .area { fill: var(--accent); opacity: .13; }
+.meters { display: grid; grid-template-columns: 1fr 1fr; gap: 18px; margin-top: 12px; }
+.meter { display: flex; flex-wrap: wrap; gap: 0 8px; font-size: 13px;
+  font-variant-numeric: tabular-nums; }
+.meter dt { flex: 1; color: var(--soft); }
+.track { width: 100%; height: 5px; margin-top: 4px; border-radius: 3px;
+  overflow: hidden; background: var(--line); }
+.track i { display: block; height: 100%; border-radius: 3px; background: var(--accent);
+  transition: width .5s; }
+.high .track i { background: var(--bad); }
+.lists { display: grid; grid-template-columns: auto 1fr; gap: 5px 12px;
+  margin-top: 12px; font-size: 13px; }
+.lists:empty { display: none; }
+.lists dt { color: var(--soft); padding-top: 1px; }
+.lists dd { min-width: 0; }
+.running { margin-top: 8px; padding-top: 8px; border-top: 1px solid var(--line); }
+.running li, .rows li { display: flex; align-items: center; gap: 9px; font-size: 13px; }
+.running code { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  }
+#unused { margin-top: 30px; }
+.rows { max-width: 640px; margin-top: 8px; }
+.rows li { padding: 6px 0; border-bottom: 1px solid var(--line); font-size: 14px; }
+.rows .name { flex: 1; }
+.filters { display: flex; gap: 12px; font-size: 13.5px; color: var(--soft); }
+.filters select { color: var(--ink); padding: 5px 8px; max-width: 150px; }
+#audit { width: 100%; border-collapse: collapse; font-size: 13.5px; }
+#audit th { text-align: left; font-weight: 560; color: var(--soft); }
+#audit :is(th, td) { padding: 7px 16px 7px 0; border-bottom: 1px solid var(--line);
+  vertical-align: baseline; white-space: nowrap; }
+#audit .number { text-align: right; }
+#audit .what { width: 50%; max-width: 0; overflow: hidden; text-overflow: ellipsis; }
+#audit .result { white-space: normal; min-width: 150px; }
+.result .dot { margin-right: 7px; }
+#audit-older { margin: 16px auto; display: flex; }
+
+@media (max-width: 760px) {
+  .phone { display: inline-flex; min-width: 38px; min-height: 38px; }
+  #app { grid-template-columns: minmax(0, 1fr); }
+  #sidebar { position: fixed; inset: 0 auto 0 0; z-index: 12; width: min(300px, 86vw);
+    translate: -105% 0; visibility: hidden; transition: translate .2s, visibility .2s; }
+  .menu-open #sidebar { translate: none; visibility: visible; box-shadow: var(--shade);
+    }
+  #veil { position: fixed; inset: 0; z-index: 11; background: rgb(0 0 0 / .4); }
+  #sessions .tools { opacity: 1; background: none; }
+  #sessions .name { padding-right: 64px; }
+  .bar { padding: 6px 10px; gap: 6px; flex-wrap: wrap; }
+  #chat .bar h1 { flex-basis: 60%; }
+  .pickers { width: 100%; }
+  .picker { flex: 1; position: static; }
+  .pick { width: 100%; max-width: none; min-height: 40px; }
+  .choices { left: 10px; right: 10px; top: 100%; width: auto; max-width: none; }
+  .choices li { padding: 10px; }
+  #transcript { padding: 18px 12px 10px; }
+  #composer { padding: 4px 10px max(10px, env(safe-area-inset-bottom)); }
+  input, textarea, select, #text, .shell #text { font-size: 16px; }
+  #hint, .size { display: none; }
+  .meters { grid-template-columns: 1fr; gap: 10px; }
+  #welcome { padding-top: 5vh; }
+  .scroll { padding: 14px; }
+  .command > header { flex-wrap: wrap; }
+  .where { flex: 1; max-width: none; }
+  .command .line { order: 9; flex-basis: 100%; padding-bottom: 7px; }
+  .command > footer { flex-wrap: wrap; padding-block: 6px; }
+  .screen { max-height: 340px; font-size: 12px; padding: 9px 11px; }
+  .bare { min-width: 38px; min-height: 38px; }
+  .filters { width: 100%; }
+  .filters label { flex: 1; display: flex; gap: 6px; align-items: center; min-width: 0;
+    }
+  .filters select { flex: 1; }
+  #audit thead { position: fixed; left: -9999px; }
+  #audit tr { display: grid; grid-template-columns: 1fr auto auto; gap: 2px 12px;
+    padding: 9px 0; border-bottom: 1px solid var(--line); }
+  #audit td { padding: 0; border: 0; color: var(--soft); }
+  #audit .what { order: -1; grid-column: 1 / -1; width: auto; max-width: none;
+    color: var(--ink); }
+  #audit .who { display: none; }
+  #audit .at, #audit .when { order: 3; }
+  #audit .when { grid-column: 2 / -1; order: 4; text-align: right; }
+  dialog { padding: 20px; }
+}
+@media (prefers-reduced-motion: reduce) {
+  *, ::before, ::after { animation: none !important; transition: none !important; }
+}
+"""
+
+WEB_JS = r"""// The page of a gateway, from the ground up: dom, words, terminal,
+// Markdown, socket, state, routes, widgets, views, start.  Text reaches the document
+// as text nodes only, and all that is shown follows from `state`.
+
+// == dom ==
+
+const byId = (id) => document.getElementById(id);
+
+/** Return a new element; names that begin with "on" are listeners. */
+function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value != null) element.setAttribute(name, value);
+  }
+  element.append(...given(children));
+  return element;
+}
+
+const given = (children) =>
+  children.flat(9).filter((child) => child != null && child !== false);
+
+/** Replace what is in `element`. */
+function fill(element, ...children) {
+  element.replaceChildren(...given(children));
+}
+
+/** Set the text only where it differs: screen readers and selections notice. */
+function say(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function icon(name) {
+  const svg = byId("icon").content.firstElementChild.cloneNode(true);
+  svg.firstElementChild.setAttribute("href", `#i-${name}`);
+  return svg;
+}
+
+const iconButton = (name, label, onclick, kind = "bare") =>
+  h(
+    "button",
+    { type: "button", class: kind, "aria-label": label, title: label, onclick },
+    icon(name),
+  );
+
+/** The children of an element, one for each item; those of the same key are reused. */
+class Keyed {
+  constructor(parent, key, make) {
+    this.parent = parent;
+    this.key = key;
+    this.make = make; // item → {root, update(item)}
+    this.views = new Map();
+  }
+
+  show(items) {
+    const gone = new Map(this.views);
+    let place = this.parent.firstElementChild;
+    for (const item of items) {
+      const key = this.key(item);
+      let view = gone.get(key);
+      if (!view) this.views.set(key, (view = this.make(item)));
+      gone.delete(key);
+      view.update(item);
+      if (view.root === place) place = place.nextElementSibling;
+      else this.parent.insertBefore(view.root, place);
+    }
+    for (const [key, view] of gone) {
+      view.root.remove();
+      this.views.delete(key);
+    }
+  }
+}
+
+/** Put text on the clipboard; the newer way exists on https and localhost only. */
+async function copy(text, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const area = h("textarea", { class: "unseen", "aria-hidden": "true" });
+    area.value = text;
+    // A modal dialog makes all that is outside of it inert.
+    (button.closest("dialog") || document.body).append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+    button.focus();
+  }
+  announce("Copied");
+  const before = [...button.childNodes];
+  if (button.dataset.copied) return;
+  button.dataset.copied = "yes";
+  fill(button, icon("check"), before.length > 1 && " Copied");
+  setTimeout(() => {
+    delete button.dataset.copied;
+    fill(button, before);
+  }, 1500);
+}
+
+const copyButton = (label, text) => {
+  const button = iconButton("copy", label, () => copy(text(), button));
+  return button;
+};
+
+/** Have a screen reader say something. */
+function announce(text) {
+  byId("live").textContent = text;
+}
+
+let toastTimer; // the one thing on the page that goes away by itself
+
+/** Say what went wrong, for a while. */
+function complain(error) {
+  const toast = byId("toast");
+  toast.textContent = error.message || String(error);
+  toast.hidden = false;
+  clearTimeout(toastTimer);
+  toastTimer = setTimeout(() => (toast.hidden = true), 8000);
+}
+
+/** Let a person edit the text of `element` where it stands. */
+function editInPlace(element, text, label, save) {
+  if (element.querySelector("input")) return;
+  const input = h("input", { class: "edit", "aria-label": label, maxlength: 200 });
+  const before = [...element.childNodes];
+  let open = true;
+  const finish = (saves) => {
+    if (!open) return;
+    open = false;
+    const name = input.value.trim();
+    fill(element, before);
+    delete element.dataset.edited;
+    if (saves && name && name !== text) save(name);
+  };
+  input.value = text;
+  input.addEventListener("blur", () => finish(true));
+  input.addEventListener("keydown", (event) => {
+    if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
+    event.preventDefault();
+    finish(event.key === "Enter");
+    element.closest("li, article, header")?.querySelector("a, button")?.focus();
+  });
+  element.dataset.edited = "yes"; // whoever redraws leaves it alone
+  fill(element, input);
+  input.select();
+}
+
+// == words ==
+
+const plural = (count, word) =>
+  `${count.toLocaleString()} ${word}${count === 1 ? "" : "s"}`;
+
+function bytes(count) {
+  if (count == null) return "";
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let unit = 0;
+  for (; count >= 1000 && unit < 4; unit += 1) count /= 1024;
+  return `${count >= 100 ? Math.round(count) : +count.toFixed(1)} ${units[unit]}`;
+}
+
+/** Return seconds as a person says them, in two units at most. */
+function duration(seconds) {
+  if (seconds < 0.1) return `${Math.max(0, Math.round(seconds * 1000))} ms`;
+  if (seconds < 10) return `${seconds.toFixed(1)} s`;
+  const parts = [];
+  let rest = Math.round(seconds);
+  for (const [size, unit] of [
+    [86400, "d"],
+    [3600, "h"],
+    [60, "min"],
+    [1, "s"],
+  ]) {
+    if (rest >= size && parts.length < 2)
+      parts.push(`${Math.floor(rest / size)} ${unit}`);
+    else if (parts.length) break;
+    rest %= size;
+  }
+  return parts.join(" ");
+}
+
+const clockFormat = new Intl.DateTimeFormat([], { timeStyle: "short" });
+const dayFormat = new Intl.DateTimeFormat([], { day: "numeric", month: "short" });
+const fullFormat = new Intl.DateTimeFormat([], {
+  dateStyle: "medium",
+  timeStyle: "medium",
+});
+
+/** Return a point in time as short as it is unmistakable today. */
+function moment(ms) {
+  const date = new Date(ms);
+  const clock = clockFormat.format(date);
+  const today = new Date().toDateString() === date.toDateString();
+  return today ? clock : `${dayFormat.format(date)}, ${clock}`;
+}
+
+function ago(ms) {
+  const seconds = (Date.now() - ms) / 1000;
+  if (seconds < 60) return "just now";
+  return `${duration(Math.floor(seconds / 60) * 60)
+    .split(" ")
+    .slice(0, 2)
+    .join(" ")} ago`;
+}
+
+const PLATFORMS = { linux: "Linux", macos: "macOS" };
+const platformName = (platform) => PLATFORMS[platform] || platform;
+
+/** Return how a command stands, in words, and the kind of mark it deserves. */
+function verdict(command) {
+  const where = command.node || "The machine";
+  const approval = command.approval?.state;
+  if (approval === "asked") return ["wait", "Waits for your approval"];
+  if (approval === "denied") {
+    return ["bad", `Denied${command.approval.by ? ` by ${command.approval.by}` : ""}`];
+  }
+  if (approval === "expired") return ["bad", "Not run: nobody approved it in time"];
+  if (command.lost) return ["bad", `Lost: ${where} does not know how it ended`];
+  if (command.timedOut) return ["bad", "Ended at its time limit"];
+  if (command.cancelled) return ["off", "Stopped"];
+  if (command.error) return ["bad", command.error];
+  if (command.signal) return ["bad", `Ended by signal ${command.signal}`];
+  if (command.exitCode === 0) return ["ok", "Succeeded"];
+  if (command.exitCode != null)
+    return ["bad", `Failed with exit status ${command.exitCode}`];
+  if (command.waiting) return ["wait", `Waits for ${where} to come back`];
+  if (command.place) return ["wait", `Number ${command.place} in line on ${where}`];
+  return command.endedAt ? ["off", "Ended"] : ["run", "Running"];
+}
+
+// == terminal ==
+
+const HEAD_LINES = 300; // kept from the beginning of an output
+const TAIL_LINES = 1500; // and from its end; the gateway has the rest
+const LINE_LIMIT = 5000; // characters of one line; the rest of it is not shown
+
+const TOKEN = new RegExp(
+  [
+    "\\x1b\\[[0-?]*[ -/]*[@-~]", // CSI: colours and movement
+    "\\x1b[\\]PX^_][^\\x07\\x1b]*(?:\\x07|\\x1b\\\\)", // titles, links and the like
+    "\\x1b[ -/]*[0-OQ-WYZ\\\\`-~]", // two characters, or with something between
+    "[\\x00-\\x1a\\x1c-\\x1f\\x7f\\x80-\\x9f]",
+    "[^\\x00-\\x1f\\x7f-\\x9f]+",
+  ].join("|"),
+  "gy",
+);
+
+const PLAIN = { classes: "", color: "", background: "" };
+const PLAIN_ERROR = { classes: "err", color: "", background: "" };
+
+/** Return one of a terminal's 256 colours; the style sheet has the first 16. */
+function indexedColor(index) {
+  if (index >= 232) return `rgb(${Array(3).fill(8 + (index - 232) * 10)})`;
+  const level = (step) => (step ? 55 + step * 40 : 0);
+  const cube = index - 16;
+  const levels = [Math.floor(cube / 36), Math.floor(cube / 6) % 6, cube % 6];
+  return `rgb(${levels.map(level)})`;
+}
+
+/** How text looks after the colour sequences so far ("SGR", ECMA-48 8.3.117). */
+class Pen {
+  constructor() {
+    this.reset();
+  }
+
+  reset() {
+    Object.assign(this, {
+      fg: "",
+      bg: "",
+      color: "",
+      background: "",
+      flags: new Set(),
+    });
+    this.cache = {};
+  }
+
+  set(codes) {
+    this.cache = {};
+    for (let i = 0; i < codes.length; i += 1) {
+      const code = codes[i];
+      if (code === 38 || code === 48) i += this.extended(code, codes.slice(i + 1));
+      else this.simple(code);
+    }
+  }
+
+  simple(code) {
+    const flags = { 1: "b", 2: "dim", 3: "i", 4: "u", 7: "inv", 9: "s" };
+    const ends = { 22: ["b", "dim"], 23: ["i"], 24: ["u"], 27: ["inv"], 29: ["s"] };
+    if (code === 0) this.reset();
+    else if (flags[code]) this.flags.add(flags[code]);
+    else if (ends[code]) ends[code].forEach((flag) => this.flags.delete(flag));
+    else if (code >= 30 && code <= 37) this.ink("fg", code - 30);
+    else if (code >= 40 && code <= 47) this.ink("bg", code - 40);
+    else if (code >= 90 && code <= 97) this.ink("fg", code - 82);
+    else if (code >= 100 && code <= 107) this.ink("bg", code - 92);
+    else if (code === 39) this.ink("fg", -1);
+    else if (code === 49) this.ink("bg", -1);
+  }
+
+  ink(ground, index, color = "") {
+    this[ground] = index >= 0 && index < 16 ? ground[0] + index : "";
+    this[ground === "fg" ? "color" : "background"] = color;
+  }
+
+  /** Take 38;5;n or 38;2;r;g;b; return how many codes that were. */
+  extended(code, rest) {
+    const ground = code === 38 ? "fg" : "bg";
+    if (rest[0] === 5) {
+      const index = rest[1] & 255;
+      this.ink(ground, index, index < 16 ? "" : indexedColor(index));
+      return 2;
+    }
+    this.ink(ground, -1, `rgb(${rest.slice(1, 4).map((level) => level & 255)})`);
+    return 4;
+  }
+
+  style(isError) {
+    const { fg, bg, color, background, flags } = this;
+    if (!fg && !bg && !color && !background && !flags.size) {
+      return isError ? PLAIN_ERROR : PLAIN;
+    }
+    const classes = [fg, bg && `g${bg.slice(1)}`, ...flags, isError && "err"];
+    this.cache[isError] ||= {
+      classes: classes.filter(Boolean).join(" "),
+      color,
+      background,
+    };
+    return this.cache[isError];
+  }
+}
+
+/** What a program has written, as the lines that a terminal would show. */
+class Terminal {
+  constructor() {
+    this.head = [];
+    this.tail = []; // the last of these is the line that is being written
+    this.dropped = 0; // lines between head and tail
+    this.missing = 0; // bytes that the gateway did not keep
+    this.pen = new Pen();
+    this.rest = ""; // an escape sequence of which the end has not come
+    this.column = 0;
+    this.line = { runs: [], length: 0 };
+    this.watcher = null; // called after each write
+  }
+
+  write(text, isError = false) {
+    text = this.rest + text;
+    this.rest = "";
+    TOKEN.lastIndex = 0;
+    while (TOKEN.lastIndex < text.length) {
+      const at = TOKEN.lastIndex;
+      const token = TOKEN.exec(text)?.[0];
+      if (token === undefined) {
+        // The beginning of a sequence waits for its end, unless it is none.
+        if (text.length - at < 4096) this.rest = text.slice(at);
+        break;
+      }
+      this.take(token, isError);
+    }
+    this.watcher?.();
+  }
+
+  take(token, isError) {
+    const first = token[0];
+    if (first === "\n") this.newLine();
+    else if (first === "\r") this.column = 0;
+    else if (first === "\b") this.column = Math.max(0, this.column - 1);
+    else if (first === "\t") this.put(" ".repeat(8 - (this.column % 8)), isError);
+    else if (first === "\x1b") this.escape(token);
+    else if (first >= " " && (first < "\x7f" || first > "\x9f"))
+      this.put(token, isError);
+  }
+
+  escape(token) {
+    const last = token.at(-1);
+    if (token[1] !== "[") return;
+    if (last === "m") this.pen.set(token.slice(2, -1).split(/[;:]/).map(Number));
+    // Progress bars clear what is right of them, or the whole line.
+    else if (last === "K") this.erase(token === "\x1b[2K" ? 0 : this.column);
+    else if (last === "G")
+      this.column = Math.max(1, parseInt(token.slice(2), 10) || 1) - 1;
+  }
+
+  put(text, isError) {
+    const { line } = this;
+    text = text.slice(0, Math.max(0, LINE_LIMIT - this.column));
+    const style = this.pen.style(isError);
+    const after = this.cut(this.column + text.length, Infinity);
+    this.erase(this.column);
+    const gap = this.column - line.length;
+    if (gap > 0) line.runs.push([" ".repeat(gap), PLAIN]);
+    const last = line.runs.at(-1);
+    if (last && last[1] === style && gap <= 0) last[0] += text;
+    else if (text) line.runs.push([text, style]);
+    line.runs.push(...after);
+    this.column += text.length;
+    line.length = Math.max(
+      this.column,
+      line.length + after.reduce((n, [t]) => n + t.length, 0),
+    );
+  }
+
+  /** Return the runs of the line from one column to another. */
+  cut(from, to) {
+    if (from >= this.line.length) return [];
+    const found = [];
+    let at = 0;
+    for (const [text, style] of this.line.runs) {
+      const part = text.slice(Math.max(0, from - at), Math.max(0, to - at));
+      if (part) found.push([part, style]);
+      at += text.length;
+    }
+    return found;
+  }
+
+  erase(from) {
+    if (from >= this.line.length) return;
+    this.line.runs = this.cut(0, from);
+    this.line.length = from;
+  }
+
+  newLine() {
+    if (this.head.length < HEAD_LINES) this.head.push(this.line);
+    else this.tail.push(this.line);
+    if (this.tail.length >= 2 * TAIL_LINES) {
+      this.tail.splice(0, TAIL_LINES);
+      this.dropped += TAIL_LINES;
+    }
+    this.line = { runs: [], length: 0 };
+    this.column = 0;
+  }
+
+  /** Note that `count` bytes are not to be had. */
+  skip(count) {
+    if (this.line.length) this.newLine();
+    this.missing += count;
+    this.put(`… ${bytes(count)} left out …`, true);
+    this.newLine();
+  }
+
+  get count() {
+    return (
+      this.head.length + this.dropped + this.tail.length + (this.line.length ? 1 : 0)
+    );
+  }
+
+  /** Return line `number`, counted from 0, where it is kept. */
+  at(number) {
+    if (number < this.head.length) return this.head[number];
+    const place = number - this.head.length - this.dropped;
+    return place === this.tail.length ? this.line : this.tail[place];
+  }
+
+  text() {
+    const shown = (lines) => lines.map((l) => l.runs.map(([text]) => text).join(""));
+    const left = this.dropped ? [`… ${this.dropped} lines left out …`] : [];
+    const last = this.line.length ? [this.line] : [];
+    return [...shown(this.head), ...left, ...shown([...this.tail, ...last])].join("\n");
+  }
+}
+
+/** A terminal on the page: its first and its last lines, drawn once a frame. */
+class Screen {
+  constructor(label) {
+    this.first = h("div");
+    this.gap = h("p", { class: "gap", hidden: true });
+    this.last = h("div");
+    this.root = h(
+      "div",
+      { class: "screen", tabindex: 0, role: "region", "aria-label": label },
+      this.first,
+      this.gap,
+      this.last,
+    );
+    this.scheduled = false;
+    this.terminal = null;
+  }
+
+  show(terminal) {
+    if (this.terminal === terminal) return;
+    if (this.terminal) this.terminal.watcher = null;
+    this.terminal = terminal;
+    this.drawn = 0; // lines that stand on the page, or stood there
+    terminal.watcher = () => this.schedule();
+    fill(this.first);
+    fill(this.last);
+    this.draw();
+  }
+
+  schedule() {
+    if (this.scheduled) return;
+    this.scheduled = true;
+    requestAnimationFrame(() => {
+      this.scheduled = false;
+      this.draw();
+    });
+  }
+
+  draw() {
+    const { terminal, root } = this;
+    const follows = root.scrollHeight - root.scrollTop - root.clientHeight < 30;
+    const { count } = terminal;
+    const tailStart = Math.max(HEAD_LINES, count - TAIL_LINES);
+    // Of the lines that are drawn, only the one that was being written can change.
+    const from = Math.max(0, this.drawn - 1);
+    if (this.drawn) this.element(from)?.remove();
+    for (let n = from; n < Math.min(count, HEAD_LINES); n += 1) {
+      this.first.append(this.draft(n));
+    }
+    while (this.last.firstChild && this.lastStart(from) < tailStart) {
+      this.last.firstChild.remove();
+    }
+    for (let n = Math.max(from, tailStart); n < count; n += 1) {
+      this.last.append(this.draft(n));
+    }
+    this.drawn = count;
+    const hidden = tailStart - HEAD_LINES;
+    this.gap.hidden = hidden <= 0;
+    if (hidden > 0) say(this.gap, `… ${plural(hidden, "line")} not shown …`);
+    root.classList.toggle("empty", count === 0);
+    if (follows) root.scrollTop = root.scrollHeight;
+  }
+
+  /** Return the number of the first line in `last`, of which `end` were drawn. */
+  lastStart(end) {
+    return end - this.last.childElementCount;
+  }
+
+  element(number) {
+    const box = number < HEAD_LINES ? this.first : this.last;
+    return box.lastElementChild;
+  }
+
+  draft(number) {
+    const line = h("div");
+    for (const [text, style] of this.terminal.at(number)?.runs || []) {
+      if (style === PLAIN) {
+        line.append(text);
+        continue;
+      }
+      const span = h("span", { class: style.classes || null }, text);
+      span.style.color = style.color;
+      span.style.backgroundColor = style.background;
+      line.append(span);
+    }
+    return line;
+  }
+}
+
+// == Markdown ==
+
+const SAFE_LINK = /^(?:https?:\/\/|mailto:)/i;
+const INLINE = new RegExp(
+  [
+    "\\\\(?<escaped>[!-/:-@[-`{-~])",
+    "(?<ticks>`+)(?<code>[^`]|[^`].*?[^`])\\k<ticks>(?!`)",
+    "!?\\[(?<label>(?:[^\\[\\]\\\\]|\\\\.)*)\\]" +
+      "\\((?<target>[^()\\s]*(?:\\([^()\\s]*\\))?[^()\\s]*)[^)]*\\)",
+    "<(?<auto>(?:https?://|mailto:)[^\\s<>]+)>",
+    "(?<url>https?://[^\\s<>\"'`]*[^\\s<>\"'`.,;:!?)\\]}*_])",
+    "(?<mark>\\*\\*\\*|\\*\\*|\\*|~~)(?=\\S)(?<strong>.*?\\S)\\k<mark>(?!\\*)",
+    "(?<![\\w_])(?<line>__|_)(?=\\S)(?<under>.*?\\S)\\k<line>(?!\\w)",
+    "(?<hard>  +|\\\\)\\n",
+  ].join("|"),
+  "s",
+);
+
+/** Return the nodes of a paragraph's text; what is not understood stays text. */
+function inline(text) {
+  const nodes = [];
+  let match;
+  while ((match = INLINE.exec(text))) {
+    if (match.index) nodes.push(text.slice(0, match.index));
+    nodes.push(inlineNode(match.groups, match[0]));
+    text = text.slice(match.index + match[0].length);
+  }
+  return [...nodes, text];
+}
+
+function inlineNode(found, source) {
+  if (found.escaped) return found.escaped;
+  if (found.code) return h("code", {}, found.code.replace(/^ (.+) $/s, "$1"));
+  if (found.label !== undefined)
+    return linkNode(found.target, inline(found.label), source);
+  if (found.auto || found.url) {
+    const target = found.auto || found.url;
+    return linkNode(target, [target], source);
+  }
+  if (found.hard) return h("br");
+  const inner = inline(found.strong || found.under);
+  const tags = {
+    "***": ["strong", "em"],
+    "**": ["strong"],
+    __: ["strong"],
+    "~~": ["del"],
+  };
+  const names = tags[found.mark || found.line] || ["em"];
+  return names.reduceRight((children, tag) => [h(tag, {}, children)], inner)[0];
+}
+
+function linkNode(target, label, source) {
+  if (!SAFE_LINK.test(target)) return source;
+  return h("a", { href: target, target: "_blank", rel: "noopener noreferrer" }, label);
+}
+
+const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
+const ITEM = /^( *)(?:([-*+])|(\d{1,9})[.)])(?: +|$)/;
+const TABLE_RULE = /^ {0,3}\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
+const ENDS_PARAGRAPH = /^ {0,3}(?:#{1,6}\s|>|`{3}|~{3}|(?:[-*_] *){3,}$)/;
+
+/** Return the blocks of a Markdown text: the kind and the lines of each. */
+function blocks(lines) {
+  const found = [];
+  let at = 0;
+  const take = (kind, end) => {
+    found.push({ kind, lines: lines.slice(at, end) });
+    at = end;
+  };
+  const until = (from, stops) => {
+    let end = from;
+    while (end < lines.length && !stops(lines[end], end)) end += 1;
+    return end;
+  };
+  while (at < lines.length) {
+    const line = lines[at];
+    const fence = FENCE.exec(line);
+    if (!line.trim()) at += 1;
+    else if (fence) {
+      const close = new RegExp(`^ {0,3}${fence[1][0]}{${fence[1].length},}\\s*$`);
+      take("code", Math.min(lines.length, until(at + 1, (l) => close.test(l)) + 1));
+    } else if (/^ {0,3}#{1,6}\s/.test(line)) take("heading", at + 1);
+    else if (/^ {0,3}(?:(?:- *){3,}|(?:\* *){3,}|(?:_ *){3,})$/.test(line)) {
+      take("rule", at + 1);
+    } else if (/^ {0,3}>/.test(line))
+      take(
+        "quote",
+        until(at, (l) => !/^ {0,3}>/.test(l)),
+      );
+    else if (ITEM.test(line)) take("list", listEnd(lines, at));
+    else if (line.includes("|") && TABLE_RULE.test(lines[at + 1] || "")) {
+      take(
+        "table",
+        until(at + 2, (l) => !l.includes("|")),
+      );
+    } else {
+      const stops = (l, n) =>
+        n > at &&
+        (!l.trim() || ENDS_PARAGRAPH.test(l) || /^ {0,3}(?:[-*+]|1[.)]) /.test(l));
+      take("paragraph", until(at, stops));
+    }
+  }
+  return found;
+}
+
+/** Return where the list ends that begins at line `at`. */
+function listEnd(lines, at) {
+  const indent = ITEM.exec(lines[at])[1].length;
+  const ordered = Boolean(ITEM.exec(lines[at])[3]);
+  let end = at + 1;
+  for (; end < lines.length; end += 1) {
+    const line = lines[end];
+    const item = ITEM.exec(line);
+    if (item && item[1].length <= indent) {
+      if (Boolean(item[3]) !== ordered) break;
+      continue;
+    }
+    const blank = !lines[end - 1].trim();
+    if (line.trim() && !/^ {2}/.test(line) && (blank || ENDS_PARAGRAPH.test(line)))
+      break;
+  }
+  return end;
+}
+
+function listNode(lines) {
+  const first = ITEM.exec(lines[0]);
+  const items = [];
+  for (const line of lines) {
+    const item = ITEM.exec(line);
+    if (item && item[1].length <= first[1].length)
+      items.push([line.slice(item[0].length)]);
+    else items.at(-1).push(line);
+  }
+  const tag = first[3] ? "ol" : "ul";
+  const start = first[3] && first[3] !== "1" ? first[3] : null;
+  return h(tag, { start }, items.map(itemNode));
+}
+
+function itemNode(lines) {
+  const inner = lines.slice(1).filter((line) => line.trim());
+  const indent = Math.min(...inner.map((line) => line.search(/\S/)), 9);
+  const task = /^\[([ xX])\] /.exec(lines[0]);
+  if (task) lines[0] = (task[1] === " " ? "☐ " : "☑ ") + lines[0].slice(4);
+  const text = [lines[0], ...lines.slice(1).map((line) => line.slice(indent))];
+  const children = blocks(text).map(blockNode);
+  // A short item reads better without the air around a paragraph.
+  const tight = children[0]?.tagName === "P" && !lines.includes("");
+  return h(
+    "li",
+    {},
+    tight ? [...children[0].childNodes] : children[0],
+    children.slice(1),
+  );
+}
+
+function tableNode(lines) {
+  const cells = (line) =>
+    line
+      .trim()
+      .replace(/^\||\|$/g, "")
+      .split(/(?<!\\)\|/)
+      .map((cell) => cell.trim().replaceAll("\\|", "|"));
+  const sides = cells(lines[1]).map((rule) =>
+    /^:-+:$/.test(rule) ? "center" : /-:$/.test(rule) ? "number" : null,
+  );
+  const row = (tag) => (line) =>
+    h(
+      "tr",
+      {},
+      sides.map((side, n) => h(tag, { class: side }, inline(cells(line)[n] ?? ""))),
+    );
+  return h(
+    "div",
+    { class: "wide", tabindex: 0, role: "region", "aria-label": "Table" },
+    h(
+      "table",
+      {},
+      h("thead", {}, row("th")(lines[0])),
+      h("tbody", {}, lines.slice(2).map(row("td"))),
+    ),
+  );
+}
+
+function codeNode(lines) {
+  const [, fence, language] = FENCE.exec(lines[0]);
+  const closed = lines.length > 1 && lines.at(-1).trim().startsWith(fence);
+  const text = lines.slice(1, closed ? -1 : undefined).join("\n");
+  return h(
+    "div",
+    { class: "code" },
+    h(
+      "div",
+      { class: "code-head" },
+      language || "code",
+      copyButton("Copy code", () => text),
+    ),
+    h("pre", { tabindex: 0 }, h("code", {}, text)),
+  );
+}
+
+function blockNode({ kind, lines }) {
+  if (kind === "code") return codeNode(lines);
+  if (kind === "rule") return h("hr");
+  if (kind === "list") return listNode(lines);
+  if (kind === "table") return tableNode(lines);
+  if (kind === "quote") {
+    const inner = lines.map((line) => line.replace(/^ {0,3}> ?/, ""));
+    return h("blockquote", {}, blocks(inner).map(blockNode));
+  }
+  if (kind === "heading") {
+    const [, marks, text] = /^ {0,3}(#+)\s+(.*?)\s*#*$/.exec(lines[0]) || [
+      0,
+      "#",
+      lines[0],
+    ];
+    // The page's own headings are h1 and h2.
+    return h(`h${Math.min(6, marks.length + 2)}`, {}, inline(text));
+  }
+  return h("p", {}, inline(lines.map((line) => line.trimStart()).join("\n")));
+}
+
+/** Show a Markdown text; blocks that have not changed stay as they are. */
+function showMarkdown(element, text) {
+  const found = blocks(
+    text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"),
+  );
+  const sources = found.map(({ lines }) => lines.join("\n"));
+  const before = element.sources || [];
+  let same = 0;
+  while (same < sources.length && sources[same] === before[same]) same += 1;
+  while (element.childNodes.length > same) element.lastChild.remove();
+  element.append(...found.slice(same).map(blockNode));
+  element.sources = sources;
+}
+
+// == socket ==
+
+const socketAddress = () => `${location.origin.replace("http", "ws")}/ws`;
+
+const EVENTS = [
+  "presence",
+  "node.telemetry",
+  "chat",
+  "session",
+  "device.pair.resolved",
+];
+const CALL_TIMEOUT = 30_000; // ms
+const SILENCE = 45_000; // ms without a word from the gateway until it is asked
+const RETRY_FIRST = 500; // ms
+const RETRY_MAX = 15_000; // ms
+
+class CallError extends Error {
+  constructor(code, message) {
+    super(message);
+    this.code = code;
+  }
+}
+
+/** The connection to the gateway, which comes back by itself. */
+class Link {
+  constructor(handlers) {
+    this.handlers = handlers; // up(), down(retryAt), refused(), event(name, payload)
+    this.calls = new Map();
+    this.counter = 0;
+    this.failures = 0;
+    this.socket = null;
+    setInterval(() => this.listen(), SILENCE / 3);
+    addEventListener("online", () => this.retryNow());
+    addEventListener("visibilitychange", () => this.listen());
+  }
+
+  open() {
+    clearTimeout(this.timer);
+    const socket = new WebSocket(socketAddress());
+    this.socket = socket;
+    this.isUp = false;
+    this.heard = Date.now();
+    socket.addEventListener("open", () => this.introduce(socket));
+    socket.addEventListener("message", (event) => this.take(socket, event.data));
+    socket.addEventListener("close", () => this.lost(socket));
+  }
+
+  /** Stop, and stay so until open(). */
+  close() {
+    clearTimeout(this.timer);
+    const { socket } = this;
+    this.socket = null;
+    socket?.close();
+    this.failAll();
+  }
+
+  call(method, params = {}, timeout = CALL_TIMEOUT) {
+    return new Promise((resolve, reject) => {
+      if (!this.isUp) {
+        reject(
+          new CallError("UNAVAILABLE", "The gateway cannot be reached right now."),
+        );
+        return;
+      }
+      this.request(method, params, timeout, resolve, reject);
+    });
+  }
+
+  retryNow() {
+    if (this.socket === null || this.socket.readyState !== WebSocket.CLOSED) return;
+    this.open();
+  }
+
+  request(method, params, timeout, resolve, reject) {
+    const id = String((this.counter += 1));
+    const timer = setTimeout(() => {
+      this.calls.delete(id);
+      reject(new CallError("TIMEOUT", `The gateway did not answer ${method}.`));
+    }, timeout);
+    this.calls.set(id, { resolve, reject, timer });
+    this.socket.send(JSON.stringify({ type: "req", id, method, params }));
+  }
+
+  introduce(socket) {
+    const params = {
+      protocol: { min: 4, max: 4 },
+      client: { id: "page", version: "1", platform: "browser", mode: "ui" },
+      role: "operator",
+    };
+    const up = (hello) => {
+      this.isUp = true;
+      this.failures = 0;
+      this.handlers.up(hello);
+    };
+    const refused = (error) => {
+      if (socket !== this.socket) return;
+      if (!["UNAUTHORIZED", "FORBIDDEN"].includes(error.code)) return;
+      this.close();
+      this.handlers.refused(error);
+    };
+    this.request("connect", params, 10_000, up, refused);
+  }
+
+  take(socket, text) {
+    if (socket !== this.socket || typeof text !== "string") return;
+    this.heard = Date.now();
+    const envelope = JSON.parse(text);
+    if (envelope.type === "event") {
+      this.handlers.event(envelope.event, envelope.payload ?? {});
+      return;
+    }
+    const call = this.calls.get(envelope.id);
+    if (!call) return;
+    this.calls.delete(envelope.id);
+    clearTimeout(call.timer);
+    if (envelope.ok) call.resolve(envelope.payload);
+    else call.reject(new CallError(envelope.error.code, envelope.error.message));
+  }
+
+  lost(socket) {
+    if (socket !== this.socket) return;
+    this.isUp = false;
+    this.failAll();
+    // Half of the wait is chance: a gateway that restarts is not met by all at once.
+    const wait = Math.min(RETRY_MAX, RETRY_FIRST * 2 ** this.failures);
+    const delay = wait / 2 + (Math.random() * wait) / 2;
+    this.failures += 1;
+    this.timer = setTimeout(() => this.open(), delay);
+    this.handlers.down(Date.now() + delay);
+  }
+
+  failAll() {
+    const calls = [...this.calls.values()];
+    this.calls.clear();
+    for (const { reject, timer } of calls) {
+      clearTimeout(timer);
+      reject(new CallError("UNAVAILABLE", "The connection to the gateway was lost."));
+    }
+  }
+
+  /** A cable that was pulled closes nothing: ask whether anybody is there. */
+  async listen() {
+    const { socket } = this;
+    if (document.hidden || !this.isUp || Date.now() - this.heard < SILENCE) return;
+    try {
+      await this.call("subscribe", { events: [] }, 8000);
+    } catch (error) {
+      if (error.code === "TIMEOUT" && socket === this.socket) {
+        socket.close();
+        this.lost(socket);
+      }
+    }
+  }
+}
+
+// == state ==
+
+const MAIN = "main"; // the key of the session that is always there
+const SHELL = "shell"; // the model that is always there
+const LOCAL = "local";
+const PAGE_SIZE = 100; // rows of the audit at a time
+const ENDED = new Set(["done", "error", "aborted", "interrupted"]);
+const HISTORY_SPAN = 30 * 60_000; // ms of CPU usage that a sparkline shows
+
+const state = {
+  link: "connecting", // "up", "down", "out": nobody is signed in
+  retryAt: 0,
+  route: { page: "chat", key: MAIN },
+  sessions: [],
+  models: [],
+  nodes: [],
+  devices: [],
+  usage: new Map(), // node id → [[ms, percent], …]
+  chats: new Map(), // session key → Chat
+  running: [], // rows of the audit, of commands that run now
+  audit: { rows: [], more: false, node: "", result: "" },
+  token: null, // {deviceId, name}: of which the dialog waits for the machine
+  search: "",
+};
+
+const watchers = []; // [topics, draw]
+const touched = new Set();
+
+/** Have `draw` called in the next frame after one of the topics has changed. */
+function watch(topics, draw) {
+  watchers.push([topics.split(" "), draw]);
+}
+
+function touch(...topics) {
+  if (!touched.size) requestAnimationFrame(drawTouched);
+  topics.forEach((topic) => touched.add(topic));
+}
+
+function drawTouched() {
+  const topics = new Set(touched);
+  touched.clear();
+  for (const [wanted, draw] of watchers) {
+    if (wanted.some((topic) => topics.has(topic))) draw();
+  }
+}
+
+/** Call the gateway; say so where it fails. */
+async function act(method, params) {
+  try {
+    return await link.call(method, params);
+  } catch (error) {
+    complain(error);
+    return null;
+  }
+}
+
+/** One session's messages, kept equal to the gateway's by their `seq`. */
+class Chat {
+  constructor(key) {
+    this.key = key;
+    this.rows = new Map(); // id → message
+    this.terminals = new Map(); // id of a command's message → Terminal
+    this.seq = 0; // of the newest change that is in here
+    this.loaded = false;
+    this.loading = null;
+    this.waiting = []; // events that came while history was asked for
+    this.earlier = false; // the gateway has older messages
+    this.busy = false; // a run is going on
+    this.draft = "";
+  }
+
+  /** Fetch the last messages, or what followed those that are here. */
+  load() {
+    this.loading ||= this.fetch().finally(() => {
+      this.loading = null;
+      touch("chat");
+    });
+    return this.loading;
+  }
+
+  async fetch() {
+    const params = { sessionKey: this.key };
+    if (this.loaded) params.after = this.seq;
+    let rows;
+    try {
+      rows = await link.call("chat.history", params);
+    } catch (error) {
+      this.waiting = [];
+      if (error.code !== "UNAVAILABLE") complain(error);
+      return;
+    }
+    if (!this.loaded) this.earlier = rows.length >= 200;
+    rows.forEach((row) => this.merge(row));
+    this.loaded = true;
+    this.busy = [...this.rows.values()].some((row) => isOpen(row));
+    const events = this.waiting;
+    this.waiting = [];
+    events.forEach((event) => this.apply(event));
+  }
+
+  async loadEarlier() {
+    const first = this.ordered()[0];
+    const params = { sessionKey: this.key, before: first.seq };
+    const rows = await act("chat.history", params);
+    if (!rows) return;
+    this.earlier = rows.length >= 200;
+    const seq = this.seq;
+    rows.filter((row) => !this.rows.has(row.id)).forEach((row) => this.merge(row));
+    this.seq = Math.max(seq, this.seq);
+    touch("chat");
+  }
+
+  merge(row, live = false) {
+    this.rows.set(row.id, row);
+    this.seq = Math.max(this.seq, row.seq ?? 0);
+    // Output that was followed as it came need not be drawn again at the end.
+    if (row.command && !(live && this.terminals.has(row.id))) {
+      this.terminals.set(row.id, terminalOf(row.command));
+    }
+  }
+
+  take(event) {
+    if (this.loading) this.waiting.push(event);
+    else if (!this.loaded || event.seq <= this.seq) return;
+    else if (event.seq > this.seq + 1) this.load();
+    else this.apply(event);
+  }
+
+  apply(event) {
+    if (event.seq <= this.seq) return;
+    this.seq = event.seq;
+    const row = this.rows.get(event.messageId);
+    if (event.message) this.merge(event.message, true);
+    else if (event.state === "delta" && row) row.text = (row.text || "") + event.text;
+    else if (event.state === "tool_call_output" && row) this.output(row, event);
+    this.busy = !["final", "error", "aborted"].includes(event.state);
+    touch("chat");
+  }
+
+  output(row, { stream, data }) {
+    this.terminals.get(row.id)?.write(data, stream === "stderr");
+  }
+
+  /** Return the messages as they follow each other; what waits in line comes last. */
+  ordered() {
+    const rank = (row) => (row.state === "queued" ? 1 : 0);
+    return [...this.rows.values()].sort(
+      (a, b) => rank(a) - rank(b) || a.createdAt - b.createdAt || a.seq - b.seq,
+    );
+  }
+}
+
+const isOpen = (row) => row.state === "running" || row.state === "queued";
+
+function terminalOf(command) {
+  const terminal = new Terminal();
+  for (const [stream, text] of command.output || []) {
+    if (stream === "cut") terminal.skip(text);
+    else terminal.write(text, stream === "stderr");
+  }
+  return terminal;
+}
+
+const nodeById = (id) => state.nodes.find((node) => node.nodeId === id);
+
+/** Return the machine on which a session runs its commands; also one that is gone. */
+function sessionNode(entry) {
+  const id = entry.node_id || LOCAL;
+  const unknown = { nodeId: id, displayName: id === LOCAL ? "Local" : id };
+  return nodeById(id) || { ...unknown, connected: id === LOCAL };
+}
+
+const isWaiting = (node) => !node.connected;
+
+function currentSession() {
+  const { key } = state.route;
+  return (
+    state.sessions.find((entry) => entry.key === key) || {
+      key,
+      label: key === MAIN ? "Main" : "",
+      model: null,
+      node_id: null,
+    }
+  );
+}
+
+const sessionName = (entry) =>
+  entry.label || entry.preview || (entry.key === MAIN ? "Main" : "New chat");
+
+const currentModel = (entry) => entry.model || state.models[0]?.id || SHELL;
+
+function currentChat() {
+  const { key } = state.route;
+  if (!state.chats.has(key)) state.chats.set(key, new Chat(key));
+  return state.chats.get(key);
+}
+
+/** Change a session here at once, and on the gateway. */
+async function patchSession(key, change) {
+  const entry = state.sessions.find((known) => known.key === key);
+  if (entry) Object.assign(entry, change);
+  touch("sessions", "chat");
+  if (!(await act("sessions.patch", { key, ...change }))) refresh("sessions");
+}
+
+async function selectNode(key, nodeId) {
+  const id = nodeId === LOCAL ? null : nodeId;
+  const entry = state.sessions.find((known) => known.key === key);
+  if (entry) entry.node_id = id;
+  touch("sessions", "chat");
+  await act("nodes.set_session", { session_key: key, node_id: id });
+  refresh("sessions");
+}
+
+const SOURCES = {
+  sessions: async () => (state.sessions = await link.call("sessions.list")),
+  models: async () => (state.models = await link.call("models.list")),
+  nodes: async () => (state.nodes = await link.call("node.list")),
+  devices: async () => (state.devices = await link.call("device.pair.list")),
+  running: async () => {
+    state.running = await link.call("commands.list", { state: "running" });
+  },
+};
+
+const refreshing = new Map(); // topic → whether it is to be fetched once more
+
+/** Fetch lists again; many wishes at the same time make one request. */
+async function refresh(...topics) {
+  await Promise.all(topics.map(refreshOne));
+}
+
+async function refreshOne(topic) {
+  if (refreshing.has(topic)) {
+    refreshing.set(topic, true);
+    return;
+  }
+  refreshing.set(topic, false);
+  try {
+    await SOURCES[topic]();
+    touch(topic);
+  } catch (error) {
+    if (error.code !== "UNAVAILABLE") complain(error);
+  }
+  const again = refreshing.get(topic);
+  refreshing.delete(topic);
+  if (again && state.link === "up") await refreshOne(topic);
+}
+
+async function loadAudit(older = false) {
+  const { audit } = state;
+  const params = { limit: PAGE_SIZE };
+  if (audit.node) params.nodeId = audit.node;
+  if (audit.result) params.state = audit.result;
+  if (older) params.before = audit.rows.at(-1).seq;
+  const rows = await act("commands.list", params);
+  if (!rows) return;
+  audit.rows = older ? [...audit.rows, ...rows] : rows;
+  audit.more = rows.length === PAGE_SIZE;
+  touch("audit");
+}
+
+async function loadUsage(node) {
+  if (state.usage.has(node.nodeId)) return;
+  state.usage.set(node.nodeId, []);
+  try {
+    const points = await link.call("telemetry.history", { nodeId: node.nodeId });
+    const known = state.usage.get(node.nodeId);
+    state.usage.set(node.nodeId, [...points, ...known]);
+    touch("nodes");
+  } catch {
+    state.usage.delete(node.nodeId); // it is asked for again when the page comes back
+  }
+}
+
+function noteTelemetry(payload) {
+  const node = nodeById(payload.nodeId);
+  if (!node) {
+    refresh("nodes");
+    return;
+  }
+  const { nodeId, providers, ...telemetry } = payload;
+  Object.assign(node, { telemetry, lastSeenAt: Date.now() });
+  if (providers) node.providers = providers;
+  const points = state.usage.get(nodeId);
+  if (points && telemetry.cpuUsage != null) {
+    points.push([Date.now(), telemetry.cpuUsage]);
+    while (points[0][0] < Date.now() - HISTORY_SPAN) points.shift();
+  }
+  touch("nodes");
+}
+
+function noteSession({ type, sessionKey }) {
+  if (type === "deleted" || type === "reset") state.chats.delete(sessionKey);
+  if (type === "deleted" && state.route.key === sessionKey) go("/chat/main", true);
+  if (type === "reset" && state.route.key === sessionKey) currentChat().load();
+  refresh("sessions");
+}
+
+const CHANGES_RUNNING = new Set(["tool_call_start", "tool_call_end"]);
+const CHANGES_SESSIONS = new Set(["user_message", "final", "error", "aborted"]);
+
+function noteChat(event) {
+  state.chats.get(event.sessionKey)?.take(event);
+  if (CHANGES_SESSIONS.has(event.state)) refresh("sessions");
+  if (CHANGES_RUNNING.has(event.state)) noteCommand();
+}
+
+function noteCommand() {
+  if (state.route.page === "nodes") refresh("running");
+  if (state.route.page === "commands" && state.audit.rows.length <= PAGE_SIZE)
+    loadAudit();
+}
+
+const HANDLERS = {
+  chat: noteChat,
+  session: noteSession,
+  "node.telemetry": noteTelemetry,
+  presence: () => refresh("nodes", "devices", "models"),
+  "device.pair.resolved": () => refresh("nodes", "devices"),
+};
+
+const link = new Link({
+  async up() {
+    state.link = "up";
+    touch("link");
+    try {
+      await link.call("subscribe", { events: EVENTS });
+    } catch {
+      return; // lost again: the next connection starts over
+    }
+    state.usage.clear();
+    enterRoute();
+    await refresh("sessions", "models", "nodes", "devices");
+    touch("route");
+  },
+  down(retryAt) {
+    Object.assign(state, { link: "down", retryAt });
+    touch("link");
+  },
+  refused() {
+    state.link = "out";
+    touch("link");
+  },
+  event(name, payload) {
+    HANDLERS[name]?.(payload);
+  },
+});
+
+// == routes ==
+
+const PAGES = { nodes: "Nodes", commands: "Commands" };
+
+/** Return what an address asks for. */
+function routeOf(path) {
+  const [, area, rest = ""] = /^\/(\w*)\/?(.*)$/.exec(path) || [];
+  if (area === "settings") return { page: rest in PAGES ? rest : "nodes" };
+  if (area === "chat" && rest) return { page: "chat", key: decodeURIComponent(rest) };
+  return { page: "chat", key: localStorage.getItem("session") || MAIN };
+}
+
+const chatPath = (key) => `/chat/${encodeURIComponent(key)}`;
+
+function go(path, replace = false) {
+  if (replace) history.replaceState(null, "", path);
+  else if (path !== location.pathname) history.pushState(null, "", path);
+  followAddress();
+}
+
+function followAddress() {
+  state.route = routeOf(location.pathname);
+  if (location.pathname === "/")
+    history.replaceState(null, "", chatPath(state.route.key));
+  if (state.route.page === "chat") localStorage.setItem("session", state.route.key);
+  openSidebar(false);
+  enterRoute();
+  touch("route");
+}
+
+/** Fetch what the page needs that is shown now. */
+function enterRoute() {
+  if (state.link !== "up") return;
+  const { page } = state.route;
+  if (page === "chat") currentChat().load();
+  else if (page === "nodes") {
+    refresh("nodes", "devices", "running");
+    state.nodes.forEach(loadUsage);
+  } else loadAudit();
+}
+
+// == widgets ==
+
+/** Ask before something is gone; resolves to whether it may go. */
+function confirmed(title, text, action) {
+  const dialog = byId("confirm");
+  say(byId("confirm-title"), title);
+  say(byId("confirm-text"), text);
+  say(byId("confirm-yes"), action);
+  return new Promise((resolve) => {
+    const close = (answer) => {
+      dialog.close();
+      resolve(answer);
+    };
+    byId("confirm-yes").onclick = () => close(true);
+    byId("confirm-no").onclick = () => close(false);
+    dialog.oncancel = () => resolve(false);
+    dialog.showModal();
+    byId("confirm-no").focus();
+  });
+}
+
+/** A button with a list to choose from: arrows, Home, End, and typing a name. */
+class Picker {
+  constructor(name, options, choose) {
+    this.button = byId(`${name}-button`);
+    this.list = byId(`${name}-list`);
+    this.options = options; // () → [{value, label, detail, dot, dim, chosen}]
+    this.choose = choose;
+    this.active = null; // the value that the arrows are on
+    this.typed = "";
+    this.button.setAttribute("aria-controls", this.list.id);
+    this.button.addEventListener("click", () => this.toggle());
+    this.button.addEventListener("keydown", (event) => {
+      if (!["ArrowDown", "ArrowUp"].includes(event.key)) return;
+      event.preventDefault();
+      this.toggle(true);
+    });
+    this.list.addEventListener("keydown", (event) => this.key(event));
+    this.list.addEventListener("focusout", () => this.toggle(false));
+    // A press would move the focus, and close the list before the click.
+    this.list.addEventListener("mousedown", (event) => event.preventDefault());
+    this.list.addEventListener("click", (event) => {
+      const option = event.target.closest("[role=option]");
+      if (option) this.pick(option.dataset.value);
+    });
+  }
+
+  get isOpen() {
+    return !this.list.hidden;
+  }
+
+  toggle(opens = !this.isOpen) {
+    if (opens === this.isOpen) return;
+    this.list.hidden = !opens;
+    this.button.setAttribute("aria-expanded", String(opens));
+    if (!opens) return;
+    const options = this.options();
+    this.active = (options.find((option) => option.chosen) || options[0])?.value;
+    this.typed = "";
+    this.draw();
+    this.list.focus();
+  }
+
+  pick(value) {
+    this.button.focus();
+    this.toggle(false);
+    this.choose(value);
+  }
+
+  key(event) {
+    const options = this.options();
+    const at = options.findIndex((option) => option.value === this.active);
+    const last = options.length - 1;
+    const goal = {
+      ArrowDown: Math.min(last, at + 1),
+      ArrowUp: Math.max(0, at - 1),
+      PageDown: Math.min(last, at + 8),
+      PageUp: Math.max(0, at - 8),
+      Home: 0,
+      End: last,
+    }[event.key];
+    if (goal !== undefined) this.active = options[goal]?.value;
+    else if (event.key === "Enter" || (event.key === " " && !this.typed)) {
+      event.preventDefault();
+      if (at >= 0) this.pick(this.active);
+      return;
+    } else if (event.key === "Escape") {
+      event.stopPropagation();
+      this.button.focus();
+      return;
+    } else if (event.key.length > 1 || event.ctrlKey || event.metaKey || event.altKey)
+      return;
+    else this.type(event.key, options, at);
+    event.preventDefault();
+    this.draw();
+  }
+
+  /** Go to the option that is called so; the same letter again goes on to the next. */
+  type(letter, options, at) {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => (this.typed = ""), 800);
+    this.typed += letter.toLowerCase();
+    const repeated = [...this.typed].every((one) => one === this.typed[0]);
+    const wanted = repeated ? this.typed[0] : this.typed;
+    const from = repeated ? at + 1 : Math.max(0, at);
+    const turned = [...options.slice(from), ...options.slice(0, from)];
+    const label = (option) => option.label.toLowerCase();
+    const found =
+      turned.find((option) => label(option).startsWith(wanted)) ||
+      turned.find((option) => label(option).includes(wanted));
+    if (found) this.active = found.value;
+  }
+
+  draw() {
+    const options = this.options();
+    const chosen = options.find((option) => option.chosen) || options[0];
+    fill(
+      this.button,
+      chosen && dotFor(chosen),
+      h("span", { class: "pick-label" }, chosen?.label || "…"),
+      icon("down"),
+    );
+    this.button.setAttribute(
+      "aria-label",
+      `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`,
+    );
+    if (!this.isOpen) return;
+    fill(
+      this.list,
+      options.map((option, n) => this.option(option, n)),
+    );
+    const active = this.list.querySelector(".active");
+    active?.scrollIntoView({ block: "nearest" });
+    this.list.setAttribute("aria-activedescendant", active?.id || "");
+  }
+
+  option(option, n) {
+    const classes = [option.value === this.active && "active", option.dim && "dim"];
+    return h(
+      "li",
+      {
+        id: `${this.list.id}-${n}`,
+        role: "option",
+        class: classes.filter(Boolean).join(" "),
+        "aria-selected": String(Boolean(option.chosen)),
+        "data-value": option.value,
+      },
+      dotFor(option),
+      h(
+        "span",
+        { class: "choice" },
+        h("span", {}, option.label),
+        option.detail && h("span", { class: "detail" }, option.detail),
+      ),
+      option.chosen && icon("check"),
+    );
+  }
+}
+
+const dotFor = ({ dot }) => dot && h("span", { class: `dot ${dot}` });
+
+function nodeOptions() {
+  const entry = currentSession();
+  const selected = sessionNode(entry);
+  const nodes = state.nodes.includes(selected)
+    ? state.nodes
+    : [...state.nodes, selected];
+  const rank = (node) => (node.nodeId === LOCAL ? 0 : node.connected ? 1 : 2);
+  return [...nodes]
+    .sort((a, b) => rank(a) - rank(b) || a.displayName.localeCompare(b.displayName))
+    .map((node) => ({
+      value: node.nodeId,
+      label: node.displayName,
+      detail: nodeDetail(node),
+      dot: node.connected ? "on" : "off",
+      dim: isWaiting(node),
+      chosen: node === selected,
+    }));
+}
+
+function nodeDetail(node) {
+  if (isWaiting(node)) {
+    return node.lastSeenAt ? `Offline, seen ${ago(node.lastSeenAt)}` : "Offline";
+  }
+  const { cpuUsage, load } = node.telemetry || {};
+  const parts = [
+    node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
+    cpuUsage != null && `${Math.round(cpuUsage)} % CPU`,
+    load?.length && `load ${load[0].toFixed(2)}`,
+  ];
+  return parts.filter(Boolean).join(" · ");
+}
+
+function modelOptions() {
+  const chosen = currentModel(currentSession());
+  const known = state.models.map((model) => ({
+    value: model.id,
+    label: model.displayName || model.id,
+    detail: model.id === SHELL ? "Runs what you type, no LLM" : modelDetail(model),
+    chosen: model.id === chosen,
+  }));
+  if (known.some((option) => option.chosen) || !state.models.length) return known;
+  const gone = { value: chosen, label: chosen, detail: "Not available now", dim: true };
+  return [...known, { ...gone, chosen: true }];
+}
+
+function modelDetail(model) {
+  const node = model.nodeId && nodeById(model.nodeId);
+  const tools = model.supportsTools === false ? "cannot run commands" : "";
+  return [model.provider, node && `on ${node.displayName}`, tools]
+    .filter(Boolean)
+    .join(" · ");
+}
+
+// == view: frame ==
+
+function openSidebar(opens) {
+  byId("app").classList.toggle("menu-open", opens);
+  byId("veil").hidden = !opens;
+  byId("open-sidebar").setAttribute("aria-expanded", String(opens));
+  if (opens) byId("close-sidebar").focus();
+}
+
+function drawLink() {
+  const out = state.link === "out";
+  byId("sign-in").hidden = !out;
+  byId("app").hidden = out;
+  byId("banner").hidden = state.link !== "down";
+  if (out) byId("key").focus();
+  if (state.link === "down") drawBanner();
+}
+
+function drawBanner() {
+  const seconds = Math.max(0, Math.ceil((state.retryAt - Date.now()) / 1000));
+  const next = seconds ? `Trying again in ${seconds} s.` : "Trying again…";
+  say(byId("banner-text"), `The gateway cannot be reached. ${next}`);
+}
+
+function drawRoute() {
+  const { page } = state.route;
+  for (const name of ["chat", ...Object.keys(PAGES)]) byId(name).hidden = name !== page;
+  for (const name of Object.keys(PAGES)) {
+    const link = byId(`to-${name}`);
+    if (name === page) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  const title = page === "chat" ? sessionName(currentSession()) : PAGES[page];
+  document.title = `${title} · moltis`;
+}
+
+class SessionItem {
+  constructor(entry) {
+    this.name = h("span", { class: "name" });
+    this.detail = h("span", { class: "detail" });
+    this.link = h("a", { href: chatPath(entry.key) }, this.name, this.detail);
+    const rename = () =>
+      editInPlace(this.name, sessionName(this.entry), "Name of the chat", (label) =>
+        patchSession(this.entry.key, { label }),
+      );
+    this.buttons = h(
+      "span",
+      { class: "tools" },
+      iconButton("pen", "Rename", rename),
+      entry.key !== MAIN && iconButton("bin", "Delete", () => this.remove()),
+    );
+    this.root = h("li", {}, this.link, this.buttons);
+    // In a field that stands in a link, a click is for the field.
+    this.link.addEventListener("click", (event) => {
+      if (this.name.dataset.edited) event.preventDefault();
+    });
+  }
+
+  update(entry) {
+    this.entry = entry;
+    const current = state.route.page === "chat" && state.route.key === entry.key;
+    this.root.classList.toggle("current", current);
+    if (current) this.link.setAttribute("aria-current", "page");
+    else this.link.removeAttribute("aria-current");
+    const node = entry.node_id ? sessionNode(entry).displayName : "";
+    const when = entry.updatedAt ? moment(entry.updatedAt) : "";
+    const status = entry.replying
+      ? "Replying…"
+      : [node, when].filter(Boolean).join(" · ");
+    if (!this.name.dataset.edited) say(this.name, sessionName(entry));
+    say(this.detail, status);
+    this.root.classList.toggle("replying", Boolean(entry.replying));
+  }
+
+  async remove() {
+    const { entry } = this;
+    const text =
+      "Its messages are removed for good. What commands ran, and where, stays " +
+      "in the list of commands.";
+    const question = `Delete “${sessionName(entry)}”?`;
+    if (!(await confirmed(question, text, "Delete"))) return;
+    if (!(await act("sessions.delete", { key: entry.key }))) return;
+    noteSession({ type: "deleted", sessionKey: entry.key });
+  }
+}
+
+const sessionItems = new Keyed(
+  byId("sessions"),
+  (e) => e.key,
+  (e) => new SessionItem(e),
+);
+
+function drawSessions() {
+  const known = state.sessions.filter((entry) => !entry.archived);
+  const current = currentSession();
+  const isNew = !known.some((entry) => entry.key === current.key);
+  const all = isNew && state.route.page === "chat" ? [current, ...known] : known;
+  const wanted = state.search.toLowerCase();
+  byId("find-chat").hidden = all.length < 8 && !wanted;
+  sessionItems.show(
+    all.filter((entry) =>
+      `${sessionName(entry)} ${entry.preview || ""}`.toLowerCase().includes(wanted),
+    ),
+  );
+  const online = state.nodes.filter((n) => n.connected && n.nodeId !== LOCAL).length;
+  say(byId("node-count"), online ? `${online} online` : "");
+}
+
+async function newChat() {
+  const entry = await act("sessions.create", {});
+  if (!entry) return;
+  // The machine and the model that were chosen last are what one wants again.
+  const { node_id, model } = currentSession();
+  if (model) await act("sessions.patch", { key: entry.key, model });
+  if (node_id) await act("nodes.set_session", { session_key: entry.key, node_id });
+  await refresh("sessions");
+  go(chatPath(entry.key));
+  byId("text").focus();
+}
+
+// == view: chat ==
+
+class UserTurn {
+  constructor() {
+    this.text = h("div", { class: "bubble" });
+    this.note = h("p", { class: "note" });
+    this.root = h(
+      "article",
+      { class: "turn user", "aria-label": "You" },
+      this.text,
+      this.note,
+    );
+  }
+
+  update(row) {
+    say(this.text, row.text || "");
+    say(
+      this.note,
+      row.state === "queued" ? "Waits until the answer before it is complete" : "",
+    );
+    this.root.title = fullFormat.format(row.createdAt);
+  }
+}
+
+class AssistantTurn {
+  constructor() {
+    this.text = h("div", { class: "prose" });
+    this.note = h("span");
+    this.foot = h(
+      "footer",
+      { class: "note" },
+      this.note,
+      copyButton("Copy answer", () => this.row.text || ""),
+    );
+    this.root = h(
+      "article",
+      { class: "turn assistant", "aria-label": "Answer" },
+      this.text,
+      this.foot,
+    );
+  }
+
+  update(row) {
+    this.row = row;
+    showMarkdown(this.text, row.text || "");
+    this.root.hidden = !row.text && row.state !== "error";
+    this.foot.hidden = isOpen(row);
+    say(
+      this.note,
+      [modelName(row.model), usageText(row.usage), STATE_NOTES[row.state]]
+        .filter(Boolean)
+        .join(" · "),
+    );
+    this.root.title = fullFormat.format(row.createdAt);
+  }
+}
+
+const STATE_NOTES = {
+  aborted: "stopped",
+  error: "broken off",
+  interrupted: "interrupted by a restart of the gateway",
+};
+
+const usageText = (usage) =>
+  usage?.outputTokens
+    ? `${usage.inputTokens.toLocaleString()} tokens read, ` +
+      `${usage.outputTokens.toLocaleString()} written`
+    : "";
+
+class NoticeTurn {
+  constructor() {
+    this.root = h("p", { class: "turn notice" });
+  }
+
+  update(row) {
+    this.root.classList.toggle("bad", row.state === "error");
+    say(this.root, row.text || "");
+  }
+}
+
+/** A command: where, what, its output as it comes, and how it ended. */
+class CommandCard {
+  constructor(row) {
+    const { command } = row;
+    this.id = row.id;
+    this.screen = new Screen(`Output of ${command.command}`);
+    this.dot = h("span", { class: "dot" });
+    this.time = h("span", { class: "time" });
+    this.stop = h(
+      "button",
+      { type: "button", class: "button small", onclick: () => this.end() },
+      icon("stop"),
+      " Stop",
+    );
+    this.fold = iconButton("down", "Collapse output", () => this.collapse());
+    this.fold.setAttribute("aria-expanded", "true");
+    this.where = h("span", { class: "where" });
+    this.word = h("span", { class: "word" });
+    this.size = h("span", { class: "size" });
+    this.save = h(
+      "a",
+      {
+        class: "bare",
+        title: "Download the whole output",
+        "aria-label": "Download the whole output",
+        download: true,
+        href: `/api/commands/${encodeURIComponent(command.invokeId)}/output`,
+      },
+      icon("save"),
+    );
+    this.copyOutput = copyButton("Copy output", () => this.screen.terminal.text());
+    this.approval = h("div", { class: "approval", hidden: true });
+    this.root = h(
+      "article",
+      { class: "turn command" },
+      h(
+        "header",
+        {},
+        this.dot,
+        this.where,
+        h("code", { class: "line" }, command.command),
+        copyButton("Copy command", () => command.command),
+        this.fold,
+      ),
+      this.approval,
+      this.screen.root,
+      h(
+        "footer",
+        {},
+        this.word,
+        this.time,
+        this.size,
+        h("span", { class: "tools" }, this.stop, this.copyOutput, this.save),
+      ),
+    );
+  }
+
+  update(row) {
+    const { command } = row;
+    this.row = row;
+    const [kind, words] = verdict(command);
+    this.running = kind === "run" || kind === "wait";
+    this.root.dataset.kind = kind;
+    this.root.setAttribute(
+      "aria-label",
+      `Command on ${command.node}: ${command.command}`,
+    );
+    this.dot.className = `dot ${kind}`;
+    say(this.where, command.node + (command.cwd ? `:${command.cwd}` : ""));
+    say(this.word, words);
+    const total = (command.stdoutBytes || 0) + (command.stderrBytes || 0);
+    say(this.size, total ? bytes(total) : this.running ? "" : "no output");
+    this.stop.hidden = !this.running || command.approval?.state === "asked";
+    this.save.hidden = this.copyOutput.hidden = this.running || !total;
+    const terminal = currentChat().terminals.get(row.id);
+    if (terminal) this.screen.show(terminal);
+    this.drawApproval(command);
+    this.tick();
+  }
+
+  tick() {
+    const { startedAt, endedAt } = this.row.command;
+    const end = endedAt ?? (this.running ? Date.now() : null);
+    const known = startedAt && end && this.row.command.approval?.state !== "asked";
+    say(this.time, known ? duration((end - startedAt) / 1000) : "");
+  }
+
+  drawApproval({ invokeId, node, approval }) {
+    const asks = approval?.state === "asked";
+    if (asks === !this.approval.hidden) return;
+    this.approval.hidden = !asks;
+    if (!asks) return;
+    const answer =
+      (allowed, always = false) =>
+      () =>
+        act("approval.answer", { invokeId, allowed, always });
+    fill(
+      this.approval,
+      h("p", {}, `The model wants to run this on ${node}.`),
+      h(
+        "button",
+        { type: "button", class: "button main", onclick: answer(true) },
+        "Approve",
+      ),
+      h("button", { type: "button", class: "button", onclick: answer(false) }, "Deny"),
+      h(
+        "button",
+        { type: "button", class: "button", onclick: answer(true, true) },
+        `Always on ${node} in this chat`,
+      ),
+    );
+    announce(`Approval is needed for a command on ${node}`);
+  }
+
+  collapse() {
+    const shut = this.root.classList.toggle("folded");
+    this.fold.setAttribute("aria-expanded", String(!shut));
+    this.fold.setAttribute("aria-label", shut ? "Show output" : "Collapse output");
+  }
+
+  async end() {
+    this.stop.disabled = true;
+    await act("node.invoke.cancel", { invokeId: this.row.command.invokeId });
+    this.stop.disabled = false;
+  }
+}
+
+const TURNS = {
+  user: UserTurn,
+  assistant: AssistantTurn,
+  notice: NoticeTurn,
+  command: CommandCard,
+};
+
+const makeTurn = (row) => new (TURNS[row.role] || NoticeTurn)(row);
+const turns = new Keyed(byId("messages"), (row) => row.id, makeTurn);
+let shownChat = null; // the Chat whose messages stand on the page
+let follows = true; // the newest message is to stay in sight
+
+/** Return the messages to show: what was typed into Shell is in the command's card. */
+function shownRows(chat) {
+  const rows = chat.ordered();
+  const commands = new Set(
+    rows
+      .filter((row) => row.role === "command")
+      .map((row) => `${row.runId} ${row.command.command}`),
+  );
+  const typed = (row) => `${row.runId} ${(row.text || "").replace(/^!/, "")}`;
+  return rows.filter((row) => row.role !== "user" || !commands.has(typed(row)));
+}
+
+function drawChat() {
+  if (state.route.page !== "chat") return;
+  const chat = currentChat();
+  const box = byId("transcript");
+  if (shownChat !== chat) leaveChat(chat);
+  const rows = shownRows(chat);
+  turns.show(rows);
+  byId("older").hidden = !chat.earlier;
+  drawWelcome(chat, rows);
+  drawThinking(chat, rows);
+  drawComposer(chat);
+  if (follows) box.scrollTop = box.scrollHeight;
+  announceEnds(chat, rows);
+}
+
+function leaveChat(chat) {
+  const text = byId("text");
+  if (shownChat) shownChat.draft = text.value;
+  shownChat = chat;
+  turns.show([]);
+  text.value = chat.draft;
+  sizeText();
+  follows = true;
+}
+
+function drawThinking(chat, rows) {
+  const last = rows.at(-1);
+  const silent = last?.role === "user" || last?.state !== "running";
+  byId("thinking").hidden = !(chat.busy && silent) || last?.state === "queued";
+  const entry = currentSession();
+  say(
+    byId("thinking-text"),
+    currentModel(entry) === SHELL ? "" : `${modelName(currentModel(entry))} thinks`,
+  );
+}
+
+const modelName = (id) =>
+  state.models.find((model) => model.id === id)?.displayName || id;
+
+let announced = new WeakSet(); // messages whose end was told
+
+/** Tell a screen reader how the newest message ended, once. */
+function announceEnds(chat, rows) {
+  const last = rows.at(-1);
+  if (!last || !chat.loaded || announced.has(last)) return;
+  announced.add(last);
+  if (Date.now() - last.createdAt > 60_000 && !last.command) return;
+  if (last.role === "command" && ENDED.has(last.state)) {
+    const output = chat.terminals.get(last.id)?.text() || "no output";
+    announce(
+      `${last.command.node}: ${verdict(last.command)[1]}. ${output.slice(-300)}`,
+    );
+  } else if (last.role === "assistant" && ENDED.has(last.state)) {
+    announce(last.text?.slice(0, 500) || "");
+  }
+}
+
+const STARTERS = ["uname -a", "uptime", "df -h /", "ps aux | head"];
+
+function drawWelcome(chat, rows) {
+  const box = byId("welcome");
+  box.hidden = !chat.loaded || rows.length > 0;
+  if (box.hidden) return;
+  const entry = currentSession();
+  const node = sessionNode(entry).displayName;
+  const shell = currentModel(entry) === SHELL;
+  const others = state.nodes.some((n) => n.nodeId !== LOCAL);
+  const lead = shell
+    ? `What you type runs on ${node}, and its output appears here.`
+    : `${modelName(currentModel(entry))} runs commands on ${node} to find out.`;
+  fill(
+    box,
+    h("h2", {}, shell ? `A shell on ${node}` : `What shall we look at on ${node}?`),
+    h("p", {}, lead),
+    h(
+      "p",
+      { class: "starters" },
+      STARTERS.map((line) =>
+        h(
+          "button",
+          {
+            type: "button",
+            class: "button small mono",
+            onclick: () => send(shell ? line : `!${line}`),
+          },
+          line,
+        ),
+      ),
+    ),
+    others
+      ? h("p", {}, "Choose another machine at the top.")
+      : h(
+          "p",
+          {},
+          h("a", { href: "/settings/nodes" }, "Add a machine"),
+          " to use it from here, too.",
+        ),
+  );
+}
+
+function drawComposer(chat) {
+  const entry = currentSession();
+  const node = sessionNode(entry);
+  const shell = currentModel(entry) === SHELL;
+  const text = byId("text");
+  byId("composer").classList.toggle("shell", shell);
+  say(byId("prompt"), shell ? `${node.displayName} $` : "");
+  text.placeholder = shell ? "" : `Message ${modelName(currentModel(entry))}`;
+  text.setAttribute(
+    "aria-label",
+    shell ? `Command for ${node.displayName}` : "Message",
+  );
+  byId("stop").hidden = !chat.busy;
+  const gone = isWaiting(node) && state.nodes.length > 0;
+  byId("node-away").hidden = !gone;
+  const since = node.lastSeenAt ? ` since ${moment(node.lastSeenAt)}` : "";
+  say(
+    byId("node-away"),
+    gone
+      ? `${node.displayName} is offline${since}. Nothing runs elsewhere instead.`
+      : "",
+  );
+  const more = shell ? "↑ earlier commands" : "!command runs a command";
+  say(
+    byId("hint"),
+    `Enter ${shell ? "runs" : "sends"} · Shift+Enter new line · ${more}`,
+  );
+  say(byId("chat-title"), sessionName(entry));
+  pickers.forEach((picker) => picker.draw());
+}
+
+/** Let the field be as high as its text, up to a third of the window. */
+function sizeText() {
+  const text = byId("text");
+  text.style.height = "auto";
+  text.style.height = `${Math.min(text.scrollHeight, innerHeight / 3)}px`;
+}
+
+async function send(line) {
+  const text = byId("text");
+  const typed = line ?? text.value.trim();
+  if (!typed) return;
+  if (line === undefined) text.value = "";
+  sizeText();
+  recall.place = null;
+  follows = true;
+  const entry = currentSession();
+  const params = { text: typed, sessionKey: entry.key, model: currentModel(entry) };
+  const answer = await act("chat.send", params);
+  // What was typed is not lost with the connection.
+  if (!answer && line === undefined && !text.value) text.value = typed;
+}
+
+const recall = { place: null, draft: "" }; // where ↑ is in what was typed before
+
+function earlierTexts() {
+  const texts = currentChat()
+    .ordered()
+    .filter((row) => row.role === "user")
+    .map((row) => row.text);
+  return texts.filter((text, n) => text !== texts[n + 1]);
+}
+
+/** Go `step` back or forth in what was typed before; false at the end. */
+function recallText(step) {
+  const text = byId("text");
+  const texts = earlierTexts();
+  const place = (recall.place ?? texts.length) + step;
+  if (place < 0 || place > texts.length || (recall.place === null && step > 0))
+    return false;
+  if (recall.place === null) recall.draft = text.value;
+  recall.place = place === texts.length ? null : place;
+  text.value = recall.place === null ? recall.draft : texts[place];
+  sizeText();
+  text.setSelectionRange(text.value.length, text.value.length);
+  return true;
+}
+
+function composerKey(event) {
+  if (event.isComposing) return;
+  const text = byId("text");
+  const { key } = event;
+  const before = text.value.slice(0, text.selectionStart);
+  const after = text.value.slice(text.selectionEnd);
+  let done = false;
+  if (key === "Enter" && !event.shiftKey) {
+    send();
+    done = true;
+  } else if (key === "ArrowUp" && !before.includes("\n")) done = recallText(-1);
+  else if (key === "ArrowDown" && !after.includes("\n")) done = recallText(1);
+  else if (key === "c" && event.ctrlKey && !event.metaKey && !selectedText()) {
+    done = currentChat().busy; // as in a terminal
+    if (done) stopRun();
+  }
+  if (done) event.preventDefault();
+}
+
+const selectedText = () => {
+  const text = byId("text");
+  return text.selectionStart !== text.selectionEnd || String(getSelection());
+};
+
+const stopRun = () => act("chat.abort", { sessionKey: state.route.key });
+
+function noteScroll() {
+  const box = byId("transcript");
+  follows = box.scrollHeight - box.scrollTop - box.clientHeight < 80;
+  byId("latest").hidden = follows;
+}
+
+function showLatest() {
+  const box = byId("transcript");
+  follows = true;
+  box.scrollTop = box.scrollHeight;
+  byId("text").focus();
+}
+
+const pickers = [
+  new Picker("model", modelOptions, (model) =>
+    patchSession(state.route.key, { model }),
+  ),
+  new Picker("node", nodeOptions, (id) => selectNode(state.route.key, id)),
+];
+
+// == view: nodes ==
+
+/** A figure with a bar of how much of it is used. */
+class Meter {
+  constructor(label, limit = 0.9) {
+    this.limit = limit; // beyond which it is time to worry
+    this.value = h("dd");
+    this.bar = h("i");
+    this.root = h(
+      "div",
+      { class: "meter" },
+      h("dt", {}, label),
+      this.value,
+      h("span", { class: "track", "aria-hidden": "true" }, this.bar),
+    );
+  }
+
+  update(used, text) {
+    this.root.hidden = used == null || Number.isNaN(used);
+    say(this.value, text);
+    this.bar.style.width = `${Math.min(100, Math.max(0, used * 100))}%`;
+    this.root.classList.toggle("high", used > this.limit);
+  }
+}
+
+/** Return the drawing of a node's CPU usage over the last half hour. */
+function drawSpark(svg, points) {
+  const now = Date.now();
+  const place = ([ms, usage]) => {
+    const x = 120 - ((now - ms) / HISTORY_SPAN) * 120;
+    return `${x.toFixed(1)} ${(27 - Math.min(100, usage) * 0.26).toFixed(1)}`;
+  };
+  const recent = points.filter(([ms]) => ms > now - HISTORY_SPAN);
+  const trace = recent.map(place).join("L");
+  const [area, line] = svg.children;
+  line.setAttribute("d", recent.length > 1 ? `M${trace}` : "");
+  const x = recent.length && place(recent[0]).split(" ")[0];
+  const end = recent.length && place(recent.at(-1)).split(" ")[0];
+  area.setAttribute("d", recent.length > 1 ? `M${x} 28L${trace}L${end} 28Z` : "");
+  const top = Math.round(Math.max(0, ...recent.map(([, usage]) => usage)));
+  svg.setAttribute("aria-label", `CPU of the last 30 minutes, at most ${top} percent`);
+  svg.classList.toggle("none", recent.length < 2);
+}
+
+class NodeCard {
+  constructor(node) {
+    const own = node.nodeId !== LOCAL;
+    this.dot = h("span", { class: "dot" });
+    this.name = h("h2");
+    this.since = h("p", { class: "since" });
+    this.about = h("p", { class: "about" });
+    this.spark = byId("spark").content.firstElementChild.cloneNode(true);
+    this.cpu = new Meter("CPU", 1);
+    this.memory = new Meter("Memory");
+    this.disk = new Meter("Disk");
+    this.facts = h("p", { class: "facts" });
+    this.lists = h("dl", { class: "lists" });
+    this.running = h("ul", { class: "running", "aria-label": "Running commands" });
+    this.runningItems = new Keyed(this.running, (row) => row.invokeId, makeRunning);
+    this.root = h(
+      "article",
+      { class: "node card" },
+      h(
+        "header",
+        {},
+        this.dot,
+        this.name,
+        h(
+          "span",
+          { class: "tools" },
+          own && iconButton("pen", "Rename", () => this.rename()),
+          iconButton("chat", "Use in the chat", () => this.chat()),
+          own && iconButton("bin", "Revoke its token", () => this.revoke()),
+        ),
+      ),
+      this.since,
+      this.about,
+      h("div", { class: "cpu" }, h("dl", {}, this.cpu.root), this.spark),
+      h("dl", { class: "meters" }, this.memory.root, this.disk.root),
+      this.facts,
+      this.lists,
+      this.running,
+    );
+  }
+
+  update(node) {
+    this.node = node;
+    const { telemetry = null } = node;
+    this.root.classList.toggle("away", isWaiting(node));
+    this.root.classList.toggle("stale", Boolean(telemetry?.stale) && node.connected);
+    this.dot.className = `dot ${node.connected ? "on" : "off"}`;
+    if (!this.name.dataset.edited) say(this.name, node.displayName);
+    say(this.since, this.stateText(node));
+    say(
+      this.about,
+      [
+        platformName(node.platform),
+        node.version && `moltis ${node.version}`,
+        node.remoteIp,
+      ]
+        .filter(Boolean)
+        .join(" · "),
+    );
+    this.drawTelemetry(telemetry || {});
+    this.drawLists(node, telemetry || {});
+    const own = state.running.filter((row) => row.nodeId === node.nodeId);
+    this.runningItems.show(own);
+    this.running.hidden = !own.length;
+  }
+
+  stateText(node) {
+    if (node.nodeId === LOCAL) return "The machine that runs this gateway";
+    if (isWaiting(node)) {
+      return node.lastSeenAt ? `Offline, last seen ${ago(node.lastSeenAt)}` : "Offline";
+    }
+    const since = node.connectedAt ? ` since ${moment(node.connectedAt)}` : "";
+    const stale = node.telemetry?.stale ? ", but its figures are old" : "";
+    return `Connected${since}${stale}`;
+  }
+
+  drawTelemetry(told) {
+    const memory = told.memTotal - told.memAvailable;
+    const disk = told.diskTotal - told.diskAvailable;
+    const of = (used, total) => `${bytes(used)} of ${bytes(total)}`;
+    const cores = told.cpuCount ? ` of ${plural(told.cpuCount, "core")}` : "";
+    this.cpu.update(
+      told.cpuUsage == null ? null : told.cpuUsage / 100,
+      `${Math.round(told.cpuUsage)} %${cores}`,
+    );
+    this.memory.update(memory / told.memTotal, of(memory, told.memTotal));
+    this.disk.update(disk / told.diskTotal, of(disk, told.diskTotal));
+    drawSpark(this.spark, state.usage.get(this.node.nodeId) || []);
+    const facts = [
+      told.load?.length && `load ${told.load.map((n) => n.toFixed(2)).join(" ")}`,
+      told.uptimeSecs && `up ${duration(Math.max(60, told.uptimeSecs))}`,
+      told.temperature != null && `${Math.round(told.temperature)} °C`,
+    ];
+    say(this.facts, facts.filter(Boolean).join(" · "));
+  }
+
+  drawLists(node, { gpus = [], runtimes = [], runtimeVersions = {}, services = [] }) {
+    const rows = [
+      [
+        "GPU",
+        gpus.map((gpu) => gpu.name + (gpu.memTotal ? ` ${bytes(gpu.memTotal)}` : "")),
+      ],
+      [
+        "Runtimes",
+        runtimes.map((name) => `${name} ${runtimeVersions[name] || ""}`.trim()),
+      ],
+      ["Services", services],
+      [
+        "Models",
+        (node.providers || []).map(({ provider, models }) =>
+          models?.length ? `${provider}: ${models.join(", ")}` : provider,
+        ),
+      ],
+    ].filter(([, names]) => names.length);
+    const key = JSON.stringify(rows);
+    if (this.listed === key) return;
+    this.listed = key;
+    fill(
+      this.lists,
+      rows.map(([label, names]) => [
+        h("dt", {}, label),
+        h(
+          "dd",
+          {},
+          names.map((name) => h("span", { class: "chip" }, name)),
+        ),
+      ]),
+    );
+  }
+
+  rename() {
+    editInPlace(
+      this.name,
+      this.node.displayName,
+      "Name of the machine",
+      async (name) => {
+        await act("node.rename", { nodeId: this.node.nodeId, displayName: name });
+        refresh("nodes", "devices");
+      },
+    );
+  }
+
+  async chat() {
+    const key = localStorage.getItem("session") || MAIN;
+    await selectNode(key, this.node.nodeId);
+    go(chatPath(key));
+    byId("text").focus();
+  }
+
+  revoke() {
+    const { deviceId, nodeId, displayName } = this.node;
+    const known = state.devices.find((device) => device.nodeId === nodeId);
+    revokeDevice(deviceId || known?.deviceId, displayName);
+  }
+}
+
+async function revokeDevice(deviceId, name) {
+  const text =
+    "Its connection is closed at once, and its token is worth nothing from " +
+    "then on. To use the machine again, generate a new token.";
+  if (
+    !(await confirmed(`Revoke the token of ${name || "this machine"}?`, text, "Revoke"))
+  )
+    return;
+  await act("device.token.revoke", { deviceId });
+  refresh("nodes", "devices");
+}
+
+function makeRunning() {
+  const text = h("code");
+  const time = h("span", { class: "time" });
+  const view = {
+    root: h(
+      "li",
+      {},
+      h("span", { class: "dot run" }),
+      text,
+      time,
+      iconButton("stop", "Stop", () =>
+        act("node.invoke.cancel", { invokeId: view.row.invokeId }),
+      ),
+    ),
+    update(row) {
+      view.row = row;
+      say(text, row.command);
+      say(time, duration((Date.now() - (row.startedAt || row.askedAt)) / 1000));
+    },
+  };
+  return view;
+}
+
+const nodeCards = new Keyed(
+  byId("node-cards"),
+  (n) => n.nodeId,
+  (n) => new NodeCard(n),
+);
+
+function drawNodes() {
+  if (state.route.page !== "nodes") return;
+  const rank = (node) => (node.nodeId === LOCAL ? 0 : node.connected ? 1 : 2);
+  const nodes = [...state.nodes].sort(
+    (a, b) => rank(a) - rank(b) || a.displayName.localeCompare(b.displayName),
+  );
+  nodes.forEach((node) => {
+    if (state.link === "up") loadUsage(node);
+  });
+  nodeCards.show(nodes);
+  const others = nodes.filter((node) => node.nodeId !== LOCAL);
+  const online = others.filter((node) => node.connected).length;
+  say(
+    byId("nodes-summary"),
+    others.length
+      ? `${plural(online, "machine")} connected, ${others.length - online} offline.`
+      : "Only this gateway’s own machine so far. Generate a token to add another: " +
+          "it needs Python and a way to reach this gateway, nothing else.",
+  );
+  drawUnused();
+}
+
+const unused = new Keyed(
+  byId("unused-list"),
+  (device) => device.deviceId,
+  () => {
+    const name = h("span", { class: "name" });
+    const when = h("span", { class: "detail" });
+    const view = {
+      root: h(
+        "li",
+        {},
+        name,
+        when,
+        iconButton("bin", "Revoke", () =>
+          revokeDevice(view.device.deviceId, view.device.displayName),
+        ),
+      ),
+      update(device) {
+        view.device = device;
+        say(name, device.displayName || "No name");
+        say(when, `made ${moment(device.createdAt)}`);
+      },
+    };
+    return view;
+  },
+);
+
+function drawUnused() {
+  const devices = state.devices.filter((device) => !device.nodeId);
+  byId("unused").hidden = !devices.length;
+  unused.show(devices);
+}
+
+// == view: Generate Token ==
+
+function openToken() {
+  byId("token-form").hidden = false;
+  byId("token-made").hidden = true;
+  byId("token-name").value = "";
+  say(byId("token-error"), "");
+  byId("token").showModal();
+  byId("token-name").focus();
+}
+
+async function generateToken() {
+  const name = byId("token-name").value.trim() || byId("token-name").placeholder;
+  try {
+    const made = await link.call("device.token.create", { displayName: name });
+    state.token = { deviceId: made.deviceId, name };
+    showToken(made.deviceToken);
+  } catch (error) {
+    say(byId("token-error"), error.message);
+  }
+}
+
+function showToken(token) {
+  const options = `--host ${socketAddress()} --token ${token}`;
+  const source = `curl -fsSL ${location.origin}/moltis.py`;
+  const fetch = `${source} | python3 - node add ${options}`;
+  const lines = [
+    ["On the machine: Python 3.8+ and curl are enough", fetch],
+    ["Where moltis is installed already", `moltis node add ${options}`],
+    ["Only until you press Ctrl+C, without a service", `${fetch} --foreground`],
+    ["The token by itself; it is shown this once", token],
+  ];
+  byId("token-form").hidden = true;
+  byId("token-made").hidden = false;
+  say(byId("token-made-title"), `Run this on ${state.token.name}`);
+  fill(
+    byId("token-lines"),
+    lines.map(([label, line]) =>
+      h(
+        "div",
+        { class: "line" },
+        h("p", {}, label),
+        h("pre", { tabindex: 0 }, h("code", {}, line)),
+        copyButton("Copy", () => line),
+      ),
+    ),
+  );
+  fill(
+    byId("token-warnings"),
+    tokenWarnings().map((text) => h("p", { class: "warn" }, icon("warn"), text)),
+  );
+  byId("token-chat").hidden = true;
+  drawTokenWait();
+  byId("token-made-title").focus();
+}
+
+function tokenWarnings() {
+  const { hostname, protocol } = location;
+  if (/^(?:localhost|127\..*|\[::1\])$/.test(hostname)) {
+    return [
+      `${hostname} is this machine’s name for itself, so these lines work here only. ` +
+        "For other machines start the gateway with --bind 0.0.0.0 and open this page " +
+        "under its network name.",
+    ];
+  }
+  if (protocol === "https:") return [];
+  return [
+    "This page came without TLS, so others on the network can read what you see. " +
+      "Start the gateway with --tls. (Nodes prove their token without sending it.)",
+  ];
+}
+
+function drawTokenWait() {
+  if (!state.token || byId("token-made").hidden) return;
+  const { deviceId, name } = state.token;
+  const device = state.devices.find((known) => known.deviceId === deviceId);
+  const node = device?.nodeId && nodeById(device.nodeId);
+  const here = Boolean(node?.connected);
+  const wait = byId("token-wait");
+  const text = here
+    ? `${node.displayName} is connected`
+    : `Waiting for ${name} to connect…`;
+  if (wait.textContent !== text) {
+    fill(wait, here ? icon("check") : h("span", { class: "dot wait" }), text);
+  }
+  wait.classList.toggle("here", here);
+  byId("token-chat").hidden = !here;
+  byId("token-chat").onclick = () => {
+    closeToken();
+    nodeCards.views.get(node.nodeId)?.chat();
+  };
+}
+
+function closeToken() {
+  state.token = null;
+  fill(byId("token-lines")); // the token is not kept anywhere
+  byId("token").close();
+}
+
+// == view: commands ==
+
+const RESULTS = {
+  "": "All",
+  running: "Running",
+  done: "Finished",
+  failed: "Failed",
+  timed_out: "Timed out",
+  cancelled: "Stopped",
+  lost: "Lost",
+};
+
+function auditVerdict(row) {
+  if (row.state === "sent") return ["wait", "Sent"];
+  if (row.state === "lost") return ["bad", "Lost"];
+  return verdict({
+    ...row,
+    node: row.nodeName,
+    timedOut: row.state === "timed_out",
+    cancelled: row.state === "cancelled",
+  });
+}
+
+function makeAuditRow(row) {
+  const result = h("td", { class: "result" });
+  const took = h("td", { class: "number" });
+  const size = h("td", { class: "number" });
+  const who = row.sessionKey
+    ? h("a", { href: chatPath(row.sessionKey) }, row.callerName || "Chat")
+    : row.callerName || row.callerKind;
+  return {
+    root: h(
+      "tr",
+      {},
+      h(
+        "td",
+        { class: "when", title: fullFormat.format(row.askedAt) },
+        moment(row.askedAt),
+      ),
+      h("td", { class: "who" }, who),
+      h("td", { class: "at" }, row.nodeName),
+      h("td", { class: "what" }, h("code", { title: row.command }, row.command)),
+      result,
+      took,
+      size,
+    ),
+    update(now) {
+      const [kind, words] = auditVerdict(now);
+      const start = now.startedAt || now.askedAt;
+      fill(result, h("span", { class: `dot ${kind}` }), words);
+      say(took, now.endedAt ? duration((now.endedAt - start) / 1000) : "");
+      say(
+        size,
+        now.endedAt ? bytes((now.stdoutBytes || 0) + (now.stderrBytes || 0)) : "",
+      );
+    },
+  };
+}
+
+const auditRows = new Keyed(byId("audit-rows"), (row) => row.invokeId, makeAuditRow);
+
+function drawAudit() {
+  if (state.route.page !== "commands") return;
+  const { rows, more } = state.audit;
+  auditRows.show(rows);
+  byId("audit").hidden = !rows.length;
+  byId("audit-empty").hidden = rows.length > 0;
+  byId("audit-older").hidden = !more;
+}
+
+function drawFilters() {
+  const select = byId("filter-node");
+  const names = state.nodes.map((node) => [node.nodeId, node.displayName]);
+  const key = JSON.stringify(names);
+  if (select.dataset.names === key) return;
+  select.dataset.names = key;
+  fill(
+    select,
+    [["", "All"], ...names].map(([value, name]) => h("option", { value }, name)),
+  );
+  select.value = state.audit.node;
+}
+
+function filterAudit() {
+  state.audit.node = byId("filter-node").value;
+  state.audit.result = byId("filter-state").value;
+  loadAudit();
+}
+
+// == sign-in ==
+
+async function signIn(key) {
+  const answer = await fetch("/api/sign-in", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ key }),
+  }).catch(() => null);
+  if (answer?.ok) {
+    state.link = "connecting";
+    touch("link");
+    link.open();
+    return;
+  }
+  const wait = answer?.headers.get("Retry-After");
+  const why = !answer
+    ? "The gateway cannot be reached."
+    : answer.status === 429
+      ? `Too many attempts from here. Try again in ${duration(Number(wait) || 60)}.`
+      : "This is not a key of this gateway, or it was revoked.";
+  state.link = "out";
+  touch("link");
+  say(byId("sign-in-error"), why);
+}
+
+async function signOut() {
+  await fetch("/api/sign-out", { method: "POST" }).catch(complain);
+  link.close();
+  state.chats.clear();
+  Object.assign(state, {
+    link: "out",
+    sessions: [],
+    nodes: [],
+    devices: [],
+    running: [],
+  });
+  shownChat = null;
+  touch("link", "chat");
+}
+
+// == start ==
+
+/** Follow links within the page without loading it again. */
+function followLink(event) {
+  const link = event.target.closest?.("a[href^='/']");
+  if (!link || link.hasAttribute("download") || event.button) return;
+  if (event.ctrlKey || event.metaKey || event.shiftKey || event.defaultPrevented)
+    return;
+  event.preventDefault();
+  go(link.getAttribute("href"));
+}
+
+function tick() {
+  if (state.link === "down") drawBanner();
+  for (const view of turns.views.values()) if (view.running) view.tick();
+  if (state.route.page === "nodes" && state.running.length) touch("running");
+}
+
+const CLICKS = {
+  "new-chat": newChat,
+  "new-token": openToken,
+  "token-cancel": closeToken,
+  "token-done": closeToken,
+  "sign-out": signOut,
+  "open-sidebar": () => openSidebar(true),
+  "close-sidebar": () => openSidebar(false),
+  veil: () => openSidebar(false),
+  retry: () => link.retryNow(),
+  latest: showLatest,
+  stop: stopRun,
+  older: () => currentChat().loadEarlier(),
+  "audit-older": () => loadAudit(true),
+};
+
+function start() {
+  watch("link", drawLink);
+  watch("route sessions", drawRoute);
+  watch("route sessions nodes", drawSessions);
+  watch("route chat sessions models nodes link", drawChat);
+  watch("route nodes devices running", drawNodes);
+  watch("nodes devices", drawTokenWait);
+  watch("route audit", drawAudit);
+  watch("route nodes", drawFilters);
+  for (const [id, action] of Object.entries(CLICKS)) {
+    byId(id).addEventListener("click", action);
+  }
+  for (const button of document.querySelectorAll(".menu")) {
+    button.addEventListener("click", () => openSidebar(true));
+  }
+  for (const element of document.querySelectorAll("[data-icon]")) {
+    element.prepend(icon(element.dataset.icon));
+  }
+  document.addEventListener("click", followLink);
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !byId("veil").hidden) openSidebar(false);
+  });
+  addEventListener("popstate", followAddress);
+  onSubmit("sign-in-form", () => signIn(byId("key").value.trim()));
+  onSubmit("token-form", generateToken);
+  onSubmit("composer", () => send());
+  byId("token").addEventListener("close", () => (state.token = null));
+  byId("text").addEventListener("keydown", composerKey);
+  byId("text").addEventListener("input", sizeText);
+  byId("transcript").addEventListener("scroll", noteScroll);
+  byId("find-chat").addEventListener("input", (event) => {
+    state.search = event.target.value;
+    touch("sessions");
+  });
+  byId("filter-node").addEventListener("change", filterAudit);
+  byId("filter-state").addEventListener("change", filterAudit);
+  fill(
+    byId("filter-state"),
+    Object.entries(RESULTS).map(([value, name]) => h("option", { value }, name)),
+  );
+  setInterval(tick, 1000);
+  setInterval(() => touch("nodes", "sessions"), 60_000); // what says "3 min ago"
+  const key = /^#key=(.+)$/.exec(location.hash)?.[1];
+  // The key is out of the address before anything else can see it.
+  if (key) history.replaceState(null, "", location.pathname);
+  followAddress();
+  if (key) signIn(decodeURIComponent(key));
+  else link.open();
+  touch("link");
+}
+
+function onSubmit(id, action) {
+  byId(id).addEventListener("submit", (event) => {
+    event.preventDefault();
+    action();
+  });
+}
+
+start();
+"""
 
 # ==============================================================================
 # Install script
