@@ -42,6 +42,7 @@ Contents
     Access                    callers, scopes, tokens, sign-ins, limits
     Fleet                     connected nodes, their invocations and their fate
     Agent                     tools, the loop, approvals, the built-in Shell
+    Model directory           the models there are to choose from, and where they run
     Gateway                   RPC methods, events, chat runs
     MCP                       the same tools for Model Context Protocol clients
     HTTP                      routes, upgrade, headers
@@ -698,6 +699,7 @@ class NodeSettings:
     working_dir: str | None = None
     timeout: float | None = None  # s; a maximum that no caller exceeds
     auth: str = "scram"  # or "bearer", for Moltis gateways
+    lends_models: bool = True  # to the gateway: its Ollama, providers it has keys for
 
     FILE = "node.json"
 
@@ -711,6 +713,7 @@ class NodeSettings:
         value = read_settings_file(path)
         if value is None:
             return None
+        lends_models = _settings_field(path, value, "llm", bool)
         texts = {}
         for name in ("gateway_url", "device_token", "node_id", "display_name"):
             text = _settings_field(path, value, name, str)
@@ -722,6 +725,7 @@ class NodeSettings:
             working_dir=_settings_field(path, value, "working_dir", str) or None,
             timeout=_settings_field(path, value, "timeout", float),
             auth=_settings_field(path, value, "auth", str) or "scram",
+            lends_models=lends_models is not False,
         )
 
     def save(self, directory: Path) -> None:
@@ -734,6 +738,7 @@ class NodeSettings:
             "working_dir": self.working_dir,
             "timeout": self.timeout,
             "auth": self.auth,
+            "llm": self.lends_models,
         }
         text = json.dumps({k: v for k, v in value.items() if v is not None}, indent=2)
         write_private(directory / self.FILE, (text + "\n").encode("utf-8"))
@@ -6283,6 +6288,12 @@ def describe_providers(
     return descriptions
 
 
+def context_of(provider_id: str) -> int:
+    """Return the tokens that a provider's models hold, whoever reaches it."""
+    protocols = {spec.id: spec.protocol for spec in PROVIDERS}
+    return PROTOCOLS[protocols.get(provider_id, "openai")].context_tokens
+
+
 class ProviderModel:
     """A model of a provider that this machine reaches; a ChatModel."""
 
@@ -6379,17 +6390,20 @@ def list_models(
 
 # ==============================================================================
 # Machine
-# Uses: Wire protocol, Commands, Telemetry
+# Uses: Wire protocol, Commands, Telemetry, Language models
 #
 # What one computer does when it is asked: `system.run`, `system.which`,
-# `system.providers`.  A node answers its gateway with it, and the gateway answers
-# itself for `Local`, so that Local is a node like the others.  Who asks, and over
-# which connection, is left to a MachinePeer.
+# `system.providers`, and `llm.chat` where it lends its language models.  A node
+# answers its gateway with it, and the gateway answers itself for `Local`, so that
+# Local is a node like the others.  Who asks, and over which connection, is left to a
+# MachinePeer.
 # ==============================================================================
 
 SYSTEM_RUN = "system.run"
 SYSTEM_WHICH = "system.which"
 SYSTEM_PROVIDERS = "system.providers"
+LLM_CHAT = CAP_LLM  # a question to a model; the answer is a stream of JSON lines
+LLM_MODELS = "llm.models"  # those that could be asked
 
 MACHINE_COMMANDS = (SYSTEM_RUN, SYSTEM_WHICH, SYSTEM_PROVIDERS)
 MACHINE_CAPABILITIES = (CAP_SCRAM, CAP_STREAM, CAP_CANCEL, CAP_RESUME)
@@ -6397,6 +6411,8 @@ MACHINE_CAPABILITIES = (CAP_SCRAM, CAP_STREAM, CAP_CANCEL, CAP_RESUME)
 
 MAX_COLLECTED = 200 * 1024  # bytes a stream, for a caller that does not take streams
 MAX_TIMEOUT_MS = 2**53  # JSON's safe integers
+MAX_LENT = 8  # questions to this machine's models side by side; more are refused
+MAX_KEPT_ANSWERS = 64  # that nobody came for; beyond it the oldest goes
 
 
 def platform_name() -> str:
@@ -6472,12 +6488,198 @@ def fit_result(result: JsonObject, limit: int | None) -> JsonObject:
     return result
 
 
+ModelTask = Callable[[Callable[[JsonObject], None], Cancellation], JsonObject]
+
+
+class LentWork:
+    """Something this machine's models do for others: JSON lines, then a result."""
+
+    def __init__(self, task: ModelTask, on_chunk: ChunkHandler) -> None:
+        """`task(write, cancel)` writes the lines and returns the result."""
+        self.result: JsonObject | None = None  # set when it has ended
+        self._task = task
+        self._streams = CommandStreams(on_chunk, None, resumable=True)
+        self._cancel = Cancellation()
+
+    def run(self) -> JsonObject:
+        """Do it in this thread; all lines were handed out then."""
+        with self._streams.waker as wake:
+            poll = select.poll()
+            poll.register(wake, select.POLLIN)
+            result = self._outcome(partial(self._write, poll))
+        self._streams.deliver(finish=True)
+        self.result = {**result, "stdoutBytes": self._streams.totals()[STDOUT]}
+        return self.result
+
+    def acknowledge(self, kind: int, offset: int) -> None:
+        """See Command.acknowledge."""
+        self._streams.acknowledge(kind, offset)
+
+    def rewind(self, offsets: Mapping[int, int]) -> None:
+        """See Command.rewind."""
+        self._streams.rewind(offsets)
+        # Its own thread may be waiting for the model, for minutes.
+        self._streams.deliver()
+
+    def write_stdin(self, _offset: int, _data: bytes) -> None:
+        """Raises RpcError: what is to be said stands in the request."""
+        raise RpcError("INVALID_REQUEST", "a model takes no input")
+
+    def offsets(self) -> dict[int, int]:
+        return self._streams.offsets()
+
+    def cancel(self) -> None:
+        self._cancel.cancel()
+        self._streams.waker.wake()
+
+    def _outcome(self, write: Callable[[JsonObject], None]) -> JsonObject:
+        try:
+            return self._task(write, self._cancel)
+        except Cancelled:
+            return {"cancelled": True}
+        except ContextTooLong as error:
+            return {"error": str(error), "kind": "context"}
+        except (ModelError, RpcError) as error:
+            return {"error": str(error)}
+        except Exception:
+            log.exception("a model's answer failed")
+            return {"error": "the node failed; its log says why"}
+
+    def _write(self, poll: select.poll, line: JsonObject) -> None:
+        """Raises Cancelled, also while the reader leaves no room."""
+        data = to_json(line).encode("utf-8", "replace") + b"\n"
+        while data:
+            self._cancel.pause(0)
+            room = self._streams.room(STDOUT)
+            if room:
+                self._streams.append(STDOUT, data[:room])
+                data = data[room:]
+                self._streams.deliver()
+            else:
+                poll.poll()
+                self._streams.waker.clear()
+
+
+class ModelLender:
+    """This machine's language models, at the service of others."""
+
+    def __init__(self, catalog: ModelCatalog) -> None:
+        self._catalog = catalog
+        self._lock = threading.Lock()  # guards all below
+        self._work: dict[str, LentWork] = {}  # until its result has arrived for good
+        self._threads: dict[str, threading.Thread] = {}  # of what has not ended
+        self._closed = False
+
+    def chat(self, args: JsonObject) -> ModelTask:
+        """Return a question whose lines are ModelEvents.  Raises RpcError."""
+        request = ChatRequest.from_json_object(args)
+
+        def task(
+            write: Callable[[JsonObject], None], cancel: Cancellation
+        ) -> JsonObject:
+            # What can be reached is the provider's own address: it comes from here.
+            model = self._catalog.model(request.model)
+            stream = model.stream(request.messages, request.tools, cancel)
+            with contextlib.closing(stream) as events:
+                for event in events:
+                    write(to_json_object(event))
+            return {}
+
+        return task
+
+    def models(self, args: JsonObject) -> ModelTask:
+        """Return the question what models there are.  Raises RpcError."""
+        refresh = optional(args, "refresh", bool) or False
+
+        def task(_: Callable[[JsonObject], None], cancel: Cancellation) -> JsonObject:
+            models, errors = self._catalog.models(cancel, refresh=refresh)
+            return {"models": [to_json_object(m) for m in models], "errors": errors}
+
+        return task
+
+    def start(
+        self,
+        invoke_id: str,
+        task: ModelTask,
+        on_chunk: ChunkHandler,
+        on_result: Callable[[JsonObject], None],
+    ) -> None:
+        """Do it in a thread; an id that is known is not done again.
+
+        Raises RpcError UNAVAILABLE after close(), or where too much is being done.
+        """
+        work = LentWork(task, on_chunk)
+        thread = threading.Thread(
+            target=self._run,
+            args=(invoke_id, work, on_result),
+            name=f"moltis-model-{invoke_id[:8]}",
+            daemon=True,
+        )
+        with self._lock:
+            if invoke_id in self._work:
+                return
+            if self._closed or len(self._threads) >= MAX_LENT:
+                why = "is shutting down" if self._closed else "answers others already"
+                raise RpcError("UNAVAILABLE", f"this node {why}", retryable=True)
+            self._work[invoke_id] = work
+            self._threads[invoke_id] = thread
+            self._trim()
+            thread.start()
+
+    def get(self, invoke_id: str) -> LentWork | None:
+        with self._lock:
+            return self._work.get(invoke_id)
+
+    def known(self) -> dict[str, LentWork]:
+        with self._lock:
+            return dict(self._work)
+
+    def cancel(self, invoke_id: str) -> None:
+        work = self.get(invoke_id)
+        if work is not None:
+            work.cancel()
+
+    def forget(self, invoke_id: str) -> None:
+        """Let go of a result that the peer has got."""
+        with self._lock:
+            if invoke_id not in self._threads:
+                self._work.pop(invoke_id, None)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            threads = list(self._threads.values())
+        for work in self.known().values():
+            work.cancel()
+        for thread in threads:
+            thread.join()
+
+    def _run(
+        self, invoke_id: str, work: LentWork, on_result: Callable[[JsonObject], None]
+    ) -> None:
+        result = work.run()
+        with self._lock:
+            del self._threads[invoke_id]
+        on_result(result)
+
+    def _trim(self) -> None:
+        ended = [i for i in self._work if i not in self._threads]
+        for invoke_id in ended[: max(0, len(ended) - MAX_KEPT_ANSWERS)]:
+            del self._work[invoke_id]
+
+
 class Machine:
     """Invocations carried out on this computer."""
 
-    def __init__(self, runner: CommandRunner, inventory: Inventory) -> None:
+    def __init__(
+        self,
+        runner: CommandRunner,
+        inventory: Inventory,
+        lender: ModelLender | None = None,  # None: its models are its own affair
+    ) -> None:
         self._runner = runner
         self._inventory = inventory
+        self._lender = lender
         self._lock = threading.Lock()  # guards _peer and _results
         self._peer: MachinePeer | None = None
         self._results: dict[str, JsonObject] = {}  # kept until settled
@@ -6485,7 +6687,14 @@ class Machine:
             SYSTEM_RUN: self._run,
             SYSTEM_WHICH: self._which,
             SYSTEM_PROVIDERS: self._providers,
+            LLM_CHAT: self._chat,
+            LLM_MODELS: self._models,
         }
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        lent = (CAP_LLM,) if self._lender is not None else ()
+        return (*MACHINE_CAPABILITIES, *lent)
 
     def attach(self, peer: MachinePeer | None) -> None:
         """Send all that comes from now on to `peer`; None while nobody listens."""
@@ -6510,44 +6719,51 @@ class Machine:
 
     def acknowledge(self, invoke_id: str, kind: int, offset: int) -> None:
         """Raises RpcError for an offset beyond what was sent."""
-        command = self._runner.get(invoke_id)
-        if command is not None:
-            command.acknowledge(kind, offset)
+        work = self._work(invoke_id)
+        if work is not None:
+            work.acknowledge(kind, offset)
 
     def write_stdin(self, chunk: Chunk) -> None:
         """Raises RpcError for a gap, or for more than the window holds."""
-        command = self._runner.get(chunk.invoke_id)
-        if command is not None:
-            command.write_stdin(chunk.offset, chunk.data)
+        work = self._work(chunk.invoke_id)
+        if work is not None:
+            work.write_stdin(chunk.offset, chunk.data)
 
     def cancel(self, invoke_id: str) -> None:
         self._runner.cancel(invoke_id)
+        if self._lender is not None:
+            self._lender.cancel(invoke_id)
 
     def settle(self, invoke_id: str) -> None:
         """Forget an invocation: its result has arrived for good."""
         with self._lock:
             self._results.pop(invoke_id, None)
         self._runner.forget(invoke_id)
+        if self._lender is not None:
+            self._lender.forget(invoke_id)
 
     def inflight(self) -> list[InflightCommand]:
-        """Return the commands whose result has not arrived for good."""
+        """Return the invocations whose result has not arrived for good."""
+        known: dict[str, Command | LentWork] = {**self._runner.known()}
+        if self._lender is not None:
+            known.update(self._lender.known())
         return [
             InflightCommand(
                 invoke_id=invoke_id,
                 stdout=offsets[STDOUT],
                 stderr=offsets[STDERR],
                 stdin=offsets[STDIN],
-                done=command.result is not None,
+                done=work.result is not None,
             )
-            for invoke_id, command in self._runner.known().items()
-            for offsets in [command.offsets()]
+            for invoke_id, work in known.items()
+            for offsets in [work.offsets()]
         ]
 
     def resume(self, invoke_id: str, stdout: int, stderr: int) -> None:
         """Send again, to a new peer, what followed these offsets, then the result."""
-        command = self._runner.get(invoke_id)
-        if command is not None:
-            command.rewind({STDOUT: stdout, STDERR: stderr})
+        work = self._work(invoke_id)
+        if work is not None:
+            work.rewind({STDOUT: stdout, STDERR: stderr})
         self.resend_result(invoke_id)
 
     def resend_result(self, invoke_id: str) -> None:
@@ -6557,12 +6773,14 @@ class Machine:
             self.finish(invoke_id, result)
 
     def close(self) -> None:
-        """End all commands in order; their results still go to the peer."""
+        """End all work in order; its results still go to the peer."""
+        if self._lender is not None:
+            self._lender.close()
         self._runner.close()
 
     def finish(self, invoke_id: str, result: JsonObject) -> None:
         """Send a result, and keep that of a command until it is settled."""
-        kept = self._runner.get(invoke_id) is not None
+        kept = self._work(invoke_id) is not None
         with self._lock:
             if kept:
                 self._results[invoke_id] = result
@@ -6571,6 +6789,37 @@ class Machine:
             peer = self._peer
         if peer is not None:
             peer.result(invoke_id, fit_result(result, peer.max_result))
+
+    def _work(self, invoke_id: str) -> Command | LentWork | None:
+        work = self._runner.get(invoke_id)
+        if work is not None or self._lender is None:
+            return work
+        return self._lender.get(invoke_id)
+
+    def _chat(self, invoke_id: str, args: JsonObject) -> JsonObject | None:
+        if not is_uuid(invoke_id):
+            raise RpcError("INVALID_REQUEST", "invokeId must be a UUID for a stream")
+        return self._lend(invoke_id, lambda lender: lender.chat(args))
+
+    def _models(self, invoke_id: str, args: JsonObject) -> JsonObject | None:
+        return self._lend(invoke_id, lambda lender: lender.models(args))
+
+    def _lend(
+        self, invoke_id: str, task: Callable[[ModelLender], ModelTask]
+    ) -> JsonObject | None:
+        if self._lender is None:
+            raise RpcError("FORBIDDEN", "this machine does not lend its models")
+        with self._lock:
+            result = self._results.get(invoke_id)
+        if result is not None:
+            return result  # asked again: answered, not done again
+        self._lender.start(
+            invoke_id,
+            task(self._lender),
+            _StreamedRun(self, invoke_id).on_chunk,
+            partial(self.finish, invoke_id),
+        )
+        return None
 
     def _which(self, _invoke_id: str, args: JsonObject) -> JsonObject:
         path = find_binary(required(args, "binary", str))
@@ -6918,7 +7167,7 @@ class NodeAgent:
             display_name=self._settings.display_name,
             version=__version__,
             platform=platform_name(),
-            capabilities=MACHINE_CAPABILITIES,
+            capabilities=self._machine.capabilities,
             commands=MACHINE_COMMANDS,
             instance=self._instance,
             inflight=tuple(self._machine.inflight()),
@@ -9254,6 +9503,7 @@ class ConnectedNode:
         self.asked_for_providers = (
             SYSTEM_PROVIDERS in params.commands and not self.streams
         )
+        self.lends_models = CAP_LLM in params.capabilities
         self.platform = params.platform
         self.address = address
         self.since_ms = now_ms()
@@ -10839,9 +11089,303 @@ class Agent:
 
 
 # ==============================================================================
+# Model directory
+# Uses: Wire protocol, Language models, Machine, Fleet, Agent
+#
+# The models there are to choose from: Shell, those of the providers that this
+# gateway reaches, and those that its nodes lend.  A model on a node is asked through
+# the node's own connection, so neither an open port nor an API key leaves the node.
+# Which session talks to which model is the Gateway's business.
+# ==============================================================================
+
+NODE_LIST_TIMEOUT = 20.0  # s for a node to ask its providers
+MODEL_CALLER = "model"  # the kind of who asks for an answer
+
+
+class AnswerStream:
+    """What a node sends of a model's answer; bounded by the stream's window."""
+
+    def __init__(self) -> None:
+        # Pieces of the answer, states of the invocation, None once all is over.
+        self.news: SimpleQueue[Chunk | str | None] = SimpleQueue()
+
+    def chunk(self, chunk: Chunk) -> bool:
+        self.news.put(chunk)
+        return False
+
+    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
+
+    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:  # noqa: ARG002
+        self.news.put(state)
+
+
+class RemoteModel:
+    """A model that a node lends; a ChatModel."""
+
+    def __init__(
+        self, invocations: Invocations, node: tuple[str, str], model_id: str
+    ) -> None:
+        """`node` is id and name; `model_id` is what the node calls the model."""
+        self.id = f"{node[0]}:{model_id}"
+        self.context_tokens = context_of(model_id.partition("/")[0])
+        self._invocations = invocations
+        self._node_id, self._node_name = node
+        self._model_id = model_id
+
+    def stream(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[ToolSpec],
+        cancel: Cancellation,
+    ) -> Generator[ModelEvent, None, None]:
+        """Yield the answer as it comes; see ChatModel.stream.
+
+        Raises ModelError, also where the node is not there or has no such model.
+        """
+        request = ChatRequest(self._model_id, tuple(messages), tuple(tools))
+        answer = AnswerStream()
+        try:
+            invocation = self._invocations.start(
+                self._node_id,
+                LLM_CHAT,
+                to_json_object(request),
+                Origin(MODEL_CALLER, self.id),
+                answer,
+            )
+        except RpcError as error:
+            raise ModelError(str(error)) from error
+        try:
+            with cancel.calling(lambda: answer.news.put(None)):
+                invocation.future.add_done_callback(lambda _: answer.news.put(None))
+                finished: Finished | None = None
+                for event in self._events(invocation, answer):
+                    if isinstance(event, Finished):
+                        finished = event  # after the result: then nothing is missing
+                    else:
+                        yield event
+                cancel.pause(0)
+                yield self._conclude(invocation, finished)
+        finally:
+            if not invocation.future.done():
+                self._invocations.cancel(invocation)
+                # Nobody wants the rest: what still comes is accepted unread.
+                self._invocations.give_up(invocation, "the question was withdrawn")
+
+    def _events(
+        self, invocation: Invocation, answer: AnswerStream
+    ) -> Iterator[ModelEvent]:
+        """Yield what the node sends, until it has sent all, or somebody cancels."""
+        pending = b""
+        for item in iter(answer.news.get, None):
+            if isinstance(item, Chunk):
+                *lines, pending = (pending + item.data).split(b"\n")
+                yield from map(self._event, lines)
+                self._invocations.acknowledge(invocation, STDOUT, item.end)
+            elif item == "waiting":
+                text = f"{self._node_name} is away; waiting for it to come back"
+                yield Delta("notice", text)
+
+    def _event(self, line: bytes) -> ModelEvent:
+        """Raises ModelError for a line that makes no sense."""
+        try:
+            return event_from_json_object(required({"": from_json(line)}, "", dict))
+        except (ValueError, RpcError) as error:
+            raise ModelError(f"{self._node_name} sent no answer: {error}") from error
+
+    def _conclude(self, invocation: Invocation, finished: Finished | None) -> Finished:
+        """Return the answer's end.  Raises ModelError where there is none."""
+        try:
+            result = invocation.future.result()
+        except RpcError as error:  # it was given up
+            raise ModelError(str(error)) from error
+        if finished is not None:
+            return finished
+        said = result.get("error") or "it broke off before the answer's end"
+        kind = ContextTooLong if result.get("kind") == "context" else ModelError
+        raise kind(f"{self._node_name}: {said}")
+
+
+class ModelDirectory:
+    """The models there are to choose from."""
+
+    def __init__(
+        self,
+        directory: Path,
+        environ: Mapping[str, str],
+        fleet: Fleet,
+        invocations: Invocations,
+    ) -> None:
+        """`directory` holds what was entered for providers.
+
+        Raises BadConfiguration.
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._directory = directory
+        self._environ = environ
+        self._fleet = fleet
+        self._invocations = invocations
+        self._lock = threading.Lock()  # held by who changes the settings
+        self._catalog = ModelCatalog(make_providers(environ, self._entered()))
+        self._cancel = Cancellation()
+        self._pool = ThreadPoolExecutor(2, "moltis-models")
+
+    def close(self) -> None:
+        self._cancel.cancel()
+        self._pool.shutdown()
+
+    def choose(self, model_id: str) -> ChatModel:
+        """Return a model by its id: shell, PROVIDER/NAME, or NODE:PROVIDER/NAME.
+
+        It need not be listed.  Raises ModelError, which says what is known.
+        """
+        if model_id in ("", SHELL_ID):
+            return ShellModel()
+        node, lent_id = self._split(model_id)
+        if node is None:
+            return self._catalog.model(model_id)
+        return RemoteModel(self._invocations, node, lent_id)
+
+    def entries(self, *, refresh: bool) -> Future[list[JsonObject]]:
+        """Return `models.list` to come: Shell, then the gateway's, then the nodes'."""
+        return self._pool.submit(self._entries, refresh)
+
+    def providers(self) -> Future[list[JsonObject]]:
+        """Return what is known of each provider, to come; never a key."""
+        return self._pool.submit(self._providers)
+
+    def configure(
+        self, provider: str, api_key: str | None, base_url: str | None
+    ) -> None:
+        """Keep what a person entered; None leaves it, an empty text forgets it.
+
+        Raises RpcError INVALID_REQUEST, BadConfiguration.
+        """
+        _check_provider(provider, base_url or "")
+        with self._lock:
+            entered = self._entered()
+            known = entered.pop(provider, ProviderSettings())
+            changed = ProviderSettings(
+                api_key=known.api_key if api_key is None else api_key.strip(),
+                base_url=known.base_url if base_url is None else base_url.strip(),
+            )
+            if changed != ProviderSettings():
+                entered[provider] = changed
+            ProviderSettings.save_all(self._directory, entered)
+            self._catalog.replace(make_providers(self._environ, entered))
+
+    def _entered(self) -> dict[str, ProviderSettings]:
+        return ProviderSettings.load_all(self._directory)
+
+    def _split(self, model_id: str) -> tuple[tuple[str, str] | None, str]:
+        """Return id and name of the node that a model's id begins with, and the rest.
+
+        Ids and names may hold colons themselves: the longest that fits counts.
+        """
+        nodes = {}
+        for view in self._fleet.views():
+            for reference in (view["displayName"].casefold(), view["nodeId"]):
+                nodes[reference + ":"] = view["nodeId"], view["displayName"]
+        for prefix in sorted(nodes, key=len, reverse=True):
+            start = model_id[: len(prefix)]
+            if prefix in (start, start.casefold()):
+                return nodes[prefix], model_id[len(prefix) :]
+        return None, model_id
+
+    def _entries(self, refresh: bool) -> list[JsonObject]:
+        asked = self._ask_nodes(refresh)
+        models, _ = self._catalog.models(self._cancel, refresh=refresh)
+        entries = [_model_entry(ModelInfo(SHELL_ID, "", "Shell", supports_tools=True))]
+        entries += map(_model_entry, models)
+        deadline = Deadline(NODE_LIST_TIMEOUT)
+        for node, invocation in asked:
+            for model in self._models_of(invocation, deadline):
+                entries.append(_lent_entry(model, *node))
+        return entries
+
+    def _ask_nodes(self, refresh: bool) -> list[tuple[tuple[str, str], Invocation]]:
+        asked = []
+        for view in self._fleet.views():
+            node = self._fleet.connected(view["nodeId"])
+            if node is None or not node.lends_models:
+                continue
+            with contextlib.suppress(RpcError):  # it has just left
+                invocation = self._invocations.start(
+                    node.node_id,
+                    LLM_MODELS,
+                    {"refresh": refresh},
+                    Origin(MODEL_CALLER, LLM_MODELS),
+                    CollectingSink(0),
+                )
+                asked.append(((node.node_id, view["displayName"]), invocation))
+        return asked
+
+    def _models_of(self, invocation: Invocation, deadline: Deadline) -> list[ModelInfo]:
+        """Return what a node lists in time.  Raises Cancelled."""
+
+        def give_up() -> None:
+            self._invocations.give_up(invocation, "it took too long")
+
+        try:
+            with self._cancel.calling(give_up):
+                result = invocation.future.result(deadline.remaining())
+            return [ModelInfo.from_json_object(m) for m in objects_in(result, "models")]
+        except FutureTimeout:
+            give_up()
+        except RpcError as error:
+            log.warning("no models node=%s: %s", invocation.node_id, error)
+        return []
+
+    def _providers(self) -> list[JsonObject]:
+        models, errors = self._catalog.models(self._cancel)
+        listed = collections.Counter(m.id.partition("/")[0] for m in models)
+        return [
+            {
+                **description,
+                "models": listed[description["id"]],
+                "error": errors.get(description["id"], ""),
+            }
+            for description in describe_providers(self._environ, self._entered())
+        ]
+
+
+def _check_provider(provider: str, base_url: str) -> None:
+    """Raises RpcError INVALID_REQUEST unless a provider may have this name and URL."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", provider) or provider == SHELL_ID:
+        raise RpcError(
+            "INVALID_REQUEST",
+            f"{provider[:40]!r} cannot be a provider: 1 to 40 of a-z, 0-9, - and _",
+        )
+    parts = urlsplit(base_url.strip())
+    if base_url and not (parts.scheme in ("http", "https") and parts.hostname):
+        raise RpcError(
+            "INVALID_REQUEST",
+            f"{base_url[:200]!r} is no address; it looks like http://gpu-box:8080/v1",
+        )
+
+
+def _model_entry(model: ModelInfo) -> JsonObject:
+    return {
+        "id": model.id,
+        "provider": model.provider,
+        "displayName": model.display_name,
+        "supportsTools": model.supports_tools,
+    }
+
+
+def _lent_entry(model: ModelInfo, node_id: str, node_name: str) -> JsonObject:
+    return {
+        **_model_entry(model),
+        "id": f"{node_id}:{model.id}",
+        "displayName": f"{model.display_name} · {node_name}",
+        "nodeId": node_id,
+    }
+
+
+# ==============================================================================
 # Gateway
 # Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Machine, Store,
-#       Access, Fleet
+#       Access, Fleet, Model directory
 #
 # What peers may ask of the gateway, and what it tells them: RPC methods by role in
 # one table, and events to those who subscribed.  A peer's role comes from its
@@ -10871,6 +11415,33 @@ class Method:
     scope: str
 
 
+class ModelMethods:
+    """The methods that concern language models."""
+
+    def __init__(self, models: ModelDirectory) -> None:
+        self._models = models
+        self.methods: Mapping[str, Method] = {
+            "models.list": Method(self._list, Scope.READ),
+            "models.providers": Method(self._providers, Scope.READ),
+            "models.configure": Method(self._configure, Scope.ADMIN),
+        }
+
+    def _list(self, call: RpcCall) -> Future[list[JsonObject]]:
+        refresh = optional(call.params, "refresh", bool) or False
+        return self._models.entries(refresh=refresh)
+
+    def _providers(self, _call: RpcCall) -> Future[list[JsonObject]]:
+        return self._models.providers()
+
+    def _configure(self, call: RpcCall) -> JsonObject:
+        self._models.configure(
+            required(call.params, "provider", str),
+            optional(call.params, "apiKey", str),
+            optional(call.params, "baseUrl", str),
+        )
+        return {}
+
+
 class Rpc:
     """The methods that operators may call."""
 
@@ -10882,6 +11453,7 @@ class Rpc:
         devices: DevicesTable,
         on_revoked: Callable[[Device], None],
         announce: Callable[[str, JsonObject], None],
+        further: Mapping[str, Method],
     ) -> None:
         self._fleet = fleet
         self._invocations = invocations
@@ -10902,6 +11474,7 @@ class Rpc:
             "device.pair.list": Method(self._pair_list, Scope.PAIRING),
             "subscribe": Method(self._subscribe, Scope.READ),
             "unsubscribe": Method(self._unsubscribe, Scope.READ),
+            **further,
         }
 
     def call(
@@ -11457,6 +12030,7 @@ class Gateway:
         fleet: Fleet,
         invocations: Invocations,
         audience: Audience,
+        methods: Mapping[str, Method],  # besides those on nodes and their tokens
     ) -> None:
         self._access = access
         self._devices = devices
@@ -11464,7 +12038,13 @@ class Gateway:
         self._invocations = invocations
         self._audience = audience
         self.rpc = Rpc(
-            fleet, invocations, access, devices, self._drop_device, audience.announce
+            fleet,
+            invocations,
+            access,
+            devices,
+            self._drop_device,
+            audience.announce,
+            methods,
         )
         self._lock = threading.Lock()  # guards _connections and _closed
         self._connections: set[Connection] = set()
@@ -11623,7 +12203,7 @@ class Gateway:
                 "connId": connection_id,
             },
             "features": {
-                "methods": [*methods, *MACHINE_CAPABILITIES],
+                "methods": [*methods, *MACHINE_CAPABILITIES, CAP_LLM],
                 "events": list(EVENTS),
             },
             "snapshot": {},
@@ -16206,9 +16786,9 @@ class RemoteCommands:
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Wire protocol, Commands, Telemetry, Machine, Node agent,
-#       Node service, Store, Access, Fleet, Gateway, HTTP, Install script,
-#       Operator client
+# Uses: Settings, Wire protocol, Commands, Telemetry, Language models, Machine,
+#       Node agent, Node service, Store, Access, Fleet, Model directory, Gateway,
+#       HTTP, Install script, Operator client
 #
 # What a person types: a pair of functions for each subcommand, its arguments and its
 # action, which returns the exit status.  The objects of a gateway and of a node are
@@ -16479,10 +17059,17 @@ class RunningGateway:
             audience = Audience()
             local = LocalNode(context.environ)
             stack.callback(local.close)
-            fleet = Fleet(store.devices, local.node, audience.announce)
-            invocations = Invocations(fleet, store.commands)
+            fleet = self.fleet = Fleet(store.devices, local.node, audience.announce)
+            invocations = self.invocations = Invocations(fleet, store.commands)
             local.start(fleet, invocations)
-            gateway = Gateway(access, store.devices, fleet, invocations, audience)
+            models = self.models = ModelDirectory(
+                self._directory, context.environ, fleet, invocations
+            )
+            stack.callback(models.close)
+            methods = ModelMethods(models).methods
+            gateway = Gateway(
+                access, store.devices, fleet, invocations, audience, methods
+            )
             stack.callback(gateway.close)
             app = HttpApp(gateway, access, HostCheck(allowed_hosts), served_files())
             door = HttpDoor((bind, port), app, connections)
@@ -16572,6 +17159,7 @@ class RunningNode:
         give_up_when_refused: bool = False,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
+        self.lender = model_lender(environ) if settings.lends_models else None
         self.refused: Refused | None = None
         self._agent: NodeAgent | None = None  # the inventory is heard of before it
         self._inventory = Inventory(environ, on_change=self._report)
@@ -16582,6 +17170,7 @@ class RunningNode:
                 max_timeout=settings.timeout,
             ),
             self._inventory,
+            self.lender,
         )
         telemetry = TelemetrySource(choose_probe(environ), self._inventory)
         agent = self._agent = NodeAgent(settings, machine, telemetry, on_state)
@@ -16613,6 +17202,12 @@ class RunningNode:
             self._on_end()
 
 
+def model_lender(environ: Mapping[str, str]) -> ModelLender:
+    """Return what lends this machine's models.  Raises BadConfiguration."""
+    entered = ProviderSettings.load_all(data_directory(environ))
+    return ModelLender(ModelCatalog(make_providers(environ, entered)))
+
+
 def _ignore_state(_connected: bool, _error: str | None) -> None: ...
 
 
@@ -16626,6 +17221,7 @@ def start_demo_node(context: Context, gateway: RunningGateway) -> RunningNode:
         device_token=gateway.device_token("Demo node", token),
         node_id=known.node_id if known else new_id(),
         display_name="Demo node",
+        lends_models=False,  # they are the gateway's own
     )
     settings.save(directory)
     return RunningNode(settings, context.environ, _ignore_state)
@@ -16656,6 +17252,11 @@ def add_node_add(subcommands: Subcommands) -> None:
         "--auth",
         choices=("scram", "bearer"),
         help="bearer: for gateways of the original Moltis",
+    )
+    parser.add_argument(
+        "--no-llm",
+        action="store_true",
+        help="do not lend this machine's language models to the gateway",
     )
     parser.add_argument(
         "--foreground", action="store_true", help="run here until Ctrl+C, keep nothing"
@@ -16702,6 +17303,7 @@ def node_settings(args: argparse.Namespace, context: Context) -> NodeSettings:
         working_dir=working_dir,
         timeout=args.timeout,
         auth=args.auth or offer.get("auth") or "scram",
+        lends_models=not args.no_llm,
     )
 
 

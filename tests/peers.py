@@ -15,8 +15,10 @@ import moltis
 class InProcessGateway:
     """A real gateway on a free port of 127.0.0.1, its database in `directory`."""
 
-    def __init__(self, directory, *, bind="127.0.0.1", allowed_hosts=()):
-        self.environ = {**os.environ, "MOLTIS_DATA_DIR": str(directory)}
+    def __init__(
+        self, directory, *, bind="127.0.0.1", allowed_hosts=(), environ=os.environ
+    ):
+        self.environ = {**environ, "MOLTIS_DATA_DIR": str(directory)}
         self.directory = directory
         context = moltis.Context(self.environ, moltis.Output(self.environ))
         self.running = moltis.RunningGateway(context, bind, 0, allowed_hosts)
@@ -36,7 +38,7 @@ class InProcessGateway:
     def token(self, name=""):
         return self.call("device.token.create", displayName=name)["deviceToken"]
 
-    def node(self, name="far", token=None, **settings):
+    def node(self, name="far", token=None, environ=None, **settings):
         """Return a real node that is connected to this gateway."""
         settings = moltis.NodeSettings(
             gateway_url=self.websocket_url,
@@ -45,7 +47,7 @@ class InProcessGateway:
             display_name=name,
             **settings,
         )
-        node = InProcessNode(settings, self.environ)
+        node = InProcessNode(settings, environ or self.environ)
         wait_for(
             lambda: self.is_connected(settings.node_id), what="the node to connect"
         )

@@ -1,0 +1,381 @@
+"""Model directory: models on real nodes, asked over the node's own connection."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import threading
+
+import pytest
+from peers import InProcessGateway
+from support import Program, ScriptedServer, free_port, wait_for
+
+import moltis
+from moltis import Cancellation, Cancelled, ChatMessage, Delta, Finished, ModelError
+
+HELLO = [ChatMessage("user", "hello")]
+
+
+class Ollama:
+    """An Ollama with one model, whose answers the test writes."""
+
+    def __init__(self):
+        self.answer = [chunk("Hello "), chunk("there"), chunk(done=True)]
+        self.asked = []  # bodies of /api/chat
+        self.release = threading.Event()
+        self.release.set()
+        self.server = ScriptedServer(self.reply)
+        self.environ = {"OLLAMA_HOST": self.server.url}
+
+    def reply(self, handler):
+        if handler.path == "/api/tags":
+            return 200, {}, [json.dumps({"models": [{"name": "llama3.2"}]}).encode()]
+        if handler.path == "/api/show":
+            return 200, {}, [json.dumps({"capabilities": ["completion"]}).encode()]
+        self.asked.append(json.loads(handler.body))
+        return 200, {"Content-Type": "application/x-ndjson"}, self.chunks()
+
+    def chunks(self):
+        for number, piece in enumerate(self.answer):
+            if number == 1:
+                self.release.wait(20)
+            yield piece
+
+    def close(self):
+        self.release.set()
+        self.server.close()
+
+
+def chunk(text="", done=False):
+    message = {"role": "assistant", "content": text}
+    return json.dumps({"message": message, "done": done}).encode() + b"\n"
+
+
+def bare_environ(directory, **extra):
+    """Return an environment in which no provider is set up, and no Ollama runs."""
+    keys = set(moltis.API_KEY_VARIABLES.values())
+    return {
+        **{name: value for name, value in os.environ.items() if name not in keys},
+        "MOLTIS_DATA_DIR": str(directory),
+        "OLLAMA_HOST": f"127.0.0.1:{free_port()}",
+        **extra,
+    }
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    environ = bare_environ(tmp_path / "gateway")
+    with InProcessGateway(tmp_path / "gateway", environ=environ) as running:
+        yield running
+
+
+@pytest.fixture
+def ollama():
+    server = Ollama()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def gpu_box(gateway, ollama, tmp_path):
+    """A node called GPU box, the only machine that knows of the Ollama."""
+    environ = bare_environ(tmp_path / "node", **ollama.environ)
+    with gateway.node("GPU box", environ=environ) as node:
+        yield node
+
+
+@pytest.fixture
+def models(gateway):
+    return gateway.running.models
+
+
+LENT = "id-of-GPU box:ollama/llama3.2"
+
+
+def ask(models, model_id=LENT, cancel=None, messages=HELLO):
+    model = models.choose(model_id)
+    return list(model.stream(messages, (), cancel or Cancellation()))
+
+
+def test_models_of_nodes_are_listed_after_shell_with_the_name_of_their_node(
+    gateway, gpu_box
+):
+    entries = gateway.call("models.list")
+    assert entries[0]["id"] == "shell"
+    assert entries[1:] == [
+        {
+            "id": LENT,
+            "provider": "Ollama",
+            "displayName": "llama3.2 · GPU box",
+            "supportsTools": False,
+            "nodeId": "id-of-GPU box",
+        }
+    ]
+
+
+def test_the_node_asks_and_its_answer_streams_back(models, gpu_box, ollama):
+    events = ask(models)
+    assert events[:2] == [Delta("text", "Hello "), Delta("text", "there")]
+    assert isinstance(events[2], Finished)
+    assert events[2].message.text == "Hello there"
+    assert ollama.asked[0]["model"] == "llama3.2"
+    assert ollama.asked[0]["messages"] == [{"role": "user", "content": "hello"}]
+
+
+def test_a_node_in_a_process_of_its_own_lends_its_models(gateway, ollama, tmp_path):
+    environ = {
+        **ollama.environ,
+        "MOLTIS_DEVICE_TOKEN": gateway.token("far"),
+        "MOLTIS_DATA_DIR": str(tmp_path / "far"),
+    }
+    arguments = ("node", "add", "--host", gateway.websocket_url, "--foreground")
+    arguments += ("--node-id", "far", "--name", "Far")
+    with Program(*arguments, home=tmp_path, **environ) as node:
+        node.wait_for_output("connected to")
+        assert [m["displayName"] for m in gateway.call("models.list")] == [
+            "Shell",
+            "llama3.2 · Far",
+        ]
+        events = ask(gateway.running.models, "far:ollama/llama3.2")
+        assert events[-1].message.text == "Hello there"
+
+
+def test_a_model_may_be_named_by_the_name_of_its_node(models, gpu_box):
+    assert ask(models, "gpu BOX:ollama/llama3.2")[-1].message.text == "Hello there"
+
+
+def test_an_answer_longer_than_the_window_arrives_whole(models, gpu_box, ollama):
+    piece = "x" * 50_000
+    ollama.answer = [chunk(piece)] * 60 + [chunk(done=True)]
+    assert ask(models)[-1].message.text == piece * 60
+
+
+def test_a_reader_that_is_slow_holds_up_the_node_and_loses_nothing(
+    models, gpu_box, ollama
+):
+    piece = "x" * 60_000
+    ollama.answer = [chunk(piece)] * 60 + [chunk(done=True)]
+    stream = models.choose(LENT).stream(HELLO, (), Cancellation())
+    assert next(stream) == Delta("text", piece)
+    (work,) = gpu_box.running.lender.known().values()
+    wait_for(lambda: work.offsets()[moltis.STDOUT] == 0 and held(work) > 900_000)
+    assert work.result is None
+    assert list(stream)[-1].message.text == piece * 60
+
+
+def held(work):
+    return work._streams.held()
+
+
+def test_all_is_forgotten_on_both_sides_once_the_answer_is_read(
+    gateway, models, gpu_box
+):
+    ask(models)
+    wait_for(lambda: not gpu_box.running.lender.known(), what="the node to forget")
+    assert gateway.running.invocations.running_on("id-of-GPU box") == []
+
+
+def test_an_unknown_model_on_a_node_is_an_error_that_names_the_node(
+    models, gpu_box, ollama
+):
+    ollama.answer = [b'{"error": "model \\"nope\\" not found"}\n']
+    with pytest.raises(ModelError, match=r"GPU box: .*not found"):
+        ask(models, "GPU box:ollama/nope")
+
+
+def test_a_provider_the_node_has_no_key_for_is_refused_by_the_node(models, gpu_box):
+    with pytest.raises(ModelError, match=r"providers that are set up .ollama"):
+        ask(models, "GPU box:anthropic/claude")
+
+
+def test_a_conversation_too_long_for_the_model_is_told_as_such(models, gpu_box, ollama):
+    ollama.answer = [b'{"error": "input exceeds the context length"}\n']
+    with pytest.raises(moltis.ContextTooLong):
+        ask(models)
+
+
+def test_cancelling_ends_the_request_on_the_node(gateway, models, gpu_box, ollama):
+    ollama.release.clear()
+    cancel = Cancellation()
+    stream = models.choose(LENT).stream(HELLO, (), cancel)
+    assert next(stream) == Delta("text", "Hello ")
+    cancel.cancel()
+    with pytest.raises(Cancelled):
+        next(stream)
+    wait_for(
+        lambda: not gpu_box.running.lender.known(), what="the node to end the request"
+    )
+    assert gateway.running.invocations.running_on("id-of-GPU box") == []
+
+
+def test_an_answer_survives_a_lost_connection(gateway, models, gpu_box, ollama):
+    ollama.release.clear()
+    stream = models.choose(LENT).stream(HELLO, (), Cancellation())
+    assert next(stream) == Delta("text", "Hello ")
+    node = gateway.running.fleet.connected("id-of-GPU box")
+    node.link.hang_up("the cable was pulled")
+    notice = next(stream)
+    assert notice.kind == "notice"
+    assert "GPU box is away" in notice.text
+    ollama.release.set()
+    assert list(stream)[-1].message.text == "Hello there"
+
+
+def test_a_gateway_asked_while_the_node_is_away_says_since_when(
+    gateway, models, gpu_box
+):
+    gpu_box.close()
+    wait_for(lambda: not gateway.is_connected("id-of-GPU box"))
+    with pytest.raises(ModelError, match="GPU box is offline since"):
+        ask(models)
+
+
+def test_a_node_that_keeps_its_models_to_itself_is_not_asked(gateway, ollama, tmp_path):
+    environ = bare_environ(tmp_path / "node", **ollama.environ)
+    with gateway.node("shy", environ=environ, lends_models=False):
+        assert [m["id"] for m in gateway.call("models.list")] == ["shell"]
+        assert (
+            "llm.chat"
+            not in gateway.call("node.describe", nodeId="shy")["capabilities"]
+        )
+        with pytest.raises(ModelError, match="does not lend its models"):
+            ask(gateway.running.models, "shy:ollama/llama3.2")
+    assert ollama.asked == []
+
+
+def test_no_llm_is_kept_in_node_json(tmp_path):
+    settings = moltis.NodeSettings("ws://g:1/ws", "mdt_x", "i", "n", lends_models=False)
+    settings.save(tmp_path)
+    assert json.loads((tmp_path / "node.json").read_text())["llm"] is False
+    assert moltis.NodeSettings.load(tmp_path) == settings
+
+
+def test_a_node_that_says_nothing_of_it_lends_its_models(tmp_path):
+    value = {"gateway_url": "ws://g/ws", "device_token": "t", "node_id": "i"}
+    (tmp_path / "node.json").write_text(json.dumps({**value, "display_name": "n"}))
+    assert moltis.NodeSettings.load(tmp_path).lends_models is True
+
+
+def test_a_node_that_is_busy_for_others_says_so():
+    done = threading.Event()
+    lender = moltis.ModelLender(moltis.ModelCatalog([]))
+
+    def wait(_write, cancel):
+        cancel.pause(20)
+        done.set()
+        return {}
+
+    for number in range(moltis.MAX_LENT):
+        lender.start(str(number), wait, lambda *_: None, lambda _: None)
+    with pytest.raises(moltis.RpcError, match="answers others"):
+        lender.start("one more", wait, lambda *_: None, lambda _: None)
+    lender.close()
+    assert not done.is_set()
+    with pytest.raises(moltis.RpcError, match="shutting down"):
+        lender.start("late", wait, lambda *_: None, lambda _: None)
+
+
+def test_a_question_that_is_repeated_is_not_asked_again():
+    ran = []
+    lender = moltis.ModelLender(moltis.ModelCatalog([]))
+
+    def count(_write, _cancel):
+        ran.append(1)
+        return {}
+
+    for _ in range(2):
+        lender.start("same", count, lambda *_: None, lambda _: None)
+    lender.close()
+    assert ran == [1]
+
+
+# -- Settings → Models ---------------------------------------------------------
+
+
+def test_a_key_that_was_entered_is_kept_private_and_never_shown(gateway):
+    secret = "sk-" + "s" * 40
+    gateway.call("models.configure", provider="groq", apiKey=secret)
+    path = gateway.directory / "models.json"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert secret in path.read_text()
+    providers = gateway.call("models.providers")
+    groq = next(p for p in providers if p["id"] == "groq")
+    assert groq["keyFrom"] == "settings"
+    assert secret not in json.dumps(providers)
+
+
+def test_a_server_that_was_entered_is_listed_and_can_be_chosen(gateway):
+    def reply(handler):
+        if handler.path == "/v1/models":
+            return 200, {}, [b'{"data": [{"id": "qwen"}]}']
+        line = json.dumps({"choices": [{"delta": {"content": "hi"}}]})
+        return 200, {}, [f"data: {line}\n\ndata: [DONE]\n\n".encode()]
+
+    with ScriptedServer(reply) as server:
+        gateway.call("models.configure", provider="lab", baseUrl=server.url)
+        assert gateway.call("models.list")[-1]["id"] == "lab/qwen"
+        events = ask(gateway.running.models, "lab/qwen")
+        assert events[-1].message.text == "hi"
+        gateway.call("models.configure", provider="lab", baseUrl="")
+        assert [m["id"] for m in gateway.call("models.list")] == ["shell"]
+
+
+def test_a_provider_that_cannot_be_asked_says_why(gateway):
+    ollama = gateway.call("models.providers")[0]
+    assert ollama["id"] == "ollama"
+    assert ollama["models"] == 0
+    assert "cannot be reached" in ollama["error"]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"provider": "a/b", "baseUrl": "http://x"},
+        {"provider": "shell", "baseUrl": "http://x"},
+        {"provider": "", "baseUrl": "http://x"},
+        {"provider": "lab", "baseUrl": "file:///etc/passwd"},
+        {"provider": "lab", "baseUrl": "gpu-box"},
+    ],
+)
+def test_what_cannot_be_a_provider_is_refused(gateway, params):
+    with pytest.raises(moltis.UsageError):
+        gateway.call("models.configure", **params)
+    assert not (gateway.directory / "models.json").exists()
+
+
+def test_a_key_alone_is_not_enough_to_change_models(gateway):
+    access = gateway.running._access
+    _, key = access.create_key("reader", [moltis.Scope.READ])
+    with moltis.OperatorClient(gateway.url, key) as client:
+        assert client.call("models.list", {})
+        with pytest.raises(moltis.Refused, match="scope"):
+            client.call("models.configure", {"provider": "groq", "apiKey": "x"})
+
+
+def test_an_unknown_provider_lists_those_that_are_set_up(gateway, models):
+    with pytest.raises(ModelError, match="PROVIDER/NAME"):
+        models.choose("nonsense")
+
+
+def test_no_name_is_shell(models):
+    assert models.choose("").id == models.choose("shell").id == "shell"
+
+
+def test_closing_the_gateway_ends_a_list_that_is_being_asked_for(tmp_path):
+    asked = threading.Event()
+    leave = threading.Event()
+
+    def reply(_handler):
+        asked.set()
+        leave.wait(20)
+        return 200, {}, [b"{}"]
+
+    with ScriptedServer(reply) as server:
+        environ = bare_environ(tmp_path, OLLAMA_HOST=server.url)
+        with InProcessGateway(tmp_path, environ=environ) as gateway:
+            entries = gateway.running.models.entries(refresh=False)
+            assert asked.wait(10)
+        with pytest.raises(Cancelled):
+            entries.result(0)
+        leave.set()
