@@ -12910,6 +12910,10 @@ by the account that runs it:</p>
  aria-haspopup="listbox" aria-expanded="false"></button>
 <ul id="node-list" class="choices" role="listbox" aria-label="Machine" tabindex="-1"
  hidden></ul></div>
+<div id="approvals" class="picker" hidden><button id="approvals-button" class="pick"
+ type="button" aria-haspopup="listbox" aria-expanded="false"></button>
+<ul id="approvals-list" class="choices" role="listbox" aria-label="Approvals"
+ tabindex="-1" hidden></ul></div>
 </div>
 </header>
 <div id="transcript" tabindex="0" role="region" aria-label="Conversation">
@@ -13398,9 +13402,9 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   #sessions .tools { opacity: 1; background: none; }
   #sessions .name { padding-right: 64px; }
   .bar { padding: 6px 10px; gap: 6px; flex-wrap: wrap; }
-  #chat .bar h1 { flex-basis: 60%; }
-  .pickers { width: 100%; }
-  .picker { flex: 1; position: static; }
+  .pickers { display: contents; }
+  .picker { flex: 1 1 40%; order: 2; position: static; }
+  #approvals { flex: 0 1 auto; order: 1; }
   .pick { width: 100%; max-width: none; min-height: 40px; }
   .choices { left: 10px; right: 10px; top: 100%; width: auto; max-width: none; }
   .choices li { padding: 10px; }
@@ -13771,9 +13775,10 @@ class Pen {
 class Terminal {
   constructor() {
     this.head = [];
-    this.tail = []; // the last of these is the line that is being written
+    this.headLimit = HEAD_LINES;
+    this.tail = [];
     this.dropped = 0; // lines between head and tail
-    this.missing = 0; // bytes that the gateway did not keep
+    this.missing = 0; // bytes between them that never came
     this.pen = new Pen();
     this.rest = ""; // an escape sequence of which the end has not come
     this.column = 0;
@@ -13858,7 +13863,7 @@ class Terminal {
   }
 
   newLine() {
-    if (this.head.length < HEAD_LINES) this.head.push(this.line);
+    if (this.head.length < this.headLimit) this.head.push(this.line);
     else this.tail.push(this.line);
     if (this.tail.length >= 2 * TAIL_LINES) {
       this.tail.splice(0, TAIL_LINES);
@@ -13868,12 +13873,15 @@ class Terminal {
     this.column = 0;
   }
 
-  /** Note that `count` bytes are not to be had. */
+  /** Note that `count` bytes are not to be had: what follows them is the tail. */
   skip(count) {
-    if (this.line.length) this.newLine();
-    this.missing += count;
-    this.put(`… ${bytes(count)} left out …`, true);
     this.newLine();
+    this.headLimit = this.head.length;
+    this.dropped += this.tail.length;
+    this.tail = [];
+    this.missing += count;
+    this.rest = "";
+    this.pen.reset();
   }
 
   get count() {
@@ -13891,7 +13899,7 @@ class Terminal {
 
   text() {
     const shown = (lines) => lines.map((l) => l.runs.map(([text]) => text).join(""));
-    const left = this.dropped ? [`… ${this.dropped} lines left out …`] : [];
+    const left = this.dropped || this.missing ? ["… not all is shown …"] : [];
     const last = this.line.length ? [this.line] : [];
     return [...shown(this.head), ...left, ...shown([...this.tail, ...last])].join("\n");
   }
@@ -13918,10 +13926,8 @@ class Screen {
     if (this.terminal === terminal) return;
     if (this.terminal) this.terminal.watcher = null;
     this.terminal = terminal;
-    this.drawn = 0; // lines that stand on the page, or stood there
     terminal.watcher = () => this.schedule();
-    fill(this.first);
-    fill(this.last);
+    this.clear();
     this.draw();
   }
 
@@ -13938,35 +13944,37 @@ class Screen {
     const { terminal, root } = this;
     const follows = root.scrollHeight - root.scrollTop - root.clientHeight < 30;
     const { count } = terminal;
-    const tailStart = Math.max(HEAD_LINES, count - TAIL_LINES);
+    const limit = terminal.headLimit;
+    const tailStart = Math.max(limit + terminal.dropped, count - TAIL_LINES);
+    if (this.limit !== limit) this.clear();
+    this.limit = limit;
     // Of the lines that are drawn, only the one that was being written can change.
     const from = Math.max(0, this.drawn - 1);
-    if (this.drawn) this.element(from)?.remove();
-    for (let n = from; n < Math.min(count, HEAD_LINES); n += 1) {
+    if (this.drawn) (from < limit ? this.first : this.last).lastChild?.remove();
+    for (let n = from; n < Math.min(count, limit); n += 1) {
       this.first.append(this.draft(n));
     }
-    while (this.last.firstChild && this.lastStart(from) < tailStart) {
+    while (this.last.firstChild && from - this.last.childElementCount < tailStart) {
       this.last.firstChild.remove();
     }
     for (let n = Math.max(from, tailStart); n < count; n += 1) {
       this.last.append(this.draft(n));
     }
     this.drawn = count;
-    const hidden = tailStart - HEAD_LINES;
-    this.gap.hidden = hidden <= 0;
-    if (hidden > 0) say(this.gap, `… ${plural(hidden, "line")} not shown …`);
+    const parts = [
+      tailStart > limit && plural(tailStart - limit, "line"),
+      terminal.missing && bytes(terminal.missing),
+    ].filter(Boolean);
+    this.gap.hidden = !parts.length;
+    say(this.gap, `… ${parts.join(" and ")} not shown …`);
     root.classList.toggle("empty", count === 0);
     if (follows) root.scrollTop = root.scrollHeight;
   }
 
-  /** Return the number of the first line in `last`, of which `end` were drawn. */
-  lastStart(end) {
-    return end - this.last.childElementCount;
-  }
-
-  element(number) {
-    const box = number < HEAD_LINES ? this.first : this.last;
-    return box.lastElementChild;
+  clear() {
+    this.drawn = 0; // lines that stand on the page, or stood there
+    fill(this.first);
+    fill(this.last);
   }
 
   draft(number) {
@@ -14382,6 +14390,8 @@ const SHELL = "shell"; // the model that is always there
 const LOCAL = "local";
 const PAGE_SIZE = 100; // rows of the audit at a time
 const ENDED = new Set(["done", "error", "aborted", "interrupted"]);
+const RUNS = new Set(["user_message", "iteration", "delta"]); // events of a run
+const RUN_ENDS = new Set(["final", "error", "aborted"]);
 const HISTORY_SPAN = 30 * 60_000; // ms of CPU usage that a sparkline shows
 
 const state = {
@@ -14436,7 +14446,7 @@ class Chat {
   constructor(key) {
     this.key = key;
     this.rows = new Map(); // id → message
-    this.terminals = new Map(); // id of a command's message → Terminal
+    this.outputs = new Map(); // id of a command's message → Output
     this.seq = 0; // of the newest change that is in here
     this.loaded = false;
     this.loading = null;
@@ -14477,7 +14487,7 @@ class Chat {
 
   async loadEarlier() {
     const first = this.ordered()[0];
-    const params = { sessionKey: this.key, before: first.seq };
+    const params = { sessionKey: this.key, before: first.createdAt };
     const rows = await act("chat.history", params);
     if (!rows) return;
     this.earlier = rows.length >= 200;
@@ -14491,8 +14501,8 @@ class Chat {
     this.rows.set(row.id, row);
     this.seq = Math.max(this.seq, row.seq ?? 0);
     // Output that was followed as it came need not be drawn again at the end.
-    if (row.command && !(live && this.terminals.has(row.id))) {
-      this.terminals.set(row.id, terminalOf(row.command));
+    if (row.command && !(live && this.outputs.get(row.id)?.equals(row.command))) {
+      this.outputs.set(row.id, new Output(row.command));
     }
   }
 
@@ -14509,34 +14519,48 @@ class Chat {
     const row = this.rows.get(event.messageId);
     if (event.message) this.merge(event.message, true);
     else if (event.state === "delta" && row) row.text = (row.text || "") + event.text;
-    else if (event.state === "tool_call_output" && row) this.output(row, event);
-    this.busy = !["final", "error", "aborted"].includes(event.state);
+    else if (event.state === "tool_call_output" && row) {
+      this.outputs.get(row.id)?.add(event);
+    }
+    // A command may outlive its run.
+    if (RUNS.has(event.state)) this.busy = true;
+    else if (RUN_ENDS.has(event.state)) this.busy = false;
     touch("chat");
   }
 
-  output(row, { stream, data }) {
-    this.terminals.get(row.id)?.write(data, stream === "stderr");
-  }
-
-  /** Return the messages as they follow each other; what waits in line comes last. */
   ordered() {
-    const rank = (row) => (row.state === "queued" ? 1 : 0);
-    return [...this.rows.values()].sort(
-      (a, b) => rank(a) - rank(b) || a.createdAt - b.createdAt || a.seq - b.seq,
-    );
+    return [...this.rows.values()].sort((a, b) => a.createdAt - b.createdAt);
   }
 }
 
 const isOpen = (row) => row.state === "running" || row.state === "queued";
 
-function terminalOf(command) {
-  const terminal = new Terminal();
-  for (const [stream, text] of command.output || []) {
-    if (stream === "cut") terminal.skip(text);
-    else terminal.write(text, stream === "stderr");
+/** A command's output as far as it is here, of which the gateway keeps both ends. */
+class Output {
+  constructor({ output = [], cut = 0, cutAt, stdoutBytes = 0, stderrBytes = 0 }) {
+    this.terminal = new Terminal();
+    output.forEach(([stream, text], n) => {
+      if (cut && n === cutAt) this.terminal.skip(cut);
+      this.terminal.write(text, stream === "stderr");
+    });
+    this.ends = { stdout: stdoutBytes, stderr: stderrBytes };
   }
-  return terminal;
+
+  /** Add what has come; a gateway with more than it can tell leaves out the middle. */
+  add({ stream, offset, data }) {
+    if (offset > this.ends[stream]) this.terminal.skip(offset - this.ends[stream]);
+    this.ends[stream] = offset + encoder.encode(data).length;
+    this.terminal.write(data, stream === "stderr");
+  }
+
+  /** Tell whether nothing is missing here that a newer message has. */
+  equals({ stdoutBytes = 0, stderrBytes = 0 }) {
+    const { stdout, stderr } = this.ends;
+    return !this.terminal.missing && stdout === stdoutBytes && stderr === stderrBytes;
+  }
 }
+
+const encoder = new TextEncoder();
 
 const nodeById = (id) => state.nodes.find((node) => node.nodeId === id);
 
@@ -14590,7 +14614,13 @@ async function selectNode(key, nodeId) {
 }
 
 const SOURCES = {
-  sessions: async () => (state.sessions = await link.call("sessions.list")),
+  sessions: async () => {
+    state.sessions = await link.call("sessions.list");
+    for (const { key, replying } of state.sessions) {
+      const chat = state.chats.get(key);
+      if (chat && !chat.loading) chat.busy = replying;
+    }
+  },
   models: async () => (state.models = await link.call("models.list")),
   nodes: async () => (state.nodes = await link.call("node.list")),
   devices: async () => (state.devices = await link.call("device.pair.list")),
@@ -14674,7 +14704,7 @@ function noteSession({ type, sessionKey }) {
 }
 
 const CHANGES_RUNNING = new Set(["tool_call_start", "tool_call_end"]);
-const CHANGES_SESSIONS = new Set(["user_message", "final", "error", "aborted"]);
+const CHANGES_SESSIONS = new Set(["user_message", ...RUN_ENDS]);
 
 function noteChat(event) {
   state.chats.get(event.sessionKey)?.take(event);
@@ -14978,6 +15008,24 @@ function modelDetail(model) {
     .join(" · ");
 }
 
+function approvalOptions() {
+  const all = currentSession().approvals === "all";
+  return [
+    {
+      value: "ask",
+      label: "Ask first",
+      detail: "Each command of the model waits for your approval",
+      chosen: !all,
+    },
+    {
+      value: "all",
+      label: "Run everything",
+      detail: "Commands of the model run without a question",
+      chosen: all,
+    },
+  ];
+}
+
 // == view: frame ==
 
 function openSidebar(opens) {
@@ -15252,8 +15300,8 @@ class CommandCard {
     say(this.size, total ? bytes(total) : this.running ? "" : "no output");
     this.stop.hidden = !this.running || command.approval?.state === "asked";
     this.save.hidden = this.copyOutput.hidden = this.running || !total;
-    const terminal = currentChat().terminals.get(row.id);
-    if (terminal) this.screen.show(terminal);
+    const output = currentChat().outputs.get(row.id);
+    if (output) this.screen.show(output.terminal);
     this.drawApproval(command);
     this.tick();
   }
@@ -15270,22 +15318,20 @@ class CommandCard {
     if (asks === !this.approval.hidden) return;
     this.approval.hidden = !asks;
     if (!asks) return;
-    const answer =
-      (allowed, always = false) =>
-      () =>
-        act("approval.answer", { invokeId, allowed, always });
+    const answer = (decision) => () =>
+      act("exec.approval.resolve", { invokeId, decision });
     fill(
       this.approval,
       h("p", {}, `The model wants to run this on ${node}.`),
       h(
         "button",
-        { type: "button", class: "button main", onclick: answer(true) },
+        { type: "button", class: "button main", onclick: answer("approve") },
         "Approve",
       ),
-      h("button", { type: "button", class: "button", onclick: answer(false) }, "Deny"),
+      h("button", { type: "button", class: "button", onclick: answer("deny") }, "Deny"),
       h(
         "button",
-        { type: "button", class: "button", onclick: answer(true, true) },
+        { type: "button", class: "button", onclick: answer("always") },
         `Always on ${node} in this chat`,
       ),
     );
@@ -15377,7 +15423,7 @@ function announceEnds(chat, rows) {
   announced.add(last);
   if (Date.now() - last.createdAt > 60_000 && !last.command) return;
   if (last.role === "command" && ENDED.has(last.state)) {
-    const output = chat.terminals.get(last.id)?.text() || "no output";
+    const output = chat.outputs.get(last.id)?.terminal.text() || "no output";
     announce(
       `${last.command.node}: ${verdict(last.command)[1]}. ${output.slice(-300)}`,
     );
@@ -15457,6 +15503,7 @@ function drawComposer(chat) {
     `Enter ${shell ? "runs" : "sends"} · Shift+Enter new line · ${more}`,
   );
   say(byId("chat-title"), sessionName(entry));
+  byId("approvals").hidden = shell;
   pickers.forEach((picker) => picker.draw());
 }
 
@@ -15551,6 +15598,9 @@ const pickers = [
     patchSession(state.route.key, { model }),
   ),
   new Picker("node", nodeOptions, (id) => selectNode(state.route.key, id)),
+  new Picker("approvals", approvalOptions, (approvals) =>
+    patchSession(state.route.key, { approvals }),
+  ),
 ];
 
 // == view: nodes ==
@@ -15957,11 +16007,13 @@ const RESULTS = {
   timed_out: "Timed out",
   cancelled: "Stopped",
   lost: "Lost",
+  denied: "Denied",
 };
 
 function auditVerdict(row) {
   if (row.state === "sent") return ["wait", "Sent"];
   if (row.state === "lost") return ["bad", "Lost"];
+  if (row.state === "denied") return ["bad", `Denied by ${row.decidedBy}`];
   return verdict({
     ...row,
     node: row.nodeName,
