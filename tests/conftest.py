@@ -19,6 +19,7 @@ RUN_ALL = os.environ.get("MOLTIS_TEST_ALL") == "1"
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "systemd: needs a working `systemctl --user`")
+    config.addinivalue_line("markers", "boots: boots a machine of its own, as root")
     # A thread that dies, or a socket that is left to the garbage collector, is a
     # fault of ours even where the test itself would pass.
     for category in (

@@ -864,14 +864,16 @@ def machine():
     """A machine that boots systemd and has this one's loopback interface."""
     if os.getuid() != 0 or not SDTB.exists():
         pytest.skip("needs root, and ../shared/tools/sdtb to boot a machine in")
-    up = in_machine("up", "-n", "moltis-boot", "-b", str(Path(moltis.__file__).parent))
+    name = f"moltis-{os.getpid()}"
+    up = in_machine("up", "-n", name, "-b", str(Path(moltis.__file__).parent))
     try:
         assert up.returncode == 0, up.stderr
-        yield "moltis-boot"
+        yield name
     finally:
-        in_machine("down", "-n", "moltis-boot")
+        in_machine("down", "-n", name)
 
 
+@pytest.mark.boots
 def test_a_node_is_back_after_a_reboot_with_nobody_logged_in(machine, gateway):
     copied = in_machine("root", "-n", machine, "cp", moltis.__file__, "/srv/moltis.py")
     assert copied.returncode == 0, copied.stderr
