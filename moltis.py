@@ -43,7 +43,8 @@ Contents
     Fleet                     connected nodes, their invocations and their fate
     Agent                     tools, the loop, approvals, the built-in Shell
     Model directory           the models there are to choose from, and where they run
-    Gateway                   RPC methods, events, chat runs
+    Chat                      sessions, their messages, turns and cards
+    Gateway                   RPC methods, events
     MCP                       the same tools for Model Context Protocol clients
     HTTP                      routes, upgrade, headers
     Web page                  three raw strings, served as three files
@@ -7930,9 +7931,10 @@ def _launchctl_fields(output: str) -> Mapping[str, str]:
 # Store
 #
 # What the gateway remembers, in one SQLite file: devices, commands that were asked
-# for, operator keys, sign-ins, join codes, settings.  One method a question, each
-# in one transaction, from any thread.  It decides nothing, which is left to Access,
-# and a secret comes here only as a hash.  Times are ms since 1970.
+# for, operator keys, sign-ins, join codes, sessions with what was said in them,
+# settings.  One method a question, each in one transaction, from any thread.  It
+# decides nothing, which is left to Access, and a secret comes here only as a hash.
+# Times are ms since 1970.
 # ==============================================================================
 
 STORE_FILE = "moltis.db"
@@ -8029,6 +8031,44 @@ MIGRATIONS = (
 
     CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);  -- JSON
     """,
+    """
+    CREATE TABLE sessions (
+        key TEXT PRIMARY KEY,
+        label TEXT NOT NULL,
+        model TEXT NOT NULL,
+        node_id TEXT NOT NULL,
+        approvals TEXT NOT NULL DEFAULT 'ask',
+        archived INTEGER NOT NULL DEFAULT 0,
+        created_at INTEGER NOT NULL,
+        updated_at INTEGER NOT NULL,
+        seq INTEGER NOT NULL DEFAULT 0       -- nobody has heard of a higher one
+    );
+
+    CREATE TABLE messages (
+        id TEXT PRIMARY KEY,
+        session_key TEXT NOT NULL REFERENCES sessions(key) ON DELETE CASCADE,
+        run_id TEXT NOT NULL,
+        role TEXT NOT NULL,
+        created_at INTEGER NOT NULL,         -- unique in its session, which it orders
+        state TEXT NOT NULL,
+        seq INTEGER NOT NULL,                -- of the last change
+        text TEXT NOT NULL,
+        invoke_id TEXT UNIQUE,               -- of a command
+        details TEXT NOT NULL                -- JSON
+    );
+    CREATE UNIQUE INDEX messages_order ON messages(session_key, created_at);
+    CREATE INDEX messages_seq ON messages(session_key, seq);
+    CREATE INDEX messages_open ON messages(state) WHERE state IN ('running', 'queued');
+
+    CREATE TABLE turns (                     -- what a model is told of a session
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        session_key TEXT NOT NULL REFERENCES sessions(key) ON DELETE CASCADE,
+        message TEXT NOT NULL                -- JSON
+    );
+    CREATE INDEX turns_session ON turns(session_key, id);
+
+    ALTER TABLE commands ADD COLUMN decided_by TEXT;  -- where a person was asked first
+    """,
 )
 
 
@@ -8069,6 +8109,7 @@ class CommandState:
     FAILED = "failed"  # it could not be started
     TIMED_OUT = "timed_out"
     CANCELLED = "cancelled"
+    DENIED = "denied"  # by a person, or because nobody answered
     LOST = "lost"  # the node came back without it, or never did
 
 
@@ -8093,6 +8134,7 @@ class CommandRecord:
     stdout_bytes: int = 0
     stderr_bytes: int = 0
     error: str | None = None
+    decided_by: str | None = None  # who allowed or denied it, where one was asked
     seq: int = 0  # given by the store; grows with every command
 
 
@@ -8132,6 +8174,50 @@ class Login:
     expires_at: int
     user_agent: str
     address: str
+
+
+@dataclass(frozen=True)
+class Session:
+    """A conversation, and what was chosen for it."""
+
+    key: str
+    label: str
+    model: str
+    node_id: str
+    created_at: int
+    updated_at: int
+    approvals: str = "ask"  # before a model's command runs; or "all": none is asked for
+    archived: bool = False
+    seq: int = 0
+    message_count: int = 0
+    preview: str = ""
+
+
+class MessageState:
+    """How far a message of a session has come, as the store and the page name it."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    ERROR = "error"
+    ABORTED = "aborted"
+    INTERRUPTED = "interrupted"  # the gateway ended meanwhile
+
+
+@dataclass(frozen=True)
+class SessionMessage:
+    """One message of a session as people see it: words, or a command."""
+
+    id: str
+    session_key: str
+    run_id: str
+    role: str  # user, assistant, command or notice
+    created_at: int
+    state: str
+    seq: int
+    text: str = ""
+    invoke_id: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)  # as the page gets them
 
 
 def _cannot_use_database(path: Path, error: Exception) -> str:
@@ -8230,6 +8316,16 @@ def _login_from(row: sqlite3.Row) -> Login:
 def _command_from(row: sqlite3.Row) -> CommandRecord:
     names = (f.name for f in dataclasses.fields(CommandRecord))
     return CommandRecord(**{name: row[name] for name in names})
+
+
+def _session_from(row: sqlite3.Row) -> Session:
+    fields = {f.name: row[f.name] for f in dataclasses.fields(Session)}
+    return Session(**{**fields, "archived": bool(row["archived"])})
+
+
+def _message_from(row: sqlite3.Row) -> SessionMessage:
+    fields = {f.name: row[f.name] for f in dataclasses.fields(SessionMessage)}
+    return SessionMessage(**{**fields, "details": json.loads(row["details"])})
 
 
 class Database:
@@ -8465,8 +8561,9 @@ class CommandsTable:
         """Note that a command was asked for; False where its id is known already."""
         changed = self._db.write(
             "INSERT INTO commands (invoke_id, asked_at, caller_kind, caller_name,"
-            " session_key, node_id, node_name, command, cwd, state)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (invoke_id) DO NOTHING",
+            " session_key, node_id, node_name, command, cwd, state, decided_by)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (invoke_id) DO NOTHING",
             (
                 record.invoke_id,
                 record.asked_at,
@@ -8478,6 +8575,7 @@ class CommandsTable:
                 record.command,
                 record.cwd,
                 record.state,
+                record.decided_by,
             ),
         )
         return changed == 1
@@ -8690,6 +8788,173 @@ class JoinCodesTable:
         return None if row is None else str(row["device_id"])
 
 
+class SessionsTable:
+    """The conversations, and what was chosen for each."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def add(self, session: Session) -> bool:
+        """Keep a new session; False where its key is known already."""
+        changed = self._db.write(
+            "INSERT INTO sessions (key, label, model, node_id, created_at, updated_at)"
+            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING",
+            (
+                session.key,
+                session.label,
+                session.model,
+                session.node_id,
+                session.created_at,
+                session.updated_at,
+            ),
+        )
+        return changed == 1
+
+    def all(self) -> list[Session]:
+        """Return the sessions, the last used first."""
+        return self._select("TRUE", ())
+
+    def by_key(self, key: str) -> Session | None:
+        sessions = self._select("key = ?", (key,))
+        return sessions[0] if sessions else None
+
+    def change(self, session: Session) -> bool:
+        """Keep what was chosen for a session; False: it is gone."""
+        changed = self._db.write(
+            "UPDATE sessions SET label = ?, model = ?, node_id = ?, approvals = ?,"
+            " archived = ? WHERE key = ?",
+            (
+                session.label,
+                session.model,
+                session.node_id,
+                session.approvals,
+                session.archived,
+                session.key,
+            ),
+        )
+        return changed == 1
+
+    def used(self, key: str, now: int) -> None:
+        self._db.write("UPDATE sessions SET updated_at = ? WHERE key = ?", (now, key))
+
+    def reserve(self, key: str, seq: int) -> None:
+        """Let messages and events be numbered up to `seq`."""
+        self._db.write(
+            "UPDATE sessions SET seq = max(seq, ?) WHERE key = ?", (seq, key)
+        )
+
+    def clear(self, key: str) -> None:
+        """Forget what was said in a session."""
+        with self._db.transaction() as db:
+            db.execute("DELETE FROM messages WHERE session_key = ?", (key,))
+            db.execute("DELETE FROM turns WHERE session_key = ?", (key,))
+
+    def delete(self, key: str) -> bool:
+        """Forget a session with all that was said; False: there is none."""
+        return self._db.write("DELETE FROM sessions WHERE key = ?", (key,)) == 1
+
+    def _select(self, condition: str, values: SqlValues) -> list[Session]:
+        rows = self._db.rows(
+            "SELECT sessions.*,"
+            " (SELECT count(*) FROM messages WHERE session_key = key) message_count,"
+            " ifnull((SELECT substr(text, 1, 100) FROM messages"
+            "   WHERE session_key = key AND role IN ('user', 'assistant')"
+            "   ORDER BY created_at DESC LIMIT 1), '') preview"
+            f" FROM sessions WHERE {condition} ORDER BY updated_at DESC, rowid DESC",
+            values,
+        )
+        return [_session_from(row) for row in rows]
+
+
+class MessagesTable:
+    """The messages of sessions, as people see them."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def save(self, message: SessionMessage) -> None:
+        """Keep a message, unless a later state of it is kept already."""
+        self._db.write(
+            "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (id) DO UPDATE SET created_at = excluded.created_at,"
+            " state = excluded.state, seq = excluded.seq, text = excluded.text,"
+            " details = excluded.details WHERE excluded.seq >= seq",
+            (
+                message.id,
+                message.session_key,
+                message.run_id,
+                message.role,
+                message.created_at,
+                message.state,
+                message.seq,
+                message.text,
+                message.invoke_id,
+                to_json(message.details),
+            ),
+        )
+
+    def last(
+        self, session_key: str, before: int | None, limit: int
+    ) -> list[SessionMessage]:
+        """Return the last messages created before a time, the oldest of them first."""
+        rows = self._db.rows(
+            "SELECT * FROM messages WHERE session_key = ?"
+            " AND created_at < ifnull(?, 9223372036854775807)"
+            " ORDER BY created_at DESC LIMIT ?",
+            (session_key, before, limit),
+        )
+        return [_message_from(row) for row in reversed(rows)]
+
+    def changed_after(self, session_key: str, seq: int) -> list[SessionMessage]:
+        """Return the messages that changed after `seq`, the oldest first."""
+        rows = self._db.rows(
+            "SELECT * FROM messages WHERE session_key = ? AND seq > ?"
+            " ORDER BY created_at",
+            (session_key, seq),
+        )
+        return [_message_from(row) for row in rows]
+
+    def by_invoke_id(self, invoke_id: str) -> SessionMessage | None:
+        row = self._db.row("SELECT * FROM messages WHERE invoke_id = ?", (invoke_id,))
+        return None if row is None else _message_from(row)
+
+    def last_created_at(self, session_key: str) -> int:
+        row = self._db.row(
+            "SELECT max(created_at) last FROM messages WHERE session_key = ?",
+            (session_key,),
+        )
+        return (row["last"] if row else None) or 0
+
+    def unfinished(self) -> list[SessionMessage]:
+        """Return what was going on, or in line, when it was last heard of."""
+        rows = self._db.rows(
+            "SELECT * FROM messages WHERE state IN ('running', 'queued')"
+            " ORDER BY session_key, created_at"
+        )
+        return [_message_from(row) for row in rows]
+
+
+class TurnsTable:
+    """What models are told of sessions: each message as JSON."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def add(self, session_key: str, message: Mapping[str, Any]) -> None:
+        self._db.write(
+            "INSERT INTO turns (session_key, message) VALUES (?, ?)",
+            (session_key, to_json(message)),
+        )
+
+    def last(self, session_key: str, limit: int) -> list[JsonObject]:
+        """Return the last messages, the oldest of them first."""
+        rows = self._db.rows(
+            "SELECT message FROM turns WHERE session_key = ? ORDER BY id DESC LIMIT ?",
+            (session_key, limit),
+        )
+        return [json.loads(row["message"]) for row in reversed(rows)]
+
+
 class SettingsTable:
     """Small things to remember, as JSON values by name."""
 
@@ -8726,6 +8991,9 @@ class Store:
         self.operator_keys = OperatorKeysTable(self._database)
         self.logins = LoginsTable(self._database)
         self.join_codes = JoinCodesTable(self._database)
+        self.sessions = SessionsTable(self._database)
+        self.messages = MessagesTable(self._database)
+        self.turns = TurnsTable(self._database)
         self.settings = SettingsTable(self._database)
 
     def close(self) -> None:
@@ -9443,6 +9711,7 @@ LOST_AFTER = (
     60.0  # s beyond its own timeout that a command of an absent node is awaited
 )
 STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without news of a connected node
+CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest goes
 REPLACE_TIMEOUT = 5.0  # s for an old connection of the same node to end
 
 
@@ -9463,13 +9732,19 @@ class NodeLink(Protocol):
 class Sink(Protocol):
     """Whoever wants what an invocation sends while it runs."""
 
-    def chunk(self, chunk: Chunk) -> bool:
-        """Take output; False when it will be acknowledged later, by Fleet."""
+    def chunk(self, chunk: Chunk) -> int:
+        """Take output; return up to which byte of the stream all is dealt with.
+
+        The rest is acknowledged with a later chunk, at the end, or by who asked.
+        """
 
     def stdin_received(self, invoke_id: str, offset: int) -> None: ...
 
     def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:
         """Hear that it is `queued`, `waiting` for its node, or `running` again."""
+
+    def end(self, invocation: Invocation, end: CommandEnd) -> bool:
+        """Hear how it ended; whether all output is dealt with."""
 
 
 @dataclass(frozen=True)
@@ -9479,6 +9754,19 @@ class Origin:
     kind: str
     name: str
     session_key: str | None = None
+    decided_by: str | None = None  # who allowed a model to ask for it
+
+
+class SinkFinder(Protocol):
+    """Knows who wanted a command that was asked for in an earlier life of ours."""
+
+    def __call__(
+        self, record: CommandRecord, inflight: InflightCommand | None
+    ) -> tuple[Sink, int, int]:
+        """Return its sink, and how much stdout and stderr that needs no more.
+
+        `inflight` is what its node knows of it.
+        """
 
 
 class ConnectedNode:
@@ -9543,6 +9831,7 @@ class Invocation:
         self.started_at: int | None = None  # ms; None while it waits, or is not sent
         self.noted_running = False  # in the audit; by the ticker alone
         self.cancelled = False
+        self.ended = False  # its end is in the audit, and its sink has heard of it
         self.deadline = Deadline(_lost_after(command, args))
         self._lock = threading.Lock()  # guards all below and sent_to
         self._asked: ConnectedNode | None = None  # over its connection of the moment
@@ -9607,6 +9896,11 @@ class Invocation:
                 self._announced[stream] = self._consumed[stream]
         return due
 
+    def consume_all(self) -> None:
+        """Note that the sink has dealt with all that it was given."""
+        with self._lock:
+            self._consumed.update(self._received)
+
     def accept_when_consumed(self, accept: Callable[[], None] | None) -> bool:
         """Keep `accept`, if given, until all is consumed; then call it.
 
@@ -9628,14 +9922,17 @@ class CollectingSink:
         self._output = OutputCollector(limit)
         self._starts: dict[int, int] = {}  # where what we heard begins
 
-    def chunk(self, chunk: Chunk) -> bool:
+    def chunk(self, chunk: Chunk) -> int:
         start = self._starts.setdefault(chunk.kind, chunk.offset)
         self._output.add(chunk.kind, chunk.offset - start, chunk.data)
-        return True
+        return chunk.end
 
     def stdin_received(self, invoke_id: str, offset: int) -> None: ...
 
     def state(self, invoke_id: str, state: str, detail: JsonObject) -> None: ...
+
+    def end(self, invocation: Invocation, end: CommandEnd) -> bool:  # noqa: ARG002
+        return True
 
     def result(self, result: JsonObject) -> JsonObject:
         """Return `result` with the output in it."""
@@ -9646,6 +9943,15 @@ class CollectingSink:
         if stdout.cut or stderr.cut:
             whole["truncated"] = True
         return whole
+
+
+def find_nobody(
+    record: CommandRecord,  # noqa: ARG001
+    inflight: InflightCommand | None,
+) -> tuple[Sink, int, int]:
+    """Return a sink for nobody: a SinkFinder where whoever asked is gone."""
+    done = (inflight.stdout, inflight.stderr) if inflight else (0, 0)
+    return (CollectingSink(0), *done)
 
 
 class LocalLink:
@@ -9679,6 +9985,7 @@ def command_record(invocation: Invocation) -> CommandRecord:
         caller_kind=origin.kind,
         caller_name=origin.name,
         session_key=origin.session_key,
+        decided_by=origin.decided_by,
         node_id=invocation.node_id,
         node_name=invocation.node_name,
         command=args["command"],
@@ -9742,6 +10049,20 @@ def command_end(result: JsonObject, invocation: Invocation) -> CommandEnd:
     )
 
 
+def forgotten_invocation(record: CommandRecord, sink: Sink) -> Invocation:
+    """Return what a command is to us that was asked for in an earlier life."""
+    invocation = Invocation(
+        record.invoke_id,
+        (record.node_id, record.node_name),
+        SYSTEM_RUN,
+        {"command": record.command},
+        Origin(record.caller_kind, record.caller_name, record.session_key),
+        sink,
+    )
+    invocation.started_at = record.started_at or record.asked_at
+    return invocation
+
+
 def valid_name(text: str) -> str:
     """Return a name for a node without white space around it.  Raises RpcError."""
     name = " ".join(text.split())
@@ -9750,6 +10071,28 @@ def valid_name(text: str) -> str:
             "INVALID_REQUEST", f"a name has 1 to {MAX_NAME} printable characters"
         )
     return name
+
+
+class CpuHistory:
+    """How busy each machine was lately."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _points
+        self._points: dict[str, collections.deque[tuple[int, float]]] = {}
+
+    def add(self, node_id: str, cpu_usage: float | None) -> None:
+        if cpu_usage is None:
+            return
+        with self._lock:
+            points = self._points.setdefault(
+                node_id, collections.deque(maxlen=CPU_HISTORY)
+            )
+            points.append((now_ms(), cpu_usage))
+
+    def of(self, node_id: str) -> list[tuple[int, float]]:
+        """Return pairs of time (ms) and percent, of the last half hour or so."""
+        with self._lock:
+            return list(self._points.get(node_id, ()))
 
 
 class Fleet:
@@ -9767,6 +10110,7 @@ class Fleet:
         self._lock = threading.Lock()  # guards _connected and _telemetry
         self._connected = {local.node_id: local}
         self._telemetry: dict[str, tuple[Telemetry, float]] = {}  # and when, monotonic
+        self.cpu_history = CpuHistory()
 
     def connected(self, node_id: str) -> ConnectedNode | None:
         with self._lock:
@@ -9836,6 +10180,7 @@ class Fleet:
     def _keep_telemetry(self, node: ConnectedNode, telemetry: Telemetry) -> None:
         with self._lock:
             self._telemetry[node.node_id] = (telemetry, time.monotonic())
+        self.cpu_history.add(node.node_id, telemetry.cpu_usage)
         self._devices.save_telemetry(
             node.device_id, telemetry.to_payload(node.node_id), now_ms()
         )
@@ -9847,6 +10192,7 @@ class Fleet:
     def report_local(self, telemetry: Telemetry) -> None:
         with self._lock:
             self._telemetry[LOCAL_ID] = (telemetry, time.monotonic())
+        self.cpu_history.add(LOCAL_ID, telemetry.cpu_usage)
         columns = telemetry.to_columns(stale=False)
         self._announce(NODE_TELEMETRY, {"nodeId": LOCAL_ID, **columns})
 
@@ -10049,16 +10395,7 @@ class Audit:
         except StoreError as error:
             log.error("audit incomplete invocation=%s: %s", invocation.id, error)
 
-    def ended(self, invocation: Invocation, result: JsonObject) -> None:
-        if invocation.command == SYSTEM_RUN:
-            self._end(invocation, command_end(result, invocation))
-
-    def lost(self, invocation: Invocation, reason: str) -> None:
-        if invocation.command == SYSTEM_RUN:
-            end = CommandEnd(CommandState.LOST, now_ms(), error=reason)
-            self._end(invocation, end)
-
-    def _end(self, invocation: Invocation, end: CommandEnd) -> None:
+    def ended(self, invocation: Invocation, end: CommandEnd) -> None:
         try:
             self._commands.end(invocation.id, end)
         except StoreError as error:
@@ -10069,10 +10406,13 @@ class Audit:
 class Invocations:
     """Work that was sent to machines, and how it fares."""
 
-    def __init__(self, fleet: Fleet, commands: CommandsTable) -> None:
+    def __init__(
+        self, fleet: Fleet, commands: CommandsTable, find_sink: SinkFinder
+    ) -> None:
         self._fleet = fleet
         self._commands = commands
         self._audit = Audit(commands)
+        self._find_sink = find_sink
         self._active = ActiveInvocations()
         self._closed = False  # once set, nothing new is sent
 
@@ -10115,25 +10455,19 @@ class Invocations:
     def cancel(self, invocation: Invocation) -> None:
         """End its process group; the result then says so."""
         invocation.cancelled = True
-        node = self._fleet.connected(invocation.node_id)
-        if node is not None and node.ready:
-            with contextlib.suppress(ConnectionClosed):
-                node.link.cancel(invocation.id)
+        self._tell_node(invocation, lambda link: link.cancel(invocation.id))
 
     def acknowledge(self, invocation: Invocation, stream: int, offset: int) -> None:
         """Note that a sink has dealt with output.  Raises RpcError."""
         if invocation.consume(stream, offset):
-            node = self._fleet.connected(invocation.node_id)
-            if node is not None and node.ready:
-                with contextlib.suppress(ConnectionClosed):
-                    node.link.acknowledge(invocation.id, stream, offset)
+            self._tell_node(
+                invocation,
+                lambda link: link.acknowledge(invocation.id, stream, offset),
+            )
         self._accept_if_consumed(invocation)
 
     def write_stdin(self, invocation: Invocation, chunk: Chunk) -> None:
-        node = self._fleet.connected(invocation.node_id)
-        if node is not None and node.ready:
-            with contextlib.suppress(ConnectionClosed):
-                node.link.write_stdin(chunk)
+        self._tell_node(invocation, lambda link: link.write_stdin(chunk))
 
     def handle_chunk(self, node_id: str, chunk: Chunk) -> None:
         """Take output from a node."""
@@ -10141,8 +10475,9 @@ class Invocations:
         if invocation is None or chunk.kind == STDIN:
             return
         fresh = invocation.fresh(chunk)
-        if fresh is not None and invocation.sink.chunk(fresh):
-            self.acknowledge(invocation, fresh.kind, fresh.end)
+        if fresh is not None:
+            dealt_with = invocation.sink.chunk(fresh)
+            self.acknowledge(invocation, fresh.kind, dealt_with)
 
     def handle_stdin_received(self, node_id: str, invoke_id: str, offset: int) -> None:
         invocation = self._of_node(node_id, invoke_id)
@@ -10173,10 +10508,10 @@ class Invocations:
             result = checked_run_result(result)
             for chunk in take_output(invoke_id, result):
                 self.handle_chunk(node_id, chunk)
-        if not invocation.future.done():
-            self._audit.ended(invocation, result)
-            with contextlib.suppress(InvalidStateError):  # it was given up meanwhile
-                invocation.future.set_result({**result, "node": invocation.node_name})
+            if not invocation.ended:
+                self._end(invocation, command_end(result, invocation))
+        with contextlib.suppress(InvalidStateError):  # it was given up, or we stop
+            invocation.future.set_result({**result, "node": invocation.node_name})
         self._accept_if_consumed(invocation, accept)
 
     def resumable(self, node: ConnectedNode) -> list[JsonObject]:
@@ -10224,33 +10559,44 @@ class Invocations:
         self._settle(invocation)
         if invocation.future.done():
             return
-        message = (
-            f"{invocation.node_name}: {reason}; whether the command ran is not known"
-        )
-        self._audit.lost(invocation, message)
+        where = invocation.node_name
+        message = f"{where}: {reason}; whether the command ran is not known"
+        if invocation.command == SYSTEM_RUN:
+            end = CommandEnd(CommandState.LOST, now_ms(), error=message)
+            self._end(invocation, end)
         with contextlib.suppress(InvalidStateError):
             invocation.future.set_exception(RpcError("UNAVAILABLE", message))
 
-    def give_up_overdue(self) -> None:
-        """Give up what should have ended long ago; called every second or so."""
+    def tick(self) -> None:
+        """Note what is running, give up what is overdue; called every second or so."""
         for invocation in self._active.all():
+            self._audit.running(invocation)
             if invocation.deadline.expired:
                 reason = f"no result {LOST_AFTER:.0f} s after the command's timeout"
                 self.give_up(invocation, reason)
-
-    def note_running(self) -> None:
-        """Note in the audit what is running; called every second or so."""
-        for invocation in self._active.all():
-            self._audit.running(invocation)
 
     def close(self) -> None:
         """Tell those who wait that the gateway stops; the commands go on."""
         self._closed = True
         for invocation in self._active.all():
+            error = RpcError("UNAVAILABLE", "the gateway stops; the command goes on")
             with contextlib.suppress(InvalidStateError):
-                invocation.future.set_exception(
-                    RpcError("UNAVAILABLE", "the gateway stops; the command goes on")
-                )
+                invocation.future.set_exception(error)
+
+    def _tell_node(
+        self, invocation: Invocation, tell: Callable[[NodeLink], None]
+    ) -> None:
+        """Tell it something that a resumption will make up for if it is away."""
+        node = self._fleet.connected(invocation.node_id)
+        if node is not None and node.ready:
+            with contextlib.suppress(ConnectionClosed):
+                tell(node.link)
+
+    def _end(self, invocation: Invocation, end: CommandEnd) -> None:
+        invocation.ended = True
+        self._audit.ended(invocation, end)
+        if invocation.sink.end(invocation, end):
+            invocation.consume_all()
 
     def _of_node(self, node_id: str, invoke_id: str) -> Invocation | None:
         # A node answers its own invocations only, whatever ids it names.
@@ -10298,21 +10644,14 @@ class Invocations:
         for record in self._commands.unfinished(node.node_id):
             if self.get(record.invoke_id) is not None:
                 continue
-            invocation = Invocation(
-                record.invoke_id,
-                (record.node_id, record.node_name),
-                SYSTEM_RUN,
-                {"command": record.command},
-                Origin(record.caller_kind, record.caller_name, record.session_key),
-                CollectingSink(0),
-            )
             item = node.inflight.get(record.invoke_id)
+            sink, stdout, stderr = self._find_sink(record, item)
+            invocation = forgotten_invocation(record, sink)
+            invocation.restart_at(stdout, stderr)
             if item is None:
                 self.give_up(invocation, "the node came back without it")
-                continue
-            invocation.restart_at(item.stdout, item.stderr)
-            invocation.started_at = record.started_at or record.asked_at
-            self._active.add(invocation)
+            else:
+                self._active.add(invocation)
 
 
 class LocalPeer:
@@ -11109,14 +11448,17 @@ class AnswerStream:
         # Pieces of the answer, states of the invocation, None once all is over.
         self.news: SimpleQueue[Chunk | str | None] = SimpleQueue()
 
-    def chunk(self, chunk: Chunk) -> bool:
+    def chunk(self, chunk: Chunk) -> int:
         self.news.put(chunk)
-        return False
+        return 0
 
     def stdin_received(self, invoke_id: str, offset: int) -> None: ...
 
     def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:  # noqa: ARG002
         self.news.put(state)
+
+    def end(self, invocation: Invocation, end: CommandEnd) -> bool:  # noqa: ARG002
+        return False
 
 
 class RemoteModel:
@@ -11383,9 +11725,1297 @@ def _lent_entry(model: ModelInfo, node_id: str, node_name: str) -> JsonObject:
 
 
 # ==============================================================================
+# Chat
+# Uses: Wire protocol, Commands, Language models, Machine, Store, Access, Fleet, Agent,
+#       Model directory
+#
+# Sessions as people see them: messages whose changes are numbered, so that any client
+# can catch up; turns one after the other, which go on when nobody looks; commands as
+# cards that a restart of the gateway does not lose.  How a turn gets to its answer is
+# Agent's business, who may look or speak is Gateway's.
+# ==============================================================================
+
+MAIN_SESSION = "main"  # the key of the session that is always there
+KEPT_HEAD = 128 * 1024  # bytes of a command's output that a card keeps
+KEPT_TAIL = 128 * 1024  # bytes; what is between the two is counted
+MAX_PIECE = 4096  # characters of one stream kept together
+PIECE_COST = 64  # bytes that a piece counts beyond its text: many tiny ones cost memory
+MAX_UNTOLD = (
+    64 * 1024
+)  # characters of a card's output told at a time; older is left out
+TELL_INTERVAL = 0.05  # s between two reports of what is being said or printed
+SAVE_INTERVAL = 2.0  # s of an answer in progress that a power cut may take
+SEQ_RESERVE = 1024  # numbers put aside at a time, so that not each one is written
+HISTORY_PAGE = 200  # messages of one answer
+MAX_HISTORY = 4 * 1024 * 1024  # characters of one answer; it has fewer messages then
+MAX_WAITING = 100  # turns in line in one session; one more is refused
+MAX_RECALLED = 1000  # messages of a session that a model is told of, at most
+MAX_LABEL_LENGTH = 60  # characters of a label that is made of the first words
+ABORT_GRACE = 4.0  # s for the result of a command that was cancelled
+
+FINAL_STATES = (
+    MessageState.DONE,
+    MessageState.ERROR,
+    MessageState.ABORTED,
+    MessageState.INTERRUPTED,
+)
+
+# --- What a card keeps ---
+
+
+def _byte_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+
+
+class KeptOutput:
+    """Head and tail of what a command wrote, both streams as they came."""
+
+    def __init__(self) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")
+        self._decoders = {kind: decoder("replace") for kind in (STDOUT, STDERR)}
+        self._received = {STDOUT: 0, STDERR: 0}  # bytes
+        self._head: list[tuple[str, str]] = []  # stream, text
+        self._tail: collections.deque[tuple[str, str]] = collections.deque()
+        self._head_size = self._tail_size = 0  # bytes, with PIECE_COST
+        self._cut = 0  # bytes between them
+
+    @classmethod
+    def from_json(cls, command: JsonObject) -> KeptOutput:
+        """Read what `to_json` wrote, to go on from there."""
+        output = cls()
+        pieces = [(stream, text) for stream, text in command.get("output", ())]
+        for position, (stream, text) in enumerate(pieces):
+            if position == command.get("cutAt"):
+                output._head_size = max(output._head_size, KEPT_HEAD)
+            output._keep(stream, text)
+        output._cut += command.get("cut", 0)
+        output._received = {
+            STDOUT: command.get("stdoutBytes", 0),
+            STDERR: command.get("stderrBytes", 0),
+        }
+        return output
+
+    @property
+    def head_full(self) -> bool:
+        return self._head_size >= KEPT_HEAD
+
+    def end(self, kind: int) -> int:
+        """Return how many bytes of a stream are text by now."""
+        # Half a character waits in the decoder.
+        return self._received[kind] - len(self._decoders[kind].getstate()[0])
+
+    def add(self, kind: int, data: bytes) -> str:
+        """Return what has become text with `data`."""
+        text = self._decoders[kind].decode(data)
+        self._received[kind] += len(data)
+        self._keep(STREAM_NAMES[kind], text)
+        return text
+
+    def skip_to(self, kind: int, offset: int) -> None:
+        """Leave out what the node has forgotten, and what was at the tail before it."""
+        missing = offset - self.end(kind)
+        if missing <= 0:
+            return
+        self._head_size = max(self._head_size, KEPT_HEAD)
+        self._cut += missing + sum(_byte_length(text) for _, text in self._tail)
+        self._tail.clear()
+        self._tail_size = 0
+        self._decoders[kind].reset()
+        self._received[kind] = offset
+
+    def finish(self) -> None:
+        """Turn into text what is left of characters that were never completed."""
+        for kind, decoder in self._decoders.items():
+            self._keep(STREAM_NAMES[kind], decoder.decode(b"", True))
+
+    def to_json(self) -> JsonObject:
+        value: JsonObject = {
+            "output": [*self._head, *self._tail],
+            "stdoutBytes": self.end(STDOUT),
+            "stderrBytes": self.end(STDERR),
+        }
+        if self._cut:
+            value["cut"] = self._cut
+            value["cutAt"] = len(self._head)
+        return value
+
+    def _keep(self, stream: str, text: str) -> None:
+        for start in range(0, len(text), MAX_PIECE):
+            piece = text[start : start + MAX_PIECE]
+            if self.head_full:
+                self._tail_size += _append_piece(self._tail, stream, piece)
+            else:
+                self._head_size += _append_piece(self._head, stream, piece)
+        while self._tail_size > KEPT_TAIL:
+            size = _byte_length(self._tail.popleft()[1])
+            self._tail_size -= size + PIECE_COST
+            self._cut += size
+
+
+def _append_piece(
+    pieces: list[tuple[str, str]] | collections.deque[tuple[str, str]],
+    stream: str,
+    text: str,
+) -> int:
+    """Add a piece, or to the last one, and return what that costs in bytes."""
+    size = _byte_length(text)
+    if pieces and pieces[-1][0] == stream:
+        together = pieces[-1][1] + text
+        if len(together) <= MAX_PIECE:
+            pieces[-1] = (stream, together)
+            return size
+    pieces.append((stream, text))
+    return size + PIECE_COST
+
+
+def output_text(command: JsonObject) -> str:
+    """Return the kept output of a card in one piece, with what is missing."""
+    texts = [text for _, text in command.get("output", ())]
+    if command.get("cut"):
+        texts.insert(command["cutAt"], f"\n[… {command['cut']:,} bytes cut …]\n")
+    return "".join(texts)
+
+
+# --- Messages ---
+
+
+def message_to_json(message: SessionMessage) -> JsonObject:
+    return {
+        "id": message.id,
+        "seq": message.seq,
+        "sessionKey": message.session_key,
+        "runId": message.run_id,
+        "role": message.role,
+        "createdAt": message.created_at,
+        "state": message.state,
+        "text": message.text,
+        **message.details,
+    }
+
+
+class LiveMessage:
+    """A message that still changes; guarded by the lock of its SessionLog."""
+
+    def __init__(self, message: SessionMessage, origin: Origin | None = None) -> None:
+        self.origin = origin  # of a command
+        self._message = message
+        self._words = [message.text]
+        self.output: KeptOutput | None = None
+        if message.invoke_id is not None:
+            self.output = KeptOutput.from_json(message.details["command"])
+        self._untold: list[tuple[int, int, str]] = []  # stream or 0, offset, text
+        self._untold_size = 0  # characters
+        self.saved_seq = 0
+
+    @property
+    def id(self) -> str:
+        return self._message.id
+
+    @property
+    def run_id(self) -> str:
+        return self._message.run_id
+
+    @property
+    def invoke_id(self) -> str | None:
+        return self._message.invoke_id
+
+    @property
+    def seq(self) -> int:
+        return self._message.seq
+
+    @property
+    def state(self) -> str:
+        return self._message.state
+
+    @property
+    def started(self) -> bool:
+        """Whether a command is on its way to its node, or was."""
+        return "startedAt" in self._message.details.get("command", {})
+
+    @property
+    def decided_by(self) -> str | None:
+        """Who approved a command, if anybody was asked."""
+        approval = self._message.details.get("command", {}).get("approval", {})
+        return cast("str | None", approval.get("by"))
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a restart would bring back all that a save would keep."""
+        # A node sends the tail of what it was not yet acknowledged once more.
+        return self.output is not None and self.output.head_full
+
+    def change(self, seq: int, changes: JsonObject) -> None:
+        """Take a number, and new values; those of `command` one by one."""
+        changes = dict(changes)
+        details = {**self._message.details, **changes.pop("details", {})}
+        if "command" in changes:
+            command = {**details["command"], **changes.pop("command")}
+            # What does not hold any more is absent, never null.
+            details["command"] = {k: v for k, v in command.items() if v is not None}
+        self._message = replace(self._message, seq=seq, details=details, **changes)
+
+    def say(self, text: str) -> None:
+        self._words.append(text)
+        self._untold.append((0, 0, text))
+
+    def add_output(self, chunk: Chunk) -> None:
+        assert self.output is not None
+        offset = self.output.end(chunk.kind)
+        text = self.output.add(chunk.kind, chunk.data)
+        self._untold.append((chunk.kind, offset, text))
+        self._untold_size += len(text)
+        if self._untold_size > 2 * MAX_UNTOLD:
+            self._untold = _last_pieces(self._untold)
+            self._untold_size = sum(len(text) for _, _, text in self._untold)
+
+    def snapshot(self) -> SessionMessage:
+        """Return the message as it is now."""
+        if len(self._words) > 1:
+            self._words = ["".join(self._words)]
+        details = self._message.details
+        if self.output is not None:
+            command = {**details["command"], **self.output.to_json()}
+            details = {**details, "command": command}
+        return replace(self._message, text=self._words[0], details=details)
+
+    def take_untold(self) -> list[tuple[int, int, str]]:
+        """Return what nobody was told yet; words in one piece."""
+        untold, self._untold, self._untold_size = self._untold, [], 0
+        if untold and self.output is None:
+            return [(0, 0, "".join(text for _, _, text in untold))]
+        return _last_pieces(untold)
+
+
+def _last_pieces(pieces: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    """Return the newest pieces of output within MAX_UNTOLD, adjoining ones as one."""
+    room, kept = MAX_UNTOLD, 0
+    for _, _, text in reversed(pieces):
+        room -= len(text)
+        if room < 0 and kept:
+            break
+        kept += 1
+    joined = []
+    for kind, group in itertools.groupby(pieces[len(pieces) - kept :], lambda p: p[0]):
+        run = list(group)
+        joined.append((kind, run[0][1], "".join(text for _, _, text in run)))
+    return joined
+
+
+class SessionLog:
+    """The messages of one session: each change is numbered, kept and told."""
+
+    def __init__(
+        self,
+        session: Session,
+        store: Store,
+        announce: Callable[[str, JsonObject], None],
+        on_news: Callable[[SessionLog], None],
+    ) -> None:
+        self.key = session.key
+        self._store = store
+        self._announce = announce
+        self._on_news = on_news
+        self._telling = threading.Lock()  # held by whoever tells, for all
+        self._lock = threading.Lock()  # guards all below, and the live messages
+        self._seq = self._reserved = session.seq
+        self._last_created_at = store.messages.last_created_at(session.key)
+        self._live: dict[str, LiveMessage] = {}
+        self._outbox: collections.deque[JsonObject] = collections.deque()
+        self._closed = False
+
+    def begin(
+        self,
+        role: str,
+        run_id: str,
+        state: str = MessageState.RUNNING,
+        text: str = "",
+        details: JsonObject | None = None,
+        origin: Origin | None = None,
+    ) -> LiveMessage:
+        """Return a new message, which nobody knows of before it is posted."""
+        details = details or {}
+        message = SessionMessage(
+            id=new_id(),
+            session_key=self.key,
+            run_id=run_id,
+            role=role,
+            created_at=self.next_created_at(),
+            state=state,
+            seq=0,
+            text=text,
+            invoke_id=details.get("command", {}).get("invokeId"),
+            details=details,
+        )
+        return LiveMessage(message, origin)
+
+    def next_created_at(self) -> int:
+        """Return a time later than that of any message here."""
+        with self._lock:
+            self._last_created_at = max(now_ms(), self._last_created_at + 1)
+            return self._last_created_at
+
+    def post(
+        self,
+        event: str,
+        live: LiveMessage,
+        fields: JsonObject | None = None,
+        **changes: Any,
+    ) -> None:
+        """Change a message, keep it, and tell it as a whole under the name `event`."""
+        with self._lock:
+            if self._closed:
+                return
+            self._seq += 1
+            live.change(self._seq, changes)
+            live.take_untold()  # it is in the message
+            if live.output is not None and live.state in FINAL_STATES:
+                live.output.finish()
+            message = live.snapshot()
+            self._live[live.id] = live
+            whole = {**(fields or {}), "message": message_to_json(message)}
+            self._line_up(event, live, whole)
+        self._keep(live, message)
+        self._tell()
+
+    def note(self, event: str, run_id: str, **fields: Any) -> None:
+        """Tell something that changes no message."""
+        with self._lock:
+            if self._closed:
+                return
+            self._seq += 1
+            payload = {"state": event, "runId": run_id, "sessionKey": self.key}
+            self._outbox.append({**payload, "seq": self._seq, **fields})
+        self._tell()
+
+    def say(self, live: LiveMessage, text: str) -> None:
+        """Add to the words of a message; they are told within TELL_INTERVAL."""
+        with self._lock:
+            live.say(text)
+        self._on_news(self)
+
+    def add_output(self, live: LiveMessage, chunk: Chunk) -> int:
+        """Take a command's output; return what its node need not send again."""
+        output = live.output
+        assert output is not None
+        message = None
+        with self._lock:
+            if self._closed:
+                return chunk.end
+            was_full = output.head_full
+            live.add_output(chunk)
+            if output.head_full and not was_full:
+                message = live.snapshot()
+        if message is not None:
+            self._keep(live, message)
+        self._on_news(self)
+        # The head is kept by now, and the tail stays with the node until the end: so
+        # no loss of this gateway's memory shows in the card.
+        return max(0, chunk.end - KEPT_TAIL)
+
+    def continue_output(self, live: LiveMessage, kind: int, offset: int) -> int:
+        """Return from which byte on a node shall send a stream, if it has it still."""
+        assert live.output is not None
+        with self._lock:
+            live.output.skip_to(kind, offset)
+            return live.output.end(kind)
+
+    def flush(self, *, save: bool) -> bool:
+        """Tell what is being said or printed; whether some of it is not kept yet."""
+        with self._lock:
+            for live in self._live.values():
+                self._line_up_untold(live)
+            unsaved = [
+                live
+                for live in self._live.values()
+                if live.saved_seq < live.seq and not live.is_settled
+            ]
+            messages = [(live, live.snapshot()) for live in unsaved if save]
+        for live, message in messages:
+            self._keep(live, message)
+        self._tell()
+        return bool(unsaved) and not save
+
+    def command(self, invoke_id: str) -> LiveMessage | None:
+        """Return the message of a command that has not ended."""
+        with self._lock:
+            for live in self._live.values():
+                if live.invoke_id == invoke_id:
+                    return live
+        return None
+
+    def command_message(self, invoke_id: str) -> SessionMessage | None:
+        """Return a command as it is now, if it has not ended."""
+        live = self.command(invoke_id)
+        with self._lock:
+            return None if live is None else live.snapshot()
+
+    def resume(self, live: LiveMessage) -> None:
+        """Take up a message of an earlier life of this gateway."""
+        with self._lock:
+            self._live[live.id] = live
+
+    def last(self, before: int | None) -> list[SessionMessage]:
+        """Return the last messages that were begun before a time (ms)."""
+        live = self._snapshots()
+        stored = self._store.messages.last(self.key, before, HISTORY_PAGE)
+        return [live.get(message.id, message) for message in stored]
+
+    def changed_after(self, seq: int) -> list[SessionMessage]:
+        """Return the messages that changed after `seq`."""
+        live = self._snapshots()
+        stored = self._store.messages.changed_after(self.key, seq)
+        known = {message.id: message for message in stored}
+        known.update({k: m for k, m in live.items() if m.seq > seq})
+        return sorted(known.values(), key=lambda message: message.created_at)
+
+    def close(self) -> None:
+        """Keep and tell nothing from now on: the session is gone."""
+        with self._lock:
+            self._closed = True
+            self._live.clear()
+
+    def _snapshots(self) -> dict[str, SessionMessage]:
+        with self._lock:
+            return {live.id: live.snapshot() for live in self._live.values()}
+
+    def _line_up(self, event: str, live: LiveMessage, fields: JsonObject) -> None:
+        payload = {
+            "state": event,
+            "runId": live.run_id,
+            "sessionKey": self.key,
+            "seq": self._seq,
+            "messageId": live.id,
+        }
+        self._outbox.append({**payload, **fields})
+
+    def _line_up_untold(self, live: LiveMessage) -> None:
+        for kind, offset, text in live.take_untold():
+            if not text:
+                continue
+            self._seq += 1
+            live.change(self._seq, {})
+            if kind:
+                stream = STREAM_NAMES[kind]
+                fields = {"stream": stream, "offset": offset, "data": text}
+                self._line_up("tool_call_output", live, fields)
+            else:
+                self._line_up("delta", live, {"text": text})
+
+    def _keep(self, live: LiveMessage, message: SessionMessage) -> None:
+        try:
+            self._store.messages.save(message)
+        except StoreError as error:
+            log.error("message not kept session=%s: %s", self.key, error)
+            return
+        with self._lock:
+            live.saved_seq = max(live.saved_seq, message.seq)
+            if message.state in FINAL_STATES:
+                self._live.pop(live.id, None)
+
+    def _tell(self) -> None:
+        """Send what is in line, in the order of its numbers."""
+        self._reserve()
+        # One thread at a time tells for all: who finds it at work can leave, because
+        # it looks again after it has let go of the lock.
+        while self._telling.acquire(blocking=False):
+            try:
+                with self._lock:
+                    batch = list(self._outbox)
+                    self._outbox.clear()
+                for payload in batch:
+                    self._announce("chat", payload)
+            finally:
+                self._telling.release()
+            with self._lock:
+                if not self._outbox:
+                    return
+
+    def _reserve(self) -> None:
+        """See to it that no number is given out twice, whatever happens to us."""
+        with self._lock:
+            if self._reserved - self._seq > SEQ_RESERVE // 2:
+                return
+            self._reserved = reserved = self._seq + SEQ_RESERVE
+        try:
+            self._store.sessions.reserve(self.key, reserved)
+        except StoreError as error:
+            log.error("numbers not reserved session=%s: %s", self.key, error)
+
+
+class SessionLogs:
+    """The logs of all sessions, and the thread that reports what is in progress."""
+
+    def __init__(
+        self, store: Store, announce: Callable[[str, JsonObject], None]
+    ) -> None:
+        self._store = store
+        self._announce = announce
+        self._changed = threading.Condition(threading.Lock())  # guards all below
+        self._logs: dict[str, SessionLog] = {}
+        self._news: set[SessionLog] = set()
+        self._closed = False
+        self._stopped = threading.Event()
+        self._recover()
+        self._thread = threading.Thread(
+            target=self._report, name="moltis-chat-report", daemon=True
+        )
+        self._thread.start()
+
+    def log(self, session_key: str) -> SessionLog:
+        """Raises RpcError NOT_FOUND where there is no such session."""
+        with self._changed:
+            known = self._logs.get(session_key)
+        if known is not None:
+            return known
+        session = self._store.sessions.by_key(session_key)
+        if session is None:
+            raise RpcError("NOT_FOUND", f"there is no session {session_key[:100]!r}")
+        new = SessionLog(session, self._store, self._announce, self._has_news)
+        with self._changed:
+            return self._logs.setdefault(session_key, new)
+
+    def drop(self, session_key: str) -> None:
+        """Forget a log whose session is gone, or begins anew."""
+        with self._changed:
+            dropped = self._logs.pop(session_key, None)
+        if dropped is not None:
+            dropped.close()
+
+    def find_sink(
+        self, record: CommandRecord, inflight: InflightCommand | None
+    ) -> tuple[Sink, int, int]:
+        """Return the card of a command that outlived this gateway: a SinkFinder."""
+        with self._changed:
+            session_log = self._logs.get(record.session_key or "")
+        live = session_log.command(record.invoke_id) if session_log else None
+        if session_log is None or live is None:
+            return find_nobody(record, inflight)
+        card = CommandCard(session_log, live)
+        if inflight is None:
+            return card, 0, 0
+        stdout = session_log.continue_output(live, STDOUT, inflight.stdout)
+        stderr = session_log.continue_output(live, STDERR, inflight.stderr)
+        return card, stdout, stderr
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._stopped.set()
+        self._thread.join()
+
+    def _has_news(self, session_log: SessionLog) -> None:
+        with self._changed:
+            self._news.add(session_log)
+            self._changed.notify_all()
+
+    def _report(self) -> None:
+        save_at = Deadline(SAVE_INTERVAL)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._news or self._closed)
+                news, self._news = self._news, set()
+                closed = self._closed
+            save = closed or save_at.expired
+            if save:
+                save_at = Deadline(SAVE_INTERVAL)
+            for session_log in news:
+                if session_log.flush(save=save):
+                    self._has_news(session_log)
+            if closed:
+                return
+            self._stopped.wait(TELL_INTERVAL)
+
+    def _recover(self) -> None:
+        """Say of what was going on when the gateway ended how it stands now."""
+        for message in self._store.messages.unfinished():
+            session_log = self.log(message.session_key)
+            live = LiveMessage(message)
+            session_log.resume(live)
+            if message.invoke_id is None:
+                session_log.post("aborted", live, state=MessageState.INTERRUPTED)
+                continue
+            record = self._store.commands.by_id(message.invoke_id)
+            card = CommandCard(session_log, live)
+            if record is None:  # it was not sent: it waited for an approval, say
+                card.fail("the gateway stopped", MessageState.INTERRUPTED)
+            elif record.ended_at is None:
+                card.state(message.invoke_id, "waiting", {})
+            else:
+                card.show_end(record)
+
+
+class CommandCard:
+    """A command of a session, as those who watch see it: a Sink."""
+
+    def __init__(
+        self,
+        session_log: SessionLog,
+        live: LiveMessage,
+        on_chunk: ChunkHandler | None = None,
+    ) -> None:
+        self._log = session_log
+        self._live = live
+        self._on_chunk = on_chunk
+
+    def start(self) -> None:
+        self._change(startedAt=now_ms())
+
+    def chunk(self, chunk: Chunk) -> int:
+        if self._on_chunk is not None:
+            self._on_chunk(chunk.kind, chunk.offset, chunk.data)
+        return self._log.add_output(self._live, chunk)
+
+    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
+
+    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:  # noqa: ARG002
+        place = detail.get("place") or None
+        self._change(place=place, waiting=True if state == "waiting" else None)
+
+    def approval(self, state: str, by: str | None = None) -> None:
+        """Show that it is `asked` for, `approved`, `denied` or `expired`."""
+        answer = {"state": state, "by": by} if by else {"state": state}
+        self._change(approval=answer)
+
+    def end(self, invocation: Invocation, end: CommandEnd) -> bool:  # noqa: ARG002
+        self.show_end(end)
+        return True
+
+    def fail(self, error: str, state: str = MessageState.ERROR) -> None:
+        """Show that it did not run."""
+        self._finish(state, error=error)
+
+    def show_end(self, end: CommandEnd | CommandRecord) -> None:
+        states = {
+            CommandState.DONE: MessageState.DONE,
+            CommandState.TIMED_OUT: MessageState.DONE,
+            CommandState.CANCELLED: MessageState.ABORTED,
+        }
+        self._finish(
+            states.get(end.state, MessageState.ERROR),
+            endedAt=end.ended_at,
+            exitCode=end.exit_code,
+            signal=end.signal,
+            timedOut=end.state == CommandState.TIMED_OUT or None,
+            cancelled=end.state == CommandState.CANCELLED or None,
+            lost=end.state == CommandState.LOST or None,
+            error=end.error,
+        )
+
+    def _change(self, **command: Any) -> None:
+        self._log.post("tool_call_start", self._live, command=command)
+
+    def _finish(self, state: str, **command: Any) -> None:
+        over = {"place": None, "waiting": None, **command}
+        self._log.post("tool_call_end", self._live, state=state, command=over)
+
+
+class SessionExecutor:
+    """Runs the commands of sessions on the fleet: an Executor."""
+
+    def __init__(self, invocations: Invocations, logs: SessionLogs) -> None:
+        self._invocations = invocations
+        self._logs = logs
+        self._leaving = threading.Event()
+
+    def leave_running(self) -> None:
+        """Cancel no command from now on: the gateway stops, and the nodes go on."""
+        self._leaving.set()
+
+    def __call__(
+        self,
+        session_key: str,
+        planned: PlannedCommand,
+        on_chunk: ChunkHandler,
+        cancel: Cancellation,
+    ) -> JsonObject:
+        """Run a command whose card is shown already; see Executor."""
+        session_log = self._logs.log(session_key)
+        live = session_log.command(planned.invoke_id)
+        if live is None or live.origin is None:
+            raise Cancelled  # the session was deleted a moment ago
+        card = CommandCard(session_log, live, on_chunk)
+        card.start()
+        origin = replace(live.origin, decided_by=live.decided_by)
+        args: JsonObject = {"command": planned.command}
+        if planned.working_dir:
+            args["cwd"] = planned.working_dir
+        if planned.timeout:
+            args["timeout"] = max(1, round(planned.timeout * 1000))
+        try:
+            invocation = self._invocations.start(
+                planned.node_id, SYSTEM_RUN, args, origin, card, planned.invoke_id
+            )
+        except RpcError as error:
+            card.fail(error.message)
+            raise
+        return self._wait(invocation, cancel)
+
+    def _wait(self, invocation: Invocation, cancel: Cancellation) -> JsonObject:
+        woken = threading.Event()
+        invocation.future.add_done_callback(lambda _: woken.set())
+
+        def stop() -> None:
+            if not self._leaving.is_set():
+                self._invocations.cancel(invocation)
+            woken.set()
+
+        with cancel.calling(stop):
+            woken.wait()
+        try:
+            grace = 0.0 if self._leaving.is_set() else ABORT_GRACE
+            return invocation.future.result(grace)
+        except FutureTimeout:
+            # Its node is away: it is told when it comes back, and the card then ends.
+            raise Cancelled from None
+
+
+def note_denial(
+    commands: CommandsTable, session_key: str, planned: PlannedCommand, verdict: Verdict
+) -> None:
+    """Put a command that may not run into the audit; Invocations does the others."""
+    if verdict.allowed:
+        return
+    commands.add(
+        CommandRecord(
+            invoke_id=planned.invoke_id,
+            asked_at=now_ms(),
+            caller_kind="model",
+            caller_name="",
+            session_key=session_key,
+            node_id=planned.node_id,
+            node_name=planned.node_name,
+            command=planned.command,
+            cwd=planned.working_dir,
+            state=CommandState.DENIED,
+            decided_by=verdict.by,
+        )
+    )
+
+
+# --- Turns ---
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What somebody said, and what it takes to answer."""
+
+    run_id: str
+    text: str
+    message: LiveMessage
+    model: ChatModel
+    asked_by: Caller
+    cancel: Cancellation = field(default_factory=Cancellation)
+
+    @property
+    def is_typed(self) -> bool:
+        """Whether it is a command, and no question to a model."""
+        return self.model.id == SHELL_ID or self.text.startswith("!")
+
+    def origin(self, session_key: str) -> Origin:
+        """Return who the audit shall say asked for the commands."""
+        if self.is_typed:
+            return Origin(self.asked_by.kind, self.asked_by.name, session_key)
+        name = f"{self.model.id} for {self.asked_by.name}"
+        return Origin("model", name, session_key)
+
+
+class TurnQueue:
+    """The turns of one session, one after the other, in a thread of their own."""
+
+    def __init__(
+        self,
+        session_key: str,
+        take: Callable[[Turn], None],
+        on_idle: Callable[[], None],
+    ) -> None:
+        self._session_key = session_key
+        self._take = take
+        self._on_idle = on_idle
+        self._lock = threading.Lock()  # guards all below
+        self._waiting: collections.deque[Turn] = collections.deque()
+        self._current: Turn | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @property
+    def busy(self) -> bool:
+        with self._lock:
+            return self._current is not None or bool(self._waiting)
+
+    def add(self, turn: Turn) -> bool:
+        """Take the turn when those before it are over; whether it has to wait.
+
+        Raises RpcError.
+        """
+        with self._lock:
+            if self._closed:
+                raise RpcError("UNAVAILABLE", "the session ends", retryable=True)
+            if len(self._waiting) >= MAX_WAITING:
+                raise RpcError(
+                    "RATE_LIMITED", f"{MAX_WAITING} messages wait in this session"
+                )
+            self._waiting.append(turn)
+            waits = self._current is not None or len(self._waiting) > 1
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run,
+                    name=f"moltis-chat-{self._session_key}",
+                    daemon=True,
+                )
+                self._thread.start()
+        return waits
+
+    def abort(self) -> tuple[Turn | None, list[Turn]]:
+        """End the current turn and forget the others; return which these are."""
+        with self._lock:
+            current, waiting = self._current, list(self._waiting)
+            self._waiting.clear()
+        if current is not None:
+            current.cancel.cancel()
+        return current, waiting
+
+    def close(self) -> None:
+        """Take no more turns, and wait until the current one has ended."""
+        with self._lock:
+            self._closed = True
+        self.abort()
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                turn = self._current = self._waiting.popleft()
+            try:
+                self._take(turn)
+            except Exception:
+                log.exception("turn failed session=%s", self._session_key)
+            with self._lock:
+                self._current = None
+                idle = not self._waiting
+            if idle:
+                self._on_idle()
+            with self._lock:
+                if not self._waiting:
+                    self._thread = None
+                    return
+
+
+class TurnSession:
+    """A session as the agent sees it during one turn: a ChatSession."""
+
+    def __init__(
+        self,
+        key: str,
+        store: Store,
+        select_node: Callable[[str, str], None],
+        *,
+        recalls: bool,
+    ) -> None:
+        self.key = key
+        self._store = store
+        self._select_node = select_node
+        self._messages: list[ChatMessage] = []
+        if recalls:
+            told = store.turns.last(key, MAX_RECALLED)
+            self._messages = [ChatMessage.from_json_object(value) for value in told]
+
+    @property
+    def node_id(self) -> str:
+        return self._session().node_id
+
+    @property
+    def asks_first(self) -> bool:
+        return self._session().approvals == "ask"
+
+    def select_node(self, node_id: str) -> None:
+        self._select_node(self.key, node_id)
+
+    def messages(self) -> Sequence[ChatMessage]:
+        return self._messages
+
+    def append(self, message: ChatMessage) -> None:
+        self._store.turns.add(self.key, to_json_object(message))
+        self._messages.append(message)
+
+    def _session(self) -> Session:
+        session = self._store.sessions.by_key(self.key)
+        if session is None:
+            raise RpcError("NOT_FOUND", "the session was deleted")
+        return session
+
+
+class TurnView:
+    """One turn as its session shows it: the agent's steps, put into messages."""
+
+    def __init__(
+        self,
+        session_log: SessionLog,
+        turn: Turn,
+        aborted_state: Callable[[], str],
+    ) -> None:
+        self._log = session_log
+        self._turn = turn
+        self._aborted_state = aborted_state
+        self._answer: LiveMessage | None = None  # used in the turn's thread only
+        self._lock = threading.Lock()  # guards _calls
+        self._calls: dict[str, LiveMessage] = {}  # by the id of the tool call
+        self._steps: Mapping[str, Callable[[JsonObject], None]] = {
+            "iteration": self._iteration,
+            "delta": self._delta,
+            "tool_call_start": self._call_start,
+            "approval_request": self._approval_request,
+            "approval_resolved": self._approval_resolved,
+            "tool_call_end": self._call_end,
+            "final": self._final,
+            "error": self._error,
+            "aborted": self._aborted,
+        }
+
+    def show(self, step: Step) -> None:
+        """Show a step; called from several threads."""
+        handler = self._steps.get(step.state)
+        # Output comes through the command's card, which outlives the turn.
+        if handler is not None:
+            handler(step.fields)
+
+    def fail(self, problem: str) -> None:
+        """Show that the turn ended in a way that nobody foresaw."""
+        self._error({"message": problem})
+
+    def _iteration(self, fields: JsonObject) -> None:
+        self._end_answer(MessageState.DONE)
+        self._log.note("iteration", self._turn.run_id, n=fields["iteration"])
+
+    def _delta(self, fields: JsonObject) -> None:
+        if fields["kind"] == "notice":
+            self._say_notice(fields["text"], MessageState.DONE)
+            return
+        if self._answer is None:
+            details = {"model": self._turn.model.id}
+            self._answer = self._log.begin(
+                "assistant", self._turn.run_id, details=details
+            )
+            self._log.post("delta", self._answer, {"text": ""})
+        if fields["kind"] == "text":
+            self._log.say(self._answer, fields["text"])
+
+    def _call_start(self, fields: JsonObject) -> None:
+        self._end_answer(MessageState.DONE)
+        run_id = self._turn.run_id
+        if "invokeId" in fields:
+            command = {
+                "invokeId": fields["invokeId"],
+                "nodeId": fields["nodeId"],
+                "node": fields["node"],
+                "command": fields["command"],
+            }
+            if fields.get("workingDir"):
+                command["cwd"] = fields["workingDir"]
+            live = self._log.begin(
+                "command",
+                run_id,
+                details={"command": command},
+                origin=self._turn.origin(self._log.key),
+            )
+        else:
+            shown = to_json(fields["arguments"]) if fields["arguments"] else ""
+            text = f"{fields['name']} {shown}".rstrip()
+            live = self._log.begin("notice", run_id, text=text)
+        with self._lock:
+            self._calls[fields["toolCallId"]] = live
+        self._log.post("tool_call_start", live)
+
+    def _approval_request(self, fields: JsonObject) -> None:
+        CommandCard(self._log, self._call(fields)).approval("asked")
+
+    def _approval_resolved(self, fields: JsonObject) -> None:
+        state = "approved" if fields["allowed"] else "denied"
+        if fields["by"] == "nobody":
+            state = "expired"
+        CommandCard(self._log, self._call(fields)).approval(state, fields["by"])
+
+    def _call_end(self, fields: JsonObject) -> None:
+        live, error = self._call(fields), fields["result"].get("error")
+        if live.invoke_id is None:
+            if error:
+                self._log.say(live, f": {error}")
+            state = MessageState.ERROR if error else MessageState.DONE
+            self._log.post("tool_call_end", live, state=state)
+        elif not live.started and live.state == MessageState.RUNNING:
+            # One that was started ends with its invocation, be it after this turn.
+            CommandCard(self._log, live).fail(error or "", MessageState.ABORTED)
+
+    def _call(self, fields: JsonObject) -> LiveMessage:
+        with self._lock:
+            return self._calls[fields["toolCallId"]]
+
+    def _final(self, fields: JsonObject) -> None:
+        usage = {
+            "inputTokens": fields["inputTokens"],
+            "outputTokens": fields["outputTokens"],
+        }
+        details: JsonObject = {"usage": usage}
+        if fields["reason"] != "stop":
+            details["reason"] = fields["reason"]
+        if not self._end_answer(MessageState.DONE, "final", details):
+            self._log.note("final", self._turn.run_id)
+
+    def _error(self, fields: JsonObject) -> None:
+        self._end_answer(MessageState.ERROR)
+        self._say_notice(fields["message"], MessageState.ERROR, "error")
+
+    def _aborted(self, _fields: JsonObject) -> None:
+        if not self._end_answer(self._aborted_state(), "aborted"):
+            self._log.note("aborted", self._turn.run_id)
+
+    def _end_answer(
+        self, state: str, event: str = "delta", details: JsonObject | None = None
+    ) -> bool:
+        """End what the model is saying; whether it was saying something."""
+        answer, self._answer = self._answer, None
+        if answer is None:
+            return False
+        fields = {"text": ""} if event == "delta" else {}
+        self._log.post(event, answer, fields, state=state, details=details or {})
+        return True
+
+    def _say_notice(self, text: str, state: str, event: str = "notice") -> None:
+        notice = self._log.begin("notice", self._turn.run_id, text=text)
+        fields = {"error": text} if event == "error" else {}
+        self._log.post(event, notice, fields, state=state)
+
+
+# --- Sessions ---
+
+
+class Chats:
+    """The sessions of this gateway, and what goes on in them."""
+
+    def __init__(
+        self,
+        store: Store,
+        logs: SessionLogs,
+        executor: SessionExecutor,
+        agent: Agent,
+        models: ModelDirectory,
+        announce: Callable[[str, JsonObject], None],
+    ) -> None:
+        self._store = store
+        self._logs = logs
+        self._executor = executor
+        self._agent = agent
+        self._models = models
+        self._announce = announce
+        self._lock = threading.Lock()  # guards _queues and _closing
+        self._queues: dict[str, TurnQueue] = {}
+        self._closing = False
+        now = now_ms()
+        store.sessions.add(Session(MAIN_SESSION, "Main", SHELL_ID, LOCAL_ID, now, now))
+
+    def all(self) -> list[JsonObject]:
+        """Return `sessions.list`."""
+        return [self._view(session) for session in self._store.sessions.all()]
+
+    def create(self, label: str) -> JsonObject:
+        now = now_ms()
+        session = Session(new_id(), label, SHELL_ID, LOCAL_ID, now, now)
+        self._store.sessions.add(session)
+        return self._tell("created", session.key)
+
+    def view(self, key: str) -> JsonObject:
+        """Raises RpcError NOT_FOUND."""
+        return self._view(self._session(key))
+
+    def change(self, key: str, **choices: Any) -> JsonObject:
+        """Keep what was chosen for a session.  Raises RpcError."""
+        if "model" in choices:
+            self._model(choices["model"])
+        self._store.sessions.change(replace(self._session(key), **choices))
+        return self._tell("patched", key)
+
+    def reset(self, key: str) -> JsonObject:
+        """Forget what was said.  Raises RpcError NOT_FOUND."""
+        self._session(key)
+        self._end(key)
+        self._store.sessions.clear(key)
+        return self._tell("reset", key)
+
+    def delete(self, key: str) -> None:
+        """Raises RpcError."""
+        if key == MAIN_SESSION:
+            raise RpcError("INVALID_REQUEST", "the main session stays; it can be reset")
+        self._session(key)
+        self._end(key)
+        self._store.sessions.delete(key)
+        self._announce("session", {"type": "deleted", "sessionKey": key})
+
+    def send(
+        self, key: str, text: str, model_id: str | None, asked_by: Caller
+    ) -> JsonObject:
+        """Have `text` answered, now or when its turn comes.  Raises RpcError."""
+        session = self._session(key)
+        if not text.strip():
+            raise RpcError("INVALID_REQUEST", "text is empty")
+        model = self._model(model_id or session.model)
+        self._store.sessions.used(key, now_ms())
+        if not session.label:
+            label = " ".join(text.split())[:MAX_LABEL_LENGTH]
+            self._store.sessions.change(replace(session, label=label))
+        session_log, queue = self._logs.log(key), self._queue(key)
+        run_id = new_id()
+        message = session_log.begin("user", run_id, MessageState.QUEUED, text)
+        if queue.busy:
+            session_log.post("user_message", message)
+        waits = queue.add(Turn(run_id, text, message, model, asked_by))
+        return {"ok": True, "runId": run_id, **({"queued": True} if waits else {})}
+
+    def abort(self, key: str) -> JsonObject:
+        """End the current turn, and those in line.  Raises RpcError NOT_FOUND."""
+        session_log = self._logs.log(key)
+        current, waiting = self._queue(key).abort()
+        for turn in waiting:
+            session_log.post("aborted", turn.message, state=MessageState.ABORTED)
+        run_id = current.run_id if current else None
+        return {
+            "aborted": bool(current or waiting),
+            "runId": run_id,
+            "sessionKey": key,
+        }
+
+    def history(
+        self, key: str, *, after: int | None = None, before: int | None = None
+    ) -> list[JsonObject]:
+        """Return messages, the oldest first.  Raises RpcError NOT_FOUND."""
+        session_log = self._logs.log(key)
+        if after is not None:
+            return [message_to_json(m) for m in session_log.changed_after(after)]
+        messages: list[JsonObject] = []
+        size = 0
+        for message in reversed(session_log.last(before)):
+            value = message_to_json(message)
+            size += len(to_json(value))
+            if messages and size > MAX_HISTORY:
+                break
+            messages.append(value)
+        return messages[::-1]
+
+    def command_output(self, invoke_id: str) -> JsonObject:
+        """Return what is kept of a command's output.  Raises RpcError NOT_FOUND."""
+        message = self._store.messages.by_invoke_id(invoke_id)
+        if message is None:
+            raise RpcError("NOT_FOUND", "no output of such a command is kept here")
+        session_log = self._logs.log(message.session_key)
+        message = session_log.command_message(invoke_id) or message
+        command = message.details["command"]
+        kept = ("output", "cut", "cutAt")
+        return {"invokeId": invoke_id, **{k: command[k] for k in kept if k in command}}
+
+    def close(self) -> None:
+        """End all turns; their commands go on, and so do the cards of these."""
+        with self._lock:
+            self._closing = True
+            queues = list(self._queues.values())
+        self._executor.leave_running()
+        for queue in queues:
+            queue.close()
+
+    def _take(self, key: str, turn: Turn) -> None:
+        """Carry out a turn, in the thread of its session."""
+        session_log = self._logs.log(key)
+        session_log.post(
+            "user_message",
+            turn.message,
+            state=MessageState.DONE,
+            created_at=session_log.next_created_at(),
+        )
+        self._tell("patched", key)
+        view = TurnView(session_log, turn, self._aborted_state)
+        try:
+            session = TurnSession(
+                key, self._store, self._select_node, recalls=not turn.is_typed
+            )
+            self._agent.run(session, turn.model, turn.text, view.show, turn.cancel)
+        except MoltisError as error:
+            view.fail(str(error))
+        except Exception:
+            view.fail("the turn failed inside the gateway; its log says why")
+            raise  # to where it is logged
+
+    def _aborted_state(self) -> str:
+        with self._lock:
+            closing = self._closing
+        return MessageState.INTERRUPTED if closing else MessageState.ABORTED
+
+    def _select_node(self, key: str, node_id: str) -> None:
+        self.change(key, node_id=node_id)
+
+    def _queue(self, key: str) -> TurnQueue:
+        with self._lock:
+            if key not in self._queues:
+                self._queues[key] = TurnQueue(
+                    key,
+                    functools.partial(self._take, key),
+                    functools.partial(self._tell_idle, key),
+                )
+            return self._queues[key]
+
+    def _end(self, key: str) -> None:
+        """End what goes on in a session, for good."""
+        with self._lock:
+            queue = self._queues.pop(key, None)
+        if queue is not None:
+            queue.close()
+        self._logs.drop(key)
+
+    def _model(self, model_id: str) -> ChatModel:
+        """Raises RpcError."""
+        try:
+            return self._models.choose(model_id)
+        except ModelError as error:
+            raise RpcError("INVALID_REQUEST", str(error)) from error
+
+    def _session(self, key: str) -> Session:
+        session = self._store.sessions.by_key(key)
+        if session is None:
+            raise RpcError("NOT_FOUND", f"there is no session {key[:100]!r}")
+        return session
+
+    def _tell(self, kind: str, key: str) -> JsonObject:
+        view = self.view(key)
+        payload = {"type": kind, "sessionKey": key, "session": view}
+        self._announce("session", payload)
+        return view
+
+    def _tell_idle(self, key: str) -> None:
+        with contextlib.suppress(RpcError):  # it may be about to be deleted
+            self._tell("patched", key)
+
+    def _view(self, session: Session) -> JsonObject:
+        with self._lock:
+            queue = self._queues.get(session.key)
+        return {
+            "key": session.key,
+            "label": session.label,
+            "model": session.model,
+            "node_id": None if session.node_id == LOCAL_ID else session.node_id,
+            "createdAt": session.created_at,
+            "updatedAt": session.updated_at,
+            "messageCount": session.message_count,
+            "preview": session.preview,
+            "archived": session.archived,
+            "approvals": session.approvals,
+            "replying": queue is not None and queue.busy,
+        }
+
+
+# ==============================================================================
 # Gateway
 # Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Machine, Store,
-#       Access, Fleet, Model directory
+#       Access, Fleet, Agent, Model directory, Chat
 #
 # What peers may ask of the gateway, and what it tells them: RPC methods by role in
 # one table, and events to those who subscribed.  A peer's role comes from its
@@ -11397,7 +13027,7 @@ MAX_COLLECTED_RESULT = 1024 * 1024  # bytes a stream, for callers without stream
 MAX_SUBSCRIPTIONS = 64  # event names of one operator
 MAX_OPERATOR_OUTBOX = 64 * 1024 * 1024  # bytes; 32 full windows of two streams
 
-EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved")
+EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session")
 
 
 @dataclass(frozen=True)
@@ -11445,36 +13075,9 @@ class ModelMethods:
 class Rpc:
     """The methods that operators may call."""
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        invocations: Invocations,
-        access: Access,
-        devices: DevicesTable,
-        on_revoked: Callable[[Device], None],
-        announce: Callable[[str, JsonObject], None],
-        further: Mapping[str, Method],
-    ) -> None:
-        self._fleet = fleet
-        self._invocations = invocations
-        self._access = access
-        self._devices = devices
-        self._on_revoked = on_revoked
-        self._announce = announce
+    def __init__(self, *tables: Mapping[str, Method]) -> None:
         self.methods: Mapping[str, Method] = {
-            "node.list": Method(self._node_list, Scope.READ),
-            "node.describe": Method(self._node_describe, Scope.READ),
-            "node.rename": Method(self._node_rename, Scope.WRITE),
-            "node.invoke": Method(self._node_invoke, Scope.WRITE),
-            "node.invoke.cancel": Method(self._invoke_cancel, Scope.WRITE),
-            "node.invoke.ack": Method(self._invoke_ack, Scope.WRITE),
-            "device.token.create": Method(self._token_create, Scope.PAIRING),
-            "device.token.rotate": Method(self._token_rotate, Scope.PAIRING),
-            "device.token.revoke": Method(self._token_revoke, Scope.PAIRING),
-            "device.pair.list": Method(self._pair_list, Scope.PAIRING),
-            "subscribe": Method(self._subscribe, Scope.READ),
-            "unsubscribe": Method(self._unsubscribe, Scope.READ),
-            **further,
+            name: method for table in tables for name, method in table.items()
         }
 
     def call(
@@ -11492,10 +13095,35 @@ class Rpc:
             raise RpcError(
                 "FORBIDDEN", f"{name} needs a key with the scope {method.scope}"
             )
-        try:
-            return method.action(RpcCall(caller, params, peer))
-        except StoreError as error:
-            raise RpcError("UNAVAILABLE", str(error), retryable=True) from error
+        return method.action(RpcCall(caller, params, peer))
+
+
+class NodeMethods:
+    """What operators may ask of the fleet."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        invocations: Invocations,
+        devices: DevicesTable,
+        commands: CommandsTable,
+        announce: Callable[[str, JsonObject], None],
+    ) -> None:
+        self._fleet = fleet
+        self._invocations = invocations
+        self._devices = devices
+        self._commands = commands
+        self._announce = announce
+        self.methods: Mapping[str, Method] = {
+            "node.list": Method(self._node_list, Scope.READ),
+            "node.describe": Method(self._node_describe, Scope.READ),
+            "node.rename": Method(self._node_rename, Scope.WRITE),
+            "node.invoke": Method(self._node_invoke, Scope.WRITE),
+            "node.invoke.cancel": Method(self._invoke_cancel, Scope.WRITE),
+            "node.invoke.ack": Method(self._invoke_ack, Scope.WRITE),
+            "telemetry.history": Method(self._telemetry_history, Scope.READ),
+            "commands.list": Method(self._commands_list, Scope.READ),
+        }
 
     def _node_list(self, _call: RpcCall) -> list[JsonObject]:
         return self._fleet.views()
@@ -11559,6 +13187,67 @@ class Rpc:
             raise RpcError("NOT_FOUND", f"no command {invoke_id[:64]} is running")
         return invocation
 
+    def _telemetry_history(self, call: RpcCall) -> list[tuple[int, float]]:
+        node_id, _ = self._fleet.resolve(required(call.params, "nodeId", str))
+        return self._fleet.cpu_history.of(node_id)
+
+    def _commands_list(self, call: RpcCall) -> list[JsonObject]:
+        limit = optional(call.params, "limit", int)
+        records = self._commands.page(
+            node_id=optional(call.params, "nodeId", str),
+            state=optional(call.params, "state", str),
+            before=optional(call.params, "before", int),
+            limit=100 if limit is None else limit,
+        )
+        return [command_view(record) for record in records]
+
+
+def command_view(record: CommandRecord) -> JsonObject:
+    """Return a row of `commands.list`."""
+    return {
+        "seq": record.seq,
+        "invokeId": record.invoke_id,
+        "askedAt": record.asked_at,
+        "startedAt": record.started_at,
+        "endedAt": record.ended_at,
+        "callerKind": record.caller_kind,
+        "callerName": record.caller_name,
+        "decidedBy": record.decided_by,
+        "sessionKey": record.session_key,
+        "nodeId": record.node_id,
+        "nodeName": record.node_name,
+        "command": record.command,
+        "cwd": record.cwd,
+        "state": record.state,
+        "exitCode": record.exit_code,
+        "signal": record.signal,
+        "stdoutBytes": record.stdout_bytes,
+        "stderrBytes": record.stderr_bytes,
+        "error": record.error,
+    }
+
+
+class DeviceMethods:
+    """What operators may do about the machines that hold a token."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        access: Access,
+        devices: DevicesTable,
+        announce: Callable[[str, JsonObject], None],
+    ) -> None:
+        self._fleet = fleet
+        self._access = access
+        self._devices = devices
+        self._announce = announce
+        self.methods: Mapping[str, Method] = {
+            "device.token.create": Method(self._token_create, Scope.PAIRING),
+            "device.token.rotate": Method(self._token_rotate, Scope.PAIRING),
+            "device.token.revoke": Method(self._token_revoke, Scope.PAIRING),
+            "device.pair.list": Method(self._pair_list, Scope.PAIRING),
+        }
+
     def _token_create(self, call: RpcCall) -> JsonObject:
         name = optional(call.params, "displayName", str)
         device, token = self._access.create_device(
@@ -11575,13 +13264,13 @@ class Rpc:
     def _token_rotate(self, call: RpcCall) -> JsonObject:
         device = self._device(call)
         token = self._access.rotate_device(device.id)
-        self._on_revoked(device)
+        self._hang_up(device)
         return {"deviceToken": token, "scopes": list(device_caller(device).scopes)}
 
     def _token_revoke(self, call: RpcCall) -> JsonObject:
         device = self._device(call)
         self._access.revoke_device(device.id)
-        self._on_revoked(device)
+        self._hang_up(device)
         self._announce(
             "device.pair.resolved", {"deviceId": device.id, "status": "revoked"}
         )
@@ -11608,6 +13297,136 @@ class Rpc:
             }
             for device in self._devices.all(now_ms())
         ]
+
+    def _hang_up(self, device: Device) -> None:
+        """Hang up on a device whose token is no longer good."""
+        node = self._fleet.connected(device.node_id or "")
+        if node is not None and node.device_id == device.id:
+            node.link.hang_up("the token was revoked")
+
+
+class ChatMethods:
+    """What operators may do in sessions."""
+
+    def __init__(self, chats: Chats, fleet: Fleet, approvals: Approvals) -> None:
+        self._chats = chats
+        self._fleet = fleet
+        self._approvals = approvals
+        self.methods: Mapping[str, Method] = {
+            "sessions.list": Method(self._list, Scope.READ),
+            "sessions.resolve": Method(self._resolve, Scope.READ),
+            "sessions.create": Method(self._create, Scope.WRITE),
+            "sessions.patch": Method(self._patch, Scope.WRITE),
+            "sessions.reset": Method(self._reset, Scope.WRITE),
+            "sessions.delete": Method(self._delete, Scope.WRITE),
+            "nodes.set_session": Method(self._set_node, Scope.WRITE),
+            "chat.send": Method(self._send, Scope.WRITE),
+            "chat.abort": Method(self._abort, Scope.WRITE),
+            "chat.history": Method(self._history, Scope.READ),
+            "command.output": Method(self._command_output, Scope.READ),
+            "exec.approval.resolve": Method(self._answer, Scope.APPROVALS),
+        }
+
+    def _list(self, _call: RpcCall) -> list[JsonObject]:
+        return self._chats.all()
+
+    def _resolve(self, call: RpcCall) -> JsonObject:
+        key = required(call.params, "key", str)
+        return {"entry": self._chats.view(key), "history": self._chats.history(key)}
+
+    def _create(self, call: RpcCall) -> JsonObject:
+        return self._chats.create(_session_label(call.params) or "")
+
+    def _patch(self, call: RpcCall) -> JsonObject:
+        params, choices = call.params, {}
+        for name, kind in (("model", str), ("archived", bool)):
+            if params.get(name) is not None:
+                choices[name] = required(params, name, kind)
+        if params.get("label") is not None:
+            choices["label"] = _session_label(params)
+        if "node_id" in params:
+            choices["node_id"] = self._node_id(params)
+        approvals = optional(params, "approvals", str)
+        if approvals is not None:
+            if approvals not in ("ask", "all"):
+                raise RpcError(
+                    "INVALID_REQUEST",
+                    f"approvals must be ask or all, not {approvals!r}",
+                )
+            choices["approvals"] = approvals
+            self._approvals.forget(required(params, "key", str))
+        return self._chats.change(required(params, "key", str), **choices)
+
+    def _reset(self, call: RpcCall) -> JsonObject:
+        return self._chats.reset(required(call.params, "key", str))
+
+    def _delete(self, call: RpcCall) -> JsonObject:
+        key = required(call.params, "key", str)
+        self._chats.delete(key)
+        self._approvals.forget(key)
+        return {}
+
+    def _set_node(self, call: RpcCall) -> JsonObject:
+        key = required(call.params, "session_key", str)
+        entry = self._chats.change(key, node_id=self._node_id(call.params))
+        return {"ok": True, "node_id": entry["node_id"]}
+
+    def _node_id(self, params: JsonObject) -> str:
+        """Raises RpcError for a node that is not known; one that is away is fine."""
+        return self._fleet.resolve(optional(params, "node_id", str) or LOCAL_ID)[0]
+
+    def _send(self, call: RpcCall) -> JsonObject:
+        return self._chats.send(
+            optional(call.params, "sessionKey", str) or MAIN_SESSION,
+            required(call.params, "text", str),
+            optional(call.params, "model", str),
+            call.caller,
+        )
+
+    def _abort(self, call: RpcCall) -> JsonObject:
+        return self._chats.abort(
+            optional(call.params, "sessionKey", str) or MAIN_SESSION
+        )
+
+    def _history(self, call: RpcCall) -> list[JsonObject]:
+        return self._chats.history(
+            optional(call.params, "sessionKey", str) or MAIN_SESSION,
+            after=optional(call.params, "after", int),
+            before=optional(call.params, "before", int),
+        )
+
+    def _command_output(self, call: RpcCall) -> JsonObject:
+        return self._chats.command_output(required(call.params, "invokeId", str))
+
+    def _answer(self, call: RpcCall) -> JsonObject:
+        decision = required(call.params, "decision", str)
+        if decision not in ("approve", "deny", "always"):
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"decision must be approve, deny or always, not {decision!r}",
+            )
+        self._approvals.answer(
+            required(call.params, "invokeId", str),
+            allowed=decision != "deny",
+            by=call.caller.name,
+            always=decision == "always",
+        )
+        return {}
+
+
+def _session_label(params: JsonObject) -> str | None:
+    label = optional(params, "label", str)
+    return None if label is None or not label.strip() else valid_name(label)
+
+
+class SubscriptionMethods:
+    """What operators may hear of."""
+
+    def __init__(self) -> None:
+        self.methods: Mapping[str, Method] = {
+            "subscribe": Method(self._subscribe, Scope.READ),
+            "unsubscribe": Method(self._unsubscribe, Scope.READ),
+        }
 
     def _subscribe(self, call: RpcCall) -> JsonObject:
         peer = self._subscriber(call)
@@ -11701,9 +13520,10 @@ class OperatorPeer:
         """Send an event; one who is gone by now does not need it."""
         self._send(text)
 
-    def chunk(self, chunk: Chunk) -> bool:
+    def chunk(self, chunk: Chunk) -> int:
         self._send(encode_chunk(chunk))
-        return self.ws.closed  # nobody will acknowledge what a closed peer was sent
+        # Nobody will acknowledge what a closed peer was sent.
+        return chunk.end if self.ws.closed else 0
 
     def stdin_received(self, invoke_id: str, offset: int) -> None:
         self._send_event(INVOKE_ACK, {"invokeId": invoke_id, "stdin": offset})
@@ -11711,6 +13531,9 @@ class OperatorPeer:
     def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:
         payload = {"invokeId": invoke_id, "state": state, **detail}
         self._send_event(INVOKE_STATE, payload)
+
+    def end(self, invocation: Invocation, end: CommandEnd) -> bool:  # noqa: ARG002
+        return self.ws.closed
 
     def _answer(self, text: str) -> None:
         try:
@@ -12030,22 +13853,14 @@ class Gateway:
         fleet: Fleet,
         invocations: Invocations,
         audience: Audience,
-        methods: Mapping[str, Method],  # besides those on nodes and their tokens
+        rpc: Rpc,
     ) -> None:
         self._access = access
         self._devices = devices
         self._fleet = fleet
         self._invocations = invocations
         self._audience = audience
-        self.rpc = Rpc(
-            fleet,
-            invocations,
-            access,
-            devices,
-            self._drop_device,
-            audience.announce,
-            methods,
-        )
+        self.rpc = rpc
         self._lock = threading.Lock()  # guards _connections and _closed
         self._connections: set[Connection] = set()
         self._closed = False
@@ -12216,12 +14031,6 @@ class Gateway:
             "extensions": {"moltis": {"resume": resume}},
         }
 
-    def _drop_device(self, device: Device) -> None:
-        """Hang up on a device whose token is no longer good."""
-        node = self._fleet.connected(device.node_id or "")
-        if node is not None and node.device_id == device.id:
-            node.link.hang_up("the token was revoked")
-
     def _tick(self) -> None:
         """Ping those who are due, hang up on the silent, give up the overdue."""
         now = time.monotonic()
@@ -12235,8 +14044,7 @@ class Gateway:
                 connection.next_ping = now + PING_INTERVAL
                 with contextlib.suppress(ConnectionClosed):
                     connection.ws.ping()
-        self._invocations.give_up_overdue()
-        self._invocations.note_running()
+        self._invocations.tick()
 
     def _is_busy(self, node: ConnectedNode | None) -> bool:
         # An existing Moltis node reads nothing, so answers no Ping, during a command.
@@ -12254,7 +14062,7 @@ class Gateway:
 # ==============================================================================
 # HTTP
 # Uses: WebSocket handshake, WebSocket protocol, WebSocket connections, Wire protocol,
-#       Access, Gateway
+#       Access, Chat, Gateway
 #
 # The gateway's door: routes, the upgrade to WebSocket, the headers that keep other
 # web pages out.  http.server does the reading and the threads; what a request means
@@ -12268,6 +14076,11 @@ MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a result of ours has 600 KB at most
 DOOR_TIMEOUT = 0.5  # s for requests to be answered when the gateway stops
 COOKIE_NAME = "moltis_login"
 JOIN_PATH = "/join/"
+COMMANDS_PATH = "/api/commands/"
+PAGE_TREES = (
+    "/chat/",
+    "/settings/",
+)  # views of the page, which have paths of their own
 
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -12392,6 +14205,12 @@ class HttpApp:
             ("POST", "/api/sign-in"): self._sign_in,
             ("POST", "/api/sign-out"): self._sign_out,
         }
+        # What lies below these paths.
+        self._trees: Mapping[tuple[str, str], Callable[[HttpRequest], Reply]] = {
+            **{("GET", path): self._page for path in PAGE_TREES},
+            ("GET", JOIN_PATH): self._join,
+            ("GET", COMMANDS_PATH): self._command_output,
+        }
 
     def answer(self, request: HttpRequest) -> Reply:
         """Return the reply; whatever goes wrong is one."""
@@ -12402,8 +14221,9 @@ class HttpApp:
         if method == "GET" and request.path in self._files:
             return self._files[request.path]
         route = self._routes.get((method, request.path))
-        if method == "GET" and request.path.startswith(JOIN_PATH):
-            route = self._join
+        for (allowed, tree), action in self._trees.items():
+            if method == allowed and request.path.startswith(tree):
+                route = action
         if route is None:
             return self._no_route(request.path)
         try:
@@ -12475,6 +14295,24 @@ class HttpApp:
             "display_name": device.display_name,
         }
         return json_reply(200, offer, [("Cache-Control", "no-store")])
+
+    def _page(self, request: HttpRequest) -> Reply:
+        return self._files.get("/") or self._no_route(request.path)
+
+    def _command_output(self, request: HttpRequest) -> Reply:
+        invoke_id, _, what = request.path[len(COMMANDS_PATH) :].partition("/")
+        if what != "output":
+            return self._no_route(request.path)
+        command = self._gateway.rpc.call(
+            self._caller(request), "command.output", {"invokeId": invoke_id}
+        )
+        text = output_text(command)
+        name = f'attachment; filename="output-{invoke_id[:8]}.txt"'
+        return Reply(
+            200,
+            text.encode("utf-8", "replace"),
+            headers=[("Content-Disposition", name), ("Cache-Control", "no-store")],
+        )
 
     def _rpc(self, request: HttpRequest) -> Reply:
         caller = self._caller(request)
@@ -16839,8 +18677,8 @@ class RemoteCommands:
 # ==============================================================================
 # Command line
 # Uses: Settings, Wire protocol, Commands, Telemetry, Language models, Machine,
-#       Node agent, Node service, Store, Access, Fleet, Model directory, Gateway,
-#       HTTP, Install script, Operator client
+#       Node agent, Node service, Store, Access, Fleet, Agent, Model directory, Chat,
+#       Gateway, HTTP, Install script, Operator client
 #
 # What a person types: a pair of functions for each subcommand, its arguments and its
 # action, which returns the exit status.  The objects of a gateway and of a node are
@@ -17112,17 +18950,31 @@ class RunningGateway:
             local = LocalNode(context.environ)
             stack.callback(local.close)
             fleet = self.fleet = Fleet(store.devices, local.node, audience.announce)
-            invocations = self.invocations = Invocations(fleet, store.commands)
+            logs = SessionLogs(store, audience.announce)
+            stack.callback(logs.close)
+            invocations = self.invocations = Invocations(
+                fleet, store.commands, logs.find_sink
+            )
             local.start(fleet, invocations)
             models = self.models = ModelDirectory(
                 self._directory, context.environ, fleet, invocations
             )
             stack.callback(models.close)
-            methods = ModelMethods(models).methods
-            gateway = Gateway(
-                access, store.devices, fleet, invocations, audience, methods
+            chats = RunningChats(
+                store, fleet, invocations, logs, models, audience.announce
             )
+            rpc = Rpc(
+                NodeMethods(
+                    fleet, invocations, store.devices, store.commands, audience.announce
+                ).methods,
+                DeviceMethods(fleet, access, store.devices, audience.announce).methods,
+                SubscriptionMethods().methods,
+                ModelMethods(models).methods,
+                chats.methods,
+            )
+            gateway = Gateway(access, store.devices, fleet, invocations, audience, rpc)
             stack.callback(gateway.close)
+            stack.callback(chats.close)  # before the nodes seem to be away
             app = HttpApp(gateway, access, HostCheck(allowed_hosts), served_files())
             door = HttpDoor((bind, port), app, connections)
             stack.callback(door.close)
@@ -17144,6 +18996,26 @@ class RunningGateway:
     def close(self) -> None:
         """Hang up on everybody and end Local's commands."""
         self._stack.close()
+
+
+class RunningChats:
+    """The agent and the sessions that it works in, until close()."""
+
+    def __init__(
+        self,
+        store: Store,
+        fleet: Fleet,
+        invocations: Invocations,
+        logs: SessionLogs,
+        models: ModelDirectory,
+        announce: Callable[[str, JsonObject], None],
+    ) -> None:
+        approvals = Approvals(functools.partial(note_denial, store.commands))
+        executor = SessionExecutor(invocations, logs)
+        agent = Agent(fleet, executor, approvals)
+        self._chats = Chats(store, logs, executor, agent, models, announce)
+        self.methods = ChatMethods(self._chats, fleet, approvals).methods
+        self.close = self._chats.close
 
 
 def served_files() -> dict[str, Reply]:
@@ -17182,6 +19054,8 @@ class LocalNode:
     def start(self, fleet: Fleet, invocations: Invocations) -> None:
         self._machine.attach(LocalPeer(invocations, self._machine))
         fleet.activate(self.node)
+        # What an earlier gateway ran here ended with it.
+        invocations.resumable(self.node)
 
         def report() -> None:
             fleet.report_local(self._telemetry.read())
