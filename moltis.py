@@ -11429,7 +11429,7 @@ class Agent:
 
 # ==============================================================================
 # Model directory
-# Uses: Wire protocol, Language models, Machine, Fleet, Agent
+# Uses: Wire protocol, Language models, Machine, Store, Fleet, Agent
 #
 # The models there are to choose from: Shell, those of the providers that this
 # gateway reaches, and those that its nodes lend.  A model on a node is asked through
