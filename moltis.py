@@ -18678,7 +18678,7 @@ class RemoteCommands:
 # Command line
 # Uses: Settings, Wire protocol, Commands, Telemetry, Language models, Machine,
 #       Node agent, Node service, Store, Access, Fleet, Agent, Model directory, Chat,
-#       Gateway, HTTP, Install script, Operator client
+#       Gateway, HTTP, Web page, Install script, Operator client
 #
 # What a person types: a pair of functions for each subcommand, its arguments and its
 # action, which returns the exit status.  The objects of a gateway and of a node are
@@ -19025,6 +19025,15 @@ def served_files() -> dict[str, Reply]:
     """
     script = "text/plain; charset=utf-8"
     files = {"/install.sh": Reply(200, INSTALL_SH.encode("utf-8"), script)}
+    # After an update of this program the browser has to notice.
+    fresh = [("Cache-Control", "no-cache")]
+    for path, text, kind in (
+        ("/", WEB_HTML, "text/html"),
+        ("/app.css", WEB_CSS, "text/css"),
+        ("/app.js", WEB_JS, "text/javascript"),
+    ):
+        body = text.encode("utf-8")
+        files[path] = Reply(200, body, f"{kind}; charset=utf-8", fresh)
     program = own_program()
     if program is not None:  # it came through a pipe otherwise
         files["/moltis.py"] = Reply(200, program, script)
