@@ -7020,10 +7020,11 @@ class GatewayLink:
             self._ws.send(encode_envelope(Event(name, payload)))
 
     def _on_request(self, payload: JsonObject) -> None:
+        args = optional(payload, "args", dict) or {}
+        if self.max_result is not None:
+            args = {**args, "stream": False}  # which it could not read
         self._machine.invoke(
-            required(payload, "invokeId", str),
-            required(payload, "command", str),
-            optional(payload, "args", dict) or {},
+            required(payload, "invokeId", str), required(payload, "command", str), args
         )
 
     def _on_ack(self, payload: JsonObject) -> None:
@@ -7069,6 +7070,19 @@ def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
             if not isinstance(envelope.payload, dict):
                 raise RpcError("PROTOCOL_ERROR", f"the answer to {method} is no object")
             return envelope.payload
+
+
+def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
+    """Return the answer to `auth.scram`.  Raises as _exchange()."""
+    try:
+        return _exchange(ws, CAP_SCRAM, {"clientFirst": scram.first()})
+    except RpcError as error:
+        if error.code == "UNAUTHORIZED" or error.code in PASSING_CODES:
+            raise
+        raise RpcError(
+            error.code,
+            f"{error.message}; a gateway of the original Moltis wants --auth bearer",
+        ) from error
 
 
 class NodeAgent:
@@ -7178,13 +7192,16 @@ class NodeAgent:
             params = replace(asked, device_token=token)
             return _exchange(ws, "connect", params.to_json())
         scram = ScramClient(device_handle(token), token, None)
-        first = _exchange(ws, CAP_SCRAM, {"clientFirst": scram.first()})
+        first = _first_step(ws, scram)
         final = scram.final(required(first, "serverFirst", str))
         params = replace(asked, scram_final=final)
         hello = _exchange(ws, "connect", params.to_json())
         auth = optional(hello, "auth", dict) or {}
         proof = optional(auth, "scram", dict) or {}
-        scram.verify(required(proof, "serverFinal", str))
+        server_final = proof.get("serverFinal")
+        if not isinstance(server_final, str):
+            raise AuthenticationError("it sent no proof")
+        scram.verify(server_final)
         return hello
 
     def _serve(self, link: GatewayLink, ws: WebSocket) -> str:
