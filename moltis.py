@@ -18386,6 +18386,7 @@ class OperatorClient:
         self._calls = Calls(self._ws.send)
         self._on_event: Callable[[Event], None] = _ignore
         self._on_chunk: Callable[[Chunk], None] = _ignore
+        self._on_end: Callable[[MoltisError], None] = _ignore
         self._reader = threading.Thread(
             target=self._read, name="moltis-read-gateway", daemon=True
         )
@@ -18407,11 +18408,18 @@ class OperatorClient:
         self._reader.join()
 
     def listen(
-        self, on_event: Callable[[Event], None], on_chunk: Callable[[Chunk], None]
+        self,
+        on_event: Callable[[Event], None],
+        on_chunk: Callable[[Chunk], None] = _ignore,
+        on_end: Callable[[MoltisError], None] = _ignore,
     ) -> None:
-        """Hand all that comes from now on to these, from the reading thread."""
+        """Hand all that comes from now on to these, from the reading thread.
+
+        `on_end` hears why the connection ended.
+        """
         self._on_event = on_event
         self._on_chunk = on_chunk
+        self._on_end = on_end
 
     def call(self, method: str, params: JsonObject) -> Any:
         """Return the payload of the answer.
@@ -18481,6 +18489,7 @@ class OperatorClient:
             ended = error
         finally:
             self._calls.close(ended)
+            self._on_end(ended)
 
     def _handle(self, message: str | bytes) -> None:
         if isinstance(message, bytes):
@@ -18705,6 +18714,7 @@ class RemoteCommands:
 DEFAULT_PORT = 9090
 START_TIMEOUT = 20.0  # s for a service that was just started to connect
 DEMO_DIRECTORY = "demo-node"  # below the data directory
+CHAT_SESSION = "main"  # the session that every gateway has
 INTERRUPTED = 130  # as a shell counts SIGINT
 TIMED_OUT = 124  # as timeout(1)
 BROKEN_PIPE = 141  # as a shell counts SIGPIPE
@@ -19857,6 +19867,313 @@ class StreamPrinter:
 # -- main ----------------------------------------------------------------------
 
 
+# -- moltis chat ---------------------------------------------------------------
+
+
+def add_chat(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "chat",
+        help="talk to a model, or to a shell, that uses the machines",
+        **_example('moltis chat --node pi "why is the disk full?"'),
+    )
+    parser.add_argument(
+        "message", nargs="?", metavar="MESSAGE", help="without one: a prompt, or stdin"
+    )
+    parser.add_argument(
+        "--session",
+        default=CHAT_SESSION,
+        metavar="S",
+        help="key or label of a session; a new label begins one (default: main)",
+    )
+    parser.add_argument("--node", metavar="N", help="select this machine first")
+    parser.add_argument(
+        "--model", metavar="M", help="shell, PROVIDER/NAME or NODE:PROVIDER/NAME"
+    )
+    parser.add_argument(
+        "--yes", action="store_true", help="let the model run every command unasked"
+    )
+    add_gateway_options(parser)
+    parser.set_defaults(run=cmd_chat)
+
+
+def cmd_chat(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    with operator_client(args, context) as client:
+        session = chosen_session(client, args.session, context.output)
+        key = session["key"]
+        if args.node:
+            client.call("nodes.set_session", {"session_key": key, "node_id": args.node})
+        model = args.model or session["model"]
+        terminal = ChatTerminal(
+            client, key, model, context.output, approval_answer(args, context)
+        )
+        if args.message is not None:
+            return terminal.turn(args.message)
+        if sys.stdin is not None and not sys.stdin.isatty():
+            return terminal.turn(sys.stdin.read(MAX_BODY))
+        return chat_prompt(terminal, context)
+
+
+def chosen_session(client: OperatorClient, wanted: str, output: Output) -> JsonObject:
+    """Return the session that a key or a label stands for; a new one for a new label.
+
+    Raises UserError.
+    """
+    sessions: list[JsonObject] = client.call("sessions.list", {})
+    for session in sessions:
+        if session["key"] == wanted:
+            return session
+    label = wanted.strip().casefold()
+    named = [s for s in sessions if (s["label"] or "").casefold() == label]
+    if len(named) > 1:
+        keys = ", ".join(session["key"] for session in named)
+        raise UsageError(
+            f"{wanted!r} is the label of several sessions; use a key: {keys}"
+        )
+    if named:
+        return named[0]
+    output.say(f"a new session: {wanted.strip()}")
+    created: JsonObject = client.call("sessions.create", {"label": wanted})
+    return created
+
+
+def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
+    """Take messages from a person until the end of input."""
+    with contextlib.suppress(ImportError):  # editing and history, where it is there
+        import readline
+
+        readline.set_history_length(1000)
+    context.output.say("Ctrl+C stops an answer, Ctrl+D ends the chat.")
+    while True:
+        try:
+            text = input("› ")
+        except EOFError:
+            context.output.say("")
+            return EXIT_OK
+        except KeyboardInterrupt:
+            context.output.say("")
+            continue
+        if text.strip():
+            terminal.turn(text)
+
+
+ApprovalAnswer = Callable[[JsonObject], str]  # of a command card: approve, deny, always
+
+
+def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
+    """Return who decides about the commands of a model: --yes, a person, or nobody."""
+    if args.yes:
+        return lambda _command: "approve"
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
+        return partial(ask_approval, context.output)
+
+    def deny(_command: JsonObject) -> str:
+        context.output.say("denied: there is no terminal to ask; --yes runs everything")
+        return "deny"
+
+    return deny
+
+
+def ask_approval(output: Output, command: JsonObject) -> str:
+    where = f" in {command['cwd']}" if command.get("cwd") else ""
+    output.say(f"May this run on {command['node']}{where}?\n    {command['command']}")
+    answers = {"y": "approve", "n": "deny", "a": "always"}
+    while True:
+        sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
+        if answer is not None:
+            return answer
+
+
+class CardPrinter:
+    """What was printed of one command's output, which is told in more than one way."""
+
+    def __init__(self) -> None:
+        self._told = {"stdout": 0, "stderr": 0}  # bytes
+        self.whole = True  # nothing was left out on the way
+
+    def piece(self, stream: str, offset: int, text: str) -> str:
+        """Return what is new in a piece of output."""
+        if offset > self._told[stream]:
+            self.whole = False
+        # A broken character is shorter than its replacement: never less than was told.
+        self._told[stream] = offset + len(text.encode("utf-8", "replace"))
+        return text
+
+    def rest(self, command: JsonObject) -> Iterator[tuple[str, str]]:
+        """Yield what a whole card has beyond the pieces."""
+        if command.get("cut"):
+            self.whole = False
+        offsets = {"stdout": 0, "stderr": 0}
+        for stream, text in command.get("output", ()) if self.whole else ():
+            data = text.encode("utf-8", "replace")
+            start = max(0, self._told[stream] - offsets[stream])
+            offsets[stream] += len(data)
+            if data[start:]:
+                self._told[stream] = offsets[stream]
+                yield stream, data[start:].decode("utf-8", "replace")
+
+
+class ChatTerminal:
+    """A session in a terminal: answers to stdout, what led to them to stderr."""
+
+    def __init__(
+        self,
+        client: OperatorClient,
+        session_key: str,
+        model: str,
+        output: Output,
+        answer: ApprovalAnswer,
+    ) -> None:
+        """Raises UserError."""
+        self._client = client
+        self._session_key = session_key
+        self._model = model
+        self._output = output
+        self._answer = answer
+        self._news: SimpleQueue[JsonObject | MoltisError] = SimpleQueue()
+        self._said: dict[str, int] = {}  # characters printed, by message
+        self._cards: dict[str, CardPrinter] = {}
+        self._asked: set[str] = set()  # messages whose approval was decided here
+        self._at_line_start = True  # of stdout
+        self._status = EXIT_OK
+        client.listen(self._on_event, on_end=self._news.put)
+        client.call("subscribe", {"events": ["chat"]})
+
+    def turn(self, text: str) -> int:
+        """Have `text` answered; return the exit status.  Raises UserError."""
+        params = {"sessionKey": self._session_key, "text": text, "model": self._model}
+        sent = self._client.call("chat.send", params)
+        if sent.get("queued"):
+            self._output.say("an earlier message is being answered; this one waits")
+        typed = self._model == SHELL_ID or text.startswith("!")
+        interrupted = False
+        while True:
+            try:
+                news = self._news.get()
+                if isinstance(news, MoltisError):
+                    raise Unreachable(f"the gateway went away: {news}")
+                if news.get("runId") == sent["runId"] and self._show(news, typed):
+                    return INTERRUPTED if interrupted else self._status
+            except KeyboardInterrupt:
+                if interrupted:  # pressed twice: somebody is in a hurry
+                    raise
+                interrupted = True
+                self._client.notify("chat.abort", {"sessionKey": self._session_key})
+
+    def _on_event(self, event: Event) -> None:
+        if event.name == "chat" and isinstance(event.payload, dict):
+            self._news.put(event.payload)
+
+    def _show(self, news: JsonObject, typed: bool) -> bool:
+        """Print an event of our turn; return whether it was the last."""
+        state, message = news["state"], news.get("message")
+        if message is not None:
+            self._show_message(message, typed)
+        elif state == "delta":
+            self._say(news["messageId"], news["text"])
+        elif state == "tool_call_output":
+            card = self._card(news["messageId"])
+            text = card.piece(news["stream"], news["offset"], news["data"])
+            self._write(news["stream"] if typed else "stderr", text)
+        if state not in ("final", "error", "aborted"):
+            return False
+        self._end_line()
+        self._status = EXIT_OK if state == "final" else EXIT_FAILURE
+        self._say_usage(message or {})
+        return True
+
+    def _say_usage(self, message: JsonObject) -> None:
+        usage = message.get("usage") or {}
+        if usage.get("outputTokens"):
+            self._output.say(
+                f"({message['model']}: {usage['inputTokens']:,} tokens in, "
+                f"{usage['outputTokens']:,} out)"
+            )
+
+    def _show_message(self, message: JsonObject, typed: bool) -> None:
+        if message["role"] == "assistant":
+            told = self._said.get(message["id"], 0)
+            self._say(message["id"], message["text"][told:])
+            if message["state"] != "running":
+                self._end_line()
+        elif message["role"] == "notice":
+            self._show_notice(message)
+        elif message["role"] == "command":
+            self._show_command(message, typed)
+
+    def _show_notice(self, message: JsonObject) -> None:
+        if message["state"] == "running" or message["id"] in self._said:
+            return
+        self._said[message["id"]] = 0
+        self._end_line()
+        show = (
+            self._output.complain if message["state"] == "error" else self._output.say
+        )
+        show(message["text"])
+
+    def _show_command(self, message: JsonObject, typed: bool) -> None:
+        command = message["command"]
+        if message["id"] not in self._cards and not typed:
+            self._end_line()
+            self._output.say(f"[{command['node']}] $ {command['command']}")
+        card = self._card(message["id"])
+        approval = command.get("approval") or {}
+        if approval.get("state") == "asked" and message["id"] not in self._asked:
+            self._asked.add(message["id"])
+            self._decide(command)
+        for stream, text in card.rest(command):
+            self._write(stream if typed else "stderr", text)
+        if message["state"] != "running":
+            self._end_line()
+            for line in command_verdict(command, card.whole):
+                self._output.say(line)
+
+    def _decide(self, command: JsonObject) -> None:
+        params = {"invokeId": command["invokeId"], "decision": self._answer(command)}
+        # Somebody else may have been faster, on the page say: that stands then.
+        self._client.notify("exec.approval.resolve", params)
+
+    def _card(self, message_id: str) -> CardPrinter:
+        return self._cards.setdefault(message_id, CardPrinter())
+
+    def _say(self, message_id: str, text: str) -> None:
+        self._said[message_id] = self._said.get(message_id, 0) + len(text)
+        self._write("stdout", text)
+
+    def _write(self, stream: str, text: str) -> None:
+        if not text:
+            return
+        target = sys.stdout if stream == "stdout" else sys.stderr
+        target.write(text)
+        target.flush()
+        self._at_line_start = text.endswith("\n")
+
+    def _end_line(self) -> None:
+        if not self._at_line_start:
+            self._write("stdout", "\n")
+
+
+def command_verdict(command: JsonObject, whole: bool) -> Iterator[str]:
+    """Yield what is to be said of a command that has ended."""
+    name = f"[{command['node']}]"
+    approval = command.get("approval") or {}
+    if not whole:
+        yield f"{name} not all of its output is shown here; the page has it"
+    if approval.get("state") in ("denied", "expired"):
+        yield f"{name} denied by {approval.get('by', 'nobody')}"
+    elif command.get("error"):
+        yield f"{name} {command['error']}"
+    elif command.get("timedOut"):
+        yield f"{name} timed out"
+    elif command.get("cancelled"):
+        yield f"{name} cancelled"
+    elif command.get("exitCode"):
+        yield f"{name} exit status {command['exitCode']}"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
@@ -19867,6 +20184,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"moltis {__version__}")
     subcommands = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
     add_gateway(subcommands)
+    add_chat(subcommands)
     node = subcommands.add_parser(
         "node", help="machines: add, list, use them", **_example("moltis node list")
     )
