@@ -67,6 +67,7 @@ import errno
 import functools
 import hashlib
 import hmac
+import io
 import itertools
 import json
 import logging
@@ -245,6 +246,10 @@ class ConnectionClosed(MoltisError):
 
 class AuthenticationError(MoltisError):
     """The peer did not prove who it is: close the connection."""
+
+
+class ChannelMismatch(AuthenticationError):
+    """The peer sees another TLS certificate than we do: say so to it, then close."""
 
 
 class Cancelled(MoltisError):
@@ -589,6 +594,17 @@ def ollama_url(host: str) -> str:
     return f"{scheme or 'http'}://{name}:{port}"
 
 
+def require_ssl() -> None:
+    """Return where Python has TLS.  Raises BadConfiguration."""
+    try:
+        import ssl  # noqa: F401  whether there is one
+    except ImportError as error:
+        raise BadConfiguration(
+            "TLS needs Python's module ssl, which is missing here; install it "
+            "(OpenWrt: python3-openssl) or use another python3"
+        ) from error
+
+
 def make_private_directory(path: Path) -> None:
     """Make `path` for its owner alone.  Raises BadConfiguration."""
     try:
@@ -752,6 +768,8 @@ class GatewayFile:
     url: str  # http:// or https://, without a path
     api_key: str
     pid: int
+    public_url: str = ""  # the same as other machines may reach it
+    fingerprint: str | None = None  # of the certificate's public key, with https://
 
     FILE = "gateway.json"
 
@@ -766,11 +784,13 @@ class GatewayFile:
             url=_settings_field(path, value, "url", str) or "",
             api_key=_settings_field(path, value, "api_key", str) or "",
             pid=_settings_field(path, value, "pid", int) or 0,
+            public_url=_settings_field(path, value, "public_url", str) or "",
+            fingerprint=_settings_field(path, value, "fingerprint", str),
         )
 
     def save(self, directory: Path) -> None:
         """Write gateway.json.  Raises BadConfiguration."""
-        value = {"url": self.url, "api_key": self.api_key, "pid": self.pid}
+        value = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         text = json.dumps(value, indent=2) + "\n"
         write_private(directory / self.FILE, text.encode("utf-8"))
 
@@ -1909,14 +1929,18 @@ def _open_channel(sock: socket.socket) -> PlainChannel:
     return PlainChannel(sock)
 
 
+def unmapped(address: str) -> str:
+    """Return an IP address, IPv4 as such where it came in over a socket for IPv6."""
+    return address[7:] if address.lower().startswith("::ffff:") else address
+
+
 def _remote_ip(sock: socket.socket) -> str:
     """Return the peer's IP address, or "" where it has none."""
     try:
         address = sock.getpeername()
     except OSError:
         return ""
-    host = address[0] if isinstance(address, tuple) else ""
-    return host[7:] if host.startswith("::ffff:") else host  # IPv4 on a dual socket
+    return unmapped(address[0]) if isinstance(address, tuple) else ""
 
 
 class Outbox:
@@ -2267,15 +2291,42 @@ def connect(
     )
 
 
+def client_tls(*, ca: str | None = None, verify: bool = True) -> ssl.SSLContext:
+    """Return what a client needs for TLS 1.2 and later; `ca` is a file in PEM.
+
+    Without `verify` any certificate will do: whoever asks for that has to look at
+    peer_certificate(), or bind to it, before anything secret is said.
+    Raises BadConfiguration.
+    """
+    require_ssl()
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    elif ca is None:
+        context.load_default_certs()
+    else:
+        try:
+            context.load_verify_locations(ca)
+        except OSError as error:  # ssl.SSLError is one
+            reason = error.strerror or error
+            raise BadConfiguration(
+                f"cannot use the CA file {ca}: {reason}; it must be PEM"
+            ) from error
+    return context
+
+
 def _dial(
     target: WebSocketUrl, timeout: float, context: ssl.SSLContext | None
 ) -> socket.socket:
+    # Before the connection: to load the system's certificates takes a Pi a while.
+    context = (context or client_tls()) if target.secure else None
     sock = socket.create_connection((target.host, target.port), timeout)
-    if not target.secure:
+    if context is None:
         return sock
-    import ssl
-
-    context = context or ssl.create_default_context()
     try:
         return context.wrap_socket(sock, server_hostname=target.host)
     except BaseException:
@@ -2323,7 +2374,11 @@ def _why_unreachable(target: WebSocketUrl, error: Exception, timeout: float) -> 
         # A certificate's fault has a text of its own, other TLS errors a reason.
         distrust = getattr(error, "verify_message", None)
         if distrust:
-            return f"{target} has a certificate that is not trusted: {distrust}"
+            return (
+                f"{target} has a certificate that is not trusted: {distrust}; for the "
+                "gateway's own one say --fingerprint sha256//…, which `moltis gateway` "
+                "prints when it starts"
+            )
         reason = getattr(error, "reason", None)
         if reason:
             return f"{target} did not agree on TLS ({reason}); perhaps it wants ws://"
@@ -2697,7 +2752,7 @@ class ScramServer:
         fields = _scram_fields(_CLIENT_FINAL, client_final)
         binding = _scram_bytes(fields["binding"])
         if not hmac.compare_digest(binding, expected.binding):
-            raise AuthenticationError(
+            raise ChannelMismatch(
                 "the client sees another TLS certificate than ours: somebody stands "
                 "in between"
             )
@@ -2714,17 +2769,20 @@ class ScramServer:
         """Compare what the client says of channel binding with what we have (§6)."""
         if self._channel_binding is None:
             if flag not in ("n", "y"):
-                raise AuthenticationError(
+                raise ChannelMismatch(
                     "the client binds to a TLS certificate, and none is used here: "
                     "a proxy, or somebody else, stands in between"
                 )
         elif flag == "y":
-            raise AuthenticationError(
+            raise ChannelMismatch(
                 "the client was told that there is no channel binding here, which is "
                 "not true: somebody stands in between"
             )
         elif flag != "p=tls-server-end-point":
-            raise AuthenticationError("over TLS only SCRAM-SHA-256-PLUS is accepted")
+            raise ChannelMismatch(
+                "the client does not bind to our TLS certificate, as nodes do over "
+                "TLS: somebody stands in between"
+            )
 
 
 # ==============================================================================
@@ -7072,6 +7130,12 @@ def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
             return envelope.payload
 
 
+def _channel_binding(ws: WebSocket) -> bytes | None:
+    """Return what SCRAM binds to: the gateway's certificate, or None without TLS."""
+    certificate = ws.peer_certificate()
+    return None if certificate is None else tls_server_end_point(certificate)
+
+
 def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
     """Return the answer to `auth.scram`.  Raises as _exchange()."""
     try:
@@ -7114,7 +7178,7 @@ class NodeAgent:
         while not self._stopped.is_set():
             try:
                 link, ws = self._dial()
-            except (Unreachable, Refused) as error:
+            except UserError as error:
                 if give_up_when_refused and isinstance(error, Refused):
                     raise
                 problem = str(error)
@@ -7151,10 +7215,15 @@ class NodeAgent:
                 self._report(serving[0])
 
     def _dial(self) -> tuple[GatewayLink, WebSocket]:
-        """Raises Unreachable or Refused, with one line that says why."""
+        """Raises Unreachable, Refused, BadConfiguration: one line that says why."""
         url = self._settings.gateway_url
+        tls = None
+        if url.startswith("wss:"):
+            # SCRAM binds to the certificate, whoever made it; a bearer token would
+            # go to whoever shows one.
+            tls = client_tls(verify=self._settings.auth == "bearer")
         # Output is not worth a Pi's time to compress, and 300 KiB a connection.
-        ws = connect(url, compression=False)
+        ws = connect(url, compression=False, ssl_context=tls)
         try:
             hello = self._authenticate(ws)
             return GatewayLink(ws, self._machine, hello), ws
@@ -7191,7 +7260,7 @@ class NodeAgent:
         if self._settings.auth == "bearer":
             params = replace(asked, device_token=token)
             return _exchange(ws, "connect", params.to_json())
-        scram = ScramClient(device_handle(token), token, None)
+        scram = ScramClient(device_handle(token), token, _channel_binding(ws))
         first = _first_step(ws, scram)
         final = scram.final(required(first, "serverFirst", str))
         params = replace(asked, scram_final=final)
@@ -9019,11 +9088,11 @@ class Store:
 
 # ==============================================================================
 # Certificates
-# Uses: SCRAM
+# Uses: WebSocket connections, SCRAM
 #
 # The gateway's TLS certificate: one of its own, made by the program `openssl` for the
 # names and addresses of this machine, or one that was brought; its pin and its channel
-# binding.  Who trusts which certificate is said by those who connect.
+# binding; and how a client that has the pin recognises it.
 # ==============================================================================
 
 TLS_DIRECTORY = "tls"  # in the data directory
@@ -9144,6 +9213,23 @@ def check_pin(der: bytes, pin: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class TlsTrust:
+    """Which certificate an https:// or wss:// address has to show."""
+
+    fingerprint: str | None = None  # its pin; None: one that a CA vouches for
+    ca: str | None = None  # file in PEM; None: those that the system trusts
+
+    def context(self) -> ssl.SSLContext:
+        """Raises BadConfiguration."""
+        return client_tls(ca=self.ca, verify=self.fingerprint is None)
+
+    def check(self, der: bytes | None) -> None:
+        """Return where the certificate of a connection is right.  Raises Refused."""
+        if self.fingerprint is not None and der is not None:
+            check_pin(der, self.fingerprint)
+
+
 def certificate_from_pem(pem: bytes) -> bytes:
     """Return the first certificate in `pem` in DER.  Raises ValueError."""
     found = re.search(
@@ -9221,6 +9307,13 @@ def _program_output(*arguments: str) -> bytes:
     return done.stdout
 
 
+def reachable_address(bind: str) -> str:
+    """Return the address under which others reach what listens on `bind`."""
+    if bind not in ("", "0.0.0.0", "::"):
+        return bind
+    return next(_routed_addresses(), "127.0.0.1")
+
+
 def host_addresses() -> list[str]:
     """Return the addresses of this machine's interfaces, without link-local ones."""
     found = {"127.0.0.1", "::1", *_routed_addresses()}
@@ -9237,13 +9330,9 @@ def host_addresses() -> list[str]:
 
 def _read_tls(files: TlsFiles) -> TlsIdentity:
     """As load_tls(), but raises OSError and ValueError where the files are no good."""
-    try:
-        import ssl
-    except ImportError as error:
-        raise BadConfiguration(
-            "TLS needs Python's module ssl, which is missing here; install it "
-            "(OpenWrt: python3-openssl) or use another python3"
-        ) from error
+    require_ssl()
+    import ssl
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
@@ -9267,6 +9356,30 @@ def load_tls(files: TlsFiles) -> TlsIdentity:
             f"{files.key}: {reason}; both must be PEM, belong together, and the key "
             "have no passphrase"
         ) from error
+
+
+def read_channel_binding(path: Path) -> bytes:
+    """Return the channel binding of a certificate in PEM.  Raises BadConfiguration."""
+    try:
+        return tls_server_end_point(certificate_from_pem(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise BadConfiguration(
+            f"cannot use the certificate {path}: {reason}; it must be PEM"
+        ) from error
+
+
+class ServerTls:
+    """The certificate that new connections get, read again when its files change."""
+
+    def __init__(self, find_files: Callable[[], TlsFiles]) -> None:
+        """`find_files` is asked at each reload.  Raises BadConfiguration."""
+        self._find_files = find_files
+        self.identity = load_tls(find_files())  # replaced as a whole
+
+    def reload(self) -> None:
+        """Raises BadConfiguration; then the certificate so far stays in use."""
+        self.identity = load_tls(self._find_files())
 
 
 def _certificate_name(name: str) -> str | None:
@@ -9412,7 +9525,7 @@ def is_loopback(address: str) -> bool:
     return plain.startswith("127.") or plain == "::1"
 
 
-def _address_block(address: str) -> str:
+def address_block(address: str) -> str:
     """Return what one customer has: an IPv4 address, or the /64 of an IPv6 one."""
     try:
         packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
@@ -9443,12 +9556,12 @@ class RateLimit:
     def retry_after(self, address: str) -> float | None:
         """Return the seconds that the address has to wait, or None."""
         with self._lock:
-            record = self._failures.get(_address_block(address))
+            record = self._failures.get(address_block(address))
             left = record.blocked_until - self._clock() if record else 0.0
         return left if left > 0 else None
 
     def failed(self, address: str) -> None:
-        block, now = _address_block(address), self._clock()
+        block, now = address_block(address), self._clock()
         with self._lock:
             record = self._failures.pop(block, None) or _Failures()
             if now - record.blocked_until > MAX_FAILURE_WAIT:
@@ -9467,7 +9580,7 @@ class RateLimit:
 
     def succeeded(self, address: str) -> None:
         with self._lock:
-            self._failures.pop(_address_block(address), None)
+            self._failures.pop(address_block(address), None)
 
 
 class Access:
@@ -13788,13 +13901,23 @@ class Identity:
     server_final: str = ""  # our half of the proof, where SCRAM was used
 
 
+@dataclass(frozen=True)
+class Client:
+    """What is known of a peer before it has said a word."""
+
+    address: str
+    channel_binding: bytes | None  # None: it came without TLS
+    login: Caller | None  # whoever the cookie of the upgrade belongs to
+    on_identified: Callable[[], None]  # called once it has proved who it is
+
+
 class Introduction:
     """The first exchange of a connection, until the peer has proved who it is."""
 
-    def __init__(self, access: Access, address: str, login: Caller | None) -> None:
+    def __init__(self, access: Access, client: Client, require_scram: bool) -> None:
         self._access = access
-        self._address = address
-        self._login = login
+        self._client = client
+        self._require_scram = require_scram
         self._scram: ScramServer | None = None
 
     def take(self, request: Request) -> Identity | JsonObject:
@@ -13804,7 +13927,7 @@ class Introduction:
         """
         try:
             if request.method == CAP_SCRAM and self._scram is None:
-                self._scram = self._access.scram_server()
+                self._scram = self._access.scram_server(self._client.channel_binding)
                 first = required(request.params, "clientFirst", str)
                 return {"serverFirst": self._scram.first(first)}
             if request.method != "connect":
@@ -13818,8 +13941,11 @@ class Introduction:
         except AuthenticationError as error:
             # Not counted against the address: nobody guesses 256 bits, and a node with
             # an old token must not lock out others behind the same router.
-            log.warning("refused address=%s: %s", self._address, error)
-            raise RpcError("UNAUTHORIZED", "authentication failed") from error
+            log.warning("refused address=%s: %s", self._client.address, error)
+            text = "authentication failed"
+            if isinstance(error, ChannelMismatch):
+                text = f"{text}: {error}"
+            raise RpcError("UNAUTHORIZED", text) from error
 
     def _identify(self, params: ConnectParams) -> Identity:
         """Raises AuthenticationError, or RpcError where there is no credential."""
@@ -13828,13 +13954,17 @@ class Introduction:
             device = self._access.device_by_handle(self._scram.username or "")
             return _device_identity(params, device, server_final)
         if params.device_token:
+            if self._require_scram:
+                raise RpcError(
+                    "FORBIDDEN", "this gateway takes no token as it is, only SCRAM"
+                )
             device = self._access.device_by_token(params.device_token)
             return _device_identity(params, device)
         if params.api_key:
-            caller = self._access.admit_operator(params.api_key, self._address)
+            caller = self._access.admit_operator(params.api_key, self._client.address)
             return Identity(caller, params)
-        if self._login is not None and params.role != "node":
-            return Identity(self._login, params)
+        if self._client.login is not None and params.role != "node":
+            return Identity(self._client.login, params)
         raise RpcError(
             "FORBIDDEN",
             "no credential: a node needs a device token, an operator a key or sign-in",
@@ -13871,8 +14001,13 @@ class Gateway:
         invocations: Invocations,
         audience: Audience,
         rpc: Rpc,
+        *,
+        require_scram: bool = False,
+        fingerprint: Callable[[], str | None] = lambda: None,  # of the certificate
     ) -> None:
+        self._fingerprint = fingerprint
         self._access = access
+        self._require_scram = require_scram
         self._devices = devices
         self._fleet = fleet
         self._invocations = invocations
@@ -13888,18 +14023,15 @@ class Gateway:
         with self._lock:
             return len(self._connections)
 
-    def serve(self, ws: WebSocket, address: str, login: Caller | None) -> None:
-        """Serve one WebSocket to its end, in the caller's thread.
-
-        `login` is whoever the cookie of the upgrade belongs to.
-        """
+    def serve(self, ws: WebSocket, client: Client) -> None:
+        """Serve one WebSocket to its end, in the caller's thread."""
         connection = Connection(ws)
         with self._lock:
             self._connections.add(connection)
             stops = self._closed
         try:
             if not stops:
-                self._introduce(connection, address, login)
+                self._introduce(connection, client)
         except ConnectionClosed as error:
             ws.close(error.code, error.reason, timeout=0)
         except TimeoutError:
@@ -13920,15 +14052,13 @@ class Gateway:
         for connection in connections:
             connection.ws.close(CloseCode.GOING_AWAY, "the gateway stops", timeout=0)
 
-    def _introduce(
-        self, connection: Connection, address: str, login: Caller | None
-    ) -> None:
+    def _introduce(self, connection: Connection, client: Client) -> None:
         """Find out who it is, then serve them.
 
         Raises ConnectionClosed, or TimeoutError when they do not say in time.
         """
         deadline = Deadline(CONNECT_TIMEOUT)
-        introduction = Introduction(self._access, address, login)
+        introduction = Introduction(self._access, client, self._require_scram)
         while True:
             message = connection.ws.receive(deadline.remaining())
             if message is None:
@@ -13939,7 +14069,8 @@ class Gateway:
                 request_id = request.id
                 answer = introduction.take(request)
                 if isinstance(answer, Identity):
-                    self._serve_identity(connection, request_id, answer, address)
+                    client.on_identified()
+                    self._serve_identity(connection, request_id, answer, client.address)
                     return
             except RpcError as error:
                 # The answer first, then the close: existing nodes read it so.
@@ -14026,6 +14157,7 @@ class Gateway:
         if identity.server_final:
             auth["scram"] = {"serverFinal": identity.server_final}
         methods = [] if is_node else sorted(self.rpc.methods)
+        fingerprint = self._fingerprint()
         return {
             "type": "hello-ok",
             "protocol": PROTOCOL_VERSION,
@@ -14033,6 +14165,7 @@ class Gateway:
                 "version": __version__,
                 "host": socket.gethostname(),
                 "connId": connection_id,
+                **({} if fingerprint is None else {"fingerprint": fingerprint}),
             },
             "features": {
                 "methods": [*methods, *MACHINE_CAPABILITIES, CAP_LLM],
@@ -14078,16 +14211,23 @@ class Gateway:
 
 # ==============================================================================
 # HTTP
-# Uses: WebSocket handshake, WebSocket protocol, WebSocket connections, Wire protocol,
-#       Access, Chat, Gateway
+# Uses: Settings, WebSocket handshake, WebSocket protocol, WebSocket connections,
+#       Wire protocol, Certificates, Access, Chat, Gateway
 #
-# The gateway's door: routes, the upgrade to WebSocket, the headers that keep other
-# web pages out.  http.server does the reading and the threads; what a request means
-# is decided by Access and Gateway.
+# The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
+# web pages out, and limits for strangers.  http.server does the parsing; what a request
+# means is decided by Access and Gateway.
 # ==============================================================================
 
 MAX_BODY = 1024 * 1024  # bytes of a request
-REQUEST_TIMEOUT = 10.0  # s for a client to send the next bytes of its request
+MAX_REQUEST_HEAD = 64 * 1024  # bytes
+REQUEST_TIMEOUT = 10.0  # s for TLS, for a request without its body, for 64 KiB of reply
+REPLY_TIMEOUT = 300.0  # s for a client to take the whole reply
+MIN_BODY_RATE = 10 * 1024  # bytes a second
+MAX_STRANGERS = 2048  # connections that have not said who they are; more are refused
+MAX_STRANGERS_EACH = 512  # of them from one address; a fleet may share its router's
+MAX_CONNECTIONS = 16_000  # in all, or fewer where the system allows fewer descriptors
+SPARE_DESCRIPTORS = 256  # for all else: the database, Local's commands
 LISTEN_BACKLOG = 1024  # connections; a fleet comes back all at once
 MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a result of ours has 600 KB at most
 DOOR_TIMEOUT = 0.5  # s for requests to be answered when the gateway stops
@@ -14122,7 +14262,14 @@ class HttpRequest:
     headers: HttpHeaders[str, str]
     body: bytes
     address: str  # of the client
-    secure: bool  # came over TLS
+    host: str  # and port, as the client calls us
+    secure: bool = False  # came over TLS
+    channel_binding: bytes | None = None  # of the certificate that the client sees
+
+    @property
+    def origin(self) -> str:
+        """Our own page's origin, as the client's browser writes it."""
+        return f"http{'s' if self.secure else ''}://{self.host.lower()}"
 
 
 @dataclass(frozen=True)
@@ -14191,15 +14338,86 @@ def is_ip_address(text: str) -> bool:
     return True
 
 
-def is_same_origin(headers: HttpHeaders[str, str]) -> bool:
+def is_same_origin(request: HttpRequest) -> bool:
     """Return whether a browser says the request comes from our own page.
 
     Programs that are no browsers send no Origin, and carry no cookie by themselves.
     """
-    origin = headers.get("Origin")
-    if origin is None:
-        return True
-    return urlsplit(origin).netloc.lower() == headers.get("Host", "").lower()
+    origin = request.headers.get("Origin")
+    return origin is None or origin.lower() == request.origin
+
+
+def forwarded_header(headers: HttpHeaders[str, str], name: str) -> list[str]:
+    """Return the comma-separated elements of all headers of that name, last first."""
+    elements = ",".join(headers.get_all(name) or []).split(",")
+    return [element.strip() for element in reversed(elements) if element.strip()]
+
+
+class TrustedProxies:
+    """The reverse proxies whose word on their clients counts."""
+
+    def __init__(
+        self, networks: Iterable[str] = (), channel_binding: bytes | None = None
+    ) -> None:
+        """`channel_binding` is that of the certificate which they show to clients.
+
+        Raises UsageError for what is no address or network.
+        """
+        import ipaddress
+
+        self._channel_binding = channel_binding
+        self._networks = []
+        for network in networks:
+            try:
+                self._networks.append(ipaddress.ip_network(network, strict=False))
+            except ValueError as error:
+                raise UsageError(
+                    f"--trusted-proxy takes an address or a network like 10.0.0.0/8, "
+                    f"not {network}"
+                ) from error
+
+    def include(self, address: str) -> bool:
+        import ipaddress
+
+        if not self._networks:
+            return False
+        try:
+            found = ipaddress.ip_address(unmapped(address))
+        except ValueError:
+            return False
+        return any(found in network for network in self._networks)
+
+    def see_through(self, request: HttpRequest) -> HttpRequest:
+        """Return the request as its client sent it to the proxy."""
+        if not self.include(request.address):
+            return request
+        headers = request.headers
+        address = request.address
+        # Each proxy adds whom it heard; what stands before the first stranger is his.
+        for hop in forwarded_header(headers, "X-Forwarded-For"):
+            if not is_ip_address(hop):
+                break
+            address = unmapped(hop)
+            if not self.include(hop):
+                break
+        secure = forwarded_header(headers, "X-Forwarded-Proto")[:1] == ["https"]
+        hosts = forwarded_header(headers, "X-Forwarded-Host")
+        return replace(
+            request,
+            address=address,
+            host=hosts[0] if hosts else request.host,
+            secure=secure,
+            channel_binding=self._channel_binding if secure else None,
+        )
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Under which names the gateway is reached, and through whom."""
+
+    hosts: HostCheck
+    proxies: TrustedProxies
+    fingerprint: Callable[[], str | None]  # of our own certificate
 
 
 class HttpApp:
@@ -14209,12 +14427,13 @@ class HttpApp:
         self,
         gateway: Gateway,
         access: Access,
-        hosts: HostCheck,
         files: Mapping[str, Reply],  # by path; what never changes
+        edge: Edge,
     ) -> None:
+        self.proxies = edge.proxies
+        self._edge = edge
         self._gateway = gateway
         self._access = access
-        self._hosts = hosts
         self._files = files
         self._routes: Mapping[tuple[str, str], Callable[[HttpRequest], Reply]] = {
             ("GET", "/health"): self._health,
@@ -14255,17 +14474,22 @@ class HttpApp:
 
         Nodes and curl, which send neither Origin nor Cookie, may use any name for us.
         """
-        host = request.headers.get("Host", "")
+        if len(request.headers.get_all("Host") or []) > 1:
+            return error_reply(400, "Host comes more than once")
         browser = "Origin" in request.headers or "Cookie" in request.headers
-        if browser and not self._hosts.accepts(host):
+        if browser and not self._edge.hosts.accepts(request.host):
             return error_reply(
                 421,
-                f"this gateway is not known as {host[:200]!r}; "
+                f"this gateway is not known as {request.host[:200]!r}; "
                 "start it with --allowed-host to allow that name",
             )
         cross = request.method != "GET" or request.path == "/ws"
-        if cross and not is_same_origin(request.headers):
-            return error_reply(403, "this request comes from another site's page")
+        if cross and not is_same_origin(request):
+            return error_reply(
+                403,
+                "this request comes from another site's page; behind a proxy that "
+                "does TLS, start the gateway with --trusted-proxy",
+            )
         return None
 
     def login(self, request: HttpRequest) -> Caller | None:
@@ -14273,9 +14497,14 @@ class HttpApp:
         cookie = _cookie(request.headers)
         return self._access.caller_by_cookie(cookie) if cookie else None
 
-    def serve(self, ws: WebSocket, request: HttpRequest) -> None:
+    def serve(
+        self, ws: WebSocket, request: HttpRequest, on_identified: Callable[[], None]
+    ) -> None:
         """Serve an upgraded connection to its end."""
-        self._gateway.serve(ws, request.address, self.login(request))
+        client = Client(
+            request.address, request.channel_binding, self.login(request), on_identified
+        )
+        self._gateway.serve(ws, client)
 
     def _no_route(self, path: str) -> Reply:
         allowed = [m for m, p in self._routes if p == path]
@@ -14307,10 +14536,13 @@ class HttpApp:
                 raise
             return error_reply(410, error.message)
         offer = {
-            "gateway_url": f"ws://{request.headers.get('Host', '')}/ws",
+            "gateway_url": websocket_url(request.origin),
             "device_token": token,
             "display_name": device.display_name,
         }
+        fingerprint = self._edge.fingerprint()
+        if request.channel_binding is not None and fingerprint is not None:
+            offer["fingerprint"] = fingerprint
         return json_reply(200, offer, [("Cache-Control", "no-store")])
 
     def _page(self, request: HttpRequest) -> Reply:
@@ -14419,14 +14651,95 @@ def _set_cookie(value: str, secure: bool) -> str:
     return f"{COOKIE_NAME}={value}; {flags}{lifetime}"
 
 
+class RequestTooLarge(Exception):
+    """A client sends more than a request may have: refuse it and hang up."""
+
+
+class PatientStream(io.RawIOBase):
+    """A connection as a file, patient with a slow client up to a point.
+
+    A timeout of the socket alone would begin anew with every byte that trickles in.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._ended = False
+        self.begin()
+
+    def begin(self) -> None:
+        """Wait for a request, and no longer than REQUEST_TIMEOUT for its head."""
+        self._deadline = Deadline(REQUEST_TIMEOUT)
+        self._room = MAX_REQUEST_HEAD
+
+    def expect_body(self, length: int) -> None:
+        self._deadline = Deadline(REQUEST_TIMEOUT + length / MIN_BODY_RATE)
+        self._room = length
+
+    def end_reading(self) -> None:
+        """Leave what has not been read to somebody else."""
+        self._ended = True
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Raises RequestTooLarge, OSError."""
+        remaining = self._deadline.remaining()
+        if self._ended:
+            return None
+        if self._room <= 0:
+            raise RequestTooLarge
+        if not remaining:
+            raise socket.timeout("the request took too long")
+        self._sock.settimeout(remaining)
+        count = self._sock.recv_into(buffer)
+        self._room -= count
+        return count
+
+    def write(self, data: Any) -> int:
+        """Raises OSError."""
+        deadline = Deadline(REPLY_TIMEOUT)
+        for start in range(0, len(data), MAX_CHUNK):
+            left = deadline.remaining()
+            if not left:
+                raise socket.timeout("the client took too long to read")
+            self._sock.settimeout(min(left, REQUEST_TIMEOUT))
+            self._sock.sendall(data[start : start + MAX_CHUNK])
+        return len(data)
+
+
+@dataclass(frozen=True)
+class TcpPeer:
+    """Whoever is at the other end of an accepted connection."""
+
+    address: str
+    tls: TlsIdentity | None  # what they were shown
+    admission: Admission
+
+
 class HttpExchange:
     """One request that http.server has parsed, and its answer."""
 
-    def __init__(self, handler: BaseHTTPRequestHandler, app: HttpApp) -> None:
+    def __init__(
+        self,
+        handler: BaseHTTPRequestHandler,
+        stream: PatientStream,
+        peer: TcpPeer,
+        app: HttpApp,
+    ) -> None:
         self._handler = handler
+        self._stream = stream
+        self._peer = peer
         self._app = app
 
     def get(self) -> None:
+        headers = self._handler.headers
+        if "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0":
+            # A body that nobody reads would pass for the next request.
+            self._handler.close_connection = True
         request = self._request(b"")
         if request.path == "/ws" and "Upgrade" in request.headers:
             self._upgrade(request)
@@ -14434,12 +14747,15 @@ class HttpExchange:
             self.send(self._app.answer(request))
 
     def post(self) -> None:
-        length = self._handler.headers.get("Content-Length", "")
-        if not length.isdecimal() or "Transfer-Encoding" in self._handler.headers:
+        lengths = self._handler.headers.get_all("Content-Length") or [""]
+        length = lengths[0]
+        coded = "Transfer-Encoding" in self._handler.headers
+        if coded or len(lengths) > 1 or not re.fullmatch("[0-9]{1,15}", length):
             self.refuse(411, "send the body with its Content-Length")
         elif int(length) > MAX_BODY:
             self.refuse(413, f"a body may have {MAX_BODY} bytes, not {length}")
         else:
+            self._stream.expect_body(int(length))
             body = self._handler.rfile.read(int(length))
             if len(body) == int(length):
                 self.send(self._app.answer(self._request(body)))
@@ -14465,14 +14781,18 @@ class HttpExchange:
             handler.wfile.write(reply.body)
 
     def _request(self, body: bytes) -> HttpRequest:
-        return HttpRequest(
+        tls = self._peer.tls
+        request = HttpRequest(
             method=self._handler.command,
             path=self._handler.path.partition("?")[0],
             headers=self._handler.headers,
             body=body,
-            address=self._handler.client_address[0],
-            secure=False,
+            address=self._peer.address,
+            host=self._handler.headers.get("Host", ""),
+            secure=tls is not None,
+            channel_binding=None if tls is None else tls.channel_binding,
         )
+        return self._app.proxies.see_through(request)
 
     def _upgrade(self, request: HttpRequest) -> None:
         handler = self._handler
@@ -14492,12 +14812,12 @@ class HttpExchange:
             handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.flush()
-        self._app.serve(self._websocket(upgrade), request)
+        ws = self._websocket(upgrade)
+        self._app.serve(ws, request, self._peer.admission.identified)
 
     def _websocket(self, upgrade: Upgrade) -> WebSocket:
-        sock = self._handler.connection
         # What the client sent right behind its request waits in rfile's buffer.
-        sock.setblocking(False)
+        self._stream.end_reading()
         early = cast("BufferedReader", self._handler.rfile).peek()
         protocol = WebSocketProtocol(
             client=False,
@@ -14505,7 +14825,12 @@ class HttpExchange:
             max_message=MAX_PEER_MESSAGE,
             hold_pongs=True,
         )
-        return WebSocket(sock, protocol, early=early, max_outbox=MAX_OPERATOR_OUTBOX)
+        return WebSocket(
+            self._handler.connection,
+            protocol,
+            early=early,
+            max_outbox=MAX_OPERATOR_OUTBOX,
+        )
 
 
 def _handler_class(app: HttpApp) -> type[BaseHTTPRequestHandler]:
@@ -14515,39 +14840,135 @@ def _handler_class(app: HttpApp) -> type[BaseHTTPRequestHandler]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        server_version = "moltis"
-        sys_version = ""
-        timeout = REQUEST_TIMEOUT
+        server_version, sys_version = "moltis", ""
         disable_nagle_algorithm = True
-        wbufsize = -1  # headers and body leave in one write
-        command = ""  # until a request line was read
+        # Until a request line was read:
+        command = requestline = ""
+        request_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            super().setup()
+            self.rfile.close()
+            self.wfile.close()
+            self.stream = stream = PatientStream(self.connection)
+            self.rfile = io.BufferedReader(stream)
+            self.wfile = io.BufferedWriter(stream)  # header and body in one write
+            self.peer = cast(TcpPeer, self.client_address)
+            self.exchange = HttpExchange(self, stream, self.peer, app)
 
         def handle_one_request(self) -> None:
+            self.stream.begin()
             try:
                 super().handle_one_request()
-            except (ConnectionError, TimeoutError):
+            except RequestTooLarge:
+                self.exchange.refuse(431, f"{MAX_REQUEST_HEAD} bytes are the limit")
+            except OSError:
                 self.close_connection = True
 
-        def do_GET(self) -> None:
-            HttpExchange(self, app).get()
+        def handle_expect_100(self) -> bool:
+            super().handle_expect_100()
+            self.wfile.flush()
+            return True
 
-        def do_HEAD(self) -> None:
-            HttpExchange(self, app).get()
+        def do_GET(self) -> None:
+            self.exchange.get()
+
+        do_HEAD = do_GET  # noqa: N815  http.server looks for these names
 
         def do_POST(self) -> None:
-            HttpExchange(self, app).post()
+            self.exchange.post()
 
         def send_error(
             self, code: int, message: Any = None, explain: Any = None
         ) -> None:
             # http.server's own answer is a page of HTML.
-            text = message or explain or self.responses[code][0]
-            HttpExchange(self, app).refuse(code, text)
+            self.exchange.refuse(code, message or explain or self.responses[code][0])
+
+        def finish(self) -> None:
+            with contextlib.suppress(OSError):
+                super().finish()
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            log.debug("http %s %s", self.client_address[0], redact(format % args))
+            log.debug("http %s %s", self.peer.address, redact(format % args))
 
     return Handler
+
+
+def _descriptor_limit() -> int:
+    """Return how many connections the system lets us have, having asked for most."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + SPARE_DESCRIPTORS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        # macOS has a maximum of its own, and may say no.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(16, min(MAX_CONNECTIONS, soft - SPARE_DESCRIPTORS))
+
+
+class ConnectionLimits:
+    """How many connections there are, and of them of peers nobody knows yet.
+
+    Strangers are counted by themselves, so that however many come, those who have
+    proved who they are keep their place.
+    """
+
+    def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
+        self._free = total
+        self._free_strangers = strangers
+        self._strangers_each = strangers_each
+        self._lock = threading.Lock()  # guards the counts here and in admissions
+        self._by_block: dict[str, int] = {}  # strangers; no entry for none
+
+    def admit(self, address: str, *, shared: bool) -> Admission | None:
+        """Return the right to stay, or None where there are too many.
+
+        `shared` addresses, as of a proxy, may have more connections than others.
+        """
+        block = address_block(address)
+        with self._lock:
+            here = self._by_block.get(block, 0)
+            crowded = here >= self._strangers_each and not shared
+            if crowded or not self._free or not self._free_strangers:
+                return None
+            self._by_block[block] = here + 1
+            self._free_strangers -= 1
+            self._free -= 1
+        return Admission(self, block)
+
+    def forget(self, admission: Admission, *, ended: bool) -> None:
+        """Count the connection as a stranger's no more, or not at all."""
+        with self._lock:
+            self._free += ended
+            if admission.is_known:
+                return
+            admission.is_known = True
+            self._free_strangers += 1
+            self._by_block[admission.block] -= 1
+            if not self._by_block[admission.block]:
+                del self._by_block[admission.block]
+
+
+class Admission:
+    """One connection's place among those that there may be."""
+
+    def __init__(self, limits: ConnectionLimits, block: str) -> None:
+        self.block = block
+        self.is_known = False
+        self._limits = limits
+
+    def identified(self) -> None:
+        """Its peer has proved who it is."""
+        self._limits.forget(self, ended=False)
+
+    def end(self) -> None:
+        self._limits.forget(self, ended=True)
 
 
 class ConnectionThreads:
@@ -14565,6 +14986,11 @@ class ConnectionThreads:
             self._sockets[thread] = sock
         thread.start()
 
+    def replace_socket(self, sock: socket.socket) -> None:
+        """Note that the calling thread's connection speaks TLS now."""
+        with self._lock:
+            self._sockets[threading.current_thread()] = sock
+
     def close(self) -> None:
         """Wait for what is being answered, not for what may still be asked."""
         deadline = Deadline(DOOR_TIMEOUT)
@@ -14572,7 +14998,8 @@ class ConnectionThreads:
             sockets = dict(self._sockets)
         for sock in sockets.values():
             with contextlib.suppress(OSError):  # it is closed already
-                sock.shutdown(socket.SHUT_RD)
+                # Not SSLSocket's own, which goes on without encryption.
+                socket.socket.shutdown(sock, socket.SHUT_RD)
         for thread in sockets:
             thread.join(deadline.remaining())
 
@@ -14584,8 +15011,83 @@ class ConnectionThreads:
                 del self._sockets[threading.current_thread()]
 
 
+HTTP_ON_TLS_PORT = (
+    b"HTTP/1.1 400 This gateway speaks TLS: use https:// or wss://\r\n"
+    b"Content-Length: 0\r\nConnection: close\r\n\r\n"
+)
+
+
+def _secured(sock: socket.socket, identity: TlsIdentity) -> socket.socket:
+    """Return the connection after its TLS handshake.  Raises OSError."""
+    deadline = Deadline(REQUEST_TIMEOUT)
+    sock.settimeout(REQUEST_TIMEOUT)
+    if sock.recv(1, socket.MSG_PEEK) != b"\x16":  # a TLS record of a handshake
+        sock.sendall(HTTP_ON_TLS_PORT)
+        sock.shutdown(socket.SHUT_WR)
+        raise ConnectionAbortedError("no TLS")
+    secured = identity.context.wrap_socket(
+        sock, server_side=True, do_handshake_on_connect=False
+    )
+    try:
+        # The timeout of a handshake is for the whole of it.
+        secured.settimeout(deadline.remaining() or 0.001)
+        secured.do_handshake()
+    except BaseException:
+        secured.close()
+        raise
+    return secured
+
+
+class ConnectionServer:
+    """What is done with an accepted connection, in a thread of its own."""
+
+    def __init__(
+        self,
+        app: HttpApp,
+        tls: ServerTls | None,
+        limits: ConnectionLimits,
+        threads: ConnectionThreads,
+    ) -> None:
+        self._tls = tls
+        self._threads = threads
+        self._limits = limits
+        self._handler = _handler_class(app)
+        self._proxies = app.proxies
+        self._last_refusal = -math.inf  # on the monotonic clock
+
+    def admit(self, address: str) -> Admission | None:
+        """Return the right to be served, or None where there are too many."""
+        # Other users of this machine have better ways to bring it down.
+        shared = is_loopback(address) or self._proxies.include(address)
+        admission = self._limits.admit(address, shared=shared)
+        if admission is None and time.monotonic() > self._last_refusal + 60:
+            self._last_refusal = time.monotonic()
+            log.warning("too many connections: refused one of address=%s", address)
+        return admission
+
+    def serve(
+        self, sock: socket.socket, address: str, admission: Admission, server: Any
+    ) -> None:
+        """Serve a connection to its end, and close it."""
+        identity = None
+        try:
+            if self._tls is not None:
+                identity = self._tls.identity
+                sock = _secured(sock, identity)
+                self._threads.replace_socket(sock)
+            self._handler(sock, TcpPeer(address, identity, admission), server)
+        except OSError as error:
+            # The client went away in the middle, or did not agree on TLS.
+            log.debug("connection ended address=%s: %s", address, error)
+        except Exception:
+            log.exception("connection failed address=%s", address)
+        finally:
+            admission.end()
+            server.shutdown_request(sock)
+
+
 def _make_server(
-    address: tuple[str, int], app: HttpApp, threads: ConnectionThreads
+    address: tuple[str, int], serve: ConnectionServer, threads: ConnectionThreads
 ) -> socketserver.TCPServer:
     """Return a server that listens.  Raises BadConfiguration."""
 
@@ -14595,20 +15097,16 @@ def _make_server(
         request_queue_size = LISTEN_BACKLOG
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            def serve() -> None:
-                try:
-                    self.finish_request(request, client_address)
-                except (ConnectionError, TimeoutError):
-                    pass  # the client went away in the middle
-                except Exception:
-                    log.exception("connection failed address=%s", client_address[0])
-                finally:
-                    self.shutdown_request(request)
-
-            threads.start(serve, request, f"moltis-read-{client_address[0]}")
+            ip = unmapped(client_address[0])
+            admission = serve.admit(ip)
+            if admission is None:
+                self.shutdown_request(request)
+                return
+            work = partial(serve.serve, request, ip, admission, self)
+            threads.start(work, request, f"moltis-read-{ip}")
 
     try:
-        return Server(address, _handler_class(app))
+        return Server(address, socketserver.BaseRequestHandler)
     except (OSError, OverflowError) as error:
         host, port = address
         raise BadConfiguration(
@@ -14622,10 +15120,20 @@ class HttpDoor:
     """A listening socket with one thread a connection, from start to close()."""
 
     def __init__(
-        self, address: tuple[str, int], app: HttpApp, connections: ConnectionThreads
+        self,
+        address: tuple[str, int],
+        app: HttpApp,
+        connections: ConnectionThreads,
+        tls: ServerTls | None = None,
     ) -> None:
         """Raises BadConfiguration when the address cannot be listened on."""
-        self._server = _make_server(address, app, connections)
+        limits = ConnectionLimits(
+            _descriptor_limit(),
+            strangers=MAX_STRANGERS,
+            strangers_each=MAX_STRANGERS_EACH,
+        )
+        serve = ConnectionServer(app, tls, limits, connections)
+        self._server = _make_server(address, serve, connections)
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="moltis-http", daemon=True
         )
@@ -18361,7 +18869,7 @@ main "$@"
 # ==============================================================================
 # Operator client
 # Uses: Settings, WebSocket frames, WebSocket connections, Wire protocol, Commands,
-#       Machine
+#       Machine, Certificates
 #
 # The command line's side of a gateway: calls, events, and commands whose streams
 # come back while they run.  What is printed is the command line's business.
@@ -18373,16 +18881,29 @@ CALL_TIMEOUT = 30.0  # s; for an answer that needs no node
 def _ignore(_news: object) -> None: ...
 
 
+def _connect_to(url: str, trust: TlsTrust) -> WebSocket:
+    """Raises UserError.  Nothing secret was said when it returns."""
+    tls = trust.context() if url.startswith("wss:") else None
+    ws = connect(url, compression=False, ssl_context=tls)
+    try:
+        trust.check(ws.peer_certificate())
+    except BaseException:
+        ws.abort()
+        raise
+    return ws
+
+
 class OperatorClient:
     """A connection to a gateway, as the operator whose key it has."""
 
-    def __init__(self, url: str, api_key: str) -> None:
+    def __init__(self, url: str, api_key: str, trust: TlsTrust | None = None) -> None:
         """`url` is the gateway's http:// or https:// address.
 
-        Raises Unreachable, or Refused where the key opens nothing.
+        Raises Unreachable, or Refused where the key opens nothing or the certificate
+        is another than the one to be trusted.
         """
         self._url = url
-        self._ws = connect(websocket_url(url), compression=False)
+        self._ws = _connect_to(websocket_url(url), trust or TlsTrust())
         self._calls = Calls(self._ws.send)
         self._on_event: Callable[[Event], None] = _ignore
         self._on_chunk: Callable[[Chunk], None] = _ignore
@@ -18703,8 +19224,8 @@ class RemoteCommands:
 # ==============================================================================
 # Command line
 # Uses: Settings, Wire protocol, Commands, Telemetry, Language models, Machine,
-#       Node agent, Node service, Store, Access, Fleet, Agent, Model directory, Chat,
-#       Gateway, HTTP, Web page, Install script, Operator client
+#       Node agent, Node service, Store, Certificates, Access, Fleet, Agent,
+#       Model directory, Chat, Gateway, HTTP, Web page, Install script, Operator client
 #
 # What a person types: a pair of functions for each subcommand, its arguments and its
 # action, which returns the exit status.  The objects of a gateway and of a node are
@@ -18780,6 +19301,31 @@ def add_gateway_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key", metavar="KEY", help="operator key; better in MOLTIS_API_KEY"
     )
+    add_trust_options(parser)
+
+
+def add_trust_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fingerprint",
+        metavar="PIN",
+        help="the gateway's certificate: sha256//…, as `moltis gateway` prints it",
+    )
+    parser.add_argument(
+        "--ca", metavar="FILE", help="who vouches for that certificate, in PEM"
+    )
+
+
+def chosen_trust(args: argparse.Namespace, context: Context) -> TlsTrust:
+    """Return what flags and environment say of the gateway's certificate.
+
+    Raises UsageError.
+    """
+    pin = args.fingerprint or context.environ.get("MOLTIS_FINGERPRINT") or None
+    if args.fingerprint and args.ca:
+        raise UsageError("--fingerprint and --ca exclude each other")
+    if pin is not None and not re.fullmatch(r"sha256//[A-Za-z0-9+/]{43}=", pin):
+        raise UsageError(f"--fingerprint takes sha256//… and 44 characters, not {pin}")
+    return TlsTrust(None if args.ca else pin, args.ca)
 
 
 def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
@@ -18809,8 +19355,9 @@ def operator_client(args: argparse.Namespace, context: Context) -> OperatorClien
     """Raises Unreachable or Refused."""
     url, key = gateway_address(args, context)
     file = GatewayFile.load(context.directory)
+    warn_about_plain_text(websocket_url(url), context.output)
     try:
-        return OperatorClient(url, key)
+        return OperatorClient(url, key, operator_trust(args, context, key))
     except Unreachable as error:
         if file is not None and file.url == url and not is_running(file.pid):
             raise Unreachable(
@@ -18818,6 +19365,16 @@ def operator_client(args: argparse.Namespace, context: Context) -> OperatorClien
                 "start it again with `moltis gateway`"
             ) from error
         raise
+
+
+def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
+    """Return which certificate the gateway has to show that gets `key`."""
+    trust = chosen_trust(args, context)
+    file = GatewayFile.load(context.directory)
+    if trust == TlsTrust() and file is not None and file.api_key == key:
+        # That key is for the gateway of this machine and nobody else.
+        return TlsTrust(file.fingerprint)
+    return trust
 
 
 def is_running(pid: int) -> bool:
@@ -18863,6 +19420,12 @@ def add_gateway(subcommands: Subcommands) -> None:
     parser.add_argument(
         "--port", type=int, default=DEFAULT_PORT, help="0: any free one"
     )
+    add_tls_options(parser)
+    parser.add_argument(
+        "--require-scram",
+        action="store_true",
+        help="take no token as it is; keeps out nodes of the original Moltis",
+    )
     parser.add_argument(
         "--allowed-host",
         action="append",
@@ -18879,17 +19442,79 @@ def add_gateway(subcommands: Subcommands) -> None:
     parser.set_defaults(run=cmd_gateway)
 
 
-def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
+def add_tls_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tls",
+        action="store_true",
+        help="https and wss, with a certificate of its own",
+    )
+    parser.add_argument(
+        "--tls-cert", metavar="FILE", help="or with this one, and its chain, in PEM"
+    )
+    parser.add_argument(
+        "--tls-key", metavar="FILE", help="its key in PEM; SIGHUP reads both again"
+    )
+    parser.add_argument(
+        "--trusted-proxy",
+        action="append",
+        default=[],
+        metavar="CIDR",
+        help="a reverse proxy whose X-Forwarded-For, -Proto and -Host are true",
+    )
+    parser.add_argument(
+        "--proxy-cert",
+        metavar="FILE",
+        help="the certificate of a proxy that does TLS, for nodes to bind to",
+    )
+
+
+def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOptions:
     """Raises UsageError, BadConfiguration."""
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port takes 0 to 65535, not {args.port}")
+    if args.proxy_cert and not args.trusted_proxy:
+        raise UsageError("--proxy-cert needs --trusted-proxy")
+    binding = None
+    if args.proxy_cert:
+        binding = read_channel_binding(Path(args.proxy_cert))
+    return GatewayOptions(
+        bind=args.bind,
+        port=args.port,
+        allowed_hosts=args.allowed_host,
+        proxies=TrustedProxies(args.trusted_proxy, binding),
+        tls=server_tls(args, context),
+        require_scram=args.require_scram,
+    )
+
+
+def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
+    """Raises UsageError, BadConfiguration."""
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise UsageError("--tls-cert and --tls-key go together")
+    if args.tls_cert:
+        files = TlsFiles(Path(args.tls_cert), Path(args.tls_key))
+        return ServerTls(lambda: files)
+    if not args.tls:
+        return None
+
+    def own_files() -> TlsFiles:
+        names = [*host_names(), *host_addresses(), *args.allowed_host]
+        return ensure_certificate(context.directory / TLS_DIRECTORY, names)
+
+    return ServerTls(own_files)
+
+
+def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, BadConfiguration."""
+    options = gateway_options(args, context)
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
     )
     with GatewayLock(context.directory), contextlib.ExitStack() as stack:
         stop = StopSignal()
-        running = RunningGateway(context, args.bind, args.port, args.allowed_host)
+        running = RunningGateway(context, options)
         stack.callback(running.close)
+        signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
         say_started(context.output, running)
         if args.demo_node:
             demo = start_demo_node(context, running)
@@ -18906,10 +19531,18 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
 def say_started(output: Output, running: RunningGateway) -> None:
     output.answer(f"Gateway:  {running.url}")
     output.answer(f"Sign in:  {running.sign_in_link}")
-    output.answer(f"Nodes:    {websocket_url(running.url)}")
-    if is_loopback(running.bind):
+    output.answer(f"Nodes:    {websocket_url(running.public_url)}")
+    fingerprint = running.options.fingerprint()
+    if fingerprint is not None:
+        output.answer(f"TLS:      {fingerprint}")
+    if is_loopback(running.options.bind):
         output.say(
             "Only this machine can reach it; --bind 0.0.0.0 lets the network in."
+        )
+    elif fingerprint is None:
+        output.say(
+            "warning: who listens on the network reads commands, output and operator "
+            "keys; --tls encrypts them."
         )
     output.say("Ctrl+C stops it.")
 
@@ -18956,14 +19589,47 @@ def close_together(*closers: Callable[[], None]) -> None:
         thread.join()
 
 
+@dataclass(frozen=True)
+class GatewayOptions:
+    """How a gateway is to be run."""
+
+    bind: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    allowed_hosts: Sequence[str] = ()
+    proxies: TrustedProxies = field(default_factory=TrustedProxies)
+    tls: ServerTls | None = None
+    require_scram: bool = False
+
+    @property
+    def listen(self) -> tuple[str, int]:
+        return self.bind, self.port
+
+    def url(self, port: int) -> str:
+        """Return the address for programs on this machine."""
+        anywhere = self.bind in ("", "0.0.0.0", "::")
+        return self._url("127.0.0.1" if anywhere else self.bind, port)
+
+    def public_url(self, port: int) -> str:
+        """Return the address for other machines."""
+        return self._url(reachable_address(self.bind), port)
+
+    def _url(self, address: str, port: int) -> str:
+        host = f"[{address}]" if ":" in address else address
+        return f"http{'s' if self.tls else ''}://{host}:{port}"
+
+    def edge(self) -> Edge:
+        return Edge(HostCheck(self.allowed_hosts), self.proxies, self.fingerprint)
+
+    def fingerprint(self) -> str | None:
+        return self.tls.identity.certificate.pin if self.tls else None
+
+
 class RunningGateway:
     """A gateway with all its parts, from the constructor's return to close()."""
 
-    def __init__(
-        self, context: Context, bind: str, port: int, allowed_hosts: Sequence[str]
-    ) -> None:
+    def __init__(self, context: Context, options: GatewayOptions) -> None:
         """Raises BadConfiguration."""
-        self.bind = bind
+        self.options = options
         self._directory = context.directory
         with contextlib.ExitStack() as stack:
             store = self.store = Store(self._directory / STORE_FILE)
@@ -18972,7 +19638,9 @@ class RunningGateway:
             stack.callback(connections.close)
             access = self._access = Access(store)
             previous = GatewayFile.load(self._directory)
-            key = access.ensure_operator_key(previous.api_key if previous else None)
+            self._key = access.ensure_operator_key(
+                previous.api_key if previous else None
+            )
             audience = Audience()
             local = LocalNode(context.environ)
             stack.callback(local.close)
@@ -18999,20 +19667,51 @@ class RunningGateway:
                 ModelMethods(models).methods,
                 chats.methods,
             )
-            gateway = Gateway(access, store.devices, fleet, invocations, audience, rpc)
+            gateway = Gateway(
+                access,
+                store.devices,
+                fleet,
+                invocations,
+                audience,
+                rpc,
+                require_scram=options.require_scram,
+                fingerprint=options.fingerprint,
+            )
             stack.callback(gateway.close)
             stack.callback(chats.close)  # before the nodes seem to be away
-            app = HttpApp(gateway, access, HostCheck(allowed_hosts), served_files())
-            door = HttpDoor((bind, port), app, connections)
+            app = HttpApp(gateway, access, served_files(), options.edge())
+            door = HttpDoor(options.listen, app, connections, options.tls)
             stack.callback(door.close)
             self.port = door.port
-            shown = "127.0.0.1" if bind in ("", "0.0.0.0", "::") else bind
-            host = f"[{shown}]" if ":" in shown else shown
-            self.url = f"http://{host}:{self.port}"
-            self.sign_in_link = f"{self.url}/#key={key}"
-            self._file = GatewayFile(self.url, key, os.getpid())
-            self._file.save(self._directory)
+            self.url = options.url(self.port)
+            self.public_url = options.public_url(self.port)
+            self._save_file()
             self._stack = stack.pop_all()
+
+    @property
+    def sign_in_link(self) -> str:
+        return f"{self.url}/#key={self._key}"
+
+    def reload_tls(self) -> None:
+        """Use the certificate that is in its files now, if it is any good."""
+        if self.options.tls is None:
+            return
+        try:
+            self.options.tls.reload()
+            self._save_file()
+        except UserError as error:
+            log.error("the certificate was not read again: %s", error)
+        else:
+            log.info("certificate in use pin=%s", self.options.fingerprint())
+
+    def _save_file(self) -> None:
+        GatewayFile(
+            url=self.url,
+            api_key=self._key,
+            pid=os.getpid(),
+            public_url=self.public_url,
+            fingerprint=self.options.fingerprint(),
+        ).save(self._directory)
 
     def device_token(self, name: str, current: str) -> str:
         """Return `current` if it is still good, or the token of a new device."""
@@ -19202,6 +19901,7 @@ def add_node_add(subcommands: Subcommands) -> None:
         "--token", help="device token; better in MOLTIS_DEVICE_TOKEN or by --join"
     )
     parser.add_argument("--join", metavar="URL", help="join link instead of a token")
+    add_trust_options(parser)
     parser.add_argument("--name", help="what the node is called (default: host name)")
     parser.add_argument("--node-id", metavar="ID", help="keep or choose its id")
     parser.add_argument(
@@ -19227,20 +19927,25 @@ def add_node_add(subcommands: Subcommands) -> None:
 
 
 def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
-    settings = node_settings(args, context)
+    trust = chosen_trust(args, context)
+    offer = join_offer(args, trust)
+    settings = node_settings(args, offer, context)
     warn_about_plain_text(settings.gateway_url, context.output)
     if args.foreground:
         return run_node(settings, context, None)
+    if trust == TlsTrust():
+        trust = TlsTrust(offer.get("fingerprint"))
     settings.save(context.directory)
-    return install_node(settings, context)
+    return install_node(settings, trust, context)
 
 
-def node_settings(args: argparse.Namespace, context: Context) -> NodeSettings:
-    """Return what flags, environment, join link or standard input say.
+def node_settings(
+    args: argparse.Namespace, offer: JsonObject, context: Context
+) -> NodeSettings:
+    """Return what flags, environment and the offer of a join link say.
 
     Raises UserError where something is missing or makes no sense.
     """
-    offer = join_offer(args)
     host = args.host or offer.get("gateway_url")
     host = host or context.environ.get("MOLTIS_GATEWAY_URL")
     token = args.token or offer.get("device_token")
@@ -19269,13 +19974,13 @@ def node_settings(args: argparse.Namespace, context: Context) -> NodeSettings:
     )
 
 
-def join_offer(args: argparse.Namespace) -> JsonObject:
+def join_offer(args: argparse.Namespace, trust: TlsTrust) -> JsonObject:
     """Return what a join link, or JSON on standard input, says; {} without either.
 
     Raises UserError.
     """
     if args.join:
-        text = fetch(args.join)
+        text = fetch(args.join, trust)
     elif args.host or args.token or sys.stdin is None or sys.stdin.isatty():
         return {}
     else:
@@ -19293,18 +19998,18 @@ def join_offer(args: argparse.Namespace) -> JsonObject:
     return {name: text for name, text in offer.items() if isinstance(text, str)}
 
 
-def fetch(url: str) -> bytes:
+def fetch(url: str, trust: TlsTrust) -> bytes:
     """Return what an http:// or https:// address answers.
 
-    Raises Unreachable, or Refused with the answer's own words.
+    Raises Unreachable, or Refused with the answer's own words or for a certificate
+    that is not the one to be trusted.
     """
     import urllib.error
-    import urllib.request
 
     if urlsplit(url).scheme not in ("http", "https"):
         raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
     try:
-        with urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT) as answer:
+        with _open_url(url, trust) as answer:
             return bytes(answer.read(MAX_MESSAGE))
     except urllib.error.HTTPError as error:
         words = error.read(300).decode("utf-8", "replace").strip()
@@ -19314,7 +20019,30 @@ def fetch(url: str) -> bytes:
         raise Unreachable(f"{redact(url)} cannot be fetched: {reason}") from error
 
 
-def install_node(settings: NodeSettings, context: Context) -> int:
+def _open_url(url: str, trust: TlsTrust) -> Any:
+    """Return urllib's answer.  Raises Refused before anything is asked, OSError."""
+    import http.client
+    import urllib.request
+
+    handlers = []
+    if url.startswith("https:"):
+        context = trust.context()
+
+        class Connection(http.client.HTTPSConnection):
+            def connect(self) -> None:
+                super().connect()
+                trust.check(self.sock.getpeercert(binary_form=True))
+
+        class Handler(urllib.request.HTTPSHandler):
+            def https_open(self, request: Any) -> Any:
+                return self.do_open(partial(Connection, context=context), request)
+
+        handlers.append(Handler())
+    opener = urllib.request.build_opener(*handlers)
+    return opener.open(url, timeout=CONNECT_TIMEOUT)
+
+
+def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> int:
     """Put the node under the service manager and wait until it is connected.
 
     Raises UserError.
@@ -19323,7 +20051,8 @@ def install_node(settings: NodeSettings, context: Context) -> int:
     text = own_program()
     if text is None:
         scheme = "https" if settings.gateway_url.startswith("wss:") else "http"
-        text = fetch(f"{scheme}://{urlsplit(settings.gateway_url).netloc}/moltis.py")
+        source = f"{scheme}://{urlsplit(settings.gateway_url).netloc}/moltis.py"
+        text = fetch(source, trust)
         check_program(text)
     install_program(directory, text)
     spec = ServiceSpec(service_python(), directory, Path.home())
@@ -19349,8 +20078,8 @@ def warn_about_plain_text(url: str, output: Output) -> None:
     host = parts.hostname or ""
     if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
         output.say(
-            f"warning: {url} is not encrypted: who listens on the way reads commands "
-            "and output"
+            f"warning: {url} is not encrypted: who listens on the way reads commands, "
+            "output and operator keys; start the gateway with --tls, then use wss://"
         )
 
 
@@ -19535,29 +20264,46 @@ def add_node_generate_token(subcommands: Subcommands) -> None:
 
 
 def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
-    url, _ = gateway_address(args, context)
+    url, key = gateway_address(args, context)
+    file = GatewayFile.load(context.directory)
+    if file is not None and url == file.url:
+        url = file.public_url or url  # what is to be run elsewhere
     with operator_client(args, context) as client:
         made = client.call("device.token.create", {"displayName": args.name})
-    token, host = made["deviceToken"], websocket_url(url)
-    named = f" --name {shlex.quote(args.name)}" if args.name else ""
-    command = f"node add --host {host} --token {token}{named}"
+    pin = operator_trust(args, context, key).fingerprint
+    lines = paste_lines(websocket_url(url), made, args.name, pin)
     if args.json:
-        context.output.json(
-            {**made, "gatewayUrl": host, "command": f"moltis {command}"}
-        )
+        context.output.json({**made, "gatewayUrl": websocket_url(url), **lines})
         return EXIT_OK
-    page = "http" + host[2 : -len("/ws")]
-    join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
     context.output.answer(
-        f"Device token: {token}\n"
+        f"Device token: {made['deviceToken']}\n"
         "Run this on the remote machine:\n"
-        f"  moltis {command}\n"
+        f"  {lines['command']}\n"
         "or, where moltis is not installed:\n"
-        f"  curl -fsSL {page}/moltis.py | python3 - {command}\n"
+        f"  {lines['fetchCommand']}\n"
         "or, within ten minutes and without a token in the shell's history:\n"
-        f"  curl -fsSL {page}/moltis.py | python3 - {join}"
+        f"  {lines['joinCommand']}"
     )
     return EXIT_OK
+
+
+def paste_lines(
+    host: str, made: JsonObject, name: str, pin: str | None
+) -> dict[str, str]:
+    """Return the shell lines that make another machine a node of wss:// `host`."""
+    named = f" --name {shlex.quote(name)}" if name else ""
+    command = f"node add --host {host} --token {made['deviceToken']}{named}"
+    page = "http" + host[len("ws") : -len("/ws")]
+    join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
+    curl, pinned = "curl -fsSL", ""
+    if pin is not None and page.startswith("https:"):
+        # The pin takes the place of a CA: what curl runs is what the gateway sent.
+        curl, pinned = f"curl -fsSk --pinnedpubkey '{pin}'", f" --fingerprint {pin}"
+    return {
+        "command": f"moltis {command}",
+        "fetchCommand": f"{curl} {page}/moltis.py | python3 - {command}{pinned}",
+        "joinCommand": f"{curl} {page}/moltis.py | python3 - {join}{pinned}",
+    }
 
 
 def add_node_list(subcommands: Subcommands) -> None:

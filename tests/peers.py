@@ -15,20 +15,21 @@ import moltis
 class InProcessGateway:
     """A real gateway on a free port of 127.0.0.1, its database in `directory`."""
 
-    def __init__(
-        self, directory, *, bind="127.0.0.1", allowed_hosts=(), environ=os.environ
-    ):
+    def __init__(self, directory, *, environ=os.environ, **options):
         self.environ = {**environ, "MOLTIS_DATA_DIR": str(directory)}
         self.directory = directory
         context = moltis.Context(self.environ, moltis.Output(self.environ))
-        self.running = moltis.RunningGateway(context, bind, 0, allowed_hosts)
+        options = moltis.GatewayOptions(**{"port": 0, **options})
+        self.running = moltis.RunningGateway(context, options)
         self.url = self.running.url
         self.websocket_url = moltis.websocket_url(self.url)
-        self.api_key = moltis.GatewayFile.load(directory).api_key
+        file = moltis.GatewayFile.load(directory)
+        self.api_key = file.api_key
+        self.trust = moltis.TlsTrust(file.fingerprint)
 
     def operator(self):
         """Return a client that is signed in with the gateway's own key."""
-        return moltis.OperatorClient(self.url, self.api_key)
+        return moltis.OperatorClient(self.url, self.api_key, self.trust)
 
     def call(self, method, **params):
         """Make one call over a connection of its own."""
