@@ -110,7 +110,7 @@ def test_gateway_json_is_for_its_owner_alone(site):
     path = site.home / ".moltis/gateway.json"
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
-    assert set(site.file) == {"url", "api_key", "pid"}
+    assert set(site.file) == {"url", "public_url", "api_key", "pid"}
     assert site.file["pid"] == site.gateway.pid
 
 
