@@ -1854,8 +1854,8 @@ class PlainChannel:
         Returns after `timeout` s all the same.
         """
         self._waiting += 1
-        lock.release()
         try:
+            lock.release()  # in here, for Ctrl+C may come as soon as it is done
             wait_for_socket(self.sock, write=write, timeout=timeout)
         finally:
             lock.acquire()

@@ -246,15 +246,21 @@ def test_ctrl_c_interrupts_a_wait_and_not_the_connection(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         f"""
-import os, signal, socket, sys, threading
+import signal, socket, sys, threading
 sys.path.insert(0, {str(ROOT)!r})
 import moltis
 ours, theirs = socket.socketpair()
 ws = moltis.WebSocket(ours, moltis.WebSocketProtocol(client=True))
+caught = threading.Event()
+def handle(number, frame):
+    if not caught.is_set() and ws._channel._waiting:
+        caught.set()
+        raise KeyboardInterrupt
+signal.signal(signal.SIGINT, handle)
 def interrupt():
-    while not ws._channel._waiting:
-        pass
-    os.kill(os.getpid(), signal.SIGINT)
+    # Again and again: just before a wait begins, a signal does not end it.
+    while not caught.wait(0.02):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 thread = threading.Thread(target=interrupt)
 thread.start()
 try:

@@ -390,7 +390,7 @@ def parameter_sets():
             }
 
 
-@pytest.mark.parametrize("parameters", parameter_sets(), ids=str)
+@pytest.mark.parametrize("parameters", list(parameter_sets()), ids=str)
 def test_both_ends_understand_each_other_under_all_parameters(parameters):
     """RFC 7692 §7.1"""
     client, server = pair(**parameters)
