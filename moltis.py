@@ -580,7 +580,10 @@ def ollama_url(host: str) -> str:
     It may lack the scheme, the name or the port, and may be one to listen on.
     """
     scheme, _, rest = host.strip().rpartition("://")
-    parts = urlsplit(f"//{rest}")
+    try:
+        parts = urlsplit(f"//{rest}")
+    except ValueError:  # a bracket that is not closed
+        parts = urlsplit("//")
     name = parts.hostname or "127.0.0.1"
     if name in ("0.0.0.0", "::"):
         name = "127.0.0.1"
@@ -658,11 +661,11 @@ def websocket_url(url: str) -> str:
     text = url.strip()
     if "://" not in text:
         text = "ws://" + text
-    parts = urlsplit(text)
-    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
     try:
+        parts = urlsplit(text)
+        scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
         usable = scheme in ("ws", "wss") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number
+    except ValueError:  # a port that is no number, a bracket that is not closed
         usable = False
     if not usable or parts.username is not None:
         raise UsageError(
@@ -6518,7 +6521,9 @@ def run_arguments(args: JsonObject) -> CommandSpec:
 def run_result(result: CommandResult) -> JsonObject:
     """Return the wire form of how a command ended; its output is not in it."""
     if result.error is not None:
-        return {"error": result.error}
+        problem: JsonObject = {"error": result.error}
+        # One that was ended in line, say, did not fail.
+        return {**problem, "cancelled": True} if result.cancelled else problem
     code = -1 if result.exit_code is None else result.exit_code
     value: JsonObject = {
         "exitCode": max(code, -1),
@@ -10162,7 +10167,10 @@ def take_output(invoke_id: str, result: JsonObject) -> list[Chunk]:
 def command_end(result: JsonObject, invocation: Invocation) -> CommandEnd:
     """Return what the audit keeps of a checked result."""
     if "error" in result:
-        return CommandEnd(CommandState.FAILED, now_ms(), error=result["error"])
+        state = CommandState.FAILED
+        if result.get("cancelled"):
+            state = CommandState.CANCELLED
+        return CommandEnd(state, now_ms(), error=result["error"])
     state = CommandState.DONE
     if result.get("timedOut"):
         state = CommandState.TIMED_OUT
@@ -14321,7 +14329,10 @@ class HostCheck:
 
     def accepts(self, host: str) -> bool:
         """Return whether the Host header (`name` or `name:port`) names this gateway."""
-        name = (urlsplit("//" + host).hostname or "").lower()
+        try:
+            name = (urlsplit("//" + host).hostname or "").lower()
+        except ValueError:  # a bracket that is not closed
+            return False
         if name in self._allowed:
             return True
         # An address cannot be pointed elsewhere as a name can: only names are checked.
@@ -20006,7 +20017,7 @@ def fetch(url: str, trust: TlsTrust) -> bytes:
     """
     import urllib.error
 
-    if urlsplit(url).scheme not in ("http", "https"):
+    if not url.lower().startswith(("http://", "https://")):
         raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
     try:
         with _open_url(url, trust) as answer:
@@ -20551,14 +20562,14 @@ class Execution:
         if end.error is not None:
             raise end.error
         result, name = end.result, end.command.name
+        if result.get("cancelled"):
+            return INTERRUPTED
         if "error" in result:
             self._output.complain(f"{name}: {result['error']}")
             return EXIT_FAILURE
         if result.get("timedOut"):
             self._output.complain(f"{name}: the command's time was up; it was ended")
             return TIMED_OUT
-        if result.get("cancelled"):
-            return INTERRUPTED
         if isinstance(result.get("signal"), int):
             return 128 + int(result["signal"])
         code = result.get("exitCode")
