@@ -1959,6 +1959,11 @@ class Outbox:
     def __bool__(self) -> bool:
         return bool(self._pieces)
 
+    @property
+    def size(self) -> int:
+        """The bytes that wait."""
+        return self._size
+
     def has_room(self, size: int) -> bool:
         """Return whether `size` more bytes may wait behind what is being written."""
         # A message over the limit may go out, and Pings with it while it does.
@@ -2056,6 +2061,11 @@ class WebSocket:
     def idle(self) -> float:
         """The seconds since the last byte arrived."""
         return time.monotonic() - self._last_arrival
+
+    @property
+    def backlog(self) -> int:
+        """The bytes that were sent and that the system has not taken yet."""
+        return self._outbox.size
 
     def peer_certificate(self) -> bytes | None:
         """Return the peer's certificate in DER, or None without TLS."""
@@ -8996,14 +9006,16 @@ class MessagesTable:
         )
         return [_message_from(row) for row in reversed(rows)]
 
-    def changed_after(self, session_key: str, seq: int) -> list[SessionMessage]:
-        """Return the messages that changed after `seq`, the oldest first."""
+    def changed_after(
+        self, session_key: str, seq: int, limit: int
+    ) -> list[SessionMessage]:
+        """Return the last messages that changed after `seq`, the oldest first."""
         rows = self._db.rows(
             "SELECT * FROM messages WHERE session_key = ? AND seq > ?"
-            " ORDER BY created_at",
-            (session_key, seq),
+            " ORDER BY created_at DESC LIMIT ?",
+            (session_key, seq, limit),
         )
-        return [_message_from(row) for row in rows]
+        return [_message_from(row) for row in reversed(rows)]
 
     def by_invoke_id(self, invoke_id: str) -> SessionMessage | None:
         row = self._db.row("SELECT * FROM messages WHERE invoke_id = ?", (invoke_id,))
@@ -11878,16 +11890,17 @@ KEPT_HEAD = 128 * 1024  # bytes of a command's output that a card keeps
 KEPT_TAIL = 128 * 1024  # bytes; what is between the two is counted
 MAX_PIECE = 4096  # characters of one stream kept together
 PIECE_COST = 64  # bytes that a piece counts beyond its text: many tiny ones cost memory
-MAX_UNTOLD = (
-    64 * 1024
-)  # characters of a card's output told at a time; older is left out
+MAX_UNTOLD = 64 * 1024  # characters of a card told at a time; older is left out
 TELL_INTERVAL = 0.05  # s between two reports of what is being said or printed
 SAVE_INTERVAL = 2.0  # s of an answer in progress that a power cut may take
 SEQ_RESERVE = 1024  # numbers put aside at a time, so that not each one is written
 HISTORY_PAGE = 200  # messages of one answer
+MAX_CHANGED = (
+    1000  # messages of one answer to who was away; older ones it pages back to
+)
 MAX_HISTORY = 4 * 1024 * 1024  # characters of one answer; it has fewer messages then
 MAX_WAITING = 100  # turns in line in one session; one more is refused
-MAX_RECALLED = 1000  # messages of a session that a model is told of, at most
+MAX_RECALLED = 500  # messages of a session that a model is told of, at most
 MAX_LABEL_LENGTH = 60  # characters of a label that is made of the first words
 ABORT_GRACE = 4.0  # s for the result of a command that was cancelled
 
@@ -12301,7 +12314,7 @@ class SessionLog:
     def changed_after(self, seq: int) -> list[SessionMessage]:
         """Return the messages that changed after `seq`."""
         live = self._snapshots()
-        stored = self._store.messages.changed_after(self.key, seq)
+        stored = self._store.messages.changed_after(self.key, seq, MAX_CHANGED)
         known = {message.id: message for message in stored}
         known.update({k: m for k, m in live.items() if m.seq > seq})
         return sorted(known.values(), key=lambda message: message.created_at)
@@ -13030,10 +13043,12 @@ class Chats:
         """Return messages, the oldest first.  Raises RpcError NOT_FOUND."""
         session_log = self._logs.log(key)
         if after is not None:
-            return [message_to_json(m) for m in session_log.changed_after(after)]
+            found = session_log.changed_after(after)
+        else:
+            found = session_log.last(before)
         messages: list[JsonObject] = []
         size = 0
-        for message in reversed(session_log.last(before)):
+        for message in reversed(found):
             value = message_to_json(message)
             size += len(to_json(value))
             if messages and size > MAX_HISTORY:
@@ -13164,6 +13179,9 @@ KEEPALIVE_TICK = 1.0  # s; pings are due one by one, so that a thousand do not c
 MAX_COLLECTED_RESULT = 1024 * 1024  # bytes a stream, for callers without streams
 MAX_SUBSCRIPTIONS = 64  # event names of one operator
 MAX_OPERATOR_OUTBOX = 64 * 1024 * 1024  # bytes; 32 full windows of two streams
+
+MAX_BACKLOG = 512 * 1024  # bytes; who is further behind is not told each bit of output
+SPARED_STATES = ("delta", "tool_call_output")  # of a chat; all others say how it stands
 
 EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session")
 
@@ -13884,9 +13902,13 @@ class Audience:
         """Send an event to those who subscribed to it; nobody is waited for."""
         with self._lock:
             peers = [peer for peer in self._peers if name in peer.events]
-        if peers:
-            text = encode_envelope(Event(name, payload))
-            for peer in peers:
+        if not peers:
+            return
+        text = encode_envelope(Event(name, payload))
+        # A browser that sleeps is spared these; it asks for what its numbers lack.
+        spared = payload.get("state") in SPARED_STATES and "message" not in payload
+        for peer in peers:
+            if not spared or peer.ws.backlog <= MAX_BACKLOG:
                 peer.notify(text)
 
 

@@ -1,0 +1,786 @@
+"""Sessions as people see them: turns, cards, and catching up with both."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import threading
+import urllib.error
+import urllib.request
+
+import pytest
+from peers import InProcessGateway, RawPeer
+from support import Program, ScriptedServer, free_port, process_exists, wait_for
+
+import moltis
+
+FINAL = ("done", "error", "aborted", "interrupted")
+
+
+class Watcher:
+    """A client that keeps its messages equal to the gateway's, as the page does."""
+
+    def __init__(self, url, api_key, session="main"):
+        self.session = session
+        self.rows = {}
+        self.events = []
+        self._peer = RawPeer(url)
+        answer = self._peer.request(
+            "connect", {"role": "operator", "auth": {"api_key": api_key}}
+        )
+        assert answer["ok"], answer
+        self._peer.request("subscribe", {"events": ["chat", "session"]})
+
+    def send(self, text, **params):
+        """Have `text` answered; return the payload of the answer."""
+        params = {"sessionKey": self.session, "text": text, **params}
+        self._peer.send(
+            {"type": "req", "id": "send", "method": "chat.send", "params": params}
+        )
+        return self.take(lambda m: m.get("id") == "send")["payload"]
+
+    def take(self, wanted, timeout=20):
+        """Return the first message for which `wanted`, and apply all up to it."""
+        while True:
+            message = self._peer.receive(timeout)
+            assert message is not None, "the gateway hung up"
+            if message.get("event") == "chat":
+                payload = message["payload"]
+                if payload["sessionKey"] == self.session:
+                    self.events.append(payload)
+                    self.apply(payload)
+            if wanted(message):
+                return message
+
+    def until(self, condition, timeout=20):
+        """Apply what comes until `condition()`, and return that."""
+        while not condition():
+            self.take(lambda _: True, timeout)
+        return condition()
+
+    def apply(self, event):
+        row = event.get("message")
+        if row is not None:
+            self.rows[row["id"]] = row
+        elif event["state"] == "delta":
+            row = self.rows[event["messageId"]]
+            row["text"] += event["text"]
+            row["seq"] = event["seq"]
+        elif event["state"] == "tool_call_output":
+            row = self.rows[event["messageId"]]
+            row["command"]["output"].append([event["stream"], event["data"]])
+            row["seq"] = event["seq"]
+
+    def of(self, role):
+        """Return the messages of a role in the order of the page."""
+        rows = [row for row in self.rows.values() if row["role"] == role]
+        return sorted(rows, key=lambda row: row["createdAt"])
+
+    def finish(self, count=1):
+        """Return the first `count` cards once they have ended."""
+        self.until(
+            lambda: sum(row["state"] in FINAL for row in self.of("command")) >= count
+        )
+        return self.of("command")
+
+    def saw(self, state):
+        return any(event["state"] == state for event in self.events)
+
+    def close(self):
+        self._peer.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def text_of(card, stream=None):
+    pieces = card["command"]["output"]
+    return "".join(text for name, text in pieces if stream in (None, name))
+
+
+def until_file(path):
+    """Return shell code that waits until `path` is there."""
+    return f"while [ ! -e {shlex.quote(str(path))} ]; do sleep 0.02; done"
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    environ = {k: v for k, v in os.environ.items() if not k.endswith("_API_KEY")}
+    with InProcessGateway(tmp_path / "gateway", environ=environ) as running:
+        yield running
+
+
+@pytest.fixture
+def chat(gateway):
+    with Watcher(gateway.websocket_url, gateway.api_key) as watcher:
+        yield watcher
+
+
+# -- turns ---------------------------------------------------------------------
+
+
+def test_what_is_typed_runs_and_its_card_says_how_it_ended(gateway, chat):
+    assert chat.send("echo hi; echo no >&2; exit 3")["ok"]
+    (card,) = chat.finish()
+    assert card["state"] == "done"
+    assert text_of(card, "stdout") == "hi\n"
+    assert text_of(card, "stderr") == "no\n"
+    command = card["command"]
+    assert command["exitCode"] == 3
+    assert command["node"] == "Local"
+    assert command["startedAt"] <= command["endedAt"]
+    chat.until(lambda: chat.saw("final"))
+    (said,) = chat.of("user")
+    assert (said["state"], said["text"]) == ("done", "echo hi; echo no >&2; exit 3")
+    assert said["createdAt"] < card["createdAt"]
+
+
+def test_output_comes_while_the_command_runs(chat, tmp_path):
+    chat.send(f"echo first; {until_file(tmp_path / 'go')}; echo second")
+    chat.until(lambda: chat.saw("tool_call_output"))
+    (card,) = chat.of("command")
+    assert card["state"] == "running"
+    assert text_of(card) == "first\n"
+    (tmp_path / "go").touch()
+    (card,) = chat.finish()
+    assert text_of(card) == "first\nsecond\n"
+
+
+def test_commands_run_on_the_node_of_the_session_and_nowhere_else(gateway, chat):
+    with gateway.node("far"):
+        answer = gateway.call("nodes.set_session", session_key="main", node_id="FAR")
+        assert answer == {"ok": True, "node_id": "id-of-far"}
+        chat.send("echo there")
+        (card,) = chat.finish()
+        assert card["command"]["nodeId"] == "id-of-far"
+        assert card["command"]["node"] == "far"
+        assert text_of(card) == "there\n"
+    wait_for(lambda: not gateway.is_connected("id-of-far"))
+    chat.send("echo here")
+    cards = chat.finish(2)
+    assert cards[1]["state"] == "error"
+    assert "far is offline since" in cards[1]["command"]["error"]
+    assert text_of(cards[1]) == ""
+    (entry,) = gateway.call("sessions.list")
+    assert entry["node_id"] == "id-of-far"
+
+
+def test_one_turn_at_a_time_and_the_others_wait_in_line(chat, tmp_path):
+    assert "queued" not in chat.send(f"{until_file(tmp_path / 'go')}; echo one")
+    assert chat.send("echo two")["queued"]
+    chat.until(lambda: any(row["state"] == "queued" for row in chat.of("user")))
+    chat.until(lambda: chat.of("command"))
+    assert len(chat.of("command")) == 1
+    (tmp_path / "go").touch()
+    one, two = chat.finish(2)
+    assert (text_of(one), text_of(two)) == ("one\n", "two\n")
+    assert one["command"]["endedAt"] <= two["command"]["startedAt"]
+    # In the order in which things happened, not that in which they were typed.
+    rows = sorted(chat.rows.values(), key=lambda row: row["createdAt"])
+    assert [row["role"] for row in rows] == ["user", "command", "user", "command"]
+
+
+def test_sessions_do_not_wait_for_each_other(gateway, chat, tmp_path):
+    chat.send(f"{until_file(tmp_path / 'go')}")
+    other = gateway.call("sessions.create", label="Other")
+    assert other["label"] == "Other"
+    with Watcher(gateway.websocket_url, gateway.api_key, other["key"]) as second:
+        second.send("echo done")
+        (card,) = second.finish()
+        assert text_of(card) == "done\n"
+    (tmp_path / "go").touch()
+    chat.finish()
+
+
+def test_an_abort_ends_the_command_and_what_waits_in_line(gateway, chat):
+    chat.send("echo $$; sleep 100")
+    chat.send("echo never")
+    chat.until(lambda: chat.saw("tool_call_output"))
+    pid = int(text_of(chat.of("command")[0]))
+    answer = gateway.call("chat.abort", sessionKey="main")
+    assert answer["aborted"]
+    (card,) = chat.finish()
+    assert card["state"] == "aborted"
+    assert card["command"]["cancelled"]
+    assert card["command"]["signal"]
+    wait_for(lambda: not process_exists(pid), what="the end of the command")
+    chat.until(lambda: chat.of("user")[1]["state"] == "aborted")
+    wait_for(lambda: not gateway.call("sessions.list")[0]["replying"])
+    assert not gateway.call("chat.abort", sessionKey="main")["aborted"]
+
+
+def test_stopping_one_card_is_enough(gateway, chat):
+    chat.send("sleep 100")
+    chat.until(lambda: chat.of("command") and "startedAt" in running(chat))
+    gateway.call("node.invoke.cancel", invokeId=running(chat)["invokeId"])
+    (card,) = chat.finish()
+    assert card["command"]["cancelled"]
+
+
+def running(chat):
+    return chat.of("command")[0]["command"]
+
+
+def test_a_turn_goes_on_when_whoever_asked_has_left(gateway, tmp_path):
+    with Watcher(gateway.websocket_url, gateway.api_key) as first:
+        first.send(f"{until_file(tmp_path / 'go')}; echo finished")
+    (tmp_path / "go").touch()
+
+    def card():
+        rows = gateway.call("chat.history", sessionKey="main")
+        return rows[-1] if rows[-1]["state"] == "done" else None
+
+    assert text_of(wait_for(card)) == "finished\n"
+
+
+def test_a_command_that_cannot_start_says_why(gateway, chat):
+    gateway.call("nodes.set_session", session_key="main", node_id=None)
+    chat.send("x" * (3 * 1024 * 128))
+    (card,) = chat.finish()
+    assert card["state"] == "error"
+    assert card["command"]["error"]
+
+
+# -- catching up ---------------------------------------------------------------
+
+
+def test_events_are_numbered_without_gaps_and_history_agrees_with_them(gateway, chat):
+    for text in ("echo a", "echo b >&2", "echo c"):
+        chat.send(text)
+    chat.finish(3)
+    chat.until(lambda: sum(e["state"] == "final" for e in chat.events) == 3)
+    numbers = [event["seq"] for event in chat.events]
+    assert numbers == list(range(1, len(numbers) + 1))
+    history = gateway.call("chat.history", sessionKey="main")
+    assert history == sorted(chat.rows.values(), key=lambda row: row["createdAt"])
+    middle = history[2]["seq"]
+    newer = gateway.call("chat.history", sessionKey="main", after=middle)
+    assert newer == [row for row in history if row["seq"] > middle]
+    older = gateway.call(
+        "chat.history", sessionKey="main", before=history[2]["createdAt"]
+    )
+    assert older == history[:2]
+
+
+def test_history_tells_what_is_being_printed(gateway, chat, tmp_path):
+    chat.send(f"echo so far; {until_file(tmp_path / 'go')}")
+    chat.until(lambda: chat.saw("tool_call_output"))
+    row = gateway.call("chat.history", sessionKey="main", after=1)[-1]
+    assert row["state"] == "running"
+    assert text_of(row) == "so far\n"
+    assert row["seq"] == chat.events[-1]["seq"]
+    (tmp_path / "go").touch()
+    chat.finish()
+
+
+def test_a_large_output_keeps_head_and_tail_and_says_what_is_missing(gateway, chat):
+    chat.send("seq 1000000")
+    (card,) = chat.finish()
+    command = card["command"]
+    whole = "".join(f"{n}\n" for n in range(1, 1000001))
+    at = command["cutAt"]
+    head = "".join(text for _, text in command["output"][:at])
+    tail = "".join(text for _, text in command["output"][at:])
+    assert whole.startswith(head)
+    assert whole.endswith(tail)
+    assert len(head) + command["cut"] + len(tail) == len(whole)
+    assert len(head) >= 120_000
+    assert len(tail) >= 120_000
+    assert command["stdoutBytes"] == len(whole)
+    assert len(json.dumps(card)) < 400_000
+    told = sum(len(e["data"]) for e in chat.events if e["state"] == "tool_call_output")
+    assert told < len(whole)
+    kept = gateway.call("command.output", invokeId=command["invokeId"])
+    assert kept["output"] == command["output"]
+    assert kept["cut"] == command["cut"]
+
+
+def test_the_kept_output_can_be_downloaded_by_those_who_may(gateway, chat):
+    chat.send("echo out; printf 'h\\303\\251llo'")
+    (card,) = chat.finish()
+    path = f"/api/commands/{card['command']['invokeId']}/output"
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(gateway.url + path)
+    assert refused.value.code == 401
+    refused.value.close()
+    with download(gateway, path) as answer:
+        assert answer.read().decode() == "out\nhéllo"
+        assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
+        assert answer.headers["Content-Disposition"].startswith("attachment;")
+    with pytest.raises(urllib.error.HTTPError) as missing:
+        download(gateway, "/api/commands/none/output")
+    assert missing.value.code == 404
+    missing.value.close()
+
+
+def download(gateway, path):
+    headers = {"Authorization": f"Bearer {gateway.api_key}"}
+    return urllib.request.urlopen(
+        urllib.request.Request(gateway.url + path, headers=headers)
+    )
+
+
+@pytest.mark.parametrize("path", ["/", "/chat/main", "/settings/nodes"])
+def test_each_view_of_the_page_has_an_address(gateway, path):
+    with urllib.request.urlopen(gateway.url + path) as answer:
+        assert answer.read().decode() == moltis.WEB_HTML
+        assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+        assert "unsafe" not in answer.headers["Content-Security-Policy"]
+
+
+# -- sessions ------------------------------------------------------------------
+
+
+def test_a_session_is_labelled_by_its_first_message(gateway):
+    key = gateway.call("sessions.create")["key"]
+    with Watcher(gateway.websocket_url, gateway.api_key, key) as watcher:
+        watcher.send("echo hello")
+        watcher.finish()
+    entry = gateway.call("sessions.resolve", key=key)["entry"]
+    assert entry["label"] == "echo hello"
+    assert entry["messageCount"] == 2
+    assert entry["preview"] == "echo hello"
+    renamed = gateway.call("sessions.patch", key=key, label="Greetings", archived=True)
+    assert renamed["label"] == "Greetings"
+    assert renamed["archived"]
+
+
+def test_sessions_are_told_to_those_who_watch(gateway, chat):
+    key = gateway.call("sessions.create", label="New")["key"]
+    gateway.call("sessions.patch", key=key, node_id="local", approvals="all")
+    gateway.call("sessions.reset", key=key)
+    gateway.call("sessions.delete", key=key)
+    kinds = []
+    while not kinds or kinds[-1] != "deleted":
+        event = chat.take(lambda m: m.get("event") == "session")["payload"]
+        assert event["sessionKey"] == key
+        kinds.append(event["type"])
+    assert kinds == ["created", "patched", "reset", "deleted"]
+
+
+def test_a_reset_forgets_what_was_said_and_ends_what_runs(gateway, chat):
+    chat.send("echo $$; sleep 100")
+    chat.until(lambda: chat.saw("tool_call_output"))
+    pid = int(text_of(chat.of("command")[0]))
+    last = chat.events[-1]["seq"]
+    gateway.call("sessions.reset", key="main")
+    assert not process_exists(pid)
+    assert gateway.call("chat.history", sessionKey="main") == []
+    chat.rows.clear()
+    chat.send("echo anew")
+    (card,) = chat.finish()
+    assert card["seq"] > last, "numbers go on, so that no client takes old for new"
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "code"),
+    [
+        ("chat.send", {"sessionKey": "none", "text": "hi"}, "NOT_FOUND"),
+        ("chat.send", {"sessionKey": "main", "text": "  "}, "INVALID_REQUEST"),
+        ("chat.send", {"text": "hi", "model": "nothing"}, "INVALID_REQUEST"),
+        ("chat.history", {"sessionKey": "none"}, "NOT_FOUND"),
+        ("chat.abort", {"sessionKey": "none"}, "NOT_FOUND"),
+        ("sessions.patch", {"key": "none", "label": "x"}, "NOT_FOUND"),
+        ("sessions.patch", {"key": "main", "model": "nothing"}, "INVALID_REQUEST"),
+        ("sessions.patch", {"key": "main", "node_id": "nowhere"}, "NOT_FOUND"),
+        ("sessions.patch", {"key": "main", "approvals": "maybe"}, "INVALID_REQUEST"),
+        ("sessions.delete", {"key": "main"}, "INVALID_REQUEST"),
+        ("sessions.delete", {"key": "none"}, "NOT_FOUND"),
+        ("command.output", {"invokeId": "none"}, "NOT_FOUND"),
+        (
+            "exec.approval.resolve",
+            {"invokeId": "none", "decision": "approve"},
+            "NOT_FOUND",
+        ),
+        (
+            "exec.approval.resolve",
+            {"invokeId": "none", "decision": "yes"},
+            "INVALID_REQUEST",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(gateway, method, params, code):
+    with gateway.peer() as peer:
+        peer.request(
+            "connect", {"role": "operator", "auth": {"api_key": gateway.api_key}}
+        )
+        assert peer.request(method, params)["error"]["code"] == code
+
+
+def test_commands_of_chats_are_in_the_audit(gateway, chat):
+    chat.send("exit 4")
+    chat.finish()
+    (row,) = gateway.call("commands.list", nodeId="local", state="done")
+    assert row["command"] == "exit 4"
+    assert row["exitCode"] == 4
+    assert row["sessionKey"] == "main"
+    assert row["callerKind"] == "operator"
+    assert gateway.call("commands.list", state="failed") == []
+    assert gateway.call("commands.list", before=row["seq"]) == []
+
+
+def test_the_load_of_the_last_half_hour_is_remembered(gateway):
+    for at, usage in gateway.call("telemetry.history", nodeId="local"):
+        assert at > 1_600_000_000_000
+        assert 0 <= usage <= 100
+
+
+# -- models --------------------------------------------------------------------
+
+
+class ScriptedOllama:
+    """A model that gives the answers of a list, and keeps what it was asked."""
+
+    def __init__(self, answers):
+        self._answers = list(answers)
+        self.asked = []
+        self.held = threading.Event()  # the last piece of an answer waits for it
+        self.held.set()
+        self.server = ScriptedServer(self._reply)
+
+    def _reply(self, request):
+        if not request.path.endswith("/api/chat"):
+            return 200, {}, [b'{"models": []}']
+        self.asked.append(json.loads(request.body))
+        message = self._answers.pop(0)
+        return 200, {"Content-Type": "application/x-ndjson"}, self._stream(message)
+
+    def _stream(self, message):
+        yield line({"message": {"role": "assistant", **message}, "done": False})
+        self.held.wait(20)
+        yield line(
+            {
+                "message": {"role": "assistant", "content": ""},
+                "done": True,
+                "done_reason": "stop",
+                "prompt_eval_count": 7,
+                "eval_count": 5,
+            }
+        )
+
+
+def line(value):
+    return (json.dumps({"model": "m", **value}) + "\n").encode()
+
+
+def calling(command, **arguments):
+    arguments = {"command": command, **arguments}
+    return {"tool_calls": [{"function": {"name": "exec", "arguments": arguments}}]}
+
+
+@contextlib.contextmanager
+def with_model(tmp_path, *answers):
+    """Give a gateway whose only model gives these answers, a watcher, the model."""
+    model = ScriptedOllama(answers)
+    with model.server:
+        environ = {"PATH": os.environ["PATH"], "OLLAMA_HOST": model.server.url}
+        environ["HOME"] = str(tmp_path)
+        with InProcessGateway(tmp_path / "gw", environ=environ) as gateway:
+            gateway.call("sessions.patch", key="main", model="ollama/m")
+            with Watcher(gateway.websocket_url, gateway.api_key) as chat:
+                yield gateway, chat, model
+
+
+def test_an_approved_command_runs_and_the_model_answers(tmp_path):
+    answers = calling("echo from the model"), {"content": "It said hello."}
+    with with_model(tmp_path, *answers) as (gateway, chat, model):
+        chat.send("say hello")
+        asked = chat.until(lambda: approval(chat, "asked"))
+        assert asked["command"] == "echo from the model"
+        resolve(gateway, asked, "approve")
+        chat.until(lambda: chat.saw("final"))
+        (card,) = chat.of("command")
+        assert card["state"] == "done"
+        assert text_of(card) == "from the model\n"
+        assert card["command"]["approval"] == {
+            "state": "approved",
+            "by": "this machine",
+        }
+        (answer,) = chat.of("assistant")
+        assert answer["text"] == "It said hello."
+        assert answer["model"] == "ollama/m"
+        assert answer["usage"] == {"inputTokens": 14, "outputTokens": 10}
+        (row,) = gateway.call("commands.list")
+        assert row["callerKind"] == "model"
+        assert row["decidedBy"] == "this machine"
+        told = model.asked[1]["messages"][-1]
+        assert told["role"] == "tool"
+        assert "from the model" in told["content"]
+
+
+def approval(chat, state):
+    for card in chat.of("command"):
+        if card["command"].get("approval", {}).get("state") == state:
+            return card["command"]
+    return None
+
+
+def resolve(gateway, command, decision):
+    gateway.call(
+        "exec.approval.resolve", invokeId=command["invokeId"], decision=decision
+    )
+
+
+def test_a_denied_command_does_not_run_and_is_in_the_audit(tmp_path):
+    answers = calling(f"touch {tmp_path}/ran"), {"content": "Then not."}
+    with with_model(tmp_path, *answers) as (gateway, chat, _):
+        chat.send("do it")
+        resolve(gateway, chat.until(lambda: approval(chat, "asked")), "deny")
+        chat.until(lambda: chat.saw("final"))
+        (card,) = chat.of("command")
+        assert card["state"] == "aborted"
+        assert card["command"]["approval"]["state"] == "denied"
+        assert not (tmp_path / "ran").exists()
+        (row,) = gateway.call("commands.list", state="denied")
+        assert row["decidedBy"] == "this machine"
+
+
+def test_what_a_model_remembers_of_a_session_includes_what_was_typed(tmp_path):
+    with with_model(tmp_path, {"content": "Yes."}) as (_, chat, model):
+        chat.send("!echo typed by hand")
+        chat.finish()
+        chat.send("did it work?")
+        chat.until(lambda: chat.of("assistant") and chat.saw("final"))
+        roles = [message["role"] for message in model.asked[0]["messages"]]
+        assert roles == ["system", "user", "assistant", "tool", "user"]
+
+
+def test_an_answer_can_be_ended_and_keeps_what_was_said(tmp_path):
+    with with_model(tmp_path, {"content": "Once upon a time"}) as (
+        gateway,
+        chat,
+        model,
+    ):
+        model.held.clear()
+        chat.send("a story")
+        chat.until(lambda: [r for r in chat.of("assistant") if r["text"]])
+        gateway.call("chat.abort", sessionKey="main")
+        chat.until(lambda: chat.saw("aborted"))
+        (answer,) = chat.of("assistant")
+        assert (answer["state"], answer["text"]) == ("aborted", "Once upon a time")
+        model.held.set()
+
+
+def test_a_model_that_fails_is_said_in_the_chat(tmp_path):
+    with with_model(tmp_path) as (_, chat, model):
+        model.server.close()
+        chat.send("hello")
+        chat.until(lambda: chat.saw("error"))
+        (notice,) = chat.of("notice")
+        assert notice["state"] == "error"
+        assert "cannot be reached" in notice["text"]
+
+
+# -- restarts ------------------------------------------------------------------
+
+
+class RestartableGateway:
+    """A gateway in a process of its own, which can be killed and comes back."""
+
+    def __init__(self, home):
+        self.port = free_port()
+        self.home = home
+        self.directory = home / ".moltis"
+        self.program = None
+        self.start()
+
+    def start(self):
+        self.program = Program("gateway", "--port", self.port, home=self.home)
+        self.program.wait_for_output("Sign in")
+
+    def watch(self):
+        url = f"ws://127.0.0.1:{self.port}/ws"
+        return Watcher(url, moltis.GatewayFile.load(self.directory).api_key)
+
+    def call(self, method, **params):
+        key = moltis.GatewayFile.load(self.directory).api_key
+        url = f"http://127.0.0.1:{self.port}"
+        with moltis.OperatorClient(url, key) as client:
+            return client.call(method, params)
+
+
+@pytest.fixture
+def restartable(tmp_path):
+    gateway = RestartableGateway(tmp_path)
+    yield gateway
+    gateway.program.end()
+
+
+@pytest.fixture
+def far(restartable, tmp_path):
+    """A node of that gateway, selected in the session main."""
+    token = restartable.call("device.token.create", displayName="far")["deviceToken"]
+    settings = moltis.NodeSettings(
+        gateway_url=f"ws://127.0.0.1:{restartable.port}/ws",
+        device_token=token,
+        node_id="far",
+        display_name="far",
+    )
+    node = moltis.RunningNode(settings, dict(os.environ), lambda *_: None)
+    wait_for(lambda: connected(restartable, "far"))
+    restartable.call("nodes.set_session", session_key="main", node_id="far")
+    yield node
+    node.close()
+
+
+def connected(gateway, node_id):
+    views = {view["nodeId"]: view for view in gateway.call("node.list")}
+    return node_id in views and views[node_id]["connected"]
+
+
+@pytest.mark.parametrize("signal_number", [9, 15])
+def test_a_card_is_completed_after_the_gateway_has_come_back(
+    restartable, far, tmp_path, signal_number
+):
+    head = "seq 60000"
+    tail = "seq 60001 120000"
+    with restartable.watch() as chat:
+        chat.send(f"{head}; {until_file(tmp_path / 'go')}; {tail}; exit 5")
+        chat.until(lambda: "60000\n" in "".join(map(text_of, chat.of("command"))))
+        last = chat.events[-1]["seq"]
+    restartable.program.end(signal_number)
+    restartable.start()
+    (_, card) = restartable.call("chat.history", sessionKey="main")
+    assert card["state"] == "running"
+    (tmp_path / "go").touch()
+    wait_for(lambda: history_of(restartable)[-1]["state"] == "done", 30)
+    (said, card) = history_of(restartable)
+    assert said["state"] == "done"
+    command = card["command"]
+    assert command["exitCode"] == 5
+    whole = "".join(f"{n}\n" for n in range(1, 120001))
+    assert command["stdoutBytes"] == len(whole)
+    at = command["cutAt"]
+    kept_head = "".join(text for _, text in command["output"][:at])
+    kept_tail = "".join(text for _, text in command["output"][at:])
+    assert whole.startswith(kept_head)
+    assert whole.endswith(kept_tail)
+    assert len(kept_head) + command["cut"] + len(kept_tail) == len(whole)
+    assert len(kept_head) >= 120_000
+    assert len(kept_tail) >= 120_000
+    assert card["seq"] > last
+
+
+def history_of(gateway):
+    return gateway.call("chat.history", sessionKey="main")
+
+
+def test_a_command_of_local_is_lost_with_the_gateway_and_says_so(restartable):
+    with restartable.watch() as chat:
+        chat.send("echo begun; sleep 2; echo ended")
+        chat.send("echo waiting in line")
+        chat.until(lambda: chat.saw("tool_call_output"))
+    restartable.program.end(9)
+    restartable.start()
+    rows = history_of(restartable)
+    by_role = {row["role"]: row for row in rows}
+    assert by_role["command"]["state"] == "error"
+    assert by_role["command"]["command"]["lost"]
+    assert [r["state"] for r in rows if r["role"] == "user"] == ["done", "interrupted"]
+    assert restartable.call("commands.list")[0]["state"] == "lost"
+    assert not restartable.call("sessions.list")[0]["replying"]
+
+
+def test_what_a_model_was_saying_is_shown_as_interrupted(tmp_path):
+    store = moltis.Store(tmp_path / "moltis.db")
+    session = moltis.Session("s", "", "shell", "local", 1, 1)
+    store.sessions.add(session)
+    logs = moltis.SessionLogs(store, lambda *_: None)
+    first = logs.log("s")
+    answer = first.begin("assistant", "run")
+    first.post("delta", answer)
+    first.say(answer, "half an ans")
+    logs.close()  # which keeps what was said so far
+    told = []
+    logs = moltis.SessionLogs(store, lambda name, payload: told.append(payload))
+    (message,) = logs.log("s").last(None)
+    assert (message.state, message.text) == ("interrupted", "half an ans")
+    assert told[0]["seq"] > 1000
+    logs.close()
+    store.close()
+
+
+# -- what a card keeps ---------------------------------------------------------
+
+
+def test_characters_may_come_in_pieces_and_in_turns():
+    kept = moltis.KeptOutput()
+    data = "é".encode()
+    assert kept.add(moltis.STDOUT, data[:1]) == ""
+    assert kept.end(moltis.STDOUT) == 0
+    assert kept.add(moltis.STDERR, "ü".encode()) == "ü"
+    assert kept.add(moltis.STDOUT, data[1:] + b"!") == "é!"
+    assert kept.end(moltis.STDOUT) == 3
+    assert kept.to_json() == {
+        "output": [("stderr", "ü"), ("stdout", "é!")],
+        "stdoutBytes": 3,
+        "stderrBytes": 2,
+    }
+
+
+def test_what_is_no_character_is_kept_as_such_at_the_end():
+    kept = moltis.KeptOutput()
+    kept.add(moltis.STDOUT, b"ok\xc3")
+    kept.finish()
+    assert kept.to_json()["output"] == [("stdout", "ok\N{REPLACEMENT CHARACTER}")]
+
+
+def test_many_tiny_pieces_do_not_cost_more_than_a_few_large_ones():
+    kept = moltis.KeptOutput()
+    for n in range(200_000):
+        kept.add(moltis.STDOUT if n % 2 else moltis.STDERR, b"x")
+    value = kept.to_json()
+    assert len(value["output"]) < 5000
+    assert len(value["output"]) + value["cut"] == 200_000
+
+
+def test_a_card_goes_on_where_it_was_kept():
+    lines = b"".join(b"%d\n" % n for n in range(100_000))
+    whole = moltis.KeptOutput()
+    whole.add(moltis.STDOUT, lines)
+    first = moltis.KeptOutput()
+    first.add(moltis.STDOUT, lines[:300_000])
+    second = moltis.KeptOutput.from_json(json.loads(json.dumps(first.to_json())))
+    assert second.end(moltis.STDOUT) == 300_000
+    second.add(moltis.STDOUT, lines[300_000:])
+    one, two = whole.to_json(), second.to_json()
+    assert moltis.output_text(one)[-100_000:] == moltis.output_text(two)[-100_000:]
+    assert moltis.output_text(one)[:100_000] == moltis.output_text(two)[:100_000]
+
+
+def test_what_the_node_no_longer_has_is_counted_as_missing():
+    kept = moltis.KeptOutput()
+    kept.add(moltis.STDOUT, b"head")
+    kept.skip_to(moltis.STDOUT, 1000)
+    kept.add(moltis.STDOUT, b"tail")
+    value = kept.to_json()
+    assert value["output"] == [("stdout", "head"), ("stdout", "tail")]
+    assert (value["cut"], value["cutAt"]) == (996, 1)
+    assert value["stdoutBytes"] == 1004
+    assert moltis.output_text(value) == "head\n[… 996 bytes cut …]\ntail"
+
+
+def test_a_browser_that_sleeps_is_spared_output_but_not_its_end():
+    class Peer:
+        def __init__(self, backlog):
+            self.events = {"chat"}
+            self.told = []
+            self.ws = type("Ws", (), {"backlog": backlog})
+
+        def notify(self, text):
+            self.told.append(json.loads(text)["payload"]["state"])
+
+    awake, asleep = Peer(0), Peer(10 * 1024 * 1024)
+    audience = moltis.Audience()
+    audience.add(awake)
+    audience.add(asleep)
+    audience.announce("chat", {"state": "tool_call_output", "data": "x"})
+    audience.announce("chat", {"state": "delta", "text": "", "message": {}})
+    audience.announce("chat", {"state": "tool_call_end", "message": {}})
+    assert awake.told == ["tool_call_output", "delta", "tool_call_end"]
+    assert asleep.told == ["delta", "tool_call_end"]
