@@ -19803,7 +19803,8 @@ class LocalNode:
     """The gateway's own machine as a node."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self._inventory = Inventory(environ)
+        self._fleet: Fleet | None = None  # which needs our `node` before we have it
+        self._inventory = Inventory(environ, on_change=self._report)
         self._telemetry = TelemetrySource(choose_probe(environ), self._inventory)
         self._machine = Machine(
             CommandRunner(environ=environ, working_dir=os.path.expanduser("~")),
@@ -19824,18 +19825,19 @@ class LocalNode:
         fleet.activate(self.node)
         # What an earlier gateway ran here ended with it.
         invocations.resumable(self.node)
-
-        def report() -> None:
-            fleet.report_local(self._telemetry.read())
-
-        report()
-        self._ticker = Ticker(TELEMETRY_INTERVAL, report)
+        self._fleet = fleet
+        self._report()
+        self._ticker = Ticker(TELEMETRY_INTERVAL, self._report)
 
     def close(self) -> None:
         if self._ticker is not None:
             self._ticker.close()
         self._machine.close()
         self._inventory.close()
+
+    def _report(self) -> None:
+        if self._fleet is not None:
+            self._fleet.report_local(self._telemetry.read())
 
 
 # -- the node's own subcommands ------------------------------------------------
