@@ -2064,8 +2064,7 @@ class WebSocket:
 
     @property
     def backlog(self) -> int:
-        """The bytes that were sent and that the system has not taken yet."""
-        return self._outbox.size
+        return self._outbox.size  # bytes that the system has not taken yet
 
     def peer_certificate(self) -> bytes | None:
         """Return the peer's certificate in DER, or None without TLS."""
@@ -2199,9 +2198,7 @@ class WebSocket:
         if data:
             self._last_arrival = time.monotonic()
             self._arrived = data
-        elif data is not None:
-            self._finish()
-        if self._linger.expired:
+        if data == b"" or self._linger.expired:
             self._finish()
 
     def _transmit(self, *, bounded: bool = True) -> None:
