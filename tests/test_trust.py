@@ -1,0 +1,468 @@
+"""What somebody on the wire, at the door, or in the gateway's place cannot do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+
+import pytest
+from peers import InProcessGateway, InProcessNode
+from support import Program, run_moltis, wait_for
+
+import moltis
+
+pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl here")
+
+NAMES = ("localhost", "127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def tls_files(tmp_path_factory):
+    return moltis.ensure_certificate(tmp_path_factory.mktemp("tls"), NAMES)
+
+
+@pytest.fixture(scope="module")
+def other_files(tmp_path_factory):
+    """Another certificate for the same names, as a man in the middle makes it."""
+    return moltis.ensure_certificate(tmp_path_factory.mktemp("other"), NAMES)
+
+
+@pytest.fixture
+def gateway(tmp_path, tls_files):
+    tls = moltis.ServerTls(lambda: tls_files)
+    with InProcessGateway(tmp_path / "gateway", tls=tls) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def plain(tmp_path):
+    with InProcessGateway(tmp_path / "plain") as gateway:
+        yield gateway
+
+
+class Relay:
+    """A man in the middle: passes on what it hears, and writes it down.
+
+    With `files` it speaks TLS both ways, towards the client with that certificate.
+    """
+
+    def __init__(self, port, files=None):
+        self.heard = b""
+        self._target = port
+        self._tls = moltis.load_tls(files).context if files else None
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._sockets = [self._listener]
+        self._threads = []
+        self._spawn(self._accept)
+
+    def _spawn(self, target, *args):
+        thread = threading.Thread(target=target, args=args, name="test-relay")
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                self._sockets.append(client)
+                with contextlib.suppress(OSError):
+                    self._connect(client)
+
+    def _connect(self, client):
+        server = socket.create_connection(("127.0.0.1", self._target))
+        self._sockets.append(server)
+        if self._tls is not None:
+            client = self._tls.wrap_socket(client, server_side=True)
+            server = moltis.client_tls(verify=False).wrap_socket(server)
+            self._sockets += [client, server]
+        self._spawn(self._pass_on, client, server)
+        self._spawn(self._pass_on, server, client)
+
+    def _pass_on(self, source, target):
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                self.heard += data
+                if not data:
+                    break
+                target.sendall(data)
+        for sock in (source, target):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def close(self):
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for sock in self._sockets:
+            sock.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def node_settings(gateway, url, token=None, **changes):
+    return moltis.NodeSettings(
+        gateway_url=url,
+        device_token=token or gateway.token("far"),
+        node_id="id-of-far",
+        display_name="far",
+        **changes,
+    )
+
+
+def refusal_of(settings, environ):
+    """Return why a node with these settings is not let in, or lets nobody in."""
+    node = moltis.RunningNode(
+        settings, environ, lambda *_: None, give_up_when_refused=True
+    )
+    try:
+        return str(wait_for(lambda: node.refused, what="the refusal"))
+    finally:
+        node.close()
+
+
+# -- TLS without a certificate authority ---------------------------------------------
+
+
+def test_nodes_and_operators_work_over_a_certificate_of_our_own(gateway):
+    assert gateway.websocket_url.startswith("wss://")
+    with gateway.node("far"):
+        result = gateway.call(
+            "node.invoke",
+            nodeId="far",
+            command="system.run",
+            args={"command": "echo over TLS"},
+        )
+    assert result["stdout"] == "over TLS\n"
+
+
+def test_a_node_refuses_a_man_in_the_middle_and_says_so(gateway, other_files, caplog):
+    """RFC 5802 §6: the two see different certificates, so the proof does not fit."""
+    token = gateway.token("far")
+    with Relay(gateway.running.port, other_files) as relay:
+        settings = node_settings(gateway, f"wss://127.0.0.1:{relay.port}/ws", token)
+        reason = refusal_of(settings, gateway.environ)
+    assert "somebody stands in between" in reason
+    assert token.encode() not in relay.heard
+    assert not gateway.is_connected("id-of-far")
+    # And the gateway, which has refused as well, tells its own operator.
+    assert "somebody stands in between" in caplog.text
+
+
+def test_a_node_obeys_no_gateway_that_does_not_know_its_token(tmp_path, gateway):
+    """It may have taken the address over, and ask for anything before its proof."""
+    with InProcessGateway(tmp_path / "impostor") as impostor:
+        stranger = node_settings(gateway, impostor.websocket_url)
+        assert "authentication failed" in refusal_of(stranger, gateway.environ)
+
+
+@pytest.mark.parametrize("proof", ["v=" + "A" * 43 + "=", "e=other-error", "", None])
+def test_a_hostile_gateway_cannot_get_a_node_to_run_anything(tmp_path, plain, proof):
+    """All that it says before, in, and after a wrong proof is obeyed by nobody."""
+    trace = tmp_path / "ran"
+    order = {
+        "type": "event",
+        "event": "node.invoke.request",
+        "payload": {
+            "invokeId": moltis.new_id(),
+            "command": "system.run",
+            "args": {"command": f"touch {trace}"},
+        },
+    }
+    with HostileGateway(order, proof) as hostile:
+        settings = node_settings(plain, hostile.url)
+        assert "prove" in refusal_of(settings, plain.environ) or proof is None
+    assert hostile.orders >= 3
+    assert not trace.exists()
+
+
+class HostileGateway:
+    """Lets every node in, proves nothing, and orders all the while."""
+
+    def __init__(self, order, proof):
+        self.orders = 0
+        self._order = json.dumps(order)
+        self._proof = proof
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"ws://127.0.0.1:{self._listener.getsockname()[1]}/ws"
+        self._thread = threading.Thread(target=self._run, name="test-hostile")
+        self._thread.start()
+
+    def _run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                with sock, contextlib.suppress(moltis.MoltisError, TimeoutError):
+                    self._serve(sock)
+
+    def _serve(self, sock):
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += sock.recv(4096)
+        _, headers = moltis.parse_head(head[:-4])
+        sock.sendall(moltis.accept_upgrade(headers).response())
+        protocol = moltis.WebSocketProtocol(client=False)
+        with moltis.WebSocket(sock, protocol) as ws:
+            self._command(ws)
+            first = json.loads(ws.receive(10))
+            self._command(ws)
+            nonce = first["params"]["clientFirst"].partition(",r=")[2]
+            server_first = f"r={nonce}more,s=c2FsdHNhbHQ=,i=4096"
+            self._answer(ws, first, {"serverFirst": server_first})
+            connect = json.loads(ws.receive(10))
+            self._command(ws)
+            auth = (
+                {} if self._proof is None else {"scram": {"serverFinal": self._proof}}
+            )
+            self._answer(ws, connect, {"type": "hello-ok", "protocol": 4, "auth": auth})
+            self._command(ws)
+            with contextlib.suppress(moltis.ConnectionClosed):
+                while ws.receive(10) is not None:
+                    pass
+
+    def _command(self, ws):
+        ws.send(self._order)
+        self.orders += 1
+
+    def _answer(self, ws, request, payload):
+        answer = {"type": "res", "id": request["id"], "ok": True, "payload": payload}
+        ws.send(json.dumps(answer))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+
+def test_an_operator_with_the_pin_refuses_a_man_in_the_middle(gateway, other_files):
+    with Relay(gateway.running.port, other_files) as relay, pytest.raises(
+        moltis.Refused, match="somebody in between looks like"
+    ):
+        url = f"https://127.0.0.1:{relay.port}"
+        moltis.OperatorClient(url, gateway.api_key, gateway.trust)
+    assert gateway.api_key.encode() not in relay.heard
+
+
+def test_an_operator_without_a_pin_refuses_a_certificate_of_our_own(gateway):
+    with pytest.raises(moltis.Unreachable, match="--fingerprint"):
+        moltis.OperatorClient(gateway.url, gateway.api_key)
+
+
+def test_an_operator_may_have_the_certificate_vouched_for(gateway, tls_files):
+    trust = moltis.TlsTrust(ca=str(tls_files.certificate))
+    with moltis.OperatorClient(gateway.url, gateway.api_key, trust) as client:
+        assert client.call("node.list", {})
+
+
+def test_a_bearer_token_goes_to_nobody_without_a_trusted_certificate(gateway):
+    """The node's side of --auth bearer, for gateways of the original Moltis."""
+    settings = node_settings(gateway, gateway.websocket_url, auth="bearer")
+    states = []
+    node = moltis.RunningNode(
+        settings, gateway.environ, lambda ok, why: states.append((ok, why))
+    )
+    try:
+        wait_for(lambda: states, what="the node's first attempt")
+    finally:
+        node.close()
+    assert not states[0][0]
+    assert "not trusted" in states[0][1]
+
+
+def test_a_node_that_binds_is_refused_where_somebody_takes_the_tls_off(
+    plain, other_files
+):
+    tls = moltis.load_tls(other_files).context
+    with TlsFront(plain.running.port, tls) as front:
+        url = f"wss://127.0.0.1:{front.port}/ws"
+        reason = refusal_of(node_settings(plain, url), plain.environ)
+    assert "a proxy, or somebody else, stands in between" in reason
+
+
+class TlsFront(Relay):
+    """Takes TLS off, as a reverse proxy does."""
+
+    def __init__(self, port, context):
+        self._front = context
+        super().__init__(port)
+
+    def _connect(self, client):
+        server = socket.create_connection(("127.0.0.1", self._target))
+        client = self._front.wrap_socket(client, server_side=True)
+        self._sockets += [server, client]
+        self._spawn(self._pass_on, client, server)
+        self._spawn(self._pass_on, server, client)
+
+
+def test_plain_http_to_the_tls_port_is_told_so(gateway):
+    with socket.create_connection(("127.0.0.1", gateway.running.port)) as sock:
+        sock.settimeout(10)
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert sock.recv(4096).startswith(b"HTTP/1.1 400 This gateway speaks TLS: use ")
+
+
+def test_old_tls_is_refused(gateway):
+    context = moltis.client_tls(verify=False)
+    with pytest.warns(DeprecationWarning):
+        context.minimum_version = ssl.TLSVersion.TLSv1
+        context.maximum_version = ssl.TLSVersion.TLSv1_1
+    address = ("127.0.0.1", gateway.running.port)
+    with socket.create_connection(address) as sock, pytest.raises(OSError):
+        context.wrap_socket(sock)
+
+
+def test_a_new_certificate_is_read_while_connections_live_on(
+    tmp_path, tls_files, other_files
+):
+    files = [tls_files]
+    tls = moltis.ServerTls(lambda: files[0])
+    directory = tmp_path / "gateway"
+    with InProcessGateway(directory, tls=tls) as gateway, gateway.operator() as before:
+        files[0] = other_files
+        gateway.running.reload_tls()
+        pin = moltis.GatewayFile.load(directory).fingerprint
+        assert pin != gateway.trust.fingerprint
+        assert before.call("node.list", {})
+        trust = moltis.TlsTrust(pin)
+        with moltis.OperatorClient(gateway.url, gateway.api_key, trust) as after:
+            assert after.call("node.list", {})
+
+
+def test_a_broken_certificate_leaves_the_one_in_use(tmp_path, tls_files, caplog):
+    files = [tls_files]
+    tls = moltis.ServerTls(lambda: files[0])
+    with InProcessGateway(tmp_path / "gateway", tls=tls) as gateway:
+        files[0] = moltis.TlsFiles(tmp_path / "none", tmp_path / "none")
+        gateway.running.reload_tls()
+        assert gateway.call("node.list")
+    assert "the certificate was not read again" in caplog.text
+
+
+def test_a_join_link_over_tls_hands_on_the_pin(gateway):
+    made = gateway.call("device.token.create", displayName="joined")
+    url = f"{gateway.url}/join/{made['joinCode']}"
+    with pytest.raises(moltis.Unreachable, match="CERTIFICATE_VERIFY_FAILED"):
+        moltis.fetch(url, moltis.TlsTrust())
+    wrong = moltis.TlsTrust("sha256//" + "A" * 43 + "=")
+    with pytest.raises(moltis.Refused, match="somebody in between"):
+        moltis.fetch(url, wrong)
+    # Neither attempt has asked for the link, so it is still good for once.
+    offer = json.loads(moltis.fetch(url, gateway.trust))
+    assert offer["gateway_url"] == gateway.websocket_url
+    assert offer["fingerprint"] == gateway.trust.fingerprint
+
+
+def test_the_lines_to_paste_are_pinned(home, tmp_path):
+    """The first download is as safe as the rest: curl and python3 take the pin."""
+    home.mkdir(exist_ok=True)
+    arguments = ("gateway", "--tls", "--port", "0")
+    with Program(*arguments, home=home) as gateway:
+        gateway.wait_for_output("Ctrl+C stops it.")
+        made = json.loads(
+            run_moltis("node", "generate-token", "--json", home=home).stdout
+        )
+        fetched, _, rest = made["joinCommand"].partition("|")
+        assert "curl -fsSk --pinnedpubkey 'sha256//" in fetched
+        assert "--fingerprint sha256//" in rest
+        if not shutil.which("curl"):
+            pytest.skip("no curl here")
+        text = subprocess.run(
+            ["sh", "-c", fetched], check=True, capture_output=True, timeout=30
+        ).stdout
+        assert text == moltis.own_program()
+        wrong = re.sub("sha256//.{8}", "sha256//AAAAAAAA", fetched)
+        done = subprocess.run(["sh", "-c", wrong], check=False, capture_output=True)
+        assert done.returncode == 90  # CURLE_SSL_PINNEDPUBKEYNOTMATCH
+        assert done.stdout == b""
+
+
+def test_sighup_reads_the_certificate_again(home, tls_files, tmp_path):
+    home.mkdir(exist_ok=True)
+    certificate = shutil.copy(tls_files.certificate, tmp_path / "c.pem")
+    key = shutil.copy(tls_files.key, tmp_path / "k.pem")
+    options = ("--tls-cert", certificate, "--tls-key", key)
+    with Program("gateway", "--port", "0", *options, home=home) as gateway:
+        gateway.wait_for_output("Ctrl+C stops it.")
+        os.kill(gateway.pid, 1)
+        gateway.wait_for_output("certificate in use pin=sha256//")
+        assert run_moltis("node", "list", home=home).returncode == 0
+
+
+def test_a_cookie_that_came_over_tls_stays_there(gateway):
+    reply = post(gateway, "/api/sign-in", {"key": gateway.api_key})
+    flags = {flag.strip() for flag in reply.headers["Set-Cookie"].split(";")}
+    assert {"Secure", "HttpOnly", "SameSite=Strict"} <= flags
+
+
+def post(gateway, path, value, **headers):
+    import urllib.request
+
+    body = json.dumps(value).encode()
+    request = urllib.request.Request(gateway.url + path, body, headers)
+    context = moltis.client_tls(verify=False)
+    with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+        answer.body = answer.read()
+        return answer
+
+
+# -- the wire without TLS --------------------------------------------------------------
+
+
+def test_no_token_key_or_cookie_crosses_plain_ws_between_node_and_gateway(plain):
+    token = plain.token("far")
+    with Relay(plain.running.port) as relay:
+        url = f"ws://127.0.0.1:{relay.port}/ws"
+        with InProcessNode(node_settings(plain, url, token), plain.environ):
+            wait_for(lambda: plain.is_connected("id-of-far"), what="the node")
+            plain.call(
+                "node.invoke",
+                nodeId="far",
+                command="system.run",
+                args={"command": "echo heard"},
+            )
+        # Messages of a client are masked (RFC 6455 §5.3), which hides nothing.
+        heard = unmasked(relay.heard)
+    assert b"auth.scram" in heard
+    secrets = [token, token[4:], plain.api_key, "mdt_", "mk_", "ms_", "Cookie"]
+    assert [s for s in secrets if s.encode() in heard + relay.heard] == []
+
+
+def unmasked(data):
+    """Return the payloads of all frames whose masking key can be seen in `data`."""
+    found = b""
+    for start in range(len(data) - 6):
+        if data[start] != 0x81 or not data[start + 1] & 0x80:
+            continue
+        size, at = data[start + 1] & 0x7F, start + 2
+        if size == 126:
+            size, at = int.from_bytes(data[at : at + 2], "big"), at + 2
+        key, payload = data[at : at + 4], data[at + 4 : at + 4 + size]
+        found += moltis.apply_mask(payload, key)
+    return found
+
+
+def test_a_gateway_may_take_nothing_but_scram(tmp_path):
+    with InProcessGateway(tmp_path / "strict", require_scram=True) as gateway:
+        token = gateway.token("far")
+        bearer = node_settings(gateway, gateway.websocket_url, token, auth="bearer")
+        assert "only SCRAM" in refusal_of(bearer, gateway.environ)
+        with gateway.node("far", token):
+            pass
