@@ -1,0 +1,523 @@
+"""The machines of a gateway, their invocations and their fate."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+
+import pytest
+from support import wait_for
+
+import moltis
+
+
+class Link:
+    """A NodeLink that writes down what it is asked for."""
+
+    def __init__(self):
+        self.requests = []
+        self.acknowledged = []
+        self.cancelled = []
+        self.stdin = []
+        self.hung_up = []
+        self.broken = False
+
+    def _check(self):
+        if self.broken:
+            raise moltis.ConnectionClosed(1006)
+
+    def request(self, invoke_id, command, args):
+        self._check()
+        self.requests.append((invoke_id, command, args))
+
+    def acknowledge(self, invoke_id, stream, offset):
+        self._check()
+        self.acknowledged.append((stream, offset))
+
+    def cancel(self, invoke_id):
+        self._check()
+        self.cancelled.append(invoke_id)
+
+    def write_stdin(self, chunk):
+        self._check()
+        self.stdin.append(chunk)
+
+    def hang_up(self, reason):
+        self.hung_up.append(reason)
+
+
+class Sink:
+    """Keeps all that it hears, and deals with output at once unless it is slow."""
+
+    def __init__(self, slow=False):
+        self.data = {1: b"", 2: b""}
+        self.states = []
+        self.ends = []
+        self._slow = slow
+
+    def chunk(self, chunk):
+        self.data[chunk.kind] += chunk.data
+        return 0 if self._slow else chunk.end
+
+    def stdin_received(self, invoke_id, offset):
+        self.states.append(("stdin", offset))
+
+    def state(self, invoke_id, state, detail):
+        self.states.append((state, detail))
+
+    def end(self, invocation, end):
+        self.ends.append(end)
+        return False
+
+
+RESUMING = (moltis.CAP_STREAM, moltis.CAP_CANCEL, moltis.CAP_RESUME)
+ORIGIN = moltis.Origin("operator", "test")
+
+
+class World:
+    """A fleet over a real store, with nodes whose links are Links."""
+
+    def __init__(self, directory):
+        self.store = moltis.Store(directory / "moltis.db")
+        self.access = moltis.Access(self.store)
+        self.told = []
+        params = moltis.ConnectParams(role="node", capabilities=RESUMING)
+        self.local_link = Link()
+        local = moltis.ConnectedNode("local", "", self.local_link, params)
+        self.fleet = moltis.Fleet(
+            self.store.devices, local, lambda name, payload: self.told.append(payload)
+        )
+        local.ready = True
+        self.invocations = moltis.Invocations(
+            self.fleet, self.store.commands, lambda record, inflight: (Sink(), 0, 0)
+        )
+        self.devices = {}
+
+    def connect(self, name, *, capabilities=RESUMING, instance="life-1", **params):
+        """Bring a node in, as the gateway does."""
+        if name not in self.devices:
+            self.devices[name], _ = self.access.create_device(name)
+        device = self.store.devices.by_id(self.devices[name].id, moltis.now_ms())
+        asked = moltis.ConnectParams(
+            role="node",
+            client_id=f"id-{name}",
+            instance=instance,
+            capabilities=capabilities,
+            **params,
+        )
+        node = moltis.ConnectedNode(asked.client_id, device.id, Link(), asked)
+        self.fleet.claim(node, device)
+        self.store.devices.connect(
+            device.id,
+            node_id=node.node_id,
+            address="127.0.0.1",
+            now=moltis.now_ms(),
+            display_name=name,
+            platform="linux",
+            version="1",
+            capabilities=capabilities,
+            commands=("system.run",),
+        )
+        self.invocations.resumable(node)
+        self.fleet.activate(node)
+        self.invocations.resume(node)
+        return node
+
+    def leave(self, node):
+        self.invocations.node_left(node)
+        self.fleet.release(node)
+
+    def start(self, name, sink=None, invoke_id=None, **args):
+        args = {"command": "true", **args}
+        return self.invocations.start(
+            name, "system.run", args, ORIGIN, sink or Sink(), invoke_id
+        )
+
+    def finish(self, node, invocation, result=None):
+        """Let the node report; return what it was told."""
+        accepted = []
+        self.invocations.handle_result(
+            node.node_id,
+            invocation.id,
+            {"exitCode": 0} if result is None else result,
+            lambda: accepted.append(True),
+        )
+        return accepted
+
+    def state(self, invocation):
+        return self.store.commands.by_id(invocation.id).state
+
+
+@pytest.fixture
+def world(tmp_path):
+    world = World(tmp_path)
+    yield world
+    world.store.close()
+
+
+@pytest.fixture
+def node(world):
+    return world.connect("far")
+
+
+# -- names ---------------------------------------------------------------------
+
+
+def test_an_exact_id_wins_over_a_name(world):
+    world.connect("one")
+    world.connect("id-one")
+    assert world.fleet.resolve("id-one") == ("id-one", "one")
+    assert world.fleet.resolve("ID-ONE")[1] == "id-one"
+
+
+def test_nothing_falls_back_to_local(world, node):
+    """DESIGN section 3.7: an offline node is an error, Local runs nothing."""
+    world.leave(node)
+    with pytest.raises(moltis.RpcError, match="far is offline since"):
+        world.start("far")
+    with pytest.raises(moltis.RpcError, match="there is no node 'other'"):
+        world.start("other")
+    assert world.local_link.requests == []
+
+
+def test_a_name_is_trimmed_and_printable():
+    assert moltis.valid_name("  attic \t pi ") == "attic pi"
+    for text in ("", " ", "a\0b", "x" * 201, "a\u202eb"):
+        with pytest.raises(moltis.RpcError):
+            moltis.valid_name(text)
+
+
+# -- connections ---------------------------------------------------------------
+
+
+def test_the_old_connection_ends_before_the_new_one_begins(world, node):
+    """Chunks of one node stay in order, and the newer connection stays."""
+    newer = []
+    thread = threading.Thread(target=lambda: newer.append(world.connect("far")))
+    thread.start()
+    wait_for(lambda: node.link.hung_up, what="the hang-up")
+    assert not newer
+    world.leave(node)
+    thread.join()
+    assert world.fleet.connected("id-far") is newer[0]
+
+
+def test_an_old_connection_that_does_not_end_is_not_in_the_way_for_good(
+    world, node, monkeypatch
+):
+    monkeypatch.setattr(moltis, "REPLACE_TIMEOUT", 0.05)
+    with pytest.raises(moltis.RpcError, match="still closing"):
+        world.connect("far")
+    world.leave(node)
+    assert world.connect("far").ready
+
+
+def test_presence_is_told_when_a_node_comes_and_goes(world, node):
+    world.leave(node)
+    kinds = [told["type"] for told in world.told if told.get("nodeId") == "id-far"]
+    assert kinds == ["node.connected", "node.disconnected"]
+
+
+@pytest.mark.parametrize("node_id", ["", "local", "x" * 201])
+def test_an_id_that_is_none_is_refused(world, node_id):
+    device, _ = world.access.create_device("odd")
+    params = moltis.ConnectParams(role="node", client_id=node_id)
+    node = moltis.ConnectedNode(node_id, device.id, Link(), params)
+    with pytest.raises(moltis.RpcError, match="must have 1 to 200"):
+        world.fleet.claim(node, device)
+
+
+# -- telemetry -----------------------------------------------------------------
+
+
+def test_providers_that_were_asked_for_outlast_telemetry_that_names_none(world, node):
+    """A Rust node's telemetry says nothing of models."""
+    models = [{"provider": "ollama", "models": ["qwen3"]}]
+    world.fleet.keep_providers(node, {"providers": models})
+    world.fleet.report(node, {"nodeId": "id-far", "cpuCount": 4})
+    view = world.fleet.view("id-far")
+    assert view["providers"] == models
+    assert view["telemetry"]["cpuCount"] == 4
+
+
+def test_what_a_node_reports_goes_stale(world, node, monkeypatch):
+    world.fleet.report(node, {"nodeId": "id-far", "cpuCount": 4})
+    assert world.fleet.view("id-far")["telemetry"]["stale"] is False
+    monkeypatch.setattr(moltis, "STALE_AFTER", -1.0)
+    assert world.fleet.view("id-far")["telemetry"]["stale"] is True
+
+
+# -- invocations ---------------------------------------------------------------
+
+
+def test_an_invocation_is_known_and_written_down_before_it_is_sent(world, node):
+    def request(invoke_id, command, args):
+        assert world.invocations.get(invoke_id) is not None
+        assert world.store.commands.by_id(invoke_id).state == "sent"
+        node.link.requests.append((invoke_id, command, args))
+
+    node.link.request = request
+    invocation = world.start("far")
+    assert [asked[0] for asked in node.link.requests] == [invocation.id]
+
+
+def test_the_audit_says_who_asked_for_what_where_and_how_it_ended(world, node):
+    invocation = world.start("far", command="exit 3", cwd="/srv")
+    for kind, data in ((1, b"out"), (2, b"er")):
+        chunk = moltis.Chunk(kind, invocation.id, 0, data)
+        world.invocations.handle_chunk("id-far", chunk)
+    world.finish(node, invocation, {"exitCode": 3})
+    row = world.store.commands.by_id(invocation.id)
+    assert (row.caller_kind, row.caller_name) == ("operator", "test")
+    assert (row.node_id, row.node_name) == ("id-far", "far")
+    assert (row.command, row.cwd) == ("exit 3", "/srv")
+    assert (row.state, row.exit_code) == ("done", 3)
+    assert (row.stdout_bytes, row.stderr_bytes) == (3, 2)
+    assert row.ended_at >= row.asked_at
+
+
+@pytest.mark.parametrize(
+    ("result", "state"),
+    [
+        ({"exitCode": 0}, "done"),
+        ({"exitCode": 9}, "done"),
+        ({"exitCode": -1, "signal": 15, "timedOut": True}, "timed_out"),
+        ({"exitCode": -1, "signal": 15, "cancelled": True}, "cancelled"),
+        ({"error": "no shell"}, "failed"),
+        ({"error": "cancelled before it ran", "cancelled": True}, "cancelled"),
+        ({"exitCode": "7"}, "failed"),
+        ({}, "failed"),
+        ({"exitCode": 10**30}, "done"),
+        ({"exitCode": 0, "stdout": 7}, "failed"),
+    ],
+)
+def test_every_end_has_a_state_whatever_the_node_says(world, node, result, state):
+    invocation = world.start("far")
+    assert world.finish(node, invocation, result) == [True]
+    assert world.state(invocation) == state
+    assert invocation.future.result(0)["node"] == "far"
+
+
+def test_what_has_run_for_a_second_is_running_in_the_audit(world, node, monkeypatch):
+    invocation = world.start("far")
+    world.invocations.tick()
+    assert world.state(invocation) == "sent"
+    later = moltis.now_ms() + 2000
+    monkeypatch.setattr(moltis, "now_ms", lambda: later)
+    world.invocations.tick()
+    row = world.store.commands.by_id(invocation.id)
+    assert row.state == "running"
+    assert row.started_at < later
+    world.finish(node, invocation)
+    assert world.state(invocation) == "done"
+
+
+def test_what_waits_in_line_is_not_running(world, node, monkeypatch):
+    sink = Sink()
+    invocation = world.start("far", sink)
+    world.invocations.handle_state("id-far", invocation.id, "queued", {"place": 2})
+    assert sink.states == [("queued", {"place": 2})]
+    now = moltis.now_ms()
+    monkeypatch.setattr(moltis, "now_ms", lambda: now + 5000)
+    world.invocations.tick()
+    assert world.state(invocation) == "sent"
+    world.invocations.handle_state("id-far", invocation.id, "running", {"place": 0})
+    monkeypatch.setattr(moltis, "now_ms", lambda: now + 10_000)
+    world.invocations.tick()
+    assert world.state(invocation) == "running"
+
+
+def test_a_node_answers_its_own_invocations_only(world, node):
+    thief = world.connect("thief")
+    invocation = world.start("far")
+    world.finish(thief, invocation, {"exitCode": 0, "stdout": "forged"})
+    chunk = moltis.Chunk(1, invocation.id, 0, b"forged")
+    world.invocations.handle_chunk("id-thief", chunk)
+    assert not invocation.future.done()
+    assert invocation.received(1) == 0
+
+
+def test_an_id_that_was_used_is_refused(world, node):
+    invoke_id = str(uuid.uuid4())
+    invocation = world.start("far", invoke_id=invoke_id)
+    for _ in range(2):  # while it runs, and after it
+        with pytest.raises(moltis.RpcError, match="asked for before") as caught:
+            world.start("far", invoke_id=invoke_id)
+        assert caught.value.code == "CONFLICT"
+        world.finish(node, invocation)
+    assert len(node.link.requests) == 1
+
+
+def test_what_leaves_no_trace_does_not_run(world, node, monkeypatch):
+    def fail(record):
+        raise moltis.StoreError("the disk is full")
+
+    monkeypatch.setattr(world.store.commands, "add", fail)
+    with pytest.raises(moltis.StoreError):
+        world.start("far")
+    assert node.link.requests == []
+    assert world.invocations.running_on("id-far") == []
+
+
+def test_a_result_that_cannot_be_written_down_reaches_its_caller(
+    world, node, monkeypatch
+):
+    def fail(invoke_id, end):
+        raise moltis.StoreError("the disk is full")
+
+    monkeypatch.setattr(world.store.commands, "end", fail)
+    invocation = world.start("far")
+    world.finish(node, invocation)
+    assert invocation.future.result(0)["exitCode"] == 0
+
+
+# -- streams -------------------------------------------------------------------
+
+
+def test_chunks_that_come_again_are_taken_once(world, node):
+    sink = Sink()
+    invocation = world.start("far", sink)
+    for offset, data in (
+        (0, b"abc"),
+        (0, b"abc"),
+        (1, b"bcde"),
+        (9, b"gap"),
+        (5, b"f"),
+    ):
+        chunk = moltis.Chunk(1, invocation.id, offset, data)
+        world.invocations.handle_chunk("id-far", chunk)
+    assert sink.data[1] == b"abcdef"
+
+
+def test_the_node_is_told_now_and_then_what_was_dealt_with(world, node):
+    invocation = world.start("far")
+    step = 64 * 1024
+    for number in range(16):
+        chunk = moltis.Chunk(1, invocation.id, number * step, bytes(step))
+        world.invocations.handle_chunk("id-far", chunk)
+    assert [offset for _, offset in node.link.acknowledged] == [
+        n * 256 * 1024 for n in (1, 2, 3, 4)
+    ]
+
+
+def test_the_node_may_forget_only_when_all_output_was_dealt_with(world, node):
+    invocation = world.start("far", Sink(slow=True))
+    chunk = moltis.Chunk(1, invocation.id, 0, b"abc")
+    world.invocations.handle_chunk("id-far", chunk)
+    accepted = world.finish(node, invocation)
+    assert accepted == []
+    assert invocation.future.done()
+    world.invocations.acknowledge(invocation, 1, 3)
+    assert accepted == [True]
+    assert invocation.settled.done()
+    assert world.invocations.get(invocation.id) is None
+
+
+def test_an_acknowledgement_of_what_was_not_sent_is_refused(world, node):
+    invocation = world.start("far")
+    with pytest.raises(moltis.RpcError, match="acknowledged before it was sent"):
+        world.invocations.acknowledge(invocation, 1, 1)
+
+
+# -- coming and going ----------------------------------------------------------
+
+
+def test_a_node_that_can_resume_is_waited_for(world, node):
+    sink = Sink()
+    invocation = world.start("far", sink)
+    world.leave(node)
+    assert sink.states == [("waiting", {})]
+    assert not invocation.future.done()
+    item = moltis.InflightCommand(invocation.id, 0, 0, 5, done=False)
+    again = world.connect("far", inflight=(item,))
+    assert sink.states[-1] == ("running", {"resumed": True, "stdin": 5})
+    assert again.link.requests == []
+    world.finish(again, invocation)
+    assert world.state(invocation) == "done"
+
+
+def test_a_request_that_got_lost_on_the_way_is_sent_again(world, node):
+    node.link.broken = True
+    invocation = world.start("far")
+    world.leave(node)
+    again = world.connect("far")
+    assert [asked[0] for asked in again.link.requests] == [invocation.id]
+
+
+def test_a_node_that_came_back_without_it_has_lost_it(world, node):
+    invocation = world.start("far")
+    world.leave(node)
+    world.connect("far", instance="life-2")
+    with pytest.raises(moltis.RpcError, match="far: the node came back without it"):
+        invocation.future.result(0)
+    assert world.state(invocation) == "lost"
+
+
+def test_pending_invokes_of_a_node_that_cannot_resume_fail_when_it_leaves(world):
+    rust = world.connect("rust", capabilities=("exec",))
+    invocation = world.start("rust")
+    world.leave(rust)
+    with pytest.raises(moltis.RpcError, match="the node disconnected"):
+        invocation.future.result(0)
+    assert world.state(invocation) == "lost"
+
+
+def test_a_node_that_is_just_coming_is_asked_once(world, node):
+    """The caller and the node's coming may both be about to send."""
+    world.leave(node)
+    device = world.store.devices.by_id(world.devices["far"].id, moltis.now_ms())
+    params = moltis.ConnectParams(role="node", client_id="id-far")
+    rust = moltis.ConnectedNode("id-far", device.id, Link(), params)
+    world.fleet.claim(rust, device)
+    early = world.start("far")  # before its hello
+    assert rust.link.requests == []
+    world.fleet.activate(rust)
+    late = world.start("far")  # after its hello, before it was brought up to date
+    world.invocations.resume(rust)
+    asked = [invoke_id for invoke_id, _, _ in rust.link.requests]
+    assert sorted(asked) == sorted([early.id, late.id])
+
+
+def test_what_was_cancelled_while_its_node_was_away_is_cancelled_when_it_is_back(
+    world, node
+):
+    invocation = world.start("far")
+    world.leave(node)
+    world.invocations.cancel(invocation)
+    item = moltis.InflightCommand(invocation.id, 0, 0, 0, done=False)
+    again = world.connect("far", inflight=(item,))
+    assert again.link.cancelled == [invocation.id]
+
+
+def test_what_a_node_runs_that_nobody_asked_for_is_cancelled(world):
+    stray = str(uuid.uuid4())
+    item = moltis.InflightCommand(stray, 0, 0, 0, done=False)
+    node = world.connect("far", inflight=(item,))
+    assert node.link.cancelled == [stray]
+
+
+def test_one_that_is_overdue_is_given_up(world, node, monkeypatch):
+    monkeypatch.setattr(moltis, "LOST_AFTER", -10.0)
+    invocation = world.start("far", timeout=1000)
+    patient = world.start("far")  # no timeout: it may take as long as it takes
+    world.invocations.tick()
+    assert world.state(invocation) == "lost"
+    assert not patient.future.done()
+
+
+def test_a_lost_command_that_reports_after_all_corrects_the_audit(world, node):
+    invocation = world.start("far")
+    world.invocations.give_up(invocation, "gone")
+    accepted = world.finish(node, invocation)
+    assert accepted == [True]  # so that the node may forget it
+
+
+def test_when_the_gateway_stops_those_who_wait_are_told_and_commands_go_on(world, node):
+    invocation = world.start("far")
+    world.invocations.close()
+    with pytest.raises(moltis.RpcError, match="the command goes on"):
+        invocation.future.result(0)
+    assert node.link.cancelled == []
+    assert world.state(invocation) == "sent"
+    with pytest.raises(moltis.RpcError, match="the gateway stops"):
+        world.start("far")
