@@ -10957,7 +10957,7 @@ class Approvals:
         self._timeout = timeout
         self._lock = threading.Lock()  # guards the two below
         self._open: dict[str, tuple[str, PlannedCommand, Future[Verdict]]] = {}
-        self._always: set[tuple[str, str]] = set()  # of session and node
+        self._always: dict[tuple[str, str], str] = {}  # who said so: session, node
 
     def ask(
         self,
@@ -10971,12 +10971,12 @@ class Approvals:
         Raises Cancelled.
         """
         with self._lock:
-            known = (session_key, planned.node_id) in self._always
+            always = self._always.get((session_key, planned.node_id))
             answer: Future[Verdict] = Future()
-            if not known:
+            if always is None:
                 self._open[planned.invoke_id] = (session_key, planned, answer)
-        if known:
-            verdict = Verdict(True, "always")
+        if always is not None:
+            verdict = Verdict(True, f"{always}, always here")
         else:
             try:
                 announce()
@@ -10995,23 +10995,33 @@ class Approvals:
         """
         with self._lock:
             question = self._open.pop(invoke_id, None)
+            likewise = []
             if question is not None and allowed and always:
-                self._always.add((question[0], question[1].node_id))
+                likewise = self._allow_always(question[0], question[1].node_id, by)
         if question is None:
             raise RpcError("NOT_FOUND", "this question is closed: decided, or too old")
         reason = "" if allowed else "denied by the user"
         question[2].set_result(Verdict(allowed, by, reason))
+        for answer in likewise:
+            answer.set_result(Verdict(True, f"{by}, always here"))
 
-    def pending(self, session_key: str) -> list[JsonObject]:
-        """Return the commands of a session that wait for an answer."""
-        with self._lock:
-            questions = list(self._open.values())
-        return [planned.fields() for key, planned, _ in questions if key == session_key]
+    def _allow_always(
+        self, session_key: str, node_id: str, by: str
+    ) -> list[Future[Verdict]]:
+        """Note it, and close the other questions that it answers; under the lock."""
+        self._always[session_key, node_id] = by
+        same = [
+            invoke_id
+            for invoke_id, (key, planned, _) in self._open.items()
+            if (key, planned.node_id) == (session_key, node_id)
+        ]
+        return [self._open.pop(invoke_id)[2] for invoke_id in same]
 
     def forget(self, session_key: str) -> None:
         """Ask again in this session: it ended, or somebody changed his mind."""
         with self._lock:
-            self._always = {pair for pair in self._always if pair[0] != session_key}
+            for pair in [pair for pair in self._always if pair[0] == session_key]:
+                del self._always[pair]
 
     def _wait(
         self, planned: PlannedCommand, answer: Future[Verdict], cancel: Cancellation
@@ -11647,7 +11657,7 @@ class RemoteModel:
             with cancel.calling(lambda: answer.news.put(None)):
                 invocation.future.add_done_callback(lambda _: answer.news.put(None))
                 finished: Finished | None = None
-                for event in self._events(invocation, answer):
+                for event in self._events(invocation, answer, cancel):
                     if isinstance(event, Finished):
                         finished = event  # after the result: then nothing is missing
                     else:
@@ -11661,18 +11671,35 @@ class RemoteModel:
                 self._invocations.give_up(invocation, "the question was withdrawn")
 
     def _events(
-        self, invocation: Invocation, answer: AnswerStream
+        self, invocation: Invocation, answer: AnswerStream, cancel: Cancellation
     ) -> Iterator[ModelEvent]:
         """Yield what the node sends, until it has sent all, or somebody cancels."""
         pending = b""
-        for item in iter(answer.news.get, None):
+        read = 0  # bytes
+        while True:
+            item = answer.news.get()
             if isinstance(item, Chunk):
                 *lines, pending = (pending + item.data).split(b"\n")
+                if len(pending) > MAX_MODEL_LINE:
+                    raise ModelError(
+                        f"{self._node_name} sent a line beyond all measure"
+                    )
                 yield from map(self._event, lines)
-                self._invocations.acknowledge(invocation, STDOUT, item.end)
+                read = item.end
+                self._invocations.acknowledge(invocation, STDOUT, read)
             elif item == "waiting":
                 text = f"{self._node_name} is away; waiting for it to come back"
                 yield Delta("notice", text)
+            # After a lost connection the result may overtake the last pieces.
+            ended = invocation.future.done() and read >= self._length(invocation)
+            if ended or cancel.cancelled:
+                return
+
+    def _length(self, invocation: Invocation) -> int:
+        """Return how many bytes the node says it has sent, 0 if it was given up."""
+        if invocation.future.exception() is not None:
+            return 0
+        return _count_of(invocation.future.result(), "stdoutBytes")
 
     def _event(self, line: bytes) -> ModelEvent:
         """Raises ModelError for a line that makes no sense."""

@@ -454,8 +454,10 @@ def test_cancelled_while_a_person_is_asked(chat):
     chat.cancel.cancel()
     thread.join()
     assert chat.steps[-1] == Step("aborted")
-    assert chat.approvals.pending("main") == []
     assert chat.machines.ran == []
+    invoke_id = chat.of("approval_request")[0]["invokeId"]
+    with pytest.raises(RpcError, match="closed"):
+        chat.approvals.answer(invoke_id, allowed=True, by="anna")
 
 
 # --- Approvals ---
@@ -463,10 +465,14 @@ def test_cancelled_while_a_person_is_asked(chat):
 
 def approve(chat, **answer):
     """Answer the next question of `chat` once it is there."""
-    wait_for(lambda: chat.approvals.pending("main"))
-    (question,) = chat.approvals.pending("main")
+    question = wait_for(lambda: open_questions(chat))[0]
     chat.approvals.answer(question["invokeId"], by="anna", **answer)
     return question
+
+
+def open_questions(chat):
+    closed = {fields["invokeId"] for fields in chat.of("approval_resolved")}
+    return [f for f in chat.of("approval_request") if f["invokeId"] not in closed]
 
 
 def test_what_was_approved_is_what_runs_byte_for_byte(chat):
@@ -478,7 +484,7 @@ def test_what_was_approved_is_what_runs_byte_for_byte(chat):
     thread.join()
     (key, planned), verdict = chat.machines.ran[0], chat.audit[0][2]
     assert key == "main"
-    assert planned.fields() == question
+    assert {**question, **planned.fields()} == question
     assert (planned.command, planned.working_dir, planned.timeout) == (command, "/", 9)
     assert (verdict.allowed, verdict.by) == (True, "anna")
     assert chat.of("approval_request")[0]["command"] == command
@@ -503,7 +509,7 @@ def test_always_holds_for_that_node_in_that_session_only(chat):
     approve(chat, allowed=True, always=True)
     thread.join()
     assert len(chat.machines.ran) == 2
-    assert len(chat.audit) == 2
+    assert [verdict.by for _, _, verdict in chat.audit] == ["anna", "anna, always here"]
 
     elsewhere = ("exec", {"command": "true", "node": "pi"})
     thread = chat.start(Scripted(calls(elsewhere), says("ok")))
@@ -515,6 +521,20 @@ def test_always_holds_for_that_node_in_that_session_only(chat):
     approve(chat, allowed=False)
     thread.join()
     assert len(chat.machines.ran) == 3
+
+
+def test_always_answers_the_questions_that_are_open_there_already(chat):
+    chat.session.asks_first = True
+    here, elsewhere = ({"command": "true", "node": node} for node in ("local", "pi"))
+    model = Scripted(calls(*[("exec", x) for x in (here, elsewhere, here)]), says("ok"))
+    thread = chat.start(model)
+    wait_for(lambda: len(open_questions(chat)) == 3)
+    first = next(q for q in open_questions(chat) if q["nodeId"] == "local")
+    chat.approvals.answer(first["invokeId"], by="anna", allowed=True, always=True)
+    wait_for(lambda: len(open_questions(chat)) == 1)
+    assert approve(chat, allowed=False)["nodeId"] == "pi-id"
+    thread.join()
+    assert len(chat.machines.ran) == 2
 
 
 def test_nobody_there_to_ask_means_no():

@@ -222,6 +222,52 @@ def test_an_answer_survives_a_lost_connection(gateway, models, gpu_box, ollama):
     assert list(stream)[-1].message.text == "Hello there"
 
 
+class Pieces:
+    """Invocations whose node sends an answer in pieces of a size."""
+
+    def __init__(self, size, lines, result):
+        data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+        self.pieces = [(i, data[i : i + size]) for i in range(0, len(data), size)]
+        self.result = {"stdoutBytes": len(data), **result}
+        self.acknowledged = 0
+
+    def start(self, node, command, args, origin, sink):
+        invocation = moltis.Invocation("i", (node, node), command, args, origin, sink)
+        invocation.future.set_result(self.result)  # before its output: it may be so
+        for offset, data in self.pieces:
+            sink.chunk(moltis.Chunk(moltis.STDOUT, "i", offset, data))
+        return invocation
+
+    def acknowledge(self, _invocation, _stream, offset):
+        self.acknowledged = offset
+
+
+FINISHED = Finished(ChatMessage("assistant", "Grüße"), "stop", 7, 3)
+
+
+@pytest.mark.parametrize("size", range(1, 40))
+def test_an_answer_may_be_cut_at_any_byte(size):
+    events = [Delta("text", "Grü"), Delta("text", "ße"), FINISHED]
+    pieces = Pieces(size, map(moltis.to_json_object, events), {})
+    model = moltis.RemoteModel(pieces, ("n", "n"), "ollama/m")
+    assert list(model.stream(HELLO, (), Cancellation())) == events
+    assert pieces.acknowledged == pieces.result["stdoutBytes"]
+
+
+@pytest.mark.parametrize("line", [7, {}, {"kind": 1}, {"message": {}}, "x"])
+def test_a_node_that_sends_no_events_is_told_apart_from_an_answer(line):
+    model = moltis.RemoteModel(Pieces(9, [line], {}), ("n", "n"), "ollama/m")
+    with pytest.raises(ModelError, match="sent no answer"):
+        list(model.stream(HELLO, (), Cancellation()))
+
+
+def test_an_answer_without_its_end_is_no_answer():
+    lines = [moltis.to_json_object(Delta("text", "half"))]
+    model = moltis.RemoteModel(Pieces(9, lines, {}), ("n", "n"), "ollama/m")
+    with pytest.raises(ModelError, match="broke off"):
+        list(model.stream(HELLO, (), Cancellation()))
+
+
 def test_a_gateway_asked_while_the_node_is_away_says_since_when(
     gateway, models, gpu_box
 ):
