@@ -14897,6 +14897,7 @@ def _handler_class(app: HttpApp) -> type[BaseHTTPRequestHandler]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        default_request_version = "HTTP/1.0"  # 0.9 would be answered without a head
         server_version, sys_version = "moltis", ""
         disable_nagle_algorithm = True
         # Until a request line was read:

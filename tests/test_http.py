@@ -1,0 +1,355 @@
+"""The gateway's door, spoken to as bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+
+import pytest
+from peers import InProcessGateway
+from support import PROGRAM, wait_for
+
+import moltis
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory):
+    with InProcessGateway(tmp_path_factory.mktemp("gateway")) as running:
+        yield running
+
+
+class Answer:
+    def __init__(self, raw):
+        head, _, self.body = raw.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        self.status = int(first.split()[1])
+        self.headers = dict(line.split(": ", 1) for line in lines)
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+
+def talk(gateway, data):
+    """Send bytes; return all that comes until the gateway hangs up."""
+    port = int(gateway.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), 20) as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(data)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while True:
+                piece = sock.recv(65536)
+                if not piece:
+                    break
+                answer += piece
+    return answer
+
+
+def ask(gateway, method, path, body=b"", **headers):
+    headers = {"Host": "127.0.0.1", "Connection": "close", **headers}
+    if method == "POST":
+        headers.setdefault("Content_Length", str(len(body)))
+    lines = "".join(f"{n.replace('_', '-')}: {v}\r\n" for n, v in headers.items())
+    head = f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
+    return Answer(talk(gateway, head + body))
+
+
+def rpc(gateway, value, **headers):
+    headers.setdefault("Authorization", f"Bearer {gateway.api_key}")
+    body = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return ask(gateway, "POST", "/api/rpc", body, **headers)
+
+
+# -- routes --------------------------------------------------------------------
+
+
+def test_health_says_version_protocol_and_connections(gateway):
+    answer = ask(gateway, "GET", "/health")
+    assert answer.status == 200
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.json == {
+        "status": "ok",
+        "version": moltis.__version__,
+        "protocol": 4,
+        "connections": answer.json["connections"],
+    }
+
+
+def test_head_has_the_headers_and_no_body(gateway):
+    answer = ask(gateway, "HEAD", "/health")
+    assert answer.status == 200
+    assert int(answer.headers["Content-Length"]) > 0
+    assert answer.body == b""
+
+
+def test_the_gateway_serves_itself(gateway):
+    assert ask(gateway, "GET", "/moltis.py").body == PROGRAM.read_bytes()
+    assert ask(gateway, "GET", "/install.sh").body.startswith(b"#!/bin/sh\n")
+
+
+def test_every_answer_keeps_other_pages_out(gateway):
+    for path in ("/health", "/nothing", "/"):
+        headers = ask(gateway, "GET", path).headers
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Referrer-Policy"] == "no-referrer"
+        assert "unsafe" not in headers["Content-Security-Policy"]
+        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("GET", "/../etc/passwd", 404),
+        ("GET", "/%2e%2e/etc/passwd", 404),
+        ("GET", "/api/rpc", 405),
+        ("POST", "/health", 405),
+        ("PUT", "/health", 501),
+        ("GET", "/ws", 426),
+    ],
+)
+def test_what_is_not_there_is_said_so(gateway, method, path, status):
+    answer = ask(gateway, method, path)
+    assert answer.status == status
+    assert b"<html" not in answer.body.lower()
+
+
+def test_a_method_that_is_not_allowed_names_the_one_that_is(gateway):
+    assert ask(gateway, "GET", "/api/rpc").headers["Allow"] == "POST"
+
+
+def test_a_query_is_no_part_of_the_path(gateway):
+    assert ask(gateway, "GET", "/health?x=1").status == 200
+
+
+def test_a_connection_may_ask_more_than_once(gateway):
+    one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+    answer = talk(gateway, one + b"\r\n" + one + b"Connection: close\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 200 OK") == 2
+
+
+# -- /api/rpc ------------------------------------------------------------------
+
+
+def test_a_call_is_answered_by_a_response_envelope(gateway):
+    answer = rpc(gateway, {"method": "node.list", "params": {}})
+    assert answer.status == 200
+    assert answer.json["type"] == "res"
+    assert answer.json["ok"] is True
+    assert answer.json["payload"][0]["nodeId"] == "local"
+
+
+def test_the_answer_carries_the_id_of_the_request(gateway):
+    answer = rpc(gateway, {"id": "mine", "method": "node.list"})
+    assert answer.json["id"] == "mine"
+
+
+def test_a_command_s_result_comes_in_one_piece(tmp_path):
+    args = {"command": "echo hi; exit 3", "stream": True}
+    params = {"nodeId": "local", "command": "system.run", "args": args}
+    with InProcessGateway(tmp_path) as gateway:
+        answer = rpc(gateway, {"method": "node.invoke", "params": params})
+    payload = answer.json["payload"]
+    assert payload["stdout"] == "hi\n"
+    assert payload["exitCode"] == 3
+    assert payload["node"] == "Local"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"", 400, "INVALID_REQUEST"),
+        (b"{", 400, "INVALID_REQUEST"),
+        (b"[]", 400, "INVALID_REQUEST"),
+        (b"\xff", 400, "INVALID_REQUEST"),
+        (b"[" * 100_000 + b"]" * 100_000, 400, "INVALID_REQUEST"),
+        ({"method": 7}, 400, "INVALID_REQUEST"),
+        ({"method": "node.list", "params": []}, 400, "INVALID_REQUEST"),
+        ({"method": "node.list", "id": 7}, 400, "INVALID_REQUEST"),
+        (b'{"method":"\\ud800"}', 400, "INVALID_REQUEST"),
+        ({"method": "no.such"}, 404, "UNKNOWN_METHOD"),
+        ({"method": "connect"}, 404, "UNKNOWN_METHOD"),
+        ({"method": "subscribe", "params": {"events": []}}, 400, "INVALID_REQUEST"),
+        (
+            {"method": "node.describe", "params": {"nodeId": "nowhere"}},
+            404,
+            "NOT_FOUND",
+        ),
+        ({"method": "node.describe", "params": {}}, 400, "INVALID_REQUEST"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_call_that_makes_no_sense_is_an_error_envelope(gateway, body, status, code):
+    answer = rpc(gateway, body)
+    assert answer.status == status
+    assert answer.json["ok"] is False
+    assert answer.json["error"]["code"] == code
+
+
+@pytest.mark.parametrize(
+    "authorization", ["", "Bearer", "Bearer mk_" + "x" * 43, "Basic eDp5", "Bearer é"]
+)
+def test_without_the_operator_key_nothing_is_answered(tmp_path, authorization):
+    with InProcessGateway(tmp_path) as gateway:
+        answer = rpc(gateway, {"method": "node.list"}, Authorization=authorization)
+        assert answer.status == 401
+        assert answer.json["error"]["code"] == "UNAUTHORIZED"
+        assert "payload" not in answer.json
+
+
+def test_a_device_token_opens_nothing_here(gateway):
+    token = gateway.token("sly")
+    answer = rpc(gateway, {"method": "node.list"}, Authorization=f"Bearer {token}")
+    assert answer.status in (401, 403)
+
+
+def test_failed_sign_ins_are_limited_and_say_when_to_come_back(tmp_path):
+    with InProcessGateway(tmp_path) as gateway:
+        statuses = []
+        for _ in range(7):
+            body = json.dumps({"key": "mk_" + "x" * 43}).encode()
+            answer = ask(gateway, "POST", "/api/sign-in", body)
+            statuses.append(answer.status)
+        assert statuses[:5] == [401] * 5
+        assert statuses[-1] == 429
+        assert 0 < int(answer.headers["Retry-After"]) <= 60
+
+
+def test_a_sign_in_is_a_cookie_that_no_script_reads(gateway):
+    body = json.dumps({"key": gateway.api_key}).encode()
+    answer = ask(gateway, "POST", "/api/sign-in", body)
+    assert answer.status == 200
+    cookie = answer.headers["Set-Cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+    value = cookie.partition(";")[0]
+    listed = rpc(gateway, {"method": "node.list"}, Authorization="", Cookie=value)
+    assert listed.status == 200
+    out = ask(gateway, "POST", "/api/sign-out", Cookie=value)
+    assert "Max-Age=0" in out.headers["Set-Cookie"]
+    again = rpc(gateway, {"method": "node.list"}, Authorization="", Cookie=value)
+    assert again.status == 401
+
+
+# -- bad input -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"\r\n\r\n", None),
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET\r\n\r\n", 400),
+        (b"GET /health HTTP/9.9\r\n\r\n", 505),
+        (b"GET " + b"/x" * 40_000 + b" HTTP/1.1\r\n\r\n", (414, 431)),
+        (b"GET /health HTTP/1.1\r\n" + b"A: b\r\n" * 10_000 + b"\r\n", 431),
+        (b"GET /health HTTP/1.1\r\nA: " + b"b" * 100_000 + b"\r\n\r\n", 431),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", (400, None)),
+        (b"\x00" * 1000 + b"\r\n\r\n", 400),
+    ],
+    ids=range(9),
+)
+def test_bytes_that_are_no_request_do_no_harm(gateway, data, status):
+    answer = talk(gateway, data + b"GET /nothing HTTP/1.1\r\nConnection: close\r\n\r\n")
+    wanted = status if isinstance(status, tuple) else (status,)
+    if None not in wanted:
+        assert Answer(answer).status in wanted
+    assert b"Traceback" not in answer
+    assert ask(gateway, "GET", "/health").status == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content_Length": "x"}, 411),
+        ({"Content_Length": "-1"}, 411),
+        ({"Transfer_Encoding": "chunked"}, 411),
+        ({"Content_Length": str(10 * 1024 * 1024)}, 413),
+        ({"Content_Length": "9" * 400}, 411),
+    ],
+)
+def test_a_body_says_its_length_which_is_bounded(gateway, headers, status):
+    assert rpc(gateway, b"{}", **headers).status == status
+
+
+@pytest.mark.parametrize("host", ["evil.example", "[::1", "a b", "evil.example:9090"])
+def test_a_browser_s_request_under_a_foreign_name_is_refused(gateway, host):
+    answer = ask(gateway, "GET", "/", Host=host, Cookie="x=y")
+    assert answer.status in (400, 421)
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://[::1", "https://127.0.0.1"]
+)
+def test_a_request_from_another_page_is_refused(gateway, origin):
+    assert rpc(gateway, {"method": "node.list"}, Origin=origin).status == 403
+
+
+def test_an_upgrade_that_is_none_says_what_it_lacks(gateway):
+    answer = ask(gateway, "GET", "/ws", Upgrade="websocket", Connection="Upgrade")
+    assert answer.status == 426
+    keyless = ask(
+        gateway,
+        "GET",
+        "/ws",
+        Upgrade="websocket",
+        Connection="Upgrade",
+        Sec_WebSocket_Version="13",
+    )
+    assert keyless.status == 400
+    version = ask(
+        gateway,
+        "GET",
+        "/ws",
+        Upgrade="websocket",
+        Connection="Upgrade",
+        Sec_WebSocket_Key="AAAAAAAAAAAAAAAAAAAAAA==",
+        Sec_WebSocket_Version="7",
+    )
+    assert version.status == 426
+    assert version.headers["Sec-WebSocket-Version"] == "13"
+
+
+def test_a_client_that_leaves_in_the_middle_does_no_harm(gateway):
+    port = int(gateway.url.rpartition(":")[2])
+    half = b"POST /api/rpc HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"
+    for data in (b"", b"GET /hea", half):
+        with socket.create_connection(("127.0.0.1", port), 5) as sock:
+            sock.sendall(data)
+    assert ask(gateway, "GET", "/health").status == 200
+
+
+def test_what_follows_the_upgrade_in_the_same_packet_is_read(gateway):
+    """The first frame may come with the request, before its answer."""
+    connect = {
+        "type": "req",
+        "id": "1",
+        "method": "connect",
+        "params": {"role": "operator", "auth": {"api_key": gateway.api_key}},
+    }
+    client = moltis.WebSocketProtocol(client=True)
+    client.send(json.dumps(connect))
+    port = int(gateway.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), 10) as sock:
+        sock.sendall(
+            b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+            b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n" + client.outgoing()
+        )
+        data = b""
+        while b"hello-ok" not in data:
+            piece = sock.recv(65536)
+            assert piece, data
+            data += piece
+
+
+def test_connections_are_forgotten_when_they_end(gateway):
+    with gateway.operator() as client:
+        count = ask(gateway, "GET", "/health").json["connections"]
+        assert client.call("node.list", {})
+    wait_for(
+        lambda: ask(gateway, "GET", "/health").json["connections"] < count,
+        what="one connection less",
+    )
