@@ -12868,15 +12868,17 @@ class TurnView:
     def _delta(self, fields: JsonObject) -> None:
         if fields["kind"] == "notice":
             self._say_notice(fields["text"], MessageState.DONE)
-            return
+        elif fields["kind"] == "text":  # thinking would leave an answer without words
+            self._say(fields["text"])
+
+    def _say(self, text: str) -> None:
         if self._answer is None:
             details = {"model": self._turn.model.id}
             self._answer = self._log.begin(
                 "assistant", self._turn.run_id, details=details
             )
             self._log.post("delta", self._answer, {"text": ""})
-        if fields["kind"] == "text":
-            self._log.say(self._answer, fields["text"])
+        self._log.say(self._answer, text)
 
     def _call_start(self, fields: JsonObject) -> None:
         self._end_answer(MessageState.DONE)

@@ -253,6 +253,18 @@ def test_what_the_model_did_is_in_the_session_for_those_who_look_later(site, ser
     assert command["exitCode"] == 0
 
 
+def test_a_model_that_thinks_before_it_acts_leaves_no_answer_without_words(
+    site, server
+):
+    key = site.session("thinking", approvals="all")
+    thought = {"choices": [{"delta": {"reasoning_content": "Let me see."}}]}
+    server.turns += [[thought, *runs("echo 1")], [thought, *says("one")]]
+    site.end(site.send("hm?", key))
+    history = site.call("chat.history", sessionKey=key)
+    assert [m["role"] for m in history] == ["user", "command", "assistant"]
+    assert history[-1]["text"] == "one"
+
+
 def test_the_next_turn_remembers_the_one_before(site, server):
     key = site.session("memory", approvals="all")
     server.turns += [runs("echo 4711"), says("done"), says("it was 4711")]
