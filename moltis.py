@@ -5146,6 +5146,7 @@ MODEL_SILENCE = 600.0  # s without a byte; a Pi needs minutes to load a model
 MODEL_TRIES = 3  # for a provider that is busy or breaks off before its first word
 MODEL_PATIENCE = 60.0  # s; a longer Retry-After is said, not waited for
 MODEL_LIST_LIFETIME = 600.0  # s that a provider's list of models is remembered
+MODEL_LIST_RETRY = 30.0  # s; where one could not be asked: an Ollama that was started
 MAX_MODEL_LINE = 16 * 1024 * 1024  # bytes; a longer one ends the answer
 MAX_MODEL_REPLY = 16 * 1024 * 1024  # bytes of a list or an error that are read
 ANTHROPIC_VERSION = "2023-06-01"
@@ -6420,7 +6421,7 @@ class ModelCatalog:
     ) -> tuple[list[ModelInfo], dict[str, str]]:
         """Return the models, and by provider why one could not be asked.
 
-        They are remembered for MODEL_LIST_LIFETIME.  Raises Cancelled.
+        They are remembered for a while.  Raises Cancelled.
         """
         with self._lock:
             if not refresh and not self._fresh.expired:
@@ -6430,7 +6431,8 @@ class ModelCatalog:
         with self._lock:
             if providers == list(self._providers.values()):
                 self._models, self._errors = models, errors
-                self._fresh = Deadline(MODEL_LIST_LIFETIME)
+                lifetime = MODEL_LIST_RETRY if errors else MODEL_LIST_LIFETIME
+                self._fresh = Deadline(lifetime)
         return models, errors
 
 

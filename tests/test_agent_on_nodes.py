@@ -663,3 +663,17 @@ def running(site, key):
     history = site.call("chat.history", sessionKey=key)
     commands = [m["command"] for m in history if "command" in m]
     return any(c["command"] == "sleep 600" and "startedAt" in c for c in commands)
+
+
+def test_a_gateway_that_dies_ends_the_chat_with_unreachable(tmp_path):
+    with Program("gateway", "--port", "0", home=tmp_path) as gateway:
+        gateway.wait_for_output("Ctrl+C stops it.")
+        chat = Program("chat", "echo pid $$; exec sleep 600", home=tmp_path)
+        try:
+            pid = int(chat.wait_for_output("\n").split()[1])
+            gateway.end(signal.SIGKILL)
+            assert chat.process.wait(20) == 69
+        finally:
+            chat.end()
+            os.kill(pid, signal.SIGKILL)  # it outlives a gateway that is killed
+    assert "the gateway went away" in chat.stderr
