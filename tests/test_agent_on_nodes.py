@@ -12,6 +12,7 @@ import sys
 import threading
 
 import pytest
+from browser import Browser
 from support import (
     PROGRAM,
     Program,
@@ -508,6 +509,56 @@ def test_a_model_that_only_a_node_reaches_runs_commands_on_another(site):
     result = json.loads(asked[1]["messages"][-1]["content"])
     assert (result["node"], result["stdout"]) == ("beta", "beta\n")
     site.call("device.token.revoke", deviceId=device_id(site, "gpu"))
+
+
+# -- the page ------------------------------------------------------------------
+
+
+def test_a_stranger_asks_on_the_page_approves_one_command_and_reads_the_answer(
+    site, server
+):
+    def answer(_body):
+        (result,) = server.results()
+        return says(f"**{result['node']}** has most: {result['stdout'].strip()}")
+
+    server.turns += [
+        calls(("nodes_list", {})),
+        runs("echo five processes of $NODE", node="beta"),
+        answer,
+    ]
+    with Browser() as browser, browser.new_page() as page:
+        page.goto(f"{site.url}/#key={site.key}")
+        page.wait_for("document.querySelector('#sessions li') !== null")
+        page.click("#new-chat")
+        pick(page, "model", "clever")
+        page.wait_for("!document.querySelector('#approvals').hidden")
+        page.click("#text")
+        page.type("which of my machines has most free memory?")
+        page.press("Enter")
+        page.wait_for_text("Waits for your approval", 20)
+        card = page.text("#messages > :last-child")
+        assert "echo five processes of $NODE" in card
+        assert "beta" in card
+        page.click(".approval .main")
+        page.wait_for_text("beta has most: five processes of beta", 20)
+        assert page.errors == []
+    assert site.audit("echo five processes of $NODE")["decidedBy"]
+
+
+def pick(page, picker, label):
+    """Choose an option that holds `label`, once it is there."""
+    option = f"[...document.querySelectorAll('#{picker}-list [role=option]')]"
+    option += f".find(o => o.innerText.includes({json.dumps(label)}))"
+
+    def found():
+        if page.evaluate(f"document.querySelector('#{picker}-list').hidden"):
+            page.click(f"#{picker}-button")
+        return page.evaluate(f"!!({option})")
+
+    wait_for(found, what=f"{label} among the choices")
+    page.evaluate(f"({option}).click()")
+    text = f"document.querySelector('#{picker}-button').innerText"
+    page.wait_for(f"{text}.includes({json.dumps(label)})")
 
 
 # -- moltis chat ---------------------------------------------------------------
