@@ -434,6 +434,11 @@ def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
     return values
 
 
+def printable(text: str, limit: int = 200) -> str:
+    """Return a stranger's words as they may stand on a terminal: no control codes."""
+    return "".join(c for c in text[:limit] if c.isprintable())
+
+
 def clip(text: str, limit: int) -> str:
     """Return `text`, or its head and tail with the number of characters cut."""
     if len(text) <= limit:
@@ -3064,9 +3069,9 @@ class ConnectParams:
         return cls(
             role=optional(params, "role", str) or "operator",
             client_id=optional(client, "id", str) or "",
-            display_name=optional(client, "displayName", str) or "",
-            version=optional(client, "version", str) or "",
-            platform=optional(client, "platform", str) or "",
+            display_name=printable(optional(client, "displayName", str) or ""),
+            version=printable(optional(client, "version", str) or ""),
+            platform=printable(optional(client, "platform", str) or ""),
             min_protocol=PROTOCOL_VERSION if low is None else low,
             max_protocol=PROTOCOL_VERSION if high is None else high,
             capabilities=_texts(ours, "caps"),
@@ -3125,7 +3130,7 @@ class ConnectParams:
 def _texts(value: JsonObject, name: str) -> tuple[str, ...]:
     # Bounded, because they are stored and listed; what is beyond is not kept.
     items = (optional(value, name, list) or [])[:MAX_ABILITIES]
-    return tuple(item[:MAX_ABILITIES] for item in items if isinstance(item, str))
+    return tuple(printable(i, MAX_ABILITIES) for i in items if isinstance(i, str))
 
 
 class Calls:
@@ -10397,11 +10402,12 @@ class Fleet:
         return self._view(device)
 
     def _check_claim(self, node_id: str, device: Device) -> None:
-        if not 0 < len(node_id) <= MAX_NODE_ID or node_id == LOCAL_ID:
+        fits = 0 < len(node_id) <= MAX_NODE_ID and node_id.isprintable()
+        if not fits or node_id == LOCAL_ID:
             raise RpcError(
                 "INVALID_REQUEST",
-                f"client.id must have 1 to {MAX_NODE_ID} characters and not be "
-                f"{LOCAL_ID!r}",
+                f"client.id must have 1 to {MAX_NODE_ID} printable characters and not "
+                f"be {LOCAL_ID!r}",
             )
         owner = self._devices.by_node_id(node_id, now_ms())
         if owner is not None and owner.id != device.id:
@@ -14177,9 +14183,9 @@ class Gateway:
                 node_id=node.node_id,
                 address=address,
                 now=now_ms(),
-                display_name=params.display_name[:MAX_NAME],
-                platform=params.platform[:MAX_NAME],
-                version=params.version[:MAX_NAME],
+                display_name=params.display_name,
+                platform=params.platform,
+                version=params.version,
                 capabilities=params.capabilities,
                 commands=params.commands,
             )
@@ -19992,7 +19998,7 @@ def add_node_add(subcommands: Subcommands) -> None:
 
 def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
     trust = chosen_trust(args, context)
-    offer = join_offer(args, trust)
+    offer = join_offer(args, trust, context.environ)
     settings = node_settings(args, offer, context)
     warn_about_plain_text(settings.gateway_url, context.output)
     if args.foreground:
@@ -20038,14 +20044,18 @@ def node_settings(
     )
 
 
-def join_offer(args: argparse.Namespace, trust: TlsTrust) -> JsonObject:
+def join_offer(
+    args: argparse.Namespace, trust: TlsTrust, environ: Mapping[str, str]
+) -> JsonObject:
     """Return what a join link, or JSON on standard input, says; {} without either.
 
     Raises UserError.
     """
+    # Who says it otherwise may have left standard input open, with nothing to come.
+    said = args.host or args.token or environ.get("MOLTIS_DEVICE_TOKEN")
     if args.join:
         text = fetch(args.join, trust)
-    elif args.host or args.token or sys.stdin is None or sys.stdin.isatty():
+    elif said or sys.stdin.isatty():
         return {}
     else:
         text = sys.stdin.buffer.read(MAX_BODY)
@@ -20385,9 +20395,14 @@ def cmd_node_list(args: argparse.Namespace, context: Context) -> int:
     if args.json:
         context.output.json(nodes)
         return EXIT_OK
-    heading = ("NAME", "STATE", "PLATFORM", "CPU", "MEMORY FREE", "DISK FREE", "ID")
-    context.output.table([heading, *(node_row(node) for node in nodes)])
+    context.output.table([NODE_COLUMNS, *(node_row(node) for node in nodes)])
     return EXIT_OK
+
+
+NODE_COLUMNS = (
+    *("NAME", "STATE", "PLATFORM", "CPU", "MEMORY FREE", "DISK FREE"),
+    *("RUNTIMES", "MODELS", "ID"),
+)
 
 
 def node_row(node: JsonObject) -> tuple[str, ...]:
@@ -20400,6 +20415,7 @@ def node_row(node: JsonObject) -> tuple[str, ...]:
         return f"{format_bytes(telemetry[free])} of {format_bytes(telemetry[total])}"
 
     usage = telemetry.get("cpuUsage")
+    models = [f"{p['provider']} ({len(p['models'])})" for p in node["providers"] or ()]
     seen = node.get("lastSeenAt")
     state = "connected"
     if not node["connected"]:
@@ -20411,6 +20427,8 @@ def node_row(node: JsonObject) -> tuple[str, ...]:
         "-" if usage is None else f"{usage:.0f} %",
         share("memAvailable", "memTotal"),
         share("diskAvailable", "diskTotal"),
+        " ".join(telemetry.get("runtimes") or ["-"]),
+        " ".join(models or ["-"]),
         node["nodeId"],
     )
 
@@ -21017,6 +21035,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed when we were started
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     arguments = list(sys.argv[1:] if argv is None else argv)
     command: list[str] = []
     if "--" in arguments:  # what follows belongs to the other machine

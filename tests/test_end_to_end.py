@@ -132,6 +132,11 @@ def test_node_list_shows_every_machine_and_local(site):
     assert heading.startswith("NAME")
     assert [row.split("  ")[0] for row in rows] == ["Local", "Build Server", "pi"]
     assert all("connected" in row for row in rows)
+    # What is installed is looked for beside, and told when it is known.
+    wait_for(
+        lambda: site.run("node", "list").stdout.count("python3") == 3,
+        what="the runtimes of all",
+    )
 
 
 def test_a_node_says_how_it_is_doing(site):

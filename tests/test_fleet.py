@@ -218,7 +218,7 @@ def test_presence_is_told_when_a_node_comes_and_goes(world, node):
     assert kinds == ["node.connected", "node.disconnected"]
 
 
-@pytest.mark.parametrize("node_id", ["", "local", "x" * 201])
+@pytest.mark.parametrize("node_id", ["", "local", "x" * 201, "a\x1b[2Jb"])
 def test_an_id_that_is_none_is_refused(world, node_id):
     device, _ = world.access.create_device("odd")
     params = moltis.ConnectParams(role="node", client_id=node_id)

@@ -238,6 +238,13 @@ def test_what_a_node_says_of_itself_is_bounded():
     assert params.commands == ("system.run",)
 
 
+def test_what_a_node_says_of_itself_cannot_write_on_a_terminal():
+    client = {"id": "n", "displayName": "a\x1b[2Jb\n", "platform": "li\u202enux"}
+    params = moltis.ConnectParams.from_json({"client": client})
+    assert params.display_name == "a[2Jb"
+    assert params.platform == "linux"
+
+
 # -- calls ---------------------------------------------------------------------
 
 

@@ -1,0 +1,321 @@
+"""Arguments, output and exit codes; what takes real processes is in
+test_end_to_end.py."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from peers import InProcessGateway
+from support import PROGRAM, ScriptedServer, clean_environment, run_moltis
+
+import moltis
+
+NODE = {
+    "nodeId": "id",
+    "displayName": "Pi",
+    "platform": "linux",
+    "connected": True,
+    "lastSeenAt": 0,
+    "telemetry": None,
+    "providers": [],
+}
+
+
+def context(home, **environ):
+    environ = {"MOLTIS_DATA_DIR": str(home / ".moltis"), **environ}
+    return moltis.Context(environ, moltis.Output(environ))
+
+
+# -- which gateway -------------------------------------------------------------
+
+
+def address(home, host=None, key=None, **environ):
+    args = argparse.Namespace(host=host, api_key=key, insecure=False, pin=None)
+    return moltis.gateway_address(args, context(home, **environ))[:2]
+
+
+def test_flags_beat_the_environment_which_beats_gateway_json(home):
+    file = moltis.GatewayFile("http://file", "mk_file", 1)
+    file.save(home / ".moltis")
+    variables = {"MOLTIS_GATEWAY_URL": "http://env", "MOLTIS_API_KEY": "mk_env"}
+    assert address(home) == ("http://file", "mk_file")
+    assert address(home, **variables) == ("http://env", "mk_env")
+    assert address(home, "http://flag", "mk_flag", **variables) == (
+        "http://flag",
+        "mk_flag",
+    )
+
+
+def test_without_any_gateway_it_says_how_to_start_one(home):
+    with pytest.raises(moltis.Unreachable, match="moltis gateway"):
+        address(home)
+
+
+def test_another_gateway_wants_a_key(home):
+    with pytest.raises(moltis.Refused, match="MOLTIS_API_KEY"):
+        address(home, "http://other")
+
+
+# -- node add ------------------------------------------------------------------
+
+
+def settings_for(home, *arguments, stdin=None, monkeypatch=None, **environ):
+    parser = moltis.build_parser()
+    args = parser.parse_args(
+        ["node", "add", *arguments], argparse.Namespace(command=[])
+    )
+    if stdin is not None:
+        data = io.TextIOWrapper(io.BytesIO(stdin))
+        monkeypatch.setattr(sys, "stdin", data)
+    offer = moltis.join_offer(args, moltis.TlsTrust(), environ)
+    return moltis.node_settings(args, offer, context(home, **environ))
+
+
+TOKEN = "mdt_" + "x" * 43
+
+
+def test_node_add_takes_flags(home, tmp_path):
+    settings = settings_for(
+        home,
+        *("--host", "gateway:9090", "--token", TOKEN, "--name", "Pi"),
+        *("--working-dir", str(tmp_path), "--timeout", "60", "--node-id", "n1"),
+    )
+    assert settings.gateway_url == "ws://gateway:9090/ws"
+    assert settings.device_token == TOKEN
+    assert settings.display_name == "Pi"
+    assert settings.working_dir == str(tmp_path)
+    assert settings.timeout == 60
+    assert settings.node_id == "n1"
+    assert settings.auth == "scram"
+
+
+def test_node_add_takes_variables(home):
+    settings = settings_for(
+        home, MOLTIS_GATEWAY_URL="ws://gateway/ws", MOLTIS_DEVICE_TOKEN=TOKEN
+    )
+    assert settings.device_token == TOKEN
+    assert settings.display_name == socket.gethostname()
+
+
+def test_node_add_takes_an_offer_from_standard_input(home, monkeypatch):
+    offer = {
+        "gateway_url": "ws://gateway/ws",
+        "device_token": TOKEN,
+        "display_name": "Attic",
+    }
+    settings = settings_for(
+        home, stdin=json.dumps(offer).encode(), monkeypatch=monkeypatch
+    )
+    assert settings.device_token == TOKEN
+    assert settings.display_name == "Attic"
+
+
+@pytest.mark.parametrize("text", [b"<html>", b"[]", b"7", b'{"gateway_url": 7}'])
+def test_what_is_no_offer_is_said_to_be_none(home, monkeypatch, text):
+    with pytest.raises(moltis.UsageError):
+        settings_for(home, stdin=text, monkeypatch=monkeypatch)
+
+
+def test_node_add_keeps_the_node_s_id(home):
+    moltis.NodeSettings("ws://old/ws", TOKEN, "kept", "Pi").save(home / ".moltis")
+    settings = settings_for(home, "--host", "gateway", "--token", TOKEN)
+    assert settings.node_id == "kept"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--token", TOKEN), "--host is missing"),
+        (("--host", "gateway"), "--token is missing"),
+        (("--host", "ftp://x", "--token", TOKEN), "is not a gateway's address"),
+        (("--host", "x", "--token", TOKEN, "--timeout", "0"), "positive number"),
+        (("--host", "x", "--token", TOKEN, "--timeout", "inf"), "positive number"),
+        (
+            ("--host", "x", "--token", TOKEN, "--working-dir", "/no/such"),
+            "is not a directory",
+        ),
+    ],
+)
+def test_node_add_says_what_is_wrong(home, arguments, words):
+    with pytest.raises(moltis.UsageError, match=words) as caught:
+        settings_for(home, *arguments)
+    assert TOKEN not in str(caught.value)
+
+
+def test_a_join_link_that_is_used_up_is_refused_in_its_own_words(tmp_path):
+    with ScriptedServer(lambda request: (410, {}, [b"used or expired"])) as server:
+        done = run_moltis(
+            "node", "add", "--join", f"{server.url}/join/mc_abcdefgh", home=tmp_path
+        )
+    assert done.returncode == 77
+    assert "used or expired" in done.stderr
+    assert "mc_abcdefgh" not in done.stderr
+
+
+# -- output --------------------------------------------------------------------
+
+
+def test_a_node_that_says_nothing_is_listed_with_dashes():
+    row = moltis.node_row(NODE)
+    assert row == ("Pi", "connected", "linux", "-", "-", "-", "-", "-", "id")
+
+
+def test_a_node_is_listed_with_what_it_has():
+    telemetry = {
+        "cpuUsage": 12.4,
+        "memTotal": 2**30,
+        "memAvailable": 2**29,
+        "diskTotal": 2**40,
+        "diskAvailable": 2**30,
+        "runtimes": ["python3", "node"],
+    }
+    providers = [{"provider": "ollama", "models": ["a", "b"]}]
+    row = moltis.node_row({**NODE, "telemetry": telemetry, "providers": providers})
+    assert row[3:8] == (
+        "12 %",
+        "512.0 MiB of 1.0 GiB",
+        "1.0 GiB of 1.0 TiB",
+        "python3 node",
+        "ollama (2)",
+    )
+
+
+def test_lines_of_several_commands_are_labelled_even_when_they_come_in_pieces():
+    file = io.BytesIO()
+    printer = moltis.StreamPrinter(file, b"pi | ")
+    for data in (b"on", b"e\ntw", b"o", b"\n\nthree"):
+        printer.write(data)
+    printer.finish()
+    assert file.getvalue() == b"pi | one\npi | two\npi | \npi | three\n"
+
+
+def test_a_line_without_end_does_not_fill_the_memory():
+    file = io.BytesIO()
+    printer = moltis.StreamPrinter(file, b"pi | ")
+    for _ in range(100):
+        printer.write(b"x" * 65536)
+    assert len(printer._line) <= 2 * 65536
+    printer.finish()
+    assert file.getvalue().replace(b"pi | ", b"").replace(b"\n", b"") == (
+        b"x" * 6_553_600
+    )
+
+
+def test_one_command_alone_is_printed_as_it_comes():
+    file = io.BytesIO()
+    printer = moltis.StreamPrinter(file, b"")
+    printer.write(b"\xff\x00no line")
+    printer.finish()
+    assert file.getvalue() == b"\xff\x00no line"
+
+
+@pytest.mark.parametrize(
+    ("result", "status"),
+    [
+        ({"exitCode": 0}, 0),
+        ({"exitCode": 255}, 255),
+        ({"exitCode": 256}, 1),
+        ({"exitCode": 3221225477}, 1),
+        ({"exitCode": -1}, 1),
+        ({"exitCode": -1, "signal": 15}, 143),
+        ({"exitCode": -1, "signal": "SIGTERM"}, 1),
+        ({}, 1),
+        ({"exitCode": "0"}, 1),
+        ({"exitCode": -1, "signal": 9, "timedOut": True}, 124),
+        ({"exitCode": -1, "signal": 15, "cancelled": True}, 130),
+        ({"error": "no shell"}, 1),
+    ],
+)
+def test_a_result_has_an_exit_status_that_never_looks_like_success(result, status):
+    execution = moltis.Execution.__new__(moltis.Execution)
+    execution._output = moltis.Output({})
+    command = argparse.Namespace(name="pi")
+    assert execution._status_of(moltis.RemoteEnd(command, result)) == status
+
+
+def test_colour_only_on_a_terminal_and_never_with_no_color(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for environ, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+        moltis.Output(environ).complain("it broke")
+        assert ("\033[" in capsys.readouterr().err) is coloured
+
+
+def test_complaints_hold_no_secret(capsys):
+    moltis.Output({}).complain(f"the token {TOKEN} is no good")
+    assert TOKEN not in capsys.readouterr().err
+
+
+# -- main ----------------------------------------------------------------------
+
+
+def test_version(tmp_path):
+    done = run_moltis("--version", home=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"moltis {moltis.__version__}\n")
+
+
+@pytest.mark.parametrize("words", [(), ("bogus",), ("node",), ("node", "bogus")])
+def test_what_is_no_subcommand_is_a_matter_of_usage(tmp_path, words):
+    done = run_moltis(*words, home=tmp_path)
+    assert done.returncode == 2
+    assert "usage: moltis" in done.stderr
+    assert done.stdout == ""
+
+
+def test_what_follows_the_dashes_belongs_to_the_other_machine(tmp_path):
+    with InProcessGateway(tmp_path / ".moltis"):
+        done = run_moltis(
+            *("node", "exec", "Local", "--", "echo", "--help", "--", "-x"),
+            home=tmp_path,
+        )
+    assert done.stdout == "--help -- -x\n"
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
+    command = f"{sys.executable} {PROGRAM} gateway --help | true"
+    done = subprocess.run(
+        ["/bin/sh", "-c", command],
+        capture_output=True,
+        check=False,
+        text=True,
+        env=clean_environment(tmp_path),
+        timeout=60,
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_it_works_without_standard_streams(tmp_path):
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"exec {sys.executable} {PROGRAM} node list <&- >&- 2>&-"],
+        check=False,
+        env=clean_environment(tmp_path),
+        timeout=60,
+    )
+    assert done.returncode == 69
+
+
+def test_join_and_stdin_are_not_waited_for_when_flags_say_all(tmp_path):
+    """Standard input is a pipe that stays open."""
+    read, write = os.pipe()
+    try:
+        done = subprocess.run(
+            [
+                *(sys.executable, str(PROGRAM), "node", "add", "--foreground"),
+                *("--host", "ftp://x", "--token", TOKEN),
+            ],
+            stdin=read,
+            capture_output=True,
+            check=False,
+            env=clean_environment(tmp_path),
+            timeout=60,
+        )
+    finally:
+        os.close(read)
+        os.close(write)
+    assert done.returncode == 2

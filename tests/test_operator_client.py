@@ -1,0 +1,200 @@
+"""The command line's side of a gateway."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from peers import InProcessGateway
+from support import free_port, process_exists, wait_for
+
+import moltis
+
+WINDOW = 1024 * 1024  # bytes of a stream that may be unacknowledged
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    with InProcessGateway(tmp_path / "gateway") as running:
+        yield running
+
+
+def news_of(client, nodes, args, feed=None):
+    """Run a command; return all that is heard of it."""
+    remote = moltis.RemoteCommands(client, nodes)
+    remote.start(args)
+    feeder = None
+    if feed is not None:
+        feeder = threading.Thread(target=remote.feed, args=(feed,))
+        feeder.start()
+    heard = []
+    for news in remote.news():
+        heard.append(news)
+        if isinstance(news, moltis.RemoteOutput):
+            news.command.written(news.chunk, every=64 * 1024)
+        elif isinstance(news, moltis.RemoteEnd):
+            news.command.acknowledge()
+    if feeder is not None:
+        feeder.join()
+    return heard
+
+
+def output(heard, kind=moltis.STDOUT):
+    return b"".join(
+        news.chunk.data
+        for news in heard
+        if isinstance(news, moltis.RemoteOutput) and news.chunk.kind == kind
+    )
+
+
+def ends(heard):
+    return [news for news in heard if isinstance(news, moltis.RemoteEnd)]
+
+
+def test_a_wrong_key_is_refused_and_not_repeated(gateway):
+    key = "mk_" + "x" * 43
+    with pytest.raises(moltis.Refused) as caught:
+        moltis.OperatorClient(gateway.url, key, gateway.trust)
+    assert "MOLTIS_API_KEY" in str(caught.value)
+    assert key not in str(caught.value)
+
+
+def test_a_gateway_that_is_not_there_is_unreachable(gateway):
+    with pytest.raises(moltis.Unreachable, match="refused the connection"):
+        moltis.OperatorClient(f"http://127.0.0.1:{free_port()}", "mk_x", gateway.trust)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("UNAVAILABLE", moltis.Unreachable),
+        ("TIMEOUT", moltis.Unreachable),
+        ("UNAUTHORIZED", moltis.Refused),
+        ("FORBIDDEN", moltis.Refused),
+        ("RATE_LIMITED", moltis.Refused),
+        ("INVALID_REQUEST", moltis.UsageError),
+        ("NOT_FOUND", moltis.UserError),
+        ("SOMETHING_NEW", moltis.UserError),
+    ],
+)
+def test_an_error_of_the_gateway_has_the_exit_status_that_fits(code, kind):
+    error = moltis.user_error(moltis.RpcError(code, "why"))
+    assert type(error) is kind
+    assert str(error) == "why"
+
+
+def test_a_call_ends_when_the_gateway_goes_away(gateway):
+    with gateway.operator() as client:
+        answer = client.start(
+            "node.invoke",
+            {
+                "nodeId": "local",
+                "command": "system.run",
+                "args": {"command": "sleep 1000"},
+            },
+        )
+        closer = threading.Thread(target=gateway.close)
+        closer.start()
+        with pytest.raises(moltis.MoltisError):
+            answer.result(20)
+        closer.join()
+        with pytest.raises(moltis.Unreachable, match="hung up"):
+            client.call("node.list", {})
+
+
+def test_output_comes_in_order_and_whole(gateway):
+    """Ten windows, with a reader that acknowledges as it goes."""
+    count = "i=0; while [ $i -lt 20000 ]; do echo $i; i=$((i+1)); done"
+    line = f"{count}; head -c 9000000 /dev/zero"
+    with gateway.operator() as client:
+        heard = news_of(client, {"local": "Local"}, {"command": line})
+    data = output(heard)
+    numbers, zeros = data[: -9 * 10**6], data[-9 * 10**6 :]
+    assert numbers == b"".join(b"%d\n" % i for i in range(20_000))
+    assert zeros == bytes(9 * 10**6)
+    assert ends(heard)[0].result["exitCode"] == 0
+
+
+def test_one_who_does_not_read_holds_the_command_up_and_loses_nothing(gateway):
+    line = "head -c 4000000 /dev/zero"
+    with gateway.operator() as client:
+        remote = moltis.RemoteCommands(client, {"local": "Local"})
+        remote.start({"command": line})
+        news = remote.news()
+        taken = []
+        while sum(len(item.chunk.data) for item in taken) < WINDOW:
+            taken.append(next(news))
+        # Nothing was acknowledged: a window is all that may have been sent.
+        assert client.call("node.list", {})
+        assert remote._news.empty()
+        total = sum(len(item.chunk.data) for item in taken)
+        taken[-1].command.written(taken[-1].chunk, every=1)
+        for item in news:
+            if isinstance(item, moltis.RemoteOutput):
+                total += len(item.chunk.data)
+                item.command.written(item.chunk, every=1)
+            elif isinstance(item, moltis.RemoteEnd):
+                item.command.acknowledge()
+        assert total == 4_000_000
+
+
+def test_input_goes_no_further_ahead_than_a_window(gateway):
+    sent = []
+
+    def read(size):
+        data = b"x" * size if sum(sent) < 5_000_000 else b""
+        sent.append(len(data))
+        return data
+
+    with gateway.operator() as client:
+        heard = news_of(
+            client, {"local": "Local"}, {"command": "wc -c", "stdin": True}, feed=read
+        )
+    assert int(output(heard)) == sum(sent)
+
+
+def test_input_is_binary_safe(gateway):
+    data = bytes(range(256)) * 5000
+    pieces = [data[i : i + 60_000] for i in range(0, len(data), 60_000)] + [b""]
+    with gateway.operator() as client:
+        heard = news_of(
+            client,
+            {"local": "Local"},
+            {"command": "cat", "stdin": True},
+            feed=lambda size: pieces.pop(0),
+        )
+    assert output(heard) == data
+
+
+def test_several_commands_are_one_stream_of_news(gateway):
+    nodes = {"local": "Local", "nowhere": "Nowhere"}
+    with gateway.operator() as client:
+        heard = news_of(client, nodes, {"command": "echo hi"})
+    by_name = {end.command.name: end for end in ends(heard)}
+    assert by_name["Local"].result["exitCode"] == 0
+    assert "no node 'nowhere'" in str(by_name["Nowhere"].error)
+
+
+def test_leaving_ends_what_was_followed(gateway, tmp_path):
+    with gateway.operator() as client:
+        remote = moltis.RemoteCommands(client, {"local": "Local"})
+        remote.start({"command": f"echo $$ > {tmp_path}/pid; sleep 1000"})
+        path = tmp_path / "pid"
+        wait_for(lambda: path.exists() and path.read_text().strip(), what="its start")
+    pid = int(path.read_text())
+    wait_for(lambda: not process_exists(pid), what="its end")
+
+
+def test_finished_commands_leave_nothing_with_their_connection(gateway, monkeypatch):
+    peers, follow = [], moltis.OperatorPeer.follow
+
+    def record(self, invocation):
+        peers.append(self)
+        follow(self, invocation)
+
+    monkeypatch.setattr(moltis.OperatorPeer, "follow", record)
+    with gateway.operator() as client:
+        for _ in range(5):
+            news_of(client, {"local": "Local"}, {"command": "echo hi"})
+        assert len(peers) == 5
+        wait_for(lambda: not peers[0]._followed, what="nothing to follow")
