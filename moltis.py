@@ -19303,6 +19303,7 @@ class RemoteCommands:
 DEFAULT_PORT = 9090
 START_TIMEOUT = 20.0  # s for a service that was just started to connect
 DEMO_DIRECTORY = "demo-node"  # below the data directory
+TERMINAL_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 CHAT_SESSION = "main"  # the session that every gateway has
 INTERRUPTED = 130  # as a shell counts SIGINT
 TIMED_OUT = 124  # as timeout(1)
@@ -20802,9 +20803,21 @@ def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswe
     return deny
 
 
+def visible(text: str) -> str:
+    """Return `text` with what a terminal obeys, or hides, spelt out.
+
+    A command that moves the cursor, or turns the writing round, looks like another.
+    """
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
 def ask_approval(output: Output, command: JsonObject) -> str:
-    where = f" in {command['cwd']}" if command.get("cwd") else ""
-    output.say(f"May this run on {command['node']}{where}?\n    {command['command']}")
+    where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
+    lines = visible(command["command"]).replace("\n", "\n    ")
+    output.say(f"May this run on {command['node']}{where}?\n    {lines}")
     answers = {"y": "approve", "n": "deny", "a": "always"}
     while True:
         sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
@@ -20940,13 +20953,13 @@ class ChatTerminal:
         show = (
             self._output.complain if message["state"] == "error" else self._output.say
         )
-        show(message["text"])
+        show(visible(message["text"]))
 
     def _show_command(self, message: JsonObject, typed: bool) -> None:
         command = message["command"]
         if message["id"] not in self._cards and not typed:
             self._end_line()
-            self._output.say(f"[{command['node']}] $ {command['command']}")
+            self._output.say(f"[{command['node']}] $ {visible(command['command'])}")
         card = self._card(message["id"])
         approval = command.get("approval") or {}
         if approval.get("state") == "asked" and message["id"] not in self._asked:
@@ -20969,7 +20982,8 @@ class ChatTerminal:
 
     def _say(self, message_id: str, text: str) -> None:
         self._said[message_id] = self._said.get(message_id, 0) + len(text)
-        self._write("stdout", text)
+        # A model's words are no more to be trusted than what it read.
+        self._write("stdout", TERMINAL_CONTROLS.sub("", text))
 
     def _write(self, stream: str, text: str) -> None:
         if not text:

@@ -692,6 +692,22 @@ def test_on_a_terminal_chat_asks_and_approves(site, server):
     assert server.results()[0]["stdout"] == "yes I ran\n"
 
 
+def test_what_would_hide_in_a_terminal_is_spelt_out_in_the_question(site, server):
+    sly = "rm -rf /tmp/x #\x1b[2K\rls \u202e\nuptime"
+    server.turns += [runs(sly), says("I see\x1b[2J.")]
+    arguments = ("chat", "--session", "sly", "--model", "openai/clever", "hm?")
+    terminal = Terminal(*arguments, home=site.home)
+    try:
+        terminal.wait_for("[y]es, [n]o, [a]lways")
+        assert "rm -rf /tmp/x #\\x1b[2K\\rls \\u202e\n    uptime\n" in terminal.text
+        terminal.type("n\n")
+        terminal.wait_for("I see[2J.")
+    finally:
+        assert terminal.close() == 0
+    assert "\x1b" not in terminal.text
+    assert site.audit(sly)["state"] == "denied"
+
+
 def test_without_a_message_chat_is_a_prompt(site):
     terminal = Terminal("chat", "--session", "prompt", home=site.home)
     try:
