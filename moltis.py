@@ -96,7 +96,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -161,6 +161,7 @@ CONNECT_TIMEOUT = 10.0  # s; to finish a handshake, and to say `connect` after i
 PING_INTERVAL = 20.0  # s; both ways
 PEER_TIMEOUT = 60.0  # s of silence after which a peer is gone
 TELEMETRY_INTERVAL = 30.0  # s; what Moltis' protocol promises
+CALLER_PATIENCE = 600.0  # s that callers wait for a gateway, and it for callers
 KILL_AFTER = 2.0  # s from SIGTERM to SIGKILL
 DRAIN_AFTER_EXIT = 0.5  # s for output that a grandchild still holds open
 
@@ -2268,6 +2269,7 @@ def connect(
     timeout: float = CONNECT_TIMEOUT,
     ssl_context: ssl.SSLContext | None = None,
     max_message: int = MAX_MESSAGE,
+    max_outbox: int = MAX_OUTBOX,
     hold_pongs: bool = False,
     name: str = "",
 ) -> WebSocket:
@@ -2302,6 +2304,7 @@ def connect(
         protocol,
         early=early,
         name=name or target.host,
+        max_outbox=max_outbox,
         subprotocol=granted.subprotocol,
     )
 
@@ -2827,6 +2830,7 @@ INVOKE_REQUEST = "node.invoke.request"
 INVOKE_RESULT = "node.invoke.result"
 INVOKE_ACK = "node.invoke.ack"
 INVOKE_CANCEL = "node.invoke.cancel"
+INVOKE_REWIND = "node.invoke.rewind"
 INVOKE_STATE = "node.invoke.state"
 NODE_EVENT = "node.event"
 NODE_TELEMETRY = "node.telemetry"
@@ -3003,7 +3007,7 @@ class InflightCommand:
     invoke_id: str
     stdout: int  # bytes acknowledged by the gateway so far
     stderr: int
-    stdin: int  # bytes that arrived so far
+    stdin: int  # bytes consumed; the sender begins again there
     done: bool
 
     @classmethod
@@ -3444,10 +3448,10 @@ class CommandStreams:
         self._finished = False  # nothing is read any more; rewinds deliver
 
     def offsets(self) -> dict[int, int]:
-        """Return what was acknowledged of each output, and what arrived of stdin."""
+        """Return what was acknowledged of each output, and consumed of stdin."""
         with self._lock:
             offsets = {kind: w.acknowledged for kind, w in self._windows.items()}
-            offsets[STDIN] = self._input.arrived
+            offsets[STDIN] = self._input.consumed
             return offsets
 
     def totals(self) -> dict[int, int]:
@@ -3967,7 +3971,7 @@ class Command:
         return self._cancelled
 
     def offsets(self) -> dict[int, int]:
-        """Return what was acknowledged of each output, and what arrived of stdin."""
+        """Return what was acknowledged of each output, and consumed of stdin."""
         return self._streams.offsets()
 
     @property
@@ -6507,6 +6511,9 @@ class MachinePeer(Protocol):
 
     def queued(self, invoke_id: str, place: int) -> None: ...
 
+    def rewound(self, invoke_id: str, stdin: int) -> None:
+        """Hear that output comes again, and from where on input is to come again."""
+
     def result(self, invoke_id: str, result: JsonObject) -> None: ...
 
 
@@ -6761,6 +6768,7 @@ class Machine:
         self._lock = threading.Lock()  # guards _peer and _results
         self._peer: MachinePeer | None = None
         self._results: dict[str, JsonObject] = {}  # kept until settled
+        self.stopping = False  # commands that end now do so because of that
         self._actions: Mapping[str, Callable[[str, JsonObject], JsonObject | None]] = {
             SYSTEM_RUN: self._run,
             SYSTEM_WHICH: self._which,
@@ -6792,6 +6800,8 @@ class Machine:
                 result = action(invoke_id, args)
             except RpcError as error:
                 result = {"error": error.message}
+                if error.code == "CONFLICT":  # it ran, and its result was let go
+                    result["lost"] = True
         if result is not None:
             self.finish(invoke_id, result)
 
@@ -6838,10 +6848,29 @@ class Machine:
         ]
 
     def resume(self, invoke_id: str, stdout: int, stderr: int) -> None:
-        """Send again, to a new peer, what followed these offsets, then the result."""
+        """Send again, to a new peer, what followed these offsets, then the result.
+
+        Raises RpcError for bytes that were never sent.
+        """
         work = self._work(invoke_id)
         if work is not None:
             work.rewind({STDOUT: stdout, STDERR: stderr})
+        self.resend_result(invoke_id)
+
+    def rewind(self, invoke_id: str, stdout: int, stderr: int) -> None:
+        """Do the same for a caller who came back to a peer that was never away.
+
+        Raises RpcError for bytes that were never sent.
+        """
+        command = self._runner.get(invoke_id)
+        if command is not None:
+            stdin = command.offsets()[STDIN]
+            self.tell(lambda peer: peer.rewound(invoke_id, stdin))
+            self.resume(invoke_id, stdout, stderr)
+
+    def abandon(self, invoke_id: str) -> None:
+        """End an invocation that nobody knows any more, and report it once more."""
+        self.cancel(invoke_id)
         self.resend_result(invoke_id)
 
     def resend_result(self, invoke_id: str) -> None:
@@ -6852,6 +6881,7 @@ class Machine:
 
     def close(self) -> None:
         """End all work in order; its results still go to the peer."""
+        self.stopping = True
         if self._lender is not None:
             self._lender.close()
         self._runner.close()
@@ -6954,7 +6984,13 @@ class _StreamedRun:
         self._machine.tell(lambda peer: peer.queued(self._invoke_id, place))
 
     def on_result(self, result: CommandResult) -> None:
-        self._machine.finish(self._invoke_id, run_result(result))
+        self._machine.finish(self._invoke_id, self._value(result))
+
+    def _value(self, result: CommandResult) -> JsonObject:
+        value = run_result(result)
+        if result.cancelled and self._machine.stopping:
+            value["stopped"] = True
+        return value
 
 
 class _CollectedRun(_StreamedRun):
@@ -6968,7 +7004,7 @@ class _CollectedRun(_StreamedRun):
         self._output.add(kind, offset, data)
 
     def on_result(self, result: CommandResult) -> None:
-        value = run_result(result)
+        value = self._value(result)
         if "error" not in value:
             value["stdout"] = self._output.stdout.text()
             value["stderr"] = self._output.stderr.text()
@@ -6982,7 +7018,7 @@ class _CollectedRun(_StreamedRun):
 # ==============================================================================
 # Node agent
 # Uses: Settings, WebSocket frames, WebSocket connections, SCRAM, Wire protocol,
-#       Telemetry, Machine
+#       Commands, Telemetry, Machine
 #
 # A machine as its gateway sees it: dial, authenticate, serve, reconnect, resume.
 # What is asked of it is carried out by Machine; whether it starts on boot is the
@@ -6994,6 +7030,11 @@ PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LI
 
 # Hears whether the node is connected now, and if not, why.
 NodeStateHandler = Callable[[bool, Optional[str]], None]
+
+
+# Bytes; all windows of the commands that run, and the output that is kept of others,
+# may have to go out at once when a connection comes back.
+MAX_NODE_OUTBOX = 2 * MAX_RUNNING * STREAM_WINDOW + 2 * MAX_KEPT_OUTPUT
 
 
 class GatewayLink:
@@ -7015,6 +7056,7 @@ class GatewayLink:
             INVOKE_REQUEST: self._on_request,
             INVOKE_ACK: self._on_ack,
             INVOKE_CANCEL: self._on_cancel,
+            INVOKE_REWIND: self._on_rewind,
         }
 
     def chunk(self, chunk: Chunk) -> None:
@@ -7038,15 +7080,27 @@ class GatewayLink:
             self._results[answer] = invoke_id
             answer.add_done_callback(self._on_answer)
 
+    def rewound(self, invoke_id: str, stdin: int) -> None:
+        state = {"invokeId": invoke_id, "state": "running", "resumed": True}
+        self._send_event(INVOKE_STATE, {**state, "stdin": stdin})
+
     def resume(self) -> None:
         """Go on where the last connection stopped, with what the gateway still has."""
         for item in self._machine.inflight():
-            if self._resumable is None:
-                # A gateway that cannot resume has forgotten what it asked for.
-                if item.done:
-                    self._machine.settle(item.invoke_id)
-            elif item.invoke_id in self._resumable:
-                self._machine.resume(item.invoke_id, *self._resumable[item.invoke_id])
+            try:
+                self._resume(item)
+            except RpcError as error:  # its database may be older than its memory
+                log.warning("not resumed invocation=%s: %s", item.invoke_id, error)
+
+    def _resume(self, item: InflightCommand) -> None:
+        if self._resumable is None:
+            # A gateway that cannot resume has forgotten what it asked for.
+            if item.done:
+                self._machine.settle(item.invoke_id)
+        elif item.invoke_id in self._resumable:
+            self._machine.resume(item.invoke_id, *self._resumable[item.invoke_id])
+        else:
+            self._machine.abandon(item.invoke_id)
 
     def report(self, payload: JsonObject) -> None:
         """Send telemetry, and results that were not taken.  Raises ConnectionClosed."""
@@ -7113,6 +7167,13 @@ class GatewayLink:
 
     def _on_cancel(self, payload: JsonObject) -> None:
         self._machine.cancel(required(payload, "invokeId", str))
+
+    def _on_rewind(self, payload: JsonObject) -> None:
+        self._machine.rewind(
+            required(payload, "invokeId", str),
+            required(payload, "stdout", int),
+            required(payload, "stderr", int),
+        )
 
 
 def _resumable(hello: JsonObject) -> dict[str, tuple[int, int]]:
@@ -7185,6 +7246,7 @@ class NodeAgent:
         self._instance = new_id()
         self._backoff = Backoff()
         self._stopped = threading.Event()
+        self._leaves = False  # a connection that stands from now on is hung up
         # The connection of the moment, for other threads; replaced as a whole.
         self._serving: tuple[GatewayLink, WebSocket] | None = None
 
@@ -7206,6 +7268,7 @@ class NodeAgent:
                 log.exception("could not connect")
                 problem = f"could not connect: {error}"
             else:
+                last_problem = ""
                 problem = self._serve(link, ws)
             if self._stopped.is_set():
                 return
@@ -7220,6 +7283,9 @@ class NodeAgent:
         """End running commands, report them, and hang up; run() returns."""
         self._stopped.set()
         self._machine.close()
+        # First the mark, then the look: a connection that comes about just now is
+        # found by one of us.
+        self._leaves = True
         serving = self._serving
         if serving is not None:
             link, ws = serving
@@ -7242,7 +7308,9 @@ class NodeAgent:
             # go to whoever shows one.
             tls = client_tls(verify=self._settings.auth == "bearer")
         # Output is not worth a Pi's time to compress, and 300 KiB a connection.
-        ws = connect(url, compression=False, ssl_context=tls)
+        ws = connect(
+            url, compression=False, max_outbox=MAX_NODE_OUTBOX, ssl_context=tls
+        )
         try:
             hello = self._authenticate(ws)
             return GatewayLink(ws, self._machine, hello), ws
@@ -7297,6 +7365,8 @@ class NodeAgent:
         self._serving = (link, ws)
         self._backoff.reset()
         self._machine.attach(link)
+        if self._leaves:
+            ws.abort()
         try:
             link.resume()
             log.info("connected gateway=%s", self._settings.gateway_url)
@@ -9875,6 +9945,8 @@ class NodeLink(Protocol):
 
     def cancel(self, invoke_id: str) -> None: ...
 
+    def rewind(self, invoke_id: str, stdout: int, stderr: int) -> None: ...
+
     def write_stdin(self, chunk: Chunk) -> None: ...
 
     def hang_up(self, reason: str) -> None: ...
@@ -9982,14 +10054,20 @@ class Invocation:
         self.started_at: int | None = None  # ms; None while it waits, or is not sent
         self.noted_running = False  # in the audit; by the ticker alone
         self.cancelled = False
-        self.ended = False  # its end is in the audit, and its sink has heard of it
-        self.deadline = Deadline(_lost_after(command, args))
-        self._lock = threading.Lock()  # guards all below and sent_to
+        self.asked_here = True  # in this life of the gateway
+        self.end: CommandEnd | None = None  # once it is known
+        self.patience = _lost_after(command, args)
+        # Of a node that comes back, only its absence counts: see node_left().
+        self.deadline = Deadline(self.patience)
+        self._lock = threading.Lock()  # guards all below, sent_to, sink and future
         self._asked: ConnectedNode | None = None  # over its connection of the moment
         self._received = {STDOUT: 0, STDERR: 0}
         self._consumed = {STDOUT: 0, STDERR: 0}
         self._announced = {STDOUT: 0, STDERR: 0}
-        self._accept: Callable[[], None] | None = None
+        self._accepts: list[Callable[[], None]] = []  # one for each time it was sent
+        self._result: JsonObject | None = None
+        self._handed_out = False  # _result, to the sink and future of the moment
+        self.recorded = True  # its end, in the audit; False: to be tried again
 
     def hand_to(self, node: ConnectedNode) -> bool:
         """Note that `node` is to be asked; False where it has been, since it connected.
@@ -10006,35 +10084,60 @@ class Invocation:
         with self._lock:
             return self._received[stream]
 
+    def consumed(self, stream: int) -> int:
+        with self._lock:
+            return self._consumed[stream]
+
     def restart_at(self, stdout: int, stderr: int) -> None:
         """Take up a stream whose beginning was dealt with in an earlier life."""
         with self._lock:
             for offsets in (self._received, self._consumed, self._announced):
                 offsets.update({STDOUT: stdout, STDERR: stderr})
 
-    def fresh(self, chunk: Chunk) -> Chunk | None:
-        """Return the part of `chunk` that had not arrived yet, or None.
+    def attach(self, sink: Sink, stdout: int, stderr: int) -> Future[JsonObject]:
+        """Give what follows these offsets, and the result, to another sink.
 
-        One that is ahead was on its way when the node was told to go back: it will
-        come again.
+        Raises RpcError CONFLICT where some of it is gone already.
+        """
+        with self._lock:
+            if stdout < self._consumed[STDOUT] or stderr < self._consumed[STDERR]:
+                raise RpcError("CONFLICT", f"the output of {self.id} is gone already")
+            for offsets in (self._received, self._consumed):
+                offsets.update({STDOUT: stdout, STDERR: stderr})
+            previous, self.future = self.future, Future()
+            self.sink = sink
+            self._handed_out = False
+        with contextlib.suppress(InvalidStateError):
+            taken_over = RpcError("CONFLICT", "another client follows this command now")
+            previous.set_exception(taken_over)
+        return self.future
+
+    def fresh(self, chunk: Chunk) -> tuple[Sink, Chunk] | None:
+        """Return the part of `chunk` that had not arrived yet, and who gets it.
+
+        None: nothing of it.  One that is ahead was on its way when the node was told
+        to go back: it will come again.
         """
         with self._lock:
             have = self._received[chunk.kind]
             if chunk.offset > have or chunk.end <= have:
                 return None
             self._received[chunk.kind] = chunk.end
+            sink = self.sink
         if chunk.offset == have:
-            return chunk
-        return Chunk(
-            chunk.kind, chunk.invoke_id, have, chunk.data[have - chunk.offset :]
-        )
+            return sink, chunk
+        rest = chunk.data[have - chunk.offset :]
+        return sink, Chunk(chunk.kind, chunk.invoke_id, have, rest)
 
-    def consume(self, stream: int, offset: int) -> bool:
+    def consume(self, stream: int, offset: int, sink: Sink | None = None) -> bool:
         """Note that the sink has dealt with `offset` bytes; True: tell the node now.
 
+        Nothing comes of it if `sink` is not the one of the moment any more.
         Raises RpcError for bytes that were not sent.
         """
         with self._lock:
+            if sink is not None and sink is not self.sink:
+                return False
             if offset > self._received[stream]:
                 raise RpcError(
                     "INVALID_REQUEST",
@@ -10047,23 +10150,73 @@ class Invocation:
                 self._announced[stream] = self._consumed[stream]
         return due
 
-    def consume_all(self) -> None:
-        """Note that the sink has dealt with all that it was given."""
+    def consume_all(self, sink: Sink) -> None:
+        """Note that `sink` has dealt with all that it was given."""
         with self._lock:
-            self._consumed.update(self._received)
+            if sink is self.sink:
+                self._consumed.update(self._received)
 
-    def accept_when_consumed(self, accept: Callable[[], None] | None) -> bool:
-        """Keep `accept`, if given, until all is consumed; then call it.
+    def keep_result(self, result: JsonObject, accept: Callable[[], None]) -> None:
+        """Keep what came from the node until it can be handed out, and accepted."""
+        with self._lock:
+            self._accepts.append(accept)
+            self._result = self._result or result
 
-        Returns whether the node has been told that it may forget the invocation.
+    def take_result(self) -> tuple[JsonObject, Sink, Future[JsonObject]] | None:
+        """Return the result, once it and all output before it are here.
+
+        With the sink and the future that are to get it; they get it once.
         """
         with self._lock:
-            self._accept = accept or self._accept
-            if self._accept is None or self._consumed != self._received:
+            # While a node resumes, its result may overtake its output.
+            if self._result is None or self._handed_out or not self._is_whole():
+                return None
+            self._handed_out = True
+            return self._result, self.sink, self.future
+
+    def _is_whole(self) -> bool:
+        assert self._result is not None
+        totals = {
+            kind: self._result.get(f"{STREAM_NAMES[kind]}Bytes") for kind in (1, 2)
+        }
+        return all(
+            not isinstance(total, int) or self._received[kind] >= total
+            for kind, total in totals.items()
+        )
+
+    def accept_when_consumed(self) -> bool:
+        """Let the node forget it if its result and all output are dealt with.
+
+        Returns whether that is so.
+        """
+        with self._lock:
+            if (
+                not self._handed_out
+                or not self.recorded
+                or self._consumed != self._received
+            ):
                 return False
-            ready, self._accept = self._accept, None
-        ready()
+            ready, self._accepts = self._accepts, []
+        for accept in ready:
+            accept()
         return True
+
+
+class AbsentCaller:
+    """Stands in for a caller who is expected back, and takes nothing meanwhile."""
+
+    def __init__(self, patience: float) -> None:  # s
+        self.deadline = Deadline(patience)
+
+    def chunk(self, _chunk: Chunk) -> int:
+        return 0
+
+    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
+
+    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None: ...
+
+    def end(self, _invocation: Invocation, _end: CommandEnd) -> bool:
+        return False
 
 
 class CollectingSink:
@@ -10100,9 +10253,9 @@ def find_nobody(
     record: CommandRecord,  # noqa: ARG001
     inflight: InflightCommand | None,
 ) -> tuple[Sink, int, int]:
-    """Return a sink for nobody: a SinkFinder where whoever asked is gone."""
+    """Return a sink for one who may come back: a SinkFinder where no other is."""
     done = (inflight.stdout, inflight.stderr) if inflight else (0, 0)
-    return (CollectingSink(0), *done)
+    return (AbsentCaller(LOST_AFTER), *done)
 
 
 class LocalLink:
@@ -10119,6 +10272,9 @@ class LocalLink:
 
     def cancel(self, invoke_id: str) -> None:
         self._machine.cancel(invoke_id)
+
+    def rewind(self, invoke_id: str, stdout: int, stderr: int) -> None:
+        self._machine.rewind(invoke_id, stdout, stderr)
 
     def write_stdin(self, chunk: Chunk) -> None:
         self._machine.write_stdin(chunk)
@@ -10210,11 +10366,44 @@ def forgotten_invocation(record: CommandRecord, sink: Sink) -> Invocation:
         (record.node_id, record.node_name),
         SYSTEM_RUN,
         {"command": record.command},
-        Origin(record.caller_kind, record.caller_name, record.session_key),
+        record_origin(record),
         sink,
     )
+    invocation.asked_here = False
+    invocation.sent_to = "an earlier life"  # so it is not sent again, whatever comes
     invocation.started_at = record.started_at or record.asked_at
     return invocation
+
+
+def record_origin(record: CommandRecord) -> Origin:
+    return Origin(record.caller_kind, record.caller_name, record.session_key)
+
+
+def record_result(record: CommandRecord) -> JsonObject | None:
+    """Return the result of a command that ended, as far as the audit has it."""
+    if record.state == CommandState.FAILED:
+        return {"error": record.error or "it failed", "node": record.node_name}
+    if record.exit_code is None:
+        return None
+    result: JsonObject = {
+        "exitCode": record.exit_code,
+        "stdoutBytes": record.stdout_bytes,
+        "stderrBytes": record.stderr_bytes,
+        "node": record.node_name,
+    }
+    if record.signal is not None:
+        number = record.signal
+        result["signal"] = int(number) if number.isdigit() else number
+    if record.state == CommandState.TIMED_OUT:
+        result["timedOut"] = True
+    if record.state == CommandState.CANCELLED:
+        result["cancelled"] = True
+    return result
+
+
+def _is_forsaken(invocation: Invocation) -> bool:
+    sink = invocation.sink
+    return isinstance(sink, AbsentCaller) and sink.deadline.expired
 
 
 def valid_name(text: str) -> str:
@@ -10550,25 +10739,24 @@ class Audit:
         except StoreError as error:
             log.error("audit incomplete invocation=%s: %s", invocation.id, error)
 
-    def ended(self, invocation: Invocation, end: CommandEnd) -> None:
+    def ended(self, invocation: Invocation, end: CommandEnd) -> bool:
+        """Note how it ended; False: to be tried again."""
         try:
             self._commands.end(invocation.id, end)
         except StoreError as error:
-            # The caller gets the result all the same; the row stays open till resume.
+            # The caller gets the result all the same; its node keeps it till then.
             log.error("audit incomplete invocation=%s: %s", invocation.id, error)
+            return False
+        return True
 
 
 class Invocations:
     """Work that was sent to machines, and how it fares."""
 
-    def __init__(
-        self, fleet: Fleet, commands: CommandsTable, find_sink: SinkFinder
-    ) -> None:
+    def __init__(self, fleet: Fleet, commands: CommandsTable) -> None:
         self._fleet = fleet
-        self._commands = commands
         self._audit = Audit(commands)
-        self._find_sink = find_sink
-        self._active = ActiveInvocations()
+        self.active = ActiveInvocations()
         self._closed = False  # once set, nothing new is sent
 
     def start(
@@ -10598,23 +10786,32 @@ class Invocations:
         )
         self._register(invocation)
         if node.ready:
-            self._send(invocation, node)
+            self.send(invocation, node)
         return invocation
 
     def get(self, invoke_id: str) -> Invocation | None:
-        return self._active.get(invoke_id)
+        return self.active.get(invoke_id)
 
     def running_on(self, node_id: str) -> list[Invocation]:
-        return [i for i in self._active.all() if i.node_id == node_id]
+        return [i for i in self.active.all() if i.node_id == node_id]
 
     def cancel(self, invocation: Invocation) -> None:
         """End its process group; the result then says so."""
         invocation.cancelled = True
         self._tell_node(invocation, lambda link: link.cancel(invocation.id))
 
-    def acknowledge(self, invocation: Invocation, stream: int, offset: int) -> None:
-        """Note that a sink has dealt with output.  Raises RpcError."""
-        if invocation.consume(stream, offset):
+    def acknowledge(
+        self,
+        invocation: Invocation,
+        stream: int,
+        offset: int,
+        sink: Sink | None = None,
+    ) -> None:
+        """Note that a sink, the one of the moment, has dealt with output.
+
+        Raises RpcError for bytes that were not sent.
+        """
+        if invocation.consume(stream, offset, sink):
             self._tell_node(
                 invocation,
                 lambda link: link.acknowledge(invocation.id, stream, offset),
@@ -10629,10 +10826,11 @@ class Invocations:
         invocation = self._of_node(node_id, chunk.invoke_id)
         if invocation is None or chunk.kind == STDIN:
             return
-        fresh = invocation.fresh(chunk)
-        if fresh is not None:
-            dealt_with = invocation.sink.chunk(fresh)
-            self.acknowledge(invocation, fresh.kind, dealt_with)
+        found = invocation.fresh(chunk)
+        if found is not None:
+            sink, fresh = found
+            self.acknowledge(invocation, fresh.kind, sink.chunk(fresh), sink)
+            self._hand_out(invocation)
 
     def handle_stdin_received(self, node_id: str, invoke_id: str, offset: int) -> None:
         invocation = self._of_node(node_id, invoke_id)
@@ -10659,82 +10857,71 @@ class Invocations:
         if invocation is None:
             accept()  # settled already, or given up: nobody will ask again
             return
+        if result.get("lost"):
+            self.give_up(invocation, "it has let go of the result")
+            accept()
+            return
         if invocation.command == SYSTEM_RUN:
             result = checked_run_result(result)
             for chunk in take_output(invoke_id, result):
                 self.handle_chunk(node_id, chunk)
-            if not invocation.ended:
-                self._end(invocation, command_end(result, invocation))
-        with contextlib.suppress(InvalidStateError):  # it was given up, or we stop
-            invocation.future.set_result({**result, "node": invocation.node_name})
-        self._accept_if_consumed(invocation, accept)
+        invocation.keep_result(result, accept)
+        self._hand_out(invocation)
 
-    def resumable(self, node: ConnectedNode) -> list[JsonObject]:
-        """Return how far the commands that `node` brought along have come here."""
-        self._adopt_forgotten(node)
-        return [
-            {
-                "invokeId": invocation.id,
-                "stdout": invocation.received(STDOUT),
-                "stderr": invocation.received(STDERR),
-            }
-            for invocation in self.running_on(node.node_id)
-            if invocation.id in node.inflight
-        ]
+    def attach(
+        self, invocation: Invocation, sink: Sink, stdout: int, stderr: int
+    ) -> Future[JsonObject]:
+        """Give what follows these offsets, and then the result, to another sink.
 
-    def resume(self, node: ConnectedNode) -> None:
-        """Bring a node that has just connected and our view of its work together."""
-        for invocation in self.running_on(node.node_id):
-            if invocation.id in node.inflight:
-                invocation.hand_to(node)
-                item = node.inflight[invocation.id]
-                resumed = {"resumed": True, "stdin": item.stdin}
-                invocation.sink.state(invocation.id, "running", resumed)
-                if invocation.cancelled:
-                    self.cancel(invocation)
-            elif invocation.sent_to in (None, node.instance):
-                # The same process does not know it: the request got lost on the way.
-                self._send(invocation, node)
-            else:
-                self.give_up(invocation, "the node came back without it")
-        for invoke_id in node.inflight:
-            if self.get(invoke_id) is None:
-                node.link.cancel(invoke_id)
+        Raises RpcError CONFLICT where some of it is gone already.
+        """
+        future = invocation.attach(sink, stdout, stderr)
+        self._tell_node(
+            invocation, lambda link: link.rewind(invocation.id, stdout, stderr)
+        )
+        self._hand_out(invocation)
+        return future
 
-    def node_left(self, node: ConnectedNode) -> None:
-        """Wait for a node that can resume; give up what another kind was doing."""
-        for invocation in self.running_on(node.node_id):
-            if node.resumes:
-                invocation.sink.state(invocation.id, "waiting", {})
-            else:
-                self.give_up(invocation, "the node disconnected")
+    def detach(self, invocation: Invocation, sink: Sink) -> None:
+        """Wait for the caller behind `sink`, who did not say that it leaves."""
+        if invocation.sink is sink:
+            invocation.sink = AbsentCaller(CALLER_PATIENCE)
 
     def give_up(self, invocation: Invocation, reason: str) -> None:
         """End an invocation whose result will not come."""
         self._settle(invocation)
         if invocation.future.done():
             return
-        where = invocation.node_name
-        message = f"{where}: {reason}; whether the command ran is not known"
-        if invocation.command == SYSTEM_RUN:
-            end = CommandEnd(CommandState.LOST, now_ms(), error=message)
-            self._end(invocation, end)
+        message = (
+            f"{invocation.node_name}: {reason}; whether the command ran is not known"
+        )
+        end = CommandEnd(CommandState.LOST, now_ms(), error=message)
+        self._note_end(invocation, end, invocation.sink)
         with contextlib.suppress(InvalidStateError):
             invocation.future.set_exception(RpcError("UNAVAILABLE", message))
 
     def tick(self) -> None:
-        """Note what is running, give up what is overdue; called every second or so."""
-        for invocation in self._active.all():
+        """Do what time alone brings; called every second or so."""
+        for invocation in self.active.all():
             self._audit.running(invocation)
+            if invocation.end is not None and not invocation.recorded:
+                invocation.recorded = self._audit.ended(invocation, invocation.end)
+                self._accept_if_consumed(invocation)
             if invocation.deadline.expired:
                 reason = f"no result {LOST_AFTER:.0f} s after the command's timeout"
                 self.give_up(invocation, reason)
+            elif _is_forsaken(invocation):
+                self._forsake(invocation)
 
     def close(self) -> None:
         """Tell those who wait that the gateway stops; the commands go on."""
         self._closed = True
-        for invocation in self._active.all():
-            error = RpcError("UNAVAILABLE", "the gateway stops; the command goes on")
+        for invocation in self.active.all():
+            error = RpcError(
+                "UNAVAILABLE",
+                "the gateway stops; the command goes on",
+                details={"goesOn": True},
+            )
             with contextlib.suppress(InvalidStateError):
                 invocation.future.set_exception(error)
 
@@ -10747,11 +10934,32 @@ class Invocations:
             with contextlib.suppress(ConnectionClosed):
                 tell(node.link)
 
-    def _end(self, invocation: Invocation, end: CommandEnd) -> None:
-        invocation.ended = True
-        self._audit.ended(invocation, end)
-        if invocation.sink.end(invocation, end):
-            invocation.consume_all()
+    def _hand_out(self, invocation: Invocation) -> None:
+        """Pass the result on when it, and all output before it, are here."""
+        taken = invocation.take_result()
+        if taken is not None:
+            result, sink, future = taken
+            if invocation.command == SYSTEM_RUN:
+                self._note_end(invocation, command_end(result, invocation), sink)
+            else:
+                invocation.consume_all(sink)
+            with contextlib.suppress(InvalidStateError):  # it was given up, or we stop
+                future.set_result({**result, "node": invocation.node_name})
+        self._accept_if_consumed(invocation)
+
+    def _note_end(self, invocation: Invocation, end: CommandEnd, sink: Sink) -> None:
+        if invocation.command == SYSTEM_RUN and invocation.end is None:
+            invocation.end = end
+            invocation.recorded = self._audit.ended(invocation, end)
+        if sink.end(invocation, end):
+            invocation.consume_all(sink)
+
+    def _forsake(self, invocation: Invocation) -> None:
+        """Wait no longer for a caller: let the command end, and its output go."""
+        if invocation.end is None and invocation.asked_here:
+            self.cancel(invocation)
+        offsets = (invocation.consumed(STDOUT), invocation.consumed(STDERR))
+        self.attach(invocation, CollectingSink(0), *offsets)
 
     def _of_node(self, node_id: str, invoke_id: str) -> Invocation | None:
         # A node answers its own invocations only, whatever ids it names.
@@ -10763,17 +10971,18 @@ class Invocations:
 
         Raises RpcError CONFLICT for an id that is not new, StoreError.
         """
-        known = not self._active.add(invocation)
+        known = not self.active.add(invocation)
         try:
             if known or not self._audit.asked(invocation):
                 raise RpcError(
                     "CONFLICT", f"the invocation {invocation.id} was asked for before"
                 )
         except MoltisError:
-            self._active.remove(invocation)
+            self.active.remove(invocation)
             raise
 
-    def _send(self, invocation: Invocation, node: ConnectedNode) -> None:
+    def send(self, invocation: Invocation, node: ConnectedNode) -> None:
+        """Ask `node` for it, unless it has been asked over this connection."""
         if not invocation.hand_to(node):
             return
         invocation.started_at = now_ms()
@@ -10783,30 +10992,148 @@ class Invocations:
             if not node.resumes:
                 self.give_up(invocation, "the node disconnected")
 
-    def _accept_if_consumed(
-        self, invocation: Invocation, accept: Callable[[], None] | None = None
-    ) -> None:
-        if invocation.accept_when_consumed(accept):
+    def _accept_if_consumed(self, invocation: Invocation) -> None:
+        if invocation.accept_when_consumed():
             self._settle(invocation)
 
     def _settle(self, invocation: Invocation) -> None:
-        self._active.remove(invocation)
+        self.active.remove(invocation)
         with contextlib.suppress(InvalidStateError):
             invocation.settled.set_result(None)
+
+
+class Resumption:
+    """Nodes and callers that come back, and what of their invocations goes on."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        invocations: Invocations,
+        commands: CommandsTable,
+        find_sink: SinkFinder,
+    ) -> None:
+        self._fleet = fleet
+        self._invocations = invocations
+        self._commands = commands
+        self._find_sink = find_sink
+
+    def resumable(self, node: ConnectedNode) -> list[JsonObject]:
+        """Return how far the commands that `node` brought along have come here."""
+        self._adopt_forgotten(node)
+        return [
+            {
+                "invokeId": invocation.id,
+                "stdout": invocation.received(STDOUT),
+                "stderr": invocation.received(STDERR),
+            }
+            for invocation in self._invocations.running_on(node.node_id)
+            if invocation.id in node.inflight
+        ]
+
+    def resume(self, node: ConnectedNode) -> None:
+        """Bring a node that has just connected and our view of its work together."""
+        for invocation in self._invocations.running_on(node.node_id):
+            if invocation.id in node.inflight:
+                invocation.hand_to(node)
+                invocation.deadline = Deadline(None)
+                item = node.inflight[invocation.id]
+                resumed = {"resumed": True, "stdin": item.stdin}
+                invocation.sink.state(invocation.id, "running", resumed)
+                if invocation.cancelled:
+                    self._invocations.cancel(invocation)
+            elif invocation.sent_to not in (None, node.instance):
+                self._invocations.give_up(invocation, "the node came back without it")
+            elif invocation.cancelled and invocation.sent_to is not None:
+                self._end_unsent(invocation)
+            else:
+                # The same process does not know it: the request got lost on the way.
+                self._invocations.send(invocation, node)
+        for invoke_id in node.inflight:
+            if self._invocations.get(invoke_id) is None:
+                node.link.cancel(invoke_id)
+
+    def _end_unsent(self, invocation: Invocation) -> None:
+        """End a command that was cancelled before its node had heard of it."""
+        self._invocations.handle_result(
+            invocation.node_id,
+            invocation.id,
+            {"exitCode": -1, "cancelled": True},
+            lambda: None,
+        )
+
+    def node_left(self, node: ConnectedNode) -> None:
+        """Wait for a node that can resume; give up what another kind was doing."""
+        for invocation in self._invocations.running_on(node.node_id):
+            if node.resumes:
+                invocation.deadline = Deadline(invocation.patience)
+                invocation.sink.state(invocation.id, "waiting", {})
+            else:
+                self._invocations.give_up(invocation, "the node disconnected")
 
     def _adopt_forgotten(self, node: ConnectedNode) -> None:
         """Take up commands that were asked for in an earlier life of this gateway."""
         for record in self._commands.unfinished(node.node_id):
-            if self.get(record.invoke_id) is not None:
-                continue
-            item = node.inflight.get(record.invoke_id)
-            sink, stdout, stderr = self._find_sink(record, item)
-            invocation = forgotten_invocation(record, sink)
-            invocation.restart_at(stdout, stderr)
-            if item is None:
-                self.give_up(invocation, "the node came back without it")
-            else:
-                self._active.add(invocation)
+            if record.invoke_id not in node.inflight and not self._invocations.get(
+                record.invoke_id
+            ):
+                sink, stdout, stderr = self._find_sink(record, None)
+                invocation = forgotten_invocation(record, sink)
+                invocation.restart_at(stdout, stderr)
+                self._invocations.give_up(invocation, "the node came back without it")
+        for item in node.inflight.values():
+            record_of_item = self._commands.by_id(item.invoke_id)
+            if (
+                record_of_item is not None
+                and record_of_item.node_id == node.node_id
+                and self._invocations.get(item.invoke_id) is None
+            ):
+                sink, stdout, stderr = self._find_sink(record_of_item, item)
+                invocation = forgotten_invocation(record_of_item, sink)
+                invocation.restart_at(stdout, stderr)
+                self._invocations.active.add(invocation)
+
+    def again(
+        self, invoke_id: str, origin: Origin, sink: Sink, stdout: int, stderr: int
+    ) -> Invocation | JsonObject | None:
+        """Take up an invocation that was asked for before, for one who has so much.
+
+        Returns it with its new sink, or its result if that is all, or None where
+        nobody has asked for it.
+        Raises RpcError where it is another's, or cannot be had any more.
+        """
+        invocation = self._invocations.get(invoke_id)
+        if invocation is None:
+            record = self._commands.by_id(invoke_id)
+            if record is None and not stdout and not stderr:
+                return None
+            if record is None or record_origin(record) != origin:
+                raise RpcError("NOT_FOUND", f"nothing is known of command {invoke_id}")
+            known = record_result(record)
+            if known and (record.stdout_bytes, record.stderr_bytes) == (stdout, stderr):
+                return known
+            invocation = self._await_node(record)
+        if invocation.origin != origin:
+            raise RpcError("CONFLICT", f"another one asked for {invoke_id} before")
+        self._invocations.attach(invocation, sink, stdout, stderr)
+        return invocation
+
+    def _await_node(self, record: CommandRecord) -> Invocation:
+        """Return a command whose node has not come back yet.
+
+        Raises RpcError where there is nothing to wait for.
+        """
+        node = self._fleet.connected(record.node_id)
+        if record.state == CommandState.LOST or (node is not None and node.ready):
+            raise RpcError(
+                "CONFLICT",
+                record.error
+                or f"command {record.invoke_id} ended ({record.state}), and its output "
+                "is not kept any more",
+            )
+        invocation = forgotten_invocation(record, AbsentCaller(LOST_AFTER))
+        invocation.deadline = Deadline(LOST_AFTER)
+        self._invocations.active.add(invocation)
+        return self._invocations.get(record.invoke_id) or invocation
 
 
 class LocalPeer:
@@ -10827,6 +11154,10 @@ class LocalPeer:
     def queued(self, invoke_id: str, place: int) -> None:
         state = "queued" if place else "running"
         self._invocations.handle_state(LOCAL_ID, invoke_id, state, {"place": place})
+
+    def rewound(self, invoke_id: str, stdin: int) -> None:
+        detail = {"stdin": stdin}
+        self._invocations.handle_state(LOCAL_ID, invoke_id, "running", detail)
 
     def result(self, invoke_id: str, result: JsonObject) -> None:
         self._invocations.handle_result(
@@ -13295,14 +13626,15 @@ class NodeMethods:
         self,
         fleet: Fleet,
         invocations: Invocations,
-        devices: DevicesTable,
-        commands: CommandsTable,
+        resumption: Resumption,
+        store: Store,
         announce: Callable[[str, JsonObject], None],
     ) -> None:
         self._fleet = fleet
         self._invocations = invocations
-        self._devices = devices
-        self._commands = commands
+        self._resumption = resumption
+        self._devices = store.devices
+        self._commands = store.commands
         self._announce = announce
         self.methods: Mapping[str, Method] = {
             "node.list": Method(self._node_list, Scope.READ),
@@ -13343,20 +13675,36 @@ class NodeMethods:
             raise RpcError("INVALID_REQUEST", "invokeId must be a UUID in lower case")
         origin = Origin(call.caller.kind, call.caller.name)
         known = self._invocations.get(invoke_id) if invoke_id else None
-        if known is not None and known.origin == origin:
-            return known.future  # asked again: answered, not run again
-        invocation = self._invocations.start(
-            required(call.params, "nodeId", str),
-            required(call.params, "command", str),
-            args,
-            origin,
-            sink,
-            invoke_id,
-        )
+        shares = known is not None and known.origin == origin and not streams
+        if known is not None and shares and isinstance(known.sink, CollectingSink):
+            return _mapped(known.future, known.sink.result)
+        invocation = self._again(call, invoke_id, origin, sink)
+        if isinstance(invocation, dict):
+            return _settled(invocation)
+        if invocation is None:
+            invocation = self._invocations.start(
+                required(call.params, "nodeId", str),
+                required(call.params, "command", str),
+                args,
+                origin,
+                sink,
+                invoke_id,
+            )
         if isinstance(sink, CollectingSink):
             return _mapped(invocation.future, sink.result)
         sink.follow(invocation)
         return invocation.future
+
+    def _again(
+        self, call: RpcCall, invoke_id: str | None, origin: Origin, sink: Sink
+    ) -> Invocation | JsonObject | None:
+        """Return what was asked for before: it is answered, not run again."""
+        if invoke_id is None:
+            return None
+        received = optional(call.params, "received", dict) or {}
+        stdout = optional(received, "stdout", int) or 0
+        stderr = optional(received, "stderr", int) or 0
+        return self._resumption.again(invoke_id, origin, sink, stdout, stderr)
 
     def _invoke_cancel(self, call: RpcCall) -> JsonObject:
         self._invocations.cancel(self._invocation(call))
@@ -13644,6 +13992,12 @@ class SubscriptionMethods:
         return names
 
 
+def _settled(result: JsonObject) -> Future[JsonObject]:
+    future: Future[JsonObject] = Future()
+    future.set_result(result)
+    return future
+
+
 def _mapped(
     future: Future[JsonObject], convert: Callable[[JsonObject], JsonObject]
 ) -> Future[JsonObject]:
@@ -13782,7 +14136,14 @@ class OperatorPeer:
     def _hang_up_followed(self) -> None:
         with self._lock:
             followed = list(self._followed.values())
+        # Only who says goodbye leaves; others are expected back.
+        leaves = self.ws.close_code == CloseCode.NORMAL
         for invocation in followed:
+            if invocation.sink is not self:
+                continue  # it has come back already, over another connection
+            if not leaves:
+                self._invocations.detach(invocation, self)
+                continue
             if not invocation.future.done():
                 self._invocations.cancel(invocation)
             # What was sent and not acknowledged will not be: let the node forget.
@@ -13817,6 +14178,10 @@ class NodePeer:
 
     def cancel(self, invoke_id: str) -> None:
         self._send_event(INVOKE_CANCEL, {"invokeId": invoke_id})
+
+    def rewind(self, invoke_id: str, stdout: int, stderr: int) -> None:
+        offsets = {"stdout": stdout, "stderr": stderr}
+        self._send_event(INVOKE_REWIND, {"invokeId": invoke_id, **offsets})
 
     def write_stdin(self, chunk: Chunk) -> None:
         self._ws.send(encode_chunk(chunk))
@@ -13906,6 +14271,9 @@ class NodePeer:
         elif event.name == INVOKE_STATE:
             place = optional(payload, "place", int)
             detail = {} if place is None else {"place": place}
+            stdin = optional(payload, "stdin", int)
+            if stdin is not None:
+                detail["stdin"] = stdin
             state = required(payload, "state", str)
             self._invocations.handle_state(node.node_id, invoke_id, state, detail)
 
@@ -14063,6 +14431,7 @@ class Gateway:
         devices: DevicesTable,
         fleet: Fleet,
         invocations: Invocations,
+        resumption: Resumption,
         audience: Audience,
         rpc: Rpc,
         *,
@@ -14075,6 +14444,7 @@ class Gateway:
         self._devices = devices
         self._fleet = fleet
         self._invocations = invocations
+        self._resumption = resumption
         self._audience = audience
         self.rpc = rpc
         self._lock = threading.Lock()  # guards _connections and _closed
@@ -14192,19 +14562,19 @@ class Gateway:
             if not known:  # it was revoked, or its id taken, as it came in
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             hello = self._hello(
-                new_id(), identity, resume=self._invocations.resumable(node)
+                new_id(), identity, resume=self._resumption.resumable(node)
             )
             ws.send(encode_envelope(Response(request_id, hello)))
             ws.release_pongs()
             connection.node = node
             self._fleet.activate(node)
             log.info("node connected node=%s address=%s", node.node_id, address)
-            self._invocations.resume(node)
+            self._resumption.resume(node)
             if node.asked_for_providers:
                 peer.ask_providers(node)
             peer.serve(node)
         finally:
-            self._invocations.node_left(node)
+            self._resumption.node_left(node)
             self._fleet.release(node)
             log.info("node disconnected node=%s", node.node_id)
 
@@ -18944,6 +19314,8 @@ main "$@"
 # ==============================================================================
 
 CALL_TIMEOUT = 30.0  # s; for an answer that needs no node
+RECONNECT_AFTER = 0.5  # s after a gateway went away; then twice as long, and so on
+RECONNECT_LIMIT = 5.0  # s
 
 
 def _ignore(_news: object) -> None: ...
@@ -19130,98 +19502,164 @@ class RemoteEnd:
     error: MoltisError | None = None
 
 
-RemoteNews = Union[RemoteOutput, RemoteState, RemoteEnd]
+@dataclass(frozen=True)
+class GatewayState:
+    """News of the gateway itself: it went away, or it is back."""
+
+    reachable: bool
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """The connection of `client` broke before a command had ended."""
+
+    client: OperatorClient
+
+
+RemoteNews = Union[RemoteOutput, RemoteState, RemoteEnd, GatewayState]
 
 
 class RemoteCommand:
     """One command on one node."""
 
-    def __init__(self, client: OperatorClient, node: str, name: str) -> None:
+    def __init__(self, node: str, name: str, args: JsonObject) -> None:
         self.node = node
         self.name = name
         self.id = new_id()
-        self._client = client
+        self.ended = False
+        self._args = args
         self._written = {STDOUT: 0, STDERR: 0}
         self._acknowledged = {STDOUT: 0, STDERR: 0}
 
-    def start(self, args: JsonObject) -> Future[Any]:
+    def start(self, client: OperatorClient) -> Future[Any]:
+        """Ask for it, or ask again: the gateway knows its id, and what we have."""
         params = {
             "nodeId": self.node,
-            "command": "system.run",
-            "args": {**args, "stream": True},
+            "command": SYSTEM_RUN,
+            "args": {**self._args, "stream": True},
             "invokeId": self.id,
+            "received": self._offsets(),
         }
-        return self._client.start("node.invoke", params)
+        self._acknowledged = dict(self._written)
+        return client.start("node.invoke", params)
 
-    def written(self, chunk: Chunk, *, every: int) -> None:
+    def written(self, client: OperatorClient, chunk: Chunk, *, every: int) -> None:
         """Note that output was dealt with; let the node send more now and then."""
         self._written[chunk.kind] = chunk.end
         if chunk.end - self._acknowledged[chunk.kind] >= every:
-            self.acknowledge()
+            self.acknowledge(client)
 
-    def acknowledge(self) -> None:
+    def acknowledge(self, client: OperatorClient) -> None:
         self._acknowledged = dict(self._written)
-        self._client.notify(
-            INVOKE_ACK,
-            {
-                "invokeId": self.id,
-                "stdout": self._written[STDOUT],
-                "stderr": self._written[STDERR],
-            },
-        )
+        client.notify(INVOKE_ACK, {"invokeId": self.id, **self._offsets()})
 
-    def cancel(self) -> None:
-        self._client.notify(INVOKE_CANCEL, {"invokeId": self.id})
+    def cancel(self, client: OperatorClient) -> None:
+        client.notify(INVOKE_CANCEL, {"invokeId": self.id})
+
+    def _offsets(self) -> JsonObject:
+        return {STREAM_NAMES[kind]: offset for kind, offset in self._written.items()}
+
+
+class RemoteInput:
+    """Our standard input on its way to a command, kept until that consumed it."""
+
+    def __init__(self, invoke_id: str, send: Callable[[Chunk], None]) -> None:
+        self._invoke_id = invoke_id
+        self._send = send
+        self._window = OutputWindow()
+        self._ended = False  # nothing follows what the window holds
+        self._end_sent = False
+        self._changed = threading.Condition()  # guards all above
+        self._turn = threading.Lock()  # held by the thread that sends
+
+    def feed(self, read: Callable[[int], bytes]) -> None:
+        """Send what `read` gives, to its end, a window ahead of the command at most."""
+        while not self._ended:
+            data = read(MAX_CHUNK)
+            with self._changed:
+                while self._window.room < len(data):
+                    self._changed.wait()  # for acknowledge() or rewind()
+                self._window.append(data)
+                self._ended = not data
+            self._send_all()
+
+    def acknowledge(self, offset: int) -> None:
+        with self._changed:
+            self._window.acknowledge(offset)
+            self._changed.notify_all()
+
+    def rewind(self, offset: int | None = None) -> None:
+        """Send again what the command has not consumed: all before `offset` it has."""
+        with self._changed:
+            self._window.rewind(self._window.acknowledged if offset is None else offset)
+            self._end_sent = False
+            self._changed.notify_all()
+        self._send_all()
+
+    def _send_all(self) -> None:
+        # One at a time, or chunks would overtake each other.
+        with self._turn:
+            while True:
+                piece = self._next_piece()
+                if piece is None:
+                    return
+                self._send(Chunk(STDIN, self._invoke_id, *piece))
+
+    def _next_piece(self) -> tuple[int, bytes] | None:
+        """Return what is to be sent next; the end of input is an empty piece."""
+        with self._changed:
+            piece = self._window.take()
+            if piece is None and self._ended and not self._end_sent:
+                self._end_sent = True
+                return self._window.end, b""
+            return piece
 
 
 class RemoteCommands:
     """The same command on several nodes, side by side, as one stream of news."""
 
-    def __init__(self, client: OperatorClient, nodes: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        dial: Callable[[], OperatorClient],
+        nodes: Mapping[str, str],
+        args: JsonObject,
+    ) -> None:
         """`nodes` are names for people by what the gateway calls the nodes."""
         self.commands = [
-            RemoteCommand(client, node, name) for node, name in nodes.items()
+            RemoteCommand(node, name, args) for node, name in nodes.items()
         ]
         self.interrupted = False
-        self._client = client
+        self._dial = dial
+        self._client = dial()
         self._by_id = {command.id: command for command in self.commands}
         # Bounded by what the nodes may send unacknowledged.
-        self._news: SimpleQueue[RemoteNews | None] = SimpleQueue()
-        self._stdin = OutputWindow()
-        self._stdin_ended = False
-        self._stdin_changed = threading.Condition()  # guards _stdin and _stdin_ended
-        self._stdin_turn = threading.Lock()  # held by the thread that sends input
-        client.listen(self._on_event, self._on_chunk)
+        self._news: SimpleQueue[RemoteNews | _Lost | None] = SimpleQueue()
+        self.stdin = RemoteInput(self.commands[0].id, self._send_input)
 
-    def start(self, args: JsonObject) -> None:
-        """Send the requests.  Raises Unreachable."""
-        for command in self.commands:
-            answer = command.start(args)
-            answer.add_done_callback(partial(self._on_end, command))
+    def close(self) -> None:
+        self._client.close()
 
-    def feed(self, read: Callable[[int], bytes]) -> None:
-        """Send what `read` gives, to its end, as the input of the one command.
+    def news(self, tick: float | None = None) -> Iterator[RemoteNews | None]:
+        """Yield what happens until all have ended; None after interrupt().
 
-        Never more than a window ahead of what the command has consumed.
+        And None every `tick` s.
         """
-        while True:
-            data = read(MAX_CHUNK)
-            with self._stdin_changed:
-                while self._stdin.room < len(data):
-                    self._stdin_changed.wait()
-                self._stdin.append(data)
-            self._send_stdin()
-            if not data:
-                self._send_stdin_end()
-                return
-
-    def news(self) -> Iterator[RemoteNews | None]:
-        """Yield what happens until all have ended; None after interrupt()."""
-        running = len(self.commands)
-        while running:
-            item = self._news.get()
-            running -= isinstance(item, RemoteEnd)
+        while not all(command.ended for command in self.commands):
+            item = self._next(tick)
+            if isinstance(item, _Lost):
+                if item.client is self._client:
+                    yield from self._reconnect()
+                continue
+            if isinstance(item, RemoteEnd):
+                item.command.ended = True
             yield item
+
+    def written(self, output: RemoteOutput, *, every: int) -> None:
+        """Note that output was dealt with."""
+        output.command.written(self._client, output.chunk, every=every)
+
+    def acknowledge(self, command: RemoteCommand) -> None:
+        command.acknowledge(self._client)
 
     def interrupt(self) -> None:
         """Wake news(); may be called from a signal handler."""
@@ -19230,63 +19668,95 @@ class RemoteCommands:
 
     def cancel(self) -> None:
         for command in self.commands:
-            command.cancel()
+            if not command.ended:
+                command.cancel(self._client)
 
-    def _send_stdin(self) -> None:
-        # One at a time, or chunks would overtake each other.
-        with self._stdin_turn:
-            while True:
-                with self._stdin_changed:
-                    piece = self._stdin.take()
-                if piece is None:
+    def start(self) -> None:
+        """Ask for the commands, or ask again for those that have not ended."""
+        client = self._client
+        client.listen(self._on_event, self._on_chunk)
+        for command in self.commands:
+            if not command.ended:
+                try:
+                    answer = command.start(client)
+                except Unreachable:
+                    self._news.put(_Lost(client))
                     return
-                chunk = Chunk(STDIN, self.commands[0].id, *piece)
-                self._client.send_chunk(chunk)
+                answer.add_done_callback(partial(self._on_end, command, client))
+        self.stdin.rewind()
+        if self.interrupted:
+            self.cancel()
 
-    def _send_stdin_end(self) -> None:
-        with self._stdin_changed:
-            self._stdin_ended = True
-            end = self._stdin.end
-        self._client.send_chunk(Chunk(STDIN, self.commands[0].id, end, b""))
+    def _reconnect(self) -> Iterator[RemoteNews | None]:
+        """Look for the gateway; yield what becomes of it, and None meanwhile."""
+        yield GatewayState(reachable=False)
+        self._client.close()
+        deadline = Deadline(CALLER_PATIENCE)
+        backoff = Backoff(RECONNECT_AFTER, limit=RECONNECT_LIMIT)
+        while True:
+            pause = Deadline(backoff.next())
+            while not pause.expired:
+                self._next(min(1.0, pause.remaining() or 0.0))
+                yield None
+            try:
+                self._client = self._dial()
+                break
+            except UserError as error:
+                if deadline.expired or not isinstance(error, Unreachable):
+                    yield from self._end_all(error)
+                    return
+        yield GatewayState(reachable=True)
+        self.start()
 
-    def _rewind_stdin(self, offset: int) -> None:
-        """Send again what a node that came back did not get."""
-        with self._stdin_changed:
-            self._stdin.rewind(offset)
-            ended = self._stdin_ended
-        self._send_stdin()
-        if ended:
-            self._send_stdin_end()
+    def _end_all(self, error: UserError) -> Iterator[RemoteEnd]:
+        for command in self.commands:
+            if not command.ended:
+                command.ended = True
+                yield RemoteEnd(command, {}, error)
+
+    def _next(self, timeout: float | None) -> RemoteNews | _Lost | None:
+        try:
+            return self._news.get(timeout=timeout)
+        except Empty:
+            return None
+
+    def _send_input(self, chunk: Chunk) -> None:
+        # What a broken connection does not take, its successor is sent again.
+        self._client.send_chunk(chunk)
 
     def _on_event(self, event: Event) -> None:
         payload = event.payload if isinstance(event.payload, dict) else {}
         command = self._by_id.get(str(payload.get("invokeId")))
         if command is None:
             return
-        received = payload.get("stdin")
+        offset = payload.get("stdin")
         if event.name == INVOKE_STATE:
             self._news.put(RemoteState(command, str(payload.get("state")), payload))
-            if isinstance(received, int):
-                self._rewind_stdin(received)
-        elif event.name == INVOKE_ACK and isinstance(received, int):
-            with self._stdin_changed:
-                self._stdin.acknowledge(received)
-                self._stdin_changed.notify_all()
+            if isinstance(offset, int):
+                self.stdin.rewind(offset)
+        elif event.name == INVOKE_ACK and isinstance(offset, int):
+            self.stdin.acknowledge(offset)
 
     def _on_chunk(self, chunk: Chunk) -> None:
         command = self._by_id.get(chunk.invoke_id)
         if command is not None:
             self._news.put(RemoteOutput(command, chunk))
 
-    def _on_end(self, command: RemoteCommand, answer: Future[Any]) -> None:
+    def _on_end(
+        self, command: RemoteCommand, client: OperatorClient, answer: Future[Any]
+    ) -> None:
         error = answer.exception()
-        if isinstance(error, RpcError):
-            self._news.put(RemoteEnd(command, {}, user_error(error)))
-        elif error is not None:
-            gone = Unreachable(f"the gateway went away: {error}")
-            self._news.put(RemoteEnd(command, {}, gone))
-        else:
+        if error is None:
             self._news.put(RemoteEnd(command, dict(answer.result())))
+        elif isinstance(error, RpcError) and not _goes_on(error):
+            self._news.put(RemoteEnd(command, {}, user_error(error)))
+        else:
+            self._news.put(_Lost(client))
+
+
+def _goes_on(error: RpcError) -> bool:
+    """Return whether the gateway stops, and the command does not."""
+    return isinstance(error.details, dict) and error.details.get("goesOn") is True
 
 
 # ==============================================================================
@@ -19314,12 +19784,25 @@ class Output:
     """What the program writes: answers to stdout, the conversation to stderr."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self._color = sys.stderr.isatty() and not environ.get("NO_COLOR")
+        self._terminal = sys.stderr.isatty()
+        self._color = self._terminal and not environ.get("NO_COLOR")
+        self._status_shown = False
 
     def say(self, text: str) -> None:
         """Tell the person something; the answer is not in it."""
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(f"{self._clear_status()}{text}\n")
         sys.stderr.flush()
+
+    def status(self, text: str) -> None:
+        """Show how things are until something is said; on a terminal only."""
+        if self._terminal:
+            sys.stderr.write(f"{self._clear_status()}{text}")
+            sys.stderr.flush()
+            self._status_shown = True
+
+    def _clear_status(self) -> str:
+        shown, self._status_shown = self._status_shown, False
+        return "\r\033[K" if shown else ""
 
     def answer(self, text: str) -> None:
         sys.stdout.write(text + "\n")
@@ -19716,10 +20199,9 @@ class RunningGateway:
             fleet = self.fleet = Fleet(store.devices, local.node, audience.announce)
             logs = SessionLogs(store, audience.announce)
             stack.callback(logs.close)
-            invocations = self.invocations = Invocations(
-                fleet, store.commands, logs.find_sink
-            )
-            local.start(fleet, invocations)
+            invocations = self.invocations = Invocations(fleet, store.commands)
+            resumption = Resumption(fleet, invocations, store.commands, logs.find_sink)
+            local.start(fleet, invocations, resumption)
             models = self.models = ModelDirectory(
                 self._directory, context.environ, fleet, invocations
             )
@@ -19729,7 +20211,7 @@ class RunningGateway:
             )
             rpc = Rpc(
                 NodeMethods(
-                    fleet, invocations, store.devices, store.commands, audience.announce
+                    fleet, invocations, resumption, store, audience.announce
                 ).methods,
                 DeviceMethods(fleet, access, store.devices, audience.announce).methods,
                 SubscriptionMethods().methods,
@@ -19741,6 +20223,7 @@ class RunningGateway:
                 store.devices,
                 fleet,
                 invocations,
+                resumption,
                 audience,
                 rpc,
                 require_scram=options.require_scram,
@@ -19856,11 +20339,13 @@ class LocalNode:
         self.node = ConnectedNode(LOCAL_ID, "", link, params)
         self._ticker: Ticker | None = None
 
-    def start(self, fleet: Fleet, invocations: Invocations) -> None:
+    def start(
+        self, fleet: Fleet, invocations: Invocations, resumption: Resumption
+    ) -> None:
         self._machine.attach(LocalPeer(invocations, self._machine))
         fleet.activate(self.node)
         # What an earlier gateway ran here ended with it.
-        invocations.resumable(self.node)
+        resumption.resumable(self.node)
         self._fleet = fleet
         self._report()
         self._ticker = Ticker(TELEMETRY_INTERVAL, self._report)
@@ -20533,15 +21018,49 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
         request["timeout"] = round(args.timeout * 1000)
     if args.cwd is not None:
         request["cwd"] = args.cwd
-    with operator_client(args, context) as client:
-        nodes = {name: name for name in args.nodes} or {
+    dial = partial(operator_client, args, context)
+    nodes = {name: name for name in args.nodes} or all_connected(dial)
+    if args.stdin and len(nodes) > 1:
+        raise UsageError("--stdin feeds one node only")
+    return Execution(dial, nodes, request, context.output).run()
+
+
+def all_connected(dial: Callable[[], OperatorClient]) -> dict[str, str]:
+    """Return the names of all connected nodes by id."""
+    with dial() as client:
+        return {
             node["nodeId"]: node["displayName"]
             for node in client.call("node.list", {})
             if node["connected"]
         }
-        if args.stdin and len(nodes) > 1:
-            raise UsageError("--stdin feeds one node only")
-        return Execution(client, nodes, context.output).run(request)
+
+
+class Waiting:
+    """What the command line waits for: a line that counts the seconds."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._since: dict[str, float] = {}  # monotonic, by name
+
+    def begin(self, name: str) -> None:
+        if name not in self._since:
+            self._since[name] = time.monotonic()
+            self._output.say(f"moltis: waiting for {name} to come back")
+
+    def end(self, name: str) -> None:
+        since = self._since.pop(name, None)
+        if since is not None:
+            waited = time.monotonic() - since
+            self._output.say(f"moltis: {name} is back after {waited:.0f} s")
+
+    def show(self) -> None:
+        """Say how long it has been, on a terminal."""
+        if self._since:
+            name, since = next(iter(self._since.items()))
+            waited = time.monotonic() - since
+            self._output.status(
+                f"moltis: waiting for {name} to come back ({waited:.0f} s)"
+            )
 
 
 class Execution:
@@ -20549,15 +21068,20 @@ class Execution:
 
     def __init__(
         self,
-        client: OperatorClient,
+        dial: Callable[[], OperatorClient],
         nodes: Mapping[str, str],  # names by id, or by what the person called them
+        request: JsonObject,
         output: Output,
     ) -> None:
+        """Raises Unreachable or Refused."""
         self._output = output
-        self._remote = RemoteCommands(client, nodes)
+        self._waiting = Waiting(output)
+        self._feeds = bool(request["stdin"])
+        self._remote = RemoteCommands(dial, nodes, request)
         self._several = len(nodes) > 1
         self._ends: list[RemoteEnd] = []
         self._broken_pipe = False
+        self._cancelled = False
         self._printers = {
             command: {
                 STDOUT: StreamPrinter(sys.stdout.buffer, self._label(command)),
@@ -20566,22 +21090,28 @@ class Execution:
             for command in self._remote.commands
         }
 
-    def run(self, request: JsonObject) -> int:
-        """Return the exit status.  Raises Unreachable when the gateway goes away."""
-        previous = signal.signal(signal.SIGINT, self._on_interrupt)
+    def run(self) -> int:
+        """Return the exit status.  Raises Unreachable when the gateway stays away."""
+        previous = {
+            number: signal.signal(number, self._on_interrupt)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) is not signal.SIG_IGN  # as nohup leaves it
+        }
         try:
-            self._remote.start(request)
-            if request["stdin"]:
+            self._remote.start()
+            if self._feeds:
                 threading.Thread(
-                    target=self._remote.feed,
+                    target=self._remote.stdin.feed,
                     args=(partial(os.read, sys.stdin.fileno()),),
                     name="moltis-stdin",
                     daemon=True,  # nothing ends a read from a terminal
                 ).start()
-            for news in self._remote.news():
+            for news in self._remote.news(tick=1.0):
                 self._take(news)
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self._remote.close()
         if self._broken_pipe:
             # Nothing more can be written there, not even at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -20600,15 +21130,21 @@ class Execution:
 
     def _take(self, news: RemoteNews | None) -> None:
         if news is None:
-            self._remote.cancel()
+            if self._remote.interrupted and not self._cancelled:
+                self._cancelled = True
+                self._remote.cancel()
+            self._waiting.show()
         elif isinstance(news, RemoteOutput):
             self._print(news)
         elif isinstance(news, RemoteState):
             self._explain(news)
+        elif isinstance(news, GatewayState):
+            change = self._waiting.end if news.reachable else self._waiting.begin
+            change("the gateway")
         else:
             for printer in self._printers[news.command].values():
                 printer.finish()
-            news.command.acknowledge()
+            self._remote.acknowledge(news.command)
             self._ends.append(news)
 
     def _print(self, news: RemoteOutput) -> None:
@@ -20618,16 +21154,16 @@ class Execution:
         except BrokenPipeError:
             self._broken_pipe = True
             self._remote.cancel()
-        news.command.written(news.chunk, every=ACKNOWLEDGE_EVERY)
+        self._remote.written(news, every=ACKNOWLEDGE_EVERY)
 
     def _explain(self, news: RemoteState) -> None:
         name, place = news.command.name, news.detail.get("place")
         if news.state == "queued" and place:
             self._output.say(f"moltis: {name} is busy; in line at place {place}")
         elif news.state == "waiting":
-            self._output.say(f"moltis: waiting for {name} to come back")
-        elif news.state == "running" and news.detail.get("resumed"):
-            self._output.say(f"moltis: {name} is back")
+            self._waiting.begin(name)
+        elif news.state == "running":
+            self._waiting.end(name)
 
     def _status_of(self, end: RemoteEnd) -> int:
         """Return the exit status for one command; say what it alone does not."""
@@ -20635,6 +21171,9 @@ class Execution:
             raise end.error
         result, name = end.result, end.command.name
         if result.get("cancelled"):
+            if not self._cancelled and not self._broken_pipe:
+                why = "its node stops" if result.get("stopped") else "somebody did it"
+                self._output.complain(f"{name}: the command was cancelled; {why}")
             return INTERRUPTED
         if "error" in result:
             self._output.complain(f"{name}: {result['error']}")

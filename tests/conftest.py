@@ -17,6 +17,23 @@ from support import child_processes, wait_for
 RUN_ALL = os.environ.get("MOLTIS_TEST_ALL") == "1"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--schedules",
+        type=int,
+        default=16,
+        metavar="N",
+        help="how many schedules of faults to run (tests/test_faults.py)",
+    )
+    parser.addoption(
+        "--first-schedule",
+        type=int,
+        default=0,
+        metavar="SEED",
+        help="the seed of the first of them; the others follow",
+    )
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "systemd: needs a working `systemctl --user`")
     config.addinivalue_line("markers", "boots: boots a machine of its own, as root")

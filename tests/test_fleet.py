@@ -18,6 +18,7 @@ class Link:
         self.requests = []
         self.acknowledged = []
         self.cancelled = []
+        self.rewound = []
         self.stdin = []
         self.hung_up = []
         self.broken = False
@@ -37,6 +38,10 @@ class Link:
     def cancel(self, invoke_id):
         self._check()
         self.cancelled.append(invoke_id)
+
+    def rewind(self, invoke_id, stdout, stderr):
+        self._check()
+        self.rewound.append((invoke_id, stdout, stderr))
 
     def write_stdin(self, chunk):
         self._check()
@@ -88,8 +93,12 @@ class World:
             self.store.devices, local, lambda name, payload: self.told.append(payload)
         )
         local.ready = True
-        self.invocations = moltis.Invocations(
-            self.fleet, self.store.commands, lambda record, inflight: (Sink(), 0, 0)
+        self.invocations = moltis.Invocations(self.fleet, self.store.commands)
+        self.resumption = moltis.Resumption(
+            self.fleet,
+            self.invocations,
+            self.store.commands,
+            lambda record, inflight: (Sink(), 0, 0),
         )
         self.devices = {}
 
@@ -118,13 +127,13 @@ class World:
             capabilities=capabilities,
             commands=("system.run",),
         )
-        self.invocations.resumable(node)
+        self.resumption.resumable(node)
         self.fleet.activate(node)
-        self.invocations.resume(node)
+        self.resumption.resume(node)
         return node
 
     def leave(self, node):
-        self.invocations.node_left(node)
+        self.resumption.node_left(node)
         self.fleet.release(node)
 
     def start(self, name, sink=None, invoke_id=None, **args):
@@ -473,7 +482,7 @@ def test_a_node_that_is_just_coming_is_asked_once(world, node):
     assert rust.link.requests == []
     world.fleet.activate(rust)
     late = world.start("far")  # after its hello, before it was brought up to date
-    world.invocations.resume(rust)
+    world.resumption.resume(rust)
     asked = [invoke_id for invoke_id, _, _ in rust.link.requests]
     assert sorted(asked) == sorted([early.id, late.id])
 

@@ -1,0 +1,30 @@
+"""moltis with little patience: silence is noticed, and all is tried again, at once.
+
+It takes the same arguments.  What takes a minute in life takes a second in a test.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import moltis
+
+
+def be_impatient(module=moltis):
+    module.PING_INTERVAL = 0.4
+    module.PEER_TIMEOUT = 1.6
+    module.KEEPALIVE_TICK = 0.1
+    module.TELEMETRY_INTERVAL = 0.5
+    module.RECONNECT_AFTER = 0.05
+    module.RECONNECT_LIMIT = 0.3
+    module.CONNECT_TIMEOUT = 3.0
+    module.LOST_AFTER = 20.0
+    module.Backoff.__init__.__defaults__ = (0.05, 0.3)
+
+
+if __name__ == "__main__":
+    be_impatient()
+    sys.exit(moltis.main())
