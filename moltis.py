@@ -45,12 +45,12 @@ Contents
     Model directory           the models there are to choose from, and where they run
     Chat                      sessions, their messages, turns and cards
     Gateway                   RPC methods, events
-    MCP                       the same tools for Model Context Protocol clients
     HTTP                      routes, upgrade, headers
     Web page                  three raw strings, served as three files
     Install script            install.sh, to be handed out
   Program
     Operator client           the command line's side of a gateway
+    MCP                       the agent's tools for Model Context Protocol clients
     Command line              argparse, output, exit codes, main()
 """
 
@@ -11564,7 +11564,10 @@ class Toolbox:
         approvals: Approvals | None,  # None: a person typed the commands
         emit: StepHandler,
         cancel: Cancellation,
+        *,
+        with_nodes: bool | None = None,  # None: where more than one is connected
     ) -> None:
+        self._with_nodes = with_nodes
         self._session = session
         self._directory = directory
         self._execute = execute
@@ -11579,6 +11582,8 @@ class Toolbox:
         }
 
     def specs(self) -> tuple[ToolSpec, ...]:
+        if self._with_nodes is not None:
+            return tool_specs(with_nodes=self._with_nodes)
         views = self._directory.views()
         return tool_specs(with_nodes=sum(bool(v["connected"]) for v in views) > 1)
 
@@ -14636,12 +14641,6 @@ class Gateway:
             return False
         return bool(self._invocations.running_on(node.node_id))
 
-
-# ==============================================================================
-# MCP
-#
-# The same tools for Model Context Protocol clients.
-# ==============================================================================
 
 # ==============================================================================
 # HTTP
@@ -19760,10 +19759,246 @@ def _goes_on(error: RpcError) -> bool:
 
 
 # ==============================================================================
+# MCP
+# Uses: Wire protocol, Commands, Language models, Machine, Fleet, Agent,
+#       Operator client
+#
+# The agent's tools for programs that speak the Model Context Protocol: JSON-RPC 2.0,
+# a line each, on standard input and output.  It asks the gateway as any operator does;
+# whether a command may run is the MCP client's question to its user.
+# ==============================================================================
+
+MCP_VERSIONS = ("2025-06-18", "2025-03-26", "2024-11-05")  # the newest first
+MCP_SESSION = "mcp"  # the key under which its commands are asked for
+
+PARSE_ERROR = -32700  # JSON-RPC 2.0 section 5.1
+INVALID_JSON_RPC = -32600
+UNKNOWN_JSON_RPC_METHOD = -32601
+
+
+class RemoteDirectory:
+    """The machines as the gateway tells of them."""
+
+    def __init__(self, client: OperatorClient) -> None:
+        self._client = client
+
+    def resolve(self, reference: str) -> tuple[str, str]:
+        view = self.view(reference)
+        return view["nodeId"], view["displayName"]
+
+    def views(self) -> list[JsonObject]:
+        """Raises RpcError."""
+        views: list[JsonObject] = self._client.start("node.list", {}).result()
+        return views
+
+    def view(self, node_id: str) -> JsonObject:
+        """Raises RpcError."""
+        params = {"nodeId": node_id}
+        view: JsonObject = self._client.start("node.describe", params).result()
+        return view
+
+
+class RemoteExecutor:
+    """Runs commands through the gateway, for a Toolbox."""
+
+    def __init__(self, client: OperatorClient) -> None:
+        self._client = client
+
+    def __call__(
+        self,
+        session_key: str,  # noqa: ARG002  one client, one session
+        planned: PlannedCommand,
+        on_chunk: ChunkHandler,
+        cancel: Cancellation,
+    ) -> JsonObject:
+        """Return the result of `system.run`.  Raises RpcError, Cancelled."""
+        args: JsonObject = {"command": planned.command}
+        if planned.working_dir:
+            args["cwd"] = planned.working_dir
+        if planned.timeout:
+            args["timeout"] = round(planned.timeout * 1000)
+        params = {
+            "nodeId": planned.node_id,
+            "command": SYSTEM_RUN,
+            "args": args,
+            "invokeId": planned.invoke_id,
+        }
+        answer = self._client.start("node.invoke", params)
+
+        def give_up() -> None:
+            self._client.notify(INVOKE_CANCEL, {"invokeId": planned.invoke_id})
+
+        with cancel.calling(give_up):
+            result: JsonObject = answer.result()
+        for kind in (STDOUT, STDERR):
+            text = str(result.get(STREAM_NAMES[kind]) or "")
+            on_chunk(kind, 0, text.encode("utf-8"))
+        return result
+
+
+class McpSession:
+    """What one MCP client has chosen: the machine on which exec runs."""
+
+    key = MCP_SESSION
+    asks_first = False  # the MCP client asks its user
+
+    def __init__(self) -> None:
+        self.node_id = LOCAL_ID
+
+    def select_node(self, node_id: str) -> None:
+        self.node_id = node_id
+
+    def messages(self) -> Sequence[ChatMessage]:
+        return ()
+
+    def append(self, message: ChatMessage) -> None: ...
+
+
+class McpServer:
+    """One MCP client's conversation with the tools."""
+
+    def __init__(self, client: OperatorClient, write: Callable[[str], None]) -> None:
+        """`write` sends one line, without its end; it is called by one at a time."""
+        self._directory = RemoteDirectory(client)
+        self._execute = RemoteExecutor(client)
+        self._session = McpSession()
+        self._write = write
+        self._turn = threading.Lock()  # held by who writes: lines must not mix
+        self._lock = threading.Lock()  # guards _running
+        self._running: dict[str, tuple[threading.Thread, Cancellation]] = {}
+        self._methods: Mapping[str, Callable[[JsonObject], JsonObject]] = {
+            "initialize": self._initialize,
+            "ping": lambda _params: {},
+            "tools/list": self._tools_list,
+        }
+
+    def serve(self, lines: Iterable[str]) -> None:
+        """Answer until the input ends, then end what still runs."""
+        for line in lines:
+            if line.strip():
+                self._take(line)
+        with self._lock:
+            running = list(self._running.values())
+        for _, cancel in running:
+            cancel.cancel()
+        for thread, _ in running:
+            thread.join()
+
+    def _take(self, line: str) -> None:
+        try:
+            message = from_json(line)
+        except ValueError as error:
+            self._fail(None, PARSE_ERROR, f"the line is not JSON: {error}")
+            return
+        if not isinstance(message, dict) or not isinstance(message.get("method"), str):
+            self._fail(None, INVALID_JSON_RPC, "the line must be a JSON-RPC request")
+            return
+        params = message.get("params")
+        params = params if isinstance(params, dict) else {}
+        if "id" in message:
+            self._answer(message["id"], message["method"], params)
+        elif message["method"] == "notifications/cancelled":
+            self._cancel(to_json(params.get("requestId")))
+
+    def _answer(self, request_id: object, method: str, params: JsonObject) -> None:
+        if method == "tools/call":
+            self._start(request_id, params)
+        elif method in self._methods:
+            try:
+                self._succeed(request_id, self._methods[method](params))
+            except MoltisError as error:
+                self._fail(request_id, INVALID_JSON_RPC, str(error))
+        else:
+            self._fail(request_id, UNKNOWN_JSON_RPC_METHOD, f"no method {method!r}")
+
+    def _initialize(self, params: JsonObject) -> JsonObject:
+        asked = params.get("protocolVersion")
+        return {
+            "protocolVersion": asked if asked in MCP_VERSIONS else MCP_VERSIONS[0],
+            "capabilities": {"tools": {}},
+            "serverInfo": {"name": "moltis", "version": __version__},
+            "instructions": system_prompt(
+                self._directory.views(), self._session.node_id
+            ),
+        }
+
+    def _tools_list(self, _params: JsonObject) -> JsonObject:
+        return {
+            "tools": [
+                {
+                    "name": spec.name,
+                    "description": spec.description,
+                    "inputSchema": spec.parameters,
+                }
+                for spec in tool_specs(with_nodes=True)
+            ]
+        }
+
+    def _start(self, request_id: object, params: JsonObject) -> None:
+        arguments = params.get("arguments")
+        call = ToolCall(
+            id=to_json(request_id),
+            name=str(params.get("name")),
+            arguments=arguments if isinstance(arguments, dict) else {},
+        )
+        cancel = Cancellation()
+        thread = threading.Thread(
+            target=self._call,
+            args=(request_id, call, cancel),
+            name=f"moltis-mcp-{call.id[:16]}",
+            daemon=True,
+        )
+        with self._lock:
+            self._running[call.id] = thread, cancel
+        thread.start()
+
+    def _call(self, request_id: object, call: ToolCall, cancel: Cancellation) -> None:
+        try:
+            toolbox = Toolbox(
+                self._session,
+                self._directory,
+                self._execute,
+                None,
+                _ignore,
+                cancel,
+                with_nodes=True,  # clients ask for the list once, and nodes come later
+            )
+            text = toolbox.call([call])[0].text
+            failed = "error" in from_json(text)
+            content = [{"type": "text", "text": text}]
+            # MCP: a call that was cancelled is not answered.
+            if not cancel.cancelled:
+                self._succeed(request_id, {"content": content, "isError": failed})
+        except MoltisError as error:
+            self._fail(request_id, INVALID_JSON_RPC, str(error))
+        finally:
+            with self._lock:
+                self._running.pop(call.id, None)
+
+    def _cancel(self, call_id: str) -> None:
+        with self._lock:
+            running = self._running.get(call_id)
+        if running is not None:
+            running[1].cancel()
+
+    def _succeed(self, request_id: object, result: JsonObject) -> None:
+        self._send({"jsonrpc": "2.0", "id": request_id, "result": result})
+
+    def _fail(self, request_id: object, code: int, message: str) -> None:
+        error = {"code": code, "message": message}
+        self._send({"jsonrpc": "2.0", "id": request_id, "error": error})
+
+    def _send(self, message: JsonObject) -> None:
+        with self._turn:
+            self._write(to_json(message))
+
+
+# ==============================================================================
 # Command line
 # Uses: Settings, Wire protocol, Commands, Telemetry, Language models, Machine,
 #       Node agent, Node service, Store, Certificates, Access, Fleet, Agent,
-#       Model directory, Chat, Gateway, HTTP, Web page, Install script, Operator client
+#       Model directory, Chat, Gateway, HTTP, Web page, Install script, Operator client,
+#       MCP
 #
 # What a person types: a pair of functions for each subcommand, its arguments and its
 # action, which returns the exit status.  The objects of a gateway and of a node are
@@ -21238,6 +21473,24 @@ class StreamPrinter:
 # -- moltis chat ---------------------------------------------------------------
 
 
+def add_mcp(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "mcp",
+        help="serve the tools to a Model Context Protocol client, on stdin and stdout",
+        **_example("claude mcp add moltis -- moltis mcp"),
+    )
+    add_gateway_options(parser)
+    parser.set_defaults(run=cmd_mcp)
+
+
+def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    with operator_client(args, context) as client:
+        # Not with `for line in sys.stdin`, which reads ahead and answers late.
+        McpServer(client, context.output.answer).serve(iter(sys.stdin.readline, ""))
+    return EXIT_OK
+
+
 def add_chat(subcommands: Subcommands) -> None:
     parser = subcommands.add_parser(
         "chat",
@@ -21566,6 +21819,7 @@ def build_parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
     add_gateway(subcommands)
     add_chat(subcommands)
+    add_mcp(subcommands)
     node = subcommands.add_parser(
         "node", help="machines: add, list, use them", **_example("moltis node list")
     )

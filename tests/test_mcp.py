@@ -1,0 +1,183 @@
+"""The tools for Model Context Protocol clients, over lines of JSON-RPC 2.0."""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import threading
+
+import pytest
+from peers import InProcessGateway
+from support import PROGRAM, clean_environment, wait_for
+
+import moltis
+
+
+class McpClient:
+    """A client whose every line is written out in the test."""
+
+    def __init__(self, gateway):
+        self.answers = []
+        self._lines = queue.Queue()
+        self._client = gateway.operator()
+        server = moltis.McpServer(self._client, self.take)
+        self._thread = threading.Thread(
+            target=server.serve, args=(iter(self._lines.get, ""),), name="test-mcp"
+        )
+        self._thread.start()
+
+    def take(self, line):
+        assert "\n" not in line
+        self.answers.append(json.loads(line))
+
+    def send(self, value):
+        self._lines.put((value if isinstance(value, str) else json.dumps(value)) + "\n")
+
+    def request(self, request_id, method, params=None):
+        self.send(
+            {"jsonrpc": "2.0", "id": request_id, "method": method, "params": params}
+        )
+        return self.answer(request_id)
+
+    def answer(self, request_id):
+        return wait_for(
+            lambda: next((a for a in self.answers if a["id"] == request_id), None),
+            what=f"the answer to {request_id}",
+        )
+
+    def tool(self, request_id, name, **arguments):
+        params = {"name": name, "arguments": arguments}
+        result = self.request(request_id, "tools/call", params)["result"]
+        return result["isError"], json.loads(result["content"][0]["text"])
+
+    def close(self):
+        self._lines.put("")
+        self._thread.join()
+        self._client.close()
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    with InProcessGateway(tmp_path / "gateway") as running:
+        yield running
+
+
+@pytest.fixture
+def client(gateway):
+    client = McpClient(gateway)
+    yield client
+    client.close()
+
+
+def test_initialize_agrees_on_a_version_and_tells_of_the_machines(client):
+    params = {"protocolVersion": "2025-03-26", "capabilities": {}}
+    result = client.request(0, "initialize", params)["result"]
+    assert result["protocolVersion"] == "2025-03-26"
+    assert result["capabilities"] == {"tools": {}}
+    assert result["serverInfo"] == {"name": "moltis", "version": moltis.__version__}
+    assert "Local" in result["instructions"]
+
+
+def test_an_unknown_version_gets_the_newest(client):
+    result = client.request(1, "initialize", {"protocolVersion": "1999-01-01"})
+    assert result["result"]["protocolVersion"] == moltis.MCP_VERSIONS[0]
+
+
+def test_the_tools_are_those_of_the_agent(client):
+    tools = client.request("a", "tools/list")["result"]["tools"]
+    assert [tool["name"] for tool in tools] == [
+        "exec",
+        "nodes_list",
+        "nodes_describe",
+        "nodes_select",
+    ]
+    assert all(tool["inputSchema"]["type"] == "object" for tool in tools)
+
+
+def test_exec_runs_where_it_is_told_and_names_the_machine(client, gateway):
+    with gateway.node("far"):
+        failed, result = client.tool(1, "exec", command="echo out; exit 3", node="far")
+        assert not failed
+        assert result["node"] == "far"
+        assert result["stdout"] == "out\n"
+        assert result["exit_code"] == 3
+        assert client.tool(2, "nodes_select", node="far")[1]["selected"] == "far"
+        assert client.tool(3, "exec", command="true")[1]["node"] == "far"
+        nodes = client.tool(4, "nodes_list")[1]["nodes"]
+        assert [n["node"] for n in nodes if n["selected"]] == ["far"]
+    row = gateway.running.store.commands.page()[0]
+    assert row.node_name == "far"
+
+
+def test_errors_of_a_tool_are_results_that_say_so(client):
+    failed, result = client.tool(1, "exec", command="true", node="nowhere")
+    assert failed
+    assert "Local" in result["error"]
+    failed, result = client.tool(2, "no_such_tool")
+    assert failed
+    assert "nodes_list" in result["error"]
+
+
+def test_a_cancelled_call_ends_its_command_and_is_not_answered(client, gateway):
+    call = {"name": "exec", "arguments": {"command": "sleep 600"}}
+    client.send(
+        {"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": call},
+    )
+    commands = gateway.running.store.commands
+    wait_for(commands.unfinished, what="the command")
+    client.send(
+        {
+            "jsonrpc": "2.0",
+            "method": "notifications/cancelled",
+            "params": {"requestId": 7},
+        }
+    )
+    wait_for(lambda: not commands.unfinished(), what="its end")
+    assert client.request(8, "ping")["result"] == {}
+    assert all(answer["id"] != 7 for answer in client.answers)
+
+
+def test_the_end_of_input_ends_what_still_runs(gateway):
+    client = McpClient(gateway)
+    call = {"name": "exec", "arguments": {"command": "sleep 600"}}
+    client.send({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": call})
+    commands = gateway.running.store.commands
+    wait_for(commands.unfinished, what="the command")
+    client.close()
+    wait_for(lambda: not commands.unfinished(), what="its end")
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("{", -32700),
+        ("[1]", -32600),
+        ('{"id":1}', -32600),
+        ('{"id":1,"method":5}', -32600),
+        ('{"id":1,"method":"resources/list"}', -32601),
+    ],
+)
+def test_a_line_that_makes_no_sense_gets_an_error_and_the_next_an_answer(
+    client, line, code
+):
+    client.send(line)
+    wait_for(lambda: client.answers, what="an error")
+    assert client.answers[0]["error"]["code"] == code
+    assert client.request(9, "ping")["result"] == {}
+
+
+def test_it_is_a_subcommand_that_speaks_on_stdin_and_stdout(gateway, home):
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "mcp"],
+        input='{"jsonrpc":"2.0","id":1,"method":"ping"}\n',
+        env=clean_environment(
+            home, MOLTIS_GATEWAY_URL=gateway.url, MOLTIS_API_KEY=gateway.api_key
+        ),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        check=True,
+    )
+    assert json.loads(done.stdout) == {"jsonrpc": "2.0", "id": 1, "result": {}}
