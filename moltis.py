@@ -21477,7 +21477,7 @@ def add_mcp(subcommands: Subcommands) -> None:
     parser = subcommands.add_parser(
         "mcp",
         help="serve the tools to a Model Context Protocol client, on stdin and stdout",
-        **_example("claude mcp add moltis -- moltis mcp"),
+        **_example("moltis mcp"),
     )
     add_gateway_options(parser)
     parser.set_defaults(run=cmd_mcp)
