@@ -8106,13 +8106,15 @@ def _launchctl_fields(output: str) -> Mapping[str, str]:
 # Store
 #
 # What the gateway remembers, in one SQLite file: devices, commands that were asked
-# for, operator keys, sign-ins, join codes, sessions with what was said in them,
-# settings.  One method a question, each in one transaction, from any thread.  It
-# decides nothing, which is left to Access, and a secret comes here only as a hash.
-# Times are ms since 1970.
+# for, who was let in and who was not, operator keys, sign-ins, join codes, sessions
+# with what was said in them, settings.  One method a question, each in one
+# transaction, from any thread.  It decides nothing, which is left to Access, and a
+# secret comes here only as a hash.  Times are ms since 1970.
 # ==============================================================================
 
 STORE_FILE = "moltis.db"
+MAX_AUDIT = 100_000  # events; beyond them the oldest are forgotten
+AUDIT_REPEATED_AFTER = 3600_000  # ms in which the same refusal is noted once
 STORE_BUSY_TIMEOUT = 5.0  # s; a person's `sqlite3` shell may hold the file that long
 MAX_PAGE = 1000  # rows of one answer
 
@@ -8244,6 +8246,18 @@ MIGRATIONS = (
 
     ALTER TABLE commands ADD COLUMN decided_by TEXT;  -- where a person was asked first
     """,
+    """
+    CREATE TABLE audit (                     -- besides commands, which have their own
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        at INTEGER NOT NULL,
+        event TEXT NOT NULL,
+        caller TEXT NOT NULL,
+        address TEXT NOT NULL,
+        subject TEXT NOT NULL
+    );
+    CREATE INDEX audit_at ON audit(at);
+    CREATE INDEX audit_event ON audit(event, address, at);
+    """,
 )
 
 
@@ -8324,6 +8338,39 @@ class CommandEnd:
     stdout_bytes: int = 0
     stderr_bytes: int = 0
     error: str | None = None
+
+
+class AuditEvent:
+    """What is noted besides commands."""
+
+    SIGNED_IN = "login.created"
+    SIGN_IN_REFUSED = "login.refused"
+    SIGNED_OUT = "login.ended"
+    KEY_CREATED = "key.created"
+    KEY_REVOKED = "key.revoked"
+    KEY_REFUSED = "key.refused"
+    TOKEN_CREATED = "token.created"
+    TOKEN_ROTATED = "token.rotated"
+    TOKEN_REVOKED = "token.revoked"
+    TOKEN_REFUSED = "token.refused"
+    JOINED = "token.joined"
+
+    REFUSALS = (SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED)
+
+
+@dataclass(frozen=True)
+class AuditEntry:
+    """One thing that somebody did, or was refused: an AuditEvent, or a command."""
+
+    at: int
+    event: str  # "command" for a command
+    caller: str
+    address: str
+    subject: str  # a name, or the command
+    node: str | None = None
+    state: str | None = None
+    exit_code: int | None = None
+    decided_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -8829,6 +8876,51 @@ class CommandsTable:
         )
 
 
+class AuditTable:
+    """Who was let in or kept out and who changed that, and commands beside it."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def add(self, entry: AuditEntry) -> None:
+        """Note an event; the same refusal of an address is noted once an hour."""
+        repeated = entry.event in AuditEvent.REFUSALS
+        values = (entry.at, entry.event, entry.caller, entry.address, entry.subject)
+        with self._db.transaction() as db:
+            db.execute(
+                "INSERT INTO audit (at, event, caller, address, subject)"
+                " SELECT ?, ?, ?, ?, ? WHERE NOT EXISTS (SELECT 1 FROM audit"
+                "   WHERE event = ? AND address = ? AND subject = ? AND at > ?)",
+                (
+                    *values,
+                    entry.event if repeated else None,
+                    entry.address,
+                    entry.subject,
+                    entry.at - AUDIT_REPEATED_AFTER,
+                ),
+            )
+            db.execute(
+                "DELETE FROM audit WHERE seq <= (SELECT max(seq) FROM audit) - ?",
+                (MAX_AUDIT,),
+            )
+
+    def page(self, *, offset: int = 0, limit: int = 100) -> list[AuditEntry]:
+        """Return events and commands, the newest first, at most MAX_PAGE of them."""
+        rows = self._db.rows(
+            "SELECT at, event, caller, address, subject, NULL AS node, NULL AS state,"
+            "   NULL AS exit_code, NULL AS decided_by FROM audit"
+            " UNION ALL SELECT asked_at, 'command', caller_name, '', command,"
+            "   node_name, state, exit_code, decided_by FROM commands"
+            " ORDER BY at DESC LIMIT ? OFFSET ?",
+            (max(0, min(limit, MAX_PAGE)), max(0, offset)),
+        )
+        return [AuditEntry(**dict(row)) for row in rows]
+
+    def delete_before(self, at: int) -> int:
+        """Forget earlier events; return how many."""
+        return self._db.write("DELETE FROM audit WHERE at < ?", (at,))
+
+
 class OperatorKeysTable:
     """The operators' API keys; one that is revoked opens nothing and stays listed."""
 
@@ -9165,6 +9257,7 @@ class Store:
         self._database = Database(path)
         self.devices = DevicesTable(self._database)
         self.commands = CommandsTable(self._database)
+        self.audit = AuditTable(self._database)
         self.operator_keys = OperatorKeysTable(self._database)
         self.logins = LoginsTable(self._database)
         self.join_codes = JoinCodesTable(self._database)
@@ -9568,6 +9661,7 @@ class Caller:
     name: str
     scopes: Sequence[str] = ()
     login_id: str | None = None  # of a browser's sign-in
+    address: str = ""  # where they came from
 
     def may(self, scope: str) -> bool:
         """Tell whether the caller has `scope`, or one that includes it."""
@@ -9582,14 +9676,19 @@ class Caller:
             raise RpcError("FORBIDDEN", f"{self.name} lacks the scope {scope}")
 
 
+def device_label(device: Device) -> str:
+    return device.display_name or device.id
+
+
 def device_caller(device: Device) -> Caller:
     return Caller(DEVICE, device.id, device.display_name)
 
 
-def _operator_caller(key: OperatorKey, login: Login | None = None) -> Caller:
-    return Caller(
-        OPERATOR, key.id, key.name, tuple(key.scopes), login.id if login else None
-    )
+def _operator_caller(
+    key: OperatorKey, login: Login | None = None, address: str = ""
+) -> Caller:
+    login_id = login.id if login else None
+    return Caller(OPERATOR, key.id, key.name, tuple(key.scopes), login_id, address)
 
 
 def secret_hash(secret: str) -> str:
@@ -9674,8 +9773,26 @@ class RateLimit:
             self._failures.pop(address_block(address), None)
 
 
-class Access:
-    """The judge of what devices and operators present."""
+class AccessLog:
+    """What is written down of those who come and of what they change."""
+
+    def __init__(self, table: AuditTable, clock: Callable[[], int]) -> None:
+        self._table = table
+        self._clock = clock
+
+    def note(self, event: str, subject: str, by: Caller | None) -> None:
+        """Note what `by`, or this program itself, has done.  Raises StoreError."""
+        name, address = (by.name, by.address) if by else ("moltis", "")
+        self._table.add(AuditEntry(self._clock(), event, name, address, subject))
+
+    def note_refusal(self, event: str, subject: str, address: str) -> None:
+        # Who is kept out stays so when the disk is full.
+        with contextlib.suppress(StoreError):
+            self._table.add(AuditEntry(self._clock(), event, "", address, subject))
+
+
+class DeviceAccess:
+    """The judge of what devices present."""
 
     def __init__(
         self,
@@ -9688,12 +9805,18 @@ class Access:
         self._store = store
         self._clock = clock
         self._limit = limit or RateLimit()
+        self._audit = AccessLog(store.audit, clock)
         self._decoy_key = self._kept_decoy_key()
 
     # Devices
 
     def create_device(
-        self, display_name: str, platform: str = "", *, lifetime: float | None = None
+        self,
+        display_name: str,
+        platform: str = "",
+        *,
+        lifetime: float | None = None,
+        by: Caller | None = None,
     ) -> tuple[Device, str]:
         """Return a new device and its token, which nobody can look up later.
 
@@ -9708,9 +9831,17 @@ class Access:
             expires_at=None if lifetime is None else now + round(lifetime * 1000),
         )
         self._store.devices.add(device, _device_credential(token))
+        self._audit.note(AuditEvent.TOKEN_CREATED, device_label(device), by)
         return device, token
 
-    def rotate_device(self, device_id: str, expires_at: int | None = None) -> str:
+    def rotate_device(
+        self,
+        device: Device,
+        expires_at: int | None = None,
+        *,
+        by: Caller | None = None,
+        event: str = AuditEvent.TOKEN_ROTATED,
+    ) -> str:
         """Return a new token for the device; the old one opens nothing any more.
 
         `expires_at` is when a device that has not connected by then is forgotten.
@@ -9719,14 +9850,20 @@ class Access:
         """
         token = new_secret("mdt_")
         credential = _device_credential(token)
-        if not self._store.devices.rotate(device_id, credential, expires_at):
-            raise RpcError("NOT_FOUND", f"there is no device {clip(device_id, 80)}")
+        if not self._store.devices.rotate(device.id, credential, expires_at):
+            raise RpcError("NOT_FOUND", f"there is no device {clip(device.id, 80)}")
+        self._audit.note(event, device_label(device), by)
         return token
 
-    def revoke_device(self, device_id: str) -> None:
+    def revoke_device(self, device: Device, *, by: Caller | None = None) -> None:
         """Let the device in no more.  Raises RpcError NOT_FOUND."""
-        if not self._store.devices.revoke(device_id, self._clock()):
-            raise RpcError("NOT_FOUND", f"there is no device {clip(device_id, 80)}")
+        if not self._store.devices.revoke(device.id, self._clock()):
+            raise RpcError("NOT_FOUND", f"there is no device {clip(device.id, 80)}")
+        self._audit.note(AuditEvent.TOKEN_REVOKED, device_label(device), by)
+
+    def note_refused_device(self, name: str, address: str) -> None:
+        """Note that somebody came with a token that is not, or no more, good."""
+        self._audit.note_refusal(AuditEvent.TOKEN_REFUSED, clip(name, 200), address)
 
     def device_by_token(self, token: str) -> Device | None:
         return self._store.devices.by_token_hash(secret_hash(token), self._clock())
@@ -9780,9 +9917,25 @@ class Access:
         # The token that was shown beside the link is void now, and one that goes
         # astray on its way dies as the code would have.
         expires_at = now + round(JOIN_CODE_LIFETIME * 1000)
-        return device, self.rotate_device(device.id, expires_at)
+        joined = Caller(DEVICE, device.id, device_label(device), address=address)
+        token = self.rotate_device(
+            device, expires_at, by=joined, event=AuditEvent.JOINED
+        )
+        return device, token
 
-    # Operators
+    def _refuse_guessing(self, address: str) -> None:
+        wait = self._limit.retry_after(address)
+        if wait is not None:
+            raise RpcError(
+                "RATE_LIMITED",
+                f"too many failed attempts; try again in {format_duration(wait)}",
+                retryable=True,
+                retry_after=wait,
+            )
+
+
+class Access(DeviceAccess):
+    """The judge of what operators and their browsers present as well."""
 
     def ensure_operator_key(self, current: str | None) -> str:
         """Return the key of this machine's own operator, for gateway.json.
@@ -9797,7 +9950,9 @@ class Access:
                 self._store.operator_keys.revoke(key.id, self._clock())
         return self._add_key(LOCAL_KEY_NAME, (Scope.ADMIN,))[1]
 
-    def create_key(self, name: str, scopes: Sequence[str]) -> tuple[OperatorKey, str]:
+    def create_key(
+        self, name: str, scopes: Sequence[str], *, by: Caller | None = None
+    ) -> tuple[OperatorKey, str]:
         """Return a new operator key, and its text, which is shown once.
 
         Raises RpcError INVALID_REQUEST.
@@ -9811,18 +9966,37 @@ class Access:
             )
         if not name.strip() or name == LOCAL_KEY_NAME:
             raise RpcError("INVALID_REQUEST", "a key needs a name of its own")
-        return self._add_key(name, tuple(s for s in SCOPES if s in scopes))
+        key, text = self._add_key(name, tuple(s for s in SCOPES if s in scopes))
+        self._audit.note(
+            AuditEvent.KEY_CREATED, f"{name} ({', '.join(key.scopes)})", by
+        )
+        return key, text
 
     def keys(self) -> list[OperatorKey]:
         """Return the operator keys, revoked ones too, the newest first."""
         return self._store.operator_keys.all()
 
-    def revoke_key(self, key_id: str) -> None:
-        """End a key and its sign-ins.  Raises RpcError NOT_FOUND."""
+    def revoke_key(self, key_id: str, *, by: Caller | None = None) -> None:
+        """End a key and its sign-ins.  Raises RpcError NOT_FOUND or CONFLICT."""
+        names = [key.name for key in self.keys() if key.id == key_id]
+        if names == [LOCAL_KEY_NAME]:
+            raise RpcError(
+                "CONFLICT",
+                "this key is in gateway.json; to have another, stop the gateway, "
+                "delete that file and start again",
+            )
         if not self._store.operator_keys.revoke(key_id, self._clock()):
             raise RpcError("NOT_FOUND", f"there is no key {clip(key_id, 80)}")
+        self._audit.note(AuditEvent.KEY_REVOKED, names[0], by)
 
-    def operator_by_key(self, key: str) -> Caller | None:
+    def is_current(self, operator: Caller) -> bool:
+        """Tell whether what an operator came in with is still good."""
+        if operator.login_id is not None:
+            return operator.login_id in (login.id for login in self.logins())
+        good = (key.id for key in self.keys() if key.revoked_at is None)
+        return operator.id in good
+
+    def operator_by_key(self, key: str, address: str = "") -> Caller | None:
         found = self._store.operator_keys.by_hash(secret_hash(key))
         if found is None:
             return None
@@ -9830,9 +10004,11 @@ class Access:
             # A full disk must not lock out who could make room on it.
             with contextlib.suppress(StoreError):
                 self._store.operator_keys.used(found.id, self._clock())
-        return _operator_caller(found)
+        return _operator_caller(found, address=address)
 
-    def admit_operator(self, key: str, address: str) -> Caller:
+    def admit_operator(
+        self, key: str, address: str, refusal: str = AuditEvent.KEY_REFUSED
+    ) -> Caller:
         """Return who comes from `address` with an operator key.
 
         Raises RpcError UNAUTHORIZED, or RATE_LIMITED with `retry_after`.
@@ -9840,10 +10016,11 @@ class Access:
         # On the machine itself the right key opens whatever others there tried.
         if not is_loopback(address):
             self._refuse_guessing(address)
-        caller = self.operator_by_key(key)
+        caller = self.operator_by_key(key, address)
         if caller is None:
             self._refuse_guessing(address)
             self._limit.failed(address)
+            self._audit.note_refusal(refusal, "", address)
             raise RpcError("UNAUTHORIZED", "this operator key opens nothing here")
         self._limit.succeeded(address)
         return caller
@@ -9853,16 +10030,6 @@ class Access:
         key = OperatorKey(new_id(), name, scopes, self._clock())
         self._store.operator_keys.add(key, secret_hash(text))
         return key, text
-
-    def _refuse_guessing(self, address: str) -> None:
-        wait = self._limit.retry_after(address)
-        if wait is not None:
-            raise RpcError(
-                "RATE_LIMITED",
-                f"too many failed attempts; try again in {format_duration(wait)}",
-                retryable=True,
-                retry_after=wait,
-            )
 
     def _use_is_news(self, last_used_at: int | None) -> bool:
         return self._clock() - (last_used_at or 0) >= USE_NOTED_EVERY * 1000
@@ -9874,7 +10041,7 @@ class Access:
 
         Raises RpcError UNAUTHORIZED, or RATE_LIMITED with `retry_after`.
         """
-        caller = self.admit_operator(key, address)
+        caller = self.admit_operator(key, address, AuditEvent.SIGN_IN_REFUSED)
         now, cookie = self._clock(), new_secret("ms_")
         login = Login(
             id=new_id(),
@@ -9886,9 +10053,10 @@ class Access:
             address=address,
         )
         self._store.logins.add(login, secret_hash(cookie))
+        self._audit.note(AuditEvent.SIGNED_IN, login.user_agent, caller)
         return cookie
 
-    def caller_by_cookie(self, cookie: str) -> Caller | None:
+    def caller_by_cookie(self, cookie: str, address: str = "") -> Caller | None:
         now = self._clock()
         found = self._store.logins.by_cookie_hash(secret_hash(cookie), now)
         if found is None:
@@ -9897,15 +10065,19 @@ class Access:
         if self._use_is_news(login.last_used_at):
             with contextlib.suppress(StoreError):  # as in operator_by_key()
                 self._store.logins.used(login.id, now, now + LOGIN_LIFETIME * 1000)
-        return _operator_caller(key, login)
+        return _operator_caller(key, login, address)
 
     def logins(self) -> list[Login]:
         """Return the browsers that are signed in, the last used first."""
         return self._store.logins.all(self._clock())
 
-    def sign_out(self, login_id: str) -> bool:
-        """End a sign-in; False: there was none."""
-        return self._store.logins.delete(login_id)
+    def sign_out(self, login_id: str, *, by: Caller | None = None) -> bool:
+        """End a sign-in, one's own or another's; False: there was none."""
+        agents = [login.user_agent for login in self.logins() if login.id == login_id]
+        if not self._store.logins.delete(login_id):
+            return False
+        self._audit.note(AuditEvent.SIGNED_OUT, "".join(agents), by)
+        return True
 
     def purge(self) -> None:
         """Forget what has expired.  Raises StoreError."""
@@ -13796,6 +13968,7 @@ class DeviceMethods:
         device, token = self._access.create_device(
             valid_name(name) if name else "",
             optional(call.params, "platform", str) or "",
+            by=call.caller,
         )
         return {
             "deviceToken": token,
@@ -13806,13 +13979,13 @@ class DeviceMethods:
 
     def _token_rotate(self, call: RpcCall) -> JsonObject:
         device = self._device(call)
-        token = self._access.rotate_device(device.id)
+        token = self._access.rotate_device(device, by=call.caller)
         self._hang_up(device)
         return {"deviceToken": token, "scopes": list(device_caller(device).scopes)}
 
     def _token_revoke(self, call: RpcCall) -> JsonObject:
         device = self._device(call)
-        self._access.revoke_device(device.id)
+        self._access.revoke_device(device, by=call.caller)
         self._hang_up(device)
         self._announce(
             "device.pair.resolved", {"deviceId": device.id, "status": "revoked"}
@@ -13960,6 +14133,128 @@ class ChatMethods:
 def _session_label(params: JsonObject) -> str | None:
     label = optional(params, "label", str)
     return None if label is None or not label.strip() else valid_name(label)
+
+
+class AccessMethods:
+    """What administrators may do about operators: keys, sign-ins, the audit."""
+
+    def __init__(self, access: Access, audit: AuditTable, audience: Audience) -> None:
+        self._access = access
+        self._audit = audit
+        self._audience = audience
+        self.methods: Mapping[str, Method] = {
+            "keys.list": Method(self._keys_list, Scope.ADMIN),
+            "keys.create": Method(self._keys_create, Scope.ADMIN),
+            "keys.revoke": Method(self._keys_revoke, Scope.ADMIN),
+            "logins.list": Method(self._logins_list, Scope.ADMIN),
+            "logins.revoke": Method(self._logins_revoke, Scope.ADMIN),
+            "audit.list": Method(self._audit_list, Scope.ADMIN),
+        }
+
+    def _keys_list(self, _call: RpcCall) -> list[JsonObject]:
+        return list(map(_key_view, self._access.keys()))
+
+    def _keys_create(self, call: RpcCall) -> JsonObject:
+        name = valid_name(required(call.params, "name", str))
+        scopes = [str(scope) for scope in required(call.params, "scopes", list)]
+        key, text = self._access.create_key(name, scopes, by=call.caller)
+        return {"key": text, **_key_view(key)}
+
+    def _keys_revoke(self, call: RpcCall) -> JsonObject:
+        key_id = required(call.params, "keyId", str)
+        self._access.revoke_key(key_id, by=call.caller)
+        self._audience.hang_up(lambda caller: caller.id == key_id)
+        return {}
+
+    def _logins_list(self, call: RpcCall) -> list[JsonObject]:
+        keys = self._access.keys()
+        names = {key.id: key.name for key in keys}
+        return [
+            {
+                "loginId": login.id,
+                "keyId": login.key_id,
+                "keyName": names[login.key_id],
+                "createdAt": login.created_at,
+                "lastUsedAt": login.last_used_at,
+                "expiresAt": login.expires_at,
+                "userAgent": login.user_agent,
+                "address": login.address,
+                "current": login.id == call.caller.login_id,
+            }
+            for login in self._access.logins()
+        ]
+
+    def _logins_revoke(self, call: RpcCall) -> JsonObject:
+        login_id = required(call.params, "loginId", str)
+        if not self._access.sign_out(login_id, by=call.caller):
+            raise RpcError("NOT_FOUND", f"there is no sign-in {clip(login_id, 80)}")
+        self._audience.hang_up(lambda caller: caller.login_id == login_id)
+        return {}
+
+    def _audit_list(self, call: RpcCall) -> list[JsonObject]:
+        entries = self._audit.page(
+            offset=optional(call.params, "offset", int) or 0,
+            limit=optional(call.params, "limit", int) or 100,
+        )
+        return [audit_view(entry) for entry in entries]
+
+
+def _key_view(key: OperatorKey) -> JsonObject:
+    return {
+        "keyId": key.id,
+        "name": key.name,
+        "scopes": list(key.scopes),
+        "createdAt": key.created_at,
+        "lastUsedAt": key.last_used_at,
+        "revokedAt": key.revoked_at,
+    }
+
+
+def audit_view(entry: AuditEntry) -> JsonObject:
+    """Return what operators see of something that was done."""
+    return {
+        "at": entry.at,
+        "event": entry.event,
+        "caller": entry.caller,
+        "address": entry.address,
+        "subject": entry.subject,
+        "node": entry.node,
+        "state": entry.state,
+        "exitCode": entry.exit_code,
+        "decidedBy": entry.decided_by,
+    }
+
+
+AUDIT_COLUMNS = (
+    *("at", "event", "caller", "address", "subject"),
+    *("node", "state", "exitCode", "decidedBy"),
+)
+
+
+def audit_csv(rpc: Rpc, caller: Caller) -> str:
+    """Return all that was done as CSV (RFC 4180), the newest first, times in UTC.
+
+    Raises RpcError.
+    """
+    import csv
+
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(AUDIT_COLUMNS)
+    for offset in range(0, MAX_AUDIT, MAX_PAGE):
+        place = {"offset": offset, "limit": MAX_PAGE}
+        rows = rpc.call(caller, "audit.list", place)
+        writer.writerows(_csv_row(row) for row in rows)
+        if len(rows) < MAX_PAGE:
+            break
+    return text.getvalue()
+
+
+def _csv_row(row: JsonObject) -> list[str]:
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
+    values = ["" if row[n] is None else str(row[n]) for n in AUDIT_COLUMNS[1:]]
+    # A spreadsheet would carry out what begins like a formula.
+    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
 
 
 class SubscriptionMethods:
@@ -14305,6 +14600,13 @@ class Audience:
         with self._lock:
             self._peers.discard(peer)
 
+    def hang_up(self, matches: Callable[[Caller], bool]) -> None:
+        """End the connections of operators whose credential is no longer good."""
+        with self._lock:
+            peers = [peer for peer in self._peers if matches(peer.caller)]
+        for peer in peers:
+            peer.ws.close(CloseCode.POLICY_VIOLATION, "signed out", timeout=0)
+
     def announce(self, name: str, payload: JsonObject) -> None:
         """Send an event to those who subscribed to it; nobody is waited for."""
         with self._lock:
@@ -14379,6 +14681,7 @@ class Introduction:
             # Not counted against the address: nobody guesses 256 bits, and a node with
             # an old token must not lock out others behind the same router.
             log.warning("refused address=%s: %s", self._client.address, error)
+            self._access.note_refused_device(str(error), self._client.address)
             text = "authentication failed"
             if isinstance(error, ChannelMismatch):
                 text = f"{text}: {error}"
@@ -14480,6 +14783,12 @@ class Gateway:
                 self._connections.discard(connection)
             ws.abort()
 
+    def sign_out(self, caller: Caller) -> None:
+        """End a browser's sign-in, and its connections.  Raises StoreError."""
+        if caller.login_id is not None:
+            self._access.sign_out(caller.login_id, by=caller)
+            self._audience.hang_up(lambda other: other.login_id == caller.login_id)
+
     def close(self) -> None:
         """Hang up on everybody; their serve() returns."""
         with self._lock:
@@ -14534,11 +14843,14 @@ class Gateway:
     ) -> None:
         ws = connection.ws
         peer = OperatorPeer(ws, identity.caller, self.rpc, self._invocations)
-        hello = self._hello(peer.id, identity, resume=[])
-        ws.send(encode_envelope(Response(request_id, hello)))
-        ws.release_pongs()
         self._audience.add(peer)
         try:
+            # Only now: what is revoked from here on, the audience hangs up on.
+            if not self._access.is_current(identity.caller):
+                raise RpcError("UNAUTHORIZED", "authentication failed")
+            hello = self._hello(peer.id, identity, resume=[])
+            ws.send(encode_envelope(Response(request_id, hello)))
+            ws.release_pongs()
             peer.serve()
         finally:
             self._audience.remove(peer)
@@ -14876,6 +15188,7 @@ class HttpApp:
             ("POST", "/api/rpc"): self._rpc,
             ("POST", "/api/sign-in"): self._sign_in,
             ("POST", "/api/sign-out"): self._sign_out,
+            ("GET", "/api/audit.csv"): self._audit_csv,
         }
         # What lies below these paths.
         self._trees: Mapping[tuple[str, str], Callable[[HttpRequest], Reply]] = {
@@ -14931,7 +15244,9 @@ class HttpApp:
     def login(self, request: HttpRequest) -> Caller | None:
         """Return who the request's cookie belongs to."""
         cookie = _cookie(request.headers)
-        return self._access.caller_by_cookie(cookie) if cookie else None
+        if not cookie:
+            return None
+        return self._access.caller_by_cookie(cookie, request.address)
 
     def serve(
         self, ws: WebSocket, request: HttpRequest, on_identified: Callable[[], None]
@@ -14999,6 +15314,17 @@ class HttpApp:
             headers=[("Content-Disposition", name), ("Cache-Control", "no-store")],
         )
 
+    def _audit_csv(self, request: HttpRequest) -> Reply:
+        """Answer all that was done, the newest first, for a spreadsheet."""
+        text = audit_csv(self._gateway.rpc, self._caller(request))
+        name = 'attachment; filename="moltis-audit.csv"'
+        return Reply(
+            200,
+            text.encode("utf-8", "replace"),
+            "text/csv; charset=utf-8",
+            [("Content-Disposition", name), ("Cache-Control", "no-store")],
+        )
+
     def _rpc(self, request: HttpRequest) -> Reply:
         caller = self._caller(request)
         try:
@@ -15050,8 +15376,8 @@ class HttpApp:
 
     def _sign_out(self, request: HttpRequest) -> Reply:
         caller = self.login(request)
-        if caller is not None and caller.login_id is not None:
-            self._access.sign_out(caller.login_id)
+        if caller is not None:
+            self._gateway.sign_out(caller)
         header = _set_cookie("", request.secure) + "; Max-Age=0"
         return json_reply(200, {}, [("Set-Cookie", header)])
 
@@ -20007,6 +20333,7 @@ class McpServer:
 
 DEFAULT_PORT = 9090
 START_TIMEOUT = 20.0  # s for a service that was just started to connect
+HOUSEKEEPING_INTERVAL = 3600.0  # s
 DEMO_DIRECTORY = "demo-node"  # below the data directory
 TERMINAL_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 CHAT_SESSION = "main"  # the session that every gateway has
@@ -20214,6 +20541,13 @@ def add_gateway(subcommands: Subcommands) -> None:
         help="take no token as it is; keeps out nodes of the original Moltis",
     )
     parser.add_argument(
+        "--keep-audit",
+        type=float,
+        default=90.0,
+        metavar="DAYS",
+        help="how long to remember commands, sign-ins and the like (default: 90)",
+    )
+    parser.add_argument(
         "--allowed-host",
         action="append",
         default=[],
@@ -20259,6 +20593,8 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
     """Raises UsageError, BadConfiguration."""
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port takes 0 to 65535, not {args.port}")
+    if not 0 < args.keep_audit <= 36_500:
+        raise UsageError(f"--keep-audit takes days, not {args.keep_audit:g}")
     if args.proxy_cert and not args.trusted_proxy:
         raise UsageError("--proxy-cert needs --trusted-proxy")
     binding = None
@@ -20271,6 +20607,7 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         proxies=TrustedProxies(args.trusted_proxy, binding),
         tls=server_tls(args, context),
         require_scram=args.require_scram,
+        keep_audit=args.keep_audit,
     )
 
 
@@ -20301,7 +20638,7 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
         stop = StopSignal()
         running = RunningGateway(context, options)
         stack.callback(running.close)
-        signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
+        signal.signal(signal.SIGHUP, lambda *_: on_hangup(running))
         say_started(context.output, running)
         if args.demo_node:
             demo = start_demo_node(context, running)
@@ -20313,6 +20650,11 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
         stop.wait()
         context.output.say("stopping")
     return EXIT_OK
+
+
+def on_hangup(running: RunningGateway) -> None:
+    running.reload_tls()
+    log.info("SIGHUP: certificate in use pin=%s", running.options.fingerprint())
 
 
 def say_started(output: Output, running: RunningGateway) -> None:
@@ -20386,6 +20728,7 @@ class GatewayOptions:
     proxies: TrustedProxies = field(default_factory=TrustedProxies)
     tls: ServerTls | None = None
     require_scram: bool = False
+    keep_audit: float = 90.0  # days
 
     @property
     def listen(self) -> tuple[str, int]:
@@ -20424,10 +20767,7 @@ class RunningGateway:
             connections = ConnectionThreads()
             stack.callback(connections.close)
             access = self._access = Access(store)
-            previous = GatewayFile.load(self._directory)
-            self._key = access.ensure_operator_key(
-                previous.api_key if previous else None
-            )
+            self._key = self._kept_key()
             audience = Audience()
             local = LocalNode(context.environ)
             stack.callback(local.close)
@@ -20451,6 +20791,7 @@ class RunningGateway:
                 DeviceMethods(fleet, access, store.devices, audience.announce).methods,
                 SubscriptionMethods().methods,
                 ModelMethods(models).methods,
+                AccessMethods(access, store.audit, audience).methods,
                 chats.methods,
             )
             gateway = Gateway(
@@ -20473,11 +20814,24 @@ class RunningGateway:
             self.url = options.url(self.port)
             self.public_url = options.public_url(self.port)
             self._save_file()
+            stack.callback(Ticker(HOUSEKEEPING_INTERVAL, self.keep_house).close)
             self._stack = stack.pop_all()
+
+    def _kept_key(self) -> str:
+        previous = GatewayFile.load(self._directory)
+        return self._access.ensure_operator_key(previous.api_key if previous else None)
 
     @property
     def sign_in_link(self) -> str:
         return f"{self.url}/#key={self._key}"
+
+    def keep_house(self) -> None:
+        """Forget what is old enough, and renew what is about to expire."""
+        self._access.purge()
+        before = now_ms() - round(self.options.keep_audit * 86_400_000)
+        self.store.audit.delete_before(before)
+        self.store.commands.delete_before(before)
+        self.reload_tls()
 
     def reload_tls(self) -> None:
         """Use the certificate that is in its files now, if it is any good."""
@@ -20489,7 +20843,7 @@ class RunningGateway:
         except UserError as error:
             log.error("the certificate was not read again: %s", error)
         else:
-            log.info("certificate in use pin=%s", self.options.fingerprint())
+            log.debug("certificate in use pin=%s", self.options.fingerprint())
 
     def _save_file(self) -> None:
         GatewayFile(
@@ -21213,6 +21567,151 @@ def find_device(reference: str, devices: Sequence[JsonObject]) -> str:
     raise UserError(f"no device is called {reference!r}; there is {names}")
 
 
+# -- moltis key, moltis audit --------------------------------------------------
+
+
+def add_key_create(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "create",
+        help="make an operator key, shown once",
+        **_example("moltis key create --name ci --scope operator.write"),
+    )
+    parser.add_argument("--name", required=True, help="whose it is, for the lists")
+    parser.add_argument(
+        "--scope",
+        action="append",
+        required=True,
+        choices=SCOPES,
+        help="what it may do; more than one, where need be",
+    )
+    add_gateway_options(parser)
+    parser.set_defaults(run=cmd_key_create)
+
+
+def cmd_key_create(args: argparse.Namespace, context: Context) -> int:
+    with operator_client(args, context) as client:
+        made = client.call("keys.create", {"name": args.name, "scopes": args.scope})
+    context.output.say(f"id {made['keyId']}; the key is shown this once:")
+    context.output.answer(made["key"])
+    return EXIT_OK
+
+
+def add_key_list(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "list", help="show the operator keys", **_example("moltis key list")
+    )
+    add_gateway_options(parser)
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
+    parser.set_defaults(run=cmd_key_list)
+
+
+def cmd_key_list(args: argparse.Namespace, context: Context) -> int:
+    with operator_client(args, context) as client:
+        keys = client.call("keys.list", {})
+    if args.json:
+        context.output.json(keys)
+        return EXIT_OK
+    rows = [
+        (
+            key["name"],
+            ", ".join(key["scopes"]),
+            format_time(key["createdAt"]),
+            format_time(key["lastUsedAt"]) if key["lastUsedAt"] else "-",
+            "revoked" if key["revokedAt"] else "good",
+            key["keyId"],
+        )
+        for key in keys
+    ]
+    heading = ("NAME", "SCOPES", "CREATED", "LAST USED", "STATE", "ID")
+    context.output.table([heading, *rows])
+    return EXIT_OK
+
+
+def add_key_revoke(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "revoke",
+        help="end a key, its sign-ins and their connections",
+        **_example("moltis key revoke ci"),
+    )
+    parser.add_argument("key", help="name or id")
+    add_gateway_options(parser)
+    parser.set_defaults(run=cmd_key_revoke)
+
+
+def cmd_key_revoke(args: argparse.Namespace, context: Context) -> int:
+    with operator_client(args, context) as client:
+        keys = [k for k in client.call("keys.list", {}) if not k["revokedAt"]]
+        client.call("keys.revoke", {"keyId": find_key(args.key, keys)})
+    context.output.say(f"{args.key} is revoked")
+    return EXIT_OK
+
+
+def find_key(reference: str, keys: Sequence[JsonObject]) -> str:
+    """Return the id of a key by id or unambiguous name.  Raises UserError."""
+    found = [key["keyId"] for key in keys if reference in (key["keyId"], key["name"])]
+    if len(found) == 1:
+        return str(found[0])
+    if found:
+        raise UsageError(f"{reference!r} is the name of several; use an id: {found}")
+    names = ", ".join(key["name"] for key in keys)
+    raise UserError(f"no key is called {reference!r}; there is {names}")
+
+
+def add_audit(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "audit",
+        help="show who did what: commands, sign-ins, keys, tokens",
+        **_example("moltis audit --json --limit 1000"),
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=100,
+        metavar="N",
+        help="the newest N (default: 100)",
+    )
+    add_gateway_options(parser)
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
+    parser.set_defaults(run=cmd_audit)
+
+
+def cmd_audit(args: argparse.Namespace, context: Context) -> int:
+    entries: list[JsonObject] = []
+    with operator_client(args, context) as client:
+        while len(entries) < args.limit:
+            size = min(MAX_PAGE, args.limit - len(entries))
+            place = {"offset": len(entries), "limit": size}
+            page = client.call("audit.list", place)
+            entries += page
+            if len(page) < size:
+                break
+    if args.json:
+        context.output.json(entries)
+        return EXIT_OK
+    heading = ("WHEN", "WHO", "FROM", "WHAT", "WHERE", "HOW IT WENT", "DETAILS")
+    context.output.table([heading, *map(audit_row, entries)])
+    return EXIT_OK
+
+
+def audit_row(entry: JsonObject) -> tuple[str, ...]:
+    """Return the columns of `moltis audit`."""
+    state = entry["state"] or "-"
+    if entry["exitCode"] is not None:
+        state = f"{state} ({entry['exitCode']})"
+    if entry["decidedBy"]:
+        state = f"{state}, decided by {entry['decidedBy']}"
+    details = " ".join(entry["subject"].split())
+    return (
+        format_time(entry["at"]),
+        entry["caller"] or "-",
+        entry["address"] or "-",
+        entry["event"],
+        entry["node"] or "-",
+        state,
+        details if len(details) <= 200 else details[:199] + "…",
+    )
+
+
 # -- moltis node exec ----------------------------------------------------------
 
 
@@ -21820,6 +22319,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_gateway(subcommands)
     add_chat(subcommands)
     add_mcp(subcommands)
+    add_audit(subcommands)
+    key = subcommands.add_parser(
+        "key", help="operator keys: make, list, revoke", **_example("moltis key list")
+    )
+    on_key = key.add_subparsers(metavar="SUBCOMMAND", required=True)
+    for add in (add_key_create, add_key_list, add_key_revoke):
+        add(on_key)
     node = subcommands.add_parser(
         "node", help="machines: add, list, use them", **_example("moltis node list")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 
@@ -129,7 +130,7 @@ def test_secrets_are_cut_out_of_logs(access):
 
 def test_a_rotated_token_opens_nothing_any_more(access):
     device, old = access.create_device("Pi")
-    new = access.rotate_device(device.id)
+    new = access.rotate_device(device)
     assert access.device_by_token(old) is None
     assert access.device_by_token(new).id == device.id
     assert scram(access, new).id == device.id
@@ -139,7 +140,7 @@ def test_a_rotated_token_opens_nothing_any_more(access):
 
 def test_a_revoked_token_opens_nothing_any_more(access):
     device, token = access.create_device("Pi")
-    access.revoke_device(device.id)
+    access.revoke_device(device)
     assert access.device_by_token(token) is None
     with pytest.raises(AuthenticationError):
         scram(access, token)
@@ -147,11 +148,11 @@ def test_a_revoked_token_opens_nothing_any_more(access):
 
 def test_revoking_or_rotating_nothing_is_an_error(access):
     device, _ = access.create_device("Pi")
-    access.revoke_device(device.id)
-    for device_id in (device.id, "nobody"):
+    access.revoke_device(device)
+    for gone in (device, replace(device, id="nobody")):
         for act in (access.revoke_device, access.rotate_device):
             with pytest.raises(RpcError) as caught:
-                act(device_id)
+                act(gone)
             assert code_of(caught) == "NOT_FOUND"
 
 
@@ -160,7 +161,7 @@ def test_a_device_is_revoked_while_it_authenticates(access):
     client = ScramClient(device_handle(token), token)
     server = access.scram_server()
     proof = client.final(server.first(client.first()))
-    access.revoke_device(device.id)
+    access.revoke_device(device)
     server.final(proof)
     assert access.device_by_handle(server.username) is None
 

@@ -13,7 +13,7 @@ import subprocess
 import threading
 
 import pytest
-from peers import InProcessGateway, InProcessNode
+from peers import InProcessGateway, InProcessNode, RawPeer
 from support import Program, run_moltis, wait_for
 
 import moltis
@@ -466,3 +466,173 @@ def test_a_gateway_may_take_nothing_but_scram(tmp_path):
         assert "only SCRAM" in refusal_of(bearer, gateway.environ)
         with gateway.node("far", token):
             pass
+
+
+# -- operators -------------------------------------------------------------------------
+
+
+class Browser:
+    """A page's WebSocket, signed in with a cookie."""
+
+    def __init__(self, gateway):
+        reply = post(gateway, "/api/sign-in", {"key": gateway.api_key})
+        self.cookie = reply.headers["Set-Cookie"].partition(";")[0]
+        self.peer = RawPeer(gateway.websocket_url, headers=[("Cookie", self.cookie)])
+        params = moltis.ConnectParams(role="operator", client_id="page").to_json()
+        assert self.peer.request("connect", params)["ok"]
+
+    def close(self):
+        self.peer.close()
+
+
+@pytest.fixture
+def browser(plain):
+    browser = Browser(plain)
+    yield browser
+    browser.close()
+
+
+def test_signing_out_ends_the_websocket_too(plain, browser):
+    post(plain, "/api/sign-out", {}, Cookie=browser.cookie)
+    assert browser.peer.close_code() == 1008
+
+
+def test_a_sign_in_can_be_ended_from_elsewhere(plain, browser):
+    (login,) = plain.call("logins.list")
+    assert login["keyName"] == "this machine"
+    assert login["address"] == "127.0.0.1"
+    plain.call("logins.revoke", loginId=login["loginId"])
+    assert browser.peer.close_code() == 1008
+    assert plain.call("logins.list") == []
+
+
+def test_a_revoked_key_ends_its_connections_and_opens_nothing_more(plain):
+    made = plain.call("keys.create", name="ci", scopes=["operator.write"])
+    with moltis.OperatorClient(plain.url, made["key"]) as client:
+        assert client.call("node.list", {})
+        with pytest.raises(moltis.Refused, match=r"operator\.admin"):
+            client.call("keys.list", {})
+        plain.call("keys.revoke", keyId=made["keyId"])
+        with pytest.raises(moltis.Unreachable):
+            client.call("node.list", {})
+    with pytest.raises(moltis.Refused):
+        moltis.OperatorClient(plain.url, made["key"])
+
+
+def test_what_is_revoked_while_it_connects_does_not_get_in(plain, monkeypatch):
+    """Between the look at the key and the entry among those to hang up on."""
+    made = plain.call("keys.create", name="ci", scopes=["operator.read"])
+    admit = moltis.Access.admit_operator
+
+    def admit_late(access, *arguments):
+        caller = admit(access, *arguments)
+        access.revoke_key(caller.id)
+        return caller
+
+    monkeypatch.setattr(moltis.Access, "admit_operator", admit_late)
+    with pytest.raises(moltis.Refused):
+        moltis.OperatorClient(plain.url, made["key"])
+
+
+def test_the_key_of_this_machine_is_not_revoked_by_mistake(plain):
+    (key,) = plain.call("keys.list")
+    with pytest.raises(moltis.UserError, match=r"gateway\.json"):
+        plain.call("keys.revoke", keyId=key["keyId"])
+
+
+def test_keys_are_made_listed_and_revoked_at_the_command_line(home):
+    home.mkdir(exist_ok=True)
+    with Program("gateway", "--port", "0", home=home) as gateway:
+        gateway.wait_for_output("Ctrl+C stops it.")
+        options = ("--name", "ci", "--scope", "operator.read")
+        made = run_moltis("key", "create", *options, home=home)
+        assert made.returncode == 0
+        key = made.stdout.strip()
+        assert re.fullmatch(r"mk_[\w-]{43}", key)
+        assert run_moltis("node", "list", home=home, MOLTIS_API_KEY=key).returncode == 0
+        refused = run_moltis(
+            *("node", "rename", "x", "y"), home=home, MOLTIS_API_KEY=key
+        )
+        assert refused.returncode == moltis.EXIT_REFUSED
+        assert run_moltis("key", "revoke", "ci", home=home).returncode == 0
+        assert "revoked" in run_moltis("key", "list", home=home).stdout
+        gone = run_moltis("node", "list", home=home, MOLTIS_API_KEY=key)
+        assert gone.returncode == moltis.EXIT_REFUSED
+        audit = run_moltis("audit", home=home).stdout
+        assert re.search(r"this machine +127\.0\.0\.1 +key\.created .*ci", audit)
+        events = json.loads(run_moltis("audit", "--json", home=home).stdout)
+        assert [e["event"] for e in events][:3] == [
+            *("key.refused", "key.revoked", "key.created")
+        ]
+        assert key not in json.dumps(events)
+
+
+# -- the audit -------------------------------------------------------------------------
+
+
+def test_the_audit_holds_who_came_and_what_was_changed(plain, browser):
+    with pytest.raises(OSError, match="401"):
+        post(plain, "/api/sign-in", {"key": "mk_wrong"})
+    made = plain.call("device.token.create", displayName="Pi")
+    moltis.fetch(f"{plain.url}/join/{made['joinCode']}", moltis.TlsTrust())
+    plain.call("device.token.rotate", deviceId=made["deviceId"])
+    plain.call("device.token.revoke", deviceId=made["deviceId"])
+    refusal_of(
+        node_settings(plain, plain.websocket_url, made["deviceToken"]), plain.environ
+    )
+    plain.call(
+        "node.invoke",
+        nodeId="local",
+        command="system.run",
+        args={"command": "exit 3"},
+    )
+    post(plain, "/api/sign-out", {}, Cookie=browser.cookie)
+    entries = plain.call("audit.list")
+    assert [(e["event"], e["caller"]) for e in reversed(entries)] == [
+        ("login.created", "this machine"),
+        ("login.refused", ""),
+        ("token.created", "this machine"),
+        ("token.joined", "Pi"),
+        ("token.rotated", "this machine"),
+        ("token.revoked", "this machine"),
+        ("token.refused", ""),
+        ("command", "this machine"),
+        ("login.ended", "this machine"),
+    ]
+    assert {e["address"] for e in entries if e["event"] != "command"} == {"127.0.0.1"}
+    command = entries[1]
+    assert (command["subject"], command["node"]) == ("exit 3", "Local")
+    assert (command["state"], command["exitCode"]) == ("done", 3)
+
+
+def test_a_refusal_that_repeats_itself_does_not_fill_the_audit(plain):
+    for _ in range(3):
+        with pytest.raises(OSError, match="401"):
+            post(plain, "/api/sign-in", {"key": "mk_wrong"})
+    assert [e["event"] for e in plain.call("audit.list")] == ["login.refused"]
+
+
+def test_the_audit_goes_to_a_spreadsheet_in_which_nothing_runs(plain, browser):
+    import csv
+    import urllib.request
+
+    plain.call("device.token.create", displayName='=HYPERLINK("x")')
+    request = urllib.request.Request(plain.url + "/api/audit.csv")
+    with pytest.raises(OSError, match="401"):
+        urllib.request.urlopen(request, timeout=10)
+    request.add_header("Cookie", browser.cookie)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert answer.headers["Content-Type"].startswith("text/csv")
+        rows = list(csv.DictReader(answer.read().decode().splitlines()))
+    assert [row["event"] for row in rows] == ["token.created", "login.created"]
+    assert rows[0]["subject"] == '\'=HYPERLINK("x")'
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", rows[0]["at"])
+
+
+def test_the_audit_is_kept_as_long_as_was_said(tmp_path):
+    with InProcessGateway(tmp_path / "brief", keep_audit=1.0) as gateway:
+        audit, now = gateway.running.store.audit, moltis.now_ms()
+        for at in (now - 2 * 86_400_000, now):
+            audit.add(moltis.AuditEntry(at, "key.created", "me", "", "a key"))
+        gateway.running.keep_house()
+        assert [entry.at for entry in audit.page()] == [now]
