@@ -15997,10 +15997,10 @@ by the account that runs it:</p>
 <div class="side-head">
 <a id="home" class="brand" href="/chat/main"><svg class="mark" aria-hidden="true">
 <use href="#i-mark"/></svg> moltis</a>
-<button id="close-sidebar" class="bare phone" type="button"
+<button id="close-sidebar" class="bare phone"
  aria-label="Close menu" data-icon="close"></button>
 </div>
-<button id="new-chat" class="button wide" type="button"
+<button id="new-chat" class="button wide"
  data-icon="plus">New chat</button>
 <input id="find-chat" type="search" placeholder="Search chats" aria-label="Search chats"
  hidden>
@@ -16011,7 +16011,7 @@ by the account that runs it:</p>
 <li><a id="to-nodes" href="/settings/nodes" data-icon="node">Nodes <span
  id="node-count" class="count"></span></a></li>
 <li><a id="to-commands" href="/settings/commands" data-icon="list">Commands</a></li>
-<li><button id="sign-out" class="bare" type="button" data-icon="out">Sign out</button>
+<li><button id="sign-out" class="bare" data-icon="out">Sign out</button>
 </li>
 </ul>
 </div>
@@ -16019,31 +16019,31 @@ by the account that runs it:</p>
 
 <div id="frame">
 <div id="banner" role="status" hidden><span id="banner-text"></span>
-<button id="retry" class="link" type="button">Try now</button></div>
+<button id="retry" class="link">Try now</button></div>
 
 <main id="page" tabindex="-1">
 <section id="chat" aria-labelledby="chat-title" hidden>
 <header class="bar">
-<button id="open-sidebar" class="bare phone" type="button" aria-label="Open menu"
+<button id="open-sidebar" class="bare phone" aria-label="Open menu"
  aria-expanded="false" aria-controls="sidebar" data-icon="menu"></button>
 <h1 id="chat-title"></h1>
 <div class="pickers">
-<div class="picker"><button id="model-button" class="pick" type="button"
+<div class="picker"><button id="model-button" class="pick"
  aria-haspopup="listbox" aria-expanded="false"></button>
 <ul id="model-list" class="choices" role="listbox" aria-label="Model" tabindex="-1"
  hidden></ul></div>
-<div class="picker"><button id="node-button" class="pick" type="button"
+<div class="picker"><button id="node-button" class="pick"
  aria-haspopup="listbox" aria-expanded="false"></button>
 <ul id="node-list" class="choices" role="listbox" aria-label="Machine" tabindex="-1"
  hidden></ul></div>
 <div id="approvals" class="picker" hidden><button id="approvals-button" class="pick"
- type="button" aria-haspopup="listbox" aria-expanded="false"></button>
+ aria-haspopup="listbox" aria-expanded="false"></button>
 <ul id="approvals-list" class="choices" role="listbox" aria-label="Approvals"
  tabindex="-1" hidden></ul></div>
 </div>
 </header>
 <div id="transcript" tabindex="0" role="region" aria-label="Conversation">
-<button id="older" class="button small" type="button"
+<button id="older" class="button small"
  hidden>Show earlier messages</button>
 <div id="welcome" hidden></div>
 <div id="messages"></div>
@@ -16051,7 +16051,7 @@ by the account that runs it:</p>
 </span>
 <span id="thinking-text"></span></p>
 </div>
-<button id="latest" class="button small" type="button" hidden
+<button id="latest" class="button small" hidden
  data-icon="down">Latest</button>
 <form id="composer">
 <p id="node-away" class="warn" hidden></p>
@@ -16070,10 +16070,10 @@ by the account that runs it:</p>
 </section>
 
 <section id="nodes" class="settings" aria-labelledby="nodes-title" hidden>
-<header class="bar"><button class="bare phone menu" type="button"
+<header class="bar"><button class="bare phone menu"
  aria-label="Open menu" data-icon="menu"></button>
 <h1 id="nodes-title">Nodes</h1>
-<button id="new-token" class="button main" type="button"
+<button id="new-token" class="button main"
  data-icon="plus">Generate Token</button></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Machines">
 <p id="nodes-summary" class="lead"></p>
@@ -16086,7 +16086,7 @@ by the account that runs it:</p>
 </section>
 
 <section id="commands" class="settings" aria-labelledby="commands-title" hidden>
-<header class="bar"><button class="bare phone menu" type="button"
+<header class="bar"><button class="bare phone menu"
  aria-label="Open menu" data-icon="menu"></button>
 <h1 id="commands-title">Commands</h1>
 <div class="filters"><label>Node <select id="filter-node"></select></label>
@@ -16097,7 +16097,7 @@ by the account that runs it:</p>
 <th scope="col" class="number">Duration</th><th scope="col" class="number">Output</th>
 </tr></thead><tbody id="audit-rows"></tbody></table>
 <p id="audit-empty" class="lead" hidden>No command matches.</p>
-<button id="audit-older" class="button small" type="button" hidden>Show older</button>
+<button id="audit-older" class="button small" hidden>Show older</button>
 </div>
 </section>
 </main>
@@ -16119,19 +16119,18 @@ by the account that runs it:</p>
 <div id="token-warnings"></div>
 <div id="token-lines"></div>
 <p id="token-wait" role="status"></p>
-<div class="actions"><button id="token-chat" class="button" type="button"
+<div class="actions"><button id="token-chat" class="button"
  hidden>Use it in
  the chat</button>
-<button id="token-done" class="button main" type="button">Done</button></div>
+<button id="token-done" class="button main">Done</button></div>
 </div>
 </dialog>
 
 <dialog id="confirm" aria-labelledby="confirm-title" aria-describedby="confirm-text">
 <h2 id="confirm-title"></h2>
 <p id="confirm-text"></p>
-<div class="actions"><button id="confirm-no" class="button"
- type="button">Cancel</button>
-<button id="confirm-yes" class="button danger" type="button"></button></div>
+<div class="actions"><button id="confirm-no" class="button">Cancel</button>
+<button id="confirm-yes" class="button danger"></button></div>
 </dialog>
 </div>
 
@@ -16180,6 +16179,9 @@ button:disabled { opacity: .5; cursor: default; }
 .skip:focus { top: 12px; box-shadow: var(--shade); }
 
 /* small pieces */
+.bar h1, .where, #prompt, .running code, .pick-label, .node h2, #sessions .name,
+  #sessions .detail, #audit .what { overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
 .icon { width: 18px; height: 18px; flex: none; fill: none; stroke: currentColor;
   stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
 .mark { width: 24px; height: 24px; flex: none; color: var(--accent); fill: none;
@@ -16281,8 +16283,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   text-decoration: none; }
 #sessions li:hover { background: color-mix(in srgb, var(--ink) 5%, transparent); }
 #sessions li.current { background: var(--surface); box-shadow: 0 0 0 1px var(--line); }
-#sessions .name, #sessions .detail { display: block; overflow: hidden;
-  text-overflow: ellipsis; white-space: nowrap; }
+#sessions .name, #sessions .detail { display: block; }
 #sessions .name { font-weight: 520; }
 #sessions .detail, .detail { font-size: 12.5px; color: var(--soft); }
 #sessions .replying .detail { color: var(--accent); }
@@ -16307,8 +16308,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   position: relative; }
 .bar { position: relative; z-index: 2; display: flex; align-items: center; gap: 12px;
   min-height: 57px; padding: 8px 20px; border-bottom: 1px solid var(--line); }
-.bar h1 { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; }
+.bar h1 { flex: 1; min-width: 0; }
 .phone { display: none; }
 
 /* choosing a model and a machine */
@@ -16318,8 +16318,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   min-height: 36px; padding: 5px 8px 5px 12px; border: 1px solid var(--line);
   border-radius: 9px; background: var(--surface); }
 .pick:hover, .pick[aria-expanded=true] { background: var(--sunken); }
-.pick-label { flex: 1; text-align: left; overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; }
+.pick-label { flex: 1; text-align: left; }
 .choices { position: absolute; z-index: 10; right: 0; top: calc(100% + 6px);
   padding: 5px; width: max-content; min-width: 240px; max-width: min(380px, 92vw);
   max-height: min(440px, 65vh); overflow-y: auto; background: var(--surface);
@@ -16376,8 +16375,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   outline: 0; line-height: 22px; min-height: 36px; }
 .shell #text, #prompt { font-family: var(--mono); font-size: 14px; }
 #prompt { flex: none; max-width: 40%; padding: 7px 0 7px 10px; line-height: 22px;
-  color: var(--accent); overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-  }
+  color: var(--accent); }
 #prompt:empty { display: none; }
 .round { display: grid; place-items: center; width: 36px; height: 36px; flex: none;
   border: 1px solid var(--line); border-radius: 11px; background: var(--surface); }
@@ -16414,8 +16412,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   background: var(--surface); overflow: hidden; }
 .command > header, .command > footer { display: flex; align-items: center; gap: 8px;
   min-height: 40px; padding: 4px 8px 4px 13px; }
-.where { flex: none; max-width: 34%; font-size: 13px; font-weight: 580;
-  overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.where { flex: none; max-width: 34%; font-size: 13px; font-weight: 580; }
 .command .line { flex: 1; min-width: 0; max-height: 110px; overflow: auto;
   font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .command > footer { gap: 6px 12px; min-height: 38px; font-size: 13px;
@@ -16443,20 +16440,6 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .screen .i { font-style: italic; }
 .screen .u { text-decoration: underline; }
 .screen .s { text-decoration: line-through; }
-.screen .inv { filter: invert(1); background: var(--screen); }
-.f0 { color: #8a949f; } .f1 { color: #ff8078; } .f2 { color: #7ddc8a; }
-.f3 { color: #e3b94e; } .f4 { color: #79b8ff; } .f5 { color: #d2a8ff; }
-.f6 { color: #5fd3dc; } .f7 { color: #dde2e7; } .f8 { color: #9ba5b0; }
-.f9 { color: #ffa29b; } .f10 { color: #a3eeae; } .f11 { color: #f3d06d; }
-.f12 { color: #a8d1ff; } .f13 { color: #e2c6ff; } .f14 { color: #93e6ec; }
-.f15 { color: #fff; }
-.g0 { background: #2a3037; } .g1 { background: #7d1f1b; } .g2 { background: #17592a; }
-.g3 { background: #664a05; } .g4 { background: #17457a; } .g5 { background: #562a80; }
-.g6 { background: #10545a; } .g7 { background: #59626c; } .g8 { background: #3d454e; }
-.g9 { background: #93302a; } .g10 { background: #226b37; } .g11 { background: #76570d; }
-.g12 { background: #245a99; } .g13 { background: #6b3a9b; } .g14 { background: #1a686f;
-  }
-.g15 { background: #68727d; }
 
 /* settings */
 .scroll { flex: 1; overflow: auto; padding: 20px; }
@@ -16467,7 +16450,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .card { padding: 16px 18px; background: var(--surface); border: 1px solid var(--line);
   border-radius: 15px; }
 .node header { display: flex; align-items: center; gap: 10px; min-height: 32px; }
-.node h2 { min-width: 0; overflow: hidden; text-overflow: ellipsis; }
+.node h2 { min-width: 0; }
 .since { font-size: 13.5px; }
 .about, .facts { font-size: 13px; color: var(--soft); }
 .facts { margin-top: 10px; font-variant-numeric: tabular-nums; }
@@ -16499,8 +16482,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .lists dd { min-width: 0; }
 .running { margin-top: 8px; padding-top: 8px; border-top: 1px solid var(--line); }
 .running li, .rows li { display: flex; align-items: center; gap: 9px; font-size: 13px; }
-.running code { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-  }
+.running code { flex: 1; }
 #unused { margin-top: 30px; }
 .rows { max-width: 640px; margin-top: 8px; }
 .rows li { padding: 6px 0; border-bottom: 1px solid var(--line); font-size: 14px; }
@@ -16512,8 +16494,8 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #audit :is(th, td) { padding: 7px 16px 7px 0; border-bottom: 1px solid var(--line);
   vertical-align: baseline; white-space: nowrap; }
 #audit .number { text-align: right; }
-#audit .what { width: 50%; max-width: 0; overflow: hidden; text-overflow: ellipsis; }
-#audit .result { white-space: normal; min-width: 150px; }
+#audit .what { width: 50%; max-width: 0; }
+#audit .result { white-space: normal; min-width: 205px; }
 .result .dot { margin-right: 7px; }
 #audit-older { margin: 16px auto; display: flex; }
 
@@ -16607,11 +16589,7 @@ function icon(name) {
 }
 
 const iconButton = (name, label, onclick, kind = "bare") =>
-  h(
-    "button",
-    { type: "button", class: kind, "aria-label": label, title: label, onclick },
-    icon(name),
-  );
+  h("button", { class: kind, "aria-label": label, title: label, onclick }, icon(name));
 
 /** The children of an element, one for each item; those of the same key are reused. */
 class Keyed {
@@ -16716,6 +16694,8 @@ function editInPlace(element, text, label, save) {
 
 // == words ==
 
+const dotted = (...parts) => parts.filter(Boolean).join(" · ");
+
 const plural = (count, word) =>
   `${count.toLocaleString()} ${word}${count === 1 ? "" : "s"}`;
 
@@ -16813,11 +16793,18 @@ const TOKEN = new RegExp(
   "gy",
 );
 
+// The first 16 of a terminal's colours, all readable on the screen's dark ground.
+const COLORS = (
+  "8a949f ff8078 7ddc8a e3b94e 79b8ff d2a8ff 5fd3dc dde2e7 " +
+  "9ba5b0 ffa29b a3eeae f3d06d a8d1ff e2c6ff 93e6ec ffffff"
+).split(" ");
+const FLAGS = { 1: "b", 2: "dim", 3: "i", 4: "u", 7: "inv", 9: "s" };
+const FLAG_ENDS = { 22: ["b", "dim"], 23: ["i"], 24: ["u"], 27: ["inv"], 29: ["s"] };
 const PLAIN = { classes: "", color: "", background: "" };
-const PLAIN_ERROR = { classes: "err", color: "", background: "" };
+const PLAIN_ERROR = { ...PLAIN, classes: "err" };
 
-/** Return one of a terminal's 256 colours; the style sheet has the first 16. */
 function indexedColor(index) {
+  if (index < 16) return `#${COLORS[index]}`;
   if (index >= 232) return `rgb(${Array(3).fill(8 + (index - 232) * 10)})`;
   const level = (step) => (step ? 55 + step * 40 : 0);
   const cube = index - 16;
@@ -16832,68 +16819,56 @@ class Pen {
   }
 
   reset() {
-    Object.assign(this, {
-      fg: "",
-      bg: "",
-      color: "",
-      background: "",
-      flags: new Set(),
-    });
-    this.cache = {};
+    Object.assign(this, { color: "", background: "", flags: new Set(), styles: {} });
   }
 
   set(codes) {
-    this.cache = {};
+    this.styles = {};
     for (let i = 0; i < codes.length; i += 1) {
       const code = codes[i];
       if (code === 38 || code === 48) i += this.extended(code, codes.slice(i + 1));
-      else this.simple(code);
+      else if (code === 0) this.reset();
+      else if (FLAGS[code]) this.flags.add(FLAGS[code]);
+      else FLAG_ENDS[code]?.forEach((flag) => this.flags.delete(flag));
+      if (code >= 30) this.basic(code);
     }
   }
 
-  simple(code) {
-    const flags = { 1: "b", 2: "dim", 3: "i", 4: "u", 7: "inv", 9: "s" };
-    const ends = { 22: ["b", "dim"], 23: ["i"], 24: ["u"], 27: ["inv"], 29: ["s"] };
-    if (code === 0) this.reset();
-    else if (flags[code]) this.flags.add(flags[code]);
-    else if (ends[code]) ends[code].forEach((flag) => this.flags.delete(flag));
-    else if (code >= 30 && code <= 37) this.ink("fg", code - 30);
-    else if (code >= 40 && code <= 47) this.ink("bg", code - 40);
-    else if (code >= 90 && code <= 97) this.ink("fg", code - 82);
-    else if (code >= 100 && code <= 107) this.ink("bg", code - 92);
-    else if (code === 39) this.ink("fg", -1);
-    else if (code === 49) this.ink("bg", -1);
+  basic(code) {
+    const index = code >= 90 ? (code % 10) + 8 : code % 10;
+    const tens = Math.floor(code / 10);
+    if (code === 39) this.color = "";
+    else if (code === 49) this.background = "";
+    else if (index % 8 !== code % 10 || tens > 10) return;
+    else if (tens === 3 || tens === 9) this.color = indexedColor(index);
+    else if (tens === 4 || tens === 10) this.ground(indexedColor(index));
   }
 
-  ink(ground, index, color = "") {
-    this[ground] = index >= 0 && index < 16 ? ground[0] + index : "";
-    this[ground === "fg" ? "color" : "background"] = color;
+  /** A ground is darker than ink of the same name: what stands on it can be read. */
+  ground(color) {
+    this.background = `color-mix(in srgb, ${color} 40%, #000)`;
   }
 
   /** Take 38;5;n or 38;2;r;g;b; return how many codes that were. */
-  extended(code, rest) {
-    const ground = code === 38 ? "fg" : "bg";
-    if (rest[0] === 5) {
-      const index = rest[1] & 255;
-      this.ink(ground, index, index < 16 ? "" : indexedColor(index));
-      return 2;
-    }
-    this.ink(ground, -1, `rgb(${rest.slice(1, 4).map((level) => level & 255)})`);
-    return 4;
+  extended(code, [kind, ...levels]) {
+    const color =
+      kind === 5
+        ? indexedColor(levels[0] & 255)
+        : `rgb(${levels.slice(0, 3).map((level) => level & 255)})`;
+    if (code === 38) this.color = color;
+    else this.ground(color);
+    return kind === 5 ? 2 : 4;
   }
 
   style(isError) {
-    const { fg, bg, color, background, flags } = this;
-    if (!fg && !bg && !color && !background && !flags.size) {
-      return isError ? PLAIN_ERROR : PLAIN;
-    }
-    const classes = [fg, bg && `g${bg.slice(1)}`, ...flags, isError && "err"];
-    this.cache[isError] ||= {
-      classes: classes.filter(Boolean).join(" "),
-      color,
-      background,
-    };
-    return this.cache[isError];
+    const { color, background, flags } = this;
+    if (!color && !background && !flags.size) return isError ? PLAIN_ERROR : PLAIN;
+    const [ink, ground] = flags.has("inv")
+      ? [background || "var(--screen)", color || "var(--screen-ink)"]
+      : [color, background];
+    const classes = [...flags, ...(isError ? ["err"] : [])].join(" ");
+    this.styles[isError] ||= { classes, color: ink, background: ground };
+    return this.styles[isError];
   }
 }
 
@@ -17055,6 +17030,8 @@ class Screen {
     terminal.watcher = () => this.schedule();
     this.clear();
     this.draw();
+    this.follows = true;
+    this.schedule(); // when it stands on the page, and has a height
   }
 
   schedule() {
@@ -17068,7 +17045,9 @@ class Screen {
 
   draw() {
     const { terminal, root } = this;
-    const follows = root.scrollHeight - root.scrollTop - root.clientHeight < 30;
+    const below = root.scrollHeight - root.scrollTop - root.clientHeight;
+    const follows = this.follows || below < 30;
+    this.follows = false;
     const { count } = terminal;
     const limit = terminal.headLimit;
     const tailStart = Math.max(limit + terminal.dropped, count - TAIL_LINES);
@@ -17087,12 +17066,12 @@ class Screen {
       this.last.append(this.draft(n));
     }
     this.drawn = count;
-    const parts = [
+    const hidden = dotted(
       tailStart > limit && plural(tailStart - limit, "line"),
       terminal.missing && bytes(terminal.missing),
-    ].filter(Boolean);
-    this.gap.hidden = !parts.length;
-    say(this.gap, `… ${parts.join(" and ")} not shown …`);
+    );
+    this.gap.hidden = !hidden;
+    if (hidden) say(this.gap, `… ${hidden} not shown …`);
     root.classList.toggle("empty", count === 0);
     if (follows) root.scrollTop = root.scrollHeight;
   }
@@ -17370,12 +17349,7 @@ const SILENCE = 45_000; // ms without a word from the gateway until it is asked
 const RETRY_FIRST = 500; // ms
 const RETRY_MAX = 15_000; // ms
 
-class CallError extends Error {
-  constructor(code, message) {
-    super(message);
-    this.code = code;
-  }
-}
+const callError = (code, message) => Object.assign(new Error(message), { code });
 
 /** The connection to the gateway, which comes back by itself. */
 class Link {
@@ -17413,9 +17387,7 @@ class Link {
   call(method, params = {}, timeout = CALL_TIMEOUT) {
     return new Promise((resolve, reject) => {
       if (!this.isUp) {
-        reject(
-          new CallError("UNAVAILABLE", "The gateway cannot be reached right now."),
-        );
+        reject(callError("UNAVAILABLE", "The gateway cannot be reached right now."));
         return;
       }
       this.request(method, params, timeout, resolve, reject);
@@ -17431,7 +17403,7 @@ class Link {
     const id = String((this.counter += 1));
     const timer = setTimeout(() => {
       this.calls.delete(id);
-      reject(new CallError("TIMEOUT", `The gateway did not answer ${method}.`));
+      reject(callError("TIMEOUT", `The gateway did not answer ${method}.`));
     }, timeout);
     this.calls.set(id, { resolve, reject, timer });
     this.socket.send(JSON.stringify({ type: "req", id, method, params }));
@@ -17470,7 +17442,7 @@ class Link {
     this.calls.delete(envelope.id);
     clearTimeout(call.timer);
     if (envelope.ok) call.resolve(envelope.payload);
-    else call.reject(new CallError(envelope.error.code, envelope.error.message));
+    else call.reject(callError(envelope.error.code, envelope.error.message));
   }
 
   lost(socket) {
@@ -17490,7 +17462,7 @@ class Link {
     this.calls.clear();
     for (const { reject, timer } of calls) {
       clearTimeout(timer);
-      reject(new CallError("UNAVAILABLE", "The connection to the gateway was lost."));
+      reject(callError("UNAVAILABLE", "The connection to the gateway was lost."));
     }
   }
 
@@ -17693,11 +17665,17 @@ const nodeById = (id) => state.nodes.find((node) => node.nodeId === id);
 /** Return the machine on which a session runs its commands; also one that is gone. */
 function sessionNode(entry) {
   const id = entry.node_id || LOCAL;
-  const unknown = { nodeId: id, displayName: id === LOCAL ? "Local" : id };
+  const gone = state.nodes.length ? "Removed machine" : "…";
+  const unknown = { nodeId: id, displayName: id === LOCAL ? "Local" : gone };
   return nodeById(id) || { ...unknown, connected: id === LOCAL };
 }
 
-const isWaiting = (node) => !node.connected;
+/** Return machines as they are listed: Local, the connected, those that are away. */
+function inOrder(nodes) {
+  const rank = (node) => (node.nodeId === LOCAL ? 0 : node.connected ? 1 : 2);
+  const name = (node) => node.displayName;
+  return [...nodes].sort((a, b) => rank(a) - rank(b) || name(a).localeCompare(name(b)));
+}
 
 function currentSession() {
   const { key } = state.route;
@@ -18087,30 +18065,26 @@ function nodeOptions() {
   const nodes = state.nodes.includes(selected)
     ? state.nodes
     : [...state.nodes, selected];
-  const rank = (node) => (node.nodeId === LOCAL ? 0 : node.connected ? 1 : 2);
-  return [...nodes]
-    .sort((a, b) => rank(a) - rank(b) || a.displayName.localeCompare(b.displayName))
-    .map((node) => ({
-      value: node.nodeId,
-      label: node.displayName,
-      detail: nodeDetail(node),
-      dot: node.connected ? "on" : "off",
-      dim: isWaiting(node),
-      chosen: node === selected,
-    }));
+  return inOrder(nodes).map((node) => ({
+    value: node.nodeId,
+    label: node.displayName,
+    detail: nodeDetail(node),
+    dot: node.connected ? "on" : "off",
+    dim: !node.connected,
+    chosen: node === selected,
+  }));
 }
 
 function nodeDetail(node) {
-  if (isWaiting(node)) {
+  if (!node.connected) {
     return node.lastSeenAt ? `Offline, seen ${ago(node.lastSeenAt)}` : "Offline";
   }
   const { cpuUsage, load } = node.telemetry || {};
-  const parts = [
+  return dotted(
     node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
     cpuUsage != null && `${Math.round(cpuUsage)} % CPU`,
     load?.length && `load ${load[0].toFixed(2)}`,
-  ];
-  return parts.filter(Boolean).join(" · ");
+  );
 }
 
 function modelOptions() {
@@ -18129,9 +18103,7 @@ function modelOptions() {
 function modelDetail(model) {
   const node = model.nodeId && nodeById(model.nodeId);
   const tools = model.supportsTools === false ? "cannot run commands" : "";
-  return [model.provider, node && `on ${node.displayName}`, tools]
-    .filter(Boolean)
-    .join(" · ");
+  return dotted(model.provider, node && `on ${node.displayName}`, tools);
 }
 
 function approvalOptions() {
@@ -18164,7 +18136,8 @@ function openSidebar(opens) {
 function drawLink() {
   const out = state.link === "out";
   byId("sign-in").hidden = !out;
-  byId("app").hidden = out;
+  // Nothing is half there: the page appears with its connection, or without any hope.
+  byId("app").hidden = out || (state.link === "connecting" && byId("app").hidden);
   byId("banner").hidden = state.link !== "down";
   if (out) byId("key").focus();
   if (state.link === "down") drawBanner();
@@ -18176,14 +18149,15 @@ function drawBanner() {
   say(byId("banner-text"), `The gateway cannot be reached. ${next}`);
 }
 
+function setCurrent(link, isCurrent) {
+  if (isCurrent) link.setAttribute("aria-current", "page");
+  else link.removeAttribute("aria-current");
+}
+
 function drawRoute() {
   const { page } = state.route;
   for (const name of ["chat", ...Object.keys(PAGES)]) byId(name).hidden = name !== page;
-  for (const name of Object.keys(PAGES)) {
-    const link = byId(`to-${name}`);
-    if (name === page) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-  }
+  for (const name of Object.keys(PAGES)) setCurrent(byId(`to-${name}`), name === page);
   const title = page === "chat" ? sessionName(currentSession()) : PAGES[page];
   document.title = `${title} · moltis`;
 }
@@ -18214,13 +18188,10 @@ class SessionItem {
     this.entry = entry;
     const current = state.route.page === "chat" && state.route.key === entry.key;
     this.root.classList.toggle("current", current);
-    if (current) this.link.setAttribute("aria-current", "page");
-    else this.link.removeAttribute("aria-current");
+    setCurrent(this.link, current);
     const node = entry.node_id ? sessionNode(entry).displayName : "";
     const when = entry.updatedAt ? moment(entry.updatedAt) : "";
-    const status = entry.replying
-      ? "Replying…"
-      : [node, when].filter(Boolean).join(" · ");
+    const status = entry.replying ? "Replying…" : dotted(node, when);
     if (!this.name.dataset.edited) say(this.name, sessionName(entry));
     say(this.detail, status);
     this.root.classList.toggle("replying", Boolean(entry.replying));
@@ -18261,12 +18232,13 @@ function drawSessions() {
 }
 
 async function newChat() {
-  const entry = await act("sessions.create", {});
+  const { node_id, model } = currentSession();
+  const isEmpty = (known) => !known.messageCount && !known.label && known.key !== MAIN;
+  const entry = state.sessions.find(isEmpty) || (await act("sessions.create", {}));
   if (!entry) return;
   // The machine and the model that were chosen last are what one wants again.
-  const { node_id, model } = currentSession();
   if (model) await act("sessions.patch", { key: entry.key, model });
-  if (node_id) await act("nodes.set_session", { session_key: entry.key, node_id });
+  if (nodeById(node_id)) await selectNode(entry.key, node_id);
   await refresh("sessions");
   go(chatPath(entry.key));
   byId("text").focus();
@@ -18319,12 +18291,8 @@ class AssistantTurn {
     showMarkdown(this.text, row.text || "");
     this.root.hidden = !row.text && row.state !== "error";
     this.foot.hidden = isOpen(row);
-    say(
-      this.note,
-      [modelName(row.model), usageText(row.usage), STATE_NOTES[row.state]]
-        .filter(Boolean)
-        .join(" · "),
-    );
+    const end = STATE_NOTES[row.state];
+    say(this.note, dotted(modelName(row.model), usageText(row.usage), end));
     this.root.title = fullFormat.format(row.createdAt);
   }
 }
@@ -18362,7 +18330,7 @@ class CommandCard {
     this.time = h("span", { class: "time" });
     this.stop = h(
       "button",
-      { type: "button", class: "button small", onclick: () => this.end() },
+      { class: "button small", onclick: () => this.end() },
       icon("stop"),
       " Stop",
     );
@@ -18449,15 +18417,11 @@ class CommandCard {
     fill(
       this.approval,
       h("p", {}, `The model wants to run this on ${node}.`),
+      h("button", { class: "button main", onclick: answer("approve") }, "Approve"),
+      h("button", { class: "button", onclick: answer("deny") }, "Deny"),
       h(
         "button",
-        { type: "button", class: "button main", onclick: answer("approve") },
-        "Approve",
-      ),
-      h("button", { type: "button", class: "button", onclick: answer("deny") }, "Deny"),
-      h(
-        "button",
-        { type: "button", class: "button", onclick: answer("always") },
+        { class: "button", onclick: answer("always") },
         `Always on ${node} in this chat`,
       ),
     );
@@ -18512,7 +18476,7 @@ function drawChat() {
   drawWelcome(chat, rows);
   drawThinking(chat, rows);
   drawComposer(chat);
-  if (follows) box.scrollTop = box.scrollHeight;
+  followEnd();
   announceEnds(chat, rows);
 }
 
@@ -18582,7 +18546,6 @@ function drawWelcome(chat, rows) {
         h(
           "button",
           {
-            type: "button",
             class: "button small mono",
             onclick: () => send(shell ? line : `!${line}`),
           },
@@ -18614,7 +18577,7 @@ function drawComposer(chat) {
     shell ? `Command for ${node.displayName}` : "Message",
   );
   byId("stop").hidden = !chat.busy;
-  const gone = isWaiting(node) && state.nodes.length > 0;
+  const gone = !node.connected && state.nodes.length > 0;
   byId("node-away").hidden = !gone;
   const since = node.lastSeenAt ? ` since ${moment(node.lastSeenAt)}` : "";
   say(
@@ -18706,6 +18669,11 @@ const selectedText = () => {
 
 const stopRun = () => act("chat.abort", { sessionKey: state.route.key });
 
+function followEnd() {
+  const box = byId("transcript");
+  if (follows) box.scrollTop = box.scrollHeight;
+}
+
 function noteScroll() {
   const box = byId("transcript");
   follows = box.scrollHeight - box.scrollTop - box.clientHeight < 80;
@@ -18713,9 +18681,8 @@ function noteScroll() {
 }
 
 function showLatest() {
-  const box = byId("transcript");
   follows = true;
-  box.scrollTop = box.scrollHeight;
+  followEnd();
   byId("text").focus();
 }
 
@@ -18817,21 +18784,13 @@ class NodeCard {
   update(node) {
     this.node = node;
     const { telemetry = null } = node;
-    this.root.classList.toggle("away", isWaiting(node));
+    this.root.classList.toggle("away", !node.connected);
     this.root.classList.toggle("stale", Boolean(telemetry?.stale) && node.connected);
     this.dot.className = `dot ${node.connected ? "on" : "off"}`;
     if (!this.name.dataset.edited) say(this.name, node.displayName);
     say(this.since, this.stateText(node));
-    say(
-      this.about,
-      [
-        platformName(node.platform),
-        node.version && `moltis ${node.version}`,
-        node.remoteIp,
-      ]
-        .filter(Boolean)
-        .join(" · "),
-    );
+    const version = node.version && `moltis ${node.version}`;
+    say(this.about, dotted(platformName(node.platform), version, node.remoteIp));
     this.drawTelemetry(telemetry || {});
     this.drawLists(node, telemetry || {});
     const own = state.running.filter((row) => row.nodeId === node.nodeId);
@@ -18841,7 +18800,7 @@ class NodeCard {
 
   stateText(node) {
     if (node.nodeId === LOCAL) return "The machine that runs this gateway";
-    if (isWaiting(node)) {
+    if (!node.connected) {
       return node.lastSeenAt ? `Offline, last seen ${ago(node.lastSeenAt)}` : "Offline";
     }
     const since = node.connectedAt ? ` since ${moment(node.connectedAt)}` : "";
@@ -18861,12 +18820,12 @@ class NodeCard {
     this.memory.update(memory / told.memTotal, of(memory, told.memTotal));
     this.disk.update(disk / told.diskTotal, of(disk, told.diskTotal));
     drawSpark(this.spark, state.usage.get(this.node.nodeId) || []);
-    const facts = [
+    const facts = dotted(
       told.load?.length && `load ${told.load.map((n) => n.toFixed(2)).join(" ")}`,
       told.uptimeSecs && `up ${duration(Math.max(60, told.uptimeSecs))}`,
       told.temperature != null && `${Math.round(told.temperature)} °C`,
-    ];
-    say(this.facts, facts.filter(Boolean).join(" · "));
+    );
+    say(this.facts, facts);
   }
 
   drawLists(node, { gpus = [], runtimes = [], runtimeVersions = {}, services = [] }) {
@@ -18972,10 +18931,7 @@ const nodeCards = new Keyed(
 
 function drawNodes() {
   if (state.route.page !== "nodes") return;
-  const rank = (node) => (node.nodeId === LOCAL ? 0 : node.connected ? 1 : 2);
-  const nodes = [...state.nodes].sort(
-    (a, b) => rank(a) - rank(b) || a.displayName.localeCompare(b.displayName),
-  );
+  const nodes = inOrder(state.nodes);
   nodes.forEach((node) => {
     if (state.link === "up") loadUsage(node);
   });
@@ -19046,8 +19002,13 @@ async function generateToken() {
   }
 }
 
+/** Return `text` as one word of a shell's command line. */
+const shellWord = (text) =>
+  /^[\w.-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
+
 function showToken(token) {
-  const options = `--host ${socketAddress()} --token ${token}`;
+  const name = shellWord(state.token.name);
+  const options = `--host ${socketAddress()} --token ${token} --name ${name}`;
   const source = `curl -fsSL ${location.origin}/moltis.py`;
   const fetch = `${source} | python3 - node add ${options}`;
   const lines = [
@@ -19318,6 +19279,8 @@ function start() {
   byId("text").addEventListener("keydown", composerKey);
   byId("text").addEventListener("input", sizeText);
   byId("transcript").addEventListener("scroll", noteScroll);
+  // What is drawn later than its card makes the conversation longer, too.
+  new ResizeObserver(followEnd).observe(byId("messages"));
   byId("find-chat").addEventListener("input", (event) => {
     state.search = event.target.value;
     touch("sessions");

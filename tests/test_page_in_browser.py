@@ -1,0 +1,532 @@
+"""The page in a real Chromium, against a real gateway with real nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import urllib.request
+from pathlib import Path
+
+import pytest
+from browser import Browser
+from support import Program, free_port, wait_for
+
+HERE = Path(__file__).resolve().parent
+SCREENSHOTS = HERE / "screenshots"  # git ignores it
+CACHE = HERE / "cache"  # git ignores it
+AXE = CACHE / "node_modules/axe-core/axe.min.js"
+AXE_VERSION = "4.10.3"
+
+SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
+READY = "document.querySelector('#app').hidden === false"
+LISTED = "document.querySelector('#node-count').textContent !== ''"
+LAST = "#messages > :last-child"
+
+
+class Site:
+    """A gateway on a port of its own, with a HOME that outlives it."""
+
+    def __init__(self, directory):
+        self.home = directory / "gateway"
+        self.home.mkdir()
+        self._directory = directory
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.gateway = None
+        self._nodes = []
+
+    def start(self, *options):
+        words = ["gateway", "--port", str(self.port), *options]
+        self.gateway = Program(*words, home=self.home)
+        self.gateway.wait_for_output("Ctrl+C stops it.")
+        self.key = json.loads((self.home / ".moltis/gateway.json").read_text())[
+            "api_key"
+        ]
+        return self
+
+    def stop(self):
+        self.gateway.end()
+
+    def run(self, line):
+        """Run a line that begins with `moltis`, as a person on another machine."""
+        words = shlex.split(line)
+        assert words.pop(0) == "moltis"
+        home = self._directory / f"node-{len(self._nodes)}"
+        home.mkdir()
+        self._nodes.append(Program(*words, home=home))
+        return self._nodes[-1]
+
+    def call(self, method, **params):
+        """Make one call as a script does."""
+        request = urllib.request.Request(
+            f"{self.url}/api/rpc",
+            json.dumps({"method": method, "params": params}).encode(),
+            {"Authorization": f"Bearer {self.key}"},
+        )
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)["payload"]
+
+    def close(self):
+        for program in [*self._nodes, self.gateway]:
+            program.end()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with Browser() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A gateway with a demo node, which all tests of this file share."""
+    site = Site(tmp_path_factory.mktemp("site")).start("--demo-node")
+    try:
+        wait_for(lambda: len(nodes(site)) == 2, what="the demo node")
+        yield site
+    finally:
+        site.close()
+
+
+@pytest.fixture
+def own_site(tmp_path):
+    """A gateway that a test may stop."""
+    site = Site(tmp_path).start()
+    yield site
+    site.close()
+
+
+@pytest.fixture
+def make_page(browser):
+    """Pages that are signed in; none may have erred or asked another host."""
+    pages = []
+
+    def make(site, path="", **options):
+        page = browser.new_page(isolated=True, **options)
+        pages.append((page, site))
+        page.goto(f"{site.url}/#key={site.key}")
+        page.wait_for(READY)
+        if path:
+            page.goto(site.url + path)
+        return page
+
+    yield make
+    for page, site in pages:
+        page.close()
+        assert page.errors == []
+        allowed = (f"{site.url}/", f"ws://127.0.0.1:{site.port}/", "data:")
+        assert [url for url in page.urls if not url.startswith(allowed)] == []
+
+
+def nodes(site):
+    return {node["displayName"]: node for node in site.call("node.list")}
+
+
+def take_screenshot(page, name):
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(SCREENSHOTS / f"{name}.png")
+
+
+def shows(selector, text):
+    """Return JavaScript that tells whether a person reads `text` in an element."""
+    element = f"document.querySelector({json.dumps(selector)})"
+    return f"({element}?.innerText || '').includes({json.dumps(text)})"
+
+
+def new_chat(page):
+    before = page.evaluate("location.pathname")
+    page.click("#new-chat")
+    page.wait_for(f"location.pathname !== {json.dumps(before)}")
+    page.wait_for("!document.querySelector('#welcome').hidden")
+
+
+def choose(page, name):
+    """Choose a machine with the keyboard alone, by typing how it is called."""
+    page.wait_for(READY)
+    page.evaluate("document.querySelector('#node-button').focus()")
+    page.press("Enter")
+    page.wait_for("document.activeElement.id === 'node-list'")
+    page.wait_for(shows("#node-list", name))
+    for letter in name[:4]:
+        page.press(letter)
+    page.press("Enter")
+    page.wait_for(shows("#node-button", name))
+
+
+def type_line(page, line):
+    page.click("#text")
+    page.type(line)
+    page.press("Enter")
+
+
+def run(page, line, verdict="Succeeded"):
+    """Type a command, wait for its end, and return the text of its card."""
+    command = line.split("\n")[0]
+    type_line(page, line)
+    page.wait_for(f"{shows(LAST, command)} && {shows(LAST, verdict)}", 20)
+    return page.text(f"{LAST} .screen")
+
+
+# -- sign-in -------------------------------------------------------------------
+
+
+def test_the_link_of_the_start_message_signs_in_and_leaves_no_key_behind(
+    site, make_page
+):
+    page = make_page(site)
+    assert page.evaluate("location.href") == f"{site.url}/chat/main"
+    assert page.evaluate("history.length") <= 2
+    assert not page.evaluate("JSON.stringify({...localStorage})").count(site.key)
+    page.reload()
+    page.wait_for_text("Shell")
+
+
+def test_without_a_sign_in_the_page_asks_for_the_key(site, browser):
+    with browser.new_page(isolated=True) as page:
+        page.goto(f"{site.url}/settings/nodes")
+        page.wait_for_text("Operator key")
+        page.click("summary")
+        page.wait_for_text("gateway.json")
+        take_screenshot(page, "sign-in")
+        page.fill("#key", "mk_" + "x" * 43)
+        page.press("Enter")
+        page.wait_for_text("not a key of this gateway")
+        page.errors.clear()  # Chromium reports every 401
+        page.fill("#key", site.key)
+        page.press("Enter")
+        page.wait_for_text("Generate Token")
+        assert page.evaluate("location.pathname") == "/settings/nodes"
+        assert page.errors == []
+
+
+def test_signing_out_ends_it_in_this_browser_only(site, make_page):
+    page, other = make_page(site), make_page(site)
+    page.click("#sign-out")
+    page.wait_for_text("Operator key")
+    page.reload()
+    page.wait_for_text("Operator key")
+    assert run(other, "echo still here").strip() == "still here"
+
+
+# -- chat ----------------------------------------------------------------------
+
+
+def test_a_stranger_types_uname_on_the_demo_node_and_reads_the_answer(site, make_page):
+    page = make_page(site)
+    new_chat(page)
+    take_screenshot(page, "welcome")
+    choose(page, "Demo node")
+    answer = run(page, "uname -a")
+    assert answer.strip() == subprocess.check_output(["uname", "-a"], text=True).strip()
+    assert "Demo node" in page.text(f"{LAST} header")
+    take_screenshot(page, "command")
+
+
+def test_a_failure_is_told_in_words(site, make_page):
+    page = make_page(site)
+    new_chat(page)
+    output = run(page, "echo oops >&2; exit 3", "Failed with exit status 3")
+    assert output.strip() == "oops"
+    assert page.evaluate(f"document.querySelector('{LAST}').dataset.kind") == "bad"
+
+
+def test_colours_are_shown_and_progress_overwrites_its_line(site, make_page):
+    page = make_page(site)
+    new_chat(page)
+    output = run(
+        page,
+        r"printf '\033[31mred\033[0m \033]0;title\007\033[2Kplain\n'; "
+        r"printf ' 10%%\r 50%%\r100%%\n'",
+    )
+    assert [line.rstrip() for line in output.splitlines()] == ["    plain", "100%"]
+    run(page, r"printf '\033[1;32mgreen\033[0m'")
+    span = f"document.querySelector('{LAST} .screen span')"
+    assert page.evaluate(f"{span}.className") == "b"
+
+
+def test_output_appears_while_the_command_runs_and_stop_ends_it(site, make_page):
+    page = make_page(site)
+    new_chat(page)
+    choose(page, "Demo node")
+    type_line(page, "echo first; exec sleep 600")
+    page.wait_for(shows(LAST, "first"))
+    page.wait_for(shows(LAST, "Running"))
+    page.click(f"{LAST} footer button")
+    page.wait_for(shows(LAST, "Stopped"))
+    assert "first" in page.text(LAST)
+
+
+def test_a_hundred_thousand_lines_leave_the_page_alive(site, make_page):
+    page = make_page(site)
+    new_chat(page)
+    choose(page, "Demo node")
+    output = run(page, "seq 100000", "Succeeded")
+    lines = output.split()
+    assert lines[0] == "1"
+    assert lines[-1] == "100000"
+    assert "not shown" in output
+    assert page.evaluate("document.querySelectorAll('#messages div').length") < 5000
+    assert run(page, "echo next").strip() == "next"
+
+
+def test_arrow_up_brings_earlier_commands_back(site, make_page):
+    page = make_page(site)
+    new_chat(page)
+    run(page, "echo one")
+    run(page, "echo two")
+    page.press("ArrowUp")
+    page.press("ArrowUp")
+    assert page.evaluate("document.querySelector('#text').value") == "echo one"
+    page.press("ArrowDown")
+    page.press("ArrowDown")
+    assert page.evaluate("document.querySelector('#text').value") == ""
+
+
+def test_machine_and_history_survive_a_reload_and_reach_a_second_browser(
+    site, make_page
+):
+    page = make_page(site)
+    new_chat(page)
+    choose(page, "Demo node")
+    run(page, "echo remembered")
+    path = page.evaluate("location.pathname")
+    page.reload()
+    page.wait_for_text("remembered")
+    page.wait_for(shows("#node-button", "Demo node"))
+    other = make_page(site, path)
+    other.wait_for_text("remembered")
+    run(page, "echo for both")
+    other.wait_for(shows(LAST, "for both"))
+    choose(page, "Local")
+    other.wait_for(shows("#node-button", "Local"))
+    run(page, "echo here")
+    assert "Local" in other.text(f"{LAST} header")
+
+
+def test_back_and_forward_go_through_the_views(site, make_page):
+    page = make_page(site)
+    new_chat(page)
+    chat = page.evaluate("location.pathname")
+    page.click("#to-nodes")
+    page.wait_for_text("Generate Token")
+    page.click("#to-commands")
+    page.wait_for("!document.querySelector('#commands').hidden")
+    page.evaluate("history.go(-2)")
+    page.wait_for(f"location.pathname === {json.dumps(chat)}")
+    page.wait_for("!document.querySelector('#chat').hidden")
+    page.evaluate("history.forward()")
+    page.wait_for("!document.querySelector('#nodes').hidden")
+
+
+def test_a_chat_is_renamed_and_deleted(site, make_page):
+    page = make_page(site)
+    new_chat(page)
+    run(page, "echo to be deleted")
+    current = "#sessions li.current"
+    page.evaluate(f"document.querySelector('{current} [aria-label=Rename]').click()")
+    page.wait_for("document.activeElement.className === 'edit'")
+    page.type("Experiment")
+    page.press("Enter")
+    page.wait_for(shows("#chat-title", "Experiment"))
+    page.evaluate(f"document.querySelector('{current} [aria-label=Delete]').click()")
+    page.wait_for(shows("#confirm", "Delete “Experiment”?"))
+    page.click("#confirm-yes")
+    page.wait_for("location.pathname === '/chat/main'")
+    page.wait_for(f"!{shows('#sessions', 'Experiment')}")
+
+
+def test_markup_in_output_and_messages_stays_text(site, make_page):
+    page = make_page(site)
+    new_chat(page)
+    markup = "<img src=x onerror=alert(1)>"
+    assert run(page, f"echo '{markup}'").strip() == markup
+    assert page.dialogs == []
+
+
+# -- nodes ---------------------------------------------------------------------
+
+
+def test_a_machine_joins_by_the_printed_line_and_goes_when_revoked(site, make_page):
+    page = make_page(site, "/settings/nodes")
+    page.click("#new-token")
+    page.fill("#token-name", "Build Server")
+    page.press("Enter")
+    page.wait_for_text("Waiting for Build Server")
+    assert "works here only" in page.text("#token-warnings").replace("work", "works")
+    take_screenshot(page, "token")
+    lines = page.evaluate(
+        "[...document.querySelectorAll('#token-lines code')].map(e => e.innerText)"
+    )
+    assert lines[0].startswith(f"curl -fsSL {site.url}/moltis.py | python3 - node add ")
+    with site.run(f"{lines[1]} --foreground") as node:
+        page.wait_for_text("Build Server is connected")
+        assert shlex.split(lines[1])[-1] == "Build Server"
+        assert lines[3] not in json.dumps(site.call("device.pair.list"))
+        page.click("#token-chat")
+        page.wait_for(shows("#node-button", "Build Server"))
+        assert (
+            run(page, "echo $((6 * 7)) on the new one").strip() == "42 on the new one"
+        )
+        page.goto(f"{site.url}/settings/nodes")
+        page.wait_for_text("Build Server")
+        take_screenshot(page, "nodes")
+        revoke = (
+            "[...document.querySelectorAll('.node')].find(e => e.innerText.includes("
+        )
+        revoke += "'Build Server')).querySelector('[aria-label^=Revoke]').click()"
+        page.evaluate(revoke)
+        page.wait_for(shows("#confirm", "Revoke the token of Build Server?"))
+        page.click("#confirm-yes")
+        page.wait_for(
+            "!document.querySelector('#node-cards').innerText.includes('Build')"
+        )
+        wait_for(lambda: node.process.poll() is not None, what="the end of the node")
+        page.goto(f"{site.url}/chat/main")
+        choose(page, "Local")
+
+
+def test_a_card_shows_live_telemetry_and_takes_a_new_name(site, make_page):
+    page = make_page(site, "/settings/nodes")
+    card = "#node-cards > :nth-child(2)"
+    page.wait_for(shows(card, "Demo node"))
+    page.wait_for(f"{shows(card, 'Memory')} && {shows(card, 'python3')}", 20)
+    page.click(f"{card} [aria-label=Rename]")
+    page.wait_for("document.activeElement.className === 'edit'")
+    page.type("Attic")
+    page.press("Enter")
+    page.wait_for(shows(card, "Attic"))
+    assert "Attic" in nodes(site)
+    site.call(
+        "node.rename", nodeId=nodes(site)["Attic"]["nodeId"], displayName="Demo node"
+    )
+    page.wait_for(shows(card, "Demo node"))
+
+
+def test_the_audit_lists_what_ran_and_can_be_filtered(site, make_page):
+    page = make_page(site)
+    new_chat(page)
+    run(page, "exit 9", "Failed with exit status 9")
+    choose(page, "Demo node")
+    run(page, "echo for the audit")
+    page.click("#to-commands")
+    first = "#audit-rows > :first-child"
+    page.wait_for(shows(first, "echo for the audit"))
+    assert "Demo node" in page.text(first)
+    assert "Succeeded" in page.text(first)
+    take_screenshot(page, "commands")
+    page.evaluate(
+        "{const s = document.querySelector('#filter-node'); s.value = 'local';"
+        "s.dispatchEvent(new Event('change'))}"
+    )
+    page.wait_for(shows(first, "exit 9"))
+    assert "for the audit" not in page.text("#audit-rows")
+
+
+# -- losing the gateway --------------------------------------------------------
+
+
+def test_a_page_that_lost_its_gateway_comes_back_with_what_it_missed(own_site, browser):
+    with browser.new_page(isolated=True) as page:
+        page.goto(f"{own_site.url}/#key={own_site.key}")
+        page.wait_for(READY)
+        run(page, "echo before")
+        own_site.stop()
+        page.wait_for_text("The gateway cannot be reached")
+        take_screenshot(page, "banner")
+        own_site.start()
+        own_site.call("chat.send", sessionKey="main", text="echo meanwhile")
+        page.wait_for("document.querySelector('#banner').hidden", 30)
+        page.wait_for(f"{shows(LAST, 'meanwhile')} && {shows(LAST, 'Succeeded')}", 20)
+        assert "before" in page.text("#messages")
+        assert run(page, "echo after").strip() == "after"
+        # Chromium reports each try to connect that failed, and nothing else went wrong.
+        assert [e for e in page.errors if "WebSocket connection to" not in e] == []
+
+
+# -- phones, accessibility -----------------------------------------------------
+
+
+def test_it_works_on_a_phone(site, make_page):
+    page = make_page(site)
+    page.set_viewport(390, 844, mobile=True, scale=2)
+    page.click("#open-sidebar")
+    page.click("#new-chat")
+    page.wait_for("!document.querySelector('#welcome').hidden")
+    page.click("#node-button")
+    option = "[...document.querySelectorAll('#node-list li')]"
+    page.wait_for(f"{option}.length === 2")
+    take_screenshot(page, "phone-picker")
+    page.click("#node-list li:last-child")
+    run(page, "uname -a")
+    take_screenshot(page, "phone-chat")
+    for path in ("/chat/main", "/settings/nodes", "/settings/commands"):
+        page.goto(site.url + path)
+        page.wait_for(LISTED)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    take_screenshot(page, "phone-commands")
+
+
+@pytest.fixture(scope="module")
+def axe():
+    """The text of axe-core, from the npm registry."""
+    if not AXE.exists():
+        npm = shutil.which("npm") or pytest.skip("npm is not installed")
+        CACHE.mkdir(exist_ok=True)
+        subprocess.run(
+            [
+                *(npm, "install", "--silent", "--no-audit", "--no-fund"),
+                *("--prefix", str(CACHE), f"axe-core@{AXE_VERSION}"),
+            ],
+            check=True,
+            env={**os.environ, "HOME": str(CACHE)},
+            timeout=300,
+        )
+    return AXE.read_text(encoding="utf-8")
+
+
+def findings(page, axe):
+    """Return what axe-core finds serious or critical on the page as it stands."""
+    page.evaluate(axe + ";0")
+    return page.evaluate(
+        "axe.run().then(({violations}) => violations.filter(v => "
+        "['serious', 'critical'].includes(v.impact)).map(v => "
+        "[v.id, v.nodes.map(n => n.html + ' ' + n.failureSummary).slice(0, 3)]))"
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_axe_finds_nothing_serious(site, make_page, axe, size, scheme):
+    page = make_page(site)
+    page.set_media(dark=scheme == "dark", reduced_motion=True)
+    new_chat(page)
+    run(page, r"printf '\033[31mred\033[0m'; seq 100; echo error >&2; exit 1", "Failed")
+    page.set_viewport(*SIZES[size])
+    chat = page.evaluate("location.pathname")
+    for name, path in [
+        ("chat", chat),
+        ("nodes", "/settings/nodes"),
+        ("commands", "/settings/commands"),
+    ]:
+        page.goto(site.url + path)
+        page.wait_for(f"!document.querySelector('#{name}').hidden")
+        page.wait_for(LISTED)
+        assert findings(page, axe) == []
+        take_screenshot(page, f"{name}-{size}-{scheme}")
+    if size == "desktop":
+        page.goto(f"{site.url}/settings/nodes")
+        page.click("#new-token")
+        page.press("Enter")
+        page.wait_for_text("Waiting for")
+        assert findings(page, axe) == []
+        page.press("Escape")
+
+
+def test_the_sign_in_page_is_accessible(site, browser, axe):
+    with browser.new_page(isolated=True) as page:
+        page.goto(site.url)
+        page.wait_for_text("Operator key")
+        assert findings(page, axe) == []
