@@ -8218,7 +8218,8 @@ MIGRATIONS = (
         archived INTEGER NOT NULL DEFAULT 0,
         created_at INTEGER NOT NULL,
         updated_at INTEGER NOT NULL,
-        seq INTEGER NOT NULL DEFAULT 0       -- nobody has heard of a higher one
+        seq INTEGER NOT NULL DEFAULT 0,      -- nobody has heard of a higher one
+        run_id TEXT NOT NULL DEFAULT ''      -- of the model's turn in progress
     );
 
     CREATE TABLE messages (
@@ -8411,6 +8412,7 @@ class Session:
     approvals: str = "ask"  # before a model's command runs; or "all": none is asked for
     archived: bool = False
     seq: int = 0
+    run_id: str = ""
     message_count: int = 0
     preview: str = ""
 
@@ -9103,6 +9105,10 @@ class SessionsTable:
 
     def used(self, key: str, now: int) -> None:
         self._db.write("UPDATE sessions SET updated_at = ? WHERE key = ?", (now, key))
+
+    def keep_run(self, key: str, run_id: str) -> None:
+        """Note which turn a model is at; "" when it is through."""
+        self._db.write("UPDATE sessions SET run_id = ? WHERE key = ?", (run_id, key))
 
     def reserve(self, key: str, seq: int) -> None:
         """Let messages and events be numbered up to `seq`."""
@@ -12834,6 +12840,11 @@ class SessionLog:
                     return live
         return None
 
+    def open_commands(self) -> list[str]:
+        """Return the ids of the commands that have not ended."""
+        with self._lock:
+            return [m.invoke_id for m in self._live.values() if m.invoke_id]
+
     def command_message(self, invoke_id: str) -> SessionMessage | None:
         """Return a command as it is now, if it has not ended."""
         live = self.command(invoke_id)
@@ -13034,6 +13045,22 @@ class SessionLogs:
                 card.state(message.invoke_id, "waiting", {})
             else:
                 card.show_end(record)
+        for session in self._store.sessions.all():
+            if session.run_id:
+                self._recover_run(session)
+
+    def _recover_run(self, session: Session) -> None:
+        """Say that a model did not get to its answer, unless its last words say so."""
+        session_log = self.log(session.key)
+        if not any(
+            message.run_id == session.run_id
+            and message.state == MessageState.INTERRUPTED
+            for message in session_log.last(None)
+        ):
+            text = "The gateway was restarted before the answer was complete."
+            notice = session_log.begin("notice", session.run_id, text=text)
+            session_log.post("notice", notice, state=MessageState.INTERRUPTED)
+        self._store.sessions.keep_run(session.key, "")
 
 
 class CommandCard:
@@ -13109,6 +13136,13 @@ class SessionExecutor:
         self._logs = logs
         self._leaving = threading.Event()
 
+    def cancel_all(self, session_key: str) -> None:
+        """End the commands of a session, those of an earlier gateway as well."""
+        for invoke_id in self._logs.log(session_key).open_commands():
+            invocation = self._invocations.get(invoke_id)
+            if invocation is not None:
+                self._invocations.cancel(invocation)
+
     def leave_running(self) -> None:
         """Cancel no command from now on: the gateway stops, and the nodes go on."""
         self._leaving.set()
@@ -13162,17 +13196,25 @@ class SessionExecutor:
 
 
 def note_denial(
-    commands: CommandsTable, session_key: str, planned: PlannedCommand, verdict: Verdict
+    commands: CommandsTable,
+    logs: SessionLogs,
+    session_key: str,
+    planned: PlannedCommand,
+    verdict: Verdict,
 ) -> None:
-    """Put a command that may not run into the audit; Invocations does the others."""
-    if verdict.allowed:
+    """Put a command that may not run into the audit; Invocations does the others.
+
+    Raises StoreError.
+    """
+    live = logs.log(session_key).command(planned.invoke_id)
+    if verdict.allowed or live is None or live.origin is None:
         return
     commands.add(
         CommandRecord(
             invoke_id=planned.invoke_id,
             asked_at=now_ms(),
-            caller_kind="model",
-            caller_name="",
+            caller_kind=live.origin.kind,
+            caller_name=live.origin.name,
             session_key=session_key,
             node_id=planned.node_id,
             node_name=planned.node_name,
@@ -13570,6 +13612,7 @@ class Chats:
         """End the current turn, and those in line.  Raises RpcError NOT_FOUND."""
         session_log = self._logs.log(key)
         current, waiting = self._queue(key).abort()
+        self._executor.cancel_all(key)
         for turn in waiting:
             session_log.post("aborted", turn.message, state=MessageState.ABORTED)
         run_id = current.run_id if current else None
@@ -13629,6 +13672,8 @@ class Chats:
         )
         self._tell("patched", key)
         view = TurnView(session_log, turn, self._aborted_state)
+        if not turn.is_typed:
+            self._store.sessions.keep_run(key, turn.run_id)
         try:
             session = TurnSession(
                 key, self._store, self._select_node, recalls=not turn.is_typed
@@ -13639,10 +13684,16 @@ class Chats:
         except Exception:
             view.fail("the turn failed inside the gateway; its log says why")
             raise  # to where it is logged
+        finally:
+            if not turn.is_typed and not self._is_closing():
+                self._store.sessions.keep_run(key, "")
+
+    def _is_closing(self) -> bool:
+        with self._lock:
+            return self._closing
 
     def _aborted_state(self) -> str:
-        with self._lock:
-            closing = self._closing
+        closing = self._is_closing()
         return MessageState.INTERRUPTED if closing else MessageState.ABORTED
 
     def _select_node(self, key: str, node_id: str) -> None:
@@ -13664,6 +13715,7 @@ class Chats:
             queue = self._queues.pop(key, None)
         if queue is not None:
             queue.close()
+        self._executor.cancel_all(key)
         self._logs.drop(key)
 
     def _model(self, model_id: str) -> ChatModel:
@@ -14059,7 +14111,7 @@ class ChatMethods:
             if params.get(name) is not None:
                 choices[name] = required(params, name, kind)
         if params.get("label") is not None:
-            choices["label"] = _session_label(params)
+            choices["label"] = _session_label(params) or ""
         if "node_id" in params:
             choices["node_id"] = self._node_id(params)
         approvals = optional(params, "approvals", str)
@@ -20840,7 +20892,7 @@ class RunningChats:
         models: ModelDirectory,
         announce: Callable[[str, JsonObject], None],
     ) -> None:
-        approvals = Approvals(functools.partial(note_denial, store.commands))
+        approvals = Approvals(functools.partial(note_denial, store.commands, logs))
         executor = SessionExecutor(invocations, logs)
         agent = Agent(fleet, executor, approvals)
         self._chats = Chats(store, logs, executor, agent, models, announce)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import threading
 import urllib.error
 import urllib.request
@@ -348,6 +349,7 @@ def test_a_session_is_labelled_by_its_first_message(gateway):
     renamed = gateway.call("sessions.patch", key=key, label="Greetings", archived=True)
     assert renamed["label"] == "Greetings"
     assert renamed["archived"]
+    assert gateway.call("sessions.patch", key=key, label=" ")["label"] == ""
 
 
 def test_sessions_are_told_to_those_who_watch(gateway, chat):
@@ -538,6 +540,7 @@ def test_a_denied_command_does_not_run_and_is_in_the_audit(tmp_path):
         assert not (tmp_path / "ran").exists()
         (row,) = gateway.call("commands.list", state="denied")
         assert row["decidedBy"] == "this machine"
+        assert row["callerName"] == "ollama/m for this machine"
 
 
 def test_what_a_model_remembers_of_a_session_includes_what_was_typed(tmp_path):
@@ -686,11 +689,51 @@ def test_a_command_of_local_is_lost_with_the_gateway_and_says_so(restartable):
     assert not restartable.call("sessions.list")[0]["replying"]
 
 
+def test_an_abort_does_not_wait_for_a_node_that_is_silent(restartable, tmp_path):
+    """The command is ended, and its card with it, when the node is heard of again."""
+    token = restartable.call("device.token.create", displayName="far")["deviceToken"]
+    url = f"ws://127.0.0.1:{restartable.port}/ws"
+    arguments = ("--host", url, "--name", "far", "--node-id", "far", "--foreground")
+    (tmp_path / "far").mkdir()
+    with Program(
+        "node", "add", *arguments, home=tmp_path / "far", MOLTIS_DEVICE_TOKEN=token
+    ) as node, restartable.watch() as chat:
+        wait_for(lambda: connected(restartable, "far"))
+        restartable.call("nodes.set_session", session_key="main", node_id="far")
+        chat.send("echo $$; sleep 100")
+        chat.until(lambda: chat.saw("tool_call_output"))
+        node.process.send_signal(signal.SIGSTOP)
+        try:
+            assert restartable.call("chat.abort", sessionKey="main")["aborted"]
+            chat.until(lambda: chat.saw("aborted"))
+            (card,) = chat.of("command")
+            assert card["state"] == "running"
+        finally:
+            node.process.send_signal(signal.SIGCONT)
+        (card,) = chat.finish()
+        assert card["state"] == "aborted"
+        assert not process_exists(int(text_of(card)))
+
+
+def test_a_turn_between_two_answers_is_shown_as_interrupted(tmp_path):
+    store = moltis.Store(tmp_path / "moltis.db")
+    store.sessions.add(moltis.Session("s", "", "shell", "local", 1, 1))
+    store.sessions.keep_run("s", "run")
+    for _ in range(2):  # and said once
+        logs = moltis.SessionLogs(store, lambda *_: None)
+        (message,) = logs.log("s").last(None)
+        logs.close()
+    assert (message.role, message.state) == ("notice", "interrupted")
+    assert message.run_id == "run"
+    store.close()
+
+
 def test_what_a_model_was_saying_is_shown_as_interrupted(tmp_path):
     store = moltis.Store(tmp_path / "moltis.db")
     session = moltis.Session("s", "", "shell", "local", 1, 1)
     store.sessions.add(session)
     logs = moltis.SessionLogs(store, lambda *_: None)
+    store.sessions.keep_run("s", "run")
     first = logs.log("s")
     answer = first.begin("assistant", "run")
     first.post("delta", answer)
