@@ -13664,12 +13664,10 @@ class Chats:
     def _take(self, key: str, turn: Turn) -> None:
         """Carry out a turn, in the thread of its session."""
         session_log = self._logs.log(key)
-        session_log.post(
-            "user_message",
-            turn.message,
-            state=MessageState.DONE,
-            created_at=session_log.next_created_at(),
-        )
+        changes: JsonObject = {"state": MessageState.DONE}
+        if turn.message.seq:  # it was shown in line: it belongs behind what came since
+            changes["created_at"] = session_log.next_created_at()
+        session_log.post("user_message", turn.message, **changes)
         self._tell("patched", key)
         view = TurnView(session_log, turn, self._aborted_state)
         if not turn.is_typed:
@@ -17679,7 +17677,9 @@ class Chat {
   }
 
   ordered() {
-    return [...this.rows.values()].sort((a, b) => a.createdAt - b.createdAt);
+    const waits = (row) => row.state === "queued"; // so it comes last
+    const order = (a, b) => waits(a) - waits(b) || a.createdAt - b.createdAt;
+    return [...this.rows.values()].sort(order);
   }
 }
 

@@ -77,7 +77,7 @@ class Watcher:
     def of(self, role):
         """Return the messages of a role in the order of the page."""
         rows = [row for row in self.rows.values() if row["role"] == role]
-        return sorted(rows, key=lambda row: row["createdAt"])
+        return sorted(rows, key=lambda r: (r["state"] == "queued", r["createdAt"]))
 
     def finish(self, count=1):
         """Return the first `count` cards once they have ended."""
