@@ -825,6 +825,7 @@ DEFLATE_WINDOW_BITS = 12  # 4 KiB; with memLevel 5 a compressor costs 32 KiB, no
 DEFLATE_MEMORY_LEVEL = 5
 DEFLATE_LEVEL = 1  # thrice as fast as the usual 6 on command output, 10 % longer
 DEFLATE_TAIL = b"\x00\x00\xff\xff"  # RFC 7692 §7.2.1
+MASK_SHORT = 1024  # bytes, from which on masking is done in another way
 MASK_STRIDE = 64 * 1024  # bytes; small enough to stay in a processor's cache
 
 
@@ -891,11 +892,17 @@ def _xor_table(key_byte: int) -> bytes:
 
 def apply_mask(data: bytes, key: bytes) -> bytes:
     """Return `data` masked, or unmasked, with the 4 bytes of `key` (RFC 6455 §5.3)."""
-    # Every fourth byte has the same key byte, so four translations do: 400 to 900
-    # MB/s from 1 KiB up, where a big-integer XOR in chunks does 250 to 600.
+    size = len(data)
+    if size <= MASK_SHORT:
+        # 0.4 µs for 125 bytes, where what follows takes 1.5 µs.
+        repeated = (key * (size // 4 + 1))[:size]
+        number = int.from_bytes(data, "little") ^ int.from_bytes(repeated, "little")
+        return number.to_bytes(size, "little")
+    # Every fourth byte has the same key byte, so four translations do: 900 MB/s, where
+    # an integer XOR in chunks does 600.
     tables = [_xor_table(byte) for byte in key]
     masked = bytearray(data)
-    for start in range(0, len(data), MASK_STRIDE):
+    for start in range(0, size, MASK_STRIDE):
         stop = start + MASK_STRIDE
         for i in range(4):
             masked[start + i : stop : 4] = data[start + i : stop : 4].translate(
@@ -1043,12 +1050,12 @@ class FrameParser:
         self._position = start + size
         if whole:
             self._frame = None
-            return frame._replace(payload=payload)
+            return Frame(frame.opcode, payload, frame.fin, frame.rsv1)
         self._remaining -= size
         turn = size % 4
         self._key = self._key[turn:] + self._key[:turn]
         self._frame = Frame(Opcode.CONTINUATION, b"", fin=frame.fin)
-        return frame._replace(payload=payload, fin=False)
+        return Frame(frame.opcode, payload, False, frame.rsv1)
 
 
 def encode_close(code: int, reason: str = "") -> bytes:
@@ -1645,6 +1652,7 @@ class WebSocketProtocol:
         self._close_sent = False
         self._close_received = False
         self._failed = False
+        self.ended = False  # whether nothing that may still arrive matters
         self._verdict: tuple[int, str] | None = None
 
     @property
@@ -1655,11 +1663,6 @@ class WebSocketProtocol:
     def open(self) -> bool:
         """Whether messages may be sent."""
         return not (self._close_sent or self.ended)
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing that may still arrive matters."""
-        return self._close_received or self._failed
 
     @property
     def closes_first(self) -> bool:
@@ -1674,6 +1677,14 @@ class WebSocketProtocol:
     @property
     def close_reason(self) -> str:
         return self._verdict[1] if self._verdict else ""
+
+    def closed_error(self) -> ConnectionClosed:
+        """Return what to raise where sending or receiving is over."""
+        if self._verdict is not None:
+            return ConnectionClosed(*self._verdict)
+        if self._close_sent:
+            return ConnectionClosed(CloseCode.NORMAL, "we are closing it")
+        return ConnectionClosed(CloseCode.ABNORMAL, "the peer is gone")
 
     def send(self, message: Message) -> None:
         """Queue a message.  Raises ConnectionClosed."""
@@ -1712,12 +1723,12 @@ class WebSocketProtocol:
             return
         if not self._close_sent:
             self._send_close(encode_close(code))
-        self._failed = True
+        self._failed = self.ended = True
         self._verdict = self._verdict or (code, reason)
 
     def give_up(self, code: int = CloseCode.ABNORMAL, reason: str = "") -> None:
         """The connection is gone: nothing more arrives or can be sent."""
-        self._failed = True
+        self._failed = self.ended = True
         self._verdict = self._verdict or (code, reason)
         self._outgoing.clear()
 
@@ -1747,14 +1758,15 @@ class WebSocketProtocol:
 
     def outgoing(self) -> bytes:
         """Return, once, the bytes that have to go to the peer."""
+        if not self._outgoing:
+            return b""
         data = b"".join(self._outgoing)
         self._outgoing.clear()
         return data
 
     def _check_open(self) -> None:
         if not self.open:
-            code, reason = self._verdict or (CloseCode.NORMAL, "we are closing")
-            raise ConnectionClosed(code, reason)
+            raise self.closed_error()
 
     def _queue(self, frame: Frame) -> None:
         self._outgoing.append(encode_frame(frame, masked=self.client))
@@ -1762,7 +1774,7 @@ class WebSocketProtocol:
     def _receive_control(self, frame: Frame) -> None:
         if frame.opcode is Opcode.CLOSE:
             self._verdict = decode_close(frame.payload)
-            self._close_received = True
+            self._close_received = self.ended = True
             if not self._close_sent:
                 # RFC 6455 §5.5.1: typically the code is sent back.
                 self._send_close(frame.payload[:2])
@@ -1943,6 +1955,13 @@ def unmapped(address: str) -> str:
     return address[7:] if address.lower().startswith("::ffff:") else address
 
 
+def _sooner(one: float | None, other: float | None) -> float | None:
+    """Return the shorter of two times in s, where None is for ever."""
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)
+
+
 def _remote_ip(sock: socket.socket) -> str:
     """Return the peer's IP address, or "" where it has none."""
     try:
@@ -1959,31 +1978,27 @@ class Outbox:
         self._channel = channel
         self._limit = limit  # bytes
         self._pieces: collections.deque[memoryview] = collections.deque()
-        self._size = 0  # bytes
+        self.size = 0  # bytes
         self.broken = False  # whether a write has failed: nothing gets out any more
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
 
-    @property
-    def size(self) -> int:
-        """The bytes that wait."""
-        return self._size
-
     def has_room(self, size: int) -> bool:
         """Return whether `size` more bytes may wait behind what is being written."""
         # A message over the limit may go out, and Pings with it while it does.
-        waiting = self._size - len(self._pieces[0]) if self._pieces else -size
+        waiting = self.size - len(self._pieces[0]) if self._pieces else -size
         return waiting + size <= self._limit
 
     def put(self, data: bytes) -> None:
         """Write at once what the channel takes, and keep the rest."""
-        if data and not self.broken:
-            waiting = bool(self._pieces)
-            self._pieces.append(memoryview(data))
-            self._size += len(data)
-            if not waiting:
-                self.write()
+        if self.broken:
+            return
+        waiting = bool(self._pieces)
+        self._pieces.append(memoryview(data))
+        self.size += len(data)
+        if not waiting:
+            self.write()
 
     def write(self) -> None:
         """Write what the channel takes now."""
@@ -1992,7 +2007,7 @@ class Outbox:
                 sent = self._channel.write(self._pieces[0])
                 if not sent:
                     return
-                self._size -= sent
+                self.size -= sent
                 if sent < len(self._pieces[0]):
                     # TLS wants to be given the same bytes again: never join pieces.
                     self._pieces[0] = self._pieces[0][sent:]
@@ -2005,7 +2020,7 @@ class Outbox:
 
     def clear(self) -> None:
         self._pieces.clear()
-        self._size = 0
+        self.size = 0
 
 
 class WebSocket:
@@ -2034,7 +2049,7 @@ class WebSocket:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._protocol = protocol
-        self._arrived = early  # read, and not yet given to the protocol
+        self._arrived: bytes | None = early  # None: the protocol needs more bytes
         self._outbox = Outbox(self._channel, max_outbox)  # full: dropped with 1013
         self._writer: threading.Thread | None = None
         self._writing = False  # whether _writer has not ended its work
@@ -2083,7 +2098,6 @@ class WebSocket:
         would wait, the peer is dropped with 1013.  Raises ConnectionClosed.
         """
         with self._lock:
-            self._check_usable()
             self._protocol.send(message)
             self._transmit()
             self._check_usable()
@@ -2091,7 +2105,6 @@ class WebSocket:
     def ping(self, payload: bytes = b"") -> None:
         """Send a Ping; its Pong shows in `idle`.  Raises ConnectionClosed."""
         with self._lock:
-            self._check_usable()
             self._protocol.ping(payload)
             self._transmit()
             self._check_usable()
@@ -2107,9 +2120,12 @@ class WebSocket:
 
         Raises ConnectionClosed, TimeoutError after `timeout` s.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: not self._outbox, timeout):
-                raise TimeoutError(f"the peer did not read for {timeout} s")
+        deadline = Deadline(timeout)
+        with self._lock:
+            while self._outbox:
+                if deadline.expired:
+                    raise TimeoutError(f"the peer did not read for {timeout} s")
+                self._write(deadline)  # beside the writer: it saves the way there
             self._check_usable()
 
     def receive(self, timeout: float | None = None) -> Message | None:
@@ -2132,7 +2148,7 @@ class WebSocket:
                 late = deadline.expired
             if self._protocol.close_code in CLEAN_CLOSE_CODES:
                 return None
-            raise self._closed_error()
+            raise self._protocol.closed_error()
 
     def close(
         self,
@@ -2166,16 +2182,14 @@ class WebSocket:
 
     def _check_usable(self) -> None:
         if self._finished or self._outbox.broken:
-            raise self._closed_error()
-
-    def _closed_error(self) -> ConnectionClosed:
-        code = self._protocol.close_code or CloseCode.ABNORMAL
-        return ConnectionClosed(code, self._protocol.close_reason)
+            raise self._protocol.closed_error()
 
     def _next_message(self) -> Message | None:
         """Return a message that has arrived, and answer what came before it."""
+        if self._arrived is None:
+            return None
         message = self._protocol.receive(self._arrived)
-        self._arrived = b""
+        self._arrived = None if message is None else b""
         self._transmit()
         return message
 
@@ -2187,11 +2201,9 @@ class WebSocket:
         self._reading = True
         try:
             if self._channel.drained:
-                limits = (deadline.remaining(), self._linger.remaining())
+                timeout = _sooner(deadline.remaining(), self._linger.remaining())
                 self._channel.wait(
-                    self._lock,
-                    write=self._channel.read_needs_write,
-                    timeout=min((s for s in limits if s is not None), default=None),
+                    self._lock, write=self._channel.read_needs_write, timeout=timeout
                 )
         finally:  # Ctrl+C ends a wait too, and reading goes on after it
             self._reading = False
@@ -2201,11 +2213,11 @@ class WebSocket:
 
     def _take(self, data: bytes | None) -> None:
         """Deal with what a read brought."""
-        if data:
-            self._last_arrival = time.monotonic()
-            self._arrived = data
         if data == b"" or self._linger.expired:
             self._finish()
+        elif data:
+            self._last_arrival = time.monotonic()
+            self._arrived = data
 
     def _transmit(self, *, bounded: bool = True) -> None:
         """Write what the protocol has to say, and leave the rest to the writer."""
@@ -2214,37 +2226,38 @@ class WebSocket:
             # No Close frame: it would wait behind what the peer does not read.
             self._protocol.give_up(CloseCode.TRY_AGAIN_LATER, "the peer does not read")
             self._finish()
-        if self._finished:
-            return
-        self._outbox.put(data)
-        if self._outbox and not self._writing:
-            self._start_writer()
-        self._settle()
-
-    def _start_writer(self) -> None:
-        self._writer = threading.Thread(
-            target=self._drain, name=f"moltis-write-{self._name}", daemon=True
-        )
-        self._writer.start()
-        self._writing = True
+        if data and not self._finished:
+            self._outbox.put(data)
+            if self._outbox and not self._writing:
+                name = f"moltis-write-{self._name}"
+                self._writer = threading.Thread(
+                    target=self._drain, name=name, daemon=True
+                )
+                self._writer.start()
+                self._writing = True
+        if self._protocol.ended:
+            self._settle()
 
     def _drain(self) -> None:
         """Empty the outbox; what the writer thread does."""
         with self._lock:
             while self._outbox:
-                reads = self._channel.write_needs_read
-                # What it needs to read, the reader may have taken: look again soon.
-                self._channel.wait(
-                    self._lock, write=not reads, timeout=0.05 if reads else None
-                )
-                self._outbox.write()
+                self._write(Deadline(None))
             self._writing = False
-            self._settle()
-            self._changed.notify_all()  # flush() waits for: not _outbox or _finished
+            if self._protocol.ended:
+                self._settle()
+
+    def _write(self, deadline: Deadline) -> None:
+        """Write what the system takes, waiting for it."""
+        reads = self._channel.write_needs_read
+        # What it needs to read, the reader may have taken: look again soon.
+        timeout = 0.05 if reads else deadline.remaining()
+        self._channel.wait(self._lock, write=not reads, timeout=timeout)
+        self._outbox.write()
 
     def _settle(self) -> None:
         """After the closing handshake: end our half, and give the peer its time."""
-        if self._protocol.ended and self._linger.remaining() is None:
+        if self._linger.remaining() is None:
             self._linger = Deadline(CLOSE_TIMEOUT)
         if self._protocol.closes_first and not self._outbox:
             self._channel.end_writing()
