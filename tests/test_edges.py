@@ -1,0 +1,473 @@
+"""The gateway's door: slow, greedy, confused and forwarded clients."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+
+import pytest
+from peers import InProcessGateway, RawPeer
+from support import free_port, wait_for
+
+import moltis
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    with InProcessGateway(tmp_path / "gateway") as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate for what does TLS in front of the gateway."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl here")
+    return moltis.ensure_certificate(tmp_path_factory.mktemp("tls"), ["localhost"])
+
+
+def dial(gateway):
+    sock = socket.create_connection(("127.0.0.1", gateway.running.port), 10)
+    sock.settimeout(10)
+    return sock
+
+
+def exchange(gateway, request):
+    """Send bytes; return all that comes until the gateway hangs up."""
+    with dial(gateway) as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(request)
+        return read_all(sock)
+
+
+def read_all(sock):
+    answer = b""
+    with contextlib.suppress(ConnectionError):
+        while True:
+            data = sock.recv(65536)
+            if not data:
+                break
+            answer += data
+    return answer
+
+
+def is_served(gateway):
+    with urllib.request.urlopen(gateway.url + "/health", timeout=10) as answer:
+        return json.loads(answer.read())["status"] == "ok"
+
+
+# -- slow clients ----------------------------------------------------------------------
+
+
+def test_who_trickles_a_request_is_closed_after_the_time_for_all_of_it(
+    gateway, monkeypatch
+):
+    monkeypatch.setattr(moltis, "REQUEST_TIMEOUT", 0.3)
+    with dial(gateway) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+
+        def is_closed():
+            # Each byte would begin a socket's own timeout anew.
+            try:
+                sock.sendall(b"x")
+            except ConnectionError:
+                return True
+            assert is_served(gateway)
+            return False
+
+        wait_for(is_closed, what="the gateway to hang up")
+
+
+def test_who_says_nothing_during_tls_is_closed_and_holds_nobody_up(
+    tmp_path, certificate, monkeypatch
+):
+    monkeypatch.setattr(moltis, "REQUEST_TIMEOUT", 0.5)
+    tls = moltis.ServerTls(lambda: certificate)
+    with contextlib.ExitStack() as stack:
+        gateway = stack.enter_context(InProcessGateway(tmp_path / "tls", tls=tls))
+        silent = stack.enter_context(dial(gateway))
+        halfway = stack.enter_context(dial(gateway))
+        halfway.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+        assert gateway.call("node.list")
+        assert read_all(silent) == b""
+        read_all(halfway)
+
+
+def test_who_does_not_say_connect_is_closed(gateway, monkeypatch):
+    monkeypatch.setattr(moltis, "CONNECT_TIMEOUT", 0.3)
+    with gateway.peer() as peer:
+        assert peer.close_code() == 1008
+    assert peer.ws.close_reason.startswith("no connect within")
+
+
+# -- greedy clients --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_head", "status"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: h\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", 431),
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"X: 1\r\n" * 101 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + (b"X: " + b"x" * 900 + b"\r\n") * 90, 431),
+        (
+            b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n",
+            400,
+        ),
+        (b"POST /api/rpc HTTP/1.1\r\nContent-Length: 9999999\r\n\r\n", 413),
+        (b"POST /api/rpc HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", 411),
+        (b"POST /api/rpc HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 411),
+        (
+            b"POST /api/rpc HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+            411,
+        ),
+        (b"DELETE / HTTP/1.1\r\n\r\n", 501),
+        (b"GET / HTTP/9.9\r\n\r\n", 505),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+    ],
+)
+def test_what_is_no_decent_request_is_refused(gateway, request_head, status):
+    answer = exchange(gateway, request_head)
+    if answer or status != 431:  # a reset may overtake the answer to what it cut off
+        assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+    assert b"Traceback" not in answer
+    assert is_served(gateway)
+
+
+def test_a_body_that_nobody_reads_does_not_pass_for_a_request(gateway):
+    """Or a proxy and we would not agree on where a request begins."""
+    hidden = b"GET /hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    answer = exchange(gateway, head % len(hidden) + hidden)
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b"\r\nConnection: close\r\n" in answer
+
+
+def test_json_that_is_nested_too_deeply_is_refused_in_time(gateway):
+    deep = b"[" * 100_000 + b"]" * 100_000
+    head = b"POST /api/sign-in HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
+    answer = exchange(gateway, head % len(deep) + b"Connection: close\r\n\r\n" + deep)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    with gateway.peer() as peer:
+        peer.send(deep.decode())
+        assert peer.receive()["error"]["code"] == "INVALID_REQUEST"
+    assert is_served(gateway)
+
+
+def test_strangers_leave_room_for_those_who_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(moltis, "MAX_STRANGERS", 6)
+    monkeypatch.setattr(moltis, "REQUEST_TIMEOUT", 2.0)
+    with contextlib.ExitStack() as stack:
+        gateway = stack.enter_context(InProcessGateway(tmp_path / "small"))
+        operator = stack.enter_context(gateway.operator())
+        stack.enter_context(gateway.node("far"))
+        strangers = [stack.enter_context(dial(gateway)) for _ in range(30)]
+        # Those beyond the limit are hung up on at once, the others in two seconds.
+        turned_away = [s for s in strangers if is_hung_up_on(s)]
+        assert 20 <= len(turned_away) <= 26
+        args = {"command": "echo still here"}
+        run = {"nodeId": "far", "command": "system.run", "args": args}
+        assert operator.call("node.invoke", run)["stdout"] == "still here\n"
+        for sock in strangers:
+            read_all(sock)
+        wait_for(lambda: tries_to_connect(gateway), what="room for others again")
+
+
+def is_hung_up_on(sock):
+    sock.settimeout(0.3)
+    try:
+        return sock.recv(1) == b""
+    except socket.timeout:
+        return False
+    except ConnectionError:
+        return True
+    finally:
+        sock.settimeout(10)
+
+
+def tries_to_connect(gateway):
+    with contextlib.suppress(moltis.Unreachable):
+        return gateway.call("node.list")
+
+
+def test_one_address_cannot_take_all_the_room():
+    limits = moltis.ConnectionLimits(100, strangers=10, strangers_each=3)
+
+    def admit(address, shared=False):
+        return limits.admit(address, shared=shared)
+
+    taken = [admit("192.0.2.1") for _ in range(4)]
+    assert taken[3] is None
+    # An IPv6 customer has a whole /64.
+    assert [bool(admit(f"2001:db8::{n}")) for n in range(4)] == [True] * 3 + [False]
+    assert all(admit("198.51.100.1", shared=True) for _ in range(4))
+    assert admit("203.0.113.1") is None  # ten strangers in all
+    taken[0].identified()
+    taken[0].end()
+    taken[1].end()
+    assert admit("192.0.2.1")
+    assert admit("203.0.113.1")
+
+
+def test_the_known_count_in_the_total_and_among_strangers_no_more():
+    limits = moltis.ConnectionLimits(3, strangers=2, strangers_each=2)
+    for _ in range(3):
+        limits.admit("192.0.2.1", shared=False).identified()
+    assert limits.admit("192.0.2.2", shared=False) is None
+
+
+# -- other sites' pages ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "allowed"),
+    [
+        ("http://{host}", None, True),
+        ("https://{host}", None, False),
+        ("http://evil.example", None, False),
+        ("http://{host}.evil.example", None, False),
+        ("http://evil.example", "evil.example", False),
+        ("http://gateway.lan", "gateway.lan", False),
+        ("null", None, False),
+        ("", None, False),
+    ],
+)
+def test_a_page_of_another_origin_opens_no_websocket(gateway, origin, host, allowed):
+    own = f"127.0.0.1:{gateway.running.port}"
+    lines = [
+        "GET /ws HTTP/1.1",
+        f"Host: {host or own}",
+        f"Origin: {origin.format(host=own)}",
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+    ]
+    with dial(gateway) as sock:
+        sock.sendall("\r\n".join([*lines, "", ""]).encode())
+        status = int(sock.recv(4096).split()[1])
+    assert (status == 101) is allowed
+    assert status in (101, 403, 421)
+
+
+def test_no_answer_tells_versions_or_lets_others_embed_it(gateway):
+    for path in ("/", "/health", "/nowhere", "/api/rpc"):
+        request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        head = exchange(gateway, request.encode()).partition(b"\r\n\r\n")[0].decode()
+        assert "python" not in head.lower()
+        assert "\r\nX-Content-Type-Options: nosniff\r\n" in head
+        assert "\r\nReferrer-Policy: no-referrer\r\n" in head
+        assert "frame-ancestors 'none'" in head
+        assert "unsafe-inline" not in head
+        assert "Access-Control-" not in head
+
+
+# -- proxies ---------------------------------------------------------------------------
+
+NGINX = """
+daemon off;
+master_process off;
+pid {directory}/pid;
+error_log stderr;
+events {{ }}
+http {{
+    access_log off;
+    client_body_temp_path {directory};
+    proxy_temp_path {directory};
+    fastcgi_temp_path {directory};
+    uwsgi_temp_path {directory};
+    scgi_temp_path {directory};
+    server {{
+        listen 127.0.0.1:{port} ssl;
+        ssl_certificate {certificate};
+        ssl_certificate_key {key};
+        location / {{
+            proxy_pass http://127.0.0.1:{gateway};
+            proxy_http_version 1.1;
+            proxy_set_header Host $http_host;
+            proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+            proxy_set_header X-Forwarded-Proto $scheme;
+            proxy_set_header Upgrade $http_upgrade;
+            proxy_set_header Connection "upgrade";
+        }}
+    }}
+}}
+"""
+
+
+class Nginx:
+    """A real nginx that does TLS in front of a gateway."""
+
+    def __init__(self, directory, gateway, files):
+        self.port = free_port()
+        self.url = f"https://127.0.0.1:{self.port}"
+        config = directory / "nginx.conf"
+        text = NGINX.format(
+            directory=directory,
+            port=self.port,
+            gateway=gateway.running.port,
+            certificate=files.certificate,
+            key=files.key,
+        )
+        config.write_text(text)
+        self._process = subprocess.Popen(
+            [shutil.which("nginx"), "-p", str(directory), "-c", str(config)],
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for(self._listens, what="nginx to listen")
+
+    def _listens(self):
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port), 5).close()
+            return True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.terminate()
+        self._process.wait(10)
+
+
+@pytest.fixture
+def proxied(tmp_path, certificate):
+    """A gateway that trusts its proxy, and knows the certificate which that shows."""
+    if not shutil.which("nginx"):
+        pytest.skip("no nginx here")
+    binding = moltis.read_channel_binding(certificate.certificate)
+    proxies = moltis.TrustedProxies(["127.0.0.1"], binding)
+    with InProcessGateway(tmp_path / "gateway", proxies=proxies) as gateway:
+        directory = tmp_path / "nginx"
+        directory.mkdir()
+        with Nginx(directory, gateway, certificate) as nginx:
+            yield gateway, nginx
+
+
+def ask_through(nginx, method, path, body=b"", **headers):
+    """Return the answer to a request that comes from 127.0.0.2."""
+    import http.client
+
+    connection = http.client.HTTPSConnection(
+        "127.0.0.1",
+        nginx.port,
+        timeout=10,
+        source_address=("127.0.0.2", 0),
+        context=moltis.client_tls(verify=False),
+    )
+    try:
+        fields = {name.replace("_", "-"): text for name, text in headers.items()}
+        connection.request(method, path, body, fields)
+        answer = connection.getresponse()
+        answer.body = answer.read()
+        return answer
+    finally:
+        connection.close()
+
+
+def test_a_node_binds_to_the_certificate_of_a_proxy_that_is_known(proxied):
+    """SCRAM-SHA-256-PLUS through a real nginx"""
+    gateway, nginx = proxied
+    gateway.websocket_url = moltis.websocket_url(nginx.url)
+    with gateway.node("far"):
+        args = {"command": "echo through nginx"}
+        result = gateway.call(
+            "node.invoke", nodeId="far", command="system.run", args=args
+        )
+    assert result["stdout"] == "through nginx\n"
+
+
+def test_who_comes_through_a_trusted_proxy_keeps_address_scheme_and_origin(proxied):
+    gateway, nginx = proxied
+    key = json.dumps({"key": gateway.api_key}).encode()
+    answer = ask_through(
+        *(nginx, "POST", "/api/sign-in", key),
+        Origin=nginx.url,
+        X_Forwarded_For="203.0.113.7",  # nobody can make up where they come from
+    )
+    assert answer.status == 200, answer.body
+    assert "; Secure" in answer.headers["Set-Cookie"]
+    (login,) = gateway.call("logins.list")
+    assert login["address"] == "127.0.0.2"
+    code = gateway.call("device.token.create")["joinCode"]
+    offer = json.loads(ask_through(nginx, "GET", f"/join/{code}").body)
+    assert offer["gateway_url"] == moltis.websocket_url(nginx.url)
+    foreign = ask_through(nginx, "POST", "/api/sign-in", key, Origin="https://evil")
+    assert foreign.status == 403
+
+
+def test_guessing_through_a_proxy_locks_out_who_guesses_and_nobody_else(proxied):
+    gateway, nginx = proxied
+    wrong = json.dumps({"key": "mk_wrong"}).encode()
+    statuses = [
+        ask_through(nginx, "POST", "/api/sign-in", wrong).status for _ in range(6)
+    ]
+    assert statuses == [401] * 5 + [429]
+    context = moltis.client_tls(verify=False)
+    request = urllib.request.Request(
+        nginx.url + "/api/sign-in", json.dumps({"key": gateway.api_key}).encode()
+    )
+    with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+        assert answer.status == 200
+
+
+def test_websockets_of_browsers_pass_a_trusted_proxy(proxied):
+    gateway, nginx = proxied
+    params = moltis.ConnectParams(
+        role="operator", client_id="page", api_key=gateway.api_key
+    )
+    peer = RawPeer(
+        moltis.websocket_url(nginx.url),
+        headers=[("Origin", nginx.url)],
+        ssl_context=moltis.client_tls(verify=False),
+    )
+    with peer:
+        assert peer.request("connect", params.to_json())["ok"]
+
+
+def test_what_a_stranger_says_of_forwarding_is_not_believed(gateway):
+    key = json.dumps({"key": gateway.api_key}).encode()
+    headers = {
+        "X-Forwarded-For": "203.0.113.7",
+        "X-Forwarded-Proto": "https",
+        "X-Forwarded-Host": "evil.example",
+    }
+    request = urllib.request.Request(gateway.url + "/api/sign-in", key, headers)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert "Secure" not in answer.headers["Set-Cookie"]
+    assert gateway.call("logins.list")[0]["address"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "address"),
+    [
+        ("203.0.113.7", "203.0.113.7"),
+        ("198.51.100.1, 203.0.113.7", "203.0.113.7"),
+        ("203.0.113.7, 10.1.2.3", "203.0.113.7"),
+        ("203.0.113.7, 10.1.2.3, 10.9.9.9", "203.0.113.7"),
+        ("2001:db8::1", "2001:db8::1"),
+        ("::ffff:203.0.113.7", "203.0.113.7"),
+        ("10.1.2.3", "10.1.2.3"),
+        ("unknown", "10.0.0.1"),
+        ("203.0.113.7, unknown", "10.0.0.1"),
+        ("", "10.0.0.1"),
+    ],
+)
+def test_the_client_is_who_the_last_trusted_proxy_heard(forwarded, address):
+    from email.message import Message
+
+    headers = Message()
+    headers["X-Forwarded-For"] = forwarded
+    proxies = moltis.TrustedProxies(["10.0.0.0/8"])
+    request = moltis.HttpRequest("GET", "/", headers, b"", "10.0.0.1", "gateway")
+    assert proxies.see_through(request).address == address
+
+
+def test_a_proxy_that_is_no_network_is_refused():
+    with pytest.raises(moltis.UsageError, match=re.escape("10.0.0.0/8, not nginx")):
+        moltis.TrustedProxies(["nginx"])
