@@ -1415,21 +1415,25 @@ class WebSocketUrl:
     @classmethod
     def parse(cls, url: str) -> WebSocketUrl:
         """Return the parts of `url`; http: and https: will do.  Raises UsageError."""
+        shown = repr(redact(url))
         try:
             parts = urlsplit(url)
             port = parts.port
+            host = parts.hostname or ""
+            if not host.isascii():
+                host = host.encode("idna").decode("ascii")
+            path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
+            query = quote(parts.query, safe="/?%:@!$&'()*+,;=~")
         except ValueError as error:
-            raise UsageError(f"{url!r} is not an address: {error}") from error
+            raise UsageError(f"{shown} is not an address: {error}") from error
         secure = parts.scheme in ("wss", "https")
-        if not (secure or parts.scheme in ("ws", "http")) or not parts.hostname:
+        if not (secure or parts.scheme in ("ws", "http")) or not host:
             raise UsageError(
-                f"{url!r} is not a WebSocket address; write it like ws://host:9090/ws"
+                f"{shown} is not a WebSocket address; write it like ws://host:9090/ws"
             )
-        path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
-        query = quote(parts.query, safe="/?%:@!$&'()*+,;=~")
         return cls(
             secure=secure,
-            host=parts.hostname,
+            host=host,
             port=port or (443 if secure else 80),
             resource=f"{path}?{query}" if query else path,
         )
@@ -1690,7 +1694,8 @@ class WebSocketProtocol:
         """Queue a message.  Raises ConnectionClosed."""
         self._check_open()
         if isinstance(message, str):
-            opcode, payload = Opcode.TEXT, message.encode("utf-8")
+            # Half a surrogate pair, as in names of files, has no UTF-8: sent as "?".
+            opcode, payload = Opcode.TEXT, message.encode("utf-8", "replace")
         else:
             opcode, payload = Opcode.BINARY, bytes(message)
         deflate = self._deflate

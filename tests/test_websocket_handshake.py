@@ -402,6 +402,7 @@ def test_a_server_may_choose_the_parameters_of_compression():
         ("http://h:443/", "h", 443, "/", "h:443"),
         ("ws://[::1]:9090/ws", "::1", 9090, "/ws", "[::1]:9090"),
         ("ws://h/a b/é?x=a b", "h", 80, "/a%20b/%C3%A9?x=a%20b", "h"),
+        ("ws://é.example/", "xn--9ca.example", 80, "/", "xn--9ca.example"),
     ],
 )
 def test_an_address_is_taken_apart(url, host, port, resource, header):
@@ -413,11 +414,23 @@ def test_an_address_is_taken_apart(url, host, port, resource, header):
 
 
 @pytest.mark.parametrize(
-    "url", ["", "gateway:9090", "ftp://h/", "ws://", "ws://h:99999/", "ws://[::1/"]
+    "url",
+    [
+        "",
+        "gateway:9090",
+        "ftp://h/",
+        "ws://",
+        "ws://h:99999/",
+        "ws://[::1/",
+        "ws://h/\udc80",
+        "ws://é..é/",
+        "ws://h:x/mdt_12345678",
+    ],
 )
 def test_what_is_no_address_is_refused_with_what_it_was(url):
-    with pytest.raises(UsageError, match="address"):
+    with pytest.raises(UsageError, match="address") as caught:
         WebSocketUrl.parse(url)
+    assert "12345678" not in str(caught.value)
 
 
 def test_an_address_is_shown_without_what_may_be_secret():

@@ -6,6 +6,8 @@ import os
 import tracemalloc
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moltis import (
     CloseCode,
@@ -93,6 +95,12 @@ def test_a_client_masks_and_a_server_does_not(server, client):
     data = client.outgoing()
     assert data[:2] == b"\x81\x82"
     assert len(data) == 8
+
+
+def test_half_a_surrogate_pair_is_sent_as_a_question_mark(server):
+    """RFC 6455 §8.1: it has no UTF-8, and a file's name may hold one."""
+    server.send("caf\udce9")
+    assert server.outgoing() == b"\x81\x04caf?"
 
 
 def test_anything_like_bytes_can_be_sent(server):
@@ -189,6 +197,42 @@ def test_after_a_failure_nothing_more_is_looked_at(server):
     with pytest.raises(ConnectionClosed) as caught:
         server.send("hi")
     assert caught.value.code == 1002
+
+
+# --- whatever may come -----------------------------------------------------------
+
+FRAMES = st.builds(
+    Frame,
+    st.sampled_from(list(Opcode)),
+    st.one_of(
+        st.binary(max_size=200),
+        st.text(max_size=50).map(str.encode),
+        st.integers(0, 70_000).map(bytes),
+        st.sampled_from([1000, 1001, 3000]).map(encode_close),
+    ),
+    st.booleans(),
+    st.booleans(),
+)
+STREAMS = st.one_of(
+    st.binary(max_size=300),
+    st.lists(FRAMES, max_size=8).map(
+        lambda frames: b"".join(encode_frame(frame, masked=True) for frame in frames)
+    ),
+)
+
+
+def outcome(pieces, deflate):
+    """Return all that a server gives and says to bytes that come in `pieces`."""
+    server = WebSocketProtocol(client=False, deflate=deflate, max_message=100_000)
+    messages = [message for piece in pieces for message in receive_all(server, piece)]
+    return messages, server.outgoing(), server.close_code
+
+
+@settings(deadline=None)
+@given(STREAMS, st.sampled_from([None, DeflateParameters()]), st.integers(1, 5000))
+def test_how_bytes_are_cut_changes_nothing_and_no_bytes_raise(data, deflate, size):
+    pieces = [data[i : i + size] for i in range(0, len(data), size)]
+    assert outcome(pieces, deflate) == outcome([data], deflate)
 
 
 # --- UTF-8 -----------------------------------------------------------------------
