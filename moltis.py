@@ -823,7 +823,7 @@ MAX_CONTROL_PAYLOAD = 125  # bytes; RFC 6455 §5.5
 DEFLATE_EXPANSION = 64  # at most one byte more in so many
 DEFLATE_WINDOW_BITS = 12  # 4 KiB; with memLevel 5 a compressor costs 32 KiB, not 256
 DEFLATE_MEMORY_LEVEL = 5
-DEFLATE_LEVEL = 1  # thrice as fast as the usual 6 on command output, 10 % longer
+DEFLATE_LEVEL = 1  # 1.5 times as fast as 6 on command output, which gets 1.2 as long
 DEFLATE_TAIL = b"\x00\x00\xff\xff"  # RFC 7692 §7.2.1
 MASK_SHORT = 1024  # bytes, from which on masking is done in another way
 MASK_STRIDE = 64 * 1024  # bytes; small enough to stay in a processor's cache
@@ -1868,7 +1868,7 @@ class PlainChannel:
             return 0
 
     def end_writing(self) -> None:
-        """Tell the peer, once, that nothing more comes."""
+        """Tell the peer that nothing more comes; again does no harm."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
 
