@@ -7047,7 +7047,7 @@ class _CollectedRun(_StreamedRun):
 PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LIMITED")
 
 # Hears whether the node is connected now, and if not, why.
-NodeStateHandler = Callable[[bool, Optional[str]], None]
+NodeStateHandler = Callable[[bool, Optional[UserError]], None]
 
 
 # Bytes; all windows of the commands that run, and the output that is kept of others,
@@ -7280,21 +7280,21 @@ class NodeAgent:
             except UserError as error:
                 if give_up_when_refused and isinstance(error, Refused):
                     raise
-                problem = str(error)
+                problem = error
             except Exception as error:
                 # Whatever it is, a node that ended would be out of reach for good.
                 log.exception("could not connect")
-                problem = f"could not connect: {error}"
+                problem = UserError(f"could not connect: {error}")
             else:
                 last_problem = ""
                 problem = self._serve(link, ws)
             if self._stopped.is_set():
                 return
             pause = self._backoff.next()
-            if problem != last_problem:
+            if str(problem) != last_problem:
                 log.warning("%s; trying again every minute or sooner", problem)
                 self._on_state(False, problem)
-            last_problem = problem
+            last_problem = str(problem)
             self._stopped.wait(pause)
 
     def close(self) -> None:
@@ -7378,7 +7378,7 @@ class NodeAgent:
         scram.verify(server_final)
         return hello
 
-    def _serve(self, link: GatewayLink, ws: WebSocket) -> str:
+    def _serve(self, link: GatewayLink, ws: WebSocket) -> UserError:
         """Serve one connection to its end; return why it ended."""
         self._serving = (link, ws)
         self._backoff.reset()
@@ -7402,7 +7402,7 @@ class NodeAgent:
             self._serving = None
             ws.abort()
         link.close(ConnectionClosed(CloseCode.GOING_AWAY))
-        return problem
+        return Unreachable(problem)
 
     def _receive(self, link: GatewayLink, ws: WebSocket) -> None:
         """Handle what arrives until a clean close; report and ping in between.
@@ -7685,6 +7685,7 @@ class NodeState:
     connected: bool
     since: float  # s since 1970; when `connected` became what it is
     error: str | None = None  # why it is not connected, one sentence
+    refused: bool = False  # the gateway turned it away: another credential is needed
 
     FILE = "node-state.json"
 
@@ -7704,6 +7705,7 @@ class NodeState:
                 connected=required(value, "connected", bool),
                 since=required(value, "since", float),
                 error=optional(value, "error", str),
+                refused=optional(value, "refused", bool) or False,
             )
         except RpcError as error:
             raise BadConfiguration(f"{path}: {error.message}") from error
@@ -7732,13 +7734,14 @@ def _process_runs(pid: int) -> bool:
 
 
 def wait_until_connected(directory: Path, deadline: Deadline) -> NodeState | None:
-    """Return the node's state once it is connected, or the last one in time.
+    """Return the node's state once it is connected or refused, or the last in time.
 
     Raises BadConfiguration.
     """
     while True:
         state = NodeState.load(directory)
-        if (state is not None and state.connected) or deadline.expired:
+        settled = state is not None and (state.connected or state.refused)
+        if settled or deadline.expired:
             return state
         time.sleep(0.1)
 
@@ -20489,13 +20492,25 @@ def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, st
             " start one with `moltis gateway`, or name it with --host"
         )
     url = given or (file.url if file else "")
-    key = key or (file.api_key if file else "")
+    if not key and file is not None and is_own_gateway(url, file):
+        key = file.api_key
     if not key:
         raise Refused(
             f"{url} wants an operator key; give it with MOLTIS_API_KEY "
             "(it is in gateway.json on the gateway's machine)"
         )
     return url, key
+
+
+def is_own_gateway(url: str, file: GatewayFile) -> bool:
+    """Return whether `url` is the gateway of gateway.json, by whichever address.
+
+    Its key must not go to anybody else.
+    """
+    wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
+    if (wanted.scheme, wanted.port) != (own.scheme, own.port):
+        return False
+    return wanted.hostname in {own.hostname, *host_names(), *host_addresses()}
 
 
 def operator_client(args: argparse.Namespace, context: Context) -> OperatorClient:
@@ -21047,7 +21062,7 @@ def model_lender(environ: Mapping[str, str]) -> ModelLender:
     return ModelLender(ModelCatalog(make_providers(environ, entered)))
 
 
-def _ignore_state(_connected: bool, _error: str | None) -> None: ...
+def _ignore_state(_connected: bool, _problem: UserError | None) -> None: ...
 
 
 def start_demo_node(context: Context, gateway: RunningGateway) -> RunningNode:
@@ -21252,7 +21267,8 @@ def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> i
     if state is not None and state.connected:
         return EXIT_OK
     reason = state.error if state and state.error else last_log_line(directory)
-    raise Unreachable(f"the service runs, but is not connected yet: {reason}")
+    kind = Refused if state is not None and state.refused else Unreachable
+    raise kind(f"the service runs, but is not connected yet: {reason}")
 
 
 def warn_about_plain_text(url: str, output: Output) -> None:
@@ -21269,9 +21285,15 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
     """Be a node until SIGTERM or Ctrl+C; `directory` gets its state and log."""
     stop = StopSignal()
 
-    def on_state(connected: bool, error: str | None) -> None:
+    def on_state(connected: bool, problem: UserError | None) -> None:
         if directory is not None:
-            state = NodeState(os.getpid(), connected, time.time(), error)
+            state = NodeState(
+                os.getpid(),
+                connected,
+                time.time(),
+                None if problem is None else str(problem),
+                isinstance(problem, Refused),
+            )
             try:
                 state.save(directory)
             except BadConfiguration as problem:  # a full disk does not end a node

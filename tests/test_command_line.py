@@ -63,6 +63,20 @@ def test_another_gateway_wants_a_key(home):
         address(home, "http://other")
 
 
+def test_the_key_of_gateway_json_goes_to_that_gateway_only(home):
+    file = moltis.GatewayFile("http://127.0.0.1:9090", "mk_file", 1)
+    file.save(home / ".moltis")
+    for own in ("http://127.0.0.1:9090", "ws://localhost:9090/ws", "127.0.0.1:9090"):
+        assert address(home, own) == (own, "mk_file")
+    for foreign in (
+        "http://evil:9090",
+        "http://127.0.0.1:9091",
+        "https://localhost:9090",
+    ):
+        with pytest.raises(moltis.Refused, match="wants an operator key"):
+            address(home, foreign)
+
+
 # -- node add ------------------------------------------------------------------
 
 
