@@ -250,6 +250,7 @@ def test_one_command_alone_is_printed_as_it_comes():
 def test_a_result_has_an_exit_status_that_never_looks_like_success(result, status):
     execution = moltis.Execution.__new__(moltis.Execution)
     execution._output = moltis.Output({})
+    execution._cancelled, execution._broken_pipe = True, False
     command = argparse.Namespace(name="pi")
     assert execution._status_of(moltis.RemoteEnd(command, result)) == status
 

@@ -398,7 +398,9 @@ def test_a_node_that_wants_proof_names_the_way_to_a_moltis_gateway():
     with MoltisGateway() as gateway:
         said = []
         settings = moltis.NodeSettings(gateway.url, TOKEN, "n", "n")
-        node = moltis.RunningNode(settings, {}, lambda _, error: said.append(error))
+        node = moltis.RunningNode(
+            settings, {}, lambda _, error: said.append(str(error))
+        )
         wait_for(lambda: said, what="a reason")
         node.close()
     assert "--auth bearer" in said[0]
@@ -434,7 +436,7 @@ def test_a_refusal_says_why_and_the_node_keeps_trying(tmp_path, code, message):
             gateway.url, TOKEN, "node-1", "Far", auth="bearer"
         )
         node = moltis.RunningNode(
-            settings, {"PATH": "/bin"}, lambda connected, error: said.append(error)
+            settings, {"PATH": "/bin"}, lambda connected, error: said.append(str(error))
         )
         for _ in range(2):
             gateway.connects.get(timeout=20)
@@ -552,7 +554,7 @@ def test_it_says_in_one_line_why_it_cannot_connect(gateway, url, words):
     settings = moltis.NodeSettings(
         url.format(port=free_port(), plain=plain), TOKEN, "n", "n"
     )
-    node = moltis.RunningNode(settings, {}, lambda _, error: said.append(error))
+    node = moltis.RunningNode(settings, {}, lambda _, error: said.append(str(error)))
     wait_for(lambda: said, what="a reason")
     node.close()
     assert words in said[0]
