@@ -726,6 +726,7 @@ class NodeSettings:
     timeout: float | None = None  # s; a maximum that no caller exceeds
     auth: str = "scram"  # or "bearer", for Moltis gateways
     lends_models: bool = True  # to the gateway: its Ollama, providers it has keys for
+    allow: Sequence[str] = ()  # patterns of the only commands; none: any
 
     FILE = "node.json"
 
@@ -740,6 +741,10 @@ class NodeSettings:
         if value is None:
             return None
         lends_models = _settings_field(path, value, "llm", bool)
+        allow = _settings_field(path, value, "allow", list) or []
+        # A guard that cannot be read must not be taken for none.
+        if not all(isinstance(pattern, str) for pattern in allow):
+            raise BadConfiguration(f"{path}: allow must hold strings only")
         texts = {}
         for name in ("gateway_url", "device_token", "node_id", "display_name"):
             text = _settings_field(path, value, name, str)
@@ -752,6 +757,7 @@ class NodeSettings:
             timeout=_settings_field(path, value, "timeout", float),
             auth=_settings_field(path, value, "auth", str) or "scram",
             lends_models=lends_models is not False,
+            allow=tuple(allow),
         )
 
     def save(self, directory: Path) -> None:
@@ -765,6 +771,7 @@ class NodeSettings:
             "timeout": self.timeout,
             "auth": self.auth,
             "llm": self.lends_models,
+            "allow": list(self.allow) or None,
         }
         text = json.dumps({k: v for k, v in value.items() if v is not None}, indent=2)
         write_private(directory / self.FILE, (text + "\n").encode("utf-8"))
@@ -6771,6 +6778,64 @@ class ModelLender:
             del self._work[invoke_id]
 
 
+# What makes one command line run more than one command, or write files: two marks of
+# `$(` each, so that neither half of it may come from a wildcard.
+SHELL_MARKS = re.compile(r"[;&|`<>\n\r]|\$(?=\()|(?<=\$)\(")
+PATTERN_UNIT = re.compile(r"\[!?\]?[^]]*\]|.", re.DOTALL)
+
+
+class AllowedCommands:
+    """The command lines that the owner of this machine lets anybody run.
+
+    Shell patterns (`*`, `?`, `[…]`) on the whole line, whose wildcards stand for no
+    mark with which the shell would go on to another command or to a file: a pattern
+    that means one has to spell it.
+    """
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self._patterns = [PATTERN_UNIT.findall(pattern) for pattern in patterns]
+
+    def check(self, command: str) -> None:
+        """Return where the command may run.  Raises RpcError FORBIDDEN."""
+        marks = {match.start() for match in SHELL_MARKS.finditer(command)}
+        if not any(_fits(pattern, command, marks) for pattern in self._patterns):
+            raise RpcError(
+                "FORBIDDEN",
+                "this machine's owner does not allow that command; what is allowed "
+                "was said there with `moltis node add --allow`",
+            )
+
+
+def _fits(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
+    """Return whether a pattern in its units describes `text`.
+
+    It takes no longer than one length times the other, whatever a stranger sends.
+    """
+    place = at = 0
+    star: tuple[int, int] | None = None  # behind the last `*`, and what follows it
+    while at < len(text):
+        unit = pattern[place] if place < len(pattern) else ""
+        if unit == "*":
+            place += 1
+            star = (place, at)
+        elif _unit_fits(unit, text[at], at in marks):
+            place, at = place + 1, at + 1
+        elif star is not None and star[1] not in marks:
+            star = (star[0], star[1] + 1)  # the `*` takes one character more
+            place, at = star
+        else:
+            return False
+    return all(unit == "*" for unit in pattern[place:])
+
+
+def _unit_fits(unit: str, character: str, is_mark: bool) -> bool:
+    if len(unit) > 1:
+        import fnmatch
+
+        return not is_mark and fnmatch.fnmatchcase(character, unit)
+    return unit == character or (unit == "?" and not is_mark)
+
+
 class Machine:
     """Invocations carried out on this computer."""
 
@@ -6779,8 +6844,10 @@ class Machine:
         runner: CommandRunner,
         inventory: Inventory,
         lender: ModelLender | None = None,  # None: its models are its own affair
+        allowed: AllowedCommands | None = None,  # None: all are
     ) -> None:
         self._runner = runner
+        self._allowed = allowed
         self._inventory = inventory
         self._lender = lender
         self._lock = threading.Lock()  # guards _peer and _results
@@ -6964,6 +7031,8 @@ class Machine:
             result = self._results.get(invoke_id)
         if result is not None:
             return result  # asked again: answered, not run again
+        if self._allowed is not None:
+            self._allowed.check(spec.command)
         job = (_StreamedRun if streams else _CollectedRun)(self, invoke_id)
         self._runner.start(
             invoke_id,
@@ -21025,6 +21094,7 @@ class RunningNode:
             ),
             self._inventory,
             self.lender,
+            AllowedCommands(settings.allow) if settings.allow else None,
         )
         telemetry = TelemetrySource(choose_probe(environ), self._inventory)
         agent = self._agent = NodeAgent(settings, machine, telemetry, on_state)
@@ -21114,6 +21184,13 @@ def add_node_add(subcommands: Subcommands) -> None:
         help="do not lend this machine's language models to the gateway",
     )
     parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="run only commands like this, whoever asks; may come more than once",
+    )
+    parser.add_argument(
         "--foreground", action="store_true", help="run here until Ctrl+C, keep nothing"
     )
     parser.set_defaults(run=cmd_node_add)
@@ -21124,6 +21201,7 @@ def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
     offer = join_offer(args, trust, context.environ)
     settings = node_settings(args, offer, context)
     warn_about_plain_text(settings.gateway_url, context.output)
+    warn_about_root(settings, context.output)
     if args.foreground:
         return run_node(settings, context, None)
     if trust == TlsTrust():
@@ -21162,8 +21240,10 @@ def node_settings(
         display_name=args.name or offer.get("display_name") or socket.gethostname(),
         working_dir=working_dir,
         timeout=args.timeout,
-        auth=args.auth or offer.get("auth") or "scram",
+        # The offer has no say here: what it came over may be somebody else's.
+        auth=args.auth or "scram",
         lends_models=not args.no_llm,
+        allow=args.allow,
     )
 
 
@@ -21262,6 +21342,8 @@ def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> i
     output.answer(f"Name:     {settings.display_name}")
     output.answer(f"Node id:  {settings.node_id}")
     output.answer(f"Gateway:  {settings.gateway_url}")
+    for pattern in settings.allow:
+        output.answer(f"Allows:   {pattern}")
     output.answer(f"Service:  {service.status().state}")
     output.answer(f"Log:      {spec.log}")
     if state is not None and state.connected:
@@ -21278,6 +21360,15 @@ def warn_about_plain_text(url: str, output: Output) -> None:
         output.say(
             f"warning: {url} is not encrypted: who listens on the way reads commands, "
             "output and operator keys; start the gateway with --tls, then use wss://"
+        )
+
+
+def warn_about_root(settings: NodeSettings, output: Output) -> None:
+    if os.geteuid() == 0 and not settings.allow:
+        output.say(
+            "warning: this node runs as root, so whoever may run commands at the "
+            "gateway is root here; to use another account, log in as that user and "
+            "run `node add` there, or say what may be run with --allow"
         )
 
 
@@ -21397,6 +21488,7 @@ def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
         "name": settings.display_name if settings else None,
         "nodeId": settings.node_id if settings else None,
         "gateway": settings.gateway_url if settings else None,
+        "allow": list(settings.allow) if settings else None,
         "service": status.state if status else "no service manager",
         "pid": state.pid if state else (status.pid if status else None),
         "connected": connected,
@@ -21418,6 +21510,8 @@ def status_lines(value: JsonObject) -> Iterator[str]:
     yield f"Name:       {value['name']}"
     yield f"Node id:    {value['nodeId']}"
     yield f"Gateway:    {value['gateway']}"
+    for pattern in value["allow"]:
+        yield f"Allows:     {pattern}"
     pid = f", process {value['pid']}" if value["pid"] else ""
     yield f"Service:    {value['service']}{pid}"
     since = f" since {format_time(value['since'])}" if value["since"] else ""

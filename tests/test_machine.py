@@ -228,3 +228,93 @@ def test_the_platform_has_moltis_name(monkeypatch):
     for ours, theirs in names.items():
         monkeypatch.setattr(moltis.sys, "platform", ours)
         assert moltis.platform_name() == theirs
+
+
+# -- the owner's own guard -------------------------------------------------------------
+
+
+def is_allowed(command, *patterns):
+    try:
+        moltis.AllowedCommands(patterns).check(command)
+    except moltis.RpcError as error:
+        assert error.code == "FORBIDDEN"
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("pattern", "command"),
+    [
+        ("uptime", "uptime"),
+        ("systemctl status *", "systemctl status nginx"),
+        ("systemctl status *", "systemctl status "),
+        ("*", "anything at all"),
+        ("ls ?", "ls x"),
+        ("ls [a-c]*", "ls banana"),
+        ("ls [!a-c]*", "ls $HOME"),
+        ("echo [*]", "echo *"),
+        ("a*b*c", "a b b c c"),
+        ("* | tail -1", "df -h / | tail -1"),
+        ("echo $(date) *", "echo $(date) now"),
+        ("make -j? 2>&1", "make -j4 2>&1"),
+        ("one; two", "one; two"),
+    ],
+)
+def test_what_the_owner_allows_may_run(pattern, command):
+    assert is_allowed(command, "nothing else", pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "command"),
+    [
+        ("uptime", "uptime -p"),
+        ("uptime", " uptime"),
+        ("uptime", "Uptime"),
+        ("ls ?", "ls xx"),
+        ("systemctl status *", "systemctl status; reboot"),
+        ("systemctl status *", "systemctl status x; reboot"),
+        ("systemctl status *", "systemctl status x && reboot"),
+        ("systemctl status *", "systemctl status x & reboot"),
+        ("systemctl status *", "systemctl status x | sh"),
+        ("systemctl status *", "systemctl status `reboot`"),
+        ("systemctl status *", "systemctl status $(reboot)"),
+        ("systemctl status *", "systemctl status x\nreboot"),
+        ("systemctl status *", "systemctl status x\rreboot"),
+        ("systemctl status *", "systemctl status x > /etc/passwd"),
+        ("systemctl status *", "systemctl status < /etc/shadow"),
+        ("*", "a;b"),
+        ("ls ?", "ls ;"),
+        ("ls [!a]", "ls ;"),
+        ("* | tail -1", "a | b | tail -1"),
+        ("one; *", "one; two; three"),
+        # Neither half of `$(` may come from a wildcard.
+        ("echo $*", "echo $(reboot)"),
+        ("echo *(x)", "echo $(x)"),
+        ("echo ?(x)", "echo $(x)"),
+        ("", "x"),
+    ],
+)
+def test_what_the_owner_does_not_spell_may_not_run(pattern, command):
+    assert not is_allowed(command, pattern)
+
+
+def test_a_hostile_line_cannot_make_the_guard_think_for_long():
+    assert not is_allowed("a" * 2000 + "!", "*a" * 30 + "b")
+
+
+def test_a_guarded_machine_says_no_and_runs_nothing(machine, tmp_path):
+    peer = RecordingPeer()
+    inventory = moltis.Inventory(ENVIRON)
+    runner = moltis.CommandRunner(environ=ENVIRON, working_dir=str(tmp_path))
+    allowed = moltis.AllowedCommands(["echo *"])
+    guarded = moltis.Machine(runner, inventory, allowed=allowed)
+    guarded.attach(peer)
+    try:
+        for stream in (False, True):
+            refused = run(guarded, f"touch {tmp_path}/ran", stream=stream)
+            assert "does not allow" in peer.wait(refused)["error"]
+        assert peer.wait(run(guarded, "echo yes"))["stdout"] == "yes\n"
+    finally:
+        guarded.close()
+        inventory.close()
+    assert not (tmp_path / "ran").exists()

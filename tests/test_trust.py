@@ -636,3 +636,66 @@ def test_the_audit_is_kept_as_long_as_was_said(tmp_path):
             audit.add(moltis.AuditEntry(at, "key.created", "me", "", "a key"))
         gateway.running.keep_house()
         assert [entry.at for entry in audit.page()] == [now]
+
+
+# -- a node's own guard ----------------------------------------------------------------
+
+
+def test_a_node_runs_only_what_its_owner_allows(plain, tmp_path):
+    with plain.node("far", allow=("echo *",)):
+        run = {"nodeId": "far", "command": "system.run"}
+        refused = plain.call(
+            "node.invoke", **run, args={"command": f"touch {tmp_path}/x"}
+        )
+        assert "does not allow" in refused["error"]
+        allowed = plain.call("node.invoke", **run, args={"command": "echo yes"})
+        assert allowed["stdout"] == "yes\n"
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_guard_is_kept_in_node_json_and_never_taken_for_none(tmp_path):
+    settings = moltis.NodeSettings("ws://g/ws", "mdt_t", "id", "pi", allow=("echo *",))
+    settings.save(tmp_path)
+    assert moltis.NodeSettings.load(tmp_path) == settings
+    path = tmp_path / "node.json"
+    for broken in ('"echo *"', "[1]", "{}"):
+        path.write_text(
+            re.sub(r'"allow": \[[^]]*\]', f'"allow": {broken}', path.read_text())
+        )
+        with pytest.raises(moltis.BadConfiguration, match="allow must"):
+            moltis.NodeSettings.load(tmp_path)
+        settings.save(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is warned")
+def test_root_is_told_what_it_means_to_be_a_node(home):
+    home.mkdir(exist_ok=True)
+    arguments = ("--host", "ws://127.0.0.1:1/ws", "--token", "mdt_x", "--foreground")
+    with Program("node", "add", *arguments, home=home) as node:
+        node.wait_for_output("whoever may run commands at the gateway is root here")
+
+
+def test_an_offer_cannot_talk_a_node_into_sending_its_token(home, plain):
+    """What came over plain http may be somebody else's."""
+    home.mkdir(exist_ok=True)
+    offer = {"gateway_url": plain.websocket_url, "device_token": plain.token("far")}
+    with Relay(plain.running.port) as relay:
+        offer["gateway_url"] = f"ws://127.0.0.1:{relay.port}/ws"
+        path = home / "offer.json"
+        path.write_text(json.dumps({**offer, "auth": "bearer"}))
+        line = f"'{moltis.sys.executable}' '{moltis.__file__}' node add --foreground"
+        with open(path) as stdin, subprocess.Popen(
+            ["sh", "-c", f"exec {line}"],
+            stdin=stdin,
+            stderr=subprocess.DEVNULL,
+            env={"HOME": str(home), "PATH": os.environ["PATH"]},
+        ) as process:
+            wait_for(
+                lambda: any(
+                    n["displayName"] != "Local" and n["connected"]
+                    for n in plain.call("node.list")
+                ),
+                what="the node",
+            )
+            process.terminate()
+        assert offer["device_token"].encode() not in unmasked(relay.heard)
