@@ -16081,8 +16081,7 @@ WEB_HTML = r"""<!doctype html>
 <script type="module" src="/app.js"></script>
 </head>
 <body>
-<noscript><p class="lone">moltis needs JavaScript, and loads it from this gateway
-only.</p></noscript>
+<noscript><p class="lone">moltis needs JavaScript.</p></noscript>
 
 <svg hidden>
 <symbol id="i-mark" viewBox="0 0 32 32"><path d="M16 16 8 9m8 7 8-7m-8 7v9"/>
@@ -16104,6 +16103,9 @@ only.</p></noscript>
  13.5h1"/>
 <path id="i-list" d="m3 5 3 2.5L3 10M9 10h8M3 15h14"/>
 <path id="i-out" d="M8 4H4v12h4M9 10h8m-3-3 3 3-3 3"/>
+<path id="i-chip"
+ d="M6 6h8v8H6zM8 6V3m4 3V3M8 17v-3m4 3v-3M6 8H3m3 4H3m14-4h-3m3 4h-3"/>
+<path id="i-key" d="M12.5 10.5a3.5 3.5 0 1 0-3-3L4 13v3h3v-2h2v-2z"/>
 <path id="i-warn" d="M10 3 2.5 16.5h15zM10 8v4m0 2v.5"/>
 </svg>
 <template id="icon"><svg class="icon" viewBox="0 0 20 20" aria-hidden="true"><use/>
@@ -16151,6 +16153,8 @@ by the account that runs it:</p>
 <li><a id="to-nodes" href="/settings/nodes" data-icon="node">Nodes <span
  id="node-count" class="count"></span></a></li>
 <li><a id="to-commands" href="/settings/commands" data-icon="list">Commands</a></li>
+<li><a id="to-models" href="/settings/models" data-icon="chip">Models</a></li>
+<li><a id="to-access" href="/settings/access" data-icon="key">Access</a></li>
 <li><button id="sign-out" class="bare" data-icon="out">Sign out</button>
 </li>
 </ul>
@@ -16210,9 +16214,7 @@ by the account that runs it:</p>
 </section>
 
 <section id="nodes" class="settings" aria-labelledby="nodes-title" hidden>
-<header class="bar"><button class="bare phone menu"
- aria-label="Open menu" data-icon="menu"></button>
-<h1 id="nodes-title">Nodes</h1>
+<header class="bar"><h1 id="nodes-title">Nodes</h1>
 <button id="new-token" class="button main"
  data-icon="plus">Generate Token</button></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Machines">
@@ -16226,9 +16228,9 @@ by the account that runs it:</p>
 </section>
 
 <section id="commands" class="settings" aria-labelledby="commands-title" hidden>
-<header class="bar"><button class="bare phone menu"
- aria-label="Open menu" data-icon="menu"></button>
-<h1 id="commands-title">Commands</h1>
+<header class="bar"><h1 id="commands-title">Commands</h1>
+<a class="bare" href="/api/audit.csv" download title="Download all as CSV"
+ aria-label="Download all as CSV" data-icon="save"></a>
 <div class="filters"><label>Node <select id="filter-node"></select></label>
 <label>Result <select id="filter-state"></select></label></div></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Commands that were run">
@@ -16238,6 +16240,35 @@ by the account that runs it:</p>
 </tr></thead><tbody id="audit-rows"></tbody></table>
 <p id="audit-empty" class="lead" hidden>No command matches.</p>
 <button id="audit-older" class="button small" hidden>Show older</button>
+</div>
+</section>
+<section id="models" class="settings" aria-labelledby="models-title" hidden>
+<header class="bar"><h1 id="models-title">Models</h1></header>
+<div class="scroll" tabindex="0" role="region" aria-label="Providers">
+<p class="lead">Every Ollama on a machine of yours is found by itself, and so is each
+provider whose key the gateway or a node has in its environment. A key that is entered
+here is never shown again.</p>
+<div id="providers"></div>
+<form id="model-form"><h2>A model that no list has</h2>
+<div class="inline"><input id="model-name" required placeholder="openai/gpt-5-mini"
+ aria-label="Provider and name of the model" autocomplete="off">
+<button class="button">Use in the chat</button></div></form>
+</div>
+</section>
+
+<section id="access" class="settings" aria-labelledby="access-title" hidden>
+<header class="bar"><h1 id="access-title">Access</h1></header>
+<div class="scroll" tabindex="0" role="region" aria-label="Keys and sign-ins">
+<h2>Keys</h2>
+<p class="lead">For scripts, and for people: each may do what its scopes say.</p>
+<ul id="keys" class="rows"></ul>
+<form id="key-form"><div class="inline"><input id="key-name" required maxlength="100"
+ placeholder="ci" aria-label="Name of the new key" autocomplete="off">
+<button class="button">Create key</button></div>
+<fieldset id="key-scopes" aria-label="Scopes"></fieldset>
+<div id="key-made"></div></form>
+<h2>Sign-ins</h2>
+<ul id="logins" class="rows"></ul>
 </div>
 </section>
 </main>
@@ -16281,411 +16312,404 @@ by the account that runs it:</p>
 """
 
 WEB_CSS = r"""/* Colours first, by role; then the pieces from small to large. */
-:root { color-scheme: light dark; --paper: #faf9f6; --surface: #fff; --sunken: #f2f0eb;
-  --line: #e3e0d9; --ink: #1d1f21; --soft: #595e64; --accent: #0b6e5f;
-  --on-accent: #fff; --tint: #e3f0ed; --ok: #1a7444; --bad: #b3261e; --wait: #835400;
-  --bad-tint: #fbeae8; --wait-tint: #fbf1dd; --shade: 0 8px 30px rgb(30 25 15 / .14);
-  --screen: #16191d; --screen-ink: #dde2e7; --screen-soft: #98a2ad; --sans: system-ui,
-  -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; --mono: ui-monospace,
-  "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #151719; --surface: #1c1f22; --sunken: #101214; --line: #2d3135;
-    --ink: #e6e7e5; --soft: #a0a6ad; --accent: #55c7b1; --on-accent: #06201b;
-    --tint: #1b3531; --ok: #62c98f; --bad: #ff8f85; --wait: #e3b35a;
-    --bad-tint: #3a2020; --wait-tint: #362b15; --shade: 0 8px 30px rgb(0 0 0 / .5);
-    --screen: #0d0f11; }
+:root { color-scheme:light dark; --paper:#faf9f6; --surface:#fff; --sunken:#f2f0eb;
+  --line:#e3e0d9; --ink:#1d1f21; --soft:#595e64; --accent:#0b6e5f; --on-accent:#fff;
+  --tint:#e3f0ed; --ok:#1a7444; --bad:#b3261e; --wait:#835400; --bad-tint:#fbeae8;
+  --wait-tint:#fbf1dd; --hover:color-mix(in srgb, var(--ink) 7%, transparent);
+  --rule:1px solid var(--line); --shade:0 8px 30px rgb(30 25 15 / .14);
+  --screen:#16191d; --screen-ink:#dde2e7; --screen-soft:#98a2ad; --sans:system-ui,
+  -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; --mono:ui-monospace,
+  "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace }
+@media (prefers-color-scheme:dark) {
+  :root { --paper:#151719; --surface:#1c1f22; --sunken:#101214; --line:#2d3135;
+    --ink:#e6e7e5; --soft:#a0a6ad; --accent:#55c7b1; --on-accent:#06201b;
+    --tint:#1b3531; --ok:#62c98f; --bad:#ff8f85; --wait:#e3b35a; --bad-tint:#3a2020;
+    --wait-tint:#362b15; --shade:0 8px 30px rgb(0 0 0 / .5); --screen:#0d0f11 }
 }
-*, ::before, ::after { box-sizing: border-box; }
-[hidden] { display: none !important; }
-html, body { height: 100%; margin: 0; }
-body { background: var(--paper); color: var(--ink); font: 15px/1.55 var(--sans);
-  -webkit-text-size-adjust: 100%; overflow-wrap: break-word; }
-h1, h2, h3, p, ul, ol, dl, dd, pre, figure { margin: 0; padding: 0; }
-ul { list-style: none; }
-h1 { font-size: 17px; font-weight: 620; letter-spacing: -.01em; }
-h2 { font-size: 16px; font-weight: 620; letter-spacing: -.01em; }
-a { color: var(--accent); text-underline-offset: 3px; text-decoration-thickness: 1px; }
-code, pre, .mono { font-family: var(--mono); font-size: .88em; }
-button, input, select, textarea { font: inherit; color: inherit;
-  letter-spacing: inherit; }
-button, summary, select { cursor: pointer; }
-button:disabled { opacity: .5; cursor: default; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-#page:focus, h2:focus { outline: none; }
-::selection { background: color-mix(in srgb, var(--accent) 30%, transparent); }
-.unseen { position: fixed; left: -9999px; width: 1px; height: 1px; overflow: hidden; }
-.skip { position: fixed; left: 12px; top: -60px; z-index: 9; padding: 8px 14px;
-  background: var(--surface); border-radius: 8px; }
-.skip:focus { top: 12px; box-shadow: var(--shade); }
+*, ::before, ::after { box-sizing:border-box }
+[hidden] { display:none !important }
+html, body { height:100%; margin:0 }
+body { background:var(--paper); color:var(--ink); font:15px/1.55 var(--sans);
+  -webkit-text-size-adjust:100%; overflow-wrap:break-word }
+h1, h2, h3, p, ul, ol, dl, dd, pre, figure { margin:0; padding:0 }
+ul { list-style:none }
+h1 { font-size:17px; font-weight:620; letter-spacing:-.01em }
+h2 { font-size:16px; font-weight:620; letter-spacing:-.01em }
+a { color:var(--accent); text-underline-offset:3px; text-decoration-thickness:1px }
+code, pre, .mono { font-family:var(--mono); font-size:.88em }
+button, input, select, textarea { font:inherit; color:inherit; letter-spacing:inherit }
+button, summary, select { cursor:pointer }
+button:disabled { opacity:.5; cursor:default }
+:focus-visible { outline:2px solid var(--accent); outline-offset:2px }
+:is(#transcript, .screen, .scroll):focus-visible { outline-offset:-3px }
+#page:focus, h2:focus { outline:none }
+.unseen { position:fixed; left:-9999px; width:1px; height:1px; overflow:hidden }
+.skip { position:fixed; left:12px; top:-60px; z-index:9; padding:8px 14px;
+  background:var(--surface); border-radius:8px }
+.skip:focus { top:12px; box-shadow:var(--shade) }
 
 /* small pieces */
+.sheet, dialog, .card, .choices, .command, .field, .pick, .round {
+  background:var(--surface); border:var(--rule) }
 .bar h1, .where, #prompt, .running code, .pick-label, .node h2, #sessions .name,
-  #sessions .detail, #audit .what { overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; }
-.icon { width: 18px; height: 18px; flex: none; fill: none; stroke: currentColor;
-  stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
-.mark { width: 24px; height: 24px; flex: none; color: var(--accent); fill: none;
-  stroke: currentColor; stroke-width: 2.2; }
-.button, .bare { display: inline-flex; align-items: center; justify-content: center;
-  gap: 6px; border: 1px solid var(--line); border-radius: 9px; padding: 6px 13px;
-  background: var(--surface); text-decoration: none; white-space: nowrap; }
-.button { min-height: 36px; font-weight: 520; }
-.button:hover { background: var(--sunken); }
-.button.main, .round.main { background: var(--accent); border-color: transparent;
-  color: var(--on-accent); }
-.button.main:hover, .round.main:hover { filter: brightness(1.08); }
-.button.danger { background: var(--bad); border-color: transparent; color: var(--paper);
-  }
-.button.small { min-height: 30px; padding: 3px 10px; font-size: 13px;
-  border-radius: 8px; }
-.button.small .icon { width: 15px; height: 15px; }
-.button.wide { width: 100%; }
-.bare { border-color: transparent; background: none; padding: 0; min-width: 30px;
-  min-height: 30px; color: var(--soft); border-radius: 8px; }
-.bare:hover { background: color-mix(in srgb, var(--ink) 8%, transparent);
-  color: var(--ink); }
-.link { border: 0; background: none; padding: 0; color: inherit;
-  text-decoration: underline; text-underline-offset: 3px; }
-input, textarea, select { border: 1px solid var(--line); border-radius: 9px;
-  background: var(--surface); padding: 7px 11px; min-width: 0; }
-input::placeholder, textarea::placeholder { color: var(--soft); opacity: 1; }
-.edit { width: 100%; padding: 1px 6px; border-radius: 6px; font: inherit; }
-.bad { color: var(--bad); }
-p.bad:empty { display: none; }
-.warn { display: flex; gap: 9px; padding: 9px 12px; border-radius: 9px; font-size: 14px;
-  background: var(--wait-tint); color: var(--wait); }
-.dot { display: inline-block; width: 9px; height: 9px; flex: none; border-radius: 50%;
-  background: var(--soft); }
-.dot.on, .dot.ok { background: var(--ok); }
-.dot.bad { background: var(--bad); }
-.dot.off { background: none; border: 2px solid var(--soft); }
-.dot.wait { background: var(--wait); }
-.dot.run { background: var(--accent); animation: pulse 1.6s ease-in-out infinite; }
-@keyframes pulse { 50% { opacity: .3; } }
-.tools { display: inline-flex; gap: 2px; margin-left: auto; }
-.actions { display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 10px;
-  margin-top: 20px; }
-.chip { display: inline-block; padding: 1px 8px; margin: 0 5px 5px 0;
-  border-radius: 6px; background: var(--sunken); font-size: 13px; }
+  #sessions .detail, #audit .what { overflow:hidden; text-overflow:ellipsis;
+  white-space:nowrap }
+.icon { width:18px; height:18px; flex:none; fill:none; stroke:currentColor;
+  stroke-width:1.5; stroke-linecap:round; stroke-linejoin:round }
+.mark { width:24px; height:24px; flex:none; color:var(--accent); fill:none;
+  stroke:currentColor; stroke-width:2.2 }
+.button, .bare { display:inline-flex; align-items:center; justify-content:center;
+  gap:6px; border:var(--rule); border-radius:9px; padding:6px 13px;
+  background:var(--surface); text-decoration:none; white-space:nowrap }
+.button { min-height:36px; font-weight:520 }
+.button:hover { background:var(--sunken) }
+.button.main, .round.main { background:var(--accent); border-color:transparent;
+  color:var(--on-accent) }
+.button.main:hover, .round.main:hover { filter:brightness(1.08) }
+.button.danger { background:var(--bad); border-color:transparent; color:var(--paper) }
+.button.small { min-height:30px; padding:3px 10px; font-size:13px; border-radius:8px }
+.button.small .icon { width:15px; height:15px }
+.button.wide { width:100% }
+.bare { border-color:transparent; background:none; padding:0; min-width:30px;
+  min-height:30px; color:var(--soft); border-radius:8px }
+.bare:hover { background:var(--hover); color:var(--ink) }
+.link { border:0; background:none; padding:0; color:inherit; text-decoration:underline;
+  text-underline-offset:3px }
+input, textarea, select { border:var(--rule); border-radius:9px;
+  background:var(--surface); padding:7px 11px; min-width:0 }
+input::placeholder, textarea::placeholder { color:var(--soft); opacity:1 }
+.edit { width:100%; padding:1px 6px; border-radius:6px; font:inherit }
+.bad { color:var(--bad) }
+p.bad:empty { display:none }
+.warn { display:flex; gap:9px; padding:9px 12px; border-radius:9px; font-size:14px;
+  background:var(--wait-tint); color:var(--wait) }
+.dot { display:inline-block; width:9px; height:9px; flex:none; border-radius:50%;
+  background:var(--soft) }
+.dot.on, .dot.ok { background:var(--ok) }
+.dot.bad { background:var(--bad) }
+.dot.off { background:none; border:2px solid var(--soft) }
+.dot.wait { background:var(--wait) }
+.dot.run { background:var(--accent); animation:pulse 1.6s ease-in-out infinite }
+@keyframes pulse { 50% { opacity:.3 } }
+.tools { display:inline-flex; gap:2px; margin-left:auto }
+.actions { display:flex; flex-wrap:wrap; justify-content:flex-end; gap:10px;
+  margin-top:20px }
+.chip { display:inline-block; padding:1px 8px; margin:0 5px 5px 0; border-radius:6px;
+  background:var(--sunken); font-size:13px }
 
 /* sign-in, dialogs */
-.lone { min-height: 100%; display: grid; place-items: center; padding: 24px; }
-.sheet { width: min(420px, 100%); display: grid; gap: 12px; padding: 32px;
-  background: var(--surface); border: 1px solid var(--line); border-radius: 18px;
-  box-shadow: var(--shade); }
-.sheet h1 { display: flex; align-items: center; gap: 10px; font-size: 22px; }
-.sheet .mark { width: 32px; height: 32px; }
-.sheet label, dialog label { font-weight: 560; font-size: 14px; }
-.sheet p, dialog > p, dialog form > p { color: var(--soft); }
-.sheet p.bad, dialog p.bad { color: var(--bad); }
-.sheet .button { margin-top: 4px; }
-details { margin-top: 6px; color: var(--soft); font-size: 14px; }
-details p { margin: 8px 0; }
-details pre { padding: 8px 10px; border-radius: 8px; background: var(--sunken);
-  overflow-x: auto; }
-dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
-  border: 1px solid var(--line); border-radius: 18px; padding: 26px; overflow: auto;
-  background: var(--surface); color: var(--ink); box-shadow: var(--shade); }
-#token { width: min(660px, calc(100vw - 24px)); }
-dialog::backdrop { background: rgb(0 0 0 / .4); }
-dialog h2 { font-size: 19px; margin-bottom: 8px; }
-#token-form { display: grid; gap: 8px; }
-#token-warnings { margin: 10px 0; }
-#token-lines .line { position: relative; margin-top: 14px; }
-#token-lines p { font-size: 13.5px; color: var(--soft); margin-bottom: 4px; }
-#token-lines pre { padding: 11px 44px 11px 13px; border-radius: 10px; font-size: 13px;
-  background: var(--screen); color: var(--screen-ink); white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-#token-lines .bare { position: absolute; right: 6px; bottom: 6px;
-  color: var(--screen-soft); }
-#token-lines .bare:hover { color: #fff; background: rgb(255 255 255 / .14); }
-#token-wait { display: flex; align-items: center; gap: 9px; margin-top: 18px;
-  padding: 11px 13px; border-radius: 10px; background: var(--sunken);
-  color: var(--soft); }
-#token-wait .dot { animation: pulse 1.6s ease-in-out infinite; }
-#token-wait.here { background: var(--tint); color: var(--ink); font-weight: 560; }
-#token-wait.here .icon { color: var(--ok); }
-#toast { position: fixed; z-index: 20; left: 50%; bottom: 96px; translate: -50% 0;
-  max-width: min(560px, calc(100vw - 32px)); padding: 10px 16px; border-radius: 11px;
-  background: var(--ink); color: var(--paper); box-shadow: var(--shade); }
+.lone { min-height:100%; display:grid; place-items:center; padding:24px }
+.sheet { width:min(420px, 100%); display:grid; gap:12px; padding:32px;
+  border-radius:18px; box-shadow:var(--shade) }
+.sheet h1 { display:flex; align-items:center; gap:10px; font-size:22px }
+.sheet .mark { width:32px; height:32px }
+.sheet label, dialog label { font-weight:560; font-size:14px }
+.sheet p, dialog > p, dialog form > p { color:var(--soft) }
+.sheet p.bad, dialog p.bad { color:var(--bad) }
+.sheet .button { margin-top:4px }
+details { margin-top:6px; color:var(--soft); font-size:14px }
+details p { margin:8px 0 }
+details pre { padding:8px 10px; border-radius:8px; background:var(--sunken);
+  overflow-x:auto }
+dialog { width:min(480px, calc(100vw - 24px)); max-height:calc(100dvh - 32px);
+  border-radius:18px; padding:26px; overflow:auto; color:var(--ink);
+  box-shadow:var(--shade) }
+#token { width:min(660px, calc(100vw - 24px)) }
+dialog::backdrop { background:rgb(0 0 0 / .4) }
+dialog h2 { font-size:19px; margin-bottom:8px }
+#token-form { display:grid; gap:8px }
+#token-warnings { margin:10px 0 }
+.secret { position:relative; margin-top:14px }
+.secret p { font-size:13.5px; color:var(--soft); margin-bottom:4px }
+.secret pre { padding:11px 44px 11px 13px; border-radius:10px; font-size:13px;
+  background:var(--screen); color:var(--screen-ink); white-space:pre-wrap;
+  overflow-wrap:anywhere }
+.secret .bare { position:absolute; right:6px; bottom:6px; color:var(--screen-soft) }
+.secret .bare:hover { color:#fff; background:rgb(255 255 255 / .14) }
+#token-wait { display:flex; align-items:center; gap:9px; margin-top:18px;
+  padding:11px 13px; border-radius:10px; background:var(--sunken); color:var(--soft) }
+#token-wait .dot { animation:pulse 1.6s ease-in-out infinite }
+#token-wait.here { background:var(--tint); color:var(--ink); font-weight:560 }
+#token-wait.here .icon { color:var(--ok) }
+#toast { position:fixed; z-index:20; left:50%; bottom:96px; translate:-50% 0;
+  max-width:min(560px, calc(100vw - 32px)); padding:10px 16px; border-radius:11px;
+  background:var(--ink); color:var(--paper); box-shadow:var(--shade) }
 
 /* frame */
-#app { display: grid; grid-template-columns: 272px minmax(0, 1fr); height: 100dvh; }
-#sidebar { display: flex; flex-direction: column; gap: 10px; min-height: 0;
-  padding: 14px 12px; background: var(--sunken); border-right: 1px solid var(--line); }
-.side-head { display: flex; align-items: center; justify-content: space-between;
-  padding: 0 6px 4px; }
-.brand { display: flex; align-items: center; gap: 9px; font-size: 17px;
-  font-weight: 660; letter-spacing: -.02em; color: var(--ink); text-decoration: none; }
-#sessions { flex: 1; min-height: 0; overflow-y: auto; margin: 0 -4px; padding: 0 4px; }
-#sessions li { position: relative; border-radius: 9px; }
-#sessions a { display: block; padding: 7px 10px; border-radius: 9px; color: inherit;
-  text-decoration: none; }
-#sessions li:hover { background: color-mix(in srgb, var(--ink) 5%, transparent); }
-#sessions li.current { background: var(--surface); box-shadow: 0 0 0 1px var(--line); }
-#sessions .name, #sessions .detail { display: block; }
-#sessions .name { font-weight: 520; }
-#sessions .detail, .detail { font-size: 12.5px; color: var(--soft); }
-#sessions .replying .detail { color: var(--accent); }
-#sessions .tools { position: absolute; right: 5px; top: 5px; border-radius: 8px;
-  opacity: 0; background: var(--surface); }
-#sessions li:hover .tools, #sessions li:focus-within .tools { opacity: 1; }
-.side-foot { padding-top: 10px; border-top: 1px solid var(--line); }
-.side-foot h2 { padding: 0 10px 4px; font-size: 12.5px; font-weight: 560;
-  color: var(--soft); letter-spacing: 0; }
-.side-foot a, .side-foot .bare { display: flex; justify-content: flex-start; gap: 10px;
-  align-items: center; width: 100%; padding: 6px 10px; border-radius: 9px;
-  color: var(--ink); text-decoration: none; }
-.side-foot .icon { color: var(--soft); }
-.side-foot a:hover { background: color-mix(in srgb, var(--ink) 5%, transparent); }
-.side-foot a[aria-current] { background: var(--surface);
-  box-shadow: 0 0 0 1px var(--line); }
-.count { margin-left: auto; font-size: 12.5px; color: var(--soft); }
-#frame { display: flex; flex-direction: column; min-height: 0; min-width: 0; }
-#banner { padding: 7px 20px; background: var(--wait-tint); color: var(--wait);
-  font-size: 14px; }
-#page, #page > section { flex: 1; display: flex; flex-direction: column; min-height: 0;
-  position: relative; }
-.bar { position: relative; z-index: 2; display: flex; align-items: center; gap: 12px;
-  min-height: 57px; padding: 8px 20px; border-bottom: 1px solid var(--line); }
-.bar h1 { flex: 1; min-width: 0; }
-.phone { display: none; }
+#app { display:grid; grid-template-columns:272px minmax(0, 1fr); height:100dvh }
+#sidebar { display:flex; flex-direction:column; gap:10px; min-height:0;
+  padding:14px 12px; background:var(--sunken); border-right:var(--rule) }
+.side-head { display:flex; align-items:center; justify-content:space-between;
+  padding:0 6px 4px }
+.brand { display:flex; align-items:center; gap:9px; font-size:17px; font-weight:660;
+  letter-spacing:-.02em; color:var(--ink); text-decoration:none }
+#sessions { flex:1; min-height:0; overflow-y:auto; margin:0 -4px; padding:0 4px }
+#sessions li { position:relative; border-radius:9px }
+#sessions a { display:block; padding:7px 10px; border-radius:9px; color:inherit;
+  text-decoration:none }
+#sessions li:hover { background:var(--hover) }
+#sessions li.current { background:var(--surface); box-shadow:0 0 0 1px var(--line) }
+#sessions .name, #sessions .detail { display:block }
+#sessions .name { font-weight:520 }
+#sessions .detail, .detail { font-size:12.5px; color:var(--soft) }
+#sessions .replying .detail { color:var(--accent) }
+#sessions .tools { position:absolute; right:5px; top:5px; border-radius:8px; opacity:0;
+  background:var(--surface) }
+#sessions li:hover .tools, #sessions li:focus-within .tools { opacity:1 }
+.side-foot { padding-top:10px; border-top:var(--rule) }
+.side-foot h2 { padding:0 10px 4px; font-size:12.5px; font-weight:560;
+  color:var(--soft); letter-spacing:0 }
+.side-foot a, .side-foot .bare { display:flex; justify-content:flex-start; gap:10px;
+  align-items:center; width:100%; padding:6px 10px; border-radius:9px; color:var(--ink);
+  text-decoration:none }
+.side-foot .icon { color:var(--soft) }
+.side-foot a:hover { background:var(--hover) }
+.side-foot a[aria-current] { background:var(--surface);
+  box-shadow:0 0 0 1px var(--line) }
+.count { margin-left:auto; font-size:12.5px; color:var(--soft) }
+#frame { display:flex; flex-direction:column; min-height:0; min-width:0 }
+#banner { padding:7px 20px; background:var(--wait-tint); color:var(--wait);
+  font-size:14px }
+#page, #page > section { flex:1; display:flex; flex-direction:column; min-height:0;
+  position:relative }
+.bar { position:relative; z-index:2; display:flex; align-items:center; gap:12px;
+  min-height:57px; padding:8px 20px; border-bottom:var(--rule) }
+.bar h1 { flex:1; min-width:0 }
+.phone { display:none }
 
 /* choosing a model and a machine */
-.pickers { display: flex; gap: 8px; min-width: 0; }
-.picker { position: relative; min-width: 0; }
-.pick { display: flex; align-items: center; gap: 8px; max-width: 240px;
-  min-height: 36px; padding: 5px 8px 5px 12px; border: 1px solid var(--line);
-  border-radius: 9px; background: var(--surface); }
-.pick:hover, .pick[aria-expanded=true] { background: var(--sunken); }
-.pick-label { flex: 1; text-align: left; }
-.choices { position: absolute; z-index: 10; right: 0; top: calc(100% + 6px);
-  padding: 5px; width: max-content; min-width: 240px; max-width: min(380px, 92vw);
-  max-height: min(440px, 65vh); overflow-y: auto; background: var(--surface);
-  border: 1px solid var(--line); border-radius: 12px; box-shadow: var(--shade); }
-.choices:focus-visible { outline-offset: 0; outline-width: 1px; }
-.choices li { display: flex; align-items: center; gap: 10px; padding: 7px 10px;
-  border-radius: 8px; cursor: pointer; }
-.choices li:hover, .choices .active { background: var(--sunken); }
-.choices .active { box-shadow: inset 0 0 0 1px var(--accent); }
-.choices .dim .choice > :first-child { color: var(--soft); }
-.choice { flex: 1; min-width: 0; }
-.choice span { display: block; overflow: hidden; text-overflow: ellipsis; }
-.choices .icon { color: var(--accent); }
+.pickers { display:flex; gap:8px; min-width:0 }
+.picker { position:relative; min-width:0 }
+.pick { display:flex; align-items:center; gap:8px; max-width:240px; min-height:36px;
+  padding:5px 8px 5px 12px; border-radius:9px }
+.pick:hover, .pick[aria-expanded=true] { background:var(--sunken) }
+.pick-label { flex:1; text-align:left }
+.choices { position:absolute; z-index:10; right:0; top:calc(100% + 6px); padding:5px;
+  width:max-content; min-width:240px; max-width:min(380px, 92vw); max-height:min(440px,
+  65vh); overflow-y:auto; border-radius:12px; box-shadow:var(--shade) }
+.choices:focus-visible { outline-offset:0; outline-width:1px }
+.choices li { display:flex; align-items:center; gap:10px; padding:7px 10px;
+  border-radius:8px; cursor:pointer }
+.choices li:hover, .choices .active { background:var(--sunken) }
+.choices .active { box-shadow:inset 0 0 0 1px var(--accent) }
+.choices .dim .choice > :first-child { color:var(--soft) }
+.choice { flex:1; min-width:0 }
+.choice span { display:block; overflow:hidden; text-overflow:ellipsis }
+.choices .icon { color:var(--accent) }
 
 /* conversation */
-#transcript, #composer { scrollbar-gutter: stable; overflow: hidden; }
-#transcript { flex: 1; min-height: 0; overflow-y: auto; padding: 26px 20px 18px;
-  overflow-anchor: none; }
-#transcript:focus-visible { outline-offset: -3px; }
-#messages, #welcome, #thinking, #composer > * { max-width: 800px; margin-inline: auto; }
-#older { display: flex; margin: 0 auto 18px; }
-.turn { margin-bottom: 20px; }
-.note { font-size: 12.5px; color: var(--soft); }
-.note:empty { display: none; }
-.user { display: flex; flex-direction: column; align-items: flex-end; }
-.bubble { max-width: 85%; padding: 9px 15px; border-radius: 17px 17px 5px 17px;
-  background: var(--tint); white-space: pre-wrap; }
-.user .note { margin: 4px 6px 0; }
-.assistant footer { display: flex; align-items: center; gap: 6px; min-height: 30px; }
-.notice { max-width: 640px; margin-inline: auto; text-align: center; font-size: 13.5px;
-  color: var(--soft); white-space: pre-wrap; }
-.notice.bad { color: var(--bad); background: var(--bad-tint); padding: 8px 14px;
-  border-radius: 10px; }
-#welcome { padding: 9vh 0 30px; text-align: center; color: var(--soft); }
-#welcome h2 { font-size: 25px; color: var(--ink); letter-spacing: -.02em; }
-#welcome p { margin-top: 10px; }
-.starters { display: flex; flex-wrap: wrap; justify-content: center; gap: 8px;
-  padding: 12px 0; }
-#thinking { display: flex; align-items: center; gap: 10px; color: var(--soft);
-  font-size: 13.5px; min-height: 24px; }
-.dots i { display: inline-block; width: 6px; height: 6px; margin-right: 4px;
-  border-radius: 50%; background: var(--soft); animation: pulse 1.2s infinite; }
-.dots i:nth-child(2) { animation-delay: .2s; }
-.dots i:nth-child(3) { animation-delay: .4s; }
-#latest { position: absolute; left: 50%; bottom: 116px; translate: -50% 0;
-  border-radius: 20px; box-shadow: var(--shade); }
-#composer { padding: 6px 20px max(12px, env(safe-area-inset-bottom)); }
-.field { display: flex; align-items: flex-end; gap: 6px; padding: 6px;
-  background: var(--surface); border: 1px solid var(--line); border-radius: 16px;
-  box-shadow: 0 2px 10px rgb(30 25 15 / .05); }
-.field:focus-within { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent);
-  }
-#text { flex: 1; border: 0; background: none; resize: none; padding: 7px 8px;
-  outline: 0; line-height: 22px; min-height: 36px; }
-.shell #text, #prompt { font-family: var(--mono); font-size: 14px; }
-#prompt { flex: none; max-width: 40%; padding: 7px 0 7px 10px; line-height: 22px;
-  color: var(--accent); }
-#prompt:empty { display: none; }
-.round { display: grid; place-items: center; width: 36px; height: 36px; flex: none;
-  border: 1px solid var(--line); border-radius: 11px; background: var(--surface); }
-#hint { margin-top: 6px; text-align: center; font-size: 12.5px; color: var(--soft); }
-#node-away { margin-bottom: 8px; }
+#transcript, #composer { scrollbar-gutter:stable; overflow:hidden }
+#transcript { flex:1; min-height:0; overflow-y:auto; padding:26px 20px 18px;
+  overflow-anchor:none }
+#messages, #welcome, #thinking, #composer > * { max-width:800px; margin-inline:auto }
+#older { display:flex; margin:0 auto 18px }
+.turn { margin-bottom:20px }
+.note { font-size:12.5px; color:var(--soft) }
+.note:empty { display:none }
+.user { display:flex; flex-direction:column; align-items:flex-end }
+.bubble { max-width:85%; padding:9px 15px; border-radius:17px 17px 5px 17px;
+  background:var(--tint); white-space:pre-wrap }
+.user .note { margin:4px 6px 0 }
+.assistant footer { display:flex; align-items:center; gap:6px; min-height:30px }
+.notice { max-width:640px; margin-inline:auto; text-align:center; font-size:13.5px;
+  color:var(--soft); white-space:pre-wrap }
+.notice.bad { color:var(--bad); background:var(--bad-tint); padding:8px 14px;
+  border-radius:10px }
+#welcome { padding:9vh 0 30px; text-align:center; color:var(--soft) }
+#welcome h2 { font-size:25px; color:var(--ink); letter-spacing:-.02em }
+#welcome p { margin-top:10px }
+.starters { display:flex; flex-wrap:wrap; justify-content:center; gap:8px;
+  padding:12px 0 }
+#thinking { display:flex; align-items:center; gap:10px; color:var(--soft);
+  font-size:13.5px; min-height:24px }
+.dots i { display:inline-block; width:6px; height:6px; margin-right:4px;
+  border-radius:50%; background:var(--soft); animation:pulse 1.2s infinite }
+.dots i:nth-child(2) { animation-delay:.2s }
+.dots i:nth-child(3) { animation-delay:.4s }
+#latest { position:absolute; left:50%; bottom:116px; translate:-50% 0;
+  border-radius:20px; box-shadow:var(--shade) }
+#composer { padding:6px 20px max(12px, env(safe-area-inset-bottom)) }
+.field { display:flex; align-items:flex-end; gap:6px; padding:6px; border-radius:16px;
+  box-shadow:0 2px 10px rgb(30 25 15 / .05) }
+.field:focus-within { border-color:var(--accent); box-shadow:0 0 0 1px var(--accent) }
+#text { flex:1; border:0; background:none; resize:none; padding:7px 8px; outline:0;
+  line-height:22px; min-height:36px }
+.shell #text, #prompt { font-family:var(--mono); font-size:14px }
+#prompt { flex:none; max-width:40%; padding:7px 0 7px 10px; line-height:22px;
+  color:var(--accent) }
+#prompt:empty { display:none }
+.round { display:grid; place-items:center; width:36px; height:36px; flex:none;
+  border-radius:11px }
+#hint { margin-top:6px; text-align:center; font-size:12.5px; color:var(--soft) }
+#node-away { margin-bottom:8px }
 
 /* prose */
-.prose > * + * { margin-top: 12px; }
-.prose :is(h3, h4, h5, h6) { margin: 20px 0 0; font-size: 1.05em; font-weight: 620; }
-.prose > :first-child { margin-top: 0; }
-.prose :is(ul, ol) { padding-left: 24px; }
-.prose ul { list-style: disc; }
-.prose li + li, .prose li > :is(ul, ol, p, .code) { margin-top: 4px; }
-.prose li::marker { color: var(--soft); }
-.prose :not(pre) > code { padding: 1px 5px; border-radius: 5px;
-  background: var(--sunken); }
-.prose blockquote { margin-inline: 0; padding-left: 14px;
-  border-left: 3px solid var(--line); color: var(--soft); }
-.prose hr { width: 100%; border: 0; border-top: 1px solid var(--line); }
-.prose .wide { overflow-x: auto; }
-.prose table { border-collapse: collapse; font-size: 14px; }
-.prose :is(th, td) { padding: 5px 14px 5px 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line); }
-.prose .number, td.number, th.number { text-align: right;
-  font-variant-numeric: tabular-nums; }
-.prose .center { text-align: center; }
-.code { border-radius: 11px; overflow: hidden; background: var(--sunken); }
-.code-head { display: flex; justify-content: space-between; align-items: center;
-  padding: 2px 5px 0 13px; font-size: 12.5px; color: var(--soft); }
-.code pre { padding: 4px 13px 11px; overflow-x: auto; }
+.prose > * + * { margin-top:12px }
+.prose :is(h3, h4, h5, h6) { margin:20px 0 0; font-size:1.05em; font-weight:620 }
+.prose > :first-child { margin-top:0 }
+.prose :is(ul, ol) { padding-left:24px }
+.prose ul { list-style:disc }
+.prose li + li, .prose li > :is(ul, ol, p, .code) { margin-top:4px }
+.prose :not(pre) > code { padding:1px 5px; border-radius:5px; background:var(--sunken) }
+.prose blockquote { margin-inline:0; padding-left:14px;
+  border-left:3px solid var(--line); color:var(--soft) }
+.prose hr { width:100%; border:0; border-top:var(--rule) }
+.prose .wide { overflow-x:auto }
+.prose table { border-collapse:collapse; font-size:14px }
+.prose :is(th, td) { padding:5px 14px 5px 0; text-align:left; vertical-align:top;
+  border-bottom:var(--rule) }
+.prose .number, td.number, th.number { text-align:right;
+  font-variant-numeric:tabular-nums }
+.prose .center { text-align:center }
+.code { border-radius:11px; overflow:hidden; background:var(--sunken) }
+.code-head { display:flex; justify-content:space-between; align-items:center;
+  padding:2px 5px 0 13px; font-size:12.5px; color:var(--soft) }
+.code pre { padding:4px 13px 11px; overflow-x:auto }
 
 /* a command */
-.command { border: 1px solid var(--line); border-radius: 13px;
-  background: var(--surface); overflow: hidden; }
-.command > header, .command > footer { display: flex; align-items: center; gap: 8px;
-  min-height: 40px; padding: 4px 8px 4px 13px; }
-.where { flex: none; max-width: 34%; font-size: 13px; font-weight: 580; }
-.command .line { flex: 1; min-width: 0; max-height: 110px; overflow: auto;
-  font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; }
-.command > footer { gap: 6px 12px; min-height: 38px; font-size: 13px;
-  color: var(--soft); font-variant-numeric: tabular-nums; }
-.command > footer .tools { align-items: center; }
-.word { font-weight: 560; }
-[data-kind=ok] .word { color: var(--ok); }
-[data-kind=bad] .word { color: var(--bad); }
-[data-kind=wait] .word { color: var(--wait); }
-[data-kind=run] .word { color: var(--accent); }
-.folded > .screen { display: none; }
-.folded [aria-expanded] { rotate: -90deg; }
-.approval { display: flex; flex-wrap: wrap; gap: 8px; padding: 4px 13px 13px; }
-.approval p { width: 100%; color: var(--soft); font-size: 14px; }
-.screen { max-height: 420px; overflow: auto; padding: 10px 14px;
-  background: var(--screen); color: var(--screen-ink); font: 13px/1.5 var(--mono);
-  white-space: pre; tab-size: 8; overflow-anchor: none; }
-.screen.empty { display: none; }
-.screen:focus-visible { outline-offset: -3px; }
-.screen div > div { min-height: 1.5em; }
-.screen .gap { color: var(--screen-soft); font-family: var(--sans); padding: 4px 0; }
-.screen .err { color: #f5bfa5; }
-.screen .b { font-weight: 700; }
-.screen .dim { opacity: .7; }
-.screen .i { font-style: italic; }
-.screen .u { text-decoration: underline; }
-.screen .s { text-decoration: line-through; }
+.command { border-radius:13px; overflow:hidden }
+.command > header, .command > footer { display:flex; align-items:center; gap:8px;
+  min-height:40px; padding:4px 8px 4px 13px }
+.where { flex:none; max-width:34%; font-size:13px; font-weight:580 }
+.command .line { flex:1; min-width:0; max-height:110px; overflow:auto; font-size:13px;
+  white-space:pre-wrap; overflow-wrap:anywhere }
+.command > footer { gap:6px 12px; min-height:38px; font-size:13px; color:var(--soft);
+  font-variant-numeric:tabular-nums }
+.command > footer .tools { align-items:center }
+.word { font-weight:560 }
+[data-kind=ok] .word { color:var(--ok) }
+[data-kind=bad] .word { color:var(--bad) }
+[data-kind=wait] .word { color:var(--wait) }
+[data-kind=run] .word { color:var(--accent) }
+.folded > .screen { display:none }
+.folded [aria-expanded] { rotate:-90deg }
+.approval { display:flex; flex-wrap:wrap; gap:8px; padding:4px 13px 13px }
+.approval p { width:100%; color:var(--soft); font-size:14px }
+.screen { max-height:420px; overflow:auto; padding:10px 14px; background:var(--screen);
+  color:var(--screen-ink); font:13px/1.5 var(--mono); white-space:pre; tab-size:8;
+  overflow-anchor:none }
+.screen.empty { display:none }
+.screen div > div { min-height:1.5em }
+.screen .gap { color:var(--screen-soft); font-family:var(--sans); padding:4px 0 }
+.screen .err { color:#f5bfa5 }
+.screen .b { font-weight:700 }
+.screen .dim { opacity:.7 }
+.screen .i { font-style:italic }
+.screen .u { text-decoration:underline }
+.screen .s { text-decoration:line-through }
 
 /* settings */
-.scroll { flex: 1; overflow: auto; padding: 20px; }
-.scroll:focus-visible { outline-offset: -3px; }
-.lead { max-width: 640px; margin-bottom: 16px; color: var(--soft); }
-#node-cards { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill,
-  minmax(min(360px, 100%), 1fr)); }
-.card { padding: 16px 18px; background: var(--surface); border: 1px solid var(--line);
-  border-radius: 15px; }
-.node header { display: flex; align-items: center; gap: 10px; min-height: 32px; }
-.node h2 { min-width: 0; }
-.since { font-size: 13.5px; }
-.about, .facts { font-size: 13px; color: var(--soft); }
-.facts { margin-top: 10px; font-variant-numeric: tabular-nums; }
-.facts:empty, .about:empty { display: none; }
-.away .since { color: var(--soft); }
-.away :is(.cpu, .meters, .facts) { display: none; }
-.away h2 { color: var(--soft); }
-.stale .since { color: var(--wait); }
-.cpu { display: flex; gap: 18px; align-items: flex-end; margin-top: 14px; }
-.cpu > dl { flex: 1; }
-.spark { flex: 1; height: 36px; min-width: 0; border-bottom: 1px solid var(--line); }
-.spark.none { visibility: hidden; }
-.spark .trace { fill: none; stroke: var(--accent); stroke-width: 1.5;
-  vector-effect: non-scaling-stroke; stroke-linejoin: round; }
-.spark .area { fill: var(--accent); opacity: .13; }
-.meters { display: grid; grid-template-columns: 1fr 1fr; gap: 18px; margin-top: 12px; }
-.meter { display: flex; flex-wrap: wrap; gap: 0 8px; font-size: 13px;
-  font-variant-numeric: tabular-nums; }
-.meter dt { flex: 1; color: var(--soft); }
-.track { width: 100%; height: 5px; margin-top: 4px; border-radius: 3px;
-  overflow: hidden; background: var(--line); }
-.track i { display: block; height: 100%; border-radius: 3px; background: var(--accent);
-  transition: width .5s; }
-.high .track i { background: var(--bad); }
-.lists { display: grid; grid-template-columns: auto 1fr; gap: 5px 12px;
-  margin-top: 12px; font-size: 13px; }
-.lists:empty { display: none; }
-.lists dt { color: var(--soft); padding-top: 1px; }
-.lists dd { min-width: 0; }
-.running { margin-top: 8px; padding-top: 8px; border-top: 1px solid var(--line); }
-.running li, .rows li { display: flex; align-items: center; gap: 9px; font-size: 13px; }
-.running code { flex: 1; }
-#unused { margin-top: 30px; }
-.rows { max-width: 640px; margin-top: 8px; }
-.rows li { padding: 6px 0; border-bottom: 1px solid var(--line); font-size: 14px; }
-.rows .name { flex: 1; }
-.filters { display: flex; gap: 12px; font-size: 13.5px; color: var(--soft); }
-.filters select { color: var(--ink); padding: 5px 8px; max-width: 150px; }
-#audit { width: 100%; border-collapse: collapse; font-size: 13.5px; }
-#audit th { text-align: left; font-weight: 560; color: var(--soft); }
-#audit :is(th, td) { padding: 7px 16px 7px 0; border-bottom: 1px solid var(--line);
-  vertical-align: baseline; white-space: nowrap; }
-#audit .number { text-align: right; }
-#audit .what { width: 50%; max-width: 0; }
-#audit .result { white-space: normal; min-width: 205px; }
-.result .dot { margin-right: 7px; }
-#audit-older { margin: 16px auto; display: flex; }
+.scroll { flex:1; overflow:auto; padding:20px }
+.lead { max-width:640px; margin-bottom:16px; color:var(--soft) }
+#node-cards { display:grid; gap:16px; grid-template-columns:repeat(auto-fill,
+  minmax(min(360px, 100%), 1fr)) }
+.card { padding:16px 18px; border-radius:15px }
+.node header { display:flex; align-items:center; gap:10px; min-height:32px }
+.node h2 { min-width:0 }
+.since { font-size:13.5px }
+.about, .facts { font-size:13px; color:var(--soft) }
+.facts { margin-top:10px; font-variant-numeric:tabular-nums }
+.facts:empty, .about:empty { display:none }
+.away .since { color:var(--soft) }
+.away :is(.cpu, .meters, .facts) { display:none }
+.away h2 { color:var(--soft) }
+.stale .since { color:var(--wait) }
+.cpu { display:flex; gap:18px; align-items:flex-end; margin-top:14px }
+.cpu > dl { flex:1 }
+.spark { flex:1; height:36px; min-width:0; border-bottom:var(--rule) }
+.spark.none { visibility:hidden }
+.spark .trace { fill:none; stroke:var(--accent); stroke-width:1.5;
+  vector-effect:non-scaling-stroke; stroke-linejoin:round }
+.spark .area { fill:var(--accent); opacity:.13 }
+.meters { display:grid; grid-template-columns:1fr 1fr; gap:18px; margin-top:12px }
+.meter { display:flex; flex-wrap:wrap; gap:0 8px; font-size:13px;
+  font-variant-numeric:tabular-nums }
+.meter dt { flex:1; color:var(--soft) }
+.track { width:100%; height:5px; margin-top:4px; border-radius:3px; overflow:hidden;
+  background:var(--line) }
+.track i { display:block; height:100%; border-radius:3px; background:var(--accent);
+  transition:width .5s }
+.high .track i { background:var(--bad) }
+.lists { display:grid; grid-template-columns:auto 1fr; gap:5px 12px; margin-top:12px;
+  font-size:13px }
+.lists:empty { display:none }
+.lists dt { color:var(--soft); padding-top:1px }
+.lists dd { min-width:0 }
+.running { margin-top:8px; padding-top:8px; border-top:var(--rule) }
+.running li, .rows li { display:flex; align-items:center; gap:9px; font-size:13px }
+.running code { flex:1 }
+#unused { margin-top:30px }
+.rows { max-width:640px; margin-top:8px }
+.rows li { padding:6px 0; border-bottom:var(--rule); font-size:14px }
+.rows .name { flex:1 }
+.scroll > h2 + *, form > h2 + * { margin-top:6px }
+.scroll > * + h2, .scroll > form { margin-top:28px }
+.scroll > form, #providers, #key-made { max-width:640px }
+.inline { display:flex; gap:8px }
+.inline input { flex:1 }
+#key-scopes { display:flex; flex-wrap:wrap; gap:6px 16px; margin:8px 0; padding:0;
+  border:0; font-size:14px }
+#key-scopes label, details label { display:flex; gap:6px; align-items:center }
+#providers .card { margin:0 0 10px; padding:12px 16px; font-size:15px; color:inherit }
+details label { justify-content:space-between; margin-top:10px }
+details label input { flex:0 1 420px }
+.filters { display:flex; gap:12px; font-size:13.5px; color:var(--soft) }
+.filters select { color:var(--ink); padding:5px 8px; max-width:150px }
+#audit { width:100%; border-collapse:collapse; font-size:13.5px }
+#audit th { text-align:left; font-weight:560; color:var(--soft) }
+#audit :is(th, td) { padding:7px 16px 7px 0; border-bottom:var(--rule);
+  vertical-align:baseline; white-space:nowrap }
+#audit .number { text-align:right }
+#audit .what { width:50%; max-width:0 }
+#audit .result { white-space:normal; min-width:205px }
+.result .dot { margin-right:7px }
+#audit-older { margin:16px auto; display:flex }
 
-@media (max-width: 760px) {
-  .phone { display: inline-flex; min-width: 38px; min-height: 38px; }
-  #app { grid-template-columns: minmax(0, 1fr); }
-  #sidebar { position: fixed; inset: 0 auto 0 0; z-index: 12; width: min(300px, 86vw);
-    translate: -105% 0; visibility: hidden; transition: translate .2s, visibility .2s; }
-  .menu-open #sidebar { translate: none; visibility: visible; box-shadow: var(--shade);
-    }
-  #veil { position: fixed; inset: 0; z-index: 11; background: rgb(0 0 0 / .4); }
-  #sessions .tools { opacity: 1; background: none; }
-  #sessions .name { padding-right: 64px; }
-  .bar { padding: 6px 10px; gap: 6px; flex-wrap: wrap; }
-  .pickers { display: contents; }
-  .picker { flex: 1 1 40%; order: 2; position: static; }
-  #approvals { flex: 0 1 auto; order: 1; }
-  .pick { width: 100%; max-width: none; min-height: 40px; }
-  .choices { left: 10px; right: 10px; top: 100%; width: auto; max-width: none; }
-  .choices li { padding: 10px; }
-  #transcript { padding: 18px 12px 10px; }
-  #composer { padding: 4px 10px max(10px, env(safe-area-inset-bottom)); }
-  input, textarea, select, #text, .shell #text { font-size: 16px; }
-  #hint, .size { display: none; }
-  .meters { grid-template-columns: 1fr; gap: 10px; }
-  #welcome { padding-top: 5vh; }
-  .scroll { padding: 14px; }
-  .command > header { flex-wrap: wrap; }
-  .where { flex: 1; max-width: none; }
-  .command .line { order: 9; flex-basis: 100%; padding-bottom: 7px; }
-  .command > footer { flex-wrap: wrap; padding-block: 6px; }
-  .screen { max-height: 340px; font-size: 12px; padding: 9px 11px; }
-  .bare { min-width: 38px; min-height: 38px; }
-  .filters { width: 100%; }
-  .filters label { flex: 1; display: flex; gap: 6px; align-items: center; min-width: 0;
-    }
-  .filters select { flex: 1; }
-  #audit thead { position: fixed; left: -9999px; }
-  #audit tr { display: grid; grid-template-columns: 1fr auto auto; gap: 2px 12px;
-    padding: 9px 0; border-bottom: 1px solid var(--line); }
-  #audit td { padding: 0; border: 0; color: var(--soft); }
-  #audit .what { order: -1; grid-column: 1 / -1; width: auto; max-width: none;
-    color: var(--ink); }
-  #audit .who { display: none; }
-  #audit .at, #audit .when { order: 3; }
-  #audit .when { grid-column: 2 / -1; order: 4; text-align: right; }
-  dialog { padding: 20px; }
+@media (max-width:760px) {
+  .phone { display:inline-flex; min-width:38px; min-height:38px }
+  #app { grid-template-columns:minmax(0, 1fr) }
+  #sidebar { position:fixed; inset:0 auto 0 0; z-index:12; width:min(300px, 86vw);
+    translate:-105% 0; visibility:hidden; transition:translate .2s, visibility .2s }
+  .menu-open #sidebar { translate:none; visibility:visible; box-shadow:var(--shade) }
+  #veil { position:fixed; inset:0; z-index:11; background:rgb(0 0 0 / .4) }
+  #sessions .tools { opacity:1; background:none }
+  #sessions .name { padding-right:64px }
+  .bar { padding:6px 10px; gap:6px; flex-wrap:wrap }
+  .pickers { display:contents }
+  .picker { flex:1 1 40%; order:2; position:static }
+  #approvals { flex:0 1 auto; order:1 }
+  .pick { width:100%; max-width:none; min-height:40px }
+  .choices { left:10px; right:10px; top:100%; width:auto; max-width:none }
+  .choices li { padding:10px }
+  #transcript { padding:18px 12px 10px }
+  #composer { padding:4px 10px max(10px, env(safe-area-inset-bottom)) }
+  input, textarea, select, #text, .shell #text { font-size:16px }
+  #hint, .size { display:none }
+  .meters { grid-template-columns:1fr; gap:10px }
+  #welcome { padding-top:5vh }
+  .scroll { padding:14px }
+  .command > header { flex-wrap:wrap }
+  .where { flex:1; max-width:none }
+  .command .line { order:9; flex-basis:100%; padding-bottom:7px }
+  .command > footer { flex-wrap:wrap; padding-block:6px }
+  .screen { max-height:340px; font-size:12px; padding:9px 11px }
+  .bare { min-width:38px; min-height:38px }
+  .filters { width:100% }
+  .filters label { flex:1; display:flex; gap:6px; align-items:center; min-width:0 }
+  .filters select { flex:1 }
+  #audit thead { position:fixed; left:-9999px }
+  #audit tr { display:grid; grid-template-columns:1fr auto auto; gap:2px 12px;
+    padding:9px 0; border-bottom:var(--rule) }
+  #audit td { padding:0; border:0; color:var(--soft) }
+  #audit .what { order:-1; grid-column:1 / -1; width:auto; max-width:none;
+    color:var(--ink) }
+  #audit .who { display:none }
+  #audit .at, #audit .when { order:3 }
+  #audit .when { grid-column:2 / -1; order:4; text-align:right }
+  dialog { padding:20px }
 }
-@media (prefers-reduced-motion: reduce) {
-  *, ::before, ::after { animation: none !important; transition: none !important; }
+@media (prefers-reduced-motion:reduce) {
+  *, ::before, ::after { animation:none !important; transition:none !important }
 }
 """
 
@@ -16695,13 +16719,15 @@ WEB_JS = r"""// The page of a gateway, from the ground up: dom, words, terminal,
 
 // == dom ==
 
-const byId = (id) => document.getElementById(id);
+const $ = id => document.getElementById(id);
 
-/** Return a new element; names that begin with "on" are listeners. */
+const on = (target, type, action) => target.addEventListener(type, action);
+
+// Return a new element; names that begin with "on" are listeners.
 function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    if (name.startsWith("on")) on(element, name.slice(2), value);
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
   }
@@ -16709,29 +16735,40 @@ function h(tag, attributes = {}, ...children) {
   return element;
 }
 
-const given = (children) =>
-  children.flat(9).filter((child) => child != null && child !== false);
+const given = children =>
+  children.flat(9).filter(child => child != null && child !== false);
 
-/** Replace what is in `element`. */
+// Replace what is in `element`.
 function fill(element, ...children) {
   element.replaceChildren(...given(children));
 }
 
-/** Set the text only where it differs: screen readers and selections notice. */
+// Replace what is in `element` where `value`, of which it is made, has changed.
+function fillFor(element, value, make) {
+  const key = JSON.stringify(value);
+  if (element.shown === key) return;
+  element.shown = key;
+  fill(element, make(value));
+}
+
+// Set the text only where it differs: screen readers and selections notice.
 function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
 function icon(name) {
-  const svg = byId("icon").content.firstElementChild.cloneNode(true);
+  const svg = $("icon").content.firstElementChild.cloneNode(true);
   svg.firstElementChild.setAttribute("href", `#i-${name}`);
   return svg;
 }
 
-const iconButton = (name, label, onclick, kind = "bare") =>
-  h("button", { class: kind, "aria-label": label, title: label, onclick }, icon(name));
+const button = (label, onclick, kind = "button") =>
+  h("button", {class: kind, onclick}, label);
 
-/** The children of an element, one for each item; those of the same key are reused. */
+const iconButton = (name, label, onclick, kind = "bare") =>
+  h("button", {class: kind, "aria-label": label, title: label, onclick}, icon(name));
+
+// The children of an element, one for each item; those of the same key are reused.
 class Keyed {
   constructor(parent, key, make) {
     this.parent = parent;
@@ -16759,12 +16796,17 @@ class Keyed {
   }
 }
 
-/** Put text on the clipboard; the newer way exists on https and localhost only. */
+// Return a line of a list: a name, what is to say about it, what can be done.
+const listRow = (name, detail, ...tools) =>
+  h("li", {}, h("span", {class: "name"}, name), h("span", {class: "detail"}, detail),
+    tools);
+
+// Put text on the clipboard; the newer way exists on https and localhost only.
 async function copy(text, button) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    const area = h("textarea", { class: "unseen", "aria-hidden": "true" });
+    const area = h("textarea", {class: "unseen", "aria-hidden": "true"});
     area.value = text;
     // A modal dialog makes all that is outside of it inert.
     (button.closest("dialog") || document.body).append(area);
@@ -16789,29 +16831,29 @@ const copyButton = (label, text) => {
   return button;
 };
 
-/** Have a screen reader say something. */
+// Have a screen reader say something.
 function announce(text) {
-  byId("live").textContent = text;
+  $("live").textContent = text;
 }
 
 let toastTimer; // the one thing on the page that goes away by itself
 
-/** Say what went wrong, for a while. */
+// Say what went wrong, for a while.
 function complain(error) {
-  const toast = byId("toast");
+  const toast = $("toast");
   toast.textContent = error.message || String(error);
   toast.hidden = false;
   clearTimeout(toastTimer);
   toastTimer = setTimeout(() => (toast.hidden = true), 8000);
 }
 
-/** Let a person edit the text of `element` where it stands. */
+// Let a person edit the text of `element` where it stands.
 function editInPlace(element, text, label, save) {
   if (element.querySelector("input")) return;
-  const input = h("input", { class: "edit", "aria-label": label, maxlength: 200 });
+  const input = h("input", {class: "edit", "aria-label": label, maxlength: 200});
   const before = [...element.childNodes];
   let open = true;
-  const finish = (saves) => {
+  const finish = saves => {
     if (!open) return;
     open = false;
     const name = input.value.trim();
@@ -16820,8 +16862,8 @@ function editInPlace(element, text, label, save) {
     if (saves && name && name !== text) save(name);
   };
   input.value = text;
-  input.addEventListener("blur", () => finish(true));
-  input.addEventListener("keydown", (event) => {
+  on(input, "blur", () => finish(true));
+  on(input, "keydown", event => {
     if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
     event.preventDefault();
     finish(event.key === "Enter");
@@ -16847,7 +16889,7 @@ function bytes(count) {
   return `${count >= 100 ? Math.round(count) : +count.toFixed(1)} ${units[unit]}`;
 }
 
-/** Return seconds as a person says them, in two units at most. */
+// Return seconds as a person says them, in two units at most.
 function duration(seconds) {
   if (seconds < 0.1) return `${Math.max(0, Math.round(seconds * 1000))} ms`;
   if (seconds < 10) return `${seconds.toFixed(1)} s`;
@@ -16867,14 +16909,14 @@ function duration(seconds) {
   return parts.join(" ");
 }
 
-const clockFormat = new Intl.DateTimeFormat([], { timeStyle: "short" });
-const dayFormat = new Intl.DateTimeFormat([], { day: "numeric", month: "short" });
+const clockFormat = new Intl.DateTimeFormat([], {timeStyle: "short"});
+const dayFormat = new Intl.DateTimeFormat([], {day: "numeric", month: "short"});
 const fullFormat = new Intl.DateTimeFormat([], {
   dateStyle: "medium",
   timeStyle: "medium",
 });
 
-/** Return a point in time as short as it is unmistakable today. */
+// Return a point in time as short as it is unmistakable today.
 function moment(ms) {
   const date = new Date(ms);
   const clock = clockFormat.format(date);
@@ -16891,10 +16933,12 @@ function ago(ms) {
     .join(" ")} ago`;
 }
 
-const PLATFORMS = { linux: "Linux", macos: "macOS" };
-const platformName = (platform) => PLATFORMS[platform] || platform;
+const outputSize = row => (row.stdoutBytes || 0) + (row.stderrBytes || 0);
 
-/** Return how a command stands, in words, and the kind of mark it deserves. */
+const PLATFORMS = {linux: "Linux", macos: "macOS"};
+const platformName = platform => PLATFORMS[platform] || platform;
+
+// Return how a command stands, in words, and the kind of mark it deserves.
 function verdict(command) {
   const where = command.node || "The machine";
   const approval = command.approval?.state;
@@ -16922,44 +16966,39 @@ const HEAD_LINES = 300; // kept from the beginning of an output
 const TAIL_LINES = 1500; // and from its end; the gateway has the rest
 const LINE_LIMIT = 5000; // characters of one line; the rest of it is not shown
 
-const TOKEN = new RegExp(
-  [
-    "\\x1b\\[[0-?]*[ -/]*[@-~]", // CSI: colours and movement
-    "\\x1b[\\]PX^_][^\\x07\\x1b]*(?:\\x07|\\x1b\\\\)", // titles, links and the like
-    "\\x1b[ -/]*[0-OQ-WYZ\\\\`-~]", // two characters, or with something between
-    "[\\x00-\\x1a\\x1c-\\x1f\\x7f\\x80-\\x9f]",
-    "[^\\x00-\\x1f\\x7f-\\x9f]+",
-  ].join("|"),
-  "gy",
-);
+const TOKEN = new RegExp(["\\x1b\\[[0-?]*[ -/]*[@-~]", // CSI: colours and movement
+"\\x1b[\\]PX^_][^\\x07\\x1b]*(?:\\x07|\\x1b\\\\)", // titles, links and the like
+"\\x1b[ -/]*[0-OQ-WYZ\\\\`-~]", // two characters, or with something between
+"[\\x00-\\x1a\\x1c-\\x1f\\x7f\\x80-\\x9f]", "[^\\x00-\\x1f\\x7f-\\x9f]+"].join("|"),
+  "gy");
 
 // The first 16 of a terminal's colours, all readable on the screen's dark ground.
 const COLORS = (
   "8a949f ff8078 7ddc8a e3b94e 79b8ff d2a8ff 5fd3dc dde2e7 " +
   "9ba5b0 ffa29b a3eeae f3d06d a8d1ff e2c6ff 93e6ec ffffff"
 ).split(" ");
-const FLAGS = { 1: "b", 2: "dim", 3: "i", 4: "u", 7: "inv", 9: "s" };
-const FLAG_ENDS = { 22: ["b", "dim"], 23: ["i"], 24: ["u"], 27: ["inv"], 29: ["s"] };
-const PLAIN = { classes: "", color: "", background: "" };
-const PLAIN_ERROR = { ...PLAIN, classes: "err" };
+const FLAGS = {1: "b", 2: "dim", 3: "i", 4: "u", 7: "inv", 9: "s"};
+const FLAG_ENDS = {22: ["b", "dim"], 23: ["i"], 24: ["u"], 27: ["inv"], 29: ["s"]};
+const PLAIN = {classes: "", color: "", background: ""};
+const PLAIN_ERROR = {...PLAIN, classes: "err"};
 
 function indexedColor(index) {
   if (index < 16) return `#${COLORS[index]}`;
   if (index >= 232) return `rgb(${Array(3).fill(8 + (index - 232) * 10)})`;
-  const level = (step) => (step ? 55 + step * 40 : 0);
+  const level = step => (step ? 55 + step * 40 : 0);
   const cube = index - 16;
   const levels = [Math.floor(cube / 36), Math.floor(cube / 6) % 6, cube % 6];
   return `rgb(${levels.map(level)})`;
 }
 
-/** How text looks after the colour sequences so far ("SGR", ECMA-48 8.3.117). */
+// How text looks after the colour sequences so far ("SGR", ECMA-48 8.3.117).
 class Pen {
   constructor() {
     this.reset();
   }
 
   reset() {
-    Object.assign(this, { color: "", background: "", flags: new Set(), styles: {} });
+    Object.assign(this, {color: "", background: "", flags: new Set(), styles: {}});
   }
 
   set(codes) {
@@ -16969,7 +17008,7 @@ class Pen {
       if (code === 38 || code === 48) i += this.extended(code, codes.slice(i + 1));
       else if (code === 0) this.reset();
       else if (FLAGS[code]) this.flags.add(FLAGS[code]);
-      else FLAG_ENDS[code]?.forEach((flag) => this.flags.delete(flag));
+      else FLAG_ENDS[code]?.forEach(flag => this.flags.delete(flag));
       if (code >= 30) this.basic(code);
     }
   }
@@ -16984,35 +17023,35 @@ class Pen {
     else if (tens === 4 || tens === 10) this.ground(indexedColor(index));
   }
 
-  /** A ground is darker than ink of the same name: what stands on it can be read. */
+  // A ground is darker than ink of the same name: what stands on it can be read.
   ground(color) {
     this.background = `color-mix(in srgb, ${color} 40%, #000)`;
   }
 
-  /** Take 38;5;n or 38;2;r;g;b; return how many codes that were. */
+  // Take 38;5;n or 38;2;r;g;b; return how many codes that were.
   extended(code, [kind, ...levels]) {
     const color =
       kind === 5
         ? indexedColor(levels[0] & 255)
-        : `rgb(${levels.slice(0, 3).map((level) => level & 255)})`;
+        : `rgb(${levels.slice(0, 3).map(level => level & 255)})`;
     if (code === 38) this.color = color;
     else this.ground(color);
     return kind === 5 ? 2 : 4;
   }
 
   style(isError) {
-    const { color, background, flags } = this;
+    const {color, background, flags} = this;
     if (!color && !background && !flags.size) return isError ? PLAIN_ERROR : PLAIN;
     const [ink, ground] = flags.has("inv")
       ? [background || "var(--screen)", color || "var(--screen-ink)"]
       : [color, background];
     const classes = [...flags, ...(isError ? ["err"] : [])].join(" ");
-    this.styles[isError] ||= { classes, color: ink, background: ground };
+    this.styles[isError] ||= {classes, color: ink, background: ground};
     return this.styles[isError];
   }
 }
 
-/** What a program has written, as the lines that a terminal would show. */
+// What a program has written, as the lines that a terminal would show.
 class Terminal {
   constructor() {
     this.head = [];
@@ -17023,7 +17062,7 @@ class Terminal {
     this.pen = new Pen();
     this.rest = ""; // an escape sequence of which the end has not come
     this.column = 0;
-    this.line = { runs: [], length: 0 };
+    this.line = {runs: [], length: 0};
     this.watcher = null; // called after each write
   }
 
@@ -17066,7 +17105,7 @@ class Terminal {
   }
 
   put(text, isError) {
-    const { line } = this;
+    const {line} = this;
     text = text.slice(0, Math.max(0, LINE_LIMIT - this.column));
     const style = this.pen.style(isError);
     const after = this.cut(this.column + text.length, Infinity);
@@ -17078,13 +17117,11 @@ class Terminal {
     else if (text) line.runs.push([text, style]);
     line.runs.push(...after);
     this.column += text.length;
-    line.length = Math.max(
-      this.column,
-      line.length + after.reduce((n, [t]) => n + t.length, 0),
-    );
+    line.length = Math.max(this.column,
+      line.length + after.reduce((n, [t]) => n + t.length, 0));
   }
 
-  /** Return the runs of the line from one column to another. */
+  // Return the runs of the line from one column to another.
   cut(from, to) {
     if (from >= this.line.length) return [];
     const found = [];
@@ -17110,11 +17147,11 @@ class Terminal {
       this.tail.splice(0, TAIL_LINES);
       this.dropped += TAIL_LINES;
     }
-    this.line = { runs: [], length: 0 };
+    this.line = {runs: [], length: 0};
     this.column = 0;
   }
 
-  /** Note that `count` bytes are not to be had: what follows them is the tail. */
+  // Note that `count` bytes are not to be had: what follows them is the tail.
   skip(count) {
     this.newLine();
     this.headLimit = this.head.length;
@@ -17131,7 +17168,7 @@ class Terminal {
     );
   }
 
-  /** Return line `number`, counted from 0, where it is kept. */
+  // Return line `number`, counted from 0, where it is kept.
   at(number) {
     if (number < this.head.length) return this.head[number];
     const place = number - this.head.length - this.dropped;
@@ -17139,26 +17176,22 @@ class Terminal {
   }
 
   text() {
-    const shown = (lines) => lines.map((l) => l.runs.map(([text]) => text).join(""));
+    const shown = lines => lines.map(l => l.runs.map(([text]) => text).join(""));
     const left = this.dropped || this.missing ? ["… not all is shown …"] : [];
     const last = this.line.length ? [this.line] : [];
     return [...shown(this.head), ...left, ...shown([...this.tail, ...last])].join("\n");
   }
 }
 
-/** A terminal on the page: its first and its last lines, drawn once a frame. */
+// A terminal on the page: its first and its last lines, drawn once a frame.
 class Screen {
   constructor(label) {
     this.first = h("div");
-    this.gap = h("p", { class: "gap", hidden: true });
+    this.gap = h("p", {class: "gap", hidden: true});
     this.last = h("div");
-    this.root = h(
-      "div",
-      { class: "screen", tabindex: 0, role: "region", "aria-label": label },
-      this.first,
-      this.gap,
-      this.last,
-    );
+    this.root = h("div",
+      {class: "screen", tabindex: 0, role: "region", "aria-label": label}, this.first,
+      this.gap, this.last);
     this.scheduled = false;
     this.terminal = null;
   }
@@ -17184,11 +17217,11 @@ class Screen {
   }
 
   draw() {
-    const { terminal, root } = this;
+    const {terminal, root} = this;
     const below = root.scrollHeight - root.scrollTop - root.clientHeight;
     const follows = this.follows || below < 30;
     this.follows = false;
-    const { count } = terminal;
+    const {count} = terminal;
     const limit = terminal.headLimit;
     const tailStart = Math.max(limit + terminal.dropped, count - TAIL_LINES);
     if (this.limit !== limit) this.clear();
@@ -17206,10 +17239,8 @@ class Screen {
       this.last.append(this.draft(n));
     }
     this.drawn = count;
-    const hidden = dotted(
-      tailStart > limit && plural(tailStart - limit, "line"),
-      terminal.missing && bytes(terminal.missing),
-    );
+    const hidden = dotted(tailStart > limit && plural(tailStart - limit, "line"),
+      terminal.missing && bytes(terminal.missing));
     this.gap.hidden = !hidden;
     if (hidden) say(this.gap, `… ${hidden} not shown …`);
     root.classList.toggle("empty", count === 0);
@@ -17229,7 +17260,7 @@ class Screen {
         line.append(text);
         continue;
       }
-      const span = h("span", { class: style.classes || null }, text);
+      const span = h("span", {class: style.classes || null}, text);
       span.style.color = style.color;
       span.style.backgroundColor = style.background;
       line.append(span);
@@ -17241,22 +17272,17 @@ class Screen {
 // == Markdown ==
 
 const SAFE_LINK = /^(?:https?:\/\/|mailto:)/i;
-const INLINE = new RegExp(
-  [
-    "\\\\(?<escaped>[!-/:-@[-`{-~])",
-    "(?<ticks>`+)(?<code>[^`]|[^`].*?[^`])\\k<ticks>(?!`)",
-    "!?\\[(?<label>(?:[^\\[\\]\\\\]|\\\\.)*)\\]" +
-      "\\((?<target>[^()\\s]*(?:\\([^()\\s]*\\))?[^()\\s]*)[^)]*\\)",
-    "<(?<auto>(?:https?://|mailto:)[^\\s<>]+)>",
-    "(?<url>https?://[^\\s<>\"'`]*[^\\s<>\"'`.,;:!?)\\]}*_])",
-    "(?<mark>\\*\\*\\*|\\*\\*|\\*|~~)(?=\\S)(?<strong>.*?\\S)\\k<mark>(?!\\*)",
-    "(?<![\\w_])(?<line>__|_)(?=\\S)(?<under>.*?\\S)\\k<line>(?!\\w)",
-    "(?<hard>  +|\\\\)\\n",
-  ].join("|"),
-  "s",
-);
+const INLINE = new RegExp(["\\\\(?<escaped>[!-/:-@[-`{-~])",
+  "(?<ticks>`+)(?<code>[^`]|[^`].*?[^`])\\k<ticks>(?!`)",
+  "!?\\[(?<label>(?:[^\\[\\]\\\\]|\\\\.)*)\\]" +
+    "\\((?<target>[^()\\s]*(?:\\([^()\\s]*\\))?[^()\\s]*)[^)]*\\)",
+  "<(?<auto>(?:https?://|mailto:)[^\\s<>]+)>",
+  "(?<url>https?://[^\\s<>\"'`]*[^\\s<>\"'`.,;:!?)\\]}*_])",
+  "(?<mark>\\*\\*\\*|\\*\\*|\\*|~~)(?=\\S)(?<strong>.*?\\S)\\k<mark>(?!\\*)",
+  "(?<![\\w_])(?<line>__|_)(?=\\S)(?<under>.*?\\S)\\k<line>(?!\\w)",
+  "(?<hard>  +|\\\\)\\n"].join("|"), "s");
 
-/** Return the nodes of a paragraph's text; what is not understood stays text. */
+// Return the nodes of a paragraph's text; what is not understood stays text.
 function inline(text) {
   const nodes = [];
   let match;
@@ -17279,19 +17305,15 @@ function inlineNode(found, source) {
   }
   if (found.hard) return h("br");
   const inner = inline(found.strong || found.under);
-  const tags = {
-    "***": ["strong", "em"],
-    "**": ["strong"],
-    __: ["strong"],
-    "~~": ["del"],
-  };
+  const tags = {"***": ["strong", "em"], "**": ["strong"], __: ["strong"],
+    "~~": ["del"]};
   const names = tags[found.mark || found.line] || ["em"];
   return names.reduceRight((children, tag) => [h(tag, {}, children)], inner)[0];
 }
 
 function linkNode(target, label, source) {
   if (!SAFE_LINK.test(target)) return source;
-  return h("a", { href: target, target: "_blank", rel: "noopener noreferrer" }, label);
+  return h("a", {href: target, target: "_blank", rel: "noopener noreferrer"}, label);
 }
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
@@ -17299,12 +17321,12 @@ const ITEM = /^( *)(?:([-*+])|(\d{1,9})[.)])(?: +|$)/;
 const TABLE_RULE = /^ {0,3}\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 const ENDS_PARAGRAPH = /^ {0,3}(?:#{1,6}\s|>|`{3}|~{3}|(?:[-*_] *){3,}$)/;
 
-/** Return the blocks of a Markdown text: the kind and the lines of each. */
+// Return the blocks of a Markdown text: the kind and the lines of each.
 function blocks(lines) {
   const found = [];
   let at = 0;
   const take = (kind, end) => {
-    found.push({ kind, lines: lines.slice(at, end) });
+    found.push({kind, lines: lines.slice(at, end)});
     at = end;
   };
   const until = (from, stops) => {
@@ -17318,21 +17340,15 @@ function blocks(lines) {
     if (!line.trim()) at += 1;
     else if (fence) {
       const close = new RegExp(`^ {0,3}${fence[1][0]}{${fence[1].length},}\\s*$`);
-      take("code", Math.min(lines.length, until(at + 1, (l) => close.test(l)) + 1));
+      take("code", Math.min(lines.length, until(at + 1, l => close.test(l)) + 1));
     } else if (/^ {0,3}#{1,6}\s/.test(line)) take("heading", at + 1);
     else if (/^ {0,3}(?:(?:- *){3,}|(?:\* *){3,}|(?:_ *){3,})$/.test(line)) {
       take("rule", at + 1);
     } else if (/^ {0,3}>/.test(line))
-      take(
-        "quote",
-        until(at, (l) => !/^ {0,3}>/.test(l)),
-      );
+      take("quote", until(at, l => !/^ {0,3}>/.test(l)));
     else if (ITEM.test(line)) take("list", listEnd(lines, at));
     else if (line.includes("|") && TABLE_RULE.test(lines[at + 1] || "")) {
-      take(
-        "table",
-        until(at + 2, (l) => !l.includes("|")),
-      );
+      take("table", until(at + 2, l => !l.includes("|")));
     } else {
       const stops = (l, n) =>
         n > at &&
@@ -17343,7 +17359,7 @@ function blocks(lines) {
   return found;
 }
 
-/** Return where the list ends that begins at line `at`. */
+// Return where the list ends that begins at line `at`.
 function listEnd(lines, at) {
   const indent = ITEM.exec(lines[at])[1].length;
   const ordered = Boolean(ITEM.exec(lines[at])[3]);
@@ -17373,98 +17389,71 @@ function listNode(lines) {
   }
   const tag = first[3] ? "ol" : "ul";
   const start = first[3] && first[3] !== "1" ? first[3] : null;
-  return h(tag, { start }, items.map(itemNode));
+  return h(tag, {start}, items.map(itemNode));
 }
 
 function itemNode(lines) {
-  const inner = lines.slice(1).filter((line) => line.trim());
-  const indent = Math.min(...inner.map((line) => line.search(/\S/)), 9);
+  const inner = lines.slice(1).filter(line => line.trim());
+  const indent = Math.min(...inner.map(line => line.search(/\S/)), 9);
   const task = /^\[([ xX])\] /.exec(lines[0]);
   if (task) lines[0] = (task[1] === " " ? "☐ " : "☑ ") + lines[0].slice(4);
-  const text = [lines[0], ...lines.slice(1).map((line) => line.slice(indent))];
+  const text = [lines[0], ...lines.slice(1).map(line => line.slice(indent))];
   const children = blocks(text).map(blockNode);
   // A short item reads better without the air around a paragraph.
   const tight = children[0]?.tagName === "P" && !lines.includes("");
-  return h(
-    "li",
-    {},
-    tight ? [...children[0].childNodes] : children[0],
-    children.slice(1),
-  );
+  return h("li", {}, tight ? [...children[0].childNodes] : children[0],
+    children.slice(1));
 }
 
 function tableNode(lines) {
-  const cells = (line) =>
+  const cells = line =>
     line
       .trim()
       .replace(/^\||\|$/g, "")
       .split(/(?<!\\)\|/)
-      .map((cell) => cell.trim().replaceAll("\\|", "|"));
-  const sides = cells(lines[1]).map((rule) =>
+      .map(cell => cell.trim().replaceAll("\\|", "|"));
+  const sides = cells(lines[1]).map(rule =>
     /^:-+:$/.test(rule) ? "center" : /-:$/.test(rule) ? "number" : null,
   );
-  const row = (tag) => (line) =>
-    h(
-      "tr",
-      {},
-      sides.map((side, n) => h(tag, { class: side }, inline(cells(line)[n] ?? ""))),
-    );
-  return h(
-    "div",
-    { class: "wide", tabindex: 0, role: "region", "aria-label": "Table" },
-    h(
-      "table",
-      {},
-      h("thead", {}, row("th")(lines[0])),
-      h("tbody", {}, lines.slice(2).map(row("td"))),
-    ),
-  );
+  const row = tag => line =>
+    h("tr", {},
+      sides.map((side, n) => h(tag, {class: side}, inline(cells(line)[n] ?? ""))));
+  return h("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
+    h("table", {}, h("thead", {}, row("th")(lines[0])),
+      h("tbody", {}, lines.slice(2).map(row("td")))));
 }
 
 function codeNode(lines) {
   const [, fence, language] = FENCE.exec(lines[0]);
   const closed = lines.length > 1 && lines.at(-1).trim().startsWith(fence);
   const text = lines.slice(1, closed ? -1 : undefined).join("\n");
-  return h(
-    "div",
-    { class: "code" },
-    h(
-      "div",
-      { class: "code-head" },
-      language || "code",
-      copyButton("Copy code", () => text),
-    ),
-    h("pre", { tabindex: 0 }, h("code", {}, text)),
-  );
+  return h("div", {class: "code"}, h("div", {class: "code-head"}, language || "code",
+    copyButton("Copy code", () => text)), h("pre", {tabindex: 0}, h("code", {}, text)));
 }
 
-function blockNode({ kind, lines }) {
+function blockNode({kind, lines}) {
   if (kind === "code") return codeNode(lines);
   if (kind === "rule") return h("hr");
   if (kind === "list") return listNode(lines);
   if (kind === "table") return tableNode(lines);
   if (kind === "quote") {
-    const inner = lines.map((line) => line.replace(/^ {0,3}> ?/, ""));
+    const inner = lines.map(line => line.replace(/^ {0,3}> ?/, ""));
     return h("blockquote", {}, blocks(inner).map(blockNode));
   }
   if (kind === "heading") {
-    const [, marks, text] = /^ {0,3}(#+)\s+(.*?)\s*#*$/.exec(lines[0]) || [
-      0,
-      "#",
-      lines[0],
-    ];
+    const [, marks, text] = /^ {0,3}(#+)\s+(.*?)\s*#*$/.exec(lines[0]) || [0, "#",
+      lines[0]];
     // The page's own headings are h1 and h2.
     return h(`h${Math.min(6, marks.length + 2)}`, {}, inline(text));
   }
-  return h("p", {}, inline(lines.map((line) => line.trimStart()).join("\n")));
+  return h("p", {}, inline(lines.map(line => line.trimStart()).join("\n")));
 }
 
-/** Show a Markdown text; blocks that have not changed stay as they are. */
+// Show a Markdown text; blocks that have not changed stay as they are.
 function showMarkdown(element, text) {
   const found = blocks(
-    text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"),
-  );
-  const sources = found.map(({ lines }) => lines.join("\n"));
+    text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"));
+  const sources = found.map(({lines}) => lines.join("\n"));
   const before = element.sources || [];
   let same = 0;
   while (same < sources.length && sources[same] === before[same]) same += 1;
@@ -17489,9 +17478,9 @@ const SILENCE = 45_000; // ms without a word from the gateway until it is asked
 const RETRY_FIRST = 500; // ms
 const RETRY_MAX = 15_000; // ms
 
-const callError = (code, message) => Object.assign(new Error(message), { code });
+const callError = (code, message) => Object.assign(new Error(message), {code});
 
-/** The connection to the gateway, which comes back by itself. */
+// The connection to the gateway, which comes back by itself.
 class Link {
   constructor(handlers) {
     this.handlers = handlers; // up(), down(retryAt), refused(), event(name, payload)
@@ -17500,8 +17489,8 @@ class Link {
     this.failures = 0;
     this.socket = null;
     setInterval(() => this.listen(), SILENCE / 3);
-    addEventListener("online", () => this.retryNow());
-    addEventListener("visibilitychange", () => this.listen());
+    on(window, "online", () => this.retryNow());
+    on(window, "visibilitychange", () => this.listen());
   }
 
   open() {
@@ -17510,15 +17499,15 @@ class Link {
     this.socket = socket;
     this.isUp = false;
     this.heard = Date.now();
-    socket.addEventListener("open", () => this.introduce(socket));
-    socket.addEventListener("message", (event) => this.take(socket, event.data));
-    socket.addEventListener("close", () => this.lost(socket));
+    on(socket, "open", () => this.introduce(socket));
+    on(socket, "message", event => this.take(socket, event.data));
+    on(socket, "close", () => this.lost(socket));
   }
 
-  /** Stop, and stay so until open(). */
+  // Stop, and stay so until open().
   close() {
     clearTimeout(this.timer);
-    const { socket } = this;
+    const {socket} = this;
     this.socket = null;
     socket?.close();
     this.failAll();
@@ -17545,22 +17534,20 @@ class Link {
       this.calls.delete(id);
       reject(callError("TIMEOUT", `The gateway did not answer ${method}.`));
     }, timeout);
-    this.calls.set(id, { resolve, reject, timer });
-    this.socket.send(JSON.stringify({ type: "req", id, method, params }));
+    this.calls.set(id, {resolve, reject, timer});
+    this.socket.send(JSON.stringify({type: "req", id, method, params}));
   }
 
   introduce(socket) {
-    const params = {
-      protocol: { min: 4, max: 4 },
-      client: { id: "page", version: "1", platform: "browser", mode: "ui" },
-      role: "operator",
-    };
-    const up = (hello) => {
+    const params = {protocol: {min: 4, max: 4},
+      client: {id: "page", version: "1", platform: "browser", mode: "ui"},
+      role: "operator"};
+    const up = hello => {
       this.isUp = true;
       this.failures = 0;
       this.handlers.up(hello);
     };
-    const refused = (error) => {
+    const refused = error => {
       if (socket !== this.socket) return;
       if (!["UNAUTHORIZED", "FORBIDDEN"].includes(error.code)) return;
       this.close();
@@ -17600,18 +17587,18 @@ class Link {
   failAll() {
     const calls = [...this.calls.values()];
     this.calls.clear();
-    for (const { reject, timer } of calls) {
+    for (const {reject, timer} of calls) {
       clearTimeout(timer);
       reject(callError("UNAVAILABLE", "The connection to the gateway was lost."));
     }
   }
 
-  /** A cable that was pulled closes nothing: ask whether anybody is there. */
+  // A cable that was pulled closes nothing: ask whether anybody is there.
   async listen() {
-    const { socket } = this;
+    const {socket} = this;
     if (document.hidden || !this.isUp || Date.now() - this.heard < SILENCE) return;
     try {
-      await this.call("subscribe", { events: [] }, 8000);
+      await this.call("subscribe", {events: []}, 8000);
     } catch (error) {
       if (error.code === "TIMEOUT" && socket === this.socket) {
         socket.close();
@@ -17635,7 +17622,7 @@ const HISTORY_SPAN = 30 * 60_000; // ms of CPU usage that a sparkline shows
 const state = {
   link: "connecting", // "up", "down", "out": nobody is signed in
   retryAt: 0,
-  route: { page: "chat", key: MAIN },
+  route: {page: "chat", key: MAIN},
   sessions: [],
   models: [],
   nodes: [],
@@ -17643,7 +17630,10 @@ const state = {
   usage: new Map(), // node id → [[ms, percent], …]
   chats: new Map(), // session key → Chat
   running: [], // rows of the audit, of commands that run now
-  audit: { rows: [], more: false, node: "", result: "" },
+  audit: {rows: [], more: false, node: "", result: ""},
+  providers: [],
+  keys: [],
+  logins: [],
   token: null, // {deviceId, name}: of which the dialog waits for the machine
   search: "",
 };
@@ -17651,25 +17641,25 @@ const state = {
 const watchers = []; // [topics, draw]
 const touched = new Set();
 
-/** Have `draw` called in the next frame after one of the topics has changed. */
+// Have `draw` called in the next frame after one of the topics has changed.
 function watch(topics, draw) {
   watchers.push([topics.split(" "), draw]);
 }
 
 function touch(...topics) {
   if (!touched.size) requestAnimationFrame(drawTouched);
-  topics.forEach((topic) => touched.add(topic));
+  topics.forEach(topic => touched.add(topic));
 }
 
 function drawTouched() {
   const topics = new Set(touched);
   touched.clear();
   for (const [wanted, draw] of watchers) {
-    if (wanted.some((topic) => topics.has(topic))) draw();
+    if (wanted.some(topic => topics.has(topic))) draw();
   }
 }
 
-/** Call the gateway; say so where it fails. */
+// Call the gateway; say so where it fails.
 async function act(method, params) {
   try {
     return await link.call(method, params);
@@ -17679,7 +17669,7 @@ async function act(method, params) {
   }
 }
 
-/** One session's messages, kept equal to the gateway's by their `seq`. */
+// One session's messages, kept equal to the gateway's by their `seq`.
 class Chat {
   constructor(key) {
     this.key = key;
@@ -17694,7 +17684,7 @@ class Chat {
     this.draft = "";
   }
 
-  /** Fetch the last messages, or what followed those that are here. */
+  // Fetch the last messages, or what followed those that are here.
   load() {
     this.loading ||= this.fetch().finally(() => {
       this.loading = null;
@@ -17704,7 +17694,7 @@ class Chat {
   }
 
   async fetch() {
-    const params = { sessionKey: this.key };
+    const params = {sessionKey: this.key};
     if (this.loaded) params.after = this.seq;
     let rows;
     try {
@@ -17714,23 +17704,24 @@ class Chat {
       if (error.code !== "UNAVAILABLE") complain(error);
       return;
     }
-    if (!this.loaded) this.earlier = rows.length >= 200;
-    rows.forEach((row) => this.merge(row));
+    if (rows.length >= 1000) this.rows.clear(); // more than it tells at once
+    if (!this.rows.size) this.earlier = rows.length >= 200;
+    rows.forEach(row => this.merge(row));
     this.loaded = true;
-    this.busy = [...this.rows.values()].some((row) => isOpen(row));
+    this.busy = [...this.rows.values()].some(row => isOpen(row));
     const events = this.waiting;
     this.waiting = [];
-    events.forEach((event) => this.apply(event));
+    events.forEach(event => this.apply(event));
   }
 
   async loadEarlier() {
     const first = this.ordered()[0];
-    const params = { sessionKey: this.key, before: first.createdAt };
+    const params = {sessionKey: this.key, before: first.createdAt};
     const rows = await act("chat.history", params);
     if (!rows) return;
     this.earlier = rows.length >= 200;
     const seq = this.seq;
-    rows.filter((row) => !this.rows.has(row.id)).forEach((row) => this.merge(row));
+    rows.filter(row => !this.rows.has(row.id)).forEach(row => this.merge(row));
     this.seq = Math.max(seq, this.seq);
     touch("chat");
   }
@@ -17773,56 +17764,56 @@ class Chat {
   }
 }
 
-const isOpen = (row) => row.state === "running" || row.state === "queued";
+const isOpen = row => row.state === "running" || row.state === "queued";
 
-/** A command's output as far as it is here, of which the gateway keeps both ends. */
+// A command's output as far as it is here, of which the gateway keeps both ends.
 class Output {
-  constructor({ output = [], cut = 0, cutAt, stdoutBytes = 0, stderrBytes = 0 }) {
+  constructor({output = [], cut = 0, cutAt, stdoutBytes = 0, stderrBytes = 0}) {
     this.terminal = new Terminal();
     output.forEach(([stream, text], n) => {
       if (cut && n === cutAt) this.terminal.skip(cut);
       this.terminal.write(text, stream === "stderr");
     });
-    this.ends = { stdout: stdoutBytes, stderr: stderrBytes };
+    this.ends = {stdout: stdoutBytes, stderr: stderrBytes};
   }
 
-  /** Add what has come; a gateway with more than it can tell leaves out the middle. */
-  add({ stream, offset, data }) {
+  // Add what has come; a gateway with more than it can tell leaves out the middle.
+  add({stream, offset, data}) {
     if (offset > this.ends[stream]) this.terminal.skip(offset - this.ends[stream]);
     this.ends[stream] = offset + encoder.encode(data).length;
     this.terminal.write(data, stream === "stderr");
   }
 
-  /** Tell whether nothing is missing here that a newer message has. */
-  equals({ stdoutBytes = 0, stderrBytes = 0 }) {
-    const { stdout, stderr } = this.ends;
+  // Tell whether nothing is missing here that a newer message has.
+  equals({stdoutBytes = 0, stderrBytes = 0}) {
+    const {stdout, stderr} = this.ends;
     return !this.terminal.missing && stdout === stdoutBytes && stderr === stderrBytes;
   }
 }
 
 const encoder = new TextEncoder();
 
-const nodeById = (id) => state.nodes.find((node) => node.nodeId === id);
+const nodeById = id => state.nodes.find(node => node.nodeId === id);
 
-/** Return the machine on which a session runs its commands; also one that is gone. */
+// Return the machine on which a session runs its commands; also one that is gone.
 function sessionNode(entry) {
   const id = entry.node_id || LOCAL;
   const gone = state.nodes.length ? "Removed machine" : "…";
-  const unknown = { nodeId: id, displayName: id === LOCAL ? "Local" : gone };
-  return nodeById(id) || { ...unknown, connected: id === LOCAL };
+  const unknown = {nodeId: id, displayName: id === LOCAL ? "Local" : gone};
+  return nodeById(id) || {...unknown, connected: id === LOCAL};
 }
 
-/** Return machines as they are listed: Local, the connected, those that are away. */
+// Return machines as they are listed: Local, the connected, those that are away.
 function inOrder(nodes) {
-  const rank = (node) => (node.nodeId === LOCAL ? 0 : node.connected ? 1 : 2);
-  const name = (node) => node.displayName;
+  const rank = node => (node.nodeId === LOCAL ? 0 : node.connected ? 1 : 2);
+  const name = node => node.displayName;
   return [...nodes].sort((a, b) => rank(a) - rank(b) || name(a).localeCompare(name(b)));
 }
 
 function currentSession() {
-  const { key } = state.route;
+  const {key} = state.route;
   return (
-    state.sessions.find((entry) => entry.key === key) || {
+    state.sessions.find(entry => entry.key === key) || {
       key,
       label: key === MAIN ? "Main" : "",
       model: null,
@@ -17831,38 +17822,38 @@ function currentSession() {
   );
 }
 
-const sessionName = (entry) =>
+const sessionName = entry =>
   entry.label || entry.preview || (entry.key === MAIN ? "Main" : "New chat");
 
-const currentModel = (entry) => entry.model || state.models[0]?.id || SHELL;
+const currentModel = entry => entry.model || state.models[0]?.id || SHELL;
 
 function currentChat() {
-  const { key } = state.route;
+  const {key} = state.route;
   if (!state.chats.has(key)) state.chats.set(key, new Chat(key));
   return state.chats.get(key);
 }
 
-/** Change a session here at once, and on the gateway. */
+// Change a session here at once, and on the gateway.
 async function patchSession(key, change) {
-  const entry = state.sessions.find((known) => known.key === key);
+  const entry = state.sessions.find(known => known.key === key);
   if (entry) Object.assign(entry, change);
   touch("sessions", "chat");
-  if (!(await act("sessions.patch", { key, ...change }))) refresh("sessions");
+  if (!(await act("sessions.patch", {key, ...change}))) refresh("sessions");
 }
 
 async function selectNode(key, nodeId) {
   const id = nodeId === LOCAL ? null : nodeId;
-  const entry = state.sessions.find((known) => known.key === key);
+  const entry = state.sessions.find(known => known.key === key);
   if (entry) entry.node_id = id;
   touch("sessions", "chat");
-  await act("nodes.set_session", { session_key: key, node_id: id });
+  await act("nodes.set_session", {session_key: key, node_id: id});
   refresh("sessions");
 }
 
 const SOURCES = {
   sessions: async () => {
     state.sessions = await link.call("sessions.list");
-    for (const { key, replying } of state.sessions) {
+    for (const {key, replying} of state.sessions) {
       const chat = state.chats.get(key);
       if (chat && !chat.loading) chat.busy = replying;
     }
@@ -17871,13 +17862,16 @@ const SOURCES = {
   nodes: async () => (state.nodes = await link.call("node.list")),
   devices: async () => (state.devices = await link.call("device.pair.list")),
   running: async () => {
-    state.running = await link.call("commands.list", { state: "running" });
+    state.running = await link.call("commands.list", {state: "running"});
   },
+  providers: async () => (state.providers = await link.call("models.providers")),
+  keys: async () => (state.keys = await link.call("keys.list")),
+  logins: async () => (state.logins = await link.call("logins.list")),
 };
 
 const refreshing = new Map(); // topic → whether it is to be fetched once more
 
-/** Fetch lists again; many wishes at the same time make one request. */
+// Fetch lists again; many wishes at the same time make one request.
 async function refresh(...topics) {
   await Promise.all(topics.map(refreshOne));
 }
@@ -17900,8 +17894,8 @@ async function refreshOne(topic) {
 }
 
 async function loadAudit(older = false) {
-  const { audit } = state;
-  const params = { limit: PAGE_SIZE };
+  const {audit} = state;
+  const params = {limit: PAGE_SIZE};
   if (audit.node) params.nodeId = audit.node;
   if (audit.result) params.state = audit.result;
   if (older) params.before = audit.rows.at(-1).seq;
@@ -17916,7 +17910,7 @@ async function loadUsage(node) {
   if (state.usage.has(node.nodeId)) return;
   state.usage.set(node.nodeId, []);
   try {
-    const points = await link.call("telemetry.history", { nodeId: node.nodeId });
+    const points = await link.call("telemetry.history", {nodeId: node.nodeId});
     const known = state.usage.get(node.nodeId);
     state.usage.set(node.nodeId, [...points, ...known]);
     touch("nodes");
@@ -17931,8 +17925,8 @@ function noteTelemetry(payload) {
     refresh("nodes");
     return;
   }
-  const { nodeId, providers, ...telemetry } = payload;
-  Object.assign(node, { telemetry, lastSeenAt: Date.now() });
+  const {nodeId, providers, ...telemetry} = payload;
+  Object.assign(node, {telemetry, lastSeenAt: Date.now()});
   if (providers) node.providers = providers;
   const points = state.usage.get(nodeId);
   if (points && telemetry.cpuUsage != null) {
@@ -17942,7 +17936,7 @@ function noteTelemetry(payload) {
   touch("nodes");
 }
 
-function noteSession({ type, sessionKey }) {
+function noteSession({type, sessionKey}) {
   if (type === "deleted" || type === "reset") state.chats.delete(sessionKey);
   if (type === "deleted" && state.route.key === sessionKey) go("/chat/main", true);
   if (type === "reset" && state.route.key === sessionKey) currentChat().load();
@@ -17977,7 +17971,7 @@ const link = new Link({
     state.link = "up";
     touch("link");
     try {
-      await link.call("subscribe", { events: EVENTS });
+      await link.call("subscribe", {events: EVENTS});
     } catch {
       return; // lost again: the next connection starts over
     }
@@ -17987,7 +17981,7 @@ const link = new Link({
     touch("route");
   },
   down(retryAt) {
-    Object.assign(state, { link: "down", retryAt });
+    Object.assign(state, {link: "down", retryAt});
     touch("link");
   },
   refused() {
@@ -18001,17 +17995,27 @@ const link = new Link({
 
 // == routes ==
 
-const PAGES = { nodes: "Nodes", commands: "Commands" };
+const PAGES = {
+  nodes: "Nodes",
+  commands: "Commands",
+  models: "Models",
+  access: "Access",
+};
+const PAGE_TOPICS = {
+  nodes: ["nodes", "devices", "running"],
+  models: ["providers"],
+  access: ["keys", "logins"],
+};
 
-/** Return what an address asks for. */
+// Return what an address asks for.
 function routeOf(path) {
   const [, area, rest = ""] = /^\/(\w*)\/?(.*)$/.exec(path) || [];
-  if (area === "settings") return { page: rest in PAGES ? rest : "nodes" };
-  if (area === "chat" && rest) return { page: "chat", key: decodeURIComponent(rest) };
-  return { page: "chat", key: localStorage.getItem("session") || MAIN };
+  if (area === "settings") return {page: rest in PAGES ? rest : "nodes"};
+  if (area === "chat" && rest) return {page: "chat", key: decodeURIComponent(rest)};
+  return {page: "chat", key: localStorage.getItem("session") || MAIN};
 }
 
-const chatPath = (key) => `/chat/${encodeURIComponent(key)}`;
+const chatPath = key => `/chat/${encodeURIComponent(key)}`;
 
 function go(path, replace = false) {
   if (replace) history.replaceState(null, "", path);
@@ -18029,59 +18033,58 @@ function followAddress() {
   touch("route");
 }
 
-/** Fetch what the page needs that is shown now. */
+// Fetch what the page needs that is shown now.
 function enterRoute() {
   if (state.link !== "up") return;
-  const { page } = state.route;
+  const {page} = state.route;
   if (page === "chat") currentChat().load();
-  else if (page === "nodes") {
-    refresh("nodes", "devices", "running");
-    state.nodes.forEach(loadUsage);
-  } else loadAudit();
+  else if (page === "commands") loadAudit();
+  else refresh(...PAGE_TOPICS[page]);
+  if (page === "nodes") state.nodes.forEach(loadUsage);
 }
 
 // == widgets ==
 
-/** Ask before something is gone; resolves to whether it may go. */
+// Ask before something is gone; resolves to whether it may go.
 function confirmed(title, text, action) {
-  const dialog = byId("confirm");
-  say(byId("confirm-title"), title);
-  say(byId("confirm-text"), text);
-  say(byId("confirm-yes"), action);
-  return new Promise((resolve) => {
-    const close = (answer) => {
+  const dialog = $("confirm");
+  say($("confirm-title"), title);
+  say($("confirm-text"), text);
+  say($("confirm-yes"), action);
+  return new Promise(resolve => {
+    const close = answer => {
       dialog.close();
       resolve(answer);
     };
-    byId("confirm-yes").onclick = () => close(true);
-    byId("confirm-no").onclick = () => close(false);
+    $("confirm-yes").onclick = () => close(true);
+    $("confirm-no").onclick = () => close(false);
     dialog.oncancel = () => resolve(false);
     dialog.showModal();
-    byId("confirm-no").focus();
+    $("confirm-no").focus();
   });
 }
 
-/** A button with a list to choose from: arrows, Home, End, and typing a name. */
+// A button with a list to choose from: arrows, Home, End, and typing a name.
 class Picker {
   constructor(name, options, choose) {
-    this.button = byId(`${name}-button`);
-    this.list = byId(`${name}-list`);
+    this.button = $(`${name}-button`);
+    this.list = $(`${name}-list`);
     this.options = options; // () → [{value, label, detail, dot, dim, chosen}]
     this.choose = choose;
     this.active = null; // the value that the arrows are on
     this.typed = "";
     this.button.setAttribute("aria-controls", this.list.id);
-    this.button.addEventListener("click", () => this.toggle());
-    this.button.addEventListener("keydown", (event) => {
+    on(this.button, "click", () => this.toggle());
+    on(this.button, "keydown", event => {
       if (!["ArrowDown", "ArrowUp"].includes(event.key)) return;
       event.preventDefault();
       this.toggle(true);
     });
-    this.list.addEventListener("keydown", (event) => this.key(event));
-    this.list.addEventListener("focusout", () => this.toggle(false));
+    on(this.list, "keydown", event => this.key(event));
+    on(this.list, "focusout", () => this.toggle(false));
     // A press would move the focus, and close the list before the click.
-    this.list.addEventListener("mousedown", (event) => event.preventDefault());
-    this.list.addEventListener("click", (event) => {
+    on(this.list, "mousedown", event => event.preventDefault());
+    on(this.list, "click", event => {
       const option = event.target.closest("[role=option]");
       if (option) this.pick(option.dataset.value);
     });
@@ -18097,7 +18100,7 @@ class Picker {
     this.button.setAttribute("aria-expanded", String(opens));
     if (!opens) return;
     const options = this.options();
-    this.active = (options.find((option) => option.chosen) || options[0])?.value;
+    this.active = (options.find(option => option.chosen) || options[0])?.value;
     this.typed = "";
     this.draw();
     this.list.focus();
@@ -18111,16 +18114,11 @@ class Picker {
 
   key(event) {
     const options = this.options();
-    const at = options.findIndex((option) => option.value === this.active);
+    const at = options.findIndex(option => option.value === this.active);
     const last = options.length - 1;
-    const goal = {
-      ArrowDown: Math.min(last, at + 1),
-      ArrowUp: Math.max(0, at - 1),
-      PageDown: Math.min(last, at + 8),
-      PageUp: Math.max(0, at - 8),
-      Home: 0,
-      End: last,
-    }[event.key];
+    const goal = {ArrowDown: Math.min(last, at + 1), ArrowUp: Math.max(0, at - 1),
+      PageDown: Math.min(last, at + 8), PageUp: Math.max(0, at - 8), Home: 0,
+      End: last}[event.key];
     if (goal !== undefined) this.active = options[goal]?.value;
     else if (event.key === "Enter" || (event.key === " " && !this.typed)) {
       event.preventDefault();
@@ -18137,69 +18135,51 @@ class Picker {
     this.draw();
   }
 
-  /** Go to the option that is called so; the same letter again goes on to the next. */
+  // Go to the option that is called so; the same letter again goes on to the next.
   type(letter, options, at) {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => (this.typed = ""), 800);
     this.typed += letter.toLowerCase();
-    const repeated = [...this.typed].every((one) => one === this.typed[0]);
+    const repeated = [...this.typed].every(one => one === this.typed[0]);
     const wanted = repeated ? this.typed[0] : this.typed;
     const from = repeated ? at + 1 : Math.max(0, at);
     const turned = [...options.slice(from), ...options.slice(0, from)];
-    const label = (option) => option.label.toLowerCase();
+    const label = option => option.label.toLowerCase();
     const found =
-      turned.find((option) => label(option).startsWith(wanted)) ||
-      turned.find((option) => label(option).includes(wanted));
+      turned.find(option => label(option).startsWith(wanted)) ||
+      turned.find(option => label(option).includes(wanted));
     if (found) this.active = found.value;
   }
 
   draw() {
     const options = this.options();
-    const chosen = options.find((option) => option.chosen) || options[0];
-    fill(
-      this.button,
-      chosen && dotFor(chosen),
-      h("span", { class: "pick-label" }, chosen?.label || "…"),
-      icon("down"),
-    );
-    this.button.setAttribute(
-      "aria-label",
-      `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`,
-    );
+    const chosen = options.find(option => option.chosen) || options[0];
+    fill(this.button, chosen && dotFor(chosen),
+      h("span", {class: "pick-label"}, chosen?.label || "…"), icon("down"));
+    this.button.setAttribute("aria-label",
+      `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`);
     if (!this.isOpen) return;
-    fill(
-      this.list,
-      options.map((option, n) => this.option(option, n)),
-    );
+    fill(this.list, options.map((option, n) => this.option(option, n)));
     const active = this.list.querySelector(".active");
-    active?.scrollIntoView({ block: "nearest" });
+    active?.scrollIntoView({block: "nearest"});
     this.list.setAttribute("aria-activedescendant", active?.id || "");
   }
 
   option(option, n) {
     const classes = [option.value === this.active && "active", option.dim && "dim"];
-    return h(
-      "li",
-      {
-        id: `${this.list.id}-${n}`,
-        role: "option",
-        class: classes.filter(Boolean).join(" "),
-        "aria-selected": String(Boolean(option.chosen)),
-        "data-value": option.value,
-      },
-      dotFor(option),
-      h(
-        "span",
-        { class: "choice" },
-        h("span", {}, option.label),
-        option.detail && h("span", { class: "detail" }, option.detail),
-      ),
-      option.chosen && icon("check"),
-    );
+    return h("li", {
+      id: `${this.list.id}-${n}`,
+      role: "option",
+      class: classes.filter(Boolean).join(" "),
+      "aria-selected": String(Boolean(option.chosen)),
+      "data-value": option.value,
+    }, dotFor(option), h("span", {class: "choice"}, h("span", {}, option.label),
+      option.detail && h("span", {class: "detail"}, option.detail)),
+      option.chosen && icon("check"));
   }
 }
 
-const dotFor = ({ dot }) => dot && h("span", { class: `dot ${dot}` });
+const dotFor = ({dot}) => dot && h("span", {class: `dot ${dot}`});
 
 function nodeOptions() {
   const entry = currentSession();
@@ -18207,39 +18187,30 @@ function nodeOptions() {
   const nodes = state.nodes.includes(selected)
     ? state.nodes
     : [...state.nodes, selected];
-  return inOrder(nodes).map((node) => ({
-    value: node.nodeId,
-    label: node.displayName,
-    detail: nodeDetail(node),
-    dot: node.connected ? "on" : "off",
-    dim: !node.connected,
-    chosen: node === selected,
-  }));
+  return inOrder(nodes).map(node => ({value: node.nodeId, label: node.displayName,
+    detail: nodeDetail(node), dot: node.connected ? "on" : "off", dim: !node.connected,
+    chosen: node === selected}));
 }
 
 function nodeDetail(node) {
   if (!node.connected) {
     return node.lastSeenAt ? `Offline, seen ${ago(node.lastSeenAt)}` : "Offline";
   }
-  const { cpuUsage, load } = node.telemetry || {};
-  return dotted(
-    node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
+  const {cpuUsage, load} = node.telemetry || {};
+  return dotted(node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
     cpuUsage != null && `${Math.round(cpuUsage)} % CPU`,
-    load?.length && `load ${load[0].toFixed(2)}`,
-  );
+    load?.length && `load ${load[0].toFixed(2)}`);
 }
 
 function modelOptions() {
   const chosen = currentModel(currentSession());
-  const known = state.models.map((model) => ({
-    value: model.id,
+  const known = state.models.map(model => ({value: model.id,
     label: model.displayName || model.id,
     detail: model.id === SHELL ? "Runs what you type, no LLM" : modelDetail(model),
-    chosen: model.id === chosen,
-  }));
-  if (known.some((option) => option.chosen) || !state.models.length) return known;
-  const gone = { value: chosen, label: chosen, detail: "Not available now", dim: true };
-  return [...known, { ...gone, chosen: true }];
+    chosen: model.id === chosen}));
+  if (known.some(option => option.chosen) || !state.models.length) return known;
+  const gone = {value: chosen, label: chosen, detail: "Not available now", dim: true};
+  return [...known, {...gone, chosen: true}];
 }
 
 function modelDetail(model) {
@@ -18250,45 +18221,42 @@ function modelDetail(model) {
 
 function approvalOptions() {
   const all = currentSession().approvals === "all";
-  return [
-    {
-      value: "ask",
-      label: "Ask first",
-      detail: "Each command of the model waits for your approval",
-      chosen: !all,
-    },
-    {
-      value: "all",
-      label: "Run everything",
-      detail: "Commands of the model run without a question",
-      chosen: all,
-    },
-  ];
+  return [{
+    value: "ask",
+    label: "Ask first",
+    detail: "Each command of the model waits for your approval",
+    chosen: !all,
+  }, {
+    value: "all",
+    label: "Run everything",
+    detail: "Commands of the model run without a question",
+    chosen: all,
+  }];
 }
 
 // == view: frame ==
 
 function openSidebar(opens) {
-  byId("app").classList.toggle("menu-open", opens);
-  byId("veil").hidden = !opens;
-  byId("open-sidebar").setAttribute("aria-expanded", String(opens));
-  if (opens) byId("close-sidebar").focus();
+  $("app").classList.toggle("menu-open", opens);
+  $("veil").hidden = !opens;
+  $("open-sidebar").setAttribute("aria-expanded", String(opens));
+  if (opens) $("close-sidebar").focus();
 }
 
 function drawLink() {
   const out = state.link === "out";
-  byId("sign-in").hidden = !out;
+  $("sign-in").hidden = !out;
   // Nothing is half there: the page appears with its connection, or without any hope.
-  byId("app").hidden = out || (state.link === "connecting" && byId("app").hidden);
-  byId("banner").hidden = state.link !== "down";
-  if (out) byId("key").focus();
+  $("app").hidden = out || (state.link === "connecting" && $("app").hidden);
+  $("banner").hidden = state.link !== "down";
+  if (out) $("key").focus();
   if (state.link === "down") drawBanner();
 }
 
 function drawBanner() {
   const seconds = Math.max(0, Math.ceil((state.retryAt - Date.now()) / 1000));
   const next = seconds ? `Trying again in ${seconds} s.` : "Trying again…";
-  say(byId("banner-text"), `The gateway cannot be reached. ${next}`);
+  say($("banner-text"), `The gateway cannot be reached. ${next}`);
 }
 
 function setCurrent(link, isCurrent) {
@@ -18297,31 +18265,27 @@ function setCurrent(link, isCurrent) {
 }
 
 function drawRoute() {
-  const { page } = state.route;
-  for (const name of ["chat", ...Object.keys(PAGES)]) byId(name).hidden = name !== page;
-  for (const name of Object.keys(PAGES)) setCurrent(byId(`to-${name}`), name === page);
+  const {page} = state.route;
+  for (const name of ["chat", ...Object.keys(PAGES)]) $(name).hidden = name !== page;
+  for (const name of Object.keys(PAGES)) setCurrent($(`to-${name}`), name === page);
   const title = page === "chat" ? sessionName(currentSession()) : PAGES[page];
   document.title = `${title} · moltis`;
 }
 
 class SessionItem {
   constructor(entry) {
-    this.name = h("span", { class: "name" });
-    this.detail = h("span", { class: "detail" });
-    this.link = h("a", { href: chatPath(entry.key) }, this.name, this.detail);
+    this.name = h("span", {class: "name"});
+    this.detail = h("span", {class: "detail"});
+    this.link = h("a", {href: chatPath(entry.key)}, this.name, this.detail);
     const rename = () =>
-      editInPlace(this.name, sessionName(this.entry), "Name of the chat", (label) =>
-        patchSession(this.entry.key, { label }),
+      editInPlace(this.name, sessionName(this.entry), "Name of the chat", label =>
+        patchSession(this.entry.key, {label}),
       );
-    this.buttons = h(
-      "span",
-      { class: "tools" },
-      iconButton("pen", "Rename", rename),
-      entry.key !== MAIN && iconButton("bin", "Delete", () => this.remove()),
-    );
+    this.buttons = h("span", {class: "tools"}, iconButton("pen", "Rename", rename),
+      entry.key !== MAIN && iconButton("bin", "Delete", () => this.remove()));
     this.root = h("li", {}, this.link, this.buttons);
     // In a field that stands in a link, a click is for the field.
-    this.link.addEventListener("click", (event) => {
+    on(this.link, "click", event => {
       if (this.name.dataset.edited) event.preventDefault();
     });
   }
@@ -18340,92 +18304,72 @@ class SessionItem {
   }
 
   async remove() {
-    const { entry } = this;
+    const {entry} = this;
     const text =
       "Its messages are removed for good. What commands ran, and where, stays " +
       "in the list of commands.";
     const question = `Delete “${sessionName(entry)}”?`;
     if (!(await confirmed(question, text, "Delete"))) return;
-    if (!(await act("sessions.delete", { key: entry.key }))) return;
-    noteSession({ type: "deleted", sessionKey: entry.key });
+    if (!(await act("sessions.delete", {key: entry.key}))) return;
+    noteSession({type: "deleted", sessionKey: entry.key});
   }
 }
 
-const sessionItems = new Keyed(
-  byId("sessions"),
-  (e) => e.key,
-  (e) => new SessionItem(e),
-);
+const sessionItems = new Keyed($("sessions"), e => e.key, e => new SessionItem(e));
 
 function drawSessions() {
-  const known = state.sessions.filter((entry) => !entry.archived);
+  const known = state.sessions.filter(entry => !entry.archived);
   const current = currentSession();
-  const isNew = !known.some((entry) => entry.key === current.key);
+  const isNew = !known.some(entry => entry.key === current.key);
   const all = isNew && state.route.page === "chat" ? [current, ...known] : known;
   const wanted = state.search.toLowerCase();
-  byId("find-chat").hidden = all.length < 8 && !wanted;
-  sessionItems.show(
-    all.filter((entry) =>
-      `${sessionName(entry)} ${entry.preview || ""}`.toLowerCase().includes(wanted),
-    ),
-  );
-  const online = state.nodes.filter((n) => n.connected && n.nodeId !== LOCAL).length;
-  say(byId("node-count"), online ? `${online} online` : "");
+  $("find-chat").hidden = all.length < 8 && !wanted;
+  sessionItems.show(all.filter(entry =>
+    `${sessionName(entry)} ${entry.preview || ""}`.toLowerCase().includes(wanted),
+  ));
+  const online = state.nodes.filter(n => n.connected && n.nodeId !== LOCAL).length;
+  say($("node-count"), online ? `${online} online` : "");
 }
 
 async function newChat() {
-  const { node_id, model } = currentSession();
-  const isEmpty = (known) => !known.messageCount && !known.label && known.key !== MAIN;
+  const {node_id, model} = currentSession();
+  const isEmpty = known => !known.messageCount && !known.label && known.key !== MAIN;
   const entry = state.sessions.find(isEmpty) || (await act("sessions.create", {}));
   if (!entry) return;
   // The machine and the model that were chosen last are what one wants again.
-  if (model) await act("sessions.patch", { key: entry.key, model });
+  if (model) await act("sessions.patch", {key: entry.key, model});
   if (nodeById(node_id)) await selectNode(entry.key, node_id);
   await refresh("sessions");
   go(chatPath(entry.key));
-  byId("text").focus();
+  $("text").focus();
 }
 
 // == view: chat ==
 
 class UserTurn {
   constructor() {
-    this.text = h("div", { class: "bubble" });
-    this.note = h("p", { class: "note" });
-    this.root = h(
-      "article",
-      { class: "turn user", "aria-label": "You" },
-      this.text,
-      this.note,
-    );
+    this.text = h("div", {class: "bubble"});
+    this.note = h("p", {class: "note"});
+    this.root = h("article", {class: "turn user", "aria-label": "You"}, this.text,
+      this.note);
   }
 
   update(row) {
     say(this.text, row.text || "");
-    say(
-      this.note,
-      row.state === "queued" ? "Waits until the answer before it is complete" : "",
-    );
+    say(this.note,
+      row.state === "queued" ? "Waits until the answer before it is complete" : "");
     this.root.title = fullFormat.format(row.createdAt);
   }
 }
 
 class AssistantTurn {
   constructor() {
-    this.text = h("div", { class: "prose" });
+    this.text = h("div", {class: "prose"});
     this.note = h("span");
-    this.foot = h(
-      "footer",
-      { class: "note" },
-      this.note,
-      copyButton("Copy answer", () => this.row.text || ""),
-    );
-    this.root = h(
-      "article",
-      { class: "turn assistant", "aria-label": "Answer" },
-      this.text,
-      this.foot,
-    );
+    this.foot = h("footer", {class: "note"}, this.note,
+      copyButton("Copy answer", () => this.row.text || ""));
+    this.root = h("article", {class: "turn assistant", "aria-label": "Answer"},
+      this.text, this.foot);
   }
 
   update(row) {
@@ -18445,7 +18389,7 @@ const STATE_NOTES = {
   interrupted: "interrupted by a restart of the gateway",
 };
 
-const usageText = (usage) =>
+const usageText = usage =>
   usage?.outputTokens
     ? `${usage.inputTokens.toLocaleString()} tokens read, ` +
       `${usage.outputTokens.toLocaleString()} written`
@@ -18453,7 +18397,7 @@ const usageText = (usage) =>
 
 class NoticeTurn {
   constructor() {
-    this.root = h("p", { class: "turn notice" });
+    this.root = h("p", {class: "turn notice"});
   }
 
   update(row) {
@@ -18462,77 +18406,48 @@ class NoticeTurn {
   }
 }
 
-/** A command: where, what, its output as it comes, and how it ended. */
+// A command: where, what, its output as it comes, and how it ended.
 class CommandCard {
   constructor(row) {
-    const { command } = row;
+    const {command} = row;
     this.id = row.id;
     this.screen = new Screen(`Output of ${command.command}`);
-    this.dot = h("span", { class: "dot" });
-    this.time = h("span", { class: "time" });
-    this.stop = h(
-      "button",
-      { class: "button small", onclick: () => this.end() },
-      icon("stop"),
-      " Stop",
-    );
+    this.dot = h("span", {class: "dot"});
+    this.time = h("span", {class: "time"});
+    this.stop = button([icon("stop"), " Stop"], () => this.end(), "button small");
     this.fold = iconButton("down", "Collapse output", () => this.collapse());
     this.fold.setAttribute("aria-expanded", "true");
-    this.where = h("span", { class: "where" });
-    this.word = h("span", { class: "word" });
-    this.size = h("span", { class: "size" });
-    this.save = h(
-      "a",
-      {
-        class: "bare",
-        title: "Download the whole output",
-        "aria-label": "Download the whole output",
-        download: true,
-        href: `/api/commands/${encodeURIComponent(command.invokeId)}/output`,
-      },
-      icon("save"),
-    );
+    this.where = h("span", {class: "where"});
+    this.word = h("span", {class: "word"});
+    this.size = h("span", {class: "size"});
+    this.save = h("a", {
+      class: "bare",
+      title: "Download the whole output",
+      "aria-label": "Download the whole output",
+      download: true,
+      href: `/api/commands/${encodeURIComponent(command.invokeId)}/output`,
+    }, icon("save"));
     this.copyOutput = copyButton("Copy output", () => this.screen.terminal.text());
-    this.approval = h("div", { class: "approval", hidden: true });
-    this.root = h(
-      "article",
-      { class: "turn command" },
-      h(
-        "header",
-        {},
-        this.dot,
-        this.where,
-        h("code", { class: "line" }, command.command),
-        copyButton("Copy command", () => command.command),
-        this.fold,
-      ),
-      this.approval,
-      this.screen.root,
-      h(
-        "footer",
-        {},
-        this.word,
-        this.time,
-        this.size,
-        h("span", { class: "tools" }, this.stop, this.copyOutput, this.save),
-      ),
-    );
+    this.approval = h("div", {class: "approval", hidden: true});
+    this.root = h("article", {class: "turn command"},
+      h("header", {}, this.dot, this.where, h("code", {class: "line"}, command.command),
+        copyButton("Copy command", () => command.command), this.fold), this.approval,
+      this.screen.root, h("footer", {}, this.word, this.time, this.size,
+        h("span", {class: "tools"}, this.stop, this.copyOutput, this.save)));
   }
 
   update(row) {
-    const { command } = row;
+    const {command} = row;
     this.row = row;
     const [kind, words] = verdict(command);
     this.running = kind === "run" || kind === "wait";
     this.root.dataset.kind = kind;
-    this.root.setAttribute(
-      "aria-label",
-      `Command on ${command.node}: ${command.command}`,
-    );
+    this.root.setAttribute("aria-label",
+      `Command on ${command.node}: ${command.command}`);
     this.dot.className = `dot ${kind}`;
     say(this.where, command.node + (command.cwd ? `:${command.cwd}` : ""));
     say(this.word, words);
-    const total = (command.stdoutBytes || 0) + (command.stderrBytes || 0);
+    const total = outputSize(command);
     say(this.size, total ? bytes(total) : this.running ? "" : "no output");
     this.stop.hidden = !this.running || command.approval?.state === "asked";
     this.save.hidden = this.copyOutput.hidden = this.running || !total;
@@ -18543,30 +18458,22 @@ class CommandCard {
   }
 
   tick() {
-    const { startedAt, endedAt } = this.row.command;
+    const {startedAt, endedAt} = this.row.command;
     const end = endedAt ?? (this.running ? Date.now() : null);
     const known = startedAt && end && this.row.command.approval?.state !== "asked";
     say(this.time, known ? duration((end - startedAt) / 1000) : "");
   }
 
-  drawApproval({ invokeId, node, approval }) {
+  drawApproval({invokeId, node, approval}) {
     const asks = approval?.state === "asked";
     if (asks === !this.approval.hidden) return;
     this.approval.hidden = !asks;
     if (!asks) return;
-    const answer = (decision) => () =>
-      act("exec.approval.resolve", { invokeId, decision });
-    fill(
-      this.approval,
-      h("p", {}, `The model wants to run this on ${node}.`),
-      h("button", { class: "button main", onclick: answer("approve") }, "Approve"),
-      h("button", { class: "button", onclick: answer("deny") }, "Deny"),
-      h(
-        "button",
-        { class: "button", onclick: answer("always") },
-        `Always on ${node} in this chat`,
-      ),
-    );
+    const answer = decision => () => act("exec.approval.resolve", {invokeId, decision});
+    fill(this.approval, h("p", {}, `The model wants to run this on ${node}.`),
+      button("Approve", answer("approve"), "button main"),
+      button("Deny", answer("deny")),
+      button(`Always on ${node} in this chat`, answer("always")));
     announce(`Approval is needed for a command on ${node}`);
   }
 
@@ -18578,7 +18485,7 @@ class CommandCard {
 
   async end() {
     this.stop.disabled = true;
-    await act("node.invoke.cancel", { invokeId: this.row.command.invokeId });
+    await act("node.invoke.cancel", {invokeId: this.row.command.invokeId});
     this.stop.disabled = false;
   }
 }
@@ -18590,31 +18497,31 @@ const TURNS = {
   command: CommandCard,
 };
 
-const makeTurn = (row) => new (TURNS[row.role] || NoticeTurn)(row);
-const turns = new Keyed(byId("messages"), (row) => row.id, makeTurn);
+const makeTurn = row => new (TURNS[row.role] || NoticeTurn)(row);
+const turns = new Keyed($("messages"), row => row.id, makeTurn);
 let shownChat = null; // the Chat whose messages stand on the page
 let follows = true; // the newest message is to stay in sight
 
-/** Return the messages to show: what was typed into Shell is in the command's card. */
+// Return the messages to show: what was typed into Shell is in the command's card.
 function shownRows(chat) {
   const rows = chat.ordered();
   const commands = new Set(
     rows
-      .filter((row) => row.role === "command")
-      .map((row) => `${row.runId} ${row.command.command}`),
+      .filter(row => row.role === "command")
+      .map(row => `${row.runId} ${row.command.command}`),
   );
-  const typed = (row) => `${row.runId} ${(row.text || "").replace(/^!/, "")}`;
-  return rows.filter((row) => row.role !== "user" || !commands.has(typed(row)));
+  const typed = row => `${row.runId} ${(row.text || "").replace(/^!/, "")}`;
+  return rows.filter(row => row.role !== "user" || !commands.has(typed(row)));
 }
 
 function drawChat() {
   if (state.route.page !== "chat") return;
   const chat = currentChat();
-  const box = byId("transcript");
+  const box = $("transcript");
   if (shownChat !== chat) leaveChat(chat);
   const rows = shownRows(chat);
   turns.show(rows);
-  byId("older").hidden = !chat.earlier;
+  $("older").hidden = !chat.earlier;
   drawWelcome(chat, rows);
   drawThinking(chat, rows);
   drawComposer(chat);
@@ -18623,7 +18530,7 @@ function drawChat() {
 }
 
 function leaveChat(chat) {
-  const text = byId("text");
+  const text = $("text");
   if (shownChat) shownChat.draft = text.value;
   shownChat = chat;
   turns.show([]);
@@ -18635,118 +18542,94 @@ function leaveChat(chat) {
 function drawThinking(chat, rows) {
   const last = rows.at(-1);
   const silent = last?.role === "user" || last?.state !== "running";
-  byId("thinking").hidden = !(chat.busy && silent) || last?.state === "queued";
+  $("thinking").hidden = !(chat.busy && silent) || last?.state === "queued";
   const entry = currentSession();
-  say(
-    byId("thinking-text"),
-    currentModel(entry) === SHELL ? "" : `${modelName(currentModel(entry))} thinks`,
-  );
+  say($("thinking-text"),
+    currentModel(entry) === SHELL ? "" : `${modelName(currentModel(entry))} thinks`);
 }
 
-const modelName = (id) =>
-  state.models.find((model) => model.id === id)?.displayName || id;
+const modelName = id => state.models.find(model => model.id === id)?.displayName || id;
 
 let announced = new WeakSet(); // messages whose end was told
 
-/** Tell a screen reader how the newest message ended, once. */
+// Tell a screen reader how the newest message ended, once.
 function announceEnds(chat, rows) {
   const last = rows.at(-1);
-  if (!last || !chat.loaded || announced.has(last)) return;
+  if (!last || !ENDED.has(last.state) || announced.has(last)) return;
   announced.add(last);
-  if (Date.now() - last.createdAt > 60_000 && !last.command) return;
-  if (last.role === "command" && ENDED.has(last.state)) {
+  const {createdAt, command, text = ""} = last;
+  if (Date.now() - (command?.endedAt || createdAt) > 60_000) return;
+  if (!command) announce(text.slice(0, 500));
+  else {
     const output = chat.outputs.get(last.id)?.terminal.text() || "no output";
-    announce(
-      `${last.command.node}: ${verdict(last.command)[1]}. ${output.slice(-300)}`,
-    );
-  } else if (last.role === "assistant" && ENDED.has(last.state)) {
-    announce(last.text?.slice(0, 500) || "");
+    announce(`${command.node}: ${verdict(command)[1]}. ${output.slice(-300)}`);
   }
 }
 
 const STARTERS = ["uname -a", "uptime", "df -h /", "ps aux | head"];
 
 function drawWelcome(chat, rows) {
-  const box = byId("welcome");
+  const box = $("welcome");
   box.hidden = !chat.loaded || rows.length > 0;
   if (box.hidden) return;
   const entry = currentSession();
   const node = sessionNode(entry).displayName;
   const shell = currentModel(entry) === SHELL;
-  const others = state.nodes.some((n) => n.nodeId !== LOCAL);
-  const lead = shell
-    ? `What you type runs on ${node}, and its output appears here.`
-    : `${modelName(currentModel(entry))} runs commands on ${node} to find out.`;
-  fill(
-    box,
-    h("h2", {}, shell ? `A shell on ${node}` : `What shall we look at on ${node}?`),
-    h("p", {}, lead),
-    h(
+  const model = modelName(currentModel(entry));
+  const run = line =>
+    button(line, () => send(shell ? line : `!${line}`), "button small mono");
+  fill(box,
+    h("h2", {}, shell ? `A shell on ${node}` : `What is there to do on ${node}?`), h(
       "p",
-      { class: "starters" },
-      STARTERS.map((line) =>
-        h(
-          "button",
-          {
-            class: "button small mono",
-            onclick: () => send(shell ? line : `!${line}`),
-          },
-          line,
-        ),
-      ),
-    ),
-    others
-      ? h("p", {}, "Choose another machine at the top.")
-      : h(
-          "p",
-          {},
-          h("a", { href: "/settings/nodes" }, "Add a machine"),
-          " to use it from here, too.",
-        ),
-  );
+      {},
+      shell
+        ? `What you type runs on ${node}, and its output appears here.`
+        : `${model} runs commands on ${node} to find out.`,
+    ), h("p", {class: "starters"}, STARTERS.map(run)), h(
+      "p",
+      {},
+      state.nodes.some(other => other.nodeId !== LOCAL)
+        ? "Choose another machine at the top."
+        : h("a", {href: "/settings/nodes"}, "Add a machine"),
+    ));
 }
 
 function drawComposer(chat) {
   const entry = currentSession();
   const node = sessionNode(entry);
   const shell = currentModel(entry) === SHELL;
-  const text = byId("text");
-  byId("composer").classList.toggle("shell", shell);
-  say(byId("prompt"), shell ? `${node.displayName} $` : "");
+  const text = $("text");
+  $("composer").classList.toggle("shell", shell);
+  say($("prompt"), shell ? `${node.displayName} $` : "");
   text.placeholder = shell ? "" : `Message ${modelName(currentModel(entry))}`;
-  text.setAttribute(
-    "aria-label",
-    shell ? `Command for ${node.displayName}` : "Message",
-  );
-  byId("stop").hidden = !chat.busy;
+  text.setAttribute("aria-label",
+    shell ? `Command for ${node.displayName}` : "Message");
+  $("stop").hidden = !chat.busy;
   const gone = !node.connected && state.nodes.length > 0;
-  byId("node-away").hidden = !gone;
+  $("node-away").hidden = !gone;
   const since = node.lastSeenAt ? ` since ${moment(node.lastSeenAt)}` : "";
   say(
-    byId("node-away"),
+    $("node-away"),
     gone
       ? `${node.displayName} is offline${since}. Nothing runs elsewhere instead.`
       : "",
   );
   const more = shell ? "↑ earlier commands" : "!command runs a command";
-  say(
-    byId("hint"),
-    `Enter ${shell ? "runs" : "sends"} · Shift+Enter new line · ${more}`,
-  );
-  say(byId("chat-title"), sessionName(entry));
-  byId("approvals").hidden = shell;
-  pickers.forEach((picker) => picker.draw());
+  say($("hint"), `Enter ${shell ? "runs" : "sends"} · Shift+Enter new line · ${more}`);
+  say($("chat-title"), sessionName(entry));
+  $("approvals").hidden = shell;
+  pickers.forEach(picker => picker.draw());
 }
 
-/** Let the field be as high as its text, up to a third of the window. */
+// Let the field be as high as its text, up to a third of the window.
 function sizeText() {
-  const text = byId("text");
+  const text = $("text");
   text.style.height = "auto";
   text.style.height = `${Math.min(text.scrollHeight, innerHeight / 3)}px`;
 }
 
 async function send(line) {
-  const text = byId("text");
+  const text = $("text");
   const typed = line ?? text.value.trim();
   if (!typed) return;
   if (line === undefined) text.value = "";
@@ -18754,25 +18637,25 @@ async function send(line) {
   recall.place = null;
   follows = true;
   const entry = currentSession();
-  const params = { text: typed, sessionKey: entry.key, model: currentModel(entry) };
+  const params = {text: typed, sessionKey: entry.key, model: currentModel(entry)};
   const answer = await act("chat.send", params);
   // What was typed is not lost with the connection.
   if (!answer && line === undefined && !text.value) text.value = typed;
 }
 
-const recall = { place: null, draft: "" }; // where ↑ is in what was typed before
+const recall = {place: null, draft: ""}; // where ↑ is in what was typed before
 
 function earlierTexts() {
   const texts = currentChat()
     .ordered()
-    .filter((row) => row.role === "user")
-    .map((row) => row.text);
+    .filter(row => row.role === "user")
+    .map(row => row.text);
   return texts.filter((text, n) => text !== texts[n + 1]);
 }
 
-/** Go `step` back or forth in what was typed before; false at the end. */
+// Go `step` back or forth in what was typed before; false at the end.
 function recallText(step) {
-  const text = byId("text");
+  const text = $("text");
   const texts = earlierTexts();
   const place = (recall.place ?? texts.length) + step;
   if (place < 0 || place > texts.length || (recall.place === null && step > 0))
@@ -18787,8 +18670,8 @@ function recallText(step) {
 
 function composerKey(event) {
   if (event.isComposing) return;
-  const text = byId("text");
-  const { key } = event;
+  const text = $("text");
+  const {key} = event;
   const before = text.value.slice(0, text.selectionStart);
   const after = text.value.slice(text.selectionEnd);
   let done = false;
@@ -18805,54 +18688,47 @@ function composerKey(event) {
 }
 
 const selectedText = () => {
-  const text = byId("text");
+  const text = $("text");
   return text.selectionStart !== text.selectionEnd || String(getSelection());
 };
 
-const stopRun = () => act("chat.abort", { sessionKey: state.route.key });
+const stopRun = () => act("chat.abort", {sessionKey: state.route.key});
 
 function followEnd() {
-  const box = byId("transcript");
+  const box = $("transcript");
   if (follows) box.scrollTop = box.scrollHeight;
 }
 
 function noteScroll() {
-  const box = byId("transcript");
+  const box = $("transcript");
   follows = box.scrollHeight - box.scrollTop - box.clientHeight < 80;
-  byId("latest").hidden = follows;
+  $("latest").hidden = follows;
 }
 
 function showLatest() {
   follows = true;
   followEnd();
-  byId("text").focus();
+  $("text").focus();
 }
 
 const pickers = [
-  new Picker("model", modelOptions, (model) =>
-    patchSession(state.route.key, { model }),
-  ),
-  new Picker("node", nodeOptions, (id) => selectNode(state.route.key, id)),
-  new Picker("approvals", approvalOptions, (approvals) =>
-    patchSession(state.route.key, { approvals }),
+  new Picker("model", modelOptions, model => patchSession(state.route.key, {model})),
+  new Picker("node", nodeOptions, id => selectNode(state.route.key, id)),
+  new Picker("approvals", approvalOptions, approvals =>
+    patchSession(state.route.key, {approvals}),
   ),
 ];
 
 // == view: nodes ==
 
-/** A figure with a bar of how much of it is used. */
+// A figure with a bar of how much of it is used.
 class Meter {
   constructor(label, limit = 0.9) {
     this.limit = limit; // beyond which it is time to worry
     this.value = h("dd");
     this.bar = h("i");
-    this.root = h(
-      "div",
-      { class: "meter" },
-      h("dt", {}, label),
-      this.value,
-      h("span", { class: "track", "aria-hidden": "true" }, this.bar),
-    );
+    this.root = h("div", {class: "meter"}, h("dt", {}, label), this.value,
+      h("span", {class: "track", "aria-hidden": "true"}, this.bar));
   }
 
   update(used, text) {
@@ -18863,7 +18739,7 @@ class Meter {
   }
 }
 
-/** Return the drawing of a node's CPU usage over the last half hour. */
+// Return the drawing of a node's CPU usage over the last half hour.
 function drawSpark(svg, points) {
   const now = Date.now();
   const place = ([ms, usage]) => {
@@ -18885,47 +18761,30 @@ function drawSpark(svg, points) {
 class NodeCard {
   constructor(node) {
     const own = node.nodeId !== LOCAL;
-    this.dot = h("span", { class: "dot" });
+    this.dot = h("span", {class: "dot"});
     this.name = h("h2");
-    this.since = h("p", { class: "since" });
-    this.about = h("p", { class: "about" });
-    this.spark = byId("spark").content.firstElementChild.cloneNode(true);
+    this.since = h("p", {class: "since"});
+    this.about = h("p", {class: "about"});
+    this.spark = $("spark").content.firstElementChild.cloneNode(true);
     this.cpu = new Meter("CPU", 1);
     this.memory = new Meter("Memory");
     this.disk = new Meter("Disk");
-    this.facts = h("p", { class: "facts" });
-    this.lists = h("dl", { class: "lists" });
-    this.running = h("ul", { class: "running", "aria-label": "Running commands" });
-    this.runningItems = new Keyed(this.running, (row) => row.invokeId, makeRunning);
-    this.root = h(
-      "article",
-      { class: "node card" },
-      h(
-        "header",
-        {},
-        this.dot,
-        this.name,
-        h(
-          "span",
-          { class: "tools" },
-          own && iconButton("pen", "Rename", () => this.rename()),
-          iconButton("chat", "Use in the chat", () => this.chat()),
-          own && iconButton("bin", "Revoke its token", () => this.revoke()),
-        ),
-      ),
-      this.since,
-      this.about,
-      h("div", { class: "cpu" }, h("dl", {}, this.cpu.root), this.spark),
-      h("dl", { class: "meters" }, this.memory.root, this.disk.root),
-      this.facts,
-      this.lists,
-      this.running,
-    );
+    this.facts = h("p", {class: "facts"});
+    this.lists = h("dl", {class: "lists"});
+    this.running = h("ul", {class: "running", "aria-label": "Running commands"});
+    this.root = h("article", {class: "node card"},
+      h("header", {}, this.dot, this.name, h("span", {class: "tools"},
+        own && iconButton("pen", "Rename", () => this.rename()),
+        iconButton("chat", "Use in the chat", () => this.chat()),
+        own && iconButton("bin", "Revoke its token", () => this.revoke()))), this.since,
+      this.about, h("div", {class: "cpu"}, h("dl", {}, this.cpu.root), this.spark),
+      h("dl", {class: "meters"}, this.memory.root, this.disk.root), this.facts,
+      this.lists, this.running);
   }
 
   update(node) {
     this.node = node;
-    const { telemetry = null } = node;
+    const {telemetry = null} = node;
     this.root.classList.toggle("away", !node.connected);
     this.root.classList.toggle("stale", Boolean(telemetry?.stale) && node.connected);
     this.dot.className = `dot ${node.connected ? "on" : "off"}`;
@@ -18935,8 +18794,8 @@ class NodeCard {
     say(this.about, dotted(platformName(node.platform), version, node.remoteIp));
     this.drawTelemetry(telemetry || {});
     this.drawLists(node, telemetry || {});
-    const own = state.running.filter((row) => row.nodeId === node.nodeId);
-    this.runningItems.show(own);
+    const own = state.running.filter(row => row.nodeId === node.nodeId);
+    fillFor(this.running, own, rows => rows.map(runningItem));
     this.running.hidden = !own.length;
   }
 
@@ -18955,77 +18814,50 @@ class NodeCard {
     const disk = told.diskTotal - told.diskAvailable;
     const of = (used, total) => `${bytes(used)} of ${bytes(total)}`;
     const cores = told.cpuCount ? ` of ${plural(told.cpuCount, "core")}` : "";
-    this.cpu.update(
-      told.cpuUsage == null ? null : told.cpuUsage / 100,
-      `${Math.round(told.cpuUsage)} %${cores}`,
-    );
+    this.cpu.update(told.cpuUsage == null ? null : told.cpuUsage / 100,
+      `${Math.round(told.cpuUsage)} %${cores}`);
     this.memory.update(memory / told.memTotal, of(memory, told.memTotal));
     this.disk.update(disk / told.diskTotal, of(disk, told.diskTotal));
     drawSpark(this.spark, state.usage.get(this.node.nodeId) || []);
     const facts = dotted(
-      told.load?.length && `load ${told.load.map((n) => n.toFixed(2)).join(" ")}`,
+      told.load?.length && `load ${told.load.map(n => n.toFixed(2)).join(" ")}`,
       told.uptimeSecs && `up ${duration(Math.max(60, told.uptimeSecs))}`,
-      told.temperature != null && `${Math.round(told.temperature)} °C`,
-    );
+      told.temperature != null && `${Math.round(told.temperature)} °C`);
     say(this.facts, facts);
   }
 
-  drawLists(node, { gpus = [], runtimes = [], runtimeVersions = {}, services = [] }) {
-    const rows = [
-      [
-        "GPU",
-        gpus.map((gpu) => gpu.name + (gpu.memTotal ? ` ${bytes(gpu.memTotal)}` : "")),
-      ],
-      [
-        "Runtimes",
-        runtimes.map((name) => `${name} ${runtimeVersions[name] || ""}`.trim()),
-      ],
+  drawLists(node, {gpus = [], runtimes = [], runtimeVersions = {}, services = []}) {
+    const rows = [["GPU",
+      gpus.map(gpu => gpu.name + (gpu.memTotal ? ` ${bytes(gpu.memTotal)}` : ""))],
+      ["Runtimes",
+        runtimes.map(name => `${name} ${runtimeVersions[name] || ""}`.trim())],
       ["Services", services],
-      [
-        "Models",
-        (node.providers || []).map(({ provider, models }) =>
-          models?.length ? `${provider}: ${models.join(", ")}` : provider,
-        ),
-      ],
-    ].filter(([, names]) => names.length);
-    const key = JSON.stringify(rows);
-    if (this.listed === key) return;
-    this.listed = key;
-    fill(
-      this.lists,
-      rows.map(([label, names]) => [
-        h("dt", {}, label),
-        h(
-          "dd",
-          {},
-          names.map((name) => h("span", { class: "chip" }, name)),
-        ),
-      ]),
+      ["Models", (node.providers || []).map(({provider, models}) =>
+        models?.length ? `${provider}: ${models.join(", ")}` : provider,
+      )]].filter(([, names]) => names.length);
+    fillFor(this.lists, rows, () =>
+      rows.map(([label, names]) => [h("dt", {}, label),
+        h("dd", {}, names.map(name => h("span", {class: "chip"}, name)))]),
     );
   }
 
   rename() {
-    editInPlace(
-      this.name,
-      this.node.displayName,
-      "Name of the machine",
-      async (name) => {
-        await act("node.rename", { nodeId: this.node.nodeId, displayName: name });
-        refresh("nodes", "devices");
-      },
-    );
+    editInPlace(this.name, this.node.displayName, "Name of the machine", async name => {
+      await act("node.rename", {nodeId: this.node.nodeId, displayName: name});
+      refresh("nodes", "devices");
+    });
   }
 
   async chat() {
     const key = localStorage.getItem("session") || MAIN;
     await selectNode(key, this.node.nodeId);
     go(chatPath(key));
-    byId("text").focus();
+    $("text").focus();
   }
 
   revoke() {
-    const { deviceId, nodeId, displayName } = this.node;
-    const known = state.devices.find((device) => device.nodeId === nodeId);
+    const {deviceId, nodeId, displayName} = this.node;
+    const known = state.devices.find(device => device.nodeId === nodeId);
     revokeDevice(deviceId || known?.deviceId, displayName);
   }
 }
@@ -19038,50 +18870,28 @@ async function revokeDevice(deviceId, name) {
     !(await confirmed(`Revoke the token of ${name || "this machine"}?`, text, "Revoke"))
   )
     return;
-  await act("device.token.revoke", { deviceId });
+  await act("device.token.revoke", {deviceId});
   refresh("nodes", "devices");
 }
 
-function makeRunning() {
-  const text = h("code");
-  const time = h("span", { class: "time" });
-  const view = {
-    root: h(
-      "li",
-      {},
-      h("span", { class: "dot run" }),
-      text,
-      time,
-      iconButton("stop", "Stop", () =>
-        act("node.invoke.cancel", { invokeId: view.row.invokeId }),
-      ),
-    ),
-    update(row) {
-      view.row = row;
-      say(text, row.command);
-      say(time, duration((Date.now() - (row.startedAt || row.askedAt)) / 1000));
-    },
-  };
-  return view;
-}
+const runningItem = ({invokeId, command, startedAt, askedAt}) =>
+  h("li", {}, h("span", {class: "dot run"}), h("code", {}, command),
+    `since ${moment(startedAt || askedAt)}`,
+    iconButton("stop", "Stop", () => act("node.invoke.cancel", {invokeId})));
 
-const nodeCards = new Keyed(
-  byId("node-cards"),
-  (n) => n.nodeId,
-  (n) => new NodeCard(n),
-);
+const nodeCards = new Keyed($("node-cards"), n => n.nodeId, n => new NodeCard(n));
 
 function drawNodes() {
   if (state.route.page !== "nodes") return;
   const nodes = inOrder(state.nodes);
-  nodes.forEach((node) => {
+  nodes.forEach(node => {
     if (state.link === "up") loadUsage(node);
   });
   nodeCards.show(nodes);
-  const others = nodes.filter((node) => node.nodeId !== LOCAL);
-  const online = others.filter((node) => node.connected).length;
+  const others = nodes.filter(node => node.nodeId !== LOCAL);
+  const online = others.filter(node => node.connected).length;
   say(
-    byId("nodes-summary"),
+    $("nodes-summary"),
     others.length
       ? `${plural(online, "machine")} connected, ${others.length - online} offline.`
       : "Only this gateway’s own machine so far. Generate a token to add another: " +
@@ -19090,62 +18900,45 @@ function drawNodes() {
   drawUnused();
 }
 
-const unused = new Keyed(
-  byId("unused-list"),
-  (device) => device.deviceId,
-  () => {
-    const name = h("span", { class: "name" });
-    const when = h("span", { class: "detail" });
-    const view = {
-      root: h(
-        "li",
-        {},
-        name,
-        when,
-        iconButton("bin", "Revoke", () =>
-          revokeDevice(view.device.deviceId, view.device.displayName),
-        ),
-      ),
-      update(device) {
-        view.device = device;
-        say(name, device.displayName || "No name");
-        say(when, `made ${moment(device.createdAt)}`);
-      },
-    };
-    return view;
-  },
-);
-
 function drawUnused() {
-  const devices = state.devices.filter((device) => !device.nodeId);
-  byId("unused").hidden = !devices.length;
-  unused.show(devices);
+  const devices = state.devices.filter(device => !device.nodeId);
+  $("unused").hidden = !devices.length;
+  fillFor($("unused-list"), devices, () =>
+    devices.map(({deviceId, displayName, createdAt}) =>
+      listRow(displayName || "No name", `made ${moment(createdAt)}`,
+        iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName))),
+    ),
+  );
 }
 
 // == view: Generate Token ==
 
 function openToken() {
-  byId("token-form").hidden = false;
-  byId("token-made").hidden = true;
-  byId("token-name").value = "";
-  say(byId("token-error"), "");
-  byId("token").showModal();
-  byId("token-name").focus();
+  $("token-form").hidden = false;
+  $("token-made").hidden = true;
+  $("token-name").value = "";
+  say($("token-error"), "");
+  $("token").showModal();
+  $("token-name").focus();
 }
 
 async function generateToken() {
-  const name = byId("token-name").value.trim() || byId("token-name").placeholder;
+  const name = $("token-name").value.trim() || $("token-name").placeholder;
   try {
-    const made = await link.call("device.token.create", { displayName: name });
-    state.token = { deviceId: made.deviceId, name };
+    const made = await link.call("device.token.create", {displayName: name});
+    state.token = {deviceId: made.deviceId, name};
     showToken(made.deviceToken);
   } catch (error) {
-    say(byId("token-error"), error.message);
+    say($("token-error"), error.message);
   }
 }
 
-/** Return `text` as one word of a shell's command line. */
-const shellWord = (text) =>
+const copyLine = (label, line) =>
+  h("div", {class: "secret"}, h("p", {}, label),
+    h("pre", {tabindex: 0}, h("code", {}, line)), copyButton("Copy", () => line));
+
+// Return `text` as one word of a shell's command line.
+const shellWord = text =>
   /^[\w.-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
 
 function showToken(token) {
@@ -19153,68 +18946,53 @@ function showToken(token) {
   const options = `--host ${socketAddress()} --token ${token} --name ${name}`;
   const source = `curl -fsSL ${location.origin}/moltis.py`;
   const fetch = `${source} | python3 - node add ${options}`;
-  const lines = [
-    ["On the machine: Python 3.8+ and curl are enough", fetch],
+  const lines = [["On the machine: Python 3.8+ and curl are enough", fetch],
     ["Where moltis is installed already", `moltis node add ${options}`],
     ["Only until you press Ctrl+C, without a service", `${fetch} --foreground`],
-    ["The token by itself; it is shown this once", token],
-  ];
-  byId("token-form").hidden = true;
-  byId("token-made").hidden = false;
-  say(byId("token-made-title"), `Run this on ${state.token.name}`);
-  fill(
-    byId("token-lines"),
-    lines.map(([label, line]) =>
-      h(
-        "div",
-        { class: "line" },
-        h("p", {}, label),
-        h("pre", { tabindex: 0 }, h("code", {}, line)),
-        copyButton("Copy", () => line),
-      ),
-    ),
-  );
-  fill(
-    byId("token-warnings"),
-    tokenWarnings().map((text) => h("p", { class: "warn" }, icon("warn"), text)),
-  );
-  byId("token-chat").hidden = true;
+    ["The token by itself; it is shown this once", token]];
+  $("token-form").hidden = true;
+  $("token-made").hidden = false;
+  say($("token-made-title"), `Run this on ${state.token.name}`);
+  fill($("token-lines"), lines.map(line => copyLine(...line)));
+  fill($("token-warnings"),
+    tokenWarnings().map(text => h("p", {class: "warn"}, icon("warn"), text)));
+  $("token-chat").hidden = true;
   drawTokenWait();
-  byId("token-made-title").focus();
+  $("token-made-title").focus();
 }
 
 function tokenWarnings() {
-  const { hostname, protocol } = location;
+  const {hostname, protocol} = location;
   if (/^(?:localhost|127\..*|\[::1\])$/.test(hostname)) {
     return [
-      `${hostname} is this machine’s name for itself, so these lines work here only. ` +
-        "For other machines start the gateway with --bind 0.0.0.0 and open this page " +
-        "under its network name.",
+      `${hostname} is this machine’s name for itself: these lines work here only. ` +
+        "For others start the gateway with --bind 0.0.0.0, and open this page under " +
+        "its network name.",
     ];
   }
   if (protocol === "https:") return [];
   return [
-    "This page came without TLS, so others on the network can read what you see. " +
-      "Start the gateway with --tls. (Nodes prove their token without sending it.)",
+    "Without TLS others on the network can read what you see. Start the gateway " +
+      "with --tls. (Nodes prove their token without sending it.)",
   ];
 }
 
 function drawTokenWait() {
-  if (!state.token || byId("token-made").hidden) return;
-  const { deviceId, name } = state.token;
-  const device = state.devices.find((known) => known.deviceId === deviceId);
+  if (!state.token || $("token-made").hidden) return;
+  const {deviceId, name} = state.token;
+  const device = state.devices.find(known => known.deviceId === deviceId);
   const node = device?.nodeId && nodeById(device.nodeId);
   const here = Boolean(node?.connected);
-  const wait = byId("token-wait");
+  const wait = $("token-wait");
   const text = here
     ? `${node.displayName} is connected`
     : `Waiting for ${name} to connect…`;
   if (wait.textContent !== text) {
-    fill(wait, here ? icon("check") : h("span", { class: "dot wait" }), text);
+    fill(wait, here ? icon("check") : h("span", {class: "dot wait"}), text);
   }
   wait.classList.toggle("here", here);
-  byId("token-chat").hidden = !here;
-  byId("token-chat").onclick = () => {
+  $("token-chat").hidden = !here;
+  $("token-chat").onclick = () => {
     closeToken();
     nodeCards.views.get(node.nodeId)?.chat();
   };
@@ -19222,8 +19000,8 @@ function drawTokenWait() {
 
 function closeToken() {
   state.token = null;
-  fill(byId("token-lines")); // the token is not kept anywhere
-  byId("token").close();
+  fill($("token-lines")); // the token is not kept anywhere
+  $("token").close();
 }
 
 // == view: commands ==
@@ -19243,88 +19021,149 @@ function auditVerdict(row) {
   if (row.state === "sent") return ["wait", "Sent"];
   if (row.state === "lost") return ["bad", "Lost"];
   if (row.state === "denied") return ["bad", `Denied by ${row.decidedBy}`];
-  return verdict({
-    ...row,
-    node: row.nodeName,
-    timedOut: row.state === "timed_out",
-    cancelled: row.state === "cancelled",
-  });
+  return verdict({...row, node: row.nodeName, timedOut: row.state === "timed_out",
+    cancelled: row.state === "cancelled"});
 }
 
-function makeAuditRow(row) {
-  const result = h("td", { class: "result" });
-  const took = h("td", { class: "number" });
-  const size = h("td", { class: "number" });
-  const who = row.sessionKey
-    ? h("a", { href: chatPath(row.sessionKey) }, row.callerName || "Chat")
-    : row.callerName || row.callerKind;
-  return {
-    root: h(
-      "tr",
-      {},
-      h(
-        "td",
-        { class: "when", title: fullFormat.format(row.askedAt) },
-        moment(row.askedAt),
-      ),
-      h("td", { class: "who" }, who),
-      h("td", { class: "at" }, row.nodeName),
-      h("td", { class: "what" }, h("code", { title: row.command }, row.command)),
-      result,
-      took,
-      size,
-    ),
-    update(now) {
-      const [kind, words] = auditVerdict(now);
-      const start = now.startedAt || now.askedAt;
-      fill(result, h("span", { class: `dot ${kind}` }), words);
-      say(took, now.endedAt ? duration((now.endedAt - start) / 1000) : "");
-      say(
-        size,
-        now.endedAt ? bytes((now.stdoutBytes || 0) + (now.stderrBytes || 0)) : "",
-      );
-    },
-  };
+function auditRow(row) {
+  const {askedAt, startedAt, endedAt, sessionKey, callerName, command} = row;
+  const [kind, words] = auditVerdict(row);
+  const took = endedAt && duration((endedAt - (startedAt || askedAt)) / 1000);
+  const cell = (name, ...children) => h("td", {class: name}, children);
+  const href = sessionKey && chatPath(sessionKey);
+  return h("tr", {},
+    h("td", {class: "when", title: fullFormat.format(askedAt)}, moment(askedAt)),
+    cell("who", href ? h("a", {href}, callerName) : callerName),
+    cell("at", row.nodeName), cell("what", h("code", {title: command}, command)),
+    cell("result", h("span", {class: `dot ${kind}`}), words), cell("number", took),
+    cell("number", endedAt && bytes(outputSize(row))));
 }
-
-const auditRows = new Keyed(byId("audit-rows"), (row) => row.invokeId, makeAuditRow);
 
 function drawAudit() {
   if (state.route.page !== "commands") return;
-  const { rows, more } = state.audit;
-  auditRows.show(rows);
-  byId("audit").hidden = !rows.length;
-  byId("audit-empty").hidden = rows.length > 0;
-  byId("audit-older").hidden = !more;
+  const {rows, more} = state.audit;
+  fillFor($("audit-rows"), rows, () => rows.map(auditRow));
+  $("audit").hidden = !rows.length;
+  $("audit-empty").hidden = rows.length > 0;
+  $("audit-older").hidden = !more;
 }
 
 function drawFilters() {
-  const select = byId("filter-node");
-  const names = state.nodes.map((node) => [node.nodeId, node.displayName]);
-  const key = JSON.stringify(names);
-  if (select.dataset.names === key) return;
-  select.dataset.names = key;
-  fill(
-    select,
-    [["", "All"], ...names].map(([value, name]) => h("option", { value }, name)),
+  const select = $("filter-node");
+  const names = state.nodes.map(node => [node.nodeId, node.displayName]);
+  fillFor(select, [["", "All"], ...names], options =>
+    options.map(([value, name]) => h("option", {value}, name)),
   );
   select.value = state.audit.node;
 }
 
 function filterAudit() {
-  state.audit.node = byId("filter-node").value;
-  state.audit.result = byId("filter-state").value;
+  state.audit.node = $("filter-node").value;
+  state.audit.result = $("filter-state").value;
   loadAudit();
+}
+
+// == view: models ==
+
+function drawProviders() {
+  fillFor($("providers"), state.providers, all => all.map(providerItem));
+}
+
+function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error}) {
+  const key = h("input", {type: "password", autocomplete: "off",
+    placeholder: keyFrom ? "Type to replace it" : "",
+    "aria-label": `API key, ${label}`});
+  const url = h("input", {value: baseUrl, "aria-label": `Address, ${label}`});
+  const configure = async change => {
+    if (await act("models.configure", {provider: id, ...change})) {
+      refresh("providers", "models");
+    }
+  };
+  const save = event => {
+    event.preventDefault();
+    const apiKey = key.value.trim();
+    configure({...(apiKey && {apiKey}), baseUrl: url.value.trim()});
+  };
+  const source = {environment: `key from ${keyVariable}`, settings: "key entered here"};
+  const found = models ? plural(models, "model") : error || "not set up";
+  return h("details", {class: "card"}, h("summary", {}, h("strong", {}, label), " ",
+    h("span", {class: "detail"}, dotted(found, source[keyFrom]))),
+    h("form", {onsubmit: save}, h("label", {}, "API key", key),
+      h("label", {}, "Address", url),
+      h("div", {class: "actions"}, keyFrom === "settings" &&
+        h("button", {
+          type: "button",
+          class: "button",
+          onclick: () => configure({apiKey: ""}),
+        }, "Forget the key"),
+      h("button", {class: "button main"}, "Save"))));
+}
+
+// Choose a model that no list has, by its name.
+function useNamedModel() {
+  const key = localStorage.getItem("session") || MAIN;
+  patchSession(key, {model: $("model-name").value.trim()});
+  go(chatPath(key));
+}
+
+// == view: access ==
+
+const SCOPES = ["read", "write", "approvals", "pairing", "admin"];
+
+function drawAccess() {
+  const used = ms => (ms ? `used ${ago(ms)}` : "never used");
+  const scopeNames = scopes => scopes.map(scope => scope.split(".")[1]).join(", ");
+  const keys = state.keys.filter(key => !key.revokedAt);
+  fillFor($("keys"), keys, () =>
+    keys.map(({keyId, name, scopes, lastUsedAt}) =>
+      listRow(name, dotted(scopeNames(scopes), used(lastUsedAt)),
+        iconButton("bin", `Revoke ${name}`, () => revokeKey(keyId, name))),
+    ),
+  );
+  fillFor($("logins"), state.logins, logins =>
+    logins.map(({loginId, userAgent, address, keyName, lastUsedAt, current}) =>
+      listRow(
+        dotted(browserName(userAgent), current && "this browser"),
+        dotted(address, keyName, used(lastUsedAt)),
+        !current &&
+          iconButton("out", "End this sign-in", () =>
+            change("logins.revoke", {loginId}),
+          ),
+      ),
+    ),
+  );
+}
+
+const browserName = userAgent =>
+  /Edg|Firefox|Chrome|Safari/.exec(userAgent)?.[0].replace("Edg", "Edge") || "Browser";
+
+async function change(method, params) {
+  await act(method, params);
+  refresh("keys", "logins");
+}
+
+async function revokeKey(keyId, name) {
+  const text = "Whoever came in with it is out at once.";
+  if (await confirmed(`Revoke the key ${name}?`, text, "Revoke")) {
+    change("keys.revoke", {keyId});
+  }
+}
+
+async function createKey() {
+  const checked = document.querySelectorAll("#key-scopes :checked");
+  const scopes = [...checked].map(box => `operator.${box.value}`);
+  const made = await act("keys.create", {name: $("key-name").value, scopes});
+  if (!made) return;
+  fill($("key-made"), copyLine("The key; it is shown this once", made.key));
+  refresh("keys");
 }
 
 // == sign-in ==
 
 async function signIn(key) {
-  const answer = await fetch("/api/sign-in", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ key }),
-  }).catch(() => null);
+  const answer = await fetch("/api/sign-in", {method: "POST",
+    headers: {"Content-Type": "application/json"},
+    body: JSON.stringify({key})}).catch(() => null);
   if (answer?.ok) {
     state.link = "connecting";
     touch("link");
@@ -19339,27 +19178,22 @@ async function signIn(key) {
       : "This is not a key of this gateway, or it was revoked.";
   state.link = "out";
   touch("link");
-  say(byId("sign-in-error"), why);
+  say($("sign-in-error"), why);
 }
 
 async function signOut() {
-  await fetch("/api/sign-out", { method: "POST" }).catch(complain);
+  await fetch("/api/sign-out", {method: "POST"}).catch(complain);
   link.close();
   state.chats.clear();
-  Object.assign(state, {
-    link: "out",
-    sessions: [],
-    nodes: [],
-    devices: [],
-    running: [],
-  });
+  Object.assign(state, {link: "out", sessions: [], nodes: [], devices: [],
+    running: []});
   shownChat = null;
   touch("link", "chat");
 }
 
 // == start ==
 
-/** Follow links within the page without loading it again. */
+// Follow links within the page without loading it again.
 function followLink(event) {
   const link = event.target.closest?.("a[href^='/']");
   if (!link || link.hasAttribute("download") || event.button) return;
@@ -19372,7 +19206,6 @@ function followLink(event) {
 function tick() {
   if (state.link === "down") drawBanner();
   for (const view of turns.views.values()) if (view.running) view.tick();
-  if (state.route.page === "nodes" && state.running.length) touch("running");
 }
 
 const CLICKS = {
@@ -19400,39 +19233,44 @@ function start() {
   watch("nodes devices", drawTokenWait);
   watch("route audit", drawAudit);
   watch("route nodes", drawFilters);
+  watch("providers", drawProviders);
+  watch("keys logins", drawAccess);
   for (const [id, action] of Object.entries(CLICKS)) {
-    byId(id).addEventListener("click", action);
+    on($(id), "click", action);
   }
-  for (const button of document.querySelectorAll(".menu")) {
-    button.addEventListener("click", () => openSidebar(true));
+  for (const bar of document.querySelectorAll(".settings > .bar")) {
+    bar.prepend(iconButton("menu", "Open menu", () => openSidebar(true), "bare phone"));
   }
+  const box = value =>
+    h("input", {type: "checkbox", value, checked: value === "write"});
+  fill($("key-scopes"), SCOPES.map(scope => h("label", {}, box(scope), scope)));
   for (const element of document.querySelectorAll("[data-icon]")) {
     element.prepend(icon(element.dataset.icon));
   }
-  document.addEventListener("click", followLink);
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !byId("veil").hidden) openSidebar(false);
+  on(document, "click", followLink);
+  on(document, "keydown", event => {
+    if (event.key === "Escape" && !$("veil").hidden) openSidebar(false);
   });
-  addEventListener("popstate", followAddress);
-  onSubmit("sign-in-form", () => signIn(byId("key").value.trim()));
+  on(window, "popstate", followAddress);
+  onSubmit("sign-in-form", () => signIn($("key").value.trim()));
   onSubmit("token-form", generateToken);
   onSubmit("composer", () => send());
-  byId("token").addEventListener("close", () => (state.token = null));
-  byId("text").addEventListener("keydown", composerKey);
-  byId("text").addEventListener("input", sizeText);
-  byId("transcript").addEventListener("scroll", noteScroll);
+  onSubmit("model-form", useNamedModel);
+  onSubmit("key-form", createKey);
+  on($("token"), "close", () => (state.token = null));
+  on($("text"), "keydown", composerKey);
+  on($("text"), "input", sizeText);
+  on($("transcript"), "scroll", noteScroll);
   // What is drawn later than its card makes the conversation longer, too.
-  new ResizeObserver(followEnd).observe(byId("messages"));
-  byId("find-chat").addEventListener("input", (event) => {
+  new ResizeObserver(followEnd).observe($("messages"));
+  on($("find-chat"), "input", event => {
     state.search = event.target.value;
     touch("sessions");
   });
-  byId("filter-node").addEventListener("change", filterAudit);
-  byId("filter-state").addEventListener("change", filterAudit);
-  fill(
-    byId("filter-state"),
-    Object.entries(RESULTS).map(([value, name]) => h("option", { value }, name)),
-  );
+  on($("filter-node"), "change", filterAudit);
+  on($("filter-state"), "change", filterAudit);
+  fill($("filter-state"),
+    Object.entries(RESULTS).map(([value, name]) => h("option", {value}, name)));
   setInterval(tick, 1000);
   setInterval(() => touch("nodes", "sessions"), 60_000); // what says "3 min ago"
   const key = /^#key=(.+)$/.exec(location.hash)?.[1];
@@ -19445,7 +19283,7 @@ function start() {
 }
 
 function onSubmit(id, action) {
-  byId(id).addEventListener("submit", (event) => {
+  on($(id), "submit", event => {
     event.preventDefault();
     action();
   });

@@ -425,6 +425,43 @@ def test_the_audit_lists_what_ran_and_can_be_filtered(site, make_page):
     assert "for the audit" not in page.text("#audit-rows")
 
 
+# -- models, access ------------------------------------------------------------
+
+
+def test_a_provider_takes_a_key_and_forgets_it(site, make_page):
+    page = make_page(site, "/settings/models")
+    card = "#providers > :first-child"
+    page.click(f"{card} summary")
+    page.fill(f"{card} [type=password]", "sk-entered-on-the-page")
+    page.click(f"{card} .main")
+    page.wait_for(shows(card, "key entered here"), 30)
+    assert "sk-entered" not in page.evaluate("document.documentElement.outerHTML")
+    page.click(f"{card} summary")
+    page.click(f"{card} button:not(.main)")
+    page.wait_for(f"!{shows(card, 'key entered here')}", 30)
+
+
+def test_a_key_is_shown_once_works_and_is_revoked(site, make_page):
+    page = make_page(site, "/settings/access")
+    page.fill("#key-name", "ci")
+    page.press("Enter")
+    key = page.wait_for("document.querySelector('#key-made code')?.innerText")
+    take_screenshot(page, "access")
+    page.wait_for(shows("#keys", "ci"))
+    other = make_page(site)
+    other.click("#sign-out")
+    other.fill("#key", key)
+    other.press("Enter")
+    other.wait_for(READY)
+    page.reload()
+    page.wait_for(shows("#logins", "ci"))
+    assert key not in page.evaluate("document.documentElement.outerHTML")
+    page.click("[aria-label='Revoke ci']")
+    page.click("#confirm-yes")
+    other.wait_for_text("Operator key")
+    page.wait_for(f"!{shows('#keys', 'ci')}")
+
+
 # -- losing the gateway --------------------------------------------------------
 
 
@@ -462,7 +499,8 @@ def test_it_works_on_a_phone(site, make_page):
     page.click("#node-list li:last-child")
     run(page, "uname -a")
     take_screenshot(page, "phone-chat")
-    for path in ("/chat/main", "/settings/nodes", "/settings/commands"):
+    views = ("nodes", "commands", "models", "access")
+    for path in ("/chat/main", *(f"/settings/{view}" for view in views)):
         page.goto(site.url + path)
         page.wait_for(LISTED)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -510,6 +548,8 @@ def test_axe_finds_nothing_serious(site, make_page, axe, size, scheme):
         ("chat", chat),
         ("nodes", "/settings/nodes"),
         ("commands", "/settings/commands"),
+        ("models", "/settings/models"),
+        ("access", "/settings/access"),
     ]:
         page.goto(site.url + path)
         page.wait_for(f"!document.querySelector('#{name}').hidden")

@@ -59,7 +59,7 @@ def test_the_page_is_well_formed(document):
 
 def test_every_id_that_the_script_looks_up_is_on_the_page(document):
     script = moltis.WEB_JS
-    looked_up = set(re.findall(r'byId\("([^"]+)"\)', script))
+    looked_up = set(re.findall(r'\$\("([^"]+)"\)', script))
     clicks = re.search(r"const CLICKS = \{(.*?)\n\};", script, re.S).group(1)
     looked_up |= set(re.findall(r'^  "?([\w-]+)"?:', clicks, re.M))
     looked_up |= set(re.findall(r'onSubmit\("([^"]+)"', script))
