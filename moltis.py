@@ -41,6 +41,7 @@ Contents
     Certificates              the gateway's own, or one that was brought
     Access                    callers, scopes, tokens, sign-ins, limits
     Fleet                     connected nodes, their invocations and their fate
+    Jobs                      commands in the background, their output in files
     Agent                     tools, the loop, approvals, the built-in Shell
     Model directory           the models there are to choose from, and where they run
     Chat                      sessions, their messages, turns and cards
@@ -58,6 +59,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import codecs
 import collections
 import contextlib
@@ -93,6 +95,7 @@ import uuid
 import zlib
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10362,6 +10365,13 @@ class Invocation:
             for offsets in (self._received, self._consumed, self._announced):
                 offsets.update({STDOUT: stdout, STDERR: stderr})
 
+    def skip_to(self, stdout: int, stderr: int) -> None:
+        """Go on without what its node has not got any more."""
+        with self._lock:
+            for offsets in (self._received, self._consumed, self._announced):
+                offsets[STDOUT] = max(stdout, offsets[STDOUT])
+                offsets[STDERR] = max(stderr, offsets[STDERR])
+
     def attach(self, sink: Sink, stdout: int, stderr: int) -> Future[JsonObject]:
         """Give what follows these offsets, and the result, to another sink.
 
@@ -11288,6 +11298,10 @@ class Resumption:
     def resumable(self, node: ConnectedNode) -> list[JsonObject]:
         """Return how far the commands that `node` brought along have come here."""
         self._adopt_forgotten(node)
+        for invocation in self._invocations.running_on(node.node_id):
+            item = node.inflight.get(invocation.id)
+            if item is not None:
+                invocation.skip_to(item.stdout, item.stderr)
         return [
             {
                 "invokeId": invocation.id,
@@ -11379,13 +11393,13 @@ class Resumption:
             known = record_result(record)
             if known and (record.stdout_bytes, record.stderr_bytes) == (stdout, stderr):
                 return known
-            invocation = self._await_node(record)
+            invocation = self.await_node(record)
         if invocation.origin != origin:
             raise RpcError("CONFLICT", f"another one asked for {invoke_id} before")
         self._invocations.attach(invocation, sink, stdout, stderr)
         return invocation
 
-    def _await_node(self, record: CommandRecord) -> Invocation:
+    def await_node(self, record: CommandRecord) -> Invocation:
         """Return a command whose node has not come back yet.
 
         Raises RpcError where there is nothing to wait for.
@@ -11398,8 +11412,11 @@ class Resumption:
                 or f"command {record.invoke_id} ended ({record.state}), and its output "
                 "is not kept any more",
             )
-        invocation = forgotten_invocation(record, AbsentCaller(LOST_AFTER))
-        invocation.deadline = Deadline(LOST_AFTER)
+        sink, stdout, stderr = self._find_sink(record, None)
+        invocation = forgotten_invocation(record, sink)
+        invocation.restart_at(stdout, stderr)
+        # What ended is only lacking output; what did not is awaited as ever.
+        invocation.deadline = Deadline(LOST_AFTER if record.ended_at else None)
         self._invocations.active.add(invocation)
         return self._invocations.get(record.invoke_id) or invocation
 
@@ -11431,6 +11448,369 @@ class LocalPeer:
         self._invocations.handle_result(
             LOCAL_ID, invoke_id, result, lambda: self._machine.settle(invoke_id)
         )
+
+
+# ==============================================================================
+# Jobs
+# Uses: Wire protocol, Store, Fleet
+#
+# Commands in the background: nobody holds a connection for them.  Their output is
+# kept in files beside the database, to be read from any place, by any client, after
+# any restart.  How they run is the Fleet's business, who may ask the Gateway's.
+# ==============================================================================
+
+JOBS_DIRECTORY = "jobs"  # below the data directory
+JOB_SEGMENT = 4 * 1024 * 1024  # bytes of one file
+MAX_JOB_SEGMENTS = 16  # of one job; beyond it all but the first and the newest go
+MAX_JOBS = 200  # with output; beyond it that of the oldest that ended goes
+MAX_JOB_READ = 256 * 1024  # bytes of output in one answer
+MAX_WAITERS = 1000  # answers that wait; beyond it they say at once how things are
+
+JOB_RECORD = struct.Struct(">BQI")  # stream, offset in it, length of what follows
+
+
+@dataclass(frozen=True)
+class JobPiece:
+    """What a command wrote in one go; `offset` counts the bytes of its stream."""
+
+    stream: int
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class JobReading:
+    """A part of a job's output, in the order in which it came."""
+
+    pieces: Sequence[JobPiece]
+    next: int  # the position to read on from
+
+
+class JobOutput:
+    """The output of one command as a row of files, each named after its position.
+
+    A position counts the bytes of all records; 0, or the `next` of a reading.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Take up what is there.  Raises OSError."""
+        make_private_directory(directory)
+        self._directory = directory
+        self._lock = threading.Lock()  # guards all below
+        self._file: io.FileIO | None = None  # the newest segment; None after close()
+        self._offsets = {STDOUT: 0, STDERR: 0}  # where the next records begin
+        self._starts = sorted(int(path.name) for path in directory.iterdir())
+        if self._starts:
+            self._end = self._recover(self._starts[-1])
+        else:
+            self._end = 0
+
+    @property
+    def end(self) -> int:
+        """The position behind all that is there."""
+        with self._lock:
+            return self._end
+
+    def offset(self, stream: int) -> int:
+        """Return up to which byte of the stream all is here, or was."""
+        with self._lock:
+            return self._offsets[stream]
+
+    def append(self, chunk: Chunk) -> None:
+        """Keep a chunk; an offset ahead of what was kept shows as a gap.
+
+        Raises OSError.
+        """
+        with self._lock:
+            if self._file is None or self._end - self._starts[-1] >= JOB_SEGMENT:
+                self._open_segment()
+            self._write(chunk.kind, chunk.offset, chunk.data)
+            self._offsets[chunk.kind] = chunk.end
+
+    def read(self, position: int, limit: int = MAX_JOB_READ) -> JobReading:
+        """Return the next records, of about `limit` bytes in all.
+
+        Raises RpcError for what is no position, OSError.
+        """
+        with self._lock:
+            starts, end = list(self._starts), self._end
+        pieces: list[JobPiece] = []
+        room = limit
+        while position < end and room > 0:
+            number = bisect.bisect_right(starts, position) - 1
+            stop = starts[number + 1] if number + 1 < len(starts) else end
+            found, position = self._read_segment(starts[number], position, stop, room)
+            pieces += found
+            room -= sum(len(piece.data) for piece in found)
+        return JobReading(pieces, position)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
+    def _read_segment(
+        self, start: int, position: int, end: int, limit: int
+    ) -> tuple[list[JobPiece], int]:
+        """Return records of one segment, and the position behind them."""
+        pieces: list[JobPiece] = []
+        try:
+            file = (self._directory / str(start)).open("rb")
+        except FileNotFoundError:
+            return [], end  # it had to go
+        with file:
+            file.seek(position - start)
+            while position < end and limit > 0:
+                head = file.read(JOB_RECORD.size)
+                if len(head) < JOB_RECORD.size:
+                    return pieces, end  # what came between had to go
+                stream, offset, length = JOB_RECORD.unpack(head)
+                if stream not in (STDOUT, STDERR) or length > MAX_CHUNK:
+                    raise RpcError(
+                        "INVALID_REQUEST",
+                        "offset must be 0, or the `next` of an earlier answer",
+                    )
+                position += JOB_RECORD.size + length
+                limit -= length
+                if length:
+                    pieces.append(JobPiece(stream, offset, file.read(length)))
+        return pieces, position
+
+    def _open_segment(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if not self._starts or self._end > self._starts[-1]:
+            self._starts.append(self._end)
+        path = self._directory / str(self._starts[-1])
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._file = io.FileIO(descriptor, "ab")
+        # An empty record of each stream: one segment alone tells where both are.
+        for stream, offset in self._offsets.items():
+            self._write(stream, offset, b"")
+        if len(self._starts) > MAX_JOB_SEGMENTS:
+            (self._directory / str(self._starts.pop(1))).unlink()
+
+    def _write(self, stream: int, offset: int, data: bytes) -> None:
+        assert self._file is not None
+        record = JOB_RECORD.pack(stream, offset, len(data)) + data
+        written = self._file.write(record)
+        if written != len(record):  # the disk is full: no half record stays
+            self._file.truncate(self._end - self._starts[-1])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._end += len(record)
+
+    def _recover(self, start: int) -> int:
+        """Learn from the newest segment; return the position behind its last record.
+
+        What a crash left of a record behind it is cut off.
+        """
+        path = self._directory / str(start)
+        data = path.read_bytes()
+        position = 0
+        while position + JOB_RECORD.size <= len(data):
+            stream, offset, length = JOB_RECORD.unpack_from(data, position)
+            behind = position + JOB_RECORD.size + length
+            if behind > len(data) or stream not in self._offsets:
+                break
+            self._offsets[stream] = offset + length
+            position = behind
+        os.truncate(path, position)
+        return start + position
+
+
+class Waiters:
+    """Answers that wait for news of a command, or for their time to be up."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _waiting
+        self._waiting: dict[object, tuple[str, Deadline, Callable[[], None]]] = {}
+
+    def answer(
+        self, invoke_id: str, timeout: float, attempt: Callable[[bool], Any]
+    ) -> Future[Any]:
+        """Return a future of the first answer of `attempt` that is not None.
+
+        It is asked now, at each news, and with True when `timeout` s are over.
+        """
+        deadline = Deadline(timeout)
+        future: Future[Any] = Future()
+
+        def look() -> None:
+            if future.done():
+                return
+            with self._lock:
+                full = len(self._waiting) >= MAX_WAITERS
+                if not full:  # before the attempt: no news is missed in between
+                    self._waiting[look] = (invoke_id, deadline, look)
+            with contextlib.suppress(InvalidStateError):  # another was faster
+                try:
+                    value = attempt(full or deadline.expired)
+                except Exception as error:  # noqa: BLE001  it is the answer
+                    future.set_exception(error)
+                else:
+                    if value is None:
+                        return
+                    future.set_result(value)
+            with self._lock:
+                self._waiting.pop(look, None)
+
+        look()
+        return future
+
+    def wake(self, invoke_id: str) -> None:
+        """Ask again on behalf of those who wait for this command."""
+        with self._lock:
+            looks = [
+                look for known, _, look in self._waiting.values() if known == invoke_id
+            ]
+        for look in looks:
+            look()
+
+    def tick(self) -> None:
+        """Answer those whose time is up; called every second or so."""
+        with self._lock:
+            looks = [look for _, until, look in self._waiting.values() if until.expired]
+        for look in looks:
+            look()
+
+
+class JobSink:
+    """Keeps the output of one job: a Sink."""
+
+    def __init__(
+        self, invoke_id: str, output: JobOutput, changed: Callable[[str], None]
+    ) -> None:
+        self.output = output
+        self.place: int | None = None  # in line
+        self.waiting = False  # for its node
+        self._invoke_id = invoke_id
+        self._changed = changed
+        self._failing = False
+
+    def chunk(self, chunk: Chunk) -> int:
+        try:
+            self.output.append(chunk)
+            self._failing = False
+        except OSError as error:
+            # The command is worth more than its output: it goes on, with a gap.
+            if not self._failing:
+                log.error("output not kept invocation=%s: %s", self._invoke_id, error)
+            self._failing = True
+        self._changed(self._invoke_id)
+        return chunk.end
+
+    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
+
+    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:
+        self.place = detail.get("place") or None
+        self.waiting = state == "waiting"
+        self._changed(invoke_id)
+
+    def end(self, _invocation: Invocation, _end: CommandEnd) -> bool:
+        self.output.close()
+        self._changed(self._invoke_id)
+        return True
+
+
+class Jobs:
+    """The commands in the background whose output is kept."""
+
+    def __init__(self, directory: Path, commands: CommandsTable) -> None:
+        self._directory = directory
+        self._commands = commands
+        self.waiters = Waiters()
+        self._lock = threading.Lock()  # guards _sinks
+        self._sinks: dict[str, JobSink] = {}  # of those that were used in this life
+
+    def open(self, invoke_id: str) -> JobSink:
+        """Return the sink of a job, a new one or one that is known.
+
+        Raises RpcError where its output cannot be kept.
+        """
+        with self._lock:
+            known = self._sinks.get(invoke_id)
+            if known is not None:
+                return known
+            try:
+                output = JobOutput(self._directory / invoke_id)
+            except (OSError, ValueError, BadConfiguration) as error:
+                raise RpcError(
+                    "UNAVAILABLE", f"the output of a job cannot be kept: {error}"
+                ) from error
+            sink = JobSink(invoke_id, output, self.waiters.wake)
+            self._sinks[invoke_id] = sink
+            return sink
+
+    def known(self, invoke_id: str) -> bool:
+        return is_uuid(invoke_id) and (self._directory / invoke_id).is_dir()
+
+    def ids(self) -> list[str]:
+        """Return all jobs whose output is kept, in no order."""
+        try:
+            return [name for name in os.listdir(self._directory) if is_uuid(name)]
+        except FileNotFoundError:
+            return []
+
+    def discard(self, invoke_id: str) -> None:
+        """Let the output of a job go."""
+        with self._lock:
+            sink = self._sinks.pop(invoke_id, None)
+        if sink is not None:
+            sink.output.close()
+        shutil.rmtree(self._directory / invoke_id, ignore_errors=True)
+
+    def make_room(self) -> None:
+        """Let the output of the oldest jobs go that ended, where there are too many."""
+        ended = []
+        ids = self.ids()
+        for invoke_id in ids:
+            record = self._commands.by_id(invoke_id)
+            if record is not None and record.ended_at is not None:
+                ended.append((record.seq, invoke_id))
+            elif record is None and not self._is_open(invoke_id):
+                ended.append((0, invoke_id))  # the audit has forgotten it
+        for _, invoke_id in sorted(ended)[: max(0, len(ids) - MAX_JOBS + 1)]:
+            self.discard(invoke_id)
+
+    def _is_open(self, invoke_id: str) -> bool:
+        with self._lock:
+            return invoke_id in self._sinks
+
+    def find_sink(
+        self, record: CommandRecord, inflight: InflightCommand | None
+    ) -> tuple[Sink, int, int] | None:
+        """Return the sink of a job that outlived this gateway; None: it is no job."""
+        if not self.known(record.invoke_id):
+            return None
+        try:
+            sink = self.open(record.invoke_id)
+        except RpcError as error:
+            log.error("job without output invocation=%s: %s", record.invoke_id, error)
+            return None
+        stdout, stderr = sink.output.offset(STDOUT), sink.output.offset(STDERR)
+        if inflight is not None:  # more may be gone than a power cut left here
+            stdout, stderr = max(stdout, inflight.stdout), max(stderr, inflight.stderr)
+        return sink, stdout, stderr
+
+    def before(self, find_others: SinkFinder) -> SinkFinder:
+        """Return a finder for jobs, and for what `find_others` knows."""
+
+        def find(
+            record: CommandRecord, inflight: InflightCommand | None
+        ) -> tuple[Sink, int, int]:
+            found = self.find_sink(record, inflight)
+            return find_others(record, inflight) if found is None else found
+
+        return find
+
+    def close(self) -> None:
+        """Close the files of jobs that go on without us."""
+        with self._lock:
+            sinks = list(self._sinks.values())
+        for sink in sinks:
+            sink.output.close()
 
 
 # ==============================================================================
@@ -13850,7 +14230,7 @@ class Chats:
 # ==============================================================================
 # Gateway
 # Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Machine, Store,
-#       Access, Fleet, Agent, Model directory, Chat
+#       Access, Fleet, Jobs, Agent, Model directory, Chat
 #
 # What peers may ask of the gateway, and what it tells them: RPC methods by role in
 # one table, and events to those who subscribed.  A peer's role comes from its
@@ -13944,12 +14324,14 @@ class NodeMethods:
         fleet: Fleet,
         invocations: Invocations,
         resumption: Resumption,
+        jobs: Jobs,
         store: Store,
         announce: Callable[[str, JsonObject], None],
     ) -> None:
         self._fleet = fleet
         self._invocations = invocations
         self._resumption = resumption
+        self._jobs = jobs
         self._devices = store.devices
         self._commands = store.commands
         self._announce = announce
@@ -13991,6 +14373,8 @@ class NodeMethods:
         if invoke_id is not None and not is_uuid(invoke_id):
             raise RpcError("INVALID_REQUEST", "invokeId must be a UUID in lower case")
         origin = Origin(call.caller.kind, call.caller.name)
+        if optional(call.params, "background", bool):
+            return self._start_job(call, invoke_id or new_id(), origin)
         known = self._invocations.get(invoke_id) if invoke_id else None
         shares = known is not None and known.origin == origin and not streams
         if known is not None and shares and isinstance(known.sink, CollectingSink):
@@ -14011,6 +14395,32 @@ class NodeMethods:
             return _mapped(invocation.future, sink.result)
         sink.follow(invocation)
         return invocation.future
+
+    def _start_job(
+        self, call: RpcCall, invoke_id: str, origin: Origin
+    ) -> Future[JsonObject]:
+        """Start a command for which nobody waits; the answer says only where it is."""
+        record = self._commands.by_id(invoke_id)
+        if record is None:
+            self._jobs.make_room()
+            sink = self._jobs.open(invoke_id)
+            try:
+                node, name = self._fleet.resolve(required(call.params, "nodeId", str))
+                command = required(call.params, "command", str)
+                if command != SYSTEM_RUN:
+                    raise RpcError("INVALID_REQUEST", f"{command} needs no background")
+                args = optional(call.params, "args", dict) or {}
+                if optional(args, "stdin", bool):
+                    raise RpcError("INVALID_REQUEST", "a job gets no input")
+                self._invocations.start(node, command, args, origin, sink, invoke_id)
+            except MoltisError:
+                self._jobs.discard(invoke_id)
+                raise
+        elif record_origin(record) != origin:
+            raise RpcError("CONFLICT", f"another one asked for {invoke_id} before")
+        else:
+            node, name = record.node_id, record.node_name
+        return _settled({"invokeId": invoke_id, "nodeId": node, "node": name})
 
     def _again(
         self, call: RpcCall, invoke_id: str | None, origin: Origin, sink: Sink
@@ -14080,6 +14490,145 @@ def command_view(record: CommandRecord) -> JsonObject:
         "stderrBytes": record.stderr_bytes,
         "error": record.error,
     }
+
+
+MAX_COMMAND_WAIT = 300.0  # s that an answer of command.get or .wait may take
+
+
+class JobMethods:
+    """Commands in the background, and a look at any other."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        invocations: Invocations,
+        resumption: Resumption,
+        jobs: Jobs,
+        store: Store,
+    ) -> None:
+        self._fleet = fleet
+        self._invocations = invocations
+        self._resumption = resumption
+        self._jobs = jobs
+        self._commands = store.commands
+        self.methods: Mapping[str, Method] = {
+            "command.get": Method(self._get, Scope.READ),
+            "command.wait": Method(self._wait, Scope.READ),
+            "command.list": Method(self._list, Scope.READ),
+            "command.cancel": Method(self._cancel, Scope.WRITE),
+        }
+
+    def _get(self, call: RpcCall) -> Future[JsonObject]:
+        """Answer with a part of the output, at once or when there is some."""
+        params = call.params
+        invoke_id = self._record(call).invoke_id
+        offset = optional(params, "offset", int) or 0
+        if offset < 0:
+            raise RpcError("INVALID_REQUEST", f"offset must not be {offset}")
+        encode = _encoder(optional(params, "encoding", str) or "text")
+
+        def attempt(final: bool) -> JsonObject | None:
+            # First the state: an end that is seen has all output before it.
+            view = self._view(required_record(self._commands, invoke_id))
+            reading = JobReading((), offset)
+            if self._jobs.known(invoke_id):
+                reading = self._jobs.open(invoke_id).output.read(offset)
+            if not reading.pieces and view["endedAt"] is None and not final:
+                return None
+            output = [
+                [STREAM_NAMES[piece.stream], piece.offset, encode(piece.data)]
+                for piece in reading.pieces
+            ]
+            return {**view, "next": reading.next, "output": output}
+
+        return self._jobs.waiters.answer(invoke_id, _wait_of(params, 0.0), attempt)
+
+    def _wait(self, call: RpcCall) -> Future[JsonObject]:
+        """Answer when the command has ended, or with how it stands after `wait` s."""
+        invoke_id = self._record(call).invoke_id
+
+        def attempt(final: bool) -> JsonObject | None:
+            view = self._view(required_record(self._commands, invoke_id))
+            return view if final or view["endedAt"] is not None else None
+
+        answer = self._jobs.waiters.answer(
+            invoke_id, _wait_of(call.params, 30.0), attempt
+        )
+        invocation = self._invocations.get(invoke_id)
+        if invocation is not None:  # one that is no job tells us in no other way
+            invocation.future.add_done_callback(
+                lambda _: self._jobs.waiters.wake(invoke_id)
+            )
+        return answer
+
+    def _list(self, call: RpcCall) -> list[JsonObject]:
+        """Answer with all that runs, and all jobs; the newest first."""
+        reference = optional(call.params, "nodeId", str)
+        node_id = self._fleet.resolve(reference)[0] if reference else None
+        jobs = filter(None, map(self._commands.by_id, self._jobs.ids()))
+        records = {r.seq: r for r in (*self._commands.unfinished(), *jobs)}
+        return [
+            self._view(record)
+            for _, record in sorted(records.items(), reverse=True)
+            if node_id in (None, record.node_id)
+        ]
+
+    def _cancel(self, call: RpcCall) -> JsonObject:
+        """End a command, now or when its node is back; one that ended is as it is."""
+        record = self._record(call)
+        invocation = self._invocations.get(record.invoke_id)
+        if invocation is None and record.ended_at is None:
+            invocation = self._resumption.await_node(record)
+        if invocation is not None:
+            self._invocations.cancel(invocation)
+        return self._view(record)
+
+    def _record(self, call: RpcCall) -> CommandRecord:
+        return required_record(self._commands, required(call.params, "id", str))
+
+    def _view(self, record: CommandRecord) -> JsonObject:
+        view = {
+            **command_view(record),
+            "background": self._jobs.known(record.invoke_id),
+        }
+        if record.ended_at is not None:
+            return view
+        node = self._fleet.connected(record.node_id)
+        view["waiting"] = node is None  # for its node
+        invocation = self._invocations.get(record.invoke_id)
+        if invocation is not None:
+            view["stdoutBytes"] = invocation.received(STDOUT)
+            view["stderrBytes"] = invocation.received(STDERR)
+            if isinstance(invocation.sink, JobSink) and invocation.sink.place:
+                view["place"] = invocation.sink.place
+        return view
+
+
+def required_record(commands: CommandsTable, invoke_id: str) -> CommandRecord:
+    """Raises RpcError NOT_FOUND."""
+    record = commands.by_id(invoke_id)
+    if record is None:
+        raise RpcError("NOT_FOUND", f"nothing is known of a command {invoke_id[:64]!r}")
+    return record
+
+
+def _wait_of(params: JsonObject, default: float) -> float:
+    """Return the seconds for which an answer may wait.  Raises RpcError."""
+    wait = optional(params, "wait", float)
+    if wait is not None and not 0 <= wait <= MAX_COMMAND_WAIT:
+        raise RpcError(
+            "INVALID_REQUEST", f"wait takes 0 to {MAX_COMMAND_WAIT:.0f} s, not {wait:g}"
+        )
+    return default if wait is None else float(wait)
+
+
+def _encoder(name: str) -> Callable[[bytes], str]:
+    """Return how output gets into JSON.  Raises RpcError."""
+    if name == "text":
+        return lambda data: data.decode("utf-8", "replace")
+    if name == "base64":
+        return b64encode
+    raise RpcError("INVALID_REQUEST", f"encoding is text or base64, not {name[:20]!r}")
 
 
 class DeviceMethods:
@@ -14880,6 +15429,7 @@ class Gateway:
         fleet: Fleet,
         invocations: Invocations,
         resumption: Resumption,
+        jobs: Jobs,
         audience: Audience,
         rpc: Rpc,
         *,
@@ -14893,6 +15443,7 @@ class Gateway:
         self._fleet = fleet
         self._invocations = invocations
         self._resumption = resumption
+        self._jobs = jobs
         self._audience = audience
         self.rpc = rpc
         self._lock = threading.Lock()  # guards _connections and _closed
@@ -15086,6 +15637,7 @@ class Gateway:
                 with contextlib.suppress(ConnectionClosed):
                     connection.ws.ping()
         self._invocations.tick()
+        self._jobs.waiters.tick()
 
     def _is_busy(self, node: ConnectedNode | None) -> bool:
         # An existing Moltis node reads nothing, so answers no Ping, during a command.
@@ -20265,7 +20817,7 @@ class McpServer:
 # ==============================================================================
 # Command line
 # Uses: Settings, Wire protocol, Commands, Telemetry, Language models, Machine,
-#       Node agent, Node service, Store, Certificates, Access, Fleet, Agent,
+#       Node agent, Node service, Store, Certificates, Access, Fleet, Jobs, Agent,
 #       Model directory, Chat, Gateway, HTTP, Web page, Install script, Operator client,
 #       MCP
 #
@@ -20717,20 +21269,21 @@ class RunningGateway:
         self.options = options
         self._directory = context.directory
         with contextlib.ExitStack() as stack:
-            store = self.store = Store(self._directory / STORE_FILE)
-            stack.callback(store.close)
-            connections = ConnectionThreads()
-            stack.callback(connections.close)
+            store = Store(self._directory / STORE_FILE)
+            self.store = stack.enter_context(closing(store))
+            connections = stack.enter_context(closing(ConnectionThreads()))
             access = self._access = Access(store)
             self._key = self._kept_key()
             audience = Audience()
-            local = LocalNode(context.environ)
-            stack.callback(local.close)
+            local = stack.enter_context(closing(LocalNode(context.environ)))
             fleet = self.fleet = Fleet(store.devices, local.node, audience.announce)
-            logs = SessionLogs(store, audience.announce)
-            stack.callback(logs.close)
+            logs = stack.enter_context(closing(SessionLogs(store, audience.announce)))
             invocations = self.invocations = Invocations(fleet, store.commands)
-            resumption = Resumption(fleet, invocations, store.commands, logs.find_sink)
+            jobs = Jobs(self._directory / JOBS_DIRECTORY, store.commands)
+            stack.callback(jobs.close)
+            resumption = Resumption(
+                fleet, invocations, store.commands, jobs.before(logs.find_sink)
+            )
             local.start(fleet, invocations, resumption)
             models = self.models = ModelDirectory(
                 self._directory, context.environ, fleet, invocations
@@ -20741,8 +21294,9 @@ class RunningGateway:
             )
             rpc = Rpc(
                 NodeMethods(
-                    fleet, invocations, resumption, store, audience.announce
+                    fleet, invocations, resumption, jobs, store, audience.announce
                 ).methods,
+                JobMethods(fleet, invocations, resumption, jobs, store).methods,
                 DeviceMethods(fleet, access, store.devices, audience.announce).methods,
                 SubscriptionMethods().methods,
                 ModelMethods(models).methods,
@@ -20755,6 +21309,7 @@ class RunningGateway:
                 fleet,
                 invocations,
                 resumption,
+                jobs,
                 audience,
                 rpc,
                 require_scram=options.require_scram,
@@ -20765,12 +21320,15 @@ class RunningGateway:
             app = HttpApp(gateway, access, served_files(), options.edge())
             door = HttpDoor(options.listen, app, connections, options.tls)
             stack.callback(door.close)
-            self.port = door.port
-            self.url = options.url(self.port)
-            self.public_url = options.public_url(self.port)
-            self._save_file()
+            self._announce_door(door.port)
             stack.callback(Ticker(HOUSEKEEPING_INTERVAL, self.keep_house).close)
             self._stack = stack.pop_all()
+
+    def _announce_door(self, port: int) -> None:
+        self.port = port
+        self.url = self.options.url(port)
+        self.public_url = self.options.public_url(port)
+        self._save_file()
 
     def _kept_key(self) -> str:
         previous = GatewayFile.load(self._directory)
@@ -21716,6 +22274,11 @@ def add_node_exec(subcommands: Subcommands) -> None:
     parser.add_argument(
         "--stdin", action="store_true", help="feed it our standard input"
     )
+    parser.add_argument(
+        "--detach",
+        action="store_true",
+        help="do not wait: print an id for `node attach`, and leave it running",
+    )
     add_gateway_options(parser)
     parser.set_defaults(run=cmd_node_exec)
 
@@ -21741,8 +22304,10 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
         request["cwd"] = args.cwd
     dial = partial(operator_client, args, context)
     nodes = {name: name for name in args.nodes} or all_connected(dial)
-    if args.stdin and len(nodes) > 1:
-        raise UsageError("--stdin feeds one node only")
+    if args.stdin and (len(nodes) > 1 or args.detach):
+        raise UsageError("--stdin feeds one node, and only while we stay")
+    if args.detach:
+        return start_jobs(dial, nodes, request, context.output)
     return Execution(dial, nodes, request, context.output).run()
 
 
@@ -21951,6 +22516,195 @@ class StreamPrinter:
         if self._line:
             with contextlib.suppress(BrokenPipeError):
                 self.write(b"\n")
+
+
+# -- moltis node exec --detach, jobs, attach -----------------------------------
+
+
+def start_jobs(
+    dial: Callable[[], OperatorClient],
+    nodes: Mapping[str, str],
+    request: JsonObject,
+    output: Output,
+) -> int:
+    """Start a command on each node, print its id, and leave it running."""
+    with dial() as client:
+        for node in nodes:
+            params = {"nodeId": node, "command": SYSTEM_RUN, "args": request}
+            job = client.call("node.invoke", {**params, "background": True})
+            output.answer(job["invokeId"])
+    return EXIT_OK
+
+
+def add_node_jobs(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "jobs",
+        help="show what runs, and what was left running in the background",
+        **_example("moltis node jobs pi"),
+    )
+    parser.add_argument("node", nargs="?", help="name or id (default: all nodes)")
+    parser.add_argument("--cancel", metavar="ID", help="end this one")
+    add_gateway_options(parser)
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
+    parser.set_defaults(run=cmd_node_jobs)
+
+
+def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
+    with operator_client(args, context) as client:
+        asked = {"nodeId": args.node} if args.node else {}
+        jobs = client.call("command.list", asked)
+        if args.cancel:
+            client.call("command.cancel", {"id": find_job(args.cancel, jobs)})
+            context.output.say("it is being ended")
+            return EXIT_OK
+    if args.json:
+        context.output.json(jobs)
+        return EXIT_OK
+    heading = ("ID", "NODE", "STATE", "ASKED", "OUTPUT", "COMMAND")
+    context.output.table([heading, *map(job_row, jobs)])
+    return EXIT_OK
+
+
+def job_row(job: JsonObject) -> tuple[str, ...]:
+    """Return the columns of `node jobs`."""
+    state = job["state"]
+    if job["endedAt"] is None and job.get("waiting"):
+        state = "node away"
+    elif job.get("place"):
+        state = f"in line ({job['place']})"
+    elif job["exitCode"] is not None:
+        state = f"{state} ({job['exitCode']})"
+    return (
+        job["invokeId"],
+        job["nodeName"],
+        state,
+        format_time(job["askedAt"]),
+        format_bytes(job["stdoutBytes"] + job["stderrBytes"]),
+        clip(" ".join(job["command"].split()), 60).replace("\n", " "),
+    )
+
+
+def find_job(reference: str, jobs: Sequence[JsonObject]) -> str:
+    """Return the id that `reference` is, or begins.  Raises UserError."""
+    found = [j["invokeId"] for j in jobs if j["invokeId"].startswith(reference)]
+    if len(found) == 1:
+        return str(found[0])
+    problem = "is ambiguous" if found else "is no job"
+    raise UserError(f"{reference!r} {problem}; `moltis node jobs` shows what there is")
+
+
+def add_node_attach(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "attach",
+        help="print what a job has written so far, and what comes, until it ends",
+        **_example("moltis node attach 5f0c"),
+    )
+    parser.add_argument("job", metavar="ID", help="from `node jobs`; its begin will do")
+    add_gateway_options(parser)
+    parser.set_defaults(run=cmd_node_attach)
+
+
+def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
+    """Raises Unreachable when the gateway stays away, UserError for no job."""
+    dial = partial(operator_client, args, context)
+    with dial() as client:
+        job_id = find_job(args.job, client.call("command.list", {}))
+    try:
+        return Attachment(dial, job_id, context.output).run()
+    except KeyboardInterrupt:
+        context.output.say(f"moltis: it goes on; `moltis node attach {job_id}` is back")
+        return INTERRUPTED
+
+
+class Attachment:
+    """One run of `node attach`: a job's output from its beginning to its end."""
+
+    def __init__(
+        self, dial: Callable[[], OperatorClient], job_id: str, output: Output
+    ) -> None:
+        """Raises Unreachable or Refused."""
+        self._dial = dial
+        self._output = output
+        self._waiting = Waiting(output)
+        self._asked: JsonObject = {"id": job_id, "encoding": "base64"}
+        self._wait = 0.0  # s; the first answer tells at once how things are
+        self._position = 0
+        self._files = {"stdout": sys.stdout.buffer, "stderr": sys.stderr.buffer}
+        self._offsets = {"stdout": 0, "stderr": 0}
+
+    def run(self) -> int:
+        """Return the exit status of the job.  Raises as OperatorClient does."""
+        client = self._dial()
+        try:
+            while True:
+                asked = {**self._asked, "offset": self._position, "wait": self._wait}
+                try:
+                    job = client.call("command.get", asked)
+                except Unreachable:
+                    client.close()
+                    client = self._return()
+                    continue
+                if self._take(job):
+                    return job_status(job, self._output)
+        finally:
+            client.close()
+
+    def _take(self, job: JsonObject) -> bool:
+        """Print an answer; return whether it was the last."""
+        self._position = job["next"]
+        self._wait = CALL_TIMEOUT / 2
+        change = self._waiting.begin if job.get("waiting") else self._waiting.end
+        change(job["nodeName"])
+        for stream, offset, data in job["output"]:
+            self._print(stream, offset, base64.b64decode(data))
+        return job["endedAt"] is not None and not job["output"]
+
+    def _print(self, stream: str, offset: int, data: bytes) -> None:
+        missing = offset - self._offsets[stream]
+        if missing > 0:
+            gone = format_bytes(missing)
+            self._output.say(f"moltis: {gone} of {stream} are not kept any more")
+        self._offsets[stream] = offset + len(data)
+        self._files[stream].write(data)
+        self._files[stream].flush()
+
+    def _return(self) -> OperatorClient:
+        """Return a connection to the gateway once it is back.  Raises Unreachable."""
+        self._waiting.begin("the gateway")
+        deadline = Deadline(CALLER_PATIENCE)
+        backoff = Backoff(RECONNECT_AFTER, limit=RECONNECT_LIMIT)
+        while True:
+            time.sleep(backoff.next())
+            self._waiting.show()
+            try:
+                client = self._dial()
+            except Unreachable:
+                if deadline.expired:
+                    raise
+            else:
+                self._waiting.end("the gateway")
+                return client
+
+
+def job_status(job: JsonObject, output: Output) -> int:
+    """Return the exit status for a job that ended; say what it alone does not."""
+    name, state = job["nodeName"], job["state"]
+    if state == CommandState.DONE:
+        if job["signal"] is not None and job["signal"].isdigit():
+            return 128 + int(job["signal"])
+        code = job["exitCode"]
+        return cast("int", code) if code in range(256) else EXIT_FAILURE
+    words = {
+        CommandState.TIMED_OUT: "the command's time was up; it was ended",
+        CommandState.CANCELLED: "the command was cancelled",
+    }
+    output.complain(f"{name}: {words.get(state) or job['error'] or state}")
+    statuses = {
+        CommandState.TIMED_OUT: TIMED_OUT,
+        CommandState.CANCELLED: INTERRUPTED,
+        CommandState.LOST: EXIT_UNREACHABLE,
+    }
+    return statuses.get(state, EXIT_FAILURE)
 
 
 # -- main ----------------------------------------------------------------------
@@ -22326,6 +23080,8 @@ def build_parser() -> argparse.ArgumentParser:
         add_node_logs,
         add_node_remove,
         add_node_exec,
+        add_node_jobs,
+        add_node_attach,
         add_node_rename,
         add_node_revoke,
     ):

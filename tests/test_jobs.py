@@ -1,0 +1,344 @@
+"""Commands in the background: their output in files, and who asks for it."""
+
+from __future__ import annotations
+
+import base64
+import os
+import uuid
+
+import pytest
+from peers import InProcessGateway
+from support import Program, free_port, run_moltis, wait_for
+
+import moltis
+from moltis import STDERR, STDOUT, Chunk
+
+ID = str(uuid.uuid4())
+
+
+@pytest.fixture
+def output(tmp_path):
+    output = moltis.JobOutput(tmp_path / "job")
+    yield output
+    output.close()
+
+
+def data_of(reading, stream=STDOUT):
+    return b"".join(p.data for p in reading.pieces if p.stream == stream)
+
+
+def whole(output, stream=STDOUT):
+    """Return a whole stream, read as a client does."""
+    data, position = b"", 0
+    while position < output.end:
+        reading = output.read(position)
+        data += data_of(reading, stream)
+        position = reading.next
+    return data
+
+
+# Output in files
+
+
+def test_output_is_read_from_any_place(output):
+    output.append(Chunk(STDOUT, ID, 0, b"one\n"))
+    first = output.read(0)
+    assert data_of(first) == b"one\n"
+    output.append(Chunk(STDERR, ID, 0, b"oh\n"))
+    output.append(Chunk(STDOUT, ID, 4, b"two\n"))
+    second = output.read(first.next)
+    assert [(p.stream, p.offset, p.data) for p in second.pieces] == [
+        (STDERR, 0, b"oh\n"),
+        (STDOUT, 4, b"two\n"),
+    ]
+    assert output.read(second.next) == moltis.JobReading([], second.next)
+
+
+def test_a_long_output_is_read_in_parts(output):
+    for number in range(20):
+        output.append(Chunk(STDOUT, ID, number * 60000, bytes([number]) * 60000))
+    assert len(data_of(output.read(0))) < 400_000
+    assert whole(output) == b"".join(bytes([n]) * 60000 for n in range(20))
+
+
+def test_head_and_tail_of_too_much_output_are_kept(output, monkeypatch):
+    monkeypatch.setattr(moltis, "JOB_SEGMENT", 1000)
+    monkeypatch.setattr(moltis, "MAX_JOB_SEGMENTS", 3)
+    for number in range(100):
+        output.append(Chunk(STDOUT, ID, number * 100, b"%099d\n" % number))
+    numbers = [int(line) for line in whole(output).split()]
+    assert numbers[0] == 0
+    assert numbers[-1] == 99
+    assert 10 < len(numbers) < 40
+    assert numbers == sorted(numbers)
+    # A client that was in the middle goes on where there is something again.
+    assert data_of(output.read(5000)) in whole(output)
+
+
+def test_output_survives_a_crash_up_to_the_last_whole_record(tmp_path):
+    before = moltis.JobOutput(tmp_path / "job")
+    before.append(Chunk(STDERR, ID, 0, b"oh\n"))
+    before.append(Chunk(STDOUT, ID, 0, b"one\n"))
+    end = before.end
+    before.append(Chunk(STDOUT, ID, 4, b"two\n"))
+    before.close()
+    for path in (tmp_path / "job").iterdir():
+        os.truncate(path, path.stat().st_size - 2)  # in the middle of "two\n"
+    after = moltis.JobOutput(tmp_path / "job")
+    assert after.end == end
+    assert (after.offset(STDOUT), after.offset(STDERR)) == (4, 3)
+    after.append(Chunk(STDOUT, ID, 4, b"two\n"))
+    assert whole(after) == b"one\ntwo\n"
+    after.close()
+
+
+def test_one_segment_alone_tells_how_far_both_streams_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(moltis, "JOB_SEGMENT", 100)
+    before = moltis.JobOutput(tmp_path / "job")
+    before.append(Chunk(STDERR, ID, 0, b"oh\n"))
+    for number in range(10):
+        before.append(Chunk(STDOUT, ID, number * 50, b"x" * 50))
+    before.close()
+    after = moltis.JobOutput(tmp_path / "job")
+    assert (after.offset(STDOUT), after.offset(STDERR)) == (500, 3)
+    after.close()
+
+
+def test_what_is_no_position_is_refused(output):
+    output.append(Chunk(STDOUT, ID, 0, b"\xff" * 100))
+    with pytest.raises(moltis.RpcError, match="offset must be 0"):
+        output.read(60)
+
+
+def test_output_is_for_its_owner_alone(output, tmp_path):
+    output.append(Chunk(STDOUT, ID, 0, b"x"))
+    (path,) = (tmp_path / "job").iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+# Answers that wait
+
+
+def test_an_answer_that_is_there_does_not_wait():
+    waiters = moltis.Waiters()
+    assert waiters.answer(ID, 60, lambda final: "here").result(0) == "here"
+
+
+def test_an_answer_waits_for_news_or_for_its_time():
+    waiters = moltis.Waiters()
+    found = []
+    news = waiters.answer(ID, 60, lambda final: found or None)
+    other = waiters.answer(ID, 0, lambda final: "late" if final else None)
+    waiters.wake("another")
+    waiters.wake(ID)
+    assert other.result(0) == "late"
+    assert not news.done()
+    found.append("news")
+    waiters.wake(ID)
+    assert news.result(0) == ["news"]
+
+
+def test_an_answer_that_fails_says_so():
+    def attempt(final):
+        raise moltis.RpcError("NOT_FOUND", "gone")
+
+    with pytest.raises(moltis.RpcError, match="gone"):
+        moltis.Waiters().answer(ID, 60, attempt).result(0)
+
+
+def test_too_many_waiters_are_told_at_once(monkeypatch):
+    monkeypatch.setattr(moltis, "MAX_WAITERS", 1)
+    waiters = moltis.Waiters()
+    first = waiters.answer(ID, 60, lambda final: "now" if final else None)
+    assert waiters.answer(ID, 60, lambda final: "now" if final else None).result(0)
+    assert not first.done()
+
+
+# The methods
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    with InProcessGateway(tmp_path / "gateway") as gateway:
+        yield gateway
+
+
+def start(gateway, command, node="local", **params):
+    params = {"args": {"command": command}, "background": True, **params}
+    return gateway.call("node.invoke", nodeId=node, command="system.run", **params)[
+        "invokeId"
+    ]
+
+
+def read_all(gateway, job, **params):
+    """Return the job's last answer, and what all answers say of stdout."""
+    text, position = "", 0
+    while True:
+        answer = gateway.call("command.get", id=job, offset=position, wait=20, **params)
+        text += "".join(t for stream, _, t in answer["output"] if stream == "stdout")
+        position = answer["next"]
+        if answer["endedAt"] and not answer["output"]:
+            return answer, text
+
+
+def test_a_job_answers_at_once_and_is_read_later(gateway):
+    job = start(gateway, "echo one; echo oh >&2; sleep 0.3; echo two; exit 4")
+    answer, text = read_all(gateway, job)
+    assert text == "one\ntwo\n"
+    assert (answer["state"], answer["exitCode"]) == ("done", 4)
+    assert (answer["stdoutBytes"], answer["stderrBytes"]) == (8, 3)
+    assert answer["background"] is True
+
+
+def test_bytes_that_are_no_text_come_in_base64(gateway):
+    job = start(gateway, r"printf '\377\000'")
+    gateway.call("command.wait", id=job)
+    answer = gateway.call("command.get", id=job, encoding="base64")
+    assert base64.b64decode(answer["output"][0][2]) == b"\xff\x00"
+
+
+def test_waiting_for_a_job_ends_with_it_or_with_the_time(gateway):
+    job = start(gateway, "read line </dev/tty; sleep 30")
+    assert gateway.call("command.wait", id=job, wait=0)["endedAt"] is None
+    gateway.call("command.cancel", id=job)
+    assert gateway.call("command.wait", id=job)["state"] == "cancelled"
+
+
+def test_a_job_that_is_asked_for_twice_runs_once(gateway, tmp_path):
+    command = f"echo run >> {tmp_path}/runs"
+    job = str(uuid.uuid4())
+    assert start(gateway, command, invokeId=job) == job
+    assert start(gateway, command, invokeId=job) == job
+    gateway.call("command.wait", id=job)
+    assert (tmp_path / "runs").read_text() == "run\n"
+
+
+@pytest.mark.parametrize(
+    ("params", "problem"),
+    [
+        ({"nodeId": "nowhere"}, "no node 'nowhere'"),
+        ({"command": "system.which"}, "needs no background"),
+        ({"args": {"command": "cat", "stdin": True}}, "gets no input"),
+        ({"args": {"command": ""}}, "command is empty"),
+    ],
+)
+def test_a_job_that_cannot_start_leaves_nothing(gateway, params, problem):
+    asked = {
+        "nodeId": "local",
+        "command": "system.run",
+        "args": {"command": "true"},
+        "background": True,
+        **params,
+    }
+    with pytest.raises(moltis.UserError, match=problem):
+        gateway.call("node.invoke", **asked)
+    assert gateway.call("command.list") == []
+    assert list((gateway.directory / "jobs").iterdir()) == []
+
+
+def test_jobs_and_what_runs_are_listed_newest_first(gateway):
+    with gateway.node("far"):
+        first = start(gateway, "true", node="far")
+        second = start(gateway, "sleep 30")
+        gateway.call("command.wait", id=first)
+        listed = gateway.call("command.list")
+        assert [job["invokeId"] for job in listed] == [second, first]
+        assert [j["invokeId"] for j in gateway.call("command.list", nodeId="far")] == [
+            first
+        ]
+        gateway.call("command.cancel", id=second)
+        gateway.call("command.wait", id=second)
+
+
+def test_what_is_no_job_is_not_found(gateway):
+    for method in ("command.get", "command.wait", "command.cancel"):
+        with pytest.raises(moltis.UserError, match="nothing is known of a command"):
+            gateway.call(method, id="no-such")
+
+
+def test_the_oldest_jobs_that_ended_make_room(gateway, monkeypatch):
+    monkeypatch.setattr(moltis, "MAX_JOBS", 2)
+    jobs = []
+    for _ in range(4):
+        jobs.append(start(gateway, "echo x"))
+        gateway.call("command.wait", id=jobs[-1])
+    kept = {path.name for path in (gateway.directory / "jobs").iterdir()}
+    assert kept == set(jobs[2:])
+    assert gateway.call("command.get", id=jobs[0])["output"] == []
+
+
+def test_a_full_disk_costs_output_and_not_the_command(gateway, monkeypatch):
+    def fail(self, *_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(moltis.JobOutput, "_write", fail)
+    job = start(gateway, "echo lost; exit 3")
+    done = gateway.call("command.wait", id=job)
+    assert (done["state"], done["exitCode"], done["stdoutBytes"]) == ("done", 3, 5)
+
+
+def test_a_job_goes_on_where_it_was_after_a_restart_of_the_gateway(tmp_path):
+    with InProcessGateway(tmp_path / "gateway") as first:
+        token, port = first.token("far"), first.running.port
+        settings = {"token": token, "node_id": "far-id"}
+        first.node("far", **settings).close()
+    data = tmp_path / "gateway"
+    node_home = tmp_path / "node"
+    node_home.mkdir()
+    arguments = ["node", "add", "--foreground", "--node-id", "far-id", "--name", "far"]
+    host = f"ws://127.0.0.1:{port}/ws"
+    with Program(*arguments, "--host", host, home=node_home, MOLTIS_DEVICE_TOKEN=token):
+        with InProcessGateway(data, port=port) as second:
+            wait_for(lambda: second.is_connected("far-id"), 20, "the node")
+            job = start(second, "for i in 1 2 3 4; do echo $i; sleep 0.5; done", "far")
+            wait_for(lambda: second.call("command.get", id=job)["output"])
+        with InProcessGateway(data, port=port) as third:
+            answer, text = read_all(third, job)
+    assert text == "1\n2\n3\n4\n"
+    assert (answer["state"], answer["exitCode"]) == ("done", 0)
+
+
+# The command line
+
+
+@pytest.fixture
+def program(home):
+    port = free_port()
+    with Program("gateway", "--port", port, home=home) as program:
+        program.wait_for_output("Ctrl+C stops it")
+        yield program
+
+
+def test_a_detached_command_is_attached_to_by_the_begin_of_its_id(program, home):
+    command = "echo one; echo oh >&2; sleep 0.5; echo two; exit 9"
+    started = run_moltis("node", "exec", "--detach", "local", "--", command, home=home)
+    assert started.returncode == 0
+    job = started.stdout.strip()
+    attached = run_moltis("node", "attach", job[:8], home=home)
+    assert attached.stdout == "one\ntwo\n"
+    assert "oh\n" in attached.stderr
+    assert attached.returncode == 9
+    again = run_moltis("node", "attach", job, home=home)
+    assert (again.stdout, again.returncode) == ("one\ntwo\n", 9)
+
+
+def test_jobs_are_listed_and_cancelled(program, home):
+    started = run_moltis(
+        "node", "exec", "--detach", "local", "--", "sleep 60", home=home
+    )
+    job = started.stdout.strip()
+    listed = run_moltis("node", "jobs", "local", home=home)
+    assert job in listed.stdout
+    assert "sleep 60" in listed.stdout
+    done = run_moltis("node", "jobs", "--cancel", job[:8], home=home)
+    assert done.returncode == 0
+    attached = run_moltis("node", "attach", job, home=home)
+    assert attached.returncode == moltis.INTERRUPTED
+    assert "cancelled" in attached.stderr
+
+
+def test_attaching_to_no_job_says_where_to_look(program, home):
+    done = run_moltis("node", "attach", "nonsense", home=home)
+    assert done.returncode == moltis.EXIT_FAILURE
+    assert "moltis node jobs" in done.stderr
