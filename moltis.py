@@ -513,13 +513,13 @@ class Backoff:
 class Ticker:
     """A thread that calls `action` every `interval` seconds until it is closed."""
 
-    def __init__(
-        self, interval: float, action: Callable[[], None], name: str = "moltis-tick"
-    ) -> None:
+    def __init__(self, interval: float, action: Callable[[], None]) -> None:
         self._interval = interval
         self._action = action
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, name="moltis-tick", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
@@ -533,7 +533,7 @@ class Ticker:
                 self._action()
             except Exception:
                 # A tick that fails must not end all that come after it.
-                log.exception("tick failed thread=%s", self._thread.name)
+                log.exception("tick failed")
 
 
 class Cancellation:
@@ -604,6 +604,22 @@ def ollama_url(host: str) -> str:
     if ":" in name:
         name = f"[{name}]"
     return f"{scheme or 'http'}://{name}:{port}"
+
+
+def unmapped(address: str) -> str:
+    """Return an IP address, IPv4 as such where it came in over a socket for IPv6."""
+    return address[7:] if address.lower().startswith("::ffff:") else address
+
+
+def is_running(pid: int) -> bool:
+    """Return whether there is such a process, whoever's it is."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return pid > 0
 
 
 def require_ssl() -> None:
@@ -704,7 +720,7 @@ def read_settings_file(path: Path) -> JsonObject | None:
     except ValueError as error:
         raise BadConfiguration(
             f"{path} is not JSON ({error}); mend or delete it"
-        ) from (error)
+        ) from error
     if not isinstance(value, dict):
         raise BadConfiguration(f"{path} must hold a JSON object; mend or delete it")
     return value
@@ -1248,7 +1264,7 @@ def parse_head(head: bytes) -> tuple[str, HeaderList]:
     return first, HeaderList(fields)
 
 
-def _header_tokens(headers: Headers, name: str) -> list[str]:
+def header_tokens(headers: Headers, name: str) -> list[str]:
     """Return the comma-separated elements of all headers of that name."""
     elements = ",".join(headers.get_all(name, [])).split(",")
     return [element.strip(" \t") for element in elements if element.strip(" \t")]
@@ -1263,7 +1279,7 @@ def _single_header(headers: Headers, name: str) -> str | None:
 
 
 def _has_token(headers: Headers, name: str, token: str) -> bool:
-    return token in (element.lower() for element in _header_tokens(headers, name))
+    return token in (element.lower() for element in header_tokens(headers, name))
 
 
 def accept_value(key: str) -> str:
@@ -1277,7 +1293,7 @@ def parse_extensions(headers: Headers) -> list[tuple[str, ExtensionParameters]]:
     Raises HandshakeError.
     """
     extensions: list[tuple[str, ExtensionParameters]] = []
-    for element in _header_tokens(headers, "Sec-WebSocket-Extensions"):
+    for element in header_tokens(headers, "Sec-WebSocket-Extensions"):
         name, *rest = element.split(";")
         match = EXTENSION.fullmatch(name)
         parameters = [EXTENSION_PARAMETER.fullmatch(text) for text in rest]
@@ -1396,7 +1412,7 @@ def accept_upgrade(
     key = _single_header(headers, "Sec-WebSocket-Key") or ""
     if not _is_nonce(key):
         raise HandshakeError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
-    offered = _header_tokens(headers, "Sec-WebSocket-Protocol")
+    offered = header_tokens(headers, "Sec-WebSocket-Protocol")
     deflate, extensions = _answer_deflate(headers) if compression else (None, None)
     return Upgrade(
         accept=accept_value(key),
@@ -1963,11 +1979,6 @@ def _open_channel(sock: socket.socket) -> PlainChannel:
     if ssl_module is not None and isinstance(sock, ssl_module.SSLSocket):
         return TlsChannel(cast("ssl.SSLSocket", sock))
     return PlainChannel(sock)
-
-
-def unmapped(address: str) -> str:
-    """Return an IP address, IPv4 as such where it came in over a socket for IPv6."""
-    return address[7:] if address.lower().startswith("::ffff:") else address
 
 
 def _sooner(one: float | None, other: float | None) -> float | None:
@@ -4570,9 +4581,9 @@ class Telemetry:
 
 
 def _label(text: str) -> str:
-    # A node's words end up on terminals: no escape sequences, and no lone surrogates,
-    # which cannot be encoded again.
-    return "".join(c for c in text[:MAX_LABEL] if c.isprintable())
+    # A node's words end up on terminals.  printable() spares them lone surrogates as
+    # well, which cannot be encoded again.
+    return printable(text, MAX_LABEL)
 
 
 def _reported_number(params: Mapping[str, Any], name: str) -> float | None:
@@ -5473,7 +5484,7 @@ def _connect_model(host: str, port: int, cancel: Cancellation) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
         try:
             sock.settimeout(CONNECT_TIMEOUT)
-            with cancel.calling(functools.partial(_cut, sock)):
+            with cancel.calling(partial(_cut, sock)):
                 sock.connect(address)
             return sock
         except OSError as error:
@@ -5500,7 +5511,7 @@ def _dial_model(parts: SplitResult, cancel: Cancellation) -> socket.socket:
         )
         with contextlib.ExitStack() as stack:
             stack.callback(sock.close)
-            with cancel.calling(functools.partial(_cut, sock)):
+            with cancel.calling(partial(_cut, sock)):
                 sock.do_handshake()
             stack.pop_all()
         return sock
@@ -5531,7 +5542,7 @@ def model_exchange(
     target = f"{parts.path}?{parts.query}" if parts.query else parts.path
     content = None if body is None else to_json(body).encode("utf-8", "replace")
     try:
-        with cancel.calling(functools.partial(_cut, sock)):
+        with cancel.calling(partial(_cut, sock)):
             sock.settimeout(timeout)
             connection.request(
                 method,
@@ -7781,7 +7792,7 @@ class NodeState:
             )
         except RpcError as error:
             raise BadConfiguration(f"{path}: {error.message}") from error
-        return state if _process_runs(state.pid) else None
+        return state if is_running(state.pid) else None
 
     def save(self, directory: Path) -> None:
         """Write node-state.json.  Raises BadConfiguration."""
@@ -7793,16 +7804,6 @@ class NodeState:
     def clear(cls, directory: Path) -> None:
         """Forget the state, as a node does that ends.  Raises BadConfiguration."""
         _remove_file(directory / cls.FILE)
-
-
-def _process_runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return pid > 0
 
 
 def wait_until_connected(directory: Path, deadline: Deadline) -> NodeState | None:
@@ -7846,8 +7847,6 @@ class NodeLog(logging.FileHandler):
     def _rotate(self) -> None:
         # Copied and emptied, not renamed: the service manager has the same file
         # open for stdout and stderr, and would go on writing to the old one.
-        import shutil
-
         shutil.copy2(self.baseFilename, self.baseFilename + ".1")
         os.truncate(self.baseFilename, 0)
 
@@ -9808,9 +9807,7 @@ def _device_credential(token: str) -> DeviceCredential:
 
 
 def is_loopback(address: str) -> bool:
-    plain = address.lower()
-    if plain.startswith("::ffff:"):
-        plain = plain[len("::ffff:") :]
+    plain = unmapped(address)
     return plain.startswith("127.") or plain == "::1"
 
 
@@ -12300,7 +12297,7 @@ class Toolbox:
     def _nodes_describe(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
         node_id, _ = self._directory.resolve(arguments["node"])
         self._start(call, {"nodeId": node_id})
-        return functools.partial(self._directory.view, node_id)
+        return partial(self._directory.view, node_id)
 
     def _nodes_select(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
         node_id, name = self._directory.resolve(arguments.get("node", "local"))
@@ -12326,7 +12323,7 @@ class Toolbox:
             timeout=timeout,
         )
         self._start(call, planned.fields())
-        return functools.partial(self._run_command, call, planned)
+        return partial(self._run_command, call, planned)
 
     def _run_command(self, call: ToolCall, planned: PlannedCommand) -> JsonObject:
         verdict = self._verdict(call, planned)
@@ -12587,7 +12584,7 @@ class Agent:
 # ==============================================================================
 
 NODE_LIST_TIMEOUT = 20.0  # s for a node to ask its providers
-MODEL_CALLER = "model"  # the kind of who asks for an answer
+MODEL_CALLER = "model"  # the kind of caller that a model is, or is asked by
 
 
 class AnswerStream:
@@ -13720,7 +13717,7 @@ class Turn:
         if self.is_typed:
             return Origin(self.asked_by.kind, self.asked_by.name, session_key)
         name = f"{self.model.id} for {self.asked_by.name}"
-        return Origin("model", name, session_key)
+        return Origin(MODEL_CALLER, name, session_key)
 
 
 class TurnQueue:
@@ -14172,8 +14169,8 @@ class Chats:
             if key not in self._queues:
                 self._queues[key] = TurnQueue(
                     key,
-                    functools.partial(self._take, key),
-                    functools.partial(self._tell_idle, key),
+                    partial(self._take, key),
+                    partial(self._tell_idle, key),
                 )
             return self._queues[key]
 
@@ -14239,7 +14236,6 @@ class Chats:
 
 KEEPALIVE_TICK = 1.0  # s; pings are due one by one, so that a thousand do not coincide
 MAX_COLLECTED_RESULT = 1024 * 1024  # bytes a stream, for callers without streams
-MAX_SUBSCRIPTIONS = 64  # event names of one operator
 MAX_OPERATOR_OUTBOX = 64 * 1024 * 1024  # bytes; 32 full windows of two streams
 
 MAX_BACKLOG = 512 * 1024  # bytes; who is further behind is not told each bit of output
@@ -15787,12 +15783,6 @@ def is_same_origin(request: HttpRequest) -> bool:
     return origin is None or origin.lower() == request.origin
 
 
-def forwarded_header(headers: HttpHeaders[str, str], name: str) -> list[str]:
-    """Return the comma-separated elements of all headers of that name, last first."""
-    elements = ",".join(headers.get_all(name) or []).split(",")
-    return [element.strip() for element in reversed(elements) if element.strip()]
-
-
 class TrustedProxies:
     """The reverse proxies whose word on their clients counts."""
 
@@ -15834,18 +15824,18 @@ class TrustedProxies:
         headers = request.headers
         address = request.address
         # Each proxy adds whom it heard; what stands before the first stranger is his.
-        for hop in forwarded_header(headers, "X-Forwarded-For"):
+        for hop in reversed(header_tokens(headers, "X-Forwarded-For")):
             if not is_ip_address(hop):
                 break
             address = unmapped(hop)
             if not self.include(hop):
                 break
-        secure = forwarded_header(headers, "X-Forwarded-Proto")[:1] == ["https"]
-        hosts = forwarded_header(headers, "X-Forwarded-Host")
+        secure = header_tokens(headers, "X-Forwarded-Proto")[-1:] == ["https"]
+        hosts = header_tokens(headers, "X-Forwarded-Host")
         return replace(
             request,
             address=address,
-            host=hosts[0] if hosts else request.host,
+            host=hosts[-1] if hosts else request.host,
             secure=secure,
             channel_binding=self._channel_binding if secure else None,
         )
@@ -20831,7 +20821,6 @@ START_TIMEOUT = 20.0  # s for a service that was just started to connect
 HOUSEKEEPING_INTERVAL = 3600.0  # s
 DEMO_DIRECTORY = "demo-node"  # below the data directory
 TERMINAL_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-CHAT_SESSION = "main"  # the session that every gateway has
 INTERRUPTED = 130  # as a shell counts SIGINT
 TIMED_OUT = 124  # as timeout(1)
 BROKEN_PIPE = 141  # as a shell counts SIGPIPE
@@ -20996,16 +20985,6 @@ def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsT
         # That key is for the gateway of this machine and nobody else.
         return TlsTrust(file.fingerprint)
     return trust
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return pid > 0
 
 
 class StopSignal:
@@ -21390,7 +21369,7 @@ class RunningChats:
         models: ModelDirectory,
         announce: Callable[[str, JsonObject], None],
     ) -> None:
-        approvals = Approvals(functools.partial(note_denial, store.commands, logs))
+        approvals = Approvals(partial(note_denial, store.commands, logs))
         executor = SessionExecutor(invocations, logs)
         agent = Agent(fleet, executor, approvals)
         self._chats = Chats(store, logs, executor, agent, models, announce)
@@ -22742,7 +22721,7 @@ def add_chat(subcommands: Subcommands) -> None:
     )
     parser.add_argument(
         "--session",
-        default=CHAT_SESSION,
+        default=MAIN_SESSION,
         metavar="S",
         help="key or label of a session; a new label begins one (default: main)",
     )
