@@ -16611,7 +16611,6 @@ WEB_HTML = r"""<!doctype html>
 <title>moltis</title>
 <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover,
  interactive-widget=resizes-content">
-<meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:image/svg+xml,
  %3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E
  %3Crect width='32' height='32' rx='8' fill='%230b6e5f'/%3E
@@ -16661,14 +16660,13 @@ WEB_HTML = r"""<!doctype html>
 <h1><svg class="mark" aria-hidden="true"><use href="#i-mark"/></svg> moltis</h1>
 <p>Sign in with the operator key of this gateway.</p>
 <label for="key">Operator key</label>
-<input id="key" name="key" type="password" autocomplete="current-password" required
+<input id="key" type="password" autocomplete="current-password" required
  spellcheck="false" placeholder="mk_…" aria-describedby="sign-in-error sign-in-help">
 <p id="sign-in-error" class="bad" role="alert"></p>
 <button id="sign-in-button" class="button main" type="submit">Sign in</button>
 <details id="sign-in-help"><summary>Where is the key?</summary>
-<p>The gateway printed a sign-in link when it started: opening it signs you in. The key
-is also in <code>~/.moltis/gateway.json</code> on the gateway’s machine, readable only
-by the account that runs it:</p>
+<p>The gateway printed a sign-in link when it started; opening it signs you in. The key
+is also in a file on the gateway’s machine:</p>
 <pre tabindex="0"><code>grep api_key ~/.moltis/gateway.json</code></pre>
 </details>
 </form>
@@ -16868,18 +16866,18 @@ WEB_CSS = r"""/* Colours first, by role; then the pieces from small to large. */
     --tint:#1b3531; --ok:#62c98f; --bad:#ff8f85; --wait:#e3b35a; --bad-tint:#3a2020;
     --wait-tint:#362b15; --shade:0 8px 30px rgb(0 0 0 / .5); --screen:#0d0f11 }
 }
-*, ::before, ::after { box-sizing:border-box }
+*, ::before, ::after { box-sizing:border-box; scrollbar-width:thin }
 [hidden] { display:none !important }
 html, body { height:100%; margin:0 }
 body { background:var(--paper); color:var(--ink); font:15px/1.55 var(--sans);
   -webkit-text-size-adjust:100%; overflow-wrap:break-word }
-h1, h2, h3, p, ul, ol, dl, dd, pre, figure { margin:0; padding:0 }
+h1, h2, h3, p, ul, ol, dl, dd, pre { margin:0; padding:0 }
 ul { list-style:none }
-h1 { font-size:17px; font-weight:620; letter-spacing:-.01em }
-h2 { font-size:16px; font-weight:620; letter-spacing:-.01em }
-a { color:var(--accent); text-underline-offset:3px; text-decoration-thickness:1px }
+h1, h2 { font-size:16px; font-weight:620; letter-spacing:-.01em }
+h1 { font-size:17px }
+a { color:var(--accent); text-underline-offset:3px }
 code, pre, .mono { font-family:var(--mono); font-size:.88em }
-button, input, select, textarea { font:inherit; color:inherit; letter-spacing:inherit }
+button, input, select, textarea { font:inherit; color:inherit }
 button, summary, select { cursor:pointer }
 button:disabled { opacity:.5; cursor:default }
 :focus-visible { outline:2px solid var(--accent); outline-offset:2px }
@@ -16948,7 +16946,6 @@ p.bad:empty { display:none }
 .sheet label, dialog label { font-weight:560; font-size:14px }
 .sheet p, dialog > p, dialog form > p { color:var(--soft) }
 .sheet p.bad, dialog p.bad { color:var(--bad) }
-.sheet .button { margin-top:4px }
 details { margin-top:6px; color:var(--soft); font-size:14px }
 details p { margin:8px 0 }
 details pre { padding:8px 10px; border-radius:8px; background:var(--sunken);
@@ -16972,7 +16969,6 @@ dialog h2 { font-size:19px; margin-bottom:8px }
   padding:11px 13px; border-radius:10px; background:var(--sunken); color:var(--soft) }
 #token-wait .dot { animation:pulse 1.6s ease-in-out infinite }
 #token-wait.here { background:var(--tint); color:var(--ink); font-weight:560 }
-#token-wait.here .icon { color:var(--ok) }
 #toast { position:fixed; z-index:20; left:50%; bottom:96px; translate:-50% 0;
   max-width:min(560px, calc(100vw - 32px)); padding:10px 16px; border-radius:11px;
   background:var(--ink); color:var(--paper); box-shadow:var(--shade) }
@@ -18176,6 +18172,7 @@ const state = {
   providers: [],
   keys: [],
   logins: [],
+  pin: "", // of the gateway's certificate, where it is not a bought one
   token: null, // {deviceId, name}: of which the dialog waits for the machine
   search: "",
 };
@@ -18300,9 +18297,7 @@ class Chat {
   }
 
   ordered() {
-    const waits = (row) => row.state === "queued"; // so it comes last
-    const order = (a, b) => waits(a) - waits(b) || a.createdAt - b.createdAt;
-    return [...this.rows.values()].sort(order);
+    return [...this.rows.values()].sort((a, b) => a.createdAt - b.createdAt);
   }
 }
 
@@ -18509,8 +18504,8 @@ const HANDLERS = {
 };
 
 const link = new Link({
-  async up() {
-    state.link = "up";
+  async up({server}) {
+    Object.assign(state, {link: "up", pin: server.fingerprint});
     touch("link");
     try {
       await link.call("subscribe", {events: EVENTS});
@@ -18788,7 +18783,7 @@ function openSidebar(opens) {
 function drawLink() {
   const out = state.link === "out";
   $("sign-in").hidden = !out;
-  // Nothing is half there: the page appears with its connection, or without any hope.
+  // The page appears with its connection, or when there is no hope.
   $("app").hidden = out || (state.link === "connecting" && $("app").hidden);
   $("banner").hidden = state.link !== "down";
   if (out) $("key").focus();
@@ -18952,7 +18947,6 @@ class NoticeTurn {
 class CommandCard {
   constructor(row) {
     const {command} = row;
-    this.id = row.id;
     this.screen = new Screen(`Output of ${command.command}`);
     this.dot = h("span", {class: "dot"});
     this.time = h("span", {class: "time"});
@@ -19469,7 +19463,7 @@ async function generateToken() {
   try {
     const made = await link.call("device.token.create", {displayName: name});
     state.token = {deviceId: made.deviceId, name};
-    showToken(made.deviceToken);
+    showToken(made);
   } catch (error) {
     say($("token-error"), error.message);
   }
@@ -19483,15 +19477,24 @@ const copyLine = (label, line) =>
 const shellWord = text =>
   /^[\w.-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
 
-function showToken(token) {
+function showToken({deviceToken, joinCode}) {
+  const {origin, protocol} = location;
+  // The pin takes the place of a CA: what curl runs is what the gateway sent.
+  const pin = protocol === "https:" && state.pin;
+  const [curl, pinned] = pin
+    ? [`curl -fsSk --pinnedpubkey '${pin}'`, ` --fingerprint ${pin}`]
+    : ["curl -fsSL", ""];
   const name = shellWord(state.token.name);
-  const options = `--host ${socketAddress()} --token ${token} --name ${name}`;
-  const source = `curl -fsSL ${location.origin}/moltis.py`;
-  const fetch = `${source} | python3 - node add ${options}`;
-  const lines = [["On the machine: Python 3.8+ and curl are enough", fetch],
-    ["Where moltis is installed already", `moltis node add ${options}`],
-    ["Only until you press Ctrl+C, without a service", `${fetch} --foreground`],
-    ["The token by itself; it is shown this once", token]];
+  const options = `--host ${socketAddress()} --token ${deviceToken} --name ${name}`;
+  const add = `${curl} ${origin}/moltis.py | python3 - node add`;
+  const lines = [
+    ["On the machine: Python 3.8+ and curl are enough", `${add} ${options}${pinned}`],
+    ["Within ten minutes, with no token in the shell’s history",
+      `${add} --join ${origin}/join/${joinCode}${pinned}`],
+    ["Where moltis is installed already", `moltis node add ${options}${pinned}`],
+    ["Only until you press Ctrl+C, without a service",
+      `${add} ${options}${pinned} --foreground`],
+    ["The token by itself; it is shown this once", deviceToken]];
   $("token-form").hidden = true;
   $("token-made").hidden = false;
   say($("token-made-title"), `Run this on ${state.token.name}`);
@@ -19590,12 +19593,12 @@ function drawAudit() {
   $("audit-older").hidden = !more;
 }
 
+const choicesOf = pairs => pairs.map(([value, name]) => h("option", {value}, name));
+
 function drawFilters() {
   const select = $("filter-node");
   const names = state.nodes.map(node => [node.nodeId, node.displayName]);
-  fillFor(select, [["", "All"], ...names], options =>
-    options.map(([value, name]) => h("option", {value}, name)),
-  );
+  fillFor(select, [["", "All"], ...names], choicesOf);
   select.value = state.audit.node;
 }
 
@@ -19811,8 +19814,7 @@ function start() {
   });
   on($("filter-node"), "change", filterAudit);
   on($("filter-state"), "change", filterAudit);
-  fill($("filter-state"),
-    Object.entries(RESULTS).map(([value, name]) => h("option", {value}, name)));
+  fill($("filter-state"), choicesOf(Object.entries(RESULTS)));
   setInterval(tick, 1000);
   setInterval(() => touch("nodes", "sessions"), 60_000); // what says "3 min ago"
   const key = /^#key=(.+)$/.exec(location.hash)?.[1];

@@ -361,10 +361,10 @@ def test_a_machine_joins_by_the_printed_line_and_goes_when_revoked(site, make_pa
         "[...document.querySelectorAll('#token-lines code')].map(e => e.innerText)"
     )
     assert lines[0].startswith(f"curl -fsSL {site.url}/moltis.py | python3 - node add ")
-    with site.run(f"{lines[1]} --foreground") as node:
+    with site.run(f"{lines[2]} --foreground") as node:
         page.wait_for_text("Build Server is connected")
-        assert shlex.split(lines[1])[-1] == "Build Server"
-        assert lines[3] not in json.dumps(site.call("device.pair.list"))
+        assert shlex.split(lines[2])[-1] == "Build Server"
+        assert lines[-1] not in json.dumps(site.call("device.pair.list"))
         page.click("#token-chat")
         page.wait_for(shows("#node-button", "Build Server"))
         assert (
