@@ -12767,6 +12767,8 @@ class ModelDirectory:
         Raises RpcError INVALID_REQUEST, BadConfiguration.
         """
         _check_provider(provider, base_url or "")
+        if base_url is not None and _is_default_url(provider, base_url):
+            base_url = ""  # as shown: it was not meant to set the provider up
         with self._lock:
             entered = self._entered()
             known = entered.pop(provider, ProviderSettings())
@@ -12867,6 +12869,11 @@ def _check_provider(provider: str, base_url: str) -> None:
             "INVALID_REQUEST",
             f"{base_url[:200]!r} is no address; it looks like http://gpu-box:8080/v1",
         )
+
+
+def _is_default_url(provider: str, base_url: str) -> bool:
+    given = base_url.strip().rstrip("/")
+    return any(s.id == provider and s.base_url == given for s in PROVIDERS)
 
 
 def _model_entry(model: ModelInfo) -> JsonObject:
@@ -17109,7 +17116,7 @@ dialog h2 { font-size:19px; margin-bottom:8px }
 .command > header, .command > footer { display:flex; align-items:center; gap:8px;
   min-height:40px; padding:4px 8px 4px 13px }
 .where { flex:none; max-width:34%; font-size:13px; font-weight:580 }
-.command .line { flex:1; min-width:0; max-height:110px; overflow:auto; font-size:13px;
+.command .line { flex:1; min-width:0; max-height:40vh; overflow:auto; font-size:13px;
   white-space:pre-wrap; overflow-wrap:anywhere }
 .command > footer { gap:6px 12px; min-height:38px; font-size:13px; color:var(--soft);
   font-variant-numeric:tabular-nums }
@@ -18943,6 +18950,9 @@ class NoticeTurn {
   }
 }
 
+// Nothing unseen makes a command look like another.
+const spelt = text => text.replace(/[^\n\t\P{C}]/gu, escape);
+
 // A command: where, what, its output as it comes, and how it ended.
 class CommandCard {
   constructor(row) {
@@ -18966,7 +18976,8 @@ class CommandCard {
     this.copyOutput = copyButton("Copy output", () => this.screen.terminal.text());
     this.approval = h("div", {class: "approval", hidden: true});
     this.root = h("article", {class: "turn command"},
-      h("header", {}, this.dot, this.where, h("code", {class: "line"}, command.command),
+      h("header", {}, this.dot, this.where,
+        h("code", {class: "line"}, spelt(command.command)),
         copyButton("Copy command", () => command.command), this.fold), this.approval,
       this.screen.root, h("footer", {}, this.word, this.time, this.size,
         h("span", {class: "tools"}, this.stop, this.copyOutput, this.save)));

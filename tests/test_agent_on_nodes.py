@@ -545,6 +545,22 @@ def test_a_stranger_asks_on_the_page_approves_one_command_and_reads_the_answer(
     assert site.audit("echo five processes of $NODE")["decidedBy"]
 
 
+def test_what_would_hide_on_the_page_is_spelt_out_in_the_question(site, server):
+    key = site.session("sly page")
+    server.turns += [runs("rm -rf /tmp/x #\x1b[2K\u202e\nuptime"), says("no")]
+    run_id = site.send("hm?", key)
+    card = site.question(run_id)
+    with Browser() as browser, browser.new_page() as page:
+        page.goto(f"{site.url}/#key={site.key}")
+        page.wait_for("document.querySelector('#sessions li') !== null")
+        page.goto(f"{site.url}/chat/{key}")
+        page.wait_for_text("Waits for your approval", 20)
+        shown = page.text("#messages > :last-child code")
+        assert shown == "rm -rf /tmp/x #%1B[2K%u202E\nuptime"
+    site.decide(card, "deny")
+    site.end(run_id)
+
+
 def pick(page, picker, label):
     """Choose an option that holds `label`, once it is there."""
     option = f"[...document.querySelectorAll('#{picker}-list [role=option]')]"

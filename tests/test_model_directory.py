@@ -367,6 +367,13 @@ def test_a_server_that_was_entered_is_listed_and_can_be_chosen(gateway):
         assert [m["id"] for m in gateway.call("models.list")] == ["shell"]
 
 
+def test_an_address_that_is_the_providers_own_sets_nothing_up(gateway):
+    own = "https://api.anthropic.com/"
+    gateway.call("models.configure", provider="anthropic", apiKey="k", baseUrl=own)
+    gateway.call("models.configure", provider="anthropic", apiKey="")
+    assert json.loads((gateway.directory / "models.json").read_text()) == {}
+
+
 def test_a_provider_that_cannot_be_asked_says_why(gateway):
     ollama = gateway.call("models.providers")[0]
     assert ollama["id"] == "ollama"
