@@ -1474,11 +1474,8 @@ class WebSocketUrl:
     @property
     def host_header(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return (
-            host
-            if self.port == (443 if self.secure else 80)
-            else (f"{host}:{self.port}")
-        )
+        usual = self.port == (443 if self.secure else 80)
+        return host if usual else f"{host}:{self.port}"
 
     def __str__(self) -> str:
         """The address for people: without the query, which may hold a secret."""
@@ -2860,7 +2857,7 @@ class ScramServer:
 
 STDOUT = 1
 STDERR = 2
-STDIN = 3  # kinds of output chunks
+STDIN = 3  # kinds of chunks
 
 STREAM_NAMES: Mapping[int, str] = {STDOUT: "stdout", STDERR: "stderr", STDIN: "stdin"}
 
@@ -7436,7 +7433,7 @@ class NodeAgent:
             ws.abort()
             raise Unreachable(
                 f"{url} hung up while this node signed in: {error}"
-            ) from (error)
+            ) from error
 
     def _authenticate(self, ws: WebSocket) -> JsonObject:
         """Return the hello-ok payload, after the gateway has proved itself."""
@@ -10204,9 +10201,7 @@ LOCAL_NAME = "Local"
 MAX_NODE_ID = 200  # characters
 MAX_NAME = 200  # characters
 ACKNOWLEDGE_EVERY = STREAM_WINDOW // 4  # bytes; often enough that no sender waits
-LOST_AFTER = (
-    60.0  # s beyond its own timeout that a command of an absent node is awaited
-)
+LOST_AFTER = 60.0  # s beyond its own timeout that an absent node's command is awaited
 STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without news of a connected node
 CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest goes
 REPLACE_TIMEOUT = 5.0  # s for an old connection of the same node to end
@@ -10587,7 +10582,7 @@ def checked_run_result(result: JsonObject) -> JsonObject:
     """Return a node's result of `system.run` as all may rely on it.
 
     It has an `error`, or an `exitCode` and output in texts; what a node that is not
-    ours says otherwise than DESIGN becomes an error.
+    ours says in another form becomes an error.
     """
     if "error" in result:
         return {**result, "error": str(result["error"])}
@@ -11825,7 +11820,7 @@ class Jobs:
 # Runs in which a model uses the machines of the fleet until it has an answer: its
 # tools and the check of their arguments, the question to a person before a command
 # runs, the history cut to what the model holds, and Shell, the model that runs what
-# was typed.  Which run comes when, and who watches it, is the Gateway's business.
+# was typed.  Which run comes when, and who watches it, is Chat's business.
 # ==============================================================================
 
 MAX_TURNS = 40  # of the model in one run; then the person is asked how to go on
@@ -12588,7 +12583,7 @@ class Agent:
 # The models there are to choose from: Shell, those of the providers that this
 # gateway reaches, and those that its nodes lend.  A model on a node is asked through
 # the node's own connection, so neither an open port nor an API key leaves the node.
-# Which session talks to which model is the Gateway's business.
+# Which session talks to which model is Chat's business.
 # ==============================================================================
 
 NODE_LIST_TIMEOUT = 20.0  # s for a node to ask its providers
@@ -12923,9 +12918,7 @@ TELL_INTERVAL = 0.05  # s between two reports of what is being said or printed
 SAVE_INTERVAL = 2.0  # s of an answer in progress that a power cut may take
 SEQ_RESERVE = 1024  # numbers put aside at a time, so that not each one is written
 HISTORY_PAGE = 200  # messages of one answer
-MAX_CHANGED = (
-    1000  # messages of one answer to who was away; older ones it pages back to
-)
+MAX_CHANGED = 1000  # messages of one answer to who was away; it pages to older ones
 MAX_HISTORY = 4 * 1024 * 1024  # characters of one answer; it has fewer messages then
 MAX_WAITING = 100  # turns in line in one session; one more is refused
 MAX_RECALLED = 500  # messages of a session that a model is told of, at most
@@ -15431,7 +15424,7 @@ def _first_request(message: str | bytes) -> Request:
 
 
 class Gateway:
-    """The connections of nodes and operators, from their first frame to their end."""
+    """The connections of nodes and operators, from the first message to the end."""
 
     def __init__(
         self,
@@ -15479,7 +15472,8 @@ class Gateway:
         except ConnectionClosed as error:
             ws.close(error.code, error.reason, timeout=0)
         except TimeoutError:
-            ws.close(CloseCode.POLICY_VIOLATION, "no connect within 10 s", timeout=0)
+            problem = f"no connect within {CONNECT_TIMEOUT:.0f} s"
+            ws.close(CloseCode.POLICY_VIOLATION, problem, timeout=0)
         finally:
             with self._lock:
                 self._connections.discard(connection)
@@ -15524,7 +15518,9 @@ class Gateway:
                     return
             except RpcError as error:
                 # The answer first, then the close: existing nodes read it so.
-                refusal = Response(request_id or getattr(error, "id", ""), error=error)
+                if isinstance(error, EnvelopeError):
+                    request_id = error.id
+                refusal = Response(request_id, error=error)
                 connection.ws.send(encode_envelope(refusal))
                 connection.ws.flush(KILL_AFTER)
                 raise ConnectionClosed(
@@ -15682,10 +15678,7 @@ DOOR_TIMEOUT = 0.5  # s for requests to be answered when the gateway stops
 COOKIE_NAME = "moltis_login"
 JOIN_PATH = "/join/"
 COMMANDS_PATH = "/api/commands/"
-PAGE_TREES = (
-    "/chat/",
-    "/settings/",
-)  # views of the page, which have paths of their own
+PAGE_TREES = ("/chat/", "/settings/")  # views of the page, which have paths too
 
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -16027,9 +16020,8 @@ class HttpApp:
         try:
             value = from_json(request.body)
         except ValueError as error:
-            raise RpcError("INVALID_REQUEST", f"the body is not JSON: {error}") from (
-                error
-            )
+            problem = f"the body is not JSON: {error}"
+            raise RpcError("INVALID_REQUEST", problem) from error
         if not isinstance(value, dict):
             raise RpcError("INVALID_REQUEST", "the body must be a JSON object")
         request_id = optional(value, "id", str) or new_id()
@@ -21663,9 +21655,8 @@ def join_offer(
     try:
         offer = from_json(text)
     except ValueError as error:
-        raise UsageError(f"what came is no join offer: it is not JSON: {error}") from (
-            error
-        )
+        problem = f"what came is no join offer: it is not JSON: {error}"
+        raise UsageError(problem) from error
     if not isinstance(offer, dict):
         raise UsageError("what came is no join offer: it is not a JSON object")
     return {name: text for name, text in offer.items() if isinstance(text, str)}
@@ -21783,8 +21774,8 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
             )
             try:
                 state.save(directory)
-            except BadConfiguration as problem:  # a full disk does not end a node
-                log.warning("%s", problem)
+            except BadConfiguration as error:  # a full disk does not end a node
+                log.warning("%s", error)
         elif connected:
             context.output.say(
                 f"connected to {settings.gateway_url} as {settings.display_name!r}; "
@@ -22707,10 +22698,7 @@ def job_status(job: JsonObject, output: Output) -> int:
     return statuses.get(state, EXIT_FAILURE)
 
 
-# -- main ----------------------------------------------------------------------
-
-
-# -- moltis chat ---------------------------------------------------------------
+# -- moltis mcp ----------------------------------------------------------------
 
 
 def add_mcp(subcommands: Subcommands) -> None:
@@ -22729,6 +22717,9 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
         # Not with `for line in sys.stdin`, which reads ahead and answers late.
         McpServer(client, context.output.answer).serve(iter(sys.stdin.readline, ""))
     return EXIT_OK
+
+
+# -- moltis chat ---------------------------------------------------------------
 
 
 def add_chat(subcommands: Subcommands) -> None:
@@ -23046,6 +23037,9 @@ def command_verdict(command: JsonObject, whole: bool) -> Iterator[str]:
         yield f"{name} cancelled"
     elif command.get("exitCode"):
         yield f"{name} exit status {command['exitCode']}"
+
+
+# -- main ----------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
