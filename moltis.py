@@ -18950,9 +18950,6 @@ class NoticeTurn {
   }
 }
 
-// Nothing unseen makes a command look like another.
-const spelt = text => text.replace(/[^\n\t\P{C}]/gu, escape);
-
 // A command: where, what, its output as it comes, and how it ended.
 class CommandCard {
   constructor(row) {
@@ -18977,7 +18974,7 @@ class CommandCard {
     this.approval = h("div", {class: "approval", hidden: true});
     this.root = h("article", {class: "turn command"},
       h("header", {}, this.dot, this.where,
-        h("code", {class: "line"}, spelt(command.command)),
+        h("code", {class: "line"}, command.command.replace(/[^\n\P{C}]/gu, escape)),
         copyButton("Copy command", () => command.command), this.fold), this.approval,
       this.screen.root, h("footer", {}, this.word, this.time, this.size,
         h("span", {class: "tools"}, this.stop, this.copyOutput, this.save)));
