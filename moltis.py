@@ -10301,6 +10301,23 @@ def _lost_after(command: str, args: JsonObject) -> float | None:
     return timeout_ms / 1000 + LOST_AFTER if timeout_ms else None
 
 
+class AbsentCaller:
+    """Stands in for a caller who is expected back, and takes nothing meanwhile."""
+
+    def __init__(self, patience: float) -> None:  # s
+        self.deadline = Deadline(patience)
+
+    def chunk(self, _chunk: Chunk) -> int:
+        return 0
+
+    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
+
+    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None: ...
+
+    def end(self, _invocation: Invocation, _end: CommandEnd) -> bool:
+        return False
+
+
 class Invocation:
     """One piece of work on a node, from being asked for to its result."""
 
@@ -10328,7 +10345,7 @@ class Invocation:
         self.asked_here = True  # in this life of the gateway
         self.end: CommandEnd | None = None  # once it is known
         self.patience = _lost_after(command, args)
-        # Of a node that comes back, only its absence counts: see node_left().
+        # Of a node that can resume, only its absence counts: see node_left().
         self.deadline = Deadline(self.patience)
         self._lock = threading.Lock()  # guards all below, sent_to, sink and future
         self._asked: ConnectedNode | None = None  # over its connection of the moment
@@ -10389,6 +10406,12 @@ class Invocation:
             taken_over = RpcError("CONFLICT", "another client follows this command now")
             previous.set_exception(taken_over)
         return self.future
+
+    def detach(self, sink: Sink) -> None:
+        """Wait for the caller behind `sink`, who did not say that it leaves."""
+        with self._lock:
+            if self.sink is sink:
+                self.sink = AbsentCaller(CALLER_PATIENCE)
 
     def fresh(self, chunk: Chunk) -> tuple[Sink, Chunk] | None:
         """Return the part of `chunk` that had not arrived yet, and who gets it.
@@ -10478,23 +10501,6 @@ class Invocation:
         for accept in ready:
             accept()
         return True
-
-
-class AbsentCaller:
-    """Stands in for a caller who is expected back, and takes nothing meanwhile."""
-
-    def __init__(self, patience: float) -> None:  # s
-        self.deadline = Deadline(patience)
-
-    def chunk(self, _chunk: Chunk) -> int:
-        return 0
-
-    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
-
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None: ...
-
-    def end(self, _invocation: Invocation, _end: CommandEnd) -> bool:
-        return False
 
 
 class CollectingSink:
@@ -11160,11 +11166,6 @@ class Invocations:
         self._hand_out(invocation)
         return future
 
-    def detach(self, invocation: Invocation, sink: Sink) -> None:
-        """Wait for the caller behind `sink`, who did not say that it leaves."""
-        if invocation.sink is sink:
-            invocation.sink = AbsentCaller(CALLER_PATIENCE)
-
     def give_up(self, invocation: Invocation, reason: str) -> None:
         """End an invocation whose result will not come."""
         self._settle(invocation)
@@ -11264,6 +11265,9 @@ class Invocations:
         if not invocation.hand_to(node):
             return
         invocation.started_at = now_ms()
+        if node.resumes and invocation.command == SYSTEM_RUN:
+            # It keeps to the timeout itself, after what may be a long time in line.
+            invocation.deadline = Deadline(None)
         try:
             node.link.request(invocation.id, invocation.command, invocation.args)
         except ConnectionClosed:
@@ -15135,7 +15139,7 @@ class OperatorPeer:
             if invocation.sink is not self:
                 continue  # it has come back already, over another connection
             if not leaves:
-                self._invocations.detach(invocation, self)
+                invocation.detach(self)
                 continue
             if not invocation.future.done():
                 self._invocations.cancel(invocation)

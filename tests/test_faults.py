@@ -7,6 +7,7 @@ and demands that the audit says what is true.
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import contextlib
 import hashlib
@@ -80,21 +81,20 @@ class Process:
 
 
 class Call:
-    """One `node exec`, with what it wrote in files."""
+    """One subcommand of an operator, with what it wrote in files."""
 
-    def __init__(self, world, command, *, stdin=None, options=()):
+    def __init__(self, world, words, stdin=b""):
         self.number = len(world.calls)
         world.calls.append(self)
         self.out = world.directory / f"call-{self.number}.out"
         self.err = world.directory / f"call-{self.number}.err"
-        words = ["node", "exec", "far", *options, *(["--stdin"] if stdin else [])]
         source = world.directory / f"call-{self.number}.in"
-        source.write_bytes(stdin or b"")
+        source.write_bytes(stdin)
         with source.open("rb") as file, self.out.open("wb") as out, self.err.open(
             "wb"
         ) as err:
             self.process = subprocess.Popen(
-                [sys.executable, str(IMPATIENT), *words, "--", command],
+                [sys.executable, str(IMPATIENT), *words],
                 stdin=file,
                 stdout=out,
                 stderr=err,
@@ -110,7 +110,7 @@ class Call:
     def complaints(self):
         return self.err.read_text("utf-8", "replace")
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=90):
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -148,14 +148,13 @@ class World:
     def _start(self):
         self.start_gateway()
         file = moltis.GatewayFile.load(self.data)
-        with moltis.OperatorClient(self.direct_url, file.api_key) as client:
-            made = client.call("device.token.create", {"displayName": "far"})
+        self.api_key = file.api_key
+        made = self.rpc("device.token.create", displayName="far")
         self.operator_environment = clean_environment(
             self.directory,
             MOLTIS_GATEWAY_URL=f"http://127.0.0.1:{self.operator_proxy.port}",
             MOLTIS_API_KEY=file.api_key,
         )
-        self.api_key = file.api_key
         host = f"ws://127.0.0.1:{self.node_proxy.port}/ws"
         options = ["--foreground", "--name", "far", "--node-id", "far-id"]
         self.node = Process(
@@ -176,22 +175,52 @@ class World:
         self.gateway.start()
         wait_for(
             lambda: self.gateway.text().count("Ctrl+C stops it") > said,
-            20,
+            60,
             lambda: f"the gateway to start: {self.gateway.text()}",
         )
 
     def rpc(self, method, **params):
-        with moltis.OperatorClient(self.direct_url, self.api_key) as client:
-            return client.call(method, params)
+        """Make one call; a machine that is busy with others may take several."""
+        for _ in range(10):
+            with contextlib.suppress(moltis.Unreachable), moltis.OperatorClient(
+                self.direct_url, self.api_key
+            ) as client:
+                return client.call(method, params)
+        raise AssertionError(f"no answer to {method}: {self.gateway.text()}")
 
     def is_connected(self):
         return any(n["connected"] for n in self.rpc("node.list")[1:])
 
     def wait_for_node(self):
-        wait_for(self.is_connected, 20, lambda: f"the node: {self.node.text()}")
+        wait_for(self.is_connected, 60, lambda: f"the node: {self.node.text()}")
 
-    def call(self, command, **options):
-        return Call(self, command, **options)
+    def call(self, command, stdin=None):
+        """Start a `node exec`."""
+        if stdin is None:
+            return Call(self, ["node", "exec", "far", "--", command])
+        return Call(self, ["node", "exec", "far", "--stdin", "--", command], stdin)
+
+    def attach(self, command):
+        """Start a job, and a `node attach` to it."""
+        job = self.rpc(
+            "node.invoke",
+            nodeId="far",
+            command="system.run",
+            args={"command": command},
+            background=True,
+        )
+        return Call(self, ["node", "attach", job["invokeId"]])
+
+    def kept_output(self, job):
+        """Return all of a job's standard output, as any client gets it."""
+        data, position = b"", 0
+        while True:
+            answer = self.rpc("command.get", id=job, offset=position, encoding="base64")
+            pieces = [p for stream, _, p in answer["output"] if stream == "stdout"]
+            data += b"".join(map(base64.b64decode, pieces))
+            if not answer["output"]:
+                return data
+            position = answer["next"]
 
     def runs(self, number=0):
         """Return how often the command of that number was run."""
@@ -397,6 +426,20 @@ def test_a_stopped_reader_slows_its_own_command_down_and_no_other(world):
     assert len(call.output) == 30000000
 
 
+def test_a_job_is_followed_through_kills_and_cuts(world):
+    call = world.attach(
+        world.counted("for i in $(seq 20); do echo $i; sleep 0.2; done")
+    )
+    wait_for(lambda: call.output)
+    world.node_proxy.cut()
+    world.gateway.kill()
+    world.start_gateway()
+    world.operator_proxy.cut()
+    assert call.wait() == 0
+    assert call.output == lines(20)
+    assert world.runs() == 1
+
+
 # Schedules: what happens to whom is drawn from a seed
 
 
@@ -404,10 +447,12 @@ class Work:
     """A command whose output and status are known beforehand."""
 
     def __init__(self, rng, world):
-        kind = rng.choice(["ticks", "ticks", "big", "errors", "input", "quiet"])
+        kind = rng.choice(["ticks", "ticks", "big", "errors", "input", "quiet", "job"])
         self.stdin = None
         self.status = rng.choice([0, 0, 1, 7])
-        if kind == "ticks":
+        self.is_job = kind == "job"
+        start = world.attach if kind == "job" else world.call
+        if kind in ("ticks", "job"):
             count = rng.randint(5, 25)
             self.stdout = lines(count)
             command = f"for i in $(seq {count}); do echo $i; sleep 0.1; done"
@@ -429,7 +474,7 @@ class Work:
             self.stdout = b""
             command = f"sleep {rng.uniform(0, 2):.2f}"
         call = world.counted(f"{command}; exit {self.status}")
-        self.call = world.call(call, stdin=self.stdin)
+        self.call = start(call, *([self.stdin] if self.stdin else []))
 
 
 class Schedule:
@@ -463,7 +508,7 @@ class Schedule:
                     self.rng.choice(self.misfortunes)()
                 world.heal()
                 for work in works:
-                    work.call.wait(60)
+                    work.call.wait()
                 self.check_audit(works)
                 for work in works:
                     self.check(work)
@@ -532,7 +577,7 @@ class Schedule:
         def open_rows():
             return [r for r in self.world.rows() if r["state"] in ("sent", "running")]
 
-        wait_for(lambda: not open_rows(), 20, lambda: f"the end of {open_rows()}")
+        wait_for(lambda: not open_rows(), 60, lambda: f"the end of {open_rows()}")
         for row in self.world.rows():
             states = ["done"]
             if self.node_died or self.gateway_died:
@@ -559,8 +604,14 @@ class Schedule:
         assert runs == 1
         assert row["exit_code"] == work.status
         assert row["stdout_bytes"] == len(work.stdout)
-        if call.process.poll() != moltis.EXIT_UNREACHABLE or not self.node_died:
-            assert call.process.poll() == work.status
+        if work.is_job:
+            assert world.kept_output(row["invoke_id"]) == work.stdout
+        status = call.process.poll()
+        if status == moltis.EXIT_UNREACHABLE:
+            # Its node died as the end was told, or it did not even get to follow.
+            assert self.node_died or (work.is_job and not call.output)
+        else:
+            assert status == work.status
             assert call.output == work.stdout
 
 

@@ -510,6 +510,9 @@ def test_one_that_is_overdue_is_given_up(world, node, monkeypatch):
     invocation = world.start("far", timeout=1000)
     patient = world.start("far")  # no timeout: it may take as long as it takes
     world.invocations.tick()
+    assert world.state(invocation) == "sent"  # it may wait in line there
+    world.leave(node)
+    world.invocations.tick()
     assert world.state(invocation) == "lost"
     assert not patient.future.done()
 
@@ -530,3 +533,175 @@ def test_when_the_gateway_stops_those_who_wait_are_told_and_commands_go_on(world
     assert world.state(invocation) == "sent"
     with pytest.raises(moltis.RpcError, match="the gateway stops"):
         world.start("far")
+
+
+# -- what comes back -----------------------------------------------------------
+
+
+def output(invocation, offset, data, kind=1):
+    return moltis.Chunk(kind, invocation.id, offset, data)
+
+
+def done(count, **more):
+    return {"exitCode": 0, "stdoutBytes": count, "stderrBytes": 0, **more}
+
+
+def test_a_result_that_overtakes_its_output_waits_for_it(world, node):
+    """As it may when a command ends in the moment in which its node resumes."""
+    invocation = world.start("far")
+    accepted = world.finish(node, invocation, done(6))
+    assert not invocation.future.done()
+    assert world.state(invocation) == "sent"
+    world.invocations.handle_chunk("id-far", output(invocation, 0, b"whole\n"))
+    assert invocation.future.result(0)["exitCode"] == 0
+    assert world.store.commands.by_id(invocation.id).stdout_bytes == 6
+    assert accepted == [True]
+
+
+def test_a_caller_who_comes_back_gets_what_follows_and_the_result(world, node):
+    first, second = Sink(slow=True), Sink()
+    invocation = world.start("far", first)
+    world.invocations.handle_chunk("id-far", output(invocation, 0, b"0123456789"))
+    accepted = world.finish(node, invocation, done(10))
+    assert accepted == []
+    found = world.resumption.again(invocation.id, ORIGIN, second, 4, 0)
+    assert found is invocation
+    assert node.link.rewound == [(invocation.id, 4, 0)]
+    assert not found.future.done()  # before the output is there again
+    world.invocations.handle_chunk("id-far", output(invocation, 4, b"456789"))
+    assert second.data[1] == b"456789"
+    assert found.future.result(0)["exitCode"] == 0
+    assert accepted == [True]
+
+
+def test_what_was_on_its_way_to_the_old_caller_is_no_gap_for_the_new_one(world, node):
+    second = Sink()
+    invocation = world.start("far", Sink(slow=True))
+    world.invocations.handle_chunk("id-far", output(invocation, 0, b"0123"))
+    world.resumption.again(invocation.id, ORIGIN, second, 2, 0)
+    world.invocations.handle_chunk("id-far", output(invocation, 4, b"4567"))
+    assert second.data[1] == b""
+    world.invocations.handle_chunk("id-far", output(invocation, 2, b"23"))
+    world.invocations.handle_chunk("id-far", output(invocation, 4, b"4567"))
+    assert second.data[1] == b"234567"
+
+
+def test_an_old_sink_cannot_deal_with_output_of_the_new_one(world, node):
+    old = Sink(slow=True)
+    invocation = world.start("far", old)
+    world.invocations.handle_chunk("id-far", output(invocation, 0, b"0123"))
+    world.resumption.again(invocation.id, ORIGIN, Sink(slow=True), 0, 0)
+    world.invocations.acknowledge(invocation, 1, 4, old)
+    assert invocation.consumed(1) == 0
+
+
+def test_one_who_takes_over_leaves_the_other_an_answer(world, node):
+    invocation = world.start("far")
+    before = invocation.future
+    world.resumption.again(invocation.id, ORIGIN, Sink(), 0, 0)
+    with pytest.raises(moltis.RpcError, match="another client"):
+        before.result(0)
+
+
+def test_another_operator_does_not_get_at_a_command(world, node):
+    invocation = world.start("far")
+    other = moltis.Origin("operator", "other")
+    with pytest.raises(moltis.RpcError, match="another one asked"):
+        world.resumption.again(invocation.id, other, Sink(), 0, 0)
+    world.finish(node, invocation)
+    with pytest.raises(moltis.RpcError, match="nothing is known"):
+        world.resumption.again(invocation.id, other, Sink(), 0, 0)
+
+
+def test_what_has_ended_is_answered_from_the_audit(world, node):
+    invocation = world.start("far")
+    world.invocations.handle_chunk("id-far", output(invocation, 0, b"0123"))
+    result = done(4, exitCode=-1, signal=15, cancelled=True)
+    world.finish(node, invocation, result)
+    known = world.resumption.again(invocation.id, ORIGIN, Sink(), 4, 0)
+    assert known == {**result, "node": "far"}
+    with pytest.raises(moltis.RpcError, match="is not kept any more"):
+        world.resumption.again(invocation.id, ORIGIN, Sink(), 2, 0)
+
+
+def test_nobody_gets_a_second_run_for_output_of_a_first(world, node):
+    """The audit was deleted, or is another one: at most once all the same."""
+    unknown = str(uuid.uuid4())
+    assert world.resumption.again(unknown, ORIGIN, Sink(), 0, 0) is None
+    with pytest.raises(moltis.RpcError, match="nothing is known"):
+        world.resumption.again(unknown, ORIGIN, Sink(), 10, 0)
+
+
+def test_a_caller_may_come_back_before_its_node(world, node):
+    """Both were away: the gateway was started anew."""
+    record = world.start("far")
+    world.leave(node)
+    world.invocations.active.remove(record)  # what a restart does
+    sink = Sink()
+    found = world.resumption.again(record.id, ORIGIN, sink, 3, 0)
+    item = moltis.InflightCommand(record.id, 0, 0, 0, done=False)
+    again = world.connect("far", inflight=(item,))
+    assert world.resumption.resumable(again) == [
+        {"invokeId": record.id, "stdout": 3, "stderr": 0}
+    ]
+    world.invocations.handle_chunk("id-far", output(found, 3, b"rest"))
+    assert sink.data[1] == b"rest"
+
+
+def test_a_caller_who_stays_away_costs_its_command(world, node, monkeypatch):
+    monkeypatch.setattr(moltis, "CALLER_PATIENCE", 0.0)
+    sink = Sink(slow=True)
+    invocation = world.start("far", sink)
+    world.invocations.handle_chunk("id-far", output(invocation, 0, b"0123"))
+    invocation.detach(sink)
+    world.invocations.tick()
+    assert node.link.cancelled == [invocation.id]
+    assert node.link.rewound == [(invocation.id, 0, 0)]
+    world.invocations.handle_chunk("id-far", output(invocation, 0, b"0123"))
+    assert world.finish(node, invocation, done(4, cancelled=True)) == [True]
+    assert world.state(invocation) == "cancelled"
+
+
+def test_a_command_cancelled_before_its_node_heard_of_it_does_not_run(world, node):
+    invocation = world.start("far")  # the request gets lost
+    world.leave(node)
+    world.invocations.cancel(invocation)
+    again = world.connect("far")
+    assert again.link.requests == []
+    assert invocation.future.result(0)["cancelled"] is True
+    assert world.state(invocation) == "cancelled"
+
+
+def test_what_an_earlier_gateway_asked_for_is_sent_to_no_node_again(world):
+    """A node of the original Moltis would run it twice: it remembers no ids."""
+    first = world.connect("rust", capabilities=(), instance="")
+    invocation = world.start("rust")
+    world.invocations.active.remove(invocation)  # what a restart does
+    world.fleet.release(first)
+    again = world.connect("rust", capabilities=(), instance="")
+    assert again.link.requests == []
+    assert world.state(invocation) == "lost"
+
+
+def test_a_result_that_the_node_let_go_is_lost_and_no_failure(world, node):
+    invocation = world.start("far")
+    result = {"error": "invocation … was run already", "lost": True}
+    assert world.finish(node, invocation, result) == [True]
+    assert world.state(invocation) == "lost"
+
+
+def test_a_node_keeps_the_result_until_the_audit_has_it(world, node, monkeypatch):
+    invocation = world.start("far")
+
+    def fail(*_):
+        raise moltis.StoreError("the disk is full")
+
+    with monkeypatch.context() as full:
+        full.setattr(world.store.commands, "end", fail)
+        accepted = world.finish(node, invocation)
+        world.invocations.tick()
+        assert invocation.future.result(0)["exitCode"] == 0  # the caller has it
+        assert accepted == []
+    world.invocations.tick()
+    assert accepted == [True]
+    assert world.state(invocation) == "done"
