@@ -15761,8 +15761,7 @@ class HostCheck:
     """
 
     def __init__(self, allowed: Iterable[str]) -> None:
-        own = ("localhost", socket.gethostname())
-        self._allowed = {name.lower() for name in (*own, *allowed)}
+        self._allowed = {name.lower() for name in (*host_names(), *allowed)}
 
     def accepts(self, host: str) -> bool:
         """Return whether the Host header (`name` or `name:port`) names this gateway."""

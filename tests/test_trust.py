@@ -11,6 +11,8 @@ import socket
 import ssl
 import subprocess
 import threading
+import warnings
+from pathlib import Path
 
 import pytest
 from peers import InProcessGateway, InProcessNode, RawPeer
@@ -284,7 +286,7 @@ def test_a_bearer_token_goes_to_nobody_without_a_trusted_certificate(gateway):
     finally:
         node.close()
     assert not states[0][0]
-    assert "not trusted" in states[0][1]
+    assert "not trusted" in str(states[0][1])
 
 
 def test_a_node_that_binds_is_refused_where_somebody_takes_the_tls_off(
@@ -321,7 +323,8 @@ def test_plain_http_to_the_tls_port_is_told_so(gateway):
 
 def test_old_tls_is_refused(gateway):
     context = moltis.client_tls(verify=False)
-    with pytest.warns(DeprecationWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
         context.minimum_version = ssl.TLSVersion.TLSv1
         context.maximum_version = ssl.TLSVersion.TLSv1_1
     address = ("127.0.0.1", gateway.running.port)
@@ -699,3 +702,48 @@ def test_an_offer_cannot_talk_a_node_into_sending_its_token(home, plain):
             )
             process.terminate()
         assert offer["device_token"].encode() not in unmasked(relay.heard)
+
+
+# -- what is written -------------------------------------------------------------------
+
+
+def environment_there(home):
+    """Return what `env` printed on the node, once that is connected."""
+    done = run_moltis("node", "exec", "far", "--", "env", home=home)
+    return done.stdout if done.returncode == 0 else None
+
+
+def test_no_secret_is_in_the_database_a_log_or_a_process_title(home):
+    """All of what a gateway and a node write is searched for what they know."""
+    home.mkdir(exist_ok=True)
+    far = home / "far"
+    with Program("gateway", "--port", "0", home=home) as gateway:
+        gateway.wait_for_output("Ctrl+C stops it.")
+        file = json.loads((home / ".moltis/gateway.json").read_text())
+        made = json.loads(
+            run_moltis("node", "generate-token", "--json", home=home).stdout
+        )
+        settings = moltis.NodeSettings(
+            made["gatewayUrl"], made["deviceToken"], "id-of-far", "far"
+        )
+        settings.save(far)
+        environ = {"home": home, "MOLTIS_DATA_DIR": str(far)}
+        with Program("node", "run", **environ) as node:
+            done = wait_for(lambda: environment_there(home), 30, "the node")
+            titles = b"".join(
+                Path(f"/proc/{program.pid}/cmdline").read_bytes()
+                for program in (gateway, node)
+                if os.path.exists("/proc/self/cmdline")
+            )
+            written = titles + done.encode() + node.output.encode()
+        # The sign-in link is for the terminal, and for nothing else.
+        written += gateway.stderr.encode()
+    keep_them = {home / ".moltis/gateway.json", far / "node.json"}
+    for path in home.rglob("*"):
+        if path.is_file() and path not in keep_them:
+            written += path.read_bytes()
+    secrets = [file["api_key"], made["deviceToken"], made["joinCode"]]
+    assert [s for s in secrets if s[4:].encode() in written] == []
+    for path in keep_them:
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.parent.stat().st_mode & 0o777 == 0o700
