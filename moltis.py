@@ -63,7 +63,6 @@ import bisect
 import codecs
 import collections
 import contextlib
-import dataclasses
 import enum
 import errno
 import functools
@@ -96,7 +95,6 @@ import zlib
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import closing
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -125,6 +123,7 @@ if TYPE_CHECKING:
     import sqlite3
     import ssl
     from argparse import _SubParsersAction
+    from dataclasses import asdict, dataclass, field, replace
     from email.message import Message as HttpHeaders
     from http.server import BaseHTTPRequestHandler
     from io import BufferedReader
@@ -323,6 +322,126 @@ log = logging.getLogger("moltis")
 JsonObject = Dict[str, Any]
 
 SECRET_PATTERN = re.compile(r"\b(mdt|mk|mc|ms)_[A-Za-z0-9_-]{8,}")
+
+# The dataclasses of the standard library import `inspect` and compile six functions a
+# class at once: of the 110 ms that it took to import this file, 80 were that.  These
+# are the same for what is used here; each class gets its methods with its first object.
+
+_ABSENT: Any = object()
+
+
+class _FieldDefault:
+    """What field() says in the body of a dataclass."""
+
+    def __init__(
+        self,
+        *,
+        default: Any = _ABSENT,
+        default_factory: Callable[[], Any] | None = None,
+        repr: bool = True,  # noqa: A002  the standard library's word
+    ) -> None:
+        self.default = default
+        self.factory = default_factory
+        self.repr = repr
+
+
+def field_names(cls: Any) -> tuple[str, ...]:
+    """Return the names of a dataclass's fields, in order."""
+    names: tuple[str, ...] = cls._fields
+    return names
+
+
+def _refuse_change(self: object, name: str, *_value: object) -> None:
+    raise AttributeError(f"{type(self).__name__}.{name} cannot be changed")
+
+
+def _make_methods(cls: Any, *, hashed: bool, eq: bool) -> None:
+    """Give `cls` what the standard library's dataclass() would have given it."""
+    names = field_names(cls)
+    scope: dict[str, Any] = {"absent_": _ABSENT, "set_": object.__setattr__}
+    parameters, settings, shown = [], [], []
+    for name in names:
+        default = cls.__dict__.get(name, _ABSENT)
+        said = default if isinstance(default, _FieldDefault) else _FieldDefault()
+        value = name
+        if said.factory is not None:
+            scope[f"make_{name}"], default = said.factory, _ABSENT
+            value = f"make_{name}() if {name} is absent_ else {name}"
+        elif said is default:
+            default = said.default
+        optional_ = said.factory is not None or default is not _ABSENT
+        scope[f"default_{name}"] = default
+        parameters.append(f"{name}=default_{name}" if optional_ else name)
+        settings.append(f"    set_(self, {name!r}, {value})")
+        if said.repr:
+            shown.append(f"{name}={{self.{name}!r}}")
+    values = "".join(f"self.{name}, " for name in names)
+    source = (
+        f"def __init__(self, {', '.join(parameters)}):\n" + "\n".join(settings) + "\n"
+        f"def __repr__(self):\n    return f'{cls.__qualname__}({', '.join(shown)})'\n"
+        f"def values_(self):\n    return ({values})\n"
+    )
+    exec(source, scope)
+    values_ = scope["values_"]
+
+    def equal(self: object, other: object) -> Any:
+        if other.__class__ is not self.__class__:
+            return NotImplemented
+        return values_(self) == values_(other)
+
+    if "__repr__" not in cls.__dict__:
+        cls.__repr__ = scope["__repr__"]
+    if eq:
+        cls.__eq__ = equal
+        cls.__hash__ = (lambda self: hash(values_(self))) if hashed else None
+    cls.__init__ = scope["__init__"]  # last: who sees it finds all the rest
+
+
+def _dataclass(
+    cls: Any = None,
+    *,
+    frozen: bool = False,
+    eq: bool = True,
+) -> Any:
+    """Do what dataclasses.dataclass() does, when the first object is made."""
+    if cls is None:
+        return functools.partial(_dataclass, frozen=frozen, eq=eq)
+
+    making = threading.Lock()  # guards the methods of `cls`
+
+    def first_init(self: object, *args: object, **kwargs: object) -> None:
+        with making:
+            if cls.__init__ is first_init:
+                _make_methods(cls, hashed=frozen, eq=eq)
+        cls.__init__(self, *args, **kwargs)
+
+    cls.__init__ = first_init
+    annotations: Mapping[str, str] = cls.__annotations__
+    fields = [n for n, text in annotations.items() if not text.startswith("ClassVar")]
+    cls._fields = tuple(fields)
+    if frozen:
+        cls.__setattr__ = cls.__delattr__ = _refuse_change
+    return cls
+
+
+def _replace(value: Any, **changes: object) -> Any:
+    kept = {name: getattr(value, name) for name in field_names(type(value))}
+    return type(value)(**{**kept, **changes})
+
+
+def _asdict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _asdict(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_asdict(item) for item in value)
+    names = getattr(type(value), "_fields", None)
+    if names is None:
+        return value
+    return {name: _asdict(getattr(value, name)) for name in names}
+
+
+if not TYPE_CHECKING:  # type checkers know those of the standard library
+    asdict, dataclass, field, replace = _asdict, _dataclass, _FieldDefault, _replace
 
 
 def now_ms() -> int:
@@ -830,7 +949,7 @@ class GatewayFile:
 
     def save(self, directory: Path) -> None:
         """Write gateway.json.  Raises BadConfiguration."""
-        value = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        value = {k: v for k, v in asdict(self).items() if v is not None}
         text = json.dumps(value, indent=2) + "\n"
         write_private(directory / self.FILE, text.encode("utf-8"))
 
@@ -4219,7 +4338,7 @@ class CommandRunner:
 
     def _capped(self, spec: CommandSpec) -> CommandSpec:
         limits = [t for t in (spec.timeout, self._max_timeout) if t is not None]
-        return dataclasses.replace(spec, timeout=min(limits, default=None))
+        return replace(spec, timeout=min(limits, default=None))
 
     def _refuse(self, invoke_id: str) -> None:
         if self._closed:
@@ -5344,7 +5463,7 @@ def to_json_object(
     value: ToolSpec | ChatMessage | ChatRequest | ModelEvent | ModelInfo,
 ) -> JsonObject:
     """Return a value of this section as JSON; its `from_json_object` reads it again."""
-    return dataclasses.asdict(value)
+    return asdict(value)
 
 
 def event_from_json_object(value: JsonObject) -> ModelEvent:
@@ -7800,9 +7919,7 @@ class NodeState:
 
     def save(self, directory: Path) -> None:
         """Write node-state.json.  Raises BadConfiguration."""
-        write_private(
-            directory / self.FILE, to_json(dataclasses.asdict(self)).encode("utf-8")
-        )
+        write_private(directory / self.FILE, to_json(asdict(self)).encode("utf-8"))
 
     @classmethod
     def clear(cls, directory: Path) -> None:
@@ -8630,21 +8747,21 @@ def _operator_key_from(row: sqlite3.Row) -> OperatorKey:
 
 
 def _login_from(row: sqlite3.Row) -> Login:
-    return Login(**{f.name: row[f.name] for f in dataclasses.fields(Login)})
+    return Login(**{name: row[name] for name in field_names(Login)})
 
 
 def _command_from(row: sqlite3.Row) -> CommandRecord:
-    names = (f.name for f in dataclasses.fields(CommandRecord))
+    names = field_names(CommandRecord)
     return CommandRecord(**{name: row[name] for name in names})
 
 
 def _session_from(row: sqlite3.Row) -> Session:
-    fields = {f.name: row[f.name] for f in dataclasses.fields(Session)}
+    fields = {name: row[name] for name in field_names(Session)}
     return Session(**{**fields, "archived": bool(row["archived"])})
 
 
 def _message_from(row: sqlite3.Row) -> SessionMessage:
-    fields = {f.name: row[f.name] for f in dataclasses.fields(SessionMessage)}
+    fields = {name: row[name] for name in field_names(SessionMessage)}
     return SessionMessage(**{**fields, "details": json.loads(row["details"])})
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import threading
 import time
+from typing import ClassVar
 
 import pytest
 from support import wait_for
@@ -216,3 +218,91 @@ def test_ids_are_uuids():
 )
 def test_ollama_s_address_is_read_as_ollama_reads_it(host, url):
     assert moltis.ollama_url(host) == url
+
+
+# -- dataclasses ---------------------------------------------------------------
+
+
+@moltis.dataclass(frozen=True)
+class Point:
+    """Two required fields, and every kind of default."""
+
+    x: int
+    y: int
+    name: str = "origin"
+    tags: list = moltis.field(default_factory=list)
+    secret: str = moltis.field(default="s", repr=False)
+    UNIT: ClassVar[str] = "mm"
+
+
+def test_a_dataclass_is_what_the_standard_library_makes_of_it():
+    theirs = dataclasses.make_dataclass(
+        "Point",
+        [
+            "x",
+            "y",
+            ("name", str, "origin"),
+            ("tags", list, dataclasses.field(default_factory=list)),
+            ("secret", str, dataclasses.field(default="s", repr=False)),
+        ],
+        frozen=True,
+    )
+    for arguments in ((1, 2), (1, 2, "a", [3], "t")):
+        assert repr(Point(*arguments)) == repr(theirs(*arguments))
+        assert moltis.asdict(Point(*arguments)) == dataclasses.asdict(
+            theirs(*arguments)
+        )
+    assert moltis.field_names(Point) == tuple(
+        f.name for f in dataclasses.fields(theirs)
+    )
+    for arguments in ((), (1,), (1, 2, "a", [], "s", 6)):
+        for cls in (Point, theirs):
+            with pytest.raises(TypeError):
+                cls(*arguments)
+
+
+def test_a_frozen_value_does_not_change():
+    point = Point(1, y=2)
+    for change in (lambda: setattr(point, "x", 3), lambda: delattr(point, "x")):
+        with pytest.raises(AttributeError, match="x cannot be changed"):
+            change()
+    assert moltis.replace(point, x=3) == Point(3, 2)
+    assert point == Point(1, 2)
+    assert point != (1, 2)
+    assert point.UNIT == "mm"
+
+
+def test_a_default_is_made_anew_for_each():
+    one, other = Point(1, 2), Point(1, 2)
+    one.tags.append("a")
+    assert other.tags == []
+
+
+def test_values_are_found_by_what_they_hold():
+    @moltis.dataclass(frozen=True)
+    class Key:
+        a: int
+
+    assert {Key(1): "one"}[Key(1)] == "one"
+
+
+def test_first_objects_may_be_made_by_many_threads_at_once():
+    for _ in range(50):
+
+        @moltis.dataclass(frozen=True)
+        class Value:
+            a: int
+            b: list = moltis.field(default_factory=list)
+
+        barrier, made = threading.Barrier(4), []
+
+        def make(cls=Value, barrier=barrier, made=made):
+            barrier.wait()
+            made.append(cls(1))
+
+        threads = [threading.Thread(target=make) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert made == [Value(1, [])] * 4
