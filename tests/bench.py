@@ -169,6 +169,9 @@ class Installed:
         self.program = str(directory / "prefix/bin/moltis")
         # What is measured is what a user gets: started from its compiled form.
         self.run("sh", str(ROOT / "install.sh"), "--prefix", str(directory / "prefix"))
+        # The interpreter that the installed command uses, without its program.
+        launcher = Path(self.program).read_text()
+        self.python = re.search(r"exec '([^']+)'", launcher)[1]  # type: ignore[index]
         self._directory = directory
         self._processes: list[subprocess.Popen[bytes]] = []
         self.gateway = self.start_gateway()
@@ -743,7 +746,8 @@ def bench_memory(bench: Bench) -> Iterator[Row]:
     """Node and gateway at rest."""
     # Of their own: what the other rows made them do is not rest.
     site = Installed(bench.directory("memory"))
-    bare = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    sleep = [site.python, "-c", "import time; time.sleep(600)"]
+    bare = subprocess.Popen(sleep, env=site.environ())
     try:
         node = site.add_node("rest")
         time.sleep(5 if bench.quick else 30)
@@ -775,13 +779,9 @@ def bench_start(bench: Bench) -> Iterator[Row]:
     """Start-up of the installed command."""
     ours_, count = bench.ours, bench.count(20)
     assert bench.node
-    # The interpreter that the installed command uses, without its program.
-    launcher = Path(ours_.program).read_text()
-    python = re.search(r"exec '([^']+)'", launcher)
-    assert python is not None
 
     def bare() -> float:
-        return median_of(lambda: ours_.run(python[1], "-c", "pass"), count)
+        return median_of(lambda: ours_.run(ours_.python, "-c", "pass"), count)
 
     for words, goal in ((("--version",), at_most(2)), (("node", "list"), at_most(4))):
         what = f"`moltis {' '.join(words)}`, start to exit"
