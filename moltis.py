@@ -16814,7 +16814,7 @@ WEB_HTML = r"""<!doctype html>
 <p>Sign in with the operator key of this gateway.</p>
 <label for="key">Operator key</label>
 <input id="key" type="password" autocomplete="current-password" required
- spellcheck="false" placeholder="mk_…" aria-describedby="sign-in-error sign-in-help">
+ placeholder="mk_…" aria-describedby="sign-in-error sign-in-help">
 <p id="sign-in-error" class="bad" role="alert"></p>
 <button id="sign-in-button" class="button main" type="submit">Sign in</button>
 <details id="sign-in-help"><summary>Where is the key?</summary>
@@ -17082,7 +17082,7 @@ p.bad:empty { display:none }
 .dot.bad { background:var(--bad) }
 .dot.off { background:none; border:2px solid var(--soft) }
 .dot.wait { background:var(--wait) }
-.dot.run { background:var(--accent); animation:pulse 1.6s ease-in-out infinite }
+.dot.run { background:var(--accent); animation:pulse 1.6s infinite }
 @keyframes pulse { 50% { opacity:.3 } }
 .tools { display:inline-flex; gap:2px; margin-left:auto }
 .actions { display:flex; flex-wrap:wrap; justify-content:flex-end; gap:10px;
@@ -17095,7 +17095,6 @@ p.bad:empty { display:none }
 .sheet { width:min(420px, 100%); display:grid; gap:12px; padding:32px;
   border-radius:18px; box-shadow:var(--shade) }
 .sheet h1 { display:flex; align-items:center; gap:10px; font-size:22px }
-.sheet .mark { width:32px; height:32px }
 .sheet label, dialog label { font-weight:560; font-size:14px }
 .sheet p, dialog > p, dialog form > p { color:var(--soft) }
 .sheet p.bad, dialog p.bad { color:var(--bad) }
@@ -17120,7 +17119,6 @@ dialog h2 { font-size:19px; margin-bottom:8px }
 .secret .bare:hover { color:#fff; background:rgb(255 255 255 / .14) }
 #token-wait { display:flex; align-items:center; gap:9px; margin-top:18px;
   padding:11px 13px; border-radius:10px; background:var(--sunken); color:var(--soft) }
-#token-wait .dot { animation:pulse 1.6s ease-in-out infinite }
 #token-wait.here { background:var(--tint); color:var(--ink); font-weight:560 }
 #toast { position:fixed; z-index:20; left:50%; bottom:96px; translate:-50% 0;
   max-width:min(560px, calc(100vw - 32px)); padding:10px 16px; border-radius:11px;
@@ -17367,7 +17365,8 @@ details label input { flex:0 1 420px }
   #sessions .name { padding-right:64px }
   .bar { padding:6px 10px; gap:6px; flex-wrap:wrap }
   .pickers { display:contents }
-  .picker { flex:1 1 40%; order:2; position:static }
+  .picker { flex:1 1 42%; order:2; position:static }
+  #chat h1 { flex-basis:calc(100% - 170px) }
   #approvals { flex:0 1 auto; order:1 }
   .pick { width:100%; max-width:none; min-height:40px }
   .choices { left:10px; right:10px; top:100%; width:auto; max-width:none }
@@ -18004,7 +18003,7 @@ function inlineNode(found, source) {
 
 function linkNode(target, label, source) {
   if (!SAFE_LINK.test(target)) return source;
-  return h("a", {href: target, target: "_blank", rel: "noopener noreferrer"}, label);
+  return h("a", {href: target, target: "_blank", rel: "noreferrer"}, label);
 }
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
@@ -18104,8 +18103,7 @@ function tableNode(lines) {
       .split(/(?<!\\)\|/)
       .map(cell => cell.trim().replaceAll("\\|", "|"));
   const sides = cells(lines[1]).map(rule =>
-    /^:-+:$/.test(rule) ? "center" : /-:$/.test(rule) ? "number" : null,
-  );
+    /^:-+:$/.test(rule) ? "center" : /-:$/.test(rule) ? "number" : null);
   const row = tag => line =>
     h("tr", {},
       sides.map((side, n) => h(tag, {class: side}, inline(cells(line)[n] ?? ""))));
@@ -18508,8 +18506,7 @@ function currentSession() {
       label: key === MAIN ? "Main" : "",
       model: null,
       node_id: null,
-    }
-  );
+    });
 }
 
 const sessionName = entry =>
@@ -18576,7 +18573,9 @@ async function refreshOne(topic) {
     await SOURCES[topic]();
     touch(topic);
   } catch (error) {
-    if (error.code !== "UNAVAILABLE") complain(error);
+    // Who may only read has no business with tokens.
+    const expected = error.code === "FORBIDDEN" && topic === "devices";
+    if (error.code !== "UNAVAILABLE" && !expected) complain(error);
   }
   const again = refreshing.get(topic);
   refreshing.delete(topic);
@@ -18651,7 +18650,10 @@ function noteCommand() {
 const HANDLERS = {
   chat: noteChat,
   session: noteSession,
-  "node.telemetry": noteTelemetry,
+  "node.telemetry": payload => {
+    noteTelemetry(payload);
+    noteCommand(); // of those that other clients run nobody tells
+  },
   presence: () => refresh("nodes", "devices", "models"),
   "device.pair.resolved": () => refresh("nodes", "devices"),
 };
@@ -18911,17 +18913,9 @@ function modelDetail(model) {
 
 function approvalOptions() {
   const all = currentSession().approvals === "all";
-  return [{
-    value: "ask",
-    label: "Ask first",
-    detail: "Each command of the model waits for your approval",
-    chosen: !all,
-  }, {
-    value: "all",
-    label: "Run everything",
-    detail: "Commands of the model run without a question",
-    chosen: all,
-  }];
+  const ask = "The model’s commands wait for your approval";
+  return [{value: "ask", label: "Ask first", detail: ask, chosen: !all},
+    {value: "all", label: "Run everything", detail: "None waits", chosen: all}];
 }
 
 // == view: frame ==
@@ -18969,8 +18963,7 @@ class SessionItem {
     this.link = h("a", {href: chatPath(entry.key)}, this.name, this.detail);
     const rename = () =>
       editInPlace(this.name, sessionName(this.entry), "Name of the chat", label =>
-        patchSession(this.entry.key, {label}),
-      );
+        patchSession(this.entry.key, {label}));
     this.buttons = h("span", {class: "tools"}, iconButton("pen", "Rename", rename),
       entry.key !== MAIN && iconButton("bin", "Delete", () => this.remove()));
     this.root = h("li", {}, this.link, this.buttons);
@@ -18995,9 +18988,7 @@ class SessionItem {
 
   async remove() {
     const {entry} = this;
-    const text =
-      "Its messages are removed for good. What commands ran, and where, stays " +
-      "in the list of commands.";
+    const text = "Its messages go for good; the list of commands keeps what ran.";
     const question = `Delete “${sessionName(entry)}”?`;
     if (!(await confirmed(question, text, "Delete"))) return;
     if (!(await act("sessions.delete", {key: entry.key}))) return;
@@ -19015,8 +19006,7 @@ function drawSessions() {
   const wanted = state.search.toLowerCase();
   $("find-chat").hidden = all.length < 8 && !wanted;
   sessionItems.show(all.filter(entry =>
-    `${sessionName(entry)} ${entry.preview || ""}`.toLowerCase().includes(wanted),
-  ));
+    `${sessionName(entry)} ${entry.preview || ""}`.toLowerCase().includes(wanted)));
   const online = state.nodes.filter(n => n.connected && n.nodeId !== LOCAL).length;
   say($("node-count"), online ? `${online} online` : "");
 }
@@ -19046,8 +19036,7 @@ class UserTurn {
 
   update(row) {
     say(this.text, row.text || "");
-    say(this.note,
-      row.state === "queued" ? "Waits until the answer before it is complete" : "");
+    say(this.note, row.state === "queued" ? "Waits for its turn" : "");
     this.root.title = fullFormat.format(row.createdAt);
   }
 }
@@ -19111,8 +19100,8 @@ class CommandCard {
     this.size = h("span", {class: "size"});
     this.save = h("a", {
       class: "bare",
-      title: "Download the whole output",
-      "aria-label": "Download the whole output",
+      title: "Download output",
+      "aria-label": "Download output",
       download: true,
       href: `/api/commands/${encodeURIComponent(command.invokeId)}/output`,
     }, icon("save"));
@@ -19198,8 +19187,7 @@ function shownRows(chat) {
   const commands = new Set(
     rows
       .filter(row => row.role === "command")
-      .map(row => `${row.runId} ${row.command.command}`),
-  );
+      .map(row => `${row.runId} ${row.command.command}`));
   const typed = row => `${row.runId} ${(row.text || "").replace(/^!/, "")}`;
   return rows.filter(row => row.role !== "user" || !commands.has(typed(row)));
 }
@@ -19280,8 +19268,7 @@ function drawWelcome(chat, rows) {
       {},
       state.nodes.some(other => other.nodeId !== LOCAL)
         ? "Choose another machine at the top."
-        : h("a", {href: "/settings/nodes"}, "Add a machine"),
-    ));
+        : h("a", {href: "/settings/nodes"}, "Add a machine")));
 }
 
 function drawComposer(chat) {
@@ -19302,8 +19289,7 @@ function drawComposer(chat) {
     $("node-away"),
     gone
       ? `${node.displayName} is offline${since}. Nothing runs elsewhere instead.`
-      : "",
-  );
+      : "");
   const more = shell ? "↑ earlier commands" : "!command runs a command";
   say($("hint"), `Enter ${shell ? "runs" : "sends"} · Shift+Enter new line · ${more}`);
   say($("chat-title"), sessionName(entry));
@@ -19405,8 +19391,7 @@ const pickers = [
   new Picker("model", modelOptions, model => patchSession(state.route.key, {model})),
   new Picker("node", nodeOptions, id => selectNode(state.route.key, id)),
   new Picker("approvals", approvalOptions, approvals =>
-    patchSession(state.route.key, {approvals}),
-  ),
+    patchSession(state.route.key, {approvals})),
 ];
 
 // == view: nodes ==
@@ -19527,8 +19512,7 @@ class NodeCard {
       )]].filter(([, names]) => names.length);
     fillFor(this.lists, rows, () =>
       rows.map(([label, names]) => [h("dt", {}, label),
-        h("dd", {}, names.map(name => h("span", {class: "chip"}, name)))]),
-    );
+        h("dd", {}, names.map(name => h("span", {class: "chip"}, name)))]));
   }
 
   rename() {
@@ -19553,13 +19537,9 @@ class NodeCard {
 }
 
 async function revokeDevice(deviceId, name) {
-  const text =
-    "Its connection is closed at once, and its token is worth nothing from " +
-    "then on. To use the machine again, generate a new token.";
-  if (
-    !(await confirmed(`Revoke the token of ${name || "this machine"}?`, text, "Revoke"))
-  )
-    return;
+  const question = `Revoke the token of ${name || "this machine"}?`;
+  const text = "Its connection closes at once. A new token can let it in again.";
+  if (!(await confirmed(question, text, "Revoke"))) return;
   await act("device.token.revoke", {deviceId});
   refresh("nodes", "devices");
 }
@@ -19585,8 +19565,7 @@ function drawNodes() {
     others.length
       ? `${plural(online, "machine")} connected, ${others.length - online} offline.`
       : "Only this gateway’s own machine so far. Generate a token to add another: " +
-          "it needs Python and a way to reach this gateway, nothing else.",
-  );
+          "it needs Python and a way to reach this gateway, nothing else.");
   drawUnused();
 }
 
@@ -19596,9 +19575,7 @@ function drawUnused() {
   fillFor($("unused-list"), devices, () =>
     devices.map(({deviceId, displayName, createdAt}) =>
       listRow(displayName || "No name", `made ${moment(createdAt)}`,
-        iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName))),
-    ),
-  );
+        iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName)))));
 }
 
 // == view: Generate Token ==
@@ -19641,18 +19618,18 @@ function showToken({deviceToken, joinCode}) {
   const name = shellWord(state.token.name);
   const options = `--host ${socketAddress()} --token ${deviceToken} --name ${name}`;
   const add = `${curl} ${origin}/moltis.py | python3 - node add`;
-  const lines = [
+  const lines = [["The token; it is shown this once", deviceToken],
     ["On the machine: Python 3.8+ and curl are enough", `${add} ${options}${pinned}`],
+    ["Where moltis is installed already", `moltis node add ${options}${pinned}`],
     ["Within ten minutes, with no token in the shell’s history",
       `${add} --join ${origin}/join/${joinCode}${pinned}`],
-    ["Where moltis is installed already", `moltis node add ${options}${pinned}`],
     ["Only until you press Ctrl+C, without a service",
-      `${add} ${options}${pinned} --foreground`],
-    ["The token by itself; it is shown this once", deviceToken]];
+      `${add} ${options}${pinned} --foreground`]].map(line => copyLine(...line));
   $("token-form").hidden = true;
   $("token-made").hidden = false;
   say($("token-made-title"), `Run this on ${state.token.name}`);
-  fill($("token-lines"), lines.map(line => copyLine(...line)));
+  fill($("token-lines"), lines.slice(0, 3),
+    h("details", {}, h("summary", {}, "Other ways"), lines.slice(3)));
   fill($("token-warnings"),
     tokenWarnings().map(text => h("p", {class: "warn"}, icon("warn"), text)));
   $("token-chat").hidden = true;
@@ -19816,9 +19793,7 @@ function drawAccess() {
   fillFor($("keys"), keys, () =>
     keys.map(({keyId, name, scopes, lastUsedAt}) =>
       listRow(name, dotted(scopeNames(scopes), used(lastUsedAt)),
-        iconButton("bin", `Revoke ${name}`, () => revokeKey(keyId, name))),
-    ),
-  );
+        iconButton("bin", `Revoke ${name}`, () => revokeKey(keyId, name)))));
   fillFor($("logins"), state.logins, logins =>
     logins.map(({loginId, userAgent, address, keyName, lastUsedAt, current}) =>
       listRow(
@@ -19826,11 +19801,7 @@ function drawAccess() {
         dotted(address, keyName, used(lastUsedAt)),
         !current &&
           iconButton("out", "End this sign-in", () =>
-            change("logins.revoke", {loginId}),
-          ),
-      ),
-    ),
-  );
+            change("logins.revoke", {loginId})))));
 }
 
 const browserName = userAgent =>
