@@ -17382,7 +17382,8 @@ details label input { flex:0 1 420px }
   .where { flex:1; max-width:none }
   .command .line { order:9; flex-basis:100%; padding-bottom:7px }
   .command > footer { flex-wrap:wrap; padding-block:6px }
-  .screen { max-height:340px; font-size:12px; padding:9px 11px }
+  .screen { max-height:340px; font-size:12px; padding:9px 11px; white-space:pre-wrap;
+    overflow-wrap:anywhere }
   .bare { min-width:38px; min-height:38px }
   .filters { width:100% }
   .filters label { flex:1; display:flex; gap:6px; align-items:center; min-width:0 }
