@@ -21207,6 +21207,8 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
     """Raises UsageError, BadConfiguration."""
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port takes 0 to 65535, not {args.port}")
+    if not args.bind:  # a variable that is not set: the system takes it for 0.0.0.0
+        raise UsageError("--bind takes an address; 0.0.0.0 lets the network in")
     if not 0 < args.keep_audit <= 36_500:
         raise UsageError(f"--keep-audit takes days, not {args.keep_audit:g}")
     if args.proxy_cert and not args.trusted_proxy:
@@ -21227,6 +21229,8 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
 
 def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
     """Raises UsageError, BadConfiguration."""
+    if "" in (args.tls_cert, args.tls_key):  # a variable that is not set
+        raise UsageError("--tls-cert and --tls-key take a file each, not nothing")
     if bool(args.tls_cert) != bool(args.tls_key):
         raise UsageError("--tls-cert and --tls-key go together")
     if args.tls_cert:
@@ -22394,7 +22398,8 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
     if not args.command:
         raise UsageError("no command; put it after --, as in: node exec pi -- uptime")
     if args.all == bool(args.nodes):
-        raise UsageError("name the nodes, or say --all")
+        both = ", not both" if args.all else ""
+        raise UsageError(f"name the nodes, or say --all{both}")
     if args.timeout is not None and not 0 < args.timeout < MAX_TIMEOUT_MS:
         raise UsageError(f"--timeout takes a positive number of s, not {args.timeout}")
     # One word is a line for the shell; several are to arrive as the words they are.
@@ -22409,12 +22414,39 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
     if args.cwd is not None:
         request["cwd"] = args.cwd
     dial = partial(operator_client, args, context)
-    nodes = {name: name for name in args.nodes} or all_connected(dial)
+    nodes = named_nodes(args.nodes, dial) or all_connected(dial)
     if args.stdin and (len(nodes) > 1 or args.detach):
         raise UsageError("--stdin feeds one node, and only while we stay")
     if args.detach:
         return start_jobs(dial, nodes, request, context.output)
     return Execution(dial, nodes, request, context.output).run()
+
+
+def named_nodes(
+    references: Sequence[str], dial: Callable[[], OperatorClient]
+) -> dict[str, str]:
+    """Return what the person called the nodes, without a second name of the same."""
+    if len(set(references)) < 2:
+        return {reference: reference for reference in references}
+    with dial() as client:
+        return distinct_nodes(references, client.call("node.list", {}))
+
+
+def distinct_nodes(
+    references: Sequence[str], listed: Sequence[JsonObject]
+) -> dict[str, str]:
+    """Return the first of the references that mean one node: it runs once there."""
+    meant: dict[str, str] = {}
+    for reference in references:
+        wanted = reference.strip()
+        ids = [node["nodeId"] for node in listed]
+        if wanted not in ids:
+            name = wanted.casefold()
+            ids = [n["nodeId"] for n in listed if n["displayName"].casefold() == name]
+            # None or several: the gateway says so, in its own words.
+            wanted = ids[0] if len(ids) == 1 else reference
+        meant.setdefault(wanted, reference)
+    return {reference: reference for reference in meant.values()}
 
 
 def all_connected(dial: Callable[[], OperatorClient]) -> dict[str, str]:
@@ -22444,6 +22476,15 @@ class Waiting:
         if since is not None:
             waited = time.monotonic() - since
             self._output.say(f"moltis: {name} is back after {waited:.0f} s")
+
+    def explain_interrupt(self) -> None:
+        """Say why an interrupt has not ended what is waited for."""
+        if self._since:
+            names = ", ".join(self._since)
+            self._output.say(
+                f"moltis: the command is ended when {names} is back; "
+                "interrupt once more to leave now"
+            )
 
     def show(self) -> None:
         """Say how long it has been, on a terminal."""
@@ -22525,6 +22566,7 @@ class Execution:
             if self._remote.interrupted and not self._cancelled:
                 self._cancelled = True
                 self._remote.cancel()
+                self._waiting.explain_interrupt()
             self._waiting.show()
         elif isinstance(news, RemoteOutput):
             self._print(news)

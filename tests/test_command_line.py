@@ -292,6 +292,38 @@ def test_what_follows_the_dashes_belongs_to_the_other_machine(tmp_path):
     assert done.stdout == "--help -- -x\n"
 
 
+def test_a_node_named_twice_runs_a_command_once(tmp_path):
+    with InProcessGateway(tmp_path / ".moltis"):
+        done = run_moltis(
+            *("node", "exec", "Local", "local", "LOCAL", "--", "echo", "ran"),
+            home=tmp_path,
+        )
+    assert (done.returncode, done.stdout) == (0, "ran\n")
+
+
+@pytest.mark.parametrize("reference", ["Attic", "Gone"])
+def test_an_ambiguous_or_unknown_name_is_left_to_the_gateway(reference):
+    listed = [{"nodeId": i, "displayName": "attic"} for i in ("one", "two")]
+    named = moltis.distinct_nodes([reference, "two"], listed)
+    assert list(named) == [reference, "two"]
+
+
+@pytest.mark.parametrize(
+    "options", [("--bind", ""), ("--tls-cert", "", "--tls-key", "")]
+)
+def test_an_empty_variable_opens_no_gateway_to_the_network(tmp_path, options):
+    done = run_moltis("gateway", "--port", "0", *options, home=tmp_path)
+    assert done.returncode == 2
+    assert options[0] in done.stderr
+
+
+def test_an_interrupt_while_a_node_is_away_says_how_to_leave(capsys):
+    waiting = moltis.Waiting(moltis.Output({}))
+    waiting.begin("pi")
+    waiting.explain_interrupt()
+    assert "when pi is back; interrupt once more to leave" in capsys.readouterr().err
+
+
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
     command = f"{sys.executable} {PROGRAM} gateway --help | true"
     done = subprocess.run(
