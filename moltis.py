@@ -1134,7 +1134,7 @@ class FrameParser:
     def __init__(self, *, masked: bool, compression: bool, max_frame: int) -> None:
         self._masked = masked  # what the peer has to do: clients mask, servers do not
         self._first_bytes = FIRST_BYTES_COMPRESSION if compression else FIRST_BYTES
-        self._max_frame = max_frame  # bytes of payload
+        self.max_frame = max_frame  # bytes of payload
         self._buffer = b""  # between calls less than a header or a control frame
         self._position = 0  # of the first byte in _buffer not yet used
         self._frame: Frame | None = None  # whose payload is awaited
@@ -1197,7 +1197,7 @@ class FrameParser:
             raise ProtocolError(
                 CloseCode.PROTOCOL_ERROR, "a payload length is not well encoded"
             )
-        if length > self._max_frame:
+        if length > self.max_frame:
             raise ProtocolError(
                 CloseCode.MESSAGE_TOO_BIG, f"a frame announces {length:,} bytes"
             )
@@ -1736,7 +1736,7 @@ class MessageReader:
 
     def __init__(self, deflate: PerMessageDeflate | None, max_message: int) -> None:
         self._deflate = deflate
-        self._max_message = max_message
+        self.max_message = max_message
         self._opcode: Opcode | None = None  # of the message that is under way
         self._compressed = False
         # A bytearray, not a list of pieces: a peer that sends single bytes would have
@@ -1767,7 +1767,7 @@ class MessageReader:
         return self._finish(bytes(self._data)) if frame.fin else None
 
     def _plain(self, frame: Frame) -> bytes:
-        room = self._max_message - len(self._data)
+        room = self.max_message - len(self._data)
         if self._compressed:
             assert self._deflate is not None
             return self._deflate.decompress(frame.payload, fin=frame.fin, limit=room)
@@ -1797,6 +1797,11 @@ class MessageReader:
             raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8") from error
 
 
+def _frame_limit(max_message: int) -> int:
+    """Return how long a frame may be that holds a message; bytes that do not shrink."""
+    return max_message + max_message // DEFLATE_EXPANSION + 1024
+
+
 class WebSocketProtocol:
     """One end of a WebSocket connection, without I/O."""
 
@@ -1813,7 +1818,7 @@ class WebSocketProtocol:
         self._parser = FrameParser(
             masked=not client,
             compression=deflate is not None,
-            max_frame=max_message + max_message // DEFLATE_EXPANSION + 1024,
+            max_frame=_frame_limit(max_message),
         )
         self._reader = MessageReader(self._deflate, max_message)
         self._outgoing: list[bytes] = []
@@ -1876,8 +1881,14 @@ class WebSocketProtocol:
         self._check_open()
         self._queue(Frame(Opcode.PING, payload))
 
-    def release_pongs(self) -> None:
-        """Answer Pings from now on, and the last one that came before."""
+    def release_pongs(self, max_message: int | None = None) -> None:
+        """Answer Pings from now on, and the last one that came before.
+
+        With `max_message`, messages may have that many bytes from now on.
+        """
+        if max_message is not None:
+            self._reader.max_message = max_message
+            self._parser.max_frame = _frame_limit(max_message)
         self._hold_pongs = False
         if self._held_pong is not None:
             self._send_pong(self._held_pong)
@@ -2275,10 +2286,10 @@ class WebSocket:
             self._transmit()
             self._check_usable()
 
-    def release_pongs(self) -> None:
-        """Answer Pings from now on, where the protocol was made to hold Pongs back."""
+    def release_pongs(self, max_message: int | None = None) -> None:
+        """Answer Pings and take longer messages from now on: the peer is known."""
         with self._lock:
-            self._protocol.release_pongs()
+            self._protocol.release_pongs(max_message)
             self._transmit()
 
     def flush(self, timeout: float | None = None) -> None:
@@ -14389,6 +14400,7 @@ class Chats:
 # ==============================================================================
 
 KEEPALIVE_TICK = 1.0  # s; pings are due one by one, so that a thousand do not coincide
+MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a result of ours has 600 KB at most
 MAX_COLLECTED_RESULT = 1024 * 1024  # bytes a stream, for callers without streams
 MAX_OPERATOR_OUTBOX = 64 * 1024 * 1024  # bytes; 32 full windows of two streams
 
@@ -15694,7 +15706,7 @@ class Gateway:
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             hello = self._hello(peer.id, identity, resume=[])
             ws.send(encode_envelope(Response(request_id, hello)))
-            ws.release_pongs()
+            ws.release_pongs(MAX_PEER_MESSAGE)
             peer.serve()
         finally:
             self._audience.remove(peer)
@@ -15726,7 +15738,7 @@ class Gateway:
                 new_id(), identity, resume=self._resumption.resumable(node)
             )
             ws.send(encode_envelope(Response(request_id, hello)))
-            ws.release_pongs()
+            ws.release_pongs(MAX_PEER_MESSAGE)
             connection.node = node
             self._fleet.activate(node)
             log.info("node connected node=%s address=%s", node.node_id, address)
@@ -15814,12 +15826,13 @@ MAX_REQUEST_HEAD = 64 * 1024  # bytes
 REQUEST_TIMEOUT = 10.0  # s for TLS, for a request without its body, for 64 KiB of reply
 REPLY_TIMEOUT = 300.0  # s for a client to take the whole reply
 MIN_BODY_RATE = 10 * 1024  # bytes a second
-MAX_STRANGERS = 2048  # connections that have not said who they are; more are refused
-MAX_STRANGERS_EACH = 512  # of them from one address; a fleet may share its router's
+MAX_STRANGERS = 1024  # connections that have not said who they are; more are refused
+MAX_STRANGERS_EACH = 256  # of them from one address; a fleet may share its router's
 MAX_CONNECTIONS = 16_000  # in all, or fewer where the system allows fewer descriptors
 SPARE_DESCRIPTORS = 256  # for all else: the database, Local's commands
 LISTEN_BACKLOG = 1024  # connections; a fleet comes back all at once
-MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a result of ours has 600 KB at most
+MAX_STRANGER_BODY = 64 * 1024  # bytes of a request without a credential
+MAX_STRANGER_MESSAGE = 256 * 1024  # bytes; a `connect` lists up to 1,000 commands
 DOOR_TIMEOUT = 0.5  # s for requests to be answered when the gateway stops
 COOKIE_NAME = "moltis_login"
 JOIN_PATH = "/join/"
@@ -16075,6 +16088,14 @@ class HttpApp:
                 "does TLS, start the gateway with --trusted-proxy",
             )
         return None
+
+    def knows(self, request: HttpRequest) -> bool:
+        """Return whether a request has a credential that is good."""
+        try:
+            self._caller(request)
+        except RpcError:
+            return False
+        return True
 
     def login(self, request: HttpRequest) -> Caller | None:
         """Return who the request's cookie belongs to."""
@@ -16350,6 +16371,11 @@ class HttpExchange:
             self.refuse(411, "send the body with its Content-Length")
         elif int(length) > MAX_BODY:
             self.refuse(413, f"a body may have {MAX_BODY} bytes, not {length}")
+        elif int(length) > MAX_STRANGER_BODY and not self._app.knows(
+            self._request(b"")
+        ):
+            # Before it is read: strangers are to cost little memory.
+            self.refuse(401, "so long a body needs an operator key or a sign-in")
         else:
             self._stream.expect_body(int(length))
             body = self._handler.rfile.read(int(length))
@@ -16418,7 +16444,7 @@ class HttpExchange:
         protocol = WebSocketProtocol(
             client=False,
             deflate=upgrade.deflate,
-            max_message=MAX_PEER_MESSAGE,
+            max_message=MAX_STRANGER_MESSAGE,  # the Gateway takes longer ones later
             hold_pongs=True,
         )
         return WebSocket(

@@ -150,7 +150,7 @@ def test_a_body_that_nobody_reads_does_not_pass_for_a_request(gateway):
 
 
 def test_json_that_is_nested_too_deeply_is_refused_in_time(gateway):
-    deep = b"[" * 100_000 + b"]" * 100_000
+    deep = b"[" * 30_000 + b"]" * 30_000
     head = b"POST /api/sign-in HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
     answer = exchange(gateway, head % len(deep) + b"Connection: close\r\n\r\n" + deep)
     assert answer.startswith(b"HTTP/1.1 400 ")
@@ -158,6 +158,25 @@ def test_json_that_is_nested_too_deeply_is_refused_in_time(gateway):
         peer.send(deep.decode())
         assert peer.receive()["error"]["code"] == "INVALID_REQUEST"
     assert is_served(gateway)
+
+
+def test_a_long_body_needs_a_credential_before_it_is_read(gateway):
+    body = json.dumps({"method": "node.list", "params": {"x": "y" * 100_000}}).encode()
+    head = b"POST /api/rpc HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
+    answer = exchange(gateway, head % len(body) + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    authorization = f"Authorization: Bearer {gateway.api_key}\r\n".encode()
+    known = head % len(body) + authorization + b"Connection: close\r\n\r\n"
+    assert exchange(gateway, known + body).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_long_message_needs_a_credential_first(gateway):
+    long = {"type": "req", "id": "1", "method": "x", "params": {"x": "y" * 500_000}}
+    with gateway.peer() as stranger:
+        stranger.send(long)
+        assert stranger.close_code() == 1009
+    with gateway.operator() as operator:
+        assert operator.call("node.list", long["params"])
 
 
 def test_strangers_leave_room_for_those_who_are_there(tmp_path, monkeypatch):
