@@ -20974,6 +20974,7 @@ DEFAULT_PORT = 9090
 START_TIMEOUT = 20.0  # s for a service that was just started to connect
 HOUSEKEEPING_INTERVAL = 3600.0  # s
 DEMO_DIRECTORY = "demo-node"  # below the data directory
+SIGNAL_LOOK = 0.5  # s
 TERMINAL_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 INTERRUPTED = 130  # as a shell counts SIGINT
 TIMED_OUT = 124  # as timeout(1)
@@ -22982,14 +22983,13 @@ def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
     while True:
         try:
             text = input("› ")
+            if text.strip():
+                terminal.turn(text)
         except EOFError:
             context.output.say("")
             return EXIT_OK
         except KeyboardInterrupt:
             context.output.say("")
-            continue
-        if text.strip():
-            terminal.turn(text)
 
 
 ApprovalAnswer = Callable[[JsonObject], str]  # of a command card: approve, deny, always
@@ -23080,7 +23080,9 @@ class ChatTerminal:
         self._model = model
         self._output = output
         self._answer = answer
-        self._news: SimpleQueue[JsonObject | MoltisError] = SimpleQueue()
+        # Events, why the connection ended, None for Ctrl+C.
+        self._news: SimpleQueue[JsonObject | MoltisError | None] = SimpleQueue()
+        self._interrupted = False
         self._said: dict[str, int] = {}  # characters printed, by message
         self._cards: dict[str, CardPrinter] = {}
         self._asked: set[str] = set()  # messages whose approval was decided here
@@ -23091,24 +23093,41 @@ class ChatTerminal:
 
     def turn(self, text: str) -> int:
         """Have `text` answered; return the exit status.  Raises UserError."""
+        self._interrupted = False
+        previous = signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            return self._turn(text)
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def _turn(self, text: str) -> int:
         params = {"sessionKey": self._session_key, "text": text, "model": self._model}
         sent = self._client.call("chat.send", params)
         if sent.get("queued"):
             self._output.say("an earlier message is being answered; this one waits")
         typed = self._model == SHELL_ID or text.startswith("!")
-        interrupted = False
+        return self._follow(sent["runId"], typed)
+
+    def _follow(self, run_id: str, typed: bool) -> int:
+        """Print what happens until the turn is over; return the exit status."""
         while True:
             try:
-                news = self._news.get()
-                if isinstance(news, MoltisError):
-                    raise Unreachable(f"the gateway went away: {news}")
-                if news.get("runId") == sent["runId"] and self._show(news, typed):
-                    return INTERRUPTED if interrupted else self._status
-            except KeyboardInterrupt:
-                if interrupted:  # pressed twice: somebody is in a hurry
-                    raise
-                interrupted = True
+                # A signal just before the wait would not be noticed until its end.
+                news = self._news.get(timeout=SIGNAL_LOOK)
+            except Empty:
+                continue
+            if news is None:
                 self._client.notify("chat.abort", {"sessionKey": self._session_key})
+            elif isinstance(news, MoltisError):
+                raise Unreachable(f"the gateway went away: {news}")
+            elif news.get("runId") == run_id and self._show(news, typed):
+                return INTERRUPTED if self._interrupted else self._status
+
+    def _on_interrupt(self, *_: object) -> None:
+        if self._interrupted:  # pressed twice: somebody is in a hurry
+            os._exit(INTERRUPTED)
+        self._interrupted = True
+        self._news.put(None)
 
     def _on_event(self, event: Event) -> None:
         if event.name == "chat" and isinstance(event.payload, dict):
@@ -23179,7 +23198,16 @@ class ChatTerminal:
                 self._output.say(line)
 
     def _decide(self, command: JsonObject) -> None:
-        params = {"invokeId": command["invokeId"], "decision": self._answer(command)}
+        # A handler that returns would leave the question standing.
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            decision = self._answer(command)
+        except KeyboardInterrupt:
+            self._on_interrupt()
+            return
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        params = {"invokeId": command["invokeId"], "decision": decision}
         # Somebody else may have been faster, on the page say: that stands then.
         self._client.notify("exec.approval.resolve", params)
 

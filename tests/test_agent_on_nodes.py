@@ -708,6 +708,18 @@ def test_on_a_terminal_chat_asks_and_approves(site, server):
     assert server.results()[0]["stdout"] == "yes I ran\n"
 
 
+def test_ctrl_c_at_the_question_ends_the_run(site, server):
+    server.turns.append(runs("echo never"))
+    arguments = ("chat", "--session", "tty2", "--model", "openai/clever", "hm?")
+    terminal = Terminal(*arguments, home=site.home)
+    try:
+        terminal.wait_for("[y]es, [n]o, [a]lways")
+        terminal.process.send_signal(signal.SIGINT)
+    finally:
+        assert terminal.close() == 130
+    assert "never" not in terminal.text.replace("echo never", "")
+
+
 def test_what_would_hide_in_a_terminal_is_spelt_out_in_the_question(site, server):
     sly = "rm -rf /tmp/x #\x1b[2K\rls \u202e\nuptime"
     server.turns += [runs(sly), says("I see\x1b[2J.")]
