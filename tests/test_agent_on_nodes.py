@@ -748,7 +748,8 @@ def test_without_a_message_chat_is_a_prompt(site):
         terminal.process.send_signal(signal.SIGINT)
         terminal.wait_for("cancelled")
         terminal.type("echo second $((40 + 3))\n")
-        terminal.wait_for("second 43")
+        # Ctrl+D means the end only to a prompt that is there.
+        terminal.wait_for("second 43\n› ")
         terminal.type("\x04")
     finally:
         assert terminal.close() == 0
