@@ -11460,8 +11460,10 @@ class Resumption:
         return [
             {
                 "invokeId": invocation.id,
-                "stdout": invocation.received(STDOUT),
-                "stderr": invocation.received(STDERR),
+                # Not what was received: the node forgets what is before these, and a
+                # caller who comes back may still need it.
+                "stdout": invocation.consumed(STDOUT),
+                "stderr": invocation.consumed(STDERR),
             }
             for invocation in self._invocations.running_on(node.node_id)
             if invocation.id in node.inflight
@@ -15217,8 +15219,8 @@ class OperatorPeer:
 
     def chunk(self, chunk: Chunk) -> int:
         self._send(encode_chunk(chunk))
-        # Nobody will acknowledge what a closed peer was sent.
-        return chunk.end if self.ws.closed else 0
+        # Nobody will acknowledge what is sent to one who has left.
+        return chunk.end if self._has_left else 0
 
     def stdin_received(self, invoke_id: str, offset: int) -> None:
         self._send_event(INVOKE_ACK, {"invokeId": invoke_id, "stdin": offset})
@@ -15228,7 +15230,12 @@ class OperatorPeer:
         self._send_event(INVOKE_STATE, payload)
 
     def end(self, invocation: Invocation, end: CommandEnd) -> bool:  # noqa: ARG002
-        return self.ws.closed
+        return self._has_left
+
+    @property
+    def _has_left(self) -> bool:
+        # Only who says goodbye leaves; others are expected back.
+        return self.ws.close_code == CloseCode.NORMAL
 
     def _answer(self, text: str) -> None:
         try:
@@ -15287,8 +15294,7 @@ class OperatorPeer:
     def _hang_up_followed(self) -> None:
         with self._lock:
             followed = list(self._followed.values())
-        # Only who says goodbye leaves; others are expected back.
-        leaves = self.ws.close_code == CloseCode.NORMAL
+        leaves = self._has_left
         for invocation in followed:
             if invocation.sink is not self:
                 continue  # it has come back already, over another connection

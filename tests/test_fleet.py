@@ -445,6 +445,35 @@ def test_a_node_that_can_resume_is_waited_for(world, node):
     assert world.state(invocation) == "done"
 
 
+def test_a_node_keeps_what_a_caller_who_comes_back_may_still_need(world, node):
+    invocation = world.start("far", Sink(slow=True))
+    chunk = moltis.Chunk(1, invocation.id, 0, b"abcdef")
+    world.invocations.handle_chunk("id-far", chunk)
+    world.invocations.acknowledge(invocation, 1, 2)
+    world.leave(node)
+    item = moltis.InflightCommand(invocation.id, 2, 0, 0, done=False)
+    again = world.connect("far", inflight=(item,))
+    # What is before these offsets the node forgets.
+    assert world.resumption.resumable(again) == [
+        {"invokeId": invocation.id, "stdout": 2, "stderr": 0}
+    ]
+
+
+@pytest.mark.parametrize(("code", "dealt_with"), [(1000, 3), (1006, 0)])
+def test_only_a_caller_who_says_goodbye_has_no_use_for_output(code, dealt_with):
+    class Gone:
+        closed = True
+        close_code = code
+
+        def send(self, message):
+            raise moltis.ConnectionClosed(code)
+
+    peer = moltis.OperatorPeer(Gone(), None, None, None)
+    chunk = moltis.Chunk(1, moltis.new_id(), 0, b"abc")
+    assert peer.chunk(chunk) == dealt_with
+    assert peer.end(None, None) is (code == 1000)
+
+
 def test_a_request_that_got_lost_on_the_way_is_sent_again(world, node):
     node.link.broken = True
     invocation = world.start("far")
