@@ -6900,10 +6900,10 @@ class ModelLender:
             if self._closed or len(self._threads) >= MAX_LENT:
                 why = "is shutting down" if self._closed else "answers others already"
                 raise RpcError("UNAVAILABLE", f"this node {why}", retryable=True)
+            thread.start()
             self._work[invoke_id] = work
             self._threads[invoke_id] = thread
             self._trim()
-            thread.start()
 
     def get(self, invoke_id: str) -> LentWork | None:
         with self._lock:
@@ -10444,14 +10444,6 @@ class ConnectedNode:
         self.gone = threading.Event()  # its reader has ended
 
 
-def _lost_after(command: str, args: JsonObject) -> float | None:
-    """Return the seconds after which a result is not awaited any more."""
-    if command != SYSTEM_RUN:
-        return LOST_AFTER
-    timeout_ms: float | None = args.get("timeout")
-    return timeout_ms / 1000 + LOST_AFTER if timeout_ms else None
-
-
 class AbsentCaller:
     """Stands in for a caller who is expected back, and takes nothing meanwhile."""
 
@@ -10467,6 +10459,14 @@ class AbsentCaller:
 
     def end(self, _invocation: Invocation, _end: CommandEnd) -> bool:
         return False
+
+
+def _lost_after(command: str, args: JsonObject) -> float | None:
+    """Return the seconds after which a result is not awaited any more."""
+    if command != SYSTEM_RUN:
+        return LOST_AFTER
+    timeout_ms: float | None = args.get("timeout")
+    return timeout_ms / 1000 + LOST_AFTER if timeout_ms else None
 
 
 class Invocation:
@@ -13925,12 +13925,13 @@ class TurnQueue:
             self._waiting.append(turn)
             waits = self._current is not None or len(self._waiting) > 1
             if self._thread is None:
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._run,
                     name=f"moltis-chat-{self._session_key}",
                     daemon=True,
                 )
-                self._thread.start()
+                thread.start()
+                self._thread = thread  # once it runs: close() joins it
         return waits
 
     def abort(self) -> tuple[Turn | None, list[Turn]]:
@@ -16611,9 +16612,10 @@ class ConnectionThreads:
         thread = threading.Thread(
             target=self._run, args=(serve,), name=name, daemon=True
         )
+        # Under the lock, so that close() joins only threads that run.
         with self._lock:
+            thread.start()
             self._sockets[thread] = sock
-        thread.start()
 
     def replace_socket(self, sock: socket.socket) -> None:
         """Note that the calling thread's connection speaks TLS now."""
@@ -16733,7 +16735,11 @@ def _make_server(
                 self.shutdown_request(request)
                 return
             work = partial(serve.serve, request, ip, admission, self)
-            threads.start(work, request, f"moltis-read-{ip}")
+            try:
+                threads.start(work, request, f"moltis-read-{ip}")
+            except BaseException:  # RuntimeError: the system has no thread left
+                admission.end()
+                raise
 
     try:
         return Server(address, socketserver.BaseRequestHandler)
@@ -20919,9 +20925,10 @@ class McpServer:
             name=f"moltis-mcp-{call.id[:16]}",
             daemon=True,
         )
+        # Under the lock, so that serve() joins only threads that run.
         with self._lock:
+            thread.start()
             self._running[call.id] = thread, cancel
-        thread.start()
 
     def _call(self, request_id: object, call: ToolCall, cancel: Cancellation) -> None:
         try:
