@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
@@ -19,23 +20,32 @@ def gateway(tmp_path):
         yield running
 
 
-def news_of(client, nodes, args, feed=None):
+@contextlib.contextmanager
+def remote_commands(gateway, nodes, args):
+    """Commands that were asked for over a connection of their own."""
+    with contextlib.closing(
+        moltis.RemoteCommands(gateway.operator, nodes, args)
+    ) as remote:
+        remote.start()
+        yield remote
+
+
+def news_of(gateway, nodes, args, feed=None):
     """Run a command; return all that is heard of it."""
-    remote = moltis.RemoteCommands(client, nodes)
-    remote.start(args)
-    feeder = None
-    if feed is not None:
-        feeder = threading.Thread(target=remote.feed, args=(feed,))
-        feeder.start()
     heard = []
-    for news in remote.news():
-        heard.append(news)
-        if isinstance(news, moltis.RemoteOutput):
-            news.command.written(news.chunk, every=64 * 1024)
-        elif isinstance(news, moltis.RemoteEnd):
-            news.command.acknowledge()
-    if feeder is not None:
-        feeder.join()
+    with remote_commands(gateway, nodes, args) as remote:
+        feeder = None
+        if feed is not None:
+            feeder = threading.Thread(target=remote.stdin.feed, args=(feed,))
+            feeder.start()
+        for news in remote.news():
+            heard.append(news)
+            if isinstance(news, moltis.RemoteOutput):
+                remote.written(news, every=64 * 1024)
+            elif isinstance(news, moltis.RemoteEnd):
+                remote.acknowledge(news.command)
+        if feeder is not None:
+            feeder.join()
     return heard
 
 
@@ -106,8 +116,7 @@ def test_output_comes_in_order_and_whole(gateway):
     """Ten windows, with a reader that acknowledges as it goes."""
     count = "i=0; while [ $i -lt 20000 ]; do echo $i; i=$((i+1)); done"
     line = f"{count}; head -c 9000000 /dev/zero"
-    with gateway.operator() as client:
-        heard = news_of(client, {"local": "Local"}, {"command": line})
+    heard = news_of(gateway, {"local": "Local"}, {"command": line})
     data = output(heard)
     numbers, zeros = data[: -9 * 10**6], data[-9 * 10**6 :]
     assert numbers == b"".join(b"%d\n" % i for i in range(20_000))
@@ -116,25 +125,23 @@ def test_output_comes_in_order_and_whole(gateway):
 
 
 def test_one_who_does_not_read_holds_the_command_up_and_loses_nothing(gateway):
-    line = "head -c 4000000 /dev/zero"
-    with gateway.operator() as client:
-        remote = moltis.RemoteCommands(client, {"local": "Local"})
-        remote.start({"command": line})
+    line = {"command": "head -c 4000000 /dev/zero"}
+    with remote_commands(gateway, {"local": "Local"}, line) as remote:
         news = remote.news()
         taken = []
         while sum(len(item.chunk.data) for item in taken) < WINDOW:
             taken.append(next(news))
         # Nothing was acknowledged: a window is all that may have been sent.
-        assert client.call("node.list", {})
+        assert gateway.call("node.list")
         assert remote._news.empty()
         total = sum(len(item.chunk.data) for item in taken)
-        taken[-1].command.written(taken[-1].chunk, every=1)
+        remote.written(taken[-1], every=1)
         for item in news:
             if isinstance(item, moltis.RemoteOutput):
                 total += len(item.chunk.data)
-                item.command.written(item.chunk, every=1)
+                remote.written(item, every=1)
             elif isinstance(item, moltis.RemoteEnd):
-                item.command.acknowledge()
+                remote.acknowledge(item.command)
         assert total == 4_000_000
 
 
@@ -146,39 +153,35 @@ def test_input_goes_no_further_ahead_than_a_window(gateway):
         sent.append(len(data))
         return data
 
-    with gateway.operator() as client:
-        heard = news_of(
-            client, {"local": "Local"}, {"command": "wc -c", "stdin": True}, feed=read
-        )
+    heard = news_of(
+        gateway, {"local": "Local"}, {"command": "wc -c", "stdin": True}, feed=read
+    )
     assert int(output(heard)) == sum(sent)
 
 
 def test_input_is_binary_safe(gateway):
     data = bytes(range(256)) * 5000
     pieces = [data[i : i + 60_000] for i in range(0, len(data), 60_000)] + [b""]
-    with gateway.operator() as client:
-        heard = news_of(
-            client,
-            {"local": "Local"},
-            {"command": "cat", "stdin": True},
-            feed=lambda size: pieces.pop(0),
-        )
+    heard = news_of(
+        gateway,
+        {"local": "Local"},
+        {"command": "cat", "stdin": True},
+        feed=lambda size: pieces.pop(0),
+    )
     assert output(heard) == data
 
 
 def test_several_commands_are_one_stream_of_news(gateway):
     nodes = {"local": "Local", "nowhere": "Nowhere"}
-    with gateway.operator() as client:
-        heard = news_of(client, nodes, {"command": "echo hi"})
+    heard = news_of(gateway, nodes, {"command": "echo hi"})
     by_name = {end.command.name: end for end in ends(heard)}
     assert by_name["Local"].result["exitCode"] == 0
     assert "no node 'nowhere'" in str(by_name["Nowhere"].error)
 
 
 def test_leaving_ends_what_was_followed(gateway, tmp_path):
-    with gateway.operator() as client:
-        remote = moltis.RemoteCommands(client, {"local": "Local"})
-        remote.start({"command": f"echo $$ > {tmp_path}/pid; sleep 1000"})
+    line = {"command": f"echo $$ > {tmp_path}/pid; sleep 1000"}
+    with remote_commands(gateway, {"local": "Local"}, line):
         path = tmp_path / "pid"
         wait_for(lambda: path.exists() and path.read_text().strip(), what="its start")
     pid = int(path.read_text())
@@ -188,13 +191,16 @@ def test_leaving_ends_what_was_followed(gateway, tmp_path):
 def test_finished_commands_leave_nothing_with_their_connection(gateway, monkeypatch):
     peers, follow = [], moltis.OperatorPeer.follow
 
-    def record(self, invocation):
+    def record(self, *args):
         peers.append(self)
-        follow(self, invocation)
+        follow(self, *args)
 
     monkeypatch.setattr(moltis.OperatorPeer, "follow", record)
-    with gateway.operator() as client:
-        for _ in range(5):
-            news_of(client, {"local": "Local"}, {"command": "echo hi"})
-        assert len(peers) == 5
+    with remote_commands(gateway, {"local": "Local"}, {"command": "echo hi"}) as remote:
+        for news in remote.news():
+            if isinstance(news, moltis.RemoteOutput):
+                remote.written(news, every=1)
+            elif isinstance(news, moltis.RemoteEnd):
+                remote.acknowledge(news.command)
+        assert len(peers) == 1
         wait_for(lambda: not peers[0]._followed, what="nothing to follow")
