@@ -10848,6 +10848,11 @@ def valid_name(text: str) -> str:
         raise RpcError(
             "INVALID_REQUEST", f"a name has 1 to {MAX_NAME} printable characters"
         )
+    if name.casefold() == LOCAL_NAME.casefold():
+        raise RpcError(
+            "INVALID_REQUEST",
+            f"{LOCAL_NAME} is the gateway's own machine; choose another name",
+        )
     return name
 
 
@@ -20990,6 +20995,7 @@ DEMO_DIRECTORY = "demo-node"  # below the data directory
 SIGNAL_LOOK = 0.5  # s
 TERMINAL_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 INTERRUPTED = 130  # as a shell counts SIGINT
+LEAVE_AFTER = 10.0  # s from an interrupt; a node that is there needs three to obey
 TIMED_OUT = 124  # as timeout(1)
 BROKEN_PIPE = 141  # as a shell counts SIGPIPE
 
@@ -21112,8 +21118,9 @@ def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, st
         key = file.api_key
     if not key:
         raise Refused(
-            f"{url} wants an operator key; give it with MOLTIS_API_KEY "
-            "(it is in gateway.json on the gateway's machine)"
+            f"{url} is not the gateway of {context.directory / GatewayFile.FILE}: it "
+            "wants an operator key, in MOLTIS_API_KEY (that file holds it on the "
+            "gateway's machine); or mend the address"
         )
     return url, key
 
@@ -21186,7 +21193,7 @@ def add_gateway(subcommands: Subcommands) -> None:
         help="where to listen (default: 127.0.0.1, this machine alone)",
     )
     parser.add_argument(
-        "--port", type=int, default=DEFAULT_PORT, help="0: any free one"
+        "--port", type=int, default=DEFAULT_PORT, help="default 9090; 0: any free one"
     )
     add_tls_options(parser)
     parser.add_argument(
@@ -21775,7 +21782,16 @@ def node_settings(
             "the whole command"
         )
     if args.timeout is not None and not 0 < args.timeout < MAX_TIMEOUT_MS:
-        raise UsageError(f"--timeout takes a positive number of s, not {args.timeout}")
+        raise UsageError(
+            f"--timeout takes a positive number of seconds, not {args.timeout}"
+        )
+    if any(not pattern.strip() for pattern in args.allow or ()):
+        raise UsageError("--allow is empty, so nothing could run; give it a pattern")
+    if (args.ca or args.fingerprint) and websocket_url(host).startswith("ws:"):
+        raise UsageError(
+            f"--ca and --fingerprint vouch for a certificate, and {host} has none; "
+            "name it with wss:// or https://"
+        )
     working_dir = args.working_dir and os.path.abspath(args.working_dir)
     if working_dir and not os.path.isdir(working_dir):
         raise UsageError(f"--working-dir {args.working_dir} is not a directory")
@@ -22347,7 +22363,8 @@ def find_key(reference: str, keys: Sequence[JsonObject]) -> str:
     if len(found) == 1:
         return str(found[0])
     if found:
-        raise UsageError(f"{reference!r} is the name of several; use an id: {found}")
+        ids = ", ".join(map(str, found))
+        raise UsageError(f"{reference!r} is the name of several; use an id: {ids}")
     names = ", ".join(key["name"] for key in keys)
     raise UserError(f"no key is called {reference!r}; there is {names}")
 
@@ -22371,6 +22388,9 @@ def add_audit(subcommands: Subcommands) -> None:
 
 
 def cmd_audit(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    if args.limit < 1:
+        raise UsageError(f"--limit takes 1 or more, not {args.limit}")
     entries: list[JsonObject] = []
     with operator_client(args, context) as client:
         while len(entries) < args.limit:
@@ -22441,7 +22461,9 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
         both = ", not both" if args.all else ""
         raise UsageError(f"name the nodes, or say --all{both}")
     if args.timeout is not None and not 0 < args.timeout < MAX_TIMEOUT_MS:
-        raise UsageError(f"--timeout takes a positive number of s, not {args.timeout}")
+        raise UsageError(
+            f"--timeout takes a positive number of seconds, not {args.timeout}"
+        )
     # One word is a line for the shell; several are to arrive as the words they are.
     line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
     request: JsonObject = {
@@ -22452,6 +22474,10 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
     if args.timeout is not None:
         request["timeout"] = round(args.timeout * 1000)
     if args.cwd is not None:
+        if not args.cwd.strip():
+            raise UsageError(
+                "--cwd is empty; leave it out for the node's own directory"
+            )
         request["cwd"] = args.cwd
     dial = partial(operator_client, args, context)
     nodes = named_nodes(args.nodes, dial) or all_connected(dial)
@@ -22523,8 +22549,13 @@ class Waiting:
             names = ", ".join(self._since)
             self._output.say(
                 f"moltis: the command is ended when {names} is back; "
-                "interrupt once more to leave now"
+                f"leaving in {LEAVE_AFTER:.0f} s, or at once when interrupted again"
             )
+
+    def explain_leaving(self) -> None:
+        """Say what is left behind."""
+        names = ", ".join(self._since) or "the node"
+        self._output.say(f"moltis: left; the command is ended when {names} is back")
 
     def show(self) -> None:
         """Say how long it has been, on a terminal."""
@@ -22555,6 +22586,7 @@ class Execution:
         self._ends: list[RemoteEnd] = []
         self._broken_pipe = False
         self._cancelled = False
+        self._patience = Deadline(None)  # runs from the interrupt on
         self._printers = {
             command: {
                 STDOUT: StreamPrinter(sys.stdout.buffer, self._label(command)),
@@ -22581,6 +22613,8 @@ class Execution:
                 ).start()
             for news in self._remote.news(tick=1.0):
                 self._take(news)
+                if self._patience.expired:
+                    break
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -22589,6 +22623,9 @@ class Execution:
             # Nothing more can be written there, not even at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return BROKEN_PIPE
+        if len(self._ends) < len(self._remote.commands):
+            self._waiting.explain_leaving()
+            return INTERRUPTED
         if self._several:
             return self._recap()
         return self._status_of(self._ends[0])
@@ -22605,6 +22642,7 @@ class Execution:
         if news is None:
             if self._remote.interrupted and not self._cancelled:
                 self._cancelled = True
+                self._patience = Deadline(LEAVE_AFTER)
                 self._remote.cancel()
                 self._waiting.explain_interrupt()
             self._waiting.show()
@@ -22627,6 +22665,7 @@ class Execution:
                 self._printers[news.command][news.chunk.kind].write(news.chunk.data)
         except BrokenPipeError:
             self._broken_pipe = True
+            self._patience = Deadline(LEAVE_AFTER)
             self._remote.cancel()
         self._remote.written(news, every=ACKNOWLEDGE_EVERY)
 

@@ -10,10 +10,17 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
-from peers import InProcessGateway
-from support import PROGRAM, ScriptedServer, clean_environment, run_moltis
+from peers import InProcessGateway, rust_connect
+from support import (
+    PROGRAM,
+    ScriptedServer,
+    clean_environment,
+    run_moltis,
+    wait_for,
+)
 
 import moltis
 
@@ -321,7 +328,7 @@ def test_an_interrupt_while_a_node_is_away_says_how_to_leave(capsys):
     waiting = moltis.Waiting(moltis.Output({}))
     waiting.begin("pi")
     waiting.explain_interrupt()
-    assert "when pi is back; interrupt once more to leave" in capsys.readouterr().err
+    assert "when pi is back; leaving in 10 s" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
@@ -366,3 +373,48 @@ def test_join_and_stdin_are_not_waited_for_when_flags_say_all(tmp_path):
         os.close(read)
         os.close(write)
     assert done.returncode == 2
+
+
+def test_an_interrupt_leaves_a_node_that_does_not_come_back(
+    tmp_path, monkeypatch, capsys
+):
+    """What runs there is ended when it is back; who interrupted need not wait."""
+    monkeypatch.setattr(moltis, "LEAVE_AFTER", 0.2)
+    with InProcessGateway(tmp_path / "gateway") as gateway, gateway.peer() as peer:
+        extensions = {"moltis": {"caps": list(moltis.MACHINE_CAPABILITIES)}}
+        params = rust_connect(gateway.token(), "gone", extensions=extensions)
+        assert peer.request("connect", params)["ok"]
+        execution = moltis.Execution(
+            gateway.operator,
+            {"gone": "gone"},
+            {"command": "sleep 600", "stdin": False},
+            moltis.Output({}),
+        )
+
+        def vanish():
+            peer.receive_until(lambda m: m.get("event") == moltis.INVOKE_REQUEST)
+            peer.ws.abort()
+            wait_for(lambda: execution._waiting._since, what="it to wait")
+            execution._remote.interrupt()
+
+        thread = threading.Thread(target=vanish, name="test-vanish")
+        thread.start()
+        assert execution.run() == moltis.INTERRUPTED
+        thread.join()
+    assert "left; the command is ended when gone is back" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("node", "add", "--host", "h", "--token", TOKEN, "--allow", ""), "--allow"),
+        (("node", "add", "--host", "h", "--token", TOKEN, "--ca", "x"), "wss://"),
+        (("node", "exec", "n", "--cwd", "", "--", "rm -rf *"), "--cwd is empty"),
+        (("audit", "--limit", "0"), "--limit"),
+    ],
+)
+def test_what_an_unset_variable_leaves_is_not_taken_for_a_choice(
+    home, capsys, arguments, words
+):
+    assert moltis.main(arguments) == moltis.EXIT_USAGE
+    assert words in capsys.readouterr().err

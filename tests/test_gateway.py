@@ -493,6 +493,16 @@ def test_renames_outlast_what_the_node_calls_itself(gateway, tmp_path):
         assert gateway.call("node.describe", nodeId="ATTIC")["nodeId"] == "renamed"
 
 
+def test_no_node_is_called_like_the_gateway_s_own_machine(gateway, rust):
+    with gateway.operator() as client:
+        for method, params in (
+            ("node.rename", {"nodeId": "rust-1", "displayName": " local "}),
+            ("device.token.create", {"displayName": "Local"}),
+        ):
+            with pytest.raises(moltis.UsageError, match="choose another name"):
+                client.call(method, params)
+
+
 def test_names_renames_and_telemetry_survive_a_restart(tmp_path):
     directory = tmp_path / "gateway"
     with InProcessGateway(directory) as gateway:
