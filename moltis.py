@@ -867,6 +867,11 @@ def read_settings_file(path: Path) -> JsonObject | None:
     return value
 
 
+def write_settings_file(path: Path, value: JsonObject) -> None:
+    """Write an object for read_settings_file().  Raises BadConfiguration."""
+    write_private(path, (json.dumps(value, indent=2) + "\n").encode("utf-8"))
+
+
 def _settings_field(path: Path, value: JsonObject, name: str, kind: type) -> Any:
     try:
         return optional(value, name, kind)
@@ -933,8 +938,8 @@ class NodeSettings:
             "llm": self.lends_models,
             "allow": list(self.allow) or None,
         }
-        text = json.dumps({k: v for k, v in value.items() if v is not None}, indent=2)
-        write_private(directory / self.FILE, (text + "\n").encode("utf-8"))
+        given = {k: v for k, v in value.items() if v is not None}
+        write_settings_file(directory / self.FILE, given)
 
 
 @dataclass(frozen=True)
@@ -967,8 +972,7 @@ class GatewayFile:
     def save(self, directory: Path) -> None:
         """Write gateway.json.  Raises BadConfiguration."""
         value = {k: v for k, v in asdict(self).items() if v is not None}
-        text = json.dumps(value, indent=2) + "\n"
-        write_private(directory / self.FILE, text.encode("utf-8"))
+        write_settings_file(directory / self.FILE, value)
 
 
 # ==============================================================================
@@ -6498,8 +6502,7 @@ class ProviderSettings:
             name: {"api_key": entry.api_key, "base_url": entry.base_url}
             for name, entry in settings.items()
         }
-        text = json.dumps(value, indent=2) + "\n"
-        write_private(directory / cls.FILE, text.encode("utf-8"))
+        write_settings_file(directory / cls.FILE, value)
 
 
 def all_providers(settings: Mapping[str, ProviderSettings]) -> list[ProviderSpec]:
@@ -10961,23 +10964,24 @@ class Fleet:
         self._keep_telemetry(node, replace(known, providers=providers))
 
     def _keep_telemetry(self, node: ConnectedNode, telemetry: Telemetry) -> None:
-        with self._lock:
-            self._telemetry[node.node_id] = (telemetry, time.monotonic())
-        self.cpu_history.add(node.node_id, telemetry.cpu_usage)
+        self._remember(node.node_id, telemetry)
         self._devices.save_telemetry(
             node.device_id, telemetry.to_payload(node.node_id), now_ms()
         )
-        self._announce(
-            NODE_TELEMETRY,
-            {"nodeId": node.node_id, **telemetry.to_columns(stale=False)},
-        )
+        self._announce_telemetry(node.node_id, telemetry)
 
     def report_local(self, telemetry: Telemetry) -> None:
+        self._remember(LOCAL_ID, telemetry)
+        self._announce_telemetry(LOCAL_ID, telemetry)
+
+    def _remember(self, node_id: str, telemetry: Telemetry) -> None:
         with self._lock:
-            self._telemetry[LOCAL_ID] = (telemetry, time.monotonic())
-        self.cpu_history.add(LOCAL_ID, telemetry.cpu_usage)
+            self._telemetry[node_id] = (telemetry, time.monotonic())
+        self.cpu_history.add(node_id, telemetry.cpu_usage)
+
+    def _announce_telemetry(self, node_id: str, telemetry: Telemetry) -> None:
         columns = telemetry.to_columns(stale=False)
-        self._announce(NODE_TELEMETRY, {"nodeId": LOCAL_ID, **columns})
+        self._announce(NODE_TELEMETRY, {"nodeId": node_id, **columns})
 
     def resolve(self, reference: str) -> tuple[str, str]:
         """Return id and name of the machine that an id or a name stands for.
@@ -11846,7 +11850,6 @@ class JobSink:
     ) -> None:
         self.output = output
         self.place: int | None = None  # in line
-        self.waiting = False  # for its node
         self._invoke_id = invoke_id
         self._changed = changed
         self._failing = False
@@ -11865,9 +11868,8 @@ class JobSink:
 
     def stdin_received(self, invoke_id: str, offset: int) -> None: ...
 
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:
+    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:  # noqa: ARG002
         self.place = detail.get("place") or None
-        self.waiting = state == "waiting"
         self._changed(invoke_id)
 
     def end(self, _invocation: Invocation, _end: CommandEnd) -> bool:
@@ -12054,6 +12056,15 @@ class PlannedCommand:
     command: str
     working_dir: str | None = None
     timeout: float | None = None  # s
+
+    def arguments(self) -> JsonObject:
+        """Return it as the arguments of `system.run`."""
+        args: JsonObject = {"command": self.command}
+        if self.working_dir:
+            args["cwd"] = self.working_dir
+        if self.timeout:
+            args["timeout"] = max(1, round(self.timeout * 1000))
+        return args
 
     def fields(self) -> JsonObject:
         """Return it as chat events show it."""
@@ -13583,6 +13594,14 @@ class SessionLog:
             log.error("numbers not reserved session=%s: %s", self.key, error)
 
 
+def stored_session(sessions: SessionsTable, key: str) -> Session:
+    """Return a session by its key.  Raises RpcError NOT_FOUND."""
+    session = sessions.by_key(key)
+    if session is None:
+        raise RpcError("NOT_FOUND", f"there is no session {key[:100]!r}")
+    return session
+
+
 class SessionLogs:
     """The logs of all sessions, and the thread that reports what is in progress."""
 
@@ -13608,9 +13627,7 @@ class SessionLogs:
             known = self._logs.get(session_key)
         if known is not None:
             return known
-        session = self._store.sessions.by_key(session_key)
-        if session is None:
-            raise RpcError("NOT_FOUND", f"there is no session {session_key[:100]!r}")
+        session = stored_session(self._store.sessions, session_key)
         new = SessionLog(session, self._store, self._announce, self._has_news)
         with self._changed:
             return self._logs.setdefault(session_key, new)
@@ -13801,14 +13818,14 @@ class SessionExecutor:
         card = CommandCard(session_log, live, on_chunk)
         card.start()
         origin = replace(live.origin, decided_by=live.decided_by)
-        args: JsonObject = {"command": planned.command}
-        if planned.working_dir:
-            args["cwd"] = planned.working_dir
-        if planned.timeout:
-            args["timeout"] = max(1, round(planned.timeout * 1000))
         try:
             invocation = self._invocations.start(
-                planned.node_id, SYSTEM_RUN, args, origin, card, planned.invoke_id
+                planned.node_id,
+                SYSTEM_RUN,
+                planned.arguments(),
+                origin,
+                card,
+                planned.invoke_id,
             )
         except RpcError as error:
             card.fail(error.message)
@@ -14364,10 +14381,7 @@ class Chats:
             raise RpcError("INVALID_REQUEST", str(error)) from error
 
     def _session(self, key: str) -> Session:
-        session = self._store.sessions.by_key(key)
-        if session is None:
-            raise RpcError("NOT_FOUND", f"there is no session {key[:100]!r}")
-        return session
+        return stored_session(self._store.sessions, key)
 
     def _tell(self, kind: str, key: str) -> JsonObject:
         view = self.view(key)
@@ -15905,6 +15919,17 @@ def error_reply(status: int, message: str) -> Reply:
     return Reply(status, (message + "\n").encode("utf-8"))
 
 
+def download_reply(name: str, text: str, kind: str) -> Reply:
+    """Return `text` as a file that a browser saves, and keeps nowhere else."""
+    disposition = f'attachment; filename="{name}"'
+    return Reply(
+        200,
+        text.encode("utf-8", "replace"),
+        f"{kind}; charset=utf-8",
+        [("Content-Disposition", disposition), ("Cache-Control", "no-store")],
+    )
+
+
 STATUS_OF_CODE: Mapping[str, int] = {
     "INVALID_REQUEST": 400,
     "UNAUTHORIZED": 401,
@@ -16175,23 +16200,12 @@ class HttpApp:
             self._caller(request), "command.output", {"invokeId": invoke_id}
         )
         text = output_text(command)
-        name = f'attachment; filename="output-{invoke_id[:8]}.txt"'
-        return Reply(
-            200,
-            text.encode("utf-8", "replace"),
-            headers=[("Content-Disposition", name), ("Cache-Control", "no-store")],
-        )
+        return download_reply(f"output-{invoke_id[:8]}.txt", text, "text/plain")
 
     def _audit_csv(self, request: HttpRequest) -> Reply:
         """Answer all that was done, the newest first, for a spreadsheet."""
         text = audit_csv(self._gateway.rpc, self._caller(request))
-        name = 'attachment; filename="moltis-audit.csv"'
-        return Reply(
-            200,
-            text.encode("utf-8", "replace"),
-            "text/csv; charset=utf-8",
-            [("Content-Disposition", name), ("Cache-Control", "no-store")],
-        )
+        return download_reply("moltis-audit.csv", text, "text/csv")
 
     def _rpc(self, request: HttpRequest) -> Reply:
         caller = self._caller(request)
@@ -20794,15 +20808,10 @@ class RemoteExecutor:
         cancel: Cancellation,
     ) -> JsonObject:
         """Return the result of `system.run`.  Raises RpcError, Cancelled."""
-        args: JsonObject = {"command": planned.command}
-        if planned.working_dir:
-            args["cwd"] = planned.working_dir
-        if planned.timeout:
-            args["timeout"] = round(planned.timeout * 1000)
         params = {
             "nodeId": planned.node_id,
             "command": SYSTEM_RUN,
-            "args": args,
+            "args": planned.arguments(),
             "invokeId": planned.invoke_id,
         }
         answer = self._client.start("node.invoke", params)
@@ -21764,6 +21773,12 @@ def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
     return install_node(settings, trust, context)
 
 
+def check_timeout(timeout: float | None) -> None:  # s
+    """Raises UsageError for what --timeout does not take."""
+    if timeout is not None and not 0 < timeout * 1000 <= MAX_TIMEOUT_MS:
+        raise UsageError(f"--timeout takes a positive number of seconds, not {timeout}")
+
+
 def node_settings(
     args: argparse.Namespace, offer: JsonObject, context: Context
 ) -> NodeSettings:
@@ -21781,10 +21796,7 @@ def node_settings(
             f"{missing} is missing; `moltis node generate-token` on the gateway prints "
             "the whole command"
         )
-    if args.timeout is not None and not 0 < args.timeout < MAX_TIMEOUT_MS:
-        raise UsageError(
-            f"--timeout takes a positive number of seconds, not {args.timeout}"
-        )
+    check_timeout(args.timeout)
     if any(not pattern.strip() for pattern in args.allow or ()):
         raise UsageError("--allow is empty, so nothing could run; give it a pattern")
     if (args.ca or args.fingerprint) and websocket_url(host).startswith("ws:"):
@@ -22460,10 +22472,7 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
     if args.all == bool(args.nodes):
         both = ", not both" if args.all else ""
         raise UsageError(f"name the nodes, or say --all{both}")
-    if args.timeout is not None and not 0 < args.timeout < MAX_TIMEOUT_MS:
-        raise UsageError(
-            f"--timeout takes a positive number of seconds, not {args.timeout}"
-        )
+    check_timeout(args.timeout)
     # One word is a line for the shell; several are to arrive as the words they are.
     line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
     request: JsonObject = {
