@@ -5661,6 +5661,7 @@ def _dial_model(parts: SplitResult, cancel: Cancellation) -> socket.socket:
     try:
         if parts.scheme != "https":
             return _connect_model(host, parts.port or 80, cancel)
+        require_ssl()
         import ssl
 
         sock = ssl.create_default_context().wrap_socket(
@@ -5674,7 +5675,8 @@ def _dial_model(parts: SplitResult, cancel: Cancellation) -> socket.socket:
                 sock.do_handshake()
             stack.pop_all()
         return sock
-    except (OSError, ValueError) as error:  # ValueError: a port that is none
+    # ValueError: a port that is none; BadConfiguration: a Python without TLS
+    except (OSError, ValueError, BadConfiguration) as error:
         raise ModelError(f"{parts.netloc} cannot be reached: {error}") from error
 
 

@@ -8,6 +8,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 from email.utils import formatdate
 
@@ -1355,3 +1356,9 @@ def test_a_model_of_nobody_is_an_error_that_lists_the_providers(model_id):
     catalog = moltis.ModelCatalog([OpenAi.make(OpenAi.spec, "http://nobody", "")])
     with pytest.raises(ModelError, match="openai"):
         catalog.model(model_id)
+
+
+def test_a_python_without_tls_says_so_of_a_model(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ssl", None)
+    with pytest.raises(moltis.ModelError, match="Python's module ssl"):
+        moltis._dial_model(moltis.urlsplit("https://x.test/"), moltis.Cancellation())
