@@ -23316,6 +23316,9 @@ def command_verdict(command: JsonObject, whole: bool) -> Iterator[str]:
 # -- main ----------------------------------------------------------------------
 
 
+VERSION_TEXT = f"moltis {__version__}"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
@@ -23323,7 +23326,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Many machines, usable from one place.",
         **_example("moltis gateway --demo-node"),
     )
-    parser.add_argument("--version", action="version", version=f"moltis {__version__}")
+    parser.add_argument("--version", action="version", version=VERSION_TEXT)
     subcommands = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
     add_gateway(subcommands)
     add_chat(subcommands)
@@ -23367,6 +23370,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--" in arguments:  # what follows belongs to the other machine
         split = arguments.index("--")
         arguments, command = arguments[:split], arguments[split + 1 :]
+    if arguments == ["--version"]:  # the whole parser takes 6 ms, a fifth of this
+        sys.stdout.write(VERSION_TEXT + "\n")
+        return EXIT_OK
     args = build_parser().parse_args(arguments, argparse.Namespace(command=command))
     context = Context(dict(os.environ), Output(os.environ))
     try:
