@@ -378,7 +378,7 @@ def _make_methods(cls: Any, *, hashed: bool, eq: bool) -> None:
         f"def __repr__(self):\n    return f'{cls.__qualname__}({', '.join(shown)})'\n"
         f"def values_(self):\n    return ({values})\n"
     )
-    exec(source, scope)
+    exec(source, scope)  # nosec B102: names of our own fields, and nothing else
     values_ = scope["values_"]
 
     def equal(self: object, other: object) -> Any:
