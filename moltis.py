@@ -7311,6 +7311,7 @@ class GatewayLink:
         self._machine = machine
         self._resumable = _resumable(hello) if streams else None
         self._calls = Calls(ws.send)
+        self._lock = threading.Lock()  # guards _results and _refused
         self._results: dict[Future[Any], str] = {}  # sent, not yet answered
         self._refused: list[str] = []  # results to send again: its disk was full, say
         self._handlers: Mapping[str, Callable[[JsonObject], None]] = {
@@ -7338,7 +7339,8 @@ class GatewayLink:
         params = {"invokeId": invoke_id, "result": result}
         with contextlib.suppress(ConnectionClosed):
             answer = self._calls.start(INVOKE_RESULT, params)
-            self._results[answer] = invoke_id
+            with self._lock:
+                self._results[answer] = invoke_id
             answer.add_done_callback(self._on_answer)
 
     def rewound(self, invoke_id: str, stdin: int) -> None:
@@ -7365,7 +7367,8 @@ class GatewayLink:
 
     def report(self, payload: JsonObject) -> None:
         """Send telemetry, and results that were not taken.  Raises ConnectionClosed."""
-        refused, self._refused = self._refused, []
+        with self._lock:
+            refused, self._refused = self._refused, []
         for invoke_id in refused:
             self._machine.resend_result(invoke_id)
         self._calls.start(NODE_EVENT, {"event": NODE_TELEMETRY, "payload": payload})
@@ -7388,22 +7391,26 @@ class GatewayLink:
     def wait_until_settled(self, timeout: float) -> None:
         """Give the gateway `timeout` s to take the results that were sent."""
         deadline = Deadline(timeout)
+        with self._lock:
+            answers = list(self._results)
         with contextlib.suppress(FutureTimeout, MoltisError):
-            for answer in list(self._results):
+            for answer in answers:
                 answer.result(deadline.remaining())
 
     def close(self, error: MoltisError) -> None:
         self._calls.close(error)
 
     def _on_answer(self, answer: Future[Any]) -> None:
-        invoke_id = self._results.pop(answer, "")
+        with self._lock:
+            invoke_id = self._results.pop(answer, "")
         error = answer.exception()
         if isinstance(error, ConnectionClosed):
             return  # the result is kept, and sent again over the next connection
         if error is not None:
             log.warning("result not taken invocation=%s: %s", invoke_id, error)
         if isinstance(error, RpcError) and error.retryable:
-            self._refused.append(invoke_id)
+            with self._lock:
+                self._refused.append(invoke_id)
         else:
             self._machine.settle(invoke_id)
 
@@ -20758,7 +20765,7 @@ def _goes_on(error: RpcError) -> bool:
 
 # ==============================================================================
 # MCP
-# Uses: Wire protocol, Commands, Language models, Machine, Fleet, Agent,
+# Uses: Wire protocol, Commands, Language models, Machine, Fleet, Agent, Gateway,
 #       Operator client
 #
 # The agent's tools for programs that speak the Model Context Protocol: JSON-RPC 2.0,
@@ -20769,9 +20776,12 @@ def _goes_on(error: RpcError) -> bool:
 MCP_VERSIONS = ("2025-06-18", "2025-03-26", "2024-11-05")  # the newest first
 MCP_SESSION = "mcp"  # the key under which its commands are asked for
 
+MAX_MCP_CALLS = 64  # at a time; one more is refused
+
 PARSE_ERROR = -32700  # JSON-RPC 2.0 section 5.1
 INVALID_JSON_RPC = -32600
 UNKNOWN_JSON_RPC_METHOD = -32601
+INTERNAL_JSON_RPC_ERROR = -32603
 
 
 class RemoteDirectory:
@@ -20943,8 +20953,13 @@ class McpServer:
         )
         # Under the lock, so that serve() joins only threads that run.
         with self._lock:
-            thread.start()
-            self._running[call.id] = thread, cancel
+            room = len(self._running) < MAX_MCP_CALLS
+            if room:
+                thread.start()
+                self._running[call.id] = thread, cancel
+        if not room:
+            refusal = f"{MAX_MCP_CALLS} calls are running; wait for one of them to end"
+            self._fail(request_id, INVALID_JSON_RPC, refusal)
 
     def _call(self, request_id: object, call: ToolCall, cancel: Cancellation) -> None:
         try:
@@ -20963,8 +20978,9 @@ class McpServer:
             # MCP: a call that was cancelled is not answered.
             if not cancel.cancelled:
                 self._succeed(request_id, {"content": content, "isError": failed})
-        except MoltisError as error:
-            self._fail(request_id, INVALID_JSON_RPC, str(error))
+        except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
+            failure = as_rpc_error(error, call.name)
+            self._fail(request_id, INTERNAL_JSON_RPC_ERROR, failure.message)
         finally:
             with self._lock:
                 self._running.pop(call.id, None)
