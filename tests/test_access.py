@@ -243,7 +243,7 @@ def test_a_join_code_lasts_ten_minutes(access, clock):
 
 
 def test_a_token_that_was_fetched_and_never_used_dies(access, store, clock):
-    """DESIGN section 5: what a link preview fetches is worth nothing later."""
+    """What a link preview fetches is worth nothing later."""
     _, token = access.redeem_join_code(join_code(access), THERE)
     used, kept = access.redeem_join_code(join_code(access, "Mac"), THERE)
     store.devices.connect(used.id, node_id="n1", address=THERE, now=clock.ms())
@@ -422,7 +422,6 @@ def fail(access, address, times=1):
 
 
 def test_five_failures_a_minute_then_even_the_right_key_has_to_wait(access, clock):
-    """DESIGN section 4"""
     key = access.ensure_operator_key(None)
     assert fail(access, THERE, 6) == ["UNAUTHORIZED"] * 5 + ["RATE_LIMITED"]
     with pytest.raises(RpcError) as caught:

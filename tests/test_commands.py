@@ -272,7 +272,7 @@ def test_our_secrets_are_not_in_a_commands_environment():
 
 
 def test_only_harmless_variables_are_forwarded():
-    """DESIGN 4: by the gateway, and again by the node."""
+    """By the gateway, and again by the node."""
     forwarded = {
         "TERM": "xterm",
         "LANG": "de_DE.UTF-8",
@@ -331,7 +331,7 @@ def test_a_timeout_ends_the_command():
 
 
 def test_the_whole_group_is_ended(tmp_path):
-    """DESIGN 3.4: SIGTERM to the group, not to the shell alone."""
+    """SIGTERM to the group, not to the shell alone."""
     pids = tmp_path / "pids"
     text = f"sleep 30 & echo $! > {pids}; sh -c 'echo $$ >> {pids}; sleep 30'; true"
     with Background(text) as background:
@@ -399,7 +399,7 @@ def test_cancel_after_the_end_changes_nothing():
 
 
 def test_a_grandchild_with_the_pipes_does_not_keep_the_command_open(tmp_path):
-    """DESIGN 3.5; the grandchild itself is left alone."""
+    """The grandchild itself is left alone."""
     pid_file = tmp_path / "pid"
     result, reader = run(f"sleep 30 & echo $! > {pid_file}; echo done")
     pid = int(pid_file.read_text())
@@ -809,7 +809,6 @@ def test_a_command_in_line_is_cancelled_at_once(jobs):
 
 
 def test_an_invocation_runs_once(jobs, tmp_path):
-    """DESIGN 3.1"""
     text = f"echo ran >> {tmp_path}/runs"
     command = jobs.start("one", text)
     assert jobs.start("one", text) is command

@@ -180,7 +180,7 @@ def test_an_exact_id_wins_over_a_name(world):
 
 
 def test_nothing_falls_back_to_local(world, node):
-    """DESIGN section 3.7: an offline node is an error, Local runs nothing."""
+    """An offline node is an error, and Local runs nothing instead."""
     world.leave(node)
     with pytest.raises(moltis.RpcError, match="far is offline since"):
         world.start("far")

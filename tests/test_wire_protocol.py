@@ -1,4 +1,4 @@
-"""Envelopes, output chunks and calls, as DESIGN section 2 spells them."""
+"""Envelopes, output chunks and calls."""
 
 from __future__ import annotations
 
