@@ -299,7 +299,7 @@ def test_a_downgrade_cannot_be_hidden_by_another_flag():
 
 
 def test_a_client_without_binding_is_refused_over_tls():
-    with pytest.raises(AuthenticationError, match="does not bind to our TLS certificate"):
+    with pytest.raises(AuthenticationError, match="does not bind to our TLS"):
         authenticate(ScramClient("user", TOKEN), server_for(binding=BINDING))
 
 
