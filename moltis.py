@@ -3529,11 +3529,16 @@ class OutputWindow:
             self._next = max(self._next, offset)
 
     def rewind(self, offset: int) -> None:
-        """Send again from `offset`, up to which the reader has everything.
+        """Give out again what follows `offset`, as far as it is still here.
 
-        What is gone already is not sent again.  Raises RpcError.
+        What is before stays, until it is acknowledged: whoever comes back next may
+        have less.  Raises RpcError for bytes that were never sent.
         """
-        self.acknowledge(offset)
+        if offset > self._sent:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"offset {offset} is asked for, but {self._sent} bytes were sent",
+            )
         self._next = max(offset, self.acknowledged)
 
 
@@ -4136,7 +4141,7 @@ class Command:
         self._streams.acknowledge(kind, offset)
 
     def rewind(self, offsets: Mapping[int, int]) -> None:
-        """Hand out again what follows these offsets, which are acknowledged thereby.
+        """Hand out again what follows these offsets, and let go of nothing.
 
         For a reader that comes back.  A stream that is not named starts after what
         was acknowledged last.  A chunk that is on its way while this is called may
@@ -10620,6 +10625,19 @@ class Invocation:
             if sink is self.sink:
                 self._consumed.update(self._received)
 
+    def tell_offsets(self, link: NodeLink, *, rewind: bool = True) -> None:
+        """Tell the node what to send again, and what was dealt with meanwhile.
+
+        Raises ConnectionClosed.
+        """
+        with self._lock:
+            received, consumed = dict(self._received), dict(self._consumed)
+            self._announced = dict(consumed)
+        if rewind:
+            link.rewind(self.id, received[STDOUT], received[STDERR])
+        for stream, offset in consumed.items():
+            link.acknowledge(self.id, stream, offset)
+
     def keep_result(self, result: JsonObject, accept: Callable[[], None]) -> None:
         """Keep what came from the node until it can be handed out, and accepted."""
         with self._lock:
@@ -11329,9 +11347,7 @@ class Invocations:
         Raises RpcError CONFLICT where some of it is gone already.
         """
         future = invocation.attach(sink, stdout, stderr)
-        self._tell_node(
-            invocation, lambda link: link.rewind(invocation.id, stdout, stderr)
-        )
+        self._tell_node(invocation, invocation.tell_offsets)
         self._hand_out(invocation)
         return future
 
@@ -11359,7 +11375,7 @@ class Invocations:
                 reason = f"no result {LOST_AFTER:.0f} s after the command's timeout"
                 self.give_up(invocation, reason)
             elif _is_forsaken(invocation):
-                self._forsake(invocation)
+                self.forsake(invocation, cancel=invocation.asked_here)
 
     def close(self) -> None:
         """Tell those who wait that the gateway stops; the commands go on."""
@@ -11402,9 +11418,9 @@ class Invocations:
         if sink.end(invocation, end):
             invocation.consume_all(sink)
 
-    def _forsake(self, invocation: Invocation) -> None:
-        """Wait no longer for a caller: let the command end, and its output go."""
-        if invocation.end is None and invocation.asked_here:
+    def forsake(self, invocation: Invocation, *, cancel: bool) -> None:
+        """Let the output of a command go, whose caller does not want it any more."""
+        if cancel and invocation.end is None:
             self.cancel(invocation)
         offsets = (invocation.consumed(STDOUT), invocation.consumed(STDERR))
         self.attach(invocation, CollectingSink(0), *offsets)
@@ -11475,11 +11491,10 @@ class Resumption:
             item = node.inflight.get(invocation.id)
             if item is not None:
                 invocation.skip_to(item.stdout, item.stderr)
+        # Not what was received: a caller who comes back may have less.
         return [
             {
                 "invokeId": invocation.id,
-                # Not what was received: the node forgets what is before these, and a
-                # caller who comes back may still need it.
                 "stdout": invocation.consumed(STDOUT),
                 "stderr": invocation.consumed(STDERR),
             }
@@ -11496,6 +11511,7 @@ class Resumption:
                 item = node.inflight[invocation.id]
                 resumed = {"resumed": True, "stdin": item.stdin}
                 invocation.sink.state(invocation.id, "running", resumed)
+                invocation.tell_offsets(node.link, rewind=False)
                 if invocation.cancelled:
                     self._invocations.cancel(invocation)
             elif invocation.sent_to not in (None, node.instance):
@@ -15325,18 +15341,10 @@ class OperatorPeer:
             followed = list(self._followed.values())
         leaves = self._has_left
         for invocation in followed:
-            if invocation.sink is not self:
-                continue  # it has come back already, over another connection
             if not leaves:
                 invocation.detach(self)
-                continue
-            if not invocation.future.done():
-                self._invocations.cancel(invocation)
-            # What was sent and not acknowledged will not be: let the node forget.
-            for stream in (STDOUT, STDERR):
-                self._invocations.acknowledge(
-                    invocation, stream, invocation.received(stream)
-                )
+            elif invocation.sink is self:
+                self._invocations.forsake(invocation, cancel=True)
 
 
 NodeRequestHandler = Callable[[ConnectedNode, Request], Optional[JsonObject]]
@@ -20533,6 +20541,7 @@ class RemoteCommand:
         self.ended = False
         self._args = args
         self._written = {STDOUT: 0, STDERR: 0}
+        self._taken = {STDOUT: 0, STDERR: 0}  # handed on to be written
         self._acknowledged = {STDOUT: 0, STDERR: 0}
 
     def start(self, client: OperatorClient) -> Future[Any]:
@@ -20544,8 +20553,16 @@ class RemoteCommand:
             "invokeId": self.id,
             "received": self._offsets(),
         }
+        self._taken = dict(self._written)
         self._acknowledged = dict(self._written)
         return client.start("node.invoke", params)
+
+    def take(self, chunk: Chunk) -> bool:
+        """Return whether `chunk` is the next; one of an old connection may not be."""
+        follows = chunk.offset == self._taken[chunk.kind]
+        if follows:
+            self._taken[chunk.kind] = chunk.end
+        return follows
 
     def written(self, client: OperatorClient, chunk: Chunk, *, every: int) -> None:
         """Note that output was dealt with; let the node send more now and then."""
@@ -20595,7 +20612,9 @@ class RemoteInput:
     def rewind(self, offset: int | None = None) -> None:
         """Send again what the command has not consumed: all before `offset` it has."""
         with self._changed:
-            self._window.rewind(self._window.acknowledged if offset is None else offset)
+            if offset is not None:
+                self._window.acknowledge(offset)
+            self._window.rewind(self._window.acknowledged)
             self._end_sent = False
             self._changed.notify_all()
         self._send_all()
@@ -20656,7 +20675,8 @@ class RemoteCommands:
                 continue
             if isinstance(item, RemoteEnd):
                 item.command.ended = True
-            yield item
+            if not isinstance(item, RemoteOutput) or item.command.take(item.chunk):
+                yield item
 
     def written(self, output: RemoteOutput, *, every: int) -> None:
         """Note that output was dealt with."""

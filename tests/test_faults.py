@@ -490,7 +490,8 @@ class Schedule:
         self.misfortunes = [
             self.break_connections,
             self.break_connections,
-            self.break_connections,
+            self.break_both,
+            self.break_both,
             self.kill_gateway,
             self.stop_gateway,
             self.pause,
@@ -540,6 +541,11 @@ class Schedule:
             proxy.cut_after(self.rng.choice([1, 40, 500, 70_000, 300_000]))
         else:
             getattr(proxy, what)()
+
+    def break_both(self):
+        self.tell("both", "cut_after")
+        for proxy in (self.world.node_proxy, self.world.operator_proxy):
+            proxy.cut_after(self.rng.choice([500, 70_000, 300_000, 900_000]))
 
     def kill_gateway(self):
         self.tell("gateway", "kill")

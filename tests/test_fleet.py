@@ -734,3 +734,18 @@ def test_a_node_keeps_the_result_until_the_audit_has_it(world, node, monkeypatch
     world.invocations.tick()
     assert accepted == [True]
     assert world.state(invocation) == "done"
+
+
+def test_what_a_node_is_asked_to_send_again_is_what_the_caller_lacks(world, node):
+    """Both connections broke: the node comes back first, the caller with less."""
+    first, second = Sink(slow=True), Sink()
+    invocation = world.start("far", first)
+    world.invocations.handle_chunk("id-far", output(invocation, 0, b"0123456789"))
+    world.invocations.acknowledge(invocation, 1, 2)
+    world.leave(node)
+    item = moltis.InflightCommand(invocation.id, 0, 0, 0, done=False)
+    again = world.connect("far", inflight=(item,))
+    assert (1, 2) in again.link.acknowledged  # not 10: that is not the caller's yet
+    world.resumption.again(invocation.id, ORIGIN, second, 5, 0)
+    assert again.link.rewound == [(invocation.id, 5, 0)]
+    assert (1, 5) in again.link.acknowledged  # or a full window would stay full
