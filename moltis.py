@@ -9458,6 +9458,15 @@ class MessagesTable:
         row = self._db.row("SELECT * FROM messages WHERE invoke_id = ?", (invoke_id,))
         return None if row is None else _message_from(row)
 
+    def invoke_ids(self, session_key: str) -> list[str]:
+        """Return the commands of a session."""
+        rows = self._db.rows(
+            "SELECT invoke_id FROM messages WHERE session_key = ?"
+            " AND invoke_id IS NOT NULL",
+            (session_key,),
+        )
+        return [row["invoke_id"] for row in rows]
+
     def last_created_at(self, session_key: str) -> int:
         row = self._db.row(
             "SELECT max(created_at) last FROM messages WHERE session_key = ?",
@@ -11651,6 +11660,7 @@ class LocalPeer:
 # ==============================================================================
 
 JOBS_DIRECTORY = "jobs"  # below the data directory
+OUTPUTS_DIRECTORY = "outputs"  # the same, for commands that are on a card
 JOB_SEGMENT = 4 * 1024 * 1024  # bytes of one file
 MAX_JOB_SEGMENTS = 16  # of one job; beyond it all but the first and the newest go
 MAX_JOBS = 200  # with output; beyond it that of the oldest that ended goes
@@ -11932,6 +11942,34 @@ class Jobs:
             self._sinks[invoke_id] = sink
             return sink
 
+    def keep(self, chunk: Chunk) -> None:
+        """Write what is new of a chunk; one that came before is there already.
+
+        Raises RpcError where the output cannot be kept.
+        """
+        sink = self.open(chunk.invoke_id)
+        start = max(chunk.offset, sink.output.offset(chunk.kind))
+        if start < chunk.end:
+            data = chunk.data[start - chunk.offset :]
+            sink.chunk(Chunk(chunk.kind, chunk.invoke_id, start, data))
+
+    def read_all(self, invoke_id: str) -> Iterator[bytes]:
+        """Yield both streams of a command as they came, with what is missing.
+
+        Raises RpcError, OSError.
+        """
+        output = self.open(invoke_id).output
+        position, ends = 0, {STDOUT: 0, STDERR: 0}
+        while position < output.end:
+            reading = output.read(position)
+            for piece in reading.pieces:
+                missing = piece.offset - ends[piece.stream]
+                if missing > 0:
+                    yield f"\n[… {missing:,} bytes cut …]\n".encode()
+                yield piece.data
+                ends[piece.stream] = piece.offset + len(piece.data)
+            position = reading.next
+
     def known(self, invoke_id: str) -> bool:
         return is_uuid(invoke_id) and (self._directory / invoke_id).is_dir()
 
@@ -11956,6 +11994,8 @@ class Jobs:
         """Let the output of the oldest jobs go that ended, where there are too many."""
         ended = []
         ids = self.ids()
+        if len(ids) < MAX_JOBS:
+            return
         for invoke_id in ids:
             record = self._commands.by_id(invoke_id)
             if record is not None and record.ended_at is not None:
@@ -13099,8 +13139,8 @@ def _lent_entry(model: ModelInfo, node_id: str, node_name: str) -> JsonObject:
 
 # ==============================================================================
 # Chat
-# Uses: Wire protocol, Commands, Language models, Machine, Store, Access, Fleet, Agent,
-#       Model directory
+# Uses: Wire protocol, Commands, Language models, Machine, Store, Access, Fleet, Jobs,
+#       Agent, Model directory
 #
 # Sessions as people see them: messages whose changes are numbered, so that any client
 # can catch up; turns one after the other, which go on when nobody looks; commands as
@@ -13170,6 +13210,11 @@ class KeptOutput:
     @property
     def head_full(self) -> bool:
         return self._head_size >= KEPT_HEAD
+
+    @property
+    def cut(self) -> int:
+        """The number of bytes left out between head and tail."""
+        return self._cut
 
     def end(self, kind: int) -> int:
         """Return how many bytes of a stream are text by now."""
@@ -13373,6 +13418,47 @@ def _last_pieces(pieces: list[tuple[int, int, str]]) -> list[tuple[int, int, str
     return joined
 
 
+class CardOutputs:
+    """The whole output of commands, of which their cards show the ends: in files."""
+
+    def __init__(self, directory: Path, commands: CommandsTable) -> None:
+        self._files = Jobs(directory / OUTPUTS_DIRECTORY, commands)
+
+    def close(self) -> None:
+        self._files.close()
+
+    def keep(self, chunk: Chunk) -> None:
+        """Take output; what cannot be kept has its head and tail on the card."""
+        try:
+            if not self._files.known(chunk.invoke_id):
+                self._files.make_room()
+            self._files.keep(chunk)
+        except RpcError as error:
+            log.debug("output not kept: %s", error)
+
+    def end(self, live: LiveMessage) -> None:
+        """Note that a command ended; what its card shows whole needs no file."""
+        if live.invoke_id is None or not self._files.known(live.invoke_id):
+            return
+        if live.output is None or not live.output.cut:
+            self._files.discard(live.invoke_id)
+        else:
+            with contextlib.suppress(RpcError):
+                self._files.open(live.invoke_id).output.close()
+
+    def read(self, invoke_id: str) -> Iterator[bytes] | None:
+        """Return the whole output in pieces, or None where the card shows it all.
+
+        Reading may raise RpcError, OSError.
+        """
+        known = self._files.known(invoke_id)
+        return self._files.read_all(invoke_id) if known else None
+
+    def discard(self, invoke_ids: Iterable[str]) -> None:
+        for invoke_id in invoke_ids:
+            self._files.discard(invoke_id)
+
+
 class SessionLog:
     """The messages of one session: each change is numbered, kept and told."""
 
@@ -13382,8 +13468,10 @@ class SessionLog:
         store: Store,
         announce: Callable[[str, JsonObject], None],
         on_news: Callable[[SessionLog], None],
+        outputs: CardOutputs,
     ) -> None:
         self.key = session.key
+        self.outputs = outputs
         self._store = store
         self._announce = announce
         self._on_news = on_news
@@ -13631,9 +13719,13 @@ class SessionLogs:
     """The logs of all sessions, and the thread that reports what is in progress."""
 
     def __init__(
-        self, store: Store, announce: Callable[[str, JsonObject], None]
+        self,
+        store: Store,
+        announce: Callable[[str, JsonObject], None],
+        outputs: CardOutputs,
     ) -> None:
         self._store = store
+        self._outputs = outputs
         self._announce = announce
         self._changed = threading.Condition(threading.Lock())  # guards all below
         self._logs: dict[str, SessionLog] = {}
@@ -13653,9 +13745,15 @@ class SessionLogs:
         if known is not None:
             return known
         session = stored_session(self._store.sessions, session_key)
-        new = SessionLog(session, self._store, self._announce, self._has_news)
+        new = SessionLog(
+            session, self._store, self._announce, self._has_news, self._outputs
+        )
         with self._changed:
             return self._logs.setdefault(session_key, new)
+
+    def discard_outputs(self, session_key: str) -> None:
+        """Delete the files with the output of a session's commands."""
+        self._outputs.discard(self._store.messages.invoke_ids(session_key))
 
     def drop(self, session_key: str) -> None:
         """Forget a log whose session is gone, or begins anew."""
@@ -13763,6 +13861,7 @@ class CommandCard:
     def chunk(self, chunk: Chunk) -> int:
         if self._on_chunk is not None:
             self._on_chunk(chunk.kind, chunk.offset, chunk.data)
+        self._log.outputs.keep(chunk)
         return self._log.add_output(self._live, chunk)
 
     def stdin_received(self, invoke_id: str, offset: int) -> None: ...
@@ -13807,6 +13906,7 @@ class CommandCard:
     def _finish(self, state: str, **command: Any) -> None:
         over = {"place": None, "waiting": None, **command}
         self._log.post("tool_call_end", self._live, state=state, command=over)
+        self._log.outputs.end(self._live)
 
 
 class SessionExecutor:
@@ -14258,6 +14358,7 @@ class Chats:
         """Forget what was said.  Raises RpcError NOT_FOUND."""
         self._session(key)
         self._end(key)
+        self._logs.discard_outputs(key)
         self._store.sessions.clear(key)
         return self._tell("reset", key)
 
@@ -14267,6 +14368,7 @@ class Chats:
             raise RpcError("INVALID_REQUEST", "the main session stays; it can be reset")
         self._session(key)
         self._end(key)
+        self._logs.discard_outputs(key)
         self._store.sessions.delete(key)
         self._announce("session", {"type": "deleted", "sessionKey": key})
 
@@ -15923,6 +16025,7 @@ class Reply:
     body: bytes = b""
     content_type: str = "text/plain; charset=utf-8"
     headers: Sequence[tuple[str, str]] = ()
+    more: Iterator[bytes] | None = None  # follows the body, up to the connection's end
 
 
 def json_reply(
@@ -16079,7 +16182,9 @@ class HttpApp:
         access: Access,
         files: Mapping[str, Reply],  # by path; what never changes
         edge: Edge,
+        outputs: CardOutputs,
     ) -> None:
+        self._outputs = outputs
         self.proxies = edge.proxies
         self._edge = edge
         self._gateway = gateway
@@ -16216,8 +16321,11 @@ class HttpApp:
         command = self._gateway.rpc.call(
             self._caller(request), "command.output", {"invokeId": invoke_id}
         )
-        text = output_text(command)
-        return download_reply(f"output-{invoke_id[:8]}.txt", text, "text/plain")
+        name = f"output-{invoke_id[:8]}.txt"
+        whole = self._outputs.read(invoke_id)
+        if whole is None:
+            return download_reply(name, output_text(command), "text/plain")
+        return replace(download_reply(name, "", "text/plain"), more=whole)
 
     def _audit_csv(self, request: HttpRequest) -> Reply:
         """Answer all that was done, the newest first, for a spreadsheet."""
@@ -16436,7 +16544,10 @@ class HttpExchange:
         handler = self._handler
         handler.send_response(reply.status)
         handler.send_header("Content-Type", reply.content_type)
-        handler.send_header("Content-Length", str(len(reply.body)))
+        if reply.more is None:
+            handler.send_header("Content-Length", str(len(reply.body)))
+        else:
+            handler.close_connection = True  # how long it is shows at its end
         for name, value in (*SECURITY_HEADERS, *reply.headers):
             handler.send_header(name, value)
         if handler.close_connection:
@@ -16444,6 +16555,8 @@ class HttpExchange:
         handler.end_headers()
         if handler.command != "HEAD":
             handler.wfile.write(reply.body)
+            for piece in reply.more or ():
+                handler.wfile.write(piece)
 
     def _request(self, body: bytes) -> HttpRequest:
         tls = self._peer.tls
@@ -21472,26 +21585,29 @@ class RunningGateway:
     def __init__(self, context: Context, options: GatewayOptions) -> None:
         """Raises BadConfiguration."""
         self.options = options
-        self._directory = context.directory
+        path = self._directory = context.directory
         with contextlib.ExitStack() as stack:
-            store = Store(self._directory / STORE_FILE)
-            self.store = stack.enter_context(closing(store))
+            store = self.store = Store(path / STORE_FILE)
+            stack.callback(store.close)
             connections = stack.enter_context(closing(ConnectionThreads()))
             access = self._access = Access(store)
             self._key = self._kept_key()
             audience = Audience()
             local = stack.enter_context(closing(LocalNode(context.environ)))
             fleet = self.fleet = Fleet(store.devices, local.node, audience.announce)
-            logs = stack.enter_context(closing(SessionLogs(store, audience.announce)))
+            outputs = CardOutputs(path, store.commands)
+            stack.callback(outputs.close)
+            logs = SessionLogs(store, audience.announce, outputs)
+            stack.callback(logs.close)
             invocations = self.invocations = Invocations(fleet, store.commands)
-            jobs = Jobs(self._directory / JOBS_DIRECTORY, store.commands)
+            jobs = Jobs(path / JOBS_DIRECTORY, store.commands)
             stack.callback(jobs.close)
             resumption = Resumption(
                 fleet, invocations, store.commands, jobs.before(logs.find_sink)
             )
             local.start(fleet, invocations, resumption)
             models = self.models = ModelDirectory(
-                self._directory, context.environ, fleet, invocations
+                path, context.environ, fleet, invocations
             )
             stack.callback(models.close)
             chats = RunningChats(
@@ -21522,7 +21638,7 @@ class RunningGateway:
             )
             stack.callback(gateway.close)
             stack.callback(chats.close)  # before the nodes seem to be away
-            app = HttpApp(gateway, access, served_files(), options.edge())
+            app = HttpApp(gateway, access, served_files(), options.edge(), outputs)
             door = HttpDoor(options.listen, app, connections, options.tls)
             stack.callback(door.close)
             self._announce_door(door.port)

@@ -319,6 +319,32 @@ def test_the_kept_output_can_be_downloaded_by_those_who_may(gateway, chat):
     missing.value.close()
 
 
+def test_the_whole_output_can_be_downloaded_where_the_card_shows_its_ends(
+    gateway, chat
+):
+    chat.send("seq 100000; echo end >&2")
+    (card,) = chat.finish()
+    assert card["command"]["cut"] > 0
+    path = f"/api/commands/{card['command']['invokeId']}/output"
+    kept = gateway.directory / "outputs" / card["command"]["invokeId"]
+    assert kept.is_dir()
+    with download(gateway, path) as answer:
+        lines = answer.read().decode().splitlines()
+    assert [line for line in lines if line != "end"] == [
+        str(number) for number in range(1, 100_001)
+    ]
+    assert lines.count("end") == 1
+    gateway.call("sessions.reset", key=chat.session)
+    assert not kept.exists()
+
+
+def test_what_a_card_shows_whole_needs_no_file(gateway, chat):
+    chat.send("seq 1000")
+    chat.finish()
+    kept = gateway.directory / "outputs"
+    wait_for(lambda: not list(kept.iterdir()), what="its file to go")
+
+
 def download(gateway, path):
     headers = {"Authorization": f"Bearer {gateway.api_key}"}
     return urllib.request.urlopen(
@@ -715,12 +741,17 @@ def test_an_abort_does_not_wait_for_a_node_that_is_silent(restartable, tmp_path)
         assert not process_exists(int(text_of(card)))
 
 
+def session_logs(store, directory, announce=lambda *_: None):
+    outputs = moltis.CardOutputs(directory, store.commands)
+    return moltis.SessionLogs(store, announce, outputs)
+
+
 def test_a_turn_between_two_answers_is_shown_as_interrupted(tmp_path):
     store = moltis.Store(tmp_path / "moltis.db")
     store.sessions.add(moltis.Session("s", "", "shell", "local", 1, 1))
     store.sessions.keep_run("s", "run")
     for _ in range(2):  # and said once
-        logs = moltis.SessionLogs(store, lambda *_: None)
+        logs = session_logs(store, tmp_path)
         (message,) = logs.log("s").last(None)
         logs.close()
     assert (message.role, message.state) == ("notice", "interrupted")
@@ -732,7 +763,7 @@ def test_what_a_model_was_saying_is_shown_as_interrupted(tmp_path):
     store = moltis.Store(tmp_path / "moltis.db")
     session = moltis.Session("s", "", "shell", "local", 1, 1)
     store.sessions.add(session)
-    logs = moltis.SessionLogs(store, lambda *_: None)
+    logs = session_logs(store, tmp_path)
     store.sessions.keep_run("s", "run")
     first = logs.log("s")
     answer = first.begin("assistant", "run")
@@ -740,7 +771,7 @@ def test_what_a_model_was_saying_is_shown_as_interrupted(tmp_path):
     first.say(answer, "half an ans")
     logs.close()  # which keeps what was said so far
     told = []
-    logs = moltis.SessionLogs(store, lambda name, payload: told.append(payload))
+    logs = session_logs(store, tmp_path, lambda name, payload: told.append(payload))
     (message,) = logs.log("s").last(None)
     assert (message.state, message.text) == ("interrupted", "half an ans")
     assert told[0]["seq"] > 1000
