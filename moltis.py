@@ -21323,18 +21323,26 @@ def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsT
 
 
 class StopSignal:
-    """SIGTERM and Ctrl+C, as an event that the main thread waits for."""
+    """SIGTERM and Ctrl+C, as something that the main thread waits for."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        # An Event's set() in a signal handler waits for ever where the signal came in
+        # the middle of the same thread's wait(): its lock is taken.
+        self._stops: SimpleQueue[None] = SimpleQueue()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._event.set())
+            signal.signal(number, lambda *_: self._stops.put(None))
 
     def wait(self, timeout: float | None = None) -> bool:
-        return self._event.wait(timeout)
+        """Return whether it is time to stop, after `timeout` s at the latest."""
+        try:
+            self._stops.get(timeout=timeout)
+        except Empty:
+            return False
+        self._stops.put(None)  # for whoever asks again
+        return True
 
     def set(self) -> None:
-        self._event.set()
+        self._stops.put(None)
 
 
 # -- moltis gateway ------------------------------------------------------------

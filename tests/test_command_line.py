@@ -418,3 +418,34 @@ def test_what_an_unset_variable_leaves_is_not_taken_for_a_choice(
 ):
     assert moltis.main(arguments) == moltis.EXIT_USAGE
     assert words in capsys.readouterr().err
+
+
+def test_a_signal_in_the_middle_of_the_wait_for_it_is_no_deadlock(home):
+    """An Event's lock would be taken where its set() interrupts its wait()."""
+    code = """if True:
+        import os, signal, sys, threading
+        sys.path.insert(0, sys.argv[1])
+        import moltis
+
+        def interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def trace(frame, event, arg):
+            if frame.f_code is threading.Condition.wait.__code__:
+                interrupt()
+
+        stop = moltis.StopSignal()
+        timer = threading.Timer(0.2, interrupt)
+        timer.start()
+        sys.settrace(trace)
+        assert stop.wait() and stop.wait(0)
+        sys.settrace(None)
+        timer.join()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(PROGRAM.parent)],
+        check=False,
+        env=clean_environment(home),
+        timeout=20,
+    )
+    assert done.returncode == 0
