@@ -21601,11 +21601,12 @@ class RunningGateway:
             access = self._access = Access(store)
             self._key = self._kept_key()
             audience = Audience()
+            announce = audience.announce
             local = stack.enter_context(closing(LocalNode(context.environ)))
-            fleet = self.fleet = Fleet(store.devices, local.node, audience.announce)
+            fleet = self.fleet = Fleet(store.devices, local.node, announce)
             outputs = CardOutputs(path, store.commands)
             stack.callback(outputs.close)
-            logs = SessionLogs(store, audience.announce, outputs)
+            logs = SessionLogs(store, announce, outputs)
             stack.callback(logs.close)
             invocations = self.invocations = Invocations(fleet, store.commands)
             jobs = Jobs(path / JOBS_DIRECTORY, store.commands)
@@ -21618,15 +21619,13 @@ class RunningGateway:
                 path, context.environ, fleet, invocations
             )
             stack.callback(models.close)
-            chats = RunningChats(
-                store, fleet, invocations, logs, models, audience.announce
-            )
+            chats = RunningChats(store, fleet, invocations, logs, models, announce)
             rpc = Rpc(
                 NodeMethods(
-                    fleet, invocations, resumption, jobs, store, audience.announce
+                    fleet, invocations, resumption, jobs, store, announce
                 ).methods,
                 JobMethods(fleet, invocations, resumption, jobs, store).methods,
-                DeviceMethods(fleet, access, store.devices, audience.announce).methods,
+                DeviceMethods(fleet, access, store.devices, announce).methods,
                 SubscriptionMethods().methods,
                 ModelMethods(models).methods,
                 AccessMethods(access, store.audit, audience).methods,
