@@ -21620,10 +21620,9 @@ class RunningGateway:
             )
             stack.callback(models.close)
             chats = RunningChats(store, fleet, invocations, logs, models, announce)
+            nodes = NodeMethods(fleet, invocations, resumption, jobs, store, announce)
             rpc = Rpc(
-                NodeMethods(
-                    fleet, invocations, resumption, jobs, store, announce
-                ).methods,
+                nodes.methods,
                 JobMethods(fleet, invocations, resumption, jobs, store).methods,
                 DeviceMethods(fleet, access, store.devices, announce).methods,
                 SubscriptionMethods().methods,
