@@ -977,6 +977,7 @@ for _ in range(300):
     with Background(python(script, seed), reader) as background:
         while not background.ended:
             reader.disturb()
+            time.sleep(0.0005)  # or nothing is sent between two rewinds
         result = background.wait()
     reader.settle()
     assert len(reader.stdout) == result.stdout_bytes
