@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
