@@ -20490,7 +20490,13 @@ class OperatorClient:
         self.close()
 
     def close(self) -> None:
+        """Say goodbye: the gateway ends the commands that this connection follows."""
         self._ws.close(timeout=1.0)
+        self._reader.join()
+
+    def drop(self) -> None:
+        """End the connection as if it broke: whoever it served is coming back."""
+        self._ws.abort()
         self._reader.join()
 
     def listen(
@@ -20827,7 +20833,7 @@ class RemoteCommands:
     def _reconnect(self) -> Iterator[RemoteNews | None]:
         """Look for the gateway; yield what becomes of it, and None meanwhile."""
         yield GatewayState(reachable=False)
-        self._client.close()
+        self._client.drop()
         deadline = Deadline(CALLER_PATIENCE)
         backoff = Backoff(RECONNECT_AFTER, limit=RECONNECT_LIMIT)
         while True:

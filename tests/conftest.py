@@ -26,6 +26,13 @@ def pytest_addoption(parser):
         help="how many schedules of faults to run (tests/test_faults.py)",
     )
     parser.addoption(
+        "--schedules-at-once",
+        type=int,
+        default=10,
+        metavar="N",
+        help="how many of them run side by side: they mostly wait",
+    )
+    parser.addoption(
         "--first-schedule",
         type=int,
         default=0,
