@@ -1,7 +1,8 @@
 """Commands: one shell command as a process group, and many side by side."""
 
-from __future__ import contextlib
+from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
