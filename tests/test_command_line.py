@@ -84,6 +84,34 @@ def test_the_key_of_gateway_json_goes_to_that_gateway_only(home):
             address(home, foreign)
 
 
+# -- which subcommand ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*moltis.SUBCOMMANDS, "", "node", "key", "nodes"])
+@pytest.mark.parametrize(
+    "rest", ["", "-h", "one", "one two three", "--all --no-such x", "--port many"]
+)
+def test_the_parser_of_one_subcommand_says_what_the_whole_parser_says(
+    name, rest, capsys
+):
+    words = [*name.split(), *rest.split()]
+    outcomes = []
+    for parser in (moltis.build_parser(words), moltis.build_parser()):
+        try:
+            outcome = parser.parse_args(words)
+        except SystemExit as end:
+            outcome = end.code
+        outcomes.append((outcome, capsys.readouterr()))
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("columns", [40, 100])
+def test_help_is_as_wide_as_the_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = moltis.build_parser().format_help().splitlines()
+    assert columns - 20 <= max(map(len, lines)) <= columns
+
+
 # -- node add ------------------------------------------------------------------
 
 

@@ -54,6 +54,10 @@ def accepts(parser, line):
     return True
 
 
+def test_the_table_of_subcommands_has_their_names():
+    assert list(SUBCOMMANDS) == list(moltis.SUBCOMMANDS)
+
+
 def test_it_has_a_help_line(subcommand):
     name, help_line, _ = subcommand
     assert help_line, f"{name} has no help line"
