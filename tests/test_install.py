@@ -286,6 +286,40 @@ def test_a_python_without_a_module_gets_its_sentence(
     assert sentence in done.stderr
 
 
+def test_modules_among_what_was_added_to_python_are_found(shell, home, source, path_of):
+    """FreeBSD has sqlite3 there."""
+    path = path_of()
+    (path / "python3").unlink()
+    hook = "import sys; sys.modules['sqlite3'] = None; exec(sys.argv.pop(1))"
+    fake_python(
+        path,
+        'case "$*" in\n'
+        f"*base_prefix*) echo '{path}/python3' ;;\n"
+        f'-IS*importlib*) shift 2; exec {sys.executable} -I -c "{hook}" "$@" ;;\n'
+        f'*) exec {sys.executable} "$@" ;;\n'
+        "esac",
+    )
+    done = install(shell, home, "--from", source, PATH=str(path))
+    assert done.returncode == 0, done.stderr
+    assert "has no module" not in done.stderr
+    launcher = (home / ".local/bin/moltis").read_text()
+    assert f"exec '{path}/python3' -I -c" in launcher
+
+
+def test_nothing_that_was_added_to_python_is_run(home, source, tmp_path):
+    """Neither a .pth file nor what PYTHONPATH has."""
+    assert install(["sh"], home, "--from", source).returncode == 0
+    (tmp_path / "gc.py").write_text("raise SystemExit(99)")
+    (tmp_path / "sitecustomize.py").write_text("raise SystemExit(99)")
+    done = subprocess.run(
+        [str(home / ".local/bin/moltis")],
+        check=False,
+        cwd=str(tmp_path),
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

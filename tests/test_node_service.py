@@ -360,7 +360,7 @@ def test_the_unit_quotes_what_systemd_would_read_otherwise(home):
     """systemd.syntax(7), systemd.unit(5) on specifiers"""
     spec = moltis.ServiceSpec("/opt/a b/$p", home / 'x "%h" \\', home)
     fields = dict(unit_fields(moltis.render_systemd_unit(spec)))
-    assert fields["ExecStart"].startswith('"/opt/a b/$$p" "-c" "')
+    assert fields["ExecStart"].startswith('"/opt/a b/$$p" "-IS" "-c" "')
     assert f'"{home}/x \\"%%h\\" \\\\" "node"' in fields["ExecStart"]
     assert fields["StandardOutput"] == f'append:{home}/x "%%h" \\/node.log'
     assert fields["Environment"] == f'"MOLTIS_DATA_DIR={home}/x \\"%%h\\" \\\\"'

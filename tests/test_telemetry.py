@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from support import ScriptedServer, free_port, process_exists, wait_for
+from support import ROOT, ScriptedServer, free_port, process_exists, wait_for
 
 import moltis
 
@@ -286,6 +286,16 @@ class TestChoiceOfProbe:
         monkeypatch.delitem(sys.modules, "psutil")
         assert (vitals.mem_total, vitals.mem_available) == (4000, 1000)
         assert vitals.cpu_times == moltis.CpuTimes(busy=300, total=1000)
+
+    def test_psutil_is_found_by_a_program_that_was_started_without_site(self):
+        code = (
+            "import sys; sys.path.insert(0, sys.argv[1]); import moltis; "
+            "moltis.read_psutil(); import os, site; "
+            "there = filter(os.path.isdir, site.getsitepackages()); "
+            "sys.exit(not set(there) <= set(sys.path))"
+        )
+        command = [sys.executable, "-IS", "-c", code, str(ROOT)]
+        subprocess.run(command, check=True)
 
     def test_a_machine_that_tells_nothing_has_empty_vitals(
         self, tmp_path, environ, monkeypatch
