@@ -1153,6 +1153,11 @@ class FrameParser:
         self._buffer = self._buffer[self._position :] + data
         self._position = 0
 
+    @property
+    def has_more(self) -> bool:
+        """Whether bytes wait to be looked at."""
+        return self._position < len(self._buffer)
+
     def next_frame(self) -> Frame | None:
         """Return the next frame, or None for want of bytes.  Raises ProtocolError."""
         if self._frame is None and not self._read_header():
@@ -1944,6 +1949,11 @@ class WebSocketProtocol:
             self.fail(error.close_code, str(error))
         return None
 
+    @property
+    def has_more(self) -> bool:
+        """Whether receive() should be called again without data."""
+        return self._parser.has_more and not self.ended
+
     def outgoing(self) -> bytes:
         """Return, once, the bytes that have to go to the peer."""
         if not self._outgoing:
@@ -1993,6 +2003,7 @@ class WebSocketProtocol:
 
 MAX_OUTBOX = 16 * 1024 * 1024  # bytes that wait for a peer to read, unless told else
 READ_SIZE = 64 * 1024  # bytes
+WAIT_SIZE = 4096  # bytes of the buffer with which a connection at rest waits
 TLS_WRITE_SIZE = 256 * 1024  # bytes; OpenSSL takes what it is given whole, or not yet
 CLOSE_TIMEOUT = 2.0  # s for the peer's part of a closing handshake
 
@@ -2020,33 +2031,49 @@ class PlainChannel:
 
     certificate: bytes | None = None
 
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
+    def __init__(self, sock: socket.socket, *, blocking: bool = True) -> None:
+        sock.setblocking(blocking)
         with contextlib.suppress(OSError):  # not TCP
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
         self.drained = True  # whether to wait before reading makes sense
         self._waiting = 0  # threads: the socket stays open for them
         self._closed = False
-        self.read_needs_write = False  # only TLS turns the two around
-        self.write_needs_read = False
+        self.write_needs_read = False  # only TLS turns the two around
 
-    def read(self) -> bytes | None:
-        """Return what has arrived, None for nothing, b"" at the end."""
+    def read(self, lock: threading.Lock, timeout: float | None) -> bytes | None:
+        """Return what has arrived or does within `timeout` s; b"" at the end.
+
+        None for nothing.  `lock` is released while there is something to wait for.
+        """
+        if not self.drained:
+            return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
+        if timeout is not None:
+            self.wait(lock, timeout=timeout)
+            return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
+        # To wait in recv() saves a poll(): 3 of the 18 µs that a message takes.
+        self._waiting += 1
         try:
-            data = self.sock.recv(READ_SIZE)
+            lock.release()  # in here, for Ctrl+C may come as soon as it is done
+            return self._receive(WAIT_SIZE, 0)
+        finally:
+            self._take_back(lock)
+
+    def _receive(self, size: int, flags: int) -> bytes | None:
+        try:
+            data = self.sock.recv(size, flags)
         except (BlockingIOError, InterruptedError):
             self.drained = True
             return None
         except OSError:
             return b""  # a reset is an end like others: no Close frame came
-        self.drained = len(data) < READ_SIZE
+        self.drained = len(data) < size
         return data
 
     def write(self, data: memoryview) -> int:
         """Return how many bytes were taken.  Raises OSError for a broken connection."""
         try:
-            return self.sock.send(data)
+            return self.sock.send(data, socket.MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):
             return 0
 
@@ -2064,13 +2091,17 @@ class PlainChannel:
         """
         self._waiting += 1
         try:
-            lock.release()  # in here, for Ctrl+C may come as soon as it is done
+            lock.release()
             wait_for_socket(self.sock, write=write, timeout=timeout)
         finally:
-            lock.acquire()
-            self._waiting -= 1
-            if self._closed:
-                self.close()
+            self._take_back(lock)
+
+    def _take_back(self, lock: threading.Lock) -> None:
+        """Take the lock after a wait, and close what was to be closed meanwhile."""
+        lock.acquire()
+        self._waiting -= 1
+        if self._closed:
+            self.close()
 
     def close(self) -> None:
         """End the connection now; whoever waits for the socket wakes up."""
@@ -2090,21 +2121,24 @@ class TlsChannel(PlainChannel):
     def __init__(self, sock: ssl.SSLSocket) -> None:
         import ssl
 
-        super().__init__(sock)
+        super().__init__(sock, blocking=False)
         self._tls = sock
         self._ssl = ssl
+        self._read_needs_write = False
         self.certificate = sock.getpeercert(binary_form=True)
         self.drained = False  # the handshake may have brought more than itself
 
-    def read(self) -> bytes | None:
-        self.read_needs_write = False
+    def read(self, lock: threading.Lock, timeout: float | None) -> bytes | None:
+        if self.drained:
+            self.wait(lock, write=self._read_needs_write, timeout=timeout)
+        self._read_needs_write = False
         try:
             data = self._tls.recv(READ_SIZE)
         except self._ssl.SSLWantReadError:
             self.drained = True
             return None
         except self._ssl.SSLWantWriteError:
-            self.drained = self.read_needs_write = True
+            self.drained = self._read_needs_write = True
             return None
         except OSError:
             return b""
@@ -2372,7 +2406,8 @@ class WebSocket:
         if self._arrived is None:
             return None
         message = self._protocol.receive(self._arrived)
-        self._arrived = None if message is None else b""
+        more = message is not None and self._protocol.has_more
+        self._arrived = b"" if more else None
         self._transmit()
         return message
 
@@ -2383,16 +2418,13 @@ class WebSocket:
             return
         self._reading = True
         try:
-            if self._channel.drained:
-                timeout = _sooner(deadline.remaining(), self._linger.remaining())
-                self._channel.wait(
-                    self._lock, write=self._channel.read_needs_write, timeout=timeout
-                )
+            timeout = _sooner(deadline.remaining(), self._linger.remaining())
+            data = self._channel.read(self._lock, timeout)
         finally:  # Ctrl+C ends a wait too, and reading goes on after it
             self._reading = False
             self._changed.notify_all()
         if not self._finished:
-            self._take(self._channel.read())
+            self._take(data)
 
     def _take(self, data: bytes | None) -> None:
         """Deal with what a read brought."""
