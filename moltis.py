@@ -4229,6 +4229,26 @@ class Command:
         self._default_cwd = default_cwd
         self._streams = CommandStreams(on_chunk, on_stdin, resumable)
         self._cancelled = False
+        self._started: float | None = None  # monotonic
+        self._group: ProcessGroup | None = None
+        self._why_not_started: str | None = None
+
+    def spawn(self) -> None:
+        """Start it, so that run() in another thread finds it under way."""
+        if self._cancelled:
+            self._why_not_started = "cancelled before it ran"
+            return
+        self._started = time.monotonic()
+        cwd = self._working_directory()
+        try:
+            self._group = ProcessGroup(
+                self.spec.command,
+                cwd=cwd,
+                env=command_environment(self._environ, self.spec.env),
+                stdin=self.spec.stdin,
+            )
+        except (OSError, ValueError) as error:
+            self._why_not_started = _why_not_started(error, cwd)
 
     def run(self) -> CommandResult:
         """Run it in this thread, to its end; all its output was handed out then."""
@@ -4281,21 +4301,14 @@ class Command:
         return self._streams.held()
 
     def _run(self) -> CommandResult:
-        started = time.monotonic()
-        if self._cancelled:
+        if self._group is None and self._why_not_started is None:
+            self.spawn()
+        group = self._group
+        if group is None:
             self._streams.deliver(finish=True)
-            return CommandResult(None, cancelled=True, error="cancelled before it ran")
-        cwd = self._working_directory()
-        try:
-            group = ProcessGroup(
-                self.spec.command,
-                cwd=cwd,
-                env=command_environment(self._environ, self.spec.env),
-                stdin=self.spec.stdin,
+            return CommandResult(
+                None, cancelled=self._started is None, error=self._why_not_started
             )
-        except (OSError, ValueError) as error:
-            self._streams.deliver(finish=True)
-            return CommandResult(None, error=_why_not_started(error, cwd))
         loop = CommandLoop(
             group, self._streams, self.spec.timeout, lambda: self._cancelled
         )
@@ -4303,7 +4316,7 @@ class Command:
             loop.run()
         finally:
             group.close()
-        return self._conclude(group, loop, started)
+        return self._conclude(group, loop)
 
     def _working_directory(self) -> str | None:
         chosen = (self.spec.cwd or "").strip()
@@ -4311,16 +4324,15 @@ class Command:
             return self._default_cwd
         return os.path.join(self._default_cwd or "", os.path.expanduser(chosen))
 
-    def _conclude(
-        self, group: ProcessGroup, loop: CommandLoop, started: float
-    ) -> CommandResult:
+    def _conclude(self, group: ProcessGroup, loop: CommandLoop) -> CommandResult:
+        assert self._started is not None
         totals = self._streams.totals()
         exit_code = group.exit_code
         return CommandResult(
             exit_code,
             stdout_bytes=totals[STDOUT],
             stderr_bytes=totals[STDERR],
-            duration=(loop.exited_at or time.monotonic()) - started,
+            duration=(loop.exited_at or time.monotonic()) - self._started,
             timed_out=loop.timed_out,
             cancelled=self._cancelled and not loop.timed_out,
             error=None if exit_code is not None else "it survived even SIGKILL",
@@ -4413,9 +4425,12 @@ class CommandRunner:
             place = max(0, ahead + 1 - self._limit)
             job = _Job(invoke_id, command, on_result, on_queued, place)
             self._jobs[invoke_id] = job
-        # Its place is told before anybody can take it from the line.
         if place:
+            # Told before anybody can take it from the line.
             job.tell_place(place)
+        else:
+            # Not by the worker: the shell gets going while that one wakes, 60 µs.
+            command.spawn()
         self._enter(job)
         return command
 
