@@ -8660,6 +8660,10 @@ MIGRATIONS = (
     CREATE INDEX audit_at ON audit(at);
     CREATE INDEX audit_event ON audit(event, address, at);
     """,
+    """
+    ALTER TABLE commands ADD COLUMN timeout_ms INTEGER;  -- as asked; NULL: none
+    ALTER TABLE commands ADD COLUMN cancelled_at INTEGER;  -- its node may hear later
+    """,
 )
 
 
@@ -8726,6 +8730,8 @@ class CommandRecord:
     stderr_bytes: int = 0
     error: str | None = None
     decided_by: str | None = None  # who allowed or denied it, where one was asked
+    timeout_ms: int | None = None  # after which its node ends it
+    cancelled_at: int | None = None  # when it was to end, whether its node heard or not
     seq: int = 0  # given by the store; grows with every command
 
 
@@ -9197,8 +9203,8 @@ class CommandsTable:
         """Note that a command was asked for; False where its id is known already."""
         changed = self._db.write(
             "INSERT INTO commands (invoke_id, asked_at, caller_kind, caller_name,"
-            " session_key, node_id, node_name, command, cwd, state, decided_by)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            " session_key, node_id, node_name, command, cwd, state, decided_by,"
+            " timeout_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
             " ON CONFLICT (invoke_id) DO NOTHING",
             (
                 record.invoke_id,
@@ -9212,15 +9218,28 @@ class CommandsTable:
                 record.cwd,
                 record.state,
                 record.decided_by,
+                record.timeout_ms,
             ),
         )
         return changed == 1
 
     def start(self, invoke_id: str, now: int) -> None:
-        """Note that the node runs it; one that has ended stays ended."""
+        """Note that the node runs it; one that has ended stays ended.
+
+        One that was given up as lost is not, if its node says so.
+        """
         self._db.write(
-            "UPDATE commands SET state = 'running', started_at = ifnull(started_at, ?)"
+            "UPDATE commands SET state = 'running', started_at = ifnull(started_at, ?),"
+            " ended_at = NULL, error = NULL"
             " WHERE invoke_id = ? AND state IN ('sent', 'lost')",
+            (now, invoke_id),
+        )
+
+    def cancel(self, invoke_id: str, now: int) -> None:
+        """Note that somebody wants it to end."""
+        self._db.write(
+            "UPDATE commands SET cancelled_at = ifnull(cancelled_at, ?)"
+            " WHERE invoke_id = ?",
             (now, invoke_id),
         )
 
@@ -9272,12 +9291,10 @@ class CommandsTable:
         )
         return [_command_from(row) for row in rows]
 
-    def unfinished(self, node_id: str | None = None) -> list[CommandRecord]:
-        """Return what has not ended, of one node or of all, the oldest first."""
+    def unfinished(self) -> list[CommandRecord]:
+        """Return what has not ended, the oldest first."""
         rows = self._db.rows(
-            "SELECT * FROM commands WHERE state IN ('sent', 'running')"
-            " AND (:node_id IS NULL OR node_id = :node_id) ORDER BY seq",
-            {"node_id": node_id},
+            "SELECT * FROM commands WHERE state IN ('sent', 'running') ORDER BY seq"
         )
         return [_command_from(row) for row in rows]
 
@@ -10579,13 +10596,8 @@ class Origin:
 class SinkFinder(Protocol):
     """Knows who wanted a command that was asked for in an earlier life of ours."""
 
-    def __call__(
-        self, record: CommandRecord, inflight: InflightCommand | None
-    ) -> tuple[Sink, int, int]:
-        """Return its sink, and how much stdout and stderr that needs no more.
-
-        `inflight` is what its node knows of it.
-        """
+    def __call__(self, record: CommandRecord) -> tuple[Sink, int, int] | None:
+        """Return its sink with how much stdout and stderr that has; None: unknown."""
 
 
 class ConnectedNode:
@@ -10670,8 +10682,9 @@ class Invocation:
         self.asked_here = True  # in this life of the gateway
         self.end: CommandEnd | None = None  # once it is known
         self.patience = _lost_after(command, args)
-        # Of a node that can resume, only its absence counts: see node_left().
+        # Of a node that can resume, only its absence counts: see await_node().
         self.deadline = Deadline(self.patience)
+        self._grace = Deadline(None)  # the same for one that was cancelled
         self._lock = threading.Lock()  # guards all below, sent_to, sink and future
         self._asked: ConnectedNode | None = None  # over its connection of the moment
         self._received = {STDOUT: 0, STDERR: 0}
@@ -10692,6 +10705,23 @@ class Invocation:
                 return False
             self._asked, self.sent_to = node, node.instance
             return True
+
+    def await_node(self) -> None:
+        """Count from now on for how long its node is away."""
+        self.deadline = Deadline(self.patience)
+        self._grace = Deadline(LOST_AFTER)
+
+    def leave_to_node(self) -> None:
+        """Count no more: its node has it, and keeps to the timeout itself."""
+        self.deadline = self._grace = Deadline(None)
+
+    def overdue(self) -> str:
+        """Return why its result is awaited no longer, "" while it is."""
+        if self.deadline.expired:
+            return f"no result {LOST_AFTER:.0f} s after the command's timeout"
+        if self.cancelled and self._grace.expired:
+            return "it was away when the command was cancelled, and is still"
+        return ""
 
     def received(self, stream: int) -> int:
         with self._lock:
@@ -10871,15 +10901,6 @@ class CollectingSink:
         return whole
 
 
-def find_nobody(
-    record: CommandRecord,  # noqa: ARG001
-    inflight: InflightCommand | None,
-) -> tuple[Sink, int, int]:
-    """Return a sink for one who may come back: a SinkFinder where no other is."""
-    done = (inflight.stdout, inflight.stderr) if inflight else (0, 0)
-    return (AbsentCaller(LOST_AFTER), *done)
-
-
 class LocalLink:
     """The gateway's own machine, asked as any other node is."""
 
@@ -10908,6 +10929,7 @@ class LocalLink:
 def command_record(invocation: Invocation) -> CommandRecord:
     """Return what the audit keeps of a command that was asked for just now."""
     args, origin = invocation.args, invocation.origin
+    timeout_ms: float | None = args.get("timeout")
     return CommandRecord(
         invoke_id=invocation.id,
         asked_at=now_ms(),
@@ -10919,6 +10941,7 @@ def command_record(invocation: Invocation) -> CommandRecord:
         node_name=invocation.node_name,
         command=args["command"],
         cwd=args.get("cwd"),
+        timeout_ms=None if timeout_ms is None else math.ceil(timeout_ms),
     )
 
 
@@ -10987,11 +11010,12 @@ def forgotten_invocation(record: CommandRecord, sink: Sink) -> Invocation:
         record.invoke_id,
         (record.node_id, record.node_name),
         SYSTEM_RUN,
-        {"command": record.command},
+        {"command": record.command, "timeout": record.timeout_ms},
         record_origin(record),
         sink,
     )
     invocation.asked_here = False
+    invocation.cancelled = record.cancelled_at is not None
     invocation.sent_to = "an earlier life"  # so it is not sent again, whatever comes
     invocation.started_at = record.started_at or record.asked_at
     return invocation
@@ -11085,6 +11109,14 @@ class Fleet:
     def connected(self, node_id: str) -> ConnectedNode | None:
         with self._lock:
             return self._connected.get(node_id)
+
+    def expects(self, node_id: str) -> bool:
+        """Return whether a node may come under this id; in doubt it may."""
+        try:
+            device = self._devices.by_node_id(node_id, now_ms())
+        except StoreError:
+            return True
+        return node_id == LOCAL_ID or device is not None
 
     def all_connected(self) -> list[ConnectedNode]:
         with self._lock:
@@ -11361,6 +11393,15 @@ class Audit:
         except StoreError as error:
             log.error("audit incomplete invocation=%s: %s", invocation.id, error)
 
+    def cancelled(self, invocation: Invocation) -> None:
+        """Note that it is to end, whenever its node hears of it."""
+        if invocation.command != SYSTEM_RUN:
+            return
+        try:
+            self._commands.cancel(invocation.id, now_ms())
+        except StoreError as error:
+            log.error("audit incomplete invocation=%s: %s", invocation.id, error)
+
     def ended(self, invocation: Invocation, end: CommandEnd) -> bool:
         """Note how it ended; False: to be tried again."""
         try:
@@ -11377,7 +11418,7 @@ class Invocations:
 
     def __init__(self, fleet: Fleet, commands: CommandsTable) -> None:
         self._fleet = fleet
-        self._audit = Audit(commands)
+        self.audit = Audit(commands)
         self.active = ActiveInvocations()
         self._closed = False  # once set, nothing new is sent
 
@@ -11420,6 +11461,7 @@ class Invocations:
     def cancel(self, invocation: Invocation) -> None:
         """End its process group; the result then says so."""
         invocation.cancelled = True
+        self.audit.cancelled(invocation)
         self._tell_node(invocation, lambda link: link.cancel(invocation.id))
 
     def acknowledge(
@@ -11514,29 +11556,32 @@ class Invocations:
         self._note_end(invocation, end, invocation.sink)
         with contextlib.suppress(InvalidStateError):
             invocation.future.set_exception(RpcError("UNAVAILABLE", message))
+        if not invocation.recorded:
+            self.active.add(invocation)  # for record_again()
 
-    def tick(self) -> None:
-        """Do what time alone brings; called every second or so."""
-        for invocation in self.active.all():
-            self._audit.running(invocation)
-            if invocation.end is not None and not invocation.recorded:
-                invocation.recorded = self._audit.ended(invocation, invocation.end)
-                self._accept_if_consumed(invocation)
-            if invocation.deadline.expired:
-                reason = f"no result {LOST_AFTER:.0f} s after the command's timeout"
-                self.give_up(invocation, reason)
-            elif _is_forsaken(invocation):
-                self.forsake(invocation, cancel=invocation.asked_here)
+    def record_again(self, invocation: Invocation, end: CommandEnd) -> None:
+        """Put into the audit what it could not take."""
+        invocation.recorded = self.audit.ended(invocation, end)
+        if invocation.recorded and end.state == CommandState.LOST:
+            self._settle(invocation)
+        self._accept_if_consumed(invocation)
+
+    def await_node(self, invocation: Invocation, *, resumes: bool = True) -> None:
+        """Wait for its node, which is away, for as long as that makes sense."""
+        if not self._fleet.expects(invocation.node_id):
+            self.give_up(invocation, "its token was revoked")
+        elif not resumes:
+            self.give_up(invocation, "the node disconnected")
+        else:
+            invocation.await_node()
+            invocation.sink.state(invocation.id, "waiting", {})
 
     def close(self) -> None:
         """Tell those who wait that the gateway stops; the commands go on."""
         self._closed = True
+        problem = "the gateway stops; the command goes on"
         for invocation in self.active.all():
-            error = RpcError(
-                "UNAVAILABLE",
-                "the gateway stops; the command goes on",
-                details={"goesOn": True},
-            )
+            error = RpcError("UNAVAILABLE", problem, details={"goesOn": True})
             with contextlib.suppress(InvalidStateError):
                 invocation.future.set_exception(error)
 
@@ -11565,7 +11610,7 @@ class Invocations:
     def _note_end(self, invocation: Invocation, end: CommandEnd, sink: Sink) -> None:
         if invocation.command == SYSTEM_RUN and invocation.end is None:
             invocation.end = end
-            invocation.recorded = self._audit.ended(invocation, end)
+            invocation.recorded = self.audit.ended(invocation, end)
         if sink.end(invocation, end):
             invocation.consume_all(sink)
 
@@ -11588,7 +11633,7 @@ class Invocations:
         """
         known = not self.active.add(invocation)
         try:
-            if known or not self._audit.asked(invocation):
+            if known or not self.audit.asked(invocation):
                 raise RpcError(
                     "CONFLICT", f"the invocation {invocation.id} was asked for before"
                 )
@@ -11602,13 +11647,11 @@ class Invocations:
             return
         invocation.started_at = now_ms()
         if node.resumes and invocation.command == SYSTEM_RUN:
-            # It keeps to the timeout itself, after what may be a long time in line.
-            invocation.deadline = Deadline(None)
+            invocation.leave_to_node()  # for what may be a long time in line
         try:
             node.link.request(invocation.id, invocation.command, invocation.args)
         except ConnectionClosed:
-            if not node.resumes:
-                self.give_up(invocation, "the node disconnected")
+            self.await_node(invocation, resumes=node.resumes)
 
     def _accept_if_consumed(self, invocation: Invocation) -> None:
         if invocation.accept_when_consumed():
@@ -11620,6 +11663,26 @@ class Invocations:
             invocation.settled.set_result(None)
 
 
+class Patience:
+    """How long nodes, callers and the audit are waited for."""
+
+    def __init__(self, invocations: Invocations) -> None:
+        self._invocations = invocations
+
+    def tick(self) -> None:
+        """Do what time alone brings; called every second or so."""
+        for invocation in self._invocations.active.all():
+            self._invocations.audit.running(invocation)
+            overdue = invocation.overdue()
+            if invocation.end is not None and not invocation.recorded:
+                self._invocations.record_again(invocation, invocation.end)
+            elif overdue:
+                self._invocations.give_up(invocation, overdue)
+            elif _is_forsaken(invocation):
+                cancel = invocation.asked_here
+                self._invocations.forsake(invocation, cancel=cancel)
+
+
 class Resumption:
     """Nodes and callers that come back, and what of their invocations goes on."""
 
@@ -11628,12 +11691,13 @@ class Resumption:
         fleet: Fleet,
         invocations: Invocations,
         commands: CommandsTable,
-        find_sink: SinkFinder,
+        *find_sink: SinkFinder,  # asked one after the other
     ) -> None:
         self._fleet = fleet
         self._invocations = invocations
         self._commands = commands
         self._find_sink = find_sink
+        self._recover()
 
     def resumable(self, node: ConnectedNode) -> list[JsonObject]:
         """Return how far the commands that `node` brought along have come here."""
@@ -11658,7 +11722,7 @@ class Resumption:
         for invocation in self._invocations.running_on(node.node_id):
             if invocation.id in node.inflight:
                 invocation.hand_to(node)
-                invocation.deadline = Deadline(None)
+                invocation.leave_to_node()
                 item = node.inflight[invocation.id]
                 resumed = {"resumed": True, "stdin": item.stdin}
                 invocation.sink.state(invocation.id, "running", resumed)
@@ -11667,8 +11731,9 @@ class Resumption:
                     self._invocations.cancel(invocation)
             elif invocation.sent_to not in (None, node.instance):
                 self._invocations.give_up(invocation, "the node came back without it")
-            elif invocation.cancelled and invocation.sent_to is not None:
-                self._end_unsent(invocation)
+            elif invocation.cancelled:
+                if invocation.hand_to(node):  # so nobody sends it
+                    self._end_unsent(invocation)
             else:
                 # The same process does not know it: the request got lost on the way.
                 self._invocations.send(invocation, node)
@@ -11688,33 +11753,35 @@ class Resumption:
     def node_left(self, node: ConnectedNode) -> None:
         """Wait for a node that can resume; give up what another kind was doing."""
         for invocation in self._invocations.running_on(node.node_id):
-            if node.resumes:
-                invocation.deadline = Deadline(invocation.patience)
-                invocation.sink.state(invocation.id, "waiting", {})
+            self._invocations.await_node(invocation, resumes=node.resumes)
+
+    def _recover(self) -> None:
+        """Await the nodes of what an earlier life of this gateway asked for."""
+        for record in self._commands.unfinished():
+            invocation = self._adopt(record)
+            self._invocations.active.add(invocation)
+            if record.node_id == LOCAL_ID:
+                self._invocations.give_up(invocation, "the gateway was started anew")
             else:
-                self._invocations.give_up(invocation, "the node disconnected")
+                self._invocations.await_node(invocation)
 
     def _adopt_forgotten(self, node: ConnectedNode) -> None:
-        """Take up commands that were asked for in an earlier life of this gateway."""
-        for record in self._commands.unfinished(node.node_id):
-            if record.invoke_id not in node.inflight and not self._invocations.get(
-                record.invoke_id
-            ):
-                sink, stdout, stderr = self._find_sink(record, None)
-                invocation = forgotten_invocation(record, sink)
-                invocation.restart_at(stdout, stderr)
-                self._invocations.give_up(invocation, "the node came back without it")
-        for item in node.inflight.values():
-            record_of_item = self._commands.by_id(item.invoke_id)
-            if (
-                record_of_item is not None
-                and record_of_item.node_id == node.node_id
-                and self._invocations.get(item.invoke_id) is None
-            ):
-                sink, stdout, stderr = self._find_sink(record_of_item, item)
-                invocation = forgotten_invocation(record_of_item, sink)
-                invocation.restart_at(stdout, stderr)
-                self._invocations.active.add(invocation)
+        """Take up commands that had ended for us, and come back with `node`."""
+        for invoke_id in node.inflight:
+            if self._invocations.get(invoke_id) is not None:
+                continue
+            record = self._commands.by_id(invoke_id)
+            if record is not None and record.node_id == node.node_id:
+                self._invocations.active.add(self._adopt(record))
+
+    def _adopt(self, record: CommandRecord) -> Invocation:
+        """Return what a command is to us of which there is only the record."""
+        found = (find_sink(record) for find_sink in self._find_sink)
+        nobody = (AbsentCaller(LOST_AFTER), 0, 0)
+        sink, stdout, stderr = next(filter(None, found), nobody)
+        invocation = forgotten_invocation(record, sink)
+        invocation.restart_at(stdout, stderr)
+        return invocation
 
     def again(
         self, invoke_id: str, origin: Origin, sink: Sink, stdout: int, stderr: int
@@ -11735,14 +11802,14 @@ class Resumption:
             known = record_result(record)
             if known and (record.stdout_bytes, record.stderr_bytes) == (stdout, stderr):
                 return known
-            invocation = self.await_node(record)
+            invocation = self._await_output(record)
         if invocation.origin != origin:
             raise RpcError("CONFLICT", f"another one asked for {invoke_id} before")
         self._invocations.attach(invocation, sink, stdout, stderr)
         return invocation
 
-    def await_node(self, record: CommandRecord) -> Invocation:
-        """Return a command whose node has not come back yet.
+    def _await_output(self, record: CommandRecord) -> Invocation:
+        """Return a command that ended, whose node may come back with its output.
 
         Raises RpcError where there is nothing to wait for.
         """
@@ -11754,11 +11821,8 @@ class Resumption:
                 or f"command {record.invoke_id} ended ({record.state}), and its output "
                 "is not kept any more",
             )
-        sink, stdout, stderr = self._find_sink(record, None)
-        invocation = forgotten_invocation(record, sink)
-        invocation.restart_at(stdout, stderr)
-        # What ended is only lacking output; what did not is awaited as ever.
-        invocation.deadline = Deadline(LOST_AFTER if record.ended_at else None)
+        invocation = self._adopt(record)
+        invocation.deadline = Deadline(LOST_AFTER)
         self._invocations.active.add(invocation)
         return self._invocations.get(record.invoke_id) or invocation
 
@@ -12151,9 +12215,7 @@ class Jobs:
         with self._lock:
             return invoke_id in self._sinks
 
-    def find_sink(
-        self, record: CommandRecord, inflight: InflightCommand | None
-    ) -> tuple[Sink, int, int] | None:
+    def find_sink(self, record: CommandRecord) -> tuple[Sink, int, int] | None:
         """Return the sink of a job that outlived this gateway; None: it is no job."""
         if not self.known(record.invoke_id):
             return None
@@ -12162,21 +12224,7 @@ class Jobs:
         except RpcError as error:
             log.error("job without output invocation=%s: %s", record.invoke_id, error)
             return None
-        stdout, stderr = sink.output.offset(STDOUT), sink.output.offset(STDERR)
-        if inflight is not None:  # more may be gone than a power cut left here
-            stdout, stderr = max(stdout, inflight.stdout), max(stderr, inflight.stderr)
-        return sink, stdout, stderr
-
-    def before(self, find_others: SinkFinder) -> SinkFinder:
-        """Return a finder for jobs, and for what `find_others` knows."""
-
-        def find(
-            record: CommandRecord, inflight: InflightCommand | None
-        ) -> tuple[Sink, int, int]:
-            found = self.find_sink(record, inflight)
-            return find_others(record, inflight) if found is None else found
-
-        return find
+        return sink, sink.output.offset(STDOUT), sink.output.offset(STDERR)
 
     def close(self) -> None:
         """Close the files of jobs that go on without us."""
@@ -13372,9 +13420,9 @@ class KeptOutput:
 
     def skip_to(self, kind: int, offset: int) -> None:
         """Leave out what the node has forgotten, and what was at the tail before it."""
-        missing = offset - self.end(kind)
-        if missing <= 0:
+        if offset <= self._received[kind]:
             return
+        missing = offset - self.end(kind)
         self._head_size = max(self._head_size, KEPT_HEAD)
         self._cut += missing + sum(_byte_length(text) for _, text in self._tail)
         self._tail.clear()
@@ -13519,6 +13567,7 @@ class LiveMessage:
 
     def add_output(self, chunk: Chunk) -> None:
         assert self.output is not None
+        self.output.skip_to(chunk.kind, chunk.offset)
         offset = self.output.end(chunk.kind)
         text = self.output.add(chunk.kind, chunk.data)
         self._untold.append((chunk.kind, offset, text))
@@ -13714,12 +13763,11 @@ class SessionLog:
         # no loss of this gateway's memory shows in the card.
         return max(0, chunk.end - KEPT_TAIL)
 
-    def continue_output(self, live: LiveMessage, kind: int, offset: int) -> int:
-        """Return from which byte on a node shall send a stream, if it has it still."""
+    def output_ends(self, live: LiveMessage) -> tuple[int, int]:
+        """Return from which bytes on a node shall send stdout and stderr."""
         assert live.output is not None
         with self._lock:
-            live.output.skip_to(kind, offset)
-            return live.output.end(kind)
+            return live.output.end(STDOUT), live.output.end(STDERR)
 
     def flush(self, *, save: bool) -> bool:
         """Tell what is being said or printed; whether some of it is not kept yet."""
@@ -13904,21 +13952,30 @@ class SessionLogs:
         if dropped is not None:
             dropped.close()
 
-    def find_sink(
-        self, record: CommandRecord, inflight: InflightCommand | None
-    ) -> tuple[Sink, int, int]:
+    def find_sink(self, record: CommandRecord) -> tuple[Sink, int, int] | None:
         """Return the card of a command that outlived this gateway: a SinkFinder."""
-        with self._changed:
-            session_log = self._logs.get(record.session_key or "")
-        live = session_log.command(record.invoke_id) if session_log else None
-        if session_log is None or live is None:
-            return find_nobody(record, inflight)
-        card = CommandCard(session_log, live)
-        if inflight is None:
-            return card, 0, 0
-        stdout = session_log.continue_output(live, STDOUT, inflight.stdout)
-        stderr = session_log.continue_output(live, STDERR, inflight.stderr)
-        return card, stdout, stderr
+        try:
+            session_log = self.log(record.session_key or "")
+            live = session_log.command(record.invoke_id)
+            if live is None and record.state == CommandState.LOST:
+                live = self._reopen(session_log, record.invoke_id)
+        except RpcError:  # it was asked for outside, or its session is gone
+            return None
+        if live is None:
+            return None
+        stdout, stderr = session_log.output_ends(live)
+        return CommandCard(session_log, live), stdout, stderr
+
+    def _reopen(self, session_log: SessionLog, invoke_id: str) -> LiveMessage | None:
+        """Return the message of a command that was lost, and is heard of again."""
+        message = self._store.messages.by_invoke_id(invoke_id)
+        if message is None:
+            return None
+        live = LiveMessage(message)
+        over = {"lost": None, "error": None, "endedAt": None}
+        state = MessageState.RUNNING
+        session_log.post("tool_call_start", live, state=state, command=over)
+        return live
 
     def close(self) -> None:
         with self._changed:
@@ -13962,10 +14019,8 @@ class SessionLogs:
             card = CommandCard(session_log, live)
             if record is None:  # it was not sent: it waited for an approval, say
                 card.fail("the gateway stopped", MessageState.INTERRUPTED)
-            elif record.ended_at is None:
-                card.state(message.invoke_id, "waiting", {})
-            else:
-                card.show_end(record)
+            elif record.state not in (CommandState.SENT, CommandState.RUNNING):
+                card.show_end(record)  # the others are awaited: Resumption.recover()
         for session in self._store.sessions.all():
             if session.run_id:
                 self._recover_run(session)
@@ -14936,6 +14991,7 @@ def command_view(record: CommandRecord) -> JsonObject:
         "nodeName": record.node_name,
         "command": record.command,
         "cwd": record.cwd,
+        "timeoutMs": record.timeout_ms,
         "state": record.state,
         "exitCode": record.exit_code,
         "signal": record.signal,
@@ -14955,13 +15011,11 @@ class JobMethods:
         self,
         fleet: Fleet,
         invocations: Invocations,
-        resumption: Resumption,
         jobs: Jobs,
         store: Store,
     ) -> None:
         self._fleet = fleet
         self._invocations = invocations
-        self._resumption = resumption
         self._jobs = jobs
         self._commands = store.commands
         self.methods: Mapping[str, Method] = {
@@ -15030,8 +15084,6 @@ class JobMethods:
         """End a command, now or when its node is back; one that ended is as it is."""
         record = self._record(call)
         invocation = self._invocations.get(record.invoke_id)
-        if invocation is None and record.ended_at is None:
-            invocation = self._resumption.await_node(record)
         if invocation is not None:
             self._invocations.cancel(invocation)
         return self._view(record)
@@ -15090,13 +15142,15 @@ class DeviceMethods:
     def __init__(
         self,
         fleet: Fleet,
+        invocations: Invocations,
         access: Access,
-        devices: DevicesTable,
+        store: Store,
         announce: Callable[[str, JsonObject], None],
     ) -> None:
         self._fleet = fleet
+        self._invocations = invocations
         self._access = access
-        self._devices = devices
+        self._devices = store.devices
         self._announce = announce
         self.methods: Mapping[str, Method] = {
             "device.token.create": Method(self._token_create, Scope.PAIRING),
@@ -15128,7 +15182,12 @@ class DeviceMethods:
     def _token_revoke(self, call: RpcCall) -> JsonObject:
         device = self._device(call)
         self._access.revoke_device(device, by=call.caller)
+        running = self._invocations.running_on(device.node_id or "")
+        for invocation in running:
+            self._invocations.cancel(invocation)  # as long as it listens
         self._hang_up(device)
+        for invocation in running:
+            self._invocations.give_up(invocation, "its token was revoked")
         self._announce(
             "device.pair.resolved", {"deviceId": device.id, "status": "revoked"}
         )
@@ -15891,6 +15950,7 @@ class Gateway:
         self._devices = devices
         self._fleet = fleet
         self._invocations = invocations
+        self._patience = Patience(invocations)
         self._resumption = resumption
         self._jobs = jobs
         self._audience = audience
@@ -16021,6 +16081,10 @@ class Gateway:
             )
             if not known:  # it was revoked, or its id taken, as it came in
                 raise RpcError("UNAUTHORIZED", "authentication failed")
+            if device.node_id not in (None, node.node_id):
+                for invocation in self._invocations.running_on(str(device.node_id)):
+                    reason = f"its token is used as {node.node_id} now"
+                    self._invocations.give_up(invocation, reason)
             hello = self._hello(
                 new_id(), identity, resume=self._resumption.resumable(node)
             )
@@ -16088,7 +16152,7 @@ class Gateway:
                 connection.next_ping = now + PING_INTERVAL
                 with contextlib.suppress(ConnectionClosed):
                     connection.ws.ping()
-        self._invocations.tick()
+        self._patience.tick()
         self._jobs.waiters.tick()
 
     def _is_busy(self, node: ConnectedNode | None) -> bool:
@@ -21784,9 +21848,9 @@ class RunningGateway:
             jobs = Jobs(path / JOBS_DIRECTORY, store.commands)
             stack.callback(jobs.close)
             resumption = Resumption(
-                fleet, invocations, store.commands, jobs.before(logs.find_sink)
+                fleet, invocations, store.commands, logs.find_sink, jobs.find_sink
             )
-            local.start(fleet, invocations, resumption)
+            local.start(fleet, invocations)
             models = self.models = ModelDirectory(
                 path, context.environ, fleet, invocations
             )
@@ -21795,8 +21859,8 @@ class RunningGateway:
             nodes = NodeMethods(fleet, invocations, resumption, jobs, store, announce)
             rpc = Rpc(
                 nodes.methods,
-                JobMethods(fleet, invocations, resumption, jobs, store).methods,
-                DeviceMethods(fleet, access, store.devices, announce).methods,
+                JobMethods(fleet, invocations, jobs, store).methods,
+                DeviceMethods(fleet, invocations, access, store, announce).methods,
                 SubscriptionMethods().methods,
                 ModelMethods(models).methods,
                 AccessMethods(access, store.audit, audience).methods,
@@ -21940,13 +22004,9 @@ class LocalNode:
         self.node = ConnectedNode(LOCAL_ID, "", link, params)
         self._ticker: Ticker | None = None
 
-    def start(
-        self, fleet: Fleet, invocations: Invocations, resumption: Resumption
-    ) -> None:
+    def start(self, fleet: Fleet, invocations: Invocations) -> None:
         self._machine.attach(LocalPeer(invocations, self._machine))
         fleet.activate(self.node)
-        # What an earlier gateway ran here ended with it.
-        resumption.resumable(self.node)
         self._fleet = fleet
         self._report()
         self._ticker = Ticker(TELEMETRY_INTERVAL, self._report)

@@ -233,8 +233,9 @@ def test_a_turn_goes_on_when_whoever_asked_has_left(gateway, tmp_path):
     (tmp_path / "go").touch()
 
     def card():
-        rows = gateway.call("chat.history", sessionKey="main")
-        return rows[-1] if rows[-1]["state"] == "done" else None
+        last = gateway.call("chat.history", sessionKey="main")[-1]
+        ended = (last["role"], last["state"]) == ("command", "done")
+        return last if ended else None
 
     assert text_of(wait_for(card)) == "finished\n"
 
@@ -858,3 +859,157 @@ def test_a_browser_that_sleeps_is_spared_output_but_not_its_end():
     audience.announce("chat", {"state": "tool_call_end", "message": {}})
     assert awake.told == ["tool_call_output", "delta", "tool_call_end"]
     assert asleep.told == ["delta", "tool_call_end"]
+
+
+# -- nodes that do not come back -------------------------------------------------
+
+
+class Site:
+    """A gateway that can begin anew, and a node in a process of its own."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.port = free_port()
+        self.home = directory / "far"
+        self.home.mkdir()
+        self.node = None
+        self.start()
+
+    def start(self):
+        environ = {k: v for k, v in os.environ.items() if not k.endswith("_API_KEY")}
+        self.gateway = InProcessGateway(
+            self.directory / "gateway", environ=environ, port=self.port
+        )
+
+    def restart_without_node(self, signal_number=signal.SIGKILL):
+        """Begin anew; a node that was only stopped may come back."""
+        self.gateway.close()
+        self.node.process.send_signal(signal_number)
+        self.start()
+
+    def add_node(self):
+        url = f"ws://127.0.0.1:{self.port}/ws"
+        options = ("--foreground", "--name", "far", "--node-id", "far")
+        token = self.gateway.token("far")
+        self.node = Program(
+            *("node", "add", "--host", url, *options),
+            home=self.home,
+            MOLTIS_DEVICE_TOKEN=token,
+        )
+        wait_for(lambda: self.gateway.is_connected("far"), 20, "the node")
+        self.gateway.call("nodes.set_session", session_key="main", node_id="far")
+
+    def send(self, text):
+        """Have a command run; return its id once it has said something."""
+        with self.watch() as chat:
+            chat.send(text)
+            chat.until(lambda: chat.saw("tool_call_output"))
+            return chat.of("command")[0]["command"]["invokeId"]
+
+    def watch(self):
+        return Watcher(self.gateway.websocket_url, self.gateway.api_key)
+
+    def call(self, method, **params):
+        return self.gateway.call(method, **params)
+
+    def card(self):
+        return next(m for m in history_of(self) if m["role"] == "command")
+
+    def wait_for_card(self, state):
+        wait_for(lambda: self.card()["state"] == state, 20, lambda: str(self.card()))
+        return self.card()["command"]
+
+    def row(self):
+        return self.call("commands.list")[0]
+
+    def device_id(self):
+        return self.call("device.pair.list")[0]["deviceId"]
+
+    def close(self):
+        if self.node is not None:
+            self.node.process.send_signal(signal.SIGCONT)
+            self.node.end()
+        self.gateway.close()
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    monkeypatch.setattr(moltis, "LOST_AFTER", 0.3)
+    monkeypatch.setattr(moltis, "KEEPALIVE_TICK", 0.05)
+    site = Site(tmp_path)
+    site.add_node()
+    yield site
+    site.close()
+
+
+def test_a_command_without_a_timeout_waits_for_its_node_and_can_be_stopped(site):
+    """Also by a gateway that knows it from its database alone."""
+    invoke_id = site.send("echo so far; sleep 100")
+    site.restart_without_node()
+    assert site.card()["state"] == "running"
+    assert site.card()["command"]["waiting"]
+    assert site.call("command.wait", id=invoke_id, wait=1)["endedAt"] is None
+    site.call("node.invoke.cancel", invokeId=invoke_id)
+    command = site.wait_for_card("error")
+    assert command["lost"]
+    assert "it was away when the command was cancelled" in command["error"]
+    assert "waiting" not in command
+    assert text_of({"command": command}) == "so far\n"
+    assert site.row()["state"] == "lost"
+
+
+def test_stop_ends_what_waits_for_a_node_since_an_earlier_life(site):
+    site.send("echo so far; sleep 100")
+    site.restart_without_node()
+    site.call("chat.abort", sessionKey="main")
+    assert site.wait_for_card("error")["lost"]
+    assert site.row()["state"] == "lost"
+
+
+def test_a_stopped_command_is_ended_when_its_node_comes_back_after_all(site):
+    """What was said to be lost is corrected, in the audit and on the card."""
+    invoke_id = site.send("echo $$; sleep 100")
+    site.restart_without_node(signal.SIGSTOP)
+    site.call("node.invoke.cancel", invokeId=invoke_id)
+    pid = int(text_of({"command": site.wait_for_card("error")}))
+    assert site.row()["state"] == "lost"
+    site.gateway.close()  # nor does another restart forget that it is to end
+    site.start()
+    assert process_exists(pid)
+    site.node.process.send_signal(signal.SIGCONT)
+    command = site.wait_for_card("aborted")
+    assert command["cancelled"]
+    assert "lost" not in command
+    assert "error" not in command
+    assert (site.row()["state"], site.row()["error"]) == ("cancelled", None)
+    wait_for(lambda: not process_exists(pid), what="the end of the command")
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_revoking_a_node_s_token_ends_what_it_was_asked_for(site, away):
+    site.send("echo $$; sleep 100")
+    pid = int(text_of(site.card()))
+    if away:
+        site.restart_without_node(signal.SIGSTOP)
+    site.call("device.token.revoke", deviceId=site.device_id())
+    command = site.wait_for_card("error")
+    assert command["lost"]
+    assert "its token was revoked" in command["error"]
+    assert site.row()["state"] == "lost"
+    assert site.call("command.list") == []
+    if not away:  # the node was told before we hung up
+        wait_for(lambda: not process_exists(pid), what="the end of the command")
+
+
+def test_what_was_asked_of_a_node_that_is_ours_no_more_is_lost_at_the_start(site):
+    """As an older gateway may have left it."""
+    site.send("echo so far; sleep 100")
+    site.gateway.close()
+    site.node.process.send_signal(signal.SIGKILL)
+    store = moltis.Store(site.gateway.directory / "moltis.db")
+    (device,) = store.devices.all(moltis.now_ms())
+    store.devices.revoke(device.id, moltis.now_ms())
+    store.close()
+    site.start()
+    assert site.card()["command"]["lost"]
+    assert site.row()["state"] == "lost"

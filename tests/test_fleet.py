@@ -93,14 +93,22 @@ class World:
             self.store.devices, local, lambda name, payload: self.told.append(payload)
         )
         local.ready = True
-        self.invocations = moltis.Invocations(self.fleet, self.store.commands)
-        self.resumption = moltis.Resumption(
-            self.fleet,
-            self.invocations,
-            self.store.commands,
-            lambda record, inflight: (Sink(), 0, 0),
-        )
         self.devices = {}
+        self.begin()
+
+    def begin(self):
+        """Begin a life of the gateway; what it asked for in another is in the store."""
+        self.invocations = moltis.Invocations(self.fleet, self.store.commands)
+        self.patience = moltis.Patience(self.invocations)
+        self.sinks = []  # of what was asked for before
+
+        def find_sink(record):
+            self.sinks.append(Sink())
+            return self.sinks[-1], 0, 0
+
+        self.resumption = moltis.Resumption(
+            self.fleet, self.invocations, self.store.commands, find_sink
+        )
 
     def connect(self, name, *, capabilities=RESUMING, instance="life-1", **params):
         """Bring a node in, as the gateway does."""
@@ -309,11 +317,11 @@ def test_every_end_has_a_state_whatever_the_node_says(world, node, result, state
 
 def test_what_has_run_for_a_second_is_running_in_the_audit(world, node, monkeypatch):
     invocation = world.start("far")
-    world.invocations.tick()
+    world.patience.tick()
     assert world.state(invocation) == "sent"
     later = moltis.now_ms() + 2000
     monkeypatch.setattr(moltis, "now_ms", lambda: later)
-    world.invocations.tick()
+    world.patience.tick()
     row = world.store.commands.by_id(invocation.id)
     assert row.state == "running"
     assert row.started_at < later
@@ -328,11 +336,11 @@ def test_what_waits_in_line_is_not_running(world, node, monkeypatch):
     assert sink.states == [("queued", {"place": 2})]
     now = moltis.now_ms()
     monkeypatch.setattr(moltis, "now_ms", lambda: now + 5000)
-    world.invocations.tick()
+    world.patience.tick()
     assert world.state(invocation) == "sent"
     world.invocations.handle_state("id-far", invocation.id, "running", {"place": 0})
     monkeypatch.setattr(moltis, "now_ms", lambda: now + 10_000)
-    world.invocations.tick()
+    world.patience.tick()
     assert world.state(invocation) == "running"
 
 
@@ -538,12 +546,119 @@ def test_one_that_is_overdue_is_given_up(world, node, monkeypatch):
     monkeypatch.setattr(moltis, "LOST_AFTER", -10.0)
     invocation = world.start("far", timeout=1000)
     patient = world.start("far")  # no timeout: it may take as long as it takes
-    world.invocations.tick()
+    world.patience.tick()
     assert world.state(invocation) == "sent"  # it may wait in line there
     world.leave(node)
-    world.invocations.tick()
+    world.patience.tick()
     assert world.state(invocation) == "lost"
     assert not patient.future.done()
+
+
+def test_a_gateway_that_begins_anew_waits_as_long_as_the_old_one(
+    world, node, monkeypatch
+):
+    monkeypatch.setattr(moltis, "LOST_AFTER", -10.0)
+    hasty = world.start("far", timeout=10_001)
+    slow = world.start("far", timeout=60_000)
+    patient = world.start("far")  # no timeout: until its node is back, or not ours
+    world.leave(node)
+    world.begin()
+    assert [sink.states for sink in world.sinks] == [[("waiting", {})]] * 3
+    wait_for(lambda: world.patience.tick() or world.state(hasty) == "lost")
+    assert "after the command's timeout" in world.store.commands.by_id(hasty.id).error
+    assert world.state(slow) == world.state(patient) == "sent"
+    assert [sink.ends != [] for sink in world.sinks] == [True, False, False]
+
+
+def test_a_cancelled_command_of_an_absent_node_is_not_waited_for(
+    world, node, monkeypatch
+):
+    invocation = world.start("far")
+    world.leave(node)
+    world.patience.tick()
+    world.invocations.cancel(invocation)
+    world.patience.tick()
+    assert world.state(invocation) == "sent"  # it may be back any moment
+    monkeypatch.setattr(moltis, "LOST_AFTER", 0.0)
+    world.begin()  # which does not forget that it is to end
+    world.patience.tick()
+    row = world.store.commands.by_id(invocation.id)
+    assert row.state == "lost"
+    assert "it was away when the command was cancelled" in row.error
+
+
+def test_a_cancel_outlives_the_gateway(world, node):
+    invocation = world.start("far")
+    node.link.broken = True  # it does not hear of it
+    world.invocations.cancel(invocation)
+    world.fleet.release(node)
+    world.begin()
+    item = moltis.InflightCommand(invocation.id, 0, 0, 0, done=False)
+    again = world.connect("far", inflight=(item,))
+    assert again.link.cancelled == [invocation.id]
+
+
+def test_a_command_cancelled_before_it_could_be_sent_is_sent_to_nobody(world, node):
+    world.leave(node)
+    device = world.store.devices.by_id(world.devices["far"].id, moltis.now_ms())
+    params = moltis.ConnectParams(role="node", client_id="id-far")
+    coming = moltis.ConnectedNode("id-far", device.id, Link(), params)
+    world.fleet.claim(coming, device)
+    invocation = world.start("far")  # before its hello
+    world.invocations.cancel(invocation)
+    world.fleet.activate(coming)
+    world.resumption.resume(coming)
+    assert coming.link.requests == []
+    assert world.state(invocation) == "cancelled"
+
+
+def test_a_node_that_is_revoked_as_it_is_asked_is_not_waited_for(world, node):
+    def request(*_):
+        world.store.devices.revoke(node.device_id, moltis.now_ms())
+        raise moltis.ConnectionClosed(1008)
+
+    node.link.request = request
+    invocation = world.start("far")
+    with pytest.raises(moltis.RpcError, match="far: its token was revoked"):
+        invocation.future.result(0)
+    assert world.state(invocation) == "lost"
+
+
+def test_what_is_lost_while_the_disk_is_full_is_written_down_later(
+    world, node, monkeypatch
+):
+    invocation = world.start("far")
+
+    def fail(*_):
+        raise moltis.StoreError("the disk is full")
+
+    with monkeypatch.context() as full:
+        full.setattr(world.store.commands, "end", fail)
+        world.invocations.give_up(invocation, "gone")
+        world.patience.tick()
+    assert world.state(invocation) == "sent"
+    world.patience.tick()
+    assert world.state(invocation) == "lost"
+    assert world.invocations.active.all() == []
+
+
+def test_a_lost_command_that_its_node_still_runs_is_not_lost(world, node, monkeypatch):
+    invocation = world.start("far")
+    world.leave(node)
+    world.invocations.give_up(invocation, "gone")
+    item = moltis.InflightCommand(invocation.id, 7, 0, 0, done=False)
+    again = world.connect("far", inflight=(item,))
+    later = moltis.now_ms() + 2000
+    monkeypatch.setattr(moltis, "now_ms", lambda: later)
+    world.patience.tick()
+    row = world.store.commands.by_id(invocation.id)
+    assert (row.state, row.ended_at, row.error) == ("running", None, None)
+    found = world.invocations.get(invocation.id)
+    world.invocations.handle_chunk("id-far", output(found, 7, b"rest"))
+    assert world.sinks[-1].data[1] == b"rest"
+    world.finish(again, found, done(11))
+    row = world.store.commands.by_id(invocation.id)
+    assert (row.state, row.exit_code, row.stdout_bytes) == ("done", 0, 11)
 
 
 def test_a_lost_command_that_reports_after_all_corrects_the_audit(world, node):
@@ -665,7 +780,7 @@ def test_a_caller_may_come_back_before_its_node(world, node):
     """Both were away: the gateway was started anew."""
     record = world.start("far")
     world.leave(node)
-    world.invocations.active.remove(record)  # what a restart does
+    world.begin()
     sink = Sink()
     found = world.resumption.again(record.id, ORIGIN, sink, 3, 0)
     item = moltis.InflightCommand(record.id, 0, 0, 0, done=False)
@@ -683,7 +798,7 @@ def test_a_caller_who_stays_away_costs_its_command(world, node, monkeypatch):
     invocation = world.start("far", sink)
     world.invocations.handle_chunk("id-far", output(invocation, 0, b"0123"))
     invocation.detach(sink)
-    world.invocations.tick()
+    world.patience.tick()
     assert node.link.cancelled == [invocation.id]
     assert node.link.rewound == [(invocation.id, 0, 0)]
     world.invocations.handle_chunk("id-far", output(invocation, 0, b"0123"))
@@ -705,8 +820,8 @@ def test_what_an_earlier_gateway_asked_for_is_sent_to_no_node_again(world):
     """A node of the original Moltis would run it twice: it remembers no ids."""
     first = world.connect("rust", capabilities=(), instance="")
     invocation = world.start("rust")
-    world.invocations.active.remove(invocation)  # what a restart does
     world.fleet.release(first)
+    world.begin()
     again = world.connect("rust", capabilities=(), instance="")
     assert again.link.requests == []
     assert world.state(invocation) == "lost"
@@ -728,10 +843,10 @@ def test_a_node_keeps_the_result_until_the_audit_has_it(world, node, monkeypatch
     with monkeypatch.context() as full:
         full.setattr(world.store.commands, "end", fail)
         accepted = world.finish(node, invocation)
-        world.invocations.tick()
+        world.patience.tick()
         assert invocation.future.result(0)["exitCode"] == 0  # the caller has it
         assert accepted == []
-    world.invocations.tick()
+    world.patience.tick()
     assert accepted == [True]
     assert world.state(invocation) == "done"
 

@@ -299,6 +299,43 @@ def test_a_job_goes_on_where_it_was_after_a_restart_of_the_gateway(tmp_path):
     assert (answer["state"], answer["exitCode"]) == ("done", 0)
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_job_whose_node_never_returns_is_lost_after_its_timeout(
+    tmp_path, monkeypatch, restarts
+):
+    """The command's own timeout plus LOST_AFTER: 0.5 s here, and an hour there."""
+    monkeypatch.setattr(moltis, "LOST_AFTER", -9.5)
+    monkeypatch.setattr(moltis, "KEEPALIVE_TICK", 0.05)
+    data, port = tmp_path / "gateway", free_port()
+    node_home = tmp_path / "node"
+    node_home.mkdir()
+    gateway = InProcessGateway(data, port=port)
+    arguments = ["node", "add", "--foreground", "--node-id", "far-id", "--name", "far"]
+    host = f"ws://127.0.0.1:{port}/ws"
+    token = gateway.token("far")
+    with Program(
+        *arguments, "--host", host, home=node_home, MOLTIS_DEVICE_TOKEN=token
+    ) as node:
+        wait_for(lambda: gateway.is_connected("far-id"), 20, "the node")
+        sleep = "echo begun; sleep 100"
+        short, long = (
+            start(gateway, sleep, "far", args={"command": sleep, "timeout": timeout})
+            for timeout in (10_000, 3_600_000)
+        )
+        wait_for(lambda: gateway.call("command.get", id=short)["output"])
+        node.process.kill()
+        if restarts:
+            gateway.close()
+            gateway = InProcessGateway(data, port=port)
+        ended = gateway.call("command.wait", id=short, wait=20)
+        assert ended["state"] == "lost"
+        assert "whether the command ran is not known" in ended["error"]
+        assert ended["timeoutMs"] == 10_000
+        assert read_all(gateway, short)[1] == "begun\n"
+        assert gateway.call("command.wait", id=long, wait=0)["waiting"]
+        gateway.close()
+
+
 # The command line
 
 
