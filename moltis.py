@@ -11735,8 +11735,11 @@ class Resumption:
                 if invocation.hand_to(node):  # so nobody sends it
                     self._end_unsent(invocation)
             else:
-                # The same process does not know it: the request got lost on the way.
+                # The same process does not know it: the request got lost on the way,
+                # and with it all input.
                 self._invocations.send(invocation, node)
+                again = {"resumed": True, "stdin": 0}
+                invocation.sink.state(invocation.id, "running", again)
         for invoke_id in node.inflight:
             if self._invocations.get(invoke_id) is None:
                 node.link.cancel(invoke_id)
@@ -11814,9 +11817,15 @@ class Resumption:
         Raises RpcError where there is nothing to wait for.
         """
         node = self._fleet.connected(record.node_id)
-        if record.state == CommandState.LOST or (node is not None and node.ready):
+        # It may have come this moment, and have brought the command along.
+        known = self._invocations.get(record.invoke_id)
+        if known is not None:
+            return known
+        if record.state == CommandState.LOST:
+            raise RpcError("UNAVAILABLE", record.error or "the command is lost")
+        if node is not None and node.ready:
             raise RpcError(
-                "CONFLICT",
+                "UNAVAILABLE",
                 record.error
                 or f"command {record.invoke_id} ended ({record.state}), and its output "
                 "is not kept any more",

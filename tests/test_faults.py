@@ -7,277 +7,32 @@ and demands that the audit says what is true.
 
 from __future__ import annotations
 
-import base64
 import concurrent.futures
-import contextlib
 import hashlib
 import os
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 
 import pytest
 from peers import InProcessGateway
-from proxy import DOWN, UP, FaultyProxy
-from support import clean_environment, free_port, wait_for
+from proxy import DOWN, UP
+from support import clean_environment, wait_for
+from world import IMPATIENT, JumpingClock, SmallDisk, World, living_in_group
 
 import moltis
 
-IMPATIENT = Path(__file__).resolve().parent / "impatient.py"
 BREAKS = (  # "cut_after" twice: each byte is another place to break
     *("cut", "cut_after", "cut_after", "hang_up", "freeze", "halve"),
     *("duplicate", "silence", "delay", "pieces"),
 )
 LOST = "whether the command ran is not known"
-
-
-def compiled_environment(home, **extra):
-    """Return an environment in which Python keeps the compiled form, as installed.
-
-    To compile the source anew takes 0.15 s of each process.
-    """
-    environ = clean_environment(home, **extra)
-    del environ["PYTHONDONTWRITEBYTECODE"]
-    return environ
-
-
-class Process:
-    """One process of moltis that can be killed, stopped and started again."""
-
-    def __init__(self, name, directory, arguments, **extra):
-        self.name = name
-        self.log = directory / f"{name}.log"
-        self.process = None
-        self._arguments = [sys.executable, str(IMPATIENT), *map(str, arguments)]
-        self._environ = compiled_environment(directory, **extra)
-        self._directory = directory
-
-    def start(self):
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self._arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self._environ,
-                cwd=str(self._directory),
-            )
-
-    def signal(self, number):
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(number)
-
-    def kill(self):
-        """Return when it is dead: what it holds is free again."""
-        self.signal(signal.SIGKILL)
-        self.process.wait(20)
-
-    def end(self):
-        if self.process is not None:
-            self.signal(signal.SIGCONT)
-            self.signal(signal.SIGTERM)
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.kill()
-
-    def text(self):
-        return self.log.read_text("utf-8", "replace") if self.log.exists() else ""
-
-
-class Call:
-    """One subcommand of an operator, with what it wrote in files."""
-
-    def __init__(self, world, words, stdin=b""):
-        self.number = len(world.calls)
-        world.calls.append(self)
-        self.out = world.directory / f"call-{self.number}.out"
-        self.err = world.directory / f"call-{self.number}.err"
-        source = world.directory / f"call-{self.number}.in"
-        source.write_bytes(stdin)
-        with source.open("rb") as file, self.out.open("wb") as out, self.err.open(
-            "wb"
-        ) as err:
-            self.process = subprocess.Popen(
-                [sys.executable, str(IMPATIENT), *words],
-                stdin=file,
-                stdout=out,
-                stderr=err,
-                env=world.operator_environment,
-                cwd=str(world.directory),
-            )
-
-    @property
-    def output(self):
-        return self.out.read_bytes()
-
-    @property
-    def complaints(self):
-        return self.err.read_text("utf-8", "replace")
-
-    def wait(self, timeout=90):
-        try:
-            return self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(
-                f"call {self.number} did not end; {len(self.output)} bytes, "
-                f"said {self.complaints!r}"
-            ) from None
-
-
-class World:
-    """A gateway and a node, with a proxy before each of the gateway's visitors."""
-
-    def __init__(self, directory, rng=None, node_options=()):
-        rng = rng or random.Random(0)
-        self.directory = directory
-        self.calls = []
-        self.gateway_port = free_port()
-        self.node_proxy = FaultyProxy(self.gateway_port, rng)
-        self.operator_proxy = FaultyProxy(self.gateway_port, rng)
-        self.data = directory / "data"
-        self.gateway = Process(
-            "gateway",
-            directory,
-            ["gateway", "--port", self.gateway_port],
-            MOLTIS_DATA_DIR=str(self.data),
-        )
-        self.node = None
-        self._node_options = node_options
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
-
-    def _start(self):
-        self.start_gateway()
-        file = moltis.GatewayFile.load(self.data)
-        self.api_key = file.api_key
-        made = self.rpc("device.token.create", displayName="far")
-        self.operator_environment = compiled_environment(
-            self.directory,
-            MOLTIS_GATEWAY_URL=f"http://127.0.0.1:{self.operator_proxy.port}",
-            MOLTIS_API_KEY=file.api_key,
-        )
-        host = f"ws://127.0.0.1:{self.node_proxy.port}/ws"
-        options = ["--foreground", "--name", "far", "--node-id", "far-id"]
-        self.node = Process(
-            "node",
-            self.directory,
-            ["node", "add", "--host", host, *options, *self._node_options],
-            MOLTIS_DEVICE_TOKEN=made["deviceToken"],
-        )
-        self.node.start()
-        self.wait_for_node()
-
-    @property
-    def direct_url(self):
-        return f"http://127.0.0.1:{self.gateway_port}"
-
-    def start_gateway(self):
-        said = self.gateway.text().count("Ctrl+C stops it")
-        self.gateway.start()
-        wait_for(
-            lambda: self.gateway.text().count("Ctrl+C stops it") > said,
-            60,
-            lambda: f"the gateway to start: {self.gateway.text()}",
-        )
-
-    def rpc(self, method, **params):
-        """Make one call; a machine that is busy with others may take several."""
-        for _ in range(10):
-            with contextlib.suppress(moltis.Unreachable), moltis.OperatorClient(
-                self.direct_url, self.api_key
-            ) as client:
-                return client.call(method, params)
-        raise AssertionError(f"no answer to {method}: {self.gateway.text()}")
-
-    def is_connected(self):
-        return any(n["connected"] for n in self.rpc("node.list")[1:])
-
-    def wait_for_node(self):
-        wait_for(self.is_connected, 60, lambda: f"the node: {self.node.text()}")
-
-    def call(self, command, stdin=None):
-        """Start a `node exec`."""
-        if stdin is None:
-            return Call(self, ["node", "exec", "far", "--", command])
-        return Call(self, ["node", "exec", "far", "--stdin", "--", command], stdin)
-
-    def attach(self, command):
-        """Start a job, and a `node attach` to it."""
-        job = self.rpc(
-            "node.invoke",
-            nodeId="far",
-            command="system.run",
-            args={"command": command},
-            background=True,
-        )
-        return Call(self, ["node", "attach", job["invokeId"]])
-
-    def kept_output(self, job):
-        """Return all of a job's standard output, as any client gets it."""
-        data, position = b"", 0
-        while True:
-            answer = self.rpc("command.get", id=job, offset=position, encoding="base64")
-            pieces = [p for stream, _, p in answer["output"] if stream == "stdout"]
-            data += b"".join(map(base64.b64decode, pieces))
-            if not answer["output"]:
-                return data
-            position = answer["next"]
-
-    def runs(self, number=0):
-        """Return how often the command of that number was run."""
-        path = self.directory / f"runs-{number}"
-        return len(path.read_text().splitlines()) if path.exists() else 0
-
-    def counted(self, command):
-        """Return `command` with a line that writes down that it is run."""
-        return f"echo run >>{self.directory}/runs-{len(self.calls)}; {command}"
-
-    def rows(self):
-        """Return the audit, the oldest first."""
-        with contextlib.closing(sqlite3.connect(self.data / "moltis.db")) as db:
-            db.row_factory = sqlite3.Row
-            return list(map(dict, db.execute("SELECT * FROM commands ORDER BY seq")))
-
-    def heal(self):
-        self.node_proxy.heal()
-        self.operator_proxy.heal()
-
-    def close(self):
-        for call in self.calls:
-            if call.process.poll() is None:
-                call.process.kill()
-            call.process.wait()
-        for process in (self.node, self.gateway):
-            if process is not None:
-                process.end()
-        self.node_proxy.close()
-        self.operator_proxy.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def account(self):
-        """Return all that was said, for who has to find out what went wrong."""
-        logs = [f"--- {p.name}\n{p.text()[-3000:]}" for p in (self.gateway, self.node)]
-        calls = [
-            f"--- call {call.number}: status {call.process.poll()}, "
-            f"{len(call.output)} bytes, {call.complaints!r}"
-            for call in self.calls
-        ]
-        return "\n".join([*logs, *calls, *(str(row) for row in self.rows())])
+NO_ROOM = "make room on that disk"
+JUMPS = (-10 * 365 * 86400, -86400, -5, 5, 3600, 10 * 365 * 86400)  # s
 
 
 @pytest.fixture
@@ -349,8 +104,8 @@ def test_a_caller_whose_connection_breaks_goes_on_with_its_command(world):
 
 
 def test_a_command_outlives_a_gateway_that_is_killed(world):
-    command = "for i in 1 2 3 4 5 6; do echo $i; sleep 0.5; done; exit 3"
-    call = world.call(world.counted(command))
+    command = "for i in 1 2 3 4 5 6; do echo $i; sleep 0.5; done"
+    call = world.call(world.counted(command, status=3))
     wait_for(lambda: call.output == b"1\n")
     world.gateway.kill()
     world.start_gateway()
@@ -458,10 +213,31 @@ def test_a_stopped_reader_slows_its_own_command_down_and_no_other(world):
     assert len(call.output) == 30000000
 
 
+def test_input_reaches_a_command_whose_request_got_lost(world):
+    world.node_proxy.freeze()
+    call = world.call("cat", stdin=b"all of it")
+    wait_for(world.rows)
+    world.node_proxy.cut()
+    assert call.wait() == 0
+    assert call.output == b"all of it"
+
+
+def test_who_comes_back_to_a_lost_command_hears_what_others_heard(world):
+    call = world.call("echo one; sleep 60")
+    wait_for(lambda: call.output == b"one\n")
+    world.operator_proxy.silent = True
+    world.operator_proxy.cut()
+    world.node.kill()
+    world.node.start()
+    wait_for(lambda: [r for r in world.rows() if r["state"] == "lost"], 20)
+    world.operator_proxy.silent = False
+    assert call.wait() == moltis.EXIT_UNREACHABLE
+    assert LOST in call.complaints
+
+
 def test_a_job_is_followed_through_kills_and_cuts(world):
-    call = world.attach(
-        world.counted("for i in $(seq 20); do echo $i; sleep 0.2; done")
-    )
+    command = world.counted("for i in $(seq 20); do echo $i; sleep 0.2; done")
+    call = world.attach(world.job(command))
     wait_for(lambda: call.output)
     world.node_proxy.cut()
     world.gateway.kill()
@@ -476,37 +252,72 @@ def test_a_job_is_followed_through_kills_and_cuts(world):
 
 
 class Work:
-    """A command whose output and status are known beforehand."""
+    """A command of which is known beforehand what it will write and how it ends."""
 
     def __init__(self, rng, world):
-        kind = rng.choice(["ticks", "ticks", "big", "errors", "input", "quiet", "job"])
+        self.world = world
+        self.status = rng.choice([0, 0, 3, 7])
+        self.stdout = self.stderr = b""
         self.stdin = None
-        self.status = rng.choice([0, 0, 1, 7])
-        self.is_job = kind == "job"
-        start = world.attach if kind == "job" else world.call
-        if kind in ("ticks", "job"):
-            count = rng.randint(5, 25)
-            self.stdout = lines(count)
-            command = f"for i in $(seq {count}); do echo $i; sleep 0.1; done"
-        elif kind == "big":
-            count = rng.randint(10, 400) * 1000
-            self.stdout = lines(count)
-            command = f"seq {count // 2}; sleep 0.5; seq {count // 2 + 1} {count}"
-        elif kind == "errors":
-            self.stdout = lines(3000)
-            command = "for i in $(seq 3000); do echo $i; echo e$i >&2; done"
-        elif kind == "input":
-            size = rng.randint(1, 4_000_000)
-            self.stdin = bytes(rng.getrandbits(8) for _ in range(1000)) * (
-                size // 1000 + 1
-            )
-            self.stdout = self.stdin
-            command = "cat"
+        self.options = ()
+        self.cancelled = False  # by us
+        kinds = ["ticks", "ticks", "big", "errors", "input", "quiet", "endless", "job"]
+        self.kind = rng.choice(kinds)
+        if self.kind == "job" and world.is_full("gateway"):
+            self.kind = "quiet"
+        command = world.counted(getattr(self, f"_{self.kind}")(rng), self.status)
+        self.job = world.job(command) if self.kind == "job" else None
+        if self.job is not None:
+            self.call = world.attach(self.job)
         else:
-            self.stdout = b""
-            command = f"sleep {rng.uniform(0, 2):.2f}"
-        call = world.counted(f"{command}; exit {self.status}")
-        self.call = start(call, *([self.stdin] if self.stdin else []))
+            self.call = world.call(command, self.stdin, self.options)
+
+    def _ticks(self, rng):
+        count = rng.randint(5, 25)
+        self.stdout = lines(count)
+        return f"for i in $(seq {count}); do echo $i; sleep 0.1; done"
+
+    _job = _ticks
+
+    def _big(self, rng):
+        count = rng.randint(10, 400) * 1000
+        self.stdout = lines(count)
+        return f"seq {count // 2}; sleep 0.5; seq {count // 2 + 1} {count}"
+
+    def _errors(self, _rng):
+        self.stdout = lines(3000)
+        self.stderr = b"".join(b"e%d\n" % n for n in range(1, 3001))
+        return "for i in $(seq 3000); do echo $i; echo e$i >&2; done"
+
+    def _input(self, rng):
+        piece = bytes(rng.getrandbits(8) for _ in range(1000))
+        self.stdout = self.stdin = piece * rng.randint(1, 4000)
+        return "cat"
+
+    def _quiet(self, rng):
+        return f"sleep {rng.uniform(0, 2):.2f}"
+
+    def _endless(self, rng):
+        """What only its time limit ends, at the latest."""
+        self.options = ("--timeout", f"{rng.uniform(0.2, 2):.1f}")
+        self.stdout = b"one\n"
+        deaf = rng.choice(["", "", "trap '' TERM; "])
+        return f"{deaf}echo one; sleep 30"
+
+    def cancel(self):
+        """End it, as a person does."""
+        self.cancelled = True
+        if self.job is None:
+            self.call.signal(signal.SIGCONT)
+            self.call.signal(signal.SIGINT)
+        else:
+            self.world.rpc("command.cancel", id=self.job)
+
+    @property
+    def row(self):
+        """Return what the audit says of it, or None."""
+        mark = f"{self.world.runs_file(self.call.number)}; "
+        return next((r for r in self.world.rows() if mark in r["command"]), None)
 
 
 class Schedule:
@@ -515,35 +326,40 @@ class Schedule:
     def __init__(self, seed, directory):
         self.seed = seed
         self.rng = random.Random(seed)
-        self.world = World(directory, self.rng)
+        disks = SmallDisk.can_be_made()
+        clocks = JumpingClock.library() is not None and self.rng.random() < 0.5
+        self.world = World(directory, self.rng, small_disks=disks, clocks=clocks)
+        self.works = []
         self.story = []
         self.node_died = False
+        self.node_ended = False
         self.gateway_died = False
+        self.gateway_was_full = False
         self.misfortunes = [
-            self.break_connections,
-            self.break_connections,
-            self.break_both,
-            self.break_both,
-            self.kill_gateway,
-            self.stop_gateway,
-            self.pause,
-            self.pause,
-            self.kill_node,
+            *(self.break_connections, self.break_connections),
+            *(self.break_both, self.break_both),
+            *(self.kill_gateway, self.stop_gateway),
+            *(self.kill_node, self.stop_node),
+            *(self.pause, self.pause, self.pause_caller),
+            *(self.cancel, self.ask_for_more),
+            *((self.fill_disk, self.fill_disk) if disks else ()),
+            *((self.jump, self.jump) if clocks else ()),
         ]
 
     def run(self):
         """Raises AssertionError where something is not as it has to be."""
         with self.world as world:
-            works = [Work(self.rng, world) for _ in range(self.rng.randint(1, 3))]
             try:
+                for _ in range(self.rng.randint(1, 3)):
+                    self.ask_for_more()
                 for _ in range(self.rng.randint(1, 6)):
-                    time.sleep(self.rng.uniform(0, 0.6))
+                    time.sleep(self.rng.uniform(0, 0.5))
                     self.rng.choice(self.misfortunes)()
                 world.heal()
-                for work in works:
+                for work in self.works:
                     work.call.wait()
-                self.check_audit(works)
-                for work in works:
+                self.check_audit()
+                for work in self.works:
                     self.check(work)
             except BaseException:
                 raise AssertionError(
@@ -553,6 +369,24 @@ class Schedule:
 
     def tell(self, *what):
         self.story.append(what)
+
+    # Misfortunes
+
+    def ask_for_more(self):
+        self.works.append(Work(self.rng, self.world))
+        self.tell("work", self.works[-1].kind)
+
+    def cancel(self):
+        work = self.rng.choice(self.works)
+        if not work.cancelled:
+            self.tell("cancel", work.call.number)
+            work.cancel()
+
+    def pause_caller(self):
+        """For good, or until all is well again."""
+        work = self.rng.choice(self.works)
+        self.tell("caller", work.call.number, "pause")
+        work.call.signal(signal.SIGSTOP)
 
     def break_connections(self):
         name = self.rng.choice(["node", "operator"])
@@ -609,49 +443,158 @@ class Schedule:
         time.sleep(self.rng.choice([0, 0, 0.5]))
         self.world.node.start()
 
-    def check_audit(self, works):
-        """Every invocation ends, in a state that is true."""
+    def stop_node(self):
+        """As `node remove` and a machine that shuts down do."""
+        if self.rng.random() < 0.5:
+            return
+        self.tell("node", "stop")
+        self.node_ended = True
+        self.world.node.end()
+        time.sleep(self.rng.choice([0, 0, 0.5]))
+        self.world.node.start()
+
+    def fill_disk(self):
+        """For a while, or until all is well again."""
+        name = self.rng.choice(["gateway", "gateway", "gateway", "node"])
+        disk = self.world.disks[name]
+        self.tell(name, "disk full")
+        self.gateway_was_full |= name == "gateway"
+        disk.fill()
+        if self.rng.random() < 0.5:
+            self.ask_for_more()
+        if self.rng.random() < 0.5:
+            time.sleep(self.rng.uniform(0, 1))
+            self.tell(name, "disk free")
+            disk.free()
+
+    def jump(self):
+        name, seconds = self.rng.choice(["gateway", "node"]), self.rng.choice(JUMPS)
+        self.tell(name, "clock", seconds)
+        self.world.clocks[name].jump(seconds)
+
+    # What has to be true in the end
+
+    def check_audit(self):
+        """Every invocation ends, once, and those that we know of are all there are."""
 
         def open_rows():
             return [r for r in self.world.rows() if r["state"] in ("sent", "running")]
 
         wait_for(lambda: not open_rows(), 60, lambda: f"the end of {open_rows()}")
-        for row in self.world.rows():
-            states = ["done"]
-            if self.node_died or self.gateway_died:
-                states.append("lost")
-            assert row["state"] in states, row
-        assert len(self.world.rows()) <= len(works)
+        assert len(self.world.rows()) <= len(self.works)
 
     def check(self, work):
-        call, world = work.call, self.world
-        runs = world.runs(call.number)
-        mark = f"/runs-{call.number};"
-        row = next((r for r in world.rows() if mark in r["command"]), None)
-        assert runs <= 1, f"call {call.number} ran {runs} times"
-        if row is None:  # it never got as far as being asked for
-            assert runs == 0
-            assert call.process.poll() == moltis.EXIT_UNREACHABLE
+        row, number = work.row, work.call.number
+        runs = self.world.runs(number)
+        assert runs <= 1, f"call {number} ran {runs} times"
+        if row is None:
+            self.check_refused(work)
+        else:
+            getattr(self, f"check_{row['state']}")(work, row, runs)
+
+    def check_refused(self, work):
+        """It never got as far as being asked for."""
+        assert not self.world.runs(work.call.number)
+        if work.cancelled:
+            assert work.call.status != 0
             return
-        if row["state"] == "lost":
-            assert self.node_died or runs == 0
-            assert call.process.poll() == moltis.EXIT_UNREACHABLE
-            # Who attaches to a job may not have got as far as hearing of it.
-            assert LOST in call.complaints or (work.is_job and not call.output)
-            assert work.stdout.startswith(call.output)
+        assert work.call.status == moltis.EXIT_UNREACHABLE
+        last = work.call.complaints.splitlines()[-1]
+        assert NO_ROOM in last or "database" not in last
+
+    def check_lost(self, work, _row, runs):
+        # Its end may be known to its caller, where no disk and no process outlived it.
+        forgotten = self.gateway_was_full and self.gateway_died
+        assert self.node_died or self.node_ended or not runs
+        if forgotten and work.call.status == work.status:
+            assert work.call.output == work.stdout
             return
+        self.check_stranded(work)
+        # Who attaches to a job may not have got as far as hearing of it.
+        assert (
+            LOST in work.call.complaints
+            or work.cancelled
+            or (work.job and not work.call.output)
+        )
+
+    def check_stranded(self, work):
+        """Its caller knows no end of it."""
+        statuses = [moltis.EXIT_UNREACHABLE]
+        if work.cancelled:
+            statuses.append(moltis.INTERRUPTED)
+        assert work.call.status in statuses
+        assert work.stdout.startswith(work.call.output)
+
+    def check_end(self, work, status, output=None):
+        """Its caller knows its end, or has good reason not to."""
+        if work.call.status == status:
+            assert work.call.output == (work.stdout if output is None else output)
+            return
+        assert (
+            self.node_died  # as the end was told
+            or self.node_ended
+            or work.cancelled
+            or (work.job and not work.call.output)  # it did not even get to follow
+        )
+        self.check_stranded(work)
+
+    def check_done(self, work, row, runs):
         assert runs == 1
+        assert self.world.came_to_its_end(work.call.number)
+        assert work.kind != "endless"
         assert row["exit_code"] == work.status
         assert row["stdout_bytes"] == len(work.stdout)
-        if work.is_job:
-            assert world.kept_output(row["invoke_id"]) == work.stdout
-        status = call.process.poll()
-        if status == moltis.EXIT_UNREACHABLE:
-            # Its node died as the end was told, or it did not even get to follow.
-            assert self.node_died or (work.is_job and not call.output)
-        else:
-            assert status == work.status
-            assert call.output == work.stdout
+        assert row["stderr_bytes"] == len(work.stderr)
+        if work.job is not None:
+            self.check_kept(work)
+        if work.job is None or not self.gateway_was_full:
+            self.check_end(work, work.status)
+
+    def check_kept(self, work):
+        """What was kept of a job's output is what it wrote, and all if it could be."""
+        end = 0
+        for offset, data in self.world.kept_pieces(work.job):
+            assert offset == end or (offset > end and self.gateway_was_full)
+            end = offset + len(data)
+            assert work.stdout[offset:end] == data
+        assert end == len(work.stdout) or self.gateway_was_full
+
+    def check_failed(self, work, row, runs):
+        """It came as its node was ending."""
+        assert not runs
+        assert self.node_ended
+        assert "shutting down" in row["error"]
+        self.check_end(work, moltis.EXIT_FAILURE, output=b"")
+
+    def check_timed_out(self, work, _row, runs):
+        assert runs == 1
+        assert work.kind == "endless"
+        self.check_ended_early(work)
+        self.check_end(work, moltis.TIMED_OUT)
+
+    def check_cancelled(self, work, _row, _runs):
+        assert work.cancelled or self.node_ended
+        self.check_ended_early(work)
+        if work.call.status != work.status:  # it may not care how a job ended
+            work.cancelled = True
+            self.check_stranded(work)
+
+    def check_ended_early(self, work):
+        """Nothing of it lives."""
+        if work.kind == "endless":
+            assert not self.world.came_to_its_end(work.call.number)
+        for group in self.world.groups(work.call.number):
+            assert not living_in_group(group)
+
+
+def test_schedules_can_have_full_disks():
+    if not SmallDisk.can_be_made():
+        pytest.skip("nothing can be mounted here; root in a container of its own may")
+
+
+def test_schedules_can_have_clocks_that_jump():
+    if JumpingClock.library() is None:
+        pytest.skip("Debian's package faketime is not here")
 
 
 def test_schedules_of_misfortunes(tmp_path, pytestconfig):

@@ -792,6 +792,30 @@ def test_a_caller_may_come_back_before_its_node(world, node):
     assert sink.data[1] == b"rest"
 
 
+def test_a_caller_and_its_node_may_come_back_at_the_same_moment(
+    world, node, monkeypatch
+):
+    invocation = world.start("far", Sink(slow=True))
+    world.invocations.handle_chunk("id-far", output(invocation, 0, b"0123456789"))
+    world.finish(node, invocation, done(10))
+    world.leave(node)
+    world.begin()
+    look_up = world.store.commands.by_id
+    item = moltis.InflightCommand(invocation.id, 0, 0, 0, done=True)
+
+    def look_up_as_it_connects(invoke_id):
+        record = look_up(invoke_id)
+        monkeypatch.undo()
+        world.connect("far", inflight=(item,))
+        return record
+
+    monkeypatch.setattr(world.store.commands, "by_id", look_up_as_it_connects)
+    second = Sink()
+    world.resumption.again(invocation.id, ORIGIN, second, 4, 0)
+    world.invocations.handle_chunk("id-far", output(invocation, 4, b"456789"))
+    assert second.data[1] == b"456789"
+
+
 def test_a_caller_who_stays_away_costs_its_command(world, node, monkeypatch):
     monkeypatch.setattr(moltis, "CALLER_PATIENCE", 0.0)
     sink = Sink(slow=True)
