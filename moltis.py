@@ -697,6 +697,18 @@ class Cancellation:
         if self._thrown.wait(timeout):
             raise Cancelled
 
+    def result_of(self, future: Future[Any]) -> Any:
+        """Return what the future brings.
+
+        Raises what it raises, and Cancelled as soon as it is.
+        """
+        woken = threading.Event()
+        future.add_done_callback(lambda _: woken.set())
+        with self.calling(woken.set):
+            woken.wait()
+            self.pause(0)
+            return future.result()
+
     @contextlib.contextmanager
     def calling(self, callback: Callable[[], None]) -> Iterator[None]:
         """While the block runs, a cancellation calls `callback` to wake it.
@@ -8740,6 +8752,11 @@ class CommandRecord:
     cancelled_at: int | None = None  # when it was to end, whether its node heard or not
     seq: int = 0  # given by the store; grows with every command
 
+    @property
+    def is_open(self) -> bool:
+        """Whether its end is not known yet."""
+        return self.state in (CommandState.SENT, CommandState.RUNNING)
+
 
 @dataclass(frozen=True)
 class CommandEnd:
@@ -10683,6 +10700,7 @@ class Invocation:
         self.settled: Future[None] = Future()  # done: nothing more of it will come
         self.sent_to: str | None = None  # the instance of the node that has it
         self.started_at: int | None = None  # ms; None while it waits, or is not sent
+        self.place: int | None = None  # in line on its node
         self.noted_running = False  # in the audit; by the ticker alone
         self.cancelled = False
         self.asked_here = True  # in this life of the gateway
@@ -11513,6 +11531,7 @@ class Invocations:
         invocation = self._of_node(node_id, invoke_id)
         if invocation is not None:
             invocation.started_at = now_ms() if state == "running" else None
+            invocation.place = detail.get("place") or None
             invocation.sink.state(invoke_id, state, detail)
 
     def handle_result(
@@ -11939,14 +11958,17 @@ class JobOutput:
             return self._offsets[stream]
 
     def append(self, chunk: Chunk) -> None:
-        """Keep a chunk; an offset ahead of what was kept shows as a gap.
+        """Keep what is new of a chunk; an offset ahead of what was kept is a gap.
 
         Raises OSError.
         """
         with self._lock:
+            start = max(chunk.offset, self._offsets[chunk.kind])
+            if start >= chunk.end:
+                return
             if self._file is None or self._end - self._starts[-1] >= JOB_SEGMENT:
                 self._open_segment()
-            self._write(chunk.kind, chunk.offset, chunk.data)
+            self._write(chunk.kind, start, chunk.data[start - chunk.offset :])
             self._offsets[chunk.kind] = chunk.end
 
     def read(self, position: int, limit: int = MAX_JOB_READ) -> JobReading:
@@ -12105,7 +12127,6 @@ class JobSink:
         self, invoke_id: str, output: JobOutput, changed: Callable[[str], None]
     ) -> None:
         self.output = output
-        self.place: int | None = None  # in line
         self._invoke_id = invoke_id
         self._changed = changed
         self._failing = False
@@ -12125,13 +12146,16 @@ class JobSink:
     def stdin_received(self, invoke_id: str, offset: int) -> None: ...
 
     def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:  # noqa: ARG002
-        self.place = detail.get("place") or None
         self._changed(invoke_id)
 
     def end(self, _invocation: Invocation, _end: CommandEnd) -> bool:
+        self.finish()
+        return True
+
+    def finish(self) -> None:
+        """Close the files, and tell those who wait for the end."""
         self.output.close()
         self._changed(self._invoke_id)
-        return True
 
 
 class Jobs:
@@ -12163,16 +12187,19 @@ class Jobs:
             self._sinks[invoke_id] = sink
             return sink
 
-    def keep(self, chunk: Chunk) -> None:
-        """Write what is new of a chunk; one that came before is there already.
+    @contextlib.contextmanager
+    def new(self, invoke_id: str) -> Iterator[JobSink]:
+        """Give the sink of a job that the block starts; if it fails, nothing stays.
 
-        Raises RpcError where the output cannot be kept.
+        Raises RpcError where its output cannot be kept.
         """
-        sink = self.open(chunk.invoke_id)
-        start = max(chunk.offset, sink.output.offset(chunk.kind))
-        if start < chunk.end:
-            data = chunk.data[start - chunk.offset :]
-            sink.chunk(Chunk(chunk.kind, chunk.invoke_id, start, data))
+        self.make_room()
+        sink = self.open(invoke_id)
+        try:
+            yield sink
+        except MoltisError:
+            self.discard(invoke_id)
+            raise
 
     def read_all(self, invoke_id: str) -> Iterator[bytes]:
         """Yield both streams of a command as they came, with what is missing.
@@ -12249,9 +12276,124 @@ class Jobs:
             sink.output.close()
 
 
+def command_view(record: CommandRecord) -> JsonObject:
+    """Return a row of `commands.list`."""
+    return {
+        "seq": record.seq,
+        "invokeId": record.invoke_id,
+        "askedAt": record.asked_at,
+        "startedAt": record.started_at,
+        "endedAt": record.ended_at,
+        "callerKind": record.caller_kind,
+        "callerName": record.caller_name,
+        "decidedBy": record.decided_by,
+        "sessionKey": record.session_key,
+        "nodeId": record.node_id,
+        "nodeName": record.node_name,
+        "command": record.command,
+        "cwd": record.cwd,
+        "timeoutMs": record.timeout_ms,
+        "state": record.state,
+        "exitCode": record.exit_code,
+        "signal": record.signal,
+        "stdoutBytes": record.stdout_bytes,
+        "stderrBytes": record.stderr_bytes,
+        "error": record.error,
+    }
+
+
+def required_record(commands: CommandsTable, invoke_id: str) -> CommandRecord:
+    """Raises RpcError NOT_FOUND."""
+    record = commands.by_id(invoke_id)
+    if record is None:
+        raise RpcError("NOT_FOUND", f"nothing is known of a command {invoke_id[:64]!r}")
+    return record
+
+
+class JobDesk:
+    """Commands as they stand, for those who ask from any place, at any time."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        invocations: Invocations,
+        jobs: Jobs,
+        commands: CommandsTable,
+    ) -> None:
+        self.invocations = invocations
+        self.jobs = jobs
+        self._fleet = fleet
+        self._commands = commands
+
+    def record(self, invoke_id: str) -> CommandRecord:
+        """Raises RpcError NOT_FOUND."""
+        return required_record(self._commands, invoke_id)
+
+    def output(self, invoke_id: str, position: int) -> JobReading:
+        """Return the next part of a job's output.  Raises RpcError, OSError."""
+        if not self.jobs.known(invoke_id):
+            return JobReading((), position)
+        return self.jobs.open(invoke_id).output.read(position)
+
+    def news(
+        self, invoke_id: str, position: int, wait: float
+    ) -> Future[tuple[JsonObject, JobReading]]:
+        """Return how it stands and what it wrote, once it did or `wait` s are over."""
+
+        def attempt(final: bool) -> tuple[JsonObject, JobReading] | None:
+            # First the state: an end that is seen has all output before it.
+            record = self.record(invoke_id)
+            view, reading = self.view(record), self.output(invoke_id, position)
+            if not reading.pieces and record.is_open and not final:
+                return None
+            return view, reading
+
+        return self.jobs.waiters.answer(invoke_id, wait, attempt)
+
+    def end(self, invoke_id: str, wait: float) -> Future[JsonObject]:
+        """Return how it stands when it has ended, or `wait` s are over."""
+
+        def attempt(final: bool) -> JsonObject | None:
+            record = self.record(invoke_id)
+            return None if record.is_open and not final else self.view(record)
+
+        answer = self.jobs.waiters.answer(invoke_id, wait, attempt)
+        invocation = self.invocations.get(invoke_id)
+        if invocation is not None:  # one that is no job tells us in no other way
+            invocation.future.add_done_callback(
+                lambda _: self.jobs.waiters.wake(invoke_id)
+            )
+        return answer
+
+    def all(self) -> list[CommandRecord]:
+        """Return all that runs, and all jobs; the newest first."""
+        jobs = filter(None, map(self._commands.by_id, self.jobs.ids()))
+        records = {r.seq: r for r in (*self._commands.unfinished(), *jobs)}
+        return [record for _, record in sorted(records.items(), reverse=True)]
+
+    def cancel(self, record: CommandRecord) -> None:
+        """End it, now or when its node is back; one that ended is as it is."""
+        invocation = self.invocations.get(record.invoke_id)
+        if invocation is not None:
+            self.invocations.cancel(invocation)
+
+    def view(self, record: CommandRecord) -> JsonObject:
+        view = {**command_view(record), "background": self.jobs.known(record.invoke_id)}
+        if not record.is_open:
+            return view
+        view["waiting"] = self._fleet.connected(record.node_id) is None  # for its node
+        invocation = self.invocations.get(record.invoke_id)
+        if invocation is not None:
+            view["stdoutBytes"] = invocation.received(STDOUT)
+            view["stderrBytes"] = invocation.received(STDERR)
+            if invocation.place:
+                view["place"] = invocation.place
+        return view
+
+
 # ==============================================================================
 # Agent
-# Uses: Wire protocol, Commands, Language models
+# Uses: Wire protocol, Commands, Language models, Jobs
 #
 # Runs in which a model uses the machines of the fleet until it has an answer: its
 # tools and the check of their arguments, the question to a person before a command
@@ -12269,6 +12411,8 @@ KEPT_RESULTS = 4  # of tools; the newest, which are cut last
 SHORT_RESULT = 400  # characters; cutting it would gain nothing
 SHELL_ID = "shell"  # of the model that is always there
 LAST_RESULT = 2000  # characters that stay of a newest result when all else is gone
+MAX_STATUS_WAIT = 60.0  # s that exec_status may wait; then the model decides anew
+MAX_STATUS_READS = 400  # parts of a job's output; all that is kept, unless it races us
 
 
 class NodeDirectory(Protocol):
@@ -12326,6 +12470,7 @@ class PlannedCommand:
     command: str
     working_dir: str | None = None
     timeout: float | None = None  # s
+    background: bool = False  # nobody waits for it
 
     def arguments(self) -> JsonObject:
         """Return it as the arguments of `system.run`."""
@@ -12345,6 +12490,7 @@ class PlannedCommand:
             "command": self.command,
             "workingDir": self.working_dir or "",
             "timeout": self.timeout,
+            **({"background": True} if self.background else {}),
         }
 
 
@@ -12361,6 +12507,27 @@ class Executor(Protocol):
         """Return the result of `system.run` once all output went to `on_chunk`.
 
         Raises RpcError where there is no result, and Cancelled.
+        """
+
+
+class Background(Protocol):
+    """Runs commands that nobody waits for, for a session."""
+
+    def start(self, session_key: str, planned: PlannedCommand) -> None:
+        """Raises RpcError."""
+
+    def cancel(self, session_key: str, invoke_id: str) -> None:
+        """Raises RpcError."""
+
+    def end(
+        self, session_key: str, invoke_id: str, wait: float, cancel: Cancellation
+    ) -> JsonObject:
+        """Return what `command.wait` does.  Raises RpcError, Cancelled."""
+
+    def output(self, session_key: str, invoke_id: str, position: int) -> JobReading:
+        """Return the next part of what it wrote, in the order in which it came.
+
+        Raises RpcError.
         """
 
 
@@ -12492,8 +12659,11 @@ def _tool(
     return ToolSpec(name, description, schema)
 
 
-def _text_parameter(description: str) -> JsonObject:
-    return {"type": "string", "description": description}
+def _parameter(kind: str, description: str) -> JsonObject:
+    return {"type": kind, "description": description}
+
+
+_text_parameter = partial(_parameter, "string")
 
 
 def tool_specs(*, with_nodes: bool) -> tuple[ToolSpec, ...]:
@@ -12507,13 +12677,32 @@ def tool_specs(*, with_nodes: bool) -> tuple[ToolSpec, ...]:
         ["command"],
         command=_text_parameter("The command line."),
         **(node if with_nodes else {}),
-        timeout={"type": "number", "description": "Seconds until it is ended."},
+        timeout=_parameter("number", "Seconds until it is ended."),
         working_dir=_text_parameter("Directory to run it in."),
+        background=_parameter(
+            "boolean",
+            "Do not wait for it: answer at once with an id for exec_status. For what "
+            "takes longer than a minute or two.",
+        ),
+    )
+    status = _tool(
+        "exec_status",
+        "Tell how a command in the background stands, and what it has written.",
+        ["id"],
+        id=_text_parameter("The id that exec gave."),
+        offset=_parameter(
+            "integer", "next_offset of the last answer: only what is new since then."
+        ),
+        wait=_parameter(
+            "number", f"Seconds to wait for its end, {MAX_STATUS_WAIT:.0f} at most."
+        ),
+        cancel=_parameter("boolean", "End it."),
     )
     if not with_nodes:
-        return (execute,)
+        return execute, status
     return (
         execute,
+        status,
         _tool("nodes_list", "List the machines, with state and load.", []),
         _tool(
             "nodes_describe",
@@ -12530,7 +12719,12 @@ def tool_specs(*, with_nodes: bool) -> tuple[ToolSpec, ...]:
     )
 
 
-ARGUMENT_KINDS: Mapping[str, type] = {"string": str, "number": float}
+ARGUMENT_KINDS: Mapping[str, type] = {
+    "string": str,
+    "number": float,
+    "integer": int,
+    "boolean": bool,
+}
 
 
 def check_arguments(call: ToolCall, specs: Sequence[ToolSpec]) -> JsonObject:
@@ -12606,31 +12800,55 @@ def tool_output(stdout: str, stderr: str) -> JsonObject:
     return {"stdout": kept_stdout, "stderr": kept_stderr}
 
 
-class LiveOutput:
-    """A command's output while it runs: kept for the model, shown to those who watch.
+def new_collector() -> OutputCollector:
+    """Return what keeps as much of a command's output as a model may see."""
+    return OutputCollector(4 * MAX_TOOL_OUTPUT)  # four bytes: the longest character
 
-    `show(stream, text)` gets it as text, cut between characters only.
-    """
 
-    def __init__(self, show: Callable[[str, str], None]) -> None:
-        # Four bytes are the longest character.
-        self.collected = OutputCollector(4 * MAX_TOOL_OUTPUT)
-        self._show = show
-        decoder = codecs.getincrementaldecoder("utf-8")
-        self._decoders = {kind: decoder("replace") for kind in (STDOUT, STDERR)}
+def output_for_model(collected: OutputCollector) -> JsonObject:
+    """Return what a model sees of a command's output, and whether that is not all."""
+    out, err = collected.stdout, collected.stderr
+    output = tool_output(out.text(), err.text())
+    whole = out.total + err.total
+    kept = sum(len(text.encode("utf-8", "replace")) for text in output.values())
+    return {**output, "truncated": True} if kept < whole else output
 
-    def add(self, kind: int, offset: int, data: bytes) -> None:
-        self.collected.add(kind, offset, data)
-        text = self._decoders[kind].decode(data)
-        if text:
-            self._show(STREAM_NAMES[kind], text)
 
-    def for_model(self) -> JsonObject:
-        out, err = self.collected.stdout, self.collected.stderr
-        output = tool_output(out.text(), err.text())
-        whole = out.total + err.total
-        kept = sum(len(text.encode("utf-8", "replace")) for text in output.values())
-        return {**output, "truncated": True} if kept < whole else output
+def read_output(
+    read: Callable[[int], JobReading], position: int
+) -> tuple[JsonObject, int]:
+    """Return what a model sees of a job's output from a position on, and its end."""
+    collected = new_collector()
+    ends: dict[int, int] = {}
+    for _ in range(MAX_STATUS_READS):
+        reading = read(position)
+        position = reading.next
+        if not reading.pieces:
+            break
+        for piece in reading.pieces:
+            missing = piece.offset - ends.setdefault(piece.stream, piece.offset)
+            ends[piece.stream] = piece.offset + len(piece.data)
+            gap = f"\n[… {missing:,} bytes not kept …]\n" if missing else ""
+            stream = collected.stdout if piece.stream == STDOUT else collected.stderr
+            stream.add(stream.total, gap.encode() + piece.data)
+    return output_for_model(collected), position
+
+
+def status_for_model(view: JsonObject) -> JsonObject:
+    """Return how a command stands, of which `view` is what `command.wait` answers."""
+    status = {"id": view["invokeId"], "node": view["nodeName"]}
+    if "waiting" in view:  # it has not ended
+        state = "in line" if view.get("place") else "running"
+        if view["waiting"]:
+            state = "waiting for its node to come back"
+        return {
+            **status,
+            "state": state,
+            **({"place": view["place"]} if view.get("place") else {}),
+        }
+    ended = {"exit_code": "exitCode", "signal": "signal", "error": "error"}
+    known = {name: view[n] for name, n in ended.items() if view[n] is not None}
+    return {**status, "state": view["state"], **known}
 
 
 ToolJob: TypeAlias = "Callable[[], JsonObject]"
@@ -12654,6 +12872,7 @@ class Toolbox:
         session: ChatSession,
         directory: NodeDirectory,
         execute: Executor,
+        background: Background,
         approvals: Approvals | None,  # None: a person typed the commands
         emit: StepHandler,
         cancel: Cancellation,
@@ -12664,11 +12883,13 @@ class Toolbox:
         self._session = session
         self._directory = directory
         self._execute = execute
+        self._background = background
         self._approvals = approvals
         self._emit = emit
         self._cancel = cancel
         self._tools: Mapping[str, Callable[[ToolCall, JsonObject], ToolJob]] = {
             "exec": self._exec,
+            "exec_status": self._exec_status,
             "nodes_list": self._nodes_list,
             "nodes_describe": self._nodes_describe,
             "nodes_select": self._nodes_select,
@@ -12769,6 +12990,7 @@ class Toolbox:
             command=arguments["command"],
             working_dir=arguments.get("working_dir") or None,
             timeout=timeout,
+            background=arguments.get("background", False),
         )
         self._start(call, planned.fields())
         return partial(self._run_command, call, planned)
@@ -12778,17 +13000,46 @@ class Toolbox:
         if not verdict.allowed:
             return {"node": planned.node_name, "error": verdict.reason}
 
-        def show(stream: str, text: str) -> None:
-            fields = {"toolCallId": call.id, "stream": stream, "text": text}
-            self._emit(Step("tool_call_output", fields))
-
-        output = LiveOutput(show)
-        result = self._execute(self._session.key, planned, output.add, self._cancel)
+        if planned.background:
+            self._background.start(self._session.key, planned)
+            started = {"id": planned.invoke_id, "state": "started"}
+            return {"node": planned.node_name, **started}
+        collected = new_collector()
+        result = self._execute(self._session.key, planned, collected.add, self._cancel)
         return {
             "node": planned.node_name,
-            **output.for_model(),
+            **output_for_model(collected),
             **{_RESULT_NAMES[k]: v for k, v in result.items() if k in _RESULT_NAMES},
         }
+
+    def _exec_status(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
+        wait, position = arguments.get("wait", 0.0), arguments.get("offset", 0)
+        if not 0 <= wait <= MAX_STATUS_WAIT or position < 0:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"wait takes 0 to {MAX_STATUS_WAIT:.0f} seconds, and offset is not "
+                "negative",
+            )
+        self._start(call, {})
+        ends = arguments.get("cancel", False)
+        return partial(self._look, arguments["id"], position, wait, ends=ends)
+
+    def _look(
+        self, invoke_id: str, position: int, wait: float, *, ends: bool
+    ) -> JsonObject:
+        key, background = self._session.key, self._background
+
+        def read(position: int) -> JobReading:
+            self._cancel.pause(0)
+            return background.output(key, invoke_id, position)
+
+        if ends:
+            background.cancel(key, invoke_id)
+            wait = max(wait, 2 * KILL_AFTER)  # so that its end is in the answer
+        # First the state: an end that is seen has all output before it.
+        view = background.end(key, invoke_id, wait, self._cancel)
+        output, position = read_output(read, position)
+        return {**status_for_model(view), **output, "next_offset": position}
 
     def _verdict(self, call: ToolCall, planned: PlannedCommand) -> Verdict:
         if self._approvals is None or not self._session.asks_first:
@@ -12984,10 +13235,15 @@ class Agent:
     """What a person says in a chat, answered with the machines of the fleet."""
 
     def __init__(
-        self, directory: NodeDirectory, execute: Executor, approvals: Approvals
+        self,
+        directory: NodeDirectory,
+        execute: Executor,
+        background: Background,
+        approvals: Approvals,
     ) -> None:
         self._directory = directory
         self._execute = execute
+        self._background = background
         self._approvals = approvals
 
     def run(
@@ -13007,7 +13263,13 @@ class Agent:
         # Who typed a command has approved it.
         approvals = None if isinstance(model, ShellModel) else self._approvals
         toolbox = Toolbox(
-            session, self._directory, self._execute, approvals, emit, cancel
+            session,
+            self._directory,
+            self._execute,
+            self._background,
+            approvals,
+            emit,
+            cancel,
         )
         run = AgentRun(session, model, toolbox, self._directory, emit, cancel)
         try:
@@ -13555,6 +13817,11 @@ class LiveMessage:
         return "startedAt" in self._message.details.get("command", {})
 
     @property
+    def in_background(self) -> bool:
+        """Whether a command goes on when the turn that asked for it has ended."""
+        return "background" in self._message.details.get("command", {})
+
+    @property
     def decided_by(self) -> str | None:
         """Who approved a command, if anybody was asked."""
         approval = self._message.details.get("command", {}).get("approval", {})
@@ -13628,42 +13895,49 @@ def _last_pieces(pieces: list[tuple[int, int, str]]) -> list[tuple[int, int, str
 class CardOutputs:
     """The whole output of commands, of which their cards show the ends: in files."""
 
-    def __init__(self, directory: Path, commands: CommandsTable) -> None:
+    def __init__(self, directory: Path, commands: CommandsTable, jobs: Jobs) -> None:
         self._files = Jobs(directory / OUTPUTS_DIRECTORY, commands)
+        self._jobs = jobs  # what runs in the background is kept there instead
 
     def close(self) -> None:
         self._files.close()
 
     def keep(self, chunk: Chunk) -> None:
         """Take output; what cannot be kept has its head and tail on the card."""
+        files = self._of(chunk.invoke_id)
         try:
-            if not self._files.known(chunk.invoke_id):
-                self._files.make_room()
-            self._files.keep(chunk)
+            if not files.known(chunk.invoke_id):
+                files.make_room()
+            files.open(chunk.invoke_id).chunk(chunk)
         except RpcError as error:
             log.debug("output not kept: %s", error)
 
     def end(self, live: LiveMessage) -> None:
         """Note that a command ended; what its card shows whole needs no file."""
-        if live.invoke_id is None or not self._files.known(live.invoke_id):
+        files = self._of(live.invoke_id or "")
+        if live.invoke_id is None or not files.known(live.invoke_id):
             return
-        if live.output is None or not live.output.cut:
-            self._files.discard(live.invoke_id)
+        whole = live.output is None or not live.output.cut
+        if whole and not live.in_background:
+            files.discard(live.invoke_id)
         else:
             with contextlib.suppress(RpcError):
-                self._files.open(live.invoke_id).output.close()
+                files.open(live.invoke_id).finish()
 
     def read(self, invoke_id: str) -> Iterator[bytes] | None:
         """Return the whole output in pieces, or None where the card shows it all.
 
         Reading may raise RpcError, OSError.
         """
-        known = self._files.known(invoke_id)
-        return self._files.read_all(invoke_id) if known else None
+        files = self._of(invoke_id)
+        return files.read_all(invoke_id) if files.known(invoke_id) else None
 
     def discard(self, invoke_ids: Iterable[str]) -> None:
         for invoke_id in invoke_ids:
-            self._files.discard(invoke_id)
+            self._of(invoke_id).discard(invoke_id)
+
+    def _of(self, invoke_id: str) -> Jobs:
+        return self._jobs if self._jobs.known(invoke_id) else self._files
 
 
 class SessionLog:
@@ -13809,10 +14083,10 @@ class SessionLog:
                     return live
         return None
 
-    def open_commands(self) -> list[str]:
-        """Return the ids of the commands that have not ended."""
+    def open_commands(self) -> list[LiveMessage]:
+        """Return the messages of the commands that have not ended."""
         with self._lock:
-            return [m.invoke_id for m in self._live.values() if m.invoke_id]
+            return [m for m in self._live.values() if m.invoke_id]
 
     def command_message(self, invoke_id: str) -> SessionMessage | None:
         """Return a command as it is now, if it has not ended."""
@@ -14035,7 +14309,7 @@ class SessionLogs:
             card = CommandCard(session_log, live)
             if record is None:  # it was not sent: it waited for an approval, say
                 card.fail("the gateway stopped", MessageState.INTERRUPTED)
-            elif record.state not in (CommandState.SENT, CommandState.RUNNING):
+            elif not record.is_open:
                 card.show_end(record)  # the others are awaited: Resumption.recover()
         for session in self._store.sessions.all():
             if session.run_id:
@@ -14122,6 +14396,71 @@ class CommandCard:
         self._log.outputs.end(self._live)
 
 
+def start_on_card(
+    invocations: Invocations,
+    session_log: SessionLog,
+    planned: PlannedCommand,
+    on_chunk: ChunkHandler | None = None,
+) -> Invocation:
+    """Start a command whose card is shown already.  Raises RpcError, Cancelled."""
+    live = session_log.command(planned.invoke_id)
+    if live is None or live.origin is None:
+        raise Cancelled  # the session was deleted a moment ago
+    card = CommandCard(session_log, live, on_chunk)
+    card.start()
+    origin = replace(live.origin, decided_by=live.decided_by)
+    try:
+        return invocations.start(
+            planned.node_id,
+            SYSTEM_RUN,
+            planned.arguments(),
+            origin,
+            card,
+            planned.invoke_id,
+        )
+    except RpcError as error:
+        card.fail(error.message)
+        raise
+
+
+class SessionJobs:
+    """Runs the commands that sessions leave in the background: a Background."""
+
+    def __init__(self, logs: SessionLogs, desk: JobDesk) -> None:
+        self._logs = logs
+        self._desk = desk
+
+    def start(self, session_key: str, planned: PlannedCommand) -> None:
+        with self._desk.jobs.new(planned.invoke_id):  # before the card looks for it
+            start_on_card(self._desk.invocations, self._logs.log(session_key), planned)
+
+    def cancel(self, session_key: str, invoke_id: str) -> None:
+        self._desk.cancel(self._record(session_key, invoke_id))
+
+    def end(
+        self, session_key: str, invoke_id: str, wait: float, cancel: Cancellation
+    ) -> JsonObject:
+        self._record(session_key, invoke_id)
+        view: JsonObject = cancel.result_of(self._desk.end(invoke_id, wait))
+        return view
+
+    def output(self, session_key: str, invoke_id: str, position: int) -> JobReading:
+        """Return a part of its output, see Background.  Raises RpcError."""
+        self._record(session_key, invoke_id)
+        try:
+            return self._desk.output(invoke_id, position)
+        except OSError as error:
+            problem = f"its output cannot be read: {error.strerror}"
+            raise RpcError("UNAVAILABLE", problem) from error
+
+    def _record(self, session_key: str, invoke_id: str) -> CommandRecord:
+        """Raises RpcError NOT_FOUND for what another session asked for, too."""
+        record = self._desk.record(invoke_id)
+        if record.session_key != session_key:
+            raise RpcError("NOT_FOUND", f"{invoke_id} is no command of this session")
+        return record
+
+
 class SessionExecutor:
     """Runs the commands of sessions on the fleet: an Executor."""
 
@@ -14130,11 +14469,11 @@ class SessionExecutor:
         self._logs = logs
         self._leaving = threading.Event()
 
-    def cancel_all(self, session_key: str) -> None:
+    def cancel_all(self, session_key: str, *, background: bool) -> None:
         """End the commands of a session, those of an earlier gateway as well."""
-        for invoke_id in self._logs.log(session_key).open_commands():
-            invocation = self._invocations.get(invoke_id)
-            if invocation is not None:
+        for live in self._logs.log(session_key).open_commands():
+            invocation = self._invocations.get(live.invoke_id or "")
+            if invocation is not None and (background or not live.in_background):
                 self._invocations.cancel(invocation)
 
     def leave_running(self) -> None:
@@ -14150,24 +14489,7 @@ class SessionExecutor:
     ) -> JsonObject:
         """Run a command whose card is shown already; see Executor."""
         session_log = self._logs.log(session_key)
-        live = session_log.command(planned.invoke_id)
-        if live is None or live.origin is None:
-            raise Cancelled  # the session was deleted a moment ago
-        card = CommandCard(session_log, live, on_chunk)
-        card.start()
-        origin = replace(live.origin, decided_by=live.decided_by)
-        try:
-            invocation = self._invocations.start(
-                planned.node_id,
-                SYSTEM_RUN,
-                planned.arguments(),
-                origin,
-                card,
-                planned.invoke_id,
-            )
-        except RpcError as error:
-            card.fail(error.message)
-            raise
+        invocation = start_on_card(self._invocations, session_log, planned, on_chunk)
         return self._wait(invocation, cancel)
 
     def _wait(self, invocation: Invocation, cancel: Cancellation) -> JsonObject:
@@ -14445,6 +14767,8 @@ class TurnView:
             }
             if fields.get("workingDir"):
                 command["cwd"] = fields["workingDir"]
+            if fields.get("background"):
+                command["background"] = True
             live = self._log.begin(
                 "command",
                 run_id,
@@ -14609,7 +14933,7 @@ class Chats:
         """End the current turn, and those in line.  Raises RpcError NOT_FOUND."""
         session_log = self._logs.log(key)
         current, waiting = self._queue(key).abort()
-        self._executor.cancel_all(key)
+        self._executor.cancel_all(key, background=False)
         for turn in waiting:
             session_log.post("aborted", turn.message, state=MessageState.ABORTED)
         run_id = current.run_id if current else None
@@ -14710,7 +15034,7 @@ class Chats:
             queue = self._queues.pop(key, None)
         if queue is not None:
             queue.close()
-        self._executor.cancel_all(key)
+        self._executor.cancel_all(key, background=True)
         self._logs.drop(key)
 
     def _model(self, model_id: str) -> ChatModel:
@@ -14926,9 +15250,7 @@ class NodeMethods:
         """Start a command for which nobody waits; the answer says only where it is."""
         record = self._commands.by_id(invoke_id)
         if record is None:
-            self._jobs.make_room()
-            sink = self._jobs.open(invoke_id)
-            try:
+            with self._jobs.new(invoke_id) as sink:
                 node, name = self._fleet.resolve(required(call.params, "nodeId", str))
                 command = required(call.params, "command", str)
                 if command != SYSTEM_RUN:
@@ -14937,9 +15259,6 @@ class NodeMethods:
                 if optional(args, "stdin", bool):
                     raise RpcError("INVALID_REQUEST", "a job gets no input")
                 self._invocations.start(node, command, args, origin, sink, invoke_id)
-            except MoltisError:
-                self._jobs.discard(invoke_id)
-                raise
         elif record_origin(record) != origin:
             raise RpcError("CONFLICT", f"another one asked for {invoke_id} before")
         else:
@@ -14991,49 +15310,15 @@ class NodeMethods:
         return [command_view(record) for record in records]
 
 
-def command_view(record: CommandRecord) -> JsonObject:
-    """Return a row of `commands.list`."""
-    return {
-        "seq": record.seq,
-        "invokeId": record.invoke_id,
-        "askedAt": record.asked_at,
-        "startedAt": record.started_at,
-        "endedAt": record.ended_at,
-        "callerKind": record.caller_kind,
-        "callerName": record.caller_name,
-        "decidedBy": record.decided_by,
-        "sessionKey": record.session_key,
-        "nodeId": record.node_id,
-        "nodeName": record.node_name,
-        "command": record.command,
-        "cwd": record.cwd,
-        "timeoutMs": record.timeout_ms,
-        "state": record.state,
-        "exitCode": record.exit_code,
-        "signal": record.signal,
-        "stdoutBytes": record.stdout_bytes,
-        "stderrBytes": record.stderr_bytes,
-        "error": record.error,
-    }
-
-
 MAX_COMMAND_WAIT = 300.0  # s that an answer of command.get or .wait may take
 
 
 class JobMethods:
     """Commands in the background, and a look at any other."""
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        invocations: Invocations,
-        jobs: Jobs,
-        store: Store,
-    ) -> None:
+    def __init__(self, fleet: Fleet, desk: JobDesk) -> None:
         self._fleet = fleet
-        self._invocations = invocations
-        self._jobs = jobs
-        self._commands = store.commands
+        self._desk = desk
         self.methods: Mapping[str, Method] = {
             "command.get": Method(self._get, Scope.READ),
             "command.wait": Method(self._wait, Scope.READ),
@@ -15050,87 +15335,41 @@ class JobMethods:
             raise RpcError("INVALID_REQUEST", f"offset must not be {offset}")
         encode = _encoder(optional(params, "encoding", str) or "text")
 
-        def attempt(final: bool) -> JsonObject | None:
-            # First the state: an end that is seen has all output before it.
-            view = self._view(required_record(self._commands, invoke_id))
-            reading = JobReading((), offset)
-            if self._jobs.known(invoke_id):
-                reading = self._jobs.open(invoke_id).output.read(offset)
-            if not reading.pieces and view["endedAt"] is None and not final:
-                return None
+        def answer(news: tuple[JsonObject, JobReading]) -> JsonObject:
+            view, reading = news
             output = [
                 [STREAM_NAMES[piece.stream], piece.offset, encode(piece.data)]
                 for piece in reading.pieces
             ]
             return {**view, "next": reading.next, "output": output}
 
-        return self._jobs.waiters.answer(invoke_id, _wait_of(params, 0.0), attempt)
+        return _mapped(
+            self._desk.news(invoke_id, offset, _wait_of(params, 0.0)), answer
+        )
 
     def _wait(self, call: RpcCall) -> Future[JsonObject]:
         """Answer when the command has ended, or with how it stands after `wait` s."""
         invoke_id = self._record(call).invoke_id
-
-        def attempt(final: bool) -> JsonObject | None:
-            view = self._view(required_record(self._commands, invoke_id))
-            return view if final or view["endedAt"] is not None else None
-
-        answer = self._jobs.waiters.answer(
-            invoke_id, _wait_of(call.params, 30.0), attempt
-        )
-        invocation = self._invocations.get(invoke_id)
-        if invocation is not None:  # one that is no job tells us in no other way
-            invocation.future.add_done_callback(
-                lambda _: self._jobs.waiters.wake(invoke_id)
-            )
-        return answer
+        return self._desk.end(invoke_id, _wait_of(call.params, 30.0))
 
     def _list(self, call: RpcCall) -> list[JsonObject]:
         """Answer with all that runs, and all jobs; the newest first."""
         reference = optional(call.params, "nodeId", str)
         node_id = self._fleet.resolve(reference)[0] if reference else None
-        jobs = filter(None, map(self._commands.by_id, self._jobs.ids()))
-        records = {r.seq: r for r in (*self._commands.unfinished(), *jobs)}
         return [
-            self._view(record)
-            for _, record in sorted(records.items(), reverse=True)
+            self._desk.view(record)
+            for record in self._desk.all()
             if node_id in (None, record.node_id)
         ]
 
     def _cancel(self, call: RpcCall) -> JsonObject:
         """End a command, now or when its node is back; one that ended is as it is."""
         record = self._record(call)
-        invocation = self._invocations.get(record.invoke_id)
-        if invocation is not None:
-            self._invocations.cancel(invocation)
-        return self._view(record)
+        self._desk.cancel(record)
+        return self._desk.view(record)
 
     def _record(self, call: RpcCall) -> CommandRecord:
-        return required_record(self._commands, required(call.params, "id", str))
-
-    def _view(self, record: CommandRecord) -> JsonObject:
-        view = {
-            **command_view(record),
-            "background": self._jobs.known(record.invoke_id),
-        }
-        if record.ended_at is not None:
-            return view
-        node = self._fleet.connected(record.node_id)
-        view["waiting"] = node is None  # for its node
-        invocation = self._invocations.get(record.invoke_id)
-        if invocation is not None:
-            view["stdoutBytes"] = invocation.received(STDOUT)
-            view["stderrBytes"] = invocation.received(STDERR)
-            if isinstance(invocation.sink, JobSink) and invocation.sink.place:
-                view["place"] = invocation.sink.place
-        return view
-
-
-def required_record(commands: CommandsTable, invoke_id: str) -> CommandRecord:
-    """Raises RpcError NOT_FOUND."""
-    record = commands.by_id(invoke_id)
-    if record is None:
-        raise RpcError("NOT_FOUND", f"nothing is known of a command {invoke_id[:64]!r}")
-    return record
+        return self._desk.record(required(call.params, "id", str))
 
 
 def _wait_of(params: JsonObject, default: float) -> float:
@@ -15516,12 +15755,12 @@ def _settled(result: JsonObject) -> Future[JsonObject]:
 
 
 def _mapped(
-    future: Future[JsonObject], convert: Callable[[JsonObject], JsonObject]
+    future: Future[Any], convert: Callable[[Any], JsonObject]
 ) -> Future[JsonObject]:
     """Return a future of what `convert` makes of the result."""
     converted: Future[JsonObject] = Future()
 
-    def settle(done: Future[JsonObject]) -> None:
+    def settle(done: Future[Any]) -> None:
         error = done.exception()
         if error is not None:
             converted.set_exception(error)
@@ -19536,7 +19775,7 @@ class CommandCard {
       `Command on ${command.node}: ${command.command}`);
     this.dot.className = `dot ${kind}`;
     say(this.where, command.node + (command.cwd ? `:${command.cwd}` : ""));
-    say(this.word, words);
+    say(this.word, command.background ? `${words} · in the background` : words);
     const total = outputSize(command);
     say(this.size, total ? bytes(total) : this.running ? "" : "no output");
     this.stop.hidden = !this.running || command.approval?.state === "asked";
@@ -21138,7 +21377,7 @@ def _goes_on(error: RpcError) -> bool:
 
 # ==============================================================================
 # MCP
-# Uses: Wire protocol, Commands, Language models, Machine, Fleet, Agent, Gateway,
+# Uses: Wire protocol, Commands, Language models, Machine, Fleet, Jobs, Agent, Gateway,
 #       Operator client
 #
 # The agent's tools for programs that speak the Model Context Protocol: JSON-RPC 2.0,
@@ -21212,6 +21451,46 @@ class RemoteExecutor:
         return result
 
 
+class RemoteJobs:
+    """Leaves commands in the background through the gateway: a Background."""
+
+    def __init__(self, client: OperatorClient) -> None:
+        self._client = client
+
+    def start(self, _session_key: str, planned: PlannedCommand) -> None:
+        self._ask(
+            "node.invoke",
+            nodeId=planned.node_id,
+            command=SYSTEM_RUN,
+            args=planned.arguments(),
+            invokeId=planned.invoke_id,
+            background=True,
+        ).result()
+
+    def cancel(self, _session_key: str, invoke_id: str) -> None:
+        self._ask("command.cancel", id=invoke_id).result()
+
+    def end(
+        self, _session_key: str, invoke_id: str, wait: float, cancel: Cancellation
+    ) -> JsonObject:
+        answer = self._ask("command.wait", id=invoke_id, wait=wait)
+        view: JsonObject = cancel.result_of(answer)
+        return view
+
+    def output(self, _session_key: str, invoke_id: str, position: int) -> JobReading:
+        asked = {"id": invoke_id, "offset": position, "encoding": "base64"}
+        answer = self._ask("command.get", **asked).result()
+        kinds = {STREAM_NAMES[kind]: kind for kind in (STDOUT, STDERR)}
+        pieces = [
+            JobPiece(kinds[stream], offset, base64.b64decode(data))
+            for stream, offset, data in answer["output"]
+        ]
+        return JobReading(pieces, answer["next"])
+
+    def _ask(self, method: str, **params: Any) -> Future[Any]:
+        return self._client.start(method, params)
+
+
 class McpSession:
     """What one MCP client has chosen: the machine on which exec runs."""
 
@@ -21237,6 +21516,7 @@ class McpServer:
         """`write` sends one line, without its end; it is called by one at a time."""
         self._directory = RemoteDirectory(client)
         self._execute = RemoteExecutor(client)
+        self._background = RemoteJobs(client)
         self._session = McpSession()
         self._write = write
         self._turn = threading.Lock()  # held by who writes: lines must not mix
@@ -21340,6 +21620,7 @@ class McpServer:
                 self._session,
                 self._directory,
                 self._execute,
+                self._background,
                 None,
                 _ignore,
                 cancel,
@@ -21847,6 +22128,7 @@ class RunningGateway:
         """Raises BadConfiguration."""
         self.options = options
         path = self._directory = context.directory
+        environ = context.environ
         with contextlib.ExitStack() as stack:
             store = self.store = Store(path / STORE_FILE)
             stack.callback(store.close)
@@ -21855,28 +22137,27 @@ class RunningGateway:
             self._key = self._kept_key()
             audience = Audience()
             announce = audience.announce
-            local = stack.enter_context(closing(LocalNode(context.environ)))
+            local = stack.enter_context(closing(LocalNode(environ)))
             fleet = self.fleet = Fleet(store.devices, local.node, announce)
-            outputs = CardOutputs(path, store.commands)
+            jobs = Jobs(path / JOBS_DIRECTORY, store.commands)
+            stack.callback(jobs.close)
+            outputs = CardOutputs(path, store.commands, jobs)
             stack.callback(outputs.close)
             logs = SessionLogs(store, announce, outputs)
             stack.callback(logs.close)
             invocations = self.invocations = Invocations(fleet, store.commands)
-            jobs = Jobs(path / JOBS_DIRECTORY, store.commands)
-            stack.callback(jobs.close)
             resumption = Resumption(
                 fleet, invocations, store.commands, logs.find_sink, jobs.find_sink
             )
             local.start(fleet, invocations)
-            models = self.models = ModelDirectory(
-                path, context.environ, fleet, invocations
-            )
+            models = self.models = ModelDirectory(path, environ, fleet, invocations)
             stack.callback(models.close)
-            chats = RunningChats(store, fleet, invocations, logs, models, announce)
+            desk = JobDesk(fleet, invocations, jobs, store.commands)
+            chats = RunningChats(store, fleet, desk, logs, models, announce)
             nodes = NodeMethods(fleet, invocations, resumption, jobs, store, announce)
             rpc = Rpc(
                 nodes.methods,
-                JobMethods(fleet, invocations, jobs, store).methods,
+                JobMethods(fleet, desk).methods,
                 DeviceMethods(fleet, invocations, access, store, announce).methods,
                 SubscriptionMethods().methods,
                 ModelMethods(models).methods,
@@ -21965,14 +22246,15 @@ class RunningChats:
         self,
         store: Store,
         fleet: Fleet,
-        invocations: Invocations,
+        desk: JobDesk,
         logs: SessionLogs,
         models: ModelDirectory,
         announce: Callable[[str, JsonObject], None],
     ) -> None:
         approvals = Approvals(partial(note_denial, store.commands, logs))
-        executor = SessionExecutor(invocations, logs)
-        agent = Agent(fleet, executor, approvals)
+        executor = SessionExecutor(desk.invocations, logs)
+        background = SessionJobs(logs, desk)
+        agent = Agent(fleet, executor, background, approvals)
         self._chats = Chats(store, logs, executor, agent, models, announce)
         self.methods = ChatMethods(self._chats, fleet, approvals).methods
         self.close = self._chats.close
@@ -23498,7 +23780,8 @@ def visible(text: str) -> str:
 def ask_approval(output: Output, command: JsonObject) -> str:
     where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
     lines = visible(command["command"]).replace("\n", "\n    ")
-    output.say(f"May this run on {command['node']}{where}?\n    {lines}")
+    aside = " in the background" if command.get("background") else ""
+    output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
     answers = {"y": "approve", "n": "deny", "a": "always"}
     while True:
         sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
@@ -23659,7 +23942,9 @@ class ChatTerminal:
         command = message["command"]
         if message["id"] not in self._cards and not typed:
             self._end_line()
-            self._output.say(f"[{command['node']}] $ {visible(command['command'])}")
+            aside = " (in the background)" if command.get("background") else ""
+            line = f"[{command['node']}] $ {visible(command['command'])}{aside}"
+            self._output.say(line)
         card = self._card(message["id"])
         approval = command.get("approval") or {}
         if approval.get("state") == "asked" and message["id"] not in self._asked:

@@ -80,6 +80,37 @@ class Machines:
         return {**value, "timedOut": True} if result.timed_out else value
 
 
+class Jobs:
+    """A Background whose commands do what the test says, and nothing else."""
+
+    def __init__(self):
+        self.started = []  # (session key, PlannedCommand)
+        self.cancelled = []
+        self.view = {"state": "running", "exitCode": None, "signal": None}
+        self.pieces = []  # of output; a position is a number of pieces
+        self.waited = []  # s
+        self.ended = threading.Event()
+        self.ended.set()
+
+    def start(self, session_key, planned):
+        self.started.append((session_key, planned))
+
+    def cancel(self, session_key, invoke_id):
+        self.cancelled.append(invoke_id)
+
+    def end(self, session_key, invoke_id, wait, cancel):
+        self.waited.append(wait)
+        with cancel.calling(self.ended.set):
+            self.ended.wait(20)
+            cancel.pause(0)
+        known = {"invokeId": invoke_id, "nodeName": "Pi", "error": None}
+        return {**known, **self.view}
+
+    def output(self, session_key, invoke_id, position):
+        pieces = self.pieces[position : position + 2]
+        return moltis.JobReading(pieces, position + len(pieces))
+
+
 class Session:
     """A conversation in memory."""
 
@@ -144,7 +175,10 @@ class Chat:
         self.session = Session()
         self.audit = []
         self.approvals = Approvals(lambda *decision: self.audit.append(decision))
-        self.agent = Agent(self.machines, self.machines.execute, self.approvals)
+        self.jobs = Jobs()
+        self.agent = Agent(
+            self.machines, self.machines.execute, self.jobs, self.approvals
+        )
         self.steps = []
         self.cancel = Cancellation()
 
@@ -232,20 +266,122 @@ def test_output_is_seen_as_it_comes(chat):
         "Local",
         "echo out; echo err >&2",
     )
-    shown = {o["stream"]: o["text"] for o in chat.of("tool_call_output")}
-    assert shown == {"stdout": "out\n", "stderr": "err\n"}
     (end,) = chat.of("tool_call_end")
     assert end["result"] == {"node": "Local", "exit_code": 0, "duration_ms": 1}
 
 
-def test_characters_are_not_cut_apart_in_what_is_shown():
-    shown = []
-    live = moltis.LiveOutput(lambda *piece: shown.append(piece))
-    data = "äß".encode()
-    for offset, byte in enumerate(data):
-        live.add(moltis.STDOUT, offset, bytes([byte]))
-    assert shown == [("stdout", "ä"), ("stdout", "ß")]
-    assert live.for_model() == {"stdout": "äß", "stderr": ""}
+# --- In the background ---
+
+
+def piece(offset, data, stream=moltis.STDOUT):
+    return moltis.JobPiece(stream, offset, data)
+
+
+def status(chat, **arguments):
+    """Return what exec_status answers."""
+    chat.run(Scripted(calls(("exec_status", {"id": "job", **arguments})), says("ok")))
+    return chat.results()[-1]
+
+
+def test_a_command_in_the_background_is_answered_with_its_id(chat):
+    arguments = {"command": "make", "background": True, "node": "pi", "timeout": 9}
+    chat.run(Scripted(calls(("exec", arguments)), says("ok")))
+    ((session_key, planned),) = chat.jobs.started
+    assert (session_key, planned.command, planned.node_id) == ("main", "make", "pi-id")
+    assert planned.timeout == 9
+    (start,) = chat.of("tool_call_start")
+    assert start["background"] is True
+    assert start["invokeId"] == planned.invoke_id
+    expected = {"node": "Pi", "id": planned.invoke_id, "state": "started"}
+    assert chat.results() == [expected]
+    assert chat.machines.ran == []
+
+
+def test_the_background_is_no_way_around_a_question(chat):
+    chat.session.asks_first = True
+    arguments = {"command": "make", "background": True}
+    thread = chat.start(Scripted(calls(("exec", arguments)), says("Then not.")))
+    asked = wait_for(lambda: chat.of("approval_request"))[0]
+    assert asked["background"] is True
+    assert chat.jobs.started == []
+    chat.approvals.answer(asked["invokeId"], allowed=False, by="me")
+    thread.join()
+    assert chat.jobs.started == []
+    assert "denied" in chat.results()[0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("view", "told"),
+    [
+        ({"state": "sent", "waiting": False}, {"state": "running"}),
+        (
+            {"state": "sent", "waiting": False, "place": 3},
+            {"state": "in line", "place": 3},
+        ),
+        (
+            {"state": "running", "waiting": True},
+            {"state": "waiting for its node to come back"},
+        ),
+        ({"state": "done", "exitCode": 3}, {"state": "done", "exit_code": 3}),
+        ({"state": "lost", "error": "gone"}, {"state": "lost", "error": "gone"}),
+    ],
+)
+def test_a_model_is_told_how_a_command_stands(chat, view, told):
+    chat.jobs.view = {**chat.jobs.view, **view}
+    known = {"id": "job", "node": "Pi", "stdout": "", "stderr": "", "next_offset": 0}
+    assert status(chat) == {**known, **told}
+    assert chat.jobs.waited == [0]
+
+
+def test_output_comes_from_an_offset_on_and_says_what_is_missing(chat):
+    character = "ß".encode()
+    chat.jobs.pieces = [
+        piece(0, b"a" + character[:1]),
+        piece(2, character[1:]),
+        piece(0, b"oh", moltis.STDERR),
+        piece(1003, b"end"),
+    ]
+    result = status(chat)
+    missing = "\n[… 1,000 bytes not kept …]\n"
+    assert result["stdout"] == f"aß{missing}end"
+    assert (result["stderr"], result["next_offset"]) == ("oh", 4)
+    assert status(chat, offset=3)["stdout"] == "end"
+
+
+def test_a_model_sees_head_and_tail_of_much_output(chat):
+    chat.jobs.pieces = [piece(n * 50_000, b"%d" % n * 50_000) for n in range(10)]
+    result = status(chat)
+    assert len(result["stdout"]) < 31_000
+    assert result["stdout"].startswith("000")
+    assert result["stdout"].endswith("999")
+    assert "cut" in result["stdout"]
+    assert result["truncated"] is True
+    assert result["next_offset"] == 10
+
+
+def test_ending_a_command_waits_for_its_end(chat):
+    status(chat, cancel=True)
+    assert chat.jobs.cancelled == ["job"]
+    assert chat.jobs.waited[0] > 0
+
+
+def test_waiting_for_a_command_ends_with_the_turn_and_the_command_does_not(chat):
+    chat.jobs.ended.clear()
+    asked = {"id": "job", "wait": 60}
+    thread = chat.start(Scripted(calls(("exec_status", asked))))
+    wait_for(lambda: chat.jobs.waited)
+    chat.cancel.cancel()
+    thread.join()
+    assert chat.steps[-1] == Step("aborted")
+    assert chat.jobs.cancelled == []
+
+
+@pytest.mark.parametrize("wrong", [{"wait": 61}, {"wait": -1}, {"offset": -1}])
+def test_what_cannot_be_waited_for_or_read_is_refused(chat, wrong):
+    assert "wait takes 0 to 60 seconds" in status(chat, **wrong)["error"]
+
+
+# --- Runs of several commands ---
 
 
 def test_commands_of_one_turn_run_side_by_side(chat, tmp_path):
@@ -343,7 +479,7 @@ def test_a_stream_without_end_is_no_answer(chat):
         ("nodes_describe", {}, "node is missing"),
         ("nodes_select", {"node": "mars"}, "there is Local, Pi, GPU box"),
         ("nodes_list", {"all": True}, "it has none"),
-        ("reboot", {}, "there is exec, nodes_list, nodes_describe, nodes_select"),
+        ("reboot", {}, "there is exec, exec_status, nodes_list"),
     ],
 )
 def test_a_wrong_call_gets_a_sentence_that_helps(chat, name, arguments, sentence):
@@ -366,9 +502,9 @@ def test_without_nodes_no_node_is_offered():
     chat = Chat(view("pi-id", "Pi", connected=False))
     model = Scripted(says("ok"))
     chat.run(model)
-    (tool,) = model.asked[0][1]
-    assert tool.name == "exec"
-    assert "node" not in tool.parameters["properties"]
+    tools = model.asked[0][1]
+    assert [tool.name for tool in tools] == ["exec", "exec_status"]
+    assert not any("node" in tool.parameters["properties"] for tool in tools)
 
 
 def test_the_prompt_names_the_machines_anew_in_every_turn(chat):
@@ -427,17 +563,17 @@ def test_cancelled_while_the_model_speaks(chat):
     assert chat.session.stored[-1].text.startswith("Well, ")
 
 
-def test_cancelled_while_commands_run(chat):
+def test_cancelled_while_commands_run(chat, tmp_path):
     thread = chat.start(
         Scripted(
             calls(
-                ("exec", {"command": "echo begun; sleep 60"}),
-                ("exec", {"command": "echo begun; sleep 60", "node": "pi"}),
+                ("exec", {"command": f"touch {tmp_path}/1; sleep 60"}),
+                ("exec", {"command": f"touch {tmp_path}/2; sleep 60", "node": "pi"}),
                 ("exec", {"command": "echo done"}),
             )
         )
     )
-    wait_for(lambda: len(chat.of("tool_call_output")) == 3)
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
     wait_for(lambda: len(chat.of("tool_call_end")) == 1)
     chat.cancel.cancel()
     thread.join()

@@ -215,6 +215,67 @@ def site(running_site, server):
     assert server.turns == [], "the model was asked less often than expected"
 
 
+# -- in the background ----------------------------------------------------------
+
+
+def test_a_command_in_the_background_is_asked_for_and_audited_like_any_other(
+    site, server, tmp_path
+):
+    key = site.session("background")
+    go = tmp_path / "go"
+    command = f"echo on $NODE; until [ -e {go} ]; do sleep 0.05; done; exit 7"
+
+    def look(_body):
+        job = server.results()[0]["id"]
+        return calls(("exec_status", {"id": job, "wait": 60}))
+
+    server.turns += [
+        runs(command, node="beta", background=True),
+        look,
+        says("It failed with 7."),
+    ]
+    run_id = site.send("build it", key)
+    question = site.question(run_id)
+    assert question["background"] is True
+    assert site.call("command.list") == []  # nothing runs before somebody says so
+    site.decide(question, "approve")
+    row = wait_for(lambda: site.call("command.list"))[0]
+    assert (row["nodeName"], row["background"]) == ("beta", True)
+    assert (row["callerKind"], row["sessionKey"]) == ("model", key)
+    assert row["decidedBy"] == "this machine"
+    listed = run_moltis("node", "jobs", "beta", home=site.home)
+    assert row["invokeId"] in listed.stdout
+    go.touch()
+    ended = site.end(run_id)
+    assert ended["message"]["text"] == "It failed with 7."
+    (result,) = server.results()
+    assert (result["node"], result["state"]) == ("beta", "done")
+    assert (result["exit_code"], result["stdout"]) == (7, "on beta\n")
+    attached = run_moltis("node", "attach", row["invokeId"], home=site.home)
+    assert (attached.stdout, attached.returncode) == ("on beta\n", 7)
+
+
+def test_a_command_in_the_background_that_is_denied_does_not_run(
+    site, server, tmp_path
+):
+    key = site.session("denied background")
+    command = f"touch {tmp_path}/ran"
+    server.turns += [runs(command, background=True), says("Then not.")]
+    run_id = site.send("do it", key)
+    site.decide(site.question(run_id), "deny")
+    site.end(run_id)
+    assert "denied" in server.results()[0]["error"]
+    assert site.audit(command)["state"] == "denied"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_terminal_says_what_goes_on_in_the_background(site, server):
+    server.turns += [runs("true", background=True), says("It runs.")]
+    done = site.chat("--model", "openai/clever", "--yes", "start it")
+    assert "$ true (in the background)" in done.stderr
+    assert done.stdout == "It runs.\n"
+
+
 # -- the loop on two nodes -----------------------------------------------------
 
 

@@ -477,7 +477,13 @@ class ScriptedOllama:
             return 200, {}, [b'{"models": []}']
         self.asked.append(json.loads(request.body))
         message = self._answers.pop(0)
+        message = message(self) if callable(message) else message
         return 200, {"Content-Type": "application/x-ndjson"}, self._stream(message)
+
+    def results(self):
+        """Return what the tools answered in the last request."""
+        messages = self.asked[-1]["messages"]
+        return [json.loads(m["content"]) for m in messages if m["role"] == "tool"]
 
     def _stream(self, message):
         yield line({"message": {"role": "assistant", **message}, "done": False})
@@ -498,8 +504,11 @@ def line(value):
 
 
 def calling(command, **arguments):
-    arguments = {"command": command, **arguments}
-    return {"tool_calls": [{"function": {"name": "exec", "arguments": arguments}}]}
+    return using("exec", command=command, **arguments)
+
+
+def using(tool, **arguments):
+    return {"tool_calls": [{"function": {"name": tool, "arguments": arguments}}]}
 
 
 @contextlib.contextmanager
@@ -606,21 +615,151 @@ def test_a_model_that_fails_is_said_in_the_chat(tmp_path):
         assert "cannot be reached" in notice["text"]
 
 
+# -- in the background -----------------------------------------------------------
+
+
+def look(**arguments):
+    """A model's look at the command that it started first."""
+    return lambda model: using("exec_status", id=model.results()[0]["id"], **arguments)
+
+
+def says(text):
+    return {"content": text}
+
+
+@contextlib.contextmanager
+def with_background(tmp_path, command, *answers):
+    """Give what with_model() gives, once a model has left `command` running."""
+    first = calling(command, background=True), says("It runs.")
+    with with_model(tmp_path, *first, *answers) as (gateway, chat, model):
+        gateway.call("sessions.patch", key="main", approvals="all")
+        chat.send("start it")
+        chat.until(lambda: chat.saw("final"))
+        yield gateway, chat, model
+
+
+def test_a_command_in_the_background_is_a_job_and_a_card(tmp_path):
+    command = f"echo begun; {until_file(tmp_path / 'go')}; echo grüße; exit 3"
+    answers = (look(), says("Not yet."), look(wait=60, offset=0), says("Now."))
+    with with_background(tmp_path, command, *answers) as (gateway, chat, model):
+        (card,) = chat.of("command")
+        assert card["state"] == "running"
+        assert card["command"]["background"] is True
+        job = card["command"]["invokeId"]
+        (listed,) = gateway.call("command.list")
+        assert (listed["invokeId"], listed["background"]) == (job, True)
+        assert (listed["callerKind"], listed["sessionKey"]) == ("model", "main")
+        wait_for(lambda: gateway.call("command.get", id=job)["output"])
+        chat.send("how is it?")
+        chat.until(lambda: len(model.asked) == 4)
+        result = model.results()[-1]
+        assert (result["stdout"], result["state"]) == ("begun\n", "running")
+        assert result["next_offset"] > 0
+        (tmp_path / "go").touch()
+        chat.send("and now?")
+        (card,) = chat.finish()
+        chat.until(lambda: len(model.asked) == 6)
+        result = model.results()[-1]
+        assert result["stdout"] == "begun\ngrüße\n"
+        assert (result["state"], result["exit_code"]) == ("done", 3)
+        assert (card["state"], card["command"]["exitCode"]) == ("done", 3)
+        assert text_of(card) == "begun\ngrüße\n"
+        path = f"/api/commands/{job}/output"
+        with download(gateway, path) as answer:
+            assert answer.read().decode() == "begun\ngrüße\n"
+        assert not (gateway.directory / "outputs").exists()
+
+
+def test_stop_ends_the_wait_for_a_command_in_the_background_and_not_it(tmp_path):
+    answers = (look(wait=60), says("Never said."))
+    with with_background(tmp_path, "echo $$; sleep 100", *answers) as (
+        gateway,
+        chat,
+        model,
+    ):
+        chat.send("wait for it")
+        chat.until(lambda: any("exec_status" in r["text"] for r in chat.of("notice")))
+        gateway.call("chat.abort", sessionKey="main")
+        chat.until(lambda: chat.saw("aborted"))
+        assert len(model.asked) == 3
+        (row,) = [m for m in history_of(gateway) if m["role"] == "command"]
+        assert row["state"] == "running"
+        gateway.call("node.invoke.cancel", invokeId=row["command"]["invokeId"])
+        (card,) = chat.finish()
+        assert card["command"]["cancelled"]
+
+
+def test_a_model_can_end_what_it_left_in_the_background(tmp_path):
+    answers = (look(cancel=True), says("Ended."))
+    with with_background(tmp_path, "sleep 100", *answers) as (_, chat, model):
+        chat.send("end it")
+        (card,) = chat.finish()
+        assert card["command"]["cancelled"]
+        chat.until(lambda: len(model.asked) == 4)
+        assert model.results()[-1]["state"] == "cancelled"
+
+
+def test_a_reset_ends_what_runs_in_the_background(tmp_path):
+    with with_background(tmp_path, "echo $$; sleep 100") as (gateway, chat, _):
+        chat.until(lambda: text_of(chat.of("command")[0]))
+        (card,) = chat.of("command")
+        gateway.call("sessions.reset", key="main")
+        pid = int(text_of(card))
+        wait_for(lambda: not process_exists(pid), what="the end of the command")
+        wait_for(lambda: not gateway.call("command.list"), what="the end of the job")
+
+
+def test_a_model_cannot_look_at_another_session_s_commands(tmp_path):
+    with with_background(tmp_path, "sleep 100", look(cancel=True), says("No.")) as (
+        gateway,
+        chat,
+        model,
+    ):
+        (card,) = chat.of("command")
+        job = card["command"]["invokeId"]
+        other = gateway.call("sessions.create", label="Other")["key"]
+        model.results = lambda: [{"id": job}]
+        with Watcher(gateway.websocket_url, gateway.api_key, other) as second:
+            second.send("end it", model="ollama/m")
+            second.until(lambda: second.saw("final"))
+        (told,) = [m for m in model.asked[-1]["messages"] if m["role"] == "tool"]
+        assert "is no command of this session" in told["content"]
+        assert gateway.call("command.wait", id=job, wait=0)["endedAt"] is None
+
+
+def test_a_command_in_the_background_that_cannot_start_is_no_job(tmp_path):
+    answers = calling("true", background=True), says("Oh.")
+    with with_model(tmp_path, *answers) as (gateway, chat, model):
+        gateway.node("far").close()
+        wait_for(lambda: not gateway.is_connected("id-of-far"))
+        gateway.call("sessions.patch", key="main", approvals="all", node_id="far")
+        chat.send("start it")
+        (card,) = chat.finish()
+        assert card["state"] == "error"
+        assert "far is offline" in card["command"]["error"]
+        chat.until(lambda: chat.saw("final"))
+        assert "far is offline" in model.results()[0]["error"]
+        assert list((gateway.directory / "jobs").iterdir()) == []
+
+
 # -- restarts ------------------------------------------------------------------
 
 
 class RestartableGateway:
     """A gateway in a process of its own, which can be killed and comes back."""
 
-    def __init__(self, home):
+    def __init__(self, home, **environ):
         self.port = free_port()
         self.home = home
+        self.environ = environ
         self.directory = home / ".moltis"
         self.program = None
         self.start()
 
     def start(self):
-        self.program = Program("gateway", "--port", self.port, home=self.home)
+        self.program = Program(
+            "gateway", "--port", self.port, home=self.home, **self.environ
+        )
         self.program.wait_for_output("Sign in")
 
     def watch(self):
@@ -696,6 +835,50 @@ def test_a_card_is_completed_after_the_gateway_has_come_back(
     assert card["seq"] > last
 
 
+@pytest.mark.parametrize("signal_number", [9, 15])
+def test_a_command_in_the_background_is_looked_at_after_a_restart(
+    tmp_path, signal_number
+):
+    go = tmp_path / "go"
+    command = f"echo begun; {until_file(go)}; echo ended; exit 4"
+    answers = [
+        calling(command, background=True),
+        says("It runs."),
+        look(wait=60),
+        says("It ended."),
+    ]
+    model = ScriptedOllama(answers)
+    with model.server:
+        gateway = RestartableGateway(tmp_path, OLLAMA_HOST=model.server.url)
+        token = gateway.call("device.token.create", displayName="far")["deviceToken"]
+        url = f"ws://127.0.0.1:{gateway.port}/ws"
+        settings = moltis.NodeSettings(url, token, "far", "far")
+        node = moltis.RunningNode(settings, dict(os.environ), lambda *_: None)
+        wait_for(lambda: connected(gateway, "far"))
+        choices = {"model": "ollama/m", "approvals": "all", "node_id": "far"}
+        gateway.call("sessions.patch", key="main", **choices)
+        with gateway.watch() as chat:
+            chat.send("start it")
+            chat.until(lambda: chat.saw("final"))
+            chat.until(lambda: text_of(chat.of("command")[0]))
+        gateway.program.end(signal_number)
+        gateway.start()
+        (card,) = [m for m in history_of(gateway) if m["role"] == "command"]
+        assert card["state"] == "running"
+        with gateway.watch() as chat:
+            chat.send("how is it?")
+            wait_for(lambda: len(model.asked) == 3, what="the question")
+            go.touch()
+            chat.until(lambda: chat.saw("final"))
+        result = model.results()[-1]
+        assert (result["state"], result["exit_code"]) == ("done", 4)
+        assert result["stdout"] == "begun\nended\n"
+        (card,) = [m for m in history_of(gateway) if m["role"] == "command"]
+        assert (card["state"], text_of(card)) == ("done", "begun\nended\n")
+        node.close()
+        gateway.program.end()
+
+
 def history_of(gateway):
     return gateway.call("chat.history", sessionKey="main")
 
@@ -743,7 +926,8 @@ def test_an_abort_does_not_wait_for_a_node_that_is_silent(restartable, tmp_path)
 
 
 def session_logs(store, directory, announce=lambda *_: None):
-    outputs = moltis.CardOutputs(directory, store.commands)
+    jobs = moltis.Jobs(directory / "jobs", store.commands)
+    outputs = moltis.CardOutputs(directory, store.commands, jobs)
     return moltis.SessionLogs(store, announce, outputs)
 
 

@@ -89,6 +89,7 @@ def test_the_tools_are_those_of_the_agent(client):
     tools = client.request("a", "tools/list")["result"]["tools"]
     assert [tool["name"] for tool in tools] == [
         "exec",
+        "exec_status",
         "nodes_list",
         "nodes_describe",
         "nodes_select",
@@ -109,6 +110,45 @@ def test_exec_runs_where_it_is_told_and_names_the_machine(client, gateway):
         assert [n["node"] for n in nodes if n["selected"]] == ["far"]
     row = gateway.running.store.commands.page()[0]
     assert row.node_name == "far"
+
+
+def test_a_command_in_the_background_goes_on_and_is_looked_at(client, gateway):
+    with gateway.node("far"):
+        wait = "until [ -e go ]; do sleep 0.02; done"
+        command = f"cd {gateway.directory}; echo begun; {wait}; echo grüße; exit 3"
+        failed, started = client.tool(
+            1, "exec", command=command, node="far", background=True
+        )
+        assert not failed
+        assert (started["node"], started["state"]) == ("far", "started")
+        job = started["id"]
+
+        def begun():
+            result = client.tool(2, "exec_status", id=job)[1]
+            client.answers.clear()
+            return result if result["stdout"] else None
+
+        result = wait_for(begun)
+        assert (result["stdout"], result["state"]) == ("begun\n", "running")
+        (gateway.directory / "go").touch()
+        place = result["next_offset"]
+        failed, result = client.tool(3, "exec_status", id=job, offset=place, wait=60)
+        assert not failed
+        assert result["stdout"] == "grüße\n"
+        assert (result["state"], result["exit_code"]) == ("done", 3)
+    (listed,) = gateway.call("command.list")
+    assert (listed["invokeId"], listed["background"]) == (job, True)
+
+
+def test_a_command_in_the_background_outlives_the_client_and_can_be_ended(gateway):
+    client = McpClient(gateway)
+    job = client.tool(1, "exec", command="sleep 600", background=True)[1]["id"]
+    client.close()
+    assert gateway.call("command.wait", id=job, wait=0)["endedAt"] is None
+    client = McpClient(gateway)
+    assert client.tool(2, "exec_status", id=job, cancel=True)[1]["state"] == "cancelled"
+    assert client.tool(3, "exec_status", id="none")[0]
+    client.close()
 
 
 def test_errors_of_a_tool_are_results_that_say_so(client):
