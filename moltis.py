@@ -9255,7 +9255,8 @@ class CommandsTable:
         One that was given up as lost is not, if its node says so.
         """
         self._db.write(
-            "UPDATE commands SET state = 'running', started_at = ifnull(started_at, ?),"
+            "UPDATE commands SET state = 'running',"
+            " started_at = ifnull(started_at, max(?, asked_at)),"
             " ended_at = NULL, error = NULL"
             " WHERE invoke_id = ? AND state IN ('sent', 'lost')",
             (now, invoke_id),
@@ -9275,8 +9276,11 @@ class CommandsTable:
         A command that was given up as lost may still be heard of.
         """
         changed = self._db.write(
-            "UPDATE commands SET state = ?, ended_at = ?, exit_code = ?, signal = ?,"
-            " stdout_bytes = ?, stderr_bytes = ?, error = ?"
+            # A clock may be set back meanwhile; nothing ends before it starts.
+            "UPDATE commands SET state = ?,"
+            " ended_at = max(?, ifnull(started_at, asked_at)),"
+            " exit_code = ?, signal = ?, stdout_bytes = ?, stderr_bytes = ?,"
+            " error = ?"
             " WHERE invoke_id = ? AND state IN ('sent', 'running', 'lost')",
             (
                 end.state,
@@ -10572,6 +10576,7 @@ ACKNOWLEDGE_EVERY = STREAM_WINDOW // 4  # bytes; often enough that no sender wai
 LOST_AFTER = 60.0  # s beyond its own timeout that an absent node's command is awaited
 STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without news of a connected node
 CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest goes
+RUNNING_AFTER = 1.0  # s after which the audit is told that a command runs
 REPLACE_TIMEOUT = 5.0  # s for an old connection of the same node to end
 
 
@@ -10703,6 +10708,7 @@ class Invocation:
         self.settled: Future[None] = Future()  # done: nothing more of it will come
         self.sent_to: str | None = None  # the instance of the node that has it
         self.started_at: int | None = None  # ms; None while it waits, or is not sent
+        self._began = 0.0  # the same, by a clock that does not jump
         self.place: int | None = None  # in line on its node
         self.noted_running = False  # in the audit; by the ticker alone
         self.cancelled = False
@@ -10721,6 +10727,16 @@ class Invocation:
         self._result: JsonObject | None = None
         self._handed_out = False  # _result, to the sink and future of the moment
         self.recorded = True  # its end, in the audit; False: to be tried again
+
+    def begin(self) -> None:
+        """Note that it runs from now on."""
+        self.started_at, self._began = now_ms(), time.monotonic()
+
+    def runs_for(self, seconds: float) -> bool:
+        """Tell whether it has been running for so long."""
+        return self.started_at is not None and (
+            time.monotonic() - self._began >= seconds
+        )
 
     def hand_to(self, node: ConnectedNode) -> bool:
         """Note that `node` is to be asked; False where it has been, since it connected.
@@ -11044,6 +11060,7 @@ def forgotten_invocation(record: CommandRecord, sink: Sink) -> Invocation:
     invocation.asked_here = False
     invocation.cancelled = record.cancelled_at is not None
     invocation.sent_to = "an earlier life"  # so it is not sent again, whatever comes
+    invocation.begin()
     invocation.started_at = record.started_at or record.asked_at
     return invocation
 
@@ -11391,6 +11408,7 @@ class Audit:
 
     def __init__(self, commands: CommandsTable) -> None:
         self._commands = commands
+        self._failing = False  # to write: its disk is full, say
 
     def asked(self, invocation: Invocation) -> bool:
         """Note that it was asked for; False where its id is not new.
@@ -11402,41 +11420,41 @@ class Audit:
         return self._commands.add(command_record(invocation))
 
     def running(self, invocation: Invocation) -> None:
-        """Note that it has been running for a second.
+        """Note that it has been running for a while.
 
         Not that it starts: most commands end sooner, and are spared a write.
         """
-        started_at = invocation.started_at
         if (
-            invocation.command != SYSTEM_RUN
-            or invocation.noted_running
-            or started_at is None
-            or started_at > now_ms() - 1000
+            invocation.command == SYSTEM_RUN
+            and not invocation.noted_running
+            and invocation.runs_for(RUNNING_AFTER)
         ):
-            return
-        invocation.noted_running = True
-        try:
-            self._commands.start(invocation.id, started_at)
-        except StoreError as error:
-            log.error("audit incomplete invocation=%s: %s", invocation.id, error)
+            started_at = invocation.started_at or now_ms()
+            invocation.noted_running = self._write(
+                lambda: self._commands.start(invocation.id, started_at)
+            )
 
     def cancelled(self, invocation: Invocation) -> None:
         """Note that it is to end, whenever its node hears of it."""
-        if invocation.command != SYSTEM_RUN:
-            return
-        try:
-            self._commands.cancel(invocation.id, now_ms())
-        except StoreError as error:
-            log.error("audit incomplete invocation=%s: %s", invocation.id, error)
+        if invocation.command == SYSTEM_RUN:
+            self._write(lambda: self._commands.cancel(invocation.id, now_ms()))
 
     def ended(self, invocation: Invocation, end: CommandEnd) -> bool:
-        """Note how it ended; False: to be tried again."""
+        """Note how it ended; False: to be tried again.
+
+        The caller gets the result all the same; its node keeps it till then.
+        """
+        return self._write(lambda: self._commands.end(invocation.id, end))
+
+    def _write(self, write: Callable[[], object]) -> bool:
         try:
-            self._commands.end(invocation.id, end)
+            write()
         except StoreError as error:
-            # The caller gets the result all the same; its node keeps it till then.
-            log.error("audit incomplete invocation=%s: %s", invocation.id, error)
+            if not self._failing:  # it is tried every second
+                log.error("the audit of commands is incomplete: %s", error)
+            self._failing = True
             return False
+        self._failing = False
         return True
 
 
@@ -11533,7 +11551,10 @@ class Invocations:
     ) -> None:
         invocation = self._of_node(node_id, invoke_id)
         if invocation is not None:
-            invocation.started_at = now_ms() if state == "running" else None
+            if state == "running":
+                invocation.begin()
+            else:
+                invocation.started_at = None
             invocation.place = detail.get("place") or None
             invocation.sink.state(invoke_id, state, detail)
 
@@ -11575,23 +11596,23 @@ class Invocations:
     def give_up(self, invocation: Invocation, reason: str) -> None:
         """End an invocation whose result will not come."""
         self._settle(invocation)
-        if invocation.future.done():
-            return
-        message = (
-            f"{invocation.node_name}: {reason}; whether the command ran is not known"
-        )
-        end = CommandEnd(CommandState.LOST, now_ms(), error=message)
-        self._note_end(invocation, end, invocation.sink)
-        with contextlib.suppress(InvalidStateError):
-            invocation.future.set_exception(RpcError("UNAVAILABLE", message))
+        if not invocation.future.done():
+            message = (
+                f"{invocation.node_name}: {reason}; "
+                "whether the command ran is not known"
+            )
+            end = CommandEnd(CommandState.LOST, now_ms(), error=message)
+            self._note_end(invocation, end, invocation.sink)
+            with contextlib.suppress(InvalidStateError):
+                invocation.future.set_exception(RpcError("UNAVAILABLE", message))
         if not invocation.recorded:
             self.active.add(invocation)  # for record_again()
 
     def record_again(self, invocation: Invocation, end: CommandEnd) -> None:
         """Put into the audit what it could not take."""
         invocation.recorded = self.audit.ended(invocation, end)
-        if invocation.recorded and end.state == CommandState.LOST:
-            self._settle(invocation)
+        if invocation.recorded and invocation.settled.done():
+            self.active.remove(invocation)
         self._accept_if_consumed(invocation)
 
     def await_node(self, invocation: Invocation, *, resumes: bool = True) -> None:
@@ -11673,7 +11694,7 @@ class Invocations:
         """Ask `node` for it, unless it has been asked over this connection."""
         if not invocation.hand_to(node):
             return
-        invocation.started_at = now_ms()
+        invocation.begin()
         if node.resumes and invocation.command == SYSTEM_RUN:
             invocation.leave_to_node()  # for what may be a long time in line
         try:
@@ -11824,8 +11845,10 @@ class Resumption:
         Raises RpcError where it is another's, or cannot be had any more.
         """
         invocation = self._invocations.get(invoke_id)
-        if invocation is None:
+        if invocation is None or invocation.settled.done():
             record = self._commands.by_id(invoke_id)
+            if record is not None and invocation is not None and invocation.end:
+                record = replace(record, **asdict(invocation.end))  # as it will be
             if record is None and not stdout and not stderr:
                 return None
             if record is None or record_origin(record) != origin:
@@ -11847,7 +11870,7 @@ class Resumption:
         node = self._fleet.connected(record.node_id)
         # It may have come this moment, and have brought the command along.
         known = self._invocations.get(record.invoke_id)
-        if known is not None:
+        if known is not None and not known.settled.done():
             return known
         if record.state == CommandState.LOST:
             raise RpcError("UNAVAILABLE", record.error or "the command is lost")
@@ -12034,8 +12057,15 @@ class JobOutput:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._file = io.FileIO(descriptor, "ab")
         # An empty record of each stream: one segment alone tells where both are.
-        for stream, offset in self._offsets.items():
-            self._write(stream, offset, b"")
+        try:
+            for stream, offset in self._offsets.items():
+                self._write(stream, offset, b"")
+        except OSError:
+            self._end = self._starts[-1]
+            self._file.truncate(0)
+            self._file.close()
+            self._file = None  # so that it is begun anew
+            raise
         if len(self._starts) > MAX_JOB_SEGMENTS:
             (self._directory / str(self._starts.pop(1))).unlink()
 
@@ -16175,6 +16205,34 @@ def _device_identity(
     return Identity(device_caller(device), params, device, server_final)
 
 
+def note_presence(
+    devices: DevicesTable, device: Device, params: ConnectParams, address: str
+) -> bool:
+    """Note what a node says of itself; False where it may not come in any more.
+
+    Raises StoreError.
+    """
+    try:
+        return devices.connect(
+            device.id,
+            node_id=params.client_id,
+            address=address,
+            now=now_ms(),
+            display_name=params.display_name,
+            platform=params.platform,
+            version=params.version,
+            capabilities=params.capabilities,
+            commands=params.commands,
+        )
+    except StoreError as error:
+        known = devices.by_node_id(params.client_id, now_ms())
+        if known is None or known.id != device.id:
+            raise
+        # A full disk must not part a node from the commands that it runs.
+        log.warning("not kept what is said by node=%s: %s", params.client_id, error)
+        return True
+
+
 def _first_request(message: str | bytes) -> Request:
     """Raises RpcError for anything but a request."""
     if isinstance(message, bytes):
@@ -16326,17 +16384,7 @@ class Gateway:
         node = ConnectedNode(params.client_id, device.id, peer, params, address)
         self._fleet.claim(node, device)
         try:
-            known = self._devices.connect(
-                device.id,
-                node_id=node.node_id,
-                address=address,
-                now=now_ms(),
-                display_name=params.display_name,
-                platform=params.platform,
-                version=params.version,
-                capabilities=params.capabilities,
-                commands=params.commands,
-            )
+            known = note_presence(self._devices, device, params, address)
             if not known:  # it was revoked, or its id taken, as it came in
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             if device.node_id not in (None, node.node_id):
@@ -21682,6 +21730,8 @@ INTERRUPTED = 130  # as a shell counts SIGINT
 LEAVE_AFTER = 10.0  # s from an interrupt; a node that is there needs three to obey
 TIMED_OUT = 124  # as timeout(1)
 BROKEN_PIPE = 141  # as a shell counts SIGPIPE
+# What is said of a disk to which output is redirected.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Output:
@@ -24102,7 +24152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     context = Context(dict(os.environ), Output(os.environ))
     try:
-        return subcommand(arguments, command)(context)
+        status = subcommand(arguments, command)(context)
+        sys.stdout.flush()  # not at exit, where nobody could explain what went wrong
+        return status
     except (UserError, RpcError) as error:
         context.output.complain(str(error))
         return error.exit_code if isinstance(error, UserError) else EXIT_FAILURE
@@ -24111,6 +24163,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        context.output.complain(f"the output is not whole: {error.strerror}")
+        return EXIT_FAILURE
 
 
 if __name__ == "__main__":

@@ -248,6 +248,139 @@ def test_a_job_is_followed_through_kills_and_cuts(world):
     assert world.runs() == 1
 
 
+# Disks that are full, and clocks that jump
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    if not SmallDisk.can_be_made():
+        pytest.skip("nothing can be mounted here; root in a container of its own may")
+    disk = SmallDisk(tmp_path / "disk")
+    yield disk
+    disk.close()
+
+
+@pytest.fixture
+def small_world(tmp_path):
+    if not SmallDisk.can_be_made():
+        pytest.skip("nothing can be mounted here; root in a container of its own may")
+    with World(tmp_path, small_disks=True) as world:
+        yield world
+
+
+def test_a_full_disk_takes_no_command_and_says_why(small_world):
+    small_world.disks["gateway"].fill()
+    call = small_world.call(small_world.counted("echo one"))
+    assert call.wait() == moltis.EXIT_UNREACHABLE
+    assert NO_ROOM in call.complaints
+    assert len(call.complaints.splitlines()) == 1
+    assert small_world.runs() == 0
+    small_world.disks["gateway"].free()
+    again = small_world.call("echo one")
+    assert again.wait() == 0
+    assert again.output == b"one\n"
+
+
+def test_a_command_that_runs_as_the_disk_fills_up_ends_as_ever(small_world):
+    """Its caller hears at once, the audit when there is room."""
+    call = small_world.call("echo one; sleep 1; echo two; exit 3")
+    wait_for(lambda: call.output == b"one\n")
+    small_world.disks["gateway"].fill()
+    assert call.wait() == 3
+    assert call.output == b"one\ntwo\n"
+    small_world.disks["gateway"].free()
+    row = wait_for(lambda: [r for r in small_world.rows() if r["ended_at"]])[0]
+    assert (row["state"], row["exit_code"]) == ("done", 3)
+
+
+def test_what_fills_the_disk_can_be_cancelled(small_world):
+    call = small_world.call("echo one; sleep 60")
+    wait_for(lambda: call.output == b"one\n")
+    small_world.disks["gateway"].fill()
+    call.signal(signal.SIGINT)
+    assert call.wait() == moltis.INTERRUPTED
+    small_world.disks["gateway"].free()
+    wait_for(lambda: [r["state"] for r in small_world.rows()] == ["cancelled"])
+
+
+def test_commands_of_a_node_go_on_whose_gateway_has_no_room(small_world):
+    """It comes back to a gateway that cannot note so."""
+    call = small_world.call("for i in 1 2 3 4 5 6; do echo $i; sleep 0.3; done")
+    wait_for(lambda: call.output == b"1\n")
+    small_world.disks["gateway"].fill()
+    small_world.node_proxy.cut()
+    assert call.wait(30) == 0
+    assert call.output == lines(6)
+
+
+def test_a_full_disk_of_its_own_does_not_concern_a_node(small_world):
+    small_world.disks["node"].fill()
+    small_world.node.kill()
+    small_world.node.start()
+    small_world.wait_for_node()
+    call = small_world.call("echo one")
+    assert call.wait() == 0
+
+
+def test_kept_output_is_where_it_was_after_a_full_disk(small_disk):
+    """A segment that could not be begun tells nothing of the streams."""
+    job = moltis.new_id()
+    output = moltis.JobOutput(small_disk.path / job)
+    output.append(moltis.Chunk(1, job, 0, b"0123456789"))
+    output.append(moltis.Chunk(2, job, 0, b"errors"))
+    output.close()
+    small_disk.fill()
+    more = moltis.Chunk(1, job, 10, b"more")
+    with pytest.raises(OSError, match="No space left"):
+        output.append(more)
+    small_disk.free()
+    output.append(more)
+    output.close()
+    found = moltis.JobOutput(small_disk.path / job)
+    assert (found.offset(1), found.offset(2)) == (14, 6)
+    assert [piece.data for piece in found.read(0).pieces][-1] == b"more"
+
+
+def test_an_operator_whose_own_disk_is_full_is_told(world):
+    """And the command ends, as it does for one who leaves."""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, str(IMPATIENT), "node", "exec", "far", "--", "yes"],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=world.operator_environment,
+            text=True,
+        )
+    assert done.returncode == moltis.EXIT_FAILURE
+    assert done.stderr == ("moltis: the output is not whole: No space left on device\n")
+    wait_for(lambda: [row["state"] for row in world.rows()] == ["cancelled"])
+
+
+@pytest.fixture
+def clocks(tmp_path):
+    if JumpingClock.library() is None:
+        pytest.skip("Debian's package faketime is not here")
+    with World(tmp_path, clocks=True) as world:
+        yield world
+
+
+@pytest.mark.parametrize("seconds", [JUMPS[0], JUMPS[-1]])
+def test_a_clock_that_jumps_changes_no_fate(clocks, seconds):
+    """Nor when a command's time is up, nor what the audit says of its length."""
+    call = clocks.call("echo one; sleep 60", options=("--timeout", "2"))
+    wait_for(lambda: call.output == b"one\n")
+    began = time.monotonic()
+    for clock in clocks.clocks.values():
+        clock.jump(seconds)
+    wait_for(lambda: clocks.rows()[0]["state"] == "running")
+    assert call.wait() == moltis.TIMED_OUT
+    assert time.monotonic() - began < 10
+    (row,) = clocks.rows()
+    assert row["state"] == "timed_out"
+    assert row["asked_at"] <= row["started_at"] <= row["ended_at"]
+
+
 # Schedules: what happens to whom is drawn from a seed
 
 
@@ -521,7 +654,8 @@ class Schedule:
         """Its caller knows no end of it."""
         statuses = [moltis.EXIT_UNREACHABLE]
         if work.cancelled:
-            statuses.append(moltis.INTERRUPTED)
+            # The signal itself ends a process that has just begun, or is done.
+            statuses += [moltis.INTERRUPTED, -signal.SIGINT]
         assert work.call.status in statuses
         assert work.stdout.startswith(work.call.output)
 

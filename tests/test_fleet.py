@@ -319,12 +319,11 @@ def test_what_has_run_for_a_second_is_running_in_the_audit(world, node, monkeypa
     invocation = world.start("far")
     world.patience.tick()
     assert world.state(invocation) == "sent"
-    later = moltis.now_ms() + 2000
-    monkeypatch.setattr(moltis, "now_ms", lambda: later)
+    monkeypatch.setattr(moltis, "RUNNING_AFTER", 0)
     world.patience.tick()
     row = world.store.commands.by_id(invocation.id)
     assert row.state == "running"
-    assert row.started_at < later
+    assert row.asked_at <= row.started_at <= moltis.now_ms()
     world.finish(node, invocation)
     assert world.state(invocation) == "done"
 
@@ -334,12 +333,10 @@ def test_what_waits_in_line_is_not_running(world, node, monkeypatch):
     invocation = world.start("far", sink)
     world.invocations.handle_state("id-far", invocation.id, "queued", {"place": 2})
     assert sink.states == [("queued", {"place": 2})]
-    now = moltis.now_ms()
-    monkeypatch.setattr(moltis, "now_ms", lambda: now + 5000)
+    monkeypatch.setattr(moltis, "RUNNING_AFTER", 0)
     world.patience.tick()
     assert world.state(invocation) == "sent"
     world.invocations.handle_state("id-far", invocation.id, "running", {"place": 0})
-    monkeypatch.setattr(moltis, "now_ms", lambda: now + 10_000)
     world.patience.tick()
     assert world.state(invocation) == "running"
 
@@ -642,14 +639,35 @@ def test_what_is_lost_while_the_disk_is_full_is_written_down_later(
     assert world.invocations.active.all() == []
 
 
+def test_what_ended_as_the_disk_was_full_is_written_down_though_its_node_is_another(
+    world, node, monkeypatch
+):
+    """It was stopped, and is back without anything."""
+
+    def fail(*_):
+        raise moltis.StoreError("the disk is full")
+
+    with monkeypatch.context() as full:
+        full.setattr(world.store.commands, "end", fail)
+        invocation = world.start("far")
+        assert world.finish(node, invocation) == []
+        world.leave(node)
+        world.connect("far", instance="life-2")
+        result = world.resumption.again(invocation.id, ORIGIN, Sink(), 0, 0)
+        assert result["exitCode"] == 0
+    assert world.state(invocation) == "sent"
+    world.patience.tick()
+    assert world.state(invocation) == "done"
+    assert world.invocations.active.all() == []
+
+
 def test_a_lost_command_that_its_node_still_runs_is_not_lost(world, node, monkeypatch):
     invocation = world.start("far")
     world.leave(node)
     world.invocations.give_up(invocation, "gone")
     item = moltis.InflightCommand(invocation.id, 7, 0, 0, done=False)
     again = world.connect("far", inflight=(item,))
-    later = moltis.now_ms() + 2000
-    monkeypatch.setattr(moltis, "now_ms", lambda: later)
+    monkeypatch.setattr(moltis, "RUNNING_AFTER", 0)
     world.patience.tick()
     row = world.store.commands.by_id(invocation.id)
     assert (row.state, row.ended_at, row.error) == ("running", None, None)

@@ -15,6 +15,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import time
 from pathlib import Path
 
 from proxy import FaultyProxy
-from support import clean_environment, free_port, wait_for
+from support import clean_environment, wait_for
 
 import moltis
 
@@ -41,6 +42,15 @@ def compiled_environment(home, **extra):
     environ = clean_environment(home, **extra)
     del environ["PYTHONDONTWRITEBYTECODE"]
     return environ
+
+
+def lasting_port():
+    """Return a port that no connection takes by itself while nothing listens on it."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 class Process:
@@ -223,7 +233,7 @@ class World:
         self.calls = []
         self.disks = {}  # by process
         self.clocks = {}
-        self.gateway_port = free_port()
+        self.gateway_port = lasting_port()
         self.node_proxy = FaultyProxy(self.gateway_port, rng)
         self.operator_proxy = FaultyProxy(self.gateway_port, rng)
         self.data = directory / "data"
