@@ -10728,9 +10728,9 @@ class Invocation:
         self._handed_out = False  # _result, to the sink and future of the moment
         self.recorded = True  # its end, in the audit; False: to be tried again
 
-    def begin(self) -> None:
-        """Note that it runs from now on."""
-        self.started_at, self._began = now_ms(), time.monotonic()
+    def begin(self, runs: bool = True) -> None:
+        """Note that it runs from now on, or that it has to wait."""
+        self.started_at, self._began = now_ms() if runs else None, time.monotonic()
 
     def runs_for(self, seconds: float) -> bool:
         """Tell whether it has been running for so long."""
@@ -11551,10 +11551,7 @@ class Invocations:
     ) -> None:
         invocation = self._of_node(node_id, invoke_id)
         if invocation is not None:
-            if state == "running":
-                invocation.begin()
-            else:
-                invocation.started_at = None
+            invocation.begin(state == "running")
             invocation.place = detail.get("place") or None
             invocation.sink.state(invoke_id, state, detail)
 
