@@ -191,7 +191,8 @@ class FaultyProxy:
         if self._listener in ready:
             self._accept()
         for link in list(self._links):
-            self._serve(link, ready)
+            if link in self._links:  # not cut together with one before it
+                self._serve(link, ready)
 
     def _all_pipes(self):
         return [p for link in self._links for p in link.pipes if not p.deaf]
