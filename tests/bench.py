@@ -51,7 +51,7 @@ class Goal:
     """What a row is held to."""
 
     text: str
-    met: Callable[[float, float], bool]
+    met: Callable[[float, float], bool | None]
 
 
 def at_most(factor: float, plus: float = 0.0) -> Goal:
@@ -68,6 +68,9 @@ def faster(times: float) -> Goal:
 def at_least(factor: float) -> Goal:
     """At least `factor` times the peer, for what there should be much of."""
     return Goal(f"≥ {factor:g} ×", lambda ours, peer: ours >= factor * peer)
+
+
+NO_GOAL = Goal("", lambda ours, peer: None)
 
 
 def limit(most: float, unit: str) -> Goal:
@@ -325,6 +328,10 @@ class Ssh:
         )
         return done.returncode
 
+    def true(self, *, fresh: bool = False) -> None:
+        if self.call("true", fresh=fresh):
+            raise NotMeasured("ssh failed")
+
     def close(self) -> None:
         for path in self.directory.glob("bench*"):
             exit_master = ["ssh", "-F", str(self.config), "-O", "exit", path.name]
@@ -419,12 +426,12 @@ def bench_round_trip(bench: Bench) -> Iterator[Row]:
         Peer("local Popen", lambda: median_of(spawn_true, count), at_most(1.2, 0.3)),
         bench.ssh_peer(
             "ssh, ControlMaster",
-            lambda ssh: median_of(lambda: ssh.call("true"), count // 5),
+            lambda ssh: median_of(ssh.true, count // 5),
             faster(5),
         ),
         bench.ssh_peer(
             "ssh, fresh",
-            lambda ssh: median_of(lambda: ssh.call("true", fresh=True), 3),
+            lambda ssh: median_of(lambda: ssh.true(fresh=True), 3),
             faster(80),
         ),
         *_paramiko_peers(bench, count // 5),
@@ -498,7 +505,7 @@ def bench_in_flight(bench: Bench) -> Iterator[Row]:
         few = max(32, count // 10)
         with ThreadPoolExecutor(32) as pool:
             start = time.perf_counter()
-            for future in [pool.submit(ssh.call, "true") for _ in range(few)]:
+            for future in [pool.submit(ssh.true) for _ in range(few)]:
                 future.result()
             return few / (time.perf_counter() - start)
 
@@ -524,12 +531,12 @@ def bench_exec(bench: Bench) -> Iterator[Row]:
     peers = [
         bench.ssh_peer(
             "ssh, fresh",
-            lambda ssh: median_of(lambda: ssh.call("true", fresh=True), 3),
+            lambda ssh: median_of(lambda: ssh.true(fresh=True), 3),
             at_most(0.4),
         ),
         bench.ssh_peer(
             "ssh, ControlMaster",
-            lambda ssh: median_of(lambda: ssh.call("true"), count),
+            lambda ssh: median_of(ssh.true, count),
             at_most(5),
         ),
     ]
@@ -571,9 +578,15 @@ def _ansible(ssh: Ssh) -> float:
     environ = {**os.environ, "ANSIBLE_SSH_ARGS": options}
 
     def call() -> None:
-        subprocess.run(
-            [*command, "-f", "20"], check=False, env=environ, stdout=subprocess.DEVNULL
-        )
+        try:
+            subprocess.run(
+                [*command, "-f", "20"],
+                check=True,
+                env=environ,
+                stdout=subprocess.DEVNULL,
+            )
+        except subprocess.CalledProcessError as error:
+            raise NotMeasured("ansible failed") from error
 
     return timed(call)
 
@@ -780,8 +793,9 @@ def bench_start(bench: Bench) -> Iterator[Row]:
     ours_, count = bench.ours, bench.count(20)
     assert bench.node
 
-    def bare() -> float:
-        return median_of(lambda: ours_.run(ours_.python, "-c", "pass"), count)
+    def bare(*options: str) -> float:
+        command = (ours_.python, *options, "-c", "pass")
+        return median_of(lambda: ours_.run(*command), count)
 
     for words, goal in ((("--version",), at_most(2)), (("node", "list"), at_most(4))):
         what = f"`moltis {' '.join(words)}`, start to exit"
@@ -789,8 +803,12 @@ def bench_start(bench: Bench) -> Iterator[Row]:
         def ours(words: tuple[str, ...] = words) -> float:
             return median_of(lambda: ours_.run(ours_.program, *words), count)
 
-        peer = Peer("python3 -c pass", bare, goal)
-        yield from rows_for("start", what, "ms", ours, [peer], bench.rounds)
+        peers = [
+            Peer("python3 -c pass", bare, goal),
+            # Without what .pth files on this machine add to every start.
+            Peer("python3 -IS -c pass", lambda: bare("-IS"), NO_GOAL),
+        ]
+        yield from rows_for("start", what, "ms", ours, peers, bench.rounds)
 
 
 def bench_page(bench: Bench) -> Iterator[Row]:
