@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 from peers import InProcessGateway
@@ -55,6 +56,28 @@ def test_a_million_lines_arrive_once_and_in_order_through_ten_cuts(world):
         world.node_proxy.cut()
     assert call.wait(120) == 0
     assert call.output == lines(1000000)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is read from /proc")
+def test_no_amount_of_output_costs_memory(world):
+    """200 MB: as much as 4 GB cost, and in seconds."""
+    size = 200_000_000
+    call = world.call(f"head -c {size} /dev/zero | tr '\\0' x")
+    assert call.wait() == 0
+    assert call.out.stat().st_size == size
+    with call.out.open("rb") as file:
+        pieces = iter(lambda: file.read(1_000_000), b"")
+        assert all(piece == b"x" * len(piece) for piece in pieces)
+    call.out.unlink()
+    assert highest_memory(world.node) < 40
+    assert highest_memory(world.gateway) < 80
+
+
+def highest_memory(process):
+    """Return the most MiB that a process was resident with so far."""
+    status = Path(f"/proc/{process.process.pid}/status").read_text()
+    line = next(row for row in status.splitlines() if row.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
 
 
 def test_the_caller_hears_that_its_node_is_waited_for(world):
