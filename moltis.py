@@ -4407,6 +4407,7 @@ class CommandRunner:
         self._limit = limit
         self._lock = threading.Condition(threading.Lock())  # guards all below
         self._jobs: dict[str, _Job] = {}  # until they are forgotten
+        self._starting = 0  # jobs that are neither in line yet nor ended
         self._line: collections.deque[_Job] = collections.deque()
         self._running: dict[str, None] = {}  # ids, the oldest first
         self._settled: dict[str, int] = {}  # kept results, the oldest first; bytes held
@@ -4451,13 +4452,20 @@ class CommandRunner:
             place = max(0, ahead + 1 - self._limit)
             job = _Job(invoke_id, command, on_result, on_queued, place)
             self._jobs[invoke_id] = job
-        if place:
-            # Told before anybody can take it from the line.
-            job.tell_place(place)
-        else:
-            # Not by the worker: the shell gets going while that one wakes, 60 µs.
-            command.spawn()
-        self._enter(job)
+            self._starting += 1
+        try:
+            if place:
+                # Told before anybody can take it from the line.
+                job.tell_place(place)
+            else:
+                # Not by the worker: the shell gets going while that one wakes, 60 µs.
+                command.spawn()
+            self._enter(job)
+        finally:
+            with self._lock:
+                self._starting -= 1
+                if self._closed:
+                    self._lock.notify_all()
         return command
 
     def get(self, invoke_id: str) -> Command | None:
@@ -4515,6 +4523,8 @@ class CommandRunner:
         for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(deadline.remaining())
+        with self._lock:  # what came in just now is ended by who started it
+            self._lock.wait_for(lambda: not self._starting, deadline.remaining())
 
     def _capped(self, spec: CommandSpec) -> CommandSpec:
         limits = [t for t in (spec.timeout, self._max_timeout) if t is not None]

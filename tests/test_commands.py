@@ -897,6 +897,34 @@ def test_closing_ends_and_reports_everything():
         jobs.start("third", "true")
 
 
+def test_closing_ends_and_reports_what_is_just_starting(monkeypatch, tmp_path):
+    """Its shell runs already, and it is in no line yet."""
+    jobs = Jobs()
+    entering, closed = threading.Event(), threading.Event()
+
+    def hold(*_):
+        entering.set()
+        assert closed.wait(10)
+
+    enter = moltis.CommandRunner._enter
+    monkeypatch.setattr(
+        moltis.CommandRunner, "_enter", lambda *args: (hold(), enter(*args))
+    )
+    command = f"echo $$ >{tmp_path}/pid; sleep 30"
+    starting = threading.Thread(target=jobs.start, args=("one", command))
+    starting.start()
+    assert entering.wait(10)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    closing = threading.Thread(target=jobs.runner.close)
+    closing.start()
+    wait_for(lambda: jobs.runner._closed)
+    closed.set()
+    closing.join(10)
+    assert jobs.results["one"].cancelled  # by the time at which it is closed
+    starting.join(10)
+    assert not process_exists(int((tmp_path / "pid").read_text()))
+
+
 def test_only_so_many_results_are_kept(jobs, monkeypatch):
     monkeypatch.setattr(moltis, "MAX_KEPT", 3)
     for number in range(5):

@@ -8,12 +8,14 @@ import hashlib
 import json
 import queue
 import socket
+import sqlite3
 import struct
 import threading
 import uuid
 
 import pytest
 from peers import InProcessGateway, InProcessNode
+from proxy import FaultyProxy
 from support import free_port, process_exists, wait_for
 
 import moltis
@@ -602,3 +604,161 @@ def test_telemetry_of_ours_names_runtimes_and_providers(gateway):
             ),
             what="the runtimes",
         )
+
+
+# -- connections that are stuck --------------------------------------------------
+
+
+class Mute(MoltisGateway):
+    """A gateway that says nothing after the handshake."""
+
+    def _answer(self, envelope):
+        self.connects.put(envelope)
+
+
+def close_aside(node):
+    """Close a node; return once that is done, or fail."""
+    closing = threading.Thread(target=node.close, name="test-close")
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive()
+
+
+def test_closing_does_not_wait_for_a_handshake_that_is_stuck(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"ws://127.0.0.1:{silent.getsockname()[1]}/ws"
+        node = node_for(url, tmp_path)
+        peer, _ = silent.accept()
+        with peer:
+            assert peer.recv(4) == b"GET "
+            close_aside(node)
+            assert node.running._thread.is_alive()  # it was stuck until now
+    node.running._thread.join(10)
+
+
+def test_closing_does_not_wait_for_a_sign_in_that_is_stuck(tmp_path):
+    with Mute() as gateway:
+        node = node_for(gateway.url, tmp_path)
+        assert gateway.connects.get(timeout=10)["method"] == "connect"
+        close_aside(node)
+        assert node.running._thread.is_alive()
+    node.running._thread.join(10)
+
+
+def start_chatty(gateway, go, count=8):
+    """Start jobs that fill their windows once `go` is there; return their ids."""
+    command = f"until [ -e {go} ]; do sleep 0.02; done; head -c {CHATTY} /dev/zero"
+    command = f"{command}; head -c {CHATTY} /dev/zero >&2; sleep 0.1"
+    args = {"command": command}
+    asked = {"nodeId": "far", "command": "system.run", "args": args}
+    return [
+        gateway.call("node.invoke", **asked, background=True)["invokeId"]
+        for _ in range(count)
+    ]
+
+
+CHATTY = 1_000_000  # bytes a stream: within the window, and together beyond any buffer
+
+
+@pytest.fixture
+def behind(gateway):
+    """A node behind a proxy, with the proxy."""
+    with FaultyProxy(gateway.running.port) as proxy:
+        settings = moltis.NodeSettings(
+            gateway_url=f"ws://127.0.0.1:{proxy.port}/ws",
+            device_token=gateway.token("far"),
+            node_id="far",
+            display_name="far",
+        )
+
+        def start():
+            node = InProcessNode(settings, gateway.environ)
+            wait_for(lambda: gateway.is_connected("far"), what="the node")
+            return node
+
+        yield start, proxy
+
+
+def test_closing_does_not_wait_for_a_gateway_that_reads_nothing(
+    gateway, behind, tmp_path
+):
+    start, proxy = behind
+    node = start()
+    start_chatty(gateway, tmp_path / "go")
+    _, ws = node.running._agent._serving
+    proxy.freeze()
+    (tmp_path / "go").touch()
+    wait_for(lambda: ws.backlog > CHATTY, what="an outbox that is stuck")
+    close_aside(node)
+    assert ws.closed
+
+
+def test_an_outbox_that_overflows_costs_the_connection_and_no_output(
+    gateway, behind, tmp_path, monkeypatch, caplog
+):
+    start, proxy = behind
+    with monkeypatch.context() as first:
+        first.setattr(moltis, "MAX_NODE_OUTBOX", 256 * 1024)
+        node = start()
+    jobs = start_chatty(gateway, tmp_path / "go")
+    proxy.freeze()  # what was sent so far stays on the way for good
+    (tmp_path / "go").touch()
+    for job in jobs:
+        ended = gateway.call("command.wait", id=job, wait=60)
+        assert (ended["state"], ended["exitCode"]) == ("done", 0)
+        assert (ended["stdoutBytes"], ended["stderrBytes"]) == (CHATTY, CHATTY)
+    assert node.states == [True, False, True]
+    assert "(1013" in caplog.text  # it was not the gateway that hung up
+    node.close()
+
+
+# -- while the gateway is away ---------------------------------------------------
+
+
+def test_a_problem_is_logged_once_and_again_after_it_was_solved(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(moltis.Backoff.__init__, "__defaults__", (0.02, 0.02))
+    refusal = {"code": "UNAVAILABLE", "message": "the gateway starts"}
+
+    def said():
+        return [r.message for r in caplog.records if refusal["message"] in r.message]
+
+    with MoltisGateway(refusal) as gateway, node_for(gateway.url, tmp_path) as node:
+        for _ in range(4):
+            gateway.connects.get(timeout=10)
+        assert len(said()) == 1
+        assert node.states == [False]
+        gateway.refusal = None
+        wait_for(lambda: node.states[-1], what="the node to connect")
+        gateway.refusal = refusal
+        gateway.drop()
+        wait_for(lambda: len(said()) == 2, what="the second warning")
+        assert node.states[-1] is False
+
+
+def test_a_result_that_the_gateway_does_not_know_is_not_kept(tmp_path):
+    """Its database was lost, say, or the command is too old for it."""
+    port = free_port()
+    go, data = tmp_path / "go", tmp_path / "gateway"
+    with InProcessGateway(data, port=port) as first:
+        node = first.node("far")
+        command = f"until [ -e {go} ]; do sleep 0.02; done; echo done"
+        args = {"command": command}
+        asked = {"nodeId": "far", "command": "system.run", "args": args}
+        known, unknown = (
+            first.call("node.invoke", **asked, background=True)["invokeId"]
+            for _ in range(2)
+        )
+    machine = node.running._agent._machine
+    wait_for(lambda: node.states[-1] is False, what="the node to notice")
+    go.touch()
+    wait_for(lambda: all(item.done for item in machine.inflight()), what="the ends")
+    assert {item.invoke_id for item in machine.inflight()} == {known, unknown}
+    with contextlib.closing(sqlite3.connect(data / "moltis.db")) as db, db:
+        db.execute("DELETE FROM commands WHERE invoke_id = ?", (unknown,))
+    with InProcessGateway(data, port=port) as second:
+        wait_for(lambda: not machine.inflight(), what="both to be settled")
+        (row,) = second.call("command.list")
+        assert (row["invokeId"], row["state"]) == (known, "done")
+        node.close()
