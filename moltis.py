@@ -21887,7 +21887,9 @@ def is_own_gateway(url: str, file: GatewayFile) -> bool:
     wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
     if (wanted.scheme, wanted.port) != (own.scheme, own.port):
         return False
-    return wanted.hostname in {own.hostname, *host_names(), *host_addresses()}
+    if wanted.hostname == own.hostname:  # as it is without --host: nothing to look up
+        return True
+    return wanted.hostname in {*host_names(), *host_addresses()}
 
 
 def operator_client(args: argparse.Namespace, context: Context) -> OperatorClient:

@@ -101,6 +101,8 @@ def test_it_installs_a_launcher_that_starts_from_compiled_code(shell, home, sour
     assert done.returncode == 0, done.stderr
     assert f"moltis 9.8.7 is {launcher}" in done.stderr
     assert "is not on your PATH" in done.stderr
+    options = f"{moltis.PYTHON_OPTIONS} -c '{moltis.IMPORT_AND_RUN}'"
+    assert options in launcher.read_text()
     ran = launch(launcher, "node", "list")
     assert ran.stdout == "moltis True ['node', 'list']\n"
     assert ran.returncode == 2
