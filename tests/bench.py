@@ -916,8 +916,9 @@ class SimulatedNodes:
     def _request(self, number: int, method: str, params: Any) -> None:
         sock, protocol = self._sockets[number]
         request = moltis.Request(moltis.new_id(), method, params)
-        protocol.send(moltis.encode_envelope(request))
-        with contextlib.suppress(OSError):
+        # One that is closed by now is noticed, and dialled again, by _serve().
+        with contextlib.suppress(OSError, moltis.ConnectionClosed):
+            protocol.send(moltis.encode_envelope(request))
             sock.sendall(protocol.outgoing())
 
     def _report(self, number: int) -> None:
