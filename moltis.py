@@ -2030,7 +2030,7 @@ class WebSocketProtocol:
 
 MAX_OUTBOX = 16 * 1024 * 1024  # bytes that wait for a peer to read, unless told else
 READ_SIZE = 64 * 1024  # bytes
-WAIT_SIZE = 4096  # bytes of the buffer with which a connection at rest waits
+WAIT_SIZE = 1024  # bytes of the buffer with which a connection at rest waits
 TLS_WRITE_SIZE = 256 * 1024  # bytes; OpenSSL takes what it is given whole, or not yet
 CLOSE_TIMEOUT = 2.0  # s for the peer's part of a closing handshake
 
@@ -8547,6 +8547,8 @@ def _launchctl_fields(output: str) -> Mapping[str, str]:
 STORE_FILE = "moltis.db"
 MAX_AUDIT = 100_000  # events; beyond them the oldest are forgotten
 AUDIT_REPEATED_AFTER = 3600_000  # ms in which the same refusal is noted once
+GROUP_PAUSE = 0.01  # s in which ends of commands gather for one transaction
+CHECKPOINT_EVERY = 500  # transactions, after which the log goes into the file
 STORE_BUSY_TIMEOUT = 5.0  # s; a person's `sqlite3` shell may hold the file that long
 MAX_PAGE = 1000  # rows of one answer
 
@@ -8903,6 +8905,8 @@ def _prepare_database(db: sqlite3.Connection, path: Path) -> None:
     db.execute("PRAGMA journal_mode = WAL")
     # In WAL mode a power cut may undo the last commits, and never damages the file.
     db.execute("PRAGMA synchronous = NORMAL")
+    # A checkpoint waits for the disk: StoreKeeper's business, where nobody waits.
+    db.execute("PRAGMA wal_autocheckpoint = 0")
     db.execute("PRAGMA foreign_keys = ON")
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         db.executescript(
@@ -9001,8 +9005,11 @@ class Database:
     def __init__(self, path: Path) -> None:
         """Open or make the file at `path`.  Raises BadConfiguration."""
         self._path = path
-        self._lock = threading.Lock()  # guards _db: one transaction at a time
+        # Guards _db, one transaction at a time, and _logged.
+        self._lock = threading.Lock()
         self._db = _open_database(path)
+        self._logged = 0  # transactions since the last checkpoint
+        self.work = threading.Event()  # there is something for StoreKeeper to do
 
     def close(self) -> None:
         with self._lock:
@@ -9011,7 +9018,31 @@ class Database:
     def write(self, sql: str, values: SqlValues = ()) -> int:
         """Return the number of rows changed.  Raises StoreError."""
         with self._connection() as db:
+            self._count()
             return db.execute(sql, values).rowcount
+
+    def checkpoint(self) -> None:
+        """Bring what was written into the file, if there is enough of it.
+
+        Over a connection of its own, so that nobody waits for the disk meanwhile.
+        Raises StoreError.
+        """
+        import sqlite3
+
+        with self._lock:
+            if self._logged < CHECKPOINT_EVERY:
+                return
+            self._logged = 0
+        try:
+            with contextlib.closing(sqlite3.connect(str(self._path))) as db:
+                db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        except sqlite3.Error as error:
+            raise StoreError(_cannot_use_database(self._path, error)) from error
+
+    def _count(self) -> None:
+        self._logged += 1
+        if self._logged == CHECKPOINT_EVERY:
+            self.work.set()
 
     def rows(self, sql: str, values: SqlValues = ()) -> list[sqlite3.Row]:
         """Return all rows of the answer.  Raises StoreError."""
@@ -9030,6 +9061,7 @@ class Database:
         Raises StoreError.
         """
         with self._connection() as db:
+            self._count()
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db
@@ -9051,11 +9083,29 @@ class Database:
                 raise StoreError(_cannot_use_database(self._path, error)) from error
 
 
+class NodeNames:
+    """The names of all nodes, as of one version of the devices."""
+
+    def __init__(self, version: int, by_id: Mapping[str, str]) -> None:
+        self.version = version
+        self.by_id = by_id
+        # To read 5,000 of them takes 5 ms, and every invocation looks for one.
+        self._ids: dict[str, list[str]] = {}
+        for node_id, name in by_id.items():
+            self._ids.setdefault(name.casefold(), []).append(node_id)
+
+    def ids_of(self, name: str) -> Sequence[str]:
+        """Return the ids of the nodes of that name, without regard to case."""
+        return self._ids.get(name.casefold(), ())
+
+
 class DevicesTable:
     """The devices; one that is revoked or has expired is not found any more."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
+        self._version = 0  # grows after each change of a name, or of who has it
+        self._names: NodeNames | None = None  # replaced as a whole
 
     def add(self, device: Device, credential: DeviceCredential) -> None:
         """Keep a device that has never connected.  Raises StoreError."""
@@ -9101,16 +9151,17 @@ class DevicesTable:
             now,
         )
 
-    def names(self, now: int, node_id: str | None = None) -> dict[str, str]:
-        """Return the names of the nodes, or of that one, by node id."""
-        # At 5,000 nodes 4 ms for all, where their whole rows take 90.
-        rows = self._db.rows(
-            "SELECT node_id, display_name FROM devices WHERE revoked_at IS NULL"
-            " AND ifnull(expires_at, ?) >= ? AND "
-            + ("node_id IS NOT NULL" if node_id is None else "node_id = ?"),
-            (now, now) if node_id is None else (now, now, node_id),
-        )
-        return {row["node_id"]: row["display_name"] for row in rows}
+    def names(self) -> NodeNames:
+        """Return the nodes by id and by name; read again only after a change."""
+        names, version = self._names, self._version
+        if names is None or names.version != version:
+            rows = self._db.rows(
+                "SELECT node_id, display_name FROM devices"
+                " WHERE node_id IS NOT NULL AND revoked_at IS NULL"
+            )
+            by_id = {row["node_id"]: row["display_name"] for row in rows}
+            names = self._names = NodeNames(version, by_id)
+        return names
 
     def verifier(self, handle: str, now: int) -> str | None:
         """Return the SCRAM verifier of a device, as RFC 5803 writes it."""
@@ -9164,6 +9215,7 @@ class DevicesTable:
                 "now": now,
             },
         )
+        self._version += 1
         return changed == 1
 
     def save_telemetry(
@@ -9186,6 +9238,7 @@ class DevicesTable:
             " WHERE id = ? AND revoked_at IS NULL",
             (display_name, device_id),
         )
+        self._version += 1
         return changed == 1
 
     def rotate(
@@ -9214,6 +9267,7 @@ class DevicesTable:
             "UPDATE devices SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL",
             (now, device_id),
         )
+        self._version += 1
         return changed == 1
 
     def delete_expired(self, now: int) -> int:
@@ -9229,11 +9283,35 @@ class DevicesTable:
         return None if expired else device
 
 
+END_OF_COMMAND = (
+    # A clock may be set back meanwhile; nothing ends before it starts.
+    "UPDATE commands SET state = ?, ended_at = max(?, ifnull(started_at, asked_at)),"
+    " exit_code = ?, signal = ?, stdout_bytes = ?, stderr_bytes = ?, error = ?"
+    " WHERE invoke_id = ? AND state IN ('sent', 'running', 'lost')"
+)
+
+
+def _end_values(invoke_id: str, end: CommandEnd) -> Sequence[Any]:
+    return (
+        end.state,
+        end.ended_at,
+        end.exit_code,
+        end.signal,
+        end.stdout_bytes,
+        end.stderr_bytes,
+        end.error,
+        invoke_id,
+    )
+
+
 class CommandsTable:
     """The audit of commands, from the moment each was asked for."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
+        self._lock = threading.Lock()  # guards _ended
+        # Ends to be noted, and who wants to know whether they were.
+        self._ended: list[tuple[str, CommandEnd, Callable[[bool], None]]] = []
 
     def add(self, record: CommandRecord) -> bool:
         """Note that a command was asked for; False where its id is known already."""
@@ -9285,27 +9363,41 @@ class CommandsTable:
 
         A command that was given up as lost may still be heard of.
         """
-        changed = self._db.write(
-            # A clock may be set back meanwhile; nothing ends before it starts.
-            "UPDATE commands SET state = ?,"
-            " ended_at = max(?, ifnull(started_at, asked_at)),"
-            " exit_code = ?, signal = ?, stdout_bytes = ?, stderr_bytes = ?,"
-            " error = ?"
-            " WHERE invoke_id = ? AND state IN ('sent', 'running', 'lost')",
-            (
-                end.state,
-                end.ended_at,
-                end.exit_code,
-                end.signal,
-                end.stdout_bytes,
-                end.stderr_bytes,
-                end.error,
-                invoke_id,
-            ),
-        )
-        return changed == 1
+        return self._db.write(END_OF_COMMAND, _end_values(invoke_id, end)) == 1
+
+    def end_soon(
+        self, invoke_id: str, end: CommandEnd, then: Callable[[bool], None]
+    ) -> None:
+        """Note how it ended, with others, before anybody reads it; tell `then`.
+
+        In one transaction for all of some ms: alone it is 4 % of a round trip.
+        """
+        with self._lock:
+            self._ended.append((invoke_id, end, then))
+        if not self._db.work.is_set():
+            self._db.work.set()
+
+    def keep_ended(self) -> None:
+        """Note the ends that gathered."""
+        if not self._ended:
+            return
+        ended: list[tuple[str, CommandEnd, Callable[[bool], None]]] = []
+        kept = False
+        try:
+            # Taken inside, so that whoever finds none reads after this transaction.
+            with self._db.transaction() as db:
+                with self._lock:
+                    ended, self._ended = self._ended, []
+                values = (_end_values(invoke_id, end) for invoke_id, end, _ in ended)
+                db.executemany(END_OF_COMMAND, values)
+            kept = True
+        except StoreError as error:
+            log.error("audit incomplete: %s", error)
+        for _, _, then in ended:
+            then(kept)
 
     def by_id(self, invoke_id: str) -> CommandRecord | None:
+        self.keep_ended()
         row = self._db.row("SELECT * FROM commands WHERE invoke_id = ?", (invoke_id,))
         return None if row is None else _command_from(row)
 
@@ -9323,6 +9415,7 @@ class CommandsTable:
         """
         filters = {"node_id = ?": node_id, "state = ?": state, "seq < ?": before}
         given = {sql: value for sql, value in filters.items() if value is not None}
+        self.keep_ended()
         # Only what is given: SQLite finds no index for `? IS NULL OR node_id = ?`.
         rows = self._db.rows(
             " AND ".join(["SELECT * FROM commands WHERE TRUE", *given])
@@ -9333,6 +9426,7 @@ class CommandsTable:
 
     def unfinished(self) -> list[CommandRecord]:
         """Return what has not ended, the oldest first."""
+        self.keep_ended()
         rows = self._db.rows(
             "SELECT * FROM commands WHERE state IN ('sent', 'running') ORDER BY seq"
         )
@@ -9350,8 +9444,9 @@ class CommandsTable:
 class AuditTable:
     """Who was let in or kept out and who changed that, and commands beside it."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, commands: CommandsTable) -> None:
         self._db = database
+        self._commands = commands
 
     def add(self, entry: AuditEntry) -> None:
         """Note an event; the same refusal of an address is noted once an hour."""
@@ -9377,6 +9472,7 @@ class AuditTable:
 
     def page(self, *, offset: int = 0, limit: int = 100) -> list[AuditEntry]:
         """Return events and commands, the newest first, at most MAX_PAGE of them."""
+        self._commands.keep_ended()
         rows = self._db.rows(
             "SELECT at, event, caller, address, subject, NULL AS node, NULL AS state,"
             "   NULL AS exit_code, NULL AS decided_by FROM audit"
@@ -9731,6 +9827,39 @@ class SettingsTable:
         self._db.write("DELETE FROM settings WHERE key = ?", (key,))
 
 
+class StoreKeeper:
+    """Does for a database what nobody has to wait for."""
+
+    def __init__(self, database: Database, commands: CommandsTable) -> None:
+        self._database = database
+        self._commands = commands
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name="moltis-store", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._database.work.set()
+        self._thread.join()
+        self._commands.keep_ended()
+
+    def _run(self) -> None:
+        while True:
+            self._database.work.wait()
+            # First the mark, then the look: close() sets them the other way round.
+            self._database.work.clear()
+            if self._stopped.wait(GROUP_PAUSE):
+                return
+            try:
+                self._commands.keep_ended()
+                self._database.checkpoint()
+            except Exception:
+                # A full disk, say: what comes after it must be kept all the same.
+                log.exception("the database was not tidied up")
+
+
 class Store:
     """All that the gateway remembers, table by table.
 
@@ -9742,7 +9871,7 @@ class Store:
         self._database = Database(path)
         self.devices = DevicesTable(self._database)
         self.commands = CommandsTable(self._database)
-        self.audit = AuditTable(self._database)
+        self.audit = AuditTable(self._database, self.commands)
         self.operator_keys = OperatorKeysTable(self._database)
         self.logins = LoginsTable(self._database)
         self.join_codes = JoinCodesTable(self._database)
@@ -9750,8 +9879,10 @@ class Store:
         self.messages = MessagesTable(self._database)
         self.turns = TurnsTable(self._database)
         self.settings = SettingsTable(self._database)
+        self._keeper = StoreKeeper(self._database, self.commands)
 
     def close(self) -> None:
+        self._keeper.close()
         self._database.close()
 
 
@@ -11259,27 +11390,31 @@ class Fleet:
         An exact id wins, then a name without regard to case.
         Raises RpcError NOT_FOUND, or INVALID_REQUEST for an ambiguous name.
         """
-        wanted, now = reference.strip(), now_ms()
-        names = {LOCAL_ID: LOCAL_NAME, **self._devices.names(now, wanted)}
-        if wanted in names:
-            return wanted, names[wanted]
-        names.update(self._devices.names(now))
-        matches = [
-            (node_id, name)
-            for node_id, name in names.items()
-            if name.casefold() == wanted.casefold()
-        ]
-        if len(matches) == 1:
-            return matches[0]
-        if matches:
-            candidates = ", ".join(node_id for node_id, _ in matches)
+        wanted, names = reference.strip(), self._devices.names()
+        if wanted == LOCAL_ID:
+            return LOCAL_ID, LOCAL_NAME
+        if wanted in names.by_id:
+            return wanted, names.by_id[wanted]
+        matches = list(names.ids_of(wanted))
+        if wanted.casefold() == LOCAL_NAME.casefold():
+            matches.append(LOCAL_ID)
+        if len(matches) > 1:
             raise RpcError(
                 "INVALID_REQUEST",
                 f"{wanted!r} is the name of {len(matches)} nodes; use an id: "
-                f"{candidates}",
+                f"{', '.join(matches)}",
             )
-        known = ", ".join(sorted(names.values(), key=str.casefold))
-        raise RpcError("NOT_FOUND", f"there is no node {reference!r}; there is {known}")
+        if matches:
+            return matches[0], names.by_id.get(matches[0], LOCAL_NAME)
+        known = sorted([LOCAL_NAME, *names.by_id.values()], key=str.casefold)
+        raise RpcError(
+            "NOT_FOUND", f"there is no node {reference!r}; there is {', '.join(known)}"
+        )
+
+    def remembers(self, node_id: str) -> bool:
+        """Return whether it would tell us again how a command ended, did we forget."""
+        node = self.connected(node_id)
+        return node is not None and node.resumes and node_id != LOCAL_ID
 
     def require_connected(self, node_id: str, name: str) -> ConnectedNode:
         """Raises RpcError UNAVAILABLE, which says since when the node is offline."""
@@ -11408,6 +11543,11 @@ class ActiveInvocations:
         with self._lock:
             return self._by_id.get(invoke_id)
 
+    def on_node(self, node_id: str, invoke_id: str) -> Invocation | None:
+        # A node answers its own invocations only, whatever ids it names.
+        invocation = self.get(invoke_id)
+        return invocation if invocation and invocation.node_id == node_id else None
+
     def all(self) -> list[Invocation]:
         with self._lock:
             return list(self._by_id.values())
@@ -11448,6 +11588,24 @@ class Audit:
         """Note that it is to end, whenever its node hears of it."""
         if invocation.command == SYSTEM_RUN:
             self._write(lambda: self._commands.cancel(invocation.id, now_ms()))
+
+    def note_end(
+        self,
+        invocation: Invocation,
+        end: CommandEnd,
+        then: Callable[[Invocation], None] | None,
+    ) -> None:
+        """Note how it ended; soon, where that is enough, and `then` hears of it."""
+        if then is None or end.state == CommandState.LOST:
+            invocation.recorded = self.ended(invocation, end)
+            return
+
+        def tell(kept: bool) -> None:
+            invocation.recorded = kept
+            then(invocation)
+
+        invocation.recorded = False
+        self._commands.end_soon(invocation.id, end, tell)
 
     def ended(self, invocation: Invocation, end: CommandEnd) -> bool:
         """Note how it ended; False: to be tried again.
@@ -11542,7 +11700,7 @@ class Invocations:
 
     def handle_chunk(self, node_id: str, chunk: Chunk) -> None:
         """Take output from a node."""
-        invocation = self._of_node(node_id, chunk.invoke_id)
+        invocation = self.active.on_node(node_id, chunk.invoke_id)
         if invocation is None or chunk.kind == STDIN:
             return
         found = invocation.fresh(chunk)
@@ -11552,14 +11710,14 @@ class Invocations:
             self._hand_out(invocation)
 
     def handle_stdin_received(self, node_id: str, invoke_id: str, offset: int) -> None:
-        invocation = self._of_node(node_id, invoke_id)
+        invocation = self.active.on_node(node_id, invoke_id)
         if invocation is not None:
             invocation.sink.stdin_received(invoke_id, offset)
 
     def handle_state(
         self, node_id: str, invoke_id: str, state: str, detail: JsonObject
     ) -> None:
-        invocation = self._of_node(node_id, invoke_id)
+        invocation = self.active.on_node(node_id, invoke_id)
         if invocation is not None:
             invocation.begin(state == "running")
             invocation.place = detail.get("place") or None
@@ -11573,7 +11731,7 @@ class Invocations:
         accept: Callable[[], None],
     ) -> None:
         """Take a result; `accept` is called once the node may forget it."""
-        invocation = self._of_node(node_id, invoke_id)
+        invocation = self.active.on_node(node_id, invoke_id)
         if invocation is None:
             accept()  # settled already, or given up: nobody will ask again
             return
@@ -11666,7 +11824,9 @@ class Invocations:
     def _note_end(self, invocation: Invocation, end: CommandEnd, sink: Sink) -> None:
         if invocation.command == SYSTEM_RUN and invocation.end is None:
             invocation.end = end
-            invocation.recorded = self.audit.ended(invocation, end)
+            remembers = self._fleet.remembers(invocation.node_id)
+            then = self._accept_if_consumed if remembers else None
+            self.audit.note_end(invocation, end, then)
         if sink.end(invocation, end):
             invocation.consume_all(sink)
 
@@ -11676,11 +11836,6 @@ class Invocations:
             self.cancel(invocation)
         offsets = (invocation.consumed(STDOUT), invocation.consumed(STDERR))
         self.attach(invocation, CollectingSink(0), *offsets)
-
-    def _of_node(self, node_id: str, invoke_id: str) -> Invocation | None:
-        # A node answers its own invocations only, whatever ids it names.
-        invocation = self.get(invoke_id)
-        return invocation if invocation and invocation.node_id == node_id else None
 
     def _register(self, invocation: Invocation) -> None:
         """Make it known, here and in the audit, before the node can answer.
@@ -16782,14 +16937,14 @@ class HttpApp:
             return None
         return self._access.caller_by_cookie(cookie, request.address)
 
-    def serve(
+    def server(
         self, ws: WebSocket, request: HttpRequest, on_identified: Callable[[], None]
-    ) -> None:
-        """Serve an upgraded connection to its end."""
+    ) -> Callable[[], None]:
+        """Return what serves an upgraded connection to its end."""
         client = Client(
             request.address, request.channel_binding, self.login(request), on_identified
         )
-        self._gateway.serve(ws, client)
+        return partial(self._gateway.serve, ws, client)
 
     def _no_route(self, path: str) -> Reply:
         allowed = [m for m, p in self._routes if p == path]
@@ -17021,6 +17176,9 @@ class HttpExchange:
         self._stream = stream
         self._peer = peer
         self._app = app
+        # Serves the WebSocket that the connection has become, once http.server is
+        # through with it: its objects and buffers would be 25 KiB of each node.
+        self.upgraded: Callable[[], None] | None = None
 
     def get(self) -> None:
         headers = self._handler.headers
@@ -17110,7 +17268,8 @@ class HttpExchange:
         handler.end_headers()
         handler.wfile.flush()
         ws = self._websocket(upgrade)
-        self._app.serve(ws, request, self._peer.admission.identified)
+        identified = self._peer.admission.identified
+        self.upgraded = self._app.server(ws, request, identified)
 
     def _websocket(self, upgrade: Upgrade) -> WebSocket:
         # What the client sent right behind its request waits in rfile's buffer.
@@ -17131,7 +17290,7 @@ class HttpExchange:
         )
 
 
-def _handler_class(app: HttpApp) -> type[BaseHTTPRequestHandler]:
+def _handler_class(app: HttpApp) -> Callable[..., Any]:
     # Made here, because http.server takes a Pi Zero a quarter of a second to import,
     # which no other subcommand should wait for.
     from http.server import BaseHTTPRequestHandler
@@ -17375,7 +17534,10 @@ class ConnectionServer:
                 identity = self._tls.identity
                 sock = _secured(sock, identity)
                 self._threads.replace_socket(sock)
-            self._handler(sock, TcpPeer(address, identity, admission), server)
+            peer = TcpPeer(address, identity, admission)
+            upgraded = self._handler(sock, peer, server).exchange.upgraded
+            if upgraded is not None:
+                upgraded()
         except OSError as error:
             # The client went away in the middle, or did not agree on TLS.
             log.debug("connection ended address=%s: %s", address, error)

@@ -159,6 +159,7 @@ class World:
             {"exitCode": 0} if result is None else result,
             lambda: accepted.append(True),
         )
+        self.store.commands.keep_ended()  # which happens by itself a little later
         return accepted
 
     def state(self, invocation):
@@ -876,6 +877,18 @@ def test_a_result_that_the_node_let_go_is_lost_and_no_failure(world, node):
     assert world.state(invocation) == "lost"
 
 
+def test_ends_are_noted_together_and_before_anybody_reads_them(world, node):
+    invocations = [world.start("far") for _ in range(3)]
+    accepted = []
+    for invocation in invocations:
+        world.invocations.handle_result(
+            "id-far", invocation.id, {"exitCode": 0}, lambda: accepted.append(True)
+        )
+        assert invocation.future.result(0)["exitCode"] == 0
+    assert {world.state(invocation) for invocation in invocations} == {"done"}
+    wait_for(lambda: accepted == [True] * 3)
+
+
 def test_a_node_keeps_the_result_until_the_audit_has_it(world, node, monkeypatch):
     invocation = world.start("far")
 
@@ -883,7 +896,7 @@ def test_a_node_keeps_the_result_until_the_audit_has_it(world, node, monkeypatch
         raise moltis.StoreError("the disk is full")
 
     with monkeypatch.context() as full:
-        full.setattr(world.store.commands, "end", fail)
+        full.setattr(moltis.Database, "_connection", fail)
         accepted = world.finish(node, invocation)
         world.patience.tick()
         assert invocation.future.result(0)["exitCode"] == 0  # the caller has it

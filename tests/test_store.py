@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, wait_for
 
 import moltis
 from moltis import (
@@ -621,3 +621,31 @@ def test_the_path_may_hold_any_character(tmp_path):
     path = Path(tmp_path) / "a ?#%'é" / "moltis.db"
     Store(path).close()
     assert path.exists()
+
+
+def test_the_log_goes_into_the_file_without_anybody_waiting(path):
+    """SQLite would do it in the middle of a transaction, waiting for the disk."""
+    with contextlib.closing(Store(path)) as store:
+        for number in range(moltis.CHECKPOINT_EVERY):
+            store.settings.put(f"key{number}", "x" * 200)
+        # One that sees no log of the others has to find it in the file itself.
+        copied = path.with_name("copy.db")
+
+        def is_there():
+            copied.write_bytes(path.read_bytes())
+            with contextlib.closing(sqlite3.connect(copied)) as db:
+                tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+                return (
+                    tables and db.execute("SELECT max(key) FROM settings").fetchone()[0]
+                )
+
+        wait_for(is_there)
+
+
+def test_a_store_closes_while_its_keeper_is_at_work(path):
+    end = CommandEnd(CommandState.DONE, NOW)
+    kept = []
+    for number in range(30):
+        with contextlib.closing(Store(path)) as store:
+            store.commands.end_soon(str(number), end, kept.append)
+    assert kept == [True] * 30
