@@ -8549,6 +8549,7 @@ MAX_AUDIT = 100_000  # events; beyond them the oldest are forgotten
 AUDIT_REPEATED_AFTER = 3600_000  # ms in which the same refusal is noted once
 GROUP_PAUSE = 0.01  # s in which ends of commands gather for one transaction
 CHECKPOINT_EVERY = 500  # transactions, after which the log goes into the file
+LONGEST_LOG = 10_000  # pages of 4 KiB
 STORE_BUSY_TIMEOUT = 5.0  # s; a person's `sqlite3` shell may hold the file that long
 MAX_PAGE = 1000  # rows of one answer
 
@@ -9035,7 +9036,12 @@ class Database:
             self._logged = 0
         try:
             with contextlib.closing(sqlite3.connect(str(self._path))) as db:
-                db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                passive = "PRAGMA wal_checkpoint(PASSIVE)"
+                _, logged, _ = db.execute(passive).fetchone()
+                if logged > LONGEST_LOG:
+                    # Writers who never pause keep the log from ever starting again:
+                    # now they wait, for the little that is left.
+                    db.execute("PRAGMA wal_checkpoint(RESTART)")
         except sqlite3.Error as error:
             raise StoreError(_cannot_use_database(self._path, error)) from error
 
@@ -16405,6 +16411,23 @@ def _first_request(message: str | bytes) -> Request:
     return envelope
 
 
+def _greet(ws: WebSocket, request_id: str, hello: JsonObject) -> None:
+    """Answer a `connect`: from now on the peer is known.  Raises ConnectionClosed."""
+    ws.send(encode_envelope(Response(request_id, hello)))
+    ws.release_pongs(MAX_PEER_MESSAGE)
+
+
+def _refuse(ws: WebSocket, request_id: str, error: RpcError) -> ConnectionClosed:
+    """Answer a `connect` with `error`; return with what to close the connection.
+
+    Raises ConnectionClosed where it is closed.
+    """
+    # The answer first, then the close: existing nodes read it so.
+    ws.send(encode_envelope(Response(request_id, error=error)))
+    ws.flush(KILL_AFTER)
+    return ConnectionClosed(CloseCode.POLICY_VIOLATION, error.message[:100])
+
+
 class Gateway:
     """The connections of nodes and operators, from the first message to the end."""
 
@@ -16450,8 +16473,10 @@ class Gateway:
             self._connections.add(connection)
             stops = self._closed
         try:
-            if not stops:
-                self._introduce(connection, client)
+            # What was said on the way in is forgotten here: 5 KiB of each node.
+            identified = None if stops else self._introduce(ws, client)
+            if identified is not None:
+                self._serve_identity(connection, *identified, client.address)
         except ConnectionClosed as error:
             ws.close(error.code, error.reason, timeout=0)
         except TimeoutError:
@@ -16479,45 +16504,41 @@ class Gateway:
         for connection in connections:
             connection.ws.close(CloseCode.GOING_AWAY, "the gateway stops", timeout=0)
 
-    def _introduce(self, connection: Connection, client: Client) -> None:
-        """Find out who it is, then serve them.
+    def _introduce(self, ws: WebSocket, client: Client) -> tuple[str, Identity] | None:
+        """Return the id of the `connect` to be answered and who sent it, if anybody.
 
         Raises ConnectionClosed, or TimeoutError when they do not say in time.
         """
         deadline = Deadline(CONNECT_TIMEOUT)
         introduction = Introduction(self._access, client, self._require_scram)
         while True:
-            message = connection.ws.receive(deadline.remaining())
+            message = ws.receive(deadline.remaining())
             if message is None:
-                return
+                return None
             request_id = ""
             try:
                 request = _first_request(message)
                 request_id = request.id
                 answer = introduction.take(request)
-                if isinstance(answer, Identity):
-                    client.on_identified()
-                    self._serve_identity(connection, request_id, answer, client.address)
-                    return
             except RpcError as error:
-                # The answer first, then the close: existing nodes read it so.
-                if isinstance(error, EnvelopeError):
-                    request_id = error.id
-                refusal = Response(request_id, error=error)
-                connection.ws.send(encode_envelope(refusal))
-                connection.ws.flush(KILL_AFTER)
-                raise ConnectionClosed(
-                    CloseCode.POLICY_VIOLATION, error.message[:100]
-                ) from error
-            connection.ws.send(encode_envelope(Response(request_id, answer)))
+                known = error.id if isinstance(error, EnvelopeError) else request_id
+                raise _refuse(ws, known, error) from error
+            if isinstance(answer, Identity):
+                client.on_identified()
+                return request_id, answer
+            ws.send(encode_envelope(Response(request_id, answer)))
 
     def _serve_identity(
         self, connection: Connection, request_id: str, identity: Identity, address: str
     ) -> None:
-        if identity.device is not None:
-            self._serve_node(connection, request_id, identity, address)
-        else:
-            self._serve_operator(connection, request_id, identity)
+        """Raises ConnectionClosed."""
+        try:
+            if identity.device is not None:
+                self._serve_node(connection, request_id, identity, address)
+            else:
+                self._serve_operator(connection, request_id, identity)
+        except RpcError as error:
+            raise _refuse(connection.ws, request_id, error) from error
 
     def _serve_operator(
         self, connection: Connection, request_id: str, identity: Identity
@@ -16529,9 +16550,7 @@ class Gateway:
             # Only now: what is revoked from here on, the audience hangs up on.
             if not self._access.is_current(identity.caller):
                 raise RpcError("UNAUTHORIZED", "authentication failed")
-            hello = self._hello(peer.id, identity, resume=[])
-            ws.send(encode_envelope(Response(request_id, hello)))
-            ws.release_pongs(MAX_PEER_MESSAGE)
+            _greet(ws, request_id, self._hello(peer.id, identity, resume=[]))
             peer.serve()
         finally:
             self._audience.remove(peer)
@@ -16553,11 +16572,8 @@ class Gateway:
                 for invocation in self._invocations.running_on(str(device.node_id)):
                     reason = f"its token is used as {node.node_id} now"
                     self._invocations.give_up(invocation, reason)
-            hello = self._hello(
-                new_id(), identity, resume=self._resumption.resumable(node)
-            )
-            ws.send(encode_envelope(Response(request_id, hello)))
-            ws.release_pongs(MAX_PEER_MESSAGE)
+            resume = self._resumption.resumable(node)
+            _greet(ws, request_id, self._hello(new_id(), identity, resume))
             connection.node = node
             self._fleet.activate(node)
             log.info("node connected node=%s address=%s", node.node_id, address)

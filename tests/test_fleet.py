@@ -649,14 +649,16 @@ def test_what_ended_as_the_disk_was_full_is_written_down_though_its_node_is_anot
         raise moltis.StoreError("the disk is full")
 
     with monkeypatch.context() as full:
-        full.setattr(world.store.commands, "end", fail)
         invocation = world.start("far")
+        full.setattr(world.store.commands, "end", fail)
+        full.setattr(moltis.Database, "transaction", fail)
         assert world.finish(node, invocation) == []
         world.leave(node)
         world.connect("far", instance="life-2")
         result = world.resumption.again(invocation.id, ORIGIN, Sink(), 0, 0)
         assert result["exitCode"] == 0
-    assert world.state(invocation) == "sent"
+        world.patience.tick()
+        assert world.state(invocation) == "sent"
     world.patience.tick()
     assert world.state(invocation) == "done"
     assert world.invocations.active.all() == []
