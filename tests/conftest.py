@@ -21,7 +21,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--schedules",
         type=int,
-        default=16,
+        default=200,
         metavar="N",
         help="how many schedules of faults to run (tests/test_faults.py)",
     )

@@ -23,7 +23,7 @@ import pytest
 from peers import InProcessGateway
 from proxy import DOWN, UP
 from support import clean_environment, wait_for
-from world import IMPATIENT, JumpingClock, SmallDisk, World, living_in_group
+from world import MOLTIS, JumpingClock, SmallDisk, World, living_in_group
 
 import moltis
 
@@ -157,7 +157,7 @@ def test_a_caller_who_comes_back_as_the_gateway_stops_leaves_its_command_alone(
         environ = clean_environment(
             tmp_path, MOLTIS_GATEWAY_URL=gateway.url, MOLTIS_API_KEY=gateway.api_key
         )
-        command = [sys.executable, str(IMPATIENT), "node", "exec", "far", "--"]
+        command = [*MOLTIS, "node", "exec", "far", "--"]
         with subprocess.Popen(
             [*command, "echo one; sleep 1; echo two"],
             stdout=subprocess.PIPE,
@@ -339,6 +339,7 @@ def test_commands_of_a_node_go_on_whose_gateway_has_no_room(small_world):
 def test_a_full_disk_of_its_own_does_not_concern_a_node(small_world):
     small_world.disks["node"].fill()
     small_world.node.kill()
+    wait_for(lambda: not small_world.is_connected())
     small_world.node.start()
     small_world.wait_for_node()
     call = small_world.call("echo one")
@@ -368,7 +369,7 @@ def test_an_operator_whose_own_disk_is_full_is_told(world):
     """And the command ends, as it does for one who leaves."""
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [sys.executable, str(IMPATIENT), "node", "exec", "far", "--", "yes"],
+            [*MOLTIS, "node", "exec", "far", "--", "yes"],
             check=False,
             stdout=full,
             stderr=subprocess.PIPE,

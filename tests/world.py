@@ -29,6 +29,7 @@ from support import clean_environment, wait_for
 import moltis
 
 IMPATIENT = Path(__file__).resolve().parent / "impatient.py"
+MOLTIS = (sys.executable, moltis.PYTHON_OPTIONS, str(IMPATIENT))  # as installed
 STARTED = "Ctrl+C stops it"  # the gateway's last word before it serves
 SMALL_DISK = 10  # MiB; SQLite's log alone may take 4
 FAKETIME = "/usr/lib/*/faketime/libfaketimeMT.so.1"
@@ -60,7 +61,7 @@ class Process:
         self.name = name
         self.log = directory / f"{name}.log"
         self.process = None
-        self._arguments = [sys.executable, str(IMPATIENT), *map(str, arguments)]
+        self._arguments = [*MOLTIS, *map(str, arguments)]
         self._environ = compiled_environment(directory, **extra)
         self._directory = directory
 
@@ -190,7 +191,7 @@ class Call:
             "wb"
         ) as err:
             self.process = subprocess.Popen(
-                [sys.executable, str(IMPATIENT), *words],
+                [*MOLTIS, *words],
                 stdin=file,
                 stdout=out,
                 stderr=err,
