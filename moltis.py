@@ -8548,8 +8548,8 @@ STORE_FILE = "moltis.db"
 MAX_AUDIT = 100_000  # events; beyond them the oldest are forgotten
 AUDIT_REPEATED_AFTER = 3600_000  # ms in which the same refusal is noted once
 GROUP_PAUSE = 0.01  # s in which ends of commands gather for one transaction
-CHECKPOINT_EVERY = 500  # transactions, after which the log goes into the file
-LONGEST_LOG = 10_000  # pages of 4 KiB
+CHECKPOINT_EVERY = 200  # transactions, after which the log goes into the file
+LONGEST_LOG = 4000  # pages of 4 KiB; to write over them is faster than to add more
 STORE_BUSY_TIMEOUT = 5.0  # s; a person's `sqlite3` shell may hold the file that long
 MAX_PAGE = 1000  # rows of one answer
 
