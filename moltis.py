@@ -21471,17 +21471,21 @@ class RemoteCommands:
 
     def __init__(
         self,
+        client: OperatorClient,
         dial: Callable[[], OperatorClient],
         nodes: Mapping[str, str],
         args: JsonObject,
     ) -> None:
-        """`nodes` are names for people by what the gateway calls the nodes."""
+        """`nodes` are names for people by what the gateway calls the nodes.
+
+        `dial` gets the successor of `client`, which is closed with these commands.
+        """
         self.commands = [
             RemoteCommand(node, name, args) for node, name in nodes.items()
         ]
         self.interrupted = False
         self._dial = dial
-        self._client = dial()
+        self._client = client
         self._by_id = {command.id: command for command in self.commands}
         # Bounded by what the nodes may send unacknowledged.
         self._news: SimpleQueue[RemoteNews | _Lost | None] = SimpleQueue()
@@ -23424,22 +23428,20 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
             )
         request["cwd"] = args.cwd
     dial = partial(operator_client, args, context)
-    nodes = named_nodes(args.nodes, dial) or all_connected(dial)
-    if args.stdin and (len(nodes) > 1 or args.detach):
-        raise UsageError("--stdin feeds one node, and only while we stay")
-    if args.detach:
-        return start_jobs(dial, nodes, request, context.output)
-    return Execution(dial, nodes, request, context.output).run()
+    with dial() as client:
+        nodes = named_nodes(args.nodes, client) or all_connected(client)
+        if args.stdin and (len(nodes) > 1 or args.detach):
+            raise UsageError("--stdin feeds one node, and only while we stay")
+        if args.detach:
+            return start_jobs(client, nodes, request, context.output)
+        return Execution(client, dial, nodes, request, context.output).run()
 
 
-def named_nodes(
-    references: Sequence[str], dial: Callable[[], OperatorClient]
-) -> dict[str, str]:
+def named_nodes(references: Sequence[str], client: OperatorClient) -> dict[str, str]:
     """Return what the person called the nodes, without a second name of the same."""
     if len(set(references)) < 2:
         return {reference: reference for reference in references}
-    with dial() as client:
-        return distinct_nodes(references, client.call("node.list", {}))
+    return distinct_nodes(references, client.call("node.list", {}))
 
 
 def distinct_nodes(
@@ -23459,14 +23461,13 @@ def distinct_nodes(
     return {reference: reference for reference in meant.values()}
 
 
-def all_connected(dial: Callable[[], OperatorClient]) -> dict[str, str]:
+def all_connected(client: OperatorClient) -> dict[str, str]:
     """Return the names of all connected nodes by id."""
-    with dial() as client:
-        return {
-            node["nodeId"]: node["displayName"]
-            for node in client.call("node.list", {})
-            if node["connected"]
-        }
+    return {
+        node["nodeId"]: node["displayName"]
+        for node in client.call("node.list", {})
+        if node["connected"]
+    }
 
 
 class Waiting:
@@ -23516,16 +23517,16 @@ class Execution:
 
     def __init__(
         self,
-        dial: Callable[[], OperatorClient],
+        client: OperatorClient,
+        dial: Callable[[], OperatorClient],  # when `client` has lost the gateway
         nodes: Mapping[str, str],  # names by id, or by what the person called them
         request: JsonObject,
         output: Output,
     ) -> None:
-        """Raises Unreachable or Refused."""
         self._output = output
         self._waiting = Waiting(output)
         self._feeds = bool(request["stdin"])
-        self._remote = RemoteCommands(dial, nodes, request)
+        self._remote = RemoteCommands(client, dial, nodes, request)
         self._several = len(nodes) > 1
         self._ends: list[RemoteEnd] = []
         self._broken_pipe = False
@@ -23693,17 +23694,16 @@ class StreamPrinter:
 
 
 def start_jobs(
-    dial: Callable[[], OperatorClient],
+    client: OperatorClient,
     nodes: Mapping[str, str],
     request: JsonObject,
     output: Output,
 ) -> int:
     """Start a command on each node, print its id, and leave it running."""
-    with dial() as client:
-        for node in nodes:
-            params = {"nodeId": node, "command": SYSTEM_RUN, "args": request}
-            job = client.call("node.invoke", {**params, "background": True})
-            output.answer(job["invokeId"])
+    for node in nodes:
+        params = {"nodeId": node, "command": SYSTEM_RUN, "args": request}
+        job = client.call("node.invoke", {**params, "background": True})
+        output.answer(job["invokeId"])
     return EXIT_OK
 
 

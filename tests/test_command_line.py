@@ -413,6 +413,7 @@ def test_an_interrupt_leaves_a_node_that_does_not_come_back(
         params = rust_connect(gateway.token(), "gone", extensions=extensions)
         assert peer.request("connect", params)["ok"]
         execution = moltis.Execution(
+            gateway.operator(),
             gateway.operator,
             {"gone": "gone"},
             {"command": "sleep 600", "stdin": False},

@@ -24,7 +24,7 @@ def gateway(tmp_path):
 def remote_commands(gateway, nodes, args):
     """Commands that were asked for over a connection of their own."""
     with contextlib.closing(
-        moltis.RemoteCommands(gateway.operator, nodes, args)
+        moltis.RemoteCommands(gateway.operator(), gateway.operator, nodes, args)
     ) as remote:
         remote.start()
         yield remote
