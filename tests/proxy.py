@@ -233,8 +233,9 @@ class FaultyProxy:
         due = time.monotonic() + self.delay
         if not data:
             pipe.ended = True
-        for start in range(0, len(data), self.piece):
-            pipe.pieces.append((due, data[start : start + self.piece]))
+        size = self.piece  # once: a test may change it meanwhile
+        for start in range(0, len(data), size):
+            pipe.pieces.append((due, data[start : start + size]))
 
     def _write(self, pipe):
         while pipe.pieces and pipe.pieces[0][0] <= time.monotonic():
