@@ -592,8 +592,6 @@ class Schedule:
         process.signal(signal.SIGCONT)
 
     def kill_node(self):
-        if self.rng.random() < 0.5:
-            return
         self.tell("node", "kill")
         self.node_died = True
         self.world.node.kill()
@@ -602,8 +600,6 @@ class Schedule:
 
     def stop_node(self):
         """As `node remove` and a machine that shuts down do."""
-        if self.rng.random() < 0.5:
-            return
         self.tell("node", "stop")
         self.node_ended = True
         self.world.node.end()
