@@ -537,6 +537,23 @@ def test_old_commands_are_deleted_unless_they_have_not_ended(store):
     assert [c.invoke_id for c in store.commands.page()] == ["new", "old, running"]
 
 
+def test_a_command_of_a_clock_that_was_wrong_is_kept_by_when_it_ended(store):
+    """A machine without a battery begins in 1970, until it has asked for the time."""
+    store.commands.add(command("early", asked_at=1000))
+    store.commands.end("early", CommandEnd(CommandState.DONE, NOW + 1))
+    assert store.commands.delete_before(NOW) == 0
+    assert store.commands.delete_before(NOW + 2) == 1
+
+
+def test_a_command_never_ends_before_it_started(store):
+    """Its clock was set back meanwhile."""
+    store.commands.add(command("c1"))
+    store.commands.start("c1", NOW - 1)
+    store.commands.end("c1", CommandEnd(CommandState.DONE, NOW - 2))
+    row = store.commands.by_id("c1")
+    assert (row.asked_at, row.started_at, row.ended_at) == (NOW, NOW, NOW)
+
+
 # --- operator keys, sign-ins, join codes, settings ------------------------------------
 
 
