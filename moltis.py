@@ -3286,6 +3286,7 @@ class InflightCommand:
 
 
 MAX_ABILITIES = 100  # capabilities, commands; characters of each
+MAX_INFLIGHT = 1500  # commands in one `connect`; those beyond it have not begun
 
 
 @dataclass(frozen=True)
@@ -3340,7 +3341,7 @@ class ConnectParams:
             instance=optional(ours, "instance", str) or "",
             inflight=tuple(
                 InflightCommand.from_json(item)
-                for item in optional(ours, "inflight", list) or []
+                for item in (optional(ours, "inflight", list) or [])[:MAX_INFLIGHT]
                 if isinstance(item, dict)
             ),
         )
@@ -5520,6 +5521,7 @@ MODEL_PATIENCE = 60.0  # s; a longer Retry-After is said, not waited for
 MODEL_LIST_LIFETIME = 600.0  # s that a provider's list of models is remembered
 MODEL_LIST_RETRY = 30.0  # s; where one could not be asked: an Ollama that was started
 MAX_MODEL_LINE = 16 * 1024 * 1024  # bytes; a longer one ends the answer
+MAX_MODEL_ANSWER = 64 * 1024 * 1024  # bytes, as they come; a longer one is broken off
 MAX_MODEL_REPLY = 16 * 1024 * 1024  # bytes of a list or an error that are read
 ANTHROPIC_VERSION = "2023-06-01"
 ANTHROPIC_MAX_TOKENS = 16384  # of one answer; the API wants it said
@@ -5904,6 +5906,15 @@ def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
             yield from (line.rstrip(b"\r") for line in lines)
     if pending:
         yield bytes(pending)
+
+
+def check_answer_length(length: int) -> None:
+    """Raises ModelError beyond what an answer may have, in bytes as they come."""
+    if length > MAX_MODEL_ANSWER:
+        raise ModelError(
+            "the answer was broken off: it has more than "
+            f"{format_bytes(MAX_MODEL_ANSWER)}; ask for less at a time"
+        )
 
 
 def _server_sent_data(lines: Iterator[bytes]) -> Iterator[bytes]:
@@ -6312,10 +6323,13 @@ class ModelProvider:
         url = self.base_url + self.chat_path
         with model_exchange("POST", url, self._headers(), body, cancel) as response:
             self._check(response)
+            length = 0
             for data in self._documents(response):
                 if data == b"[DONE]":
                     reader.complete = True
                     break
+                length += len(data)
+                check_answer_length(length)
                 yield from reader.take(self._document(data))
                 if reader.over:
                     break
@@ -7017,7 +7031,7 @@ class ModelLender:
         self._catalog = catalog
         self._lock = threading.Lock()  # guards all below
         self._work: dict[str, LentWork] = {}  # until its result has arrived for good
-        self._threads: dict[str, threading.Thread] = {}  # of what has not ended
+        self._threads: dict[str, threading.Thread] = {}  # until each has reported
         self._closed = False
 
     def chat(self, args: JsonObject) -> ModelTask:
@@ -7092,8 +7106,9 @@ class ModelLender:
     def forget(self, invoke_id: str) -> None:
         """Let go of a result that the peer has got."""
         with self._lock:
-            if invoke_id not in self._threads:
-                self._work.pop(invoke_id, None)
+            work = self._work.get(invoke_id)
+            if work is not None and work.result is not None:
+                del self._work[invoke_id]
 
     def close(self) -> None:
         with self._lock:
@@ -7107,13 +7122,14 @@ class ModelLender:
     def _run(
         self, invoke_id: str, work: LentWork, on_result: Callable[[JsonObject], None]
     ) -> None:
-        result = work.run()
-        with self._lock:
-            del self._threads[invoke_id]
-        on_result(result)
+        try:
+            on_result(work.run())
+        finally:
+            with self._lock:
+                del self._threads[invoke_id]
 
     def _trim(self) -> None:
-        ended = [i for i in self._work if i not in self._threads]
+        ended = [i for i, work in self._work.items() if work.result is not None]
         for invoke_id in ended[: max(0, len(ended) - MAX_KEPT_ANSWERS)]:
             del self._work[invoke_id]
 
@@ -7256,10 +7272,14 @@ class Machine:
             self._lender.forget(invoke_id)
 
     def inflight(self) -> list[InflightCommand]:
-        """Return the invocations whose result has not arrived for good."""
-        known: dict[str, Command | LentWork] = {**self._runner.known()}
+        """Return the invocations whose result has not arrived for good.
+
+        The oldest first, so that those in line are last.
+        """
+        known: dict[str, Command | LentWork] = {}
         if self._lender is not None:
             known.update(self._lender.known())
+        known.update(self._runner.known())
         return [
             InflightCommand(
                 invoke_id=invoke_id,
@@ -7775,7 +7795,8 @@ class NodeAgent:
             capabilities=self._machine.capabilities,
             commands=MACHINE_COMMANDS,
             instance=self._instance,
-            inflight=tuple(self._machine.inflight()),
+            # A gateway asks for the others again, and gets no second run of them.
+            inflight=tuple(self._machine.inflight()[:MAX_INFLIGHT]),
         )
         token = self._settings.device_token
         if self._settings.auth == "bearer":
@@ -10938,13 +10959,20 @@ class Invocation:
                 offsets[STDOUT] = max(stdout, offsets[STDOUT])
                 offsets[STDERR] = max(stderr, offsets[STDERR])
 
-    def attach(self, sink: Sink, stdout: int, stderr: int) -> Future[JsonObject]:
+    def attach(
+        self, sink: Sink, start: tuple[int, int] | None, instead_of: Sink | None
+    ) -> Future[JsonObject]:
         """Give what follows these offsets, and the result, to another sink.
 
-        Raises RpcError CONFLICT where some of it is gone already.
+        None: what has not been dealt with.  Raises RpcError CONFLICT where some of it
+        is gone already, or the sink of the moment is not the expected one.
         """
         with self._lock:
-            if stdout < self._consumed[STDOUT] or stderr < self._consumed[STDERR]:
+            if instead_of not in (None, self.sink):
+                raise RpcError("CONFLICT", f"another client follows {self.id} now")
+            consumed = self._consumed[STDOUT], self._consumed[STDERR]
+            stdout, stderr = consumed if start is None else start
+            if stdout < consumed[0] or stderr < consumed[1]:
                 raise RpcError("CONFLICT", f"the output of {self.id} is gone already")
             for offsets in (self._received, self._consumed):
                 offsets.update({STDOUT: stdout, STDERR: stderr})
@@ -11242,8 +11270,7 @@ def record_result(record: CommandRecord) -> JsonObject | None:
     return result
 
 
-def _is_forsaken(invocation: Invocation) -> bool:
-    sink = invocation.sink
+def _is_forsaken(sink: Sink) -> bool:
     return isinstance(sink, AbsentCaller) and sink.deadline.expired
 
 
@@ -11757,13 +11784,14 @@ class Invocations:
         self._hand_out(invocation)
 
     def attach(
-        self, invocation: Invocation, sink: Sink, stdout: int, stderr: int
+        self,
+        invocation: Invocation,
+        sink: Sink,
+        start: tuple[int, int] | None = None,
+        instead_of: Sink | None = None,
     ) -> Future[JsonObject]:
-        """Give what follows these offsets, and then the result, to another sink.
-
-        Raises RpcError CONFLICT where some of it is gone already.
-        """
-        future = invocation.attach(sink, stdout, stderr)
+        """See Invocation.attach().  Raises RpcError CONFLICT."""
+        future = invocation.attach(sink, start, instead_of)
         self._tell_node(invocation, invocation.tell_offsets)
         self._hand_out(invocation)
         return future
@@ -11840,12 +11868,12 @@ class Invocations:
         if sink.end(invocation, end):
             invocation.consume_all(sink)
 
-    def forsake(self, invocation: Invocation, *, cancel: bool) -> None:
-        """Let the output of a command go, whose caller does not want it any more."""
-        if cancel and invocation.end is None:
-            self.cancel(invocation)
-        offsets = (invocation.consumed(STDOUT), invocation.consumed(STDERR))
-        self.attach(invocation, CollectingSink(0), *offsets)
+    def forsake(self, invocation: Invocation, sink: Sink, *, cancel: bool) -> None:
+        """Let the output of a command go, which its sink does not want any more."""
+        with contextlib.suppress(RpcError):  # somebody else came for it
+            self.attach(invocation, CollectingSink(0), instead_of=sink)
+            if cancel and invocation.end is None:
+                self.cancel(invocation)
 
     def _register(self, invocation: Invocation) -> None:
         """Make it known, here and in the audit, before the node can answer.
@@ -11894,14 +11922,14 @@ class Patience:
         """Do what time alone brings; called every second or so."""
         for invocation in self._invocations.active.all():
             self._invocations.audit.running(invocation)
-            overdue = invocation.overdue()
+            overdue, sink = invocation.overdue(), invocation.sink
             if invocation.end is not None and not invocation.recorded:
                 self._invocations.record_again(invocation, invocation.end)
             elif overdue:
                 self._invocations.give_up(invocation, overdue)
-            elif _is_forsaken(invocation):
+            elif _is_forsaken(sink):
                 cancel = invocation.asked_here
-                self._invocations.forsake(invocation, cancel=cancel)
+                self._invocations.forsake(invocation, sink, cancel=cancel)
 
 
 class Resumption:
@@ -12031,7 +12059,7 @@ class Resumption:
             invocation = self._await_output(record)
         if invocation.origin != origin:
             raise RpcError("CONFLICT", f"another one asked for {invoke_id} before")
-        self._invocations.attach(invocation, sink, stdout, stderr)
+        self._invocations.attach(invocation, sink, (stdout, stderr))
         return invocation
 
     def _await_output(self, record: CommandRecord) -> Invocation:
@@ -12371,26 +12399,29 @@ class Jobs:
         self._commands = commands
         self.waiters = Waiters()
         self._lock = threading.Lock()  # guards _sinks
-        self._sinks: dict[str, JobSink] = {}  # of those that were used in this life
+        # Of those that were used in this life; to come while one takes up its files.
+        self._sinks: dict[str, Future[JobSink]] = {}
 
     def open(self, invoke_id: str) -> JobSink:
         """Return the sink of a job, a new one or one that is known.
 
         Raises RpcError where its output cannot be kept.
         """
+        opened: Future[JobSink] = Future()
         with self._lock:
-            known = self._sinks.get(invoke_id)
-            if known is not None:
-                return known
-            try:
-                output = JobOutput(self._directory / invoke_id)
-            except (OSError, ValueError, BadConfiguration) as error:
-                raise RpcError(
-                    "UNAVAILABLE", f"the output of a job cannot be kept: {error}"
-                ) from error
-            sink = JobSink(invoke_id, output, self.waiters.wake)
-            self._sinks[invoke_id] = sink
-            return sink
+            known = self._sinks.setdefault(invoke_id, opened)
+        if known is not opened:
+            return known.result()
+        try:
+            output = JobOutput(self._directory / invoke_id)
+        except (OSError, ValueError, BadConfiguration) as error:
+            problem = f"the output of a job cannot be kept: {error}"
+            opened.set_exception(RpcError("UNAVAILABLE", problem))
+            with self._lock:
+                self._sinks.pop(invoke_id, None)
+        else:
+            opened.set_result(JobSink(invoke_id, output, self.waiters.wake))
+        return opened.result()
 
     @contextlib.contextmanager
     def new(self, invoke_id: str) -> Iterator[JobSink]:
@@ -12436,9 +12467,10 @@ class Jobs:
     def discard(self, invoke_id: str) -> None:
         """Let the output of a job go."""
         with self._lock:
-            sink = self._sinks.pop(invoke_id, None)
-        if sink is not None:
-            sink.output.close()
+            opened = self._sinks.pop(invoke_id, None)
+        if opened is not None:
+            with contextlib.suppress(RpcError):
+                opened.result().output.close()
         import shutil
 
         shutil.rmtree(self._directory / invoke_id, ignore_errors=True)
@@ -12477,8 +12509,9 @@ class Jobs:
         """Close the files of jobs that go on without us."""
         with self._lock:
             sinks = list(self._sinks.values())
-        for sink in sinks:
-            sink.output.close()
+        for opened in sinks:
+            with contextlib.suppress(RpcError):
+                opened.result().output.close()
 
 
 def command_view(record: CommandRecord) -> JsonObject:
@@ -13499,6 +13532,7 @@ class Agent:
 # ==============================================================================
 
 NODE_LIST_TIMEOUT = 20.0  # s for a node to ask its providers
+MAX_LISTINGS = 32  # questions for lists at a time; one more is refused
 MODEL_CALLER = "model"  # the kind of caller that a model is, or is asked by
 
 
@@ -13590,6 +13624,7 @@ class RemoteModel:
                     )
                 yield from map(self._event, lines)
                 read = item.end
+                check_answer_length(read)
                 self._invocations.acknowledge(invocation, STDOUT, read)
             elif item == "waiting":
                 text = f"{self._node_name} is away; waiting for it to come back"
@@ -13648,6 +13683,7 @@ class ModelDirectory:
         self._lock = threading.Lock()  # held by who changes the settings
         self._catalog = ModelCatalog(make_providers(environ, self._entered()))
         self._cancel = Cancellation()
+        self._places = threading.BoundedSemaphore(MAX_LISTINGS)
         self._pool = ThreadPoolExecutor(2, "moltis-models")
 
     def close(self) -> None:
@@ -13667,12 +13703,18 @@ class ModelDirectory:
         return RemoteModel(self._invocations, node, lent_id)
 
     def entries(self, *, refresh: bool) -> Future[list[JsonObject]]:
-        """Return `models.list` to come: Shell, then the gateway's, then the nodes'."""
-        return self._pool.submit(self._entries, refresh)
+        """Return `models.list` to come: Shell, then the gateway's, then the nodes'.
+
+        Raises RpcError RATE_LIMITED.
+        """
+        return self._ask(partial(self._entries, refresh))
 
     def providers(self) -> Future[list[JsonObject]]:
-        """Return what is known of each provider, to come; never a key."""
-        return self._pool.submit(self._providers)
+        """Return what is known of each provider, to come; never a key.
+
+        Raises RpcError RATE_LIMITED.
+        """
+        return self._ask(self._providers)
 
     def configure(
         self, provider: str, api_key: str | None, base_url: str | None
@@ -13695,6 +13737,17 @@ class ModelDirectory:
                 entered[provider] = changed
             ProviderSettings.save_all(self._directory, entered)
             self._catalog.replace(make_providers(self._environ, entered))
+
+    def _ask(self, work: Callable[[], list[JsonObject]]) -> Future[list[JsonObject]]:
+        if not self._places.acquire(blocking=False):
+            raise RpcError(
+                "RATE_LIMITED",
+                f"{MAX_LISTINGS} others ask for models now; try again in a moment",
+                retryable=True,
+            )
+        answer = self._pool.submit(work)
+        answer.add_done_callback(lambda _: self._places.release())
+        return answer
 
     def _entered(self) -> dict[str, ProviderSettings]:
         return ProviderSettings.load_all(self._directory)
@@ -14933,7 +14986,7 @@ class TurnView:
     def show(self, step: Step) -> None:
         """Show a step; called from several threads."""
         handler = self._steps.get(step.state)
-        # Output comes through the command's card, which outlives the turn.
+        # What the person said is shown since it came.
         if handler is not None:
             handler(step.fields)
 
@@ -16106,8 +16159,8 @@ class OperatorPeer:
         for invocation in followed:
             if not leaves:
                 invocation.detach(self)
-            elif invocation.sink is self:
-                self._invocations.forsake(invocation, cancel=True)
+            else:
+                self._invocations.forsake(invocation, self, cancel=True)
 
 
 NodeRequestHandler: TypeAlias = "Callable[[ConnectedNode, Request], JsonObject | None]"

@@ -851,6 +851,19 @@ def test_a_caller_who_stays_away_costs_its_command(world, node, monkeypatch):
     assert world.state(invocation) == "cancelled"
 
 
+def test_who_leaves_takes_nothing_from_another_client_that_came(world, node):
+    """The one leaves at the moment in which the other takes over."""
+    first, second = Sink(slow=True), Sink()
+    invocation = world.start("far", first)
+    world.resumption.again(invocation.id, ORIGIN, second, 0, 0)
+    world.invocations.forsake(invocation, first, cancel=True)
+    assert node.link.cancelled == []
+    world.invocations.handle_chunk("id-far", output(invocation, 0, b"0123"))
+    assert second.data[1] == b"0123"
+    world.invocations.forsake(invocation, second, cancel=True)
+    assert node.link.cancelled == [invocation.id]
+
+
 def test_a_command_cancelled_before_its_node_heard_of_it_does_not_run(world, node):
     invocation = world.start("far")  # the request gets lost
     world.leave(node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import threading
 import uuid
 
 import pytest
@@ -115,6 +116,52 @@ def test_output_is_for_its_owner_alone(output, tmp_path):
     (path,) = (tmp_path / "job").iterdir()
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_job_whose_files_are_slow_is_opened_once_and_holds_up_no_other(
+    tmp_path, monkeypatch
+):
+    jobs = moltis.Jobs(tmp_path, None)
+    slow, opening, go_on = str(uuid.uuid4()), threading.Event(), threading.Event()
+    opened = []
+
+    with monkeypatch.context() as disk:
+        real = moltis.JobOutput
+
+        class Slow(real):
+            def __init__(self, directory):
+                opened.append(directory.name)
+                if directory.name == slow:
+                    opening.set()
+                    assert go_on.wait(10)
+                super().__init__(directory)
+
+        disk.setattr(moltis, "JobOutput", Slow)
+        sinks = []
+        threads = [
+            threading.Thread(target=lambda: sinks.append(jobs.open(slow)))
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        assert opening.wait(10)
+        assert jobs.open(ID) is jobs.open(ID)
+        go_on.set()
+        for thread in threads:
+            thread.join(10)
+    assert sinks[0] is sinks[1]
+    assert sorted(opened) == sorted([slow, ID])
+    jobs.close()
+
+
+def test_a_job_that_could_not_be_opened_can_be_later(tmp_path):
+    jobs = moltis.Jobs(tmp_path / "jobs", None)
+    (tmp_path / "jobs").write_text("in the way")
+    with pytest.raises(moltis.RpcError, match="cannot be kept"):
+        jobs.open(ID)
+    (tmp_path / "jobs").unlink()
+    assert jobs.open(ID).output.end == 0
+    jobs.close()
 
 
 # Answers that wait

@@ -318,3 +318,14 @@ def test_a_guarded_machine_says_no_and_runs_nothing(machine, tmp_path):
         guarded.close()
         inventory.close()
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_in_line_comes_last_of_what_is_in_flight(machine, peer):
+    """So that a list that has to be cut loses nothing that has output."""
+    ids = [str(uuid.uuid4()) for _ in range(4)]
+    machine.invoke(ids[0], "system.run", {"command": "true", "stream": True})
+    peer.wait(ids[0])
+    for invoke_id in ids[1:]:
+        machine.invoke(invoke_id, "system.run", {"command": "sleep 30", "stream": True})
+    assert [item.invoke_id for item in machine.inflight()] == ids
+    assert peer.places[-1][0] == ids[3]

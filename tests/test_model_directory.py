@@ -195,6 +195,33 @@ def test_a_conversation_too_long_for_the_model_is_told_as_such(models, gpu_box, 
         ask(models)
 
 
+def test_an_answer_beyond_all_measure_is_broken_off(
+    gateway, models, gpu_box, ollama, monkeypatch
+):
+    monkeypatch.setattr(moltis, "MAX_MODEL_ANSWER", 100_000)
+    ollama.answer = [chunk("x" * 1000) for _ in range(200)]
+    with pytest.raises(ModelError, match=r"more than 97\.7 KiB; ask for less"):
+        ask(models)
+
+
+def test_a_node_that_never_ends_its_answer_is_not_believed(
+    gateway, models, gpu_box, ollama, monkeypatch
+):
+    check = moltis.check_answer_length
+
+    def check_as_gateway(length):
+        # The node would check it as well, in threads of its own.
+        if not threading.current_thread().name.startswith("moltis-model-"):
+            check(length)
+
+    monkeypatch.setattr(moltis, "check_answer_length", check_as_gateway)
+    monkeypatch.setattr(moltis, "MAX_MODEL_ANSWER", 100_000)
+    ollama.answer = [*(chunk("x" * 1000) for _ in range(200)), chunk(done=True)]
+    with pytest.raises(ModelError, match=r"more than 97\.7 KiB"):
+        ask(models)
+    wait_for(lambda: not gpu_box.running.lender.known(), what="the node to forget")
+
+
 def test_cancelling_ends_the_request_on_the_node(gateway, models, gpu_box, ollama):
     ollama.release.clear()
     cancel = Cancellation()
@@ -336,6 +363,33 @@ def test_a_question_that_is_repeated_is_not_asked_again():
     assert ran == [1]
 
 
+def test_closing_waits_until_the_last_answer_is_reported():
+    lender = moltis.ModelLender(moltis.ModelCatalog([]))
+    reporting, go_on, reported = (threading.Event() for _ in range(3))
+
+    def report(_result):
+        reporting.set()
+        assert go_on.wait(10)
+        reported.set()
+
+    lender.start("last", lambda *_: {}, lambda *_: None, report)
+    assert reporting.wait(10)
+    closing = threading.Thread(target=lender.close)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive()
+    go_on.set()
+    closing.join(10)
+    assert reported.is_set()
+
+
+def test_an_answer_may_be_forgotten_as_soon_as_it_is_reported():
+    lender = moltis.ModelLender(moltis.ModelCatalog([]))
+    lender.start("one", lambda *_: {}, lambda *_: None, lambda _: lender.forget("one"))
+    lender.close()
+    assert lender.known() == {}
+
+
 # -- Settings → Models ---------------------------------------------------------
 
 
@@ -409,6 +463,22 @@ def test_a_key_alone_is_not_enough_to_change_models(gateway):
 def test_an_unknown_provider_lists_those_that_are_set_up(gateway, models):
     with pytest.raises(ModelError, match="PROVIDER/NAME"):
         models.choose("nonsense")
+
+
+def test_only_so_many_lists_are_asked_for_at_a_time(gateway, gpu_box, monkeypatch):
+    asked = threading.Event()
+    monkeypatch.setattr(
+        moltis.ModelDirectory, "_entries", lambda *_: asked.wait(20) and []
+    )
+    with gateway.operator() as client:
+        answers = [
+            client.start("models.list", {}) for _ in range(moltis.MAX_LISTINGS + 1)
+        ]
+        with pytest.raises(moltis.RpcError, match="32 others ask for models now"):
+            answers[-1].result(10)
+        asked.set()
+        assert [answer.result(10) for answer in answers[:-1]] == [[]] * 32
+    gateway.call("models.list")
 
 
 def test_no_name_is_shell(models):

@@ -211,6 +211,15 @@ def test_connect_of_ours_says_what_is_in_flight():
     assert moltis.ConnectParams.from_json(params.to_json()) == params
 
 
+def test_only_so_many_commands_are_read_of_one_connect():
+    """Who sends more than a node may have is no node of ours."""
+    inflight = [{"invokeId": str(n)} for n in range(moltis.MAX_INFLIGHT + 1)]
+    params = {"extensions": {"moltis": {"instance": "i", "inflight": inflight}}}
+    read = moltis.ConnectParams.from_json(params).inflight
+    assert len(read) == moltis.MAX_INFLIGHT
+    assert read[0].invoke_id == "0"
+
+
 @pytest.mark.parametrize(
     "params",
     [
