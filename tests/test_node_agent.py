@@ -645,16 +645,19 @@ def test_closing_does_not_wait_for_a_sign_in_that_is_stuck(tmp_path):
     node.running._thread.join(10)
 
 
-def start_chatty(gateway, go, count=8):
+def start_chatty(gateway, node, go):
     """Start jobs that fill their windows once `go` is there; return their ids."""
     command = f"until [ -e {go} ]; do sleep 0.02; done; head -c {CHATTY} /dev/zero"
     command = f"{command}; head -c {CHATTY} /dev/zero >&2; sleep 0.1"
     args = {"command": command}
     asked = {"nodeId": "far", "command": "system.run", "args": args}
-    return [
+    jobs = [
         gateway.call("node.invoke", **asked, background=True)["invokeId"]
-        for _ in range(count)
+        for _ in range(moltis.MAX_RUNNING)
     ]
+    machine = node.running._agent._machine
+    wait_for(lambda: len(machine.inflight()) == len(jobs), what="all jobs to start")
+    return jobs
 
 
 CHATTY = 1_000_000  # bytes a stream: within the window, and together beyond any buffer
@@ -684,7 +687,7 @@ def test_closing_does_not_wait_for_a_gateway_that_reads_nothing(
 ):
     start, proxy = behind
     node = start()
-    start_chatty(gateway, tmp_path / "go")
+    start_chatty(gateway, node, tmp_path / "go")
     _, ws = node.running._agent._serving
     proxy.freeze()
     (tmp_path / "go").touch()
@@ -700,7 +703,7 @@ def test_an_outbox_that_overflows_costs_the_connection_and_no_output(
     with monkeypatch.context() as first:
         first.setattr(moltis, "MAX_NODE_OUTBOX", 256 * 1024)
         node = start()
-    jobs = start_chatty(gateway, tmp_path / "go")
+    jobs = start_chatty(gateway, node, tmp_path / "go")
     proxy.freeze()  # what was sent so far stays on the way for good
     (tmp_path / "go").touch()
     for job in jobs:
