@@ -12597,7 +12597,8 @@ class JobDesk:
 
         answer = self.jobs.waiters.answer(invoke_id, wait, attempt)
         invocation = self.invocations.get(invoke_id)
-        if invocation is not None:  # one that is no job tells us in no other way
+        # One that is no job tells us in no other way.
+        if invocation is not None and not self.jobs.known(invoke_id):
             invocation.future.add_done_callback(
                 lambda _: self.jobs.waiters.wake(invoke_id)
             )
@@ -14502,12 +14503,14 @@ class SessionLogs:
 
     def find_sink(self, record: CommandRecord) -> tuple[Sink, int, int] | None:
         """Return the card of a command that outlived this gateway: a SinkFinder."""
+        if record.session_key is None:
+            return None
         try:
-            session_log = self.log(record.session_key or "")
+            session_log = self.log(record.session_key)
             live = session_log.command(record.invoke_id)
             if live is None and record.state == CommandState.LOST:
                 live = self._reopen(session_log, record.invoke_id)
-        except RpcError:  # it was asked for outside, or its session is gone
+        except RpcError:  # its session is gone
             return None
         if live is None:
             return None

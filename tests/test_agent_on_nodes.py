@@ -622,6 +622,24 @@ def test_what_would_hide_on_the_page_is_spelt_out_in_the_question(site, server):
     site.end(run_id)
 
 
+def test_the_page_shows_what_runs_in_the_background_and_stops_it(site, server):
+    key = site.session("background page")
+    server.turns += [runs("sleep 100", background=True), says("It runs by itself.")]
+    run_id = site.send("start it", key)
+    site.question(run_id)
+    with Browser() as browser, browser.new_page() as page:
+        page.goto(f"{site.url}/#key={site.key}")
+        page.wait_for("document.querySelector('#sessions li') !== null")
+        page.goto(f"{site.url}/chat/{key}")
+        page.wait_for_text("Waits for your approval · in the background", 20)
+        page.click(".approval .main")
+        page.wait_for_text("It runs by itself.", 20)
+        page.wait_for_text("Running · in the background", 20)
+        page.click("article.command footer .small")
+        page.wait_for_text("Stopped · in the background", 20)
+        assert page.errors == []
+
+
 def pick(page, picker, label):
     """Choose an option that holds `label`, once it is there."""
     option = f"[...document.querySelectorAll('#{picker}-list [role=option]')]"
