@@ -84,8 +84,7 @@ class Process:
         """Return when it is dead: what it holds is free again."""
         self.signal(signal.SIGKILL)
         self.process.wait(20)
-        for path in glob.glob(f"/dev/shm/*faketime*_{self.process.pid}"):
-            os.unlink(path)
+        self._clear_up()
 
     def end(self):
         if self.process is not None:
@@ -95,6 +94,12 @@ class Process:
                 self.process.wait(20)
             except subprocess.TimeoutExpired:
                 self.kill()
+            self._clear_up()
+
+    def _clear_up(self):
+        """Remove what the clock's library leaves where a signal ends a process."""
+        for path in glob.glob(f"/dev/shm/*faketime*_{self.process.pid}"):
+            os.unlink(path)
 
     def text(self):
         return self.log.read_text("utf-8", "replace") if self.log.exists() else ""
