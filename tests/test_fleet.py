@@ -785,8 +785,9 @@ def test_what_has_ended_is_answered_from_the_audit(world, node):
     world.finish(node, invocation, result)
     known = world.resumption.again(invocation.id, ORIGIN, Sink(), 4, 0)
     assert known == {**result, "node": "far"}
-    with pytest.raises(moltis.RpcError, match="is not kept any more"):
+    with pytest.raises(moltis.RpcError, match="is not kept any more") as caught:
         world.resumption.again(invocation.id, ORIGIN, Sink(), 2, 0)
+    assert caught.value.code == "UNAVAILABLE"  # as for what is lost altogether
 
 
 def test_nobody_gets_a_second_run_for_output_of_a_first(world, node):
