@@ -16538,7 +16538,8 @@ class Gateway:
             if identified is not None:
                 self._serve_identity(connection, *identified, client.address)
         except ConnectionClosed as error:
-            ws.close(error.code, error.reason, timeout=0)
+            if is_sendable_close_code(error.code):  # else there is nobody to tell
+                ws.close(error.code, error.reason, timeout=0)
         except TimeoutError:
             problem = f"no connect within {CONNECT_TIMEOUT:.0f} s"
             ws.close(CloseCode.POLICY_VIOLATION, problem, timeout=0)

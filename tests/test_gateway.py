@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import threading
+import types
 import uuid
 
 import pytest
@@ -653,3 +654,26 @@ def test_one_who_does_not_say_connect_is_hung_up_on(tmp_path, monkeypatch):
         gateway.websocket_url, timeout=5
     ) as peer:
         assert peer.close_code() == 1008
+
+
+def test_a_peer_that_is_gone_as_it_is_greeted_is_no_failure():
+    """RFC 6455 §7.4.1: nobody may send 1006, with which its connection ended."""
+
+    class Gone:
+        aborted = False
+
+        def close(self, code, reason, timeout):
+            raise AssertionError(f"{code} {reason} {timeout}")
+
+        def abort(self):
+            self.aborted = True
+
+    def introduce(*_):
+        raise moltis.ConnectionClosed(moltis.CloseCode.ABNORMAL, "the peer is gone")
+
+    gateway = types.SimpleNamespace(
+        _lock=threading.Lock(), _connections=set(), _closed=False, _introduce=introduce
+    )
+    ws = Gone()
+    moltis.Gateway.serve(gateway, ws, None)
+    assert ws.aborted

@@ -330,17 +330,17 @@ class World:
     def wait_for_node(self):
         wait_for(self.is_connected, 60, self.account)
 
-    def call(self, command, stdin=None, options=()):
+    def call(self, command, stdin=None, options=(), node="far"):
         """Start a `node exec`."""
         if stdin is None:
-            return Call(self, ["node", "exec", *options, "far", "--", command])
-        return Call(self, ["node", "exec", "far", "--stdin", "--", command], stdin)
+            return Call(self, ["node", "exec", *options, node, "--", command])
+        return Call(self, ["node", "exec", node, "--stdin", "--", command], stdin)
 
-    def job(self, command):
+    def job(self, command, node="far"):
         """Start a job; return its id."""
         job = self.rpc(
             "node.invoke",
-            nodeId="far",
+            nodeId=node,
             command="system.run",
             args={"command": command},
             background=True,
@@ -429,11 +429,14 @@ class World:
     def __exit__(self, *_):
         self.close()
 
+    def node_log(self):
+        path = self.node_data / "node.log"
+        return path.read_text("utf-8", "replace") if path.exists() else ""
+
     def account(self):
         """Return all that was said, for who has to find out what went wrong."""
-        logs = {"gateway.log": self.gateway.text(), "node": self.node.text()}
-        with contextlib.suppress(OSError):
-            logs["node.log"] = (self.node_data / "node.log").read_text()
+        logs = {"gateway": self.gateway.text(), "node": self.node.text()}
+        logs["node.log"] = self.node_log()
         calls = [
             f"--- call {call.number}: status {call.status}, "
             f"{len(call.output)} bytes, {call.complaints[-1000:]!r}"
