@@ -257,11 +257,39 @@ class Installed:
                 self.stop(process)
 
 
-def run_true(client: Any, node: str) -> Any:
-    """Return the answer to come of `true` on a node."""
-    args = {"command": "true"}
-    params = {"nodeId": node, "command": "system.run", "args": args}
-    return client.start("node.invoke", params)
+class PlainOperator:
+    """An operator's connection as a script of twenty lines has it: one thread."""
+
+    def __init__(self, site: Installed) -> None:
+        self._ws = moltis.connect(moltis.websocket_url(site.url), compression=False)
+        params = moltis.ConnectParams(role="operator", api_key=site.api_key)
+        self._ask("connect", params.to_json())
+        self.receive()
+
+    def ask_for_true(self, node: str) -> None:
+        args = {"command": "true"}
+        params = {"nodeId": node, "command": "system.run", "args": args}
+        self._ask("node.invoke", params)
+
+    def receive(self) -> Any:
+        """Return the payload of the next answer."""
+        while True:
+            envelope = moltis.decode_envelope(self._ws.receive())
+            if isinstance(envelope, moltis.Response):
+                if envelope.error is not None:
+                    raise envelope.error
+                return envelope.payload
+
+    def run_true(self, node: str) -> None:
+        self.ask_for_true(node)
+        assert self.receive()["exitCode"] == 0
+
+    def close(self) -> None:
+        self._ws.close()
+
+    def _ask(self, method: str, params: Any) -> None:
+        request = moltis.Request(moltis.new_id(), method, params)
+        self._ws.send(moltis.encode_envelope(request))
 
 
 # -- peers ---------------------------------------------------------------------
@@ -383,7 +411,7 @@ class Bench:
     @property
     def client(self) -> Any:
         assert self.node
-        return self._once("client", self.ours.operator)
+        return self._once("client", lambda: PlainOperator(self.ours))
 
     @property
     def ssh(self) -> Ssh:
@@ -420,7 +448,7 @@ def bench_round_trip(bench: Bench) -> Iterator[Row]:
     client, count = bench.client, bench.count(200)
 
     def ours() -> float:
-        return median_of(lambda: run_true(client, "bench").result(30), count)
+        return median_of(lambda: client.run_true("bench"), count)
 
     peers = [
         Peer("local Popen", lambda: median_of(spawn_true, count), at_most(1.2, 0.3)),
@@ -484,14 +512,14 @@ def bench_in_flight(bench: Bench) -> Iterator[Row]:
     client, count = bench.client, bench.count(800)
 
     def ours() -> float:
-        pending: deque[Any] = deque()
         start = time.perf_counter()
-        for _ in range(count):
-            if len(pending) == 32:
-                pending.popleft().result(30)
-            pending.append(run_true(client, "bench"))
-        for answer in pending:
-            answer.result(30)
+        for _ in range(32):
+            client.ask_for_true("bench")
+        for _ in range(count - 32):
+            client.receive()
+            client.ask_for_true("bench")
+        for _ in range(32):
+            client.receive()
         return count / (time.perf_counter() - start)
 
     def floor() -> float:
@@ -1031,10 +1059,8 @@ def _fleet_rows(bench: Bench, site: Installed, count: int) -> Iterator[Row]:
     site.add_node("real")
 
     def round_trip() -> float:
-        with site.operator() as client:
-            return median_of(
-                lambda: run_true(client, "real").result(60), bench.count(100)
-            )
+        with contextlib.closing(PlainOperator(site)) as client:
+            return median_of(lambda: client.run_true("real"), bench.count(100))
 
     alone = round_trip()
     simulation = Simulation(site, count)
