@@ -9889,8 +9889,10 @@ class StoreKeeper:
             try:
                 self._commands.keep_ended()
                 self._database.checkpoint()
+            except StoreError as error:  # a full disk, say; there will be another time
+                log.warning("%s", error)
             except Exception:
-                # A full disk, say: what comes after it must be kept all the same.
+                # What comes after it must be kept all the same.
                 log.exception("the database was not tidied up")
 
 
