@@ -666,3 +666,22 @@ def test_a_store_closes_while_its_keeper_is_at_work(path):
         with contextlib.closing(Store(path)) as store:
             store.commands.end_soon(str(number), end, kept.append)
     assert kept == [True] * 30
+
+
+def test_a_full_disk_at_the_log_is_one_line_and_ends_nothing(path, monkeypatch, caplog):
+    """Schedule 40104 of the soak: it was a traceback."""
+
+    def fail(_database):
+        raise StoreError("the disk is full")
+
+    with contextlib.closing(Store(path)) as store:
+        kept = []
+        with monkeypatch.context() as full:
+            full.setattr(moltis.Database, "checkpoint", fail)
+            store.commands.end_soon(
+                "1", CommandEnd(CommandState.DONE, NOW), kept.append
+            )
+            wait_for(lambda: "the disk is full" in caplog.text)
+        store.commands.end_soon("2", CommandEnd(CommandState.DONE, NOW), kept.append)
+        wait_for(lambda: kept == [True, True])
+    assert not any(record.exc_info for record in caplog.records)
