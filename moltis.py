@@ -869,7 +869,7 @@ def websocket_url(url: str) -> str:
 def data_directory(environ: Mapping[str, str]) -> Path:
     """Return the directory for all our files: MOLTIS_DATA_DIR, or ~/.moltis."""
     chosen = environ.get("MOLTIS_DATA_DIR")
-    return Path(chosen).expanduser().absolute() if chosen else Path.home() / ".moltis"
+    return Path(chosen).expanduser() if chosen else Path.home() / ".moltis"
 
 
 def read_settings_file(path: Path) -> JsonObject | None:
@@ -2053,13 +2053,20 @@ def wait_for_socket(
         selector.select(timeout)
 
 
+# macOS heeds MSG_DONTWAIT in recv() alone: a send() would wait for the peer.
+SENDS_DO_NOT_WAIT = sys.platform == "linux"
+
+
 class PlainChannel:
     """A stream socket that never blocks who holds the lock around its use."""
 
     certificate: bytes | None = None
 
-    def __init__(self, sock: socket.socket, *, blocking: bool = True) -> None:
+    def __init__(
+        self, sock: socket.socket, *, blocking: bool = SENDS_DO_NOT_WAIT
+    ) -> None:
         sock.setblocking(blocking)
+        self._blocking = blocking
         with contextlib.suppress(OSError):  # not TCP
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
@@ -2075,7 +2082,7 @@ class PlainChannel:
         """
         if not self.drained:
             return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
-        if timeout is not None:
+        if timeout is not None or not self._blocking:
             self.wait(lock, timeout=timeout)
             return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
         # To wait in recv() saves a poll(): 3 of the 18 µs that a message takes.
@@ -2289,7 +2296,7 @@ class WebSocket:
         self.compression = protocol.compression
         self._channel = _open_channel(sock)
         self._name = name or self.remote_ip
-        # Guards all below and the channel, whose I/O never blocks.
+        # Guards all below and the channel, whose I/O never blocks who holds it.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._protocol = protocol
@@ -4545,7 +4552,12 @@ class CommandRunner:
             ended = self._closed or job.command.cancelled
             if not ended:
                 self._line.append(job)
-                self._call_worker()
+                try:
+                    self._call_worker()
+                except RuntimeError:  # no thread is left: a worker that is there has it
+                    if not self._threads:
+                        self._line.remove(job)
+                        ended = True
         if ended:
             job.command.cancel()
             self._run(job)
@@ -9116,7 +9128,7 @@ class Database:
 class NodeNames:
     """The names of all nodes, as of one version of the devices."""
 
-    def __init__(self, version: int, by_id: Mapping[str, str]) -> None:
+    def __init__(self, version: object, by_id: Mapping[str, str]) -> None:
         self.version = version
         self.by_id = by_id
         # To read 5,000 of them takes 5 ms, and every invocation looks for one.
@@ -9134,7 +9146,8 @@ class DevicesTable:
 
     def __init__(self, database: Database) -> None:
         self._db = database
-        self._version = 0  # grows after each change of a name, or of who has it
+        # Another one after each change of a name, or of who has it.
+        self._version = object()
         self._names: NodeNames | None = None  # replaced as a whole
 
     def add(self, device: Device, credential: DeviceCredential) -> None:
@@ -9184,7 +9197,7 @@ class DevicesTable:
     def names(self) -> NodeNames:
         """Return the nodes by id and by name; read again only after a change."""
         names, version = self._names, self._version
-        if names is None or names.version != version:
+        if names is None or names.version is not version:
             rows = self._db.rows(
                 "SELECT node_id, display_name FROM devices"
                 " WHERE node_id IS NOT NULL AND revoked_at IS NULL"
@@ -9245,7 +9258,7 @@ class DevicesTable:
                 "now": now,
             },
         )
-        self._version += 1
+        self._version = object()
         return changed == 1
 
     def save_telemetry(
@@ -9268,7 +9281,7 @@ class DevicesTable:
             " WHERE id = ? AND revoked_at IS NULL",
             (display_name, device_id),
         )
-        self._version += 1
+        self._version = object()
         return changed == 1
 
     def rotate(
@@ -9297,7 +9310,7 @@ class DevicesTable:
             "UPDATE devices SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL",
             (now, device_id),
         )
-        self._version += 1
+        self._version = object()
         return changed == 1
 
     def delete_expired(self, now: int) -> int:
@@ -9367,17 +9380,17 @@ class CommandsTable:
         )
         return changed == 1
 
-    def start(self, invoke_id: str, now: int) -> None:
+    def start(self, invoke_id: str, now: int, *, revives: bool = False) -> None:
         """Note that the node runs it; one that has ended stays ended.
 
-        One that was given up as lost is not, if its node says so.
+        With `revives`, one that was given up as lost is not: its node has it.
         """
         self._db.write(
             "UPDATE commands SET state = 'running',"
             " started_at = ifnull(started_at, max(?, asked_at)),"
             " ended_at = NULL, error = NULL"
-            " WHERE invoke_id = ? AND state IN ('sent', 'lost')",
-            (now, invoke_id),
+            " WHERE invoke_id = ? AND (state = 'sent' OR ? AND state = 'lost')",
+            (now, invoke_id, revives),
         )
 
     def cancel(self, invoke_id: str, now: int) -> None:
@@ -9422,7 +9435,7 @@ class CommandsTable:
                 db.executemany(END_OF_COMMAND, values)
             kept = True
         except StoreError as error:
-            log.error("audit incomplete: %s", error)
+            log.debug("ends not kept: %s", error)  # Audit says it, and tries again
         for _, _, then in ended:
             then(kept)
 
@@ -11619,11 +11632,13 @@ class Audit:
         if (
             invocation.command == SYSTEM_RUN
             and not invocation.noted_running
+            and invocation.end is None
             and invocation.runs_for(RUNNING_AFTER)
         ):
             started_at = invocation.started_at or now_ms()
+            revives = not invocation.asked_here
             invocation.noted_running = self._write(
-                lambda: self._commands.start(invocation.id, started_at)
+                lambda: self._commands.start(invocation.id, started_at, revives=revives)
             )
 
     def cancelled(self, invocation: Invocation) -> None:
@@ -12435,11 +12450,13 @@ class Jobs:
         Raises RpcError where its output cannot be kept.
         """
         self.make_room()
+        is_new = not self.known(invoke_id)  # or another request has just begun it
         sink = self.open(invoke_id)
         try:
             yield sink
         except MoltisError:
-            self.discard(invoke_id)
+            if is_new:
+                self.discard(invoke_id)
             raise
 
     def read_all(self, invoke_id: str) -> Iterator[bytes]:
@@ -12603,7 +12620,8 @@ class JobDesk:
         answer = self.jobs.waiters.answer(invoke_id, wait, attempt)
         invocation = self.invocations.get(invoke_id)
         # One that is no job tells us in no other way.
-        if invocation is not None and not self.jobs.known(invoke_id):
+        is_job = self.jobs.known(invoke_id)
+        if invocation is not None and not is_job and not answer.done():
             invocation.future.add_done_callback(
                 lambda _: self.jobs.waiters.wake(invoke_id)
             )
@@ -13243,7 +13261,7 @@ class Toolbox:
         verdict = self._verdict(call, planned)
         if not verdict.allowed:
             return {"node": planned.node_name, "error": verdict.reason}
-
+        self._cancel.pause(0)  # Stop may have come while it waited for its turn
         if planned.background:
             self._background.start(self._session.key, planned)
             started = {"id": planned.invoke_id, "state": "started"}
@@ -14576,7 +14594,7 @@ class SessionLogs:
             if record is None:  # it was not sent: it waited for an approval, say
                 card.fail("the gateway stopped", MessageState.INTERRUPTED)
             elif not record.is_open:
-                card.show_end(record)  # the others are awaited: Resumption.recover()
+                card.show_end(record)  # the others are awaited: Resumption
         for session in self._store.sessions.all():
             if session.run_id:
                 self._recover_run(session)
@@ -14767,8 +14785,12 @@ class SessionExecutor:
                 self._invocations.cancel(invocation)
             woken.set()
 
-        with cancel.calling(stop):
-            woken.wait()
+        try:
+            with cancel.calling(stop):
+                woken.wait()
+        except Cancelled:  # just before: nobody has called stop()
+            stop()
+            raise
         try:
             grace = 0.0 if self._leaving.is_set() else ABORT_GRACE
             return invocation.future.result(grace)
@@ -21300,8 +21322,18 @@ class OperatorClient:
         except ConnectionClosed as error:
             raise Unreachable(f"{self._url} hung up: {error}") from error
 
+    @property
+    def ended(self) -> bool:
+        """Whether the connection is no more."""
+        return self._ws.closed
+
     def start(self, method: str, params: JsonObject) -> Future[Any]:
-        """Return the answer to come.  Raises Unreachable."""
+        """Return the answer to come.  Raises Unreachable, UsageError."""
+        try:
+            to_json(params).encode("utf-8")
+        except UnicodeEncodeError as error:
+            # On the wire it would be `?`, which a shell takes for any character.
+            raise UsageError(f"{error.object[:200]!r} is not UTF-8: {error}") from error
         try:
             return self._calls.start(method, params)
         except ConnectionClosed as error:
@@ -21702,10 +21734,41 @@ UNKNOWN_JSON_RPC_METHOD = -32601
 INTERNAL_JSON_RPC_ERROR = -32603
 
 
+class LastingClient:
+    """An operator's connection, made anew when it is used after it broke."""
+
+    def __init__(self, dial: Callable[[], OperatorClient]) -> None:
+        """Raises UserError as `dial` does."""
+        self._dial = dial
+        self._lock = threading.Lock()  # guards _client
+        self._client = dial()
+
+    def close(self) -> None:
+        self._client.close()
+
+    def start(self, method: str, params: JsonObject) -> Future[Any]:
+        """Return the answer to come.  Raises UserError."""
+        with self._lock:
+            client = self._client
+        if client.ended:
+            fresh = self._dial()
+            with self._lock:
+                ours = self._client is client  # two may have dialled at once
+                self._client = fresh if ours else self._client
+                client, spare = self._client, client if ours else fresh
+            spare.close()
+        return client.start(method, params)
+
+    def notify(self, method: str, params: JsonObject) -> None:
+        """Make a call whose answer nobody waits for."""
+        with contextlib.suppress(UserError):
+            self.start(method, params)
+
+
 class RemoteDirectory:
     """The machines as the gateway tells of them."""
 
-    def __init__(self, client: OperatorClient) -> None:
+    def __init__(self, client: LastingClient) -> None:
         self._client = client
 
     def resolve(self, reference: str) -> tuple[str, str]:
@@ -21727,7 +21790,7 @@ class RemoteDirectory:
 class RemoteExecutor:
     """Runs commands through the gateway, for a Toolbox."""
 
-    def __init__(self, client: OperatorClient) -> None:
+    def __init__(self, client: LastingClient) -> None:
         self._client = client
 
     def __call__(
@@ -21750,7 +21813,13 @@ class RemoteExecutor:
             self._client.notify(INVOKE_CANCEL, {"invokeId": planned.invoke_id})
 
         with cancel.calling(give_up):
-            result: JsonObject = answer.result()
+            try:
+                result: JsonObject = answer.result()
+            except ConnectionClosed as error:
+                raise Unreachable(
+                    f"the gateway hung up ({error}) and the command may go on: ask "
+                    f"exec_status for {planned.invoke_id} before it is run again"
+                ) from error
         for kind in (STDOUT, STDERR):
             text = str(result.get(STREAM_NAMES[kind]) or "")
             on_chunk(kind, 0, text.encode("utf-8"))
@@ -21760,7 +21829,7 @@ class RemoteExecutor:
 class RemoteJobs:
     """Leaves commands in the background through the gateway: a Background."""
 
-    def __init__(self, client: OperatorClient) -> None:
+    def __init__(self, client: LastingClient) -> None:
         self._client = client
 
     def start(self, _session_key: str, planned: PlannedCommand) -> None:
@@ -21818,7 +21887,7 @@ class McpSession:
 class McpServer:
     """One MCP client's conversation with the tools."""
 
-    def __init__(self, client: OperatorClient, write: Callable[[str], None]) -> None:
+    def __init__(self, client: LastingClient, write: Callable[[str], None]) -> None:
         """`write` sends one line, without its end; it is called by one at a time."""
         self._directory = RemoteDirectory(client)
         self._execute = RemoteExecutor(client)
@@ -23015,9 +23084,12 @@ def cmd_node_run(_args: object, context: Context) -> int:
         )
     # Where its commands run: to send each of them there keeps SpawnedShell from being
     # used.  A directory that is gone is said by the commands.
+    directory = context.directory.absolute()
+    working_dir = os.path.abspath(settings.working_dir or os.path.expanduser("~"))
+    settings = replace(settings, working_dir=working_dir)
     with contextlib.suppress(OSError):
-        os.chdir(settings.working_dir or os.path.expanduser("~"))
-    return run_node(settings, context, context.directory)
+        os.chdir(working_dir)
+    return run_node(settings, context, directory)
 
 
 def local_service(context: Context) -> tuple[ServiceSpec, ServiceManager | None]:
@@ -23959,7 +24031,8 @@ def add_mcp(subcommands: Subcommands) -> None:
 
 def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
-    with operator_client(args, context) as client:
+    client = LastingClient(lambda: operator_client(args, context))
+    with contextlib.closing(client):
         # Not with `for line in sys.stdin`, which reads ahead and answers late.
         McpServer(client, context.output.answer).serve(iter(sys.stdin.readline, ""))
     return EXIT_OK

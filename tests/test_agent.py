@@ -816,3 +816,16 @@ def test_what_can_never_fit_is_an_error(chat):
     too_long = [ContextTooLong("prompt is too long")]
     last = chat.run(Scripted(*[too_long] * 20))
     assert last == Step("error", {"message": "prompt is too long"})
+
+
+def test_a_command_whose_turn_comes_after_stop_does_not_run(chat):
+    """More calls than run side by side: the last wait for the first."""
+    chat.session.asks_first = False
+    count = moltis.MAX_PARALLEL_CALLS + 2
+    named = [("exec", {"command": "sleep 600"}) for _ in range(count)]
+    thread = chat.start(Scripted(calls(*named)))
+    wait_for(lambda: len(chat.machines.ran) == moltis.MAX_PARALLEL_CALLS)
+    chat.cancel.cancel()
+    thread.join()
+    assert chat.steps[-1] == Step("aborted")
+    assert len(chat.machines.ran) == moltis.MAX_PARALLEL_CALLS

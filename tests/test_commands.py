@@ -1108,3 +1108,21 @@ def test_every_descriptor_is_given_back():
         run("echo hi; exit 1", stdin=True)
         run("true", cwd="/nowhere")
     assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_command_for_which_there_is_no_thread_ends_at_once(monkeypatch):
+    def refuse_thread(_thread):
+        raise RuntimeError("can't start new thread")
+
+    results = []
+    runner = moltis.CommandRunner(environ=os.environ)
+    with monkeypatch.context() as crowded:
+        crowded.setattr(threading.Thread, "start", refuse_thread)
+        runner.start(
+            "id",
+            CommandSpec("sleep 600"),
+            on_chunk=lambda *_: None,
+            on_result=results.append,
+        )
+    assert results[0].cancelled
+    runner.close()

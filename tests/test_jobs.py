@@ -426,3 +426,14 @@ def test_attaching_to_no_job_says_where_to_look(program, home):
     done = run_moltis("node", "attach", "nonsense", home=home)
     assert done.returncode == moltis.EXIT_FAILURE
     assert "moltis node jobs" in done.stderr
+
+
+def test_asking_for_a_job_a_second_time_costs_its_output_nothing(tmp_path):
+    jobs, job = moltis.Jobs(tmp_path / "jobs", None), str(uuid.uuid4())
+    with jobs.new(job) as sink:
+        pass
+    with pytest.raises(moltis.RpcError), jobs.new(job):
+        raise moltis.RpcError("CONFLICT", "it was asked for before")
+    sink.chunk(moltis.Chunk(moltis.STDOUT, job, 0, b"kept"))
+    assert b"".join(jobs.read_all(job)) == b"kept"
+    jobs.close()

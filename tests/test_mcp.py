@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ class McpClient:
     def __init__(self, gateway):
         self.answers = []
         self._lines = queue.Queue()
-        self._client = gateway.operator()
+        self._client = moltis.LastingClient(gateway.operator)
         server = moltis.McpServer(self._client, self.take)
         self._thread = threading.Thread(
             target=server.serve, args=(iter(self._lines.get, ""),), name="test-mcp"
@@ -221,3 +222,21 @@ def test_it_is_a_subcommand_that_speaks_on_stdin_and_stdout(gateway, home):
         check=True,
     )
     assert json.loads(done.stdout) == {"jsonrpc": "2.0", "id": 1, "result": {}}
+
+
+def test_a_gateway_that_was_away_is_found_again(client):
+    assert client.tool(1, "exec", command="echo before")[1]["stdout"] == "before\n"
+    client._client._client._ws.abort()
+    assert client.tool(2, "exec", command="echo after")[1]["stdout"] == "after\n"
+
+
+def test_a_command_whose_answer_is_lost_is_named_and_not_run_again(client, tmp_path):
+    file = tmp_path / "begun"
+    params = {"name": "exec", "arguments": {"command": f"touch {file}; sleep 600"}}
+    client.send({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})
+    wait_for(file.exists)
+    client._client._client._ws.abort()
+    text = client.answer(1)["result"]["content"][0]["text"]
+    command = re.search(r"exec_status for ([0-9a-f-]{36})", text).group(1)
+    _, status = client.tool(2, "exec_status", id=command, cancel=True)
+    assert status["state"] == "cancelled"

@@ -204,3 +204,10 @@ def test_finished_commands_leave_nothing_with_their_connection(gateway, monkeypa
                 remote.acknowledge(news.command)
         assert len(peers) == 1
         wait_for(lambda: not peers[0]._followed, what="nothing to follow")
+
+
+@pytest.mark.parametrize("args", [{"command": "rm \udcff\udcfe"}, {"cwd": "/\udcff"}])
+def test_what_is_not_utf_8_is_refused_and_not_changed(gateway, args):
+    """As `?` a shell would take it for any character."""
+    with gateway.operator() as client, pytest.raises(moltis.UsageError, match="UTF-8"):
+        client.start("node.invoke", {"nodeId": "local", "args": args})

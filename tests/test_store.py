@@ -482,7 +482,9 @@ def test_a_command_given_up_as_lost_may_still_report_its_end(store):
 def test_a_command_given_up_as_lost_may_still_be_heard_of(store):
     store.commands.add(command("c1"))
     store.commands.end("c1", CommandEnd(CommandState.LOST, NOW + 1, error="gone"))
-    store.commands.start("c1", NOW)
+    store.commands.start("c1", NOW)  # a look that began before it was given up
+    assert store.commands.by_id("c1").state == "lost"
+    store.commands.start("c1", NOW, revives=True)
     row = store.commands.by_id("c1")
     assert (row.state, row.started_at, row.ended_at) == ("running", NOW, None)
     assert row.error is None
