@@ -171,8 +171,8 @@ def test_a_caller_who_comes_back_as_the_gateway_stops_leaves_its_command_alone(
 
 
 def test_what_ended_while_the_gateway_was_away_lands_in_the_audit(world):
-    call = world.call("sleep 1; echo out; exit 5")
-    wait_for(world.rows)
+    call = world.call(world.counted("sleep 1; echo out", 5))
+    wait_for(world.runs)  # not the row alone, which is there before its node knows
     call.process.kill()  # nobody comes back for it
     world.gateway.kill()
     time.sleep(1.2)  # the command's own time, and not a wait for something
