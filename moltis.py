@@ -21266,7 +21266,7 @@ class OperatorClient:
         """
         self._url = url
         self._ws = _connect_to(websocket_url(url), trust or TlsTrust())
-        self._calls = Calls(self._ws.send)
+        self._calls = Calls(self._send)
         self._on_event: Callable[[Event], None] = _ignore
         self._on_chunk: Callable[[Chunk], None] = _ignore
         self._on_end: Callable[[MoltisError], None] = _ignore
@@ -21330,11 +21330,6 @@ class OperatorClient:
     def start(self, method: str, params: JsonObject) -> Future[Any]:
         """Return the answer to come.  Raises Unreachable, UsageError."""
         try:
-            to_json(params).encode("utf-8")
-        except UnicodeEncodeError as error:
-            # On the wire it would be `?`, which a shell takes for any character.
-            raise UsageError(f"{error.object[:200]!r} is not UTF-8: {error}") from error
-        try:
             return self._calls.start(method, params)
         except ConnectionClosed as error:
             raise Unreachable(f"{self._url} hung up: {error}") from error
@@ -21347,6 +21342,15 @@ class OperatorClient:
         """Make a call whose answer nobody waits for."""
         with contextlib.suppress(ConnectionClosed):
             self._calls.start(method, params)
+
+    def _send(self, text: str) -> None:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            # On the wire it would be `?`, which a shell takes for any character.
+            near = text[max(0, error.start - 40) : error.end + 40]
+            raise UsageError(f"{near!r} is not UTF-8: say it in other words") from error
+        self._ws.send(text)
 
     def _connect(self, api_key: str) -> None:
         params = ConnectParams(

@@ -150,6 +150,14 @@ class World:
             name, "system.run", args, ORIGIN, sink or Sink(), invoke_id
         )
 
+    def claim_far(self):
+        """Return the node as it comes, before its hello; one that cannot resume."""
+        device = self.store.devices.by_id(self.devices["far"].id, moltis.now_ms())
+        params = moltis.ConnectParams(role="node", client_id="id-far")
+        node = moltis.ConnectedNode("id-far", device.id, Link(), params)
+        self.fleet.claim(node, device)
+        return node
+
     def finish(self, node, invocation, result=None):
         """Let the node report; return what it was told."""
         accepted = []
@@ -509,10 +517,7 @@ def test_pending_invokes_of_a_node_that_cannot_resume_fail_when_it_leaves(world)
 def test_a_node_that_is_just_coming_is_asked_once(world, node):
     """The caller and the node's coming may both be about to send."""
     world.leave(node)
-    device = world.store.devices.by_id(world.devices["far"].id, moltis.now_ms())
-    params = moltis.ConnectParams(role="node", client_id="id-far")
-    rust = moltis.ConnectedNode("id-far", device.id, Link(), params)
-    world.fleet.claim(rust, device)
+    rust = world.claim_far()
     early = world.start("far")  # before its hello
     assert rust.link.requests == []
     world.fleet.activate(rust)
@@ -598,10 +603,7 @@ def test_a_cancel_outlives_the_gateway(world, node):
 
 def test_a_command_cancelled_before_it_could_be_sent_is_sent_to_nobody(world, node):
     world.leave(node)
-    device = world.store.devices.by_id(world.devices["far"].id, moltis.now_ms())
-    params = moltis.ConnectParams(role="node", client_id="id-far")
-    coming = moltis.ConnectedNode("id-far", device.id, Link(), params)
-    world.fleet.claim(coming, device)
+    coming = world.claim_far()
     invocation = world.start("far")  # before its hello
     world.invocations.cancel(invocation)
     world.fleet.activate(coming)

@@ -211,3 +211,8 @@ def test_what_is_not_utf_8_is_refused_and_not_changed(gateway, args):
     """As `?` a shell would take it for any character."""
     with gateway.operator() as client, pytest.raises(moltis.UsageError, match="UTF-8"):
         client.start("node.invoke", {"nodeId": "local", "args": args})
+
+
+def test_what_is_said_in_a_chat_is_not_changed_either(gateway):
+    with gateway.operator() as client, pytest.raises(moltis.UsageError, match="UTF-8"):
+        client.call("chat.send", {"sessionKey": "main", "text": "rm \udcff"})
