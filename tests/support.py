@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import json
 import os
 import socket
 import subprocess
@@ -181,6 +182,14 @@ class Program:
 
     def __exit__(self, *_):
         self.end()
+
+
+def open_new_chat(page):
+    """Click New chat, and wait until it is the one that is shown."""
+    before = page.evaluate("location.pathname")
+    page.click("#new-chat")
+    page.wait_for(f"location.pathname !== {json.dumps(before)}")
+    page.wait_for("!document.querySelector('#welcome').hidden")
 
 
 class ScriptedServer:

@@ -19,6 +19,7 @@ from support import (
     ScriptedServer,
     clean_environment,
     free_port,
+    open_new_chat,
     process_exists,
     run_moltis,
     wait_for,
@@ -590,7 +591,7 @@ def test_a_stranger_asks_on_the_page_approves_one_command_and_reads_the_answer(
     with Browser() as browser, browser.new_page() as page:
         page.goto(f"{site.url}/#key={site.key}")
         page.wait_for("document.querySelector('#sessions li') !== null")
-        page.click("#new-chat")
+        open_new_chat(page)
         pick(page, "model", "clever")
         page.wait_for("!document.querySelector('#approvals').hidden")
         page.click("#text")

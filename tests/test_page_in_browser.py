@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser
-from support import Program, free_port, wait_for
+from support import Program, free_port, open_new_chat, wait_for
 
 HERE = Path(__file__).resolve().parent
 SCREENSHOTS = HERE / "screenshots"  # git ignores it
@@ -136,13 +136,6 @@ def shows(selector, text):
     return f"({element}?.innerText || '').includes({json.dumps(text)})"
 
 
-def new_chat(page):
-    before = page.evaluate("location.pathname")
-    page.click("#new-chat")
-    page.wait_for(f"location.pathname !== {json.dumps(before)}")
-    page.wait_for("!document.querySelector('#welcome').hidden")
-
-
 def choose(page, name):
     """Choose a machine with the keyboard alone, by typing how it is called."""
     page.wait_for(READY)
@@ -216,7 +209,7 @@ def test_signing_out_ends_it_in_this_browser_only(site, make_page):
 
 def test_a_stranger_types_uname_on_the_demo_node_and_reads_the_answer(site, make_page):
     page = make_page(site)
-    new_chat(page)
+    open_new_chat(page)
     take_screenshot(page, "welcome")
     choose(page, "Demo node")
     answer = run(page, "uname -a")
@@ -227,7 +220,7 @@ def test_a_stranger_types_uname_on_the_demo_node_and_reads_the_answer(site, make
 
 def test_a_failure_is_told_in_words(site, make_page):
     page = make_page(site)
-    new_chat(page)
+    open_new_chat(page)
     output = run(page, "echo oops >&2; exit 3", "Failed with exit status 3")
     assert output.strip() == "oops"
     assert page.evaluate(f"document.querySelector('{LAST}').dataset.kind") == "bad"
@@ -235,7 +228,7 @@ def test_a_failure_is_told_in_words(site, make_page):
 
 def test_colours_are_shown_and_progress_overwrites_its_line(site, make_page):
     page = make_page(site)
-    new_chat(page)
+    open_new_chat(page)
     output = run(
         page,
         r"printf '\033[31mred\033[0m \033]0;title\007\033[2Kplain\n'; "
@@ -249,7 +242,7 @@ def test_colours_are_shown_and_progress_overwrites_its_line(site, make_page):
 
 def test_output_appears_while_the_command_runs_and_stop_ends_it(site, make_page):
     page = make_page(site)
-    new_chat(page)
+    open_new_chat(page)
     choose(page, "Demo node")
     # Not the words of the command: the card has those before there is any output.
     type_line(page, "echo $((6 * 7)); exec sleep 600")
@@ -262,7 +255,7 @@ def test_output_appears_while_the_command_runs_and_stop_ends_it(site, make_page)
 
 def test_a_hundred_thousand_lines_leave_the_page_alive(site, make_page):
     page = make_page(site)
-    new_chat(page)
+    open_new_chat(page)
     choose(page, "Demo node")
     output = run(page, "seq 100000", "Succeeded")
     lines = output.split()
@@ -275,7 +268,7 @@ def test_a_hundred_thousand_lines_leave_the_page_alive(site, make_page):
 
 def test_arrow_up_brings_earlier_commands_back(site, make_page):
     page = make_page(site)
-    new_chat(page)
+    open_new_chat(page)
     run(page, "echo one")
     run(page, "echo two")
     page.press("ArrowUp")
@@ -290,7 +283,7 @@ def test_machine_and_history_survive_a_reload_and_reach_a_second_browser(
     site, make_page
 ):
     page = make_page(site)
-    new_chat(page)
+    open_new_chat(page)
     choose(page, "Demo node")
     run(page, "echo remembered")
     path = page.evaluate("location.pathname")
@@ -309,7 +302,7 @@ def test_machine_and_history_survive_a_reload_and_reach_a_second_browser(
 
 def test_back_and_forward_go_through_the_views(site, make_page):
     page = make_page(site)
-    new_chat(page)
+    open_new_chat(page)
     chat = page.evaluate("location.pathname")
     page.click("#to-nodes")
     page.wait_for_text("Generate Token")
@@ -324,7 +317,7 @@ def test_back_and_forward_go_through_the_views(site, make_page):
 
 def test_a_chat_is_renamed_and_deleted(site, make_page):
     page = make_page(site)
-    new_chat(page)
+    open_new_chat(page)
     run(page, "echo to be deleted")
     current = "#sessions li.current"
     page.evaluate(f"document.querySelector('{current} [aria-label=Rename]').click()")
@@ -341,7 +334,7 @@ def test_a_chat_is_renamed_and_deleted(site, make_page):
 
 def test_markup_in_output_and_messages_stays_text(site, make_page):
     page = make_page(site)
-    new_chat(page)
+    open_new_chat(page)
     markup = "<img src=x onerror=alert(1)>"
     assert run(page, f"echo '{markup}'").strip() == markup
     assert page.dialogs == []
@@ -408,7 +401,7 @@ def test_a_card_shows_live_telemetry_and_takes_a_new_name(site, make_page):
 
 def test_the_audit_lists_what_ran_and_can_be_filtered(site, make_page):
     page = make_page(site)
-    new_chat(page)
+    open_new_chat(page)
     run(page, "exit 9", "Failed with exit status 9")
     choose(page, "Demo node")
     run(page, "echo for the audit")
@@ -491,8 +484,7 @@ def test_it_works_on_a_phone(site, make_page):
     page = make_page(site)
     page.set_viewport(390, 844, mobile=True, scale=2)
     page.click("#open-sidebar")
-    page.click("#new-chat")
-    page.wait_for("!document.querySelector('#welcome').hidden")
+    open_new_chat(page)
     page.click("#node-button")
     option = "[...document.querySelectorAll('#node-list li')]"
     page.wait_for(f"{option}.length === 2")
@@ -541,7 +533,7 @@ def findings(page, axe):
 def test_axe_finds_nothing_serious(site, make_page, axe, size, scheme):
     page = make_page(site)
     page.set_media(dark=scheme == "dark", reduced_motion=True)
-    new_chat(page)
+    open_new_chat(page)
     run(page, r"printf '\033[31mred\033[0m'; seq 100; echo error >&2; exit 1", "Failed")
     page.set_viewport(*SIZES[size])
     chat = page.evaluate("location.pathname")
