@@ -3293,7 +3293,7 @@ class InflightCommand:
 
 
 MAX_ABILITIES = 100  # capabilities, commands; characters of each
-MAX_INFLIGHT = 1500  # commands in one `connect`; those beyond it have not begun
+MAX_INFLIGHT = 1500  # commands in one `connect`; those beyond it are in line
 
 
 @dataclass(frozen=True)
@@ -11996,6 +11996,10 @@ class Resumption:
                 resumed = {"resumed": True, "stdin": item.stdin}
                 invocation.sink.state(invocation.id, "running", resumed)
                 invocation.tell_offsets(node.link, rewind=False)
+                if invocation.cancelled:
+                    self._invocations.cancel(invocation)
+            elif not invocation.asked_here and len(node.inflight) == MAX_INFLIGHT:
+                invocation.leave_to_node()  # which had no room to name those in line
                 if invocation.cancelled:
                     self._invocations.cancel(invocation)
             elif invocation.sent_to not in (None, node.instance):

@@ -505,6 +505,23 @@ def test_a_node_that_came_back_without_it_has_lost_it(world, node):
     assert world.state(invocation) == "lost"
 
 
+def test_what_a_busy_node_has_no_room_to_name_is_not_lost_with_the_gateway(
+    world, node, monkeypatch
+):
+    monkeypatch.setattr(moltis, "MAX_INFLIGHT", 1)
+    named, beyond, unwanted = (world.start("far") for _ in range(3))
+    world.leave(node)
+    world.invocations.cancel(unwanted)
+    world.begin()
+    item = moltis.InflightCommand(named.id, 0, 0, 0, done=False)
+    again = world.connect("far", inflight=(item,))
+    assert again.link.requests == []  # it has no arguments any more: nothing to send
+    assert again.link.cancelled == [unwanted.id]
+    assert world.state(beyond) == "sent"
+    world.finish(again, world.invocations.get(beyond.id), done(0))
+    assert world.state(beyond) == "done"
+
+
 def test_pending_invokes_of_a_node_that_cannot_resume_fail_when_it_leaves(world):
     rust = world.connect("rust", capabilities=("exec",))
     invocation = world.start("rust")
