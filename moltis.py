@@ -12612,7 +12612,9 @@ class JobDesk:
                 return None
             return view, reading
 
-        return self.jobs.waiters.answer(invoke_id, wait, attempt)
+        answer = self.jobs.waiters.answer(invoke_id, wait, attempt)
+        self._wake_at_end(invoke_id, answer)
+        return answer
 
     def end(self, invoke_id: str, wait: float) -> Future[JsonObject]:
         """Return how it stands when it has ended, or `wait` s are over."""
@@ -12622,14 +12624,29 @@ class JobDesk:
             return None if record.is_open and not final else self.view(record)
 
         answer = self.jobs.waiters.answer(invoke_id, wait, attempt)
-        invocation = self.invocations.get(invoke_id)
-        # One that is no job tells us in no other way.
-        is_job = self.jobs.known(invoke_id)
-        if invocation is not None and not is_job and not answer.done():
-            invocation.future.add_done_callback(
-                lambda _: self.jobs.waiters.wake(invoke_id)
-            )
+        self._wake_at_end(invoke_id, answer)
         return answer
+
+    def _wake_at_end(
+        self, invoke_id: str, answer: Future[Any], told: Future[Any] | None = None
+    ) -> None:
+        """See to it that the end of what is no job is news: it tells in no other way.
+
+        `told`: the invocation's future that was done and was not the end.
+        """
+        invocation = self.invocations.get(invoke_id)
+        if invocation is None or answer.done() or self.jobs.known(invoke_id):
+            return
+        future = invocation.future
+        if future is told:  # we stop
+            return
+
+        def wake(_: object) -> None:
+            self.jobs.waiters.wake(invoke_id)
+            # Another client may follow it now, and with it there is another future.
+            self._wake_at_end(invoke_id, answer, future)
+
+        future.add_done_callback(wake)
 
     def all(self) -> list[CommandRecord]:
         """Return all that runs, and all jobs; the newest first."""
@@ -23868,11 +23885,10 @@ def add_node_jobs(subcommands: Subcommands) -> None:
 
 def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
     with operator_client(args, context) as client:
-        asked = {"nodeId": args.node} if args.node else {}
+        asked = {"nodeId": args.node} if args.node is not None else {}
         jobs = client.call("command.list", asked)
-        if args.cancel:
-            client.call("command.cancel", {"id": find_job(args.cancel, jobs)})
-            context.output.say("it is being ended")
+        if args.cancel is not None:
+            cancel_job(client, find_job(args.cancel, jobs), context.output)
             return EXIT_OK
     if args.json:
         context.output.json(jobs)
@@ -23882,19 +23898,43 @@ def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
     return EXIT_OK
 
 
+def cancel_job(client: OperatorClient, job_id: str, output: Output) -> None:
+    """Have a command ended, and say when that will be.
+
+    Raises UserError where there is nothing to end any more.
+    """
+    before = client.call("command.get", {"id": job_id})
+    after = client.call("command.cancel", {"id": job_id})
+    ended_by_itself = after["endedAt"] and after["state"] != CommandState.CANCELLED
+    if before["endedAt"] or ended_by_itself:
+        lost = after["state"] == CommandState.LOST
+        how = "was given up" if lost else "had ended"
+        raise UserError(
+            f"nothing to end: the command on {after['nodeName']} {how} before: "
+            f"{job_state(after)}"
+        )
+    if after.get("waiting"):
+        output.say(f"it ends when {after['nodeName']} is back, which is away now")
+    else:
+        output.say("it is being ended")
+
+
+def job_state(job: JsonObject) -> str:
+    """Return in a word or two how a job stands."""
+    state: str = job["state"]
+    if job["endedAt"] is None and job.get("waiting"):
+        return "node away"
+    if job.get("place"):
+        return f"in line ({job['place']})"
+    return state if job["exitCode"] is None else f"{state} ({job['exitCode']})"
+
+
 def job_row(job: JsonObject) -> tuple[str, ...]:
     """Return the columns of `node jobs`."""
-    state = job["state"]
-    if job["endedAt"] is None and job.get("waiting"):
-        state = "node away"
-    elif job.get("place"):
-        state = f"in line ({job['place']})"
-    elif job["exitCode"] is not None:
-        state = f"{state} ({job['exitCode']})"
     return (
         job["invokeId"],
         job["nodeName"],
-        state,
+        job_state(job),
         format_time(job["askedAt"]),
         format_bytes(job["stdoutBytes"] + job["stderrBytes"]),
         clip(" ".join(job["command"].split()), 60).replace("\n", " "),
@@ -23902,10 +23942,13 @@ def job_row(job: JsonObject) -> tuple[str, ...]:
 
 
 def find_job(reference: str, jobs: Sequence[JsonObject]) -> str:
-    """Return the id that `reference` is, or begins.  Raises UserError."""
+    """Return the id that `reference` is, or begins.  Raises UserError.
+
+    A whole id may be one that ended long ago: that the gateway knows better.
+    """
     found = [j["invokeId"] for j in jobs if j["invokeId"].startswith(reference)]
-    if len(found) == 1:
-        return str(found[0])
+    if len(found) == 1 or is_uuid(reference):
+        return str(found[0] if found else reference)
     problem = "is ambiguous" if found else "is no job"
     raise UserError(f"{reference!r} {problem}; `moltis node jobs` shows what there is")
 
@@ -23948,6 +23991,7 @@ class Attachment:
         self._position = 0
         self._files = {"stdout": sys.stdout.buffer, "stderr": sys.stderr.buffer}
         self._offsets = {"stdout": 0, "stderr": 0}
+        self._explained = False  # why there is no output of it
 
     def run(self) -> int:
         """Return the exit status of the job.  Raises as OperatorClient does."""
@@ -23970,6 +24014,9 @@ class Attachment:
         """Print an answer; return whether it was the last."""
         self._position = job["next"]
         self._wait = CALL_TIMEOUT / 2
+        if not job["background"] and not self._explained:
+            self._explained = True
+            self._output.say(f"moltis: {foreground_words(job)}")
         change = self._waiting.begin if job.get("waiting") else self._waiting.end
         change(job["nodeName"])
         for stream, offset, data in job["output"]:
@@ -24001,6 +24048,18 @@ class Attachment:
             else:
                 self._waiting.end("the gateway")
                 return client
+
+
+def foreground_words(job: JsonObject) -> str:
+    """Return why a command has no output to be attached to, and where to look."""
+    name, session = job["nodeName"], job["sessionKey"]
+    place = f"in the chat session {session}" if session else "with who started it"
+    if job["endedAt"] is not None:
+        return f"the output of this command on {name} is not kept here; it was {place}"
+    return (
+        f"this command on {name} is no job: its output is {place}, and not kept here; "
+        "waiting for its end"
+    )
 
 
 def job_status(job: JsonObject, output: Output) -> int:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import json
 import os
+import subprocess
+import sys
 import threading
 import uuid
 
 import pytest
-from peers import InProcessGateway
-from support import Program, free_port, run_moltis, wait_for
+from peers import InProcessGateway, rust_connect
+from support import (
+    PROGRAM,
+    Program,
+    clean_environment,
+    free_port,
+    run_moltis,
+    wait_for,
+)
 
 import moltis
 from moltis import STDERR, STDOUT, Chunk
@@ -420,6 +431,91 @@ def test_jobs_are_listed_and_cancelled(program, home):
     attached = run_moltis("node", "attach", job, home=home)
     assert attached.returncode == moltis.INTERRUPTED
     assert "cancelled" in attached.stderr
+
+
+def test_ending_what_has_ended_is_said_to_come_too_late(program, home):
+    started = run_moltis("node", "exec", "--detach", "local", "--", "exit 3", home=home)
+    job = started.stdout.strip()
+    assert run_moltis("node", "attach", job, home=home).returncode == 3
+    done = run_moltis("node", "jobs", "--cancel", job, home=home)
+    assert done.returncode == moltis.EXIT_FAILURE
+    assert "the command on Local had ended before: done (3)" in done.stderr
+
+
+def test_ending_what_runs_on_a_node_that_is_away_says_when_that_will_be(
+    gateway, capsys
+):
+    with silent_node(gateway) as peer:
+        job = start(gateway, "sleep 600", "gone")
+        peer.receive_until(lambda m: m.get("event") == moltis.INVOKE_REQUEST)
+    wait_for(lambda: gateway.call("command.get", id=job)["waiting"])
+    with gateway.operator() as client:
+        moltis.cancel_job(client, job, moltis.Output({}))
+    assert "it ends when Rust box is back, which is away now" in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def silent_node(gateway):
+    """A node that takes commands, and does nothing about them."""
+    with gateway.peer() as peer:
+        extensions = {"moltis": {"caps": list(moltis.MACHINE_CAPABILITIES)}}
+        params = rust_connect(gateway.token(), "gone", extensions=extensions)
+        assert peer.request("connect", params)["ok"]
+        yield peer
+
+
+@pytest.mark.parametrize("follows_anew", [False, True])
+def test_the_end_of_what_is_no_job_is_told_at_once(gateway, tmp_path, follows_anew):
+    """Also when the client that follows it came back meanwhile: `wait` is not over."""
+    fifo, invoke_id = tmp_path / "fifo", str(uuid.uuid4())
+    os.mkfifo(fifo)
+    params = {
+        "nodeId": "local",
+        "command": "system.run",
+        "args": {"command": f"read x <{fifo}; exit 7", "stream": True},
+        "invokeId": invoke_id,
+    }
+    with gateway.operator() as client, gateway.operator() as asks:
+        results = [client.start("node.invoke", params)]
+        wait_for(lambda: gateway.running.invocations.get(invoke_id))
+        answers = [
+            asks.start(method, {"id": invoke_id, "wait": 300})
+            for method in ("command.get", "command.wait")
+        ]
+        asks.call("node.list", {})  # both are waiting
+        if follows_anew:
+            results.append(client.start("node.invoke", params))
+            with pytest.raises(moltis.RpcError, match="another client"):
+                results[0].result(10)
+        with fifo.open("w") as file:
+            file.write("x\n")
+        for answer in answers:
+            ended = answer.result(10)
+            assert (ended["state"], ended["exitCode"]) == ("done", 7)
+            assert not ended["background"]
+        assert results[-1].result(10)["exitCode"] == 7
+
+
+def test_attaching_to_a_foreground_command_says_where_its_output_is(program, home):
+    command = "echo shown; read x; exit 7"
+    with subprocess.Popen(
+        [sys.executable, PROGRAM, "node", "exec", "local", "--stdin", "--", command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=clean_environment(home),
+    ) as foreground:
+        assert foreground.stdout.readline() == b"shown\n"
+        listed = run_moltis("node", "jobs", "--json", home=home)
+        job = json.loads(listed.stdout)[0]["invokeId"]
+        with Program("node", "attach", job, home=home) as attached:
+            attached.wait_for_output("is no job: its output is with who started it")
+            foreground.stdin.write(b"x\n")
+            foreground.stdin.close()
+            assert attached.process.wait(10) == 7
+            assert attached.stdout == ""
+    after = run_moltis("node", "attach", job, home=home)
+    assert after.returncode == 7
+    assert "is not kept here; it was with who started it" in after.stderr
 
 
 def test_attaching_to_no_job_says_where_to_look(program, home):
