@@ -3484,6 +3484,7 @@ EXIT_LOOK = 0.1  # s between looks for the shell's end, where there is no pidfd
 GROUP_LOOK = 0.05  # s between looks for survivors of a group that has to end
 LONGEST_POLL = 3600.0  # s; poll() takes a C int of ms
 WORKER_LINGER = 10.0  # s that a thread waits for another command
+PLACE_INTERVAL = 0.2  # s between two looks at the line, to tell where who is in it
 
 # 300,000 lines echoed one by one are 200 chunks with this, 45,000 without; the first
 # line, and the last before the command ends, are not held up.
@@ -4385,18 +4386,84 @@ def _why_not_started(error: OSError | ValueError, cwd: str | None) -> str:
     return f"cannot start {SHELL}: {error.strerror}"
 
 
-@dataclass(frozen=True, eq=False)
 class _Job:
-    invoke_id: str
-    command: Command
-    on_result: ResultHandler
-    on_queued: Callable[[int], None] | None
-    place: int  # in line, from 1; 0 if it need not wait
+    """A command of a runner, and what was told of its place in line."""
+
+    def __init__(
+        self,
+        invoke_id: str,
+        command: Command,
+        on_result: ResultHandler,
+        on_queued: Callable[[int], None] | None,
+    ) -> None:
+        self.invoke_id = invoke_id
+        self.command = command
+        self.on_result = on_result
+        self._on_queued = on_queued
+        self._lock = threading.Lock()  # guards _told; held while it is being told
+        self._told: int | None = None  # a place, from 1; 0: it has left the line
 
     def tell_place(self, place: int) -> None:
-        if self.on_queued is not None:
+        """Tell where in line it is, unless it was told so, or about so far behind."""
+        slack = place // 4 if place > 10 else 0
+        with self._lock:
+            if self._told is None or self._told - place > slack:
+                self._tell(place)
+
+    def tell_place_again(self) -> None:
+        """Tell it to somebody who has not heard it, where it is in line still."""
+        with self._lock:
+            if self._told:
+                self._told = None
+
+    def leave_line(self) -> None:
+        with self._lock:
+            if self._told:
+                self._tell(0)
+            self._told = 0
+
+    def _tell(self, place: int) -> None:
+        self._told = place
+        if self._on_queued is not None:
             with contextlib.suppress(ConnectionClosed):
-                self.on_queued(place)
+                self._on_queued(place)
+
+
+class _Line:
+    """Jobs that wait for their turn, and a thread that tells where in line they are."""
+
+    def __init__(self, lock: threading.Condition) -> None:
+        """`lock` guards all below, and is held by who calls; it is the runner's."""
+        self.jobs: collections.deque[_Job] = collections.deque()
+        self._lock = lock
+        self._thread: threading.Thread | None = None  # while anybody waits
+        self._closing = threading.Event()
+
+    def tell_places(self) -> None:
+        """Have the thread tell, from now on until nobody waits."""
+        if self._thread is None:
+            thread = threading.Thread(
+                target=self._tell, name="moltis-run-line", daemon=True
+            )
+            thread.start()
+            self._thread = thread
+
+    def close(self) -> tuple[list[_Job], list[threading.Thread]]:
+        """Return who waited until now, and the threads that are to be joined."""
+        self._closing.set()
+        waiting = list(self.jobs)
+        self.jobs.clear()
+        return waiting, [] if self._thread is None else [self._thread]
+
+    def _tell(self) -> None:
+        while not self._closing.wait(PLACE_INTERVAL):
+            with self._lock:
+                waiting = list(self.jobs)
+                if not waiting:
+                    self._thread = None
+                    return
+            for place, job in enumerate(waiting, 1):
+                job.tell_place(place)
 
 
 class CommandRunner:
@@ -4418,7 +4485,7 @@ class CommandRunner:
         self._lock = threading.Condition(threading.Lock())  # guards all below
         self._jobs: dict[str, _Job] = {}  # until they are forgotten
         self._starting = 0  # jobs that are neither in line yet nor ended
-        self._line: collections.deque[_Job] = collections.deque()
+        self._line = _Line(self._lock)
         self._running: dict[str, None] = {}  # ids, the oldest first
         self._settled: dict[str, int] = {}  # kept results, the oldest first; bytes held
         self._forgotten: dict[str, None] = {}  # ids; MAX_REMEMBERED, the oldest goes
@@ -4441,7 +4508,8 @@ class CommandRunner:
 
         An id that is known is not run again: its command is returned, which may have
         its result already.  `on_result` comes after all output.  `on_queued` hears
-        the place in line, from 1, if it has to wait, and 0 when its turn has come.
+        the place in line, from 1, if it has to wait for more than a moment, again as
+        it moves, and 0 when its turn has come.
         Raises RpcError CONFLICT for an id whose result was forgotten, UNAVAILABLE
         after close().
         """
@@ -4458,16 +4526,12 @@ class CommandRunner:
             if known is not None:
                 return known.command
             self._refuse(invoke_id)
-            ahead = len(self._running) + len(self._line)
-            place = max(0, ahead + 1 - self._limit)
-            job = _Job(invoke_id, command, on_result, on_queued, place)
+            idle = not self._running and not self._line.jobs
+            job = _Job(invoke_id, command, on_result, on_queued)
             self._jobs[invoke_id] = job
             self._starting += 1
         try:
-            if place:
-                # Told before anybody can take it from the line.
-                job.tell_place(place)
-            elif not ahead:
+            if idle:
                 # Its shell gets going while the worker wakes: 40 µs.  Beside others,
                 # it would keep this thread from the next request.
                 command.spawn()
@@ -4504,12 +4568,19 @@ class CommandRunner:
         # found by one of us.
         job.command.cancel()
         with self._lock:
-            waits = job in self._line
+            waits = job in self._line.jobs
             if waits:
-                self._line.remove(job)
+                self._line.jobs.remove(job)
         if waits:
             self._run(job)
         return True
+
+    def tell_place_again(self, invoke_id: str) -> None:
+        """Tell a new peer the command's place in line, if it is in line still."""
+        with self._lock:
+            job = self._jobs.get(invoke_id)
+        if job is not None:
+            job.tell_place_again()
 
     def forget(self, invoke_id: str) -> None:
         """Let go of a result, and of the output, that the peer has got."""
@@ -4522,10 +4593,9 @@ class CommandRunner:
         deadline = Deadline(timeout)
         with self._lock:
             self._closed = True
-            waiting = list(self._line)
-            self._line.clear()
+            waiting, threads = self._line.close()
             running = [self._jobs[invoke_id] for invoke_id in self._running]
-            threads = list(self._threads)
+            threads += self._threads
             self._lock.notify_all()
         for job in waiting + running:
             job.command.cancel()
@@ -4551,12 +4621,12 @@ class CommandRunner:
         with self._lock:
             ended = self._closed or job.command.cancelled
             if not ended:
-                self._line.append(job)
+                self._line.jobs.append(job)
                 try:
                     self._call_worker()
                 except RuntimeError:  # no thread is left: a worker that is there has it
                     if not self._threads:
-                        self._line.remove(job)
+                        self._line.jobs.remove(job)
                         ended = True
         if ended:
             job.command.cancel()
@@ -4565,13 +4635,15 @@ class CommandRunner:
     def _call_worker(self) -> None:
         # An idle thread has the command 0.2 ms earlier than a new one.  One that was
         # called and has not come yet counts as idle still: hence the comparison.
-        if len(self._line) <= self._idle:
+        if len(self._line.jobs) <= self._idle:
             self._lock.notify()
         elif len(self._threads) < self._limit:
             # Started under the lock, so that close() joins only threads that run.
             thread = threading.Thread(target=self._work, daemon=True)
             thread.start()
             self._threads.append(thread)
+        else:
+            self._line.tell_places()
 
     def _work(self) -> None:
         """Run the commands in line, until there have been none for a while."""
@@ -4582,23 +4654,22 @@ class CommandRunner:
             if job is None:
                 return
             thread.name = f"moltis-run-{job.invoke_id[:8]}"
-            if job.place:
-                job.tell_place(0)
             self._run(job)
 
     def _take(self) -> _Job | None:
         with self._lock:
             self._idle += 1
-            self._lock.wait_for(lambda: self._line or self._closed, WORKER_LINGER)
+            self._lock.wait_for(lambda: self._line.jobs or self._closed, WORKER_LINGER)
             self._idle -= 1
-            if not self._line:
+            if not self._line.jobs:
                 self._threads.remove(threading.current_thread())
                 return None
-            job = self._line.popleft()
+            job = self._line.jobs.popleft()
             self._running[job.invoke_id] = None
             return job
 
     def _run(self, job: _Job) -> None:
+        job.leave_line()
         try:
             result = job.command.run()
         except Exception:
@@ -7315,6 +7386,7 @@ class Machine:
         work = self._work(invoke_id)
         if work is not None:
             work.rewind({STDOUT: stdout, STDERR: stderr})
+        self._runner.tell_place_again(invoke_id)
         self.resend_result(invoke_id)
 
     def rewind(self, invoke_id: str, stdout: int, stderr: int) -> None:
@@ -7502,7 +7574,13 @@ MAX_NODE_OUTBOX = 2 * MAX_RUNNING * STREAM_WINDOW + 2 * MAX_KEPT_OUTPUT
 class GatewayLink:
     """One authenticated connection to the gateway, from hello to its end."""
 
-    def __init__(self, ws: WebSocket, machine: Machine, hello: JsonObject) -> None:
+    def __init__(
+        self,
+        ws: WebSocket,
+        machine: Machine,
+        hello: JsonObject,
+        named: Iterable[InflightCommand],  # in our `connect`
+    ) -> None:
         features = hello.get("features")
         methods = features.get("methods") if isinstance(features, dict) else None
         streams = isinstance(methods, list) and CAP_STREAM in methods
@@ -7511,6 +7589,7 @@ class GatewayLink:
         self._ws = ws
         self._machine = machine
         self._resumable = _resumable(hello) if streams else None
+        self._named = {item.invoke_id for item in named}
         self._calls = Calls(ws.send)
         self._lock = threading.Lock()  # guards _results and _refused
         self._results: dict[Future[Any], str] = {}  # sent, not yet answered
@@ -7563,6 +7642,8 @@ class GatewayLink:
                 self._machine.settle(item.invoke_id)
         elif item.invoke_id in self._resumable:
             self._machine.resume(item.invoke_id, *self._resumable[item.invoke_id])
+        elif item.invoke_id not in self._named:  # it was in line, and has sent nothing
+            self._machine.resume(item.invoke_id, 0, 0)
         else:
             self._machine.abandon(item.invoke_id)
 
@@ -7780,9 +7861,11 @@ class NodeAgent:
         ws = connect(
             url, compression=False, max_outbox=MAX_NODE_OUTBOX, ssl_context=tls
         )
+        # A gateway asks for the others again, and gets no second run of them.
+        named = tuple(self._machine.inflight()[:MAX_INFLIGHT])
         try:
-            hello = self._authenticate(ws)
-            return GatewayLink(ws, self._machine, hello), ws
+            hello = self._authenticate(ws, named)
+            return GatewayLink(ws, self._machine, hello, named), ws
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
             kind = Unreachable if error.code in PASSING_CODES else Refused
@@ -7799,7 +7882,9 @@ class NodeAgent:
                 f"{url} hung up while this node signed in: {error}"
             ) from error
 
-    def _authenticate(self, ws: WebSocket) -> JsonObject:
+    def _authenticate(
+        self, ws: WebSocket, inflight: tuple[InflightCommand, ...]
+    ) -> JsonObject:
         """Return the hello-ok payload, after the gateway has proved itself."""
         asked = ConnectParams(
             role="node",
@@ -7810,8 +7895,7 @@ class NodeAgent:
             capabilities=self._machine.capabilities,
             commands=MACHINE_COMMANDS,
             instance=self._instance,
-            # A gateway asks for the others again, and gets no second run of them.
-            inflight=tuple(self._machine.inflight()[:MAX_INFLIGHT]),
+            inflight=inflight,
         )
         token = self._settings.device_token
         if self._settings.auth == "bearer":
@@ -11992,6 +12076,9 @@ class Resumption:
             if invocation.id in node.inflight:
                 invocation.hand_to(node)
                 invocation.leave_to_node()
+                if invocation.place:  # it says so again if it still waits there
+                    invocation.place = None
+                    invocation.begin()
                 item = node.inflight[invocation.id]
                 resumed = {"resumed": True, "stdin": item.stdin}
                 invocation.sink.state(invocation.id, "running", resumed)

@@ -838,11 +838,51 @@ def test_commands_beyond_the_limit_wait_in_line_and_say_so(jobs):
     first = jobs.start("first", "cat", stdin=True)
     jobs.start("second", "exit 2")
     jobs.start("third", "exit 3")
+    wait_for(lambda: len(jobs.places) == 2, what="both places")
     assert jobs.places == [("second", 1), ("third", 2)]
     wait_for(lambda: jobs.runner.running() == ["first"])
     first.write_stdin(0, b"")
     jobs.wait("first", "second", "third")
-    assert jobs.places[2:] == [("second", 0), ("third", 0)]
+    assert [place for name, place in jobs.places if name == "second"] == [1, 0]
+    assert [place for name, place in jobs.places if name == "third"][-1] == 0
+
+
+@limited
+def test_who_moves_up_in_line_hears_of_it(jobs):
+    first = jobs.start("first", "cat", stdin=True)
+    second = jobs.start("second", "cat", stdin=True)
+    jobs.start("third", "true")
+    wait_for(lambda: len(jobs.places) == 2, what="both places")
+    first.write_stdin(0, b"")
+    wait_for(lambda: ("third", 1) in jobs.places, what="the next place")
+    second.write_stdin(0, b"")
+    jobs.wait("third")
+    assert [place for name, place in jobs.places if name == "second"] == [1, 0]
+    assert [place for name, place in jobs.places if name == "third"] == [2, 1, 0]
+
+
+@limited
+def test_who_waits_for_a_moment_only_is_told_nothing(jobs, monkeypatch):
+    monkeypatch.setattr(moltis, "PLACE_INTERVAL", 60.0)
+    for name in ("first", "second", "third"):
+        jobs.start(name, "true")
+    jobs.wait("first", "second", "third")
+    assert jobs.places == []
+
+
+def test_those_far_behind_hear_of_their_place_less_often():
+    told = []
+    job = moltis._Job("id", None, None, told.append)
+    for place in (100, 90, 80, 79, 79, 12, 11, 10, 9, 9):
+        job.tell_place(place)
+    assert told == [100, 79, 12, 10, 9]
+    job.tell_place_again()
+    job.tell_place(9)
+    job.leave_line()
+    job.tell_place(8)  # it had looked before
+    job.tell_place_again()
+    job.tell_place(8)
+    assert told[5:] == [9, 0]
 
 
 @limited
