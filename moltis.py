@@ -22447,8 +22447,6 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
     """Raises UsageError, BadConfiguration."""
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port takes 0 to 65535, not {args.port}")
-    if not args.bind:  # a variable that is not set: the system takes it for 0.0.0.0
-        raise UsageError("--bind takes an address; 0.0.0.0 lets the network in")
     if not 0 < args.keep_audit <= 36_500:
         raise UsageError(f"--keep-audit takes days, not {args.keep_audit:g}")
     if args.proxy_cert and not args.trusted_proxy:
@@ -22469,8 +22467,6 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
 
 def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
     """Raises UsageError, BadConfiguration."""
-    if "" in (args.tls_cert, args.tls_key):  # a variable that is not set
-        raise UsageError("--tls-cert and --tls-key take a file each, not nothing")
     if bool(args.tls_cert) != bool(args.tls_key):
         raise UsageError("--tls-cert and --tls-key go together")
     if args.tls_cert:
@@ -22979,8 +22975,6 @@ def node_settings(
             "the whole command"
         )
     check_timeout(args.timeout)
-    if any(not pattern.strip() for pattern in args.allow or ()):
-        raise UsageError("--allow is empty, so nothing could run; give it a pattern")
     if (args.ca or args.fingerprint) and websocket_url(host).startswith("ws:"):
         raise UsageError(
             f"--ca and --fingerprint vouch for a certificate, and {host} has none; "
@@ -23661,6 +23655,8 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
     if args.all == bool(args.nodes):
         both = ", not both" if args.all else ""
         raise UsageError(f"name the nodes, or say --all{both}")
+    if args.stdin and args.detach:
+        raise UsageError("--stdin feeds a command while we stay, --detach does not")
     check_timeout(args.timeout)
     # One word is a line for the shell; several are to arrive as the words they are.
     line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
@@ -23672,16 +23668,12 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
     if args.timeout is not None:
         request["timeout"] = round(args.timeout * 1000)
     if args.cwd is not None:
-        if not args.cwd.strip():
-            raise UsageError(
-                "--cwd is empty; leave it out for the node's own directory"
-            )
         request["cwd"] = args.cwd
     dial = partial(operator_client, args, context)
     with dial() as client:
         nodes = named_nodes(args.nodes, client) or all_connected(client)
-        if args.stdin and (len(nodes) > 1 or args.detach):
-            raise UsageError("--stdin feeds one node, and only while we stay")
+        if args.stdin and len(nodes) > 1:
+            raise UsageError("--stdin feeds one node")
         if args.detach:
             return start_jobs(client, nodes, request, context.output)
         return Execution(client, dial, nodes, request, context.output).run()
@@ -23912,7 +23904,9 @@ class Execution:
         for group, names in groups.items():
             if names:
                 self._output.say(f"{group}: {', '.join(names)}")
-        return EXIT_FAILURE if groups["failed"] or groups["unreachable"] else EXIT_OK
+        if not groups["failed"] and not groups["unreachable"]:
+            return EXIT_OK
+        return INTERRUPTED if self._cancelled else EXIT_FAILURE
 
 
 class StreamPrinter:
@@ -23972,9 +23966,9 @@ def add_node_jobs(subcommands: Subcommands) -> None:
 
 def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
     with operator_client(args, context) as client:
-        asked = {"nodeId": args.node} if args.node is not None else {}
+        asked = {"nodeId": args.node} if args.node else {}
         jobs = client.call("command.list", asked)
-        if args.cancel is not None:
+        if args.cancel:
             cancel_job(client, find_job(args.cancel, jobs), context.output)
             return EXIT_OK
     if args.json:
@@ -24378,13 +24372,14 @@ class ChatTerminal:
         self._cards: dict[str, CardPrinter] = {}
         self._asked: set[str] = set()  # messages whose approval was decided here
         self._at_line_start = True  # of stdout
-        self._status = EXIT_OK
+        self._status = EXIT_OK  # of the turn
         client.listen(self._on_event, on_end=self._news.put)
         client.call("subscribe", {"events": ["chat"]})
 
     def turn(self, text: str) -> int:
         """Have `text` answered; return the exit status.  Raises UserError."""
         self._interrupted = False
+        self._status = EXIT_OK
         previous = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
             return self._turn(text)
@@ -24438,7 +24433,8 @@ class ChatTerminal:
         if state not in ("final", "error", "aborted"):
             return False
         self._end_line()
-        self._status = EXIT_OK if state == "final" else EXIT_FAILURE
+        if state != "final":
+            self._status = EXIT_FAILURE
         self._say_usage(message or {})
         return True
 
@@ -24489,6 +24485,8 @@ class ChatTerminal:
             self._end_line()
             for line in command_verdict(command, card.whole):
                 self._output.say(line)
+        if message["state"] == "error" and typed:  # a model may know another way
+            self._status = EXIT_FAILURE
 
     def _decide(self, command: JsonObject) -> None:
         # A handler that returns would leave the question standing.
@@ -24604,6 +24602,23 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     return parser
 
 
+def check_filled(arguments: Sequence[str]) -> None:
+    """Raises UsageError for an empty word, such as a variable leaves that is not set.
+
+    It must not stand for all there are, nor for the one there is; an empty --bind
+    would be any address.
+    """
+    for before, word in zip(["moltis", *arguments], arguments):
+        option, is_set, value = word.partition("=")
+        if not word.strip():
+            what = before if before.startswith("-") else f"the word after `{before}`"
+        elif is_set and option.startswith("--") and not value.strip():
+            what = option
+        else:
+            continue
+        raise UsageError(f"{what} is empty; give it a value, or leave it out")
+
+
 def subcommand(
     arguments: Sequence[str], command: Sequence[str]
 ) -> Callable[[Context], int]:
@@ -24611,6 +24626,7 @@ def subcommand(
     if arguments == ["node", "run"]:
         # What services start: to parse it takes 0.9 MiB of a node for as long as it is.
         return partial(cmd_node_run, None)
+    check_filled(arguments)
     parser = build_parser(arguments)
     args = parser.parse_args(arguments)
     args.command = command

@@ -7,6 +7,7 @@ import argparse
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from peers import InProcessGateway, rust_connect
 from support import (
     PROGRAM,
+    Program,
     ScriptedServer,
     clean_environment,
     run_moltis,
@@ -439,7 +441,18 @@ def test_an_interrupt_leaves_a_node_that_does_not_come_back(
         (("node", "add", "--host", "h", "--token", TOKEN, "--allow", ""), "--allow"),
         (("node", "add", "--host", "h", "--token", TOKEN, "--ca", "x"), "wss://"),
         (("node", "exec", "n", "--cwd", "", "--", "rm -rf *"), "--cwd is empty"),
+        (("node", "exec", "", "--", "rm -rf *"), "word after `exec` is empty"),
+        (("node", "exec", "n", " ", "--", "rm -rf *"), "word after `n` is empty"),
+        (("node", "attach", ""), "word after `attach` is empty"),
+        (("node", "jobs", ""), "word after `jobs` is empty"),
+        (("node", "jobs", "--cancel", ""), "--cancel is empty"),
+        (("node", "jobs", "--cancel="), "--cancel is empty"),
+        (("chat", "--session", "", "hi"), "--session is empty"),
+        (("chat", "--node", "", "hi"), "--node is empty"),
+        (("node", "list", "--host", ""), "--host is empty"),
+        (("node", "list", "--fingerprint", ""), "--fingerprint is empty"),
         (("audit", "--limit", "0"), "--limit"),
+        (("node", "exec", "n", "--stdin", "--detach", "--", "cat"), "--stdin feeds"),
     ],
 )
 def test_what_an_unset_variable_leaves_is_not_taken_for_a_choice(
@@ -447,6 +460,32 @@ def test_what_an_unset_variable_leaves_is_not_taken_for_a_choice(
 ):
     assert moltis.main(arguments) == moltis.EXIT_USAGE
     assert words in capsys.readouterr().err
+
+
+def test_an_empty_word_may_belong_to_the_other_machine(tmp_path):
+    with InProcessGateway(tmp_path / ".moltis"):
+        command = ("printf", "[%s]", "")
+        done = run_moltis("node", "exec", "local", "--", *command, home=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "[]")
+
+
+def test_an_interrupt_of_several_commands_counts_as_one(tmp_path):
+    with InProcessGateway(tmp_path / ".moltis") as gateway, gateway.node("far"):
+        words = ("node", "exec", "--all", "--", "echo begun; sleep 600")
+        with Program(*words, home=tmp_path) as execution:
+            wait_for(lambda: execution.stdout.count("begun") == 2, 20)
+            assert execution.end(signal.SIGINT) == moltis.INTERRUPTED
+
+
+def test_a_typed_command_that_cannot_run_is_a_failure_of_the_chat(tmp_path):
+    with InProcessGateway(tmp_path / ".moltis") as gateway:
+        gateway.node("far").close()
+        wait_for(lambda: not gateway.is_connected("id-of-far"))
+        done = run_moltis("chat", "--node", "far", "echo ran", home=tmp_path)
+        assert done.returncode == moltis.EXIT_FAILURE
+        assert "far is offline" in done.stderr
+        done = run_moltis("chat", "--node", "local", "exit 3", home=tmp_path)
+        assert done.returncode == moltis.EXIT_OK  # it ran, and that is its answer
 
 
 def test_a_signal_in_the_middle_of_the_wait_for_it_is_no_deadlock(home):

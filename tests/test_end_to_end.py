@@ -692,7 +692,7 @@ def test_an_offline_node_says_since_when(own_site):
         (("node", "exec", "pi", "--timeout", "nan", "--", "true"), "--timeout"),
         (("node", "exec", "--all", "--stdin", "--", "cat"), "--stdin feeds one node"),
         (("node", "exec", "pi", "--", ""), "command is empty"),
-        (("node", "rename", "pi", "\n"), "printable characters"),
+        (("node", "rename", "pi", "\a"), "printable characters"),
         (("node", "rename", "Local", "x"), "Local cannot be renamed"),
     ],
 )
