@@ -21899,6 +21899,22 @@ class RemoteDirectory:
         return view
 
 
+def answer_about(invoke_id: str, answer: Future[JsonObject]) -> JsonObject:
+    """Return the answer to a call that asked for a command.
+
+    Raises RpcError; Unreachable, which names the command, where it may go on.
+    """
+    try:
+        return answer.result()
+    except (ConnectionClosed, RpcError) as error:
+        if isinstance(error, RpcError) and not _goes_on(error):
+            raise
+        raise Unreachable(
+            f"the gateway hung up ({error}) and the command may go on: ask "
+            f"exec_status for {invoke_id} before it is run again"
+        ) from error
+
+
 class RemoteExecutor:
     """Runs commands through the gateway, for a Toolbox."""
 
@@ -21925,13 +21941,7 @@ class RemoteExecutor:
             self._client.notify(INVOKE_CANCEL, {"invokeId": planned.invoke_id})
 
         with cancel.calling(give_up):
-            try:
-                result: JsonObject = answer.result()
-            except ConnectionClosed as error:
-                raise Unreachable(
-                    f"the gateway hung up ({error}) and the command may go on: ask "
-                    f"exec_status for {planned.invoke_id} before it is run again"
-                ) from error
+            result: JsonObject = answer_about(planned.invoke_id, answer)
         for kind in (STDOUT, STDERR):
             text = str(result.get(STREAM_NAMES[kind]) or "")
             on_chunk(kind, 0, text.encode("utf-8"))
@@ -21945,14 +21955,15 @@ class RemoteJobs:
         self._client = client
 
     def start(self, _session_key: str, planned: PlannedCommand) -> None:
-        self._ask(
+        answer = self._ask(
             "node.invoke",
             nodeId=planned.node_id,
             command=SYSTEM_RUN,
             args=planned.arguments(),
             invokeId=planned.invoke_id,
             background=True,
-        ).result()
+        )
+        answer_about(planned.invoke_id, answer)
 
     def cancel(self, _session_key: str, invoke_id: str) -> None:
         self._ask("command.cancel", id=invoke_id).result()
@@ -23943,11 +23954,25 @@ def start_jobs(
     request: JsonObject,
     output: Output,
 ) -> int:
-    """Start a command on each node, print its id, and leave it running."""
-    for node in nodes:
+    """Start a command on each node, print its id, and leave it running.
+
+    Raises UserError; it names a command that may have been started all the same.
+    """
+    for node, name in nodes.items():
+        job_id = new_id()  # ours, so that it can be named whatever happens
         params = {"nodeId": node, "command": SYSTEM_RUN, "args": request}
-        job = client.call("node.invoke", {**params, "background": True})
-        output.answer(job["invokeId"])
+        asked = {**params, "invokeId": job_id, "background": True}
+        try:
+            client.start("node.invoke", asked).result(CALL_TIMEOUT)
+        except RpcError as error:
+            raise user_error(error) from error
+        except (ConnectionClosed, FutureTimeout) as error:
+            raise Unreachable(
+                f"the gateway was asked for {job_id} on {name} and did not answer "
+                f"({str(error) or 'it takes too long'}): before it is run again, "
+                f"`moltis node attach {job_id}` tells whether it was started"
+            ) from error
+        output.answer(job_id)
     return EXIT_OK
 
 

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -516,6 +517,35 @@ def test_attaching_to_a_foreground_command_says_where_its_output_is(program, hom
     after = run_moltis("node", "attach", job, home=home)
     assert after.returncode == 7
     assert "is not kept here; it was with who started it" in after.stderr
+
+
+def test_a_job_whose_answer_is_lost_is_named_and_can_be_asked_for(
+    gateway, home, monkeypatch
+):
+    real = moltis.NodeMethods._start_job
+
+    def start_and_hang_up(self, call, invoke_id, origin):
+        answer = real(self, call, invoke_id, origin)
+        call.peer.ws.abort()
+        return answer
+
+    monkeypatch.setattr(moltis.NodeMethods, "_start_job", start_and_hang_up)
+    environ = {"MOLTIS_GATEWAY_URL": gateway.url, "MOLTIS_API_KEY": gateway.api_key}
+    words = ("node", "exec", "--detach", "local", "--", "echo once; exit 4")
+    started = run_moltis(*words, home=home, **environ)
+    assert started.returncode == moltis.EXIT_UNREACHABLE
+    assert started.stdout == ""
+    said = re.search("`moltis (node attach ([0-9a-f-]{36}))` tells", started.stderr)
+    attached = run_moltis(*said.group(1).split(), home=home, **environ)
+    assert (attached.stdout, attached.returncode) == ("once\n", 4)
+    assert [job["invokeId"] for job in gateway.call("command.list")] == [said.group(2)]
+
+
+def test_of_a_job_that_the_gateway_never_heard_of_attach_says_so(gateway, home):
+    environ = {"MOLTIS_GATEWAY_URL": gateway.url, "MOLTIS_API_KEY": gateway.api_key}
+    attached = run_moltis("node", "attach", str(uuid.uuid4()), home=home, **environ)
+    assert attached.returncode == moltis.EXIT_FAILURE
+    assert "nothing is known of a command" in attached.stderr
 
 
 def test_attaching_to_no_job_says_where_to_look(program, home):

@@ -240,3 +240,30 @@ def test_a_command_whose_answer_is_lost_is_named_and_not_run_again(client, tmp_p
     command = re.search(r"exec_status for ([0-9a-f-]{36})", text).group(1)
     _, status = client.tool(2, "exec_status", id=command, cancel=True)
     assert status["state"] == "cancelled"
+
+
+def test_a_job_whose_answer_is_lost_is_named_and_not_run_again(client, monkeypatch):
+    real = moltis.NodeMethods._start_job
+
+    def start_and_hang_up(self, call, invoke_id, origin):
+        answer = real(self, call, invoke_id, origin)
+        call.peer.ws.abort()
+        return answer
+
+    monkeypatch.setattr(moltis.NodeMethods, "_start_job", start_and_hang_up)
+    failed, result = client.tool(1, "exec", command="exit 4", background=True)
+    assert failed
+    command = re.search(r"exec_status for ([0-9a-f-]{36})", result["error"]).group(1)
+    _, status = client.tool(2, "exec_status", id=command, wait=20)
+    assert (status["state"], status["exit_code"]) == ("done", 4)
+
+
+def test_a_command_that_outlives_its_gateway_is_named(client, gateway):
+    params = {"name": "exec", "arguments": {"command": "sleep 600"}}
+    client.send({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})
+    commands = gateway.running.store.commands
+    (record,) = wait_for(commands.unfinished, what="the command")
+    wait_for(lambda: gateway.running.invocations.get(record.invoke_id))
+    gateway.running.invocations.close()  # as it does first when it stops
+    text = client.answer(1)["result"]["content"][0]["text"]
+    assert f"exec_status for {record.invoke_id}" in text
