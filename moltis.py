@@ -18568,12 +18568,12 @@ class Keyed {
   }
 }
 
-// Return a line of a list: a name, what is to say about it, what can be done.
+// Return a line of a list: a name, what there is to say, what can be done.
 const listRow = (name, detail, ...tools) =>
   h("li", {}, h("span", {class: "name"}, name), h("span", {class: "detail"}, detail),
     tools);
 
-// Put text on the clipboard; the newer way exists on https and localhost only.
+// Put text on the clipboard; the newer way needs https or localhost.
 async function copy(text, button) {
   try {
     await navigator.clipboard.writeText(text);
@@ -18744,7 +18744,7 @@ const TOKEN = new RegExp(["\\x1b\\[[0-?]*[ -/]*[@-~]", // CSI: colours and movem
 "[\\x00-\\x1a\\x1c-\\x1f\\x7f\\x80-\\x9f]", "[^\\x00-\\x1f\\x7f-\\x9f]+"].join("|"),
   "gy");
 
-// The first 16 of a terminal's colours, all readable on the screen's dark ground.
+// A terminal's first 16 colours, all readable on the dark ground.
 const COLORS = (
   "8a949f ff8078 7ddc8a e3b94e 79b8ff d2a8ff 5fd3dc dde2e7 " +
   "9ba5b0 ffa29b a3eeae f3d06d a8d1ff e2c6ff 93e6ec ffffff"
@@ -18923,7 +18923,7 @@ class Terminal {
     this.column = 0;
   }
 
-  // Note that `count` bytes are not to be had: what follows them is the tail.
+  // Note that `count` bytes are missing: what follows them is the tail.
   skip(count) {
     this.newLine();
     this.headLimit = this.head.length;
@@ -18998,7 +18998,7 @@ class Screen {
     const tailStart = Math.max(limit + terminal.dropped, count - TAIL_LINES);
     if (this.limit !== limit) this.clear();
     this.limit = limit;
-    // Of the lines that are drawn, only the one that was being written can change.
+    // Of the lines drawn, only the one being written can change.
     const from = Math.max(0, this.drawn - 1);
     if (this.drawn) (from < limit ? this.first : this.last).lastChild?.remove();
     for (let n = from; n < Math.min(count, limit); n += 1) {
@@ -19413,7 +19413,7 @@ const state = {
 const watchers = []; // [topics, draw]
 const touched = new Set();
 
-// Have `draw` called in the next frame after one of the topics has changed.
+// Have `draw` called in the frame after a topic changed.
 function watch(topics, draw) {
   watchers.push([topics.split(" "), draw]);
 }
@@ -19501,7 +19501,7 @@ class Chat {
   merge(row, live = false) {
     this.rows.set(row.id, row);
     this.seq = Math.max(this.seq, row.seq ?? 0);
-    // Output that was followed as it came need not be drawn again at the end.
+    // Output followed as it came need not be drawn again.
     if (row.command && !(live && this.outputs.get(row.id)?.equals(row.command))) {
       this.outputs.set(row.id, new Output(row.command));
     }
@@ -19573,7 +19573,7 @@ function sessionNode(entry) {
   return nodeById(id) || {...unknown, connected: id === LOCAL};
 }
 
-// Return machines as they are listed: Local, the connected, those that are away.
+// Return machines in their order: Local, the connected, the others.
 function inOrder(nodes) {
   const rank = node => (node.nodeId === LOCAL ? 0 : node.connected ? 1 : 2);
   const name = node => node.displayName;
@@ -19838,7 +19838,7 @@ function confirmed(title, text, action) {
   });
 }
 
-// A button with a list to choose from: arrows, Home, End, and typing a name.
+// A button with a list: arrows, Home, End, and typing a name.
 class Picker {
   constructor(name, options, choose) {
     this.button = $(`${name}-button`);
@@ -19856,7 +19856,7 @@ class Picker {
     });
     on(this.list, "keydown", event => this.key(event));
     on(this.list, "focusout", () => this.toggle(false));
-    // A press would move the focus, and close the list before the click.
+    // A press would move the focus and close the list before the click.
     on(this.list, "mousedown", event => event.preventDefault());
     on(this.list, "click", event => {
       const option = event.target.closest("[role=option]");
@@ -20010,10 +20010,14 @@ function openSidebar(opens) {
 }
 
 function drawLink() {
+  const app = $("app");
+  const appears = app.hidden;
   const out = state.link === "out";
   $("sign-in").hidden = !out;
   // The page appears with its connection, or when there is no hope.
-  $("app").hidden = out || (state.link === "connecting" && $("app").hidden);
+  app.hidden = out || (state.link === "connecting" && appears);
+  // Not where that brings a keyboard up.
+  if (appears && !matchMedia("(pointer:coarse)").matches) $("text").focus();
   $("banner").hidden = state.link !== "down";
   if (out) $("key").focus();
   if (state.link === "down") drawBanner();
@@ -20098,7 +20102,7 @@ async function newChat() {
   const isEmpty = known => !known.messageCount && !known.label && known.key !== MAIN;
   const entry = state.sessions.find(isEmpty) || (await act("sessions.create", {}));
   if (!entry) return;
-  // The machine and the model that were chosen last are what one wants again.
+  // One goes on with the machine and the model chosen last.
   if (model) await act("sessions.patch", {key: entry.key, model});
   if (nodeById(node_id)) await selectNode(entry.key, node_id);
   await refresh("sessions");

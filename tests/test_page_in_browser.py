@@ -177,6 +177,14 @@ def test_the_link_of_the_start_message_signs_in_and_leaves_no_key_behind(
     page.wait_for_text("Shell")
 
 
+def test_one_can_type_as_soon_as_the_page_is_there(site, make_page):
+    page = make_page(site)
+    page.wait_for("document.activeElement.id === 'text'")
+    page.type("echo typed")
+    page.press("Enter")
+    page.wait_for(f"{shows(LAST, 'echo typed')} && {shows(LAST, 'Succeeded')}", 20)
+
+
 def test_without_a_sign_in_the_page_asks_for_the_key(site, browser):
     with browser.new_page(isolated=True) as page:
         page.goto(f"{site.url}/settings/nodes")
