@@ -6888,6 +6888,13 @@ class ModelCatalog:
             )
         return ProviderModel(provider, name)
 
+    def claims(self, model_id: str) -> bool:
+        """Return whether a model is one of a provider here, be that set up or not."""
+        provider_id, slash, _ = model_id.partition("/")
+        with self._lock:
+            known = {*self._providers, *(spec.id for spec in PROVIDERS)}
+        return bool(slash) and provider_id in known
+
     def models(
         self, cancel: Cancellation, *, refresh: bool = False
     ) -> tuple[list[ModelInfo], dict[str, str]]:
@@ -9278,6 +9285,15 @@ class DevicesTable:
             now,
         )
 
+    def is_called(self, name: str, *, but: str) -> bool:
+        """Tell whether a device, `but` that one, has a name, in any case of letters."""
+        rows = self._db.rows(
+            "SELECT display_name FROM devices WHERE id <> ? AND revoked_at IS NULL",
+            (but,),
+        )
+        wanted = name.casefold()
+        return any(row["display_name"].casefold() == wanted for row in rows)
+
     def names(self) -> NodeNames:
         """Return the nodes by id and by name; read again only after a change."""
         names, version = self._names, self._version
@@ -11391,6 +11407,31 @@ def valid_name(text: str) -> str:
     return name
 
 
+def free_name(devices: DevicesTable, text: str, node_id: str = "") -> str:
+    """Return a name for a machine, the node `node_id` if it is one already.
+
+    Raises RpcError for what cannot be one, or is the id of another node.
+    """
+    name = valid_name(text)
+    ids = {known.casefold() for known in devices.names().by_id}
+    if name.casefold() in ids - {node_id.casefold()}:
+        raise RpcError(
+            "INVALID_REQUEST", f"{name} is the id of a node; choose another name"
+        )
+    return name
+
+
+def check_node_id(node_id: str) -> None:
+    """Raises RpcError for what cannot be the id of a node that connects."""
+    fits = 0 < len(node_id) <= MAX_NODE_ID and node_id.isprintable()
+    if not fits or node_id.casefold() == LOCAL_ID:
+        raise RpcError(
+            "INVALID_REQUEST",
+            f"client.id must have 1 to {MAX_NODE_ID} printable characters and not "
+            f"be {LOCAL_ID!r}",
+        )
+
+
 class CpuHistory:
     """How busy each machine was lately."""
 
@@ -11580,13 +11621,7 @@ class Fleet:
         return self._view(device)
 
     def _check_claim(self, node_id: str, device: Device) -> None:
-        fits = 0 < len(node_id) <= MAX_NODE_ID and node_id.isprintable()
-        if not fits or node_id == LOCAL_ID:
-            raise RpcError(
-                "INVALID_REQUEST",
-                f"client.id must have 1 to {MAX_NODE_ID} printable characters and not "
-                f"be {LOCAL_ID!r}",
-            )
+        check_node_id(node_id)
         owner = self._devices.by_node_id(node_id, now_ms())
         if owner is not None and owner.id != device.id:
             raise RpcError(
@@ -11594,7 +11629,16 @@ class Fleet:
                 f"the node id {node_id} belongs to another token ({owner.display_name})"
                 "; choose another with --node-id, or revoke that one",
             )
-        if device.node_id in (None, node_id):
+        if device.node_id == node_id:
+            return
+        # An id wins over a name: what is meant for that machine would come to this.
+        if self._devices.is_called(node_id, but=device.id):
+            raise RpcError(
+                "CONFLICT",
+                f"another machine is called {node_id}; choose another id with "
+                "--node-id",
+            )
+        if device.node_id is None:
             return
         if self.connected(str(device.node_id)) is not None:
             raise RpcError(
@@ -13887,16 +13931,28 @@ class ModelDirectory:
     def _split(self, model_id: str) -> tuple[tuple[str, str] | None, str]:
         """Return id and name of the node that a model's id begins with, and the rest.
 
-        Ids and names may hold colons themselves: the longest that fits counts.
+        Ids and names may hold colons themselves: the longest that fits counts, an id
+        before a name.  Raises ModelError for the name of several nodes.
         """
-        nodes = {}
-        for view in self._fleet.views():
-            for reference in (view["displayName"].casefold(), view["nodeId"]):
-                nodes[reference + ":"] = view["nodeId"], view["displayName"]
-        for prefix in sorted(nodes, key=len, reverse=True):
-            start = model_id[: len(prefix)]
-            if prefix in (start, start.casefold()):
-                return nodes[prefix], model_id[len(prefix) :]
+        # Models of ours have colons too, and nodes call themselves what they like.
+        if self._catalog.claims(model_id):
+            return None, model_id
+        views = self._fleet.views()
+        ids = {view["nodeId"] + ":": [view] for view in views}
+        names: dict[str, list[JsonObject]] = {}
+        for view in views:
+            names.setdefault(view["displayName"].casefold() + ":", []).append(view)
+        for nodes, text in ((ids, model_id), (names, model_id.casefold())):
+            for prefix in sorted(filter(text.startswith, nodes), key=len)[-1:]:
+                meant = nodes[prefix]
+                if len(meant) > 1:
+                    known = ", ".join(view["nodeId"] for view in meant)
+                    raise ModelError(
+                        f"{prefix[:-1]!r} is the name of {len(meant)} nodes; use an "
+                        f"id: {known}"
+                    )
+                node = meant[0]["nodeId"], meant[0]["displayName"]
+                return node, model_id.split(":", prefix.count(":"))[-1]
         return None, model_id
 
     def _entries(self, refresh: bool) -> list[JsonObject]:
@@ -15599,7 +15655,8 @@ class NodeMethods:
 
     def _node_rename(self, call: RpcCall) -> JsonObject:
         node_id, _ = self._fleet.resolve(required(call.params, "nodeId", str))
-        name = valid_name(required(call.params, "displayName", str))
+        name = required(call.params, "displayName", str)
+        name = free_name(self._devices, name, node_id)
         device = self._devices.by_node_id(node_id, now_ms())
         if device is None:
             raise RpcError("INVALID_REQUEST", f"{LOCAL_NAME} cannot be renamed")
@@ -15813,7 +15870,7 @@ class DeviceMethods:
     def _token_create(self, call: RpcCall) -> JsonObject:
         name = optional(call.params, "displayName", str)
         device, token = self._access.create_device(
-            valid_name(name) if name else "",
+            free_name(self._devices, name) if name else "",
             optional(call.params, "platform", str) or "",
             by=call.caller,
         )
@@ -16568,6 +16625,14 @@ def _device_identity(
     return Identity(device_caller(device), params, device, server_final)
 
 
+def _name_of_its_own(text: str) -> str:
+    """Return what a node calls itself; "" where it may not, as with Local."""
+    try:
+        return valid_name(text)
+    except RpcError:
+        return ""
+
+
 def note_presence(
     devices: DevicesTable, device: Device, params: ConnectParams, address: str
 ) -> bool:
@@ -16581,7 +16646,7 @@ def note_presence(
             node_id=params.client_id,
             address=address,
             now=now_ms(),
-            display_name=params.display_name,
+            display_name=_name_of_its_own(params.display_name),
             platform=params.platform,
             version=params.version,
             capabilities=params.capabilities,

@@ -244,13 +244,32 @@ def test_presence_is_told_when_a_node_comes_and_goes(world, node):
     assert kinds == ["node.connected", "node.disconnected"]
 
 
-@pytest.mark.parametrize("node_id", ["", "local", "x" * 201, "a\x1b[2Jb"])
+@pytest.mark.parametrize("node_id", ["", "local", "Local", "x" * 201, "a\x1b[2Jb"])
 def test_an_id_that_is_none_is_refused(world, node_id):
     device, _ = world.access.create_device("odd")
     params = moltis.ConnectParams(role="node", client_id=node_id)
     node = moltis.ConnectedNode(node_id, device.id, Link(), params)
     with pytest.raises(moltis.RpcError, match="must have 1 to 200"):
         world.fleet.claim(node, device)
+
+
+@pytest.mark.parametrize("node_id", ["Build Server", "build server"])
+def test_no_node_takes_the_name_of_another_for_its_id(world, node_id):
+    """An id wins over a name: what is meant for that machine would come to it."""
+    world.connect("Build Server")
+    device, _ = world.access.create_device("odd")
+    params = moltis.ConnectParams(role="node", client_id=node_id)
+    node = moltis.ConnectedNode(node_id, device.id, Link(), params)
+    with pytest.raises(moltis.RpcError, match="another machine is called"):
+        world.fleet.claim(node, device)
+    assert world.fleet.resolve(node_id) == ("id-Build Server", "Build Server")
+
+
+def test_no_machine_is_given_the_id_of_another_for_its_name(world, node):
+    with pytest.raises(moltis.RpcError, match="id-FAR is the id of a node"):
+        moltis.free_name(world.store.devices, "id-FAR")
+    own = moltis.free_name(world.store.devices, "id-far", "id-far")
+    assert own == "id-far"
 
 
 # -- telemetry -----------------------------------------------------------------

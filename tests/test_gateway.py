@@ -677,3 +677,14 @@ def test_a_peer_that_is_gone_as_it_is_greeted_is_no_failure():
     ws = Gone()
     moltis.Gateway.serve(gateway, ws, None)
     assert ws.aborted
+
+
+def test_no_node_calls_itself_local(gateway):
+    """The name stands for the gateway's own machine, and goes on to do so."""
+    with gateway.peer() as peer:
+        params = rust_connect(gateway.token("pi"))
+        params["client"]["displayName"] = " Local"
+        assert peer.request("connect", params)["ok"]
+        nodes = gateway.call("node.list")
+        assert [node["displayName"] for node in nodes] == ["Local", "pi"]
+        assert gateway.call("node.describe", nodeId="Local")["nodeId"] == "local"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
 import threading
 
 import pytest
-from peers import InProcessGateway
+from peers import InProcessGateway, rust_connect
 from support import Program, ScriptedServer, free_port, wait_for
 
 import moltis
@@ -143,6 +144,23 @@ def test_a_node_in_a_process_of_its_own_lends_its_models(gateway, ollama, tmp_pa
 
 def test_a_model_may_be_named_by_the_name_of_its_node(models, gpu_box):
     assert ask(models, "gpu BOX:ollama/llama3.2")[-1].message.text == "Hello there"
+
+
+def test_no_node_gets_what_is_said_to_another_model_by_its_name(
+    gateway, models, gpu_box
+):
+    """Its id wins, two of one name are an error, and our own models are ours."""
+    with contextlib.ExitStack() as stack:
+        for name in ("id-of-gpu box", "id-of-GPU box", "ollama/llama3.2", "GPU BOX"):
+            peer = stack.enter_context(gateway.peer())
+            params = rust_connect(gateway.token(), f"odd {name}")
+            params["client"]["displayName"] = name
+            assert peer.request("connect", params)["ok"]
+        assert models.choose(LENT).id == LENT
+        with pytest.raises(ModelError, match="'gpu box' is the name of 2 nodes"):
+            models.choose("GPU box:ollama/llama3.2")
+        ours = "ollama/llama3.2:latest"
+        assert models.choose(ours).id == ours
 
 
 def test_an_answer_longer_than_the_window_arrives_whole(models, gpu_box, ollama):
