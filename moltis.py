@@ -3492,6 +3492,7 @@ LINE_PAUSE = 0.002  # s in which a pipe is left to collect
 LINE_CHUNK = 4096  # bytes; where less than this arrives so soon after the last read
 
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
+FORWARDED_VALUE = r"[\w.,:@+/= -]{0,256}"  # nothing that a shell may take for a command
 
 
 @dataclass(frozen=True)
@@ -3530,8 +3531,7 @@ def filter_environment(env: Mapping[str, Any]) -> dict[str, str]:
         for name, value in env.items()
         if re.fullmatch(FORWARDED_VARIABLE, name)
         and isinstance(value, str)
-        and len(value) <= 256
-        and value.isprintable()
+        and re.fullmatch(FORWARDED_VALUE, value)
     }
 
 
@@ -7228,8 +7228,10 @@ class ModelLender:
 
 
 # What makes one command line run more than one command, or write files: two marks of
-# `$(` each, so that neither half of it may come from a wildcard.
-SHELL_MARKS = r"[;&|`<>\n\r]|\$(?=\()|(?<=\$)\("
+# `$(` each, so that neither half of it may come from a wildcard.  Of `${` and the like
+# as well: bash, which is /bin/sh on macOS and Fedora, calculates in there, and carries
+# out the index of an array, which `'$''(…)'` spells in pieces.  `$NAME` does no harm.
+SHELL_MARKS = r"[;&|`<>\n\r]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
 PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
 
 

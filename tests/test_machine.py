@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import threading
 import uuid
 
@@ -258,6 +260,7 @@ def is_allowed(command, *patterns):
         ("echo $(date) *", "echo $(date) now"),
         ("make -j? 2>&1", "make -j4 2>&1"),
         ("one; two", "one; two"),
+        ("echo ${HOME} *", "echo ${HOME} $USER x$"),
     ],
 )
 def test_what_the_owner_allows_may_run(pattern, command):
@@ -291,11 +294,31 @@ def test_what_the_owner_allows_may_run(pattern, command):
         ("echo $*", "echo $(reboot)"),
         ("echo *(x)", "echo $(x)"),
         ("echo ?(x)", "echo $(x)"),
+        # bash calculates in these, and runs what it finds in an index.
+        ("df *", "df ${y:=a['$''(reboot)']} ${x[y]}"),
+        ("df *", "df ${HOME:LC_X}"),
+        ("df *", "df $[LC_X]"),
+        ("echo $*", "echo ${HOME:LC_X}"),
+        ("echo *{x}", "echo ${x}"),
+        ("printf *", "printf -v a['$''(reboot)'] x"),
         ("", "x"),
     ],
 )
 def test_what_the_owner_does_not_spell_may_not_run(pattern, command):
     assert not is_allowed(command, pattern)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash here")
+def test_what_bash_would_run_while_it_calculates_is_not_allowed(tmp_path):
+    """Where /bin/sh is bash, each of these makes a file, without one of `;&|`$(`."""
+    shell = tmp_path / "sh"
+    shell.symlink_to(shutil.which("bash"))
+    index = f"a['$''(touch {tmp_path}/ran)']"
+    for line in (f"echo ${{y:={index}}} ${{x[y]}}", f"printf -v {index} x"):
+        subprocess.run([str(shell), "-c", line], check=False, capture_output=True)
+        assert (tmp_path / "ran").exists()
+        (tmp_path / "ran").unlink()
+        assert not is_allowed(line, "echo *", "printf *")
 
 
 def test_a_hostile_line_cannot_make_the_guard_think_for_long():
