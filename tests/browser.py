@@ -40,7 +40,8 @@ FLAGS = (
     *("--disable-component-update", "--disable-dev-shm-usage"),
     "--remote-debugging-port=0",
 )
-CALL_TIMEOUT = 30.0  # s
+CALL_TIMEOUT = 60.0  # s
+TIMEOUT = 30.0  # s; see wait_for()
 
 # Name of a key: its `code`, its virtual key code, and the text that it enters.
 KEYS = {
@@ -62,19 +63,30 @@ KEYS = {
 MODIFIERS = {"Alt": 1, "Control": 2, "Meta": 4, "Shift": 8}
 
 # Where to click an element: None while it is missing, invisible, moving or covered.
+# What is to be drawn in the next frame is waited for: it may move the element.
 CLICK_POINT = """(async () => {
   const element = document.querySelector(%s);
   if (!element) return null;
   element.scrollIntoView({block: "center", inline: "center", behavior: "instant"});
   const before = element.getBoundingClientRect();
+  const frame = () => new Promise((done) => requestAnimationFrame(done));
   await new Promise((done) => setTimeout(done, 20));
+  await frame();
+  await frame();
   const box = element.getBoundingClientRect();
   if (!box.width || !box.height) return null;
   if (box.x !== before.x || box.y !== before.y) return null;
   const point = [box.x + box.width / 2, box.y + box.height / 2];
   const top = document.elementFromPoint(...point);
-  return top && (element.contains(top) || top.contains(element)) ? point : null;
+  const meets = (other) => element.contains(other) || other.contains(element);
+  if (!top || !meets(top)) return null;
+  document.removeEventListener("click", globalThis.testNote, true);
+  globalThis.testClicked = false;
+  globalThis.testNote = ({target}) => { globalThis.testClicked ||= meets(target); };
+  document.addEventListener("click", globalThis.testNote, true);
+  return point;
 })()"""
+CLICKED = "globalThis.testClicked"  # undefined on a page to which the click led
 
 
 class BrowserError(AssertionError):
@@ -292,7 +304,7 @@ class Page:
             raise BrowserError(_exception_text(answer["exceptionDetails"]))
         return answer["result"].get("value")
 
-    def wait_for(self, expression, timeout=10.0):
+    def wait_for(self, expression, timeout=TIMEOUT):
         """Return the first true value of a JavaScript expression."""
         failures = []
 
@@ -307,7 +319,7 @@ class Page:
             value, timeout, lambda: f"{expression} {failures[-1:]} errors={self.errors}"
         )
 
-    def wait_for_text(self, text, timeout=10.0):
+    def wait_for_text(self, text, timeout=TIMEOUT):
         """Return when a person can read `text` on the page."""
         shown = "document.body.innerText"
         self.wait_for(f"{shown}.includes({json.dumps(text)})", timeout)
@@ -318,13 +330,25 @@ class Page:
         self.wait_for(f"{element} !== null")
         return self.evaluate(f"{element}.innerText")
 
-    def click(self, selector, timeout=10.0):
-        """Click the middle of the element, once a person could."""
-        x, y = self.wait_for(CLICK_POINT % json.dumps(selector), timeout)
-        mouse = {"x": x, "y": y, "button": "left", "clickCount": 1}
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-        self.call("Input.dispatchMouseEvent", type="mousePressed", **mouse)
-        self.call("Input.dispatchMouseEvent", type="mouseReleased", **mouse)
+    def click(self, selector, timeout=TIMEOUT):
+        """Click the middle of the element, once a person could.
+
+        A click is lost where what is pressed is drawn anew before it is released, and
+        missed where it moves just then: a person would click again.
+        """
+
+        def clicked():
+            x, y = self.wait_for(CLICK_POINT % json.dumps(selector), timeout)
+            mouse = {"x": x, "y": y, "button": "left", "clickCount": 1}
+            self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+            self.call("Input.dispatchMouseEvent", type="mousePressed", **mouse)
+            self.call("Input.dispatchMouseEvent", type="mouseReleased", **mouse)
+            try:
+                return self.evaluate(CLICKED) is not False
+            except BrowserError:  # one page gives way to the next
+                return True
+
+        wait_for(clicked, timeout, f"a click on {selector}")
 
     def fill(self, selector, text):
         """Click into a field and replace what is in it."""

@@ -96,4 +96,4 @@ def nothing_left_behind(home):
         names += [f"{processes[pid]} ({pid})" for pid in set(processes) - children]
         return sorted(names)
 
-    wait_for(lambda: not leftovers(), 5, lambda: f"end of {', '.join(leftovers())}")
+    wait_for(lambda: not leftovers(), 20, lambda: f"end of {', '.join(leftovers())}")

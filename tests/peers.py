@@ -100,12 +100,12 @@ class RawPeer:
     def send(self, value):
         self.ws.send(value if isinstance(value, (str, bytes)) else json.dumps(value))
 
-    def receive(self, timeout=10):
+    def receive(self, timeout=30):
         """Return the next message: an envelope, bytes, or None after a close."""
         message = self.ws.receive(timeout)
         return json.loads(message) if isinstance(message, str) else message
 
-    def receive_until(self, wanted, timeout=10):
+    def receive_until(self, wanted, timeout=30):
         """Return the first message for which `wanted(message)`, and drop the others."""
         while True:
             message = self.receive(timeout)
@@ -124,7 +124,7 @@ class RawPeer:
     def close_code(self):
         """Read to the end of the connection; return the code it was closed with."""
         with contextlib.suppress(moltis.ConnectionClosed):
-            while self.ws.receive(10) is not None:
+            while self.ws.receive(30) is not None:
                 pass
         return self.ws.close_code
 

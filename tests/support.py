@@ -17,8 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "moltis.py"
 
 
-def wait_for(condition, timeout=10.0, what="the condition"):
+def wait_for(condition, timeout=30.0, what="the condition"):
     """Return the first true value of `condition()`; fail after `timeout` seconds.
+
+    That is long, as it costs nothing where all is well: only a machine that is busy
+    with other things needs it.
 
     `what`, a text or a function that gives one, says what did not happen.
     """
@@ -154,14 +157,14 @@ class Program:
     def output(self):
         return self.stdout + self.stderr
 
-    def wait_for_output(self, text, timeout=20.0):
+    def wait_for_output(self, text, timeout=30.0):
         """Return all output once `text` is in it."""
 
         def said():
             return text in self.output or self.process.poll() is not None
 
         wait_for(said, timeout, lambda: f"{text!r} in {self.output!r}")
-        wait_for(lambda: text in self.output, 1, lambda: f"{text!r}: {self.output}")
+        wait_for(lambda: text in self.output, 5, lambda: f"{text!r}: {self.output}")
         return self.output
 
     def end(self, signal_number=15, timeout=20.0):
@@ -189,6 +192,9 @@ def open_new_chat(page):
     before = page.evaluate("location.pathname")
     page.click("#new-chat")
     page.wait_for(f"location.pathname !== {json.dumps(before)}")
+    # Drawn as well: until then the field holds, and the welcome is, the old chat's.
+    current = "document.querySelector('#sessions li.current a')"
+    page.wait_for(f"{current}?.getAttribute('href') === location.pathname")
     page.wait_for("!document.querySelector('#welcome').hidden")
 
 

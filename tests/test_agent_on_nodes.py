@@ -91,6 +91,10 @@ def calls(*wanted):
     return [{"choices": [{"delta": delta, "finish_reason": "tool_calls"}]}, "[DONE]"]
 
 
+# Before that, a page that is left has no cookie for the next.
+SIGNED_IN = "!document.querySelector('#app').hidden"
+
+
 def runs(command, **arguments):
     return calls(("exec", {"command": command, **arguments}))
 
@@ -152,7 +156,7 @@ class Site:
                     return payload
             return None
 
-        return wait_for(found, 20, lambda: f"{states} in {self.events}")
+        return wait_for(found, what=lambda: f"{states} in {self.events}")
 
     def end(self, run_id):
         return self.wait_for_state(run_id, "final", "error", "aborted")
@@ -168,7 +172,7 @@ class Site:
                     return command
             return None
 
-        return wait_for(asked, 20, lambda: f"a question in {self.events}")
+        return wait_for(asked, what=lambda: f"a question in {self.events}")
 
     def decide(self, command, decision):
         params = {"invokeId": command["invokeId"], "decision": decision}
@@ -177,6 +181,9 @@ class Site:
     def audit(self, command):
         rows = self.call("commands.list")
         return next(row for row in rows if row["command"] == command)
+
+    def model_of(self, key):
+        return self.call("sessions.resolve", key=key)["entry"]["model"]
 
     def session(self, label, **choices):
         key = self.call("sessions.create", label=label)["key"]
@@ -522,7 +529,8 @@ def test_cancel_while_a_command_runs_ends_its_process(site, server, tmp_path):
     site.call("chat.abort", sessionKey=key)
     assert site.end(run_id)["state"] == "aborted"
     wait_for(lambda: not process_exists(pid), what="the process to end")
-    assert site.audit(f"echo $$ > {pid_file}; sleep 600")["state"] == "cancelled"
+    command = f"echo $$ > {pid_file}; sleep 600"
+    wait_for(lambda: site.audit(command)["state"] == "cancelled", what="the audit")
 
 
 # -- a node's own model --------------------------------------------------------
@@ -590,19 +598,22 @@ def test_a_stranger_asks_on_the_page_approves_one_command_and_reads_the_answer(
     ]
     with Browser() as browser, browser.new_page() as page:
         page.goto(f"{site.url}/#key={site.key}")
-        page.wait_for("document.querySelector('#sessions li') !== null")
+        page.wait_for(SIGNED_IN)
         open_new_chat(page)
         pick(page, "model", "clever")
+        # A list of chats that was under way may still tell of the model before.
+        key = page.evaluate("location.pathname").rpartition("/")[2]
+        wait_for(lambda: site.model_of(key) == "openai/clever", what="the choice")
         page.wait_for("!document.querySelector('#approvals').hidden")
         page.click("#text")
         page.type("which of my machines has most free memory?")
         page.press("Enter")
-        page.wait_for_text("Waits for your approval", 20)
+        page.wait_for_text("Waits for your approval")
         card = page.text("#messages > :last-child")
         assert "echo five processes of $NODE" in card
         assert "beta" in card
         page.click(".approval .main")
-        page.wait_for_text("beta has most: five processes of beta", 20)
+        page.wait_for_text("beta has most: five processes of beta")
         assert page.errors == []
     assert site.audit("echo five processes of $NODE")["decidedBy"]
 
@@ -614,9 +625,9 @@ def test_what_would_hide_on_the_page_is_spelt_out_in_the_question(site, server):
     card = site.question(run_id)
     with Browser() as browser, browser.new_page() as page:
         page.goto(f"{site.url}/#key={site.key}")
-        page.wait_for("document.querySelector('#sessions li') !== null")
+        page.wait_for(SIGNED_IN)
         page.goto(f"{site.url}/chat/{key}")
-        page.wait_for_text("Waits for your approval", 20)
+        page.wait_for_text("Waits for your approval")
         shown = page.text("#messages > :last-child code")
         assert shown == "rm -rf /tmp/x #%1B[2K%u202E\nuptime"
     site.decide(card, "deny")
@@ -630,14 +641,14 @@ def test_the_page_shows_what_runs_in_the_background_and_stops_it(site, server):
     site.question(run_id)
     with Browser() as browser, browser.new_page() as page:
         page.goto(f"{site.url}/#key={site.key}")
-        page.wait_for("document.querySelector('#sessions li') !== null")
+        page.wait_for(SIGNED_IN)
         page.goto(f"{site.url}/chat/{key}")
-        page.wait_for_text("Waits for your approval · in the background", 20)
+        page.wait_for_text("Waits for your approval · in the background")
         page.click(".approval .main")
-        page.wait_for_text("It runs by itself.", 20)
-        page.wait_for_text("Running · in the background", 20)
+        page.wait_for_text("It runs by itself.")
+        page.wait_for_text("Running · in the background")
         page.click("article.command footer .small")
-        page.wait_for_text("Stopped · in the background", 20)
+        page.wait_for_text("Stopped · in the background")
         assert page.errors == []
 
 
@@ -757,7 +768,7 @@ class Terminal:
             self.text += data.decode("utf-8", "replace").replace("\r\n", "\n")
 
     def wait_for(self, text):
-        wait_for(lambda: text in self.text, 20, lambda: f"{text!r} in {self.text!r}")
+        wait_for(lambda: text in self.text, what=lambda: f"{text!r}: {self.text!r}")
 
     def type(self, text):
         os.write(self._end, text.encode())

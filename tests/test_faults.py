@@ -81,12 +81,14 @@ def highest_memory(process):
 
 
 def test_the_caller_hears_that_its_node_is_waited_for(world):
-    call = world.call("echo one; sleep 2; echo two")
+    go = world.directory / "go"
+    call = world.call(f"echo one; until [ -e {go} ]; do sleep 0.1; done; echo two")
     wait_for(lambda: call.output == b"one\n")
     world.node_proxy.silent = True
     world.node_proxy.cut()
     wait_for(lambda: "waiting for far to come back" in call.complaints)
     world.node_proxy.silent = False
+    go.touch()
     assert call.wait() == 0
     assert call.output == b"one\ntwo\n"
     assert "far is back after" in call.complaints
@@ -94,7 +96,7 @@ def test_the_caller_hears_that_its_node_is_waited_for(world):
 
 def test_a_silent_connection_is_given_up_and_its_commands_go_on(world):
     call = world.call("for i in 1 2 3 4 5 6; do echo $i; sleep 0.5; done")
-    wait_for(lambda: call.output == b"1\n")
+    wait_for(lambda: call.output)  # a busy machine may show several lines at once
     world.node_proxy.freeze()
     assert call.wait() == 0
     assert call.output == lines(6)
@@ -118,7 +120,7 @@ def test_input_and_output_go_on_at_the_exact_byte(world):
 
 def test_a_caller_whose_connection_breaks_goes_on_with_its_command(world):
     call = world.call(world.counted("for i in 1 2 3 4; do echo $i; sleep 0.5; done"))
-    wait_for(lambda: call.output == b"1\n")
+    wait_for(lambda: call.output)  # a busy machine may show several lines at once
     world.operator_proxy.cut()
     assert call.wait() == 0
     assert call.output == lines(4)
@@ -129,7 +131,7 @@ def test_a_caller_whose_connection_breaks_goes_on_with_its_command(world):
 def test_a_command_outlives_a_gateway_that_is_killed(world):
     command = "for i in 1 2 3 4 5 6; do echo $i; sleep 0.5; done"
     call = world.call(world.counted(command, status=3))
-    wait_for(lambda: call.output == b"1\n")
+    wait_for(lambda: call.output)  # a busy machine may show several lines at once
     world.gateway.kill()
     world.start_gateway()
     assert call.wait() == 3
@@ -141,7 +143,7 @@ def test_a_command_outlives_a_gateway_that_is_killed(world):
 
 def test_a_command_outlives_a_gateway_that_is_stopped_in_order(world):
     call = world.call(world.counted("for i in 1 2 3 4; do echo $i; sleep 0.5; done"))
-    wait_for(lambda: call.output == b"1\n")
+    wait_for(lambda: call.output)  # a busy machine may show several lines at once
     world.gateway.end()
     world.start_gateway()
     assert call.wait() == 0
@@ -307,7 +309,7 @@ def test_a_full_disk_takes_no_command_and_says_why(small_world):
 def test_a_command_that_runs_as_the_disk_fills_up_ends_as_ever(small_world):
     """Its caller hears at once, the audit when there is room."""
     call = small_world.call("echo one; sleep 1; echo two; exit 3")
-    wait_for(lambda: call.output == b"one\n")
+    wait_for(lambda: call.output)
     small_world.disks["gateway"].fill()
     assert call.wait() == 3
     assert call.output == b"one\ntwo\n"
@@ -329,7 +331,7 @@ def test_what_fills_the_disk_can_be_cancelled(small_world):
 def test_commands_of_a_node_go_on_whose_gateway_has_no_room(small_world):
     """It comes back to a gateway that cannot note so."""
     call = small_world.call("for i in 1 2 3 4 5 6; do echo $i; sleep 0.3; done")
-    wait_for(lambda: call.output == b"1\n")
+    wait_for(lambda: call.output)  # a busy machine may show several lines at once
     small_world.disks["gateway"].fill()
     small_world.node_proxy.cut()
     assert call.wait(30) == 0
@@ -392,14 +394,14 @@ def clocks(tmp_path):
 @pytest.mark.parametrize("seconds", [JUMPS[0], JUMPS[-1]])
 def test_a_clock_that_jumps_changes_no_fate(clocks, seconds):
     """Nor when a command's time is up, nor what the audit says of its length."""
-    call = clocks.call("echo one; sleep 60", options=("--timeout", "2"))
+    call = clocks.call("echo one; sleep 60", options=("--timeout", "4"))
     wait_for(lambda: call.output == b"one\n")
     began = time.monotonic()
     for clock in clocks.clocks.values():
         clock.jump(seconds)
     wait_for(lambda: clocks.rows()[0]["state"] == "running")
     assert call.wait() == moltis.TIMED_OUT
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     (row,) = clocks.rows()
     assert row["state"] == "timed_out"
     assert row["asked_at"] <= row["started_at"] <= row["ended_at"]

@@ -226,7 +226,8 @@ def test_a_node_reports_on_itself_only(gateway, rust):
     assert rust.request("node.event", report)["error"]["code"] == "FORBIDDEN"
 
 
-def test_a_node_cannot_answer_for_another(gateway, rust):
+def test_a_node_cannot_answer_for_another(gateway, rust, tmp_path):
+    go = tmp_path / "go"
     with gateway.node("victim"):
         results = []
         thread = invoke_in_background(
@@ -234,7 +235,7 @@ def test_a_node_cannot_answer_for_another(gateway, rust):
             results,
             nodeId="victim",
             command="system.run",
-            args={"command": "sleep 0.3; echo honest"},
+            args={"command": f"until [ -e {go} ]; do sleep 0.05; done; echo honest"},
         )
         wait_for(lambda: _active_ids(gateway), what="the invocation")
         forged = {
@@ -242,6 +243,7 @@ def test_a_node_cannot_answer_for_another(gateway, rust):
             "result": {"stdout": "forged", "stderr": "", "exitCode": 0},
         }
         assert rust.request("node.invoke.result", forged)["ok"]
+        go.touch()
         thread.join()
     assert results[0]["stdout"] == "honest\n"
 
@@ -651,7 +653,7 @@ def test_two_nodes_run_six_commands_side_by_side(gateway):
 def test_one_who_does_not_say_connect_is_hung_up_on(tmp_path, monkeypatch):
     monkeypatch.setattr(moltis, "CONNECT_TIMEOUT", 0.3)
     with InProcessGateway(tmp_path) as gateway, RawPeer(
-        gateway.websocket_url, timeout=5
+        gateway.websocket_url, timeout=30
     ) as peer:
         assert peer.close_code() == 1008
 

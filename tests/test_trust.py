@@ -57,6 +57,7 @@ class Relay:
 
     def __init__(self, port, files=None):
         self.heard = b""
+        self._lock = threading.Lock()  # guards heard
         self._target = port
         self._tls = moltis.load_tls(files).context if files else None
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -92,7 +93,8 @@ class Relay:
         with contextlib.suppress(OSError):
             while True:
                 data = source.recv(65536)
-                self.heard += data
+                with self._lock:
+                    self.heard += data
                 if not data:
                     break
                 target.sendall(data)
