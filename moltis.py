@@ -11323,6 +11323,11 @@ def take_output(invoke_id: str, result: JsonObject) -> list[Chunk]:
     return chunks
 
 
+def stop_words(is_local: bool) -> str:
+    """Return why a command was cancelled that nobody wanted to end."""
+    return "the gateway on its machine stopped" if is_local else "its node stopped"
+
+
 def command_end(result: JsonObject, invocation: Invocation) -> CommandEnd:
     """Return what the audit keeps of a checked result."""
     if "error" in result:
@@ -11336,13 +11341,29 @@ def command_end(result: JsonObject, invocation: Invocation) -> CommandEnd:
     elif result.get("cancelled"):
         state = CommandState.CANCELLED
     signal_number = result.get("signal")
+    stopped = state == CommandState.CANCELLED and result.get("stopped")
     return CommandEnd(
         state,
         now_ms(),
+        error=stop_words(invocation.node_id == LOCAL_ID) if stopped else None,
         exit_code=result["exitCode"],
         signal=None if signal_number is None else str(signal_number),
         stdout_bytes=invocation.received(STDOUT),
         stderr_bytes=invocation.received(STDERR),
+    )
+
+
+def lost_end(invocation: Invocation, reason: str) -> CommandEnd:
+    """Return what the audit keeps of a command whose result will not come."""
+    stdout, stderr = invocation.received(STDOUT), invocation.received(STDERR)
+    # What has written something did run.
+    unknown = "how the command ended" if stdout or stderr else "whether the command ran"
+    return CommandEnd(
+        CommandState.LOST,
+        now_ms(),
+        stdout_bytes=stdout,
+        stderr_bytes=stderr,
+        error=f"{reason}; {unknown} is not known",
     )
 
 
@@ -11387,6 +11408,8 @@ def record_result(record: CommandRecord) -> JsonObject | None:
         result["timedOut"] = True
     if record.state == CommandState.CANCELLED:
         result["cancelled"] = True
+        if record.error is not None:
+            result["stopped"] = True
     return result
 
 
@@ -11950,12 +11973,9 @@ class Invocations:
         """End an invocation whose result will not come."""
         self._settle(invocation)
         if not invocation.future.done():
-            message = (
-                f"{invocation.node_name}: {reason}; "
-                "whether the command ran is not known"
-            )
-            end = CommandEnd(CommandState.LOST, now_ms(), error=message)
+            end = lost_end(invocation, reason)
             self._note_end(invocation, end, invocation.sink)
+            message = f"{invocation.node_name}: {end.error}"
             with contextlib.suppress(InvalidStateError):
                 invocation.future.set_exception(RpcError("UNAVAILABLE", message))
         if not invocation.recorded:
@@ -12230,7 +12250,8 @@ class Resumption:
         if known is not None and not known.settled.done():
             return known
         if record.state == CommandState.LOST:
-            raise RpcError("UNAVAILABLE", record.error or "the command is lost")
+            problem = record.error or "the command is lost"
+            raise RpcError("UNAVAILABLE", f"{record.node_name}: {problem}")
         if node is not None and node.ready:
             raise RpcError(
                 "UNAVAILABLE",
@@ -12800,6 +12821,9 @@ class JobDesk:
         view["waiting"] = self._fleet.connected(record.node_id) is None  # for its node
         invocation = self.invocations.get(record.invoke_id)
         if invocation is not None:
+            if invocation.started_at is not None:  # the store is told later
+                view["state"] = CommandState.RUNNING
+                view["startedAt"] = record.started_at or invocation.started_at
             view["stdoutBytes"] = invocation.received(STDOUT)
             view["stderrBytes"] = invocation.received(STDERR)
             if invocation.place:
@@ -16833,7 +16857,11 @@ class Gateway:
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             if device.node_id not in (None, node.node_id):
                 for invocation in self._invocations.running_on(str(device.node_id)):
-                    reason = f"its token is used as {node.node_id} now"
+                    reason = (
+                        f"its token came in under another id, {node.node_id}: this "
+                        "machine was set up anew, or a second one has taken its token "
+                        "and needs one of its own"
+                    )
                     self._invocations.give_up(invocation, reason)
             resume = self._resumption.resumable(node)
             _greet(ws, request_id, self._hello(new_id(), identity, resume))
@@ -23954,7 +23982,9 @@ class Execution:
         result, name = end.result, end.command.name
         if result.get("cancelled"):
             if not self._cancelled and not self._broken_pipe:
-                why = "its node stops" if result.get("stopped") else "somebody did it"
+                why = "somebody did it"
+                if result.get("stopped"):
+                    why = stop_words(result.get("node") == LOCAL_NAME)
                 self._output.complain(f"{name}: the command was cancelled; {why}")
             return INTERRUPTED
         if "error" in result:
@@ -23975,10 +24005,10 @@ class Execution:
         groups: dict[str, list[str]] = {"ok": [], "failed": [], "unreachable": []}
         for end in self._ends:
             name = end.command.name
-            if isinstance(end.error, Unreachable):
-                groups["unreachable"].append(f"{name} ({end.error})")
-            elif end.error is not None:
-                groups["failed"].append(f"{name} ({end.error})")
+            if end.error is not None:
+                away = isinstance(end.error, Unreachable)
+                told = f"{name} ({without_name(name, str(end.error))})"
+                groups["unreachable" if away else "failed"].append(told)
             else:
                 status = self._status_of(end)
                 group = "failed" if status else "ok"
@@ -23989,6 +24019,12 @@ class Execution:
         if not groups["failed"] and not groups["unreachable"]:
             return EXIT_OK
         return INTERRUPTED if self._cancelled else EXIT_FAILURE
+
+
+def without_name(name: str, text: str) -> str:
+    """Return what `text` says of `name`, for where that stands before it."""
+    named = text.casefold().startswith(name.casefold())
+    return text[len(name) :].lstrip(": ") if named else text
 
 
 class StreamPrinter:
@@ -24247,9 +24283,10 @@ def job_status(job: JsonObject, output: Output) -> int:
             return 128 + int(job["signal"])
         code = job["exitCode"]
         return int(code) if code in range(256) else EXIT_FAILURE
+    why = f"; {job['error']}" if job["error"] else ""
     words = {
         CommandState.TIMED_OUT: "the command's time was up; it was ended",
-        CommandState.CANCELLED: "the command was cancelled",
+        CommandState.CANCELLED: f"the command was cancelled{why}",
     }
     output.complain(f"{name}: {words.get(state) or job['error'] or state}")
     statuses = {

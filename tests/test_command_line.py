@@ -469,6 +469,18 @@ def test_an_empty_word_may_belong_to_the_other_machine(tmp_path):
     assert (done.returncode, done.stdout) == (0, "[]")
 
 
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("pi: its token was revoked", "its token was revoked"),
+        ("Pi is offline since noon", "is offline since noon"),
+        ("the gateway stops", "the gateway stops"),
+    ],
+)
+def test_a_name_is_not_said_twice(text, rest):
+    assert moltis.without_name("pi", text) == rest
+
+
 def test_an_interrupt_of_several_commands_counts_as_one(tmp_path):
     with InProcessGateway(tmp_path / ".moltis") as gateway, gateway.node("far"):
         words = ("node", "exec", "--all", "--", "echo begun; sleep 600")

@@ -230,6 +230,16 @@ def start(gateway, command, node="local", **params):
     ]
 
 
+@contextlib.contextmanager
+def silent_node(gateway):
+    """A node that takes commands, and does nothing about them."""
+    with gateway.peer() as peer:
+        extensions = {"moltis": {"caps": list(moltis.MACHINE_CAPABILITIES)}}
+        params = rust_connect(gateway.token(), "gone", extensions=extensions)
+        assert peer.request("connect", params)["ok"]
+        yield peer
+
+
 def read_all(gateway, job, **params):
     """Return the job's last answer, and what all answers say of stdout."""
     text, position = "", 0
@@ -294,6 +304,54 @@ def test_a_job_that_cannot_start_leaves_nothing(gateway, params, problem):
         gateway.call("node.invoke", **asked)
     assert gateway.call("command.list") == []
     assert list((gateway.directory / "jobs").iterdir()) == []
+
+
+def test_a_job_runs_from_the_moment_its_node_has_it(gateway, monkeypatch):
+    """The store is told later, and only of what takes long."""
+    monkeypatch.setattr(moltis, "RUNNING_AFTER", 600)
+    with silent_node(gateway) as peer:
+        job = start(gateway, "sleep 600", "gone")
+        peer.receive_until(lambda m: m.get("event") == moltis.INVOKE_REQUEST)
+        (listed,) = gateway.call("command.list")
+        assert (listed["invokeId"], listed["state"]) == (job, "running")
+        assert listed["startedAt"] >= listed["askedAt"]
+        assert gateway.running.store.commands.by_id(job).state == "sent"
+        in_line = {"invokeId": job, "state": "queued", "place": 1}
+        peer.send({"type": "event", "event": moltis.INVOKE_STATE, "payload": in_line})
+        wait_for(lambda: "place" in gateway.call("command.list")[0])
+        assert moltis.job_state(gateway.call("command.list")[0]) == "in line (1)"
+
+
+@pytest.mark.parametrize("written", [b"", b"begun\n"])
+def test_a_lost_job_keeps_what_is_known_of_it(gateway, capsys, written):
+    with silent_node(gateway) as peer:
+        job = start(gateway, "sleep 600", "gone")
+        peer.receive_until(lambda m: m.get("event") == moltis.INVOKE_REQUEST)
+        if written:
+            peer.send(moltis.encode_chunk(Chunk(STDOUT, job, 0, written)))
+            wait_for(lambda: gateway.call("command.get", id=job)["output"])
+        (device,) = gateway.call("device.pair.list")
+        gateway.call("device.token.revoke", deviceId=device["deviceId"])
+    lost = gateway.call("command.wait", id=job)
+    assert (lost["state"], lost["stdoutBytes"]) == ("lost", len(written))
+    assert moltis.job_status(lost, moltis.Output({})) == moltis.EXIT_UNREACHABLE
+    unknown = "how the command ended" if written else "whether the command ran"
+    said = f"moltis: Rust box: its token was revoked; {unknown} is not known\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_job_on_the_gateway_s_machine_says_that_the_gateway_stopped(tmp_path, capsys):
+    with InProcessGateway(tmp_path / "gateway") as first:
+        job = start(first, "echo begun; sleep 600")
+        wait_for(lambda: first.call("command.get", id=job)["output"])
+    with InProcessGateway(tmp_path / "gateway") as second:
+        ended = second.call("command.get", id=job)
+        record = second.running.store.commands.by_id(job)
+    assert moltis.job_status(ended, moltis.Output({})) == moltis.INTERRUPTED
+    said = "Local: the command was cancelled; the gateway on its machine stopped"
+    assert said in capsys.readouterr().err
+    # And to one who asked for it in the foreground, and asks again.
+    assert moltis.record_result(record)["stopped"]
 
 
 def test_jobs_and_what_runs_are_listed_newest_first(gateway):
@@ -388,7 +446,7 @@ def test_a_job_whose_node_never_returns_is_lost_after_its_timeout(
             gateway = InProcessGateway(data, port=port)
         ended = gateway.call("command.wait", id=short, wait=20)
         assert ended["state"] == "lost"
-        assert "whether the command ran is not known" in ended["error"]
+        assert "how the command ended is not known" in ended["error"]
         assert ended["timeoutMs"] == 10_000
         assert read_all(gateway, short)[1] == "begun\n"
         assert gateway.call("command.wait", id=long, wait=0)["waiting"]
@@ -453,16 +511,6 @@ def test_ending_what_runs_on_a_node_that_is_away_says_when_that_will_be(
     with gateway.operator() as client:
         moltis.cancel_job(client, job, moltis.Output({}))
     assert "it ends when Rust box is back, which is away now" in capsys.readouterr().err
-
-
-@contextlib.contextmanager
-def silent_node(gateway):
-    """A node that takes commands, and does nothing about them."""
-    with gateway.peer() as peer:
-        extensions = {"moltis": {"caps": list(moltis.MACHINE_CAPABILITIES)}}
-        params = rust_connect(gateway.token(), "gone", extensions=extensions)
-        assert peer.request("connect", params)["ok"]
-        yield peer
 
 
 @pytest.mark.parametrize("follows_anew", [False, True])
