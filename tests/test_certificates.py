@@ -213,13 +213,16 @@ def test_with_a_certificate_in_place_openssl_is_not_needed(files, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("script", "words"),
-    [("echo no entropy >&2; exit 1", "no entropy"), ("exec sleep 60", "longer than")],
+    ("script", "timeout", "words"),
+    [
+        ("echo no entropy >&2; exit 1", 30, "no entropy"),
+        ("exec sleep 60", 0.3, "longer than"),
+    ],
 )
 def test_an_openssl_that_fails_is_an_error_that_says_why(
-    tmp_path, monkeypatch, script, words
+    tmp_path, monkeypatch, script, timeout, words
 ):
-    monkeypatch.setattr(moltis, "OPENSSL_TIMEOUT", 0.3)
+    monkeypatch.setattr(moltis, "OPENSSL_TIMEOUT", timeout)
     program = tmp_path / "openssl"
     program.write_text(f"#!/bin/sh\nPATH=/bin:/usr/bin; exec 3>&2; {script}\n")
     program.chmod(0o755)

@@ -340,7 +340,7 @@ class TestRuntimes:
     def test_one_that_hangs_is_ended_with_its_children_and_spares_the_others(
         self, tmp_path, programs, inventory, monkeypatch
     ):
-        monkeypatch.setattr(moltis, "VERSION_TIMEOUT", 0.5)
+        monkeypatch.setattr(moltis, "VERSION_TIMEOUT", 2.0)
         pids = tmp_path / "pids"
         programs("node", f"sleep 1000 & echo $! $$ >{pids}; wait")
         programs("java", RUNTIME_ANSWERS["java"])
@@ -354,7 +354,7 @@ class TestRuntimes:
         assert list(known(inventory()).runtime_versions) == ["java"]
 
     def test_one_that_drips_is_ended_too(self, programs, inventory, monkeypatch):
-        monkeypatch.setattr(moltis, "VERSION_TIMEOUT", 0.3)
+        monkeypatch.setattr(moltis, "VERSION_TIMEOUT", 2.0)
         programs("node", "while :; do echo v1; sleep 0.01; done")
         programs("java", RUNTIME_ANSWERS["java"])
         assert list(known(inventory()).runtime_versions) == ["java"]
