@@ -344,6 +344,7 @@ def test_every_end_has_a_state_whatever_the_node_says(world, node, result, state
 
 
 def test_what_has_run_for_a_second_is_running_in_the_audit(world, node, monkeypatch):
+    monkeypatch.setattr(moltis, "RUNNING_AFTER", 3600.0)
     invocation = world.start("far")
     world.patience.tick()
     assert world.state(invocation) == "sent"
