@@ -11010,6 +11010,7 @@ class Invocation:
         # Of a node that can resume, only its absence counts: see await_node().
         self.deadline = Deadline(self.patience)
         self._grace = Deadline(None)  # the same for one that was cancelled
+        self._away_since: float | None = None  # monotonic; None: its node is there
         self._lock = threading.Lock()  # guards all below, sent_to, sink and future
         self._asked: ConnectedNode | None = None  # over its connection of the moment
         self._received = {STDOUT: 0, STDERR: 0}
@@ -11043,12 +11044,22 @@ class Invocation:
 
     def await_node(self) -> None:
         """Count from now on for how long its node is away."""
+        self._away_since = time.monotonic()
         self.deadline = Deadline(self.patience)
         self._grace = Deadline(LOST_AFTER)
 
     def leave_to_node(self) -> None:
         """Count no more: its node has it, and keeps to the timeout itself."""
+        self._away_since = None
         self.deadline = self._grace = Deadline(None)
+
+    @property
+    def absence(self) -> JsonObject:
+        """For how long its node has been away, as the wire says it; {}: it is not."""
+        since = self._away_since
+        if since is None:
+            return {}
+        return {"waitingMs": round((time.monotonic() - since) * 1000)}
 
     def overdue(self) -> str:
         """Return why its result is awaited no longer, "" while it is."""
@@ -12237,6 +12248,8 @@ class Resumption:
         if invocation.origin != origin:
             raise RpcError("CONFLICT", f"another one asked for {invoke_id} before")
         self._invocations.attach(invocation, sink, (stdout, stderr))
+        if invocation.absence:
+            sink.state(invocation.id, "waiting", invocation.absence)
         return invocation
 
     def _await_output(self, record: CommandRecord) -> Invocation:
@@ -12754,15 +12767,20 @@ class JobDesk:
         return self.jobs.open(invoke_id).output.read(position)
 
     def news(
-        self, invoke_id: str, position: int, wait: float
+        self, invoke_id: str, position: int, wait: float, waiting: bool | None = None
     ) -> Future[tuple[JsonObject, JobReading]]:
-        """Return how it stands and what it wrote, once it did or `wait` s are over."""
+        """Return how it stands and what it wrote, once it did or `wait` s are over.
+
+        And once its node is away or back, where the asker believes it is `waiting`
+        or not.
+        """
 
         def attempt(final: bool) -> tuple[JsonObject, JobReading] | None:
             # First the state: an end that is seen has all output before it.
             record = self.record(invoke_id)
             view, reading = self.view(record), self.output(invoke_id, position)
-            if not reading.pieces and record.is_open and not final:
+            known = waiting in (None, view.get("waiting"))
+            if not reading.pieces and record.is_open and known and not final:
                 return None
             return view, reading
 
@@ -12818,9 +12836,11 @@ class JobDesk:
         view = {**command_view(record), "background": self.jobs.known(record.invoke_id)}
         if not record.is_open:
             return view
-        view["waiting"] = self._fleet.connected(record.node_id) is None  # for its node
+        away = self._fleet.connected(record.node_id) is None
         invocation = self.invocations.get(record.invoke_id)
         if invocation is not None:
+            away = away or bool(invocation.absence)
+            view.update(invocation.absence)
             if invocation.started_at is not None:  # the store is told later
                 view["state"] = CommandState.RUNNING
                 view["startedAt"] = record.started_at or invocation.started_at
@@ -12828,6 +12848,7 @@ class JobDesk:
             view["stderrBytes"] = invocation.received(STDERR)
             if invocation.place:
                 view["place"] = invocation.place
+        view["waiting"] = away  # for its node
         return view
 
 
@@ -15822,9 +15843,9 @@ class JobMethods:
             ]
             return {**view, "next": reading.next, "output": output}
 
-        return _mapped(
-            self._desk.news(invoke_id, offset, _wait_of(params, 0.0)), answer
-        )
+        waiting = optional(params, "waiting", bool)
+        news = self._desk.news(invoke_id, offset, _wait_of(params, 0.0), waiting)
+        return _mapped(news, answer)
 
     def _wait(self, call: RpcCall) -> Future[JsonObject]:
         """Answer when the command has ended, or with how it stands after `wait` s."""
@@ -23829,9 +23850,10 @@ class Waiting:
         self._output = output
         self._since: dict[str, float] = {}  # monotonic, by name
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, waited_ms: float = 0) -> None:
+        """Say that `name` is away; `waited_ms`: it has been, before we knew."""
         if name not in self._since:
-            self._since[name] = time.monotonic()
+            self._since[name] = time.monotonic() - waited_ms / 1000
             self._output.say(f"moltis: waiting for {name} to come back")
 
     def end(self, name: str) -> None:
@@ -23971,7 +23993,7 @@ class Execution:
         if news.state == "queued" and place:
             self._output.say(f"moltis: {name} is busy; in line at place {place}")
         elif news.state == "waiting":
-            self._waiting.begin(name)
+            self._waiting.begin(name, news.detail.get("waitingMs", 0))
         elif news.state == "running":
             self._waiting.end(name)
 
@@ -24230,8 +24252,11 @@ class Attachment:
         if not job["background"] and not self._explained:
             self._explained = True
             self._output.say(f"moltis: {foreground_words(job)}")
-        change = self._waiting.begin if job.get("waiting") else self._waiting.end
-        change(job["nodeName"])
+        self._asked["waiting"] = job.get("waiting", False)
+        if job.get("waiting"):
+            self._waiting.begin(job["nodeName"], job.get("waitingMs", 0))
+        else:
+            self._waiting.end(job["nodeName"])
         for stream, offset, data in job["output"]:
             self._print(stream, offset, base64.b64decode(data))
         return job["endedAt"] is not None and not job["output"]

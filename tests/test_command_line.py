@@ -361,6 +361,14 @@ def test_an_interrupt_while_a_node_is_away_says_how_to_leave(capsys):
     assert "when pi is back; leaving in 10 s" in capsys.readouterr().err
 
 
+def test_a_wait_counts_from_when_the_node_left_and_not_from_when_we_heard(capsys):
+    waiting = moltis.Waiting(moltis.Output({}))
+    waiting.begin("pi", 17_000)
+    waiting.begin("pi", 99_000)  # heard once more
+    waiting.end("pi")
+    assert "pi is back after 17 s" in capsys.readouterr().err
+
+
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
     command = f"{sys.executable} {PROGRAM} gateway --help | true"
     done = subprocess.run(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from queue import SimpleQueue
 
 import pytest
 from peers import InProcessGateway, rust_connect
@@ -320,6 +321,44 @@ def test_a_job_runs_from_the_moment_its_node_has_it(gateway, monkeypatch):
         peer.send({"type": "event", "event": moltis.INVOKE_STATE, "payload": in_line})
         wait_for(lambda: "place" in gateway.call("command.list")[0])
         assert moltis.job_state(gateway.call("command.list")[0]) == "in line (1)"
+
+
+def test_who_follows_a_job_hears_at_once_that_its_node_is_away_or_back(gateway):
+    with gateway.node("far"), gateway.operator() as client:
+        job = start(gateway, "sleep 600", "far")
+        asked = {"id": job, "wait": 300}
+        leaves = client.start("command.get", {**asked, "waiting": False})
+        client.call("node.list", {})  # it waits
+        gateway.running.fleet.connected("id-of-far").link.hang_up("for a test")
+        away = leaves.result(10)
+        assert away["waiting"]
+        assert away["waitingMs"] >= 0
+        back = client.start("command.get", {**asked, "waiting": True}).result(20)
+        assert (back["waiting"], back.get("waitingMs")) == (False, None)
+        gateway.call("command.cancel", id=job)
+        gateway.call("command.wait", id=job)
+
+
+def test_who_asks_again_hears_for_how_long_the_node_has_been_away(gateway):
+    events, invoke_id = SimpleQueue(), str(uuid.uuid4())
+    params = {
+        "nodeId": "gone",
+        "command": "system.run",
+        "args": {"command": "sleep 600", "stream": True},
+        "invokeId": invoke_id,
+    }
+    with gateway.operator() as first:
+        with silent_node(gateway) as peer:
+            first.start("node.invoke", params)
+            peer.receive_until(lambda m: m.get("event") == moltis.INVOKE_REQUEST)
+        invocation = gateway.running.invocations.get(invoke_id)
+        wait_for(lambda: invocation.absence.get("waitingMs"))
+        with gateway.operator() as second:
+            second.listen(events.put)
+            second.start("node.invoke", params)
+            event = events.get(timeout=10)
+    assert event.payload["state"] == "waiting"
+    assert event.payload["waitingMs"] > 0
 
 
 @pytest.mark.parametrize("written", [b"", b"begun\n"])
