@@ -11121,6 +11121,20 @@ class Invocation:
             if self.sink is sink:
                 self.sink = AbsentCaller(CALLER_PATIENCE)
 
+    def check_window(self, chunk: Chunk) -> None:
+        """Raises RpcError for output that its node was to keep until others were read.
+
+        Sinks count on it: what a node sends beyond that, they would have to keep.
+        """
+        with self._lock:
+            end = self._consumed[chunk.kind] + STREAM_WINDOW
+        if chunk.end > end:
+            raise RpcError(
+                "PROTOCOL_ERROR",
+                f"byte {chunk.end} of {STREAM_NAMES[chunk.kind]} was sent, and {end} "
+                "were asked for",
+            )
+
     def fresh(self, chunk: Chunk) -> tuple[Sink, Chunk] | None:
         """Return the part of `chunk` that had not arrived yet, and who gets it.
 
@@ -11920,10 +11934,13 @@ class Invocations:
         self._tell_node(invocation, lambda link: link.write_stdin(chunk))
 
     def handle_chunk(self, node_id: str, chunk: Chunk) -> None:
-        """Take output from a node."""
+        """Take output from a node.  Raises RpcError for more than it may send."""
         invocation = self.active.on_node(node_id, chunk.invoke_id)
-        if invocation is None or chunk.kind == STDIN:
-            return
+        if invocation is not None and chunk.kind != STDIN:
+            invocation.check_window(chunk)
+            self._take_chunk(invocation, chunk)
+
+    def _take_chunk(self, invocation: Invocation, chunk: Chunk) -> None:
         found = invocation.fresh(chunk)
         if found is not None:
             sink, fresh = found
@@ -11963,7 +11980,7 @@ class Invocations:
         if invocation.command == SYSTEM_RUN:
             result = checked_run_result(result)
             for chunk in take_output(invoke_id, result):
-                self.handle_chunk(node_id, chunk)
+                self._take_chunk(invocation, chunk)
         invocation.keep_result(result, accept)
         self._hand_out(invocation)
 

@@ -432,6 +432,33 @@ def test_chunks_that_come_again_are_taken_once(world, node):
     assert sink.data[1] == b"abcdef"
 
 
+def test_a_node_that_does_not_wait_for_its_reader_is_refused(world, node):
+    """Else a slow reader would have us keep all that a hostile node sends."""
+    sink = Sink(slow=True)
+    invocation = world.start("far", sink)
+
+    def send(offset, size):
+        chunk = moltis.Chunk(1, invocation.id, offset, b"x" * size)
+        world.invocations.handle_chunk("id-far", chunk)
+
+    send(0, moltis.STREAM_WINDOW)
+    with pytest.raises(moltis.RpcError, match="byte 1048577 of stdout was sent"):
+        send(moltis.STREAM_WINDOW, 1)
+    world.invocations.acknowledge(invocation, 1, 10)
+    send(moltis.STREAM_WINDOW, 10)
+    assert len(sink.data[1]) == moltis.STREAM_WINDOW + 10
+
+
+def test_a_node_without_streams_may_send_all_its_output_at_once(world):
+    world.connect("rust", capabilities=())
+    invocation = world.start("rust")
+    output = "x" * (moltis.STREAM_WINDOW + 1)
+    node = world.fleet.connected("id-rust")
+    world.finish(node, invocation, {"exitCode": 0, "stdout": output})
+    assert len(invocation.sink.data[1]) == len(output)
+    assert invocation.future.result()["exitCode"] == 0
+
+
 def test_the_node_is_told_now_and_then_what_was_dealt_with(world, node):
     invocation = world.start("far")
     step = 64 * 1024
