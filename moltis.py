@@ -15989,9 +15989,10 @@ class DeviceMethods:
 
     def _hang_up(self, device: Device) -> None:
         """Hang up on a device whose token is no longer good."""
-        node = self._fleet.connected(device.node_id or "")
-        if node is not None and node.device_id == device.id:
-            node.link.hang_up("the token was revoked")
+        # Under whichever id: it may be coming in just now, or have come in twice.
+        for node in self._fleet.all_connected():
+            if node.device_id == device.id:
+                node.link.hang_up("the token was revoked")
 
 
 class ChatMethods:
@@ -16606,6 +16607,7 @@ class Identity:
     caller: Caller
     params: ConnectParams
     device: Device | None = None  # None: an operator
+    handle: str = ""  # of the token that a device came with
     server_final: str = ""  # our half of the proof, where SCRAM was used
 
 
@@ -16660,15 +16662,17 @@ class Introduction:
         """Raises AuthenticationError, or RpcError where there is no credential."""
         if params.scram_final and self._scram is not None:
             server_final = self._scram.final(params.scram_final)
-            device = self._access.device_by_handle(self._scram.username or "")
-            return _device_identity(params, device, server_final)
+            handle = self._scram.username or ""
+            device = self._access.device_by_handle(handle)
+            return _device_identity(params, device, handle, server_final)
         if params.device_token:
             if self._require_scram:
                 raise RpcError(
                     "FORBIDDEN", "this gateway takes no token as it is, only SCRAM"
                 )
             device = self._access.device_by_token(params.device_token)
-            return _device_identity(params, device)
+            handle = device_handle(params.device_token)
+            return _device_identity(params, device, handle)
         if params.api_key:
             caller = self._access.admit_operator(params.api_key, self._client.address)
             return Identity(caller, params)
@@ -16681,12 +16685,12 @@ class Introduction:
 
 
 def _device_identity(
-    params: ConnectParams, device: Device | None, server_final: str = ""
+    params: ConnectParams, device: Device | None, handle: str, server_final: str = ""
 ) -> Identity:
     """Raises AuthenticationError where there is no such device."""
     if device is None:
         raise AuthenticationError("unknown or revoked device token")
-    return Identity(device_caller(device), params, device, server_final)
+    return Identity(device_caller(device), params, device, handle, server_final)
 
 
 def _name_of_its_own(text: str) -> str:
@@ -16891,7 +16895,9 @@ class Gateway:
         self._fleet.claim(node, device)
         try:
             known = note_presence(self._devices, device, params, address)
-            if not known:  # it was revoked, or its id taken, as it came in
+            # Only now: what is revoked from here on, it is hung up for.
+            current = self._access.device_by_handle(identity.handle)
+            if not known or current is None:  # or its id was taken as it came in
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             if device.node_id not in (None, node.node_id):
                 for invocation in self._invocations.running_on(str(device.node_id)):

@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from peers import InProcessGateway, InProcessNode, RawPeer
+from peers import InProcessGateway, InProcessNode, RawPeer, rust_connect
 from support import Program, run_moltis, wait_for
 
 import moltis
@@ -749,3 +749,39 @@ def test_no_secret_is_in_the_database_a_log_or_a_process_title(home):
     for path in keep_them:
         assert path.stat().st_mode & 0o777 == 0o600
         assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_token_that_is_rotated_as_a_node_comes_in_with_it_lets_nobody_in(
+    plain, monkeypatch
+):
+    made = plain.call("device.token.create", displayName="far")
+    claim = moltis.Fleet.claim
+
+    def claim_late(self, node, device):
+        plain.call("device.token.rotate", deviceId=made["deviceId"])
+        claim(self, node, device)
+
+    monkeypatch.setattr(moltis.Fleet, "claim", claim_late)
+    with plain.peer() as peer:
+        refused = peer.request("connect", rust_connect(made["deviceToken"]))
+        assert refused["error"]["code"] == "UNAUTHORIZED"
+
+
+def test_a_token_that_two_brought_at_once_is_revoked_for_both(plain, monkeypatch):
+    made = plain.call("device.token.create", displayName="far")
+    note_presence, both = moltis.note_presence, threading.Barrier(2)
+
+    def note_together(*args):
+        both.wait(10)
+        return note_presence(*args)
+
+    monkeypatch.setattr(moltis, "note_presence", note_together)
+    with plain.peer() as one, plain.peer() as other:
+        for peer, node_id in ((one, "one"), (other, "other")):
+            params = rust_connect(made["deviceToken"], node_id)
+            peer.send({"type": "req", "id": "1", "method": "connect", "params": params})
+        for peer in (one, other):
+            assert peer.receive_until(lambda m: m.get("id") == "1")["ok"]
+        plain.call("device.token.revoke", deviceId=made["deviceId"])
+        for peer in (one, other):
+            assert peer.close_code() == moltis.CloseCode.POLICY_VIOLATION
