@@ -582,6 +582,17 @@ def printable(text: str, limit: int = 200) -> str:
     return "".join(c for c in text[:limit] if c.isprintable())
 
 
+def visible(text: str) -> str:
+    """Return `text` with what a terminal obeys, or hides, spelt out.
+
+    A command that moves the cursor, or turns the writing round, looks like another.
+    """
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
 def clip(text: str, limit: int) -> str:
     """Return `text`, or its head and tail with the number of characters cut."""
     if len(text) <= limit:
@@ -7833,7 +7844,8 @@ class NodeAgent:
                 return
             pause = self._backoff.next()
             if str(problem) != last_problem:
-                log.warning("%s; trying again every minute or sooner", problem)
+                why = visible(str(problem))
+                log.warning("%s; trying again every minute or sooner", why)
                 self._on_state(False, problem)
             last_problem = str(problem)
             self._stopped.wait(pause)
@@ -22334,15 +22346,17 @@ class Output:
 
     def say(self, text: str) -> None:
         """Tell the person something; the answer is not in it."""
-        sys.stderr.write(f"{self._clear_status()}{text}\n")
-        sys.stderr.flush()
+        self._write(visible(text) + "\n")
 
     def status(self, text: str) -> None:
         """Show how things are until something is said; on a terminal only."""
         if self._terminal:
-            sys.stderr.write(f"{self._clear_status()}{text}")
-            sys.stderr.flush()
+            self._write(visible(text))
             self._status_shown = True
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(f"{self._clear_status()}{text}")
+        sys.stderr.flush()
 
     def _clear_status(self) -> str:
         shown, self._status_shown = self._status_shown, False
@@ -22353,14 +22367,21 @@ class Output:
         sys.stdout.flush()
 
     def json(self, value: object) -> None:
-        self.answer(json.dumps(value, indent=2, ensure_ascii=False))
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        # JSON spells the other control codes out by itself.
+        spelt = re.sub("[\x7f-\x9f]", lambda c: f"\\u{ord(c[0]):04x}", text)
+        self.answer(spelt)
 
     def complain(self, text: str) -> None:
         bold = "\033[31m{}\033[0m" if self._color else "{}"
-        self.say(bold.format(f"moltis: {redact(text)}"))
+        self._write(bold.format(f"moltis: {visible(redact(text))}") + "\n")
 
     def table(self, rows: Sequence[Sequence[str]]) -> None:
-        """Print rows in columns; the first one is the heading."""
+        """Print rows in columns; the first one is the heading.
+
+        What others wrote is in them, and must not move the cursor to hide itself.
+        """
+        rows = [[visible(cell) for cell in row] for row in rows]
         widths = [max(len(cell) for cell in column) for column in zip(*rows)]
         for row in rows:
             cells = (cell.ljust(width) for cell, width in zip(row, widths))
@@ -23412,7 +23433,7 @@ def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
         context.output.say("this machine is no node; `moltis node add` makes it one")
     else:
         for line in status_lines(value):
-            context.output.answer(line)
+            context.output.answer(visible(line))
     return EXIT_OK if connected else EXIT_FAILURE
 
 
@@ -24474,17 +24495,6 @@ def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswe
     return deny
 
 
-def visible(text: str) -> str:
-    """Return `text` with what a terminal obeys, or hides, spelt out.
-
-    A command that moves the cursor, or turns the writing round, looks like another.
-    """
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
-        for c in text
-    )
-
-
 def ask_approval(output: Output, command: JsonObject) -> str:
     where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
     lines = visible(command["command"]).replace("\n", "\n    ")
@@ -24610,7 +24620,7 @@ class ChatTerminal:
         elif state == "tool_call_output":
             card = self._card(news["messageId"])
             text = card.piece(news["stream"], news["offset"], news["data"])
-            self._write(news["stream"] if typed else "stderr", text)
+            self._write_output(news["stream"], text, typed)
         if state not in ("final", "error", "aborted"):
             return False
         self._end_line()
@@ -24661,7 +24671,7 @@ class ChatTerminal:
             self._asked.add(message["id"])
             self._decide(command)
         for stream, text in card.rest(command):
-            self._write(stream if typed else "stderr", text)
+            self._write_output(stream, text, typed)
         if message["state"] != "running":
             self._end_line()
             for line in command_verdict(command, card.whole):
@@ -24690,6 +24700,13 @@ class ChatTerminal:
         self._said[message_id] = self._said.get(message_id, 0) + len(text)
         # A model's words are no more to be trusted than what it read.
         self._write("stdout", re.sub(TERMINAL_CONTROLS, "", text))
+
+    def _write_output(self, stream: str, text: str, typed: bool) -> None:
+        if typed:
+            self._write(stream, text)
+        else:
+            # What a model looks at must not hide the question that comes after it.
+            self._write("stderr", re.sub(TERMINAL_CONTROLS, "", text))
 
     def _write(self, stream: str, text: str) -> None:
         if not text:

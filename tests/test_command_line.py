@@ -299,6 +299,32 @@ def test_colour_only_on_a_terminal_and_never_with_no_color(monkeypatch, capsys):
         assert ("\033[" in capsys.readouterr().err) is coloured
 
 
+def test_what_others_wrote_gives_the_terminal_no_orders(capsys):
+    """A node's error could wipe out what stands above it, a command its audit."""
+    wrote = "x\x1b[2J\x9b1A\u202ey"
+    spelt = "x\\x1b[2J\\x9b1A\\u202ey"
+    output = moltis.Output({})
+    output.table([["WHAT"], [wrote]])
+    output.say(wrote)
+    output.complain(wrote)
+    printed = capsys.readouterr()
+    assert printed.out == f"WHAT\n{spelt}\n"
+    assert printed.err == f"{spelt}\nmoltis: {spelt}\n"
+    output.json([wrote])
+    text = capsys.readouterr().out
+    assert json.loads(text) == [wrote]
+    assert not {"\x1b", "\x9b"} & set(text)
+
+
+def test_output_that_a_model_looks_at_gives_the_terminal_no_orders(capsys):
+    """Else it could hide, or colour, the question that comes after it."""
+    terminal = moltis.ChatTerminal.__new__(moltis.ChatTerminal)
+    terminal._write_output("stdout", "a\x1b[8mb", typed=False)
+    assert capsys.readouterr().err == "a[8mb"
+    terminal._write_output("stdout", "a\x1b[1mb", typed=True)
+    assert capsys.readouterr().out == "a\x1b[1mb"
+
+
 def test_complaints_hold_no_secret(capsys):
     moltis.Output({}).complain(f"the token {TOKEN} is no good")
     assert TOKEN not in capsys.readouterr().err
