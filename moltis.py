@@ -23969,8 +23969,7 @@ class Execution:
             self._remote.start()
             if self._feeds:
                 threading.Thread(
-                    target=self._remote.stdin.feed,
-                    args=(partial(os.read, sys.stdin.fileno()),),
+                    target=self._feed,
                     name="moltis-stdin",
                     daemon=True,  # nothing ends a read from a terminal
                 ).start()
@@ -23992,6 +23991,15 @@ class Execution:
         if self._several:
             return self._recap()
         return self._status_of(self._ends[0])
+
+    def _feed(self) -> None:
+        try:
+            self._remote.stdin.feed(read_stdin)
+        except OSError as error:
+            self._output.complain(
+                f"standard input cannot be read: {error.strerror}; ending the command"
+            )
+            self._remote.interrupt()
 
     def _label(self, command: RemoteCommand) -> bytes:
         return f"{command.name} | ".encode() if self._several else b""
@@ -24085,6 +24093,18 @@ class Execution:
         if not groups["failed"] and not groups["unreachable"]:
             return EXIT_OK
         return INTERRUPTED if self._cancelled else EXIT_FAILURE
+
+
+def read_stdin(size: int) -> bytes:
+    """Return what comes next on standard input, b"" at its end.  Raises OSError."""
+    descriptor = sys.stdin.fileno()
+    try:
+        return os.read(descriptor, size)
+    except OSError as error:
+        # A terminal says so when its other end is closed; a disk means it.
+        if error.errno != errno.EIO or not os.isatty(descriptor):
+            raise
+        return b""
 
 
 def without_name(name: str, text: str) -> str:
@@ -24458,6 +24478,16 @@ def chosen_session(client: OperatorClient, wanted: str, output: Output) -> JsonO
     return created
 
 
+def typed_line() -> str:
+    """Raises EOFError at the end of input, also where the terminal is no more."""
+    try:
+        return input("› ")
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise EOFError from error
+
+
 def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
     """Take messages from a person until the end of input."""
     with contextlib.suppress(ImportError):  # editing and history, where it is there
@@ -24467,7 +24497,7 @@ def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
     context.output.say("Ctrl+C stops an answer, Ctrl+D ends the chat.")
     while True:
         try:
-            text = input("› ")
+            text = typed_line()
             if text.strip():
                 terminal.turn(text)
         except EOFError:

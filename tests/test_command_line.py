@@ -4,9 +4,11 @@ test_end_to_end.py."""
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -513,6 +515,61 @@ def test_an_empty_word_may_belong_to_the_other_machine(tmp_path):
 )
 def test_a_name_is_not_said_twice(text, rest):
     assert moltis.without_name("pi", text) == rest
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(("node", "exec", "local", "--stdin", "--", "cat"), "typed"), (("chat",), "")],
+)
+def test_a_terminal_whose_other_end_is_closed_is_the_end_of_input(
+    tmp_path, words, said
+):
+    """EIO on Linux; it was told as output that is not whole, or waited for ever."""
+    parent, child = pty.openpty()
+    os.write(child, b"typed\n" if said else b"")
+    os.close(child)
+    with InProcessGateway(tmp_path / ".moltis"), open(parent) as terminal:
+        done = subprocess.run(
+            [sys.executable, str(PROGRAM), *words],
+            stdin=terminal,
+            capture_output=True,
+            check=False,
+            text=True,
+            env=clean_environment(tmp_path),
+            timeout=60,
+        )
+    assert done.returncode == moltis.EXIT_OK
+    assert said in done.stdout
+    assert "not whole" not in done.stderr
+
+
+def cannot_be_read(*_):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_input_that_cannot_be_read_ends_the_command_and_says_so(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(moltis, "read_stdin", cannot_be_read)
+    with InProcessGateway(tmp_path / "gateway") as gateway:
+        execution = moltis.Execution(
+            gateway.operator(),
+            gateway.operator,
+            {"local": "Local"},
+            {"command": "cat; sleep 600", "stdin": True},
+            moltis.Output({}),
+        )
+        assert execution.run() == moltis.INTERRUPTED
+    assert "standard input cannot be read: Input/output" in capsys.readouterr().err
+
+
+def test_a_disk_that_cannot_be_read_is_no_end_of_input(monkeypatch):
+    """Half a backup must not look like a whole one."""
+    with open(os.devnull) as file, monkeypatch.context() as disk:
+        disk.setattr(sys, "stdin", file)
+        disk.setattr(moltis.os, "read", cannot_be_read)
+        with pytest.raises(OSError, match="Input/output"):
+            moltis.read_stdin(1)
 
 
 def test_an_interrupt_of_several_commands_counts_as_one(tmp_path):
