@@ -11133,20 +11133,6 @@ class Invocation:
             if self.sink is sink:
                 self.sink = AbsentCaller(CALLER_PATIENCE)
 
-    def check_window(self, chunk: Chunk) -> None:
-        """Raises RpcError for output that its node was to keep until others were read.
-
-        Sinks count on it: what a node sends beyond that, they would have to keep.
-        """
-        with self._lock:
-            end = self._consumed[chunk.kind] + STREAM_WINDOW
-        if chunk.end > end:
-            raise RpcError(
-                "PROTOCOL_ERROR",
-                f"byte {chunk.end} of {STREAM_NAMES[chunk.kind]} was sent, and {end} "
-                "were asked for",
-            )
-
     def fresh(self, chunk: Chunk) -> tuple[Sink, Chunk] | None:
         """Return the part of `chunk` that had not arrived yet, and who gets it.
 
@@ -11322,6 +11308,20 @@ def command_record(invocation: Invocation) -> CommandRecord:
         cwd=args.get("cwd"),
         timeout_ms=None if timeout_ms is None else math.ceil(timeout_ms),
     )
+
+
+def check_window(invocation: Invocation, chunk: Chunk) -> None:
+    """Raises RpcError for output that its node was to keep until others were read.
+
+    Sinks count on it: what a node sends beyond that, they would have to keep.
+    """
+    end = invocation.consumed(chunk.kind) + STREAM_WINDOW
+    if chunk.end > end:
+        raise RpcError(
+            "PROTOCOL_ERROR",
+            f"byte {chunk.end} of {STREAM_NAMES[chunk.kind]} was sent, and {end} "
+            "were asked for",
+        )
 
 
 def checked_run_result(result: JsonObject) -> JsonObject:
@@ -11949,7 +11949,7 @@ class Invocations:
         """Take output from a node.  Raises RpcError for more than it may send."""
         invocation = self.active.on_node(node_id, chunk.invoke_id)
         if invocation is not None and chunk.kind != STDIN:
-            invocation.check_window(chunk)
+            check_window(invocation, chunk)
             self._take_chunk(invocation, chunk)
 
     def _take_chunk(self, invocation: Invocation, chunk: Chunk) -> None:
