@@ -23880,11 +23880,21 @@ def distinct_nodes(
 
 def all_connected(client: OperatorClient) -> dict[str, str]:
     """Return the names of all connected nodes by id."""
-    return {
-        node["nodeId"]: node["displayName"]
-        for node in client.call("node.list", {})
-        if node["connected"]
-    }
+    listed = client.call("node.list", {})
+    return distinct_names(
+        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
+    )
+
+
+def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
+    """Return names by id so that no two are the same: with the id's begin, or all."""
+    told = dict(names)
+    for length in (8, None):
+        folded = collections.Counter(name.casefold() for name in told.values())
+        for node_id, name in told.items():
+            if folded[name.casefold()] > 1:
+                told[node_id] = f"{names[node_id]} {node_id[:length]}"
+    return told
 
 
 class Waiting:
