@@ -22326,6 +22326,7 @@ DEFAULT_PORT = 9090
 START_TIMEOUT = 20.0  # s for a service that was just started to connect
 HOUSEKEEPING_INTERVAL = 3600.0  # s
 DEMO_DIRECTORY = "demo-node"  # below the data directory
+SIGN_IN_FILE = "sign-in.html"  # the same; while a gateway runs that said --open
 SIGNAL_LOOK = 0.5  # s
 TERMINAL_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 INTERRUPTED = 130  # as a shell counts SIGINT
@@ -22673,12 +22674,29 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
             demo = start_demo_node(context, running)
             stack.callback(close_together, demo.close, running.close)
         if args.open:
-            import webbrowser
-
-            webbrowser.open(running.sign_in_link)
+            path = open_sign_in(context.directory, running.sign_in_link)
+            stack.callback(path.unlink, missing_ok=True)
         stop.wait()
         context.output.say("stopping")
     return EXIT_OK
+
+
+def open_sign_in(directory: Path, link: str) -> Path:
+    """Open the browser with a file of ours that leads to `link`; return its path.
+
+    Everybody on this machine can read the arguments of a program, and the link holds
+    the operator key.  Raises BadConfiguration.
+    """
+    import webbrowser
+
+    path = (directory / SIGN_IN_FILE).absolute()
+    page = (
+        '<!doctype html><meta charset="utf-8"><title>moltis</title>'
+        f'<meta http-equiv="refresh" content="0;url={link}">\n'
+    )
+    write_private(path, page.encode("utf-8"))
+    webbrowser.open(path.as_uri())
+    return path
 
 
 def on_hangup(running: RunningGateway) -> None:

@@ -785,3 +785,21 @@ def test_a_token_that_two_brought_at_once_is_revoked_for_both(plain, monkeypatch
         plain.call("device.token.revoke", deviceId=made["deviceId"])
         for peer in (one, other):
             assert peer.close_code() == moltis.CloseCode.POLICY_VIOLATION
+
+
+def test_the_browser_is_opened_without_the_key_in_its_arguments(tmp_path):
+    """Another user of the machine reads them in a list of processes."""
+    browser = tmp_path / "browser"
+    browser.write_text(f"#!/bin/sh\nprintf %s \"$1\" >'{tmp_path}/argument'\n")
+    browser.chmod(0o755)
+    arguments = ("gateway", "--port", "0", "--open")
+    with Program(*arguments, home=tmp_path, BROWSER=f"{browser} %s") as gateway:
+        told = wait_for(lambda: list(tmp_path.glob("argument")), what="the browser")
+        address = wait_for(told[0].read_text, what="its argument")
+        page = tmp_path / ".moltis" / "sign-in.html"
+        assert address == page.as_uri()
+        assert page.stat().st_mode & 0o777 == 0o600
+        link = re.search(r"Sign in:\s+(\S+)", gateway.stdout)[1]
+        assert f"url={link}" in page.read_text()
+        assert gateway.end() == 0
+    assert not page.exists()
