@@ -8687,6 +8687,8 @@ def _launchctl_fields(output: str) -> Mapping[str, str]:
 
 STORE_FILE = "moltis.db"
 MAX_AUDIT = 100_000  # events; beyond them the oldest are forgotten
+MAX_REFUSALS = 10_000  # the same; strangers must not push out what operators did
+AUDIT_TRIM_EVERY = 1000  # events, after which those beyond are looked for
 AUDIT_REPEATED_AFTER = 3600_000  # ms in which the same refusal is noted once
 GROUP_PAUSE = 0.01  # s in which ends of commands gather for one transaction
 CHECKPOINT_EVERY = 200  # transactions, after which the log goes into the file
@@ -9614,7 +9616,7 @@ class AuditTable:
         repeated = entry.event in AuditEvent.REFUSALS
         values = (entry.at, entry.event, entry.caller, entry.address, entry.subject)
         with self._db.transaction() as db:
-            db.execute(
+            added = db.execute(
                 "INSERT INTO audit (at, event, caller, address, subject)"
                 " SELECT ?, ?, ?, ?, ? WHERE NOT EXISTS (SELECT 1 FROM audit"
                 "   WHERE event = ? AND address = ? AND subject = ? AND at > ?)",
@@ -9626,10 +9628,15 @@ class AuditTable:
                     entry.at - AUDIT_REPEATED_AFTER,
                 ),
             )
-            db.execute(
-                "DELETE FROM audit WHERE seq <= (SELECT max(seq) FROM audit) - ?",
-                (MAX_AUDIT,),
-            )
+            if added.rowcount == 1 and (added.lastrowid or 0) % AUDIT_TRIM_EVERY == 0:
+                for refused, kept in ((True, MAX_REFUSALS), (False, MAX_AUDIT)):
+                    db.execute(
+                        "DELETE FROM audit WHERE (event LIKE '%.refused') = :refused"
+                        " AND seq <= (SELECT seq FROM audit"
+                        "   WHERE (event LIKE '%.refused') = :refused"
+                        "   ORDER BY seq DESC LIMIT 1 OFFSET :kept)",
+                        {"refused": refused, "kept": kept},
+                    )
 
     def page(self, *, offset: int = 0, limit: int = 100) -> list[AuditEntry]:
         """Return events and commands, the newest first, at most MAX_PAGE of them."""

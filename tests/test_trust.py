@@ -617,6 +617,27 @@ def test_a_refusal_that_repeats_itself_does_not_fill_the_audit(plain):
     assert [e["event"] for e in plain.call("audit.list")] == ["login.refused"]
 
 
+def test_strangers_push_nothing_out_of_the_audit(tmp_path, monkeypatch):
+    """Who comes from many addresses could else wipe out what an operator did."""
+    limits = (("MAX_AUDIT", 20), ("MAX_REFUSALS", 5), ("AUDIT_TRIM_EVERY", 10))
+    for name, value in limits:
+        monkeypatch.setattr(moltis, name, value)
+    store = moltis.Store(tmp_path / "moltis.db")
+    access = moltis.Access(store)
+    access.create_key("thief", [moltis.Scope.ADMIN])
+    for number in range(100):
+        access.note_refused_device("unknown token", f"2001:db8::{number:x}")
+    events = [entry.event for entry in store.audit.page()]
+    assert events.count("key.created") == 1
+    assert 5 <= events.count("token.refused") <= 15
+    for number in range(100):
+        access.create_device(f"far {number}")
+    subjects = [entry.subject for entry in store.audit.page()]
+    assert "far 99" in subjects
+    assert "far 60" not in subjects
+    store.close()
+
+
 def test_the_audit_goes_to_a_spreadsheet_in_which_nothing_runs(plain, browser):
     import csv
     import urllib.request
