@@ -140,7 +140,7 @@ def test_node_list_shows_every_machine_and_local(site):
 
 
 def test_a_node_says_how_it_is_doing(site):
-    telemetry = site.nodes()["pi"]["telemetry"]
+    telemetry = wait_for(lambda: site.nodes()["pi"]["telemetry"])
     assert telemetry["memTotal"] > telemetry["memAvailable"] > 0
     assert telemetry["cpuCount"] == os.cpu_count()
     assert telemetry["diskTotal"] > 0
@@ -411,7 +411,7 @@ def test_a_signal_closes_a_node_and_ends_its_commands(own_site, number, tmp_path
     with Program("node", "exec", "far", "--", line, home=own_site.home) as running:
         running.wait_for_output("running")
         assert node.end(number) == OK
-        running.process.wait(10)
+        running.process.wait(30)
     pid = int((tmp_path / "pid").read_text())
     assert not process_exists(pid)
     assert "Traceback" not in node.stderr
