@@ -17338,6 +17338,8 @@ class HttpApp:
 
     def _join(self, request: HttpRequest) -> Reply:
         """Answer a join link: what a machine needs to become a node, once."""
+        if request.method == "HEAD":  # a look, as of a preview, uses nothing up
+            return json_reply(200, {})
         code = request.path[len(JOIN_PATH) :]
         try:
             device, token = self._access.redeem_join_code(code, request.address)

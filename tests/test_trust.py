@@ -824,3 +824,16 @@ def test_the_browser_is_opened_without_the_key_in_its_arguments(tmp_path):
         assert f"url={link}" in page.read_text()
         assert gateway.end() == 0
     assert not page.exists()
+
+
+def test_a_look_at_a_join_link_does_not_use_it_up(plain):
+    """RFC 9110 §9.3.2: `curl -I`, and what previews links, ask with HEAD."""
+    import urllib.request
+
+    made = plain.call("device.token.create", displayName="far")
+    link = f"{plain.url}/join/{made['joinCode']}"
+    look = urllib.request.Request(link, method="HEAD")
+    with urllib.request.urlopen(look, timeout=10) as answer:
+        assert answer.status == 200
+    with urllib.request.urlopen(link, timeout=10) as answer:
+        assert json.load(answer)["display_name"] == "far"
