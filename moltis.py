@@ -17396,6 +17396,9 @@ class HttpApp:
             )
             if isinstance(payload, Future):
                 payload = payload.result()
+                # Which may have taken hours; no connection was there to hang up on.
+                if not self._access.is_current(caller):
+                    raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
         except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
             return _rpc_failure(request_id, as_rpc_error(error, "the call"))
         return _rpc_reply(200, Response(request_id, payload))

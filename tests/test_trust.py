@@ -826,6 +826,35 @@ def test_the_browser_is_opened_without_the_key_in_its_arguments(tmp_path):
     assert not page.exists()
 
 
+def test_a_key_that_is_revoked_gets_no_answer_to_what_it_asked_before(plain, tmp_path):
+    """Over HTTP, where there is no lasting connection to hang up on."""
+    made = plain.call("keys.create", name="thief", scopes=["operator.write"])
+    line = f"echo >{tmp_path}/runs; until [ -e {tmp_path}/go ]; do sleep 0.05; done; id"
+    run = {"nodeId": "local", "command": "system.run", "args": {"command": line}}
+    refused = []
+
+    def ask():
+        import urllib.error
+        import urllib.request
+
+        body = json.dumps({"method": "node.invoke", "params": run}).encode()
+        request = urllib.request.Request(plain.url + "/api/rpc", body)
+        request.add_header("Authorization", f"Bearer {made['key']}")
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=30)
+        with caught.value as answer:
+            refused.append((answer.code, answer.read()))
+
+    asking = threading.Thread(target=ask, name="test-ask")
+    asking.start()
+    wait_for((tmp_path / "runs").exists, what="the command")
+    plain.call("keys.revoke", keyId=made["keyId"])
+    (tmp_path / "go").touch()
+    asking.join()
+    assert refused[0][0] == 401
+    assert b"uid=" not in refused[0][1]
+
+
 def test_a_look_at_a_join_link_does_not_use_it_up(plain):
     """RFC 9110 §9.3.2: `curl -I`, and what previews links, ask with HEAD."""
     import urllib.request
