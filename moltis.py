@@ -10884,6 +10884,8 @@ LOCAL_NAME = "Local"
 MAX_NODE_ID = 200  # characters
 MAX_NAME = 200  # characters
 ACKNOWLEDGE_EVERY = STREAM_WINDOW // 4  # bytes; often enough that no sender waits
+MAX_REASON = 2000  # characters of an error that a node tells; its middle is cut out
+MAX_SIGNAL = 40  # characters of a signal's name
 LOST_AFTER = 60.0  # s beyond its own timeout that an absent node's command is awaited
 STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without news of a connected node
 CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest goes
@@ -11338,7 +11340,7 @@ def checked_run_result(result: JsonObject) -> JsonObject:
     ours says in another form becomes an error.
     """
     if "error" in result:
-        return {**result, "error": str(result["error"])}
+        return {**result, "error": clip(str(result["error"]), MAX_REASON)}
     try:
         code = required(result, "exitCode", int)
         for name in ("stdout", "stderr"):
@@ -11348,7 +11350,10 @@ def checked_run_result(result: JsonObject) -> JsonObject:
     known = {name: value for name, value in result.items() if value is not None}
     # Windows has exit codes of 32 bits; what is more than that is no exit code.
     known["exitCode"] = code if -(2**31) <= code < 2**32 else -1
-    if not isinstance(known.get("signal", 0), (int, str)):
+    name = known.get("signal", 0)
+    if isinstance(name, str):
+        known["signal"] = printable(name, MAX_SIGNAL)
+    elif not isinstance(name, int) or not 0 <= name < 2**31:
         del known["signal"]
     return known
 

@@ -343,6 +343,20 @@ def test_every_end_has_a_state_whatever_the_node_says(world, node, result, state
     assert invocation.future.result(0)["node"] == "far"
 
 
+def test_what_a_node_says_of_an_end_has_room_in_a_list(world, node):
+    """Lists hold a thousand ends: a hostile node could else make each of them 2 MB."""
+    long = world.start("far")
+    world.finish(node, long, {"error": "x" * 1_000_000})
+    assert len(long.future.result()["error"]) < 2100
+    named = world.start("far")
+    world.finish(node, named, {"exitCode": -1, "signal": "SIG" * 1_000_000})
+    assert len(world.store.commands.by_id(named.id).signal) == 40
+    for number in (2**70, -1):
+        odd = world.start("far")
+        world.finish(node, odd, {"exitCode": -1, "signal": number})
+        assert world.store.commands.by_id(odd.id).signal is None
+
+
 def test_what_has_run_for_a_second_is_running_in_the_audit(world, node, monkeypatch):
     monkeypatch.setattr(moltis, "RUNNING_AFTER", 3600.0)
     invocation = world.start("far")
