@@ -552,7 +552,7 @@ def required(params: Mapping[str, Any], name: str, kind: type) -> Any:
 def optional(params: Mapping[str, Any], name: str, kind: type) -> Any:
     """Return `params[name]`, or None where it is absent or null.
 
-    Raises RpcError INVALID_REQUEST for a value of another type, or beyond 64 bits.
+    Raises RpcError INVALID_REQUEST for a value of another type.
     """
     value = params.get(name)
     if value is None:
@@ -563,8 +563,6 @@ def optional(params: Mapping[str, Any], name: str, kind: type) -> Any:
         raise RpcError(
             "INVALID_REQUEST", f"{name} must be {JSON_KINDS[kind]}, not {found}"
         )
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:  # as SQLite has it
-        raise RpcError("INVALID_REQUEST", f"{name} must be a number of 64 bits")
     return value
 
 

@@ -332,8 +332,7 @@ def test_the_audit_says_who_asked_for_what_where_and_how_it_ended(world, node):
         ({"error": "cancelled before it ran", "cancelled": True}, "cancelled"),
         ({"exitCode": "7"}, "failed"),
         ({}, "failed"),
-        ({"exitCode": 2**40}, "done"),
-        ({"exitCode": 10**30}, "failed"),
+        ({"exitCode": 10**30}, "done"),
         ({"exitCode": 0, "stdout": 7}, "failed"),
     ],
 )
