@@ -104,6 +104,7 @@ if TYPE_CHECKING:
     import socketserver
     import sqlite3
     import ssl
+    import tempfile
     from argparse import _SubParsersAction
     from dataclasses import asdict, dataclass, field, replace
     from email.message import Message as HttpHeaders
@@ -4398,7 +4399,7 @@ def _why_not_started(error: OSError | ValueError, cwd: str | None) -> str:
 
 
 class _Job:
-    """A command of a runner, and what was told of its place in line."""
+    """A command of a runner; it knows what was told of its place in line."""
 
     def __init__(
         self,
@@ -4411,11 +4412,15 @@ class _Job:
         self.command = command
         self.on_result = on_result
         self._on_queued = on_queued
-        self._lock = threading.Lock()  # guards _told; held while it is being told
+        # Guards _told; held while it is told, so that nothing comes after the 0.
+        self._lock = threading.Lock()
         self._told: int | None = None  # a place, from 1; 0: it has left the line
 
     def tell_place(self, place: int) -> None:
-        """Tell where in line it is, unless it was told so, or about so far behind."""
+        """Tell where in line it is, if that is news.
+
+        Each of the last ten places is; before them, a quarter less than was told.
+        """
         slack = place // 4 if place > 10 else 0
         with self._lock:
             if self._told is None or self._told - place > slack:
@@ -4428,6 +4433,7 @@ class _Job:
                 self._told = None
 
     def leave_line(self) -> None:
+        """Tell that its turn has come, if it was told a place; nothing after that."""
         with self._lock:
             if self._told:
                 self._tell(0)
@@ -4435,13 +4441,18 @@ class _Job:
 
     def _tell(self, place: int) -> None:
         self._told = place
-        if self._on_queued is not None:
-            with contextlib.suppress(ConnectionClosed):
-                self._on_queued(place)
+        if self._on_queued is None:
+            return
+        try:
+            self._on_queued(place)
+        except ConnectionClosed:
+            pass  # the reader is away, and asks again when it comes back
+        except Exception:
+            log.exception("place not told invocation=%s", self.invoke_id)
 
 
 class _Line:
-    """Jobs that wait for their turn, and a thread that tells where in line they are."""
+    """Jobs that wait for their turn; a thread tells where in line they are."""
 
     def __init__(self, lock: threading.Condition) -> None:
         """`lock` guards all below, and is held by who calls; it is the runner's."""
@@ -4501,7 +4512,7 @@ class CommandRunner:
         self._settled: dict[str, int] = {}  # kept results, the oldest first; bytes held
         self._forgotten: dict[str, None] = {}  # ids; MAX_REMEMBERED, the oldest goes
         self._threads: list[threading.Thread] = []  # at most `limit`
-        self._idle = 0  # of them, waiting for: _line or _closed
+        self._idle = 0  # of them, waiting for: _line.jobs or _closed
         self._closed = False
 
     def start(
@@ -7240,8 +7251,8 @@ class ModelLender:
 
 # What makes one command line run more than one command, or write files: two marks of
 # `$(` each, so that neither half of it may come from a wildcard.  Of `${` and the like
-# as well: bash, which is /bin/sh on macOS and Fedora, calculates in there, and carries
-# out the index of an array, which `'$''(…)'` spells in pieces.  `$NAME` does no harm.
+# as well: bash, which is /bin/sh on macOS and Fedora, runs the `$(…)` in the index of
+# an array, as in `${x[y]}` after `y=a['$''(…)']`.  `$NAME` does no harm.
 SHELL_MARKS = r"[;&|`<>\n\r]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
 PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
 
@@ -8687,7 +8698,7 @@ def _launchctl_fields(output: str) -> Mapping[str, str]:
 
 STORE_FILE = "moltis.db"
 MAX_AUDIT = 100_000  # events; beyond them the oldest are forgotten
-MAX_REFUSALS = 10_000  # the same; strangers must not push out what operators did
+MAX_REFUSALS = 10_000  # events of strangers: they push out none of the others
 AUDIT_TRIM_EVERY = 1000  # events, after which those beyond are looked for
 AUDIT_REPEATED_AFTER = 3600_000  # ms in which the same refusal is noted once
 GROUP_PAUSE = 0.01  # s in which ends of commands gather for one transaction
@@ -9230,6 +9241,8 @@ class Database:
                 yield self._db
             except sqlite3.Error as error:
                 raise StoreError(_cannot_use_database(self._path, error)) from error
+            except OverflowError as error:
+                raise StoreError("a number has more than 64 bits") from error
 
 
 class NodeNames:
@@ -9301,11 +9314,12 @@ class DevicesTable:
             now,
         )
 
-    def is_called(self, name: str, *, but: str) -> bool:
+    def is_called(self, name: str, now: int, *, but: str) -> bool:
         """Tell whether a device, `but` that one, has a name, in any case of letters."""
         rows = self._db.rows(
-            "SELECT display_name FROM devices WHERE id <> ? AND revoked_at IS NULL",
-            (but,),
+            "SELECT display_name FROM devices WHERE id <> :but"
+            " AND revoked_at IS NULL AND ifnull(expires_at, :now) >= :now",
+            {"but": but, "now": now},
         )
         wanted = name.casefold()
         return any(row["display_name"].casefold() == wanted for row in rows)
@@ -11373,7 +11387,7 @@ def take_output(invoke_id: str, result: JsonObject) -> list[Chunk]:
 
 
 def stop_words(is_local: bool) -> str:
-    """Return why a command was cancelled that nobody wanted to end."""
+    """Return why a command was cancelled whose machine stopped."""
     return "the gateway on its machine stopped" if is_local else "its node stopped"
 
 
@@ -11706,11 +11720,11 @@ class Fleet:
         if device.node_id == node_id:
             return
         # An id wins over a name: what is meant for that machine would come to this.
-        if self._devices.is_called(node_id, but=device.id):
+        if self._devices.is_called(node_id, now_ms(), but=device.id):
             raise RpcError(
                 "CONFLICT",
-                f"another machine is called {node_id}; choose another id with "
-                "--node-id",
+                f"another machine is called {node_id}, or a token was made for one; "
+                "choose another id with --node-id",
             )
         if device.node_id is None:
             return
@@ -12190,6 +12204,7 @@ class Resumption:
 
     def resume(self, node: ConnectedNode) -> None:
         """Bring a node that has just connected and our view of its work together."""
+        again = {"resumed": True, "stdin": 0}
         for invocation in self._invocations.running_on(node.node_id):
             if invocation.id in node.inflight:
                 invocation.hand_to(node)
@@ -12205,18 +12220,19 @@ class Resumption:
                     self._invocations.cancel(invocation)
             elif not invocation.asked_here and len(node.inflight) == MAX_INFLIGHT:
                 invocation.leave_to_node()  # which had no room to name those in line
+                invocation.sink.state(invocation.id, "running", again)
                 if invocation.cancelled:
                     self._invocations.cancel(invocation)
             elif invocation.sent_to not in (None, node.instance):
                 self._invocations.give_up(invocation, "the node came back without it")
             elif invocation.cancelled:
                 if invocation.hand_to(node):  # so nobody sends it
+                    node.link.cancel(invocation.id)  # it may have had no room for it
                     self._end_unsent(invocation)
             else:
                 # The same process does not know it: the request got lost on the way,
                 # and with it all input.
                 self._invocations.send(invocation, node)
-                again = {"resumed": True, "stdin": 0}
                 invocation.sink.state(invocation.id, "running", again)
         for invoke_id in node.inflight:
             if self._invocations.get(invoke_id) is None:
@@ -12314,6 +12330,7 @@ class Resumption:
                 "is not kept any more",
             )
         invocation = self._adopt(record)
+        invocation.await_node()
         invocation.deadline = Deadline(LOST_AFTER)
         self._invocations.active.add(invocation)
         return self._invocations.get(record.invoke_id) or invocation
@@ -12812,8 +12829,8 @@ class JobDesk:
     ) -> Future[tuple[JsonObject, JobReading]]:
         """Return how it stands and what it wrote, once it did or `wait` s are over.
 
-        And once its node is away or back, where the asker believes it is `waiting`
-        or not.
+        Of a job also once its node is away or back, where the asker believes that
+        it is `waiting` or not.
         """
 
         def attempt(final: bool) -> tuple[JsonObject, JobReading] | None:
@@ -12845,13 +12862,16 @@ class JobDesk:
     ) -> None:
         """See to it that the end of what is no job is news: it tells in no other way.
 
-        `told`: the invocation's future that was done and was not the end.
+        `told`: a future of it that is done, and has been looked at.
         """
+        if answer.done() or self.jobs.known(invoke_id):
+            return
         invocation = self.invocations.get(invoke_id)
-        if invocation is None or answer.done() or self.jobs.known(invoke_id):
+        if invocation is None:  # it ended just now
+            self.jobs.waiters.wake(invoke_id)
             return
         future = invocation.future
-        if future is told:  # we stop
+        if future is told:  # Invocations.close() ended it, and there is no other
             return
 
         def wake(_: object) -> None:
@@ -12882,7 +12902,8 @@ class JobDesk:
         if invocation is not None:
             away = away or bool(invocation.absence)
             view.update(invocation.absence)
-            if invocation.started_at is not None:  # the store is told later
+            # The store is told later; of an earlier life it has the truth.
+            if invocation.asked_here and invocation.started_at is not None:
                 view["state"] = CommandState.RUNNING
                 view["startedAt"] = record.started_at or invocation.started_at
             view["stdoutBytes"] = invocation.received(STDOUT)
@@ -22074,7 +22095,7 @@ class RemoteDirectory:
 def answer_about(invoke_id: str, answer: Future[JsonObject]) -> JsonObject:
     """Return the answer to a call that asked for a command.
 
-    Raises RpcError; Unreachable, which names the command, where it may go on.
+    Raises RpcError, or Unreachable where the command may go on; that names it.
     """
     try:
         return answer.result()
@@ -22343,7 +22364,6 @@ DEFAULT_PORT = 9090
 START_TIMEOUT = 20.0  # s for a service that was just started to connect
 HOUSEKEEPING_INTERVAL = 3600.0  # s
 DEMO_DIRECTORY = "demo-node"  # below the data directory
-SIGN_IN_FILE = "sign-in.html"  # the same; while a gateway runs that said --open
 SIGNAL_LOOK = 0.5  # s
 TERMINAL_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 INTERRUPTED = 130  # as a shell counts SIGINT
@@ -22691,29 +22711,38 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
             demo = start_demo_node(context, running)
             stack.callback(close_together, demo.close, running.close)
         if args.open:
-            path = open_sign_in(context.directory, running.sign_in_link)
-            stack.callback(path.unlink, missing_ok=True)
+            stack.enter_context(open_sign_in(running.sign_in_link))
         stop.wait()
         context.output.say("stopping")
     return EXIT_OK
 
 
-def open_sign_in(directory: Path, link: str) -> Path:
-    """Open the browser with a file of ours that leads to `link`; return its path.
+def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
+    """Open the browser with a private file that leads to `link`; return where it is.
 
     Everybody on this machine can read the arguments of a program, and the link holds
     the operator key.  Raises BadConfiguration.
     """
+    import tempfile
     import webbrowser
 
-    path = (directory / SIGN_IN_FILE).absolute()
-    page = (
-        '<!doctype html><meta charset="utf-8"><title>moltis</title>'
-        f'<meta http-equiv="refresh" content="0;url={link}">\n'
-    )
-    write_private(path, page.encode("utf-8"))
-    webbrowser.open(path.as_uri())
-    return path
+    # Browsers that come as a snap see another /tmp, and no name that begins with a dot.
+    home = Path.home()
+    try:
+        directory = tempfile.TemporaryDirectory(prefix="moltis-sign-in-", dir=str(home))
+        page = Path(directory.name, "index.html")
+        page.write_text(
+            '<!doctype html><meta charset="utf-8"><title>moltis</title>'
+            f'<meta http-equiv="refresh" content="0;url={link}">\n',
+            encoding="utf-8",
+        )
+    except OSError as error:
+        raise BadConfiguration(
+            f"cannot write to {home}: {error.strerror}; without --open the link above "
+            "is the same"
+        ) from error
+    webbrowser.open(page.as_uri())
+    return directory
 
 
 def on_hangup(running: RunningGateway) -> None:
@@ -24154,8 +24183,9 @@ def read_stdin(size: int) -> bytes:
 
 def without_name(name: str, text: str) -> str:
     """Return what `text` says of `name`, for where that stands before it."""
-    named = text.casefold().startswith(name.casefold())
-    return text[len(name) :].lstrip(": ") if named else text
+    named = [f"{name}{after}".casefold() for after in (": ", " is ")]
+    stands_there = text.casefold().startswith(tuple(named))
+    return text[len(name) :].lstrip(": ") if stands_there else text
 
 
 class StreamPrinter:
@@ -24247,7 +24277,7 @@ def cancel_job(client: OperatorClient, job_id: str, output: Output) -> None:
 
     Raises UserError where there is nothing to end any more.
     """
-    before = client.call("command.get", {"id": job_id})
+    before = client.call("command.wait", {"id": job_id, "wait": 0})
     after = client.call("command.cancel", {"id": job_id})
     ended_by_itself = after["endedAt"] and after["state"] != CommandState.CANCELLED
     if before["endedAt"] or ended_by_itself:
@@ -24400,9 +24430,10 @@ class Attachment:
 def foreground_words(job: JsonObject) -> str:
     """Return why a command has no output to be attached to, and where to look."""
     name, session = job["nodeName"], job["sessionKey"]
-    place = f"in the chat session {session}" if session else "with who started it"
     if job["endedAt"] is not None:
-        return f"the output of this command on {name} is not kept here; it was {place}"
+        look = f"; look into the chat session {session}" if session else ""
+        return f"the output of this command on {name} is not kept here (any more){look}"
+    place = f"in the chat session {session}" if session else "with who started it"
     return (
         f"this command on {name} is no job: its output is {place}, and not kept here; "
         "waiting for its end"
@@ -24524,7 +24555,10 @@ def chosen_session(client: OperatorClient, wanted: str, output: Output) -> JsonO
 
 
 def typed_line() -> str:
-    """Raises EOFError at the end of input, also where the terminal is no more."""
+    """Return the next line that a person types.
+
+    Raises EOFError at the end of input, also where the terminal is no more.
+    """
     try:
         return input("› ")
     except OSError as error:

@@ -511,6 +511,7 @@ def test_an_empty_word_may_belong_to_the_other_machine(tmp_path):
         ("pi: its token was revoked", "its token was revoked"),
         ("Pi is offline since noon", "is offline since noon"),
         ("the gateway stops", "the gateway stops"),
+        ("pizza is out", "pizza is out"),
     ],
 )
 def test_a_name_is_not_said_twice(text, rest):

@@ -875,6 +875,28 @@ def test_who_waits_for_a_moment_only_is_told_nothing(jobs, monkeypatch):
     assert jobs.places == []
 
 
+@limited
+def test_a_place_that_cannot_be_told_costs_nobody_anything(jobs, caplog):
+    def fail(_place):
+        raise ZeroDivisionError
+
+    first = jobs.start("first", "cat", stdin=True)
+    results = []
+    jobs.runner.start(
+        "second",
+        CommandSpec("exit 2"),
+        on_chunk=lambda *_: None,
+        on_result=results.append,
+        on_queued=fail,
+    )
+    jobs.start("third", "exit 3")
+    wait_for(lambda: jobs.places == [("third", 2)], what="the place of the other")
+    assert "place not told invocation=second" in caplog.text
+    first.write_stdin(0, b"")
+    jobs.wait("third")
+    assert [result.exit_code for result in results] == [2]
+
+
 def test_those_far_behind_hear_of_their_place_less_often():
     told = []
     job = moltis._Job("id", None, None, told.append)

@@ -265,6 +265,17 @@ def test_no_node_takes_the_name_of_another_for_its_id(world, node_id):
     assert world.fleet.resolve(node_id) == ("id-Build Server", "Build Server")
 
 
+def test_a_token_that_nobody_came_with_in_time_keeps_no_id_from_others(world):
+    expired, _ = world.access.create_device("Build Server")
+    expire = "UPDATE devices SET expires_at = 1 WHERE id = ?"
+    world.store.devices._db.write(expire, (expired.id,))
+    device, _ = world.access.create_device("odd")
+    params = moltis.ConnectParams(role="node", client_id="build server")
+    node = moltis.ConnectedNode("build server", device.id, Link(), params)
+    world.fleet.claim(node, device)
+    assert world.fleet.connected("build server") is node
+
+
 def test_no_machine_is_given_the_id_of_another_for_its_name(world, node):
     with pytest.raises(moltis.RpcError, match="id-FAR is the id of a node"):
         moltis.free_name(world.store.devices, "id-FAR")
@@ -577,10 +588,25 @@ def test_what_a_busy_node_has_no_room_to_name_is_not_lost_with_the_gateway(
     item = moltis.InflightCommand(named.id, 0, 0, 0, done=False)
     again = world.connect("far", inflight=(item,))
     assert again.link.requests == []  # it has no arguments any more: nothing to send
+    told = world.invocations.get(beyond.id).sink.states
+    assert [state for state, _ in told] == ["waiting", "running"]
     assert again.link.cancelled == [unwanted.id]
     assert world.state(beyond) == "sent"
     world.finish(again, world.invocations.get(beyond.id), done(0))
     assert world.state(beyond) == "done"
+
+
+def test_what_was_cancelled_meanwhile_does_not_run_because_there_was_no_room_for_it(
+    world, node, monkeypatch
+):
+    monkeypatch.setattr(moltis, "MAX_INFLIGHT", 1)
+    named, unwanted = world.start("far"), world.start("far")
+    world.leave(node)
+    world.invocations.cancel(unwanted)
+    item = moltis.InflightCommand(named.id, 0, 0, 0, done=False)
+    again = world.connect("far", inflight=(item,))
+    assert again.link.cancelled == [unwanted.id]
+    assert world.state(unwanted) == "cancelled"
 
 
 def test_pending_invokes_of_a_node_that_cannot_resume_fail_when_it_leaves(world):
@@ -892,6 +918,19 @@ def test_a_caller_may_come_back_before_its_node(world, node):
     ]
     world.invocations.handle_chunk("id-far", output(found, 3, b"rest"))
     assert sink.data[1] == b"rest"
+
+
+def test_a_caller_who_is_back_first_hears_that_its_output_waits_for_the_node(
+    world, node
+):
+    invocation = world.start("far", Sink(slow=True))
+    world.invocations.handle_chunk("id-far", output(invocation, 0, b"0123"))
+    world.finish(node, invocation, done(4))
+    world.leave(node)
+    world.begin()
+    sink = Sink()
+    world.resumption.again(invocation.id, ORIGIN, sink, 0, 0)
+    assert [state for state, _ in sink.states] == ["waiting"]
 
 
 def test_a_caller_and_its_node_may_come_back_at_the_same_moment(

@@ -603,7 +603,7 @@ def test_attaching_to_a_foreground_command_says_where_its_output_is(program, hom
             assert attached.stdout == ""
     after = run_moltis("node", "attach", job, home=home)
     assert after.returncode == 7
-    assert "is not kept here; it was with who started it" in after.stderr
+    assert "output of this command on Local is not kept here" in after.stderr
 
 
 def test_a_job_whose_answer_is_lost_is_named_and_can_be_asked_for(

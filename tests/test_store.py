@@ -306,6 +306,11 @@ def test_a_file_that_another_program_holds_is_an_error_after_the_timeout(
     store.close()
 
 
+def test_a_number_that_no_table_takes_is_an_error_that_says_so(store):
+    with pytest.raises(StoreError, match="more than 64 bits"):
+        store.commands.page(before=2**63)
+
+
 def test_a_closed_store_raises_and_may_be_closed_again(store):
     store.close()
     store.close()
