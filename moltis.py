@@ -22365,6 +22365,10 @@ START_TIMEOUT = 20.0  # s for a service that was just started to connect
 HOUSEKEEPING_INTERVAL = 3600.0  # s
 DEMO_DIRECTORY = "demo-node"  # below the data directory
 SIGNAL_LOOK = 0.5  # s
+# A gateway that is killed as it starts a command leaves its lock to the process that is
+# to be the shell, for as long as a busy machine takes to make it one.
+LOCK_PATIENCE = 3.0  # s to wait for a lock whose gateway is gone
+LOCK_LOOK = 0.05  # s
 TERMINAL_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 INTERRUPTED = 130  # as a shell counts SIGINT
 LEAVE_AFTER = 10.0  # s from an interrupt; a node that is there needs three to obey
@@ -22787,16 +22791,24 @@ class GatewayLock:
             raise BadConfiguration(
                 f"cannot write {self._path}: {error.strerror}"
             ) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            holder = GatewayFile.load(self._path.parent)
-            where = f" at {holder.url} (process {holder.pid})" if holder else ""
-            raise BadConfiguration(
-                f"a gateway{where} uses {self._path.parent} already; stop it, or set "
-                "MOLTIS_DATA_DIR to another directory"
-            ) from error
+        deadline = Deadline(LOCK_PATIENCE)
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                holder = GatewayFile.load(self._path.parent)
+                if deadline.expired or (holder and is_running(holder.pid)):
+                    self._file.close()
+                    raise self._refusal(holder) from error
+            time.sleep(LOCK_LOOK)
+
+    def _refusal(self, holder: GatewayFile | None) -> BadConfiguration:
+        where = f" at {holder.url} (process {holder.pid})" if holder else ""
+        return BadConfiguration(
+            f"a gateway{where} uses {self._path.parent} already; stop it, or set "
+            "MOLTIS_DATA_DIR to another directory"
+        )
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

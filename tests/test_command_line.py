@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import io
 import json
 import os
@@ -496,6 +497,27 @@ def test_what_an_unset_variable_leaves_is_not_taken_for_a_choice(
 ):
     assert moltis.main(arguments) == moltis.EXIT_USAGE
     assert words in capsys.readouterr().err
+
+
+def test_the_lock_of_a_gateway_that_was_killed_is_waited_for(tmp_path, monkeypatch):
+    """A shell that it was about to start may have it for a moment longer."""
+    moltis.GatewayFile("http://127.0.0.1:1", "mk_x", pid=2**70).save(tmp_path)
+    looks = []
+
+    def look(pid):
+        looks.append(pid)
+        if len(looks) == 2:
+            held.close()
+        return False
+
+    monkeypatch.setattr(moltis, "is_running", look)
+    held = (tmp_path / "gateway.lock").open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with moltis.GatewayLock(tmp_path):
+        assert looks == [2**70, 2**70]
+        monkeypatch.setattr(moltis, "LOCK_PATIENCE", 0.0)
+        with pytest.raises(moltis.BadConfiguration, match="already; stop it"):
+            moltis.GatewayLock(tmp_path).__enter__()
 
 
 def test_an_empty_word_may_belong_to_the_other_machine(tmp_path):
