@@ -159,3 +159,15 @@ def rust_connect(token, node_id="rust-1", **changes):
         },
         **changes,
     }
+
+
+def hang_up_on_jobs(monkeypatch):
+    """Have the gateway start each job and hang up before it answers."""
+    real = moltis.NodeMethods._start_job
+
+    def start_and_hang_up(self, call, invoke_id, origin):
+        answer = real(self, call, invoke_id, origin)
+        call.peer.ws.abort()
+        return answer
+
+    monkeypatch.setattr(moltis.NodeMethods, "_start_job", start_and_hang_up)

@@ -14,7 +14,7 @@ import uuid
 from queue import SimpleQueue
 
 import pytest
-from peers import InProcessGateway, rust_connect
+from peers import InProcessGateway, hang_up_on_jobs, rust_connect
 from support import (
     PROGRAM,
     Program,
@@ -609,14 +609,7 @@ def test_attaching_to_a_foreground_command_says_where_its_output_is(program, hom
 def test_a_job_whose_answer_is_lost_is_named_and_can_be_asked_for(
     gateway, home, monkeypatch
 ):
-    real = moltis.NodeMethods._start_job
-
-    def start_and_hang_up(self, call, invoke_id, origin):
-        answer = real(self, call, invoke_id, origin)
-        call.peer.ws.abort()
-        return answer
-
-    monkeypatch.setattr(moltis.NodeMethods, "_start_job", start_and_hang_up)
+    hang_up_on_jobs(monkeypatch)
     environ = {"MOLTIS_GATEWAY_URL": gateway.url, "MOLTIS_API_KEY": gateway.api_key}
     words = ("node", "exec", "--detach", "local", "--", "echo once; exit 4")
     started = run_moltis(*words, home=home, **environ)

@@ -10,7 +10,7 @@ import sys
 import threading
 
 import pytest
-from peers import InProcessGateway
+from peers import InProcessGateway, hang_up_on_jobs
 from support import PROGRAM, clean_environment, wait_for
 
 import moltis
@@ -243,14 +243,7 @@ def test_a_command_whose_answer_is_lost_is_named_and_not_run_again(client, tmp_p
 
 
 def test_a_job_whose_answer_is_lost_is_named_and_not_run_again(client, monkeypatch):
-    real = moltis.NodeMethods._start_job
-
-    def start_and_hang_up(self, call, invoke_id, origin):
-        answer = real(self, call, invoke_id, origin)
-        call.peer.ws.abort()
-        return answer
-
-    monkeypatch.setattr(moltis.NodeMethods, "_start_job", start_and_hang_up)
+    hang_up_on_jobs(monkeypatch)
     failed, result = client.tool(1, "exec", command="exit 4", background=True)
     assert failed
     command = re.search(r"exec_status for ([0-9a-f-]{36})", result["error"]).group(1)

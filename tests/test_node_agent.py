@@ -769,27 +769,32 @@ def test_a_result_that_the_gateway_does_not_know_is_not_kept(tmp_path):
         node.close()
 
 
+def come_back(gateways, gateway, node, restart):
+    """Cut the node off, or start its gateway anew; return the one it is back at."""
+    if restart:
+        gateways.close()
+        gateway = InProcessGateway(gateway.directory, port=gateway.running.port)
+        gateways.enter_context(gateway)
+    else:
+        node.running._agent._serving[1].abort()
+    wait_for(lambda: len(node.states) == 3, what="the node to come back")
+    return gateway
+
+
 @pytest.mark.parametrize("restart", [False, True])
 def test_more_than_it_can_name_survives_its_connection(tmp_path, monkeypatch, restart):
     """And the gateway as well: what one `connect` has no room for is in line."""
     monkeypatch.setattr(moltis, "MAX_INFLIGHT", moltis.MAX_RUNNING)
-    go, port = tmp_path / "go", free_port()
+    go = tmp_path / "go"
     command = f"until [ -e {go} ]; do sleep 0.02; done; echo once >> {tmp_path}/runs"
     asked = {"nodeId": "far", "command": "system.run", "args": {"command": command}}
     count = moltis.MAX_RUNNING + 4
     with contextlib.ExitStack() as gateways:
-        gateway = InProcessGateway(tmp_path / "gateway", port=port)
-        gateways.enter_context(gateway)
+        gateway = gateways.enter_context(InProcessGateway(tmp_path / "gateway"))
         node = gateway.node("far")
         for _ in range(count):
             gateway.call("node.invoke", **asked, background=True)
-        if restart:
-            gateways.close()
-            gateway = InProcessGateway(tmp_path / "gateway", port=port)
-            gateways.enter_context(gateway)
-        else:
-            node.running._agent._serving[1].abort()
-        wait_for(lambda: len(node.states) == 3, what="the node to come back")
+        gateway = come_back(gateways, gateway, node, restart)
         go.touch()
         for row in gateway.call("command.list"):
             ended = gateway.call("command.wait", id=row["invokeId"], wait=60)
@@ -800,25 +805,16 @@ def test_more_than_it_can_name_survives_its_connection(tmp_path, monkeypatch, re
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_what_is_in_line_is_said_to_be_when_the_connection_is_back(tmp_path, restart):
-    port = free_port()
-
     def in_line(gateway):
         return [row.get("place") for row in gateway.call("command.list")].count(1)
 
     with contextlib.ExitStack() as gateways:
-        gateway = InProcessGateway(tmp_path / "gateway", port=port)
-        gateways.enter_context(gateway)
+        gateway = gateways.enter_context(InProcessGateway(tmp_path / "gateway"))
         node = gateway.node("far")
         asked = {"nodeId": "far", "command": "system.run", "background": True}
         for _ in range(moltis.MAX_RUNNING + 1):
             gateway.call("node.invoke", **asked, args={"command": "sleep 100"})
         wait_for(lambda: in_line(gateway) == 1, what="the place in line")
-        if restart:
-            gateways.close()
-            gateway = InProcessGateway(tmp_path / "gateway", port=port)
-            gateways.enter_context(gateway)
-        else:
-            node.running._agent._serving[1].abort()
-        wait_for(lambda: len(node.states) == 3, what="the node to come back")
+        gateway = come_back(gateways, gateway, node, restart)
         wait_for(lambda: in_line(gateway) == 1, what="the place in line, again")
         node.close()
