@@ -86,6 +86,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 import zlib
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -11089,12 +11090,10 @@ class Invocation:
         self.deadline = self._grace = Deadline(None)
 
     @property
-    def absence(self) -> JsonObject:
-        """For how long its node has been away, as the wire says it; {}: it is not."""
+    def away_ms(self) -> int | None:
+        """For how many ms its node has been away; None: it is not."""
         since = self._away_since
-        if since is None:
-            return {}
-        return {"waitingMs": round((time.monotonic() - since) * 1000)}
+        return None if since is None else round((time.monotonic() - since) * 1000)
 
     def overdue(self) -> str:
         """Return why its result is awaited no longer, "" while it is."""
@@ -12305,8 +12304,9 @@ class Resumption:
         if invocation.origin != origin:
             raise RpcError("CONFLICT", f"another one asked for {invoke_id} before")
         self._invocations.attach(invocation, sink, (stdout, stderr))
-        if invocation.absence:
-            sink.state(invocation.id, "waiting", invocation.absence)
+        away_ms = invocation.away_ms
+        if away_ms is not None:
+            sink.state(invocation.id, "waiting", {"waitingMs": away_ms})
         return invocation
 
     def _await_output(self, record: CommandRecord) -> Invocation:
@@ -12813,6 +12813,9 @@ class JobDesk:
         self.jobs = jobs
         self._fleet = fleet
         self._commands = commands
+        self._lock = threading.Lock()  # guards _watched
+        # Futures whose end wakes; each once, however often its command is looked at.
+        self._watched: weakref.WeakSet[Future[JsonObject]] = weakref.WeakSet()
 
     def record(self, invoke_id: str) -> CommandRecord:
         """Raises RpcError NOT_FOUND."""
@@ -12843,7 +12846,8 @@ class JobDesk:
             return view, reading
 
         answer = self.jobs.waiters.answer(invoke_id, wait, attempt)
-        self._wake_at_end(invoke_id, answer)
+        if not answer.done():
+            self._wake_at_end(invoke_id)
         return answer
 
     def end(self, invoke_id: str, wait: float) -> Future[JsonObject]:
@@ -12854,30 +12858,28 @@ class JobDesk:
             return None if record.is_open and not final else self.view(record)
 
         answer = self.jobs.waiters.answer(invoke_id, wait, attempt)
-        self._wake_at_end(invoke_id, answer)
+        if not answer.done():
+            self._wake_at_end(invoke_id)
         return answer
 
-    def _wake_at_end(
-        self, invoke_id: str, answer: Future[Any], told: Future[Any] | None = None
-    ) -> None:
-        """See to it that the end of what is no job is news: it tells in no other way.
-
-        `told`: a future of it that is done, and has been looked at.
-        """
-        if answer.done() or self.jobs.known(invoke_id):
+    def _wake_at_end(self, invoke_id: str) -> None:
+        """Make the end of what is no job news: it tells in no other way."""
+        if self.jobs.known(invoke_id):
             return
         invocation = self.invocations.get(invoke_id)
         if invocation is None:  # it ended just now
             self.jobs.waiters.wake(invoke_id)
             return
         future = invocation.future
-        if future is told:  # Invocations.close() ended it, and there is no other
-            return
+        with self._lock:
+            if future in self._watched:  # since an earlier look, or it is done already
+                return
+            self._watched.add(future)
 
         def wake(_: object) -> None:
             self.jobs.waiters.wake(invoke_id)
             # Another client may follow it now, and with it there is another future.
-            self._wake_at_end(invoke_id, answer, future)
+            self._wake_at_end(invoke_id)
 
         future.add_done_callback(wake)
 
@@ -12900,8 +12902,9 @@ class JobDesk:
         away = self._fleet.connected(record.node_id) is None
         invocation = self.invocations.get(record.invoke_id)
         if invocation is not None:
-            away = away or bool(invocation.absence)
-            view.update(invocation.absence)
+            away_ms = invocation.away_ms
+            if away_ms is not None:
+                away, view["waitingMs"] = True, away_ms
             # The store is told later; of an earlier life it has the truth.
             if invocation.asked_here and invocation.started_at is not None:
                 view["state"] = CommandState.RUNNING
@@ -14052,16 +14055,18 @@ class ModelDirectory:
         for view in views:
             names.setdefault(view["displayName"].casefold() + ":", []).append(view)
         for nodes, text in ((ids, model_id), (names, model_id.casefold())):
-            for prefix in sorted(filter(text.startswith, nodes), key=len)[-1:]:
-                meant = nodes[prefix]
-                if len(meant) > 1:
-                    known = ", ".join(view["nodeId"] for view in meant)
-                    raise ModelError(
-                        f"{prefix[:-1]!r} is the name of {len(meant)} nodes; use an "
-                        f"id: {known}"
-                    )
-                node = meant[0]["nodeId"], meant[0]["displayName"]
-                return node, model_id.split(":", prefix.count(":"))[-1]
+            prefix = max(filter(text.startswith, nodes), key=len, default="")
+            if not prefix:
+                continue
+            meant = nodes[prefix]
+            if len(meant) > 1:
+                known = ", ".join(view["nodeId"] for view in meant)
+                raise ModelError(
+                    f"{prefix[:-1]!r} is the name of {len(meant)} nodes; use an id: "
+                    f"{known}"
+                )
+            node = meant[0]["nodeId"], meant[0]["displayName"]
+            return node, model_id.split(":", prefix.count(":"))[-1]
         return None, model_id
 
     def _entries(self, refresh: bool) -> list[JsonObject]:

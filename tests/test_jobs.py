@@ -352,7 +352,7 @@ def test_who_asks_again_hears_for_how_long_the_node_has_been_away(gateway):
             first.start("node.invoke", params)
             peer.receive_until(lambda m: m.get("event") == moltis.INVOKE_REQUEST)
         invocation = gateway.running.invocations.get(invoke_id)
-        wait_for(lambda: invocation.absence.get("waitingMs"))
+        wait_for(lambda: invocation.away_ms)
         with gateway.operator() as second:
             second.listen(events.put)
             second.start("node.invoke", params)
@@ -582,6 +582,24 @@ def test_the_end_of_what_is_no_job_is_told_at_once(gateway, tmp_path, follows_an
             assert (ended["state"], ended["exitCode"]) == ("done", 7)
             assert not ended["background"]
         assert results[-1].result(10)["exitCode"] == 7
+
+
+def test_looking_at_what_is_no_job_leaves_nothing_behind(gateway):
+    """Forty looks ask once to be woken at the end."""
+    invoke_id = str(uuid.uuid4())
+    with gateway.operator() as client, gateway.operator() as asks:
+        args = {"command": "read x </dev/tty; sleep 30", "stream": True}
+        params = {"nodeId": "local", "command": "system.run", "args": args}
+        result = client.start("node.invoke", {**params, "invokeId": invoke_id})
+        wait_for(lambda: gateway.running.invocations.get(invoke_id))
+        callbacks = gateway.running.invocations.get(invoke_id).future._done_callbacks
+        before = len(callbacks)
+        for method in ("command.get", "command.wait") * 20:
+            asks.start(method, {"id": invoke_id, "wait": 300})
+        asks.call("node.list", {})  # all are waiting
+        assert len(callbacks) <= before + 1
+        asks.call("command.cancel", {"id": invoke_id})
+        assert result.result(10)["cancelled"]
 
 
 def test_attaching_to_a_foreground_command_says_where_its_output_is(program, home):
