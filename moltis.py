@@ -14472,6 +14472,10 @@ class CardOutputs:
         except RpcError as error:
             log.debug("output not kept: %s", error)
 
+    def wake(self, invoke_id: str) -> None:
+        """Let those look again who follow a command, from wherever."""
+        self._jobs.waiters.wake(invoke_id)
+
     def end(self, live: LiveMessage) -> None:
         """Note that a command ended; what its card shows whole needs no file."""
         files = self._of(live.invoke_id or "")
@@ -14915,9 +14919,10 @@ class CommandCard:
 
     def stdin_received(self, invoke_id: str, offset: int) -> None: ...
 
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:  # noqa: ARG002
+    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:
         place = detail.get("place") or None
         self._change(place=place, waiting=True if state == "waiting" else None)
+        self._log.outputs.wake(invoke_id)
 
     def approval(self, state: str, by: str | None = None) -> None:
         """Show that it is `asked` for, `approved`, `denied` or `expired`."""

@@ -670,6 +670,24 @@ def test_a_command_in_the_background_is_a_job_and_a_card(tmp_path):
         assert not (gateway.directory / "outputs").exists()
 
 
+def test_who_follows_a_job_of_a_chat_hears_at_once_that_its_node_is_away(tmp_path):
+    answers = calling("sleep 600", background=True), says("It runs.")
+    with with_model(tmp_path, *answers) as (gateway, chat, _), gateway.node("far"):
+        choices = {"approvals": "all", "node_id": "id-of-far"}
+        gateway.call("sessions.patch", key="main", **choices)
+        chat.send("start it")
+        chat.until(lambda: chat.saw("final"))
+        job = chat.of("command")[0]["command"]["invokeId"]
+        with gateway.operator() as client:
+            asked = {"id": job, "wait": 300, "waiting": False}
+            leaves = client.start("command.get", asked)
+            client.call("node.list", {})  # it waits
+            gateway.running.fleet.connected("id-of-far").link.hang_up("for a test")
+            assert leaves.result(10)["waiting"]
+        gateway.call("command.cancel", id=job)
+        gateway.call("command.wait", id=job)
+
+
 def test_stop_ends_the_wait_for_a_command_in_the_background_and_not_it(tmp_path):
     answers = (look(wait=60), says("Never said."))
     with with_background(tmp_path, "echo $$; sleep 100", *answers) as (
