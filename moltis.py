@@ -3287,11 +3287,13 @@ class InflightCommand:
     @classmethod
     def from_json(cls, value: JsonObject) -> InflightCommand:
         """Raises RpcError."""
+        names = STREAM_NAMES.values()
+        offsets = {name: optional(value, name, int) or 0 for name in names}
+        if not all(0 <= offset < 2**62 for offset in offsets.values()):
+            raise RpcError("INVALID_REQUEST", "an offset counts the bytes of a stream")
         return cls(
             invoke_id=required(value, "invokeId", str),
-            stdout=optional(value, "stdout", int) or 0,
-            stderr=optional(value, "stderr", int) or 0,
-            stdin=optional(value, "stdin", int) or 0,
+            **offsets,
             done=optional(value, "done", bool) or False,
         )
 
@@ -7456,7 +7458,8 @@ class Machine:
         with self._lock:
             if kept:
                 self._results[invoke_id] = result
-                if len(self._results) > MAX_KEPT:  # the runner let go of it before
+                # The runner, or the lender, let go of it before.
+                if len(self._results) > MAX_KEPT + MAX_KEPT_ANSWERS + MAX_LENT:
                     del self._results[next(iter(self._results))]
             peer = self._peer
         if peer is not None:
@@ -8890,7 +8893,7 @@ class CommandState:
     SENT = "sent"
     RUNNING = "running"
     DONE = "done"  # whatever its exit code
-    FAILED = "failed"  # it could not be started
+    FAILED = "failed"  # it could not be started, or its node says no more than that
     TIMED_OUT = "timed_out"
     CANCELLED = "cancelled"
     DENIED = "denied"  # by a person, or because nobody answered
@@ -10905,6 +10908,7 @@ LOST_AFTER = 60.0  # s beyond its own timeout that an absent node's command is a
 STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without news of a connected node
 CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest goes
 RUNNING_AFTER = 1.0  # s after which the audit is told that a command runs
+MAX_ACCEPTS = 16  # answers owed for one result; beyond it the oldest is not given
 REPLACE_TIMEOUT = 5.0  # s for an old connection of the same node to end
 
 
@@ -11047,6 +11051,8 @@ class Invocation:
         self.deadline = Deadline(self.patience)
         self._grace = Deadline(None)  # the same for one that was cancelled
         self._away_since: float | None = None  # monotonic; None: its node is there
+        self.given_up: RpcError | None = None  # why no result will come
+        self.recorded = True  # its end, in the audit; False: to be tried again
         self._lock = threading.Lock()  # guards all below, sent_to, sink and future
         self._asked: ConnectedNode | None = None  # over its connection of the moment
         self._received = {STDOUT: 0, STDERR: 0}
@@ -11055,7 +11061,6 @@ class Invocation:
         self._accepts: list[Callable[[], None]] = []  # one for each time it was sent
         self._result: JsonObject | None = None
         self._handed_out = False  # _result, to the sink and future of the moment
-        self.recorded = True  # its end, in the audit; False: to be tried again
 
     def begin(self, runs: bool = True) -> None:
         """Note that it runs from now on, or that it has to wait."""
@@ -11147,6 +11152,9 @@ class Invocation:
         with contextlib.suppress(InvalidStateError):
             taken_over = RpcError("CONFLICT", "another client follows this command now")
             previous.set_exception(taken_over)
+        if self.given_up is not None:
+            with contextlib.suppress(InvalidStateError):
+                self.future.set_exception(self.given_up)
         return self.future
 
     def detach(self, sink: Sink) -> None:
@@ -11216,6 +11224,7 @@ class Invocation:
         """Keep what came from the node until it can be handed out, and accepted."""
         with self._lock:
             self._accepts.append(accept)
+            del self._accepts[:-MAX_ACCEPTS]
             self._result = self._result or result
 
     def take_result(self) -> tuple[JsonObject, Sink, Future[JsonObject]] | None:
@@ -11429,6 +11438,14 @@ def lost_end(invocation: Invocation, reason: str) -> CommandEnd:
     )
 
 
+def why_given_up(invocation: Invocation, reason: str, end: CommandEnd) -> RpcError:
+    """Return what a caller hears whose result, or output, will not come."""
+    problem = end.error
+    if end is invocation.end:
+        problem = f"{reason}; the command ended ({end.state}), its output is gone"
+    return RpcError("UNAVAILABLE", f"{invocation.node_name}: {problem}")
+
+
 def forgotten_invocation(record: CommandRecord, sink: Sink) -> Invocation:
     """Return what a command is to us that was asked for in an earlier life."""
     invocation = Invocation(
@@ -11442,8 +11459,8 @@ def forgotten_invocation(record: CommandRecord, sink: Sink) -> Invocation:
     invocation.asked_here = False
     invocation.cancelled = record.cancelled_at is not None
     invocation.sent_to = "an earlier life"  # so it is not sent again, whatever comes
-    invocation.begin()
-    invocation.started_at = record.started_at or record.asked_at
+    invocation.begin(record.started_at is not None)
+    invocation.started_at = record.started_at  # None: it may be in line there
     return invocation
 
 
@@ -11455,6 +11472,9 @@ def record_result(record: CommandRecord) -> JsonObject | None:
     """Return the result of a command that ended, as far as the audit has it."""
     if record.state == CommandState.FAILED:
         return {"error": record.error or "it failed", "node": record.node_name}
+    if record.state == CommandState.CANCELLED and record.exit_code is None:
+        problem = record.error or "cancelled before it ran"
+        return {"error": problem, "cancelled": True, "node": record.node_name}
     if record.exit_code is None:
         return None
     result: JsonObject = {
@@ -11855,6 +11875,12 @@ class Audit:
             invocation.noted_running = self._write(
                 lambda: self._commands.start(invocation.id, started_at, revives=revives)
             )
+            self._confirm_end(invocation)
+
+    def _confirm_end(self, invocation: Invocation) -> None:
+        # It may have been lost meanwhile, in another thread: that is not revived.
+        if invocation.end is not None:
+            self.ended(invocation, invocation.end)
 
     def cancelled(self, invocation: Invocation) -> None:
         """Note that it is to end, whenever its node hears of it."""
@@ -11933,6 +11959,8 @@ class Invocations:
             invoke_id or new_id(), (node_id, name), command, args, origin, sink
         )
         self._register(invocation)
+        # Looked up again: it may have come anew while the audit was written.
+        node = self._fleet.connected(node_id) or node
         if node.ready:
             self.send(invocation, node)
         return invocation
@@ -11950,11 +11978,7 @@ class Invocations:
         self._tell_node(invocation, lambda link: link.cancel(invocation.id))
 
     def acknowledge(
-        self,
-        invocation: Invocation,
-        stream: int,
-        offset: int,
-        sink: Sink | None = None,
+        self, invocation: Invocation, stream: int, offset: int, sink: Sink | None = None
     ) -> None:
         """Note that a sink, the one of the moment, has dealt with output.
 
@@ -12037,12 +12061,13 @@ class Invocations:
     def give_up(self, invocation: Invocation, reason: str) -> None:
         """End an invocation whose result will not come."""
         self._settle(invocation)
+        end = invocation.end or lost_end(invocation, reason)
+        # First the mark, then the look: attach() does it the other way round.
+        invocation.given_up = why_given_up(invocation, reason, end)
         if not invocation.future.done():
-            end = lost_end(invocation, reason)
             self._note_end(invocation, end, invocation.sink)
-            message = f"{invocation.node_name}: {end.error}"
             with contextlib.suppress(InvalidStateError):
-                invocation.future.set_exception(RpcError("UNAVAILABLE", message))
+                invocation.future.set_exception(invocation.given_up)
         if not invocation.recorded:
             self.active.add(invocation)  # for record_again()
 
@@ -12066,9 +12091,9 @@ class Invocations:
     def close(self) -> None:
         """Tell those who wait that the gateway stops; the commands go on."""
         self._closed = True
-        problem = "the gateway stops; the command goes on"
+        why = "the gateway stops; the command goes on"
         for invocation in self.active.all():
-            error = RpcError("UNAVAILABLE", problem, details={"goesOn": True})
+            error = RpcError("UNAVAILABLE", why, details={"goesOn": True})
             with contextlib.suppress(InvalidStateError):
                 invocation.future.set_exception(error)
 
@@ -12115,9 +12140,8 @@ class Invocations:
 
         Raises RpcError CONFLICT for an id that is not new, StoreError.
         """
-        known = not self.active.add(invocation)
         try:
-            if known or not self.audit.asked(invocation):
+            if not (self.active.add(invocation) and self.audit.asked(invocation)):
                 raise RpcError(
                     "CONFLICT", f"the invocation {invocation.id} was asked for before"
                 )
@@ -12134,8 +12158,11 @@ class Invocations:
             invocation.leave_to_node()  # for what may be a long time in line
         try:
             node.link.request(invocation.id, invocation.command, invocation.args)
+            if invocation.cancelled:  # while it was not sent: nobody listened
+                node.link.cancel(invocation.id)
         except ConnectionClosed:
-            self.await_node(invocation, resumes=node.resumes)
+            if self._fleet.connected(invocation.node_id) in (None, node):
+                self.await_node(invocation, resumes=node.resumes)
 
     def _accept_if_consumed(self, invocation: Invocation) -> None:
         if invocation.accept_when_consumed():
@@ -12208,7 +12235,8 @@ class Resumption:
             if invocation.id in node.inflight:
                 invocation.hand_to(node)
                 invocation.leave_to_node()
-                if invocation.place:  # it says so again if it still waits there
+                # It says so again if it waits in line there.
+                if invocation.started_at is None:
                     invocation.place = None
                     invocation.begin()
                 item = node.inflight[invocation.id]
@@ -12273,7 +12301,7 @@ class Resumption:
     def _adopt(self, record: CommandRecord) -> Invocation:
         """Return what a command is to us of which there is only the record."""
         found = (find_sink(record) for find_sink in self._find_sink)
-        nobody = (AbsentCaller(LOST_AFTER), 0, 0)
+        nobody = (AbsentCaller(CALLER_PATIENCE), 0, 0)
         sink, stdout, stderr = next(filter(None, found), nobody)
         invocation = forgotten_invocation(record, sink)
         invocation.restart_at(stdout, stderr)
@@ -12416,9 +12444,13 @@ class JobOutput:
         self._file: io.FileIO | None = None  # the newest segment; None after close()
         self._offsets = {STDOUT: 0, STDERR: 0}  # where the next records begin
         self._starts = sorted(int(path.name) for path in directory.iterdir())
-        if self._starts:
+        self._end = 0
+        while self._starts:
             self._end = self._recover(self._starts[-1])
-        else:
+            if self._end - self._starts[-1] >= 2 * JOB_RECORD.size:
+                break
+            # It was begun, and does not tell where the streams are: that before does.
+            (directory / str(self._starts.pop())).unlink()
             self._end = 0
 
     @property
@@ -12500,11 +12532,13 @@ class JobOutput:
         if self._file is not None:
             self._file.close()
             self._file = None
-        if not self._starts or self._end > self._starts[-1]:
+        if not self._starts or self._end - self._starts[-1] >= JOB_SEGMENT:
             self._starts.append(self._end)
         path = self._directory / str(self._starts[-1])
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._file = io.FileIO(descriptor, "ab")
+        if self._end > self._starts[-1]:  # it goes on, after a restart, say
+            return
         # An empty record of each stream: one segment alone tells where both are.
         try:
             for stream, offset in self._offsets.items():
@@ -12565,6 +12599,8 @@ class Waiters:
 
         def look() -> None:
             if future.done():
+                with self._lock:
+                    self._waiting.pop(look, None)
                 return
             with self._lock:
                 full = len(self._waiting) >= MAX_WAITERS
@@ -16385,9 +16421,16 @@ class OperatorPeer:
 
     def follow(self, invocation: Invocation) -> None:
         """Tie a streaming invocation to this connection: they end together."""
-        with self._lock:
-            self._followed[invocation.id] = invocation
-        invocation.settled.add_done_callback(lambda _: self._unfollow(invocation.id))
+        # Not `self`: who comes back a thousand times would leave a thousand peers.
+        lock, followed = self._lock, self._followed
+
+        def unfollow(_: object) -> None:
+            with lock:
+                followed.pop(invocation.id, None)
+
+        with lock:
+            followed[invocation.id] = invocation
+        invocation.settled.add_done_callback(unfollow)
 
     def notify(self, text: str) -> None:
         """Send an event; one who is gone by now does not need it."""
@@ -16462,10 +16505,6 @@ class OperatorPeer:
             invocation = self._followed.get(chunk.invoke_id)
         if invocation is not None and chunk.kind == STDIN:
             self._invocations.write_stdin(invocation, chunk)
-
-    def _unfollow(self, invoke_id: str) -> None:
-        with self._lock:
-            self._followed.pop(invoke_id, None)
 
     def _hang_up_followed(self) -> None:
         with self._lock:
@@ -22001,10 +22040,12 @@ class RemoteCommands:
         offset = payload.get("stdin")
         if event.name == INVOKE_STATE:
             self._news.put(RemoteState(command, str(payload.get("state")), payload))
-            if isinstance(offset, int):
+        # A node that claims to have more than it was sent is its own affair.
+        with contextlib.suppress(RpcError):
+            if event.name == INVOKE_STATE and isinstance(offset, int):
                 self.stdin.rewind(offset)
-        elif event.name == INVOKE_ACK and isinstance(offset, int):
-            self.stdin.acknowledge(offset)
+            elif event.name == INVOKE_ACK and isinstance(offset, int):
+                self.stdin.acknowledge(offset)
 
     def _on_chunk(self, chunk: Chunk) -> None:
         command = self._by_id.get(chunk.invoke_id)
@@ -24164,7 +24205,7 @@ class Execution:
             self._output.complain(f"{name}: the command's time was up; it was ended")
             return TIMED_OUT
         if isinstance(result.get("signal"), int):
-            return 128 + int(result["signal"])
+            return signal_status(result["signal"])
         code: Any = result.get("exitCode")
         # Our own status has 8 bits: what does not fit must not look like a success.
         fits = isinstance(code, int) and 0 <= code <= 255
@@ -24189,6 +24230,11 @@ class Execution:
         if not groups["failed"] and not groups["unreachable"]:
             return EXIT_OK
         return INTERRUPTED if self._cancelled else EXIT_FAILURE
+
+
+def signal_status(number: int) -> int:
+    """Return the exit status for what a signal ended: never that of a success."""
+    return min(128 + number, 255)
 
 
 def read_stdin(size: int) -> bytes:
@@ -24397,7 +24443,10 @@ class Attachment:
                 asked = {**self._asked, "offset": self._position, "wait": self._wait}
                 try:
                     job = client.call("command.get", asked)
-                except Unreachable:
+                except Unreachable as error:
+                    cause = error.__cause__
+                    if isinstance(cause, RpcError) and cause.code != "TIMEOUT":
+                        raise  # it is there, and says that it cannot
                     client.close()
                     client = self._return()
                     continue
@@ -24467,7 +24516,7 @@ def job_status(job: JsonObject, output: Output) -> int:
     name, state = job["nodeName"], job["state"]
     if state == CommandState.DONE:
         if job["signal"] is not None and job["signal"].isdigit():
-            return 128 + int(job["signal"])
+            return signal_status(int(job["signal"]))
         code = job["exitCode"]
         return int(code) if code in range(256) else EXIT_FAILURE
     why = f"; {job['error']}" if job["error"] else ""

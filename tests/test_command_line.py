@@ -279,6 +279,7 @@ def test_one_command_alone_is_printed_as_it_comes():
         ({"exitCode": 3221225477}, 1),
         ({"exitCode": -1}, 1),
         ({"exitCode": -1, "signal": 15}, 143),
+        ({"exitCode": -1, "signal": 128}, 255),
         ({"exitCode": -1, "signal": "SIGTERM"}, 1),
         ({}, 1),
         ({"exitCode": "0"}, 1),

@@ -348,8 +348,9 @@ def test_a_full_disk_of_its_own_does_not_concern_a_node(small_world):
     assert call.wait() == 0
 
 
-def test_kept_output_is_where_it_was_after_a_full_disk(small_disk):
+def test_kept_output_is_where_it_was_after_a_full_disk(small_disk, monkeypatch):
     """A segment that could not be begun tells nothing of the streams."""
+    monkeypatch.setattr(moltis, "JOB_SEGMENT", 1)  # byte: each piece begins another
     job = moltis.new_id()
     output = moltis.JobOutput(small_disk.path / job)
     output.append(moltis.Chunk(1, job, 0, b"0123456789"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+from functools import partial
 
 import pytest
 from support import wait_for
@@ -110,6 +111,15 @@ class World:
             self.fleet, self.invocations, self.store.commands, find_sink
         )
 
+    def begin_without_files(self):
+        """The same for what was followed by its caller alone: no job, no card."""
+        self.begin()
+        self.invocations = moltis.Invocations(self.fleet, self.store.commands)
+        self.patience = moltis.Patience(self.invocations)
+        self.resumption = moltis.Resumption(
+            self.fleet, self.invocations, self.store.commands
+        )
+
     def connect(self, name, *, capabilities=RESUMING, instance="life-1", **params):
         """Bring a node in, as the gateway does."""
         if name not in self.devices:
@@ -172,6 +182,22 @@ class World:
 
     def state(self, invocation):
         return self.store.commands.by_id(invocation.id).state
+
+
+def meanwhile(monkeypatch, owner, name, act, *, after):
+    """Let another thread do something just before or after a call of a method."""
+    real = getattr(owner, name)
+
+    def call(*args, **params):
+        monkeypatch.setattr(owner, name, real)  # once
+        if not after:
+            act()
+        result = real(*args, **params)
+        if after:
+            act()
+        return result
+
+    monkeypatch.setattr(owner, name, call)
 
 
 @pytest.fixture
@@ -395,6 +421,33 @@ def test_what_waits_in_line_is_not_running(world, node, monkeypatch):
     assert world.state(invocation) == "running"
 
 
+@pytest.mark.parametrize("in_line", [False, True])
+def test_what_does_not_run_yet_is_not_running_after_a_restart(
+    world, node, monkeypatch, in_line
+):
+    """It never reached its node, or waits in line there."""
+    monkeypatch.setattr(moltis, "RUNNING_AFTER", 0)
+    node.link.broken = not in_line
+    invocation = world.start("far")
+    queued = ("id-far", invocation.id, "queued", {"place": 3})
+    if in_line:
+        world.invocations.handle_state(*queued)
+    world.leave(node)
+    world.begin()
+    world.patience.tick()
+    assert world.state(invocation) == "sent"
+    item = moltis.InflightCommand(invocation.id, 0, 0, 0, done=False)
+    world.connect("far", inflight=(item,))
+    if in_line:
+        world.invocations.handle_state(*queued)
+        world.patience.tick()
+        row = world.store.commands.by_id(invocation.id)
+        assert (row.state, row.started_at) == ("sent", None)
+    world.invocations.handle_state("id-far", invocation.id, "running", {"place": 0})
+    world.patience.tick()
+    assert world.state(invocation) == "running"
+
+
 def test_a_node_answers_its_own_invocations_only(world, node):
     thief = world.connect("thief")
     invocation = world.start("far")
@@ -482,6 +535,28 @@ def test_a_node_without_streams_may_send_all_its_output_at_once(world):
     world.finish(node, invocation, {"exitCode": 0, "stdout": output})
     assert len(invocation.sink.data[1]) == len(output)
     assert invocation.future.result()["exitCode"] == 0
+
+
+def test_a_result_that_comes_again_and_again_is_answered_so_often_and_no_more(
+    world, node
+):
+    """Its output never does: the node says that there is more than it sends."""
+    invocation = world.start("far")
+    accepted = []
+    for number in range(100):
+        world.invocations.handle_result(
+            "id-far", invocation.id, done(4), partial(accepted.append, number)
+        )
+    world.invocations.handle_chunk("id-far", output(invocation, 0, b"0123"))
+    world.invocations.acknowledge(invocation, moltis.STDOUT, 4)
+    world.store.commands.keep_ended()
+    assert accepted == list(range(100 - moltis.MAX_ACCEPTS, 100))
+
+
+@pytest.mark.parametrize("offset", [-1, 2**62, 2**70])
+def test_an_offset_that_no_stream_can_have_is_refused(offset):
+    with pytest.raises(moltis.RpcError, match="counts the bytes of a stream"):
+        moltis.InflightCommand.from_json({"invokeId": "one", "stdout": offset})
 
 
 def test_the_node_is_told_now_and_then_what_was_dealt_with(world, node):
@@ -629,6 +704,57 @@ def test_a_node_that_is_just_coming_is_asked_once(world, node):
     world.resumption.resume(rust)
     asked = [invoke_id for invoke_id, _, _ in rust.link.requests]
     assert sorted(asked) == sorted([early.id, late.id])
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_node_that_comes_anew_as_it_is_to_be_asked_is_asked(
+    world, node, monkeypatch, after
+):
+    """Before or after the command is written down: what was looked up is gone."""
+    again = []
+
+    def come_anew():
+        node.link.broken = True
+        world.leave(node)
+        again.append(world.connect("far"))
+
+    meanwhile(monkeypatch, world.invocations, "_register", come_anew, after=after)
+    invocation = world.start("far")
+    assert [asked for asked, *_ in again[0].link.requests] == [invocation.id]
+    assert invocation.away_ms is None
+
+
+def test_a_node_that_comes_anew_as_it_is_asked_is_not_said_to_be_away(
+    world, node, monkeypatch
+):
+    again = []
+
+    def come_anew():
+        node.link.broken = True
+        world.leave(node)
+        again.append(world.connect("far"))
+
+    meanwhile(monkeypatch, moltis.Invocation, "leave_to_node", come_anew, after=True)
+    sink = Sink()
+    invocation = world.start("far", sink)
+    assert len(again[0].link.requests) == 1
+    assert invocation.away_ms is None
+    assert ("waiting", {}) not in sink.states[-1:]
+
+
+def test_what_is_cancelled_as_its_node_is_to_be_asked_is_cancelled_there(
+    world, node, monkeypatch
+):
+    told, invoke_id = [], str(uuid.uuid4())
+    monkeypatch.setattr(node.link, "request", lambda *_: told.append("request"))
+    monkeypatch.setattr(node.link, "cancel", lambda _: told.append("cancel"))
+
+    def cancel():
+        world.invocations.cancel(world.invocations.get(invoke_id))
+
+    meanwhile(monkeypatch, world.store.commands, "add", cancel, after=True)
+    world.start("far", invoke_id=invoke_id)
+    assert told[-2:] == ["request", "cancel"]
 
 
 def test_what_was_cancelled_while_its_node_was_away_is_cancelled_when_it_is_back(
@@ -788,6 +914,53 @@ def test_a_lost_command_that_its_node_still_runs_is_not_lost(world, node, monkey
     assert (row.state, row.exit_code, row.stdout_bytes) == ("done", 0, 11)
 
 
+def test_what_is_lost_as_it_is_noted_to_run_stays_lost(world, node, monkeypatch):
+    monkeypatch.setattr(moltis, "RUNNING_AFTER", 0)
+    invoke_id = world.start("far").id
+    world.leave(node)
+    world.begin()
+    item = moltis.InflightCommand(invoke_id, 0, 0, 0, done=False)
+    world.connect("far", inflight=(item,))
+    invocation = world.invocations.get(invoke_id)
+
+    def give_up():
+        world.invocations.give_up(invocation, "its token was revoked")
+
+    meanwhile(monkeypatch, world.store.commands, "start", give_up, after=False)
+    world.patience.tick()
+    assert world.state(invocation) == "lost"
+
+
+def test_one_who_comes_back_as_a_command_is_lost_hears_of_it(world, node, monkeypatch):
+    invocation = world.start("far")
+
+    def give_up():
+        world.invocations.give_up(invocation, "its token was revoked")
+
+    meanwhile(monkeypatch, world.invocations, "attach", give_up, after=False)
+    found = world.resumption.again(invocation.id, ORIGIN, Sink(), 0, 0)
+    with pytest.raises(moltis.RpcError, match="its token was revoked"):
+        found.future.result(10)
+
+
+def test_a_command_whose_end_is_known_is_not_said_to_be_lost(world, node):
+    """Its caller came back for output that its node has, which then is gone."""
+    invocation = world.start("far", Sink(slow=True))
+    world.invocations.handle_chunk("id-far", output(invocation, 0, b"abc"))
+    world.finish(node, invocation, done(3))
+    back = Sink()
+    future = world.invocations.attach(invocation, back, (0, 0))
+    world.leave(node)
+    world.invocations.give_up(invocation, "its token was revoked")
+    with pytest.raises(moltis.RpcError) as caught:
+        future.result(10)
+    assert caught.value.message == (
+        "far: its token was revoked; the command ended (done), its output is gone"
+    )
+    assert [end.state for end in back.ends] == ["done"]
+    assert world.state(invocation) == "done"
+
+
 def test_a_lost_command_that_reports_after_all_corrects_the_audit(world, node):
     invocation = world.start("far")
     world.invocations.give_up(invocation, "gone")
@@ -896,6 +1069,14 @@ def test_what_has_ended_is_answered_from_the_audit(world, node):
     assert caught.value.code == "UNAVAILABLE"  # as for what is lost altogether
 
 
+def test_what_was_cancelled_in_line_is_answered_from_the_audit(world, node):
+    invocation = world.start("far")
+    result = {"error": "cancelled before it ran", "cancelled": True}
+    world.finish(node, invocation, result)
+    known = world.resumption.again(invocation.id, ORIGIN, Sink(), 0, 0)
+    assert known == {**result, "node": "far"}
+
+
 def test_nobody_gets_a_second_run_for_output_of_a_first(world, node):
     """The audit was deleted, or is another one: at most once all the same."""
     unknown = str(uuid.uuid4())
@@ -969,6 +1150,24 @@ def test_a_caller_who_stays_away_costs_its_command(world, node, monkeypatch):
     world.invocations.handle_chunk("id-far", output(invocation, 0, b"0123"))
     assert world.finish(node, invocation, done(4, cancelled=True)) == [True]
     assert world.state(invocation) == "cancelled"
+
+
+def test_a_caller_has_as_long_to_come_back_after_a_restart(world, node, monkeypatch):
+    """Its node was back at once, and not much later than a node may be."""
+    monkeypatch.setattr(moltis, "LOST_AFTER", -1.0)
+    invocation = world.start("far")
+    world.leave(node)
+    world.begin_without_files()
+    item = moltis.InflightCommand(invocation.id, 0, 0, 0, done=False)
+    world.connect("far", inflight=(item,))
+    chunk = output(invocation, 0, b"abc")
+    world.invocations.handle_chunk("id-far", chunk)
+    world.patience.tick()
+    world.invocations.handle_chunk("id-far", chunk)  # for the caller, had it left
+    sink = Sink()
+    assert world.resumption.again(invocation.id, ORIGIN, sink, 0, 0)
+    world.invocations.handle_chunk("id-far", chunk)
+    assert sink.data[1] == b"abc"
 
 
 def test_who_leaves_takes_nothing_from_another_client_that_came(world, node):

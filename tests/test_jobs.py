@@ -118,6 +118,38 @@ def test_one_segment_alone_tells_how_far_both_streams_are(tmp_path, monkeypatch)
     after.close()
 
 
+def test_restarts_cost_a_job_no_output(tmp_path):
+    """However often: each life goes on in the file of the one before."""
+    lines = [b"line %d\n" % number for number in range(2 * moltis.MAX_JOB_SEGMENTS)]
+    for number, line in enumerate(lines):
+        output = moltis.JobOutput(tmp_path / "job")
+        written = len(b"".join(lines[:number]))
+        output.append(Chunk(STDOUT, ID, written, line))
+        output.close()
+    again = moltis.JobOutput(tmp_path / "job")
+    assert whole(again) == b"".join(lines)
+    again.close()
+
+
+@pytest.mark.parametrize("headers", [0, 1])
+def test_a_file_that_was_just_begun_costs_nothing(tmp_path, monkeypatch, headers):
+    """A crash, or a full disk, left a segment that does not say where it begins."""
+    monkeypatch.setattr(moltis, "JOB_SEGMENT", 50)
+    output = moltis.JobOutput(tmp_path / "job")
+    chunk = Chunk(STDOUT, ID, 0, b"x" * 100)
+    output.append(chunk)
+    output.append(Chunk(STDERR, ID, 0, b"oh"))
+    begun = moltis.JOB_RECORD.pack(STDOUT, 100, 0) * headers
+    (tmp_path / "job" / str(output.end)).write_bytes(begun)
+    output.close()
+    again = moltis.JobOutput(tmp_path / "job")
+    assert (again.offset(STDOUT), again.offset(STDERR)) == (100, 2)
+    again.append(chunk)  # as its node sends it again
+    again.append(Chunk(STDOUT, ID, 100, b"y"))
+    assert whole(again) == b"x" * 100 + b"y"
+    again.close()
+
+
 def test_what_is_no_position_is_refused(output):
     output.append(Chunk(STDOUT, ID, 0, b"\xff" * 100))
     with pytest.raises(moltis.RpcError, match="offset must be 0"):
@@ -213,6 +245,25 @@ def test_too_many_waiters_are_told_at_once(monkeypatch):
     first = waiters.answer(ID, 60, lambda final: "now" if final else None)
     assert waiters.answer(ID, 60, lambda final: "now" if final else None).result(0)
     assert not first.done()
+
+
+def test_one_who_looks_late_leaves_nothing_behind():
+    waiters, found = moltis.Waiters(), []
+    answer = waiters.answer(ID, 60, lambda final: found.pop() if found else None)
+    real = answer.done
+
+    def done():
+        """Let another thread give the answer just behind our look at it."""
+        answer.done = real
+        found.append("news")
+        waiters.wake(ID)
+        return False
+
+    answer.done = done
+    waiters.wake(ID)
+    assert answer.result(0) == "news"
+    waiters.wake(ID)
+    assert not waiters._waiting
 
 
 # The methods
@@ -644,6 +695,19 @@ def test_of_a_job_that_the_gateway_never_heard_of_attach_says_so(gateway, home):
     attached = run_moltis("node", "attach", str(uuid.uuid4()), home=home, **environ)
     assert attached.returncode == moltis.EXIT_FAILURE
     assert "nothing is known of a command" in attached.stderr
+
+
+def test_attaching_to_output_that_cannot_be_read_says_so_and_ends(tmp_path, home):
+    with InProcessGateway(tmp_path / "gateway") as gateway:
+        job = start(gateway, "echo hi")
+        gateway.call("command.wait", id=job)
+    (tmp_path / "gateway" / "jobs" / job / "of another program").touch()
+    with InProcessGateway(tmp_path / "gateway") as gateway:
+        environ = {"MOLTIS_GATEWAY_URL": gateway.url, "MOLTIS_API_KEY": gateway.api_key}
+        attached = run_moltis("node", "attach", job, home=home, **environ)
+    assert attached.returncode == moltis.EXIT_UNREACHABLE
+    assert "the output of a job cannot be kept" in attached.stderr
+    assert "the gateway" not in attached.stderr
 
 
 def test_attaching_to_no_job_says_where_to_look(program, home):

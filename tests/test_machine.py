@@ -184,6 +184,28 @@ def test_a_result_waits_for_somebody_to_tell(machine):
     assert peer.output() == b"kept\n"
 
 
+def test_answers_of_lent_models_cost_no_command_its_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(moltis, "MAX_KEPT", 2)
+    inventory = moltis.Inventory(ENVIRON)
+    runner = moltis.CommandRunner(environ=ENVIRON, working_dir=str(tmp_path))
+    lender = moltis.ModelLender(moltis.ModelCatalog([]))
+    machine, peer = moltis.Machine(runner, inventory, lender), RecordingPeer()
+    machine.attach(peer)
+    ids = [run(machine, f"exit {code}", stream=True) for code in (3, 4)]
+    for invoke_id in ids:
+        peer.wait(invoke_id)
+    lent = str(uuid.uuid4())
+    machine.invoke(lent, "llm.models", {})
+    peer.wait(lent)
+    again = RecordingPeer()
+    machine.attach(again)
+    for invoke_id in ids:
+        machine.resume(invoke_id, 0, 0)
+    assert [again.wait(invoke_id)["exitCode"] for invoke_id in ids] == [3, 4]
+    machine.close()
+    inventory.close()
+
+
 def test_resuming_sends_only_what_followed_the_offset(machine, peer):
     invoke_id = run(machine, "printf abcdef", stream=True)
     peer.wait(invoke_id)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
+import uuid
+import weakref
 
 import pytest
-from peers import InProcessGateway
+from peers import InProcessGateway, rust_connect
 from support import free_port, process_exists, wait_for
 
 import moltis
 
+REQUESTED = "node.invoke.request"  # of a node
 WINDOW = 1024 * 1024  # bytes of a stream that may be unacknowledged
 
 
@@ -179,6 +183,37 @@ def test_several_commands_are_one_stream_of_news(gateway):
     assert "no node 'nowhere'" in str(by_name["Nowhere"].error)
 
 
+@pytest.mark.parametrize(
+    ("event", "payload"),
+    [
+        ("node.invoke.ack", {}),
+        ("node.invoke.state", {"state": "running"}),
+    ],
+)
+def test_a_node_that_has_more_input_than_it_was_sent_ends_no_other_s_command(
+    gateway, tmp_path, event, payload
+):
+    extensions = {"moltis": {"caps": list(moltis.MACHINE_CAPABILITIES)}}
+    params = rust_connect(gateway.token(), "evil", extensions=extensions)
+    go, nodes = tmp_path / "go", {"local": "Local", "evil": "Rust box"}
+    args, ended = {"command": f"while [ ! -e {go} ]; do sleep 0.02; done"}, {}
+    with gateway.peer() as evil:
+        assert evil.request("connect", params)["ok"]
+        with remote_commands(gateway, nodes, args) as remote:
+            asked = evil.receive_until(lambda m: m.get("event") == REQUESTED)
+            its_id = {"invokeId": asked["payload"]["invokeId"]}
+            payload = {**its_id, **payload, "stdin": 7}
+            evil.send({"type": "event", "event": event, "payload": payload})
+            evil.request("node.invoke.result", {**its_id, "result": {"exitCode": 0}})
+            for news in remote.news():
+                if isinstance(news, moltis.RemoteEnd):
+                    remote.acknowledge(news.command)
+                    ended[news.command.name] = news
+                    go.touch()
+    assert ended["Rust box"].result["exitCode"] == 0
+    assert ended["Local"].result["exitCode"] == 0
+
+
 def test_leaving_ends_what_was_followed(gateway, tmp_path):
     line = {"command": f"echo $$ > {tmp_path}/pid; sleep 1000"}
     with remote_commands(gateway, {"local": "Local"}, line):
@@ -204,6 +239,34 @@ def test_finished_commands_leave_nothing_with_their_connection(gateway, monkeypa
                 remote.acknowledge(news.command)
         assert len(peers) == 1
         wait_for(lambda: not peers[0]._followed, what="nothing to follow")
+
+
+def test_a_caller_who_comes_back_often_leaves_no_connections(gateway, monkeypatch):
+    peers, follow = [], moltis.OperatorPeer.follow
+
+    def record(self, *args):
+        peers.append(weakref.ref(self))
+        follow(self, *args)
+
+    def left():
+        gc.collect()
+        return sum(peer() is not None for peer in peers)
+
+    monkeypatch.setattr(moltis.OperatorPeer, "follow", record)
+    invoke_id = str(uuid.uuid4())
+    params = {
+        "nodeId": "local",
+        "command": "system.run",
+        "args": {"command": "sleep 1000", "stream": True},
+        "invokeId": invoke_id,
+    }
+    for number in range(1, 6):
+        client = gateway.operator()
+        client.start("node.invoke", params)
+        wait_for(lambda n=number: len(peers) == n, what="the command to be followed")
+        client.drop()
+    wait_for(lambda: left() <= 1, what="all but the last to be forgotten")
+    gateway.call("node.invoke.cancel", invokeId=invoke_id)
 
 
 @pytest.mark.parametrize("args", [{"command": "rm \udcff\udcfe"}, {"cwd": "/\udcff"}])
