@@ -8943,6 +8943,7 @@ class CommandEnd:
     stdout_bytes: int = 0
     stderr_bytes: int = 0
     error: str | None = None
+    started_at: int | None = None  # for one whose start was not noted
 
 
 class AuditEvent:
@@ -8975,6 +8976,7 @@ class AuditEntry:
     node: str | None = None
     state: str | None = None
     exit_code: int | None = None
+    signal: str | None = None
     decided_by: str | None = None
 
 
@@ -9463,6 +9465,7 @@ class DevicesTable:
 END_OF_COMMAND = (
     # A clock may be set back meanwhile; nothing ends before it starts.
     "UPDATE commands SET state = ?, ended_at = max(?, ifnull(started_at, asked_at)),"
+    " started_at = ifnull(started_at, max(asked_at, min(?, ?))),"
     " exit_code = ?, signal = ?, stdout_bytes = ?, stderr_bytes = ?, error = ?"
     " WHERE invoke_id = ? AND state IN ('sent', 'running', 'lost')"
 )
@@ -9471,6 +9474,8 @@ END_OF_COMMAND = (
 def _end_values(invoke_id: str, end: CommandEnd) -> Sequence[Any]:
     return (
         end.state,
+        end.ended_at,
+        end.started_at,
         end.ended_at,
         end.exit_code,
         end.signal,
@@ -9661,9 +9666,9 @@ class AuditTable:
         self._commands.keep_ended()
         rows = self._db.rows(
             "SELECT at, event, caller, address, subject, NULL AS node, NULL AS state,"
-            "   NULL AS exit_code, NULL AS decided_by FROM audit"
+            "   NULL AS exit_code, NULL AS signal, NULL AS decided_by FROM audit"
             " UNION ALL SELECT asked_at, 'command', caller_name, '', command,"
-            "   node_name, state, exit_code, decided_by FROM commands"
+            "   node_name, state, exit_code, signal, decided_by FROM commands"
             " ORDER BY at DESC LIMIT ? OFFSET ?",
             (max(0, min(limit, MAX_PAGE)), max(0, offset)),
         )
@@ -10910,6 +10915,8 @@ CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest goes
 RUNNING_AFTER = 1.0  # s after which the audit is told that a command runs
 MAX_ACCEPTS = 16  # answers owed for one result; beyond it the oldest is not given
 REPLACE_TIMEOUT = 5.0  # s for an old connection of the same node to end
+WHETHER_IT_RAN = "whether the command ran is not known"
+HOW_IT_ENDED = "how the command ended is not known"
 
 
 class NodeLink(Protocol):
@@ -11421,6 +11428,7 @@ def command_end(result: JsonObject, invocation: Invocation) -> CommandEnd:
         signal=None if signal_number is None else str(signal_number),
         stdout_bytes=invocation.received(STDOUT),
         stderr_bytes=invocation.received(STDERR),
+        started_at=invocation.started_at,
     )
 
 
@@ -11428,13 +11436,13 @@ def lost_end(invocation: Invocation, reason: str) -> CommandEnd:
     """Return what the audit keeps of a command whose result will not come."""
     stdout, stderr = invocation.received(STDOUT), invocation.received(STDERR)
     # What has written something did run.
-    unknown = "how the command ended" if stdout or stderr else "whether the command ran"
+    unknown = HOW_IT_ENDED if stdout or stderr else WHETHER_IT_RAN
     return CommandEnd(
         CommandState.LOST,
         now_ms(),
         stdout_bytes=stdout,
         stderr_bytes=stderr,
-        error=f"{reason}; {unknown} is not known",
+        error=f"{reason}; {unknown}",
     )
 
 
@@ -12328,7 +12336,7 @@ class Resumption:
             known = record_result(record)
             if known and (record.stdout_bytes, record.stderr_bytes) == (stdout, stderr):
                 return known
-            invocation = self._await_output(record)
+            invocation = self._await_output(record, has_output=bool(stdout or stderr))
         if invocation.origin != origin:
             raise RpcError("CONFLICT", f"another one asked for {invoke_id} before")
         self._invocations.attach(invocation, sink, (stdout, stderr))
@@ -12337,8 +12345,10 @@ class Resumption:
             sink.state(invocation.id, "waiting", {"waitingMs": away_ms})
         return invocation
 
-    def _await_output(self, record: CommandRecord) -> Invocation:
+    def _await_output(self, record: CommandRecord, *, has_output: bool) -> Invocation:
         """Return a command that ended, whose node may come back with its output.
+
+        `has_output`: some of it came to the caller, before the gateway was restarted.
 
         Raises RpcError where there is nothing to wait for.
         """
@@ -12349,6 +12359,8 @@ class Resumption:
             return known
         if record.state == CommandState.LOST:
             problem = record.error or "the command is lost"
+            if has_output:
+                problem = problem.replace(WHETHER_IT_RAN, HOW_IT_ENDED)
             raise RpcError("UNAVAILABLE", f"{record.node_name}: {problem}")
         if node is not None and node.ready:
             raise RpcError(
@@ -16286,13 +16298,14 @@ def audit_view(entry: AuditEntry) -> JsonObject:
         "node": entry.node,
         "state": entry.state,
         "exitCode": entry.exit_code,
+        "signal": entry.signal,
         "decidedBy": entry.decided_by,
     }
 
 
 AUDIT_COLUMNS = (
     *("at", "event", "caller", "address", "subject"),
-    *("node", "state", "exitCode", "decidedBy"),
+    *("node", "state", "exitCode", "signal", "decidedBy"),
 )
 
 
@@ -23905,11 +23918,20 @@ def cmd_audit(args: argparse.Namespace, context: Context) -> int:
     return EXIT_OK
 
 
+def state_words(command: JsonObject) -> str:
+    """Return in a word or two how a row of commands says that it stands, or ended."""
+    state: str = command["state"] or "-"
+    if state != CommandState.DONE:
+        return state
+    name, code = command["signal"], command["exitCode"]
+    with contextlib.suppress(TypeError, ValueError):
+        name = signal.Signals(int(name)).name
+    return f"{state} ({code if name is None else name})"
+
+
 def audit_row(entry: JsonObject) -> tuple[str, ...]:
     """Return the columns of `moltis audit`."""
-    state = entry["state"] or "-"
-    if entry["exitCode"] is not None:
-        state = f"{state} ({entry['exitCode']})"
+    state = state_words(entry)
     if entry["decidedBy"]:
         state = f"{state}, decided by {entry['decidedBy']}"
     details = " ".join(entry["subject"].split())
@@ -24054,8 +24076,10 @@ class Waiting:
 
     def explain_leaving(self) -> None:
         """Say what is left behind."""
-        names = ", ".join(self._since) or "the node"
-        self._output.say(f"moltis: left; the command is ended when {names} is back")
+        when = f"when {', '.join(self._since)} is back"
+        if not self._since:  # somebody does not answer, and has not left
+            when = "once the gateway and its node hear of it"
+        self._output.say(f"moltis: left; the command is ended {when}")
 
     def show(self) -> None:
         """Say how long it has been, on a terminal."""
@@ -24251,9 +24275,10 @@ def read_stdin(size: int) -> bytes:
 
 def without_name(name: str, text: str) -> str:
     """Return what `text` says of `name`, for where that stands before it."""
-    named = [f"{name}{after}".casefold() for after in (": ", " is ")]
-    stands_there = text.casefold().startswith(tuple(named))
-    return text[len(name) :].lstrip(": ") if stands_there else text
+    for after in (": ", " is "):
+        if text.casefold().startswith(f"{name}{after}".casefold()):
+            return text[len(name) + len(after) :]
+    return text
 
 
 class StreamPrinter:
@@ -24308,7 +24333,7 @@ def start_jobs(
                 f"({str(error) or 'it takes too long'}): before it is run again, "
                 f"`moltis node attach {job_id}` tells whether it was started"
             ) from error
-        output.answer(job_id)
+        output.answer(f"{job_id}  {name}" if len(nodes) > 1 else job_id)
     return EXIT_OK
 
 
@@ -24330,23 +24355,23 @@ def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
         asked = {"nodeId": args.node} if args.node else {}
         jobs = client.call("command.list", asked)
         if args.cancel:
-            cancel_job(client, find_job(args.cancel, jobs), context.output)
-            return EXIT_OK
+            job_id = find_job(args.cancel, jobs, args.node)
+            jobs = [cancel_job(client, job_id, context.output)]
     if args.json:
         context.output.json(jobs)
-        return EXIT_OK
-    heading = ("ID", "NODE", "STATE", "ASKED", "OUTPUT", "COMMAND")
-    context.output.table([heading, *map(job_row, jobs)])
+    elif not args.cancel:
+        heading = ("ID", "NODE", "STATE", "ASKED", "OUTPUT", "COMMAND")
+        context.output.table([heading, *map(job_row, jobs)])
     return EXIT_OK
 
 
-def cancel_job(client: OperatorClient, job_id: str, output: Output) -> None:
-    """Have a command ended, and say when that will be.
+def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObject:
+    """Have a command ended, and say when that will be; return how it stands.
 
     Raises UserError where there is nothing to end any more.
     """
     before = client.call("command.wait", {"id": job_id, "wait": 0})
-    after = client.call("command.cancel", {"id": job_id})
+    after: JsonObject = client.call("command.cancel", {"id": job_id})
     ended_by_itself = after["endedAt"] and after["state"] != CommandState.CANCELLED
     if before["endedAt"] or ended_by_itself:
         lost = after["state"] == CommandState.LOST
@@ -24359,16 +24384,16 @@ def cancel_job(client: OperatorClient, job_id: str, output: Output) -> None:
         output.say(f"it ends when {after['nodeName']} is back, which is away now")
     else:
         output.say("it is being ended")
+    return after
 
 
 def job_state(job: JsonObject) -> str:
     """Return in a word or two how a job stands."""
-    state: str = job["state"]
     if job["endedAt"] is None and job.get("waiting"):
         return "node away"
     if job.get("place"):
         return f"in line ({job['place']})"
-    return state if job["exitCode"] is None else f"{state} ({job['exitCode']})"
+    return state_words(job)
 
 
 def job_row(job: JsonObject) -> tuple[str, ...]:
@@ -24383,16 +24408,22 @@ def job_row(job: JsonObject) -> tuple[str, ...]:
     )
 
 
-def find_job(reference: str, jobs: Sequence[JsonObject]) -> str:
+def find_job(
+    reference: str, jobs: Sequence[JsonObject], node: str | None = None
+) -> str:
     """Return the id that `reference` is, or begins.  Raises UserError.
 
-    A whole id may be one that ended long ago: that the gateway knows better.
+    A whole id may be one that ended long ago: that the gateway knows better, unless
+    only those of a `node` are meant.
     """
     found = [j["invokeId"] for j in jobs if j["invokeId"].startswith(reference)]
-    if len(found) == 1 or is_uuid(reference):
+    if len(found) == 1 or (is_uuid(reference) and node is None):
         return str(found[0] if found else reference)
     problem = "is ambiguous" if found else "is no job"
-    raise UserError(f"{reference!r} {problem}; `moltis node jobs` shows what there is")
+    where = "" if node is None else f" on {node}"
+    raise UserError(
+        f"{reference!r} {problem}{where}; `moltis node jobs` shows what there is"
+    )
 
 
 def add_node_attach(subcommands: Subcommands) -> None:
@@ -24915,6 +24946,8 @@ def command_verdict(command: JsonObject, whole: bool) -> Iterator[str]:
         yield f"{name} timed out"
     elif command.get("cancelled"):
         yield f"{name} cancelled"
+    elif command.get("signal"):
+        yield f"{name} ended by signal {command['signal']}"
     elif command.get("exitCode"):
         yield f"{name} exit status {command['exitCode']}"
 

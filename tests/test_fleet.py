@@ -1085,6 +1085,15 @@ def test_nobody_gets_a_second_run_for_output_of_a_first(world, node):
         world.resumption.again(unknown, ORIGIN, Sink(), 10, 0)
 
 
+def test_a_caller_with_output_is_not_told_that_it_may_not_have_run(world):
+    """The gateway was killed, and with it what ran on its own machine."""
+    invocation = world.start("local")
+    world.begin()
+    for stdout, unknown in ((0, "whether the command ran"), (4, "how the command end")):
+        with pytest.raises(moltis.RpcError, match=unknown):
+            world.resumption.again(invocation.id, ORIGIN, Sink(), stdout, 0)
+
+
 def test_a_caller_may_come_back_before_its_node(world, node):
     """Both were away: the gateway was started anew."""
     record = world.start("far")

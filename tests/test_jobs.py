@@ -582,6 +582,49 @@ def test_jobs_are_listed_and_cancelled(program, home):
     assert "cancelled" in attached.stderr
 
 
+def test_a_job_is_ended_on_the_node_that_was_named_and_on_no_other(gateway, home):
+    environ = {"MOLTIS_GATEWAY_URL": gateway.url, "MOLTIS_API_KEY": gateway.api_key}
+    with gateway.node("far"):
+        job = start(gateway, "sleep 600", node="far")
+        words = ("--cancel", job, "--json")
+        other = run_moltis("node", "jobs", "local", *words, home=home, **environ)
+        assert other.returncode == moltis.EXIT_FAILURE
+        assert f"'{job}' is no job on local" in other.stderr
+        assert gateway.call("command.wait", id=job, wait=0)["endedAt"] is None
+        named = run_moltis("node", "jobs", "far", *words, home=home, **environ)
+        assert [row["invokeId"] for row in json.loads(named.stdout)] == [job]
+        assert gateway.call("command.wait", id=job)["state"] == "cancelled"
+
+
+def test_jobs_on_several_nodes_are_printed_with_their_names(gateway, home):
+    environ = {"MOLTIS_GATEWAY_URL": gateway.url, "MOLTIS_API_KEY": gateway.api_key}
+    with gateway.node("far"):
+        words = ("node", "exec", "--detach", "far", "local", "--", "true")
+        started = run_moltis(*words, home=home, **environ)
+        printed = [line.split() for line in started.stdout.splitlines()]
+        jobs = {j["invokeId"]: j["nodeName"] for j in gateway.call("command.list")}
+        assert [jobs[job].casefold() for job, _ in printed] == ["far", "local"]
+        assert [name.casefold() for _, name in printed] == ["far", "local"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("exit 3", "done (3)"),
+        ("kill -9 $$", "done (SIGKILL)"),
+        ("sleep 600", "timed_out"),
+    ],
+)
+def test_lists_say_how_a_command_ended(gateway, command, words):
+    args = {"command": command, "timeout": 300 if "sleep" in command else None}
+    job = start(gateway, "", args=args)
+    ended = gateway.call("command.wait", id=job)
+    assert moltis.job_state(ended) == words
+    assert ended["askedAt"] <= ended["startedAt"] <= ended["endedAt"]
+    row = next(r for r in gateway.call("audit.list") if r["event"] == "command")
+    assert moltis.audit_row(row)[5] == words
+
+
 def test_ending_what_has_ended_is_said_to_come_too_late(program, home):
     started = run_moltis("node", "exec", "--detach", "local", "--", "exit 3", home=home)
     job = started.stdout.strip()
