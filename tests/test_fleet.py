@@ -200,6 +200,13 @@ def meanwhile(monkeypatch, owner, name, act, *, after):
     monkeypatch.setattr(owner, name, call)
 
 
+def come_back(world, node, connected):
+    """Let a node come over another connection, while the old one breaks."""
+    node.link.broken = True
+    world.leave(node)
+    connected.append(world.connect("far"))
+
+
 @pytest.fixture
 def world(tmp_path):
     world = World(tmp_path)
@@ -712,12 +719,7 @@ def test_a_node_that_comes_anew_as_it_is_to_be_asked_is_asked(
 ):
     """Before or after the command is written down: what was looked up is gone."""
     again = []
-
-    def come_anew():
-        node.link.broken = True
-        world.leave(node)
-        again.append(world.connect("far"))
-
+    come_anew = partial(come_back, world, node, again)
     meanwhile(monkeypatch, world.invocations, "_register", come_anew, after=after)
     invocation = world.start("far")
     assert [asked for asked, *_ in again[0].link.requests] == [invocation.id]
@@ -728,12 +730,7 @@ def test_a_node_that_comes_anew_as_it_is_asked_is_not_said_to_be_away(
     world, node, monkeypatch
 ):
     again = []
-
-    def come_anew():
-        node.link.broken = True
-        world.leave(node)
-        again.append(world.connect("far"))
-
+    come_anew = partial(come_back, world, node, again)
     meanwhile(monkeypatch, moltis.Invocation, "leave_to_node", come_anew, after=True)
     sink = Sink()
     invocation = world.start("far", sink)
