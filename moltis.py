@@ -3289,8 +3289,12 @@ class InflightCommand:
         """Raises RpcError."""
         names = STREAM_NAMES.values()
         offsets = {name: optional(value, name, int) or 0 for name in names}
-        if not all(0 <= offset < 2**62 for offset in offsets.values()):
-            raise RpcError("INVALID_REQUEST", "an offset counts the bytes of a stream")
+        for name, offset in offsets.items():
+            if not 0 <= offset < 2**62:
+                raise RpcError(
+                    "INVALID_REQUEST",
+                    f"{name} must count bytes, from 0 to 2^62; {offset} does not",
+                )
         return cls(
             invoke_id=required(value, "invokeId", str),
             **offsets,
@@ -8893,7 +8897,7 @@ class CommandState:
     SENT = "sent"
     RUNNING = "running"
     DONE = "done"  # whatever its exit code
-    FAILED = "failed"  # it could not be started, or its node says no more than that
+    FAILED = "failed"  # it could not be started, or its node says only that it failed
     TIMED_OUT = "timed_out"
     CANCELLED = "cancelled"
     DENIED = "denied"  # by a person, or because nobody answered
@@ -11025,6 +11029,12 @@ def _lost_after(command: str, args: JsonObject) -> float | None:
     return timeout_ms / 1000 + LOST_AFTER if timeout_ms else None
 
 
+def fail(future: Future[Any], error: RpcError) -> None:
+    """Let those who wait hear of an error, unless they have heard of an end."""
+    with contextlib.suppress(InvalidStateError):
+        future.set_exception(error)
+
+
 class Invocation:
     """One piece of work on a node, from being asked for to its result."""
 
@@ -11090,11 +11100,18 @@ class Invocation:
             self._asked, self.sent_to = node, node.instance
             return True
 
-    def await_node(self) -> None:
-        """Count from now on for how long its node is away."""
-        self._away_since = time.monotonic()
-        self.deadline = Deadline(self.patience)
-        self._grace = Deadline(LOST_AFTER)
+    def await_node(self, asked: ConnectedNode | None = None) -> bool:
+        """Count from now on for how long its node is away.
+
+        False: it is not, for it came anew, and was asked after `asked` was.
+        """
+        with self._lock:
+            if asked is not None and self._asked is not asked:
+                return False
+            self._away_since = time.monotonic()
+            self.deadline = Deadline(self.patience)
+            self._grace = Deadline(LOST_AFTER)
+        return True
 
     def leave_to_node(self) -> None:
         """Count no more: its node has it, and keeps to the timeout itself."""
@@ -11156,12 +11173,9 @@ class Invocation:
             previous, self.future = self.future, Future()
             self.sink = sink
             self._handed_out = False
-        with contextlib.suppress(InvalidStateError):
-            taken_over = RpcError("CONFLICT", "another client follows this command now")
-            previous.set_exception(taken_over)
+        fail(previous, RpcError("CONFLICT", "another client follows this command now"))
         if self.given_up is not None:
-            with contextlib.suppress(InvalidStateError):
-                self.future.set_exception(self.given_up)
+            fail(self.future, self.given_up)
         return self.future
 
     def detach(self, sink: Sink) -> None:
@@ -11248,13 +11262,11 @@ class Invocation:
 
     def _is_whole(self) -> bool:
         assert self._result is not None
-        totals = {
-            kind: self._result.get(f"{STREAM_NAMES[kind]}Bytes") for kind in (1, 2)
-        }
-        return all(
-            not isinstance(total, int) or self._received[kind] >= total
-            for kind, total in totals.items()
-        )
+        for kind, received in self._received.items():
+            total = self._result.get(f"{STREAM_NAMES[kind]}Bytes")
+            if isinstance(total, int) and received < total:
+                return False
+        return True
 
     def accept_when_consumed(self) -> bool:
         """Let the node forget it if its result and all output are dealt with.
@@ -11379,11 +11391,11 @@ def checked_run_result(result: JsonObject) -> JsonObject:
     known = {name: value for name, value in result.items() if value is not None}
     # Windows has exit codes of 32 bits; what is more than that is no exit code.
     known["exitCode"] = code if -(2**31) <= code < 2**32 else -1
-    name = known.get("signal", 0)
-    if isinstance(name, str):
+    name = known.pop("signal", None)
+    if name and isinstance(name, str):
         known["signal"] = printable(name, MAX_SIGNAL)
-    elif not isinstance(name, int) or not 0 <= name < 2**31:
-        del known["signal"]
+    elif isinstance(name, int) and 0 < name < 2**31:
+        known["signal"] = name
     return known
 
 
@@ -11450,7 +11462,7 @@ def why_given_up(invocation: Invocation, reason: str, end: CommandEnd) -> RpcErr
     """Return what a caller hears whose result, or output, will not come."""
     problem = end.error
     if end is invocation.end:
-        problem = f"{reason}; the command ended ({end.state}), its output is gone"
+        problem = f"{reason}; the command ended ({end.state}), but its output is gone"
     return RpcError("UNAVAILABLE", f"{invocation.node_name}: {problem}")
 
 
@@ -11467,7 +11479,7 @@ def forgotten_invocation(record: CommandRecord, sink: Sink) -> Invocation:
     invocation.asked_here = False
     invocation.cancelled = record.cancelled_at is not None
     invocation.sent_to = "an earlier life"  # so it is not sent again, whatever comes
-    invocation.begin(record.started_at is not None)
+    invocation.begin()
     invocation.started_at = record.started_at  # None: it may be in line there
     return invocation
 
@@ -11932,6 +11944,17 @@ class Audit:
         return True
 
 
+def checked_arguments(
+    command: str, args: JsonObject, node: ConnectedNode
+) -> JsonObject:
+    """Return the arguments as they travel.  Raises RpcError for what is wrong."""
+    if command != SYSTEM_RUN:
+        return args
+    run_arguments(args)
+    environ = filter_environment(args.get("env") or {})
+    return {**args, "env": environ, "stream": node.streams}
+
+
 class Invocations:
     """Work that was sent to machines, and how it fares."""
 
@@ -11959,10 +11982,7 @@ class Invocations:
             raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
         node_id, name = self._fleet.resolve(node_reference)
         node = self._fleet.require_connected(node_id, name)
-        if command == SYSTEM_RUN:
-            run_arguments(args)  # what is wrong with them is said before they travel
-            args = {**args, "env": filter_environment(args.get("env") or {})}
-            args["stream"] = node.streams
+        args = checked_arguments(command, args, node)
         invocation = Invocation(
             invoke_id or new_id(), (node_id, name), command, args, origin, sink
         )
@@ -12068,16 +12088,13 @@ class Invocations:
 
     def give_up(self, invocation: Invocation, reason: str) -> None:
         """End an invocation whose result will not come."""
-        self._settle(invocation)
         end = invocation.end or lost_end(invocation, reason)
         # First the mark, then the look: attach() does it the other way round.
         invocation.given_up = why_given_up(invocation, reason, end)
         if not invocation.future.done():
             self._note_end(invocation, end, invocation.sink)
-            with contextlib.suppress(InvalidStateError):
-                invocation.future.set_exception(invocation.given_up)
-        if not invocation.recorded:
-            self.active.add(invocation)  # for record_again()
+            fail(invocation.future, invocation.given_up)
+        self._settle(invocation)  # last: who comes back finds it, or its end
 
     def record_again(self, invocation: Invocation, end: CommandEnd) -> None:
         """Put into the audit what it could not take."""
@@ -12086,14 +12103,22 @@ class Invocations:
             self.active.remove(invocation)
         self._accept_if_consumed(invocation)
 
-    def await_node(self, invocation: Invocation, *, resumes: bool = True) -> None:
-        """Wait for its node, which is away, for as long as that makes sense."""
+    def await_node(
+        self,
+        invocation: Invocation,
+        *,
+        resumes: bool = True,
+        asked: ConnectedNode | None = None,
+    ) -> None:
+        """Wait for its node, which is away, for as long as that makes sense.
+
+        `asked`: what has just turned out to be gone; one that came anew is not away.
+        """
         if not self._fleet.expects(invocation.node_id):
             self.give_up(invocation, "its token was revoked")
         elif not resumes:
             self.give_up(invocation, "the node disconnected")
-        else:
-            invocation.await_node()
+        elif invocation.await_node(asked):
             invocation.sink.state(invocation.id, "waiting", {})
 
     def close(self) -> None:
@@ -12102,8 +12127,7 @@ class Invocations:
         why = "the gateway stops; the command goes on"
         for invocation in self.active.all():
             error = RpcError("UNAVAILABLE", why, details={"goesOn": True})
-            with contextlib.suppress(InvalidStateError):
-                invocation.future.set_exception(error)
+            fail(invocation.future, error)
 
     def _tell_node(
         self, invocation: Invocation, tell: Callable[[NodeLink], None]
@@ -12170,16 +12194,17 @@ class Invocations:
                 node.link.cancel(invocation.id)
         except ConnectionClosed:
             if self._fleet.connected(invocation.node_id) in (None, node):
-                self.await_node(invocation, resumes=node.resumes)
+                self.await_node(invocation, resumes=node.resumes, asked=node)
 
     def _accept_if_consumed(self, invocation: Invocation) -> None:
         if invocation.accept_when_consumed():
             self._settle(invocation)
 
     def _settle(self, invocation: Invocation) -> None:
-        self.active.remove(invocation)
         with contextlib.suppress(InvalidStateError):
             invocation.settled.set_result(None)
+        if invocation.recorded:  # else record_again() is to find it
+            self.active.remove(invocation)
 
 
 class Patience:
@@ -12359,7 +12384,7 @@ class Resumption:
             return known
         if record.state == CommandState.LOST:
             problem = record.error or "the command is lost"
-            if has_output:
+            if has_output:  # which the audit does not know of
                 problem = problem.replace(WHETHER_IT_RAN, HOW_IT_ENDED)
             raise RpcError("UNAVAILABLE", f"{record.node_name}: {problem}")
         if node is not None and node.ready:
@@ -12461,7 +12486,7 @@ class JobOutput:
             self._end = self._recover(self._starts[-1])
             if self._end - self._starts[-1] >= 2 * JOB_RECORD.size:
                 break
-            # It was begun, and does not tell where the streams are: that before does.
+            # It was just begun: where the streams are, only the one before it tells.
             (directory / str(self._starts.pop())).unlink()
             self._end = 0
 
@@ -12561,8 +12586,9 @@ class JobOutput:
             self._file.close()
             self._file = None  # so that it is begun anew
             raise
-        if len(self._starts) > MAX_JOB_SEGMENTS:
-            (self._directory / str(self._starts.pop(1))).unlink()
+        while len(self._starts) > MAX_JOB_SEGMENTS:
+            with contextlib.suppress(OSError):
+                (self._directory / str(self._starts.pop(1))).unlink()
 
     def _write(self, stream: int, offset: int, data: bytes) -> None:
         assert self._file is not None
@@ -12746,12 +12772,12 @@ class Jobs:
         while position < output.end:
             reading = output.read(position)
             for piece in reading.pieces:
-                missing = piece.offset - ends[piece.stream]
-                if missing > 0:
-                    yield f"\n[… {missing:,} bytes cut …]\n".encode()
+                yield from _cut_words(piece.offset - ends[piece.stream])
                 yield piece.data
                 ends[piece.stream] = piece.offset + len(piece.data)
             position = reading.next
+        for stream, end in ends.items():
+            yield from _cut_words(output.offset(stream) - end)
 
     def known(self, invoke_id: str) -> bool:
         return is_uuid(invoke_id) and (self._directory / invoke_id).is_dir()
@@ -12813,6 +12839,12 @@ class Jobs:
                 opened.result().output.close()
 
 
+def _cut_words(count: int) -> Iterator[bytes]:
+    """Yield what stands in an output for `count` bytes that are not there, if any."""
+    if count > 0:
+        yield f"\n[… {count:,} bytes cut …]\n".encode()
+
+
 def command_view(record: CommandRecord) -> JsonObject:
     """Return a row of `commands.list`."""
     return {
@@ -12862,7 +12894,7 @@ class JobDesk:
         self._fleet = fleet
         self._commands = commands
         self._lock = threading.Lock()  # guards _watched
-        # Futures whose end wakes; each once, however often its command is looked at.
+        # Futures that wake those who wait: once, however often they look.
         self._watched: weakref.WeakSet[Future[JsonObject]] = weakref.WeakSet()
 
     def record(self, invoke_id: str) -> CommandRecord:
@@ -12911,7 +12943,7 @@ class JobDesk:
         return answer
 
     def _wake_at_end(self, invoke_id: str) -> None:
-        """Make the end of what is no job news: it tells in no other way."""
+        """Wake those who wait when a command ends that is no job: nothing else does."""
         if self.jobs.known(invoke_id):
             return
         invocation = self.invocations.get(invoke_id)
@@ -16305,7 +16337,7 @@ def audit_view(entry: AuditEntry) -> JsonObject:
 
 AUDIT_COLUMNS = (
     *("at", "event", "caller", "address", "subject"),
-    *("node", "state", "exitCode", "signal", "decidedBy"),
+    *("node", "state", "exitCode", "decidedBy", "signal"),
 )
 
 
@@ -23923,10 +23955,19 @@ def state_words(command: JsonObject) -> str:
     state: str = command["state"] or "-"
     if state != CommandState.DONE:
         return state
-    name, code = command["signal"], command["exitCode"]
-    with contextlib.suppress(TypeError, ValueError):
-        name = signal.Signals(int(name)).name
-    return f"{state} ({code if name is None else name})"
+    number = command.get("signal")  # a gateway that is older does not tell
+    how = command["exitCode"] if number is None else signal_name(number)
+    return f"{state} ({how})"
+
+
+def signal_name(text: str) -> str:
+    """Return SIGTERM for 15; what is no number, and so a name, as it is."""
+    if not text.isdecimal():
+        return text
+    try:
+        return signal.Signals(int(text)).name
+    except ValueError:
+        return f"signal {text}"
 
 
 def audit_row(entry: JsonObject) -> tuple[str, ...]:
@@ -24078,7 +24119,7 @@ class Waiting:
         """Say what is left behind."""
         when = f"when {', '.join(self._since)} is back"
         if not self._since:  # somebody does not answer, and has not left
-            when = "once the gateway and its node hear of it"
+            when = "once the gateway and the node hear of it"
         self._output.say(f"moltis: left; the command is ended {when}")
 
     def show(self) -> None:
@@ -24477,7 +24518,7 @@ class Attachment:
                 except Unreachable as error:
                     cause = error.__cause__
                     if isinstance(cause, RpcError) and cause.code != "TIMEOUT":
-                        raise  # it is there, and says that it cannot
+                        raise  # the gateway is there, and says why it cannot answer
                     client.close()
                     client = self._return()
                     continue
@@ -24500,13 +24541,22 @@ class Attachment:
             self._waiting.end(job["nodeName"])
         for stream, offset, data in job["output"]:
             self._print(stream, offset, base64.b64decode(data))
-        return job["endedAt"] is not None and not job["output"]
+        if job["endedAt"] is None or job["output"]:
+            return False
+        if job["background"]:
+            for stream in self._offsets:
+                self._explain_gap(stream, job[f"{stream}Bytes"])
+        return True
 
-    def _print(self, stream: str, offset: int, data: bytes) -> None:
+    def _explain_gap(self, stream: str, offset: int) -> None:
+        """Say what is missing before `offset` of a stream, if anything is."""
         missing = offset - self._offsets[stream]
         if missing > 0:
             gone = format_bytes(missing)
             self._output.say(f"moltis: {gone} of {stream} are not kept any more")
+
+    def _print(self, stream: str, offset: int, data: bytes) -> None:
+        self._explain_gap(stream, offset)
         self._offsets[stream] = offset + len(data)
         self._files[stream].write(data)
         self._files[stream].flush()

@@ -445,7 +445,7 @@ def test_join_and_stdin_are_not_waited_for_when_flags_say_all(tmp_path):
 
 @pytest.mark.parametrize(
     ("hangs_up", "when"),
-    [(True, "when gone is back"), (False, "once the gateway and its node hear of it")],
+    [(True, "when gone is back"), (False, "once the gateway and the node hear of it")],
 )
 def test_an_interrupt_leaves_a_node_that_does_not_come_back_or_answer(
     tmp_path, monkeypatch, capsys, hangs_up, when

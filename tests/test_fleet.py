@@ -395,7 +395,7 @@ def test_what_a_node_says_of_an_end_has_room_in_a_list(world, node):
     named = world.start("far")
     world.finish(node, named, {"exitCode": -1, "signal": "SIG" * 1_000_000})
     assert len(world.store.commands.by_id(named.id).signal) == 40
-    for number in (2**70, -1):
+    for number in (2**70, -1, 0, ""):
         odd = world.start("far")
         world.finish(node, odd, {"exitCode": -1, "signal": number})
         assert world.store.commands.by_id(odd.id).signal is None
@@ -562,7 +562,7 @@ def test_a_result_that_comes_again_and_again_is_answered_so_often_and_no_more(
 
 @pytest.mark.parametrize("offset", [-1, 2**62, 2**70])
 def test_an_offset_that_no_stream_can_have_is_refused(offset):
-    with pytest.raises(moltis.RpcError, match="counts the bytes of a stream"):
+    with pytest.raises(moltis.RpcError, match="must count bytes"):
         moltis.InflightCommand.from_json({"invokeId": "one", "stdout": offset})
 
 
@@ -733,6 +733,18 @@ def test_a_node_that_comes_anew_as_it_is_asked_is_not_said_to_be_away(
     come_anew = partial(come_back, world, node, again)
     meanwhile(monkeypatch, moltis.Invocation, "leave_to_node", come_anew, after=True)
     sink = Sink()
+    invocation = world.start("far", sink)
+    assert len(again[0].link.requests) == 1
+    assert invocation.away_ms is None
+    assert ("waiting", {}) not in sink.states[-1:]
+
+
+def test_a_node_that_comes_anew_as_it_turns_out_to_be_gone_is_not_away(
+    world, node, monkeypatch
+):
+    node.link.broken, again, sink = True, [], Sink()
+    come_anew = partial(come_back, world, node, again)
+    meanwhile(monkeypatch, world.fleet, "expects", come_anew, after=True)
     invocation = world.start("far", sink)
     assert len(again[0].link.requests) == 1
     assert invocation.away_ms is None
@@ -940,6 +952,21 @@ def test_one_who_comes_back_as_a_command_is_lost_hears_of_it(world, node, monkey
         found.future.result(10)
 
 
+def test_one_who_comes_back_just_after_a_command_is_lost_hears_of_it(
+    world, node, monkeypatch
+):
+    invocation, heard = world.start("far"), []
+
+    def come_back_for_it():
+        with pytest.raises(moltis.RpcError, match="its token was revoked") as caught:
+            world.resumption.again(invocation.id, ORIGIN, Sink(), 0, 0)
+        heard.append(caught.value)
+
+    meanwhile(monkeypatch, world.invocations, "_settle", come_back_for_it, after=True)
+    world.invocations.give_up(invocation, "its token was revoked")
+    assert len(heard) == 1
+
+
 def test_a_command_whose_end_is_known_is_not_said_to_be_lost(world, node):
     """Its caller came back for output that its node has, which then is gone."""
     invocation = world.start("far", Sink(slow=True))
@@ -952,7 +979,7 @@ def test_a_command_whose_end_is_known_is_not_said_to_be_lost(world, node):
     with pytest.raises(moltis.RpcError) as caught:
         future.result(10)
     assert caught.value.message == (
-        "far: its token was revoked; the command ended (done), its output is gone"
+        "far: its token was revoked; the command ended (done), but its output is gone"
     )
     assert [end.state for end in back.ends] == ["done"]
     assert world.state(invocation) == "done"

@@ -89,6 +89,20 @@ def test_head_and_tail_of_too_much_output_are_kept(output, monkeypatch):
     assert data_of(output.read(5000)) in whole(output)
 
 
+def test_what_is_missing_at_the_end_of_a_stream_is_said_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(moltis, "JOB_SEGMENT", 1000)
+    monkeypatch.setattr(moltis, "MAX_JOB_SEGMENTS", 2)
+    jobs = moltis.Jobs(tmp_path / "jobs", None)
+    sink = jobs.open(ID)
+    for kind, count in ((STDERR, 10), (STDOUT, 10), (STDERR, 40)):
+        for _ in range(count):
+            written = sink.output.offset(kind)
+            sink.chunk(Chunk(kind, ID, written, b"%099d\n" % written))
+    text = b"".join(jobs.read_all(ID))
+    assert text.endswith(b"\n[\xe2\x80\xa6 1,000 bytes cut \xe2\x80\xa6]\n")
+    jobs.close()
+
+
 def test_output_survives_a_crash_up_to_the_last_whole_record(tmp_path):
     before = moltis.JobOutput(tmp_path / "job")
     before.append(Chunk(STDERR, ID, 0, b"oh\n"))
@@ -475,7 +489,7 @@ def test_the_oldest_jobs_that_ended_make_room(gateway, monkeypatch):
     assert gateway.call("command.get", id=jobs[0])["output"] == []
 
 
-def test_a_full_disk_costs_output_and_not_the_command(gateway, monkeypatch):
+def test_a_full_disk_costs_output_and_not_the_command(gateway, home, monkeypatch):
     def fail(self, *_):
         raise OSError(28, "No space left on device")
 
@@ -483,6 +497,10 @@ def test_a_full_disk_costs_output_and_not_the_command(gateway, monkeypatch):
     job = start(gateway, "echo lost; exit 3")
     done = gateway.call("command.wait", id=job)
     assert (done["state"], done["exitCode"], done["stdoutBytes"]) == ("done", 3, 5)
+    environ = {"MOLTIS_GATEWAY_URL": gateway.url, "MOLTIS_API_KEY": gateway.api_key}
+    attached = run_moltis("node", "attach", job, home=home, **environ)
+    assert "5 B of stdout are not kept any more" in attached.stderr
+    assert (attached.returncode, attached.stdout) == (3, "")
 
 
 def test_a_job_goes_on_where_it_was_after_a_restart_of_the_gateway(tmp_path):
@@ -612,6 +630,7 @@ def test_jobs_on_several_nodes_are_printed_with_their_names(gateway, home):
     [
         ("exit 3", "done (3)"),
         ("kill -9 $$", "done (SIGKILL)"),
+        ("kill -36 $$", "done (signal 36)"),
         ("sleep 600", "timed_out"),
     ],
 )
@@ -685,7 +704,7 @@ def test_looking_at_what_is_no_job_leaves_nothing_behind(gateway):
         args = {"command": "read x </dev/tty; sleep 30", "stream": True}
         params = {"nodeId": "local", "command": "system.run", "args": args}
         result = client.start("node.invoke", {**params, "invokeId": invoke_id})
-        wait_for(lambda: gateway.running.invocations.get(invoke_id))
+        client.call("node.list", {})  # it is under way, and so is its answer
         callbacks = gateway.running.invocations.get(invoke_id).future._done_callbacks
         before = len(callbacks)
         for method in ("command.get", "command.wait") * 20:
