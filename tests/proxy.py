@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import queue
 import random
@@ -28,13 +29,23 @@ class _Pipe:
         self.source = source
         self.sink = sink
         self.direction = direction
-        self.pieces = []  # (when it may go, bytes)
+        self.pieces = collections.deque()  # (when it may go, bytes)
+        self.size = 0  # bytes in all pieces, of which there may be as many
         self.ended = False  # the source said so
         self.deaf = False  # nothing is forwarded any more
 
-    @property
-    def size(self):
-        return sum(len(data) for _, data in self.pieces)
+    def add(self, due, data, size):
+        """Take data that may go at `due`, in pieces of `size` bytes."""
+        for start in range(0, len(data), size):
+            self.pieces.append((due, data[start : start + size]))
+        self.size += len(data)
+
+    def remove(self, count):
+        """Let go of bytes of the first piece."""
+        due, data = self.pieces.popleft()
+        if count < len(data):
+            self.pieces.appendleft((due, data[count:]))
+        self.size -= count
 
 
 class _Link:
@@ -233,22 +244,19 @@ class FaultyProxy:
         due = time.monotonic() + self.delay
         if not data:
             pipe.ended = True
-        size = self.piece  # once: a test may change it meanwhile
-        for start in range(0, len(data), size):
-            pipe.pieces.append((due, data[start : start + size]))
+        pipe.add(due, data, self.piece)
 
     def _write(self, pipe):
-        while pipe.pieces and pipe.pieces[0][0] <= time.monotonic():
-            due, data = pipe.pieces[0]
+        stop = time.monotonic() + TICK  # the others are served, too
+        while pipe.pieces and pipe.pieces[0][0] <= time.monotonic() < stop:
+            _, data = pipe.pieces[0]
             limit = self._cut_after.get(pipe.direction)
             try:
                 sent = pipe.sink.send(data if limit is None else data[:limit])
             except BlockingIOError:
                 return
             self.passed[pipe.direction] += sent
-            pipe.pieces[0] = (due, data[sent:])
-            if sent == len(data):
-                pipe.pieces.pop(0)
+            pipe.remove(sent)
             if limit is not None:
                 self._cut_after[pipe.direction] = limit - sent
                 if limit == sent:
