@@ -22467,6 +22467,7 @@ LOCK_PATIENCE = 3.0  # s to wait for a lock whose gateway is gone
 LOCK_LOOK = 0.05  # s
 TERMINAL_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 INTERRUPTED = 130  # as a shell counts SIGINT
+STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT))
 LEAVE_AFTER = 10.0  # s from an interrupt; a node that is there needs three to obey
 TIMED_OUT = 124  # as timeout(1)
 BROKEN_PIPE = 141  # as a shell counts SIGPIPE
@@ -22664,23 +22665,28 @@ class StopSignal:
     """SIGTERM and Ctrl+C, as something that the main thread waits for."""
 
     def __init__(self) -> None:
-        # An Event's set() in a signal handler waits for ever where the signal came in
-        # the middle of the same thread's wait(): its lock is taken.
-        self._stops: SimpleQueue[None] = SimpleQueue()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._stops.put(None))
+        # A handler runs between two instructions of Python: a signal that comes as the
+        # main thread is about to wait for a lock is not heard of while it does.  What
+        # the interpreter writes into a pipe, the number of each signal, stays there.
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: None)
+        self._stopped = False
 
     def wait(self, timeout: float | None = None) -> bool:
         """Return whether it is time to stop, after `timeout` s at the latest."""
-        try:
-            self._stops.get(timeout=timeout)
-        except Empty:
-            return False
-        self._stops.put(None)  # for whoever asks again
+        deadline = Deadline(timeout)
+        while not self._stopped:
+            if not select.select([self._reader], [], [], deadline.remaining())[0]:
+                return False
+            self._stopped = not STOP_SIGNALS.isdisjoint(os.read(self._reader, 4096))
         return True
 
     def set(self) -> None:
-        self._stops.put(None)
+        with contextlib.suppress(BlockingIOError):  # it is full of what wakes
+            os.write(self._writer, bytes([signal.SIGTERM]))
 
 
 # -- moltis gateway ------------------------------------------------------------

@@ -645,27 +645,15 @@ def test_a_typed_command_that_cannot_run_is_a_failure_of_the_chat(tmp_path):
         assert done.returncode == moltis.EXIT_OK  # it ran, and that is its answer
 
 
-def test_a_signal_in_the_middle_of_the_wait_for_it_is_no_deadlock(home):
-    """An Event's lock would be taken where its set() interrupts its wait()."""
-    code = """if True:
+def wait_for_a_stop(home, code):
+    """Run code in which `stop` is to be waited for, by a process of its own."""
+    code = f"""if True:
         import os, signal, sys, threading
         sys.path.insert(0, sys.argv[1])
         import moltis
 
-        def interrupt():
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        def trace(frame, event, arg):
-            if frame.f_code is threading.Condition.wait.__code__:
-                interrupt()
-
         stop = moltis.StopSignal()
-        timer = threading.Timer(0.2, interrupt)
-        timer.start()
-        sys.settrace(trace)
-        assert stop.wait() and stop.wait(0)
-        sys.settrace(None)
-        timer.join()
+        {code}
     """
     done = subprocess.run(
         [sys.executable, "-c", code, str(PROGRAM.parent)],
@@ -674,3 +662,41 @@ def test_a_signal_in_the_middle_of_the_wait_for_it_is_no_deadlock(home):
         timeout=20,
     )
     assert done.returncode == 0
+
+
+def test_a_signal_in_the_middle_of_the_wait_for_it_is_no_deadlock(home):
+    """An Event's lock would be taken where its set() interrupts its wait()."""
+    wait_for_a_stop(
+        home,
+        """
+        def interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def trace(frame, event, arg):
+            if frame.f_code is threading.Condition.wait.__code__:
+                interrupt()
+
+        timer = threading.Timer(0.2, interrupt)
+        timer.start()
+        sys.settrace(trace)
+        assert stop.wait() and stop.wait(0)
+        sys.settrace(None)
+        timer.join()
+        """,
+    )
+
+
+def test_a_signal_that_does_not_interrupt_the_main_thread_is_heard_of(home):
+    """Another thread gets it here; or it comes just before the wait begins."""
+    wait_for_a_stop(
+        home,
+        """
+        def interrupt():
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+        timer = threading.Timer(0.2, interrupt)
+        timer.start()
+        assert stop.wait() and stop.wait(0)
+        timer.join()
+        """,
+    )
