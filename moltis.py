@@ -12925,10 +12925,7 @@ class JobDesk:
                 return None
             return view, reading
 
-        answer = self.jobs.waiters.answer(invoke_id, wait, attempt)
-        if not answer.done():
-            self._wake_at_end(invoke_id)
-        return answer
+        return self._answer(invoke_id, wait, attempt)
 
     def end(self, invoke_id: str, wait: float) -> Future[JsonObject]:
         """Return how it stands when it has ended, or `wait` s are over."""
@@ -12937,6 +12934,12 @@ class JobDesk:
             record = self.record(invoke_id)
             return None if record.is_open and not final else self.view(record)
 
+        return self._answer(invoke_id, wait, attempt)
+
+    def _answer(
+        self, invoke_id: str, wait: float, attempt: Callable[[bool], Any]
+    ) -> Future[Any]:
+        """See Waiters.answer(); the command's end is news, whichever it is."""
         answer = self.jobs.waiters.answer(invoke_id, wait, attempt)
         if not answer.done():
             self._wake_at_end(invoke_id)

@@ -171,3 +171,13 @@ def hang_up_on_jobs(monkeypatch):
         return answer
 
     monkeypatch.setattr(moltis.NodeMethods, "_start_job", start_and_hang_up)
+
+
+@contextlib.contextmanager
+def silent_node(gateway, node_id="gone"):
+    """A node that takes commands, called "Rust box", and does nothing about them."""
+    with gateway.peer() as peer:
+        extensions = {"moltis": {"caps": list(moltis.MACHINE_CAPABILITIES)}}
+        params = rust_connect(gateway.token(), node_id, extensions=extensions)
+        assert peer.request("connect", params)["ok"]
+        yield peer

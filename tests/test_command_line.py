@@ -17,7 +17,7 @@ import sys
 import threading
 
 import pytest
-from peers import InProcessGateway, rust_connect
+from peers import InProcessGateway, silent_node
 from support import (
     PROGRAM,
     Program,
@@ -452,10 +452,9 @@ def test_an_interrupt_leaves_a_node_that_does_not_come_back_or_answer(
 ):
     """What runs there is ended when it is back; who interrupted need not wait."""
     monkeypatch.setattr(moltis, "LEAVE_AFTER", 0.2)
-    with InProcessGateway(tmp_path / "gateway") as gateway, gateway.peer() as peer:
-        extensions = {"moltis": {"caps": list(moltis.MACHINE_CAPABILITIES)}}
-        params = rust_connect(gateway.token(), "gone", extensions=extensions)
-        assert peer.request("connect", params)["ok"]
+    with InProcessGateway(tmp_path / "gateway") as gateway, silent_node(
+        gateway
+    ) as peer:
         execution = moltis.Execution(
             gateway.operator(),
             gateway.operator,

@@ -97,8 +97,11 @@ class World:
         self.devices = {}
         self.begin()
 
-    def begin(self):
-        """Begin a life of the gateway; what it asked for in another is in the store."""
+    def begin(self, *, files=True):
+        """Begin a life of the gateway; what it asked for in another is in the store.
+
+        Without `files` it was followed by its caller alone: no job, no card.
+        """
         self.invocations = moltis.Invocations(self.fleet, self.store.commands)
         self.patience = moltis.Patience(self.invocations)
         self.sinks = []  # of what was asked for before
@@ -107,17 +110,9 @@ class World:
             self.sinks.append(Sink())
             return self.sinks[-1], 0, 0
 
+        find = [find_sink] if files else []
         self.resumption = moltis.Resumption(
-            self.fleet, self.invocations, self.store.commands, find_sink
-        )
-
-    def begin_without_files(self):
-        """The same for what was followed by its caller alone: no job, no card."""
-        self.begin()
-        self.invocations = moltis.Invocations(self.fleet, self.store.commands)
-        self.patience = moltis.Patience(self.invocations)
-        self.resumption = moltis.Resumption(
-            self.fleet, self.invocations, self.store.commands
+            self.fleet, self.invocations, self.store.commands, *find
         )
 
     def connect(self, name, *, capabilities=RESUMING, instance="life-1", **params):
@@ -726,25 +721,16 @@ def test_a_node_that_comes_anew_as_it_is_to_be_asked_is_asked(
     assert invocation.away_ms is None
 
 
+@pytest.mark.parametrize("turns_out", [False, True])
 def test_a_node_that_comes_anew_as_it_is_asked_is_not_said_to_be_away(
-    world, node, monkeypatch
+    world, node, monkeypatch, turns_out
 ):
-    again = []
+    """Just before it is asked, or just after it `turns_out` to be gone."""
+    again, sink = [], Sink()
     come_anew = partial(come_back, world, node, again)
-    meanwhile(monkeypatch, moltis.Invocation, "leave_to_node", come_anew, after=True)
-    sink = Sink()
-    invocation = world.start("far", sink)
-    assert len(again[0].link.requests) == 1
-    assert invocation.away_ms is None
-    assert ("waiting", {}) not in sink.states[-1:]
-
-
-def test_a_node_that_comes_anew_as_it_turns_out_to_be_gone_is_not_away(
-    world, node, monkeypatch
-):
-    node.link.broken, again, sink = True, [], Sink()
-    come_anew = partial(come_back, world, node, again)
-    meanwhile(monkeypatch, world.fleet, "expects", come_anew, after=True)
+    node.link.broken = turns_out
+    moment = (world.fleet, "expects") if turns_out else (node.link, "request")
+    meanwhile(monkeypatch, *moment, come_anew, after=turns_out)
     invocation = world.start("far", sink)
     assert len(again[0].link.requests) == 1
     assert invocation.away_ms is None
@@ -1190,7 +1176,7 @@ def test_a_caller_has_as_long_to_come_back_after_a_restart(world, node, monkeypa
     monkeypatch.setattr(moltis, "LOST_AFTER", -1.0)
     invocation = world.start("far")
     world.leave(node)
-    world.begin_without_files()
+    world.begin(files=False)
     item = moltis.InflightCommand(invocation.id, 0, 0, 0, done=False)
     world.connect("far", inflight=(item,))
     chunk = output(invocation, 0, b"abc")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import uuid
 from queue import SimpleQueue
 
 import pytest
-from peers import InProcessGateway, hang_up_on_jobs, rust_connect
+from peers import InProcessGateway, hang_up_on_jobs, silent_node
 from support import (
     PROGRAM,
     Program,
@@ -294,16 +293,6 @@ def start(gateway, command, node="local", **params):
     return gateway.call("node.invoke", nodeId=node, command="system.run", **params)[
         "invokeId"
     ]
-
-
-@contextlib.contextmanager
-def silent_node(gateway):
-    """A node that takes commands, and does nothing about them."""
-    with gateway.peer() as peer:
-        extensions = {"moltis": {"caps": list(moltis.MACHINE_CAPABILITIES)}}
-        params = rust_connect(gateway.token(), "gone", extensions=extensions)
-        assert peer.request("connect", params)["ok"]
-        yield peer
 
 
 def read_all(gateway, job, **params):

@@ -9,12 +9,11 @@ import uuid
 import weakref
 
 import pytest
-from peers import InProcessGateway, rust_connect
+from peers import InProcessGateway, silent_node
 from support import free_port, process_exists, wait_for
 
 import moltis
 
-REQUESTED = "node.invoke.request"  # of a node
 WINDOW = 1024 * 1024  # bytes of a stream that may be unacknowledged
 
 
@@ -193,23 +192,21 @@ def test_several_commands_are_one_stream_of_news(gateway):
 def test_a_node_that_has_more_input_than_it_was_sent_ends_no_other_s_command(
     gateway, tmp_path, event, payload
 ):
-    extensions = {"moltis": {"caps": list(moltis.MACHINE_CAPABILITIES)}}
-    params = rust_connect(gateway.token(), "evil", extensions=extensions)
     go, nodes = tmp_path / "go", {"local": "Local", "evil": "Rust box"}
     args, ended = {"command": f"while [ ! -e {go} ]; do sleep 0.02; done"}, {}
-    with gateway.peer() as evil:
-        assert evil.request("connect", params)["ok"]
-        with remote_commands(gateway, nodes, args) as remote:
-            asked = evil.receive_until(lambda m: m.get("event") == REQUESTED)
-            its_id = {"invokeId": asked["payload"]["invokeId"]}
-            payload = {**its_id, **payload, "stdin": 7}
-            evil.send({"type": "event", "event": event, "payload": payload})
-            evil.request("node.invoke.result", {**its_id, "result": {"exitCode": 0}})
-            for news in remote.news():
-                if isinstance(news, moltis.RemoteEnd):
-                    remote.acknowledge(news.command)
-                    ended[news.command.name] = news
-                    go.touch()
+    with silent_node(gateway, "evil") as evil, remote_commands(
+        gateway, nodes, args
+    ) as remote:
+        asked = evil.receive_until(lambda m: m.get("event") == moltis.INVOKE_REQUEST)
+        its_id = {"invokeId": asked["payload"]["invokeId"]}
+        payload = {**its_id, **payload, "stdin": 7}
+        evil.send({"type": "event", "event": event, "payload": payload})
+        evil.request("node.invoke.result", {**its_id, "result": {"exitCode": 0}})
+        for news in remote.news():
+            if isinstance(news, moltis.RemoteEnd):
+                remote.acknowledge(news.command)
+                ended[news.command.name] = news
+                go.touch()
     assert ended["Rust box"].result["exitCode"] == 0
     assert ended["Local"].result["exitCode"] == 0
 
