@@ -59,6 +59,7 @@ from __future__ import annotations
 
 import base64
 import bisect
+import builtins
 import codecs
 import collections
 import contextlib
@@ -94,6 +95,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from types import MappingProxyType
 from urllib.parse import SplitResult, quote, urlsplit
 
 # `typing` would take 3 ms of each start, and 0.9 MiB of each node, for nothing that a
@@ -107,7 +109,6 @@ if TYPE_CHECKING:
     import ssl
     import tempfile
     from argparse import _SubParsersAction
-    from dataclasses import asdict, dataclass, field, replace
     from email.message import Message as HttpHeaders
     from http.server import BaseHTTPRequestHandler
     from subprocess import Popen
@@ -124,9 +125,14 @@ if TYPE_CHECKING:
         TypeAlias,
     )
 
+    from typing_extensions import Self, dataclass_transform
+
     Subcommands: TypeAlias = _SubParsersAction[argparse.ArgumentParser]
 else:
     Protocol = object
+
+    def dataclass_transform(**_):
+        return lambda cls: cls
 
 
 # ==============================================================================
@@ -319,131 +325,160 @@ log = logging.getLogger("moltis")
 
 JsonObject: TypeAlias = "dict[str, Any]"
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})  # a field's default
+
 # Patterns are text: `re` compiles one when it is first used, and keeps it.  All of them
 # at once took 1.4 ms of the 34 of each start.
 SECRET_PATTERN = r"\b(mdt|mk|mc|ms)_[A-Za-z0-9_-]{8,}"
 
-# The dataclasses of the standard library import `inspect` and compile six functions a
-# class at once.  These are the same for what is used here, and each class gets its
-# methods with its first object.  On Python 3.11, CPU of `node exec` and memory of a
-# node: 74 ms and 2 MiB more with the library's; 52 ms and 1.4 MiB more with the
-# library's made as late as these; 44 ms with these.
-
-_ABSENT: Any = object()
+SECRET_FIELDS = ("api_key", "device_token")  # never shown in a log or traceback
 
 
-class _FieldDefault:
-    """What field() says in the body of a dataclass."""
-
-    def __init__(
-        self,
-        *,
-        default: Any = _ABSENT,
-        default_factory: Callable[[], Any] | None = None,
-        repr: bool = True,  # noqa: A002  the standard library's word
-    ) -> None:
-        self.default = default
-        self.factory = default_factory
-        self.repr = repr
+@functools.lru_cache(maxsize=None)
+def camel_case(name: str) -> str:
+    """Return a field's name as envelopes have it: `exit_code` is `exitCode`."""
+    head, *words = name.split("_")
+    return head + "".join(word.capitalize() for word in words)
 
 
-def field_names(cls: Any) -> tuple[str, ...]:
-    """Return the names of a dataclass's fields, in order."""
-    names: tuple[str, ...] = cls._fields
-    return names
+@dataclass_transform(frozen_default=True)
+class Value:
+    """Base of immutable values: fields by annotation, with a JSON codec.
+
+    The standard library's dataclasses import `inspect` and compile six functions for
+    each class: 22 ms of every start.  These cost 0.2 µs more per object.
+    """
+
+    _names: ClassVar[tuple[str, ...]] = ()
+    _defaults: ClassVar[Mapping[str, Any]] = NOTHING
+
+    def __init_subclass__(cls) -> None:
+        fields = [
+            name
+            for name, kind in cls.__annotations__.items()
+            if not str(kind).startswith("ClassVar")
+        ]
+        cls._names = tuple(dict.fromkeys((*cls._names, *fields)))
+        own = {name: cls.__dict__[name] for name in fields if name in cls.__dict__}
+        cls._defaults = {**cls._defaults, **own}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        values = {**self._defaults, **dict(zip(self._names, args)), **kwargs}
+        if len(values) != len(self._names) or len(args) > len(self._names):
+            odd = sorted(values.keys() ^ set(self._names)) or args[len(self._names) :]
+            raise TypeError(f"{type(self).__name__}: wrong or missing fields: {odd}")
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, *_value: object) -> None:
+        raise AttributeError(f"{type(self).__name__}.{name} cannot be changed")
+
+    __delattr__ = __setattr__
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.__dict__[name] for name in self._names))
+
+    def __repr__(self) -> str:
+        shown = (name for name in self._names if name not in SECRET_FIELDS)
+        fields = (f"{name}={self.__dict__[name]!r}" for name in shown)
+        return f"{type(self).__name__}({', '.join(fields)})"
+
+    @staticmethod
+    def _spell(name: str) -> str:
+        return camel_case(name)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed."""
+        return type(self)(**{**self.__dict__, **changes})
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as JSON, without those that are None."""
+        return {
+            self._spell(name): encode_value(self.__dict__[name])
+            for name in self._names
+            if self.__dict__[name] is not None
+        }
+
+    @classmethod
+    def from_json(cls, value: JsonObject) -> Self:
+        """Return the value that to_json() wrote; unknown fields are ignored.
+
+        An absent field takes its default.  Raises RpcError INVALID_REQUEST for a field
+        that is missing or of another type.
+        """
+        kind: Any = cls
+        found = {}
+        for name, decode in _decoders(kind).items():
+            key = cls._spell(name)
+            item = value.get(key)
+            if item is not None:
+                found[name] = decode(item, key)
+            elif name not in cls._defaults:
+                raise RpcError("INVALID_REQUEST", f"{key} is missing")
+        return cls(**found)
 
 
-def _refuse_change(self: object, name: str, *_value: object) -> None:
-    raise AttributeError(f"{type(self).__name__}.{name} cannot be changed")
+class SnakeValue(Value):
+    """A Value whose JSON has the names of its fields: files, stored conversations."""
+
+    @staticmethod
+    def _spell(name: str) -> str:
+        return name
 
 
-def _make_methods(cls: Any, *, hashed: bool, eq: bool) -> None:
-    """Give `cls` what the standard library's dataclass() would have given it."""
-    names = field_names(cls)
-    scope: dict[str, Any] = {"absent_": _ABSENT, "set_": object.__setattr__}
-    parameters, settings, shown = [], [], []
-    for name in names:
-        default = cls.__dict__.get(name, _ABSENT)
-        said = default if isinstance(default, _FieldDefault) else _FieldDefault()
-        value = name
-        if said.factory is not None:
-            scope[f"make_{name}"], default = said.factory, _ABSENT
-            value = f"make_{name}() if {name} is absent_ else {name}"
-        elif said is default:
-            default = said.default
-        optional_ = said.factory is not None or default is not _ABSENT
-        scope[f"default_{name}"] = default
-        parameters.append(f"{name}=default_{name}" if optional_ else name)
-        settings.append(f"    set_(self, {name!r}, {value})")
-        if said.repr:
-            shown.append(f"{name}={{self.{name}!r}}")
-    values = "".join(f"self.{name}, " for name in names)
-    source = (
-        f"def __init__(self, {', '.join(parameters)}):\n" + "\n".join(settings) + "\n"
-        f"def __repr__(self):\n    return f'{cls.__qualname__}({', '.join(shown)})'\n"
-        f"def values_(self):\n    return ({values})\n"
-    )
-    exec(source, scope)  # nosec B102: names of our own fields, and nothing else
-    values_ = scope["values_"]
-
-    def equal(self: object, other: object) -> Any:
-        if other.__class__ is not self.__class__:
-            return NotImplemented
-        return values_(self) == values_(other)
-
-    if "__repr__" not in cls.__dict__:
-        cls.__repr__ = scope["__repr__"]
-    if eq:
-        cls.__eq__ = equal
-        cls.__hash__ = (lambda self: hash(values_(self))) if hashed else None
-    cls.__init__ = scope["__init__"]  # last: who sees it finds all the rest
-
-
-def _dataclass(
-    cls: Any = None,
-    *,
-    frozen: bool = False,
-    eq: bool = True,
-) -> Any:
-    """Do what dataclasses.dataclass() does, when the first object is made."""
-    if cls is None:
-        return functools.partial(_dataclass, frozen=frozen, eq=eq)
-
-    making = threading.Lock()  # guards the methods of `cls`
-
-    def first_init(self: object, *args: object, **kwargs: object) -> None:
-        with making:
-            if cls.__init__ is first_init:
-                _make_methods(cls, hashed=frozen, eq=eq)
-        cls.__init__(self, *args, **kwargs)
-
-    cls.__init__ = first_init
-    annotations: Mapping[str, str] = cls.__annotations__
-    fields = [n for n, text in annotations.items() if not text.startswith("ClassVar")]
-    cls._fields = tuple(fields)
-    if frozen:
-        cls.__setattr__ = cls.__delattr__ = _refuse_change
-    return cls
-
-
-def _replace(value: Any, **changes: object) -> Any:
-    kept = {name: getattr(value, name) for name in field_names(type(value))}
-    return type(value)(**{**kept, **changes})
-
-
-def _asdict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _asdict(item) for name, item in value.items()}
+def encode_value(value: Any) -> Any:
+    """Return `value` as to_json() writes it."""
+    if isinstance(value, Value):
+        return value.to_json()
     if isinstance(value, (list, tuple)):
-        return type(value)(_asdict(item) for item in value)
-    names = getattr(type(value), "_fields", None)
-    if names is None:
-        return value
-    return {name: _asdict(getattr(value, name)) for name in names}
+        return [encode_value(item) for item in value]
+    if isinstance(value, (dict, MappingProxyType)):
+        return {key: encode_value(item) for key, item in value.items()}
+    return value
 
 
-if not TYPE_CHECKING:  # type checkers know those of the standard library
-    asdict, dataclass, field, replace = _asdict, _dataclass, _FieldDefault, _replace
+Decoder: TypeAlias = "Callable[[Any, str], Any]"  # value, its name for the error
+
+
+@functools.lru_cache(maxsize=None)
+def _decoders(cls: Any) -> Mapping[str, Decoder]:
+    kinds: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        kinds.update(base.__annotations__)
+    module = vars(sys.modules[cls.__module__])
+    return {name: _decoder(kinds[name], module) for name in cls._names}
+
+
+def _decoder(annotation: str, module: Mapping[str, Any]) -> Decoder:
+    """Return the function that checks and converts one field.
+
+    Annotations are text: Python 3.8 cannot evaluate `str | None`.
+    """
+    kind = annotation.replace(" | None", "").strip("\"'")
+    outer, _, inner = kind.rstrip("]").partition("[")
+    if outer in ("tuple", "Sequence", "list"):
+        decode = _decoder(inner.replace(", ...", ""), module)
+        return partial(_decode_items, decode, list if outer == "list" else tuple)
+    plain = {"JsonObject": dict, "Mapping": dict, "dict": dict, "Any": object}
+    found = plain.get(outer) or module.get(outer) or getattr(builtins, outer)
+    if isinstance(found, type) and issubclass(found, Value):
+        return partial(_decode_object, found)
+    return partial(_decode_plain, found)
+
+
+def _decode_items(decode: Decoder, make: type, value: Any, name: str) -> Any:
+    items = required({name: value}, name, list)
+    return make(decode(item, name) for item in items)
+
+
+def _decode_object(kind: type[Value], value: Any, name: str) -> Value:
+    return kind.from_json(required({name: value}, name, dict))
+
+
+def _decode_plain(kind: type, value: Any, name: str) -> Any:
+    return value if kind is object else required({name: value}, name, kind)
 
 
 def now_ms() -> int:
@@ -486,7 +521,9 @@ def _refuse_constant(name: str) -> None:
 
 # Made once: json.loads() and json.dumps() with options make one each time, 5 µs.
 _JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-_JSON_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+_JSON_ENCODER = json.JSONEncoder(
+    separators=(",", ":"), ensure_ascii=False, default=encode_value
+)
 
 
 def to_json(value: object) -> str:
@@ -917,8 +954,7 @@ def _settings_field(path: Path, value: JsonObject, name: str, kind: type) -> Any
         raise BadConfiguration(f"{path}: {error.message}") from error
 
 
-@dataclass(frozen=True)
-class NodeSettings:
+class NodeSettings(SnakeValue):
     """What `node.json` holds: how this machine reaches its gateway, and as whom."""
 
     gateway_url: str  # ws:// or wss://, with the path
@@ -980,8 +1016,7 @@ class NodeSettings:
         write_settings_file(directory / self.FILE, given)
 
 
-@dataclass(frozen=True)
-class GatewayFile:
+class GatewayFile(SnakeValue):
     """What `gateway.json` holds: how programs of the same user reach the gateway."""
 
     url: str  # http:// or https://, without a path
@@ -1009,7 +1044,7 @@ class GatewayFile:
 
     def save(self, directory: Path) -> None:
         """Write gateway.json.  Raises BadConfiguration."""
-        value = {k: v for k, v in asdict(self).items() if v is not None}
+        value = {k: v for k, v in self.to_json().items() if v is not None}
         write_settings_file(directory / self.FILE, value)
 
 
@@ -1311,8 +1346,7 @@ def is_sendable_close_code(code: int) -> bool:
     return code < 5000
 
 
-@dataclass(frozen=True)
-class DeflateParameters:
+class DeflateParameters(Value):
     """What two peers agreed on for permessage-deflate (RFC 7692 §7.1)."""
 
     server_no_context_takeover: bool = False
@@ -1522,8 +1556,7 @@ def _deflate_parameters(parameters: ExtensionParameters) -> DeflateParameters | 
     return DeflateParameters(**settings)
 
 
-@dataclass(frozen=True)
-class Upgrade:
+class Upgrade(Value):
     """A server's consent to a WebSocket, and what it settles."""
 
     accept: str
@@ -1569,7 +1602,7 @@ def _answer_deflate(headers: Headers) -> tuple[DeflateParameters | None, str | N
         if "client_max_window_bits" in offered:
             # Only a client that named it can be asked for less (RFC 7692 §7.1.2.2).
             bits = min(parameters.client_max_window_bits, DEFLATE_WINDOW_BITS)
-            parameters = replace(parameters, client_max_window_bits=bits)
+            parameters = parameters.replace(client_max_window_bits=bits)
             answer.append(f"client_max_window_bits={bits}")
         return parameters, "; ".join(answer)
     return None, None
@@ -1623,8 +1656,7 @@ def _is_nonce(key: str) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class WebSocketUrl:
+class WebSocketUrl(Value):
     """A ws: or wss: address in its parts (RFC 6455 §3)."""
 
     secure: bool
@@ -1670,8 +1702,7 @@ class WebSocketUrl:
         return f"{scheme}://{self.host_header}{self.resource.partition('?')[0]}"
 
 
-@dataclass(frozen=True)
-class Negotiated:
+class Negotiated(Value):
     """What a server granted to a client."""
 
     subprotocol: str | None
@@ -2729,8 +2760,7 @@ _SIGNATURE_HASHES: Mapping[bytes, str] = {
 }
 
 
-@dataclass(frozen=True)
-class DerValue:
+class DerValue(Value):
     """One ASN.1 value in DER: what X.509 certificates are made of."""
 
     tag: int
@@ -2823,8 +2853,7 @@ def _salted_password(secret: str, salt: bytes, iterations: int) -> bytes:
     return _hi(password, salt, iterations)  # a Python 3.12+ built without OpenSSL
 
 
-@dataclass(frozen=True)
-class ScramVerifier:
+class ScramVerifier(Value):
     """What a server keeps to recognise a secret, and cannot use in its place."""
 
     salt: bytes
@@ -2975,8 +3004,7 @@ class ScramClient:
             )
 
 
-@dataclass(frozen=True)
-class _ScramExpectation:
+class _ScramExpectation(Value):
     """What the client-final-message has to fit."""
 
     username: str
@@ -3110,29 +3138,25 @@ NODE_EVENT = "node.event"
 NODE_TELEMETRY = "node.telemetry"
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(Value):
     id: str
     method: str
     params: JsonObject
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(Value):
     id: str
     payload: Any = None
     error: RpcError | None = None
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(Value):
     name: str
     payload: Any = None
     seq: int | None = None
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(Value):
     """A piece of a command's stream, and where in the stream it starts."""
 
     kind: int  # STDOUT, STDERR or STDIN; an empty STDIN chunk is the end of input
@@ -3274,8 +3298,7 @@ def is_uuid(text: str) -> bool:
     return UUID_PATTERN.fullmatch(text) is not None
 
 
-@dataclass(frozen=True)
-class InflightCommand:
+class InflightCommand(Value):
     """What a node says at `connect` of an invocation that is not settled yet."""
 
     invoke_id: str
@@ -3315,8 +3338,7 @@ MAX_ABILITIES = 100  # capabilities, commands; characters of each
 MAX_INFLIGHT = 1500  # commands in one `connect`; those beyond it are in line
 
 
-@dataclass(frozen=True)
-class ConnectParams:
+class ConnectParams(Value):
     """What a peer says of itself in `connect`, in either form of protocol 4."""
 
     role: str  # what the peer asks for; what it gets comes from its credential
@@ -3514,19 +3536,17 @@ FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
 FORWARDED_VALUE = r"[\w.,:@+/= -]{0,256}"  # nothing that a shell may take for a command
 
 
-@dataclass(frozen=True)
-class CommandSpec:
+class CommandSpec(Value):
     """What to run, and how."""
 
     command: str  # for /bin/sh
     cwd: str | None = None  # relative to the runner's; blank or None: just that
-    env: Mapping[str, str] = field(default_factory=dict)  # forwarded variables
+    env: Mapping[str, str] = NOTHING  # forwarded variables
     timeout: float | None = None  # s from its start, not from its place in line
     stdin: bool = False  # fed by write_stdin(); otherwise /dev/null
 
 
-@dataclass(frozen=True)
-class CommandResult:
+class CommandResult(Value):
     exit_code: int | None  # negative: a signal, as in subprocess; None: never started
     stdout_bytes: int = 0  # in all; the final offset of the stream
     stderr_bytes: int = 0
@@ -4638,7 +4658,7 @@ class CommandRunner:
 
     def _capped(self, spec: CommandSpec) -> CommandSpec:
         limits = [t for t in (spec.timeout, self._max_timeout) if t is not None]
-        return replace(spec, timeout=min(limits, default=None))
+        return spec.replace(timeout=min(limits, default=None))
 
     def _refuse(self, invoke_id: str) -> None:
         if self._closed:
@@ -4854,8 +4874,7 @@ _VERSION = r"(\d+\.\d+[\w.+-]*)"
 _JAVA_VERSION = r'version "([^"]+)"'
 
 
-@dataclass(frozen=True)
-class Runtime:
+class Runtime(Value):
     """A program that runs others' programs, with how to ask it which version it is."""
 
     program: str
@@ -4882,8 +4901,7 @@ def _without_none(fields: JsonObject) -> JsonObject:
     }
 
 
-@dataclass(frozen=True)
-class CpuTimes:
+class CpuTimes(Value):
     """Ticks that all cores together have counted since the system started."""
 
     busy: float
@@ -4898,8 +4916,7 @@ class CpuTimes:
         return min(100.0, max(0.0, 100 * (self.busy - earlier.busy) / total))
 
 
-@dataclass(frozen=True)
-class Vitals:
+class Vitals(Value):
     """What the operating system says right now; None where it does not say it."""
 
     mem_total: int | None = None  # bytes
@@ -4910,8 +4927,7 @@ class Vitals:
     temperature: float | None = None  # °C
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(Value):
     name: str
     mem_total: int | None = None  # bytes
 
@@ -4919,8 +4935,7 @@ class Gpu:
         return _without_none({"name": self.name, "memTotal": self.mem_total})
 
 
-@dataclass(frozen=True)
-class Provider:
+class Provider(Value):
     """A source of language models that a machine has, with those it can list."""
 
     name: str
@@ -4930,18 +4945,16 @@ class Provider:
         return {"provider": self.name, "models": list(self.models)}
 
 
-@dataclass(frozen=True)
-class Equipment:
+class Equipment(Value):
     """What is installed on a machine."""
 
     runtimes: tuple[str, ...] = ()  # names of programs, as Moltis lists them
-    runtime_versions: Mapping[str, str] = field(default_factory=dict)
+    runtime_versions: Mapping[str, str] = NOTHING
     gpus: tuple[Gpu, ...] = ()
     providers: tuple[Provider, ...] = ()
 
 
-@dataclass(frozen=True)
-class Telemetry:
+class Telemetry(Value):
     """One report of a node; None and empty where it does not say."""
 
     mem_total: int | None = None  # bytes
@@ -4955,7 +4968,7 @@ class Telemetry:
     temperature: float | None = None  # °C
     services: tuple[str, ...] = ()
     runtimes: tuple[str, ...] = ()
-    runtime_versions: Mapping[str, str] = field(default_factory=dict)
+    runtime_versions: Mapping[str, str] = NOTHING
     gpus: tuple[Gpu, ...] = ()
     providers: tuple[Provider, ...] | None = None  # a Rust node has to be asked
 
@@ -5330,7 +5343,7 @@ class SysctlProbe:
         shares = [float(number) for number in re.findall(_NUMBER, answer)]
         usage = min(100.0, sum(shares) / (os.cpu_count() or 1)) if shares else None
         available = _macos_available(self._ask("vm_stat"))
-        return replace(vitals, mem_available=available, cpu_usage=usage)
+        return vitals.replace(mem_available=available, cpu_usage=usage)
 
     def _ask(self, program: str, *arguments: str, any_status: bool = False) -> str:
         path = self._programs.find(program)
@@ -5664,8 +5677,7 @@ def _fields(value: JsonObject, **kinds: type) -> JsonObject:
     return {name: required(value, name, kind) for name, kind in kinds.items()}
 
 
-@dataclass(frozen=True)
-class ToolSpec:
+class ToolSpec(SnakeValue):
     """A tool that a model may call."""
 
     name: str
@@ -5678,8 +5690,7 @@ class ToolSpec:
         return cls(**_fields(value, name=str, description=str, parameters=dict))
 
 
-@dataclass(frozen=True)
-class ToolCall:
+class ToolCall(SnakeValue):
     """What a model wants done."""
 
     id: str
@@ -5693,8 +5704,7 @@ class ToolCall:
         return cls(**_fields(value, id=str, name=str, arguments=dict, malformed=str))
 
 
-@dataclass(frozen=True)
-class ChatMessage:
+class ChatMessage(SnakeValue):
     """One message of a conversation, in no vendor's format."""
 
     role: str  # system, user, assistant or tool
@@ -5704,7 +5714,7 @@ class ChatMessage:
     tool_name: str = ""
     # What only the model that said it understands (signed thinking, say), under "by"
     # that model's id; it goes back to it unchanged.
-    provider_data: JsonObject = field(default_factory=dict)
+    provider_data: Mapping[str, Any] = NOTHING
 
     @classmethod
     def from_json_object(cls, value: JsonObject) -> ChatMessage:
@@ -5723,8 +5733,7 @@ class ChatMessage:
         return cls(tool_calls=tuple(calls), **fields)
 
 
-@dataclass(frozen=True)
-class ChatRequest:
+class ChatRequest(SnakeValue):
     """What a model is asked."""
 
     model: str  # as its provider calls it
@@ -5739,16 +5748,14 @@ class ChatRequest:
         return cls(required(value, "model", str), tuple(messages), tuple(tools))
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(SnakeValue):
     """The next piece of an answer."""
 
     kind: str  # text, thinking, or notice: a wait, or another hitch, to be shown
     text: str
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(SnakeValue):
     """The whole answer: the last event of a stream, and never that of a broken one."""
 
     message: ChatMessage
@@ -5760,8 +5767,7 @@ class Finished:
 ModelEvent: TypeAlias = "Delta | Finished"
 
 
-@dataclass(frozen=True)
-class ModelInfo:
+class ModelInfo(SnakeValue):
     """A model that can be chosen."""
 
     id: str  # provider/name
@@ -5780,7 +5786,7 @@ def to_json_object(
     value: ToolSpec | ChatMessage | ChatRequest | ModelEvent | ModelInfo,
 ) -> JsonObject:
     """Return a value of this section as JSON; its `from_json_object` reads it again."""
-    return asdict(value)
+    return value.to_json()
 
 
 def event_from_json_object(value: JsonObject) -> ModelEvent:
@@ -5818,7 +5824,7 @@ class ChatModel(Protocol):
 # --- What servers send: anything may be missing or of another type ---
 
 
-def _text_of(value: JsonObject, name: str) -> str:
+def _text_of(value: Mapping[str, Any], name: str) -> str:
     found = value.get(name)
     return found if isinstance(found, str) else ""
 
@@ -5828,12 +5834,12 @@ def _count_of(value: JsonObject, name: str) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _object_of(value: JsonObject, name: str) -> JsonObject:
+def _object_of(value: Mapping[str, Any], name: str) -> JsonObject:
     found = value.get(name)
     return found if isinstance(found, dict) else {}
 
 
-def _objects_of(value: JsonObject, name: str) -> list[JsonObject]:
+def _objects_of(value: Mapping[str, Any], name: str) -> list[JsonObject]:
     found = value.get(name)
     return [v for v in found if isinstance(v, dict)] if isinstance(found, list) else []
 
@@ -6290,8 +6296,7 @@ class AnthropicAnswer(AnswerReader):
 # --- Providers ---
 
 
-@dataclass(frozen=True)
-class ProviderSpec:
+class ProviderSpec(Value):
     """Somebody who serves models, and the habits that set them apart."""
 
     id: str
@@ -6527,7 +6532,9 @@ class ModelProvider:
             return call_id
         return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
 
-    def _own_data(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
+    def _own_data(
+        self, request: ChatRequest, message: ChatMessage
+    ) -> Mapping[str, Any]:
         data = message.provider_data
         return data if data.get("by") == f"{self.spec.id}/{request.model}" else {}
 
@@ -6763,11 +6770,10 @@ PROTOCOLS: Mapping[str, type[ModelProvider]] = {
 }
 
 
-@dataclass(frozen=True)
-class ProviderSettings:
+class ProviderSettings(Value):
     """What a person entered for one provider in Settings → Models."""
 
-    api_key: str = field(default="", repr=False)
+    api_key: str = ""
     base_url: str = ""
 
     FILE: ClassVar[str] = "models.json"
@@ -7939,12 +7945,12 @@ class NodeAgent:
         )
         token = self._settings.device_token
         if self._settings.auth == "bearer":
-            params = replace(asked, device_token=token)
+            params = asked.replace(device_token=token)
             return _exchange(ws, "connect", params.to_json())
         scram = ScramClient(device_handle(token), token, _channel_binding(ws))
         first = _first_step(ws, scram)
         final = scram.final(required(first, "serverFirst", str))
-        params = replace(asked, scram_final=final)
+        params = asked.replace(scram_final=final)
         hello = _exchange(ws, "connect", params.to_json())
         auth = optional(hello, "auth", dict) or {}
         proof = optional(auth, "scram", dict) or {}
@@ -8045,8 +8051,7 @@ IMPORT_AND_RUN = (
 PYTHON_OPTIONS = "-IS"
 
 
-@dataclass(frozen=True)
-class ServiceSpec:
+class ServiceSpec(Value):
     """What a unit needs to know: the interpreter, and whose node it is."""
 
     python: str
@@ -8088,8 +8093,7 @@ def service_python() -> str:
     return sys.executable
 
 
-@dataclass(frozen=True)
-class ServiceStatus:
+class ServiceStatus(Value):
     """What the service manager says."""
 
     installed: bool
@@ -8259,8 +8263,7 @@ def remove_node_files(directory: Path) -> None:
 # -- what the running node says ------------------------------------------------
 
 
-@dataclass(frozen=True)
-class NodeState:
+class NodeState(Value):
     """What `node-state.json` holds: how the node that runs here is doing."""
 
     pid: int
@@ -8295,7 +8298,7 @@ class NodeState:
 
     def save(self, directory: Path) -> None:
         """Write node-state.json.  Raises BadConfiguration."""
-        write_private(directory / self.FILE, to_json(asdict(self)).encode("utf-8"))
+        write_private(directory / self.FILE, to_json(self.to_json()).encode("utf-8"))
 
     @classmethod
     def clear(cls, directory: Path) -> None:
@@ -8863,8 +8866,7 @@ MIGRATIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(Value):
     """A machine that holds a token of ours, and what was last known of it."""
 
     id: str
@@ -8877,13 +8879,12 @@ class Device:
     expires_at: int | None = None  # until it has connected
     last_seen_at: int | None = None
     last_ip: str = ""
-    telemetry: Mapping[str, Any] = field(default_factory=dict)
+    telemetry: Mapping[str, Any] = NOTHING
     capabilities: Sequence[str] = ()
     commands: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class DeviceCredential:
+class DeviceCredential(Value):
     """What proves a device, without being of use to a thief."""
 
     handle: str
@@ -8904,8 +8905,7 @@ class CommandState:
     LOST = "lost"  # the node came back without it, or never did
 
 
-@dataclass(frozen=True)
-class CommandRecord:
+class CommandRecord(Value):
     """One command in the audit: who asked for what, where, and how it ended."""
 
     invoke_id: str
@@ -8936,8 +8936,7 @@ class CommandRecord:
         return self.state in (CommandState.SENT, CommandState.RUNNING)
 
 
-@dataclass(frozen=True)
-class CommandEnd:
+class CommandEnd(Value):
     """How a command ended, and when."""
 
     state: str
@@ -8968,8 +8967,7 @@ class AuditEvent:
     REFUSALS = (SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED)
 
 
-@dataclass(frozen=True)
-class AuditEntry:
+class AuditEntry(Value):
     """One thing that somebody did, or was refused: an AuditEvent, or a command."""
 
     at: int
@@ -8984,8 +8982,7 @@ class AuditEntry:
     decided_by: str | None = None
 
 
-@dataclass(frozen=True)
-class OperatorKey:
+class OperatorKey(Value):
     """What an operator's API key may do; never the key itself."""
 
     id: str
@@ -8996,8 +8993,7 @@ class OperatorKey:
     revoked_at: int | None = None
 
 
-@dataclass(frozen=True)
-class Login:
+class Login(Value):
     """A browser that traded an operator key for a cookie."""
 
     id: str
@@ -9009,8 +9005,7 @@ class Login:
     address: str
 
 
-@dataclass(frozen=True)
-class Session:
+class Session(Value):
     """A conversation, and what was chosen for it."""
 
     key: str
@@ -9038,8 +9033,7 @@ class MessageState:
     INTERRUPTED = "interrupted"  # the gateway ended meanwhile
 
 
-@dataclass(frozen=True)
-class SessionMessage:
+class SessionMessage(Value):
     """One message of a session as people see it: words, or a command."""
 
     id: str
@@ -9051,7 +9045,7 @@ class SessionMessage:
     seq: int
     text: str = ""
     invoke_id: str | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)  # as the page gets them
+    details: Mapping[str, Any] = NOTHING  # as the page gets them
 
 
 def _cannot_use_database(path: Path, error: Exception) -> str:
@@ -9146,21 +9140,21 @@ def _operator_key_from(row: sqlite3.Row) -> OperatorKey:
 
 
 def _login_from(row: sqlite3.Row) -> Login:
-    return Login(**{name: row[name] for name in field_names(Login)})
+    return Login(**{name: row[name] for name in Login._names})
 
 
 def _command_from(row: sqlite3.Row) -> CommandRecord:
-    names = field_names(CommandRecord)
+    names = CommandRecord._names
     return CommandRecord(**{name: row[name] for name in names})
 
 
 def _session_from(row: sqlite3.Row) -> Session:
-    fields = {name: row[name] for name in field_names(Session)}
+    fields = {name: row[name] for name in Session._names}
     return Session(**{**fields, "archived": bool(row["archived"])})
 
 
 def _message_from(row: sqlite3.Row) -> SessionMessage:
-    fields = {name: row[name] for name in field_names(SessionMessage)}
+    fields = {name: row[name] for name in SessionMessage._names}
     return SessionMessage(**{**fields, "details": json.loads(row["details"])})
 
 
@@ -10114,8 +10108,7 @@ subjectAltName = @names
 HOST_NAME = r"[a-z0-9_]([a-z0-9._-]{0,251}[a-z0-9_])?"
 
 
-@dataclass(frozen=True)
-class Certificate:
+class Certificate(Value):
     """What we need to know of an X.509 certificate (RFC 5280)."""
 
     names: Sequence[str]  # "DNS:localhost", "IP:127.0.0.1", as openssl writes them
@@ -10135,16 +10128,14 @@ class Certificate:
         return set(names) <= set(self.names)
 
 
-@dataclass(frozen=True)
-class TlsFiles:
+class TlsFiles(Value):
     """Where a certificate, with what it takes to verify it, and its key are, in PEM."""
 
     certificate: Path
     key: Path
 
 
-@dataclass(frozen=True)
-class TlsIdentity:
+class TlsIdentity(Value):
     """A certificate in use; a connection keeps the one that it was accepted with."""
 
     context: ssl.SSLContext
@@ -10210,8 +10201,7 @@ def check_pin(der: bytes, pin: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class TlsTrust:
+class TlsTrust(Value):
     """Which certificate an https:// or wss:// address has to show."""
 
     fingerprint: str | None = None  # its pin; None: one that a CA vouches for
@@ -10465,8 +10455,7 @@ DEVICE = "device"
 OPERATOR = "operator"
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(Value):
     """Somebody who proved who they are."""
 
     kind: str  # DEVICE or OPERATOR
@@ -10537,13 +10526,13 @@ def address_block(address: str) -> str:
     return socket.inet_ntop(socket.AF_INET6, packed[:8] + bytes(8)) + "/64"
 
 
-@dataclass
 class _Failures:
     """What one address did wrong; times as the clock of its RateLimit has them."""
 
-    times: list[float] = field(default_factory=list)
-    waits: int = 0  # so far; each is twice as long as the one before
-    blocked_until: float = 0.0
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.waits = 0  # so far; each is twice as long as the one before
+        self.blocked_until = 0.0
 
 
 class RateLimit:
@@ -10957,8 +10946,7 @@ class Sink(Protocol):
         """Hear how it ended; whether all output is dealt with."""
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(Value):
     """Who asked for an invocation."""
 
     kind: str
@@ -11661,7 +11649,7 @@ class Fleet:
         with self._lock:
             known, _ = self._telemetry.get(node.node_id, (None, 0.0))
             if telemetry.providers is None and known is not None:
-                telemetry = replace(telemetry, providers=known.providers)
+                telemetry = telemetry.replace(providers=known.providers)
         self._keep_telemetry(node, telemetry)
 
     def keep_providers(self, node: ConnectedNode, payload: JsonObject) -> None:
@@ -11669,7 +11657,7 @@ class Fleet:
         providers = providers_from_payload(payload)
         with self._lock:
             known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
-        self._keep_telemetry(node, replace(known, providers=providers))
+        self._keep_telemetry(node, known.replace(providers=providers))
 
     def _keep_telemetry(self, node: ConnectedNode, telemetry: Telemetry) -> None:
         self._remember(node.node_id, telemetry)
@@ -12353,7 +12341,7 @@ class Resumption:
         if invocation is None or invocation.settled.done():
             record = self._commands.by_id(invoke_id)
             if record is not None and invocation is not None and invocation.end:
-                record = replace(record, **asdict(invocation.end))  # as it will be
+                record = record.replace(**invocation.end.__dict__)  # as it will be
             if record is None and not stdout and not stderr:
                 return None
             if record is None or record_origin(record) != origin:
@@ -12450,8 +12438,7 @@ MAX_WAITERS = 1000  # answers that wait; beyond it they say at once how things a
 JOB_RECORD = struct.Struct(">BQI")  # stream, offset in it, length of what follows
 
 
-@dataclass(frozen=True)
-class JobPiece:
+class JobPiece(Value):
     """What a command wrote in one go; `offset` counts the bytes of its stream."""
 
     stream: int
@@ -12459,8 +12446,7 @@ class JobPiece:
     data: bytes
 
 
-@dataclass(frozen=True)
-class JobReading:
+class JobReading(Value):
     """A part of a job's output, in the order in which it came."""
 
     pieces: Sequence[JobPiece]
@@ -13058,19 +13044,17 @@ class ChatSession(Protocol):
     def append(self, message: ChatMessage) -> None: ...
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(Value):
     """Something a run did, for those who watch; `state` is that of a `chat` event."""
 
     state: str
-    fields: JsonObject = field(default_factory=dict)
+    fields: Mapping[str, Any] = NOTHING
 
 
 StepHandler: TypeAlias = "Callable[[Step], None]"  # called from several threads at once
 
 
-@dataclass(frozen=True)
-class PlannedCommand:
+class PlannedCommand(Value):
     """A command before it runs: what is approved is this, and this is what runs."""
 
     invoke_id: str
@@ -13143,8 +13127,7 @@ class Background(Protocol):
 # --- Approvals ---
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(Value):
     """Whether a command may run, and who says so."""
 
     allowed: bool
@@ -13718,7 +13701,7 @@ def _shorten_results(
         if excess <= 0 or len(text) >= len(message.text):
             continue
         excess -= len(message.text) - len(text)
-        messages[place] = replace(message, text=text)
+        messages[place] = message.replace(text=text)
         cut += 1
     return excess, cut
 
@@ -14485,7 +14468,7 @@ class LiveMessage:
             command = {**details["command"], **changes.pop("command")}
             # What does not hold any more is absent, never null.
             details["command"] = {k: v for k, v in command.items() if v is not None}
-        self._message = replace(self._message, seq=seq, details=details, **changes)
+        self._message = self._message.replace(seq=seq, details=details, **changes)
 
     def say(self, text: str) -> None:
         self._words.append(text)
@@ -14510,7 +14493,7 @@ class LiveMessage:
         if self.output is not None:
             command = {**details["command"], **self.output.to_json()}
             details = {**details, "command": command}
-        return replace(self._message, text=self._words[0], details=details)
+        return self._message.replace(text=self._words[0], details=details)
 
     def take_untold(self) -> list[tuple[int, int, str]]:
         """Return what nobody was told yet; words in one piece."""
@@ -15058,7 +15041,7 @@ def start_on_card(
         raise Cancelled  # the session was deleted a moment ago
     card = CommandCard(session_log, live, on_chunk)
     card.start()
-    origin = replace(live.origin, decided_by=live.decided_by)
+    origin = live.origin.replace(decided_by=live.decided_by)
     try:
         return invocations.start(
             planned.node_id,
@@ -15199,8 +15182,7 @@ def note_denial(
 # --- Turns ---
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(Value):
     """What somebody said, and what it takes to answer."""
 
     run_id: str
@@ -15208,7 +15190,7 @@ class Turn:
     message: LiveMessage
     model: ChatModel
     asked_by: Caller
-    cancel: Cancellation = field(default_factory=Cancellation)
+    cancel: Cancellation
 
     @property
     def is_typed(self) -> bool:
@@ -15384,7 +15366,7 @@ class TurnView:
         handler = self._steps.get(step.state)
         # What the person said is shown since it came.
         if handler is not None:
-            handler(step.fields)
+            handler(dict(step.fields))
 
     def fail(self, problem: str) -> None:
         """Show that the turn ended in a way that nobody foresaw."""
@@ -15542,7 +15524,7 @@ class Chats:
         """Keep what was chosen for a session.  Raises RpcError."""
         if "model" in choices:
             self._model(choices["model"])
-        self._store.sessions.change(replace(self._session(key), **choices))
+        self._store.sessions.change(self._session(key).replace(**choices))
         return self._tell("patched", key)
 
     def reset(self, key: str) -> JsonObject:
@@ -15574,13 +15556,15 @@ class Chats:
         self._store.sessions.used(key, now_ms())
         if not session.label:
             label = " ".join(text.split())[:MAX_LABEL_LENGTH]
-            self._store.sessions.change(replace(session, label=label))
+            self._store.sessions.change(session.replace(label=label))
         session_log, queue = self._logs.log(key), self._queue(key)
         run_id = new_id()
         message = session_log.begin("user", run_id, MessageState.QUEUED, text)
         if queue.busy:
             session_log.post("user_message", message)
-        waits = queue.add(Turn(run_id, text, message, model, asked_by))
+        waits = queue.add(
+            Turn(run_id, text, message, model, asked_by, cancel=Cancellation())
+        )
         return {"ok": True, "runId": run_id, **({"queued": True} if waits else {})}
 
     def abort(self, key: str) -> JsonObject:
@@ -15750,8 +15734,7 @@ SPARED_STATES = ("delta", "tool_call_output")  # of a chat; all others say how i
 EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session")
 
 
-@dataclass(frozen=True)
-class RpcCall:
+class RpcCall(Value):
     """One request of an operator."""
 
     caller: Caller
@@ -15759,8 +15742,7 @@ class RpcCall:
     peer: OperatorPeer | None  # None: over HTTP, where nothing can be streamed
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(Value):
     action: Callable[[RpcCall], Any]  # a Future stands for an answer to come
     scope: str
 
@@ -16742,8 +16724,7 @@ class Connection:
         self.node: ConnectedNode | None = None  # None: an operator, or nobody yet
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(Value):
     """Who a peer has proved to be, and what it says of itself."""
 
     caller: Caller
@@ -16753,8 +16734,7 @@ class Identity:
     server_final: str = ""  # our half of the proof, where SCRAM was used
 
 
-@dataclass(frozen=True)
-class Client:
+class Client(Value):
     """What is known of a peer before it has said a word."""
 
     address: str
@@ -17165,8 +17145,7 @@ SECURITY_HEADERS = (
 )
 
 
-@dataclass(frozen=True)
-class HttpRequest:
+class HttpRequest(Value):
     """One request, read whole."""
 
     method: str
@@ -17184,8 +17163,7 @@ class HttpRequest:
         return f"http{'s' if self.secure else ''}://{self.host.lower()}"
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(Value):
     """What to answer to an HttpRequest."""
 
     status: int
@@ -17322,8 +17300,7 @@ class TrustedProxies:
                 break
         secure = header_tokens(headers, "X-Forwarded-Proto")[-1:] == ["https"]
         hosts = header_tokens(headers, "X-Forwarded-Host")
-        return replace(
-            request,
+        return request.replace(
             address=address,
             host=hosts[-1] if hosts else request.host,
             secure=secure,
@@ -17331,8 +17308,7 @@ class TrustedProxies:
         )
 
 
-@dataclass(frozen=True)
-class Edge:
+class Edge(Value):
     """Under which names the gateway is reached, and through whom."""
 
     hosts: HostCheck
@@ -17443,7 +17419,7 @@ class HttpApp:
         allowed = [m for m, p in self._routes if p == path]
         if allowed:
             reply = error_reply(405, f"{path} takes {' or '.join(allowed)}")
-            return replace(reply, headers=[("Allow", ", ".join(allowed))])
+            return reply.replace(headers=[("Allow", ", ".join(allowed))])
         if path == "/ws":
             return error_reply(426, "/ws takes WebSocket connections")
         return error_reply(404, f"there is no {path[:200]} here")
@@ -17494,7 +17470,7 @@ class HttpApp:
         whole = self._outputs.read(invoke_id)
         if whole is None:
             return download_reply(name, output_text(command), "text/plain")
-        return replace(download_reply(name, "", "text/plain"), more=whole)
+        return download_reply(name, "", "text/plain").replace(more=whole)
 
     def _audit_csv(self, request: HttpRequest) -> Reply:
         """Answer all that was done, the newest first, for a spreadsheet."""
@@ -17572,7 +17548,7 @@ def _rpc_failure(request_id: str, error: RpcError) -> Reply:
     if error.retry_after is None:
         return reply
     seconds = str(max(1, round(error.retry_after)))
-    return replace(reply, headers=[("Retry-After", seconds)])
+    return reply.replace(headers=[("Retry-After", seconds)])
 
 
 def _cookie(headers: HttpHeaders[str, str]) -> str | None:
@@ -17651,8 +17627,7 @@ class PatientStream(io.RawIOBase):
         return len(data)
 
 
-@dataclass(frozen=True)
-class TcpPeer:
+class TcpPeer(Value):
     """Whoever is at the other end of an accepted connection."""
 
     address: str
@@ -17758,7 +17733,7 @@ class HttpExchange:
             upgrade = accept_upgrade(request.headers)
         except HandshakeError as error:
             refusal = error_reply(error.status, str(error))
-            self.send(replace(refusal, headers=error.headers))
+            self.send(refusal.replace(headers=error.headers))
             return
         handler.send_response_only(101)
         for name, value in upgrade.headers:
@@ -21816,16 +21791,14 @@ def user_error(error: RpcError) -> UserError:
     return kinds.get(error.code, UserError)(error.message)
 
 
-@dataclass(frozen=True)
-class RemoteOutput:
+class RemoteOutput(Value):
     """A piece of output of one of several commands."""
 
     command: RemoteCommand
     chunk: Chunk
 
 
-@dataclass(frozen=True)
-class RemoteState:
+class RemoteState(Value):
     """News of a command: it waits in line, or for its node, or goes on."""
 
     command: RemoteCommand
@@ -21833,8 +21806,7 @@ class RemoteState:
     detail: JsonObject
 
 
-@dataclass(frozen=True)
-class RemoteEnd:
+class RemoteEnd(Value):
     """How a command ended: its result, or why there is none."""
 
     command: RemoteCommand
@@ -21842,15 +21814,13 @@ class RemoteEnd:
     error: MoltisError | None = None
 
 
-@dataclass(frozen=True)
-class GatewayState:
+class GatewayState(Value):
     """News of the gateway itself: it went away, or it is back."""
 
     reachable: bool
 
 
-@dataclass(frozen=True)
-class _Lost:
+class _Lost(Value):
     """The connection of `client` broke before a command had ended."""
 
     client: OperatorClient
@@ -22530,8 +22500,7 @@ class Output:
             self.answer("  ".join(cells).rstrip())
 
 
-@dataclass(frozen=True)
-class Context:
+class Context(Value):
     """What every subcommand gets besides its arguments."""
 
     environ: Mapping[str, str]
@@ -22928,14 +22897,13 @@ def close_together(*closers: Callable[[], None]) -> None:
         thread.join()
 
 
-@dataclass(frozen=True)
-class GatewayOptions:
+class GatewayOptions(Value):
     """How a gateway is to be run."""
 
     bind: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     allowed_hosts: Sequence[str] = ()
-    proxies: TrustedProxies = field(default_factory=TrustedProxies)
+    proxies: TrustedProxies = TrustedProxies()
     tls: ServerTls | None = None
     require_scram: bool = False
     keep_audit: float = 90.0  # days
@@ -23548,7 +23516,7 @@ def cmd_node_run(_args: object, context: Context) -> int:
     # used.  A directory that is gone is said by the commands.
     directory = context.directory.absolute()
     working_dir = os.path.abspath(settings.working_dir or os.path.expanduser("~"))
-    settings = replace(settings, working_dir=working_dir)
+    settings = settings.replace(working_dir=working_dir)
     with contextlib.suppress(OSError):
         os.chdir(working_dir)
     return run_node(settings, context, directory)

@@ -148,7 +148,7 @@ def test_a_revoked_token_opens_nothing_any_more(access):
 def test_revoking_or_rotating_nothing_is_an_error(access):
     device, _ = access.create_device("Pi")
     access.revoke_device(device)
-    for gone in (device, moltis.replace(device, id="nobody")):
+    for gone in (device, device.replace(id="nobody")):
         for act in (access.revoke_device, access.rotate_device):
             with pytest.raises(RpcError) as caught:
                 act(gone)

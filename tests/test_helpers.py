@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import threading
 import time
-from typing import ClassVar
+from typing import Any, ClassVar, Mapping, Sequence
 
 import pytest
 from support import wait_for
@@ -220,89 +219,71 @@ def test_ollama_s_address_is_read_as_ollama_reads_it(host, url):
     assert moltis.ollama_url(host) == url
 
 
-# -- dataclasses ---------------------------------------------------------------
+# -- values --------------------------------------------------------------------
 
 
-@moltis.dataclass(frozen=True)
-class Point:
-    """Two required fields, and every kind of default."""
+class Part(moltis.Value):
+    exit_code: int
+    api_key: str = ""
+
+
+class Point(moltis.Value):
+    """Required fields, and every kind of annotation."""
 
     x: int
-    y: int
-    name: str = "origin"
-    tags: list = moltis.field(default_factory=list)
-    secret: str = moltis.field(default="s", repr=False)
+    y: float
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    parts: Sequence[Part] = ()
+    more: Mapping[str, Any] = moltis.NOTHING
     UNIT: ClassVar[str] = "mm"
 
 
-def test_a_dataclass_is_what_the_standard_library_makes_of_it():
-    theirs = dataclasses.make_dataclass(
-        "Point",
-        [
-            "x",
-            "y",
-            ("name", str, "origin"),
-            ("tags", list, dataclasses.field(default_factory=list)),
-            ("secret", str, dataclasses.field(default="s", repr=False)),
-        ],
-        frozen=True,
-    )
-    for arguments in ((1, 2), (1, 2, "a", [3], "t")):
-        assert repr(Point(*arguments)) == repr(theirs(*arguments))
-        assert moltis.asdict(Point(*arguments)) == dataclasses.asdict(
-            theirs(*arguments)
-        )
-    assert moltis.field_names(Point) == tuple(
-        f.name for f in dataclasses.fields(theirs)
-    )
-    for arguments in ((), (1,), (1, 2, "a", [], "s", 6)):
-        for cls in (Point, theirs):
-            with pytest.raises(TypeError):
-                cls(*arguments)
-
-
-def test_a_frozen_value_does_not_change():
-    point = Point(1, y=2)
+def test_a_value_has_the_fields_of_its_annotations_and_cannot_change():
+    point = Point(1, y=2.5)
+    assert (point.x, point.y, point.name, point.UNIT) == (1, 2.5, None, "mm")
     for change in (lambda: setattr(point, "x", 3), lambda: delattr(point, "x")):
         with pytest.raises(AttributeError, match="x cannot be changed"):
             change()
-    assert moltis.replace(point, x=3) == Point(3, 2)
-    assert point == Point(1, 2)
-    assert point != (1, 2)
-    assert point.UNIT == "mm"
+    assert point.replace(x=3) == Point(3, 2.5)
+    assert point == Point(1, 2.5) != (1, 2.5)
 
 
-def test_a_default_is_made_anew_for_each():
-    one, other = Point(1, 2), Point(1, 2)
-    one.tags.append("a")
-    assert other.tags == []
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [((), {}), ((1,), {}), ((1, 2), {"z": 3}), ((1, 2, "a", (), (), {}, 7), {})],
+)
+def test_missing_and_unknown_fields_of_a_value_are_refused(args, kwargs):
+    with pytest.raises(TypeError, match="Point"):
+        Point(*args, **kwargs)
 
 
-def test_values_are_found_by_what_they_hold():
-    @moltis.dataclass(frozen=True)
-    class Key:
-        a: int
-
-    assert {Key(1): "one"}[Key(1)] == "one"
+def test_values_are_found_by_what_they_hold_and_hide_their_secrets():
+    assert {Part(1): "one"}[Part(1)] == "one"
+    assert repr(Part(1, "mk_secret")) == "Part(exit_code=1)"
 
 
-def test_first_objects_may_be_made_by_many_threads_at_once():
-    for _ in range(50):
+def test_a_value_survives_its_json():
+    point = Point(1, 2.5, tags=("a", "b"), parts=(Part(3),), more={"k": [1]})
+    value = point.to_json()
+    assert value["parts"] == [{"exitCode": 3, "apiKey": ""}]
+    assert "name" not in value
+    assert Point.from_json(json.loads(json.dumps(value))) == point
+    assert Point.from_json({"x": 1, "y": 2, "unknown": 0, "name": None}) == Point(1, 2)
 
-        @moltis.dataclass(frozen=True)
-        class Value:
-            a: int
-            b: list = moltis.field(default_factory=list)
 
-        barrier, made = threading.Barrier(4), []
-
-        def make(cls=Value, barrier=barrier, made=made):
-            barrier.wait()
-            made.append(cls(1))
-
-        threads = [threading.Thread(target=make) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert made == [Value(1, [])] * 4
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ({"x": 1}, "y is missing"),
+        ({"x": "1", "y": 2}, "x must be a whole number, not a string"),
+        ({"x": True, "y": 2}, "x must be a whole number, not true or false"),
+        ({"x": 1, "y": 2, "tags": [1]}, "tags must be a string"),
+        ({"x": 1, "y": 2, "parts": [{}]}, "exitCode is missing"),
+        ({"x": 1, "y": 2, "parts": [3]}, "parts must be an object"),
+        ({"x": 1, "y": 2, "more": []}, "more must be an object"),
+    ],
+)
+def test_json_that_is_no_such_value_is_refused_with_the_field_s_name(value, problem):
+    with pytest.raises(moltis.RpcError, match=problem):
+        Point.from_json(value)
