@@ -28,7 +28,7 @@ Contents
     WebSocket connections     the same over a socket, safe from any thread
   Between gateway and node
     SCRAM                     both halves of RFC 5802 / RFC 7677
-    Wire protocol             envelopes, output chunks, calls awaiting an answer
+    Wire protocol             envelopes, log frames, calls awaiting an answer
     Commands                  one shell command as a process group
     Telemetry                 what a machine has and how it is doing
     Language models           Ollama, OpenAI-compatible, Anthropic
@@ -145,7 +145,7 @@ else:
 # Limits with their unit and their source, and every exception raised on purpose.
 # ==============================================================================
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 PROTOCOL_VERSION = 4  # of Moltis' wire protocol; the only one spoken
 
@@ -159,8 +159,9 @@ EXIT_CONFIGURATION = 78  # EX_CONFIG
 MAX_PAYLOAD = 512 * 1024  # bytes; a frame that Moltis gateways accept (protocol 4)
 MAX_BUFFERED = 3 * MAX_PAYLOAD  # bytes; what a Moltis gateway announces with it
 MAX_MESSAGE = 64 * 1024 * 1024  # bytes; a WebSocket message, unless told otherwise
-MAX_CHUNK = 64 * 1024  # bytes of command output in one binary message
-STREAM_WINDOW = 1024 * 1024  # bytes of a stream sent and not yet acknowledged
+MAX_LOG_MESSAGE = 64 * 1024  # bytes of log frames, or of input, in one message
+LOG_WINDOW = 1024 * 1024  # bytes of a log, or of input, that are not acknowledged
+MAX_BACKLOG = 256 * 1024  # bytes waiting in an outbox; beyond it logs are not read
 MAX_JSON_DEPTH = 64  # brackets within brackets; ours nest less than ten
 
 CONNECT_TIMEOUT = 10.0  # s; to finish a handshake, and to say `connect` after it
@@ -3107,73 +3108,62 @@ class ScramServer:
 
 # ==============================================================================
 # Wire protocol
+# Uses: WebSocket connections
 #
-# What gateway, nodes and operators say to each other: JSON envelopes in text
-# messages, command streams in binary ones, and calls that await an answer.  It knows
-# shapes and no connection: a `send` is given to it.  The facts that compatibility
-# with Moltis (protocol 4) needs are here and nowhere else.
+# What gateway, nodes and operators exchange: JSON envelopes in text messages, job logs
+# and input in binary ones, and calls that await an answer.  It knows shapes and no
+# connection.  What compatibility with Moltis (protocol 4) demands of them is here.
 # ==============================================================================
 
-STDOUT = 1
-STDERR = 2
-STDIN = 3  # kinds of chunks
-
-STREAM_NAMES: Mapping[int, str] = {STDOUT: "stdout", STDERR: "stderr", STDIN: "stdin"}
-
-CHUNK_HEADER = struct.Struct(">B16sQ")  # kind, invocation (UUID), offset
-
 CAP_SCRAM = "auth.scram"
-CAP_STREAM = "exec.stream"
-CAP_CANCEL = "exec.cancel"
-CAP_RESUME = "exec.resume"
-CAP_LLM = "llm.chat"
+CAP_JOBS = "jobs"  # our extension; without it a peer is a Moltis peer
 
 INVOKE_REQUEST = "node.invoke.request"
 INVOKE_RESULT = "node.invoke.result"
-INVOKE_ACK = "node.invoke.ack"
-INVOKE_CANCEL = "node.invoke.cancel"
-INVOKE_REWIND = "node.invoke.rewind"
-INVOKE_STATE = "node.invoke.state"
 NODE_EVENT = "node.event"
 NODE_TELEMETRY = "node.telemetry"
 
+JOB_START = "job.start"
+JOB_ACK = "job.ack"
+JOB_CANCEL = "job.cancel"
+JOB_RESIZE = "job.resize"
+JOB_PLACE = "job.place"
+JOB_INPUT = "job.input"
+JOB_STATE = "job.state"
+
+MAX_CAPABILITIES = 100  # capabilities, commands; characters of each
+MAX_HELD = 4096  # jobs in one `connect`; a node holds at most half as many
+
 
 class Request(Value):
+    """An envelope that asks for an answer."""
+
     id: str
     method: str
     params: JsonObject
 
 
 class Response(Value):
+    """The answer to the Request of the same id."""
+
     id: str
     payload: Any = None
     error: RpcError | None = None
 
 
 class Event(Value):
+    """An envelope that expects no answer."""
+
     name: str
     payload: Any = None
     seq: int | None = None
-
-
-class Chunk(Value):
-    """A piece of a command's stream, and where in the stream it starts."""
-
-    kind: int  # STDOUT, STDERR or STDIN; an empty STDIN chunk is the end of input
-    invoke_id: str
-    offset: int  # bytes
-    data: bytes
-
-    @property
-    def end(self) -> int:
-        return self.offset + len(self.data)
 
 
 Envelope: TypeAlias = "Request | Response | Event"
 
 
 class EnvelopeError(RpcError):
-    """A message that is no envelope: answer `id`, which is "" where there is none."""
+    """A message that is no envelope: answer `id`, "" if it has none."""
 
     def __init__(self, envelope_id: str, message: str) -> None:
         super().__init__("INVALID_REQUEST", message)
@@ -3181,7 +3171,7 @@ class EnvelopeError(RpcError):
 
 
 def encode_envelope(envelope: Envelope) -> str:
-    """Return the JSON text; absent optionals are left out, never null."""
+    """Return the JSON text; absent optionals are omitted, never null."""
     value: JsonObject
     if isinstance(envelope, Request):
         value = {
@@ -3217,7 +3207,10 @@ def encode_error(error: RpcError) -> JsonObject:
 
 
 def decode_envelope(text: str) -> Envelope:
-    """Return what `text` says; unknown fields are ignored.  Raises EnvelopeError."""
+    """Return the envelope in `text`; unknown fields are ignored.
+
+    Raises EnvelopeError.
+    """
     try:
         value = from_json(text)
     except ValueError as error:
@@ -3254,94 +3247,271 @@ def _decode_fields(value: JsonObject) -> Envelope:
 
 
 def decode_error(value: JsonObject) -> RpcError:
-    """Return the error that a peer sent; nothing in it is taken for granted."""
+    """Return the error that a peer sent; each field is checked."""
     retry_after_ms = value.get("retryAfterMs")
+    if not isinstance(retry_after_ms, int) or not 0 <= retry_after_ms < 2**53:
+        retry_after_ms = None
     retryable = value.get("retryable")
     return RpcError(
         str(value.get("code") or "INTERNAL"),
-        str(value.get("message") or "the other side gave no reason"),
+        str(value.get("message") or "the peer gave no reason"),
         details=value.get("details"),
         retryable=retryable if isinstance(retryable, bool) else None,
-        retry_after=retry_after_ms / 1000 if isinstance(retry_after_ms, int) else None,
+        retry_after=None if retry_after_ms is None else retry_after_ms / 1000,
     )
 
+
+# --- Jobs: binary messages, log frames, endings ---
+
+LOG_DATA = 1  # from the node; then from the gateway to followers
+INPUT_DATA = 2  # from the holder, through the gateway, to the node
+JOB_DATA_HEAD = struct.Struct(">B16sQ")  # kind, job (UUID), offset
+
+FRAME_HEAD = struct.Struct(">BI")  # kind, length of the data
+ENDING = 0  # kinds of log frames; an Ending in JSON, always the last
+STDOUT = 1
+STDERR = 2
+MARK = 4  # of a terminal: milliseconds, size, modes (JSON)
+STREAMS: Mapping[int, str] = {STDOUT: "stdout", STDERR: "stderr"}
+MAX_FRAME_DATA = MAX_LOG_MESSAGE - FRAME_HEAD.size  # bytes
+
+MAX_OFFSET = 2**63  # exclusive
+MAX_REASON = 2000  # characters; a longer one is clipped
 
 UUID_PATTERN = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-def encode_chunk(chunk: Chunk) -> bytes:
-    """Return the binary message.  `chunk.invoke_id` has to be a UUID."""
-    invocation = bytes.fromhex(chunk.invoke_id.replace("-", ""))
-    return CHUNK_HEADER.pack(chunk.kind, invocation, chunk.offset) + chunk.data
-
-
-def decode_chunk(message: bytes) -> Chunk:
-    """Return what the binary message carries.  Raises RpcError."""
-    if len(message) < CHUNK_HEADER.size:
-        raise RpcError(
-            "PROTOCOL_ERROR",
-            f"a chunk has at least {CHUNK_HEADER.size} bytes, not {len(message)}",
-        )
-    kind, invocation, offset = CHUNK_HEADER.unpack_from(message)
-    if kind not in STREAM_NAMES:
-        raise RpcError("PROTOCOL_ERROR", f"a chunk's kind is 1, 2 or 3, not {kind}")
-    data = message[CHUNK_HEADER.size :]
-    if len(data) > MAX_CHUNK:
-        raise RpcError(
-            "PAYLOAD_TOO_LARGE", f"a chunk carries {MAX_CHUNK} bytes, not {len(data)}"
-        )
-    return Chunk(kind, uuid_text(invocation), offset, data)
-
-
 def is_uuid(text: str) -> bool:
-    """Return whether `text` is a UUID as we write it, and so can name a stream."""
+    """Return whether `text` is a UUID in lower case, the form of a job's id."""
     return UUID_PATTERN.fullmatch(text) is not None
 
 
-class InflightCommand(Value):
-    """What a node says at `connect` of an invocation that is not settled yet."""
-
-    invoke_id: str
-    stdout: int  # bytes acknowledged by the gateway so far
-    stderr: int
-    stdin: int  # bytes consumed; the sender begins again there
-    done: bool
-
-    @classmethod
-    def from_json(cls, value: JsonObject) -> InflightCommand:
-        """Raises RpcError."""
-        names = STREAM_NAMES.values()
-        offsets = {name: optional(value, name, int) or 0 for name in names}
-        for name, offset in offsets.items():
-            if not 0 <= offset < 2**62:
-                raise RpcError(
-                    "INVALID_REQUEST",
-                    f"{name} must count bytes, from 0 to 2^62; {offset} does not",
-                )
-        return cls(
-            invoke_id=required(value, "invokeId", str),
-            **offsets,
-            done=optional(value, "done", bool) or False,
+def check_job_id(job_id: str) -> str:
+    """Return `job_id`.  Raises RpcError INVALID_REQUEST unless it is a UUID."""
+    if not is_uuid(job_id):
+        raise RpcError(
+            "INVALID_REQUEST",
+            f"a job's id is a UUID in lower case, not {job_id[:64]!r}",
         )
-
-    def to_json(self) -> JsonObject:
-        return {
-            "invokeId": self.invoke_id,
-            "stdout": self.stdout,
-            "stderr": self.stderr,
-            "stdin": self.stdin,
-            "done": self.done,
-        }
+    return job_id
 
 
-MAX_ABILITIES = 100  # capabilities, commands; characters of each
-MAX_INFLIGHT = 1500  # commands in one `connect`; those beyond it are in line
+def required_offset(params: JsonObject, name: str = "offset") -> int:
+    """Return an offset, 0 ≤ n < 2^63.  Raises RpcError INVALID_REQUEST."""
+    offset: int = required(params, name, int)
+    if not 0 <= offset < MAX_OFFSET:
+        raise RpcError("INVALID_REQUEST", f"{name} must be from 0 to 2^63 - 1")
+    return offset
+
+
+def encode_job_data(kind: int, job_id: str, offset: int, data: bytes) -> bytes:
+    """Return a binary message; `kind` is LOG_DATA or INPUT_DATA, `job_id` a UUID."""
+    return (
+        JOB_DATA_HEAD.pack(kind, bytes.fromhex(job_id.replace("-", "")), offset) + data
+    )
+
+
+def decode_job_data(message: bytes) -> tuple[int, str, int, bytes]:
+    """Return kind, job id, offset and data of a binary message.
+
+    Raises RpcError PROTOCOL_ERROR, PAYLOAD_TOO_LARGE.
+    """
+    if len(message) < JOB_DATA_HEAD.size:
+        raise RpcError(
+            "PROTOCOL_ERROR",
+            f"a binary message has at least {JOB_DATA_HEAD.size} bytes, "
+            f"not {len(message)}",
+        )
+    kind, job, offset = JOB_DATA_HEAD.unpack_from(message)
+    if kind not in (LOG_DATA, INPUT_DATA) or offset >= MAX_OFFSET:
+        raise RpcError(
+            "PROTOCOL_ERROR", f"no binary message has kind {kind}, offset {offset}"
+        )
+    if len(message) > JOB_DATA_HEAD.size + MAX_LOG_MESSAGE:
+        raise RpcError(
+            "PAYLOAD_TOO_LARGE",
+            f"a binary message carries {MAX_LOG_MESSAGE} bytes, not {len(message)}",
+        )
+    return kind, uuid_text(job), offset, message[JOB_DATA_HEAD.size :]
+
+
+def encode_log_frame(kind: int, data: bytes) -> bytes:
+    """Return one log frame; `data` has at most MAX_FRAME_DATA bytes."""
+    return FRAME_HEAD.pack(kind, len(data)) + data
+
+
+def log_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield kind and data of the whole frames in `data`."""
+    at, size = 0, FRAME_HEAD.size
+    while at + size <= len(data):
+        kind, length = FRAME_HEAD.unpack_from(data, at)
+        at += size + length
+        if at > len(data):
+            return
+        yield kind, data[at - length : at]
+
+
+def whole_frames(data: bytes) -> int:
+    """Return how many bytes at the beginning of `data` are whole frames."""
+    at, size = 0, FRAME_HEAD.size
+    while at + size <= len(data):
+        end = at + size + FRAME_HEAD.unpack_from(data, at)[1]
+        if end > len(data):
+            break
+        at = end
+    return at
+
+
+class JobState:
+    """The states of a job, the same in store, wire, page and command line."""
+
+    QUEUED = "queued"  # not sent: its node is away, and the caller waits for it
+    RUNNING = "running"  # sent; in line on its node while it has a place
+    DONE = "done"  # with an exit code or a signal, whichever
+    FAILED = "failed"  # it could not be started, or refused
+    TIMED_OUT = "timed_out"
+    CANCELLED = "cancelled"
+    LOST = "lost"  # nobody will know how it ended
+    EXPIRED = "expired"  # its time in `queued` was up
+    DENIED = "denied"  # by a person, or because nobody answered; it never was sent
+
+    OPEN = (QUEUED, RUNNING)
+    BY_NODE = (DONE, FAILED, TIMED_OUT, CANCELLED)
+
+
+def ending_words(
+    state: str, exit_code: int | None, signal_name: str | None, reason: str | None
+) -> str:
+    """Return how a job ended, or that it did not, in words for people."""
+    if state == JobState.DONE and signal_name:
+        return f"killed by {signal_name}"
+    if state == JobState.DONE and exit_code:
+        return f"exit status {exit_code}"
+    words = state.replace("_", " ")
+    return f"{words}: {reason}" if reason else words
+
+
+class Ending(Value):
+    """How a job ended: the data of a log's last frame, and columns of its row."""
+
+    state: str
+    exit_code: int | None = None
+    signal: str | None = None  # "SIGTERM"; numbers differ between platforms
+    reason: str | None = None  # one sentence, for people
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
+    started_at: int | None = None  # ms
+    duration: float | None = None  # s
+    result: JsonObject | None = None  # what works other than commands answer
+
+    @property
+    def failed(self) -> bool:
+        """Whether a person would call it failed: an exit code, a signal, an error."""
+        return self.state != JobState.DONE or bool(self.exit_code or self.signal)
+
+    def words(self) -> str:
+        """Return how it ended, in words for people, the same everywhere."""
+        return ending_words(self.state, self.exit_code, self.signal, self.reason)
+
+
+def decode_ending(data: bytes) -> Ending:
+    """Return a node's ending, each field checked.  Raises RpcError PROTOCOL_ERROR."""
+    try:
+        ending = Ending.from_json(required({"ending": from_json(data)}, "ending", dict))
+        if ending.state not in JobState.BY_NODE:
+            raise ValueError(f"a node cannot say {ending.state[:20]!r}")
+        counts = (ending.stdout_bytes, ending.stderr_bytes, ending.started_at or 0)
+        if not all(0 <= count < MAX_OFFSET for count in counts):
+            raise ValueError("a count is out of range")
+        if not -(2**31) <= (ending.exit_code or 0) < 2**32:
+            raise ValueError("an exit code is out of range")
+        if not 0 <= (ending.duration or 0) < 2**40:  # also refuses NaN
+            raise ValueError("a duration is out of range")
+    except (ValueError, RpcError) as error:
+        raise RpcError("PROTOCOL_ERROR", f"the ending is malformed: {error}") from error
+    return ending.replace(
+        reason=clip(visible(ending.reason), MAX_REASON) if ending.reason else None,
+        signal=printable(ending.signal, 40) if ending.signal else None,
+    )
+
+
+def check_frames(data: bytes) -> Ending | None:
+    """Return the ending if `data` has one; it must be whole frames of known kinds.
+
+    Raises RpcError PROTOCOL_ERROR.
+    """
+    at, size, ending = 0, FRAME_HEAD.size, None
+    while at < len(data):
+        if ending is not None:
+            raise RpcError("PROTOCOL_ERROR", "frames follow the ending")
+        if at + size > len(data):
+            raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
+        kind, length = FRAME_HEAD.unpack_from(data, at)
+        at += size + length
+        if at > len(data):
+            raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
+        if kind == ENDING:
+            ending = decode_ending(data[at - length : at])
+        elif kind not in (STDOUT, STDERR, MARK):
+            raise RpcError("PROTOCOL_ERROR", f"there is no log frame of kind {kind}")
+    return ending
+
+
+Source: TypeAlias = "Callable[[], str | bytes | None]"
+
+
+class Outlet:
+    """Sends messages of many sources over one connection, as fast as it drains.
+
+    A source is a callable that returns the next message or None.  wake() is for any
+    thread and neither blocks nor raises: if another thread is sending, that one goes
+    on with this source.
+    """
+
+    def __init__(self, ws: WebSocket) -> None:
+        self._ws = ws
+        self._lock = threading.Lock()  # guards all below
+        # By urgency: terminals and commands before copies of files.
+        self._ready: tuple[dict[Source, None], ...] = ({}, {})
+        self._sending = False
+        ws.on_drain = self._pump
+
+    def wake(self, source: Source, urgency: int = 0) -> None:
+        """Send what `source` has; 0 is the more urgent."""
+        with self._lock:
+            self._ready[urgency][source] = None
+        self._pump()
+
+    def _pump(self) -> None:
+        while True:
+            with self._lock:
+                ready = next(filter(None, self._ready), None)
+                full = self._ws.backlog >= MAX_BACKLOG  # on_drain comes later
+                if self._sending or ready is None or full:
+                    return
+                source = next(iter(ready))
+                del ready[source]
+                self._sending = True
+            message = None
+            try:
+                message = source()
+                if message is not None:
+                    self._ws.send(message)
+            except ConnectionClosed:
+                message = None  # whoever comes back follows again
+            except Exception:
+                log.exception("a log could not be sent")
+                message = None
+            with self._lock:
+                self._sending = False
+                if message is not None:
+                    ready.setdefault(source)  # at the end: they take turns
 
 
 class ConnectParams(Value):
-    """What a peer says of itself in `connect`, in either form of protocol 4."""
+    """The parameters of `connect`, in either form of protocol 4."""
 
-    role: str  # what the peer asks for; what it gets comes from its credential
+    role: str  # as requested; what is granted depends on the credential
     client_id: str = ""
     display_name: str = ""
     version: str = ""
@@ -3354,7 +3524,7 @@ class ConnectParams(Value):
     api_key: str = ""
     scram_final: str = ""
     instance: str = ""  # one life of the node's process
-    inflight: tuple[InflightCommand, ...] = ()
+    jobs: Mapping[str, int] = NOTHING  # of our nodes: first offset held, by id
 
     @classmethod
     def from_json(cls, params: JsonObject) -> ConnectParams:
@@ -3387,11 +3557,7 @@ class ConnectParams(Value):
             api_key=optional(auth, "api_key", str) or "",
             scram_final=optional(scram, "clientFinal", str) or "",
             instance=optional(ours, "instance", str) or "",
-            inflight=tuple(
-                InflightCommand.from_json(item)
-                for item in (optional(ours, "inflight", list) or [])[:MAX_INFLIGHT]
-                if isinstance(item, dict)
-            ),
+            jobs=_held_jobs(optional(ours, "jobs", dict) or {}),
         )
 
     def to_json(self) -> JsonObject:
@@ -3415,7 +3581,7 @@ class ConnectParams(Value):
         }
         if self.instance:
             ours["instance"] = self.instance
-            ours["inflight"] = [item.to_json() for item in self.inflight]
+            ours["jobs"] = dict(self.jobs)
         return {
             "protocol": {"min": self.min_protocol, "max": self.max_protocol},
             "client": {name: text for name, text in client.items() if text},
@@ -3435,9 +3601,15 @@ class ConnectParams(Value):
 
 
 def _texts(value: JsonObject, name: str) -> tuple[str, ...]:
-    # Bounded, because they are stored and listed; what is beyond is not kept.
-    items = (optional(value, name, list) or [])[:MAX_ABILITIES]
-    return tuple(printable(i, MAX_ABILITIES) for i in items if isinstance(i, str))
+    # Bounded, because they are stored and listed.
+    items = (optional(value, name, list) or [])[:MAX_CAPABILITIES]
+    return tuple(printable(i, MAX_CAPABILITIES) for i in items if isinstance(i, str))
+
+
+def _held_jobs(jobs: JsonObject) -> dict[str, int]:
+    if len(jobs) > MAX_HELD:
+        raise RpcError("INVALID_REQUEST", f"jobs names more than {MAX_HELD} jobs")
+    return {check_job_id(job_id): required_offset(jobs, job_id) for job_id in jobs}
 
 
 class Calls:
