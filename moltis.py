@@ -123,11 +123,13 @@ if TYPE_CHECKING:
         Protocol,
         Sequence,
         TypeAlias,
+        TypeVar,
     )
 
     from typing_extensions import Self, dataclass_transform
 
     Subcommands: TypeAlias = _SubParsersAction[argparse.ArgumentParser]
+    V = TypeVar("V", bound="Value")
 else:
     Protocol = object
 
@@ -9035,6 +9037,48 @@ MIGRATIONS = (
     ALTER TABLE commands ADD COLUMN timeout_ms INTEGER;  -- as asked; NULL: none
     ALTER TABLE commands ADD COLUMN cancelled_at INTEGER;  -- its node may hear later
     """,
+    """
+    CREATE TABLE jobs (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        node_id TEXT NOT NULL,
+        node_name TEXT NOT NULL,
+        work TEXT NOT NULL,
+        command TEXT NOT NULL,               -- in words for people
+        cwd TEXT,
+        timeout_ms INTEGER,                  -- as asked; NULL: none
+        spec TEXT,                           -- JSON; NULL once ended
+        caller_kind TEXT NOT NULL,
+        caller_id TEXT NOT NULL,             -- of the operator key
+        caller_name TEXT NOT NULL,
+        address TEXT NOT NULL,
+        session_key TEXT,
+        decided_by TEXT,                     -- if a person was asked first
+        kept INTEGER NOT NULL,
+        asked_at INTEGER NOT NULL,
+        started_at INTEGER,
+        ended_at INTEGER,
+        state TEXT NOT NULL,
+        exit_code INTEGER,
+        signal TEXT,
+        reason TEXT,
+        stdout_bytes INTEGER NOT NULL,
+        stderr_bytes INTEGER NOT NULL,
+        duration REAL,                       -- s
+        log_end INTEGER NOT NULL,            -- offset
+        cancelled_at INTEGER,
+        cancelled_by TEXT NOT NULL,
+        sent_to TEXT,                        -- the node's instance
+        queue_until INTEGER,
+        log BLOB                             -- of an ended job, if it is small
+    );
+    CREATE INDEX jobs_node ON jobs(node_id, seq);
+    CREATE INDEX jobs_state ON jobs(state, seq);
+    CREATE INDEX jobs_session ON jobs(session_key, seq) WHERE session_key IS NOT NULL;
+    CREATE INDEX jobs_asked_at ON jobs(asked_at);
+    CREATE INDEX jobs_failed ON jobs(seq) WHERE
+        state NOT IN ('queued', 'running', 'done') OR exit_code <> 0 OR signal <> '';
+    """,
 )
 
 
@@ -9062,6 +9106,58 @@ class DeviceCredential(Value):
     handle: str
     token_hash: str
     verifier: str  # RFC 5803
+
+
+class JobRecord(Value):
+    """One job: who asked for what, where, and how it went.  Times in ms since 1970."""
+
+    id: str  # UUID, chosen by the caller
+    node_id: str
+    node_name: str
+    caller_kind: str  # "operator", "chat" or "model"
+    caller_name: str
+    asked_at: int
+    caller_id: str = ""  # of the operator key
+    address: str = ""
+    session_key: str | None = None
+    decided_by: str | None = None  # who allowed or denied it, if a person was asked
+    work: str = "run"
+    command: str = ""  # in words for people
+    cwd: str | None = None
+    timeout_ms: int | None = None  # after which the node ends it
+    spec: JsonObject | None = None  # while it is open
+    kept: bool = False  # the gateway keeps the log
+    started_at: int | None = None
+    ended_at: int | None = None
+    state: str = JobState.RUNNING
+    exit_code: int | None = None
+    signal: str | None = None
+    reason: str | None = None  # one sentence, for people
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
+    duration: float | None = None  # s
+    log_end: int = 0  # offset
+    cancelled_at: int | None = None
+    cancelled_by: str = ""
+    sent_to: str | None = None  # `instance` of the node that was asked
+    queue_until: int | None = None
+    seq: int = 0  # given by the store; grows with every job
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not ended."""
+        return self.state in JobState.OPEN
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended with an exit code, a signal or an error."""
+        if self.state == JobState.DONE:
+            return bool(self.exit_code or self.signal)
+        return not self.is_open
+
+    def words(self) -> str:
+        """Return its state, or how it ended, in words for people."""
+        return ending_words(self.state, self.exit_code, self.signal, self.reason)
 
 
 class CommandState:
@@ -9330,6 +9426,33 @@ def _message_from(row: sqlite3.Row) -> SessionMessage:
     return SessionMessage(**{**fields, "details": json.loads(row["details"])})
 
 
+@functools.lru_cache(maxsize=None)
+def _json_fields(kind: type[Value]) -> Mapping[str, Callable[[Any], Any]]:
+    """Return the fields that a column holds as JSON, each with what its value is."""
+    makers = {"Mapping": dict, "JsonObject": dict, "Sequence": tuple, "tuple": tuple}
+    found = {}
+    for base in reversed(kind.__mro__[:-1]):
+        for name, annotation in base.__annotations__.items():
+            outer = annotation.replace(" | None", "").partition("[")[0]
+            if outer in makers:
+                found[name] = makers[outer]
+    return found
+
+
+@functools.lru_cache(maxsize=None)
+def _update_sql(table: str, where: tuple[str, ...], changes: tuple[str, ...]) -> str:
+    return (
+        f"UPDATE {table} SET {', '.join(f'{name} = ?' for name in changes)}"
+        f" WHERE {' AND '.join(f'{name} IS ?' for name in where)}"
+    )
+
+
+def _column(value: Any) -> Any:
+    if isinstance(value, (tuple, list, dict, MappingProxyType)):
+        return to_json(value)
+    return value
+
+
 class Database:
     """One SQLite connection that any thread may use."""
 
@@ -9340,6 +9463,7 @@ class Database:
         self._lock = threading.Lock()
         self._db = _open_database(path)
         self._logged = 0  # transactions since the last checkpoint
+        self._inserts: dict[Any, str] = {}  # statements, by table, type and columns
         self.work = threading.Event()  # there is something for StoreKeeper to do
 
     def close(self) -> None:
@@ -9351,6 +9475,73 @@ class Database:
         with self._connection() as db:
             self._count()
             return db.execute(sql, values).rowcount
+
+    def insert(
+        self, table: str, row: Value, *, ignore: bool = False, **columns: Any
+    ) -> int:
+        """Add a row of those fields of `row` that the table has, and of `columns`.
+
+        Returns its rowid, which SQLite gives; with `ignore`, 0 where the table has such
+        a row already.  Raises StoreError.
+        """
+        kind = type(row)
+        key = (table, kind, ignore, *columns)
+        values = {**row.__dict__, **columns}
+        for name in _json_fields(kind):
+            values[name] = _column(values[name])
+        with self._connection() as db:
+            self._count()
+            sql = self._inserts.get(key)
+            if sql is None:
+                sql = self._inserts[key] = self._insert_sql(db, table, values, ignore)
+            cursor = db.execute(sql, values)
+            return (cursor.lastrowid or 0) if cursor.rowcount == 1 else 0
+
+    @staticmethod
+    def _insert_sql(
+        db: sqlite3.Connection, table: str, values: Mapping[str, Any], ignore: bool
+    ) -> str:
+        names = [
+            column["name"]
+            for column in db.execute(f"PRAGMA table_info({table})")
+            # A primary key of type INTEGER is the rowid.
+            if column["name"] in values
+            and not (column["pk"] and column["type"] == "INTEGER")
+        ]
+        return (
+            f"INSERT {'OR IGNORE ' if ignore else ''}INTO {table}"
+            f" ({', '.join(names)}) VALUES ({', '.join(f':{name}' for name in names)})"
+        )
+
+    def update(self, table: str, where: Mapping[str, Any], **changes: Any) -> int:
+        """Change single columns of the rows `where` all columns are as given.
+
+        Returns the number of rows changed.  Raises StoreError.
+        """
+        sql = _update_sql(table, tuple(where), tuple(changes))
+        return self.write(sql, [*map(_column, changes.values()), *where.values()])
+
+    def select(self, kind: type[V], sql: str, values: SqlValues = ()) -> list[V]:
+        """Return the rows of the answer as values, by the names of their fields.
+
+        Other columns are ignored.  Raises StoreError.
+        """
+        rows = self.rows(sql, values)
+        names = [
+            name for name in (rows[0].keys() if rows else ()) if name in kind._names
+        ]
+        json_fields = _json_fields(kind)
+        booleans = [n for n in names if kind.__annotations__.get(n) == "bool"]
+        found = []
+        for row in rows:
+            fields = {name: row[name] for name in names}
+            for name, make in json_fields.items():
+                if fields.get(name) is not None:
+                    fields[name] = make(json.loads(fields[name]))
+            for name in booleans:
+                fields[name] = bool(fields[name])
+            found.append(kind(**fields))
+        return found
 
     def checkpoint(self) -> None:
         """Bring what was written into the file, if there is enough of it.
@@ -9797,6 +9988,120 @@ class CommandsTable:
         )
 
 
+class JobsTable:
+    """The jobs, from the moment each was asked for; with the logs of small ones."""
+
+    FIELDS = ", ".join(JobRecord._names)  # all but the log
+    # Only what changes: to write all would touch every index.
+    SAVE = (
+        "UPDATE jobs SET spec = :spec, started_at = :started_at, ended_at = :ended_at,"
+        " state = :state, exit_code = :exit_code, signal = :signal, reason = :reason,"
+        " stdout_bytes = :stdout_bytes, stderr_bytes = :stderr_bytes,"
+        " duration = :duration, log_end = :log_end, cancelled_at = :cancelled_at,"
+        " cancelled_by = :cancelled_by, sent_to = :sent_to, queue_until = :queue_until,"
+        " log = :log WHERE id = :id"
+    )
+    # As the index jobs_failed has it, which SQLite uses only if the text is the same.
+    FAILED = (
+        "(state NOT IN ('queued', 'running', 'done') OR exit_code <> 0 OR signal <> '')"
+    )
+    STATES = {
+        "open": "state IN ('queued', 'running')",
+        "ended": "state NOT IN ('queued', 'running')",
+        "failed": FAILED,
+    }
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def add(self, record: JobRecord) -> JobRecord:
+        """Return `record` with its `seq`.  Raises RpcError CONFLICT if the id is known."""
+        seq = self._db.insert("jobs", record, ignore=True)
+        if not seq:
+            raise RpcError("CONFLICT", f"there is a job {record.id} already")
+        return record.replace(seq=seq)
+
+    def save(self, record: JobRecord, log: bytes | None = None) -> None:
+        """Write the fields that change: spec, states, times, ending, `log`.
+
+        A job that ended needs its spec no more.
+        """
+        spec = to_json(record.spec) if record.is_open and record.spec else None
+        self._db.write(self.SAVE, {**record.__dict__, "spec": spec, "log": log})
+
+    def get(self, job_id: str) -> JobRecord | None:
+        found = self._select("id = ?", (job_id,))
+        return found[0] if found else None
+
+    def log(self, job_id: str) -> bytes:
+        """Return the log that save() wrote, b"" if there is none."""
+        row = self._db.row("SELECT log FROM jobs WHERE id = ?", (job_id,))
+        return (row["log"] if row else None) or b""
+
+    def open(self) -> list[JobRecord]:
+        """Return the jobs that have not ended, the oldest first."""
+        return self._select("state IN ('queued', 'running') ORDER BY seq")
+
+    def page(
+        self,
+        *,
+        node_id: str = "",
+        state: str = "",
+        session_key: str = "",
+        query: str = "",
+        before: int = 0,
+        limit: int = 100,
+    ) -> list[JobRecord]:
+        """Return jobs, the newest first, at most MAX_PAGE of them.
+
+        `state` may also be "open", "ended" or "failed"; `query` is a part of the
+        command, in any case of letters; `before` is the `seq` of the last one known.
+        """
+        pattern = query and "%" + re.sub(r"([%_!])", r"!\1", query) + "%"
+        given = {
+            "node_id = ?": node_id,
+            "state = ?": "" if state in self.STATES else state,
+            "session_key = ?": session_key,
+            "command LIKE ? ESCAPE '!'": pattern,
+            "seq < ?": before,
+        }
+        # Only what is given: SQLite finds no index for `? = '' OR node_id = ?`.
+        conditions = [sql for sql, value in given.items() if value]
+        conditions.append(self.STATES.get(state, "TRUE"))
+        return self._select(
+            f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?",
+            (*filter(None, given.values()), max(0, min(limit, MAX_PAGE))),
+        )
+
+    def of_session(self, session_key: str) -> list[str]:
+        """Return the ids of a session's jobs."""
+        rows = self._db.rows(
+            "SELECT id FROM jobs WHERE session_key = ? ORDER BY seq", (session_key,)
+        )
+        return [row["id"] for row in rows]
+
+    def delete_before(self, at: int) -> list[str]:
+        """Delete jobs that ended and were asked for earlier; return their ids.
+
+        A clock that was wrong when one was asked for may be right by its end.
+        """
+        with self._db.transaction() as db:
+            values = {"at": at}
+            condition = (
+                "asked_at < :at AND ifnull(ended_at, 0) < :at"
+                " AND state NOT IN ('queued', 'running')"
+            )
+            rows = db.execute(f"SELECT id FROM jobs WHERE {condition}", values)
+            ids = [row["id"] for row in rows]
+            db.execute(f"DELETE FROM jobs WHERE {condition}", values)
+        return ids
+
+    def _select(self, condition: str, values: SqlValues = ()) -> list[JobRecord]:
+        # The conditions are literals; what comes from outside is in `values`.
+        sql = f"SELECT {self.FIELDS} FROM jobs WHERE {condition}"  # nosec B608
+        return self._db.select(JobRecord, sql, values)
+
+
 class AuditTable:
     """Who was let in or kept out and who changed that, and commands beside it."""
 
@@ -10233,6 +10538,7 @@ class Store:
         """Open or make the file at `path`.  Raises BadConfiguration."""
         self._database = Database(path)
         self.devices = DevicesTable(self._database)
+        self.jobs = JobsTable(self._database)
         self.commands = CommandsTable(self._database)
         self.audit = AuditTable(self._database, self.commands)
         self.operator_keys = OperatorKeysTable(self._database)
