@@ -3364,6 +3364,11 @@ def whole_frames(data: bytes) -> int:
     return at
 
 
+def gap_words(count: int) -> str:
+    """Return what stands for `count` bytes of output that are not there."""
+    return f"[… {count:,} bytes cut …]"
+
+
 class JobState:
     """The states of a job, the same in store, wire, page and command line."""
 
@@ -11618,6 +11623,26 @@ class Fleet:
         devices = [d for d in self._devices.all(now_ms()) if d.node_id is not None]
         return [self._local_view(), *(self._view(device) for device in devices)]
 
+    def select(self, text: str, limit: int) -> tuple[list[JsonObject], int]:
+        """Return views of at most `limit` machines with `text` in id or name.
+
+        And the number of all such machines.
+        """
+        wanted, by_id = text.strip().casefold(), self._devices.names().by_id
+        found = sorted(
+            (name.casefold(), node_id)
+            for node_id, name in by_id.items()
+            if wanted in name.casefold() or wanted in node_id.casefold()
+        )
+        ids = [node_id for _, node_id in found]
+        if wanted in LOCAL_ID:
+            ids.insert(0, LOCAL_ID)
+        views = []
+        for node_id in ids[:limit]:
+            with contextlib.suppress(RpcError):  # revoked meanwhile
+                views.append(self.view(node_id))
+        return views, len(ids)
+
     def view(self, node_id: str) -> JsonObject:
         """Return `node.describe`.  Raises RpcError NOT_FOUND."""
         if node_id == LOCAL_ID:
@@ -11756,6 +11781,9 @@ LOST_AFTER = 60.0  # s beyond a command's timeout for which its absent node is a
 HOLDER_PATIENCE = 600.0  # s for which an unkept job waits for its holder
 MAX_WAITS = 1000  # answers that wait; more are answered at once
 SWEEP_INTERVAL = 60.0  # s between two looks at the size of all logs
+
+# The fields of an Ending that are columns of a row.
+ENDING_COLUMNS = tuple(name for name in Ending._names if name != "result")
 
 Piece: TypeAlias = "tuple[int, bytes]"  # offset, whole log frames
 
@@ -12404,14 +12432,14 @@ class Jobs:
 
     def text(self, job: Job, limit: int = TEXT_LIMIT) -> str:
         """Return the output as text; of a longer one head and tail."""
-        start, data = job.log.read(job.log.begin, READ_SIZE)
-        if start == job.log.begin and start + len(data) == job.log.end:
-            text = log_text(data)
-            return _gap_words(start) + clip(text, limit)
-        tail_at, tail = job.log.read(job.log.tail(READ_SIZE), READ_SIZE)
-        head = log_text(data)[: limit // 2]
-        cut = max(0, tail_at - start - len(data))
-        return f"{head}\n[… {format_bytes(cut)} cut …]\n{log_text(tail)[-limit // 2 :]}"
+        start, data = job.log.read(0, READ_SIZE)
+        before = f"{gap_words(start)}\n" if start else ""
+        if start + len(data) == job.log.end:
+            return before + clip(log_text(data), limit)
+        _, tail = job.log.read(job.log.tail(READ_SIZE), READ_SIZE)
+        ends = log_text(data)[: limit // 2], log_text(tail)[-limit // 2 :]
+        cut = job.log.end - sum(len(end.encode("utf-8", "replace")) for end in ends)
+        return f"{before}{ends[0]}\n{gap_words(cut)}\n{ends[1]}"
 
     def cancel(self, job: Job, by: str = "") -> None:
         """End its process group, now or when its node comes back.
