@@ -27,6 +27,7 @@ Contents
     WebSocket protocol        one connection as a state machine, without I/O
     WebSocket connections     the same over a socket, safe from any thread
   Between gateway and node
+    TLS                       certificates, pins, channel bindings
     SCRAM                     both halves of RFC 5802 / RFC 7677
     Wire protocol             envelopes, log frames, calls awaiting an answer
     Commands                  one shell command as a process group
@@ -38,7 +39,6 @@ Contents
     Node service              systemd user unit and launchd agent
   Gateway
     Store                     SQLite; one method a question
-    Certificates              the gateway's own, or one that was brought
     Access                    callers, scopes, tokens, sign-ins, limits
     Fleet                     connected nodes, their invocations and their fate
     Jobs                      commands in the background, their output in files
@@ -78,7 +78,6 @@ import random
 import re
 import secrets
 import select
-import selectors
 import shlex
 import signal
 import socket
@@ -88,7 +87,6 @@ import sys
 import threading
 import time
 import weakref
-import zlib
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import closing
@@ -1058,21 +1056,13 @@ class GatewayFile(SnakeValue):
 # ==============================================================================
 # WebSocket frames
 #
-# Bytes to frames and back: parser, encoder, masking (RFC 6455 §5) and the
-# compression of RFC 7692.  It knows one frame at a time and no connection: in which
-# order frames may come is the protocol's business.
+# Bytes to frames and back: parser, encoder, masking (RFC 6455 §5).  It handles one
+# frame at a time and no connection: the order of frames is left to the protocol.
+# No extension is negotiated.
 # ==============================================================================
 
 MAX_CONTROL_PAYLOAD = 125  # bytes; RFC 6455 §5.5
-# A compressed message may be longer than what it holds, if that is noise: zlib adds
-# at most 5 bytes to a block, and the smallest blocks of the smallest memLevel are
-# some 500 bytes.
-DEFLATE_EXPANSION = 64  # at most one byte more in so many
-DEFLATE_WINDOW_BITS = 12  # 4 KiB; with memLevel 5 a compressor costs 32 KiB, not 256
-DEFLATE_MEMORY_LEVEL = 5
-DEFLATE_LEVEL = 1  # 1.5 times as fast as 6 on command output, which gets 1.2 as long
-DEFLATE_TAIL = b"\x00\x00\xff\xff"  # RFC 7692 §7.2.1
-MASK_SHORT = 1024  # bytes, from which on masking is done in another way
+MASK_SHORT = 1024  # bytes; up to here one big integer is the faster XOR
 MASK_STRIDE = 64 * 1024  # bytes; small enough to stay in a processor's cache
 
 
@@ -1085,6 +1075,9 @@ class Opcode(enum.IntEnum):
     CLOSE = 0x8
     PING = 0x9
     PONG = 0xA
+
+
+OPCODES: Mapping[int, Opcode] = {int(opcode): opcode for opcode in Opcode}
 
 
 class CloseCode(enum.IntEnum):
@@ -1107,21 +1100,14 @@ class CloseCode(enum.IntEnum):
     TLS_HANDSHAKE = 1015  # never on the wire
 
 
-LOCAL_CLOSE_CODES = (
-    CloseCode.NO_STATUS,
-    CloseCode.ABNORMAL,
-    CloseCode.TLS_HANDSHAKE,
-)
+LOCAL_CLOSE_CODES = (CloseCode.NO_STATUS, CloseCode.ABNORMAL, CloseCode.TLS_HANDSHAKE)
 CLEAN_CLOSE_CODES = (CloseCode.NORMAL, CloseCode.GOING_AWAY, CloseCode.NO_STATUS)
 
 
-class Frame(
-    collections.namedtuple("Frame", "opcode payload fin rsv1", defaults=(True, False))
-):
+class Frame(collections.namedtuple("Frame", "opcode payload fin", defaults=(True,))):
     """One frame with its payload unmasked (RFC 6455 §5.2).
 
-    A tuple where other values are dataclasses: one is made for every frame, in a
-    third of the time.
+    A tuple, not a Value: one is made for each frame, in a third of the time.
     """
 
     __slots__ = ()
@@ -1129,11 +1115,6 @@ class Frame(
     opcode: Opcode
     payload: bytes
     fin: bool
-    rsv1: bool  # on a message's first frame: compressed (RFC 7692 §6)
-
-
-def is_control(opcode: Opcode) -> bool:
-    return opcode >= Opcode.CLOSE
 
 
 @functools.lru_cache(maxsize=256)
@@ -1145,12 +1126,12 @@ def apply_mask(data: bytes, key: bytes) -> bytes:
     """Return `data` masked, or unmasked, with the 4 bytes of `key` (RFC 6455 §5.3)."""
     size = len(data)
     if size <= MASK_SHORT:
-        # 0.4 µs for 125 bytes, where what follows takes 1.5 µs.
+        # 0.4 µs for 125 bytes; the method below takes 1.5 µs.
         repeated = (key * (size // 4 + 1))[:size]
         number = int.from_bytes(data, "little") ^ int.from_bytes(repeated, "little")
         return number.to_bytes(size, "little")
-    # Every fourth byte has the same key byte, so four translations do: 900 MB/s, where
-    # an integer XOR in chunks does 600.
+    # Every fourth byte has the same key byte, so four translations do: 900 MB/s; an
+    # integer XOR in chunks reaches 600.
     tables = [_xor_table(byte) for byte in key]
     masked = bytearray(data)
     for start in range(0, size, MASK_STRIDE):
@@ -1162,11 +1143,9 @@ def apply_mask(data: bytes, key: bytes) -> bytes:
     return bytes(masked)
 
 
-def encode_frame(frame: Frame, *, masked: bool) -> bytes:
-    """Return `frame` as it goes over the wire, masked when a client sends it."""
-    first = frame.fin << 7 | frame.rsv1 << 6 | frame.opcode
-    mask_bit = masked << 7
-    length = len(frame.payload)
+def encode_frame(opcode: int, payload: bytes, *, masked: bool) -> bytes:
+    """Return an unfragmented frame, masked if a client sends it."""
+    first, mask_bit, length = 0x80 | opcode, masked << 7, len(payload)
     if length < 126:
         header = bytes((first, mask_bit | length))
     elif length < 1 << 16:
@@ -1174,111 +1153,72 @@ def encode_frame(frame: Frame, *, masked: bool) -> bytes:
     else:
         header = struct.pack("!BBQ", first, mask_bit | 127, length)
     if not masked:
-        return header + frame.payload
-    key = os.urandom(4)  # RFC 6455 §10.3: not to be foreseen by who chose the payload
-    return b"".join((header, key, apply_mask(frame.payload, key)))
-
-
-def _readable_first_bytes(*, compression: bool) -> Mapping[int, Frame]:
-    """Return what each permitted first byte of a frame says."""
-    frames = [Frame(opcode, b"") for opcode in Opcode]
-    data = [frame for frame in frames if not is_control(frame.opcode)]
-    frames += [frame._replace(fin=False) for frame in data]
-    if compression:
-        frames += [
-            Frame(opcode, b"", fin=fin, rsv1=True)
-            for opcode in (Opcode.TEXT, Opcode.BINARY)
-            for fin in (False, True)
-        ]
-    return {frame.fin << 7 | frame.rsv1 << 6 | frame.opcode: frame for frame in frames}
-
-
-# One look-up instead of five tests for each frame.
-FIRST_BYTES = _readable_first_bytes(compression=False)
-FIRST_BYTES_COMPRESSION = _readable_first_bytes(compression=True)
-
-
-def _describe_first_byte(first: int) -> str:
-    """Return what is wrong with the first byte of a frame."""
-    if first & 0x70:
-        return "a reserved bit is set that no extension gives a meaning"
-    if first & 0x0F not in tuple(Opcode):
-        return f"opcode {first & 0x0F} is reserved"
-    return "a control frame must not be fragmented"
+        return header + payload
+    # RFC 6455 §10.3: unpredictable for whoever chose the payload.
+    key = os.urandom(4)
+    return b"".join((header, key, apply_mask(payload, key)))
 
 
 class FrameParser:
-    """Bytes to frames, as they arrive.
+    """Bytes to frames, as they arrive."""
 
-    A data frame that is not there in full is handed on in fragments, as RFC 6455 §5.4
-    lets any intermediary do.  So nothing long waits here, and whoever reassembles the
-    message sees its first impossible byte when it comes.
-    """
-
-    def __init__(self, *, masked: bool, compression: bool, max_frame: int) -> None:
+    def __init__(self, *, masked: bool, max_frame: int) -> None:
         self._masked = masked  # what the peer has to do: clients mask, servers do not
-        self._first_bytes = FIRST_BYTES_COMPRESSION if compression else FIRST_BYTES
         self.max_frame = max_frame  # bytes of payload
-        self._buffer = b""  # between calls less than a header or a control frame
-        self._position = 0  # of the first byte in _buffer not yet used
-        self._frame: Frame | None = None  # whose payload is awaited
-        self._key = b""
-        self._remaining = 0  # bytes of its payload not yet handed on
+        self._buffer = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """Take bytes from the peer.  What came before should have been used up."""
-        # Nothing is copied when nothing waits: CPython returns `data` for b"" + data.
-        self._buffer = self._buffer[self._position :] + data
-        self._position = 0
+        """Take bytes from the peer."""
+        self._buffer += data
 
     @property
     def has_more(self) -> bool:
-        """Whether bytes wait to be looked at."""
-        return self._position < len(self._buffer)
+        """Whether bytes wait to be parsed."""
+        return bool(self._buffer)
 
     def next_frame(self) -> Frame | None:
-        """Return the next frame, or None for want of bytes.  Raises ProtocolError."""
-        if self._frame is None and not self._read_header():
+        """Return the next frame, or None if it is incomplete.  Raises ProtocolError."""
+        buffer = self._buffer
+        if len(buffer) < 2:
             return None
-        return self._take_payload()
-
-    def _read_header(self) -> bool:
-        """Take a header off the buffer; return False while it is not there in full."""
-        buffer, start = self._buffer, self._position
-        if len(buffer) - start < 2:
-            return False
-        frame = self._first_bytes.get(buffer[start])
-        if frame is None:
-            raise ProtocolError(
-                CloseCode.PROTOCOL_ERROR, _describe_first_byte(buffer[start])
-            )
-        self._check_second_byte(buffer[start + 1], frame.opcode)
-        length = buffer[start + 1] & 0x7F
-        size = 2 if length < 126 else 4 if length == 126 else 10
-        end = start + size + 4 * self._masked
+        first, second = buffer[0], buffer[1]
+        opcode = self._check(first, second)
+        length, start = second & 0x7F, 2
+        if length >= 126:
+            start = 4 if length == 126 else 10
+            if len(buffer) < start:
+                return None
+            length = int.from_bytes(buffer[2:start], "big")
+            self._check_length(length, start)
+        end = start + 4 * self._masked + length
         if len(buffer) < end:
-            return False
-        if size > 2:
-            length = int.from_bytes(buffer[start + 2 : start + size], "big")
-            self._check_length(length, size)
-        self._key = buffer[start + size : end]
-        self._remaining = length
-        self._frame = frame
-        self._position = end
-        return True
+            return None
+        with memoryview(buffer) as view:
+            payload = bytes(view[end - length : end])
+        if self._masked:
+            payload = apply_mask(payload, bytes(buffer[start : start + 4]))
+        # CPython moves the start of the buffer, not the bytes behind it.
+        del buffer[:end]
+        return Frame(opcode, payload, first >= 0x80)
 
-    def _check_second_byte(self, second: int, opcode: Opcode) -> None:
-        if (second >= 0x80) is not self._masked:
-            raise ProtocolError(
-                CloseCode.PROTOCOL_ERROR,
-                "a client's frames must be masked"  # RFC 6455 §5.1
-                if self._masked
-                else "a server's frames must not be masked",
-            )
-        if second & 0x7F > MAX_CONTROL_PAYLOAD and is_control(opcode):
-            raise ProtocolError(
-                CloseCode.PROTOCOL_ERROR, "a control frame is longer than 125 bytes"
-            )
+    def _check(self, first: int, second: int) -> Opcode:
+        opcode = OPCODES.get(first & 0x0F)
+        if first & 0x70:
+            problem = "a reserved bit is set, and no extension was negotiated"
+        elif opcode is None:
+            problem = f"opcode {first & 0x0F} is reserved"
+        elif (second >= 0x80) is not self._masked:  # RFC 6455 §5.1
+            whose = "a client's frames must" if self._masked else "a server's must not"
+            problem = f"{whose} be masked"
+        elif opcode < Opcode.CLOSE:
+            return opcode
+        elif first < 0x80:
+            problem = "a control frame must not be fragmented"
+        elif second & 0x7F > MAX_CONTROL_PAYLOAD:
+            problem = "a control frame is longer than 125 bytes"
+        else:
+            return opcode
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, problem)
 
     def _check_length(self, length: int, header_size: int) -> None:
         # RFC 6455 §5.2: the shortest form that can say it, and never the highest bit.
@@ -1291,27 +1231,13 @@ class FrameParser:
                 CloseCode.MESSAGE_TOO_BIG, f"a frame announces {length:,} bytes"
             )
 
-    def _take_payload(self) -> Frame | None:
-        """Return what is there of the current frame, or None for want of more."""
-        frame = self._frame
-        assert frame is not None
-        start = self._position
-        size = min(self._remaining, len(self._buffer) - start)
-        whole = size == self._remaining
-        if not whole and (size == 0 or is_control(frame.opcode)):
-            return None
-        payload = self._buffer[start : start + size]
-        if self._masked and size:
-            payload = apply_mask(payload, self._key)
-        self._position = start + size
-        if whole:
-            self._frame = None
-            return Frame(frame.opcode, payload, frame.fin, frame.rsv1)
-        self._remaining -= size
-        turn = size % 4
-        self._key = self._key[turn:] + self._key[:turn]
-        self._frame = Frame(Opcode.CONTINUATION, b"", fin=frame.fin)
-        return Frame(frame.opcode, payload, False, frame.rsv1)
+
+def decode_text(data: bytes) -> str:
+    """Return the text of a message or Close frame.  Raises ProtocolError."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8") from error
 
 
 def encode_close(code: int, reason: str = "") -> bytes:
@@ -1320,7 +1246,7 @@ def encode_close(code: int, reason: str = "") -> bytes:
         return b""
     assert is_sendable_close_code(code), code
     text = reason.encode("utf-8")[: MAX_CONTROL_PAYLOAD - 2]
-    # What the cut left of a last character is dropped.
+    # Drop the rest of a character that the cut went through.
     text = text.decode("utf-8", "ignore").encode("utf-8")
     return struct.pack("!H", code) + text
 
@@ -1334,12 +1260,7 @@ def decode_close(payload: bytes) -> tuple[int, str]:
         raise ProtocolError(
             CloseCode.PROTOCOL_ERROR, "a Close frame without a permitted code"
         )
-    try:
-        return code, payload[2:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ProtocolError(
-            CloseCode.INVALID_DATA, "a Close frame's reason is not UTF-8"
-        ) from error
+    return code, decode_text(payload[2:])
 
 
 def is_sendable_close_code(code: int) -> bool:
@@ -1349,154 +1270,37 @@ def is_sendable_close_code(code: int) -> bool:
     return code < 5000
 
 
-class DeflateParameters(Value):
-    """What two peers agreed on for permessage-deflate (RFC 7692 §7.1)."""
-
-    server_no_context_takeover: bool = False
-    client_no_context_takeover: bool = False
-    server_max_window_bits: int = zlib.MAX_WBITS
-    client_max_window_bits: int = zlib.MAX_WBITS
-
-
-class PerMessageDeflate:
-    """Compression of one peer's messages and decompression of the other's.
-
-    A peer that never sends anything worth compressing costs no memory: each half is
-    made when it is first needed.
-    """
-
-    def __init__(self, parameters: DeflateParameters, *, client: bool) -> None:
-        server_side = (
-            parameters.server_no_context_takeover,
-            parameters.server_max_window_bits,
-        )
-        client_side = (
-            parameters.client_no_context_takeover,
-            parameters.client_max_window_bits,
-        )
-        ours, theirs = (
-            (client_side, server_side) if client else (server_side, client_side)
-        )
-        self._compress_afresh, agreed_bits = ours
-        self._compress_bits = min(agreed_bits, DEFLATE_WINDOW_BITS)
-        self._decompress_afresh, self._decompress_bits = theirs
-        # zlib cannot compress with a window of 8 bits (RFC 7692 allows it), but any
-        # message may go uncompressed.
-        self.can_compress = agreed_bits > 8
-        self._compressor: zlib._Compress | None = None
-        self._decompressor: zlib._Decompress | None = None
-
-    def compress(self, payload: bytes) -> bytes:
-        """Return the payload of a message, not empty, compressed (RFC 7692 §7.2.1)."""
-        compressor = self._compressor or zlib.compressobj(
-            DEFLATE_LEVEL, zlib.DEFLATED, -self._compress_bits, DEFLATE_MEMORY_LEVEL
-        )
-        self._compressor = None if self._compress_afresh else compressor
-        data = compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
-        assert data.endswith(DEFLATE_TAIL)
-        return data[: -len(DEFLATE_TAIL)]
-
-    def decompress(self, data: bytes, *, fin: bool, limit: int) -> bytes:
-        """Return what the next piece of a message holds; `fin` with its last one.
-
-        Raises ProtocolError for bad data, and as soon as it holds over `limit` bytes,
-        having made no more of them than that.
-        """
-        if fin:
-            data += DEFLATE_TAIL
-        pieces = []
-        try:
-            while data:
-                piece, data = self._inflate(data, limit + 1)
-                limit -= len(piece)
-                if limit < 0:
-                    raise ProtocolError(
-                        CloseCode.MESSAGE_TOO_BIG, "a message is too long uncompressed"
-                    )
-                pieces.append(piece)
-        except zlib.error as error:
-            raise ProtocolError(
-                CloseCode.INVALID_DATA, "a message cannot be decompressed"
-            ) from error
-        if fin and self._decompress_afresh:
-            self._decompressor = None
-        return b"".join(pieces)
-
-    def _inflate(self, data: bytes, max_length: int) -> tuple[bytes, bytes]:
-        """Return decompressed bytes, and the data that has to be fed again."""
-        if self._decompressor is None:
-            self._decompressor = zlib.decompressobj(-self._decompress_bits)
-        piece = self._decompressor.decompress(data, max_length)
-        if self._decompressor.eof:
-            # A final block (RFC 7692 §7.2.3.4) ends the stream; another one follows.
-            data, self._decompressor = self._decompressor.unused_data, None
-            return piece, data
-        return piece, b""
-
-
 # ==============================================================================
 # WebSocket handshake
-# Uses: WebSocket frames
 #
-# The HTTP exchange that opens a connection, both sides (RFC 6455 §4), and what it
-# settles: subprotocol and compression.  Text in, text out: it opens no socket, and
-# what the HTTP server knows better (paths, Origin, sign-in) is not its business.
+# The HTTP exchange that opens a connection, both sides (RFC 6455 §4).  Text in, text
+# out: it opens no socket; paths, Origin and sign-in are left to the HTTP server.
+# Neither subprotocols nor extensions are offered or accepted.
 # ==============================================================================
 
 WEBSOCKET_VERSION = "13"
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
 MAX_HEAD = 64 * 1024  # bytes of an HTTP response up to its empty line
-DEFLATE = "permessage-deflate"
 
 HTTP_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 7230 §3.2.6
-HEADER_LINE = rf"({HTTP_TOKEN}):[ \t]*(.*?)[ \t]*"
 STATUS_LINE = r"HTTP/1\.[0-9] ([1-5][0-9]{2})(?: (.*))?"
-EXTENSION = rf"[ \t]*({HTTP_TOKEN})[ \t]*"
-EXTENSION_PARAMETER = (
-    rf'[ \t]*({HTTP_TOKEN})[ \t]*(?:=[ \t]*(?:({HTTP_TOKEN})|"({HTTP_TOKEN})")[ \t]*)?'
-)
-WINDOW_BITS = r"[89]|1[0-5]"  # RFC 7692 §7.1.2: no leading zero
-
-ExtensionParameters: TypeAlias = "Mapping[str, str | None]"
 
 
 class Headers(Protocol):
-    """What a handshake needs of HTTP headers; `email.message.Message` has it."""
+    """The part of `email.message.Message` that a handshake needs."""
 
     def get_all(self, name: str, failobj: list[str]) -> list[str]:
         """Return the values of all headers of that name, in any case, or `failobj`."""
-
-
-class HeaderList:
-    """HTTP headers in the order they came."""
-
-    def __init__(self, fields: Iterable[tuple[str, str]]) -> None:
-        self.fields = tuple(fields)
-
-    def get_all(self, name: str, failobj: list[str]) -> list[str]:
-        name = name.lower()
-        return [v for k, v in self.fields if k.lower() == name] or failobj
-
-
-def parse_head(head: bytes) -> tuple[str, HeaderList]:
-    """Return the first line and the headers of an HTTP message without its body.
-
-    Raises HandshakeError.
-    """
-    first, *lines = head.decode("iso-8859-1").rstrip("\r\n").split("\r\n")
-    fields = []
-    for line in lines:
-        match = re.fullmatch(HEADER_LINE, line)
-        if match is None:
-            raise HandshakeError(400, "a header line is malformed")
-        fields.append((match[1], match[2]))
-    return first, HeaderList(fields)
 
 
 def header_tokens(headers: Headers, name: str) -> list[str]:
     """Return the comma-separated elements of all headers of that name."""
     elements = ",".join(headers.get_all(name, [])).split(",")
     return [element.strip(" \t") for element in elements if element.strip(" \t")]
+
+
+def _has_token(headers: Headers, name: str, token: str) -> bool:
+    return token in (element.lower() for element in header_tokens(headers, name))
 
 
 def _single_header(headers: Headers, name: str) -> str | None:
@@ -1507,10 +1311,6 @@ def _single_header(headers: Headers, name: str) -> str | None:
     return values[0] if values else None
 
 
-def _has_token(headers: Headers, name: str, token: str) -> bool:
-    return token in (element.lower() for element in header_tokens(headers, name))
-
-
 def accept_value(key: str) -> str:
     """Return the Sec-WebSocket-Accept that answers a Sec-WebSocket-Key (§4.2.2)."""
     # SHA-1 because the RFC says so; it keeps caches apart here, and no secret.
@@ -1518,117 +1318,14 @@ def accept_value(key: str) -> str:
     return b64encode(digest)
 
 
-def parse_extensions(headers: Headers) -> list[tuple[str, ExtensionParameters]]:
-    """Return the names and parameters in Sec-WebSocket-Extensions (RFC 6455 §9.1).
+def accept_upgrade(headers: Headers) -> list[tuple[str, str]]:
+    """Return the headers of the 101 response to a client's GET (RFC 6455 §4.2).
 
-    Raises HandshakeError.
-    """
-    extensions: list[tuple[str, ExtensionParameters]] = []
-    for element in header_tokens(headers, "Sec-WebSocket-Extensions"):
-        name, *rest = element.split(";")
-        match = re.fullmatch(EXTENSION, name)
-        parameters = [re.fullmatch(EXTENSION_PARAMETER, text) for text in rest]
-        if match is None or None in parameters:
-            raise HandshakeError(400, "Sec-WebSocket-Extensions is malformed")
-        pairs = [(m[1], m[2] or m[3]) for m in parameters if m is not None]
-        if len(dict(pairs)) < len(pairs):
-            raise HandshakeError(400, "an extension parameter comes twice")
-        extensions.append((match[1], dict(pairs)))
-    return extensions
-
-
-def _deflate_parameters(parameters: ExtensionParameters) -> DeflateParameters | None:
-    """Return what the parameters of permessage-deflate say; None: they are not valid.
-
-    A parameter that is absent or has no value says what RFC 7692 takes for granted.
-    """
-    settings: dict[str, Any] = {}
-    for name, value in parameters.items():
-        if name in ("server_no_context_takeover", "client_no_context_takeover"):
-            if value is not None:
-                return None
-            settings[name] = True
-        elif name in ("server_max_window_bits", "client_max_window_bits"):
-            if value is None and name == "client_max_window_bits":
-                continue
-            if value is None or not re.fullmatch(WINDOW_BITS, value):
-                return None
-            settings[name] = int(value)
-        else:
-            return None
-    return DeflateParameters(**settings)
-
-
-class Upgrade(Value):
-    """A server's consent to a WebSocket, and what it settles."""
-
-    accept: str
-    subprotocol: str | None
-    deflate: DeflateParameters | None
-    extensions: str | None  # the answer's Sec-WebSocket-Extensions
-
-    @property
-    def headers(self) -> list[tuple[str, str]]:
-        """The headers of the 101 response."""
-        fields = [
-            ("Upgrade", "websocket"),
-            ("Connection", "Upgrade"),
-            ("Sec-WebSocket-Accept", self.accept),
-        ]
-        if self.subprotocol is not None:
-            fields.append(("Sec-WebSocket-Protocol", self.subprotocol))
-        if self.extensions is not None:
-            fields.append(("Sec-WebSocket-Extensions", self.extensions))
-        return fields
-
-    def response(self) -> bytes:
-        """Return the whole 101 response."""
-        lines = [f"{name}: {value}\r\n" for name, value in self.headers]
-        return (
-            "HTTP/1.1 101 Switching Protocols\r\n" + "".join(lines) + "\r\n"
-        ).encode("ascii")
-
-
-def _answer_deflate(headers: Headers) -> tuple[DeflateParameters | None, str | None]:
-    """Return the first offer of compression that suits us, and how to accept it."""
-    for name, offered in parse_extensions(headers):
-        parameters = _deflate_parameters(offered) if name == DEFLATE else None
-        if parameters is None:
-            continue
-        answer = [DEFLATE]
-        for flag in ("server_no_context_takeover", "client_no_context_takeover"):
-            if flag in offered:
-                answer.append(flag)
-        if "server_max_window_bits" in offered:
-            bits = parameters.server_max_window_bits
-            answer.append(f"server_max_window_bits={bits}")
-        if "client_max_window_bits" in offered:
-            # Only a client that named it can be asked for less (RFC 7692 §7.1.2.2).
-            bits = min(parameters.client_max_window_bits, DEFLATE_WINDOW_BITS)
-            parameters = parameters.replace(client_max_window_bits=bits)
-            answer.append(f"client_max_window_bits={bits}")
-        return parameters, "; ".join(answer)
-    return None, None
-
-
-def accept_upgrade(
-    headers: Headers,
-    *,
-    method: str = "GET",
-    subprotocols: Sequence[str] = (),
-    compression: bool = True,
-) -> Upgrade:
-    """Return the answer to a client's request for a WebSocket (RFC 6455 §4.2).
-
-    Of the subprotocols that both sides know, the client's first choice is taken.
     Raises HandshakeError, whose `headers` belong to the refusal.
     """
-    if method != "GET":
-        raise HandshakeError(405, "a WebSocket is opened with GET", (("Allow", "GET"),))
+    upgrade = ("Upgrade", "websocket")
     if not _has_token(headers, "Upgrade", "websocket"):
-        raise HandshakeError(
-            426, "this address is for WebSockets", (("Upgrade", "websocket"),)
-        )
+        raise HandshakeError(426, "this address is for WebSockets", (upgrade,))
     if not _has_token(headers, "Connection", "upgrade"):
         raise HandshakeError(400, "Connection does not say Upgrade")
     if _single_header(headers, "Host") is None:
@@ -1637,19 +1334,13 @@ def accept_upgrade(
         raise HandshakeError(
             426,
             f"only version {WEBSOCKET_VERSION} of WebSocket is spoken here",
-            (("Upgrade", "websocket"), ("Sec-WebSocket-Version", WEBSOCKET_VERSION)),
+            (upgrade, ("Sec-WebSocket-Version", WEBSOCKET_VERSION)),
         )
     key = _single_header(headers, "Sec-WebSocket-Key") or ""
     if not _is_nonce(key):
         raise HandshakeError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
-    offered = header_tokens(headers, "Sec-WebSocket-Protocol")
-    deflate, extensions = _answer_deflate(headers) if compression else (None, None)
-    return Upgrade(
-        accept=accept_value(key),
-        subprotocol=next((name for name in offered if name in subprotocols), None),
-        deflate=deflate,
-        extensions=extensions,
-    )
+    accept = ("Sec-WebSocket-Accept", accept_value(key))
+    return [upgrade, ("Connection", "Upgrade"), accept]
 
 
 def _is_nonce(key: str) -> bool:
@@ -1705,98 +1396,47 @@ class WebSocketUrl(Value):
         return f"{scheme}://{self.host_header}{self.resource.partition('?')[0]}"
 
 
-class Negotiated(Value):
-    """What a server granted to a client."""
+def upgrade_request(url: WebSocketUrl, key: str) -> bytes:
+    """Return a client's request for a WebSocket (RFC 6455 §4.1)."""
+    return (
+        f"GET {url.resource} HTTP/1.1\r\n"
+        f"Host: {url.host_header}\r\n"
+        "Upgrade: websocket\r\n"
+        "Connection: Upgrade\r\n"
+        f"Sec-WebSocket-Key: {key}\r\n"
+        f"Sec-WebSocket-Version: {WEBSOCKET_VERSION}\r\n\r\n"
+    ).encode("ascii")
 
-    subprotocol: str | None
-    deflate: DeflateParameters | None
 
+def check_upgraded(head: bytes, key: str) -> None:
+    """Return if the server's response, up to its empty line, grants the WebSocket.
 
-class ClientHandshake:
-    """A client's request for a WebSocket, ready to judge the answer (RFC 6455 §4.1)."""
-
-    def __init__(
-        self,
-        url: WebSocketUrl,
-        *,
-        headers: Iterable[tuple[str, str]] = (),
-        subprotocols: Sequence[str] = (),
-        compression: bool = True,
-    ) -> None:
-        self._url = url
-        self._headers = tuple(headers)
-        self._subprotocols = tuple(subprotocols)
-        self._compression = compression
-        self._key = b64encode(os.urandom(16))
-
-    def request(self) -> bytes:
-        """Return the HTTP request."""
-        fields = [
-            ("Host", self._url.host_header),
-            ("Upgrade", "websocket"),
-            ("Connection", "Upgrade"),
-            ("Sec-WebSocket-Key", self._key),
-            ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
-        ]
-        if self._subprotocols:
-            fields.append(("Sec-WebSocket-Protocol", ", ".join(self._subprotocols)))
-        if self._compression:
-            offer = f"{DEFLATE}; client_max_window_bits"
-            fields.append(("Sec-WebSocket-Extensions", offer))
-        lines = [f"{name}: {value}\r\n" for name, value in (*fields, *self._headers)]
-        assert not any("\n" in line[:-2] or "\r" in line[:-2] for line in lines)
-        return (f"GET {self._url.resource} HTTP/1.1\r\n{''.join(lines)}\r\n").encode(
-            "latin-1"
-        )
-
-    def judge(self, head: bytes) -> Negotiated:
-        """Return what the server's answer grants.
-
-        Raises HandshakeError with the status of the answer, or 502 for one that is
-        no answer to a WebSocket's request.
-        """
-        first, headers = parse_head(head)
-        match = re.fullmatch(STATUS_LINE, first)
-        if match is None:
-            raise HandshakeError(502, "the answer is not HTTP")
-        if match[1] != "101":
-            server = headers.get_all("Server", [""])[0]
-            by = f" (from {server})" if server else ""
-            raise HandshakeError(
-                int(match[1]), f"HTTP {match[1]} {match[2] or ''}".rstrip() + by
-            )
-        if not _has_token(headers, "Upgrade", "websocket") or not _has_token(
-            headers, "Connection", "upgrade"
-        ):
-            raise HandshakeError(502, "the answer does not switch to WebSocket")
-        accept = _single_header(headers, "Sec-WebSocket-Accept")
-        if accept != accept_value(self._key):
-            raise HandshakeError(502, "the answer has a wrong Sec-WebSocket-Accept")
-        return Negotiated(
-            self._judge_subprotocol(headers), self._judge_deflate(headers)
-        )
-
-    def _judge_subprotocol(self, headers: Headers) -> str | None:
-        subprotocol = _single_header(headers, "Sec-WebSocket-Protocol")
-        if subprotocol is not None and subprotocol not in self._subprotocols:
-            raise HandshakeError(502, "the answer has a subprotocol we did not offer")
-        return subprotocol
-
-    def _judge_deflate(self, headers: Headers) -> DeflateParameters | None:
-        extensions = parse_extensions(headers)
-        if not extensions:
-            return None
-        name, parameters = extensions[0]
-        deflate = _deflate_parameters(parameters)
-        if (
-            len(extensions) > 1
-            or name != DEFLATE
-            or not self._compression
-            or deflate is None
-            or parameters.get("client_max_window_bits", "") is None
-        ):
-            raise HandshakeError(502, "the answer has an extension we did not offer")
-        return deflate
+    Raises HandshakeError with the response's status, or 502 if it does not answer a
+    WebSocket's request.
+    """
+    status, *lines = head.decode("iso-8859-1").split("\r\n")
+    found = re.fullmatch(STATUS_LINE, status)
+    if found is None:
+        raise HandshakeError(502, "the answer is not HTTP")
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not re.fullmatch(HTTP_TOKEN, name):
+            raise HandshakeError(502, "the answer has a malformed header")
+        known = fields.get(name.lower())
+        value = value.strip(" \t")
+        fields[name.lower()] = value if known is None else f"{known}, {value}"
+    if found[1] != "101":
+        by = f" (from {fields['server']})" if fields.get("server") else ""
+        reason = f"HTTP {found[1]} {found[2] or ''}".rstrip()
+        raise HandshakeError(int(found[1]), reason + by)
+    upgrade, connection = fields.get("upgrade", ""), fields.get("connection", "")
+    if upgrade.lower() != "websocket" or "upgrade" not in connection.lower():
+        raise HandshakeError(502, "the answer does not switch to WebSocket")
+    if fields.get("sec-websocket-accept") != accept_value(key):
+        raise HandshakeError(502, "the answer has a wrong Sec-WebSocket-Accept")
+    if {"sec-websocket-protocol", "sec-websocket-extensions"} & fields.keys():
+        raise HandshakeError(502, "the answer grants what was not asked for")
 
 
 # ==============================================================================
@@ -1808,83 +1448,7 @@ class ClientHandshake:
 # and reads no clock, so one object works for both ends and in tests.
 # ==============================================================================
 
-COMPRESS_FROM = 512  # bytes; shorter messages gain less than a compressor's memory
-
 Message: TypeAlias = "str | bytes"
-
-
-class MessageReader:
-    """The messages that arrive, put together from their frames (RFC 6455 §5.4).
-
-    `max_message` bounds what a message holds, after decompression, in bytes.
-    """
-
-    def __init__(self, deflate: PerMessageDeflate | None, max_message: int) -> None:
-        self._deflate = deflate
-        self.max_message = max_message
-        self._opcode: Opcode | None = None  # of the message that is under way
-        self._compressed = False
-        # A bytearray, not a list of pieces: a peer that sends single bytes would have
-        # us keep an object for each.
-        self._data = bytearray()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")()
-
-    def add(self, frame: Frame) -> Message | None:
-        """Return the message that this data frame completes, or None.
-
-        Raises ProtocolError, for text at its first impossible byte.
-        """
-        if frame.opcode is not Opcode.CONTINUATION:
-            if self._opcode is not None:
-                raise ProtocolError(
-                    CloseCode.PROTOCOL_ERROR, "a message begins inside another"
-                )
-            self._opcode = frame.opcode
-            self._compressed = frame.rsv1
-        elif self._opcode is None:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "nothing to continue")
-        payload = self._plain(frame)
-        if frame.fin and not self._data:
-            return self._finish(payload)  # the usual case: nothing to put together
-        self._data += payload
-        if self._opcode is Opcode.TEXT:
-            self._check_utf8(payload, final=frame.fin)
-        return self._finish(bytes(self._data)) if frame.fin else None
-
-    def _plain(self, frame: Frame) -> bytes:
-        room = self.max_message - len(self._data)
-        if self._compressed:
-            assert self._deflate is not None
-            return self._deflate.decompress(frame.payload, fin=frame.fin, limit=room)
-        if len(frame.payload) > room:
-            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message is too long")
-        return frame.payload
-
-    def _check_utf8(self, payload: bytes, *, final: bool) -> None:
-        try:
-            self._utf8.decode(payload, final)
-        except UnicodeDecodeError as error:
-            raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8") from error
-        # Half of a surrogate pair is the one thing that CPython's decoder waits with.
-        begun = self._utf8.getstate()[0]
-        if begun[:1] == b"\xed" and begun[1:] > b"\x9f":
-            raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8")
-
-    def _finish(self, data: bytes) -> Message:
-        text = self._opcode is Opcode.TEXT
-        self._opcode = None
-        self._data = bytearray()
-        if not text:
-            return data
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8") from error
-
-
-def _frame_limit(max_message: int) -> int:
-    """Return how long a frame may be that holds a message; bytes that do not shrink."""
-    return max_message + max_message // DEFLATE_EXPANSION + 1024
 
 
 class WebSocketProtocol:
@@ -1894,30 +1458,23 @@ class WebSocketProtocol:
         self,
         *,
         client: bool,
-        deflate: DeflateParameters | None = None,
         max_message: int = MAX_MESSAGE,  # bytes; a longer one is answered with 1009
         hold_pongs: bool = False,
     ) -> None:
         self.client = client
-        self._deflate = PerMessageDeflate(deflate, client=client) if deflate else None
-        self._parser = FrameParser(
-            masked=not client,
-            compression=deflate is not None,
-            max_frame=_frame_limit(max_message),
-        )
-        self._reader = MessageReader(self._deflate, max_message)
+        self._parser = FrameParser(masked=not client, max_frame=max_message)
+        self._opcode: Opcode | None = None  # of the message under way
+        # A bytearray, not a list of pieces: a peer that sends single bytes would make
+        # us keep an object for each.
+        self._message = bytearray()  # payload of the message under way
         self._outgoing: list[bytes] = []
         self._hold_pongs = hold_pongs
         self._held_pong: bytes | None = None
         self._close_sent = False
         self._close_received = False
         self._failed = False
-        self.ended = False  # whether nothing that may still arrive matters
-        self._verdict: tuple[int, str] | None = None
-
-    @property
-    def compression(self) -> bool:
-        return self._deflate is not None
+        self.ended = False  # whatever still arrives is ignored
+        self._verdict: tuple[int, str] | None = None  # code and reason of the close
 
     @property
     def open(self) -> bool:
@@ -1926,20 +1483,16 @@ class WebSocketProtocol:
 
     @property
     def closes_first(self) -> bool:
-        """Whether it is on us to end the TCP connection (RFC 6455 §7.1.1)."""
+        """Whether this end has to end the TCP connection (RFC 6455 §7.1.1)."""
         return self._failed or (self._close_received and not self.client)
 
     @property
     def close_code(self) -> int | None:
-        """The code of the close (RFC 6455 §7.1.5), or None while there is none."""
+        """The code of the close (RFC 6455 §7.1.5), or None before it."""
         return self._verdict[0] if self._verdict else None
 
-    @property
-    def close_reason(self) -> str:
-        return self._verdict[1] if self._verdict else ""
-
     def closed_error(self) -> ConnectionClosed:
-        """Return what to raise where sending or receiving is over."""
+        """Return the error for a send or receive after the close."""
         if self._verdict is not None:
             return ConnectionClosed(*self._verdict)
         if self._close_sent:
@@ -1950,30 +1503,22 @@ class WebSocketProtocol:
         """Queue a message.  Raises ConnectionClosed."""
         self._check_open()
         if isinstance(message, str):
-            # Half a surrogate pair, as in names of files, has no UTF-8: sent as "?".
-            opcode, payload = Opcode.TEXT, message.encode("utf-8", "replace")
+            # Half a surrogate pair, as in file names, has no UTF-8: sent as "?".
+            self._queue(Opcode.TEXT, message.encode("utf-8", "replace"))
         else:
-            opcode, payload = Opcode.BINARY, bytes(message)
-        deflate = self._deflate
-        if deflate and deflate.can_compress and len(payload) >= COMPRESS_FROM:
-            self._queue(Frame(opcode, deflate.compress(payload), rsv1=True))
-        else:
-            self._queue(Frame(opcode, payload))
+            self._queue(Opcode.BINARY, bytes(message))
 
-    def ping(self, payload: bytes = b"") -> None:
-        """Queue a Ping of at most 125 bytes.  Raises ConnectionClosed."""
-        assert len(payload) <= MAX_CONTROL_PAYLOAD
+    def ping(self) -> None:
+        """Queue a Ping.  Raises ConnectionClosed."""
         self._check_open()
-        self._queue(Frame(Opcode.PING, payload))
+        self._queue(Opcode.PING, b"")
 
-    def release_pongs(self, max_message: int | None = None) -> None:
+    def release_pongs(self, max_message: int) -> None:
         """Answer Pings from now on, and the last one that came before.
 
-        With `max_message`, messages may have that many bytes from now on.
+        Messages may have `max_message` bytes from now on.
         """
-        if max_message is not None:
-            self._reader.max_message = max_message
-            self._parser.max_frame = _frame_limit(max_message)
+        self._parser.max_frame = max_message
         self._hold_pongs = False
         if self._held_pong is not None:
             self._send_pong(self._held_pong)
@@ -1985,7 +1530,7 @@ class WebSocketProtocol:
             self._send_close(encode_close(code, reason))
 
     def fail(self, code: int, reason: str) -> None:
-        """Give the connection up for what the peer did (RFC 6455 §7.1.7)."""
+        """Fail the connection: the peer broke the protocol (RFC 6455 §7.1.7)."""
         if self._failed:
             return
         if not self._close_sent:
@@ -1994,29 +1539,29 @@ class WebSocketProtocol:
         self._verdict = self._verdict or (code, reason)
 
     def give_up(self, code: int = CloseCode.ABNORMAL, reason: str = "") -> None:
-        """The connection is gone: nothing more arrives or can be sent."""
+        """Record that the connection is lost: nothing more arrives or can be sent."""
         self._failed = self.ended = True
         self._verdict = self._verdict or (code, reason)
         self._outgoing.clear()
 
     def receive(self, data: bytes = b"") -> Message | None:
-        """Take bytes from the peer; return the next message, or None for want of more.
+        """Take bytes from the peer; return the next message, or None if incomplete.
 
-        One at a time, and call again without data for the next: so what is sent in
-        answer to a message goes out before whatever the bytes after it bring about.
-        A peer that breaks the protocol fails the connection: see `close_code`.
+        Call it again without data for the message after that: an answer to one goes
+        out before the bytes behind it have an effect.  A peer that breaks the protocol
+        fails the connection: see `close_code`.
         """
-        if data and not self.ended:  # RFC 6455 §1.4, §7.1.7: the rest is not looked at
+        if data and not self.ended:  # RFC 6455 §1.4, §7.1.7: the rest is ignored
             self._parser.feed(data)
         try:
             while not self.ended:
                 frame = self._parser.next_frame()
                 if frame is None:
                     return None
-                if is_control(frame.opcode):
+                if frame.opcode >= Opcode.CLOSE:
                     self._receive_control(frame)
                     continue
-                message = self._reader.add(frame)
+                message = self._receive_data(frame)
                 if message is not None:
                     return message
         except ProtocolError as error:
@@ -2030,8 +1575,6 @@ class WebSocketProtocol:
 
     def outgoing(self) -> bytes:
         """Return, once, the bytes that have to go to the peer."""
-        if not self._outgoing:
-            return b""
         data = b"".join(self._outgoing)
         self._outgoing.clear()
         return data
@@ -2040,8 +1583,28 @@ class WebSocketProtocol:
         if not self.open:
             raise self.closed_error()
 
-    def _queue(self, frame: Frame) -> None:
-        self._outgoing.append(encode_frame(frame, masked=self.client))
+    def _queue(self, opcode: int, payload: bytes) -> None:
+        self._outgoing.append(encode_frame(opcode, payload, masked=self.client))
+
+    def _receive_data(self, frame: Frame) -> Message | None:
+        """Return the message that this frame completes, or None (RFC 6455 §5.4)."""
+        if frame.opcode is not Opcode.CONTINUATION:
+            if self._opcode is not None:
+                raise ProtocolError(
+                    CloseCode.PROTOCOL_ERROR, "a message begins inside another"
+                )
+            self._opcode = frame.opcode
+        elif self._opcode is None:
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "nothing to continue")
+        if len(self._message) + len(frame.payload) > self._parser.max_frame:
+            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message is too long")
+        if not frame.fin:
+            self._message += frame.payload
+            return None
+        data = bytes(self._message) + frame.payload if self._message else frame.payload
+        text, self._opcode = self._opcode is Opcode.TEXT, None
+        self._message = bytearray()
+        return decode_text(data) if text else data
 
     def _receive_control(self, frame: Frame) -> None:
         if frame.opcode is Opcode.CLOSE:
@@ -2058,10 +1621,10 @@ class WebSocketProtocol:
 
     def _send_pong(self, payload: bytes) -> None:
         if self.open:
-            self._queue(Frame(Opcode.PONG, payload))
+            self._queue(Opcode.PONG, payload)
 
     def _send_close(self, payload: bytes) -> None:
-        self._queue(Frame(Opcode.CLOSE, payload))
+        self._queue(Opcode.CLOSE, payload)
         self._close_sent = True
 
 
@@ -2070,75 +1633,55 @@ class WebSocketProtocol:
 # Uses: WebSocket frames, WebSocket handshake, WebSocket protocol
 #
 # The same over a socket, plain or TLS, safe from any thread: a bounded outbox, one
-# reader at a time, and connect(url) for clients.  A connection at rest has no
+# reader at a time, keepalive, and connect(url) for clients.  An idle connection has no
 # thread but the one that waits in receive(); accepting connections, and what goes
 # over them, is left to others.
 # ==============================================================================
 
-MAX_OUTBOX = 16 * 1024 * 1024  # bytes that wait for a peer to read, unless told else
+MAX_OUTBOX = 16 * 1024 * 1024  # bytes that wait for a peer to read
 READ_SIZE = 64 * 1024  # bytes
-WAIT_SIZE = 1024  # bytes of the buffer with which a connection at rest waits
-TLS_WRITE_SIZE = 256 * 1024  # bytes; OpenSSL takes what it is given whole, or not yet
+WAIT_SIZE = 1024  # bytes of the buffer that an idle connection holds
+TLS_WRITE_SIZE = 256 * 1024  # bytes; OpenSSL takes all that it is given, or nothing
 CLOSE_TIMEOUT = 2.0  # s for the peer's part of a closing handshake
-
-
-def wait_for_socket(
-    sock: socket.socket, *, write: bool = False, timeout: float | None = None
-) -> None:
-    """Wait until a socket can be read (or written), was shut, or `timeout` s passed."""
-    # No select.select(): it cannot have descriptors above 1023.
-    if hasattr(select, "poll"):
-        poller = select.poll()
-        poller.register(sock, select.POLLOUT if write else select.POLLIN)
-        # Rounded up: a wait that ends too early would spin.
-        poller.poll(None if timeout is None else math.ceil(timeout * 1000))
-        return
-    with selectors.DefaultSelector() as selector:
-        selector.register(
-            sock, selectors.EVENT_WRITE if write else selectors.EVENT_READ
-        )
-        selector.select(timeout)
-
 
 # macOS heeds MSG_DONTWAIT in recv() alone: a send() would wait for the peer.
 SENDS_DO_NOT_WAIT = sys.platform == "linux"
 
 
 class PlainChannel:
-    """A stream socket that never blocks who holds the lock around its use."""
+    """A stream socket whose reads and writes do not block."""
 
-    certificate: bytes | None = None
+    certificate: bytes | None = None  # the peer's, in DER; only with TLS
 
     def __init__(
         self, sock: socket.socket, *, blocking: bool = SENDS_DO_NOT_WAIT
     ) -> None:
         sock.setblocking(blocking)
-        self._blocking = blocking
         with contextlib.suppress(OSError):  # not TCP
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
-        self.drained = True  # whether to wait before reading makes sense
-        self._waiting = 0  # threads: the socket stays open for them
-        self._closed = False
-        self.write_needs_read = False  # only TLS turns the two around
+        self.blocking = blocking  # whether read_next() is possible
+        self.drained = True  # False: a read may succeed without waiting
+        self._read_needs_write = False  # only TLS ever turns these around
+        self._write_needs_read = False
 
-    def read(self, lock: threading.Lock, timeout: float | None) -> bytes | None:
-        """Return what has arrived or does within `timeout` s; b"" at the end.
+    def read(self) -> bytes | None:
+        """Return what has arrived, b"" at the end, None if nothing has."""
+        return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
 
-        None for nothing.  `lock` is released while there is something to wait for.
-        """
-        if not self.drained:
-            return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
-        if timeout is not None or not self._blocking:
-            self.wait(lock, timeout=timeout)
-            return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
-        # To wait in recv() saves a poll(): 3 of the 18 µs that a message takes.
-        self._waiting += 1
-        try:
-            lock.release()  # in here, for Ctrl+C may come as soon as it is done
-            return self._receive(WAIT_SIZE, 0)
-        finally:
-            self._take_back(lock)
+    def read_next(self) -> bytes | None:
+        """As read(), but wait for it, for as long as limit_waits() says."""
+        # Waiting in recv() saves a poll(): 2 of the 18 µs that a message takes, and a
+        # second turn in the queue for the interpreter's lock.
+        return self._receive(WAIT_SIZE, 0)
+
+    def limit_waits(self, timeout: float) -> None:
+        """Let read_next() return after `timeout` s."""
+        # struct timeval has the size of what the system returns.
+        half = len(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16)) // 2
+        fields = (int(timeout), int(timeout % 1 * 1e6))
+        timeval = b"".join(field.to_bytes(half, sys.byteorder) for field in fields)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
     def _receive(self, size: int, flags: int) -> bytes | None:
         try:
@@ -2158,46 +1701,31 @@ class PlainChannel:
         except (BlockingIOError, InterruptedError):
             return 0
 
+    def wait(self, *, write: bool = False, timeout: float | None = None) -> None:
+        """Wait until a read (or write) can succeed, the end, or `timeout` s passed."""
+        turned = self._write_needs_read if write else self._read_needs_write
+        if write and turned:
+            timeout = 0.05  # the reader may take what the write needs: look again soon
+        # No select.select(): it cannot have descriptors above 1023.
+        poller = select.poll()
+        poller.register(self.sock, select.POLLIN if write is turned else select.POLLOUT)
+        # Rounded up: a wait that ends too early would spin.
+        poller.poll(None if timeout is None else math.ceil(timeout * 1000))
+
     def end_writing(self) -> None:
-        """Tell the peer that nothing more comes; again does no harm."""
+        """End our half of the connection; again does no harm."""
         with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
+            # Not SSLSocket's own, which goes on without encryption.
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)
 
-    def wait(
-        self, lock: threading.Lock, *, write: bool = False, timeout: float | None = None
-    ) -> None:
-        """Release `lock`, wait until the socket is ready or closed, and take it again.
-
-        Returns after `timeout` s all the same.
-        """
-        self._waiting += 1
-        try:
-            lock.release()
-            wait_for_socket(self.sock, write=write, timeout=timeout)
-        finally:
-            self._take_back(lock)
-
-    def _take_back(self, lock: threading.Lock) -> None:
-        """Take the lock after a wait, and close what was to be closed meanwhile."""
-        lock.acquire()
-        self._waiting -= 1
-        if self._closed:
-            self.close()
-
-    def close(self) -> None:
-        """End the connection now; whoever waits for the socket wakes up."""
-        if not self._closed:
-            self._closed = True
-            with contextlib.suppress(OSError):
-                # Not SSLSocket's own, which goes on without encryption.
-                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-        # Not before: the number of a closed descriptor may be another's at once.
-        if not self._waiting:
-            self.sock.close()
+    def shut(self) -> None:
+        """End the connection, and wake every thread that waits for the socket."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
 
 class TlsChannel(PlainChannel):
-    """The same with TLS; the lock keeps reads and writes apart, which OpenSSL needs."""
+    """The same with TLS: two calls must never run at the same moment, but wait()."""
 
     def __init__(self, sock: ssl.SSLSocket) -> None:
         import ssl
@@ -2205,13 +1733,10 @@ class TlsChannel(PlainChannel):
         super().__init__(sock, blocking=False)
         self._tls = sock
         self._ssl = ssl
-        self._read_needs_write = False
         self.certificate = sock.getpeercert(binary_form=True)
         self.drained = False  # the handshake may have brought more than itself
 
-    def read(self, lock: threading.Lock, timeout: float | None) -> bytes | None:
-        if self.drained:
-            self.wait(lock, write=self._read_needs_write, timeout=timeout)
+    def read(self) -> bytes | None:
         self._read_needs_write = False
         try:
             data = self._tls.recv(READ_SIZE)
@@ -2223,45 +1748,37 @@ class TlsChannel(PlainChannel):
             return None
         except OSError:
             return b""
-        # What OpenSSL has decrypted already, no poll() would tell of.
+        # poll() does not see data that OpenSSL has already decrypted.
         self.drained = self._tls.pending() == 0
         return data
 
     def write(self, data: memoryview) -> int:
-        self.write_needs_read = False
+        self._write_needs_read = False
         try:
             return self._tls.send(data[:TLS_WRITE_SIZE])
         except self._ssl.SSLWantWriteError:
             return 0
         except self._ssl.SSLWantReadError:
-            self.write_needs_read = True
+            self._write_needs_read = True
             return 0
 
     def end_writing(self) -> None:
         # Sends the close_notify alert; the peer's own is not waited for.
         with contextlib.suppress(OSError, ValueError):
             self._tls.unwrap()
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        super().end_writing()
 
 
 def _open_channel(sock: socket.socket) -> PlainChannel:
-    # To import ssl costs 10 ms, which plain connections need not pay.
+    # Importing ssl costs 10 ms, which plain connections need not pay.
     ssl_module = sys.modules.get("ssl")
     if ssl_module is not None and isinstance(sock, ssl_module.SSLSocket):
         return TlsChannel(sock)
     return PlainChannel(sock)
 
 
-def _sooner(one: float | None, other: float | None) -> float | None:
-    """Return the shorter of two times in s, where None is for ever."""
-    if one is None or other is None:
-        return other if one is None else one
-    return min(one, other)
-
-
 def _remote_ip(sock: socket.socket) -> str:
-    """Return the peer's IP address, or "" where it has none."""
+    """Return the peer's IP address, or "" if it has none."""
     try:
         address = sock.getpeername()
     except OSError:
@@ -2272,60 +1789,76 @@ def _remote_ip(sock: socket.socket) -> str:
 class Outbox:
     """The bytes that a channel has not yet taken, in their order."""
 
-    def __init__(self, channel: PlainChannel, limit: int) -> None:
+    def __init__(self, channel: PlainChannel) -> None:
         self._channel = channel
-        self._limit = limit  # bytes
         self._pieces: collections.deque[memoryview] = collections.deque()
         self.size = 0  # bytes
-        self.broken = False  # whether a write has failed: nothing gets out any more
+        self.broken = False  # a write has failed: nothing gets out any more
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
 
     def has_room(self, size: int) -> bool:
-        """Return whether `size` more bytes may wait behind what is being written."""
+        """Return whether `size` more bytes may wait behind the piece being written."""
         # A message over the limit may go out, and Pings with it while it does.
         waiting = self.size - len(self._pieces[0]) if self._pieces else -size
-        return waiting + size <= self._limit
+        return waiting + size <= MAX_OUTBOX
 
     def put(self, data: bytes) -> None:
         """Write at once what the channel takes, and keep the rest."""
-        if self.broken:
-            return
-        waiting = bool(self._pieces)
-        self._pieces.append(memoryview(data))
-        self.size += len(data)
-        if not waiting:
-            self.write()
+        piece = memoryview(data)
+        sent = 0 if self._pieces else self._write(piece)
+        while sent and piece:
+            piece = piece[sent:]
+            sent = self._write(piece)
+        # Counted after the write: others read `size` without a lock, and would wait
+        # for a fall that nobody notices.
+        if piece and not self.broken:
+            self._pieces.append(piece)
+            self.size += len(piece)
 
     def write(self) -> None:
         """Write what the channel takes now."""
+        while self._pieces:
+            piece = self._pieces[0]
+            sent = self._write(piece)
+            if self.broken:
+                self.clear()
+            if not sent:
+                return
+            self.size -= sent
+            if sent < len(piece):
+                # TLS wants to be given the same bytes again: never join pieces.
+                self._pieces[0] = piece[sent:]
+            else:
+                self._pieces.popleft()
+
+    def _write(self, piece: memoryview) -> int:
         try:
-            while self._pieces:
-                sent = self._channel.write(self._pieces[0])
-                if not sent:
-                    return
-                self.size -= sent
-                if sent < len(self._pieces[0]):
-                    # TLS wants to be given the same bytes again: never join pieces.
-                    self._pieces[0] = self._pieces[0][sent:]
-                else:
-                    self._pieces.popleft()
+            return self._channel.write(piece)
         except OSError:
             # What has arrived is still worth reading: a Close may say why.
             self.broken = True
-            self.clear()
+            return 0
 
     def clear(self) -> None:
         self._pieces.clear()
         self.size = 0
 
 
+def _sooner(one: float | None, other: float | None) -> float | None:
+    """Return the shorter of two times in s; None is for ever."""
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)
+
+
 class WebSocket:
     """A WebSocket connection over a socket, for any number of threads.
 
-    One thread at a time reads, in receive(); it answers Pings and Closes too.  What a
-    sender cannot write at once waits in an outbox, which a thread of its own empties.
+    One thread at a time reads, in receive(); it also answers Pings and Closes, pings a
+    silent peer and gives up a dead one.  Bytes that a sender cannot write at once wait
+    in an outbox, which a thread of its own empties.
     """
 
     def __init__(
@@ -2333,28 +1866,34 @@ class WebSocket:
         sock: socket.socket,
         protocol: WebSocketProtocol,
         *,
-        early: bytes = b"",  # what came after the handshake in the same read
-        name: str = "",
-        max_outbox: int = MAX_OUTBOX,
-        subprotocol: str | None = None,
+        early: bytes = b"",  # read together with the handshake
     ) -> None:
         self.remote_ip = _remote_ip(sock)
-        self.subprotocol = subprotocol
-        self.compression = protocol.compression
+        # Called, without our lock and in the thread that wrote, each time the backlog
+        # falls below MAX_BACKLOG.  It must not block.
+        self.on_drain: Callable[[], None] | None = None
+        self.keepalive = True  # False: a peer that is silent is not given up
         self._channel = _open_channel(sock)
-        self._name = name or self.remote_ip
-        # Guards all below and the channel, whose I/O never blocks who holds it.
+        # Guards all below and the channel, whose I/O does not block under it.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._protocol = protocol
         self._arrived: bytes | None = early  # None: the protocol needs more bytes
-        self._outbox = Outbox(self._channel, max_outbox)  # full: dropped with 1013
+        self._outbox = Outbox(self._channel)  # full: dropped with 1013
         self._writer: threading.Thread | None = None
         self._writing = False  # whether _writer has not ended its work
         self._reading = False  # whether a thread is in receive(), or reads in close()
+        self._waiting = 0  # threads; the socket stays open for them
         self._finished = False
         self._linger = Deadline(None)  # for the peer to end the TCP connection
+        # Jitter: a thousand peers that connect together are not pinged together.
+        self._ping_interval = PING_INTERVAL * random.uniform(0.8, 1)  # nosec B311
+        self._pinged = False  # since the last arrival
+        self._arrivals = 0
         self._last_arrival = time.monotonic()
+        self._next_ping = self._last_arrival + self._ping_interval
+        if self._channel.blocking:
+            self._channel.limit_waits(self._ping_interval)
 
     def __enter__(self) -> WebSocket:
         return self
@@ -2373,57 +1912,54 @@ class WebSocket:
         return self._protocol.close_code
 
     @property
-    def close_reason(self) -> str:
-        return self._protocol.close_reason
-
-    @property
-    def idle(self) -> float:
-        """The seconds since the last byte arrived."""
-        return time.monotonic() - self._last_arrival
-
-    @property
     def backlog(self) -> int:
-        return self._outbox.size  # bytes that the system has not taken yet
+        """Bytes that send() took and the socket has not taken yet."""
+        return self._outbox.size
 
     def peer_certificate(self) -> bytes | None:
         """Return the peer's certificate in DER, or None without TLS."""
         return self._channel.certificate
 
     def send(self, message: Message) -> None:
-        """Send a message without ever blocking, from any thread.
+        """Send a message from any thread, without ever blocking.
 
-        What the peer does not take at once waits; if more than `max_outbox` bytes
-        would wait, the peer is dropped with 1013.  Raises ConnectionClosed.
+        If more than MAX_OUTBOX bytes would wait, the peer is dropped with 1013.
+        Raises ConnectionClosed.
         """
         with self._lock:
             self._protocol.send(message)
             self._transmit()
             self._check_usable()
 
-    def ping(self, payload: bytes = b"") -> None:
-        """Send a Ping; its Pong shows in `idle`.  Raises ConnectionClosed."""
-        with self._lock:
-            self._protocol.ping(payload)
-            self._transmit()
-            self._check_usable()
+    def answers(self, timeout: float) -> bool:
+        """Return whether the peer answers a Ping, or sends anything, in `timeout` s.
 
-    def release_pongs(self, max_message: int | None = None) -> None:
+        Another thread has to be in receive() meanwhile.
+        """
+        with self._changed:
+            before = self._arrivals
+            if self._protocol.open:
+                self._protocol.ping()
+                self._transmit()
+            self._changed.wait_for(
+                lambda: self._finished or self._arrivals > before, timeout
+            )
+            return self._arrivals > before
+
+    def release_pongs(self, max_message: int) -> None:
         """Answer Pings and take longer messages from now on: the peer is known."""
         with self._lock:
             self._protocol.release_pongs(max_message)
             self._transmit()
 
     def flush(self, timeout: float | None = None) -> None:
-        """Return when all that was sent has been handed to the system.
+        """Return when the system has taken all that was sent.
 
         Raises ConnectionClosed, TimeoutError after `timeout` s.
         """
-        deadline = Deadline(timeout)
-        with self._lock:
-            while self._outbox:
-                if deadline.expired:
-                    raise TimeoutError(f"the peer did not read for {timeout} s")
-                self._write(deadline)  # beside the writer: it saves the way there
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._outbox, timeout):
+                raise TimeoutError(f"the peer did not read for {timeout} s")
             self._check_usable()
 
     def receive(self, timeout: float | None = None) -> Message | None:
@@ -2432,7 +1968,7 @@ class WebSocket:
         Raises ConnectionClosed after any other close, TimeoutError after `timeout` s.
         """
         deadline = Deadline(timeout)
-        late = False  # looked at after a read, so that a timeout of 0 reads once
+        late = False  # checked after a read, so that a timeout of 0 reads once
         with self._lock:
             while True:
                 message = self._next_message()
@@ -2456,7 +1992,7 @@ class WebSocket:
     ) -> None:
         """Close, with the closing handshake if the peer does its part in `timeout` s.
 
-        May come from any thread and more than once; what arrives meanwhile is dropped.
+        May be called from any thread and again; what arrives meanwhile is dropped.
         """
         deadline = Deadline(timeout)
         with self._lock:
@@ -2472,9 +2008,26 @@ class WebSocket:
             writer.join()
 
     def abort(self) -> None:
-        """End the connection now, from any thread, without a word; wakes receive()."""
+        """End the connection now, without a Close frame; wakes receive()."""
         with self._lock:
             self._finish()
+
+    def _drain(self) -> None:
+        """Empty the outbox: the writer's thread."""
+        while True:
+            with self._lock:
+                if not self._outbox:
+                    self._writing = False
+                    self._changed.notify_all()
+                    if self._protocol.ended:
+                        self._settle()
+                    return
+                self._unlocked(partial(self._channel.wait, write=True))
+                before = self._outbox.size
+                self._outbox.write()
+                fell = before >= MAX_BACKLOG > self._outbox.size
+            if fell and self.on_drain is not None and not self._finished:
+                self.on_drain()
 
     # The lock is held from here on.
 
@@ -2499,33 +2052,74 @@ class WebSocket:
             return
         self._reading = True
         try:
-            timeout = _sooner(deadline.remaining(), self._linger.remaining())
-            data = self._channel.read(self._lock, timeout)
+            data = self._next_bytes(deadline)
         finally:  # Ctrl+C ends a wait too, and reading goes on after it
             self._reading = False
             self._changed.notify_all()
-        if not self._finished:
-            self._take(data)
-
-    def _take(self, data: bytes | None) -> None:
-        """Deal with what a read brought."""
-        if data == b"" or self._linger.expired:
-            self._finish()
-        elif data:
-            self._last_arrival = time.monotonic()
+        if self._finished:
+            return
+        if data:
             self._arrived = data
+            self._arrivals += 1
+            self._pinged = False
+            self._last_arrival = time.monotonic()
+            self._next_ping = self._last_arrival + self._ping_interval
+        elif data == b"" or self._linger.expired:
+            self._finish()
+        else:
+            self._keep_alive()
+
+    def _next_bytes(self, deadline: Deadline) -> bytes | None:
+        """Return what arrives before the deadline or the next Ping is due."""
+        channel = self._channel
+        if channel.drained:
+            timeout = _sooner(deadline.remaining(), self._linger.remaining())
+            if timeout is None and channel.blocking:
+                return self._unlocked(channel.read_next)
+            to_ping = max(0.0, self._next_ping - time.monotonic())
+            timeout = _sooner(timeout, to_ping)
+            self._unlocked(partial(channel.wait, timeout=timeout))
+        return channel.read()
+
+    def _unlocked(self, wait: Callable[[], bytes | None]) -> bytes | None:
+        """Return the result of `wait`, with the lock released meanwhile."""
+        self._waiting += 1
+        try:
+            self._lock.release()  # in here, for Ctrl+C may come as soon as it is done
+            return wait()
+        finally:
+            self._lock.acquire()
+            self._waiting -= 1
+            self._close_socket()
+
+    def _keep_alive(self) -> None:
+        """Ping a peer that is silent; give it up if it stays so."""
+        now = time.monotonic()
+        if now < self._next_ping or not self._protocol.open:
+            return
+        silence = now - self._last_arrival
+        # Only after a Ping: this thread may have been too busy to read, or to send one.
+        if self._pinged and self.keepalive and silence >= PEER_TIMEOUT:
+            reason = f"nothing arrived for {PEER_TIMEOUT:.0f} s"
+            self._protocol.give_up(CloseCode.ABNORMAL, reason)
+            self._finish()
+            return
+        self._pinged = True
+        self._next_ping = now + self._ping_interval
+        self._protocol.ping()
+        self._transmit()
 
     def _transmit(self, *, bounded: bool = True) -> None:
-        """Write what the protocol has to say, and leave the rest to the writer."""
+        """Write the protocol's bytes, and leave the rest to the writer."""
         data = self._protocol.outgoing()
         if data and bounded and not self._outbox.has_room(len(data)):
             # No Close frame: it would wait behind what the peer does not read.
             self._protocol.give_up(CloseCode.TRY_AGAIN_LATER, "the peer does not read")
             self._finish()
-        if data and not self._finished:
+        if data and not self._finished and not self._outbox.broken:
             self._outbox.put(data)
             if self._outbox and not self._writing:
-                name = f"moltis-write-{self._name}"
+                name = f"moltis-write-{self.remote_ip}"
                 self._writer = threading.Thread(
                     target=self._drain, name=name, daemon=True
                 )
@@ -2534,25 +2128,8 @@ class WebSocket:
         if self._protocol.ended:
             self._settle()
 
-    def _drain(self) -> None:
-        """Empty the outbox; what the writer thread does."""
-        with self._lock:
-            while self._outbox:
-                self._write(Deadline(None))
-            self._writing = False
-            if self._protocol.ended:
-                self._settle()
-
-    def _write(self, deadline: Deadline) -> None:
-        """Write what the system takes, waiting for it."""
-        reads = self._channel.write_needs_read
-        # What it needs to read, the reader may have taken: look again soon.
-        timeout = 0.05 if reads else deadline.remaining()
-        self._channel.wait(self._lock, write=not reads, timeout=timeout)
-        self._outbox.write()
-
     def _settle(self) -> None:
-        """After the closing handshake: end our half, and give the peer its time."""
+        """End our half after the closing handshake, and give the peer its time."""
         if self._linger.remaining() is None:
             self._linger = Deadline(CLOSE_TIMEOUT)
         if self._protocol.closes_first and not self._outbox:
@@ -2565,100 +2142,67 @@ class WebSocket:
         self._finished = True
         self._protocol.give_up()
         self._outbox.clear()
-        self._channel.close()
+        self._channel.shut()
+        self._close_socket()
         self._changed.notify_all()
+
+    def _close_socket(self) -> None:
+        # Not while a thread waits: a closed descriptor's number may be another's soon.
+        if self._finished and not self._waiting:
+            self._channel.sock.close()
+
+
+class ServerTrust(Protocol):
+    """Which TLS certificate a server has to show; see TlsTrust."""
+
+    def context(self) -> ssl.SSLContext: ...
+
+    def check(self, certificate: bytes | None) -> None:
+        """Raises Refused for another certificate than the expected one."""
 
 
 def connect(
-    url: str,
-    *,
-    headers: Iterable[tuple[str, str]] = (),
-    subprotocols: Sequence[str] = (),
-    compression: bool = True,
-    timeout: float = CONNECT_TIMEOUT,
-    ssl_context: ssl.SSLContext | None = None,
-    max_message: int = MAX_MESSAGE,
-    max_outbox: int = MAX_OUTBOX,
-    hold_pongs: bool = False,
-    name: str = "",
+    url: str, trust: ServerTrust | None = None, *, timeout: float = CONNECT_TIMEOUT
 ) -> WebSocket:
-    """Return an open WebSocket to `url`.
+    """Return an open WebSocket to `url`; a wss: address needs `trust`.
 
-    Raises Unreachable with one line that says why, UsageError for what is no address.
+    Raises Unreachable with one line that says why, Refused for a wrong certificate,
+    UsageError if `url` is not an address.
     """
     target = WebSocketUrl.parse(url)
-    handshake = ClientHandshake(
-        target, headers=headers, subprotocols=subprotocols, compression=compression
-    )
     deadline = Deadline(timeout)
+    key = b64encode(os.urandom(16))
     try:
-        sock = _dial(target, timeout, ssl_context)
+        sock = _dial(target, trust, timeout)
         try:
-            sock.sendall(handshake.request())
+            sock.sendall(upgrade_request(target, key))
             head, early = _read_head(sock, deadline)
-            granted = handshake.judge(head)
+            check_upgraded(head, key)
         except BaseException:
             sock.close()
             raise
     except (OSError, UnicodeError, HandshakeError) as error:
         raise Unreachable(_why_unreachable(target, error, timeout)) from error
-    protocol = WebSocketProtocol(
-        client=True,
-        deflate=granted.deflate,
-        max_message=max_message,
-        hold_pongs=hold_pongs,
-    )
-    return WebSocket(
-        sock,
-        protocol,
-        early=early,
-        name=name or target.host,
-        max_outbox=max_outbox,
-        subprotocol=granted.subprotocol,
-    )
-
-
-def client_tls(*, ca: str | None = None, verify: bool = True) -> ssl.SSLContext:
-    """Return what a client needs for TLS 1.2 and later; `ca` is a file in PEM.
-
-    Without `verify` any certificate will do: whoever asks for that has to look at
-    peer_certificate(), or bind to it, before anything secret is said.
-    Raises BadConfiguration.
-    """
-    require_ssl()
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    elif ca is None:
-        context.load_default_certs()
-    else:
-        try:
-            context.load_verify_locations(ca)
-        except OSError as error:  # ssl.SSLError is one
-            reason = error.strerror or error
-            raise BadConfiguration(
-                f"cannot use the CA file {ca}: {reason}; it must be PEM"
-            ) from error
-    return context
+    return WebSocket(sock, WebSocketProtocol(client=True), early=early)
 
 
 def _dial(
-    target: WebSocketUrl, timeout: float, context: ssl.SSLContext | None
+    target: WebSocketUrl, trust: ServerTrust | None, timeout: float
 ) -> socket.socket:
-    # Before the connection: to load the system's certificates takes a Pi a while.
-    context = (context or client_tls()) if target.secure else None
+    if not target.secure:
+        return connect_tcp(target.host, target.port, timeout)
+    assert trust is not None
+    # Before the connection: loading the system's certificates takes a Pi a while.
+    context = trust.context()
     sock = connect_tcp(target.host, target.port, timeout)
-    if context is None:
-        return sock
     try:
-        return context.wrap_socket(sock, server_hostname=target.host)
+        secured = context.wrap_socket(sock, server_hostname=target.host)
+        sock = secured
+        trust.check(secured.getpeercert(binary_form=True))
     except BaseException:
         sock.close()
         raise
+    return secured
 
 
 def _read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
@@ -2717,35 +2261,12 @@ def _why_unreachable(target: WebSocketUrl, error: Exception, timeout: float) -> 
 # ==============================================================================
 
 # ==============================================================================
-# SCRAM
+# TLS
 #
-# SCRAM-SHA-256 and SCRAM-SHA-256-PLUS (RFC 5802, RFC 7677), client and server
-# halves: how node and gateway prove to each other that both know the device token,
-# which never crosses the wire.  Text in, text out; no socket, and no idea of who may
-# do what.  The secrets here are ASCII, which SASLprep leaves as it is.
+# Certificates: the gateway's own, made by the program `openssl` for the names and
+# addresses of this machine, or one that was brought; the pin and the channel binding
+# of each; which certificate a client takes for the right one.
 # ==============================================================================
-
-SCRAM_ITERATIONS = 4096  # RFC 7677 §4's minimum; a token has 256 random bits anyway
-SCRAM_MAX_ITERATIONS = 100_000  # 0.1 s on a Pi; a hostile server may ask for more
-SCRAM_MAX_LENGTH = 4096  # characters of one SCRAM message; ours have 200
-
-_SCRAM_VALUE = r"[^,\x00]+"
-_SCRAM_NONCE = r"[\x21-\x2b\x2d-\x7e]+"
-_SCRAM_EXTENSIONS = rf"(?:,[A-Za-z]={_SCRAM_VALUE})*"  # RFC 5802 §5.1: to be ignored
-_CLIENT_FIRST = (
-    rf"(?P<gs2>(?P<flag>n|y|p=[A-Za-z0-9.-]+),(?:a={_SCRAM_VALUE})?,)"
-    rf"(?P<bare>n=(?P<username>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
-    rf"{_SCRAM_EXTENSIONS})"
-)
-_SERVER_FIRST = (
-    rf"r=(?P<nonce>{_SCRAM_NONCE}),s=(?P<salt>{_SCRAM_VALUE}),"
-    rf"i=(?P<iterations>[1-9][0-9]{{0,8}}){_SCRAM_EXTENSIONS}"
-)
-_CLIENT_FINAL = (
-    rf"(?P<unproved>c=(?P<binding>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
-    rf"{_SCRAM_EXTENSIONS}),p=(?P<proof>{_SCRAM_VALUE})"
-)
-_SERVER_FINAL = rf"(?P<kind>[ve])=(?P<value>{_SCRAM_VALUE}){_SCRAM_EXTENSIONS}"
 
 # The hash of a certificate's signature, by the content of its DER object identifier.
 # RFC 5929 §4.1 puts SHA-256 in the place of MD5 and SHA-1.
@@ -2817,6 +2338,397 @@ def tls_server_end_point(certificate: bytes) -> bytes:
     return hashlib.new(
         _SIGNATURE_HASHES.get(name.content, "sha256"), certificate
     ).digest()
+
+
+TLS_DIRECTORY = "tls"  # in the data directory
+TLS_DAYS = 3650
+TLS_RENEW_BEFORE = 30 * 86400  # s
+OPENSSL_TIMEOUT = 60.0  # s; a Pi without entropy takes its time
+OPENSSL_CONFIG = """\
+[req]
+prompt = no
+distinguished_name = subject
+x509_extensions = extensions
+[subject]
+CN = moltis gateway
+[extensions]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+subjectAltName = @names
+"""
+
+HOST_NAME = r"[a-z0-9_]([a-z0-9._-]{0,251}[a-z0-9_])?"
+
+
+class Certificate(Value):
+    """What we need to know of an X.509 certificate (RFC 5280)."""
+
+    names: Sequence[str]  # "DNS:localhost", "IP:127.0.0.1", as openssl writes them
+    expires_at: float  # s since 1970
+    public_key: bytes  # SubjectPublicKeyInfo in DER
+
+    @property
+    def pin(self) -> str:
+        """The public key as `curl --pinnedpubkey` wants it."""
+        return "sha256//" + b64encode(hashlib.sha256(self.public_key).digest())
+
+    def lasts(self) -> bool:
+        return self.expires_at > time.time() + TLS_RENEW_BEFORE
+
+    def covers(self, names: Iterable[str]) -> bool:
+        """Tell whether all of `names` are in it; one that is no more does no harm."""
+        return set(names) <= set(self.names)
+
+
+class TlsFiles(Value):
+    """Where a certificate, with what it takes to verify it, and its key are, in PEM."""
+
+    certificate: Path
+    key: Path
+
+
+class TlsIdentity(Value):
+    """A certificate in use; a connection keeps the one that it was accepted with."""
+
+    context: ssl.SSLContext
+    certificate: Certificate
+    channel_binding: bytes  # for Access.scram_server()
+
+
+def _certificate_time(value: DerValue) -> float:
+    import calendar
+
+    text = value.content.decode("ascii")
+    if value.tag == 0x17:  # UTCTime: two digits of the year (RFC 5280 §4.1.2.5.1)
+        text = ("19" if text >= "5" else "20") + text
+    return float(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ")))
+
+
+def _alternative_names(optionals: Sequence[DerValue]) -> Iterator[str]:
+    """Yield the dNSNames and iPAddresses of the extension (RFC 5280 §4.2.1.6)."""
+    lists = [value.children()[0] for value in optionals if value.tag == 0xA3]
+    for extension in (item for found in lists for item in found.children()):
+        oid, *_, octets = extension.children()
+        if oid.content != b"\x55\x1d\x11":  # id-ce-subjectAltName
+            continue
+        for name in octets.children()[0].children():
+            if name.tag == 0x82:
+                yield "DNS:" + name.content.decode("ascii").lower()
+            elif name.tag == 0x87:
+                family = socket.AF_INET if len(name.content) == 4 else socket.AF_INET6
+                yield "IP:" + socket.inet_ntop(family, name.content)
+
+
+def parse_certificate(der: bytes) -> Certificate:
+    """Read a certificate in DER.  Raises ValueError."""
+    try:
+        fields = der_values(der)[0].children()[0].children()
+        if fields[0].tag == 0xA0:  # [0] version
+            del fields[0]
+        _serial, _algorithm, _issuer, validity, _subject, key, *optionals = fields
+        _not_before, not_after = validity.children()
+        return Certificate(
+            names=tuple(_alternative_names(optionals)),
+            expires_at=_certificate_time(not_after),
+            public_key=key.encoding,
+        )
+    except (IndexError, OSError, ValueError) as error:
+        raise ValueError("this is no X.509 certificate in DER") from error
+
+
+def check_pin(der: bytes, pin: str) -> None:
+    """Return where the certificate in DER has the public key of `pin`.
+
+    Raises Refused.
+    """
+    try:
+        found = parse_certificate(der).pin
+    except ValueError:
+        found = "no certificate at all"
+    if not hmac.compare_digest(found.encode(), pin.encode("utf-8", "replace")):
+        raise Refused(
+            f"the other side shows another TLS certificate ({found}) than the pinned "
+            f"one ({pin}): this is what somebody in between looks like; nothing was "
+            "sent. If the gateway was set up anew, take its new pin from there"
+        )
+
+
+class TlsTrust(Value):
+    """Which certificate an https:// or wss:// address has to show."""
+
+    fingerprint: str | None = None  # its pin; None: one that a CA vouches for
+    ca: str | None = None  # file in PEM; None: those that the system trusts
+    bound: bool = False  # any: SCRAM binds to it before anything secret is said
+
+    def context(self) -> ssl.SSLContext:
+        """Return what a client needs for TLS 1.2 and later.
+
+        Raises BadConfiguration.
+        """
+        require_ssl()
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if self.fingerprint is not None or self.bound:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        elif self.ca is None:
+            context.load_default_certs()
+        else:
+            try:
+                context.load_verify_locations(self.ca)
+            except OSError as error:  # ssl.SSLError is one
+                reason = error.strerror or error
+                raise BadConfiguration(
+                    f"cannot use the CA file {self.ca}: {reason}; it must be PEM"
+                ) from error
+        return context
+
+    def check(self, certificate: bytes | None) -> None:
+        """Return if the certificate of a connection, in DER, is right.
+
+        Raises Refused.
+        """
+        if self.fingerprint is not None and certificate is not None:
+            check_pin(certificate, self.fingerprint)
+
+
+def certificate_from_pem(pem: bytes) -> bytes:
+    """Return the first certificate in `pem` in DER.  Raises ValueError."""
+    found = re.search(
+        rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", pem, re.DOTALL
+    )
+    if found is None:
+        raise ValueError("there is no certificate in PEM")
+    return base64.b64decode(b"".join(found[1].split()), validate=True)
+
+
+def host_names() -> list[str]:
+    """Return the names under which this machine may be known, without asking DNS."""
+    name = socket.gethostname().lower()
+    names = ["localhost", name]
+    if "." not in name:
+        names.append(f"{name}.local")  # mDNS
+    return [n for n in names if re.fullmatch(HOST_NAME, n)]
+
+
+def _routed_addresses() -> Iterator[str]:
+    """Yield the addresses that packets to the world would come from."""
+    elsewhere = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
+    for family, address in elsewhere:
+        with contextlib.suppress(OSError), socket.socket(
+            family, socket.SOCK_DGRAM
+        ) as sock:
+            sock.connect((address, 9))  # sends nothing: it is UDP
+            yield sock.getsockname()[0]
+
+
+def parse_fib_trie(text: str) -> set[str]:
+    """Return the IPv4 addresses in Linux' /proc/net/fib_trie."""
+    return set(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", text))
+
+
+def parse_if_inet6(text: str) -> set[str]:
+    """Return the IPv6 addresses in Linux' /proc/net/if_inet6, but link-local ones."""
+    rows = (line.split() for line in text.splitlines())
+    return {
+        socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))
+        for address, _index, _prefix, scope, *_ in rows
+        if scope != "20"
+    }
+
+
+def parse_ifconfig(text: str) -> set[str]:
+    """Return the addresses in the output of a BSD's `ifconfig`."""
+    found = re.findall(r"^\s+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
+    return {a for a in found if not a.lower().startswith("fe80:")}
+
+
+def _program_output(*arguments: str) -> bytes:
+    """Run a program that asks nothing; return what it printed.
+
+    Raises BadConfiguration where it failed, FileNotFoundError where there is none.
+    """
+    import subprocess
+
+    try:
+        done = subprocess.run(
+            arguments,
+            check=True,
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=OPENSSL_TIMEOUT,
+        )
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode("utf-8", "replace").strip()
+        raise BadConfiguration(f"{arguments[0]} failed: {clip(said, 400)}") from error
+    except subprocess.TimeoutExpired as error:
+        raise BadConfiguration(
+            f"{arguments[0]} took longer than {OPENSSL_TIMEOUT:.0f} s"
+        ) from error
+    return done.stdout
+
+
+def reachable_address(bind: str) -> str:
+    """Return the address under which others reach what listens on `bind`."""
+    if bind not in ANY_ADDRESS:
+        return bind
+    return next(_routed_addresses(), "127.0.0.1")
+
+
+def host_addresses() -> list[str]:
+    """Return the addresses of this machine's interfaces, without link-local ones."""
+    found = {"127.0.0.1", "::1", *_routed_addresses()}
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            found.update(parse_fib_trie(Path("/proc/net/fib_trie").read_text()))
+        with contextlib.suppress(OSError):
+            found.update(parse_if_inet6(Path("/proc/net/if_inet6").read_text()))
+    else:
+        with contextlib.suppress(OSError, BadConfiguration):
+            found.update(parse_ifconfig(_program_output("ifconfig").decode()))
+    return sorted(found)
+
+
+def _read_tls(files: TlsFiles) -> TlsIdentity:
+    """As load_tls(), but raises OSError and ValueError where the files are no good."""
+    require_ssl()
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    # Without the empty password OpenSSL would ask for one on the terminal.
+    context.load_cert_chain(files.certificate, files.key, password=lambda: "")
+    der = certificate_from_pem(files.certificate.read_bytes())
+    return TlsIdentity(context, parse_certificate(der), tls_server_end_point(der))
+
+
+def load_tls(files: TlsFiles) -> TlsIdentity:
+    """Return what a server needs for TLS 1.2 and later.
+
+    Called again when the files have changed.  Raises BadConfiguration.
+    """
+    try:
+        return _read_tls(files)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise BadConfiguration(
+            f"cannot use the certificate {files.certificate} with the key "
+            f"{files.key}: {reason}; both must be PEM, belong together, and the key "
+            "have no passphrase"
+        ) from error
+
+
+def read_channel_binding(path: Path) -> bytes:
+    """Return the channel binding of a certificate in PEM.  Raises BadConfiguration."""
+    try:
+        return tls_server_end_point(certificate_from_pem(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise BadConfiguration(
+            f"cannot use the certificate {path}: {reason}; it must be PEM"
+        ) from error
+
+
+class ServerTls:
+    """The certificate that new connections get, read again when its files change."""
+
+    def __init__(self, find_files: Callable[[], TlsFiles]) -> None:
+        """`find_files` is asked at each reload.  Raises BadConfiguration."""
+        self._find_files = find_files
+        self.identity = load_tls(find_files())  # replaced as a whole
+
+    def reload(self) -> None:
+        """Raises BadConfiguration; then the certificate so far stays in use."""
+        self.identity = load_tls(self._find_files())
+
+
+def _certificate_name(name: str) -> str | None:
+    """Return `name` as openssl's configuration has it, or None where it cannot be."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):
+            return f"IP:{socket.inet_ntop(family, socket.inet_pton(family, name))}"
+    fits = re.fullmatch(HOST_NAME, name.lower())
+    return f"DNS:{name.lower()}" if fits else None
+
+
+def _make_certificate(files: TlsFiles, names: Sequence[str], keep_key: bool) -> None:
+    if not keep_key:
+        key = _program_output("openssl", "ecparam", "-name", "prime256v1", "-genkey")
+        write_private(files.key, key[key.index(b"-----BEGIN EC PRIVATE KEY") :])
+    config = files.certificate.with_name("openssl.cnf")
+    text = OPENSSL_CONFIG.replace("@names", ",".join(names))
+    write_private(config, text.encode("ascii"))
+    # Browsers refuse two certificates of one issuer with the same serial number.
+    serial = str(int.from_bytes(secrets.token_bytes(8), "big"))
+    pem = _program_output(
+        *("openssl", "req", "-x509", "-new", "-sha256", "-config", str(config)),
+        *("-key", str(files.key), "-days", str(TLS_DAYS), "-set_serial", serial),
+    )
+    write_private(files.certificate, pem)
+
+
+def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
+    """Return a certificate of our own, made or renewed where need be.
+
+    `names` are those of the host, and its addresses; what can be neither is left out.
+    The key stays the same, so that a pin outlives a change of names or addresses.
+    Raises BadConfiguration.
+    """
+    files = TlsFiles(directory / "certificate.pem", directory / "key.pem")
+    wanted = sorted({n for n in map(_certificate_name, names) if n})
+    try:
+        found = _read_tls(files).certificate
+    except (OSError, ValueError):
+        found = None  # not made yet, or damaged
+    if found and found.lasts() and found.covers(wanted):
+        return files
+    try:
+        _make_certificate(files, wanted, keep_key=found is not None)
+    except FileNotFoundError as error:
+        raise BadConfiguration(
+            "the program openssl is needed to make a certificate, and is not here; "
+            "install it, or bring a certificate with --tls-cert and --tls-key"
+        ) from error
+    log.info("certificate made file=%s names=%s", files.certificate, ",".join(wanted))
+    return files
+
+
+# ==============================================================================
+# SCRAM
+#
+# SCRAM-SHA-256 and SCRAM-SHA-256-PLUS (RFC 5802, RFC 7677), client and server
+# halves: how node and gateway prove to each other that both know the device token,
+# which never crosses the wire.  Text in, text out; no socket, and no idea of who may
+# do what.  The secrets here are ASCII, which SASLprep leaves as it is.
+# ==============================================================================
+
+SCRAM_ITERATIONS = 4096  # RFC 7677 §4's minimum; a token has 256 random bits anyway
+SCRAM_MAX_ITERATIONS = 100_000  # 0.1 s on a Pi; a hostile server may ask for more
+SCRAM_MAX_LENGTH = 4096  # characters of one SCRAM message; ours have 200
+
+_SCRAM_VALUE = r"[^,\x00]+"
+_SCRAM_NONCE = r"[\x21-\x2b\x2d-\x7e]+"
+_SCRAM_EXTENSIONS = rf"(?:,[A-Za-z]={_SCRAM_VALUE})*"  # RFC 5802 §5.1: to be ignored
+_CLIENT_FIRST = (
+    rf"(?P<gs2>(?P<flag>n|y|p=[A-Za-z0-9.-]+),(?:a={_SCRAM_VALUE})?,)"
+    rf"(?P<bare>n=(?P<username>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
+    rf"{_SCRAM_EXTENSIONS})"
+)
+_SERVER_FIRST = (
+    rf"r=(?P<nonce>{_SCRAM_NONCE}),s=(?P<salt>{_SCRAM_VALUE}),"
+    rf"i=(?P<iterations>[1-9][0-9]{{0,8}}){_SCRAM_EXTENSIONS}"
+)
+_CLIENT_FINAL = (
+    rf"(?P<unproved>c=(?P<binding>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
+    rf"{_SCRAM_EXTENSIONS}),p=(?P<proof>{_SCRAM_VALUE})"
+)
+_SERVER_FINAL = rf"(?P<kind>[ve])=(?P<value>{_SCRAM_VALUE}){_SCRAM_EXTENSIONS}"
 
 
 def device_handle(token: str) -> str:
@@ -7770,7 +7682,7 @@ class _CollectedRun(_StreamedRun):
 
 # ==============================================================================
 # Node agent
-# Uses: Settings, WebSocket frames, WebSocket connections, SCRAM, Wire protocol,
+# Uses: Settings, WebSocket frames, WebSocket connections, TLS, SCRAM, Wire protocol,
 #       Commands, Telemetry, Machine
 #
 # A machine as its gateway sees it: dial, authenticate, serve, reconnect, resume.
@@ -7787,7 +7699,6 @@ NodeStateHandler: TypeAlias = "Callable[[bool, UserError | None], None]"
 
 # Bytes; all windows of the commands that run, and the output that is kept of others,
 # may have to go out at once when a connection comes back.
-MAX_NODE_OUTBOX = 2 * MAX_RUNNING * STREAM_WINDOW + 2 * MAX_KEPT_OUTPUT
 
 
 class GatewayLink:
@@ -8072,15 +7983,9 @@ class NodeAgent:
     def _dial(self) -> tuple[GatewayLink, WebSocket]:
         """Raises Unreachable, Refused, BadConfiguration: one line that says why."""
         url = self._settings.gateway_url
-        tls = None
-        if url.startswith("wss:"):
-            # SCRAM binds to the certificate, whoever made it; a bearer token would
-            # go to whoever shows one.
-            tls = client_tls(verify=self._settings.auth == "bearer")
-        # Output is not worth a Pi's time to compress, and 300 KiB a connection.
-        ws = connect(
-            url, compression=False, max_outbox=MAX_NODE_OUTBOX, ssl_context=tls
-        )
+        # SCRAM binds to the certificate, whoever made it; a bearer token would go to
+        # whoever shows one.
+        ws = connect(url, TlsTrust(bound=self._settings.auth != "bearer"))
         # A gateway asks for the others again, and gets no second run of them.
         named = tuple(self._machine.inflight()[:MAX_INFLIGHT])
         try:
@@ -8161,25 +8066,18 @@ class NodeAgent:
         return Unreachable(problem)
 
     def _receive(self, link: GatewayLink, ws: WebSocket) -> None:
-        """Handle what arrives until a clean close; report and ping in between.
+        """Handle what arrives until a clean close; report in between.
 
         Raises ConnectionClosed.
         """
-        due = {"report": 0.0, "ping": time.monotonic() + PING_INTERVAL}
+        next_report = 0.0
         while True:
             now = time.monotonic()
-            if now >= due["report"]:
+            if now >= next_report:
                 self._report(link)
-                due["report"] = now + TELEMETRY_INTERVAL
-            if now >= due["ping"]:
-                if ws.idle > PEER_TIMEOUT:
-                    raise ConnectionClosed(
-                        CloseCode.GOING_AWAY, f"nothing heard for {PEER_TIMEOUT:.0f} s"
-                    )
-                ws.ping()
-                due["ping"] = now + PING_INTERVAL
+                next_report = now + TELEMETRY_INTERVAL
             try:
-                message = ws.receive(max(0.0, min(due.values()) - now))
+                message = ws.receive(max(0.0, next_report - now))
             except TimeoutError:
                 continue
             if message is None:
@@ -10553,349 +10451,6 @@ class Store:
     def close(self) -> None:
         self._keeper.close()
         self._database.close()
-
-
-# ==============================================================================
-# Certificates
-# Uses: WebSocket connections, SCRAM
-#
-# The gateway's TLS certificate: one of its own, made by the program `openssl` for the
-# names and addresses of this machine, or one that was brought; its pin and its channel
-# binding; and how a client that has the pin recognises it.
-# ==============================================================================
-
-TLS_DIRECTORY = "tls"  # in the data directory
-TLS_DAYS = 3650
-TLS_RENEW_BEFORE = 30 * 86400  # s
-OPENSSL_TIMEOUT = 60.0  # s; a Pi without entropy takes its time
-OPENSSL_CONFIG = """\
-[req]
-prompt = no
-distinguished_name = subject
-x509_extensions = extensions
-[subject]
-CN = moltis gateway
-[extensions]
-basicConstraints = critical, CA:FALSE
-keyUsage = critical, digitalSignature
-extendedKeyUsage = serverAuth
-subjectKeyIdentifier = hash
-subjectAltName = @names
-"""
-
-HOST_NAME = r"[a-z0-9_]([a-z0-9._-]{0,251}[a-z0-9_])?"
-
-
-class Certificate(Value):
-    """What we need to know of an X.509 certificate (RFC 5280)."""
-
-    names: Sequence[str]  # "DNS:localhost", "IP:127.0.0.1", as openssl writes them
-    expires_at: float  # s since 1970
-    public_key: bytes  # SubjectPublicKeyInfo in DER
-
-    @property
-    def pin(self) -> str:
-        """The public key as `curl --pinnedpubkey` wants it."""
-        return "sha256//" + b64encode(hashlib.sha256(self.public_key).digest())
-
-    def lasts(self) -> bool:
-        return self.expires_at > time.time() + TLS_RENEW_BEFORE
-
-    def covers(self, names: Iterable[str]) -> bool:
-        """Tell whether all of `names` are in it; one that is no more does no harm."""
-        return set(names) <= set(self.names)
-
-
-class TlsFiles(Value):
-    """Where a certificate, with what it takes to verify it, and its key are, in PEM."""
-
-    certificate: Path
-    key: Path
-
-
-class TlsIdentity(Value):
-    """A certificate in use; a connection keeps the one that it was accepted with."""
-
-    context: ssl.SSLContext
-    certificate: Certificate
-    channel_binding: bytes  # for Access.scram_server()
-
-
-def _certificate_time(value: DerValue) -> float:
-    import calendar
-
-    text = value.content.decode("ascii")
-    if value.tag == 0x17:  # UTCTime: two digits of the year (RFC 5280 §4.1.2.5.1)
-        text = ("19" if text >= "5" else "20") + text
-    return float(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ")))
-
-
-def _alternative_names(optionals: Sequence[DerValue]) -> Iterator[str]:
-    """Yield the dNSNames and iPAddresses of the extension (RFC 5280 §4.2.1.6)."""
-    lists = [value.children()[0] for value in optionals if value.tag == 0xA3]
-    for extension in (item for found in lists for item in found.children()):
-        oid, *_, octets = extension.children()
-        if oid.content != b"\x55\x1d\x11":  # id-ce-subjectAltName
-            continue
-        for name in octets.children()[0].children():
-            if name.tag == 0x82:
-                yield "DNS:" + name.content.decode("ascii").lower()
-            elif name.tag == 0x87:
-                family = socket.AF_INET if len(name.content) == 4 else socket.AF_INET6
-                yield "IP:" + socket.inet_ntop(family, name.content)
-
-
-def parse_certificate(der: bytes) -> Certificate:
-    """Read a certificate in DER.  Raises ValueError."""
-    try:
-        fields = der_values(der)[0].children()[0].children()
-        if fields[0].tag == 0xA0:  # [0] version
-            del fields[0]
-        _serial, _algorithm, _issuer, validity, _subject, key, *optionals = fields
-        _not_before, not_after = validity.children()
-        return Certificate(
-            names=tuple(_alternative_names(optionals)),
-            expires_at=_certificate_time(not_after),
-            public_key=key.encoding,
-        )
-    except (IndexError, OSError, ValueError) as error:
-        raise ValueError("this is no X.509 certificate in DER") from error
-
-
-def check_pin(der: bytes, pin: str) -> None:
-    """Return where the certificate in DER has the public key of `pin`.
-
-    Raises Refused.
-    """
-    try:
-        found = parse_certificate(der).pin
-    except ValueError:
-        found = "no certificate at all"
-    if not hmac.compare_digest(found.encode(), pin.encode("utf-8", "replace")):
-        raise Refused(
-            f"the other side shows another TLS certificate ({found}) than the pinned "
-            f"one ({pin}): this is what somebody in between looks like; nothing was "
-            "sent. If the gateway was set up anew, take its new pin from there"
-        )
-
-
-class TlsTrust(Value):
-    """Which certificate an https:// or wss:// address has to show."""
-
-    fingerprint: str | None = None  # its pin; None: one that a CA vouches for
-    ca: str | None = None  # file in PEM; None: those that the system trusts
-
-    def context(self) -> ssl.SSLContext:
-        """Raises BadConfiguration."""
-        return client_tls(ca=self.ca, verify=self.fingerprint is None)
-
-    def check(self, der: bytes | None) -> None:
-        """Return where the certificate of a connection is right.  Raises Refused."""
-        if self.fingerprint is not None and der is not None:
-            check_pin(der, self.fingerprint)
-
-
-def certificate_from_pem(pem: bytes) -> bytes:
-    """Return the first certificate in `pem` in DER.  Raises ValueError."""
-    found = re.search(
-        rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", pem, re.DOTALL
-    )
-    if found is None:
-        raise ValueError("there is no certificate in PEM")
-    return base64.b64decode(b"".join(found[1].split()), validate=True)
-
-
-def host_names() -> list[str]:
-    """Return the names under which this machine may be known, without asking DNS."""
-    name = socket.gethostname().lower()
-    names = ["localhost", name]
-    if "." not in name:
-        names.append(f"{name}.local")  # mDNS
-    return [n for n in names if re.fullmatch(HOST_NAME, n)]
-
-
-def _routed_addresses() -> Iterator[str]:
-    """Yield the addresses that packets to the world would come from."""
-    elsewhere = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
-    for family, address in elsewhere:
-        with contextlib.suppress(OSError), socket.socket(
-            family, socket.SOCK_DGRAM
-        ) as sock:
-            sock.connect((address, 9))  # sends nothing: it is UDP
-            yield sock.getsockname()[0]
-
-
-def parse_fib_trie(text: str) -> set[str]:
-    """Return the IPv4 addresses in Linux' /proc/net/fib_trie."""
-    return set(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", text))
-
-
-def parse_if_inet6(text: str) -> set[str]:
-    """Return the IPv6 addresses in Linux' /proc/net/if_inet6, but link-local ones."""
-    rows = (line.split() for line in text.splitlines())
-    return {
-        socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))
-        for address, _index, _prefix, scope, *_ in rows
-        if scope != "20"
-    }
-
-
-def parse_ifconfig(text: str) -> set[str]:
-    """Return the addresses in the output of a BSD's `ifconfig`."""
-    found = re.findall(r"^\s+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
-    return {a for a in found if not a.lower().startswith("fe80:")}
-
-
-def _program_output(*arguments: str) -> bytes:
-    """Run a program that asks nothing; return what it printed.
-
-    Raises BadConfiguration where it failed, FileNotFoundError where there is none.
-    """
-    import subprocess
-
-    try:
-        done = subprocess.run(
-            arguments,
-            check=True,
-            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=OPENSSL_TIMEOUT,
-        )
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.decode("utf-8", "replace").strip()
-        raise BadConfiguration(f"{arguments[0]} failed: {clip(said, 400)}") from error
-    except subprocess.TimeoutExpired as error:
-        raise BadConfiguration(
-            f"{arguments[0]} took longer than {OPENSSL_TIMEOUT:.0f} s"
-        ) from error
-    return done.stdout
-
-
-def reachable_address(bind: str) -> str:
-    """Return the address under which others reach what listens on `bind`."""
-    if bind not in ANY_ADDRESS:
-        return bind
-    return next(_routed_addresses(), "127.0.0.1")
-
-
-def host_addresses() -> list[str]:
-    """Return the addresses of this machine's interfaces, without link-local ones."""
-    found = {"127.0.0.1", "::1", *_routed_addresses()}
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            found.update(parse_fib_trie(Path("/proc/net/fib_trie").read_text()))
-        with contextlib.suppress(OSError):
-            found.update(parse_if_inet6(Path("/proc/net/if_inet6").read_text()))
-    else:
-        with contextlib.suppress(OSError, BadConfiguration):
-            found.update(parse_ifconfig(_program_output("ifconfig").decode()))
-    return sorted(found)
-
-
-def _read_tls(files: TlsFiles) -> TlsIdentity:
-    """As load_tls(), but raises OSError and ValueError where the files are no good."""
-    require_ssl()
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    # Without the empty password OpenSSL would ask for one on the terminal.
-    context.load_cert_chain(files.certificate, files.key, password=lambda: "")
-    der = certificate_from_pem(files.certificate.read_bytes())
-    return TlsIdentity(context, parse_certificate(der), tls_server_end_point(der))
-
-
-def load_tls(files: TlsFiles) -> TlsIdentity:
-    """Return what a server needs for TLS 1.2 and later.
-
-    Called again when the files have changed.  Raises BadConfiguration.
-    """
-    try:
-        return _read_tls(files)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadConfiguration(
-            f"cannot use the certificate {files.certificate} with the key "
-            f"{files.key}: {reason}; both must be PEM, belong together, and the key "
-            "have no passphrase"
-        ) from error
-
-
-def read_channel_binding(path: Path) -> bytes:
-    """Return the channel binding of a certificate in PEM.  Raises BadConfiguration."""
-    try:
-        return tls_server_end_point(certificate_from_pem(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadConfiguration(
-            f"cannot use the certificate {path}: {reason}; it must be PEM"
-        ) from error
-
-
-class ServerTls:
-    """The certificate that new connections get, read again when its files change."""
-
-    def __init__(self, find_files: Callable[[], TlsFiles]) -> None:
-        """`find_files` is asked at each reload.  Raises BadConfiguration."""
-        self._find_files = find_files
-        self.identity = load_tls(find_files())  # replaced as a whole
-
-    def reload(self) -> None:
-        """Raises BadConfiguration; then the certificate so far stays in use."""
-        self.identity = load_tls(self._find_files())
-
-
-def _certificate_name(name: str) -> str | None:
-    """Return `name` as openssl's configuration has it, or None where it cannot be."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, ValueError):
-            return f"IP:{socket.inet_ntop(family, socket.inet_pton(family, name))}"
-    fits = re.fullmatch(HOST_NAME, name.lower())
-    return f"DNS:{name.lower()}" if fits else None
-
-
-def _make_certificate(files: TlsFiles, names: Sequence[str], keep_key: bool) -> None:
-    if not keep_key:
-        key = _program_output("openssl", "ecparam", "-name", "prime256v1", "-genkey")
-        write_private(files.key, key[key.index(b"-----BEGIN EC PRIVATE KEY") :])
-    config = files.certificate.with_name("openssl.cnf")
-    text = OPENSSL_CONFIG.replace("@names", ",".join(names))
-    write_private(config, text.encode("ascii"))
-    # Browsers refuse two certificates of one issuer with the same serial number.
-    serial = str(int.from_bytes(secrets.token_bytes(8), "big"))
-    pem = _program_output(
-        *("openssl", "req", "-x509", "-new", "-sha256", "-config", str(config)),
-        *("-key", str(files.key), "-days", str(TLS_DAYS), "-set_serial", serial),
-    )
-    write_private(files.certificate, pem)
-
-
-def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
-    """Return a certificate of our own, made or renewed where need be.
-
-    `names` are those of the host, and its addresses; what can be neither is left out.
-    The key stays the same, so that a pin outlives a change of names or addresses.
-    Raises BadConfiguration.
-    """
-    files = TlsFiles(directory / "certificate.pem", directory / "key.pem")
-    wanted = sorted({n for n in map(_certificate_name, names) if n})
-    try:
-        found = _read_tls(files).certificate
-    except (OSError, ValueError):
-        found = None  # not made yet, or damaged
-    if found and found.lasts() and found.covers(wanted):
-        return files
-    try:
-        _make_certificate(files, wanted, keep_key=found is not None)
-    except FileNotFoundError as error:
-        raise BadConfiguration(
-            "the program openssl is needed to make a certificate, and is not here; "
-            "install it, or bring a certificate with --tls-cert and --tls-key"
-        ) from error
-    log.info("certificate made file=%s names=%s", files.certificate, ",".join(wanted))
-    return files
 
 
 # ==============================================================================
@@ -16204,7 +15759,6 @@ class Chats:
 KEEPALIVE_TICK = 1.0  # s; pings are due one by one, so that a thousand do not coincide
 MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a result of ours has 600 KB at most
 MAX_COLLECTED_RESULT = 1024 * 1024  # bytes a stream, for callers without streams
-MAX_OPERATOR_OUTBOX = 64 * 1024 * 1024  # bytes; 32 full windows of two streams
 
 MAX_BACKLOG = 512 * 1024  # bytes; who is further behind is not told each bit of output
 SPARED_STATES = ("delta", "tool_call_output")  # of a chat; all others say how it stands
@@ -17198,7 +16752,6 @@ class Connection:
 
     def __init__(self, ws: WebSocket) -> None:
         self.ws = ws
-        self.next_ping = time.monotonic() + PING_INTERVAL
         self.node: ConnectedNode | None = None  # None: an operator, or nobody yet
 
 
@@ -17559,18 +17112,11 @@ class Gateway:
         }
 
     def _tick(self) -> None:
-        """Ping those who are due, hang up on the silent, give up the overdue."""
-        now = time.monotonic()
+        """Spare Moltis nodes that run a command; give up the overdue."""
         with self._lock:
             connections = list(self._connections)
         for connection in connections:
-            if connection.ws.idle > PEER_TIMEOUT and not self._is_busy(connection.node):
-                log.info("peer silent for %.0f s: closed", PEER_TIMEOUT)
-                connection.ws.abort()
-            elif now >= connection.next_ping:
-                connection.next_ping = now + PING_INTERVAL
-                with contextlib.suppress(ConnectionClosed):
-                    connection.ws.ping()
+            connection.ws.keepalive = not self._is_busy(connection.node)
         self._patience.tick()
         self._jobs.waiters.tick()
 
@@ -17584,7 +17130,7 @@ class Gateway:
 # ==============================================================================
 # HTTP
 # Uses: Settings, WebSocket handshake, WebSocket protocol, WebSocket connections,
-#       Wire protocol, Certificates, Access, Chat, Gateway
+#       Wire protocol, TLS, Access, Chat, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
 # web pages out, and limits for strangers.  http.server does the parsing; what a request
@@ -18208,37 +17754,31 @@ class HttpExchange:
             self.send(refusal)
             return
         try:
-            upgrade = accept_upgrade(request.headers)
+            fields = accept_upgrade(request.headers)
         except HandshakeError as error:
             refusal = error_reply(error.status, str(error))
             self.send(refusal.replace(headers=error.headers))
             return
         handler.send_response_only(101)
-        for name, value in upgrade.headers:
+        for name, value in fields:
             handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.flush()
-        ws = self._websocket(upgrade)
+        ws = self._websocket()
         identified = self._peer.admission.identified
         self.upgraded = self._app.server(ws, request, identified)
 
-    def _websocket(self, upgrade: Upgrade) -> WebSocket:
+    def _websocket(self) -> WebSocket:
         # What the client sent right behind its request waits in rfile's buffer.
         self._stream.end_reading()
         reader: Any = self._handler.rfile  # a BufferedReader
         early: bytes = reader.peek()
         protocol = WebSocketProtocol(
             client=False,
-            deflate=upgrade.deflate,
             max_message=MAX_STRANGER_MESSAGE,  # the Gateway takes longer ones later
             hold_pongs=True,
         )
-        return WebSocket(
-            self._handler.connection,
-            protocol,
-            early=early,
-            max_outbox=MAX_OPERATOR_OUTBOX,
-        )
+        return WebSocket(self._handler.connection, protocol, early=early)
 
 
 def _handler_class(app: HttpApp) -> Callable[..., Any]:
@@ -22080,7 +21620,7 @@ main "$@"
 # ==============================================================================
 # Operator client
 # Uses: Settings, WebSocket frames, WebSocket connections, Wire protocol, Commands,
-#       Machine, Certificates
+#       Machine, TLS
 #
 # The command line's side of a gateway: calls, events, and commands whose streams
 # come back while they run.  What is printed is the command line's business.
@@ -22094,18 +21634,6 @@ RECONNECT_LIMIT = 5.0  # s
 def _ignore(_news: object) -> None: ...
 
 
-def _connect_to(url: str, trust: TlsTrust) -> WebSocket:
-    """Raises UserError.  Nothing secret was said when it returns."""
-    tls = trust.context() if url.startswith("wss:") else None
-    ws = connect(url, compression=False, ssl_context=tls)
-    try:
-        trust.check(ws.peer_certificate())
-    except BaseException:
-        ws.abort()
-        raise
-    return ws
-
-
 class OperatorClient:
     """A connection to a gateway, as the operator whose key it has."""
 
@@ -22116,7 +21644,7 @@ class OperatorClient:
         is another than the one to be trusted.
         """
         self._url = url
-        self._ws = _connect_to(websocket_url(url), trust or TlsTrust())
+        self._ws = connect(websocket_url(url), trust or TlsTrust())
         self._calls = Calls(self._send)
         self._on_event: Callable[[Event], None] = _ignore
         self._on_chunk: Callable[[Chunk], None] = _ignore
@@ -22225,17 +21753,9 @@ class OperatorClient:
 
     def _read(self) -> None:
         ended: MoltisError = ConnectionClosed(CloseCode.NORMAL, "the gateway hung up")
-        next_ping = time.monotonic() + PING_INTERVAL
         try:
             while True:
-                try:
-                    message = self._ws.receive(max(0, next_ping - time.monotonic()))
-                except TimeoutError:
-                    if self._ws.idle > PEER_TIMEOUT:
-                        self._ws.abort()
-                    self._ws.ping()
-                    next_ping = time.monotonic() + PING_INTERVAL
-                    continue
+                message = self._ws.receive()
                 if message is None:
                     return
                 self._handle(message)
@@ -22898,7 +22418,7 @@ class McpServer:
 # ==============================================================================
 # Command line
 # Uses: Settings, Wire protocol, Commands, Telemetry, Language models, Machine,
-#       Node agent, Node service, Store, Certificates, Access, Fleet, Jobs, Agent,
+#       Node agent, Node service, Store, TLS, Access, Fleet, Jobs, Agent,
 #       Model directory, Chat, Gateway, HTTP, Web page, Install script, Operator client,
 #       MCP
 #
