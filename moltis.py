@@ -18265,10 +18265,10 @@ class HttpDoor:
 # ==============================================================================
 # Web page
 #
-# What a browser gets: three files as they are, with nothing filled in.  The page
-# learns everything over its WebSocket, shows it as text, and fetches nothing from
-# elsewhere; serving it is left to HTTP.  From the ground up: dom, words, terminal,
-# Markdown, socket, state, routes, widgets, views, start.
+# Three files that the HTTP server serves as they are.  The page gets all data over its
+# WebSocket, shows it as text, and loads nothing from other hosts.  The script reads
+# bottom-up: dom, words, terminal, Markdown, socket, job logs, state, routes, widgets,
+# views, start.
 # ==============================================================================
 
 WEB_HTML = r"""<!doctype html>
@@ -18307,8 +18307,7 @@ WEB_HTML = r"""<!doctype html>
 <path id="i-send" d="M10 16V4m-5 5 5-5 5 5"/>
 <path id="i-stop" d="M6 6h8v8H6z" fill="currentColor"/>
 <path id="i-chat" d="M4 4h12v9H9l-3.5 3v-3H4z"/>
-<path id="i-node" d="M3 4h14v5H3zM3 11h14v5H3zM6 6.5h1M6
- 13.5h1"/>
+<path id="i-node" d="M3 4h14v5H3zM3 11h14v5H3zM6 6.5h1M6 13.5h1"/>
 <path id="i-list" d="m3 5 3 2.5L3 10M9 10h8M3 15h14"/>
 <path id="i-out" d="M8 4H4v12h4M9 10h8m-3-3 3 3-3 3"/>
 <path id="i-chip"
@@ -18319,8 +18318,78 @@ WEB_HTML = r"""<!doctype html>
 <template id="icon"><svg class="icon" viewBox="0 0 20 20" aria-hidden="true"><use/>
 </svg>
 </template>
-<template id="spark"><svg class="spark" viewBox="0 0 120 28" preserveAspectRatio="none"
- role="img"><path class="area"/><path class="trace"/></svg></template>
+
+<template id="chat-item"><li><a data-part="link">
+<span class="name" data-part="name"></span>
+<span class="detail" data-part="detail"></span></a>
+<span class="tools"><button class="bare" data-part="rename" data-icon="pen"
+ title="Rename"></button><button class="bare" data-part="remove" data-icon="bin"
+ title="Delete"></button></span></li></template>
+
+<template id="user-turn"><article class="turn user" aria-label="You">
+<div class="bubble" data-part="text"></div>
+<p class="note" data-part="note"></p></article></template>
+
+<template id="assistant-turn"><article class="turn assistant" aria-label="Answer">
+<div class="prose" data-part="text"></div>
+<footer class="note" data-part="foot"><span data-part="note"></span>
+<button class="bare" data-part="copy" data-icon="copy" title="Copy answer"></button>
+</footer></article></template>
+
+<template id="command-card"><article class="turn command">
+<header>
+<span class="dot" data-part="dot"></span>
+<span class="where" data-part="where"></span>
+<code class="line" data-part="line"></code>
+<button class="bare" data-part="copyLine" data-icon="copy"
+ title="Copy command"></button>
+<button class="bare" data-part="fold" data-icon="down" title="Collapse output"
+ aria-expanded="true"></button>
+</header>
+<div class="approval" data-part="approval" hidden></div>
+<div class="screen empty" data-part="screen" tabindex="0" role="region">
+<p class="cut" data-part="cut" hidden>Only the end is shown.
+<a data-part="whole" download>Download all of it</a></p>
+<div data-part="lines"></div>
+</div>
+<footer>
+<span class="word" data-part="word"></span>
+<span data-part="time"></span>
+<span class="size" data-part="size"></span>
+<span class="tools">
+<button class="button small" data-part="stop" data-icon="stop">Stop</button>
+<button class="bare" data-part="copy" data-icon="copy" title="Copy output"></button>
+<a class="bare" data-part="save" data-icon="save" title="Download output" download></a>
+</span>
+</footer>
+</article></template>
+
+<template id="meter"><div class="meter">
+<dt data-part="label"></dt><dd data-part="value"></dd>
+<span class="track" aria-hidden="true"><i data-part="bar"></i></span></div></template>
+
+<template id="node-card"><article class="node card">
+<header>
+<span class="dot" data-part="dot"></span>
+<h2 data-part="name"></h2>
+<span class="tools">
+<button class="bare" data-part="rename" data-icon="pen" title="Rename"></button>
+<button class="bare" data-part="use" data-icon="chat" title="Use in the chat"></button>
+<button class="bare" data-part="revoke" data-icon="bin"
+ title="Revoke its token"></button>
+</span>
+</header>
+<p class="since" data-part="since"></p>
+<p class="about" data-part="about"></p>
+<p class="warn" data-part="outdated" hidden></p>
+<div class="cpu"><dl data-part="cpuMeter"></dl>
+<svg class="spark" data-part="spark" viewBox="0 0 120 28" preserveAspectRatio="none"
+ role="img"><path class="area"/><path class="trace"/></svg></div>
+<dl class="meters" data-part="meters"></dl>
+<p class="facts" data-part="facts"></p>
+<dl class="lists" data-part="lists"></dl>
+<ul class="running" data-part="running" aria-label="Running commands"></ul>
+</article></template>
 
 <main id="sign-in" class="lone" hidden>
 <form id="sign-in-form" class="sheet">
@@ -18428,7 +18497,7 @@ is also in a file on the gateway’s machine:</p>
 <p id="nodes-summary" class="lead"></p>
 <div id="node-cards"></div>
 <section id="unused" aria-labelledby="unused-title" hidden>
-<h2 id="unused-title">Tokens that no machine has used yet</h2>
+<h2 id="unused-title">Unused tokens</h2>
 <ul id="unused-list" class="rows"></ul>
 </section>
 </div>
@@ -18452,11 +18521,11 @@ is also in a file on the gateway’s machine:</p>
 <section id="models" class="settings" aria-labelledby="models-title" hidden>
 <header class="bar"><h1 id="models-title">Models</h1></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Providers">
-<p class="lead">Every Ollama on a machine of yours is found by itself, and so is each
-provider whose key the gateway or a node has in its environment. A key that is entered
-here is never shown again.</p>
+<p class="lead">Ollama is found on every machine, and so is each provider whose key is
+in the environment of the gateway or of a node. A key entered here is never shown
+again.</p>
 <div id="providers"></div>
-<form id="model-form"><h2>A model that no list has</h2>
+<form id="model-form"><h2>Unlisted model</h2>
 <div class="inline"><input id="model-name" required placeholder="openai/gpt-5-mini"
  aria-label="Provider and name of the model" autocomplete="off">
 <button class="button">Use in the chat</button></div></form>
@@ -18467,7 +18536,7 @@ here is never shown again.</p>
 <header class="bar"><h1 id="access-title">Access</h1></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Keys and sign-ins">
 <h2>Keys</h2>
-<p class="lead">For scripts, and for people: each may do what its scopes say.</p>
+<p class="lead">For scripts and people. The scopes of a key limit what it may do.</p>
 <ul id="keys" class="rows"></ul>
 <form id="key-form"><div class="inline"><input id="key-name" required maxlength="100"
  placeholder="ci" aria-label="Name of the new key" autocomplete="off">
@@ -18484,7 +18553,7 @@ here is never shown again.</p>
 <dialog id="token" aria-labelledby="token-title">
 <form id="token-form">
 <h2 id="token-title">Add a machine</h2>
-<p>A token lets one machine in. Give it a name; you can change it later.</p>
+<p>A token admits one machine. Give it a name; you can change it later.</p>
 <label for="token-name">Name</label>
 <input id="token-name" maxlength="100" placeholder="Build Server" autocomplete="off">
 <p id="token-error" class="bad" role="alert"></p>
@@ -18498,8 +18567,7 @@ here is never shown again.</p>
 <div id="token-lines"></div>
 <p id="token-wait" role="status"></p>
 <div class="actions"><button id="token-chat" class="button"
- hidden>Use it in
- the chat</button>
+ hidden>Use it in the chat</button>
 <button id="token-done" class="button main">Done</button></div>
 </div>
 </dialog>
@@ -18519,408 +18587,583 @@ here is never shown again.</p>
 """
 
 WEB_CSS = r"""/* Colours first, by role; then the pieces from small to large. */
-:root { color-scheme:light dark; --paper:#faf9f6; --surface:#fff; --sunken:#f2f0eb;
-  --line:#e3e0d9; --ink:#1d1f21; --soft:#595e64; --accent:#0b6e5f; --on-accent:#fff;
-  --tint:#e3f0ed; --ok:#1a7444; --bad:#b3261e; --wait:#835400; --bad-tint:#fbeae8;
-  --wait-tint:#fbf1dd; --hover:color-mix(in srgb, var(--ink) 7%, transparent);
-  --rule:1px solid var(--line); --shade:0 8px 30px rgb(30 25 15 / .14);
-  --screen:#16191d; --screen-ink:#dde2e7; --screen-soft:#98a2ad; --sans:system-ui,
-  -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; --mono:ui-monospace,
-  "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace }
-@media (prefers-color-scheme:dark) {
-  :root { --paper:#151719; --surface:#1c1f22; --sunken:#101214; --line:#2d3135;
-    --ink:#e6e7e5; --soft:#a0a6ad; --accent:#55c7b1; --on-accent:#06201b;
-    --tint:#1b3531; --ok:#62c98f; --bad:#ff8f85; --wait:#e3b35a; --bad-tint:#3a2020;
-    --wait-tint:#362b15; --shade:0 8px 30px rgb(0 0 0 / .5); --screen:#0d0f11 }
+:root {
+  color-scheme: light dark;
+  --paper: #faf9f6;
+  --surface: #fff;
+  --sunken: #f2f0eb;
+  --line: #e3e0d9;
+  --ink: #1d1f21;
+  --soft: #595e64;
+  --accent: #0b6e5f;
+  --on-accent: #fff;
+  --tint: #e3f0ed;
+  --ok: #1a7444;
+  --bad: #b3261e;
+  --wait: #835400;
+  --bad-tint: #fbeae8;
+  --wait-tint: #fbf1dd;
+  --hover: color-mix(in srgb, var(--ink) 7%, transparent);
+  --rule: 1px solid var(--line);
+  --shade: 0 8px 30px rgb(30 25 15 / .14);
+  --screen: #16191d;
+  --screen-ink: #dde2e7;
+  --screen-soft: #98a2ad;
+  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+    --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas,
+    "DejaVu Sans Mono", monospace;
 }
-*, ::before, ::after { box-sizing:border-box; scrollbar-width:thin }
-[hidden] { display:none !important }
-html, body { height:100%; margin:0 }
-body { background:var(--paper); color:var(--ink); font:15px/1.55 var(--sans);
-  -webkit-text-size-adjust:100%; overflow-wrap:break-word }
-h1, h2, h3, p, ul, ol, dl, dd, pre { margin:0; padding:0 }
-ul { list-style:none }
-h1, h2 { font-size:16px; font-weight:620; letter-spacing:-.01em }
-h1 { font-size:17px }
-a { color:var(--accent); text-underline-offset:3px }
-code, pre, .mono { font-family:var(--mono); font-size:.88em }
-button, input, select, textarea { font:inherit; color:inherit }
-button, summary, select { cursor:pointer }
-button:disabled { opacity:.5; cursor:default }
-:focus-visible { outline:2px solid var(--accent); outline-offset:2px }
-:is(#transcript, .screen, .scroll):focus-visible { outline-offset:-3px }
-#page:focus, h2:focus { outline:none }
-.unseen { position:fixed; left:-9999px; width:1px; height:1px; overflow:hidden }
-.skip { position:fixed; left:12px; top:-60px; z-index:9; padding:8px 14px;
-  background:var(--surface); border-radius:8px }
-.skip:focus { top:12px; box-shadow:var(--shade) }
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #151719;
+    --surface: #1c1f22;
+    --sunken: #101214;
+    --line: #2d3135;
+    --ink: #e6e7e5;
+    --soft: #a0a6ad;
+    --accent: #55c7b1;
+    --on-accent: #06201b;
+    --tint: #1b3531;
+    --ok: #62c98f;
+    --bad: #ff8f85;
+    --wait: #e3b35a;
+    --bad-tint: #3a2020;
+    --wait-tint: #362b15;
+    --shade: 0 8px 30px rgb(0 0 0 / .5);
+    --screen: #0d0f11;
+  }
+}
+*, ::before, ::after { box-sizing: border-box; scrollbar-width: thin; }
+[hidden] { display: none !important; }
+html, body { height: 100%; margin: 0; }
+body {
+  background: var(--paper); color: var(--ink); font: 15px/1.55 var(--sans);
+  -webkit-text-size-adjust: 100%; overflow-wrap: break-word;
+}
+h1, h2, h3, p, ul, ol, dl, dd, pre { margin: 0; padding: 0; }
+ul { list-style: none; }
+h1, h2 { font-size: 16px; font-weight: 620; letter-spacing: -.01em; }
+h1 { font-size: 17px; }
+a { color: var(--accent); text-underline-offset: 3px; }
+code, pre, .mono { font-family: var(--mono); font-size: .88em; }
+button, input, select, textarea { font: inherit; color: inherit; }
+button, summary, select { cursor: pointer; }
+button:disabled { opacity: .5; cursor: default; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+:is(#transcript, .screen, .scroll):focus-visible { outline-offset: -3px; }
+#page:focus, h2:focus { outline: none; }
+.unseen { position: fixed; left: -9999px; width: 1px; height: 1px; overflow: hidden; }
+.skip {
+  position: fixed; left: 12px; top: -60px; z-index: 9; padding: 8px 14px;
+  background: var(--surface); border-radius: 8px;
+}
+.skip:focus { top: 12px; box-shadow: var(--shade); }
 
 /* small pieces */
 .sheet, dialog, .card, .choices, .command, .field, .pick, .round {
-  background:var(--surface); border:var(--rule) }
+  background: var(--surface); border: var(--rule);
+}
 .bar h1, .where, #prompt, .running code, .pick-label, .node h2, #sessions .name,
-  #sessions .detail, #audit .what { overflow:hidden; text-overflow:ellipsis;
-  white-space:nowrap }
-.icon { width:18px; height:18px; flex:none; fill:none; stroke:currentColor;
-  stroke-width:1.5; stroke-linecap:round; stroke-linejoin:round }
-.mark { width:24px; height:24px; flex:none; color:var(--accent); fill:none;
-  stroke:currentColor; stroke-width:2.2 }
-.button, .bare { display:inline-flex; align-items:center; justify-content:center;
-  gap:6px; border:var(--rule); border-radius:9px; padding:6px 13px;
-  background:var(--surface); text-decoration:none; white-space:nowrap }
-.button { min-height:36px; font-weight:520 }
-.button:hover { background:var(--sunken) }
-.button.main, .round.main { background:var(--accent); border-color:transparent;
-  color:var(--on-accent) }
-.button.main:hover, .round.main:hover { filter:brightness(1.08) }
-.button.danger { background:var(--bad); border-color:transparent; color:var(--paper) }
-.button.small { min-height:30px; padding:3px 10px; font-size:13px; border-radius:8px }
-.button.small .icon { width:15px; height:15px }
-.button.wide { width:100% }
-.bare { border-color:transparent; background:none; padding:0; min-width:30px;
-  min-height:30px; color:var(--soft); border-radius:8px }
-.bare:hover { background:var(--hover); color:var(--ink) }
-.link { border:0; background:none; padding:0; color:inherit; text-decoration:underline;
-  text-underline-offset:3px }
-input, textarea, select { border:var(--rule); border-radius:9px;
-  background:var(--surface); padding:7px 11px; min-width:0 }
-input::placeholder, textarea::placeholder { color:var(--soft); opacity:1 }
-.edit { width:100%; padding:1px 6px; border-radius:6px; font:inherit }
-.bad { color:var(--bad) }
-p.bad:empty { display:none }
-.warn { display:flex; gap:9px; padding:9px 12px; border-radius:9px; font-size:14px;
-  background:var(--wait-tint); color:var(--wait) }
-.dot { display:inline-block; width:9px; height:9px; flex:none; border-radius:50%;
-  background:var(--soft) }
-.dot.on, .dot.ok { background:var(--ok) }
-.dot.bad { background:var(--bad) }
-.dot.off { background:none; border:2px solid var(--soft) }
-.dot.wait { background:var(--wait) }
-.dot.run { background:var(--accent); animation:pulse 1.6s infinite }
-@keyframes pulse { 50% { opacity:.3 } }
-.tools { display:inline-flex; gap:2px; margin-left:auto }
-.actions { display:flex; flex-wrap:wrap; justify-content:flex-end; gap:10px;
-  margin-top:20px }
-.chip { display:inline-block; padding:1px 8px; margin:0 5px 5px 0; border-radius:6px;
-  background:var(--sunken); font-size:13px }
+#sessions .detail, #audit .what {
+  overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+}
+.icon {
+  width: 18px; height: 18px; flex: none; fill: none; stroke: currentColor;
+  stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round;
+}
+.mark {
+  width: 24px; height: 24px; flex: none; color: var(--accent); fill: none;
+  stroke: currentColor; stroke-width: 2.2;
+}
+.button, .bare {
+  display: inline-flex; align-items: center; justify-content: center; gap: 6px;
+  border: var(--rule); border-radius: 9px; padding: 6px 13px;
+  background: var(--surface); text-decoration: none; white-space: nowrap;
+}
+.button { min-height: 36px; font-weight: 520; }
+.button:hover { background: var(--sunken); }
+.button.main, .round.main {
+  background: var(--accent); border-color: transparent; color: var(--on-accent);
+}
+.button.main:hover, .round.main:hover { filter: brightness(1.08); }
+.button.danger {
+  background: var(--bad); border-color: transparent; color: var(--paper);
+}
+.button.small {
+  min-height: 30px; padding: 3px 10px; font-size: 13px; border-radius: 8px;
+}
+.button.small .icon { width: 15px; height: 15px; }
+.button.wide { width: 100%; }
+.bare {
+  border-color: transparent; background: none; padding: 0; min-width: 30px;
+  min-height: 30px; color: var(--soft); border-radius: 8px;
+}
+.bare:hover { background: var(--hover); color: var(--ink); }
+.link {
+  border: 0; background: none; padding: 0; color: inherit; text-decoration: underline;
+  text-underline-offset: 3px;
+}
+input, textarea, select {
+  border: var(--rule); border-radius: 9px; background: var(--surface);
+  padding: 7px 11px; min-width: 0;
+}
+input::placeholder, textarea::placeholder { color: var(--soft); opacity: 1; }
+.edit { width: 100%; padding: 1px 6px; border-radius: 6px; font: inherit; }
+.bad { color: var(--bad); }
+p.bad:empty { display: none; }
+.warn {
+  display: flex; gap: 9px; padding: 9px 12px; border-radius: 9px; font-size: 14px;
+  background: var(--wait-tint); color: var(--wait);
+}
+.dot {
+  display: inline-block; width: 9px; height: 9px; flex: none; border-radius: 50%;
+  background: var(--soft);
+}
+.dot.on, .dot.ok { background: var(--ok); }
+.dot.bad { background: var(--bad); }
+.dot.off { background: none; border: 2px solid var(--soft); }
+.dot.wait { background: var(--wait); }
+.dot.run { background: var(--accent); animation: pulse 1.6s infinite; }
+@keyframes pulse { 50% { opacity: .3; } }
+.tools { display: inline-flex; gap: 2px; margin-left: auto; }
+.actions {
+  display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 10px;
+  margin-top: 20px;
+}
+.chip {
+  display: inline-block; padding: 1px 8px; margin: 0 5px 5px 0; border-radius: 6px;
+  background: var(--sunken); font-size: 13px;
+}
 
 /* sign-in, dialogs */
-.lone { min-height:100%; display:grid; place-items:center; padding:24px }
-.sheet { width:min(420px, 100%); display:grid; gap:12px; padding:32px;
-  border-radius:18px; box-shadow:var(--shade) }
-.sheet h1 { display:flex; align-items:center; gap:10px; font-size:22px }
-.sheet label, dialog label { font-weight:560; font-size:14px }
-.sheet p, dialog > p, dialog form > p { color:var(--soft) }
-.sheet p.bad, dialog p.bad { color:var(--bad) }
-details { margin-top:6px; color:var(--soft); font-size:14px }
-details p { margin:8px 0 }
-details pre { padding:8px 10px; border-radius:8px; background:var(--sunken);
-  overflow-x:auto }
-dialog { width:min(480px, calc(100vw - 24px)); max-height:calc(100dvh - 32px);
-  border-radius:18px; padding:26px; overflow:auto; color:var(--ink);
-  box-shadow:var(--shade) }
-#token { width:min(660px, calc(100vw - 24px)) }
-dialog::backdrop { background:rgb(0 0 0 / .4) }
-dialog h2 { font-size:19px; margin-bottom:8px }
-#token-form { display:grid; gap:8px }
-#token-warnings { margin:10px 0 }
-.secret { position:relative; margin-top:14px }
-.secret p { font-size:13.5px; color:var(--soft); margin-bottom:4px }
-.secret pre { padding:11px 44px 11px 13px; border-radius:10px; font-size:13px;
-  background:var(--screen); color:var(--screen-ink); white-space:pre-wrap;
-  overflow-wrap:anywhere }
-.secret .bare { position:absolute; right:6px; bottom:6px; color:var(--screen-soft) }
-.secret .bare:hover { color:#fff; background:rgb(255 255 255 / .14) }
-#token-wait { display:flex; align-items:center; gap:9px; margin-top:18px;
-  padding:11px 13px; border-radius:10px; background:var(--sunken); color:var(--soft) }
-#token-wait.here { background:var(--tint); color:var(--ink); font-weight:560 }
-#toast { position:fixed; z-index:20; left:50%; bottom:96px; translate:-50% 0;
-  max-width:min(560px, calc(100vw - 32px)); padding:10px 16px; border-radius:11px;
-  background:var(--ink); color:var(--paper); box-shadow:var(--shade) }
+.lone { min-height: 100%; display: grid; place-items: center; padding: 24px; }
+.sheet {
+  width: min(420px, 100%); display: grid; gap: 12px; padding: 32px; border-radius: 18px;
+  box-shadow: var(--shade);
+}
+.sheet h1 { display: flex; align-items: center; gap: 10px; font-size: 22px; }
+.sheet label, dialog label { font-weight: 560; font-size: 14px; }
+.sheet p, dialog > p, dialog form > p { color: var(--soft); }
+.sheet p.bad, dialog p.bad { color: var(--bad); }
+details { margin-top: 6px; color: var(--soft); font-size: 14px; }
+details p { margin: 8px 0; }
+details pre {
+  padding: 8px 10px; border-radius: 8px; background: var(--sunken); overflow-x: auto;
+}
+dialog {
+  width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
+  border-radius: 18px; padding: 26px; overflow: auto; color: var(--ink);
+  box-shadow: var(--shade);
+}
+#token { width: min(660px, calc(100vw - 24px)); }
+dialog::backdrop { background: rgb(0 0 0 / .4); }
+dialog h2 { font-size: 19px; margin-bottom: 8px; }
+#token-form { display: grid; gap: 8px; }
+#token-warnings { margin: 10px 0; }
+.secret { position: relative; margin-top: 14px; }
+.secret p { font-size: 13.5px; color: var(--soft); margin-bottom: 4px; }
+.secret pre {
+  padding: 11px 44px 11px 13px; border-radius: 10px; font-size: 13px;
+  background: var(--screen); color: var(--screen-ink); white-space: pre-wrap;
+  overflow-wrap: anywhere;
+}
+.secret .bare {
+  position: absolute; right: 6px; bottom: 6px; color: var(--screen-soft);
+}
+.secret .bare:hover { color: #fff; background: rgb(255 255 255 / .14); }
+#token-wait {
+  display: flex; align-items: center; gap: 9px; margin-top: 18px; padding: 11px 13px;
+  border-radius: 10px; background: var(--sunken); color: var(--soft);
+}
+#token-wait.here { background: var(--tint); color: var(--ink); font-weight: 560; }
+#toast {
+  position: fixed; z-index: 20; left: 50%; bottom: 96px; translate: -50% 0;
+  max-width: min(560px, calc(100vw - 32px)); padding: 10px 16px; border-radius: 11px;
+  background: var(--ink); color: var(--paper); box-shadow: var(--shade);
+}
 
 /* frame */
-#app { display:grid; grid-template-columns:272px minmax(0, 1fr); height:100dvh }
-#sidebar { display:flex; flex-direction:column; gap:10px; min-height:0;
-  padding:14px 12px; background:var(--sunken); border-right:var(--rule) }
-.side-head { display:flex; align-items:center; justify-content:space-between;
-  padding:0 6px 4px }
-.brand { display:flex; align-items:center; gap:9px; font-size:17px; font-weight:660;
-  letter-spacing:-.02em; color:var(--ink); text-decoration:none }
-#sessions { flex:1; min-height:0; overflow-y:auto; margin:0 -4px; padding:0 4px }
-#sessions li { position:relative; border-radius:9px }
-#sessions a { display:block; padding:7px 10px; border-radius:9px; color:inherit;
-  text-decoration:none }
-#sessions li:hover { background:var(--hover) }
-#sessions li.current { background:var(--surface); box-shadow:0 0 0 1px var(--line) }
-#sessions .name, #sessions .detail { display:block }
-#sessions .name { font-weight:520 }
-#sessions .detail, .detail { font-size:12.5px; color:var(--soft) }
-#sessions .replying .detail { color:var(--accent) }
-#sessions .tools { position:absolute; right:5px; top:5px; border-radius:8px; opacity:0;
-  background:var(--surface) }
-#sessions li:hover .tools, #sessions li:focus-within .tools { opacity:1 }
-.side-foot { padding-top:10px; border-top:var(--rule) }
-.side-foot h2 { padding:0 10px 4px; font-size:12.5px; font-weight:560;
-  color:var(--soft); letter-spacing:0 }
-.side-foot a, .side-foot .bare { display:flex; justify-content:flex-start; gap:10px;
-  align-items:center; width:100%; padding:6px 10px; border-radius:9px; color:var(--ink);
-  text-decoration:none }
-.side-foot .icon { color:var(--soft) }
-.side-foot a:hover { background:var(--hover) }
-.side-foot a[aria-current] { background:var(--surface);
-  box-shadow:0 0 0 1px var(--line) }
-.count { margin-left:auto; font-size:12.5px; color:var(--soft) }
-#frame { display:flex; flex-direction:column; min-height:0; min-width:0 }
-#banner { padding:7px 20px; background:var(--wait-tint); color:var(--wait);
-  font-size:14px }
-#page, #page > section { flex:1; display:flex; flex-direction:column; min-height:0;
-  position:relative }
-.bar { position:relative; z-index:2; display:flex; align-items:center; gap:12px;
-  min-height:57px; padding:8px 20px; border-bottom:var(--rule) }
-.bar h1 { flex:1; min-width:0 }
-.phone { display:none }
+#app { display: grid; grid-template-columns: 272px minmax(0, 1fr); height: 100dvh; }
+#sidebar {
+  display: flex; flex-direction: column; gap: 10px; min-height: 0; padding: 14px 12px;
+  background: var(--sunken); border-right: var(--rule);
+}
+.side-head {
+  display: flex; align-items: center; justify-content: space-between;
+  padding: 0 6px 4px;
+}
+.brand {
+  display: flex; align-items: center; gap: 9px; font-size: 17px; font-weight: 660;
+  letter-spacing: -.02em; color: var(--ink); text-decoration: none;
+}
+#sessions { flex: 1; min-height: 0; overflow-y: auto; margin: 0 -4px; padding: 0 4px; }
+#sessions li { position: relative; border-radius: 9px; }
+#sessions a {
+  display: block; padding: 7px 10px; border-radius: 9px; color: inherit;
+  text-decoration: none;
+}
+#sessions li:hover { background: var(--hover); }
+#sessions li.current { background: var(--surface); box-shadow: 0 0 0 1px var(--line); }
+#sessions .name, #sessions .detail { display: block; }
+#sessions .name { font-weight: 520; }
+#sessions .detail, .detail { font-size: 12.5px; color: var(--soft); }
+#sessions .replying .detail { color: var(--accent); }
+#sessions .tools {
+  position: absolute; right: 5px; top: 5px; border-radius: 8px; opacity: 0;
+  background: var(--surface);
+}
+#sessions li:hover .tools, #sessions li:focus-within .tools { opacity: 1; }
+.side-foot { padding-top: 10px; border-top: var(--rule); }
+.side-foot h2 {
+  padding: 0 10px 4px; font-size: 12.5px; font-weight: 560; color: var(--soft);
+  letter-spacing: 0;
+}
+.side-foot a, .side-foot .bare {
+  display: flex; justify-content: flex-start; gap: 10px; align-items: center;
+  width: 100%; padding: 6px 10px; border-radius: 9px; color: var(--ink);
+  text-decoration: none;
+}
+.side-foot .icon { color: var(--soft); }
+.side-foot a:hover { background: var(--hover); }
+.side-foot a[aria-current] {
+  background: var(--surface); box-shadow: 0 0 0 1px var(--line);
+}
+.count { margin-left: auto; font-size: 12.5px; color: var(--soft); }
+#frame { display: flex; flex-direction: column; min-height: 0; min-width: 0; }
+#banner {
+  padding: 7px 20px; background: var(--wait-tint); color: var(--wait); font-size: 14px;
+}
+#page, #page > section {
+  flex: 1; display: flex; flex-direction: column; min-height: 0; position: relative;
+}
+.bar {
+  position: relative; z-index: 2; display: flex; align-items: center; gap: 12px;
+  min-height: 57px; padding: 8px 20px; border-bottom: var(--rule);
+}
+.bar h1 { flex: 1; min-width: 0; }
+.phone { display: none; }
 
 /* choosing a model and a machine */
-.pickers { display:flex; gap:8px; min-width:0 }
-.picker { position:relative; min-width:0 }
-.pick { display:flex; align-items:center; gap:8px; max-width:240px; min-height:36px;
-  padding:5px 8px 5px 12px; border-radius:9px }
-.pick:hover, .pick[aria-expanded=true] { background:var(--sunken) }
-.pick-label { flex:1; text-align:left }
-.choices { position:absolute; z-index:10; right:0; top:calc(100% + 6px); padding:5px;
-  width:max-content; min-width:240px; max-width:min(380px, 92vw); max-height:min(440px,
-  65vh); overflow-y:auto; border-radius:12px; box-shadow:var(--shade) }
-.choices:focus-visible { outline-offset:0; outline-width:1px }
-.choices li { display:flex; align-items:center; gap:10px; padding:7px 10px;
-  border-radius:8px; cursor:pointer }
-.choices li:hover, .choices .active { background:var(--sunken) }
-.choices .active { box-shadow:inset 0 0 0 1px var(--accent) }
-.choices .dim .choice > :first-child { color:var(--soft) }
-.choice { flex:1; min-width:0 }
-.choice span { display:block; overflow:hidden; text-overflow:ellipsis }
-.choices .icon { color:var(--accent) }
+.pickers { display: flex; gap: 8px; min-width: 0; }
+.picker { position: relative; min-width: 0; }
+.pick {
+  display: flex; align-items: center; gap: 8px; max-width: 240px; min-height: 36px;
+  padding: 5px 8px 5px 12px; border-radius: 9px;
+}
+.pick:hover, .pick[aria-expanded=true] { background: var(--sunken); }
+.pick-label { flex: 1; text-align: left; }
+.choices {
+  position: absolute; z-index: 10; right: 0; top: calc(100% + 6px); padding: 5px;
+  width: max-content; min-width: 240px; max-width: min(380px, 92vw);
+  max-height: min(440px, 65vh); overflow-y: auto; border-radius: 12px;
+  box-shadow: var(--shade);
+}
+.choices:focus-visible { outline-offset: 0; outline-width: 1px; }
+.choices li {
+  display: flex; align-items: center; gap: 10px; padding: 7px 10px; border-radius: 8px;
+  cursor: pointer;
+}
+.choices li:hover, .choices .active { background: var(--sunken); }
+.choices .active { box-shadow: inset 0 0 0 1px var(--accent); }
+.choices .dim .choice > :first-child { color: var(--soft); }
+.choice { flex: 1; min-width: 0; }
+.choice span { display: block; overflow: hidden; text-overflow: ellipsis; }
+.choices .icon { color: var(--accent); }
 
 /* conversation */
-#transcript, #composer { scrollbar-gutter:stable; overflow:hidden }
-#transcript { flex:1; min-height:0; overflow-y:auto; padding:26px 20px 18px;
-  overflow-anchor:none }
-#messages, #welcome, #thinking, #composer > * { max-width:800px; margin-inline:auto }
-#older { display:flex; margin:0 auto 18px }
-.turn { margin-bottom:20px }
-.note { font-size:12.5px; color:var(--soft) }
-.note:empty { display:none }
-.user { display:flex; flex-direction:column; align-items:flex-end }
-.bubble { max-width:85%; padding:9px 15px; border-radius:17px 17px 5px 17px;
-  background:var(--tint); white-space:pre-wrap }
-.user .note { margin:4px 6px 0 }
-.assistant footer { display:flex; align-items:center; gap:6px; min-height:30px }
-.notice { max-width:640px; margin-inline:auto; text-align:center; font-size:13.5px;
-  color:var(--soft); white-space:pre-wrap }
-.notice.bad { color:var(--bad); background:var(--bad-tint); padding:8px 14px;
-  border-radius:10px }
-#welcome { padding:9vh 0 30px; text-align:center; color:var(--soft) }
-#welcome h2 { font-size:25px; color:var(--ink); letter-spacing:-.02em }
-#welcome p { margin-top:10px }
-.starters { display:flex; flex-wrap:wrap; justify-content:center; gap:8px;
-  padding:12px 0 }
-#thinking { display:flex; align-items:center; gap:10px; color:var(--soft);
-  font-size:13.5px; min-height:24px }
-.dots i { display:inline-block; width:6px; height:6px; margin-right:4px;
-  border-radius:50%; background:var(--soft); animation:pulse 1.2s infinite }
-.dots i:nth-child(2) { animation-delay:.2s }
-.dots i:nth-child(3) { animation-delay:.4s }
-#latest { position:absolute; left:50%; bottom:116px; translate:-50% 0;
-  border-radius:20px; box-shadow:var(--shade) }
-#composer { padding:6px 20px max(12px, env(safe-area-inset-bottom)) }
-.field { display:flex; align-items:flex-end; gap:6px; padding:6px; border-radius:16px;
-  box-shadow:0 2px 10px rgb(30 25 15 / .05) }
-.field:focus-within { border-color:var(--accent); box-shadow:0 0 0 1px var(--accent) }
-#text { flex:1; border:0; background:none; resize:none; padding:7px 8px; outline:0;
-  line-height:22px; min-height:36px }
-.shell #text, #prompt { font-family:var(--mono); font-size:14px }
-#prompt { flex:none; max-width:40%; padding:7px 0 7px 10px; line-height:22px;
-  color:var(--accent) }
-#prompt:empty { display:none }
-.round { display:grid; place-items:center; width:36px; height:36px; flex:none;
-  border-radius:11px }
-#hint { margin-top:6px; text-align:center; font-size:12.5px; color:var(--soft) }
-#node-away { margin-bottom:8px }
+#transcript, #composer { scrollbar-gutter: stable; overflow: hidden; }
+#transcript {
+  flex: 1; min-height: 0; overflow-y: auto; padding: 26px 20px 18px;
+  overflow-anchor: none;
+}
+#messages, #welcome, #thinking, #composer > * { max-width: 800px; margin-inline: auto; }
+#older { display: flex; margin: 0 auto 18px; }
+.turn { margin-bottom: 20px; }
+.note { font-size: 12.5px; color: var(--soft); }
+.note:empty { display: none; }
+.user { display: flex; flex-direction: column; align-items: flex-end; }
+.bubble {
+  max-width: 85%; padding: 9px 15px; border-radius: 17px 17px 5px 17px;
+  background: var(--tint); white-space: pre-wrap;
+}
+.user .note { margin: 4px 6px 0; }
+.assistant footer { display: flex; align-items: center; gap: 6px; min-height: 30px; }
+.notice {
+  max-width: 640px; margin-inline: auto; text-align: center; font-size: 13.5px;
+  color: var(--soft); white-space: pre-wrap;
+}
+.notice.bad {
+  color: var(--bad); background: var(--bad-tint); padding: 8px 14px;
+  border-radius: 10px;
+}
+#welcome { padding: 9vh 0 30px; text-align: center; color: var(--soft); }
+#welcome h2 { font-size: 25px; color: var(--ink); letter-spacing: -.02em; }
+#welcome p { margin-top: 10px; }
+.starters {
+  display: flex; flex-wrap: wrap; justify-content: center; gap: 8px; padding: 12px 0;
+}
+#thinking {
+  display: flex; align-items: center; gap: 10px; color: var(--soft); font-size: 13.5px;
+  min-height: 24px;
+}
+.dots i {
+  display: inline-block; width: 6px; height: 6px; margin-right: 4px; border-radius: 50%;
+  background: var(--soft); animation: pulse 1.2s infinite;
+}
+.dots i:nth-child(2) { animation-delay: .2s; }
+.dots i:nth-child(3) { animation-delay: .4s; }
+#latest {
+  position: absolute; left: 50%; bottom: 116px; translate: -50% 0; border-radius: 20px;
+  box-shadow: var(--shade);
+}
+#composer { padding: 6px 20px max(12px, env(safe-area-inset-bottom)); }
+.field {
+  display: flex; align-items: flex-end; gap: 6px; padding: 6px; border-radius: 16px;
+  box-shadow: 0 2px 10px rgb(30 25 15 / .05);
+}
+.field:focus-within {
+  border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent);
+}
+#text {
+  flex: 1; border: 0; background: none; resize: none; padding: 7px 8px; outline: 0;
+  line-height: 22px; min-height: 36px;
+}
+.shell #text, #prompt { font-family: var(--mono); font-size: 14px; }
+#prompt {
+  flex: none; max-width: 40%; padding: 7px 0 7px 10px; line-height: 22px;
+  color: var(--accent);
+}
+#prompt:empty { display: none; }
+.round {
+  display: grid; place-items: center; width: 36px; height: 36px; flex: none;
+  border-radius: 11px;
+}
+#hint { margin-top: 6px; text-align: center; font-size: 12.5px; color: var(--soft); }
+#node-away { margin-bottom: 8px; }
 
 /* prose */
-.prose > * + * { margin-top:12px }
-.prose :is(h3, h4, h5, h6) { margin:20px 0 0; font-size:1.05em; font-weight:620 }
-.prose > :first-child { margin-top:0 }
-.prose :is(ul, ol) { padding-left:24px }
-.prose ul { list-style:disc }
-.prose li + li, .prose li > :is(ul, ol, p, .code) { margin-top:4px }
-.prose :not(pre) > code { padding:1px 5px; border-radius:5px; background:var(--sunken) }
-.prose blockquote { margin-inline:0; padding-left:14px;
-  border-left:3px solid var(--line); color:var(--soft) }
-.prose hr { width:100%; border:0; border-top:var(--rule) }
-.prose .wide { overflow-x:auto }
-.prose table { border-collapse:collapse; font-size:14px }
-.prose :is(th, td) { padding:5px 14px 5px 0; text-align:left; vertical-align:top;
-  border-bottom:var(--rule) }
-.prose .number, td.number, th.number { text-align:right;
-  font-variant-numeric:tabular-nums }
-.prose .center { text-align:center }
-.code { border-radius:11px; overflow:hidden; background:var(--sunken) }
-.code-head { display:flex; justify-content:space-between; align-items:center;
-  padding:2px 5px 0 13px; font-size:12.5px; color:var(--soft) }
-.code pre { padding:4px 13px 11px; overflow-x:auto }
+.prose > * + * { margin-top: 12px; }
+.prose :is(h3, h4, h5, h6) { margin: 20px 0 0; font-size: 1.05em; font-weight: 620; }
+.prose > :first-child { margin-top: 0; }
+.prose :is(ul, ol) { padding-left: 24px; }
+.prose ul { list-style: disc; }
+.prose li + li, .prose li > :is(ul, ol, p, .code) { margin-top: 4px; }
+.prose :not(pre) > code {
+  padding: 1px 5px; border-radius: 5px; background: var(--sunken);
+}
+.prose blockquote {
+  margin-inline: 0; padding-left: 14px; border-left: 3px solid var(--line);
+  color: var(--soft);
+}
+.prose hr { width: 100%; border: 0; border-top: var(--rule); }
+.prose .wide { overflow-x: auto; }
+.prose table { border-collapse: collapse; font-size: 14px; }
+.prose :is(th, td) {
+  padding: 5px 14px 5px 0; text-align: left; vertical-align: top;
+  border-bottom: var(--rule);
+}
+.prose .number, td.number, th.number {
+  text-align: right; font-variant-numeric: tabular-nums;
+}
+.prose .center { text-align: center; }
+.code { border-radius: 11px; overflow: hidden; background: var(--sunken); }
+.code-head {
+  display: flex; justify-content: space-between; align-items: center;
+  padding: 2px 5px 0 13px; font-size: 12.5px; color: var(--soft);
+}
+.code pre { padding: 4px 13px 11px; overflow-x: auto; }
 
 /* a command */
-.command { border-radius:13px; overflow:hidden }
-.command > header, .command > footer { display:flex; align-items:center; gap:8px;
-  min-height:40px; padding:4px 8px 4px 13px }
-.where { flex:none; max-width:34%; font-size:13px; font-weight:580 }
-.command .line { flex:1; min-width:0; max-height:40vh; overflow:auto; font-size:13px;
-  white-space:pre-wrap; overflow-wrap:anywhere }
-.command > footer { gap:6px 12px; min-height:38px; font-size:13px; color:var(--soft);
-  font-variant-numeric:tabular-nums }
-.command > footer .tools { align-items:center }
-.word { font-weight:560 }
-[data-kind=ok] .word { color:var(--ok) }
-[data-kind=bad] .word { color:var(--bad) }
-[data-kind=wait] .word { color:var(--wait) }
-[data-kind=run] .word { color:var(--accent) }
-.folded > .screen { display:none }
-.folded [aria-expanded] { rotate:-90deg }
-.approval { display:flex; flex-wrap:wrap; gap:8px; padding:4px 13px 13px }
-.approval p { width:100%; color:var(--soft); font-size:14px }
-.screen { max-height:420px; overflow:auto; padding:10px 14px; background:var(--screen);
-  color:var(--screen-ink); font:13px/1.5 var(--mono); white-space:pre; tab-size:8;
-  overflow-anchor:none }
-.screen.empty { display:none }
-.screen div > div { min-height:1.5em }
-.screen .gap { color:var(--screen-soft); font-family:var(--sans); padding:4px 0 }
-.screen .err { color:#f5bfa5 }
-.screen .b { font-weight:700 }
-.screen .dim { opacity:.7 }
-.screen .i { font-style:italic }
-.screen .u { text-decoration:underline }
-.screen .s { text-decoration:line-through }
+.command { border-radius: 13px; overflow: hidden; }
+.command > header, .command > footer {
+  display: flex; align-items: center; gap: 8px; min-height: 40px;
+  padding: 4px 8px 4px 13px;
+}
+.where { flex: none; max-width: 34%; font-size: 13px; font-weight: 580; }
+.command .line {
+  flex: 1; min-width: 0; max-height: 40vh; overflow: auto; font-size: 13px;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+}
+.command > footer {
+  gap: 6px 12px; min-height: 38px; font-size: 13px; color: var(--soft);
+  font-variant-numeric: tabular-nums;
+}
+.command > footer .tools { align-items: center; }
+.word { display: inline-block; font-weight: 560; }
+.word::first-letter { text-transform: uppercase; }
+[data-kind=ok] .word { color: var(--ok); }
+[data-kind=bad] .word { color: var(--bad); }
+[data-kind=wait] .word { color: var(--wait); }
+[data-kind=run] .word { color: var(--accent); }
+.folded > .screen { display: none; }
+.folded [aria-expanded] { rotate: -90deg; }
+.approval { display: flex; flex-wrap: wrap; gap: 8px; padding: 4px 13px 13px; }
+.approval p { width: 100%; color: var(--soft); font-size: 14px; }
+.screen {
+  max-height: 420px; overflow: auto; padding: 10px 14px; background: var(--screen);
+  color: var(--screen-ink); font: 13px/1.5 var(--mono); white-space: pre; tab-size: 8;
+  overflow-anchor: none;
+}
+.screen.empty { display: none; }
+.screen div > div { min-height: 1.5em; }
+.screen .cut { padding-bottom: 4px; color: var(--screen-soft); font: 13px var(--sans); }
+.screen .cut a { color: inherit; }
+.screen .err { color: #f5bfa5; }
+.screen .b { font-weight: 700; }
+.screen .dim { opacity: .7; }
+.screen .i { font-style: italic; }
+.screen .u { text-decoration: underline; }
+.screen .s { text-decoration: line-through; }
 
 /* settings */
-.scroll { flex:1; overflow:auto; padding:20px }
-.lead { max-width:640px; margin-bottom:16px; color:var(--soft) }
-#node-cards { display:grid; gap:16px; grid-template-columns:repeat(auto-fill,
-  minmax(min(360px, 100%), 1fr)) }
-.card { padding:16px 18px; border-radius:15px }
-.node header { display:flex; align-items:center; gap:10px; min-height:32px }
-.node h2 { min-width:0 }
-.since { font-size:13.5px }
-.about, .facts { font-size:13px; color:var(--soft) }
-.facts { margin-top:10px; font-variant-numeric:tabular-nums }
-.facts:empty, .about:empty { display:none }
-.away .since { color:var(--soft) }
-.away :is(.cpu, .meters, .facts) { display:none }
-.away h2 { color:var(--soft) }
-.stale .since { color:var(--wait) }
-.cpu { display:flex; gap:18px; align-items:flex-end; margin-top:14px }
-.cpu > dl { flex:1 }
-.spark { flex:1; height:36px; min-width:0; border-bottom:var(--rule) }
-.spark.none { visibility:hidden }
-.spark .trace { fill:none; stroke:var(--accent); stroke-width:1.5;
-  vector-effect:non-scaling-stroke; stroke-linejoin:round }
-.spark .area { fill:var(--accent); opacity:.13 }
-.meters { display:grid; grid-template-columns:1fr 1fr; gap:18px; margin-top:12px }
-.meter { display:flex; flex-wrap:wrap; gap:0 8px; font-size:13px;
-  font-variant-numeric:tabular-nums }
-.meter dt { flex:1; color:var(--soft) }
-.track { width:100%; height:5px; margin-top:4px; border-radius:3px; overflow:hidden;
-  background:var(--line) }
-.track i { display:block; height:100%; border-radius:3px; background:var(--accent);
-  transition:width .5s }
-.high .track i { background:var(--bad) }
-.lists { display:grid; grid-template-columns:auto 1fr; gap:5px 12px; margin-top:12px;
-  font-size:13px }
-.lists:empty { display:none }
-.lists dt { color:var(--soft); padding-top:1px }
-.lists dd { min-width:0 }
-.running { margin-top:8px; padding-top:8px; border-top:var(--rule) }
-.running li, .rows li { display:flex; align-items:center; gap:9px; font-size:13px }
-.running code { flex:1 }
-#unused { margin-top:30px }
-.rows { max-width:640px; margin-top:8px }
-.rows li { padding:6px 0; border-bottom:var(--rule); font-size:14px }
-.rows .name { flex:1 }
-.scroll > h2 + *, form > h2 + * { margin-top:6px }
-.scroll > * + h2, .scroll > form { margin-top:28px }
-.scroll > form, #providers, #key-made { max-width:640px }
-.inline { display:flex; gap:8px }
-.inline input { flex:1 }
-#key-scopes { display:flex; flex-wrap:wrap; gap:6px 16px; margin:8px 0; padding:0;
-  border:0; font-size:14px }
-#key-scopes label, details label { display:flex; gap:6px; align-items:center }
-#providers .card { margin:0 0 10px; padding:12px 16px; font-size:15px; color:inherit }
-details label { justify-content:space-between; margin-top:10px }
-details label input { flex:0 1 420px }
-.filters { display:flex; gap:12px; font-size:13.5px; color:var(--soft) }
-.filters select { color:var(--ink); padding:5px 8px; max-width:150px }
-#audit { width:100%; border-collapse:collapse; font-size:13.5px }
-#audit th { text-align:left; font-weight:560; color:var(--soft) }
-#audit :is(th, td) { padding:7px 16px 7px 0; border-bottom:var(--rule);
-  vertical-align:baseline; white-space:nowrap }
-#audit .number { text-align:right }
-#audit .what { width:50%; max-width:0 }
-#audit .result { white-space:normal; min-width:205px }
-.result .dot { margin-right:7px }
-#audit-older { margin:16px auto; display:flex }
-
-@media (max-width:760px) {
-  .phone { display:inline-flex; min-width:38px; min-height:38px }
-  #app { grid-template-columns:minmax(0, 1fr) }
-  #sidebar { position:fixed; inset:0 auto 0 0; z-index:12; width:min(300px, 86vw);
-    translate:-105% 0; visibility:hidden; transition:translate .2s, visibility .2s }
-  .menu-open #sidebar { translate:none; visibility:visible; box-shadow:var(--shade) }
-  #veil { position:fixed; inset:0; z-index:11; background:rgb(0 0 0 / .4) }
-  #sessions .tools { opacity:1; background:none }
-  #sessions .name { padding-right:64px }
-  .bar { padding:6px 10px; gap:6px; flex-wrap:wrap }
-  .pickers { display:contents }
-  .picker { flex:1 1 42%; order:2; position:static }
-  #chat h1 { flex-basis:calc(100% - 170px) }
-  #approvals { flex:0 1 auto; order:1 }
-  .pick { width:100%; max-width:none; min-height:40px }
-  .choices { left:10px; right:10px; top:100%; width:auto; max-width:none }
-  .choices li { padding:10px }
-  #transcript { padding:18px 12px 10px }
-  #composer { padding:4px 10px max(10px, env(safe-area-inset-bottom)) }
-  input, textarea, select, #text, .shell #text { font-size:16px }
-  #hint, .size { display:none }
-  .meters { grid-template-columns:1fr; gap:10px }
-  #welcome { padding-top:5vh }
-  .scroll { padding:14px }
-  .command > header { flex-wrap:wrap }
-  .where { flex:1; max-width:none }
-  .command .line { order:9; flex-basis:100%; padding-bottom:7px }
-  .command > footer { flex-wrap:wrap; padding-block:6px }
-  .screen { max-height:340px; font-size:12px; padding:9px 11px; white-space:pre-wrap;
-    overflow-wrap:anywhere }
-  .bare { min-width:38px; min-height:38px }
-  .filters { width:100% }
-  .filters label { flex:1; display:flex; gap:6px; align-items:center; min-width:0 }
-  .filters select { flex:1 }
-  #audit thead { position:fixed; left:-9999px }
-  #audit tr { display:grid; grid-template-columns:1fr auto auto; gap:2px 12px;
-    padding:9px 0; border-bottom:var(--rule) }
-  #audit td { padding:0; border:0; color:var(--soft) }
-  #audit .what { order:-1; grid-column:1 / -1; width:auto; max-width:none;
-    color:var(--ink) }
-  #audit .who { display:none }
-  #audit .at, #audit .when { order:3 }
-  #audit .when { grid-column:2 / -1; order:4; text-align:right }
-  dialog { padding:20px }
+.scroll { flex: 1; overflow: auto; padding: 20px; }
+.lead { max-width: 640px; margin-bottom: 16px; color: var(--soft); }
+#node-cards {
+  display: grid; gap: 16px;
+  grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr));
 }
-@media (prefers-reduced-motion:reduce) {
-  *, ::before, ::after { animation:none !important; transition:none !important }
+.card { padding: 16px 18px; border-radius: 15px; }
+.node header { display: flex; align-items: center; gap: 10px; min-height: 32px; }
+.node h2 { min-width: 0; }
+.since { font-size: 13.5px; }
+.about, .facts { font-size: 13px; color: var(--soft); }
+.facts { margin-top: 10px; font-variant-numeric: tabular-nums; }
+.facts:empty, .about:empty { display: none; }
+.away .since { color: var(--soft); }
+.away :is(.cpu, .meters, .facts) { display: none; }
+.away h2 { color: var(--soft); }
+.stale .since { color: var(--wait); }
+.cpu { display: flex; gap: 18px; align-items: flex-end; margin-top: 14px; }
+.cpu > dl { flex: 1; }
+.spark { flex: 1; height: 36px; min-width: 0; border-bottom: var(--rule); }
+.spark.none { visibility: hidden; }
+.spark .trace {
+  fill: none; stroke: var(--accent); stroke-width: 1.5;
+  vector-effect: non-scaling-stroke; stroke-linejoin: round;
+}
+.spark .area { fill: var(--accent); opacity: .13; }
+.meters { display: grid; grid-template-columns: 1fr 1fr; gap: 18px; margin-top: 12px; }
+.meter {
+  display: flex; flex-wrap: wrap; gap: 0 8px; font-size: 13px;
+  font-variant-numeric: tabular-nums;
+}
+.meter dt { flex: 1; color: var(--soft); }
+.track {
+  width: 100%; height: 5px; margin-top: 4px; border-radius: 3px; overflow: hidden;
+  background: var(--line);
+}
+.track i {
+  display: block; height: 100%; border-radius: 3px; background: var(--accent);
+  transition: width .5s;
+}
+.high .track i { background: var(--bad); }
+.lists {
+  display: grid; grid-template-columns: auto 1fr; gap: 5px 12px; margin-top: 12px;
+  font-size: 13px;
+}
+.lists:empty { display: none; }
+.lists dt { color: var(--soft); padding-top: 1px; }
+.lists dd { min-width: 0; }
+.running { margin-top: 8px; padding-top: 8px; border-top: var(--rule); }
+.running li, .rows li { display: flex; align-items: center; gap: 9px; font-size: 13px; }
+.running code { flex: 1; }
+#unused { margin-top: 30px; }
+.rows { max-width: 640px; margin-top: 8px; }
+.rows li { padding: 6px 0; border-bottom: var(--rule); font-size: 14px; }
+.rows .name { flex: 1; }
+.scroll > h2 + *, form > h2 + * { margin-top: 6px; }
+.scroll > * + h2, .scroll > form { margin-top: 28px; }
+.scroll > form, #providers, #key-made { max-width: 640px; }
+.inline { display: flex; gap: 8px; }
+.inline input { flex: 1; }
+#key-scopes {
+  display: flex; flex-wrap: wrap; gap: 6px 16px; margin: 8px 0; padding: 0; border: 0;
+  font-size: 14px;
+}
+#key-scopes label, details label { display: flex; gap: 6px; align-items: center; }
+#providers .card {
+  margin: 0 0 10px; padding: 12px 16px; font-size: 15px; color: inherit;
+}
+details label { justify-content: space-between; margin-top: 10px; }
+details label input { flex: 0 1 420px; }
+.filters { display: flex; gap: 12px; font-size: 13.5px; color: var(--soft); }
+.filters select { color: var(--ink); padding: 5px 8px; max-width: 150px; }
+#audit { width: 100%; border-collapse: collapse; font-size: 13.5px; }
+#audit th { text-align: left; font-weight: 560; color: var(--soft); }
+#audit :is(th, td) {
+  padding: 7px 16px 7px 0; border-bottom: var(--rule); vertical-align: baseline;
+  white-space: nowrap;
+}
+#audit .number { text-align: right; }
+#audit .what { width: 50%; max-width: 0; }
+#audit .result { white-space: normal; min-width: 205px; }
+.result .dot { margin-right: 7px; }
+#audit-older { margin: 16px auto; display: flex; }
+
+@media (max-width: 760px) {
+  .phone { display: inline-flex; min-width: 38px; min-height: 38px; }
+  #app { grid-template-columns: minmax(0, 1fr); }
+  #sidebar {
+    position: fixed; inset: 0 auto 0 0; z-index: 12; width: min(300px, 86vw);
+    translate: -105% 0; visibility: hidden; transition: translate .2s, visibility .2s;
+  }
+  .menu-open #sidebar {
+    translate: none; visibility: visible; box-shadow: var(--shade);
+  }
+  #veil { position: fixed; inset: 0; z-index: 11; background: rgb(0 0 0 / .4); }
+  #sessions .tools { opacity: 1; background: none; }
+  #sessions .name { padding-right: 64px; }
+  .bar { padding: 6px 10px; gap: 6px; flex-wrap: wrap; }
+  .pickers { display: contents; }
+  .picker { flex: 1 1 42%; order: 2; position: static; }
+  #chat h1 { flex-basis: calc(100% - 170px); }
+  #approvals { flex: 0 1 auto; order: 1; }
+  .pick { width: 100%; max-width: none; min-height: 40px; }
+  .choices { left: 10px; right: 10px; top: 100%; width: auto; max-width: none; }
+  .choices li { padding: 10px; }
+  #transcript { padding: 18px 12px 10px; }
+  #composer { padding: 4px 10px max(10px, env(safe-area-inset-bottom)); }
+  input, textarea, select, #text, .shell #text { font-size: 16px; }
+  #hint, .size { display: none; }
+  .meters { grid-template-columns: 1fr; gap: 10px; }
+  #welcome { padding-top: 5vh; }
+  .scroll { padding: 14px; }
+  .command > header { flex-wrap: wrap; }
+  .where { flex: 1; max-width: none; }
+  .command .line { order: 9; flex-basis: 100%; padding-bottom: 7px; }
+  .command > footer { flex-wrap: wrap; padding-block: 6px; }
+  .screen {
+    max-height: 340px; font-size: 12px; padding: 9px 11px; white-space: pre-wrap;
+    overflow-wrap: anywhere;
+  }
+  .bare { min-width: 38px; min-height: 38px; }
+  .filters { width: 100%; }
+  .filters label {
+    flex: 1; display: flex; gap: 6px; align-items: center; min-width: 0;
+  }
+  .filters select { flex: 1; }
+  #audit thead { position: fixed; left: -9999px; }
+  #audit tr {
+    display: grid; grid-template-columns: 1fr auto auto; gap: 2px 12px; padding: 9px 0;
+    border-bottom: var(--rule);
+  }
+  #audit td { padding: 0; border: 0; color: var(--soft); }
+  #audit .what {
+    order: -1; grid-column: 1 / -1; width: auto; max-width: none; color: var(--ink);
+  }
+  #audit .who { display: none; }
+  #audit .at, #audit .when { order: 3; }
+  #audit .when { grid-column: 2 / -1; order: 4; text-align: right; }
+  dialog { padding: 20px; }
+}
+@media (prefers-reduced-motion: reduce) {
+  *, ::before, ::after { animation: none !important; transition: none !important; }
 }
 """
 
-WEB_JS = r"""// The page of a gateway, from the ground up: dom, words, terminal,
-// Markdown, socket, state, routes, widgets, views, start.  Text reaches the document
-// as text nodes only, and all that is shown follows from `state`.
+WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown, socket, job logs,
+// state, routes, widgets, views, start.  Text reaches the document as text nodes only;
+// the views show `state` and hold none of their own.
 
 // == dom ==
 
@@ -18928,36 +19171,38 @@ const $ = id => document.getElementById(id);
 
 const on = (target, type, action) => target.addEventListener(type, action);
 
-// Return a new element; names that begin with "on" are listeners.
-function h(tag, attributes = {}, ...children) {
+// Return a new element.  An object before its children holds attributes; those that
+// begin with "on" are listeners.
+function h(tag, ...children) {
   const element = document.createElement(tag);
+  const attributes = children[0]?.constructor === Object ? children.shift() : {};
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) on(element, name.slice(2), value);
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
   }
-  element.append(...given(children));
+  element.append(...present(children));
   return element;
 }
 
-const given = children =>
+const present = children =>
   children.flat(9).filter(child => child != null && child !== false);
 
-// Replace what is in `element`.
+// Replace the children of `element`.
 function fill(element, ...children) {
-  element.replaceChildren(...given(children));
+  element.replaceChildren(...present(children));
 }
 
-// Replace what is in `element` where `value`, of which it is made, has changed.
-function fillFor(element, value, make) {
+// Replace the children of `element` if `value`, from which they are made, has changed.
+function fillIfChanged(element, value, make) {
   const key = JSON.stringify(value);
   if (element.shown === key) return;
   element.shown = key;
   fill(element, make(value));
 }
 
-// Set the text only where it differs: screen readers and selections notice.
-function say(element, text) {
+// Set the text only if it differs: screen readers and selections notice.
+function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
@@ -18967,13 +19212,36 @@ function icon(name) {
   return svg;
 }
 
+// Prepend the icon that data-icon names; a title becomes the accessible name.
+function addIcon(element) {
+  element.prepend(icon(element.dataset.icon));
+  if (element.title) element.setAttribute("aria-label", element.title);
+}
+
+// Return a copy of a template: its root, and each element with a data-part by name.
+function copyOf(id) {
+  const root = $(id).content.firstElementChild.cloneNode(true);
+  const parts = {root};
+  for (const element of root.querySelectorAll("[data-part]"))
+    parts[element.dataset.part] = element;
+  root.querySelectorAll("[data-icon]").forEach(addIcon);
+  return parts;
+}
+
 const button = (label, onclick, kind = "button") =>
   h("button", {class: kind, onclick}, label);
 
-const iconButton = (name, label, onclick, kind = "bare") =>
-  h("button", {class: kind, "aria-label": label, title: label, onclick}, icon(name));
+function iconButton(name, label, onclick, kind = "bare") {
+  const element = h(
+    "button",
+    {class: kind, "aria-label": label, title: label},
+    icon(name),
+  );
+  if (onclick) on(element, "click", onclick);
+  return element;
+}
 
-// The children of an element, one for each item; those of the same key are reused.
+// The children of an element, one per item; children with the same key are reused.
 class Keyed {
   constructor(parent, key, make) {
     this.parent = parent;
@@ -19001,19 +19269,23 @@ class Keyed {
   }
 }
 
-// Return a line of a list: a name, what there is to say, what can be done.
+// Return a list item: a name, a detail, buttons.
 const listRow = (name, detail, ...tools) =>
-  h("li", {}, h("span", {class: "name"}, name), h("span", {class: "detail"}, detail),
-    tools);
+  h(
+    "li",
+    h("span", {class: "name"}, name),
+    h("span", {class: "detail"}, detail),
+    tools,
+  );
 
-// Put text on the clipboard; the newer way needs https or localhost.
+// Copy text to the clipboard; the newer API needs https or localhost.
 async function copy(text, button) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
     const area = h("textarea", {class: "unseen", "aria-hidden": "true"});
     area.value = text;
-    // A modal dialog makes all that is outside of it inert.
+    // A modal dialog makes everything outside it inert.
     (button.closest("dialog") || document.body).append(area);
     area.select();
     document.execCommand("copy");
@@ -19031,20 +19303,22 @@ async function copy(text, button) {
   }, 1500);
 }
 
-const copyButton = (label, text) => {
-  const button = iconButton("copy", label, () => copy(text(), button));
-  return button;
-};
+const copyButton = (label, text) => onClickCopy(iconButton("copy", label), text);
 
-// Have a screen reader say something.
+function onClickCopy(button, text) {
+  on(button, "click", () => copy(text(), button));
+  return button;
+}
+
+// Make screen readers read a text.
 function announce(text) {
   $("live").textContent = text;
 }
 
-let toastTimer; // the one thing on the page that goes away by itself
+let toastTimer; // hides the toast
 
-// Say what went wrong, for a while.
-function complain(error) {
+// Show an error for 8 s.
+function showError(error) {
   const toast = $("toast");
   toast.textContent = error.message || String(error);
   toast.hidden = false;
@@ -19052,7 +19326,7 @@ function complain(error) {
   toastTimer = setTimeout(() => (toast.hidden = true), 8000);
 }
 
-// Let a person edit the text of `element` where it stands.
+// Replace the text of `element` by an input field until it is saved or cancelled.
 function editInPlace(element, text, label, save) {
   if (element.querySelector("input")) return;
   const input = h("input", {class: "edit", "aria-label": label, maxlength: 200});
@@ -19074,7 +19348,7 @@ function editInPlace(element, text, label, save) {
     finish(event.key === "Enter");
     element.closest("li, article, header")?.querySelector("a, button")?.focus();
   });
-  element.dataset.edited = "yes"; // whoever redraws leaves it alone
+  element.dataset.edited = "yes"; // views leave it alone meanwhile
   fill(element, input);
   input.select();
 }
@@ -19086,7 +19360,7 @@ const dotted = (...parts) => parts.filter(Boolean).join(" · ");
 const plural = (count, word) =>
   `${count.toLocaleString()} ${word}${count === 1 ? "" : "s"}`;
 
-function bytes(count) {
+function formatBytes(count) {
   if (count == null) return "";
   const units = ["B", "kB", "MB", "GB", "TB"];
   let unit = 0;
@@ -19094,18 +19368,15 @@ function bytes(count) {
   return `${count >= 100 ? Math.round(count) : +count.toFixed(1)} ${units[unit]}`;
 }
 
-// Return seconds as a person says them, in two units at most.
-function duration(seconds) {
+const UNITS = {d: 86400, h: 3600, min: 60, s: 1};
+
+// Return a duration in at most two units.
+function formatDuration(seconds) {
   if (seconds < 0.1) return `${Math.max(0, Math.round(seconds * 1000))} ms`;
   if (seconds < 10) return `${seconds.toFixed(1)} s`;
   const parts = [];
   let rest = Math.round(seconds);
-  for (const [size, unit] of [
-    [86400, "d"],
-    [3600, "h"],
-    [60, "min"],
-    [1, "s"],
-  ]) {
+  for (const [unit, size] of Object.entries(UNITS)) {
     if (rest >= size && parts.length < 2)
       parts.push(`${Math.floor(rest / size)} ${unit}`);
     else if (parts.length) break;
@@ -19121,8 +19392,8 @@ const fullFormat = new Intl.DateTimeFormat([], {
   timeStyle: "medium",
 });
 
-// Return a point in time as short as it is unmistakable today.
-function moment(ms) {
+// Return a time, with its date unless it is today.
+function formatTime(ms) {
   const date = new Date(ms);
   const clock = clockFormat.format(date);
   const today = new Date().toDateString() === date.toDateString();
@@ -19132,10 +19403,8 @@ function moment(ms) {
 function ago(ms) {
   const seconds = (Date.now() - ms) / 1000;
   if (seconds < 60) return "just now";
-  return `${duration(Math.floor(seconds / 60) * 60)
-    .split(" ")
-    .slice(0, 2)
-    .join(" ")} ago`;
+  const [count, unit] = formatDuration(Math.floor(seconds / 60) * 60).split(" ");
+  return `${count} ${unit} ago`;
 }
 
 const outputSize = row => (row.stdoutBytes || 0) + (row.stderrBytes || 0);
@@ -19143,41 +19412,42 @@ const outputSize = row => (row.stdoutBytes || 0) + (row.stderrBytes || 0);
 const PLATFORMS = {linux: "Linux", macos: "macOS"};
 const platformName = platform => PLATFORMS[platform] || platform;
 
-// Return how a command stands, in words, and the kind of mark it deserves.
-function verdict(command) {
-  const where = command.node || "The machine";
-  const approval = command.approval?.state;
-  if (approval === "asked") return ["wait", "Waits for your approval"];
-  if (approval === "denied") {
-    return ["bad", `Denied${command.approval.by ? ` by ${command.approval.by}` : ""}`];
-  }
-  if (approval === "expired") return ["bad", "Not run: nobody approved it in time"];
-  if (command.lost) return ["bad", `Lost: ${where} does not know how it ended`];
-  if (command.timedOut) return ["bad", "Ended at its time limit"];
-  if (command.cancelled) return ["off", "Stopped"];
-  if (command.error) return ["bad", command.error];
-  if (command.signal) return ["bad", `Ended by signal ${command.signal}`];
-  if (command.exitCode === 0) return ["ok", "Succeeded"];
-  if (command.exitCode != null)
-    return ["bad", `Failed with exit status ${command.exitCode}`];
-  if (command.waiting) return ["wait", `Waits for ${where} to come back`];
-  if (command.place) return ["wait", `Number ${command.place} in line on ${where}`];
-  return command.endedAt ? ["off", "Ended"] : ["run", "Running"];
+// Return the kind of a job's dot, a CSS class.
+function jobKind({state, failed, place, awayMs}) {
+  if (state === "queued" || place || awayMs != null) return "wait";
+  if (state === "running") return "run";
+  if (state === "cancelled") return "off";
+  return failed ? "bad" : "ok";
+}
+
+// Return the state of a card's command: the kind of its dot, words.
+function cardStatus({state, command, job}) {
+  const {approval, error} = command;
+  if (approval?.state === "asked") return ["wait", "waiting for your approval"];
+  if (job) return [jobKind(job), job.words];
+  if (approval?.state === "denied" || approval?.state === "expired")
+    return ["bad", dotted(approval.state, approval.by)];
+  if (error) return ["bad", error];
+  return state === "running" ? ["run", "starting"] : ["off", "not started"];
 }
 
 // == terminal ==
 
-const HEAD_LINES = 300; // kept from the beginning of an output
-const TAIL_LINES = 1500; // and from its end; the gateway has the rest
-const LINE_LIMIT = 5000; // characters of one line; the rest of it is not shown
+const MAX_LINES = 1500; // of an output on the page; the gateway has all of them
+const LINE_LIMIT = 5000; // characters; the rest of a line is not shown
 
-const TOKEN = new RegExp(["\\x1b\\[[0-?]*[ -/]*[@-~]", // CSI: colours and movement
-"\\x1b[\\]PX^_][^\\x07\\x1b]*(?:\\x07|\\x1b\\\\)", // titles, links and the like
-"\\x1b[ -/]*[0-OQ-WYZ\\\\`-~]", // two characters, or with something between
-"[\\x00-\\x1a\\x1c-\\x1f\\x7f\\x80-\\x9f]", "[^\\x00-\\x1f\\x7f-\\x9f]+"].join("|"),
-  "gy");
+const TOKEN = new RegExp(
+  [
+    "\\x1b\\[[0-?]*[ -/]*[@-~]", // CSI: colours and movement
+    "\\x1b[\\]PX^_][^\\x07\\x1b]*(?:\\x07|\\x1b\\\\)", // titles, links and the like
+    "\\x1b[ -/]*[0-OQ-WYZ\\\\`-~]", // two characters, or with intermediates
+    "[\\x00-\\x1a\\x1c-\\x1f\\x7f\\x80-\\x9f]",
+    "[^\\x00-\\x1f\\x7f-\\x9f]+",
+  ].join("|"),
+  "gy",
+);
 
-// A terminal's first 16 colours, all readable on the dark ground.
+// The first 16 colours of a terminal, all readable on the dark background.
 const COLORS = (
   "8a949f ff8078 7ddc8a e3b94e 79b8ff d2a8ff 5fd3dc dde2e7 " +
   "9ba5b0 ffa29b a3eeae f3d06d a8d1ff e2c6ff 93e6ec ffffff"
@@ -19196,7 +19466,7 @@ function indexedColor(index) {
   return `rgb(${levels.map(level)})`;
 }
 
-// How text looks after the colour sequences so far ("SGR", ECMA-48 8.3.117).
+// The style of text after the colour sequences so far (SGR, ECMA-48 8.3.117).
 class Pen {
   constructor() {
     this.reset();
@@ -19228,12 +19498,12 @@ class Pen {
     else if (tens === 4 || tens === 10) this.ground(indexedColor(index));
   }
 
-  // A ground is darker than ink of the same name: what stands on it can be read.
+  // A background is darker than the text colour of the same name, for contrast.
   ground(color) {
     this.background = `color-mix(in srgb, ${color} 40%, #000)`;
   }
 
-  // Take 38;5;n or 38;2;r;g;b; return how many codes that were.
+  // Set a colour from 5;n or 2;r;g;b; return how many codes that were.
   extended(code, [kind, ...levels]) {
     const color =
       kind === 5
@@ -19256,36 +19526,59 @@ class Pen {
   }
 }
 
-// What a program has written, as the lines that a terminal would show.
+// The end of a program's output, as lines of a terminal.
 class Terminal {
   constructor() {
-    this.head = [];
-    this.headLimit = HEAD_LINES;
-    this.tail = [];
-    this.dropped = 0; // lines between head and tail
-    this.missing = 0; // bytes between them that never came
-    this.pen = new Pen();
-    this.rest = ""; // an escape sequence of which the end has not come
-    this.column = 0;
+    this.dropped = 0; // lines before `lines`, no longer kept
+    this.isCut = false; // output before the first line was never written here
+    this.begin();
+  }
+
+  begin() {
+    this.lines = [];
     this.line = {runs: [], length: 0};
-    this.watcher = null; // called after each write
+    this.column = 0;
+    this.pen = new Pen();
+    this.rests = {}; // an incomplete escape sequence, by stream
+  }
+
+  get count() {
+    return this.dropped + this.lines.length + (this.line.length ? 1 : 0);
+  }
+
+  // Return line `number`, counted from 0; undefined if it is not kept.
+  at(number) {
+    const place = number - this.dropped;
+    return place === this.lines.length ? this.line : this.lines[place];
+  }
+
+  text() {
+    const lines = this.line.length ? [...this.lines, this.line] : this.lines;
+    const shown = lines.map(({runs}) => runs.map(([text]) => text).join(""));
+    return (this.isCut || this.dropped ? ["…", ...shown] : shown).join("\n");
+  }
+
+  // Drop all lines; numbering continues.
+  clear() {
+    this.dropped = this.count;
+    this.isCut = true;
+    this.begin();
   }
 
   write(text, isError = false) {
-    text = this.rest + text;
-    this.rest = "";
+    text = (this.rests[isError] || "") + text;
+    this.rests[isError] = "";
     TOKEN.lastIndex = 0;
     while (TOKEN.lastIndex < text.length) {
       const at = TOKEN.lastIndex;
       const token = TOKEN.exec(text)?.[0];
       if (token === undefined) {
-        // The beginning of a sequence waits for its end, unless it is none.
-        if (text.length - at < 4096) this.rest = text.slice(at);
+        // Keep an incomplete sequence for the next write; limit what is none.
+        if (text.length - at < 4096) this.rests[isError] = text.slice(at);
         break;
       }
       this.take(token, isError);
     }
-    this.watcher?.();
   }
 
   take(token, isError) {
@@ -19303,7 +19596,7 @@ class Terminal {
     const last = token.at(-1);
     if (token[1] !== "[") return;
     if (last === "m") this.pen.set(token.slice(2, -1).split(/[;:]/).map(Number));
-    // Progress bars clear what is right of them, or the whole line.
+    // Progress bars erase to the end of the line, or all of it.
     else if (last === "K") this.erase(token === "\x1b[2K" ? 0 : this.column);
     else if (last === "G")
       this.column = Math.max(1, parseInt(token.slice(2), 10) || 1) - 1;
@@ -19322,11 +19615,11 @@ class Terminal {
     else if (text) line.runs.push([text, style]);
     line.runs.push(...after);
     this.column += text.length;
-    line.length = Math.max(this.column,
-      line.length + after.reduce((n, [t]) => n + t.length, 0));
+    const afterLength = after.reduce((length, [part]) => length + part.length, 0);
+    line.length = Math.max(this.column, line.length + afterLength);
   }
 
-  // Return the runs of the line from one column to another.
+  // Return the runs between two columns of the line.
   cut(from, to) {
     if (from >= this.line.length) return [];
     const found = [];
@@ -19346,70 +19639,25 @@ class Terminal {
   }
 
   newLine() {
-    if (this.head.length < this.headLimit) this.head.push(this.line);
-    else this.tail.push(this.line);
-    if (this.tail.length >= 2 * TAIL_LINES) {
-      this.tail.splice(0, TAIL_LINES);
-      this.dropped += TAIL_LINES;
+    this.lines.push(this.line);
+    if (this.lines.length >= 2 * MAX_LINES) {
+      this.lines.splice(0, MAX_LINES);
+      this.dropped += MAX_LINES;
     }
     this.line = {runs: [], length: 0};
     this.column = 0;
   }
-
-  // Note that `count` bytes are missing: what follows them is the tail.
-  skip(count) {
-    this.newLine();
-    this.headLimit = this.head.length;
-    this.dropped += this.tail.length;
-    this.tail = [];
-    this.missing += count;
-    this.rest = "";
-    this.pen.reset();
-  }
-
-  get count() {
-    return (
-      this.head.length + this.dropped + this.tail.length + (this.line.length ? 1 : 0)
-    );
-  }
-
-  // Return line `number`, counted from 0, where it is kept.
-  at(number) {
-    if (number < this.head.length) return this.head[number];
-    const place = number - this.head.length - this.dropped;
-    return place === this.tail.length ? this.line : this.tail[place];
-  }
-
-  text() {
-    const shown = lines => lines.map(l => l.runs.map(([text]) => text).join(""));
-    const left = this.dropped || this.missing ? ["… not all is shown …"] : [];
-    const last = this.line.length ? [this.line] : [];
-    return [...shown(this.head), ...left, ...shown([...this.tail, ...last])].join("\n");
-  }
 }
 
-// A terminal on the page: its first and its last lines, drawn once a frame.
+// The last lines of a log on the page, drawn at most once per frame.
 class Screen {
-  constructor(label) {
-    this.first = h("div");
-    this.gap = h("p", {class: "gap", hidden: true});
-    this.last = h("div");
-    this.root = h("div",
-      {class: "screen", tabindex: 0, role: "region", "aria-label": label}, this.first,
-      this.gap, this.last);
+  constructor(log, {screen, cut, lines}) {
+    Object.assign(this, {log, screen, cut, lines});
+    this.drawn = 0; // lines drawn so far, those already removed included
     this.scheduled = false;
-    this.terminal = null;
-  }
-
-  show(terminal) {
-    if (this.terminal === terminal) return;
-    if (this.terminal) this.terminal.watcher = null;
-    this.terminal = terminal;
-    terminal.watcher = () => this.schedule();
-    this.clear();
-    this.draw();
-    this.follows = true;
-    this.schedule(); // when it stands on the page, and has a height
+    this.follows = true; // keep the newest line visible
+    log.onNews = () => this.schedule();
+    this.schedule();
   }
 
   schedule() {
@@ -19422,45 +19670,29 @@ class Screen {
   }
 
   draw() {
-    const {terminal, root} = this;
-    const below = root.scrollHeight - root.scrollTop - root.clientHeight;
+    const {log, lines, screen} = this;
+    const below = screen.scrollHeight - screen.scrollTop - screen.clientHeight;
     const follows = this.follows || below < 30;
-    this.follows = false;
-    const {count} = terminal;
-    const limit = terminal.headLimit;
-    const tailStart = Math.max(limit + terminal.dropped, count - TAIL_LINES);
-    if (this.limit !== limit) this.clear();
-    this.limit = limit;
-    // Of the lines drawn, only the one being written can change.
+    log.settle();
+    const {count, dropped, isCut} = log.terminal;
+    const first = Math.max(dropped, count - MAX_LINES);
+    // Only the last drawn line can have changed.
+    if (this.drawn) lines.lastChild?.remove();
     const from = Math.max(0, this.drawn - 1);
-    if (this.drawn) (from < limit ? this.first : this.last).lastChild?.remove();
-    for (let n = from; n < Math.min(count, limit); n += 1) {
-      this.first.append(this.draft(n));
-    }
-    while (this.last.firstChild && from - this.last.childElementCount < tailStart) {
-      this.last.firstChild.remove();
-    }
-    for (let n = Math.max(from, tailStart); n < count; n += 1) {
-      this.last.append(this.draft(n));
-    }
+    while (lines.firstChild && from - lines.childElementCount < first)
+      lines.firstChild.remove();
+    for (let n = Math.max(from, first); n < count; n += 1)
+      lines.append(this.draft(log.terminal.at(n)));
     this.drawn = count;
-    const hidden = dotted(tailStart > limit && plural(tailStart - limit, "line"),
-      terminal.missing && bytes(terminal.missing));
-    this.gap.hidden = !hidden;
-    if (hidden) say(this.gap, `… ${hidden} not shown …`);
-    root.classList.toggle("empty", count === 0);
-    if (follows) root.scrollTop = root.scrollHeight;
+    this.cut.hidden = !isCut && !first;
+    screen.classList.toggle("empty", count === 0);
+    if (follows) screen.scrollTop = screen.scrollHeight;
+    this.follows = false;
   }
 
-  clear() {
-    this.drawn = 0; // lines that stand on the page, or stood there
-    fill(this.first);
-    fill(this.last);
-  }
-
-  draft(number) {
+  draft({runs}) {
     const line = h("div");
-    for (const [text, style] of this.terminal.at(number)?.runs || []) {
+    for (const [text, style] of runs) {
       if (style === PLAIN) {
         line.append(text);
         continue;
@@ -19477,17 +19709,22 @@ class Screen {
 // == Markdown ==
 
 const SAFE_LINK = /^(?:https?:\/\/|mailto:)/i;
-const INLINE = new RegExp(["\\\\(?<escaped>[!-/:-@[-`{-~])",
-  "(?<ticks>`+)(?<code>[^`]|[^`].*?[^`])\\k<ticks>(?!`)",
-  "!?\\[(?<label>(?:[^\\[\\]\\\\]|\\\\.)*)\\]" +
-    "\\((?<target>[^()\\s]*(?:\\([^()\\s]*\\))?[^()\\s]*)[^)]*\\)",
-  "<(?<auto>(?:https?://|mailto:)[^\\s<>]+)>",
-  "(?<url>https?://[^\\s<>\"'`]*[^\\s<>\"'`.,;:!?)\\]}*_])",
-  "(?<mark>\\*\\*\\*|\\*\\*|\\*|~~)(?=\\S)(?<strong>.*?\\S)\\k<mark>(?!\\*)",
-  "(?<![\\w_])(?<line>__|_)(?=\\S)(?<under>.*?\\S)\\k<line>(?!\\w)",
-  "(?<hard>  +|\\\\)\\n"].join("|"), "s");
+const INLINE = new RegExp(
+  [
+    "\\\\(?<escaped>[!-/:-@[-`{-~])",
+    "(?<ticks>`+)(?<code>[^`]|[^`].*?[^`])\\k<ticks>(?!`)",
+    "!?\\[(?<label>(?:[^\\[\\]\\\\]|\\\\.)*)\\]" +
+      "\\((?<target>[^()\\s]*(?:\\([^()\\s]*\\))?[^()\\s]*)[^)]*\\)",
+    "<(?<auto>(?:https?://|mailto:)[^\\s<>]+)>",
+    "(?<url>https?://[^\\s<>\"'`]*[^\\s<>\"'`.,;:!?)\\]}*_])",
+    "(?<mark>\\*\\*\\*|\\*\\*|\\*|~~)(?=\\S)(?<strong>.*?\\S)\\k<mark>(?!\\*)",
+    "(?<![\\w_])(?<line>__|_)(?=\\S)(?<under>.*?\\S)\\k<line>(?!\\w)",
+    "(?<hard>  +|\\\\)\\n",
+  ].join("|"),
+  "s",
+);
 
-// Return the nodes of a paragraph's text; what is not understood stays text.
+// Return the nodes of a paragraph's text; unknown syntax stays text.
 function inline(text) {
   const nodes = [];
   let match;
@@ -19501,7 +19738,7 @@ function inline(text) {
 
 function inlineNode(found, source) {
   if (found.escaped) return found.escaped;
-  if (found.code) return h("code", {}, found.code.replace(/^ (.+) $/s, "$1"));
+  if (found.code) return h("code", found.code.replace(/^ (.+) $/s, "$1"));
   if (found.label !== undefined)
     return linkNode(found.target, inline(found.label), source);
   if (found.auto || found.url) {
@@ -19510,10 +19747,14 @@ function inlineNode(found, source) {
   }
   if (found.hard) return h("br");
   const inner = inline(found.strong || found.under);
-  const tags = {"***": ["strong", "em"], "**": ["strong"], __: ["strong"],
-    "~~": ["del"]};
+  const tags = {
+    "***": ["strong", "em"],
+    "**": ["strong"],
+    __: ["strong"],
+    "~~": ["del"],
+  };
   const names = tags[found.mark || found.line] || ["em"];
-  return names.reduceRight((children, tag) => [h(tag, {}, children)], inner)[0];
+  return names.reduceRight((children, tag) => [h(tag, children)], inner)[0];
 }
 
 function linkNode(target, label, source) {
@@ -19526,7 +19767,7 @@ const ITEM = /^( *)(?:([-*+])|(\d{1,9})[.)])(?: +|$)/;
 const TABLE_RULE = /^ {0,3}\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 const ENDS_PARAGRAPH = /^ {0,3}(?:#{1,6}\s|>|`{3}|~{3}|(?:[-*_] *){3,}$)/;
 
-// Return the blocks of a Markdown text: the kind and the lines of each.
+// Return the blocks of a Markdown text, each with its kind and lines.
 function blocks(lines) {
   const found = [];
   let at = 0;
@@ -19550,10 +19791,16 @@ function blocks(lines) {
     else if (/^ {0,3}(?:(?:- *){3,}|(?:\* *){3,}|(?:_ *){3,})$/.test(line)) {
       take("rule", at + 1);
     } else if (/^ {0,3}>/.test(line))
-      take("quote", until(at, l => !/^ {0,3}>/.test(l)));
+      take(
+        "quote",
+        until(at, l => !/^ {0,3}>/.test(l)),
+      );
     else if (ITEM.test(line)) take("list", listEnd(lines, at));
     else if (line.includes("|") && TABLE_RULE.test(lines[at + 1] || "")) {
-      take("table", until(at + 2, l => !l.includes("|")));
+      take(
+        "table",
+        until(at + 2, l => !l.includes("|")),
+      );
     } else {
       const stops = (l, n) =>
         n > at &&
@@ -19564,7 +19811,7 @@ function blocks(lines) {
   return found;
 }
 
-// Return where the list ends that begins at line `at`.
+// Return the end of the list that begins at line `at`.
 function listEnd(lines, at) {
   const indent = ITEM.exec(lines[at])[1].length;
   const ordered = Boolean(ITEM.exec(lines[at])[3]);
@@ -19604,10 +19851,9 @@ function itemNode(lines) {
   if (task) lines[0] = (task[1] === " " ? "☐ " : "☑ ") + lines[0].slice(4);
   const text = [lines[0], ...lines.slice(1).map(line => line.slice(indent))];
   const children = blocks(text).map(blockNode);
-  // A short item reads better without the air around a paragraph.
+  // Items of one paragraph are set without its margins.
   const tight = children[0]?.tagName === "P" && !lines.includes("");
-  return h("li", {}, tight ? [...children[0].childNodes] : children[0],
-    children.slice(1));
+  return h("li", tight ? [...children[0].childNodes] : children[0], children.slice(1));
 }
 
 function tableNode(lines) {
@@ -19618,21 +19864,39 @@ function tableNode(lines) {
       .split(/(?<!\\)\|/)
       .map(cell => cell.trim().replaceAll("\\|", "|"));
   const sides = cells(lines[1]).map(rule =>
-    /^:-+:$/.test(rule) ? "center" : /-:$/.test(rule) ? "number" : null);
+    /^:-+:$/.test(rule) ? "center" : /-:$/.test(rule) ? "number" : null,
+  );
   const row = tag => line =>
-    h("tr", {},
-      sides.map((side, n) => h(tag, {class: side}, inline(cells(line)[n] ?? ""))));
-  return h("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
-    h("table", {}, h("thead", {}, row("th")(lines[0])),
-      h("tbody", {}, lines.slice(2).map(row("td")))));
+    h(
+      "tr",
+      sides.map((side, n) => h(tag, {class: side}, inline(cells(line)[n] ?? ""))),
+    );
+  return h(
+    "div",
+    {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
+    h(
+      "table",
+      h("thead", row("th")(lines[0])),
+      h("tbody", lines.slice(2).map(row("td"))),
+    ),
+  );
 }
 
 function codeNode(lines) {
   const [, fence, language] = FENCE.exec(lines[0]);
   const closed = lines.length > 1 && lines.at(-1).trim().startsWith(fence);
   const text = lines.slice(1, closed ? -1 : undefined).join("\n");
-  return h("div", {class: "code"}, h("div", {class: "code-head"}, language || "code",
-    copyButton("Copy code", () => text)), h("pre", {tabindex: 0}, h("code", {}, text)));
+  return h(
+    "div",
+    {class: "code"},
+    h(
+      "div",
+      {class: "code-head"},
+      language || "code",
+      copyButton("Copy code", () => text),
+    ),
+    h("pre", {tabindex: 0}, h("code", text)),
+  );
 }
 
 function blockNode({kind, lines}) {
@@ -19642,21 +19906,21 @@ function blockNode({kind, lines}) {
   if (kind === "table") return tableNode(lines);
   if (kind === "quote") {
     const inner = lines.map(line => line.replace(/^ {0,3}> ?/, ""));
-    return h("blockquote", {}, blocks(inner).map(blockNode));
+    return h("blockquote", blocks(inner).map(blockNode));
   }
   if (kind === "heading") {
-    const [, marks, text] = /^ {0,3}(#+)\s+(.*?)\s*#*$/.exec(lines[0]) || [0, "#",
-      lines[0]];
-    // The page's own headings are h1 and h2.
-    return h(`h${Math.min(6, marks.length + 2)}`, {}, inline(text));
+    const [, marks, text] = /^ {0,3}(#+)\s+(.*?)\s*#*$/s.exec(lines[0]);
+    // h1 and h2 are the page's own headings.
+    return h(`h${Math.min(6, marks.length + 2)}`, inline(text));
   }
-  return h("p", {}, inline(lines.map(line => line.trimStart()).join("\n")));
+  return h("p", inline(lines.map(line => line.trimStart()).join("\n")));
 }
 
-// Show a Markdown text; blocks that have not changed stay as they are.
+// Show a Markdown text; unchanged blocks keep their nodes.
 function showMarkdown(element, text) {
   const found = blocks(
-    text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"));
+    text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"),
+  );
   const sources = found.map(({lines}) => lines.join("\n"));
   const before = element.sources || [];
   let same = 0;
@@ -19678,37 +19942,39 @@ const EVENTS = [
   "device.pair.resolved",
 ];
 const CALL_TIMEOUT = 30_000; // ms
-const SILENCE = 45_000; // ms without a word from the gateway until it is asked
+const SILENCE = 45_000; // ms without a message, then the gateway is probed
 const RETRY_FIRST = 500; // ms
 const RETRY_MAX = 15_000; // ms
 
 const callError = (code, message) => Object.assign(new Error(message), {code});
 
-// The connection to the gateway, which comes back by itself.
+// The connection to the gateway; it reconnects by itself.
 class Link {
   constructor(handlers) {
-    this.handlers = handlers; // up(), down(retryAt), refused(), event(name, payload)
+    // up(hello), down(retryAt), refused(error), event(name, payload), data(bytes)
+    this.handlers = handlers;
     this.calls = new Map();
     this.counter = 0;
     this.failures = 0;
     this.socket = null;
-    setInterval(() => this.listen(), SILENCE / 3);
+    setInterval(() => this.probe(), SILENCE / 3);
     on(window, "online", () => this.retryNow());
-    on(window, "visibilitychange", () => this.listen());
+    on(window, "visibilitychange", () => this.probe());
   }
 
   open() {
     clearTimeout(this.timer);
     const socket = new WebSocket(socketAddress());
+    socket.binaryType = "arraybuffer";
     this.socket = socket;
     this.isUp = false;
-    this.heard = Date.now();
+    this.lastMessageAt = Date.now();
     on(socket, "open", () => this.introduce(socket));
     on(socket, "message", event => this.take(socket, event.data));
     on(socket, "close", () => this.lost(socket));
   }
 
-  // Stop, and stay so until open().
+  // Close the connection until open() is called.
   close() {
     clearTimeout(this.timer);
     const {socket} = this;
@@ -19743,9 +20009,11 @@ class Link {
   }
 
   introduce(socket) {
-    const params = {protocol: {min: 4, max: 4},
+    const params = {
+      protocol: {min: 4, max: 4},
       client: {id: "page", version: "1", platform: "browser", mode: "ui"},
-      role: "operator"};
+      role: "operator",
+    };
     const up = hello => {
       this.isUp = true;
       this.failures = 0;
@@ -19760,10 +20028,14 @@ class Link {
     this.request("connect", params, 10_000, up, refused);
   }
 
-  take(socket, text) {
-    if (socket !== this.socket || typeof text !== "string") return;
-    this.heard = Date.now();
-    const envelope = JSON.parse(text);
+  take(socket, message) {
+    if (socket !== this.socket) return;
+    this.lastMessageAt = Date.now();
+    if (message instanceof ArrayBuffer) {
+      this.handlers.data(new Uint8Array(message));
+      return;
+    }
+    const envelope = JSON.parse(message);
     if (envelope.type === "event") {
       this.handlers.event(envelope.event, envelope.payload ?? {});
       return;
@@ -19780,7 +20052,7 @@ class Link {
     if (socket !== this.socket) return;
     this.isUp = false;
     this.failAll();
-    // Half of the wait is chance: a gateway that restarts is not met by all at once.
+    // Half of the wait is random: pages reconnect to a restarted gateway one by one.
     const wait = Math.min(RETRY_MAX, RETRY_FIRST * 2 ** this.failures);
     const delay = wait / 2 + (Math.random() * wait) / 2;
     this.failures += 1;
@@ -19797,10 +20069,11 @@ class Link {
     }
   }
 
-  // A cable that was pulled closes nothing: ask whether anybody is there.
-  async listen() {
+  // A pulled cable closes no socket: probe the gateway.
+  async probe() {
     const {socket} = this;
-    if (document.hidden || !this.isUp || Date.now() - this.heard < SILENCE) return;
+    if (document.hidden || !this.isUp || Date.now() - this.lastMessageAt < SILENCE)
+      return;
     try {
       await this.call("subscribe", {events: []}, 8000);
     } catch (error) {
@@ -19812,19 +20085,119 @@ class Link {
   }
 }
 
+// == job logs ==
+
+const LOG_DATA = 1; // kind of binary message
+const STDOUT = 1; // kind of log frame
+const STDERR = 2;
+const FRAME_HEAD = 5; // bytes: kind, length of the data
+const TAIL = 256 * 1024; // bytes; the part of a log that the page reads
+
+const viewOf = bytes => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+
+// Return job id, offset and frames of a LOG_DATA message, null for other kinds.
+function decodeLogData(message) {
+  if (message[0] !== LOG_DATA) return null;
+  const hex = [...message.subarray(1, 17)].map(n => n.toString(16).padStart(2, "0"));
+  const parts = /^(.{8})(.{4})(.{4})(.{4})(.{12})$/.exec(hex.join(""));
+  const offset = Number(viewOf(message).getBigUint64(17));
+  return {id: parts.slice(1).join("-"), offset, frames: message.subarray(25)};
+}
+
+// Yield kind, data and end of each whole frame; the end counts from the first frame.
+function* logFrames(bytes) {
+  const view = viewOf(bytes);
+  for (let at = 0; at + FRAME_HEAD <= bytes.length;) {
+    const end = at + FRAME_HEAD + view.getUint32(at + 1);
+    if (end > bytes.length) return;
+    yield {kind: bytes[at], data: bytes.subarray(at + FRAME_HEAD, end), end};
+    at = end;
+  }
+}
+
+const newDecoders = () => ({
+  [STDOUT]: new TextDecoder(),
+  [STDERR]: new TextDecoder(),
+});
+
+// The end of a job's output; it grows while the page follows the job.
+class JobLog {
+  constructor(id) {
+    this.id = id;
+    this.terminal = new Terminal();
+    this.offset = 0; // of the next byte of the log
+    this.isComplete = false;
+    this.pending = []; // [kind, bytes] not yet written to the terminal
+    this.pendingSize = 0; // bytes
+    this.decoders = newDecoders();
+    this.onNews = null; // called after output was added
+  }
+
+  // Return the log of a command of the first edition, which left only text.
+  static ofText(id, text) {
+    const known = new JobLog(id);
+    known.terminal.write(text);
+    known.isComplete = true;
+    return known;
+  }
+
+  // Add frames; after a reconnect some of them are known.
+  take(offset, frames) {
+    if (offset > this.offset) {
+      this.leaveOut(this.pending.length);
+      this.offset = offset;
+    }
+    for (const {kind, data, end} of logFrames(frames)) {
+      if (offset + end <= this.offset) continue;
+      this.offset = offset + end;
+      if (!this.decoders[kind]) continue;
+      this.pending.push([kind, data]);
+      this.pendingSize += data.length;
+    }
+    // Commands can write faster than the page can draw.
+    if (this.pendingSize > 2 * TAIL) this.leaveOutOldest();
+    this.onNews?.();
+  }
+
+  leaveOutOldest() {
+    let count = 0;
+    for (let size = this.pendingSize; size > TAIL; count += 1)
+      size -= this.pending[count][1].length;
+    this.leaveOut(count);
+  }
+
+  // Drop the first `count` pending pieces and all output before them.
+  leaveOut(count) {
+    for (const [, data] of this.pending.splice(0, count))
+      this.pendingSize -= data.length;
+    this.terminal.clear();
+    this.decoders = newDecoders();
+  }
+
+  // Write pending output to the terminal.
+  settle() {
+    for (const [kind, data] of this.pending) {
+      const text = this.decoders[kind].decode(data, {stream: true});
+      this.terminal.write(text, kind === STDERR);
+    }
+    this.pending = [];
+    this.pendingSize = 0;
+  }
+}
+
 // == state ==
 
-const MAIN = "main"; // the key of the session that is always there
-const SHELL = "shell"; // the model that is always there
+const MAIN = "main"; // key of the session that cannot be deleted
+const SHELL = "shell"; // id of the model that runs commands as typed
 const LOCAL = "local";
-const PAGE_SIZE = 100; // rows of the audit at a time
-const ENDED = new Set(["done", "error", "aborted", "interrupted"]);
+const PAGE_SIZE = 100; // rows of the audit per request
+const OPEN = new Set(["queued", "running"]); // states of messages and of jobs
 const RUNS = new Set(["user_message", "iteration", "delta"]); // events of a run
 const RUN_ENDS = new Set(["final", "error", "aborted"]);
-const HISTORY_SPAN = 30 * 60_000; // ms of CPU usage that a sparkline shows
+const HISTORY_SPAN = 30 * 60_000; // ms; CPU usage in a sparkline
 
 const state = {
-  link: "connecting", // "up", "down", "out": nobody is signed in
+  link: "connecting", // "up", "down", "out" (not signed in)
   retryAt: 0,
   route: {page: "chat", key: MAIN},
   sessions: [],
@@ -19833,20 +20206,21 @@ const state = {
   devices: [],
   usage: new Map(), // node id → [[ms, percent], …]
   chats: new Map(), // session key → Chat
-  running: [], // rows of the audit, of commands that run now
+  followed: new Map(), // job id → Chat, for jobs whose logs the gateway sends
+  running: [], // open jobs
   audit: {rows: [], more: false, node: "", result: ""},
   providers: [],
   keys: [],
   logins: [],
-  pin: "", // of the gateway's certificate, where it is not a bought one
-  token: null, // {deviceId, name}: of which the dialog waits for the machine
+  pin: "", // of the gateway's certificate, if no public CA signed it
+  token: null, // {deviceId, name} of the machine that the dialog waits for
   search: "",
 };
 
 const watchers = []; // [topics, draw]
 const touched = new Set();
 
-// Have `draw` called in the frame after a topic changed.
+// Call `draw` in the next frame after a topic changed.
 function watch(topics, draw) {
   watchers.push([topics.split(" "), draw]);
 }
@@ -19864,32 +20238,32 @@ function drawTouched() {
   }
 }
 
-// Call the gateway; say so where it fails.
-async function act(method, params) {
+// Call the gateway; show the error and return null if the call fails.
+async function attempt(method, params) {
   try {
     return await link.call(method, params);
   } catch (error) {
-    complain(error);
+    showError(error);
     return null;
   }
 }
 
-// One session's messages, kept equal to the gateway's by their `seq`.
+// The messages of one session; `seq` numbers keep them equal to the gateway's.
 class Chat {
   constructor(key) {
     this.key = key;
     this.rows = new Map(); // id → message
-    this.outputs = new Map(); // id of a command's message → Output
-    this.seq = 0; // of the newest change that is in here
+    this.logs = new Map(); // job id → JobLog
+    this.seq = 0; // of the newest change applied
     this.loaded = false;
     this.loading = null;
-    this.waiting = []; // events that came while history was asked for
+    this.waiting = []; // events that arrived during fetch()
     this.earlier = false; // the gateway has older messages
-    this.busy = false; // a run is going on
+    this.busy = false; // a turn is running
     this.draft = "";
   }
 
-  // Fetch the last messages, or what followed those that are here.
+  // Fetch the last messages, or the changes since the last fetch.
   load() {
     this.loading ||= this.fetch().finally(() => {
       this.loading = null;
@@ -19906,10 +20280,11 @@ class Chat {
       rows = await link.call("chat.history", params);
     } catch (error) {
       this.waiting = [];
-      if (error.code !== "UNAVAILABLE") complain(error);
+      if (error.code !== "UNAVAILABLE") showError(error);
       return;
     }
-    if (rows.length >= 1000) this.rows.clear(); // more than it tells at once
+    // The gateway sends no more changes at once: older ones are missing.
+    if (rows.length >= 1000) this.rows.clear();
     if (!this.rows.size) this.earlier = rows.length >= 200;
     rows.forEach(row => this.merge(row));
     this.loaded = true;
@@ -19922,7 +20297,7 @@ class Chat {
   async loadEarlier() {
     const first = this.ordered()[0];
     const params = {sessionKey: this.key, before: first.createdAt};
-    const rows = await act("chat.history", params);
+    const rows = await attempt("chat.history", params);
     if (!rows) return;
     this.earlier = rows.length >= 200;
     const seq = this.seq;
@@ -19931,13 +20306,9 @@ class Chat {
     touch("chat");
   }
 
-  merge(row, live = false) {
+  merge(row) {
     this.rows.set(row.id, row);
     this.seq = Math.max(this.seq, row.seq ?? 0);
-    // Output followed as it came need not be drawn again.
-    if (row.command && !(live && this.outputs.get(row.id)?.equals(row.command))) {
-      this.outputs.set(row.id, new Output(row.command));
-    }
   }
 
   take(event) {
@@ -19951,12 +20322,9 @@ class Chat {
     if (event.seq <= this.seq) return;
     this.seq = event.seq;
     const row = this.rows.get(event.messageId);
-    if (event.message) this.merge(event.message, true);
+    if (event.message) this.merge(event.message);
     else if (event.state === "delta" && row) row.text = (row.text || "") + event.text;
-    else if (event.state === "tool_call_output" && row) {
-      this.outputs.get(row.id)?.add(event);
-    }
-    // A command may outlive its run.
+    // A command may outlive its turn.
     if (RUNS.has(event.state)) this.busy = true;
     else if (RUN_ENDS.has(event.state)) this.busy = false;
     touch("chat");
@@ -19965,40 +20333,29 @@ class Chat {
   ordered() {
     return [...this.rows.values()].sort((a, b) => a.createdAt - b.createdAt);
   }
-}
 
-const isOpen = row => row.state === "running" || row.state === "queued";
-
-// A command's output as far as it is here, of which the gateway keeps both ends.
-class Output {
-  constructor({output = [], cut = 0, cutAt, stdoutBytes = 0, stderrBytes = 0}) {
-    this.terminal = new Terminal();
-    output.forEach(([stream, text], n) => {
-      if (cut && n === cutAt) this.terminal.skip(cut);
-      this.terminal.write(text, stream === "stderr");
-    });
-    this.ends = {stdout: stdoutBytes, stderr: stderrBytes};
+  // Return the log of a message's command.
+  logOf({jobId, command: {output}}) {
+    if (!this.logs.has(jobId))
+      this.logs.set(jobId, output ? JobLog.ofText(jobId, output) : new JobLog(jobId));
+    return this.logs.get(jobId);
   }
 
-  // Add what has come; a gateway with more than it can tell leaves out the middle.
-  add({stream, offset, data}) {
-    if (offset > this.ends[stream]) this.terminal.skip(offset - this.ends[stream]);
-    this.ends[stream] = offset + encoder.encode(data).length;
-    this.terminal.write(data, stream === "stderr");
-  }
-
-  // Tell whether nothing is missing here that a newer message has.
-  equals({stdoutBytes = 0, stderrBytes = 0}) {
-    const {stdout, stderr} = this.ends;
-    return !this.terminal.missing && stdout === stdoutBytes && stderr === stderrBytes;
+  updateJob(change) {
+    for (const row of this.rows.values()) {
+      // These are absent when they no longer apply.
+      const before = {...row.job, place: null, awayMs: null};
+      if (row.jobId === change.id) row.job = {...before, ...change};
+    }
+    touch("chat");
   }
 }
 
-const encoder = new TextEncoder();
+const isOpen = ({state}) => OPEN.has(state);
 
 const nodeById = id => state.nodes.find(node => node.nodeId === id);
 
-// Return the machine on which a session runs its commands; also one that is gone.
+// Return the machine on which a session runs its commands, even if it was removed.
 function sessionNode(entry) {
   const id = entry.node_id || LOCAL;
   const gone = state.nodes.length ? "Removed machine" : "…";
@@ -20006,7 +20363,7 @@ function sessionNode(entry) {
   return nodeById(id) || {...unknown, connected: id === LOCAL};
 }
 
-// Return machines in their order: Local, the connected, the others.
+// Return machines in display order: Local, connected, offline.
 function inOrder(nodes) {
   const rank = node => (node.nodeId === LOCAL ? 0 : node.connected ? 1 : 2);
   const name = node => node.displayName;
@@ -20021,7 +20378,8 @@ function currentSession() {
       label: key === MAIN ? "Main" : "",
       model: null,
       node_id: null,
-    });
+    }
+  );
 }
 
 const sessionName = entry =>
@@ -20035,12 +20393,12 @@ function currentChat() {
   return state.chats.get(key);
 }
 
-// Change a session here at once, and on the gateway.
+// Change a session, first here, then on the gateway.
 async function patchSession(key, change) {
   const entry = state.sessions.find(known => known.key === key);
   if (entry) Object.assign(entry, change);
   touch("sessions", "chat");
-  if (!(await act("sessions.patch", {key, ...change}))) refresh("sessions");
+  if (!(await attempt("sessions.patch", {key, ...change}))) refresh("sessions");
 }
 
 async function selectNode(key, nodeId) {
@@ -20048,7 +20406,7 @@ async function selectNode(key, nodeId) {
   const entry = state.sessions.find(known => known.key === key);
   if (entry) entry.node_id = id;
   touch("sessions", "chat");
-  await act("nodes.set_session", {session_key: key, node_id: id});
+  await attempt("nodes.set_session", {session_key: key, node_id: id});
   refresh("sessions");
 }
 
@@ -20064,16 +20422,16 @@ const SOURCES = {
   nodes: async () => (state.nodes = await link.call("node.list")),
   devices: async () => (state.devices = await link.call("device.pair.list")),
   running: async () => {
-    state.running = await link.call("commands.list", {state: "running"});
+    state.running = await link.call("job.list", {state: "open"});
   },
   providers: async () => (state.providers = await link.call("models.providers")),
   keys: async () => (state.keys = await link.call("keys.list")),
   logins: async () => (state.logins = await link.call("logins.list")),
 };
 
-const refreshing = new Map(); // topic → whether it is to be fetched once more
+const refreshing = new Map(); // topic → whether to fetch it once more
 
-// Fetch lists again; many wishes at the same time make one request.
+// Fetch lists again; simultaneous calls for a topic share requests.
 async function refresh(...topics) {
   await Promise.all(topics.map(refreshOne));
 }
@@ -20088,13 +20446,55 @@ async function refreshOne(topic) {
     await SOURCES[topic]();
     touch(topic);
   } catch (error) {
-    // Who may only read has no business with tokens.
+    // A key with only the read scope cannot list tokens.
     const expected = error.code === "FORBIDDEN" && topic === "devices";
-    if (error.code !== "UNAVAILABLE" && !expected) complain(error);
+    if (error.code !== "UNAVAILABLE" && !expected) showError(error);
   }
   const again = refreshing.get(topic);
   refreshing.delete(topic);
   if (again && state.link === "up") await refreshOne(topic);
+}
+
+// Follow a job: the gateway sends the end of its log, then what is added.
+async function followJob(chat, log) {
+  const {id, offset} = log;
+  if (log.isComplete || state.link !== "up" || state.followed.has(id)) return;
+  state.followed.set(id, chat);
+  try {
+    const {job} = await link.call("job.follow", {id, offset, tail: TAIL});
+    chat.updateJob(job);
+  } catch (error) {
+    state.followed.delete(id);
+    if (error.code === "NOT_FOUND")
+      log.isComplete = true; // no longer kept
+    else if (error.code !== "UNAVAILABLE") showError(error);
+  }
+}
+
+// Unfollow all jobs except those of the current chat.
+function unfollowOthers() {
+  const shown = state.route.page === "chat" && currentChat();
+  for (const [id, chat] of state.followed) {
+    if (chat === shown) continue;
+    state.followed.delete(id);
+    // A lost connection follows nothing.
+    link.call("job.unfollow", {id}).catch(() => null);
+  }
+}
+
+function onJobState({ending, ...change}) {
+  const {id} = change;
+  const chat = state.followed.get(id);
+  if (!chat) return;
+  chat.updateJob({...change, ...ending});
+  if (!ending) return;
+  chat.logs.get(id).isComplete = true; // the ending is a log's last frame
+  state.followed.delete(id);
+}
+
+function onLogData(message) {
+  const {id, offset, frames} = decodeLogData(message) || {};
+  state.followed.get(id)?.logs.get(id).take(offset, frames);
 }
 
 async function loadAudit(older = false) {
@@ -20103,7 +20503,7 @@ async function loadAudit(older = false) {
   if (audit.node) params.nodeId = audit.node;
   if (audit.result) params.state = audit.result;
   if (older) params.before = audit.rows.at(-1).seq;
-  const rows = await act("commands.list", params);
+  const rows = await attempt("job.list", params);
   if (!rows) return;
   audit.rows = older ? [...audit.rows, ...rows] : rows;
   audit.more = rows.length === PAGE_SIZE;
@@ -20119,11 +20519,11 @@ async function loadUsage(node) {
     state.usage.set(node.nodeId, [...points, ...known]);
     touch("nodes");
   } catch {
-    state.usage.delete(node.nodeId); // it is asked for again when the page comes back
+    state.usage.delete(node.nodeId); // fetched again after a reconnect
   }
 }
 
-function noteTelemetry(payload) {
+function onTelemetry(payload) {
   const node = nodeById(payload.nodeId);
   if (!node) {
     refresh("nodes");
@@ -20140,34 +20540,35 @@ function noteTelemetry(payload) {
   touch("nodes");
 }
 
-function noteSession({type, sessionKey}) {
+function onSession({type, sessionKey}) {
   if (type === "deleted" || type === "reset") state.chats.delete(sessionKey);
   if (type === "deleted" && state.route.key === sessionKey) go("/chat/main", true);
-  if (type === "reset" && state.route.key === sessionKey) currentChat().load();
+  if (type === "reset") enterRoute();
   refresh("sessions");
 }
 
 const CHANGES_RUNNING = new Set(["tool_call_start", "tool_call_end"]);
 const CHANGES_SESSIONS = new Set(["user_message", ...RUN_ENDS]);
 
-function noteChat(event) {
+function onChat(event) {
   state.chats.get(event.sessionKey)?.take(event);
   if (CHANGES_SESSIONS.has(event.state)) refresh("sessions");
-  if (CHANGES_RUNNING.has(event.state)) noteCommand();
+  if (CHANGES_RUNNING.has(event.state)) refreshCommands();
 }
 
-function noteCommand() {
+function refreshCommands() {
   if (state.route.page === "nodes") refresh("running");
   if (state.route.page === "commands" && state.audit.rows.length <= PAGE_SIZE)
     loadAudit();
 }
 
 const HANDLERS = {
-  chat: noteChat,
-  session: noteSession,
+  chat: onChat,
+  session: onSession,
+  "job.state": onJobState,
   "node.telemetry": payload => {
-    noteTelemetry(payload);
-    noteCommand(); // of those that other clients run nobody tells
+    onTelemetry(payload);
+    refreshCommands(); // no event announces commands of other clients
   },
   presence: () => refresh("nodes", "devices", "models"),
   "device.pair.resolved": () => refresh("nodes", "devices"),
@@ -20180,7 +20581,7 @@ const link = new Link({
     try {
       await link.call("subscribe", {events: EVENTS});
     } catch {
-      return; // lost again: the next connection starts over
+      return; // lost again; the next connection repeats this
     }
     state.usage.clear();
     enterRoute();
@@ -20189,6 +20590,7 @@ const link = new Link({
   },
   down(retryAt) {
     Object.assign(state, {link: "down", retryAt});
+    state.followed.clear();
     touch("link");
   },
   refused() {
@@ -20198,6 +20600,7 @@ const link = new Link({
   event(name, payload) {
     HANDLERS[name]?.(payload);
   },
+  data: onLogData,
 });
 
 // == routes ==
@@ -20214,7 +20617,7 @@ const PAGE_TOPICS = {
   access: ["keys", "logins"],
 };
 
-// Return what an address asks for.
+// Return the route of a path.
 function routeOf(path) {
   const [, area, rest = ""] = /^\/(\w*)\/?(.*)$/.exec(path) || [];
   if (area === "settings") return {page: rest in PAGES ? rest : "nodes"};
@@ -20227,10 +20630,10 @@ const chatPath = key => `/chat/${encodeURIComponent(key)}`;
 function go(path, replace = false) {
   if (replace) history.replaceState(null, "", path);
   else if (path !== location.pathname) history.pushState(null, "", path);
-  followAddress();
+  applyAddress();
 }
 
-function followAddress() {
+function applyAddress() {
   state.route = routeOf(location.pathname);
   if (location.pathname === "/")
     history.replaceState(null, "", chatPath(state.route.key));
@@ -20240,9 +20643,10 @@ function followAddress() {
   touch("route");
 }
 
-// Fetch what the page needs that is shown now.
+// Fetch the data of the current route.
 function enterRoute() {
   if (state.link !== "up") return;
+  unfollowOthers();
   const {page} = state.route;
   if (page === "chat") currentChat().load();
   else if (page === "commands") loadAudit();
@@ -20252,12 +20656,12 @@ function enterRoute() {
 
 // == widgets ==
 
-// Ask before something is gone; resolves to whether it may go.
+// Ask for confirmation; resolves to a boolean.
 function confirmed(title, text, action) {
   const dialog = $("confirm");
-  say($("confirm-title"), title);
-  say($("confirm-text"), text);
-  say($("confirm-yes"), action);
+  setText($("confirm-title"), title);
+  setText($("confirm-text"), text);
+  setText($("confirm-yes"), action);
   return new Promise(resolve => {
     const close = answer => {
       dialog.close();
@@ -20271,14 +20675,14 @@ function confirmed(title, text, action) {
   });
 }
 
-// A button with a list: arrows, Home, End, and typing a name.
+// A button with a listbox: arrow keys, Home, End, type-ahead.
 class Picker {
   constructor(name, options, choose) {
     this.button = $(`${name}-button`);
     this.list = $(`${name}-list`);
     this.options = options; // () → [{value, label, detail, dot, dim, chosen}]
     this.choose = choose;
-    this.active = null; // the value that the arrows are on
+    this.active = null; // value of the highlighted option
     this.typed = "";
     this.button.setAttribute("aria-controls", this.list.id);
     on(this.button, "click", () => this.toggle());
@@ -20289,7 +20693,7 @@ class Picker {
     });
     on(this.list, "keydown", event => this.key(event));
     on(this.list, "focusout", () => this.toggle(false));
-    // A press would move the focus and close the list before the click.
+    // Pressing the mouse button must not move the focus: that would close the list.
     on(this.list, "mousedown", event => event.preventDefault());
     on(this.list, "click", event => {
       const option = event.target.closest("[role=option]");
@@ -20323,9 +20727,14 @@ class Picker {
     const options = this.options();
     const at = options.findIndex(option => option.value === this.active);
     const last = options.length - 1;
-    const goal = {ArrowDown: Math.min(last, at + 1), ArrowUp: Math.max(0, at - 1),
-      PageDown: Math.min(last, at + 8), PageUp: Math.max(0, at - 8), Home: 0,
-      End: last}[event.key];
+    const goal = {
+      ArrowDown: Math.min(last, at + 1),
+      ArrowUp: Math.max(0, at - 1),
+      PageDown: Math.min(last, at + 8),
+      PageUp: Math.max(0, at - 8),
+      Home: 0,
+      End: last,
+    }[event.key];
     if (goal !== undefined) this.active = options[goal]?.value;
     else if (event.key === "Enter" || (event.key === " " && !this.typed)) {
       event.preventDefault();
@@ -20342,7 +20751,7 @@ class Picker {
     this.draw();
   }
 
-  // Go to the option that is called so; the same letter again goes on to the next.
+  // Highlight the option with the typed name; a repeated letter goes to the next one.
   type(letter, options, at) {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => (this.typed = ""), 800);
@@ -20361,12 +20770,21 @@ class Picker {
   draw() {
     const options = this.options();
     const chosen = options.find(option => option.chosen) || options[0];
-    fill(this.button, chosen && dotFor(chosen),
-      h("span", {class: "pick-label"}, chosen?.label || "…"), icon("down"));
-    this.button.setAttribute("aria-label",
-      `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`);
+    fill(
+      this.button,
+      chosen && dotFor(chosen),
+      h("span", {class: "pick-label"}, chosen?.label || "…"),
+      icon("down"),
+    );
+    this.button.setAttribute(
+      "aria-label",
+      `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`,
+    );
     if (!this.isOpen) return;
-    fill(this.list, options.map((option, n) => this.option(option, n)));
+    fill(
+      this.list,
+      options.map((option, n) => this.option(option, n)),
+    );
     const active = this.list.querySelector(".active");
     active?.scrollIntoView({block: "nearest"});
     this.list.setAttribute("aria-activedescendant", active?.id || "");
@@ -20374,15 +20792,24 @@ class Picker {
 
   option(option, n) {
     const classes = [option.value === this.active && "active", option.dim && "dim"];
-    return h("li", {
-      id: `${this.list.id}-${n}`,
-      role: "option",
-      class: classes.filter(Boolean).join(" "),
-      "aria-selected": String(Boolean(option.chosen)),
-      "data-value": option.value,
-    }, dotFor(option), h("span", {class: "choice"}, h("span", {}, option.label),
-      option.detail && h("span", {class: "detail"}, option.detail)),
-      option.chosen && icon("check"));
+    return h(
+      "li",
+      {
+        id: `${this.list.id}-${n}`,
+        role: "option",
+        class: classes.filter(Boolean).join(" "),
+        "aria-selected": String(Boolean(option.chosen)),
+        "data-value": option.value,
+      },
+      dotFor(option),
+      h(
+        "span",
+        {class: "choice"},
+        h("span", option.label),
+        option.detail && h("span", {class: "detail"}, option.detail),
+      ),
+      option.chosen && icon("check"),
+    );
   }
 }
 
@@ -20394,9 +20821,14 @@ function nodeOptions() {
   const nodes = state.nodes.includes(selected)
     ? state.nodes
     : [...state.nodes, selected];
-  return inOrder(nodes).map(node => ({value: node.nodeId, label: node.displayName,
-    detail: nodeDetail(node), dot: node.connected ? "on" : "off", dim: !node.connected,
-    chosen: node === selected}));
+  return inOrder(nodes).map(node => ({
+    value: node.nodeId,
+    label: node.displayName,
+    detail: nodeDetail(node),
+    dot: node.connected ? "on" : "off",
+    dim: !node.connected,
+    chosen: node === selected,
+  }));
 }
 
 function nodeDetail(node) {
@@ -20404,17 +20836,21 @@ function nodeDetail(node) {
     return node.lastSeenAt ? `Offline, seen ${ago(node.lastSeenAt)}` : "Offline";
   }
   const {cpuUsage, load} = node.telemetry || {};
-  return dotted(node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
+  return dotted(
+    node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
     cpuUsage != null && `${Math.round(cpuUsage)} % CPU`,
-    load?.length && `load ${load[0].toFixed(2)}`);
+    load?.length && `load ${load[0].toFixed(2)}`,
+  );
 }
 
 function modelOptions() {
   const chosen = currentModel(currentSession());
-  const known = state.models.map(model => ({value: model.id,
+  const known = state.models.map(model => ({
+    value: model.id,
     label: model.displayName || model.id,
     detail: model.id === SHELL ? "Runs what you type, no LLM" : modelDetail(model),
-    chosen: model.id === chosen}));
+    chosen: model.id === chosen,
+  }));
   if (known.some(option => option.chosen) || !state.models.length) return known;
   const gone = {value: chosen, label: chosen, detail: "Not available now", dim: true};
   return [...known, {...gone, chosen: true}];
@@ -20429,8 +20865,15 @@ function modelDetail(model) {
 function approvalOptions() {
   const all = currentSession().approvals === "all";
   const ask = "The model’s commands wait for your approval";
-  return [{value: "ask", label: "Ask first", detail: ask, chosen: !all},
-    {value: "all", label: "Run everything", detail: "None waits", chosen: all}];
+  return [
+    {value: "ask", label: "Ask first", detail: ask, chosen: !all},
+    {
+      value: "all",
+      label: "Run everything",
+      detail: "No command waits for approval",
+      chosen: all,
+    },
+  ];
 }
 
 // == view: frame ==
@@ -20447,9 +20890,9 @@ function drawLink() {
   const appears = app.hidden;
   const out = state.link === "out";
   $("sign-in").hidden = !out;
-  // The page appears with its connection, or when there is no hope.
+  // Show the page when it is connected, or when connecting failed.
   app.hidden = out || (state.link === "connecting" && appears);
-  // Not where that brings a keyboard up.
+  // Not on touch screens: focus opens the keyboard.
   if (appears && !matchMedia("(pointer:coarse)").matches) $("text").focus();
   $("banner").hidden = state.link !== "down";
   if (out) $("key").focus();
@@ -20459,7 +20902,7 @@ function drawLink() {
 function drawBanner() {
   const seconds = Math.max(0, Math.ceil((state.retryAt - Date.now()) / 1000));
   const next = seconds ? `Trying again in ${seconds} s.` : "Trying again…";
-  say($("banner-text"), `The gateway cannot be reached. ${next}`);
+  setText($("banner-text"), `The gateway cannot be reached. ${next}`);
 }
 
 function setCurrent(link, isCurrent) {
@@ -20477,16 +20920,16 @@ function drawRoute() {
 
 class SessionItem {
   constructor(entry) {
-    this.name = h("span", {class: "name"});
-    this.detail = h("span", {class: "detail"});
-    this.link = h("a", {href: chatPath(entry.key)}, this.name, this.detail);
-    const rename = () =>
+    Object.assign(this, copyOf("chat-item"));
+    this.link.href = chatPath(entry.key);
+    this.remove.hidden = entry.key === MAIN;
+    on(this.remove, "click", () => this.discard());
+    on(this.rename, "click", () =>
       editInPlace(this.name, sessionName(this.entry), "Name of the chat", label =>
-        patchSession(this.entry.key, {label}));
-    this.buttons = h("span", {class: "tools"}, iconButton("pen", "Rename", rename),
-      entry.key !== MAIN && iconButton("bin", "Delete", () => this.remove()));
-    this.root = h("li", {}, this.link, this.buttons);
-    // In a field that stands in a link, a click is for the field.
+        patchSession(this.entry.key, {label}),
+      ),
+    );
+    // A click into the input field must not follow the link around it.
     on(this.link, "click", event => {
       if (this.name.dataset.edited) event.preventDefault();
     });
@@ -20498,24 +20941,29 @@ class SessionItem {
     this.root.classList.toggle("current", current);
     setCurrent(this.link, current);
     const node = entry.node_id ? sessionNode(entry).displayName : "";
-    const when = entry.updatedAt ? moment(entry.updatedAt) : "";
+    const when = entry.updatedAt ? formatTime(entry.updatedAt) : "";
     const status = entry.replying ? "Replying…" : dotted(node, when);
-    if (!this.name.dataset.edited) say(this.name, sessionName(entry));
-    say(this.detail, status);
+    if (!this.name.dataset.edited) setText(this.name, sessionName(entry));
+    setText(this.detail, status);
     this.root.classList.toggle("replying", Boolean(entry.replying));
   }
 
-  async remove() {
+  async discard() {
     const {entry} = this;
-    const text = "Its messages go for good; the list of commands keeps what ran.";
+    const text =
+      "Its messages and their output are deleted. The list of commands stays.";
     const question = `Delete “${sessionName(entry)}”?`;
     if (!(await confirmed(question, text, "Delete"))) return;
-    if (!(await act("sessions.delete", {key: entry.key}))) return;
-    noteSession({type: "deleted", sessionKey: entry.key});
+    if (!(await attempt("sessions.delete", {key: entry.key}))) return;
+    onSession({type: "deleted", sessionKey: entry.key});
   }
 }
 
-const sessionItems = new Keyed($("sessions"), e => e.key, e => new SessionItem(e));
+const sessionItems = new Keyed(
+  $("sessions"),
+  e => e.key,
+  e => new SessionItem(e),
+);
 
 function drawSessions() {
   const known = state.sessions.filter(entry => !entry.archived);
@@ -20524,19 +20972,22 @@ function drawSessions() {
   const all = isNew && state.route.page === "chat" ? [current, ...known] : known;
   const wanted = state.search.toLowerCase();
   $("find-chat").hidden = all.length < 8 && !wanted;
-  sessionItems.show(all.filter(entry =>
-    `${sessionName(entry)} ${entry.preview || ""}`.toLowerCase().includes(wanted)));
+  sessionItems.show(
+    all.filter(entry =>
+      `${sessionName(entry)} ${entry.preview || ""}`.toLowerCase().includes(wanted),
+    ),
+  );
   const online = state.nodes.filter(n => n.connected && n.nodeId !== LOCAL).length;
-  say($("node-count"), online ? `${online} online` : "");
+  setText($("node-count"), online ? `${online} online` : "");
 }
 
 async function newChat() {
   const {node_id, model} = currentSession();
   const isEmpty = known => !known.messageCount && !known.label && known.key !== MAIN;
-  const entry = state.sessions.find(isEmpty) || (await act("sessions.create", {}));
+  const entry = state.sessions.find(isEmpty) || (await attempt("sessions.create", {}));
   if (!entry) return;
-  // One goes on with the machine and the model chosen last.
-  if (model) await act("sessions.patch", {key: entry.key, model});
+  // A new chat keeps the current machine and model.
+  if (model) await attempt("sessions.patch", {key: entry.key, model});
   if (nodeById(node_id)) await selectNode(entry.key, node_id);
   await refresh("sessions");
   go(chatPath(entry.key));
@@ -20547,27 +20998,20 @@ async function newChat() {
 
 class UserTurn {
   constructor() {
-    this.text = h("div", {class: "bubble"});
-    this.note = h("p", {class: "note"});
-    this.root = h("article", {class: "turn user", "aria-label": "You"}, this.text,
-      this.note);
+    Object.assign(this, copyOf("user-turn"));
   }
 
   update(row) {
-    say(this.text, row.text || "");
-    say(this.note, row.state === "queued" ? "Waits for its turn" : "");
+    setText(this.text, row.text || "");
+    setText(this.note, row.state === "queued" ? "Queued" : "");
     this.root.title = fullFormat.format(row.createdAt);
   }
 }
 
 class AssistantTurn {
   constructor() {
-    this.text = h("div", {class: "prose"});
-    this.note = h("span");
-    this.foot = h("footer", {class: "note"}, this.note,
-      copyButton("Copy answer", () => this.row.text || ""));
-    this.root = h("article", {class: "turn assistant", "aria-label": "Answer"},
-      this.text, this.foot);
+    Object.assign(this, copyOf("assistant-turn"));
+    onClickCopy(this.copy, () => this.row.text || "");
   }
 
   update(row) {
@@ -20576,14 +21020,14 @@ class AssistantTurn {
     this.root.hidden = !row.text && row.state !== "error";
     this.foot.hidden = isOpen(row);
     const end = STATE_NOTES[row.state];
-    say(this.note, dotted(modelName(row.model), usageText(row.usage), end));
+    setText(this.note, dotted(modelName(row.model), usageText(row.usage), end));
     this.root.title = fullFormat.format(row.createdAt);
   }
 }
 
 const STATE_NOTES = {
   aborted: "stopped",
-  error: "broken off",
+  error: "failed",
   interrupted: "interrupted by a restart of the gateway",
 };
 
@@ -20600,78 +21044,87 @@ class NoticeTurn {
 
   update(row) {
     this.root.classList.toggle("bad", row.state === "error");
-    say(this.root, row.text || "");
+    setText(this.root, row.text || "");
   }
 }
 
-// A command: where, what, its output as it comes, and how it ended.
+const outputPath = jobId => `/api/jobs/${encodeURIComponent(jobId)}/output`;
+
+// A command: machine, command line, end of its output, state.
 class CommandCard {
   constructor(row) {
-    const {command} = row;
-    this.screen = new Screen(`Output of ${command.command}`);
-    this.dot = h("span", {class: "dot"});
-    this.time = h("span", {class: "time"});
-    this.stop = button([icon("stop"), " Stop"], () => this.end(), "button small");
-    this.fold = iconButton("down", "Collapse output", () => this.collapse());
-    this.fold.setAttribute("aria-expanded", "true");
-    this.where = h("span", {class: "where"});
-    this.word = h("span", {class: "word"});
-    this.size = h("span", {class: "size"});
-    this.save = h("a", {
-      class: "bare",
-      title: "Download output",
-      "aria-label": "Download output",
-      download: true,
-      href: `/api/commands/${encodeURIComponent(command.invokeId)}/output`,
-    }, icon("save"));
-    this.copyOutput = copyButton("Copy output", () => this.screen.terminal.text());
-    this.approval = h("div", {class: "approval", hidden: true});
-    this.root = h("article", {class: "turn command"},
-      h("header", {}, this.dot, this.where,
-        h("code", {class: "line"}, command.command.replace(/[^\n\P{C}]/gu, escape)),
-        copyButton("Copy command", () => command.command), this.fold), this.approval,
-      this.screen.root, h("footer", {}, this.word, this.time, this.size,
-        h("span", {class: "tools"}, this.stop, this.copyOutput, this.save)));
+    const {command, jobId} = row;
+    Object.assign(this, copyOf("command-card"));
+    this.chat = currentChat();
+    this.log = this.chat.logOf(row);
+    new Screen(this.log, this);
+    this.screen.setAttribute("aria-label", `Output of ${command.command}`);
+    this.line.textContent = command.command.replace(/[^\n\P{C}]/gu, escape);
+    this.save.href = this.whole.href = outputPath(jobId);
+    onClickCopy(this.copyLine, () => command.command);
+    onClickCopy(this.copy, () => this.log.terminal.text());
+    on(this.stop, "click", () => this.end());
+    on(this.fold, "click", () => this.collapse());
+    this.isNear = false; // visible, or a few screens away
+    const notice = entries => {
+      this.isNear = entries.at(-1).isIntersecting;
+      this.follow();
+    };
+    const area = {root: $("transcript"), rootMargin: "1000px 0px"};
+    new IntersectionObserver(notice, area).observe(this.root);
   }
 
   update(row) {
-    const {command} = row;
+    const {command, job} = row;
     this.row = row;
-    const [kind, words] = verdict(command);
-    this.running = kind === "run" || kind === "wait";
+    const [kind, words] = cardStatus(row);
+    const asks = command.approval?.state === "asked";
+    this.isOpen = Boolean(job) && isOpen(job);
     this.root.dataset.kind = kind;
-    this.root.setAttribute("aria-label",
-      `Command on ${command.node}: ${command.command}`);
+    const label = `Command on ${command.node}: ${command.command}`;
+    this.root.setAttribute("aria-label", label);
     this.dot.className = `dot ${kind}`;
-    say(this.where, command.node + (command.cwd ? `:${command.cwd}` : ""));
-    say(this.word, command.background ? `${words} · in the background` : words);
-    const total = outputSize(command);
-    say(this.size, total ? bytes(total) : this.running ? "" : "no output");
-    this.stop.hidden = !this.running || command.approval?.state === "asked";
-    this.save.hidden = this.copyOutput.hidden = this.running || !total;
-    const output = currentChat().outputs.get(row.id);
-    if (output) this.screen.show(output.terminal);
-    this.drawApproval(command);
+    setText(this.where, command.node + (command.cwd ? `:${command.cwd}` : ""));
+    setText(this.word, dotted(words, command.background && "in the background"));
+    const total = outputSize(job || {});
+    setText(
+      this.size,
+      total ? formatBytes(total) : this.isOpen || !job ? "" : "no output",
+    );
+    this.stop.hidden = !this.isOpen || asks;
+    this.save.hidden = this.isOpen || !total || Boolean(command.output);
+    this.copy.hidden = this.isOpen || !total;
+    this.drawApproval(row, asks);
     this.tick();
+    this.follow();
+  }
+
+  // Follow the job only near the viewport: a long chat has many cards.
+  follow() {
+    const {job} = this.row;
+    if (this.isNear && job && (isOpen(job) || outputSize(job)))
+      followJob(this.chat, this.log);
   }
 
   tick() {
-    const {startedAt, endedAt} = this.row.command;
-    const end = endedAt ?? (this.running ? Date.now() : null);
-    const known = startedAt && end && this.row.command.approval?.state !== "asked";
-    say(this.time, known ? duration((end - startedAt) / 1000) : "");
+    const {startedAt, endedAt, duration: took} = this.row.job || {};
+    const end = this.isOpen ? Date.now() : endedAt;
+    const seconds = took ?? (end - startedAt) / 1000;
+    setText(this.time, startedAt && seconds >= 0 ? formatDuration(seconds) : "");
   }
 
-  drawApproval({invokeId, node, approval}) {
-    const asks = approval?.state === "asked";
+  drawApproval({jobId: id, command: {node}}, asks) {
     if (asks === !this.approval.hidden) return;
     this.approval.hidden = !asks;
     if (!asks) return;
-    const answer = decision => () => act("exec.approval.resolve", {invokeId, decision});
-    fill(this.approval, h("p", {}, `The model wants to run this on ${node}.`),
+    const answer = decision => () => attempt("exec.approval.resolve", {id, decision});
+    fill(
+      this.approval,
+      h("p", `The model wants to run this on ${node}.`),
       button("Approve", answer("approve"), "button main"),
       button("Deny", answer("deny")),
-      button(`Always on ${node} in this chat`, answer("always")));
+      button(`Always on ${node} in this chat`, answer("always")),
+    );
     announce(`Approval is needed for a command on ${node}`);
   }
 
@@ -20683,7 +21136,7 @@ class CommandCard {
 
   async end() {
     this.stop.disabled = true;
-    await act("node.invoke.cancel", {invokeId: this.row.command.invokeId});
+    await attempt("job.cancel", {id: this.row.jobId});
     this.stop.disabled = false;
   }
 }
@@ -20697,16 +21150,17 @@ const TURNS = {
 
 const makeTurn = row => new (TURNS[row.role] || NoticeTurn)(row);
 const turns = new Keyed($("messages"), row => row.id, makeTurn);
-let shownChat = null; // the Chat whose messages stand on the page
-let follows = true; // the newest message is to stay in sight
+let shownChat = null; // the Chat whose messages are on the page
+let follows = true; // keep the newest message visible
 
-// Return the messages to show: what was typed into Shell is in the command's card.
+// Return the messages to show, without those that a command card repeats.
 function shownRows(chat) {
   const rows = chat.ordered();
   const commands = new Set(
     rows
       .filter(row => row.role === "command")
-      .map(row => `${row.runId} ${row.command.command}`));
+      .map(row => `${row.runId} ${row.command.command}`),
+  );
   const typed = row => `${row.runId} ${(row.text || "").replace(/^!/, "")}`;
   return rows.filter(row => row.role !== "user" || !commands.has(typed(row)));
 }
@@ -20714,7 +21168,6 @@ function shownRows(chat) {
 function drawChat() {
   if (state.route.page !== "chat") return;
   const chat = currentChat();
-  const box = $("transcript");
   if (shownChat !== chat) leaveChat(chat);
   const rows = shownRows(chat);
   turns.show(rows);
@@ -20723,7 +21176,7 @@ function drawChat() {
   drawThinking(chat, rows);
   drawComposer(chat);
   followEnd();
-  announceEnds(chat, rows);
+  announceEnd(chat, rows);
 }
 
 function leaveChat(chat) {
@@ -20732,7 +21185,7 @@ function leaveChat(chat) {
   shownChat = chat;
   turns.show([]);
   text.value = chat.draft;
-  sizeText();
+  fitText();
   follows = true;
 }
 
@@ -20741,25 +21194,27 @@ function drawThinking(chat, rows) {
   const silent = last?.role === "user" || last?.state !== "running";
   $("thinking").hidden = !(chat.busy && silent) || last?.state === "queued";
   const entry = currentSession();
-  say($("thinking-text"),
-    currentModel(entry) === SHELL ? "" : `${modelName(currentModel(entry))} thinks`);
+  const model = currentModel(entry);
+  setText($("thinking-text"), model === SHELL ? "" : `${modelName(model)} thinks`);
 }
 
 const modelName = id => state.models.find(model => model.id === id)?.displayName || id;
 
-let announced = new WeakSet(); // messages whose end was told
+const announced = new Set(); // ids of ended messages
 
-// Tell a screen reader how the newest message ended, once.
-function announceEnds(chat, rows) {
+// Make screen readers read the end of the newest message, once.
+function announceEnd(chat, rows) {
   const last = rows.at(-1);
-  if (!last || !ENDED.has(last.state) || announced.has(last)) return;
-  announced.add(last);
-  const {createdAt, command, text = ""} = last;
-  if (Date.now() - (command?.endedAt || createdAt) > 60_000) return;
-  if (!command) announce(text.slice(0, 500));
+  if (!last || isOpen(last) || announced.has(last.id)) return;
+  const log = last.command && chat.logOf(last);
+  if (state.followed.has(log?.id)) return; // more output arrives
+  announced.add(last.id);
+  if (Date.now() - (last.job?.endedAt || last.createdAt) > 60_000) return;
+  if (!log) announce((last.text || "").slice(0, 500));
   else {
-    const output = chat.outputs.get(last.id)?.terminal.text() || "no output";
-    announce(`${command.node}: ${verdict(command)[1]}. ${output.slice(-300)}`);
+    log.settle();
+    const output = log.terminal.text().slice(-300) || "no output";
+    announce(`${last.command.node}: ${cardStatus(last)[1]}. ${output}`);
   }
 }
 
@@ -20775,19 +21230,19 @@ function drawWelcome(chat, rows) {
   const model = modelName(currentModel(entry));
   const run = line =>
     button(line, () => send(shell ? line : `!${line}`), "button small mono");
-  fill(box,
-    h("h2", {}, shell ? `A shell on ${node}` : `What is there to do on ${node}?`), h(
-      "p",
-      {},
-      shell
-        ? `What you type runs on ${node}, and its output appears here.`
-        : `${model} runs commands on ${node} to find out.`,
-    ), h("p", {class: "starters"}, STARTERS.map(run)), h(
-      "p",
-      {},
-      state.nodes.some(other => other.nodeId !== LOCAL)
-        ? "Choose another machine at the top."
-        : h("a", {href: "/settings/nodes"}, "Add a machine")));
+  const what = shell
+    ? `Commands run on ${node}; their output appears here.`
+    : `${model} can run commands on ${node} to answer.`;
+  const others = state.nodes.some(other => other.nodeId !== LOCAL)
+    ? "Choose another machine at the top."
+    : h("a", {href: "/settings/nodes"}, "Add a machine");
+  fill(
+    box,
+    h("h2", shell ? `A shell on ${node}` : `What do you want to do on ${node}?`),
+    h("p", what),
+    h("p", {class: "starters"}, STARTERS.map(run)),
+    h("p", others),
+  );
 }
 
 function drawComposer(chat) {
@@ -20796,28 +21251,26 @@ function drawComposer(chat) {
   const shell = currentModel(entry) === SHELL;
   const text = $("text");
   $("composer").classList.toggle("shell", shell);
-  say($("prompt"), shell ? `${node.displayName} $` : "");
+  setText($("prompt"), shell ? `${node.displayName} $` : "");
   text.placeholder = shell ? "" : `Message ${modelName(currentModel(entry))}`;
-  text.setAttribute("aria-label",
-    shell ? `Command for ${node.displayName}` : "Message");
+  const label = shell ? `Command for ${node.displayName}` : "Message";
+  text.setAttribute("aria-label", label);
   $("stop").hidden = !chat.busy;
   const gone = !node.connected && state.nodes.length > 0;
   $("node-away").hidden = !gone;
-  const since = node.lastSeenAt ? ` since ${moment(node.lastSeenAt)}` : "";
-  say(
-    $("node-away"),
-    gone
-      ? `${node.displayName} is offline${since}. Nothing runs elsewhere instead.`
-      : "");
+  const since = node.lastSeenAt ? ` since ${formatTime(node.lastSeenAt)}` : "";
+  const offline = `${node.displayName} is offline${since}.`;
+  setText($("node-away"), `${offline} Commands do not run elsewhere instead.`);
   const more = shell ? "↑ earlier commands" : "!command runs a command";
-  say($("hint"), `Enter ${shell ? "runs" : "sends"} · Shift+Enter new line · ${more}`);
-  say($("chat-title"), sessionName(entry));
+  const enter = shell ? "Enter runs" : "Enter sends";
+  setText($("hint"), `${enter} · Shift+Enter new line · ${more}`);
+  setText($("chat-title"), sessionName(entry));
   $("approvals").hidden = shell;
   pickers.forEach(picker => picker.draw());
 }
 
-// Let the field be as high as its text, up to a third of the window.
-function sizeText() {
+// Fit the height of the field to its text, up to a third of the window.
+function fitText() {
   const text = $("text");
   text.style.height = "auto";
   text.style.height = `${Math.min(text.scrollHeight, innerHeight / 3)}px`;
@@ -20828,17 +21281,17 @@ async function send(line) {
   const typed = line ?? text.value.trim();
   if (!typed) return;
   if (line === undefined) text.value = "";
-  sizeText();
+  fitText();
   recall.place = null;
   follows = true;
   const entry = currentSession();
   const params = {text: typed, sessionKey: entry.key, model: currentModel(entry)};
-  const answer = await act("chat.send", params);
-  // What was typed is not lost with the connection.
+  const answer = await attempt("chat.send", params);
+  // Restore the text if the call failed.
   if (!answer && line === undefined && !text.value) text.value = typed;
 }
 
-const recall = {place: null, draft: ""}; // where ↑ is in what was typed before
+const recall = {place: null, draft: ""}; // position of ↑ in earlierTexts()
 
 function earlierTexts() {
   const texts = currentChat()
@@ -20848,7 +21301,7 @@ function earlierTexts() {
   return texts.filter((text, n) => text !== texts[n + 1]);
 }
 
-// Go `step` back or forth in what was typed before; false at the end.
+// Move by `step` through earlier texts; return false at the end.
 function recallText(step) {
   const text = $("text");
   const texts = earlierTexts();
@@ -20858,7 +21311,7 @@ function recallText(step) {
   if (recall.place === null) recall.draft = text.value;
   recall.place = place === texts.length ? null : place;
   text.value = recall.place === null ? recall.draft : texts[place];
-  sizeText();
+  fitText();
   text.setSelectionRange(text.value.length, text.value.length);
   return true;
 }
@@ -20887,14 +21340,14 @@ const selectedText = () => {
   return text.selectionStart !== text.selectionEnd || String(getSelection());
 };
 
-const stopRun = () => act("chat.abort", {sessionKey: state.route.key});
+const stopRun = () => attempt("chat.abort", {sessionKey: state.route.key});
 
 function followEnd() {
   const box = $("transcript");
   if (follows) box.scrollTop = box.scrollHeight;
 }
 
-function noteScroll() {
+function onScroll() {
   const box = $("transcript");
   follows = box.scrollHeight - box.scrollTop - box.clientHeight < 80;
   $("latest").hidden = follows;
@@ -20910,30 +21363,30 @@ const pickers = [
   new Picker("model", modelOptions, model => patchSession(state.route.key, {model})),
   new Picker("node", nodeOptions, id => selectNode(state.route.key, id)),
   new Picker("approvals", approvalOptions, approvals =>
-    patchSession(state.route.key, {approvals})),
+    patchSession(state.route.key, {approvals}),
+  ),
 ];
 
 // == view: nodes ==
 
-// A figure with a bar of how much of it is used.
+// A figure with a bar.
 class Meter {
-  constructor(label, limit = 0.9) {
-    this.limit = limit; // beyond which it is time to worry
-    this.value = h("dd");
-    this.bar = h("i");
-    this.root = h("div", {class: "meter"}, h("dt", {}, label), this.value,
-      h("span", {class: "track", "aria-hidden": "true"}, this.bar));
+  constructor(parent, label, limit = 0.9) {
+    Object.assign(this, copyOf("meter"));
+    this.label.textContent = label;
+    this.limit = limit; // above it the bar is red
+    parent.append(this.root);
   }
 
   update(used, text) {
     this.root.hidden = used == null || Number.isNaN(used);
-    say(this.value, text);
+    setText(this.value, text);
     this.bar.style.width = `${Math.min(100, Math.max(0, used * 100))}%`;
     this.root.classList.toggle("high", used > this.limit);
   }
 }
 
-// Return the drawing of a node's CPU usage over the last half hour.
+// Draw a node's CPU usage over the last 30 minutes.
 function drawSpark(svg, points) {
   const now = Date.now();
   const place = ([ms, usage]) => {
@@ -20953,27 +21406,15 @@ function drawSpark(svg, points) {
 }
 
 class NodeCard {
-  constructor(node) {
-    const own = node.nodeId !== LOCAL;
-    this.dot = h("span", {class: "dot"});
-    this.name = h("h2");
-    this.since = h("p", {class: "since"});
-    this.about = h("p", {class: "about"});
-    this.spark = $("spark").content.firstElementChild.cloneNode(true);
-    this.cpu = new Meter("CPU", 1);
-    this.memory = new Meter("Memory");
-    this.disk = new Meter("Disk");
-    this.facts = h("p", {class: "facts"});
-    this.lists = h("dl", {class: "lists"});
-    this.running = h("ul", {class: "running", "aria-label": "Running commands"});
-    this.root = h("article", {class: "node card"},
-      h("header", {}, this.dot, this.name, h("span", {class: "tools"},
-        own && iconButton("pen", "Rename", () => this.rename()),
-        iconButton("chat", "Use in the chat", () => this.chat()),
-        own && iconButton("bin", "Revoke its token", () => this.revoke()))), this.since,
-      this.about, h("div", {class: "cpu"}, h("dl", {}, this.cpu.root), this.spark),
-      h("dl", {class: "meters"}, this.memory.root, this.disk.root), this.facts,
-      this.lists, this.running);
+  constructor({nodeId}) {
+    Object.assign(this, copyOf("node-card"));
+    this.cpu = new Meter(this.cpuMeter, "CPU", 1);
+    this.memory = new Meter(this.meters, "Memory");
+    this.disk = new Meter(this.meters, "Disk");
+    this.rename.hidden = this.revoke.hidden = nodeId === LOCAL;
+    on(this.rename, "click", () => this.editName());
+    on(this.revoke, "click", () => this.revokeToken());
+    on(this.use, "click", () => this.chat());
   }
 
   update(node) {
@@ -20982,14 +21423,19 @@ class NodeCard {
     this.root.classList.toggle("away", !node.connected);
     this.root.classList.toggle("stale", Boolean(telemetry?.stale) && node.connected);
     this.dot.className = `dot ${node.connected ? "on" : "off"}`;
-    if (!this.name.dataset.edited) say(this.name, node.displayName);
-    say(this.since, this.stateText(node));
+    if (!this.name.dataset.edited) setText(this.name, node.displayName);
+    setText(this.since, this.stateText(node));
     const version = node.version && `moltis ${node.version}`;
-    say(this.about, dotted(platformName(node.platform), version, node.remoteIp));
+    setText(this.about, dotted(platformName(node.platform), version, node.remoteIp));
+    this.outdated.hidden = !node.outdated;
+    setText(
+      this.outdated,
+      `It runs moltis ${node.version || "of old"}: update moltis there.`,
+    );
     this.drawTelemetry(telemetry || {});
     this.drawLists(node, telemetry || {});
     const own = state.running.filter(row => row.nodeId === node.nodeId);
-    fillFor(this.running, own, rows => rows.map(runningItem));
+    fillIfChanged(this.running, own, rows => rows.map(runningItem));
     this.running.hidden = !own.length;
   }
 
@@ -20998,45 +21444,65 @@ class NodeCard {
     if (!node.connected) {
       return node.lastSeenAt ? `Offline, last seen ${ago(node.lastSeenAt)}` : "Offline";
     }
-    const since = node.connectedAt ? ` since ${moment(node.connectedAt)}` : "";
-    const stale = node.telemetry?.stale ? ", but its figures are old" : "";
+    const since = node.connectedAt ? ` since ${formatTime(node.connectedAt)}` : "";
+    const stale = node.telemetry?.stale ? ", but its figures are out of date" : "";
     return `Connected${since}${stale}`;
   }
 
   drawTelemetry(told) {
     const memory = told.memTotal - told.memAvailable;
     const disk = told.diskTotal - told.diskAvailable;
-    const of = (used, total) => `${bytes(used)} of ${bytes(total)}`;
+    const of = (used, total) => `${formatBytes(used)} of ${formatBytes(total)}`;
     const cores = told.cpuCount ? ` of ${plural(told.cpuCount, "core")}` : "";
-    this.cpu.update(told.cpuUsage == null ? null : told.cpuUsage / 100,
-      `${Math.round(told.cpuUsage)} %${cores}`);
+    this.cpu.update(
+      told.cpuUsage == null ? null : told.cpuUsage / 100,
+      `${Math.round(told.cpuUsage)} %${cores}`,
+    );
     this.memory.update(memory / told.memTotal, of(memory, told.memTotal));
     this.disk.update(disk / told.diskTotal, of(disk, told.diskTotal));
     drawSpark(this.spark, state.usage.get(this.node.nodeId) || []);
     const facts = dotted(
       told.load?.length && `load ${told.load.map(n => n.toFixed(2)).join(" ")}`,
-      told.uptimeSecs && `up ${duration(Math.max(60, told.uptimeSecs))}`,
-      told.temperature != null && `${Math.round(told.temperature)} °C`);
-    say(this.facts, facts);
+      told.uptimeSecs && `up ${formatDuration(Math.max(60, told.uptimeSecs))}`,
+      told.temperature != null && `${Math.round(told.temperature)} °C`,
+    );
+    setText(this.facts, facts);
   }
 
   drawLists(node, {gpus = [], runtimes = [], runtimeVersions = {}, services = []}) {
-    const rows = [["GPU",
-      gpus.map(gpu => gpu.name + (gpu.memTotal ? ` ${bytes(gpu.memTotal)}` : ""))],
-      ["Runtimes",
-        runtimes.map(name => `${name} ${runtimeVersions[name] || ""}`.trim())],
+    const rows = [
+      [
+        "GPU",
+        gpus.map(
+          gpu => gpu.name + (gpu.memTotal ? ` ${formatBytes(gpu.memTotal)}` : ""),
+        ),
+      ],
+      [
+        "Runtimes",
+        runtimes.map(name => `${name} ${runtimeVersions[name] || ""}`.trim()),
+      ],
       ["Services", services],
-      ["Models", (node.providers || []).map(({provider, models}) =>
-        models?.length ? `${provider}: ${models.join(", ")}` : provider,
-      )]].filter(([, names]) => names.length);
-    fillFor(this.lists, rows, () =>
-      rows.map(([label, names]) => [h("dt", {}, label),
-        h("dd", {}, names.map(name => h("span", {class: "chip"}, name)))]));
+      [
+        "Models",
+        (node.providers || []).map(({provider, models}) =>
+          models?.length ? `${provider}: ${models.join(", ")}` : provider,
+        ),
+      ],
+    ].filter(([, names]) => names.length);
+    fillIfChanged(this.lists, rows, () =>
+      rows.map(([label, names]) => [
+        h("dt", label),
+        h(
+          "dd",
+          names.map(name => h("span", {class: "chip"}, name)),
+        ),
+      ]),
+    );
   }
 
-  rename() {
+  editName() {
     editInPlace(this.name, this.node.displayName, "Name of the machine", async name => {
-      await act("node.rename", {nodeId: this.node.nodeId, displayName: name});
+      await attempt("node.rename", {nodeId: this.node.nodeId, displayName: name});
       refresh("nodes", "devices");
     });
   }
@@ -21048,7 +21514,7 @@ class NodeCard {
     $("text").focus();
   }
 
-  revoke() {
+  revokeToken() {
     const {deviceId, nodeId, displayName} = this.node;
     const known = state.devices.find(device => device.nodeId === nodeId);
     revokeDevice(deviceId || known?.deviceId, displayName);
@@ -21057,18 +21523,26 @@ class NodeCard {
 
 async function revokeDevice(deviceId, name) {
   const question = `Revoke the token of ${name || "this machine"}?`;
-  const text = "Its connection closes at once. A new token can let it in again.";
+  const text = "It is disconnected at once and needs a new token to connect again.";
   if (!(await confirmed(question, text, "Revoke"))) return;
-  await act("device.token.revoke", {deviceId});
+  await attempt("device.token.revoke", {deviceId});
   refresh("nodes", "devices");
 }
 
-const runningItem = ({invokeId, command, startedAt, askedAt}) =>
-  h("li", {}, h("span", {class: "dot run"}), h("code", {}, command),
-    `since ${moment(startedAt || askedAt)}`,
-    iconButton("stop", "Stop", () => act("node.invoke.cancel", {invokeId})));
+const runningItem = ({id, command, words, startedAt, askedAt, ...job}) =>
+  h(
+    "li",
+    h("span", {class: `dot ${jobKind(job)}`}),
+    h("code", command),
+    h("span", `${words} since ${formatTime(startedAt || askedAt)}`),
+    iconButton("stop", "Stop", () => attempt("job.cancel", {id})),
+  );
 
-const nodeCards = new Keyed($("node-cards"), n => n.nodeId, n => new NodeCard(n));
+const nodeCards = new Keyed(
+  $("node-cards"),
+  n => n.nodeId,
+  n => new NodeCard(n),
+);
 
 function drawNodes() {
   if (state.route.page !== "nodes") return;
@@ -21079,22 +21553,28 @@ function drawNodes() {
   nodeCards.show(nodes);
   const others = nodes.filter(node => node.nodeId !== LOCAL);
   const online = others.filter(node => node.connected).length;
-  say(
+  setText(
     $("nodes-summary"),
     others.length
       ? `${plural(online, "machine")} connected, ${others.length - online} offline.`
       : "Only this gateway’s own machine so far. Generate a token to add another: " +
-          "it needs Python and a way to reach this gateway, nothing else.");
+          "it needs Python and a way to reach this gateway, nothing else.",
+  );
   drawUnused();
 }
 
 function drawUnused() {
   const devices = state.devices.filter(device => !device.nodeId);
   $("unused").hidden = !devices.length;
-  fillFor($("unused-list"), devices, () =>
+  fillIfChanged($("unused-list"), devices, () =>
     devices.map(({deviceId, displayName, createdAt}) =>
-      listRow(displayName || "No name", `made ${moment(createdAt)}`,
-        iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName)))));
+      listRow(
+        displayName || "No name",
+        `made ${formatTime(createdAt)}`,
+        iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName)),
+      ),
+    ),
+  );
 }
 
 // == view: Generate Token ==
@@ -21103,7 +21583,7 @@ function openToken() {
   $("token-form").hidden = false;
   $("token-made").hidden = true;
   $("token-name").value = "";
-  say($("token-error"), "");
+  setText($("token-error"), "");
   $("token").showModal();
   $("token-name").focus();
 }
@@ -21115,21 +21595,26 @@ async function generateToken() {
     state.token = {deviceId: made.deviceId, name};
     showToken(made);
   } catch (error) {
-    say($("token-error"), error.message);
+    setText($("token-error"), error.message);
   }
 }
 
 const copyLine = (label, line) =>
-  h("div", {class: "secret"}, h("p", {}, label),
-    h("pre", {tabindex: 0}, h("code", {}, line)), copyButton("Copy", () => line));
+  h(
+    "div",
+    {class: "secret"},
+    h("p", label),
+    h("pre", {tabindex: 0}, h("code", line)),
+    copyButton("Copy", () => line),
+  );
 
-// Return `text` as one word of a shell's command line.
+// Quote `text` as one word for a shell.
 const shellWord = text =>
   /^[\w.-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
 
 function showToken({deviceToken, joinCode}) {
   const {origin, protocol} = location;
-  // The pin takes the place of a CA: what curl runs is what the gateway sent.
+  // The pin replaces a CA: curl accepts only this gateway's certificate.
   const pin = protocol === "https:" && state.pin;
   const [curl, pinned] = pin
     ? [`curl -fsSk --pinnedpubkey '${pin}'`, ` --fingerprint ${pin}`]
@@ -21137,20 +21622,31 @@ function showToken({deviceToken, joinCode}) {
   const name = shellWord(state.token.name);
   const options = `--host ${socketAddress()} --token ${deviceToken} --name ${name}`;
   const add = `${curl} ${origin}/moltis.py | python3 - node add`;
-  const lines = [["The token; it is shown this once", deviceToken],
-    ["On the machine: Python 3.8+ and curl are enough", `${add} ${options}${pinned}`],
-    ["Where moltis is installed already", `moltis node add ${options}${pinned}`],
-    ["Within ten minutes, with no token in the shell’s history",
-      `${add} --join ${origin}/join/${joinCode}${pinned}`],
-    ["Only until you press Ctrl+C, without a service",
-      `${add} ${options}${pinned} --foreground`]].map(line => copyLine(...line));
+  const lines = [
+    ["The token, shown only once", deviceToken],
+    ["On the machine, with Python 3.8+ and curl", `${add} ${options}${pinned}`],
+    ["If moltis is installed there", `moltis node add ${options}${pinned}`],
+    [
+      "Valid for ten minutes, without the token in the shell’s history",
+      `${add} --join ${origin}/join/${joinCode}${pinned}`,
+    ],
+    [
+      "Only until you press Ctrl+C, without a service",
+      `${add} ${options}${pinned} --foreground`,
+    ],
+  ].map(line => copyLine(...line));
   $("token-form").hidden = true;
   $("token-made").hidden = false;
-  say($("token-made-title"), `Run this on ${state.token.name}`);
-  fill($("token-lines"), lines.slice(0, 3),
-    h("details", {}, h("summary", {}, "Other ways"), lines.slice(3)));
-  fill($("token-warnings"),
-    tokenWarnings().map(text => h("p", {class: "warn"}, icon("warn"), text)));
+  setText($("token-made-title"), `Run this on ${state.token.name}`);
+  fill(
+    $("token-lines"),
+    lines.slice(0, 3),
+    h("details", h("summary", "Other ways"), lines.slice(3)),
+  );
+  fill(
+    $("token-warnings"),
+    tokenWarnings().map(text => h("p", {class: "warn"}, icon("warn"), text)),
+  );
   $("token-chat").hidden = true;
   drawTokenWait();
   $("token-made-title").focus();
@@ -21160,9 +21656,9 @@ function tokenWarnings() {
   const {hostname, protocol} = location;
   if (/^(?:localhost|127\..*|\[::1\])$/.test(hostname)) {
     return [
-      `${hostname} is this machine’s name for itself: these lines work here only. ` +
-        "For others start the gateway with --bind 0.0.0.0, and open this page under " +
-        "its network name.",
+      `${hostname} means this machine: these lines work here only. ` +
+        "For other machines, start the gateway with --bind 0.0.0.0 and open this page " +
+        "under its network name.",
     ];
   }
   if (protocol === "https:") return [];
@@ -21195,7 +21691,7 @@ function drawTokenWait() {
 
 function closeToken() {
   state.token = null;
-  fill($("token-lines")); // the token is not kept anywhere
+  fill($("token-lines")); // keep the token nowhere
   $("token").close();
 }
 
@@ -21203,41 +21699,41 @@ function closeToken() {
 
 const RESULTS = {
   "": "All",
-  running: "Running",
-  done: "Finished",
+  open: "Running",
+  done: "Done",
   failed: "Failed",
   timed_out: "Timed out",
-  cancelled: "Stopped",
+  cancelled: "Cancelled",
   lost: "Lost",
+  expired: "Expired",
   denied: "Denied",
 };
 
-function auditVerdict(row) {
-  if (row.state === "sent") return ["wait", "Sent"];
-  if (row.state === "lost") return ["bad", "Lost"];
-  if (row.state === "denied") return ["bad", `Denied by ${row.decidedBy}`];
-  return verdict({...row, node: row.nodeName, timedOut: row.state === "timed_out",
-    cancelled: row.state === "cancelled"});
-}
-
-function auditRow(row) {
-  const {askedAt, startedAt, endedAt, sessionKey, callerName, command} = row;
-  const [kind, words] = auditVerdict(row);
-  const took = endedAt && duration((endedAt - (startedAt || askedAt)) / 1000);
+function auditRow(job) {
+  const {askedAt, startedAt, endedAt, sessionKey, callerName, command} = job;
+  const seconds = job.duration ?? (endedAt - (startedAt || askedAt)) / 1000;
   const cell = (name, ...children) => h("td", {class: name}, children);
   const href = sessionKey && chatPath(sessionKey);
-  return h("tr", {},
-    h("td", {class: "when", title: fullFormat.format(askedAt)}, moment(askedAt)),
+  return h(
+    "tr",
+    h("td", {class: "when", title: fullFormat.format(askedAt)}, formatTime(askedAt)),
     cell("who", href ? h("a", {href}, callerName) : callerName),
-    cell("at", row.nodeName), cell("what", h("code", {title: command}, command)),
-    cell("result", h("span", {class: `dot ${kind}`}), words), cell("number", took),
-    cell("number", endedAt && bytes(outputSize(row))));
+    cell("at", job.nodeName),
+    cell("what", h("code", {title: command}, command)),
+    cell(
+      "result",
+      h("span", {class: `dot ${jobKind(job)}`}),
+      h("span", {class: "word"}, job.words),
+    ),
+    cell("number", endedAt && formatDuration(seconds)),
+    cell("number", endedAt && formatBytes(outputSize(job))),
+  );
 }
 
 function drawAudit() {
   if (state.route.page !== "commands") return;
   const {rows, more} = state.audit;
-  fillFor($("audit-rows"), rows, () => rows.map(auditRow));
+  fillIfChanged($("audit-rows"), rows, () => rows.map(auditRow));
   $("audit").hidden = !rows.length;
   $("audit-empty").hidden = rows.length > 0;
   $("audit-older").hidden = !more;
@@ -21248,7 +21744,7 @@ const choicesOf = pairs => pairs.map(([value, name]) => h("option", {value}, nam
 function drawFilters() {
   const select = $("filter-node");
   const names = state.nodes.map(node => [node.nodeId, node.displayName]);
-  fillFor(select, [["", "All"], ...names], choicesOf);
+  fillIfChanged(select, [["", "All"], ...names], choicesOf);
   select.value = state.audit.node;
 }
 
@@ -21261,16 +21757,19 @@ function filterAudit() {
 // == view: models ==
 
 function drawProviders() {
-  fillFor($("providers"), state.providers, all => all.map(providerItem));
+  fillIfChanged($("providers"), state.providers, all => all.map(providerItem));
 }
 
 function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error}) {
-  const key = h("input", {type: "password", autocomplete: "off",
+  const key = h("input", {
+    type: "password",
+    autocomplete: "off",
     placeholder: keyFrom ? "Type to replace it" : "",
-    "aria-label": `API key, ${label}`});
+    "aria-label": `API key, ${label}`,
+  });
   const url = h("input", {value: baseUrl, "aria-label": `Address, ${label}`});
   const configure = async change => {
-    if (await act("models.configure", {provider: id, ...change})) {
+    if (await attempt("models.configure", {provider: id, ...change})) {
       refresh("providers", "models");
     }
   };
@@ -21281,20 +21780,40 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
   };
   const source = {environment: `key from ${keyVariable}`, settings: "key entered here"};
   const found = models ? plural(models, "model") : error || "not set up";
-  return h("details", {class: "card"}, h("summary", {}, h("strong", {}, label), " ",
-    h("span", {class: "detail"}, dotted(found, source[keyFrom]))),
-    h("form", {onsubmit: save}, h("label", {}, "API key", key),
-      h("label", {}, "Address", url),
-      h("div", {class: "actions"}, keyFrom === "settings" &&
-        h("button", {
-          type: "button",
-          class: "button",
-          onclick: () => configure({apiKey: ""}),
-        }, "Forget the key"),
-      h("button", {class: "button main"}, "Save"))));
+  return h(
+    "details",
+    {class: "card"},
+    h(
+      "summary",
+      h("strong", label),
+      " ",
+      h("span", {class: "detail"}, dotted(found, source[keyFrom])),
+    ),
+    h(
+      "form",
+      {onsubmit: save},
+      h("label", "API key", key),
+      h("label", "Address", url),
+      h(
+        "div",
+        {class: "actions"},
+        keyFrom === "settings" &&
+          h(
+            "button",
+            {
+              type: "button",
+              class: "button",
+              onclick: () => configure({apiKey: ""}),
+            },
+            "Forget the key",
+          ),
+        h("button", {class: "button main"}, "Save"),
+      ),
+    ),
+  );
 }
 
-// Choose a model that no list has, by its name.
+// Choose an unlisted model by its name.
 function useNamedModel() {
   const key = localStorage.getItem("session") || MAIN;
   patchSession(key, {model: $("model-name").value.trim()});
@@ -21309,80 +21828,97 @@ function drawAccess() {
   const used = ms => (ms ? `used ${ago(ms)}` : "never used");
   const scopeNames = scopes => scopes.map(scope => scope.split(".")[1]).join(", ");
   const keys = state.keys.filter(key => !key.revokedAt);
-  fillFor($("keys"), keys, () =>
+  fillIfChanged($("keys"), keys, () =>
     keys.map(({keyId, name, scopes, lastUsedAt}) =>
-      listRow(name, dotted(scopeNames(scopes), used(lastUsedAt)),
-        iconButton("bin", `Revoke ${name}`, () => revokeKey(keyId, name)))));
-  fillFor($("logins"), state.logins, logins =>
+      listRow(
+        name,
+        dotted(scopeNames(scopes), used(lastUsedAt)),
+        iconButton("bin", `Revoke ${name}`, () => revokeKey(keyId, name)),
+      ),
+    ),
+  );
+  fillIfChanged($("logins"), state.logins, logins =>
     logins.map(({loginId, userAgent, address, keyName, lastUsedAt, current}) =>
       listRow(
         dotted(browserName(userAgent), current && "this browser"),
         dotted(address, keyName, used(lastUsedAt)),
         !current &&
           iconButton("out", "End this sign-in", () =>
-            change("logins.revoke", {loginId})))));
+            changeAccess("logins.revoke", {loginId}),
+          ),
+      ),
+    ),
+  );
 }
 
 const browserName = userAgent =>
   /Edg|Firefox|Chrome|Safari/.exec(userAgent)?.[0].replace("Edg", "Edge") || "Browser";
 
-async function change(method, params) {
-  await act(method, params);
+async function changeAccess(method, params) {
+  await attempt(method, params);
   refresh("keys", "logins");
 }
 
 async function revokeKey(keyId, name) {
-  const text = "Whoever came in with it is out at once.";
+  const text = "Everyone who signed in with it is signed out at once.";
   if (await confirmed(`Revoke the key ${name}?`, text, "Revoke")) {
-    change("keys.revoke", {keyId});
+    changeAccess("keys.revoke", {keyId});
   }
 }
 
 async function createKey() {
   const checked = document.querySelectorAll("#key-scopes :checked");
   const scopes = [...checked].map(box => `operator.${box.value}`);
-  const made = await act("keys.create", {name: $("key-name").value, scopes});
+  const made = await attempt("keys.create", {name: $("key-name").value, scopes});
   if (!made) return;
-  fill($("key-made"), copyLine("The key; it is shown this once", made.key));
+  fill($("key-made"), copyLine("The key, shown only once", made.key));
   refresh("keys");
 }
 
 // == sign-in ==
 
 async function signIn(key) {
-  const answer = await fetch("/api/sign-in", {method: "POST",
+  const answer = await fetch("/api/sign-in", {
+    method: "POST",
     headers: {"Content-Type": "application/json"},
-    body: JSON.stringify({key})}).catch(() => null);
+    body: JSON.stringify({key}),
+  }).catch(() => null);
   if (answer?.ok) {
     state.link = "connecting";
     touch("link");
     link.open();
     return;
   }
-  const wait = answer?.headers.get("Retry-After");
+  const wait = formatDuration(Number(answer?.headers.get("Retry-After")) || 60);
   const why = !answer
     ? "The gateway cannot be reached."
     : answer.status === 429
-      ? `Too many attempts from here. Try again in ${duration(Number(wait) || 60)}.`
+      ? `Too many attempts from here. Try again in ${wait}.`
       : "This is not a key of this gateway, or it was revoked.";
   state.link = "out";
   touch("link");
-  say($("sign-in-error"), why);
+  setText($("sign-in-error"), why);
 }
 
 async function signOut() {
-  await fetch("/api/sign-out", {method: "POST"}).catch(complain);
+  await fetch("/api/sign-out", {method: "POST"}).catch(showError);
   link.close();
   state.chats.clear();
-  Object.assign(state, {link: "out", sessions: [], nodes: [], devices: [],
-    running: []});
+  state.followed.clear();
+  Object.assign(state, {
+    link: "out",
+    sessions: [],
+    nodes: [],
+    devices: [],
+    running: [],
+  });
   shownChat = null;
   touch("link", "chat");
 }
 
 // == start ==
 
-// Follow links within the page without loading it again.
+// Follow links within the page without reloading it.
 function followLink(event) {
   const link = event.target.closest?.("a[href^='/']");
   if (!link || link.hasAttribute("download") || event.button) return;
@@ -21394,7 +21930,7 @@ function followLink(event) {
 
 function tick() {
   if (state.link === "down") drawBanner();
-  for (const view of turns.views.values()) if (view.running) view.tick();
+  for (const view of turns.views.values()) if (view.isOpen) view.tick();
 }
 
 const CLICKS = {
@@ -21432,15 +21968,16 @@ function start() {
   }
   const box = value =>
     h("input", {type: "checkbox", value, checked: value === "write"});
-  fill($("key-scopes"), SCOPES.map(scope => h("label", {}, box(scope), scope)));
-  for (const element of document.querySelectorAll("[data-icon]")) {
-    element.prepend(icon(element.dataset.icon));
-  }
+  fill(
+    $("key-scopes"),
+    SCOPES.map(scope => h("label", box(scope), scope)),
+  );
+  document.querySelectorAll("[data-icon]").forEach(addIcon);
   on(document, "click", followLink);
   on(document, "keydown", event => {
     if (event.key === "Escape" && !$("veil").hidden) openSidebar(false);
   });
-  on(window, "popstate", followAddress);
+  on(window, "popstate", applyAddress);
   onSubmit("sign-in-form", () => signIn($("key").value.trim()));
   onSubmit("token-form", generateToken);
   onSubmit("composer", () => send());
@@ -21448,9 +21985,9 @@ function start() {
   onSubmit("key-form", createKey);
   on($("token"), "close", () => (state.token = null));
   on($("text"), "keydown", composerKey);
-  on($("text"), "input", sizeText);
-  on($("transcript"), "scroll", noteScroll);
-  // What is drawn later than its card makes the conversation longer, too.
+  on($("text"), "input", fitText);
+  on($("transcript"), "scroll", onScroll);
+  // Output that is drawn later also makes the conversation longer.
   new ResizeObserver(followEnd).observe($("messages"));
   on($("find-chat"), "input", event => {
     state.search = event.target.value;
@@ -21460,11 +21997,11 @@ function start() {
   on($("filter-state"), "change", filterAudit);
   fill($("filter-state"), choicesOf(Object.entries(RESULTS)));
   setInterval(tick, 1000);
-  setInterval(() => touch("nodes", "sessions"), 60_000); // what says "3 min ago"
+  setInterval(() => touch("nodes", "sessions"), 60_000); // relative times
   const key = /^#key=(.+)$/.exec(location.hash)?.[1];
-  // The key is out of the address before anything else can see it.
+  // Remove the key from the address before anything else can read it.
   if (key) history.replaceState(null, "", location.pathname);
-  followAddress();
+  applyAddress();
   if (key) signIn(decodeURIComponent(key));
   else link.open();
   touch("link");
