@@ -123,11 +123,13 @@ if TYPE_CHECKING:
         Protocol,
         Sequence,
         TypeAlias,
+        TypeVar,
     )
 
     from typing_extensions import Self, dataclass_transform
 
     Subcommands: TypeAlias = _SubParsersAction[argparse.ArgumentParser]
+    V = TypeVar("V", bound="Value")
 else:
     Protocol = object
 
@@ -751,17 +753,17 @@ class Cancellation:
         if self._thrown.wait(timeout):
             raise Cancelled
 
-    def result_of(self, future: Future[Any]) -> Any:
-        """Return what the future brings.
+    def result_of(self, future: Future[Any], timeout: float | None = None) -> Any:
+        """Return the result of `future`, within `timeout` s.
 
-        Raises what it raises, and Cancelled as soon as it is.
+        Raises its exception, Cancelled as soon as it is, FutureTimeout.
         """
         woken = threading.Event()
         future.add_done_callback(lambda _: woken.set())
         with self.calling(woken.set):
-            woken.wait()
+            woken.wait(timeout)
             self.pause(0)
-            return future.result()
+            return future.result(0)
 
     @contextlib.contextmanager
     def calling(self, callback: Callable[[], None]) -> Iterator[None]:
@@ -3360,6 +3362,11 @@ def whole_frames(data: bytes) -> int:
             break
         at = end
     return at
+
+
+def gap_words(count: int) -> str:
+    """Return what stands for `count` bytes of output that are not there."""
+    return f"[… {count:,} bytes cut …]"
 
 
 class JobState:
@@ -9035,6 +9042,48 @@ MIGRATIONS = (
     ALTER TABLE commands ADD COLUMN timeout_ms INTEGER;  -- as asked; NULL: none
     ALTER TABLE commands ADD COLUMN cancelled_at INTEGER;  -- its node may hear later
     """,
+    """
+    CREATE TABLE jobs (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        node_id TEXT NOT NULL,
+        node_name TEXT NOT NULL,
+        work TEXT NOT NULL,
+        command TEXT NOT NULL,               -- in words for people
+        cwd TEXT,
+        timeout_ms INTEGER,                  -- as asked; NULL: none
+        spec TEXT,                           -- JSON; NULL once ended
+        caller_kind TEXT NOT NULL,
+        caller_id TEXT NOT NULL,             -- of the operator key
+        caller_name TEXT NOT NULL,
+        address TEXT NOT NULL,
+        session_key TEXT,
+        decided_by TEXT,                     -- if a person was asked first
+        kept INTEGER NOT NULL,
+        asked_at INTEGER NOT NULL,
+        started_at INTEGER,
+        ended_at INTEGER,
+        state TEXT NOT NULL,
+        exit_code INTEGER,
+        signal TEXT,
+        reason TEXT,
+        stdout_bytes INTEGER NOT NULL,
+        stderr_bytes INTEGER NOT NULL,
+        duration REAL,                       -- s
+        log_end INTEGER NOT NULL,            -- offset
+        cancelled_at INTEGER,
+        cancelled_by TEXT NOT NULL,
+        sent_to TEXT,                        -- the node's instance
+        queue_until INTEGER,
+        log BLOB                             -- of an ended job, if it is small
+    );
+    CREATE INDEX jobs_node ON jobs(node_id, seq);
+    CREATE INDEX jobs_state ON jobs(state, seq);
+    CREATE INDEX jobs_session ON jobs(session_key, seq) WHERE session_key IS NOT NULL;
+    CREATE INDEX jobs_asked_at ON jobs(asked_at);
+    CREATE INDEX jobs_failed ON jobs(seq) WHERE
+        state NOT IN ('queued', 'running', 'done') OR exit_code <> 0 OR signal <> '';
+    """,
 )
 
 
@@ -9062,6 +9111,58 @@ class DeviceCredential(Value):
     handle: str
     token_hash: str
     verifier: str  # RFC 5803
+
+
+class JobRecord(Value):
+    """One job: who asked for what, where, and how it went.  Times in ms since 1970."""
+
+    id: str  # UUID, chosen by the caller
+    node_id: str
+    node_name: str
+    caller_kind: str  # "operator", "chat" or "model"
+    caller_name: str
+    asked_at: int
+    caller_id: str = ""  # of the operator key
+    address: str = ""
+    session_key: str | None = None
+    decided_by: str | None = None  # who allowed or denied it, if a person was asked
+    work: str = "run"
+    command: str = ""  # in words for people
+    cwd: str | None = None
+    timeout_ms: int | None = None  # after which the node ends it
+    spec: JsonObject | None = None  # while it is open
+    kept: bool = False  # the gateway keeps the log
+    started_at: int | None = None
+    ended_at: int | None = None
+    state: str = JobState.RUNNING
+    exit_code: int | None = None
+    signal: str | None = None
+    reason: str | None = None  # one sentence, for people
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
+    duration: float | None = None  # s
+    log_end: int = 0  # offset
+    cancelled_at: int | None = None
+    cancelled_by: str = ""
+    sent_to: str | None = None  # `instance` of the node that was asked
+    queue_until: int | None = None
+    seq: int = 0  # given by the store; grows with every job
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not ended."""
+        return self.state in JobState.OPEN
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended with an exit code, a signal or an error."""
+        if self.state == JobState.DONE:
+            return bool(self.exit_code or self.signal)
+        return not self.is_open
+
+    def words(self) -> str:
+        """Return its state, or how it ended, in words for people."""
+        return ending_words(self.state, self.exit_code, self.signal, self.reason)
 
 
 class CommandState:
@@ -9330,6 +9431,33 @@ def _message_from(row: sqlite3.Row) -> SessionMessage:
     return SessionMessage(**{**fields, "details": json.loads(row["details"])})
 
 
+@functools.lru_cache(maxsize=None)
+def _json_fields(kind: type[Value]) -> Mapping[str, Callable[[Any], Any]]:
+    """Return the fields that a column holds as JSON, each with what its value is."""
+    makers = {"Mapping": dict, "JsonObject": dict, "Sequence": tuple, "tuple": tuple}
+    found = {}
+    for base in reversed(kind.__mro__[:-1]):
+        for name, annotation in base.__annotations__.items():
+            outer = annotation.replace(" | None", "").partition("[")[0]
+            if outer in makers:
+                found[name] = makers[outer]
+    return found
+
+
+@functools.lru_cache(maxsize=None)
+def _update_sql(table: str, where: tuple[str, ...], changes: tuple[str, ...]) -> str:
+    return (
+        f"UPDATE {table} SET {', '.join(f'{name} = ?' for name in changes)}"
+        f" WHERE {' AND '.join(f'{name} IS ?' for name in where)}"
+    )
+
+
+def _column(value: Any) -> Any:
+    if isinstance(value, (tuple, list, dict, MappingProxyType)):
+        return to_json(value)
+    return value
+
+
 class Database:
     """One SQLite connection that any thread may use."""
 
@@ -9340,6 +9468,7 @@ class Database:
         self._lock = threading.Lock()
         self._db = _open_database(path)
         self._logged = 0  # transactions since the last checkpoint
+        self._inserts: dict[Any, str] = {}  # statements, by table, type and columns
         self.work = threading.Event()  # there is something for StoreKeeper to do
 
     def close(self) -> None:
@@ -9351,6 +9480,73 @@ class Database:
         with self._connection() as db:
             self._count()
             return db.execute(sql, values).rowcount
+
+    def insert(
+        self, table: str, row: Value, *, ignore: bool = False, **columns: Any
+    ) -> int:
+        """Add a row of those fields of `row` that the table has, and of `columns`.
+
+        Returns its rowid, which SQLite gives; with `ignore`, 0 where the table has such
+        a row already.  Raises StoreError.
+        """
+        kind = type(row)
+        key = (table, kind, ignore, *columns)
+        values = {**row.__dict__, **columns}
+        for name in _json_fields(kind):
+            values[name] = _column(values[name])
+        with self._connection() as db:
+            self._count()
+            sql = self._inserts.get(key)
+            if sql is None:
+                sql = self._inserts[key] = self._insert_sql(db, table, values, ignore)
+            cursor = db.execute(sql, values)
+            return (cursor.lastrowid or 0) if cursor.rowcount == 1 else 0
+
+    @staticmethod
+    def _insert_sql(
+        db: sqlite3.Connection, table: str, values: Mapping[str, Any], ignore: bool
+    ) -> str:
+        names = [
+            column["name"]
+            for column in db.execute(f"PRAGMA table_info({table})")
+            # A primary key of type INTEGER is the rowid.
+            if column["name"] in values
+            and not (column["pk"] and column["type"] == "INTEGER")
+        ]
+        return (
+            f"INSERT {'OR IGNORE ' if ignore else ''}INTO {table}"
+            f" ({', '.join(names)}) VALUES ({', '.join(f':{name}' for name in names)})"
+        )
+
+    def update(self, table: str, where: Mapping[str, Any], **changes: Any) -> int:
+        """Change single columns of the rows `where` all columns are as given.
+
+        Returns the number of rows changed.  Raises StoreError.
+        """
+        sql = _update_sql(table, tuple(where), tuple(changes))
+        return self.write(sql, [*map(_column, changes.values()), *where.values()])
+
+    def select(self, kind: type[V], sql: str, values: SqlValues = ()) -> list[V]:
+        """Return the rows of the answer as values, by the names of their fields.
+
+        Other columns are ignored.  Raises StoreError.
+        """
+        rows = self.rows(sql, values)
+        names = [
+            name for name in (rows[0].keys() if rows else ()) if name in kind._names
+        ]
+        json_fields = _json_fields(kind)
+        booleans = [n for n in names if kind.__annotations__.get(n) == "bool"]
+        found = []
+        for row in rows:
+            fields = {name: row[name] for name in names}
+            for name, make in json_fields.items():
+                if fields.get(name) is not None:
+                    fields[name] = make(json.loads(fields[name]))
+            for name in booleans:
+                fields[name] = bool(fields[name])
+            found.append(kind(**fields))
+        return found
 
     def checkpoint(self) -> None:
         """Bring what was written into the file, if there is enough of it.
@@ -9424,17 +9620,25 @@ class Database:
 class NodeNames:
     """The names of all nodes, as of one version of the devices."""
 
-    def __init__(self, version: object, by_id: Mapping[str, str]) -> None:
+    def __init__(self, version: object, rows: Iterable[sqlite3.Row]) -> None:
+        """Of `rows` with `node_id`, `display_name`, `renamed`."""
         self.version = version
-        self.by_id = by_id
-        # To read 5,000 of them takes 5 ms, and every invocation looks for one.
-        self._ids: dict[str, list[str]] = {}
-        for node_id, name in by_id.items():
-            self._ids.setdefault(name.casefold(), []).append(node_id)
+        # To read 5,000 rows takes 5 ms, and every job looks for one.
+        self.by_id: dict[str, str] = {}
+        self._given: dict[str, list[str]] = {}  # by operators; ids by name
+        self._own: dict[str, list[str]] = {}  # by the machines themselves
+        for row in rows:
+            self.by_id[row["node_id"]] = row["display_name"]
+            ids = self._given if row["renamed"] else self._own
+            ids.setdefault(row["display_name"].casefold(), []).append(row["node_id"])
 
     def ids_of(self, name: str) -> Sequence[str]:
-        """Return the ids of the nodes of that name, without regard to case."""
-        return self._ids.get(name.casefold(), ())
+        """Return the ids of the nodes of that name, without regard to case.
+
+        A name given by an operator comes before one that a machine gave itself.
+        """
+        known = name.casefold()
+        return self._given.get(known) or self._own.get(known, ())
 
 
 class DevicesTable:
@@ -9505,11 +9709,10 @@ class DevicesTable:
         names, version = self._names, self._version
         if names is None or names.version is not version:
             rows = self._db.rows(
-                "SELECT node_id, display_name FROM devices"
+                "SELECT node_id, display_name, renamed FROM devices"
                 " WHERE node_id IS NOT NULL AND revoked_at IS NULL"
             )
-            by_id = {row["node_id"]: row["display_name"] for row in rows}
-            names = self._names = NodeNames(version, by_id)
+            names = self._names = NodeNames(version, rows)
         return names
 
     def verifier(self, handle: str, now: int) -> str | None:
@@ -9795,6 +9998,120 @@ class CommandsTable:
             " AND state NOT IN ('sent', 'running')",
             {"before": asked_at},
         )
+
+
+class JobsTable:
+    """The jobs, from the moment each was asked for; with the logs of small ones."""
+
+    FIELDS = ", ".join(JobRecord._names)  # all but the log
+    # Only what changes: to write all would touch every index.
+    SAVE = (
+        "UPDATE jobs SET spec = :spec, started_at = :started_at, ended_at = :ended_at,"
+        " state = :state, exit_code = :exit_code, signal = :signal, reason = :reason,"
+        " stdout_bytes = :stdout_bytes, stderr_bytes = :stderr_bytes,"
+        " duration = :duration, log_end = :log_end, cancelled_at = :cancelled_at,"
+        " cancelled_by = :cancelled_by, sent_to = :sent_to, queue_until = :queue_until,"
+        " log = :log WHERE id = :id"
+    )
+    # As the index jobs_failed has it, which SQLite uses only if the text is the same.
+    FAILED = (
+        "(state NOT IN ('queued', 'running', 'done') OR exit_code <> 0 OR signal <> '')"
+    )
+    STATES = {
+        "open": "state IN ('queued', 'running')",
+        "ended": "state NOT IN ('queued', 'running')",
+        "failed": FAILED,
+    }
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def add(self, record: JobRecord) -> JobRecord:
+        """Return `record` with its `seq`.  Raises RpcError CONFLICT if the id is known."""
+        seq = self._db.insert("jobs", record, ignore=True)
+        if not seq:
+            raise RpcError("CONFLICT", f"there is a job {record.id} already")
+        return record.replace(seq=seq)
+
+    def save(self, record: JobRecord, log: bytes | None = None) -> None:
+        """Write the fields that change: spec, states, times, ending, `log`.
+
+        A job that ended needs its spec no more.
+        """
+        spec = to_json(record.spec) if record.is_open and record.spec else None
+        self._db.write(self.SAVE, {**record.__dict__, "spec": spec, "log": log})
+
+    def get(self, job_id: str) -> JobRecord | None:
+        found = self._select("id = ?", (job_id,))
+        return found[0] if found else None
+
+    def log(self, job_id: str) -> bytes:
+        """Return the log that save() wrote, b"" if there is none."""
+        row = self._db.row("SELECT log FROM jobs WHERE id = ?", (job_id,))
+        return (row["log"] if row else None) or b""
+
+    def open(self) -> list[JobRecord]:
+        """Return the jobs that have not ended, the oldest first."""
+        return self._select("state IN ('queued', 'running') ORDER BY seq")
+
+    def page(
+        self,
+        *,
+        node_id: str = "",
+        state: str = "",
+        session_key: str = "",
+        query: str = "",
+        before: int = 0,
+        limit: int = 100,
+    ) -> list[JobRecord]:
+        """Return jobs, the newest first, at most MAX_PAGE of them.
+
+        `state` may also be "open", "ended" or "failed"; `query` is a part of the
+        command, in any case of letters; `before` is the `seq` of the last one known.
+        """
+        pattern = query and "%" + re.sub(r"([%_!])", r"!\1", query) + "%"
+        given = {
+            "node_id = ?": node_id,
+            "state = ?": "" if state in self.STATES else state,
+            "session_key = ?": session_key,
+            "command LIKE ? ESCAPE '!'": pattern,
+            "seq < ?": before,
+        }
+        # Only what is given: SQLite finds no index for `? = '' OR node_id = ?`.
+        conditions = [sql for sql, value in given.items() if value]
+        conditions.append(self.STATES.get(state, "TRUE"))
+        return self._select(
+            f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?",
+            (*filter(None, given.values()), max(0, min(limit, MAX_PAGE))),
+        )
+
+    def of_session(self, session_key: str) -> list[str]:
+        """Return the ids of a session's jobs."""
+        rows = self._db.rows(
+            "SELECT id FROM jobs WHERE session_key = ? ORDER BY seq", (session_key,)
+        )
+        return [row["id"] for row in rows]
+
+    def delete_before(self, at: int) -> list[str]:
+        """Delete jobs that ended and were asked for earlier; return their ids.
+
+        A clock that was wrong when one was asked for may be right by its end.
+        """
+        with self._db.transaction() as db:
+            values = {"at": at}
+            condition = (
+                "asked_at < :at AND ifnull(ended_at, 0) < :at"
+                " AND state NOT IN ('queued', 'running')"
+            )
+            rows = db.execute(f"SELECT id FROM jobs WHERE {condition}", values)
+            ids = [row["id"] for row in rows]
+            db.execute(f"DELETE FROM jobs WHERE {condition}", values)
+        return ids
+
+    def _select(self, condition: str, values: SqlValues = ()) -> list[JobRecord]:
+        # The conditions are literals; what comes from outside is in `values`.
+        sql = f"SELECT {self.FIELDS} FROM jobs WHERE {condition}"  # nosec B608
+        return self._db.select(JobRecord, sql, values)
 
 
 class AuditTable:
@@ -10233,6 +10550,7 @@ class Store:
         """Open or make the file at `path`.  Raises BadConfiguration."""
         self._database = Database(path)
         self.devices = DevicesTable(self._database)
+        self.jobs = JobsTable(self._database)
         self.commands = CommandsTable(self._database)
         self.audit = AuditTable(self._database, self.commands)
         self.operator_keys = OperatorKeysTable(self._database)
@@ -11059,11 +11377,10 @@ class Access(DeviceAccess):
 
 # ==============================================================================
 # Fleet
-# Uses: Wire protocol, Commands, Telemetry, Machine, Store
+# Uses: Wire protocol, Telemetry, Machine, Store
 #
-# The machines this gateway can use, connected or not, with `Local` among them; the
-# invocations sent to them, the streams of those, and their fate.  Who may ask is
-# decided by Access and Gateway; what carries the envelopes is a NodeLink.
+# The machines this gateway knows, connected or not, with `Local` among them: names,
+# presence, telemetry, views.  What they are asked to do is left to Jobs.
 # ==============================================================================
 
 LOCAL_ID = "local"
@@ -11071,67 +11388,37 @@ LOCAL_NAME = "Local"
 
 MAX_NODE_ID = 200  # characters
 MAX_NAME = 200  # characters
-ACKNOWLEDGE_EVERY = STREAM_WINDOW // 4  # bytes; often enough that no sender waits
-MAX_REASON = 2000  # characters of an error that a node tells; its middle is cut out
-MAX_SIGNAL = 40  # characters of a signal's name
-LOST_AFTER = 60.0  # s beyond its own timeout that an absent node's command is awaited
-STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without news of a connected node
+MIN_ID_PREFIX = 4  # characters of an id that may stand for it
+MAX_CANDIDATES = 20  # names in an error; there may be thousands
+STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without telemetry from a connected node
 CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest goes
-RUNNING_AFTER = 1.0  # s after which the audit is told that a command runs
-MAX_ACCEPTS = 16  # answers owed for one result; beyond it the oldest is not given
 REPLACE_TIMEOUT = 5.0  # s for an old connection of the same node to end
-WHETHER_IT_RAN = "whether the command ran is not known"
-HOW_IT_ENDED = "how the command ended is not known"
 
 
 class NodeLink(Protocol):
-    """How a connected node is reached; each method raises ConnectionClosed."""
+    """How a connected node is reached; what sends raises ConnectionClosed."""
 
-    def request(self, invoke_id: str, command: str, args: JsonObject) -> None: ...
+    node_id: str
+    instance: str  # one life of the node's process
+    resumes: bool  # whether it keeps jobs when the connection is lost
 
-    def acknowledge(self, invoke_id: str, stream: int, offset: int) -> None: ...
+    def check(self, work: str, spec: JsonObject) -> None:
+        """Raise RpcError for work that this node cannot do."""
 
-    def cancel(self, invoke_id: str) -> None: ...
+    def check_cancel(self, job_id: str) -> None:
+        """Raise RpcError if this node cannot end the job."""
 
-    def rewind(self, invoke_id: str, stdout: int, stderr: int) -> None: ...
+    def start(self, job_id: str, work: str, spec: JsonObject) -> None: ...
 
-    def write_stdin(self, chunk: Chunk) -> None: ...
+    def acknowledge(self, job_id: str, offset: int) -> None: ...
+
+    def cancel(self, job_id: str) -> None: ...
+
+    def input(self, job_id: str, offset: int, data: bytes) -> None: ...
+
+    def resize(self, job_id: str, rows: int, cols: int) -> None: ...
 
     def hang_up(self, reason: str) -> None: ...
-
-
-class Sink(Protocol):
-    """Whoever wants what an invocation sends while it runs."""
-
-    def chunk(self, chunk: Chunk) -> int:
-        """Take output; return up to which byte of the stream all is dealt with.
-
-        The rest is acknowledged with a later chunk, at the end, or by who asked.
-        """
-
-    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
-
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:
-        """Hear that it is `queued`, `waiting` for its node, or `running` again."""
-
-    def end(self, invocation: Invocation, end: CommandEnd) -> bool:
-        """Hear how it ended; whether all output is dealt with."""
-
-
-class Origin(Value):
-    """Who asked for an invocation."""
-
-    kind: str
-    name: str
-    session_key: str | None = None
-    decided_by: str | None = None  # who allowed a model to ask for it
-
-
-class SinkFinder(Protocol):
-    """Knows who wanted a command that was asked for in an earlier life of ours."""
-
-    def __call__(self, record: CommandRecord) -> tuple[Sink, int, int] | None:
-        """Return its sink with how much stdout and stderr that has; None: unknown."""
 
 
 class ConnectedNode:
@@ -11149,538 +11436,22 @@ class ConnectedNode:
         self.device_id = device_id
         self.link = link
         self.instance = params.instance
-        self.inflight = {item.invoke_id: item for item in params.inflight}
-        self.streams = CAP_STREAM in params.capabilities
-        self.resumes = CAP_RESUME in params.capabilities
-        # Ours names them in its telemetry; that of an existing node has to be asked.
-        self.asked_for_providers = (
-            SYSTEM_PROVIDERS in params.commands and not self.streams
-        )
+        self.held = params.jobs
         self.lends_models = CAP_LLM in params.capabilities
+        # Ours before jobs: it is served as a Moltis peer.
+        self.outdated = (
+            CAP_SCRAM in params.capabilities and CAP_JOBS not in params.capabilities
+        )
         self.platform = params.platform
+        self.version = params.version
         self.address = address
         self.since_ms = now_ms()
-        self.ready = False  # its hello is out; set once, by Fleet.activate
+        self.ready = False  # its hello is sent; set once, by Fleet.activate
         self.gone = threading.Event()  # its reader has ended
 
 
-class AbsentCaller:
-    """Stands in for a caller who is expected back, and takes nothing meanwhile."""
-
-    def __init__(self, patience: float) -> None:  # s
-        self.deadline = Deadline(patience)
-
-    def chunk(self, _chunk: Chunk) -> int:
-        return 0
-
-    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
-
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None: ...
-
-    def end(self, _invocation: Invocation, _end: CommandEnd) -> bool:
-        return False
-
-
-def _lost_after(command: str, args: JsonObject) -> float | None:
-    """Return the seconds after which a result is not awaited any more."""
-    if command != SYSTEM_RUN:
-        return LOST_AFTER
-    timeout_ms: float | None = args.get("timeout")
-    return timeout_ms / 1000 + LOST_AFTER if timeout_ms else None
-
-
-def fail(future: Future[Any], error: RpcError) -> None:
-    """Let those who wait hear of an error, unless they have heard of an end."""
-    with contextlib.suppress(InvalidStateError):
-        future.set_exception(error)
-
-
-class Invocation:
-    """One piece of work on a node, from being asked for to its result."""
-
-    def __init__(
-        self,
-        invoke_id: str,
-        node: tuple[str, str],  # id and name
-        command: str,
-        args: JsonObject,
-        origin: Origin,
-        sink: Sink,
-    ) -> None:
-        self.id = invoke_id
-        self.node_id, self.node_name = node
-        self.command = command
-        self.args = args
-        self.origin = origin
-        self.sink = sink
-        self.future: Future[JsonObject] = Future()
-        self.settled: Future[None] = Future()  # done: nothing more of it will come
-        self.sent_to: str | None = None  # the instance of the node that has it
-        self.started_at: int | None = None  # ms; None while it waits, or is not sent
-        self._began = 0.0  # the same, by a clock that does not jump
-        self.place: int | None = None  # in line on its node
-        self.noted_running = False  # in the audit; by the ticker alone
-        self.cancelled = False
-        self.asked_here = True  # in this life of the gateway
-        self.end: CommandEnd | None = None  # once it is known
-        self.patience = _lost_after(command, args)
-        # Of a node that can resume, only its absence counts: see await_node().
-        self.deadline = Deadline(self.patience)
-        self._grace = Deadline(None)  # the same for one that was cancelled
-        self._away_since: float | None = None  # monotonic; None: its node is there
-        self.given_up: RpcError | None = None  # why no result will come
-        self.recorded = True  # its end, in the audit; False: to be tried again
-        self._lock = threading.Lock()  # guards all below, sent_to, sink and future
-        self._asked: ConnectedNode | None = None  # over its connection of the moment
-        self._received = {STDOUT: 0, STDERR: 0}
-        self._consumed = {STDOUT: 0, STDERR: 0}
-        self._announced = {STDOUT: 0, STDERR: 0}
-        self._accepts: list[Callable[[], None]] = []  # one for each time it was sent
-        self._result: JsonObject | None = None
-        self._handed_out = False  # _result, to the sink and future of the moment
-
-    def begin(self, runs: bool = True) -> None:
-        """Note that it runs from now on, or that it has to wait."""
-        self.started_at, self._began = now_ms() if runs else None, time.monotonic()
-
-    def runs_for(self, seconds: float) -> bool:
-        """Tell whether it has been running for so long."""
-        return self.started_at is not None and (
-            time.monotonic() - self._began >= seconds
-        )
-
-    def hand_to(self, node: ConnectedNode) -> bool:
-        """Note that `node` is to be asked; False where it has been, since it connected.
-
-        A caller and the node's coming may both be about to send: one of them does.
-        """
-        with self._lock:
-            if self._asked is node:
-                return False
-            self._asked, self.sent_to = node, node.instance
-            return True
-
-    def await_node(self, asked: ConnectedNode | None = None) -> bool:
-        """Count from now on for how long its node is away.
-
-        False: it is not, for it came anew, and was asked after `asked` was.
-        """
-        with self._lock:
-            if asked is not None and self._asked is not asked:
-                return False
-            self._away_since = time.monotonic()
-            self.deadline = Deadline(self.patience)
-            self._grace = Deadline(LOST_AFTER)
-        return True
-
-    def leave_to_node(self) -> None:
-        """Count no more: its node has it, and keeps to the timeout itself."""
-        self._away_since = None
-        self.deadline = self._grace = Deadline(None)
-
-    @property
-    def away_ms(self) -> int | None:
-        """For how many ms its node has been away; None: it is not."""
-        since = self._away_since
-        return None if since is None else round((time.monotonic() - since) * 1000)
-
-    def overdue(self) -> str:
-        """Return why its result is awaited no longer, "" while it is."""
-        if self.deadline.expired:
-            return f"no result {LOST_AFTER:.0f} s after the command's timeout"
-        if self.cancelled and self._grace.expired:
-            return "it was away when the command was cancelled, and is still"
-        return ""
-
-    def received(self, stream: int) -> int:
-        with self._lock:
-            return self._received[stream]
-
-    def consumed(self, stream: int) -> int:
-        with self._lock:
-            return self._consumed[stream]
-
-    def restart_at(self, stdout: int, stderr: int) -> None:
-        """Take up a stream whose beginning was dealt with in an earlier life."""
-        with self._lock:
-            for offsets in (self._received, self._consumed, self._announced):
-                offsets.update({STDOUT: stdout, STDERR: stderr})
-
-    def skip_to(self, stdout: int, stderr: int) -> None:
-        """Go on without what its node has not got any more."""
-        with self._lock:
-            for offsets in (self._received, self._consumed, self._announced):
-                offsets[STDOUT] = max(stdout, offsets[STDOUT])
-                offsets[STDERR] = max(stderr, offsets[STDERR])
-
-    def attach(
-        self, sink: Sink, start: tuple[int, int] | None, instead_of: Sink | None
-    ) -> Future[JsonObject]:
-        """Give what follows these offsets, and the result, to another sink.
-
-        None: what has not been dealt with.  Raises RpcError CONFLICT where some of it
-        is gone already, or the sink of the moment is not the expected one.
-        """
-        with self._lock:
-            if instead_of not in (None, self.sink):
-                raise RpcError("CONFLICT", f"another client follows {self.id} now")
-            consumed = self._consumed[STDOUT], self._consumed[STDERR]
-            stdout, stderr = consumed if start is None else start
-            if stdout < consumed[0] or stderr < consumed[1]:
-                raise RpcError("CONFLICT", f"the output of {self.id} is gone already")
-            for offsets in (self._received, self._consumed):
-                offsets.update({STDOUT: stdout, STDERR: stderr})
-            previous, self.future = self.future, Future()
-            self.sink = sink
-            self._handed_out = False
-        fail(previous, RpcError("CONFLICT", "another client follows this command now"))
-        if self.given_up is not None:
-            fail(self.future, self.given_up)
-        return self.future
-
-    def detach(self, sink: Sink) -> None:
-        """Wait for the caller behind `sink`, who did not say that it leaves."""
-        with self._lock:
-            if self.sink is sink:
-                self.sink = AbsentCaller(CALLER_PATIENCE)
-
-    def fresh(self, chunk: Chunk) -> tuple[Sink, Chunk] | None:
-        """Return the part of `chunk` that had not arrived yet, and who gets it.
-
-        None: nothing of it.  One that is ahead was on its way when the node was told
-        to go back: it will come again.
-        """
-        with self._lock:
-            have = self._received[chunk.kind]
-            if chunk.offset > have or chunk.end <= have:
-                return None
-            self._received[chunk.kind] = chunk.end
-            sink = self.sink
-        if chunk.offset == have:
-            return sink, chunk
-        rest = chunk.data[have - chunk.offset :]
-        return sink, Chunk(chunk.kind, chunk.invoke_id, have, rest)
-
-    def consume(self, stream: int, offset: int, sink: Sink | None = None) -> bool:
-        """Note that the sink has dealt with `offset` bytes; True: tell the node now.
-
-        Nothing comes of it if `sink` is not the one of the moment any more.
-        Raises RpcError for bytes that were not sent.
-        """
-        with self._lock:
-            if sink is not None and sink is not self.sink:
-                return False
-            if offset > self._received[stream]:
-                raise RpcError(
-                    "INVALID_REQUEST",
-                    f"byte {offset} of {STREAM_NAMES[stream]} is acknowledged before "
-                    f"it was sent; {self._received[stream]} were",
-                )
-            self._consumed[stream] = max(offset, self._consumed[stream])
-            due = self._consumed[stream] - self._announced[stream] >= ACKNOWLEDGE_EVERY
-            if due:
-                self._announced[stream] = self._consumed[stream]
-        return due
-
-    def consume_all(self, sink: Sink) -> None:
-        """Note that `sink` has dealt with all that it was given."""
-        with self._lock:
-            if sink is self.sink:
-                self._consumed.update(self._received)
-
-    def tell_offsets(self, link: NodeLink, *, rewind: bool = True) -> None:
-        """Tell the node what to send again, and what was dealt with meanwhile.
-
-        Raises ConnectionClosed.
-        """
-        with self._lock:
-            received, consumed = dict(self._received), dict(self._consumed)
-            self._announced = dict(consumed)
-        if rewind:
-            link.rewind(self.id, received[STDOUT], received[STDERR])
-        for stream, offset in consumed.items():
-            link.acknowledge(self.id, stream, offset)
-
-    def keep_result(self, result: JsonObject, accept: Callable[[], None]) -> None:
-        """Keep what came from the node until it can be handed out, and accepted."""
-        with self._lock:
-            self._accepts.append(accept)
-            del self._accepts[:-MAX_ACCEPTS]
-            self._result = self._result or result
-
-    def take_result(self) -> tuple[JsonObject, Sink, Future[JsonObject]] | None:
-        """Return the result, once it and all output before it are here.
-
-        With the sink and the future that are to get it; they get it once.
-        """
-        with self._lock:
-            # While a node resumes, its result may overtake its output.
-            if self._result is None or self._handed_out or not self._is_whole():
-                return None
-            self._handed_out = True
-            return self._result, self.sink, self.future
-
-    def _is_whole(self) -> bool:
-        assert self._result is not None
-        for kind, received in self._received.items():
-            total = self._result.get(f"{STREAM_NAMES[kind]}Bytes")
-            if isinstance(total, int) and received < total:
-                return False
-        return True
-
-    def accept_when_consumed(self) -> bool:
-        """Let the node forget it if its result and all output are dealt with.
-
-        Returns whether that is so.
-        """
-        with self._lock:
-            if (
-                not self._handed_out
-                or not self.recorded
-                or self._consumed != self._received
-            ):
-                return False
-            ready, self._accepts = self._accepts, []
-        for accept in ready:
-            accept()
-        return True
-
-
-class CollectingSink:
-    """Keeps the output of an invocation for a caller who wants it in one piece."""
-
-    def __init__(self, limit: int) -> None:  # bytes a stream
-        self._output = OutputCollector(limit)
-        self._starts: dict[int, int] = {}  # where what we heard begins
-
-    def chunk(self, chunk: Chunk) -> int:
-        start = self._starts.setdefault(chunk.kind, chunk.offset)
-        self._output.add(chunk.kind, chunk.offset - start, chunk.data)
-        return chunk.end
-
-    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
-
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None: ...
-
-    def end(self, invocation: Invocation, end: CommandEnd) -> bool:  # noqa: ARG002
-        return True
-
-    def result(self, result: JsonObject) -> JsonObject:
-        """Return `result` with the output in it."""
-        if "exitCode" not in result:
-            return result
-        stdout, stderr = self._output.stdout, self._output.stderr
-        whole = {**result, "stdout": stdout.text(), "stderr": stderr.text()}
-        if stdout.cut or stderr.cut:
-            whole["truncated"] = True
-        return whole
-
-
-class LocalLink:
-    """The gateway's own machine, asked as any other node is."""
-
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-
-    def request(self, invoke_id: str, command: str, args: JsonObject) -> None:
-        self._machine.invoke(invoke_id, command, args)
-
-    def acknowledge(self, invoke_id: str, stream: int, offset: int) -> None:
-        self._machine.acknowledge(invoke_id, stream, offset)
-
-    def cancel(self, invoke_id: str) -> None:
-        self._machine.cancel(invoke_id)
-
-    def rewind(self, invoke_id: str, stdout: int, stderr: int) -> None:
-        self._machine.rewind(invoke_id, stdout, stderr)
-
-    def write_stdin(self, chunk: Chunk) -> None:
-        self._machine.write_stdin(chunk)
-
-    def hang_up(self, _reason: str) -> None:
-        self._machine.close()
-
-
-def command_record(invocation: Invocation) -> CommandRecord:
-    """Return what the audit keeps of a command that was asked for just now."""
-    args, origin = invocation.args, invocation.origin
-    timeout_ms: float | None = args.get("timeout")
-    return CommandRecord(
-        invoke_id=invocation.id,
-        asked_at=now_ms(),
-        caller_kind=origin.kind,
-        caller_name=origin.name,
-        session_key=origin.session_key,
-        decided_by=origin.decided_by,
-        node_id=invocation.node_id,
-        node_name=invocation.node_name,
-        command=args["command"],
-        cwd=args.get("cwd"),
-        timeout_ms=None if timeout_ms is None else math.ceil(timeout_ms),
-    )
-
-
-def check_window(invocation: Invocation, chunk: Chunk) -> None:
-    """Raises RpcError for output that its node was to keep until others were read.
-
-    Sinks count on it: what a node sends beyond that, they would have to keep.
-    """
-    end = invocation.consumed(chunk.kind) + STREAM_WINDOW
-    if chunk.end > end:
-        raise RpcError(
-            "PROTOCOL_ERROR",
-            f"byte {chunk.end} of {STREAM_NAMES[chunk.kind]} was sent, and {end} "
-            "were asked for",
-        )
-
-
-def checked_run_result(result: JsonObject) -> JsonObject:
-    """Return a node's result of `system.run` as all may rely on it.
-
-    It has an `error`, or an `exitCode` and output in texts; what a node that is not
-    ours says in another form becomes an error.
-    """
-    if "error" in result:
-        return {**result, "error": clip(str(result["error"]), MAX_REASON)}
-    try:
-        code = required(result, "exitCode", int)
-        for name in ("stdout", "stderr"):
-            optional(result, name, str)
-    except RpcError as error:
-        return {"error": f"the node sent a result that makes no sense: {error}"}
-    known = {name: value for name, value in result.items() if value is not None}
-    # Windows has exit codes of 32 bits; what is more than that is no exit code.
-    known["exitCode"] = code if -(2**31) <= code < 2**32 else -1
-    name = known.pop("signal", None)
-    if name and isinstance(name, str):
-        known["signal"] = printable(name, MAX_SIGNAL)
-    elif isinstance(name, int) and 0 < name < 2**31:
-        known["signal"] = name
-    return known
-
-
-def take_output(invoke_id: str, result: JsonObject) -> list[Chunk]:
-    """Return the output in a result, and leave it out there.
-
-    A node that does not stream sends it so.
-    """
-    chunks = []
-    for stream in (STDOUT, STDERR):
-        data = (result.pop(STREAM_NAMES[stream], None) or "").encode("utf-8")
-        for start in range(0, len(data), MAX_CHUNK):
-            piece = data[start : start + MAX_CHUNK]
-            chunks.append(Chunk(stream, invoke_id, start, piece))
-    return chunks
-
-
-def stop_words(is_local: bool) -> str:
-    """Return why a command was cancelled whose machine stopped."""
-    return "the gateway on its machine stopped" if is_local else "its node stopped"
-
-
-def command_end(result: JsonObject, invocation: Invocation) -> CommandEnd:
-    """Return what the audit keeps of a checked result."""
-    if "error" in result:
-        state = CommandState.FAILED
-        if result.get("cancelled"):
-            state = CommandState.CANCELLED
-        return CommandEnd(state, now_ms(), error=result["error"])
-    state = CommandState.DONE
-    if result.get("timedOut"):
-        state = CommandState.TIMED_OUT
-    elif result.get("cancelled"):
-        state = CommandState.CANCELLED
-    signal_number = result.get("signal")
-    stopped = state == CommandState.CANCELLED and result.get("stopped")
-    return CommandEnd(
-        state,
-        now_ms(),
-        error=stop_words(invocation.node_id == LOCAL_ID) if stopped else None,
-        exit_code=result["exitCode"],
-        signal=None if signal_number is None else str(signal_number),
-        stdout_bytes=invocation.received(STDOUT),
-        stderr_bytes=invocation.received(STDERR),
-        started_at=invocation.started_at,
-    )
-
-
-def lost_end(invocation: Invocation, reason: str) -> CommandEnd:
-    """Return what the audit keeps of a command whose result will not come."""
-    stdout, stderr = invocation.received(STDOUT), invocation.received(STDERR)
-    # What has written something did run.
-    unknown = HOW_IT_ENDED if stdout or stderr else WHETHER_IT_RAN
-    return CommandEnd(
-        CommandState.LOST,
-        now_ms(),
-        stdout_bytes=stdout,
-        stderr_bytes=stderr,
-        error=f"{reason}; {unknown}",
-    )
-
-
-def why_given_up(invocation: Invocation, reason: str, end: CommandEnd) -> RpcError:
-    """Return what a caller hears whose result, or output, will not come."""
-    problem = end.error
-    if end is invocation.end:
-        problem = f"{reason}; the command ended ({end.state}), but its output is gone"
-    return RpcError("UNAVAILABLE", f"{invocation.node_name}: {problem}")
-
-
-def forgotten_invocation(record: CommandRecord, sink: Sink) -> Invocation:
-    """Return what a command is to us that was asked for in an earlier life."""
-    invocation = Invocation(
-        record.invoke_id,
-        (record.node_id, record.node_name),
-        SYSTEM_RUN,
-        {"command": record.command, "timeout": record.timeout_ms},
-        record_origin(record),
-        sink,
-    )
-    invocation.asked_here = False
-    invocation.cancelled = record.cancelled_at is not None
-    invocation.sent_to = "an earlier life"  # so it is not sent again, whatever comes
-    invocation.begin()
-    invocation.started_at = record.started_at  # None: it may be in line there
-    return invocation
-
-
-def record_origin(record: CommandRecord) -> Origin:
-    return Origin(record.caller_kind, record.caller_name, record.session_key)
-
-
-def record_result(record: CommandRecord) -> JsonObject | None:
-    """Return the result of a command that ended, as far as the audit has it."""
-    if record.state == CommandState.FAILED:
-        return {"error": record.error or "it failed", "node": record.node_name}
-    if record.state == CommandState.CANCELLED and record.exit_code is None:
-        problem = record.error or "cancelled before it ran"
-        return {"error": problem, "cancelled": True, "node": record.node_name}
-    if record.exit_code is None:
-        return None
-    result: JsonObject = {
-        "exitCode": record.exit_code,
-        "stdoutBytes": record.stdout_bytes,
-        "stderrBytes": record.stderr_bytes,
-        "node": record.node_name,
-    }
-    if record.signal is not None:
-        number = record.signal
-        result["signal"] = int(number) if number.isdigit() else number
-    if record.state == CommandState.TIMED_OUT:
-        result["timedOut"] = True
-    if record.state == CommandState.CANCELLED:
-        result["cancelled"] = True
-        if record.error is not None:
-            result["stopped"] = True
-    return result
-
-
-def _is_forsaken(sink: Sink) -> bool:
-    return isinstance(sink, AbsentCaller) and sink.deadline.expired
-
-
 def valid_name(text: str) -> str:
-    """Return a name for a node without white space around it.  Raises RpcError."""
+    """Return a name for a node without surplus white space.  Raises RpcError."""
     name = " ".join(text.split())
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():
         raise RpcError(
@@ -11695,9 +11466,9 @@ def valid_name(text: str) -> str:
 
 
 def free_name(devices: DevicesTable, text: str, node_id: str = "") -> str:
-    """Return a name for a machine, the node `node_id` if it is one already.
+    """Return a valid name for a machine, which may be the node `node_id` already.
 
-    Raises RpcError for what cannot be one, or is the id of another node.
+    Raises RpcError for a name that is invalid or another node's id.
     """
     name = valid_name(text)
     ids = {known.casefold() for known in devices.names().by_id}
@@ -11709,7 +11480,7 @@ def free_name(devices: DevicesTable, text: str, node_id: str = "") -> str:
 
 
 def check_node_id(node_id: str) -> None:
-    """Raises RpcError for what cannot be the id of a node that connects."""
+    """Raises RpcError unless a node may connect with this id."""
     fits = 0 < len(node_id) <= MAX_NODE_ID and node_id.isprintable()
     if not fits or node_id.casefold() == LOCAL_ID:
         raise RpcError(
@@ -11717,28 +11488,6 @@ def check_node_id(node_id: str) -> None:
             f"client.id must have 1 to {MAX_NODE_ID} printable characters and not "
             f"be {LOCAL_ID!r}",
         )
-
-
-class CpuHistory:
-    """How busy each machine was lately."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _points
-        self._points: dict[str, collections.deque[tuple[int, float]]] = {}
-
-    def add(self, node_id: str, cpu_usage: float | None) -> None:
-        if cpu_usage is None:
-            return
-        with self._lock:
-            points = self._points.setdefault(
-                node_id, collections.deque(maxlen=CPU_HISTORY)
-            )
-            points.append((now_ms(), cpu_usage))
-
-    def of(self, node_id: str) -> list[tuple[int, float]]:
-        """Return pairs of time (ms) and percent, of the last half hour or so."""
-        with self._lock:
-            return list(self._points.get(node_id, ()))
 
 
 class Fleet:
@@ -11753,22 +11502,14 @@ class Fleet:
         self._devices = devices
         self._announce = announce
         self._local = local
-        self._lock = threading.Lock()  # guards _connected and _telemetry
+        self._lock = threading.Lock()  # guards all below
         self._connected = {local.node_id: local}
         self._telemetry: dict[str, tuple[Telemetry, float]] = {}  # and when, monotonic
-        self.cpu_history = CpuHistory()
+        self._cpu: dict[str, collections.deque[tuple[int, float]]] = {}
 
     def connected(self, node_id: str) -> ConnectedNode | None:
         with self._lock:
             return self._connected.get(node_id)
-
-    def expects(self, node_id: str) -> bool:
-        """Return whether a node may come under this id; in doubt it may."""
-        try:
-            device = self._devices.by_node_id(node_id, now_ms())
-        except StoreError:
-            return True
-        return node_id == LOCAL_ID or device is not None
 
     def all_connected(self) -> list[ConnectedNode]:
         with self._lock:
@@ -11777,7 +11518,7 @@ class Fleet:
     def claim(self, node: ConnectedNode, device: Device) -> None:
         """Make `node` the one connection of its id; an old one is hung up first.
 
-        Raises RpcError when the token or the id is in use by another machine.
+        Raises RpcError if the token or the id is in use by another machine.
         """
         self._check_claim(node.node_id, device)
         deadline = Deadline(REPLACE_TIMEOUT)
@@ -11786,7 +11527,7 @@ class Fleet:
                 previous = self._connected.setdefault(node.node_id, node)
             if previous is node:
                 return
-            # Its reader has to be through before ours starts: chunks stay in order.
+            # Its reader has to end before ours starts: log frames stay in order.
             previous.link.hang_up("this node has connected again")
             if not previous.gone.wait(deadline.remaining()):
                 raise RpcError(
@@ -11795,7 +11536,7 @@ class Fleet:
                 )
 
     def release(self, node: ConnectedNode) -> None:
-        """Note that the connection of `node` has ended."""
+        """Remove a connection that has ended."""
         with self._lock:
             del self._connected[node.node_id]
         try:
@@ -11803,88 +11544,72 @@ class Fleet:
                 self._announce_presence("node.disconnected", node)
                 self._devices.seen(node.device_id, now_ms())
         except StoreError as error:
-            log.warning("last seen not kept node=%s: %s", node.node_id, error)
+            log.warning("last seen is not stored node=%s: %s", node.node_id, error)
         finally:
             node.gone.set()
 
     def activate(self, node: ConnectedNode) -> None:
-        """Open `node` for requests: its hello is on the way."""
+        """Open `node` for requests: its hello is sent."""
         node.ready = True
         self._announce_presence("node.connected", node)
 
     def report(self, node: ConnectedNode, payload: JsonObject) -> None:
-        """Take a node's telemetry.  Raises RpcError where it makes no sense."""
-        told_id = optional(payload, "nodeId", str)
-        if told_id and told_id != node.node_id:
+        """Record a node's telemetry.  Raises RpcError if it makes no sense."""
+        reported_id = optional(payload, "nodeId", str)
+        if reported_id and reported_id != node.node_id:
             raise RpcError("FORBIDDEN", f"{node.node_id} may report on itself only")
         telemetry = telemetry_from_payload(payload)
-        with self._lock:
-            known, _ = self._telemetry.get(node.node_id, (None, 0.0))
-            if telemetry.providers is None and known is not None:
-                telemetry = telemetry.replace(providers=known.providers)
-        self._keep_telemetry(node, telemetry)
+        if telemetry.providers is None:
+            with self._lock:
+                known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
+            telemetry = telemetry.replace(providers=known.providers)
+        self._record_telemetry(node, telemetry)
 
-    def keep_providers(self, node: ConnectedNode, payload: JsonObject) -> None:
-        """Take a node's answer to `system.providers`.  Raises RpcError."""
+    def record_providers(self, node: ConnectedNode, payload: JsonObject) -> None:
+        """Record a node's answer to `system.providers`.  Raises RpcError."""
         providers = providers_from_payload(payload)
         with self._lock:
             known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
-        self._keep_telemetry(node, known.replace(providers=providers))
-
-    def _keep_telemetry(self, node: ConnectedNode, telemetry: Telemetry) -> None:
-        self._remember(node.node_id, telemetry)
-        self._devices.save_telemetry(
-            node.device_id, telemetry.to_payload(node.node_id), now_ms()
-        )
-        self._announce_telemetry(node.node_id, telemetry)
+        self._record_telemetry(node, known.replace(providers=providers))
 
     def report_local(self, telemetry: Telemetry) -> None:
-        self._remember(LOCAL_ID, telemetry)
         self._announce_telemetry(LOCAL_ID, telemetry)
 
-    def _remember(self, node_id: str, telemetry: Telemetry) -> None:
+    def cpu_history(self, node_id: str) -> list[tuple[int, float]]:
+        """Return pairs of time (ms) and percent, of the last half hour or so."""
         with self._lock:
-            self._telemetry[node_id] = (telemetry, time.monotonic())
-        self.cpu_history.add(node_id, telemetry.cpu_usage)
-
-    def _announce_telemetry(self, node_id: str, telemetry: Telemetry) -> None:
-        columns = telemetry.to_columns(stale=False)
-        self._announce(NODE_TELEMETRY, {"nodeId": node_id, **columns})
+            return list(self._cpu.get(node_id, ()))
 
     def resolve(self, reference: str) -> tuple[str, str]:
-        """Return id and name of the machine that an id or a name stands for.
+        """Return id and name of the machine that a person or program names.
 
-        An exact id wins, then a name without regard to case.
-        Raises RpcError NOT_FOUND, or INVALID_REQUEST for an ambiguous name.
+        An exact id wins, then a name given by an operator, then one that the machine
+        gave itself, without regard to case; then a unique prefix of an id.
+        Raises RpcError NOT_FOUND, or INVALID_REQUEST with the candidates.
         """
         wanted, names = reference.strip(), self._devices.names()
-        if wanted == LOCAL_ID:
+        if LOCAL_ID in (wanted, wanted.casefold()):
             return LOCAL_ID, LOCAL_NAME
         if wanted in names.by_id:
             return wanted, names.by_id[wanted]
-        matches = list(names.ids_of(wanted))
-        if wanted.casefold() == LOCAL_NAME.casefold():
-            matches.append(LOCAL_ID)
-        if len(matches) > 1:
+        matches = names.ids_of(wanted)
+        if not matches and len(wanted) >= MIN_ID_PREFIX:
+            matches = [i for i in names.by_id if i.startswith(wanted)]
+        if len(matches) == 1:
+            return matches[0], names.by_id[matches[0]]
+        if matches:
             raise RpcError(
                 "INVALID_REQUEST",
-                f"{wanted!r} is the name of {len(matches)} nodes; use an id: "
-                f"{', '.join(matches)}",
+                f"{wanted!r} may be any of {len(matches)} nodes; use an id: "
+                f"{_some(matches)}",
             )
-        if matches:
-            return matches[0], names.by_id.get(matches[0], LOCAL_NAME)
         known = sorted([LOCAL_NAME, *names.by_id.values()], key=str.casefold)
         raise RpcError(
-            "NOT_FOUND", f"there is no node {reference!r}; there is {', '.join(known)}"
+            "NOT_FOUND", f"there is no node {reference!r}; there is {_some(known)}"
         )
 
-    def remembers(self, node_id: str) -> bool:
-        """Return whether it would tell us again how a command ended, did we forget."""
-        node = self.connected(node_id)
-        return node is not None and node.resumes and node_id != LOCAL_ID
-
     def require_connected(self, node_id: str, name: str) -> ConnectedNode:
-        """Raises RpcError UNAVAILABLE, which says since when the node is offline."""
+        """Raises RpcError UNAVAILABLE, with the time since when it is offline."""
         node = self.connected(node_id)
         if node is not None:
             return node
@@ -11897,6 +11622,26 @@ class Fleet:
         """Return `node.list`: Local, then the others by name."""
         devices = [d for d in self._devices.all(now_ms()) if d.node_id is not None]
         return [self._local_view(), *(self._view(device) for device in devices)]
+
+    def select(self, text: str, limit: int) -> tuple[list[JsonObject], int]:
+        """Return views of at most `limit` machines with `text` in id or name.
+
+        And the number of all such machines.
+        """
+        wanted, by_id = text.strip().casefold(), self._devices.names().by_id
+        found = sorted(
+            (name.casefold(), node_id)
+            for node_id, name in by_id.items()
+            if wanted in name.casefold() or wanted in node_id.casefold()
+        )
+        ids = [node_id for _, node_id in found]
+        if wanted in LOCAL_ID:
+            ids.insert(0, LOCAL_ID)
+        views = []
+        for node_id in ids[:limit]:
+            with contextlib.suppress(RpcError):  # revoked meanwhile
+                views.append(self.view(node_id))
+        return views, len(ids)
 
     def view(self, node_id: str) -> JsonObject:
         """Return `node.describe`.  Raises RpcError NOT_FOUND."""
@@ -11918,16 +11663,14 @@ class Fleet:
             )
         if device.node_id == node_id:
             return
-        # An id wins over a name: what is meant for that machine would come to this.
+        # An id wins over a name: this node would get what is meant for that one.
         if self._devices.is_called(node_id, now_ms(), but=device.id):
             raise RpcError(
                 "CONFLICT",
                 f"another machine is called {node_id}, or a token was made for one; "
                 "choose another id with --node-id",
             )
-        if device.node_id is None:
-            return
-        if self.connected(str(device.node_id)) is not None:
+        if device.node_id and self.connected(device.node_id) is not None:
             raise RpcError(
                 "CONFLICT",
                 "this token is in use by another machine that is connected now; "
@@ -11935,10 +11678,24 @@ class Fleet:
             )
 
     def _announce_presence(self, kind: str, node: ConnectedNode) -> None:
-        self._announce(
-            "presence",
-            {"type": kind, "nodeId": node.node_id, "platform": node.platform},
-        )
+        presence = {"type": kind, "nodeId": node.node_id, "platform": node.platform}
+        self._announce("presence", presence)
+
+    def _record_telemetry(self, node: ConnectedNode, telemetry: Telemetry) -> None:
+        payload = telemetry.to_payload(node.node_id)
+        self._devices.save_telemetry(node.device_id, payload, now_ms())
+        self._announce_telemetry(node.node_id, telemetry)
+
+    def _announce_telemetry(self, node_id: str, telemetry: Telemetry) -> None:
+        with self._lock:
+            self._telemetry[node_id] = (telemetry, time.monotonic())
+            if telemetry.cpu_usage is not None:
+                points = self._cpu.setdefault(
+                    node_id, collections.deque(maxlen=CPU_HISTORY)
+                )
+                points.append((now_ms(), telemetry.cpu_usage))
+        columns = telemetry.to_columns(stale=False)
+        self._announce(NODE_TELEMETRY, {"nodeId": node_id, **columns})
 
     def _local_view(self) -> JsonObject:
         return {
@@ -11952,7 +11709,7 @@ class Fleet:
             "connected": True,
             "connectedAt": self._local.since_ms,
             "lastSeenAt": now_ms(),
-            **self._telemetry_fields(LOCAL_ID, {}),
+            **self._telemetry_fields(LOCAL_ID, NOTHING),
         }
 
     def _view(self, device: Device) -> JsonObject:
@@ -11973,6 +11730,8 @@ class Fleet:
         }
         if node is not None:
             view["connectedAt"] = node.since_ms
+            if node.outdated:
+                view["outdated"] = True
         return view
 
     def _telemetry_fields(self, node_id: str, stored: Mapping[str, Any]) -> JsonObject:
@@ -11992,1170 +11751,1139 @@ class Fleet:
         }
 
 
-class ActiveInvocations:
-    """The invocations that are not settled, by id."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _by_id
-        self._by_id: dict[str, Invocation] = {}
-
-    def add(self, invocation: Invocation) -> bool:
-        """Return whether the id was new."""
-        with self._lock:
-            return self._by_id.setdefault(invocation.id, invocation) is invocation
-
-    def remove(self, invocation: Invocation) -> None:
-        with self._lock:
-            if self._by_id.get(invocation.id) is invocation:
-                del self._by_id[invocation.id]
-
-    def get(self, invoke_id: str) -> Invocation | None:
-        with self._lock:
-            return self._by_id.get(invoke_id)
-
-    def on_node(self, node_id: str, invoke_id: str) -> Invocation | None:
-        # A node answers its own invocations only, whatever ids it names.
-        invocation = self.get(invoke_id)
-        return invocation if invocation and invocation.node_id == node_id else None
-
-    def all(self) -> list[Invocation]:
-        with self._lock:
-            return list(self._by_id.values())
-
-
-class Audit:
-    """What became of each command, in the store."""
-
-    def __init__(self, commands: CommandsTable) -> None:
-        self._commands = commands
-        self._failing = False  # to write: its disk is full, say
-
-    def asked(self, invocation: Invocation) -> bool:
-        """Note that it was asked for; False where its id is not new.
-
-        Raises StoreError.
-        """
-        if invocation.command != SYSTEM_RUN:
-            return True
-        return self._commands.add(command_record(invocation))
-
-    def running(self, invocation: Invocation) -> None:
-        """Note that it has been running for a while.
-
-        Not that it starts: most commands end sooner, and are spared a write.
-        """
-        if (
-            invocation.command == SYSTEM_RUN
-            and not invocation.noted_running
-            and invocation.end is None
-            and invocation.runs_for(RUNNING_AFTER)
-        ):
-            started_at = invocation.started_at or now_ms()
-            revives = not invocation.asked_here
-            invocation.noted_running = self._write(
-                lambda: self._commands.start(invocation.id, started_at, revives=revives)
-            )
-            self._confirm_end(invocation)
-
-    def _confirm_end(self, invocation: Invocation) -> None:
-        # It may have been lost meanwhile, in another thread: that is not revived.
-        if invocation.end is not None:
-            self.ended(invocation, invocation.end)
-
-    def cancelled(self, invocation: Invocation) -> None:
-        """Note that it is to end, whenever its node hears of it."""
-        if invocation.command == SYSTEM_RUN:
-            self._write(lambda: self._commands.cancel(invocation.id, now_ms()))
-
-    def note_end(
-        self,
-        invocation: Invocation,
-        end: CommandEnd,
-        then: Callable[[Invocation], None] | None,
-    ) -> None:
-        """Note how it ended; soon, where that is enough, and `then` hears of it."""
-        if then is None or end.state == CommandState.LOST:
-            invocation.recorded = self.ended(invocation, end)
-            return
-
-        def tell(kept: bool) -> None:
-            invocation.recorded = kept
-            then(invocation)
-
-        invocation.recorded = False
-        self._commands.end_soon(invocation.id, end, tell)
-
-    def ended(self, invocation: Invocation, end: CommandEnd) -> bool:
-        """Note how it ended; False: to be tried again.
-
-        The caller gets the result all the same; its node keeps it till then.
-        """
-        return self._write(lambda: self._commands.end(invocation.id, end))
-
-    def _write(self, write: Callable[[], object]) -> bool:
-        try:
-            write()
-        except StoreError as error:
-            if not self._failing:  # it is tried every second
-                log.error("the audit of commands is incomplete: %s", error)
-            self._failing = True
-            return False
-        self._failing = False
-        return True
-
-
-def checked_arguments(
-    command: str, args: JsonObject, node: ConnectedNode
-) -> JsonObject:
-    """Return the arguments as they travel.  Raises RpcError for what is wrong."""
-    if command != SYSTEM_RUN:
-        return args
-    run_arguments(args)
-    environ = filter_environment(args.get("env") or {})
-    return {**args, "env": environ, "stream": node.streams}
-
-
-class Invocations:
-    """Work that was sent to machines, and how it fares."""
-
-    def __init__(self, fleet: Fleet, commands: CommandsTable) -> None:
-        self._fleet = fleet
-        self.audit = Audit(commands)
-        self.active = ActiveInvocations()
-        self._closed = False  # once set, nothing new is sent
-
-    def start(
-        self,
-        node_reference: str,
-        command: str,
-        args: JsonObject,
-        origin: Origin,
-        sink: Sink,
-        invoke_id: str | None = None,
-    ) -> Invocation:
-        """Send work to a machine and return at once; its future gets the result.
-
-        Raises RpcError; StoreError when the audit cannot be written: what leaves no
-        trace does not run.
-        """
-        if self._closed:
-            raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
-        node_id, name = self._fleet.resolve(node_reference)
-        node = self._fleet.require_connected(node_id, name)
-        args = checked_arguments(command, args, node)
-        invocation = Invocation(
-            invoke_id or new_id(), (node_id, name), command, args, origin, sink
-        )
-        self._register(invocation)
-        # Looked up again: it may have come anew while the audit was written.
-        node = self._fleet.connected(node_id) or node
-        if node.ready:
-            self.send(invocation, node)
-        return invocation
-
-    def get(self, invoke_id: str) -> Invocation | None:
-        return self.active.get(invoke_id)
-
-    def running_on(self, node_id: str) -> list[Invocation]:
-        return [i for i in self.active.all() if i.node_id == node_id]
-
-    def cancel(self, invocation: Invocation) -> None:
-        """End its process group; the result then says so."""
-        invocation.cancelled = True
-        self.audit.cancelled(invocation)
-        self._tell_node(invocation, lambda link: link.cancel(invocation.id))
-
-    def acknowledge(
-        self, invocation: Invocation, stream: int, offset: int, sink: Sink | None = None
-    ) -> None:
-        """Note that a sink, the one of the moment, has dealt with output.
-
-        Raises RpcError for bytes that were not sent.
-        """
-        if invocation.consume(stream, offset, sink):
-            self._tell_node(
-                invocation,
-                lambda link: link.acknowledge(invocation.id, stream, offset),
-            )
-        self._accept_if_consumed(invocation)
-
-    def write_stdin(self, invocation: Invocation, chunk: Chunk) -> None:
-        self._tell_node(invocation, lambda link: link.write_stdin(chunk))
-
-    def handle_chunk(self, node_id: str, chunk: Chunk) -> None:
-        """Take output from a node.  Raises RpcError for more than it may send."""
-        invocation = self.active.on_node(node_id, chunk.invoke_id)
-        if invocation is not None and chunk.kind != STDIN:
-            check_window(invocation, chunk)
-            self._take_chunk(invocation, chunk)
-
-    def _take_chunk(self, invocation: Invocation, chunk: Chunk) -> None:
-        found = invocation.fresh(chunk)
-        if found is not None:
-            sink, fresh = found
-            self.acknowledge(invocation, fresh.kind, sink.chunk(fresh), sink)
-            self._hand_out(invocation)
-
-    def handle_stdin_received(self, node_id: str, invoke_id: str, offset: int) -> None:
-        invocation = self.active.on_node(node_id, invoke_id)
-        if invocation is not None:
-            invocation.sink.stdin_received(invoke_id, offset)
-
-    def handle_state(
-        self, node_id: str, invoke_id: str, state: str, detail: JsonObject
-    ) -> None:
-        invocation = self.active.on_node(node_id, invoke_id)
-        if invocation is not None:
-            invocation.begin(state == "running")
-            invocation.place = detail.get("place") or None
-            invocation.sink.state(invoke_id, state, detail)
-
-    def handle_result(
-        self,
-        node_id: str,
-        invoke_id: str,
-        result: JsonObject,
-        accept: Callable[[], None],
-    ) -> None:
-        """Take a result; `accept` is called once the node may forget it."""
-        invocation = self.active.on_node(node_id, invoke_id)
-        if invocation is None:
-            accept()  # settled already, or given up: nobody will ask again
-            return
-        if result.get("lost"):
-            self.give_up(invocation, "it has let go of the result")
-            accept()
-            return
-        if invocation.command == SYSTEM_RUN:
-            result = checked_run_result(result)
-            for chunk in take_output(invoke_id, result):
-                self._take_chunk(invocation, chunk)
-        invocation.keep_result(result, accept)
-        self._hand_out(invocation)
-
-    def attach(
-        self,
-        invocation: Invocation,
-        sink: Sink,
-        start: tuple[int, int] | None = None,
-        instead_of: Sink | None = None,
-    ) -> Future[JsonObject]:
-        """See Invocation.attach().  Raises RpcError CONFLICT."""
-        future = invocation.attach(sink, start, instead_of)
-        self._tell_node(invocation, invocation.tell_offsets)
-        self._hand_out(invocation)
-        return future
-
-    def give_up(self, invocation: Invocation, reason: str) -> None:
-        """End an invocation whose result will not come."""
-        end = invocation.end or lost_end(invocation, reason)
-        # First the mark, then the look: attach() does it the other way round.
-        invocation.given_up = why_given_up(invocation, reason, end)
-        if not invocation.future.done():
-            self._note_end(invocation, end, invocation.sink)
-            fail(invocation.future, invocation.given_up)
-        self._settle(invocation)  # last: who comes back finds it, or its end
-
-    def record_again(self, invocation: Invocation, end: CommandEnd) -> None:
-        """Put into the audit what it could not take."""
-        invocation.recorded = self.audit.ended(invocation, end)
-        if invocation.recorded and invocation.settled.done():
-            self.active.remove(invocation)
-        self._accept_if_consumed(invocation)
-
-    def await_node(
-        self,
-        invocation: Invocation,
-        *,
-        resumes: bool = True,
-        asked: ConnectedNode | None = None,
-    ) -> None:
-        """Wait for its node, which is away, for as long as that makes sense.
-
-        `asked`: what has just turned out to be gone; one that came anew is not away.
-        """
-        if not self._fleet.expects(invocation.node_id):
-            self.give_up(invocation, "its token was revoked")
-        elif not resumes:
-            self.give_up(invocation, "the node disconnected")
-        elif invocation.await_node(asked):
-            invocation.sink.state(invocation.id, "waiting", {})
-
-    def close(self) -> None:
-        """Tell those who wait that the gateway stops; the commands go on."""
-        self._closed = True
-        why = "the gateway stops; the command goes on"
-        for invocation in self.active.all():
-            error = RpcError("UNAVAILABLE", why, details={"goesOn": True})
-            fail(invocation.future, error)
-
-    def _tell_node(
-        self, invocation: Invocation, tell: Callable[[NodeLink], None]
-    ) -> None:
-        """Tell it something that a resumption will make up for if it is away."""
-        node = self._fleet.connected(invocation.node_id)
-        if node is not None and node.ready:
-            with contextlib.suppress(ConnectionClosed):
-                tell(node.link)
-
-    def _hand_out(self, invocation: Invocation) -> None:
-        """Pass the result on when it, and all output before it, are here."""
-        taken = invocation.take_result()
-        if taken is not None:
-            result, sink, future = taken
-            if invocation.command == SYSTEM_RUN:
-                self._note_end(invocation, command_end(result, invocation), sink)
-            else:
-                invocation.consume_all(sink)
-            with contextlib.suppress(InvalidStateError):  # it was given up, or we stop
-                future.set_result({**result, "node": invocation.node_name})
-        self._accept_if_consumed(invocation)
-
-    def _note_end(self, invocation: Invocation, end: CommandEnd, sink: Sink) -> None:
-        if invocation.command == SYSTEM_RUN and invocation.end is None:
-            invocation.end = end
-            remembers = self._fleet.remembers(invocation.node_id)
-            then = self._accept_if_consumed if remembers else None
-            self.audit.note_end(invocation, end, then)
-        if sink.end(invocation, end):
-            invocation.consume_all(sink)
-
-    def forsake(self, invocation: Invocation, sink: Sink, *, cancel: bool) -> None:
-        """Let the output of a command go, which its sink does not want any more."""
-        with contextlib.suppress(RpcError):  # somebody else came for it
-            self.attach(invocation, CollectingSink(0), instead_of=sink)
-            if cancel and invocation.end is None:
-                self.cancel(invocation)
-
-    def _register(self, invocation: Invocation) -> None:
-        """Make it known, here and in the audit, before the node can answer.
-
-        Raises RpcError CONFLICT for an id that is not new, StoreError.
-        """
-        try:
-            if not (self.active.add(invocation) and self.audit.asked(invocation)):
-                raise RpcError(
-                    "CONFLICT", f"the invocation {invocation.id} was asked for before"
-                )
-        except MoltisError:
-            self.active.remove(invocation)
-            raise
-
-    def send(self, invocation: Invocation, node: ConnectedNode) -> None:
-        """Ask `node` for it, unless it has been asked over this connection."""
-        if not invocation.hand_to(node):
-            return
-        invocation.begin()
-        if node.resumes and invocation.command == SYSTEM_RUN:
-            invocation.leave_to_node()  # for what may be a long time in line
-        try:
-            node.link.request(invocation.id, invocation.command, invocation.args)
-            if invocation.cancelled:  # while it was not sent: nobody listened
-                node.link.cancel(invocation.id)
-        except ConnectionClosed:
-            if self._fleet.connected(invocation.node_id) in (None, node):
-                self.await_node(invocation, resumes=node.resumes, asked=node)
-
-    def _accept_if_consumed(self, invocation: Invocation) -> None:
-        if invocation.accept_when_consumed():
-            self._settle(invocation)
-
-    def _settle(self, invocation: Invocation) -> None:
-        with contextlib.suppress(InvalidStateError):
-            invocation.settled.set_result(None)
-        if invocation.recorded:  # else record_again() is to find it
-            self.active.remove(invocation)
-
-
-class Patience:
-    """How long nodes, callers and the audit are waited for."""
-
-    def __init__(self, invocations: Invocations) -> None:
-        self._invocations = invocations
-
-    def tick(self) -> None:
-        """Do what time alone brings; called every second or so."""
-        for invocation in self._invocations.active.all():
-            self._invocations.audit.running(invocation)
-            overdue, sink = invocation.overdue(), invocation.sink
-            if invocation.end is not None and not invocation.recorded:
-                self._invocations.record_again(invocation, invocation.end)
-            elif overdue:
-                self._invocations.give_up(invocation, overdue)
-            elif _is_forsaken(sink):
-                cancel = invocation.asked_here
-                self._invocations.forsake(invocation, sink, cancel=cancel)
-
-
-class Resumption:
-    """Nodes and callers that come back, and what of their invocations goes on."""
-
-    def __init__(
-        self,
-        fleet: Fleet,
-        invocations: Invocations,
-        commands: CommandsTable,
-        *find_sink: SinkFinder,  # asked one after the other
-    ) -> None:
-        self._fleet = fleet
-        self._invocations = invocations
-        self._commands = commands
-        self._find_sink = find_sink
-        self._recover()
-
-    def resumable(self, node: ConnectedNode) -> list[JsonObject]:
-        """Return how far the commands that `node` brought along have come here."""
-        self._adopt_forgotten(node)
-        for invocation in self._invocations.running_on(node.node_id):
-            item = node.inflight.get(invocation.id)
-            if item is not None:
-                invocation.skip_to(item.stdout, item.stderr)
-        # Not what was received: a caller who comes back may have less.
-        return [
-            {
-                "invokeId": invocation.id,
-                "stdout": invocation.consumed(STDOUT),
-                "stderr": invocation.consumed(STDERR),
-            }
-            for invocation in self._invocations.running_on(node.node_id)
-            if invocation.id in node.inflight
-        ]
-
-    def resume(self, node: ConnectedNode) -> None:
-        """Bring a node that has just connected and our view of its work together."""
-        again = {"resumed": True, "stdin": 0}
-        for invocation in self._invocations.running_on(node.node_id):
-            if invocation.id in node.inflight:
-                invocation.hand_to(node)
-                invocation.leave_to_node()
-                # It says so again if it waits in line there.
-                if invocation.started_at is None:
-                    invocation.place = None
-                    invocation.begin()
-                item = node.inflight[invocation.id]
-                resumed = {"resumed": True, "stdin": item.stdin}
-                invocation.sink.state(invocation.id, "running", resumed)
-                invocation.tell_offsets(node.link, rewind=False)
-                if invocation.cancelled:
-                    self._invocations.cancel(invocation)
-            elif not invocation.asked_here and len(node.inflight) == MAX_INFLIGHT:
-                invocation.leave_to_node()  # which had no room to name those in line
-                invocation.sink.state(invocation.id, "running", again)
-                if invocation.cancelled:
-                    self._invocations.cancel(invocation)
-            elif invocation.sent_to not in (None, node.instance):
-                self._invocations.give_up(invocation, "the node came back without it")
-            elif invocation.cancelled:
-                if invocation.hand_to(node):  # so nobody sends it
-                    node.link.cancel(invocation.id)  # it may have had no room for it
-                    self._end_unsent(invocation)
-            else:
-                # The same process does not know it: the request got lost on the way,
-                # and with it all input.
-                self._invocations.send(invocation, node)
-                invocation.sink.state(invocation.id, "running", again)
-        for invoke_id in node.inflight:
-            if self._invocations.get(invoke_id) is None:
-                node.link.cancel(invoke_id)
-
-    def _end_unsent(self, invocation: Invocation) -> None:
-        """End a command that was cancelled before its node had heard of it."""
-        self._invocations.handle_result(
-            invocation.node_id,
-            invocation.id,
-            {"exitCode": -1, "cancelled": True},
-            lambda: None,
-        )
-
-    def node_left(self, node: ConnectedNode) -> None:
-        """Wait for a node that can resume; give up what another kind was doing."""
-        for invocation in self._invocations.running_on(node.node_id):
-            self._invocations.await_node(invocation, resumes=node.resumes)
-
-    def _recover(self) -> None:
-        """Await the nodes of what an earlier life of this gateway asked for."""
-        for record in self._commands.unfinished():
-            invocation = self._adopt(record)
-            self._invocations.active.add(invocation)
-            if record.node_id == LOCAL_ID:
-                self._invocations.give_up(invocation, "the gateway was started anew")
-            else:
-                self._invocations.await_node(invocation)
-
-    def _adopt_forgotten(self, node: ConnectedNode) -> None:
-        """Take up commands that had ended for us, and come back with `node`."""
-        for invoke_id in node.inflight:
-            if self._invocations.get(invoke_id) is not None:
-                continue
-            record = self._commands.by_id(invoke_id)
-            if record is not None and record.node_id == node.node_id:
-                self._invocations.active.add(self._adopt(record))
-
-    def _adopt(self, record: CommandRecord) -> Invocation:
-        """Return what a command is to us of which there is only the record."""
-        found = (find_sink(record) for find_sink in self._find_sink)
-        nobody = (AbsentCaller(CALLER_PATIENCE), 0, 0)
-        sink, stdout, stderr = next(filter(None, found), nobody)
-        invocation = forgotten_invocation(record, sink)
-        invocation.restart_at(stdout, stderr)
-        return invocation
-
-    def again(
-        self, invoke_id: str, origin: Origin, sink: Sink, stdout: int, stderr: int
-    ) -> Invocation | JsonObject | None:
-        """Take up an invocation that was asked for before, for one who has so much.
-
-        Returns it with its new sink, or its result if that is all, or None where
-        nobody has asked for it.
-        Raises RpcError where it is another's, or cannot be had any more.
-        """
-        invocation = self._invocations.get(invoke_id)
-        if invocation is None or invocation.settled.done():
-            record = self._commands.by_id(invoke_id)
-            if record is not None and invocation is not None and invocation.end:
-                record = record.replace(**invocation.end.__dict__)  # as it will be
-            if record is None and not stdout and not stderr:
-                return None
-            if record is None or record_origin(record) != origin:
-                raise RpcError("NOT_FOUND", f"nothing is known of command {invoke_id}")
-            known = record_result(record)
-            if known and (record.stdout_bytes, record.stderr_bytes) == (stdout, stderr):
-                return known
-            invocation = self._await_output(record, has_output=bool(stdout or stderr))
-        if invocation.origin != origin:
-            raise RpcError("CONFLICT", f"another one asked for {invoke_id} before")
-        self._invocations.attach(invocation, sink, (stdout, stderr))
-        away_ms = invocation.away_ms
-        if away_ms is not None:
-            sink.state(invocation.id, "waiting", {"waitingMs": away_ms})
-        return invocation
-
-    def _await_output(self, record: CommandRecord, *, has_output: bool) -> Invocation:
-        """Return a command that ended, whose node may come back with its output.
-
-        `has_output`: some of it came to the caller, before the gateway was restarted.
-
-        Raises RpcError where there is nothing to wait for.
-        """
-        node = self._fleet.connected(record.node_id)
-        # It may have come this moment, and have brought the command along.
-        known = self._invocations.get(record.invoke_id)
-        if known is not None and not known.settled.done():
-            return known
-        if record.state == CommandState.LOST:
-            problem = record.error or "the command is lost"
-            if has_output:  # which the audit does not know of
-                problem = problem.replace(WHETHER_IT_RAN, HOW_IT_ENDED)
-            raise RpcError("UNAVAILABLE", f"{record.node_name}: {problem}")
-        if node is not None and node.ready:
-            raise RpcError(
-                "UNAVAILABLE",
-                record.error
-                or f"command {record.invoke_id} ended ({record.state}), and its output "
-                "is not kept any more",
-            )
-        invocation = self._adopt(record)
-        invocation.await_node()
-        invocation.deadline = Deadline(LOST_AFTER)
-        self._invocations.active.add(invocation)
-        return self._invocations.get(record.invoke_id) or invocation
-
-
-class LocalPeer:
-    """What Local sends, handed to the fleet as any other node's."""
-
-    max_result: int | None = None
-
-    def __init__(self, invocations: Invocations, machine: Machine) -> None:
-        self._invocations = invocations
-        self._machine = machine
-
-    def chunk(self, chunk: Chunk) -> None:
-        self._invocations.handle_chunk(LOCAL_ID, chunk)
-
-    def stdin_received(self, invoke_id: str, offset: int) -> None:
-        self._invocations.handle_stdin_received(LOCAL_ID, invoke_id, offset)
-
-    def queued(self, invoke_id: str, place: int) -> None:
-        state = "queued" if place else "running"
-        self._invocations.handle_state(LOCAL_ID, invoke_id, state, {"place": place})
-
-    def rewound(self, invoke_id: str, stdin: int) -> None:
-        detail = {"stdin": stdin}
-        self._invocations.handle_state(LOCAL_ID, invoke_id, "running", detail)
-
-    def result(self, invoke_id: str, result: JsonObject) -> None:
-        self._invocations.handle_result(
-            LOCAL_ID, invoke_id, result, lambda: self._machine.settle(invoke_id)
-        )
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - MAX_CANDIDATES
+    listed = ", ".join(names[:MAX_CANDIDATES])
+    return f"{listed} and {more:,} more" if more > 0 else listed
 
 
 # ==============================================================================
 # Jobs
-# Uses: Wire protocol, Store, Fleet
+# Uses: Wire protocol, Machine, Store, Fleet
 #
-# Commands in the background: nobody holds a connection for them.  Their output is
-# kept in files beside the database, to be read from any place, by any client, after
-# any restart.  How they run is the Fleet's business, who may ask the Gateway's.
+# Every piece of work on a machine is a job: a row in the store, and a log that its node
+# writes and that followers read from an offset.  At most one follower holds a log: the
+# node keeps what the holder has not read.  The others watch.  The row tells the end.
+# How a node or a client is reached is left to a NodeLink and a Follower.
 # ==============================================================================
 
-JOBS_DIRECTORY = "jobs"  # below the data directory
-OUTPUTS_DIRECTORY = "outputs"  # the same, for commands that are on a card
-JOB_SEGMENT = 4 * 1024 * 1024  # bytes of one file
-MAX_JOB_SEGMENTS = 16  # of one job; beyond it all but the first and the newest go
-MAX_JOBS = 200  # with output; beyond it that of the oldest that ended goes
-MAX_JOB_READ = 256 * 1024  # bytes of output in one answer
-MAX_WAITERS = 1000  # answers that wait; beyond it they say at once how things are
+JOBS_DIRECTORY = "jobs"  # below the data directory; a directory for each log in files
+MEMORY_LOG = 64 * 1024  # bytes of a kept log in memory; beyond it goes to files
+MEMORY_AGE = 1.0  # s after which it goes to files anyway: a kill loses nothing older
+SMALL_PIECE = 1024  # bytes; smaller pieces in memory are joined
+ROW_LOG = 16 * 1024  # bytes; a log of at most that moves into its row when it ends
+SEGMENT = 1024 * 1024  # bytes of one file
+MAX_SEGMENTS = 64  # of one log: the first and the newest; those in between go
+KEEP_OUTPUT = 2 * 1024**3  # bytes of all logs in files, unless told otherwise
+READ_SIZE = 256 * 1024  # bytes of a log in one answer
+TEXT_LIMIT = 30_000  # characters of output that a language model sees
+LOST_AFTER = 60.0  # s beyond a command's timeout for which its absent node is awaited
+HOLDER_PATIENCE = 600.0  # s for which an unkept job waits for its holder
+MAX_WAITS = 1000  # answers that wait; more are answered at once
+SWEEP_INTERVAL = 60.0  # s between two looks at the size of all logs
 
-JOB_RECORD = struct.Struct(">BQI")  # stream, offset in it, length of what follows
+# The fields of an Ending that are columns of a row.
+ENDING_COLUMNS = tuple(name for name in Ending._names if name != "result")
 
-
-class JobPiece(Value):
-    """What a command wrote in one go; `offset` counts the bytes of its stream."""
-
-    stream: int
-    offset: int
-    data: bytes
-
-
-class JobReading(Value):
-    """A part of a job's output, in the order in which it came."""
-
-    pieces: Sequence[JobPiece]
-    next: int  # the position to read on from
+Piece: TypeAlias = "tuple[int, bytes]"  # offset, whole log frames
 
 
-class JobOutput:
-    """The output of one command as a row of files, each named after its position.
+def frame_boundary(begin: int, data: bytes, offset: int) -> int:
+    """Return the first boundary at or after `offset` in frames that begin at `begin`.
 
-    A position counts the bytes of all records; 0, or the `next` of a reading.
+    That is at most the end of `data`.
     """
+    at = 0
+    while begin + at < offset and at < len(data):
+        at += FRAME_HEAD.size + FRAME_HEAD.unpack_from(data, at)[1]
+    return begin + at
 
-    def __init__(self, directory: Path) -> None:
-        """Take up what is there.  Raises OSError."""
-        make_private_directory(directory)
-        self._directory = directory
-        self._lock = threading.Lock()  # guards all below
-        self._file: io.FileIO | None = None  # the newest segment; None after close()
-        self._offsets = {STDOUT: 0, STDERR: 0}  # where the next records begin
-        self._starts = sorted(int(path.name) for path in directory.iterdir())
-        self._end = 0
-        while self._starts:
-            self._end = self._recover(self._starts[-1])
-            if self._end - self._starts[-1] >= 2 * JOB_RECORD.size:
-                break
-            # It was just begun: where the streams are, only the one before it tells.
-            (directory / str(self._starts.pop())).unlink()
-            self._end = 0
+
+class Segment:
+    """A part of a log in a file of its own, named after the offset where it begins."""
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        self._path = path
+        self.begin = int(path.name)
+        self.end = self.begin + size
 
     @property
-    def end(self) -> int:
-        """The position behind all that is there."""
-        with self._lock:
-            return self._end
+    def size(self) -> int:
+        return self.end - self.begin
 
-    def offset(self, stream: int) -> int:
-        """Return up to which byte of the stream all is here, or was."""
-        with self._lock:
-            return self._offsets[stream]
+    def append(self, data: bytes) -> None:
+        """Write whole frames, all or none.  Raises OSError."""
+        # Opened each time (8 µs): a thousand running jobs hold no descriptors.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        descriptor = os.open(self._path, flags, 0o600)
+        try:
+            if os.write(descriptor, data) != len(data):
+                os.ftruncate(descriptor, self.size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+        self.end += len(data)
 
-    def append(self, chunk: Chunk) -> None:
-        """Keep what is new of a chunk; an offset ahead of what was kept is a gap.
+    def read(self, offset: int, limit: int) -> bytes:
+        """Return about `limit` bytes of whole frames from the boundary `offset` on.
+
+        Nothing if the file was removed meanwhile.
+        """
+        count = min(max(limit, MAX_LOG_MESSAGE), self.end - offset)
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
+            file.seek(offset - self.begin)
+            data = file.read(count)
+            return data[: whole_frames(data)]
+        return b""
+
+    def boundary(self, offset: int) -> int:
+        """Return the first frame boundary at or after `offset`."""
+        at = self.begin
+        while at < offset:
+            data = self.read(at, READ_SIZE)
+            if not data:
+                return self.end
+            at = frame_boundary(at, data, offset)
+        return at
+
+    def cut_to_frames(self) -> None:
+        """Remove what a crash left of a frame at the end.  Raises OSError."""
+        size = whole_frames(self._path.read_bytes())
+        os.truncate(self._path, size)
+        self.end = self.begin + size
+
+    def remove(self) -> None:
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+
+class Log:
+    """The bytes of one job's log that are held, between `begin` and `end`.
+
+    They are in memory at first; those of a kept job move to files.  There may be gaps:
+    bytes that could not be written, were too many, or were lost by the node.
+    """
+
+    def __init__(self, directory: Path | None = None, begin: int = 0) -> None:
+        """Load the files in `directory`; None: the log stays in memory.
 
         Raises OSError.
         """
+        self._directory = directory
+        self._lock = threading.Lock()  # guards all below
+        self._memory: collections.deque[Piece] = collections.deque()
+        self._segments: list[Segment] = []
+        self._in_files = False
+        self.begin = self.end = begin
+        self.created = time.monotonic()
+        if directory is not None and directory.is_dir():
+            self._load(directory)
+
+    @property
+    def durable(self) -> int:
+        """The offset before which a restart loses nothing more."""
+        return self.end if self._in_files else self.begin
+
+    @property
+    def size_on_disk(self) -> int:
+        """Bytes."""
         with self._lock:
-            start = max(chunk.offset, self._offsets[chunk.kind])
-            if start >= chunk.end:
+            return sum(segment.size for segment in self._segments)
+
+    def append(self, offset: int, data: bytes) -> None:
+        """Add whole frames; those that are known are skipped.
+
+        Raises RpcError PROTOCOL_ERROR for frames ahead of the end.
+        """
+        with self._lock:
+            if offset > self.end:
+                raise RpcError(
+                    "PROTOCOL_ERROR",
+                    f"frames at {offset} are ahead of the log, which ends at {self.end}",
+                )
+            if offset + len(data) <= self.end:
                 return
-            if self._file is None or self._end - self._starts[-1] >= JOB_SEGMENT:
-                self._open_segment()
-            self._write(chunk.kind, start, chunk.data[start - chunk.offset :])
-            self._offsets[chunk.kind] = chunk.end
+            start = frame_boundary(offset, data, self.end)
+            data = data[start - offset :]
+            self._remember(start, data)
+            self.end = start + len(data)
+            if self._in_files:
+                self._write(start, data)
+                self._trim()
+            elif self._directory is not None and self.end - self.begin > MEMORY_LOG:
+                self._move_to_files()
 
-    def read(self, position: int, limit: int = MAX_JOB_READ) -> JobReading:
-        """Return the next records, of about `limit` bytes in all.
+    def skip_to(self, offset: int) -> None:
+        """Continue at `offset`; bytes before it that are not here are a gap."""
+        with self._lock:
+            if offset > self.end:
+                if self.begin == self.end and not self._segments:
+                    self.begin = offset
+                self.end = offset
 
-        Raises RpcError for what is no position, OSError.
+    def read(self, offset: int, limit: int = READ_SIZE) -> Piece:
+        """Return the offset of the first held frame at or after `offset`, and frames.
+
+        They have about `limit` bytes; none at the end.  `offset` is a frame boundary
+        or lies in a gap: see boundary().
         """
         with self._lock:
-            starts, end = list(self._starts), self._end
-        pieces: list[JobPiece] = []
-        room = limit
-        while position < end and room > 0:
-            number = bisect.bisect_right(starts, position) - 1
-            stop = starts[number + 1] if number + 1 < len(starts) else end
-            found, position = self._read_segment(starts[number], position, stop, room)
-            pieces += found
-            room -= sum(len(piece.data) for piece in found)
-        return JobReading(pieces, position)
-
-    def close(self) -> None:
+            behind = not self._memory or offset < self._memory[0][0]
+            segments = [s for s in self._segments if behind and s.end > offset]
+        for segment in segments:  # the next one if this was removed meanwhile
+            start = max(offset, segment.begin)
+            data = segment.read(start, limit)
+            if data:
+                return start, data
         with self._lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+            return self._read_memory(offset, limit)
 
-    def _read_segment(
-        self, start: int, position: int, end: int, limit: int
-    ) -> tuple[list[JobPiece], int]:
-        """Return records of one segment, and the position behind them."""
-        pieces: list[JobPiece] = []
-        try:
-            file = (self._directory / str(start)).open("rb")
-        except FileNotFoundError:
-            return [], end  # it had to go
-        with file:
-            file.seek(position - start)
-            while position < end and limit > 0:
-                head = file.read(JOB_RECORD.size)
-                if len(head) < JOB_RECORD.size:
-                    return pieces, end  # what came between had to go
-                stream, offset, length = JOB_RECORD.unpack(head)
-                if stream not in (STDOUT, STDERR) or length > MAX_CHUNK:
-                    raise RpcError(
-                        "INVALID_REQUEST",
-                        "offset must be 0, or the `next` of an earlier answer",
-                    )
-                position += JOB_RECORD.size + length
-                limit -= length
-                if length:
-                    pieces.append(JobPiece(stream, offset, file.read(length)))
-        return pieces, position
+    def boundary(self, offset: int) -> int:
+        """Return the first frame boundary at or after `offset`."""
+        with self._lock:
+            for segment in self._segments:
+                if segment.end > offset:
+                    return segment.boundary(max(offset, segment.begin))
+            for begin, data in self._memory:
+                if begin + len(data) > offset:
+                    return frame_boundary(begin, data, max(offset, begin))
+        return offset
 
-    def _open_segment(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        if not self._starts or self._end - self._starts[-1] >= JOB_SEGMENT:
-            self._starts.append(self._end)
-        path = self._directory / str(self._starts[-1])
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._file = io.FileIO(descriptor, "ab")
-        if self._end > self._starts[-1]:  # it goes on, after a restart, say
-            return
-        # An empty record of each stream: one segment alone tells where both are.
-        try:
-            for stream, offset in self._offsets.items():
-                self._write(stream, offset, b"")
-        except OSError:
-            self._end = self._starts[-1]
-            self._file.truncate(0)
-            self._file.close()
-            self._file = None  # so that it is begun anew
-            raise
-        while len(self._starts) > MAX_JOB_SEGMENTS:
-            with contextlib.suppress(OSError):
-                (self._directory / str(self._starts.pop(1))).unlink()
+    def tail(self, count: int) -> int:
+        """Return a frame boundary at most `count` bytes before the end."""
+        return self.boundary(max(self.begin, self.end - count))
 
-    def _write(self, stream: int, offset: int, data: bytes) -> None:
-        assert self._file is not None
-        record = JOB_RECORD.pack(stream, offset, len(data)) + data
-        written = self._file.write(record)
-        if written != len(record):  # the disk is full: no half record stays
-            self._file.truncate(self._end - self._starts[-1])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._end += len(record)
+    def forget(self, offset: int) -> None:
+        """Drop what lies before `offset` if it is in memory alone."""
+        with self._lock:
+            if self._directory is None:
+                while self._memory and _end(self._memory[0]) <= offset:
+                    self._memory.popleft()
+                self.begin = max(self.begin, min(offset, self.end))
 
-    def _recover(self, start: int) -> int:
-        """Learn from the newest segment; return the position behind its last record.
+    def flush(self) -> None:
+        """Move a kept log from memory to files."""
+        with self._lock:
+            if self._directory is not None and self._memory and not self._in_files:
+                self._move_to_files()
 
-        What a crash left of a record behind it is cut off.
-        """
-        path = self._directory / str(start)
-        data = path.read_bytes()
-        position = 0
-        while position + JOB_RECORD.size <= len(data):
-            stream, offset, length = JOB_RECORD.unpack_from(data, position)
-            behind = position + JOB_RECORD.size + length
-            if behind > len(data) or stream not in self._offsets:
-                break
-            self._offsets[stream] = offset + length
-            position = behind
-        os.truncate(path, position)
-        return start + position
+    def finish(self) -> bytes | None:
+        """Return the whole log for its row if it is short; else it is in files."""
+        if self._directory is None:
+            return None
+        if self.begin == 0 and self.end <= ROW_LOG:
+            start, data = self.read(0, ROW_LOG)
+            if (start, len(data)) == (0, self.end):
+                return data
+        self.flush()
+        return None
 
+    def drop_middle(self, count: int) -> int:
+        """Remove files between the first and the newest; return the bytes removed."""
+        removed = 0
+        with self._lock:
+            while len(self._segments) > 2 and removed < count:
+                removed += self._remove(1)
+        return removed
 
-class Waiters:
-    """Answers that wait for news of a command, or for their time to be up."""
+    def _load(self, directory: Path) -> None:
+        names = (path for path in directory.iterdir() if path.name.isdigit())
+        for path in sorted(names, key=lambda path: int(path.name)):
+            self._segments.append(Segment(path, path.stat().st_size))
+        if self._segments:
+            self._segments[-1].cut_to_frames()
+            self._in_files = True
+            self.begin, self.end = self._segments[0].begin, self._segments[-1].end
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _waiting
-        self._waiting: dict[object, tuple[str, Deadline, Callable[[], None]]] = {}
-
-    def answer(
-        self, invoke_id: str, timeout: float, attempt: Callable[[bool], Any]
-    ) -> Future[Any]:
-        """Return a future of the first answer of `attempt` that is not None.
-
-        It is asked now, at each news, and with True when `timeout` s are over.
-        """
-        deadline = Deadline(timeout)
-        future: Future[Any] = Future()
-
-        def look() -> None:
-            if future.done():
-                with self._lock:
-                    self._waiting.pop(look, None)
+    def _remember(self, offset: int, data: bytes) -> None:
+        if self._memory:
+            begin, last = self._memory[-1]
+            if begin + len(last) == offset and len(last) + len(data) <= SMALL_PIECE:
+                self._memory[-1] = (begin, last + data)
                 return
-            with self._lock:
-                full = len(self._waiting) >= MAX_WAITERS
-                if not full:  # before the attempt: no news is missed in between
-                    self._waiting[look] = (invoke_id, deadline, look)
-            with contextlib.suppress(InvalidStateError):  # another was faster
-                try:
-                    value = attempt(full or deadline.expired)
-                except Exception as error:  # noqa: BLE001  it is the answer
-                    future.set_exception(error)
-                else:
-                    if value is None:
-                        return
-                    future.set_result(value)
-            with self._lock:
-                self._waiting.pop(look, None)
+        self._memory.append((offset, data))
 
-        look()
-        return future
+    def _read_memory(self, offset: int, limit: int) -> Piece:
+        found: list[bytes] = []
+        start, size = max(offset, self.begin), 0
+        for begin, data in self._memory:
+            end = begin + len(data)
+            if end <= start:
+                continue
+            if found:
+                if begin != start + size or size + len(data) > limit:
+                    break  # a gap, or enough
+                piece = data
+            else:
+                at = frame_boundary(begin, data, start)
+                if at == end:
+                    continue
+                start, piece = at, data[at - begin :]
+            found.append(piece)
+            size += len(piece)
+        return start, found[0] if len(found) == 1 else b"".join(found)
 
-    def wake(self, invoke_id: str) -> None:
-        """Ask again on behalf of those who wait for this command."""
-        with self._lock:
-            looks = [
-                look for known, _, look in self._waiting.values() if known == invoke_id
-            ]
-        for look in looks:
-            look()
+    def _move_to_files(self) -> None:
+        self._in_files = True
+        for offset, data in self._memory:
+            self._write(offset, data)
+        self._trim()
 
-    def tick(self) -> None:
-        """Answer those whose time is up; called every second or so."""
-        with self._lock:
-            looks = [look for _, until, look in self._waiting.values() if until.expired]
-        for look in looks:
-            look()
-
-
-class JobSink:
-    """Keeps the output of one job: a Sink."""
-
-    def __init__(
-        self, invoke_id: str, output: JobOutput, changed: Callable[[str], None]
-    ) -> None:
-        self.output = output
-        self._invoke_id = invoke_id
-        self._changed = changed
-        self._failing = False
-
-    def chunk(self, chunk: Chunk) -> int:
+    def _write(self, offset: int, data: bytes) -> None:
+        assert self._directory is not None
         try:
-            self.output.append(chunk)
-            self._failing = False
-        except OSError as error:
-            # The command is worth more than its output: it goes on, with a gap.
-            if not self._failing:
-                log.error("output not kept invocation=%s: %s", self._invoke_id, error)
-            self._failing = True
-        self._changed(self._invoke_id)
-        return chunk.end
+            last = self._segments[-1] if self._segments else None
+            if last is None or last.end != offset or last.size >= SEGMENT:
+                if last is None:
+                    self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                new = Segment(self._directory / str(offset))
+                new.append(data)
+                self._segments.append(new)
+            else:
+                last.append(data)
+        except OSError as error:  # the command matters more than its output
+            log.error("output is lost: %s", error)
+        while len(self._segments) > MAX_SEGMENTS:
+            self._remove(1)
 
-    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
+    def _remove(self, index: int) -> int:
+        segment = self._segments.pop(index)
+        segment.remove()
+        return segment.size
 
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:  # noqa: ARG002
-        self._changed(invoke_id)
+    def _trim(self) -> None:
+        # Followers that keep up read from memory.
+        while len(self._memory) > 1 and self.end - self._memory[1][0] >= MEMORY_LOG:
+            self._memory.popleft()
 
-    def end(self, _invocation: Invocation, _end: CommandEnd) -> bool:
-        self.finish()
-        return True
 
-    def finish(self) -> None:
-        """Close the files, and tell those who wait for the end."""
-        self.output.close()
-        self._changed(self._invoke_id)
+def _end(piece: Piece) -> int:
+    return piece[0] + len(piece[1])
+
+
+def log_text(data: bytes) -> str:
+    """Return the output in whole log frames as text, in the order it was written."""
+    decoders = {
+        kind: codecs.getincrementaldecoder("utf-8")("replace") for kind in STREAMS
+    }
+    words = [
+        decoders[kind].decode(output)
+        for kind, output in log_frames(data)
+        if kind in decoders
+    ]
+    return "".join([*words, *(d.decode(b"", final=True) for d in decoders.values())])
+
+
+class Origin(Value):
+    """Who asks for a job, for the audit and for who may take it up."""
+
+    kind: str  # operator, chat (a person types), model
+    id: str  # of the key
+    name: str
+    address: str = ""
+    session_key: str | None = None
+    decided_by: str | None = None  # who allowed a model to run it
+
+
+def new_job(
+    node: tuple[str, str],  # id and name
+    work: str,
+    spec: JsonObject,
+    origin: Origin,
+    *,
+    kept: bool,
+    job_id: str | None = None,
+    queue: float = 0.0,  # s to wait for a node that is away
+) -> JobRecord:
+    """Return the row of a job that is asked for now.
+
+    Raises RpcError INVALID_REQUEST for an id, a work or a spec that cannot be.
+    """
+    check_spec(work, spec)
+    timeout_ms: float | None = spec.get("timeout")
+    asked_at = now_ms()
+    return JobRecord(
+        id=check_job_id(job_id) if job_id else new_id(),
+        node_id=node[0],
+        node_name=node[1],
+        work=work,
+        command=spec.get("command") or work,
+        cwd=spec.get("cwd"),
+        timeout_ms=None if timeout_ms is None else math.ceil(timeout_ms),
+        spec=spec,
+        kept=kept,
+        caller_kind=origin.kind,
+        caller_id=origin.id,
+        caller_name=origin.name,
+        address=origin.address,
+        session_key=origin.session_key,
+        decided_by=origin.decided_by,
+        asked_at=asked_at,
+        queue_until=asked_at + round(queue * 1000) if queue else None,
+    )
+
+
+class Follower(Protocol):
+    """Follows a job's log; one that holds it slows its node down."""
+
+    holds: bool
+    position: int  # all before it is read; only a holder's counts
+
+    def wake(self, job: Job) -> None:
+        """Look at the job: something changed.  Neither blocks nor raises."""
+
+
+class Job:
+    """One job: its row, its log, who follows it."""
+
+    def __init__(self, record: JobRecord, log: Log) -> None:
+        self.id = record.id
+        self.record = record  # replaced as a whole, under `lock`
+        self.log = log
+        self.lock = threading.Lock()  # guards all below; taken before the log's
+        self.followers: tuple[Follower, ...] = ()
+        self.holder: Follower | None = None
+        self.stored = True  # False: the row has to be written again
+        self.sent_over: NodeLink | None = None
+        self.was_sent = record.sent_to is not None
+        self.acknowledged = log.begin  # as the node was told
+        self.log_end: int | None = None  # the final offset, once known
+        self.result: JsonObject | None = None  # of work other than a command
+        self.place = 0  # in line on its node; 0: it runs
+        self.input_at = 0  # bytes of input that the node has consumed
+        self.input_resumes = 0  # how often the node asked for input from there on
+        self.away_since: float | None = None  # monotonic; None: its node is connected
+        # Monotonic; since when an unkept job waits for its holder.
+        self.alone_since: float | None = None if record.kept else time.monotonic()
+
+    @property
+    def away_ms(self) -> int | None:
+        """The milliseconds for which its node has been away; None: it is not."""
+        since = self.away_since if self.record.is_open else None
+        return None if since is None else round((time.monotonic() - since) * 1000)
+
+    @property
+    def ending(self) -> Ending | None:
+        """How it ended; None while it is open."""
+        if self.record.is_open:
+            return None
+        columns = {name: getattr(self.record, name) for name in ENDING_COLUMNS}
+        return Ending(**columns, result=self.result)
+
+    @property
+    def is_recorded(self) -> bool:
+        return WORKS[self.record.work].recorded
+
+    def releasable(self) -> int:
+        """Return the offset before which the node need not keep the log."""
+        if not self.stored:
+            return self.acknowledged  # its ending waits for room on the disk
+        offset = self.log.end
+        if self.record.kept and self.record.is_open:
+            offset = self.log.durable
+        if self.holder is not None:
+            offset = min(offset, self.holder.position)
+        elif not self.record.kept and self.alone_since is not None:
+            return self.acknowledged
+        return max(self.acknowledged, offset)
+
+    def overdue(self, now: float) -> str:
+        """Return why its node is not awaited any longer, "" while it is."""
+        if self.away_since is None or self.record.state != JobState.RUNNING:
+            return ""
+        timeout_ms = self.record.timeout_ms
+        if self.record.cancelled_at is not None or not self.is_recorded:
+            timeout_ms = 0
+        if (
+            timeout_ms is None
+            or now - self.away_since <= timeout_ms / 1000 + LOST_AFTER
+        ):
+            return ""
+        if timeout_ms:
+            return f"its node stayed away {LOST_AFTER:.0f} s beyond the timeout"
+        return f"its node stayed away for {LOST_AFTER:.0f} s"
+
+
+def job_view(job: Job | JobRecord) -> JsonObject:
+    """Return a job as operators get it; without the spec, which may hold secrets."""
+    record = job.record if isinstance(job, Job) else job
+    view = record.to_json()
+    view["end"] = view.pop("logEnd")
+    for name in ("spec", "sentTo", "callerId"):
+        view.pop(name, None)
+    if isinstance(job, Job) and record.is_open:
+        view["end"] = job.log.end
+        if job.place:
+            view["place"] = job.place
+        if job.away_ms is not None:
+            view["awayMs"] = job.away_ms
+    return {**view, "words": record.words(), "failed": record.failed}
+
+
+class Wait:
+    """A watcher that completes its future once: at news, at the end, or in time."""
+
+    holds = False
+    position = 0
+
+    def __init__(self, job: Job, timeout: float | None, offset: int | None) -> None:
+        """`offset`: bytes behind it, and changes of state, are news; None: the end."""
+        self.future: Future[Job] = Future()
+        self.job = job
+        self._deadline = Deadline(timeout)
+        self._offset = offset
+        self._seen = (job.record.state, job.away_since is None, job.place)
+
+    def wake(self, job: Job) -> None:
+        seen = (job.record.state, job.away_since is None, job.place)
+        news = self._offset is not None and (
+            job.log.end > self._offset or seen != self._seen
+        )
+        if news or not job.record.is_open or self._deadline.expired:
+            with contextlib.suppress(InvalidStateError):
+                self.future.set_result(job)
+
+    def fail(self, error: RpcError) -> None:
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+
+def _stopping() -> RpcError:
+    why = "the gateway stops; the command goes on"
+    return RpcError("UNAVAILABLE", why, details={"goesOn": True}, retryable=True)
+
+
+def _too_many_waits() -> RpcError:
+    why = f"{MAX_WAITS} answers wait for commands already; ask without `wait`"
+    return RpcError("UNAVAILABLE", why, retryable=True)
+
+
+def _why_lost(link: NodeLink) -> str:
+    if link.node_id == LOCAL_ID:
+        return "the gateway was started anew"
+    return "its node came back without it"
+
+
+def _directory_sizes(directory: Path) -> dict[str, int]:
+    """Return the bytes of files in each subdirectory, by its name."""
+    sizes = {}
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(directory):
+            with contextlib.suppress(OSError), os.scandir(directory / name) as files:
+                sizes[name] = sum(entry.stat().st_size for entry in files)
+    return sizes
 
 
 class Jobs:
-    """The commands in the background whose output is kept."""
-
-    def __init__(self, directory: Path, commands: CommandsTable) -> None:
-        self._directory = directory
-        self._commands = commands
-        self.waiters = Waiters()
-        self._lock = threading.Lock()  # guards _sinks
-        # Of those that were used in this life; to come while one takes up its files.
-        self._sinks: dict[str, Future[JobSink]] = {}
-
-    def open(self, invoke_id: str) -> JobSink:
-        """Return the sink of a job, a new one or one that is known.
-
-        Raises RpcError where its output cannot be kept.
-        """
-        opened: Future[JobSink] = Future()
-        with self._lock:
-            known = self._sinks.setdefault(invoke_id, opened)
-        if known is not opened:
-            return known.result()
-        try:
-            output = JobOutput(self._directory / invoke_id)
-        except (OSError, ValueError, BadConfiguration) as error:
-            problem = f"the output of a job cannot be kept: {error}"
-            opened.set_exception(RpcError("UNAVAILABLE", problem))
-            with self._lock:
-                self._sinks.pop(invoke_id, None)
-        else:
-            opened.set_result(JobSink(invoke_id, output, self.waiters.wake))
-        return opened.result()
-
-    @contextlib.contextmanager
-    def new(self, invoke_id: str) -> Iterator[JobSink]:
-        """Give the sink of a job that the block starts; if it fails, nothing stays.
-
-        Raises RpcError where its output cannot be kept.
-        """
-        self.make_room()
-        is_new = not self.known(invoke_id)  # or another request has just begun it
-        sink = self.open(invoke_id)
-        try:
-            yield sink
-        except MoltisError:
-            if is_new:
-                self.discard(invoke_id)
-            raise
-
-    def read_all(self, invoke_id: str) -> Iterator[bytes]:
-        """Yield both streams of a command as they came, with what is missing.
-
-        Raises RpcError, OSError.
-        """
-        output = self.open(invoke_id).output
-        position, ends = 0, {STDOUT: 0, STDERR: 0}
-        while position < output.end:
-            reading = output.read(position)
-            for piece in reading.pieces:
-                yield from _cut_words(piece.offset - ends[piece.stream])
-                yield piece.data
-                ends[piece.stream] = piece.offset + len(piece.data)
-            position = reading.next
-        for stream, end in ends.items():
-            yield from _cut_words(output.offset(stream) - end)
-
-    def known(self, invoke_id: str) -> bool:
-        return is_uuid(invoke_id) and (self._directory / invoke_id).is_dir()
-
-    def ids(self) -> list[str]:
-        """Return all jobs whose output is kept, in no order."""
-        try:
-            return [name for name in os.listdir(self._directory) if is_uuid(name)]
-        except FileNotFoundError:
-            return []
-
-    def discard(self, invoke_id: str) -> None:
-        """Let the output of a job go."""
-        with self._lock:
-            opened = self._sinks.pop(invoke_id, None)
-        if opened is not None:
-            with contextlib.suppress(RpcError):
-                opened.result().output.close()
-        import shutil
-
-        shutil.rmtree(self._directory / invoke_id, ignore_errors=True)
-
-    def make_room(self) -> None:
-        """Let the output of the oldest jobs go that ended, where there are too many."""
-        ended = []
-        ids = self.ids()
-        if len(ids) < MAX_JOBS:
-            return
-        for invoke_id in ids:
-            record = self._commands.by_id(invoke_id)
-            if record is not None and record.ended_at is not None:
-                ended.append((record.seq, invoke_id))
-            elif record is None and not self._is_open(invoke_id):
-                ended.append((0, invoke_id))  # the audit has forgotten it
-        for _, invoke_id in sorted(ended)[: max(0, len(ids) - MAX_JOBS + 1)]:
-            self.discard(invoke_id)
-
-    def _is_open(self, invoke_id: str) -> bool:
-        with self._lock:
-            return invoke_id in self._sinks
-
-    def find_sink(self, record: CommandRecord) -> tuple[Sink, int, int] | None:
-        """Return the sink of a job that outlived this gateway; None: it is no job."""
-        if not self.known(record.invoke_id):
-            return None
-        try:
-            sink = self.open(record.invoke_id)
-        except RpcError as error:
-            log.error("job without output invocation=%s: %s", record.invoke_id, error)
-            return None
-        return sink, sink.output.offset(STDOUT), sink.output.offset(STDERR)
-
-    def close(self) -> None:
-        """Close the files of jobs that go on without us."""
-        with self._lock:
-            sinks = list(self._sinks.values())
-        for opened in sinks:
-            with contextlib.suppress(RpcError):
-                opened.result().output.close()
-
-
-def _cut_words(count: int) -> Iterator[bytes]:
-    """Yield what stands in an output for `count` bytes that are not there, if any."""
-    if count > 0:
-        yield f"\n[… {count:,} bytes cut …]\n".encode()
-
-
-def command_view(record: CommandRecord) -> JsonObject:
-    """Return a row of `commands.list`."""
-    return {
-        "seq": record.seq,
-        "invokeId": record.invoke_id,
-        "askedAt": record.asked_at,
-        "startedAt": record.started_at,
-        "endedAt": record.ended_at,
-        "callerKind": record.caller_kind,
-        "callerName": record.caller_name,
-        "decidedBy": record.decided_by,
-        "sessionKey": record.session_key,
-        "nodeId": record.node_id,
-        "nodeName": record.node_name,
-        "command": record.command,
-        "cwd": record.cwd,
-        "timeoutMs": record.timeout_ms,
-        "state": record.state,
-        "exitCode": record.exit_code,
-        "signal": record.signal,
-        "stdoutBytes": record.stdout_bytes,
-        "stderrBytes": record.stderr_bytes,
-        "error": record.error,
-    }
-
-
-def required_record(commands: CommandsTable, invoke_id: str) -> CommandRecord:
-    """Raises RpcError NOT_FOUND."""
-    record = commands.by_id(invoke_id)
-    if record is None:
-        raise RpcError("NOT_FOUND", f"nothing is known of a command {invoke_id[:64]!r}")
-    return record
-
-
-class JobDesk:
-    """Commands as they stand, for those who ask from any place, at any time."""
+    """All jobs: those that are open or not yet settled with their node, by id."""
 
     def __init__(
         self,
+        table: JobsTable,
         fleet: Fleet,
-        invocations: Invocations,
-        jobs: Jobs,
-        commands: CommandsTable,
+        directory: Path,
+        keep_output: int = KEEP_OUTPUT,
     ) -> None:
-        self.invocations = invocations
-        self.jobs = jobs
+        """Load the jobs of an earlier life of the gateway.  Raises StoreError."""
+        self._table = table
         self._fleet = fleet
-        self._commands = commands
-        self._lock = threading.Lock()  # guards _watched
-        # Futures that wake those who wait: once, however often they look.
-        self._watched: weakref.WeakSet[Future[JsonObject]] = weakref.WeakSet()
+        self._directory = directory
+        self._keep_output = keep_output
+        self._lock = threading.Lock()  # guards all below
+        self._jobs: dict[str, Job] = {}
+        self._by_node: dict[str, dict[str, Job]] = {}
+        self._waits: set[Wait] = set()
+        self._closed = False
+        self._next_sweep = 0.0  # monotonic
+        self._unswept = keep_output  # bytes of logs that ended since the last sweep
+        for record in table.open():
+            self._adopt(record).away_since = time.monotonic()
 
-    def record(self, invoke_id: str) -> CommandRecord:
-        """Raises RpcError NOT_FOUND."""
-        return required_record(self._commands, invoke_id)
+    # --- For callers ---
 
-    def output(self, invoke_id: str, position: int) -> JobReading:
-        """Return the next part of a job's output.  Raises RpcError, OSError."""
-        if not self.jobs.known(invoke_id):
-            return JobReading((), position)
-        return self.jobs.open(invoke_id).output.read(position)
+    def start(self, record: JobRecord) -> Job:
+        """Start a job, or queue it; return the known one if its id was used before.
 
-    def news(
-        self, invoke_id: str, position: int, wait: float, waiting: bool | None = None
-    ) -> Future[tuple[JsonObject, JobReading]]:
-        """Return how it stands and what it wrote, once it did or `wait` s are over.
-
-        Of a job also once its node is away or back, where the asker believes that
-        it is `waiting` or not.
+        Raises RpcError: CONFLICT for an id of another key, UNAVAILABLE if the node is
+        away; StoreError if the row cannot be written.
         """
+        with contextlib.suppress(KeyError):
+            return self._known(record)
+        if self._closed:
+            raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
+        link = self._link(record.node_id)
+        if link is not None:
+            link.check(record.work, record.spec or {})
+            record = record.replace(sent_to=link.instance, state=JobState.RUNNING)
+        elif record.queue_until is not None:
+            record = record.replace(state=JobState.QUEUED)
+        else:
+            self._fleet.require_connected(record.node_id, record.node_name)
+        job = Job(record, Log(self._log_directory(record)))
+        job.was_sent = False
+        if not self._add(job):
+            return self.start(record)  # another request was faster
+        try:
+            if job.is_recorded:
+                job.record = self._table.add(record)
+        except BaseException:
+            self._remove(job)
+            raise
+        self._send(job)
+        return job
 
-        def attempt(final: bool) -> tuple[JsonObject, JobReading] | None:
-            # First the state: an end that is seen has all output before it.
-            record = self.record(invoke_id)
-            view, reading = self.view(record), self.output(invoke_id, position)
-            known = waiting in (None, view.get("waiting"))
-            if not reading.pieces and record.is_open and known and not final:
-                return None
-            return view, reading
+    def get(self, job_id: str) -> Job:
+        """Return a job, also one that ended.  Raises RpcError NOT_FOUND, StoreError."""
+        try:
+            return self._find(job_id)
+        except KeyError:
+            raise RpcError("NOT_FOUND", f"there is no job {job_id[:64]!r}") from None
 
-        return self._answer(invoke_id, wait, attempt)
+    def open_on(self, node_id: str) -> list[Job]:
+        """Return the jobs of a node that have not ended."""
+        return [job for job in self._on(node_id) if job.record.is_open]
 
-    def end(self, invoke_id: str, wait: float) -> Future[JsonObject]:
-        """Return how it stands when it has ended, or `wait` s are over."""
-
-        def attempt(final: bool) -> JsonObject | None:
-            record = self.record(invoke_id)
-            return None if record.is_open and not final else self.view(record)
-
-        return self._answer(invoke_id, wait, attempt)
-
-    def _answer(
-        self, invoke_id: str, wait: float, attempt: Callable[[bool], Any]
-    ) -> Future[Any]:
-        """See Waiters.answer(); the command's end is news, whichever it is."""
-        answer = self.jobs.waiters.answer(invoke_id, wait, attempt)
-        if not answer.done():
-            self._wake_at_end(invoke_id)
-        return answer
-
-    def _wake_at_end(self, invoke_id: str) -> None:
-        """Wake those who wait when a command ends that is no job: nothing else does."""
-        if self.jobs.known(invoke_id):
-            return
-        invocation = self.invocations.get(invoke_id)
-        if invocation is None:  # it ended just now
-            self.jobs.waiters.wake(invoke_id)
-            return
-        future = invocation.future
+    def list(self, **filters: Any) -> Sequence[Job | JobRecord]:
+        """Return jobs, the newest first; see JobsTable.page() for the filters."""
+        rows = self._table.page(**filters)
         with self._lock:
-            if future in self._watched:  # since an earlier look, or it is done already
+            return [self._jobs.get(row.id, row) for row in rows]
+
+    def follow(self, job: Job, follower: Follower) -> None:
+        """Wake `follower` at all changes; one that holds replaces the holder."""
+        with job.lock:
+            job.followers = (*job.followers, follower)
+            if follower.holds:
+                previous, job.holder, job.alone_since = job.holder, follower, None
+                if previous is not None:
+                    previous.holds = False  # it watches from now on
+        self._wake(job)
+
+    def unfollow(self, job: Job, follower: Follower, *, leaves: bool) -> None:
+        """Forget `follower`; a holder that `leaves` cancels an unkept job."""
+        with job.lock:
+            job.followers = tuple(f for f in job.followers if f is not follower)
+            held = job.holder is follower
+            if held:
+                job.holder = None
+                if not (job.record.kept or leaves):
+                    job.alone_since = time.monotonic()
+            cancels = held and leaves and not job.record.kept and job.record.is_open
+        if cancels:
+            self.cancel(job)
+        self.acknowledge(job)
+
+    def acknowledge(self, job: Job) -> None:
+        """Tell the node what it need not keep, once that is a quarter of a window."""
+        with job.lock:
+            offset = job.releasable()
+            settled = not job.record.is_open and job.stored and offset >= job.log.end
+            if not settled and offset - job.acknowledged < LOG_WINDOW // 4:
                 return
-            self._watched.add(future)
+            job.acknowledged = offset
+            job.log.forget(offset)
+        self._tell(job, lambda link: link.acknowledge(job.id, offset))
+        # The node of a lost job may still come back with it.
+        if settled and not (job.record.state == JobState.LOST and job.followers):
+            self._remove(job)
 
-        def wake(_: object) -> None:
-            self.jobs.waiters.wake(invoke_id)
-            # Another client may follow it now, and with it there is another future.
-            self._wake_at_end(invoke_id)
+    def wait(
+        self, job: Job, timeout: float | None, cancel: Cancellation | None = None
+    ) -> Job:
+        """Return the job once it has ended, or after `timeout` s.
 
-        future.add_done_callback(wake)
+        Raises Cancelled, RpcError UNAVAILABLE when the gateway stops.
+        """
+        future = self.ended(job, None)
+        try:
+            if cancel is not None:
+                return cancel.result_of(future, timeout)
+            return future.result(timeout)
+        except FutureTimeout:
+            return job
+        finally:
+            future.cancel()
 
-    def all(self) -> list[CommandRecord]:
-        """Return all that runs, and all jobs; the newest first."""
-        jobs = filter(None, map(self._commands.by_id, self.jobs.ids()))
-        records = {r.seq: r for r in (*self._commands.unfinished(), *jobs)}
-        return [record for _, record in sorted(records.items(), reverse=True)]
+    def ended(self, job: Job, timeout: float | None) -> Future[Job]:
+        """Return a future of the job, done when it has ended or after `timeout` s.
 
-    def cancel(self, record: CommandRecord) -> None:
-        """End it, now or when its node is back; one that ended is as it is."""
-        invocation = self.invocations.get(record.invoke_id)
-        if invocation is not None:
-            self.invocations.cancel(invocation)
+        Fails with RpcError UNAVAILABLE when the gateway stops.
+        """
+        return self._watch(Wait(job, timeout, None))
 
-    def view(self, record: CommandRecord) -> JsonObject:
-        view = {**command_view(record), "background": self.jobs.known(record.invoke_id)}
+    def news(self, job: Job, offset: int, timeout: float) -> Future[Job]:
+        """Return the same, done also at bytes behind `offset` and a change of state."""
+        return self._watch(Wait(job, timeout, offset))
+
+    def _watch(self, wait: Wait) -> Future[Job]:
+        def done(_: object) -> None:
+            with self._lock:
+                self._waits.discard(wait)
+            self.unfollow(wait.job, wait, leaves=False)
+
+        with self._lock:
+            full = len(self._waits) >= MAX_WAITS or self._closed
+            self._waits.add(wait)
+        self.follow(wait.job, wait)
+        if full:
+            wait.fail(_stopping() if self._closed else _too_many_waits())
+        wait.future.add_done_callback(done)
+        return wait.future
+
+    def text(self, job: Job, limit: int = TEXT_LIMIT) -> str:
+        """Return the output as text; of a longer one head and tail."""
+        start, data = job.log.read(0, READ_SIZE)
+        before = f"{gap_words(start)}\n" if start else ""
+        if start + len(data) == job.log.end:
+            return before + clip(log_text(data), limit)
+        _, tail = job.log.read(job.log.tail(READ_SIZE), READ_SIZE)
+        ends = log_text(data)[: limit // 2], log_text(tail)[-limit // 2 :]
+        cut = job.log.end - sum(len(end.encode("utf-8", "replace")) for end in ends)
+        return f"{before}{ends[0]}\n{gap_words(cut)}\n{ends[1]}"
+
+    def cancel(self, job: Job, by: str = "") -> None:
+        """End its process group, now or when its node comes back.
+
+        Raises RpcError for a job that its node cannot end.
+        """
+        link = job.sent_over
+        if link is not None and job.record.is_open:
+            link.check_cancel(job.id)
+        with job.lock:
+            if not job.record.is_open or job.record.cancelled_at is not None:
+                return
+            job.record = job.record.replace(cancelled_at=now_ms(), cancelled_by=by)
+            if not job.was_sent:
+                reason = "cancelled before its node came"
+                self._end_locked(job, Ending(JobState.CANCELLED, reason=reason))
+        # First the node: what fills a disk can be cancelled.
+        if job.record.is_open:
+            self._tell(job, lambda link: link.cancel(job.id))
+            with job.lock:
+                self._save(job)
+        self._wake(job)
+        self.acknowledge(job)
+
+    def input(self, job: Job, follower: Follower, offset: int, data: bytes) -> None:
+        """Pass the holder's input on; what does not arrive is asked for again.
+
+        Raises RpcError FORBIDDEN for anybody else.
+        """
+        if job.holder is not follower:
+            raise RpcError("FORBIDDEN", f"another client types into {job.id} now")
+        self._tell(job, lambda link: link.input(job.id, offset, data))
+
+    def resize(self, job: Job, rows: int, cols: int) -> None:
+        self._tell(job, lambda link: link.resize(job.id, rows, cols))
+
+    def discard(self, job_ids: Iterable[str]) -> None:
+        """Remove the logs of jobs that ended."""
+        import shutil
+
+        for job_id in job_ids:
+            shutil.rmtree(self._directory / job_id, ignore_errors=True)
+
+    def close(self) -> None:
+        """Start nothing more; what runs goes on, and its kept logs are in files."""
+        self._closed = True
+        with self._lock:
+            waits = list(self._waits)
+        for wait in waits:
+            wait.fail(_stopping())
+        for job in self._all():
+            job.log.flush()
+
+    # --- From nodes, in the thread that reads their connection ---
+
+    def on_log(self, link: NodeLink, job_id: str, offset: int, data: bytes) -> None:
+        """Add frames to a job's log.  Raises RpcError PROTOCOL_ERROR."""
+        job = self._of_node(link.node_id, job_id)
+        if job is None:
+            return  # settled, and the node has been told
+        if offset + len(data) > job.acknowledged + LOG_WINDOW + MAX_LOG_MESSAGE:
+            raise RpcError(
+                "PROTOCOL_ERROR", f"{job_id}: more than a window is not acknowledged"
+            )
+        ending = check_frames(data)
+        end = offset + len(data)
+        if job.log_end is not None and end > job.log_end:
+            raise RpcError("PROTOCOL_ERROR", "frames follow the ending")
+        job.log.append(offset, data)
+        if ending is not None:
+            with job.lock:
+                job.log_end = end
+                self._end_locked(job, ending)
+        self._wake(job)
+        self.acknowledge(job)
+
+    def on_place(self, link: NodeLink, job_id: str, place: int) -> None:
+        """Record its place in line on its node; 0: it runs."""
+        job = self._of_node(link.node_id, job_id)
+        if job is not None:
+            job.place = max(0, place)
+            self._wake(job)
+
+    def on_input(
+        self, link: NodeLink, job_id: str, offset: int, *, resume: bool
+    ) -> None:
+        """Record how much input was consumed; `resume`: it is to be sent from there."""
+        job = self._of_node(link.node_id, job_id)
+        if job is not None:
+            job.input_at = offset
+            job.input_resumes += resume
+            self._wake(job)
+
+    def resumed(self, link: NodeLink, held: Mapping[str, int]) -> dict[str, int]:
+        """Return from where a node shall send the logs that it holds, by id.
+
+        `held`: the first offset it has.  Those not named are unknown here.
+        Raises StoreError.
+        """
+        offsets = {}
+        for job_id, begin in held.items():
+            job = self._of_node(link.node_id, job_id) or self._reopen(link, job_id)
+            if job is not None:
+                with job.lock:
+                    job.log.skip_to(begin)
+                    job.was_sent = True
+                    job.acknowledged = max(job.acknowledged, begin)
+                    offsets[job_id] = job.log.end
+        return offsets
+
+    def came(self, link: NodeLink, held: Mapping[str, int]) -> None:
+        """Bring the jobs of a node that has just connected up to date with it."""
+        for job in self._on(link.node_id):
+            with job.lock:
+                known = job.id in held
+                if known:
+                    job.sent_over, job.away_since = link, None
+                elif job.was_sent and job.record.sent_to != link.instance:
+                    self._end_locked(job, Ending(JobState.LOST, reason=_why_lost(link)))
+            if job.record.is_open and not known:
+                self._send(job)
+            elif known and job.record.is_open and job.record.cancelled_at is not None:
+                self._tell(job, lambda link, job=job: link.cancel(job.id))
+            self._wake(job)
+            self.acknowledge(job)
+
+    def left(self, link: NodeLink) -> None:
+        """Wait for a node whose connection ended, as long as its jobs can go on."""
+        for job in self._on(link.node_id):
+            with job.lock:
+                if job.sent_over is not link:
+                    continue
+                job.sent_over = None
+                job.away_since = time.monotonic()
+                if not link.resumes:
+                    self._end_locked(
+                        job, Ending(JobState.LOST, reason="its node disconnected")
+                    )
+            self._wake(job)
+            self.acknowledge(job)
+
+    def lose(self, node_id: str, reason: str) -> None:
+        """End the jobs of a node that will not come back as lost."""
+        for job in self._on(node_id):
+            with job.lock:
+                self._end_locked(job, Ending(JobState.LOST, reason=reason))
+            self._wake(job)
+            self.acknowledge(job)
+
+    # --- What time brings ---
+
+    def tick(self) -> None:
+        """Called every second: timeouts, retries, files, bounds."""
+        now, now_in_ms = time.monotonic(), now_ms()
+        for job in self._all():
+            self._age(job, now, now_in_ms)
+        with self._lock:
+            waits = list(self._waits)
+        for wait in waits:
+            wait.wake(wait.job)
+        if now >= self._next_sweep:
+            self._next_sweep = now + SWEEP_INTERVAL
+            live = sum(job.log.size_on_disk for job in self._all())
+            if self._unswept + live > self._keep_output // 16:
+                self._sweep()
+
+    def _age(self, job: Job, now: float, now_in_ms: int) -> None:
+        record = job.record
+        until = record.queue_until
+        changed = False
+        with job.lock:
+            reason = job.overdue(now)
+            if reason:
+                self._end_locked(job, Ending(JobState.LOST, reason=reason))
+                changed = True
+            elif record.state == JobState.QUEUED and until and now_in_ms > until:
+                reason = f"{record.node_name} did not come in time"
+                self._end_locked(job, Ending(JobState.EXPIRED, reason=reason))
+                changed = True
+            elif not job.stored:
+                self._save(job)
+                changed = job.stored
+            if job.alone_since and now - job.alone_since > HOLDER_PATIENCE:
+                job.alone_since = None  # its output is dropped from now on
+                changed = True
+        if now - job.log.created > MEMORY_AGE:
+            job.log.flush()
+        if record.is_open and job.sent_over is None:
+            self._send(job)
+        if changed:
+            self._wake(job)
+        self.acknowledge(job)
+
+    def _sweep(self) -> None:
+        """Remove the oldest logs while all of them together are too large."""
+        self._unswept = 0
+        sizes = _directory_sizes(self._directory)
+        excess = sum(sizes.values()) - self._keep_output
+        if excess <= 0:
+            return
+        with self._lock:
+            live = {i: self._jobs[i] for i in sizes if i in self._jobs}
+        ended = [record for i in sizes if i not in live for record in self._rows(i)]
+        for record in sorted(ended, key=lambda record: record.seq):
+            if excess <= 0:
+                return
+            excess -= sizes[record.id]
+            self.discard([record.id])
+        for job in sorted(live.values(), key=lambda job: -job.log.size_on_disk):
+            if excess <= 0:
+                return
+            excess -= job.log.drop_middle(excess)
+
+    def _rows(self, job_id: str) -> list[JobRecord]:
+        record = self._table.get(job_id)
+        if record is None:  # the audit has forgotten it
+            self.discard([job_id])
+        return [] if record is None else [record]
+
+    # --- Inside ---
+
+    def _find(self, job_id: str) -> Job:
+        """Raises KeyError, StoreError."""
+        with self._lock:
+            job = self._jobs.get(job_id)
+        if job is not None:
+            return job
+        record = self._table.get(job_id)
+        if record is None:
+            raise KeyError(job_id)
+        return self._load(record)
+
+    def _known(self, record: JobRecord) -> Job:
+        """Raises KeyError if its id is new, RpcError if it is another key's."""
+        job = self._find(record.id)
+        if job.record.caller_id != record.caller_id:
+            raise RpcError("CONFLICT", f"the id {record.id} was used by another key")
+        return job
+
+    def _end_locked(self, job: Job, ending: Ending) -> None:
+        """Record how a job ended, unless that is known; `job.lock` is held."""
+        record = job.record
+        if not (record.is_open or record.state == JobState.LOST):
+            return
+        if ending.state == JobState.LOST:
+            if not record.is_open:
+                return
+            unknown = "how it ended" if job.log.end else "whether it ran"
+            ending = ending.replace(reason=f"{ending.reason}; {unknown} is not known")
+        elif ending.state == JobState.CANCELLED and record.cancelled_by:
+            ending = ending.replace(reason=f"by {record.cancelled_by}")
+        job.record = record.replace(
+            **{name: getattr(ending, name) for name in ENDING_COLUMNS},
+            ended_at=now_ms(),
+            log_end=job.log.end,
+            spec=None,
+        )
+        job.result = ending.result
+        job.place = 0
+        self._save(job)
+
+    def _save(self, job: Job) -> None:
+        """Write the row; `job.lock` is held.  If it fails, tick() tries again."""
+        if not job.is_recorded:
+            return
+        try:
+            data = None if job.record.is_open else job.log.finish()
+            self._table.save(job.record, data)
+        except StoreError as error:
+            if job.stored:
+                log.error("the row of job %s is not written: %s", job.id, error)
+            job.stored = False
+        else:
+            job.stored = True
+            if job.record.is_open:
+                return
+            if data is None:
+                self._unswept += job.log.size_on_disk
+            elif job.log.size_on_disk:
+                self.discard([job.id])
+
+    def _send(self, job: Job) -> None:
+        """Send a job to its node, unless it was sent over this connection."""
+        link = self._link(job.record.node_id)
+        with job.lock:
+            record = job.record
+            if link is None:
+                job.away_since = job.away_since or time.monotonic()
+            if link is None or job.sent_over is link or not record.is_open:
+                return
+            if job.was_sent and record.sent_to != link.instance:
+                return  # came() ends it as lost: it never runs twice
+            if record.sent_to != link.instance or record.state == JobState.QUEUED:
+                # The row names the life of the node before anything is sent to it.
+                job.record = record.replace(
+                    sent_to=link.instance, state=JobState.RUNNING
+                )
+                self._save(job)
+                if not job.stored:
+                    job.record = record
+                    return  # tick() saves it, and sends it
+            job.sent_over, job.away_since, job.was_sent = link, None, True
+            record = job.record
+        with contextlib.suppress(ConnectionClosed):  # came() sends it again
+            if record.cancelled_at is not None:
+                link.cancel(job.id)  # a start that follows is answered `cancelled`
+            link.start(job.id, record.work, record.spec or {})
+
+    def _tell(self, job: Job, tell: Callable[[NodeLink], None]) -> None:
+        """Tell the node something that is told again when it comes back."""
+        link = job.sent_over
+        if link is not None:
+            with contextlib.suppress(ConnectionClosed):
+                tell(link)
+
+    def _wake(self, job: Job) -> None:
+        for follower in job.followers:
+            follower.wake(job)
+
+    def _link(self, node_id: str) -> NodeLink | None:
+        node = self._fleet.connected(node_id)
+        return node.link if node is not None and node.ready else None
+
+    def _log_directory(self, record: JobRecord) -> Path | None:
+        return self._directory / record.id if record.kept else None
+
+    def _load(self, record: JobRecord) -> Job:
+        """Return a job whose row is known."""
+        directory = self._log_directory(record)
+        stored = (
+            None if record.is_open or directory is None else self._table.log(record.id)
+        )
+        job = Job(record, Log(None if stored else directory))
+        if stored:
+            job.log.append(0, stored)
         if not record.is_open:
-            return view
-        away = self._fleet.connected(record.node_id) is None
-        invocation = self.invocations.get(record.invoke_id)
-        if invocation is not None:
-            away_ms = invocation.away_ms
-            if away_ms is not None:
-                away, view["waitingMs"] = True, away_ms
-            # The store is told later; of an earlier life it has the truth.
-            if invocation.asked_here and invocation.started_at is not None:
-                view["state"] = CommandState.RUNNING
-                view["startedAt"] = record.started_at or invocation.started_at
-            view["stdoutBytes"] = invocation.received(STDOUT)
-            view["stderrBytes"] = invocation.received(STDERR)
-            if invocation.place:
-                view["place"] = invocation.place
-        view["waiting"] = away  # for its node
-        return view
+            job.log.skip_to(record.log_end)
+            job.log_end = record.log_end
+        return job
+
+    def _adopt(self, record: JobRecord) -> Job:
+        """Take up a job of an earlier life of the gateway."""
+        job = self._load(record)
+        self._add(job)
+        with self._lock:
+            return self._jobs[record.id]
+
+    def _reopen(self, link: NodeLink, job_id: str) -> Job | None:
+        """Take up a job that had ended here, and comes back with its node."""
+        record = self._table.get(job_id)
+        if record is None or record.node_id != link.node_id:
+            return None
+        if record.state == JobState.LOST:
+            record = record.replace(
+                state=JobState.RUNNING, ended_at=None, reason=None, log_end=0
+            )
+        return self._adopt(record)
+
+    def _of_node(self, node_id: str, job_id: str) -> Job | None:
+        # A node answers for its own jobs only, whatever ids it names.
+        with self._lock:
+            return self._by_node.get(node_id, {}).get(job_id)
+
+    def _on(self, node_id: str) -> list[Job]:
+        with self._lock:
+            return list(self._by_node.get(node_id, {}).values())
+
+    def _all(self) -> list[Job]:
+        with self._lock:
+            return list(self._jobs.values())
+
+    def _add(self, job: Job) -> bool:
+        with self._lock:
+            if job.id in self._jobs:
+                return False
+            self._jobs[job.id] = job
+            self._by_node.setdefault(job.record.node_id, {})[job.id] = job
+            return True
+
+    def _remove(self, job: Job) -> None:
+        with self._lock:
+            if self._jobs.get(job.id) is job:
+                del self._jobs[job.id]
+                on_node = self._by_node[job.record.node_id]
+                del on_node[job.id]
+                if not on_node:
+                    del self._by_node[job.record.node_id]
+
+
+class LocalLink:
+    """The gateway's own machine, as both ends of a connection to a node."""
+
+    resumes = True  # for as long as the gateway lives, and it with it
+    node_id = LOCAL_ID
+
+    def __init__(self, machine: Machine) -> None:
+        self.instance = machine.instance
+        self._machine = machine
+        self._jobs: Jobs | None = None
+
+    def attach(self, jobs: Jobs) -> None:
+        """Pass what the machine does on to `jobs` from now on."""
+        self._jobs = jobs
+        self._machine.attach(self)
+        jobs.came(self, self._machine.held())
+
+    # The gateway asks
+
+    def check(self, work: str, spec: JsonObject) -> None: ...
+
+    def check_cancel(self, job_id: str) -> None: ...
+
+    def start(self, job_id: str, work: str, spec: JsonObject) -> None:
+        self._machine.start(job_id, work, spec)
+
+    def acknowledge(self, job_id: str, offset: int) -> None:
+        self._machine.acknowledge(job_id, offset)
+
+    def cancel(self, job_id: str) -> None:
+        self._machine.cancel(job_id)
+
+    def input(self, job_id: str, offset: int, data: bytes) -> None:
+        self._machine.input(job_id, offset, data)
+
+    def resize(self, job_id: str, rows: int, cols: int) -> None:
+        self._machine.resize(job_id, rows, cols)
+
+    def hang_up(self, _reason: str) -> None:
+        self._machine.close()
+
+    # The machine answers
+
+    def log_ready(self, job_log: JobLog) -> None:
+        assert self._jobs is not None
+        for offset, data in iter(job_log.take, None):
+            self._jobs.on_log(self, job_log.job_id, offset, data)
+
+    def place(self, job_id: str, place: int) -> None:
+        assert self._jobs is not None
+        self._jobs.on_place(self, job_id, place)
+
+    def input_consumed(self, job_id: str, offset: int, *, resume: bool = False) -> None:
+        assert self._jobs is not None
+        self._jobs.on_input(self, job_id, offset, resume=resume)
 
 
 # ==============================================================================
