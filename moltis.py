@@ -27,6 +27,7 @@ Contents
     WebSocket protocol        one connection as a state machine, without I/O
     WebSocket connections     the same over a socket, safe from any thread
   Between gateway and node
+    TLS                       certificates, pins, channel bindings
     SCRAM                     both halves of RFC 5802 / RFC 7677
     Wire protocol             envelopes, log frames, calls awaiting an answer
     Commands                  one shell command as a process group
@@ -38,7 +39,6 @@ Contents
     Node service              systemd user unit and launchd agent
   Gateway
     Store                     SQLite; one method a question
-    Certificates              the gateway's own, or one that was brought
     Access                    callers, scopes, tokens, sign-ins, limits
     Fleet                     connected nodes, their invocations and their fate
     Jobs                      commands in the background, their output in files
@@ -78,7 +78,6 @@ import random
 import re
 import secrets
 import select
-import selectors
 import shlex
 import signal
 import socket
@@ -88,7 +87,6 @@ import sys
 import threading
 import time
 import weakref
-import zlib
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import closing
@@ -1058,21 +1056,13 @@ class GatewayFile(SnakeValue):
 # ==============================================================================
 # WebSocket frames
 #
-# Bytes to frames and back: parser, encoder, masking (RFC 6455 §5) and the
-# compression of RFC 7692.  It knows one frame at a time and no connection: in which
-# order frames may come is the protocol's business.
+# Bytes to frames and back: parser, encoder, masking (RFC 6455 §5).  It handles one
+# frame at a time and no connection: the order of frames is left to the protocol.
+# No extension is negotiated.
 # ==============================================================================
 
 MAX_CONTROL_PAYLOAD = 125  # bytes; RFC 6455 §5.5
-# A compressed message may be longer than what it holds, if that is noise: zlib adds
-# at most 5 bytes to a block, and the smallest blocks of the smallest memLevel are
-# some 500 bytes.
-DEFLATE_EXPANSION = 64  # at most one byte more in so many
-DEFLATE_WINDOW_BITS = 12  # 4 KiB; with memLevel 5 a compressor costs 32 KiB, not 256
-DEFLATE_MEMORY_LEVEL = 5
-DEFLATE_LEVEL = 1  # 1.5 times as fast as 6 on command output, which gets 1.2 as long
-DEFLATE_TAIL = b"\x00\x00\xff\xff"  # RFC 7692 §7.2.1
-MASK_SHORT = 1024  # bytes, from which on masking is done in another way
+MASK_SHORT = 1024  # bytes; up to here one big integer is the faster XOR
 MASK_STRIDE = 64 * 1024  # bytes; small enough to stay in a processor's cache
 
 
@@ -1085,6 +1075,9 @@ class Opcode(enum.IntEnum):
     CLOSE = 0x8
     PING = 0x9
     PONG = 0xA
+
+
+OPCODES: Mapping[int, Opcode] = {int(opcode): opcode for opcode in Opcode}
 
 
 class CloseCode(enum.IntEnum):
@@ -1107,21 +1100,14 @@ class CloseCode(enum.IntEnum):
     TLS_HANDSHAKE = 1015  # never on the wire
 
 
-LOCAL_CLOSE_CODES = (
-    CloseCode.NO_STATUS,
-    CloseCode.ABNORMAL,
-    CloseCode.TLS_HANDSHAKE,
-)
+LOCAL_CLOSE_CODES = (CloseCode.NO_STATUS, CloseCode.ABNORMAL, CloseCode.TLS_HANDSHAKE)
 CLEAN_CLOSE_CODES = (CloseCode.NORMAL, CloseCode.GOING_AWAY, CloseCode.NO_STATUS)
 
 
-class Frame(
-    collections.namedtuple("Frame", "opcode payload fin rsv1", defaults=(True, False))
-):
+class Frame(collections.namedtuple("Frame", "opcode payload fin", defaults=(True,))):
     """One frame with its payload unmasked (RFC 6455 §5.2).
 
-    A tuple where other values are dataclasses: one is made for every frame, in a
-    third of the time.
+    A tuple, not a Value: one is made for each frame, in a third of the time.
     """
 
     __slots__ = ()
@@ -1129,11 +1115,6 @@ class Frame(
     opcode: Opcode
     payload: bytes
     fin: bool
-    rsv1: bool  # on a message's first frame: compressed (RFC 7692 §6)
-
-
-def is_control(opcode: Opcode) -> bool:
-    return opcode >= Opcode.CLOSE
 
 
 @functools.lru_cache(maxsize=256)
@@ -1145,12 +1126,12 @@ def apply_mask(data: bytes, key: bytes) -> bytes:
     """Return `data` masked, or unmasked, with the 4 bytes of `key` (RFC 6455 §5.3)."""
     size = len(data)
     if size <= MASK_SHORT:
-        # 0.4 µs for 125 bytes, where what follows takes 1.5 µs.
+        # 0.4 µs for 125 bytes; the method below takes 1.5 µs.
         repeated = (key * (size // 4 + 1))[:size]
         number = int.from_bytes(data, "little") ^ int.from_bytes(repeated, "little")
         return number.to_bytes(size, "little")
-    # Every fourth byte has the same key byte, so four translations do: 900 MB/s, where
-    # an integer XOR in chunks does 600.
+    # Every fourth byte has the same key byte, so four translations do: 900 MB/s; an
+    # integer XOR in chunks reaches 600.
     tables = [_xor_table(byte) for byte in key]
     masked = bytearray(data)
     for start in range(0, size, MASK_STRIDE):
@@ -1162,11 +1143,9 @@ def apply_mask(data: bytes, key: bytes) -> bytes:
     return bytes(masked)
 
 
-def encode_frame(frame: Frame, *, masked: bool) -> bytes:
-    """Return `frame` as it goes over the wire, masked when a client sends it."""
-    first = frame.fin << 7 | frame.rsv1 << 6 | frame.opcode
-    mask_bit = masked << 7
-    length = len(frame.payload)
+def encode_frame(opcode: int, payload: bytes, *, masked: bool) -> bytes:
+    """Return an unfragmented frame, masked if a client sends it."""
+    first, mask_bit, length = 0x80 | opcode, masked << 7, len(payload)
     if length < 126:
         header = bytes((first, mask_bit | length))
     elif length < 1 << 16:
@@ -1174,111 +1153,72 @@ def encode_frame(frame: Frame, *, masked: bool) -> bytes:
     else:
         header = struct.pack("!BBQ", first, mask_bit | 127, length)
     if not masked:
-        return header + frame.payload
-    key = os.urandom(4)  # RFC 6455 §10.3: not to be foreseen by who chose the payload
-    return b"".join((header, key, apply_mask(frame.payload, key)))
-
-
-def _readable_first_bytes(*, compression: bool) -> Mapping[int, Frame]:
-    """Return what each permitted first byte of a frame says."""
-    frames = [Frame(opcode, b"") for opcode in Opcode]
-    data = [frame for frame in frames if not is_control(frame.opcode)]
-    frames += [frame._replace(fin=False) for frame in data]
-    if compression:
-        frames += [
-            Frame(opcode, b"", fin=fin, rsv1=True)
-            for opcode in (Opcode.TEXT, Opcode.BINARY)
-            for fin in (False, True)
-        ]
-    return {frame.fin << 7 | frame.rsv1 << 6 | frame.opcode: frame for frame in frames}
-
-
-# One look-up instead of five tests for each frame.
-FIRST_BYTES = _readable_first_bytes(compression=False)
-FIRST_BYTES_COMPRESSION = _readable_first_bytes(compression=True)
-
-
-def _describe_first_byte(first: int) -> str:
-    """Return what is wrong with the first byte of a frame."""
-    if first & 0x70:
-        return "a reserved bit is set that no extension gives a meaning"
-    if first & 0x0F not in tuple(Opcode):
-        return f"opcode {first & 0x0F} is reserved"
-    return "a control frame must not be fragmented"
+        return header + payload
+    # RFC 6455 §10.3: unpredictable for whoever chose the payload.
+    key = os.urandom(4)
+    return b"".join((header, key, apply_mask(payload, key)))
 
 
 class FrameParser:
-    """Bytes to frames, as they arrive.
+    """Bytes to frames, as they arrive."""
 
-    A data frame that is not there in full is handed on in fragments, as RFC 6455 §5.4
-    lets any intermediary do.  So nothing long waits here, and whoever reassembles the
-    message sees its first impossible byte when it comes.
-    """
-
-    def __init__(self, *, masked: bool, compression: bool, max_frame: int) -> None:
+    def __init__(self, *, masked: bool, max_frame: int) -> None:
         self._masked = masked  # what the peer has to do: clients mask, servers do not
-        self._first_bytes = FIRST_BYTES_COMPRESSION if compression else FIRST_BYTES
         self.max_frame = max_frame  # bytes of payload
-        self._buffer = b""  # between calls less than a header or a control frame
-        self._position = 0  # of the first byte in _buffer not yet used
-        self._frame: Frame | None = None  # whose payload is awaited
-        self._key = b""
-        self._remaining = 0  # bytes of its payload not yet handed on
+        self._buffer = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """Take bytes from the peer.  What came before should have been used up."""
-        # Nothing is copied when nothing waits: CPython returns `data` for b"" + data.
-        self._buffer = self._buffer[self._position :] + data
-        self._position = 0
+        """Take bytes from the peer."""
+        self._buffer += data
 
     @property
     def has_more(self) -> bool:
-        """Whether bytes wait to be looked at."""
-        return self._position < len(self._buffer)
+        """Whether bytes wait to be parsed."""
+        return bool(self._buffer)
 
     def next_frame(self) -> Frame | None:
-        """Return the next frame, or None for want of bytes.  Raises ProtocolError."""
-        if self._frame is None and not self._read_header():
+        """Return the next frame, or None if it is incomplete.  Raises ProtocolError."""
+        buffer = self._buffer
+        if len(buffer) < 2:
             return None
-        return self._take_payload()
-
-    def _read_header(self) -> bool:
-        """Take a header off the buffer; return False while it is not there in full."""
-        buffer, start = self._buffer, self._position
-        if len(buffer) - start < 2:
-            return False
-        frame = self._first_bytes.get(buffer[start])
-        if frame is None:
-            raise ProtocolError(
-                CloseCode.PROTOCOL_ERROR, _describe_first_byte(buffer[start])
-            )
-        self._check_second_byte(buffer[start + 1], frame.opcode)
-        length = buffer[start + 1] & 0x7F
-        size = 2 if length < 126 else 4 if length == 126 else 10
-        end = start + size + 4 * self._masked
+        first, second = buffer[0], buffer[1]
+        opcode = self._check(first, second)
+        length, start = second & 0x7F, 2
+        if length >= 126:
+            start = 4 if length == 126 else 10
+            if len(buffer) < start:
+                return None
+            length = int.from_bytes(buffer[2:start], "big")
+            self._check_length(length, start)
+        end = start + 4 * self._masked + length
         if len(buffer) < end:
-            return False
-        if size > 2:
-            length = int.from_bytes(buffer[start + 2 : start + size], "big")
-            self._check_length(length, size)
-        self._key = buffer[start + size : end]
-        self._remaining = length
-        self._frame = frame
-        self._position = end
-        return True
+            return None
+        with memoryview(buffer) as view:
+            payload = bytes(view[end - length : end])
+        if self._masked:
+            payload = apply_mask(payload, bytes(buffer[start : start + 4]))
+        # CPython moves the start of the buffer, not the bytes behind it.
+        del buffer[:end]
+        return Frame(opcode, payload, first >= 0x80)
 
-    def _check_second_byte(self, second: int, opcode: Opcode) -> None:
-        if (second >= 0x80) is not self._masked:
-            raise ProtocolError(
-                CloseCode.PROTOCOL_ERROR,
-                "a client's frames must be masked"  # RFC 6455 §5.1
-                if self._masked
-                else "a server's frames must not be masked",
-            )
-        if second & 0x7F > MAX_CONTROL_PAYLOAD and is_control(opcode):
-            raise ProtocolError(
-                CloseCode.PROTOCOL_ERROR, "a control frame is longer than 125 bytes"
-            )
+    def _check(self, first: int, second: int) -> Opcode:
+        opcode = OPCODES.get(first & 0x0F)
+        if first & 0x70:
+            problem = "a reserved bit is set, and no extension was negotiated"
+        elif opcode is None:
+            problem = f"opcode {first & 0x0F} is reserved"
+        elif (second >= 0x80) is not self._masked:  # RFC 6455 §5.1
+            whose = "a client's frames must" if self._masked else "a server's must not"
+            problem = f"{whose} be masked"
+        elif opcode < Opcode.CLOSE:
+            return opcode
+        elif first < 0x80:
+            problem = "a control frame must not be fragmented"
+        elif second & 0x7F > MAX_CONTROL_PAYLOAD:
+            problem = "a control frame is longer than 125 bytes"
+        else:
+            return opcode
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, problem)
 
     def _check_length(self, length: int, header_size: int) -> None:
         # RFC 6455 §5.2: the shortest form that can say it, and never the highest bit.
@@ -1291,27 +1231,13 @@ class FrameParser:
                 CloseCode.MESSAGE_TOO_BIG, f"a frame announces {length:,} bytes"
             )
 
-    def _take_payload(self) -> Frame | None:
-        """Return what is there of the current frame, or None for want of more."""
-        frame = self._frame
-        assert frame is not None
-        start = self._position
-        size = min(self._remaining, len(self._buffer) - start)
-        whole = size == self._remaining
-        if not whole and (size == 0 or is_control(frame.opcode)):
-            return None
-        payload = self._buffer[start : start + size]
-        if self._masked and size:
-            payload = apply_mask(payload, self._key)
-        self._position = start + size
-        if whole:
-            self._frame = None
-            return Frame(frame.opcode, payload, frame.fin, frame.rsv1)
-        self._remaining -= size
-        turn = size % 4
-        self._key = self._key[turn:] + self._key[:turn]
-        self._frame = Frame(Opcode.CONTINUATION, b"", fin=frame.fin)
-        return Frame(frame.opcode, payload, False, frame.rsv1)
+
+def decode_text(data: bytes) -> str:
+    """Return the text of a message or Close frame.  Raises ProtocolError."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8") from error
 
 
 def encode_close(code: int, reason: str = "") -> bytes:
@@ -1320,7 +1246,7 @@ def encode_close(code: int, reason: str = "") -> bytes:
         return b""
     assert is_sendable_close_code(code), code
     text = reason.encode("utf-8")[: MAX_CONTROL_PAYLOAD - 2]
-    # What the cut left of a last character is dropped.
+    # Drop the rest of a character that the cut went through.
     text = text.decode("utf-8", "ignore").encode("utf-8")
     return struct.pack("!H", code) + text
 
@@ -1334,12 +1260,7 @@ def decode_close(payload: bytes) -> tuple[int, str]:
         raise ProtocolError(
             CloseCode.PROTOCOL_ERROR, "a Close frame without a permitted code"
         )
-    try:
-        return code, payload[2:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ProtocolError(
-            CloseCode.INVALID_DATA, "a Close frame's reason is not UTF-8"
-        ) from error
+    return code, decode_text(payload[2:])
 
 
 def is_sendable_close_code(code: int) -> bool:
@@ -1349,154 +1270,37 @@ def is_sendable_close_code(code: int) -> bool:
     return code < 5000
 
 
-class DeflateParameters(Value):
-    """What two peers agreed on for permessage-deflate (RFC 7692 §7.1)."""
-
-    server_no_context_takeover: bool = False
-    client_no_context_takeover: bool = False
-    server_max_window_bits: int = zlib.MAX_WBITS
-    client_max_window_bits: int = zlib.MAX_WBITS
-
-
-class PerMessageDeflate:
-    """Compression of one peer's messages and decompression of the other's.
-
-    A peer that never sends anything worth compressing costs no memory: each half is
-    made when it is first needed.
-    """
-
-    def __init__(self, parameters: DeflateParameters, *, client: bool) -> None:
-        server_side = (
-            parameters.server_no_context_takeover,
-            parameters.server_max_window_bits,
-        )
-        client_side = (
-            parameters.client_no_context_takeover,
-            parameters.client_max_window_bits,
-        )
-        ours, theirs = (
-            (client_side, server_side) if client else (server_side, client_side)
-        )
-        self._compress_afresh, agreed_bits = ours
-        self._compress_bits = min(agreed_bits, DEFLATE_WINDOW_BITS)
-        self._decompress_afresh, self._decompress_bits = theirs
-        # zlib cannot compress with a window of 8 bits (RFC 7692 allows it), but any
-        # message may go uncompressed.
-        self.can_compress = agreed_bits > 8
-        self._compressor: zlib._Compress | None = None
-        self._decompressor: zlib._Decompress | None = None
-
-    def compress(self, payload: bytes) -> bytes:
-        """Return the payload of a message, not empty, compressed (RFC 7692 §7.2.1)."""
-        compressor = self._compressor or zlib.compressobj(
-            DEFLATE_LEVEL, zlib.DEFLATED, -self._compress_bits, DEFLATE_MEMORY_LEVEL
-        )
-        self._compressor = None if self._compress_afresh else compressor
-        data = compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
-        assert data.endswith(DEFLATE_TAIL)
-        return data[: -len(DEFLATE_TAIL)]
-
-    def decompress(self, data: bytes, *, fin: bool, limit: int) -> bytes:
-        """Return what the next piece of a message holds; `fin` with its last one.
-
-        Raises ProtocolError for bad data, and as soon as it holds over `limit` bytes,
-        having made no more of them than that.
-        """
-        if fin:
-            data += DEFLATE_TAIL
-        pieces = []
-        try:
-            while data:
-                piece, data = self._inflate(data, limit + 1)
-                limit -= len(piece)
-                if limit < 0:
-                    raise ProtocolError(
-                        CloseCode.MESSAGE_TOO_BIG, "a message is too long uncompressed"
-                    )
-                pieces.append(piece)
-        except zlib.error as error:
-            raise ProtocolError(
-                CloseCode.INVALID_DATA, "a message cannot be decompressed"
-            ) from error
-        if fin and self._decompress_afresh:
-            self._decompressor = None
-        return b"".join(pieces)
-
-    def _inflate(self, data: bytes, max_length: int) -> tuple[bytes, bytes]:
-        """Return decompressed bytes, and the data that has to be fed again."""
-        if self._decompressor is None:
-            self._decompressor = zlib.decompressobj(-self._decompress_bits)
-        piece = self._decompressor.decompress(data, max_length)
-        if self._decompressor.eof:
-            # A final block (RFC 7692 §7.2.3.4) ends the stream; another one follows.
-            data, self._decompressor = self._decompressor.unused_data, None
-            return piece, data
-        return piece, b""
-
-
 # ==============================================================================
 # WebSocket handshake
-# Uses: WebSocket frames
 #
-# The HTTP exchange that opens a connection, both sides (RFC 6455 §4), and what it
-# settles: subprotocol and compression.  Text in, text out: it opens no socket, and
-# what the HTTP server knows better (paths, Origin, sign-in) is not its business.
+# The HTTP exchange that opens a connection, both sides (RFC 6455 §4).  Text in, text
+# out: it opens no socket; paths, Origin and sign-in are left to the HTTP server.
+# Neither subprotocols nor extensions are offered or accepted.
 # ==============================================================================
 
 WEBSOCKET_VERSION = "13"
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
 MAX_HEAD = 64 * 1024  # bytes of an HTTP response up to its empty line
-DEFLATE = "permessage-deflate"
 
 HTTP_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 7230 §3.2.6
-HEADER_LINE = rf"({HTTP_TOKEN}):[ \t]*(.*?)[ \t]*"
 STATUS_LINE = r"HTTP/1\.[0-9] ([1-5][0-9]{2})(?: (.*))?"
-EXTENSION = rf"[ \t]*({HTTP_TOKEN})[ \t]*"
-EXTENSION_PARAMETER = (
-    rf'[ \t]*({HTTP_TOKEN})[ \t]*(?:=[ \t]*(?:({HTTP_TOKEN})|"({HTTP_TOKEN})")[ \t]*)?'
-)
-WINDOW_BITS = r"[89]|1[0-5]"  # RFC 7692 §7.1.2: no leading zero
-
-ExtensionParameters: TypeAlias = "Mapping[str, str | None]"
 
 
 class Headers(Protocol):
-    """What a handshake needs of HTTP headers; `email.message.Message` has it."""
+    """The part of `email.message.Message` that a handshake needs."""
 
     def get_all(self, name: str, failobj: list[str]) -> list[str]:
         """Return the values of all headers of that name, in any case, or `failobj`."""
-
-
-class HeaderList:
-    """HTTP headers in the order they came."""
-
-    def __init__(self, fields: Iterable[tuple[str, str]]) -> None:
-        self.fields = tuple(fields)
-
-    def get_all(self, name: str, failobj: list[str]) -> list[str]:
-        name = name.lower()
-        return [v for k, v in self.fields if k.lower() == name] or failobj
-
-
-def parse_head(head: bytes) -> tuple[str, HeaderList]:
-    """Return the first line and the headers of an HTTP message without its body.
-
-    Raises HandshakeError.
-    """
-    first, *lines = head.decode("iso-8859-1").rstrip("\r\n").split("\r\n")
-    fields = []
-    for line in lines:
-        match = re.fullmatch(HEADER_LINE, line)
-        if match is None:
-            raise HandshakeError(400, "a header line is malformed")
-        fields.append((match[1], match[2]))
-    return first, HeaderList(fields)
 
 
 def header_tokens(headers: Headers, name: str) -> list[str]:
     """Return the comma-separated elements of all headers of that name."""
     elements = ",".join(headers.get_all(name, [])).split(",")
     return [element.strip(" \t") for element in elements if element.strip(" \t")]
+
+
+def _has_token(headers: Headers, name: str, token: str) -> bool:
+    return token in (element.lower() for element in header_tokens(headers, name))
 
 
 def _single_header(headers: Headers, name: str) -> str | None:
@@ -1507,10 +1311,6 @@ def _single_header(headers: Headers, name: str) -> str | None:
     return values[0] if values else None
 
 
-def _has_token(headers: Headers, name: str, token: str) -> bool:
-    return token in (element.lower() for element in header_tokens(headers, name))
-
-
 def accept_value(key: str) -> str:
     """Return the Sec-WebSocket-Accept that answers a Sec-WebSocket-Key (§4.2.2)."""
     # SHA-1 because the RFC says so; it keeps caches apart here, and no secret.
@@ -1518,117 +1318,14 @@ def accept_value(key: str) -> str:
     return b64encode(digest)
 
 
-def parse_extensions(headers: Headers) -> list[tuple[str, ExtensionParameters]]:
-    """Return the names and parameters in Sec-WebSocket-Extensions (RFC 6455 §9.1).
+def accept_upgrade(headers: Headers) -> list[tuple[str, str]]:
+    """Return the headers of the 101 response to a client's GET (RFC 6455 §4.2).
 
-    Raises HandshakeError.
-    """
-    extensions: list[tuple[str, ExtensionParameters]] = []
-    for element in header_tokens(headers, "Sec-WebSocket-Extensions"):
-        name, *rest = element.split(";")
-        match = re.fullmatch(EXTENSION, name)
-        parameters = [re.fullmatch(EXTENSION_PARAMETER, text) for text in rest]
-        if match is None or None in parameters:
-            raise HandshakeError(400, "Sec-WebSocket-Extensions is malformed")
-        pairs = [(m[1], m[2] or m[3]) for m in parameters if m is not None]
-        if len(dict(pairs)) < len(pairs):
-            raise HandshakeError(400, "an extension parameter comes twice")
-        extensions.append((match[1], dict(pairs)))
-    return extensions
-
-
-def _deflate_parameters(parameters: ExtensionParameters) -> DeflateParameters | None:
-    """Return what the parameters of permessage-deflate say; None: they are not valid.
-
-    A parameter that is absent or has no value says what RFC 7692 takes for granted.
-    """
-    settings: dict[str, Any] = {}
-    for name, value in parameters.items():
-        if name in ("server_no_context_takeover", "client_no_context_takeover"):
-            if value is not None:
-                return None
-            settings[name] = True
-        elif name in ("server_max_window_bits", "client_max_window_bits"):
-            if value is None and name == "client_max_window_bits":
-                continue
-            if value is None or not re.fullmatch(WINDOW_BITS, value):
-                return None
-            settings[name] = int(value)
-        else:
-            return None
-    return DeflateParameters(**settings)
-
-
-class Upgrade(Value):
-    """A server's consent to a WebSocket, and what it settles."""
-
-    accept: str
-    subprotocol: str | None
-    deflate: DeflateParameters | None
-    extensions: str | None  # the answer's Sec-WebSocket-Extensions
-
-    @property
-    def headers(self) -> list[tuple[str, str]]:
-        """The headers of the 101 response."""
-        fields = [
-            ("Upgrade", "websocket"),
-            ("Connection", "Upgrade"),
-            ("Sec-WebSocket-Accept", self.accept),
-        ]
-        if self.subprotocol is not None:
-            fields.append(("Sec-WebSocket-Protocol", self.subprotocol))
-        if self.extensions is not None:
-            fields.append(("Sec-WebSocket-Extensions", self.extensions))
-        return fields
-
-    def response(self) -> bytes:
-        """Return the whole 101 response."""
-        lines = [f"{name}: {value}\r\n" for name, value in self.headers]
-        return (
-            "HTTP/1.1 101 Switching Protocols\r\n" + "".join(lines) + "\r\n"
-        ).encode("ascii")
-
-
-def _answer_deflate(headers: Headers) -> tuple[DeflateParameters | None, str | None]:
-    """Return the first offer of compression that suits us, and how to accept it."""
-    for name, offered in parse_extensions(headers):
-        parameters = _deflate_parameters(offered) if name == DEFLATE else None
-        if parameters is None:
-            continue
-        answer = [DEFLATE]
-        for flag in ("server_no_context_takeover", "client_no_context_takeover"):
-            if flag in offered:
-                answer.append(flag)
-        if "server_max_window_bits" in offered:
-            bits = parameters.server_max_window_bits
-            answer.append(f"server_max_window_bits={bits}")
-        if "client_max_window_bits" in offered:
-            # Only a client that named it can be asked for less (RFC 7692 §7.1.2.2).
-            bits = min(parameters.client_max_window_bits, DEFLATE_WINDOW_BITS)
-            parameters = parameters.replace(client_max_window_bits=bits)
-            answer.append(f"client_max_window_bits={bits}")
-        return parameters, "; ".join(answer)
-    return None, None
-
-
-def accept_upgrade(
-    headers: Headers,
-    *,
-    method: str = "GET",
-    subprotocols: Sequence[str] = (),
-    compression: bool = True,
-) -> Upgrade:
-    """Return the answer to a client's request for a WebSocket (RFC 6455 §4.2).
-
-    Of the subprotocols that both sides know, the client's first choice is taken.
     Raises HandshakeError, whose `headers` belong to the refusal.
     """
-    if method != "GET":
-        raise HandshakeError(405, "a WebSocket is opened with GET", (("Allow", "GET"),))
+    upgrade = ("Upgrade", "websocket")
     if not _has_token(headers, "Upgrade", "websocket"):
-        raise HandshakeError(
-            426, "this address is for WebSockets", (("Upgrade", "websocket"),)
-        )
+        raise HandshakeError(426, "this address is for WebSockets", (upgrade,))
     if not _has_token(headers, "Connection", "upgrade"):
         raise HandshakeError(400, "Connection does not say Upgrade")
     if _single_header(headers, "Host") is None:
@@ -1637,19 +1334,13 @@ def accept_upgrade(
         raise HandshakeError(
             426,
             f"only version {WEBSOCKET_VERSION} of WebSocket is spoken here",
-            (("Upgrade", "websocket"), ("Sec-WebSocket-Version", WEBSOCKET_VERSION)),
+            (upgrade, ("Sec-WebSocket-Version", WEBSOCKET_VERSION)),
         )
     key = _single_header(headers, "Sec-WebSocket-Key") or ""
     if not _is_nonce(key):
         raise HandshakeError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
-    offered = header_tokens(headers, "Sec-WebSocket-Protocol")
-    deflate, extensions = _answer_deflate(headers) if compression else (None, None)
-    return Upgrade(
-        accept=accept_value(key),
-        subprotocol=next((name for name in offered if name in subprotocols), None),
-        deflate=deflate,
-        extensions=extensions,
-    )
+    accept = ("Sec-WebSocket-Accept", accept_value(key))
+    return [upgrade, ("Connection", "Upgrade"), accept]
 
 
 def _is_nonce(key: str) -> bool:
@@ -1705,98 +1396,47 @@ class WebSocketUrl(Value):
         return f"{scheme}://{self.host_header}{self.resource.partition('?')[0]}"
 
 
-class Negotiated(Value):
-    """What a server granted to a client."""
+def upgrade_request(url: WebSocketUrl, key: str) -> bytes:
+    """Return a client's request for a WebSocket (RFC 6455 §4.1)."""
+    return (
+        f"GET {url.resource} HTTP/1.1\r\n"
+        f"Host: {url.host_header}\r\n"
+        "Upgrade: websocket\r\n"
+        "Connection: Upgrade\r\n"
+        f"Sec-WebSocket-Key: {key}\r\n"
+        f"Sec-WebSocket-Version: {WEBSOCKET_VERSION}\r\n\r\n"
+    ).encode("ascii")
 
-    subprotocol: str | None
-    deflate: DeflateParameters | None
 
+def check_upgraded(head: bytes, key: str) -> None:
+    """Return if the server's response, up to its empty line, grants the WebSocket.
 
-class ClientHandshake:
-    """A client's request for a WebSocket, ready to judge the answer (RFC 6455 §4.1)."""
-
-    def __init__(
-        self,
-        url: WebSocketUrl,
-        *,
-        headers: Iterable[tuple[str, str]] = (),
-        subprotocols: Sequence[str] = (),
-        compression: bool = True,
-    ) -> None:
-        self._url = url
-        self._headers = tuple(headers)
-        self._subprotocols = tuple(subprotocols)
-        self._compression = compression
-        self._key = b64encode(os.urandom(16))
-
-    def request(self) -> bytes:
-        """Return the HTTP request."""
-        fields = [
-            ("Host", self._url.host_header),
-            ("Upgrade", "websocket"),
-            ("Connection", "Upgrade"),
-            ("Sec-WebSocket-Key", self._key),
-            ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
-        ]
-        if self._subprotocols:
-            fields.append(("Sec-WebSocket-Protocol", ", ".join(self._subprotocols)))
-        if self._compression:
-            offer = f"{DEFLATE}; client_max_window_bits"
-            fields.append(("Sec-WebSocket-Extensions", offer))
-        lines = [f"{name}: {value}\r\n" for name, value in (*fields, *self._headers)]
-        assert not any("\n" in line[:-2] or "\r" in line[:-2] for line in lines)
-        return (f"GET {self._url.resource} HTTP/1.1\r\n{''.join(lines)}\r\n").encode(
-            "latin-1"
-        )
-
-    def judge(self, head: bytes) -> Negotiated:
-        """Return what the server's answer grants.
-
-        Raises HandshakeError with the status of the answer, or 502 for one that is
-        no answer to a WebSocket's request.
-        """
-        first, headers = parse_head(head)
-        match = re.fullmatch(STATUS_LINE, first)
-        if match is None:
-            raise HandshakeError(502, "the answer is not HTTP")
-        if match[1] != "101":
-            server = headers.get_all("Server", [""])[0]
-            by = f" (from {server})" if server else ""
-            raise HandshakeError(
-                int(match[1]), f"HTTP {match[1]} {match[2] or ''}".rstrip() + by
-            )
-        if not _has_token(headers, "Upgrade", "websocket") or not _has_token(
-            headers, "Connection", "upgrade"
-        ):
-            raise HandshakeError(502, "the answer does not switch to WebSocket")
-        accept = _single_header(headers, "Sec-WebSocket-Accept")
-        if accept != accept_value(self._key):
-            raise HandshakeError(502, "the answer has a wrong Sec-WebSocket-Accept")
-        return Negotiated(
-            self._judge_subprotocol(headers), self._judge_deflate(headers)
-        )
-
-    def _judge_subprotocol(self, headers: Headers) -> str | None:
-        subprotocol = _single_header(headers, "Sec-WebSocket-Protocol")
-        if subprotocol is not None and subprotocol not in self._subprotocols:
-            raise HandshakeError(502, "the answer has a subprotocol we did not offer")
-        return subprotocol
-
-    def _judge_deflate(self, headers: Headers) -> DeflateParameters | None:
-        extensions = parse_extensions(headers)
-        if not extensions:
-            return None
-        name, parameters = extensions[0]
-        deflate = _deflate_parameters(parameters)
-        if (
-            len(extensions) > 1
-            or name != DEFLATE
-            or not self._compression
-            or deflate is None
-            or parameters.get("client_max_window_bits", "") is None
-        ):
-            raise HandshakeError(502, "the answer has an extension we did not offer")
-        return deflate
+    Raises HandshakeError with the response's status, or 502 if it does not answer a
+    WebSocket's request.
+    """
+    status, *lines = head.decode("iso-8859-1").split("\r\n")
+    found = re.fullmatch(STATUS_LINE, status)
+    if found is None:
+        raise HandshakeError(502, "the answer is not HTTP")
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not re.fullmatch(HTTP_TOKEN, name):
+            raise HandshakeError(502, "the answer has a malformed header")
+        known = fields.get(name.lower())
+        value = value.strip(" \t")
+        fields[name.lower()] = value if known is None else f"{known}, {value}"
+    if found[1] != "101":
+        by = f" (from {fields['server']})" if fields.get("server") else ""
+        reason = f"HTTP {found[1]} {found[2] or ''}".rstrip()
+        raise HandshakeError(int(found[1]), reason + by)
+    upgrade, connection = fields.get("upgrade", ""), fields.get("connection", "")
+    if upgrade.lower() != "websocket" or "upgrade" not in connection.lower():
+        raise HandshakeError(502, "the answer does not switch to WebSocket")
+    if fields.get("sec-websocket-accept") != accept_value(key):
+        raise HandshakeError(502, "the answer has a wrong Sec-WebSocket-Accept")
+    if {"sec-websocket-protocol", "sec-websocket-extensions"} & fields.keys():
+        raise HandshakeError(502, "the answer grants what was not asked for")
 
 
 # ==============================================================================
@@ -1808,83 +1448,7 @@ class ClientHandshake:
 # and reads no clock, so one object works for both ends and in tests.
 # ==============================================================================
 
-COMPRESS_FROM = 512  # bytes; shorter messages gain less than a compressor's memory
-
 Message: TypeAlias = "str | bytes"
-
-
-class MessageReader:
-    """The messages that arrive, put together from their frames (RFC 6455 §5.4).
-
-    `max_message` bounds what a message holds, after decompression, in bytes.
-    """
-
-    def __init__(self, deflate: PerMessageDeflate | None, max_message: int) -> None:
-        self._deflate = deflate
-        self.max_message = max_message
-        self._opcode: Opcode | None = None  # of the message that is under way
-        self._compressed = False
-        # A bytearray, not a list of pieces: a peer that sends single bytes would have
-        # us keep an object for each.
-        self._data = bytearray()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")()
-
-    def add(self, frame: Frame) -> Message | None:
-        """Return the message that this data frame completes, or None.
-
-        Raises ProtocolError, for text at its first impossible byte.
-        """
-        if frame.opcode is not Opcode.CONTINUATION:
-            if self._opcode is not None:
-                raise ProtocolError(
-                    CloseCode.PROTOCOL_ERROR, "a message begins inside another"
-                )
-            self._opcode = frame.opcode
-            self._compressed = frame.rsv1
-        elif self._opcode is None:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "nothing to continue")
-        payload = self._plain(frame)
-        if frame.fin and not self._data:
-            return self._finish(payload)  # the usual case: nothing to put together
-        self._data += payload
-        if self._opcode is Opcode.TEXT:
-            self._check_utf8(payload, final=frame.fin)
-        return self._finish(bytes(self._data)) if frame.fin else None
-
-    def _plain(self, frame: Frame) -> bytes:
-        room = self.max_message - len(self._data)
-        if self._compressed:
-            assert self._deflate is not None
-            return self._deflate.decompress(frame.payload, fin=frame.fin, limit=room)
-        if len(frame.payload) > room:
-            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message is too long")
-        return frame.payload
-
-    def _check_utf8(self, payload: bytes, *, final: bool) -> None:
-        try:
-            self._utf8.decode(payload, final)
-        except UnicodeDecodeError as error:
-            raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8") from error
-        # Half of a surrogate pair is the one thing that CPython's decoder waits with.
-        begun = self._utf8.getstate()[0]
-        if begun[:1] == b"\xed" and begun[1:] > b"\x9f":
-            raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8")
-
-    def _finish(self, data: bytes) -> Message:
-        text = self._opcode is Opcode.TEXT
-        self._opcode = None
-        self._data = bytearray()
-        if not text:
-            return data
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8") from error
-
-
-def _frame_limit(max_message: int) -> int:
-    """Return how long a frame may be that holds a message; bytes that do not shrink."""
-    return max_message + max_message // DEFLATE_EXPANSION + 1024
 
 
 class WebSocketProtocol:
@@ -1894,30 +1458,23 @@ class WebSocketProtocol:
         self,
         *,
         client: bool,
-        deflate: DeflateParameters | None = None,
         max_message: int = MAX_MESSAGE,  # bytes; a longer one is answered with 1009
         hold_pongs: bool = False,
     ) -> None:
         self.client = client
-        self._deflate = PerMessageDeflate(deflate, client=client) if deflate else None
-        self._parser = FrameParser(
-            masked=not client,
-            compression=deflate is not None,
-            max_frame=_frame_limit(max_message),
-        )
-        self._reader = MessageReader(self._deflate, max_message)
+        self._parser = FrameParser(masked=not client, max_frame=max_message)
+        self._opcode: Opcode | None = None  # of the message under way
+        # A bytearray, not a list of pieces: a peer that sends single bytes would make
+        # us keep an object for each.
+        self._message = bytearray()  # payload of the message under way
         self._outgoing: list[bytes] = []
         self._hold_pongs = hold_pongs
         self._held_pong: bytes | None = None
         self._close_sent = False
         self._close_received = False
         self._failed = False
-        self.ended = False  # whether nothing that may still arrive matters
-        self._verdict: tuple[int, str] | None = None
-
-    @property
-    def compression(self) -> bool:
-        return self._deflate is not None
+        self.ended = False  # whatever still arrives is ignored
+        self._verdict: tuple[int, str] | None = None  # code and reason of the close
 
     @property
     def open(self) -> bool:
@@ -1926,20 +1483,16 @@ class WebSocketProtocol:
 
     @property
     def closes_first(self) -> bool:
-        """Whether it is on us to end the TCP connection (RFC 6455 §7.1.1)."""
+        """Whether this end has to end the TCP connection (RFC 6455 §7.1.1)."""
         return self._failed or (self._close_received and not self.client)
 
     @property
     def close_code(self) -> int | None:
-        """The code of the close (RFC 6455 §7.1.5), or None while there is none."""
+        """The code of the close (RFC 6455 §7.1.5), or None before it."""
         return self._verdict[0] if self._verdict else None
 
-    @property
-    def close_reason(self) -> str:
-        return self._verdict[1] if self._verdict else ""
-
     def closed_error(self) -> ConnectionClosed:
-        """Return what to raise where sending or receiving is over."""
+        """Return the error for a send or receive after the close."""
         if self._verdict is not None:
             return ConnectionClosed(*self._verdict)
         if self._close_sent:
@@ -1950,30 +1503,22 @@ class WebSocketProtocol:
         """Queue a message.  Raises ConnectionClosed."""
         self._check_open()
         if isinstance(message, str):
-            # Half a surrogate pair, as in names of files, has no UTF-8: sent as "?".
-            opcode, payload = Opcode.TEXT, message.encode("utf-8", "replace")
+            # Half a surrogate pair, as in file names, has no UTF-8: sent as "?".
+            self._queue(Opcode.TEXT, message.encode("utf-8", "replace"))
         else:
-            opcode, payload = Opcode.BINARY, bytes(message)
-        deflate = self._deflate
-        if deflate and deflate.can_compress and len(payload) >= COMPRESS_FROM:
-            self._queue(Frame(opcode, deflate.compress(payload), rsv1=True))
-        else:
-            self._queue(Frame(opcode, payload))
+            self._queue(Opcode.BINARY, bytes(message))
 
-    def ping(self, payload: bytes = b"") -> None:
-        """Queue a Ping of at most 125 bytes.  Raises ConnectionClosed."""
-        assert len(payload) <= MAX_CONTROL_PAYLOAD
+    def ping(self) -> None:
+        """Queue a Ping.  Raises ConnectionClosed."""
         self._check_open()
-        self._queue(Frame(Opcode.PING, payload))
+        self._queue(Opcode.PING, b"")
 
-    def release_pongs(self, max_message: int | None = None) -> None:
+    def release_pongs(self, max_message: int) -> None:
         """Answer Pings from now on, and the last one that came before.
 
-        With `max_message`, messages may have that many bytes from now on.
+        Messages may have `max_message` bytes from now on.
         """
-        if max_message is not None:
-            self._reader.max_message = max_message
-            self._parser.max_frame = _frame_limit(max_message)
+        self._parser.max_frame = max_message
         self._hold_pongs = False
         if self._held_pong is not None:
             self._send_pong(self._held_pong)
@@ -1985,7 +1530,7 @@ class WebSocketProtocol:
             self._send_close(encode_close(code, reason))
 
     def fail(self, code: int, reason: str) -> None:
-        """Give the connection up for what the peer did (RFC 6455 §7.1.7)."""
+        """Fail the connection: the peer broke the protocol (RFC 6455 §7.1.7)."""
         if self._failed:
             return
         if not self._close_sent:
@@ -1994,29 +1539,29 @@ class WebSocketProtocol:
         self._verdict = self._verdict or (code, reason)
 
     def give_up(self, code: int = CloseCode.ABNORMAL, reason: str = "") -> None:
-        """The connection is gone: nothing more arrives or can be sent."""
+        """Record that the connection is lost: nothing more arrives or can be sent."""
         self._failed = self.ended = True
         self._verdict = self._verdict or (code, reason)
         self._outgoing.clear()
 
     def receive(self, data: bytes = b"") -> Message | None:
-        """Take bytes from the peer; return the next message, or None for want of more.
+        """Take bytes from the peer; return the next message, or None if incomplete.
 
-        One at a time, and call again without data for the next: so what is sent in
-        answer to a message goes out before whatever the bytes after it bring about.
-        A peer that breaks the protocol fails the connection: see `close_code`.
+        Call it again without data for the message after that: an answer to one goes
+        out before the bytes behind it have an effect.  A peer that breaks the protocol
+        fails the connection: see `close_code`.
         """
-        if data and not self.ended:  # RFC 6455 §1.4, §7.1.7: the rest is not looked at
+        if data and not self.ended:  # RFC 6455 §1.4, §7.1.7: the rest is ignored
             self._parser.feed(data)
         try:
             while not self.ended:
                 frame = self._parser.next_frame()
                 if frame is None:
                     return None
-                if is_control(frame.opcode):
+                if frame.opcode >= Opcode.CLOSE:
                     self._receive_control(frame)
                     continue
-                message = self._reader.add(frame)
+                message = self._receive_data(frame)
                 if message is not None:
                     return message
         except ProtocolError as error:
@@ -2030,8 +1575,6 @@ class WebSocketProtocol:
 
     def outgoing(self) -> bytes:
         """Return, once, the bytes that have to go to the peer."""
-        if not self._outgoing:
-            return b""
         data = b"".join(self._outgoing)
         self._outgoing.clear()
         return data
@@ -2040,8 +1583,28 @@ class WebSocketProtocol:
         if not self.open:
             raise self.closed_error()
 
-    def _queue(self, frame: Frame) -> None:
-        self._outgoing.append(encode_frame(frame, masked=self.client))
+    def _queue(self, opcode: int, payload: bytes) -> None:
+        self._outgoing.append(encode_frame(opcode, payload, masked=self.client))
+
+    def _receive_data(self, frame: Frame) -> Message | None:
+        """Return the message that this frame completes, or None (RFC 6455 §5.4)."""
+        if frame.opcode is not Opcode.CONTINUATION:
+            if self._opcode is not None:
+                raise ProtocolError(
+                    CloseCode.PROTOCOL_ERROR, "a message begins inside another"
+                )
+            self._opcode = frame.opcode
+        elif self._opcode is None:
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "nothing to continue")
+        if len(self._message) + len(frame.payload) > self._parser.max_frame:
+            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message is too long")
+        if not frame.fin:
+            self._message += frame.payload
+            return None
+        data = bytes(self._message) + frame.payload if self._message else frame.payload
+        text, self._opcode = self._opcode is Opcode.TEXT, None
+        self._message = bytearray()
+        return decode_text(data) if text else data
 
     def _receive_control(self, frame: Frame) -> None:
         if frame.opcode is Opcode.CLOSE:
@@ -2058,10 +1621,10 @@ class WebSocketProtocol:
 
     def _send_pong(self, payload: bytes) -> None:
         if self.open:
-            self._queue(Frame(Opcode.PONG, payload))
+            self._queue(Opcode.PONG, payload)
 
     def _send_close(self, payload: bytes) -> None:
-        self._queue(Frame(Opcode.CLOSE, payload))
+        self._queue(Opcode.CLOSE, payload)
         self._close_sent = True
 
 
@@ -2070,75 +1633,55 @@ class WebSocketProtocol:
 # Uses: WebSocket frames, WebSocket handshake, WebSocket protocol
 #
 # The same over a socket, plain or TLS, safe from any thread: a bounded outbox, one
-# reader at a time, and connect(url) for clients.  A connection at rest has no
+# reader at a time, keepalive, and connect(url) for clients.  An idle connection has no
 # thread but the one that waits in receive(); accepting connections, and what goes
 # over them, is left to others.
 # ==============================================================================
 
-MAX_OUTBOX = 16 * 1024 * 1024  # bytes that wait for a peer to read, unless told else
+MAX_OUTBOX = 16 * 1024 * 1024  # bytes that wait for a peer to read
 READ_SIZE = 64 * 1024  # bytes
-WAIT_SIZE = 1024  # bytes of the buffer with which a connection at rest waits
-TLS_WRITE_SIZE = 256 * 1024  # bytes; OpenSSL takes what it is given whole, or not yet
+WAIT_SIZE = 1024  # bytes of the buffer that an idle connection holds
+TLS_WRITE_SIZE = 256 * 1024  # bytes; OpenSSL takes all that it is given, or nothing
 CLOSE_TIMEOUT = 2.0  # s for the peer's part of a closing handshake
-
-
-def wait_for_socket(
-    sock: socket.socket, *, write: bool = False, timeout: float | None = None
-) -> None:
-    """Wait until a socket can be read (or written), was shut, or `timeout` s passed."""
-    # No select.select(): it cannot have descriptors above 1023.
-    if hasattr(select, "poll"):
-        poller = select.poll()
-        poller.register(sock, select.POLLOUT if write else select.POLLIN)
-        # Rounded up: a wait that ends too early would spin.
-        poller.poll(None if timeout is None else math.ceil(timeout * 1000))
-        return
-    with selectors.DefaultSelector() as selector:
-        selector.register(
-            sock, selectors.EVENT_WRITE if write else selectors.EVENT_READ
-        )
-        selector.select(timeout)
-
 
 # macOS heeds MSG_DONTWAIT in recv() alone: a send() would wait for the peer.
 SENDS_DO_NOT_WAIT = sys.platform == "linux"
 
 
 class PlainChannel:
-    """A stream socket that never blocks who holds the lock around its use."""
+    """A stream socket whose reads and writes do not block."""
 
-    certificate: bytes | None = None
+    certificate: bytes | None = None  # the peer's, in DER; only with TLS
 
     def __init__(
         self, sock: socket.socket, *, blocking: bool = SENDS_DO_NOT_WAIT
     ) -> None:
         sock.setblocking(blocking)
-        self._blocking = blocking
         with contextlib.suppress(OSError):  # not TCP
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
-        self.drained = True  # whether to wait before reading makes sense
-        self._waiting = 0  # threads: the socket stays open for them
-        self._closed = False
-        self.write_needs_read = False  # only TLS turns the two around
+        self.blocking = blocking  # whether read_next() is possible
+        self.drained = True  # False: a read may succeed without waiting
+        self._read_needs_write = False  # only TLS ever turns these around
+        self._write_needs_read = False
 
-    def read(self, lock: threading.Lock, timeout: float | None) -> bytes | None:
-        """Return what has arrived or does within `timeout` s; b"" at the end.
+    def read(self) -> bytes | None:
+        """Return what has arrived, b"" at the end, None if nothing has."""
+        return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
 
-        None for nothing.  `lock` is released while there is something to wait for.
-        """
-        if not self.drained:
-            return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
-        if timeout is not None or not self._blocking:
-            self.wait(lock, timeout=timeout)
-            return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
-        # To wait in recv() saves a poll(): 3 of the 18 µs that a message takes.
-        self._waiting += 1
-        try:
-            lock.release()  # in here, for Ctrl+C may come as soon as it is done
-            return self._receive(WAIT_SIZE, 0)
-        finally:
-            self._take_back(lock)
+    def read_next(self) -> bytes | None:
+        """As read(), but wait for it, for as long as limit_waits() says."""
+        # Waiting in recv() saves a poll(): 2 of the 18 µs that a message takes, and a
+        # second turn in the queue for the interpreter's lock.
+        return self._receive(WAIT_SIZE, 0)
+
+    def limit_waits(self, timeout: float) -> None:
+        """Let read_next() return after `timeout` s."""
+        # struct timeval has the size of what the system returns.
+        half = len(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16)) // 2
+        fields = (int(timeout), int(timeout % 1 * 1e6))
+        timeval = b"".join(field.to_bytes(half, sys.byteorder) for field in fields)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
     def _receive(self, size: int, flags: int) -> bytes | None:
         try:
@@ -2158,46 +1701,31 @@ class PlainChannel:
         except (BlockingIOError, InterruptedError):
             return 0
 
+    def wait(self, *, write: bool = False, timeout: float | None = None) -> None:
+        """Wait until a read (or write) can succeed, the end, or `timeout` s passed."""
+        turned = self._write_needs_read if write else self._read_needs_write
+        if write and turned:
+            timeout = 0.05  # the reader may take what the write needs: look again soon
+        # No select.select(): it cannot have descriptors above 1023.
+        poller = select.poll()
+        poller.register(self.sock, select.POLLIN if write is turned else select.POLLOUT)
+        # Rounded up: a wait that ends too early would spin.
+        poller.poll(None if timeout is None else math.ceil(timeout * 1000))
+
     def end_writing(self) -> None:
-        """Tell the peer that nothing more comes; again does no harm."""
+        """End our half of the connection; again does no harm."""
         with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
+            # Not SSLSocket's own, which goes on without encryption.
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)
 
-    def wait(
-        self, lock: threading.Lock, *, write: bool = False, timeout: float | None = None
-    ) -> None:
-        """Release `lock`, wait until the socket is ready or closed, and take it again.
-
-        Returns after `timeout` s all the same.
-        """
-        self._waiting += 1
-        try:
-            lock.release()
-            wait_for_socket(self.sock, write=write, timeout=timeout)
-        finally:
-            self._take_back(lock)
-
-    def _take_back(self, lock: threading.Lock) -> None:
-        """Take the lock after a wait, and close what was to be closed meanwhile."""
-        lock.acquire()
-        self._waiting -= 1
-        if self._closed:
-            self.close()
-
-    def close(self) -> None:
-        """End the connection now; whoever waits for the socket wakes up."""
-        if not self._closed:
-            self._closed = True
-            with contextlib.suppress(OSError):
-                # Not SSLSocket's own, which goes on without encryption.
-                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-        # Not before: the number of a closed descriptor may be another's at once.
-        if not self._waiting:
-            self.sock.close()
+    def shut(self) -> None:
+        """End the connection, and wake every thread that waits for the socket."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
 
 class TlsChannel(PlainChannel):
-    """The same with TLS; the lock keeps reads and writes apart, which OpenSSL needs."""
+    """The same with TLS: two calls must never run at the same moment, but wait()."""
 
     def __init__(self, sock: ssl.SSLSocket) -> None:
         import ssl
@@ -2205,13 +1733,10 @@ class TlsChannel(PlainChannel):
         super().__init__(sock, blocking=False)
         self._tls = sock
         self._ssl = ssl
-        self._read_needs_write = False
         self.certificate = sock.getpeercert(binary_form=True)
         self.drained = False  # the handshake may have brought more than itself
 
-    def read(self, lock: threading.Lock, timeout: float | None) -> bytes | None:
-        if self.drained:
-            self.wait(lock, write=self._read_needs_write, timeout=timeout)
+    def read(self) -> bytes | None:
         self._read_needs_write = False
         try:
             data = self._tls.recv(READ_SIZE)
@@ -2223,45 +1748,37 @@ class TlsChannel(PlainChannel):
             return None
         except OSError:
             return b""
-        # What OpenSSL has decrypted already, no poll() would tell of.
+        # poll() does not see data that OpenSSL has already decrypted.
         self.drained = self._tls.pending() == 0
         return data
 
     def write(self, data: memoryview) -> int:
-        self.write_needs_read = False
+        self._write_needs_read = False
         try:
             return self._tls.send(data[:TLS_WRITE_SIZE])
         except self._ssl.SSLWantWriteError:
             return 0
         except self._ssl.SSLWantReadError:
-            self.write_needs_read = True
+            self._write_needs_read = True
             return 0
 
     def end_writing(self) -> None:
         # Sends the close_notify alert; the peer's own is not waited for.
         with contextlib.suppress(OSError, ValueError):
             self._tls.unwrap()
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        super().end_writing()
 
 
 def _open_channel(sock: socket.socket) -> PlainChannel:
-    # To import ssl costs 10 ms, which plain connections need not pay.
+    # Importing ssl costs 10 ms, which plain connections need not pay.
     ssl_module = sys.modules.get("ssl")
     if ssl_module is not None and isinstance(sock, ssl_module.SSLSocket):
         return TlsChannel(sock)
     return PlainChannel(sock)
 
 
-def _sooner(one: float | None, other: float | None) -> float | None:
-    """Return the shorter of two times in s, where None is for ever."""
-    if one is None or other is None:
-        return other if one is None else one
-    return min(one, other)
-
-
 def _remote_ip(sock: socket.socket) -> str:
-    """Return the peer's IP address, or "" where it has none."""
+    """Return the peer's IP address, or "" if it has none."""
     try:
         address = sock.getpeername()
     except OSError:
@@ -2272,60 +1789,76 @@ def _remote_ip(sock: socket.socket) -> str:
 class Outbox:
     """The bytes that a channel has not yet taken, in their order."""
 
-    def __init__(self, channel: PlainChannel, limit: int) -> None:
+    def __init__(self, channel: PlainChannel) -> None:
         self._channel = channel
-        self._limit = limit  # bytes
         self._pieces: collections.deque[memoryview] = collections.deque()
         self.size = 0  # bytes
-        self.broken = False  # whether a write has failed: nothing gets out any more
+        self.broken = False  # a write has failed: nothing gets out any more
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
 
     def has_room(self, size: int) -> bool:
-        """Return whether `size` more bytes may wait behind what is being written."""
+        """Return whether `size` more bytes may wait behind the piece being written."""
         # A message over the limit may go out, and Pings with it while it does.
         waiting = self.size - len(self._pieces[0]) if self._pieces else -size
-        return waiting + size <= self._limit
+        return waiting + size <= MAX_OUTBOX
 
     def put(self, data: bytes) -> None:
         """Write at once what the channel takes, and keep the rest."""
-        if self.broken:
-            return
-        waiting = bool(self._pieces)
-        self._pieces.append(memoryview(data))
-        self.size += len(data)
-        if not waiting:
-            self.write()
+        piece = memoryview(data)
+        sent = 0 if self._pieces else self._write(piece)
+        while sent and piece:
+            piece = piece[sent:]
+            sent = self._write(piece)
+        # Counted after the write: others read `size` without a lock, and would wait
+        # for a fall that nobody notices.
+        if piece and not self.broken:
+            self._pieces.append(piece)
+            self.size += len(piece)
 
     def write(self) -> None:
         """Write what the channel takes now."""
+        while self._pieces:
+            piece = self._pieces[0]
+            sent = self._write(piece)
+            if self.broken:
+                self.clear()
+            if not sent:
+                return
+            self.size -= sent
+            if sent < len(piece):
+                # TLS wants to be given the same bytes again: never join pieces.
+                self._pieces[0] = piece[sent:]
+            else:
+                self._pieces.popleft()
+
+    def _write(self, piece: memoryview) -> int:
         try:
-            while self._pieces:
-                sent = self._channel.write(self._pieces[0])
-                if not sent:
-                    return
-                self.size -= sent
-                if sent < len(self._pieces[0]):
-                    # TLS wants to be given the same bytes again: never join pieces.
-                    self._pieces[0] = self._pieces[0][sent:]
-                else:
-                    self._pieces.popleft()
+            return self._channel.write(piece)
         except OSError:
             # What has arrived is still worth reading: a Close may say why.
             self.broken = True
-            self.clear()
+            return 0
 
     def clear(self) -> None:
         self._pieces.clear()
         self.size = 0
 
 
+def _sooner(one: float | None, other: float | None) -> float | None:
+    """Return the shorter of two times in s; None is for ever."""
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)
+
+
 class WebSocket:
     """A WebSocket connection over a socket, for any number of threads.
 
-    One thread at a time reads, in receive(); it answers Pings and Closes too.  What a
-    sender cannot write at once waits in an outbox, which a thread of its own empties.
+    One thread at a time reads, in receive(); it also answers Pings and Closes, pings a
+    silent peer and gives up a dead one.  Bytes that a sender cannot write at once wait
+    in an outbox, which a thread of its own empties.
     """
 
     def __init__(
@@ -2333,28 +1866,34 @@ class WebSocket:
         sock: socket.socket,
         protocol: WebSocketProtocol,
         *,
-        early: bytes = b"",  # what came after the handshake in the same read
-        name: str = "",
-        max_outbox: int = MAX_OUTBOX,
-        subprotocol: str | None = None,
+        early: bytes = b"",  # read together with the handshake
     ) -> None:
         self.remote_ip = _remote_ip(sock)
-        self.subprotocol = subprotocol
-        self.compression = protocol.compression
+        # Called, without our lock and in the thread that wrote, each time the backlog
+        # falls below MAX_BACKLOG.  It must not block.
+        self.on_drain: Callable[[], None] | None = None
+        self.keepalive = True  # False: a peer that is silent is not given up
         self._channel = _open_channel(sock)
-        self._name = name or self.remote_ip
-        # Guards all below and the channel, whose I/O never blocks who holds it.
+        # Guards all below and the channel, whose I/O does not block under it.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._protocol = protocol
         self._arrived: bytes | None = early  # None: the protocol needs more bytes
-        self._outbox = Outbox(self._channel, max_outbox)  # full: dropped with 1013
+        self._outbox = Outbox(self._channel)  # full: dropped with 1013
         self._writer: threading.Thread | None = None
         self._writing = False  # whether _writer has not ended its work
         self._reading = False  # whether a thread is in receive(), or reads in close()
+        self._waiting = 0  # threads; the socket stays open for them
         self._finished = False
         self._linger = Deadline(None)  # for the peer to end the TCP connection
+        # Jitter: a thousand peers that connect together are not pinged together.
+        self._ping_interval = PING_INTERVAL * random.uniform(0.8, 1)  # nosec B311
+        self._pinged = False  # since the last arrival
+        self._arrivals = 0
         self._last_arrival = time.monotonic()
+        self._next_ping = self._last_arrival + self._ping_interval
+        if self._channel.blocking:
+            self._channel.limit_waits(self._ping_interval)
 
     def __enter__(self) -> WebSocket:
         return self
@@ -2373,57 +1912,54 @@ class WebSocket:
         return self._protocol.close_code
 
     @property
-    def close_reason(self) -> str:
-        return self._protocol.close_reason
-
-    @property
-    def idle(self) -> float:
-        """The seconds since the last byte arrived."""
-        return time.monotonic() - self._last_arrival
-
-    @property
     def backlog(self) -> int:
-        return self._outbox.size  # bytes that the system has not taken yet
+        """Bytes that send() took and the socket has not taken yet."""
+        return self._outbox.size
 
     def peer_certificate(self) -> bytes | None:
         """Return the peer's certificate in DER, or None without TLS."""
         return self._channel.certificate
 
     def send(self, message: Message) -> None:
-        """Send a message without ever blocking, from any thread.
+        """Send a message from any thread, without ever blocking.
 
-        What the peer does not take at once waits; if more than `max_outbox` bytes
-        would wait, the peer is dropped with 1013.  Raises ConnectionClosed.
+        If more than MAX_OUTBOX bytes would wait, the peer is dropped with 1013.
+        Raises ConnectionClosed.
         """
         with self._lock:
             self._protocol.send(message)
             self._transmit()
             self._check_usable()
 
-    def ping(self, payload: bytes = b"") -> None:
-        """Send a Ping; its Pong shows in `idle`.  Raises ConnectionClosed."""
-        with self._lock:
-            self._protocol.ping(payload)
-            self._transmit()
-            self._check_usable()
+    def answers(self, timeout: float) -> bool:
+        """Return whether the peer answers a Ping, or sends anything, in `timeout` s.
 
-    def release_pongs(self, max_message: int | None = None) -> None:
+        Another thread has to be in receive() meanwhile.
+        """
+        with self._changed:
+            before = self._arrivals
+            if self._protocol.open:
+                self._protocol.ping()
+                self._transmit()
+            self._changed.wait_for(
+                lambda: self._finished or self._arrivals > before, timeout
+            )
+            return self._arrivals > before
+
+    def release_pongs(self, max_message: int) -> None:
         """Answer Pings and take longer messages from now on: the peer is known."""
         with self._lock:
             self._protocol.release_pongs(max_message)
             self._transmit()
 
     def flush(self, timeout: float | None = None) -> None:
-        """Return when all that was sent has been handed to the system.
+        """Return when the system has taken all that was sent.
 
         Raises ConnectionClosed, TimeoutError after `timeout` s.
         """
-        deadline = Deadline(timeout)
-        with self._lock:
-            while self._outbox:
-                if deadline.expired:
-                    raise TimeoutError(f"the peer did not read for {timeout} s")
-                self._write(deadline)  # beside the writer: it saves the way there
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._outbox, timeout):
+                raise TimeoutError(f"the peer did not read for {timeout} s")
             self._check_usable()
 
     def receive(self, timeout: float | None = None) -> Message | None:
@@ -2432,7 +1968,7 @@ class WebSocket:
         Raises ConnectionClosed after any other close, TimeoutError after `timeout` s.
         """
         deadline = Deadline(timeout)
-        late = False  # looked at after a read, so that a timeout of 0 reads once
+        late = False  # checked after a read, so that a timeout of 0 reads once
         with self._lock:
             while True:
                 message = self._next_message()
@@ -2456,7 +1992,7 @@ class WebSocket:
     ) -> None:
         """Close, with the closing handshake if the peer does its part in `timeout` s.
 
-        May come from any thread and more than once; what arrives meanwhile is dropped.
+        May be called from any thread and again; what arrives meanwhile is dropped.
         """
         deadline = Deadline(timeout)
         with self._lock:
@@ -2472,9 +2008,26 @@ class WebSocket:
             writer.join()
 
     def abort(self) -> None:
-        """End the connection now, from any thread, without a word; wakes receive()."""
+        """End the connection now, without a Close frame; wakes receive()."""
         with self._lock:
             self._finish()
+
+    def _drain(self) -> None:
+        """Empty the outbox: the writer's thread."""
+        while True:
+            with self._lock:
+                if not self._outbox:
+                    self._writing = False
+                    self._changed.notify_all()
+                    if self._protocol.ended:
+                        self._settle()
+                    return
+                self._unlocked(partial(self._channel.wait, write=True))
+                before = self._outbox.size
+                self._outbox.write()
+                fell = before >= MAX_BACKLOG > self._outbox.size
+            if fell and self.on_drain is not None and not self._finished:
+                self.on_drain()
 
     # The lock is held from here on.
 
@@ -2499,33 +2052,74 @@ class WebSocket:
             return
         self._reading = True
         try:
-            timeout = _sooner(deadline.remaining(), self._linger.remaining())
-            data = self._channel.read(self._lock, timeout)
+            data = self._next_bytes(deadline)
         finally:  # Ctrl+C ends a wait too, and reading goes on after it
             self._reading = False
             self._changed.notify_all()
-        if not self._finished:
-            self._take(data)
-
-    def _take(self, data: bytes | None) -> None:
-        """Deal with what a read brought."""
-        if data == b"" or self._linger.expired:
-            self._finish()
-        elif data:
-            self._last_arrival = time.monotonic()
+        if self._finished:
+            return
+        if data:
             self._arrived = data
+            self._arrivals += 1
+            self._pinged = False
+            self._last_arrival = time.monotonic()
+            self._next_ping = self._last_arrival + self._ping_interval
+        elif data == b"" or self._linger.expired:
+            self._finish()
+        else:
+            self._keep_alive()
+
+    def _next_bytes(self, deadline: Deadline) -> bytes | None:
+        """Return what arrives before the deadline or the next Ping is due."""
+        channel = self._channel
+        if channel.drained:
+            timeout = _sooner(deadline.remaining(), self._linger.remaining())
+            if timeout is None and channel.blocking:
+                return self._unlocked(channel.read_next)
+            to_ping = max(0.0, self._next_ping - time.monotonic())
+            timeout = _sooner(timeout, to_ping)
+            self._unlocked(partial(channel.wait, timeout=timeout))
+        return channel.read()
+
+    def _unlocked(self, wait: Callable[[], bytes | None]) -> bytes | None:
+        """Return the result of `wait`, with the lock released meanwhile."""
+        self._waiting += 1
+        try:
+            self._lock.release()  # in here, for Ctrl+C may come as soon as it is done
+            return wait()
+        finally:
+            self._lock.acquire()
+            self._waiting -= 1
+            self._close_socket()
+
+    def _keep_alive(self) -> None:
+        """Ping a peer that is silent; give it up if it stays so."""
+        now = time.monotonic()
+        if now < self._next_ping or not self._protocol.open:
+            return
+        silence = now - self._last_arrival
+        # Only after a Ping: this thread may have been too busy to read, or to send one.
+        if self._pinged and self.keepalive and silence >= PEER_TIMEOUT:
+            reason = f"nothing arrived for {PEER_TIMEOUT:.0f} s"
+            self._protocol.give_up(CloseCode.ABNORMAL, reason)
+            self._finish()
+            return
+        self._pinged = True
+        self._next_ping = now + self._ping_interval
+        self._protocol.ping()
+        self._transmit()
 
     def _transmit(self, *, bounded: bool = True) -> None:
-        """Write what the protocol has to say, and leave the rest to the writer."""
+        """Write the protocol's bytes, and leave the rest to the writer."""
         data = self._protocol.outgoing()
         if data and bounded and not self._outbox.has_room(len(data)):
             # No Close frame: it would wait behind what the peer does not read.
             self._protocol.give_up(CloseCode.TRY_AGAIN_LATER, "the peer does not read")
             self._finish()
-        if data and not self._finished:
+        if data and not self._finished and not self._outbox.broken:
             self._outbox.put(data)
             if self._outbox and not self._writing:
-                name = f"moltis-write-{self._name}"
+                name = f"moltis-write-{self.remote_ip}"
                 self._writer = threading.Thread(
                     target=self._drain, name=name, daemon=True
                 )
@@ -2534,25 +2128,8 @@ class WebSocket:
         if self._protocol.ended:
             self._settle()
 
-    def _drain(self) -> None:
-        """Empty the outbox; what the writer thread does."""
-        with self._lock:
-            while self._outbox:
-                self._write(Deadline(None))
-            self._writing = False
-            if self._protocol.ended:
-                self._settle()
-
-    def _write(self, deadline: Deadline) -> None:
-        """Write what the system takes, waiting for it."""
-        reads = self._channel.write_needs_read
-        # What it needs to read, the reader may have taken: look again soon.
-        timeout = 0.05 if reads else deadline.remaining()
-        self._channel.wait(self._lock, write=not reads, timeout=timeout)
-        self._outbox.write()
-
     def _settle(self) -> None:
-        """After the closing handshake: end our half, and give the peer its time."""
+        """End our half after the closing handshake, and give the peer its time."""
         if self._linger.remaining() is None:
             self._linger = Deadline(CLOSE_TIMEOUT)
         if self._protocol.closes_first and not self._outbox:
@@ -2565,100 +2142,67 @@ class WebSocket:
         self._finished = True
         self._protocol.give_up()
         self._outbox.clear()
-        self._channel.close()
+        self._channel.shut()
+        self._close_socket()
         self._changed.notify_all()
+
+    def _close_socket(self) -> None:
+        # Not while a thread waits: a closed descriptor's number may be another's soon.
+        if self._finished and not self._waiting:
+            self._channel.sock.close()
+
+
+class ServerTrust(Protocol):
+    """Which TLS certificate a server has to show; see TlsTrust."""
+
+    def context(self) -> ssl.SSLContext: ...
+
+    def check(self, certificate: bytes | None) -> None:
+        """Raises Refused for another certificate than the expected one."""
 
 
 def connect(
-    url: str,
-    *,
-    headers: Iterable[tuple[str, str]] = (),
-    subprotocols: Sequence[str] = (),
-    compression: bool = True,
-    timeout: float = CONNECT_TIMEOUT,
-    ssl_context: ssl.SSLContext | None = None,
-    max_message: int = MAX_MESSAGE,
-    max_outbox: int = MAX_OUTBOX,
-    hold_pongs: bool = False,
-    name: str = "",
+    url: str, trust: ServerTrust | None = None, *, timeout: float = CONNECT_TIMEOUT
 ) -> WebSocket:
-    """Return an open WebSocket to `url`.
+    """Return an open WebSocket to `url`; a wss: address needs `trust`.
 
-    Raises Unreachable with one line that says why, UsageError for what is no address.
+    Raises Unreachable with one line that says why, Refused for a wrong certificate,
+    UsageError if `url` is not an address.
     """
     target = WebSocketUrl.parse(url)
-    handshake = ClientHandshake(
-        target, headers=headers, subprotocols=subprotocols, compression=compression
-    )
     deadline = Deadline(timeout)
+    key = b64encode(os.urandom(16))
     try:
-        sock = _dial(target, timeout, ssl_context)
+        sock = _dial(target, trust, timeout)
         try:
-            sock.sendall(handshake.request())
+            sock.sendall(upgrade_request(target, key))
             head, early = _read_head(sock, deadline)
-            granted = handshake.judge(head)
+            check_upgraded(head, key)
         except BaseException:
             sock.close()
             raise
     except (OSError, UnicodeError, HandshakeError) as error:
         raise Unreachable(_why_unreachable(target, error, timeout)) from error
-    protocol = WebSocketProtocol(
-        client=True,
-        deflate=granted.deflate,
-        max_message=max_message,
-        hold_pongs=hold_pongs,
-    )
-    return WebSocket(
-        sock,
-        protocol,
-        early=early,
-        name=name or target.host,
-        max_outbox=max_outbox,
-        subprotocol=granted.subprotocol,
-    )
-
-
-def client_tls(*, ca: str | None = None, verify: bool = True) -> ssl.SSLContext:
-    """Return what a client needs for TLS 1.2 and later; `ca` is a file in PEM.
-
-    Without `verify` any certificate will do: whoever asks for that has to look at
-    peer_certificate(), or bind to it, before anything secret is said.
-    Raises BadConfiguration.
-    """
-    require_ssl()
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    elif ca is None:
-        context.load_default_certs()
-    else:
-        try:
-            context.load_verify_locations(ca)
-        except OSError as error:  # ssl.SSLError is one
-            reason = error.strerror or error
-            raise BadConfiguration(
-                f"cannot use the CA file {ca}: {reason}; it must be PEM"
-            ) from error
-    return context
+    return WebSocket(sock, WebSocketProtocol(client=True), early=early)
 
 
 def _dial(
-    target: WebSocketUrl, timeout: float, context: ssl.SSLContext | None
+    target: WebSocketUrl, trust: ServerTrust | None, timeout: float
 ) -> socket.socket:
-    # Before the connection: to load the system's certificates takes a Pi a while.
-    context = (context or client_tls()) if target.secure else None
+    if not target.secure:
+        return connect_tcp(target.host, target.port, timeout)
+    assert trust is not None
+    # Before the connection: loading the system's certificates takes a Pi a while.
+    context = trust.context()
     sock = connect_tcp(target.host, target.port, timeout)
-    if context is None:
-        return sock
     try:
-        return context.wrap_socket(sock, server_hostname=target.host)
+        secured = context.wrap_socket(sock, server_hostname=target.host)
+        sock = secured
+        trust.check(secured.getpeercert(binary_form=True))
     except BaseException:
         sock.close()
         raise
+    return secured
 
 
 def _read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
@@ -2717,35 +2261,12 @@ def _why_unreachable(target: WebSocketUrl, error: Exception, timeout: float) -> 
 # ==============================================================================
 
 # ==============================================================================
-# SCRAM
+# TLS
 #
-# SCRAM-SHA-256 and SCRAM-SHA-256-PLUS (RFC 5802, RFC 7677), client and server
-# halves: how node and gateway prove to each other that both know the device token,
-# which never crosses the wire.  Text in, text out; no socket, and no idea of who may
-# do what.  The secrets here are ASCII, which SASLprep leaves as it is.
+# Certificates: the gateway's own, made by the program `openssl` for the names and
+# addresses of this machine, or one that was brought; the pin and the channel binding
+# of each; which certificate a client takes for the right one.
 # ==============================================================================
-
-SCRAM_ITERATIONS = 4096  # RFC 7677 §4's minimum; a token has 256 random bits anyway
-SCRAM_MAX_ITERATIONS = 100_000  # 0.1 s on a Pi; a hostile server may ask for more
-SCRAM_MAX_LENGTH = 4096  # characters of one SCRAM message; ours have 200
-
-_SCRAM_VALUE = r"[^,\x00]+"
-_SCRAM_NONCE = r"[\x21-\x2b\x2d-\x7e]+"
-_SCRAM_EXTENSIONS = rf"(?:,[A-Za-z]={_SCRAM_VALUE})*"  # RFC 5802 §5.1: to be ignored
-_CLIENT_FIRST = (
-    rf"(?P<gs2>(?P<flag>n|y|p=[A-Za-z0-9.-]+),(?:a={_SCRAM_VALUE})?,)"
-    rf"(?P<bare>n=(?P<username>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
-    rf"{_SCRAM_EXTENSIONS})"
-)
-_SERVER_FIRST = (
-    rf"r=(?P<nonce>{_SCRAM_NONCE}),s=(?P<salt>{_SCRAM_VALUE}),"
-    rf"i=(?P<iterations>[1-9][0-9]{{0,8}}){_SCRAM_EXTENSIONS}"
-)
-_CLIENT_FINAL = (
-    rf"(?P<unproved>c=(?P<binding>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
-    rf"{_SCRAM_EXTENSIONS}),p=(?P<proof>{_SCRAM_VALUE})"
-)
-_SERVER_FINAL = rf"(?P<kind>[ve])=(?P<value>{_SCRAM_VALUE}){_SCRAM_EXTENSIONS}"
 
 # The hash of a certificate's signature, by the content of its DER object identifier.
 # RFC 5929 §4.1 puts SHA-256 in the place of MD5 and SHA-1.
@@ -2817,6 +2338,397 @@ def tls_server_end_point(certificate: bytes) -> bytes:
     return hashlib.new(
         _SIGNATURE_HASHES.get(name.content, "sha256"), certificate
     ).digest()
+
+
+TLS_DIRECTORY = "tls"  # in the data directory
+TLS_DAYS = 3650
+TLS_RENEW_BEFORE = 30 * 86400  # s
+OPENSSL_TIMEOUT = 60.0  # s; a Pi without entropy takes its time
+OPENSSL_CONFIG = """\
+[req]
+prompt = no
+distinguished_name = subject
+x509_extensions = extensions
+[subject]
+CN = moltis gateway
+[extensions]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+subjectAltName = @names
+"""
+
+HOST_NAME = r"[a-z0-9_]([a-z0-9._-]{0,251}[a-z0-9_])?"
+
+
+class Certificate(Value):
+    """What we need to know of an X.509 certificate (RFC 5280)."""
+
+    names: Sequence[str]  # "DNS:localhost", "IP:127.0.0.1", as openssl writes them
+    expires_at: float  # s since 1970
+    public_key: bytes  # SubjectPublicKeyInfo in DER
+
+    @property
+    def pin(self) -> str:
+        """The public key as `curl --pinnedpubkey` wants it."""
+        return "sha256//" + b64encode(hashlib.sha256(self.public_key).digest())
+
+    def lasts(self) -> bool:
+        return self.expires_at > time.time() + TLS_RENEW_BEFORE
+
+    def covers(self, names: Iterable[str]) -> bool:
+        """Tell whether all of `names` are in it; one that is no more does no harm."""
+        return set(names) <= set(self.names)
+
+
+class TlsFiles(Value):
+    """Where a certificate, with what it takes to verify it, and its key are, in PEM."""
+
+    certificate: Path
+    key: Path
+
+
+class TlsIdentity(Value):
+    """A certificate in use; a connection keeps the one that it was accepted with."""
+
+    context: ssl.SSLContext
+    certificate: Certificate
+    channel_binding: bytes  # for Access.scram_server()
+
+
+def _certificate_time(value: DerValue) -> float:
+    import calendar
+
+    text = value.content.decode("ascii")
+    if value.tag == 0x17:  # UTCTime: two digits of the year (RFC 5280 §4.1.2.5.1)
+        text = ("19" if text >= "5" else "20") + text
+    return float(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ")))
+
+
+def _alternative_names(optionals: Sequence[DerValue]) -> Iterator[str]:
+    """Yield the dNSNames and iPAddresses of the extension (RFC 5280 §4.2.1.6)."""
+    lists = [value.children()[0] for value in optionals if value.tag == 0xA3]
+    for extension in (item for found in lists for item in found.children()):
+        oid, *_, octets = extension.children()
+        if oid.content != b"\x55\x1d\x11":  # id-ce-subjectAltName
+            continue
+        for name in octets.children()[0].children():
+            if name.tag == 0x82:
+                yield "DNS:" + name.content.decode("ascii").lower()
+            elif name.tag == 0x87:
+                family = socket.AF_INET if len(name.content) == 4 else socket.AF_INET6
+                yield "IP:" + socket.inet_ntop(family, name.content)
+
+
+def parse_certificate(der: bytes) -> Certificate:
+    """Read a certificate in DER.  Raises ValueError."""
+    try:
+        fields = der_values(der)[0].children()[0].children()
+        if fields[0].tag == 0xA0:  # [0] version
+            del fields[0]
+        _serial, _algorithm, _issuer, validity, _subject, key, *optionals = fields
+        _not_before, not_after = validity.children()
+        return Certificate(
+            names=tuple(_alternative_names(optionals)),
+            expires_at=_certificate_time(not_after),
+            public_key=key.encoding,
+        )
+    except (IndexError, OSError, ValueError) as error:
+        raise ValueError("this is no X.509 certificate in DER") from error
+
+
+def check_pin(der: bytes, pin: str) -> None:
+    """Return where the certificate in DER has the public key of `pin`.
+
+    Raises Refused.
+    """
+    try:
+        found = parse_certificate(der).pin
+    except ValueError:
+        found = "no certificate at all"
+    if not hmac.compare_digest(found.encode(), pin.encode("utf-8", "replace")):
+        raise Refused(
+            f"the other side shows another TLS certificate ({found}) than the pinned "
+            f"one ({pin}): this is what somebody in between looks like; nothing was "
+            "sent. If the gateway was set up anew, take its new pin from there"
+        )
+
+
+class TlsTrust(Value):
+    """Which certificate an https:// or wss:// address has to show."""
+
+    fingerprint: str | None = None  # its pin; None: one that a CA vouches for
+    ca: str | None = None  # file in PEM; None: those that the system trusts
+    bound: bool = False  # any: SCRAM binds to it before anything secret is said
+
+    def context(self) -> ssl.SSLContext:
+        """Return what a client needs for TLS 1.2 and later.
+
+        Raises BadConfiguration.
+        """
+        require_ssl()
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if self.fingerprint is not None or self.bound:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        elif self.ca is None:
+            context.load_default_certs()
+        else:
+            try:
+                context.load_verify_locations(self.ca)
+            except OSError as error:  # ssl.SSLError is one
+                reason = error.strerror or error
+                raise BadConfiguration(
+                    f"cannot use the CA file {self.ca}: {reason}; it must be PEM"
+                ) from error
+        return context
+
+    def check(self, certificate: bytes | None) -> None:
+        """Return if the certificate of a connection, in DER, is right.
+
+        Raises Refused.
+        """
+        if self.fingerprint is not None and certificate is not None:
+            check_pin(certificate, self.fingerprint)
+
+
+def certificate_from_pem(pem: bytes) -> bytes:
+    """Return the first certificate in `pem` in DER.  Raises ValueError."""
+    found = re.search(
+        rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", pem, re.DOTALL
+    )
+    if found is None:
+        raise ValueError("there is no certificate in PEM")
+    return base64.b64decode(b"".join(found[1].split()), validate=True)
+
+
+def host_names() -> list[str]:
+    """Return the names under which this machine may be known, without asking DNS."""
+    name = socket.gethostname().lower()
+    names = ["localhost", name]
+    if "." not in name:
+        names.append(f"{name}.local")  # mDNS
+    return [n for n in names if re.fullmatch(HOST_NAME, n)]
+
+
+def _routed_addresses() -> Iterator[str]:
+    """Yield the addresses that packets to the world would come from."""
+    elsewhere = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
+    for family, address in elsewhere:
+        with contextlib.suppress(OSError), socket.socket(
+            family, socket.SOCK_DGRAM
+        ) as sock:
+            sock.connect((address, 9))  # sends nothing: it is UDP
+            yield sock.getsockname()[0]
+
+
+def parse_fib_trie(text: str) -> set[str]:
+    """Return the IPv4 addresses in Linux' /proc/net/fib_trie."""
+    return set(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", text))
+
+
+def parse_if_inet6(text: str) -> set[str]:
+    """Return the IPv6 addresses in Linux' /proc/net/if_inet6, but link-local ones."""
+    rows = (line.split() for line in text.splitlines())
+    return {
+        socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))
+        for address, _index, _prefix, scope, *_ in rows
+        if scope != "20"
+    }
+
+
+def parse_ifconfig(text: str) -> set[str]:
+    """Return the addresses in the output of a BSD's `ifconfig`."""
+    found = re.findall(r"^\s+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
+    return {a for a in found if not a.lower().startswith("fe80:")}
+
+
+def _program_output(*arguments: str) -> bytes:
+    """Run a program that asks nothing; return what it printed.
+
+    Raises BadConfiguration where it failed, FileNotFoundError where there is none.
+    """
+    import subprocess
+
+    try:
+        done = subprocess.run(
+            arguments,
+            check=True,
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=OPENSSL_TIMEOUT,
+        )
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode("utf-8", "replace").strip()
+        raise BadConfiguration(f"{arguments[0]} failed: {clip(said, 400)}") from error
+    except subprocess.TimeoutExpired as error:
+        raise BadConfiguration(
+            f"{arguments[0]} took longer than {OPENSSL_TIMEOUT:.0f} s"
+        ) from error
+    return done.stdout
+
+
+def reachable_address(bind: str) -> str:
+    """Return the address under which others reach what listens on `bind`."""
+    if bind not in ANY_ADDRESS:
+        return bind
+    return next(_routed_addresses(), "127.0.0.1")
+
+
+def host_addresses() -> list[str]:
+    """Return the addresses of this machine's interfaces, without link-local ones."""
+    found = {"127.0.0.1", "::1", *_routed_addresses()}
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            found.update(parse_fib_trie(Path("/proc/net/fib_trie").read_text()))
+        with contextlib.suppress(OSError):
+            found.update(parse_if_inet6(Path("/proc/net/if_inet6").read_text()))
+    else:
+        with contextlib.suppress(OSError, BadConfiguration):
+            found.update(parse_ifconfig(_program_output("ifconfig").decode()))
+    return sorted(found)
+
+
+def _read_tls(files: TlsFiles) -> TlsIdentity:
+    """As load_tls(), but raises OSError and ValueError where the files are no good."""
+    require_ssl()
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    # Without the empty password OpenSSL would ask for one on the terminal.
+    context.load_cert_chain(files.certificate, files.key, password=lambda: "")
+    der = certificate_from_pem(files.certificate.read_bytes())
+    return TlsIdentity(context, parse_certificate(der), tls_server_end_point(der))
+
+
+def load_tls(files: TlsFiles) -> TlsIdentity:
+    """Return what a server needs for TLS 1.2 and later.
+
+    Called again when the files have changed.  Raises BadConfiguration.
+    """
+    try:
+        return _read_tls(files)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise BadConfiguration(
+            f"cannot use the certificate {files.certificate} with the key "
+            f"{files.key}: {reason}; both must be PEM, belong together, and the key "
+            "have no passphrase"
+        ) from error
+
+
+def read_channel_binding(path: Path) -> bytes:
+    """Return the channel binding of a certificate in PEM.  Raises BadConfiguration."""
+    try:
+        return tls_server_end_point(certificate_from_pem(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise BadConfiguration(
+            f"cannot use the certificate {path}: {reason}; it must be PEM"
+        ) from error
+
+
+class ServerTls:
+    """The certificate that new connections get, read again when its files change."""
+
+    def __init__(self, find_files: Callable[[], TlsFiles]) -> None:
+        """`find_files` is asked at each reload.  Raises BadConfiguration."""
+        self._find_files = find_files
+        self.identity = load_tls(find_files())  # replaced as a whole
+
+    def reload(self) -> None:
+        """Raises BadConfiguration; then the certificate so far stays in use."""
+        self.identity = load_tls(self._find_files())
+
+
+def _certificate_name(name: str) -> str | None:
+    """Return `name` as openssl's configuration has it, or None where it cannot be."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):
+            return f"IP:{socket.inet_ntop(family, socket.inet_pton(family, name))}"
+    fits = re.fullmatch(HOST_NAME, name.lower())
+    return f"DNS:{name.lower()}" if fits else None
+
+
+def _make_certificate(files: TlsFiles, names: Sequence[str], keep_key: bool) -> None:
+    if not keep_key:
+        key = _program_output("openssl", "ecparam", "-name", "prime256v1", "-genkey")
+        write_private(files.key, key[key.index(b"-----BEGIN EC PRIVATE KEY") :])
+    config = files.certificate.with_name("openssl.cnf")
+    text = OPENSSL_CONFIG.replace("@names", ",".join(names))
+    write_private(config, text.encode("ascii"))
+    # Browsers refuse two certificates of one issuer with the same serial number.
+    serial = str(int.from_bytes(secrets.token_bytes(8), "big"))
+    pem = _program_output(
+        *("openssl", "req", "-x509", "-new", "-sha256", "-config", str(config)),
+        *("-key", str(files.key), "-days", str(TLS_DAYS), "-set_serial", serial),
+    )
+    write_private(files.certificate, pem)
+
+
+def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
+    """Return a certificate of our own, made or renewed where need be.
+
+    `names` are those of the host, and its addresses; what can be neither is left out.
+    The key stays the same, so that a pin outlives a change of names or addresses.
+    Raises BadConfiguration.
+    """
+    files = TlsFiles(directory / "certificate.pem", directory / "key.pem")
+    wanted = sorted({n for n in map(_certificate_name, names) if n})
+    try:
+        found = _read_tls(files).certificate
+    except (OSError, ValueError):
+        found = None  # not made yet, or damaged
+    if found and found.lasts() and found.covers(wanted):
+        return files
+    try:
+        _make_certificate(files, wanted, keep_key=found is not None)
+    except FileNotFoundError as error:
+        raise BadConfiguration(
+            "the program openssl is needed to make a certificate, and is not here; "
+            "install it, or bring a certificate with --tls-cert and --tls-key"
+        ) from error
+    log.info("certificate made file=%s names=%s", files.certificate, ",".join(wanted))
+    return files
+
+
+# ==============================================================================
+# SCRAM
+#
+# SCRAM-SHA-256 and SCRAM-SHA-256-PLUS (RFC 5802, RFC 7677), client and server
+# halves: how node and gateway prove to each other that both know the device token,
+# which never crosses the wire.  Text in, text out; no socket, and no idea of who may
+# do what.  The secrets here are ASCII, which SASLprep leaves as it is.
+# ==============================================================================
+
+SCRAM_ITERATIONS = 4096  # RFC 7677 §4's minimum; a token has 256 random bits anyway
+SCRAM_MAX_ITERATIONS = 100_000  # 0.1 s on a Pi; a hostile server may ask for more
+SCRAM_MAX_LENGTH = 4096  # characters of one SCRAM message; ours have 200
+
+_SCRAM_VALUE = r"[^,\x00]+"
+_SCRAM_NONCE = r"[\x21-\x2b\x2d-\x7e]+"
+_SCRAM_EXTENSIONS = rf"(?:,[A-Za-z]={_SCRAM_VALUE})*"  # RFC 5802 §5.1: to be ignored
+_CLIENT_FIRST = (
+    rf"(?P<gs2>(?P<flag>n|y|p=[A-Za-z0-9.-]+),(?:a={_SCRAM_VALUE})?,)"
+    rf"(?P<bare>n=(?P<username>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
+    rf"{_SCRAM_EXTENSIONS})"
+)
+_SERVER_FIRST = (
+    rf"r=(?P<nonce>{_SCRAM_NONCE}),s=(?P<salt>{_SCRAM_VALUE}),"
+    rf"i=(?P<iterations>[1-9][0-9]{{0,8}}){_SCRAM_EXTENSIONS}"
+)
+_CLIENT_FINAL = (
+    rf"(?P<unproved>c=(?P<binding>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
+    rf"{_SCRAM_EXTENSIONS}),p=(?P<proof>{_SCRAM_VALUE})"
+)
+_SERVER_FINAL = rf"(?P<kind>[ve])=(?P<value>{_SCRAM_VALUE}){_SCRAM_EXTENSIONS}"
 
 
 def device_handle(token: str) -> str:
@@ -7775,7 +7687,7 @@ class _CollectedRun(_StreamedRun):
 
 # ==============================================================================
 # Node agent
-# Uses: Settings, WebSocket frames, WebSocket connections, SCRAM, Wire protocol,
+# Uses: Settings, WebSocket frames, WebSocket connections, TLS, SCRAM, Wire protocol,
 #       Commands, Telemetry, Machine
 #
 # A machine as its gateway sees it: dial, authenticate, serve, reconnect, resume.
@@ -7792,7 +7704,6 @@ NodeStateHandler: TypeAlias = "Callable[[bool, UserError | None], None]"
 
 # Bytes; all windows of the commands that run, and the output that is kept of others,
 # may have to go out at once when a connection comes back.
-MAX_NODE_OUTBOX = 2 * MAX_RUNNING * STREAM_WINDOW + 2 * MAX_KEPT_OUTPUT
 
 
 class GatewayLink:
@@ -8077,15 +7988,9 @@ class NodeAgent:
     def _dial(self) -> tuple[GatewayLink, WebSocket]:
         """Raises Unreachable, Refused, BadConfiguration: one line that says why."""
         url = self._settings.gateway_url
-        tls = None
-        if url.startswith("wss:"):
-            # SCRAM binds to the certificate, whoever made it; a bearer token would
-            # go to whoever shows one.
-            tls = client_tls(verify=self._settings.auth == "bearer")
-        # Output is not worth a Pi's time to compress, and 300 KiB a connection.
-        ws = connect(
-            url, compression=False, max_outbox=MAX_NODE_OUTBOX, ssl_context=tls
-        )
+        # SCRAM binds to the certificate, whoever made it; a bearer token would go to
+        # whoever shows one.
+        ws = connect(url, TlsTrust(bound=self._settings.auth != "bearer"))
         # A gateway asks for the others again, and gets no second run of them.
         named = tuple(self._machine.inflight()[:MAX_INFLIGHT])
         try:
@@ -8166,25 +8071,18 @@ class NodeAgent:
         return Unreachable(problem)
 
     def _receive(self, link: GatewayLink, ws: WebSocket) -> None:
-        """Handle what arrives until a clean close; report and ping in between.
+        """Handle what arrives until a clean close; report in between.
 
         Raises ConnectionClosed.
         """
-        due = {"report": 0.0, "ping": time.monotonic() + PING_INTERVAL}
+        next_report = 0.0
         while True:
             now = time.monotonic()
-            if now >= due["report"]:
+            if now >= next_report:
                 self._report(link)
-                due["report"] = now + TELEMETRY_INTERVAL
-            if now >= due["ping"]:
-                if ws.idle > PEER_TIMEOUT:
-                    raise ConnectionClosed(
-                        CloseCode.GOING_AWAY, f"nothing heard for {PEER_TIMEOUT:.0f} s"
-                    )
-                ws.ping()
-                due["ping"] = now + PING_INTERVAL
+                next_report = now + TELEMETRY_INTERVAL
             try:
-                message = ws.receive(max(0.0, min(due.values()) - now))
+                message = ws.receive(max(0.0, next_report - now))
             except TimeoutError:
                 continue
             if message is None:
@@ -10565,349 +10463,6 @@ class Store:
     def close(self) -> None:
         self._keeper.close()
         self._database.close()
-
-
-# ==============================================================================
-# Certificates
-# Uses: WebSocket connections, SCRAM
-#
-# The gateway's TLS certificate: one of its own, made by the program `openssl` for the
-# names and addresses of this machine, or one that was brought; its pin and its channel
-# binding; and how a client that has the pin recognises it.
-# ==============================================================================
-
-TLS_DIRECTORY = "tls"  # in the data directory
-TLS_DAYS = 3650
-TLS_RENEW_BEFORE = 30 * 86400  # s
-OPENSSL_TIMEOUT = 60.0  # s; a Pi without entropy takes its time
-OPENSSL_CONFIG = """\
-[req]
-prompt = no
-distinguished_name = subject
-x509_extensions = extensions
-[subject]
-CN = moltis gateway
-[extensions]
-basicConstraints = critical, CA:FALSE
-keyUsage = critical, digitalSignature
-extendedKeyUsage = serverAuth
-subjectKeyIdentifier = hash
-subjectAltName = @names
-"""
-
-HOST_NAME = r"[a-z0-9_]([a-z0-9._-]{0,251}[a-z0-9_])?"
-
-
-class Certificate(Value):
-    """What we need to know of an X.509 certificate (RFC 5280)."""
-
-    names: Sequence[str]  # "DNS:localhost", "IP:127.0.0.1", as openssl writes them
-    expires_at: float  # s since 1970
-    public_key: bytes  # SubjectPublicKeyInfo in DER
-
-    @property
-    def pin(self) -> str:
-        """The public key as `curl --pinnedpubkey` wants it."""
-        return "sha256//" + b64encode(hashlib.sha256(self.public_key).digest())
-
-    def lasts(self) -> bool:
-        return self.expires_at > time.time() + TLS_RENEW_BEFORE
-
-    def covers(self, names: Iterable[str]) -> bool:
-        """Tell whether all of `names` are in it; one that is no more does no harm."""
-        return set(names) <= set(self.names)
-
-
-class TlsFiles(Value):
-    """Where a certificate, with what it takes to verify it, and its key are, in PEM."""
-
-    certificate: Path
-    key: Path
-
-
-class TlsIdentity(Value):
-    """A certificate in use; a connection keeps the one that it was accepted with."""
-
-    context: ssl.SSLContext
-    certificate: Certificate
-    channel_binding: bytes  # for Access.scram_server()
-
-
-def _certificate_time(value: DerValue) -> float:
-    import calendar
-
-    text = value.content.decode("ascii")
-    if value.tag == 0x17:  # UTCTime: two digits of the year (RFC 5280 §4.1.2.5.1)
-        text = ("19" if text >= "5" else "20") + text
-    return float(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ")))
-
-
-def _alternative_names(optionals: Sequence[DerValue]) -> Iterator[str]:
-    """Yield the dNSNames and iPAddresses of the extension (RFC 5280 §4.2.1.6)."""
-    lists = [value.children()[0] for value in optionals if value.tag == 0xA3]
-    for extension in (item for found in lists for item in found.children()):
-        oid, *_, octets = extension.children()
-        if oid.content != b"\x55\x1d\x11":  # id-ce-subjectAltName
-            continue
-        for name in octets.children()[0].children():
-            if name.tag == 0x82:
-                yield "DNS:" + name.content.decode("ascii").lower()
-            elif name.tag == 0x87:
-                family = socket.AF_INET if len(name.content) == 4 else socket.AF_INET6
-                yield "IP:" + socket.inet_ntop(family, name.content)
-
-
-def parse_certificate(der: bytes) -> Certificate:
-    """Read a certificate in DER.  Raises ValueError."""
-    try:
-        fields = der_values(der)[0].children()[0].children()
-        if fields[0].tag == 0xA0:  # [0] version
-            del fields[0]
-        _serial, _algorithm, _issuer, validity, _subject, key, *optionals = fields
-        _not_before, not_after = validity.children()
-        return Certificate(
-            names=tuple(_alternative_names(optionals)),
-            expires_at=_certificate_time(not_after),
-            public_key=key.encoding,
-        )
-    except (IndexError, OSError, ValueError) as error:
-        raise ValueError("this is no X.509 certificate in DER") from error
-
-
-def check_pin(der: bytes, pin: str) -> None:
-    """Return where the certificate in DER has the public key of `pin`.
-
-    Raises Refused.
-    """
-    try:
-        found = parse_certificate(der).pin
-    except ValueError:
-        found = "no certificate at all"
-    if not hmac.compare_digest(found.encode(), pin.encode("utf-8", "replace")):
-        raise Refused(
-            f"the other side shows another TLS certificate ({found}) than the pinned "
-            f"one ({pin}): this is what somebody in between looks like; nothing was "
-            "sent. If the gateway was set up anew, take its new pin from there"
-        )
-
-
-class TlsTrust(Value):
-    """Which certificate an https:// or wss:// address has to show."""
-
-    fingerprint: str | None = None  # its pin; None: one that a CA vouches for
-    ca: str | None = None  # file in PEM; None: those that the system trusts
-
-    def context(self) -> ssl.SSLContext:
-        """Raises BadConfiguration."""
-        return client_tls(ca=self.ca, verify=self.fingerprint is None)
-
-    def check(self, der: bytes | None) -> None:
-        """Return where the certificate of a connection is right.  Raises Refused."""
-        if self.fingerprint is not None and der is not None:
-            check_pin(der, self.fingerprint)
-
-
-def certificate_from_pem(pem: bytes) -> bytes:
-    """Return the first certificate in `pem` in DER.  Raises ValueError."""
-    found = re.search(
-        rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", pem, re.DOTALL
-    )
-    if found is None:
-        raise ValueError("there is no certificate in PEM")
-    return base64.b64decode(b"".join(found[1].split()), validate=True)
-
-
-def host_names() -> list[str]:
-    """Return the names under which this machine may be known, without asking DNS."""
-    name = socket.gethostname().lower()
-    names = ["localhost", name]
-    if "." not in name:
-        names.append(f"{name}.local")  # mDNS
-    return [n for n in names if re.fullmatch(HOST_NAME, n)]
-
-
-def _routed_addresses() -> Iterator[str]:
-    """Yield the addresses that packets to the world would come from."""
-    elsewhere = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
-    for family, address in elsewhere:
-        with contextlib.suppress(OSError), socket.socket(
-            family, socket.SOCK_DGRAM
-        ) as sock:
-            sock.connect((address, 9))  # sends nothing: it is UDP
-            yield sock.getsockname()[0]
-
-
-def parse_fib_trie(text: str) -> set[str]:
-    """Return the IPv4 addresses in Linux' /proc/net/fib_trie."""
-    return set(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", text))
-
-
-def parse_if_inet6(text: str) -> set[str]:
-    """Return the IPv6 addresses in Linux' /proc/net/if_inet6, but link-local ones."""
-    rows = (line.split() for line in text.splitlines())
-    return {
-        socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))
-        for address, _index, _prefix, scope, *_ in rows
-        if scope != "20"
-    }
-
-
-def parse_ifconfig(text: str) -> set[str]:
-    """Return the addresses in the output of a BSD's `ifconfig`."""
-    found = re.findall(r"^\s+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
-    return {a for a in found if not a.lower().startswith("fe80:")}
-
-
-def _program_output(*arguments: str) -> bytes:
-    """Run a program that asks nothing; return what it printed.
-
-    Raises BadConfiguration where it failed, FileNotFoundError where there is none.
-    """
-    import subprocess
-
-    try:
-        done = subprocess.run(
-            arguments,
-            check=True,
-            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=OPENSSL_TIMEOUT,
-        )
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.decode("utf-8", "replace").strip()
-        raise BadConfiguration(f"{arguments[0]} failed: {clip(said, 400)}") from error
-    except subprocess.TimeoutExpired as error:
-        raise BadConfiguration(
-            f"{arguments[0]} took longer than {OPENSSL_TIMEOUT:.0f} s"
-        ) from error
-    return done.stdout
-
-
-def reachable_address(bind: str) -> str:
-    """Return the address under which others reach what listens on `bind`."""
-    if bind not in ANY_ADDRESS:
-        return bind
-    return next(_routed_addresses(), "127.0.0.1")
-
-
-def host_addresses() -> list[str]:
-    """Return the addresses of this machine's interfaces, without link-local ones."""
-    found = {"127.0.0.1", "::1", *_routed_addresses()}
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            found.update(parse_fib_trie(Path("/proc/net/fib_trie").read_text()))
-        with contextlib.suppress(OSError):
-            found.update(parse_if_inet6(Path("/proc/net/if_inet6").read_text()))
-    else:
-        with contextlib.suppress(OSError, BadConfiguration):
-            found.update(parse_ifconfig(_program_output("ifconfig").decode()))
-    return sorted(found)
-
-
-def _read_tls(files: TlsFiles) -> TlsIdentity:
-    """As load_tls(), but raises OSError and ValueError where the files are no good."""
-    require_ssl()
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    # Without the empty password OpenSSL would ask for one on the terminal.
-    context.load_cert_chain(files.certificate, files.key, password=lambda: "")
-    der = certificate_from_pem(files.certificate.read_bytes())
-    return TlsIdentity(context, parse_certificate(der), tls_server_end_point(der))
-
-
-def load_tls(files: TlsFiles) -> TlsIdentity:
-    """Return what a server needs for TLS 1.2 and later.
-
-    Called again when the files have changed.  Raises BadConfiguration.
-    """
-    try:
-        return _read_tls(files)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadConfiguration(
-            f"cannot use the certificate {files.certificate} with the key "
-            f"{files.key}: {reason}; both must be PEM, belong together, and the key "
-            "have no passphrase"
-        ) from error
-
-
-def read_channel_binding(path: Path) -> bytes:
-    """Return the channel binding of a certificate in PEM.  Raises BadConfiguration."""
-    try:
-        return tls_server_end_point(certificate_from_pem(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadConfiguration(
-            f"cannot use the certificate {path}: {reason}; it must be PEM"
-        ) from error
-
-
-class ServerTls:
-    """The certificate that new connections get, read again when its files change."""
-
-    def __init__(self, find_files: Callable[[], TlsFiles]) -> None:
-        """`find_files` is asked at each reload.  Raises BadConfiguration."""
-        self._find_files = find_files
-        self.identity = load_tls(find_files())  # replaced as a whole
-
-    def reload(self) -> None:
-        """Raises BadConfiguration; then the certificate so far stays in use."""
-        self.identity = load_tls(self._find_files())
-
-
-def _certificate_name(name: str) -> str | None:
-    """Return `name` as openssl's configuration has it, or None where it cannot be."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, ValueError):
-            return f"IP:{socket.inet_ntop(family, socket.inet_pton(family, name))}"
-    fits = re.fullmatch(HOST_NAME, name.lower())
-    return f"DNS:{name.lower()}" if fits else None
-
-
-def _make_certificate(files: TlsFiles, names: Sequence[str], keep_key: bool) -> None:
-    if not keep_key:
-        key = _program_output("openssl", "ecparam", "-name", "prime256v1", "-genkey")
-        write_private(files.key, key[key.index(b"-----BEGIN EC PRIVATE KEY") :])
-    config = files.certificate.with_name("openssl.cnf")
-    text = OPENSSL_CONFIG.replace("@names", ",".join(names))
-    write_private(config, text.encode("ascii"))
-    # Browsers refuse two certificates of one issuer with the same serial number.
-    serial = str(int.from_bytes(secrets.token_bytes(8), "big"))
-    pem = _program_output(
-        *("openssl", "req", "-x509", "-new", "-sha256", "-config", str(config)),
-        *("-key", str(files.key), "-days", str(TLS_DAYS), "-set_serial", serial),
-    )
-    write_private(files.certificate, pem)
-
-
-def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
-    """Return a certificate of our own, made or renewed where need be.
-
-    `names` are those of the host, and its addresses; what can be neither is left out.
-    The key stays the same, so that a pin outlives a change of names or addresses.
-    Raises BadConfiguration.
-    """
-    files = TlsFiles(directory / "certificate.pem", directory / "key.pem")
-    wanted = sorted({n for n in map(_certificate_name, names) if n})
-    try:
-        found = _read_tls(files).certificate
-    except (OSError, ValueError):
-        found = None  # not made yet, or damaged
-    if found and found.lasts() and found.covers(wanted):
-        return files
-    try:
-        _make_certificate(files, wanted, keep_key=found is not None)
-    except FileNotFoundError as error:
-        raise BadConfiguration(
-            "the program openssl is needed to make a certificate, and is not here; "
-            "install it, or bring a certificate with --tls-cert and --tls-key"
-        ) from error
-    log.info("certificate made file=%s names=%s", files.certificate, ",".join(wanted))
-    return files
 
 
 # ==============================================================================
@@ -15057,7 +14612,6 @@ class Chats:
 KEEPALIVE_TICK = 1.0  # s; pings are due one by one, so that a thousand do not coincide
 MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a result of ours has 600 KB at most
 MAX_COLLECTED_RESULT = 1024 * 1024  # bytes a stream, for callers without streams
-MAX_OPERATOR_OUTBOX = 64 * 1024 * 1024  # bytes; 32 full windows of two streams
 
 MAX_BACKLOG = 512 * 1024  # bytes; who is further behind is not told each bit of output
 SPARED_STATES = ("delta", "tool_call_output")  # of a chat; all others say how it stands
@@ -16051,7 +15605,6 @@ class Connection:
 
     def __init__(self, ws: WebSocket) -> None:
         self.ws = ws
-        self.next_ping = time.monotonic() + PING_INTERVAL
         self.node: ConnectedNode | None = None  # None: an operator, or nobody yet
 
 
@@ -16412,18 +15965,11 @@ class Gateway:
         }
 
     def _tick(self) -> None:
-        """Ping those who are due, hang up on the silent, give up the overdue."""
-        now = time.monotonic()
+        """Spare Moltis nodes that run a command; give up the overdue."""
         with self._lock:
             connections = list(self._connections)
         for connection in connections:
-            if connection.ws.idle > PEER_TIMEOUT and not self._is_busy(connection.node):
-                log.info("peer silent for %.0f s: closed", PEER_TIMEOUT)
-                connection.ws.abort()
-            elif now >= connection.next_ping:
-                connection.next_ping = now + PING_INTERVAL
-                with contextlib.suppress(ConnectionClosed):
-                    connection.ws.ping()
+            connection.ws.keepalive = not self._is_busy(connection.node)
         self._patience.tick()
         self._jobs.waiters.tick()
 
@@ -16437,7 +15983,7 @@ class Gateway:
 # ==============================================================================
 # HTTP
 # Uses: Settings, WebSocket handshake, WebSocket protocol, WebSocket connections,
-#       Wire protocol, Certificates, Access, Chat, Gateway
+#       Wire protocol, TLS, Access, Chat, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
 # web pages out, and limits for strangers.  http.server does the parsing; what a request
@@ -17061,37 +16607,31 @@ class HttpExchange:
             self.send(refusal)
             return
         try:
-            upgrade = accept_upgrade(request.headers)
+            fields = accept_upgrade(request.headers)
         except HandshakeError as error:
             refusal = error_reply(error.status, str(error))
             self.send(refusal.replace(headers=error.headers))
             return
         handler.send_response_only(101)
-        for name, value in upgrade.headers:
+        for name, value in fields:
             handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.flush()
-        ws = self._websocket(upgrade)
+        ws = self._websocket()
         identified = self._peer.admission.identified
         self.upgraded = self._app.server(ws, request, identified)
 
-    def _websocket(self, upgrade: Upgrade) -> WebSocket:
+    def _websocket(self) -> WebSocket:
         # What the client sent right behind its request waits in rfile's buffer.
         self._stream.end_reading()
         reader: Any = self._handler.rfile  # a BufferedReader
         early: bytes = reader.peek()
         protocol = WebSocketProtocol(
             client=False,
-            deflate=upgrade.deflate,
             max_message=MAX_STRANGER_MESSAGE,  # the Gateway takes longer ones later
             hold_pongs=True,
         )
-        return WebSocket(
-            self._handler.connection,
-            protocol,
-            early=early,
-            max_outbox=MAX_OPERATOR_OUTBOX,
-        )
+        return WebSocket(self._handler.connection, protocol, early=early)
 
 
 def _handler_class(app: HttpApp) -> Callable[..., Any]:
@@ -17424,10 +16964,10 @@ class HttpDoor:
 # ==============================================================================
 # Web page
 #
-# What a browser gets: three files as they are, with nothing filled in.  The page
-# learns everything over its WebSocket, shows it as text, and fetches nothing from
-# elsewhere; serving it is left to HTTP.  From the ground up: dom, words, terminal,
-# Markdown, socket, state, routes, widgets, views, start.
+# Three files that the HTTP server serves as they are.  The page gets all data over its
+# WebSocket, shows it as text, and loads nothing from other hosts.  The script reads
+# bottom-up: dom, words, terminal, Markdown, socket, job logs, state, routes, widgets,
+# views, start.
 # ==============================================================================
 
 WEB_HTML = r"""<!doctype html>
@@ -17466,8 +17006,7 @@ WEB_HTML = r"""<!doctype html>
 <path id="i-send" d="M10 16V4m-5 5 5-5 5 5"/>
 <path id="i-stop" d="M6 6h8v8H6z" fill="currentColor"/>
 <path id="i-chat" d="M4 4h12v9H9l-3.5 3v-3H4z"/>
-<path id="i-node" d="M3 4h14v5H3zM3 11h14v5H3zM6 6.5h1M6
- 13.5h1"/>
+<path id="i-node" d="M3 4h14v5H3zM3 11h14v5H3zM6 6.5h1M6 13.5h1"/>
 <path id="i-list" d="m3 5 3 2.5L3 10M9 10h8M3 15h14"/>
 <path id="i-out" d="M8 4H4v12h4M9 10h8m-3-3 3 3-3 3"/>
 <path id="i-chip"
@@ -17478,8 +17017,78 @@ WEB_HTML = r"""<!doctype html>
 <template id="icon"><svg class="icon" viewBox="0 0 20 20" aria-hidden="true"><use/>
 </svg>
 </template>
-<template id="spark"><svg class="spark" viewBox="0 0 120 28" preserveAspectRatio="none"
- role="img"><path class="area"/><path class="trace"/></svg></template>
+
+<template id="chat-item"><li><a data-part="link">
+<span class="name" data-part="name"></span>
+<span class="detail" data-part="detail"></span></a>
+<span class="tools"><button class="bare" data-part="rename" data-icon="pen"
+ title="Rename"></button><button class="bare" data-part="remove" data-icon="bin"
+ title="Delete"></button></span></li></template>
+
+<template id="user-turn"><article class="turn user" aria-label="You">
+<div class="bubble" data-part="text"></div>
+<p class="note" data-part="note"></p></article></template>
+
+<template id="assistant-turn"><article class="turn assistant" aria-label="Answer">
+<div class="prose" data-part="text"></div>
+<footer class="note" data-part="foot"><span data-part="note"></span>
+<button class="bare" data-part="copy" data-icon="copy" title="Copy answer"></button>
+</footer></article></template>
+
+<template id="command-card"><article class="turn command">
+<header>
+<span class="dot" data-part="dot"></span>
+<span class="where" data-part="where"></span>
+<code class="line" data-part="line"></code>
+<button class="bare" data-part="copyLine" data-icon="copy"
+ title="Copy command"></button>
+<button class="bare" data-part="fold" data-icon="down" title="Collapse output"
+ aria-expanded="true"></button>
+</header>
+<div class="approval" data-part="approval" hidden></div>
+<div class="screen empty" data-part="screen" tabindex="0" role="region">
+<p class="cut" data-part="cut" hidden>Only the end is shown.
+<a data-part="whole" download>Download all of it</a></p>
+<div data-part="lines"></div>
+</div>
+<footer>
+<span class="word" data-part="word"></span>
+<span data-part="time"></span>
+<span class="size" data-part="size"></span>
+<span class="tools">
+<button class="button small" data-part="stop" data-icon="stop">Stop</button>
+<button class="bare" data-part="copy" data-icon="copy" title="Copy output"></button>
+<a class="bare" data-part="save" data-icon="save" title="Download output" download></a>
+</span>
+</footer>
+</article></template>
+
+<template id="meter"><div class="meter">
+<dt data-part="label"></dt><dd data-part="value"></dd>
+<span class="track" aria-hidden="true"><i data-part="bar"></i></span></div></template>
+
+<template id="node-card"><article class="node card">
+<header>
+<span class="dot" data-part="dot"></span>
+<h2 data-part="name"></h2>
+<span class="tools">
+<button class="bare" data-part="rename" data-icon="pen" title="Rename"></button>
+<button class="bare" data-part="use" data-icon="chat" title="Use in the chat"></button>
+<button class="bare" data-part="revoke" data-icon="bin"
+ title="Revoke its token"></button>
+</span>
+</header>
+<p class="since" data-part="since"></p>
+<p class="about" data-part="about"></p>
+<p class="warn" data-part="outdated" hidden></p>
+<div class="cpu"><dl data-part="cpuMeter"></dl>
+<svg class="spark" data-part="spark" viewBox="0 0 120 28" preserveAspectRatio="none"
+ role="img"><path class="area"/><path class="trace"/></svg></div>
+<dl class="meters" data-part="meters"></dl>
+<p class="facts" data-part="facts"></p>
+<dl class="lists" data-part="lists"></dl>
+<ul class="running" data-part="running" aria-label="Running commands"></ul>
+</article></template>
 
 <main id="sign-in" class="lone" hidden>
 <form id="sign-in-form" class="sheet">
@@ -17587,7 +17196,7 @@ is also in a file on the gateway’s machine:</p>
 <p id="nodes-summary" class="lead"></p>
 <div id="node-cards"></div>
 <section id="unused" aria-labelledby="unused-title" hidden>
-<h2 id="unused-title">Tokens that no machine has used yet</h2>
+<h2 id="unused-title">Unused tokens</h2>
 <ul id="unused-list" class="rows"></ul>
 </section>
 </div>
@@ -17611,11 +17220,11 @@ is also in a file on the gateway’s machine:</p>
 <section id="models" class="settings" aria-labelledby="models-title" hidden>
 <header class="bar"><h1 id="models-title">Models</h1></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Providers">
-<p class="lead">Every Ollama on a machine of yours is found by itself, and so is each
-provider whose key the gateway or a node has in its environment. A key that is entered
-here is never shown again.</p>
+<p class="lead">Ollama is found on every machine, and so is each provider whose key is
+in the environment of the gateway or of a node. A key entered here is never shown
+again.</p>
 <div id="providers"></div>
-<form id="model-form"><h2>A model that no list has</h2>
+<form id="model-form"><h2>Unlisted model</h2>
 <div class="inline"><input id="model-name" required placeholder="openai/gpt-5-mini"
  aria-label="Provider and name of the model" autocomplete="off">
 <button class="button">Use in the chat</button></div></form>
@@ -17626,7 +17235,7 @@ here is never shown again.</p>
 <header class="bar"><h1 id="access-title">Access</h1></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Keys and sign-ins">
 <h2>Keys</h2>
-<p class="lead">For scripts, and for people: each may do what its scopes say.</p>
+<p class="lead">For scripts and people. The scopes of a key limit what it may do.</p>
 <ul id="keys" class="rows"></ul>
 <form id="key-form"><div class="inline"><input id="key-name" required maxlength="100"
  placeholder="ci" aria-label="Name of the new key" autocomplete="off">
@@ -17643,7 +17252,7 @@ here is never shown again.</p>
 <dialog id="token" aria-labelledby="token-title">
 <form id="token-form">
 <h2 id="token-title">Add a machine</h2>
-<p>A token lets one machine in. Give it a name; you can change it later.</p>
+<p>A token admits one machine. Give it a name; you can change it later.</p>
 <label for="token-name">Name</label>
 <input id="token-name" maxlength="100" placeholder="Build Server" autocomplete="off">
 <p id="token-error" class="bad" role="alert"></p>
@@ -17657,8 +17266,7 @@ here is never shown again.</p>
 <div id="token-lines"></div>
 <p id="token-wait" role="status"></p>
 <div class="actions"><button id="token-chat" class="button"
- hidden>Use it in
- the chat</button>
+ hidden>Use it in the chat</button>
 <button id="token-done" class="button main">Done</button></div>
 </div>
 </dialog>
@@ -17678,408 +17286,583 @@ here is never shown again.</p>
 """
 
 WEB_CSS = r"""/* Colours first, by role; then the pieces from small to large. */
-:root { color-scheme:light dark; --paper:#faf9f6; --surface:#fff; --sunken:#f2f0eb;
-  --line:#e3e0d9; --ink:#1d1f21; --soft:#595e64; --accent:#0b6e5f; --on-accent:#fff;
-  --tint:#e3f0ed; --ok:#1a7444; --bad:#b3261e; --wait:#835400; --bad-tint:#fbeae8;
-  --wait-tint:#fbf1dd; --hover:color-mix(in srgb, var(--ink) 7%, transparent);
-  --rule:1px solid var(--line); --shade:0 8px 30px rgb(30 25 15 / .14);
-  --screen:#16191d; --screen-ink:#dde2e7; --screen-soft:#98a2ad; --sans:system-ui,
-  -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; --mono:ui-monospace,
-  "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace }
-@media (prefers-color-scheme:dark) {
-  :root { --paper:#151719; --surface:#1c1f22; --sunken:#101214; --line:#2d3135;
-    --ink:#e6e7e5; --soft:#a0a6ad; --accent:#55c7b1; --on-accent:#06201b;
-    --tint:#1b3531; --ok:#62c98f; --bad:#ff8f85; --wait:#e3b35a; --bad-tint:#3a2020;
-    --wait-tint:#362b15; --shade:0 8px 30px rgb(0 0 0 / .5); --screen:#0d0f11 }
+:root {
+  color-scheme: light dark;
+  --paper: #faf9f6;
+  --surface: #fff;
+  --sunken: #f2f0eb;
+  --line: #e3e0d9;
+  --ink: #1d1f21;
+  --soft: #595e64;
+  --accent: #0b6e5f;
+  --on-accent: #fff;
+  --tint: #e3f0ed;
+  --ok: #1a7444;
+  --bad: #b3261e;
+  --wait: #835400;
+  --bad-tint: #fbeae8;
+  --wait-tint: #fbf1dd;
+  --hover: color-mix(in srgb, var(--ink) 7%, transparent);
+  --rule: 1px solid var(--line);
+  --shade: 0 8px 30px rgb(30 25 15 / .14);
+  --screen: #16191d;
+  --screen-ink: #dde2e7;
+  --screen-soft: #98a2ad;
+  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+    --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas,
+    "DejaVu Sans Mono", monospace;
 }
-*, ::before, ::after { box-sizing:border-box; scrollbar-width:thin }
-[hidden] { display:none !important }
-html, body { height:100%; margin:0 }
-body { background:var(--paper); color:var(--ink); font:15px/1.55 var(--sans);
-  -webkit-text-size-adjust:100%; overflow-wrap:break-word }
-h1, h2, h3, p, ul, ol, dl, dd, pre { margin:0; padding:0 }
-ul { list-style:none }
-h1, h2 { font-size:16px; font-weight:620; letter-spacing:-.01em }
-h1 { font-size:17px }
-a { color:var(--accent); text-underline-offset:3px }
-code, pre, .mono { font-family:var(--mono); font-size:.88em }
-button, input, select, textarea { font:inherit; color:inherit }
-button, summary, select { cursor:pointer }
-button:disabled { opacity:.5; cursor:default }
-:focus-visible { outline:2px solid var(--accent); outline-offset:2px }
-:is(#transcript, .screen, .scroll):focus-visible { outline-offset:-3px }
-#page:focus, h2:focus { outline:none }
-.unseen { position:fixed; left:-9999px; width:1px; height:1px; overflow:hidden }
-.skip { position:fixed; left:12px; top:-60px; z-index:9; padding:8px 14px;
-  background:var(--surface); border-radius:8px }
-.skip:focus { top:12px; box-shadow:var(--shade) }
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #151719;
+    --surface: #1c1f22;
+    --sunken: #101214;
+    --line: #2d3135;
+    --ink: #e6e7e5;
+    --soft: #a0a6ad;
+    --accent: #55c7b1;
+    --on-accent: #06201b;
+    --tint: #1b3531;
+    --ok: #62c98f;
+    --bad: #ff8f85;
+    --wait: #e3b35a;
+    --bad-tint: #3a2020;
+    --wait-tint: #362b15;
+    --shade: 0 8px 30px rgb(0 0 0 / .5);
+    --screen: #0d0f11;
+  }
+}
+*, ::before, ::after { box-sizing: border-box; scrollbar-width: thin; }
+[hidden] { display: none !important; }
+html, body { height: 100%; margin: 0; }
+body {
+  background: var(--paper); color: var(--ink); font: 15px/1.55 var(--sans);
+  -webkit-text-size-adjust: 100%; overflow-wrap: break-word;
+}
+h1, h2, h3, p, ul, ol, dl, dd, pre { margin: 0; padding: 0; }
+ul { list-style: none; }
+h1, h2 { font-size: 16px; font-weight: 620; letter-spacing: -.01em; }
+h1 { font-size: 17px; }
+a { color: var(--accent); text-underline-offset: 3px; }
+code, pre, .mono { font-family: var(--mono); font-size: .88em; }
+button, input, select, textarea { font: inherit; color: inherit; }
+button, summary, select { cursor: pointer; }
+button:disabled { opacity: .5; cursor: default; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+:is(#transcript, .screen, .scroll):focus-visible { outline-offset: -3px; }
+#page:focus, h2:focus { outline: none; }
+.unseen { position: fixed; left: -9999px; width: 1px; height: 1px; overflow: hidden; }
+.skip {
+  position: fixed; left: 12px; top: -60px; z-index: 9; padding: 8px 14px;
+  background: var(--surface); border-radius: 8px;
+}
+.skip:focus { top: 12px; box-shadow: var(--shade); }
 
 /* small pieces */
 .sheet, dialog, .card, .choices, .command, .field, .pick, .round {
-  background:var(--surface); border:var(--rule) }
+  background: var(--surface); border: var(--rule);
+}
 .bar h1, .where, #prompt, .running code, .pick-label, .node h2, #sessions .name,
-  #sessions .detail, #audit .what { overflow:hidden; text-overflow:ellipsis;
-  white-space:nowrap }
-.icon { width:18px; height:18px; flex:none; fill:none; stroke:currentColor;
-  stroke-width:1.5; stroke-linecap:round; stroke-linejoin:round }
-.mark { width:24px; height:24px; flex:none; color:var(--accent); fill:none;
-  stroke:currentColor; stroke-width:2.2 }
-.button, .bare { display:inline-flex; align-items:center; justify-content:center;
-  gap:6px; border:var(--rule); border-radius:9px; padding:6px 13px;
-  background:var(--surface); text-decoration:none; white-space:nowrap }
-.button { min-height:36px; font-weight:520 }
-.button:hover { background:var(--sunken) }
-.button.main, .round.main { background:var(--accent); border-color:transparent;
-  color:var(--on-accent) }
-.button.main:hover, .round.main:hover { filter:brightness(1.08) }
-.button.danger { background:var(--bad); border-color:transparent; color:var(--paper) }
-.button.small { min-height:30px; padding:3px 10px; font-size:13px; border-radius:8px }
-.button.small .icon { width:15px; height:15px }
-.button.wide { width:100% }
-.bare { border-color:transparent; background:none; padding:0; min-width:30px;
-  min-height:30px; color:var(--soft); border-radius:8px }
-.bare:hover { background:var(--hover); color:var(--ink) }
-.link { border:0; background:none; padding:0; color:inherit; text-decoration:underline;
-  text-underline-offset:3px }
-input, textarea, select { border:var(--rule); border-radius:9px;
-  background:var(--surface); padding:7px 11px; min-width:0 }
-input::placeholder, textarea::placeholder { color:var(--soft); opacity:1 }
-.edit { width:100%; padding:1px 6px; border-radius:6px; font:inherit }
-.bad { color:var(--bad) }
-p.bad:empty { display:none }
-.warn { display:flex; gap:9px; padding:9px 12px; border-radius:9px; font-size:14px;
-  background:var(--wait-tint); color:var(--wait) }
-.dot { display:inline-block; width:9px; height:9px; flex:none; border-radius:50%;
-  background:var(--soft) }
-.dot.on, .dot.ok { background:var(--ok) }
-.dot.bad { background:var(--bad) }
-.dot.off { background:none; border:2px solid var(--soft) }
-.dot.wait { background:var(--wait) }
-.dot.run { background:var(--accent); animation:pulse 1.6s infinite }
-@keyframes pulse { 50% { opacity:.3 } }
-.tools { display:inline-flex; gap:2px; margin-left:auto }
-.actions { display:flex; flex-wrap:wrap; justify-content:flex-end; gap:10px;
-  margin-top:20px }
-.chip { display:inline-block; padding:1px 8px; margin:0 5px 5px 0; border-radius:6px;
-  background:var(--sunken); font-size:13px }
+#sessions .detail, #audit .what {
+  overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+}
+.icon {
+  width: 18px; height: 18px; flex: none; fill: none; stroke: currentColor;
+  stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round;
+}
+.mark {
+  width: 24px; height: 24px; flex: none; color: var(--accent); fill: none;
+  stroke: currentColor; stroke-width: 2.2;
+}
+.button, .bare {
+  display: inline-flex; align-items: center; justify-content: center; gap: 6px;
+  border: var(--rule); border-radius: 9px; padding: 6px 13px;
+  background: var(--surface); text-decoration: none; white-space: nowrap;
+}
+.button { min-height: 36px; font-weight: 520; }
+.button:hover { background: var(--sunken); }
+.button.main, .round.main {
+  background: var(--accent); border-color: transparent; color: var(--on-accent);
+}
+.button.main:hover, .round.main:hover { filter: brightness(1.08); }
+.button.danger {
+  background: var(--bad); border-color: transparent; color: var(--paper);
+}
+.button.small {
+  min-height: 30px; padding: 3px 10px; font-size: 13px; border-radius: 8px;
+}
+.button.small .icon { width: 15px; height: 15px; }
+.button.wide { width: 100%; }
+.bare {
+  border-color: transparent; background: none; padding: 0; min-width: 30px;
+  min-height: 30px; color: var(--soft); border-radius: 8px;
+}
+.bare:hover { background: var(--hover); color: var(--ink); }
+.link {
+  border: 0; background: none; padding: 0; color: inherit; text-decoration: underline;
+  text-underline-offset: 3px;
+}
+input, textarea, select {
+  border: var(--rule); border-radius: 9px; background: var(--surface);
+  padding: 7px 11px; min-width: 0;
+}
+input::placeholder, textarea::placeholder { color: var(--soft); opacity: 1; }
+.edit { width: 100%; padding: 1px 6px; border-radius: 6px; font: inherit; }
+.bad { color: var(--bad); }
+p.bad:empty { display: none; }
+.warn {
+  display: flex; gap: 9px; padding: 9px 12px; border-radius: 9px; font-size: 14px;
+  background: var(--wait-tint); color: var(--wait);
+}
+.dot {
+  display: inline-block; width: 9px; height: 9px; flex: none; border-radius: 50%;
+  background: var(--soft);
+}
+.dot.on, .dot.ok { background: var(--ok); }
+.dot.bad { background: var(--bad); }
+.dot.off { background: none; border: 2px solid var(--soft); }
+.dot.wait { background: var(--wait); }
+.dot.run { background: var(--accent); animation: pulse 1.6s infinite; }
+@keyframes pulse { 50% { opacity: .3; } }
+.tools { display: inline-flex; gap: 2px; margin-left: auto; }
+.actions {
+  display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 10px;
+  margin-top: 20px;
+}
+.chip {
+  display: inline-block; padding: 1px 8px; margin: 0 5px 5px 0; border-radius: 6px;
+  background: var(--sunken); font-size: 13px;
+}
 
 /* sign-in, dialogs */
-.lone { min-height:100%; display:grid; place-items:center; padding:24px }
-.sheet { width:min(420px, 100%); display:grid; gap:12px; padding:32px;
-  border-radius:18px; box-shadow:var(--shade) }
-.sheet h1 { display:flex; align-items:center; gap:10px; font-size:22px }
-.sheet label, dialog label { font-weight:560; font-size:14px }
-.sheet p, dialog > p, dialog form > p { color:var(--soft) }
-.sheet p.bad, dialog p.bad { color:var(--bad) }
-details { margin-top:6px; color:var(--soft); font-size:14px }
-details p { margin:8px 0 }
-details pre { padding:8px 10px; border-radius:8px; background:var(--sunken);
-  overflow-x:auto }
-dialog { width:min(480px, calc(100vw - 24px)); max-height:calc(100dvh - 32px);
-  border-radius:18px; padding:26px; overflow:auto; color:var(--ink);
-  box-shadow:var(--shade) }
-#token { width:min(660px, calc(100vw - 24px)) }
-dialog::backdrop { background:rgb(0 0 0 / .4) }
-dialog h2 { font-size:19px; margin-bottom:8px }
-#token-form { display:grid; gap:8px }
-#token-warnings { margin:10px 0 }
-.secret { position:relative; margin-top:14px }
-.secret p { font-size:13.5px; color:var(--soft); margin-bottom:4px }
-.secret pre { padding:11px 44px 11px 13px; border-radius:10px; font-size:13px;
-  background:var(--screen); color:var(--screen-ink); white-space:pre-wrap;
-  overflow-wrap:anywhere }
-.secret .bare { position:absolute; right:6px; bottom:6px; color:var(--screen-soft) }
-.secret .bare:hover { color:#fff; background:rgb(255 255 255 / .14) }
-#token-wait { display:flex; align-items:center; gap:9px; margin-top:18px;
-  padding:11px 13px; border-radius:10px; background:var(--sunken); color:var(--soft) }
-#token-wait.here { background:var(--tint); color:var(--ink); font-weight:560 }
-#toast { position:fixed; z-index:20; left:50%; bottom:96px; translate:-50% 0;
-  max-width:min(560px, calc(100vw - 32px)); padding:10px 16px; border-radius:11px;
-  background:var(--ink); color:var(--paper); box-shadow:var(--shade) }
+.lone { min-height: 100%; display: grid; place-items: center; padding: 24px; }
+.sheet {
+  width: min(420px, 100%); display: grid; gap: 12px; padding: 32px; border-radius: 18px;
+  box-shadow: var(--shade);
+}
+.sheet h1 { display: flex; align-items: center; gap: 10px; font-size: 22px; }
+.sheet label, dialog label { font-weight: 560; font-size: 14px; }
+.sheet p, dialog > p, dialog form > p { color: var(--soft); }
+.sheet p.bad, dialog p.bad { color: var(--bad); }
+details { margin-top: 6px; color: var(--soft); font-size: 14px; }
+details p { margin: 8px 0; }
+details pre {
+  padding: 8px 10px; border-radius: 8px; background: var(--sunken); overflow-x: auto;
+}
+dialog {
+  width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
+  border-radius: 18px; padding: 26px; overflow: auto; color: var(--ink);
+  box-shadow: var(--shade);
+}
+#token { width: min(660px, calc(100vw - 24px)); }
+dialog::backdrop { background: rgb(0 0 0 / .4); }
+dialog h2 { font-size: 19px; margin-bottom: 8px; }
+#token-form { display: grid; gap: 8px; }
+#token-warnings { margin: 10px 0; }
+.secret { position: relative; margin-top: 14px; }
+.secret p { font-size: 13.5px; color: var(--soft); margin-bottom: 4px; }
+.secret pre {
+  padding: 11px 44px 11px 13px; border-radius: 10px; font-size: 13px;
+  background: var(--screen); color: var(--screen-ink); white-space: pre-wrap;
+  overflow-wrap: anywhere;
+}
+.secret .bare {
+  position: absolute; right: 6px; bottom: 6px; color: var(--screen-soft);
+}
+.secret .bare:hover { color: #fff; background: rgb(255 255 255 / .14); }
+#token-wait {
+  display: flex; align-items: center; gap: 9px; margin-top: 18px; padding: 11px 13px;
+  border-radius: 10px; background: var(--sunken); color: var(--soft);
+}
+#token-wait.here { background: var(--tint); color: var(--ink); font-weight: 560; }
+#toast {
+  position: fixed; z-index: 20; left: 50%; bottom: 96px; translate: -50% 0;
+  max-width: min(560px, calc(100vw - 32px)); padding: 10px 16px; border-radius: 11px;
+  background: var(--ink); color: var(--paper); box-shadow: var(--shade);
+}
 
 /* frame */
-#app { display:grid; grid-template-columns:272px minmax(0, 1fr); height:100dvh }
-#sidebar { display:flex; flex-direction:column; gap:10px; min-height:0;
-  padding:14px 12px; background:var(--sunken); border-right:var(--rule) }
-.side-head { display:flex; align-items:center; justify-content:space-between;
-  padding:0 6px 4px }
-.brand { display:flex; align-items:center; gap:9px; font-size:17px; font-weight:660;
-  letter-spacing:-.02em; color:var(--ink); text-decoration:none }
-#sessions { flex:1; min-height:0; overflow-y:auto; margin:0 -4px; padding:0 4px }
-#sessions li { position:relative; border-radius:9px }
-#sessions a { display:block; padding:7px 10px; border-radius:9px; color:inherit;
-  text-decoration:none }
-#sessions li:hover { background:var(--hover) }
-#sessions li.current { background:var(--surface); box-shadow:0 0 0 1px var(--line) }
-#sessions .name, #sessions .detail { display:block }
-#sessions .name { font-weight:520 }
-#sessions .detail, .detail { font-size:12.5px; color:var(--soft) }
-#sessions .replying .detail { color:var(--accent) }
-#sessions .tools { position:absolute; right:5px; top:5px; border-radius:8px; opacity:0;
-  background:var(--surface) }
-#sessions li:hover .tools, #sessions li:focus-within .tools { opacity:1 }
-.side-foot { padding-top:10px; border-top:var(--rule) }
-.side-foot h2 { padding:0 10px 4px; font-size:12.5px; font-weight:560;
-  color:var(--soft); letter-spacing:0 }
-.side-foot a, .side-foot .bare { display:flex; justify-content:flex-start; gap:10px;
-  align-items:center; width:100%; padding:6px 10px; border-radius:9px; color:var(--ink);
-  text-decoration:none }
-.side-foot .icon { color:var(--soft) }
-.side-foot a:hover { background:var(--hover) }
-.side-foot a[aria-current] { background:var(--surface);
-  box-shadow:0 0 0 1px var(--line) }
-.count { margin-left:auto; font-size:12.5px; color:var(--soft) }
-#frame { display:flex; flex-direction:column; min-height:0; min-width:0 }
-#banner { padding:7px 20px; background:var(--wait-tint); color:var(--wait);
-  font-size:14px }
-#page, #page > section { flex:1; display:flex; flex-direction:column; min-height:0;
-  position:relative }
-.bar { position:relative; z-index:2; display:flex; align-items:center; gap:12px;
-  min-height:57px; padding:8px 20px; border-bottom:var(--rule) }
-.bar h1 { flex:1; min-width:0 }
-.phone { display:none }
+#app { display: grid; grid-template-columns: 272px minmax(0, 1fr); height: 100dvh; }
+#sidebar {
+  display: flex; flex-direction: column; gap: 10px; min-height: 0; padding: 14px 12px;
+  background: var(--sunken); border-right: var(--rule);
+}
+.side-head {
+  display: flex; align-items: center; justify-content: space-between;
+  padding: 0 6px 4px;
+}
+.brand {
+  display: flex; align-items: center; gap: 9px; font-size: 17px; font-weight: 660;
+  letter-spacing: -.02em; color: var(--ink); text-decoration: none;
+}
+#sessions { flex: 1; min-height: 0; overflow-y: auto; margin: 0 -4px; padding: 0 4px; }
+#sessions li { position: relative; border-radius: 9px; }
+#sessions a {
+  display: block; padding: 7px 10px; border-radius: 9px; color: inherit;
+  text-decoration: none;
+}
+#sessions li:hover { background: var(--hover); }
+#sessions li.current { background: var(--surface); box-shadow: 0 0 0 1px var(--line); }
+#sessions .name, #sessions .detail { display: block; }
+#sessions .name { font-weight: 520; }
+#sessions .detail, .detail { font-size: 12.5px; color: var(--soft); }
+#sessions .replying .detail { color: var(--accent); }
+#sessions .tools {
+  position: absolute; right: 5px; top: 5px; border-radius: 8px; opacity: 0;
+  background: var(--surface);
+}
+#sessions li:hover .tools, #sessions li:focus-within .tools { opacity: 1; }
+.side-foot { padding-top: 10px; border-top: var(--rule); }
+.side-foot h2 {
+  padding: 0 10px 4px; font-size: 12.5px; font-weight: 560; color: var(--soft);
+  letter-spacing: 0;
+}
+.side-foot a, .side-foot .bare {
+  display: flex; justify-content: flex-start; gap: 10px; align-items: center;
+  width: 100%; padding: 6px 10px; border-radius: 9px; color: var(--ink);
+  text-decoration: none;
+}
+.side-foot .icon { color: var(--soft); }
+.side-foot a:hover { background: var(--hover); }
+.side-foot a[aria-current] {
+  background: var(--surface); box-shadow: 0 0 0 1px var(--line);
+}
+.count { margin-left: auto; font-size: 12.5px; color: var(--soft); }
+#frame { display: flex; flex-direction: column; min-height: 0; min-width: 0; }
+#banner {
+  padding: 7px 20px; background: var(--wait-tint); color: var(--wait); font-size: 14px;
+}
+#page, #page > section {
+  flex: 1; display: flex; flex-direction: column; min-height: 0; position: relative;
+}
+.bar {
+  position: relative; z-index: 2; display: flex; align-items: center; gap: 12px;
+  min-height: 57px; padding: 8px 20px; border-bottom: var(--rule);
+}
+.bar h1 { flex: 1; min-width: 0; }
+.phone { display: none; }
 
 /* choosing a model and a machine */
-.pickers { display:flex; gap:8px; min-width:0 }
-.picker { position:relative; min-width:0 }
-.pick { display:flex; align-items:center; gap:8px; max-width:240px; min-height:36px;
-  padding:5px 8px 5px 12px; border-radius:9px }
-.pick:hover, .pick[aria-expanded=true] { background:var(--sunken) }
-.pick-label { flex:1; text-align:left }
-.choices { position:absolute; z-index:10; right:0; top:calc(100% + 6px); padding:5px;
-  width:max-content; min-width:240px; max-width:min(380px, 92vw); max-height:min(440px,
-  65vh); overflow-y:auto; border-radius:12px; box-shadow:var(--shade) }
-.choices:focus-visible { outline-offset:0; outline-width:1px }
-.choices li { display:flex; align-items:center; gap:10px; padding:7px 10px;
-  border-radius:8px; cursor:pointer }
-.choices li:hover, .choices .active { background:var(--sunken) }
-.choices .active { box-shadow:inset 0 0 0 1px var(--accent) }
-.choices .dim .choice > :first-child { color:var(--soft) }
-.choice { flex:1; min-width:0 }
-.choice span { display:block; overflow:hidden; text-overflow:ellipsis }
-.choices .icon { color:var(--accent) }
+.pickers { display: flex; gap: 8px; min-width: 0; }
+.picker { position: relative; min-width: 0; }
+.pick {
+  display: flex; align-items: center; gap: 8px; max-width: 240px; min-height: 36px;
+  padding: 5px 8px 5px 12px; border-radius: 9px;
+}
+.pick:hover, .pick[aria-expanded=true] { background: var(--sunken); }
+.pick-label { flex: 1; text-align: left; }
+.choices {
+  position: absolute; z-index: 10; right: 0; top: calc(100% + 6px); padding: 5px;
+  width: max-content; min-width: 240px; max-width: min(380px, 92vw);
+  max-height: min(440px, 65vh); overflow-y: auto; border-radius: 12px;
+  box-shadow: var(--shade);
+}
+.choices:focus-visible { outline-offset: 0; outline-width: 1px; }
+.choices li {
+  display: flex; align-items: center; gap: 10px; padding: 7px 10px; border-radius: 8px;
+  cursor: pointer;
+}
+.choices li:hover, .choices .active { background: var(--sunken); }
+.choices .active { box-shadow: inset 0 0 0 1px var(--accent); }
+.choices .dim .choice > :first-child { color: var(--soft); }
+.choice { flex: 1; min-width: 0; }
+.choice span { display: block; overflow: hidden; text-overflow: ellipsis; }
+.choices .icon { color: var(--accent); }
 
 /* conversation */
-#transcript, #composer { scrollbar-gutter:stable; overflow:hidden }
-#transcript { flex:1; min-height:0; overflow-y:auto; padding:26px 20px 18px;
-  overflow-anchor:none }
-#messages, #welcome, #thinking, #composer > * { max-width:800px; margin-inline:auto }
-#older { display:flex; margin:0 auto 18px }
-.turn { margin-bottom:20px }
-.note { font-size:12.5px; color:var(--soft) }
-.note:empty { display:none }
-.user { display:flex; flex-direction:column; align-items:flex-end }
-.bubble { max-width:85%; padding:9px 15px; border-radius:17px 17px 5px 17px;
-  background:var(--tint); white-space:pre-wrap }
-.user .note { margin:4px 6px 0 }
-.assistant footer { display:flex; align-items:center; gap:6px; min-height:30px }
-.notice { max-width:640px; margin-inline:auto; text-align:center; font-size:13.5px;
-  color:var(--soft); white-space:pre-wrap }
-.notice.bad { color:var(--bad); background:var(--bad-tint); padding:8px 14px;
-  border-radius:10px }
-#welcome { padding:9vh 0 30px; text-align:center; color:var(--soft) }
-#welcome h2 { font-size:25px; color:var(--ink); letter-spacing:-.02em }
-#welcome p { margin-top:10px }
-.starters { display:flex; flex-wrap:wrap; justify-content:center; gap:8px;
-  padding:12px 0 }
-#thinking { display:flex; align-items:center; gap:10px; color:var(--soft);
-  font-size:13.5px; min-height:24px }
-.dots i { display:inline-block; width:6px; height:6px; margin-right:4px;
-  border-radius:50%; background:var(--soft); animation:pulse 1.2s infinite }
-.dots i:nth-child(2) { animation-delay:.2s }
-.dots i:nth-child(3) { animation-delay:.4s }
-#latest { position:absolute; left:50%; bottom:116px; translate:-50% 0;
-  border-radius:20px; box-shadow:var(--shade) }
-#composer { padding:6px 20px max(12px, env(safe-area-inset-bottom)) }
-.field { display:flex; align-items:flex-end; gap:6px; padding:6px; border-radius:16px;
-  box-shadow:0 2px 10px rgb(30 25 15 / .05) }
-.field:focus-within { border-color:var(--accent); box-shadow:0 0 0 1px var(--accent) }
-#text { flex:1; border:0; background:none; resize:none; padding:7px 8px; outline:0;
-  line-height:22px; min-height:36px }
-.shell #text, #prompt { font-family:var(--mono); font-size:14px }
-#prompt { flex:none; max-width:40%; padding:7px 0 7px 10px; line-height:22px;
-  color:var(--accent) }
-#prompt:empty { display:none }
-.round { display:grid; place-items:center; width:36px; height:36px; flex:none;
-  border-radius:11px }
-#hint { margin-top:6px; text-align:center; font-size:12.5px; color:var(--soft) }
-#node-away { margin-bottom:8px }
+#transcript, #composer { scrollbar-gutter: stable; overflow: hidden; }
+#transcript {
+  flex: 1; min-height: 0; overflow-y: auto; padding: 26px 20px 18px;
+  overflow-anchor: none;
+}
+#messages, #welcome, #thinking, #composer > * { max-width: 800px; margin-inline: auto; }
+#older { display: flex; margin: 0 auto 18px; }
+.turn { margin-bottom: 20px; }
+.note { font-size: 12.5px; color: var(--soft); }
+.note:empty { display: none; }
+.user { display: flex; flex-direction: column; align-items: flex-end; }
+.bubble {
+  max-width: 85%; padding: 9px 15px; border-radius: 17px 17px 5px 17px;
+  background: var(--tint); white-space: pre-wrap;
+}
+.user .note { margin: 4px 6px 0; }
+.assistant footer { display: flex; align-items: center; gap: 6px; min-height: 30px; }
+.notice {
+  max-width: 640px; margin-inline: auto; text-align: center; font-size: 13.5px;
+  color: var(--soft); white-space: pre-wrap;
+}
+.notice.bad {
+  color: var(--bad); background: var(--bad-tint); padding: 8px 14px;
+  border-radius: 10px;
+}
+#welcome { padding: 9vh 0 30px; text-align: center; color: var(--soft); }
+#welcome h2 { font-size: 25px; color: var(--ink); letter-spacing: -.02em; }
+#welcome p { margin-top: 10px; }
+.starters {
+  display: flex; flex-wrap: wrap; justify-content: center; gap: 8px; padding: 12px 0;
+}
+#thinking {
+  display: flex; align-items: center; gap: 10px; color: var(--soft); font-size: 13.5px;
+  min-height: 24px;
+}
+.dots i {
+  display: inline-block; width: 6px; height: 6px; margin-right: 4px; border-radius: 50%;
+  background: var(--soft); animation: pulse 1.2s infinite;
+}
+.dots i:nth-child(2) { animation-delay: .2s; }
+.dots i:nth-child(3) { animation-delay: .4s; }
+#latest {
+  position: absolute; left: 50%; bottom: 116px; translate: -50% 0; border-radius: 20px;
+  box-shadow: var(--shade);
+}
+#composer { padding: 6px 20px max(12px, env(safe-area-inset-bottom)); }
+.field {
+  display: flex; align-items: flex-end; gap: 6px; padding: 6px; border-radius: 16px;
+  box-shadow: 0 2px 10px rgb(30 25 15 / .05);
+}
+.field:focus-within {
+  border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent);
+}
+#text {
+  flex: 1; border: 0; background: none; resize: none; padding: 7px 8px; outline: 0;
+  line-height: 22px; min-height: 36px;
+}
+.shell #text, #prompt { font-family: var(--mono); font-size: 14px; }
+#prompt {
+  flex: none; max-width: 40%; padding: 7px 0 7px 10px; line-height: 22px;
+  color: var(--accent);
+}
+#prompt:empty { display: none; }
+.round {
+  display: grid; place-items: center; width: 36px; height: 36px; flex: none;
+  border-radius: 11px;
+}
+#hint { margin-top: 6px; text-align: center; font-size: 12.5px; color: var(--soft); }
+#node-away { margin-bottom: 8px; }
 
 /* prose */
-.prose > * + * { margin-top:12px }
-.prose :is(h3, h4, h5, h6) { margin:20px 0 0; font-size:1.05em; font-weight:620 }
-.prose > :first-child { margin-top:0 }
-.prose :is(ul, ol) { padding-left:24px }
-.prose ul { list-style:disc }
-.prose li + li, .prose li > :is(ul, ol, p, .code) { margin-top:4px }
-.prose :not(pre) > code { padding:1px 5px; border-radius:5px; background:var(--sunken) }
-.prose blockquote { margin-inline:0; padding-left:14px;
-  border-left:3px solid var(--line); color:var(--soft) }
-.prose hr { width:100%; border:0; border-top:var(--rule) }
-.prose .wide { overflow-x:auto }
-.prose table { border-collapse:collapse; font-size:14px }
-.prose :is(th, td) { padding:5px 14px 5px 0; text-align:left; vertical-align:top;
-  border-bottom:var(--rule) }
-.prose .number, td.number, th.number { text-align:right;
-  font-variant-numeric:tabular-nums }
-.prose .center { text-align:center }
-.code { border-radius:11px; overflow:hidden; background:var(--sunken) }
-.code-head { display:flex; justify-content:space-between; align-items:center;
-  padding:2px 5px 0 13px; font-size:12.5px; color:var(--soft) }
-.code pre { padding:4px 13px 11px; overflow-x:auto }
+.prose > * + * { margin-top: 12px; }
+.prose :is(h3, h4, h5, h6) { margin: 20px 0 0; font-size: 1.05em; font-weight: 620; }
+.prose > :first-child { margin-top: 0; }
+.prose :is(ul, ol) { padding-left: 24px; }
+.prose ul { list-style: disc; }
+.prose li + li, .prose li > :is(ul, ol, p, .code) { margin-top: 4px; }
+.prose :not(pre) > code {
+  padding: 1px 5px; border-radius: 5px; background: var(--sunken);
+}
+.prose blockquote {
+  margin-inline: 0; padding-left: 14px; border-left: 3px solid var(--line);
+  color: var(--soft);
+}
+.prose hr { width: 100%; border: 0; border-top: var(--rule); }
+.prose .wide { overflow-x: auto; }
+.prose table { border-collapse: collapse; font-size: 14px; }
+.prose :is(th, td) {
+  padding: 5px 14px 5px 0; text-align: left; vertical-align: top;
+  border-bottom: var(--rule);
+}
+.prose .number, td.number, th.number {
+  text-align: right; font-variant-numeric: tabular-nums;
+}
+.prose .center { text-align: center; }
+.code { border-radius: 11px; overflow: hidden; background: var(--sunken); }
+.code-head {
+  display: flex; justify-content: space-between; align-items: center;
+  padding: 2px 5px 0 13px; font-size: 12.5px; color: var(--soft);
+}
+.code pre { padding: 4px 13px 11px; overflow-x: auto; }
 
 /* a command */
-.command { border-radius:13px; overflow:hidden }
-.command > header, .command > footer { display:flex; align-items:center; gap:8px;
-  min-height:40px; padding:4px 8px 4px 13px }
-.where { flex:none; max-width:34%; font-size:13px; font-weight:580 }
-.command .line { flex:1; min-width:0; max-height:40vh; overflow:auto; font-size:13px;
-  white-space:pre-wrap; overflow-wrap:anywhere }
-.command > footer { gap:6px 12px; min-height:38px; font-size:13px; color:var(--soft);
-  font-variant-numeric:tabular-nums }
-.command > footer .tools { align-items:center }
-.word { font-weight:560 }
-[data-kind=ok] .word { color:var(--ok) }
-[data-kind=bad] .word { color:var(--bad) }
-[data-kind=wait] .word { color:var(--wait) }
-[data-kind=run] .word { color:var(--accent) }
-.folded > .screen { display:none }
-.folded [aria-expanded] { rotate:-90deg }
-.approval { display:flex; flex-wrap:wrap; gap:8px; padding:4px 13px 13px }
-.approval p { width:100%; color:var(--soft); font-size:14px }
-.screen { max-height:420px; overflow:auto; padding:10px 14px; background:var(--screen);
-  color:var(--screen-ink); font:13px/1.5 var(--mono); white-space:pre; tab-size:8;
-  overflow-anchor:none }
-.screen.empty { display:none }
-.screen div > div { min-height:1.5em }
-.screen .gap { color:var(--screen-soft); font-family:var(--sans); padding:4px 0 }
-.screen .err { color:#f5bfa5 }
-.screen .b { font-weight:700 }
-.screen .dim { opacity:.7 }
-.screen .i { font-style:italic }
-.screen .u { text-decoration:underline }
-.screen .s { text-decoration:line-through }
+.command { border-radius: 13px; overflow: hidden; }
+.command > header, .command > footer {
+  display: flex; align-items: center; gap: 8px; min-height: 40px;
+  padding: 4px 8px 4px 13px;
+}
+.where { flex: none; max-width: 34%; font-size: 13px; font-weight: 580; }
+.command .line {
+  flex: 1; min-width: 0; max-height: 40vh; overflow: auto; font-size: 13px;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+}
+.command > footer {
+  gap: 6px 12px; min-height: 38px; font-size: 13px; color: var(--soft);
+  font-variant-numeric: tabular-nums;
+}
+.command > footer .tools { align-items: center; }
+.word { display: inline-block; font-weight: 560; }
+.word::first-letter { text-transform: uppercase; }
+[data-kind=ok] .word { color: var(--ok); }
+[data-kind=bad] .word { color: var(--bad); }
+[data-kind=wait] .word { color: var(--wait); }
+[data-kind=run] .word { color: var(--accent); }
+.folded > .screen { display: none; }
+.folded [aria-expanded] { rotate: -90deg; }
+.approval { display: flex; flex-wrap: wrap; gap: 8px; padding: 4px 13px 13px; }
+.approval p { width: 100%; color: var(--soft); font-size: 14px; }
+.screen {
+  max-height: 420px; overflow: auto; padding: 10px 14px; background: var(--screen);
+  color: var(--screen-ink); font: 13px/1.5 var(--mono); white-space: pre; tab-size: 8;
+  overflow-anchor: none;
+}
+.screen.empty { display: none; }
+.screen div > div { min-height: 1.5em; }
+.screen .cut { padding-bottom: 4px; color: var(--screen-soft); font: 13px var(--sans); }
+.screen .cut a { color: inherit; }
+.screen .err { color: #f5bfa5; }
+.screen .b { font-weight: 700; }
+.screen .dim { opacity: .7; }
+.screen .i { font-style: italic; }
+.screen .u { text-decoration: underline; }
+.screen .s { text-decoration: line-through; }
 
 /* settings */
-.scroll { flex:1; overflow:auto; padding:20px }
-.lead { max-width:640px; margin-bottom:16px; color:var(--soft) }
-#node-cards { display:grid; gap:16px; grid-template-columns:repeat(auto-fill,
-  minmax(min(360px, 100%), 1fr)) }
-.card { padding:16px 18px; border-radius:15px }
-.node header { display:flex; align-items:center; gap:10px; min-height:32px }
-.node h2 { min-width:0 }
-.since { font-size:13.5px }
-.about, .facts { font-size:13px; color:var(--soft) }
-.facts { margin-top:10px; font-variant-numeric:tabular-nums }
-.facts:empty, .about:empty { display:none }
-.away .since { color:var(--soft) }
-.away :is(.cpu, .meters, .facts) { display:none }
-.away h2 { color:var(--soft) }
-.stale .since { color:var(--wait) }
-.cpu { display:flex; gap:18px; align-items:flex-end; margin-top:14px }
-.cpu > dl { flex:1 }
-.spark { flex:1; height:36px; min-width:0; border-bottom:var(--rule) }
-.spark.none { visibility:hidden }
-.spark .trace { fill:none; stroke:var(--accent); stroke-width:1.5;
-  vector-effect:non-scaling-stroke; stroke-linejoin:round }
-.spark .area { fill:var(--accent); opacity:.13 }
-.meters { display:grid; grid-template-columns:1fr 1fr; gap:18px; margin-top:12px }
-.meter { display:flex; flex-wrap:wrap; gap:0 8px; font-size:13px;
-  font-variant-numeric:tabular-nums }
-.meter dt { flex:1; color:var(--soft) }
-.track { width:100%; height:5px; margin-top:4px; border-radius:3px; overflow:hidden;
-  background:var(--line) }
-.track i { display:block; height:100%; border-radius:3px; background:var(--accent);
-  transition:width .5s }
-.high .track i { background:var(--bad) }
-.lists { display:grid; grid-template-columns:auto 1fr; gap:5px 12px; margin-top:12px;
-  font-size:13px }
-.lists:empty { display:none }
-.lists dt { color:var(--soft); padding-top:1px }
-.lists dd { min-width:0 }
-.running { margin-top:8px; padding-top:8px; border-top:var(--rule) }
-.running li, .rows li { display:flex; align-items:center; gap:9px; font-size:13px }
-.running code { flex:1 }
-#unused { margin-top:30px }
-.rows { max-width:640px; margin-top:8px }
-.rows li { padding:6px 0; border-bottom:var(--rule); font-size:14px }
-.rows .name { flex:1 }
-.scroll > h2 + *, form > h2 + * { margin-top:6px }
-.scroll > * + h2, .scroll > form { margin-top:28px }
-.scroll > form, #providers, #key-made { max-width:640px }
-.inline { display:flex; gap:8px }
-.inline input { flex:1 }
-#key-scopes { display:flex; flex-wrap:wrap; gap:6px 16px; margin:8px 0; padding:0;
-  border:0; font-size:14px }
-#key-scopes label, details label { display:flex; gap:6px; align-items:center }
-#providers .card { margin:0 0 10px; padding:12px 16px; font-size:15px; color:inherit }
-details label { justify-content:space-between; margin-top:10px }
-details label input { flex:0 1 420px }
-.filters { display:flex; gap:12px; font-size:13.5px; color:var(--soft) }
-.filters select { color:var(--ink); padding:5px 8px; max-width:150px }
-#audit { width:100%; border-collapse:collapse; font-size:13.5px }
-#audit th { text-align:left; font-weight:560; color:var(--soft) }
-#audit :is(th, td) { padding:7px 16px 7px 0; border-bottom:var(--rule);
-  vertical-align:baseline; white-space:nowrap }
-#audit .number { text-align:right }
-#audit .what { width:50%; max-width:0 }
-#audit .result { white-space:normal; min-width:205px }
-.result .dot { margin-right:7px }
-#audit-older { margin:16px auto; display:flex }
-
-@media (max-width:760px) {
-  .phone { display:inline-flex; min-width:38px; min-height:38px }
-  #app { grid-template-columns:minmax(0, 1fr) }
-  #sidebar { position:fixed; inset:0 auto 0 0; z-index:12; width:min(300px, 86vw);
-    translate:-105% 0; visibility:hidden; transition:translate .2s, visibility .2s }
-  .menu-open #sidebar { translate:none; visibility:visible; box-shadow:var(--shade) }
-  #veil { position:fixed; inset:0; z-index:11; background:rgb(0 0 0 / .4) }
-  #sessions .tools { opacity:1; background:none }
-  #sessions .name { padding-right:64px }
-  .bar { padding:6px 10px; gap:6px; flex-wrap:wrap }
-  .pickers { display:contents }
-  .picker { flex:1 1 42%; order:2; position:static }
-  #chat h1 { flex-basis:calc(100% - 170px) }
-  #approvals { flex:0 1 auto; order:1 }
-  .pick { width:100%; max-width:none; min-height:40px }
-  .choices { left:10px; right:10px; top:100%; width:auto; max-width:none }
-  .choices li { padding:10px }
-  #transcript { padding:18px 12px 10px }
-  #composer { padding:4px 10px max(10px, env(safe-area-inset-bottom)) }
-  input, textarea, select, #text, .shell #text { font-size:16px }
-  #hint, .size { display:none }
-  .meters { grid-template-columns:1fr; gap:10px }
-  #welcome { padding-top:5vh }
-  .scroll { padding:14px }
-  .command > header { flex-wrap:wrap }
-  .where { flex:1; max-width:none }
-  .command .line { order:9; flex-basis:100%; padding-bottom:7px }
-  .command > footer { flex-wrap:wrap; padding-block:6px }
-  .screen { max-height:340px; font-size:12px; padding:9px 11px; white-space:pre-wrap;
-    overflow-wrap:anywhere }
-  .bare { min-width:38px; min-height:38px }
-  .filters { width:100% }
-  .filters label { flex:1; display:flex; gap:6px; align-items:center; min-width:0 }
-  .filters select { flex:1 }
-  #audit thead { position:fixed; left:-9999px }
-  #audit tr { display:grid; grid-template-columns:1fr auto auto; gap:2px 12px;
-    padding:9px 0; border-bottom:var(--rule) }
-  #audit td { padding:0; border:0; color:var(--soft) }
-  #audit .what { order:-1; grid-column:1 / -1; width:auto; max-width:none;
-    color:var(--ink) }
-  #audit .who { display:none }
-  #audit .at, #audit .when { order:3 }
-  #audit .when { grid-column:2 / -1; order:4; text-align:right }
-  dialog { padding:20px }
+.scroll { flex: 1; overflow: auto; padding: 20px; }
+.lead { max-width: 640px; margin-bottom: 16px; color: var(--soft); }
+#node-cards {
+  display: grid; gap: 16px;
+  grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr));
 }
-@media (prefers-reduced-motion:reduce) {
-  *, ::before, ::after { animation:none !important; transition:none !important }
+.card { padding: 16px 18px; border-radius: 15px; }
+.node header { display: flex; align-items: center; gap: 10px; min-height: 32px; }
+.node h2 { min-width: 0; }
+.since { font-size: 13.5px; }
+.about, .facts { font-size: 13px; color: var(--soft); }
+.facts { margin-top: 10px; font-variant-numeric: tabular-nums; }
+.facts:empty, .about:empty { display: none; }
+.away .since { color: var(--soft); }
+.away :is(.cpu, .meters, .facts) { display: none; }
+.away h2 { color: var(--soft); }
+.stale .since { color: var(--wait); }
+.cpu { display: flex; gap: 18px; align-items: flex-end; margin-top: 14px; }
+.cpu > dl { flex: 1; }
+.spark { flex: 1; height: 36px; min-width: 0; border-bottom: var(--rule); }
+.spark.none { visibility: hidden; }
+.spark .trace {
+  fill: none; stroke: var(--accent); stroke-width: 1.5;
+  vector-effect: non-scaling-stroke; stroke-linejoin: round;
+}
+.spark .area { fill: var(--accent); opacity: .13; }
+.meters { display: grid; grid-template-columns: 1fr 1fr; gap: 18px; margin-top: 12px; }
+.meter {
+  display: flex; flex-wrap: wrap; gap: 0 8px; font-size: 13px;
+  font-variant-numeric: tabular-nums;
+}
+.meter dt { flex: 1; color: var(--soft); }
+.track {
+  width: 100%; height: 5px; margin-top: 4px; border-radius: 3px; overflow: hidden;
+  background: var(--line);
+}
+.track i {
+  display: block; height: 100%; border-radius: 3px; background: var(--accent);
+  transition: width .5s;
+}
+.high .track i { background: var(--bad); }
+.lists {
+  display: grid; grid-template-columns: auto 1fr; gap: 5px 12px; margin-top: 12px;
+  font-size: 13px;
+}
+.lists:empty { display: none; }
+.lists dt { color: var(--soft); padding-top: 1px; }
+.lists dd { min-width: 0; }
+.running { margin-top: 8px; padding-top: 8px; border-top: var(--rule); }
+.running li, .rows li { display: flex; align-items: center; gap: 9px; font-size: 13px; }
+.running code { flex: 1; }
+#unused { margin-top: 30px; }
+.rows { max-width: 640px; margin-top: 8px; }
+.rows li { padding: 6px 0; border-bottom: var(--rule); font-size: 14px; }
+.rows .name { flex: 1; }
+.scroll > h2 + *, form > h2 + * { margin-top: 6px; }
+.scroll > * + h2, .scroll > form { margin-top: 28px; }
+.scroll > form, #providers, #key-made { max-width: 640px; }
+.inline { display: flex; gap: 8px; }
+.inline input { flex: 1; }
+#key-scopes {
+  display: flex; flex-wrap: wrap; gap: 6px 16px; margin: 8px 0; padding: 0; border: 0;
+  font-size: 14px;
+}
+#key-scopes label, details label { display: flex; gap: 6px; align-items: center; }
+#providers .card {
+  margin: 0 0 10px; padding: 12px 16px; font-size: 15px; color: inherit;
+}
+details label { justify-content: space-between; margin-top: 10px; }
+details label input { flex: 0 1 420px; }
+.filters { display: flex; gap: 12px; font-size: 13.5px; color: var(--soft); }
+.filters select { color: var(--ink); padding: 5px 8px; max-width: 150px; }
+#audit { width: 100%; border-collapse: collapse; font-size: 13.5px; }
+#audit th { text-align: left; font-weight: 560; color: var(--soft); }
+#audit :is(th, td) {
+  padding: 7px 16px 7px 0; border-bottom: var(--rule); vertical-align: baseline;
+  white-space: nowrap;
+}
+#audit .number { text-align: right; }
+#audit .what { width: 50%; max-width: 0; }
+#audit .result { white-space: normal; min-width: 205px; }
+.result .dot { margin-right: 7px; }
+#audit-older { margin: 16px auto; display: flex; }
+
+@media (max-width: 760px) {
+  .phone { display: inline-flex; min-width: 38px; min-height: 38px; }
+  #app { grid-template-columns: minmax(0, 1fr); }
+  #sidebar {
+    position: fixed; inset: 0 auto 0 0; z-index: 12; width: min(300px, 86vw);
+    translate: -105% 0; visibility: hidden; transition: translate .2s, visibility .2s;
+  }
+  .menu-open #sidebar {
+    translate: none; visibility: visible; box-shadow: var(--shade);
+  }
+  #veil { position: fixed; inset: 0; z-index: 11; background: rgb(0 0 0 / .4); }
+  #sessions .tools { opacity: 1; background: none; }
+  #sessions .name { padding-right: 64px; }
+  .bar { padding: 6px 10px; gap: 6px; flex-wrap: wrap; }
+  .pickers { display: contents; }
+  .picker { flex: 1 1 42%; order: 2; position: static; }
+  #chat h1 { flex-basis: calc(100% - 170px); }
+  #approvals { flex: 0 1 auto; order: 1; }
+  .pick { width: 100%; max-width: none; min-height: 40px; }
+  .choices { left: 10px; right: 10px; top: 100%; width: auto; max-width: none; }
+  .choices li { padding: 10px; }
+  #transcript { padding: 18px 12px 10px; }
+  #composer { padding: 4px 10px max(10px, env(safe-area-inset-bottom)); }
+  input, textarea, select, #text, .shell #text { font-size: 16px; }
+  #hint, .size { display: none; }
+  .meters { grid-template-columns: 1fr; gap: 10px; }
+  #welcome { padding-top: 5vh; }
+  .scroll { padding: 14px; }
+  .command > header { flex-wrap: wrap; }
+  .where { flex: 1; max-width: none; }
+  .command .line { order: 9; flex-basis: 100%; padding-bottom: 7px; }
+  .command > footer { flex-wrap: wrap; padding-block: 6px; }
+  .screen {
+    max-height: 340px; font-size: 12px; padding: 9px 11px; white-space: pre-wrap;
+    overflow-wrap: anywhere;
+  }
+  .bare { min-width: 38px; min-height: 38px; }
+  .filters { width: 100%; }
+  .filters label {
+    flex: 1; display: flex; gap: 6px; align-items: center; min-width: 0;
+  }
+  .filters select { flex: 1; }
+  #audit thead { position: fixed; left: -9999px; }
+  #audit tr {
+    display: grid; grid-template-columns: 1fr auto auto; gap: 2px 12px; padding: 9px 0;
+    border-bottom: var(--rule);
+  }
+  #audit td { padding: 0; border: 0; color: var(--soft); }
+  #audit .what {
+    order: -1; grid-column: 1 / -1; width: auto; max-width: none; color: var(--ink);
+  }
+  #audit .who { display: none; }
+  #audit .at, #audit .when { order: 3; }
+  #audit .when { grid-column: 2 / -1; order: 4; text-align: right; }
+  dialog { padding: 20px; }
+}
+@media (prefers-reduced-motion: reduce) {
+  *, ::before, ::after { animation: none !important; transition: none !important; }
 }
 """
 
-WEB_JS = r"""// The page of a gateway, from the ground up: dom, words, terminal,
-// Markdown, socket, state, routes, widgets, views, start.  Text reaches the document
-// as text nodes only, and all that is shown follows from `state`.
+WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown, socket, job logs,
+// state, routes, widgets, views, start.  Text reaches the document as text nodes only;
+// the views show `state` and hold none of their own.
 
 // == dom ==
 
@@ -18087,36 +17870,38 @@ const $ = id => document.getElementById(id);
 
 const on = (target, type, action) => target.addEventListener(type, action);
 
-// Return a new element; names that begin with "on" are listeners.
-function h(tag, attributes = {}, ...children) {
+// Return a new element.  An object before its children holds attributes; those that
+// begin with "on" are listeners.
+function h(tag, ...children) {
   const element = document.createElement(tag);
+  const attributes = children[0]?.constructor === Object ? children.shift() : {};
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) on(element, name.slice(2), value);
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
   }
-  element.append(...given(children));
+  element.append(...present(children));
   return element;
 }
 
-const given = children =>
+const present = children =>
   children.flat(9).filter(child => child != null && child !== false);
 
-// Replace what is in `element`.
+// Replace the children of `element`.
 function fill(element, ...children) {
-  element.replaceChildren(...given(children));
+  element.replaceChildren(...present(children));
 }
 
-// Replace what is in `element` where `value`, of which it is made, has changed.
-function fillFor(element, value, make) {
+// Replace the children of `element` if `value`, from which they are made, has changed.
+function fillIfChanged(element, value, make) {
   const key = JSON.stringify(value);
   if (element.shown === key) return;
   element.shown = key;
   fill(element, make(value));
 }
 
-// Set the text only where it differs: screen readers and selections notice.
-function say(element, text) {
+// Set the text only if it differs: screen readers and selections notice.
+function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
@@ -18126,13 +17911,36 @@ function icon(name) {
   return svg;
 }
 
+// Prepend the icon that data-icon names; a title becomes the accessible name.
+function addIcon(element) {
+  element.prepend(icon(element.dataset.icon));
+  if (element.title) element.setAttribute("aria-label", element.title);
+}
+
+// Return a copy of a template: its root, and each element with a data-part by name.
+function copyOf(id) {
+  const root = $(id).content.firstElementChild.cloneNode(true);
+  const parts = {root};
+  for (const element of root.querySelectorAll("[data-part]"))
+    parts[element.dataset.part] = element;
+  root.querySelectorAll("[data-icon]").forEach(addIcon);
+  return parts;
+}
+
 const button = (label, onclick, kind = "button") =>
   h("button", {class: kind, onclick}, label);
 
-const iconButton = (name, label, onclick, kind = "bare") =>
-  h("button", {class: kind, "aria-label": label, title: label, onclick}, icon(name));
+function iconButton(name, label, onclick, kind = "bare") {
+  const element = h(
+    "button",
+    {class: kind, "aria-label": label, title: label},
+    icon(name),
+  );
+  if (onclick) on(element, "click", onclick);
+  return element;
+}
 
-// The children of an element, one for each item; those of the same key are reused.
+// The children of an element, one per item; children with the same key are reused.
 class Keyed {
   constructor(parent, key, make) {
     this.parent = parent;
@@ -18160,19 +17968,23 @@ class Keyed {
   }
 }
 
-// Return a line of a list: a name, what there is to say, what can be done.
+// Return a list item: a name, a detail, buttons.
 const listRow = (name, detail, ...tools) =>
-  h("li", {}, h("span", {class: "name"}, name), h("span", {class: "detail"}, detail),
-    tools);
+  h(
+    "li",
+    h("span", {class: "name"}, name),
+    h("span", {class: "detail"}, detail),
+    tools,
+  );
 
-// Put text on the clipboard; the newer way needs https or localhost.
+// Copy text to the clipboard; the newer API needs https or localhost.
 async function copy(text, button) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
     const area = h("textarea", {class: "unseen", "aria-hidden": "true"});
     area.value = text;
-    // A modal dialog makes all that is outside of it inert.
+    // A modal dialog makes everything outside it inert.
     (button.closest("dialog") || document.body).append(area);
     area.select();
     document.execCommand("copy");
@@ -18190,20 +18002,22 @@ async function copy(text, button) {
   }, 1500);
 }
 
-const copyButton = (label, text) => {
-  const button = iconButton("copy", label, () => copy(text(), button));
-  return button;
-};
+const copyButton = (label, text) => onClickCopy(iconButton("copy", label), text);
 
-// Have a screen reader say something.
+function onClickCopy(button, text) {
+  on(button, "click", () => copy(text(), button));
+  return button;
+}
+
+// Make screen readers read a text.
 function announce(text) {
   $("live").textContent = text;
 }
 
-let toastTimer; // the one thing on the page that goes away by itself
+let toastTimer; // hides the toast
 
-// Say what went wrong, for a while.
-function complain(error) {
+// Show an error for 8 s.
+function showError(error) {
   const toast = $("toast");
   toast.textContent = error.message || String(error);
   toast.hidden = false;
@@ -18211,7 +18025,7 @@ function complain(error) {
   toastTimer = setTimeout(() => (toast.hidden = true), 8000);
 }
 
-// Let a person edit the text of `element` where it stands.
+// Replace the text of `element` by an input field until it is saved or cancelled.
 function editInPlace(element, text, label, save) {
   if (element.querySelector("input")) return;
   const input = h("input", {class: "edit", "aria-label": label, maxlength: 200});
@@ -18233,7 +18047,7 @@ function editInPlace(element, text, label, save) {
     finish(event.key === "Enter");
     element.closest("li, article, header")?.querySelector("a, button")?.focus();
   });
-  element.dataset.edited = "yes"; // whoever redraws leaves it alone
+  element.dataset.edited = "yes"; // views leave it alone meanwhile
   fill(element, input);
   input.select();
 }
@@ -18245,7 +18059,7 @@ const dotted = (...parts) => parts.filter(Boolean).join(" · ");
 const plural = (count, word) =>
   `${count.toLocaleString()} ${word}${count === 1 ? "" : "s"}`;
 
-function bytes(count) {
+function formatBytes(count) {
   if (count == null) return "";
   const units = ["B", "kB", "MB", "GB", "TB"];
   let unit = 0;
@@ -18253,18 +18067,15 @@ function bytes(count) {
   return `${count >= 100 ? Math.round(count) : +count.toFixed(1)} ${units[unit]}`;
 }
 
-// Return seconds as a person says them, in two units at most.
-function duration(seconds) {
+const UNITS = {d: 86400, h: 3600, min: 60, s: 1};
+
+// Return a duration in at most two units.
+function formatDuration(seconds) {
   if (seconds < 0.1) return `${Math.max(0, Math.round(seconds * 1000))} ms`;
   if (seconds < 10) return `${seconds.toFixed(1)} s`;
   const parts = [];
   let rest = Math.round(seconds);
-  for (const [size, unit] of [
-    [86400, "d"],
-    [3600, "h"],
-    [60, "min"],
-    [1, "s"],
-  ]) {
+  for (const [unit, size] of Object.entries(UNITS)) {
     if (rest >= size && parts.length < 2)
       parts.push(`${Math.floor(rest / size)} ${unit}`);
     else if (parts.length) break;
@@ -18280,8 +18091,8 @@ const fullFormat = new Intl.DateTimeFormat([], {
   timeStyle: "medium",
 });
 
-// Return a point in time as short as it is unmistakable today.
-function moment(ms) {
+// Return a time, with its date unless it is today.
+function formatTime(ms) {
   const date = new Date(ms);
   const clock = clockFormat.format(date);
   const today = new Date().toDateString() === date.toDateString();
@@ -18291,10 +18102,8 @@ function moment(ms) {
 function ago(ms) {
   const seconds = (Date.now() - ms) / 1000;
   if (seconds < 60) return "just now";
-  return `${duration(Math.floor(seconds / 60) * 60)
-    .split(" ")
-    .slice(0, 2)
-    .join(" ")} ago`;
+  const [count, unit] = formatDuration(Math.floor(seconds / 60) * 60).split(" ");
+  return `${count} ${unit} ago`;
 }
 
 const outputSize = row => (row.stdoutBytes || 0) + (row.stderrBytes || 0);
@@ -18302,41 +18111,42 @@ const outputSize = row => (row.stdoutBytes || 0) + (row.stderrBytes || 0);
 const PLATFORMS = {linux: "Linux", macos: "macOS"};
 const platformName = platform => PLATFORMS[platform] || platform;
 
-// Return how a command stands, in words, and the kind of mark it deserves.
-function verdict(command) {
-  const where = command.node || "The machine";
-  const approval = command.approval?.state;
-  if (approval === "asked") return ["wait", "Waits for your approval"];
-  if (approval === "denied") {
-    return ["bad", `Denied${command.approval.by ? ` by ${command.approval.by}` : ""}`];
-  }
-  if (approval === "expired") return ["bad", "Not run: nobody approved it in time"];
-  if (command.lost) return ["bad", `Lost: ${where} does not know how it ended`];
-  if (command.timedOut) return ["bad", "Ended at its time limit"];
-  if (command.cancelled) return ["off", "Stopped"];
-  if (command.error) return ["bad", command.error];
-  if (command.signal) return ["bad", `Ended by signal ${command.signal}`];
-  if (command.exitCode === 0) return ["ok", "Succeeded"];
-  if (command.exitCode != null)
-    return ["bad", `Failed with exit status ${command.exitCode}`];
-  if (command.waiting) return ["wait", `Waits for ${where} to come back`];
-  if (command.place) return ["wait", `Number ${command.place} in line on ${where}`];
-  return command.endedAt ? ["off", "Ended"] : ["run", "Running"];
+// Return the kind of a job's dot, a CSS class.
+function jobKind({state, failed, place, awayMs}) {
+  if (state === "queued" || place || awayMs != null) return "wait";
+  if (state === "running") return "run";
+  if (state === "cancelled") return "off";
+  return failed ? "bad" : "ok";
+}
+
+// Return the state of a card's command: the kind of its dot, words.
+function cardStatus({state, command, job}) {
+  const {approval, error} = command;
+  if (approval?.state === "asked") return ["wait", "waiting for your approval"];
+  if (job) return [jobKind(job), job.words];
+  if (approval?.state === "denied" || approval?.state === "expired")
+    return ["bad", dotted(approval.state, approval.by)];
+  if (error) return ["bad", error];
+  return state === "running" ? ["run", "starting"] : ["off", "not started"];
 }
 
 // == terminal ==
 
-const HEAD_LINES = 300; // kept from the beginning of an output
-const TAIL_LINES = 1500; // and from its end; the gateway has the rest
-const LINE_LIMIT = 5000; // characters of one line; the rest of it is not shown
+const MAX_LINES = 1500; // of an output on the page; the gateway has all of them
+const LINE_LIMIT = 5000; // characters; the rest of a line is not shown
 
-const TOKEN = new RegExp(["\\x1b\\[[0-?]*[ -/]*[@-~]", // CSI: colours and movement
-"\\x1b[\\]PX^_][^\\x07\\x1b]*(?:\\x07|\\x1b\\\\)", // titles, links and the like
-"\\x1b[ -/]*[0-OQ-WYZ\\\\`-~]", // two characters, or with something between
-"[\\x00-\\x1a\\x1c-\\x1f\\x7f\\x80-\\x9f]", "[^\\x00-\\x1f\\x7f-\\x9f]+"].join("|"),
-  "gy");
+const TOKEN = new RegExp(
+  [
+    "\\x1b\\[[0-?]*[ -/]*[@-~]", // CSI: colours and movement
+    "\\x1b[\\]PX^_][^\\x07\\x1b]*(?:\\x07|\\x1b\\\\)", // titles, links and the like
+    "\\x1b[ -/]*[0-OQ-WYZ\\\\`-~]", // two characters, or with intermediates
+    "[\\x00-\\x1a\\x1c-\\x1f\\x7f\\x80-\\x9f]",
+    "[^\\x00-\\x1f\\x7f-\\x9f]+",
+  ].join("|"),
+  "gy",
+);
 
-// A terminal's first 16 colours, all readable on the dark ground.
+// The first 16 colours of a terminal, all readable on the dark background.
 const COLORS = (
   "8a949f ff8078 7ddc8a e3b94e 79b8ff d2a8ff 5fd3dc dde2e7 " +
   "9ba5b0 ffa29b a3eeae f3d06d a8d1ff e2c6ff 93e6ec ffffff"
@@ -18355,7 +18165,7 @@ function indexedColor(index) {
   return `rgb(${levels.map(level)})`;
 }
 
-// How text looks after the colour sequences so far ("SGR", ECMA-48 8.3.117).
+// The style of text after the colour sequences so far (SGR, ECMA-48 8.3.117).
 class Pen {
   constructor() {
     this.reset();
@@ -18387,12 +18197,12 @@ class Pen {
     else if (tens === 4 || tens === 10) this.ground(indexedColor(index));
   }
 
-  // A ground is darker than ink of the same name: what stands on it can be read.
+  // A background is darker than the text colour of the same name, for contrast.
   ground(color) {
     this.background = `color-mix(in srgb, ${color} 40%, #000)`;
   }
 
-  // Take 38;5;n or 38;2;r;g;b; return how many codes that were.
+  // Set a colour from 5;n or 2;r;g;b; return how many codes that were.
   extended(code, [kind, ...levels]) {
     const color =
       kind === 5
@@ -18415,36 +18225,59 @@ class Pen {
   }
 }
 
-// What a program has written, as the lines that a terminal would show.
+// The end of a program's output, as lines of a terminal.
 class Terminal {
   constructor() {
-    this.head = [];
-    this.headLimit = HEAD_LINES;
-    this.tail = [];
-    this.dropped = 0; // lines between head and tail
-    this.missing = 0; // bytes between them that never came
-    this.pen = new Pen();
-    this.rest = ""; // an escape sequence of which the end has not come
-    this.column = 0;
+    this.dropped = 0; // lines before `lines`, no longer kept
+    this.isCut = false; // output before the first line was never written here
+    this.begin();
+  }
+
+  begin() {
+    this.lines = [];
     this.line = {runs: [], length: 0};
-    this.watcher = null; // called after each write
+    this.column = 0;
+    this.pen = new Pen();
+    this.rests = {}; // an incomplete escape sequence, by stream
+  }
+
+  get count() {
+    return this.dropped + this.lines.length + (this.line.length ? 1 : 0);
+  }
+
+  // Return line `number`, counted from 0; undefined if it is not kept.
+  at(number) {
+    const place = number - this.dropped;
+    return place === this.lines.length ? this.line : this.lines[place];
+  }
+
+  text() {
+    const lines = this.line.length ? [...this.lines, this.line] : this.lines;
+    const shown = lines.map(({runs}) => runs.map(([text]) => text).join(""));
+    return (this.isCut || this.dropped ? ["…", ...shown] : shown).join("\n");
+  }
+
+  // Drop all lines; numbering continues.
+  clear() {
+    this.dropped = this.count;
+    this.isCut = true;
+    this.begin();
   }
 
   write(text, isError = false) {
-    text = this.rest + text;
-    this.rest = "";
+    text = (this.rests[isError] || "") + text;
+    this.rests[isError] = "";
     TOKEN.lastIndex = 0;
     while (TOKEN.lastIndex < text.length) {
       const at = TOKEN.lastIndex;
       const token = TOKEN.exec(text)?.[0];
       if (token === undefined) {
-        // The beginning of a sequence waits for its end, unless it is none.
-        if (text.length - at < 4096) this.rest = text.slice(at);
+        // Keep an incomplete sequence for the next write; limit what is none.
+        if (text.length - at < 4096) this.rests[isError] = text.slice(at);
         break;
       }
       this.take(token, isError);
     }
-    this.watcher?.();
   }
 
   take(token, isError) {
@@ -18462,7 +18295,7 @@ class Terminal {
     const last = token.at(-1);
     if (token[1] !== "[") return;
     if (last === "m") this.pen.set(token.slice(2, -1).split(/[;:]/).map(Number));
-    // Progress bars clear what is right of them, or the whole line.
+    // Progress bars erase to the end of the line, or all of it.
     else if (last === "K") this.erase(token === "\x1b[2K" ? 0 : this.column);
     else if (last === "G")
       this.column = Math.max(1, parseInt(token.slice(2), 10) || 1) - 1;
@@ -18481,11 +18314,11 @@ class Terminal {
     else if (text) line.runs.push([text, style]);
     line.runs.push(...after);
     this.column += text.length;
-    line.length = Math.max(this.column,
-      line.length + after.reduce((n, [t]) => n + t.length, 0));
+    const afterLength = after.reduce((length, [part]) => length + part.length, 0);
+    line.length = Math.max(this.column, line.length + afterLength);
   }
 
-  // Return the runs of the line from one column to another.
+  // Return the runs between two columns of the line.
   cut(from, to) {
     if (from >= this.line.length) return [];
     const found = [];
@@ -18505,70 +18338,25 @@ class Terminal {
   }
 
   newLine() {
-    if (this.head.length < this.headLimit) this.head.push(this.line);
-    else this.tail.push(this.line);
-    if (this.tail.length >= 2 * TAIL_LINES) {
-      this.tail.splice(0, TAIL_LINES);
-      this.dropped += TAIL_LINES;
+    this.lines.push(this.line);
+    if (this.lines.length >= 2 * MAX_LINES) {
+      this.lines.splice(0, MAX_LINES);
+      this.dropped += MAX_LINES;
     }
     this.line = {runs: [], length: 0};
     this.column = 0;
   }
-
-  // Note that `count` bytes are missing: what follows them is the tail.
-  skip(count) {
-    this.newLine();
-    this.headLimit = this.head.length;
-    this.dropped += this.tail.length;
-    this.tail = [];
-    this.missing += count;
-    this.rest = "";
-    this.pen.reset();
-  }
-
-  get count() {
-    return (
-      this.head.length + this.dropped + this.tail.length + (this.line.length ? 1 : 0)
-    );
-  }
-
-  // Return line `number`, counted from 0, where it is kept.
-  at(number) {
-    if (number < this.head.length) return this.head[number];
-    const place = number - this.head.length - this.dropped;
-    return place === this.tail.length ? this.line : this.tail[place];
-  }
-
-  text() {
-    const shown = lines => lines.map(l => l.runs.map(([text]) => text).join(""));
-    const left = this.dropped || this.missing ? ["… not all is shown …"] : [];
-    const last = this.line.length ? [this.line] : [];
-    return [...shown(this.head), ...left, ...shown([...this.tail, ...last])].join("\n");
-  }
 }
 
-// A terminal on the page: its first and its last lines, drawn once a frame.
+// The last lines of a log on the page, drawn at most once per frame.
 class Screen {
-  constructor(label) {
-    this.first = h("div");
-    this.gap = h("p", {class: "gap", hidden: true});
-    this.last = h("div");
-    this.root = h("div",
-      {class: "screen", tabindex: 0, role: "region", "aria-label": label}, this.first,
-      this.gap, this.last);
+  constructor(log, {screen, cut, lines}) {
+    Object.assign(this, {log, screen, cut, lines});
+    this.drawn = 0; // lines drawn so far, those already removed included
     this.scheduled = false;
-    this.terminal = null;
-  }
-
-  show(terminal) {
-    if (this.terminal === terminal) return;
-    if (this.terminal) this.terminal.watcher = null;
-    this.terminal = terminal;
-    terminal.watcher = () => this.schedule();
-    this.clear();
-    this.draw();
-    this.follows = true;
-    this.schedule(); // when it stands on the page, and has a height
+    this.follows = true; // keep the newest line visible
+    log.onNews = () => this.schedule();
+    this.schedule();
   }
 
   schedule() {
@@ -18581,45 +18369,29 @@ class Screen {
   }
 
   draw() {
-    const {terminal, root} = this;
-    const below = root.scrollHeight - root.scrollTop - root.clientHeight;
+    const {log, lines, screen} = this;
+    const below = screen.scrollHeight - screen.scrollTop - screen.clientHeight;
     const follows = this.follows || below < 30;
-    this.follows = false;
-    const {count} = terminal;
-    const limit = terminal.headLimit;
-    const tailStart = Math.max(limit + terminal.dropped, count - TAIL_LINES);
-    if (this.limit !== limit) this.clear();
-    this.limit = limit;
-    // Of the lines drawn, only the one being written can change.
+    log.settle();
+    const {count, dropped, isCut} = log.terminal;
+    const first = Math.max(dropped, count - MAX_LINES);
+    // Only the last drawn line can have changed.
+    if (this.drawn) lines.lastChild?.remove();
     const from = Math.max(0, this.drawn - 1);
-    if (this.drawn) (from < limit ? this.first : this.last).lastChild?.remove();
-    for (let n = from; n < Math.min(count, limit); n += 1) {
-      this.first.append(this.draft(n));
-    }
-    while (this.last.firstChild && from - this.last.childElementCount < tailStart) {
-      this.last.firstChild.remove();
-    }
-    for (let n = Math.max(from, tailStart); n < count; n += 1) {
-      this.last.append(this.draft(n));
-    }
+    while (lines.firstChild && from - lines.childElementCount < first)
+      lines.firstChild.remove();
+    for (let n = Math.max(from, first); n < count; n += 1)
+      lines.append(this.draft(log.terminal.at(n)));
     this.drawn = count;
-    const hidden = dotted(tailStart > limit && plural(tailStart - limit, "line"),
-      terminal.missing && bytes(terminal.missing));
-    this.gap.hidden = !hidden;
-    if (hidden) say(this.gap, `… ${hidden} not shown …`);
-    root.classList.toggle("empty", count === 0);
-    if (follows) root.scrollTop = root.scrollHeight;
+    this.cut.hidden = !isCut && !first;
+    screen.classList.toggle("empty", count === 0);
+    if (follows) screen.scrollTop = screen.scrollHeight;
+    this.follows = false;
   }
 
-  clear() {
-    this.drawn = 0; // lines that stand on the page, or stood there
-    fill(this.first);
-    fill(this.last);
-  }
-
-  draft(number) {
+  draft({runs}) {
     const line = h("div");
-    for (const [text, style] of this.terminal.at(number)?.runs || []) {
+    for (const [text, style] of runs) {
       if (style === PLAIN) {
         line.append(text);
         continue;
@@ -18636,17 +18408,22 @@ class Screen {
 // == Markdown ==
 
 const SAFE_LINK = /^(?:https?:\/\/|mailto:)/i;
-const INLINE = new RegExp(["\\\\(?<escaped>[!-/:-@[-`{-~])",
-  "(?<ticks>`+)(?<code>[^`]|[^`].*?[^`])\\k<ticks>(?!`)",
-  "!?\\[(?<label>(?:[^\\[\\]\\\\]|\\\\.)*)\\]" +
-    "\\((?<target>[^()\\s]*(?:\\([^()\\s]*\\))?[^()\\s]*)[^)]*\\)",
-  "<(?<auto>(?:https?://|mailto:)[^\\s<>]+)>",
-  "(?<url>https?://[^\\s<>\"'`]*[^\\s<>\"'`.,;:!?)\\]}*_])",
-  "(?<mark>\\*\\*\\*|\\*\\*|\\*|~~)(?=\\S)(?<strong>.*?\\S)\\k<mark>(?!\\*)",
-  "(?<![\\w_])(?<line>__|_)(?=\\S)(?<under>.*?\\S)\\k<line>(?!\\w)",
-  "(?<hard>  +|\\\\)\\n"].join("|"), "s");
+const INLINE = new RegExp(
+  [
+    "\\\\(?<escaped>[!-/:-@[-`{-~])",
+    "(?<ticks>`+)(?<code>[^`]|[^`].*?[^`])\\k<ticks>(?!`)",
+    "!?\\[(?<label>(?:[^\\[\\]\\\\]|\\\\.)*)\\]" +
+      "\\((?<target>[^()\\s]*(?:\\([^()\\s]*\\))?[^()\\s]*)[^)]*\\)",
+    "<(?<auto>(?:https?://|mailto:)[^\\s<>]+)>",
+    "(?<url>https?://[^\\s<>\"'`]*[^\\s<>\"'`.,;:!?)\\]}*_])",
+    "(?<mark>\\*\\*\\*|\\*\\*|\\*|~~)(?=\\S)(?<strong>.*?\\S)\\k<mark>(?!\\*)",
+    "(?<![\\w_])(?<line>__|_)(?=\\S)(?<under>.*?\\S)\\k<line>(?!\\w)",
+    "(?<hard>  +|\\\\)\\n",
+  ].join("|"),
+  "s",
+);
 
-// Return the nodes of a paragraph's text; what is not understood stays text.
+// Return the nodes of a paragraph's text; unknown syntax stays text.
 function inline(text) {
   const nodes = [];
   let match;
@@ -18660,7 +18437,7 @@ function inline(text) {
 
 function inlineNode(found, source) {
   if (found.escaped) return found.escaped;
-  if (found.code) return h("code", {}, found.code.replace(/^ (.+) $/s, "$1"));
+  if (found.code) return h("code", found.code.replace(/^ (.+) $/s, "$1"));
   if (found.label !== undefined)
     return linkNode(found.target, inline(found.label), source);
   if (found.auto || found.url) {
@@ -18669,10 +18446,14 @@ function inlineNode(found, source) {
   }
   if (found.hard) return h("br");
   const inner = inline(found.strong || found.under);
-  const tags = {"***": ["strong", "em"], "**": ["strong"], __: ["strong"],
-    "~~": ["del"]};
+  const tags = {
+    "***": ["strong", "em"],
+    "**": ["strong"],
+    __: ["strong"],
+    "~~": ["del"],
+  };
   const names = tags[found.mark || found.line] || ["em"];
-  return names.reduceRight((children, tag) => [h(tag, {}, children)], inner)[0];
+  return names.reduceRight((children, tag) => [h(tag, children)], inner)[0];
 }
 
 function linkNode(target, label, source) {
@@ -18685,7 +18466,7 @@ const ITEM = /^( *)(?:([-*+])|(\d{1,9})[.)])(?: +|$)/;
 const TABLE_RULE = /^ {0,3}\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 const ENDS_PARAGRAPH = /^ {0,3}(?:#{1,6}\s|>|`{3}|~{3}|(?:[-*_] *){3,}$)/;
 
-// Return the blocks of a Markdown text: the kind and the lines of each.
+// Return the blocks of a Markdown text, each with its kind and lines.
 function blocks(lines) {
   const found = [];
   let at = 0;
@@ -18709,10 +18490,16 @@ function blocks(lines) {
     else if (/^ {0,3}(?:(?:- *){3,}|(?:\* *){3,}|(?:_ *){3,})$/.test(line)) {
       take("rule", at + 1);
     } else if (/^ {0,3}>/.test(line))
-      take("quote", until(at, l => !/^ {0,3}>/.test(l)));
+      take(
+        "quote",
+        until(at, l => !/^ {0,3}>/.test(l)),
+      );
     else if (ITEM.test(line)) take("list", listEnd(lines, at));
     else if (line.includes("|") && TABLE_RULE.test(lines[at + 1] || "")) {
-      take("table", until(at + 2, l => !l.includes("|")));
+      take(
+        "table",
+        until(at + 2, l => !l.includes("|")),
+      );
     } else {
       const stops = (l, n) =>
         n > at &&
@@ -18723,7 +18510,7 @@ function blocks(lines) {
   return found;
 }
 
-// Return where the list ends that begins at line `at`.
+// Return the end of the list that begins at line `at`.
 function listEnd(lines, at) {
   const indent = ITEM.exec(lines[at])[1].length;
   const ordered = Boolean(ITEM.exec(lines[at])[3]);
@@ -18763,10 +18550,9 @@ function itemNode(lines) {
   if (task) lines[0] = (task[1] === " " ? "☐ " : "☑ ") + lines[0].slice(4);
   const text = [lines[0], ...lines.slice(1).map(line => line.slice(indent))];
   const children = blocks(text).map(blockNode);
-  // A short item reads better without the air around a paragraph.
+  // Items of one paragraph are set without its margins.
   const tight = children[0]?.tagName === "P" && !lines.includes("");
-  return h("li", {}, tight ? [...children[0].childNodes] : children[0],
-    children.slice(1));
+  return h("li", tight ? [...children[0].childNodes] : children[0], children.slice(1));
 }
 
 function tableNode(lines) {
@@ -18777,21 +18563,39 @@ function tableNode(lines) {
       .split(/(?<!\\)\|/)
       .map(cell => cell.trim().replaceAll("\\|", "|"));
   const sides = cells(lines[1]).map(rule =>
-    /^:-+:$/.test(rule) ? "center" : /-:$/.test(rule) ? "number" : null);
+    /^:-+:$/.test(rule) ? "center" : /-:$/.test(rule) ? "number" : null,
+  );
   const row = tag => line =>
-    h("tr", {},
-      sides.map((side, n) => h(tag, {class: side}, inline(cells(line)[n] ?? ""))));
-  return h("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
-    h("table", {}, h("thead", {}, row("th")(lines[0])),
-      h("tbody", {}, lines.slice(2).map(row("td")))));
+    h(
+      "tr",
+      sides.map((side, n) => h(tag, {class: side}, inline(cells(line)[n] ?? ""))),
+    );
+  return h(
+    "div",
+    {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
+    h(
+      "table",
+      h("thead", row("th")(lines[0])),
+      h("tbody", lines.slice(2).map(row("td"))),
+    ),
+  );
 }
 
 function codeNode(lines) {
   const [, fence, language] = FENCE.exec(lines[0]);
   const closed = lines.length > 1 && lines.at(-1).trim().startsWith(fence);
   const text = lines.slice(1, closed ? -1 : undefined).join("\n");
-  return h("div", {class: "code"}, h("div", {class: "code-head"}, language || "code",
-    copyButton("Copy code", () => text)), h("pre", {tabindex: 0}, h("code", {}, text)));
+  return h(
+    "div",
+    {class: "code"},
+    h(
+      "div",
+      {class: "code-head"},
+      language || "code",
+      copyButton("Copy code", () => text),
+    ),
+    h("pre", {tabindex: 0}, h("code", text)),
+  );
 }
 
 function blockNode({kind, lines}) {
@@ -18801,21 +18605,21 @@ function blockNode({kind, lines}) {
   if (kind === "table") return tableNode(lines);
   if (kind === "quote") {
     const inner = lines.map(line => line.replace(/^ {0,3}> ?/, ""));
-    return h("blockquote", {}, blocks(inner).map(blockNode));
+    return h("blockquote", blocks(inner).map(blockNode));
   }
   if (kind === "heading") {
-    const [, marks, text] = /^ {0,3}(#+)\s+(.*?)\s*#*$/.exec(lines[0]) || [0, "#",
-      lines[0]];
-    // The page's own headings are h1 and h2.
-    return h(`h${Math.min(6, marks.length + 2)}`, {}, inline(text));
+    const [, marks, text] = /^ {0,3}(#+)\s+(.*?)\s*#*$/s.exec(lines[0]);
+    // h1 and h2 are the page's own headings.
+    return h(`h${Math.min(6, marks.length + 2)}`, inline(text));
   }
-  return h("p", {}, inline(lines.map(line => line.trimStart()).join("\n")));
+  return h("p", inline(lines.map(line => line.trimStart()).join("\n")));
 }
 
-// Show a Markdown text; blocks that have not changed stay as they are.
+// Show a Markdown text; unchanged blocks keep their nodes.
 function showMarkdown(element, text) {
   const found = blocks(
-    text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"));
+    text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"),
+  );
   const sources = found.map(({lines}) => lines.join("\n"));
   const before = element.sources || [];
   let same = 0;
@@ -18837,37 +18641,39 @@ const EVENTS = [
   "device.pair.resolved",
 ];
 const CALL_TIMEOUT = 30_000; // ms
-const SILENCE = 45_000; // ms without a word from the gateway until it is asked
+const SILENCE = 45_000; // ms without a message, then the gateway is probed
 const RETRY_FIRST = 500; // ms
 const RETRY_MAX = 15_000; // ms
 
 const callError = (code, message) => Object.assign(new Error(message), {code});
 
-// The connection to the gateway, which comes back by itself.
+// The connection to the gateway; it reconnects by itself.
 class Link {
   constructor(handlers) {
-    this.handlers = handlers; // up(), down(retryAt), refused(), event(name, payload)
+    // up(hello), down(retryAt), refused(error), event(name, payload), data(bytes)
+    this.handlers = handlers;
     this.calls = new Map();
     this.counter = 0;
     this.failures = 0;
     this.socket = null;
-    setInterval(() => this.listen(), SILENCE / 3);
+    setInterval(() => this.probe(), SILENCE / 3);
     on(window, "online", () => this.retryNow());
-    on(window, "visibilitychange", () => this.listen());
+    on(window, "visibilitychange", () => this.probe());
   }
 
   open() {
     clearTimeout(this.timer);
     const socket = new WebSocket(socketAddress());
+    socket.binaryType = "arraybuffer";
     this.socket = socket;
     this.isUp = false;
-    this.heard = Date.now();
+    this.lastMessageAt = Date.now();
     on(socket, "open", () => this.introduce(socket));
     on(socket, "message", event => this.take(socket, event.data));
     on(socket, "close", () => this.lost(socket));
   }
 
-  // Stop, and stay so until open().
+  // Close the connection until open() is called.
   close() {
     clearTimeout(this.timer);
     const {socket} = this;
@@ -18902,9 +18708,11 @@ class Link {
   }
 
   introduce(socket) {
-    const params = {protocol: {min: 4, max: 4},
+    const params = {
+      protocol: {min: 4, max: 4},
       client: {id: "page", version: "1", platform: "browser", mode: "ui"},
-      role: "operator"};
+      role: "operator",
+    };
     const up = hello => {
       this.isUp = true;
       this.failures = 0;
@@ -18919,10 +18727,14 @@ class Link {
     this.request("connect", params, 10_000, up, refused);
   }
 
-  take(socket, text) {
-    if (socket !== this.socket || typeof text !== "string") return;
-    this.heard = Date.now();
-    const envelope = JSON.parse(text);
+  take(socket, message) {
+    if (socket !== this.socket) return;
+    this.lastMessageAt = Date.now();
+    if (message instanceof ArrayBuffer) {
+      this.handlers.data(new Uint8Array(message));
+      return;
+    }
+    const envelope = JSON.parse(message);
     if (envelope.type === "event") {
       this.handlers.event(envelope.event, envelope.payload ?? {});
       return;
@@ -18939,7 +18751,7 @@ class Link {
     if (socket !== this.socket) return;
     this.isUp = false;
     this.failAll();
-    // Half of the wait is chance: a gateway that restarts is not met by all at once.
+    // Half of the wait is random: pages reconnect to a restarted gateway one by one.
     const wait = Math.min(RETRY_MAX, RETRY_FIRST * 2 ** this.failures);
     const delay = wait / 2 + (Math.random() * wait) / 2;
     this.failures += 1;
@@ -18956,10 +18768,11 @@ class Link {
     }
   }
 
-  // A cable that was pulled closes nothing: ask whether anybody is there.
-  async listen() {
+  // A pulled cable closes no socket: probe the gateway.
+  async probe() {
     const {socket} = this;
-    if (document.hidden || !this.isUp || Date.now() - this.heard < SILENCE) return;
+    if (document.hidden || !this.isUp || Date.now() - this.lastMessageAt < SILENCE)
+      return;
     try {
       await this.call("subscribe", {events: []}, 8000);
     } catch (error) {
@@ -18971,19 +18784,119 @@ class Link {
   }
 }
 
+// == job logs ==
+
+const LOG_DATA = 1; // kind of binary message
+const STDOUT = 1; // kind of log frame
+const STDERR = 2;
+const FRAME_HEAD = 5; // bytes: kind, length of the data
+const TAIL = 256 * 1024; // bytes; the part of a log that the page reads
+
+const viewOf = bytes => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+
+// Return job id, offset and frames of a LOG_DATA message, null for other kinds.
+function decodeLogData(message) {
+  if (message[0] !== LOG_DATA) return null;
+  const hex = [...message.subarray(1, 17)].map(n => n.toString(16).padStart(2, "0"));
+  const parts = /^(.{8})(.{4})(.{4})(.{4})(.{12})$/.exec(hex.join(""));
+  const offset = Number(viewOf(message).getBigUint64(17));
+  return {id: parts.slice(1).join("-"), offset, frames: message.subarray(25)};
+}
+
+// Yield kind, data and end of each whole frame; the end counts from the first frame.
+function* logFrames(bytes) {
+  const view = viewOf(bytes);
+  for (let at = 0; at + FRAME_HEAD <= bytes.length;) {
+    const end = at + FRAME_HEAD + view.getUint32(at + 1);
+    if (end > bytes.length) return;
+    yield {kind: bytes[at], data: bytes.subarray(at + FRAME_HEAD, end), end};
+    at = end;
+  }
+}
+
+const newDecoders = () => ({
+  [STDOUT]: new TextDecoder(),
+  [STDERR]: new TextDecoder(),
+});
+
+// The end of a job's output; it grows while the page follows the job.
+class JobLog {
+  constructor(id) {
+    this.id = id;
+    this.terminal = new Terminal();
+    this.offset = 0; // of the next byte of the log
+    this.isComplete = false;
+    this.pending = []; // [kind, bytes] not yet written to the terminal
+    this.pendingSize = 0; // bytes
+    this.decoders = newDecoders();
+    this.onNews = null; // called after output was added
+  }
+
+  // Return the log of a command of the first edition, which left only text.
+  static ofText(id, text) {
+    const known = new JobLog(id);
+    known.terminal.write(text);
+    known.isComplete = true;
+    return known;
+  }
+
+  // Add frames; after a reconnect some of them are known.
+  take(offset, frames) {
+    if (offset > this.offset) {
+      this.leaveOut(this.pending.length);
+      this.offset = offset;
+    }
+    for (const {kind, data, end} of logFrames(frames)) {
+      if (offset + end <= this.offset) continue;
+      this.offset = offset + end;
+      if (!this.decoders[kind]) continue;
+      this.pending.push([kind, data]);
+      this.pendingSize += data.length;
+    }
+    // Commands can write faster than the page can draw.
+    if (this.pendingSize > 2 * TAIL) this.leaveOutOldest();
+    this.onNews?.();
+  }
+
+  leaveOutOldest() {
+    let count = 0;
+    for (let size = this.pendingSize; size > TAIL; count += 1)
+      size -= this.pending[count][1].length;
+    this.leaveOut(count);
+  }
+
+  // Drop the first `count` pending pieces and all output before them.
+  leaveOut(count) {
+    for (const [, data] of this.pending.splice(0, count))
+      this.pendingSize -= data.length;
+    this.terminal.clear();
+    this.decoders = newDecoders();
+  }
+
+  // Write pending output to the terminal.
+  settle() {
+    for (const [kind, data] of this.pending) {
+      const text = this.decoders[kind].decode(data, {stream: true});
+      this.terminal.write(text, kind === STDERR);
+    }
+    this.pending = [];
+    this.pendingSize = 0;
+  }
+}
+
 // == state ==
 
-const MAIN = "main"; // the key of the session that is always there
-const SHELL = "shell"; // the model that is always there
+const MAIN = "main"; // key of the session that cannot be deleted
+const SHELL = "shell"; // id of the model that runs commands as typed
 const LOCAL = "local";
-const PAGE_SIZE = 100; // rows of the audit at a time
-const ENDED = new Set(["done", "error", "aborted", "interrupted"]);
+const PAGE_SIZE = 100; // rows of the audit per request
+const OPEN = new Set(["queued", "running"]); // states of messages and of jobs
 const RUNS = new Set(["user_message", "iteration", "delta"]); // events of a run
 const RUN_ENDS = new Set(["final", "error", "aborted"]);
-const HISTORY_SPAN = 30 * 60_000; // ms of CPU usage that a sparkline shows
+const HISTORY_SPAN = 30 * 60_000; // ms; CPU usage in a sparkline
 
 const state = {
-  link: "connecting", // "up", "down", "out": nobody is signed in
+  link: "connecting", // "up", "down", "out" (not signed in)
   retryAt: 0,
   route: {page: "chat", key: MAIN},
   sessions: [],
@@ -18992,20 +18905,21 @@ const state = {
   devices: [],
   usage: new Map(), // node id → [[ms, percent], …]
   chats: new Map(), // session key → Chat
-  running: [], // rows of the audit, of commands that run now
+  followed: new Map(), // job id → Chat, for jobs whose logs the gateway sends
+  running: [], // open jobs
   audit: {rows: [], more: false, node: "", result: ""},
   providers: [],
   keys: [],
   logins: [],
-  pin: "", // of the gateway's certificate, where it is not a bought one
-  token: null, // {deviceId, name}: of which the dialog waits for the machine
+  pin: "", // of the gateway's certificate, if no public CA signed it
+  token: null, // {deviceId, name} of the machine that the dialog waits for
   search: "",
 };
 
 const watchers = []; // [topics, draw]
 const touched = new Set();
 
-// Have `draw` called in the frame after a topic changed.
+// Call `draw` in the next frame after a topic changed.
 function watch(topics, draw) {
   watchers.push([topics.split(" "), draw]);
 }
@@ -19023,32 +18937,32 @@ function drawTouched() {
   }
 }
 
-// Call the gateway; say so where it fails.
-async function act(method, params) {
+// Call the gateway; show the error and return null if the call fails.
+async function attempt(method, params) {
   try {
     return await link.call(method, params);
   } catch (error) {
-    complain(error);
+    showError(error);
     return null;
   }
 }
 
-// One session's messages, kept equal to the gateway's by their `seq`.
+// The messages of one session; `seq` numbers keep them equal to the gateway's.
 class Chat {
   constructor(key) {
     this.key = key;
     this.rows = new Map(); // id → message
-    this.outputs = new Map(); // id of a command's message → Output
-    this.seq = 0; // of the newest change that is in here
+    this.logs = new Map(); // job id → JobLog
+    this.seq = 0; // of the newest change applied
     this.loaded = false;
     this.loading = null;
-    this.waiting = []; // events that came while history was asked for
+    this.waiting = []; // events that arrived during fetch()
     this.earlier = false; // the gateway has older messages
-    this.busy = false; // a run is going on
+    this.busy = false; // a turn is running
     this.draft = "";
   }
 
-  // Fetch the last messages, or what followed those that are here.
+  // Fetch the last messages, or the changes since the last fetch.
   load() {
     this.loading ||= this.fetch().finally(() => {
       this.loading = null;
@@ -19065,10 +18979,11 @@ class Chat {
       rows = await link.call("chat.history", params);
     } catch (error) {
       this.waiting = [];
-      if (error.code !== "UNAVAILABLE") complain(error);
+      if (error.code !== "UNAVAILABLE") showError(error);
       return;
     }
-    if (rows.length >= 1000) this.rows.clear(); // more than it tells at once
+    // The gateway sends no more changes at once: older ones are missing.
+    if (rows.length >= 1000) this.rows.clear();
     if (!this.rows.size) this.earlier = rows.length >= 200;
     rows.forEach(row => this.merge(row));
     this.loaded = true;
@@ -19081,7 +18996,7 @@ class Chat {
   async loadEarlier() {
     const first = this.ordered()[0];
     const params = {sessionKey: this.key, before: first.createdAt};
-    const rows = await act("chat.history", params);
+    const rows = await attempt("chat.history", params);
     if (!rows) return;
     this.earlier = rows.length >= 200;
     const seq = this.seq;
@@ -19090,13 +19005,9 @@ class Chat {
     touch("chat");
   }
 
-  merge(row, live = false) {
+  merge(row) {
     this.rows.set(row.id, row);
     this.seq = Math.max(this.seq, row.seq ?? 0);
-    // Output followed as it came need not be drawn again.
-    if (row.command && !(live && this.outputs.get(row.id)?.equals(row.command))) {
-      this.outputs.set(row.id, new Output(row.command));
-    }
   }
 
   take(event) {
@@ -19110,12 +19021,9 @@ class Chat {
     if (event.seq <= this.seq) return;
     this.seq = event.seq;
     const row = this.rows.get(event.messageId);
-    if (event.message) this.merge(event.message, true);
+    if (event.message) this.merge(event.message);
     else if (event.state === "delta" && row) row.text = (row.text || "") + event.text;
-    else if (event.state === "tool_call_output" && row) {
-      this.outputs.get(row.id)?.add(event);
-    }
-    // A command may outlive its run.
+    // A command may outlive its turn.
     if (RUNS.has(event.state)) this.busy = true;
     else if (RUN_ENDS.has(event.state)) this.busy = false;
     touch("chat");
@@ -19124,40 +19032,29 @@ class Chat {
   ordered() {
     return [...this.rows.values()].sort((a, b) => a.createdAt - b.createdAt);
   }
-}
 
-const isOpen = row => row.state === "running" || row.state === "queued";
-
-// A command's output as far as it is here, of which the gateway keeps both ends.
-class Output {
-  constructor({output = [], cut = 0, cutAt, stdoutBytes = 0, stderrBytes = 0}) {
-    this.terminal = new Terminal();
-    output.forEach(([stream, text], n) => {
-      if (cut && n === cutAt) this.terminal.skip(cut);
-      this.terminal.write(text, stream === "stderr");
-    });
-    this.ends = {stdout: stdoutBytes, stderr: stderrBytes};
+  // Return the log of a message's command.
+  logOf({jobId, command: {output}}) {
+    if (!this.logs.has(jobId))
+      this.logs.set(jobId, output ? JobLog.ofText(jobId, output) : new JobLog(jobId));
+    return this.logs.get(jobId);
   }
 
-  // Add what has come; a gateway with more than it can tell leaves out the middle.
-  add({stream, offset, data}) {
-    if (offset > this.ends[stream]) this.terminal.skip(offset - this.ends[stream]);
-    this.ends[stream] = offset + encoder.encode(data).length;
-    this.terminal.write(data, stream === "stderr");
-  }
-
-  // Tell whether nothing is missing here that a newer message has.
-  equals({stdoutBytes = 0, stderrBytes = 0}) {
-    const {stdout, stderr} = this.ends;
-    return !this.terminal.missing && stdout === stdoutBytes && stderr === stderrBytes;
+  updateJob(change) {
+    for (const row of this.rows.values()) {
+      // These are absent when they no longer apply.
+      const before = {...row.job, place: null, awayMs: null};
+      if (row.jobId === change.id) row.job = {...before, ...change};
+    }
+    touch("chat");
   }
 }
 
-const encoder = new TextEncoder();
+const isOpen = ({state}) => OPEN.has(state);
 
 const nodeById = id => state.nodes.find(node => node.nodeId === id);
 
-// Return the machine on which a session runs its commands; also one that is gone.
+// Return the machine on which a session runs its commands, even if it was removed.
 function sessionNode(entry) {
   const id = entry.node_id || LOCAL;
   const gone = state.nodes.length ? "Removed machine" : "…";
@@ -19165,7 +19062,7 @@ function sessionNode(entry) {
   return nodeById(id) || {...unknown, connected: id === LOCAL};
 }
 
-// Return machines in their order: Local, the connected, the others.
+// Return machines in display order: Local, connected, offline.
 function inOrder(nodes) {
   const rank = node => (node.nodeId === LOCAL ? 0 : node.connected ? 1 : 2);
   const name = node => node.displayName;
@@ -19180,7 +19077,8 @@ function currentSession() {
       label: key === MAIN ? "Main" : "",
       model: null,
       node_id: null,
-    });
+    }
+  );
 }
 
 const sessionName = entry =>
@@ -19194,12 +19092,12 @@ function currentChat() {
   return state.chats.get(key);
 }
 
-// Change a session here at once, and on the gateway.
+// Change a session, first here, then on the gateway.
 async function patchSession(key, change) {
   const entry = state.sessions.find(known => known.key === key);
   if (entry) Object.assign(entry, change);
   touch("sessions", "chat");
-  if (!(await act("sessions.patch", {key, ...change}))) refresh("sessions");
+  if (!(await attempt("sessions.patch", {key, ...change}))) refresh("sessions");
 }
 
 async function selectNode(key, nodeId) {
@@ -19207,7 +19105,7 @@ async function selectNode(key, nodeId) {
   const entry = state.sessions.find(known => known.key === key);
   if (entry) entry.node_id = id;
   touch("sessions", "chat");
-  await act("nodes.set_session", {session_key: key, node_id: id});
+  await attempt("nodes.set_session", {session_key: key, node_id: id});
   refresh("sessions");
 }
 
@@ -19223,16 +19121,16 @@ const SOURCES = {
   nodes: async () => (state.nodes = await link.call("node.list")),
   devices: async () => (state.devices = await link.call("device.pair.list")),
   running: async () => {
-    state.running = await link.call("commands.list", {state: "running"});
+    state.running = await link.call("job.list", {state: "open"});
   },
   providers: async () => (state.providers = await link.call("models.providers")),
   keys: async () => (state.keys = await link.call("keys.list")),
   logins: async () => (state.logins = await link.call("logins.list")),
 };
 
-const refreshing = new Map(); // topic → whether it is to be fetched once more
+const refreshing = new Map(); // topic → whether to fetch it once more
 
-// Fetch lists again; many wishes at the same time make one request.
+// Fetch lists again; simultaneous calls for a topic share requests.
 async function refresh(...topics) {
   await Promise.all(topics.map(refreshOne));
 }
@@ -19247,13 +19145,55 @@ async function refreshOne(topic) {
     await SOURCES[topic]();
     touch(topic);
   } catch (error) {
-    // Who may only read has no business with tokens.
+    // A key with only the read scope cannot list tokens.
     const expected = error.code === "FORBIDDEN" && topic === "devices";
-    if (error.code !== "UNAVAILABLE" && !expected) complain(error);
+    if (error.code !== "UNAVAILABLE" && !expected) showError(error);
   }
   const again = refreshing.get(topic);
   refreshing.delete(topic);
   if (again && state.link === "up") await refreshOne(topic);
+}
+
+// Follow a job: the gateway sends the end of its log, then what is added.
+async function followJob(chat, log) {
+  const {id, offset} = log;
+  if (log.isComplete || state.link !== "up" || state.followed.has(id)) return;
+  state.followed.set(id, chat);
+  try {
+    const {job} = await link.call("job.follow", {id, offset, tail: TAIL});
+    chat.updateJob(job);
+  } catch (error) {
+    state.followed.delete(id);
+    if (error.code === "NOT_FOUND")
+      log.isComplete = true; // no longer kept
+    else if (error.code !== "UNAVAILABLE") showError(error);
+  }
+}
+
+// Unfollow all jobs except those of the current chat.
+function unfollowOthers() {
+  const shown = state.route.page === "chat" && currentChat();
+  for (const [id, chat] of state.followed) {
+    if (chat === shown) continue;
+    state.followed.delete(id);
+    // A lost connection follows nothing.
+    link.call("job.unfollow", {id}).catch(() => null);
+  }
+}
+
+function onJobState({ending, ...change}) {
+  const {id} = change;
+  const chat = state.followed.get(id);
+  if (!chat) return;
+  chat.updateJob({...change, ...ending});
+  if (!ending) return;
+  chat.logs.get(id).isComplete = true; // the ending is a log's last frame
+  state.followed.delete(id);
+}
+
+function onLogData(message) {
+  const {id, offset, frames} = decodeLogData(message) || {};
+  state.followed.get(id)?.logs.get(id).take(offset, frames);
 }
 
 async function loadAudit(older = false) {
@@ -19262,7 +19202,7 @@ async function loadAudit(older = false) {
   if (audit.node) params.nodeId = audit.node;
   if (audit.result) params.state = audit.result;
   if (older) params.before = audit.rows.at(-1).seq;
-  const rows = await act("commands.list", params);
+  const rows = await attempt("job.list", params);
   if (!rows) return;
   audit.rows = older ? [...audit.rows, ...rows] : rows;
   audit.more = rows.length === PAGE_SIZE;
@@ -19278,11 +19218,11 @@ async function loadUsage(node) {
     state.usage.set(node.nodeId, [...points, ...known]);
     touch("nodes");
   } catch {
-    state.usage.delete(node.nodeId); // it is asked for again when the page comes back
+    state.usage.delete(node.nodeId); // fetched again after a reconnect
   }
 }
 
-function noteTelemetry(payload) {
+function onTelemetry(payload) {
   const node = nodeById(payload.nodeId);
   if (!node) {
     refresh("nodes");
@@ -19299,34 +19239,35 @@ function noteTelemetry(payload) {
   touch("nodes");
 }
 
-function noteSession({type, sessionKey}) {
+function onSession({type, sessionKey}) {
   if (type === "deleted" || type === "reset") state.chats.delete(sessionKey);
   if (type === "deleted" && state.route.key === sessionKey) go("/chat/main", true);
-  if (type === "reset" && state.route.key === sessionKey) currentChat().load();
+  if (type === "reset") enterRoute();
   refresh("sessions");
 }
 
 const CHANGES_RUNNING = new Set(["tool_call_start", "tool_call_end"]);
 const CHANGES_SESSIONS = new Set(["user_message", ...RUN_ENDS]);
 
-function noteChat(event) {
+function onChat(event) {
   state.chats.get(event.sessionKey)?.take(event);
   if (CHANGES_SESSIONS.has(event.state)) refresh("sessions");
-  if (CHANGES_RUNNING.has(event.state)) noteCommand();
+  if (CHANGES_RUNNING.has(event.state)) refreshCommands();
 }
 
-function noteCommand() {
+function refreshCommands() {
   if (state.route.page === "nodes") refresh("running");
   if (state.route.page === "commands" && state.audit.rows.length <= PAGE_SIZE)
     loadAudit();
 }
 
 const HANDLERS = {
-  chat: noteChat,
-  session: noteSession,
+  chat: onChat,
+  session: onSession,
+  "job.state": onJobState,
   "node.telemetry": payload => {
-    noteTelemetry(payload);
-    noteCommand(); // of those that other clients run nobody tells
+    onTelemetry(payload);
+    refreshCommands(); // no event announces commands of other clients
   },
   presence: () => refresh("nodes", "devices", "models"),
   "device.pair.resolved": () => refresh("nodes", "devices"),
@@ -19339,7 +19280,7 @@ const link = new Link({
     try {
       await link.call("subscribe", {events: EVENTS});
     } catch {
-      return; // lost again: the next connection starts over
+      return; // lost again; the next connection repeats this
     }
     state.usage.clear();
     enterRoute();
@@ -19348,6 +19289,7 @@ const link = new Link({
   },
   down(retryAt) {
     Object.assign(state, {link: "down", retryAt});
+    state.followed.clear();
     touch("link");
   },
   refused() {
@@ -19357,6 +19299,7 @@ const link = new Link({
   event(name, payload) {
     HANDLERS[name]?.(payload);
   },
+  data: onLogData,
 });
 
 // == routes ==
@@ -19373,7 +19316,7 @@ const PAGE_TOPICS = {
   access: ["keys", "logins"],
 };
 
-// Return what an address asks for.
+// Return the route of a path.
 function routeOf(path) {
   const [, area, rest = ""] = /^\/(\w*)\/?(.*)$/.exec(path) || [];
   if (area === "settings") return {page: rest in PAGES ? rest : "nodes"};
@@ -19386,10 +19329,10 @@ const chatPath = key => `/chat/${encodeURIComponent(key)}`;
 function go(path, replace = false) {
   if (replace) history.replaceState(null, "", path);
   else if (path !== location.pathname) history.pushState(null, "", path);
-  followAddress();
+  applyAddress();
 }
 
-function followAddress() {
+function applyAddress() {
   state.route = routeOf(location.pathname);
   if (location.pathname === "/")
     history.replaceState(null, "", chatPath(state.route.key));
@@ -19399,9 +19342,10 @@ function followAddress() {
   touch("route");
 }
 
-// Fetch what the page needs that is shown now.
+// Fetch the data of the current route.
 function enterRoute() {
   if (state.link !== "up") return;
+  unfollowOthers();
   const {page} = state.route;
   if (page === "chat") currentChat().load();
   else if (page === "commands") loadAudit();
@@ -19411,12 +19355,12 @@ function enterRoute() {
 
 // == widgets ==
 
-// Ask before something is gone; resolves to whether it may go.
+// Ask for confirmation; resolves to a boolean.
 function confirmed(title, text, action) {
   const dialog = $("confirm");
-  say($("confirm-title"), title);
-  say($("confirm-text"), text);
-  say($("confirm-yes"), action);
+  setText($("confirm-title"), title);
+  setText($("confirm-text"), text);
+  setText($("confirm-yes"), action);
   return new Promise(resolve => {
     const close = answer => {
       dialog.close();
@@ -19430,14 +19374,14 @@ function confirmed(title, text, action) {
   });
 }
 
-// A button with a list: arrows, Home, End, and typing a name.
+// A button with a listbox: arrow keys, Home, End, type-ahead.
 class Picker {
   constructor(name, options, choose) {
     this.button = $(`${name}-button`);
     this.list = $(`${name}-list`);
     this.options = options; // () → [{value, label, detail, dot, dim, chosen}]
     this.choose = choose;
-    this.active = null; // the value that the arrows are on
+    this.active = null; // value of the highlighted option
     this.typed = "";
     this.button.setAttribute("aria-controls", this.list.id);
     on(this.button, "click", () => this.toggle());
@@ -19448,7 +19392,7 @@ class Picker {
     });
     on(this.list, "keydown", event => this.key(event));
     on(this.list, "focusout", () => this.toggle(false));
-    // A press would move the focus and close the list before the click.
+    // Pressing the mouse button must not move the focus: that would close the list.
     on(this.list, "mousedown", event => event.preventDefault());
     on(this.list, "click", event => {
       const option = event.target.closest("[role=option]");
@@ -19482,9 +19426,14 @@ class Picker {
     const options = this.options();
     const at = options.findIndex(option => option.value === this.active);
     const last = options.length - 1;
-    const goal = {ArrowDown: Math.min(last, at + 1), ArrowUp: Math.max(0, at - 1),
-      PageDown: Math.min(last, at + 8), PageUp: Math.max(0, at - 8), Home: 0,
-      End: last}[event.key];
+    const goal = {
+      ArrowDown: Math.min(last, at + 1),
+      ArrowUp: Math.max(0, at - 1),
+      PageDown: Math.min(last, at + 8),
+      PageUp: Math.max(0, at - 8),
+      Home: 0,
+      End: last,
+    }[event.key];
     if (goal !== undefined) this.active = options[goal]?.value;
     else if (event.key === "Enter" || (event.key === " " && !this.typed)) {
       event.preventDefault();
@@ -19501,7 +19450,7 @@ class Picker {
     this.draw();
   }
 
-  // Go to the option that is called so; the same letter again goes on to the next.
+  // Highlight the option with the typed name; a repeated letter goes to the next one.
   type(letter, options, at) {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => (this.typed = ""), 800);
@@ -19520,12 +19469,21 @@ class Picker {
   draw() {
     const options = this.options();
     const chosen = options.find(option => option.chosen) || options[0];
-    fill(this.button, chosen && dotFor(chosen),
-      h("span", {class: "pick-label"}, chosen?.label || "…"), icon("down"));
-    this.button.setAttribute("aria-label",
-      `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`);
+    fill(
+      this.button,
+      chosen && dotFor(chosen),
+      h("span", {class: "pick-label"}, chosen?.label || "…"),
+      icon("down"),
+    );
+    this.button.setAttribute(
+      "aria-label",
+      `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`,
+    );
     if (!this.isOpen) return;
-    fill(this.list, options.map((option, n) => this.option(option, n)));
+    fill(
+      this.list,
+      options.map((option, n) => this.option(option, n)),
+    );
     const active = this.list.querySelector(".active");
     active?.scrollIntoView({block: "nearest"});
     this.list.setAttribute("aria-activedescendant", active?.id || "");
@@ -19533,15 +19491,24 @@ class Picker {
 
   option(option, n) {
     const classes = [option.value === this.active && "active", option.dim && "dim"];
-    return h("li", {
-      id: `${this.list.id}-${n}`,
-      role: "option",
-      class: classes.filter(Boolean).join(" "),
-      "aria-selected": String(Boolean(option.chosen)),
-      "data-value": option.value,
-    }, dotFor(option), h("span", {class: "choice"}, h("span", {}, option.label),
-      option.detail && h("span", {class: "detail"}, option.detail)),
-      option.chosen && icon("check"));
+    return h(
+      "li",
+      {
+        id: `${this.list.id}-${n}`,
+        role: "option",
+        class: classes.filter(Boolean).join(" "),
+        "aria-selected": String(Boolean(option.chosen)),
+        "data-value": option.value,
+      },
+      dotFor(option),
+      h(
+        "span",
+        {class: "choice"},
+        h("span", option.label),
+        option.detail && h("span", {class: "detail"}, option.detail),
+      ),
+      option.chosen && icon("check"),
+    );
   }
 }
 
@@ -19553,9 +19520,14 @@ function nodeOptions() {
   const nodes = state.nodes.includes(selected)
     ? state.nodes
     : [...state.nodes, selected];
-  return inOrder(nodes).map(node => ({value: node.nodeId, label: node.displayName,
-    detail: nodeDetail(node), dot: node.connected ? "on" : "off", dim: !node.connected,
-    chosen: node === selected}));
+  return inOrder(nodes).map(node => ({
+    value: node.nodeId,
+    label: node.displayName,
+    detail: nodeDetail(node),
+    dot: node.connected ? "on" : "off",
+    dim: !node.connected,
+    chosen: node === selected,
+  }));
 }
 
 function nodeDetail(node) {
@@ -19563,17 +19535,21 @@ function nodeDetail(node) {
     return node.lastSeenAt ? `Offline, seen ${ago(node.lastSeenAt)}` : "Offline";
   }
   const {cpuUsage, load} = node.telemetry || {};
-  return dotted(node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
+  return dotted(
+    node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
     cpuUsage != null && `${Math.round(cpuUsage)} % CPU`,
-    load?.length && `load ${load[0].toFixed(2)}`);
+    load?.length && `load ${load[0].toFixed(2)}`,
+  );
 }
 
 function modelOptions() {
   const chosen = currentModel(currentSession());
-  const known = state.models.map(model => ({value: model.id,
+  const known = state.models.map(model => ({
+    value: model.id,
     label: model.displayName || model.id,
     detail: model.id === SHELL ? "Runs what you type, no LLM" : modelDetail(model),
-    chosen: model.id === chosen}));
+    chosen: model.id === chosen,
+  }));
   if (known.some(option => option.chosen) || !state.models.length) return known;
   const gone = {value: chosen, label: chosen, detail: "Not available now", dim: true};
   return [...known, {...gone, chosen: true}];
@@ -19588,8 +19564,15 @@ function modelDetail(model) {
 function approvalOptions() {
   const all = currentSession().approvals === "all";
   const ask = "The model’s commands wait for your approval";
-  return [{value: "ask", label: "Ask first", detail: ask, chosen: !all},
-    {value: "all", label: "Run everything", detail: "None waits", chosen: all}];
+  return [
+    {value: "ask", label: "Ask first", detail: ask, chosen: !all},
+    {
+      value: "all",
+      label: "Run everything",
+      detail: "No command waits for approval",
+      chosen: all,
+    },
+  ];
 }
 
 // == view: frame ==
@@ -19606,9 +19589,9 @@ function drawLink() {
   const appears = app.hidden;
   const out = state.link === "out";
   $("sign-in").hidden = !out;
-  // The page appears with its connection, or when there is no hope.
+  // Show the page when it is connected, or when connecting failed.
   app.hidden = out || (state.link === "connecting" && appears);
-  // Not where that brings a keyboard up.
+  // Not on touch screens: focus opens the keyboard.
   if (appears && !matchMedia("(pointer:coarse)").matches) $("text").focus();
   $("banner").hidden = state.link !== "down";
   if (out) $("key").focus();
@@ -19618,7 +19601,7 @@ function drawLink() {
 function drawBanner() {
   const seconds = Math.max(0, Math.ceil((state.retryAt - Date.now()) / 1000));
   const next = seconds ? `Trying again in ${seconds} s.` : "Trying again…";
-  say($("banner-text"), `The gateway cannot be reached. ${next}`);
+  setText($("banner-text"), `The gateway cannot be reached. ${next}`);
 }
 
 function setCurrent(link, isCurrent) {
@@ -19636,16 +19619,16 @@ function drawRoute() {
 
 class SessionItem {
   constructor(entry) {
-    this.name = h("span", {class: "name"});
-    this.detail = h("span", {class: "detail"});
-    this.link = h("a", {href: chatPath(entry.key)}, this.name, this.detail);
-    const rename = () =>
+    Object.assign(this, copyOf("chat-item"));
+    this.link.href = chatPath(entry.key);
+    this.remove.hidden = entry.key === MAIN;
+    on(this.remove, "click", () => this.discard());
+    on(this.rename, "click", () =>
       editInPlace(this.name, sessionName(this.entry), "Name of the chat", label =>
-        patchSession(this.entry.key, {label}));
-    this.buttons = h("span", {class: "tools"}, iconButton("pen", "Rename", rename),
-      entry.key !== MAIN && iconButton("bin", "Delete", () => this.remove()));
-    this.root = h("li", {}, this.link, this.buttons);
-    // In a field that stands in a link, a click is for the field.
+        patchSession(this.entry.key, {label}),
+      ),
+    );
+    // A click into the input field must not follow the link around it.
     on(this.link, "click", event => {
       if (this.name.dataset.edited) event.preventDefault();
     });
@@ -19657,24 +19640,29 @@ class SessionItem {
     this.root.classList.toggle("current", current);
     setCurrent(this.link, current);
     const node = entry.node_id ? sessionNode(entry).displayName : "";
-    const when = entry.updatedAt ? moment(entry.updatedAt) : "";
+    const when = entry.updatedAt ? formatTime(entry.updatedAt) : "";
     const status = entry.replying ? "Replying…" : dotted(node, when);
-    if (!this.name.dataset.edited) say(this.name, sessionName(entry));
-    say(this.detail, status);
+    if (!this.name.dataset.edited) setText(this.name, sessionName(entry));
+    setText(this.detail, status);
     this.root.classList.toggle("replying", Boolean(entry.replying));
   }
 
-  async remove() {
+  async discard() {
     const {entry} = this;
-    const text = "Its messages go for good; the list of commands keeps what ran.";
+    const text =
+      "Its messages and their output are deleted. The list of commands stays.";
     const question = `Delete “${sessionName(entry)}”?`;
     if (!(await confirmed(question, text, "Delete"))) return;
-    if (!(await act("sessions.delete", {key: entry.key}))) return;
-    noteSession({type: "deleted", sessionKey: entry.key});
+    if (!(await attempt("sessions.delete", {key: entry.key}))) return;
+    onSession({type: "deleted", sessionKey: entry.key});
   }
 }
 
-const sessionItems = new Keyed($("sessions"), e => e.key, e => new SessionItem(e));
+const sessionItems = new Keyed(
+  $("sessions"),
+  e => e.key,
+  e => new SessionItem(e),
+);
 
 function drawSessions() {
   const known = state.sessions.filter(entry => !entry.archived);
@@ -19683,19 +19671,22 @@ function drawSessions() {
   const all = isNew && state.route.page === "chat" ? [current, ...known] : known;
   const wanted = state.search.toLowerCase();
   $("find-chat").hidden = all.length < 8 && !wanted;
-  sessionItems.show(all.filter(entry =>
-    `${sessionName(entry)} ${entry.preview || ""}`.toLowerCase().includes(wanted)));
+  sessionItems.show(
+    all.filter(entry =>
+      `${sessionName(entry)} ${entry.preview || ""}`.toLowerCase().includes(wanted),
+    ),
+  );
   const online = state.nodes.filter(n => n.connected && n.nodeId !== LOCAL).length;
-  say($("node-count"), online ? `${online} online` : "");
+  setText($("node-count"), online ? `${online} online` : "");
 }
 
 async function newChat() {
   const {node_id, model} = currentSession();
   const isEmpty = known => !known.messageCount && !known.label && known.key !== MAIN;
-  const entry = state.sessions.find(isEmpty) || (await act("sessions.create", {}));
+  const entry = state.sessions.find(isEmpty) || (await attempt("sessions.create", {}));
   if (!entry) return;
-  // One goes on with the machine and the model chosen last.
-  if (model) await act("sessions.patch", {key: entry.key, model});
+  // A new chat keeps the current machine and model.
+  if (model) await attempt("sessions.patch", {key: entry.key, model});
   if (nodeById(node_id)) await selectNode(entry.key, node_id);
   await refresh("sessions");
   go(chatPath(entry.key));
@@ -19706,27 +19697,20 @@ async function newChat() {
 
 class UserTurn {
   constructor() {
-    this.text = h("div", {class: "bubble"});
-    this.note = h("p", {class: "note"});
-    this.root = h("article", {class: "turn user", "aria-label": "You"}, this.text,
-      this.note);
+    Object.assign(this, copyOf("user-turn"));
   }
 
   update(row) {
-    say(this.text, row.text || "");
-    say(this.note, row.state === "queued" ? "Waits for its turn" : "");
+    setText(this.text, row.text || "");
+    setText(this.note, row.state === "queued" ? "Queued" : "");
     this.root.title = fullFormat.format(row.createdAt);
   }
 }
 
 class AssistantTurn {
   constructor() {
-    this.text = h("div", {class: "prose"});
-    this.note = h("span");
-    this.foot = h("footer", {class: "note"}, this.note,
-      copyButton("Copy answer", () => this.row.text || ""));
-    this.root = h("article", {class: "turn assistant", "aria-label": "Answer"},
-      this.text, this.foot);
+    Object.assign(this, copyOf("assistant-turn"));
+    onClickCopy(this.copy, () => this.row.text || "");
   }
 
   update(row) {
@@ -19735,14 +19719,14 @@ class AssistantTurn {
     this.root.hidden = !row.text && row.state !== "error";
     this.foot.hidden = isOpen(row);
     const end = STATE_NOTES[row.state];
-    say(this.note, dotted(modelName(row.model), usageText(row.usage), end));
+    setText(this.note, dotted(modelName(row.model), usageText(row.usage), end));
     this.root.title = fullFormat.format(row.createdAt);
   }
 }
 
 const STATE_NOTES = {
   aborted: "stopped",
-  error: "broken off",
+  error: "failed",
   interrupted: "interrupted by a restart of the gateway",
 };
 
@@ -19759,78 +19743,87 @@ class NoticeTurn {
 
   update(row) {
     this.root.classList.toggle("bad", row.state === "error");
-    say(this.root, row.text || "");
+    setText(this.root, row.text || "");
   }
 }
 
-// A command: where, what, its output as it comes, and how it ended.
+const outputPath = jobId => `/api/jobs/${encodeURIComponent(jobId)}/output`;
+
+// A command: machine, command line, end of its output, state.
 class CommandCard {
   constructor(row) {
-    const {command} = row;
-    this.screen = new Screen(`Output of ${command.command}`);
-    this.dot = h("span", {class: "dot"});
-    this.time = h("span", {class: "time"});
-    this.stop = button([icon("stop"), " Stop"], () => this.end(), "button small");
-    this.fold = iconButton("down", "Collapse output", () => this.collapse());
-    this.fold.setAttribute("aria-expanded", "true");
-    this.where = h("span", {class: "where"});
-    this.word = h("span", {class: "word"});
-    this.size = h("span", {class: "size"});
-    this.save = h("a", {
-      class: "bare",
-      title: "Download output",
-      "aria-label": "Download output",
-      download: true,
-      href: `/api/commands/${encodeURIComponent(command.invokeId)}/output`,
-    }, icon("save"));
-    this.copyOutput = copyButton("Copy output", () => this.screen.terminal.text());
-    this.approval = h("div", {class: "approval", hidden: true});
-    this.root = h("article", {class: "turn command"},
-      h("header", {}, this.dot, this.where,
-        h("code", {class: "line"}, command.command.replace(/[^\n\P{C}]/gu, escape)),
-        copyButton("Copy command", () => command.command), this.fold), this.approval,
-      this.screen.root, h("footer", {}, this.word, this.time, this.size,
-        h("span", {class: "tools"}, this.stop, this.copyOutput, this.save)));
+    const {command, jobId} = row;
+    Object.assign(this, copyOf("command-card"));
+    this.chat = currentChat();
+    this.log = this.chat.logOf(row);
+    new Screen(this.log, this);
+    this.screen.setAttribute("aria-label", `Output of ${command.command}`);
+    this.line.textContent = command.command.replace(/[^\n\P{C}]/gu, escape);
+    this.save.href = this.whole.href = outputPath(jobId);
+    onClickCopy(this.copyLine, () => command.command);
+    onClickCopy(this.copy, () => this.log.terminal.text());
+    on(this.stop, "click", () => this.end());
+    on(this.fold, "click", () => this.collapse());
+    this.isNear = false; // visible, or a few screens away
+    const notice = entries => {
+      this.isNear = entries.at(-1).isIntersecting;
+      this.follow();
+    };
+    const area = {root: $("transcript"), rootMargin: "1000px 0px"};
+    new IntersectionObserver(notice, area).observe(this.root);
   }
 
   update(row) {
-    const {command} = row;
+    const {command, job} = row;
     this.row = row;
-    const [kind, words] = verdict(command);
-    this.running = kind === "run" || kind === "wait";
+    const [kind, words] = cardStatus(row);
+    const asks = command.approval?.state === "asked";
+    this.isOpen = Boolean(job) && isOpen(job);
     this.root.dataset.kind = kind;
-    this.root.setAttribute("aria-label",
-      `Command on ${command.node}: ${command.command}`);
+    const label = `Command on ${command.node}: ${command.command}`;
+    this.root.setAttribute("aria-label", label);
     this.dot.className = `dot ${kind}`;
-    say(this.where, command.node + (command.cwd ? `:${command.cwd}` : ""));
-    say(this.word, command.background ? `${words} · in the background` : words);
-    const total = outputSize(command);
-    say(this.size, total ? bytes(total) : this.running ? "" : "no output");
-    this.stop.hidden = !this.running || command.approval?.state === "asked";
-    this.save.hidden = this.copyOutput.hidden = this.running || !total;
-    const output = currentChat().outputs.get(row.id);
-    if (output) this.screen.show(output.terminal);
-    this.drawApproval(command);
+    setText(this.where, command.node + (command.cwd ? `:${command.cwd}` : ""));
+    setText(this.word, dotted(words, command.background && "in the background"));
+    const total = outputSize(job || {});
+    setText(
+      this.size,
+      total ? formatBytes(total) : this.isOpen || !job ? "" : "no output",
+    );
+    this.stop.hidden = !this.isOpen || asks;
+    this.save.hidden = this.isOpen || !total || Boolean(command.output);
+    this.copy.hidden = this.isOpen || !total;
+    this.drawApproval(row, asks);
     this.tick();
+    this.follow();
+  }
+
+  // Follow the job only near the viewport: a long chat has many cards.
+  follow() {
+    const {job} = this.row;
+    if (this.isNear && job && (isOpen(job) || outputSize(job)))
+      followJob(this.chat, this.log);
   }
 
   tick() {
-    const {startedAt, endedAt} = this.row.command;
-    const end = endedAt ?? (this.running ? Date.now() : null);
-    const known = startedAt && end && this.row.command.approval?.state !== "asked";
-    say(this.time, known ? duration((end - startedAt) / 1000) : "");
+    const {startedAt, endedAt, duration: took} = this.row.job || {};
+    const end = this.isOpen ? Date.now() : endedAt;
+    const seconds = took ?? (end - startedAt) / 1000;
+    setText(this.time, startedAt && seconds >= 0 ? formatDuration(seconds) : "");
   }
 
-  drawApproval({invokeId, node, approval}) {
-    const asks = approval?.state === "asked";
+  drawApproval({jobId: id, command: {node}}, asks) {
     if (asks === !this.approval.hidden) return;
     this.approval.hidden = !asks;
     if (!asks) return;
-    const answer = decision => () => act("exec.approval.resolve", {invokeId, decision});
-    fill(this.approval, h("p", {}, `The model wants to run this on ${node}.`),
+    const answer = decision => () => attempt("exec.approval.resolve", {id, decision});
+    fill(
+      this.approval,
+      h("p", `The model wants to run this on ${node}.`),
       button("Approve", answer("approve"), "button main"),
       button("Deny", answer("deny")),
-      button(`Always on ${node} in this chat`, answer("always")));
+      button(`Always on ${node} in this chat`, answer("always")),
+    );
     announce(`Approval is needed for a command on ${node}`);
   }
 
@@ -19842,7 +19835,7 @@ class CommandCard {
 
   async end() {
     this.stop.disabled = true;
-    await act("node.invoke.cancel", {invokeId: this.row.command.invokeId});
+    await attempt("job.cancel", {id: this.row.jobId});
     this.stop.disabled = false;
   }
 }
@@ -19856,16 +19849,17 @@ const TURNS = {
 
 const makeTurn = row => new (TURNS[row.role] || NoticeTurn)(row);
 const turns = new Keyed($("messages"), row => row.id, makeTurn);
-let shownChat = null; // the Chat whose messages stand on the page
-let follows = true; // the newest message is to stay in sight
+let shownChat = null; // the Chat whose messages are on the page
+let follows = true; // keep the newest message visible
 
-// Return the messages to show: what was typed into Shell is in the command's card.
+// Return the messages to show, without those that a command card repeats.
 function shownRows(chat) {
   const rows = chat.ordered();
   const commands = new Set(
     rows
       .filter(row => row.role === "command")
-      .map(row => `${row.runId} ${row.command.command}`));
+      .map(row => `${row.runId} ${row.command.command}`),
+  );
   const typed = row => `${row.runId} ${(row.text || "").replace(/^!/, "")}`;
   return rows.filter(row => row.role !== "user" || !commands.has(typed(row)));
 }
@@ -19873,7 +19867,6 @@ function shownRows(chat) {
 function drawChat() {
   if (state.route.page !== "chat") return;
   const chat = currentChat();
-  const box = $("transcript");
   if (shownChat !== chat) leaveChat(chat);
   const rows = shownRows(chat);
   turns.show(rows);
@@ -19882,7 +19875,7 @@ function drawChat() {
   drawThinking(chat, rows);
   drawComposer(chat);
   followEnd();
-  announceEnds(chat, rows);
+  announceEnd(chat, rows);
 }
 
 function leaveChat(chat) {
@@ -19891,7 +19884,7 @@ function leaveChat(chat) {
   shownChat = chat;
   turns.show([]);
   text.value = chat.draft;
-  sizeText();
+  fitText();
   follows = true;
 }
 
@@ -19900,25 +19893,27 @@ function drawThinking(chat, rows) {
   const silent = last?.role === "user" || last?.state !== "running";
   $("thinking").hidden = !(chat.busy && silent) || last?.state === "queued";
   const entry = currentSession();
-  say($("thinking-text"),
-    currentModel(entry) === SHELL ? "" : `${modelName(currentModel(entry))} thinks`);
+  const model = currentModel(entry);
+  setText($("thinking-text"), model === SHELL ? "" : `${modelName(model)} thinks`);
 }
 
 const modelName = id => state.models.find(model => model.id === id)?.displayName || id;
 
-let announced = new WeakSet(); // messages whose end was told
+const announced = new Set(); // ids of ended messages
 
-// Tell a screen reader how the newest message ended, once.
-function announceEnds(chat, rows) {
+// Make screen readers read the end of the newest message, once.
+function announceEnd(chat, rows) {
   const last = rows.at(-1);
-  if (!last || !ENDED.has(last.state) || announced.has(last)) return;
-  announced.add(last);
-  const {createdAt, command, text = ""} = last;
-  if (Date.now() - (command?.endedAt || createdAt) > 60_000) return;
-  if (!command) announce(text.slice(0, 500));
+  if (!last || isOpen(last) || announced.has(last.id)) return;
+  const log = last.command && chat.logOf(last);
+  if (state.followed.has(log?.id)) return; // more output arrives
+  announced.add(last.id);
+  if (Date.now() - (last.job?.endedAt || last.createdAt) > 60_000) return;
+  if (!log) announce((last.text || "").slice(0, 500));
   else {
-    const output = chat.outputs.get(last.id)?.terminal.text() || "no output";
-    announce(`${command.node}: ${verdict(command)[1]}. ${output.slice(-300)}`);
+    log.settle();
+    const output = log.terminal.text().slice(-300) || "no output";
+    announce(`${last.command.node}: ${cardStatus(last)[1]}. ${output}`);
   }
 }
 
@@ -19934,19 +19929,19 @@ function drawWelcome(chat, rows) {
   const model = modelName(currentModel(entry));
   const run = line =>
     button(line, () => send(shell ? line : `!${line}`), "button small mono");
-  fill(box,
-    h("h2", {}, shell ? `A shell on ${node}` : `What is there to do on ${node}?`), h(
-      "p",
-      {},
-      shell
-        ? `What you type runs on ${node}, and its output appears here.`
-        : `${model} runs commands on ${node} to find out.`,
-    ), h("p", {class: "starters"}, STARTERS.map(run)), h(
-      "p",
-      {},
-      state.nodes.some(other => other.nodeId !== LOCAL)
-        ? "Choose another machine at the top."
-        : h("a", {href: "/settings/nodes"}, "Add a machine")));
+  const what = shell
+    ? `Commands run on ${node}; their output appears here.`
+    : `${model} can run commands on ${node} to answer.`;
+  const others = state.nodes.some(other => other.nodeId !== LOCAL)
+    ? "Choose another machine at the top."
+    : h("a", {href: "/settings/nodes"}, "Add a machine");
+  fill(
+    box,
+    h("h2", shell ? `A shell on ${node}` : `What do you want to do on ${node}?`),
+    h("p", what),
+    h("p", {class: "starters"}, STARTERS.map(run)),
+    h("p", others),
+  );
 }
 
 function drawComposer(chat) {
@@ -19955,28 +19950,26 @@ function drawComposer(chat) {
   const shell = currentModel(entry) === SHELL;
   const text = $("text");
   $("composer").classList.toggle("shell", shell);
-  say($("prompt"), shell ? `${node.displayName} $` : "");
+  setText($("prompt"), shell ? `${node.displayName} $` : "");
   text.placeholder = shell ? "" : `Message ${modelName(currentModel(entry))}`;
-  text.setAttribute("aria-label",
-    shell ? `Command for ${node.displayName}` : "Message");
+  const label = shell ? `Command for ${node.displayName}` : "Message";
+  text.setAttribute("aria-label", label);
   $("stop").hidden = !chat.busy;
   const gone = !node.connected && state.nodes.length > 0;
   $("node-away").hidden = !gone;
-  const since = node.lastSeenAt ? ` since ${moment(node.lastSeenAt)}` : "";
-  say(
-    $("node-away"),
-    gone
-      ? `${node.displayName} is offline${since}. Nothing runs elsewhere instead.`
-      : "");
+  const since = node.lastSeenAt ? ` since ${formatTime(node.lastSeenAt)}` : "";
+  const offline = `${node.displayName} is offline${since}.`;
+  setText($("node-away"), `${offline} Commands do not run elsewhere instead.`);
   const more = shell ? "↑ earlier commands" : "!command runs a command";
-  say($("hint"), `Enter ${shell ? "runs" : "sends"} · Shift+Enter new line · ${more}`);
-  say($("chat-title"), sessionName(entry));
+  const enter = shell ? "Enter runs" : "Enter sends";
+  setText($("hint"), `${enter} · Shift+Enter new line · ${more}`);
+  setText($("chat-title"), sessionName(entry));
   $("approvals").hidden = shell;
   pickers.forEach(picker => picker.draw());
 }
 
-// Let the field be as high as its text, up to a third of the window.
-function sizeText() {
+// Fit the height of the field to its text, up to a third of the window.
+function fitText() {
   const text = $("text");
   text.style.height = "auto";
   text.style.height = `${Math.min(text.scrollHeight, innerHeight / 3)}px`;
@@ -19987,17 +19980,17 @@ async function send(line) {
   const typed = line ?? text.value.trim();
   if (!typed) return;
   if (line === undefined) text.value = "";
-  sizeText();
+  fitText();
   recall.place = null;
   follows = true;
   const entry = currentSession();
   const params = {text: typed, sessionKey: entry.key, model: currentModel(entry)};
-  const answer = await act("chat.send", params);
-  // What was typed is not lost with the connection.
+  const answer = await attempt("chat.send", params);
+  // Restore the text if the call failed.
   if (!answer && line === undefined && !text.value) text.value = typed;
 }
 
-const recall = {place: null, draft: ""}; // where ↑ is in what was typed before
+const recall = {place: null, draft: ""}; // position of ↑ in earlierTexts()
 
 function earlierTexts() {
   const texts = currentChat()
@@ -20007,7 +20000,7 @@ function earlierTexts() {
   return texts.filter((text, n) => text !== texts[n + 1]);
 }
 
-// Go `step` back or forth in what was typed before; false at the end.
+// Move by `step` through earlier texts; return false at the end.
 function recallText(step) {
   const text = $("text");
   const texts = earlierTexts();
@@ -20017,7 +20010,7 @@ function recallText(step) {
   if (recall.place === null) recall.draft = text.value;
   recall.place = place === texts.length ? null : place;
   text.value = recall.place === null ? recall.draft : texts[place];
-  sizeText();
+  fitText();
   text.setSelectionRange(text.value.length, text.value.length);
   return true;
 }
@@ -20046,14 +20039,14 @@ const selectedText = () => {
   return text.selectionStart !== text.selectionEnd || String(getSelection());
 };
 
-const stopRun = () => act("chat.abort", {sessionKey: state.route.key});
+const stopRun = () => attempt("chat.abort", {sessionKey: state.route.key});
 
 function followEnd() {
   const box = $("transcript");
   if (follows) box.scrollTop = box.scrollHeight;
 }
 
-function noteScroll() {
+function onScroll() {
   const box = $("transcript");
   follows = box.scrollHeight - box.scrollTop - box.clientHeight < 80;
   $("latest").hidden = follows;
@@ -20069,30 +20062,30 @@ const pickers = [
   new Picker("model", modelOptions, model => patchSession(state.route.key, {model})),
   new Picker("node", nodeOptions, id => selectNode(state.route.key, id)),
   new Picker("approvals", approvalOptions, approvals =>
-    patchSession(state.route.key, {approvals})),
+    patchSession(state.route.key, {approvals}),
+  ),
 ];
 
 // == view: nodes ==
 
-// A figure with a bar of how much of it is used.
+// A figure with a bar.
 class Meter {
-  constructor(label, limit = 0.9) {
-    this.limit = limit; // beyond which it is time to worry
-    this.value = h("dd");
-    this.bar = h("i");
-    this.root = h("div", {class: "meter"}, h("dt", {}, label), this.value,
-      h("span", {class: "track", "aria-hidden": "true"}, this.bar));
+  constructor(parent, label, limit = 0.9) {
+    Object.assign(this, copyOf("meter"));
+    this.label.textContent = label;
+    this.limit = limit; // above it the bar is red
+    parent.append(this.root);
   }
 
   update(used, text) {
     this.root.hidden = used == null || Number.isNaN(used);
-    say(this.value, text);
+    setText(this.value, text);
     this.bar.style.width = `${Math.min(100, Math.max(0, used * 100))}%`;
     this.root.classList.toggle("high", used > this.limit);
   }
 }
 
-// Return the drawing of a node's CPU usage over the last half hour.
+// Draw a node's CPU usage over the last 30 minutes.
 function drawSpark(svg, points) {
   const now = Date.now();
   const place = ([ms, usage]) => {
@@ -20112,27 +20105,15 @@ function drawSpark(svg, points) {
 }
 
 class NodeCard {
-  constructor(node) {
-    const own = node.nodeId !== LOCAL;
-    this.dot = h("span", {class: "dot"});
-    this.name = h("h2");
-    this.since = h("p", {class: "since"});
-    this.about = h("p", {class: "about"});
-    this.spark = $("spark").content.firstElementChild.cloneNode(true);
-    this.cpu = new Meter("CPU", 1);
-    this.memory = new Meter("Memory");
-    this.disk = new Meter("Disk");
-    this.facts = h("p", {class: "facts"});
-    this.lists = h("dl", {class: "lists"});
-    this.running = h("ul", {class: "running", "aria-label": "Running commands"});
-    this.root = h("article", {class: "node card"},
-      h("header", {}, this.dot, this.name, h("span", {class: "tools"},
-        own && iconButton("pen", "Rename", () => this.rename()),
-        iconButton("chat", "Use in the chat", () => this.chat()),
-        own && iconButton("bin", "Revoke its token", () => this.revoke()))), this.since,
-      this.about, h("div", {class: "cpu"}, h("dl", {}, this.cpu.root), this.spark),
-      h("dl", {class: "meters"}, this.memory.root, this.disk.root), this.facts,
-      this.lists, this.running);
+  constructor({nodeId}) {
+    Object.assign(this, copyOf("node-card"));
+    this.cpu = new Meter(this.cpuMeter, "CPU", 1);
+    this.memory = new Meter(this.meters, "Memory");
+    this.disk = new Meter(this.meters, "Disk");
+    this.rename.hidden = this.revoke.hidden = nodeId === LOCAL;
+    on(this.rename, "click", () => this.editName());
+    on(this.revoke, "click", () => this.revokeToken());
+    on(this.use, "click", () => this.chat());
   }
 
   update(node) {
@@ -20141,14 +20122,19 @@ class NodeCard {
     this.root.classList.toggle("away", !node.connected);
     this.root.classList.toggle("stale", Boolean(telemetry?.stale) && node.connected);
     this.dot.className = `dot ${node.connected ? "on" : "off"}`;
-    if (!this.name.dataset.edited) say(this.name, node.displayName);
-    say(this.since, this.stateText(node));
+    if (!this.name.dataset.edited) setText(this.name, node.displayName);
+    setText(this.since, this.stateText(node));
     const version = node.version && `moltis ${node.version}`;
-    say(this.about, dotted(platformName(node.platform), version, node.remoteIp));
+    setText(this.about, dotted(platformName(node.platform), version, node.remoteIp));
+    this.outdated.hidden = !node.outdated;
+    setText(
+      this.outdated,
+      `It runs moltis ${node.version || "of old"}: update moltis there.`,
+    );
     this.drawTelemetry(telemetry || {});
     this.drawLists(node, telemetry || {});
     const own = state.running.filter(row => row.nodeId === node.nodeId);
-    fillFor(this.running, own, rows => rows.map(runningItem));
+    fillIfChanged(this.running, own, rows => rows.map(runningItem));
     this.running.hidden = !own.length;
   }
 
@@ -20157,45 +20143,65 @@ class NodeCard {
     if (!node.connected) {
       return node.lastSeenAt ? `Offline, last seen ${ago(node.lastSeenAt)}` : "Offline";
     }
-    const since = node.connectedAt ? ` since ${moment(node.connectedAt)}` : "";
-    const stale = node.telemetry?.stale ? ", but its figures are old" : "";
+    const since = node.connectedAt ? ` since ${formatTime(node.connectedAt)}` : "";
+    const stale = node.telemetry?.stale ? ", but its figures are out of date" : "";
     return `Connected${since}${stale}`;
   }
 
   drawTelemetry(told) {
     const memory = told.memTotal - told.memAvailable;
     const disk = told.diskTotal - told.diskAvailable;
-    const of = (used, total) => `${bytes(used)} of ${bytes(total)}`;
+    const of = (used, total) => `${formatBytes(used)} of ${formatBytes(total)}`;
     const cores = told.cpuCount ? ` of ${plural(told.cpuCount, "core")}` : "";
-    this.cpu.update(told.cpuUsage == null ? null : told.cpuUsage / 100,
-      `${Math.round(told.cpuUsage)} %${cores}`);
+    this.cpu.update(
+      told.cpuUsage == null ? null : told.cpuUsage / 100,
+      `${Math.round(told.cpuUsage)} %${cores}`,
+    );
     this.memory.update(memory / told.memTotal, of(memory, told.memTotal));
     this.disk.update(disk / told.diskTotal, of(disk, told.diskTotal));
     drawSpark(this.spark, state.usage.get(this.node.nodeId) || []);
     const facts = dotted(
       told.load?.length && `load ${told.load.map(n => n.toFixed(2)).join(" ")}`,
-      told.uptimeSecs && `up ${duration(Math.max(60, told.uptimeSecs))}`,
-      told.temperature != null && `${Math.round(told.temperature)} °C`);
-    say(this.facts, facts);
+      told.uptimeSecs && `up ${formatDuration(Math.max(60, told.uptimeSecs))}`,
+      told.temperature != null && `${Math.round(told.temperature)} °C`,
+    );
+    setText(this.facts, facts);
   }
 
   drawLists(node, {gpus = [], runtimes = [], runtimeVersions = {}, services = []}) {
-    const rows = [["GPU",
-      gpus.map(gpu => gpu.name + (gpu.memTotal ? ` ${bytes(gpu.memTotal)}` : ""))],
-      ["Runtimes",
-        runtimes.map(name => `${name} ${runtimeVersions[name] || ""}`.trim())],
+    const rows = [
+      [
+        "GPU",
+        gpus.map(
+          gpu => gpu.name + (gpu.memTotal ? ` ${formatBytes(gpu.memTotal)}` : ""),
+        ),
+      ],
+      [
+        "Runtimes",
+        runtimes.map(name => `${name} ${runtimeVersions[name] || ""}`.trim()),
+      ],
       ["Services", services],
-      ["Models", (node.providers || []).map(({provider, models}) =>
-        models?.length ? `${provider}: ${models.join(", ")}` : provider,
-      )]].filter(([, names]) => names.length);
-    fillFor(this.lists, rows, () =>
-      rows.map(([label, names]) => [h("dt", {}, label),
-        h("dd", {}, names.map(name => h("span", {class: "chip"}, name)))]));
+      [
+        "Models",
+        (node.providers || []).map(({provider, models}) =>
+          models?.length ? `${provider}: ${models.join(", ")}` : provider,
+        ),
+      ],
+    ].filter(([, names]) => names.length);
+    fillIfChanged(this.lists, rows, () =>
+      rows.map(([label, names]) => [
+        h("dt", label),
+        h(
+          "dd",
+          names.map(name => h("span", {class: "chip"}, name)),
+        ),
+      ]),
+    );
   }
 
-  rename() {
+  editName() {
     editInPlace(this.name, this.node.displayName, "Name of the machine", async name => {
-      await act("node.rename", {nodeId: this.node.nodeId, displayName: name});
+      await attempt("node.rename", {nodeId: this.node.nodeId, displayName: name});
       refresh("nodes", "devices");
     });
   }
@@ -20207,7 +20213,7 @@ class NodeCard {
     $("text").focus();
   }
 
-  revoke() {
+  revokeToken() {
     const {deviceId, nodeId, displayName} = this.node;
     const known = state.devices.find(device => device.nodeId === nodeId);
     revokeDevice(deviceId || known?.deviceId, displayName);
@@ -20216,18 +20222,26 @@ class NodeCard {
 
 async function revokeDevice(deviceId, name) {
   const question = `Revoke the token of ${name || "this machine"}?`;
-  const text = "Its connection closes at once. A new token can let it in again.";
+  const text = "It is disconnected at once and needs a new token to connect again.";
   if (!(await confirmed(question, text, "Revoke"))) return;
-  await act("device.token.revoke", {deviceId});
+  await attempt("device.token.revoke", {deviceId});
   refresh("nodes", "devices");
 }
 
-const runningItem = ({invokeId, command, startedAt, askedAt}) =>
-  h("li", {}, h("span", {class: "dot run"}), h("code", {}, command),
-    `since ${moment(startedAt || askedAt)}`,
-    iconButton("stop", "Stop", () => act("node.invoke.cancel", {invokeId})));
+const runningItem = ({id, command, words, startedAt, askedAt, ...job}) =>
+  h(
+    "li",
+    h("span", {class: `dot ${jobKind(job)}`}),
+    h("code", command),
+    h("span", `${words} since ${formatTime(startedAt || askedAt)}`),
+    iconButton("stop", "Stop", () => attempt("job.cancel", {id})),
+  );
 
-const nodeCards = new Keyed($("node-cards"), n => n.nodeId, n => new NodeCard(n));
+const nodeCards = new Keyed(
+  $("node-cards"),
+  n => n.nodeId,
+  n => new NodeCard(n),
+);
 
 function drawNodes() {
   if (state.route.page !== "nodes") return;
@@ -20238,22 +20252,28 @@ function drawNodes() {
   nodeCards.show(nodes);
   const others = nodes.filter(node => node.nodeId !== LOCAL);
   const online = others.filter(node => node.connected).length;
-  say(
+  setText(
     $("nodes-summary"),
     others.length
       ? `${plural(online, "machine")} connected, ${others.length - online} offline.`
       : "Only this gateway’s own machine so far. Generate a token to add another: " +
-          "it needs Python and a way to reach this gateway, nothing else.");
+          "it needs Python and a way to reach this gateway, nothing else.",
+  );
   drawUnused();
 }
 
 function drawUnused() {
   const devices = state.devices.filter(device => !device.nodeId);
   $("unused").hidden = !devices.length;
-  fillFor($("unused-list"), devices, () =>
+  fillIfChanged($("unused-list"), devices, () =>
     devices.map(({deviceId, displayName, createdAt}) =>
-      listRow(displayName || "No name", `made ${moment(createdAt)}`,
-        iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName)))));
+      listRow(
+        displayName || "No name",
+        `made ${formatTime(createdAt)}`,
+        iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName)),
+      ),
+    ),
+  );
 }
 
 // == view: Generate Token ==
@@ -20262,7 +20282,7 @@ function openToken() {
   $("token-form").hidden = false;
   $("token-made").hidden = true;
   $("token-name").value = "";
-  say($("token-error"), "");
+  setText($("token-error"), "");
   $("token").showModal();
   $("token-name").focus();
 }
@@ -20274,21 +20294,26 @@ async function generateToken() {
     state.token = {deviceId: made.deviceId, name};
     showToken(made);
   } catch (error) {
-    say($("token-error"), error.message);
+    setText($("token-error"), error.message);
   }
 }
 
 const copyLine = (label, line) =>
-  h("div", {class: "secret"}, h("p", {}, label),
-    h("pre", {tabindex: 0}, h("code", {}, line)), copyButton("Copy", () => line));
+  h(
+    "div",
+    {class: "secret"},
+    h("p", label),
+    h("pre", {tabindex: 0}, h("code", line)),
+    copyButton("Copy", () => line),
+  );
 
-// Return `text` as one word of a shell's command line.
+// Quote `text` as one word for a shell.
 const shellWord = text =>
   /^[\w.-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
 
 function showToken({deviceToken, joinCode}) {
   const {origin, protocol} = location;
-  // The pin takes the place of a CA: what curl runs is what the gateway sent.
+  // The pin replaces a CA: curl accepts only this gateway's certificate.
   const pin = protocol === "https:" && state.pin;
   const [curl, pinned] = pin
     ? [`curl -fsSk --pinnedpubkey '${pin}'`, ` --fingerprint ${pin}`]
@@ -20296,20 +20321,31 @@ function showToken({deviceToken, joinCode}) {
   const name = shellWord(state.token.name);
   const options = `--host ${socketAddress()} --token ${deviceToken} --name ${name}`;
   const add = `${curl} ${origin}/moltis.py | python3 - node add`;
-  const lines = [["The token; it is shown this once", deviceToken],
-    ["On the machine: Python 3.8+ and curl are enough", `${add} ${options}${pinned}`],
-    ["Where moltis is installed already", `moltis node add ${options}${pinned}`],
-    ["Within ten minutes, with no token in the shell’s history",
-      `${add} --join ${origin}/join/${joinCode}${pinned}`],
-    ["Only until you press Ctrl+C, without a service",
-      `${add} ${options}${pinned} --foreground`]].map(line => copyLine(...line));
+  const lines = [
+    ["The token, shown only once", deviceToken],
+    ["On the machine, with Python 3.8+ and curl", `${add} ${options}${pinned}`],
+    ["If moltis is installed there", `moltis node add ${options}${pinned}`],
+    [
+      "Valid for ten minutes, without the token in the shell’s history",
+      `${add} --join ${origin}/join/${joinCode}${pinned}`,
+    ],
+    [
+      "Only until you press Ctrl+C, without a service",
+      `${add} ${options}${pinned} --foreground`,
+    ],
+  ].map(line => copyLine(...line));
   $("token-form").hidden = true;
   $("token-made").hidden = false;
-  say($("token-made-title"), `Run this on ${state.token.name}`);
-  fill($("token-lines"), lines.slice(0, 3),
-    h("details", {}, h("summary", {}, "Other ways"), lines.slice(3)));
-  fill($("token-warnings"),
-    tokenWarnings().map(text => h("p", {class: "warn"}, icon("warn"), text)));
+  setText($("token-made-title"), `Run this on ${state.token.name}`);
+  fill(
+    $("token-lines"),
+    lines.slice(0, 3),
+    h("details", h("summary", "Other ways"), lines.slice(3)),
+  );
+  fill(
+    $("token-warnings"),
+    tokenWarnings().map(text => h("p", {class: "warn"}, icon("warn"), text)),
+  );
   $("token-chat").hidden = true;
   drawTokenWait();
   $("token-made-title").focus();
@@ -20319,9 +20355,9 @@ function tokenWarnings() {
   const {hostname, protocol} = location;
   if (/^(?:localhost|127\..*|\[::1\])$/.test(hostname)) {
     return [
-      `${hostname} is this machine’s name for itself: these lines work here only. ` +
-        "For others start the gateway with --bind 0.0.0.0, and open this page under " +
-        "its network name.",
+      `${hostname} means this machine: these lines work here only. ` +
+        "For other machines, start the gateway with --bind 0.0.0.0 and open this page " +
+        "under its network name.",
     ];
   }
   if (protocol === "https:") return [];
@@ -20354,7 +20390,7 @@ function drawTokenWait() {
 
 function closeToken() {
   state.token = null;
-  fill($("token-lines")); // the token is not kept anywhere
+  fill($("token-lines")); // keep the token nowhere
   $("token").close();
 }
 
@@ -20362,41 +20398,41 @@ function closeToken() {
 
 const RESULTS = {
   "": "All",
-  running: "Running",
-  done: "Finished",
+  open: "Running",
+  done: "Done",
   failed: "Failed",
   timed_out: "Timed out",
-  cancelled: "Stopped",
+  cancelled: "Cancelled",
   lost: "Lost",
+  expired: "Expired",
   denied: "Denied",
 };
 
-function auditVerdict(row) {
-  if (row.state === "sent") return ["wait", "Sent"];
-  if (row.state === "lost") return ["bad", "Lost"];
-  if (row.state === "denied") return ["bad", `Denied by ${row.decidedBy}`];
-  return verdict({...row, node: row.nodeName, timedOut: row.state === "timed_out",
-    cancelled: row.state === "cancelled"});
-}
-
-function auditRow(row) {
-  const {askedAt, startedAt, endedAt, sessionKey, callerName, command} = row;
-  const [kind, words] = auditVerdict(row);
-  const took = endedAt && duration((endedAt - (startedAt || askedAt)) / 1000);
+function auditRow(job) {
+  const {askedAt, startedAt, endedAt, sessionKey, callerName, command} = job;
+  const seconds = job.duration ?? (endedAt - (startedAt || askedAt)) / 1000;
   const cell = (name, ...children) => h("td", {class: name}, children);
   const href = sessionKey && chatPath(sessionKey);
-  return h("tr", {},
-    h("td", {class: "when", title: fullFormat.format(askedAt)}, moment(askedAt)),
+  return h(
+    "tr",
+    h("td", {class: "when", title: fullFormat.format(askedAt)}, formatTime(askedAt)),
     cell("who", href ? h("a", {href}, callerName) : callerName),
-    cell("at", row.nodeName), cell("what", h("code", {title: command}, command)),
-    cell("result", h("span", {class: `dot ${kind}`}), words), cell("number", took),
-    cell("number", endedAt && bytes(outputSize(row))));
+    cell("at", job.nodeName),
+    cell("what", h("code", {title: command}, command)),
+    cell(
+      "result",
+      h("span", {class: `dot ${jobKind(job)}`}),
+      h("span", {class: "word"}, job.words),
+    ),
+    cell("number", endedAt && formatDuration(seconds)),
+    cell("number", endedAt && formatBytes(outputSize(job))),
+  );
 }
 
 function drawAudit() {
   if (state.route.page !== "commands") return;
   const {rows, more} = state.audit;
-  fillFor($("audit-rows"), rows, () => rows.map(auditRow));
+  fillIfChanged($("audit-rows"), rows, () => rows.map(auditRow));
   $("audit").hidden = !rows.length;
   $("audit-empty").hidden = rows.length > 0;
   $("audit-older").hidden = !more;
@@ -20407,7 +20443,7 @@ const choicesOf = pairs => pairs.map(([value, name]) => h("option", {value}, nam
 function drawFilters() {
   const select = $("filter-node");
   const names = state.nodes.map(node => [node.nodeId, node.displayName]);
-  fillFor(select, [["", "All"], ...names], choicesOf);
+  fillIfChanged(select, [["", "All"], ...names], choicesOf);
   select.value = state.audit.node;
 }
 
@@ -20420,16 +20456,19 @@ function filterAudit() {
 // == view: models ==
 
 function drawProviders() {
-  fillFor($("providers"), state.providers, all => all.map(providerItem));
+  fillIfChanged($("providers"), state.providers, all => all.map(providerItem));
 }
 
 function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error}) {
-  const key = h("input", {type: "password", autocomplete: "off",
+  const key = h("input", {
+    type: "password",
+    autocomplete: "off",
     placeholder: keyFrom ? "Type to replace it" : "",
-    "aria-label": `API key, ${label}`});
+    "aria-label": `API key, ${label}`,
+  });
   const url = h("input", {value: baseUrl, "aria-label": `Address, ${label}`});
   const configure = async change => {
-    if (await act("models.configure", {provider: id, ...change})) {
+    if (await attempt("models.configure", {provider: id, ...change})) {
       refresh("providers", "models");
     }
   };
@@ -20440,20 +20479,40 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
   };
   const source = {environment: `key from ${keyVariable}`, settings: "key entered here"};
   const found = models ? plural(models, "model") : error || "not set up";
-  return h("details", {class: "card"}, h("summary", {}, h("strong", {}, label), " ",
-    h("span", {class: "detail"}, dotted(found, source[keyFrom]))),
-    h("form", {onsubmit: save}, h("label", {}, "API key", key),
-      h("label", {}, "Address", url),
-      h("div", {class: "actions"}, keyFrom === "settings" &&
-        h("button", {
-          type: "button",
-          class: "button",
-          onclick: () => configure({apiKey: ""}),
-        }, "Forget the key"),
-      h("button", {class: "button main"}, "Save"))));
+  return h(
+    "details",
+    {class: "card"},
+    h(
+      "summary",
+      h("strong", label),
+      " ",
+      h("span", {class: "detail"}, dotted(found, source[keyFrom])),
+    ),
+    h(
+      "form",
+      {onsubmit: save},
+      h("label", "API key", key),
+      h("label", "Address", url),
+      h(
+        "div",
+        {class: "actions"},
+        keyFrom === "settings" &&
+          h(
+            "button",
+            {
+              type: "button",
+              class: "button",
+              onclick: () => configure({apiKey: ""}),
+            },
+            "Forget the key",
+          ),
+        h("button", {class: "button main"}, "Save"),
+      ),
+    ),
+  );
 }
 
-// Choose a model that no list has, by its name.
+// Choose an unlisted model by its name.
 function useNamedModel() {
   const key = localStorage.getItem("session") || MAIN;
   patchSession(key, {model: $("model-name").value.trim()});
@@ -20468,80 +20527,97 @@ function drawAccess() {
   const used = ms => (ms ? `used ${ago(ms)}` : "never used");
   const scopeNames = scopes => scopes.map(scope => scope.split(".")[1]).join(", ");
   const keys = state.keys.filter(key => !key.revokedAt);
-  fillFor($("keys"), keys, () =>
+  fillIfChanged($("keys"), keys, () =>
     keys.map(({keyId, name, scopes, lastUsedAt}) =>
-      listRow(name, dotted(scopeNames(scopes), used(lastUsedAt)),
-        iconButton("bin", `Revoke ${name}`, () => revokeKey(keyId, name)))));
-  fillFor($("logins"), state.logins, logins =>
+      listRow(
+        name,
+        dotted(scopeNames(scopes), used(lastUsedAt)),
+        iconButton("bin", `Revoke ${name}`, () => revokeKey(keyId, name)),
+      ),
+    ),
+  );
+  fillIfChanged($("logins"), state.logins, logins =>
     logins.map(({loginId, userAgent, address, keyName, lastUsedAt, current}) =>
       listRow(
         dotted(browserName(userAgent), current && "this browser"),
         dotted(address, keyName, used(lastUsedAt)),
         !current &&
           iconButton("out", "End this sign-in", () =>
-            change("logins.revoke", {loginId})))));
+            changeAccess("logins.revoke", {loginId}),
+          ),
+      ),
+    ),
+  );
 }
 
 const browserName = userAgent =>
   /Edg|Firefox|Chrome|Safari/.exec(userAgent)?.[0].replace("Edg", "Edge") || "Browser";
 
-async function change(method, params) {
-  await act(method, params);
+async function changeAccess(method, params) {
+  await attempt(method, params);
   refresh("keys", "logins");
 }
 
 async function revokeKey(keyId, name) {
-  const text = "Whoever came in with it is out at once.";
+  const text = "Everyone who signed in with it is signed out at once.";
   if (await confirmed(`Revoke the key ${name}?`, text, "Revoke")) {
-    change("keys.revoke", {keyId});
+    changeAccess("keys.revoke", {keyId});
   }
 }
 
 async function createKey() {
   const checked = document.querySelectorAll("#key-scopes :checked");
   const scopes = [...checked].map(box => `operator.${box.value}`);
-  const made = await act("keys.create", {name: $("key-name").value, scopes});
+  const made = await attempt("keys.create", {name: $("key-name").value, scopes});
   if (!made) return;
-  fill($("key-made"), copyLine("The key; it is shown this once", made.key));
+  fill($("key-made"), copyLine("The key, shown only once", made.key));
   refresh("keys");
 }
 
 // == sign-in ==
 
 async function signIn(key) {
-  const answer = await fetch("/api/sign-in", {method: "POST",
+  const answer = await fetch("/api/sign-in", {
+    method: "POST",
     headers: {"Content-Type": "application/json"},
-    body: JSON.stringify({key})}).catch(() => null);
+    body: JSON.stringify({key}),
+  }).catch(() => null);
   if (answer?.ok) {
     state.link = "connecting";
     touch("link");
     link.open();
     return;
   }
-  const wait = answer?.headers.get("Retry-After");
+  const wait = formatDuration(Number(answer?.headers.get("Retry-After")) || 60);
   const why = !answer
     ? "The gateway cannot be reached."
     : answer.status === 429
-      ? `Too many attempts from here. Try again in ${duration(Number(wait) || 60)}.`
+      ? `Too many attempts from here. Try again in ${wait}.`
       : "This is not a key of this gateway, or it was revoked.";
   state.link = "out";
   touch("link");
-  say($("sign-in-error"), why);
+  setText($("sign-in-error"), why);
 }
 
 async function signOut() {
-  await fetch("/api/sign-out", {method: "POST"}).catch(complain);
+  await fetch("/api/sign-out", {method: "POST"}).catch(showError);
   link.close();
   state.chats.clear();
-  Object.assign(state, {link: "out", sessions: [], nodes: [], devices: [],
-    running: []});
+  state.followed.clear();
+  Object.assign(state, {
+    link: "out",
+    sessions: [],
+    nodes: [],
+    devices: [],
+    running: [],
+  });
   shownChat = null;
   touch("link", "chat");
 }
 
 // == start ==
 
-// Follow links within the page without loading it again.
+// Follow links within the page without reloading it.
 function followLink(event) {
   const link = event.target.closest?.("a[href^='/']");
   if (!link || link.hasAttribute("download") || event.button) return;
@@ -20553,7 +20629,7 @@ function followLink(event) {
 
 function tick() {
   if (state.link === "down") drawBanner();
-  for (const view of turns.views.values()) if (view.running) view.tick();
+  for (const view of turns.views.values()) if (view.isOpen) view.tick();
 }
 
 const CLICKS = {
@@ -20591,15 +20667,16 @@ function start() {
   }
   const box = value =>
     h("input", {type: "checkbox", value, checked: value === "write"});
-  fill($("key-scopes"), SCOPES.map(scope => h("label", {}, box(scope), scope)));
-  for (const element of document.querySelectorAll("[data-icon]")) {
-    element.prepend(icon(element.dataset.icon));
-  }
+  fill(
+    $("key-scopes"),
+    SCOPES.map(scope => h("label", box(scope), scope)),
+  );
+  document.querySelectorAll("[data-icon]").forEach(addIcon);
   on(document, "click", followLink);
   on(document, "keydown", event => {
     if (event.key === "Escape" && !$("veil").hidden) openSidebar(false);
   });
-  on(window, "popstate", followAddress);
+  on(window, "popstate", applyAddress);
   onSubmit("sign-in-form", () => signIn($("key").value.trim()));
   onSubmit("token-form", generateToken);
   onSubmit("composer", () => send());
@@ -20607,9 +20684,9 @@ function start() {
   onSubmit("key-form", createKey);
   on($("token"), "close", () => (state.token = null));
   on($("text"), "keydown", composerKey);
-  on($("text"), "input", sizeText);
-  on($("transcript"), "scroll", noteScroll);
-  // What is drawn later than its card makes the conversation longer, too.
+  on($("text"), "input", fitText);
+  on($("transcript"), "scroll", onScroll);
+  // Output that is drawn later also makes the conversation longer.
   new ResizeObserver(followEnd).observe($("messages"));
   on($("find-chat"), "input", event => {
     state.search = event.target.value;
@@ -20619,11 +20696,11 @@ function start() {
   on($("filter-state"), "change", filterAudit);
   fill($("filter-state"), choicesOf(Object.entries(RESULTS)));
   setInterval(tick, 1000);
-  setInterval(() => touch("nodes", "sessions"), 60_000); // what says "3 min ago"
+  setInterval(() => touch("nodes", "sessions"), 60_000); // relative times
   const key = /^#key=(.+)$/.exec(location.hash)?.[1];
-  // The key is out of the address before anything else can see it.
+  // Remove the key from the address before anything else can read it.
   if (key) history.replaceState(null, "", location.pathname);
-  followAddress();
+  applyAddress();
   if (key) signIn(decodeURIComponent(key));
   else link.open();
   touch("link");
@@ -20933,7 +21010,7 @@ main "$@"
 # ==============================================================================
 # Operator client
 # Uses: Settings, WebSocket frames, WebSocket connections, Wire protocol, Commands,
-#       Machine, Certificates
+#       Machine, TLS
 #
 # The command line's side of a gateway: calls, events, and commands whose streams
 # come back while they run.  What is printed is the command line's business.
@@ -20947,18 +21024,6 @@ RECONNECT_LIMIT = 5.0  # s
 def _ignore(_news: object) -> None: ...
 
 
-def _connect_to(url: str, trust: TlsTrust) -> WebSocket:
-    """Raises UserError.  Nothing secret was said when it returns."""
-    tls = trust.context() if url.startswith("wss:") else None
-    ws = connect(url, compression=False, ssl_context=tls)
-    try:
-        trust.check(ws.peer_certificate())
-    except BaseException:
-        ws.abort()
-        raise
-    return ws
-
-
 class OperatorClient:
     """A connection to a gateway, as the operator whose key it has."""
 
@@ -20969,7 +21034,7 @@ class OperatorClient:
         is another than the one to be trusted.
         """
         self._url = url
-        self._ws = _connect_to(websocket_url(url), trust or TlsTrust())
+        self._ws = connect(websocket_url(url), trust or TlsTrust())
         self._calls = Calls(self._send)
         self._on_event: Callable[[Event], None] = _ignore
         self._on_chunk: Callable[[Chunk], None] = _ignore
@@ -21078,17 +21143,9 @@ class OperatorClient:
 
     def _read(self) -> None:
         ended: MoltisError = ConnectionClosed(CloseCode.NORMAL, "the gateway hung up")
-        next_ping = time.monotonic() + PING_INTERVAL
         try:
             while True:
-                try:
-                    message = self._ws.receive(max(0, next_ping - time.monotonic()))
-                except TimeoutError:
-                    if self._ws.idle > PEER_TIMEOUT:
-                        self._ws.abort()
-                    self._ws.ping()
-                    next_ping = time.monotonic() + PING_INTERVAL
-                    continue
+                message = self._ws.receive()
                 if message is None:
                     return
                 self._handle(message)
@@ -21751,7 +21808,7 @@ class McpServer:
 # ==============================================================================
 # Command line
 # Uses: Settings, Wire protocol, Commands, Telemetry, Language models, Machine,
-#       Node agent, Node service, Store, Certificates, Access, Fleet, Jobs, Agent,
+#       Node agent, Node service, Store, TLS, Access, Fleet, Jobs, Agent,
 #       Model directory, Chat, Gateway, HTTP, Web page, Install script, Operator client,
 #       MCP
 #

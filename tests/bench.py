@@ -261,7 +261,7 @@ class PlainOperator:
     """An operator's connection as a script of twenty lines has it: one thread."""
 
     def __init__(self, site: Installed) -> None:
-        self._ws = moltis.connect(moltis.websocket_url(site.url), compression=False)
+        self._ws = moltis.connect(moltis.websocket_url(site.url))
         params = moltis.ConnectParams(role="operator", api_key=site.api_key)
         self._ask("connect", params.to_json())
         self.receive()
@@ -659,7 +659,7 @@ OURS_SINK = """
 import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import socket, threading, moltis, echo_peer
 def serve(sock):
-    ws = echo_peer.accept(sock, compression=False)
+    ws = echo_peer.accept(sock)
     while True:
         message = ws.receive()
         if message is None: return
@@ -709,7 +709,7 @@ def bench_websocket(bench: Bench) -> Iterator[Row]:
     with contextlib.ExitStack() as stack:
         our_url = stack.enter_context(echo_server(OURS_SINK, str(ROOT)))
         their_url = stack.enter_context(echo_server(THEIR_SINK))
-        ours = moltis.connect(our_url, compression=False, max_message=2**30)
+        ours = moltis.connect(our_url)
         stack.callback(ours.close)
         theirs = stack.enter_context(
             connect_theirs(their_url, compression=None, max_size=None)
