@@ -11705,6 +11705,7 @@ class Job:
         self.log_end: int | None = None  # the final offset, once known
         self.result: JsonObject | None = None  # of work other than a command
         self.place = 0  # in line on its node; 0: it runs
+        self.ends_anew = False  # it has ended, and on_end() was not called for that
         self.input_at = 0  # bytes of input that the node has consumed
         self.input_resumes = 0  # how often the node asked for input from there on
         self.away_since: float | None = None  # monotonic; None: its node is connected
@@ -11849,6 +11850,7 @@ class Jobs:
         self._by_node: dict[str, dict[str, Job]] = {}
         self._waits: set[Wait] = set()
         self._closed = False
+        self.on_end: Callable[[Job], None] | None = None  # called before followers
         self._next_sweep = 0.0  # monotonic
         self._unswept = keep_output  # bytes of logs that ended since the last sweep
         for record in table.open():
@@ -12254,6 +12256,7 @@ class Jobs:
         )
         job.result = ending.result
         job.place = 0
+        job.ends_anew = True
         self._save(job)
 
     def _save(self, job: Job) -> None:
@@ -12311,6 +12314,9 @@ class Jobs:
                 tell(link)
 
     def _wake(self, job: Job) -> None:
+        if job.ends_anew and self.on_end is not None:
+            job.ends_anew = False
+            self.on_end(job)
         for follower in job.followers:
             follower.wake(job)
 
@@ -12579,8 +12585,11 @@ class Machines(Protocol):
         Raises RpcError, Cancelled.
         """
 
-    def read(self, job_id: str, offset: int) -> Reading:
-        """Return the next part of the output, empty at its end.  Raises RpcError."""
+    def reader(self, job_id: str) -> Callable[[int], Reading]:
+        """Return what reads the output from an offset on; nothing new: an empty part.
+
+        Both raise RpcError.
+        """
 
     def stop(self, job_id: str) -> None:
         """Cancel a job and wait up to ABORT_GRACE for its end.  Raises RpcError."""
@@ -12617,12 +12626,20 @@ class FleetMachines:
     ) -> JsonObject:
         return job_view(self._jobs.wait(self._job(job_id), timeout, cancel))
 
-    def read(self, job_id: str, offset: int) -> Reading:
-        log = self._job(job_id).log
-        start, data = log.read(log.boundary(offset))
-        frames = [(STREAMS.get(kind), piece) for kind, piece in log_frames(data)]
-        pieces = [(stream, piece) for stream, piece in frames if stream]
-        return Reading(start, pieces, start + len(data))
+    def reader(self, job_id: str) -> Callable[[int], Reading]:
+        job_log, boundary = self._job(job_id).log, 0
+
+        def read(offset: int) -> Reading:
+            nonlocal boundary
+            if offset != boundary:  # a model's guess
+                offset = job_log.boundary(offset)
+            start, data = job_log.read(offset)
+            frames = [(STREAMS.get(kind), piece) for kind, piece in log_frames(data)]
+            pieces = [(stream, piece) for stream, piece in frames if stream]
+            boundary = start + len(data)
+            return Reading(start, pieces, boundary)
+
+        return read
 
     def stop(self, job_id: str) -> None:
         if not self._leaves():
@@ -13108,8 +13125,8 @@ class Toolbox:
         except Cancelled:
             self._machines.stop(planned.job_id)
             raise
-        read = partial(self._machines.read, planned.job_id)
-        return {**job_for_model(view), **read_output(read, 0)[0]}
+        output, _ = read_output(self._machines.reader(planned.job_id), 0)
+        return {**job_for_model(view), **output}
 
     def _exec_status(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
         wait, offset = arguments.get("wait", 0.0), arguments.get("offset", 0)
@@ -13126,15 +13143,11 @@ class Toolbox:
     def _look(
         self, job_id: str, offset: int, wait: float, *, cancels: bool
     ) -> JsonObject:
-        def read(offset: int) -> Reading:
-            self._cancel.pause(0)
-            return self._machines.read(job_id, offset)
-
         if cancels:
             self._machines.stop(job_id)
         # First the state: an end that is seen has all output before it.
         view = self._machines.wait(job_id, wait, self._cancel)
-        output, offset = read_output(read, offset)
+        output, offset = read_output(self._machines.reader(job_id), offset)
         return {"id": job_id, **job_for_model(view), **output, "next_offset": offset}
 
 
