@@ -11181,22 +11181,28 @@ class Fleet:
     def select(self, text: str, limit: int) -> tuple[list[JsonObject], int]:
         """Return views of at most `limit` machines with `text` in id or name.
 
-        And the number of all such machines.
+        And the number of all such machines.  Connected ones come first, then by name.
         """
-        wanted, by_id = text.strip().casefold(), self._devices.names().by_id
-        found = sorted(
-            (name.casefold(), node_id)
-            for node_id, name in by_id.items()
-            if wanted in name.casefold() or wanted in node_id.casefold()
-        )
-        ids = [node_id for _, node_id in found]
-        if wanted in LOCAL_ID:
-            ids.insert(0, LOCAL_ID)
+        wanted, names = text.strip().casefold(), self._devices.names().by_id
+        names = {LOCAL_ID: LOCAL_NAME, **names}
+        with self._lock:
+            connected = set(self._connected)
+
+        def order(node_id: str) -> tuple[bool, str]:
+            return node_id not in connected, names[node_id].casefold()
+
+        found = list(names)
+        if wanted:
+            found = [i for i in names if wanted in f"{i}\n{names[i]}".casefold()]
+            found.sort(key=order)
+        elif len(found) > limit:
+            # Names of thousands take 3 ms to sort, before each turn of a model.
+            found.sort(key=lambda node_id: node_id not in connected)
         views = []
-        for node_id in ids[:limit]:
+        for node_id in sorted(found[:limit], key=order):
             with contextlib.suppress(RpcError):  # revoked meanwhile
                 views.append(self.view(node_id))
-        return views, len(ids)
+        return views, len(found)
 
     def view(self, node_id: str) -> JsonObject:
         """Return `node.describe`.  Raises RpcError NOT_FOUND."""
@@ -12554,7 +12560,7 @@ class Conversation:
 class Reading(Value):
     """A part of a job's output."""
 
-    offset: int  # in the log; beyond the one asked for if bytes are missing
+    missing: int  # bytes before it that are not kept
     pieces: Sequence[tuple[str, bytes]]  # stream, data
     next: int
 
@@ -12637,7 +12643,7 @@ class FleetMachines:
             frames = [(STREAMS.get(kind), piece) for kind, piece in log_frames(data)]
             pieces = [(stream, piece) for stream, piece in frames if stream]
             boundary = start + len(data)
-            return Reading(start, pieces, boundary)
+            return Reading(start - offset, pieces, boundary)
 
         return read
 
@@ -12940,9 +12946,8 @@ def read_output(read: Callable[[int], Reading], offset: int) -> tuple[JsonObject
     stdout, stderr = streams.values()
     for _ in range(MAX_OUTPUT_READS):
         reading = read(offset)
-        if reading.offset > offset:
-            missing = reading.offset - offset
-            stdout.add(f"\n[… {missing:,} bytes not kept …]\n".encode())
+        if reading.missing:
+            stdout.add(f"\n{gap_words(reading.missing)}\n".encode())
         if reading.next <= offset:
             break
         offset = reading.next
@@ -13036,7 +13041,8 @@ class Toolbox:
     def _prepare(self, call: ToolCall, specs: Sequence[ToolSpec]) -> ToolJob:
         """Return what is left to do for a call, which ends in its result."""
         try:
-            job = self._tools[call.name](call, check_arguments(call, specs))
+            arguments = check_arguments(call, specs)
+            job = self._tools[call.name](call, arguments)
         except RpcError as error:
             problem = {"error": error.message}
             self._chat.begin_call(call, None)
