@@ -1172,8 +1172,8 @@ def _fleet_rows(
         with contextlib.closing(PlainOperator(site)) as client:
             client.call("subscribe", {"events": ["chat"]})
             session = client.call("sessions.create", {"label": "bench"})
-            params = {"key": session["key"], "nodeId": "real"}
-            client.call("nodes.set_session", {**params, "sessionKey": session["key"]})
+            params = {"session_key": session["key"], "node_id": "real"}
+            client.call("nodes.set_session", params)
             return median_of(
                 lambda: client.chat("echo hi", session["key"]), bench.count(25)
             )
