@@ -11706,6 +11706,7 @@ class Job:
         self.log_end: int | None = None  # the final offset, once known
         self.result: JsonObject | None = None  # of work other than a command
         self.place = 0  # in line on its node; 0: it runs
+        self.ends_anew = False  # it has ended, and on_end() was not called for that
         self.input_at = 0  # bytes of input that the node has consumed
         self.input_resumes = 0  # how often the node asked for input from there on
         self.away_since: float | None = None  # monotonic; None: its node is connected
@@ -11850,6 +11851,7 @@ class Jobs:
         self._by_node: dict[str, dict[str, Job]] = {}
         self._waits: set[Wait] = set()
         self._closed = False
+        self.on_end: Callable[[Job], None] | None = None  # called before followers
         self._next_sweep = 0.0  # monotonic
         self._unswept = keep_output  # bytes of logs that ended since the last sweep
         for record in table.open():
@@ -12255,6 +12257,7 @@ class Jobs:
         )
         job.result = ending.result
         job.place = 0
+        job.ends_anew = True
         self._save(job)
 
     def _save(self, job: Job) -> None:
@@ -12312,6 +12315,9 @@ class Jobs:
                 tell(link)
 
     def _wake(self, job: Job) -> None:
+        if job.ends_anew and self.on_end is not None:
+            job.ends_anew = False
+            self.on_end(job)
         for follower in job.followers:
             follower.wake(job)
 
@@ -12444,252 +12450,293 @@ class LocalLink:
 
 # ==============================================================================
 # Agent
-# Uses: Wire protocol, Commands, Language models, Jobs
+# Uses: Wire protocol, Language models, Store, Fleet, Jobs
 #
 # Runs in which a model uses the machines of the fleet until it has an answer: its
 # tools and the check of their arguments, the question to a person before a command
 # runs, the history cut to what the model holds, and Shell, the model that runs what
-# was typed.  Which run comes when, and who watches it, is Chat's business.
+# was typed.  The order of runs and their display are left to Chat.
 # ==============================================================================
 
 MAX_TURNS = 40  # of the model in one run; then the person is asked how to go on
 MAX_PARALLEL_CALLS = 16  # of one turn; the others wait in line
 MAX_TOOL_OUTPUT = 30_000  # characters of a command's output that a model sees
-MAX_TOOL_ERRORS = 10_000  # of these, when both streams are long
-APPROVAL_TIMEOUT = 600.0  # s; nobody there to ask means no
+MAX_TOOL_ERRORS = 10_000  # of these for stderr if both streams are long
+MAX_OUTPUT_READS = 512  # parts of a log; all that is kept, unless it grows meanwhile
+MAX_STATUS_WAIT = 60.0  # s that exec_status may wait; then the model decides anew
+MAX_NAMED_NODES = 50  # machines in a prompt; nodes_list finds the others
+MAX_LISTED_NODES = 200  # machines in one answer of nodes_list; its filter finds others
+APPROVAL_TIMEOUT = 600.0  # s; without an answer a command is denied
+ABORT_GRACE = 4.0  # s for the ending of a command that was cancelled
 CHARACTERS_A_TOKEN = 3  # errs on the safe side: English prose has four
 KEPT_RESULTS = 4  # of tools; the newest, which are cut last
 SHORT_RESULT = 400  # characters; cutting it would gain nothing
-SHELL_ID = "shell"  # of the model that is always there
 LAST_RESULT = 2000  # characters that stay of a newest result when all else is gone
-MAX_STATUS_WAIT = 60.0  # s that exec_status may wait; then the model decides anew
-MAX_STATUS_READS = 400  # parts of a job's output; all that is kept, unless it races us
-
-
-class NodeDirectory(Protocol):
-    """The machines that can be used, connected or not, with Local among them."""
-
-    def resolve(self, reference: str) -> tuple[str, str]:
-        """Return id and name of a node.  Raises RpcError, which lists what there is."""
-
-    def views(self) -> list[JsonObject]:
-        """Return what `node.list` shows."""
-
-    def view(self, node_id: str) -> JsonObject:
-        """Return what `node.describe` shows.  Raises RpcError."""
-
-
-class ChatSession(Protocol):
-    """A stored conversation, and what was chosen for it."""
-
-    @property
-    def key(self) -> str: ...
-
-    @property
-    def node_id(self) -> str:
-        """The selected node, where commands run unless they name another."""
-
-    @property
-    def asks_first(self) -> bool:
-        """Whether a command that a model wants to run needs a person's approval."""
-
-    def select_node(self, node_id: str) -> None: ...
-
-    def messages(self) -> Sequence[ChatMessage]: ...
-
-    def append(self, message: ChatMessage) -> None: ...
-
-
-class Step(Value):
-    """Something a run did, for those who watch; `state` is that of a `chat` event."""
-
-    state: str
-    fields: Mapping[str, Any] = NOTHING
-
-
-StepHandler: TypeAlias = "Callable[[Step], None]"  # called from several threads at once
+SHELL_ID = "shell"  # of the model that is always there
 
 
 class PlannedCommand(Value):
     """A command before it runs: what is approved is this, and this is what runs."""
 
-    invoke_id: str
+    job_id: str
     node_id: str
     node_name: str
     command: str
-    working_dir: str | None = None
+    cwd: str | None = None
     timeout: float | None = None  # s
-    background: bool = False  # nobody waits for it
+    background: bool = False  # the run does not wait for its end
 
-    def arguments(self) -> JsonObject:
-        """Return it as the arguments of `system.run`."""
-        args: JsonObject = {"command": self.command}
-        if self.working_dir:
-            args["cwd"] = self.working_dir
+    def spec(self) -> JsonObject:
+        """Return it as the spec of a job."""
+        spec: JsonObject = {"command": self.command}
+        if self.cwd:
+            spec["cwd"] = self.cwd
         if self.timeout:
-            args["timeout"] = max(1, round(self.timeout * 1000))
-        return args
-
-    def fields(self) -> JsonObject:
-        """Return it as chat events show it."""
-        return {
-            "invokeId": self.invoke_id,
-            "nodeId": self.node_id,
-            "node": self.node_name,
-            "command": self.command,
-            "workingDir": self.working_dir or "",
-            "timeout": self.timeout,
-            **({"background": True} if self.background else {}),
-        }
+            spec["timeout"] = max(1, round(self.timeout * 1000))
+        return spec
 
 
-class Executor(Protocol):
-    """Runs commands on nodes, for a session."""
+class Verdict(Value):
+    """Whether a command may run, and who decided that."""
 
-    def __call__(
-        self,
-        session_key: str,
-        planned: PlannedCommand,
-        on_chunk: ChunkHandler,
-        cancel: Cancellation,
-    ) -> JsonObject:
-        """Return the result of `system.run` once all output went to `on_chunk`.
+    allowed: bool
+    by: str
+    reason: str = ""  # if no person denied it
 
-        Raises RpcError where there is no result, and Cancelled.
+    def words(self) -> str:
+        """Return a denial in words for the model."""
+        return f"denied: {self.reason}" if self.reason else "denied by the user"
+
+
+class Conversation:
+    """One chat as a run needs it; this base stores and shows nothing.
+
+    The steps from begin_call() on are called from several threads.
+    """
+
+    key = ""
+    key_id = ""  # of the operator key that asked
+
+    def selected(self) -> str:
+        """Return the node where commands run unless they name another."""
+        return LOCAL_ID
+
+    def select(self, node_id: str) -> None: ...
+
+    def asks_first(self) -> bool:
+        """Return whether a model's command needs a person's approval."""
+        return False
+
+    def messages(self) -> Sequence[ChatMessage]:
+        return ()
+
+    def append(self, message: ChatMessage) -> None: ...
+
+    def begin_answer(self, turn: int) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def notice(self, text: str) -> None: ...
+
+    def begin_call(self, call: ToolCall, planned: PlannedCommand | None) -> None: ...
+
+    def ask(self, planned: PlannedCommand) -> None: ...
+
+    def decide(self, planned: PlannedCommand, verdict: Verdict) -> None: ...
+
+    def begin_job(self, planned: PlannedCommand) -> None: ...
+
+    def end_call(self, call: ToolCall, result: JsonObject) -> None: ...
+
+
+# --- Machines ---
+
+
+class Reading(Value):
+    """A part of a job's output."""
+
+    offset: int  # in the log; beyond the one asked for if bytes are missing
+    pieces: Sequence[tuple[str, bytes]]  # stream, data
+    next: int
+
+
+class Machines(Protocol):
+    """The machines that tools use: this gateway's, or another's by its methods."""
+
+    def resolve(self, reference: str) -> tuple[str, str]:
+        """Return id and name of a node.  Raises RpcError, which lists what there is."""
+
+    def view(self, node_id: str) -> JsonObject:
+        """Return what `node.describe` shows.  Raises RpcError."""
+
+    def select(self, text: str, limit: int) -> tuple[list[JsonObject], int]:
+        """Return views of nodes whose id or name contains `text`, and how many do.
+
+        Connected nodes come first.
         """
 
-
-class Background(Protocol):
-    """Runs commands that nobody waits for, for a session."""
-
-    def start(self, session_key: str, planned: PlannedCommand) -> None:
+    def start(self, planned: PlannedCommand, decided_by: str | None) -> None:
         """Raises RpcError."""
 
-    def cancel(self, session_key: str, invoke_id: str) -> None:
-        """Raises RpcError."""
-
-    def end(
-        self, session_key: str, invoke_id: str, wait: float, cancel: Cancellation
+    def wait(
+        self, job_id: str, timeout: float | None, cancel: Cancellation
     ) -> JsonObject:
-        """Return what `command.wait` does.  Raises RpcError, Cancelled."""
+        """Return the view of a job, at its end or after `timeout` s.
 
-    def output(self, session_key: str, invoke_id: str, position: int) -> JobReading:
-        """Return the next part of what it wrote, in the order in which it came.
-
-        Raises RpcError.
+        Raises RpcError, Cancelled.
         """
+
+    def reader(self, job_id: str) -> Callable[[int], Reading]:
+        """Return what reads the output from an offset on; nothing new: an empty part.
+
+        Both raise RpcError.
+        """
+
+    def stop(self, job_id: str) -> None:
+        """Cancel a job and wait up to ABORT_GRACE for its end.  Raises RpcError."""
+
+
+class FleetMachines:
+    """The machines of this gateway, used by one chat; a Machines."""
+
+    def __init__(
+        self, fleet: Fleet, jobs: Jobs, origin: Origin, leaves: Callable[[], bool]
+    ) -> None:
+        """While `leaves()`, the gateway stops, and commands go on without it."""
+        self._jobs = jobs
+        self._origin = origin
+        self._leaves = leaves
+        self.resolve = fleet.resolve
+        self.view = fleet.view
+        self.select = fleet.select
+
+    def start(self, planned: PlannedCommand, decided_by: str | None) -> None:
+        self._jobs.start(
+            new_job(
+                (planned.node_id, planned.node_name),
+                "run",
+                planned.spec(),
+                self._origin.replace(decided_by=decided_by),
+                kept=True,
+                job_id=planned.job_id,
+            )
+        )
+
+    def wait(
+        self, job_id: str, timeout: float | None, cancel: Cancellation
+    ) -> JsonObject:
+        return job_view(self._jobs.wait(self._job(job_id), timeout, cancel))
+
+    def reader(self, job_id: str) -> Callable[[int], Reading]:
+        job_log, boundary = self._job(job_id).log, 0
+
+        def read(offset: int) -> Reading:
+            nonlocal boundary
+            if offset != boundary:  # a model's guess
+                offset = job_log.boundary(offset)
+            start, data = job_log.read(offset)
+            frames = [(STREAMS.get(kind), piece) for kind, piece in log_frames(data)]
+            pieces = [(stream, piece) for stream, piece in frames if stream]
+            boundary = start + len(data)
+            return Reading(start, pieces, boundary)
+
+        return read
+
+    def stop(self, job_id: str) -> None:
+        if not self._leaves():
+            job = self._job(job_id)
+            self._jobs.cancel(job, self._origin.name)
+            self._jobs.wait(job, ABORT_GRACE)
+
+    def _job(self, job_id: str) -> Job:
+        """Raises RpcError NOT_FOUND also for jobs of other sessions."""
+        job = self._jobs.get(job_id)
+        if job.record.session_key != self._origin.session_key:
+            raise RpcError("NOT_FOUND", f"{job_id} is no command of this session")
+        return job
 
 
 # --- Approvals ---
 
 
-class Verdict(Value):
-    """Whether a command may run, and who says so."""
-
-    allowed: bool
-    by: str
-    reason: str = ""  # for the model, where it may not
-
-
 class Approvals:
-    """Questions whether a model's command may run, until somebody answers."""
+    """Questions whether a model's command may run, until they are answered."""
 
-    def __init__(
-        self,
-        record: Callable[[str, PlannedCommand, Verdict], None],  # for the audit
-        *,
-        timeout: float = APPROVAL_TIMEOUT,
-    ) -> None:
-        self._record = record
+    def __init__(self, *, timeout: float = APPROVAL_TIMEOUT) -> None:
         self._timeout = timeout
         self._lock = threading.Lock()  # guards the two below
-        self._open: dict[str, tuple[str, PlannedCommand, Future[Verdict]]] = {}
-        self._always: dict[tuple[str, str], str] = {}  # who said so: session, node
+        self._open: dict[str, tuple[Conversation, str, Future[Verdict]]] = {}
+        # Names of those who answered, by session, node and key that asked.
+        self._always: dict[tuple[str, str, str], str] = {}
 
     def ask(
-        self,
-        session_key: str,
-        planned: PlannedCommand,
-        announce: Callable[[], None],
-        cancel: Cancellation,
+        self, chat: Conversation, planned: PlannedCommand, cancel: Cancellation
     ) -> Verdict:
-        """Return the verdict on a command, once there is one; `announce` the question.
+        """Return the verdict on a command of `chat`, which shows the question.
 
         Raises Cancelled.
         """
+        job_id, node_id = planned.job_id, planned.node_id
+        answer: Future[Verdict] = Future()
+
+        def give_up() -> None:
+            if self._close(job_id):  # an answer that came first stands
+                answer.cancel()
+
         with self._lock:
-            always = self._always.get((session_key, planned.node_id))
-            answer: Future[Verdict] = Future()
+            always = self._always.get((chat.key, node_id, chat.key_id))
             if always is None:
-                self._open[planned.invoke_id] = (session_key, planned, answer)
+                self._open[job_id] = (chat, node_id, answer)
         if always is not None:
-            verdict = Verdict(True, f"{always}, always here")
-        else:
-            try:
-                announce()
-                verdict = self._wait(planned, answer, cancel)
-            finally:
-                self._close(planned.invoke_id)
-        self._record(session_key, planned, verdict)
-        return verdict
+            return Verdict(True, f"{always}, always here")
+        try:
+            chat.ask(planned)
+            with cancel.calling(give_up):
+                return answer.result(self._timeout)
+        except FutureTimeout:
+            if not self._close(job_id):
+                return answer.result()  # it came in this very moment
+            waited = format_duration(self._timeout)
+            return Verdict(False, "nobody", f"nobody answered within {waited}")
+        finally:
+            self._close(job_id)
 
     def answer(
-        self, invoke_id: str, *, allowed: bool, by: str, always: bool = False
+        self, job_id: str, *, allowed: bool, by: str, always: bool = False
     ) -> None:
         """Let a command run, or not; `always`: here, in this session, without asking.
 
-        Raises RpcError NOT_FOUND where the question is closed.
+        Raises RpcError NOT_FOUND if the question is closed.
         """
         with self._lock:
-            question = self._open.pop(invoke_id, None)
-            likewise = []
+            question = self._open.pop(job_id, None)
+            same = []
             if question is not None and allowed and always:
-                likewise = self._allow_always(question[0], question[1].node_id, by)
+                scope = self._scope(*question[:2])
+                self._always[scope] = by
+                same = [
+                    i for i, q in self._open.items() if self._scope(*q[:2]) == scope
+                ]
+            likewise = [self._open.pop(i)[2] for i in same]
         if question is None:
             raise RpcError("NOT_FOUND", "this question is closed: decided, or too old")
-        reason = "" if allowed else "denied by the user"
-        question[2].set_result(Verdict(allowed, by, reason))
+        question[2].set_result(Verdict(allowed, by))
         for answer in likewise:
             answer.set_result(Verdict(True, f"{by}, always here"))
 
-    def _allow_always(
-        self, session_key: str, node_id: str, by: str
-    ) -> list[Future[Verdict]]:
-        """Note it, and close the other questions that it answers; under the lock."""
-        self._always[session_key, node_id] = by
-        same = [
-            invoke_id
-            for invoke_id, (key, planned, _) in self._open.items()
-            if (key, planned.node_id) == (session_key, node_id)
-        ]
-        return [self._open.pop(invoke_id)[2] for invoke_id in same]
-
-    def forget(self, session_key: str) -> None:
-        """Ask again in this session: it ended, or somebody changed his mind."""
+    def forget(self, session_key: str = "", *, key_id: str = "") -> None:
+        """Ask again in this session, or for this key, which is revoked."""
         with self._lock:
-            for pair in [pair for pair in self._always if pair[0] == session_key]:
-                del self._always[pair]
+            for scope in list(self._always):
+                if scope[0] == session_key or scope[2] == key_id != "":
+                    del self._always[scope]
 
-    def _wait(
-        self, planned: PlannedCommand, answer: Future[Verdict], cancel: Cancellation
-    ) -> Verdict:
-        def give_up() -> None:
-            # An answer that came first stands; then the command itself is cancelled.
-            if self._close(planned.invoke_id):
-                answer.cancel()
+    def _scope(self, chat: Conversation, node_id: str) -> tuple[str, str, str]:
+        return chat.key, node_id, chat.key_id
 
-        with cancel.calling(give_up):
-            try:
-                return answer.result(self._timeout)
-            except FutureTimeout:
-                if not self._close(planned.invoke_id):
-                    return answer.result()  # it came in this very moment
-        waited = format_duration(self._timeout)
-        return Verdict(False, "nobody", f"denied: nobody answered within {waited}")
-
-    def _close(self, invoke_id: str) -> bool:
+    def _close(self, job_id: str) -> bool:
         with self._lock:
-            return self._open.pop(invoke_id, None) is not None
+            return self._open.pop(job_id, None) is not None
 
 
 # --- Tools ---
@@ -12735,7 +12782,7 @@ def tool_specs(*, with_nodes: bool) -> tuple[ToolSpec, ...]:
     )
     status = _tool(
         "exec_status",
-        "Tell how a command in the background stands, and what it has written.",
+        "Return the state and the output of a command in the background.",
         ["id"],
         id=_text_parameter("The id that exec gave."),
         offset=_parameter(
@@ -12751,10 +12798,17 @@ def tool_specs(*, with_nodes: bool) -> tuple[ToolSpec, ...]:
     return (
         execute,
         status,
-        _tool("nodes_list", "List the machines, with state and load.", []),
+        _tool(
+            "nodes_list",
+            "List the machines, with state and load.",
+            [],
+            filter=_text_parameter(
+                "Only machines whose id or name contains this; leave it out for all."
+            ),
+        ),
         _tool(
             "nodes_describe",
-            "Tell all that is known about a machine: hardware, disk, runtimes, GPUs.",
+            "Return all that is known about a machine: hardware, disk, runtimes, GPUs.",
             ["node"],
             node=_text_parameter("Id or name of the machine."),
         ),
@@ -12776,7 +12830,7 @@ ARGUMENT_KINDS: Mapping[str, type] = {
 
 
 def check_arguments(call: ToolCall, specs: Sequence[ToolSpec]) -> JsonObject:
-    """Return the arguments of a call; those that are null are as good as absent.
+    """Return the arguments of a call; those that are null count as absent.
 
     Raises RpcError with a sentence that lets the model do better.
     """
@@ -12824,11 +12878,21 @@ def describe_node(view: JsonObject) -> str:
     return f"{view['displayName']} ({view['nodeId']}): {', '.join(parts)}"
 
 
-def system_prompt(views: Sequence[JsonObject], selected_id: str) -> str:
-    """Return what a model is told before each of its turns."""
+def system_prompt(machines: Machines, selected_id: str) -> str:
+    """Return the instructions that a model gets before each of its turns."""
+    views, known = machines.select("", MAX_NAMED_NODES)
     lines = {view["nodeId"]: describe_node(view) for view in views}
-    selected = lines.pop(selected_id, f"{selected_id}: no longer known, choose another")
+    if selected_id not in lines:
+        lines[selected_id] = f"{selected_id}: no longer known, choose another"
+        with contextlib.suppress(RpcError):
+            lines[selected_id] = describe_node(machines.view(selected_id))
+    selected = lines.pop(selected_id)
     others = "".join(f"\n- {line}" for line in lines.values()) or " none"
+    if known > len(views):
+        others += (
+            f"\n- and {known - len(views):,} more: use nodes_list with a filter to "
+            "find one by its name"
+        )
     return (
         "You help a person to look after their machines, by running shell commands "
         "with the tool exec. Look before you answer; say on which machine you found "
@@ -12840,101 +12904,103 @@ def system_prompt(views: Sequence[JsonObject], selected_id: str) -> str:
     )
 
 
-def tool_output(stdout: str, stderr: str) -> JsonObject:
-    """Return both streams within MAX_TOOL_OUTPUT; stderr gives way to stdout last."""
-    room = max(MAX_TOOL_ERRORS, MAX_TOOL_OUTPUT - len(stdout))
-    kept_stderr = clip(stderr, room)
-    kept_stdout = clip(stdout, MAX_TOOL_OUTPUT - min(len(stderr), room))
-    return {"stdout": kept_stdout, "stderr": kept_stderr}
+class _Stream:
+    """Head and tail of one output stream."""
+
+    KEPT = 4 * MAX_TOOL_OUTPUT  # bytes of each; a character has at most four
+
+    def __init__(self) -> None:
+        self.total = 0  # bytes
+        self._head = bytearray()
+        self._tail = bytearray()
+
+    def add(self, data: bytes) -> None:
+        self.total += len(data)
+        room = self.KEPT - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        if len(self._tail) > 2 * self.KEPT:
+            del self._tail[: -self.KEPT]
+
+    def text(self, limit: int) -> str:
+        """Return what fits into `limit` characters, MAX_TOOL_OUTPUT at most."""
+        text = bytes(self._head + self._tail).decode("utf-8", "replace")
+        if len(text) <= limit:
+            return text
+        head, tail = text[: limit // 2], text[len(text) - (limit - limit // 2) :]
+        cut = self.total - len(f"{head}{tail}".encode())
+        return f"{head}\n… {cut:,} bytes cut …\n{tail}"
 
 
-def new_collector() -> OutputCollector:
-    """Return what keeps as much of a command's output as a model may see."""
-    return OutputCollector(4 * MAX_TOOL_OUTPUT)  # four bytes: the longest character
+def read_output(read: Callable[[int], Reading], offset: int) -> tuple[JsonObject, int]:
+    """Return what a model sees of a log from `offset` on, and the next offset.
 
-
-def output_for_model(collected: OutputCollector) -> JsonObject:
-    """Return what a model sees of a command's output, and whether that is not all."""
-    out, err = collected.stdout, collected.stderr
-    output = tool_output(out.text(), err.text())
-    whole = out.total + err.total
-    kept = sum(len(text.encode("utf-8", "replace")) for text in output.values())
-    return {**output, "truncated": True} if kept < whole else output
-
-
-def read_output(
-    read: Callable[[int], JobReading], position: int
-) -> tuple[JsonObject, int]:
-    """Return what a model sees of a job's output from a position on, and its end."""
-    collected = new_collector()
-    ends: dict[int, int] = {}
-    for _ in range(MAX_STATUS_READS):
-        reading = read(position)
-        position = reading.next
-        if not reading.pieces:
+    Both streams together have MAX_TOOL_OUTPUT characters, head and tail of each.
+    """
+    streams = {stream: _Stream() for stream in STREAMS.values()}
+    stdout, stderr = streams.values()
+    for _ in range(MAX_OUTPUT_READS):
+        reading = read(offset)
+        if reading.offset > offset:
+            missing = reading.offset - offset
+            stdout.add(f"\n[… {missing:,} bytes not kept …]\n".encode())
+        if reading.next <= offset:
             break
-        for piece in reading.pieces:
-            missing = piece.offset - ends.setdefault(piece.stream, piece.offset)
-            ends[piece.stream] = piece.offset + len(piece.data)
-            gap = f"\n[… {missing:,} bytes not kept …]\n" if missing else ""
-            stream = collected.stdout if piece.stream == STDOUT else collected.stderr
-            stream.add(stream.total, gap.encode() + piece.data)
-    return output_for_model(collected), position
+        offset = reading.next
+        for stream, data in reading.pieces:
+            streams[stream].add(data)
+    room = max(MAX_TOOL_ERRORS, MAX_TOOL_OUTPUT - stdout.total)
+    output: JsonObject = {
+        "stdout": stdout.text(MAX_TOOL_OUTPUT - min(stderr.total, room)),
+        "stderr": stderr.text(room),
+    }
+    kept = len("".join(output.values()).encode("utf-8", "replace"))
+    if kept < stdout.total + stderr.total:
+        output["truncated"] = True
+    return output, offset
 
 
-def status_for_model(view: JsonObject) -> JsonObject:
-    """Return how a command stands, of which `view` is what `command.wait` answers."""
-    status = {"id": view["invokeId"], "node": view["nodeName"]}
-    if "waiting" in view:  # it has not ended
-        state = "in line" if view.get("place") else "running"
-        if view["waiting"]:
-            state = "waiting for its node to come back"
-        return {
-            **status,
-            "state": state,
-            **({"place": view["place"]} if view.get("place") else {}),
-        }
-    ended = {"exit_code": "exitCode", "signal": "signal", "error": "error"}
-    known = {name: view[n] for name, n in ended.items() if view[n] is not None}
-    return {**status, "state": view["state"], **known}
+def job_for_model(view: JsonObject) -> JsonObject:
+    """Return the state of a job, or its ending, as a model sees it."""
+    seen = {"node": view["nodeName"], "state": view["state"]}
+    if view["state"] in JobState.OPEN:
+        if view.get("awayMs") is not None:
+            away = format_duration(view["awayMs"] / 1000)
+            seen["state"] = f"waiting for {seen['node']} to come back ({away})"
+        elif view.get("place"):
+            seen.update(state="in line", place=view["place"])
+        return seen
+    names = {"exitCode": "exit_code", "signal": "signal", "duration": "seconds"}
+    seen.update({names[n]: view[n] for n in names if view.get(n) is not None})
+    if view["state"] != JobState.DONE:
+        seen["error"] = view["words"]
+    return seen
 
 
 ToolJob: TypeAlias = "Callable[[], JsonObject]"
 
-# What a model is told of the result of `system.run`, and how it is called there.
-_RESULT_NAMES: Mapping[str, str] = {
-    "exitCode": "exit_code",
-    "signal": "signal",
-    "timedOut": "timed_out",
-    "cancelled": "cancelled",
-    "durationMs": "duration_ms",
-    "error": "error",
-}
-
 
 class Toolbox:
-    """The tools of one run, in the hands of its model."""
+    """The tools of one run, called by its model."""
 
     def __init__(
         self,
-        session: ChatSession,
-        directory: NodeDirectory,
-        execute: Executor,
-        background: Background,
-        approvals: Approvals | None,  # None: a person typed the commands
-        emit: StepHandler,
+        chat: Conversation,
+        machines: Machines,
         cancel: Cancellation,
+        approvals: Approvals | None = None,
         *,
-        with_nodes: bool | None = None,  # None: where more than one is connected
+        with_nodes: bool | None = None,
     ) -> None:
-        self._with_nodes = with_nodes
-        self._session = session
-        self._directory = directory
-        self._execute = execute
-        self._background = background
-        self._approvals = approvals
-        self._emit = emit
+        """Without `approvals` nothing is asked: a person typed the commands.
+
+        `with_nodes` None: if more than one machine is connected.
+        """
+        self._chat = chat
+        self._machines = machines
         self._cancel = cancel
+        self._approvals = approvals
+        self._with_nodes = with_nodes
         self._tools: Mapping[str, Callable[[ToolCall, JsonObject], ToolJob]] = {
             "exec": self._exec,
             "exec_status": self._exec_status,
@@ -12944,10 +13010,11 @@ class Toolbox:
         }
 
     def specs(self) -> tuple[ToolSpec, ...]:
-        if self._with_nodes is not None:
-            return tool_specs(with_nodes=self._with_nodes)
-        views = self._directory.views()
-        return tool_specs(with_nodes=sum(bool(v["connected"]) for v in views) > 1)
+        with_nodes = self._with_nodes
+        if with_nodes is None:
+            views, _ = self._machines.select("", 2)
+            with_nodes = sum(bool(view["connected"]) for view in views) > 1
+        return tool_specs(with_nodes=with_nodes)
 
     def call(self, calls: Sequence[ToolCall]) -> list[ChatMessage]:
         """Return the result of each call; commands run side by side."""
@@ -12970,35 +13037,29 @@ class Toolbox:
     def _prepare(self, call: ToolCall, specs: Sequence[ToolSpec]) -> ToolJob:
         """Return what is left to do for a call, which ends in its result."""
         try:
-            arguments = check_arguments(call, specs)
-            job = self._tools[call.name](call, arguments)
+            job = self._tools[call.name](call, check_arguments(call, specs))
         except RpcError as error:
-            self._start(call, {})
-            message = error.message
-            return lambda: self._end(call, {"error": message})
-        return lambda: self._end(call, self._outcome(job))
+            problem = {"error": error.message}
+            self._chat.begin_call(call, None)
+            return partial(self._finish, call, lambda: problem)
+        return partial(self._finish, call, job)
 
-    def _outcome(self, job: ToolJob) -> JsonObject:
+    def _finish(self, call: ToolCall, job: ToolJob) -> JsonObject:
         try:
-            return job()
+            result = job()
         except Cancelled:
-            return {"error": "cancelled by the user"}
+            result = {"error": "cancelled by the user"}
         except MoltisError as error:
-            return {"error": str(error)}
-
-    def _start(self, call: ToolCall, fields: JsonObject) -> None:
-        about = {"toolCallId": call.id, "name": call.name, "arguments": call.arguments}
-        self._emit(Step("tool_call_start", {**about, **fields}))
-
-    def _end(self, call: ToolCall, result: JsonObject) -> JsonObject:
-        # Who watches has seen the output already.
-        shown = {k: v for k, v in result.items() if k not in ("stdout", "stderr")}
-        self._emit(Step("tool_call_end", {"toolCallId": call.id, "result": shown}))
+            result = {"error": str(error)}
+        self._chat.end_call(call, result)
         return result
 
-    def _nodes_list(self, call: ToolCall, _arguments: JsonObject) -> ToolJob:
-        self._start(call, {})
-        selected = self._session.node_id
+    def _nodes_list(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
+        self._chat.begin_call(call, None)
+        selected = self._chat.selected()
+        views, found = self._machines.select(
+            arguments.get("filter", ""), MAX_LISTED_NODES
+        )
         nodes = [
             {
                 "node": view["displayName"],
@@ -13007,101 +13068,88 @@ class Toolbox:
                 "selected": view["nodeId"] == selected,
                 "about": describe_node(view),
             }
-            for view in self._directory.views()
+            for view in views
         ]
-        return lambda: {"nodes": nodes}
+        result: JsonObject = {"nodes": nodes}
+        if found > len(views):
+            result["not_listed"] = found - len(views)
+        return lambda: result
 
     def _nodes_describe(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
-        node_id, _ = self._directory.resolve(arguments["node"])
-        self._start(call, {"nodeId": node_id})
-        return partial(self._directory.view, node_id)
+        node_id, _ = self._machines.resolve(arguments["node"])
+        self._chat.begin_call(call, None)
+        return partial(self._machines.view, node_id)
 
     def _nodes_select(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
-        node_id, name = self._directory.resolve(arguments.get("node", "local"))
-        self._start(call, {"nodeId": node_id})
-        self._session.select_node(node_id)
-        connected = self._directory.view(node_id)["connected"]
+        node_id, name = self._machines.resolve(arguments.get("node", LOCAL_ID))
+        self._chat.begin_call(call, None)
+        self._chat.select(node_id)
+        connected = self._machines.view(node_id)["connected"]
         return lambda: {"selected": name, "connected": connected}
 
     def _exec(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
         if not arguments["command"].strip():
             raise RpcError("INVALID_REQUEST", "command is empty")
         timeout = arguments.get("timeout")
-        if timeout is not None and timeout <= 0:
+        if timeout is not None and not 0 < timeout < MAX_OFFSET / 1000:
             raise RpcError("INVALID_REQUEST", "timeout must be more than 0 seconds")
-        reference = arguments.get("node", self._session.node_id)
-        node_id, name = self._directory.resolve(reference)
+        reference = arguments.get("node", self._chat.selected())
+        node_id, name = self._machines.resolve(reference)
         planned = PlannedCommand(
-            invoke_id=new_id(),
+            job_id=new_id(),
             node_id=node_id,
             node_name=name,
             command=arguments["command"],
-            working_dir=arguments.get("working_dir") or None,
+            cwd=arguments.get("working_dir") or None,
             timeout=timeout,
             background=arguments.get("background", False),
         )
-        self._start(call, planned.fields())
-        return partial(self._run_command, call, planned)
+        self._chat.begin_call(call, planned)
+        return partial(self._run_command, planned)
 
-    def _run_command(self, call: ToolCall, planned: PlannedCommand) -> JsonObject:
-        verdict = self._verdict(call, planned)
-        if not verdict.allowed:
-            return {"node": planned.node_name, "error": verdict.reason}
+    def _run_command(self, planned: PlannedCommand) -> JsonObject:
+        decided_by = None
+        if self._approvals is not None and self._chat.asks_first():
+            verdict = self._approvals.ask(self._chat, planned, self._cancel)
+            self._chat.decide(planned, verdict)
+            if not verdict.allowed:
+                return {"node": planned.node_name, "error": verdict.words()}
+            decided_by = verdict.by
         self._cancel.pause(0)  # Stop may have come while it waited for its turn
+        self._machines.start(planned, decided_by)
+        self._chat.begin_job(planned)
         if planned.background:
-            self._background.start(self._session.key, planned)
-            started = {"id": planned.invoke_id, "state": "started"}
+            started = {"id": planned.job_id, "state": "started"}
             return {"node": planned.node_name, **started}
-        collected = new_collector()
-        result = self._execute(self._session.key, planned, collected.add, self._cancel)
-        return {
-            "node": planned.node_name,
-            **output_for_model(collected),
-            **{_RESULT_NAMES[k]: v for k, v in result.items() if k in _RESULT_NAMES},
-        }
+        try:
+            view = self._machines.wait(planned.job_id, None, self._cancel)
+        except Cancelled:
+            self._machines.stop(planned.job_id)
+            raise
+        output, _ = read_output(self._machines.reader(planned.job_id), 0)
+        return {**job_for_model(view), **output}
 
     def _exec_status(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
-        wait, position = arguments.get("wait", 0.0), arguments.get("offset", 0)
-        if not 0 <= wait <= MAX_STATUS_WAIT or position < 0:
+        wait, offset = arguments.get("wait", 0.0), arguments.get("offset", 0)
+        if not 0 <= wait <= MAX_STATUS_WAIT or not 0 <= offset < MAX_OFFSET:
             raise RpcError(
                 "INVALID_REQUEST",
                 f"wait takes 0 to {MAX_STATUS_WAIT:.0f} seconds, and offset is not "
                 "negative",
             )
-        self._start(call, {})
-        ends = arguments.get("cancel", False)
-        return partial(self._look, arguments["id"], position, wait, ends=ends)
+        self._chat.begin_call(call, None)
+        cancels = arguments.get("cancel", False)
+        return partial(self._look, arguments["id"], offset, wait, cancels=cancels)
 
     def _look(
-        self, invoke_id: str, position: int, wait: float, *, ends: bool
+        self, job_id: str, offset: int, wait: float, *, cancels: bool
     ) -> JsonObject:
-        key, background = self._session.key, self._background
-
-        def read(position: int) -> JobReading:
-            self._cancel.pause(0)
-            return background.output(key, invoke_id, position)
-
-        if ends:
-            background.cancel(key, invoke_id)
-            wait = max(wait, 2 * KILL_AFTER)  # so that its end is in the answer
+        if cancels:
+            self._machines.stop(job_id)
         # First the state: an end that is seen has all output before it.
-        view = background.end(key, invoke_id, wait, self._cancel)
-        output, position = read_output(read, position)
-        return {**status_for_model(view), **output, "next_offset": position}
-
-    def _verdict(self, call: ToolCall, planned: PlannedCommand) -> Verdict:
-        if self._approvals is None or not self._session.asks_first:
-            return Verdict(True, "session")
-        fields = {"toolCallId": call.id, **planned.fields()}
-        verdict = self._approvals.ask(
-            self._session.key,
-            planned,
-            lambda: self._emit(Step("approval_request", fields)),
-            self._cancel,
-        )
-        decision = {"allowed": verdict.allowed, "by": verdict.by}
-        self._emit(Step("approval_resolved", {**fields, **decision}))
-        return verdict
+        view = self._machines.wait(job_id, wait, self._cancel)
+        output, offset = read_output(self._machines.reader(job_id), offset)
+        return {"id": job_id, **job_for_model(view), **output, "next_offset": offset}
 
 
 # --- The loop ---
@@ -13163,7 +13211,7 @@ def _shorten_results(
 
 
 class ShellModel:
-    """The model that needs no model: what was typed is what it runs; a ChatModel."""
+    """The model that needs no model: it runs what was typed; a ChatModel."""
 
     id = SHELL_ID
     context_tokens = 1_000_000
@@ -13183,45 +13231,72 @@ class ShellModel:
         yield Finished(ChatMessage("assistant", "", calls), "stop", 0, 0)
 
 
+class RunEnd(Value):
+    """How a run ended."""
+
+    state: str  # the `chat` event that says so: final, error or aborted
+    error: str = ""
+    reason: str = "stop"
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
 class AgentRun:
     """One run: from what a person said to the model's last word on it."""
 
     def __init__(
         self,
-        session: ChatSession,
+        chat: Conversation,
         model: ChatModel,
-        toolbox: Toolbox,
-        directory: NodeDirectory,
-        emit: StepHandler,
+        machines: Machines,
+        approvals: Approvals,
         cancel: Cancellation,
     ) -> None:
-        self._session = session
+        self._chat = chat
         self._model = model
-        self._toolbox = toolbox
-        self._directory = directory
-        self._emit = emit
+        self._machines = machines
         self._cancel = cancel
+        # Shell runs what a person typed, which is approved; it uses no prompt and no
+        # other machine, so its turns need no list of nodes.
+        self._is_shell = model.id == SHELL_ID
+        self._toolbox = Toolbox(
+            chat,
+            machines,
+            cancel,
+            None if self._is_shell else approvals,
+            with_nodes=False if self._is_shell else None,
+        )
         self._input_tokens = 0
         self._output_tokens = 0
         # What a model holds, less a quarter for its answer and for bad guesses.
         self._limit = model.context_tokens * CHARACTERS_A_TOKEN * 3 // 4
-        self._told = False  # that something was left out
+        self._shortened = False  # and the person was told
 
-    def run(self) -> Step:
-        """Return the run's last step.  Raises ModelError, StoreError, Cancelled."""
+    def run(self, text: str) -> RunEnd:
+        """Answer `text`."""
+        try:
+            self._chat.append(ChatMessage("user", text))
+            return self._loop()
+        except Cancelled:
+            return RunEnd("aborted")
+        except MoltisError as error:
+            return RunEnd("error", str(error))
+
+    def _loop(self) -> RunEnd:
+        """Raises ModelError, StoreError, Cancelled."""
         for turn in range(1, MAX_TURNS + 1):
-            fields = {"iteration": turn, "maxIterations": MAX_TURNS}
-            self._emit(Step("iteration", fields))
+            self._chat.begin_answer(turn)
             finished = self._ask()
             self._input_tokens += finished.input_tokens
             self._output_tokens += finished.output_tokens
             message = finished.message
             if message.text or message.tool_calls:
-                self._session.append(message)
+                self._chat.append(message)
             if not message.tool_calls:
-                return self._final(finished, turn)
+                tokens = self._input_tokens, self._output_tokens
+                return RunEnd("final", "", finished.reason, *tokens)
             for result in self._toolbox.call(message.tool_calls):
-                self._session.append(result)
+                self._chat.append(result)
             self._cancel.pause(0)
         raise ModelError(
             f"stopped after {MAX_TURNS} turns without an answer; "
@@ -13230,13 +13305,15 @@ class AgentRun:
 
     def _ask(self) -> Finished:
         """Return the model's next answer, to a history that it can hold."""
-        prompt = system_prompt(self._directory.views(), self._session.node_id)
-        history = [ChatMessage("system", prompt), *self._session.messages()]
+        history = list(self._chat.messages())
+        if not self._is_shell:
+            prompt = system_prompt(self._machines, self._chat.selected())
+            history.insert(0, ChatMessage("system", prompt))
         while True:
             messages, lost = compact(history, self._limit)
-            if lost and not self._told:
-                self._told = True
-                self._emit(Step("delta", {"kind": "notice", "text": lost}))
+            if lost and not self._shortened:
+                self._shortened = True
+                self._chat.notice(lost)
             try:
                 return self._stream(messages)
             except ContextTooLong:
@@ -13254,129 +13331,84 @@ class AgentRun:
                 for event in events:
                     if isinstance(event, Finished):
                         return event
-                    fields = {"kind": event.kind, "text": event.text}
-                    self._emit(Step("delta", fields))
-                    said += [event.text] * (event.kind == "text")
+                    if event.kind == "notice":
+                        self._chat.notice(event.text)
+                    elif event.kind == "text":  # thinking is not shown
+                        self._chat.say(event.text)
+                        said.append(event.text)
         except (ModelError, Cancelled):
             # What was read once stays in the conversation, marked as what it is.
             if said:
                 text = "".join([*said, "\n\n[broken off]"])
-                self._session.append(ChatMessage("assistant", text))
+                self._chat.append(ChatMessage("assistant", text))
             raise
         raise ModelError(f"{self._model.id} ended without an answer")
-
-    def _final(self, finished: Finished, turns: int) -> Step:
-        return Step(
-            "final",
-            {
-                "text": finished.message.text,
-                "model": self._model.id,
-                "reason": finished.reason,
-                "inputTokens": self._input_tokens,
-                "outputTokens": self._output_tokens,
-                "iterations": turns,
-            },
-        )
-
-
-class Agent:
-    """What a person says in a chat, answered with the machines of the fleet."""
-
-    def __init__(
-        self,
-        directory: NodeDirectory,
-        execute: Executor,
-        background: Background,
-        approvals: Approvals,
-    ) -> None:
-        self._directory = directory
-        self._execute = execute
-        self._background = background
-        self._approvals = approvals
-
-    def run(
-        self,
-        session: ChatSession,
-        model: ChatModel,
-        text: str,
-        emit: StepHandler,
-        cancel: Cancellation,
-    ) -> None:
-        """Carry out one run; its last step is `final`, `error` or `aborted`.
-
-        `!command` goes to Shell, whatever the model.
-        """
-        if text.startswith("!"):
-            model = ShellModel()
-        # Who typed a command has approved it.
-        approvals = None if isinstance(model, ShellModel) else self._approvals
-        toolbox = Toolbox(
-            session,
-            self._directory,
-            self._execute,
-            self._background,
-            approvals,
-            emit,
-            cancel,
-        )
-        run = AgentRun(session, model, toolbox, self._directory, emit, cancel)
-        try:
-            session.append(ChatMessage("user", text))
-            emit(Step("user_message", {"text": text}))
-            last = run.run()
-        except Cancelled:
-            last = Step("aborted")
-        except MoltisError as error:
-            last = Step("error", {"message": str(error)})
-        emit(last)
 
 
 # ==============================================================================
 # Model directory
-# Uses: Wire protocol, Language models, Machine, Store, Fleet, Agent
+# Uses: Wire protocol, Language models, Machine, Fleet, Jobs, Agent
 #
-# The models there are to choose from: Shell, those of the providers that this
-# gateway reaches, and those that its nodes lend.  A model on a node is asked through
-# the node's own connection, so neither an open port nor an API key leaves the node.
-# Which session talks to which model is Chat's business.
+# The models that can be chosen: Shell, those of the providers that this gateway
+# reaches, and those that its nodes lend.  A model on a node is asked through the
+# node's own connection, so neither an open port nor an API key leaves the node.
+# Which session uses which model is left to Chat.
 # ==============================================================================
 
 NODE_LIST_TIMEOUT = 20.0  # s for a node to ask its providers
-MAX_LISTINGS = 32  # questions for lists at a time; one more is refused
+MAX_LISTINGS = 32  # requests for lists at a time; one more is refused
+MAX_PREFIXES = 8  # of a model's id that may be a node's id or name
 MODEL_CALLER = "model"  # the kind of caller that a model is, or is asked by
 
 
-class AnswerStream:
-    """What a node sends of a model's answer; bounded by the stream's window."""
+class HeldJob:
+    """An unrecorded job on a node that lends its models, and its holder."""
 
-    def __init__(self) -> None:
-        # Pieces of the answer, states of the invocation, None once all is over.
-        self.news: SimpleQueue[Chunk | str | None] = SimpleQueue()
+    holds = True
 
-    def chunk(self, chunk: Chunk) -> int:
-        self.news.put(chunk)
-        return 0
+    def __init__(
+        self, jobs: Jobs, node: tuple[str, str], work: str, spec: JsonObject
+    ) -> None:
+        """`node` is id and name.  Raises RpcError."""
+        self.position = 0
+        self.news = threading.Event()
+        self._jobs = jobs
+        origin = Origin(kind=MODEL_CALLER, id="", name=work)
+        self.job = jobs.start(new_job(node, work, spec, origin, kept=False))
+        jobs.follow(self.job, self)
 
-    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
+    def wake(self, job: Job) -> None:  # noqa: ARG002
+        self.news.set()
 
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:  # noqa: ARG002
-        self.news.put(state)
+    def read(self) -> bytes | None:
+        """Return what is new on stdout, None at the end of the log.
 
-    def end(self, invocation: Invocation, end: CommandEnd) -> bool:  # noqa: ARG002
-        return False
+        Raises ModelError if a part of the log is missing.
+        """
+        ended = not self.job.record.is_open  # all bytes are in the log before that
+        start, data = self.job.log.read(self.position)
+        if start > self.position:
+            raise ModelError(f"{self.job.record.node_name} lost a part of its answer")
+        if not data:
+            return None if ended else b""
+        self.position = start + len(data)
+        self._jobs.acknowledge(self.job)
+        return b"".join(piece for kind, piece in log_frames(data) if kind == STDOUT)
+
+    def close(self) -> None:
+        """Leave the job; one that has not ended is cancelled."""
+        self._jobs.unfollow(self.job, self, leaves=True)
 
 
 class RemoteModel:
     """A model that a node lends; a ChatModel."""
 
-    def __init__(
-        self, invocations: Invocations, node: tuple[str, str], model_id: str
-    ) -> None:
+    def __init__(self, jobs: Jobs, node: tuple[str, str], model_id: str) -> None:
         """`node` is id and name; `model_id` is what the node calls the model."""
         self.id = f"{node[0]}:{model_id}"
         self.context_tokens = context_of(model_id.partition("/")[0])
-        self._invocations = invocations
-        self._node_id, self._node_name = node
+        self._jobs = jobs
+        self._node = node
         self._model_id = model_id
 
     def stream(
@@ -13387,98 +13419,74 @@ class RemoteModel:
     ) -> Generator[ModelEvent, None, None]:
         """Yield the answer as it comes; see ChatModel.stream.
 
-        Raises ModelError, also where the node is not there or has no such model.
+        Raises ModelError also if the node is offline or has no such model.
         """
         request = ChatRequest(self._model_id, tuple(messages), tuple(tools))
-        answer = AnswerStream()
         try:
-            invocation = self._invocations.start(
-                self._node_id,
-                LLM_CHAT,
-                to_json_object(request),
-                Origin(MODEL_CALLER, self.id),
-                answer,
-            )
+            work = HeldJob(self._jobs, self._node, "chat", request.to_json())
         except RpcError as error:
             raise ModelError(str(error)) from error
-        try:
-            with cancel.calling(lambda: answer.news.put(None)):
-                invocation.future.add_done_callback(lambda _: answer.news.put(None))
-                finished: Finished | None = None
-                for event in self._events(invocation, answer, cancel):
-                    if isinstance(event, Finished):
-                        finished = event  # after the result: then nothing is missing
-                    else:
-                        yield event
-                cancel.pause(0)
-                yield self._conclude(invocation, finished)
-        finally:
-            if not invocation.future.done():
-                self._invocations.cancel(invocation)
-                # Nobody wants the rest: what still comes is accepted unread.
-                self._invocations.give_up(invocation, "the question was withdrawn")
+        with closing(work), cancel.calling(work.news.set):
+            finished: Finished | None = None
+            for event in self._events(work, cancel):
+                if isinstance(event, Finished):
+                    finished = event  # after the ending: then nothing is missing
+                else:
+                    yield event
+            yield self._conclude(work.job, finished)
 
-    def _events(
-        self, invocation: Invocation, answer: AnswerStream, cancel: Cancellation
-    ) -> Iterator[ModelEvent]:
-        """Yield what the node sends, until it has sent all, or somebody cancels."""
-        pending = b""
-        read = 0  # bytes
+    def _events(self, work: HeldJob, cancel: Cancellation) -> Iterator[ModelEvent]:
+        """Yield what the node sends, until it has sent all.
+
+        Raises ModelError, Cancelled.
+        """
+        name, job = self._node[1], work.job
+        pending, length, away = b"", 0, False
         while True:
-            item = answer.news.get()
-            if isinstance(item, Chunk):
-                *lines, pending = (pending + item.data).split(b"\n")
-                if len(pending) > MAX_MODEL_LINE:
-                    raise ModelError(
-                        f"{self._node_name} sent a line beyond all measure"
-                    )
-                yield from map(self._event, lines)
-                read = item.end
-                check_answer_length(read)
-                self._invocations.acknowledge(invocation, STDOUT, read)
-            elif item == "waiting":
-                text = f"{self._node_name} is away; waiting for it to come back"
-                yield Delta("notice", text)
-            # After a lost connection the result may overtake the last pieces.
-            ended = invocation.future.done() and read >= self._length(invocation)
-            if ended or cancel.cancelled:
+            work.news.clear()
+            data = work.read()
+            if data is None:
                 return
-
-    def _length(self, invocation: Invocation) -> int:
-        """Return how many bytes the node says it has sent, 0 if it was given up."""
-        if invocation.future.exception() is not None:
-            return 0
-        return _count_of(invocation.future.result(), "stdoutBytes")
+            if data:
+                length += len(data)
+                check_answer_length(length)
+                *lines, pending = (pending + data).split(b"\n")
+                if len(pending) > MAX_MODEL_LINE:
+                    raise ModelError(f"{name} sent a line that is too long")
+                yield from map(self._event, lines)
+                continue
+            if job.away_ms is not None and not away:
+                yield Delta("notice", f"waiting for {name} to come back")
+            away = job.away_ms is not None
+            if not work.news.wait(MODEL_SILENCE):
+                silence = format_duration(MODEL_SILENCE)
+                raise ModelError(f"{name} has sent nothing for {silence}")
+            cancel.pause(0)
 
     def _event(self, line: bytes) -> ModelEvent:
         """Raises ModelError for a line that makes no sense."""
         try:
-            return event_from_json_object(required({"": from_json(line)}, "", dict))
+            value = required({"": from_json(line)}, "", dict)
+            kind = Finished if "message" in value else Delta
+            return kind.from_json(value)
         except (ValueError, RpcError) as error:
-            raise ModelError(f"{self._node_name} sent no answer: {error}") from error
+            raise ModelError(f"{self._node[1]} sent no answer: {error}") from error
 
-    def _conclude(self, invocation: Invocation, finished: Finished | None) -> Finished:
-        """Return the answer's end.  Raises ModelError where there is none."""
-        try:
-            result = invocation.future.result()
-        except RpcError as error:  # it was given up
-            raise ModelError(str(error)) from error
-        if finished is not None:
+    def _conclude(self, job: Job, finished: Finished | None) -> Finished:
+        """Return the answer's end.  Raises ModelError if there is none."""
+        if finished is not None and job.record.state == JobState.DONE:
             return finished
-        said = result.get("error") or "it broke off before the answer's end"
+        said = job.record.reason or "it broke off before the answer's end"
+        result = (job.ending.result if job.ending else None) or {}
         kind = ContextTooLong if result.get("kind") == "context" else ModelError
-        raise kind(f"{self._node_name}: {said}")
+        raise kind(f"{self._node[1]}: {said}")
 
 
 class ModelDirectory:
-    """The models there are to choose from."""
+    """The models that can be chosen."""
 
     def __init__(
-        self,
-        directory: Path,
-        environ: Mapping[str, str],
-        fleet: Fleet,
-        invocations: Invocations,
+        self, directory: Path, environ: Mapping[str, str], fleet: Fleet, jobs: Jobs
     ) -> None:
         """`directory` holds what was entered for providers.
 
@@ -13489,8 +13497,8 @@ class ModelDirectory:
         self._directory = directory
         self._environ = environ
         self._fleet = fleet
-        self._invocations = invocations
-        self._lock = threading.Lock()  # held by who changes the settings
+        self._jobs = jobs
+        self._lock = threading.Lock()  # held by whoever changes the settings
         self._catalog = ModelCatalog(make_providers(environ, self._entered()))
         self._cancel = Cancellation()
         self._places = threading.BoundedSemaphore(MAX_LISTINGS)
@@ -13507,10 +13515,12 @@ class ModelDirectory:
         """
         if model_id in ("", SHELL_ID):
             return ShellModel()
-        node, lent_id = self._split(model_id)
+        # Ids of our own models have colons too, and nodes choose their names freely.
+        node = None if self._catalog.claims(model_id) else self._lender(model_id)
         if node is None:
             return self._catalog.model(model_id)
-        return RemoteModel(self._invocations, node, lent_id)
+        (node_id, name), lent_id = node
+        return RemoteModel(self._jobs, (node_id, name), lent_id)
 
     def entries(self, *, refresh: bool) -> Future[list[JsonObject]]:
         """Return `models.list` to come: Shell, then the gateway's, then the nodes'.
@@ -13529,7 +13539,7 @@ class ModelDirectory:
     def configure(
         self, provider: str, api_key: str | None, base_url: str | None
     ) -> None:
-        """Keep what a person entered; None leaves it, an empty text forgets it.
+        """Store what a person entered; None leaves it, an empty text deletes it.
 
         Raises RpcError INVALID_REQUEST, BadConfiguration.
         """
@@ -13562,78 +13572,70 @@ class ModelDirectory:
     def _entered(self) -> dict[str, ProviderSettings]:
         return ProviderSettings.load_all(self._directory)
 
-    def _split(self, model_id: str) -> tuple[tuple[str, str] | None, str]:
+    def _lender(self, model_id: str) -> tuple[tuple[str, str], str] | None:
         """Return id and name of the node that a model's id begins with, and the rest.
 
-        Ids and names may hold colons themselves: the longest that fits counts, an id
+        Ids and names may have colons themselves: the longest that fits counts, an id
         before a name.  Raises ModelError for the name of several nodes.
         """
-        # Models of ours have colons too, and nodes call themselves what they like.
-        if self._catalog.claims(model_id):
-            return None, model_id
-        views = self._fleet.views()
-        ids = {view["nodeId"] + ":": [view] for view in views}
-        names: dict[str, list[JsonObject]] = {}
-        for view in views:
-            names.setdefault(view["displayName"].casefold() + ":", []).append(view)
-        for nodes, text in ((ids, model_id), (names, model_id.casefold())):
-            prefix = max(filter(text.startswith, nodes), key=len, default="")
-            if not prefix:
-                continue
-            meant = nodes[prefix]
-            if len(meant) > 1:
-                known = ", ".join(view["nodeId"] for view in meant)
-                raise ModelError(
-                    f"{prefix[:-1]!r} is the name of {len(meant)} nodes; use an id: "
-                    f"{known}"
-                )
-            node = meant[0]["nodeId"], meant[0]["displayName"]
-            return node, model_id.split(":", prefix.count(":"))[-1]
-        return None, model_id
+        parts = model_id.split(":", MAX_PREFIXES)
+        splits = [
+            (":".join(parts[:n]), ":".join(parts[n:]))
+            for n in range(len(parts) - 1, 0, -1)
+        ]
+        for node_id, lent_id in splits:
+            with contextlib.suppress(RpcError):
+                return (node_id, self._fleet.view(node_id)["displayName"]), lent_id
+        for name, lent_id in splits:
+            try:
+                return self._fleet.resolve(name), lent_id
+            except RpcError as error:
+                if error.code != "NOT_FOUND":
+                    raise ModelError(error.message) from error
+        return None
 
     def _entries(self, refresh: bool) -> list[JsonObject]:
-        asked = self._ask_nodes(refresh)
-        models, _ = self._catalog.models(self._cancel, refresh=refresh)
-        entries = [_model_entry(ModelInfo(SHELL_ID, "", "Shell", supports_tools=True))]
-        entries += map(_model_entry, models)
-        deadline = Deadline(NODE_LIST_TIMEOUT)
-        for node, invocation in asked:
-            for model in self._models_of(invocation, deadline):
-                entries.append(_lent_entry(model, *node))
+        with contextlib.ExitStack() as stack:
+            asked = []
+            for node in self._fleet.all_connected():
+                if not node.lends_models:
+                    continue
+                with contextlib.suppress(RpcError):  # it has just left
+                    name = self._fleet.resolve(node.node_id)[1]
+                    spec = {"refresh": refresh}
+                    work = HeldJob(self._jobs, (node.node_id, name), "models", spec)
+                    asked.append(stack.enter_context(closing(work)).job)
+            models, _ = self._catalog.models(self._cancel, refresh=refresh)
+            shell = ModelInfo(SHELL_ID, "", "Shell", supports_tools=True)
+            entries = [_model_entry(model) for model in (shell, *models)]
+            deadline = Deadline(NODE_LIST_TIMEOUT)
+            for job in sorted(asked, key=lambda job: job.record.node_name.casefold()):
+                entries += self._entries_of(job, deadline)
         return entries
 
-    def _ask_nodes(self, refresh: bool) -> list[tuple[tuple[str, str], Invocation]]:
-        asked = []
-        for view in self._fleet.views():
-            node = self._fleet.connected(view["nodeId"])
-            if node is None or not node.lends_models:
-                continue
-            with contextlib.suppress(RpcError):  # it has just left
-                invocation = self._invocations.start(
-                    node.node_id,
-                    LLM_MODELS,
-                    {"refresh": refresh},
-                    Origin(MODEL_CALLER, LLM_MODELS),
-                    CollectingSink(0),
-                )
-                asked.append(((node.node_id, view["displayName"]), invocation))
-        return asked
-
-    def _models_of(self, invocation: Invocation, deadline: Deadline) -> list[ModelInfo]:
+    def _entries_of(self, job: Job, deadline: Deadline) -> list[JsonObject]:
         """Return what a node lists in time.  Raises Cancelled."""
-
-        def give_up() -> None:
-            self._invocations.give_up(invocation, "it took too long")
-
+        node_id, node_name = job.record.node_id, job.record.node_name
         try:
-            with self._cancel.calling(give_up):
-                result = invocation.future.result(deadline.remaining())
-            return [ModelInfo.from_json_object(m) for m in objects_in(result, "models")]
-        except FutureTimeout:
-            give_up()
+            job = self._jobs.wait(job, deadline.remaining(), self._cancel)
+            result = (job.ending.result if job.ending else None) or {}
+            models = [
+                ModelInfo.from_json(value) for value in objects_in(result, "models")
+            ]
         except RpcError as error:
-            log.warning("no models node=%s: %s", invocation.node_id, error)
-        return []
+            log.warning("models not listed node=%s: %s", node_id, error)
+            return []
+        if job.record.state != JobState.DONE:
+            log.warning("models not listed node=%s: %s", node_id, job.record.words())
+        return [
+            {
+                **_model_entry(model),
+                "id": f"{node_id}:{model.id}",
+                "displayName": f"{model.display_name} · {node_name}",
+                "nodeId": node_id,
+            }
+            for model in models
+        ]
 
     def _providers(self) -> list[JsonObject]:
         models, errors = self._catalog.models(self._cancel)
@@ -13677,973 +13679,272 @@ def _model_entry(model: ModelInfo) -> JsonObject:
     }
 
 
-def _lent_entry(model: ModelInfo, node_id: str, node_name: str) -> JsonObject:
-    return {
-        **_model_entry(model),
-        "id": f"{node_id}:{model.id}",
-        "displayName": f"{model.display_name} · {node_name}",
-        "nodeId": node_id,
-    }
-
-
 # ==============================================================================
 # Chat
-# Uses: Wire protocol, Commands, Language models, Machine, Store, Access, Fleet, Jobs,
-#       Agent, Model directory
+# Uses: Wire protocol, Language models, Store, Access, Fleet, Jobs, Agent,
+#       Model directory
 #
 # Sessions as people see them: messages whose changes are numbered, so that any client
-# can catch up; turns one after the other, which go on when nobody looks; commands as
-# cards that a restart of the gateway does not lose.  How a turn gets to its answer is
-# Agent's business, who may look or speak is Gateway's.
+# can catch up; turns one after the other, which go on without a client; cards, which
+# are messages with the id of a job.  How a turn reaches its answer is left to Agent,
+# who may look or speak to Gateway.
 # ==============================================================================
 
 MAIN_SESSION = "main"  # the key of the session that is always there
-KEPT_HEAD = 128 * 1024  # bytes of a command's output that a card keeps
-KEPT_TAIL = 128 * 1024  # bytes; what is between the two is counted
-MAX_PIECE = 4096  # characters of one stream kept together
-PIECE_COST = 64  # bytes that a piece counts beyond its text: many tiny ones cost memory
-MAX_UNTOLD = 64 * 1024  # characters of a card told at a time; older is left out
-TELL_INTERVAL = 0.05  # s between two reports of what is being said or printed
+TELL_INTERVAL = 0.05  # s between two events about an answer in progress
 SAVE_INTERVAL = 2.0  # s of an answer in progress that a power cut may take
-SEQ_RESERVE = 1024  # numbers put aside at a time, so that not each one is written
+SEQ_RESERVE = 1024  # numbers reserved at a time, so that not each one is written
 HISTORY_PAGE = 200  # messages of one answer
-MAX_CHANGED = 1000  # messages of one answer to who was away; it pages to older ones
+MAX_CHANGED = 1000  # messages of one answer to a client that was away
 MAX_HISTORY = 4 * 1024 * 1024  # characters of one answer; it has fewer messages then
 MAX_WAITING = 100  # turns in line in one session; one more is refused
-MAX_RECALLED = 500  # messages of a session that a model is told of, at most
+MAX_RECALLED = 500  # messages of a session that a model gets, at most
 MAX_LABEL_LENGTH = 60  # characters of a label that is made of the first words
-ABORT_GRACE = 4.0  # s for the result of a command that was cancelled
 
-FINAL_STATES = (
-    MessageState.DONE,
-    MessageState.ERROR,
-    MessageState.ABORTED,
-    MessageState.INTERRUPTED,
-)
+CARD_STATES: Mapping[str, str] = {  # of messages, by state of their jobs
+    JobState.QUEUED: MessageState.RUNNING,
+    JobState.RUNNING: MessageState.RUNNING,
+    JobState.DONE: MessageState.DONE,
+    JobState.TIMED_OUT: MessageState.DONE,
+    JobState.CANCELLED: MessageState.ABORTED,
+    JobState.DENIED: MessageState.ABORTED,
+}  # others: MessageState.ERROR
 
-# --- What a card keeps ---
-
-
-def _byte_length(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-
-
-class KeptOutput:
-    """Head and tail of what a command wrote, both streams as they came."""
-
-    def __init__(self) -> None:
-        decoder = codecs.getincrementaldecoder("utf-8")
-        self._decoders = {kind: decoder("replace") for kind in (STDOUT, STDERR)}
-        self._received = {STDOUT: 0, STDERR: 0}  # bytes
-        self._head: list[tuple[str, str]] = []  # stream, text
-        self._tail: collections.deque[tuple[str, str]] = collections.deque()
-        self._head_size = self._tail_size = 0  # bytes, with PIECE_COST
-        self._cut = 0  # bytes between them
-
-    @classmethod
-    def from_json(cls, command: JsonObject) -> KeptOutput:
-        """Read what `to_json` wrote, to go on from there."""
-        output = cls()
-        pieces = [(stream, text) for stream, text in command.get("output", ())]
-        for position, (stream, text) in enumerate(pieces):
-            if position == command.get("cutAt"):
-                output._head_size = max(output._head_size, KEPT_HEAD)
-            output._keep(stream, text)
-        output._cut += command.get("cut", 0)
-        output._received = {
-            STDOUT: command.get("stdoutBytes", 0),
-            STDERR: command.get("stderrBytes", 0),
-        }
-        return output
-
-    @property
-    def head_full(self) -> bool:
-        return self._head_size >= KEPT_HEAD
-
-    @property
-    def cut(self) -> int:
-        """The number of bytes left out between head and tail."""
-        return self._cut
-
-    def end(self, kind: int) -> int:
-        """Return how many bytes of a stream are text by now."""
-        # Half a character waits in the decoder.
-        return self._received[kind] - len(self._decoders[kind].getstate()[0])
-
-    def add(self, kind: int, data: bytes) -> str:
-        """Return what has become text with `data`."""
-        text = self._decoders[kind].decode(data)
-        self._received[kind] += len(data)
-        self._keep(STREAM_NAMES[kind], text)
-        return text
-
-    def skip_to(self, kind: int, offset: int) -> None:
-        """Leave out what the node has forgotten, and what was at the tail before it."""
-        if offset <= self._received[kind]:
-            return
-        missing = offset - self.end(kind)
-        self._head_size = max(self._head_size, KEPT_HEAD)
-        self._cut += missing + sum(_byte_length(text) for _, text in self._tail)
-        self._tail.clear()
-        self._tail_size = 0
-        self._decoders[kind].reset()
-        self._received[kind] = offset
-
-    def finish(self) -> None:
-        """Turn into text what is left of characters that were never completed."""
-        for kind, decoder in self._decoders.items():
-            self._keep(STREAM_NAMES[kind], decoder.decode(b"", True))
-
-    def to_json(self) -> JsonObject:
-        value: JsonObject = {
-            "output": [*self._head, *self._tail],
-            "stdoutBytes": self.end(STDOUT),
-            "stderrBytes": self.end(STDERR),
-        }
-        if self._cut:
-            value["cut"] = self._cut
-            value["cutAt"] = len(self._head)
-        return value
-
-    def _keep(self, stream: str, text: str) -> None:
-        for start in range(0, len(text), MAX_PIECE):
-            piece = text[start : start + MAX_PIECE]
-            if self.head_full:
-                self._tail_size += _append_piece(self._tail, stream, piece)
-            else:
-                self._head_size += _append_piece(self._head, stream, piece)
-        while self._tail_size > KEPT_TAIL:
-            size = _byte_length(self._tail.popleft()[1])
-            self._tail_size -= size + PIECE_COST
-            self._cut += size
-
-
-def _append_piece(
-    pieces: list[tuple[str, str]] | collections.deque[tuple[str, str]],
-    stream: str,
-    text: str,
-) -> int:
-    """Add a piece, or to the last one, and return what that costs in bytes."""
-    size = _byte_length(text)
-    if pieces and pieces[-1][0] == stream:
-        together = pieces[-1][1] + text
-        if len(together) <= MAX_PIECE:
-            pieces[-1] = (stream, together)
-            return size
-    pieces.append((stream, text))
-    return size + PIECE_COST
-
-
-def output_text(command: JsonObject) -> str:
-    """Return the kept output of a card in one piece, with what is missing."""
-    texts = [text for _, text in command.get("output", ())]
-    if command.get("cut"):
-        texts.insert(command["cutAt"], f"\n[… {command['cut']:,} bytes cut …]\n")
-    return "".join(texts)
+Announce: TypeAlias = "Callable[[str, JsonObject], None]"
 
 
 # --- Messages ---
 
 
-def message_to_json(message: SessionMessage) -> JsonObject:
-    return {
-        "id": message.id,
-        "seq": message.seq,
-        "sessionKey": message.session_key,
-        "runId": message.run_id,
-        "role": message.role,
-        "createdAt": message.created_at,
-        "state": message.state,
-        "text": message.text,
-        **message.details,
-    }
+def card_state(record: JobRecord) -> str:
+    return CARD_STATES.get(record.state, MessageState.ERROR)
 
 
-class LiveMessage:
-    """A message that still changes; guarded by the lock of its SessionLog."""
-
-    def __init__(self, message: SessionMessage, origin: Origin | None = None) -> None:
-        self.origin = origin  # of a command
-        self._message = message
-        self._words = [message.text]
-        self.output: KeptOutput | None = None
-        if message.invoke_id is not None:
-            self.output = KeptOutput.from_json(message.details["command"])
-        self._untold: list[tuple[int, int, str]] = []  # stream or 0, offset, text
-        self._untold_size = 0  # characters
-        self.saved_seq = 0
-
-    @property
-    def id(self) -> str:
-        return self._message.id
-
-    @property
-    def run_id(self) -> str:
-        return self._message.run_id
-
-    @property
-    def invoke_id(self) -> str | None:
-        return self._message.invoke_id
-
-    @property
-    def seq(self) -> int:
-        return self._message.seq
-
-    @property
-    def state(self) -> str:
-        return self._message.state
-
-    @property
-    def started(self) -> bool:
-        """Whether a command is on its way to its node, or was."""
-        return "startedAt" in self._message.details.get("command", {})
-
-    @property
-    def in_background(self) -> bool:
-        """Whether a command goes on when the turn that asked for it has ended."""
-        return "background" in self._message.details.get("command", {})
-
-    @property
-    def decided_by(self) -> str | None:
-        """Who approved a command, if anybody was asked."""
-        approval = self._message.details.get("command", {}).get("approval", {})
-        by: str | None = approval.get("by")
-        return by
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether a restart would bring back all that a save would keep."""
-        # A node sends the tail of what it was not yet acknowledged once more.
-        return self.output is not None and self.output.head_full
-
-    def change(self, seq: int, changes: JsonObject) -> None:
-        """Take a number, and new values; those of `command` one by one."""
-        changes = dict(changes)
-        details = {**self._message.details, **changes.pop("details", {})}
-        if "command" in changes:
-            command = {**details["command"], **changes.pop("command")}
-            # What does not hold any more is absent, never null.
-            details["command"] = {k: v for k, v in command.items() if v is not None}
-        self._message = self._message.replace(seq=seq, details=details, **changes)
-
-    def say(self, text: str) -> None:
-        self._words.append(text)
-        self._untold.append((0, 0, text))
-
-    def add_output(self, chunk: Chunk) -> None:
-        assert self.output is not None
-        self.output.skip_to(chunk.kind, chunk.offset)
-        offset = self.output.end(chunk.kind)
-        text = self.output.add(chunk.kind, chunk.data)
-        self._untold.append((chunk.kind, offset, text))
-        self._untold_size += len(text)
-        if self._untold_size > 2 * MAX_UNTOLD:
-            self._untold = _last_pieces(self._untold)
-            self._untold_size = sum(len(text) for _, _, text in self._untold)
-
-    def snapshot(self) -> SessionMessage:
-        """Return the message as it is now."""
-        if len(self._words) > 1:
-            self._words = ["".join(self._words)]
-        details = self._message.details
-        if self.output is not None:
-            command = {**details["command"], **self.output.to_json()}
-            details = {**details, "command": command}
-        return self._message.replace(text=self._words[0], details=details)
-
-    def take_untold(self) -> list[tuple[int, int, str]]:
-        """Return what nobody was told yet; words in one piece."""
-        untold, self._untold, self._untold_size = self._untold, [], 0
-        if untold and self.output is None:
-            return [(0, 0, "".join(text for _, _, text in untold))]
-        return _last_pieces(untold)
-
-
-def _last_pieces(pieces: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
-    """Return the newest pieces of output within MAX_UNTOLD, adjoining ones as one."""
-    room, kept = MAX_UNTOLD, 0
-    for _, _, text in reversed(pieces):
-        room -= len(text)
-        if room < 0 and kept:
-            break
-        kept += 1
-    joined = []
-    for kind, group in itertools.groupby(pieces[len(pieces) - kept :], lambda p: p[0]):
-        run = list(group)
-        joined.append((kind, run[0][1], "".join(text for _, _, text in run)))
-    return joined
-
-
-class CardOutputs:
-    """The whole output of commands, of which their cards show the ends: in files."""
-
-    def __init__(self, directory: Path, commands: CommandsTable, jobs: Jobs) -> None:
-        self._files = Jobs(directory / OUTPUTS_DIRECTORY, commands)
-        self._jobs = jobs  # what runs in the background is kept there instead
-
-    def close(self) -> None:
-        self._files.close()
-
-    def keep(self, chunk: Chunk) -> None:
-        """Take output; what cannot be kept has its head and tail on the card."""
-        files = self._of(chunk.invoke_id)
-        try:
-            if not files.known(chunk.invoke_id):
-                files.make_room()
-            files.open(chunk.invoke_id).chunk(chunk)
-        except RpcError as error:
-            log.debug("output not kept: %s", error)
-
-    def wake(self, invoke_id: str) -> None:
-        """Let those look again who follow a command, from wherever."""
-        self._jobs.waiters.wake(invoke_id)
-
-    def end(self, live: LiveMessage) -> None:
-        """Note that a command ended; what its card shows whole needs no file."""
-        files = self._of(live.invoke_id or "")
-        if live.invoke_id is None or not files.known(live.invoke_id):
-            return
-        whole = live.output is None or not live.output.cut
-        if whole and not live.in_background:
-            files.discard(live.invoke_id)
-        else:
-            with contextlib.suppress(RpcError):
-                files.open(live.invoke_id).finish()
-
-    def read(self, invoke_id: str) -> Iterator[bytes] | None:
-        """Return the whole output in pieces, or None where the card shows it all.
-
-        Reading may raise RpcError, OSError.
-        """
-        files = self._of(invoke_id)
-        return files.read_all(invoke_id) if files.known(invoke_id) else None
-
-    def discard(self, invoke_ids: Iterable[str]) -> None:
-        for invoke_id in invoke_ids:
-            self._of(invoke_id).discard(invoke_id)
-
-    def _of(self, invoke_id: str) -> Jobs:
-        return self._jobs if self._jobs.known(invoke_id) else self._files
+def message_to_json(
+    message: SessionMessage, job: Job | JobRecord | None = None
+) -> JsonObject:
+    """Return a message as clients get it, a card with the view of its job."""
+    value = message.to_json()
+    value.update(value.pop("details"))
+    if job is not None:
+        value["job"] = job_view(job)
+    return value
 
 
 class SessionLog:
-    """The messages of one session: each change is numbered, kept and told."""
+    """The messages of one session: each change is numbered, stored and announced."""
 
     def __init__(
         self,
         session: Session,
         store: Store,
-        announce: Callable[[str, JsonObject], None],
-        on_news: Callable[[SessionLog], None],
-        outputs: CardOutputs,
+        announce: Announce,
+        on_words: Callable[[], None],
     ) -> None:
+        """`on_words` is called when there is something for flush()."""
         self.key = session.key
-        self.outputs = outputs
         self._store = store
         self._announce = announce
-        self._on_news = on_news
-        self._telling = threading.Lock()  # held by whoever tells, for all
-        self._lock = threading.Lock()  # guards all below, and the live messages
+        self._on_words = on_words
+        # Guards all below.  A change is stored and announced under it, so that both
+        # happen in the order of the numbers; neither waits for a peer.
+        self._lock = threading.Lock()
         self._seq = self._reserved = session.seq
         self._last_created_at = store.messages.last_created_at(session.key)
-        self._live: dict[str, LiveMessage] = {}
-        self._outbox: collections.deque[JsonObject] = collections.deque()
+        self._live: dict[str, SessionMessage] = {}  # those that may still change
+        self._words: dict[str, list[str]] = {}  # of answers, not announced yet
+        self._unsaved: set[str] = set()
         self._closed = False
 
-    def begin(
-        self,
-        role: str,
-        run_id: str,
-        state: str = MessageState.RUNNING,
-        text: str = "",
-        details: JsonObject | None = None,
-        origin: Origin | None = None,
-    ) -> LiveMessage:
-        """Return a new message, which nobody knows of before it is posted."""
-        details = details or {}
-        message = SessionMessage(
-            id=new_id(),
-            session_key=self.key,
-            run_id=run_id,
-            role=role,
-            created_at=self.next_created_at(),
-            state=state,
-            seq=0,
-            text=text,
-            invoke_id=details.get("command", {}).get("invokeId"),
-            details=details,
-        )
-        return LiveMessage(message, origin)
-
-    def next_created_at(self) -> int:
-        """Return a time later than that of any message here."""
-        with self._lock:
-            self._last_created_at = max(now_ms(), self._last_created_at + 1)
-            return self._last_created_at
-
-    def post(
+    def add(
         self,
         event: str,
-        live: LiveMessage,
-        fields: JsonObject | None = None,
+        role: str,
+        run_id: str,
+        state: str,
+        *,
+        text: str = "",
+        job_id: str | None = None,
+        details: Mapping[str, Any] = NOTHING,
+        **fields: Any,
+    ) -> str:
+        """Add a message, announced under the name `event`; return its id."""
+        with self._lock:
+            message = SessionMessage(
+                id=job_id or new_id(),
+                session_key=self.key,
+                run_id=run_id,
+                role=role,
+                created_at=self._next_created_at(),
+                state=state,
+                seq=0,
+                text=text,
+                job_id=job_id,
+                details=details,
+            )
+            self._put(event, message, None, fields)
+        return message.id
+
+    def change(
+        self,
+        event: str,
+        message_id: str,
+        *,
+        job: Job | JobRecord | None = None,
+        command: JsonObject = {},  # noqa: B006  fields of a card, one by one
+        details: Mapping[str, Any] = NOTHING,
+        last: bool = False,
         **changes: Any,
     ) -> None:
-        """Change a message, keep it, and tell it as a whole under the name `event`."""
+        """Change a message that has not ended; one that has stays as it is.
+
+        `last`: it becomes the newest of the session.
+        """
         with self._lock:
-            if self._closed:
+            message = self._live.get(message_id)
+            if message is None:
                 return
-            self._seq += 1
-            live.change(self._seq, changes)
-            live.take_untold()  # it is in the message
-            if live.output is not None and live.state in FINAL_STATES:
-                live.output.finish()
-            message = live.snapshot()
-            self._live[live.id] = live
-            whole = {**(fields or {}), "message": message_to_json(message)}
-            self._line_up(event, live, whole)
-        self._keep(live, message)
-        self._tell()
+            if command:
+                details = {"command": {**message.details["command"], **command}}
+            if last:
+                changes["created_at"] = self._next_created_at()
+            merged = {**message.details, **details}
+            self._put(event, message.replace(details=merged, **changes), job)
+
+    def end_card(self, job: Job | JobRecord) -> None:
+        """Show on its card that a job ended, or that it ended after all."""
+        record = job.record if isinstance(job, Job) else job
+        with self._lock:
+            message = self._live.get(record.id) or self._stored_card(record.id)
+            if message is not None and message.state != card_state(record):
+                message = message.replace(state=card_state(record))
+                self._put("tool_call_end", message, job)
 
     def note(self, event: str, run_id: str, **fields: Any) -> None:
-        """Tell something that changes no message."""
+        """Announce something that changes no message."""
         with self._lock:
-            if self._closed:
-                return
-            self._seq += 1
-            payload = {"state": event, "runId": run_id, "sessionKey": self.key}
-            self._outbox.append({**payload, "seq": self._seq, **fields})
-        self._tell()
+            self._number()
+            self._tell(event, run_id, fields)
 
-    def say(self, live: LiveMessage, text: str) -> None:
-        """Add to the words of a message; they are told within TELL_INTERVAL."""
+    def say(self, message_id: str, text: str) -> None:
+        """Append to the words of a message; announced within TELL_INTERVAL."""
         with self._lock:
-            live.say(text)
-        self._on_news(self)
-
-    def add_output(self, live: LiveMessage, chunk: Chunk) -> int:
-        """Take a command's output; return what its node need not send again."""
-        output = live.output
-        assert output is not None
-        message = None
-        with self._lock:
-            if self._closed:
-                return chunk.end
-            was_full = output.head_full
-            live.add_output(chunk)
-            if output.head_full and not was_full:
-                message = live.snapshot()
-        if message is not None:
-            self._keep(live, message)
-        self._on_news(self)
-        # The head is kept by now, and the tail stays with the node until the end: so
-        # no loss of this gateway's memory shows in the card.
-        return max(0, chunk.end - KEPT_TAIL)
-
-    def output_ends(self, live: LiveMessage) -> tuple[int, int]:
-        """Return from which bytes on a node shall send stdout and stderr."""
-        assert live.output is not None
-        with self._lock:
-            return live.output.end(STDOUT), live.output.end(STDERR)
+            self._words.setdefault(message_id, []).append(text)
+        self._on_words()
 
     def flush(self, *, save: bool) -> bool:
-        """Tell what is being said or printed; whether some of it is not kept yet."""
+        """Announce what was said; return whether some of it is not stored yet."""
         with self._lock:
-            for live in self._live.values():
-                self._line_up_untold(live)
-            unsaved = [
-                live
-                for live in self._live.values()
-                if live.saved_seq < live.seq and not live.is_settled
-            ]
-            messages = [(live, live.snapshot()) for live in unsaved if save]
-        for live, message in messages:
-            self._keep(live, message)
-        self._tell()
-        return bool(unsaved) and not save
+            for message_id, words in list(self._words.items()):
+                message = self._live.get(message_id)
+                del self._words[message_id]
+                if message is not None:
+                    text = "".join(words)
+                    message = message.replace(
+                        text=message.text + text, seq=self._number()
+                    )
+                    self._live[message_id] = message
+                    self._unsaved.add(message_id)
+                    fields = {"messageId": message_id, "text": text}
+                    self._tell("delta", message.run_id, fields)
+            if save:
+                for message_id in list(self._unsaved):
+                    self._save(self._live[message_id])
+            return bool(self._unsaved)
 
-    def command(self, invoke_id: str) -> LiveMessage | None:
-        """Return the message of a command that has not ended."""
-        with self._lock:
-            for live in self._live.values():
-                if live.invoke_id == invoke_id:
-                    return live
-        return None
-
-    def open_commands(self) -> list[LiveMessage]:
-        """Return the messages of the commands that have not ended."""
-        with self._lock:
-            return [m for m in self._live.values() if m.invoke_id]
-
-    def command_message(self, invoke_id: str) -> SessionMessage | None:
-        """Return a command as it is now, if it has not ended."""
-        live = self.command(invoke_id)
-        with self._lock:
-            return None if live is None else live.snapshot()
-
-    def resume(self, live: LiveMessage) -> None:
+    def resume(self, message: SessionMessage) -> None:
         """Take up a message of an earlier life of this gateway."""
         with self._lock:
-            self._live[live.id] = live
+            self._live[message.id] = message
 
     def last(self, before: int | None) -> list[SessionMessage]:
-        """Return the last messages that were begun before a time (ms)."""
-        live = self._snapshots()
-        stored = self._store.messages.last(self.key, before, HISTORY_PAGE)
-        return [live.get(message.id, message) for message in stored]
+        """Return the last messages that were created before a time (ms)."""
+        with self._lock:
+            stored = self._store.messages.last(self.key, before, HISTORY_PAGE)
+            return [self._live.get(message.id, message) for message in stored]
 
     def changed_after(self, seq: int) -> list[SessionMessage]:
         """Return the messages that changed after `seq`."""
-        live = self._snapshots()
-        stored = self._store.messages.changed_after(self.key, seq, MAX_CHANGED)
-        known = {message.id: message for message in stored}
-        known.update({k: m for k, m in live.items() if m.seq > seq})
+        with self._lock:
+            stored = self._store.messages.changed_after(self.key, seq, MAX_CHANGED)
+            known = {message.id: message for message in stored}
+            known.update((k, m) for k, m in self._live.items() if m.seq > seq)
         return sorted(known.values(), key=lambda message: message.created_at)
 
     def close(self) -> None:
-        """Keep and tell nothing from now on: the session is gone."""
+        """Store and announce nothing from now on: the session is gone."""
         with self._lock:
             self._closed = True
             self._live.clear()
+            self._words.clear()
+            self._unsaved.clear()
 
-    def _snapshots(self) -> dict[str, SessionMessage]:
-        with self._lock:
-            return {live.id: live.snapshot() for live in self._live.values()}
+    # All below are called under the lock.
 
-    def _line_up(self, event: str, live: LiveMessage, fields: JsonObject) -> None:
-        payload = {
-            "state": event,
-            "runId": live.run_id,
-            "sessionKey": self.key,
-            "seq": self._seq,
-            "messageId": live.id,
-        }
-        self._outbox.append({**payload, **fields})
+    def _next_created_at(self) -> int:
+        # Later than that of any message here: it orders them.
+        self._last_created_at = max(now_ms(), self._last_created_at + 1)
+        return self._last_created_at
 
-    def _line_up_untold(self, live: LiveMessage) -> None:
-        for kind, offset, text in live.take_untold():
-            if not text:
-                continue
-            self._seq += 1
-            live.change(self._seq, {})
-            if kind:
-                stream = STREAM_NAMES[kind]
-                fields = {"stream": stream, "offset": offset, "data": text}
-                self._line_up("tool_call_output", live, fields)
-            else:
-                self._line_up("delta", live, {"text": text})
+    def _stored_card(self, job_id: str) -> SessionMessage | None:
+        try:
+            return self._store.messages.by_job_id(job_id)
+        except StoreError as error:
+            log.error("card not found session=%s: %s", self.key, error)
+            return None
 
-    def _keep(self, live: LiveMessage, message: SessionMessage) -> None:
+    def _put(
+        self,
+        event: str,
+        message: SessionMessage,
+        job: Job | JobRecord | None,
+        fields: JsonObject = {},  # noqa: B006
+    ) -> None:
+        if self._closed:
+            return
+        words = "".join(self._words.pop(message.id, ()))
+        message = message.replace(text=message.text + words, seq=self._number())
+        if message.state in (MessageState.QUEUED, MessageState.RUNNING):
+            self._live[message.id] = message
+        else:
+            self._live.pop(message.id, None)
+        self._save(message)
+        value = {"messageId": message.id, "message": message_to_json(message, job)}
+        self._tell(event, message.run_id, {**fields, **value})
+
+    def _save(self, message: SessionMessage) -> None:
+        self._unsaved.discard(message.id)
         try:
             self._store.messages.save(message)
         except StoreError as error:
-            log.error("message not kept session=%s: %s", self.key, error)
-            return
-        with self._lock:
-            live.saved_seq = max(live.saved_seq, message.seq)
-            if message.state in FINAL_STATES:
-                self._live.pop(live.id, None)
+            log.error("message not stored session=%s: %s", self.key, error)
 
-    def _tell(self) -> None:
-        """Send what is in line, in the order of its numbers."""
-        self._reserve()
-        # One thread at a time tells for all: who finds it at work can leave, because
-        # it looks again after it has let go of the lock.
-        while self._telling.acquire(blocking=False):
+    def _number(self) -> int:
+        """Return the next number; none is given twice, also after a crash."""
+        self._seq += 1
+        if self._seq > self._reserved and not self._closed:
             try:
-                with self._lock:
-                    batch = list(self._outbox)
-                    self._outbox.clear()
-                for payload in batch:
-                    self._announce("chat", payload)
-            finally:
-                self._telling.release()
-            with self._lock:
-                if not self._outbox:
-                    return
+                self._store.sessions.reserve(self.key, self._seq + SEQ_RESERVE)
+                self._reserved = self._seq + SEQ_RESERVE
+            except StoreError as error:
+                log.error("numbers not reserved session=%s: %s", self.key, error)
+        return self._seq
 
-    def _reserve(self) -> None:
-        """See to it that no number is given out twice, whatever happens to us."""
-        with self._lock:
-            if self._reserved - self._seq > SEQ_RESERVE // 2:
-                return
-            self._reserved = reserved = self._seq + SEQ_RESERVE
-        try:
-            self._store.sessions.reserve(self.key, reserved)
-        except StoreError as error:
-            log.error("numbers not reserved session=%s: %s", self.key, error)
-
-
-def stored_session(sessions: SessionsTable, key: str) -> Session:
-    """Return a session by its key.  Raises RpcError NOT_FOUND."""
-    session = sessions.by_key(key)
-    if session is None:
-        raise RpcError("NOT_FOUND", f"there is no session {key[:100]!r}")
-    return session
-
-
-class SessionLogs:
-    """The logs of all sessions, and the thread that reports what is in progress."""
-
-    def __init__(
-        self,
-        store: Store,
-        announce: Callable[[str, JsonObject], None],
-        outputs: CardOutputs,
-    ) -> None:
-        self._store = store
-        self._outputs = outputs
-        self._announce = announce
-        self._changed = threading.Condition(threading.Lock())  # guards all below
-        self._logs: dict[str, SessionLog] = {}
-        self._news: set[SessionLog] = set()
-        self._closed = False
-        self._stopped = threading.Event()
-        self._recover()
-        self._thread = threading.Thread(
-            target=self._report, name="moltis-chat-report", daemon=True
-        )
-        self._thread.start()
-
-    def log(self, session_key: str) -> SessionLog:
-        """Raises RpcError NOT_FOUND where there is no such session."""
-        with self._changed:
-            known = self._logs.get(session_key)
-        if known is not None:
-            return known
-        session = stored_session(self._store.sessions, session_key)
-        new = SessionLog(
-            session, self._store, self._announce, self._has_news, self._outputs
-        )
-        with self._changed:
-            return self._logs.setdefault(session_key, new)
-
-    def discard_outputs(self, session_key: str) -> None:
-        """Delete the files with the output of a session's commands."""
-        self._outputs.discard(self._store.messages.invoke_ids(session_key))
-
-    def drop(self, session_key: str) -> None:
-        """Forget a log whose session is gone, or begins anew."""
-        with self._changed:
-            dropped = self._logs.pop(session_key, None)
-        if dropped is not None:
-            dropped.close()
-
-    def find_sink(self, record: CommandRecord) -> tuple[Sink, int, int] | None:
-        """Return the card of a command that outlived this gateway: a SinkFinder."""
-        if record.session_key is None:
-            return None
-        try:
-            session_log = self.log(record.session_key)
-            live = session_log.command(record.invoke_id)
-            if live is None and record.state == CommandState.LOST:
-                live = self._reopen(session_log, record.invoke_id)
-        except RpcError:  # its session is gone
-            return None
-        if live is None:
-            return None
-        stdout, stderr = session_log.output_ends(live)
-        return CommandCard(session_log, live), stdout, stderr
-
-    def _reopen(self, session_log: SessionLog, invoke_id: str) -> LiveMessage | None:
-        """Return the message of a command that was lost, and is heard of again."""
-        message = self._store.messages.by_invoke_id(invoke_id)
-        if message is None:
-            return None
-        live = LiveMessage(message)
-        over = {"lost": None, "error": None, "endedAt": None}
-        state = MessageState.RUNNING
-        session_log.post("tool_call_start", live, state=state, command=over)
-        return live
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._stopped.set()
-        self._thread.join()
-
-    def _has_news(self, session_log: SessionLog) -> None:
-        with self._changed:
-            self._news.add(session_log)
-            self._changed.notify_all()
-
-    def _report(self) -> None:
-        save_at = Deadline(SAVE_INTERVAL)
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._news or self._closed)
-                news, self._news = self._news, set()
-                closed = self._closed
-            save = closed or save_at.expired
-            if save:
-                save_at = Deadline(SAVE_INTERVAL)
-            for session_log in news:
-                if session_log.flush(save=save):
-                    self._has_news(session_log)
-            if closed:
-                return
-            self._stopped.wait(TELL_INTERVAL)
-
-    def _recover(self) -> None:
-        """Say of what was going on when the gateway ended how it stands now."""
-        for message in self._store.messages.unfinished():
-            session_log = self.log(message.session_key)
-            live = LiveMessage(message)
-            session_log.resume(live)
-            if message.invoke_id is None:
-                session_log.post("aborted", live, state=MessageState.INTERRUPTED)
-                continue
-            record = self._store.commands.by_id(message.invoke_id)
-            card = CommandCard(session_log, live)
-            if record is None:  # it was not sent: it waited for an approval, say
-                card.fail("the gateway stopped", MessageState.INTERRUPTED)
-            elif not record.is_open:
-                card.show_end(record)  # the others are awaited: Resumption
-        for session in self._store.sessions.all():
-            if session.run_id:
-                self._recover_run(session)
-
-    def _recover_run(self, session: Session) -> None:
-        """Say that a model did not get to its answer, unless its last words say so."""
-        session_log = self.log(session.key)
-        if not any(
-            message.run_id == session.run_id
-            and message.state == MessageState.INTERRUPTED
-            for message in session_log.last(None)
-        ):
-            text = "The gateway was restarted before the answer was complete."
-            notice = session_log.begin("notice", session.run_id, text=text)
-            session_log.post("notice", notice, state=MessageState.INTERRUPTED)
-        self._store.sessions.keep_run(session.key, "")
-
-
-class CommandCard:
-    """A command of a session, as those who watch see it: a Sink."""
-
-    def __init__(
-        self,
-        session_log: SessionLog,
-        live: LiveMessage,
-        on_chunk: ChunkHandler | None = None,
-    ) -> None:
-        self._log = session_log
-        self._live = live
-        self._on_chunk = on_chunk
-
-    def start(self) -> None:
-        self._change(startedAt=now_ms())
-
-    def chunk(self, chunk: Chunk) -> int:
-        if self._on_chunk is not None:
-            self._on_chunk(chunk.kind, chunk.offset, chunk.data)
-        self._log.outputs.keep(chunk)
-        return self._log.add_output(self._live, chunk)
-
-    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
-
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:
-        place = detail.get("place") or None
-        self._change(place=place, waiting=True if state == "waiting" else None)
-        self._log.outputs.wake(invoke_id)
-
-    def approval(self, state: str, by: str | None = None) -> None:
-        """Show that it is `asked` for, `approved`, `denied` or `expired`."""
-        answer = {"state": state, "by": by} if by else {"state": state}
-        self._change(approval=answer)
-
-    def end(self, invocation: Invocation, end: CommandEnd) -> bool:  # noqa: ARG002
-        self.show_end(end)
-        return True
-
-    def fail(self, error: str, state: str = MessageState.ERROR) -> None:
-        """Show that it did not run."""
-        self._finish(state, error=error)
-
-    def show_end(self, end: CommandEnd | CommandRecord) -> None:
-        states = {
-            CommandState.DONE: MessageState.DONE,
-            CommandState.TIMED_OUT: MessageState.DONE,
-            CommandState.CANCELLED: MessageState.ABORTED,
-        }
-        self._finish(
-            states.get(end.state, MessageState.ERROR),
-            endedAt=end.ended_at,
-            exitCode=end.exit_code,
-            signal=end.signal,
-            timedOut=end.state == CommandState.TIMED_OUT or None,
-            cancelled=end.state == CommandState.CANCELLED or None,
-            lost=end.state == CommandState.LOST or None,
-            error=end.error,
-        )
-
-    def _change(self, **command: Any) -> None:
-        self._log.post("tool_call_start", self._live, command=command)
-
-    def _finish(self, state: str, **command: Any) -> None:
-        over = {"place": None, "waiting": None, **command}
-        self._log.post("tool_call_end", self._live, state=state, command=over)
-        self._log.outputs.end(self._live)
-
-
-def start_on_card(
-    invocations: Invocations,
-    session_log: SessionLog,
-    planned: PlannedCommand,
-    on_chunk: ChunkHandler | None = None,
-) -> Invocation:
-    """Start a command whose card is shown already.  Raises RpcError, Cancelled."""
-    live = session_log.command(planned.invoke_id)
-    if live is None or live.origin is None:
-        raise Cancelled  # the session was deleted a moment ago
-    card = CommandCard(session_log, live, on_chunk)
-    card.start()
-    origin = live.origin.replace(decided_by=live.decided_by)
-    try:
-        return invocations.start(
-            planned.node_id,
-            SYSTEM_RUN,
-            planned.arguments(),
-            origin,
-            card,
-            planned.invoke_id,
-        )
-    except RpcError as error:
-        card.fail(error.message)
-        raise
-
-
-class SessionJobs:
-    """Runs the commands that sessions leave in the background: a Background."""
-
-    def __init__(self, logs: SessionLogs, desk: JobDesk) -> None:
-        self._logs = logs
-        self._desk = desk
-
-    def start(self, session_key: str, planned: PlannedCommand) -> None:
-        with self._desk.jobs.new(planned.invoke_id):  # before the card looks for it
-            start_on_card(self._desk.invocations, self._logs.log(session_key), planned)
-
-    def cancel(self, session_key: str, invoke_id: str) -> None:
-        self._desk.cancel(self._record(session_key, invoke_id))
-
-    def end(
-        self, session_key: str, invoke_id: str, wait: float, cancel: Cancellation
-    ) -> JsonObject:
-        self._record(session_key, invoke_id)
-        view: JsonObject = cancel.result_of(self._desk.end(invoke_id, wait))
-        return view
-
-    def output(self, session_key: str, invoke_id: str, position: int) -> JobReading:
-        """Return a part of its output, see Background.  Raises RpcError."""
-        self._record(session_key, invoke_id)
-        try:
-            return self._desk.output(invoke_id, position)
-        except OSError as error:
-            problem = f"its output cannot be read: {error.strerror}"
-            raise RpcError("UNAVAILABLE", problem) from error
-
-    def _record(self, session_key: str, invoke_id: str) -> CommandRecord:
-        """Raises RpcError NOT_FOUND for what another session asked for, too."""
-        record = self._desk.record(invoke_id)
-        if record.session_key != session_key:
-            raise RpcError("NOT_FOUND", f"{invoke_id} is no command of this session")
-        return record
-
-
-class SessionExecutor:
-    """Runs the commands of sessions on the fleet: an Executor."""
-
-    def __init__(self, invocations: Invocations, logs: SessionLogs) -> None:
-        self._invocations = invocations
-        self._logs = logs
-        self._leaving = threading.Event()
-
-    def cancel_all(self, session_key: str, *, background: bool) -> None:
-        """End the commands of a session, those of an earlier gateway as well."""
-        for live in self._logs.log(session_key).open_commands():
-            invocation = self._invocations.get(live.invoke_id or "")
-            if invocation is not None and (background or not live.in_background):
-                self._invocations.cancel(invocation)
-
-    def leave_running(self) -> None:
-        """Cancel no command from now on: the gateway stops, and the nodes go on."""
-        self._leaving.set()
-
-    def __call__(
-        self,
-        session_key: str,
-        planned: PlannedCommand,
-        on_chunk: ChunkHandler,
-        cancel: Cancellation,
-    ) -> JsonObject:
-        """Run a command whose card is shown already; see Executor."""
-        session_log = self._logs.log(session_key)
-        invocation = start_on_card(self._invocations, session_log, planned, on_chunk)
-        return self._wait(invocation, cancel)
-
-    def _wait(self, invocation: Invocation, cancel: Cancellation) -> JsonObject:
-        woken = threading.Event()
-        invocation.future.add_done_callback(lambda _: woken.set())
-
-        def stop() -> None:
-            if not self._leaving.is_set():
-                self._invocations.cancel(invocation)
-            woken.set()
-
-        try:
-            with cancel.calling(stop):
-                woken.wait()
-        except Cancelled:  # just before: nobody has called stop()
-            stop()
-            raise
-        try:
-            grace = 0.0 if self._leaving.is_set() else ABORT_GRACE
-            return invocation.future.result(grace)
-        except FutureTimeout:
-            # Its node is away: it is told when it comes back, and the card then ends.
-            raise Cancelled from None
-
-
-def note_denial(
-    commands: CommandsTable,
-    logs: SessionLogs,
-    session_key: str,
-    planned: PlannedCommand,
-    verdict: Verdict,
-) -> None:
-    """Put a command that may not run into the audit; Invocations does the others.
-
-    Raises StoreError.
-    """
-    live = logs.log(session_key).command(planned.invoke_id)
-    if verdict.allowed or live is None or live.origin is None:
-        return
-    commands.add(
-        CommandRecord(
-            invoke_id=planned.invoke_id,
-            asked_at=now_ms(),
-            caller_kind=live.origin.kind,
-            caller_name=live.origin.name,
-            session_key=session_key,
-            node_id=planned.node_id,
-            node_name=planned.node_name,
-            command=planned.command,
-            cwd=planned.working_dir,
-            state=CommandState.DENIED,
-            decided_by=verdict.by,
-        )
-    )
+    def _tell(self, event: str, run_id: str, fields: JsonObject) -> None:
+        if not self._closed:
+            payload = {"state": event, "runId": run_id, "sessionKey": self.key}
+            self._announce("chat", {**payload, "seq": self._seq, **fields})
 
 
 # --- Turns ---
 
 
 class Turn(Value):
-    """What somebody said, and what it takes to answer."""
+    """What a person said, and what it takes to answer."""
 
     run_id: str
     text: str
-    message: LiveMessage
+    message_id: str
     model: ChatModel
     asked_by: Caller
     cancel: Cancellation
@@ -14651,14 +13952,19 @@ class Turn(Value):
     @property
     def is_typed(self) -> bool:
         """Whether it is a command, and no question to a model."""
-        return self.model.id == SHELL_ID or self.text.startswith("!")
+        return self.model.id == SHELL_ID
 
     def origin(self, session_key: str) -> Origin:
-        """Return who the audit shall say asked for the commands."""
+        """Return who asks for the commands, for the audit."""
+        caller = self.asked_by
+        origin = Origin(
+            caller.kind, caller.id, caller.name, caller.address, session_key
+        )
         if self.is_typed:
-            return Origin(self.asked_by.kind, self.asked_by.name, session_key)
-        name = f"{self.model.id} for {self.asked_by.name}"
-        return Origin(MODEL_CALLER, name, session_key)
+            return origin
+        return origin.replace(
+            kind=MODEL_CALLER, name=f"{self.model.id} for {caller.name}"
+        )
 
 
 class TurnQueue:
@@ -14684,11 +13990,8 @@ class TurnQueue:
         with self._lock:
             return self._current is not None or bool(self._waiting)
 
-    def add(self, turn: Turn) -> bool:
-        """Take the turn when those before it are over; whether it has to wait.
-
-        Raises RpcError.
-        """
+    def check(self) -> None:
+        """Raises RpcError if it takes no more turns."""
         with self._lock:
             if self._closed:
                 raise RpcError("UNAVAILABLE", "the session ends", retryable=True)
@@ -14696,9 +13999,13 @@ class TurnQueue:
                 raise RpcError(
                     "RATE_LIMITED", f"{MAX_WAITING} messages wait in this session"
                 )
+
+    def add(self, turn: Turn) -> bool:
+        """Take the turn after those before it; return whether it has to wait."""
+        with self._lock:
+            waits = self._current is not None or bool(self._waiting)
             self._waiting.append(turn)
-            waits = self._current is not None or len(self._waiting) > 1
-            if self._thread is None:
+            if self._thread is None and not self._closed:
                 thread = threading.Thread(
                     target=self._run,
                     name=f"moltis-chat-{self._session_key}",
@@ -14708,13 +14015,23 @@ class TurnQueue:
                 self._thread = thread  # once it runs: close() joins it
         return waits
 
-    def abort(self) -> tuple[Turn | None, list[Turn]]:
-        """End the current turn and forget the others; return which these are."""
+    def abort(self, key_id: str = "") -> tuple[Turn | None, list[Turn]]:
+        """End the current turn and drop the others; return which these are.
+
+        With `key_id` only those that this key asked for.
+        """
+
+        def is_meant(turn: Turn) -> bool:
+            return key_id in ("", turn.asked_by.id)
+
         with self._lock:
-            current, waiting = self._current, list(self._waiting)
-            self._waiting.clear()
-        if current is not None:
-            current.cancel.cancel()
+            current = self._current
+            waiting = [turn for turn in self._waiting if is_meant(turn)]
+            kept = [turn for turn in self._waiting if not is_meant(turn)]
+            self._waiting = collections.deque(kept)
+        if current is None or not is_meant(current):
+            return None, waiting
+        current.cancel.cancel()
         return current, waiting
 
     def close(self) -> None:
@@ -14746,193 +14063,212 @@ class TurnQueue:
                     return
 
 
-class TurnSession:
-    """A session as the agent sees it during one turn: a ChatSession."""
+class TurnChat(Conversation):
+    """One turn of a session: the agent's steps become messages."""
 
     def __init__(
         self,
-        key: str,
+        turn: Turn,
+        session_log: SessionLog,
         store: Store,
-        select_node: Callable[[str, str], None],
-        *,
-        recalls: bool,
+        jobs: Jobs,
+        select: Callable[[str], None],
     ) -> None:
-        self.key = key
+        self.key = session_log.key
+        self.key_id = turn.asked_by.id
+        self._select = select
+        self._turn = turn
+        self._log = session_log
         self._store = store
-        self._select_node = select_node
+        self._jobs = jobs
         self._messages: list[ChatMessage] = []
-        if recalls:
-            told = store.turns.last(key, MAX_RECALLED)
-            self._messages = [ChatMessage.from_json_object(value) for value in told]
+        if not turn.is_typed:
+            told = store.turns.last(self.key, MAX_RECALLED)
+            self._messages = [ChatMessage.from_json(value) for value in told]
+        self._answer = ""  # id of the message that the model is saying
+        self._lock = threading.Lock()  # guards _calls
+        # Ids of their messages, and whether it is a command, by id of the tool call.
+        self._calls: dict[str, tuple[str, bool]] = {}
 
-    @property
-    def node_id(self) -> str:
+    def selected(self) -> str:
         return self._session().node_id
 
-    @property
+    def select(self, node_id: str) -> None:
+        self._select(node_id)
+
     def asks_first(self) -> bool:
         return self._session().approvals == "ask"
-
-    def select_node(self, node_id: str) -> None:
-        self._select_node(self.key, node_id)
 
     def messages(self) -> Sequence[ChatMessage]:
         return self._messages
 
     def append(self, message: ChatMessage) -> None:
-        self._store.turns.add(self.key, to_json_object(message))
+        self._store.turns.add(self.key, message.to_json())
         self._messages.append(message)
+
+    def begin_answer(self, turn: int) -> None:
+        self._end_answer(MessageState.DONE)
+        self._log.note("iteration", self._turn.run_id, n=turn)
+
+    def say(self, text: str) -> None:
+        if not self._answer:
+            self._answer = self._log.add(
+                "delta",
+                "assistant",
+                self._turn.run_id,
+                MessageState.RUNNING,
+                details={"model": self._turn.model.id},
+            )
+        self._log.say(self._answer, text)
+
+    def notice(self, text: str) -> None:
+        self._log.add(
+            "notice", "notice", self._turn.run_id, MessageState.DONE, text=text
+        )
+
+    def begin_call(self, call: ToolCall, planned: PlannedCommand | None) -> None:
+        self._end_answer(MessageState.DONE)
+        started = ("tool_call_start", self._turn.run_id, MessageState.RUNNING)
+        event, *about = started
+        if planned is None:
+            shown = to_json(call.arguments) if call.arguments else ""
+            text = f"{call.name} {shown}".rstrip()
+            message_id = self._log.add(event, "notice", *about, text=text)
+        else:
+            command = {
+                "nodeId": planned.node_id,
+                "node": planned.node_name,
+                "command": planned.command,
+                "cwd": planned.cwd,
+                "timeout": planned.timeout,
+                "background": planned.background or None,
+            }
+            command = {k: v for k, v in command.items() if v is not None}
+            message_id = self._log.add(
+                event,
+                "command",
+                *about,
+                job_id=planned.job_id,
+                details={"command": command},
+            )
+        with self._lock:
+            self._calls[call.id] = (message_id, planned is not None)
+
+    def ask(self, planned: PlannedCommand) -> None:
+        self._show_approval(planned, {"state": "asked"})
+
+    def decide(self, planned: PlannedCommand, verdict: Verdict) -> None:
+        state = "approved" if verdict.allowed else "denied"
+        if verdict.by == "nobody":
+            state = "expired"
+        self._show_approval(planned, {"state": state, "by": verdict.by})
+        if not verdict.allowed:
+            self._record_denial(planned, verdict)
+
+    def begin_job(self, planned: PlannedCommand) -> None:
+        job = self._jobs.get(planned.job_id)
+        self._log.change("tool_call_start", planned.job_id, job=job)
+        if not job.record.is_open:
+            self._log.end_card(job)
+
+    def end_call(self, call: ToolCall, result: JsonObject) -> None:
+        with self._lock:
+            message_id, is_command = self._calls[call.id]
+        error = result.get("error")
+        state = MessageState.ERROR if error else MessageState.DONE
+        if not is_command:
+            if error:
+                self._log.say(message_id, f": {error}")
+            self._log.change("tool_call_end", message_id, state=state)
+            return
+        try:
+            self._end_command(message_id, error)
+        except RpcError as problem:
+            log.error("card not updated session=%s: %s", self.key, problem)
+
+    def finish(self, end: RunEnd, aborted_state: str) -> None:
+        """Show how the run ended."""
+        run_id = self._turn.run_id
+        if end.state == "error":
+            self._end_answer(MessageState.ERROR)
+            self._log.add(
+                "error",
+                "notice",
+                run_id,
+                MessageState.ERROR,
+                text=end.error,
+                error=end.error,
+            )
+            return
+        details: JsonObject = {}
+        if end.state == "final":
+            details["usage"] = {
+                "inputTokens": end.input_tokens,
+                "outputTokens": end.output_tokens,
+            }
+            if end.reason != "stop":
+                details["reason"] = end.reason
+        state = MessageState.DONE if end.state == "final" else aborted_state
+        if not self._end_answer(state, end.state, details):
+            self._log.note(end.state, run_id)
+
+    def _show_approval(self, planned: PlannedCommand, approval: JsonObject) -> None:
+        self._log.change(
+            "tool_call_start", planned.job_id, command={"approval": approval}
+        )
+
+    def _record_denial(self, planned: PlannedCommand, verdict: Verdict) -> None:
+        """Put a command that may not run into the audit.  Raises RpcError."""
+        record = new_job(
+            (planned.node_id, planned.node_name),
+            "run",
+            planned.spec(),
+            self._turn.origin(self.key).replace(decided_by=verdict.by),
+            kept=False,
+            job_id=planned.job_id,
+        )
+        self._store.jobs.add(
+            record.replace(
+                state=JobState.DENIED,
+                reason=verdict.reason or None,
+                ended_at=now_ms(),
+                spec=None,
+            )
+        )
+
+    def _end_command(self, job_id: str, error: str | None) -> None:
+        """Show the end of a command; one that still runs shows it itself."""
+        try:
+            job = self._jobs.get(job_id)
+        except RpcError as unknown:
+            if unknown.code != "NOT_FOUND":
+                raise
+            # It never started: cancelled while it waited, or its node is offline.
+            stopped = self._turn.cancel.cancelled
+            self._log.change(
+                "tool_call_end",
+                job_id,
+                state=MessageState.ABORTED if stopped else MessageState.ERROR,
+                command={"error": error or ""},
+            )
+        else:
+            if not job.record.is_open:
+                self._log.end_card(job)
+
+    def _end_answer(
+        self, state: str, event: str = "delta", details: Mapping[str, Any] = NOTHING
+    ) -> bool:
+        """End what the model is saying; return whether it was saying something."""
+        message_id, self._answer = self._answer, ""
+        if message_id:
+            self._log.change(event, message_id, state=state, details=details)
+        return bool(message_id)
 
     def _session(self) -> Session:
         session = self._store.sessions.by_key(self.key)
         if session is None:
             raise RpcError("NOT_FOUND", "the session was deleted")
         return session
-
-
-class TurnView:
-    """One turn as its session shows it: the agent's steps, put into messages."""
-
-    def __init__(
-        self,
-        session_log: SessionLog,
-        turn: Turn,
-        aborted_state: Callable[[], str],
-    ) -> None:
-        self._log = session_log
-        self._turn = turn
-        self._aborted_state = aborted_state
-        self._answer: LiveMessage | None = None  # used in the turn's thread only
-        self._lock = threading.Lock()  # guards _calls
-        self._calls: dict[str, LiveMessage] = {}  # by the id of the tool call
-        self._steps: Mapping[str, Callable[[JsonObject], None]] = {
-            "iteration": self._iteration,
-            "delta": self._delta,
-            "tool_call_start": self._call_start,
-            "approval_request": self._approval_request,
-            "approval_resolved": self._approval_resolved,
-            "tool_call_end": self._call_end,
-            "final": self._final,
-            "error": self._error,
-            "aborted": self._aborted,
-        }
-
-    def show(self, step: Step) -> None:
-        """Show a step; called from several threads."""
-        handler = self._steps.get(step.state)
-        # What the person said is shown since it came.
-        if handler is not None:
-            handler(dict(step.fields))
-
-    def fail(self, problem: str) -> None:
-        """Show that the turn ended in a way that nobody foresaw."""
-        self._error({"message": problem})
-
-    def _iteration(self, fields: JsonObject) -> None:
-        self._end_answer(MessageState.DONE)
-        self._log.note("iteration", self._turn.run_id, n=fields["iteration"])
-
-    def _delta(self, fields: JsonObject) -> None:
-        if fields["kind"] == "notice":
-            self._say_notice(fields["text"], MessageState.DONE)
-        elif fields["kind"] == "text":  # thinking would leave an answer without words
-            self._say(fields["text"])
-
-    def _say(self, text: str) -> None:
-        if self._answer is None:
-            details = {"model": self._turn.model.id}
-            self._answer = self._log.begin(
-                "assistant", self._turn.run_id, details=details
-            )
-            self._log.post("delta", self._answer, {"text": ""})
-        self._log.say(self._answer, text)
-
-    def _call_start(self, fields: JsonObject) -> None:
-        self._end_answer(MessageState.DONE)
-        run_id = self._turn.run_id
-        if "invokeId" in fields:
-            command = {
-                "invokeId": fields["invokeId"],
-                "nodeId": fields["nodeId"],
-                "node": fields["node"],
-                "command": fields["command"],
-            }
-            if fields.get("workingDir"):
-                command["cwd"] = fields["workingDir"]
-            if fields.get("background"):
-                command["background"] = True
-            live = self._log.begin(
-                "command",
-                run_id,
-                details={"command": command},
-                origin=self._turn.origin(self._log.key),
-            )
-        else:
-            shown = to_json(fields["arguments"]) if fields["arguments"] else ""
-            text = f"{fields['name']} {shown}".rstrip()
-            live = self._log.begin("notice", run_id, text=text)
-        with self._lock:
-            self._calls[fields["toolCallId"]] = live
-        self._log.post("tool_call_start", live)
-
-    def _approval_request(self, fields: JsonObject) -> None:
-        CommandCard(self._log, self._call(fields)).approval("asked")
-
-    def _approval_resolved(self, fields: JsonObject) -> None:
-        state = "approved" if fields["allowed"] else "denied"
-        if fields["by"] == "nobody":
-            state = "expired"
-        CommandCard(self._log, self._call(fields)).approval(state, fields["by"])
-
-    def _call_end(self, fields: JsonObject) -> None:
-        live, error = self._call(fields), fields["result"].get("error")
-        if live.invoke_id is None:
-            if error:
-                self._log.say(live, f": {error}")
-            state = MessageState.ERROR if error else MessageState.DONE
-            self._log.post("tool_call_end", live, state=state)
-        elif not live.started and live.state == MessageState.RUNNING:
-            # One that was started ends with its invocation, be it after this turn.
-            CommandCard(self._log, live).fail(error or "", MessageState.ABORTED)
-
-    def _call(self, fields: JsonObject) -> LiveMessage:
-        with self._lock:
-            return self._calls[fields["toolCallId"]]
-
-    def _final(self, fields: JsonObject) -> None:
-        usage = {
-            "inputTokens": fields["inputTokens"],
-            "outputTokens": fields["outputTokens"],
-        }
-        details: JsonObject = {"usage": usage}
-        if fields["reason"] != "stop":
-            details["reason"] = fields["reason"]
-        if not self._end_answer(MessageState.DONE, "final", details):
-            self._log.note("final", self._turn.run_id)
-
-    def _error(self, fields: JsonObject) -> None:
-        self._end_answer(MessageState.ERROR)
-        self._say_notice(fields["message"], MessageState.ERROR, "error")
-
-    def _aborted(self, _fields: JsonObject) -> None:
-        if not self._end_answer(self._aborted_state(), "aborted"):
-            self._log.note("aborted", self._turn.run_id)
-
-    def _end_answer(
-        self, state: str, event: str = "delta", details: JsonObject | None = None
-    ) -> bool:
-        """End what the model is saying; whether it was saying something."""
-        answer, self._answer = self._answer, None
-        if answer is None:
-            return False
-        fields = {"text": ""} if event == "delta" else {}
-        self._log.post(event, answer, fields, state=state, details=details or {})
-        return True
-
-    def _say_notice(self, text: str, state: str, event: str = "notice") -> None:
-        notice = self._log.begin("notice", self._turn.run_id, text=text)
-        fields = {"error": text} if event == "error" else {}
-        self._log.post(event, notice, fields, state=state)
 
 
 # --- Sessions ---
@@ -14944,23 +14280,33 @@ class Chats:
     def __init__(
         self,
         store: Store,
-        logs: SessionLogs,
-        executor: SessionExecutor,
-        agent: Agent,
+        fleet: Fleet,
+        jobs: Jobs,
         models: ModelDirectory,
-        announce: Callable[[str, JsonObject], None],
+        approvals: Approvals,
+        announce: Announce,
     ) -> None:
+        """Mark what an earlier life left unfinished.  Raises StoreError."""
         self._store = store
-        self._logs = logs
-        self._executor = executor
-        self._agent = agent
+        self._fleet = fleet
+        self._jobs = jobs
         self._models = models
+        self._approvals = approvals
         self._announce = announce
-        self._lock = threading.Lock()  # guards _queues and _closing
+        self._lock = threading.Lock()  # guards the three below
+        self._logs: dict[str, SessionLog] = {}
         self._queues: dict[str, TurnQueue] = {}
         self._closing = False
+        self._said = threading.Event()  # there may be something to flush
         now = now_ms()
         store.sessions.add(Session(MAIN_SESSION, "Main", SHELL_ID, LOCAL_ID, now, now))
+        self._recover()
+        jobs.on_end = self.on_end
+        self._stopped = threading.Event()
+        self._flusher = threading.Thread(
+            target=self._flush, name="moltis-chat-flush", daemon=True
+        )
+        self._flusher.start()
 
     def all(self) -> list[JsonObject]:
         """Return `sessions.list`."""
@@ -14977,17 +14323,16 @@ class Chats:
         return self._view(self._session(key))
 
     def change(self, key: str, **choices: Any) -> JsonObject:
-        """Keep what was chosen for a session.  Raises RpcError."""
+        """Store what was chosen for a session.  Raises RpcError."""
         if "model" in choices:
             self._model(choices["model"])
-        self._store.sessions.change(self._session(key).replace(**choices))
+        if not self._store.sessions.change(key, **choices):
+            self._session(key)
         return self._tell("patched", key)
 
     def reset(self, key: str) -> JsonObject:
         """Forget what was said.  Raises RpcError NOT_FOUND."""
-        self._session(key)
         self._end(key)
-        self._logs.discard_outputs(key)
         self._store.sessions.clear(key)
         return self._tell("reset", key)
 
@@ -14995,41 +14340,44 @@ class Chats:
         """Raises RpcError."""
         if key == MAIN_SESSION:
             raise RpcError("INVALID_REQUEST", "the main session stays; it can be reset")
-        self._session(key)
         self._end(key)
-        self._logs.discard_outputs(key)
         self._store.sessions.delete(key)
         self._announce("session", {"type": "deleted", "sessionKey": key})
 
     def send(
         self, key: str, text: str, model_id: str | None, asked_by: Caller
     ) -> JsonObject:
-        """Have `text` answered, now or when its turn comes.  Raises RpcError."""
+        """Have `text` answered, now or when its turn comes.  Raises RpcError.
+
+        `!command` goes to Shell, whatever the model.
+        """
         session = self._session(key)
         if not text.strip():
             raise RpcError("INVALID_REQUEST", "text is empty")
         model = self._model(model_id or session.model)
-        self._store.sessions.used(key, now_ms())
+        if text.startswith("!"):
+            model = ShellModel()
+        session_log, queue = self._log(key), self._queue(key)
+        queue.check()
+        changes: JsonObject = {"updated_at": now_ms()}
         if not session.label:
-            label = " ".join(text.split())[:MAX_LABEL_LENGTH]
-            self._store.sessions.change(session.replace(label=label))
-        session_log, queue = self._logs.log(key), self._queue(key)
+            changes["label"] = " ".join(text.split())[:MAX_LABEL_LENGTH]
+        self._store.sessions.change(key, **changes)
+        # Stored before it is answered: what was accepted is not lost with us.
         run_id = new_id()
-        message = session_log.begin("user", run_id, MessageState.QUEUED, text)
-        if queue.busy:
-            session_log.post("user_message", message)
-        waits = queue.add(
-            Turn(run_id, text, message, model, asked_by, cancel=Cancellation())
+        message_id = session_log.add(
+            "user_message", "user", run_id, MessageState.QUEUED, text=text
         )
+        turn = Turn(run_id, text, message_id, model, asked_by, Cancellation())
+        waits = queue.add(turn)
         return {"ok": True, "runId": run_id, **({"queued": True} if waits else {})}
 
-    def abort(self, key: str) -> JsonObject:
+    def abort(self, key: str, by: str = "") -> JsonObject:
         """End the current turn, and those in line.  Raises RpcError NOT_FOUND."""
-        session_log = self._logs.log(key)
+        session_log = self._log(key)
         current, waiting = self._queue(key).abort()
-        self._executor.cancel_all(key, background=False)
-        for turn in waiting:
-            session_log.post("aborted", turn.message, state=MessageState.ABORTED)
+        self._cancel_jobs(key, by, background=False)
+        self._drop(session_log, waiting)
         run_id = current.run_id if current else None
         return {
             "aborted": bool(current or waiting),
@@ -15037,11 +14385,20 @@ class Chats:
             "sessionKey": key,
         }
 
+    def key_revoked(self, key_id: str) -> None:
+        """End the turns that an operator key asked for, and its approvals."""
+        self._approvals.forget(key_id=key_id)
+        with self._lock:
+            queues = dict(self._queues)
+        for key, queue in queues.items():
+            with contextlib.suppress(RpcError):  # the session is being deleted
+                self._drop(self._log(key), queue.abort(key_id)[1])
+
     def history(
         self, key: str, *, after: int | None = None, before: int | None = None
     ) -> list[JsonObject]:
         """Return messages, the oldest first.  Raises RpcError NOT_FOUND."""
-        session_log = self._logs.log(key)
+        session_log = self._log(key)
         if after is not None:
             found = session_log.changed_after(after)
         else:
@@ -15049,87 +14406,122 @@ class Chats:
         messages: list[JsonObject] = []
         size = 0
         for message in reversed(found):
-            value = message_to_json(message)
+            value = message_to_json(message, self._job_of(message))
             size += len(to_json(value))
             if messages and size > MAX_HISTORY:
                 break
             messages.append(value)
         return messages[::-1]
 
-    def command_output(self, invoke_id: str) -> JsonObject:
-        """Return what is kept of a command's output.  Raises RpcError NOT_FOUND."""
-        message = self._store.messages.by_invoke_id(invoke_id)
-        if message is None:
-            raise RpcError("NOT_FOUND", "no output of such a command is kept here")
-        session_log = self._logs.log(message.session_key)
-        message = session_log.command_message(invoke_id) or message
-        command = message.details["command"]
-        kept = ("output", "cut", "cutAt")
-        return {"invokeId": invoke_id, **{k: command[k] for k in kept if k in command}}
+    def on_end(self, job: Job) -> None:
+        """Show on its card that a job of a session ended."""
+        if job.record.session_key is not None:
+            with contextlib.suppress(RpcError):  # the session is gone
+                self._log(job.record.session_key).end_card(job)
 
     def close(self) -> None:
         """End all turns; their commands go on, and so do the cards of these."""
         with self._lock:
             self._closing = True
             queues = list(self._queues.values())
-        self._executor.leave_running()
         for queue in queues:
             queue.close()
+        self._stopped.set()
+        self._said.set()
+        self._flusher.join()
 
     def _take(self, key: str, turn: Turn) -> None:
         """Carry out a turn, in the thread of its session."""
-        session_log = self._logs.log(key)
-        changes: JsonObject = {"state": MessageState.DONE}
-        if turn.message.seq:  # it was shown in line: it belongs behind what came since
-            changes["created_at"] = session_log.next_created_at()
-        session_log.post("user_message", turn.message, **changes)
+        session_log = self._log(key)
+        session_log.change(
+            "user_message", turn.message_id, state=MessageState.DONE, last=True
+        )
         self._tell("patched", key)
-        view = TurnView(session_log, turn, self._aborted_state)
+        chat = TurnChat(
+            turn, session_log, self._store, self._jobs, partial(self._select, key)
+        )
         if not turn.is_typed:
             self._store.sessions.keep_run(key, turn.run_id)
+        end = RunEnd("error", "the turn failed inside the gateway; its log says why")
         try:
-            session = TurnSession(
-                key, self._store, self._select_node, recalls=not turn.is_typed
+            machines = FleetMachines(
+                self._fleet, self._jobs, turn.origin(key), self._is_closing
             )
-            self._agent.run(session, turn.model, turn.text, view.show, turn.cancel)
-        except MoltisError as error:
-            view.fail(str(error))
-        except Exception:
-            view.fail("the turn failed inside the gateway; its log says why")
-            raise  # to where it is logged
+            run = AgentRun(chat, turn.model, machines, self._approvals, turn.cancel)
+            end = run.run(turn.text)
         finally:
-            if not turn.is_typed and not self._is_closing():
+            closing = self._is_closing()
+            aborted = MessageState.INTERRUPTED if closing else MessageState.ABORTED
+            chat.finish(end, aborted)
+            if not turn.is_typed and not closing:
                 self._store.sessions.keep_run(key, "")
+
+    def _turns_ended(self, key: str) -> None:
+        with contextlib.suppress(RpcError):  # it may be about to be deleted
+            self._tell("patched", key)
 
     def _is_closing(self) -> bool:
         with self._lock:
             return self._closing
 
-    def _aborted_state(self) -> str:
-        closing = self._is_closing()
-        return MessageState.INTERRUPTED if closing else MessageState.ABORTED
-
-    def _select_node(self, key: str, node_id: str) -> None:
+    def _select(self, key: str, node_id: str) -> None:
         self.change(key, node_id=node_id)
+
+    def _drop(self, session_log: SessionLog, turns: Sequence[Turn]) -> None:
+        for turn in turns:
+            session_log.change("aborted", turn.message_id, state=MessageState.ABORTED)
+
+    def _job_of(self, message: SessionMessage) -> Job | JobRecord | None:
+        if message.job_id is None:
+            return None
+        record = self._store.jobs.get(message.job_id)
+        if record is None or not record.is_open:
+            return record
+        return self._jobs.get(record.id)
+
+    def _log(self, key: str) -> SessionLog:
+        """Raises RpcError NOT_FOUND."""
+        with self._lock:
+            known = self._logs.get(key)
+        if known is not None:
+            return known
+        session = self._session(key)
+        new = SessionLog(session, self._store, self._announce, self._said.set)
+        with self._lock:
+            return self._logs.setdefault(key, new)
 
     def _queue(self, key: str) -> TurnQueue:
         with self._lock:
             if key not in self._queues:
                 self._queues[key] = TurnQueue(
-                    key,
-                    partial(self._take, key),
-                    partial(self._tell_idle, key),
+                    key, partial(self._take, key), partial(self._turns_ended, key)
                 )
             return self._queues[key]
 
     def _end(self, key: str) -> None:
-        """End what goes on in a session, for good."""
+        """End what goes on in a session, for good.  Raises RpcError NOT_FOUND."""
+        self._session(key)
         with self._lock:
             queue = self._queues.pop(key, None)
         if queue is not None:
             queue.close()
-        self._executor.cancel_all(key, background=True)
-        self._logs.drop(key)
+        self._cancel_jobs(key, "", background=True)
+        self._approvals.forget(key)
+        with self._lock:
+            dropped = self._logs.pop(key, None)
+        if dropped is not None:
+            dropped.close()
+        self._jobs.discard(self._store.jobs.of_session(key))
+
+    def _cancel_jobs(self, key: str, by: str, *, background: bool) -> None:
+        """Cancel the commands of a session, those of an earlier gateway as well."""
+        for job in self._jobs.list(session_key=key, state="open"):
+            if not background:
+                message = self._store.messages.by_job_id(job.id)
+                if message and message.details["command"].get("background"):
+                    continue
+            with contextlib.suppress(RpcError):  # its node cannot
+                self._jobs.cancel(self._jobs.get(job.id), by)
 
     def _model(self, model_id: str) -> ChatModel:
         """Raises RpcError."""
@@ -15139,17 +14531,17 @@ class Chats:
             raise RpcError("INVALID_REQUEST", str(error)) from error
 
     def _session(self, key: str) -> Session:
-        return stored_session(self._store.sessions, key)
+        """Raises RpcError NOT_FOUND."""
+        session = self._store.sessions.by_key(key)
+        if session is None:
+            raise RpcError("NOT_FOUND", f"there is no session {key[:100]!r}")
+        return session
 
     def _tell(self, kind: str, key: str) -> JsonObject:
         view = self.view(key)
         payload = {"type": kind, "sessionKey": key, "session": view}
         self._announce("session", payload)
         return view
-
-    def _tell_idle(self, key: str) -> None:
-        with contextlib.suppress(RpcError):  # it may be about to be deleted
-            self._tell("patched", key)
 
     def _view(self, session: Session) -> JsonObject:
         with self._lock:
@@ -15167,6 +14559,58 @@ class Chats:
             "approvals": session.approvals,
             "replying": queue is not None and queue.busy,
         }
+
+    def _flush(self) -> None:
+        """Announce and store what models are saying, until close()."""
+        save_at = Deadline(SAVE_INTERVAL)
+        while True:
+            self._said.wait()
+            self._said.clear()
+            stopped = self._stopped.is_set()
+            save = stopped or save_at.expired
+            if save:
+                save_at = Deadline(SAVE_INTERVAL)
+            with self._lock:
+                logs = list(self._logs.values())
+            for session_log in logs:
+                if session_log.flush(save=save):
+                    self._said.set()
+            if stopped:
+                return
+            self._stopped.wait(TELL_INTERVAL)
+
+    def _recover(self) -> None:
+        """Show of what was going on when the gateway ended how it stands now."""
+        interrupted = set()
+        for message in self._store.messages.unfinished():
+            session_log = self._log(message.session_key)
+            session_log.resume(message)
+            job = self._job_of(message)
+            if job is None:
+                interrupted.add(message.run_id)
+                self._interrupt(session_log, message)
+            elif not isinstance(job, Job):
+                session_log.end_card(job)
+        for session in self._store.sessions.all():
+            if session.run_id and session.run_id not in interrupted:
+                # The model had not answered yet.
+                self._log(session.key).add(
+                    "notice",
+                    "notice",
+                    session.run_id,
+                    MessageState.INTERRUPTED,
+                    text="The gateway was restarted before the answer was complete.",
+                )
+            if session.run_id:
+                self._store.sessions.keep_run(session.key, "")
+
+    def _interrupt(self, session_log: SessionLog, message: SessionMessage) -> None:
+        command: JsonObject = {}
+        if message.job_id is not None:  # it waited for an approval, say
+            command = {"error": "the gateway stopped", "approval": None}
+        session_log.change(
+            "aborted", message.id, state=MessageState.INTERRUPTED, command=command
+        )
 
 
 # ==============================================================================
