@@ -21079,7 +21079,7 @@ class OperatorClient:
         self.close()
 
     def close(self) -> None:
-        """Close in order: the gateway cancels the unkept jobs that this client holds."""
+        """Leave in order: unkept jobs that this client holds are cancelled."""
         self._ws.close(timeout=1.0)
         self._reader.join()
 
@@ -21401,8 +21401,7 @@ class JobFeed:
         self._request = {**request, "hold": True}
         jobs = [FollowedJob(new_id(), n, ref, holds=True) for ref, n in nodes.items()]
         self.open.update((job.id, job) for job in jobs)
-        # What a broken connection does not take, its successor is sent again.
-        self._input = JobInput(jobs[0].id, lambda data: self._client.send(data))
+        self._input = JobInput(jobs[0].id, self._send)
         self._ask_for_all()
         return jobs
 
@@ -21416,6 +21415,10 @@ class JobFeed:
     def unfollow(self, job: FollowedJob) -> None:
         if self.open.pop(job.id, None) is not None:
             self.notify("job.unfollow", {"id": job.id})
+
+    def _send(self, message: bytes) -> None:
+        # What a broken connection does not take, its successor is sent again.
+        self._client.send(message)
 
     def feed_input(self, read: Callable[[int], bytes]) -> None:
         """Send what `read` gives to the first job, to its end.  Raises OSError."""
@@ -21663,14 +21666,17 @@ class RemoteMachines:
             if "endedAt" in view or deadline.expired:
                 return view
 
-    def read(self, job_id: str, offset: int) -> Reading:
-        asked = {"id": job_id, "offset": offset, "encoding": "base64"}
-        answer = self._ask(job_id, "job.read", asked)
-        pieces = [
-            (piece["stream"], base64.b64decode(piece["data"]))
-            for piece in answer["pieces"]
-        ]
-        return Reading(answer["offset"], pieces, answer["next"])
+    def reader(self, job_id: str) -> Callable[[int], Reading]:
+        def read(offset: int) -> Reading:
+            asked = {"id": job_id, "offset": offset, "encoding": "base64"}
+            answer = self._ask(job_id, "job.read", asked)
+            pieces = [
+                (piece["stream"], base64.b64decode(piece["data"]))
+                for piece in answer["pieces"]
+            ]
+            return Reading(answer["offset"], pieces, answer["next"])
+
+        return read
 
     def stop(self, job_id: str) -> None:
         self._ask(job_id, JOB_CANCEL, {"id": job_id})
@@ -22913,7 +22919,7 @@ def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
     status = service.status() if service else None
     connected = state is not None and state.connected
     pid = state.pid if state else (status.pid if status else None)
-    value = {
+    value: JsonObject = {
         "name": settings.display_name if settings else None,
         "nodeId": settings.node_id if settings else None,
         "gateway": settings.gateway_url if settings else None,
@@ -23109,7 +23115,7 @@ def _audit_state_column(row: JsonObject) -> str:
     return f"{words}, decided by {row['decidedBy']}" if row["decidedBy"] else words
 
 
-AUDIT_COLUMNS: Mapping[str, Column] = {
+AUDIT_ROW: Mapping[str, Column] = {
     "WHEN": time_column("at"),
     "WHO": "caller",
     "FROM": "address",
@@ -23133,7 +23139,7 @@ def cmd_audit(args: argparse.Namespace, context: Context) -> int:
             entries += page
             if len(page) < size:
                 break
-    return context.show(args, entries, AUDIT_COLUMNS)
+    return context.show(args, entries, AUDIT_ROW)
 
 
 # -- jobs: moltis node exec, attach, jobs --------------------------------------
@@ -23228,10 +23234,10 @@ def start_detached(
         name = names[view["id"]]
         if "error" in view:
             failures += 1
-            error = user_error(decode_error(view["error"]))
+            problem = user_error(decode_error(view["error"]))
             if len(nodes) == 1:
-                raise error
-            output.complain(f"{name}: {without_name(name, str(error))}")
+                raise problem
+            output.complain(f"{name}: {without_name(name, str(problem))}")
         else:
             output.answer(f"{view['id']}  {name}" if len(nodes) > 1 else view["id"])
     return EXIT_FAILURE if failures else EXIT_OK
