@@ -769,7 +769,7 @@ def bench_websocket(bench: Bench) -> Iterator[Row]:
     with contextlib.ExitStack() as stack:
         our_url = stack.enter_context(echo_server(OURS_SINK, str(ROOT)))
         their_url = stack.enter_context(echo_server(THEIR_SINK))
-        ours = moltis.connect(our_url, max_message=2**30)
+        ours = moltis.connect(our_url)
         stack.callback(ours.close)
         theirs = stack.enter_context(
             connect_theirs(their_url, compression=None, max_size=None)
