@@ -12672,8 +12672,8 @@ class Approvals:
         self._timeout = timeout
         self._lock = threading.Lock()  # guards the two below
         self._open: dict[str, tuple[Conversation, str, Future[Verdict]]] = {}
-        # Names of those who answered, by session, node and key that asked.
-        self._always: dict[tuple[str, str, str], str] = {}
+        # Name and key of those who answered, by session, node and key that asked.
+        self._always: dict[tuple[str, str, str], tuple[str, str]] = {}
 
     def ask(
         self, chat: Conversation, planned: PlannedCommand, cancel: Cancellation
@@ -12694,7 +12694,7 @@ class Approvals:
             if always is None:
                 self._open[job_id] = (chat, node_id, answer)
         if always is not None:
-            return Verdict(True, f"{always}, always here")
+            return Verdict(True, f"{always[0]}, always here")
         try:
             chat.ask(planned)
             with cancel.calling(give_up):
@@ -12708,18 +12708,25 @@ class Approvals:
             self._close(job_id)
 
     def answer(
-        self, job_id: str, *, allowed: bool, by: str, always: bool = False
+        self,
+        job_id: str,
+        *,
+        allowed: bool,
+        by: str,
+        key_id: str = "",
+        always: bool = False,
     ) -> None:
-        """Let a command run, or not; `always`: here, in this session, without asking.
+        """Let a command run, or not, in the name of `by`, who holds the key `key_id`.
 
-        Raises RpcError NOT_FOUND if the question is closed.
+        `always`: here, in this session, without asking.  Raises RpcError NOT_FOUND if
+        the question is closed.
         """
         with self._lock:
             question = self._open.pop(job_id, None)
             same = []
             if question is not None and allowed and always:
                 scope = self._scope(*question[:2])
-                self._always[scope] = by
+                self._always[scope] = by, key_id
                 same = [
                     i for i, q in self._open.items() if self._scope(*q[:2]) == scope
                 ]
@@ -12733,8 +12740,10 @@ class Approvals:
     def forget(self, session_key: str = "", *, key_id: str = "") -> None:
         """Ask again in this session, or for this key, which is revoked."""
         with self._lock:
-            for scope in list(self._always):
-                if scope[0] == session_key or scope[2] == key_id != "":
+            for scope, (_, answered) in list(self._always.items()):
+                if scope[0] == session_key or (
+                    key_id and key_id in (scope[2], answered)
+                ):
                     del self._always[scope]
 
     def _scope(self, chat: Conversation, node_id: str) -> tuple[str, str, str]:
@@ -22050,7 +22059,7 @@ class RemoteMachines:
                 (piece["stream"], base64.b64decode(piece["data"]))
                 for piece in answer["pieces"]
             ]
-            return Reading(answer["offset"], pieces, answer["next"])
+            return Reading(answer["offset"] - offset, pieces, answer["next"])
 
         return read
 
