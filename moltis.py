@@ -4582,43 +4582,6 @@ def _bytes_ready(descriptor: int) -> int:
     return int.from_bytes(count, sys.byteorder)
 
 
-class ClippedBytes:
-    """A stream in one piece: all of it, or its head and tail beyond a limit."""
-
-    def __init__(self, limit: int) -> None:  # bytes
-        self.total = 0
-        self._head = bytearray()  # ≤ half the limit; then the tail takes it
-        self._tail = bytearray()  # ≤ twice the other half; then its first goes
-        self._head_limit = limit // 2
-        self._tail_limit = limit - limit // 2
-
-    def add(self, data: bytes) -> None:
-        self.total += len(data)
-        room = self._head_limit - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:]
-        # Cut when it is twice as long, so that each byte is moved only once.
-        if len(self._tail) > 2 * self._tail_limit:
-            del self._tail[: len(self._tail) - self._tail_limit]
-
-    @property
-    def cut(self) -> int:
-        """The number of bytes left out between head and tail."""
-        return max(0, self.total - self._head_limit - self._tail_limit)
-
-    def text(self) -> str:
-        """Return it as UTF-8, broken characters replaced, with the number cut."""
-        if not self.cut:
-            return (self._head + self._tail).decode("utf-8", "replace")
-        # A character that the cut went through is left out with what was cut.
-        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
-        tail = self._tail[len(self._tail) - self._tail_limit :]
-        for _ in range(3):
-            if tail[:1] and tail[0] & 0xC0 == 0x80:
-                del tail[0]
-        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
-
-
 # ==============================================================================
 # Telemetry
 # Uses: Commands
@@ -6797,6 +6760,7 @@ SYSTEM_RUN = "system.run"  # what Moltis peers call the works `run`, `which`, ..
 SYSTEM_WHICH = "system.which"
 SYSTEM_PROVIDERS = "system.providers"
 MACHINE_COMMANDS = (SYSTEM_RUN, SYSTEM_WHICH, SYSTEM_PROVIDERS)
+MACHINE_CAPABILITIES = (CAP_RUN, CAP_SCRAM, CAP_JOBS)
 
 MAX_RUNNING = 16  # commands side by side
 MAX_LINE = 1000  # commands that wait for one of these places; more are refused
@@ -6990,21 +6954,32 @@ class Errand:
 # --- The works ---
 
 WorkFactory: TypeAlias = (
-    "Callable[[MachineOptions, JobLog, Callable[[int], None], JsonObject], Task]"
+    "Callable[[MachineOptions, JobLog, Callable[[int], None], Any], Task]"
 )
+
+
+class WhichSpec(Value):
+    """The spec of work `which`."""
+
+    binary: str
+
+
+class ModelsSpec(Value):
+    """The spec of work `models`."""
+
+    refresh: bool = False  # do not answer from what is remembered
 
 
 def _run(
     options: MachineOptions,
     log: JobLog,
     on_input: Callable[[int], None],
-    spec: JsonObject,
+    spec: CommandSpec,
 ) -> Task:
-    command = CommandSpec.from_json(spec)
     if options.allowed is not None:
-        options.allowed.check(command)
+        options.allowed.check(spec)
     return Command(
-        command,
+        spec,
         log,
         environ=options.environ,
         working_dir=options.working_dir,
@@ -7013,27 +6988,15 @@ def _run(
     )
 
 
-def _which(
-    options: MachineOptions,
-    log: JobLog,
-    _on_input: Callable[[int], None],
-    spec: JsonObject,
-) -> Task:
-    binary = required(spec, "binary", str)
-
+def _which(options: MachineOptions, log: JobLog, _: object, spec: WhichSpec) -> Task:
     def find(_errand: Errand) -> JsonObject:
-        path = find_binary(binary, options.environ)
+        path = find_binary(spec.binary, options.environ)
         return {"found": path is not None, "path": path}
 
     return Errand(log, find)
 
 
-def _providers(
-    options: MachineOptions,
-    log: JobLog,
-    _on_input: Callable[[int], None],
-    _spec: JsonObject,
-) -> Task:
+def _providers(options: MachineOptions, log: JobLog, _: object, _spec: object) -> Task:
     def read(_errand: Errand) -> JsonObject:
         providers = options.inventory.equipment.providers
         return {"providers": [provider.to_payload() for provider in providers]}
@@ -7047,17 +7010,11 @@ def _lent_catalog(options: MachineOptions) -> ModelCatalog:
     return options.catalog
 
 
-def _models(
-    options: MachineOptions,
-    log: JobLog,
-    _on_input: Callable[[int], None],
-    spec: JsonObject,
-) -> Task:
+def _models(options: MachineOptions, log: JobLog, _: object, spec: ModelsSpec) -> Task:
     catalog = _lent_catalog(options)
-    refresh = optional(spec, "refresh", bool) or False
 
     def ask(errand: Errand) -> JsonObject:
-        models, errors = catalog.models(errand.cancellation, refresh=refresh)
+        models, errors = catalog.models(errand.cancellation, refresh=spec.refresh)
         listed = [model.to_json() for model in models]
         # The ending is one frame.
         while len(to_json(listed).encode("utf-8")) > MAX_FRAME_DATA * 3 // 4:
@@ -7067,19 +7024,13 @@ def _models(
     return Errand(log, ask)
 
 
-def _chat(
-    options: MachineOptions,
-    log: JobLog,
-    _on_input: Callable[[int], None],
-    spec: JsonObject,
-) -> Task:
+def _chat(options: MachineOptions, log: JobLog, _: object, spec: ChatRequest) -> Task:
     catalog = _lent_catalog(options)
-    request = ChatRequest.from_json(spec)
 
     def ask(errand: Errand) -> JsonObject:
         # The address that is asked is the provider's own, of this machine's settings.
-        model = catalog.model(request.model)
-        stream = model.stream(request.messages, request.tools, errand.cancellation)
+        model = catalog.model(spec.model)
+        stream = model.stream(spec.messages, spec.tools, errand.cancellation)
         with contextlib.closing(stream) as events:
             for event in events:
                 errand.write(event)
@@ -7091,7 +7042,8 @@ def _chat(
 class Work(Value):
     """What machines do under one name, and its limits."""
 
-    make: WorkFactory  # raises RpcError for a spec that it does not take
+    read_spec: Callable[[JsonObject], Any]  # raises RpcError INVALID_REQUEST
+    make: WorkFactory  # raises RpcError FORBIDDEN
     recorded: bool = False  # it has a row at the gateway
     side_by_side: int = 8  # jobs
     line: int = 0  # jobs that may wait for a place; more are refused
@@ -7099,12 +7051,38 @@ class Work(Value):
 
 
 WORKS: Mapping[str, Work] = {
-    "run": Work(_run, recorded=True, side_by_side=MAX_RUNNING, line=MAX_LINE),
-    "which": Work(_which, line=MAX_LINE),
-    "providers": Work(_providers, line=MAX_LINE),
-    "models": Work(_models),
-    "chat": Work(_chat, side_by_side=MAX_LENT),
+    "run": Work(
+        CommandSpec.from_json,
+        _run,
+        recorded=True,
+        side_by_side=MAX_RUNNING,
+        line=MAX_LINE,
+    ),
+    "which": Work(WhichSpec.from_json, _which, line=MAX_LINE),
+    "providers": Work(dict, _providers, line=MAX_LINE),
+    "models": Work(ModelsSpec.from_json, _models),
+    "chat": Work(ChatRequest.from_json, _chat, side_by_side=MAX_LENT),
 }
+
+
+def find_work(name: str) -> Work:
+    """Raises RpcError INVALID_REQUEST."""
+    work = WORKS.get(name)
+    if work is None:
+        raise RpcError(
+            "INVALID_REQUEST",
+            f"unknown work {name!r}; machines know {', '.join(WORKS)}",
+        )
+    return work
+
+
+def check_spec(work: str, spec: JsonObject) -> JsonObject:
+    """Return the spec as a node gets it: checked, the environment filtered.
+
+    Raises RpcError INVALID_REQUEST.
+    """
+    checked: JsonObject = encode_value(find_work(work).read_spec(spec))
+    return checked
 
 
 class MachineJob:
@@ -7157,7 +7135,7 @@ class Machine:
         lends = self._options.catalog is not None and (
             allowed is None or allowed.allows_work("chat")
         )
-        return (CAP_RUN, CAP_SCRAM, CAP_JOBS, *((CAP_LLM,) if lends else ()))
+        return (*MACHINE_CAPABILITIES, *((CAP_LLM,) if lends else ()))
 
     def attach(self, peer: MachinePeer | None) -> None:
         """Report to `peer` from now on; None while there is no connection."""
@@ -7286,19 +7264,13 @@ class Machine:
             return self._jobs.get(job_id)
 
     def _task(self, work: str, log: JobLog, spec: JsonObject) -> Task:
-        row, allowed = WORKS.get(work), self._options.allowed
-        if row is None:
-            known = ", ".join(WORKS)
-            raise RpcError(
-                "INVALID_REQUEST", f"unknown work {work!r}; this machine knows {known}"
-            )
+        row, allowed = find_work(work), self._options.allowed
         if allowed is not None and work != "run" and not allowed.allows_work(work):
             raise RpcError(
                 "FORBIDDEN", f"this machine's owner does not allow the work {work!r}"
             )
-        return row.make(
-            self._options, log, partial(self._input_consumed, log.job_id), spec
-        )
+        on_input = partial(self._input_consumed, log.job_id)
+        return row.make(self._options, log, on_input, row.read_spec(spec))
 
     def _refusal(self, job: MachineJob) -> Ending | None:
         remembered = self._remembered.get(job.id)
@@ -7641,6 +7613,43 @@ def _extension(hello: JsonObject) -> JsonObject | None:
     extensions = optional(hello, "extensions", dict) or {}
     ours: JsonObject = optional(extensions, "moltis", dict) or {}
     return ours if "jobs" in ours else None
+
+
+class ClippedBytes:
+    """A stream in one piece: all of it, or its head and tail beyond a limit."""
+
+    def __init__(self, limit: int) -> None:  # bytes
+        self.total = 0
+        self._head = bytearray()  # ≤ half the limit; then the tail takes it
+        self._tail = bytearray()  # ≤ twice the other half; then its first goes
+        self._head_limit = limit // 2
+        self._tail_limit = limit - limit // 2
+
+    def add(self, data: bytes) -> None:
+        self.total += len(data)
+        room = self._head_limit - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        # Cut when it is twice as long, so that each byte is moved only once.
+        if len(self._tail) > 2 * self._tail_limit:
+            del self._tail[: len(self._tail) - self._tail_limit]
+
+    @property
+    def cut(self) -> int:
+        """The number of bytes left out between head and tail."""
+        return max(0, self.total - self._head_limit - self._tail_limit)
+
+    def text(self) -> str:
+        """Return it as UTF-8, broken characters replaced, with the number cut."""
+        if not self.cut:
+            return (self._head + self._tail).decode("utf-8", "replace")
+        # A character that the cut went through is left out with what was cut.
+        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
+        tail = self._tail[len(self._tail) - self._tail_limit :]
+        for _ in range(3):
+            if tail[:1] and tail[0] & 0xC0 == 0x80:
+                del tail[0]
+        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
 
 
 class _Answer:
