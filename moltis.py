@@ -4366,7 +4366,7 @@ class Command:
             state,
             exit_code=code if code is not None and code >= 0 else None,
             signal=_signal_name(-code) if code is not None and code < 0 else None,
-            reason="; ".join(filter(None, reasons)) if group.ending else None,
+            reason=("; ".join(filter(None, reasons)) or None) if group.ending else None,
             started_at=self._started_at,
             duration=round((self._exited_at or time.monotonic()) - self._started, 6),
         )
