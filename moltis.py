@@ -7565,7 +7565,7 @@ class ClippedBytes:
         return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
 
 
-class _Answer:
+class _MoltisAnswer:
     """What a Moltis gateway is going to get for one request."""
 
     def __init__(self, work: str, deadline: Deadline) -> None:
@@ -7622,7 +7622,9 @@ class MoltisGatewayLink(GatewayLink):
     def __init__(self, ws: WebSocket, machine: Machine) -> None:
         super().__init__(ws, machine)
         self._handlers = {INVOKE_REQUEST: self._on_request}
-        self._answers: dict[str, _Answer] = {}  # not sent yet, by job; under _lock
+        self._answers: dict[
+            str, _MoltisAnswer
+        ] = {}  # not sent yet, by job; under _lock
         # For the thread that receives: results to send once more, and when.
         self._again: list[tuple[Deadline, JsonObject]] = []
 
@@ -7681,7 +7683,7 @@ class MoltisGatewayLink(GatewayLink):
         with self._lock:
             if job_id in self._answers:
                 return  # it was asked for twice, and is answered once
-            self._answers[job_id] = _Answer(work, Deadline(patience))
+            self._answers[job_id] = _MoltisAnswer(work, Deadline(patience))
         self._machine.start(job_id, work, {**args, "stdin": False})
 
     def _answer(self, job_id: str, ending: Ending) -> None:
