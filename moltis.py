@@ -9538,13 +9538,15 @@ class JobsTable(Table):
         state: str = "",
         session_key: str = "",
         query: str = "",
+        kept: bool = False,
         before: int = 0,
         limit: int = 100,
     ) -> list[JobRecord]:
         """Return jobs, the newest first, at most MAX_PAGE of them.
 
         `state` may also be "open", "ended" or "failed"; `query` is a part of the
-        command, in any case of letters; `before` is the `seq` of the last one known.
+        command, in any case of letters; `kept` leaves out those that ended and whose
+        log is not kept; `before` is the `seq` of the last one known.
         """
         given = {
             "node_id = ?": node_id,
@@ -9558,6 +9560,8 @@ class JobsTable(Table):
         # Only what is given: SQLite finds no index for `? = '' OR node_id = ?`.
         conditions = [sql for sql, value in given.items() if value]
         conditions.append(self.STATES.get(state, "TRUE"))
+        if kept:
+            conditions.append(f"(kept OR {self.STATES['open']})")
         return self._find(
             JobRecord,
             f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?",
@@ -10699,6 +10703,10 @@ class Fleet:
             "NOT_FOUND", f"there is no node {reference!r}; there is {_some(known)}"
         )
 
+    def knows(self, node_id: str) -> bool:
+        """Return whether a node of this id may connect."""
+        return node_id == LOCAL_ID or node_id in self._devices.names().by_id
+
     def require_connected(self, node_id: str, name: str) -> ConnectedNode:
         """Raises RpcError UNAVAILABLE, with the time since when it is offline."""
         node = self.connected(node_id)
@@ -11397,6 +11405,9 @@ class Jobs:
         self._unswept = keep_output  # bytes of logs that ended since the last sweep
         for record in table.open():
             self._adopt(record).away_since = time.monotonic()
+        for node_id in list(self._by_node):
+            if not fleet.knows(node_id):  # revoked by a gateway that was killed then
+                self.lose(node_id, "its token was revoked")
 
     # --- For callers ---
 
@@ -11480,7 +11491,8 @@ class Jobs:
             if not settled and offset - job.acknowledged < LOG_WINDOW // 4:
                 return
             job.acknowledged = offset
-            job.log.forget(offset)
+            if not job.record.kept:
+                job.log.forget(offset)
         self._tell(job, lambda link: link.acknowledge(job.id, offset))
         # The node of a lost job may still come back with it.
         if settled and not (job.record.state == JobState.LOST and job.followers):
@@ -13355,11 +13367,14 @@ class SessionLog:
             if message is None:
                 return
             if command:
-                details = {"command": {**message.details["command"], **command}}
+                merged = {**message.details["command"], **command}
+                # What does not hold any more is absent, never null.
+                kept = {k: v for k, v in merged.items() if v is not None}
+                details = {"command": kept}
             if last:
                 changes["created_at"] = self._next_created_at()
-            merged = {**message.details, **details}
-            self._put(event, message.replace(details=merged, **changes), job)
+            details = {**message.details, **details}
+            self._put(event, message.replace(details=details, **changes), job)
 
     def end_card(self, job: Job | JobRecord) -> None:
         """Show on its card that a job ended, or that it ended after all."""

@@ -573,7 +573,7 @@ def test_a_denied_command_does_not_run_and_is_in_the_audit(tmp_path):
         assert card["state"] == "aborted"
         assert card["command"]["approval"]["state"] == "denied"
         assert not (tmp_path / "ran").exists()
-        assert card["command"]["error"] == "denied by the user"
+        assert card["job"]["words"] == "denied"
         (row,) = gateway.call("job.list", state="denied")
         assert row["id"] == card["jobId"]
         assert row["decidedBy"] == "this machine"
@@ -1093,7 +1093,7 @@ class Site:
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     monkeypatch.setattr(moltis, "LOST_AFTER", 0.3)
-    monkeypatch.setattr(moltis, "KEEPALIVE_TICK", 0.05)
+    monkeypatch.setattr(moltis, "TICK_INTERVAL", 0.05)
     site = Site(tmp_path)
     site.add_node()
     yield site
