@@ -9274,9 +9274,15 @@ class Database:
 
     def give_back(self) -> None:
         """Give some of the file's free pages back to the disk.  Raises StoreError."""
-        if self.rows("PRAGMA freelist_count")[0][0] > VACUUM_ABOVE:
-            # The answer has a row for each page, and it has to be read.
-            self.write(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
+        if self.rows("PRAGMA freelist_count")[0][0] <= VACUUM_ABOVE:
+            return
+        self._written += 1
+        with self._lock:
+            try:
+                # Each step frees one page; execute() makes only the first.
+                self._db.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
+            except self._sqlite.Error as error:
+                raise self._store_error(error) from error
 
     def _execute(
         self, sql: str, values: SqlValues = ()
@@ -9917,18 +9923,18 @@ class SteadyClock:
         stored = settings.get("clock") or {}
         self._at: int = stored.get("at", 0)  # ms, of the last look
         self._steady: float = stored.get("steady", 0.0)  # s of running since a jump
-        self._looked = monotonic()
+        self._looked = self._due = monotonic()
 
     def tick(self) -> None:
         """Compare the time of day with the time that passed.  Raises StoreError."""
-        passed = self._monotonic() - self._looked
-        if self._at and passed < CLOCK_RECORDED_EVERY:
+        running = self._monotonic()
+        if running < self._due:
             return
-        now = self._now()
+        now, passed = self._now(), running - self._looked
         jumped = now - self._at > (passed + STEADY_AFTER) * 1000
         self._steady = 0.0 if jumped else self._steady + passed
-        self._at = now
-        self._looked += passed
+        self._at, self._looked = now, running
+        self._due = running + CLOCK_RECORDED_EVERY
         self._settings.put("clock", {"at": now, "steady": self._steady})
 
     def before(self, age: float) -> int | None:
