@@ -21,6 +21,7 @@ Contents
     Constants and errors      limits with unit and source; every exception
     Helpers                   time, ids, JSON, private files, redaction
     Settings                  node.json, gateway.json and where they live
+    Install                   install.sh, launcher and copies, start from bytecode
   WebSocket
     WebSocket frames          bytes to frames and back
     WebSocket handshake       the HTTP exchange that opens a connection
@@ -48,7 +49,6 @@ Contents
     Gateway                   RPC methods, events
     HTTP                      routes, upgrade, headers
     Web page                  three raw strings, served as three files
-    Install script            install.sh, to be handed out
   Program
     Operator client           the command line's side of a gateway
     MCP                       the agent's tools for Model Context Protocol clients
@@ -113,6 +113,7 @@ if TYPE_CHECKING:
     from http.server import BaseHTTPRequestHandler
     from subprocess import Popen
     from typing import (
+        IO,
         Any,
         Callable,
         ClassVar,
@@ -173,6 +174,7 @@ TELEMETRY_INTERVAL = 30.0  # s; what Moltis' protocol promises
 CALLER_PATIENCE = 600.0  # s that callers wait for a gateway, and it for callers
 KILL_AFTER = 2.0  # s from SIGTERM to SIGKILL
 DRAIN_AFTER_EXIT = 0.5  # s for output that a grandchild still holds open
+MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes of a helper; `ps` on a busy Mac prints 10 KiB
 
 API_KEY_VARIABLES: Mapping[str, str] = {  # by provider; where its secret lies
     "openai": "OPENAI_API_KEY",
@@ -864,18 +866,27 @@ def make_private_directory(path: Path) -> None:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace the file `path` in one step, readable by its owner alone.
+    """Replace the file `path`, readable by its owner alone, in a directory like that.
+
+    Raises BadConfiguration.
+    """
+    make_private_directory(path.parent)
+    replace_file(path, data, 0o600)
+
+
+def replace_file(path: Path, data: bytes, mode: int) -> None:
+    """Replace the file `path` in one step, with these permissions.
 
     A crash leaves the old file or the new one, never half of it.
     Raises BadConfiguration.
     """
-    make_private_directory(path.parent)
     try:
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
         descriptor = os.open(temporary, flags, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
+                os.fchmod(descriptor, mode)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -886,6 +897,105 @@ def write_private(path: Path, data: bytes) -> None:
             raise
     except OSError as error:
         raise BadConfiguration(f"cannot write {path}: {error.strerror}") from error
+
+
+def remove_file(path: Path) -> None:
+    """Delete `path` if it is there.  Raises BadConfiguration."""
+    try:
+        path.unlink()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise BadConfiguration(f"cannot delete {path}: {error.strerror}") from error
+
+
+class ProgramResult(Value):
+    """How a short program ended, and its output."""
+
+    status: int  # as in a shell: 127 not started, 124 too slow, 128 + N by signal N
+    stdout: bytes = b""
+    stderr: bytes = b""
+    survivor: int = 0  # the process id of a program that not even SIGKILL ends
+
+    @property
+    def text(self) -> str:
+        """All output, stdout first."""
+        return (self.stdout + self.stderr).decode("utf-8", "replace").strip()
+
+
+def run_program(
+    arguments: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    timeout: float,  # s
+    cancel: Cancellation | None = None,
+) -> ProgramResult:
+    """Run a program without input, in a session of its own, and wait for its end.
+
+    Its process group is killed after `timeout` s, and beyond MAX_PROGRAM_OUTPUT.
+    Raises Cancelled.
+    """
+    import subprocess
+
+    try:
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=dict(environ),
+            cwd="/",
+            start_new_session=True,  # a group to kill, and no terminal to ask at
+        )
+    except OSError as error:
+        said = f"{arguments[0]}: {error.strerror}"
+        return ProgramResult(127, b"", said.encode("utf-8", "replace"))
+
+    def kill() -> None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    status = 124
+    cancel = cancel or Cancellation()
+    try:
+        with cancel.calling(kill):
+            whole, stdout, stderr = _read_output(process, Deadline(timeout))
+            if whole:
+                # A program closes its output a moment before it exits.
+                code = process.wait(1.0)
+                status = code if code >= 0 else 128 - code
+            cancel.pause(0)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        if process.returncode is None:
+            kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)
+    survivor = process.pid if process.returncode is None else 0
+    return ProgramResult(status, stdout, stderr, survivor)
+
+
+def _read_output(
+    process: Popen[bytes], deadline: Deadline
+) -> tuple[bool, bytes, bytes]:
+    """Return whether both pipes of a program ended in time, and what they brought."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    pipes = {process.stdout.fileno(): b"", process.stderr.fileno(): b""}
+    with process.stdout, process.stderr, selectors.DefaultSelector() as selector:
+        for pipe in pipes:
+            selector.register(pipe, selectors.EVENT_READ)
+        while selector.get_map() and not deadline.expired:
+            for key, _ in selector.select(deadline.remaining()):
+                data = os.read(key.fd, 65536)
+                pipes[key.fd] += data
+                if not data:
+                    selector.unregister(key.fd)
+            if sum(map(len, pipes.values())) > MAX_PROGRAM_OUTPUT:
+                break
+        stdout, stderr = pipes.values()
+        return not selector.get_map(), stdout, stderr
 
 
 # ==============================================================================
@@ -1049,6 +1159,322 @@ class GatewayFile(SnakeValue):
         """Write gateway.json.  Raises BadConfiguration."""
         value = {k: v for k, v in self.to_json().items() if v is not None}
         write_settings_file(directory / self.FILE, value)
+
+
+# ==============================================================================
+# Install
+#
+# The program's own text: what `install.sh` hands over to `moltis install`, the copies
+# that a launcher and a service start from compiled code, and how a program that was
+# started from its text starts once more without the compiler's memory.
+# ==============================================================================
+
+PROGRAM_FILE = "moltis.py"
+# Isolated: no module from the working directory, nor from where PYTHONPATH points.
+# And without `site`, which runs the .pth files of other packages: 3 ms of a start with
+# none of them, 25 ms and 1.3 MiB with four.
+PYTHON_OPTIONS = "-IS"
+# An import takes the compiled form from __pycache__; to compile a script of this size
+# takes seconds on a Pi Zero.  Nothing that it makes is garbage: not to look for any
+# takes 7 ms off the 40 of a start.
+IMPORT_AND_RUN = (
+    "import gc, sys; gc.disable(); sys.path.insert(0, sys.argv.pop(1)); import moltis; "
+    "gc.freeze(); gc.enable(); sys.exit(moltis.main())"
+)
+LOAD_AND_RUN = (  # the same from a descriptor, for restart_from_bytecode()
+    "import gc, marshal, sys; gc.disable(); file = open(int(sys.argv.pop(1)), 'rb'); "
+    "code, known, sys.path[:] = marshal.loads(file.read()); file.close(); "
+    "del sys.argv[0]; moltis = sys.modules['moltis'] = type(sys)('moltis'); "
+    "vars(moltis).update(known); exec(code, vars(moltis)); del code; "
+    "gc.freeze(); gc.enable(); sys.exit(moltis.main())"
+)
+MODULE_PROBE = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        print(name)
+"""
+OPTIONAL_MODULES: Mapping[str, str] = {  # by name: what lacks without it
+    "sqlite3": "which a gateway needs; install all of Python "
+    "(OpenWrt: python3-sqlite3)",
+    "ssl": "which https:// and wss:// need; install all of Python "
+    "(OpenWrt: python3-openssl)",
+}
+PROBE_TIMEOUT = 60.0  # s; a slow card, nothing cached
+
+
+def own_program() -> bytes | None:
+    """Return the text of this program, or None where it came through a pipe."""
+    try:
+        return Path(__file__).read_bytes()
+    except (NameError, OSError):
+        return None
+
+
+def check_program(text: bytes) -> None:
+    """Raises BadConfiguration unless `text` is a whole moltis, not older than this."""
+    # Its last lines too: half a program may compile as well.
+    parts = (
+        rb'^"""moltis:',
+        rb'^__version__ = "([\d.]+)"$',
+        rb"^if __name__ == .*\n.*\n\Z",
+    )
+    found = [re.search(part, text, re.MULTILINE) for part in parts]
+    if not all(found):
+        raise BadConfiguration("what the gateway serves is not moltis.py, or only half")
+    version = found[1].group(1).decode("ascii") if found[1] else ""
+    if _version_numbers(version) < _version_numbers(__version__):
+        raise BadConfiguration(
+            f"the gateway serves moltis {version}, which is older than this "
+            f"{__version__}; upgrade the gateway first"
+        )
+
+
+def _version_numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".") if number]
+
+
+def install_program(directory: Path, text: bytes, mode: int = 0o600) -> Path:
+    """Put the program's `text` into a directory, compiled too; return its path.
+
+    Raises BadConfiguration.
+    """
+    import py_compile
+
+    path = directory / PROGRAM_FILE
+    replace_file(path, text, mode)
+    try:
+        # Compiled now: a copy of the same size within the same second would look
+        # like the old one to Python, which compares size and time in whole seconds.
+        py_compile.compile(str(path), doraise=True)
+    except (OSError, py_compile.PyCompileError) as error:
+        raise BadConfiguration(f"cannot compile {path}: {error}") from error
+    return path
+
+
+def remove_program(directory: Path) -> None:
+    """Delete what install_program() wrote.  Raises BadConfiguration."""
+    remove_file(directory / PROGRAM_FILE)
+    cache = directory / "__pycache__"
+    for compiled in cache.glob("moltis.*.pyc"):
+        remove_file(compiled)
+    with contextlib.suppress(OSError):  # not there, or not only ours
+        cache.rmdir()
+
+
+def lasting_python() -> str:
+    """Return the interpreter for launcher and service.  Raises BadConfiguration.
+
+    Not that of a virtual environment, which may be deleted: nothing in it is needed.
+    """
+    beneath = f"{sys.base_prefix}/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
+    if sys.prefix != sys.base_prefix and os.path.exists(beneath):
+        return beneath
+    if not sys.executable:
+        raise BadConfiguration("this Python does not know its own path; use python3")
+    return sys.executable
+
+
+class Installation(Value):
+    """The program and its launcher below a prefix such as ~/.local."""
+
+    prefix: Path
+
+    MARK = "# Installed by install.sh of moltis.py."  # Moltis has a `moltis` as well
+
+    @property
+    def launcher(self) -> Path:
+        return self.prefix / "bin" / "moltis"
+
+    @property
+    def library(self) -> Path:
+        return self.prefix / "lib" / "moltis"
+
+    def install(
+        self, text: bytes, python: str, environ: Mapping[str, str]
+    ) -> list[str]:
+        """Put program and launcher in place; return what the person should know.
+
+        What is there is replaced in one step: a moltis that starts now finds the old
+        program or the new one.  Raises BadConfiguration.
+        """
+        self._refuse_foreign_launcher()
+        options = PYTHON_OPTIONS
+        missing = self._missing_modules(python, options, environ)
+        if missing:  # FreeBSD keeps some among what is added to Python
+            options = "-I"
+            missing = self._missing_modules(python, options, environ)
+        try:
+            self.launcher.parent.mkdir(parents=True, exist_ok=True)
+            self.library.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadConfiguration(
+                f"cannot write to {self.prefix}: {error.strerror}; use --prefix DIR"
+            ) from error
+        install_program(self.library, text, 0o644)
+        replace_file(self.launcher, self._launcher(python, options), 0o755)
+        notes = [f"{python} has no module {m}, {OPTIONAL_MODULES[m]}" for m in missing]
+        return [*notes, *self._path_notes(environ.get("PATH", ""))]
+
+    def remove(self) -> None:
+        """Delete what install() wrote.  Raises BadConfiguration."""
+        self._refuse_foreign_launcher()
+        remove_file(self.launcher)
+        remove_program(self.library)
+        with contextlib.suppress(OSError):
+            self.library.rmdir()
+
+    def _refuse_foreign_launcher(self) -> None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if self.MARK.encode("ascii") not in self.launcher.read_bytes():
+                raise BadConfiguration(
+                    f"{self.launcher} is another program; choose another place with "
+                    "--prefix DIR"
+                )
+
+    def _launcher(self, python: str, options: str) -> bytes:
+        words = [python, options, "-c", IMPORT_AND_RUN, str(self.library)]
+        line = " ".join(map(shlex.quote, words))
+        return os.fsencode(f'#!/bin/sh\n{self.MARK}\nexec {line} "$@"\n')
+
+    def _missing_modules(
+        self, python: str, options: str, environ: Mapping[str, str]
+    ) -> list[str]:
+        words = [python, options, "-c", MODULE_PROBE, *OPTIONAL_MODULES]
+        return run_program(words, environ, timeout=PROBE_TIMEOUT).text.split()
+
+    def _path_notes(self, path: str) -> list[str]:
+        import shutil
+
+        directory = str(self.launcher.parent)
+        if directory not in path.split(os.pathsep):
+            line = f'export PATH="{directory}:$PATH"'
+            return [f"{directory} is not on your PATH; add to ~/.profile: {line}"]
+        first = shutil.which("moltis", path=path)
+        if first == str(self.launcher):
+            return []
+        return [f"but `moltis` is still {first} on your PATH"]
+
+
+def runs_long(arguments: Sequence[str]) -> bool:
+    """Return whether a command line leaves a process that mostly waits."""
+    first, second = (*arguments, "", "")[:2]
+    if first == "node":
+        return second == "run" or (second == "add" and "--foreground" in arguments)
+    return first in ("gateway", "chat", "mcp")
+
+
+def restart_from_bytecode(arguments: Sequence[str]) -> None:
+    """Start this process once more from bytecode, if it was compiled to run long.
+
+    What the compiler used, 40 MiB, stays with a process for good.  The bytecode goes
+    through an anonymous file: nobody else can write it, no directory of ours has to be
+    writable, and there is no cache to check.  Returns where the program was imported,
+    and where the system cannot do this; then all stays as it is.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+    # Imported, from a launcher or by a debugger, another module is below ours.
+    if frame.f_globals is not globals() or not runs_long(arguments):
+        return
+    import marshal
+    import subprocess
+
+    known = {}
+    if "__file__" in frame.f_globals:  # not from a pipe
+        known["__file__"] = os.path.abspath(__file__)
+    # The first is the script's directory, or the working directory: nothing of ours.
+    isolated = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
+    path = sys.path if isolated else sys.path[1:]
+    options = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    with contextlib.suppress(OSError), _anonymous_file() as file:
+        file.write(marshal.dumps((frame.f_code, known, path)))
+        file.seek(0)
+        os.set_inheritable(file.fileno(), True)
+        words = [sys.executable, *options, "-S", "-c", LOAD_AND_RUN]
+        os.execv(sys.executable, [*words, str(file.fileno()), *sys.argv])
+
+
+def _anonymous_file() -> IO[bytes]:
+    """Raises OSError."""
+    try:
+        return open(os.memfd_create("moltis"), "w+b")
+    except (AttributeError, OSError):  # macOS, or a Linux before 3.17
+        import tempfile
+
+        return tempfile.TemporaryFile()
+
+
+# `install.sh` as it is in the repository, for the gateway to hand out wherever its one
+# file was copied.  A test compares the two.
+INSTALL_SH = r"""#!/bin/sh
+# Install moltis for the user who runs this: find a Python, get moltis.py, and run
+# `moltis install`, which does the rest; see `sh install.sh --help`.
+set -eu
+
+fail() { # MESSAGE
+    printf 'install.sh: %s\n' "$1" >&2
+    exit 1
+}
+
+main() {
+    from='' option=''
+    # From a pipe, $0 is the shell, and the working directory is not meant.
+    [ ! -f "$0" ] || from=$(dirname "$0")/moltis.py
+    for word; do
+        shift
+        case $option:$word in
+        :--from=*) from=${word#*=} ;;
+        :--from) option=from from='' ;;
+        from:*) from=$word option='' ;;
+        *) set -- "$@" "$word" && [ "$word" != -- ] || option=none ;;
+        esac
+    done
+
+    for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10 \
+        python3.9 python3.8 platform-python /usr/libexec/platform-python ''; do
+        # Apple's /usr/bin/python3 opens a dialog where its tools are not installed.
+        case $(uname)$(command -v "$python") in
+        Darwin/usr/bin/python3) xcode-select -p >/dev/null 2>&1 || continue ;;
+        esac
+        "$python" -I -c 'import argparse, http.server, json, sys, urllib.request, zlib
+sys.exit(sys.version_info < (3, 8))' 2>/dev/null || continue
+        break
+    done
+    [ -n "$python" ] || fail "no complete Python 3.8 or later here; install python3"
+
+    program=$from
+    case $from in
+    http://* | https://*)
+        case $from in *.py*) ;; *) from=${from%/}/moltis.py ;; esac
+        work=$(mktemp -d)
+        trap 'rm -rf "$work"' EXIT
+        trap 'exit 1' HUP INT TERM
+        program=$work/moltis.py
+        if command -v curl; then
+            curl -fsSL -o "$program" "$from"
+        elif command -v wget; then
+            wget -q -O "$program" "$from"
+        else
+            "$python" -I -c 'import sys, urllib.request
+urllib.request.urlretrieve(*sys.argv[1:])' "$from" "$program"
+        fi >/dev/null || fail "cannot download $from; is that the address of a gateway?"
+        ;;
+    esac
+    [ -f "$program" ] ||
+        fail "there is no ${from:-moltis.py here}; say --from http://GATEWAY:9090"
+    case $(sed -n '2p;$p' "$program") in
+    ???moltis:*'exit(main())') ;;
+    *) fail "$from is not moltis.py, or not all of it" ;; # half of it may run as well
+    esac
+    "$python" -I "$program" install "$@"
+}
+
+main "$@"
+"""
 
 
 # ==============================================================================
@@ -8192,7 +8618,7 @@ class NodeAgent:
 
 # ==============================================================================
 # Node service
-# Uses: Settings
+# Uses: Settings, Install
 #
 # What makes a node start on boot and stay: the program's copy in the data directory,
 # a systemd user unit or a launchd agent that runs it, its log, and the file in which
@@ -8202,7 +8628,6 @@ class NodeAgent:
 
 UNIT_NAME = "moltis-node.service"
 LAUNCHD_LABEL = "org.moltis.node"
-PROGRAM_FILE = "moltis.py"
 NODE_LOG_FILE = "node.log"
 
 RESTART_AFTER = 10  # s; between a node's end and its next start
@@ -8210,19 +8635,6 @@ STOP_TIMEOUT = 10  # s; from SIGTERM to SIGKILL, for the node and its commands
 MANAGER_TIMEOUT = 60.0  # s; for one systemctl, loginctl or launchctl
 USER_MANAGER_TIMEOUT = 10.0  # s; for a user manager to come up after enable-linger
 MAX_NODE_LOG = 5 * 1024 * 1024  # bytes; then it becomes node.log.1
-
-# Runs the copy by importing it, so that Python takes its compiled form from
-# __pycache__: compiling a script of this size takes seconds on a Pi Zero.
-# Nothing that an import makes is garbage, then or at exit: not to look takes 7 ms off
-# the 40 of a start.
-IMPORT_AND_RUN = (
-    "import gc, sys; gc.disable(); sys.path.insert(0, sys.argv.pop(1)); import moltis; "
-    "gc.freeze(); gc.enable(); sys.exit(moltis.main())"
-)
-# Isolated: not from the working directory, where a random.py would be imported, nor
-# from where variables point.  And without `site`, which runs the .pth files of others:
-# that takes 3 ms of a start with none of them, 25 ms and 1.3 MiB with four.
-PYTHON_OPTIONS = "-IS"
 
 
 class ServiceSpec(Value):
@@ -8252,19 +8664,6 @@ class ServiceSpec(Value):
         words = [f"{name}={value}" for name, value in self.environment.items()]
         words += [self.python, str(self.program), "node", "run"]
         return " ".join(map(shlex.quote, words))
-
-
-def service_python() -> str:
-    """Return the interpreter for the service.  Raises BadConfiguration.
-
-    Not that of a virtual environment, which may be deleted: nothing in it is needed.
-    """
-    beneath = f"{sys.base_prefix}/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
-    if sys.prefix != sys.base_prefix and os.path.exists(beneath):
-        return beneath
-    if not sys.executable:
-        raise BadConfiguration("this Python does not know its own path; use python3")
-    return sys.executable
 
 
 class ServiceStatus(Value):
@@ -8359,79 +8758,14 @@ def _last_line(text: str) -> str:
     return lines[-1].strip() if lines else ""
 
 
-def _remove_file(path: Path) -> None:
-    try:
-        path.unlink()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        raise BadConfiguration(f"cannot delete {path}: {error.strerror}") from error
-
-
-# -- the program's copy --------------------------------------------------------
-
-
-def own_program() -> bytes | None:
-    """Return the text of this program, or None where it came through a pipe."""
-    try:
-        return Path(__file__).read_bytes()
-    except (NameError, OSError):
-        return None
-
-
-def check_program(text: bytes) -> None:
-    """Raises BadConfiguration unless `text` is a whole moltis, not older than this."""
-    # Its last lines too: half a program may compile as well.
-    parts = (
-        rb'^"""moltis:',
-        rb'^__version__ = "([\d.]+)"$',
-        rb"^if __name__ == .*\n.*\n\Z",
-    )
-    found = [re.search(part, text, re.MULTILINE) for part in parts]
-    if not all(found):
-        raise BadConfiguration("what the gateway serves is not moltis.py, or only half")
-    version = found[1].group(1).decode("ascii") if found[1] else ""
-    if _version_numbers(version) < _version_numbers(__version__):
-        raise BadConfiguration(
-            f"the gateway serves moltis {version}, which is older than this "
-            f"{__version__}; upgrade the gateway first"
-        )
-
-
-def _version_numbers(version: str) -> list[int]:
-    return [int(number) for number in version.split(".") if number]
-
-
-def install_program(directory: Path, text: bytes) -> Path:
-    """Put the program's `text` into the data directory, compiled too; return its path.
-
-    Raises BadConfiguration.
-    """
-    import py_compile
-
-    path = directory / PROGRAM_FILE
-    write_private(path, text)
-    try:
-        # Compiled now: a copy of the same size within the same second would look
-        # like the old one to Python, which compares size and time in whole seconds.
-        py_compile.compile(str(path), doraise=True)
-    except (OSError, py_compile.PyCompileError) as error:
-        raise BadConfiguration(f"cannot compile {path}: {error}") from error
-    return path
-
-
 def remove_node_files(directory: Path) -> None:
     """Delete all that made this machine a node, except its log.
 
     Raises BadConfiguration.
     """
-    for name in (NodeSettings.FILE, NodeState.FILE, PROGRAM_FILE):
-        _remove_file(directory / name)
-    cache = directory / "__pycache__"
-    for compiled in cache.glob("moltis.*.pyc"):
-        _remove_file(compiled)
-    with contextlib.suppress(OSError):  # not there, or not only ours
-        cache.rmdir()
+    for name in (NodeSettings.FILE, NodeState.FILE):
+        remove_file(directory / name)
+    remove_program(directory)
 
 
 # -- what the running node says ------------------------------------------------
@@ -8477,7 +8811,7 @@ class NodeState(Value):
     @classmethod
     def clear(cls, directory: Path) -> None:
         """Forget the state, as a node does that ends.  Raises BadConfiguration."""
-        _remove_file(directory / cls.FILE)
+        remove_file(directory / cls.FILE)
 
 
 def wait_until_connected(directory: Path, deadline: Deadline) -> NodeState | None:
@@ -8659,10 +8993,10 @@ class SystemdService:
 
     def remove(self) -> list[str]:
         self._try_systemctl("disable", "--now", UNIT_NAME)
-        _remove_file(self.unit)
+        remove_file(self.unit)
         # systemctl does both, unless there is no user manager to talk to.
         wants = self._units / "default.target.wants"
-        _remove_file(wants / UNIT_NAME)
+        remove_file(wants / UNIT_NAME)
         with contextlib.suppress(OSError):
             wants.rmdir()
         self._try_systemctl("daemon-reload")
@@ -8825,7 +9159,7 @@ class LaunchdService:
 
     def remove(self) -> list[str]:
         self.stop()
-        _remove_file(self.unit)
+        remove_file(self.unit)
         return []
 
     def status(self) -> ServiceStatus:
@@ -21787,293 +22121,6 @@ start();
 """
 
 # ==============================================================================
-# Install script
-#
-# `install.sh` as it is in the repository, so that the gateway can hand it out
-# wherever its one file was copied.  A test holds the two to each other.
-# ==============================================================================
-
-INSTALL_SH = r"""#!/bin/sh
-# Install moltis for the user who runs this: one Python file and a launcher.
-set -eu
-
-usage() {
-    cat <<'END'
-usage: sh install.sh [--from URL|FILE] [--prefix DIR] [-- SUBCOMMAND ...]
-       sh install.sh --uninstall [--prefix DIR]
-
-  --from URL|FILE   where moltis.py comes from: a gateway (http://gateway:9090), a
-                    URL, or a file (default: moltis.py beside this script)
-  --prefix DIR      install as DIR/bin/moltis and DIR/lib/moltis (default: ~/.local)
-  --uninstall       remove what this script has installed
-  -- SUBCOMMAND     run it with the installed moltis, as in: -- node list
-
-Run it again to upgrade.  It needs Python 3.8 or later, and no root.
-END
-}
-
-main() {
-    source=
-    prefix=
-    uninstall=no
-    while [ $# -gt 0 ]; do
-        case $1 in
-        --from=*) source=${1#*=} ;;
-        --prefix=*) prefix=${1#*=} ;;
-        --from | --prefix)
-            [ $# -gt 1 ] || fail "$1 needs a value" 2
-            if [ "$1" = --from ]; then source=$2; else prefix=$2; fi
-            shift
-            ;;
-        --uninstall) uninstall=yes ;;
-        -h | --help)
-            usage
-            return
-            ;;
-        --)
-            shift
-            break
-            ;;
-        *) fail "unknown argument $1; see sh install.sh --help" 2 ;;
-        esac
-        shift
-    done
-    choose_places
-    if [ "$uninstall" = yes ]; then
-        remove
-        return
-    fi
-    find_python
-    check_modules
-    refuse_foreign_launcher
-    work=$(mktemp -d)
-    trap 'rm -rf "$work"' EXIT
-    trap 'exit 129' HUP
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
-    fetch
-    check_program
-    put_in_place
-    rm -rf "$work"
-    trap - EXIT HUP INT TERM
-    say_where
-    if [ $# -gt 0 ]; then
-        exec "$launcher" "$@"
-    fi
-}
-
-say() {
-    printf 'install.sh: %s\n' "$*" >&2
-}
-
-fail() { # MESSAGE [STATUS]
-    say "$1"
-    exit "${2:-1}"
-}
-
-choose_places() {
-    if [ -z "$prefix" ]; then
-        [ -n "${HOME:-}" ] || fail "HOME is not set; say where with --prefix DIR" 2
-        prefix=$HOME/.local
-    fi
-    case $prefix in
-    /*) ;;
-    *) prefix=$PWD/$prefix ;;
-    esac
-    bin=$prefix/bin
-    library=$prefix/lib/moltis
-    launcher=$bin/moltis
-    # The existing Moltis has a program of the same name: ours says whose it is.
-    mark='# Installed by install.sh of moltis.py'
-}
-
-# -- what is on this machine
-
-find_python() {
-    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10 \
-        python3.9 python3.8 /usr/libexec/platform-python; do
-        command -v "$candidate" >/dev/null 2>&1 || continue
-        # Apple's /usr/bin/python3 opens a dialog where its tools are not installed.
-        if [ "$(command -v "$candidate")" = /usr/bin/python3 ] &&
-            [ "$(uname)" = Darwin ] && ! xcode-select -p >/dev/null 2>&1; then
-            continue
-        fi
-        # The interpreter itself: not a shim, nor a virtual environment that may go.
-        python=$("$candidate" -I -c 'import os, sys
-if sys.version_info >= (3, 8):
-    path = "%s/bin/python%d.%d" % (sys.base_prefix, *sys.version_info[:2])
-    virtual = sys.prefix != sys.base_prefix and os.path.exists(path)
-    print(path if virtual else sys.executable)' 2>/dev/null) || continue
-        [ -z "$python" ] || return 0
-    done
-    fail "no Python 3.8 or later here; install the package python3"
-}
-
-check_modules() {
-    # Without `site`, and so without the .pth files of others: 3 to 25 ms of a start.
-    options=-IS
-    find_missing
-    if [ -n "$missing" ]; then # some systems keep a few among what is added to Python
-        options=-I
-        find_missing
-    fi
-    for module in $missing; do
-        case $module in
-        sqlite3) say "$python has no module sqlite3, which a gateway needs;" \
-            "install $(package_of sqlite3)" ;;
-        ssl) say "$python has no module ssl, which https:// and wss:// need;" \
-            "install $(package_of ssl)" ;;
-        *) fail "$python has no module $module; install $(package_of "$module")" ;;
-        esac
-    done
-}
-
-find_missing() { # with $options
-    missing=$("$python" $options -c 'import importlib, sys
-for name in sys.argv[1:]:
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        print(name)' argparse http.server json py_compile sqlite3 ssl \
-        urllib.request zlib) || fail "$python does not work"
-}
-
-package_of() { # MODULE
-    system=$(sed -n 's/^ID=//p; s/^ID_LIKE=//p' /etc/os-release 2>/dev/null |
-        tr -d '"' | tr '\n' ' ')
-    case " $system" in
-    *openwrt*)
-        case $1 in
-        ssl) echo "the package python3-openssl" ;;
-        *) echo "the package python3-$1 or python3" ;;
-        esac
-        ;;
-    *freebsd*) echo "the port py3-$1" ;;
-    *debian* | *ubuntu*) echo "the package python3 (python3-minimal is not enough)" ;;
-    *suse*) echo "the package python3 (python3-base is not enough)" ;;
-    *rhel* | *fedora* | *centos*) echo "the package python3-libs" ;;
-    *) echo "the package python3 of your system, or one with $1 in its name" ;;
-    esac
-}
-
-refuse_foreign_launcher() {
-    if [ -e "$launcher" ] && ! grep -qF "$mark" "$launcher"; then
-        fail "$launcher is another program; choose another place with --prefix DIR"
-    fi
-}
-
-# -- moltis.py
-
-fetch() { # into $work/moltis.py
-    if [ -z "$source" ]; then
-        # From a pipe, $0 is the shell: what lies in this directory is not meant.
-        source=$(dirname "$0")/moltis.py
-        { [ -f "$0" ] && [ -f "$source" ]; } ||
-            fail "no moltis.py beside this script; say --from http://GATEWAY:9090" 2
-    fi
-    case $source in
-    http://* | https://*) download ;;
-    *)
-        [ -f "$source" ] || fail "there is no file $source"
-        cp "$source" "$work/moltis.py"
-        ;;
-    esac
-}
-
-download() {
-    case ${source#*://} in
-    */?*) ;;
-    *) source=${source%/}/moltis.py ;; # the address of a gateway
-    esac
-    if command -v curl >/dev/null 2>&1; then
-        curl -fsSL -o "$work/moltis.py" "$source" || no_download
-    elif command -v wget >/dev/null 2>&1; then
-        wget -q -O "$work/moltis.py" "$source" || no_download
-    else
-        "$python" -I -c 'import shutil, sys, urllib.request
-try:
-    with urllib.request.urlopen(sys.argv[1], timeout=60) as answer:
-        with open(sys.argv[2], "wb") as file:
-            shutil.copyfileobj(answer, file)
-except OSError as error:
-    sys.exit(str(error))' "$source" "$work/moltis.py" || no_download
-    fi
-}
-
-no_download() {
-    fail "cannot download $source; is that the address of a gateway?"
-}
-
-check_program() {
-    # Also its last lines: half a program may compile as well.
-    "$python" -I -c 'import re, sys
-text = open(sys.argv[1], "rb").read()
-for part in (rb"^\"\"\"moltis:", rb"^__version__ = ", rb"^if __name__ == .*:\n.*\n\Z"):
-    if not re.search(part, text, re.M):
-        sys.exit(1)
-compile(text, sys.argv[1], "exec")' "$work/moltis.py" 2>/dev/null ||
-        fail "what is at $source is not moltis.py, or not all of it"
-}
-
-put_in_place() {
-    mkdir -p "$bin" "$library" || fail "cannot write to $prefix; use --prefix DIR"
-    # Nothing that an import makes is garbage: not to look takes 7 ms off a start.
-    code='import gc, sys; gc.disable(); sys.path.insert(0, sys.argv.pop(1))'
-    code="$code; import moltis; gc.freeze(); gc.enable(); sys.exit(moltis.main())"
-    cat >"$work/moltis" <<END
-#!/bin/sh
-$mark.
-# It imports the program, so that Python takes the compiled form and starts fast.
-exec $(quote "$python") $options -c '$code' $(quote "$library") "\$@"
-END
-    chmod 755 "$work/moltis"
-    chmod 644 "$work/moltis.py"
-    # Renamed within the directory: a moltis that starts now finds the old or the new.
-    cp "$work/moltis.py" "$library/.moltis.py.new"
-    mv -f "$library/.moltis.py.new" "$library/moltis.py"
-    "$python" -I -m py_compile "$library/moltis.py"
-    cp "$work/moltis" "$bin/.moltis.new"
-    mv -f "$bin/.moltis.new" "$launcher"
-}
-
-quote() {
-    printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")"
-}
-
-say_where() {
-    version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$library/moltis.py")
-    say "moltis $version is $launcher"
-    case :${PATH:-}: in
-    *:"$bin":*)
-        first=$(command -v moltis) || first=$launcher
-        [ "$first" = "$launcher" ] || say "but \`moltis\` is still $first on your PATH"
-        ;;
-    *) say "$bin is not on your PATH; add to ~/.profile: export PATH=\"$bin:\$PATH\"" ;;
-    esac
-}
-
-# -- and away
-
-remove() {
-    refuse_foreign_launcher
-    rm -f "$launcher" "$library/moltis.py"
-    rm -rf "$library/__pycache__"
-    rmdir "$library" 2>/dev/null || true
-    say "moltis is removed from $prefix"
-    data=${MOLTIS_DATA_DIR:-${HOME:-}/.moltis}
-    if [ -e "$data/node.json" ]; then
-        say "this machine is still a node; to end that:" \
-            "python3 $(quote "$data/moltis.py") node remove"
-    elif [ -d "$data" ]; then
-        say "$data is kept"
-    fi
-}
-
-main "$@"
-"""
-
-
-# ==============================================================================
 # PROGRAM
 # ==============================================================================
 
@@ -22897,10 +22944,9 @@ class McpServer:
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Wire protocol, Commands, Telemetry, Language models, Machine,
-#       Node agent, Node service, Store, Certificates, Access, Fleet, Jobs, Agent,
-#       Model directory, Chat, Gateway, HTTP, Web page, Install script, Operator client,
-#       MCP
+# Uses: Settings, Install, Wire protocol, Commands, Telemetry, Language models,
+#       Machine, Node agent, Node service, Store, Certificates, Access, Fleet, Jobs,
+#       Agent, Model directory, Chat, Gateway, HTTP, Web page, Operator client, MCP
 #
 # What a person types: a pair of functions for each subcommand, its arguments and its
 # action, which returns the exit status.  The objects of a gateway and of a node are
@@ -23884,7 +23930,7 @@ def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> i
         text = fetch(source, trust)
         check_program(text)
     install_program(directory, text)
-    spec = ServiceSpec(service_python(), directory, Path.home())
+    spec = ServiceSpec(lasting_python(), directory, Path.home())
     service = service_manager(spec, context.environ)
     notes = service.install()
     service.start()
@@ -24002,7 +24048,7 @@ def cmd_node_run(_args: object, context: Context) -> int:
 
 def local_service(context: Context) -> tuple[ServiceSpec, ServiceManager | None]:
     """Return this machine's node service; None where nothing starts services."""
-    spec = ServiceSpec(service_python(), context.directory, Path.home())
+    spec = ServiceSpec(lasting_python(), context.directory, Path.home())
     try:
         return spec, service_manager(spec, context.environ)
     except NoServiceManager:
@@ -25457,6 +25503,55 @@ def command_verdict(command: JsonObject, whole: bool) -> Iterator[str]:
         yield f"{name} exit status {command['exitCode']}"
 
 
+# -- install -------------------------------------------------------------------
+
+
+def add_install(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "install",
+        help="put `moltis` on this user's PATH; again to upgrade it",
+        usage="moltis install [--prefix DIR] [--uninstall] [-- SUBCOMMAND ...]\n"
+        "       sh install.sh [--from URL|FILE] [the same options]",
+        **_example("sh install.sh --from http://gateway:9090"),
+    )
+    parser.add_argument(
+        "--prefix", metavar="DIR", help="install below DIR (default: ~/.local)"
+    )
+    parser.add_argument(
+        "--uninstall", action="store_true", help="remove what was installed"
+    )
+    parser.set_defaults(run=cmd_install)
+
+
+def cmd_install(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    output = context.output
+    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
+    installation = Installation(Path(prefix))
+    if args.uninstall:
+        installation.remove()
+        output.say(f"moltis is removed from {prefix}")
+        if (context.directory / NodeSettings.FILE).exists():
+            program = shlex.quote(str(context.directory / PROGRAM_FILE))
+            output.say(
+                "this machine is still a node; to end that: "
+                f"python3 {program} node remove"
+            )
+        elif context.directory.exists():
+            output.say(f"{context.directory} is kept")
+        return EXIT_OK
+    text = own_program()
+    if text is None:
+        raise UsageError("a program from a pipe cannot be installed; use install.sh")
+    notes = installation.install(text, lasting_python(), context.environ)
+    output.say(f"moltis {__version__} is {installation.launcher}")
+    for note in notes:
+        output.say(note)
+    if args.command:
+        os.execv(installation.launcher, [str(installation.launcher), *args.command])
+    return EXIT_OK
+
+
 # -- main ----------------------------------------------------------------------
 
 
@@ -25464,6 +25559,7 @@ VERSION_TEXT = f"moltis {__version__}"
 
 
 SUBCOMMANDS: Mapping[str, Callable[[Subcommands], None]] = {
+    "install": add_install,
     "gateway": add_gateway,
     "chat": add_chat,
     "mcp": add_mcp,
@@ -25555,6 +25651,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # it was closed when we were started
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     arguments = list(sys.argv[1:] if argv is None else argv)
+    restart_from_bytecode(arguments)
     command: list[str] = []
     if "--" in arguments:  # what follows belongs to the other machine
         split = arguments.index("--")
