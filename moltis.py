@@ -755,17 +755,17 @@ class Cancellation:
         if self._thrown.wait(timeout):
             raise Cancelled
 
-    def result_of(self, future: Future[Any]) -> Any:
-        """Return what the future brings.
+    def result_of(self, future: Future[Any], timeout: float | None = None) -> Any:
+        """Return the result of `future`, within `timeout` s.
 
-        Raises what it raises, and Cancelled as soon as it is.
+        Raises its exception, Cancelled as soon as it is, FutureTimeout.
         """
         woken = threading.Event()
         future.add_done_callback(lambda _: woken.set())
         with self.calling(woken.set):
-            woken.wait()
+            woken.wait(timeout)
             self.pause(0)
-            return future.result()
+            return future.result(0)
 
     @contextlib.contextmanager
     def calling(self, callback: Callable[[], None]) -> Iterator[None]:
@@ -3788,6 +3788,11 @@ def whole_frames(data: bytes) -> int:
             break
         at = end
     return at
+
+
+def gap_words(count: int) -> str:
+    """Return what stands for `count` bytes of output that are not there."""
+    return f"[… {count:,} bytes cut …]"
 
 
 class JobState:
@@ -9949,17 +9954,25 @@ class Database:
 class NodeNames:
     """The names of all nodes, as of one version of the devices."""
 
-    def __init__(self, version: object, by_id: Mapping[str, str]) -> None:
+    def __init__(self, version: object, rows: Iterable[sqlite3.Row]) -> None:
+        """Of `rows` with `node_id`, `display_name`, `renamed`."""
         self.version = version
-        self.by_id = by_id
-        # To read 5,000 of them takes 5 ms, and every invocation looks for one.
-        self._ids: dict[str, list[str]] = {}
-        for node_id, name in by_id.items():
-            self._ids.setdefault(name.casefold(), []).append(node_id)
+        # To read 5,000 rows takes 5 ms, and every job looks for one.
+        self.by_id: dict[str, str] = {}
+        self._given: dict[str, list[str]] = {}  # by operators; ids by name
+        self._own: dict[str, list[str]] = {}  # by the machines themselves
+        for row in rows:
+            self.by_id[row["node_id"]] = row["display_name"]
+            ids = self._given if row["renamed"] else self._own
+            ids.setdefault(row["display_name"].casefold(), []).append(row["node_id"])
 
     def ids_of(self, name: str) -> Sequence[str]:
-        """Return the ids of the nodes of that name, without regard to case."""
-        return self._ids.get(name.casefold(), ())
+        """Return the ids of the nodes of that name, without regard to case.
+
+        A name given by an operator comes before one that a machine gave itself.
+        """
+        known = name.casefold()
+        return self._given.get(known) or self._own.get(known, ())
 
 
 class DevicesTable:
@@ -10030,11 +10043,10 @@ class DevicesTable:
         names, version = self._names, self._version
         if names is None or names.version is not version:
             rows = self._db.rows(
-                "SELECT node_id, display_name FROM devices"
+                "SELECT node_id, display_name, renamed FROM devices"
                 " WHERE node_id IS NOT NULL AND revoked_at IS NULL"
             )
-            by_id = {row["node_id"]: row["display_name"] for row in rows}
-            names = self._names = NodeNames(version, by_id)
+            names = self._names = NodeNames(version, rows)
         return names
 
     def verifier(self, handle: str, now: int) -> str | None:
@@ -11699,11 +11711,10 @@ class Access(DeviceAccess):
 
 # ==============================================================================
 # Fleet
-# Uses: Wire protocol, Commands, Telemetry, Machine, Store
+# Uses: Wire protocol, Telemetry, Machine, Store
 #
-# The machines this gateway can use, connected or not, with `Local` among them; the
-# invocations sent to them, the streams of those, and their fate.  Who may ask is
-# decided by Access and Gateway; what carries the envelopes is a NodeLink.
+# The machines this gateway knows, connected or not, with `Local` among them: names,
+# presence, telemetry, views.  What they are asked to do is left to Jobs.
 # ==============================================================================
 
 LOCAL_ID = "local"
@@ -11711,67 +11722,37 @@ LOCAL_NAME = "Local"
 
 MAX_NODE_ID = 200  # characters
 MAX_NAME = 200  # characters
-ACKNOWLEDGE_EVERY = STREAM_WINDOW // 4  # bytes; often enough that no sender waits
-MAX_REASON = 2000  # characters of an error that a node tells; its middle is cut out
-MAX_SIGNAL = 40  # characters of a signal's name
-LOST_AFTER = 60.0  # s beyond its own timeout that an absent node's command is awaited
-STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without news of a connected node
+MIN_ID_PREFIX = 4  # characters of an id that may stand for it
+MAX_CANDIDATES = 20  # names in an error; there may be thousands
+STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without telemetry from a connected node
 CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest goes
-RUNNING_AFTER = 1.0  # s after which the audit is told that a command runs
-MAX_ACCEPTS = 16  # answers owed for one result; beyond it the oldest is not given
 REPLACE_TIMEOUT = 5.0  # s for an old connection of the same node to end
-WHETHER_IT_RAN = "whether the command ran is not known"
-HOW_IT_ENDED = "how the command ended is not known"
 
 
 class NodeLink(Protocol):
-    """How a connected node is reached; each method raises ConnectionClosed."""
+    """How a connected node is reached; what sends raises ConnectionClosed."""
 
-    def request(self, invoke_id: str, command: str, args: JsonObject) -> None: ...
+    node_id: str
+    instance: str  # one life of the node's process
+    resumes: bool  # whether it keeps jobs when the connection is lost
 
-    def acknowledge(self, invoke_id: str, stream: int, offset: int) -> None: ...
+    def check(self, work: str, spec: JsonObject) -> None:
+        """Raise RpcError for work that this node cannot do."""
 
-    def cancel(self, invoke_id: str) -> None: ...
+    def check_cancel(self, job_id: str) -> None:
+        """Raise RpcError if this node cannot end the job."""
 
-    def rewind(self, invoke_id: str, stdout: int, stderr: int) -> None: ...
+    def start(self, job_id: str, work: str, spec: JsonObject) -> None: ...
 
-    def write_stdin(self, chunk: Chunk) -> None: ...
+    def acknowledge(self, job_id: str, offset: int) -> None: ...
+
+    def cancel(self, job_id: str) -> None: ...
+
+    def input(self, job_id: str, offset: int, data: bytes) -> None: ...
+
+    def resize(self, job_id: str, rows: int, cols: int) -> None: ...
 
     def hang_up(self, reason: str) -> None: ...
-
-
-class Sink(Protocol):
-    """Whoever wants what an invocation sends while it runs."""
-
-    def chunk(self, chunk: Chunk) -> int:
-        """Take output; return up to which byte of the stream all is dealt with.
-
-        The rest is acknowledged with a later chunk, at the end, or by who asked.
-        """
-
-    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
-
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:
-        """Hear that it is `queued`, `waiting` for its node, or `running` again."""
-
-    def end(self, invocation: Invocation, end: CommandEnd) -> bool:
-        """Hear how it ended; whether all output is dealt with."""
-
-
-class Origin(Value):
-    """Who asked for an invocation."""
-
-    kind: str
-    name: str
-    session_key: str | None = None
-    decided_by: str | None = None  # who allowed a model to ask for it
-
-
-class SinkFinder(Protocol):
-    """Knows who wanted a command that was asked for in an earlier life of ours."""
-
-    def __call__(self, record: CommandRecord) -> tuple[Sink, int, int] | None:
-        """Return its sink with how much stdout and stderr that has; None: unknown."""
 
 
 class ConnectedNode:
@@ -11789,538 +11770,22 @@ class ConnectedNode:
         self.device_id = device_id
         self.link = link
         self.instance = params.instance
-        self.inflight = {item.invoke_id: item for item in params.inflight}
-        self.streams = CAP_STREAM in params.capabilities
-        self.resumes = CAP_RESUME in params.capabilities
-        # Ours names them in its telemetry; that of an existing node has to be asked.
-        self.asked_for_providers = (
-            SYSTEM_PROVIDERS in params.commands and not self.streams
-        )
+        self.held = params.jobs
         self.lends_models = CAP_LLM in params.capabilities
+        # Ours before jobs: it is served as a Moltis peer.
+        self.outdated = (
+            CAP_SCRAM in params.capabilities and CAP_JOBS not in params.capabilities
+        )
         self.platform = params.platform
+        self.version = params.version
         self.address = address
         self.since_ms = now_ms()
-        self.ready = False  # its hello is out; set once, by Fleet.activate
+        self.ready = False  # its hello is sent; set once, by Fleet.activate
         self.gone = threading.Event()  # its reader has ended
 
 
-class AbsentCaller:
-    """Stands in for a caller who is expected back, and takes nothing meanwhile."""
-
-    def __init__(self, patience: float) -> None:  # s
-        self.deadline = Deadline(patience)
-
-    def chunk(self, _chunk: Chunk) -> int:
-        return 0
-
-    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
-
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None: ...
-
-    def end(self, _invocation: Invocation, _end: CommandEnd) -> bool:
-        return False
-
-
-def _lost_after(command: str, args: JsonObject) -> float | None:
-    """Return the seconds after which a result is not awaited any more."""
-    if command != SYSTEM_RUN:
-        return LOST_AFTER
-    timeout_ms: float | None = args.get("timeout")
-    return timeout_ms / 1000 + LOST_AFTER if timeout_ms else None
-
-
-def fail(future: Future[Any], error: RpcError) -> None:
-    """Let those who wait hear of an error, unless they have heard of an end."""
-    with contextlib.suppress(InvalidStateError):
-        future.set_exception(error)
-
-
-class Invocation:
-    """One piece of work on a node, from being asked for to its result."""
-
-    def __init__(
-        self,
-        invoke_id: str,
-        node: tuple[str, str],  # id and name
-        command: str,
-        args: JsonObject,
-        origin: Origin,
-        sink: Sink,
-    ) -> None:
-        self.id = invoke_id
-        self.node_id, self.node_name = node
-        self.command = command
-        self.args = args
-        self.origin = origin
-        self.sink = sink
-        self.future: Future[JsonObject] = Future()
-        self.settled: Future[None] = Future()  # done: nothing more of it will come
-        self.sent_to: str | None = None  # the instance of the node that has it
-        self.started_at: int | None = None  # ms; None while it waits, or is not sent
-        self._began = 0.0  # the same, by a clock that does not jump
-        self.place: int | None = None  # in line on its node
-        self.noted_running = False  # in the audit; by the ticker alone
-        self.cancelled = False
-        self.asked_here = True  # in this life of the gateway
-        self.end: CommandEnd | None = None  # once it is known
-        self.patience = _lost_after(command, args)
-        # Of a node that can resume, only its absence counts: see await_node().
-        self.deadline = Deadline(self.patience)
-        self._grace = Deadline(None)  # the same for one that was cancelled
-        self._away_since: float | None = None  # monotonic; None: its node is there
-        self.given_up: RpcError | None = None  # why no result will come
-        self.recorded = True  # its end, in the audit; False: to be tried again
-        self._lock = threading.Lock()  # guards all below, sent_to, sink and future
-        self._asked: ConnectedNode | None = None  # over its connection of the moment
-        self._received = {STDOUT: 0, STDERR: 0}
-        self._consumed = {STDOUT: 0, STDERR: 0}
-        self._announced = {STDOUT: 0, STDERR: 0}
-        self._accepts: list[Callable[[], None]] = []  # one for each time it was sent
-        self._result: JsonObject | None = None
-        self._handed_out = False  # _result, to the sink and future of the moment
-
-    def begin(self, runs: bool = True) -> None:
-        """Note that it runs from now on, or that it has to wait."""
-        self.started_at, self._began = now_ms() if runs else None, time.monotonic()
-
-    def runs_for(self, seconds: float) -> bool:
-        """Tell whether it has been running for so long."""
-        return self.started_at is not None and (
-            time.monotonic() - self._began >= seconds
-        )
-
-    def hand_to(self, node: ConnectedNode) -> bool:
-        """Note that `node` is to be asked; False where it has been, since it connected.
-
-        A caller and the node's coming may both be about to send: one of them does.
-        """
-        with self._lock:
-            if self._asked is node:
-                return False
-            self._asked, self.sent_to = node, node.instance
-            return True
-
-    def await_node(self, asked: ConnectedNode | None = None) -> bool:
-        """Count from now on for how long its node is away.
-
-        False: it is not, for it came anew, and was asked after `asked` was.
-        """
-        with self._lock:
-            if asked is not None and self._asked is not asked:
-                return False
-            self._away_since = time.monotonic()
-            self.deadline = Deadline(self.patience)
-            self._grace = Deadline(LOST_AFTER)
-        return True
-
-    def leave_to_node(self) -> None:
-        """Count no more: its node has it, and keeps to the timeout itself."""
-        self._away_since = None
-        self.deadline = self._grace = Deadline(None)
-
-    @property
-    def away_ms(self) -> int | None:
-        """For how many ms its node has been away; None: it is not."""
-        since = self._away_since
-        return None if since is None else round((time.monotonic() - since) * 1000)
-
-    def overdue(self) -> str:
-        """Return why its result is awaited no longer, "" while it is."""
-        if self.deadline.expired:
-            return f"no result {LOST_AFTER:.0f} s after the command's timeout"
-        if self.cancelled and self._grace.expired:
-            return "it was away when the command was cancelled, and is still"
-        return ""
-
-    def received(self, stream: int) -> int:
-        with self._lock:
-            return self._received[stream]
-
-    def consumed(self, stream: int) -> int:
-        with self._lock:
-            return self._consumed[stream]
-
-    def restart_at(self, stdout: int, stderr: int) -> None:
-        """Take up a stream whose beginning was dealt with in an earlier life."""
-        with self._lock:
-            for offsets in (self._received, self._consumed, self._announced):
-                offsets.update({STDOUT: stdout, STDERR: stderr})
-
-    def skip_to(self, stdout: int, stderr: int) -> None:
-        """Go on without what its node has not got any more."""
-        with self._lock:
-            for offsets in (self._received, self._consumed, self._announced):
-                offsets[STDOUT] = max(stdout, offsets[STDOUT])
-                offsets[STDERR] = max(stderr, offsets[STDERR])
-
-    def attach(
-        self, sink: Sink, start: tuple[int, int] | None, instead_of: Sink | None
-    ) -> Future[JsonObject]:
-        """Give what follows these offsets, and the result, to another sink.
-
-        None: what has not been dealt with.  Raises RpcError CONFLICT where some of it
-        is gone already, or the sink of the moment is not the expected one.
-        """
-        with self._lock:
-            if instead_of not in (None, self.sink):
-                raise RpcError("CONFLICT", f"another client follows {self.id} now")
-            consumed = self._consumed[STDOUT], self._consumed[STDERR]
-            stdout, stderr = consumed if start is None else start
-            if stdout < consumed[0] or stderr < consumed[1]:
-                raise RpcError("CONFLICT", f"the output of {self.id} is gone already")
-            for offsets in (self._received, self._consumed):
-                offsets.update({STDOUT: stdout, STDERR: stderr})
-            previous, self.future = self.future, Future()
-            self.sink = sink
-            self._handed_out = False
-        fail(previous, RpcError("CONFLICT", "another client follows this command now"))
-        if self.given_up is not None:
-            fail(self.future, self.given_up)
-        return self.future
-
-    def detach(self, sink: Sink) -> None:
-        """Wait for the caller behind `sink`, who did not say that it leaves."""
-        with self._lock:
-            if self.sink is sink:
-                self.sink = AbsentCaller(CALLER_PATIENCE)
-
-    def fresh(self, chunk: Chunk) -> tuple[Sink, Chunk] | None:
-        """Return the part of `chunk` that had not arrived yet, and who gets it.
-
-        None: nothing of it.  One that is ahead was on its way when the node was told
-        to go back: it will come again.
-        """
-        with self._lock:
-            have = self._received[chunk.kind]
-            if chunk.offset > have or chunk.end <= have:
-                return None
-            self._received[chunk.kind] = chunk.end
-            sink = self.sink
-        if chunk.offset == have:
-            return sink, chunk
-        rest = chunk.data[have - chunk.offset :]
-        return sink, Chunk(chunk.kind, chunk.invoke_id, have, rest)
-
-    def consume(self, stream: int, offset: int, sink: Sink | None = None) -> bool:
-        """Note that the sink has dealt with `offset` bytes; True: tell the node now.
-
-        Nothing comes of it if `sink` is not the one of the moment any more.
-        Raises RpcError for bytes that were not sent.
-        """
-        with self._lock:
-            if sink is not None and sink is not self.sink:
-                return False
-            if offset > self._received[stream]:
-                raise RpcError(
-                    "INVALID_REQUEST",
-                    f"byte {offset} of {STREAM_NAMES[stream]} is acknowledged before "
-                    f"it was sent; {self._received[stream]} were",
-                )
-            self._consumed[stream] = max(offset, self._consumed[stream])
-            due = self._consumed[stream] - self._announced[stream] >= ACKNOWLEDGE_EVERY
-            if due:
-                self._announced[stream] = self._consumed[stream]
-        return due
-
-    def consume_all(self, sink: Sink) -> None:
-        """Note that `sink` has dealt with all that it was given."""
-        with self._lock:
-            if sink is self.sink:
-                self._consumed.update(self._received)
-
-    def tell_offsets(self, link: NodeLink, *, rewind: bool = True) -> None:
-        """Tell the node what to send again, and what was dealt with meanwhile.
-
-        Raises ConnectionClosed.
-        """
-        with self._lock:
-            received, consumed = dict(self._received), dict(self._consumed)
-            self._announced = dict(consumed)
-        if rewind:
-            link.rewind(self.id, received[STDOUT], received[STDERR])
-        for stream, offset in consumed.items():
-            link.acknowledge(self.id, stream, offset)
-
-    def keep_result(self, result: JsonObject, accept: Callable[[], None]) -> None:
-        """Keep what came from the node until it can be handed out, and accepted."""
-        with self._lock:
-            self._accepts.append(accept)
-            del self._accepts[:-MAX_ACCEPTS]
-            self._result = self._result or result
-
-    def take_result(self) -> tuple[JsonObject, Sink, Future[JsonObject]] | None:
-        """Return the result, once it and all output before it are here.
-
-        With the sink and the future that are to get it; they get it once.
-        """
-        with self._lock:
-            # While a node resumes, its result may overtake its output.
-            if self._result is None or self._handed_out or not self._is_whole():
-                return None
-            self._handed_out = True
-            return self._result, self.sink, self.future
-
-    def _is_whole(self) -> bool:
-        assert self._result is not None
-        for kind, received in self._received.items():
-            total = self._result.get(f"{STREAM_NAMES[kind]}Bytes")
-            if isinstance(total, int) and received < total:
-                return False
-        return True
-
-    def accept_when_consumed(self) -> bool:
-        """Let the node forget it if its result and all output are dealt with.
-
-        Returns whether that is so.
-        """
-        with self._lock:
-            if (
-                not self._handed_out
-                or not self.recorded
-                or self._consumed != self._received
-            ):
-                return False
-            ready, self._accepts = self._accepts, []
-        for accept in ready:
-            accept()
-        return True
-
-
-class CollectingSink:
-    """Keeps the output of an invocation for a caller who wants it in one piece."""
-
-    def __init__(self, limit: int) -> None:  # bytes a stream
-        self._output = OutputCollector(limit)
-        self._starts: dict[int, int] = {}  # where what we heard begins
-
-    def chunk(self, chunk: Chunk) -> int:
-        start = self._starts.setdefault(chunk.kind, chunk.offset)
-        self._output.add(chunk.kind, chunk.offset - start, chunk.data)
-        return chunk.end
-
-    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
-
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None: ...
-
-    def end(self, invocation: Invocation, end: CommandEnd) -> bool:  # noqa: ARG002
-        return True
-
-    def result(self, result: JsonObject) -> JsonObject:
-        """Return `result` with the output in it."""
-        if "exitCode" not in result:
-            return result
-        stdout, stderr = self._output.stdout, self._output.stderr
-        whole = {**result, "stdout": stdout.text(), "stderr": stderr.text()}
-        if stdout.cut or stderr.cut:
-            whole["truncated"] = True
-        return whole
-
-
-class LocalLink:
-    """The gateway's own machine, asked as any other node is."""
-
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-
-    def request(self, invoke_id: str, command: str, args: JsonObject) -> None:
-        self._machine.invoke(invoke_id, command, args)
-
-    def acknowledge(self, invoke_id: str, stream: int, offset: int) -> None:
-        self._machine.acknowledge(invoke_id, stream, offset)
-
-    def cancel(self, invoke_id: str) -> None:
-        self._machine.cancel(invoke_id)
-
-    def rewind(self, invoke_id: str, stdout: int, stderr: int) -> None:
-        self._machine.rewind(invoke_id, stdout, stderr)
-
-    def write_stdin(self, chunk: Chunk) -> None:
-        self._machine.write_stdin(chunk)
-
-    def hang_up(self, _reason: str) -> None:
-        self._machine.close()
-
-
-def command_record(invocation: Invocation) -> CommandRecord:
-    """Return what the audit keeps of a command that was asked for just now."""
-    args, origin = invocation.args, invocation.origin
-    timeout_ms: float | None = args.get("timeout")
-    return CommandRecord(
-        invoke_id=invocation.id,
-        asked_at=now_ms(),
-        caller_kind=origin.kind,
-        caller_name=origin.name,
-        session_key=origin.session_key,
-        decided_by=origin.decided_by,
-        node_id=invocation.node_id,
-        node_name=invocation.node_name,
-        command=args["command"],
-        cwd=args.get("cwd"),
-        timeout_ms=None if timeout_ms is None else math.ceil(timeout_ms),
-    )
-
-
-def check_window(invocation: Invocation, chunk: Chunk) -> None:
-    """Raises RpcError for output that its node was to keep until others were read.
-
-    Sinks count on it: what a node sends beyond that, they would have to keep.
-    """
-    end = invocation.consumed(chunk.kind) + STREAM_WINDOW
-    if chunk.end > end:
-        raise RpcError(
-            "PROTOCOL_ERROR",
-            f"byte {chunk.end} of {STREAM_NAMES[chunk.kind]} was sent, and {end} "
-            "were asked for",
-        )
-
-
-def checked_run_result(result: JsonObject) -> JsonObject:
-    """Return a node's result of `system.run` as all may rely on it.
-
-    It has an `error`, or an `exitCode` and output in texts; what a node that is not
-    ours says in another form becomes an error.
-    """
-    if "error" in result:
-        return {**result, "error": clip(str(result["error"]), MAX_REASON)}
-    try:
-        code = required(result, "exitCode", int)
-        for name in ("stdout", "stderr"):
-            optional(result, name, str)
-    except RpcError as error:
-        return {"error": f"the node sent a result that makes no sense: {error}"}
-    known = {name: value for name, value in result.items() if value is not None}
-    # Windows has exit codes of 32 bits; what is more than that is no exit code.
-    known["exitCode"] = code if -(2**31) <= code < 2**32 else -1
-    name = known.pop("signal", None)
-    if name and isinstance(name, str):
-        known["signal"] = printable(name, MAX_SIGNAL)
-    elif isinstance(name, int) and 0 < name < 2**31:
-        known["signal"] = name
-    return known
-
-
-def take_output(invoke_id: str, result: JsonObject) -> list[Chunk]:
-    """Return the output in a result, and leave it out there.
-
-    A node that does not stream sends it so.
-    """
-    chunks = []
-    for stream in (STDOUT, STDERR):
-        data = (result.pop(STREAM_NAMES[stream], None) or "").encode("utf-8")
-        for start in range(0, len(data), MAX_CHUNK):
-            piece = data[start : start + MAX_CHUNK]
-            chunks.append(Chunk(stream, invoke_id, start, piece))
-    return chunks
-
-
-def stop_words(is_local: bool) -> str:
-    """Return why a command was cancelled whose machine stopped."""
-    return "the gateway on its machine stopped" if is_local else "its node stopped"
-
-
-def command_end(result: JsonObject, invocation: Invocation) -> CommandEnd:
-    """Return what the audit keeps of a checked result."""
-    if "error" in result:
-        state = CommandState.FAILED
-        if result.get("cancelled"):
-            state = CommandState.CANCELLED
-        return CommandEnd(state, now_ms(), error=result["error"])
-    state = CommandState.DONE
-    if result.get("timedOut"):
-        state = CommandState.TIMED_OUT
-    elif result.get("cancelled"):
-        state = CommandState.CANCELLED
-    signal_number = result.get("signal")
-    stopped = state == CommandState.CANCELLED and result.get("stopped")
-    return CommandEnd(
-        state,
-        now_ms(),
-        error=stop_words(invocation.node_id == LOCAL_ID) if stopped else None,
-        exit_code=result["exitCode"],
-        signal=None if signal_number is None else str(signal_number),
-        stdout_bytes=invocation.received(STDOUT),
-        stderr_bytes=invocation.received(STDERR),
-        started_at=invocation.started_at,
-    )
-
-
-def lost_end(invocation: Invocation, reason: str) -> CommandEnd:
-    """Return what the audit keeps of a command whose result will not come."""
-    stdout, stderr = invocation.received(STDOUT), invocation.received(STDERR)
-    # What has written something did run.
-    unknown = HOW_IT_ENDED if stdout or stderr else WHETHER_IT_RAN
-    return CommandEnd(
-        CommandState.LOST,
-        now_ms(),
-        stdout_bytes=stdout,
-        stderr_bytes=stderr,
-        error=f"{reason}; {unknown}",
-    )
-
-
-def why_given_up(invocation: Invocation, reason: str, end: CommandEnd) -> RpcError:
-    """Return what a caller hears whose result, or output, will not come."""
-    problem = end.error
-    if end is invocation.end:
-        problem = f"{reason}; the command ended ({end.state}), but its output is gone"
-    return RpcError("UNAVAILABLE", f"{invocation.node_name}: {problem}")
-
-
-def forgotten_invocation(record: CommandRecord, sink: Sink) -> Invocation:
-    """Return what a command is to us that was asked for in an earlier life."""
-    invocation = Invocation(
-        record.invoke_id,
-        (record.node_id, record.node_name),
-        SYSTEM_RUN,
-        {"command": record.command, "timeout": record.timeout_ms},
-        record_origin(record),
-        sink,
-    )
-    invocation.asked_here = False
-    invocation.cancelled = record.cancelled_at is not None
-    invocation.sent_to = "an earlier life"  # so it is not sent again, whatever comes
-    invocation.begin()
-    invocation.started_at = record.started_at  # None: it may be in line there
-    return invocation
-
-
-def record_origin(record: CommandRecord) -> Origin:
-    return Origin(record.caller_kind, record.caller_name, record.session_key)
-
-
-def record_result(record: CommandRecord) -> JsonObject | None:
-    """Return the result of a command that ended, as far as the audit has it."""
-    if record.state == CommandState.FAILED:
-        return {"error": record.error or "it failed", "node": record.node_name}
-    if record.state == CommandState.CANCELLED and record.exit_code is None:
-        problem = record.error or "cancelled before it ran"
-        return {"error": problem, "cancelled": True, "node": record.node_name}
-    if record.exit_code is None:
-        return None
-    result: JsonObject = {
-        "exitCode": record.exit_code,
-        "stdoutBytes": record.stdout_bytes,
-        "stderrBytes": record.stderr_bytes,
-        "node": record.node_name,
-    }
-    if record.signal is not None:
-        number = record.signal
-        result["signal"] = int(number) if number.isdigit() else number
-    if record.state == CommandState.TIMED_OUT:
-        result["timedOut"] = True
-    if record.state == CommandState.CANCELLED:
-        result["cancelled"] = True
-        if record.error is not None:
-            result["stopped"] = True
-    return result
-
-
-def _is_forsaken(sink: Sink) -> bool:
-    return isinstance(sink, AbsentCaller) and sink.deadline.expired
-
-
 def valid_name(text: str) -> str:
-    """Return a name for a node without white space around it.  Raises RpcError."""
+    """Return a name for a node without surplus white space.  Raises RpcError."""
     name = " ".join(text.split())
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():
         raise RpcError(
@@ -12335,9 +11800,9 @@ def valid_name(text: str) -> str:
 
 
 def free_name(devices: DevicesTable, text: str, node_id: str = "") -> str:
-    """Return a name for a machine, the node `node_id` if it is one already.
+    """Return a valid name for a machine, which may be the node `node_id` already.
 
-    Raises RpcError for what cannot be one, or is the id of another node.
+    Raises RpcError for a name that is invalid or another node's id.
     """
     name = valid_name(text)
     ids = {known.casefold() for known in devices.names().by_id}
@@ -12349,7 +11814,7 @@ def free_name(devices: DevicesTable, text: str, node_id: str = "") -> str:
 
 
 def check_node_id(node_id: str) -> None:
-    """Raises RpcError for what cannot be the id of a node that connects."""
+    """Raises RpcError unless a node may connect with this id."""
     fits = 0 < len(node_id) <= MAX_NODE_ID and node_id.isprintable()
     if not fits or node_id.casefold() == LOCAL_ID:
         raise RpcError(
@@ -12357,28 +11822,6 @@ def check_node_id(node_id: str) -> None:
             f"client.id must have 1 to {MAX_NODE_ID} printable characters and not "
             f"be {LOCAL_ID!r}",
         )
-
-
-class CpuHistory:
-    """How busy each machine was lately."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _points
-        self._points: dict[str, collections.deque[tuple[int, float]]] = {}
-
-    def add(self, node_id: str, cpu_usage: float | None) -> None:
-        if cpu_usage is None:
-            return
-        with self._lock:
-            points = self._points.setdefault(
-                node_id, collections.deque(maxlen=CPU_HISTORY)
-            )
-            points.append((now_ms(), cpu_usage))
-
-    def of(self, node_id: str) -> list[tuple[int, float]]:
-        """Return pairs of time (ms) and percent, of the last half hour or so."""
-        with self._lock:
-            return list(self._points.get(node_id, ()))
 
 
 class Fleet:
@@ -12393,22 +11836,14 @@ class Fleet:
         self._devices = devices
         self._announce = announce
         self._local = local
-        self._lock = threading.Lock()  # guards _connected and _telemetry
+        self._lock = threading.Lock()  # guards all below
         self._connected = {local.node_id: local}
         self._telemetry: dict[str, tuple[Telemetry, float]] = {}  # and when, monotonic
-        self.cpu_history = CpuHistory()
+        self._cpu: dict[str, collections.deque[tuple[int, float]]] = {}
 
     def connected(self, node_id: str) -> ConnectedNode | None:
         with self._lock:
             return self._connected.get(node_id)
-
-    def expects(self, node_id: str) -> bool:
-        """Return whether a node may come under this id; in doubt it may."""
-        try:
-            device = self._devices.by_node_id(node_id, now_ms())
-        except StoreError:
-            return True
-        return node_id == LOCAL_ID or device is not None
 
     def all_connected(self) -> list[ConnectedNode]:
         with self._lock:
@@ -12417,7 +11852,7 @@ class Fleet:
     def claim(self, node: ConnectedNode, device: Device) -> None:
         """Make `node` the one connection of its id; an old one is hung up first.
 
-        Raises RpcError when the token or the id is in use by another machine.
+        Raises RpcError if the token or the id is in use by another machine.
         """
         self._check_claim(node.node_id, device)
         deadline = Deadline(REPLACE_TIMEOUT)
@@ -12426,7 +11861,7 @@ class Fleet:
                 previous = self._connected.setdefault(node.node_id, node)
             if previous is node:
                 return
-            # Its reader has to be through before ours starts: chunks stay in order.
+            # Its reader has to end before ours starts: log frames stay in order.
             previous.link.hang_up("this node has connected again")
             if not previous.gone.wait(deadline.remaining()):
                 raise RpcError(
@@ -12435,7 +11870,7 @@ class Fleet:
                 )
 
     def release(self, node: ConnectedNode) -> None:
-        """Note that the connection of `node` has ended."""
+        """Remove a connection that has ended."""
         with self._lock:
             del self._connected[node.node_id]
         try:
@@ -12443,88 +11878,72 @@ class Fleet:
                 self._announce_presence("node.disconnected", node)
                 self._devices.seen(node.device_id, now_ms())
         except StoreError as error:
-            log.warning("last seen not kept node=%s: %s", node.node_id, error)
+            log.warning("last seen is not stored node=%s: %s", node.node_id, error)
         finally:
             node.gone.set()
 
     def activate(self, node: ConnectedNode) -> None:
-        """Open `node` for requests: its hello is on the way."""
+        """Open `node` for requests: its hello is sent."""
         node.ready = True
         self._announce_presence("node.connected", node)
 
     def report(self, node: ConnectedNode, payload: JsonObject) -> None:
-        """Take a node's telemetry.  Raises RpcError where it makes no sense."""
-        told_id = optional(payload, "nodeId", str)
-        if told_id and told_id != node.node_id:
+        """Record a node's telemetry.  Raises RpcError if it makes no sense."""
+        reported_id = optional(payload, "nodeId", str)
+        if reported_id and reported_id != node.node_id:
             raise RpcError("FORBIDDEN", f"{node.node_id} may report on itself only")
         telemetry = telemetry_from_payload(payload)
-        with self._lock:
-            known, _ = self._telemetry.get(node.node_id, (None, 0.0))
-            if telemetry.providers is None and known is not None:
-                telemetry = telemetry.replace(providers=known.providers)
-        self._keep_telemetry(node, telemetry)
+        if telemetry.providers is None:
+            with self._lock:
+                known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
+            telemetry = telemetry.replace(providers=known.providers)
+        self._record_telemetry(node, telemetry)
 
-    def keep_providers(self, node: ConnectedNode, payload: JsonObject) -> None:
-        """Take a node's answer to `system.providers`.  Raises RpcError."""
+    def record_providers(self, node: ConnectedNode, payload: JsonObject) -> None:
+        """Record a node's answer to `system.providers`.  Raises RpcError."""
         providers = providers_from_payload(payload)
         with self._lock:
             known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
-        self._keep_telemetry(node, known.replace(providers=providers))
-
-    def _keep_telemetry(self, node: ConnectedNode, telemetry: Telemetry) -> None:
-        self._remember(node.node_id, telemetry)
-        self._devices.save_telemetry(
-            node.device_id, telemetry.to_payload(node.node_id), now_ms()
-        )
-        self._announce_telemetry(node.node_id, telemetry)
+        self._record_telemetry(node, known.replace(providers=providers))
 
     def report_local(self, telemetry: Telemetry) -> None:
-        self._remember(LOCAL_ID, telemetry)
         self._announce_telemetry(LOCAL_ID, telemetry)
 
-    def _remember(self, node_id: str, telemetry: Telemetry) -> None:
+    def cpu_history(self, node_id: str) -> list[tuple[int, float]]:
+        """Return pairs of time (ms) and percent, of the last half hour or so."""
         with self._lock:
-            self._telemetry[node_id] = (telemetry, time.monotonic())
-        self.cpu_history.add(node_id, telemetry.cpu_usage)
-
-    def _announce_telemetry(self, node_id: str, telemetry: Telemetry) -> None:
-        columns = telemetry.to_columns(stale=False)
-        self._announce(NODE_TELEMETRY, {"nodeId": node_id, **columns})
+            return list(self._cpu.get(node_id, ()))
 
     def resolve(self, reference: str) -> tuple[str, str]:
-        """Return id and name of the machine that an id or a name stands for.
+        """Return id and name of the machine that a person or program names.
 
-        An exact id wins, then a name without regard to case.
-        Raises RpcError NOT_FOUND, or INVALID_REQUEST for an ambiguous name.
+        An exact id wins, then a name given by an operator, then one that the machine
+        gave itself, without regard to case; then a unique prefix of an id.
+        Raises RpcError NOT_FOUND, or INVALID_REQUEST with the candidates.
         """
         wanted, names = reference.strip(), self._devices.names()
-        if wanted == LOCAL_ID:
+        if LOCAL_ID in (wanted, wanted.casefold()):
             return LOCAL_ID, LOCAL_NAME
         if wanted in names.by_id:
             return wanted, names.by_id[wanted]
-        matches = list(names.ids_of(wanted))
-        if wanted.casefold() == LOCAL_NAME.casefold():
-            matches.append(LOCAL_ID)
-        if len(matches) > 1:
+        matches = names.ids_of(wanted)
+        if not matches and len(wanted) >= MIN_ID_PREFIX:
+            matches = [i for i in names.by_id if i.startswith(wanted)]
+        if len(matches) == 1:
+            return matches[0], names.by_id[matches[0]]
+        if matches:
             raise RpcError(
                 "INVALID_REQUEST",
-                f"{wanted!r} is the name of {len(matches)} nodes; use an id: "
-                f"{', '.join(matches)}",
+                f"{wanted!r} may be any of {len(matches)} nodes; use an id: "
+                f"{_some(matches)}",
             )
-        if matches:
-            return matches[0], names.by_id.get(matches[0], LOCAL_NAME)
         known = sorted([LOCAL_NAME, *names.by_id.values()], key=str.casefold)
         raise RpcError(
-            "NOT_FOUND", f"there is no node {reference!r}; there is {', '.join(known)}"
+            "NOT_FOUND", f"there is no node {reference!r}; there is {_some(known)}"
         )
 
-    def remembers(self, node_id: str) -> bool:
-        """Return whether it would tell us again how a command ended, did we forget."""
-        node = self.connected(node_id)
-        return node is not None and node.resumes and node_id != LOCAL_ID
-
     def require_connected(self, node_id: str, name: str) -> ConnectedNode:
-        """Raises RpcError UNAVAILABLE, which says since when the node is offline."""
+        """Raises RpcError UNAVAILABLE, with the time since when it is offline."""
         node = self.connected(node_id)
         if node is not None:
             return node
@@ -12537,6 +11956,26 @@ class Fleet:
         """Return `node.list`: Local, then the others by name."""
         devices = [d for d in self._devices.all(now_ms()) if d.node_id is not None]
         return [self._local_view(), *(self._view(device) for device in devices)]
+
+    def select(self, text: str, limit: int) -> tuple[list[JsonObject], int]:
+        """Return views of at most `limit` machines with `text` in id or name.
+
+        And the number of all such machines.
+        """
+        wanted, by_id = text.strip().casefold(), self._devices.names().by_id
+        found = sorted(
+            (name.casefold(), node_id)
+            for node_id, name in by_id.items()
+            if wanted in name.casefold() or wanted in node_id.casefold()
+        )
+        ids = [node_id for _, node_id in found]
+        if wanted in LOCAL_ID:
+            ids.insert(0, LOCAL_ID)
+        views = []
+        for node_id in ids[:limit]:
+            with contextlib.suppress(RpcError):  # revoked meanwhile
+                views.append(self.view(node_id))
+        return views, len(ids)
 
     def view(self, node_id: str) -> JsonObject:
         """Return `node.describe`.  Raises RpcError NOT_FOUND."""
@@ -12558,16 +11997,14 @@ class Fleet:
             )
         if device.node_id == node_id:
             return
-        # An id wins over a name: what is meant for that machine would come to this.
+        # An id wins over a name: this node would get what is meant for that one.
         if self._devices.is_called(node_id, now_ms(), but=device.id):
             raise RpcError(
                 "CONFLICT",
                 f"another machine is called {node_id}, or a token was made for one; "
                 "choose another id with --node-id",
             )
-        if device.node_id is None:
-            return
-        if self.connected(str(device.node_id)) is not None:
+        if device.node_id and self.connected(device.node_id) is not None:
             raise RpcError(
                 "CONFLICT",
                 "this token is in use by another machine that is connected now; "
@@ -12575,10 +12012,24 @@ class Fleet:
             )
 
     def _announce_presence(self, kind: str, node: ConnectedNode) -> None:
-        self._announce(
-            "presence",
-            {"type": kind, "nodeId": node.node_id, "platform": node.platform},
-        )
+        presence = {"type": kind, "nodeId": node.node_id, "platform": node.platform}
+        self._announce("presence", presence)
+
+    def _record_telemetry(self, node: ConnectedNode, telemetry: Telemetry) -> None:
+        payload = telemetry.to_payload(node.node_id)
+        self._devices.save_telemetry(node.device_id, payload, now_ms())
+        self._announce_telemetry(node.node_id, telemetry)
+
+    def _announce_telemetry(self, node_id: str, telemetry: Telemetry) -> None:
+        with self._lock:
+            self._telemetry[node_id] = (telemetry, time.monotonic())
+            if telemetry.cpu_usage is not None:
+                points = self._cpu.setdefault(
+                    node_id, collections.deque(maxlen=CPU_HISTORY)
+                )
+                points.append((now_ms(), telemetry.cpu_usage))
+        columns = telemetry.to_columns(stale=False)
+        self._announce(NODE_TELEMETRY, {"nodeId": node_id, **columns})
 
     def _local_view(self) -> JsonObject:
         return {
@@ -12592,7 +12043,7 @@ class Fleet:
             "connected": True,
             "connectedAt": self._local.since_ms,
             "lastSeenAt": now_ms(),
-            **self._telemetry_fields(LOCAL_ID, {}),
+            **self._telemetry_fields(LOCAL_ID, NOTHING),
         }
 
     def _view(self, device: Device) -> JsonObject:
@@ -12613,6 +12064,8 @@ class Fleet:
         }
         if node is not None:
             view["connectedAt"] = node.since_ms
+            if node.outdated:
+                view["outdated"] = True
         return view
 
     def _telemetry_fields(self, node_id: str, stored: Mapping[str, Any]) -> JsonObject:
@@ -12632,1170 +12085,1139 @@ class Fleet:
         }
 
 
-class ActiveInvocations:
-    """The invocations that are not settled, by id."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _by_id
-        self._by_id: dict[str, Invocation] = {}
-
-    def add(self, invocation: Invocation) -> bool:
-        """Return whether the id was new."""
-        with self._lock:
-            return self._by_id.setdefault(invocation.id, invocation) is invocation
-
-    def remove(self, invocation: Invocation) -> None:
-        with self._lock:
-            if self._by_id.get(invocation.id) is invocation:
-                del self._by_id[invocation.id]
-
-    def get(self, invoke_id: str) -> Invocation | None:
-        with self._lock:
-            return self._by_id.get(invoke_id)
-
-    def on_node(self, node_id: str, invoke_id: str) -> Invocation | None:
-        # A node answers its own invocations only, whatever ids it names.
-        invocation = self.get(invoke_id)
-        return invocation if invocation and invocation.node_id == node_id else None
-
-    def all(self) -> list[Invocation]:
-        with self._lock:
-            return list(self._by_id.values())
-
-
-class Audit:
-    """What became of each command, in the store."""
-
-    def __init__(self, commands: CommandsTable) -> None:
-        self._commands = commands
-        self._failing = False  # to write: its disk is full, say
-
-    def asked(self, invocation: Invocation) -> bool:
-        """Note that it was asked for; False where its id is not new.
-
-        Raises StoreError.
-        """
-        if invocation.command != SYSTEM_RUN:
-            return True
-        return self._commands.add(command_record(invocation))
-
-    def running(self, invocation: Invocation) -> None:
-        """Note that it has been running for a while.
-
-        Not that it starts: most commands end sooner, and are spared a write.
-        """
-        if (
-            invocation.command == SYSTEM_RUN
-            and not invocation.noted_running
-            and invocation.end is None
-            and invocation.runs_for(RUNNING_AFTER)
-        ):
-            started_at = invocation.started_at or now_ms()
-            revives = not invocation.asked_here
-            invocation.noted_running = self._write(
-                lambda: self._commands.start(invocation.id, started_at, revives=revives)
-            )
-            self._confirm_end(invocation)
-
-    def _confirm_end(self, invocation: Invocation) -> None:
-        # It may have been lost meanwhile, in another thread: that is not revived.
-        if invocation.end is not None:
-            self.ended(invocation, invocation.end)
-
-    def cancelled(self, invocation: Invocation) -> None:
-        """Note that it is to end, whenever its node hears of it."""
-        if invocation.command == SYSTEM_RUN:
-            self._write(lambda: self._commands.cancel(invocation.id, now_ms()))
-
-    def note_end(
-        self,
-        invocation: Invocation,
-        end: CommandEnd,
-        then: Callable[[Invocation], None] | None,
-    ) -> None:
-        """Note how it ended; soon, where that is enough, and `then` hears of it."""
-        if then is None or end.state == CommandState.LOST:
-            invocation.recorded = self.ended(invocation, end)
-            return
-
-        def tell(kept: bool) -> None:
-            invocation.recorded = kept
-            then(invocation)
-
-        invocation.recorded = False
-        self._commands.end_soon(invocation.id, end, tell)
-
-    def ended(self, invocation: Invocation, end: CommandEnd) -> bool:
-        """Note how it ended; False: to be tried again.
-
-        The caller gets the result all the same; its node keeps it till then.
-        """
-        return self._write(lambda: self._commands.end(invocation.id, end))
-
-    def _write(self, write: Callable[[], object]) -> bool:
-        try:
-            write()
-        except StoreError as error:
-            if not self._failing:  # it is tried every second
-                log.error("the audit of commands is incomplete: %s", error)
-            self._failing = True
-            return False
-        self._failing = False
-        return True
-
-
-def checked_arguments(
-    command: str, args: JsonObject, node: ConnectedNode
-) -> JsonObject:
-    """Return the arguments as they travel.  Raises RpcError for what is wrong."""
-    if command != SYSTEM_RUN:
-        return args
-    run_arguments(args)
-    environ = filter_environment(args.get("env") or {})
-    return {**args, "env": environ, "stream": node.streams}
-
-
-class Invocations:
-    """Work that was sent to machines, and how it fares."""
-
-    def __init__(self, fleet: Fleet, commands: CommandsTable) -> None:
-        self._fleet = fleet
-        self.audit = Audit(commands)
-        self.active = ActiveInvocations()
-        self._closed = False  # once set, nothing new is sent
-
-    def start(
-        self,
-        node_reference: str,
-        command: str,
-        args: JsonObject,
-        origin: Origin,
-        sink: Sink,
-        invoke_id: str | None = None,
-    ) -> Invocation:
-        """Send work to a machine and return at once; its future gets the result.
-
-        Raises RpcError; StoreError when the audit cannot be written: what leaves no
-        trace does not run.
-        """
-        if self._closed:
-            raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
-        node_id, name = self._fleet.resolve(node_reference)
-        node = self._fleet.require_connected(node_id, name)
-        args = checked_arguments(command, args, node)
-        invocation = Invocation(
-            invoke_id or new_id(), (node_id, name), command, args, origin, sink
-        )
-        self._register(invocation)
-        # Looked up again: it may have come anew while the audit was written.
-        node = self._fleet.connected(node_id) or node
-        if node.ready:
-            self.send(invocation, node)
-        return invocation
-
-    def get(self, invoke_id: str) -> Invocation | None:
-        return self.active.get(invoke_id)
-
-    def running_on(self, node_id: str) -> list[Invocation]:
-        return [i for i in self.active.all() if i.node_id == node_id]
-
-    def cancel(self, invocation: Invocation) -> None:
-        """End its process group; the result then says so."""
-        invocation.cancelled = True
-        self.audit.cancelled(invocation)
-        self._tell_node(invocation, lambda link: link.cancel(invocation.id))
-
-    def acknowledge(
-        self, invocation: Invocation, stream: int, offset: int, sink: Sink | None = None
-    ) -> None:
-        """Note that a sink, the one of the moment, has dealt with output.
-
-        Raises RpcError for bytes that were not sent.
-        """
-        if invocation.consume(stream, offset, sink):
-            self._tell_node(
-                invocation,
-                lambda link: link.acknowledge(invocation.id, stream, offset),
-            )
-        self._accept_if_consumed(invocation)
-
-    def write_stdin(self, invocation: Invocation, chunk: Chunk) -> None:
-        self._tell_node(invocation, lambda link: link.write_stdin(chunk))
-
-    def handle_chunk(self, node_id: str, chunk: Chunk) -> None:
-        """Take output from a node.  Raises RpcError for more than it may send."""
-        invocation = self.active.on_node(node_id, chunk.invoke_id)
-        if invocation is not None and chunk.kind != STDIN:
-            check_window(invocation, chunk)
-            self._take_chunk(invocation, chunk)
-
-    def _take_chunk(self, invocation: Invocation, chunk: Chunk) -> None:
-        found = invocation.fresh(chunk)
-        if found is not None:
-            sink, fresh = found
-            self.acknowledge(invocation, fresh.kind, sink.chunk(fresh), sink)
-            self._hand_out(invocation)
-
-    def handle_stdin_received(self, node_id: str, invoke_id: str, offset: int) -> None:
-        invocation = self.active.on_node(node_id, invoke_id)
-        if invocation is not None:
-            invocation.sink.stdin_received(invoke_id, offset)
-
-    def handle_state(
-        self, node_id: str, invoke_id: str, state: str, detail: JsonObject
-    ) -> None:
-        invocation = self.active.on_node(node_id, invoke_id)
-        if invocation is not None:
-            invocation.begin(state == "running")
-            invocation.place = detail.get("place") or None
-            invocation.sink.state(invoke_id, state, detail)
-
-    def handle_result(
-        self,
-        node_id: str,
-        invoke_id: str,
-        result: JsonObject,
-        accept: Callable[[], None],
-    ) -> None:
-        """Take a result; `accept` is called once the node may forget it."""
-        invocation = self.active.on_node(node_id, invoke_id)
-        if invocation is None:
-            accept()  # settled already, or given up: nobody will ask again
-            return
-        if result.get("lost"):
-            self.give_up(invocation, "it has let go of the result")
-            accept()
-            return
-        if invocation.command == SYSTEM_RUN:
-            result = checked_run_result(result)
-            for chunk in take_output(invoke_id, result):
-                self._take_chunk(invocation, chunk)
-        invocation.keep_result(result, accept)
-        self._hand_out(invocation)
-
-    def attach(
-        self,
-        invocation: Invocation,
-        sink: Sink,
-        start: tuple[int, int] | None = None,
-        instead_of: Sink | None = None,
-    ) -> Future[JsonObject]:
-        """See Invocation.attach().  Raises RpcError CONFLICT."""
-        future = invocation.attach(sink, start, instead_of)
-        self._tell_node(invocation, invocation.tell_offsets)
-        self._hand_out(invocation)
-        return future
-
-    def give_up(self, invocation: Invocation, reason: str) -> None:
-        """End an invocation whose result will not come."""
-        end = invocation.end or lost_end(invocation, reason)
-        # First the mark, then the look: attach() does it the other way round.
-        invocation.given_up = why_given_up(invocation, reason, end)
-        if not invocation.future.done():
-            self._note_end(invocation, end, invocation.sink)
-            fail(invocation.future, invocation.given_up)
-        self._settle(invocation)  # last: who comes back finds it, or its end
-
-    def record_again(self, invocation: Invocation, end: CommandEnd) -> None:
-        """Put into the audit what it could not take."""
-        invocation.recorded = self.audit.ended(invocation, end)
-        if invocation.recorded and invocation.settled.done():
-            self.active.remove(invocation)
-        self._accept_if_consumed(invocation)
-
-    def await_node(
-        self,
-        invocation: Invocation,
-        *,
-        resumes: bool = True,
-        asked: ConnectedNode | None = None,
-    ) -> None:
-        """Wait for its node, which is away, for as long as that makes sense.
-
-        `asked`: what has just turned out to be gone; one that came anew is not away.
-        """
-        if not self._fleet.expects(invocation.node_id):
-            self.give_up(invocation, "its token was revoked")
-        elif not resumes:
-            self.give_up(invocation, "the node disconnected")
-        elif invocation.await_node(asked):
-            invocation.sink.state(invocation.id, "waiting", {})
-
-    def close(self) -> None:
-        """Tell those who wait that the gateway stops; the commands go on."""
-        self._closed = True
-        why = "the gateway stops; the command goes on"
-        for invocation in self.active.all():
-            error = RpcError("UNAVAILABLE", why, details={"goesOn": True})
-            fail(invocation.future, error)
-
-    def _tell_node(
-        self, invocation: Invocation, tell: Callable[[NodeLink], None]
-    ) -> None:
-        """Tell it something that a resumption will make up for if it is away."""
-        node = self._fleet.connected(invocation.node_id)
-        if node is not None and node.ready:
-            with contextlib.suppress(ConnectionClosed):
-                tell(node.link)
-
-    def _hand_out(self, invocation: Invocation) -> None:
-        """Pass the result on when it, and all output before it, are here."""
-        taken = invocation.take_result()
-        if taken is not None:
-            result, sink, future = taken
-            if invocation.command == SYSTEM_RUN:
-                self._note_end(invocation, command_end(result, invocation), sink)
-            else:
-                invocation.consume_all(sink)
-            with contextlib.suppress(InvalidStateError):  # it was given up, or we stop
-                future.set_result({**result, "node": invocation.node_name})
-        self._accept_if_consumed(invocation)
-
-    def _note_end(self, invocation: Invocation, end: CommandEnd, sink: Sink) -> None:
-        if invocation.command == SYSTEM_RUN and invocation.end is None:
-            invocation.end = end
-            remembers = self._fleet.remembers(invocation.node_id)
-            then = self._accept_if_consumed if remembers else None
-            self.audit.note_end(invocation, end, then)
-        if sink.end(invocation, end):
-            invocation.consume_all(sink)
-
-    def forsake(self, invocation: Invocation, sink: Sink, *, cancel: bool) -> None:
-        """Let the output of a command go, which its sink does not want any more."""
-        with contextlib.suppress(RpcError):  # somebody else came for it
-            self.attach(invocation, CollectingSink(0), instead_of=sink)
-            if cancel and invocation.end is None:
-                self.cancel(invocation)
-
-    def _register(self, invocation: Invocation) -> None:
-        """Make it known, here and in the audit, before the node can answer.
-
-        Raises RpcError CONFLICT for an id that is not new, StoreError.
-        """
-        try:
-            if not (self.active.add(invocation) and self.audit.asked(invocation)):
-                raise RpcError(
-                    "CONFLICT", f"the invocation {invocation.id} was asked for before"
-                )
-        except MoltisError:
-            self.active.remove(invocation)
-            raise
-
-    def send(self, invocation: Invocation, node: ConnectedNode) -> None:
-        """Ask `node` for it, unless it has been asked over this connection."""
-        if not invocation.hand_to(node):
-            return
-        invocation.begin()
-        if node.resumes and invocation.command == SYSTEM_RUN:
-            invocation.leave_to_node()  # for what may be a long time in line
-        try:
-            node.link.request(invocation.id, invocation.command, invocation.args)
-            if invocation.cancelled:  # while it was not sent: nobody listened
-                node.link.cancel(invocation.id)
-        except ConnectionClosed:
-            if self._fleet.connected(invocation.node_id) in (None, node):
-                self.await_node(invocation, resumes=node.resumes, asked=node)
-
-    def _accept_if_consumed(self, invocation: Invocation) -> None:
-        if invocation.accept_when_consumed():
-            self._settle(invocation)
-
-    def _settle(self, invocation: Invocation) -> None:
-        with contextlib.suppress(InvalidStateError):
-            invocation.settled.set_result(None)
-        if invocation.recorded:  # else record_again() is to find it
-            self.active.remove(invocation)
-
-
-class Patience:
-    """How long nodes, callers and the audit are waited for."""
-
-    def __init__(self, invocations: Invocations) -> None:
-        self._invocations = invocations
-
-    def tick(self) -> None:
-        """Do what time alone brings; called every second or so."""
-        for invocation in self._invocations.active.all():
-            self._invocations.audit.running(invocation)
-            overdue, sink = invocation.overdue(), invocation.sink
-            if invocation.end is not None and not invocation.recorded:
-                self._invocations.record_again(invocation, invocation.end)
-            elif overdue:
-                self._invocations.give_up(invocation, overdue)
-            elif _is_forsaken(sink):
-                cancel = invocation.asked_here
-                self._invocations.forsake(invocation, sink, cancel=cancel)
-
-
-class Resumption:
-    """Nodes and callers that come back, and what of their invocations goes on."""
-
-    def __init__(
-        self,
-        fleet: Fleet,
-        invocations: Invocations,
-        commands: CommandsTable,
-        *find_sink: SinkFinder,  # asked one after the other
-    ) -> None:
-        self._fleet = fleet
-        self._invocations = invocations
-        self._commands = commands
-        self._find_sink = find_sink
-        self._recover()
-
-    def resumable(self, node: ConnectedNode) -> list[JsonObject]:
-        """Return how far the commands that `node` brought along have come here."""
-        self._adopt_forgotten(node)
-        for invocation in self._invocations.running_on(node.node_id):
-            item = node.inflight.get(invocation.id)
-            if item is not None:
-                invocation.skip_to(item.stdout, item.stderr)
-        # Not what was received: a caller who comes back may have less.
-        return [
-            {
-                "invokeId": invocation.id,
-                "stdout": invocation.consumed(STDOUT),
-                "stderr": invocation.consumed(STDERR),
-            }
-            for invocation in self._invocations.running_on(node.node_id)
-            if invocation.id in node.inflight
-        ]
-
-    def resume(self, node: ConnectedNode) -> None:
-        """Bring a node that has just connected and our view of its work together."""
-        again = {"resumed": True, "stdin": 0}
-        for invocation in self._invocations.running_on(node.node_id):
-            if invocation.id in node.inflight:
-                invocation.hand_to(node)
-                invocation.leave_to_node()
-                # It says so again if it waits in line there.
-                if invocation.started_at is None:
-                    invocation.place = None
-                    invocation.begin()
-                item = node.inflight[invocation.id]
-                resumed = {"resumed": True, "stdin": item.stdin}
-                invocation.sink.state(invocation.id, "running", resumed)
-                invocation.tell_offsets(node.link, rewind=False)
-                if invocation.cancelled:
-                    self._invocations.cancel(invocation)
-            elif not invocation.asked_here and len(node.inflight) == MAX_INFLIGHT:
-                invocation.leave_to_node()  # which had no room to name those in line
-                invocation.sink.state(invocation.id, "running", again)
-                if invocation.cancelled:
-                    self._invocations.cancel(invocation)
-            elif invocation.sent_to not in (None, node.instance):
-                self._invocations.give_up(invocation, "the node came back without it")
-            elif invocation.cancelled:
-                if invocation.hand_to(node):  # so nobody sends it
-                    node.link.cancel(invocation.id)  # it may have had no room for it
-                    self._end_unsent(invocation)
-            else:
-                # The same process does not know it: the request got lost on the way,
-                # and with it all input.
-                self._invocations.send(invocation, node)
-                invocation.sink.state(invocation.id, "running", again)
-        for invoke_id in node.inflight:
-            if self._invocations.get(invoke_id) is None:
-                node.link.cancel(invoke_id)
-
-    def _end_unsent(self, invocation: Invocation) -> None:
-        """End a command that was cancelled before its node had heard of it."""
-        self._invocations.handle_result(
-            invocation.node_id,
-            invocation.id,
-            {"exitCode": -1, "cancelled": True},
-            lambda: None,
-        )
-
-    def node_left(self, node: ConnectedNode) -> None:
-        """Wait for a node that can resume; give up what another kind was doing."""
-        for invocation in self._invocations.running_on(node.node_id):
-            self._invocations.await_node(invocation, resumes=node.resumes)
-
-    def _recover(self) -> None:
-        """Await the nodes of what an earlier life of this gateway asked for."""
-        for record in self._commands.unfinished():
-            invocation = self._adopt(record)
-            self._invocations.active.add(invocation)
-            if record.node_id == LOCAL_ID:
-                self._invocations.give_up(invocation, "the gateway was started anew")
-            else:
-                self._invocations.await_node(invocation)
-
-    def _adopt_forgotten(self, node: ConnectedNode) -> None:
-        """Take up commands that had ended for us, and come back with `node`."""
-        for invoke_id in node.inflight:
-            if self._invocations.get(invoke_id) is not None:
-                continue
-            record = self._commands.by_id(invoke_id)
-            if record is not None and record.node_id == node.node_id:
-                self._invocations.active.add(self._adopt(record))
-
-    def _adopt(self, record: CommandRecord) -> Invocation:
-        """Return what a command is to us of which there is only the record."""
-        found = (find_sink(record) for find_sink in self._find_sink)
-        nobody = (AbsentCaller(CALLER_PATIENCE), 0, 0)
-        sink, stdout, stderr = next(filter(None, found), nobody)
-        invocation = forgotten_invocation(record, sink)
-        invocation.restart_at(stdout, stderr)
-        return invocation
-
-    def again(
-        self, invoke_id: str, origin: Origin, sink: Sink, stdout: int, stderr: int
-    ) -> Invocation | JsonObject | None:
-        """Take up an invocation that was asked for before, for one who has so much.
-
-        Returns it with its new sink, or its result if that is all, or None where
-        nobody has asked for it.
-        Raises RpcError where it is another's, or cannot be had any more.
-        """
-        invocation = self._invocations.get(invoke_id)
-        if invocation is None or invocation.settled.done():
-            record = self._commands.by_id(invoke_id)
-            if record is not None and invocation is not None and invocation.end:
-                record = record.replace(**invocation.end.__dict__)  # as it will be
-            if record is None and not stdout and not stderr:
-                return None
-            if record is None or record_origin(record) != origin:
-                raise RpcError("NOT_FOUND", f"nothing is known of command {invoke_id}")
-            known = record_result(record)
-            if known and (record.stdout_bytes, record.stderr_bytes) == (stdout, stderr):
-                return known
-            invocation = self._await_output(record, has_output=bool(stdout or stderr))
-        if invocation.origin != origin:
-            raise RpcError("CONFLICT", f"another one asked for {invoke_id} before")
-        self._invocations.attach(invocation, sink, (stdout, stderr))
-        away_ms = invocation.away_ms
-        if away_ms is not None:
-            sink.state(invocation.id, "waiting", {"waitingMs": away_ms})
-        return invocation
-
-    def _await_output(self, record: CommandRecord, *, has_output: bool) -> Invocation:
-        """Return a command that ended, whose node may come back with its output.
-
-        `has_output`: some of it came to the caller, before the gateway was restarted.
-
-        Raises RpcError where there is nothing to wait for.
-        """
-        node = self._fleet.connected(record.node_id)
-        # It may have come this moment, and have brought the command along.
-        known = self._invocations.get(record.invoke_id)
-        if known is not None and not known.settled.done():
-            return known
-        if record.state == CommandState.LOST:
-            problem = record.error or "the command is lost"
-            if has_output:  # which the audit does not know of
-                problem = problem.replace(WHETHER_IT_RAN, HOW_IT_ENDED)
-            raise RpcError("UNAVAILABLE", f"{record.node_name}: {problem}")
-        if node is not None and node.ready:
-            raise RpcError(
-                "UNAVAILABLE",
-                record.error
-                or f"command {record.invoke_id} ended ({record.state}), and its output "
-                "is not kept any more",
-            )
-        invocation = self._adopt(record)
-        invocation.await_node()
-        invocation.deadline = Deadline(LOST_AFTER)
-        self._invocations.active.add(invocation)
-        return self._invocations.get(record.invoke_id) or invocation
-
-
-class LocalPeer:
-    """What Local sends, handed to the fleet as any other node's."""
-
-    max_result: int | None = None
-
-    def __init__(self, invocations: Invocations, machine: Machine) -> None:
-        self._invocations = invocations
-        self._machine = machine
-
-    def chunk(self, chunk: Chunk) -> None:
-        self._invocations.handle_chunk(LOCAL_ID, chunk)
-
-    def stdin_received(self, invoke_id: str, offset: int) -> None:
-        self._invocations.handle_stdin_received(LOCAL_ID, invoke_id, offset)
-
-    def queued(self, invoke_id: str, place: int) -> None:
-        state = "queued" if place else "running"
-        self._invocations.handle_state(LOCAL_ID, invoke_id, state, {"place": place})
-
-    def rewound(self, invoke_id: str, stdin: int) -> None:
-        detail = {"stdin": stdin}
-        self._invocations.handle_state(LOCAL_ID, invoke_id, "running", detail)
-
-    def result(self, invoke_id: str, result: JsonObject) -> None:
-        self._invocations.handle_result(
-            LOCAL_ID, invoke_id, result, lambda: self._machine.settle(invoke_id)
-        )
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - MAX_CANDIDATES
+    listed = ", ".join(names[:MAX_CANDIDATES])
+    return f"{listed} and {more:,} more" if more > 0 else listed
 
 
 # ==============================================================================
 # Jobs
-# Uses: Wire protocol, Store, Fleet
+# Uses: Wire protocol, Machine, Store, Fleet
 #
-# Commands in the background: nobody holds a connection for them.  Their output is
-# kept in files beside the database, to be read from any place, by any client, after
-# any restart.  How they run is the Fleet's business, who may ask the Gateway's.
+# Every piece of work on a machine is a job: a row in the store, and a log that its node
+# writes and that followers read from an offset.  At most one follower holds a log: the
+# node keeps what the holder has not read.  The others watch.  The row tells the end.
+# How a node or a client is reached is left to a NodeLink and a Follower.
 # ==============================================================================
 
-JOBS_DIRECTORY = "jobs"  # below the data directory
-OUTPUTS_DIRECTORY = "outputs"  # the same, for commands that are on a card
-JOB_SEGMENT = 4 * 1024 * 1024  # bytes of one file
-MAX_JOB_SEGMENTS = 16  # of one job; beyond it all but the first and the newest go
-MAX_JOBS = 200  # with output; beyond it that of the oldest that ended goes
-MAX_JOB_READ = 256 * 1024  # bytes of output in one answer
-MAX_WAITERS = 1000  # answers that wait; beyond it they say at once how things are
+JOBS_DIRECTORY = "jobs"  # below the data directory; a directory for each log in files
+MEMORY_LOG = 64 * 1024  # bytes of a kept log in memory; beyond it goes to files
+MEMORY_AGE = 1.0  # s after which it goes to files anyway: a kill loses nothing older
+SMALL_PIECE = 1024  # bytes; smaller pieces in memory are joined
+ROW_LOG = 16 * 1024  # bytes; a log of at most that moves into its row when it ends
+SEGMENT = 1024 * 1024  # bytes of one file
+MAX_SEGMENTS = 64  # of one log: the first and the newest; those in between go
+KEEP_OUTPUT = 2 * 1024**3  # bytes of all logs in files, unless told otherwise
+READ_SIZE = 256 * 1024  # bytes of a log in one answer
+TEXT_LIMIT = 30_000  # characters of output that a language model sees
+LOST_AFTER = 60.0  # s beyond a command's timeout for which its absent node is awaited
+HOLDER_PATIENCE = 600.0  # s for which an unkept job waits for its holder
+MAX_WAITS = 1000  # answers that wait; more are answered at once
+SWEEP_INTERVAL = 60.0  # s between two looks at the size of all logs
 
-JOB_RECORD = struct.Struct(">BQI")  # stream, offset in it, length of what follows
+# The fields of an Ending that are columns of a row.
+ENDING_COLUMNS = tuple(name for name in Ending._names if name != "result")
 
-
-class JobPiece(Value):
-    """What a command wrote in one go; `offset` counts the bytes of its stream."""
-
-    stream: int
-    offset: int
-    data: bytes
-
-
-class JobReading(Value):
-    """A part of a job's output, in the order in which it came."""
-
-    pieces: Sequence[JobPiece]
-    next: int  # the position to read on from
+Piece: TypeAlias = "tuple[int, bytes]"  # offset, whole log frames
 
 
-class JobOutput:
-    """The output of one command as a row of files, each named after its position.
+def frame_boundary(begin: int, data: bytes, offset: int) -> int:
+    """Return the first boundary at or after `offset` in frames that begin at `begin`.
 
-    A position counts the bytes of all records; 0, or the `next` of a reading.
+    That is at most the end of `data`.
     """
+    at = 0
+    while begin + at < offset and at < len(data):
+        at += FRAME_HEAD.size + FRAME_HEAD.unpack_from(data, at)[1]
+    return begin + at
 
-    def __init__(self, directory: Path) -> None:
-        """Take up what is there.  Raises OSError."""
-        make_private_directory(directory)
-        self._directory = directory
-        self._lock = threading.Lock()  # guards all below
-        self._file: io.FileIO | None = None  # the newest segment; None after close()
-        self._offsets = {STDOUT: 0, STDERR: 0}  # where the next records begin
-        self._starts = sorted(int(path.name) for path in directory.iterdir())
-        self._end = 0
-        while self._starts:
-            self._end = self._recover(self._starts[-1])
-            if self._end - self._starts[-1] >= 2 * JOB_RECORD.size:
-                break
-            # It was just begun: where the streams are, only the one before it tells.
-            (directory / str(self._starts.pop())).unlink()
-            self._end = 0
+
+class Segment:
+    """A part of a log in a file of its own, named after the offset where it begins."""
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        self._path = path
+        self.begin = int(path.name)
+        self.end = self.begin + size
 
     @property
-    def end(self) -> int:
-        """The position behind all that is there."""
-        with self._lock:
-            return self._end
+    def size(self) -> int:
+        return self.end - self.begin
 
-    def offset(self, stream: int) -> int:
-        """Return up to which byte of the stream all is here, or was."""
-        with self._lock:
-            return self._offsets[stream]
+    def append(self, data: bytes) -> None:
+        """Write whole frames, all or none.  Raises OSError."""
+        # Opened each time (8 µs): a thousand running jobs hold no descriptors.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        descriptor = os.open(self._path, flags, 0o600)
+        try:
+            if os.write(descriptor, data) != len(data):
+                os.ftruncate(descriptor, self.size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+        self.end += len(data)
 
-    def append(self, chunk: Chunk) -> None:
-        """Keep what is new of a chunk; an offset ahead of what was kept is a gap.
+    def read(self, offset: int, limit: int) -> bytes:
+        """Return about `limit` bytes of whole frames from the boundary `offset` on.
+
+        Nothing if the file was removed meanwhile.
+        """
+        count = min(max(limit, MAX_LOG_MESSAGE), self.end - offset)
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
+            file.seek(offset - self.begin)
+            data = file.read(count)
+            return data[: whole_frames(data)]
+        return b""
+
+    def boundary(self, offset: int) -> int:
+        """Return the first frame boundary at or after `offset`."""
+        at = self.begin
+        while at < offset:
+            data = self.read(at, READ_SIZE)
+            if not data:
+                return self.end
+            at = frame_boundary(at, data, offset)
+        return at
+
+    def cut_to_frames(self) -> None:
+        """Remove what a crash left of a frame at the end.  Raises OSError."""
+        size = whole_frames(self._path.read_bytes())
+        os.truncate(self._path, size)
+        self.end = self.begin + size
+
+    def remove(self) -> None:
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+
+class Log:
+    """The bytes of one job's log that are held, between `begin` and `end`.
+
+    They are in memory at first; those of a kept job move to files.  There may be gaps:
+    bytes that could not be written, were too many, or were lost by the node.
+    """
+
+    def __init__(self, directory: Path | None = None, begin: int = 0) -> None:
+        """Load the files in `directory`; None: the log stays in memory.
 
         Raises OSError.
         """
+        self._directory = directory
+        self._lock = threading.Lock()  # guards all below
+        self._memory: collections.deque[Piece] = collections.deque()
+        self._segments: list[Segment] = []
+        self._in_files = False
+        self.begin = self.end = begin
+        self.created = time.monotonic()
+        if directory is not None and directory.is_dir():
+            self._load(directory)
+
+    @property
+    def durable(self) -> int:
+        """The offset before which a restart loses nothing more."""
+        return self.end if self._in_files else self.begin
+
+    @property
+    def size_on_disk(self) -> int:
+        """Bytes."""
         with self._lock:
-            start = max(chunk.offset, self._offsets[chunk.kind])
-            if start >= chunk.end:
+            return sum(segment.size for segment in self._segments)
+
+    def append(self, offset: int, data: bytes) -> None:
+        """Add whole frames; those that are known are skipped.
+
+        Raises RpcError PROTOCOL_ERROR for frames ahead of the end.
+        """
+        with self._lock:
+            if offset > self.end:
+                raise RpcError(
+                    "PROTOCOL_ERROR",
+                    f"frames at {offset} are ahead of the log, which ends at {self.end}",
+                )
+            if offset + len(data) <= self.end:
                 return
-            if self._file is None or self._end - self._starts[-1] >= JOB_SEGMENT:
-                self._open_segment()
-            self._write(chunk.kind, start, chunk.data[start - chunk.offset :])
-            self._offsets[chunk.kind] = chunk.end
+            start = frame_boundary(offset, data, self.end)
+            data = data[start - offset :]
+            self._remember(start, data)
+            self.end = start + len(data)
+            if self._in_files:
+                self._write(start, data)
+                self._trim()
+            elif self._directory is not None and self.end - self.begin > MEMORY_LOG:
+                self._move_to_files()
 
-    def read(self, position: int, limit: int = MAX_JOB_READ) -> JobReading:
-        """Return the next records, of about `limit` bytes in all.
+    def skip_to(self, offset: int) -> None:
+        """Continue at `offset`; bytes before it that are not here are a gap."""
+        with self._lock:
+            if offset > self.end:
+                if self.begin == self.end and not self._segments:
+                    self.begin = offset
+                self.end = offset
 
-        Raises RpcError for what is no position, OSError.
+    def read(self, offset: int, limit: int = READ_SIZE) -> Piece:
+        """Return the offset of the first held frame at or after `offset`, and frames.
+
+        They have about `limit` bytes; none at the end.  `offset` is a frame boundary
+        or lies in a gap: see boundary().
         """
         with self._lock:
-            starts, end = list(self._starts), self._end
-        pieces: list[JobPiece] = []
-        room = limit
-        while position < end and room > 0:
-            number = bisect.bisect_right(starts, position) - 1
-            stop = starts[number + 1] if number + 1 < len(starts) else end
-            found, position = self._read_segment(starts[number], position, stop, room)
-            pieces += found
-            room -= sum(len(piece.data) for piece in found)
-        return JobReading(pieces, position)
-
-    def close(self) -> None:
+            behind = not self._memory or offset < self._memory[0][0]
+            segments = [s for s in self._segments if behind and s.end > offset]
+        for segment in segments:  # the next one if this was removed meanwhile
+            start = max(offset, segment.begin)
+            data = segment.read(start, limit)
+            if data:
+                return start, data
         with self._lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+            return self._read_memory(offset, limit)
 
-    def _read_segment(
-        self, start: int, position: int, end: int, limit: int
-    ) -> tuple[list[JobPiece], int]:
-        """Return records of one segment, and the position behind them."""
-        pieces: list[JobPiece] = []
-        try:
-            file = (self._directory / str(start)).open("rb")
-        except FileNotFoundError:
-            return [], end  # it had to go
-        with file:
-            file.seek(position - start)
-            while position < end and limit > 0:
-                head = file.read(JOB_RECORD.size)
-                if len(head) < JOB_RECORD.size:
-                    return pieces, end  # what came between had to go
-                stream, offset, length = JOB_RECORD.unpack(head)
-                if stream not in (STDOUT, STDERR) or length > MAX_CHUNK:
-                    raise RpcError(
-                        "INVALID_REQUEST",
-                        "offset must be 0, or the `next` of an earlier answer",
-                    )
-                position += JOB_RECORD.size + length
-                limit -= length
-                if length:
-                    pieces.append(JobPiece(stream, offset, file.read(length)))
-        return pieces, position
+    def boundary(self, offset: int) -> int:
+        """Return the first frame boundary at or after `offset`."""
+        with self._lock:
+            for segment in self._segments:
+                if segment.end > offset:
+                    return segment.boundary(max(offset, segment.begin))
+            for begin, data in self._memory:
+                if begin + len(data) > offset:
+                    return frame_boundary(begin, data, max(offset, begin))
+        return offset
 
-    def _open_segment(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        if not self._starts or self._end - self._starts[-1] >= JOB_SEGMENT:
-            self._starts.append(self._end)
-        path = self._directory / str(self._starts[-1])
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._file = io.FileIO(descriptor, "ab")
-        if self._end > self._starts[-1]:  # it goes on, after a restart, say
-            return
-        # An empty record of each stream: one segment alone tells where both are.
-        try:
-            for stream, offset in self._offsets.items():
-                self._write(stream, offset, b"")
-        except OSError:
-            self._end = self._starts[-1]
-            self._file.truncate(0)
-            self._file.close()
-            self._file = None  # so that it is begun anew
-            raise
-        while len(self._starts) > MAX_JOB_SEGMENTS:
-            with contextlib.suppress(OSError):
-                (self._directory / str(self._starts.pop(1))).unlink()
+    def tail(self, count: int) -> int:
+        """Return a frame boundary at most `count` bytes before the end."""
+        return self.boundary(max(self.begin, self.end - count))
 
-    def _write(self, stream: int, offset: int, data: bytes) -> None:
-        assert self._file is not None
-        record = JOB_RECORD.pack(stream, offset, len(data)) + data
-        written = self._file.write(record)
-        if written != len(record):  # the disk is full: no half record stays
-            self._file.truncate(self._end - self._starts[-1])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._end += len(record)
+    def forget(self, offset: int) -> None:
+        """Drop what lies before `offset` if it is in memory alone."""
+        with self._lock:
+            if self._directory is None:
+                while self._memory and _end(self._memory[0]) <= offset:
+                    self._memory.popleft()
+                self.begin = max(self.begin, min(offset, self.end))
 
-    def _recover(self, start: int) -> int:
-        """Learn from the newest segment; return the position behind its last record.
+    def flush(self) -> None:
+        """Move a kept log from memory to files."""
+        with self._lock:
+            if self._directory is not None and self._memory and not self._in_files:
+                self._move_to_files()
 
-        What a crash left of a record behind it is cut off.
-        """
-        path = self._directory / str(start)
-        data = path.read_bytes()
-        position = 0
-        while position + JOB_RECORD.size <= len(data):
-            stream, offset, length = JOB_RECORD.unpack_from(data, position)
-            behind = position + JOB_RECORD.size + length
-            if behind > len(data) or stream not in self._offsets:
-                break
-            self._offsets[stream] = offset + length
-            position = behind
-        os.truncate(path, position)
-        return start + position
+    def finish(self) -> bytes | None:
+        """Return the whole log for its row if it is short; else it is in files."""
+        if self._directory is None:
+            return None
+        if self.begin == 0 and self.end <= ROW_LOG:
+            start, data = self.read(0, ROW_LOG)
+            if (start, len(data)) == (0, self.end):
+                return data
+        self.flush()
+        return None
 
+    def drop_middle(self, count: int) -> int:
+        """Remove files between the first and the newest; return the bytes removed."""
+        removed = 0
+        with self._lock:
+            while len(self._segments) > 2 and removed < count:
+                removed += self._remove(1)
+        return removed
 
-class Waiters:
-    """Answers that wait for news of a command, or for their time to be up."""
+    def _load(self, directory: Path) -> None:
+        names = (path for path in directory.iterdir() if path.name.isdigit())
+        for path in sorted(names, key=lambda path: int(path.name)):
+            self._segments.append(Segment(path, path.stat().st_size))
+        if self._segments:
+            self._segments[-1].cut_to_frames()
+            self._in_files = True
+            self.begin, self.end = self._segments[0].begin, self._segments[-1].end
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _waiting
-        self._waiting: dict[object, tuple[str, Deadline, Callable[[], None]]] = {}
-
-    def answer(
-        self, invoke_id: str, timeout: float, attempt: Callable[[bool], Any]
-    ) -> Future[Any]:
-        """Return a future of the first answer of `attempt` that is not None.
-
-        It is asked now, at each news, and with True when `timeout` s are over.
-        """
-        deadline = Deadline(timeout)
-        future: Future[Any] = Future()
-
-        def look() -> None:
-            if future.done():
-                with self._lock:
-                    self._waiting.pop(look, None)
+    def _remember(self, offset: int, data: bytes) -> None:
+        if self._memory:
+            begin, last = self._memory[-1]
+            if begin + len(last) == offset and len(last) + len(data) <= SMALL_PIECE:
+                self._memory[-1] = (begin, last + data)
                 return
-            with self._lock:
-                full = len(self._waiting) >= MAX_WAITERS
-                if not full:  # before the attempt: no news is missed in between
-                    self._waiting[look] = (invoke_id, deadline, look)
-            with contextlib.suppress(InvalidStateError):  # another was faster
-                try:
-                    value = attempt(full or deadline.expired)
-                except Exception as error:  # noqa: BLE001  it is the answer
-                    future.set_exception(error)
-                else:
-                    if value is None:
-                        return
-                    future.set_result(value)
-            with self._lock:
-                self._waiting.pop(look, None)
+        self._memory.append((offset, data))
 
-        look()
-        return future
+    def _read_memory(self, offset: int, limit: int) -> Piece:
+        found: list[bytes] = []
+        start, size = max(offset, self.begin), 0
+        for begin, data in self._memory:
+            end = begin + len(data)
+            if end <= start:
+                continue
+            if found:
+                if begin != start + size or size + len(data) > limit:
+                    break  # a gap, or enough
+                piece = data
+            else:
+                at = frame_boundary(begin, data, start)
+                if at == end:
+                    continue
+                start, piece = at, data[at - begin :]
+            found.append(piece)
+            size += len(piece)
+        return start, found[0] if len(found) == 1 else b"".join(found)
 
-    def wake(self, invoke_id: str) -> None:
-        """Ask again on behalf of those who wait for this command."""
-        with self._lock:
-            looks = [
-                look for known, _, look in self._waiting.values() if known == invoke_id
-            ]
-        for look in looks:
-            look()
+    def _move_to_files(self) -> None:
+        self._in_files = True
+        for offset, data in self._memory:
+            self._write(offset, data)
+        self._trim()
 
-    def tick(self) -> None:
-        """Answer those whose time is up; called every second or so."""
-        with self._lock:
-            looks = [look for _, until, look in self._waiting.values() if until.expired]
-        for look in looks:
-            look()
-
-
-class JobSink:
-    """Keeps the output of one job: a Sink."""
-
-    def __init__(
-        self, invoke_id: str, output: JobOutput, changed: Callable[[str], None]
-    ) -> None:
-        self.output = output
-        self._invoke_id = invoke_id
-        self._changed = changed
-        self._failing = False
-
-    def chunk(self, chunk: Chunk) -> int:
+    def _write(self, offset: int, data: bytes) -> None:
+        assert self._directory is not None
         try:
-            self.output.append(chunk)
-            self._failing = False
-        except OSError as error:
-            # The command is worth more than its output: it goes on, with a gap.
-            if not self._failing:
-                log.error("output not kept invocation=%s: %s", self._invoke_id, error)
-            self._failing = True
-        self._changed(self._invoke_id)
-        return chunk.end
+            last = self._segments[-1] if self._segments else None
+            if last is None or last.end != offset or last.size >= SEGMENT:
+                if last is None:
+                    self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                new = Segment(self._directory / str(offset))
+                new.append(data)
+                self._segments.append(new)
+            else:
+                last.append(data)
+        except OSError as error:  # the command matters more than its output
+            log.error("output is lost: %s", error)
+        while len(self._segments) > MAX_SEGMENTS:
+            self._remove(1)
 
-    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
+    def _remove(self, index: int) -> int:
+        segment = self._segments.pop(index)
+        segment.remove()
+        return segment.size
 
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:  # noqa: ARG002
-        self._changed(invoke_id)
+    def _trim(self) -> None:
+        # Followers that keep up read from memory.
+        while len(self._memory) > 1 and self.end - self._memory[1][0] >= MEMORY_LOG:
+            self._memory.popleft()
 
-    def end(self, _invocation: Invocation, _end: CommandEnd) -> bool:
-        self.finish()
-        return True
 
-    def finish(self) -> None:
-        """Close the files, and tell those who wait for the end."""
-        self.output.close()
-        self._changed(self._invoke_id)
+def _end(piece: Piece) -> int:
+    return piece[0] + len(piece[1])
+
+
+def log_text(data: bytes) -> str:
+    """Return the output in whole log frames as text, in the order it was written."""
+    decoders = {
+        kind: codecs.getincrementaldecoder("utf-8")("replace") for kind in STREAMS
+    }
+    words = [
+        decoders[kind].decode(output)
+        for kind, output in log_frames(data)
+        if kind in decoders
+    ]
+    return "".join([*words, *(d.decode(b"", final=True) for d in decoders.values())])
+
+
+class Origin(Value):
+    """Who asks for a job, for the audit and for who may take it up."""
+
+    kind: str  # operator, chat (a person types), model
+    id: str  # of the key
+    name: str
+    address: str = ""
+    session_key: str | None = None
+    decided_by: str | None = None  # who allowed a model to run it
+
+
+def new_job(
+    node: tuple[str, str],  # id and name
+    work: str,
+    spec: JsonObject,
+    origin: Origin,
+    *,
+    kept: bool,
+    job_id: str | None = None,
+    queue: float = 0.0,  # s to wait for a node that is away
+) -> JobRecord:
+    """Return the row of a job that is asked for now.
+
+    Raises RpcError INVALID_REQUEST for an id, a work or a spec that cannot be.
+    """
+    check_spec(work, spec)
+    timeout_ms: float | None = spec.get("timeout")
+    asked_at = now_ms()
+    return JobRecord(
+        id=check_job_id(job_id) if job_id else new_id(),
+        node_id=node[0],
+        node_name=node[1],
+        work=work,
+        command=spec.get("command") or work,
+        cwd=spec.get("cwd"),
+        timeout_ms=None if timeout_ms is None else math.ceil(timeout_ms),
+        spec=spec,
+        kept=kept,
+        caller_kind=origin.kind,
+        caller_id=origin.id,
+        caller_name=origin.name,
+        address=origin.address,
+        session_key=origin.session_key,
+        decided_by=origin.decided_by,
+        asked_at=asked_at,
+        queue_until=asked_at + round(queue * 1000) if queue else None,
+    )
+
+
+class Follower(Protocol):
+    """Follows a job's log; one that holds it slows its node down."""
+
+    holds: bool
+    position: int  # all before it is read; only a holder's counts
+
+    def wake(self, job: Job) -> None:
+        """Look at the job: something changed.  Neither blocks nor raises."""
+
+
+class Job:
+    """One job: its row, its log, who follows it."""
+
+    def __init__(self, record: JobRecord, log: Log) -> None:
+        self.id = record.id
+        self.record = record  # replaced as a whole, under `lock`
+        self.log = log
+        self.lock = threading.Lock()  # guards all below; taken before the log's
+        self.followers: tuple[Follower, ...] = ()
+        self.holder: Follower | None = None
+        self.stored = True  # False: the row has to be written again
+        self.sent_over: NodeLink | None = None
+        self.was_sent = record.sent_to is not None
+        self.acknowledged = log.begin  # as the node was told
+        self.log_end: int | None = None  # the final offset, once known
+        self.result: JsonObject | None = None  # of work other than a command
+        self.place = 0  # in line on its node; 0: it runs
+        self.input_at = 0  # bytes of input that the node has consumed
+        self.input_resumes = 0  # how often the node asked for input from there on
+        self.away_since: float | None = None  # monotonic; None: its node is connected
+        # Monotonic; since when an unkept job waits for its holder.
+        self.alone_since: float | None = None if record.kept else time.monotonic()
+
+    @property
+    def away_ms(self) -> int | None:
+        """The milliseconds for which its node has been away; None: it is not."""
+        since = self.away_since if self.record.is_open else None
+        return None if since is None else round((time.monotonic() - since) * 1000)
+
+    @property
+    def ending(self) -> Ending | None:
+        """How it ended; None while it is open."""
+        if self.record.is_open:
+            return None
+        columns = {name: getattr(self.record, name) for name in ENDING_COLUMNS}
+        return Ending(**columns, result=self.result)
+
+    @property
+    def is_recorded(self) -> bool:
+        return WORKS[self.record.work].recorded
+
+    def releasable(self) -> int:
+        """Return the offset before which the node need not keep the log."""
+        if not self.stored:
+            return self.acknowledged  # its ending waits for room on the disk
+        offset = self.log.end
+        if self.record.kept and self.record.is_open:
+            offset = self.log.durable
+        if self.holder is not None:
+            offset = min(offset, self.holder.position)
+        elif not self.record.kept and self.alone_since is not None:
+            return self.acknowledged
+        return max(self.acknowledged, offset)
+
+    def overdue(self, now: float) -> str:
+        """Return why its node is not awaited any longer, "" while it is."""
+        if self.away_since is None or self.record.state != JobState.RUNNING:
+            return ""
+        timeout_ms = self.record.timeout_ms
+        if self.record.cancelled_at is not None or not self.is_recorded:
+            timeout_ms = 0
+        if (
+            timeout_ms is None
+            or now - self.away_since <= timeout_ms / 1000 + LOST_AFTER
+        ):
+            return ""
+        if timeout_ms:
+            return f"its node stayed away {LOST_AFTER:.0f} s beyond the timeout"
+        return f"its node stayed away for {LOST_AFTER:.0f} s"
+
+
+def job_view(job: Job | JobRecord) -> JsonObject:
+    """Return a job as operators get it; without the spec, which may hold secrets."""
+    record = job.record if isinstance(job, Job) else job
+    view = record.to_json()
+    view["end"] = view.pop("logEnd")
+    for name in ("spec", "sentTo", "callerId"):
+        view.pop(name, None)
+    if isinstance(job, Job) and record.is_open:
+        view["end"] = job.log.end
+        if job.place:
+            view["place"] = job.place
+        if job.away_ms is not None:
+            view["awayMs"] = job.away_ms
+    return {**view, "words": record.words(), "failed": record.failed}
+
+
+class Wait:
+    """A watcher that completes its future once: at news, at the end, or in time."""
+
+    holds = False
+    position = 0
+
+    def __init__(self, job: Job, timeout: float | None, offset: int | None) -> None:
+        """`offset`: bytes behind it, and changes of state, are news; None: the end."""
+        self.future: Future[Job] = Future()
+        self.job = job
+        self._deadline = Deadline(timeout)
+        self._offset = offset
+        self._seen = (job.record.state, job.away_since is None, job.place)
+
+    def wake(self, job: Job) -> None:
+        seen = (job.record.state, job.away_since is None, job.place)
+        news = self._offset is not None and (
+            job.log.end > self._offset or seen != self._seen
+        )
+        if news or not job.record.is_open or self._deadline.expired:
+            with contextlib.suppress(InvalidStateError):
+                self.future.set_result(job)
+
+    def fail(self, error: RpcError) -> None:
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+
+def _stopping() -> RpcError:
+    why = "the gateway stops; the command goes on"
+    return RpcError("UNAVAILABLE", why, details={"goesOn": True}, retryable=True)
+
+
+def _too_many_waits() -> RpcError:
+    why = f"{MAX_WAITS} answers wait for commands already; ask without `wait`"
+    return RpcError("UNAVAILABLE", why, retryable=True)
+
+
+def _why_lost(link: NodeLink) -> str:
+    if link.node_id == LOCAL_ID:
+        return "the gateway was started anew"
+    return "its node came back without it"
+
+
+def _directory_sizes(directory: Path) -> dict[str, int]:
+    """Return the bytes of files in each subdirectory, by its name."""
+    sizes = {}
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(directory):
+            with contextlib.suppress(OSError), os.scandir(directory / name) as files:
+                sizes[name] = sum(entry.stat().st_size for entry in files)
+    return sizes
 
 
 class Jobs:
-    """The commands in the background whose output is kept."""
-
-    def __init__(self, directory: Path, commands: CommandsTable) -> None:
-        self._directory = directory
-        self._commands = commands
-        self.waiters = Waiters()
-        self._lock = threading.Lock()  # guards _sinks
-        # Of those that were used in this life; to come while one takes up its files.
-        self._sinks: dict[str, Future[JobSink]] = {}
-
-    def open(self, invoke_id: str) -> JobSink:
-        """Return the sink of a job, a new one or one that is known.
-
-        Raises RpcError where its output cannot be kept.
-        """
-        opened: Future[JobSink] = Future()
-        with self._lock:
-            known = self._sinks.setdefault(invoke_id, opened)
-        if known is not opened:
-            return known.result()
-        try:
-            output = JobOutput(self._directory / invoke_id)
-        except (OSError, ValueError, BadConfiguration) as error:
-            problem = f"the output of a job cannot be kept: {error}"
-            opened.set_exception(RpcError("UNAVAILABLE", problem))
-            with self._lock:
-                self._sinks.pop(invoke_id, None)
-        else:
-            opened.set_result(JobSink(invoke_id, output, self.waiters.wake))
-        return opened.result()
-
-    @contextlib.contextmanager
-    def new(self, invoke_id: str) -> Iterator[JobSink]:
-        """Give the sink of a job that the block starts; if it fails, nothing stays.
-
-        Raises RpcError where its output cannot be kept.
-        """
-        self.make_room()
-        is_new = not self.known(invoke_id)  # or another request has just begun it
-        sink = self.open(invoke_id)
-        try:
-            yield sink
-        except MoltisError:
-            if is_new:
-                self.discard(invoke_id)
-            raise
-
-    def read_all(self, invoke_id: str) -> Iterator[bytes]:
-        """Yield both streams of a command as they came, with what is missing.
-
-        Raises RpcError, OSError.
-        """
-        output = self.open(invoke_id).output
-        position, ends = 0, {STDOUT: 0, STDERR: 0}
-        while position < output.end:
-            reading = output.read(position)
-            for piece in reading.pieces:
-                yield from _cut_words(piece.offset - ends[piece.stream])
-                yield piece.data
-                ends[piece.stream] = piece.offset + len(piece.data)
-            position = reading.next
-        for stream, end in ends.items():
-            yield from _cut_words(output.offset(stream) - end)
-
-    def known(self, invoke_id: str) -> bool:
-        return is_uuid(invoke_id) and (self._directory / invoke_id).is_dir()
-
-    def ids(self) -> list[str]:
-        """Return all jobs whose output is kept, in no order."""
-        try:
-            return [name for name in os.listdir(self._directory) if is_uuid(name)]
-        except FileNotFoundError:
-            return []
-
-    def discard(self, invoke_id: str) -> None:
-        """Let the output of a job go."""
-        with self._lock:
-            opened = self._sinks.pop(invoke_id, None)
-        if opened is not None:
-            with contextlib.suppress(RpcError):
-                opened.result().output.close()
-        import shutil
-
-        shutil.rmtree(self._directory / invoke_id, ignore_errors=True)
-
-    def make_room(self) -> None:
-        """Let the output of the oldest jobs go that ended, where there are too many."""
-        ended = []
-        ids = self.ids()
-        if len(ids) < MAX_JOBS:
-            return
-        for invoke_id in ids:
-            record = self._commands.by_id(invoke_id)
-            if record is not None and record.ended_at is not None:
-                ended.append((record.seq, invoke_id))
-            elif record is None and not self._is_open(invoke_id):
-                ended.append((0, invoke_id))  # the audit has forgotten it
-        for _, invoke_id in sorted(ended)[: max(0, len(ids) - MAX_JOBS + 1)]:
-            self.discard(invoke_id)
-
-    def _is_open(self, invoke_id: str) -> bool:
-        with self._lock:
-            return invoke_id in self._sinks
-
-    def find_sink(self, record: CommandRecord) -> tuple[Sink, int, int] | None:
-        """Return the sink of a job that outlived this gateway; None: it is no job."""
-        if not self.known(record.invoke_id):
-            return None
-        try:
-            sink = self.open(record.invoke_id)
-        except RpcError as error:
-            log.error("job without output invocation=%s: %s", record.invoke_id, error)
-            return None
-        return sink, sink.output.offset(STDOUT), sink.output.offset(STDERR)
-
-    def close(self) -> None:
-        """Close the files of jobs that go on without us."""
-        with self._lock:
-            sinks = list(self._sinks.values())
-        for opened in sinks:
-            with contextlib.suppress(RpcError):
-                opened.result().output.close()
-
-
-def _cut_words(count: int) -> Iterator[bytes]:
-    """Yield what stands in an output for `count` bytes that are not there, if any."""
-    if count > 0:
-        yield f"\n[… {count:,} bytes cut …]\n".encode()
-
-
-def command_view(record: CommandRecord) -> JsonObject:
-    """Return a row of `commands.list`."""
-    return {
-        "seq": record.seq,
-        "invokeId": record.invoke_id,
-        "askedAt": record.asked_at,
-        "startedAt": record.started_at,
-        "endedAt": record.ended_at,
-        "callerKind": record.caller_kind,
-        "callerName": record.caller_name,
-        "decidedBy": record.decided_by,
-        "sessionKey": record.session_key,
-        "nodeId": record.node_id,
-        "nodeName": record.node_name,
-        "command": record.command,
-        "cwd": record.cwd,
-        "timeoutMs": record.timeout_ms,
-        "state": record.state,
-        "exitCode": record.exit_code,
-        "signal": record.signal,
-        "stdoutBytes": record.stdout_bytes,
-        "stderrBytes": record.stderr_bytes,
-        "error": record.error,
-    }
-
-
-def required_record(commands: CommandsTable, invoke_id: str) -> CommandRecord:
-    """Raises RpcError NOT_FOUND."""
-    record = commands.by_id(invoke_id)
-    if record is None:
-        raise RpcError("NOT_FOUND", f"nothing is known of a command {invoke_id[:64]!r}")
-    return record
-
-
-class JobDesk:
-    """Commands as they stand, for those who ask from any place, at any time."""
+    """All jobs: those that are open or not yet settled with their node, by id."""
 
     def __init__(
         self,
+        table: JobsTable,
         fleet: Fleet,
-        invocations: Invocations,
-        jobs: Jobs,
-        commands: CommandsTable,
+        directory: Path,
+        keep_output: int = KEEP_OUTPUT,
     ) -> None:
-        self.invocations = invocations
-        self.jobs = jobs
+        """Load the jobs of an earlier life of the gateway.  Raises StoreError."""
+        self._table = table
         self._fleet = fleet
-        self._commands = commands
-        self._lock = threading.Lock()  # guards _watched
-        # Futures that wake those who wait: once, however often they look.
-        self._watched: weakref.WeakSet[Future[JsonObject]] = weakref.WeakSet()
+        self._directory = directory
+        self._keep_output = keep_output
+        self._lock = threading.Lock()  # guards all below
+        self._jobs: dict[str, Job] = {}
+        self._by_node: dict[str, dict[str, Job]] = {}
+        self._waits: set[Wait] = set()
+        self._closed = False
+        self._next_sweep = 0.0  # monotonic
+        self._unswept = keep_output  # bytes of logs that ended since the last sweep
+        for record in table.open():
+            self._adopt(record).away_since = time.monotonic()
 
-    def record(self, invoke_id: str) -> CommandRecord:
-        """Raises RpcError NOT_FOUND."""
-        return required_record(self._commands, invoke_id)
+    # --- For callers ---
 
-    def output(self, invoke_id: str, position: int) -> JobReading:
-        """Return the next part of a job's output.  Raises RpcError, OSError."""
-        if not self.jobs.known(invoke_id):
-            return JobReading((), position)
-        return self.jobs.open(invoke_id).output.read(position)
+    def start(self, record: JobRecord) -> Job:
+        """Start a job, or queue it; return the known one if its id was used before.
 
-    def news(
-        self, invoke_id: str, position: int, wait: float, waiting: bool | None = None
-    ) -> Future[tuple[JsonObject, JobReading]]:
-        """Return how it stands and what it wrote, once it did or `wait` s are over.
-
-        Of a job also once its node is away or back, where the asker believes that
-        it is `waiting` or not.
+        Raises RpcError: CONFLICT for an id of another key, UNAVAILABLE if the node is
+        away; StoreError if the row cannot be written.
         """
+        with contextlib.suppress(KeyError):
+            return self._known(record)
+        if self._closed:
+            raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
+        link = self._link(record.node_id)
+        if link is not None:
+            link.check(record.work, record.spec or {})
+            record = record.replace(sent_to=link.instance, state=JobState.RUNNING)
+        elif record.queue_until is not None:
+            record = record.replace(state=JobState.QUEUED)
+        else:
+            self._fleet.require_connected(record.node_id, record.node_name)
+        job = Job(record, Log(self._log_directory(record)))
+        job.was_sent = False
+        if not self._add(job):
+            return self.start(record)  # another request was faster
+        try:
+            if job.is_recorded:
+                job.record = self._table.add(record)
+        except BaseException:
+            self._remove(job)
+            raise
+        self._send(job)
+        return job
 
-        def attempt(final: bool) -> tuple[JsonObject, JobReading] | None:
-            # First the state: an end that is seen has all output before it.
-            record = self.record(invoke_id)
-            view, reading = self.view(record), self.output(invoke_id, position)
-            known = waiting in (None, view.get("waiting"))
-            if not reading.pieces and record.is_open and known and not final:
-                return None
-            return view, reading
+    def get(self, job_id: str) -> Job:
+        """Return a job, also one that ended.  Raises RpcError NOT_FOUND, StoreError."""
+        try:
+            return self._find(job_id)
+        except KeyError:
+            raise RpcError("NOT_FOUND", f"there is no job {job_id[:64]!r}") from None
 
-        return self._answer(invoke_id, wait, attempt)
+    def open_on(self, node_id: str) -> list[Job]:
+        """Return the jobs of a node that have not ended."""
+        return [job for job in self._on(node_id) if job.record.is_open]
 
-    def end(self, invoke_id: str, wait: float) -> Future[JsonObject]:
-        """Return how it stands when it has ended, or `wait` s are over."""
-
-        def attempt(final: bool) -> JsonObject | None:
-            record = self.record(invoke_id)
-            return None if record.is_open and not final else self.view(record)
-
-        return self._answer(invoke_id, wait, attempt)
-
-    def _answer(
-        self, invoke_id: str, wait: float, attempt: Callable[[bool], Any]
-    ) -> Future[Any]:
-        """See Waiters.answer(); the command's end is news, whichever it is."""
-        answer = self.jobs.waiters.answer(invoke_id, wait, attempt)
-        if not answer.done():
-            self._wake_at_end(invoke_id)
-        return answer
-
-    def _wake_at_end(self, invoke_id: str) -> None:
-        """Wake those who wait when a command ends that is no job: nothing else does."""
-        if self.jobs.known(invoke_id):
-            return
-        invocation = self.invocations.get(invoke_id)
-        if invocation is None:  # it ended just now
-            self.jobs.waiters.wake(invoke_id)
-            return
-        future = invocation.future
+    def list(self, **filters: Any) -> Sequence[Job | JobRecord]:
+        """Return jobs, the newest first; see JobsTable.page() for the filters."""
+        rows = self._table.page(**filters)
         with self._lock:
-            if future in self._watched:  # since an earlier look, or it is done already
+            return [self._jobs.get(row.id, row) for row in rows]
+
+    def follow(self, job: Job, follower: Follower) -> None:
+        """Wake `follower` at all changes; one that holds replaces the holder."""
+        with job.lock:
+            job.followers = (*job.followers, follower)
+            if follower.holds:
+                previous, job.holder, job.alone_since = job.holder, follower, None
+                if previous is not None:
+                    previous.holds = False  # it watches from now on
+        self._wake(job)
+
+    def unfollow(self, job: Job, follower: Follower, *, leaves: bool) -> None:
+        """Forget `follower`; a holder that `leaves` cancels an unkept job."""
+        with job.lock:
+            job.followers = tuple(f for f in job.followers if f is not follower)
+            held = job.holder is follower
+            if held:
+                job.holder = None
+                if not (job.record.kept or leaves):
+                    job.alone_since = time.monotonic()
+            cancels = held and leaves and not job.record.kept and job.record.is_open
+        if cancels:
+            self.cancel(job)
+        self.acknowledge(job)
+
+    def acknowledge(self, job: Job) -> None:
+        """Tell the node what it need not keep, once that is a quarter of a window."""
+        with job.lock:
+            offset = job.releasable()
+            settled = not job.record.is_open and job.stored and offset >= job.log.end
+            if not settled and offset - job.acknowledged < LOG_WINDOW // 4:
                 return
-            self._watched.add(future)
+            job.acknowledged = offset
+            job.log.forget(offset)
+        self._tell(job, lambda link: link.acknowledge(job.id, offset))
+        # The node of a lost job may still come back with it.
+        if settled and not (job.record.state == JobState.LOST and job.followers):
+            self._remove(job)
 
-        def wake(_: object) -> None:
-            self.jobs.waiters.wake(invoke_id)
-            # Another client may follow it now, and with it there is another future.
-            self._wake_at_end(invoke_id)
+    def wait(
+        self, job: Job, timeout: float | None, cancel: Cancellation | None = None
+    ) -> Job:
+        """Return the job once it has ended, or after `timeout` s.
 
-        future.add_done_callback(wake)
+        Raises Cancelled, RpcError UNAVAILABLE when the gateway stops.
+        """
+        future = self.ended(job, None)
+        try:
+            if cancel is not None:
+                return cancel.result_of(future, timeout)
+            return future.result(timeout)
+        except FutureTimeout:
+            return job
+        finally:
+            future.cancel()
 
-    def all(self) -> list[CommandRecord]:
-        """Return all that runs, and all jobs; the newest first."""
-        jobs = filter(None, map(self._commands.by_id, self.jobs.ids()))
-        records = {r.seq: r for r in (*self._commands.unfinished(), *jobs)}
-        return [record for _, record in sorted(records.items(), reverse=True)]
+    def ended(self, job: Job, timeout: float | None) -> Future[Job]:
+        """Return a future of the job, done when it has ended or after `timeout` s.
 
-    def cancel(self, record: CommandRecord) -> None:
-        """End it, now or when its node is back; one that ended is as it is."""
-        invocation = self.invocations.get(record.invoke_id)
-        if invocation is not None:
-            self.invocations.cancel(invocation)
+        Fails with RpcError UNAVAILABLE when the gateway stops.
+        """
+        return self._watch(Wait(job, timeout, None))
 
-    def view(self, record: CommandRecord) -> JsonObject:
-        view = {**command_view(record), "background": self.jobs.known(record.invoke_id)}
+    def news(self, job: Job, offset: int, timeout: float) -> Future[Job]:
+        """Return the same, done also at bytes behind `offset` and a change of state."""
+        return self._watch(Wait(job, timeout, offset))
+
+    def _watch(self, wait: Wait) -> Future[Job]:
+        def done(_: object) -> None:
+            with self._lock:
+                self._waits.discard(wait)
+            self.unfollow(wait.job, wait, leaves=False)
+
+        with self._lock:
+            full = len(self._waits) >= MAX_WAITS or self._closed
+            self._waits.add(wait)
+        self.follow(wait.job, wait)
+        if full:
+            wait.fail(_stopping() if self._closed else _too_many_waits())
+        wait.future.add_done_callback(done)
+        return wait.future
+
+    def text(self, job: Job, limit: int = TEXT_LIMIT) -> str:
+        """Return the output as text; of a longer one head and tail."""
+        start, data = job.log.read(0, READ_SIZE)
+        before = f"{gap_words(start)}\n" if start else ""
+        if start + len(data) == job.log.end:
+            return before + clip(log_text(data), limit)
+        _, tail = job.log.read(job.log.tail(READ_SIZE), READ_SIZE)
+        ends = log_text(data)[: limit // 2], log_text(tail)[-limit // 2 :]
+        cut = job.log.end - sum(len(end.encode("utf-8", "replace")) for end in ends)
+        return f"{before}{ends[0]}\n{gap_words(cut)}\n{ends[1]}"
+
+    def cancel(self, job: Job, by: str = "") -> None:
+        """End its process group, now or when its node comes back.
+
+        Raises RpcError for a job that its node cannot end.
+        """
+        link = job.sent_over
+        if link is not None and job.record.is_open:
+            link.check_cancel(job.id)
+        with job.lock:
+            if not job.record.is_open or job.record.cancelled_at is not None:
+                return
+            job.record = job.record.replace(cancelled_at=now_ms(), cancelled_by=by)
+            if not job.was_sent:
+                reason = "cancelled before its node came"
+                self._end_locked(job, Ending(JobState.CANCELLED, reason=reason))
+        # First the node: what fills a disk can be cancelled.
+        if job.record.is_open:
+            self._tell(job, lambda link: link.cancel(job.id))
+            with job.lock:
+                self._save(job)
+        self._wake(job)
+        self.acknowledge(job)
+
+    def input(self, job: Job, follower: Follower, offset: int, data: bytes) -> None:
+        """Pass the holder's input on; what does not arrive is asked for again.
+
+        Raises RpcError FORBIDDEN for anybody else.
+        """
+        if job.holder is not follower:
+            raise RpcError("FORBIDDEN", f"another client types into {job.id} now")
+        self._tell(job, lambda link: link.input(job.id, offset, data))
+
+    def resize(self, job: Job, rows: int, cols: int) -> None:
+        self._tell(job, lambda link: link.resize(job.id, rows, cols))
+
+    def discard(self, job_ids: Iterable[str]) -> None:
+        """Remove the logs of jobs that ended."""
+        import shutil
+
+        for job_id in job_ids:
+            shutil.rmtree(self._directory / job_id, ignore_errors=True)
+
+    def close(self) -> None:
+        """Start nothing more; what runs goes on, and its kept logs are in files."""
+        self._closed = True
+        with self._lock:
+            waits = list(self._waits)
+        for wait in waits:
+            wait.fail(_stopping())
+        for job in self._all():
+            job.log.flush()
+
+    # --- From nodes, in the thread that reads their connection ---
+
+    def on_log(self, link: NodeLink, job_id: str, offset: int, data: bytes) -> None:
+        """Add frames to a job's log.  Raises RpcError PROTOCOL_ERROR."""
+        job = self._of_node(link.node_id, job_id)
+        if job is None:
+            return  # settled, and the node has been told
+        if offset + len(data) > job.acknowledged + LOG_WINDOW + MAX_LOG_MESSAGE:
+            raise RpcError(
+                "PROTOCOL_ERROR", f"{job_id}: more than a window is not acknowledged"
+            )
+        ending = check_frames(data)
+        end = offset + len(data)
+        if job.log_end is not None and end > job.log_end:
+            raise RpcError("PROTOCOL_ERROR", "frames follow the ending")
+        job.log.append(offset, data)
+        if ending is not None:
+            with job.lock:
+                job.log_end = end
+                self._end_locked(job, ending)
+        self._wake(job)
+        self.acknowledge(job)
+
+    def on_place(self, link: NodeLink, job_id: str, place: int) -> None:
+        """Record its place in line on its node; 0: it runs."""
+        job = self._of_node(link.node_id, job_id)
+        if job is not None:
+            job.place = max(0, place)
+            self._wake(job)
+
+    def on_input(
+        self, link: NodeLink, job_id: str, offset: int, *, resume: bool
+    ) -> None:
+        """Record how much input was consumed; `resume`: it is to be sent from there."""
+        job = self._of_node(link.node_id, job_id)
+        if job is not None:
+            job.input_at = offset
+            job.input_resumes += resume
+            self._wake(job)
+
+    def resumed(self, link: NodeLink, held: Mapping[str, int]) -> dict[str, int]:
+        """Return from where a node shall send the logs that it holds, by id.
+
+        `held`: the first offset it has.  Those not named are unknown here.
+        Raises StoreError.
+        """
+        offsets = {}
+        for job_id, begin in held.items():
+            job = self._of_node(link.node_id, job_id) or self._reopen(link, job_id)
+            if job is not None:
+                with job.lock:
+                    job.log.skip_to(begin)
+                    job.was_sent = True
+                    job.acknowledged = max(job.acknowledged, begin)
+                    offsets[job_id] = job.log.end
+        return offsets
+
+    def came(self, link: NodeLink, held: Mapping[str, int]) -> None:
+        """Bring the jobs of a node that has just connected up to date with it."""
+        for job in self._on(link.node_id):
+            with job.lock:
+                known = job.id in held
+                if known:
+                    job.sent_over, job.away_since = link, None
+                elif job.was_sent and job.record.sent_to != link.instance:
+                    self._end_locked(job, Ending(JobState.LOST, reason=_why_lost(link)))
+            if job.record.is_open and not known:
+                self._send(job)
+            elif known and job.record.is_open and job.record.cancelled_at is not None:
+                self._tell(job, lambda link, job=job: link.cancel(job.id))
+            self._wake(job)
+            self.acknowledge(job)
+
+    def left(self, link: NodeLink) -> None:
+        """Wait for a node whose connection ended, as long as its jobs can go on."""
+        for job in self._on(link.node_id):
+            with job.lock:
+                if job.sent_over is not link:
+                    continue
+                job.sent_over = None
+                job.away_since = time.monotonic()
+                if not link.resumes:
+                    self._end_locked(
+                        job, Ending(JobState.LOST, reason="its node disconnected")
+                    )
+            self._wake(job)
+            self.acknowledge(job)
+
+    def lose(self, node_id: str, reason: str) -> None:
+        """End the jobs of a node that will not come back as lost."""
+        for job in self._on(node_id):
+            with job.lock:
+                self._end_locked(job, Ending(JobState.LOST, reason=reason))
+            self._wake(job)
+            self.acknowledge(job)
+
+    # --- What time brings ---
+
+    def tick(self) -> None:
+        """Called every second: timeouts, retries, files, bounds."""
+        now, now_in_ms = time.monotonic(), now_ms()
+        for job in self._all():
+            self._age(job, now, now_in_ms)
+        with self._lock:
+            waits = list(self._waits)
+        for wait in waits:
+            wait.wake(wait.job)
+        if now >= self._next_sweep:
+            self._next_sweep = now + SWEEP_INTERVAL
+            live = sum(job.log.size_on_disk for job in self._all())
+            if self._unswept + live > self._keep_output // 16:
+                self._sweep()
+
+    def _age(self, job: Job, now: float, now_in_ms: int) -> None:
+        record = job.record
+        until = record.queue_until
+        changed = False
+        with job.lock:
+            reason = job.overdue(now)
+            if reason:
+                self._end_locked(job, Ending(JobState.LOST, reason=reason))
+                changed = True
+            elif record.state == JobState.QUEUED and until and now_in_ms > until:
+                reason = f"{record.node_name} did not come in time"
+                self._end_locked(job, Ending(JobState.EXPIRED, reason=reason))
+                changed = True
+            elif not job.stored:
+                self._save(job)
+                changed = job.stored
+            if job.alone_since and now - job.alone_since > HOLDER_PATIENCE:
+                job.alone_since = None  # its output is dropped from now on
+                changed = True
+        if now - job.log.created > MEMORY_AGE:
+            job.log.flush()
+        if record.is_open and job.sent_over is None:
+            self._send(job)
+        if changed:
+            self._wake(job)
+        self.acknowledge(job)
+
+    def _sweep(self) -> None:
+        """Remove the oldest logs while all of them together are too large."""
+        self._unswept = 0
+        sizes = _directory_sizes(self._directory)
+        excess = sum(sizes.values()) - self._keep_output
+        if excess <= 0:
+            return
+        with self._lock:
+            live = {i: self._jobs[i] for i in sizes if i in self._jobs}
+        ended = [record for i in sizes if i not in live for record in self._rows(i)]
+        for record in sorted(ended, key=lambda record: record.seq):
+            if excess <= 0:
+                return
+            excess -= sizes[record.id]
+            self.discard([record.id])
+        for job in sorted(live.values(), key=lambda job: -job.log.size_on_disk):
+            if excess <= 0:
+                return
+            excess -= job.log.drop_middle(excess)
+
+    def _rows(self, job_id: str) -> list[JobRecord]:
+        record = self._table.get(job_id)
+        if record is None:  # the audit has forgotten it
+            self.discard([job_id])
+        return [] if record is None else [record]
+
+    # --- Inside ---
+
+    def _find(self, job_id: str) -> Job:
+        """Raises KeyError, StoreError."""
+        with self._lock:
+            job = self._jobs.get(job_id)
+        if job is not None:
+            return job
+        record = self._table.get(job_id)
+        if record is None:
+            raise KeyError(job_id)
+        return self._load(record)
+
+    def _known(self, record: JobRecord) -> Job:
+        """Raises KeyError if its id is new, RpcError if it is another key's."""
+        job = self._find(record.id)
+        if job.record.caller_id != record.caller_id:
+            raise RpcError("CONFLICT", f"the id {record.id} was used by another key")
+        return job
+
+    def _end_locked(self, job: Job, ending: Ending) -> None:
+        """Record how a job ended, unless that is known; `job.lock` is held."""
+        record = job.record
+        if not (record.is_open or record.state == JobState.LOST):
+            return
+        if ending.state == JobState.LOST:
+            if not record.is_open:
+                return
+            unknown = "how it ended" if job.log.end else "whether it ran"
+            ending = ending.replace(reason=f"{ending.reason}; {unknown} is not known")
+        elif ending.state == JobState.CANCELLED and record.cancelled_by:
+            ending = ending.replace(reason=f"by {record.cancelled_by}")
+        job.record = record.replace(
+            **{name: getattr(ending, name) for name in ENDING_COLUMNS},
+            ended_at=now_ms(),
+            log_end=job.log.end,
+            spec=None,
+        )
+        job.result = ending.result
+        job.place = 0
+        self._save(job)
+
+    def _save(self, job: Job) -> None:
+        """Write the row; `job.lock` is held.  If it fails, tick() tries again."""
+        if not job.is_recorded:
+            return
+        try:
+            data = None if job.record.is_open else job.log.finish()
+            self._table.save(job.record, data)
+        except StoreError as error:
+            if job.stored:
+                log.error("the row of job %s is not written: %s", job.id, error)
+            job.stored = False
+        else:
+            job.stored = True
+            if job.record.is_open:
+                return
+            if data is None:
+                self._unswept += job.log.size_on_disk
+            elif job.log.size_on_disk:
+                self.discard([job.id])
+
+    def _send(self, job: Job) -> None:
+        """Send a job to its node, unless it was sent over this connection."""
+        link = self._link(job.record.node_id)
+        with job.lock:
+            record = job.record
+            if link is None:
+                job.away_since = job.away_since or time.monotonic()
+            if link is None or job.sent_over is link or not record.is_open:
+                return
+            if job.was_sent and record.sent_to != link.instance:
+                return  # came() ends it as lost: it never runs twice
+            if record.sent_to != link.instance or record.state == JobState.QUEUED:
+                # The row names the life of the node before anything is sent to it.
+                job.record = record.replace(
+                    sent_to=link.instance, state=JobState.RUNNING
+                )
+                self._save(job)
+                if not job.stored:
+                    job.record = record
+                    return  # tick() saves it, and sends it
+            job.sent_over, job.away_since, job.was_sent = link, None, True
+            record = job.record
+        with contextlib.suppress(ConnectionClosed):  # came() sends it again
+            if record.cancelled_at is not None:
+                link.cancel(job.id)  # a start that follows is answered `cancelled`
+            link.start(job.id, record.work, record.spec or {})
+
+    def _tell(self, job: Job, tell: Callable[[NodeLink], None]) -> None:
+        """Tell the node something that is told again when it comes back."""
+        link = job.sent_over
+        if link is not None:
+            with contextlib.suppress(ConnectionClosed):
+                tell(link)
+
+    def _wake(self, job: Job) -> None:
+        for follower in job.followers:
+            follower.wake(job)
+
+    def _link(self, node_id: str) -> NodeLink | None:
+        node = self._fleet.connected(node_id)
+        return node.link if node is not None and node.ready else None
+
+    def _log_directory(self, record: JobRecord) -> Path | None:
+        return self._directory / record.id if record.kept else None
+
+    def _load(self, record: JobRecord) -> Job:
+        """Return a job whose row is known."""
+        directory = self._log_directory(record)
+        stored = (
+            None if record.is_open or directory is None else self._table.log(record.id)
+        )
+        job = Job(record, Log(None if stored else directory))
+        if stored:
+            job.log.append(0, stored)
         if not record.is_open:
-            return view
-        away = self._fleet.connected(record.node_id) is None
-        invocation = self.invocations.get(record.invoke_id)
-        if invocation is not None:
-            away_ms = invocation.away_ms
-            if away_ms is not None:
-                away, view["waitingMs"] = True, away_ms
-            # The store is told later; of an earlier life it has the truth.
-            if invocation.asked_here and invocation.started_at is not None:
-                view["state"] = CommandState.RUNNING
-                view["startedAt"] = record.started_at or invocation.started_at
-            view["stdoutBytes"] = invocation.received(STDOUT)
-            view["stderrBytes"] = invocation.received(STDERR)
-            if invocation.place:
-                view["place"] = invocation.place
-        view["waiting"] = away  # for its node
-        return view
+            job.log.skip_to(record.log_end)
+            job.log_end = record.log_end
+        return job
+
+    def _adopt(self, record: JobRecord) -> Job:
+        """Take up a job of an earlier life of the gateway."""
+        job = self._load(record)
+        self._add(job)
+        with self._lock:
+            return self._jobs[record.id]
+
+    def _reopen(self, link: NodeLink, job_id: str) -> Job | None:
+        """Take up a job that had ended here, and comes back with its node."""
+        record = self._table.get(job_id)
+        if record is None or record.node_id != link.node_id:
+            return None
+        if record.state == JobState.LOST:
+            record = record.replace(
+                state=JobState.RUNNING, ended_at=None, reason=None, log_end=0
+            )
+        return self._adopt(record)
+
+    def _of_node(self, node_id: str, job_id: str) -> Job | None:
+        # A node answers for its own jobs only, whatever ids it names.
+        with self._lock:
+            return self._by_node.get(node_id, {}).get(job_id)
+
+    def _on(self, node_id: str) -> list[Job]:
+        with self._lock:
+            return list(self._by_node.get(node_id, {}).values())
+
+    def _all(self) -> list[Job]:
+        with self._lock:
+            return list(self._jobs.values())
+
+    def _add(self, job: Job) -> bool:
+        with self._lock:
+            if job.id in self._jobs:
+                return False
+            self._jobs[job.id] = job
+            self._by_node.setdefault(job.record.node_id, {})[job.id] = job
+            return True
+
+    def _remove(self, job: Job) -> None:
+        with self._lock:
+            if self._jobs.get(job.id) is job:
+                del self._jobs[job.id]
+                on_node = self._by_node[job.record.node_id]
+                del on_node[job.id]
+                if not on_node:
+                    del self._by_node[job.record.node_id]
+
+
+class LocalLink:
+    """The gateway's own machine, as both ends of a connection to a node."""
+
+    resumes = True  # for as long as the gateway lives, and it with it
+    node_id = LOCAL_ID
+
+    def __init__(self, machine: Machine) -> None:
+        self.instance = machine.instance
+        self._machine = machine
+        self._jobs: Jobs | None = None
+
+    def attach(self, jobs: Jobs) -> None:
+        """Pass what the machine does on to `jobs` from now on."""
+        self._jobs = jobs
+        self._machine.attach(self)
+        jobs.came(self, self._machine.held())
+
+    # The gateway asks
+
+    def check(self, work: str, spec: JsonObject) -> None: ...
+
+    def check_cancel(self, job_id: str) -> None: ...
+
+    def start(self, job_id: str, work: str, spec: JsonObject) -> None:
+        self._machine.start(job_id, work, spec)
+
+    def acknowledge(self, job_id: str, offset: int) -> None:
+        self._machine.acknowledge(job_id, offset)
+
+    def cancel(self, job_id: str) -> None:
+        self._machine.cancel(job_id)
+
+    def input(self, job_id: str, offset: int, data: bytes) -> None:
+        self._machine.input(job_id, offset, data)
+
+    def resize(self, job_id: str, rows: int, cols: int) -> None:
+        self._machine.resize(job_id, rows, cols)
+
+    def hang_up(self, _reason: str) -> None:
+        self._machine.close()
+
+    # The machine answers
+
+    def log_ready(self, job_log: JobLog) -> None:
+        assert self._jobs is not None
+        for offset, data in iter(job_log.take, None):
+            self._jobs.on_log(self, job_log.job_id, offset, data)
+
+    def place(self, job_id: str, place: int) -> None:
+        assert self._jobs is not None
+        self._jobs.on_place(self, job_id, place)
+
+    def input_consumed(self, job_id: str, offset: int, *, resume: bool = False) -> None:
+        assert self._jobs is not None
+        self._jobs.on_input(self, job_id, offset, resume=resume)
 
 
 # ==============================================================================
@@ -18905,10 +18327,10 @@ class HttpDoor:
 # ==============================================================================
 # Web page
 #
-# What a browser gets: three files as they are, with nothing filled in.  The page
-# learns everything over its WebSocket, shows it as text, and fetches nothing from
-# elsewhere; serving it is left to HTTP.  From the ground up: dom, words, terminal,
-# Markdown, socket, state, routes, widgets, views, start.
+# Three files that the HTTP server serves as they are.  The page gets all data over its
+# WebSocket, shows it as text, and loads nothing from other hosts.  The script reads
+# bottom-up: dom, words, terminal, Markdown, socket, job logs, state, routes, widgets,
+# views, start.
 # ==============================================================================
 
 WEB_HTML = r"""<!doctype html>
@@ -18947,8 +18369,7 @@ WEB_HTML = r"""<!doctype html>
 <path id="i-send" d="M10 16V4m-5 5 5-5 5 5"/>
 <path id="i-stop" d="M6 6h8v8H6z" fill="currentColor"/>
 <path id="i-chat" d="M4 4h12v9H9l-3.5 3v-3H4z"/>
-<path id="i-node" d="M3 4h14v5H3zM3 11h14v5H3zM6 6.5h1M6
- 13.5h1"/>
+<path id="i-node" d="M3 4h14v5H3zM3 11h14v5H3zM6 6.5h1M6 13.5h1"/>
 <path id="i-list" d="m3 5 3 2.5L3 10M9 10h8M3 15h14"/>
 <path id="i-out" d="M8 4H4v12h4M9 10h8m-3-3 3 3-3 3"/>
 <path id="i-chip"
@@ -18959,8 +18380,78 @@ WEB_HTML = r"""<!doctype html>
 <template id="icon"><svg class="icon" viewBox="0 0 20 20" aria-hidden="true"><use/>
 </svg>
 </template>
-<template id="spark"><svg class="spark" viewBox="0 0 120 28" preserveAspectRatio="none"
- role="img"><path class="area"/><path class="trace"/></svg></template>
+
+<template id="chat-item"><li><a data-part="link">
+<span class="name" data-part="name"></span>
+<span class="detail" data-part="detail"></span></a>
+<span class="tools"><button class="bare" data-part="rename" data-icon="pen"
+ title="Rename"></button><button class="bare" data-part="remove" data-icon="bin"
+ title="Delete"></button></span></li></template>
+
+<template id="user-turn"><article class="turn user" aria-label="You">
+<div class="bubble" data-part="text"></div>
+<p class="note" data-part="note"></p></article></template>
+
+<template id="assistant-turn"><article class="turn assistant" aria-label="Answer">
+<div class="prose" data-part="text"></div>
+<footer class="note" data-part="foot"><span data-part="note"></span>
+<button class="bare" data-part="copy" data-icon="copy" title="Copy answer"></button>
+</footer></article></template>
+
+<template id="command-card"><article class="turn command">
+<header>
+<span class="dot" data-part="dot"></span>
+<span class="where" data-part="where"></span>
+<code class="line" data-part="line"></code>
+<button class="bare" data-part="copyLine" data-icon="copy"
+ title="Copy command"></button>
+<button class="bare" data-part="fold" data-icon="down" title="Collapse output"
+ aria-expanded="true"></button>
+</header>
+<div class="approval" data-part="approval" hidden></div>
+<div class="screen empty" data-part="screen" tabindex="0" role="region">
+<p class="cut" data-part="cut" hidden>Only the end is shown.
+<a data-part="whole" download>Download all of it</a></p>
+<div data-part="lines"></div>
+</div>
+<footer>
+<span class="word" data-part="word"></span>
+<span data-part="time"></span>
+<span class="size" data-part="size"></span>
+<span class="tools">
+<button class="button small" data-part="stop" data-icon="stop">Stop</button>
+<button class="bare" data-part="copy" data-icon="copy" title="Copy output"></button>
+<a class="bare" data-part="save" data-icon="save" title="Download output" download></a>
+</span>
+</footer>
+</article></template>
+
+<template id="meter"><div class="meter">
+<dt data-part="label"></dt><dd data-part="value"></dd>
+<span class="track" aria-hidden="true"><i data-part="bar"></i></span></div></template>
+
+<template id="node-card"><article class="node card">
+<header>
+<span class="dot" data-part="dot"></span>
+<h2 data-part="name"></h2>
+<span class="tools">
+<button class="bare" data-part="rename" data-icon="pen" title="Rename"></button>
+<button class="bare" data-part="use" data-icon="chat" title="Use in the chat"></button>
+<button class="bare" data-part="revoke" data-icon="bin"
+ title="Revoke its token"></button>
+</span>
+</header>
+<p class="since" data-part="since"></p>
+<p class="about" data-part="about"></p>
+<p class="warn" data-part="outdated" hidden></p>
+<div class="cpu"><dl data-part="cpuMeter"></dl>
+<svg class="spark" data-part="spark" viewBox="0 0 120 28" preserveAspectRatio="none"
+ role="img"><path class="area"/><path class="trace"/></svg></div>
+<dl class="meters" data-part="meters"></dl>
+<p class="facts" data-part="facts"></p>
+<dl class="lists" data-part="lists"></dl>
+<ul class="running" data-part="running" aria-label="Running commands"></ul>
+</article></template>
 
 <main id="sign-in" class="lone" hidden>
 <form id="sign-in-form" class="sheet">
@@ -19068,7 +18559,7 @@ is also in a file on the gateway’s machine:</p>
 <p id="nodes-summary" class="lead"></p>
 <div id="node-cards"></div>
 <section id="unused" aria-labelledby="unused-title" hidden>
-<h2 id="unused-title">Tokens that no machine has used yet</h2>
+<h2 id="unused-title">Unused tokens</h2>
 <ul id="unused-list" class="rows"></ul>
 </section>
 </div>
@@ -19092,11 +18583,11 @@ is also in a file on the gateway’s machine:</p>
 <section id="models" class="settings" aria-labelledby="models-title" hidden>
 <header class="bar"><h1 id="models-title">Models</h1></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Providers">
-<p class="lead">Every Ollama on a machine of yours is found by itself, and so is each
-provider whose key the gateway or a node has in its environment. A key that is entered
-here is never shown again.</p>
+<p class="lead">Ollama is found on every machine, and so is each provider whose key is
+in the environment of the gateway or of a node. A key entered here is never shown
+again.</p>
 <div id="providers"></div>
-<form id="model-form"><h2>A model that no list has</h2>
+<form id="model-form"><h2>Unlisted model</h2>
 <div class="inline"><input id="model-name" required placeholder="openai/gpt-5-mini"
  aria-label="Provider and name of the model" autocomplete="off">
 <button class="button">Use in the chat</button></div></form>
@@ -19107,7 +18598,7 @@ here is never shown again.</p>
 <header class="bar"><h1 id="access-title">Access</h1></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Keys and sign-ins">
 <h2>Keys</h2>
-<p class="lead">For scripts, and for people: each may do what its scopes say.</p>
+<p class="lead">For scripts and people. The scopes of a key limit what it may do.</p>
 <ul id="keys" class="rows"></ul>
 <form id="key-form"><div class="inline"><input id="key-name" required maxlength="100"
  placeholder="ci" aria-label="Name of the new key" autocomplete="off">
@@ -19124,7 +18615,7 @@ here is never shown again.</p>
 <dialog id="token" aria-labelledby="token-title">
 <form id="token-form">
 <h2 id="token-title">Add a machine</h2>
-<p>A token lets one machine in. Give it a name; you can change it later.</p>
+<p>A token admits one machine. Give it a name; you can change it later.</p>
 <label for="token-name">Name</label>
 <input id="token-name" maxlength="100" placeholder="Build Server" autocomplete="off">
 <p id="token-error" class="bad" role="alert"></p>
@@ -19138,8 +18629,7 @@ here is never shown again.</p>
 <div id="token-lines"></div>
 <p id="token-wait" role="status"></p>
 <div class="actions"><button id="token-chat" class="button"
- hidden>Use it in
- the chat</button>
+ hidden>Use it in the chat</button>
 <button id="token-done" class="button main">Done</button></div>
 </div>
 </dialog>
@@ -19159,408 +18649,583 @@ here is never shown again.</p>
 """
 
 WEB_CSS = r"""/* Colours first, by role; then the pieces from small to large. */
-:root { color-scheme:light dark; --paper:#faf9f6; --surface:#fff; --sunken:#f2f0eb;
-  --line:#e3e0d9; --ink:#1d1f21; --soft:#595e64; --accent:#0b6e5f; --on-accent:#fff;
-  --tint:#e3f0ed; --ok:#1a7444; --bad:#b3261e; --wait:#835400; --bad-tint:#fbeae8;
-  --wait-tint:#fbf1dd; --hover:color-mix(in srgb, var(--ink) 7%, transparent);
-  --rule:1px solid var(--line); --shade:0 8px 30px rgb(30 25 15 / .14);
-  --screen:#16191d; --screen-ink:#dde2e7; --screen-soft:#98a2ad; --sans:system-ui,
-  -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; --mono:ui-monospace,
-  "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace }
-@media (prefers-color-scheme:dark) {
-  :root { --paper:#151719; --surface:#1c1f22; --sunken:#101214; --line:#2d3135;
-    --ink:#e6e7e5; --soft:#a0a6ad; --accent:#55c7b1; --on-accent:#06201b;
-    --tint:#1b3531; --ok:#62c98f; --bad:#ff8f85; --wait:#e3b35a; --bad-tint:#3a2020;
-    --wait-tint:#362b15; --shade:0 8px 30px rgb(0 0 0 / .5); --screen:#0d0f11 }
+:root {
+  color-scheme: light dark;
+  --paper: #faf9f6;
+  --surface: #fff;
+  --sunken: #f2f0eb;
+  --line: #e3e0d9;
+  --ink: #1d1f21;
+  --soft: #595e64;
+  --accent: #0b6e5f;
+  --on-accent: #fff;
+  --tint: #e3f0ed;
+  --ok: #1a7444;
+  --bad: #b3261e;
+  --wait: #835400;
+  --bad-tint: #fbeae8;
+  --wait-tint: #fbf1dd;
+  --hover: color-mix(in srgb, var(--ink) 7%, transparent);
+  --rule: 1px solid var(--line);
+  --shade: 0 8px 30px rgb(30 25 15 / .14);
+  --screen: #16191d;
+  --screen-ink: #dde2e7;
+  --screen-soft: #98a2ad;
+  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+    --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas,
+    "DejaVu Sans Mono", monospace;
 }
-*, ::before, ::after { box-sizing:border-box; scrollbar-width:thin }
-[hidden] { display:none !important }
-html, body { height:100%; margin:0 }
-body { background:var(--paper); color:var(--ink); font:15px/1.55 var(--sans);
-  -webkit-text-size-adjust:100%; overflow-wrap:break-word }
-h1, h2, h3, p, ul, ol, dl, dd, pre { margin:0; padding:0 }
-ul { list-style:none }
-h1, h2 { font-size:16px; font-weight:620; letter-spacing:-.01em }
-h1 { font-size:17px }
-a { color:var(--accent); text-underline-offset:3px }
-code, pre, .mono { font-family:var(--mono); font-size:.88em }
-button, input, select, textarea { font:inherit; color:inherit }
-button, summary, select { cursor:pointer }
-button:disabled { opacity:.5; cursor:default }
-:focus-visible { outline:2px solid var(--accent); outline-offset:2px }
-:is(#transcript, .screen, .scroll):focus-visible { outline-offset:-3px }
-#page:focus, h2:focus { outline:none }
-.unseen { position:fixed; left:-9999px; width:1px; height:1px; overflow:hidden }
-.skip { position:fixed; left:12px; top:-60px; z-index:9; padding:8px 14px;
-  background:var(--surface); border-radius:8px }
-.skip:focus { top:12px; box-shadow:var(--shade) }
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #151719;
+    --surface: #1c1f22;
+    --sunken: #101214;
+    --line: #2d3135;
+    --ink: #e6e7e5;
+    --soft: #a0a6ad;
+    --accent: #55c7b1;
+    --on-accent: #06201b;
+    --tint: #1b3531;
+    --ok: #62c98f;
+    --bad: #ff8f85;
+    --wait: #e3b35a;
+    --bad-tint: #3a2020;
+    --wait-tint: #362b15;
+    --shade: 0 8px 30px rgb(0 0 0 / .5);
+    --screen: #0d0f11;
+  }
+}
+*, ::before, ::after { box-sizing: border-box; scrollbar-width: thin; }
+[hidden] { display: none !important; }
+html, body { height: 100%; margin: 0; }
+body {
+  background: var(--paper); color: var(--ink); font: 15px/1.55 var(--sans);
+  -webkit-text-size-adjust: 100%; overflow-wrap: break-word;
+}
+h1, h2, h3, p, ul, ol, dl, dd, pre { margin: 0; padding: 0; }
+ul { list-style: none; }
+h1, h2 { font-size: 16px; font-weight: 620; letter-spacing: -.01em; }
+h1 { font-size: 17px; }
+a { color: var(--accent); text-underline-offset: 3px; }
+code, pre, .mono { font-family: var(--mono); font-size: .88em; }
+button, input, select, textarea { font: inherit; color: inherit; }
+button, summary, select { cursor: pointer; }
+button:disabled { opacity: .5; cursor: default; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+:is(#transcript, .screen, .scroll):focus-visible { outline-offset: -3px; }
+#page:focus, h2:focus { outline: none; }
+.unseen { position: fixed; left: -9999px; width: 1px; height: 1px; overflow: hidden; }
+.skip {
+  position: fixed; left: 12px; top: -60px; z-index: 9; padding: 8px 14px;
+  background: var(--surface); border-radius: 8px;
+}
+.skip:focus { top: 12px; box-shadow: var(--shade); }
 
 /* small pieces */
 .sheet, dialog, .card, .choices, .command, .field, .pick, .round {
-  background:var(--surface); border:var(--rule) }
+  background: var(--surface); border: var(--rule);
+}
 .bar h1, .where, #prompt, .running code, .pick-label, .node h2, #sessions .name,
-  #sessions .detail, #audit .what { overflow:hidden; text-overflow:ellipsis;
-  white-space:nowrap }
-.icon { width:18px; height:18px; flex:none; fill:none; stroke:currentColor;
-  stroke-width:1.5; stroke-linecap:round; stroke-linejoin:round }
-.mark { width:24px; height:24px; flex:none; color:var(--accent); fill:none;
-  stroke:currentColor; stroke-width:2.2 }
-.button, .bare { display:inline-flex; align-items:center; justify-content:center;
-  gap:6px; border:var(--rule); border-radius:9px; padding:6px 13px;
-  background:var(--surface); text-decoration:none; white-space:nowrap }
-.button { min-height:36px; font-weight:520 }
-.button:hover { background:var(--sunken) }
-.button.main, .round.main { background:var(--accent); border-color:transparent;
-  color:var(--on-accent) }
-.button.main:hover, .round.main:hover { filter:brightness(1.08) }
-.button.danger { background:var(--bad); border-color:transparent; color:var(--paper) }
-.button.small { min-height:30px; padding:3px 10px; font-size:13px; border-radius:8px }
-.button.small .icon { width:15px; height:15px }
-.button.wide { width:100% }
-.bare { border-color:transparent; background:none; padding:0; min-width:30px;
-  min-height:30px; color:var(--soft); border-radius:8px }
-.bare:hover { background:var(--hover); color:var(--ink) }
-.link { border:0; background:none; padding:0; color:inherit; text-decoration:underline;
-  text-underline-offset:3px }
-input, textarea, select { border:var(--rule); border-radius:9px;
-  background:var(--surface); padding:7px 11px; min-width:0 }
-input::placeholder, textarea::placeholder { color:var(--soft); opacity:1 }
-.edit { width:100%; padding:1px 6px; border-radius:6px; font:inherit }
-.bad { color:var(--bad) }
-p.bad:empty { display:none }
-.warn { display:flex; gap:9px; padding:9px 12px; border-radius:9px; font-size:14px;
-  background:var(--wait-tint); color:var(--wait) }
-.dot { display:inline-block; width:9px; height:9px; flex:none; border-radius:50%;
-  background:var(--soft) }
-.dot.on, .dot.ok { background:var(--ok) }
-.dot.bad { background:var(--bad) }
-.dot.off { background:none; border:2px solid var(--soft) }
-.dot.wait { background:var(--wait) }
-.dot.run { background:var(--accent); animation:pulse 1.6s infinite }
-@keyframes pulse { 50% { opacity:.3 } }
-.tools { display:inline-flex; gap:2px; margin-left:auto }
-.actions { display:flex; flex-wrap:wrap; justify-content:flex-end; gap:10px;
-  margin-top:20px }
-.chip { display:inline-block; padding:1px 8px; margin:0 5px 5px 0; border-radius:6px;
-  background:var(--sunken); font-size:13px }
+#sessions .detail, #audit .what {
+  overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+}
+.icon {
+  width: 18px; height: 18px; flex: none; fill: none; stroke: currentColor;
+  stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round;
+}
+.mark {
+  width: 24px; height: 24px; flex: none; color: var(--accent); fill: none;
+  stroke: currentColor; stroke-width: 2.2;
+}
+.button, .bare {
+  display: inline-flex; align-items: center; justify-content: center; gap: 6px;
+  border: var(--rule); border-radius: 9px; padding: 6px 13px;
+  background: var(--surface); text-decoration: none; white-space: nowrap;
+}
+.button { min-height: 36px; font-weight: 520; }
+.button:hover { background: var(--sunken); }
+.button.main, .round.main {
+  background: var(--accent); border-color: transparent; color: var(--on-accent);
+}
+.button.main:hover, .round.main:hover { filter: brightness(1.08); }
+.button.danger {
+  background: var(--bad); border-color: transparent; color: var(--paper);
+}
+.button.small {
+  min-height: 30px; padding: 3px 10px; font-size: 13px; border-radius: 8px;
+}
+.button.small .icon { width: 15px; height: 15px; }
+.button.wide { width: 100%; }
+.bare {
+  border-color: transparent; background: none; padding: 0; min-width: 30px;
+  min-height: 30px; color: var(--soft); border-radius: 8px;
+}
+.bare:hover { background: var(--hover); color: var(--ink); }
+.link {
+  border: 0; background: none; padding: 0; color: inherit; text-decoration: underline;
+  text-underline-offset: 3px;
+}
+input, textarea, select {
+  border: var(--rule); border-radius: 9px; background: var(--surface);
+  padding: 7px 11px; min-width: 0;
+}
+input::placeholder, textarea::placeholder { color: var(--soft); opacity: 1; }
+.edit { width: 100%; padding: 1px 6px; border-radius: 6px; font: inherit; }
+.bad { color: var(--bad); }
+p.bad:empty { display: none; }
+.warn {
+  display: flex; gap: 9px; padding: 9px 12px; border-radius: 9px; font-size: 14px;
+  background: var(--wait-tint); color: var(--wait);
+}
+.dot {
+  display: inline-block; width: 9px; height: 9px; flex: none; border-radius: 50%;
+  background: var(--soft);
+}
+.dot.on, .dot.ok { background: var(--ok); }
+.dot.bad { background: var(--bad); }
+.dot.off { background: none; border: 2px solid var(--soft); }
+.dot.wait { background: var(--wait); }
+.dot.run { background: var(--accent); animation: pulse 1.6s infinite; }
+@keyframes pulse { 50% { opacity: .3; } }
+.tools { display: inline-flex; gap: 2px; margin-left: auto; }
+.actions {
+  display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 10px;
+  margin-top: 20px;
+}
+.chip {
+  display: inline-block; padding: 1px 8px; margin: 0 5px 5px 0; border-radius: 6px;
+  background: var(--sunken); font-size: 13px;
+}
 
 /* sign-in, dialogs */
-.lone { min-height:100%; display:grid; place-items:center; padding:24px }
-.sheet { width:min(420px, 100%); display:grid; gap:12px; padding:32px;
-  border-radius:18px; box-shadow:var(--shade) }
-.sheet h1 { display:flex; align-items:center; gap:10px; font-size:22px }
-.sheet label, dialog label { font-weight:560; font-size:14px }
-.sheet p, dialog > p, dialog form > p { color:var(--soft) }
-.sheet p.bad, dialog p.bad { color:var(--bad) }
-details { margin-top:6px; color:var(--soft); font-size:14px }
-details p { margin:8px 0 }
-details pre { padding:8px 10px; border-radius:8px; background:var(--sunken);
-  overflow-x:auto }
-dialog { width:min(480px, calc(100vw - 24px)); max-height:calc(100dvh - 32px);
-  border-radius:18px; padding:26px; overflow:auto; color:var(--ink);
-  box-shadow:var(--shade) }
-#token { width:min(660px, calc(100vw - 24px)) }
-dialog::backdrop { background:rgb(0 0 0 / .4) }
-dialog h2 { font-size:19px; margin-bottom:8px }
-#token-form { display:grid; gap:8px }
-#token-warnings { margin:10px 0 }
-.secret { position:relative; margin-top:14px }
-.secret p { font-size:13.5px; color:var(--soft); margin-bottom:4px }
-.secret pre { padding:11px 44px 11px 13px; border-radius:10px; font-size:13px;
-  background:var(--screen); color:var(--screen-ink); white-space:pre-wrap;
-  overflow-wrap:anywhere }
-.secret .bare { position:absolute; right:6px; bottom:6px; color:var(--screen-soft) }
-.secret .bare:hover { color:#fff; background:rgb(255 255 255 / .14) }
-#token-wait { display:flex; align-items:center; gap:9px; margin-top:18px;
-  padding:11px 13px; border-radius:10px; background:var(--sunken); color:var(--soft) }
-#token-wait.here { background:var(--tint); color:var(--ink); font-weight:560 }
-#toast { position:fixed; z-index:20; left:50%; bottom:96px; translate:-50% 0;
-  max-width:min(560px, calc(100vw - 32px)); padding:10px 16px; border-radius:11px;
-  background:var(--ink); color:var(--paper); box-shadow:var(--shade) }
+.lone { min-height: 100%; display: grid; place-items: center; padding: 24px; }
+.sheet {
+  width: min(420px, 100%); display: grid; gap: 12px; padding: 32px; border-radius: 18px;
+  box-shadow: var(--shade);
+}
+.sheet h1 { display: flex; align-items: center; gap: 10px; font-size: 22px; }
+.sheet label, dialog label { font-weight: 560; font-size: 14px; }
+.sheet p, dialog > p, dialog form > p { color: var(--soft); }
+.sheet p.bad, dialog p.bad { color: var(--bad); }
+details { margin-top: 6px; color: var(--soft); font-size: 14px; }
+details p { margin: 8px 0; }
+details pre {
+  padding: 8px 10px; border-radius: 8px; background: var(--sunken); overflow-x: auto;
+}
+dialog {
+  width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
+  border-radius: 18px; padding: 26px; overflow: auto; color: var(--ink);
+  box-shadow: var(--shade);
+}
+#token { width: min(660px, calc(100vw - 24px)); }
+dialog::backdrop { background: rgb(0 0 0 / .4); }
+dialog h2 { font-size: 19px; margin-bottom: 8px; }
+#token-form { display: grid; gap: 8px; }
+#token-warnings { margin: 10px 0; }
+.secret { position: relative; margin-top: 14px; }
+.secret p { font-size: 13.5px; color: var(--soft); margin-bottom: 4px; }
+.secret pre {
+  padding: 11px 44px 11px 13px; border-radius: 10px; font-size: 13px;
+  background: var(--screen); color: var(--screen-ink); white-space: pre-wrap;
+  overflow-wrap: anywhere;
+}
+.secret .bare {
+  position: absolute; right: 6px; bottom: 6px; color: var(--screen-soft);
+}
+.secret .bare:hover { color: #fff; background: rgb(255 255 255 / .14); }
+#token-wait {
+  display: flex; align-items: center; gap: 9px; margin-top: 18px; padding: 11px 13px;
+  border-radius: 10px; background: var(--sunken); color: var(--soft);
+}
+#token-wait.here { background: var(--tint); color: var(--ink); font-weight: 560; }
+#toast {
+  position: fixed; z-index: 20; left: 50%; bottom: 96px; translate: -50% 0;
+  max-width: min(560px, calc(100vw - 32px)); padding: 10px 16px; border-radius: 11px;
+  background: var(--ink); color: var(--paper); box-shadow: var(--shade);
+}
 
 /* frame */
-#app { display:grid; grid-template-columns:272px minmax(0, 1fr); height:100dvh }
-#sidebar { display:flex; flex-direction:column; gap:10px; min-height:0;
-  padding:14px 12px; background:var(--sunken); border-right:var(--rule) }
-.side-head { display:flex; align-items:center; justify-content:space-between;
-  padding:0 6px 4px }
-.brand { display:flex; align-items:center; gap:9px; font-size:17px; font-weight:660;
-  letter-spacing:-.02em; color:var(--ink); text-decoration:none }
-#sessions { flex:1; min-height:0; overflow-y:auto; margin:0 -4px; padding:0 4px }
-#sessions li { position:relative; border-radius:9px }
-#sessions a { display:block; padding:7px 10px; border-radius:9px; color:inherit;
-  text-decoration:none }
-#sessions li:hover { background:var(--hover) }
-#sessions li.current { background:var(--surface); box-shadow:0 0 0 1px var(--line) }
-#sessions .name, #sessions .detail { display:block }
-#sessions .name { font-weight:520 }
-#sessions .detail, .detail { font-size:12.5px; color:var(--soft) }
-#sessions .replying .detail { color:var(--accent) }
-#sessions .tools { position:absolute; right:5px; top:5px; border-radius:8px; opacity:0;
-  background:var(--surface) }
-#sessions li:hover .tools, #sessions li:focus-within .tools { opacity:1 }
-.side-foot { padding-top:10px; border-top:var(--rule) }
-.side-foot h2 { padding:0 10px 4px; font-size:12.5px; font-weight:560;
-  color:var(--soft); letter-spacing:0 }
-.side-foot a, .side-foot .bare { display:flex; justify-content:flex-start; gap:10px;
-  align-items:center; width:100%; padding:6px 10px; border-radius:9px; color:var(--ink);
-  text-decoration:none }
-.side-foot .icon { color:var(--soft) }
-.side-foot a:hover { background:var(--hover) }
-.side-foot a[aria-current] { background:var(--surface);
-  box-shadow:0 0 0 1px var(--line) }
-.count { margin-left:auto; font-size:12.5px; color:var(--soft) }
-#frame { display:flex; flex-direction:column; min-height:0; min-width:0 }
-#banner { padding:7px 20px; background:var(--wait-tint); color:var(--wait);
-  font-size:14px }
-#page, #page > section { flex:1; display:flex; flex-direction:column; min-height:0;
-  position:relative }
-.bar { position:relative; z-index:2; display:flex; align-items:center; gap:12px;
-  min-height:57px; padding:8px 20px; border-bottom:var(--rule) }
-.bar h1 { flex:1; min-width:0 }
-.phone { display:none }
+#app { display: grid; grid-template-columns: 272px minmax(0, 1fr); height: 100dvh; }
+#sidebar {
+  display: flex; flex-direction: column; gap: 10px; min-height: 0; padding: 14px 12px;
+  background: var(--sunken); border-right: var(--rule);
+}
+.side-head {
+  display: flex; align-items: center; justify-content: space-between;
+  padding: 0 6px 4px;
+}
+.brand {
+  display: flex; align-items: center; gap: 9px; font-size: 17px; font-weight: 660;
+  letter-spacing: -.02em; color: var(--ink); text-decoration: none;
+}
+#sessions { flex: 1; min-height: 0; overflow-y: auto; margin: 0 -4px; padding: 0 4px; }
+#sessions li { position: relative; border-radius: 9px; }
+#sessions a {
+  display: block; padding: 7px 10px; border-radius: 9px; color: inherit;
+  text-decoration: none;
+}
+#sessions li:hover { background: var(--hover); }
+#sessions li.current { background: var(--surface); box-shadow: 0 0 0 1px var(--line); }
+#sessions .name, #sessions .detail { display: block; }
+#sessions .name { font-weight: 520; }
+#sessions .detail, .detail { font-size: 12.5px; color: var(--soft); }
+#sessions .replying .detail { color: var(--accent); }
+#sessions .tools {
+  position: absolute; right: 5px; top: 5px; border-radius: 8px; opacity: 0;
+  background: var(--surface);
+}
+#sessions li:hover .tools, #sessions li:focus-within .tools { opacity: 1; }
+.side-foot { padding-top: 10px; border-top: var(--rule); }
+.side-foot h2 {
+  padding: 0 10px 4px; font-size: 12.5px; font-weight: 560; color: var(--soft);
+  letter-spacing: 0;
+}
+.side-foot a, .side-foot .bare {
+  display: flex; justify-content: flex-start; gap: 10px; align-items: center;
+  width: 100%; padding: 6px 10px; border-radius: 9px; color: var(--ink);
+  text-decoration: none;
+}
+.side-foot .icon { color: var(--soft); }
+.side-foot a:hover { background: var(--hover); }
+.side-foot a[aria-current] {
+  background: var(--surface); box-shadow: 0 0 0 1px var(--line);
+}
+.count { margin-left: auto; font-size: 12.5px; color: var(--soft); }
+#frame { display: flex; flex-direction: column; min-height: 0; min-width: 0; }
+#banner {
+  padding: 7px 20px; background: var(--wait-tint); color: var(--wait); font-size: 14px;
+}
+#page, #page > section {
+  flex: 1; display: flex; flex-direction: column; min-height: 0; position: relative;
+}
+.bar {
+  position: relative; z-index: 2; display: flex; align-items: center; gap: 12px;
+  min-height: 57px; padding: 8px 20px; border-bottom: var(--rule);
+}
+.bar h1 { flex: 1; min-width: 0; }
+.phone { display: none; }
 
 /* choosing a model and a machine */
-.pickers { display:flex; gap:8px; min-width:0 }
-.picker { position:relative; min-width:0 }
-.pick { display:flex; align-items:center; gap:8px; max-width:240px; min-height:36px;
-  padding:5px 8px 5px 12px; border-radius:9px }
-.pick:hover, .pick[aria-expanded=true] { background:var(--sunken) }
-.pick-label { flex:1; text-align:left }
-.choices { position:absolute; z-index:10; right:0; top:calc(100% + 6px); padding:5px;
-  width:max-content; min-width:240px; max-width:min(380px, 92vw); max-height:min(440px,
-  65vh); overflow-y:auto; border-radius:12px; box-shadow:var(--shade) }
-.choices:focus-visible { outline-offset:0; outline-width:1px }
-.choices li { display:flex; align-items:center; gap:10px; padding:7px 10px;
-  border-radius:8px; cursor:pointer }
-.choices li:hover, .choices .active { background:var(--sunken) }
-.choices .active { box-shadow:inset 0 0 0 1px var(--accent) }
-.choices .dim .choice > :first-child { color:var(--soft) }
-.choice { flex:1; min-width:0 }
-.choice span { display:block; overflow:hidden; text-overflow:ellipsis }
-.choices .icon { color:var(--accent) }
+.pickers { display: flex; gap: 8px; min-width: 0; }
+.picker { position: relative; min-width: 0; }
+.pick {
+  display: flex; align-items: center; gap: 8px; max-width: 240px; min-height: 36px;
+  padding: 5px 8px 5px 12px; border-radius: 9px;
+}
+.pick:hover, .pick[aria-expanded=true] { background: var(--sunken); }
+.pick-label { flex: 1; text-align: left; }
+.choices {
+  position: absolute; z-index: 10; right: 0; top: calc(100% + 6px); padding: 5px;
+  width: max-content; min-width: 240px; max-width: min(380px, 92vw);
+  max-height: min(440px, 65vh); overflow-y: auto; border-radius: 12px;
+  box-shadow: var(--shade);
+}
+.choices:focus-visible { outline-offset: 0; outline-width: 1px; }
+.choices li {
+  display: flex; align-items: center; gap: 10px; padding: 7px 10px; border-radius: 8px;
+  cursor: pointer;
+}
+.choices li:hover, .choices .active { background: var(--sunken); }
+.choices .active { box-shadow: inset 0 0 0 1px var(--accent); }
+.choices .dim .choice > :first-child { color: var(--soft); }
+.choice { flex: 1; min-width: 0; }
+.choice span { display: block; overflow: hidden; text-overflow: ellipsis; }
+.choices .icon { color: var(--accent); }
 
 /* conversation */
-#transcript, #composer { scrollbar-gutter:stable; overflow:hidden }
-#transcript { flex:1; min-height:0; overflow-y:auto; padding:26px 20px 18px;
-  overflow-anchor:none }
-#messages, #welcome, #thinking, #composer > * { max-width:800px; margin-inline:auto }
-#older { display:flex; margin:0 auto 18px }
-.turn { margin-bottom:20px }
-.note { font-size:12.5px; color:var(--soft) }
-.note:empty { display:none }
-.user { display:flex; flex-direction:column; align-items:flex-end }
-.bubble { max-width:85%; padding:9px 15px; border-radius:17px 17px 5px 17px;
-  background:var(--tint); white-space:pre-wrap }
-.user .note { margin:4px 6px 0 }
-.assistant footer { display:flex; align-items:center; gap:6px; min-height:30px }
-.notice { max-width:640px; margin-inline:auto; text-align:center; font-size:13.5px;
-  color:var(--soft); white-space:pre-wrap }
-.notice.bad { color:var(--bad); background:var(--bad-tint); padding:8px 14px;
-  border-radius:10px }
-#welcome { padding:9vh 0 30px; text-align:center; color:var(--soft) }
-#welcome h2 { font-size:25px; color:var(--ink); letter-spacing:-.02em }
-#welcome p { margin-top:10px }
-.starters { display:flex; flex-wrap:wrap; justify-content:center; gap:8px;
-  padding:12px 0 }
-#thinking { display:flex; align-items:center; gap:10px; color:var(--soft);
-  font-size:13.5px; min-height:24px }
-.dots i { display:inline-block; width:6px; height:6px; margin-right:4px;
-  border-radius:50%; background:var(--soft); animation:pulse 1.2s infinite }
-.dots i:nth-child(2) { animation-delay:.2s }
-.dots i:nth-child(3) { animation-delay:.4s }
-#latest { position:absolute; left:50%; bottom:116px; translate:-50% 0;
-  border-radius:20px; box-shadow:var(--shade) }
-#composer { padding:6px 20px max(12px, env(safe-area-inset-bottom)) }
-.field { display:flex; align-items:flex-end; gap:6px; padding:6px; border-radius:16px;
-  box-shadow:0 2px 10px rgb(30 25 15 / .05) }
-.field:focus-within { border-color:var(--accent); box-shadow:0 0 0 1px var(--accent) }
-#text { flex:1; border:0; background:none; resize:none; padding:7px 8px; outline:0;
-  line-height:22px; min-height:36px }
-.shell #text, #prompt { font-family:var(--mono); font-size:14px }
-#prompt { flex:none; max-width:40%; padding:7px 0 7px 10px; line-height:22px;
-  color:var(--accent) }
-#prompt:empty { display:none }
-.round { display:grid; place-items:center; width:36px; height:36px; flex:none;
-  border-radius:11px }
-#hint { margin-top:6px; text-align:center; font-size:12.5px; color:var(--soft) }
-#node-away { margin-bottom:8px }
+#transcript, #composer { scrollbar-gutter: stable; overflow: hidden; }
+#transcript {
+  flex: 1; min-height: 0; overflow-y: auto; padding: 26px 20px 18px;
+  overflow-anchor: none;
+}
+#messages, #welcome, #thinking, #composer > * { max-width: 800px; margin-inline: auto; }
+#older { display: flex; margin: 0 auto 18px; }
+.turn { margin-bottom: 20px; }
+.note { font-size: 12.5px; color: var(--soft); }
+.note:empty { display: none; }
+.user { display: flex; flex-direction: column; align-items: flex-end; }
+.bubble {
+  max-width: 85%; padding: 9px 15px; border-radius: 17px 17px 5px 17px;
+  background: var(--tint); white-space: pre-wrap;
+}
+.user .note { margin: 4px 6px 0; }
+.assistant footer { display: flex; align-items: center; gap: 6px; min-height: 30px; }
+.notice {
+  max-width: 640px; margin-inline: auto; text-align: center; font-size: 13.5px;
+  color: var(--soft); white-space: pre-wrap;
+}
+.notice.bad {
+  color: var(--bad); background: var(--bad-tint); padding: 8px 14px;
+  border-radius: 10px;
+}
+#welcome { padding: 9vh 0 30px; text-align: center; color: var(--soft); }
+#welcome h2 { font-size: 25px; color: var(--ink); letter-spacing: -.02em; }
+#welcome p { margin-top: 10px; }
+.starters {
+  display: flex; flex-wrap: wrap; justify-content: center; gap: 8px; padding: 12px 0;
+}
+#thinking {
+  display: flex; align-items: center; gap: 10px; color: var(--soft); font-size: 13.5px;
+  min-height: 24px;
+}
+.dots i {
+  display: inline-block; width: 6px; height: 6px; margin-right: 4px; border-radius: 50%;
+  background: var(--soft); animation: pulse 1.2s infinite;
+}
+.dots i:nth-child(2) { animation-delay: .2s; }
+.dots i:nth-child(3) { animation-delay: .4s; }
+#latest {
+  position: absolute; left: 50%; bottom: 116px; translate: -50% 0; border-radius: 20px;
+  box-shadow: var(--shade);
+}
+#composer { padding: 6px 20px max(12px, env(safe-area-inset-bottom)); }
+.field {
+  display: flex; align-items: flex-end; gap: 6px; padding: 6px; border-radius: 16px;
+  box-shadow: 0 2px 10px rgb(30 25 15 / .05);
+}
+.field:focus-within {
+  border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent);
+}
+#text {
+  flex: 1; border: 0; background: none; resize: none; padding: 7px 8px; outline: 0;
+  line-height: 22px; min-height: 36px;
+}
+.shell #text, #prompt { font-family: var(--mono); font-size: 14px; }
+#prompt {
+  flex: none; max-width: 40%; padding: 7px 0 7px 10px; line-height: 22px;
+  color: var(--accent);
+}
+#prompt:empty { display: none; }
+.round {
+  display: grid; place-items: center; width: 36px; height: 36px; flex: none;
+  border-radius: 11px;
+}
+#hint { margin-top: 6px; text-align: center; font-size: 12.5px; color: var(--soft); }
+#node-away { margin-bottom: 8px; }
 
 /* prose */
-.prose > * + * { margin-top:12px }
-.prose :is(h3, h4, h5, h6) { margin:20px 0 0; font-size:1.05em; font-weight:620 }
-.prose > :first-child { margin-top:0 }
-.prose :is(ul, ol) { padding-left:24px }
-.prose ul { list-style:disc }
-.prose li + li, .prose li > :is(ul, ol, p, .code) { margin-top:4px }
-.prose :not(pre) > code { padding:1px 5px; border-radius:5px; background:var(--sunken) }
-.prose blockquote { margin-inline:0; padding-left:14px;
-  border-left:3px solid var(--line); color:var(--soft) }
-.prose hr { width:100%; border:0; border-top:var(--rule) }
-.prose .wide { overflow-x:auto }
-.prose table { border-collapse:collapse; font-size:14px }
-.prose :is(th, td) { padding:5px 14px 5px 0; text-align:left; vertical-align:top;
-  border-bottom:var(--rule) }
-.prose .number, td.number, th.number { text-align:right;
-  font-variant-numeric:tabular-nums }
-.prose .center { text-align:center }
-.code { border-radius:11px; overflow:hidden; background:var(--sunken) }
-.code-head { display:flex; justify-content:space-between; align-items:center;
-  padding:2px 5px 0 13px; font-size:12.5px; color:var(--soft) }
-.code pre { padding:4px 13px 11px; overflow-x:auto }
+.prose > * + * { margin-top: 12px; }
+.prose :is(h3, h4, h5, h6) { margin: 20px 0 0; font-size: 1.05em; font-weight: 620; }
+.prose > :first-child { margin-top: 0; }
+.prose :is(ul, ol) { padding-left: 24px; }
+.prose ul { list-style: disc; }
+.prose li + li, .prose li > :is(ul, ol, p, .code) { margin-top: 4px; }
+.prose :not(pre) > code {
+  padding: 1px 5px; border-radius: 5px; background: var(--sunken);
+}
+.prose blockquote {
+  margin-inline: 0; padding-left: 14px; border-left: 3px solid var(--line);
+  color: var(--soft);
+}
+.prose hr { width: 100%; border: 0; border-top: var(--rule); }
+.prose .wide { overflow-x: auto; }
+.prose table { border-collapse: collapse; font-size: 14px; }
+.prose :is(th, td) {
+  padding: 5px 14px 5px 0; text-align: left; vertical-align: top;
+  border-bottom: var(--rule);
+}
+.prose .number, td.number, th.number {
+  text-align: right; font-variant-numeric: tabular-nums;
+}
+.prose .center { text-align: center; }
+.code { border-radius: 11px; overflow: hidden; background: var(--sunken); }
+.code-head {
+  display: flex; justify-content: space-between; align-items: center;
+  padding: 2px 5px 0 13px; font-size: 12.5px; color: var(--soft);
+}
+.code pre { padding: 4px 13px 11px; overflow-x: auto; }
 
 /* a command */
-.command { border-radius:13px; overflow:hidden }
-.command > header, .command > footer { display:flex; align-items:center; gap:8px;
-  min-height:40px; padding:4px 8px 4px 13px }
-.where { flex:none; max-width:34%; font-size:13px; font-weight:580 }
-.command .line { flex:1; min-width:0; max-height:40vh; overflow:auto; font-size:13px;
-  white-space:pre-wrap; overflow-wrap:anywhere }
-.command > footer { gap:6px 12px; min-height:38px; font-size:13px; color:var(--soft);
-  font-variant-numeric:tabular-nums }
-.command > footer .tools { align-items:center }
-.word { font-weight:560 }
-[data-kind=ok] .word { color:var(--ok) }
-[data-kind=bad] .word { color:var(--bad) }
-[data-kind=wait] .word { color:var(--wait) }
-[data-kind=run] .word { color:var(--accent) }
-.folded > .screen { display:none }
-.folded [aria-expanded] { rotate:-90deg }
-.approval { display:flex; flex-wrap:wrap; gap:8px; padding:4px 13px 13px }
-.approval p { width:100%; color:var(--soft); font-size:14px }
-.screen { max-height:420px; overflow:auto; padding:10px 14px; background:var(--screen);
-  color:var(--screen-ink); font:13px/1.5 var(--mono); white-space:pre; tab-size:8;
-  overflow-anchor:none }
-.screen.empty { display:none }
-.screen div > div { min-height:1.5em }
-.screen .gap { color:var(--screen-soft); font-family:var(--sans); padding:4px 0 }
-.screen .err { color:#f5bfa5 }
-.screen .b { font-weight:700 }
-.screen .dim { opacity:.7 }
-.screen .i { font-style:italic }
-.screen .u { text-decoration:underline }
-.screen .s { text-decoration:line-through }
+.command { border-radius: 13px; overflow: hidden; }
+.command > header, .command > footer {
+  display: flex; align-items: center; gap: 8px; min-height: 40px;
+  padding: 4px 8px 4px 13px;
+}
+.where { flex: none; max-width: 34%; font-size: 13px; font-weight: 580; }
+.command .line {
+  flex: 1; min-width: 0; max-height: 40vh; overflow: auto; font-size: 13px;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+}
+.command > footer {
+  gap: 6px 12px; min-height: 38px; font-size: 13px; color: var(--soft);
+  font-variant-numeric: tabular-nums;
+}
+.command > footer .tools { align-items: center; }
+.word { display: inline-block; font-weight: 560; }
+.word::first-letter { text-transform: uppercase; }
+[data-kind=ok] .word { color: var(--ok); }
+[data-kind=bad] .word { color: var(--bad); }
+[data-kind=wait] .word { color: var(--wait); }
+[data-kind=run] .word { color: var(--accent); }
+.folded > .screen { display: none; }
+.folded [aria-expanded] { rotate: -90deg; }
+.approval { display: flex; flex-wrap: wrap; gap: 8px; padding: 4px 13px 13px; }
+.approval p { width: 100%; color: var(--soft); font-size: 14px; }
+.screen {
+  max-height: 420px; overflow: auto; padding: 10px 14px; background: var(--screen);
+  color: var(--screen-ink); font: 13px/1.5 var(--mono); white-space: pre; tab-size: 8;
+  overflow-anchor: none;
+}
+.screen.empty { display: none; }
+.screen div > div { min-height: 1.5em; }
+.screen .cut { padding-bottom: 4px; color: var(--screen-soft); font: 13px var(--sans); }
+.screen .cut a { color: inherit; }
+.screen .err { color: #f5bfa5; }
+.screen .b { font-weight: 700; }
+.screen .dim { opacity: .7; }
+.screen .i { font-style: italic; }
+.screen .u { text-decoration: underline; }
+.screen .s { text-decoration: line-through; }
 
 /* settings */
-.scroll { flex:1; overflow:auto; padding:20px }
-.lead { max-width:640px; margin-bottom:16px; color:var(--soft) }
-#node-cards { display:grid; gap:16px; grid-template-columns:repeat(auto-fill,
-  minmax(min(360px, 100%), 1fr)) }
-.card { padding:16px 18px; border-radius:15px }
-.node header { display:flex; align-items:center; gap:10px; min-height:32px }
-.node h2 { min-width:0 }
-.since { font-size:13.5px }
-.about, .facts { font-size:13px; color:var(--soft) }
-.facts { margin-top:10px; font-variant-numeric:tabular-nums }
-.facts:empty, .about:empty { display:none }
-.away .since { color:var(--soft) }
-.away :is(.cpu, .meters, .facts) { display:none }
-.away h2 { color:var(--soft) }
-.stale .since { color:var(--wait) }
-.cpu { display:flex; gap:18px; align-items:flex-end; margin-top:14px }
-.cpu > dl { flex:1 }
-.spark { flex:1; height:36px; min-width:0; border-bottom:var(--rule) }
-.spark.none { visibility:hidden }
-.spark .trace { fill:none; stroke:var(--accent); stroke-width:1.5;
-  vector-effect:non-scaling-stroke; stroke-linejoin:round }
-.spark .area { fill:var(--accent); opacity:.13 }
-.meters { display:grid; grid-template-columns:1fr 1fr; gap:18px; margin-top:12px }
-.meter { display:flex; flex-wrap:wrap; gap:0 8px; font-size:13px;
-  font-variant-numeric:tabular-nums }
-.meter dt { flex:1; color:var(--soft) }
-.track { width:100%; height:5px; margin-top:4px; border-radius:3px; overflow:hidden;
-  background:var(--line) }
-.track i { display:block; height:100%; border-radius:3px; background:var(--accent);
-  transition:width .5s }
-.high .track i { background:var(--bad) }
-.lists { display:grid; grid-template-columns:auto 1fr; gap:5px 12px; margin-top:12px;
-  font-size:13px }
-.lists:empty { display:none }
-.lists dt { color:var(--soft); padding-top:1px }
-.lists dd { min-width:0 }
-.running { margin-top:8px; padding-top:8px; border-top:var(--rule) }
-.running li, .rows li { display:flex; align-items:center; gap:9px; font-size:13px }
-.running code { flex:1 }
-#unused { margin-top:30px }
-.rows { max-width:640px; margin-top:8px }
-.rows li { padding:6px 0; border-bottom:var(--rule); font-size:14px }
-.rows .name { flex:1 }
-.scroll > h2 + *, form > h2 + * { margin-top:6px }
-.scroll > * + h2, .scroll > form { margin-top:28px }
-.scroll > form, #providers, #key-made { max-width:640px }
-.inline { display:flex; gap:8px }
-.inline input { flex:1 }
-#key-scopes { display:flex; flex-wrap:wrap; gap:6px 16px; margin:8px 0; padding:0;
-  border:0; font-size:14px }
-#key-scopes label, details label { display:flex; gap:6px; align-items:center }
-#providers .card { margin:0 0 10px; padding:12px 16px; font-size:15px; color:inherit }
-details label { justify-content:space-between; margin-top:10px }
-details label input { flex:0 1 420px }
-.filters { display:flex; gap:12px; font-size:13.5px; color:var(--soft) }
-.filters select { color:var(--ink); padding:5px 8px; max-width:150px }
-#audit { width:100%; border-collapse:collapse; font-size:13.5px }
-#audit th { text-align:left; font-weight:560; color:var(--soft) }
-#audit :is(th, td) { padding:7px 16px 7px 0; border-bottom:var(--rule);
-  vertical-align:baseline; white-space:nowrap }
-#audit .number { text-align:right }
-#audit .what { width:50%; max-width:0 }
-#audit .result { white-space:normal; min-width:205px }
-.result .dot { margin-right:7px }
-#audit-older { margin:16px auto; display:flex }
-
-@media (max-width:760px) {
-  .phone { display:inline-flex; min-width:38px; min-height:38px }
-  #app { grid-template-columns:minmax(0, 1fr) }
-  #sidebar { position:fixed; inset:0 auto 0 0; z-index:12; width:min(300px, 86vw);
-    translate:-105% 0; visibility:hidden; transition:translate .2s, visibility .2s }
-  .menu-open #sidebar { translate:none; visibility:visible; box-shadow:var(--shade) }
-  #veil { position:fixed; inset:0; z-index:11; background:rgb(0 0 0 / .4) }
-  #sessions .tools { opacity:1; background:none }
-  #sessions .name { padding-right:64px }
-  .bar { padding:6px 10px; gap:6px; flex-wrap:wrap }
-  .pickers { display:contents }
-  .picker { flex:1 1 42%; order:2; position:static }
-  #chat h1 { flex-basis:calc(100% - 170px) }
-  #approvals { flex:0 1 auto; order:1 }
-  .pick { width:100%; max-width:none; min-height:40px }
-  .choices { left:10px; right:10px; top:100%; width:auto; max-width:none }
-  .choices li { padding:10px }
-  #transcript { padding:18px 12px 10px }
-  #composer { padding:4px 10px max(10px, env(safe-area-inset-bottom)) }
-  input, textarea, select, #text, .shell #text { font-size:16px }
-  #hint, .size { display:none }
-  .meters { grid-template-columns:1fr; gap:10px }
-  #welcome { padding-top:5vh }
-  .scroll { padding:14px }
-  .command > header { flex-wrap:wrap }
-  .where { flex:1; max-width:none }
-  .command .line { order:9; flex-basis:100%; padding-bottom:7px }
-  .command > footer { flex-wrap:wrap; padding-block:6px }
-  .screen { max-height:340px; font-size:12px; padding:9px 11px; white-space:pre-wrap;
-    overflow-wrap:anywhere }
-  .bare { min-width:38px; min-height:38px }
-  .filters { width:100% }
-  .filters label { flex:1; display:flex; gap:6px; align-items:center; min-width:0 }
-  .filters select { flex:1 }
-  #audit thead { position:fixed; left:-9999px }
-  #audit tr { display:grid; grid-template-columns:1fr auto auto; gap:2px 12px;
-    padding:9px 0; border-bottom:var(--rule) }
-  #audit td { padding:0; border:0; color:var(--soft) }
-  #audit .what { order:-1; grid-column:1 / -1; width:auto; max-width:none;
-    color:var(--ink) }
-  #audit .who { display:none }
-  #audit .at, #audit .when { order:3 }
-  #audit .when { grid-column:2 / -1; order:4; text-align:right }
-  dialog { padding:20px }
+.scroll { flex: 1; overflow: auto; padding: 20px; }
+.lead { max-width: 640px; margin-bottom: 16px; color: var(--soft); }
+#node-cards {
+  display: grid; gap: 16px;
+  grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr));
 }
-@media (prefers-reduced-motion:reduce) {
-  *, ::before, ::after { animation:none !important; transition:none !important }
+.card { padding: 16px 18px; border-radius: 15px; }
+.node header { display: flex; align-items: center; gap: 10px; min-height: 32px; }
+.node h2 { min-width: 0; }
+.since { font-size: 13.5px; }
+.about, .facts { font-size: 13px; color: var(--soft); }
+.facts { margin-top: 10px; font-variant-numeric: tabular-nums; }
+.facts:empty, .about:empty { display: none; }
+.away .since { color: var(--soft); }
+.away :is(.cpu, .meters, .facts) { display: none; }
+.away h2 { color: var(--soft); }
+.stale .since { color: var(--wait); }
+.cpu { display: flex; gap: 18px; align-items: flex-end; margin-top: 14px; }
+.cpu > dl { flex: 1; }
+.spark { flex: 1; height: 36px; min-width: 0; border-bottom: var(--rule); }
+.spark.none { visibility: hidden; }
+.spark .trace {
+  fill: none; stroke: var(--accent); stroke-width: 1.5;
+  vector-effect: non-scaling-stroke; stroke-linejoin: round;
+}
+.spark .area { fill: var(--accent); opacity: .13; }
+.meters { display: grid; grid-template-columns: 1fr 1fr; gap: 18px; margin-top: 12px; }
+.meter {
+  display: flex; flex-wrap: wrap; gap: 0 8px; font-size: 13px;
+  font-variant-numeric: tabular-nums;
+}
+.meter dt { flex: 1; color: var(--soft); }
+.track {
+  width: 100%; height: 5px; margin-top: 4px; border-radius: 3px; overflow: hidden;
+  background: var(--line);
+}
+.track i {
+  display: block; height: 100%; border-radius: 3px; background: var(--accent);
+  transition: width .5s;
+}
+.high .track i { background: var(--bad); }
+.lists {
+  display: grid; grid-template-columns: auto 1fr; gap: 5px 12px; margin-top: 12px;
+  font-size: 13px;
+}
+.lists:empty { display: none; }
+.lists dt { color: var(--soft); padding-top: 1px; }
+.lists dd { min-width: 0; }
+.running { margin-top: 8px; padding-top: 8px; border-top: var(--rule); }
+.running li, .rows li { display: flex; align-items: center; gap: 9px; font-size: 13px; }
+.running code { flex: 1; }
+#unused { margin-top: 30px; }
+.rows { max-width: 640px; margin-top: 8px; }
+.rows li { padding: 6px 0; border-bottom: var(--rule); font-size: 14px; }
+.rows .name { flex: 1; }
+.scroll > h2 + *, form > h2 + * { margin-top: 6px; }
+.scroll > * + h2, .scroll > form { margin-top: 28px; }
+.scroll > form, #providers, #key-made { max-width: 640px; }
+.inline { display: flex; gap: 8px; }
+.inline input { flex: 1; }
+#key-scopes {
+  display: flex; flex-wrap: wrap; gap: 6px 16px; margin: 8px 0; padding: 0; border: 0;
+  font-size: 14px;
+}
+#key-scopes label, details label { display: flex; gap: 6px; align-items: center; }
+#providers .card {
+  margin: 0 0 10px; padding: 12px 16px; font-size: 15px; color: inherit;
+}
+details label { justify-content: space-between; margin-top: 10px; }
+details label input { flex: 0 1 420px; }
+.filters { display: flex; gap: 12px; font-size: 13.5px; color: var(--soft); }
+.filters select { color: var(--ink); padding: 5px 8px; max-width: 150px; }
+#audit { width: 100%; border-collapse: collapse; font-size: 13.5px; }
+#audit th { text-align: left; font-weight: 560; color: var(--soft); }
+#audit :is(th, td) {
+  padding: 7px 16px 7px 0; border-bottom: var(--rule); vertical-align: baseline;
+  white-space: nowrap;
+}
+#audit .number { text-align: right; }
+#audit .what { width: 50%; max-width: 0; }
+#audit .result { white-space: normal; min-width: 205px; }
+.result .dot { margin-right: 7px; }
+#audit-older { margin: 16px auto; display: flex; }
+
+@media (max-width: 760px) {
+  .phone { display: inline-flex; min-width: 38px; min-height: 38px; }
+  #app { grid-template-columns: minmax(0, 1fr); }
+  #sidebar {
+    position: fixed; inset: 0 auto 0 0; z-index: 12; width: min(300px, 86vw);
+    translate: -105% 0; visibility: hidden; transition: translate .2s, visibility .2s;
+  }
+  .menu-open #sidebar {
+    translate: none; visibility: visible; box-shadow: var(--shade);
+  }
+  #veil { position: fixed; inset: 0; z-index: 11; background: rgb(0 0 0 / .4); }
+  #sessions .tools { opacity: 1; background: none; }
+  #sessions .name { padding-right: 64px; }
+  .bar { padding: 6px 10px; gap: 6px; flex-wrap: wrap; }
+  .pickers { display: contents; }
+  .picker { flex: 1 1 42%; order: 2; position: static; }
+  #chat h1 { flex-basis: calc(100% - 170px); }
+  #approvals { flex: 0 1 auto; order: 1; }
+  .pick { width: 100%; max-width: none; min-height: 40px; }
+  .choices { left: 10px; right: 10px; top: 100%; width: auto; max-width: none; }
+  .choices li { padding: 10px; }
+  #transcript { padding: 18px 12px 10px; }
+  #composer { padding: 4px 10px max(10px, env(safe-area-inset-bottom)); }
+  input, textarea, select, #text, .shell #text { font-size: 16px; }
+  #hint, .size { display: none; }
+  .meters { grid-template-columns: 1fr; gap: 10px; }
+  #welcome { padding-top: 5vh; }
+  .scroll { padding: 14px; }
+  .command > header { flex-wrap: wrap; }
+  .where { flex: 1; max-width: none; }
+  .command .line { order: 9; flex-basis: 100%; padding-bottom: 7px; }
+  .command > footer { flex-wrap: wrap; padding-block: 6px; }
+  .screen {
+    max-height: 340px; font-size: 12px; padding: 9px 11px; white-space: pre-wrap;
+    overflow-wrap: anywhere;
+  }
+  .bare { min-width: 38px; min-height: 38px; }
+  .filters { width: 100%; }
+  .filters label {
+    flex: 1; display: flex; gap: 6px; align-items: center; min-width: 0;
+  }
+  .filters select { flex: 1; }
+  #audit thead { position: fixed; left: -9999px; }
+  #audit tr {
+    display: grid; grid-template-columns: 1fr auto auto; gap: 2px 12px; padding: 9px 0;
+    border-bottom: var(--rule);
+  }
+  #audit td { padding: 0; border: 0; color: var(--soft); }
+  #audit .what {
+    order: -1; grid-column: 1 / -1; width: auto; max-width: none; color: var(--ink);
+  }
+  #audit .who { display: none; }
+  #audit .at, #audit .when { order: 3; }
+  #audit .when { grid-column: 2 / -1; order: 4; text-align: right; }
+  dialog { padding: 20px; }
+}
+@media (prefers-reduced-motion: reduce) {
+  *, ::before, ::after { animation: none !important; transition: none !important; }
 }
 """
 
-WEB_JS = r"""// The page of a gateway, from the ground up: dom, words, terminal,
-// Markdown, socket, state, routes, widgets, views, start.  Text reaches the document
-// as text nodes only, and all that is shown follows from `state`.
+WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown, socket, job logs,
+// state, routes, widgets, views, start.  Text reaches the document as text nodes only;
+// the views show `state` and hold none of their own.
 
 // == dom ==
 
@@ -19568,36 +19233,38 @@ const $ = id => document.getElementById(id);
 
 const on = (target, type, action) => target.addEventListener(type, action);
 
-// Return a new element; names that begin with "on" are listeners.
-function h(tag, attributes = {}, ...children) {
+// Return a new element.  An object before its children holds attributes; those that
+// begin with "on" are listeners.
+function h(tag, ...children) {
   const element = document.createElement(tag);
+  const attributes = children[0]?.constructor === Object ? children.shift() : {};
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) on(element, name.slice(2), value);
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
   }
-  element.append(...given(children));
+  element.append(...present(children));
   return element;
 }
 
-const given = children =>
+const present = children =>
   children.flat(9).filter(child => child != null && child !== false);
 
-// Replace what is in `element`.
+// Replace the children of `element`.
 function fill(element, ...children) {
-  element.replaceChildren(...given(children));
+  element.replaceChildren(...present(children));
 }
 
-// Replace what is in `element` where `value`, of which it is made, has changed.
-function fillFor(element, value, make) {
+// Replace the children of `element` if `value`, from which they are made, has changed.
+function fillIfChanged(element, value, make) {
   const key = JSON.stringify(value);
   if (element.shown === key) return;
   element.shown = key;
   fill(element, make(value));
 }
 
-// Set the text only where it differs: screen readers and selections notice.
-function say(element, text) {
+// Set the text only if it differs: screen readers and selections notice.
+function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
@@ -19607,13 +19274,36 @@ function icon(name) {
   return svg;
 }
 
+// Prepend the icon that data-icon names; a title becomes the accessible name.
+function addIcon(element) {
+  element.prepend(icon(element.dataset.icon));
+  if (element.title) element.setAttribute("aria-label", element.title);
+}
+
+// Return a copy of a template: its root, and each element with a data-part by name.
+function copyOf(id) {
+  const root = $(id).content.firstElementChild.cloneNode(true);
+  const parts = {root};
+  for (const element of root.querySelectorAll("[data-part]"))
+    parts[element.dataset.part] = element;
+  root.querySelectorAll("[data-icon]").forEach(addIcon);
+  return parts;
+}
+
 const button = (label, onclick, kind = "button") =>
   h("button", {class: kind, onclick}, label);
 
-const iconButton = (name, label, onclick, kind = "bare") =>
-  h("button", {class: kind, "aria-label": label, title: label, onclick}, icon(name));
+function iconButton(name, label, onclick, kind = "bare") {
+  const element = h(
+    "button",
+    {class: kind, "aria-label": label, title: label},
+    icon(name),
+  );
+  if (onclick) on(element, "click", onclick);
+  return element;
+}
 
-// The children of an element, one for each item; those of the same key are reused.
+// The children of an element, one per item; children with the same key are reused.
 class Keyed {
   constructor(parent, key, make) {
     this.parent = parent;
@@ -19641,19 +19331,23 @@ class Keyed {
   }
 }
 
-// Return a line of a list: a name, what there is to say, what can be done.
+// Return a list item: a name, a detail, buttons.
 const listRow = (name, detail, ...tools) =>
-  h("li", {}, h("span", {class: "name"}, name), h("span", {class: "detail"}, detail),
-    tools);
+  h(
+    "li",
+    h("span", {class: "name"}, name),
+    h("span", {class: "detail"}, detail),
+    tools,
+  );
 
-// Put text on the clipboard; the newer way needs https or localhost.
+// Copy text to the clipboard; the newer API needs https or localhost.
 async function copy(text, button) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
     const area = h("textarea", {class: "unseen", "aria-hidden": "true"});
     area.value = text;
-    // A modal dialog makes all that is outside of it inert.
+    // A modal dialog makes everything outside it inert.
     (button.closest("dialog") || document.body).append(area);
     area.select();
     document.execCommand("copy");
@@ -19671,20 +19365,22 @@ async function copy(text, button) {
   }, 1500);
 }
 
-const copyButton = (label, text) => {
-  const button = iconButton("copy", label, () => copy(text(), button));
-  return button;
-};
+const copyButton = (label, text) => onClickCopy(iconButton("copy", label), text);
 
-// Have a screen reader say something.
+function onClickCopy(button, text) {
+  on(button, "click", () => copy(text(), button));
+  return button;
+}
+
+// Make screen readers read a text.
 function announce(text) {
   $("live").textContent = text;
 }
 
-let toastTimer; // the one thing on the page that goes away by itself
+let toastTimer; // hides the toast
 
-// Say what went wrong, for a while.
-function complain(error) {
+// Show an error for 8 s.
+function showError(error) {
   const toast = $("toast");
   toast.textContent = error.message || String(error);
   toast.hidden = false;
@@ -19692,7 +19388,7 @@ function complain(error) {
   toastTimer = setTimeout(() => (toast.hidden = true), 8000);
 }
 
-// Let a person edit the text of `element` where it stands.
+// Replace the text of `element` by an input field until it is saved or cancelled.
 function editInPlace(element, text, label, save) {
   if (element.querySelector("input")) return;
   const input = h("input", {class: "edit", "aria-label": label, maxlength: 200});
@@ -19714,7 +19410,7 @@ function editInPlace(element, text, label, save) {
     finish(event.key === "Enter");
     element.closest("li, article, header")?.querySelector("a, button")?.focus();
   });
-  element.dataset.edited = "yes"; // whoever redraws leaves it alone
+  element.dataset.edited = "yes"; // views leave it alone meanwhile
   fill(element, input);
   input.select();
 }
@@ -19726,7 +19422,7 @@ const dotted = (...parts) => parts.filter(Boolean).join(" · ");
 const plural = (count, word) =>
   `${count.toLocaleString()} ${word}${count === 1 ? "" : "s"}`;
 
-function bytes(count) {
+function formatBytes(count) {
   if (count == null) return "";
   const units = ["B", "kB", "MB", "GB", "TB"];
   let unit = 0;
@@ -19734,18 +19430,15 @@ function bytes(count) {
   return `${count >= 100 ? Math.round(count) : +count.toFixed(1)} ${units[unit]}`;
 }
 
-// Return seconds as a person says them, in two units at most.
-function duration(seconds) {
+const UNITS = {d: 86400, h: 3600, min: 60, s: 1};
+
+// Return a duration in at most two units.
+function formatDuration(seconds) {
   if (seconds < 0.1) return `${Math.max(0, Math.round(seconds * 1000))} ms`;
   if (seconds < 10) return `${seconds.toFixed(1)} s`;
   const parts = [];
   let rest = Math.round(seconds);
-  for (const [size, unit] of [
-    [86400, "d"],
-    [3600, "h"],
-    [60, "min"],
-    [1, "s"],
-  ]) {
+  for (const [unit, size] of Object.entries(UNITS)) {
     if (rest >= size && parts.length < 2)
       parts.push(`${Math.floor(rest / size)} ${unit}`);
     else if (parts.length) break;
@@ -19761,8 +19454,8 @@ const fullFormat = new Intl.DateTimeFormat([], {
   timeStyle: "medium",
 });
 
-// Return a point in time as short as it is unmistakable today.
-function moment(ms) {
+// Return a time, with its date unless it is today.
+function formatTime(ms) {
   const date = new Date(ms);
   const clock = clockFormat.format(date);
   const today = new Date().toDateString() === date.toDateString();
@@ -19772,10 +19465,8 @@ function moment(ms) {
 function ago(ms) {
   const seconds = (Date.now() - ms) / 1000;
   if (seconds < 60) return "just now";
-  return `${duration(Math.floor(seconds / 60) * 60)
-    .split(" ")
-    .slice(0, 2)
-    .join(" ")} ago`;
+  const [count, unit] = formatDuration(Math.floor(seconds / 60) * 60).split(" ");
+  return `${count} ${unit} ago`;
 }
 
 const outputSize = row => (row.stdoutBytes || 0) + (row.stderrBytes || 0);
@@ -19783,41 +19474,42 @@ const outputSize = row => (row.stdoutBytes || 0) + (row.stderrBytes || 0);
 const PLATFORMS = {linux: "Linux", macos: "macOS"};
 const platformName = platform => PLATFORMS[platform] || platform;
 
-// Return how a command stands, in words, and the kind of mark it deserves.
-function verdict(command) {
-  const where = command.node || "The machine";
-  const approval = command.approval?.state;
-  if (approval === "asked") return ["wait", "Waits for your approval"];
-  if (approval === "denied") {
-    return ["bad", `Denied${command.approval.by ? ` by ${command.approval.by}` : ""}`];
-  }
-  if (approval === "expired") return ["bad", "Not run: nobody approved it in time"];
-  if (command.lost) return ["bad", `Lost: ${where} does not know how it ended`];
-  if (command.timedOut) return ["bad", "Ended at its time limit"];
-  if (command.cancelled) return ["off", "Stopped"];
-  if (command.error) return ["bad", command.error];
-  if (command.signal) return ["bad", `Ended by signal ${command.signal}`];
-  if (command.exitCode === 0) return ["ok", "Succeeded"];
-  if (command.exitCode != null)
-    return ["bad", `Failed with exit status ${command.exitCode}`];
-  if (command.waiting) return ["wait", `Waits for ${where} to come back`];
-  if (command.place) return ["wait", `Number ${command.place} in line on ${where}`];
-  return command.endedAt ? ["off", "Ended"] : ["run", "Running"];
+// Return the kind of a job's dot, a CSS class.
+function jobKind({state, failed, place, awayMs}) {
+  if (state === "queued" || place || awayMs != null) return "wait";
+  if (state === "running") return "run";
+  if (state === "cancelled") return "off";
+  return failed ? "bad" : "ok";
+}
+
+// Return the state of a card's command: the kind of its dot, words.
+function cardStatus({state, command, job}) {
+  const {approval, error} = command;
+  if (approval?.state === "asked") return ["wait", "waiting for your approval"];
+  if (job) return [jobKind(job), job.words];
+  if (approval?.state === "denied" || approval?.state === "expired")
+    return ["bad", dotted(approval.state, approval.by)];
+  if (error) return ["bad", error];
+  return state === "running" ? ["run", "starting"] : ["off", "not started"];
 }
 
 // == terminal ==
 
-const HEAD_LINES = 300; // kept from the beginning of an output
-const TAIL_LINES = 1500; // and from its end; the gateway has the rest
-const LINE_LIMIT = 5000; // characters of one line; the rest of it is not shown
+const MAX_LINES = 1500; // of an output on the page; the gateway has all of them
+const LINE_LIMIT = 5000; // characters; the rest of a line is not shown
 
-const TOKEN = new RegExp(["\\x1b\\[[0-?]*[ -/]*[@-~]", // CSI: colours and movement
-"\\x1b[\\]PX^_][^\\x07\\x1b]*(?:\\x07|\\x1b\\\\)", // titles, links and the like
-"\\x1b[ -/]*[0-OQ-WYZ\\\\`-~]", // two characters, or with something between
-"[\\x00-\\x1a\\x1c-\\x1f\\x7f\\x80-\\x9f]", "[^\\x00-\\x1f\\x7f-\\x9f]+"].join("|"),
-  "gy");
+const TOKEN = new RegExp(
+  [
+    "\\x1b\\[[0-?]*[ -/]*[@-~]", // CSI: colours and movement
+    "\\x1b[\\]PX^_][^\\x07\\x1b]*(?:\\x07|\\x1b\\\\)", // titles, links and the like
+    "\\x1b[ -/]*[0-OQ-WYZ\\\\`-~]", // two characters, or with intermediates
+    "[\\x00-\\x1a\\x1c-\\x1f\\x7f\\x80-\\x9f]",
+    "[^\\x00-\\x1f\\x7f-\\x9f]+",
+  ].join("|"),
+  "gy",
+);
 
-// A terminal's first 16 colours, all readable on the dark ground.
+// The first 16 colours of a terminal, all readable on the dark background.
 const COLORS = (
   "8a949f ff8078 7ddc8a e3b94e 79b8ff d2a8ff 5fd3dc dde2e7 " +
   "9ba5b0 ffa29b a3eeae f3d06d a8d1ff e2c6ff 93e6ec ffffff"
@@ -19836,7 +19528,7 @@ function indexedColor(index) {
   return `rgb(${levels.map(level)})`;
 }
 
-// How text looks after the colour sequences so far ("SGR", ECMA-48 8.3.117).
+// The style of text after the colour sequences so far (SGR, ECMA-48 8.3.117).
 class Pen {
   constructor() {
     this.reset();
@@ -19868,12 +19560,12 @@ class Pen {
     else if (tens === 4 || tens === 10) this.ground(indexedColor(index));
   }
 
-  // A ground is darker than ink of the same name: what stands on it can be read.
+  // A background is darker than the text colour of the same name, for contrast.
   ground(color) {
     this.background = `color-mix(in srgb, ${color} 40%, #000)`;
   }
 
-  // Take 38;5;n or 38;2;r;g;b; return how many codes that were.
+  // Set a colour from 5;n or 2;r;g;b; return how many codes that were.
   extended(code, [kind, ...levels]) {
     const color =
       kind === 5
@@ -19896,36 +19588,59 @@ class Pen {
   }
 }
 
-// What a program has written, as the lines that a terminal would show.
+// The end of a program's output, as lines of a terminal.
 class Terminal {
   constructor() {
-    this.head = [];
-    this.headLimit = HEAD_LINES;
-    this.tail = [];
-    this.dropped = 0; // lines between head and tail
-    this.missing = 0; // bytes between them that never came
-    this.pen = new Pen();
-    this.rest = ""; // an escape sequence of which the end has not come
-    this.column = 0;
+    this.dropped = 0; // lines before `lines`, no longer kept
+    this.isCut = false; // output before the first line was never written here
+    this.begin();
+  }
+
+  begin() {
+    this.lines = [];
     this.line = {runs: [], length: 0};
-    this.watcher = null; // called after each write
+    this.column = 0;
+    this.pen = new Pen();
+    this.rests = {}; // an incomplete escape sequence, by stream
+  }
+
+  get count() {
+    return this.dropped + this.lines.length + (this.line.length ? 1 : 0);
+  }
+
+  // Return line `number`, counted from 0; undefined if it is not kept.
+  at(number) {
+    const place = number - this.dropped;
+    return place === this.lines.length ? this.line : this.lines[place];
+  }
+
+  text() {
+    const lines = this.line.length ? [...this.lines, this.line] : this.lines;
+    const shown = lines.map(({runs}) => runs.map(([text]) => text).join(""));
+    return (this.isCut || this.dropped ? ["…", ...shown] : shown).join("\n");
+  }
+
+  // Drop all lines; numbering continues.
+  clear() {
+    this.dropped = this.count;
+    this.isCut = true;
+    this.begin();
   }
 
   write(text, isError = false) {
-    text = this.rest + text;
-    this.rest = "";
+    text = (this.rests[isError] || "") + text;
+    this.rests[isError] = "";
     TOKEN.lastIndex = 0;
     while (TOKEN.lastIndex < text.length) {
       const at = TOKEN.lastIndex;
       const token = TOKEN.exec(text)?.[0];
       if (token === undefined) {
-        // The beginning of a sequence waits for its end, unless it is none.
-        if (text.length - at < 4096) this.rest = text.slice(at);
+        // Keep an incomplete sequence for the next write; limit what is none.
+        if (text.length - at < 4096) this.rests[isError] = text.slice(at);
         break;
       }
       this.take(token, isError);
     }
-    this.watcher?.();
   }
 
   take(token, isError) {
@@ -19943,7 +19658,7 @@ class Terminal {
     const last = token.at(-1);
     if (token[1] !== "[") return;
     if (last === "m") this.pen.set(token.slice(2, -1).split(/[;:]/).map(Number));
-    // Progress bars clear what is right of them, or the whole line.
+    // Progress bars erase to the end of the line, or all of it.
     else if (last === "K") this.erase(token === "\x1b[2K" ? 0 : this.column);
     else if (last === "G")
       this.column = Math.max(1, parseInt(token.slice(2), 10) || 1) - 1;
@@ -19962,11 +19677,11 @@ class Terminal {
     else if (text) line.runs.push([text, style]);
     line.runs.push(...after);
     this.column += text.length;
-    line.length = Math.max(this.column,
-      line.length + after.reduce((n, [t]) => n + t.length, 0));
+    const afterLength = after.reduce((length, [part]) => length + part.length, 0);
+    line.length = Math.max(this.column, line.length + afterLength);
   }
 
-  // Return the runs of the line from one column to another.
+  // Return the runs between two columns of the line.
   cut(from, to) {
     if (from >= this.line.length) return [];
     const found = [];
@@ -19986,70 +19701,25 @@ class Terminal {
   }
 
   newLine() {
-    if (this.head.length < this.headLimit) this.head.push(this.line);
-    else this.tail.push(this.line);
-    if (this.tail.length >= 2 * TAIL_LINES) {
-      this.tail.splice(0, TAIL_LINES);
-      this.dropped += TAIL_LINES;
+    this.lines.push(this.line);
+    if (this.lines.length >= 2 * MAX_LINES) {
+      this.lines.splice(0, MAX_LINES);
+      this.dropped += MAX_LINES;
     }
     this.line = {runs: [], length: 0};
     this.column = 0;
   }
-
-  // Note that `count` bytes are missing: what follows them is the tail.
-  skip(count) {
-    this.newLine();
-    this.headLimit = this.head.length;
-    this.dropped += this.tail.length;
-    this.tail = [];
-    this.missing += count;
-    this.rest = "";
-    this.pen.reset();
-  }
-
-  get count() {
-    return (
-      this.head.length + this.dropped + this.tail.length + (this.line.length ? 1 : 0)
-    );
-  }
-
-  // Return line `number`, counted from 0, where it is kept.
-  at(number) {
-    if (number < this.head.length) return this.head[number];
-    const place = number - this.head.length - this.dropped;
-    return place === this.tail.length ? this.line : this.tail[place];
-  }
-
-  text() {
-    const shown = lines => lines.map(l => l.runs.map(([text]) => text).join(""));
-    const left = this.dropped || this.missing ? ["… not all is shown …"] : [];
-    const last = this.line.length ? [this.line] : [];
-    return [...shown(this.head), ...left, ...shown([...this.tail, ...last])].join("\n");
-  }
 }
 
-// A terminal on the page: its first and its last lines, drawn once a frame.
+// The last lines of a log on the page, drawn at most once per frame.
 class Screen {
-  constructor(label) {
-    this.first = h("div");
-    this.gap = h("p", {class: "gap", hidden: true});
-    this.last = h("div");
-    this.root = h("div",
-      {class: "screen", tabindex: 0, role: "region", "aria-label": label}, this.first,
-      this.gap, this.last);
+  constructor(log, {screen, cut, lines}) {
+    Object.assign(this, {log, screen, cut, lines});
+    this.drawn = 0; // lines drawn so far, those already removed included
     this.scheduled = false;
-    this.terminal = null;
-  }
-
-  show(terminal) {
-    if (this.terminal === terminal) return;
-    if (this.terminal) this.terminal.watcher = null;
-    this.terminal = terminal;
-    terminal.watcher = () => this.schedule();
-    this.clear();
-    this.draw();
-    this.follows = true;
-    this.schedule(); // when it stands on the page, and has a height
+    this.follows = true; // keep the newest line visible
+    log.onNews = () => this.schedule();
+    this.schedule();
   }
 
   schedule() {
@@ -20062,45 +19732,29 @@ class Screen {
   }
 
   draw() {
-    const {terminal, root} = this;
-    const below = root.scrollHeight - root.scrollTop - root.clientHeight;
+    const {log, lines, screen} = this;
+    const below = screen.scrollHeight - screen.scrollTop - screen.clientHeight;
     const follows = this.follows || below < 30;
-    this.follows = false;
-    const {count} = terminal;
-    const limit = terminal.headLimit;
-    const tailStart = Math.max(limit + terminal.dropped, count - TAIL_LINES);
-    if (this.limit !== limit) this.clear();
-    this.limit = limit;
-    // Of the lines drawn, only the one being written can change.
+    log.settle();
+    const {count, dropped, isCut} = log.terminal;
+    const first = Math.max(dropped, count - MAX_LINES);
+    // Only the last drawn line can have changed.
+    if (this.drawn) lines.lastChild?.remove();
     const from = Math.max(0, this.drawn - 1);
-    if (this.drawn) (from < limit ? this.first : this.last).lastChild?.remove();
-    for (let n = from; n < Math.min(count, limit); n += 1) {
-      this.first.append(this.draft(n));
-    }
-    while (this.last.firstChild && from - this.last.childElementCount < tailStart) {
-      this.last.firstChild.remove();
-    }
-    for (let n = Math.max(from, tailStart); n < count; n += 1) {
-      this.last.append(this.draft(n));
-    }
+    while (lines.firstChild && from - lines.childElementCount < first)
+      lines.firstChild.remove();
+    for (let n = Math.max(from, first); n < count; n += 1)
+      lines.append(this.draft(log.terminal.at(n)));
     this.drawn = count;
-    const hidden = dotted(tailStart > limit && plural(tailStart - limit, "line"),
-      terminal.missing && bytes(terminal.missing));
-    this.gap.hidden = !hidden;
-    if (hidden) say(this.gap, `… ${hidden} not shown …`);
-    root.classList.toggle("empty", count === 0);
-    if (follows) root.scrollTop = root.scrollHeight;
+    this.cut.hidden = !isCut && !first;
+    screen.classList.toggle("empty", count === 0);
+    if (follows) screen.scrollTop = screen.scrollHeight;
+    this.follows = false;
   }
 
-  clear() {
-    this.drawn = 0; // lines that stand on the page, or stood there
-    fill(this.first);
-    fill(this.last);
-  }
-
-  draft(number) {
+  draft({runs}) {
     const line = h("div");
-    for (const [text, style] of this.terminal.at(number)?.runs || []) {
+    for (const [text, style] of runs) {
       if (style === PLAIN) {
         line.append(text);
         continue;
@@ -20117,17 +19771,22 @@ class Screen {
 // == Markdown ==
 
 const SAFE_LINK = /^(?:https?:\/\/|mailto:)/i;
-const INLINE = new RegExp(["\\\\(?<escaped>[!-/:-@[-`{-~])",
-  "(?<ticks>`+)(?<code>[^`]|[^`].*?[^`])\\k<ticks>(?!`)",
-  "!?\\[(?<label>(?:[^\\[\\]\\\\]|\\\\.)*)\\]" +
-    "\\((?<target>[^()\\s]*(?:\\([^()\\s]*\\))?[^()\\s]*)[^)]*\\)",
-  "<(?<auto>(?:https?://|mailto:)[^\\s<>]+)>",
-  "(?<url>https?://[^\\s<>\"'`]*[^\\s<>\"'`.,;:!?)\\]}*_])",
-  "(?<mark>\\*\\*\\*|\\*\\*|\\*|~~)(?=\\S)(?<strong>.*?\\S)\\k<mark>(?!\\*)",
-  "(?<![\\w_])(?<line>__|_)(?=\\S)(?<under>.*?\\S)\\k<line>(?!\\w)",
-  "(?<hard>  +|\\\\)\\n"].join("|"), "s");
+const INLINE = new RegExp(
+  [
+    "\\\\(?<escaped>[!-/:-@[-`{-~])",
+    "(?<ticks>`+)(?<code>[^`]|[^`].*?[^`])\\k<ticks>(?!`)",
+    "!?\\[(?<label>(?:[^\\[\\]\\\\]|\\\\.)*)\\]" +
+      "\\((?<target>[^()\\s]*(?:\\([^()\\s]*\\))?[^()\\s]*)[^)]*\\)",
+    "<(?<auto>(?:https?://|mailto:)[^\\s<>]+)>",
+    "(?<url>https?://[^\\s<>\"'`]*[^\\s<>\"'`.,;:!?)\\]}*_])",
+    "(?<mark>\\*\\*\\*|\\*\\*|\\*|~~)(?=\\S)(?<strong>.*?\\S)\\k<mark>(?!\\*)",
+    "(?<![\\w_])(?<line>__|_)(?=\\S)(?<under>.*?\\S)\\k<line>(?!\\w)",
+    "(?<hard>  +|\\\\)\\n",
+  ].join("|"),
+  "s",
+);
 
-// Return the nodes of a paragraph's text; what is not understood stays text.
+// Return the nodes of a paragraph's text; unknown syntax stays text.
 function inline(text) {
   const nodes = [];
   let match;
@@ -20141,7 +19800,7 @@ function inline(text) {
 
 function inlineNode(found, source) {
   if (found.escaped) return found.escaped;
-  if (found.code) return h("code", {}, found.code.replace(/^ (.+) $/s, "$1"));
+  if (found.code) return h("code", found.code.replace(/^ (.+) $/s, "$1"));
   if (found.label !== undefined)
     return linkNode(found.target, inline(found.label), source);
   if (found.auto || found.url) {
@@ -20150,10 +19809,14 @@ function inlineNode(found, source) {
   }
   if (found.hard) return h("br");
   const inner = inline(found.strong || found.under);
-  const tags = {"***": ["strong", "em"], "**": ["strong"], __: ["strong"],
-    "~~": ["del"]};
+  const tags = {
+    "***": ["strong", "em"],
+    "**": ["strong"],
+    __: ["strong"],
+    "~~": ["del"],
+  };
   const names = tags[found.mark || found.line] || ["em"];
-  return names.reduceRight((children, tag) => [h(tag, {}, children)], inner)[0];
+  return names.reduceRight((children, tag) => [h(tag, children)], inner)[0];
 }
 
 function linkNode(target, label, source) {
@@ -20166,7 +19829,7 @@ const ITEM = /^( *)(?:([-*+])|(\d{1,9})[.)])(?: +|$)/;
 const TABLE_RULE = /^ {0,3}\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 const ENDS_PARAGRAPH = /^ {0,3}(?:#{1,6}\s|>|`{3}|~{3}|(?:[-*_] *){3,}$)/;
 
-// Return the blocks of a Markdown text: the kind and the lines of each.
+// Return the blocks of a Markdown text, each with its kind and lines.
 function blocks(lines) {
   const found = [];
   let at = 0;
@@ -20190,10 +19853,16 @@ function blocks(lines) {
     else if (/^ {0,3}(?:(?:- *){3,}|(?:\* *){3,}|(?:_ *){3,})$/.test(line)) {
       take("rule", at + 1);
     } else if (/^ {0,3}>/.test(line))
-      take("quote", until(at, l => !/^ {0,3}>/.test(l)));
+      take(
+        "quote",
+        until(at, l => !/^ {0,3}>/.test(l)),
+      );
     else if (ITEM.test(line)) take("list", listEnd(lines, at));
     else if (line.includes("|") && TABLE_RULE.test(lines[at + 1] || "")) {
-      take("table", until(at + 2, l => !l.includes("|")));
+      take(
+        "table",
+        until(at + 2, l => !l.includes("|")),
+      );
     } else {
       const stops = (l, n) =>
         n > at &&
@@ -20204,7 +19873,7 @@ function blocks(lines) {
   return found;
 }
 
-// Return where the list ends that begins at line `at`.
+// Return the end of the list that begins at line `at`.
 function listEnd(lines, at) {
   const indent = ITEM.exec(lines[at])[1].length;
   const ordered = Boolean(ITEM.exec(lines[at])[3]);
@@ -20244,10 +19913,9 @@ function itemNode(lines) {
   if (task) lines[0] = (task[1] === " " ? "☐ " : "☑ ") + lines[0].slice(4);
   const text = [lines[0], ...lines.slice(1).map(line => line.slice(indent))];
   const children = blocks(text).map(blockNode);
-  // A short item reads better without the air around a paragraph.
+  // Items of one paragraph are set without its margins.
   const tight = children[0]?.tagName === "P" && !lines.includes("");
-  return h("li", {}, tight ? [...children[0].childNodes] : children[0],
-    children.slice(1));
+  return h("li", tight ? [...children[0].childNodes] : children[0], children.slice(1));
 }
 
 function tableNode(lines) {
@@ -20258,21 +19926,39 @@ function tableNode(lines) {
       .split(/(?<!\\)\|/)
       .map(cell => cell.trim().replaceAll("\\|", "|"));
   const sides = cells(lines[1]).map(rule =>
-    /^:-+:$/.test(rule) ? "center" : /-:$/.test(rule) ? "number" : null);
+    /^:-+:$/.test(rule) ? "center" : /-:$/.test(rule) ? "number" : null,
+  );
   const row = tag => line =>
-    h("tr", {},
-      sides.map((side, n) => h(tag, {class: side}, inline(cells(line)[n] ?? ""))));
-  return h("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
-    h("table", {}, h("thead", {}, row("th")(lines[0])),
-      h("tbody", {}, lines.slice(2).map(row("td")))));
+    h(
+      "tr",
+      sides.map((side, n) => h(tag, {class: side}, inline(cells(line)[n] ?? ""))),
+    );
+  return h(
+    "div",
+    {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
+    h(
+      "table",
+      h("thead", row("th")(lines[0])),
+      h("tbody", lines.slice(2).map(row("td"))),
+    ),
+  );
 }
 
 function codeNode(lines) {
   const [, fence, language] = FENCE.exec(lines[0]);
   const closed = lines.length > 1 && lines.at(-1).trim().startsWith(fence);
   const text = lines.slice(1, closed ? -1 : undefined).join("\n");
-  return h("div", {class: "code"}, h("div", {class: "code-head"}, language || "code",
-    copyButton("Copy code", () => text)), h("pre", {tabindex: 0}, h("code", {}, text)));
+  return h(
+    "div",
+    {class: "code"},
+    h(
+      "div",
+      {class: "code-head"},
+      language || "code",
+      copyButton("Copy code", () => text),
+    ),
+    h("pre", {tabindex: 0}, h("code", text)),
+  );
 }
 
 function blockNode({kind, lines}) {
@@ -20282,21 +19968,21 @@ function blockNode({kind, lines}) {
   if (kind === "table") return tableNode(lines);
   if (kind === "quote") {
     const inner = lines.map(line => line.replace(/^ {0,3}> ?/, ""));
-    return h("blockquote", {}, blocks(inner).map(blockNode));
+    return h("blockquote", blocks(inner).map(blockNode));
   }
   if (kind === "heading") {
-    const [, marks, text] = /^ {0,3}(#+)\s+(.*?)\s*#*$/.exec(lines[0]) || [0, "#",
-      lines[0]];
-    // The page's own headings are h1 and h2.
-    return h(`h${Math.min(6, marks.length + 2)}`, {}, inline(text));
+    const [, marks, text] = /^ {0,3}(#+)\s+(.*?)\s*#*$/s.exec(lines[0]);
+    // h1 and h2 are the page's own headings.
+    return h(`h${Math.min(6, marks.length + 2)}`, inline(text));
   }
-  return h("p", {}, inline(lines.map(line => line.trimStart()).join("\n")));
+  return h("p", inline(lines.map(line => line.trimStart()).join("\n")));
 }
 
-// Show a Markdown text; blocks that have not changed stay as they are.
+// Show a Markdown text; unchanged blocks keep their nodes.
 function showMarkdown(element, text) {
   const found = blocks(
-    text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"));
+    text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"),
+  );
   const sources = found.map(({lines}) => lines.join("\n"));
   const before = element.sources || [];
   let same = 0;
@@ -20318,37 +20004,39 @@ const EVENTS = [
   "device.pair.resolved",
 ];
 const CALL_TIMEOUT = 30_000; // ms
-const SILENCE = 45_000; // ms without a word from the gateway until it is asked
+const SILENCE = 45_000; // ms without a message, then the gateway is probed
 const RETRY_FIRST = 500; // ms
 const RETRY_MAX = 15_000; // ms
 
 const callError = (code, message) => Object.assign(new Error(message), {code});
 
-// The connection to the gateway, which comes back by itself.
+// The connection to the gateway; it reconnects by itself.
 class Link {
   constructor(handlers) {
-    this.handlers = handlers; // up(), down(retryAt), refused(), event(name, payload)
+    // up(hello), down(retryAt), refused(error), event(name, payload), data(bytes)
+    this.handlers = handlers;
     this.calls = new Map();
     this.counter = 0;
     this.failures = 0;
     this.socket = null;
-    setInterval(() => this.listen(), SILENCE / 3);
+    setInterval(() => this.probe(), SILENCE / 3);
     on(window, "online", () => this.retryNow());
-    on(window, "visibilitychange", () => this.listen());
+    on(window, "visibilitychange", () => this.probe());
   }
 
   open() {
     clearTimeout(this.timer);
     const socket = new WebSocket(socketAddress());
+    socket.binaryType = "arraybuffer";
     this.socket = socket;
     this.isUp = false;
-    this.heard = Date.now();
+    this.lastMessageAt = Date.now();
     on(socket, "open", () => this.introduce(socket));
     on(socket, "message", event => this.take(socket, event.data));
     on(socket, "close", () => this.lost(socket));
   }
 
-  // Stop, and stay so until open().
+  // Close the connection until open() is called.
   close() {
     clearTimeout(this.timer);
     const {socket} = this;
@@ -20383,9 +20071,11 @@ class Link {
   }
 
   introduce(socket) {
-    const params = {protocol: {min: 4, max: 4},
+    const params = {
+      protocol: {min: 4, max: 4},
       client: {id: "page", version: "1", platform: "browser", mode: "ui"},
-      role: "operator"};
+      role: "operator",
+    };
     const up = hello => {
       this.isUp = true;
       this.failures = 0;
@@ -20400,10 +20090,14 @@ class Link {
     this.request("connect", params, 10_000, up, refused);
   }
 
-  take(socket, text) {
-    if (socket !== this.socket || typeof text !== "string") return;
-    this.heard = Date.now();
-    const envelope = JSON.parse(text);
+  take(socket, message) {
+    if (socket !== this.socket) return;
+    this.lastMessageAt = Date.now();
+    if (message instanceof ArrayBuffer) {
+      this.handlers.data(new Uint8Array(message));
+      return;
+    }
+    const envelope = JSON.parse(message);
     if (envelope.type === "event") {
       this.handlers.event(envelope.event, envelope.payload ?? {});
       return;
@@ -20420,7 +20114,7 @@ class Link {
     if (socket !== this.socket) return;
     this.isUp = false;
     this.failAll();
-    // Half of the wait is chance: a gateway that restarts is not met by all at once.
+    // Half of the wait is random: pages reconnect to a restarted gateway one by one.
     const wait = Math.min(RETRY_MAX, RETRY_FIRST * 2 ** this.failures);
     const delay = wait / 2 + (Math.random() * wait) / 2;
     this.failures += 1;
@@ -20437,10 +20131,11 @@ class Link {
     }
   }
 
-  // A cable that was pulled closes nothing: ask whether anybody is there.
-  async listen() {
+  // A pulled cable closes no socket: probe the gateway.
+  async probe() {
     const {socket} = this;
-    if (document.hidden || !this.isUp || Date.now() - this.heard < SILENCE) return;
+    if (document.hidden || !this.isUp || Date.now() - this.lastMessageAt < SILENCE)
+      return;
     try {
       await this.call("subscribe", {events: []}, 8000);
     } catch (error) {
@@ -20452,19 +20147,119 @@ class Link {
   }
 }
 
+// == job logs ==
+
+const LOG_DATA = 1; // kind of binary message
+const STDOUT = 1; // kind of log frame
+const STDERR = 2;
+const FRAME_HEAD = 5; // bytes: kind, length of the data
+const TAIL = 256 * 1024; // bytes; the part of a log that the page reads
+
+const viewOf = bytes => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+
+// Return job id, offset and frames of a LOG_DATA message, null for other kinds.
+function decodeLogData(message) {
+  if (message[0] !== LOG_DATA) return null;
+  const hex = [...message.subarray(1, 17)].map(n => n.toString(16).padStart(2, "0"));
+  const parts = /^(.{8})(.{4})(.{4})(.{4})(.{12})$/.exec(hex.join(""));
+  const offset = Number(viewOf(message).getBigUint64(17));
+  return {id: parts.slice(1).join("-"), offset, frames: message.subarray(25)};
+}
+
+// Yield kind, data and end of each whole frame; the end counts from the first frame.
+function* logFrames(bytes) {
+  const view = viewOf(bytes);
+  for (let at = 0; at + FRAME_HEAD <= bytes.length;) {
+    const end = at + FRAME_HEAD + view.getUint32(at + 1);
+    if (end > bytes.length) return;
+    yield {kind: bytes[at], data: bytes.subarray(at + FRAME_HEAD, end), end};
+    at = end;
+  }
+}
+
+const newDecoders = () => ({
+  [STDOUT]: new TextDecoder(),
+  [STDERR]: new TextDecoder(),
+});
+
+// The end of a job's output; it grows while the page follows the job.
+class JobLog {
+  constructor(id) {
+    this.id = id;
+    this.terminal = new Terminal();
+    this.offset = 0; // of the next byte of the log
+    this.isComplete = false;
+    this.pending = []; // [kind, bytes] not yet written to the terminal
+    this.pendingSize = 0; // bytes
+    this.decoders = newDecoders();
+    this.onNews = null; // called after output was added
+  }
+
+  // Return the log of a command of the first edition, which left only text.
+  static ofText(id, text) {
+    const known = new JobLog(id);
+    known.terminal.write(text);
+    known.isComplete = true;
+    return known;
+  }
+
+  // Add frames; after a reconnect some of them are known.
+  take(offset, frames) {
+    if (offset > this.offset) {
+      this.leaveOut(this.pending.length);
+      this.offset = offset;
+    }
+    for (const {kind, data, end} of logFrames(frames)) {
+      if (offset + end <= this.offset) continue;
+      this.offset = offset + end;
+      if (!this.decoders[kind]) continue;
+      this.pending.push([kind, data]);
+      this.pendingSize += data.length;
+    }
+    // Commands can write faster than the page can draw.
+    if (this.pendingSize > 2 * TAIL) this.leaveOutOldest();
+    this.onNews?.();
+  }
+
+  leaveOutOldest() {
+    let count = 0;
+    for (let size = this.pendingSize; size > TAIL; count += 1)
+      size -= this.pending[count][1].length;
+    this.leaveOut(count);
+  }
+
+  // Drop the first `count` pending pieces and all output before them.
+  leaveOut(count) {
+    for (const [, data] of this.pending.splice(0, count))
+      this.pendingSize -= data.length;
+    this.terminal.clear();
+    this.decoders = newDecoders();
+  }
+
+  // Write pending output to the terminal.
+  settle() {
+    for (const [kind, data] of this.pending) {
+      const text = this.decoders[kind].decode(data, {stream: true});
+      this.terminal.write(text, kind === STDERR);
+    }
+    this.pending = [];
+    this.pendingSize = 0;
+  }
+}
+
 // == state ==
 
-const MAIN = "main"; // the key of the session that is always there
-const SHELL = "shell"; // the model that is always there
+const MAIN = "main"; // key of the session that cannot be deleted
+const SHELL = "shell"; // id of the model that runs commands as typed
 const LOCAL = "local";
-const PAGE_SIZE = 100; // rows of the audit at a time
-const ENDED = new Set(["done", "error", "aborted", "interrupted"]);
+const PAGE_SIZE = 100; // rows of the audit per request
+const OPEN = new Set(["queued", "running"]); // states of messages and of jobs
 const RUNS = new Set(["user_message", "iteration", "delta"]); // events of a run
 const RUN_ENDS = new Set(["final", "error", "aborted"]);
-const HISTORY_SPAN = 30 * 60_000; // ms of CPU usage that a sparkline shows
+const HISTORY_SPAN = 30 * 60_000; // ms; CPU usage in a sparkline
 
 const state = {
-  link: "connecting", // "up", "down", "out": nobody is signed in
+  link: "connecting", // "up", "down", "out" (not signed in)
   retryAt: 0,
   route: {page: "chat", key: MAIN},
   sessions: [],
@@ -20473,20 +20268,21 @@ const state = {
   devices: [],
   usage: new Map(), // node id → [[ms, percent], …]
   chats: new Map(), // session key → Chat
-  running: [], // rows of the audit, of commands that run now
+  followed: new Map(), // job id → Chat, for jobs whose logs the gateway sends
+  running: [], // open jobs
   audit: {rows: [], more: false, node: "", result: ""},
   providers: [],
   keys: [],
   logins: [],
-  pin: "", // of the gateway's certificate, where it is not a bought one
-  token: null, // {deviceId, name}: of which the dialog waits for the machine
+  pin: "", // of the gateway's certificate, if no public CA signed it
+  token: null, // {deviceId, name} of the machine that the dialog waits for
   search: "",
 };
 
 const watchers = []; // [topics, draw]
 const touched = new Set();
 
-// Have `draw` called in the frame after a topic changed.
+// Call `draw` in the next frame after a topic changed.
 function watch(topics, draw) {
   watchers.push([topics.split(" "), draw]);
 }
@@ -20504,32 +20300,32 @@ function drawTouched() {
   }
 }
 
-// Call the gateway; say so where it fails.
-async function act(method, params) {
+// Call the gateway; show the error and return null if the call fails.
+async function attempt(method, params) {
   try {
     return await link.call(method, params);
   } catch (error) {
-    complain(error);
+    showError(error);
     return null;
   }
 }
 
-// One session's messages, kept equal to the gateway's by their `seq`.
+// The messages of one session; `seq` numbers keep them equal to the gateway's.
 class Chat {
   constructor(key) {
     this.key = key;
     this.rows = new Map(); // id → message
-    this.outputs = new Map(); // id of a command's message → Output
-    this.seq = 0; // of the newest change that is in here
+    this.logs = new Map(); // job id → JobLog
+    this.seq = 0; // of the newest change applied
     this.loaded = false;
     this.loading = null;
-    this.waiting = []; // events that came while history was asked for
+    this.waiting = []; // events that arrived during fetch()
     this.earlier = false; // the gateway has older messages
-    this.busy = false; // a run is going on
+    this.busy = false; // a turn is running
     this.draft = "";
   }
 
-  // Fetch the last messages, or what followed those that are here.
+  // Fetch the last messages, or the changes since the last fetch.
   load() {
     this.loading ||= this.fetch().finally(() => {
       this.loading = null;
@@ -20546,10 +20342,11 @@ class Chat {
       rows = await link.call("chat.history", params);
     } catch (error) {
       this.waiting = [];
-      if (error.code !== "UNAVAILABLE") complain(error);
+      if (error.code !== "UNAVAILABLE") showError(error);
       return;
     }
-    if (rows.length >= 1000) this.rows.clear(); // more than it tells at once
+    // The gateway sends no more changes at once: older ones are missing.
+    if (rows.length >= 1000) this.rows.clear();
     if (!this.rows.size) this.earlier = rows.length >= 200;
     rows.forEach(row => this.merge(row));
     this.loaded = true;
@@ -20562,7 +20359,7 @@ class Chat {
   async loadEarlier() {
     const first = this.ordered()[0];
     const params = {sessionKey: this.key, before: first.createdAt};
-    const rows = await act("chat.history", params);
+    const rows = await attempt("chat.history", params);
     if (!rows) return;
     this.earlier = rows.length >= 200;
     const seq = this.seq;
@@ -20571,13 +20368,9 @@ class Chat {
     touch("chat");
   }
 
-  merge(row, live = false) {
+  merge(row) {
     this.rows.set(row.id, row);
     this.seq = Math.max(this.seq, row.seq ?? 0);
-    // Output followed as it came need not be drawn again.
-    if (row.command && !(live && this.outputs.get(row.id)?.equals(row.command))) {
-      this.outputs.set(row.id, new Output(row.command));
-    }
   }
 
   take(event) {
@@ -20591,12 +20384,9 @@ class Chat {
     if (event.seq <= this.seq) return;
     this.seq = event.seq;
     const row = this.rows.get(event.messageId);
-    if (event.message) this.merge(event.message, true);
+    if (event.message) this.merge(event.message);
     else if (event.state === "delta" && row) row.text = (row.text || "") + event.text;
-    else if (event.state === "tool_call_output" && row) {
-      this.outputs.get(row.id)?.add(event);
-    }
-    // A command may outlive its run.
+    // A command may outlive its turn.
     if (RUNS.has(event.state)) this.busy = true;
     else if (RUN_ENDS.has(event.state)) this.busy = false;
     touch("chat");
@@ -20605,40 +20395,29 @@ class Chat {
   ordered() {
     return [...this.rows.values()].sort((a, b) => a.createdAt - b.createdAt);
   }
-}
 
-const isOpen = row => row.state === "running" || row.state === "queued";
-
-// A command's output as far as it is here, of which the gateway keeps both ends.
-class Output {
-  constructor({output = [], cut = 0, cutAt, stdoutBytes = 0, stderrBytes = 0}) {
-    this.terminal = new Terminal();
-    output.forEach(([stream, text], n) => {
-      if (cut && n === cutAt) this.terminal.skip(cut);
-      this.terminal.write(text, stream === "stderr");
-    });
-    this.ends = {stdout: stdoutBytes, stderr: stderrBytes};
+  // Return the log of a message's command.
+  logOf({jobId, command: {output}}) {
+    if (!this.logs.has(jobId))
+      this.logs.set(jobId, output ? JobLog.ofText(jobId, output) : new JobLog(jobId));
+    return this.logs.get(jobId);
   }
 
-  // Add what has come; a gateway with more than it can tell leaves out the middle.
-  add({stream, offset, data}) {
-    if (offset > this.ends[stream]) this.terminal.skip(offset - this.ends[stream]);
-    this.ends[stream] = offset + encoder.encode(data).length;
-    this.terminal.write(data, stream === "stderr");
-  }
-
-  // Tell whether nothing is missing here that a newer message has.
-  equals({stdoutBytes = 0, stderrBytes = 0}) {
-    const {stdout, stderr} = this.ends;
-    return !this.terminal.missing && stdout === stdoutBytes && stderr === stderrBytes;
+  updateJob(change) {
+    for (const row of this.rows.values()) {
+      // These are absent when they no longer apply.
+      const before = {...row.job, place: null, awayMs: null};
+      if (row.jobId === change.id) row.job = {...before, ...change};
+    }
+    touch("chat");
   }
 }
 
-const encoder = new TextEncoder();
+const isOpen = ({state}) => OPEN.has(state);
 
 const nodeById = id => state.nodes.find(node => node.nodeId === id);
 
-// Return the machine on which a session runs its commands; also one that is gone.
+// Return the machine on which a session runs its commands, even if it was removed.
 function sessionNode(entry) {
   const id = entry.node_id || LOCAL;
   const gone = state.nodes.length ? "Removed machine" : "…";
@@ -20646,7 +20425,7 @@ function sessionNode(entry) {
   return nodeById(id) || {...unknown, connected: id === LOCAL};
 }
 
-// Return machines in their order: Local, the connected, the others.
+// Return machines in display order: Local, connected, offline.
 function inOrder(nodes) {
   const rank = node => (node.nodeId === LOCAL ? 0 : node.connected ? 1 : 2);
   const name = node => node.displayName;
@@ -20661,7 +20440,8 @@ function currentSession() {
       label: key === MAIN ? "Main" : "",
       model: null,
       node_id: null,
-    });
+    }
+  );
 }
 
 const sessionName = entry =>
@@ -20675,12 +20455,12 @@ function currentChat() {
   return state.chats.get(key);
 }
 
-// Change a session here at once, and on the gateway.
+// Change a session, first here, then on the gateway.
 async function patchSession(key, change) {
   const entry = state.sessions.find(known => known.key === key);
   if (entry) Object.assign(entry, change);
   touch("sessions", "chat");
-  if (!(await act("sessions.patch", {key, ...change}))) refresh("sessions");
+  if (!(await attempt("sessions.patch", {key, ...change}))) refresh("sessions");
 }
 
 async function selectNode(key, nodeId) {
@@ -20688,7 +20468,7 @@ async function selectNode(key, nodeId) {
   const entry = state.sessions.find(known => known.key === key);
   if (entry) entry.node_id = id;
   touch("sessions", "chat");
-  await act("nodes.set_session", {session_key: key, node_id: id});
+  await attempt("nodes.set_session", {session_key: key, node_id: id});
   refresh("sessions");
 }
 
@@ -20704,16 +20484,16 @@ const SOURCES = {
   nodes: async () => (state.nodes = await link.call("node.list")),
   devices: async () => (state.devices = await link.call("device.pair.list")),
   running: async () => {
-    state.running = await link.call("commands.list", {state: "running"});
+    state.running = await link.call("job.list", {state: "open"});
   },
   providers: async () => (state.providers = await link.call("models.providers")),
   keys: async () => (state.keys = await link.call("keys.list")),
   logins: async () => (state.logins = await link.call("logins.list")),
 };
 
-const refreshing = new Map(); // topic → whether it is to be fetched once more
+const refreshing = new Map(); // topic → whether to fetch it once more
 
-// Fetch lists again; many wishes at the same time make one request.
+// Fetch lists again; simultaneous calls for a topic share requests.
 async function refresh(...topics) {
   await Promise.all(topics.map(refreshOne));
 }
@@ -20728,13 +20508,55 @@ async function refreshOne(topic) {
     await SOURCES[topic]();
     touch(topic);
   } catch (error) {
-    // Who may only read has no business with tokens.
+    // A key with only the read scope cannot list tokens.
     const expected = error.code === "FORBIDDEN" && topic === "devices";
-    if (error.code !== "UNAVAILABLE" && !expected) complain(error);
+    if (error.code !== "UNAVAILABLE" && !expected) showError(error);
   }
   const again = refreshing.get(topic);
   refreshing.delete(topic);
   if (again && state.link === "up") await refreshOne(topic);
+}
+
+// Follow a job: the gateway sends the end of its log, then what is added.
+async function followJob(chat, log) {
+  const {id, offset} = log;
+  if (log.isComplete || state.link !== "up" || state.followed.has(id)) return;
+  state.followed.set(id, chat);
+  try {
+    const {job} = await link.call("job.follow", {id, offset, tail: TAIL});
+    chat.updateJob(job);
+  } catch (error) {
+    state.followed.delete(id);
+    if (error.code === "NOT_FOUND")
+      log.isComplete = true; // no longer kept
+    else if (error.code !== "UNAVAILABLE") showError(error);
+  }
+}
+
+// Unfollow all jobs except those of the current chat.
+function unfollowOthers() {
+  const shown = state.route.page === "chat" && currentChat();
+  for (const [id, chat] of state.followed) {
+    if (chat === shown) continue;
+    state.followed.delete(id);
+    // A lost connection follows nothing.
+    link.call("job.unfollow", {id}).catch(() => null);
+  }
+}
+
+function onJobState({ending, ...change}) {
+  const {id} = change;
+  const chat = state.followed.get(id);
+  if (!chat) return;
+  chat.updateJob({...change, ...ending});
+  if (!ending) return;
+  chat.logs.get(id).isComplete = true; // the ending is a log's last frame
+  state.followed.delete(id);
+}
+
+function onLogData(message) {
+  const {id, offset, frames} = decodeLogData(message) || {};
+  state.followed.get(id)?.logs.get(id).take(offset, frames);
 }
 
 async function loadAudit(older = false) {
@@ -20743,7 +20565,7 @@ async function loadAudit(older = false) {
   if (audit.node) params.nodeId = audit.node;
   if (audit.result) params.state = audit.result;
   if (older) params.before = audit.rows.at(-1).seq;
-  const rows = await act("commands.list", params);
+  const rows = await attempt("job.list", params);
   if (!rows) return;
   audit.rows = older ? [...audit.rows, ...rows] : rows;
   audit.more = rows.length === PAGE_SIZE;
@@ -20759,11 +20581,11 @@ async function loadUsage(node) {
     state.usage.set(node.nodeId, [...points, ...known]);
     touch("nodes");
   } catch {
-    state.usage.delete(node.nodeId); // it is asked for again when the page comes back
+    state.usage.delete(node.nodeId); // fetched again after a reconnect
   }
 }
 
-function noteTelemetry(payload) {
+function onTelemetry(payload) {
   const node = nodeById(payload.nodeId);
   if (!node) {
     refresh("nodes");
@@ -20780,34 +20602,35 @@ function noteTelemetry(payload) {
   touch("nodes");
 }
 
-function noteSession({type, sessionKey}) {
+function onSession({type, sessionKey}) {
   if (type === "deleted" || type === "reset") state.chats.delete(sessionKey);
   if (type === "deleted" && state.route.key === sessionKey) go("/chat/main", true);
-  if (type === "reset" && state.route.key === sessionKey) currentChat().load();
+  if (type === "reset") enterRoute();
   refresh("sessions");
 }
 
 const CHANGES_RUNNING = new Set(["tool_call_start", "tool_call_end"]);
 const CHANGES_SESSIONS = new Set(["user_message", ...RUN_ENDS]);
 
-function noteChat(event) {
+function onChat(event) {
   state.chats.get(event.sessionKey)?.take(event);
   if (CHANGES_SESSIONS.has(event.state)) refresh("sessions");
-  if (CHANGES_RUNNING.has(event.state)) noteCommand();
+  if (CHANGES_RUNNING.has(event.state)) refreshCommands();
 }
 
-function noteCommand() {
+function refreshCommands() {
   if (state.route.page === "nodes") refresh("running");
   if (state.route.page === "commands" && state.audit.rows.length <= PAGE_SIZE)
     loadAudit();
 }
 
 const HANDLERS = {
-  chat: noteChat,
-  session: noteSession,
+  chat: onChat,
+  session: onSession,
+  "job.state": onJobState,
   "node.telemetry": payload => {
-    noteTelemetry(payload);
-    noteCommand(); // of those that other clients run nobody tells
+    onTelemetry(payload);
+    refreshCommands(); // no event announces commands of other clients
   },
   presence: () => refresh("nodes", "devices", "models"),
   "device.pair.resolved": () => refresh("nodes", "devices"),
@@ -20820,7 +20643,7 @@ const link = new Link({
     try {
       await link.call("subscribe", {events: EVENTS});
     } catch {
-      return; // lost again: the next connection starts over
+      return; // lost again; the next connection repeats this
     }
     state.usage.clear();
     enterRoute();
@@ -20829,6 +20652,7 @@ const link = new Link({
   },
   down(retryAt) {
     Object.assign(state, {link: "down", retryAt});
+    state.followed.clear();
     touch("link");
   },
   refused() {
@@ -20838,6 +20662,7 @@ const link = new Link({
   event(name, payload) {
     HANDLERS[name]?.(payload);
   },
+  data: onLogData,
 });
 
 // == routes ==
@@ -20854,7 +20679,7 @@ const PAGE_TOPICS = {
   access: ["keys", "logins"],
 };
 
-// Return what an address asks for.
+// Return the route of a path.
 function routeOf(path) {
   const [, area, rest = ""] = /^\/(\w*)\/?(.*)$/.exec(path) || [];
   if (area === "settings") return {page: rest in PAGES ? rest : "nodes"};
@@ -20867,10 +20692,10 @@ const chatPath = key => `/chat/${encodeURIComponent(key)}`;
 function go(path, replace = false) {
   if (replace) history.replaceState(null, "", path);
   else if (path !== location.pathname) history.pushState(null, "", path);
-  followAddress();
+  applyAddress();
 }
 
-function followAddress() {
+function applyAddress() {
   state.route = routeOf(location.pathname);
   if (location.pathname === "/")
     history.replaceState(null, "", chatPath(state.route.key));
@@ -20880,9 +20705,10 @@ function followAddress() {
   touch("route");
 }
 
-// Fetch what the page needs that is shown now.
+// Fetch the data of the current route.
 function enterRoute() {
   if (state.link !== "up") return;
+  unfollowOthers();
   const {page} = state.route;
   if (page === "chat") currentChat().load();
   else if (page === "commands") loadAudit();
@@ -20892,12 +20718,12 @@ function enterRoute() {
 
 // == widgets ==
 
-// Ask before something is gone; resolves to whether it may go.
+// Ask for confirmation; resolves to a boolean.
 function confirmed(title, text, action) {
   const dialog = $("confirm");
-  say($("confirm-title"), title);
-  say($("confirm-text"), text);
-  say($("confirm-yes"), action);
+  setText($("confirm-title"), title);
+  setText($("confirm-text"), text);
+  setText($("confirm-yes"), action);
   return new Promise(resolve => {
     const close = answer => {
       dialog.close();
@@ -20911,14 +20737,14 @@ function confirmed(title, text, action) {
   });
 }
 
-// A button with a list: arrows, Home, End, and typing a name.
+// A button with a listbox: arrow keys, Home, End, type-ahead.
 class Picker {
   constructor(name, options, choose) {
     this.button = $(`${name}-button`);
     this.list = $(`${name}-list`);
     this.options = options; // () → [{value, label, detail, dot, dim, chosen}]
     this.choose = choose;
-    this.active = null; // the value that the arrows are on
+    this.active = null; // value of the highlighted option
     this.typed = "";
     this.button.setAttribute("aria-controls", this.list.id);
     on(this.button, "click", () => this.toggle());
@@ -20929,7 +20755,7 @@ class Picker {
     });
     on(this.list, "keydown", event => this.key(event));
     on(this.list, "focusout", () => this.toggle(false));
-    // A press would move the focus and close the list before the click.
+    // Pressing the mouse button must not move the focus: that would close the list.
     on(this.list, "mousedown", event => event.preventDefault());
     on(this.list, "click", event => {
       const option = event.target.closest("[role=option]");
@@ -20963,9 +20789,14 @@ class Picker {
     const options = this.options();
     const at = options.findIndex(option => option.value === this.active);
     const last = options.length - 1;
-    const goal = {ArrowDown: Math.min(last, at + 1), ArrowUp: Math.max(0, at - 1),
-      PageDown: Math.min(last, at + 8), PageUp: Math.max(0, at - 8), Home: 0,
-      End: last}[event.key];
+    const goal = {
+      ArrowDown: Math.min(last, at + 1),
+      ArrowUp: Math.max(0, at - 1),
+      PageDown: Math.min(last, at + 8),
+      PageUp: Math.max(0, at - 8),
+      Home: 0,
+      End: last,
+    }[event.key];
     if (goal !== undefined) this.active = options[goal]?.value;
     else if (event.key === "Enter" || (event.key === " " && !this.typed)) {
       event.preventDefault();
@@ -20982,7 +20813,7 @@ class Picker {
     this.draw();
   }
 
-  // Go to the option that is called so; the same letter again goes on to the next.
+  // Highlight the option with the typed name; a repeated letter goes to the next one.
   type(letter, options, at) {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => (this.typed = ""), 800);
@@ -21001,12 +20832,21 @@ class Picker {
   draw() {
     const options = this.options();
     const chosen = options.find(option => option.chosen) || options[0];
-    fill(this.button, chosen && dotFor(chosen),
-      h("span", {class: "pick-label"}, chosen?.label || "…"), icon("down"));
-    this.button.setAttribute("aria-label",
-      `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`);
+    fill(
+      this.button,
+      chosen && dotFor(chosen),
+      h("span", {class: "pick-label"}, chosen?.label || "…"),
+      icon("down"),
+    );
+    this.button.setAttribute(
+      "aria-label",
+      `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`,
+    );
     if (!this.isOpen) return;
-    fill(this.list, options.map((option, n) => this.option(option, n)));
+    fill(
+      this.list,
+      options.map((option, n) => this.option(option, n)),
+    );
     const active = this.list.querySelector(".active");
     active?.scrollIntoView({block: "nearest"});
     this.list.setAttribute("aria-activedescendant", active?.id || "");
@@ -21014,15 +20854,24 @@ class Picker {
 
   option(option, n) {
     const classes = [option.value === this.active && "active", option.dim && "dim"];
-    return h("li", {
-      id: `${this.list.id}-${n}`,
-      role: "option",
-      class: classes.filter(Boolean).join(" "),
-      "aria-selected": String(Boolean(option.chosen)),
-      "data-value": option.value,
-    }, dotFor(option), h("span", {class: "choice"}, h("span", {}, option.label),
-      option.detail && h("span", {class: "detail"}, option.detail)),
-      option.chosen && icon("check"));
+    return h(
+      "li",
+      {
+        id: `${this.list.id}-${n}`,
+        role: "option",
+        class: classes.filter(Boolean).join(" "),
+        "aria-selected": String(Boolean(option.chosen)),
+        "data-value": option.value,
+      },
+      dotFor(option),
+      h(
+        "span",
+        {class: "choice"},
+        h("span", option.label),
+        option.detail && h("span", {class: "detail"}, option.detail),
+      ),
+      option.chosen && icon("check"),
+    );
   }
 }
 
@@ -21034,9 +20883,14 @@ function nodeOptions() {
   const nodes = state.nodes.includes(selected)
     ? state.nodes
     : [...state.nodes, selected];
-  return inOrder(nodes).map(node => ({value: node.nodeId, label: node.displayName,
-    detail: nodeDetail(node), dot: node.connected ? "on" : "off", dim: !node.connected,
-    chosen: node === selected}));
+  return inOrder(nodes).map(node => ({
+    value: node.nodeId,
+    label: node.displayName,
+    detail: nodeDetail(node),
+    dot: node.connected ? "on" : "off",
+    dim: !node.connected,
+    chosen: node === selected,
+  }));
 }
 
 function nodeDetail(node) {
@@ -21044,17 +20898,21 @@ function nodeDetail(node) {
     return node.lastSeenAt ? `Offline, seen ${ago(node.lastSeenAt)}` : "Offline";
   }
   const {cpuUsage, load} = node.telemetry || {};
-  return dotted(node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
+  return dotted(
+    node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
     cpuUsage != null && `${Math.round(cpuUsage)} % CPU`,
-    load?.length && `load ${load[0].toFixed(2)}`);
+    load?.length && `load ${load[0].toFixed(2)}`,
+  );
 }
 
 function modelOptions() {
   const chosen = currentModel(currentSession());
-  const known = state.models.map(model => ({value: model.id,
+  const known = state.models.map(model => ({
+    value: model.id,
     label: model.displayName || model.id,
     detail: model.id === SHELL ? "Runs what you type, no LLM" : modelDetail(model),
-    chosen: model.id === chosen}));
+    chosen: model.id === chosen,
+  }));
   if (known.some(option => option.chosen) || !state.models.length) return known;
   const gone = {value: chosen, label: chosen, detail: "Not available now", dim: true};
   return [...known, {...gone, chosen: true}];
@@ -21069,8 +20927,15 @@ function modelDetail(model) {
 function approvalOptions() {
   const all = currentSession().approvals === "all";
   const ask = "The model’s commands wait for your approval";
-  return [{value: "ask", label: "Ask first", detail: ask, chosen: !all},
-    {value: "all", label: "Run everything", detail: "None waits", chosen: all}];
+  return [
+    {value: "ask", label: "Ask first", detail: ask, chosen: !all},
+    {
+      value: "all",
+      label: "Run everything",
+      detail: "No command waits for approval",
+      chosen: all,
+    },
+  ];
 }
 
 // == view: frame ==
@@ -21087,9 +20952,9 @@ function drawLink() {
   const appears = app.hidden;
   const out = state.link === "out";
   $("sign-in").hidden = !out;
-  // The page appears with its connection, or when there is no hope.
+  // Show the page when it is connected, or when connecting failed.
   app.hidden = out || (state.link === "connecting" && appears);
-  // Not where that brings a keyboard up.
+  // Not on touch screens: focus opens the keyboard.
   if (appears && !matchMedia("(pointer:coarse)").matches) $("text").focus();
   $("banner").hidden = state.link !== "down";
   if (out) $("key").focus();
@@ -21099,7 +20964,7 @@ function drawLink() {
 function drawBanner() {
   const seconds = Math.max(0, Math.ceil((state.retryAt - Date.now()) / 1000));
   const next = seconds ? `Trying again in ${seconds} s.` : "Trying again…";
-  say($("banner-text"), `The gateway cannot be reached. ${next}`);
+  setText($("banner-text"), `The gateway cannot be reached. ${next}`);
 }
 
 function setCurrent(link, isCurrent) {
@@ -21117,16 +20982,16 @@ function drawRoute() {
 
 class SessionItem {
   constructor(entry) {
-    this.name = h("span", {class: "name"});
-    this.detail = h("span", {class: "detail"});
-    this.link = h("a", {href: chatPath(entry.key)}, this.name, this.detail);
-    const rename = () =>
+    Object.assign(this, copyOf("chat-item"));
+    this.link.href = chatPath(entry.key);
+    this.remove.hidden = entry.key === MAIN;
+    on(this.remove, "click", () => this.discard());
+    on(this.rename, "click", () =>
       editInPlace(this.name, sessionName(this.entry), "Name of the chat", label =>
-        patchSession(this.entry.key, {label}));
-    this.buttons = h("span", {class: "tools"}, iconButton("pen", "Rename", rename),
-      entry.key !== MAIN && iconButton("bin", "Delete", () => this.remove()));
-    this.root = h("li", {}, this.link, this.buttons);
-    // In a field that stands in a link, a click is for the field.
+        patchSession(this.entry.key, {label}),
+      ),
+    );
+    // A click into the input field must not follow the link around it.
     on(this.link, "click", event => {
       if (this.name.dataset.edited) event.preventDefault();
     });
@@ -21138,24 +21003,29 @@ class SessionItem {
     this.root.classList.toggle("current", current);
     setCurrent(this.link, current);
     const node = entry.node_id ? sessionNode(entry).displayName : "";
-    const when = entry.updatedAt ? moment(entry.updatedAt) : "";
+    const when = entry.updatedAt ? formatTime(entry.updatedAt) : "";
     const status = entry.replying ? "Replying…" : dotted(node, when);
-    if (!this.name.dataset.edited) say(this.name, sessionName(entry));
-    say(this.detail, status);
+    if (!this.name.dataset.edited) setText(this.name, sessionName(entry));
+    setText(this.detail, status);
     this.root.classList.toggle("replying", Boolean(entry.replying));
   }
 
-  async remove() {
+  async discard() {
     const {entry} = this;
-    const text = "Its messages go for good; the list of commands keeps what ran.";
+    const text =
+      "Its messages and their output are deleted. The list of commands stays.";
     const question = `Delete “${sessionName(entry)}”?`;
     if (!(await confirmed(question, text, "Delete"))) return;
-    if (!(await act("sessions.delete", {key: entry.key}))) return;
-    noteSession({type: "deleted", sessionKey: entry.key});
+    if (!(await attempt("sessions.delete", {key: entry.key}))) return;
+    onSession({type: "deleted", sessionKey: entry.key});
   }
 }
 
-const sessionItems = new Keyed($("sessions"), e => e.key, e => new SessionItem(e));
+const sessionItems = new Keyed(
+  $("sessions"),
+  e => e.key,
+  e => new SessionItem(e),
+);
 
 function drawSessions() {
   const known = state.sessions.filter(entry => !entry.archived);
@@ -21164,19 +21034,22 @@ function drawSessions() {
   const all = isNew && state.route.page === "chat" ? [current, ...known] : known;
   const wanted = state.search.toLowerCase();
   $("find-chat").hidden = all.length < 8 && !wanted;
-  sessionItems.show(all.filter(entry =>
-    `${sessionName(entry)} ${entry.preview || ""}`.toLowerCase().includes(wanted)));
+  sessionItems.show(
+    all.filter(entry =>
+      `${sessionName(entry)} ${entry.preview || ""}`.toLowerCase().includes(wanted),
+    ),
+  );
   const online = state.nodes.filter(n => n.connected && n.nodeId !== LOCAL).length;
-  say($("node-count"), online ? `${online} online` : "");
+  setText($("node-count"), online ? `${online} online` : "");
 }
 
 async function newChat() {
   const {node_id, model} = currentSession();
   const isEmpty = known => !known.messageCount && !known.label && known.key !== MAIN;
-  const entry = state.sessions.find(isEmpty) || (await act("sessions.create", {}));
+  const entry = state.sessions.find(isEmpty) || (await attempt("sessions.create", {}));
   if (!entry) return;
-  // One goes on with the machine and the model chosen last.
-  if (model) await act("sessions.patch", {key: entry.key, model});
+  // A new chat keeps the current machine and model.
+  if (model) await attempt("sessions.patch", {key: entry.key, model});
   if (nodeById(node_id)) await selectNode(entry.key, node_id);
   await refresh("sessions");
   go(chatPath(entry.key));
@@ -21187,27 +21060,20 @@ async function newChat() {
 
 class UserTurn {
   constructor() {
-    this.text = h("div", {class: "bubble"});
-    this.note = h("p", {class: "note"});
-    this.root = h("article", {class: "turn user", "aria-label": "You"}, this.text,
-      this.note);
+    Object.assign(this, copyOf("user-turn"));
   }
 
   update(row) {
-    say(this.text, row.text || "");
-    say(this.note, row.state === "queued" ? "Waits for its turn" : "");
+    setText(this.text, row.text || "");
+    setText(this.note, row.state === "queued" ? "Queued" : "");
     this.root.title = fullFormat.format(row.createdAt);
   }
 }
 
 class AssistantTurn {
   constructor() {
-    this.text = h("div", {class: "prose"});
-    this.note = h("span");
-    this.foot = h("footer", {class: "note"}, this.note,
-      copyButton("Copy answer", () => this.row.text || ""));
-    this.root = h("article", {class: "turn assistant", "aria-label": "Answer"},
-      this.text, this.foot);
+    Object.assign(this, copyOf("assistant-turn"));
+    onClickCopy(this.copy, () => this.row.text || "");
   }
 
   update(row) {
@@ -21216,14 +21082,14 @@ class AssistantTurn {
     this.root.hidden = !row.text && row.state !== "error";
     this.foot.hidden = isOpen(row);
     const end = STATE_NOTES[row.state];
-    say(this.note, dotted(modelName(row.model), usageText(row.usage), end));
+    setText(this.note, dotted(modelName(row.model), usageText(row.usage), end));
     this.root.title = fullFormat.format(row.createdAt);
   }
 }
 
 const STATE_NOTES = {
   aborted: "stopped",
-  error: "broken off",
+  error: "failed",
   interrupted: "interrupted by a restart of the gateway",
 };
 
@@ -21240,78 +21106,87 @@ class NoticeTurn {
 
   update(row) {
     this.root.classList.toggle("bad", row.state === "error");
-    say(this.root, row.text || "");
+    setText(this.root, row.text || "");
   }
 }
 
-// A command: where, what, its output as it comes, and how it ended.
+const outputPath = jobId => `/api/jobs/${encodeURIComponent(jobId)}/output`;
+
+// A command: machine, command line, end of its output, state.
 class CommandCard {
   constructor(row) {
-    const {command} = row;
-    this.screen = new Screen(`Output of ${command.command}`);
-    this.dot = h("span", {class: "dot"});
-    this.time = h("span", {class: "time"});
-    this.stop = button([icon("stop"), " Stop"], () => this.end(), "button small");
-    this.fold = iconButton("down", "Collapse output", () => this.collapse());
-    this.fold.setAttribute("aria-expanded", "true");
-    this.where = h("span", {class: "where"});
-    this.word = h("span", {class: "word"});
-    this.size = h("span", {class: "size"});
-    this.save = h("a", {
-      class: "bare",
-      title: "Download output",
-      "aria-label": "Download output",
-      download: true,
-      href: `/api/commands/${encodeURIComponent(command.invokeId)}/output`,
-    }, icon("save"));
-    this.copyOutput = copyButton("Copy output", () => this.screen.terminal.text());
-    this.approval = h("div", {class: "approval", hidden: true});
-    this.root = h("article", {class: "turn command"},
-      h("header", {}, this.dot, this.where,
-        h("code", {class: "line"}, command.command.replace(/[^\n\P{C}]/gu, escape)),
-        copyButton("Copy command", () => command.command), this.fold), this.approval,
-      this.screen.root, h("footer", {}, this.word, this.time, this.size,
-        h("span", {class: "tools"}, this.stop, this.copyOutput, this.save)));
+    const {command, jobId} = row;
+    Object.assign(this, copyOf("command-card"));
+    this.chat = currentChat();
+    this.log = this.chat.logOf(row);
+    new Screen(this.log, this);
+    this.screen.setAttribute("aria-label", `Output of ${command.command}`);
+    this.line.textContent = command.command.replace(/[^\n\P{C}]/gu, escape);
+    this.save.href = this.whole.href = outputPath(jobId);
+    onClickCopy(this.copyLine, () => command.command);
+    onClickCopy(this.copy, () => this.log.terminal.text());
+    on(this.stop, "click", () => this.end());
+    on(this.fold, "click", () => this.collapse());
+    this.isNear = false; // visible, or a few screens away
+    const notice = entries => {
+      this.isNear = entries.at(-1).isIntersecting;
+      this.follow();
+    };
+    const area = {root: $("transcript"), rootMargin: "1000px 0px"};
+    new IntersectionObserver(notice, area).observe(this.root);
   }
 
   update(row) {
-    const {command} = row;
+    const {command, job} = row;
     this.row = row;
-    const [kind, words] = verdict(command);
-    this.running = kind === "run" || kind === "wait";
+    const [kind, words] = cardStatus(row);
+    const asks = command.approval?.state === "asked";
+    this.isOpen = Boolean(job) && isOpen(job);
     this.root.dataset.kind = kind;
-    this.root.setAttribute("aria-label",
-      `Command on ${command.node}: ${command.command}`);
+    const label = `Command on ${command.node}: ${command.command}`;
+    this.root.setAttribute("aria-label", label);
     this.dot.className = `dot ${kind}`;
-    say(this.where, command.node + (command.cwd ? `:${command.cwd}` : ""));
-    say(this.word, command.background ? `${words} · in the background` : words);
-    const total = outputSize(command);
-    say(this.size, total ? bytes(total) : this.running ? "" : "no output");
-    this.stop.hidden = !this.running || command.approval?.state === "asked";
-    this.save.hidden = this.copyOutput.hidden = this.running || !total;
-    const output = currentChat().outputs.get(row.id);
-    if (output) this.screen.show(output.terminal);
-    this.drawApproval(command);
+    setText(this.where, command.node + (command.cwd ? `:${command.cwd}` : ""));
+    setText(this.word, dotted(words, command.background && "in the background"));
+    const total = outputSize(job || {});
+    setText(
+      this.size,
+      total ? formatBytes(total) : this.isOpen || !job ? "" : "no output",
+    );
+    this.stop.hidden = !this.isOpen || asks;
+    this.save.hidden = this.isOpen || !total || Boolean(command.output);
+    this.copy.hidden = this.isOpen || !total;
+    this.drawApproval(row, asks);
     this.tick();
+    this.follow();
+  }
+
+  // Follow the job only near the viewport: a long chat has many cards.
+  follow() {
+    const {job} = this.row;
+    if (this.isNear && job && (isOpen(job) || outputSize(job)))
+      followJob(this.chat, this.log);
   }
 
   tick() {
-    const {startedAt, endedAt} = this.row.command;
-    const end = endedAt ?? (this.running ? Date.now() : null);
-    const known = startedAt && end && this.row.command.approval?.state !== "asked";
-    say(this.time, known ? duration((end - startedAt) / 1000) : "");
+    const {startedAt, endedAt, duration: took} = this.row.job || {};
+    const end = this.isOpen ? Date.now() : endedAt;
+    const seconds = took ?? (end - startedAt) / 1000;
+    setText(this.time, startedAt && seconds >= 0 ? formatDuration(seconds) : "");
   }
 
-  drawApproval({invokeId, node, approval}) {
-    const asks = approval?.state === "asked";
+  drawApproval({jobId: id, command: {node}}, asks) {
     if (asks === !this.approval.hidden) return;
     this.approval.hidden = !asks;
     if (!asks) return;
-    const answer = decision => () => act("exec.approval.resolve", {invokeId, decision});
-    fill(this.approval, h("p", {}, `The model wants to run this on ${node}.`),
+    const answer = decision => () => attempt("exec.approval.resolve", {id, decision});
+    fill(
+      this.approval,
+      h("p", `The model wants to run this on ${node}.`),
       button("Approve", answer("approve"), "button main"),
       button("Deny", answer("deny")),
-      button(`Always on ${node} in this chat`, answer("always")));
+      button(`Always on ${node} in this chat`, answer("always")),
+    );
     announce(`Approval is needed for a command on ${node}`);
   }
 
@@ -21323,7 +21198,7 @@ class CommandCard {
 
   async end() {
     this.stop.disabled = true;
-    await act("node.invoke.cancel", {invokeId: this.row.command.invokeId});
+    await attempt("job.cancel", {id: this.row.jobId});
     this.stop.disabled = false;
   }
 }
@@ -21337,16 +21212,17 @@ const TURNS = {
 
 const makeTurn = row => new (TURNS[row.role] || NoticeTurn)(row);
 const turns = new Keyed($("messages"), row => row.id, makeTurn);
-let shownChat = null; // the Chat whose messages stand on the page
-let follows = true; // the newest message is to stay in sight
+let shownChat = null; // the Chat whose messages are on the page
+let follows = true; // keep the newest message visible
 
-// Return the messages to show: what was typed into Shell is in the command's card.
+// Return the messages to show, without those that a command card repeats.
 function shownRows(chat) {
   const rows = chat.ordered();
   const commands = new Set(
     rows
       .filter(row => row.role === "command")
-      .map(row => `${row.runId} ${row.command.command}`));
+      .map(row => `${row.runId} ${row.command.command}`),
+  );
   const typed = row => `${row.runId} ${(row.text || "").replace(/^!/, "")}`;
   return rows.filter(row => row.role !== "user" || !commands.has(typed(row)));
 }
@@ -21354,7 +21230,6 @@ function shownRows(chat) {
 function drawChat() {
   if (state.route.page !== "chat") return;
   const chat = currentChat();
-  const box = $("transcript");
   if (shownChat !== chat) leaveChat(chat);
   const rows = shownRows(chat);
   turns.show(rows);
@@ -21363,7 +21238,7 @@ function drawChat() {
   drawThinking(chat, rows);
   drawComposer(chat);
   followEnd();
-  announceEnds(chat, rows);
+  announceEnd(chat, rows);
 }
 
 function leaveChat(chat) {
@@ -21372,7 +21247,7 @@ function leaveChat(chat) {
   shownChat = chat;
   turns.show([]);
   text.value = chat.draft;
-  sizeText();
+  fitText();
   follows = true;
 }
 
@@ -21381,25 +21256,27 @@ function drawThinking(chat, rows) {
   const silent = last?.role === "user" || last?.state !== "running";
   $("thinking").hidden = !(chat.busy && silent) || last?.state === "queued";
   const entry = currentSession();
-  say($("thinking-text"),
-    currentModel(entry) === SHELL ? "" : `${modelName(currentModel(entry))} thinks`);
+  const model = currentModel(entry);
+  setText($("thinking-text"), model === SHELL ? "" : `${modelName(model)} thinks`);
 }
 
 const modelName = id => state.models.find(model => model.id === id)?.displayName || id;
 
-let announced = new WeakSet(); // messages whose end was told
+const announced = new Set(); // ids of ended messages
 
-// Tell a screen reader how the newest message ended, once.
-function announceEnds(chat, rows) {
+// Make screen readers read the end of the newest message, once.
+function announceEnd(chat, rows) {
   const last = rows.at(-1);
-  if (!last || !ENDED.has(last.state) || announced.has(last)) return;
-  announced.add(last);
-  const {createdAt, command, text = ""} = last;
-  if (Date.now() - (command?.endedAt || createdAt) > 60_000) return;
-  if (!command) announce(text.slice(0, 500));
+  if (!last || isOpen(last) || announced.has(last.id)) return;
+  const log = last.command && chat.logOf(last);
+  if (state.followed.has(log?.id)) return; // more output arrives
+  announced.add(last.id);
+  if (Date.now() - (last.job?.endedAt || last.createdAt) > 60_000) return;
+  if (!log) announce((last.text || "").slice(0, 500));
   else {
-    const output = chat.outputs.get(last.id)?.terminal.text() || "no output";
-    announce(`${command.node}: ${verdict(command)[1]}. ${output.slice(-300)}`);
+    log.settle();
+    const output = log.terminal.text().slice(-300) || "no output";
+    announce(`${last.command.node}: ${cardStatus(last)[1]}. ${output}`);
   }
 }
 
@@ -21415,19 +21292,19 @@ function drawWelcome(chat, rows) {
   const model = modelName(currentModel(entry));
   const run = line =>
     button(line, () => send(shell ? line : `!${line}`), "button small mono");
-  fill(box,
-    h("h2", {}, shell ? `A shell on ${node}` : `What is there to do on ${node}?`), h(
-      "p",
-      {},
-      shell
-        ? `What you type runs on ${node}, and its output appears here.`
-        : `${model} runs commands on ${node} to find out.`,
-    ), h("p", {class: "starters"}, STARTERS.map(run)), h(
-      "p",
-      {},
-      state.nodes.some(other => other.nodeId !== LOCAL)
-        ? "Choose another machine at the top."
-        : h("a", {href: "/settings/nodes"}, "Add a machine")));
+  const what = shell
+    ? `Commands run on ${node}; their output appears here.`
+    : `${model} can run commands on ${node} to answer.`;
+  const others = state.nodes.some(other => other.nodeId !== LOCAL)
+    ? "Choose another machine at the top."
+    : h("a", {href: "/settings/nodes"}, "Add a machine");
+  fill(
+    box,
+    h("h2", shell ? `A shell on ${node}` : `What do you want to do on ${node}?`),
+    h("p", what),
+    h("p", {class: "starters"}, STARTERS.map(run)),
+    h("p", others),
+  );
 }
 
 function drawComposer(chat) {
@@ -21436,28 +21313,26 @@ function drawComposer(chat) {
   const shell = currentModel(entry) === SHELL;
   const text = $("text");
   $("composer").classList.toggle("shell", shell);
-  say($("prompt"), shell ? `${node.displayName} $` : "");
+  setText($("prompt"), shell ? `${node.displayName} $` : "");
   text.placeholder = shell ? "" : `Message ${modelName(currentModel(entry))}`;
-  text.setAttribute("aria-label",
-    shell ? `Command for ${node.displayName}` : "Message");
+  const label = shell ? `Command for ${node.displayName}` : "Message";
+  text.setAttribute("aria-label", label);
   $("stop").hidden = !chat.busy;
   const gone = !node.connected && state.nodes.length > 0;
   $("node-away").hidden = !gone;
-  const since = node.lastSeenAt ? ` since ${moment(node.lastSeenAt)}` : "";
-  say(
-    $("node-away"),
-    gone
-      ? `${node.displayName} is offline${since}. Nothing runs elsewhere instead.`
-      : "");
+  const since = node.lastSeenAt ? ` since ${formatTime(node.lastSeenAt)}` : "";
+  const offline = `${node.displayName} is offline${since}.`;
+  setText($("node-away"), `${offline} Commands do not run elsewhere instead.`);
   const more = shell ? "↑ earlier commands" : "!command runs a command";
-  say($("hint"), `Enter ${shell ? "runs" : "sends"} · Shift+Enter new line · ${more}`);
-  say($("chat-title"), sessionName(entry));
+  const enter = shell ? "Enter runs" : "Enter sends";
+  setText($("hint"), `${enter} · Shift+Enter new line · ${more}`);
+  setText($("chat-title"), sessionName(entry));
   $("approvals").hidden = shell;
   pickers.forEach(picker => picker.draw());
 }
 
-// Let the field be as high as its text, up to a third of the window.
-function sizeText() {
+// Fit the height of the field to its text, up to a third of the window.
+function fitText() {
   const text = $("text");
   text.style.height = "auto";
   text.style.height = `${Math.min(text.scrollHeight, innerHeight / 3)}px`;
@@ -21468,17 +21343,17 @@ async function send(line) {
   const typed = line ?? text.value.trim();
   if (!typed) return;
   if (line === undefined) text.value = "";
-  sizeText();
+  fitText();
   recall.place = null;
   follows = true;
   const entry = currentSession();
   const params = {text: typed, sessionKey: entry.key, model: currentModel(entry)};
-  const answer = await act("chat.send", params);
-  // What was typed is not lost with the connection.
+  const answer = await attempt("chat.send", params);
+  // Restore the text if the call failed.
   if (!answer && line === undefined && !text.value) text.value = typed;
 }
 
-const recall = {place: null, draft: ""}; // where ↑ is in what was typed before
+const recall = {place: null, draft: ""}; // position of ↑ in earlierTexts()
 
 function earlierTexts() {
   const texts = currentChat()
@@ -21488,7 +21363,7 @@ function earlierTexts() {
   return texts.filter((text, n) => text !== texts[n + 1]);
 }
 
-// Go `step` back or forth in what was typed before; false at the end.
+// Move by `step` through earlier texts; return false at the end.
 function recallText(step) {
   const text = $("text");
   const texts = earlierTexts();
@@ -21498,7 +21373,7 @@ function recallText(step) {
   if (recall.place === null) recall.draft = text.value;
   recall.place = place === texts.length ? null : place;
   text.value = recall.place === null ? recall.draft : texts[place];
-  sizeText();
+  fitText();
   text.setSelectionRange(text.value.length, text.value.length);
   return true;
 }
@@ -21527,14 +21402,14 @@ const selectedText = () => {
   return text.selectionStart !== text.selectionEnd || String(getSelection());
 };
 
-const stopRun = () => act("chat.abort", {sessionKey: state.route.key});
+const stopRun = () => attempt("chat.abort", {sessionKey: state.route.key});
 
 function followEnd() {
   const box = $("transcript");
   if (follows) box.scrollTop = box.scrollHeight;
 }
 
-function noteScroll() {
+function onScroll() {
   const box = $("transcript");
   follows = box.scrollHeight - box.scrollTop - box.clientHeight < 80;
   $("latest").hidden = follows;
@@ -21550,30 +21425,30 @@ const pickers = [
   new Picker("model", modelOptions, model => patchSession(state.route.key, {model})),
   new Picker("node", nodeOptions, id => selectNode(state.route.key, id)),
   new Picker("approvals", approvalOptions, approvals =>
-    patchSession(state.route.key, {approvals})),
+    patchSession(state.route.key, {approvals}),
+  ),
 ];
 
 // == view: nodes ==
 
-// A figure with a bar of how much of it is used.
+// A figure with a bar.
 class Meter {
-  constructor(label, limit = 0.9) {
-    this.limit = limit; // beyond which it is time to worry
-    this.value = h("dd");
-    this.bar = h("i");
-    this.root = h("div", {class: "meter"}, h("dt", {}, label), this.value,
-      h("span", {class: "track", "aria-hidden": "true"}, this.bar));
+  constructor(parent, label, limit = 0.9) {
+    Object.assign(this, copyOf("meter"));
+    this.label.textContent = label;
+    this.limit = limit; // above it the bar is red
+    parent.append(this.root);
   }
 
   update(used, text) {
     this.root.hidden = used == null || Number.isNaN(used);
-    say(this.value, text);
+    setText(this.value, text);
     this.bar.style.width = `${Math.min(100, Math.max(0, used * 100))}%`;
     this.root.classList.toggle("high", used > this.limit);
   }
 }
 
-// Return the drawing of a node's CPU usage over the last half hour.
+// Draw a node's CPU usage over the last 30 minutes.
 function drawSpark(svg, points) {
   const now = Date.now();
   const place = ([ms, usage]) => {
@@ -21593,27 +21468,15 @@ function drawSpark(svg, points) {
 }
 
 class NodeCard {
-  constructor(node) {
-    const own = node.nodeId !== LOCAL;
-    this.dot = h("span", {class: "dot"});
-    this.name = h("h2");
-    this.since = h("p", {class: "since"});
-    this.about = h("p", {class: "about"});
-    this.spark = $("spark").content.firstElementChild.cloneNode(true);
-    this.cpu = new Meter("CPU", 1);
-    this.memory = new Meter("Memory");
-    this.disk = new Meter("Disk");
-    this.facts = h("p", {class: "facts"});
-    this.lists = h("dl", {class: "lists"});
-    this.running = h("ul", {class: "running", "aria-label": "Running commands"});
-    this.root = h("article", {class: "node card"},
-      h("header", {}, this.dot, this.name, h("span", {class: "tools"},
-        own && iconButton("pen", "Rename", () => this.rename()),
-        iconButton("chat", "Use in the chat", () => this.chat()),
-        own && iconButton("bin", "Revoke its token", () => this.revoke()))), this.since,
-      this.about, h("div", {class: "cpu"}, h("dl", {}, this.cpu.root), this.spark),
-      h("dl", {class: "meters"}, this.memory.root, this.disk.root), this.facts,
-      this.lists, this.running);
+  constructor({nodeId}) {
+    Object.assign(this, copyOf("node-card"));
+    this.cpu = new Meter(this.cpuMeter, "CPU", 1);
+    this.memory = new Meter(this.meters, "Memory");
+    this.disk = new Meter(this.meters, "Disk");
+    this.rename.hidden = this.revoke.hidden = nodeId === LOCAL;
+    on(this.rename, "click", () => this.editName());
+    on(this.revoke, "click", () => this.revokeToken());
+    on(this.use, "click", () => this.chat());
   }
 
   update(node) {
@@ -21622,14 +21485,19 @@ class NodeCard {
     this.root.classList.toggle("away", !node.connected);
     this.root.classList.toggle("stale", Boolean(telemetry?.stale) && node.connected);
     this.dot.className = `dot ${node.connected ? "on" : "off"}`;
-    if (!this.name.dataset.edited) say(this.name, node.displayName);
-    say(this.since, this.stateText(node));
+    if (!this.name.dataset.edited) setText(this.name, node.displayName);
+    setText(this.since, this.stateText(node));
     const version = node.version && `moltis ${node.version}`;
-    say(this.about, dotted(platformName(node.platform), version, node.remoteIp));
+    setText(this.about, dotted(platformName(node.platform), version, node.remoteIp));
+    this.outdated.hidden = !node.outdated;
+    setText(
+      this.outdated,
+      `It runs moltis ${node.version || "of old"}: update moltis there.`,
+    );
     this.drawTelemetry(telemetry || {});
     this.drawLists(node, telemetry || {});
     const own = state.running.filter(row => row.nodeId === node.nodeId);
-    fillFor(this.running, own, rows => rows.map(runningItem));
+    fillIfChanged(this.running, own, rows => rows.map(runningItem));
     this.running.hidden = !own.length;
   }
 
@@ -21638,45 +21506,65 @@ class NodeCard {
     if (!node.connected) {
       return node.lastSeenAt ? `Offline, last seen ${ago(node.lastSeenAt)}` : "Offline";
     }
-    const since = node.connectedAt ? ` since ${moment(node.connectedAt)}` : "";
-    const stale = node.telemetry?.stale ? ", but its figures are old" : "";
+    const since = node.connectedAt ? ` since ${formatTime(node.connectedAt)}` : "";
+    const stale = node.telemetry?.stale ? ", but its figures are out of date" : "";
     return `Connected${since}${stale}`;
   }
 
   drawTelemetry(told) {
     const memory = told.memTotal - told.memAvailable;
     const disk = told.diskTotal - told.diskAvailable;
-    const of = (used, total) => `${bytes(used)} of ${bytes(total)}`;
+    const of = (used, total) => `${formatBytes(used)} of ${formatBytes(total)}`;
     const cores = told.cpuCount ? ` of ${plural(told.cpuCount, "core")}` : "";
-    this.cpu.update(told.cpuUsage == null ? null : told.cpuUsage / 100,
-      `${Math.round(told.cpuUsage)} %${cores}`);
+    this.cpu.update(
+      told.cpuUsage == null ? null : told.cpuUsage / 100,
+      `${Math.round(told.cpuUsage)} %${cores}`,
+    );
     this.memory.update(memory / told.memTotal, of(memory, told.memTotal));
     this.disk.update(disk / told.diskTotal, of(disk, told.diskTotal));
     drawSpark(this.spark, state.usage.get(this.node.nodeId) || []);
     const facts = dotted(
       told.load?.length && `load ${told.load.map(n => n.toFixed(2)).join(" ")}`,
-      told.uptimeSecs && `up ${duration(Math.max(60, told.uptimeSecs))}`,
-      told.temperature != null && `${Math.round(told.temperature)} °C`);
-    say(this.facts, facts);
+      told.uptimeSecs && `up ${formatDuration(Math.max(60, told.uptimeSecs))}`,
+      told.temperature != null && `${Math.round(told.temperature)} °C`,
+    );
+    setText(this.facts, facts);
   }
 
   drawLists(node, {gpus = [], runtimes = [], runtimeVersions = {}, services = []}) {
-    const rows = [["GPU",
-      gpus.map(gpu => gpu.name + (gpu.memTotal ? ` ${bytes(gpu.memTotal)}` : ""))],
-      ["Runtimes",
-        runtimes.map(name => `${name} ${runtimeVersions[name] || ""}`.trim())],
+    const rows = [
+      [
+        "GPU",
+        gpus.map(
+          gpu => gpu.name + (gpu.memTotal ? ` ${formatBytes(gpu.memTotal)}` : ""),
+        ),
+      ],
+      [
+        "Runtimes",
+        runtimes.map(name => `${name} ${runtimeVersions[name] || ""}`.trim()),
+      ],
       ["Services", services],
-      ["Models", (node.providers || []).map(({provider, models}) =>
-        models?.length ? `${provider}: ${models.join(", ")}` : provider,
-      )]].filter(([, names]) => names.length);
-    fillFor(this.lists, rows, () =>
-      rows.map(([label, names]) => [h("dt", {}, label),
-        h("dd", {}, names.map(name => h("span", {class: "chip"}, name)))]));
+      [
+        "Models",
+        (node.providers || []).map(({provider, models}) =>
+          models?.length ? `${provider}: ${models.join(", ")}` : provider,
+        ),
+      ],
+    ].filter(([, names]) => names.length);
+    fillIfChanged(this.lists, rows, () =>
+      rows.map(([label, names]) => [
+        h("dt", label),
+        h(
+          "dd",
+          names.map(name => h("span", {class: "chip"}, name)),
+        ),
+      ]),
+    );
   }
 
-  rename() {
+  editName() {
     editInPlace(this.name, this.node.displayName, "Name of the machine", async name => {
-      await act("node.rename", {nodeId: this.node.nodeId, displayName: name});
+      await attempt("node.rename", {nodeId: this.node.nodeId, displayName: name});
       refresh("nodes", "devices");
     });
   }
@@ -21688,7 +21576,7 @@ class NodeCard {
     $("text").focus();
   }
 
-  revoke() {
+  revokeToken() {
     const {deviceId, nodeId, displayName} = this.node;
     const known = state.devices.find(device => device.nodeId === nodeId);
     revokeDevice(deviceId || known?.deviceId, displayName);
@@ -21697,18 +21585,26 @@ class NodeCard {
 
 async function revokeDevice(deviceId, name) {
   const question = `Revoke the token of ${name || "this machine"}?`;
-  const text = "Its connection closes at once. A new token can let it in again.";
+  const text = "It is disconnected at once and needs a new token to connect again.";
   if (!(await confirmed(question, text, "Revoke"))) return;
-  await act("device.token.revoke", {deviceId});
+  await attempt("device.token.revoke", {deviceId});
   refresh("nodes", "devices");
 }
 
-const runningItem = ({invokeId, command, startedAt, askedAt}) =>
-  h("li", {}, h("span", {class: "dot run"}), h("code", {}, command),
-    `since ${moment(startedAt || askedAt)}`,
-    iconButton("stop", "Stop", () => act("node.invoke.cancel", {invokeId})));
+const runningItem = ({id, command, words, startedAt, askedAt, ...job}) =>
+  h(
+    "li",
+    h("span", {class: `dot ${jobKind(job)}`}),
+    h("code", command),
+    h("span", `${words} since ${formatTime(startedAt || askedAt)}`),
+    iconButton("stop", "Stop", () => attempt("job.cancel", {id})),
+  );
 
-const nodeCards = new Keyed($("node-cards"), n => n.nodeId, n => new NodeCard(n));
+const nodeCards = new Keyed(
+  $("node-cards"),
+  n => n.nodeId,
+  n => new NodeCard(n),
+);
 
 function drawNodes() {
   if (state.route.page !== "nodes") return;
@@ -21719,22 +21615,28 @@ function drawNodes() {
   nodeCards.show(nodes);
   const others = nodes.filter(node => node.nodeId !== LOCAL);
   const online = others.filter(node => node.connected).length;
-  say(
+  setText(
     $("nodes-summary"),
     others.length
       ? `${plural(online, "machine")} connected, ${others.length - online} offline.`
       : "Only this gateway’s own machine so far. Generate a token to add another: " +
-          "it needs Python and a way to reach this gateway, nothing else.");
+          "it needs Python and a way to reach this gateway, nothing else.",
+  );
   drawUnused();
 }
 
 function drawUnused() {
   const devices = state.devices.filter(device => !device.nodeId);
   $("unused").hidden = !devices.length;
-  fillFor($("unused-list"), devices, () =>
+  fillIfChanged($("unused-list"), devices, () =>
     devices.map(({deviceId, displayName, createdAt}) =>
-      listRow(displayName || "No name", `made ${moment(createdAt)}`,
-        iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName)))));
+      listRow(
+        displayName || "No name",
+        `made ${formatTime(createdAt)}`,
+        iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName)),
+      ),
+    ),
+  );
 }
 
 // == view: Generate Token ==
@@ -21743,7 +21645,7 @@ function openToken() {
   $("token-form").hidden = false;
   $("token-made").hidden = true;
   $("token-name").value = "";
-  say($("token-error"), "");
+  setText($("token-error"), "");
   $("token").showModal();
   $("token-name").focus();
 }
@@ -21755,21 +21657,26 @@ async function generateToken() {
     state.token = {deviceId: made.deviceId, name};
     showToken(made);
   } catch (error) {
-    say($("token-error"), error.message);
+    setText($("token-error"), error.message);
   }
 }
 
 const copyLine = (label, line) =>
-  h("div", {class: "secret"}, h("p", {}, label),
-    h("pre", {tabindex: 0}, h("code", {}, line)), copyButton("Copy", () => line));
+  h(
+    "div",
+    {class: "secret"},
+    h("p", label),
+    h("pre", {tabindex: 0}, h("code", line)),
+    copyButton("Copy", () => line),
+  );
 
-// Return `text` as one word of a shell's command line.
+// Quote `text` as one word for a shell.
 const shellWord = text =>
   /^[\w.-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
 
 function showToken({deviceToken, joinCode}) {
   const {origin, protocol} = location;
-  // The pin takes the place of a CA: what curl runs is what the gateway sent.
+  // The pin replaces a CA: curl accepts only this gateway's certificate.
   const pin = protocol === "https:" && state.pin;
   const [curl, pinned] = pin
     ? [`curl -fsSk --pinnedpubkey '${pin}'`, ` --fingerprint ${pin}`]
@@ -21777,20 +21684,31 @@ function showToken({deviceToken, joinCode}) {
   const name = shellWord(state.token.name);
   const options = `--host ${socketAddress()} --token ${deviceToken} --name ${name}`;
   const add = `${curl} ${origin}/moltis.py | python3 - node add`;
-  const lines = [["The token; it is shown this once", deviceToken],
-    ["On the machine: Python 3.8+ and curl are enough", `${add} ${options}${pinned}`],
-    ["Where moltis is installed already", `moltis node add ${options}${pinned}`],
-    ["Within ten minutes, with no token in the shell’s history",
-      `${add} --join ${origin}/join/${joinCode}${pinned}`],
-    ["Only until you press Ctrl+C, without a service",
-      `${add} ${options}${pinned} --foreground`]].map(line => copyLine(...line));
+  const lines = [
+    ["The token, shown only once", deviceToken],
+    ["On the machine, with Python 3.8+ and curl", `${add} ${options}${pinned}`],
+    ["If moltis is installed there", `moltis node add ${options}${pinned}`],
+    [
+      "Valid for ten minutes, without the token in the shell’s history",
+      `${add} --join ${origin}/join/${joinCode}${pinned}`,
+    ],
+    [
+      "Only until you press Ctrl+C, without a service",
+      `${add} ${options}${pinned} --foreground`,
+    ],
+  ].map(line => copyLine(...line));
   $("token-form").hidden = true;
   $("token-made").hidden = false;
-  say($("token-made-title"), `Run this on ${state.token.name}`);
-  fill($("token-lines"), lines.slice(0, 3),
-    h("details", {}, h("summary", {}, "Other ways"), lines.slice(3)));
-  fill($("token-warnings"),
-    tokenWarnings().map(text => h("p", {class: "warn"}, icon("warn"), text)));
+  setText($("token-made-title"), `Run this on ${state.token.name}`);
+  fill(
+    $("token-lines"),
+    lines.slice(0, 3),
+    h("details", h("summary", "Other ways"), lines.slice(3)),
+  );
+  fill(
+    $("token-warnings"),
+    tokenWarnings().map(text => h("p", {class: "warn"}, icon("warn"), text)),
+  );
   $("token-chat").hidden = true;
   drawTokenWait();
   $("token-made-title").focus();
@@ -21800,9 +21718,9 @@ function tokenWarnings() {
   const {hostname, protocol} = location;
   if (/^(?:localhost|127\..*|\[::1\])$/.test(hostname)) {
     return [
-      `${hostname} is this machine’s name for itself: these lines work here only. ` +
-        "For others start the gateway with --bind 0.0.0.0, and open this page under " +
-        "its network name.",
+      `${hostname} means this machine: these lines work here only. ` +
+        "For other machines, start the gateway with --bind 0.0.0.0 and open this page " +
+        "under its network name.",
     ];
   }
   if (protocol === "https:") return [];
@@ -21835,7 +21753,7 @@ function drawTokenWait() {
 
 function closeToken() {
   state.token = null;
-  fill($("token-lines")); // the token is not kept anywhere
+  fill($("token-lines")); // keep the token nowhere
   $("token").close();
 }
 
@@ -21843,41 +21761,41 @@ function closeToken() {
 
 const RESULTS = {
   "": "All",
-  running: "Running",
-  done: "Finished",
+  open: "Running",
+  done: "Done",
   failed: "Failed",
   timed_out: "Timed out",
-  cancelled: "Stopped",
+  cancelled: "Cancelled",
   lost: "Lost",
+  expired: "Expired",
   denied: "Denied",
 };
 
-function auditVerdict(row) {
-  if (row.state === "sent") return ["wait", "Sent"];
-  if (row.state === "lost") return ["bad", "Lost"];
-  if (row.state === "denied") return ["bad", `Denied by ${row.decidedBy}`];
-  return verdict({...row, node: row.nodeName, timedOut: row.state === "timed_out",
-    cancelled: row.state === "cancelled"});
-}
-
-function auditRow(row) {
-  const {askedAt, startedAt, endedAt, sessionKey, callerName, command} = row;
-  const [kind, words] = auditVerdict(row);
-  const took = endedAt && duration((endedAt - (startedAt || askedAt)) / 1000);
+function auditRow(job) {
+  const {askedAt, startedAt, endedAt, sessionKey, callerName, command} = job;
+  const seconds = job.duration ?? (endedAt - (startedAt || askedAt)) / 1000;
   const cell = (name, ...children) => h("td", {class: name}, children);
   const href = sessionKey && chatPath(sessionKey);
-  return h("tr", {},
-    h("td", {class: "when", title: fullFormat.format(askedAt)}, moment(askedAt)),
+  return h(
+    "tr",
+    h("td", {class: "when", title: fullFormat.format(askedAt)}, formatTime(askedAt)),
     cell("who", href ? h("a", {href}, callerName) : callerName),
-    cell("at", row.nodeName), cell("what", h("code", {title: command}, command)),
-    cell("result", h("span", {class: `dot ${kind}`}), words), cell("number", took),
-    cell("number", endedAt && bytes(outputSize(row))));
+    cell("at", job.nodeName),
+    cell("what", h("code", {title: command}, command)),
+    cell(
+      "result",
+      h("span", {class: `dot ${jobKind(job)}`}),
+      h("span", {class: "word"}, job.words),
+    ),
+    cell("number", endedAt && formatDuration(seconds)),
+    cell("number", endedAt && formatBytes(outputSize(job))),
+  );
 }
 
 function drawAudit() {
   if (state.route.page !== "commands") return;
   const {rows, more} = state.audit;
-  fillFor($("audit-rows"), rows, () => rows.map(auditRow));
+  fillIfChanged($("audit-rows"), rows, () => rows.map(auditRow));
   $("audit").hidden = !rows.length;
   $("audit-empty").hidden = rows.length > 0;
   $("audit-older").hidden = !more;
@@ -21888,7 +21806,7 @@ const choicesOf = pairs => pairs.map(([value, name]) => h("option", {value}, nam
 function drawFilters() {
   const select = $("filter-node");
   const names = state.nodes.map(node => [node.nodeId, node.displayName]);
-  fillFor(select, [["", "All"], ...names], choicesOf);
+  fillIfChanged(select, [["", "All"], ...names], choicesOf);
   select.value = state.audit.node;
 }
 
@@ -21901,16 +21819,19 @@ function filterAudit() {
 // == view: models ==
 
 function drawProviders() {
-  fillFor($("providers"), state.providers, all => all.map(providerItem));
+  fillIfChanged($("providers"), state.providers, all => all.map(providerItem));
 }
 
 function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error}) {
-  const key = h("input", {type: "password", autocomplete: "off",
+  const key = h("input", {
+    type: "password",
+    autocomplete: "off",
     placeholder: keyFrom ? "Type to replace it" : "",
-    "aria-label": `API key, ${label}`});
+    "aria-label": `API key, ${label}`,
+  });
   const url = h("input", {value: baseUrl, "aria-label": `Address, ${label}`});
   const configure = async change => {
-    if (await act("models.configure", {provider: id, ...change})) {
+    if (await attempt("models.configure", {provider: id, ...change})) {
       refresh("providers", "models");
     }
   };
@@ -21921,20 +21842,40 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
   };
   const source = {environment: `key from ${keyVariable}`, settings: "key entered here"};
   const found = models ? plural(models, "model") : error || "not set up";
-  return h("details", {class: "card"}, h("summary", {}, h("strong", {}, label), " ",
-    h("span", {class: "detail"}, dotted(found, source[keyFrom]))),
-    h("form", {onsubmit: save}, h("label", {}, "API key", key),
-      h("label", {}, "Address", url),
-      h("div", {class: "actions"}, keyFrom === "settings" &&
-        h("button", {
-          type: "button",
-          class: "button",
-          onclick: () => configure({apiKey: ""}),
-        }, "Forget the key"),
-      h("button", {class: "button main"}, "Save"))));
+  return h(
+    "details",
+    {class: "card"},
+    h(
+      "summary",
+      h("strong", label),
+      " ",
+      h("span", {class: "detail"}, dotted(found, source[keyFrom])),
+    ),
+    h(
+      "form",
+      {onsubmit: save},
+      h("label", "API key", key),
+      h("label", "Address", url),
+      h(
+        "div",
+        {class: "actions"},
+        keyFrom === "settings" &&
+          h(
+            "button",
+            {
+              type: "button",
+              class: "button",
+              onclick: () => configure({apiKey: ""}),
+            },
+            "Forget the key",
+          ),
+        h("button", {class: "button main"}, "Save"),
+      ),
+    ),
+  );
 }
 
-// Choose a model that no list has, by its name.
+// Choose an unlisted model by its name.
 function useNamedModel() {
   const key = localStorage.getItem("session") || MAIN;
   patchSession(key, {model: $("model-name").value.trim()});
@@ -21949,80 +21890,97 @@ function drawAccess() {
   const used = ms => (ms ? `used ${ago(ms)}` : "never used");
   const scopeNames = scopes => scopes.map(scope => scope.split(".")[1]).join(", ");
   const keys = state.keys.filter(key => !key.revokedAt);
-  fillFor($("keys"), keys, () =>
+  fillIfChanged($("keys"), keys, () =>
     keys.map(({keyId, name, scopes, lastUsedAt}) =>
-      listRow(name, dotted(scopeNames(scopes), used(lastUsedAt)),
-        iconButton("bin", `Revoke ${name}`, () => revokeKey(keyId, name)))));
-  fillFor($("logins"), state.logins, logins =>
+      listRow(
+        name,
+        dotted(scopeNames(scopes), used(lastUsedAt)),
+        iconButton("bin", `Revoke ${name}`, () => revokeKey(keyId, name)),
+      ),
+    ),
+  );
+  fillIfChanged($("logins"), state.logins, logins =>
     logins.map(({loginId, userAgent, address, keyName, lastUsedAt, current}) =>
       listRow(
         dotted(browserName(userAgent), current && "this browser"),
         dotted(address, keyName, used(lastUsedAt)),
         !current &&
           iconButton("out", "End this sign-in", () =>
-            change("logins.revoke", {loginId})))));
+            changeAccess("logins.revoke", {loginId}),
+          ),
+      ),
+    ),
+  );
 }
 
 const browserName = userAgent =>
   /Edg|Firefox|Chrome|Safari/.exec(userAgent)?.[0].replace("Edg", "Edge") || "Browser";
 
-async function change(method, params) {
-  await act(method, params);
+async function changeAccess(method, params) {
+  await attempt(method, params);
   refresh("keys", "logins");
 }
 
 async function revokeKey(keyId, name) {
-  const text = "Whoever came in with it is out at once.";
+  const text = "Everyone who signed in with it is signed out at once.";
   if (await confirmed(`Revoke the key ${name}?`, text, "Revoke")) {
-    change("keys.revoke", {keyId});
+    changeAccess("keys.revoke", {keyId});
   }
 }
 
 async function createKey() {
   const checked = document.querySelectorAll("#key-scopes :checked");
   const scopes = [...checked].map(box => `operator.${box.value}`);
-  const made = await act("keys.create", {name: $("key-name").value, scopes});
+  const made = await attempt("keys.create", {name: $("key-name").value, scopes});
   if (!made) return;
-  fill($("key-made"), copyLine("The key; it is shown this once", made.key));
+  fill($("key-made"), copyLine("The key, shown only once", made.key));
   refresh("keys");
 }
 
 // == sign-in ==
 
 async function signIn(key) {
-  const answer = await fetch("/api/sign-in", {method: "POST",
+  const answer = await fetch("/api/sign-in", {
+    method: "POST",
     headers: {"Content-Type": "application/json"},
-    body: JSON.stringify({key})}).catch(() => null);
+    body: JSON.stringify({key}),
+  }).catch(() => null);
   if (answer?.ok) {
     state.link = "connecting";
     touch("link");
     link.open();
     return;
   }
-  const wait = answer?.headers.get("Retry-After");
+  const wait = formatDuration(Number(answer?.headers.get("Retry-After")) || 60);
   const why = !answer
     ? "The gateway cannot be reached."
     : answer.status === 429
-      ? `Too many attempts from here. Try again in ${duration(Number(wait) || 60)}.`
+      ? `Too many attempts from here. Try again in ${wait}.`
       : "This is not a key of this gateway, or it was revoked.";
   state.link = "out";
   touch("link");
-  say($("sign-in-error"), why);
+  setText($("sign-in-error"), why);
 }
 
 async function signOut() {
-  await fetch("/api/sign-out", {method: "POST"}).catch(complain);
+  await fetch("/api/sign-out", {method: "POST"}).catch(showError);
   link.close();
   state.chats.clear();
-  Object.assign(state, {link: "out", sessions: [], nodes: [], devices: [],
-    running: []});
+  state.followed.clear();
+  Object.assign(state, {
+    link: "out",
+    sessions: [],
+    nodes: [],
+    devices: [],
+    running: [],
+  });
   shownChat = null;
   touch("link", "chat");
 }
 
 // == start ==
 
-// Follow links within the page without loading it again.
+// Follow links within the page without reloading it.
 function followLink(event) {
   const link = event.target.closest?.("a[href^='/']");
   if (!link || link.hasAttribute("download") || event.button) return;
@@ -22034,7 +21992,7 @@ function followLink(event) {
 
 function tick() {
   if (state.link === "down") drawBanner();
-  for (const view of turns.views.values()) if (view.running) view.tick();
+  for (const view of turns.views.values()) if (view.isOpen) view.tick();
 }
 
 const CLICKS = {
@@ -22072,15 +22030,16 @@ function start() {
   }
   const box = value =>
     h("input", {type: "checkbox", value, checked: value === "write"});
-  fill($("key-scopes"), SCOPES.map(scope => h("label", {}, box(scope), scope)));
-  for (const element of document.querySelectorAll("[data-icon]")) {
-    element.prepend(icon(element.dataset.icon));
-  }
+  fill(
+    $("key-scopes"),
+    SCOPES.map(scope => h("label", box(scope), scope)),
+  );
+  document.querySelectorAll("[data-icon]").forEach(addIcon);
   on(document, "click", followLink);
   on(document, "keydown", event => {
     if (event.key === "Escape" && !$("veil").hidden) openSidebar(false);
   });
-  on(window, "popstate", followAddress);
+  on(window, "popstate", applyAddress);
   onSubmit("sign-in-form", () => signIn($("key").value.trim()));
   onSubmit("token-form", generateToken);
   onSubmit("composer", () => send());
@@ -22088,9 +22047,9 @@ function start() {
   onSubmit("key-form", createKey);
   on($("token"), "close", () => (state.token = null));
   on($("text"), "keydown", composerKey);
-  on($("text"), "input", sizeText);
-  on($("transcript"), "scroll", noteScroll);
-  // What is drawn later than its card makes the conversation longer, too.
+  on($("text"), "input", fitText);
+  on($("transcript"), "scroll", onScroll);
+  // Output that is drawn later also makes the conversation longer.
   new ResizeObserver(followEnd).observe($("messages"));
   on($("find-chat"), "input", event => {
     state.search = event.target.value;
@@ -22100,11 +22059,11 @@ function start() {
   on($("filter-state"), "change", filterAudit);
   fill($("filter-state"), choicesOf(Object.entries(RESULTS)));
   setInterval(tick, 1000);
-  setInterval(() => touch("nodes", "sessions"), 60_000); // what says "3 min ago"
+  setInterval(() => touch("nodes", "sessions"), 60_000); // relative times
   const key = /^#key=(.+)$/.exec(location.hash)?.[1];
-  // The key is out of the address before anything else can see it.
+  // Remove the key from the address before anything else can read it.
   if (key) history.replaceState(null, "", location.pathname);
-  followAddress();
+  applyAddress();
   if (key) signIn(decodeURIComponent(key));
   else link.open();
   touch("link");

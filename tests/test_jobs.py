@@ -1,778 +1,879 @@
-"""Commands in the background: their output in files, and who asks for it."""
+"""Jobs at the gateway: rows, logs, followers, and nodes that come and go.
+
+The node is scripted: it runs each id once and keeps its log until it is acknowledged.
+Store and files are real.
+"""
 
 from __future__ import annotations
 
-import base64
 import json
 import os
-import re
-import subprocess
-import sys
 import threading
-import uuid
-from queue import SimpleQueue
+import time
 
 import pytest
-from peers import InProcessGateway, hang_up_on_jobs, silent_node
-from support import (
-    PROGRAM,
-    Program,
-    clean_environment,
-    free_port,
-    run_moltis,
-    wait_for,
-)
 
 import moltis
-from moltis import STDERR, STDOUT, Chunk
-
-ID = str(uuid.uuid4())
-
-
-@pytest.fixture
-def output(tmp_path):
-    output = moltis.JobOutput(tmp_path / "job")
-    yield output
-    output.close()
-
-
-def data_of(reading, stream=STDOUT):
-    return b"".join(p.data for p in reading.pieces if p.stream == stream)
-
-
-def whole(output, stream=STDOUT):
-    """Return a whole stream, read as a client does."""
-    data, position = b"", 0
-    while position < output.end:
-        reading = output.read(position)
-        data += data_of(reading, stream)
-        position = reading.next
-    return data
-
-
-# Output in files
-
-
-def test_output_is_read_from_any_place(output):
-    output.append(Chunk(STDOUT, ID, 0, b"one\n"))
-    first = output.read(0)
-    assert data_of(first) == b"one\n"
-    output.append(Chunk(STDERR, ID, 0, b"oh\n"))
-    output.append(Chunk(STDOUT, ID, 4, b"two\n"))
-    second = output.read(first.next)
-    assert [(p.stream, p.offset, p.data) for p in second.pieces] == [
-        (STDERR, 0, b"oh\n"),
-        (STDOUT, 4, b"two\n"),
-    ]
-    assert output.read(second.next) == moltis.JobReading([], second.next)
-
-
-def test_a_long_output_is_read_in_parts(output):
-    for number in range(20):
-        output.append(Chunk(STDOUT, ID, number * 60000, bytes([number]) * 60000))
-    assert len(data_of(output.read(0))) < 400_000
-    assert whole(output) == b"".join(bytes([n]) * 60000 for n in range(20))
-
-
-def test_head_and_tail_of_too_much_output_are_kept(output, monkeypatch):
-    monkeypatch.setattr(moltis, "JOB_SEGMENT", 1000)
-    monkeypatch.setattr(moltis, "MAX_JOB_SEGMENTS", 3)
-    for number in range(100):
-        output.append(Chunk(STDOUT, ID, number * 100, b"%099d\n" % number))
-    numbers = [int(line) for line in whole(output).split()]
-    assert numbers[0] == 0
-    assert numbers[-1] == 99
-    assert 10 < len(numbers) < 40
-    assert numbers == sorted(numbers)
-    # A client that was in the middle goes on where there is something again.
-    assert data_of(output.read(5000)) in whole(output)
-
-
-def test_what_is_missing_at_the_end_of_a_stream_is_said_as_well(tmp_path, monkeypatch):
-    monkeypatch.setattr(moltis, "JOB_SEGMENT", 1000)
-    monkeypatch.setattr(moltis, "MAX_JOB_SEGMENTS", 2)
-    jobs = moltis.Jobs(tmp_path / "jobs", None)
-    sink = jobs.open(ID)
-    for kind, count in ((STDERR, 10), (STDOUT, 10), (STDERR, 40)):
-        for _ in range(count):
-            written = sink.output.offset(kind)
-            sink.chunk(Chunk(kind, ID, written, b"%099d\n" % written))
-    text = b"".join(jobs.read_all(ID))
-    assert text.endswith(b"\n[\xe2\x80\xa6 1,000 bytes cut \xe2\x80\xa6]\n")
-    jobs.close()
-
-
-def test_output_survives_a_crash_up_to_the_last_whole_record(tmp_path):
-    before = moltis.JobOutput(tmp_path / "job")
-    before.append(Chunk(STDERR, ID, 0, b"oh\n"))
-    before.append(Chunk(STDOUT, ID, 0, b"one\n"))
-    end = before.end
-    before.append(Chunk(STDOUT, ID, 4, b"two\n"))
-    before.close()
-    for path in (tmp_path / "job").iterdir():
-        os.truncate(path, path.stat().st_size - 2)  # in the middle of "two\n"
-    after = moltis.JobOutput(tmp_path / "job")
-    assert after.end == end
-    assert (after.offset(STDOUT), after.offset(STDERR)) == (4, 3)
-    after.append(Chunk(STDOUT, ID, 4, b"two\n"))
-    assert whole(after) == b"one\ntwo\n"
-    after.close()
-
-
-def test_one_segment_alone_tells_how_far_both_streams_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(moltis, "JOB_SEGMENT", 100)
-    before = moltis.JobOutput(tmp_path / "job")
-    before.append(Chunk(STDERR, ID, 0, b"oh\n"))
-    for number in range(10):
-        before.append(Chunk(STDOUT, ID, number * 50, b"x" * 50))
-    before.close()
-    after = moltis.JobOutput(tmp_path / "job")
-    assert (after.offset(STDOUT), after.offset(STDERR)) == (500, 3)
-    after.close()
-
-
-def test_restarts_cost_a_job_no_output(tmp_path):
-    """However often: each life goes on in the file of the one before."""
-    lines = [b"line %d\n" % number for number in range(2 * moltis.MAX_JOB_SEGMENTS)]
-    for number, line in enumerate(lines):
-        output = moltis.JobOutput(tmp_path / "job")
-        written = len(b"".join(lines[:number]))
-        output.append(Chunk(STDOUT, ID, written, line))
-        output.close()
-    again = moltis.JobOutput(tmp_path / "job")
-    assert whole(again) == b"".join(lines)
-    again.close()
-
-
-@pytest.mark.parametrize("headers", [0, 1])
-def test_a_file_that_was_just_begun_costs_nothing(tmp_path, monkeypatch, headers):
-    """A crash, or a full disk, left a segment that does not say where it begins."""
-    monkeypatch.setattr(moltis, "JOB_SEGMENT", 50)
-    output = moltis.JobOutput(tmp_path / "job")
-    chunk = Chunk(STDOUT, ID, 0, b"x" * 100)
-    output.append(chunk)
-    output.append(Chunk(STDERR, ID, 0, b"oh"))
-    begun = moltis.JOB_RECORD.pack(STDOUT, 100, 0) * headers
-    (tmp_path / "job" / str(output.end)).write_bytes(begun)
-    output.close()
-    again = moltis.JobOutput(tmp_path / "job")
-    assert (again.offset(STDOUT), again.offset(STDERR)) == (100, 2)
-    again.append(chunk)  # as its node sends it again
-    again.append(Chunk(STDOUT, ID, 100, b"y"))
-    assert whole(again) == b"x" * 100 + b"y"
-    again.close()
-
-
-def test_what_is_no_position_is_refused(output):
-    output.append(Chunk(STDOUT, ID, 0, b"\xff" * 100))
-    with pytest.raises(moltis.RpcError, match="offset must be 0"):
-        output.read(60)
-
-
-def test_output_is_for_its_owner_alone(output, tmp_path):
-    output.append(Chunk(STDOUT, ID, 0, b"x"))
-    (path,) = (tmp_path / "job").iterdir()
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert path.parent.stat().st_mode & 0o777 == 0o700
-
-
-def test_a_job_whose_files_are_slow_is_opened_once_and_holds_up_no_other(
-    tmp_path, monkeypatch
-):
-    jobs = moltis.Jobs(tmp_path, None)
-    slow, opening, go_on = str(uuid.uuid4()), threading.Event(), threading.Event()
-    opened = []
-
-    with monkeypatch.context() as disk:
-        real = moltis.JobOutput
-
-        class Slow(real):
-            def __init__(self, directory):
-                opened.append(directory.name)
-                if directory.name == slow:
-                    opening.set()
-                    assert go_on.wait(10)
-                super().__init__(directory)
-
-        disk.setattr(moltis, "JobOutput", Slow)
-        sinks = []
-        threads = [
-            threading.Thread(target=lambda: sinks.append(jobs.open(slow)))
-            for _ in range(2)
-        ]
-        for thread in threads:
-            thread.start()
-        assert opening.wait(10)
-        assert jobs.open(ID) is jobs.open(ID)
-        go_on.set()
-        for thread in threads:
-            thread.join(10)
-    assert sinks[0] is sinks[1]
-    assert sorted(opened) == sorted([slow, ID])
-    jobs.close()
-
-
-def test_a_job_that_could_not_be_opened_can_be_later(tmp_path):
-    jobs = moltis.Jobs(tmp_path / "jobs", None)
-    (tmp_path / "jobs").write_text("in the way")
-    with pytest.raises(moltis.RpcError, match="cannot be kept"):
-        jobs.open(ID)
-    (tmp_path / "jobs").unlink()
-    assert jobs.open(ID).output.end == 0
-    jobs.close()
-
-
-# Answers that wait
-
-
-def test_an_answer_that_is_there_does_not_wait():
-    waiters = moltis.Waiters()
-    assert waiters.answer(ID, 60, lambda final: "here").result(0) == "here"
-
-
-def test_an_answer_waits_for_news_or_for_its_time():
-    waiters = moltis.Waiters()
-    found = []
-    news = waiters.answer(ID, 60, lambda final: found or None)
-    other = waiters.answer(ID, 0, lambda final: "late" if final else None)
-    waiters.wake("another")
-    waiters.wake(ID)
-    assert other.result(0) == "late"
-    assert not news.done()
-    found.append("news")
-    waiters.wake(ID)
-    assert news.result(0) == ["news"]
-
-
-def test_an_answer_that_fails_says_so():
-    def attempt(final):
-        raise moltis.RpcError("NOT_FOUND", "gone")
-
-    with pytest.raises(moltis.RpcError, match="gone"):
-        moltis.Waiters().answer(ID, 60, attempt).result(0)
-
-
-def test_too_many_waiters_are_told_at_once(monkeypatch):
-    monkeypatch.setattr(moltis, "MAX_WAITERS", 1)
-    waiters = moltis.Waiters()
-    first = waiters.answer(ID, 60, lambda final: "now" if final else None)
-    assert waiters.answer(ID, 60, lambda final: "now" if final else None).result(0)
-    assert not first.done()
-
-
-def test_one_who_looks_late_leaves_nothing_behind():
-    waiters, found = moltis.Waiters(), []
-    answer = waiters.answer(ID, 60, lambda final: found.pop() if found else None)
-    real = answer.done
-
-    def done():
-        """Let another thread give the answer just behind our look at it."""
-        answer.done = real
-        found.append("news")
-        waiters.wake(ID)
-        return False
-
-    answer.done = done
-    waiters.wake(ID)
-    assert answer.result(0) == "news"
-    waiters.wake(ID)
-    assert not waiters._waiting
-
-
-# The methods
-
-
-@pytest.fixture
-def gateway(tmp_path):
-    with InProcessGateway(tmp_path / "gateway") as gateway:
-        yield gateway
-
-
-def start(gateway, command, node="local", **params):
-    params = {"args": {"command": command}, "background": True, **params}
-    return gateway.call("node.invoke", nodeId=node, command="system.run", **params)[
-        "invokeId"
-    ]
-
-
-def read_all(gateway, job, **params):
-    """Return the job's last answer, and what all answers say of stdout."""
-    text, position = "", 0
-    while True:
-        answer = gateway.call("command.get", id=job, offset=position, wait=20, **params)
-        text += "".join(t for stream, _, t in answer["output"] if stream == "stdout")
-        position = answer["next"]
-        if answer["endedAt"] and not answer["output"]:
-            return answer, text
-
-
-def test_a_job_answers_at_once_and_is_read_later(gateway):
-    job = start(gateway, "echo one; echo oh >&2; sleep 0.3; echo two; exit 4")
-    answer, text = read_all(gateway, job)
-    assert text == "one\ntwo\n"
-    assert (answer["state"], answer["exitCode"]) == ("done", 4)
-    assert (answer["stdoutBytes"], answer["stderrBytes"]) == (8, 3)
-    assert answer["background"] is True
-
-
-def test_bytes_that_are_no_text_come_in_base64(gateway):
-    job = start(gateway, r"printf '\377\000'")
-    gateway.call("command.wait", id=job)
-    answer = gateway.call("command.get", id=job, encoding="base64")
-    assert base64.b64decode(answer["output"][0][2]) == b"\xff\x00"
-
-
-def test_waiting_for_a_job_ends_with_it_or_with_the_time(gateway):
-    job = start(gateway, "read line </dev/tty; sleep 30")
-    assert gateway.call("command.wait", id=job, wait=0)["endedAt"] is None
-    gateway.call("command.cancel", id=job)
-    assert gateway.call("command.wait", id=job)["state"] == "cancelled"
-
-
-def test_a_job_that_is_asked_for_twice_runs_once(gateway, tmp_path):
-    command = f"echo run >> {tmp_path}/runs"
-    job = str(uuid.uuid4())
-    assert start(gateway, command, invokeId=job) == job
-    assert start(gateway, command, invokeId=job) == job
-    gateway.call("command.wait", id=job)
-    assert (tmp_path / "runs").read_text() == "run\n"
-
-
-@pytest.mark.parametrize(
-    ("params", "problem"),
-    [
-        ({"nodeId": "nowhere"}, "no node 'nowhere'"),
-        ({"command": "system.which"}, "needs no background"),
-        ({"args": {"command": "cat", "stdin": True}}, "gets no input"),
-        ({"args": {"command": ""}}, "command is empty"),
-    ],
-)
-def test_a_job_that_cannot_start_leaves_nothing(gateway, params, problem):
-    asked = {
-        "nodeId": "local",
-        "command": "system.run",
-        "args": {"command": "true"},
-        "background": True,
-        **params,
-    }
-    with pytest.raises(moltis.UserError, match=problem):
-        gateway.call("node.invoke", **asked)
-    assert gateway.call("command.list") == []
-    assert list((gateway.directory / "jobs").iterdir()) == []
-
-
-def test_a_job_runs_from_the_moment_its_node_has_it(gateway, monkeypatch):
-    """The store is told later, and only of what takes long."""
-    monkeypatch.setattr(moltis, "RUNNING_AFTER", 600)
-    with silent_node(gateway) as peer:
-        job = start(gateway, "sleep 600", "gone")
-        peer.receive_until(lambda m: m.get("event") == moltis.INVOKE_REQUEST)
-        (listed,) = gateway.call("command.list")
-        assert (listed["invokeId"], listed["state"]) == (job, "running")
-        assert listed["startedAt"] >= listed["askedAt"]
-        assert gateway.running.store.commands.by_id(job).state == "sent"
-        in_line = {"invokeId": job, "state": "queued", "place": 1}
-        peer.send({"type": "event", "event": moltis.INVOKE_STATE, "payload": in_line})
-        wait_for(lambda: "place" in gateway.call("command.list")[0])
-        assert moltis.job_state(gateway.call("command.list")[0]) == "in line (1)"
-
-
-def test_who_follows_a_job_hears_at_once_that_its_node_is_away_or_back(gateway):
-    with gateway.node("far"), gateway.operator() as client:
-        job = start(gateway, "sleep 600", "far")
-        asked = {"id": job, "wait": 300}
-        leaves = client.start("command.get", {**asked, "waiting": False})
-        client.call("node.list", {})  # it waits
-        gateway.running.fleet.connected("id-of-far").link.hang_up("for a test")
-        away = leaves.result(10)
-        assert away["waiting"]
-        assert away["waitingMs"] >= 0
-        back = client.start("command.get", {**asked, "waiting": True}).result(20)
-        assert (back["waiting"], back.get("waitingMs")) == (False, None)
-        gateway.call("command.cancel", id=job)
-        gateway.call("command.wait", id=job)
-
-
-def test_who_asks_again_hears_for_how_long_the_node_has_been_away(gateway):
-    events, invoke_id = SimpleQueue(), str(uuid.uuid4())
-    params = {
-        "nodeId": "gone",
-        "command": "system.run",
-        "args": {"command": "sleep 600", "stream": True},
-        "invokeId": invoke_id,
-    }
-    with gateway.operator() as first:
-        with silent_node(gateway) as peer:
-            first.start("node.invoke", params)
-            peer.receive_until(lambda m: m.get("event") == moltis.INVOKE_REQUEST)
-        invocation = gateway.running.invocations.get(invoke_id)
-        wait_for(lambda: invocation.away_ms)
-        with gateway.operator() as second:
-            second.listen(events.put)
-            second.start("node.invoke", params)
-            event = events.get(timeout=10)
-    assert event.payload["state"] == "waiting"
-    assert event.payload["waitingMs"] > 0
-
-
-@pytest.mark.parametrize("written", [b"", b"begun\n"])
-def test_a_lost_job_keeps_what_is_known_of_it(gateway, capsys, written):
-    with silent_node(gateway) as peer:
-        job = start(gateway, "sleep 600", "gone")
-        peer.receive_until(lambda m: m.get("event") == moltis.INVOKE_REQUEST)
-        if written:
-            peer.send(moltis.encode_chunk(Chunk(STDOUT, job, 0, written)))
-            wait_for(lambda: gateway.call("command.get", id=job)["output"])
-        (device,) = gateway.call("device.pair.list")
-        gateway.call("device.token.revoke", deviceId=device["deviceId"])
-    lost = gateway.call("command.wait", id=job)
-    assert (lost["state"], lost["stdoutBytes"]) == ("lost", len(written))
-    assert moltis.job_status(lost, moltis.Output({})) == moltis.EXIT_UNREACHABLE
-    unknown = "how the command ended" if written else "whether the command ran"
-    said = f"moltis: Rust box: its token was revoked; {unknown} is not known\n"
-    assert capsys.readouterr().err == said
-
-
-def test_a_job_on_the_gateway_s_machine_says_that_the_gateway_stopped(tmp_path, capsys):
-    with InProcessGateway(tmp_path / "gateway") as first:
-        job = start(first, "echo begun; sleep 600")
-        wait_for(lambda: first.call("command.get", id=job)["output"])
-    with InProcessGateway(tmp_path / "gateway") as second:
-        ended = second.call("command.get", id=job)
-        record = second.running.store.commands.by_id(job)
-    assert moltis.job_status(ended, moltis.Output({})) == moltis.INTERRUPTED
-    said = "Local: the command was cancelled; the gateway on its machine stopped"
-    assert said in capsys.readouterr().err
-    # And to one who asked for it in the foreground, and asks again.
-    assert moltis.record_result(record)["stopped"]
-
-
-def test_jobs_and_what_runs_are_listed_newest_first(gateway):
-    with gateway.node("far"):
-        first = start(gateway, "true", node="far")
-        second = start(gateway, "sleep 30")
-        gateway.call("command.wait", id=first)
-        listed = gateway.call("command.list")
-        assert [job["invokeId"] for job in listed] == [second, first]
-        assert [j["invokeId"] for j in gateway.call("command.list", nodeId="far")] == [
-            first
-        ]
-        gateway.call("command.cancel", id=second)
-        gateway.call("command.wait", id=second)
-
-
-def test_what_is_no_job_is_not_found(gateway):
-    for method in ("command.get", "command.wait", "command.cancel"):
-        with pytest.raises(moltis.UserError, match="nothing is known of a command"):
-            gateway.call(method, id="no-such")
-
-
-def test_the_oldest_jobs_that_ended_make_room(gateway, monkeypatch):
-    monkeypatch.setattr(moltis, "MAX_JOBS", 2)
-    jobs = []
-    for _ in range(4):
-        jobs.append(start(gateway, "echo x"))
-        gateway.call("command.wait", id=jobs[-1])
-    kept = {path.name for path in (gateway.directory / "jobs").iterdir()}
-    assert kept == set(jobs[2:])
-    assert gateway.call("command.get", id=jobs[0])["output"] == []
-
-
-def test_a_full_disk_costs_output_and_not_the_command(gateway, home, monkeypatch):
-    def fail(self, *_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(moltis.JobOutput, "_write", fail)
-    job = start(gateway, "echo lost; exit 3")
-    done = gateway.call("command.wait", id=job)
-    assert (done["state"], done["exitCode"], done["stdoutBytes"]) == ("done", 3, 5)
-    environ = {"MOLTIS_GATEWAY_URL": gateway.url, "MOLTIS_API_KEY": gateway.api_key}
-    attached = run_moltis("node", "attach", job, home=home, **environ)
-    assert "5 B of stdout are not kept any more" in attached.stderr
-    assert (attached.returncode, attached.stdout) == (3, "")
-
-
-def test_a_job_goes_on_where_it_was_after_a_restart_of_the_gateway(tmp_path):
-    with InProcessGateway(tmp_path / "gateway") as first:
-        token, port = first.token("far"), first.running.port
-        settings = {"token": token, "node_id": "far-id"}
-        first.node("far", **settings).close()
-    data = tmp_path / "gateway"
-    node_home = tmp_path / "node"
-    node_home.mkdir()
-    arguments = ["node", "add", "--foreground", "--node-id", "far-id", "--name", "far"]
-    host = f"ws://127.0.0.1:{port}/ws"
-    with Program(*arguments, "--host", host, home=node_home, MOLTIS_DEVICE_TOKEN=token):
-        with InProcessGateway(data, port=port) as second:
-            wait_for(lambda: second.is_connected("far-id"), 20, "the node")
-            job = start(second, "for i in 1 2 3 4; do echo $i; sleep 0.5; done", "far")
-            wait_for(lambda: second.call("command.get", id=job)["output"])
-        with InProcessGateway(data, port=port) as third:
-            answer, text = read_all(third, job)
-    assert text == "1\n2\n3\n4\n"
-    assert (answer["state"], answer["exitCode"]) == ("done", 0)
-
-
-@pytest.mark.parametrize("restarts", [False, True])
-def test_a_job_whose_node_never_returns_is_lost_after_its_timeout(
-    tmp_path, monkeypatch, restarts
-):
-    """The command's own timeout plus LOST_AFTER: 0.5 s here, and an hour there."""
-    monkeypatch.setattr(moltis, "LOST_AFTER", -9.5)
-    monkeypatch.setattr(moltis, "KEEPALIVE_TICK", 0.05)
-    data, port = tmp_path / "gateway", free_port()
-    node_home = tmp_path / "node"
-    node_home.mkdir()
-    gateway = InProcessGateway(data, port=port)
-    arguments = ["node", "add", "--foreground", "--node-id", "far-id", "--name", "far"]
-    host = f"ws://127.0.0.1:{port}/ws"
-    token = gateway.token("far")
-    with Program(
-        *arguments, "--host", host, home=node_home, MOLTIS_DEVICE_TOKEN=token
-    ) as node:
-        wait_for(lambda: gateway.is_connected("far-id"), 20, "the node")
-        sleep = "echo begun; sleep 100"
-        short, long = (
-            start(gateway, sleep, "far", args={"command": sleep, "timeout": timeout})
-            for timeout in (10_000, 3_600_000)
+from moltis import ENDING, FRAME_HEAD, LOG_WINDOW, STDERR, STDOUT
+
+ME = moltis.Origin("operator", "key-1", "me")
+
+
+def frame(kind, data):
+    return FRAME_HEAD.pack(kind, len(data)) + data
+
+
+def out(data):
+    return frame(STDOUT, data)
+
+
+def end(state="done", **fields):
+    return frame(ENDING, json.dumps({"state": state, **fields}).encode())
+
+
+class ScriptedNode:
+    """A node as the gateway reaches it: runs an id once, keeps what is not settled."""
+
+    node_id = "n"
+    resumes = True
+    ready = True
+
+    def __init__(self):
+        self.link = self
+        self.jobs = None
+        self.up = True
+        self.restart()
+
+    def restart(self):
+        """Begin another life of the process, which knows nothing of the last."""
+        self.instance = moltis.new_id()
+        self.logs, self.acked, self.sent = {}, {}, {}
+        self.runs, self.cancelled, self.settled, self.known = [], [], [], set()
+
+    # As the gateway calls it
+
+    def check(self, work, spec): ...
+
+    def check_cancel(self, job_id): ...
+
+    def start(self, job_id, _work, _spec):
+        self._check_up()
+        if job_id not in self.known:
+            self.known.add(job_id)
+            self.runs.append(job_id)
+            self.logs[job_id], self.acked[job_id], self.sent[job_id] = b"", 0, 0
+
+    def acknowledge(self, job_id, offset):
+        self._check_up()
+        if job_id not in self.logs:
+            return
+        self.acked[job_id] = max(offset, self.acked[job_id])
+        kinds = [kind for kind, _ in moltis.log_frames(self.logs[job_id])]
+        if offset >= len(self.logs[job_id]) and kinds[-1:] == [ENDING]:
+            self.settled.append(job_id)
+            del self.logs[job_id]
+
+    def cancel(self, job_id):
+        self._check_up()
+        self.cancelled.append(job_id)
+
+    def input(self, *_args):
+        self._check_up()
+
+    def _check_up(self):
+        if not self.up:
+            raise moltis.ConnectionClosed(1006)
+
+    # As a test moves it
+
+    def write(self, job_id, *frames):
+        for data in frames:
+            self.logs[job_id] += data
+            self.pump(job_id)
+
+    def pump(self, job_id):
+        """Send whole frames while the window has room."""
+        while self.up and job_id in self.logs:
+            start = self.sent[job_id]
+            if start >= len(self.logs[job_id]):
+                return
+            if start - self.acked[job_id] >= LOG_WINDOW:
+                return
+            size = FRAME_HEAD.unpack_from(self.logs[job_id], start)[1]
+            data = self.logs[job_id][start : start + FRAME_HEAD.size + size]
+            self.sent[job_id] = start + len(data)
+            self.jobs.on_log(self, job_id, start, data)
+
+    def drop(self):
+        """Lose the connection."""
+        self.up = False
+        self.jobs.left(self)
+
+    def come(self):
+        """Connect again, with what is held."""
+        self.up = True
+        held = {job_id: self.acked[job_id] for job_id in self.logs}
+        offsets = self.jobs.resumed(self, held)
+        self.jobs.came(self, held)
+        for job_id in [i for i in held if i not in offsets]:
+            del self.logs[job_id]
+        for job_id, offset in offsets.items():
+            if job_id in self.logs:
+                self.sent[job_id] = offset
+                self.pump(job_id)
+        return offsets
+
+
+class OneNodeFleet:
+    """Knows the scripted node alone."""
+
+    def __init__(self, node):
+        self.node = node
+
+    def connected(self, node_id):
+        return self.node if node_id == self.node.node_id and self.node.up else None
+
+    def require_connected(self, node_id, name):
+        if self.connected(node_id) is None:
+            raise moltis.RpcError("UNAVAILABLE", f"{name} is offline")
+
+
+class Reader:
+    """A follower behind a connection: it reads at once, and acknowledges on demand."""
+
+    def __init__(self, jobs, job, position=0, *, holds=True, reads=True):
+        self.jobs, self.holds, self.position, self.reads = jobs, holds, position, reads
+        self.at = position
+        self.got, self.endings = b"", []
+        self.job = job
+        jobs.follow(job, self)
+
+    def wake(self, job):
+        while self.reads:
+            start, data = job.log.read(self.at, 64 * 1024)
+            if not data:
+                break
+            self.got += data
+            self.at = start + len(data)
+        if job.ending is not None and self.at >= job.log.end:
+            self.endings.append(job.ending)
+
+    def acknowledge(self):
+        self.position = self.at
+        self.jobs.acknowledge(self.job)
+
+    def frames(self):
+        return [(k, d) for k, d in moltis.log_frames(self.got) if k != ENDING]
+
+
+class World:
+    """A gateway's Jobs over a real store, and one scripted node."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.node = ScriptedNode()
+        self.store = None
+        self.restart_gateway()
+
+    def restart_gateway(self):
+        """Begin another life of the gateway, as after a SIGKILL."""
+        if self.store is not None:
+            self.store.close()
+        self.store = moltis.Store(self.directory / "moltis.db")
+        self.jobs = moltis.Jobs(
+            self.store.jobs, OneNodeFleet(self.node), self.directory / "jobs"
         )
-        wait_for(lambda: gateway.call("command.get", id=short)["output"])
-        node.process.kill()
-        if restarts:
-            gateway.close()
-            gateway = InProcessGateway(data, port=port)
-        ended = gateway.call("command.wait", id=short, wait=20)
-        assert ended["state"] == "lost"
-        assert "how the command ended is not known" in ended["error"]
-        assert ended["timeoutMs"] == 10_000
-        assert read_all(gateway, short)[1] == "begun\n"
-        assert gateway.call("command.wait", id=long, wait=0)["waiting"]
-        gateway.close()
+        self.node.jobs = self.jobs
+        self.node.sent = dict.fromkeys(self.node.logs, 0)
 
+    def start(self, *, kept=False, job_id=None, origin=ME, spec=None, queue=0):
+        spec = {"command": "true", **(spec or {})}
+        return self.jobs.start(
+            moltis.new_job(
+                ("n", "Node"),
+                "run",
+                spec,
+                origin,
+                kept=kept,
+                job_id=job_id,
+                queue=queue,
+            )
+        )
 
-# The command line
+    def row(self, job):
+        return self.store.jobs.get(job.id)
 
 
 @pytest.fixture
-def program(home):
-    port = free_port()
-    with Program("gateway", "--port", port, home=home) as program:
-        program.wait_for_output("Ctrl+C stops it")
-        yield program
+def world(tmp_path):
+    world = World(tmp_path)
+    yield world
+    world.store.close()
 
 
-def test_a_detached_command_is_attached_to_by_the_begin_of_its_id(program, home):
-    command = "echo one; echo oh >&2; sleep 0.5; echo two; exit 9"
-    started = run_moltis("node", "exec", "--detach", "local", "--", command, home=home)
-    assert started.returncode == 0
-    job = started.stdout.strip()
-    attached = run_moltis("node", "attach", job[:8], home=home)
-    assert attached.stdout == "one\ntwo\n"
-    assert "oh\n" in attached.stderr
-    assert attached.returncode == 9
-    again = run_moltis("node", "attach", job, home=home)
-    assert (again.stdout, again.returncode) == ("one\ntwo\n", 9)
+def test_a_holder_reads_output_in_order_and_the_node_forgets_what_is_read(world):
+    job = world.start()
+    reader = Reader(world.jobs, job)
+    world.node.write(job.id, out(b"hi\n"), frame(STDERR, b"oh\n"), end(exitCode=3))
+    assert reader.frames() == [(STDOUT, b"hi\n"), (STDERR, b"oh\n")]
+    assert (world.row(job).state, world.row(job).exit_code) == ("done", 3)
+    assert job.id in world.node.logs  # its holder has not acknowledged it
+    reader.acknowledge()
+    assert world.node.settled == [job.id]
+    assert world.row(job).words() == "exit status 3"
 
 
-def test_jobs_are_listed_and_cancelled(program, home):
-    started = run_moltis(
-        "node", "exec", "--detach", "local", "--", "sleep 60", home=home
+def test_a_slow_holder_pauses_the_node_and_memory_stays_bounded(world):
+    job = world.start()
+    reader = Reader(world.jobs, job)
+    for _ in range(64):
+        world.node.write(job.id, out(b"x" * 65000))
+    assert world.node.sent[job.id] <= LOG_WINDOW + 66_000
+    assert job.log.end - job.log.begin <= LOG_WINDOW + 66_000
+    while reader.position < len(world.node.logs[job.id]):
+        reader.acknowledge()
+        world.node.pump(job.id)
+    assert len(reader.got) == 64 * 65005
+
+
+def test_an_id_that_is_asked_for_twice_runs_once(world):
+    job_id = moltis.new_id()
+    first = world.start(job_id=job_id)
+    assert world.start(job_id=job_id) is first
+    world.node.write(job_id, end(exitCode=0))
+    assert world.start(job_id=job_id).record.state == "done"
+    assert world.node.runs == [job_id]
+
+
+def test_an_id_of_another_key_is_a_conflict(world):
+    job = world.start()
+    other = moltis.Origin("operator", "key-2", "somebody else")
+    with pytest.raises(moltis.RpcError, match="another key") as caught:
+        world.start(job_id=job.id, origin=other)
+    assert caught.value.code == "CONFLICT"
+
+
+def test_a_short_kept_log_moves_into_its_row(world):
+    job = world.start(kept=True)
+    world.node.write(job.id, out(b"kept"), end(exitCode=3))
+    assert world.node.settled == [job.id]
+    assert not (world.directory / "jobs" / job.id).exists()
+    again = world.jobs.get(job.id)
+    assert again is not job
+    assert next(moltis.log_frames(again.log.read(0)[1])) == (STDOUT, b"kept")
+
+
+def test_a_log_that_was_in_files_and_is_short_moves_into_its_row(world):
+    job = world.start(kept=True)
+    world.node.write(job.id, out(b"one"))
+    job.log.created -= 2
+    world.jobs.tick()
+    assert (world.directory / "jobs" / job.id).is_dir()
+    world.node.write(job.id, out(b"two"), end())
+    assert not (world.directory / "jobs" / job.id).exists()
+    assert world.jobs.text(world.jobs.get(job.id)) == "onetwo"
+
+
+def test_a_long_kept_log_keeps_its_first_and_newest_files(world, monkeypatch):
+    monkeypatch.setattr(moltis, "SEGMENT", 200_000)
+    monkeypatch.setattr(moltis, "MAX_SEGMENTS", 3)
+    job = world.start(kept=True)
+    for number in range(40):
+        world.node.write(job.id, out(bytes([number]) * 50_000))
+    world.node.write(job.id, end(exitCode=0))
+    log, at, seen = world.jobs.get(job.id).log, 0, []
+    while True:
+        at, data = log.read(at)
+        if not data:
+            break
+        at += len(data)
+        seen += [d[0] for kind, d in moltis.log_frames(data) if kind == STDOUT]
+    assert seen[:4] == [0, 1, 2, 3]
+    assert seen[-1] == 39
+    assert len(seen) < 20
+
+
+def test_after_a_restart_the_gateway_goes_on_at_the_exact_byte(world):
+    job = world.start()
+    reader = Reader(world.jobs, job)
+    world.node.write(job.id, out(b"one"))
+    reader.acknowledge()
+    world.node.drop()
+    world.restart_gateway()
+    again = Reader(world.jobs, world.jobs.get(job.id), reader.at)
+    world.node.come()
+    world.node.write(job.id, out(b"two"), end(exitCode=0))
+    assert again.frames() == [(STDOUT, b"two")]
+    again.acknowledge()
+    assert world.node.settled == [job.id]
+
+
+def test_a_client_ahead_of_the_log_waits_for_its_node(world):
+    """Its offset lies beyond a window that an earlier life had acknowledged."""
+    job = world.start()
+    reader = Reader(world.jobs, job)
+    for _ in range(30):
+        world.node.write(job.id, out(b"x" * 65000))
+        reader.acknowledge()
+    world.node.drop()
+    world.restart_gateway()
+    again = Reader(world.jobs, world.jobs.get(job.id), reader.at)
+    world.node.come()
+    world.node.write(job.id, out(b"two"), end(exitCode=0))
+    assert again.frames() == [(STDOUT, b"two")]
+
+
+def test_a_node_that_was_started_anew_has_lost_its_jobs(world):
+    job = world.start()
+    world.node.drop()
+    world.node.restart()
+    world.node.come()
+    assert world.row(job).state == "lost"
+    assert world.row(job).reason == (
+        "its node came back without it; whether it ran is not known"
     )
-    job = started.stdout.strip()
-    listed = run_moltis("node", "jobs", "local", home=home)
-    assert job in listed.stdout
-    assert "sleep 60" in listed.stdout
-    done = run_moltis("node", "jobs", "--cancel", job[:8], home=home)
-    assert done.returncode == 0
-    attached = run_moltis("node", "attach", job, home=home)
-    assert attached.returncode == moltis.INTERRUPTED
-    assert "cancelled" in attached.stderr
+    assert world.node.runs == []
 
 
-def test_a_job_is_ended_on_the_node_that_was_named_and_on_no_other(gateway, home):
-    environ = {"MOLTIS_GATEWAY_URL": gateway.url, "MOLTIS_API_KEY": gateway.api_key}
-    with gateway.node("far"):
-        job = start(gateway, "sleep 600", node="far")
-        words = ("--cancel", job, "--json")
-        other = run_moltis("node", "jobs", "local", *words, home=home, **environ)
-        assert other.returncode == moltis.EXIT_FAILURE
-        assert f"'{job}' is no job on local" in other.stderr
-        assert gateway.call("command.wait", id=job, wait=0)["endedAt"] is None
-        named = run_moltis("node", "jobs", "far", *words, home=home, **environ)
-        assert [row["invokeId"] for row in json.loads(named.stdout)] == [job]
-        assert gateway.call("command.wait", id=job)["state"] == "cancelled"
+def test_a_lost_job_that_wrote_something_did_run(world):
+    job = world.start()
+    world.node.write(job.id, out(b"x"))
+    world.node.drop()
+    world.node.restart()
+    world.node.come()
+    assert world.row(job).reason.endswith("how it ended is not known")
 
 
-def test_jobs_on_several_nodes_are_printed_with_their_names(gateway, home):
-    environ = {"MOLTIS_GATEWAY_URL": gateway.url, "MOLTIS_API_KEY": gateway.api_key}
-    with gateway.node("far"):
-        words = ("node", "exec", "--detach", "far", "local", "--", "true")
-        started = run_moltis(*words, home=home, **environ)
-        printed = [line.split() for line in started.stdout.splitlines()]
-        jobs = {j["invokeId"]: j["nodeName"] for j in gateway.call("command.list")}
-        assert [jobs[job].casefold() for job, _ in printed] == ["far", "local"]
-        assert [name.casefold() for _, name in printed] == ["far", "local"]
+def test_a_start_that_got_lost_on_its_way_is_sent_again(world):
+    world.node.up = False
+    world.node.up, start = True, world.node.start
+
+    def broken(*_args):
+        raise moltis.ConnectionClosed(1006)
+
+    world.node.start = broken
+    job = world.start()
+    world.node.start = start
+    world.node.drop()
+    world.node.come()
+    assert world.node.runs == [job.id]
+    assert job.record.state == "running"
+
+
+def test_a_fast_command_ends_before_its_holder_follows(world):
+    job = world.start()
+    world.node.write(job.id, out(b"hi\n"), end(exitCode=0))
+    reader = Reader(world.jobs, world.jobs.get(job.id))
+    assert reader.frames() == [(STDOUT, b"hi\n")]
+    assert [ending.exit_code for ending in reader.endings] == [0]
+    reader.acknowledge()
+    assert world.node.settled == [job.id]
+
+
+def test_the_output_of_a_kept_job_can_be_read_after_waiting_for_its_end(world):
+    job = world.start(kept=True)
+    ended = world.jobs.ended(job, 60)
+    world.node.write(job.id, out(b"x" * 1000), end(exitCode=0))
+    assert world.jobs.text(ended.result(5)) == "x" * 1000
+
+
+def test_an_unkept_job_waits_ten_minutes_for_its_holder_then_runs_to_its_end(world):
+    job = world.start()
+    reader = Reader(world.jobs, job)
+    for _ in range(5):
+        world.node.write(job.id, out(b"x" * 65000))
+        reader.acknowledge()
+    world.node.drop()
+    world.restart_gateway()
+    world.node.come()
+    job = world.jobs.get(job.id)
+    for _ in range(20):
+        world.node.write(job.id, out(b"x" * 65000))
+    world.node.write(job.id, end(exitCode=5))
+    assert world.row(job).state == "running"  # the window is full
+    job.alone_since -= moltis.HOLDER_PATIENCE + 1
+    world.jobs.tick()
+    world.node.pump(job.id)
+    assert world.row(job).exit_code == 5
+    assert world.node.settled == [job.id]
+
+
+def test_an_ending_of_which_nobody_takes_the_output_leaves_its_row_alone(world):
+    job = world.start()
+    reader = Reader(world.jobs, job, reads=False)
+    world.node.write(job.id, end(exitCode=0))
+    world.jobs.unfollow(job, reader, leaves=False)
+    job.alone_since -= moltis.HOLDER_PATIENCE + 1
+    world.jobs.tick()
+    assert (world.row(job).state, world.row(job).cancelled_at) == ("done", None)
+    assert world.node.settled == [job.id]
+
+
+def test_a_holder_that_leaves_in_order_cancels_an_unkept_job(world):
+    job = world.start()
+    reader = Reader(world.jobs, job)
+    world.jobs.unfollow(job, reader, leaves=True)
+    assert world.node.cancelled == [job.id]
+
+
+def test_a_watcher_keeps_nothing_and_its_leaving_ends_nothing(world):
+    job = world.start()
+    holder = Reader(world.jobs, job)
+    watcher = Reader(world.jobs, job, holds=False)
+    world.jobs.unfollow(job, holder, leaves=False)
+    world.jobs.unfollow(job, watcher, leaves=True)
+    assert world.node.cancelled == []
+    assert job.record.cancelled_at is None
+
+
+def test_a_second_holder_takes_over_and_begins_at_what_is_left(world):
+    job = world.start()
+    first = Reader(world.jobs, job)
+    for _ in range(5):
+        world.node.write(job.id, out(b"x" * 65000))
+        first.acknowledge()
+    world.node.write(job.id, out(b"left"))
+    second = Reader(world.jobs, job)
+    assert (first.holds, second.holds) == (False, True)
+    assert second.frames() == [(STDOUT, b"left")]
+
+
+def test_a_slow_holder_of_a_kept_job_pauses_its_node(world):
+    job = world.start(kept=True)
+    Reader(world.jobs, job, reads=False)
+    for _ in range(60):
+        world.node.write(job.id, out(b"x" * 60000))
+    assert world.node.acked[job.id] == 0
+    assert world.node.sent[job.id] <= LOG_WINDOW + 66_000
+
+
+def test_output_from_inside_a_frame_is_never_taken_for_frames(world):
+    """A command prints what looks like an ending, at the right place."""
+    job = world.start()
+    reader = Reader(world.jobs, job, reads=False)
+    evil = end(exitCode=0)
+    data = b"A" * (65531 - 5 - len(evil)) + evil
+    world.node.write(job.id, out(data))
+    inside = 5 + len(data) - len(evil)
+    assert job.log.boundary(inside) == len(data) + 5
+    world.node.drop()
+    world.restart_gateway()
+    again = Reader(world.jobs, world.jobs.get(job.id), job.log.boundary(inside))
+    world.node.come()
+    world.node.write(job.id, out(b"B"))
+    assert again.frames() == [(STDOUT, b"B")]
+    assert (world.row(job).state, again.endings) == ("running", [])
+    assert reader.got == b""
+
+
+def test_what_a_power_loss_took_of_a_file_is_a_gap(world):
+    job = world.start(kept=True)
+    for _ in range(20):
+        world.node.write(job.id, out(b"x" * 60000))
+    acked = world.node.acked[job.id]
+    assert acked > 300_025
+    world.node.drop()
+    path = world.directory / "jobs" / job.id / "0"
+    os.truncate(path, 300_030)
+    for later in path.parent.iterdir():
+        if later != path:
+            later.unlink()
+    world.restart_gateway()
+    offsets = world.node.come()
+    assert offsets == {job.id: acked}
+    world.node.write(job.id, out(b"tail"), end(exitCode=0))
+    log = world.jobs.get(job.id).log
+    assert world.row(job).state == "done"
+    start = log.read(300_025)[0]
+    assert start == acked  # a gap
+    assert world.jobs.text(world.jobs.get(job.id)).endswith("tail")
+
+
+def test_half_a_frame_at_the_end_of_a_file_is_cut_off(world):
+    job = world.start(kept=True)
+    world.node.write(job.id, *[out(b"x" * 60000)] * 2)
+    world.node.drop()
+    path = world.directory / "jobs" / job.id / "0"
+    os.truncate(path, 100_000)
+    world.restart_gateway()
+    assert world.jobs.get(job.id).log.end == 60_005
+
+
+def test_a_gateway_starts_with_an_empty_directory_of_a_job(world):
+    job = world.start(kept=True)
+    (world.directory / "jobs" / job.id).mkdir(parents=True)
+    world.restart_gateway()
+    assert world.jobs.get(job.id).log.end == 0
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_ending_that_was_stored_and_not_acknowledged_is_settled_later(world, count):
+    """`count` frames of 60,000 bytes: the log is in the row's files."""
+    job = world.start(kept=True)
+    for _ in range(count):
+        world.node.write(job.id, out(b"x" * 60000))
+    acknowledge = world.node.acknowledge
+
+    def cut(*_args):
+        raise moltis.ConnectionClosed(1006)
+
+    world.node.acknowledge = cut
+    world.node.write(job.id, end(exitCode=0))
+    world.node.drop()
+    world.node.acknowledge = acknowledge
+    world.restart_gateway()
+    world.node.come()
+    assert world.row(job).state == "done"
+    assert world.node.settled == [job.id]
+    assert world.node.runs == [job.id]
+
+
+def test_a_cancel_that_crosses_the_end_does_not_change_it(world):
+    job = world.start(kept=True)
+    cancel = world.node.cancel
+
+    def crossed(job_id):
+        cancel(job_id)
+        world.node.write(job_id, end(exitCode=0))
+
+    world.node.cancel = crossed
+    world.jobs.cancel(job)
+    assert world.row(job).state == "done"
+    assert world.node.settled == [job.id]
+
+
+def test_a_node_that_comes_back_just_as_its_job_is_given_up_corrects_it(world):
+    job = world.start(kept=True, spec={"timeout": 1000})
+    world.node.drop()
+    job.away_since -= 100
+    world.jobs.tick()
+    assert world.row(job).state == "lost"
+    world.node.come()
+    world.node.write(job.id, out(b"out"), end(exitCode=0))
+    assert world.row(job).state == "done"
+    assert world.jobs.text(world.jobs.get(job.id)) == "out"
+    assert world.node.settled == [job.id]
+
+
+def test_a_command_without_a_timeout_is_awaited_until_somebody_stops_it(world):
+    job = world.start()
+    world.node.drop()
+    job.away_since -= 100_000
+    world.jobs.tick()
+    assert job.record.state == "running"
+    world.jobs.cancel(job, "me")
+    world.jobs.tick()
+    assert job.record.state == "lost"
+
+
+def test_a_full_disk_delays_the_row_and_not_its_caller(world, monkeypatch):
+    job = world.start()
+    reader = Reader(world.jobs, job)
+
+    def full(*_args):
+        raise moltis.StoreError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.store.jobs, "save", full)
+        world.node.write(job.id, end(exitCode=3))
+        assert [ending.exit_code for ending in reader.endings] == [3]
+        reader.acknowledge()
+        world.jobs.tick()
+        assert job.id in world.node.logs
+        assert world.row(job).state == "running"
+    world.jobs.tick()
+    assert world.row(job).exit_code == 3
+    assert world.node.settled == [job.id]
+
+
+def test_what_fills_the_disk_can_be_cancelled(world, monkeypatch):
+    job = world.start()
+
+    def full(*_args):
+        raise moltis.StoreError("the disk is full")
+
+    monkeypatch.setattr(world.store.jobs, "save", full)
+    world.jobs.cancel(job)
+    assert world.node.cancelled == [job.id]
+
+
+def test_output_that_cannot_be_written_is_a_gap_and_the_command_goes_on(world):
+    job = world.start(kept=True)
+    for _ in range(2):
+        world.node.write(job.id, out(b"a" * 65000))
+    directory = world.directory / "jobs" / job.id
+    path = directory / "0"
+    path.rename(directory.parent / "away")
+    directory.rmdir()
+    directory.write_bytes(b"")  # no file can be made below it
+    for _ in range(6):
+        world.node.write(job.id, out(b"b" * 65000))
+    assert world.node.acked[job.id] > 0
+    directory.unlink()
+    directory.mkdir()
+    (directory.parent / "away").rename(path)
+    world.node.write(job.id, out(b"c" * 10))
+    world.node.write(job.id, end(exitCode=0))
+    assert world.row(job).state == "done"
+    text = world.jobs.text(world.jobs.get(job.id))
+    assert text.startswith("aaa")
+    assert text.endswith("cccccccccc")
+
+
+def test_what_a_disk_takes_in_part_is_cut_to_whole_frames(world, monkeypatch):
+    job = world.start(kept=True)
+    world.node.write(job.id, *[out(b"a" * 65000)] * 2)
+    with monkeypatch.context() as patched:
+        write = os.write
+        patched.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
+        world.node.write(job.id, out(b"b" * 65000))
+    path = world.directory / "jobs" / job.id / "0"
+    assert path.stat().st_size == 2 * 65005
 
 
 @pytest.mark.parametrize(
-    ("command", "words"),
+    "message",
     [
-        ("exit 3", "done (3)"),
-        ("kill -9 $$", "done (SIGKILL)"),
-        ("kill -36 $$", "done (signal 36)"),
-        ("sleep 600", "timed_out"),
+        FRAME_HEAD.pack(STDOUT, 2**31) + b"x",
+        b"\1\0\0",
+        frame(ENDING, b"{"),
+        frame(ENDING, b"[]"),
+        frame(ENDING, b"7"),
+        end("lost"),
+        end("expired"),
+        end(duration=1e999),
+        end(stdoutBytes=-1),
+        end(exitCode=2**70),
+        end() + out(b"more"),
+        end() + end(),
+        frame(9, b"of a kind that nobody knows"),
     ],
 )
-def test_lists_say_how_a_command_ended(gateway, command, words):
-    args = {"command": command, "timeout": 300 if "sleep" in command else None}
-    job = start(gateway, "", args=args)
-    ended = gateway.call("command.wait", id=job)
-    assert moltis.job_state(ended) == words
-    assert ended["askedAt"] <= ended["startedAt"] <= ended["endedAt"]
-    row = next(r for r in gateway.call("audit.list") if r["event"] == "command")
-    assert moltis.audit_row(row)[5] == words
+def test_what_is_no_log_is_refused_and_changes_nothing(world, message):
+    job = world.start(kept=True)
+    with pytest.raises(moltis.RpcError) as caught:
+        world.jobs.on_log(world.node, job.id, 0, message)
+    assert caught.value.code == "PROTOCOL_ERROR"
+    assert world.row(job).state == "running"
+    assert job.log.end == 0
 
 
-def test_ending_what_has_ended_is_said_to_come_too_late(program, home):
-    started = run_moltis("node", "exec", "--detach", "local", "--", "exit 3", home=home)
-    job = started.stdout.strip()
-    assert run_moltis("node", "attach", job, home=home).returncode == 3
-    done = run_moltis("node", "jobs", "--cancel", job, home=home)
-    assert done.returncode == moltis.EXIT_FAILURE
-    assert "the command on Local had ended before: done (3)" in done.stderr
+def test_frames_behind_an_ending_are_refused(world):
+    job = world.start()
+    Reader(world.jobs, job, reads=False)
+    world.node.write(job.id, end())
+    with pytest.raises(moltis.RpcError, match="follow the ending"):
+        world.jobs.on_log(world.node, job.id, job.log.end, out(b"more"))
 
 
-def test_ending_what_runs_on_a_node_that_is_away_says_when_that_will_be(
-    gateway, capsys
-):
-    with silent_node(gateway) as peer:
-        job = start(gateway, "sleep 600", "gone")
-        peer.receive_until(lambda m: m.get("event") == moltis.INVOKE_REQUEST)
-    wait_for(lambda: gateway.call("command.get", id=job)["waiting"])
-    with gateway.operator() as client:
-        moltis.cancel_job(client, job, moltis.Output({}))
-    assert "it ends when Rust box is back, which is away now" in capsys.readouterr().err
+def test_a_node_sends_no_more_than_a_window_ahead(world):
+    job = world.start()
+    Reader(world.jobs, job, reads=False)
+    with pytest.raises(moltis.RpcError, match="window"):
+        for number in range(40):
+            world.jobs.on_log(world.node, job.id, number * 65005, out(b"x" * 65000))
 
 
-@pytest.mark.parametrize("follows_anew", [False, True])
-def test_the_end_of_what_is_no_job_is_told_at_once(gateway, tmp_path, follows_anew):
-    """Also when the client that follows it came back meanwhile: `wait` is not over."""
-    fifo, invoke_id = tmp_path / "fifo", str(uuid.uuid4())
-    os.mkfifo(fifo)
-    params = {
-        "nodeId": "local",
-        "command": "system.run",
-        "args": {"command": f"read x <{fifo}; exit 7", "stream": True},
-        "invokeId": invoke_id,
-    }
-    with gateway.operator() as client, gateway.operator() as asks:
-        results = [client.start("node.invoke", params)]
-        wait_for(lambda: gateway.running.invocations.get(invoke_id))
-        answers = [
-            asks.start(method, {"id": invoke_id, "wait": 300})
-            for method in ("command.get", "command.wait")
-        ]
-        asks.call("node.list", {})  # both are waiting
-        if follows_anew:
-            results.append(client.start("node.invoke", params))
-            with pytest.raises(moltis.RpcError, match="another client"):
-                results[0].result(10)
-        with fifo.open("w") as file:
-            file.write("x\n")
-        for answer in answers:
-            ended = answer.result(10)
-            assert (ended["state"], ended["exitCode"]) == ("done", 7)
-            assert not ended["background"]
-        assert results[-1].result(10)["exitCode"] == 7
+def test_a_node_answers_for_its_own_jobs_only(world):
+    job = world.start(kept=True)
+
+    class Other(ScriptedNode):
+        node_id = "other"
+
+    other = Other()
+    world.jobs.on_log(other, job.id, 0, end(exitCode=0))
+    assert world.row(job).state == "running"
+    assert world.jobs.resumed(other, {job.id: 0}) == {}
 
 
-def test_looking_at_what_is_no_job_leaves_nothing_behind(gateway):
-    """Forty looks ask once to be woken at the end."""
-    invoke_id = str(uuid.uuid4())
-    with gateway.operator() as client, gateway.operator() as asks:
-        args = {"command": "read x </dev/tty; sleep 30", "stream": True}
-        params = {"nodeId": "local", "command": "system.run", "args": args}
-        result = client.start("node.invoke", {**params, "invokeId": invoke_id})
-        client.call("node.list", {})  # it is under way, and so is its answer
-        callbacks = gateway.running.invocations.get(invoke_id).future._done_callbacks
-        before = len(callbacks)
-        for method in ("command.get", "command.wait") * 20:
-            asks.start(method, {"id": invoke_id, "wait": 300})
-        asks.call("node.list", {})  # all are waiting
-        assert len(callbacks) <= before + 1
-        asks.call("command.cancel", {"id": invoke_id})
-        assert result.result(10)["cancelled"]
+def test_a_job_cancelled_before_it_reached_its_node_never_runs(world):
+    world.node.up = False
+    job = world.start(queue=60)
+    assert job.record.state == "queued"
+    world.jobs.cancel(job, "me")
+    world.node.come()
+    assert (world.row(job).state, world.node.runs) == ("cancelled", [])
+    assert world.row(job).words() == "cancelled: by me"
 
 
-def test_attaching_to_a_foreground_command_says_where_its_output_is(program, home):
-    command = "echo shown; read x; exit 7"
-    with subprocess.Popen(
-        [sys.executable, PROGRAM, "node", "exec", "local", "--stdin", "--", command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=clean_environment(home),
-    ) as foreground:
-        assert foreground.stdout.readline() == b"shown\n"
-        listed = run_moltis("node", "jobs", "--json", home=home)
-        job = json.loads(listed.stdout)[0]["invokeId"]
-        with Program("node", "attach", job, home=home) as attached:
-            attached.wait_for_output("is no job: its output is with who started it")
-            foreground.stdin.write(b"x\n")
-            foreground.stdin.close()
-            assert attached.process.wait(10) == 7
-            assert attached.stdout == ""
-    after = run_moltis("node", "attach", job, home=home)
-    assert after.returncode == 7
-    assert "output of this command on Local is not kept here" in after.stderr
+def test_a_queued_job_is_sent_when_its_node_comes(world):
+    world.node.up = False
+    job = world.start(queue=60)
+    world.node.come()
+    assert (job.record.state, world.node.runs) == ("running", [job.id])
+    assert world.row(job).sent_to == world.node.instance
 
 
-def test_a_job_whose_answer_is_lost_is_named_and_can_be_asked_for(
-    gateway, home, monkeypatch
-):
-    hang_up_on_jobs(monkeypatch)
-    environ = {"MOLTIS_GATEWAY_URL": gateway.url, "MOLTIS_API_KEY": gateway.api_key}
-    words = ("node", "exec", "--detach", "local", "--", "echo once; exit 4")
-    started = run_moltis(*words, home=home, **environ)
-    assert started.returncode == moltis.EXIT_UNREACHABLE
-    assert started.stdout == ""
-    said = re.search("`moltis (node attach ([0-9a-f-]{36}))` tells", started.stderr)
-    attached = run_moltis(*said.group(1).split(), home=home, **environ)
-    assert (attached.stdout, attached.returncode) == ("once\n", 4)
-    assert [job["invokeId"] for job in gateway.call("command.list")] == [said.group(2)]
+def test_a_queued_job_survives_a_restart_and_expires_in_time(world):
+    world.node.up = False
+    job = world.start(queue=0.05)
+    world.restart_gateway()
+    time.sleep(0.06)
+    world.jobs.tick()
+    assert world.row(job).state == "expired"
+    assert "did not come in time" in world.row(job).words()
 
 
-def test_of_a_job_that_the_gateway_never_heard_of_attach_says_so(gateway, home):
-    environ = {"MOLTIS_GATEWAY_URL": gateway.url, "MOLTIS_API_KEY": gateway.api_key}
-    attached = run_moltis("node", "attach", str(uuid.uuid4()), home=home, **environ)
-    assert attached.returncode == moltis.EXIT_FAILURE
-    assert "nothing is known of a command" in attached.stderr
+def test_a_job_for_a_node_that_is_away_is_refused(world):
+    world.node.up = False
+    with pytest.raises(moltis.RpcError, match="offline"):
+        world.start()
 
 
-def test_attaching_to_output_that_cannot_be_read_says_so_and_ends(tmp_path, home):
-    with InProcessGateway(tmp_path / "gateway") as gateway:
-        job = start(gateway, "echo hi")
-        gateway.call("command.wait", id=job)
-    (tmp_path / "gateway" / "jobs" / job / "of another program").touch()
-    with InProcessGateway(tmp_path / "gateway") as gateway:
-        environ = {"MOLTIS_GATEWAY_URL": gateway.url, "MOLTIS_API_KEY": gateway.api_key}
-        attached = run_moltis("node", "attach", job, home=home, **environ)
-    assert attached.returncode == moltis.EXIT_UNREACHABLE
-    assert "the output of a job cannot be kept" in attached.stderr
-    assert "the gateway" not in attached.stderr
+def test_a_cancel_overtakes_its_start_and_both_arrive(world):
+    world.node.up = False
+    job = world.start(queue=60)
+    start = world.node.start
+
+    def slow(*args):
+        world.jobs.cancel(job)
+        start(*args)
+
+    world.node.start = slow
+    world.node.come()
+    assert world.node.cancelled == [job.id]
 
 
-def test_attaching_to_no_job_says_where_to_look(program, home):
-    done = run_moltis("node", "attach", "nonsense", home=home)
-    assert done.returncode == moltis.EXIT_FAILURE
-    assert "moltis node jobs" in done.stderr
+def test_a_job_that_was_sent_never_runs_in_another_life_of_its_node(world):
+    """Not even if the ticker looks between its hello and its jobs."""
+    job = world.start()
+    world.node.drop()
+    world.node.restart()
+    world.node.up = True
+    world.jobs.tick()
+    assert world.node.runs == []
+    world.node.come()
+    assert (job.record.state, world.node.runs) == ("lost", [])
 
 
-def test_asking_for_a_job_a_second_time_costs_its_output_nothing(tmp_path):
-    jobs, job = moltis.Jobs(tmp_path / "jobs", None), str(uuid.uuid4())
-    with jobs.new(job) as sink:
-        pass
-    with pytest.raises(moltis.RpcError), jobs.new(job):
-        raise moltis.RpcError("CONFLICT", "it was asked for before")
-    sink.chunk(moltis.Chunk(moltis.STDOUT, job, 0, b"kept"))
-    assert b"".join(jobs.read_all(job)) == b"kept"
-    jobs.close()
+def test_a_node_that_cannot_resume_loses_its_jobs_when_it_leaves(world):
+    world.node.resumes = False
+    job = world.start()
+    world.node.drop()
+    assert world.row(job).state == "lost"
+
+
+def test_a_revoked_node_loses_its_jobs(world):
+    job = world.start()
+    world.jobs.lose("n", "its token was revoked")
+    assert world.row(job).words() == (
+        "lost: its token was revoked; whether it ran is not known"
+    )
+
+
+def test_the_way_a_kept_job_was_running_when_the_gateway_was_killed_is_in_files(world):
+    job = world.start(kept=True)
+    world.node.write(job.id, out(b"x" * 40_000))
+    job.log.created -= 2
+    world.jobs.tick()
+    world.node.restart()
+    world.restart_gateway()
+    world.node.come()
+    assert world.row(job).state == "lost"
+    assert len(world.jobs.text(world.jobs.get(job.id), 100_000)) == 40_000
+
+
+def test_news_of_a_job_are_output_a_change_of_state_and_the_end(world):
+    job = world.start(kept=True)
+    output = world.jobs.news(job, 0, 60)
+    away = world.jobs.news(job, 100, 60)
+    ended = world.jobs.ended(job, 60)
+    world.node.write(job.id, out(b"x"))
+    assert (output.done(), away.done(), ended.done()) == (True, False, False)
+    world.node.drop()
+    assert (away.done(), ended.done()) == (True, False)
+    world.node.come()
+    world.node.write(job.id, end())
+    assert ended.done()
+
+
+def test_an_answer_that_waits_comes_in_time_and_when_the_gateway_stops(world):
+    job = world.start()
+    timely = world.jobs.ended(job, 0.01)
+    time.sleep(0.02)
+    world.jobs.tick()
+    assert timely.result(0) is job
+    stopped = world.jobs.ended(job, None)
+    world.jobs.close()
+    with pytest.raises(moltis.RpcError, match="the command goes on"):
+        stopped.result(0)
+
+
+def test_the_oldest_logs_go_when_all_are_too_large(world):
+    ids = []
+    for _ in range(4):
+        job = world.start(kept=True)
+        world.node.write(job.id, out(b"x" * 60_000), out(b"y" * 60_000), end())
+        ids.append(job.id)
+    world.jobs = moltis.Jobs(
+        world.store.jobs,
+        OneNodeFleet(world.node),
+        world.directory / "jobs",
+        keep_output=250_000,
+    )
+    world.jobs.tick()
+    kept = {path.name for path in (world.directory / "jobs").iterdir()}
+    assert kept == set(ids[2:])
+
+
+def test_text_for_a_model_has_head_and_tail(world):
+    job = world.start(kept=True)
+    for number in range(30):
+        world.node.write(job.id, out(f"{number:02}".encode() * 30_000))
+    world.node.write(job.id, end())
+    text = world.jobs.text(world.jobs.get(job.id), 1000)
+    assert text.startswith("000000")
+    assert text.endswith("292929")
+    assert "cut" in text
+    assert len(text) < 1100
+
+
+def test_text_joins_characters_that_frames_divide(world):
+    job = world.start(kept=True)
+    world.node.write(job.id, out(b"\xc3"), frame(STDERR, b"!"), out(b"\xa9"), end())
+    assert world.jobs.text(world.jobs.get(job.id)) == "!é"
+
+
+def test_many_threads_follow_and_leave_while_a_node_writes(world):
+    job = world.start(kept=True)
+    holder = Reader(world.jobs, job)
+    errors = []
+
+    def come_and_go():
+        try:
+            for _ in range(50):
+                reader = Reader(world.jobs, job, holds=False)
+                world.jobs.unfollow(job, reader, leaves=False)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for number in range(200):
+        world.node.write(job.id, out(b"%03d" % number))
+        if number % 50 == 0:
+            holder.acknowledge()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert [int(d) for _, d in holder.frames()] == list(range(200))
+
+
+def test_five_thousand_nodes_come_back_in_seconds(world):
+    links = []
+    for number in range(500):
+        link = ScriptedNode()
+        link.node_id = f"n{number}"
+        links.append(link)
+        row = moltis.new_job(
+            (link.node_id, link.node_id), "run", {"command": "x"}, ME, kept=True
+        )
+        world.jobs._fleet.node = link
+        link.job_id = world.jobs.start(row).id
+    begin = time.process_time()
+    for link in links:
+        world.jobs.resumed(link, {link.job_id: 0})
+        world.jobs.came(link, {link.job_id: 0})
+    assert (time.process_time() - begin) / 500 < 0.002
+    assert all(world.jobs.get(link.job_id).away_ms is None for link in links)

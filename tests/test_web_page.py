@@ -1,7 +1,9 @@
-"""The page's three files, read as text: what a browser need not run to find wrong."""
+"""The page: its three files as text, and what of its script needs no browser."""
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 import shutil
 import subprocess
@@ -12,7 +14,6 @@ import pytest
 import moltis
 
 FILES = {"html": moltis.WEB_HTML, "css": moltis.WEB_CSS, "js": moltis.WEB_JS}
-MAX_SIZE = 120 * 1024  # bytes, of the three together
 SVG_NAMESPACE = "http://www.w3.org/2000/svg"  # a name; nobody fetches it
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
@@ -69,6 +70,19 @@ def test_every_id_that_the_script_looks_up_is_on_the_page(document):
     assert looked_up <= set(document.ids())
 
 
+def test_every_template_that_is_copied_exists(document):
+    copied = set(re.findall(r'copyOf\("([^"]+)"\)', moltis.WEB_JS))
+    templates = {a.get("id") for tag, a in document.elements if tag == "template"}
+    assert len(copied) > 4
+    assert copied | {"icon"} == templates
+
+
+def test_parts_of_a_template_have_unique_names():
+    for template in re.findall(r"<template.*?</template>", moltis.WEB_HTML, re.S):
+        names = re.findall(r'data-part="(\w+)"', template)
+        assert len(set(names)) == len(names), template
+
+
 def test_every_icon_that_is_named_exists(document):
     named = {a["data-icon"] for _, a in document.elements if "data-icon" in a}
     named |= set(re.findall(r'[iI]con(?:Button)?\("(\w+)"', moltis.WEB_JS))
@@ -111,24 +125,147 @@ def test_no_file_names_another_host(name):
     assert re.findall(r"url\(|@import|^(?:import|export)\b", text, re.M) == []
 
 
-def test_the_three_files_are_small():
-    assert sum(len(text.encode()) for text in FILES.values()) < MAX_SIZE
-
-
 def test_no_name_is_defined_below_its_use_at_load_time():
     """The script's sections stand in the order that its first lines give."""
     script = moltis.WEB_JS
     sections = re.findall(r"^// == (?:view: )?(.+?) ==$", script, re.M)
-    order = ["dom", "words", "terminal", "Markdown", "socket", "state", "routes"]
+    order = ["dom", "words", "terminal", "Markdown", "socket", "job logs", "state"]
     assert sections[: len(order)] == order
     assert sections[-1] == "start"
 
 
-def test_node_can_read_the_script(tmp_path):
-    node = shutil.which("node") or pytest.skip("node is not installed")
+@pytest.fixture(scope="module")
+def node():
+    return shutil.which("node") or pytest.skip("node is not installed")
+
+
+def test_node_can_read_the_script(node, tmp_path):
     script = tmp_path / "app.mjs"
     script.write_text(moltis.WEB_JS, encoding="utf-8")
     checked = subprocess.run(
         [node, "--check", str(script)], check=False, capture_output=True, text=True
     )
     assert checked.returncode == 0, checked.stderr
+
+
+# -- job logs ------------------------------------------------------------------
+
+JOB_ID = "0123abcd-4567-89ab-cdef-00112233aabb"
+
+HARNESS = """
+const steps = JSON.parse(readFileSync(0, "utf8"));
+const log = new JobLog("x");
+let id = null;
+for (const step of steps) {
+  if (step === "settle") log.settle();
+  else {
+    const found = decodeLogData(new Uint8Array(Buffer.from(step, "base64")));
+    id = found.id;
+    log.take(found.offset, found.frames);
+  }
+}
+log.settle();
+const {terminal, offset} = log;
+const styles = terminal.lines.map(({runs}) => runs.map(([, style]) => style.classes));
+const {isCut} = terminal;
+console.log(JSON.stringify({id, offset, isCut, text: terminal.text(), styles}));
+"""
+
+
+@pytest.fixture(scope="module")
+def show(node, tmp_path_factory):
+    """Return what the script makes of (offset, frames) messages, run by node."""
+    sections = re.split(r"^// == (.+?) ==$", moltis.WEB_JS, flags=re.M)
+    named = dict(zip(sections[1::2], sections[2::2]))
+    script = tmp_path_factory.mktemp("page") / "logs.mjs"
+    first = 'import {readFileSync} from "node:fs";\n'
+    text = first + named["terminal"] + named["job logs"] + HARNESS
+    script.write_text(text, encoding="utf-8")
+
+    def run(*steps):
+        encoded = [
+            step if isinstance(step, str) else base64.b64encode(message(*step)).decode()
+            for step in steps
+        ]
+        done = subprocess.run(
+            [node, str(script)],
+            input=json.dumps(encoded),
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return json.loads(done.stdout)
+
+    return run
+
+
+def message(offset, frames):
+    return moltis.encode_job_data(moltis.LOG_DATA, JOB_ID, offset, frames)
+
+
+def out(text):
+    data = text.encode() if isinstance(text, str) else text
+    return moltis.encode_log_frame(moltis.STDOUT, data)
+
+
+def err(text):
+    return moltis.encode_log_frame(moltis.STDERR, text.encode())
+
+
+def test_a_log_message_is_read_as_its_job_and_the_output_in_its_frames(show):
+    frames = out("one\n") + err("two\n") + out("three")
+    shown = show((0, frames))
+    assert shown == {
+        "id": JOB_ID,
+        "offset": len(frames),
+        "isCut": False,
+        "text": "one\ntwo\nthree",
+        "styles": [[""], ["err"]],
+    }
+
+
+def test_characters_and_escape_sequences_may_be_split_between_frames(show):
+    """Each stream is decoded by itself: stderr may come between the halves."""
+    euro, colour = "€".encode(), b"\x1b[1mbold\n"
+    first = out(euro[:1]) + err("é\n") + out(euro[1:] + b"\n")
+    second = out(colour[:3]) + err("x\n") + out(colour[3:])
+    shown = show((0, first), "settle", (len(first), second))
+    assert shown["text"] == "é\n€\nx\nbold"
+    assert shown["styles"] == [["err"], [""], ["err"], ["b"]]
+
+
+def test_endings_marks_and_unknown_frames_are_skipped(show):
+    others = b"".join(moltis.encode_log_frame(kind, b'{"a":1}') for kind in (0, 4, 9))
+    frames = out("a\n") + others + out("b")
+    shown = show((0, frames))
+    assert (shown["text"], shown["offset"]) == ("a\nb", len(frames))
+
+
+def test_a_log_that_does_not_begin_at_0_is_shown_as_cut(show):
+    shown = show((10**12, out("end")))
+    assert (shown["isCut"], shown["text"]) == (True, "…\nend")
+    assert shown["offset"] == 10**12 + len(out("end"))
+
+
+def test_frames_that_come_once_more_after_a_reconnect_are_dropped(show):
+    a, b, c = out("a\n"), out("b\n"), err("c\n")
+    shown = show((0, a + b), "settle", (len(a), b + c))
+    assert shown["text"] == "a\nb\nc"
+    assert shown["isCut"] is False
+
+
+def test_output_before_a_gap_is_not_shown_with_what_follows_it(show):
+    """Also not half a character: the decoders start anew."""
+    a = out("before\n" + "x") + out("€".encode()[:2])
+    shown = show((0, a), "settle", (len(a) + 1000, out("after\n")))
+    assert shown["text"] == "…\nafter"
+
+
+def test_of_output_faster_than_the_page_draws_only_the_end_is_parsed(show):
+    piece = out("y\n" * 10_000)
+    steps = [(n * len(piece), piece) for n in range(30)]
+    end = out("end")
+    shown = show(*steps, (30 * len(piece), end))
+    assert shown["isCut"] is True
+    assert shown["text"].endswith("\ny\nend")
+    assert shown["offset"] == 30 * len(piece) + len(end)
