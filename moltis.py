@@ -25502,7 +25502,11 @@ def cmd_install(args: argparse.Namespace, context: Context) -> int:
     text = own_program()
     if text is None:
         raise UsageError("a program from a pipe cannot be installed; use install.sh")
-    notes = installation.install(text, lasting_python(), context.environ)
+    before = os.umask(0o022)  # others may run it, but not write it, whatever ours is
+    try:
+        notes = installation.install(text, lasting_python(), context.environ)
+    finally:
+        os.umask(before)
     output.say(f"moltis {__version__} is {installation.launcher}")
     for note in notes:
         output.say(note)
