@@ -9,9 +9,9 @@ fail() { # MESSAGE
 }
 
 main() {
-    from='' option=''
-    # From a pipe, $0 is the shell, and the working directory is not meant.
-    [ ! -f "$0" ] || from=$(dirname "$0")/moltis.py
+    from=$(dirname "$0")/moltis.py option=''
+    # From a pipe, $0 is the shell: what lies in this directory is not meant.
+    { [ -f "$0" ] && [ -f "$from" ]; } || from=''
     for word; do
         shift
         case $option:$word in
