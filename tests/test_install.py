@@ -420,26 +420,54 @@ def test_a_place_that_cannot_be_written_is_named(home):
     assert f"cannot write to {home}/file" in done.stderr
 
 
-def test_a_program_from_a_pipe_names_install_sh(home):
-    done = run_piped("install", home=home)
-    assert done.returncode == moltis.EXIT_USAGE
-    assert "use install.sh" in done.stderr
-
-
-# -- started once more from bytecode -------------------------------------------------
-
-
-def run_piped(*arguments, home):
+def test_a_program_from_a_pipe_asks_for_a_source(home):
     with open(PROGRAM, "rb") as text:
-        return subprocess.run(
-            [sys.executable, "-", *arguments],
+        done = subprocess.run(
+            [sys.executable, "-", "install"],
             stdin=text,
             check=False,
             capture_output=True,
             text=True,
             env=clean_environment(home),
-            cwd=str(home),
         )
+    assert done.returncode == moltis.EXIT_USAGE
+    assert "name one with --from" in done.stderr
+
+
+def test_it_upgrades_itself_from_a_gateway(home):
+    newer = PROGRAM.read_text().replace(
+        f'__version__ = "{moltis.__version__}"', '__version__ = "98.7"'
+    )
+    with ScriptedServer(lambda request: (200, {}, [newer.encode()])) as server:
+        done = run_moltis("install", "--from", server.url, home=home)
+    assert done.stderr.startswith("moltis 98.7 is "), done.stderr
+    assert launch(home / ".local/bin/moltis", "--version").stdout == "moltis 98.7\n"
+    # And back only where that is said by who has the older one.
+    done = launch(home / ".local/bin/moltis", "install", "--from", str(PROGRAM))
+    assert done.returncode == moltis.EXIT_CONFIGURATION
+    assert f"moltis {moltis.__version__}, older than this 98.7" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "cannot read"),
+        ("<html>", "is not moltis.py, or not all of it"),
+        (STAND_IN.partition("if __name__")[0], "is not moltis.py, or not all of it"),
+    ],
+)
+def test_moltis_install_refuses_what_is_not_moltis(home, text, sentence):
+    if text is not None:
+        (home / "other.py").write_text(text)
+    done = run_moltis("install", "--from", "other.py", home=home)
+    assert done.returncode != 0
+    assert (
+        f"other.py {sentence}" in done.stderr or f"{sentence} other.py" in done.stderr
+    )
+    assert not (home / ".local").exists()
+
+
+# -- started once more from bytecode -------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -586,7 +614,7 @@ def test_a_node_from_a_pipe_runs_with_the_options_it_was_given(site, start, opti
 
 
 @linux
-def test_two_start_at_the_same_moment(site):
+def test_two_start_at_the_same_moment(site, start):
     nodes = [start(name) for name in ("one", "two")]
     for node in nodes:
         started(node)

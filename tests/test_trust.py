@@ -84,7 +84,7 @@ class Relay:
         self._sockets.append(server)
         if self._tls is not None:
             client = self._tls.wrap_socket(client, server_side=True)
-            server = moltis.client_tls(verify=False).wrap_socket(server)
+            server = moltis.TlsTrust(bound=True).context().wrap_socket(server)
             self._sockets += [client, server]
         self._spawn(self._pass_on, client, server)
         self._spawn(self._pass_on, server, client)
@@ -324,7 +324,7 @@ def test_plain_http_to_the_tls_port_is_told_so(gateway):
 
 
 def test_old_tls_is_refused(gateway):
-    context = moltis.client_tls(verify=False)
+    context = moltis.TlsTrust(bound=True).context()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         context.minimum_version = ssl.TLSVersion.TLSv1
@@ -422,7 +422,7 @@ def post(gateway, path, value, **headers):
 
     body = json.dumps(value).encode()
     request = urllib.request.Request(gateway.url + path, body, headers)
-    context = moltis.client_tls(verify=False)
+    context = moltis.TlsTrust(bound=True).context()
     with urllib.request.urlopen(request, timeout=10, context=context) as answer:
         answer.body = answer.read()
         return answer
@@ -531,7 +531,7 @@ def test_what_is_revoked_while_it_connects_does_not_get_in(plain, monkeypatch):
 
     def admit_late(access, *arguments):
         caller = admit(access, *arguments)
-        access.revoke_key(caller.id)
+        access.operators.revoke_key(caller.id)
         return caller
 
     monkeypatch.setattr(moltis.Access, "admit_operator", admit_late)
@@ -624,14 +624,14 @@ def test_strangers_push_nothing_out_of_the_audit(tmp_path, monkeypatch):
         monkeypatch.setattr(moltis, name, value)
     store = moltis.Store(tmp_path / "moltis.db")
     access = moltis.Access(store)
-    access.create_key("thief", [moltis.Scope.ADMIN])
+    access.operators.create_key("thief", [moltis.Scope.ADMIN])
     for number in range(100):
-        access.note_refused_device("unknown token", f"2001:db8::{number:x}")
+        access.devices.note_refused_device("unknown token", f"2001:db8::{number:x}")
     events = [entry.event for entry in store.audit.page()]
     assert events.count("key.created") == 1
     assert 5 <= events.count("token.refused") <= 15
     for number in range(100):
-        access.create_device(f"far {number}")
+        access.devices.create_device(f"far {number}")
     subjects = [entry.subject for entry in store.audit.page()]
     assert "far 99" in subjects
     assert "far 60" not in subjects
