@@ -1249,6 +1249,8 @@ def install_program(directory: Path, text: bytes, mode: int = 0o600) -> Path:
     import py_compile
 
     path = directory / PROGRAM_FILE
+    if mode == 0o600:
+        make_private_directory(directory)
     replace_file(path, text, mode)
     try:
         # Compiled now: a copy of the same size within the same second would look

@@ -237,6 +237,60 @@ def test_the_gateway_hands_out_the_script_of_the_repository():
     assert (ROOT / "install.sh").read_text(encoding="utf-8") == moltis.INSTALL_SH
 
 
+# -- the program's copy --------------------------------------------------------------
+
+
+def test_the_copy_is_private_and_compiled(home):
+    path = moltis.install_program(home / ".moltis", STAND_IN.encode())
+    assert path == home / ".moltis" / "moltis.py"
+    assert path.read_bytes() == STAND_IN.encode()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list((home / ".moltis" / "__pycache__").glob("moltis.*.pyc"))
+
+
+def test_a_newer_copy_of_the_same_size_replaces_the_compiled_form_too(home):
+    for number in range(3):
+        moltis.install_program(
+            home / ".moltis", b"def main():\n    print(%d)\n" % number
+        )
+        command = [sys.executable, "-c", moltis.IMPORT_AND_RUN, str(home / ".moltis")]
+        assert subprocess.check_output(command) == b"%d\n" % number
+
+
+def test_a_text_that_is_no_program_is_not_installed_in_silence(home):
+    with pytest.raises(moltis.BadConfiguration, match="cannot compile"):
+        moltis.install_program(home / ".moltis", b"<html>not found</html>")
+
+
+def test_the_program_knows_its_own_text():
+    assert moltis.own_program() == Path(moltis.__file__).read_bytes()
+
+
+def test_what_a_gateway_serves_must_be_a_whole_moltis():
+    text = moltis.own_program()
+    moltis.check_program(text, "URL")
+    moltis.check_program(text.replace(b'__version__ = "', b'__version__ = "10'), "URL")
+    half = text[: text.index(b"\n# Node service")]
+    for wrong in (b"", b"<html></html>", half):
+        with pytest.raises(moltis.BadConfiguration, match=r"URL is not moltis\.py"):
+            moltis.check_program(wrong, "URL")
+
+
+def test_what_a_gateway_serves_must_not_be_older():
+    text = moltis.own_program().replace(
+        b'__version__ = "%s"' % moltis.__version__.encode(), b'__version__ = "0.0.9"'
+    )
+    with pytest.raises(moltis.BadConfiguration, match=r"0\.0\.9, older"):
+        moltis.check_program(text, "URL")
+
+
+def test_the_service_runs_on_the_interpreter_beneath_a_virtual_environment():
+    base = subprocess.check_output(
+        [moltis.lasting_python(), "-c", "import sys; print(sys.prefix)"], text=True
+    )
+    assert base.strip() == sys.base_prefix
+
+
 # -- moltis install ------------------------------------------------------------------
 
 
