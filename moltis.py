@@ -11534,6 +11534,7 @@ class Job:
         self.sent_over: NodeLink | None = None
         self.was_sent = record.sent_to is not None
         self.acknowledged = log.begin  # as the node was told
+        self.settled = False  # ended, stored, all of it acknowledged
         self.log_end: int | None = None  # the final offset, once known
         self.result: JsonObject | None = None  # of work other than a command
         self.place = 0  # in line on its node; 0: it runs
@@ -11641,6 +11642,21 @@ def _stopping() -> RpcError:
     return RpcError("UNAVAILABLE", why, details={"goesOn": True}, retryable=True)
 
 
+def _same_caller(job: Job, record: JobRecord) -> Job:
+    """Return `job`.  Raises RpcError CONFLICT unless the same key asks for it again."""
+    if job.record.caller_id != record.caller_id:
+        raise RpcError("CONFLICT", f"the id {record.id} was used by another key")
+    return job
+
+
+def _reopened(record: JobRecord) -> JobRecord:
+    """Return the row of a job that its node brings along: only a lost one changes."""
+    if record.state != JobState.LOST:
+        return record
+    running = JobState.RUNNING
+    return record.replace(state=running, ended_at=None, reason=None, log_end=0)
+
+
 def _too_many_waits() -> RpcError:
     why = f"{MAX_WAITS} answers wait for commands already; ask without `wait`"
     return RpcError("UNAVAILABLE", why, retryable=True)
@@ -11696,8 +11712,10 @@ class Jobs:
         Raises RpcError: CONFLICT for an id of another key, UNAVAILABLE if the node is
         away; StoreError if the row cannot be written.
         """
-        with contextlib.suppress(KeyError):
-            return self._known(record)
+        with self._lock:
+            known = self._jobs.get(record.id)
+        if known is not None:
+            return _same_caller(known, record)
         if self._closed:
             raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
         link = self._link(record.node_id)
@@ -11706,7 +11724,7 @@ class Jobs:
             record = record.replace(sent_to=link.instance, state=JobState.RUNNING)
         elif record.queue_until is not None:
             record = record.replace(state=JobState.QUEUED)
-        else:
+        elif self._table.get(record.id) is None:
             self._fleet.require_connected(record.node_id, record.node_name)
         job = Job(record, Log(self._log_directory(record)))
         job.was_sent = False
@@ -11715,18 +11733,24 @@ class Jobs:
         try:
             if job.is_recorded:
                 job.record = self._table.add(record)
-        except BaseException:
+        except BaseException as error:
             self._remove(job)
+            if isinstance(error, RpcError) and error.code == "CONFLICT":
+                return _same_caller(self.get(record.id), record)  # it has ended
             raise
         self._send(job)
         return job
 
     def get(self, job_id: str) -> Job:
         """Return a job, also one that ended.  Raises RpcError NOT_FOUND, StoreError."""
-        try:
-            return self._find(job_id)
-        except KeyError:
-            raise RpcError("NOT_FOUND", f"there is no job {job_id[:64]!r}") from None
+        with self._lock:
+            job = self._jobs.get(job_id)
+        if job is not None:
+            return job
+        record = self._table.get(job_id)
+        if record is None:
+            raise RpcError("NOT_FOUND", f"there is no job {job_id[:64]!r}")
+        return self._load(record)
 
     def open_on(self, node_id: str) -> list[Job]:
         """Return the jobs of a node that have not ended."""
@@ -11766,14 +11790,16 @@ class Jobs:
         """Tell the node what it need not keep, once that is a quarter of a window."""
         with job.lock:
             offset = job.releasable()
-            settled = not job.record.is_open and job.stored and offset >= job.log.end
-            if not settled and offset - job.acknowledged < LOG_WINDOW // 4:
+            over = not job.record.is_open and job.stored and offset >= job.log.end
+            if job.settled or (
+                not over and offset - job.acknowledged < LOG_WINDOW // 4
+            ):
                 return
-            job.acknowledged = offset
+            job.acknowledged, job.settled = offset, over
             job.log.forget(offset)
         self._tell(job, lambda link: link.acknowledge(job.id, offset))
         # The node of a lost job may still come back with it.
-        if settled and not (job.record.state == JobState.LOST and job.followers):
+        if over and not (job.record.state == JobState.LOST and job.followers):
             self._remove(job)
 
     def wait(
@@ -11933,6 +11959,8 @@ class Jobs:
             job = self._of_node(link.node_id, job_id) or self._reopen(link, job_id)
             if job is not None:
                 with job.lock:
+                    job.record = _reopened(job.record)
+                    job.settled = False
                     job.log.skip_to(begin)
                     job.was_sent = True
                     job.acknowledged = max(job.acknowledged, begin)
@@ -12049,24 +12077,6 @@ class Jobs:
         return [] if record is None else [record]
 
     # --- Inside ---
-
-    def _find(self, job_id: str) -> Job:
-        """Raises KeyError, StoreError."""
-        with self._lock:
-            job = self._jobs.get(job_id)
-        if job is not None:
-            return job
-        record = self._table.get(job_id)
-        if record is None:
-            raise KeyError(job_id)
-        return self._load(record)
-
-    def _known(self, record: JobRecord) -> Job:
-        """Raises KeyError if its id is new, RpcError if it is another key's."""
-        job = self._find(record.id)
-        if job.record.caller_id != record.caller_id:
-            raise RpcError("CONFLICT", f"the id {record.id} was used by another key")
-        return job
 
     def _end_locked(self, job: Job, ending: Ending) -> None:
         """Record how a job ended, unless that is known; `job.lock` is held."""
@@ -12185,11 +12195,7 @@ class Jobs:
         record = self._table.get(job_id)
         if record is None or record.node_id != link.node_id:
             return None
-        if record.state == JobState.LOST:
-            record = record.replace(
-                state=JobState.RUNNING, ended_at=None, reason=None, log_end=0
-            )
-        return self._adopt(record)
+        return self._adopt(_reopened(record))
 
     def _of_node(self, node_id: str, job_id: str) -> Job | None:
         # A node answers for its own jobs only, whatever ids it names.
