@@ -8811,7 +8811,7 @@ MIGRATIONS: Mapping[int, str] = {
 }
 
 
-def _signal_name(number: str | None) -> str | None:
+def _stored_signal_name(number: str | None) -> str | None:
     """Return the name of a signal, which the first edition stored as a number."""
     try:
         return number and signal.Signals(int(number)).name
@@ -9544,13 +9544,15 @@ class JobsTable(Table):
         state: str = "",
         session_key: str = "",
         query: str = "",
+        kept: bool = False,
         before: int = 0,
         limit: int = 100,
     ) -> list[JobRecord]:
         """Return jobs, the newest first, at most MAX_PAGE of them.
 
         `state` may also be "open", "ended" or "failed"; `query` is a part of the
-        command, in any case of letters; `before` is the `seq` of the last one known.
+        command, in any case of letters; `kept` leaves out those that have ended and
+        whose log is not kept; `before` is the `seq` of the last one known.
         """
         given = {
             "node_id = ?": node_id,
@@ -9564,6 +9566,8 @@ class JobsTable(Table):
         # Only what is given: SQLite finds no index for `? = '' OR node_id = ?`.
         conditions = [sql for sql, value in given.items() if value]
         conditions.append(self.STATES.get(state, "TRUE"))
+        if kept:
+            conditions.append(f"(kept OR {self.STATES['open']})")
         return self._find(
             JobRecord,
             f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?",
@@ -11466,7 +11470,7 @@ class Jobs:
         """Return the jobs of a node that have not ended."""
         return [job for job in self._on(node_id) if job.record.is_open]
 
-    def list(self, **filters: Any) -> Sequence[Job | JobRecord]:
+    def page(self, **filters: Any) -> Sequence[Job | JobRecord]:
         """Return jobs, the newest first; see JobsTable.page() for the filters."""
         rows = self._table.page(**filters)
         with self._lock:
@@ -11521,13 +11525,15 @@ class Jobs:
         """
         future = self.ended(job, None)
         try:
-            if cancel is not None:
-                return cancel.result_of(future, timeout)
-            return future.result(timeout)
+            if cancel is None:
+                future.result(timeout)
+            else:
+                cancel.result_of(future, timeout)
         except FutureTimeout:
-            return job
+            pass
         finally:
             future.cancel()
+        return job
 
     def ended(self, job: Job, timeout: float | None) -> Future[Job]:
         """Return a future of the job, done when it has ended or after `timeout` s.
@@ -11689,7 +11695,8 @@ class Jobs:
             if job.record.is_open and not known:
                 self._send(job)
             elif known and job.record.is_open and job.record.cancelled_at is not None:
-                self._tell(job, lambda link, job=job: link.cancel(job.id))
+                with contextlib.suppress(ConnectionClosed):
+                    link.cancel(job.id)
             self._wake(job)
             self.acknowledge(job)
 
@@ -14063,7 +14070,7 @@ class Chats:
 
     def _cancel_jobs(self, key: str, by: str, *, background: bool) -> None:
         """Cancel the commands of a session, those of an earlier gateway as well."""
-        for job in self._jobs.list(session_key=key, state="open"):
+        for job in self._jobs.page(session_key=key, state="open"):
             if not background:
                 message = self._store.messages.by_job_id(job.id)
                 if message and message.details["command"].get("background"):
@@ -14856,7 +14863,7 @@ class JobMethods:
         """Answer with jobs, the newest first."""
         if node_id:
             node_id, _ = self._fleet.resolve(node_id)
-        return list(map(job_view, self._jobs.list(node_id=node_id, **filters)))
+        return list(map(job_view, self._jobs.page(node_id=node_id, **filters)))
 
     def invoke(
         self,
