@@ -9042,7 +9042,7 @@ def _prepare_database(db: sqlite3.Connection, path: Path) -> None:
     # A checkpoint waits for the disk: tick() makes them, beside the writers.
     db.execute("PRAGMA wal_autocheckpoint = 0")
     db.execute("PRAGMA foreign_keys = ON")
-    db.create_function("signal_name", 1, _signal_name)
+    db.create_function("signal_name", 1, _stored_signal_name)
     db.create_function("card_details", 1, _card_details)
     for number in sorted(number for number in MIGRATIONS if number > version):
         script = f"{MIGRATIONS[number]}; PRAGMA user_version = {number}"
@@ -9551,8 +9551,8 @@ class JobsTable(Table):
         """Return jobs, the newest first, at most MAX_PAGE of them.
 
         `state` may also be "open", "ended" or "failed"; `query` is a part of the
-        command, in any case of letters; `kept` leaves out those that have ended and
-        whose log is not kept; `before` is the `seq` of the last one known.
+        command, in any case of letters; `kept` leaves out those that ended and whose
+        log is not kept; `before` is the `seq` of the last one known.
         """
         given = {
             "node_id = ?": node_id,
@@ -10709,6 +10709,10 @@ class Fleet:
             "NOT_FOUND", f"there is no node {reference!r}; there is {_some(known)}"
         )
 
+    def knows(self, node_id: str) -> bool:
+        """Return whether a node of this id may connect."""
+        return node_id == LOCAL_ID or node_id in self._devices.names().by_id
+
     def require_connected(self, node_id: str, name: str) -> ConnectedNode:
         """Raises RpcError UNAVAILABLE, with the time since when it is offline."""
         node = self.connected(node_id)
@@ -10727,22 +10731,28 @@ class Fleet:
     def select(self, text: str, limit: int) -> tuple[list[JsonObject], int]:
         """Return views of at most `limit` machines with `text` in id or name.
 
-        And the number of all such machines.
+        And the number of all such machines.  Connected ones come first, then by name.
         """
-        wanted, by_id = text.strip().casefold(), self._devices.names().by_id
-        found = sorted(
-            (name.casefold(), node_id)
-            for node_id, name in by_id.items()
-            if wanted in name.casefold() or wanted in node_id.casefold()
-        )
-        ids = [node_id for _, node_id in found]
-        if wanted in LOCAL_ID:
-            ids.insert(0, LOCAL_ID)
+        wanted, names = text.strip().casefold(), self._devices.names().by_id
+        names = {LOCAL_ID: LOCAL_NAME, **names}
+        with self._lock:
+            connected = set(self._connected)
+
+        def order(node_id: str) -> tuple[bool, str]:
+            return node_id not in connected, names[node_id].casefold()
+
+        found = list(names)
+        if wanted:
+            found = [i for i in names if wanted in f"{i}\n{names[i]}".casefold()]
+            found.sort(key=order)
+        elif len(found) > limit:
+            # Names of thousands take 3 ms to sort, before each turn of a model.
+            found.sort(key=lambda node_id: node_id not in connected)
         views = []
-        for node_id in ids[:limit]:
+        for node_id in sorted(found[:limit], key=order):
             with contextlib.suppress(RpcError):  # revoked meanwhile
                 views.append(self.view(node_id))
-        return views, len(ids)
+        return views, len(found)
 
     def view(self, node_id: str) -> JsonObject:
         """Return `node.describe`.  Raises RpcError NOT_FOUND."""
@@ -11417,6 +11427,9 @@ class Jobs:
         self._unswept = keep_output  # bytes of logs that ended since the last sweep
         for record in table.open():
             self._adopt(record).away_since = time.monotonic()
+        for node_id in list(self._by_node):
+            if not fleet.knows(node_id):  # revoked by a gateway that was killed then
+                self.lose(node_id, "its token was revoked")
 
     # --- For callers ---
 
@@ -11510,7 +11523,8 @@ class Jobs:
             ):
                 return
             job.acknowledged, job.settled = offset, over
-            job.log.forget(offset)
+            if not job.record.kept:
+                job.log.forget(offset)
         self._tell(job, lambda link: link.acknowledge(job.id, offset))
         # The node of a lost job may still come back with it.
         if over and not (job.record.state == JobState.LOST and job.followers):
@@ -12109,7 +12123,7 @@ class Conversation:
 class Reading(Value):
     """A part of a job's output."""
 
-    offset: int  # in the log; beyond the one asked for if bytes are missing
+    missing: int  # bytes before it that are not kept
     pieces: Sequence[tuple[str, bytes]]  # stream, data
     next: int
 
@@ -12192,7 +12206,7 @@ class FleetMachines:
             frames = [(STREAMS.get(kind), piece) for kind, piece in log_frames(data)]
             pieces = [(stream, piece) for stream, piece in frames if stream]
             boundary = start + len(data)
-            return Reading(start, pieces, boundary)
+            return Reading(start - offset, pieces, boundary)
 
         return read
 
@@ -12220,8 +12234,8 @@ class Approvals:
         self._timeout = timeout
         self._lock = threading.Lock()  # guards the two below
         self._open: dict[str, tuple[Conversation, str, Future[Verdict]]] = {}
-        # Names of those who answered, by session, node and key that asked.
-        self._always: dict[tuple[str, str, str], str] = {}
+        # Name and key of those who answered, by session, node and key that asked.
+        self._always: dict[tuple[str, str, str], tuple[str, str]] = {}
 
     def ask(
         self, chat: Conversation, planned: PlannedCommand, cancel: Cancellation
@@ -12242,7 +12256,7 @@ class Approvals:
             if always is None:
                 self._open[job_id] = (chat, node_id, answer)
         if always is not None:
-            return Verdict(True, f"{always}, always here")
+            return Verdict(True, f"{always[0]}, always here")
         try:
             chat.ask(planned)
             with cancel.calling(give_up):
@@ -12256,18 +12270,25 @@ class Approvals:
             self._close(job_id)
 
     def answer(
-        self, job_id: str, *, allowed: bool, by: str, always: bool = False
+        self,
+        job_id: str,
+        *,
+        allowed: bool,
+        by: str,
+        key_id: str = "",
+        always: bool = False,
     ) -> None:
-        """Let a command run, or not; `always`: here, in this session, without asking.
+        """Let a command run, or not, in the name of `by`, who holds the key `key_id`.
 
-        Raises RpcError NOT_FOUND if the question is closed.
+        `always`: here, in this session, without asking.  Raises RpcError NOT_FOUND if
+        the question is closed.
         """
         with self._lock:
             question = self._open.pop(job_id, None)
             same = []
             if question is not None and allowed and always:
                 scope = self._scope(*question[:2])
-                self._always[scope] = by
+                self._always[scope] = by, key_id
                 same = [
                     i for i, q in self._open.items() if self._scope(*q[:2]) == scope
                 ]
@@ -12281,8 +12302,10 @@ class Approvals:
     def forget(self, session_key: str = "", *, key_id: str = "") -> None:
         """Ask again in this session, or for this key, which is revoked."""
         with self._lock:
-            for scope in list(self._always):
-                if scope[0] == session_key or scope[2] == key_id != "":
+            for scope, (_, answered) in list(self._always.items()):
+                if scope[0] == session_key or (
+                    key_id and key_id in (scope[2], answered)
+                ):
                     del self._always[scope]
 
     def _scope(self, chat: Conversation, node_id: str) -> tuple[str, str, str]:
@@ -12495,9 +12518,8 @@ def read_output(read: Callable[[int], Reading], offset: int) -> tuple[JsonObject
     stdout, stderr = streams.values()
     for _ in range(MAX_OUTPUT_READS):
         reading = read(offset)
-        if reading.offset > offset:
-            missing = reading.offset - offset
-            stdout.add(f"\n[… {missing:,} bytes not kept …]\n".encode())
+        if reading.missing:
+            stdout.add(f"\n{gap_words(reading.missing)}\n".encode())
         if reading.next <= offset:
             break
         offset = reading.next
@@ -12591,7 +12613,8 @@ class Toolbox:
     def _prepare(self, call: ToolCall, specs: Sequence[ToolSpec]) -> ToolJob:
         """Return what is left to do for a call, which ends in its result."""
         try:
-            job = self._tools[call.name](call, check_arguments(call, specs))
+            arguments = check_arguments(call, specs)
+            job = self._tools[call.name](call, arguments)
         except RpcError as error:
             problem = {"error": error.message}
             self._chat.begin_call(call, None)
@@ -13359,11 +13382,14 @@ class SessionLog:
             if message is None:
                 return
             if command:
-                details = {"command": {**message.details["command"], **command}}
+                merged = {**message.details["command"], **command}
+                # What does not hold any more is absent, never null.
+                kept = {k: v for k, v in merged.items() if v is not None}
+                details = {"command": kept}
             if last:
                 changes["created_at"] = self._next_created_at()
-            merged = {**message.details, **details}
-            self._put(event, message.replace(details=merged, **changes), job)
+            details = {**message.details, **details}
+            self._put(event, message.replace(details=details, **changes), job)
 
     def end_card(self, job: Job | JobRecord) -> None:
         """Show on its card that a job ended, or that it ended after all."""
@@ -21605,7 +21631,7 @@ class RemoteMachines:
                 (piece["stream"], base64.b64decode(piece["data"]))
                 for piece in answer["pieces"]
             ]
-            return Reading(answer["offset"], pieces, answer["next"])
+            return Reading(answer["offset"] - offset, pieces, answer["next"])
 
         return read
 
