@@ -4497,6 +4497,41 @@ def _bytes_ready(descriptor: int) -> int:
     return int.from_bytes(count, sys.byteorder)
 
 
+CONTINUATION = bytes(range(0x80, 0xC0))  # bytes inside a character (RFC 3629)
+
+
+class Excerpt:
+    """Head and tail of a stream of bytes, as text."""
+
+    def __init__(self, limit: int) -> None:  # bytes of both
+        self.cut = 0  # bytes between them
+        self._half = limit // 2
+        self._head = bytearray()  # ≤ _half; then the tail takes it
+        self._tail = bytearray()  # ≤ twice _half; then its first goes
+
+    def add(self, data: bytes) -> None:
+        room = self._half - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        if len(self._tail) > 2 * self._half:  # so that each byte is moved only once
+            self._trim()
+
+    def _trim(self) -> None:
+        excess = max(0, len(self._tail) - self._half)
+        self.cut += excess
+        del self._tail[:excess]
+
+    def text(self) -> str:
+        """Return it as UTF-8, broken characters replaced, with the number cut."""
+        self._trim()
+        if not self.cut:
+            return (self._head + self._tail).decode("utf-8", "replace")
+        # A character that the cut went through is left out with what was cut.
+        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
+        tail = self._tail[:3].lstrip(CONTINUATION) + self._tail[3:]
+        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
+
+
 # ==============================================================================
 # Telemetry
 # Uses: Commands
@@ -6682,6 +6717,7 @@ MAX_LINE = 1000  # commands that wait for one of these places; more are refused
 MAX_LENT = 8  # questions to this machine's models side by side; more are refused
 MAX_KEPT = 1000  # unacknowledged endings; beyond it the oldest is dropped
 MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; beyond it the oldest is, too
+MAX_RESULT = 48 * 1024  # bytes of JSON: a result is in the ending, which is one frame
 MAX_REMEMBERED = 10_000  # ids of forgotten jobs, about 1.5 MB; the oldest is dropped
 
 WORKER_LINGER = 10.0  # s that a thread waits for another job
@@ -6816,35 +6852,39 @@ class Errand:
 
     consumed = None
 
-    def __init__(self, log: JobLog, action: Callable[[Errand], JsonObject]) -> None:
+    def __init__(
+        self,
+        action: Callable[[MachineOptions, Any, Errand], JsonObject],
+        options: MachineOptions,
+        log: JobLog,
+        _on_input: object,
+        spec: Any,
+    ) -> None:
         self.cancellation = Cancellation()
+        self._action = partial(action, options, spec, self)
         self._log = log
-        self._action = action
         self._reason = ""
-        self._room = threading.Event()  # set by room in the log, and by cancel()
+        self._room = threading.Event()  # set when the log has room, and by cancel()
         log.on_room = self._room.set
 
     def begin(self) -> None: ...
 
     def run(self) -> Ending:
         started, started_at = time.monotonic(), now_ms()
-        state, reason, result = JobState.DONE, None, None
+        state, reason, result = JobState.FAILED, None, None
         try:
             self.cancellation.pause(0)
-            result = self._action(self)
+            result = self._action()
+            state = JobState.DONE
         except Cancelled:
             state, reason = JobState.CANCELLED, self._reason or None
         except ContextTooLong as error:
-            state, reason, result = JobState.FAILED, str(error), {"kind": "context"}
+            reason, result = str(error), {"kind": "context"}
         except (ModelError, RpcError) as error:
-            state, reason = JobState.FAILED, str(error)
-        return Ending(
-            state,
-            reason=reason,
-            result=result,
-            started_at=started_at,
-            duration=round(time.monotonic() - started, 6),
-        )
+            reason = str(error)
+        duration = round(time.monotonic() - started, 6)
+        ending = Ending(state, reason=reason, result=result, started_at=started_at)
+        return ending.replace(duration=duration)
 
     def input(self, offset: int, data: bytes) -> None:  # noqa: ARG002
         raise RpcError("INVALID_REQUEST", "this work takes no input")
@@ -6867,10 +6907,6 @@ class Errand:
 
 
 # --- The works ---
-
-WorkFactory: TypeAlias = (
-    "Callable[[MachineOptions, JobLog, Callable[[int], None], Any], Task]"
-)
 
 
 class WhichSpec(Value):
@@ -6903,20 +6939,14 @@ def _run(
     )
 
 
-def _which(options: MachineOptions, log: JobLog, _: object, spec: WhichSpec) -> Task:
-    def find(_errand: Errand) -> JsonObject:
-        path = find_binary(spec.binary, options.environ)
-        return {"found": path is not None, "path": path}
-
-    return Errand(log, find)
+def _which(options: MachineOptions, spec: WhichSpec, _errand: Errand) -> JsonObject:
+    path = find_binary(spec.binary, options.environ)
+    return {"found": path is not None, "path": path}
 
 
-def _providers(options: MachineOptions, log: JobLog, _: object, _spec: object) -> Task:
-    def read(_errand: Errand) -> JsonObject:
-        providers = options.inventory.equipment.providers
-        return {"providers": [provider.to_payload() for provider in providers]}
-
-    return Errand(log, read)
+def _providers(options: MachineOptions, _spec: object, _errand: Errand) -> JsonObject:
+    providers = options.inventory.equipment.providers
+    return {"providers": [provider.to_payload() for provider in providers]}
 
 
 def _lent_catalog(options: MachineOptions) -> ModelCatalog:
@@ -6925,33 +6955,29 @@ def _lent_catalog(options: MachineOptions) -> ModelCatalog:
     return options.catalog
 
 
-def _models(options: MachineOptions, log: JobLog, _: object, spec: ModelsSpec) -> Task:
-    catalog = _lent_catalog(options)
-
-    def ask(errand: Errand) -> JsonObject:
-        models, errors = catalog.models(errand.cancellation, refresh=spec.refresh)
-        listed = [model.to_json() for model in models]
-        # The ending is one frame.
-        while len(to_json(listed).encode("utf-8")) > MAX_FRAME_DATA * 3 // 4:
-            del listed[len(listed) * 7 // 8 :]
-        return {"models": listed, "errors": errors}
-
-    return Errand(log, ask)
+def _models(options: MachineOptions, spec: ModelsSpec, errand: Errand) -> JsonObject:
+    models, errors = _lent_catalog(options).models(
+        errand.cancellation, refresh=spec.refresh
+    )
+    listed = [model.to_json() for model in models]
+    while len(to_json(listed).encode("utf-8")) > MAX_RESULT:
+        del listed[len(listed) * 7 // 8 :]
+    return {"models": listed, "errors": errors}
 
 
-def _chat(options: MachineOptions, log: JobLog, _: object, spec: ChatRequest) -> Task:
-    catalog = _lent_catalog(options)
+def _chat(options: MachineOptions, spec: ChatRequest, errand: Errand) -> JsonObject:
+    # The address that is asked is the provider's own, of this machine's settings.
+    model = _lent_catalog(options).model(spec.model)
+    stream = model.stream(spec.messages, spec.tools, errand.cancellation)
+    with contextlib.closing(stream) as events:
+        for event in events:
+            errand.write(event)
+    return {}
 
-    def ask(errand: Errand) -> JsonObject:
-        # The address that is asked is the provider's own, of this machine's settings.
-        model = catalog.model(spec.model)
-        stream = model.stream(spec.messages, spec.tools, errand.cancellation)
-        with contextlib.closing(stream) as events:
-            for event in events:
-                errand.write(event)
-        return {}
 
-    return Errand(log, ask)
+WorkFactory: TypeAlias = (
+    "Callable[[MachineOptions, JobLog, Callable[[int], None], Any], Task]"
+)
 
 
 class Work(Value):
@@ -6973,10 +6999,10 @@ WORKS: Mapping[str, Work] = {
         side_by_side=MAX_RUNNING,
         line=MAX_LINE,
     ),
-    "which": Work(WhichSpec.from_json, _which, line=MAX_LINE),
-    "providers": Work(dict, _providers, line=MAX_LINE),
-    "models": Work(ModelsSpec.from_json, _models),
-    "chat": Work(ChatRequest.from_json, _chat, side_by_side=MAX_LENT),
+    "which": Work(WhichSpec.from_json, partial(Errand, _which), line=MAX_LINE),
+    "providers": Work(dict, partial(Errand, _providers), line=MAX_LINE),
+    "models": Work(ModelsSpec.from_json, partial(Errand, _models)),
+    "chat": Work(ChatRequest.from_json, partial(Errand, _chat), side_by_side=MAX_LENT),
 }
 
 
@@ -7530,50 +7556,13 @@ def _extension(hello: JsonObject) -> JsonObject | None:
     return ours if "jobs" in ours else None
 
 
-class ClippedBytes:
-    """A stream in one piece: all of it, or its head and tail beyond a limit."""
-
-    def __init__(self, limit: int) -> None:  # bytes
-        self.total = 0
-        self._head = bytearray()  # ≤ half the limit; then the tail takes it
-        self._tail = bytearray()  # ≤ twice the other half; then its first goes
-        self._head_limit = limit // 2
-        self._tail_limit = limit - limit // 2
-
-    def add(self, data: bytes) -> None:
-        self.total += len(data)
-        room = self._head_limit - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:]
-        # Cut when it is twice as long, so that each byte is moved only once.
-        if len(self._tail) > 2 * self._tail_limit:
-            del self._tail[: len(self._tail) - self._tail_limit]
-
-    @property
-    def cut(self) -> int:
-        """The number of bytes left out between head and tail."""
-        return max(0, self.total - self._head_limit - self._tail_limit)
-
-    def text(self) -> str:
-        """Return it as UTF-8, broken characters replaced, with the number cut."""
-        if not self.cut:
-            return (self._head + self._tail).decode("utf-8", "replace")
-        # A character that the cut went through is left out with what was cut.
-        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
-        tail = self._tail[len(self._tail) - self._tail_limit :]
-        for _ in range(3):
-            if tail[:1] and tail[0] & 0xC0 == 0x80:
-                del tail[0]
-        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
-
-
 class _MoltisAnswer:
     """What a Moltis gateway is going to get for one request."""
 
     def __init__(self, work: str, deadline: Deadline) -> None:
         self.work = work
         self.deadline = deadline  # when the gateway stops to wait for it
-        self.output = {kind: ClippedBytes(MAX_COLLECTED) for kind in STREAMS}
+        self.output = {kind: Excerpt(MAX_COLLECTED) for kind in STREAMS}
 
     def result(self, ending: Ending) -> JsonObject:
         """Return the result as Moltis has it, cut to what its gateway takes."""
@@ -14694,33 +14683,6 @@ class NodeMethods:
         for node in self._fleet.all_connected():
             if node.device_id == device.id:
                 node.link.hang_up("the token was revoked")
-
-
-class Excerpt:
-    """Head and tail of a byte stream."""
-
-    def __init__(self, limit: int) -> None:  # bytes
-        self._half = limit // 2
-        self._head = bytearray()
-        self._tail = bytearray()
-        self.cut = 0  # bytes between them
-
-    def add(self, data: bytes) -> None:
-        room = self._half - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:]
-        if len(self._tail) > 2 * self._half:  # not at each call: that would copy it
-            self._trim()
-
-    def _trim(self) -> None:
-        excess = max(0, len(self._tail) - self._half)
-        self.cut += excess
-        del self._tail[:excess]
-
-    def text(self) -> str:
-        self._trim()
-        between = f"\n… {self.cut:,} bytes cut …\n".encode() if self.cut else b""
-        return (self._head + between + self._tail).decode("utf-8", "replace")
 
 
 def stream_texts(log: Log) -> JsonObject:
