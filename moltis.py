@@ -3601,8 +3601,8 @@ class Calls:
 #
 # The node's end of a job's log, and one shell command that writes it: a process group
 # with its pipes, its input, its timeout.  It knows no connection and no other command.
-# What was read from a pipe is kept until it is acknowledged: a full window pauses the
-# command, and a gateway that was away resumes at a frame boundary.
+# Output is kept until it is acknowledged: a full window pauses the command, and after a
+# lost connection the gateway resumes at a frame boundary.
 # ==============================================================================
 
 SHELL = "/bin/sh"  # POSIX on every machine; a user's $SHELL may be fish or nologin
@@ -3617,7 +3617,7 @@ MAX_SURVIVORS = 3  # processes that an ending names
 # line, and the last before the exit, are not delayed.
 LINE_PAUSE = 0.002  # s that the outputs are left alone after two small reads
 LINE_CHUNK = 4096  # bytes; a read of fewer is small
-READ_PAGES = 15 * 4096  # bytes of a read; a frame of what a full pipe holds is too long
+READ_PAGES = 15 * 4096  # bytes of one read; all 64 KiB of a full pipe exceed a frame
 
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
 FORWARDED_VALUE = r"(?a)[\w.,:@+/= -]{0,256}"  # nothing that a shell runs
@@ -3653,7 +3653,7 @@ def command_environment(
 
 
 class CommandSpec(Value):
-    """What to run, and how; the spec of work `run`."""
+    """The spec of work `run`: one shell command."""
 
     command: str  # for /bin/sh
     cwd: str | None = None  # relative to the node's; blank or None: the node's own
@@ -3680,8 +3680,8 @@ class CommandSpec(Value):
 class JobLog:
     """The node's end of a job's log: at most one window that is not acknowledged.
 
-    One thread writes: it looks at `room`, appends, and calls ready() when it has
-    appended what there was.  Any thread takes, acknowledges and resends.
+    One thread writes: it checks `room`, appends, and calls ready() after its last
+    append().  Any thread takes, acknowledges and resends.
     """
 
     def __init__(
@@ -3772,7 +3772,7 @@ class JobLog:
         if self.on_room is not None:
             self.on_room()
 
-    # For whoever sends it
+    # For the connection, from any thread
 
     def take(self) -> tuple[int, bytes] | None:
         """Return the offset and the bytes of the next message, or None.
@@ -3832,7 +3832,7 @@ class JobLog:
         return True
 
     def _index(self, offset: int) -> int:
-        """Return where `offset` is in _data, 0 for what is gone."""
+        """Return the index of `offset` in _data, 0 if it is before `begin`."""
         if offset > self._sent:
             raise RpcError(
                 "INVALID_REQUEST",
@@ -3859,7 +3859,7 @@ class JobLog:
 
 
 class InputWindow:
-    """What arrived for a command's standard input and was not yet consumed."""
+    """Bytes that arrived for a command's standard input, not yet consumed."""
 
     def __init__(self) -> None:
         self.consumed = 0  # offset of the first byte of _data
@@ -3883,7 +3883,7 @@ class InputWindow:
                 f"input at offset {offset} does not follow the {self.arrived} "
                 "bytes that arrived",
             )
-        # After a reconnect the sender may begin before what has arrived.
+        # After a reconnect the sender may repeat bytes.
         fresh = data[self.arrived - offset :]
         if fresh and self._ended:
             raise RpcError("INVALID_REQUEST", "input goes on after its end")
@@ -3905,9 +3905,9 @@ class InputWindow:
 
 
 def seal_descriptors() -> None:
-    """Keep what this process inherited, a lock file say, from its commands.
+    """Keep inherited descriptors, of a lock file say, from being inherited further.
 
-    Descriptors that Python opens are sealed from the start (PEP 446).
+    Python seals those that it opens itself (PEP 446).
     """
     with contextlib.suppress(OSError):  # there is no /dev/fd
         for name in os.listdir("/dev/fd"):
@@ -3923,7 +3923,7 @@ POPEN_FORKS = sys.version_info < (3, 10) and hasattr(os, "posix_spawn")
 # Without pipe2() a spawn in another thread may inherit a new pipe before it is sealed.
 SEALED_PIPES = hasattr(os, "pipe2")
 
-# Python ignores them for itself, and what is ignored stays so in a child.
+# Python ignores these signals, and a child inherits that.
 RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
@@ -4000,8 +4000,8 @@ class Survivor(Value):
 def _group_members(group_id: int) -> list[Survivor]:
     """Return the live processes of a group; zombies have ended.
 
-    Where nobody reaps orphans, as PID 1 of many containers, a group that has ended
-    stays there as zombies, and a signal to it succeeds.
+    In a container whose PID 1 does not reap orphans, an ended group remains as zombies,
+    and a signal to it succeeds.
     """
     every = _processes_in_proc if sys.platform == "linux" else _processes_by_ps
     return [
@@ -4038,7 +4038,7 @@ def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
 
 
 class ProcessGroup:
-    """A shell and what it started, in a process group of their own."""
+    """A shell and its descendants, in a process group of their own."""
 
     def __init__(
         self,
@@ -4099,7 +4099,7 @@ class ProcessGroup:
         self._signal(signal.SIGCONT)  # a stopped process does not get it otherwise
 
     def ended(self) -> bool:
-        """Kill what did not end in time; return whether nothing more can be done."""
+        """Send SIGKILL when it is due; return whether nothing more can be done."""
         exited = self.exit_code is not None
         if exited and not (self._signal(0) and _group_members(self._shell)):
             return True
@@ -4212,7 +4212,7 @@ class Command:
     def input(self, offset: int, data: bytes) -> None:
         """Feed the command; no data is the end of input.
 
-        What arrived before is skipped.  Raises RpcError for a gap, for more than
+        Repeated bytes are skipped.  Raises RpcError for a gap, for more than
         LOG_WINDOW bytes that are not consumed, and without `spec.stdin`.
         """
         if not self.spec.stdin:
@@ -4290,7 +4290,7 @@ class Command:
         deadline = Deadline(self._timeout)
         with self._waking() as wake:
             while not self._advance(group, deadline):
-                poll = select.poll()  # made anew: what can be used changes every time
+                poll = select.poll()  # a new one: the usable pipes change every time
                 poll.register(wake, select.POLLIN)
                 if self._exited_at is None and group.pidfd is not None:
                     poll.register(group.pidfd, select.POLLIN)
@@ -4324,8 +4324,8 @@ class Command:
                 return True
         elif running:
             return False
-        # What the shell left in a pipe is read however long the window is full; what a
-        # grandchild adds has DRAIN_AFTER_EXIT.
+        # Bytes that were in a pipe at the shell's exit are read however long the window
+        # is full; a grandchild has DRAIN_AFTER_EXIT to add some.
         if self._drain.expired:
             for descriptor in list(group.outputs):
                 # A grandchild can read from /dev/stdout as well: look again.
@@ -4371,7 +4371,7 @@ class Command:
             pending = self._input.arrived > self._input.consumed
             exhausted = self._input.exhausted
         if pending and group.input is None:
-            self._consume(LOG_WINDOW)  # the command closed it: drop what comes
+            self._consume(LOG_WINDOW)  # the command closed it: drop the rest
         elif pending and group.input is not None:
             poll.register(group.input, select.POLLOUT)
         elif exhausted:
@@ -4526,7 +4526,7 @@ class Excerpt:
         self._trim()
         if not self.cut:
             return (self._head + self._tail).decode("utf-8", "replace")
-        # A character that the cut went through is left out with what was cut.
+        # A character that the cut went through is left out as well.
         head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
         tail = self._tail[:3].lstrip(CONTINUATION) + self._tail[3:]
         return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
@@ -6697,16 +6697,15 @@ def list_models(
 # Machine
 # Uses: Wire protocol, Commands, Telemetry, Language models
 #
-# All that one computer does when it is asked: the table of works, their jobs by id with
-# line, logs and endings.  A node answers its gateway with it, and the gateway uses one
-# for `Local`, so that Local is a node like the others.  Who asks, and over which
-# connection, is left to a MachinePeer.
+# Jobs carried out on one computer: the table of works, the lines, logs by id.  A node
+# serves its gateway with it, and the gateway has one for `Local`, so that Local is a
+# node like the others.  It knows no connection: reports go to a MachinePeer.
 # ==============================================================================
 
-CAP_RUN = "system.run"  # what a Moltis gateway looks for among the capabilities
+CAP_RUN = "system.run"  # Moltis gateways require it
 CAP_LLM = "llm.chat"  # the machine lends its language models
 
-SYSTEM_RUN = "system.run"  # what Moltis peers call the works `run`, `which`, ...
+SYSTEM_RUN = "system.run"  # Moltis' names of the works `run`, `which`, ...
 SYSTEM_WHICH = "system.which"
 SYSTEM_PROVIDERS = "system.providers"
 MACHINE_COMMANDS = (SYSTEM_RUN, SYSTEM_WHICH, SYSTEM_PROVIDERS)
@@ -6730,12 +6729,12 @@ RAN_BEFORE = "it ran before, and its log was dropped"
 
 
 def platform_name() -> str:
-    """Return what Moltis calls this system: linux, macos, freebsd, ..."""
+    """Return Moltis' name of this system: linux, macos, freebsd, ..."""
     return "macos" if sys.platform == "darwin" else sys.platform.rstrip("0123456789")
 
 
 class MachinePeer(Protocol):
-    """The connection of the moment to whoever asks.  No method blocks or raises."""
+    """The current connection to the gateway.  No method blocks or raises."""
 
     def log_ready(self, log: JobLog) -> None:
         """There is something for log.take()."""
@@ -6747,16 +6746,17 @@ class MachinePeer(Protocol):
         """Input up to `offset` is consumed; `resume`: send again from there."""
 
 
-# What makes one command line run more than one command, or write files, and what makes
-# such a mark plain: `$(` twice, so that neither half of it may come from a wildcard.
-# `${` and the like as well: bash, which is /bin/sh on macOS and Fedora, runs the `$(…)`
-# in the index of an array, as in `${x[y]}` after `y=a['$''(…)']`.  `$NAME` is harmless.
+# Marks with which a shell runs a second command or writes a file, and those that change
+# the meaning of such a mark.  `$(` counts twice, so that neither half of it may come
+# from a wildcard.  So do `${` and the like: bash, which is /bin/sh on macOS and Fedora,
+# runs the `$(…)` in an array's index, as in `${x[y]}` after `y=a['$''(…)']`.  `$NAME`
+# is harmless.
 SHELL_MARKS = r"[;&|`<>\n\r'\"\\#]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
 PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
 
 
 class AllowedCommands:
-    """What the owner of this machine lets others run there.
+    """The commands and works that this machine's owner allows.
 
     Shell patterns (`*`, `?`, `[…]`) on the whole command line.  A wildcard matches no
     mark with which the shell would go on to another command or to a file: a pattern
@@ -6819,7 +6819,7 @@ def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
 
 
 class MachineOptions(Value):
-    """What the works of a machine work with."""
+    """Settings and resources of a machine's works."""
 
     environ: Mapping[str, str]
     inventory: Inventory
@@ -6837,7 +6837,7 @@ class Task(Protocol):
         """The offset of the input that was consumed; None where it takes none."""
 
     def begin(self) -> None:
-        """Do what makes run() in another thread faster; called before it or never."""
+        """Start early, in the calling thread; run() in another goes on with it."""
 
     def run(self) -> Ending: ...
 
@@ -6886,7 +6886,8 @@ class Errand:
         ending = Ending(state, reason=reason, result=result, started_at=started_at)
         return ending.replace(duration=duration)
 
-    def input(self, offset: int, data: bytes) -> None:  # noqa: ARG002
+    def input(self, _offset: int, _data: bytes) -> None:
+        """Raises RpcError: all that it needs is in its spec."""
         raise RpcError("INVALID_REQUEST", "this work takes no input")
 
     def cancel(self, reason: str = "") -> None:
@@ -6918,7 +6919,7 @@ class WhichSpec(Value):
 class ModelsSpec(Value):
     """The spec of work `models`."""
 
-    refresh: bool = False  # do not answer from what is remembered
+    refresh: bool = False  # ask the providers, not the cache
 
 
 def _run(
@@ -6981,7 +6982,7 @@ WorkFactory: TypeAlias = (
 
 
 class Work(Value):
-    """What machines do under one name, and its limits."""
+    """One kind of job, with its limits."""
 
     read_spec: Callable[[JsonObject], Any]  # raises RpcError INVALID_REQUEST
     make: WorkFactory  # raises RpcError FORBIDDEN
@@ -7036,9 +7037,9 @@ class MachineJob:
         self.task = task  # None: it was refused
         # Guarded by the machine's lock:
         self.waits = False  # it is in line
-        self.dropped = False  # nobody will acknowledge it
+        self.dropped = False  # its gateway does not know it: no acknowledgement comes
         # Guarded by the machine's lock of places:
-        self.place: int | None = None  # as the peer knows it
+        self.place: int | None = None  # last reported
         self.place_due = 0.0  # monotonic
 
 
@@ -7082,13 +7083,13 @@ class Machine:
         """Report to `peer` from now on; None while there is no connection."""
         self._peer = peer
 
-    # What a peer asks for, in any thread
+    # For the peer, from any thread
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
         """Carry out a job, now or when its turn comes; every error is its ending.
 
-        A known id is not carried out again.  One that is remembered has ended, or was
-        cancelled before: it gets an ending that says so.
+        A known id is not carried out again.  A remembered one, which has ended or was
+        cancelled before its start, gets an ending with that reason.
         """
         row = WORKS.get(work)
         log = JobLog(job_id, self._log_ready, window=row.window if row else LOG_WINDOW)
@@ -7118,7 +7119,7 @@ class Machine:
     def acknowledge(self, job_id: str, offset: int) -> None:
         """Drop a log's bytes before `offset`, and the job with its ending.
 
-        Raises RpcError for what was never sent.
+        Raises RpcError for an offset that was never sent.
         """
         job = self._get(job_id)
         if job is not None:
@@ -7171,7 +7172,7 @@ class Machine:
                 continue
             try:
                 job.log.send_from(offsets[job.id])
-            except RpcError as error:  # its database is older than its memory, say
+            except RpcError as error:  # the gateway restored an old database, say
                 log.warning("not resumed job=%s: %s", job.id, error)
             self._report_again(job)
             job.log.ready()
@@ -7182,7 +7183,7 @@ class Machine:
             self._changed.wait_for(lambda: not self._jobs, timeout)
 
     def close(self) -> None:
-        """End all jobs, whose endings say why, and join the threads."""
+        """Cancel all jobs, with that reason in their endings, and join the threads."""
         with self._lock:
             self._stopping = True
             jobs = list(self._jobs.values())
@@ -7268,7 +7269,9 @@ class Machine:
                 return
         assert job.task is not None
         job.task.cancel("this machine has no thread left")
-        self._carry_out(job)
+        following = self._carry_out(job)
+        if following is not None:
+            self._call_worker(following)
 
     def _work(self) -> None:
         """Carry out jobs until there have been none for a while."""
@@ -7278,8 +7281,9 @@ class Machine:
             job = self._take_ready()
             if job is None:
                 return
-            thread.name = f"moltis-{job.work}-{job.id[:8]}"
-            self._carry_out(job)
+            while job is not None:
+                thread.name = f"moltis-{job.work}-{job.id[:8]}"
+                job = self._carry_out(job)
 
     def _take_ready(self) -> MachineJob | None:
         with self._lock:
@@ -7291,7 +7295,8 @@ class Machine:
             self._threads.remove(threading.current_thread())
             return None
 
-    def _carry_out(self, job: MachineJob) -> None:
+    def _carry_out(self, job: MachineJob) -> MachineJob | None:
+        """Carry out a job to its ending; return the next in its line."""
         assert job.task is not None
         try:
             ending = job.task.run()
@@ -7308,7 +7313,7 @@ class Machine:
                 following.waits = False
         if following is not None:
             self._report_place(following, 0)
-            self._call_worker(following)
+        return following
 
     def _end(self, job: MachineJob, ending: Ending) -> None:
         with self._lock:
@@ -7357,9 +7362,9 @@ class Machine:
                 peer.place(job.id, 0)
 
     def _report_place(self, job: MachineJob, place: int) -> None:
-        """Report a place, unless the peer knows it.
+        """Report a place if it is news.
 
-        One at a time, and none of a line that the job has left: 0 is the last report.
+        One at a time, and none after 0, which ends a job's wait.
         """
         now = time.monotonic()
         with self._places:
@@ -7376,7 +7381,7 @@ class Machine:
                 peer.place(job.id, place)
 
     def _report_places(self) -> None:
-        """Report who is where in line, until there is no line."""
+        """Report the places in all lines, until there is no line."""
         while True:
             with self._lock:
                 if self._changed.wait_for(lambda: self._closed, PLACE_TICK):
@@ -7423,8 +7428,7 @@ class Machine:
 #       Commands, Telemetry, Machine
 #
 # A machine's connection to its gateway: dial, authenticate, serve, reconnect, resume.
-# Machine carries out what is asked; whether the node starts on boot is left to Node
-# service.
+# Machine carries out the jobs; Node service starts the node on boot.
 # ==============================================================================
 
 # Refusals that pass: the gateway starts or stops, or its disk is full.
@@ -7550,22 +7554,22 @@ class GatewayLink:
 
 
 def _extension(hello: JsonObject) -> JsonObject | None:
-    """Return what a hello says of our extension `jobs`; None from a Moltis gateway."""
+    """Return our part of a hello, with `jobs`; None from a Moltis gateway."""
     extensions = optional(hello, "extensions", dict) or {}
     ours: JsonObject = optional(extensions, "moltis", dict) or {}
     return ours if "jobs" in ours else None
 
 
 class _MoltisAnswer:
-    """What a Moltis gateway is going to get for one request."""
+    """The answer to one request of a Moltis gateway, as it is collected."""
 
     def __init__(self, work: str, deadline: Deadline) -> None:
         self.work = work
-        self.deadline = deadline  # when the gateway stops to wait for it
+        self.deadline = deadline  # then the gateway stops waiting
         self.output = {kind: Excerpt(MAX_COLLECTED) for kind in STREAMS}
 
     def result(self, ending: Ending) -> JsonObject:
-        """Return the result as Moltis has it, cut to what its gateway takes."""
+        """Return the result in Moltis' form, cut to MAX_PAYLOAD."""
         if ending.result is not None:
             return ending.result
         never_ran = ending.exit_code is None and ending.signal is None
@@ -7619,8 +7623,8 @@ class MoltisGatewayLink(GatewayLink):
         # For the thread that receives: results to send once more, and when.
         self._again: list[tuple[Deadline, JsonObject]] = []
 
-    def resume(self, hello: JsonObject) -> None:
-        """Release what an earlier connection asked for: its gateway gave it up."""
+    def resume(self, _hello: JsonObject) -> None:
+        """Let earlier jobs run to their end unread: their gateway has given them up."""
         self._machine.resume(self._machine.held())
 
     def place(self, job_id: str, place: int) -> None: ...
@@ -7717,7 +7721,7 @@ def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
 
 
 def _channel_binding(ws: WebSocket) -> bytes | None:
-    """Return what SCRAM binds to: the gateway's certificate, or None without TLS."""
+    """Return SCRAM's binding to the gateway's certificate, or None without TLS."""
     certificate = ws.peer_certificate()
     return None if certificate is None else tls_server_end_point(certificate)
 
