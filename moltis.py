@@ -8811,7 +8811,7 @@ MIGRATIONS: Mapping[int, str] = {
 }
 
 
-def _signal_name(number: str | None) -> str | None:
+def _name_of_signal(number: str | None) -> str | None:
     """Return the name of a signal, which the first edition stored as a number."""
     try:
         return number and signal.Signals(int(number)).name
@@ -9042,7 +9042,7 @@ def _prepare_database(db: sqlite3.Connection, path: Path) -> None:
     # A checkpoint waits for the disk: tick() makes them, beside the writers.
     db.execute("PRAGMA wal_autocheckpoint = 0")
     db.execute("PRAGMA foreign_keys = ON")
-    db.create_function("signal_name", 1, _signal_name)
+    db.create_function("signal_name", 1, _name_of_signal)
     db.create_function("card_details", 1, _card_details)
     for number in sorted(number for number in MIGRATIONS if number > version):
         script = f"{MIGRATIONS[number]}; PRAGMA user_version = {number}"
