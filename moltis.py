@@ -18078,7 +18078,7 @@ WEB_HTML = r"""<!doctype html>
 <div class="screen empty" data-part="screen" tabindex="0" role="region">
 <p class="cut" data-part="cut" hidden>Only the end is shown.
 <a data-part="whole" download>Download all of it</a></p>
-<div data-part="lines"></div>
+<div class="lines" data-part="lines"></div>
 </div>
 <footer>
 <span class="word" data-part="word"></span>
@@ -18602,7 +18602,6 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #transcript, #composer { scrollbar-gutter: stable; overflow: hidden; }
 #transcript {
   flex: 1; min-height: 0; overflow-y: auto; padding: 26px 20px 18px;
-  overflow-anchor: none;
 }
 #messages, #welcome, #thinking, #composer > * { max-width: 800px; margin-inline: auto; }
 #older { display: flex; margin: 0 auto 18px; }
@@ -18717,8 +18716,8 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
   font-variant-numeric: tabular-nums;
 }
 .command > footer .tools { align-items: center; }
-.word { display: inline-block; font-weight: 560; }
-.word::first-letter { text-transform: uppercase; }
+.command > footer > :empty { display: none; }
+.word { font-weight: 560; }
 [data-kind=ok] .word { color: var(--ok); }
 [data-kind=bad] .word { color: var(--bad); }
 [data-kind=wait] .word { color: var(--wait); }
@@ -18729,11 +18728,12 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .approval p { width: 100%; color: var(--soft); font-size: 14px; }
 .screen {
   max-height: 420px; overflow: auto; padding: 10px 14px; background: var(--screen);
-  color: var(--screen-ink); font: 13px/1.5 var(--mono); white-space: pre; tab-size: 8;
+  color: var(--screen-ink); font: 13px/1.5 var(--mono); tab-size: 8;
   overflow-anchor: none;
 }
 .screen.empty { display: none; }
-.screen div > div { min-height: 1.5em; }
+.lines { white-space: pre; }
+.lines > div { min-height: 1.5em; }
 .screen .cut { padding-bottom: 4px; color: var(--screen-soft); font: 13px var(--sans); }
 .screen .cut a { color: inherit; }
 .screen .err { color: #f5bfa5; }
@@ -18757,6 +18757,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .about, .facts { font-size: 13px; color: var(--soft); }
 .facts { margin-top: 10px; font-variant-numeric: tabular-nums; }
 .facts:empty, .about:empty { display: none; }
+.node .warn { margin-top: 8px; }
 .away .since { color: var(--soft); }
 .away :is(.cpu, .meters, .facts) { display: none; }
 .away h2 { color: var(--soft); }
@@ -18860,10 +18861,8 @@ details label input { flex: 0 1 420px; }
   .where { flex: 1; max-width: none; }
   .command .line { order: 9; flex-basis: 100%; padding-bottom: 7px; }
   .command > footer { flex-wrap: wrap; padding-block: 6px; }
-  .screen {
-    max-height: 340px; font-size: 12px; padding: 9px 11px; white-space: pre-wrap;
-    overflow-wrap: anywhere;
-  }
+  .screen { max-height: 340px; padding: 9px 11px; font-size: 12px; }
+  .lines { white-space: pre-wrap; overflow-wrap: anywhere; }
   .bare { min-width: 38px; min-height: 38px; }
   .filters { width: 100%; }
   .filters label {
@@ -19085,6 +19084,8 @@ function editInPlace(element, text, label, save) {
 
 const dotted = (...parts) => parts.filter(Boolean).join(" · ");
 
+const capitalized = text => text.charAt(0).toUpperCase() + text.slice(1);
+
 const plural = (count, word) =>
   `${count.toLocaleString()} ${word}${count === 1 ? "" : "s"}`;
 
@@ -19151,12 +19152,12 @@ function jobKind({state, failed, place, awayMs}) {
 // Return the state of a card's command: the kind of its dot, words.
 function cardStatus({state, command, job}) {
   const {approval, error} = command;
-  if (approval?.state === "asked") return ["wait", "waiting for your approval"];
-  if (job) return [jobKind(job), job.words];
+  if (approval?.state === "asked") return ["wait", "Waiting for your approval"];
+  if (job) return [jobKind(job), capitalized(job.words)];
   if (approval?.state === "denied" || approval?.state === "expired")
-    return ["bad", dotted(approval.state, approval.by)];
+    return ["bad", capitalized(dotted(approval.state, approval.by))];
   if (error) return ["bad", error];
-  return state === "running" ? ["run", "starting"] : ["off", "not started"];
+  return state === "running" ? ["run", "Starting"] : ["off", "Not started"];
 }
 
 // == terminal ==
@@ -20785,7 +20786,7 @@ class CommandCard {
     Object.assign(this, copyOf("command-card"));
     this.chat = currentChat();
     this.log = this.chat.logOf(row);
-    new Screen(this.log, this);
+    this.output = new Screen(this.log, this);
     this.screen.setAttribute("aria-label", `Output of ${command.command}`);
     this.line.textContent = command.command.replace(/[^\n\P{C}]/gu, escape);
     this.save.href = this.whole.href = outputPath(jobId);
@@ -20815,10 +20816,8 @@ class CommandCard {
     setText(this.where, command.node + (command.cwd ? `:${command.cwd}` : ""));
     setText(this.word, dotted(words, command.background && "in the background"));
     const total = outputSize(job || {});
-    setText(
-      this.size,
-      total ? formatBytes(total) : this.isOpen || !job ? "" : "no output",
-    );
+    const size = total ? formatBytes(total) : "no output";
+    setText(this.size, job && !this.isOpen ? size : "");
     this.stop.hidden = !this.isOpen || asks;
     this.save.hidden = this.isOpen || !total || Boolean(command.output);
     this.copy.hidden = this.isOpen || !total;
@@ -21262,7 +21261,7 @@ const runningItem = ({id, command, words, startedAt, askedAt, ...job}) =>
     "li",
     h("span", {class: `dot ${jobKind(job)}`}),
     h("code", command),
-    h("span", `${words} since ${formatTime(startedAt || askedAt)}`),
+    h("span", {class: "detail"}, `${words} since ${formatTime(startedAt || askedAt)}`),
     iconButton("stop", "Stop", () => attempt("job.cancel", {id})),
   );
 
@@ -21439,7 +21438,7 @@ const RESULTS = {
 
 function auditRow(job) {
   const {askedAt, startedAt, endedAt, sessionKey, callerName, command} = job;
-  const seconds = job.duration ?? (endedAt - (startedAt || askedAt)) / 1000;
+  const took = startedAt && endedAt && (job.duration ?? (endedAt - startedAt) / 1000);
   const cell = (name, ...children) => h("td", {class: name}, children);
   const href = sessionKey && chatPath(sessionKey);
   return h(
@@ -21448,12 +21447,8 @@ function auditRow(job) {
     cell("who", href ? h("a", {href}, callerName) : callerName),
     cell("at", job.nodeName),
     cell("what", h("code", {title: command}, command)),
-    cell(
-      "result",
-      h("span", {class: `dot ${jobKind(job)}`}),
-      h("span", {class: "word"}, job.words),
-    ),
-    cell("number", endedAt && formatDuration(seconds)),
+    cell("result", h("span", {class: `dot ${jobKind(job)}`}), capitalized(job.words)),
+    cell("number", took != null && formatDuration(took)),
     cell("number", endedAt && formatBytes(outputSize(job))),
   );
 }
