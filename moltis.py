@@ -27,6 +27,7 @@ Contents
     WebSocket protocol        one connection as a state machine, without I/O
     WebSocket connections     the same over a socket, safe from any thread
   Between gateway and node
+    TLS                       certificates, pins, channel bindings
     SCRAM                     both halves of RFC 5802 / RFC 7677
     Wire protocol             envelopes, log frames, calls awaiting an answer
     Commands                  one shell command as a process group
@@ -38,7 +39,6 @@ Contents
     Node service              systemd user unit and launchd agent
   Gateway
     Store                     SQLite; one method a question
-    Certificates              the gateway's own, or one that was brought
     Access                    callers, scopes, tokens, sign-ins, limits
     Fleet                     connected nodes, their invocations and their fate
     Jobs                      commands in the background, their output in files
@@ -52,6 +52,7 @@ Contents
   Program
     Operator client           the command line's side of a gateway
     MCP                       the agent's tools for Model Context Protocol clients
+    Assembly                  how a gateway, a node and Local are put together
     Command line              argparse, output, exit codes, main()
 """
 
@@ -78,7 +79,6 @@ import random
 import re
 import secrets
 import select
-import selectors
 import shlex
 import signal
 import socket
@@ -88,7 +88,6 @@ import sys
 import threading
 import time
 import weakref
-import zlib
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import closing
@@ -1058,21 +1057,13 @@ class GatewayFile(SnakeValue):
 # ==============================================================================
 # WebSocket frames
 #
-# Bytes to frames and back: parser, encoder, masking (RFC 6455 §5) and the
-# compression of RFC 7692.  It knows one frame at a time and no connection: in which
-# order frames may come is the protocol's business.
+# Bytes to frames and back: parser, encoder, masking (RFC 6455 §5).  It handles one
+# frame at a time and no connection: the order of frames is left to the protocol.
+# No extension is negotiated.
 # ==============================================================================
 
 MAX_CONTROL_PAYLOAD = 125  # bytes; RFC 6455 §5.5
-# A compressed message may be longer than what it holds, if that is noise: zlib adds
-# at most 5 bytes to a block, and the smallest blocks of the smallest memLevel are
-# some 500 bytes.
-DEFLATE_EXPANSION = 64  # at most one byte more in so many
-DEFLATE_WINDOW_BITS = 12  # 4 KiB; with memLevel 5 a compressor costs 32 KiB, not 256
-DEFLATE_MEMORY_LEVEL = 5
-DEFLATE_LEVEL = 1  # 1.5 times as fast as 6 on command output, which gets 1.2 as long
-DEFLATE_TAIL = b"\x00\x00\xff\xff"  # RFC 7692 §7.2.1
-MASK_SHORT = 1024  # bytes, from which on masking is done in another way
+MASK_SHORT = 1024  # bytes; up to here one big integer is the faster XOR
 MASK_STRIDE = 64 * 1024  # bytes; small enough to stay in a processor's cache
 
 
@@ -1085,6 +1076,9 @@ class Opcode(enum.IntEnum):
     CLOSE = 0x8
     PING = 0x9
     PONG = 0xA
+
+
+OPCODES: Mapping[int, Opcode] = {int(opcode): opcode for opcode in Opcode}
 
 
 class CloseCode(enum.IntEnum):
@@ -1107,21 +1101,14 @@ class CloseCode(enum.IntEnum):
     TLS_HANDSHAKE = 1015  # never on the wire
 
 
-LOCAL_CLOSE_CODES = (
-    CloseCode.NO_STATUS,
-    CloseCode.ABNORMAL,
-    CloseCode.TLS_HANDSHAKE,
-)
+LOCAL_CLOSE_CODES = (CloseCode.NO_STATUS, CloseCode.ABNORMAL, CloseCode.TLS_HANDSHAKE)
 CLEAN_CLOSE_CODES = (CloseCode.NORMAL, CloseCode.GOING_AWAY, CloseCode.NO_STATUS)
 
 
-class Frame(
-    collections.namedtuple("Frame", "opcode payload fin rsv1", defaults=(True, False))
-):
+class Frame(collections.namedtuple("Frame", "opcode payload fin", defaults=(True,))):
     """One frame with its payload unmasked (RFC 6455 §5.2).
 
-    A tuple where other values are dataclasses: one is made for every frame, in a
-    third of the time.
+    A tuple, not a Value: one is made for each frame, in a third of the time.
     """
 
     __slots__ = ()
@@ -1129,11 +1116,6 @@ class Frame(
     opcode: Opcode
     payload: bytes
     fin: bool
-    rsv1: bool  # on a message's first frame: compressed (RFC 7692 §6)
-
-
-def is_control(opcode: Opcode) -> bool:
-    return opcode >= Opcode.CLOSE
 
 
 @functools.lru_cache(maxsize=256)
@@ -1145,12 +1127,12 @@ def apply_mask(data: bytes, key: bytes) -> bytes:
     """Return `data` masked, or unmasked, with the 4 bytes of `key` (RFC 6455 §5.3)."""
     size = len(data)
     if size <= MASK_SHORT:
-        # 0.4 µs for 125 bytes, where what follows takes 1.5 µs.
+        # 0.4 µs for 125 bytes; the method below takes 1.5 µs.
         repeated = (key * (size // 4 + 1))[:size]
         number = int.from_bytes(data, "little") ^ int.from_bytes(repeated, "little")
         return number.to_bytes(size, "little")
-    # Every fourth byte has the same key byte, so four translations do: 900 MB/s, where
-    # an integer XOR in chunks does 600.
+    # Every fourth byte has the same key byte, so four translations do: 900 MB/s; an
+    # integer XOR in chunks reaches 600.
     tables = [_xor_table(byte) for byte in key]
     masked = bytearray(data)
     for start in range(0, size, MASK_STRIDE):
@@ -1162,11 +1144,9 @@ def apply_mask(data: bytes, key: bytes) -> bytes:
     return bytes(masked)
 
 
-def encode_frame(frame: Frame, *, masked: bool) -> bytes:
-    """Return `frame` as it goes over the wire, masked when a client sends it."""
-    first = frame.fin << 7 | frame.rsv1 << 6 | frame.opcode
-    mask_bit = masked << 7
-    length = len(frame.payload)
+def encode_frame(opcode: int, payload: bytes, *, masked: bool) -> bytes:
+    """Return an unfragmented frame, masked if a client sends it."""
+    first, mask_bit, length = 0x80 | opcode, masked << 7, len(payload)
     if length < 126:
         header = bytes((first, mask_bit | length))
     elif length < 1 << 16:
@@ -1174,111 +1154,72 @@ def encode_frame(frame: Frame, *, masked: bool) -> bytes:
     else:
         header = struct.pack("!BBQ", first, mask_bit | 127, length)
     if not masked:
-        return header + frame.payload
-    key = os.urandom(4)  # RFC 6455 §10.3: not to be foreseen by who chose the payload
-    return b"".join((header, key, apply_mask(frame.payload, key)))
-
-
-def _readable_first_bytes(*, compression: bool) -> Mapping[int, Frame]:
-    """Return what each permitted first byte of a frame says."""
-    frames = [Frame(opcode, b"") for opcode in Opcode]
-    data = [frame for frame in frames if not is_control(frame.opcode)]
-    frames += [frame._replace(fin=False) for frame in data]
-    if compression:
-        frames += [
-            Frame(opcode, b"", fin=fin, rsv1=True)
-            for opcode in (Opcode.TEXT, Opcode.BINARY)
-            for fin in (False, True)
-        ]
-    return {frame.fin << 7 | frame.rsv1 << 6 | frame.opcode: frame for frame in frames}
-
-
-# One look-up instead of five tests for each frame.
-FIRST_BYTES = _readable_first_bytes(compression=False)
-FIRST_BYTES_COMPRESSION = _readable_first_bytes(compression=True)
-
-
-def _describe_first_byte(first: int) -> str:
-    """Return what is wrong with the first byte of a frame."""
-    if first & 0x70:
-        return "a reserved bit is set that no extension gives a meaning"
-    if first & 0x0F not in tuple(Opcode):
-        return f"opcode {first & 0x0F} is reserved"
-    return "a control frame must not be fragmented"
+        return header + payload
+    # RFC 6455 §10.3: unpredictable for whoever chose the payload.
+    key = os.urandom(4)
+    return b"".join((header, key, apply_mask(payload, key)))
 
 
 class FrameParser:
-    """Bytes to frames, as they arrive.
+    """Bytes to frames, as they arrive."""
 
-    A data frame that is not there in full is handed on in fragments, as RFC 6455 §5.4
-    lets any intermediary do.  So nothing long waits here, and whoever reassembles the
-    message sees its first impossible byte when it comes.
-    """
-
-    def __init__(self, *, masked: bool, compression: bool, max_frame: int) -> None:
+    def __init__(self, *, masked: bool, max_frame: int) -> None:
         self._masked = masked  # what the peer has to do: clients mask, servers do not
-        self._first_bytes = FIRST_BYTES_COMPRESSION if compression else FIRST_BYTES
         self.max_frame = max_frame  # bytes of payload
-        self._buffer = b""  # between calls less than a header or a control frame
-        self._position = 0  # of the first byte in _buffer not yet used
-        self._frame: Frame | None = None  # whose payload is awaited
-        self._key = b""
-        self._remaining = 0  # bytes of its payload not yet handed on
+        self._buffer = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """Take bytes from the peer.  What came before should have been used up."""
-        # Nothing is copied when nothing waits: CPython returns `data` for b"" + data.
-        self._buffer = self._buffer[self._position :] + data
-        self._position = 0
+        """Take bytes from the peer."""
+        self._buffer += data
 
     @property
     def has_more(self) -> bool:
-        """Whether bytes wait to be looked at."""
-        return self._position < len(self._buffer)
+        """Whether bytes wait to be parsed."""
+        return bool(self._buffer)
 
     def next_frame(self) -> Frame | None:
-        """Return the next frame, or None for want of bytes.  Raises ProtocolError."""
-        if self._frame is None and not self._read_header():
+        """Return the next frame, or None if it is incomplete.  Raises ProtocolError."""
+        buffer = self._buffer
+        if len(buffer) < 2:
             return None
-        return self._take_payload()
-
-    def _read_header(self) -> bool:
-        """Take a header off the buffer; return False while it is not there in full."""
-        buffer, start = self._buffer, self._position
-        if len(buffer) - start < 2:
-            return False
-        frame = self._first_bytes.get(buffer[start])
-        if frame is None:
-            raise ProtocolError(
-                CloseCode.PROTOCOL_ERROR, _describe_first_byte(buffer[start])
-            )
-        self._check_second_byte(buffer[start + 1], frame.opcode)
-        length = buffer[start + 1] & 0x7F
-        size = 2 if length < 126 else 4 if length == 126 else 10
-        end = start + size + 4 * self._masked
+        first, second = buffer[0], buffer[1]
+        opcode = self._check(first, second)
+        length, start = second & 0x7F, 2
+        if length >= 126:
+            start = 4 if length == 126 else 10
+            if len(buffer) < start:
+                return None
+            length = int.from_bytes(buffer[2:start], "big")
+            self._check_length(length, start)
+        end = start + 4 * self._masked + length
         if len(buffer) < end:
-            return False
-        if size > 2:
-            length = int.from_bytes(buffer[start + 2 : start + size], "big")
-            self._check_length(length, size)
-        self._key = buffer[start + size : end]
-        self._remaining = length
-        self._frame = frame
-        self._position = end
-        return True
+            return None
+        with memoryview(buffer) as view:
+            payload = bytes(view[end - length : end])
+        if self._masked:
+            payload = apply_mask(payload, bytes(buffer[start : start + 4]))
+        # CPython moves the start of the buffer, not the bytes behind it.
+        del buffer[:end]
+        return Frame(opcode, payload, first >= 0x80)
 
-    def _check_second_byte(self, second: int, opcode: Opcode) -> None:
-        if (second >= 0x80) is not self._masked:
-            raise ProtocolError(
-                CloseCode.PROTOCOL_ERROR,
-                "a client's frames must be masked"  # RFC 6455 §5.1
-                if self._masked
-                else "a server's frames must not be masked",
-            )
-        if second & 0x7F > MAX_CONTROL_PAYLOAD and is_control(opcode):
-            raise ProtocolError(
-                CloseCode.PROTOCOL_ERROR, "a control frame is longer than 125 bytes"
-            )
+    def _check(self, first: int, second: int) -> Opcode:
+        opcode = OPCODES.get(first & 0x0F)
+        if first & 0x70:
+            problem = "a reserved bit is set, and no extension was negotiated"
+        elif opcode is None:
+            problem = f"opcode {first & 0x0F} is reserved"
+        elif (second >= 0x80) is not self._masked:  # RFC 6455 §5.1
+            whose = "a client's frames must" if self._masked else "a server's must not"
+            problem = f"{whose} be masked"
+        elif opcode < Opcode.CLOSE:
+            return opcode
+        elif first < 0x80:
+            problem = "a control frame must not be fragmented"
+        elif second & 0x7F > MAX_CONTROL_PAYLOAD:
+            problem = "a control frame is longer than 125 bytes"
+        else:
+            return opcode
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, problem)
 
     def _check_length(self, length: int, header_size: int) -> None:
         # RFC 6455 §5.2: the shortest form that can say it, and never the highest bit.
@@ -1291,27 +1232,13 @@ class FrameParser:
                 CloseCode.MESSAGE_TOO_BIG, f"a frame announces {length:,} bytes"
             )
 
-    def _take_payload(self) -> Frame | None:
-        """Return what is there of the current frame, or None for want of more."""
-        frame = self._frame
-        assert frame is not None
-        start = self._position
-        size = min(self._remaining, len(self._buffer) - start)
-        whole = size == self._remaining
-        if not whole and (size == 0 or is_control(frame.opcode)):
-            return None
-        payload = self._buffer[start : start + size]
-        if self._masked and size:
-            payload = apply_mask(payload, self._key)
-        self._position = start + size
-        if whole:
-            self._frame = None
-            return Frame(frame.opcode, payload, frame.fin, frame.rsv1)
-        self._remaining -= size
-        turn = size % 4
-        self._key = self._key[turn:] + self._key[:turn]
-        self._frame = Frame(Opcode.CONTINUATION, b"", fin=frame.fin)
-        return Frame(frame.opcode, payload, False, frame.rsv1)
+
+def decode_text(data: bytes) -> str:
+    """Return the text of a message or Close frame.  Raises ProtocolError."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8") from error
 
 
 def encode_close(code: int, reason: str = "") -> bytes:
@@ -1320,7 +1247,7 @@ def encode_close(code: int, reason: str = "") -> bytes:
         return b""
     assert is_sendable_close_code(code), code
     text = reason.encode("utf-8")[: MAX_CONTROL_PAYLOAD - 2]
-    # What the cut left of a last character is dropped.
+    # Drop the rest of a character that the cut went through.
     text = text.decode("utf-8", "ignore").encode("utf-8")
     return struct.pack("!H", code) + text
 
@@ -1334,12 +1261,7 @@ def decode_close(payload: bytes) -> tuple[int, str]:
         raise ProtocolError(
             CloseCode.PROTOCOL_ERROR, "a Close frame without a permitted code"
         )
-    try:
-        return code, payload[2:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ProtocolError(
-            CloseCode.INVALID_DATA, "a Close frame's reason is not UTF-8"
-        ) from error
+    return code, decode_text(payload[2:])
 
 
 def is_sendable_close_code(code: int) -> bool:
@@ -1349,154 +1271,37 @@ def is_sendable_close_code(code: int) -> bool:
     return code < 5000
 
 
-class DeflateParameters(Value):
-    """What two peers agreed on for permessage-deflate (RFC 7692 §7.1)."""
-
-    server_no_context_takeover: bool = False
-    client_no_context_takeover: bool = False
-    server_max_window_bits: int = zlib.MAX_WBITS
-    client_max_window_bits: int = zlib.MAX_WBITS
-
-
-class PerMessageDeflate:
-    """Compression of one peer's messages and decompression of the other's.
-
-    A peer that never sends anything worth compressing costs no memory: each half is
-    made when it is first needed.
-    """
-
-    def __init__(self, parameters: DeflateParameters, *, client: bool) -> None:
-        server_side = (
-            parameters.server_no_context_takeover,
-            parameters.server_max_window_bits,
-        )
-        client_side = (
-            parameters.client_no_context_takeover,
-            parameters.client_max_window_bits,
-        )
-        ours, theirs = (
-            (client_side, server_side) if client else (server_side, client_side)
-        )
-        self._compress_afresh, agreed_bits = ours
-        self._compress_bits = min(agreed_bits, DEFLATE_WINDOW_BITS)
-        self._decompress_afresh, self._decompress_bits = theirs
-        # zlib cannot compress with a window of 8 bits (RFC 7692 allows it), but any
-        # message may go uncompressed.
-        self.can_compress = agreed_bits > 8
-        self._compressor: zlib._Compress | None = None
-        self._decompressor: zlib._Decompress | None = None
-
-    def compress(self, payload: bytes) -> bytes:
-        """Return the payload of a message, not empty, compressed (RFC 7692 §7.2.1)."""
-        compressor = self._compressor or zlib.compressobj(
-            DEFLATE_LEVEL, zlib.DEFLATED, -self._compress_bits, DEFLATE_MEMORY_LEVEL
-        )
-        self._compressor = None if self._compress_afresh else compressor
-        data = compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
-        assert data.endswith(DEFLATE_TAIL)
-        return data[: -len(DEFLATE_TAIL)]
-
-    def decompress(self, data: bytes, *, fin: bool, limit: int) -> bytes:
-        """Return what the next piece of a message holds; `fin` with its last one.
-
-        Raises ProtocolError for bad data, and as soon as it holds over `limit` bytes,
-        having made no more of them than that.
-        """
-        if fin:
-            data += DEFLATE_TAIL
-        pieces = []
-        try:
-            while data:
-                piece, data = self._inflate(data, limit + 1)
-                limit -= len(piece)
-                if limit < 0:
-                    raise ProtocolError(
-                        CloseCode.MESSAGE_TOO_BIG, "a message is too long uncompressed"
-                    )
-                pieces.append(piece)
-        except zlib.error as error:
-            raise ProtocolError(
-                CloseCode.INVALID_DATA, "a message cannot be decompressed"
-            ) from error
-        if fin and self._decompress_afresh:
-            self._decompressor = None
-        return b"".join(pieces)
-
-    def _inflate(self, data: bytes, max_length: int) -> tuple[bytes, bytes]:
-        """Return decompressed bytes, and the data that has to be fed again."""
-        if self._decompressor is None:
-            self._decompressor = zlib.decompressobj(-self._decompress_bits)
-        piece = self._decompressor.decompress(data, max_length)
-        if self._decompressor.eof:
-            # A final block (RFC 7692 §7.2.3.4) ends the stream; another one follows.
-            data, self._decompressor = self._decompressor.unused_data, None
-            return piece, data
-        return piece, b""
-
-
 # ==============================================================================
 # WebSocket handshake
-# Uses: WebSocket frames
 #
-# The HTTP exchange that opens a connection, both sides (RFC 6455 §4), and what it
-# settles: subprotocol and compression.  Text in, text out: it opens no socket, and
-# what the HTTP server knows better (paths, Origin, sign-in) is not its business.
+# The HTTP exchange that opens a connection, both sides (RFC 6455 §4).  Text in, text
+# out: it opens no socket; paths, Origin and sign-in are left to the HTTP server.
+# Neither subprotocols nor extensions are offered or accepted.
 # ==============================================================================
 
 WEBSOCKET_VERSION = "13"
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
 MAX_HEAD = 64 * 1024  # bytes of an HTTP response up to its empty line
-DEFLATE = "permessage-deflate"
 
 HTTP_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 7230 §3.2.6
-HEADER_LINE = rf"({HTTP_TOKEN}):[ \t]*(.*?)[ \t]*"
 STATUS_LINE = r"HTTP/1\.[0-9] ([1-5][0-9]{2})(?: (.*))?"
-EXTENSION = rf"[ \t]*({HTTP_TOKEN})[ \t]*"
-EXTENSION_PARAMETER = (
-    rf'[ \t]*({HTTP_TOKEN})[ \t]*(?:=[ \t]*(?:({HTTP_TOKEN})|"({HTTP_TOKEN})")[ \t]*)?'
-)
-WINDOW_BITS = r"[89]|1[0-5]"  # RFC 7692 §7.1.2: no leading zero
-
-ExtensionParameters: TypeAlias = "Mapping[str, str | None]"
 
 
 class Headers(Protocol):
-    """What a handshake needs of HTTP headers; `email.message.Message` has it."""
+    """The part of `email.message.Message` that a handshake needs."""
 
     def get_all(self, name: str, failobj: list[str]) -> list[str]:
         """Return the values of all headers of that name, in any case, or `failobj`."""
-
-
-class HeaderList:
-    """HTTP headers in the order they came."""
-
-    def __init__(self, fields: Iterable[tuple[str, str]]) -> None:
-        self.fields = tuple(fields)
-
-    def get_all(self, name: str, failobj: list[str]) -> list[str]:
-        name = name.lower()
-        return [v for k, v in self.fields if k.lower() == name] or failobj
-
-
-def parse_head(head: bytes) -> tuple[str, HeaderList]:
-    """Return the first line and the headers of an HTTP message without its body.
-
-    Raises HandshakeError.
-    """
-    first, *lines = head.decode("iso-8859-1").rstrip("\r\n").split("\r\n")
-    fields = []
-    for line in lines:
-        match = re.fullmatch(HEADER_LINE, line)
-        if match is None:
-            raise HandshakeError(400, "a header line is malformed")
-        fields.append((match[1], match[2]))
-    return first, HeaderList(fields)
 
 
 def header_tokens(headers: Headers, name: str) -> list[str]:
     """Return the comma-separated elements of all headers of that name."""
     elements = ",".join(headers.get_all(name, [])).split(",")
     return [element.strip(" \t") for element in elements if element.strip(" \t")]
+
+
+def _has_token(headers: Headers, name: str, token: str) -> bool:
+    return token in (element.lower() for element in header_tokens(headers, name))
 
 
 def _single_header(headers: Headers, name: str) -> str | None:
@@ -1507,10 +1312,6 @@ def _single_header(headers: Headers, name: str) -> str | None:
     return values[0] if values else None
 
 
-def _has_token(headers: Headers, name: str, token: str) -> bool:
-    return token in (element.lower() for element in header_tokens(headers, name))
-
-
 def accept_value(key: str) -> str:
     """Return the Sec-WebSocket-Accept that answers a Sec-WebSocket-Key (§4.2.2)."""
     # SHA-1 because the RFC says so; it keeps caches apart here, and no secret.
@@ -1518,117 +1319,14 @@ def accept_value(key: str) -> str:
     return b64encode(digest)
 
 
-def parse_extensions(headers: Headers) -> list[tuple[str, ExtensionParameters]]:
-    """Return the names and parameters in Sec-WebSocket-Extensions (RFC 6455 §9.1).
+def accept_upgrade(headers: Headers) -> list[tuple[str, str]]:
+    """Return the headers of the 101 response to a client's GET (RFC 6455 §4.2).
 
-    Raises HandshakeError.
-    """
-    extensions: list[tuple[str, ExtensionParameters]] = []
-    for element in header_tokens(headers, "Sec-WebSocket-Extensions"):
-        name, *rest = element.split(";")
-        match = re.fullmatch(EXTENSION, name)
-        parameters = [re.fullmatch(EXTENSION_PARAMETER, text) for text in rest]
-        if match is None or None in parameters:
-            raise HandshakeError(400, "Sec-WebSocket-Extensions is malformed")
-        pairs = [(m[1], m[2] or m[3]) for m in parameters if m is not None]
-        if len(dict(pairs)) < len(pairs):
-            raise HandshakeError(400, "an extension parameter comes twice")
-        extensions.append((match[1], dict(pairs)))
-    return extensions
-
-
-def _deflate_parameters(parameters: ExtensionParameters) -> DeflateParameters | None:
-    """Return what the parameters of permessage-deflate say; None: they are not valid.
-
-    A parameter that is absent or has no value says what RFC 7692 takes for granted.
-    """
-    settings: dict[str, Any] = {}
-    for name, value in parameters.items():
-        if name in ("server_no_context_takeover", "client_no_context_takeover"):
-            if value is not None:
-                return None
-            settings[name] = True
-        elif name in ("server_max_window_bits", "client_max_window_bits"):
-            if value is None and name == "client_max_window_bits":
-                continue
-            if value is None or not re.fullmatch(WINDOW_BITS, value):
-                return None
-            settings[name] = int(value)
-        else:
-            return None
-    return DeflateParameters(**settings)
-
-
-class Upgrade(Value):
-    """A server's consent to a WebSocket, and what it settles."""
-
-    accept: str
-    subprotocol: str | None
-    deflate: DeflateParameters | None
-    extensions: str | None  # the answer's Sec-WebSocket-Extensions
-
-    @property
-    def headers(self) -> list[tuple[str, str]]:
-        """The headers of the 101 response."""
-        fields = [
-            ("Upgrade", "websocket"),
-            ("Connection", "Upgrade"),
-            ("Sec-WebSocket-Accept", self.accept),
-        ]
-        if self.subprotocol is not None:
-            fields.append(("Sec-WebSocket-Protocol", self.subprotocol))
-        if self.extensions is not None:
-            fields.append(("Sec-WebSocket-Extensions", self.extensions))
-        return fields
-
-    def response(self) -> bytes:
-        """Return the whole 101 response."""
-        lines = [f"{name}: {value}\r\n" for name, value in self.headers]
-        return (
-            "HTTP/1.1 101 Switching Protocols\r\n" + "".join(lines) + "\r\n"
-        ).encode("ascii")
-
-
-def _answer_deflate(headers: Headers) -> tuple[DeflateParameters | None, str | None]:
-    """Return the first offer of compression that suits us, and how to accept it."""
-    for name, offered in parse_extensions(headers):
-        parameters = _deflate_parameters(offered) if name == DEFLATE else None
-        if parameters is None:
-            continue
-        answer = [DEFLATE]
-        for flag in ("server_no_context_takeover", "client_no_context_takeover"):
-            if flag in offered:
-                answer.append(flag)
-        if "server_max_window_bits" in offered:
-            bits = parameters.server_max_window_bits
-            answer.append(f"server_max_window_bits={bits}")
-        if "client_max_window_bits" in offered:
-            # Only a client that named it can be asked for less (RFC 7692 §7.1.2.2).
-            bits = min(parameters.client_max_window_bits, DEFLATE_WINDOW_BITS)
-            parameters = parameters.replace(client_max_window_bits=bits)
-            answer.append(f"client_max_window_bits={bits}")
-        return parameters, "; ".join(answer)
-    return None, None
-
-
-def accept_upgrade(
-    headers: Headers,
-    *,
-    method: str = "GET",
-    subprotocols: Sequence[str] = (),
-    compression: bool = True,
-) -> Upgrade:
-    """Return the answer to a client's request for a WebSocket (RFC 6455 §4.2).
-
-    Of the subprotocols that both sides know, the client's first choice is taken.
     Raises HandshakeError, whose `headers` belong to the refusal.
     """
-    if method != "GET":
-        raise HandshakeError(405, "a WebSocket is opened with GET", (("Allow", "GET"),))
+    upgrade = ("Upgrade", "websocket")
     if not _has_token(headers, "Upgrade", "websocket"):
-        raise HandshakeError(
-            426, "this address is for WebSockets", (("Upgrade", "websocket"),)
-        )
+        raise HandshakeError(426, "this address is for WebSockets", (upgrade,))
     if not _has_token(headers, "Connection", "upgrade"):
         raise HandshakeError(400, "Connection does not say Upgrade")
     if _single_header(headers, "Host") is None:
@@ -1637,19 +1335,13 @@ def accept_upgrade(
         raise HandshakeError(
             426,
             f"only version {WEBSOCKET_VERSION} of WebSocket is spoken here",
-            (("Upgrade", "websocket"), ("Sec-WebSocket-Version", WEBSOCKET_VERSION)),
+            (upgrade, ("Sec-WebSocket-Version", WEBSOCKET_VERSION)),
         )
     key = _single_header(headers, "Sec-WebSocket-Key") or ""
     if not _is_nonce(key):
         raise HandshakeError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
-    offered = header_tokens(headers, "Sec-WebSocket-Protocol")
-    deflate, extensions = _answer_deflate(headers) if compression else (None, None)
-    return Upgrade(
-        accept=accept_value(key),
-        subprotocol=next((name for name in offered if name in subprotocols), None),
-        deflate=deflate,
-        extensions=extensions,
-    )
+    accept = ("Sec-WebSocket-Accept", accept_value(key))
+    return [upgrade, ("Connection", "Upgrade"), accept]
 
 
 def _is_nonce(key: str) -> bool:
@@ -1705,98 +1397,47 @@ class WebSocketUrl(Value):
         return f"{scheme}://{self.host_header}{self.resource.partition('?')[0]}"
 
 
-class Negotiated(Value):
-    """What a server granted to a client."""
+def upgrade_request(url: WebSocketUrl, key: str) -> bytes:
+    """Return a client's request for a WebSocket (RFC 6455 §4.1)."""
+    return (
+        f"GET {url.resource} HTTP/1.1\r\n"
+        f"Host: {url.host_header}\r\n"
+        "Upgrade: websocket\r\n"
+        "Connection: Upgrade\r\n"
+        f"Sec-WebSocket-Key: {key}\r\n"
+        f"Sec-WebSocket-Version: {WEBSOCKET_VERSION}\r\n\r\n"
+    ).encode("ascii")
 
-    subprotocol: str | None
-    deflate: DeflateParameters | None
 
+def check_upgraded(head: bytes, key: str) -> None:
+    """Return if the server's response, up to its empty line, grants the WebSocket.
 
-class ClientHandshake:
-    """A client's request for a WebSocket, ready to judge the answer (RFC 6455 §4.1)."""
-
-    def __init__(
-        self,
-        url: WebSocketUrl,
-        *,
-        headers: Iterable[tuple[str, str]] = (),
-        subprotocols: Sequence[str] = (),
-        compression: bool = True,
-    ) -> None:
-        self._url = url
-        self._headers = tuple(headers)
-        self._subprotocols = tuple(subprotocols)
-        self._compression = compression
-        self._key = b64encode(os.urandom(16))
-
-    def request(self) -> bytes:
-        """Return the HTTP request."""
-        fields = [
-            ("Host", self._url.host_header),
-            ("Upgrade", "websocket"),
-            ("Connection", "Upgrade"),
-            ("Sec-WebSocket-Key", self._key),
-            ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
-        ]
-        if self._subprotocols:
-            fields.append(("Sec-WebSocket-Protocol", ", ".join(self._subprotocols)))
-        if self._compression:
-            offer = f"{DEFLATE}; client_max_window_bits"
-            fields.append(("Sec-WebSocket-Extensions", offer))
-        lines = [f"{name}: {value}\r\n" for name, value in (*fields, *self._headers)]
-        assert not any("\n" in line[:-2] or "\r" in line[:-2] for line in lines)
-        return (f"GET {self._url.resource} HTTP/1.1\r\n{''.join(lines)}\r\n").encode(
-            "latin-1"
-        )
-
-    def judge(self, head: bytes) -> Negotiated:
-        """Return what the server's answer grants.
-
-        Raises HandshakeError with the status of the answer, or 502 for one that is
-        no answer to a WebSocket's request.
-        """
-        first, headers = parse_head(head)
-        match = re.fullmatch(STATUS_LINE, first)
-        if match is None:
-            raise HandshakeError(502, "the answer is not HTTP")
-        if match[1] != "101":
-            server = headers.get_all("Server", [""])[0]
-            by = f" (from {server})" if server else ""
-            raise HandshakeError(
-                int(match[1]), f"HTTP {match[1]} {match[2] or ''}".rstrip() + by
-            )
-        if not _has_token(headers, "Upgrade", "websocket") or not _has_token(
-            headers, "Connection", "upgrade"
-        ):
-            raise HandshakeError(502, "the answer does not switch to WebSocket")
-        accept = _single_header(headers, "Sec-WebSocket-Accept")
-        if accept != accept_value(self._key):
-            raise HandshakeError(502, "the answer has a wrong Sec-WebSocket-Accept")
-        return Negotiated(
-            self._judge_subprotocol(headers), self._judge_deflate(headers)
-        )
-
-    def _judge_subprotocol(self, headers: Headers) -> str | None:
-        subprotocol = _single_header(headers, "Sec-WebSocket-Protocol")
-        if subprotocol is not None and subprotocol not in self._subprotocols:
-            raise HandshakeError(502, "the answer has a subprotocol we did not offer")
-        return subprotocol
-
-    def _judge_deflate(self, headers: Headers) -> DeflateParameters | None:
-        extensions = parse_extensions(headers)
-        if not extensions:
-            return None
-        name, parameters = extensions[0]
-        deflate = _deflate_parameters(parameters)
-        if (
-            len(extensions) > 1
-            or name != DEFLATE
-            or not self._compression
-            or deflate is None
-            or parameters.get("client_max_window_bits", "") is None
-        ):
-            raise HandshakeError(502, "the answer has an extension we did not offer")
-        return deflate
+    Raises HandshakeError with the response's status, or 502 if it does not answer a
+    WebSocket's request.
+    """
+    status, *lines = head.decode("iso-8859-1").split("\r\n")
+    found = re.fullmatch(STATUS_LINE, status)
+    if found is None:
+        raise HandshakeError(502, "the answer is not HTTP")
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not re.fullmatch(HTTP_TOKEN, name):
+            raise HandshakeError(502, "the answer has a malformed header")
+        known = fields.get(name.lower())
+        value = value.strip(" \t")
+        fields[name.lower()] = value if known is None else f"{known}, {value}"
+    if found[1] != "101":
+        by = f" (from {fields['server']})" if fields.get("server") else ""
+        reason = f"HTTP {found[1]} {found[2] or ''}".rstrip()
+        raise HandshakeError(int(found[1]), reason + by)
+    upgrade, connection = fields.get("upgrade", ""), fields.get("connection", "")
+    if upgrade.lower() != "websocket" or "upgrade" not in connection.lower():
+        raise HandshakeError(502, "the answer does not switch to WebSocket")
+    if fields.get("sec-websocket-accept") != accept_value(key):
+        raise HandshakeError(502, "the answer has a wrong Sec-WebSocket-Accept")
+    if {"sec-websocket-protocol", "sec-websocket-extensions"} & fields.keys():
+        raise HandshakeError(502, "the answer grants what was not asked for")
 
 
 # ==============================================================================
@@ -1808,83 +1449,7 @@ class ClientHandshake:
 # and reads no clock, so one object works for both ends and in tests.
 # ==============================================================================
 
-COMPRESS_FROM = 512  # bytes; shorter messages gain less than a compressor's memory
-
 Message: TypeAlias = "str | bytes"
-
-
-class MessageReader:
-    """The messages that arrive, put together from their frames (RFC 6455 §5.4).
-
-    `max_message` bounds what a message holds, after decompression, in bytes.
-    """
-
-    def __init__(self, deflate: PerMessageDeflate | None, max_message: int) -> None:
-        self._deflate = deflate
-        self.max_message = max_message
-        self._opcode: Opcode | None = None  # of the message that is under way
-        self._compressed = False
-        # A bytearray, not a list of pieces: a peer that sends single bytes would have
-        # us keep an object for each.
-        self._data = bytearray()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")()
-
-    def add(self, frame: Frame) -> Message | None:
-        """Return the message that this data frame completes, or None.
-
-        Raises ProtocolError, for text at its first impossible byte.
-        """
-        if frame.opcode is not Opcode.CONTINUATION:
-            if self._opcode is not None:
-                raise ProtocolError(
-                    CloseCode.PROTOCOL_ERROR, "a message begins inside another"
-                )
-            self._opcode = frame.opcode
-            self._compressed = frame.rsv1
-        elif self._opcode is None:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "nothing to continue")
-        payload = self._plain(frame)
-        if frame.fin and not self._data:
-            return self._finish(payload)  # the usual case: nothing to put together
-        self._data += payload
-        if self._opcode is Opcode.TEXT:
-            self._check_utf8(payload, final=frame.fin)
-        return self._finish(bytes(self._data)) if frame.fin else None
-
-    def _plain(self, frame: Frame) -> bytes:
-        room = self.max_message - len(self._data)
-        if self._compressed:
-            assert self._deflate is not None
-            return self._deflate.decompress(frame.payload, fin=frame.fin, limit=room)
-        if len(frame.payload) > room:
-            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message is too long")
-        return frame.payload
-
-    def _check_utf8(self, payload: bytes, *, final: bool) -> None:
-        try:
-            self._utf8.decode(payload, final)
-        except UnicodeDecodeError as error:
-            raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8") from error
-        # Half of a surrogate pair is the one thing that CPython's decoder waits with.
-        begun = self._utf8.getstate()[0]
-        if begun[:1] == b"\xed" and begun[1:] > b"\x9f":
-            raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8")
-
-    def _finish(self, data: bytes) -> Message:
-        text = self._opcode is Opcode.TEXT
-        self._opcode = None
-        self._data = bytearray()
-        if not text:
-            return data
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8") from error
-
-
-def _frame_limit(max_message: int) -> int:
-    """Return how long a frame may be that holds a message; bytes that do not shrink."""
-    return max_message + max_message // DEFLATE_EXPANSION + 1024
 
 
 class WebSocketProtocol:
@@ -1894,30 +1459,23 @@ class WebSocketProtocol:
         self,
         *,
         client: bool,
-        deflate: DeflateParameters | None = None,
         max_message: int = MAX_MESSAGE,  # bytes; a longer one is answered with 1009
         hold_pongs: bool = False,
     ) -> None:
         self.client = client
-        self._deflate = PerMessageDeflate(deflate, client=client) if deflate else None
-        self._parser = FrameParser(
-            masked=not client,
-            compression=deflate is not None,
-            max_frame=_frame_limit(max_message),
-        )
-        self._reader = MessageReader(self._deflate, max_message)
+        self._parser = FrameParser(masked=not client, max_frame=max_message)
+        self._opcode: Opcode | None = None  # of the message under way
+        # A bytearray, not a list of pieces: a peer that sends single bytes would make
+        # us keep an object for each.
+        self._message = bytearray()  # payload of the message under way
         self._outgoing: list[bytes] = []
         self._hold_pongs = hold_pongs
         self._held_pong: bytes | None = None
         self._close_sent = False
         self._close_received = False
         self._failed = False
-        self.ended = False  # whether nothing that may still arrive matters
-        self._verdict: tuple[int, str] | None = None
-
-    @property
-    def compression(self) -> bool:
-        return self._deflate is not None
+        self.ended = False  # whatever still arrives is ignored
+        self._verdict: tuple[int, str] | None = None  # code and reason of the close
 
     @property
     def open(self) -> bool:
@@ -1926,20 +1484,16 @@ class WebSocketProtocol:
 
     @property
     def closes_first(self) -> bool:
-        """Whether it is on us to end the TCP connection (RFC 6455 §7.1.1)."""
+        """Whether this end has to end the TCP connection (RFC 6455 §7.1.1)."""
         return self._failed or (self._close_received and not self.client)
 
     @property
     def close_code(self) -> int | None:
-        """The code of the close (RFC 6455 §7.1.5), or None while there is none."""
+        """The code of the close (RFC 6455 §7.1.5), or None before it."""
         return self._verdict[0] if self._verdict else None
 
-    @property
-    def close_reason(self) -> str:
-        return self._verdict[1] if self._verdict else ""
-
     def closed_error(self) -> ConnectionClosed:
-        """Return what to raise where sending or receiving is over."""
+        """Return the error for a send or receive after the close."""
         if self._verdict is not None:
             return ConnectionClosed(*self._verdict)
         if self._close_sent:
@@ -1950,30 +1504,22 @@ class WebSocketProtocol:
         """Queue a message.  Raises ConnectionClosed."""
         self._check_open()
         if isinstance(message, str):
-            # Half a surrogate pair, as in names of files, has no UTF-8: sent as "?".
-            opcode, payload = Opcode.TEXT, message.encode("utf-8", "replace")
+            # Half a surrogate pair, as in file names, has no UTF-8: sent as "?".
+            self._queue(Opcode.TEXT, message.encode("utf-8", "replace"))
         else:
-            opcode, payload = Opcode.BINARY, bytes(message)
-        deflate = self._deflate
-        if deflate and deflate.can_compress and len(payload) >= COMPRESS_FROM:
-            self._queue(Frame(opcode, deflate.compress(payload), rsv1=True))
-        else:
-            self._queue(Frame(opcode, payload))
+            self._queue(Opcode.BINARY, bytes(message))
 
-    def ping(self, payload: bytes = b"") -> None:
-        """Queue a Ping of at most 125 bytes.  Raises ConnectionClosed."""
-        assert len(payload) <= MAX_CONTROL_PAYLOAD
+    def ping(self) -> None:
+        """Queue a Ping.  Raises ConnectionClosed."""
         self._check_open()
-        self._queue(Frame(Opcode.PING, payload))
+        self._queue(Opcode.PING, b"")
 
-    def release_pongs(self, max_message: int | None = None) -> None:
+    def release_pongs(self, max_message: int) -> None:
         """Answer Pings from now on, and the last one that came before.
 
-        With `max_message`, messages may have that many bytes from now on.
+        Messages may have `max_message` bytes from now on.
         """
-        if max_message is not None:
-            self._reader.max_message = max_message
-            self._parser.max_frame = _frame_limit(max_message)
+        self._parser.max_frame = max_message
         self._hold_pongs = False
         if self._held_pong is not None:
             self._send_pong(self._held_pong)
@@ -1985,7 +1531,7 @@ class WebSocketProtocol:
             self._send_close(encode_close(code, reason))
 
     def fail(self, code: int, reason: str) -> None:
-        """Give the connection up for what the peer did (RFC 6455 §7.1.7)."""
+        """Fail the connection: the peer broke the protocol (RFC 6455 §7.1.7)."""
         if self._failed:
             return
         if not self._close_sent:
@@ -1994,29 +1540,29 @@ class WebSocketProtocol:
         self._verdict = self._verdict or (code, reason)
 
     def give_up(self, code: int = CloseCode.ABNORMAL, reason: str = "") -> None:
-        """The connection is gone: nothing more arrives or can be sent."""
+        """Record that the connection is lost: nothing more arrives or can be sent."""
         self._failed = self.ended = True
         self._verdict = self._verdict or (code, reason)
         self._outgoing.clear()
 
     def receive(self, data: bytes = b"") -> Message | None:
-        """Take bytes from the peer; return the next message, or None for want of more.
+        """Take bytes from the peer; return the next message, or None if incomplete.
 
-        One at a time, and call again without data for the next: so what is sent in
-        answer to a message goes out before whatever the bytes after it bring about.
-        A peer that breaks the protocol fails the connection: see `close_code`.
+        Call it again without data for the message after that: an answer to one goes
+        out before the bytes behind it have an effect.  A peer that breaks the protocol
+        fails the connection: see `close_code`.
         """
-        if data and not self.ended:  # RFC 6455 §1.4, §7.1.7: the rest is not looked at
+        if data and not self.ended:  # RFC 6455 §1.4, §7.1.7: the rest is ignored
             self._parser.feed(data)
         try:
             while not self.ended:
                 frame = self._parser.next_frame()
                 if frame is None:
                     return None
-                if is_control(frame.opcode):
+                if frame.opcode >= Opcode.CLOSE:
                     self._receive_control(frame)
                     continue
-                message = self._reader.add(frame)
+                message = self._receive_data(frame)
                 if message is not None:
                     return message
         except ProtocolError as error:
@@ -2030,8 +1576,6 @@ class WebSocketProtocol:
 
     def outgoing(self) -> bytes:
         """Return, once, the bytes that have to go to the peer."""
-        if not self._outgoing:
-            return b""
         data = b"".join(self._outgoing)
         self._outgoing.clear()
         return data
@@ -2040,8 +1584,28 @@ class WebSocketProtocol:
         if not self.open:
             raise self.closed_error()
 
-    def _queue(self, frame: Frame) -> None:
-        self._outgoing.append(encode_frame(frame, masked=self.client))
+    def _queue(self, opcode: int, payload: bytes) -> None:
+        self._outgoing.append(encode_frame(opcode, payload, masked=self.client))
+
+    def _receive_data(self, frame: Frame) -> Message | None:
+        """Return the message that this frame completes, or None (RFC 6455 §5.4)."""
+        if frame.opcode is not Opcode.CONTINUATION:
+            if self._opcode is not None:
+                raise ProtocolError(
+                    CloseCode.PROTOCOL_ERROR, "a message begins inside another"
+                )
+            self._opcode = frame.opcode
+        elif self._opcode is None:
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "nothing to continue")
+        if len(self._message) + len(frame.payload) > self._parser.max_frame:
+            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message is too long")
+        if not frame.fin:
+            self._message += frame.payload
+            return None
+        data = bytes(self._message) + frame.payload if self._message else frame.payload
+        text, self._opcode = self._opcode is Opcode.TEXT, None
+        self._message = bytearray()
+        return decode_text(data) if text else data
 
     def _receive_control(self, frame: Frame) -> None:
         if frame.opcode is Opcode.CLOSE:
@@ -2058,10 +1622,10 @@ class WebSocketProtocol:
 
     def _send_pong(self, payload: bytes) -> None:
         if self.open:
-            self._queue(Frame(Opcode.PONG, payload))
+            self._queue(Opcode.PONG, payload)
 
     def _send_close(self, payload: bytes) -> None:
-        self._queue(Frame(Opcode.CLOSE, payload))
+        self._queue(Opcode.CLOSE, payload)
         self._close_sent = True
 
 
@@ -2070,75 +1634,55 @@ class WebSocketProtocol:
 # Uses: WebSocket frames, WebSocket handshake, WebSocket protocol
 #
 # The same over a socket, plain or TLS, safe from any thread: a bounded outbox, one
-# reader at a time, and connect(url) for clients.  A connection at rest has no
+# reader at a time, keepalive, and connect(url) for clients.  An idle connection has no
 # thread but the one that waits in receive(); accepting connections, and what goes
 # over them, is left to others.
 # ==============================================================================
 
-MAX_OUTBOX = 16 * 1024 * 1024  # bytes that wait for a peer to read, unless told else
+MAX_OUTBOX = 16 * 1024 * 1024  # bytes that wait for a peer to read
 READ_SIZE = 64 * 1024  # bytes
-WAIT_SIZE = 1024  # bytes of the buffer with which a connection at rest waits
-TLS_WRITE_SIZE = 256 * 1024  # bytes; OpenSSL takes what it is given whole, or not yet
+WAIT_SIZE = 1024  # bytes of the buffer that an idle connection holds
+TLS_WRITE_SIZE = 256 * 1024  # bytes; OpenSSL takes all that it is given, or nothing
 CLOSE_TIMEOUT = 2.0  # s for the peer's part of a closing handshake
-
-
-def wait_for_socket(
-    sock: socket.socket, *, write: bool = False, timeout: float | None = None
-) -> None:
-    """Wait until a socket can be read (or written), was shut, or `timeout` s passed."""
-    # No select.select(): it cannot have descriptors above 1023.
-    if hasattr(select, "poll"):
-        poller = select.poll()
-        poller.register(sock, select.POLLOUT if write else select.POLLIN)
-        # Rounded up: a wait that ends too early would spin.
-        poller.poll(None if timeout is None else math.ceil(timeout * 1000))
-        return
-    with selectors.DefaultSelector() as selector:
-        selector.register(
-            sock, selectors.EVENT_WRITE if write else selectors.EVENT_READ
-        )
-        selector.select(timeout)
-
 
 # macOS heeds MSG_DONTWAIT in recv() alone: a send() would wait for the peer.
 SENDS_DO_NOT_WAIT = sys.platform == "linux"
 
 
 class PlainChannel:
-    """A stream socket that never blocks who holds the lock around its use."""
+    """A stream socket whose reads and writes do not block."""
 
-    certificate: bytes | None = None
+    certificate: bytes | None = None  # the peer's, in DER; only with TLS
 
     def __init__(
         self, sock: socket.socket, *, blocking: bool = SENDS_DO_NOT_WAIT
     ) -> None:
         sock.setblocking(blocking)
-        self._blocking = blocking
         with contextlib.suppress(OSError):  # not TCP
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
-        self.drained = True  # whether to wait before reading makes sense
-        self._waiting = 0  # threads: the socket stays open for them
-        self._closed = False
-        self.write_needs_read = False  # only TLS turns the two around
+        self.blocking = blocking  # whether read_next() is possible
+        self.drained = True  # False: a read may succeed without waiting
+        self._read_needs_write = False  # only TLS ever turns these around
+        self._write_needs_read = False
 
-    def read(self, lock: threading.Lock, timeout: float | None) -> bytes | None:
-        """Return what has arrived or does within `timeout` s; b"" at the end.
+    def read(self) -> bytes | None:
+        """Return what has arrived, b"" at the end, None if nothing has."""
+        return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
 
-        None for nothing.  `lock` is released while there is something to wait for.
-        """
-        if not self.drained:
-            return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
-        if timeout is not None or not self._blocking:
-            self.wait(lock, timeout=timeout)
-            return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
-        # To wait in recv() saves a poll(): 3 of the 18 µs that a message takes.
-        self._waiting += 1
-        try:
-            lock.release()  # in here, for Ctrl+C may come as soon as it is done
-            return self._receive(WAIT_SIZE, 0)
-        finally:
-            self._take_back(lock)
+    def read_next(self) -> bytes | None:
+        """As read(), but wait for it, for as long as limit_waits() says."""
+        # Waiting in recv() saves a poll(): 2 of the 18 µs that a message takes, and a
+        # second turn in the queue for the interpreter's lock.
+        return self._receive(WAIT_SIZE, 0)
+
+    def limit_waits(self, timeout: float) -> None:
+        """Let read_next() return after `timeout` s."""
+        # struct timeval has the size of what the system returns.
+        half = len(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16)) // 2
+        fields = (int(timeout), int(timeout % 1 * 1e6))
+        timeval = b"".join(field.to_bytes(half, sys.byteorder) for field in fields)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
     def _receive(self, size: int, flags: int) -> bytes | None:
         try:
@@ -2158,46 +1702,31 @@ class PlainChannel:
         except (BlockingIOError, InterruptedError):
             return 0
 
+    def wait(self, *, write: bool = False, timeout: float | None = None) -> None:
+        """Wait until a read (or write) can succeed, the end, or `timeout` s passed."""
+        turned = self._write_needs_read if write else self._read_needs_write
+        if write and turned:
+            timeout = 0.05  # the reader may take what the write needs: look again soon
+        # No select.select(): it cannot have descriptors above 1023.
+        poller = select.poll()
+        poller.register(self.sock, select.POLLIN if write is turned else select.POLLOUT)
+        # Rounded up: a wait that ends too early would spin.
+        poller.poll(None if timeout is None else math.ceil(timeout * 1000))
+
     def end_writing(self) -> None:
-        """Tell the peer that nothing more comes; again does no harm."""
+        """End our half of the connection; again does no harm."""
         with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
+            # Not SSLSocket's own, which goes on without encryption.
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)
 
-    def wait(
-        self, lock: threading.Lock, *, write: bool = False, timeout: float | None = None
-    ) -> None:
-        """Release `lock`, wait until the socket is ready or closed, and take it again.
-
-        Returns after `timeout` s all the same.
-        """
-        self._waiting += 1
-        try:
-            lock.release()
-            wait_for_socket(self.sock, write=write, timeout=timeout)
-        finally:
-            self._take_back(lock)
-
-    def _take_back(self, lock: threading.Lock) -> None:
-        """Take the lock after a wait, and close what was to be closed meanwhile."""
-        lock.acquire()
-        self._waiting -= 1
-        if self._closed:
-            self.close()
-
-    def close(self) -> None:
-        """End the connection now; whoever waits for the socket wakes up."""
-        if not self._closed:
-            self._closed = True
-            with contextlib.suppress(OSError):
-                # Not SSLSocket's own, which goes on without encryption.
-                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-        # Not before: the number of a closed descriptor may be another's at once.
-        if not self._waiting:
-            self.sock.close()
+    def shut(self) -> None:
+        """End the connection, and wake every thread that waits for the socket."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
 
 class TlsChannel(PlainChannel):
-    """The same with TLS; the lock keeps reads and writes apart, which OpenSSL needs."""
+    """The same with TLS: two calls must never run at the same moment, but wait()."""
 
     def __init__(self, sock: ssl.SSLSocket) -> None:
         import ssl
@@ -2205,13 +1734,10 @@ class TlsChannel(PlainChannel):
         super().__init__(sock, blocking=False)
         self._tls = sock
         self._ssl = ssl
-        self._read_needs_write = False
         self.certificate = sock.getpeercert(binary_form=True)
         self.drained = False  # the handshake may have brought more than itself
 
-    def read(self, lock: threading.Lock, timeout: float | None) -> bytes | None:
-        if self.drained:
-            self.wait(lock, write=self._read_needs_write, timeout=timeout)
+    def read(self) -> bytes | None:
         self._read_needs_write = False
         try:
             data = self._tls.recv(READ_SIZE)
@@ -2223,45 +1749,37 @@ class TlsChannel(PlainChannel):
             return None
         except OSError:
             return b""
-        # What OpenSSL has decrypted already, no poll() would tell of.
+        # poll() does not see data that OpenSSL has already decrypted.
         self.drained = self._tls.pending() == 0
         return data
 
     def write(self, data: memoryview) -> int:
-        self.write_needs_read = False
+        self._write_needs_read = False
         try:
             return self._tls.send(data[:TLS_WRITE_SIZE])
         except self._ssl.SSLWantWriteError:
             return 0
         except self._ssl.SSLWantReadError:
-            self.write_needs_read = True
+            self._write_needs_read = True
             return 0
 
     def end_writing(self) -> None:
         # Sends the close_notify alert; the peer's own is not waited for.
         with contextlib.suppress(OSError, ValueError):
             self._tls.unwrap()
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        super().end_writing()
 
 
 def _open_channel(sock: socket.socket) -> PlainChannel:
-    # To import ssl costs 10 ms, which plain connections need not pay.
+    # Importing ssl costs 10 ms, which plain connections need not pay.
     ssl_module = sys.modules.get("ssl")
     if ssl_module is not None and isinstance(sock, ssl_module.SSLSocket):
         return TlsChannel(sock)
     return PlainChannel(sock)
 
 
-def _sooner(one: float | None, other: float | None) -> float | None:
-    """Return the shorter of two times in s, where None is for ever."""
-    if one is None or other is None:
-        return other if one is None else one
-    return min(one, other)
-
-
 def _remote_ip(sock: socket.socket) -> str:
-    """Return the peer's IP address, or "" where it has none."""
+    """Return the peer's IP address, or "" if it has none."""
     try:
         address = sock.getpeername()
     except OSError:
@@ -2272,60 +1790,76 @@ def _remote_ip(sock: socket.socket) -> str:
 class Outbox:
     """The bytes that a channel has not yet taken, in their order."""
 
-    def __init__(self, channel: PlainChannel, limit: int) -> None:
+    def __init__(self, channel: PlainChannel) -> None:
         self._channel = channel
-        self._limit = limit  # bytes
         self._pieces: collections.deque[memoryview] = collections.deque()
         self.size = 0  # bytes
-        self.broken = False  # whether a write has failed: nothing gets out any more
+        self.broken = False  # a write has failed: nothing gets out any more
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
 
     def has_room(self, size: int) -> bool:
-        """Return whether `size` more bytes may wait behind what is being written."""
+        """Return whether `size` more bytes may wait behind the piece being written."""
         # A message over the limit may go out, and Pings with it while it does.
         waiting = self.size - len(self._pieces[0]) if self._pieces else -size
-        return waiting + size <= self._limit
+        return waiting + size <= MAX_OUTBOX
 
     def put(self, data: bytes) -> None:
         """Write at once what the channel takes, and keep the rest."""
-        if self.broken:
-            return
-        waiting = bool(self._pieces)
-        self._pieces.append(memoryview(data))
-        self.size += len(data)
-        if not waiting:
-            self.write()
+        piece = memoryview(data)
+        sent = 0 if self._pieces else self._write(piece)
+        while sent and piece:
+            piece = piece[sent:]
+            sent = self._write(piece)
+        # Counted after the write: others read `size` without a lock, and would wait
+        # for a fall that nobody notices.
+        if piece and not self.broken:
+            self._pieces.append(piece)
+            self.size += len(piece)
 
     def write(self) -> None:
         """Write what the channel takes now."""
+        while self._pieces:
+            piece = self._pieces[0]
+            sent = self._write(piece)
+            if self.broken:
+                self.clear()
+            if not sent:
+                return
+            self.size -= sent
+            if sent < len(piece):
+                # TLS wants to be given the same bytes again: never join pieces.
+                self._pieces[0] = piece[sent:]
+            else:
+                self._pieces.popleft()
+
+    def _write(self, piece: memoryview) -> int:
         try:
-            while self._pieces:
-                sent = self._channel.write(self._pieces[0])
-                if not sent:
-                    return
-                self.size -= sent
-                if sent < len(self._pieces[0]):
-                    # TLS wants to be given the same bytes again: never join pieces.
-                    self._pieces[0] = self._pieces[0][sent:]
-                else:
-                    self._pieces.popleft()
+            return self._channel.write(piece)
         except OSError:
             # What has arrived is still worth reading: a Close may say why.
             self.broken = True
-            self.clear()
+            return 0
 
     def clear(self) -> None:
         self._pieces.clear()
         self.size = 0
 
 
+def _sooner(one: float | None, other: float | None) -> float | None:
+    """Return the shorter of two times in s; None is for ever."""
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)
+
+
 class WebSocket:
     """A WebSocket connection over a socket, for any number of threads.
 
-    One thread at a time reads, in receive(); it answers Pings and Closes too.  What a
-    sender cannot write at once waits in an outbox, which a thread of its own empties.
+    One thread at a time reads, in receive(); it also answers Pings and Closes, pings a
+    silent peer and gives up a dead one.  Bytes that a sender cannot write at once wait
+    in an outbox, which a thread of its own empties.
     """
 
     def __init__(
@@ -2333,28 +1867,34 @@ class WebSocket:
         sock: socket.socket,
         protocol: WebSocketProtocol,
         *,
-        early: bytes = b"",  # what came after the handshake in the same read
-        name: str = "",
-        max_outbox: int = MAX_OUTBOX,
-        subprotocol: str | None = None,
+        early: bytes = b"",  # read together with the handshake
     ) -> None:
         self.remote_ip = _remote_ip(sock)
-        self.subprotocol = subprotocol
-        self.compression = protocol.compression
+        # Called, without our lock and in the thread that wrote, each time the backlog
+        # falls below MAX_BACKLOG.  It must not block.
+        self.on_drain: Callable[[], None] | None = None
+        self.keepalive = True  # False: a peer that is silent is not given up
         self._channel = _open_channel(sock)
-        self._name = name or self.remote_ip
-        # Guards all below and the channel, whose I/O never blocks who holds it.
+        # Guards all below and the channel, whose I/O does not block under it.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._protocol = protocol
         self._arrived: bytes | None = early  # None: the protocol needs more bytes
-        self._outbox = Outbox(self._channel, max_outbox)  # full: dropped with 1013
+        self._outbox = Outbox(self._channel)  # full: dropped with 1013
         self._writer: threading.Thread | None = None
         self._writing = False  # whether _writer has not ended its work
         self._reading = False  # whether a thread is in receive(), or reads in close()
+        self._waiting = 0  # threads; the socket stays open for them
         self._finished = False
         self._linger = Deadline(None)  # for the peer to end the TCP connection
+        # Jitter: a thousand peers that connect together are not pinged together.
+        self._ping_interval = PING_INTERVAL * random.uniform(0.8, 1)  # nosec B311
+        self._pinged = False  # since the last arrival
+        self._arrivals = 0
         self._last_arrival = time.monotonic()
+        self._next_ping = self._last_arrival + self._ping_interval
+        if self._channel.blocking:
+            self._channel.limit_waits(self._ping_interval)
 
     def __enter__(self) -> WebSocket:
         return self
@@ -2373,57 +1913,54 @@ class WebSocket:
         return self._protocol.close_code
 
     @property
-    def close_reason(self) -> str:
-        return self._protocol.close_reason
-
-    @property
-    def idle(self) -> float:
-        """The seconds since the last byte arrived."""
-        return time.monotonic() - self._last_arrival
-
-    @property
     def backlog(self) -> int:
-        return self._outbox.size  # bytes that the system has not taken yet
+        """Bytes that send() took and the socket has not taken yet."""
+        return self._outbox.size
 
     def peer_certificate(self) -> bytes | None:
         """Return the peer's certificate in DER, or None without TLS."""
         return self._channel.certificate
 
     def send(self, message: Message) -> None:
-        """Send a message without ever blocking, from any thread.
+        """Send a message from any thread, without ever blocking.
 
-        What the peer does not take at once waits; if more than `max_outbox` bytes
-        would wait, the peer is dropped with 1013.  Raises ConnectionClosed.
+        If more than MAX_OUTBOX bytes would wait, the peer is dropped with 1013.
+        Raises ConnectionClosed.
         """
         with self._lock:
             self._protocol.send(message)
             self._transmit()
             self._check_usable()
 
-    def ping(self, payload: bytes = b"") -> None:
-        """Send a Ping; its Pong shows in `idle`.  Raises ConnectionClosed."""
-        with self._lock:
-            self._protocol.ping(payload)
-            self._transmit()
-            self._check_usable()
+    def answers(self, timeout: float) -> bool:
+        """Return whether the peer answers a Ping, or sends anything, in `timeout` s.
 
-    def release_pongs(self, max_message: int | None = None) -> None:
+        Another thread has to be in receive() meanwhile.
+        """
+        with self._changed:
+            before = self._arrivals
+            if self._protocol.open:
+                self._protocol.ping()
+                self._transmit()
+            self._changed.wait_for(
+                lambda: self._finished or self._arrivals > before, timeout
+            )
+            return self._arrivals > before
+
+    def release_pongs(self, max_message: int) -> None:
         """Answer Pings and take longer messages from now on: the peer is known."""
         with self._lock:
             self._protocol.release_pongs(max_message)
             self._transmit()
 
     def flush(self, timeout: float | None = None) -> None:
-        """Return when all that was sent has been handed to the system.
+        """Return when the system has taken all that was sent.
 
         Raises ConnectionClosed, TimeoutError after `timeout` s.
         """
-        deadline = Deadline(timeout)
-        with self._lock:
-            while self._outbox:
-                if deadline.expired:
-                    raise TimeoutError(f"the peer did not read for {timeout} s")
-                self._write(deadline)  # beside the writer: it saves the way there
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._outbox, timeout):
+                raise TimeoutError(f"the peer did not read for {timeout} s")
             self._check_usable()
 
     def receive(self, timeout: float | None = None) -> Message | None:
@@ -2432,7 +1969,7 @@ class WebSocket:
         Raises ConnectionClosed after any other close, TimeoutError after `timeout` s.
         """
         deadline = Deadline(timeout)
-        late = False  # looked at after a read, so that a timeout of 0 reads once
+        late = False  # checked after a read, so that a timeout of 0 reads once
         with self._lock:
             while True:
                 message = self._next_message()
@@ -2456,7 +1993,7 @@ class WebSocket:
     ) -> None:
         """Close, with the closing handshake if the peer does its part in `timeout` s.
 
-        May come from any thread and more than once; what arrives meanwhile is dropped.
+        May be called from any thread and again; what arrives meanwhile is dropped.
         """
         deadline = Deadline(timeout)
         with self._lock:
@@ -2472,9 +2009,26 @@ class WebSocket:
             writer.join()
 
     def abort(self) -> None:
-        """End the connection now, from any thread, without a word; wakes receive()."""
+        """End the connection now, without a Close frame; wakes receive()."""
         with self._lock:
             self._finish()
+
+    def _drain(self) -> None:
+        """Empty the outbox: the writer's thread."""
+        while True:
+            with self._lock:
+                if not self._outbox:
+                    self._writing = False
+                    self._changed.notify_all()
+                    if self._protocol.ended:
+                        self._settle()
+                    return
+                self._unlocked(partial(self._channel.wait, write=True))
+                before = self._outbox.size
+                self._outbox.write()
+                fell = before >= MAX_BACKLOG > self._outbox.size
+            if fell and self.on_drain is not None and not self._finished:
+                self.on_drain()
 
     # The lock is held from here on.
 
@@ -2499,33 +2053,74 @@ class WebSocket:
             return
         self._reading = True
         try:
-            timeout = _sooner(deadline.remaining(), self._linger.remaining())
-            data = self._channel.read(self._lock, timeout)
+            data = self._next_bytes(deadline)
         finally:  # Ctrl+C ends a wait too, and reading goes on after it
             self._reading = False
             self._changed.notify_all()
-        if not self._finished:
-            self._take(data)
-
-    def _take(self, data: bytes | None) -> None:
-        """Deal with what a read brought."""
-        if data == b"" or self._linger.expired:
-            self._finish()
-        elif data:
-            self._last_arrival = time.monotonic()
+        if self._finished:
+            return
+        if data:
             self._arrived = data
+            self._arrivals += 1
+            self._pinged = False
+            self._last_arrival = time.monotonic()
+            self._next_ping = self._last_arrival + self._ping_interval
+        elif data == b"" or self._linger.expired:
+            self._finish()
+        else:
+            self._keep_alive()
+
+    def _next_bytes(self, deadline: Deadline) -> bytes | None:
+        """Return what arrives before the deadline or the next Ping is due."""
+        channel = self._channel
+        if channel.drained:
+            timeout = _sooner(deadline.remaining(), self._linger.remaining())
+            if timeout is None and channel.blocking:
+                return self._unlocked(channel.read_next)
+            to_ping = max(0.0, self._next_ping - time.monotonic())
+            timeout = _sooner(timeout, to_ping)
+            self._unlocked(partial(channel.wait, timeout=timeout))
+        return channel.read()
+
+    def _unlocked(self, wait: Callable[[], bytes | None]) -> bytes | None:
+        """Return the result of `wait`, with the lock released meanwhile."""
+        self._waiting += 1
+        try:
+            self._lock.release()  # in here, for Ctrl+C may come as soon as it is done
+            return wait()
+        finally:
+            self._lock.acquire()
+            self._waiting -= 1
+            self._close_socket()
+
+    def _keep_alive(self) -> None:
+        """Ping a peer that is silent; give it up if it stays so."""
+        now = time.monotonic()
+        if now < self._next_ping or not self._protocol.open:
+            return
+        silence = now - self._last_arrival
+        # Only after a Ping: this thread may have been too busy to read, or to send one.
+        if self._pinged and self.keepalive and silence >= PEER_TIMEOUT:
+            reason = f"nothing arrived for {PEER_TIMEOUT:.0f} s"
+            self._protocol.give_up(CloseCode.ABNORMAL, reason)
+            self._finish()
+            return
+        self._pinged = True
+        self._next_ping = now + self._ping_interval
+        self._protocol.ping()
+        self._transmit()
 
     def _transmit(self, *, bounded: bool = True) -> None:
-        """Write what the protocol has to say, and leave the rest to the writer."""
+        """Write the protocol's bytes, and leave the rest to the writer."""
         data = self._protocol.outgoing()
         if data and bounded and not self._outbox.has_room(len(data)):
             # No Close frame: it would wait behind what the peer does not read.
             self._protocol.give_up(CloseCode.TRY_AGAIN_LATER, "the peer does not read")
             self._finish()
-        if data and not self._finished:
+        if data and not self._finished and not self._outbox.broken:
             self._outbox.put(data)
             if self._outbox and not self._writing:
-                name = f"moltis-write-{self._name}"
+                name = f"moltis-write-{self.remote_ip}"
                 self._writer = threading.Thread(
                     target=self._drain, name=name, daemon=True
                 )
@@ -2534,25 +2129,8 @@ class WebSocket:
         if self._protocol.ended:
             self._settle()
 
-    def _drain(self) -> None:
-        """Empty the outbox; what the writer thread does."""
-        with self._lock:
-            while self._outbox:
-                self._write(Deadline(None))
-            self._writing = False
-            if self._protocol.ended:
-                self._settle()
-
-    def _write(self, deadline: Deadline) -> None:
-        """Write what the system takes, waiting for it."""
-        reads = self._channel.write_needs_read
-        # What it needs to read, the reader may have taken: look again soon.
-        timeout = 0.05 if reads else deadline.remaining()
-        self._channel.wait(self._lock, write=not reads, timeout=timeout)
-        self._outbox.write()
-
     def _settle(self) -> None:
-        """After the closing handshake: end our half, and give the peer its time."""
+        """End our half after the closing handshake, and give the peer its time."""
         if self._linger.remaining() is None:
             self._linger = Deadline(CLOSE_TIMEOUT)
         if self._protocol.closes_first and not self._outbox:
@@ -2565,100 +2143,67 @@ class WebSocket:
         self._finished = True
         self._protocol.give_up()
         self._outbox.clear()
-        self._channel.close()
+        self._channel.shut()
+        self._close_socket()
         self._changed.notify_all()
+
+    def _close_socket(self) -> None:
+        # Not while a thread waits: a closed descriptor's number may be another's soon.
+        if self._finished and not self._waiting:
+            self._channel.sock.close()
+
+
+class ServerTrust(Protocol):
+    """Which TLS certificate a server has to show; see TlsTrust."""
+
+    def context(self) -> ssl.SSLContext: ...
+
+    def check(self, certificate: bytes | None) -> None:
+        """Raises Refused for another certificate than the expected one."""
 
 
 def connect(
-    url: str,
-    *,
-    headers: Iterable[tuple[str, str]] = (),
-    subprotocols: Sequence[str] = (),
-    compression: bool = True,
-    timeout: float = CONNECT_TIMEOUT,
-    ssl_context: ssl.SSLContext | None = None,
-    max_message: int = MAX_MESSAGE,
-    max_outbox: int = MAX_OUTBOX,
-    hold_pongs: bool = False,
-    name: str = "",
+    url: str, trust: ServerTrust | None = None, *, timeout: float = CONNECT_TIMEOUT
 ) -> WebSocket:
-    """Return an open WebSocket to `url`.
+    """Return an open WebSocket to `url`; a wss: address needs `trust`.
 
-    Raises Unreachable with one line that says why, UsageError for what is no address.
+    Raises Unreachable with one line that says why, Refused for a wrong certificate,
+    UsageError if `url` is not an address.
     """
     target = WebSocketUrl.parse(url)
-    handshake = ClientHandshake(
-        target, headers=headers, subprotocols=subprotocols, compression=compression
-    )
     deadline = Deadline(timeout)
+    key = b64encode(os.urandom(16))
     try:
-        sock = _dial(target, timeout, ssl_context)
+        sock = _dial(target, trust, timeout)
         try:
-            sock.sendall(handshake.request())
+            sock.sendall(upgrade_request(target, key))
             head, early = _read_head(sock, deadline)
-            granted = handshake.judge(head)
+            check_upgraded(head, key)
         except BaseException:
             sock.close()
             raise
     except (OSError, UnicodeError, HandshakeError) as error:
         raise Unreachable(_why_unreachable(target, error, timeout)) from error
-    protocol = WebSocketProtocol(
-        client=True,
-        deflate=granted.deflate,
-        max_message=max_message,
-        hold_pongs=hold_pongs,
-    )
-    return WebSocket(
-        sock,
-        protocol,
-        early=early,
-        name=name or target.host,
-        max_outbox=max_outbox,
-        subprotocol=granted.subprotocol,
-    )
-
-
-def client_tls(*, ca: str | None = None, verify: bool = True) -> ssl.SSLContext:
-    """Return what a client needs for TLS 1.2 and later; `ca` is a file in PEM.
-
-    Without `verify` any certificate will do: whoever asks for that has to look at
-    peer_certificate(), or bind to it, before anything secret is said.
-    Raises BadConfiguration.
-    """
-    require_ssl()
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    elif ca is None:
-        context.load_default_certs()
-    else:
-        try:
-            context.load_verify_locations(ca)
-        except OSError as error:  # ssl.SSLError is one
-            reason = error.strerror or error
-            raise BadConfiguration(
-                f"cannot use the CA file {ca}: {reason}; it must be PEM"
-            ) from error
-    return context
+    return WebSocket(sock, WebSocketProtocol(client=True), early=early)
 
 
 def _dial(
-    target: WebSocketUrl, timeout: float, context: ssl.SSLContext | None
+    target: WebSocketUrl, trust: ServerTrust | None, timeout: float
 ) -> socket.socket:
-    # Before the connection: to load the system's certificates takes a Pi a while.
-    context = (context or client_tls()) if target.secure else None
+    if not target.secure:
+        return connect_tcp(target.host, target.port, timeout)
+    assert trust is not None
+    # Before the connection: loading the system's certificates takes a Pi a while.
+    context = trust.context()
     sock = connect_tcp(target.host, target.port, timeout)
-    if context is None:
-        return sock
     try:
-        return context.wrap_socket(sock, server_hostname=target.host)
+        secured = context.wrap_socket(sock, server_hostname=target.host)
+        sock = secured
+        trust.check(secured.getpeercert(binary_form=True))
     except BaseException:
         sock.close()
         raise
+    return secured
 
 
 def _read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
@@ -2717,35 +2262,12 @@ def _why_unreachable(target: WebSocketUrl, error: Exception, timeout: float) -> 
 # ==============================================================================
 
 # ==============================================================================
-# SCRAM
+# TLS
 #
-# SCRAM-SHA-256 and SCRAM-SHA-256-PLUS (RFC 5802, RFC 7677), client and server
-# halves: how node and gateway prove to each other that both know the device token,
-# which never crosses the wire.  Text in, text out; no socket, and no idea of who may
-# do what.  The secrets here are ASCII, which SASLprep leaves as it is.
+# Certificates: the gateway's own, made by the program `openssl` for the names and
+# addresses of this machine, or one that was brought; the pin and the channel binding
+# of each; which certificate a client takes for the right one.
 # ==============================================================================
-
-SCRAM_ITERATIONS = 4096  # RFC 7677 §4's minimum; a token has 256 random bits anyway
-SCRAM_MAX_ITERATIONS = 100_000  # 0.1 s on a Pi; a hostile server may ask for more
-SCRAM_MAX_LENGTH = 4096  # characters of one SCRAM message; ours have 200
-
-_SCRAM_VALUE = r"[^,\x00]+"
-_SCRAM_NONCE = r"[\x21-\x2b\x2d-\x7e]+"
-_SCRAM_EXTENSIONS = rf"(?:,[A-Za-z]={_SCRAM_VALUE})*"  # RFC 5802 §5.1: to be ignored
-_CLIENT_FIRST = (
-    rf"(?P<gs2>(?P<flag>n|y|p=[A-Za-z0-9.-]+),(?:a={_SCRAM_VALUE})?,)"
-    rf"(?P<bare>n=(?P<username>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
-    rf"{_SCRAM_EXTENSIONS})"
-)
-_SERVER_FIRST = (
-    rf"r=(?P<nonce>{_SCRAM_NONCE}),s=(?P<salt>{_SCRAM_VALUE}),"
-    rf"i=(?P<iterations>[1-9][0-9]{{0,8}}){_SCRAM_EXTENSIONS}"
-)
-_CLIENT_FINAL = (
-    rf"(?P<unproved>c=(?P<binding>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
-    rf"{_SCRAM_EXTENSIONS}),p=(?P<proof>{_SCRAM_VALUE})"
-)
-_SERVER_FINAL = rf"(?P<kind>[ve])=(?P<value>{_SCRAM_VALUE}){_SCRAM_EXTENSIONS}"
 
 # The hash of a certificate's signature, by the content of its DER object identifier.
 # RFC 5929 §4.1 puts SHA-256 in the place of MD5 and SHA-1.
@@ -2817,6 +2339,397 @@ def tls_server_end_point(certificate: bytes) -> bytes:
     return hashlib.new(
         _SIGNATURE_HASHES.get(name.content, "sha256"), certificate
     ).digest()
+
+
+TLS_DIRECTORY = "tls"  # in the data directory
+TLS_DAYS = 3650
+TLS_RENEW_BEFORE = 30 * 86400  # s
+OPENSSL_TIMEOUT = 60.0  # s; a Pi without entropy takes its time
+OPENSSL_CONFIG = """\
+[req]
+prompt = no
+distinguished_name = subject
+x509_extensions = extensions
+[subject]
+CN = moltis gateway
+[extensions]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+subjectAltName = @names
+"""
+
+HOST_NAME = r"[a-z0-9_]([a-z0-9._-]{0,251}[a-z0-9_])?"
+
+
+class Certificate(Value):
+    """What we need to know of an X.509 certificate (RFC 5280)."""
+
+    names: Sequence[str]  # "DNS:localhost", "IP:127.0.0.1", as openssl writes them
+    expires_at: float  # s since 1970
+    public_key: bytes  # SubjectPublicKeyInfo in DER
+
+    @property
+    def pin(self) -> str:
+        """The public key as `curl --pinnedpubkey` wants it."""
+        return "sha256//" + b64encode(hashlib.sha256(self.public_key).digest())
+
+    def lasts(self) -> bool:
+        return self.expires_at > time.time() + TLS_RENEW_BEFORE
+
+    def covers(self, names: Iterable[str]) -> bool:
+        """Tell whether all of `names` are in it; one that is no more does no harm."""
+        return set(names) <= set(self.names)
+
+
+class TlsFiles(Value):
+    """Where a certificate, with what it takes to verify it, and its key are, in PEM."""
+
+    certificate: Path
+    key: Path
+
+
+class TlsIdentity(Value):
+    """A certificate in use; a connection keeps the one that it was accepted with."""
+
+    context: ssl.SSLContext
+    certificate: Certificate
+    channel_binding: bytes  # for Access.scram_server()
+
+
+def _certificate_time(value: DerValue) -> float:
+    import calendar
+
+    text = value.content.decode("ascii")
+    if value.tag == 0x17:  # UTCTime: two digits of the year (RFC 5280 §4.1.2.5.1)
+        text = ("19" if text >= "5" else "20") + text
+    return float(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ")))
+
+
+def _alternative_names(optionals: Sequence[DerValue]) -> Iterator[str]:
+    """Yield the dNSNames and iPAddresses of the extension (RFC 5280 §4.2.1.6)."""
+    lists = [value.children()[0] for value in optionals if value.tag == 0xA3]
+    for extension in (item for found in lists for item in found.children()):
+        oid, *_, octets = extension.children()
+        if oid.content != b"\x55\x1d\x11":  # id-ce-subjectAltName
+            continue
+        for name in octets.children()[0].children():
+            if name.tag == 0x82:
+                yield "DNS:" + name.content.decode("ascii").lower()
+            elif name.tag == 0x87:
+                family = socket.AF_INET if len(name.content) == 4 else socket.AF_INET6
+                yield "IP:" + socket.inet_ntop(family, name.content)
+
+
+def parse_certificate(der: bytes) -> Certificate:
+    """Read a certificate in DER.  Raises ValueError."""
+    try:
+        fields = der_values(der)[0].children()[0].children()
+        if fields[0].tag == 0xA0:  # [0] version
+            del fields[0]
+        _serial, _algorithm, _issuer, validity, _subject, key, *optionals = fields
+        _not_before, not_after = validity.children()
+        return Certificate(
+            names=tuple(_alternative_names(optionals)),
+            expires_at=_certificate_time(not_after),
+            public_key=key.encoding,
+        )
+    except (IndexError, OSError, ValueError) as error:
+        raise ValueError("this is no X.509 certificate in DER") from error
+
+
+def check_pin(der: bytes, pin: str) -> None:
+    """Return where the certificate in DER has the public key of `pin`.
+
+    Raises Refused.
+    """
+    try:
+        found = parse_certificate(der).pin
+    except ValueError:
+        found = "no certificate at all"
+    if not hmac.compare_digest(found.encode(), pin.encode("utf-8", "replace")):
+        raise Refused(
+            f"the other side shows another TLS certificate ({found}) than the pinned "
+            f"one ({pin}): this is what somebody in between looks like; nothing was "
+            "sent. If the gateway was set up anew, take its new pin from there"
+        )
+
+
+class TlsTrust(Value):
+    """Which certificate an https:// or wss:// address has to show."""
+
+    fingerprint: str | None = None  # its pin; None: one that a CA vouches for
+    ca: str | None = None  # file in PEM; None: those that the system trusts
+    bound: bool = False  # any: SCRAM binds to it before anything secret is said
+
+    def context(self) -> ssl.SSLContext:
+        """Return what a client needs for TLS 1.2 and later.
+
+        Raises BadConfiguration.
+        """
+        require_ssl()
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if self.fingerprint is not None or self.bound:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        elif self.ca is None:
+            context.load_default_certs()
+        else:
+            try:
+                context.load_verify_locations(self.ca)
+            except OSError as error:  # ssl.SSLError is one
+                reason = error.strerror or error
+                raise BadConfiguration(
+                    f"cannot use the CA file {self.ca}: {reason}; it must be PEM"
+                ) from error
+        return context
+
+    def check(self, certificate: bytes | None) -> None:
+        """Return if the certificate of a connection, in DER, is right.
+
+        Raises Refused.
+        """
+        if self.fingerprint is not None and certificate is not None:
+            check_pin(certificate, self.fingerprint)
+
+
+def certificate_from_pem(pem: bytes) -> bytes:
+    """Return the first certificate in `pem` in DER.  Raises ValueError."""
+    found = re.search(
+        rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", pem, re.DOTALL
+    )
+    if found is None:
+        raise ValueError("there is no certificate in PEM")
+    return base64.b64decode(b"".join(found[1].split()), validate=True)
+
+
+def host_names() -> list[str]:
+    """Return the names under which this machine may be known, without asking DNS."""
+    name = socket.gethostname().lower()
+    names = ["localhost", name]
+    if "." not in name:
+        names.append(f"{name}.local")  # mDNS
+    return [n for n in names if re.fullmatch(HOST_NAME, n)]
+
+
+def _routed_addresses() -> Iterator[str]:
+    """Yield the addresses that packets to the world would come from."""
+    elsewhere = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
+    for family, address in elsewhere:
+        with contextlib.suppress(OSError), socket.socket(
+            family, socket.SOCK_DGRAM
+        ) as sock:
+            sock.connect((address, 9))  # sends nothing: it is UDP
+            yield sock.getsockname()[0]
+
+
+def parse_fib_trie(text: str) -> set[str]:
+    """Return the IPv4 addresses in Linux' /proc/net/fib_trie."""
+    return set(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", text))
+
+
+def parse_if_inet6(text: str) -> set[str]:
+    """Return the IPv6 addresses in Linux' /proc/net/if_inet6, but link-local ones."""
+    rows = (line.split() for line in text.splitlines())
+    return {
+        socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))
+        for address, _index, _prefix, scope, *_ in rows
+        if scope != "20"
+    }
+
+
+def parse_ifconfig(text: str) -> set[str]:
+    """Return the addresses in the output of a BSD's `ifconfig`."""
+    found = re.findall(r"^\s+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
+    return {a for a in found if not a.lower().startswith("fe80:")}
+
+
+def _program_output(*arguments: str) -> bytes:
+    """Run a program that asks nothing; return what it printed.
+
+    Raises BadConfiguration where it failed, FileNotFoundError where there is none.
+    """
+    import subprocess
+
+    try:
+        done = subprocess.run(
+            arguments,
+            check=True,
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=OPENSSL_TIMEOUT,
+        )
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode("utf-8", "replace").strip()
+        raise BadConfiguration(f"{arguments[0]} failed: {clip(said, 400)}") from error
+    except subprocess.TimeoutExpired as error:
+        raise BadConfiguration(
+            f"{arguments[0]} took longer than {OPENSSL_TIMEOUT:.0f} s"
+        ) from error
+    return done.stdout
+
+
+def reachable_address(bind: str) -> str:
+    """Return the address under which others reach what listens on `bind`."""
+    if bind not in ANY_ADDRESS:
+        return bind
+    return next(_routed_addresses(), "127.0.0.1")
+
+
+def host_addresses() -> list[str]:
+    """Return the addresses of this machine's interfaces, without link-local ones."""
+    found = {"127.0.0.1", "::1", *_routed_addresses()}
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            found.update(parse_fib_trie(Path("/proc/net/fib_trie").read_text()))
+        with contextlib.suppress(OSError):
+            found.update(parse_if_inet6(Path("/proc/net/if_inet6").read_text()))
+    else:
+        with contextlib.suppress(OSError, BadConfiguration):
+            found.update(parse_ifconfig(_program_output("ifconfig").decode()))
+    return sorted(found)
+
+
+def _read_tls(files: TlsFiles) -> TlsIdentity:
+    """As load_tls(), but raises OSError and ValueError where the files are no good."""
+    require_ssl()
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    # Without the empty password OpenSSL would ask for one on the terminal.
+    context.load_cert_chain(files.certificate, files.key, password=lambda: "")
+    der = certificate_from_pem(files.certificate.read_bytes())
+    return TlsIdentity(context, parse_certificate(der), tls_server_end_point(der))
+
+
+def load_tls(files: TlsFiles) -> TlsIdentity:
+    """Return what a server needs for TLS 1.2 and later.
+
+    Called again when the files have changed.  Raises BadConfiguration.
+    """
+    try:
+        return _read_tls(files)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise BadConfiguration(
+            f"cannot use the certificate {files.certificate} with the key "
+            f"{files.key}: {reason}; both must be PEM, belong together, and the key "
+            "have no passphrase"
+        ) from error
+
+
+def read_channel_binding(path: Path) -> bytes:
+    """Return the channel binding of a certificate in PEM.  Raises BadConfiguration."""
+    try:
+        return tls_server_end_point(certificate_from_pem(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise BadConfiguration(
+            f"cannot use the certificate {path}: {reason}; it must be PEM"
+        ) from error
+
+
+class ServerTls:
+    """The certificate that new connections get, read again when its files change."""
+
+    def __init__(self, find_files: Callable[[], TlsFiles]) -> None:
+        """`find_files` is asked at each reload.  Raises BadConfiguration."""
+        self._find_files = find_files
+        self.identity = load_tls(find_files())  # replaced as a whole
+
+    def reload(self) -> None:
+        """Raises BadConfiguration; then the certificate so far stays in use."""
+        self.identity = load_tls(self._find_files())
+
+
+def _certificate_name(name: str) -> str | None:
+    """Return `name` as openssl's configuration has it, or None where it cannot be."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):
+            return f"IP:{socket.inet_ntop(family, socket.inet_pton(family, name))}"
+    fits = re.fullmatch(HOST_NAME, name.lower())
+    return f"DNS:{name.lower()}" if fits else None
+
+
+def _make_certificate(files: TlsFiles, names: Sequence[str], keep_key: bool) -> None:
+    if not keep_key:
+        key = _program_output("openssl", "ecparam", "-name", "prime256v1", "-genkey")
+        write_private(files.key, key[key.index(b"-----BEGIN EC PRIVATE KEY") :])
+    config = files.certificate.with_name("openssl.cnf")
+    text = OPENSSL_CONFIG.replace("@names", ",".join(names))
+    write_private(config, text.encode("ascii"))
+    # Browsers refuse two certificates of one issuer with the same serial number.
+    serial = str(int.from_bytes(secrets.token_bytes(8), "big"))
+    pem = _program_output(
+        *("openssl", "req", "-x509", "-new", "-sha256", "-config", str(config)),
+        *("-key", str(files.key), "-days", str(TLS_DAYS), "-set_serial", serial),
+    )
+    write_private(files.certificate, pem)
+
+
+def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
+    """Return a certificate of our own, made or renewed where need be.
+
+    `names` are those of the host, and its addresses; what can be neither is left out.
+    The key stays the same, so that a pin outlives a change of names or addresses.
+    Raises BadConfiguration.
+    """
+    files = TlsFiles(directory / "certificate.pem", directory / "key.pem")
+    wanted = sorted({n for n in map(_certificate_name, names) if n})
+    try:
+        found = _read_tls(files).certificate
+    except (OSError, ValueError):
+        found = None  # not made yet, or damaged
+    if found and found.lasts() and found.covers(wanted):
+        return files
+    try:
+        _make_certificate(files, wanted, keep_key=found is not None)
+    except FileNotFoundError as error:
+        raise BadConfiguration(
+            "the program openssl is needed to make a certificate, and is not here; "
+            "install it, or bring a certificate with --tls-cert and --tls-key"
+        ) from error
+    log.info("certificate made file=%s names=%s", files.certificate, ",".join(wanted))
+    return files
+
+
+# ==============================================================================
+# SCRAM
+#
+# SCRAM-SHA-256 and SCRAM-SHA-256-PLUS (RFC 5802, RFC 7677), client and server
+# halves: how node and gateway prove to each other that both know the device token,
+# which never crosses the wire.  Text in, text out; no socket, and no idea of who may
+# do what.  The secrets here are ASCII, which SASLprep leaves as it is.
+# ==============================================================================
+
+SCRAM_ITERATIONS = 4096  # RFC 7677 §4's minimum; a token has 256 random bits anyway
+SCRAM_MAX_ITERATIONS = 100_000  # 0.1 s on a Pi; a hostile server may ask for more
+SCRAM_MAX_LENGTH = 4096  # characters of one SCRAM message; ours have 200
+
+_SCRAM_VALUE = r"[^,\x00]+"
+_SCRAM_NONCE = r"[\x21-\x2b\x2d-\x7e]+"
+_SCRAM_EXTENSIONS = rf"(?:,[A-Za-z]={_SCRAM_VALUE})*"  # RFC 5802 §5.1: to be ignored
+_CLIENT_FIRST = (
+    rf"(?P<gs2>(?P<flag>n|y|p=[A-Za-z0-9.-]+),(?:a={_SCRAM_VALUE})?,)"
+    rf"(?P<bare>n=(?P<username>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
+    rf"{_SCRAM_EXTENSIONS})"
+)
+_SERVER_FIRST = (
+    rf"r=(?P<nonce>{_SCRAM_NONCE}),s=(?P<salt>{_SCRAM_VALUE}),"
+    rf"i=(?P<iterations>[1-9][0-9]{{0,8}}){_SCRAM_EXTENSIONS}"
+)
+_CLIENT_FINAL = (
+    rf"(?P<unproved>c=(?P<binding>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
+    rf"{_SCRAM_EXTENSIONS}),p=(?P<proof>{_SCRAM_VALUE})"
+)
+_SERVER_FINAL = rf"(?P<kind>[ve])=(?P<value>{_SCRAM_VALUE}){_SCRAM_EXTENSIONS}"
 
 
 def device_handle(token: str) -> str:
@@ -7775,7 +7688,7 @@ class _CollectedRun(_StreamedRun):
 
 # ==============================================================================
 # Node agent
-# Uses: Settings, WebSocket frames, WebSocket connections, SCRAM, Wire protocol,
+# Uses: Settings, WebSocket frames, WebSocket connections, TLS, SCRAM, Wire protocol,
 #       Commands, Telemetry, Machine
 #
 # A machine as its gateway sees it: dial, authenticate, serve, reconnect, resume.
@@ -7792,7 +7705,6 @@ NodeStateHandler: TypeAlias = "Callable[[bool, UserError | None], None]"
 
 # Bytes; all windows of the commands that run, and the output that is kept of others,
 # may have to go out at once when a connection comes back.
-MAX_NODE_OUTBOX = 2 * MAX_RUNNING * STREAM_WINDOW + 2 * MAX_KEPT_OUTPUT
 
 
 class GatewayLink:
@@ -8077,15 +7989,9 @@ class NodeAgent:
     def _dial(self) -> tuple[GatewayLink, WebSocket]:
         """Raises Unreachable, Refused, BadConfiguration: one line that says why."""
         url = self._settings.gateway_url
-        tls = None
-        if url.startswith("wss:"):
-            # SCRAM binds to the certificate, whoever made it; a bearer token would
-            # go to whoever shows one.
-            tls = client_tls(verify=self._settings.auth == "bearer")
-        # Output is not worth a Pi's time to compress, and 300 KiB a connection.
-        ws = connect(
-            url, compression=False, max_outbox=MAX_NODE_OUTBOX, ssl_context=tls
-        )
+        # SCRAM binds to the certificate, whoever made it; a bearer token would go to
+        # whoever shows one.
+        ws = connect(url, TlsTrust(bound=self._settings.auth != "bearer"))
         # A gateway asks for the others again, and gets no second run of them.
         named = tuple(self._machine.inflight()[:MAX_INFLIGHT])
         try:
@@ -8166,25 +8072,18 @@ class NodeAgent:
         return Unreachable(problem)
 
     def _receive(self, link: GatewayLink, ws: WebSocket) -> None:
-        """Handle what arrives until a clean close; report and ping in between.
+        """Handle what arrives until a clean close; report in between.
 
         Raises ConnectionClosed.
         """
-        due = {"report": 0.0, "ping": time.monotonic() + PING_INTERVAL}
+        next_report = 0.0
         while True:
             now = time.monotonic()
-            if now >= due["report"]:
+            if now >= next_report:
                 self._report(link)
-                due["report"] = now + TELEMETRY_INTERVAL
-            if now >= due["ping"]:
-                if ws.idle > PEER_TIMEOUT:
-                    raise ConnectionClosed(
-                        CloseCode.GOING_AWAY, f"nothing heard for {PEER_TIMEOUT:.0f} s"
-                    )
-                ws.ping()
-                due["ping"] = now + PING_INTERVAL
+                next_report = now + TELEMETRY_INTERVAL
             try:
-                message = ws.receive(max(0.0, min(due.values()) - now))
+                message = ws.receive(max(0.0, next_report - now))
             except TimeoutError:
                 continue
             if message is None:
@@ -10568,349 +10467,6 @@ class Store:
 
 
 # ==============================================================================
-# Certificates
-# Uses: WebSocket connections, SCRAM
-#
-# The gateway's TLS certificate: one of its own, made by the program `openssl` for the
-# names and addresses of this machine, or one that was brought; its pin and its channel
-# binding; and how a client that has the pin recognises it.
-# ==============================================================================
-
-TLS_DIRECTORY = "tls"  # in the data directory
-TLS_DAYS = 3650
-TLS_RENEW_BEFORE = 30 * 86400  # s
-OPENSSL_TIMEOUT = 60.0  # s; a Pi without entropy takes its time
-OPENSSL_CONFIG = """\
-[req]
-prompt = no
-distinguished_name = subject
-x509_extensions = extensions
-[subject]
-CN = moltis gateway
-[extensions]
-basicConstraints = critical, CA:FALSE
-keyUsage = critical, digitalSignature
-extendedKeyUsage = serverAuth
-subjectKeyIdentifier = hash
-subjectAltName = @names
-"""
-
-HOST_NAME = r"[a-z0-9_]([a-z0-9._-]{0,251}[a-z0-9_])?"
-
-
-class Certificate(Value):
-    """What we need to know of an X.509 certificate (RFC 5280)."""
-
-    names: Sequence[str]  # "DNS:localhost", "IP:127.0.0.1", as openssl writes them
-    expires_at: float  # s since 1970
-    public_key: bytes  # SubjectPublicKeyInfo in DER
-
-    @property
-    def pin(self) -> str:
-        """The public key as `curl --pinnedpubkey` wants it."""
-        return "sha256//" + b64encode(hashlib.sha256(self.public_key).digest())
-
-    def lasts(self) -> bool:
-        return self.expires_at > time.time() + TLS_RENEW_BEFORE
-
-    def covers(self, names: Iterable[str]) -> bool:
-        """Tell whether all of `names` are in it; one that is no more does no harm."""
-        return set(names) <= set(self.names)
-
-
-class TlsFiles(Value):
-    """Where a certificate, with what it takes to verify it, and its key are, in PEM."""
-
-    certificate: Path
-    key: Path
-
-
-class TlsIdentity(Value):
-    """A certificate in use; a connection keeps the one that it was accepted with."""
-
-    context: ssl.SSLContext
-    certificate: Certificate
-    channel_binding: bytes  # for Access.scram_server()
-
-
-def _certificate_time(value: DerValue) -> float:
-    import calendar
-
-    text = value.content.decode("ascii")
-    if value.tag == 0x17:  # UTCTime: two digits of the year (RFC 5280 §4.1.2.5.1)
-        text = ("19" if text >= "5" else "20") + text
-    return float(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ")))
-
-
-def _alternative_names(optionals: Sequence[DerValue]) -> Iterator[str]:
-    """Yield the dNSNames and iPAddresses of the extension (RFC 5280 §4.2.1.6)."""
-    lists = [value.children()[0] for value in optionals if value.tag == 0xA3]
-    for extension in (item for found in lists for item in found.children()):
-        oid, *_, octets = extension.children()
-        if oid.content != b"\x55\x1d\x11":  # id-ce-subjectAltName
-            continue
-        for name in octets.children()[0].children():
-            if name.tag == 0x82:
-                yield "DNS:" + name.content.decode("ascii").lower()
-            elif name.tag == 0x87:
-                family = socket.AF_INET if len(name.content) == 4 else socket.AF_INET6
-                yield "IP:" + socket.inet_ntop(family, name.content)
-
-
-def parse_certificate(der: bytes) -> Certificate:
-    """Read a certificate in DER.  Raises ValueError."""
-    try:
-        fields = der_values(der)[0].children()[0].children()
-        if fields[0].tag == 0xA0:  # [0] version
-            del fields[0]
-        _serial, _algorithm, _issuer, validity, _subject, key, *optionals = fields
-        _not_before, not_after = validity.children()
-        return Certificate(
-            names=tuple(_alternative_names(optionals)),
-            expires_at=_certificate_time(not_after),
-            public_key=key.encoding,
-        )
-    except (IndexError, OSError, ValueError) as error:
-        raise ValueError("this is no X.509 certificate in DER") from error
-
-
-def check_pin(der: bytes, pin: str) -> None:
-    """Return where the certificate in DER has the public key of `pin`.
-
-    Raises Refused.
-    """
-    try:
-        found = parse_certificate(der).pin
-    except ValueError:
-        found = "no certificate at all"
-    if not hmac.compare_digest(found.encode(), pin.encode("utf-8", "replace")):
-        raise Refused(
-            f"the other side shows another TLS certificate ({found}) than the pinned "
-            f"one ({pin}): this is what somebody in between looks like; nothing was "
-            "sent. If the gateway was set up anew, take its new pin from there"
-        )
-
-
-class TlsTrust(Value):
-    """Which certificate an https:// or wss:// address has to show."""
-
-    fingerprint: str | None = None  # its pin; None: one that a CA vouches for
-    ca: str | None = None  # file in PEM; None: those that the system trusts
-
-    def context(self) -> ssl.SSLContext:
-        """Raises BadConfiguration."""
-        return client_tls(ca=self.ca, verify=self.fingerprint is None)
-
-    def check(self, der: bytes | None) -> None:
-        """Return where the certificate of a connection is right.  Raises Refused."""
-        if self.fingerprint is not None and der is not None:
-            check_pin(der, self.fingerprint)
-
-
-def certificate_from_pem(pem: bytes) -> bytes:
-    """Return the first certificate in `pem` in DER.  Raises ValueError."""
-    found = re.search(
-        rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", pem, re.DOTALL
-    )
-    if found is None:
-        raise ValueError("there is no certificate in PEM")
-    return base64.b64decode(b"".join(found[1].split()), validate=True)
-
-
-def host_names() -> list[str]:
-    """Return the names under which this machine may be known, without asking DNS."""
-    name = socket.gethostname().lower()
-    names = ["localhost", name]
-    if "." not in name:
-        names.append(f"{name}.local")  # mDNS
-    return [n for n in names if re.fullmatch(HOST_NAME, n)]
-
-
-def _routed_addresses() -> Iterator[str]:
-    """Yield the addresses that packets to the world would come from."""
-    elsewhere = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
-    for family, address in elsewhere:
-        with contextlib.suppress(OSError), socket.socket(
-            family, socket.SOCK_DGRAM
-        ) as sock:
-            sock.connect((address, 9))  # sends nothing: it is UDP
-            yield sock.getsockname()[0]
-
-
-def parse_fib_trie(text: str) -> set[str]:
-    """Return the IPv4 addresses in Linux' /proc/net/fib_trie."""
-    return set(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", text))
-
-
-def parse_if_inet6(text: str) -> set[str]:
-    """Return the IPv6 addresses in Linux' /proc/net/if_inet6, but link-local ones."""
-    rows = (line.split() for line in text.splitlines())
-    return {
-        socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))
-        for address, _index, _prefix, scope, *_ in rows
-        if scope != "20"
-    }
-
-
-def parse_ifconfig(text: str) -> set[str]:
-    """Return the addresses in the output of a BSD's `ifconfig`."""
-    found = re.findall(r"^\s+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
-    return {a for a in found if not a.lower().startswith("fe80:")}
-
-
-def _program_output(*arguments: str) -> bytes:
-    """Run a program that asks nothing; return what it printed.
-
-    Raises BadConfiguration where it failed, FileNotFoundError where there is none.
-    """
-    import subprocess
-
-    try:
-        done = subprocess.run(
-            arguments,
-            check=True,
-            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=OPENSSL_TIMEOUT,
-        )
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.decode("utf-8", "replace").strip()
-        raise BadConfiguration(f"{arguments[0]} failed: {clip(said, 400)}") from error
-    except subprocess.TimeoutExpired as error:
-        raise BadConfiguration(
-            f"{arguments[0]} took longer than {OPENSSL_TIMEOUT:.0f} s"
-        ) from error
-    return done.stdout
-
-
-def reachable_address(bind: str) -> str:
-    """Return the address under which others reach what listens on `bind`."""
-    if bind not in ANY_ADDRESS:
-        return bind
-    return next(_routed_addresses(), "127.0.0.1")
-
-
-def host_addresses() -> list[str]:
-    """Return the addresses of this machine's interfaces, without link-local ones."""
-    found = {"127.0.0.1", "::1", *_routed_addresses()}
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            found.update(parse_fib_trie(Path("/proc/net/fib_trie").read_text()))
-        with contextlib.suppress(OSError):
-            found.update(parse_if_inet6(Path("/proc/net/if_inet6").read_text()))
-    else:
-        with contextlib.suppress(OSError, BadConfiguration):
-            found.update(parse_ifconfig(_program_output("ifconfig").decode()))
-    return sorted(found)
-
-
-def _read_tls(files: TlsFiles) -> TlsIdentity:
-    """As load_tls(), but raises OSError and ValueError where the files are no good."""
-    require_ssl()
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    # Without the empty password OpenSSL would ask for one on the terminal.
-    context.load_cert_chain(files.certificate, files.key, password=lambda: "")
-    der = certificate_from_pem(files.certificate.read_bytes())
-    return TlsIdentity(context, parse_certificate(der), tls_server_end_point(der))
-
-
-def load_tls(files: TlsFiles) -> TlsIdentity:
-    """Return what a server needs for TLS 1.2 and later.
-
-    Called again when the files have changed.  Raises BadConfiguration.
-    """
-    try:
-        return _read_tls(files)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadConfiguration(
-            f"cannot use the certificate {files.certificate} with the key "
-            f"{files.key}: {reason}; both must be PEM, belong together, and the key "
-            "have no passphrase"
-        ) from error
-
-
-def read_channel_binding(path: Path) -> bytes:
-    """Return the channel binding of a certificate in PEM.  Raises BadConfiguration."""
-    try:
-        return tls_server_end_point(certificate_from_pem(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadConfiguration(
-            f"cannot use the certificate {path}: {reason}; it must be PEM"
-        ) from error
-
-
-class ServerTls:
-    """The certificate that new connections get, read again when its files change."""
-
-    def __init__(self, find_files: Callable[[], TlsFiles]) -> None:
-        """`find_files` is asked at each reload.  Raises BadConfiguration."""
-        self._find_files = find_files
-        self.identity = load_tls(find_files())  # replaced as a whole
-
-    def reload(self) -> None:
-        """Raises BadConfiguration; then the certificate so far stays in use."""
-        self.identity = load_tls(self._find_files())
-
-
-def _certificate_name(name: str) -> str | None:
-    """Return `name` as openssl's configuration has it, or None where it cannot be."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, ValueError):
-            return f"IP:{socket.inet_ntop(family, socket.inet_pton(family, name))}"
-    fits = re.fullmatch(HOST_NAME, name.lower())
-    return f"DNS:{name.lower()}" if fits else None
-
-
-def _make_certificate(files: TlsFiles, names: Sequence[str], keep_key: bool) -> None:
-    if not keep_key:
-        key = _program_output("openssl", "ecparam", "-name", "prime256v1", "-genkey")
-        write_private(files.key, key[key.index(b"-----BEGIN EC PRIVATE KEY") :])
-    config = files.certificate.with_name("openssl.cnf")
-    text = OPENSSL_CONFIG.replace("@names", ",".join(names))
-    write_private(config, text.encode("ascii"))
-    # Browsers refuse two certificates of one issuer with the same serial number.
-    serial = str(int.from_bytes(secrets.token_bytes(8), "big"))
-    pem = _program_output(
-        *("openssl", "req", "-x509", "-new", "-sha256", "-config", str(config)),
-        *("-key", str(files.key), "-days", str(TLS_DAYS), "-set_serial", serial),
-    )
-    write_private(files.certificate, pem)
-
-
-def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
-    """Return a certificate of our own, made or renewed where need be.
-
-    `names` are those of the host, and its addresses; what can be neither is left out.
-    The key stays the same, so that a pin outlives a change of names or addresses.
-    Raises BadConfiguration.
-    """
-    files = TlsFiles(directory / "certificate.pem", directory / "key.pem")
-    wanted = sorted({n for n in map(_certificate_name, names) if n})
-    try:
-        found = _read_tls(files).certificate
-    except (OSError, ValueError):
-        found = None  # not made yet, or damaged
-    if found and found.lasts() and found.covers(wanted):
-        return files
-    try:
-        _make_certificate(files, wanted, keep_key=found is not None)
-    except FileNotFoundError as error:
-        raise BadConfiguration(
-            "the program openssl is needed to make a certificate, and is not here; "
-            "install it, or bring a certificate with --tls-cert and --tls-key"
-        ) from error
-    log.info("certificate made file=%s names=%s", files.certificate, ",".join(wanted))
-    return files
-
-
-# ==============================================================================
 # Access
 # Uses: SCRAM, Store
 #
@@ -12150,6 +11706,7 @@ class Job:
         self.log_end: int | None = None  # the final offset, once known
         self.result: JsonObject | None = None  # of work other than a command
         self.place = 0  # in line on its node; 0: it runs
+        self.ends_anew = False  # it has ended, and on_end() was not called for that
         self.input_at = 0  # bytes of input that the node has consumed
         self.input_resumes = 0  # how often the node asked for input from there on
         self.away_since: float | None = None  # monotonic; None: its node is connected
@@ -12294,6 +11851,7 @@ class Jobs:
         self._by_node: dict[str, dict[str, Job]] = {}
         self._waits: set[Wait] = set()
         self._closed = False
+        self.on_end: Callable[[Job], None] | None = None  # called before followers
         self._next_sweep = 0.0  # monotonic
         self._unswept = keep_output  # bytes of logs that ended since the last sweep
         for record in table.open():
@@ -12699,6 +12257,7 @@ class Jobs:
         )
         job.result = ending.result
         job.place = 0
+        job.ends_anew = True
         self._save(job)
 
     def _save(self, job: Job) -> None:
@@ -12756,6 +12315,9 @@ class Jobs:
                 tell(link)
 
     def _wake(self, job: Job) -> None:
+        if job.ends_anew and self.on_end is not None:
+            job.ends_anew = False
+            self.on_end(job)
         for follower in job.followers:
             follower.wake(job)
 
@@ -12888,252 +12450,293 @@ class LocalLink:
 
 # ==============================================================================
 # Agent
-# Uses: Wire protocol, Commands, Language models, Jobs
+# Uses: Wire protocol, Language models, Store, Fleet, Jobs
 #
 # Runs in which a model uses the machines of the fleet until it has an answer: its
 # tools and the check of their arguments, the question to a person before a command
 # runs, the history cut to what the model holds, and Shell, the model that runs what
-# was typed.  Which run comes when, and who watches it, is Chat's business.
+# was typed.  The order of runs and their display are left to Chat.
 # ==============================================================================
 
 MAX_TURNS = 40  # of the model in one run; then the person is asked how to go on
 MAX_PARALLEL_CALLS = 16  # of one turn; the others wait in line
 MAX_TOOL_OUTPUT = 30_000  # characters of a command's output that a model sees
-MAX_TOOL_ERRORS = 10_000  # of these, when both streams are long
-APPROVAL_TIMEOUT = 600.0  # s; nobody there to ask means no
+MAX_TOOL_ERRORS = 10_000  # of these for stderr if both streams are long
+MAX_OUTPUT_READS = 512  # parts of a log; all that is kept, unless it grows meanwhile
+MAX_STATUS_WAIT = 60.0  # s that exec_status may wait; then the model decides anew
+MAX_NAMED_NODES = 50  # machines in a prompt; nodes_list finds the others
+MAX_LISTED_NODES = 200  # machines in one answer of nodes_list; its filter finds others
+APPROVAL_TIMEOUT = 600.0  # s; without an answer a command is denied
+ABORT_GRACE = 4.0  # s for the ending of a command that was cancelled
 CHARACTERS_A_TOKEN = 3  # errs on the safe side: English prose has four
 KEPT_RESULTS = 4  # of tools; the newest, which are cut last
 SHORT_RESULT = 400  # characters; cutting it would gain nothing
-SHELL_ID = "shell"  # of the model that is always there
 LAST_RESULT = 2000  # characters that stay of a newest result when all else is gone
-MAX_STATUS_WAIT = 60.0  # s that exec_status may wait; then the model decides anew
-MAX_STATUS_READS = 400  # parts of a job's output; all that is kept, unless it races us
-
-
-class NodeDirectory(Protocol):
-    """The machines that can be used, connected or not, with Local among them."""
-
-    def resolve(self, reference: str) -> tuple[str, str]:
-        """Return id and name of a node.  Raises RpcError, which lists what there is."""
-
-    def views(self) -> list[JsonObject]:
-        """Return what `node.list` shows."""
-
-    def view(self, node_id: str) -> JsonObject:
-        """Return what `node.describe` shows.  Raises RpcError."""
-
-
-class ChatSession(Protocol):
-    """A stored conversation, and what was chosen for it."""
-
-    @property
-    def key(self) -> str: ...
-
-    @property
-    def node_id(self) -> str:
-        """The selected node, where commands run unless they name another."""
-
-    @property
-    def asks_first(self) -> bool:
-        """Whether a command that a model wants to run needs a person's approval."""
-
-    def select_node(self, node_id: str) -> None: ...
-
-    def messages(self) -> Sequence[ChatMessage]: ...
-
-    def append(self, message: ChatMessage) -> None: ...
-
-
-class Step(Value):
-    """Something a run did, for those who watch; `state` is that of a `chat` event."""
-
-    state: str
-    fields: Mapping[str, Any] = NOTHING
-
-
-StepHandler: TypeAlias = "Callable[[Step], None]"  # called from several threads at once
+SHELL_ID = "shell"  # of the model that is always there
 
 
 class PlannedCommand(Value):
     """A command before it runs: what is approved is this, and this is what runs."""
 
-    invoke_id: str
+    job_id: str
     node_id: str
     node_name: str
     command: str
-    working_dir: str | None = None
+    cwd: str | None = None
     timeout: float | None = None  # s
-    background: bool = False  # nobody waits for it
+    background: bool = False  # the run does not wait for its end
 
-    def arguments(self) -> JsonObject:
-        """Return it as the arguments of `system.run`."""
-        args: JsonObject = {"command": self.command}
-        if self.working_dir:
-            args["cwd"] = self.working_dir
+    def spec(self) -> JsonObject:
+        """Return it as the spec of a job."""
+        spec: JsonObject = {"command": self.command}
+        if self.cwd:
+            spec["cwd"] = self.cwd
         if self.timeout:
-            args["timeout"] = max(1, round(self.timeout * 1000))
-        return args
-
-    def fields(self) -> JsonObject:
-        """Return it as chat events show it."""
-        return {
-            "invokeId": self.invoke_id,
-            "nodeId": self.node_id,
-            "node": self.node_name,
-            "command": self.command,
-            "workingDir": self.working_dir or "",
-            "timeout": self.timeout,
-            **({"background": True} if self.background else {}),
-        }
+            spec["timeout"] = max(1, round(self.timeout * 1000))
+        return spec
 
 
-class Executor(Protocol):
-    """Runs commands on nodes, for a session."""
+class Verdict(Value):
+    """Whether a command may run, and who decided that."""
 
-    def __call__(
-        self,
-        session_key: str,
-        planned: PlannedCommand,
-        on_chunk: ChunkHandler,
-        cancel: Cancellation,
-    ) -> JsonObject:
-        """Return the result of `system.run` once all output went to `on_chunk`.
+    allowed: bool
+    by: str
+    reason: str = ""  # if no person denied it
 
-        Raises RpcError where there is no result, and Cancelled.
+    def words(self) -> str:
+        """Return a denial in words for the model."""
+        return f"denied: {self.reason}" if self.reason else "denied by the user"
+
+
+class Conversation:
+    """One chat as a run needs it; this base stores and shows nothing.
+
+    The steps from begin_call() on are called from several threads.
+    """
+
+    key = ""
+    key_id = ""  # of the operator key that asked
+
+    def selected(self) -> str:
+        """Return the node where commands run unless they name another."""
+        return LOCAL_ID
+
+    def select(self, node_id: str) -> None: ...
+
+    def asks_first(self) -> bool:
+        """Return whether a model's command needs a person's approval."""
+        return False
+
+    def messages(self) -> Sequence[ChatMessage]:
+        return ()
+
+    def append(self, message: ChatMessage) -> None: ...
+
+    def begin_answer(self, turn: int) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def notice(self, text: str) -> None: ...
+
+    def begin_call(self, call: ToolCall, planned: PlannedCommand | None) -> None: ...
+
+    def ask(self, planned: PlannedCommand) -> None: ...
+
+    def decide(self, planned: PlannedCommand, verdict: Verdict) -> None: ...
+
+    def begin_job(self, planned: PlannedCommand) -> None: ...
+
+    def end_call(self, call: ToolCall, result: JsonObject) -> None: ...
+
+
+# --- Machines ---
+
+
+class Reading(Value):
+    """A part of a job's output."""
+
+    offset: int  # in the log; beyond the one asked for if bytes are missing
+    pieces: Sequence[tuple[str, bytes]]  # stream, data
+    next: int
+
+
+class Machines(Protocol):
+    """The machines that tools use: this gateway's, or another's by its methods."""
+
+    def resolve(self, reference: str) -> tuple[str, str]:
+        """Return id and name of a node.  Raises RpcError, which lists what there is."""
+
+    def view(self, node_id: str) -> JsonObject:
+        """Return what `node.describe` shows.  Raises RpcError."""
+
+    def select(self, text: str, limit: int) -> tuple[list[JsonObject], int]:
+        """Return views of nodes whose id or name contains `text`, and how many do.
+
+        Connected nodes come first.
         """
 
-
-class Background(Protocol):
-    """Runs commands that nobody waits for, for a session."""
-
-    def start(self, session_key: str, planned: PlannedCommand) -> None:
+    def start(self, planned: PlannedCommand, decided_by: str | None) -> None:
         """Raises RpcError."""
 
-    def cancel(self, session_key: str, invoke_id: str) -> None:
-        """Raises RpcError."""
-
-    def end(
-        self, session_key: str, invoke_id: str, wait: float, cancel: Cancellation
+    def wait(
+        self, job_id: str, timeout: float | None, cancel: Cancellation
     ) -> JsonObject:
-        """Return what `command.wait` does.  Raises RpcError, Cancelled."""
+        """Return the view of a job, at its end or after `timeout` s.
 
-    def output(self, session_key: str, invoke_id: str, position: int) -> JobReading:
-        """Return the next part of what it wrote, in the order in which it came.
-
-        Raises RpcError.
+        Raises RpcError, Cancelled.
         """
+
+    def reader(self, job_id: str) -> Callable[[int], Reading]:
+        """Return what reads the output from an offset on; nothing new: an empty part.
+
+        Both raise RpcError.
+        """
+
+    def stop(self, job_id: str) -> None:
+        """Cancel a job and wait up to ABORT_GRACE for its end.  Raises RpcError."""
+
+
+class FleetMachines:
+    """The machines of this gateway, used by one chat; a Machines."""
+
+    def __init__(
+        self, fleet: Fleet, jobs: Jobs, origin: Origin, leaves: Callable[[], bool]
+    ) -> None:
+        """While `leaves()`, the gateway stops, and commands go on without it."""
+        self._jobs = jobs
+        self._origin = origin
+        self._leaves = leaves
+        self.resolve = fleet.resolve
+        self.view = fleet.view
+        self.select = fleet.select
+
+    def start(self, planned: PlannedCommand, decided_by: str | None) -> None:
+        self._jobs.start(
+            new_job(
+                (planned.node_id, planned.node_name),
+                "run",
+                planned.spec(),
+                self._origin.replace(decided_by=decided_by),
+                kept=True,
+                job_id=planned.job_id,
+            )
+        )
+
+    def wait(
+        self, job_id: str, timeout: float | None, cancel: Cancellation
+    ) -> JsonObject:
+        return job_view(self._jobs.wait(self._job(job_id), timeout, cancel))
+
+    def reader(self, job_id: str) -> Callable[[int], Reading]:
+        job_log, boundary = self._job(job_id).log, 0
+
+        def read(offset: int) -> Reading:
+            nonlocal boundary
+            if offset != boundary:  # a model's guess
+                offset = job_log.boundary(offset)
+            start, data = job_log.read(offset)
+            frames = [(STREAMS.get(kind), piece) for kind, piece in log_frames(data)]
+            pieces = [(stream, piece) for stream, piece in frames if stream]
+            boundary = start + len(data)
+            return Reading(start, pieces, boundary)
+
+        return read
+
+    def stop(self, job_id: str) -> None:
+        if not self._leaves():
+            job = self._job(job_id)
+            self._jobs.cancel(job, self._origin.name)
+            self._jobs.wait(job, ABORT_GRACE)
+
+    def _job(self, job_id: str) -> Job:
+        """Raises RpcError NOT_FOUND also for jobs of other sessions."""
+        job = self._jobs.get(job_id)
+        if job.record.session_key != self._origin.session_key:
+            raise RpcError("NOT_FOUND", f"{job_id} is no command of this session")
+        return job
 
 
 # --- Approvals ---
 
 
-class Verdict(Value):
-    """Whether a command may run, and who says so."""
-
-    allowed: bool
-    by: str
-    reason: str = ""  # for the model, where it may not
-
-
 class Approvals:
-    """Questions whether a model's command may run, until somebody answers."""
+    """Questions whether a model's command may run, until they are answered."""
 
-    def __init__(
-        self,
-        record: Callable[[str, PlannedCommand, Verdict], None],  # for the audit
-        *,
-        timeout: float = APPROVAL_TIMEOUT,
-    ) -> None:
-        self._record = record
+    def __init__(self, *, timeout: float = APPROVAL_TIMEOUT) -> None:
         self._timeout = timeout
         self._lock = threading.Lock()  # guards the two below
-        self._open: dict[str, tuple[str, PlannedCommand, Future[Verdict]]] = {}
-        self._always: dict[tuple[str, str], str] = {}  # who said so: session, node
+        self._open: dict[str, tuple[Conversation, str, Future[Verdict]]] = {}
+        # Names of those who answered, by session, node and key that asked.
+        self._always: dict[tuple[str, str, str], str] = {}
 
     def ask(
-        self,
-        session_key: str,
-        planned: PlannedCommand,
-        announce: Callable[[], None],
-        cancel: Cancellation,
+        self, chat: Conversation, planned: PlannedCommand, cancel: Cancellation
     ) -> Verdict:
-        """Return the verdict on a command, once there is one; `announce` the question.
+        """Return the verdict on a command of `chat`, which shows the question.
 
         Raises Cancelled.
         """
+        job_id, node_id = planned.job_id, planned.node_id
+        answer: Future[Verdict] = Future()
+
+        def give_up() -> None:
+            if self._close(job_id):  # an answer that came first stands
+                answer.cancel()
+
         with self._lock:
-            always = self._always.get((session_key, planned.node_id))
-            answer: Future[Verdict] = Future()
+            always = self._always.get((chat.key, node_id, chat.key_id))
             if always is None:
-                self._open[planned.invoke_id] = (session_key, planned, answer)
+                self._open[job_id] = (chat, node_id, answer)
         if always is not None:
-            verdict = Verdict(True, f"{always}, always here")
-        else:
-            try:
-                announce()
-                verdict = self._wait(planned, answer, cancel)
-            finally:
-                self._close(planned.invoke_id)
-        self._record(session_key, planned, verdict)
-        return verdict
+            return Verdict(True, f"{always}, always here")
+        try:
+            chat.ask(planned)
+            with cancel.calling(give_up):
+                return answer.result(self._timeout)
+        except FutureTimeout:
+            if not self._close(job_id):
+                return answer.result()  # it came in this very moment
+            waited = format_duration(self._timeout)
+            return Verdict(False, "nobody", f"nobody answered within {waited}")
+        finally:
+            self._close(job_id)
 
     def answer(
-        self, invoke_id: str, *, allowed: bool, by: str, always: bool = False
+        self, job_id: str, *, allowed: bool, by: str, always: bool = False
     ) -> None:
         """Let a command run, or not; `always`: here, in this session, without asking.
 
-        Raises RpcError NOT_FOUND where the question is closed.
+        Raises RpcError NOT_FOUND if the question is closed.
         """
         with self._lock:
-            question = self._open.pop(invoke_id, None)
-            likewise = []
+            question = self._open.pop(job_id, None)
+            same = []
             if question is not None and allowed and always:
-                likewise = self._allow_always(question[0], question[1].node_id, by)
+                scope = self._scope(*question[:2])
+                self._always[scope] = by
+                same = [
+                    i for i, q in self._open.items() if self._scope(*q[:2]) == scope
+                ]
+            likewise = [self._open.pop(i)[2] for i in same]
         if question is None:
             raise RpcError("NOT_FOUND", "this question is closed: decided, or too old")
-        reason = "" if allowed else "denied by the user"
-        question[2].set_result(Verdict(allowed, by, reason))
+        question[2].set_result(Verdict(allowed, by))
         for answer in likewise:
             answer.set_result(Verdict(True, f"{by}, always here"))
 
-    def _allow_always(
-        self, session_key: str, node_id: str, by: str
-    ) -> list[Future[Verdict]]:
-        """Note it, and close the other questions that it answers; under the lock."""
-        self._always[session_key, node_id] = by
-        same = [
-            invoke_id
-            for invoke_id, (key, planned, _) in self._open.items()
-            if (key, planned.node_id) == (session_key, node_id)
-        ]
-        return [self._open.pop(invoke_id)[2] for invoke_id in same]
-
-    def forget(self, session_key: str) -> None:
-        """Ask again in this session: it ended, or somebody changed his mind."""
+    def forget(self, session_key: str = "", *, key_id: str = "") -> None:
+        """Ask again in this session, or for this key, which is revoked."""
         with self._lock:
-            for pair in [pair for pair in self._always if pair[0] == session_key]:
-                del self._always[pair]
+            for scope in list(self._always):
+                if scope[0] == session_key or scope[2] == key_id != "":
+                    del self._always[scope]
 
-    def _wait(
-        self, planned: PlannedCommand, answer: Future[Verdict], cancel: Cancellation
-    ) -> Verdict:
-        def give_up() -> None:
-            # An answer that came first stands; then the command itself is cancelled.
-            if self._close(planned.invoke_id):
-                answer.cancel()
+    def _scope(self, chat: Conversation, node_id: str) -> tuple[str, str, str]:
+        return chat.key, node_id, chat.key_id
 
-        with cancel.calling(give_up):
-            try:
-                return answer.result(self._timeout)
-            except FutureTimeout:
-                if not self._close(planned.invoke_id):
-                    return answer.result()  # it came in this very moment
-        waited = format_duration(self._timeout)
-        return Verdict(False, "nobody", f"denied: nobody answered within {waited}")
-
-    def _close(self, invoke_id: str) -> bool:
+    def _close(self, job_id: str) -> bool:
         with self._lock:
-            return self._open.pop(invoke_id, None) is not None
+            return self._open.pop(job_id, None) is not None
 
 
 # --- Tools ---
@@ -13179,7 +12782,7 @@ def tool_specs(*, with_nodes: bool) -> tuple[ToolSpec, ...]:
     )
     status = _tool(
         "exec_status",
-        "Tell how a command in the background stands, and what it has written.",
+        "Return the state and the output of a command in the background.",
         ["id"],
         id=_text_parameter("The id that exec gave."),
         offset=_parameter(
@@ -13195,10 +12798,17 @@ def tool_specs(*, with_nodes: bool) -> tuple[ToolSpec, ...]:
     return (
         execute,
         status,
-        _tool("nodes_list", "List the machines, with state and load.", []),
+        _tool(
+            "nodes_list",
+            "List the machines, with state and load.",
+            [],
+            filter=_text_parameter(
+                "Only machines whose id or name contains this; leave it out for all."
+            ),
+        ),
         _tool(
             "nodes_describe",
-            "Tell all that is known about a machine: hardware, disk, runtimes, GPUs.",
+            "Return all that is known about a machine: hardware, disk, runtimes, GPUs.",
             ["node"],
             node=_text_parameter("Id or name of the machine."),
         ),
@@ -13220,7 +12830,7 @@ ARGUMENT_KINDS: Mapping[str, type] = {
 
 
 def check_arguments(call: ToolCall, specs: Sequence[ToolSpec]) -> JsonObject:
-    """Return the arguments of a call; those that are null are as good as absent.
+    """Return the arguments of a call; those that are null count as absent.
 
     Raises RpcError with a sentence that lets the model do better.
     """
@@ -13268,11 +12878,21 @@ def describe_node(view: JsonObject) -> str:
     return f"{view['displayName']} ({view['nodeId']}): {', '.join(parts)}"
 
 
-def system_prompt(views: Sequence[JsonObject], selected_id: str) -> str:
-    """Return what a model is told before each of its turns."""
+def system_prompt(machines: Machines, selected_id: str) -> str:
+    """Return the instructions that a model gets before each of its turns."""
+    views, known = machines.select("", MAX_NAMED_NODES)
     lines = {view["nodeId"]: describe_node(view) for view in views}
-    selected = lines.pop(selected_id, f"{selected_id}: no longer known, choose another")
+    if selected_id not in lines:
+        lines[selected_id] = f"{selected_id}: no longer known, choose another"
+        with contextlib.suppress(RpcError):
+            lines[selected_id] = describe_node(machines.view(selected_id))
+    selected = lines.pop(selected_id)
     others = "".join(f"\n- {line}" for line in lines.values()) or " none"
+    if known > len(views):
+        others += (
+            f"\n- and {known - len(views):,} more: use nodes_list with a filter to "
+            "find one by its name"
+        )
     return (
         "You help a person to look after their machines, by running shell commands "
         "with the tool exec. Look before you answer; say on which machine you found "
@@ -13284,101 +12904,103 @@ def system_prompt(views: Sequence[JsonObject], selected_id: str) -> str:
     )
 
 
-def tool_output(stdout: str, stderr: str) -> JsonObject:
-    """Return both streams within MAX_TOOL_OUTPUT; stderr gives way to stdout last."""
-    room = max(MAX_TOOL_ERRORS, MAX_TOOL_OUTPUT - len(stdout))
-    kept_stderr = clip(stderr, room)
-    kept_stdout = clip(stdout, MAX_TOOL_OUTPUT - min(len(stderr), room))
-    return {"stdout": kept_stdout, "stderr": kept_stderr}
+class _Stream:
+    """Head and tail of one output stream."""
+
+    KEPT = 4 * MAX_TOOL_OUTPUT  # bytes of each; a character has at most four
+
+    def __init__(self) -> None:
+        self.total = 0  # bytes
+        self._head = bytearray()
+        self._tail = bytearray()
+
+    def add(self, data: bytes) -> None:
+        self.total += len(data)
+        room = self.KEPT - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        if len(self._tail) > 2 * self.KEPT:
+            del self._tail[: -self.KEPT]
+
+    def text(self, limit: int) -> str:
+        """Return what fits into `limit` characters, MAX_TOOL_OUTPUT at most."""
+        text = bytes(self._head + self._tail).decode("utf-8", "replace")
+        if len(text) <= limit:
+            return text
+        head, tail = text[: limit // 2], text[len(text) - (limit - limit // 2) :]
+        cut = self.total - len(f"{head}{tail}".encode())
+        return f"{head}\n… {cut:,} bytes cut …\n{tail}"
 
 
-def new_collector() -> OutputCollector:
-    """Return what keeps as much of a command's output as a model may see."""
-    return OutputCollector(4 * MAX_TOOL_OUTPUT)  # four bytes: the longest character
+def read_output(read: Callable[[int], Reading], offset: int) -> tuple[JsonObject, int]:
+    """Return what a model sees of a log from `offset` on, and the next offset.
 
-
-def output_for_model(collected: OutputCollector) -> JsonObject:
-    """Return what a model sees of a command's output, and whether that is not all."""
-    out, err = collected.stdout, collected.stderr
-    output = tool_output(out.text(), err.text())
-    whole = out.total + err.total
-    kept = sum(len(text.encode("utf-8", "replace")) for text in output.values())
-    return {**output, "truncated": True} if kept < whole else output
-
-
-def read_output(
-    read: Callable[[int], JobReading], position: int
-) -> tuple[JsonObject, int]:
-    """Return what a model sees of a job's output from a position on, and its end."""
-    collected = new_collector()
-    ends: dict[int, int] = {}
-    for _ in range(MAX_STATUS_READS):
-        reading = read(position)
-        position = reading.next
-        if not reading.pieces:
+    Both streams together have MAX_TOOL_OUTPUT characters, head and tail of each.
+    """
+    streams = {stream: _Stream() for stream in STREAMS.values()}
+    stdout, stderr = streams.values()
+    for _ in range(MAX_OUTPUT_READS):
+        reading = read(offset)
+        if reading.offset > offset:
+            missing = reading.offset - offset
+            stdout.add(f"\n[… {missing:,} bytes not kept …]\n".encode())
+        if reading.next <= offset:
             break
-        for piece in reading.pieces:
-            missing = piece.offset - ends.setdefault(piece.stream, piece.offset)
-            ends[piece.stream] = piece.offset + len(piece.data)
-            gap = f"\n[… {missing:,} bytes not kept …]\n" if missing else ""
-            stream = collected.stdout if piece.stream == STDOUT else collected.stderr
-            stream.add(stream.total, gap.encode() + piece.data)
-    return output_for_model(collected), position
+        offset = reading.next
+        for stream, data in reading.pieces:
+            streams[stream].add(data)
+    room = max(MAX_TOOL_ERRORS, MAX_TOOL_OUTPUT - stdout.total)
+    output: JsonObject = {
+        "stdout": stdout.text(MAX_TOOL_OUTPUT - min(stderr.total, room)),
+        "stderr": stderr.text(room),
+    }
+    kept = len("".join(output.values()).encode("utf-8", "replace"))
+    if kept < stdout.total + stderr.total:
+        output["truncated"] = True
+    return output, offset
 
 
-def status_for_model(view: JsonObject) -> JsonObject:
-    """Return how a command stands, of which `view` is what `command.wait` answers."""
-    status = {"id": view["invokeId"], "node": view["nodeName"]}
-    if "waiting" in view:  # it has not ended
-        state = "in line" if view.get("place") else "running"
-        if view["waiting"]:
-            state = "waiting for its node to come back"
-        return {
-            **status,
-            "state": state,
-            **({"place": view["place"]} if view.get("place") else {}),
-        }
-    ended = {"exit_code": "exitCode", "signal": "signal", "error": "error"}
-    known = {name: view[n] for name, n in ended.items() if view[n] is not None}
-    return {**status, "state": view["state"], **known}
+def job_for_model(view: JsonObject) -> JsonObject:
+    """Return the state of a job, or its ending, as a model sees it."""
+    seen = {"node": view["nodeName"], "state": view["state"]}
+    if view["state"] in JobState.OPEN:
+        if view.get("awayMs") is not None:
+            away = format_duration(view["awayMs"] / 1000)
+            seen["state"] = f"waiting for {seen['node']} to come back ({away})"
+        elif view.get("place"):
+            seen.update(state="in line", place=view["place"])
+        return seen
+    names = {"exitCode": "exit_code", "signal": "signal", "duration": "seconds"}
+    seen.update({names[n]: view[n] for n in names if view.get(n) is not None})
+    if view["state"] != JobState.DONE:
+        seen["error"] = view["words"]
+    return seen
 
 
 ToolJob: TypeAlias = "Callable[[], JsonObject]"
 
-# What a model is told of the result of `system.run`, and how it is called there.
-_RESULT_NAMES: Mapping[str, str] = {
-    "exitCode": "exit_code",
-    "signal": "signal",
-    "timedOut": "timed_out",
-    "cancelled": "cancelled",
-    "durationMs": "duration_ms",
-    "error": "error",
-}
-
 
 class Toolbox:
-    """The tools of one run, in the hands of its model."""
+    """The tools of one run, called by its model."""
 
     def __init__(
         self,
-        session: ChatSession,
-        directory: NodeDirectory,
-        execute: Executor,
-        background: Background,
-        approvals: Approvals | None,  # None: a person typed the commands
-        emit: StepHandler,
+        chat: Conversation,
+        machines: Machines,
         cancel: Cancellation,
+        approvals: Approvals | None = None,
         *,
-        with_nodes: bool | None = None,  # None: where more than one is connected
+        with_nodes: bool | None = None,
     ) -> None:
-        self._with_nodes = with_nodes
-        self._session = session
-        self._directory = directory
-        self._execute = execute
-        self._background = background
-        self._approvals = approvals
-        self._emit = emit
+        """Without `approvals` nothing is asked: a person typed the commands.
+
+        `with_nodes` None: if more than one machine is connected.
+        """
+        self._chat = chat
+        self._machines = machines
         self._cancel = cancel
+        self._approvals = approvals
+        self._with_nodes = with_nodes
         self._tools: Mapping[str, Callable[[ToolCall, JsonObject], ToolJob]] = {
             "exec": self._exec,
             "exec_status": self._exec_status,
@@ -13388,10 +13010,11 @@ class Toolbox:
         }
 
     def specs(self) -> tuple[ToolSpec, ...]:
-        if self._with_nodes is not None:
-            return tool_specs(with_nodes=self._with_nodes)
-        views = self._directory.views()
-        return tool_specs(with_nodes=sum(bool(v["connected"]) for v in views) > 1)
+        with_nodes = self._with_nodes
+        if with_nodes is None:
+            views, _ = self._machines.select("", 2)
+            with_nodes = sum(bool(view["connected"]) for view in views) > 1
+        return tool_specs(with_nodes=with_nodes)
 
     def call(self, calls: Sequence[ToolCall]) -> list[ChatMessage]:
         """Return the result of each call; commands run side by side."""
@@ -13414,35 +13037,29 @@ class Toolbox:
     def _prepare(self, call: ToolCall, specs: Sequence[ToolSpec]) -> ToolJob:
         """Return what is left to do for a call, which ends in its result."""
         try:
-            arguments = check_arguments(call, specs)
-            job = self._tools[call.name](call, arguments)
+            job = self._tools[call.name](call, check_arguments(call, specs))
         except RpcError as error:
-            self._start(call, {})
-            message = error.message
-            return lambda: self._end(call, {"error": message})
-        return lambda: self._end(call, self._outcome(job))
+            problem = {"error": error.message}
+            self._chat.begin_call(call, None)
+            return partial(self._finish, call, lambda: problem)
+        return partial(self._finish, call, job)
 
-    def _outcome(self, job: ToolJob) -> JsonObject:
+    def _finish(self, call: ToolCall, job: ToolJob) -> JsonObject:
         try:
-            return job()
+            result = job()
         except Cancelled:
-            return {"error": "cancelled by the user"}
+            result = {"error": "cancelled by the user"}
         except MoltisError as error:
-            return {"error": str(error)}
-
-    def _start(self, call: ToolCall, fields: JsonObject) -> None:
-        about = {"toolCallId": call.id, "name": call.name, "arguments": call.arguments}
-        self._emit(Step("tool_call_start", {**about, **fields}))
-
-    def _end(self, call: ToolCall, result: JsonObject) -> JsonObject:
-        # Who watches has seen the output already.
-        shown = {k: v for k, v in result.items() if k not in ("stdout", "stderr")}
-        self._emit(Step("tool_call_end", {"toolCallId": call.id, "result": shown}))
+            result = {"error": str(error)}
+        self._chat.end_call(call, result)
         return result
 
-    def _nodes_list(self, call: ToolCall, _arguments: JsonObject) -> ToolJob:
-        self._start(call, {})
-        selected = self._session.node_id
+    def _nodes_list(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
+        self._chat.begin_call(call, None)
+        selected = self._chat.selected()
+        views, found = self._machines.select(
+            arguments.get("filter", ""), MAX_LISTED_NODES
+        )
         nodes = [
             {
                 "node": view["displayName"],
@@ -13451,101 +13068,88 @@ class Toolbox:
                 "selected": view["nodeId"] == selected,
                 "about": describe_node(view),
             }
-            for view in self._directory.views()
+            for view in views
         ]
-        return lambda: {"nodes": nodes}
+        result: JsonObject = {"nodes": nodes}
+        if found > len(views):
+            result["not_listed"] = found - len(views)
+        return lambda: result
 
     def _nodes_describe(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
-        node_id, _ = self._directory.resolve(arguments["node"])
-        self._start(call, {"nodeId": node_id})
-        return partial(self._directory.view, node_id)
+        node_id, _ = self._machines.resolve(arguments["node"])
+        self._chat.begin_call(call, None)
+        return partial(self._machines.view, node_id)
 
     def _nodes_select(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
-        node_id, name = self._directory.resolve(arguments.get("node", "local"))
-        self._start(call, {"nodeId": node_id})
-        self._session.select_node(node_id)
-        connected = self._directory.view(node_id)["connected"]
+        node_id, name = self._machines.resolve(arguments.get("node", LOCAL_ID))
+        self._chat.begin_call(call, None)
+        self._chat.select(node_id)
+        connected = self._machines.view(node_id)["connected"]
         return lambda: {"selected": name, "connected": connected}
 
     def _exec(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
         if not arguments["command"].strip():
             raise RpcError("INVALID_REQUEST", "command is empty")
         timeout = arguments.get("timeout")
-        if timeout is not None and timeout <= 0:
+        if timeout is not None and not 0 < timeout < MAX_OFFSET / 1000:
             raise RpcError("INVALID_REQUEST", "timeout must be more than 0 seconds")
-        reference = arguments.get("node", self._session.node_id)
-        node_id, name = self._directory.resolve(reference)
+        reference = arguments.get("node", self._chat.selected())
+        node_id, name = self._machines.resolve(reference)
         planned = PlannedCommand(
-            invoke_id=new_id(),
+            job_id=new_id(),
             node_id=node_id,
             node_name=name,
             command=arguments["command"],
-            working_dir=arguments.get("working_dir") or None,
+            cwd=arguments.get("working_dir") or None,
             timeout=timeout,
             background=arguments.get("background", False),
         )
-        self._start(call, planned.fields())
-        return partial(self._run_command, call, planned)
+        self._chat.begin_call(call, planned)
+        return partial(self._run_command, planned)
 
-    def _run_command(self, call: ToolCall, planned: PlannedCommand) -> JsonObject:
-        verdict = self._verdict(call, planned)
-        if not verdict.allowed:
-            return {"node": planned.node_name, "error": verdict.reason}
+    def _run_command(self, planned: PlannedCommand) -> JsonObject:
+        decided_by = None
+        if self._approvals is not None and self._chat.asks_first():
+            verdict = self._approvals.ask(self._chat, planned, self._cancel)
+            self._chat.decide(planned, verdict)
+            if not verdict.allowed:
+                return {"node": planned.node_name, "error": verdict.words()}
+            decided_by = verdict.by
         self._cancel.pause(0)  # Stop may have come while it waited for its turn
+        self._machines.start(planned, decided_by)
+        self._chat.begin_job(planned)
         if planned.background:
-            self._background.start(self._session.key, planned)
-            started = {"id": planned.invoke_id, "state": "started"}
+            started = {"id": planned.job_id, "state": "started"}
             return {"node": planned.node_name, **started}
-        collected = new_collector()
-        result = self._execute(self._session.key, planned, collected.add, self._cancel)
-        return {
-            "node": planned.node_name,
-            **output_for_model(collected),
-            **{_RESULT_NAMES[k]: v for k, v in result.items() if k in _RESULT_NAMES},
-        }
+        try:
+            view = self._machines.wait(planned.job_id, None, self._cancel)
+        except Cancelled:
+            self._machines.stop(planned.job_id)
+            raise
+        output, _ = read_output(self._machines.reader(planned.job_id), 0)
+        return {**job_for_model(view), **output}
 
     def _exec_status(self, call: ToolCall, arguments: JsonObject) -> ToolJob:
-        wait, position = arguments.get("wait", 0.0), arguments.get("offset", 0)
-        if not 0 <= wait <= MAX_STATUS_WAIT or position < 0:
+        wait, offset = arguments.get("wait", 0.0), arguments.get("offset", 0)
+        if not 0 <= wait <= MAX_STATUS_WAIT or not 0 <= offset < MAX_OFFSET:
             raise RpcError(
                 "INVALID_REQUEST",
                 f"wait takes 0 to {MAX_STATUS_WAIT:.0f} seconds, and offset is not "
                 "negative",
             )
-        self._start(call, {})
-        ends = arguments.get("cancel", False)
-        return partial(self._look, arguments["id"], position, wait, ends=ends)
+        self._chat.begin_call(call, None)
+        cancels = arguments.get("cancel", False)
+        return partial(self._look, arguments["id"], offset, wait, cancels=cancels)
 
     def _look(
-        self, invoke_id: str, position: int, wait: float, *, ends: bool
+        self, job_id: str, offset: int, wait: float, *, cancels: bool
     ) -> JsonObject:
-        key, background = self._session.key, self._background
-
-        def read(position: int) -> JobReading:
-            self._cancel.pause(0)
-            return background.output(key, invoke_id, position)
-
-        if ends:
-            background.cancel(key, invoke_id)
-            wait = max(wait, 2 * KILL_AFTER)  # so that its end is in the answer
+        if cancels:
+            self._machines.stop(job_id)
         # First the state: an end that is seen has all output before it.
-        view = background.end(key, invoke_id, wait, self._cancel)
-        output, position = read_output(read, position)
-        return {**status_for_model(view), **output, "next_offset": position}
-
-    def _verdict(self, call: ToolCall, planned: PlannedCommand) -> Verdict:
-        if self._approvals is None or not self._session.asks_first:
-            return Verdict(True, "session")
-        fields = {"toolCallId": call.id, **planned.fields()}
-        verdict = self._approvals.ask(
-            self._session.key,
-            planned,
-            lambda: self._emit(Step("approval_request", fields)),
-            self._cancel,
-        )
-        decision = {"allowed": verdict.allowed, "by": verdict.by}
-        self._emit(Step("approval_resolved", {**fields, **decision}))
-        return verdict
+        view = self._machines.wait(job_id, wait, self._cancel)
+        output, offset = read_output(self._machines.reader(job_id), offset)
+        return {"id": job_id, **job_for_model(view), **output, "next_offset": offset}
 
 
 # --- The loop ---
@@ -13607,7 +13211,7 @@ def _shorten_results(
 
 
 class ShellModel:
-    """The model that needs no model: what was typed is what it runs; a ChatModel."""
+    """The model that needs no model: it runs what was typed; a ChatModel."""
 
     id = SHELL_ID
     context_tokens = 1_000_000
@@ -13627,45 +13231,72 @@ class ShellModel:
         yield Finished(ChatMessage("assistant", "", calls), "stop", 0, 0)
 
 
+class RunEnd(Value):
+    """How a run ended."""
+
+    state: str  # the `chat` event that says so: final, error or aborted
+    error: str = ""
+    reason: str = "stop"
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
 class AgentRun:
     """One run: from what a person said to the model's last word on it."""
 
     def __init__(
         self,
-        session: ChatSession,
+        chat: Conversation,
         model: ChatModel,
-        toolbox: Toolbox,
-        directory: NodeDirectory,
-        emit: StepHandler,
+        machines: Machines,
+        approvals: Approvals,
         cancel: Cancellation,
     ) -> None:
-        self._session = session
+        self._chat = chat
         self._model = model
-        self._toolbox = toolbox
-        self._directory = directory
-        self._emit = emit
+        self._machines = machines
         self._cancel = cancel
+        # Shell runs what a person typed, which is approved; it uses no prompt and no
+        # other machine, so its turns need no list of nodes.
+        self._is_shell = model.id == SHELL_ID
+        self._toolbox = Toolbox(
+            chat,
+            machines,
+            cancel,
+            None if self._is_shell else approvals,
+            with_nodes=False if self._is_shell else None,
+        )
         self._input_tokens = 0
         self._output_tokens = 0
         # What a model holds, less a quarter for its answer and for bad guesses.
         self._limit = model.context_tokens * CHARACTERS_A_TOKEN * 3 // 4
-        self._told = False  # that something was left out
+        self._shortened = False  # and the person was told
 
-    def run(self) -> Step:
-        """Return the run's last step.  Raises ModelError, StoreError, Cancelled."""
+    def run(self, text: str) -> RunEnd:
+        """Answer `text`."""
+        try:
+            self._chat.append(ChatMessage("user", text))
+            return self._loop()
+        except Cancelled:
+            return RunEnd("aborted")
+        except MoltisError as error:
+            return RunEnd("error", str(error))
+
+    def _loop(self) -> RunEnd:
+        """Raises ModelError, StoreError, Cancelled."""
         for turn in range(1, MAX_TURNS + 1):
-            fields = {"iteration": turn, "maxIterations": MAX_TURNS}
-            self._emit(Step("iteration", fields))
+            self._chat.begin_answer(turn)
             finished = self._ask()
             self._input_tokens += finished.input_tokens
             self._output_tokens += finished.output_tokens
             message = finished.message
             if message.text or message.tool_calls:
-                self._session.append(message)
+                self._chat.append(message)
             if not message.tool_calls:
-                return self._final(finished, turn)
+                tokens = self._input_tokens, self._output_tokens
+                return RunEnd("final", "", finished.reason, *tokens)
             for result in self._toolbox.call(message.tool_calls):
-                self._session.append(result)
+                self._chat.append(result)
             self._cancel.pause(0)
         raise ModelError(
             f"stopped after {MAX_TURNS} turns without an answer; "
@@ -13674,13 +13305,15 @@ class AgentRun:
 
     def _ask(self) -> Finished:
         """Return the model's next answer, to a history that it can hold."""
-        prompt = system_prompt(self._directory.views(), self._session.node_id)
-        history = [ChatMessage("system", prompt), *self._session.messages()]
+        history = list(self._chat.messages())
+        if not self._is_shell:
+            prompt = system_prompt(self._machines, self._chat.selected())
+            history.insert(0, ChatMessage("system", prompt))
         while True:
             messages, lost = compact(history, self._limit)
-            if lost and not self._told:
-                self._told = True
-                self._emit(Step("delta", {"kind": "notice", "text": lost}))
+            if lost and not self._shortened:
+                self._shortened = True
+                self._chat.notice(lost)
             try:
                 return self._stream(messages)
             except ContextTooLong:
@@ -13698,129 +13331,84 @@ class AgentRun:
                 for event in events:
                     if isinstance(event, Finished):
                         return event
-                    fields = {"kind": event.kind, "text": event.text}
-                    self._emit(Step("delta", fields))
-                    said += [event.text] * (event.kind == "text")
+                    if event.kind == "notice":
+                        self._chat.notice(event.text)
+                    elif event.kind == "text":  # thinking is not shown
+                        self._chat.say(event.text)
+                        said.append(event.text)
         except (ModelError, Cancelled):
             # What was read once stays in the conversation, marked as what it is.
             if said:
                 text = "".join([*said, "\n\n[broken off]"])
-                self._session.append(ChatMessage("assistant", text))
+                self._chat.append(ChatMessage("assistant", text))
             raise
         raise ModelError(f"{self._model.id} ended without an answer")
-
-    def _final(self, finished: Finished, turns: int) -> Step:
-        return Step(
-            "final",
-            {
-                "text": finished.message.text,
-                "model": self._model.id,
-                "reason": finished.reason,
-                "inputTokens": self._input_tokens,
-                "outputTokens": self._output_tokens,
-                "iterations": turns,
-            },
-        )
-
-
-class Agent:
-    """What a person says in a chat, answered with the machines of the fleet."""
-
-    def __init__(
-        self,
-        directory: NodeDirectory,
-        execute: Executor,
-        background: Background,
-        approvals: Approvals,
-    ) -> None:
-        self._directory = directory
-        self._execute = execute
-        self._background = background
-        self._approvals = approvals
-
-    def run(
-        self,
-        session: ChatSession,
-        model: ChatModel,
-        text: str,
-        emit: StepHandler,
-        cancel: Cancellation,
-    ) -> None:
-        """Carry out one run; its last step is `final`, `error` or `aborted`.
-
-        `!command` goes to Shell, whatever the model.
-        """
-        if text.startswith("!"):
-            model = ShellModel()
-        # Who typed a command has approved it.
-        approvals = None if isinstance(model, ShellModel) else self._approvals
-        toolbox = Toolbox(
-            session,
-            self._directory,
-            self._execute,
-            self._background,
-            approvals,
-            emit,
-            cancel,
-        )
-        run = AgentRun(session, model, toolbox, self._directory, emit, cancel)
-        try:
-            session.append(ChatMessage("user", text))
-            emit(Step("user_message", {"text": text}))
-            last = run.run()
-        except Cancelled:
-            last = Step("aborted")
-        except MoltisError as error:
-            last = Step("error", {"message": str(error)})
-        emit(last)
 
 
 # ==============================================================================
 # Model directory
-# Uses: Wire protocol, Language models, Machine, Store, Fleet, Agent
+# Uses: Wire protocol, Language models, Machine, Fleet, Jobs, Agent
 #
-# The models there are to choose from: Shell, those of the providers that this
-# gateway reaches, and those that its nodes lend.  A model on a node is asked through
-# the node's own connection, so neither an open port nor an API key leaves the node.
-# Which session talks to which model is Chat's business.
+# The models that can be chosen: Shell, those of the providers that this gateway
+# reaches, and those that its nodes lend.  A model on a node is asked through the
+# node's own connection, so neither an open port nor an API key leaves the node.
+# Which session uses which model is left to Chat.
 # ==============================================================================
 
 NODE_LIST_TIMEOUT = 20.0  # s for a node to ask its providers
-MAX_LISTINGS = 32  # questions for lists at a time; one more is refused
+MAX_LISTINGS = 32  # requests for lists at a time; one more is refused
+MAX_PREFIXES = 8  # of a model's id that may be a node's id or name
 MODEL_CALLER = "model"  # the kind of caller that a model is, or is asked by
 
 
-class AnswerStream:
-    """What a node sends of a model's answer; bounded by the stream's window."""
+class HeldJob:
+    """An unrecorded job on a node that lends its models, and its holder."""
 
-    def __init__(self) -> None:
-        # Pieces of the answer, states of the invocation, None once all is over.
-        self.news: SimpleQueue[Chunk | str | None] = SimpleQueue()
+    holds = True
 
-    def chunk(self, chunk: Chunk) -> int:
-        self.news.put(chunk)
-        return 0
+    def __init__(
+        self, jobs: Jobs, node: tuple[str, str], work: str, spec: JsonObject
+    ) -> None:
+        """`node` is id and name.  Raises RpcError."""
+        self.position = 0
+        self.news = threading.Event()
+        self._jobs = jobs
+        origin = Origin(kind=MODEL_CALLER, id="", name=work)
+        self.job = jobs.start(new_job(node, work, spec, origin, kept=False))
+        jobs.follow(self.job, self)
 
-    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
+    def wake(self, job: Job) -> None:  # noqa: ARG002
+        self.news.set()
 
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:  # noqa: ARG002
-        self.news.put(state)
+    def read(self) -> bytes | None:
+        """Return what is new on stdout, None at the end of the log.
 
-    def end(self, invocation: Invocation, end: CommandEnd) -> bool:  # noqa: ARG002
-        return False
+        Raises ModelError if a part of the log is missing.
+        """
+        ended = not self.job.record.is_open  # all bytes are in the log before that
+        start, data = self.job.log.read(self.position)
+        if start > self.position:
+            raise ModelError(f"{self.job.record.node_name} lost a part of its answer")
+        if not data:
+            return None if ended else b""
+        self.position = start + len(data)
+        self._jobs.acknowledge(self.job)
+        return b"".join(piece for kind, piece in log_frames(data) if kind == STDOUT)
+
+    def close(self) -> None:
+        """Leave the job; one that has not ended is cancelled."""
+        self._jobs.unfollow(self.job, self, leaves=True)
 
 
 class RemoteModel:
     """A model that a node lends; a ChatModel."""
 
-    def __init__(
-        self, invocations: Invocations, node: tuple[str, str], model_id: str
-    ) -> None:
+    def __init__(self, jobs: Jobs, node: tuple[str, str], model_id: str) -> None:
         """`node` is id and name; `model_id` is what the node calls the model."""
         self.id = f"{node[0]}:{model_id}"
         self.context_tokens = context_of(model_id.partition("/")[0])
-        self._invocations = invocations
-        self._node_id, self._node_name = node
+        self._jobs = jobs
+        self._node = node
         self._model_id = model_id
 
     def stream(
@@ -13831,98 +13419,74 @@ class RemoteModel:
     ) -> Generator[ModelEvent, None, None]:
         """Yield the answer as it comes; see ChatModel.stream.
 
-        Raises ModelError, also where the node is not there or has no such model.
+        Raises ModelError also if the node is offline or has no such model.
         """
         request = ChatRequest(self._model_id, tuple(messages), tuple(tools))
-        answer = AnswerStream()
         try:
-            invocation = self._invocations.start(
-                self._node_id,
-                LLM_CHAT,
-                to_json_object(request),
-                Origin(MODEL_CALLER, self.id),
-                answer,
-            )
+            work = HeldJob(self._jobs, self._node, "chat", request.to_json())
         except RpcError as error:
             raise ModelError(str(error)) from error
-        try:
-            with cancel.calling(lambda: answer.news.put(None)):
-                invocation.future.add_done_callback(lambda _: answer.news.put(None))
-                finished: Finished | None = None
-                for event in self._events(invocation, answer, cancel):
-                    if isinstance(event, Finished):
-                        finished = event  # after the result: then nothing is missing
-                    else:
-                        yield event
-                cancel.pause(0)
-                yield self._conclude(invocation, finished)
-        finally:
-            if not invocation.future.done():
-                self._invocations.cancel(invocation)
-                # Nobody wants the rest: what still comes is accepted unread.
-                self._invocations.give_up(invocation, "the question was withdrawn")
+        with closing(work), cancel.calling(work.news.set):
+            finished: Finished | None = None
+            for event in self._events(work, cancel):
+                if isinstance(event, Finished):
+                    finished = event  # after the ending: then nothing is missing
+                else:
+                    yield event
+            yield self._conclude(work.job, finished)
 
-    def _events(
-        self, invocation: Invocation, answer: AnswerStream, cancel: Cancellation
-    ) -> Iterator[ModelEvent]:
-        """Yield what the node sends, until it has sent all, or somebody cancels."""
-        pending = b""
-        read = 0  # bytes
+    def _events(self, work: HeldJob, cancel: Cancellation) -> Iterator[ModelEvent]:
+        """Yield what the node sends, until it has sent all.
+
+        Raises ModelError, Cancelled.
+        """
+        name, job = self._node[1], work.job
+        pending, length, away = b"", 0, False
         while True:
-            item = answer.news.get()
-            if isinstance(item, Chunk):
-                *lines, pending = (pending + item.data).split(b"\n")
-                if len(pending) > MAX_MODEL_LINE:
-                    raise ModelError(
-                        f"{self._node_name} sent a line beyond all measure"
-                    )
-                yield from map(self._event, lines)
-                read = item.end
-                check_answer_length(read)
-                self._invocations.acknowledge(invocation, STDOUT, read)
-            elif item == "waiting":
-                text = f"{self._node_name} is away; waiting for it to come back"
-                yield Delta("notice", text)
-            # After a lost connection the result may overtake the last pieces.
-            ended = invocation.future.done() and read >= self._length(invocation)
-            if ended or cancel.cancelled:
+            work.news.clear()
+            data = work.read()
+            if data is None:
                 return
-
-    def _length(self, invocation: Invocation) -> int:
-        """Return how many bytes the node says it has sent, 0 if it was given up."""
-        if invocation.future.exception() is not None:
-            return 0
-        return _count_of(invocation.future.result(), "stdoutBytes")
+            if data:
+                length += len(data)
+                check_answer_length(length)
+                *lines, pending = (pending + data).split(b"\n")
+                if len(pending) > MAX_MODEL_LINE:
+                    raise ModelError(f"{name} sent a line that is too long")
+                yield from map(self._event, lines)
+                continue
+            if job.away_ms is not None and not away:
+                yield Delta("notice", f"waiting for {name} to come back")
+            away = job.away_ms is not None
+            if not work.news.wait(MODEL_SILENCE):
+                silence = format_duration(MODEL_SILENCE)
+                raise ModelError(f"{name} has sent nothing for {silence}")
+            cancel.pause(0)
 
     def _event(self, line: bytes) -> ModelEvent:
         """Raises ModelError for a line that makes no sense."""
         try:
-            return event_from_json_object(required({"": from_json(line)}, "", dict))
+            value = required({"": from_json(line)}, "", dict)
+            kind = Finished if "message" in value else Delta
+            return kind.from_json(value)
         except (ValueError, RpcError) as error:
-            raise ModelError(f"{self._node_name} sent no answer: {error}") from error
+            raise ModelError(f"{self._node[1]} sent no answer: {error}") from error
 
-    def _conclude(self, invocation: Invocation, finished: Finished | None) -> Finished:
-        """Return the answer's end.  Raises ModelError where there is none."""
-        try:
-            result = invocation.future.result()
-        except RpcError as error:  # it was given up
-            raise ModelError(str(error)) from error
-        if finished is not None:
+    def _conclude(self, job: Job, finished: Finished | None) -> Finished:
+        """Return the answer's end.  Raises ModelError if there is none."""
+        if finished is not None and job.record.state == JobState.DONE:
             return finished
-        said = result.get("error") or "it broke off before the answer's end"
+        said = job.record.reason or "it broke off before the answer's end"
+        result = (job.ending.result if job.ending else None) or {}
         kind = ContextTooLong if result.get("kind") == "context" else ModelError
-        raise kind(f"{self._node_name}: {said}")
+        raise kind(f"{self._node[1]}: {said}")
 
 
 class ModelDirectory:
-    """The models there are to choose from."""
+    """The models that can be chosen."""
 
     def __init__(
-        self,
-        directory: Path,
-        environ: Mapping[str, str],
-        fleet: Fleet,
-        invocations: Invocations,
+        self, directory: Path, environ: Mapping[str, str], fleet: Fleet, jobs: Jobs
     ) -> None:
         """`directory` holds what was entered for providers.
 
@@ -13933,8 +13497,8 @@ class ModelDirectory:
         self._directory = directory
         self._environ = environ
         self._fleet = fleet
-        self._invocations = invocations
-        self._lock = threading.Lock()  # held by who changes the settings
+        self._jobs = jobs
+        self._lock = threading.Lock()  # held by whoever changes the settings
         self._catalog = ModelCatalog(make_providers(environ, self._entered()))
         self._cancel = Cancellation()
         self._places = threading.BoundedSemaphore(MAX_LISTINGS)
@@ -13951,10 +13515,12 @@ class ModelDirectory:
         """
         if model_id in ("", SHELL_ID):
             return ShellModel()
-        node, lent_id = self._split(model_id)
+        # Ids of our own models have colons too, and nodes choose their names freely.
+        node = None if self._catalog.claims(model_id) else self._lender(model_id)
         if node is None:
             return self._catalog.model(model_id)
-        return RemoteModel(self._invocations, node, lent_id)
+        (node_id, name), lent_id = node
+        return RemoteModel(self._jobs, (node_id, name), lent_id)
 
     def entries(self, *, refresh: bool) -> Future[list[JsonObject]]:
         """Return `models.list` to come: Shell, then the gateway's, then the nodes'.
@@ -13973,7 +13539,7 @@ class ModelDirectory:
     def configure(
         self, provider: str, api_key: str | None, base_url: str | None
     ) -> None:
-        """Keep what a person entered; None leaves it, an empty text forgets it.
+        """Store what a person entered; None leaves it, an empty text deletes it.
 
         Raises RpcError INVALID_REQUEST, BadConfiguration.
         """
@@ -14006,78 +13572,70 @@ class ModelDirectory:
     def _entered(self) -> dict[str, ProviderSettings]:
         return ProviderSettings.load_all(self._directory)
 
-    def _split(self, model_id: str) -> tuple[tuple[str, str] | None, str]:
+    def _lender(self, model_id: str) -> tuple[tuple[str, str], str] | None:
         """Return id and name of the node that a model's id begins with, and the rest.
 
-        Ids and names may hold colons themselves: the longest that fits counts, an id
+        Ids and names may have colons themselves: the longest that fits counts, an id
         before a name.  Raises ModelError for the name of several nodes.
         """
-        # Models of ours have colons too, and nodes call themselves what they like.
-        if self._catalog.claims(model_id):
-            return None, model_id
-        views = self._fleet.views()
-        ids = {view["nodeId"] + ":": [view] for view in views}
-        names: dict[str, list[JsonObject]] = {}
-        for view in views:
-            names.setdefault(view["displayName"].casefold() + ":", []).append(view)
-        for nodes, text in ((ids, model_id), (names, model_id.casefold())):
-            prefix = max(filter(text.startswith, nodes), key=len, default="")
-            if not prefix:
-                continue
-            meant = nodes[prefix]
-            if len(meant) > 1:
-                known = ", ".join(view["nodeId"] for view in meant)
-                raise ModelError(
-                    f"{prefix[:-1]!r} is the name of {len(meant)} nodes; use an id: "
-                    f"{known}"
-                )
-            node = meant[0]["nodeId"], meant[0]["displayName"]
-            return node, model_id.split(":", prefix.count(":"))[-1]
-        return None, model_id
+        parts = model_id.split(":", MAX_PREFIXES)
+        splits = [
+            (":".join(parts[:n]), ":".join(parts[n:]))
+            for n in range(len(parts) - 1, 0, -1)
+        ]
+        for node_id, lent_id in splits:
+            with contextlib.suppress(RpcError):
+                return (node_id, self._fleet.view(node_id)["displayName"]), lent_id
+        for name, lent_id in splits:
+            try:
+                return self._fleet.resolve(name), lent_id
+            except RpcError as error:
+                if error.code != "NOT_FOUND":
+                    raise ModelError(error.message) from error
+        return None
 
     def _entries(self, refresh: bool) -> list[JsonObject]:
-        asked = self._ask_nodes(refresh)
-        models, _ = self._catalog.models(self._cancel, refresh=refresh)
-        entries = [_model_entry(ModelInfo(SHELL_ID, "", "Shell", supports_tools=True))]
-        entries += map(_model_entry, models)
-        deadline = Deadline(NODE_LIST_TIMEOUT)
-        for node, invocation in asked:
-            for model in self._models_of(invocation, deadline):
-                entries.append(_lent_entry(model, *node))
+        with contextlib.ExitStack() as stack:
+            asked = []
+            for node in self._fleet.all_connected():
+                if not node.lends_models:
+                    continue
+                with contextlib.suppress(RpcError):  # it has just left
+                    name = self._fleet.resolve(node.node_id)[1]
+                    spec = {"refresh": refresh}
+                    work = HeldJob(self._jobs, (node.node_id, name), "models", spec)
+                    asked.append(stack.enter_context(closing(work)).job)
+            models, _ = self._catalog.models(self._cancel, refresh=refresh)
+            shell = ModelInfo(SHELL_ID, "", "Shell", supports_tools=True)
+            entries = [_model_entry(model) for model in (shell, *models)]
+            deadline = Deadline(NODE_LIST_TIMEOUT)
+            for job in sorted(asked, key=lambda job: job.record.node_name.casefold()):
+                entries += self._entries_of(job, deadline)
         return entries
 
-    def _ask_nodes(self, refresh: bool) -> list[tuple[tuple[str, str], Invocation]]:
-        asked = []
-        for view in self._fleet.views():
-            node = self._fleet.connected(view["nodeId"])
-            if node is None or not node.lends_models:
-                continue
-            with contextlib.suppress(RpcError):  # it has just left
-                invocation = self._invocations.start(
-                    node.node_id,
-                    LLM_MODELS,
-                    {"refresh": refresh},
-                    Origin(MODEL_CALLER, LLM_MODELS),
-                    CollectingSink(0),
-                )
-                asked.append(((node.node_id, view["displayName"]), invocation))
-        return asked
-
-    def _models_of(self, invocation: Invocation, deadline: Deadline) -> list[ModelInfo]:
+    def _entries_of(self, job: Job, deadline: Deadline) -> list[JsonObject]:
         """Return what a node lists in time.  Raises Cancelled."""
-
-        def give_up() -> None:
-            self._invocations.give_up(invocation, "it took too long")
-
+        node_id, node_name = job.record.node_id, job.record.node_name
         try:
-            with self._cancel.calling(give_up):
-                result = invocation.future.result(deadline.remaining())
-            return [ModelInfo.from_json_object(m) for m in objects_in(result, "models")]
-        except FutureTimeout:
-            give_up()
+            job = self._jobs.wait(job, deadline.remaining(), self._cancel)
+            result = (job.ending.result if job.ending else None) or {}
+            models = [
+                ModelInfo.from_json(value) for value in objects_in(result, "models")
+            ]
         except RpcError as error:
-            log.warning("no models node=%s: %s", invocation.node_id, error)
-        return []
+            log.warning("models not listed node=%s: %s", node_id, error)
+            return []
+        if job.record.state != JobState.DONE:
+            log.warning("models not listed node=%s: %s", node_id, job.record.words())
+        return [
+            {
+                **_model_entry(model),
+                "id": f"{node_id}:{model.id}",
+                "displayName": f"{model.display_name} · {node_name}",
+                "nodeId": node_id,
+            }
+            for model in models
+        ]
 
     def _providers(self) -> list[JsonObject]:
         models, errors = self._catalog.models(self._cancel)
@@ -14121,973 +13679,272 @@ def _model_entry(model: ModelInfo) -> JsonObject:
     }
 
 
-def _lent_entry(model: ModelInfo, node_id: str, node_name: str) -> JsonObject:
-    return {
-        **_model_entry(model),
-        "id": f"{node_id}:{model.id}",
-        "displayName": f"{model.display_name} · {node_name}",
-        "nodeId": node_id,
-    }
-
-
 # ==============================================================================
 # Chat
-# Uses: Wire protocol, Commands, Language models, Machine, Store, Access, Fleet, Jobs,
-#       Agent, Model directory
+# Uses: Wire protocol, Language models, Store, Access, Fleet, Jobs, Agent,
+#       Model directory
 #
 # Sessions as people see them: messages whose changes are numbered, so that any client
-# can catch up; turns one after the other, which go on when nobody looks; commands as
-# cards that a restart of the gateway does not lose.  How a turn gets to its answer is
-# Agent's business, who may look or speak is Gateway's.
+# can catch up; turns one after the other, which go on without a client; cards, which
+# are messages with the id of a job.  How a turn reaches its answer is left to Agent,
+# who may look or speak to Gateway.
 # ==============================================================================
 
 MAIN_SESSION = "main"  # the key of the session that is always there
-KEPT_HEAD = 128 * 1024  # bytes of a command's output that a card keeps
-KEPT_TAIL = 128 * 1024  # bytes; what is between the two is counted
-MAX_PIECE = 4096  # characters of one stream kept together
-PIECE_COST = 64  # bytes that a piece counts beyond its text: many tiny ones cost memory
-MAX_UNTOLD = 64 * 1024  # characters of a card told at a time; older is left out
-TELL_INTERVAL = 0.05  # s between two reports of what is being said or printed
+TELL_INTERVAL = 0.05  # s between two events about an answer in progress
 SAVE_INTERVAL = 2.0  # s of an answer in progress that a power cut may take
-SEQ_RESERVE = 1024  # numbers put aside at a time, so that not each one is written
+SEQ_RESERVE = 1024  # numbers reserved at a time, so that not each one is written
 HISTORY_PAGE = 200  # messages of one answer
-MAX_CHANGED = 1000  # messages of one answer to who was away; it pages to older ones
+MAX_CHANGED = 1000  # messages of one answer to a client that was away
 MAX_HISTORY = 4 * 1024 * 1024  # characters of one answer; it has fewer messages then
 MAX_WAITING = 100  # turns in line in one session; one more is refused
-MAX_RECALLED = 500  # messages of a session that a model is told of, at most
+MAX_RECALLED = 500  # messages of a session that a model gets, at most
 MAX_LABEL_LENGTH = 60  # characters of a label that is made of the first words
-ABORT_GRACE = 4.0  # s for the result of a command that was cancelled
 
-FINAL_STATES = (
-    MessageState.DONE,
-    MessageState.ERROR,
-    MessageState.ABORTED,
-    MessageState.INTERRUPTED,
-)
+CARD_STATES: Mapping[str, str] = {  # of messages, by state of their jobs
+    JobState.QUEUED: MessageState.RUNNING,
+    JobState.RUNNING: MessageState.RUNNING,
+    JobState.DONE: MessageState.DONE,
+    JobState.TIMED_OUT: MessageState.DONE,
+    JobState.CANCELLED: MessageState.ABORTED,
+    JobState.DENIED: MessageState.ABORTED,
+}  # others: MessageState.ERROR
 
-# --- What a card keeps ---
-
-
-def _byte_length(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-
-
-class KeptOutput:
-    """Head and tail of what a command wrote, both streams as they came."""
-
-    def __init__(self) -> None:
-        decoder = codecs.getincrementaldecoder("utf-8")
-        self._decoders = {kind: decoder("replace") for kind in (STDOUT, STDERR)}
-        self._received = {STDOUT: 0, STDERR: 0}  # bytes
-        self._head: list[tuple[str, str]] = []  # stream, text
-        self._tail: collections.deque[tuple[str, str]] = collections.deque()
-        self._head_size = self._tail_size = 0  # bytes, with PIECE_COST
-        self._cut = 0  # bytes between them
-
-    @classmethod
-    def from_json(cls, command: JsonObject) -> KeptOutput:
-        """Read what `to_json` wrote, to go on from there."""
-        output = cls()
-        pieces = [(stream, text) for stream, text in command.get("output", ())]
-        for position, (stream, text) in enumerate(pieces):
-            if position == command.get("cutAt"):
-                output._head_size = max(output._head_size, KEPT_HEAD)
-            output._keep(stream, text)
-        output._cut += command.get("cut", 0)
-        output._received = {
-            STDOUT: command.get("stdoutBytes", 0),
-            STDERR: command.get("stderrBytes", 0),
-        }
-        return output
-
-    @property
-    def head_full(self) -> bool:
-        return self._head_size >= KEPT_HEAD
-
-    @property
-    def cut(self) -> int:
-        """The number of bytes left out between head and tail."""
-        return self._cut
-
-    def end(self, kind: int) -> int:
-        """Return how many bytes of a stream are text by now."""
-        # Half a character waits in the decoder.
-        return self._received[kind] - len(self._decoders[kind].getstate()[0])
-
-    def add(self, kind: int, data: bytes) -> str:
-        """Return what has become text with `data`."""
-        text = self._decoders[kind].decode(data)
-        self._received[kind] += len(data)
-        self._keep(STREAM_NAMES[kind], text)
-        return text
-
-    def skip_to(self, kind: int, offset: int) -> None:
-        """Leave out what the node has forgotten, and what was at the tail before it."""
-        if offset <= self._received[kind]:
-            return
-        missing = offset - self.end(kind)
-        self._head_size = max(self._head_size, KEPT_HEAD)
-        self._cut += missing + sum(_byte_length(text) for _, text in self._tail)
-        self._tail.clear()
-        self._tail_size = 0
-        self._decoders[kind].reset()
-        self._received[kind] = offset
-
-    def finish(self) -> None:
-        """Turn into text what is left of characters that were never completed."""
-        for kind, decoder in self._decoders.items():
-            self._keep(STREAM_NAMES[kind], decoder.decode(b"", True))
-
-    def to_json(self) -> JsonObject:
-        value: JsonObject = {
-            "output": [*self._head, *self._tail],
-            "stdoutBytes": self.end(STDOUT),
-            "stderrBytes": self.end(STDERR),
-        }
-        if self._cut:
-            value["cut"] = self._cut
-            value["cutAt"] = len(self._head)
-        return value
-
-    def _keep(self, stream: str, text: str) -> None:
-        for start in range(0, len(text), MAX_PIECE):
-            piece = text[start : start + MAX_PIECE]
-            if self.head_full:
-                self._tail_size += _append_piece(self._tail, stream, piece)
-            else:
-                self._head_size += _append_piece(self._head, stream, piece)
-        while self._tail_size > KEPT_TAIL:
-            size = _byte_length(self._tail.popleft()[1])
-            self._tail_size -= size + PIECE_COST
-            self._cut += size
-
-
-def _append_piece(
-    pieces: list[tuple[str, str]] | collections.deque[tuple[str, str]],
-    stream: str,
-    text: str,
-) -> int:
-    """Add a piece, or to the last one, and return what that costs in bytes."""
-    size = _byte_length(text)
-    if pieces and pieces[-1][0] == stream:
-        together = pieces[-1][1] + text
-        if len(together) <= MAX_PIECE:
-            pieces[-1] = (stream, together)
-            return size
-    pieces.append((stream, text))
-    return size + PIECE_COST
-
-
-def output_text(command: JsonObject) -> str:
-    """Return the kept output of a card in one piece, with what is missing."""
-    texts = [text for _, text in command.get("output", ())]
-    if command.get("cut"):
-        texts.insert(command["cutAt"], f"\n[… {command['cut']:,} bytes cut …]\n")
-    return "".join(texts)
+Announce: TypeAlias = "Callable[[str, JsonObject], None]"
 
 
 # --- Messages ---
 
 
-def message_to_json(message: SessionMessage) -> JsonObject:
-    return {
-        "id": message.id,
-        "seq": message.seq,
-        "sessionKey": message.session_key,
-        "runId": message.run_id,
-        "role": message.role,
-        "createdAt": message.created_at,
-        "state": message.state,
-        "text": message.text,
-        **message.details,
-    }
+def card_state(record: JobRecord) -> str:
+    return CARD_STATES.get(record.state, MessageState.ERROR)
 
 
-class LiveMessage:
-    """A message that still changes; guarded by the lock of its SessionLog."""
-
-    def __init__(self, message: SessionMessage, origin: Origin | None = None) -> None:
-        self.origin = origin  # of a command
-        self._message = message
-        self._words = [message.text]
-        self.output: KeptOutput | None = None
-        if message.invoke_id is not None:
-            self.output = KeptOutput.from_json(message.details["command"])
-        self._untold: list[tuple[int, int, str]] = []  # stream or 0, offset, text
-        self._untold_size = 0  # characters
-        self.saved_seq = 0
-
-    @property
-    def id(self) -> str:
-        return self._message.id
-
-    @property
-    def run_id(self) -> str:
-        return self._message.run_id
-
-    @property
-    def invoke_id(self) -> str | None:
-        return self._message.invoke_id
-
-    @property
-    def seq(self) -> int:
-        return self._message.seq
-
-    @property
-    def state(self) -> str:
-        return self._message.state
-
-    @property
-    def started(self) -> bool:
-        """Whether a command is on its way to its node, or was."""
-        return "startedAt" in self._message.details.get("command", {})
-
-    @property
-    def in_background(self) -> bool:
-        """Whether a command goes on when the turn that asked for it has ended."""
-        return "background" in self._message.details.get("command", {})
-
-    @property
-    def decided_by(self) -> str | None:
-        """Who approved a command, if anybody was asked."""
-        approval = self._message.details.get("command", {}).get("approval", {})
-        by: str | None = approval.get("by")
-        return by
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether a restart would bring back all that a save would keep."""
-        # A node sends the tail of what it was not yet acknowledged once more.
-        return self.output is not None and self.output.head_full
-
-    def change(self, seq: int, changes: JsonObject) -> None:
-        """Take a number, and new values; those of `command` one by one."""
-        changes = dict(changes)
-        details = {**self._message.details, **changes.pop("details", {})}
-        if "command" in changes:
-            command = {**details["command"], **changes.pop("command")}
-            # What does not hold any more is absent, never null.
-            details["command"] = {k: v for k, v in command.items() if v is not None}
-        self._message = self._message.replace(seq=seq, details=details, **changes)
-
-    def say(self, text: str) -> None:
-        self._words.append(text)
-        self._untold.append((0, 0, text))
-
-    def add_output(self, chunk: Chunk) -> None:
-        assert self.output is not None
-        self.output.skip_to(chunk.kind, chunk.offset)
-        offset = self.output.end(chunk.kind)
-        text = self.output.add(chunk.kind, chunk.data)
-        self._untold.append((chunk.kind, offset, text))
-        self._untold_size += len(text)
-        if self._untold_size > 2 * MAX_UNTOLD:
-            self._untold = _last_pieces(self._untold)
-            self._untold_size = sum(len(text) for _, _, text in self._untold)
-
-    def snapshot(self) -> SessionMessage:
-        """Return the message as it is now."""
-        if len(self._words) > 1:
-            self._words = ["".join(self._words)]
-        details = self._message.details
-        if self.output is not None:
-            command = {**details["command"], **self.output.to_json()}
-            details = {**details, "command": command}
-        return self._message.replace(text=self._words[0], details=details)
-
-    def take_untold(self) -> list[tuple[int, int, str]]:
-        """Return what nobody was told yet; words in one piece."""
-        untold, self._untold, self._untold_size = self._untold, [], 0
-        if untold and self.output is None:
-            return [(0, 0, "".join(text for _, _, text in untold))]
-        return _last_pieces(untold)
-
-
-def _last_pieces(pieces: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
-    """Return the newest pieces of output within MAX_UNTOLD, adjoining ones as one."""
-    room, kept = MAX_UNTOLD, 0
-    for _, _, text in reversed(pieces):
-        room -= len(text)
-        if room < 0 and kept:
-            break
-        kept += 1
-    joined = []
-    for kind, group in itertools.groupby(pieces[len(pieces) - kept :], lambda p: p[0]):
-        run = list(group)
-        joined.append((kind, run[0][1], "".join(text for _, _, text in run)))
-    return joined
-
-
-class CardOutputs:
-    """The whole output of commands, of which their cards show the ends: in files."""
-
-    def __init__(self, directory: Path, commands: CommandsTable, jobs: Jobs) -> None:
-        self._files = Jobs(directory / OUTPUTS_DIRECTORY, commands)
-        self._jobs = jobs  # what runs in the background is kept there instead
-
-    def close(self) -> None:
-        self._files.close()
-
-    def keep(self, chunk: Chunk) -> None:
-        """Take output; what cannot be kept has its head and tail on the card."""
-        files = self._of(chunk.invoke_id)
-        try:
-            if not files.known(chunk.invoke_id):
-                files.make_room()
-            files.open(chunk.invoke_id).chunk(chunk)
-        except RpcError as error:
-            log.debug("output not kept: %s", error)
-
-    def wake(self, invoke_id: str) -> None:
-        """Let those look again who follow a command, from wherever."""
-        self._jobs.waiters.wake(invoke_id)
-
-    def end(self, live: LiveMessage) -> None:
-        """Note that a command ended; what its card shows whole needs no file."""
-        files = self._of(live.invoke_id or "")
-        if live.invoke_id is None or not files.known(live.invoke_id):
-            return
-        whole = live.output is None or not live.output.cut
-        if whole and not live.in_background:
-            files.discard(live.invoke_id)
-        else:
-            with contextlib.suppress(RpcError):
-                files.open(live.invoke_id).finish()
-
-    def read(self, invoke_id: str) -> Iterator[bytes] | None:
-        """Return the whole output in pieces, or None where the card shows it all.
-
-        Reading may raise RpcError, OSError.
-        """
-        files = self._of(invoke_id)
-        return files.read_all(invoke_id) if files.known(invoke_id) else None
-
-    def discard(self, invoke_ids: Iterable[str]) -> None:
-        for invoke_id in invoke_ids:
-            self._of(invoke_id).discard(invoke_id)
-
-    def _of(self, invoke_id: str) -> Jobs:
-        return self._jobs if self._jobs.known(invoke_id) else self._files
+def message_to_json(
+    message: SessionMessage, job: Job | JobRecord | None = None
+) -> JsonObject:
+    """Return a message as clients get it, a card with the view of its job."""
+    value = message.to_json()
+    value.update(value.pop("details"))
+    if job is not None:
+        value["job"] = job_view(job)
+    return value
 
 
 class SessionLog:
-    """The messages of one session: each change is numbered, kept and told."""
+    """The messages of one session: each change is numbered, stored and announced."""
 
     def __init__(
         self,
         session: Session,
         store: Store,
-        announce: Callable[[str, JsonObject], None],
-        on_news: Callable[[SessionLog], None],
-        outputs: CardOutputs,
+        announce: Announce,
+        on_words: Callable[[], None],
     ) -> None:
+        """`on_words` is called when there is something for flush()."""
         self.key = session.key
-        self.outputs = outputs
         self._store = store
         self._announce = announce
-        self._on_news = on_news
-        self._telling = threading.Lock()  # held by whoever tells, for all
-        self._lock = threading.Lock()  # guards all below, and the live messages
+        self._on_words = on_words
+        # Guards all below.  A change is stored and announced under it, so that both
+        # happen in the order of the numbers; neither waits for a peer.
+        self._lock = threading.Lock()
         self._seq = self._reserved = session.seq
         self._last_created_at = store.messages.last_created_at(session.key)
-        self._live: dict[str, LiveMessage] = {}
-        self._outbox: collections.deque[JsonObject] = collections.deque()
+        self._live: dict[str, SessionMessage] = {}  # those that may still change
+        self._words: dict[str, list[str]] = {}  # of answers, not announced yet
+        self._unsaved: set[str] = set()
         self._closed = False
 
-    def begin(
-        self,
-        role: str,
-        run_id: str,
-        state: str = MessageState.RUNNING,
-        text: str = "",
-        details: JsonObject | None = None,
-        origin: Origin | None = None,
-    ) -> LiveMessage:
-        """Return a new message, which nobody knows of before it is posted."""
-        details = details or {}
-        message = SessionMessage(
-            id=new_id(),
-            session_key=self.key,
-            run_id=run_id,
-            role=role,
-            created_at=self.next_created_at(),
-            state=state,
-            seq=0,
-            text=text,
-            invoke_id=details.get("command", {}).get("invokeId"),
-            details=details,
-        )
-        return LiveMessage(message, origin)
-
-    def next_created_at(self) -> int:
-        """Return a time later than that of any message here."""
-        with self._lock:
-            self._last_created_at = max(now_ms(), self._last_created_at + 1)
-            return self._last_created_at
-
-    def post(
+    def add(
         self,
         event: str,
-        live: LiveMessage,
-        fields: JsonObject | None = None,
+        role: str,
+        run_id: str,
+        state: str,
+        *,
+        text: str = "",
+        job_id: str | None = None,
+        details: Mapping[str, Any] = NOTHING,
+        **fields: Any,
+    ) -> str:
+        """Add a message, announced under the name `event`; return its id."""
+        with self._lock:
+            message = SessionMessage(
+                id=job_id or new_id(),
+                session_key=self.key,
+                run_id=run_id,
+                role=role,
+                created_at=self._next_created_at(),
+                state=state,
+                seq=0,
+                text=text,
+                job_id=job_id,
+                details=details,
+            )
+            self._put(event, message, None, fields)
+        return message.id
+
+    def change(
+        self,
+        event: str,
+        message_id: str,
+        *,
+        job: Job | JobRecord | None = None,
+        command: JsonObject = {},  # noqa: B006  fields of a card, one by one
+        details: Mapping[str, Any] = NOTHING,
+        last: bool = False,
         **changes: Any,
     ) -> None:
-        """Change a message, keep it, and tell it as a whole under the name `event`."""
+        """Change a message that has not ended; one that has stays as it is.
+
+        `last`: it becomes the newest of the session.
+        """
         with self._lock:
-            if self._closed:
+            message = self._live.get(message_id)
+            if message is None:
                 return
-            self._seq += 1
-            live.change(self._seq, changes)
-            live.take_untold()  # it is in the message
-            if live.output is not None and live.state in FINAL_STATES:
-                live.output.finish()
-            message = live.snapshot()
-            self._live[live.id] = live
-            whole = {**(fields or {}), "message": message_to_json(message)}
-            self._line_up(event, live, whole)
-        self._keep(live, message)
-        self._tell()
+            if command:
+                details = {"command": {**message.details["command"], **command}}
+            if last:
+                changes["created_at"] = self._next_created_at()
+            merged = {**message.details, **details}
+            self._put(event, message.replace(details=merged, **changes), job)
+
+    def end_card(self, job: Job | JobRecord) -> None:
+        """Show on its card that a job ended, or that it ended after all."""
+        record = job.record if isinstance(job, Job) else job
+        with self._lock:
+            message = self._live.get(record.id) or self._stored_card(record.id)
+            if message is not None and message.state != card_state(record):
+                message = message.replace(state=card_state(record))
+                self._put("tool_call_end", message, job)
 
     def note(self, event: str, run_id: str, **fields: Any) -> None:
-        """Tell something that changes no message."""
+        """Announce something that changes no message."""
         with self._lock:
-            if self._closed:
-                return
-            self._seq += 1
-            payload = {"state": event, "runId": run_id, "sessionKey": self.key}
-            self._outbox.append({**payload, "seq": self._seq, **fields})
-        self._tell()
+            self._number()
+            self._tell(event, run_id, fields)
 
-    def say(self, live: LiveMessage, text: str) -> None:
-        """Add to the words of a message; they are told within TELL_INTERVAL."""
+    def say(self, message_id: str, text: str) -> None:
+        """Append to the words of a message; announced within TELL_INTERVAL."""
         with self._lock:
-            live.say(text)
-        self._on_news(self)
-
-    def add_output(self, live: LiveMessage, chunk: Chunk) -> int:
-        """Take a command's output; return what its node need not send again."""
-        output = live.output
-        assert output is not None
-        message = None
-        with self._lock:
-            if self._closed:
-                return chunk.end
-            was_full = output.head_full
-            live.add_output(chunk)
-            if output.head_full and not was_full:
-                message = live.snapshot()
-        if message is not None:
-            self._keep(live, message)
-        self._on_news(self)
-        # The head is kept by now, and the tail stays with the node until the end: so
-        # no loss of this gateway's memory shows in the card.
-        return max(0, chunk.end - KEPT_TAIL)
-
-    def output_ends(self, live: LiveMessage) -> tuple[int, int]:
-        """Return from which bytes on a node shall send stdout and stderr."""
-        assert live.output is not None
-        with self._lock:
-            return live.output.end(STDOUT), live.output.end(STDERR)
+            self._words.setdefault(message_id, []).append(text)
+        self._on_words()
 
     def flush(self, *, save: bool) -> bool:
-        """Tell what is being said or printed; whether some of it is not kept yet."""
+        """Announce what was said; return whether some of it is not stored yet."""
         with self._lock:
-            for live in self._live.values():
-                self._line_up_untold(live)
-            unsaved = [
-                live
-                for live in self._live.values()
-                if live.saved_seq < live.seq and not live.is_settled
-            ]
-            messages = [(live, live.snapshot()) for live in unsaved if save]
-        for live, message in messages:
-            self._keep(live, message)
-        self._tell()
-        return bool(unsaved) and not save
+            for message_id, words in list(self._words.items()):
+                message = self._live.get(message_id)
+                del self._words[message_id]
+                if message is not None:
+                    text = "".join(words)
+                    message = message.replace(
+                        text=message.text + text, seq=self._number()
+                    )
+                    self._live[message_id] = message
+                    self._unsaved.add(message_id)
+                    fields = {"messageId": message_id, "text": text}
+                    self._tell("delta", message.run_id, fields)
+            if save:
+                for message_id in list(self._unsaved):
+                    self._save(self._live[message_id])
+            return bool(self._unsaved)
 
-    def command(self, invoke_id: str) -> LiveMessage | None:
-        """Return the message of a command that has not ended."""
-        with self._lock:
-            for live in self._live.values():
-                if live.invoke_id == invoke_id:
-                    return live
-        return None
-
-    def open_commands(self) -> list[LiveMessage]:
-        """Return the messages of the commands that have not ended."""
-        with self._lock:
-            return [m for m in self._live.values() if m.invoke_id]
-
-    def command_message(self, invoke_id: str) -> SessionMessage | None:
-        """Return a command as it is now, if it has not ended."""
-        live = self.command(invoke_id)
-        with self._lock:
-            return None if live is None else live.snapshot()
-
-    def resume(self, live: LiveMessage) -> None:
+    def resume(self, message: SessionMessage) -> None:
         """Take up a message of an earlier life of this gateway."""
         with self._lock:
-            self._live[live.id] = live
+            self._live[message.id] = message
 
     def last(self, before: int | None) -> list[SessionMessage]:
-        """Return the last messages that were begun before a time (ms)."""
-        live = self._snapshots()
-        stored = self._store.messages.last(self.key, before, HISTORY_PAGE)
-        return [live.get(message.id, message) for message in stored]
+        """Return the last messages that were created before a time (ms)."""
+        with self._lock:
+            stored = self._store.messages.last(self.key, before, HISTORY_PAGE)
+            return [self._live.get(message.id, message) for message in stored]
 
     def changed_after(self, seq: int) -> list[SessionMessage]:
         """Return the messages that changed after `seq`."""
-        live = self._snapshots()
-        stored = self._store.messages.changed_after(self.key, seq, MAX_CHANGED)
-        known = {message.id: message for message in stored}
-        known.update({k: m for k, m in live.items() if m.seq > seq})
+        with self._lock:
+            stored = self._store.messages.changed_after(self.key, seq, MAX_CHANGED)
+            known = {message.id: message for message in stored}
+            known.update((k, m) for k, m in self._live.items() if m.seq > seq)
         return sorted(known.values(), key=lambda message: message.created_at)
 
     def close(self) -> None:
-        """Keep and tell nothing from now on: the session is gone."""
+        """Store and announce nothing from now on: the session is gone."""
         with self._lock:
             self._closed = True
             self._live.clear()
+            self._words.clear()
+            self._unsaved.clear()
 
-    def _snapshots(self) -> dict[str, SessionMessage]:
-        with self._lock:
-            return {live.id: live.snapshot() for live in self._live.values()}
+    # All below are called under the lock.
 
-    def _line_up(self, event: str, live: LiveMessage, fields: JsonObject) -> None:
-        payload = {
-            "state": event,
-            "runId": live.run_id,
-            "sessionKey": self.key,
-            "seq": self._seq,
-            "messageId": live.id,
-        }
-        self._outbox.append({**payload, **fields})
+    def _next_created_at(self) -> int:
+        # Later than that of any message here: it orders them.
+        self._last_created_at = max(now_ms(), self._last_created_at + 1)
+        return self._last_created_at
 
-    def _line_up_untold(self, live: LiveMessage) -> None:
-        for kind, offset, text in live.take_untold():
-            if not text:
-                continue
-            self._seq += 1
-            live.change(self._seq, {})
-            if kind:
-                stream = STREAM_NAMES[kind]
-                fields = {"stream": stream, "offset": offset, "data": text}
-                self._line_up("tool_call_output", live, fields)
-            else:
-                self._line_up("delta", live, {"text": text})
+    def _stored_card(self, job_id: str) -> SessionMessage | None:
+        try:
+            return self._store.messages.by_job_id(job_id)
+        except StoreError as error:
+            log.error("card not found session=%s: %s", self.key, error)
+            return None
 
-    def _keep(self, live: LiveMessage, message: SessionMessage) -> None:
+    def _put(
+        self,
+        event: str,
+        message: SessionMessage,
+        job: Job | JobRecord | None,
+        fields: JsonObject = {},  # noqa: B006
+    ) -> None:
+        if self._closed:
+            return
+        words = "".join(self._words.pop(message.id, ()))
+        message = message.replace(text=message.text + words, seq=self._number())
+        if message.state in (MessageState.QUEUED, MessageState.RUNNING):
+            self._live[message.id] = message
+        else:
+            self._live.pop(message.id, None)
+        self._save(message)
+        value = {"messageId": message.id, "message": message_to_json(message, job)}
+        self._tell(event, message.run_id, {**fields, **value})
+
+    def _save(self, message: SessionMessage) -> None:
+        self._unsaved.discard(message.id)
         try:
             self._store.messages.save(message)
         except StoreError as error:
-            log.error("message not kept session=%s: %s", self.key, error)
-            return
-        with self._lock:
-            live.saved_seq = max(live.saved_seq, message.seq)
-            if message.state in FINAL_STATES:
-                self._live.pop(live.id, None)
+            log.error("message not stored session=%s: %s", self.key, error)
 
-    def _tell(self) -> None:
-        """Send what is in line, in the order of its numbers."""
-        self._reserve()
-        # One thread at a time tells for all: who finds it at work can leave, because
-        # it looks again after it has let go of the lock.
-        while self._telling.acquire(blocking=False):
+    def _number(self) -> int:
+        """Return the next number; none is given twice, also after a crash."""
+        self._seq += 1
+        if self._seq > self._reserved and not self._closed:
             try:
-                with self._lock:
-                    batch = list(self._outbox)
-                    self._outbox.clear()
-                for payload in batch:
-                    self._announce("chat", payload)
-            finally:
-                self._telling.release()
-            with self._lock:
-                if not self._outbox:
-                    return
+                self._store.sessions.reserve(self.key, self._seq + SEQ_RESERVE)
+                self._reserved = self._seq + SEQ_RESERVE
+            except StoreError as error:
+                log.error("numbers not reserved session=%s: %s", self.key, error)
+        return self._seq
 
-    def _reserve(self) -> None:
-        """See to it that no number is given out twice, whatever happens to us."""
-        with self._lock:
-            if self._reserved - self._seq > SEQ_RESERVE // 2:
-                return
-            self._reserved = reserved = self._seq + SEQ_RESERVE
-        try:
-            self._store.sessions.reserve(self.key, reserved)
-        except StoreError as error:
-            log.error("numbers not reserved session=%s: %s", self.key, error)
-
-
-def stored_session(sessions: SessionsTable, key: str) -> Session:
-    """Return a session by its key.  Raises RpcError NOT_FOUND."""
-    session = sessions.by_key(key)
-    if session is None:
-        raise RpcError("NOT_FOUND", f"there is no session {key[:100]!r}")
-    return session
-
-
-class SessionLogs:
-    """The logs of all sessions, and the thread that reports what is in progress."""
-
-    def __init__(
-        self,
-        store: Store,
-        announce: Callable[[str, JsonObject], None],
-        outputs: CardOutputs,
-    ) -> None:
-        self._store = store
-        self._outputs = outputs
-        self._announce = announce
-        self._changed = threading.Condition(threading.Lock())  # guards all below
-        self._logs: dict[str, SessionLog] = {}
-        self._news: set[SessionLog] = set()
-        self._closed = False
-        self._stopped = threading.Event()
-        self._recover()
-        self._thread = threading.Thread(
-            target=self._report, name="moltis-chat-report", daemon=True
-        )
-        self._thread.start()
-
-    def log(self, session_key: str) -> SessionLog:
-        """Raises RpcError NOT_FOUND where there is no such session."""
-        with self._changed:
-            known = self._logs.get(session_key)
-        if known is not None:
-            return known
-        session = stored_session(self._store.sessions, session_key)
-        new = SessionLog(
-            session, self._store, self._announce, self._has_news, self._outputs
-        )
-        with self._changed:
-            return self._logs.setdefault(session_key, new)
-
-    def discard_outputs(self, session_key: str) -> None:
-        """Delete the files with the output of a session's commands."""
-        self._outputs.discard(self._store.messages.invoke_ids(session_key))
-
-    def drop(self, session_key: str) -> None:
-        """Forget a log whose session is gone, or begins anew."""
-        with self._changed:
-            dropped = self._logs.pop(session_key, None)
-        if dropped is not None:
-            dropped.close()
-
-    def find_sink(self, record: CommandRecord) -> tuple[Sink, int, int] | None:
-        """Return the card of a command that outlived this gateway: a SinkFinder."""
-        if record.session_key is None:
-            return None
-        try:
-            session_log = self.log(record.session_key)
-            live = session_log.command(record.invoke_id)
-            if live is None and record.state == CommandState.LOST:
-                live = self._reopen(session_log, record.invoke_id)
-        except RpcError:  # its session is gone
-            return None
-        if live is None:
-            return None
-        stdout, stderr = session_log.output_ends(live)
-        return CommandCard(session_log, live), stdout, stderr
-
-    def _reopen(self, session_log: SessionLog, invoke_id: str) -> LiveMessage | None:
-        """Return the message of a command that was lost, and is heard of again."""
-        message = self._store.messages.by_invoke_id(invoke_id)
-        if message is None:
-            return None
-        live = LiveMessage(message)
-        over = {"lost": None, "error": None, "endedAt": None}
-        state = MessageState.RUNNING
-        session_log.post("tool_call_start", live, state=state, command=over)
-        return live
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._stopped.set()
-        self._thread.join()
-
-    def _has_news(self, session_log: SessionLog) -> None:
-        with self._changed:
-            self._news.add(session_log)
-            self._changed.notify_all()
-
-    def _report(self) -> None:
-        save_at = Deadline(SAVE_INTERVAL)
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._news or self._closed)
-                news, self._news = self._news, set()
-                closed = self._closed
-            save = closed or save_at.expired
-            if save:
-                save_at = Deadline(SAVE_INTERVAL)
-            for session_log in news:
-                if session_log.flush(save=save):
-                    self._has_news(session_log)
-            if closed:
-                return
-            self._stopped.wait(TELL_INTERVAL)
-
-    def _recover(self) -> None:
-        """Say of what was going on when the gateway ended how it stands now."""
-        for message in self._store.messages.unfinished():
-            session_log = self.log(message.session_key)
-            live = LiveMessage(message)
-            session_log.resume(live)
-            if message.invoke_id is None:
-                session_log.post("aborted", live, state=MessageState.INTERRUPTED)
-                continue
-            record = self._store.commands.by_id(message.invoke_id)
-            card = CommandCard(session_log, live)
-            if record is None:  # it was not sent: it waited for an approval, say
-                card.fail("the gateway stopped", MessageState.INTERRUPTED)
-            elif not record.is_open:
-                card.show_end(record)  # the others are awaited: Resumption
-        for session in self._store.sessions.all():
-            if session.run_id:
-                self._recover_run(session)
-
-    def _recover_run(self, session: Session) -> None:
-        """Say that a model did not get to its answer, unless its last words say so."""
-        session_log = self.log(session.key)
-        if not any(
-            message.run_id == session.run_id
-            and message.state == MessageState.INTERRUPTED
-            for message in session_log.last(None)
-        ):
-            text = "The gateway was restarted before the answer was complete."
-            notice = session_log.begin("notice", session.run_id, text=text)
-            session_log.post("notice", notice, state=MessageState.INTERRUPTED)
-        self._store.sessions.keep_run(session.key, "")
-
-
-class CommandCard:
-    """A command of a session, as those who watch see it: a Sink."""
-
-    def __init__(
-        self,
-        session_log: SessionLog,
-        live: LiveMessage,
-        on_chunk: ChunkHandler | None = None,
-    ) -> None:
-        self._log = session_log
-        self._live = live
-        self._on_chunk = on_chunk
-
-    def start(self) -> None:
-        self._change(startedAt=now_ms())
-
-    def chunk(self, chunk: Chunk) -> int:
-        if self._on_chunk is not None:
-            self._on_chunk(chunk.kind, chunk.offset, chunk.data)
-        self._log.outputs.keep(chunk)
-        return self._log.add_output(self._live, chunk)
-
-    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
-
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:
-        place = detail.get("place") or None
-        self._change(place=place, waiting=True if state == "waiting" else None)
-        self._log.outputs.wake(invoke_id)
-
-    def approval(self, state: str, by: str | None = None) -> None:
-        """Show that it is `asked` for, `approved`, `denied` or `expired`."""
-        answer = {"state": state, "by": by} if by else {"state": state}
-        self._change(approval=answer)
-
-    def end(self, invocation: Invocation, end: CommandEnd) -> bool:  # noqa: ARG002
-        self.show_end(end)
-        return True
-
-    def fail(self, error: str, state: str = MessageState.ERROR) -> None:
-        """Show that it did not run."""
-        self._finish(state, error=error)
-
-    def show_end(self, end: CommandEnd | CommandRecord) -> None:
-        states = {
-            CommandState.DONE: MessageState.DONE,
-            CommandState.TIMED_OUT: MessageState.DONE,
-            CommandState.CANCELLED: MessageState.ABORTED,
-        }
-        self._finish(
-            states.get(end.state, MessageState.ERROR),
-            endedAt=end.ended_at,
-            exitCode=end.exit_code,
-            signal=end.signal,
-            timedOut=end.state == CommandState.TIMED_OUT or None,
-            cancelled=end.state == CommandState.CANCELLED or None,
-            lost=end.state == CommandState.LOST or None,
-            error=end.error,
-        )
-
-    def _change(self, **command: Any) -> None:
-        self._log.post("tool_call_start", self._live, command=command)
-
-    def _finish(self, state: str, **command: Any) -> None:
-        over = {"place": None, "waiting": None, **command}
-        self._log.post("tool_call_end", self._live, state=state, command=over)
-        self._log.outputs.end(self._live)
-
-
-def start_on_card(
-    invocations: Invocations,
-    session_log: SessionLog,
-    planned: PlannedCommand,
-    on_chunk: ChunkHandler | None = None,
-) -> Invocation:
-    """Start a command whose card is shown already.  Raises RpcError, Cancelled."""
-    live = session_log.command(planned.invoke_id)
-    if live is None or live.origin is None:
-        raise Cancelled  # the session was deleted a moment ago
-    card = CommandCard(session_log, live, on_chunk)
-    card.start()
-    origin = live.origin.replace(decided_by=live.decided_by)
-    try:
-        return invocations.start(
-            planned.node_id,
-            SYSTEM_RUN,
-            planned.arguments(),
-            origin,
-            card,
-            planned.invoke_id,
-        )
-    except RpcError as error:
-        card.fail(error.message)
-        raise
-
-
-class SessionJobs:
-    """Runs the commands that sessions leave in the background: a Background."""
-
-    def __init__(self, logs: SessionLogs, desk: JobDesk) -> None:
-        self._logs = logs
-        self._desk = desk
-
-    def start(self, session_key: str, planned: PlannedCommand) -> None:
-        with self._desk.jobs.new(planned.invoke_id):  # before the card looks for it
-            start_on_card(self._desk.invocations, self._logs.log(session_key), planned)
-
-    def cancel(self, session_key: str, invoke_id: str) -> None:
-        self._desk.cancel(self._record(session_key, invoke_id))
-
-    def end(
-        self, session_key: str, invoke_id: str, wait: float, cancel: Cancellation
-    ) -> JsonObject:
-        self._record(session_key, invoke_id)
-        view: JsonObject = cancel.result_of(self._desk.end(invoke_id, wait))
-        return view
-
-    def output(self, session_key: str, invoke_id: str, position: int) -> JobReading:
-        """Return a part of its output, see Background.  Raises RpcError."""
-        self._record(session_key, invoke_id)
-        try:
-            return self._desk.output(invoke_id, position)
-        except OSError as error:
-            problem = f"its output cannot be read: {error.strerror}"
-            raise RpcError("UNAVAILABLE", problem) from error
-
-    def _record(self, session_key: str, invoke_id: str) -> CommandRecord:
-        """Raises RpcError NOT_FOUND for what another session asked for, too."""
-        record = self._desk.record(invoke_id)
-        if record.session_key != session_key:
-            raise RpcError("NOT_FOUND", f"{invoke_id} is no command of this session")
-        return record
-
-
-class SessionExecutor:
-    """Runs the commands of sessions on the fleet: an Executor."""
-
-    def __init__(self, invocations: Invocations, logs: SessionLogs) -> None:
-        self._invocations = invocations
-        self._logs = logs
-        self._leaving = threading.Event()
-
-    def cancel_all(self, session_key: str, *, background: bool) -> None:
-        """End the commands of a session, those of an earlier gateway as well."""
-        for live in self._logs.log(session_key).open_commands():
-            invocation = self._invocations.get(live.invoke_id or "")
-            if invocation is not None and (background or not live.in_background):
-                self._invocations.cancel(invocation)
-
-    def leave_running(self) -> None:
-        """Cancel no command from now on: the gateway stops, and the nodes go on."""
-        self._leaving.set()
-
-    def __call__(
-        self,
-        session_key: str,
-        planned: PlannedCommand,
-        on_chunk: ChunkHandler,
-        cancel: Cancellation,
-    ) -> JsonObject:
-        """Run a command whose card is shown already; see Executor."""
-        session_log = self._logs.log(session_key)
-        invocation = start_on_card(self._invocations, session_log, planned, on_chunk)
-        return self._wait(invocation, cancel)
-
-    def _wait(self, invocation: Invocation, cancel: Cancellation) -> JsonObject:
-        woken = threading.Event()
-        invocation.future.add_done_callback(lambda _: woken.set())
-
-        def stop() -> None:
-            if not self._leaving.is_set():
-                self._invocations.cancel(invocation)
-            woken.set()
-
-        try:
-            with cancel.calling(stop):
-                woken.wait()
-        except Cancelled:  # just before: nobody has called stop()
-            stop()
-            raise
-        try:
-            grace = 0.0 if self._leaving.is_set() else ABORT_GRACE
-            return invocation.future.result(grace)
-        except FutureTimeout:
-            # Its node is away: it is told when it comes back, and the card then ends.
-            raise Cancelled from None
-
-
-def note_denial(
-    commands: CommandsTable,
-    logs: SessionLogs,
-    session_key: str,
-    planned: PlannedCommand,
-    verdict: Verdict,
-) -> None:
-    """Put a command that may not run into the audit; Invocations does the others.
-
-    Raises StoreError.
-    """
-    live = logs.log(session_key).command(planned.invoke_id)
-    if verdict.allowed or live is None or live.origin is None:
-        return
-    commands.add(
-        CommandRecord(
-            invoke_id=planned.invoke_id,
-            asked_at=now_ms(),
-            caller_kind=live.origin.kind,
-            caller_name=live.origin.name,
-            session_key=session_key,
-            node_id=planned.node_id,
-            node_name=planned.node_name,
-            command=planned.command,
-            cwd=planned.working_dir,
-            state=CommandState.DENIED,
-            decided_by=verdict.by,
-        )
-    )
+    def _tell(self, event: str, run_id: str, fields: JsonObject) -> None:
+        if not self._closed:
+            payload = {"state": event, "runId": run_id, "sessionKey": self.key}
+            self._announce("chat", {**payload, "seq": self._seq, **fields})
 
 
 # --- Turns ---
 
 
 class Turn(Value):
-    """What somebody said, and what it takes to answer."""
+    """What a person said, and what it takes to answer."""
 
     run_id: str
     text: str
-    message: LiveMessage
+    message_id: str
     model: ChatModel
     asked_by: Caller
     cancel: Cancellation
@@ -15095,14 +13952,19 @@ class Turn(Value):
     @property
     def is_typed(self) -> bool:
         """Whether it is a command, and no question to a model."""
-        return self.model.id == SHELL_ID or self.text.startswith("!")
+        return self.model.id == SHELL_ID
 
     def origin(self, session_key: str) -> Origin:
-        """Return who the audit shall say asked for the commands."""
+        """Return who asks for the commands, for the audit."""
+        caller = self.asked_by
+        origin = Origin(
+            caller.kind, caller.id, caller.name, caller.address, session_key
+        )
         if self.is_typed:
-            return Origin(self.asked_by.kind, self.asked_by.name, session_key)
-        name = f"{self.model.id} for {self.asked_by.name}"
-        return Origin(MODEL_CALLER, name, session_key)
+            return origin
+        return origin.replace(
+            kind=MODEL_CALLER, name=f"{self.model.id} for {caller.name}"
+        )
 
 
 class TurnQueue:
@@ -15128,11 +13990,8 @@ class TurnQueue:
         with self._lock:
             return self._current is not None or bool(self._waiting)
 
-    def add(self, turn: Turn) -> bool:
-        """Take the turn when those before it are over; whether it has to wait.
-
-        Raises RpcError.
-        """
+    def check(self) -> None:
+        """Raises RpcError if it takes no more turns."""
         with self._lock:
             if self._closed:
                 raise RpcError("UNAVAILABLE", "the session ends", retryable=True)
@@ -15140,9 +13999,13 @@ class TurnQueue:
                 raise RpcError(
                     "RATE_LIMITED", f"{MAX_WAITING} messages wait in this session"
                 )
+
+    def add(self, turn: Turn) -> bool:
+        """Take the turn after those before it; return whether it has to wait."""
+        with self._lock:
+            waits = self._current is not None or bool(self._waiting)
             self._waiting.append(turn)
-            waits = self._current is not None or len(self._waiting) > 1
-            if self._thread is None:
+            if self._thread is None and not self._closed:
                 thread = threading.Thread(
                     target=self._run,
                     name=f"moltis-chat-{self._session_key}",
@@ -15152,13 +14015,23 @@ class TurnQueue:
                 self._thread = thread  # once it runs: close() joins it
         return waits
 
-    def abort(self) -> tuple[Turn | None, list[Turn]]:
-        """End the current turn and forget the others; return which these are."""
+    def abort(self, key_id: str = "") -> tuple[Turn | None, list[Turn]]:
+        """End the current turn and drop the others; return which these are.
+
+        With `key_id` only those that this key asked for.
+        """
+
+        def is_meant(turn: Turn) -> bool:
+            return key_id in ("", turn.asked_by.id)
+
         with self._lock:
-            current, waiting = self._current, list(self._waiting)
-            self._waiting.clear()
-        if current is not None:
-            current.cancel.cancel()
+            current = self._current
+            waiting = [turn for turn in self._waiting if is_meant(turn)]
+            kept = [turn for turn in self._waiting if not is_meant(turn)]
+            self._waiting = collections.deque(kept)
+        if current is None or not is_meant(current):
+            return None, waiting
+        current.cancel.cancel()
         return current, waiting
 
     def close(self) -> None:
@@ -15190,193 +14063,212 @@ class TurnQueue:
                     return
 
 
-class TurnSession:
-    """A session as the agent sees it during one turn: a ChatSession."""
+class TurnChat(Conversation):
+    """One turn of a session: the agent's steps become messages."""
 
     def __init__(
         self,
-        key: str,
+        turn: Turn,
+        session_log: SessionLog,
         store: Store,
-        select_node: Callable[[str, str], None],
-        *,
-        recalls: bool,
+        jobs: Jobs,
+        select: Callable[[str], None],
     ) -> None:
-        self.key = key
+        self.key = session_log.key
+        self.key_id = turn.asked_by.id
+        self._select = select
+        self._turn = turn
+        self._log = session_log
         self._store = store
-        self._select_node = select_node
+        self._jobs = jobs
         self._messages: list[ChatMessage] = []
-        if recalls:
-            told = store.turns.last(key, MAX_RECALLED)
-            self._messages = [ChatMessage.from_json_object(value) for value in told]
+        if not turn.is_typed:
+            told = store.turns.last(self.key, MAX_RECALLED)
+            self._messages = [ChatMessage.from_json(value) for value in told]
+        self._answer = ""  # id of the message that the model is saying
+        self._lock = threading.Lock()  # guards _calls
+        # Ids of their messages, and whether it is a command, by id of the tool call.
+        self._calls: dict[str, tuple[str, bool]] = {}
 
-    @property
-    def node_id(self) -> str:
+    def selected(self) -> str:
         return self._session().node_id
 
-    @property
+    def select(self, node_id: str) -> None:
+        self._select(node_id)
+
     def asks_first(self) -> bool:
         return self._session().approvals == "ask"
-
-    def select_node(self, node_id: str) -> None:
-        self._select_node(self.key, node_id)
 
     def messages(self) -> Sequence[ChatMessage]:
         return self._messages
 
     def append(self, message: ChatMessage) -> None:
-        self._store.turns.add(self.key, to_json_object(message))
+        self._store.turns.add(self.key, message.to_json())
         self._messages.append(message)
+
+    def begin_answer(self, turn: int) -> None:
+        self._end_answer(MessageState.DONE)
+        self._log.note("iteration", self._turn.run_id, n=turn)
+
+    def say(self, text: str) -> None:
+        if not self._answer:
+            self._answer = self._log.add(
+                "delta",
+                "assistant",
+                self._turn.run_id,
+                MessageState.RUNNING,
+                details={"model": self._turn.model.id},
+            )
+        self._log.say(self._answer, text)
+
+    def notice(self, text: str) -> None:
+        self._log.add(
+            "notice", "notice", self._turn.run_id, MessageState.DONE, text=text
+        )
+
+    def begin_call(self, call: ToolCall, planned: PlannedCommand | None) -> None:
+        self._end_answer(MessageState.DONE)
+        started = ("tool_call_start", self._turn.run_id, MessageState.RUNNING)
+        event, *about = started
+        if planned is None:
+            shown = to_json(call.arguments) if call.arguments else ""
+            text = f"{call.name} {shown}".rstrip()
+            message_id = self._log.add(event, "notice", *about, text=text)
+        else:
+            command = {
+                "nodeId": planned.node_id,
+                "node": planned.node_name,
+                "command": planned.command,
+                "cwd": planned.cwd,
+                "timeout": planned.timeout,
+                "background": planned.background or None,
+            }
+            command = {k: v for k, v in command.items() if v is not None}
+            message_id = self._log.add(
+                event,
+                "command",
+                *about,
+                job_id=planned.job_id,
+                details={"command": command},
+            )
+        with self._lock:
+            self._calls[call.id] = (message_id, planned is not None)
+
+    def ask(self, planned: PlannedCommand) -> None:
+        self._show_approval(planned, {"state": "asked"})
+
+    def decide(self, planned: PlannedCommand, verdict: Verdict) -> None:
+        state = "approved" if verdict.allowed else "denied"
+        if verdict.by == "nobody":
+            state = "expired"
+        self._show_approval(planned, {"state": state, "by": verdict.by})
+        if not verdict.allowed:
+            self._record_denial(planned, verdict)
+
+    def begin_job(self, planned: PlannedCommand) -> None:
+        job = self._jobs.get(planned.job_id)
+        self._log.change("tool_call_start", planned.job_id, job=job)
+        if not job.record.is_open:
+            self._log.end_card(job)
+
+    def end_call(self, call: ToolCall, result: JsonObject) -> None:
+        with self._lock:
+            message_id, is_command = self._calls[call.id]
+        error = result.get("error")
+        state = MessageState.ERROR if error else MessageState.DONE
+        if not is_command:
+            if error:
+                self._log.say(message_id, f": {error}")
+            self._log.change("tool_call_end", message_id, state=state)
+            return
+        try:
+            self._end_command(message_id, error)
+        except RpcError as problem:
+            log.error("card not updated session=%s: %s", self.key, problem)
+
+    def finish(self, end: RunEnd, aborted_state: str) -> None:
+        """Show how the run ended."""
+        run_id = self._turn.run_id
+        if end.state == "error":
+            self._end_answer(MessageState.ERROR)
+            self._log.add(
+                "error",
+                "notice",
+                run_id,
+                MessageState.ERROR,
+                text=end.error,
+                error=end.error,
+            )
+            return
+        details: JsonObject = {}
+        if end.state == "final":
+            details["usage"] = {
+                "inputTokens": end.input_tokens,
+                "outputTokens": end.output_tokens,
+            }
+            if end.reason != "stop":
+                details["reason"] = end.reason
+        state = MessageState.DONE if end.state == "final" else aborted_state
+        if not self._end_answer(state, end.state, details):
+            self._log.note(end.state, run_id)
+
+    def _show_approval(self, planned: PlannedCommand, approval: JsonObject) -> None:
+        self._log.change(
+            "tool_call_start", planned.job_id, command={"approval": approval}
+        )
+
+    def _record_denial(self, planned: PlannedCommand, verdict: Verdict) -> None:
+        """Put a command that may not run into the audit.  Raises RpcError."""
+        record = new_job(
+            (planned.node_id, planned.node_name),
+            "run",
+            planned.spec(),
+            self._turn.origin(self.key).replace(decided_by=verdict.by),
+            kept=False,
+            job_id=planned.job_id,
+        )
+        self._store.jobs.add(
+            record.replace(
+                state=JobState.DENIED,
+                reason=verdict.reason or None,
+                ended_at=now_ms(),
+                spec=None,
+            )
+        )
+
+    def _end_command(self, job_id: str, error: str | None) -> None:
+        """Show the end of a command; one that still runs shows it itself."""
+        try:
+            job = self._jobs.get(job_id)
+        except RpcError as unknown:
+            if unknown.code != "NOT_FOUND":
+                raise
+            # It never started: cancelled while it waited, or its node is offline.
+            stopped = self._turn.cancel.cancelled
+            self._log.change(
+                "tool_call_end",
+                job_id,
+                state=MessageState.ABORTED if stopped else MessageState.ERROR,
+                command={"error": error or ""},
+            )
+        else:
+            if not job.record.is_open:
+                self._log.end_card(job)
+
+    def _end_answer(
+        self, state: str, event: str = "delta", details: Mapping[str, Any] = NOTHING
+    ) -> bool:
+        """End what the model is saying; return whether it was saying something."""
+        message_id, self._answer = self._answer, ""
+        if message_id:
+            self._log.change(event, message_id, state=state, details=details)
+        return bool(message_id)
 
     def _session(self) -> Session:
         session = self._store.sessions.by_key(self.key)
         if session is None:
             raise RpcError("NOT_FOUND", "the session was deleted")
         return session
-
-
-class TurnView:
-    """One turn as its session shows it: the agent's steps, put into messages."""
-
-    def __init__(
-        self,
-        session_log: SessionLog,
-        turn: Turn,
-        aborted_state: Callable[[], str],
-    ) -> None:
-        self._log = session_log
-        self._turn = turn
-        self._aborted_state = aborted_state
-        self._answer: LiveMessage | None = None  # used in the turn's thread only
-        self._lock = threading.Lock()  # guards _calls
-        self._calls: dict[str, LiveMessage] = {}  # by the id of the tool call
-        self._steps: Mapping[str, Callable[[JsonObject], None]] = {
-            "iteration": self._iteration,
-            "delta": self._delta,
-            "tool_call_start": self._call_start,
-            "approval_request": self._approval_request,
-            "approval_resolved": self._approval_resolved,
-            "tool_call_end": self._call_end,
-            "final": self._final,
-            "error": self._error,
-            "aborted": self._aborted,
-        }
-
-    def show(self, step: Step) -> None:
-        """Show a step; called from several threads."""
-        handler = self._steps.get(step.state)
-        # What the person said is shown since it came.
-        if handler is not None:
-            handler(dict(step.fields))
-
-    def fail(self, problem: str) -> None:
-        """Show that the turn ended in a way that nobody foresaw."""
-        self._error({"message": problem})
-
-    def _iteration(self, fields: JsonObject) -> None:
-        self._end_answer(MessageState.DONE)
-        self._log.note("iteration", self._turn.run_id, n=fields["iteration"])
-
-    def _delta(self, fields: JsonObject) -> None:
-        if fields["kind"] == "notice":
-            self._say_notice(fields["text"], MessageState.DONE)
-        elif fields["kind"] == "text":  # thinking would leave an answer without words
-            self._say(fields["text"])
-
-    def _say(self, text: str) -> None:
-        if self._answer is None:
-            details = {"model": self._turn.model.id}
-            self._answer = self._log.begin(
-                "assistant", self._turn.run_id, details=details
-            )
-            self._log.post("delta", self._answer, {"text": ""})
-        self._log.say(self._answer, text)
-
-    def _call_start(self, fields: JsonObject) -> None:
-        self._end_answer(MessageState.DONE)
-        run_id = self._turn.run_id
-        if "invokeId" in fields:
-            command = {
-                "invokeId": fields["invokeId"],
-                "nodeId": fields["nodeId"],
-                "node": fields["node"],
-                "command": fields["command"],
-            }
-            if fields.get("workingDir"):
-                command["cwd"] = fields["workingDir"]
-            if fields.get("background"):
-                command["background"] = True
-            live = self._log.begin(
-                "command",
-                run_id,
-                details={"command": command},
-                origin=self._turn.origin(self._log.key),
-            )
-        else:
-            shown = to_json(fields["arguments"]) if fields["arguments"] else ""
-            text = f"{fields['name']} {shown}".rstrip()
-            live = self._log.begin("notice", run_id, text=text)
-        with self._lock:
-            self._calls[fields["toolCallId"]] = live
-        self._log.post("tool_call_start", live)
-
-    def _approval_request(self, fields: JsonObject) -> None:
-        CommandCard(self._log, self._call(fields)).approval("asked")
-
-    def _approval_resolved(self, fields: JsonObject) -> None:
-        state = "approved" if fields["allowed"] else "denied"
-        if fields["by"] == "nobody":
-            state = "expired"
-        CommandCard(self._log, self._call(fields)).approval(state, fields["by"])
-
-    def _call_end(self, fields: JsonObject) -> None:
-        live, error = self._call(fields), fields["result"].get("error")
-        if live.invoke_id is None:
-            if error:
-                self._log.say(live, f": {error}")
-            state = MessageState.ERROR if error else MessageState.DONE
-            self._log.post("tool_call_end", live, state=state)
-        elif not live.started and live.state == MessageState.RUNNING:
-            # One that was started ends with its invocation, be it after this turn.
-            CommandCard(self._log, live).fail(error or "", MessageState.ABORTED)
-
-    def _call(self, fields: JsonObject) -> LiveMessage:
-        with self._lock:
-            return self._calls[fields["toolCallId"]]
-
-    def _final(self, fields: JsonObject) -> None:
-        usage = {
-            "inputTokens": fields["inputTokens"],
-            "outputTokens": fields["outputTokens"],
-        }
-        details: JsonObject = {"usage": usage}
-        if fields["reason"] != "stop":
-            details["reason"] = fields["reason"]
-        if not self._end_answer(MessageState.DONE, "final", details):
-            self._log.note("final", self._turn.run_id)
-
-    def _error(self, fields: JsonObject) -> None:
-        self._end_answer(MessageState.ERROR)
-        self._say_notice(fields["message"], MessageState.ERROR, "error")
-
-    def _aborted(self, _fields: JsonObject) -> None:
-        if not self._end_answer(self._aborted_state(), "aborted"):
-            self._log.note("aborted", self._turn.run_id)
-
-    def _end_answer(
-        self, state: str, event: str = "delta", details: JsonObject | None = None
-    ) -> bool:
-        """End what the model is saying; whether it was saying something."""
-        answer, self._answer = self._answer, None
-        if answer is None:
-            return False
-        fields = {"text": ""} if event == "delta" else {}
-        self._log.post(event, answer, fields, state=state, details=details or {})
-        return True
-
-    def _say_notice(self, text: str, state: str, event: str = "notice") -> None:
-        notice = self._log.begin("notice", self._turn.run_id, text=text)
-        fields = {"error": text} if event == "error" else {}
-        self._log.post(event, notice, fields, state=state)
 
 
 # --- Sessions ---
@@ -15388,23 +14280,33 @@ class Chats:
     def __init__(
         self,
         store: Store,
-        logs: SessionLogs,
-        executor: SessionExecutor,
-        agent: Agent,
+        fleet: Fleet,
+        jobs: Jobs,
         models: ModelDirectory,
-        announce: Callable[[str, JsonObject], None],
+        approvals: Approvals,
+        announce: Announce,
     ) -> None:
+        """Mark what an earlier life left unfinished.  Raises StoreError."""
         self._store = store
-        self._logs = logs
-        self._executor = executor
-        self._agent = agent
+        self._fleet = fleet
+        self._jobs = jobs
         self._models = models
+        self._approvals = approvals
         self._announce = announce
-        self._lock = threading.Lock()  # guards _queues and _closing
+        self._lock = threading.Lock()  # guards the three below
+        self._logs: dict[str, SessionLog] = {}
         self._queues: dict[str, TurnQueue] = {}
         self._closing = False
+        self._said = threading.Event()  # there may be something to flush
         now = now_ms()
         store.sessions.add(Session(MAIN_SESSION, "Main", SHELL_ID, LOCAL_ID, now, now))
+        self._recover()
+        jobs.on_end = self.on_end
+        self._stopped = threading.Event()
+        self._flusher = threading.Thread(
+            target=self._flush, name="moltis-chat-flush", daemon=True
+        )
+        self._flusher.start()
 
     def all(self) -> list[JsonObject]:
         """Return `sessions.list`."""
@@ -15421,17 +14323,16 @@ class Chats:
         return self._view(self._session(key))
 
     def change(self, key: str, **choices: Any) -> JsonObject:
-        """Keep what was chosen for a session.  Raises RpcError."""
+        """Store what was chosen for a session.  Raises RpcError."""
         if "model" in choices:
             self._model(choices["model"])
-        self._store.sessions.change(self._session(key).replace(**choices))
+        if not self._store.sessions.change(key, **choices):
+            self._session(key)
         return self._tell("patched", key)
 
     def reset(self, key: str) -> JsonObject:
         """Forget what was said.  Raises RpcError NOT_FOUND."""
-        self._session(key)
         self._end(key)
-        self._logs.discard_outputs(key)
         self._store.sessions.clear(key)
         return self._tell("reset", key)
 
@@ -15439,41 +14340,44 @@ class Chats:
         """Raises RpcError."""
         if key == MAIN_SESSION:
             raise RpcError("INVALID_REQUEST", "the main session stays; it can be reset")
-        self._session(key)
         self._end(key)
-        self._logs.discard_outputs(key)
         self._store.sessions.delete(key)
         self._announce("session", {"type": "deleted", "sessionKey": key})
 
     def send(
         self, key: str, text: str, model_id: str | None, asked_by: Caller
     ) -> JsonObject:
-        """Have `text` answered, now or when its turn comes.  Raises RpcError."""
+        """Have `text` answered, now or when its turn comes.  Raises RpcError.
+
+        `!command` goes to Shell, whatever the model.
+        """
         session = self._session(key)
         if not text.strip():
             raise RpcError("INVALID_REQUEST", "text is empty")
         model = self._model(model_id or session.model)
-        self._store.sessions.used(key, now_ms())
+        if text.startswith("!"):
+            model = ShellModel()
+        session_log, queue = self._log(key), self._queue(key)
+        queue.check()
+        changes: JsonObject = {"updated_at": now_ms()}
         if not session.label:
-            label = " ".join(text.split())[:MAX_LABEL_LENGTH]
-            self._store.sessions.change(session.replace(label=label))
-        session_log, queue = self._logs.log(key), self._queue(key)
+            changes["label"] = " ".join(text.split())[:MAX_LABEL_LENGTH]
+        self._store.sessions.change(key, **changes)
+        # Stored before it is answered: what was accepted is not lost with us.
         run_id = new_id()
-        message = session_log.begin("user", run_id, MessageState.QUEUED, text)
-        if queue.busy:
-            session_log.post("user_message", message)
-        waits = queue.add(
-            Turn(run_id, text, message, model, asked_by, cancel=Cancellation())
+        message_id = session_log.add(
+            "user_message", "user", run_id, MessageState.QUEUED, text=text
         )
+        turn = Turn(run_id, text, message_id, model, asked_by, Cancellation())
+        waits = queue.add(turn)
         return {"ok": True, "runId": run_id, **({"queued": True} if waits else {})}
 
-    def abort(self, key: str) -> JsonObject:
+    def abort(self, key: str, by: str = "") -> JsonObject:
         """End the current turn, and those in line.  Raises RpcError NOT_FOUND."""
-        session_log = self._logs.log(key)
+        session_log = self._log(key)
         current, waiting = self._queue(key).abort()
-        self._executor.cancel_all(key, background=False)
-        for turn in waiting:
-            session_log.post("aborted", turn.message, state=MessageState.ABORTED)
+        self._cancel_jobs(key, by, background=False)
+        self._drop(session_log, waiting)
         run_id = current.run_id if current else None
         return {
             "aborted": bool(current or waiting),
@@ -15481,11 +14385,20 @@ class Chats:
             "sessionKey": key,
         }
 
+    def key_revoked(self, key_id: str) -> None:
+        """End the turns that an operator key asked for, and its approvals."""
+        self._approvals.forget(key_id=key_id)
+        with self._lock:
+            queues = dict(self._queues)
+        for key, queue in queues.items():
+            with contextlib.suppress(RpcError):  # the session is being deleted
+                self._drop(self._log(key), queue.abort(key_id)[1])
+
     def history(
         self, key: str, *, after: int | None = None, before: int | None = None
     ) -> list[JsonObject]:
         """Return messages, the oldest first.  Raises RpcError NOT_FOUND."""
-        session_log = self._logs.log(key)
+        session_log = self._log(key)
         if after is not None:
             found = session_log.changed_after(after)
         else:
@@ -15493,87 +14406,122 @@ class Chats:
         messages: list[JsonObject] = []
         size = 0
         for message in reversed(found):
-            value = message_to_json(message)
+            value = message_to_json(message, self._job_of(message))
             size += len(to_json(value))
             if messages and size > MAX_HISTORY:
                 break
             messages.append(value)
         return messages[::-1]
 
-    def command_output(self, invoke_id: str) -> JsonObject:
-        """Return what is kept of a command's output.  Raises RpcError NOT_FOUND."""
-        message = self._store.messages.by_invoke_id(invoke_id)
-        if message is None:
-            raise RpcError("NOT_FOUND", "no output of such a command is kept here")
-        session_log = self._logs.log(message.session_key)
-        message = session_log.command_message(invoke_id) or message
-        command = message.details["command"]
-        kept = ("output", "cut", "cutAt")
-        return {"invokeId": invoke_id, **{k: command[k] for k in kept if k in command}}
+    def on_end(self, job: Job) -> None:
+        """Show on its card that a job of a session ended."""
+        if job.record.session_key is not None:
+            with contextlib.suppress(RpcError):  # the session is gone
+                self._log(job.record.session_key).end_card(job)
 
     def close(self) -> None:
         """End all turns; their commands go on, and so do the cards of these."""
         with self._lock:
             self._closing = True
             queues = list(self._queues.values())
-        self._executor.leave_running()
         for queue in queues:
             queue.close()
+        self._stopped.set()
+        self._said.set()
+        self._flusher.join()
 
     def _take(self, key: str, turn: Turn) -> None:
         """Carry out a turn, in the thread of its session."""
-        session_log = self._logs.log(key)
-        changes: JsonObject = {"state": MessageState.DONE}
-        if turn.message.seq:  # it was shown in line: it belongs behind what came since
-            changes["created_at"] = session_log.next_created_at()
-        session_log.post("user_message", turn.message, **changes)
+        session_log = self._log(key)
+        session_log.change(
+            "user_message", turn.message_id, state=MessageState.DONE, last=True
+        )
         self._tell("patched", key)
-        view = TurnView(session_log, turn, self._aborted_state)
+        chat = TurnChat(
+            turn, session_log, self._store, self._jobs, partial(self._select, key)
+        )
         if not turn.is_typed:
             self._store.sessions.keep_run(key, turn.run_id)
+        end = RunEnd("error", "the turn failed inside the gateway; its log says why")
         try:
-            session = TurnSession(
-                key, self._store, self._select_node, recalls=not turn.is_typed
+            machines = FleetMachines(
+                self._fleet, self._jobs, turn.origin(key), self._is_closing
             )
-            self._agent.run(session, turn.model, turn.text, view.show, turn.cancel)
-        except MoltisError as error:
-            view.fail(str(error))
-        except Exception:
-            view.fail("the turn failed inside the gateway; its log says why")
-            raise  # to where it is logged
+            run = AgentRun(chat, turn.model, machines, self._approvals, turn.cancel)
+            end = run.run(turn.text)
         finally:
-            if not turn.is_typed and not self._is_closing():
+            closing = self._is_closing()
+            aborted = MessageState.INTERRUPTED if closing else MessageState.ABORTED
+            chat.finish(end, aborted)
+            if not turn.is_typed and not closing:
                 self._store.sessions.keep_run(key, "")
+
+    def _turns_ended(self, key: str) -> None:
+        with contextlib.suppress(RpcError):  # it may be about to be deleted
+            self._tell("patched", key)
 
     def _is_closing(self) -> bool:
         with self._lock:
             return self._closing
 
-    def _aborted_state(self) -> str:
-        closing = self._is_closing()
-        return MessageState.INTERRUPTED if closing else MessageState.ABORTED
-
-    def _select_node(self, key: str, node_id: str) -> None:
+    def _select(self, key: str, node_id: str) -> None:
         self.change(key, node_id=node_id)
+
+    def _drop(self, session_log: SessionLog, turns: Sequence[Turn]) -> None:
+        for turn in turns:
+            session_log.change("aborted", turn.message_id, state=MessageState.ABORTED)
+
+    def _job_of(self, message: SessionMessage) -> Job | JobRecord | None:
+        if message.job_id is None:
+            return None
+        record = self._store.jobs.get(message.job_id)
+        if record is None or not record.is_open:
+            return record
+        return self._jobs.get(record.id)
+
+    def _log(self, key: str) -> SessionLog:
+        """Raises RpcError NOT_FOUND."""
+        with self._lock:
+            known = self._logs.get(key)
+        if known is not None:
+            return known
+        session = self._session(key)
+        new = SessionLog(session, self._store, self._announce, self._said.set)
+        with self._lock:
+            return self._logs.setdefault(key, new)
 
     def _queue(self, key: str) -> TurnQueue:
         with self._lock:
             if key not in self._queues:
                 self._queues[key] = TurnQueue(
-                    key,
-                    partial(self._take, key),
-                    partial(self._tell_idle, key),
+                    key, partial(self._take, key), partial(self._turns_ended, key)
                 )
             return self._queues[key]
 
     def _end(self, key: str) -> None:
-        """End what goes on in a session, for good."""
+        """End what goes on in a session, for good.  Raises RpcError NOT_FOUND."""
+        self._session(key)
         with self._lock:
             queue = self._queues.pop(key, None)
         if queue is not None:
             queue.close()
-        self._executor.cancel_all(key, background=True)
-        self._logs.drop(key)
+        self._cancel_jobs(key, "", background=True)
+        self._approvals.forget(key)
+        with self._lock:
+            dropped = self._logs.pop(key, None)
+        if dropped is not None:
+            dropped.close()
+        self._jobs.discard(self._store.jobs.of_session(key))
+
+    def _cancel_jobs(self, key: str, by: str, *, background: bool) -> None:
+        """Cancel the commands of a session, those of an earlier gateway as well."""
+        for job in self._jobs.list(session_key=key, state="open"):
+            if not background:
+                message = self._store.messages.by_job_id(job.id)
+                if message and message.details["command"].get("background"):
+                    continue
+            with contextlib.suppress(RpcError):  # its node cannot
+                self._jobs.cancel(self._jobs.get(job.id), by)
 
     def _model(self, model_id: str) -> ChatModel:
         """Raises RpcError."""
@@ -15583,17 +14531,17 @@ class Chats:
             raise RpcError("INVALID_REQUEST", str(error)) from error
 
     def _session(self, key: str) -> Session:
-        return stored_session(self._store.sessions, key)
+        """Raises RpcError NOT_FOUND."""
+        session = self._store.sessions.by_key(key)
+        if session is None:
+            raise RpcError("NOT_FOUND", f"there is no session {key[:100]!r}")
+        return session
 
     def _tell(self, kind: str, key: str) -> JsonObject:
         view = self.view(key)
         payload = {"type": kind, "sessionKey": key, "session": view}
         self._announce("session", payload)
         return view
-
-    def _tell_idle(self, key: str) -> None:
-        with contextlib.suppress(RpcError):  # it may be about to be deleted
-            self._tell("patched", key)
 
     def _view(self, session: Session) -> JsonObject:
         with self._lock:
@@ -15612,6 +14560,58 @@ class Chats:
             "replying": queue is not None and queue.busy,
         }
 
+    def _flush(self) -> None:
+        """Announce and store what models are saying, until close()."""
+        save_at = Deadline(SAVE_INTERVAL)
+        while True:
+            self._said.wait()
+            self._said.clear()
+            stopped = self._stopped.is_set()
+            save = stopped or save_at.expired
+            if save:
+                save_at = Deadline(SAVE_INTERVAL)
+            with self._lock:
+                logs = list(self._logs.values())
+            for session_log in logs:
+                if session_log.flush(save=save):
+                    self._said.set()
+            if stopped:
+                return
+            self._stopped.wait(TELL_INTERVAL)
+
+    def _recover(self) -> None:
+        """Show of what was going on when the gateway ended how it stands now."""
+        interrupted = set()
+        for message in self._store.messages.unfinished():
+            session_log = self._log(message.session_key)
+            session_log.resume(message)
+            job = self._job_of(message)
+            if job is None:
+                interrupted.add(message.run_id)
+                self._interrupt(session_log, message)
+            elif not isinstance(job, Job):
+                session_log.end_card(job)
+        for session in self._store.sessions.all():
+            if session.run_id and session.run_id not in interrupted:
+                # The model had not answered yet.
+                self._log(session.key).add(
+                    "notice",
+                    "notice",
+                    session.run_id,
+                    MessageState.INTERRUPTED,
+                    text="The gateway was restarted before the answer was complete.",
+                )
+            if session.run_id:
+                self._store.sessions.keep_run(session.key, "")
+
+    def _interrupt(self, session_log: SessionLog, message: SessionMessage) -> None:
+        command: JsonObject = {}
+        if message.job_id is not None:  # it waited for an approval, say
+            command = {"error": "the gateway stopped", "approval": None}
+        session_log.change(
+            "aborted", message.id, state=MessageState.INTERRUPTED, command=command
+        )
+
 
 # ==============================================================================
 # Gateway
@@ -15626,7 +14626,6 @@ class Chats:
 KEEPALIVE_TICK = 1.0  # s; pings are due one by one, so that a thousand do not coincide
 MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a result of ours has 600 KB at most
 MAX_COLLECTED_RESULT = 1024 * 1024  # bytes a stream, for callers without streams
-MAX_OPERATOR_OUTBOX = 64 * 1024 * 1024  # bytes; 32 full windows of two streams
 
 MAX_BACKLOG = 512 * 1024  # bytes; who is further behind is not told each bit of output
 SPARED_STATES = ("delta", "tool_call_output")  # of a chat; all others say how it stands
@@ -16620,7 +15619,6 @@ class Connection:
 
     def __init__(self, ws: WebSocket) -> None:
         self.ws = ws
-        self.next_ping = time.monotonic() + PING_INTERVAL
         self.node: ConnectedNode | None = None  # None: an operator, or nobody yet
 
 
@@ -16981,18 +15979,11 @@ class Gateway:
         }
 
     def _tick(self) -> None:
-        """Ping those who are due, hang up on the silent, give up the overdue."""
-        now = time.monotonic()
+        """Spare Moltis nodes that run a command; give up the overdue."""
         with self._lock:
             connections = list(self._connections)
         for connection in connections:
-            if connection.ws.idle > PEER_TIMEOUT and not self._is_busy(connection.node):
-                log.info("peer silent for %.0f s: closed", PEER_TIMEOUT)
-                connection.ws.abort()
-            elif now >= connection.next_ping:
-                connection.next_ping = now + PING_INTERVAL
-                with contextlib.suppress(ConnectionClosed):
-                    connection.ws.ping()
+            connection.ws.keepalive = not self._is_busy(connection.node)
         self._patience.tick()
         self._jobs.waiters.tick()
 
@@ -17006,7 +15997,7 @@ class Gateway:
 # ==============================================================================
 # HTTP
 # Uses: Settings, WebSocket handshake, WebSocket protocol, WebSocket connections,
-#       Wire protocol, Certificates, Access, Chat, Gateway
+#       Wire protocol, TLS, Access, Chat, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
 # web pages out, and limits for strangers.  http.server does the parsing; what a request
@@ -17630,37 +16621,31 @@ class HttpExchange:
             self.send(refusal)
             return
         try:
-            upgrade = accept_upgrade(request.headers)
+            fields = accept_upgrade(request.headers)
         except HandshakeError as error:
             refusal = error_reply(error.status, str(error))
             self.send(refusal.replace(headers=error.headers))
             return
         handler.send_response_only(101)
-        for name, value in upgrade.headers:
+        for name, value in fields:
             handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.flush()
-        ws = self._websocket(upgrade)
+        ws = self._websocket()
         identified = self._peer.admission.identified
         self.upgraded = self._app.server(ws, request, identified)
 
-    def _websocket(self, upgrade: Upgrade) -> WebSocket:
+    def _websocket(self) -> WebSocket:
         # What the client sent right behind its request waits in rfile's buffer.
         self._stream.end_reading()
         reader: Any = self._handler.rfile  # a BufferedReader
         early: bytes = reader.peek()
         protocol = WebSocketProtocol(
             client=False,
-            deflate=upgrade.deflate,
             max_message=MAX_STRANGER_MESSAGE,  # the Gateway takes longer ones later
             hold_pongs=True,
         )
-        return WebSocket(
-            self._handler.connection,
-            protocol,
-            early=early,
-            max_outbox=MAX_OPERATOR_OUTBOX,
-        )
+        return WebSocket(self._handler.connection, protocol, early=early)
 
 
 def _handler_class(app: HttpApp) -> Callable[..., Any]:
@@ -22033,48 +21018,45 @@ main "$@"
 
 # ==============================================================================
 # Operator client
-# Uses: Settings, WebSocket frames, WebSocket connections, Wire protocol, Commands,
-#       Machine, Certificates
+# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol
 #
-# The command line's side of a gateway: calls, events, and commands whose streams
-# come back while they run.  What is printed is the command line's business.
+# The command line's side of a gateway: calls, events, and the logs of jobs, which go
+# on at the exact byte after a connection broke.  What is printed is the command
+# line's business.
 # ==============================================================================
 
 CALL_TIMEOUT = 30.0  # s; for an answer that needs no node
-RECONNECT_AFTER = 0.5  # s after a gateway went away; then twice as long, and so on
+RECONNECT_AFTER = 0.5  # s after a connection broke; then twice as long, and so on
 RECONNECT_LIMIT = 5.0  # s
+ACK_AFTER = LOG_WINDOW // 4  # bytes written; often enough that no node waits
+
+# Events, binary messages, and last why the connection ended.
+RawNews: TypeAlias = "Event | bytes | MoltisError"
+NewsHandler: TypeAlias = "Callable[[OperatorClient, RawNews], None]"
 
 
-def _ignore(_news: object) -> None: ...
-
-
-def _connect_to(url: str, trust: TlsTrust) -> WebSocket:
-    """Raises UserError.  Nothing secret was said when it returns."""
-    tls = trust.context() if url.startswith("wss:") else None
-    ws = connect(url, compression=False, ssl_context=tls)
-    try:
-        trust.check(ws.peer_certificate())
-    except BaseException:
-        ws.abort()
-        raise
-    return ws
+def ignore_news(_client: OperatorClient, _news: RawNews) -> None: ...
 
 
 class OperatorClient:
-    """A connection to a gateway, as the operator whose key it has."""
+    """One connection to a gateway, as the operator whose key it has."""
 
-    def __init__(self, url: str, api_key: str, trust: TlsTrust | None = None) -> None:
-        """`url` is the gateway's http:// or https:// address.
+    def __init__(
+        self,
+        url: str,
+        api_key: str,
+        trust: TlsTrust | None = None,
+        on_news: NewsHandler = ignore_news,
+    ) -> None:
+        """`url` is the gateway's address; `on_news` runs in the reading thread.
 
-        Raises Unreachable, or Refused where the key opens nothing or the certificate
-        is another than the one to be trusted.
+        Raises Unreachable, or Refused for a key that is not accepted or a certificate
+        that is not trusted.
         """
         self._url = url
-        self._ws = _connect_to(websocket_url(url), trust or TlsTrust())
-        self._calls = Calls(self._send)
-        self._on_event: Callable[[Event], None] = _ignore
-        self._on_chunk: Callable[[Chunk], None] = _ignore
-        self._on_end: Callable[[MoltisError], None] = _ignore
+        self._on_news = on_news
+        self._ws = connect(websocket_url(url), trust or TlsTrust())
+        self._calls = Calls(self._send_text)
         self._reader = threading.Thread(
             target=self._read, name="moltis-read-gateway", daemon=True
         )
@@ -22092,69 +21074,54 @@ class OperatorClient:
         self.close()
 
     def close(self) -> None:
-        """Say goodbye: the gateway ends the commands that this connection follows."""
+        """Leave in order: unkept jobs that this client holds are cancelled."""
         self._ws.close(timeout=1.0)
         self._reader.join()
 
     def drop(self) -> None:
-        """End the connection as if it broke: whoever it served is coming back."""
+        """End the connection as if it broke: its jobs wait for a successor."""
         self._ws.abort()
         self._reader.join()
 
-    def listen(
-        self,
-        on_event: Callable[[Event], None],
-        on_chunk: Callable[[Chunk], None] = _ignore,
-        on_end: Callable[[MoltisError], None] = _ignore,
-    ) -> None:
-        """Hand all that comes from now on to these, from the reading thread.
+    @property
+    def ended(self) -> bool:
+        return self._ws.closed
 
-        `on_end` hears why the connection ended.
-        """
-        self._on_event = on_event
-        self._on_chunk = on_chunk
-        self._on_end = on_end
-
-    def call(self, method: str, params: JsonObject) -> Any:
+    def call(
+        self, method: str, params: JsonObject, timeout: float = CALL_TIMEOUT
+    ) -> Any:
         """Return the payload of the answer.
 
         Raises UserError as the gateway says, Unreachable when it goes away.
         """
         try:
-            return self._calls.call(method, params, CALL_TIMEOUT)
+            return self._calls.call(method, params, timeout)
         except RpcError as error:
             raise user_error(error) from error
         except ConnectionClosed as error:
             raise Unreachable(f"{self._url} hung up: {error}") from error
 
-    @property
-    def ended(self) -> bool:
-        """Whether the connection is no more."""
-        return self._ws.closed
-
     def start(self, method: str, params: JsonObject) -> Future[Any]:
-        """Return the answer to come.  Raises Unreachable, UsageError."""
-        try:
-            return self._calls.start(method, params)
-        except ConnectionClosed as error:
-            raise Unreachable(f"{self._url} hung up: {error}") from error
-
-    def send_chunk(self, chunk: Chunk) -> None:
-        with contextlib.suppress(ConnectionClosed):
-            self._ws.send(encode_chunk(chunk))
+        """Return the answer to come.  Raises ConnectionClosed, UsageError."""
+        return self._calls.start(method, params)
 
     def notify(self, method: str, params: JsonObject) -> None:
-        """Make a call whose answer nobody waits for."""
+        """Make a call whose answer is ignored, also where the connection is gone."""
         with contextlib.suppress(ConnectionClosed):
             self._calls.start(method, params)
 
-    def _send(self, text: str) -> None:
+    def send(self, message: bytes) -> None:
+        """Send a binary message, if the connection is still there."""
+        with contextlib.suppress(ConnectionClosed):
+            self._ws.send(message)
+
+    def _send_text(self, text: str) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             # On the wire it would be `?`, which a shell takes for any character.
             near = text[max(0, error.start - 40) : error.end + 40]
-            raise UsageError(f"{near!r} is not UTF-8: say it in other words") from error
+            raise UsageError(f"{near!r} is not UTF-8, and cannot be sent") from error
         self._ws.send(text)
 
     def _connect(self, api_key: str) -> None:
@@ -22170,8 +21137,8 @@ class OperatorClient:
         except RpcError as error:
             kind = Unreachable if error.code == "TIMEOUT" else Refused
             raise kind(
-                f"{self._url} did not let the operator in: {error.message}; the key is "
-                "in gateway.json on the gateway's machine, or give another with "
+                f"{self._url} refused the operator key: {error.message}; the right one "
+                "is in gateway.json on the gateway's machine, or give another in "
                 "MOLTIS_API_KEY"
             ) from error
         except ConnectionClosed as error:
@@ -22179,369 +21146,58 @@ class OperatorClient:
 
     def _read(self) -> None:
         ended: MoltisError = ConnectionClosed(CloseCode.NORMAL, "the gateway hung up")
-        next_ping = time.monotonic() + PING_INTERVAL
         try:
-            while True:
-                try:
-                    message = self._ws.receive(max(0, next_ping - time.monotonic()))
-                except TimeoutError:
-                    if self._ws.idle > PEER_TIMEOUT:
-                        self._ws.abort()
-                    self._ws.ping()
-                    next_ping = time.monotonic() + PING_INTERVAL
-                    continue
-                if message is None:
-                    return
-                self._handle(message)
+            message = self._ws.receive()
+            while message is not None:
+                self._take(message)
+                message = self._ws.receive()
         except MoltisError as error:
             ended = error
+            self._ws.abort()
         finally:
             self._calls.close(ended)
-            self._on_end(ended)
+            self._on_news(self, ended)
 
-    def _handle(self, message: str | bytes) -> None:
+    def _take(self, message: str | bytes) -> None:
         if isinstance(message, bytes):
-            self._on_chunk(decode_chunk(message))
+            self._on_news(self, message)
             return
         envelope = decode_envelope(message)
         if isinstance(envelope, Response):
             self._calls.answer(envelope)
         elif isinstance(envelope, Event):
-            self._on_event(envelope)
+            self._on_news(self, envelope)
+
+
+USER_ERRORS: Mapping[str, type[UserError]] = {
+    "UNAVAILABLE": Unreachable,
+    "TIMEOUT": Unreachable,
+    "UNAUTHORIZED": Refused,
+    "FORBIDDEN": Refused,
+    "RATE_LIMITED": Refused,
+    "INVALID_REQUEST": UsageError,
+}
 
 
 def user_error(error: RpcError) -> UserError:
-    """Return the error for the command line, with the exit code that fits it."""
-    kinds: Mapping[str, type[UserError]] = {
-        "UNAVAILABLE": Unreachable,
-        "TIMEOUT": Unreachable,
-        "UNAUTHORIZED": Refused,
-        "FORBIDDEN": Refused,
-        "RATE_LIMITED": Refused,
-        "INVALID_REQUEST": UsageError,
-    }
-    return kinds.get(error.code, UserError)(error.message)
+    """Return the error for the command line, with the exit status that fits it."""
+    return USER_ERRORS.get(error.code, UserError)(error.message)
 
 
-class RemoteOutput(Value):
-    """A piece of output of one of several commands."""
-
-    command: RemoteCommand
-    chunk: Chunk
-
-
-class RemoteState(Value):
-    """News of a command: it waits in line, or for its node, or goes on."""
-
-    command: RemoteCommand
-    state: str
-    detail: JsonObject
-
-
-class RemoteEnd(Value):
-    """How a command ended: its result, or why there is none."""
-
-    command: RemoteCommand
-    result: JsonObject
-    error: MoltisError | None = None
-
-
-class GatewayState(Value):
-    """News of the gateway itself: it went away, or it is back."""
-
-    reachable: bool
-
-
-class _Lost(Value):
-    """The connection of `client` broke before a command had ended."""
-
-    client: OperatorClient
-
-
-RemoteNews: TypeAlias = "RemoteOutput | RemoteState | RemoteEnd | GatewayState"
-
-
-class RemoteCommand:
-    """One command on one node."""
-
-    def __init__(self, node: str, name: str, args: JsonObject) -> None:
-        self.node = node
-        self.name = name
-        self.id = new_id()
-        self.ended = False
-        self._args = args
-        self._written = {STDOUT: 0, STDERR: 0}
-        self._taken = {STDOUT: 0, STDERR: 0}  # handed on to be written
-        self._acknowledged = {STDOUT: 0, STDERR: 0}
-
-    def start(self, client: OperatorClient) -> Future[Any]:
-        """Ask for it, or ask again: the gateway knows its id, and what we have."""
-        params = {
-            "nodeId": self.node,
-            "command": SYSTEM_RUN,
-            "args": {**self._args, "stream": True},
-            "invokeId": self.id,
-            "received": self._offsets(),
-        }
-        self._taken = dict(self._written)
-        self._acknowledged = dict(self._written)
-        return client.start("node.invoke", params)
-
-    def take(self, chunk: Chunk) -> bool:
-        """Return whether `chunk` is the next; one of an old connection may not be."""
-        follows = chunk.offset == self._taken[chunk.kind]
-        if follows:
-            self._taken[chunk.kind] = chunk.end
-        return follows
-
-    def written(self, client: OperatorClient, chunk: Chunk, *, every: int) -> None:
-        """Note that output was dealt with; let the node send more now and then."""
-        self._written[chunk.kind] = chunk.end
-        if chunk.end - self._acknowledged[chunk.kind] >= every:
-            self.acknowledge(client)
-
-    def acknowledge(self, client: OperatorClient) -> None:
-        self._acknowledged = dict(self._written)
-        client.notify(INVOKE_ACK, {"invokeId": self.id, **self._offsets()})
-
-    def cancel(self, client: OperatorClient) -> None:
-        client.notify(INVOKE_CANCEL, {"invokeId": self.id})
-
-    def _offsets(self) -> JsonObject:
-        return {STREAM_NAMES[kind]: offset for kind, offset in self._written.items()}
-
-
-class RemoteInput:
-    """Our standard input on its way to a command, kept until that consumed it."""
-
-    def __init__(self, invoke_id: str, send: Callable[[Chunk], None]) -> None:
-        self._invoke_id = invoke_id
-        self._send = send
-        self._window = OutputWindow()
-        self._ended = False  # nothing follows what the window holds
-        self._end_sent = False
-        self._changed = threading.Condition()  # guards all above
-        self._turn = threading.Lock()  # held by the thread that sends
-
-    def feed(self, read: Callable[[int], bytes]) -> None:
-        """Send what `read` gives, to its end, a window ahead of the command at most."""
-        while not self._ended:
-            data = read(MAX_CHUNK)
-            with self._changed:
-                while self._window.room < len(data):
-                    self._changed.wait()  # for acknowledge() or rewind()
-                self._window.append(data)
-                self._ended = not data
-            self._send_all()
-
-    def acknowledge(self, offset: int) -> None:
-        with self._changed:
-            self._window.acknowledge(offset)
-            self._changed.notify_all()
-
-    def rewind(self, offset: int | None = None) -> None:
-        """Send again what the command has not consumed: all before `offset` it has."""
-        with self._changed:
-            if offset is not None:
-                self._window.acknowledge(offset)
-            self._window.rewind(self._window.acknowledged)
-            self._end_sent = False
-            self._changed.notify_all()
-        self._send_all()
-
-    def _send_all(self) -> None:
-        # One at a time, or chunks would overtake each other.
-        with self._turn:
-            while True:
-                piece = self._next_piece()
-                if piece is None:
-                    return
-                self._send(Chunk(STDIN, self._invoke_id, *piece))
-
-    def _next_piece(self) -> tuple[int, bytes] | None:
-        """Return what is to be sent next; the end of input is an empty piece."""
-        with self._changed:
-            piece = self._window.take()
-            if piece is None and self._ended and not self._end_sent:
-                self._end_sent = True
-                return self._window.end, b""
-            return piece
-
-
-class RemoteCommands:
-    """The same command on several nodes, side by side, as one stream of news."""
-
-    def __init__(
-        self,
-        client: OperatorClient,
-        dial: Callable[[], OperatorClient],
-        nodes: Mapping[str, str],
-        args: JsonObject,
-    ) -> None:
-        """`nodes` are names for people by what the gateway calls the nodes.
-
-        `dial` gets the successor of `client`, which is closed with these commands.
-        """
-        self.commands = [
-            RemoteCommand(node, name, args) for node, name in nodes.items()
-        ]
-        self.interrupted = False
-        self._dial = dial
-        self._client = client
-        self._by_id = {command.id: command for command in self.commands}
-        # Bounded by what the nodes may send unacknowledged.
-        self._news: SimpleQueue[RemoteNews | _Lost | None] = SimpleQueue()
-        self.stdin = RemoteInput(self.commands[0].id, self._send_input)
-
-    def close(self) -> None:
-        self._client.close()
-
-    def news(self, tick: float | None = None) -> Iterator[RemoteNews | None]:
-        """Yield what happens until all have ended; None after interrupt().
-
-        And None every `tick` s.
-        """
-        while not all(command.ended for command in self.commands):
-            item = self._next(tick)
-            if isinstance(item, _Lost):
-                if item.client is self._client:
-                    yield from self._reconnect()
-                continue
-            if isinstance(item, RemoteEnd):
-                item.command.ended = True
-            if not isinstance(item, RemoteOutput) or item.command.take(item.chunk):
-                yield item
-
-    def written(self, output: RemoteOutput, *, every: int) -> None:
-        """Note that output was dealt with."""
-        output.command.written(self._client, output.chunk, every=every)
-
-    def acknowledge(self, command: RemoteCommand) -> None:
-        command.acknowledge(self._client)
-
-    def interrupt(self) -> None:
-        """Wake news(); may be called from a signal handler."""
-        self.interrupted = True
-        self._news.put(None)
-
-    def cancel(self) -> None:
-        for command in self.commands:
-            if not command.ended:
-                command.cancel(self._client)
-
-    def start(self) -> None:
-        """Ask for the commands, or ask again for those that have not ended."""
-        client = self._client
-        client.listen(self._on_event, self._on_chunk)
-        for command in self.commands:
-            if not command.ended:
-                try:
-                    answer = command.start(client)
-                except Unreachable:
-                    self._news.put(_Lost(client))
-                    return
-                answer.add_done_callback(partial(self._on_end, command, client))
-        self.stdin.rewind()
-        if self.interrupted:
-            self.cancel()
-
-    def _reconnect(self) -> Iterator[RemoteNews | None]:
-        """Look for the gateway; yield what becomes of it, and None meanwhile."""
-        yield GatewayState(reachable=False)
-        self._client.drop()
-        deadline = Deadline(CALLER_PATIENCE)
-        backoff = Backoff(RECONNECT_AFTER, limit=RECONNECT_LIMIT)
-        while True:
-            pause = Deadline(backoff.next())
-            while not pause.expired:
-                self._next(min(1.0, pause.remaining() or 0.0))
-                yield None
-            try:
-                self._client = self._dial()
-                break
-            except UserError as error:
-                if deadline.expired or not isinstance(error, Unreachable):
-                    yield from self._end_all(error)
-                    return
-        yield GatewayState(reachable=True)
-        self.start()
-
-    def _end_all(self, error: UserError) -> Iterator[RemoteEnd]:
-        for command in self.commands:
-            if not command.ended:
-                command.ended = True
-                yield RemoteEnd(command, {}, error)
-
-    def _next(self, timeout: float | None) -> RemoteNews | _Lost | None:
-        try:
-            return self._news.get(timeout=timeout)
-        except Empty:
-            return None
-
-    def _send_input(self, chunk: Chunk) -> None:
-        # What a broken connection does not take, its successor is sent again.
-        self._client.send_chunk(chunk)
-
-    def _on_event(self, event: Event) -> None:
-        payload = event.payload if isinstance(event.payload, dict) else {}
-        command = self._by_id.get(str(payload.get("invokeId")))
-        if command is None:
-            return
-        offset = payload.get("stdin")
-        if event.name == INVOKE_STATE:
-            self._news.put(RemoteState(command, str(payload.get("state")), payload))
-        # A node that claims to have more than it was sent is its own affair.
-        with contextlib.suppress(RpcError):
-            if event.name == INVOKE_STATE and isinstance(offset, int):
-                self.stdin.rewind(offset)
-            elif event.name == INVOKE_ACK and isinstance(offset, int):
-                self.stdin.acknowledge(offset)
-
-    def _on_chunk(self, chunk: Chunk) -> None:
-        command = self._by_id.get(chunk.invoke_id)
-        if command is not None:
-            self._news.put(RemoteOutput(command, chunk))
-
-    def _on_end(
-        self, command: RemoteCommand, client: OperatorClient, answer: Future[Any]
-    ) -> None:
-        error = answer.exception()
-        if error is None:
-            self._news.put(RemoteEnd(command, dict(answer.result())))
-        elif isinstance(error, RpcError) and not _goes_on(error):
-            self._news.put(RemoteEnd(command, {}, user_error(error)))
-        else:
-            self._news.put(_Lost(client))
-
-
-def _goes_on(error: RpcError) -> bool:
-    """Return whether the gateway stops, and the command does not."""
-    return isinstance(error.details, dict) and error.details.get("goesOn") is True
-
-
-# ==============================================================================
-# MCP
-# Uses: Wire protocol, Commands, Language models, Machine, Fleet, Jobs, Agent, Gateway,
-#       Operator client
-#
-# The agent's tools for programs that speak the Model Context Protocol: JSON-RPC 2.0,
-# a line each, on standard input and output.  It asks the gateway as any operator does;
-# whether a command may run is the MCP client's question to its user.
-# ==============================================================================
-
-MCP_VERSIONS = ("2025-06-18", "2025-03-26", "2024-11-05")  # the newest first
-MCP_SESSION = "mcp"  # the key under which its commands are asked for
-
-MAX_MCP_CALLS = 64  # at a time; one more is refused
-
-PARSE_ERROR = -32700  # JSON-RPC 2.0 section 5.1
-INVALID_JSON_RPC = -32600
-UNKNOWN_JSON_RPC_METHOD = -32601
-INTERNAL_JSON_RPC_ERROR = -32603
+def reconnect_pauses() -> Iterator[float]:
+    """Yield the seconds to wait before each attempt to reach a lost gateway again."""
+    deadline = Deadline(CALLER_PATIENCE)
+    backoff = Backoff(RECONNECT_AFTER, limit=RECONNECT_LIMIT)
+    while not deadline.expired:
+        yield backoff.next()
 
 
 class LastingClient:
-    """An operator's connection, made anew when it is used after it broke."""
+    """Calls over a connection that is replaced when it breaks.
+
+    A call whose connection broke is made again: it may be one of a kind only that does
+    no harm twice, as the start of a job under an id that the caller chose.
+    """
 
     def __init__(self, dial: Callable[[], OperatorClient]) -> None:
         """Raises UserError as `dial` does."""
@@ -22552,27 +21208,417 @@ class LastingClient:
     def close(self) -> None:
         self._client.close()
 
-    def start(self, method: str, params: JsonObject) -> Future[Any]:
-        """Return the answer to come.  Raises UserError."""
+    def call(
+        self, method: str, params: JsonObject, cancel: Cancellation | None = None
+    ) -> Any:
+        """Return the payload of the answer.
+
+        Raises RpcError as the gateway says, Cancelled, and UserError when the gateway
+        stays away.
+        """
+        cancel = cancel or Cancellation()
+        problem: MoltisError | None = None
+        for pause in reconnect_pauses():
+            try:
+                return cancel.result_of(self._connected().start(method, params))
+            except (ConnectionClosed, Unreachable) as error:
+                problem = error
+            cancel.pause(pause)
+        raise Unreachable(f"the gateway does not come back: {problem}")
+
+    def _connected(self) -> OperatorClient:
         with self._lock:
             client = self._client
-        if client.ended:
-            fresh = self._dial()
-            with self._lock:
-                ours = self._client is client  # two may have dialled at once
-                self._client = fresh if ours else self._client
-                client, spare = self._client, client if ours else fresh
-            spare.close()
-        return client.start(method, params)
+        if not client.ended:
+            return client
+        fresh = self._dial()
+        with self._lock:
+            # Two threads may have dialled at once.
+            spare = client if self._client is client else fresh
+            if spare is client:
+                self._client = fresh
+            client = self._client
+        spare.close()
+        return client
+
+
+class FollowedJob:
+    """A job whose log comes to this client, from `position` on."""
+
+    def __init__(self, job_id: str, name: str, node: str = "", *, holds: bool) -> None:
+        """`name` is the node's, for people; `node` is what the gateway calls it."""
+        self.id = job_id
+        self.name = name
+        self.node = node
+        self.holds = holds  # or watches
+        self.known = False  # to the gateway: it need not be started again
+        self.position = 0  # in its log: everything before it is written
+        self.received = 0
+        self.seen = 0  # bytes of output received, or known to be cut
+        self.acknowledged = 0
+        self.state: JsonObject = {}  # as VIEW or job.state says
+        self.ending: Ending | None = None
+        self.error: MoltisError | None = None  # instead of an ending
+
+    def follow_params(self) -> JsonObject:
+        return {"id": self.id, "offset": self.position, "hold": self.holds}
+
+
+class JobOutput(Value):
+    """Frames of a job's log, by kind, and how many bytes are missing before them."""
+
+    job: FollowedJob
+    cut: int
+    frames: Sequence[tuple[int, bytes]]
+
+
+class JobChange(Value):
+    """A job's state changed, or it ended."""
+
+    job: FollowedJob
+
+
+class GatewayChange(Value):
+    """The gateway went away, or it is back."""
+
+    reachable: bool
+
+
+class _Answer(Value):
+    """The answer to `job.start` or `job.follow`."""
+
+    jobs: Sequence[FollowedJob]
+    future: Future[Any]
+
+
+News: TypeAlias = "JobOutput | JobChange | GatewayChange | Event"
+
+
+class JobInput:
+    """Standard input on its way to a job, kept until the job has consumed it."""
+
+    def __init__(self, job_id: str, send: Callable[[bytes], None]) -> None:
+        self.job_id = job_id
+        self._send = send
+        self._changed = threading.Condition()  # guards all below
+        self._kept = bytearray()
+        self._consumed = 0  # offset of _kept[0] in the input
+        self._sent = 0  # offset
+        self._ended = False  # nothing follows what is kept
+        self._flows = False  # the job was started
+
+    def feed(self, read: Callable[[int], bytes]) -> None:
+        """Send what `read` gives, to its end, at most a window ahead of the job.
+
+        Raises OSError as `read` does.
+        """
+        while not self._ended:
+            data = read(MAX_LOG_MESSAGE)
+            with self._changed:
+                while len(self._kept) + len(data) > LOG_WINDOW:
+                    self._changed.wait()  # for consumed()
+                self._kept += data
+                self._ended = not data
+                self._send_rest()
+
+    def consumed(self, offset: int) -> None:
+        """Forget what is before `offset`."""
+        with self._changed:
+            # A node that claims more than it was sent gains nothing.
+            gone = min(offset, self._sent) - self._consumed
+            if gone > 0:
+                del self._kept[:gone]
+                self._consumed += gone
+                self._changed.notify_all()
+
+    def resume(self) -> None:
+        """Send everything that is not consumed; a node skips what it has."""
+        with self._changed:
+            self._flows = True
+            self._sent = self._consumed
+            self._send_rest()
+
+    def _send_rest(self) -> None:
+        # Under the lock, or pieces would overtake each other; send() does not block.
+        if not self._flows:
+            return
+        end = self._consumed + len(self._kept)
+        while self._sent < end:
+            at = self._sent - self._consumed
+            data = bytes(self._kept[at : at + MAX_LOG_MESSAGE])
+            self._send_piece(data)
+            self._sent += len(data)
+        if self._ended:
+            self._send_piece(b"")
+
+    def _send_piece(self, data: bytes) -> None:
+        self._send(encode_job_data(INPUT_DATA, self.job_id, self._sent, data))
+
+
+class JobFeed:
+    """Jobs and their logs as one stream of news, which outlives its connection."""
+
+    def __init__(self, dial: Callable[[NewsHandler], OperatorClient]) -> None:
+        """Raises UserError as `dial` does."""
+        self.open: dict[str, FollowedJob] = {}
+        self.interrupted = False
+        self._request: JsonObject = {}  # of job.start, without its jobs
+        self._input: JobInput | None = None
+        self._news: SimpleQueue[tuple[OperatorClient | None, Any]] = SimpleQueue()
+        self._changed = threading.Condition()  # guards the two below
+        self._queued = 0  # bytes of log messages in _news
+        self._closed = False
+        self._dial = partial(dial, self._take)
+        self._client = self._dial()
+
+    def __enter__(self) -> JobFeed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave in order: the gateway cancels unkept jobs that are held."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._client.close()
+
+    def call(self, method: str, params: JsonObject) -> Any:
+        """Return the payload of the answer.  Raises UserError."""
+        return self._client.call(method, params)
 
     def notify(self, method: str, params: JsonObject) -> None:
-        """Make a call whose answer nobody waits for."""
-        with contextlib.suppress(UserError):
-            self.start(method, params)
+        self._client.notify(method, params)
+
+    def start(self, nodes: Mapping[str, str], request: JsonObject) -> list[FollowedJob]:
+        """Start a job on each of `nodes` (names for people by reference), and hold it.
+
+        `request` is that of `job.start`.
+        """
+        self._request = {**request, "hold": True}
+        jobs = [FollowedJob(new_id(), n, ref, holds=True) for ref, n in nodes.items()]
+        self.open.update((job.id, job) for job in jobs)
+        self._input = JobInput(jobs[0].id, self._send)
+        self._ask_for_all()
+        return jobs
+
+    def follow(self, job_id: str, name: str) -> FollowedJob:
+        """Watch a job's log from its beginning; `name` is its node's."""
+        job = self.open[job_id] = FollowedJob(job_id, name, holds=False)
+        job.known = True
+        self._ask([job], "job.follow", job.follow_params())
+        return job
+
+    def unfollow(self, job: FollowedJob) -> None:
+        if self.open.pop(job.id, None) is not None:
+            self.notify("job.unfollow", {"id": job.id})
+
+    def _send(self, message: bytes) -> None:
+        # What a broken connection does not take, its successor is sent again.
+        self._client.send(message)
+
+    def feed_input(self, read: Callable[[int], bytes]) -> None:
+        """Send what `read` gives to the first job, to its end.  Raises OSError."""
+        assert self._input is not None
+        self._input.feed(read)
+
+    def cancel(self) -> None:
+        for job_id in self.open:
+            self.notify(JOB_CANCEL, {"id": job_id})
+
+    def interrupt(self) -> None:
+        """Wake news(); may be called from a signal handler."""
+        self.interrupted = True
+        self._news.put((None, None))
+
+    def news(self, tick: float | None = None) -> Iterator[News | None]:
+        """Yield what happens; None after interrupt() and every `tick` s.
+
+        Output is taken for written when the next item is asked for.  Raises UserError
+        when the jobs cannot be started.
+        """
+        while True:
+            client, item = self._next(tick)
+            if item is None:
+                yield None
+            elif isinstance(item, bytes):
+                yield from self._take_log(item)
+            elif isinstance(item, _Answer):
+                yield from self._take_answer(item)
+            elif isinstance(item, Event):
+                yield from self._take_event(item)
+            elif client is self._client:
+                yield from self._reconnect()
+
+    def _next(self, timeout: float | None) -> tuple[OperatorClient | None, Any]:
+        try:
+            return self._news.get(timeout=timeout)
+        except Empty:
+            return None, None
+
+    def _take(self, client: OperatorClient, news: RawNews) -> None:
+        """Queue news; runs in the reading thread."""
+        if isinstance(news, bytes):
+            with self._changed:
+                # Holders get a window each.  A watcher's log comes as fast as it is
+                # read: past the same amount it is not read any more.
+                limit = LOG_WINDOW * (len(self.open) + 2)
+                while self._queued > limit and not self._closed:
+                    self._changed.wait()  # for _take_log()
+                self._queued += len(news)
+        if isinstance(news, Event) and news.name == JOB_INPUT:
+            self._take_input_state(news.payload)
+        else:
+            self._news.put((client, news))
+
+    def _take_input_state(self, payload: JsonObject) -> None:
+        if self._input is not None and payload["id"] == self._input.job_id:
+            self._input.consumed(required_offset(payload))
+            if payload.get("resume"):
+                self._input.resume()
+
+    def _take_log(self, message: bytes) -> Iterator[JobOutput]:
+        with self._changed:
+            self._queued -= len(message)
+            self._changed.notify_all()
+        _, job_id, offset, data = decode_job_data(message)
+        job = self.open.get(job_id)
+        if job is None or offset + len(data) <= job.received:
+            return
+        cut = offset - job.received
+        # All offsets are frame boundaries, ours among them.
+        frames = tuple(log_frames(data[max(0, -cut) :]))
+        job.known = True
+        job.received = offset + len(data)
+        job.seen += max(0, cut) + sum(len(d) for kind, d in frames if kind in STREAMS)
+        yield JobOutput(job, max(0, cut), frames)
+        job.position = job.received
+        if job.holds and job.position - job.acknowledged >= ACK_AFTER:
+            self._acknowledge(job, job.position)
+
+    def _acknowledge(self, job: FollowedJob, offset: int) -> None:
+        job.acknowledged = offset
+        self.notify(JOB_ACK, {"id": job.id, "offset": offset})
+
+    def _take_answer(self, answer: _Answer) -> Iterator[JobChange]:
+        error = answer.future.exception()
+        if isinstance(error, RpcError):
+            failed = user_error(error)
+            if not answer.jobs[0].known:
+                raise failed from error  # nothing was started
+            yield from self._fail(answer.jobs, failed)
+        if error is not None:
+            return  # the end of the connection is news of its own
+        result = answer.future.result()
+        for view in result["jobs"] if "jobs" in result else [result["job"]]:
+            job = self.open.get(view["id"])
+            if job is None:
+                continue  # it has ended already
+            if "error" in view:
+                failed = user_error(decode_error(view["error"]))
+                yield from self._fail([job], failed)
+                continue
+            job.known = True
+            if not job.state:  # an event may have been faster
+                job.state = view
+                yield JobChange(job)
+        if self._input is not None:
+            self._input.resume()
+
+    def _take_event(self, event: Event) -> Iterator[News]:
+        if event.name != JOB_STATE:
+            yield event
+            return
+        state = event.payload
+        job = self.open.get(state["id"])
+        if job is None:
+            return
+        job.state = state
+        if "ending" in state:
+            ending = job.ending = Ending.from_json(state["ending"])
+            missing = ending.stdout_bytes + ending.stderr_bytes - job.seen
+            if missing > 0:
+                yield JobOutput(job, missing, ())
+            del self.open[job.id]
+            if job.holds:
+                self._acknowledge(job, state["end"])
+        yield JobChange(job)
+
+    def _fail(
+        self, jobs: Iterable[FollowedJob], error: UserError
+    ) -> Iterator[JobChange]:
+        for job in jobs:
+            if self.open.pop(job.id, None) is not None:
+                job.error = error
+                yield JobChange(job)
+
+    def _reconnect(self) -> Iterator[GatewayChange | JobChange | None]:
+        """Reach the gateway again; yield None meanwhile, at least every second."""
+        yield GatewayChange(reachable=False)
+        self._client.drop()
+        problem = UserError("the gateway went away")
+        for pause in reconnect_pauses():
+            deadline = Deadline(pause)
+            while not deadline.expired:
+                self._next(min(1.0, deadline.remaining() or 0.0))
+                yield None
+            try:
+                self._client = self._dial()
+            except Unreachable as error:
+                problem = error
+            except UserError as error:
+                problem = error
+                break
+            else:
+                yield GatewayChange(reachable=True)
+                self._ask_for_all()
+                return
+        yield from self._fail(list(self.open.values()), problem)
+
+    def _ask_for_all(self) -> None:
+        """Have a gateway that knows nothing of this connection send every open job."""
+        new = [job for job in self.open.values() if not job.known]
+        if new:
+            jobs = [{"id": job.id, "node": job.node} for job in new]
+            self._ask(new, JOB_START, {**self._request, "jobs": jobs})
+        for job in self.open.values():
+            if job.known:
+                job.state = {}
+                self._ask([job], "job.follow", job.follow_params())
+        if self.interrupted:
+            self.cancel()
+
+    def _ask(
+        self, jobs: Sequence[FollowedJob], method: str, params: JsonObject
+    ) -> None:
+        client = self._client
+
+        def answered(future: Future[Any]) -> None:
+            self._news.put((client, _Answer(jobs, future)))
+
+        with contextlib.suppress(ConnectionClosed):  # that is news of its own
+            client.start(method, params).add_done_callback(answered)
 
 
-class RemoteDirectory:
-    """The machines as the gateway tells of them."""
+# ==============================================================================
+# MCP
+# Uses: Wire protocol, Language models, Machine, Fleet, Agent, Gateway, Operator client
+#
+# The agent's tools for programs that speak the Model Context Protocol: JSON-RPC 2.0,
+# one line each, on standard input and output.  Their commands are kept jobs; the MCP
+# client asks its user whether one may run.
+# ==============================================================================
+
+MCP_VERSIONS = ("2025-06-18", "2025-03-26", "2024-11-05")  # the newest first
+MAX_MCP_CALLS = 64  # at a time; one more is refused
+MAX_JOB_WAIT = 300.0  # s of one `job.wait`
+
+PARSE_ERROR = -32700  # JSON-RPC 2.0 section 5.1
+INVALID_JSON_RPC = -32600
+UNKNOWN_JSON_RPC_METHOD = -32601
+INTERNAL_JSON_RPC_ERROR = -32603
+
+
+class RemoteMachines:
+    """The machines of a gateway for a Toolbox, over an operator's connection."""
 
     def __init__(self, client: LastingClient) -> None:
         self._client = client
@@ -22581,137 +21627,96 @@ class RemoteDirectory:
         view = self.view(reference)
         return view["nodeId"], view["displayName"]
 
-    def views(self) -> list[JsonObject]:
-        """Raises RpcError."""
-        views: list[JsonObject] = self._client.start("node.list", {}).result()
-        return views
-
     def view(self, node_id: str) -> JsonObject:
-        """Raises RpcError."""
-        params = {"nodeId": node_id}
-        view: JsonObject = self._client.start("node.describe", params).result()
+        view: JsonObject = self._client.call("node.describe", {"nodeId": node_id})
         return view
 
-
-def answer_about(invoke_id: str, answer: Future[JsonObject]) -> JsonObject:
-    """Return the answer to a call that asked for a command.
-
-    Raises RpcError, or Unreachable where the command may go on; that names it.
-    """
-    try:
-        return answer.result()
-    except (ConnectionClosed, RpcError) as error:
-        if isinstance(error, RpcError) and not _goes_on(error):
-            raise
-        raise Unreachable(
-            f"the gateway hung up ({error}) and the command may go on: ask "
-            f"exec_status for {invoke_id} before it is run again"
-        ) from error
-
-
-class RemoteExecutor:
-    """Runs commands through the gateway, for a Toolbox."""
-
-    def __init__(self, client: LastingClient) -> None:
-        self._client = client
-
-    def __call__(
-        self,
-        session_key: str,  # noqa: ARG002  one client, one session
-        planned: PlannedCommand,
-        on_chunk: ChunkHandler,
-        cancel: Cancellation,
-    ) -> JsonObject:
-        """Return the result of `system.run`.  Raises RpcError, Cancelled."""
-        params = {
-            "nodeId": planned.node_id,
-            "command": SYSTEM_RUN,
-            "args": planned.arguments(),
-            "invokeId": planned.invoke_id,
-        }
-        answer = self._client.start("node.invoke", params)
-
-        def give_up() -> None:
-            self._client.notify(INVOKE_CANCEL, {"invokeId": planned.invoke_id})
-
-        with cancel.calling(give_up):
-            result: JsonObject = answer_about(planned.invoke_id, answer)
-        for kind in (STDOUT, STDERR):
-            text = str(result.get(STREAM_NAMES[kind]) or "")
-            on_chunk(kind, 0, text.encode("utf-8"))
-        return result
-
-
-class RemoteJobs:
-    """Leaves commands in the background through the gateway: a Background."""
-
-    def __init__(self, client: LastingClient) -> None:
-        self._client = client
-
-    def start(self, _session_key: str, planned: PlannedCommand) -> None:
-        answer = self._ask(
-            "node.invoke",
-            nodeId=planned.node_id,
-            command=SYSTEM_RUN,
-            args=planned.arguments(),
-            invokeId=planned.invoke_id,
-            background=True,
-        )
-        answer_about(planned.invoke_id, answer)
-
-    def cancel(self, _session_key: str, invoke_id: str) -> None:
-        self._ask("command.cancel", id=invoke_id).result()
-
-    def end(
-        self, _session_key: str, invoke_id: str, wait: float, cancel: Cancellation
-    ) -> JsonObject:
-        answer = self._ask("command.wait", id=invoke_id, wait=wait)
-        view: JsonObject = cancel.result_of(answer)
-        return view
-
-    def output(self, _session_key: str, invoke_id: str, position: int) -> JobReading:
-        asked = {"id": invoke_id, "offset": position, "encoding": "base64"}
-        answer = self._ask("command.get", **asked).result()
-        kinds = {STREAM_NAMES[kind]: kind for kind in (STDOUT, STDERR)}
-        pieces = [
-            JobPiece(kinds[stream], offset, base64.b64decode(data))
-            for stream, offset, data in answer["output"]
+    def select(self, text: str, limit: int) -> tuple[list[JsonObject], int]:
+        wanted = text.casefold()
+        views = [
+            view
+            for view in self._client.call("node.list", {})
+            if wanted in f"{view['displayName']} {view['nodeId']}".casefold()
         ]
-        return JobReading(pieces, answer["next"])
+        views.sort(key=lambda view: not view["connected"])
+        return views[:limit], len(views)
 
-    def _ask(self, method: str, **params: Any) -> Future[Any]:
-        return self._client.start(method, params)
+    def start(self, planned: PlannedCommand, _decided_by: str | None) -> None:
+        # The id is ours: if the call is made again, it is the same job.
+        job = {"id": planned.job_id, "node": planned.node_id}
+        request = {"jobs": [job], "work": "run", "spec": planned.spec(), "keep": True}
+        view = self._ask(planned.job_id, JOB_START, request)["jobs"][0]
+        if "error" in view:
+            raise decode_error(view["error"])
+
+    def wait(
+        self, job_id: str, timeout: float | None, cancel: Cancellation
+    ) -> JsonObject:
+        deadline = Deadline(timeout)
+        while True:
+            left = deadline.remaining()
+            wait = MAX_JOB_WAIT if left is None else min(left, MAX_JOB_WAIT)
+            asked = {"id": job_id, "wait": wait}
+            view: JsonObject = self._ask(job_id, "job.wait", asked, cancel)
+            if "endedAt" in view or deadline.expired:
+                return view
+
+    def reader(self, job_id: str) -> Callable[[int], Reading]:
+        def read(offset: int) -> Reading:
+            asked = {"id": job_id, "offset": offset, "encoding": "base64"}
+            answer = self._ask(job_id, "job.read", asked)
+            pieces = [
+                (piece["stream"], base64.b64decode(piece["data"]))
+                for piece in answer["pieces"]
+            ]
+            return Reading(answer["offset"], pieces, answer["next"])
+
+        return read
+
+    def stop(self, job_id: str) -> None:
+        self._ask(job_id, JOB_CANCEL, {"id": job_id})
+        self.wait(job_id, ABORT_GRACE, Cancellation())
+
+    def _ask(
+        self,
+        job_id: str,
+        method: str,
+        params: JsonObject,
+        cancel: Cancellation | None = None,
+    ) -> JsonObject:
+        """Return the answer.  Raises Unreachable with what to do about the job."""
+        try:
+            answer: JsonObject = self._client.call(method, params, cancel)
+        except Unreachable as error:
+            raise Unreachable(
+                f"{error}; the command may go on: ask exec_status for {job_id} before "
+                "it is run again"
+            ) from error
+        return answer
 
 
-class McpSession:
+class McpConversation(Conversation):
     """What one MCP client has chosen: the machine on which exec runs."""
 
-    key = MCP_SESSION
-    asks_first = False  # the MCP client asks its user
-
     def __init__(self) -> None:
-        self.node_id = LOCAL_ID
+        self._node_id = LOCAL_ID
 
-    def select_node(self, node_id: str) -> None:
-        self.node_id = node_id
+    def selected(self) -> str:
+        return self._node_id
 
-    def messages(self) -> Sequence[ChatMessage]:
-        return ()
-
-    def append(self, message: ChatMessage) -> None: ...
+    def select(self, node_id: str) -> None:
+        self._node_id = node_id
 
 
 class McpServer:
-    """One MCP client's conversation with the tools."""
+    """Answers the requests of one MCP client."""
 
     def __init__(self, client: LastingClient, write: Callable[[str], None]) -> None:
-        """`write` sends one line, without its end; it is called by one at a time."""
-        self._directory = RemoteDirectory(client)
-        self._execute = RemoteExecutor(client)
-        self._background = RemoteJobs(client)
-        self._session = McpSession()
+        """`write` sends one line, without its end; it is never called twice at once."""
+        self._machines = RemoteMachines(client)
+        self._conversation = McpConversation()
         self._write = write
-        self._turn = threading.Lock()  # held by who writes: lines must not mix
+        self._turn = threading.Lock()  # held while writing: lines must not mix
         self._lock = threading.Lock()  # guards _running
         self._running: dict[str, tuple[threading.Thread, Cancellation]] = {}
         self._methods: Mapping[str, Callable[[JsonObject], JsonObject]] = {
@@ -22766,7 +21771,7 @@ class McpServer:
             "capabilities": {"tools": {}},
             "serverInfo": {"name": "moltis", "version": __version__},
             "instructions": system_prompt(
-                self._directory.views(), self._session.node_id
+                self._machines, self._conversation.selected()
             ),
         }
 
@@ -22809,12 +21814,8 @@ class McpServer:
     def _call(self, request_id: object, call: ToolCall, cancel: Cancellation) -> None:
         try:
             toolbox = Toolbox(
-                self._session,
-                self._directory,
-                self._execute,
-                self._background,
-                None,
-                _ignore,
+                self._conversation,
+                self._machines,
                 cancel,
                 with_nodes=True,  # clients ask for the list once, and nodes come later
             )
@@ -22850,433 +21851,22 @@ class McpServer:
 
 
 # ==============================================================================
-# Command line
-# Uses: Settings, Wire protocol, Commands, Telemetry, Language models, Machine,
-#       Node agent, Node service, Store, Certificates, Access, Fleet, Jobs, Agent,
-#       Model directory, Chat, Gateway, HTTP, Web page, Install script, Operator client,
-#       MCP
+# Assembly
+# Uses: Settings, TLS, Wire protocol, Telemetry, Language models, Machine, Node agent,
+#       Node service, Store, Access, Fleet, Jobs, Agent, Model directory, Chat, Gateway,
+#       HTTP, Web page, Install script
 #
-# What a person types: a pair of functions for each subcommand, its arguments and its
-# action, which returns the exit status.  The objects of a gateway and of a node are
-# put together here.  Answers go to stdout, the conversation to stderr.
+# The composition roots: how the objects of a gateway, of a node and of Local are put
+# together, and in which order they are closed.
 # ==============================================================================
 
 DEFAULT_PORT = 9090
-START_TIMEOUT = 20.0  # s for a service that was just started to connect
 HOUSEKEEPING_INTERVAL = 3600.0  # s
 DEMO_DIRECTORY = "demo-node"  # below the data directory
-SIGNAL_LOOK = 0.5  # s
-# A gateway that is killed as it starts a command leaves its lock to the process that is
-# to be the shell, for as long as a busy machine takes to make it one.
+# The process that becomes a command's shell inherits the lock of a gateway that is
+# killed at that moment, and keeps it until exec: long on a busy machine.
 LOCK_PATIENCE = 3.0  # s to wait for a lock whose gateway is gone
 LOCK_LOOK = 0.05  # s
-TERMINAL_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
-INTERRUPTED = 130  # as a shell counts SIGINT
-STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT))
-LEAVE_AFTER = 10.0  # s from an interrupt; a node that is there needs three to obey
-TIMED_OUT = 124  # as timeout(1)
-BROKEN_PIPE = 141  # as a shell counts SIGPIPE
-# What is said of a disk to which output is redirected.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-class Output:
-    """What the program writes: answers to stdout, the conversation to stderr."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._color = self._terminal and not environ.get("NO_COLOR")
-        self._status_shown = False
-
-    def say(self, text: str) -> None:
-        """Tell the person something; the answer is not in it."""
-        self._write(visible(text) + "\n")
-
-    def status(self, text: str) -> None:
-        """Show how things are until something is said; on a terminal only."""
-        if self._terminal:
-            self._write(visible(text))
-            self._status_shown = True
-
-    def _write(self, text: str) -> None:
-        sys.stderr.write(f"{self._clear_status()}{text}")
-        sys.stderr.flush()
-
-    def _clear_status(self) -> str:
-        shown, self._status_shown = self._status_shown, False
-        return "\r\033[K" if shown else ""
-
-    def answer(self, text: str) -> None:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-
-    def json(self, value: object) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        # JSON spells the other control codes out by itself.
-        spelt = re.sub("[\x7f-\x9f]", lambda c: f"\\u{ord(c[0]):04x}", text)
-        self.answer(spelt)
-
-    def complain(self, text: str) -> None:
-        bold = "\033[31m{}\033[0m" if self._color else "{}"
-        self._write(bold.format(f"moltis: {visible(redact(text))}") + "\n")
-
-    def table(self, rows: Sequence[Sequence[str]]) -> None:
-        """Print rows in columns; the first one is the heading.
-
-        What others wrote is in them, and must not move the cursor to hide itself.
-        """
-        rows = [[visible(cell) for cell in row] for row in rows]
-        widths = [max(len(cell) for cell in column) for column in zip(*rows)]
-        for row in rows:
-            cells = (cell.ljust(width) for cell, width in zip(row, widths))
-            self.answer("  ".join(cells).rstrip())
-
-
-class Context(Value):
-    """What every subcommand gets besides its arguments."""
-
-    environ: Mapping[str, str]
-    output: Output
-
-    @property
-    def directory(self) -> Path:
-        return data_directory(self.environ)
-
-
-def help_formatter(prog: str) -> argparse.HelpFormatter:
-    """Return what lays out --help as wide as the terminal is.
-
-    argparse makes one for each argument that a parser gets, and by itself asks
-    `shutil` for the width, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
-    """
-    import argparse
-
-    try:
-        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
-        columns = int(known) or 80
-    except (OSError, ValueError):
-        columns = 80
-    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
-
-
-def _example(text: str) -> dict[str, Any]:
-    """Return the keyword arguments that end a --help with an example."""
-    return {"epilog": "example:\n  " + text, "formatter_class": help_formatter}
-
-
-# -- reaching a gateway --------------------------------------------------------
-
-
-def add_gateway_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--host", metavar="URL", help="the gateway (default: the one of this machine)"
-    )
-    parser.add_argument(
-        "--api-key", metavar="KEY", help="operator key; better in MOLTIS_API_KEY"
-    )
-    add_trust_options(parser)
-
-
-def add_trust_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--fingerprint",
-        metavar="PIN",
-        help="the gateway's certificate: sha256//…, as `moltis gateway` prints it",
-    )
-    parser.add_argument(
-        "--ca", metavar="FILE", help="who vouches for that certificate, in PEM"
-    )
-
-
-def chosen_trust(args: argparse.Namespace, context: Context) -> TlsTrust:
-    """Return what flags and environment say of the gateway's certificate.
-
-    Raises UsageError.
-    """
-    pin = args.fingerprint or context.environ.get("MOLTIS_FINGERPRINT") or None
-    if args.fingerprint and args.ca:
-        raise UsageError("--fingerprint and --ca exclude each other")
-    if pin is not None and not re.fullmatch(r"sha256//[A-Za-z0-9+/]{43}=", pin):
-        raise UsageError(f"--fingerprint takes sha256//… and 44 characters, not {pin}")
-    return TlsTrust(None if args.ca else pin, args.ca)
-
-
-def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
-    """Return URL and operator key: flags, then environment, then gateway.json.
-
-    Raises Unreachable where no gateway is known.
-    """
-    file = GatewayFile.load(context.directory)
-    given = args.host or context.environ.get("MOLTIS_GATEWAY_URL")
-    key = args.api_key or context.environ.get("MOLTIS_API_KEY")
-    if not given and file is None:
-        raise Unreachable(
-            f"no gateway is known: {context.directory / GatewayFile.FILE} is not there;"
-            " start one with `moltis gateway`, or name it with --host"
-        )
-    url = given or (file.url if file else "")
-    if not key and file is not None and is_own_gateway(url, file):
-        key = file.api_key
-    if not key:
-        raise Refused(
-            f"{url} is not the gateway of {context.directory / GatewayFile.FILE}: it "
-            "wants an operator key, in MOLTIS_API_KEY (that file holds it on the "
-            "gateway's machine); or mend the address"
-        )
-    return url, key
-
-
-def is_own_gateway(url: str, file: GatewayFile) -> bool:
-    """Return whether `url` is the gateway of gateway.json, by whichever address.
-
-    Its key must not go to anybody else.
-    """
-    wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
-    if (wanted.scheme, wanted.port) != (own.scheme, own.port):
-        return False
-    if wanted.hostname == own.hostname:  # as it is without --host: nothing to look up
-        return True
-    return wanted.hostname in {*host_names(), *host_addresses()}
-
-
-def operator_client(args: argparse.Namespace, context: Context) -> OperatorClient:
-    """Raises Unreachable or Refused."""
-    url, key = gateway_address(args, context)
-    file = GatewayFile.load(context.directory)
-    warn_about_plain_text(websocket_url(url), context.output)
-    try:
-        return OperatorClient(url, key, operator_trust(args, context, key))
-    except Unreachable as error:
-        if file is not None and file.url == url and not is_running(file.pid):
-            raise Unreachable(
-                f"the gateway at {url} does not run any more; "
-                "start it again with `moltis gateway`"
-            ) from error
-        raise
-
-
-def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
-    """Return which certificate the gateway has to show that gets `key`."""
-    trust = chosen_trust(args, context)
-    file = GatewayFile.load(context.directory)
-    if trust == TlsTrust() and file is not None and file.api_key == key:
-        # That key is for the gateway of this machine and nobody else.
-        return TlsTrust(file.fingerprint)
-    return trust
-
-
-class StopSignal:
-    """SIGTERM and Ctrl+C, as something that the main thread waits for."""
-
-    def __init__(self) -> None:
-        # A handler runs between two instructions of Python: a signal that comes as the
-        # main thread is about to wait for a lock is not heard of while it does.  What
-        # the interpreter writes into a pipe, the number of each signal, stays there.
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
-        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)
-        self._stopped = False
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Return whether it is time to stop, after `timeout` s at the latest."""
-        deadline = Deadline(timeout)
-        while not self._stopped:
-            if not select.select([self._reader], [], [], deadline.remaining())[0]:
-                return False
-            self._stopped = not STOP_SIGNALS.isdisjoint(os.read(self._reader, 4096))
-        return True
-
-    def set(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it is full of what wakes
-            os.write(self._writer, bytes([signal.SIGTERM]))
-
-
-# -- moltis gateway ------------------------------------------------------------
-
-
-def add_gateway(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "gateway",
-        help="serve the page, the nodes and the command line",
-        **_example("moltis gateway --demo-node"),
-    )
-    parser.add_argument(
-        "--bind",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="where to listen (default: 127.0.0.1, this machine alone)",
-    )
-    parser.add_argument(
-        "--port", type=int, default=DEFAULT_PORT, help="default 9090; 0: any free one"
-    )
-    add_tls_options(parser)
-    parser.add_argument(
-        "--require-scram",
-        action="store_true",
-        help="take no token as it is; keeps out nodes of the original Moltis",
-    )
-    parser.add_argument(
-        "--keep-audit",
-        type=float,
-        default=90.0,
-        metavar="DAYS",
-        help="how long to remember commands, sign-ins and the like (default: 90)",
-    )
-    parser.add_argument(
-        "--allowed-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a further name under which browsers may reach it",
-    )
-    parser.add_argument(
-        "--demo-node", action="store_true", help="add a node on this machine"
-    )
-    parser.add_argument(
-        "--open", action="store_true", help="open the page in the browser"
-    )
-    parser.set_defaults(run=cmd_gateway)
-
-
-def add_tls_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tls",
-        action="store_true",
-        help="https and wss, with a certificate of its own",
-    )
-    parser.add_argument(
-        "--tls-cert", metavar="FILE", help="or with this one, and its chain, in PEM"
-    )
-    parser.add_argument(
-        "--tls-key", metavar="FILE", help="its key in PEM; SIGHUP reads both again"
-    )
-    parser.add_argument(
-        "--trusted-proxy",
-        action="append",
-        default=[],
-        metavar="CIDR",
-        help="a reverse proxy whose X-Forwarded-For, -Proto and -Host are true",
-    )
-    parser.add_argument(
-        "--proxy-cert",
-        metavar="FILE",
-        help="the certificate of a proxy that does TLS, for nodes to bind to",
-    )
-
-
-def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOptions:
-    """Raises UsageError, BadConfiguration."""
-    if not 0 <= args.port <= 65535:
-        raise UsageError(f"--port takes 0 to 65535, not {args.port}")
-    if not 0 < args.keep_audit <= 36_500:
-        raise UsageError(f"--keep-audit takes days, not {args.keep_audit:g}")
-    if args.proxy_cert and not args.trusted_proxy:
-        raise UsageError("--proxy-cert needs --trusted-proxy")
-    binding = None
-    if args.proxy_cert:
-        binding = read_channel_binding(Path(args.proxy_cert))
-    return GatewayOptions(
-        bind=args.bind,
-        port=args.port,
-        allowed_hosts=args.allowed_host,
-        proxies=TrustedProxies(args.trusted_proxy, binding),
-        tls=server_tls(args, context),
-        require_scram=args.require_scram,
-        keep_audit=args.keep_audit,
-    )
-
-
-def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
-    """Raises UsageError, BadConfiguration."""
-    if bool(args.tls_cert) != bool(args.tls_key):
-        raise UsageError("--tls-cert and --tls-key go together")
-    if args.tls_cert:
-        files = TlsFiles(Path(args.tls_cert), Path(args.tls_key))
-        return ServerTls(lambda: files)
-    if not args.tls:
-        return None
-
-    def own_files() -> TlsFiles:
-        names = [*host_names(), *host_addresses(), *args.allowed_host]
-        return ensure_certificate(context.directory / TLS_DIRECTORY, names)
-
-    return ServerTls(own_files)
-
-
-def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
-    """Raises UsageError, BadConfiguration."""
-    options = gateway_options(args, context)
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
-    )
-    with GatewayLock(context.directory), contextlib.ExitStack() as stack:
-        stop = StopSignal()
-        running = RunningGateway(context, options)
-        stack.callback(running.close)
-        signal.signal(signal.SIGHUP, lambda *_: on_hangup(running))
-        say_started(context.output, running)
-        if args.demo_node:
-            demo = start_demo_node(context, running)
-            stack.callback(close_together, demo.close, running.close)
-        if args.open:
-            stack.enter_context(open_sign_in(running.sign_in_link))
-        stop.wait()
-        context.output.say("stopping")
-    return EXIT_OK
-
-
-def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
-    """Open the browser with a private file that leads to `link`; return where it is.
-
-    Everybody on this machine can read the arguments of a program, and the link holds
-    the operator key.  Raises BadConfiguration.
-    """
-    import tempfile
-    import webbrowser
-
-    # Browsers that come as a snap see another /tmp, and no name that begins with a dot.
-    home = Path.home()
-    try:
-        directory = tempfile.TemporaryDirectory(prefix="moltis-sign-in-", dir=str(home))
-        page = Path(directory.name, "index.html")
-        page.write_text(
-            '<!doctype html><meta charset="utf-8"><title>moltis</title>'
-            f'<meta http-equiv="refresh" content="0;url={link}">\n',
-            encoding="utf-8",
-        )
-    except OSError as error:
-        raise BadConfiguration(
-            f"cannot write to {home}: {error.strerror}; without --open the link above "
-            "is the same"
-        ) from error
-    webbrowser.open(page.as_uri())
-    return directory
-
-
-def on_hangup(running: RunningGateway) -> None:
-    running.reload_tls()
-    log.info("SIGHUP: certificate in use pin=%s", running.options.fingerprint())
-
-
-def say_started(output: Output, running: RunningGateway) -> None:
-    output.answer(f"Gateway:  {running.url}")
-    output.answer(f"Sign in:  {running.sign_in_link}")
-    output.answer(f"Nodes:    {websocket_url(running.public_url)}")
-    fingerprint = running.options.fingerprint()
-    if fingerprint is not None:
-        output.answer(f"TLS:      {fingerprint}")
-    if is_loopback(running.options.bind):
-        output.say(
-            "Only this machine can reach it; --bind 0.0.0.0 lets the network in."
-        )
-    elif fingerprint is None:
-        output.say(
-            "warning: who listens on the network reads commands, output and operator "
-            "keys; --tls encrypts them."
-        )
-    output.say("Ctrl+C stops it.")
 
 
 class GatewayLock:
@@ -23339,6 +21929,7 @@ class GatewayOptions(Value):
     tls: ServerTls | None = None
     require_scram: bool = False
     keep_audit: float = 90.0  # days
+    keep_output: int = KEEP_OUTPUT  # bytes of all logs in files
 
     @property
     def listen(self) -> tuple[str, int]:
@@ -23364,143 +21955,43 @@ class GatewayOptions(Value):
         return self.tls.identity.certificate.pin if self.tls else None
 
 
-class RunningGateway:
-    """A gateway with all its parts, from the constructor's return to close()."""
+class LocalNode:
+    """The gateway's own machine as a node."""
 
-    def __init__(self, context: Context, options: GatewayOptions) -> None:
-        """Raises BadConfiguration."""
-        self.options = options
-        path = self._directory = context.directory
-        environ = context.environ
-        with contextlib.ExitStack() as stack:
-            store = self.store = Store(path / STORE_FILE)
-            stack.callback(store.close)
-            connections = stack.enter_context(closing(ConnectionThreads()))
-            access = self._access = Access(store)
-            self._key = self._kept_key()
-            audience = Audience()
-            announce = audience.announce
-            local = stack.enter_context(closing(LocalNode(environ)))
-            fleet = self.fleet = Fleet(store.devices, local.node, announce)
-            jobs = Jobs(path / JOBS_DIRECTORY, store.commands)
-            stack.callback(jobs.close)
-            outputs = CardOutputs(path, store.commands, jobs)
-            stack.callback(outputs.close)
-            logs = SessionLogs(store, announce, outputs)
-            stack.callback(logs.close)
-            invocations = self.invocations = Invocations(fleet, store.commands)
-            resumption = Resumption(
-                fleet, invocations, store.commands, logs.find_sink, jobs.find_sink
-            )
-            local.start(fleet, invocations)
-            models = self.models = ModelDirectory(path, environ, fleet, invocations)
-            stack.callback(models.close)
-            desk = JobDesk(fleet, invocations, jobs, store.commands)
-            chats = RunningChats(store, fleet, desk, logs, models, announce)
-            nodes = NodeMethods(fleet, invocations, resumption, jobs, store, announce)
-            rpc = Rpc(
-                nodes.methods,
-                JobMethods(fleet, desk).methods,
-                DeviceMethods(fleet, invocations, access, store, announce).methods,
-                SubscriptionMethods().methods,
-                ModelMethods(models).methods,
-                AccessMethods(access, store.audit, audience).methods,
-                chats.methods,
-            )
-            gateway = Gateway(
-                access,
-                store.devices,
-                fleet,
-                invocations,
-                resumption,
-                jobs,
-                audience,
-                rpc,
-                require_scram=options.require_scram,
-                fingerprint=options.fingerprint,
-            )
-            stack.callback(gateway.close)
-            stack.callback(chats.close)  # before the nodes seem to be away
-            app = HttpApp(gateway, access, served_files(), options.edge(), outputs)
-            door = HttpDoor(options.listen, app, connections, options.tls)
-            stack.callback(door.close)
-            self._announce_door(door.port)
-            stack.callback(Ticker(HOUSEKEEPING_INTERVAL, self.keep_house).close)
-            self._stack = stack.pop_all()
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._fleet: Fleet | None = None  # it is made after our `node`
+        self._inventory = Inventory(environ, on_change=self._report)
+        self._telemetry = TelemetrySource(choose_probe(environ), self._inventory)
+        home = os.path.expanduser("~")
+        machine = Machine(MachineOptions(environ, self._inventory, working_dir=home))
+        self._machine = machine
+        self._link = LocalLink(machine)
+        params = ConnectParams(
+            role="node",
+            platform=platform_name(),
+            version=__version__,
+            capabilities=machine.capabilities,
+            instance=machine.instance,
+        )
+        self.node = ConnectedNode(LOCAL_ID, "", self._link, params)
+        self._ticker: Ticker | None = None
 
-    def _announce_door(self, port: int) -> None:
-        self.port = port
-        self.url = self.options.url(port)
-        self.public_url = self.options.public_url(port)
-        self._save_file()
-
-    def _kept_key(self) -> str:
-        previous = GatewayFile.load(self._directory)
-        return self._access.ensure_operator_key(previous.api_key if previous else None)
-
-    @property
-    def sign_in_link(self) -> str:
-        return f"{self.url}/#key={self._key}"
-
-    def keep_house(self) -> None:
-        """Forget what is old enough, and renew what is about to expire."""
-        self._access.purge()
-        before = now_ms() - round(self.options.keep_audit * 86_400_000)
-        self.store.audit.delete_before(before)
-        self.store.commands.delete_before(before)
-        self.reload_tls()
-
-    def reload_tls(self) -> None:
-        """Use the certificate that is in its files now, if it is any good."""
-        if self.options.tls is None:
-            return
-        try:
-            self.options.tls.reload()
-            self._save_file()
-        except UserError as error:
-            log.error("the certificate was not read again: %s", error)
-        else:
-            log.debug("certificate in use pin=%s", self.options.fingerprint())
-
-    def _save_file(self) -> None:
-        GatewayFile(
-            url=self.url,
-            api_key=self._key,
-            pid=os.getpid(),
-            public_url=self.public_url,
-            fingerprint=self.options.fingerprint(),
-        ).save(self._directory)
-
-    def device_token(self, name: str, current: str) -> str:
-        """Return `current` if it is still good, or the token of a new device."""
-        if current and self._access.device_by_token(current):
-            return current
-        return self._access.create_device(name)[1]
+    def start(self, fleet: Fleet, jobs: Jobs) -> None:
+        self._link.attach(jobs)
+        fleet.activate(self.node)
+        self._fleet = fleet
+        self._report()
+        self._ticker = Ticker(TELEMETRY_INTERVAL, self._report)
 
     def close(self) -> None:
-        """Hang up on everybody and end Local's commands."""
-        self._stack.close()
+        if self._ticker is not None:
+            self._ticker.close()
+        self._machine.close()
+        self._inventory.close()
 
-
-class RunningChats:
-    """The agent and the sessions that it works in, until close()."""
-
-    def __init__(
-        self,
-        store: Store,
-        fleet: Fleet,
-        desk: JobDesk,
-        logs: SessionLogs,
-        models: ModelDirectory,
-        announce: Callable[[str, JsonObject], None],
-    ) -> None:
-        approvals = Approvals(partial(note_denial, store.commands, logs))
-        executor = SessionExecutor(desk.invocations, logs)
-        background = SessionJobs(logs, desk)
-        agent = Agent(fleet, executor, background, approvals)
-        self._chats = Chats(store, logs, executor, agent, models, announce)
-        self.methods = ChatMethods(self._chats, fleet, approvals).methods
-        self.close = self._chats.close
+    def _report(self) -> None:
+        if self._fleet is not None:
+            self._fleet.report_local(self._telemetry.read())
 
 
 def served_files() -> dict[str, Reply]:
@@ -23525,46 +22016,109 @@ def served_files() -> dict[str, Reply]:
     return files
 
 
-class LocalNode:
-    """The gateway's own machine as a node."""
+class RunningGateway:
+    """A gateway with all its parts, from the constructor's return to close()."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._fleet: Fleet | None = None  # which needs our `node` before we have it
-        self._inventory = Inventory(environ, on_change=self._report)
-        self._telemetry = TelemetrySource(choose_probe(environ), self._inventory)
-        self._machine = Machine(
-            CommandRunner(environ=environ, working_dir=os.path.expanduser("~")),
-            self._inventory,
-        )
-        params = ConnectParams(
-            role="node",
-            platform=platform_name(),
-            version=__version__,
-            capabilities=MACHINE_CAPABILITIES,
-        )
-        link = LocalLink(self._machine)
-        self.node = ConnectedNode(LOCAL_ID, "", link, params)
-        self._ticker: Ticker | None = None
+    def __init__(self, environ: Mapping[str, str], options: GatewayOptions) -> None:
+        """Raises BadConfiguration."""
+        self.options = options
+        path = self._directory = data_directory(environ)
+        with contextlib.ExitStack() as stack:
+            store = self.store = Store(path / STORE_FILE)
+            stack.callback(store.close)
+            connections = stack.enter_context(closing(ConnectionThreads()))
+            access = self._access = Access(store)
+            self._key = self._kept_key()
+            audience = Audience()
+            announce = audience.announce
+            local = stack.enter_context(closing(LocalNode(environ)))
+            fleet = self.fleet = Fleet(store.devices, local.node, announce)
+            logs = path / JOBS_DIRECTORY
+            jobs = self.jobs = Jobs(store.jobs, fleet, logs, options.keep_output)
+            stack.callback(jobs.close)
+            local.start(fleet, jobs)
+            models = self.models = ModelDirectory(path, environ, fleet, jobs)
+            stack.callback(models.close)
+            approvals = Approvals()
+            chats = Chats(store, fleet, jobs, models, approvals, announce)
+            rpc = Rpc(
+                NodeMethods(fleet, jobs, access, store.devices, announce),
+                JobMethods(fleet, jobs),
+                ChatMethods(chats, fleet, approvals),
+                AccessMethods(access, store.audit, audience, chats.key_revoked),
+                ModelMethods(models),
+            )
+            gateway = Gateway(
+                access,
+                store.devices,
+                fleet,
+                jobs,
+                audience,
+                rpc,
+                require_scram=options.require_scram,
+                fingerprint=options.fingerprint,
+            )
+            stack.callback(gateway.close)
+            stack.callback(chats.close)  # before the nodes seem to be away
+            app = HttpApp(gateway, jobs, access, served_files(), options.edge())
+            door = HttpDoor(options.listen, app, connections, options.tls)
+            stack.callback(door.close)
+            self._announce_door(door.port)
+            stack.callback(Ticker(HOUSEKEEPING_INTERVAL, self.keep_house).close)
+            self._stack = stack.pop_all()
 
-    def start(self, fleet: Fleet, invocations: Invocations) -> None:
-        self._machine.attach(LocalPeer(invocations, self._machine))
-        fleet.activate(self.node)
-        self._fleet = fleet
-        self._report()
-        self._ticker = Ticker(TELEMETRY_INTERVAL, self._report)
+    def _announce_door(self, port: int) -> None:
+        self.port = port
+        self.url = self.options.url(port)
+        self.public_url = self.options.public_url(port)
+        self._save_file()
+
+    def _kept_key(self) -> str:
+        previous = GatewayFile.load(self._directory)
+        return self._access.ensure_operator_key(previous.api_key if previous else None)
+
+    @property
+    def sign_in_link(self) -> str:
+        return f"{self.url}/#key={self._key}"
+
+    def keep_house(self) -> None:
+        """Delete what is old enough, and renew what is about to expire."""
+        self._access.purge()
+        before = now_ms() - round(self.options.keep_audit * 86_400_000)
+        self.store.audit.delete_before(before)
+        self.jobs.discard(self.store.jobs.delete_before(before))
+        self.reload_tls()
+
+    def reload_tls(self) -> None:
+        """Use the certificate that is in its files now, if it is any good."""
+        if self.options.tls is None:
+            return
+        try:
+            self.options.tls.reload()
+            self._save_file()
+        except UserError as error:
+            log.error("the certificate was not read again: %s", error)
+        else:
+            log.info("certificate in use pin=%s", self.options.fingerprint())
+
+    def _save_file(self) -> None:
+        GatewayFile(
+            url=self.url,
+            api_key=self._key,
+            pid=os.getpid(),
+            public_url=self.public_url,
+            fingerprint=self.options.fingerprint(),
+        ).save(self._directory)
+
+    def device_token(self, name: str, current: str) -> str:
+        """Return `current` if it is still good, or the token of a new device."""
+        if current and self._access.device_by_token(current):
+            return current
+        return self._access.create_device(name)[1]
 
     def close(self) -> None:
-        if self._ticker is not None:
-            self._ticker.close()
-        self._machine.close()
-        self._inventory.close()
-
-    def _report(self) -> None:
-        if self._fleet is not None:
-            self._fleet.report_local(self._telemetry.read())
-
-
-# -- the node's own subcommands ------------------------------------------------
+        """Close every connection, and end Local's commands."""
+        self._stack.close()
 
 
 class RunningNode:
@@ -23579,19 +22133,18 @@ class RunningNode:
         give_up_when_refused: bool = False,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
-        self.lender = model_lender(environ) if settings.lends_models else None
         self.refused: Refused | None = None
-        self._agent: NodeAgent | None = None  # the inventory is heard of before it
+        self._agent: NodeAgent | None = None  # made after the inventory
         self._inventory = Inventory(environ, on_change=self._report)
         machine = Machine(
-            CommandRunner(
-                environ=environ,
+            MachineOptions(
+                environ,
+                self._inventory,
                 working_dir=settings.working_dir or os.path.expanduser("~"),
                 max_timeout=settings.timeout,
-            ),
-            self._inventory,
-            self.lender,
-            AllowedCommands(settings.allow) if settings.allow else None,
+                catalog=model_catalog(environ) if settings.lends_models else None,
+                allowed=AllowedCommands(settings.allow) if settings.allow else None,
+            )
         )
         telemetry = TelemetrySource(choose_probe(environ), self._inventory)
         agent = self._agent = NodeAgent(settings, machine, telemetry, on_state)
@@ -23603,10 +22156,10 @@ class RunningNode:
         self._thread.start()
 
     def close(self) -> None:
-        """End its commands in order and hang up."""
+        """End its commands in order, then disconnect."""
         if self._agent is not None:
             self._agent.close()
-        # A look for the gateway's name or address ends by itself, some time.
+        # A name lookup cannot be interrupted: do not wait for its end.
         self._thread.join(KILL_AFTER / 2)
         self._inventory.close()
 
@@ -23623,74 +22176,479 @@ class RunningNode:
             self._on_end()
 
 
-def model_lender(environ: Mapping[str, str]) -> ModelLender:
-    """Return what lends this machine's models.  Raises BadConfiguration."""
+def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
+    """Return the models that this machine lends.  Raises BadConfiguration."""
     entered = ProviderSettings.load_all(data_directory(environ))
-    return ModelLender(ModelCatalog(make_providers(environ, entered)))
+    return ModelCatalog(make_providers(environ, entered))
 
 
-def _ignore_state(_connected: bool, _problem: UserError | None) -> None: ...
-
-
-def start_demo_node(context: Context, gateway: RunningGateway) -> RunningNode:
+def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> RunningNode:
     """Start a node on this machine, with a token and a directory of its own."""
-    directory = context.directory / DEMO_DIRECTORY
+    directory = data_directory(environ) / DEMO_DIRECTORY
     known = NodeSettings.load(directory)
-    token = known.device_token if known else ""
     settings = NodeSettings(
         gateway_url=websocket_url(gateway.url),
-        device_token=gateway.device_token("Demo node", token),
+        device_token=gateway.device_token(
+            "Demo node", known.device_token if known else ""
+        ),
         node_id=known.node_id if known else new_id(),
         display_name="Demo node",
         lends_models=False,  # they are the gateway's own
     )
     settings.save(directory)
-    return RunningNode(settings, context.environ, _ignore_state)
+    return RunningNode(settings, environ, lambda _connected, _problem: None)
 
 
-def add_node_add(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "add",
-        help="make this machine a node",
-        **_example(
-            "moltis node add --host ws://gateway:9090/ws --token mdt_… --name Pi"
-        ),
+# ==============================================================================
+# Command line
+# Uses: Settings, Wire protocol, Commands, Language models, Node agent, Node service,
+#       Certificates, Access, Agent, Chat, Gateway, HTTP, Operator client, MCP, Assembly
+#
+# What a person types: one action for each subcommand, which returns the exit status,
+# and at the end the table of all subcommands and their arguments.  Answers go to
+# stdout, the conversation to stderr.
+# ==============================================================================
+
+START_TIMEOUT = 20.0  # s for a service that was just started to connect
+SIGNAL_LOOK = 0.5  # s
+TERMINAL_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+INTERRUPTED = 130  # as a shell counts SIGINT
+STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT))
+LEAVE_AFTER = 10.0  # s from an interrupt; a connected node needs three to obey
+TIMED_OUT = 124  # as timeout(1)
+BROKEN_PIPE = 141  # as a shell counts SIGPIPE
+# Errors of a disk to which output is redirected.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+# -- output --------------------------------------------------------------------
+
+Column: TypeAlias = "str | Callable[[JsonObject], str]"  # a field's name, or a function
+
+
+class Output:
+    """What the program writes: answers to stdout, the conversation to stderr."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._color = self._terminal and not environ.get("NO_COLOR")
+        self._status_shown = False
+
+    def say(self, text: str) -> None:
+        """Write a line for the person, which is no part of the answer."""
+        self._write(visible(text) + "\n")
+
+    def status(self, text: str) -> None:
+        """Show `text` until something else is written; on a terminal only."""
+        if self._terminal:
+            self._write(visible(text))
+            self._status_shown = True
+
+    def complain(self, text: str) -> None:
+        bold = "\033[31m{}\033[0m" if self._color else "{}"
+        self._write(bold.format(f"moltis: {visible(redact(text))}") + "\n")
+
+    def _write(self, text: str) -> None:
+        shown, self._status_shown = self._status_shown, False
+        clear = "\r\033[K" if shown else ""
+        sys.stderr.write(f"{clear}{text}")
+        sys.stderr.flush()
+
+    def answer(self, text: str) -> None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def json(self, value: object) -> None:
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        # JSON escapes the other control codes by itself.
+        self.answer(re.sub("[\x7f-\x9f]", lambda c: f"\\u{ord(c[0]):04x}", text))
+
+    def fields(self, values: Mapping[str, Any]) -> None:
+        """Print `name: value` lines; a list has a line for each item, None has none."""
+        width = max(map(len, values)) + 2
+        for name, value in values.items():
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if item is not None:
+                    self.answer(visible(f"{name + ':':{width}}{item}"))
+
+    def table(self, rows: Sequence[JsonObject], columns: Mapping[str, Column]) -> None:
+        """Print JSON objects in columns, by heading."""
+        # Other people's text must not move the cursor to hide itself.
+        lines = [list(columns), *([*map(visible, cells(r, columns))] for r in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        for line in lines:
+            padded = (cell.ljust(width) for cell, width in zip(line, widths))
+            self.answer("  ".join(padded).rstrip())
+
+
+def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
+    """Return a row of a table; "-" for a field that is absent or empty."""
+    return [
+        str(row.get(column) or "-") if isinstance(column, str) else column(row)
+        for column in columns.values()
+    ]
+
+
+def time_column(name: str) -> Column:
+    return lambda row: format_time(row[name]) if row.get(name) else "-"
+
+
+class Context(Value):
+    """What every subcommand gets besides its arguments."""
+
+    environ: Mapping[str, str]
+    output: Output
+
+    @property
+    def directory(self) -> Path:
+        return data_directory(self.environ)
+
+    def show(
+        self,
+        args: argparse.Namespace,
+        rows: Sequence[JsonObject],
+        columns: Mapping[str, Column],
+    ) -> int:
+        """Print a list as a table, or with --json as it is; return EXIT_OK."""
+        if args.json:
+            self.output.json(rows)
+        else:
+            self.output.table(rows, columns)
+        return EXIT_OK
+
+
+# -- arguments -----------------------------------------------------------------
+
+Argument: TypeAlias = "tuple[Sequence[str], Mapping[str, Any]]"
+
+
+def arg(spec: str, text: str, **options: Any) -> Argument:
+    """Return an argument for argparse: `--host URL`, `-f --follow` or `name`.
+
+    A word is its own name, or comes before it: `nodes NODE`.
+    """
+    words = spec.split()
+    names = [word for word in words if word.startswith("-")] or words[:1]
+    given = " ".join(words[len(names) :])
+    if given:
+        options["metavar"] = given
+    elif names[0].startswith("-") and "choices" not in options:
+        options["action"] = "store_true"
+    return names, {"help": text, **options}
+
+
+class Subcommand(Value):
+    """One row of the table of subcommands."""
+
+    run: Callable[[argparse.Namespace, Context], int]
+    help: str
+    example: str
+    arguments: Sequence[Argument] = ()
+    usage: str | None = None
+
+    def add_to(self, subcommands: Subcommands, name: str) -> None:
+        parser = subcommands.add_parser(
+            name, help=self.help, usage=self.usage, **help_options(self.example)
+        )
+        for names, options in self.arguments:
+            parser.add_argument(*names, **options)
+        parser.set_defaults(run=self.run)
+
+
+def help_options(example: str) -> dict[str, Any]:
+    """Return the keyword arguments that end a --help with an example."""
+    return {"epilog": "example:\n  " + example, "formatter_class": help_formatter}
+
+
+def help_formatter(prog: str) -> argparse.HelpFormatter:
+    """Return a formatter for --help that is as wide as the terminal.
+
+    argparse makes one for each argument that a parser gets, and by itself asks
+    `shutil` for the width, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
+    """
+    import argparse
+
+    try:
+        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
+        columns = int(known) or 80
+    except (OSError, ValueError):
+        columns = 80
+    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
+
+
+def check_timeout(timeout: float | None) -> None:  # s
+    """Raises UsageError for a --timeout out of range."""
+    if timeout is not None and not 0 < timeout * 1000 <= MAX_TIMEOUT_MS:
+        raise UsageError(f"--timeout takes a positive number of seconds, not {timeout}")
+
+
+def find_one(
+    reference: str, rows: Sequence[JsonObject], what: str, *fields: str
+) -> str:
+    """Return the first of `fields`, ids, of the row that `reference` names.
+
+    An id wins over a `displayName` or `name`, which must be unambiguous.  Raises
+    UserError.
+    """
+
+    def name_of(row: JsonObject) -> str:
+        return str(row.get("displayName") or row.get("name") or "")
+
+    wanted = reference.strip().casefold()
+    exact = [row for row in rows if reference in (row.get(f) for f in fields)]
+    found = exact or [row for row in rows if name_of(row).casefold() == wanted]
+    if len(found) == 1:
+        return str(found[0][fields[0]])
+    if found:
+        ids = ", ".join(str(row[fields[0]]) for row in found)
+        raise UsageError(f"several are called {reference!r}; use an id: {ids}")
+    names = ", ".join(map(name_of, rows)) or "none"
+    raise UserError(f"no {what} is called {reference!r}; there is {names}")
+
+
+# -- reaching a gateway --------------------------------------------------------
+
+
+def chosen_trust(args: argparse.Namespace, context: Context) -> TlsTrust:
+    """Return what flags and environment say about the gateway's certificate.
+
+    Raises UsageError.
+    """
+    pin = args.fingerprint or context.environ.get("MOLTIS_FINGERPRINT") or None
+    if args.fingerprint and args.ca:
+        raise UsageError("--fingerprint and --ca exclude each other")
+    if pin is not None and not re.fullmatch(r"sha256//[A-Za-z0-9+/]{43}=", pin):
+        raise UsageError(f"--fingerprint takes sha256//… and 44 characters, not {pin}")
+    return TlsTrust(None if args.ca else pin, args.ca)
+
+
+def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
+    """Return URL and operator key: flags, then environment, then gateway.json.
+
+    Raises Unreachable where no gateway is known.
+    """
+    file = GatewayFile.load(context.directory)
+    given = args.host or context.environ.get("MOLTIS_GATEWAY_URL")
+    key = args.api_key or context.environ.get("MOLTIS_API_KEY")
+    if not given and file is None:
+        raise Unreachable(
+            f"no gateway is known: {context.directory / GatewayFile.FILE} does not "
+            "exist; start one with `moltis gateway`, or name it with --host"
+        )
+    url = given or (file.url if file else "")
+    if not key and file is not None and is_own_gateway(url, file):
+        key = file.api_key
+    if not key:
+        raise Refused(
+            f"{url} is not the gateway of {context.directory / GatewayFile.FILE}: it "
+            "wants an operator key, in MOLTIS_API_KEY (that file holds it on the "
+            "gateway's machine); or correct the address"
+        )
+    return url, key
+
+
+def is_own_gateway(url: str, file: GatewayFile) -> bool:
+    """Return whether `url` is the gateway of gateway.json, by whichever address.
+
+    No other gateway may get its key.
+    """
+    wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
+    if (wanted.scheme, wanted.port) != (own.scheme, own.port):
+        return False
+    if wanted.hostname == own.hostname:  # as it is without --host: nothing to look up
+        return True
+    return wanted.hostname in {*host_names(), *host_addresses()}
+
+
+def operator_client(
+    args: argparse.Namespace, context: Context, on_news: NewsHandler = ignore_news
+) -> OperatorClient:
+    """Raises Unreachable or Refused."""
+    url, key = gateway_address(args, context)
+    file = GatewayFile.load(context.directory)
+    warn_about_plain_text(websocket_url(url), context.output)
+    try:
+        return OperatorClient(url, key, operator_trust(args, context, key), on_news)
+    except Unreachable as error:
+        if file is not None and file.url == url and not is_running(file.pid):
+            raise Unreachable(
+                f"the gateway at {url} is not running any more; "
+                "start it again with `moltis gateway`"
+            ) from error
+        raise
+
+
+def call_gateway(
+    args: argparse.Namespace, context: Context, method: str, **params: Any
+) -> Any:
+    """Make one call over a connection of its own.  Raises UserError."""
+    with operator_client(args, context) as client:
+        return client.call(method, params)
+
+
+def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
+    """Return which certificate the gateway must show before it gets `key`."""
+    trust = chosen_trust(args, context)
+    file = GatewayFile.load(context.directory)
+    if trust == TlsTrust() and file is not None and file.api_key == key:
+        return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
+    return trust
+
+
+def warn_about_plain_text(url: str, output: Output) -> None:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
+        output.say(
+            f"warning: {url} is not encrypted: the network can read commands, output "
+            "and operator keys; start the gateway with --tls, then use wss://"
+        )
+
+
+class StopSignal:
+    """SIGTERM and Ctrl+C, as something that the main thread waits for."""
+
+    def __init__(self) -> None:
+        # A handler runs between two instructions of Python: a signal that comes just
+        # before the main thread waits for a lock goes unnoticed until the wait ends.
+        # The number that the interpreter writes into a pipe stays there.
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: None)
+        self._stopped = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Return whether it is time to stop, after `timeout` s at the latest."""
+        deadline = Deadline(timeout)
+        while not self._stopped:
+            if not select.select([self._reader], [], [], deadline.remaining())[0]:
+                return False
+            self._stopped = not STOP_SIGNALS.isdisjoint(os.read(self._reader, 4096))
+        return True
+
+    def set(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: wait() wakes anyway
+            os.write(self._writer, bytes([signal.SIGTERM]))
+
+
+# -- moltis gateway ------------------------------------------------------------
+
+
+def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOptions:
+    """Raises UsageError, BadConfiguration."""
+    if not 0 <= args.port <= 65535:
+        raise UsageError(f"--port takes 0 to 65535, not {args.port}")
+    if not 0 < args.keep_audit <= 36_500:
+        raise UsageError(f"--keep-audit takes days, not {args.keep_audit:g}")
+    if not 0 < args.keep_output <= 1_000_000:
+        raise UsageError(f"--keep-output takes GiB, not {args.keep_output:g}")
+    if args.proxy_cert and not args.trusted_proxy:
+        raise UsageError("--proxy-cert needs --trusted-proxy")
+    binding = read_channel_binding(Path(args.proxy_cert)) if args.proxy_cert else None
+    return GatewayOptions(
+        bind=args.bind,
+        port=args.port,
+        allowed_hosts=args.allowed_host or (),
+        proxies=TrustedProxies(args.trusted_proxy or (), binding),
+        tls=server_tls(args, context),
+        require_scram=args.require_scram,
+        keep_audit=args.keep_audit,
+        keep_output=round(args.keep_output * 1024**3),
     )
-    parser.add_argument("--host", metavar="URL", help="the gateway")
-    parser.add_argument(
-        "--token", help="device token; better in MOLTIS_DEVICE_TOKEN or by --join"
+
+
+def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
+    """Raises UsageError, BadConfiguration."""
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise UsageError("--tls-cert and --tls-key go together")
+    if args.tls_cert:
+        files = TlsFiles(Path(args.tls_cert), Path(args.tls_key))
+        return ServerTls(lambda: files)
+    if not args.tls:
+        return None
+
+    def own_files() -> TlsFiles:
+        names = [*host_names(), *host_addresses(), *(args.allowed_host or ())]
+        return ensure_certificate(context.directory / TLS_DIRECTORY, names)
+
+    return ServerTls(own_files)
+
+
+def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, BadConfiguration."""
+    options = gateway_options(args, context)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
     )
-    parser.add_argument("--join", metavar="URL", help="join link instead of a token")
-    add_trust_options(parser)
-    parser.add_argument("--name", help="what the node is called (default: host name)")
-    parser.add_argument("--node-id", metavar="ID", help="keep or choose its id")
-    parser.add_argument(
-        "--working-dir", metavar="DIR", help="where commands start (default: home)"
+    with GatewayLock(context.directory), contextlib.ExitStack() as stack:
+        stop = StopSignal()
+        running = RunningGateway(context.environ, options)
+        stack.callback(running.close)
+        signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
+        say_started(context.output, running)
+        if args.demo_node:
+            demo = start_demo_node(context.environ, running)
+            stack.callback(close_together, demo.close, running.close)
+        if args.open:
+            stack.enter_context(open_sign_in(running.sign_in_link))
+        stop.wait()
+        context.output.say("stopping")
+    return EXIT_OK
+
+
+def say_started(output: Output, running: RunningGateway) -> None:
+    fingerprint = running.options.fingerprint()
+    output.fields(
+        {
+            "Gateway": running.url,
+            "Sign in": running.sign_in_link,
+            "Nodes": websocket_url(running.public_url),
+            "TLS": fingerprint,
+        }
     )
-    parser.add_argument(
-        "--timeout", type=float, metavar="S", help="no command runs longer, in seconds"
-    )
-    parser.add_argument(
-        "--auth",
-        choices=("scram", "bearer"),
-        help="bearer: for gateways of the original Moltis",
-    )
-    parser.add_argument(
-        "--no-llm",
-        action="store_true",
-        help="do not lend this machine's language models to the gateway",
-    )
-    parser.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="run only commands like this, whoever asks; may come more than once",
-    )
-    parser.add_argument(
-        "--foreground", action="store_true", help="run here until Ctrl+C, keep nothing"
-    )
-    parser.set_defaults(run=cmd_node_add)
+    if is_loopback(running.options.bind):
+        output.say(
+            "Only this machine can reach it; --bind 0.0.0.0 lets the network in."
+        )
+    elif fingerprint is None:
+        output.say(
+            "warning: the network can read commands, output and operator keys; "
+            "--tls encrypts them."
+        )
+    output.say("Ctrl+C stops it.")
+
+
+def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
+    """Open the browser with a private file that leads to `link`; return its directory.
+
+    Every user of this machine can read the arguments of a program, and the link holds
+    the operator key.  Raises BadConfiguration.
+    """
+    import tempfile
+    import webbrowser
+
+    # Browsers that come as a snap see another /tmp, and no name that begins with a dot.
+    home = Path.home()
+    try:
+        directory = tempfile.TemporaryDirectory(prefix="moltis-sign-in-", dir=str(home))
+        page = Path(directory.name, "index.html")
+        page.write_text(
+            '<!doctype html><meta charset="utf-8"><title>moltis</title>'
+            f'<meta http-equiv="refresh" content="0;url={link}">\n',
+            encoding="utf-8",
+        )
+    except OSError as error:
+        raise BadConfiguration(
+            f"cannot write to {home}: {error.strerror}; without --open, open the link "
+            "above by hand"
+        ) from error
+    webbrowser.open(page.as_uri())
+    return directory
+
+
+# -- the node's own subcommands ------------------------------------------------
 
 
 def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
@@ -23705,12 +22663,6 @@ def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
         trust = TlsTrust(offer.get("fingerprint"))
     settings.save(context.directory)
     return install_node(settings, trust, context)
-
-
-def check_timeout(timeout: float | None) -> None:  # s
-    """Raises UsageError for what --timeout does not take."""
-    if timeout is not None and not 0 < timeout * 1000 <= MAX_TIMEOUT_MS:
-        raise UsageError(f"--timeout takes a positive number of seconds, not {timeout}")
 
 
 def node_settings(
@@ -23733,8 +22685,8 @@ def node_settings(
     check_timeout(args.timeout)
     if (args.ca or args.fingerprint) and websocket_url(host).startswith("ws:"):
         raise UsageError(
-            f"--ca and --fingerprint vouch for a certificate, and {host} has none; "
-            "name it with wss:// or https://"
+            f"--ca and --fingerprint need TLS, and {host} has none; use wss:// or "
+            "https://"
         )
     working_dir = args.working_dir and os.path.abspath(args.working_dir)
     if working_dir and not os.path.isdir(working_dir):
@@ -23747,10 +22699,10 @@ def node_settings(
         display_name=args.name or offer.get("display_name") or socket.gethostname(),
         working_dir=working_dir,
         timeout=args.timeout,
-        # The offer has no say here: what it came over may be somebody else's.
+        # Never from the offer: it may have come over a connection that is not trusted.
         auth=args.auth or "scram",
         lends_models=not args.no_llm,
-        allow=args.allow,
+        allow=args.allow or (),
     )
 
 
@@ -23761,7 +22713,7 @@ def join_offer(
 
     Raises UserError.
     """
-    # Who says it otherwise may have left standard input open, with nothing to come.
+    # With flags that say it all, standard input may be open and never end.
     said = args.host or args.token or environ.get("MOLTIS_DEVICE_TOKEN")
     if args.join:
         text = fetch(args.join, trust)
@@ -23774,10 +22726,9 @@ def join_offer(
     try:
         offer = from_json(text)
     except ValueError as error:
-        problem = f"what came is no join offer: it is not JSON: {error}"
-        raise UsageError(problem) from error
+        raise UsageError(f"this is no join offer: it is not JSON: {error}") from error
     if not isinstance(offer, dict):
-        raise UsageError("what came is no join offer: it is not a JSON object")
+        raise UsageError("this is no join offer: it is not a JSON object")
     return {name: text for name, text in offer.items() if isinstance(text, str)}
 
 
@@ -23845,13 +22796,16 @@ def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> i
     state = wait_until_connected(directory, Deadline(START_TIMEOUT))
     for note in notes:
         output.say(note)
-    output.answer(f"Name:     {settings.display_name}")
-    output.answer(f"Node id:  {settings.node_id}")
-    output.answer(f"Gateway:  {settings.gateway_url}")
-    for pattern in settings.allow:
-        output.answer(f"Allows:   {pattern}")
-    output.answer(f"Service:  {service.status().state}")
-    output.answer(f"Log:      {spec.log}")
+    output.fields(
+        {
+            "Name": settings.display_name,
+            "Node id": settings.node_id,
+            "Gateway": settings.gateway_url,
+            "Allows": settings.allow,
+            "Service": service.status().state,
+            "Log": spec.log,
+        }
+    )
     if state is not None and state.connected:
         return EXIT_OK
     reason = state.error if state and state.error else last_log_line(directory)
@@ -23859,22 +22813,12 @@ def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> i
     raise kind(f"the service runs, but is not connected yet: {reason}")
 
 
-def warn_about_plain_text(url: str, output: Output) -> None:
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
-        output.say(
-            f"warning: {url} is not encrypted: who listens on the way reads commands, "
-            "output and operator keys; start the gateway with --tls, then use wss://"
-        )
-
-
 def warn_about_root(settings: NodeSettings, output: Output) -> None:
     if os.geteuid() == 0 and not settings.allow:
         output.say(
-            "warning: this node runs as root, so whoever may run commands at the "
+            "warning: this node runs as root, so everyone who may run commands at the "
             "gateway is root here; to use another account, log in as that user and "
-            "run `node add` there, or say what may be run with --allow"
+            "run `node add` there, or restrict what may run with --allow"
         )
 
 
@@ -23927,25 +22871,16 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
     return EXIT_OK
 
 
-def add_node_run(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "run",
-        help="what the service starts: the node that node.json describes",
-        **_example("moltis node run"),
-    )
-    parser.set_defaults(run=cmd_node_run)
-
-
 def cmd_node_run(_args: object, context: Context) -> int:
     """Raises BadConfiguration."""
     settings = NodeSettings.load(context.directory)
     if settings is None:
         raise BadConfiguration(
-            f"this machine is no node: {context.directory / NodeSettings.FILE} is not "
-            "there; `moltis node add` makes it"
+            f"this machine is no node: {context.directory / NodeSettings.FILE} does "
+            "not exist; `moltis node add` makes it"
         )
     # Where its commands run: to send each of them there keeps SpawnedShell from being
-    # used.  A directory that is gone is said by the commands.
+    # used.  The commands report a directory that is gone.
     directory = context.directory.absolute()
     working_dir = os.path.abspath(settings.working_dir or os.path.expanduser("~"))
     settings = settings.replace(working_dir=working_dir)
@@ -23955,7 +22890,7 @@ def cmd_node_run(_args: object, context: Context) -> int:
 
 
 def local_service(context: Context) -> tuple[ServiceSpec, ServiceManager | None]:
-    """Return this machine's node service; None where nothing starts services."""
+    """Return this machine's node service; None without a service manager."""
     spec = ServiceSpec(service_python(), context.directory, Path.home())
     try:
         return spec, service_manager(spec, context.environ)
@@ -23963,32 +22898,13 @@ def local_service(context: Context) -> tuple[ServiceSpec, ServiceManager | None]
         return spec, None
 
 
-def add_node_remove(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "remove",
-        help="make this machine a node no more; the log is kept",
-        **_example("moltis node remove"),
-    )
-    parser.set_defaults(run=cmd_node_remove)
-
-
 def cmd_node_remove(_args: argparse.Namespace, context: Context) -> int:
     spec, service = local_service(context)
     for note in service.remove() if service else []:
         context.output.say(note)
     remove_node_files(context.directory)
-    context.output.say(f"this machine is no node any more; its log is {spec.log}")
+    context.output.say(f"this machine is no longer a node; its log is {spec.log}")
     return EXIT_OK
-
-
-def add_node_status(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "status",
-        help="show how this machine's node is doing",
-        **_example("moltis node status"),
-    )
-    parser.add_argument("--json", action="store_true", help="answer in JSON")
-    parser.set_defaults(run=cmd_node_status)
 
 
 def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
@@ -23997,13 +22913,14 @@ def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
     _, service = local_service(context)
     status = service.status() if service else None
     connected = state is not None and state.connected
-    value = {
+    pid = state.pid if state else (status.pid if status else None)
+    value: JsonObject = {
         "name": settings.display_name if settings else None,
         "nodeId": settings.node_id if settings else None,
         "gateway": settings.gateway_url if settings else None,
-        "allow": list(settings.allow) if settings else None,
-        "service": status.state if status else "no service manager",
-        "pid": state.pid if state else (status.pid if status else None),
+        "allow": list(settings.allow) if settings else [],
+        "service": status.state if status else "none",
+        "pid": pid,
         "connected": connected,
         "since": round(state.since * 1000) if state else None,
         "lastError": state.error if state else None,
@@ -24013,42 +22930,24 @@ def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
     elif settings is None:
         context.output.say("this machine is no node; `moltis node add` makes it one")
     else:
-        for line in status_lines(value):
-            context.output.answer(visible(line))
+        since = f" since {format_time(value['since'])}" if value["since"] else ""
+        context.output.fields(
+            {
+                "Name": value["name"],
+                "Node id": value["nodeId"],
+                "Gateway": value["gateway"],
+                "Allows": value["allow"],
+                "Service": f"{value['service']}{f', process {pid}' if pid else ''}",
+                "Connected": f"{'yes' if connected else 'no'}{since}",
+                "Last error": value["lastError"] or None,
+            }
+        )
     return EXIT_OK if connected else EXIT_FAILURE
 
 
-def status_lines(value: JsonObject) -> Iterator[str]:
-    """Yield what `node status` tells a person."""
-    yield f"Name:       {value['name']}"
-    yield f"Node id:    {value['nodeId']}"
-    yield f"Gateway:    {value['gateway']}"
-    for pattern in value["allow"]:
-        yield f"Allows:     {pattern}"
-    pid = f", process {value['pid']}" if value["pid"] else ""
-    yield f"Service:    {value['service']}{pid}"
-    since = f" since {format_time(value['since'])}" if value["since"] else ""
-    yield f"Connected:  {'yes' if value['connected'] else 'no'}{since}"
-    if value["lastError"]:
-        yield f"Last error: {value['lastError']}"
-
-
-def add_node_logs(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "logs",
-        help="print the path of this machine's node log, or follow it",
-        **_example("moltis node logs -f"),
-    )
-    parser.add_argument(
-        "-f", "--follow", action="store_true", help="print what comes until Ctrl+C"
-    )
-    parser.set_defaults(run=cmd_node_logs)
-
-
 def cmd_node_logs(args: argparse.Namespace, context: Context) -> int:
-    path = context.directory / NODE_LOG_FILE
     if not args.follow:
-        context.output.answer(str(path))
+        context.output.answer(str(context.directory / NODE_LOG_FILE))
         return EXIT_OK
 
     def write(data: bytes) -> None:
@@ -24059,28 +22958,15 @@ def cmd_node_logs(args: argparse.Namespace, context: Context) -> int:
     return EXIT_OK
 
 
-# -- moltis node: what operators do --------------------------------------------
-
-
-def add_node_generate_token(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "generate-token",
-        help="make a token for a machine, and print what to run there",
-        **_example('moltis node generate-token --name "Build Server"'),
-    )
-    parser.add_argument("--name", default="", help="what the node is to be called")
-    add_gateway_options(parser)
-    parser.add_argument("--json", action="store_true", help="answer in JSON")
-    parser.set_defaults(run=cmd_node_generate_token)
+# -- what operators do ---------------------------------------------------------
 
 
 def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
     url, key = gateway_address(args, context)
     file = GatewayFile.load(context.directory)
     if file is not None and url == file.url:
-        url = file.public_url or url  # what is to be run elsewhere
-    with operator_client(args, context) as client:
-        made = client.call("device.token.create", {"displayName": args.name})
+        url = file.public_url or url  # the command is to be run elsewhere
+    made = call_gateway(args, context, "device.token.create", displayName=args.name)
     pin = operator_trust(args, context, key).fingerprint
     lines = paste_lines(websocket_url(url), made, args.name, pin)
     if args.json:
@@ -24108,7 +22994,7 @@ def paste_lines(
     join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
     curl, pinned = "curl -fsSL", ""
     if pin is not None and page.startswith("https:"):
-        # The pin takes the place of a CA: what curl runs is what the gateway sent.
+        # The pin replaces a CA: what curl pipes into Python is what the gateway sent.
         curl, pinned = f"curl -fsSk --pinnedpubkey '{pin}'", f" --fingerprint {pin}"
     return {
         "command": f"moltis {command}",
@@ -24117,225 +23003,122 @@ def paste_lines(
     }
 
 
-def add_node_list(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "list", help="show the machines of the gateway", **_example("moltis node list")
-    )
-    add_gateway_options(parser)
-    parser.add_argument("--json", action="store_true", help="answer in JSON")
-    parser.set_defaults(run=cmd_node_list)
+def _usage_column(row: JsonObject) -> str:
+    usage = (row.get("telemetry") or {}).get("cpuUsage")
+    return "-" if usage is None else f"{usage:.0f} %"
+
+
+def _free_column(name: str) -> Column:
+    def render(row: JsonObject) -> str:
+        telemetry = row.get("telemetry") or {}
+        free, total = telemetry.get(f"{name}Available"), telemetry.get(f"{name}Total")
+        if free is None or total is None:
+            return "-"
+        return f"{format_bytes(free)} of {format_bytes(total)}"
+
+    return render
+
+
+def _node_state_column(row: JsonObject) -> str:
+    if row["connected"]:
+        return "connected"
+    seen = row.get("lastSeenAt")
+    return f"offline since {format_time(seen)}" if seen else "offline"
+
+
+def _models_column(row: JsonObject) -> str:
+    models = (f"{p['provider']} ({len(p['models'])})" for p in row["providers"] or ())
+    return " ".join(models) or "-"
+
+
+NODE_COLUMNS: Mapping[str, Column] = {
+    "NAME": "displayName",
+    "STATE": _node_state_column,
+    "PLATFORM": "platform",
+    "CPU": _usage_column,
+    "MEMORY FREE": _free_column("mem"),
+    "DISK FREE": _free_column("disk"),
+    "RUNTIMES": lambda row: " ".join(
+        (row.get("telemetry") or {}).get("runtimes") or ["-"]
+    ),
+    "MODELS": _models_column,
+    "ID": "nodeId",
+}
 
 
 def cmd_node_list(args: argparse.Namespace, context: Context) -> int:
-    with operator_client(args, context) as client:
-        nodes = client.call("node.list", {})
-    if args.json:
-        context.output.json(nodes)
-        return EXIT_OK
-    context.output.table([NODE_COLUMNS, *(node_row(node) for node in nodes)])
-    return EXIT_OK
-
-
-NODE_COLUMNS = (
-    *("NAME", "STATE", "PLATFORM", "CPU", "MEMORY FREE", "DISK FREE"),
-    *("RUNTIMES", "MODELS", "ID"),
-)
-
-
-def node_row(node: JsonObject) -> tuple[str, ...]:
-    """Return the columns of `node list`; "-" for what is not known."""
-    telemetry = node.get("telemetry") or {}
-
-    def share(free: str, total: str) -> str:
-        if telemetry.get(free) is None or telemetry.get(total) is None:
-            return "-"
-        return f"{format_bytes(telemetry[free])} of {format_bytes(telemetry[total])}"
-
-    usage = telemetry.get("cpuUsage")
-    models = [f"{p['provider']} ({len(p['models'])})" for p in node["providers"] or ()]
-    seen = node.get("lastSeenAt")
-    state = "connected"
-    if not node["connected"]:
-        state = f"offline since {format_time(seen)}" if seen else "offline"
-    return (
-        node["displayName"],
-        state,
-        node["platform"],
-        "-" if usage is None else f"{usage:.0f} %",
-        share("memAvailable", "memTotal"),
-        share("diskAvailable", "diskTotal"),
-        " ".join(telemetry.get("runtimes") or ["-"]),
-        " ".join(models or ["-"]),
-        node["nodeId"],
-    )
-
-
-def add_node_rename(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "rename",
-        help="give a node another name",
-        **_example("moltis node rename pi attic"),
-    )
-    parser.add_argument("node", help="name or id")
-    parser.add_argument("name", help="its new name")
-    add_gateway_options(parser)
-    parser.set_defaults(run=cmd_node_rename)
+    return context.show(args, call_gateway(args, context, "node.list"), NODE_COLUMNS)
 
 
 def cmd_node_rename(args: argparse.Namespace, context: Context) -> int:
-    with operator_client(args, context) as client:
-        client.call("node.rename", {"nodeId": args.node, "displayName": args.name})
+    node = {"nodeId": args.node, "displayName": args.name}
+    call_gateway(args, context, "node.rename", **node)
     context.output.say(f"{args.node} is now called {args.name}")
     return EXIT_OK
 
 
-def add_node_revoke(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "revoke",
-        help="let a node in no more; its connection is dropped",
-        **_example("moltis node revoke pi"),
-    )
-    parser.add_argument("node", help="name or id")
-    add_gateway_options(parser)
-    parser.set_defaults(run=cmd_node_revoke)
-
-
 def cmd_node_revoke(args: argparse.Namespace, context: Context) -> int:
     with operator_client(args, context) as client:
-        device_id = find_device(args.node, client.call("device.pair.list", {}))
+        # A device may never have connected, unlike a node.
+        devices = client.call("device.pair.list", {})
+        device_id = find_one(args.node, devices, "device", "deviceId", "nodeId")
         client.call("device.token.revoke", {"deviceId": device_id})
     context.output.say(f"{args.node} is revoked")
     return EXIT_OK
 
 
-def find_device(reference: str, devices: Sequence[JsonObject]) -> str:
-    """Return the device id for a device id, a node id, or an unambiguous name.
-
-    Unlike a node, a device may never have connected.  Raises UserError.
-    """
-    exact = [d for d in devices if reference in (d["deviceId"], d["nodeId"])]
-    named = [
-        d
-        for d in devices
-        if d["displayName"].casefold() == reference.strip().casefold()
-    ]
-    found = exact or named
-    if len(found) == 1:
-        return str(found[0]["deviceId"])
-    if found:
-        ids = ", ".join(str(d["nodeId"] or d["deviceId"]) for d in found)
-        raise UsageError(f"{reference!r} is the name of several; use an id: {ids}")
-    names = ", ".join(d["displayName"] for d in devices) or "none at all"
-    raise UserError(f"no device is called {reference!r}; there is {names}")
-
-
-# -- moltis key, moltis audit --------------------------------------------------
-
-
-def add_key_create(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "create",
-        help="make an operator key, shown once",
-        **_example("moltis key create --name ci --scope operator.write"),
-    )
-    parser.add_argument("--name", required=True, help="whose it is, for the lists")
-    parser.add_argument(
-        "--scope",
-        action="append",
-        required=True,
-        choices=SCOPES,
-        help="what it may do; more than one, where need be",
-    )
-    add_gateway_options(parser)
-    parser.set_defaults(run=cmd_key_create)
-
-
 def cmd_key_create(args: argparse.Namespace, context: Context) -> int:
-    with operator_client(args, context) as client:
-        made = client.call("keys.create", {"name": args.name, "scopes": args.scope})
-    context.output.say(f"id {made['keyId']}; the key is shown this once:")
+    key = {"name": args.name, "scopes": args.scope}
+    made = call_gateway(args, context, "keys.create", **key)
+    context.output.say(f"id {made['keyId']}; the key is shown only once:")
     context.output.answer(made["key"])
     return EXIT_OK
 
 
-def add_key_list(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "list", help="show the operator keys", **_example("moltis key list")
-    )
-    add_gateway_options(parser)
-    parser.add_argument("--json", action="store_true", help="answer in JSON")
-    parser.set_defaults(run=cmd_key_list)
+KEY_COLUMNS: Mapping[str, Column] = {
+    "NAME": "name",
+    "SCOPES": lambda row: ", ".join(row["scopes"]),
+    "CREATED": time_column("createdAt"),
+    "LAST USED": time_column("lastUsedAt"),
+    "STATE": lambda row: "revoked" if row["revokedAt"] else "good",
+    "ID": "keyId",
+}
 
 
 def cmd_key_list(args: argparse.Namespace, context: Context) -> int:
-    with operator_client(args, context) as client:
-        keys = client.call("keys.list", {})
-    if args.json:
-        context.output.json(keys)
-        return EXIT_OK
-    rows = [
-        (
-            key["name"],
-            ", ".join(key["scopes"]),
-            format_time(key["createdAt"]),
-            format_time(key["lastUsedAt"]) if key["lastUsedAt"] else "-",
-            "revoked" if key["revokedAt"] else "good",
-            key["keyId"],
-        )
-        for key in keys
-    ]
-    heading = ("NAME", "SCOPES", "CREATED", "LAST USED", "STATE", "ID")
-    context.output.table([heading, *rows])
-    return EXIT_OK
-
-
-def add_key_revoke(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "revoke",
-        help="end a key, its sign-ins and their connections",
-        **_example("moltis key revoke ci"),
-    )
-    parser.add_argument("key", help="name or id")
-    add_gateway_options(parser)
-    parser.set_defaults(run=cmd_key_revoke)
+    return context.show(args, call_gateway(args, context, "keys.list"), KEY_COLUMNS)
 
 
 def cmd_key_revoke(args: argparse.Namespace, context: Context) -> int:
     with operator_client(args, context) as client:
         keys = [k for k in client.call("keys.list", {}) if not k["revokedAt"]]
-        client.call("keys.revoke", {"keyId": find_key(args.key, keys)})
+        client.call("keys.revoke", {"keyId": find_one(args.key, keys, "key", "keyId")})
     context.output.say(f"{args.key} is revoked")
     return EXIT_OK
 
 
-def find_key(reference: str, keys: Sequence[JsonObject]) -> str:
-    """Return the id of a key by id or unambiguous name.  Raises UserError."""
-    found = [key["keyId"] for key in keys if reference in (key["keyId"], key["name"])]
-    if len(found) == 1:
-        return str(found[0])
-    if found:
-        ids = ", ".join(map(str, found))
-        raise UsageError(f"{reference!r} is the name of several; use an id: {ids}")
-    names = ", ".join(key["name"] for key in keys)
-    raise UserError(f"no key is called {reference!r}; there is {names}")
+def one_line(text: str, limit: int) -> str:
+    """Return `text` on one line, cut at `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def add_audit(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "audit",
-        help="show who did what: commands, sign-ins, keys, tokens",
-        **_example("moltis audit --json --limit 1000"),
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        default=100,
-        metavar="N",
-        help="the newest N (default: 100)",
-    )
-    add_gateway_options(parser)
-    parser.add_argument("--json", action="store_true", help="answer in JSON")
-    parser.set_defaults(run=cmd_audit)
+def _audit_state_column(row: JsonObject) -> str:
+    if not row["state"]:
+        return "-"
+    words = ending_words(row["state"], row["exitCode"], row["signal"], None)
+    return f"{words}, decided by {row['decidedBy']}" if row["decidedBy"] else words
+
+
+AUDIT_ROW: Mapping[str, Column] = {
+    "WHEN": time_column("at"),
+    "WHO": "caller",
+    "FROM": "address",
+    "WHAT": "event",
+    "WHERE": "node",
+    "HOW IT WENT": _audit_state_column,
+    "DETAILS": lambda row: one_line(row["subject"], 200),
+}
 
 
 def cmd_audit(args: argparse.Namespace, context: Context) -> int:
@@ -24351,75 +23134,10 @@ def cmd_audit(args: argparse.Namespace, context: Context) -> int:
             entries += page
             if len(page) < size:
                 break
-    if args.json:
-        context.output.json(entries)
-        return EXIT_OK
-    heading = ("WHEN", "WHO", "FROM", "WHAT", "WHERE", "HOW IT WENT", "DETAILS")
-    context.output.table([heading, *map(audit_row, entries)])
-    return EXIT_OK
+    return context.show(args, entries, AUDIT_ROW)
 
 
-def state_words(command: JsonObject) -> str:
-    """Return in a word or two how a row of commands says that it stands, or ended."""
-    state: str = command["state"] or "-"
-    if state != CommandState.DONE:
-        return state
-    number = command.get("signal")  # a gateway that is older does not tell
-    how = command["exitCode"] if number is None else signal_name(number)
-    return f"{state} ({how})"
-
-
-def signal_name(text: str) -> str:
-    """Return SIGTERM for 15; what is no number, and so a name, as it is."""
-    if not text.isdecimal():
-        return text
-    try:
-        return signal.Signals(int(text)).name
-    except ValueError:
-        return f"signal {text}"
-
-
-def audit_row(entry: JsonObject) -> tuple[str, ...]:
-    """Return the columns of `moltis audit`."""
-    state = state_words(entry)
-    if entry["decidedBy"]:
-        state = f"{state}, decided by {entry['decidedBy']}"
-    details = " ".join(entry["subject"].split())
-    return (
-        format_time(entry["at"]),
-        entry["caller"] or "-",
-        entry["address"] or "-",
-        entry["event"],
-        entry["node"] or "-",
-        state,
-        details if len(details) <= 200 else details[:199] + "…",
-    )
-
-
-# -- moltis node exec ----------------------------------------------------------
-
-
-def add_node_exec(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "exec",
-        help="run a command on one or more nodes",
-        usage="moltis node exec NODE [NODE ...] [--all] [options] -- COMMAND",
-        **_example("moltis node exec pi -- 'df -h / | tail -1'"),
-    )
-    parser.add_argument("nodes", nargs="*", metavar="NODE", help="name or id")
-    parser.add_argument("--all", action="store_true", help="on all connected nodes")
-    parser.add_argument("--timeout", type=float, metavar="S", help="in seconds")
-    parser.add_argument("--cwd", metavar="DIR", help="where to run it, on the node")
-    parser.add_argument(
-        "--stdin", action="store_true", help="feed it our standard input"
-    )
-    parser.add_argument(
-        "--detach",
-        action="store_true",
-        help="do not wait: print an id for `node attach`, and leave it running",
-    )
-    add_gateway_options(parser)
-    parser.set_defaults(run=cmd_node_exec)
+# -- jobs: moltis node exec, attach, jobs --------------------------------------
 
 
 def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
@@ -24434,79 +23152,103 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
     check_timeout(args.timeout)
     # One word is a line for the shell; several are to arrive as the words they are.
     line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
-    request: JsonObject = {
+    spec: JsonObject = {
         "command": line,
         "env": filter_environment(context.environ),
         "stdin": args.stdin,
     }
     if args.timeout is not None:
-        request["timeout"] = round(args.timeout * 1000)
+        spec["timeout"] = round(args.timeout * 1000)
     if args.cwd is not None:
-        request["cwd"] = args.cwd
-    dial = partial(operator_client, args, context)
-    with dial() as client:
-        nodes = named_nodes(args.nodes, client) or all_connected(client)
+        spec["cwd"] = args.cwd
+    request = {"work": "run", "spec": spec}
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
         if args.stdin and len(nodes) > 1:
             raise UsageError("--stdin feeds one node")
         if args.detach:
-            return start_jobs(client, nodes, request, context.output)
-        return Execution(client, dial, nodes, request, context.output).run()
+            return start_detached(feed, nodes, request, context.output)
+        jobs = feed.start(nodes, request)
+        return JobTerminal(feed, jobs, context.output).execute(feeds=args.stdin)
 
 
-def named_nodes(references: Sequence[str], client: OperatorClient) -> dict[str, str]:
-    """Return what the person called the nodes, without a second name of the same."""
-    if len(set(references)) < 2:
+def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
+    """Return the first of the references to each node: a command runs there once.
+
+    Raises UserError where one of them means no node, or several.
+    """
+    if len(references) < 2:
         return {reference: reference for reference in references}
-    return distinct_nodes(references, client.call("node.list", {}))
-
-
-def distinct_nodes(
-    references: Sequence[str], listed: Sequence[JsonObject]
-) -> dict[str, str]:
-    """Return the first of the references that mean one node: it runs once there."""
-    meant: dict[str, str] = {}
+    first: dict[str, str] = {}
     for reference in references:
-        wanted = reference.strip()
-        ids = [node["nodeId"] for node in listed]
-        if wanted not in ids:
-            name = wanted.casefold()
-            ids = [n["nodeId"] for n in listed if n["displayName"].casefold() == name]
-            # None or several: the gateway says so, in its own words.
-            wanted = ids[0] if len(ids) == 1 else reference
-        meant.setdefault(wanted, reference)
-    return {reference: reference for reference in meant.values()}
+        node = feed.call("node.describe", {"nodeId": reference})
+        first.setdefault(node["nodeId"], reference)
+    return first
 
 
-def all_connected(client: OperatorClient) -> dict[str, str]:
+def connected_nodes(feed: JobFeed) -> dict[str, str]:
     """Return the names of all connected nodes by id."""
-    listed = client.call("node.list", {})
+    listed = feed.call("node.list", {})
     return distinct_names(
         {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
     )
 
 
 def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Return names by id so that no two are the same: with the id's begin, or all."""
-    told = dict(names)
+    """Return names by id, made unique with the beginning of the id, or all of it."""
+    unique = dict(names)
     for length in (8, None):
-        folded = collections.Counter(name.casefold() for name in told.values())
-        for node_id, name in told.items():
+        folded = collections.Counter(name.casefold() for name in unique.values())
+        for node_id, name in unique.items():
             if folded[name.casefold()] > 1:
-                told[node_id] = f"{names[node_id]} {node_id[:length]}"
-    return told
+                unique[node_id] = f"{names[node_id]} {node_id[:length]}"
+    return unique
+
+
+def start_detached(
+    feed: JobFeed, nodes: Mapping[str, str], request: JsonObject, output: Output
+) -> int:
+    """Start a kept job on each node, print its id, and leave it running.
+
+    Raises UserError; it names jobs that may have been started all the same.
+    """
+    names = {new_id(): name for name in nodes.values()}
+    jobs = [{"id": job, "node": node} for job, node in zip(names, nodes)]
+    try:
+        answer = feed.call(JOB_START, {**request, "jobs": jobs, "keep": True})
+    except Unreachable as error:
+        if isinstance(error.__cause__, RpcError) and error.__cause__.code != "TIMEOUT":
+            raise
+        asked = ", ".join(f"{job_id} on {name}" for job_id, name in names.items())
+        raise Unreachable(
+            f"the gateway was asked to start {asked}, and did not answer ({error}): "
+            "before it is run again, look with `moltis node attach ID` whether it runs"
+        ) from error
+    failures = 0
+    for view in answer["jobs"]:
+        name = names[view["id"]]
+        if "error" in view:
+            failures += 1
+            problem = user_error(decode_error(view["error"]))
+            if len(nodes) == 1:
+                raise problem
+            output.complain(f"{name}: {without_name(name, str(problem))}")
+        else:
+            output.answer(f"{view['id']}  {name}" if len(nodes) > 1 else view["id"])
+    return EXIT_FAILURE if failures else EXIT_OK
 
 
 class Waiting:
-    """What the command line waits for: a line that counts the seconds."""
+    """What the command line waits for, shown with the seconds that have passed."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
         self._since: dict[str, float] = {}  # monotonic, by name
 
-    def begin(self, name: str, waited_ms: float = 0) -> None:
-        """Say that `name` is away; `waited_ms`: it has been, before we knew."""
+    def begin(self, name: str, away_ms: float = 0) -> None:
+        """Say that `name` is away, and has been for `away_ms` already."""
         if name not in self._since:
-            self._since[name] = time.monotonic() - waited_ms / 1000
+            self._since[name] = time.monotonic() - away_ms / 1000
             self._output.say(f"moltis: waiting for {name} to come back")
 
     def end(self, name: str) -> None:
@@ -24516,7 +23258,7 @@ class Waiting:
             self._output.say(f"moltis: {name} is back after {waited:.0f} s")
 
     def explain_interrupt(self) -> None:
-        """Say why an interrupt has not ended what is waited for."""
+        """Say why an interrupt has not ended the command yet."""
         if self._since:
             names = ", ".join(self._since)
             self._output.say(
@@ -24527,7 +23269,7 @@ class Waiting:
     def explain_leaving(self) -> None:
         """Say what is left behind."""
         when = f"when {', '.join(self._since)} is back"
-        if not self._since:  # somebody does not answer, and has not left
+        if not self._since:  # connected, and does not answer
             when = "once the gateway and the node hear of it"
         self._output.say(f"moltis: left; the command is ended {when}")
 
@@ -24541,209 +23283,19 @@ class Waiting:
             )
 
 
-class Execution:
-    """One run of `node exec`: what the commands say, printed as it comes."""
-
-    def __init__(
-        self,
-        client: OperatorClient,
-        dial: Callable[[], OperatorClient],  # when `client` has lost the gateway
-        nodes: Mapping[str, str],  # names by id, or by what the person called them
-        request: JsonObject,
-        output: Output,
-    ) -> None:
-        self._output = output
-        self._waiting = Waiting(output)
-        self._feeds = bool(request["stdin"])
-        self._remote = RemoteCommands(client, dial, nodes, request)
-        self._several = len(nodes) > 1
-        self._ends: list[RemoteEnd] = []
-        self._broken_pipe = False
-        self._cancelled = False
-        self._patience = Deadline(None)  # runs from the interrupt on
-        self._printers = {
-            command: {
-                STDOUT: StreamPrinter(sys.stdout.buffer, self._label(command)),
-                STDERR: StreamPrinter(sys.stderr.buffer, self._label(command)),
-            }
-            for command in self._remote.commands
-        }
-
-    def run(self) -> int:
-        """Return the exit status.  Raises Unreachable when the gateway stays away."""
-        previous = {
-            number: signal.signal(number, self._on_interrupt)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) is not signal.SIG_IGN  # as nohup leaves it
-        }
-        try:
-            self._remote.start()
-            if self._feeds:
-                threading.Thread(
-                    target=self._feed,
-                    name="moltis-stdin",
-                    daemon=True,  # nothing ends a read from a terminal
-                ).start()
-            for news in self._remote.news(tick=1.0):
-                self._take(news)
-                if self._patience.expired:
-                    break
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            self._remote.close()
-        if self._broken_pipe:
-            # Nothing more can be written there, not even at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return BROKEN_PIPE
-        if len(self._ends) < len(self._remote.commands):
-            self._waiting.explain_leaving()
-            return INTERRUPTED
-        if self._several:
-            return self._recap()
-        return self._status_of(self._ends[0])
-
-    def _feed(self) -> None:
-        try:
-            self._remote.stdin.feed(read_stdin)
-        except OSError as error:
-            self._output.complain(
-                f"standard input cannot be read: {error.strerror}; ending the command"
-            )
-            self._remote.interrupt()
-
-    def _label(self, command: RemoteCommand) -> bytes:
-        return f"{command.name} | ".encode() if self._several else b""
-
-    def _on_interrupt(self, *_: object) -> None:
-        if self._remote.interrupted:  # pressed twice: somebody is in a hurry
-            os._exit(INTERRUPTED)
-        self._remote.interrupt()
-
-    def _take(self, news: RemoteNews | None) -> None:
-        if news is None:
-            if self._remote.interrupted and not self._cancelled:
-                self._cancelled = True
-                self._patience = Deadline(LEAVE_AFTER)
-                self._remote.cancel()
-                self._waiting.explain_interrupt()
-            self._waiting.show()
-        elif isinstance(news, RemoteOutput):
-            self._print(news)
-        elif isinstance(news, RemoteState):
-            self._explain(news)
-        elif isinstance(news, GatewayState):
-            change = self._waiting.end if news.reachable else self._waiting.begin
-            change("the gateway")
-        else:
-            for printer in self._printers[news.command].values():
-                printer.finish()
-            self._remote.acknowledge(news.command)
-            self._ends.append(news)
-
-    def _print(self, news: RemoteOutput) -> None:
-        try:
-            if not self._broken_pipe:
-                self._printers[news.command][news.chunk.kind].write(news.chunk.data)
-        except BrokenPipeError:
-            self._broken_pipe = True
-            self._patience = Deadline(LEAVE_AFTER)
-            self._remote.cancel()
-        self._remote.written(news, every=ACKNOWLEDGE_EVERY)
-
-    def _explain(self, news: RemoteState) -> None:
-        name, place = news.command.name, news.detail.get("place")
-        if news.state == "queued" and place:
-            self._output.say(f"moltis: {name} is busy; in line at place {place}")
-        elif news.state == "waiting":
-            self._waiting.begin(name, news.detail.get("waitingMs", 0))
-        elif news.state == "running":
-            self._waiting.end(name)
-
-    def _status_of(self, end: RemoteEnd) -> int:
-        """Return the exit status for one command; say what it alone does not."""
-        if end.error is not None:
-            raise end.error
-        result, name = end.result, end.command.name
-        if result.get("cancelled"):
-            if not self._cancelled and not self._broken_pipe:
-                why = "somebody did it"
-                if result.get("stopped"):
-                    why = stop_words(result.get("node") == LOCAL_NAME)
-                self._output.complain(f"{name}: the command was cancelled; {why}")
-            return INTERRUPTED
-        if "error" in result:
-            self._output.complain(f"{name}: {result['error']}")
-            return EXIT_FAILURE
-        if result.get("timedOut"):
-            self._output.complain(f"{name}: the command's time was up; it was ended")
-            return TIMED_OUT
-        if isinstance(result.get("signal"), int):
-            return signal_status(result["signal"])
-        code: Any = result.get("exitCode")
-        # Our own status has 8 bits: what does not fit must not look like a success.
-        fits = isinstance(code, int) and 0 <= code <= 255
-        return int(code) if fits else EXIT_FAILURE
-
-    def _recap(self) -> int:
-        """Say how it went on each node; 0 only if it went well on all."""
-        groups: dict[str, list[str]] = {"ok": [], "failed": [], "unreachable": []}
-        for end in self._ends:
-            name = end.command.name
-            if end.error is not None:
-                away = isinstance(end.error, Unreachable)
-                told = f"{name} ({without_name(name, str(end.error))})"
-                groups["unreachable" if away else "failed"].append(told)
-            else:
-                status = self._status_of(end)
-                group = "failed" if status else "ok"
-                groups[group].append(f"{name} ({status})" if status else name)
-        for group, names in groups.items():
-            if names:
-                self._output.say(f"{group}: {', '.join(names)}")
-        if not groups["failed"] and not groups["unreachable"]:
-            return EXIT_OK
-        return INTERRUPTED if self._cancelled else EXIT_FAILURE
-
-
-def signal_status(number: int) -> int:
-    """Return the exit status for what a signal ended: never that of a success."""
-    return min(128 + number, 255)
-
-
-def read_stdin(size: int) -> bytes:
-    """Return what comes next on standard input, b"" at its end.  Raises OSError."""
-    descriptor = sys.stdin.fileno()
-    try:
-        return os.read(descriptor, size)
-    except OSError as error:
-        # A terminal says so when its other end is closed; a disk means it.
-        if error.errno != errno.EIO or not os.isatty(descriptor):
-            raise
-        return b""
-
-
-def without_name(name: str, text: str) -> str:
-    """Return what `text` says of `name`, for where that stands before it."""
-    for after in (": ", " is "):
-        if text.casefold().startswith(f"{name}{after}".casefold()):
-            return text[len(name) + len(after) :]
-    return text
-
-
 class StreamPrinter:
-    """One output stream of one of several commands, each line with its label."""
+    """One output stream of one of several jobs, each line with its label."""
 
     def __init__(self, file: Any, label: bytes) -> None:
         self._file = file
         self._label = label
-        self._line = b""  # begun; beyond MAX_CHUNK it is printed as it is
+        self._line = b""  # begun; past MAX_LOG_MESSAGE it is printed as it is
 
     def write(self, data: bytes) -> None:
         """Raises BrokenPipeError."""
         if self._label:
             *lines, self._line = (self._line + data).split(b"\n")
-            if len(self._line) > MAX_CHUNK:
+            if len(self._line) > MAX_LOG_MESSAGE:
                 lines.append(self._line)
                 self._line = b""
             data = b"".join(self._label + line + b"\n" for line in lines)
@@ -24756,289 +23308,314 @@ class StreamPrinter:
                 self.write(b"\n")
 
 
-# -- moltis node exec --detach, jobs, attach -----------------------------------
+class JobTerminal:
+    """What `node exec` and `node attach` print of jobs, as it comes."""
 
+    def __init__(
+        self, feed: JobFeed, jobs: Sequence[FollowedJob], output: Output
+    ) -> None:
+        self._feed = feed
+        self._jobs = jobs
+        self._output = output
+        self._waiting = Waiting(output)
+        self._ended: list[FollowedJob] = []  # in the order of their endings
+        self._in_line: set[str] = set()  # ids
+        self._unstored: set[str] = set()  # ids of jobs whose output nobody keeps
+        self._cancelled = False
+        self._broken_pipe = False
+        self._patience = Deadline(None)  # runs from the interrupt on
+        self._printers = {
+            (job.id, kind): StreamPrinter(file, self._label(job))
+            for job in jobs
+            for kind, file in ((STDOUT, sys.stdout.buffer), (STDERR, sys.stderr.buffer))
+        }
 
-def start_jobs(
-    client: OperatorClient,
-    nodes: Mapping[str, str],
-    request: JsonObject,
-    output: Output,
-) -> int:
-    """Start a command on each node, print its id, and leave it running.
+    def _label(self, job: FollowedJob) -> bytes:
+        return f"{job.name} | ".encode() if len(self._jobs) > 1 else b""
 
-    Raises UserError; it names a command that may have been started all the same.
-    """
-    for node, name in nodes.items():
-        job_id = new_id()  # ours, so that it can be named whatever happens
-        params = {"nodeId": node, "command": SYSTEM_RUN, "args": request}
-        asked = {**params, "invokeId": job_id, "background": True}
+    def execute(self, *, feeds: bool) -> int:
+        """Return the exit status of `node exec`; an interrupt cancels its jobs.
+
+        `feeds`: the first job gets our standard input.  Raises UserError.
+        """
+        previous = {
+            number: signal.signal(number, self._on_interrupt)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) is not signal.SIG_IGN  # as nohup leaves it
+        }
         try:
-            client.start("node.invoke", asked).result(CALL_TIMEOUT)
-        except RpcError as error:
-            raise user_error(error) from error
-        except (ConnectionClosed, FutureTimeout) as error:
-            raise Unreachable(
-                f"the gateway was asked for {job_id} on {name} and did not answer "
-                f"({str(error) or 'it takes too long'}): before it is run again, "
-                f"`moltis node attach {job_id}` tells whether it was started"
-            ) from error
-        output.answer(f"{job_id}  {name}" if len(nodes) > 1 else job_id)
-    return EXIT_OK
+            if feeds:
+                threading.Thread(
+                    target=self._feed_input,
+                    name="moltis-stdin",
+                    daemon=True,  # nothing ends a read from a terminal
+                ).start()
+            self._print_all()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if self._broken_pipe:
+            raise BrokenPipeError
+        if len(self._ended) < len(self._jobs):
+            self._waiting.explain_leaving()
+            return INTERRUPTED
+        return self._recap() if len(self._jobs) > 1 else self._status(self._ended[0])
+
+    def attach(self) -> int:
+        """Return the exit status of the one job.  Raises UserError."""
+        self._unstored = {job.id for job in self._jobs}
+        self._print_all()
+        if self._broken_pipe:
+            raise BrokenPipeError
+        return self._status(self._ended[0])
+
+    def _print_all(self) -> None:
+        for news in self._feed.news(tick=1.0):
+            self._take(news)
+            if not self._feed.open or self._patience.expired:
+                return
+
+    def _feed_input(self) -> None:
+        try:
+            self._feed.feed_input(read_stdin)
+        except OSError as error:
+            self._output.complain(
+                f"standard input cannot be read: {error.strerror}; ending the command"
+            )
+            self._feed.interrupt()
+
+    def _on_interrupt(self, *_: object) -> None:
+        if self._feed.interrupted:  # pressed twice: leave at once
+            os._exit(INTERRUPTED)
+        self._feed.interrupt()
+
+    def _take(self, news: News | None) -> None:
+        if isinstance(news, JobOutput):
+            self._print(news)
+        elif isinstance(news, JobChange):
+            self._take_change(news.job)
+        elif isinstance(news, GatewayChange):
+            change = self._waiting.end if news.reachable else self._waiting.begin
+            change("the gateway")
+        elif self._feed.interrupted and not self._cancelled:
+            self._cancelled = True
+            self._patience = Deadline(LEAVE_AFTER)
+            self._feed.cancel()
+            self._waiting.explain_interrupt()
+        else:
+            self._waiting.show()
+
+    def _print(self, news: JobOutput) -> None:
+        if self._broken_pipe:
+            return
+        if news.cut:
+            self._output.say(f"[… {news.cut:,} bytes cut …]")
+        try:
+            for kind, data in news.frames:
+                if kind in STREAMS:
+                    self._printers[news.job.id, kind].write(data)
+        except BrokenPipeError:
+            self._broken_pipe = True
+            self._patience = Deadline(LEAVE_AFTER if news.job.holds else 0)
+            if news.job.holds:
+                self._feed.cancel()
+
+    def _take_change(self, job: FollowedJob) -> None:
+        state = job.state
+        if state.get("awayMs") is not None:
+            self._waiting.begin(job.name, state["awayMs"])
+        else:
+            self._waiting.end(job.name)
+        if state.get("place"):
+            text = f"moltis: {job.name}: place {state['place']} in line"
+            if job.id not in self._in_line:
+                self._in_line.add(job.id)
+                self._output.say(text)
+            else:
+                self._output.status(text)
+        if job.id in self._unstored and state.get("kept") is False:
+            self._unstored.discard(job.id)
+            self._output.say(
+                "moltis: the output of this command is not stored; "
+                "this is what still comes"
+            )
+        if job.ending is not None or job.error is not None:
+            for kind in STREAMS:
+                self._printers[job.id, kind].finish()
+            self._ended.append(job)
+
+    def _status(self, job: FollowedJob) -> int:
+        """Return the exit status for one job; say what the status alone does not.
+
+        Raises the error that it has instead of an ending.
+        """
+        if job.error is not None:
+            raise job.error
+        ending = job.ending
+        assert ending is not None
+        ours = ending.state == JobState.CANCELLED and self._cancelled
+        if ending.state != JobState.DONE and not ours:
+            self._output.complain(f"{job.name}: {ending.words()}")
+        return exit_status(ending)
+
+    def _recap(self) -> int:
+        """Say how each job went; return 0 only if all went well."""
+        groups: dict[str, list[str]] = {"ok": [], "failed": [], "unreachable": []}
+        for job in self._ended:
+            group, words = recap_words(job)
+            groups[group].append(f"{job.name} ({words})" if words else job.name)
+        for group, names in groups.items():
+            if names:
+                self._output.say(f"{group}: {', '.join(names)}")
+        if not groups["failed"] and not groups["unreachable"]:
+            return EXIT_OK
+        return INTERRUPTED if self._cancelled else EXIT_FAILURE
 
 
-def add_node_jobs(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "jobs",
-        help="show what runs, and what was left running in the background",
-        **_example("moltis node jobs pi"),
-    )
-    parser.add_argument("node", nargs="?", help="name or id (default: all nodes)")
-    parser.add_argument("--cancel", metavar="ID", help="end this one")
-    add_gateway_options(parser)
-    parser.add_argument("--json", action="store_true", help="answer in JSON")
-    parser.set_defaults(run=cmd_node_jobs)
+def recap_words(job: FollowedJob) -> tuple[str, str]:
+    """Return the group of a recap for an ended job, and why it is in it."""
+    if job.error is not None:
+        group = "unreachable" if isinstance(job.error, Unreachable) else "failed"
+        return group, without_name(job.name, str(job.error))
+    ending = job.ending
+    assert ending is not None
+    if not ending.failed:
+        return "ok", ""
+    if ending.state == JobState.DONE and not ending.signal:
+        return "failed", str(ending.exit_code)
+    lost = exit_status(ending) == EXIT_UNREACHABLE
+    return "unreachable" if lost else "failed", ending.words()
+
+
+EXIT_STATUSES: Mapping[str, int] = {
+    JobState.TIMED_OUT: TIMED_OUT,
+    JobState.CANCELLED: INTERRUPTED,
+    JobState.LOST: EXIT_UNREACHABLE,
+    JobState.EXPIRED: EXIT_UNREACHABLE,
+}
+
+
+def exit_status(ending: Ending) -> int:
+    """Return the exit status for a job, which is 0 only for a success."""
+    if ending.state != JobState.DONE:
+        return EXIT_STATUSES.get(ending.state, EXIT_FAILURE)
+    if ending.signal:
+        number = signal.Signals.__members__.get(ending.signal)
+        return EXIT_FAILURE if number is None else min(128 + number, 255)
+    code = ending.exit_code
+    # A status has 8 bits: a larger one must not look like a success.
+    return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
+
+
+def read_stdin(size: int) -> bytes:
+    """Return what comes next on standard input, b"" at its end.  Raises OSError."""
+    descriptor = sys.stdin.fileno()
+    try:
+        return os.read(descriptor, size)
+    except OSError as error:
+        # A terminal reports its closed end like a disk that cannot be read.
+        if error.errno != errno.EIO or not os.isatty(descriptor):
+            raise
+        return b""
+
+
+def without_name(name: str, text: str) -> str:
+    """Return `text` about `name` without the name before it."""
+    for after in (": ", " is "):
+        if text.casefold().startswith(f"{name}{after}".casefold()):
+            return text[len(name) + len(after) :]
+    return text
 
 
 def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
     with operator_client(args, context) as client:
         asked = {"nodeId": args.node} if args.node else {}
-        jobs = client.call("command.list", asked)
-        if args.cancel:
-            job_id = find_job(args.cancel, jobs, args.node)
-            jobs = [cancel_job(client, job_id, context.output)]
+        jobs = client.call("job.list", {**asked, "kept": True})
+        if not args.cancel:
+            return context.show(args, jobs, JOB_COLUMNS)
+        job = cancel_job(client, find_job(args.cancel, jobs, args.node), context.output)
     if args.json:
-        context.output.json(jobs)
-    elif not args.cancel:
-        heading = ("ID", "NODE", "STATE", "ASKED", "OUTPUT", "COMMAND")
-        context.output.table([heading, *map(job_row, jobs)])
+        context.output.json([job])
     return EXIT_OK
 
 
 def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObject:
-    """Have a command ended, and say when that will be; return how it stands.
+    """Have a job cancelled, and say when it ends; return its VIEW.
 
-    Raises UserError where there is nothing to end any more.
+    Raises UserError for a job that has ended already.
     """
-    before = client.call("command.wait", {"id": job_id, "wait": 0})
-    after: JsonObject = client.call("command.cancel", {"id": job_id})
-    ended_by_itself = after["endedAt"] and after["state"] != CommandState.CANCELLED
-    if before["endedAt"] or ended_by_itself:
-        lost = after["state"] == CommandState.LOST
-        how = "was given up" if lost else "had ended"
+    before = client.call("job.wait", {"id": job_id, "wait": 0})
+    after: JsonObject = client.call(JOB_CANCEL, {"id": job_id})
+    node = after["nodeName"]
+    ended = after.get("endedAt") and after["state"] != JobState.CANCELLED
+    if before.get("endedAt") or ended:
         raise UserError(
-            f"nothing to end: the command on {after['nodeName']} {how} before: "
-            f"{job_state(after)}"
+            f"nothing to cancel: the command on {node} has ended: {after['words']}"
         )
-    if after.get("waiting"):
-        output.say(f"it ends when {after['nodeName']} is back, which is away now")
+    if after.get("awayMs") is not None:
+        output.say(f"it ends when {node} is back, which is away now")
     else:
         output.say("it is being ended")
     return after
 
 
-def job_state(job: JsonObject) -> str:
-    """Return in a word or two how a job stands."""
-    if job["endedAt"] is None and job.get("waiting"):
-        return "node away"
+def job_words(job: JsonObject) -> str:
+    """Return the state of a job in words; those of its ending are the gateway's."""
+    if job.get("awayMs") is not None:
+        return f"node away ({format_duration(job['awayMs'] / 1000)})"
     if job.get("place"):
-        return f"in line ({job['place']})"
-    return state_words(job)
+        return f"place {job['place']} in line"
+    words: str = job["words"]
+    return words
 
 
-def job_row(job: JsonObject) -> tuple[str, ...]:
-    """Return the columns of `node jobs`."""
-    return (
-        job["invokeId"],
-        job["nodeName"],
-        job_state(job),
-        format_time(job["askedAt"]),
-        format_bytes(job["stdoutBytes"] + job["stderrBytes"]),
-        clip(" ".join(job["command"].split()), 60).replace("\n", " "),
-    )
+JOB_COLUMNS: Mapping[str, Column] = {
+    "ID": "id",
+    "NODE": "nodeName",
+    "STATE": lambda row: one_line(job_words(row), 40),
+    "ASKED": time_column("askedAt"),
+    "OUTPUT": lambda row: format_bytes(row["stdoutBytes"] + row["stderrBytes"]),
+    "COMMAND": lambda row: one_line(row["command"], 60),
+}
 
 
 def find_job(
     reference: str, jobs: Sequence[JsonObject], node: str | None = None
 ) -> str:
-    """Return the id that `reference` is, or begins.  Raises UserError.
+    """Return the id that `reference` is or begins.  Raises UserError.
 
-    A whole id may be one that ended long ago: that the gateway knows better, unless
-    only those of a `node` are meant.
+    A whole id may be that of a job too old to be listed, which the gateway finds.
     """
-    found = [j["invokeId"] for j in jobs if j["invokeId"].startswith(reference)]
+    found = [job["id"] for job in jobs if job["id"].startswith(reference)]
     if len(found) == 1 or (is_uuid(reference) and node is None):
         return str(found[0] if found else reference)
     problem = "is ambiguous" if found else "is no job"
     where = "" if node is None else f" on {node}"
-    raise UserError(
-        f"{reference!r} {problem}{where}; `moltis node jobs` shows what there is"
-    )
-
-
-def add_node_attach(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "attach",
-        help="print what a job has written so far, and what comes, until it ends",
-        **_example("moltis node attach 5f0c"),
-    )
-    parser.add_argument("job", metavar="ID", help="from `node jobs`; its begin will do")
-    add_gateway_options(parser)
-    parser.set_defaults(run=cmd_node_attach)
+    raise UserError(f"{reference!r} {problem}{where}; `moltis node jobs` lists them")
 
 
 def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
     """Raises Unreachable when the gateway stays away, UserError for no job."""
-    dial = partial(operator_client, args, context)
-    with dial() as client:
-        job_id = find_job(args.job, client.call("command.list", {}))
-    try:
-        return Attachment(dial, job_id, context.output).run()
-    except KeyboardInterrupt:
-        context.output.say(f"moltis: it goes on; `moltis node attach {job_id}` is back")
-        return INTERRUPTED
-
-
-class Attachment:
-    """One run of `node attach`: a job's output from its beginning to its end."""
-
-    def __init__(
-        self, dial: Callable[[], OperatorClient], job_id: str, output: Output
-    ) -> None:
-        """Raises Unreachable or Refused."""
-        self._dial = dial
-        self._output = output
-        self._waiting = Waiting(output)
-        self._asked: JsonObject = {"id": job_id, "encoding": "base64"}
-        self._wait = 0.0  # s; the first answer tells at once how things are
-        self._position = 0
-        self._files = {"stdout": sys.stdout.buffer, "stderr": sys.stderr.buffer}
-        self._offsets = {"stdout": 0, "stderr": 0}
-        self._explained = False  # why there is no output of it
-
-    def run(self) -> int:
-        """Return the exit status of the job.  Raises as OperatorClient does."""
-        client = self._dial()
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        job_id = find_job(args.job, feed.call("job.list", {"kept": True}))
+        view = feed.call("job.wait", {"id": job_id, "wait": 0})
+        job = feed.follow(job_id, view["nodeName"])
         try:
-            while True:
-                asked = {**self._asked, "offset": self._position, "wait": self._wait}
-                try:
-                    job = client.call("command.get", asked)
-                except Unreachable as error:
-                    cause = error.__cause__
-                    if isinstance(cause, RpcError) and cause.code != "TIMEOUT":
-                        raise  # the gateway is there, and says why it cannot answer
-                    client.close()
-                    client = self._return()
-                    continue
-                if self._take(job):
-                    return job_status(job, self._output)
-        finally:
-            client.close()
-
-    def _take(self, job: JsonObject) -> bool:
-        """Print an answer; return whether it was the last."""
-        self._position = job["next"]
-        self._wait = CALL_TIMEOUT / 2
-        if not job["background"] and not self._explained:
-            self._explained = True
-            self._output.say(f"moltis: {foreground_words(job)}")
-        self._asked["waiting"] = job.get("waiting", False)
-        if job.get("waiting"):
-            self._waiting.begin(job["nodeName"], job.get("waitingMs", 0))
-        else:
-            self._waiting.end(job["nodeName"])
-        for stream, offset, data in job["output"]:
-            self._print(stream, offset, base64.b64decode(data))
-        if job["endedAt"] is None or job["output"]:
-            return False
-        if job["background"]:
-            for stream in self._offsets:
-                self._explain_gap(stream, job[f"{stream}Bytes"])
-        return True
-
-    def _explain_gap(self, stream: str, offset: int) -> None:
-        """Say what is missing before `offset` of a stream, if anything is."""
-        missing = offset - self._offsets[stream]
-        if missing > 0:
-            gone = format_bytes(missing)
-            self._output.say(f"moltis: {gone} of {stream} are not kept any more")
-
-    def _print(self, stream: str, offset: int, data: bytes) -> None:
-        self._explain_gap(stream, offset)
-        self._offsets[stream] = offset + len(data)
-        self._files[stream].write(data)
-        self._files[stream].flush()
-
-    def _return(self) -> OperatorClient:
-        """Return a connection to the gateway once it is back.  Raises Unreachable."""
-        self._waiting.begin("the gateway")
-        deadline = Deadline(CALLER_PATIENCE)
-        backoff = Backoff(RECONNECT_AFTER, limit=RECONNECT_LIMIT)
-        while True:
-            time.sleep(backoff.next())
-            self._waiting.show()
-            try:
-                client = self._dial()
-            except Unreachable:
-                if deadline.expired:
-                    raise
-            else:
-                self._waiting.end("the gateway")
-                return client
-
-
-def foreground_words(job: JsonObject) -> str:
-    """Return why a command has no output to be attached to, and where to look."""
-    name, session = job["nodeName"], job["sessionKey"]
-    if job["endedAt"] is not None:
-        look = f"; look into the chat session {session}" if session else ""
-        return f"the output of this command on {name} is not kept here (any more){look}"
-    place = f"in the chat session {session}" if session else "with who started it"
-    return (
-        f"this command on {name} is no job: its output is {place}, and not kept here; "
-        "waiting for its end"
-    )
-
-
-def job_status(job: JsonObject, output: Output) -> int:
-    """Return the exit status for a job that ended; say what it alone does not."""
-    name, state = job["nodeName"], job["state"]
-    if state == CommandState.DONE:
-        if job["signal"] is not None and job["signal"].isdigit():
-            return signal_status(int(job["signal"]))
-        code = job["exitCode"]
-        return int(code) if code in range(256) else EXIT_FAILURE
-    why = f"; {job['error']}" if job["error"] else ""
-    words = {
-        CommandState.TIMED_OUT: "the command's time was up; it was ended",
-        CommandState.CANCELLED: f"the command was cancelled{why}",
-    }
-    output.complain(f"{name}: {words.get(state) or job['error'] or state}")
-    statuses = {
-        CommandState.TIMED_OUT: TIMED_OUT,
-        CommandState.CANCELLED: INTERRUPTED,
-        CommandState.LOST: EXIT_UNREACHABLE,
-    }
-    return statuses.get(state, EXIT_FAILURE)
+            return JobTerminal(feed, [job], context.output).attach()
+        except KeyboardInterrupt:
+            context.output.say(
+                f"moltis: it goes on; `moltis node attach {job_id}` follows it again"
+            )
+            return INTERRUPTED
 
 
 # -- moltis mcp ----------------------------------------------------------------
 
 
-def add_mcp(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "mcp",
-        help="serve the tools to a Model Context Protocol client, on stdin and stdout",
-        **_example("moltis mcp"),
-    )
-    add_gateway_options(parser)
-    parser.set_defaults(run=cmd_mcp)
-
-
 def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
-    client = LastingClient(lambda: operator_client(args, context))
+    client = LastingClient(partial(operator_client, args, context))
     with contextlib.closing(client):
         # Not with `for line in sys.stdin`, which reads ahead and answers late.
         McpServer(client, context.output.answer).serve(iter(sys.stdin.readline, ""))
@@ -25048,43 +23625,16 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
 # -- moltis chat ---------------------------------------------------------------
 
 
-def add_chat(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "chat",
-        help="talk to a model, or to a shell, that uses the machines",
-        **_example('moltis chat --node pi "why is the disk full?"'),
-    )
-    parser.add_argument(
-        "message", nargs="?", metavar="MESSAGE", help="without one: a prompt, or stdin"
-    )
-    parser.add_argument(
-        "--session",
-        default=MAIN_SESSION,
-        metavar="S",
-        help="key or label of a session; a new label begins one (default: main)",
-    )
-    parser.add_argument("--node", metavar="N", help="select this machine first")
-    parser.add_argument(
-        "--model", metavar="M", help="shell, PROVIDER/NAME or NODE:PROVIDER/NAME"
-    )
-    parser.add_argument(
-        "--yes", action="store_true", help="let the model run every command unasked"
-    )
-    add_gateway_options(parser)
-    parser.set_defaults(run=cmd_chat)
-
-
 def cmd_chat(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
-    with operator_client(args, context) as client:
-        session = chosen_session(client, args.session, context.output)
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        session = chosen_session(feed, args.session, context.output)
         key = session["key"]
         if args.node:
-            client.call("nodes.set_session", {"session_key": key, "node_id": args.node})
+            feed.call("nodes.set_session", {"session_key": key, "node_id": args.node})
         model = args.model or session["model"]
-        terminal = ChatTerminal(
-            client, key, model, context.output, approval_answer(args, context)
-        )
+        decide = approval_answer(args, context)
+        terminal = ChatTerminal(feed, key, model, context.output, decide)
         if args.message is not None:
             return terminal.turn(args.message)
         if sys.stdin is not None and not sys.stdin.isatty():
@@ -25092,12 +23642,12 @@ def cmd_chat(args: argparse.Namespace, context: Context) -> int:
         return chat_prompt(terminal, context)
 
 
-def chosen_session(client: OperatorClient, wanted: str, output: Output) -> JsonObject:
-    """Return the session that a key or a label stands for; a new one for a new label.
+def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
+    """Return the session that a key or a label names; a new one for a new label.
 
     Raises UserError.
     """
-    sessions: list[JsonObject] = client.call("sessions.list", {})
+    sessions: list[JsonObject] = feed.call("sessions.list", {})
     for session in sessions:
         if session["key"] == wanted:
             return session
@@ -25105,20 +23655,18 @@ def chosen_session(client: OperatorClient, wanted: str, output: Output) -> JsonO
     named = [s for s in sessions if (s["label"] or "").casefold() == label]
     if len(named) > 1:
         keys = ", ".join(session["key"] for session in named)
-        raise UsageError(
-            f"{wanted!r} is the label of several sessions; use a key: {keys}"
-        )
+        raise UsageError(f"several sessions are called {wanted!r}; use a key: {keys}")
     if named:
         return named[0]
     output.say(f"a new session: {wanted.strip()}")
-    created: JsonObject = client.call("sessions.create", {"label": wanted})
+    created: JsonObject = feed.call("sessions.create", {"label": wanted})
     return created
 
 
 def typed_line() -> str:
     """Return the next line that a person types.
 
-    Raises EOFError at the end of input, also where the terminal is no more.
+    Raises EOFError at the end of input, also where the terminal was closed.
     """
     try:
         return input("› ")
@@ -25130,7 +23678,7 @@ def typed_line() -> str:
 
 def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
     """Take messages from a person until the end of input."""
-    with contextlib.suppress(ImportError):  # editing and history, where it is there
+    with contextlib.suppress(ImportError):  # editing and history, where available
         import readline
 
         readline.set_history_length(1000)
@@ -25147,12 +23695,12 @@ def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
             context.output.say("")
 
 
-# Of a command card: approve, deny, always.
+# From a command card to: approve, deny, always.
 ApprovalAnswer: TypeAlias = "Callable[[JsonObject], str]"
 
 
 def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
-    """Return who decides about the commands of a model: --yes, a person, or nobody."""
+    """Return what decides about a model's commands: --yes, a person, or a refusal."""
     if args.yes:
         return lambda _command: "approve"
     if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
@@ -25180,33 +23728,21 @@ def ask_approval(output: Output, command: JsonObject) -> str:
             return answer
 
 
-class CardPrinter:
-    """What was printed of one command's output, which is told in more than one way."""
+class ChatCommand:
+    """One command of a turn: its card, and the log of its job once that runs."""
 
-    def __init__(self) -> None:
-        self._told = {"stdout": 0, "stderr": 0}  # bytes
-        self.whole = True  # nothing was left out on the way
+    def __init__(self, command: JsonObject) -> None:
+        self.node: str = command["node"]
+        self.background: bool = command.get("background", False)
+        self.asked = False  # its approval was decided here
+        self.job: FollowedJob | None = None
+        self._decoders = {
+            kind: codecs.getincrementaldecoder("utf-8")("replace") for kind in STREAMS
+        }
 
-    def piece(self, stream: str, offset: int, text: str) -> str:
-        """Return what is new in a piece of output."""
-        if offset > self._told[stream]:
-            self.whole = False
-        # A broken character is shorter than its replacement: never less than was told.
-        self._told[stream] = offset + len(text.encode("utf-8", "replace"))
-        return text
-
-    def rest(self, command: JsonObject) -> Iterator[tuple[str, str]]:
-        """Yield what a whole card has beyond the pieces."""
-        if command.get("cut"):
-            self.whole = False
-        offsets = {"stdout": 0, "stderr": 0}
-        for stream, text in command.get("output", ()) if self.whole else ():
-            data = text.encode("utf-8", "replace")
-            start = max(0, self._told[stream] - offsets[stream])
-            offsets[stream] += len(data)
-            if data[start:]:
-                self._told[stream] = offsets[stream]
-                yield stream, data[start:].decode("utf-8", "replace")
+    def text(self, kind: int, data: bytes) -> str:
+        """Return what a piece of a stream adds to its text."""
+        return self._decoders[kind].decode(data)
 
 
 class ChatTerminal:
@@ -25214,229 +23750,436 @@ class ChatTerminal:
 
     def __init__(
         self,
-        client: OperatorClient,
+        feed: JobFeed,
         session_key: str,
         model: str,
         output: Output,
         answer: ApprovalAnswer,
     ) -> None:
         """Raises UserError."""
-        self._client = client
+        self._feed = feed
         self._session_key = session_key
         self._model = model
         self._output = output
         self._answer = answer
-        # Events, why the connection ended, None for Ctrl+C.
-        self._news: SimpleQueue[JsonObject | MoltisError | None] = SimpleQueue()
-        self._interrupted = False
+        self._typed = False  # the command of this turn, by a person
         self._said: dict[str, int] = {}  # characters printed, by message
-        self._cards: dict[str, CardPrinter] = {}
-        self._asked: set[str] = set()  # messages whose approval was decided here
+        self._commands: dict[str, ChatCommand] = {}  # of this turn, by job
         self._at_line_start = True  # of stdout
         self._status = EXIT_OK  # of the turn
-        client.listen(self._on_event, on_end=self._news.put)
-        client.call("subscribe", {"events": ["chat"]})
+        feed.call("subscribe", {"events": ["chat"]})
 
     def turn(self, text: str) -> int:
         """Have `text` answered; return the exit status.  Raises UserError."""
-        self._interrupted = False
+        self._feed.interrupted = False
         self._status = EXIT_OK
+        self._typed = self._model == SHELL_ID or text.startswith("!")
         previous = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
-            return self._turn(text)
+            params = {"sessionKey": self._session_key, "text": text}
+            sent = self._feed.call("chat.send", {**params, "model": self._model})
+            if sent.get("queued"):
+                self._output.say("an earlier message is being answered; this one waits")
+            self._follow(sent["runId"])
+            return INTERRUPTED if self._feed.interrupted else self._status
         finally:
             signal.signal(signal.SIGINT, previous)
+            for command in self._commands.values():
+                if command.job is not None:
+                    self._feed.unfollow(command.job)
+            self._commands.clear()
 
-    def _turn(self, text: str) -> int:
-        params = {"sessionKey": self._session_key, "text": text, "model": self._model}
-        sent = self._client.call("chat.send", params)
-        if sent.get("queued"):
-            self._output.say("an earlier message is being answered; this one waits")
-        typed = self._model == SHELL_ID or text.startswith("!")
-        return self._follow(sent["runId"], typed)
-
-    def _follow(self, run_id: str, typed: bool) -> int:
-        """Print what happens until the turn is over; return the exit status."""
-        while True:
-            try:
-                # A signal just before the wait would not be noticed until its end.
-                news = self._news.get(timeout=SIGNAL_LOOK)
-            except Empty:
-                continue
-            if news is None:
-                self._client.notify("chat.abort", {"sessionKey": self._session_key})
-            elif isinstance(news, MoltisError):
-                raise Unreachable(f"the gateway went away: {news}")
-            elif news.get("runId") == run_id and self._show(news, typed):
-                return INTERRUPTED if self._interrupted else self._status
+    def _follow(self, run_id: str) -> None:
+        """Print what happens until the turn is over and its output is complete."""
+        stopping = over = False
+        # A signal just before the wait would not be noticed until its end.
+        for news in self._feed.news(tick=SIGNAL_LOOK):
+            if isinstance(news, GatewayChange):
+                raise Unreachable("the gateway went away")
+            if isinstance(news, JobOutput):
+                self._show_output(news)
+            elif isinstance(news, JobChange):
+                self._show_ending(news.job)
+            elif news is None:
+                if self._feed.interrupted and not stopping:
+                    stopping = True
+                    session = {"sessionKey": self._session_key}
+                    self._feed.notify("chat.abort", session)
+            elif news.name == "chat" and news.payload.get("runId") == run_id:
+                over = self._show(news.payload) or over
+            if over and not any(
+                c.job and c.job.id in self._feed.open and not c.background
+                for c in self._commands.values()
+            ):
+                return
 
     def _on_interrupt(self, *_: object) -> None:
-        if self._interrupted:  # pressed twice: somebody is in a hurry
+        if self._feed.interrupted:  # pressed twice: leave at once
             os._exit(INTERRUPTED)
-        self._interrupted = True
-        self._news.put(None)
+        self._feed.interrupt()
 
-    def _on_event(self, event: Event) -> None:
-        if event.name == "chat" and isinstance(event.payload, dict):
-            self._news.put(event.payload)
-
-    def _show(self, news: JsonObject, typed: bool) -> bool:
+    def _show(self, event: JsonObject) -> bool:
         """Print an event of our turn; return whether it was the last."""
-        state, message = news["state"], news.get("message")
+        state, message = event["state"], event.get("message")
         if message is not None:
-            self._show_message(message, typed)
+            show = {
+                "assistant": self._show_answer,
+                "notice": self._show_notice,
+                "command": self._show_command,
+            }.get(message["role"])
+            if show is not None:
+                show(message)
         elif state == "delta":
-            self._say(news["messageId"], news["text"])
-        elif state == "tool_call_output":
-            card = self._card(news["messageId"])
-            text = card.piece(news["stream"], news["offset"], news["data"])
-            self._write_output(news["stream"], text, typed)
+            self._say(event["messageId"], event["text"])
         if state not in ("final", "error", "aborted"):
             return False
         self._end_line()
         if state != "final":
             self._status = EXIT_FAILURE
-        self._say_usage(message or {})
-        return True
-
-    def _say_usage(self, message: JsonObject) -> None:
-        usage = message.get("usage") or {}
-        if usage.get("outputTokens"):
+        usage = (message or {}).get("usage") or {}
+        if message and usage.get("outputTokens"):
             self._output.say(
                 f"({message['model']}: {usage['inputTokens']:,} tokens in, "
                 f"{usage['outputTokens']:,} out)"
             )
+        return True
 
-    def _show_message(self, message: JsonObject, typed: bool) -> None:
-        if message["role"] == "assistant":
-            told = self._said.get(message["id"], 0)
-            self._say(message["id"], message["text"][told:])
-            if message["state"] != "running":
-                self._end_line()
-        elif message["role"] == "notice":
-            self._show_notice(message)
-        elif message["role"] == "command":
-            self._show_command(message, typed)
+    def _show_answer(self, message: JsonObject) -> None:
+        told = self._said.get(message["id"], 0)
+        self._say(message["id"], message["text"][told:])
+        if message["state"] != "running":
+            self._end_line()
 
     def _show_notice(self, message: JsonObject) -> None:
         if message["state"] == "running" or message["id"] in self._said:
             return
         self._said[message["id"]] = 0
         self._end_line()
-        show = (
-            self._output.complain if message["state"] == "error" else self._output.say
-        )
-        show(visible(message["text"]))
+        failed = message["state"] == "error"
+        (self._output.complain if failed else self._output.say)(message["text"])
 
-    def _show_command(self, message: JsonObject, typed: bool) -> None:
-        command = message["command"]
-        if message["id"] not in self._cards and not typed:
-            self._end_line()
-            aside = " (in the background)" if command.get("background") else ""
-            line = f"[{command['node']}] $ {visible(command['command'])}{aside}"
-            self._output.say(line)
-        card = self._card(message["id"])
-        approval = command.get("approval") or {}
-        if approval.get("state") == "asked" and message["id"] not in self._asked:
-            self._asked.add(message["id"])
-            self._decide(command)
-        for stream, text in card.rest(command):
-            self._write_output(stream, text, typed)
-        if message["state"] != "running":
-            self._end_line()
-            for line in command_verdict(command, card.whole):
-                self._output.say(line)
-        if message["state"] == "error" and typed:  # a model may know another way
+    def _show_command(self, message: JsonObject) -> None:
+        card, job_id = message["command"], message["jobId"]
+        command = self._commands.get(job_id)
+        if command is None:
+            command = self._commands[job_id] = ChatCommand(card)
+            if not self._typed:
+                self._end_line()
+                aside = " (in the background)" if command.background else ""
+                self._output.say(f"[{command.node}] $ {card['command']}{aside}")
+        approval = card.get("approval") or {}
+        if approval.get("state") == "asked" and not command.asked:
+            command.asked = True
+            self._decide(job_id, card)
+        if "job" in message and command.job is None:
+            command.job = self._feed.follow(job_id, command.node)
+        if approval.get("state") in ("denied", "expired"):
+            self._conclude(command, f"denied by {approval.get('by') or 'nobody'}")
+        elif card.get("error"):
+            self._conclude(command, card["error"])
+        if message["state"] == "error" and self._typed:  # a model may know another way
             self._status = EXIT_FAILURE
 
-    def _decide(self, command: JsonObject) -> None:
+    def _decide(self, job_id: str, card: JsonObject) -> None:
         # A handler that returns would leave the question standing.
         handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            decision = self._answer(command)
+            decision = self._answer(card)
         except KeyboardInterrupt:
             self._on_interrupt()
             return
         finally:
             signal.signal(signal.SIGINT, handler)
-        params = {"invokeId": command["invokeId"], "decision": decision}
-        # Somebody else may have been faster, on the page say: that stands then.
-        self._client.notify("exec.approval.resolve", params)
+        # An earlier answer, on the page say, stands.
+        answer = {"id": job_id, "decision": decision}
+        self._feed.notify("exec.approval.resolve", answer)
 
-    def _card(self, message_id: str) -> CardPrinter:
-        return self._cards.setdefault(message_id, CardPrinter())
+    def _show_output(self, news: JobOutput) -> None:
+        command = self._commands.get(news.job.id)
+        if command is None:
+            return
+        if news.cut:
+            self._end_line()
+            self._output.say(f"[… {news.cut:,} bytes cut …]")
+        for kind, data in news.frames:
+            if kind in STREAMS:
+                self._write_output(kind, command.text(kind, data))
+
+    def _show_ending(self, job: FollowedJob) -> None:
+        command = self._commands.get(job.id)
+        if command is None:
+            return
+        if job.ending is not None and job.ending.failed:
+            self._conclude(command, job.ending.words())
+        elif job.ending is not None:
+            self._end_line()
+        elif job.error is not None:
+            self._conclude(command, str(job.error))
+
+    def _conclude(self, command: ChatCommand, words: str) -> None:
+        self._end_line()
+        self._output.say(f"[{command.node}] {words}")
 
     def _say(self, message_id: str, text: str) -> None:
         self._said[message_id] = self._said.get(message_id, 0) + len(text)
-        # A model's words are no more to be trusted than what it read.
-        self._write("stdout", re.sub(TERMINAL_CONTROLS, "", text))
+        # A model's words are no more trusted than what it read.
+        self._write(sys.stdout, re.sub(TERMINAL_CONTROLS, "", text))
 
-    def _write_output(self, stream: str, text: str, typed: bool) -> None:
-        if typed:
-            self._write(stream, text)
+    def _write_output(self, kind: int, text: str) -> None:
+        if self._typed:
+            self._write(sys.stdout if kind == STDOUT else sys.stderr, text)
         else:
             # What a model looks at must not hide the question that comes after it.
-            self._write("stderr", re.sub(TERMINAL_CONTROLS, "", text))
+            self._write(sys.stderr, re.sub(TERMINAL_CONTROLS, "", text))
 
-    def _write(self, stream: str, text: str) -> None:
-        if not text:
-            return
-        target = sys.stdout if stream == "stdout" else sys.stderr
-        target.write(text)
-        target.flush()
-        self._at_line_start = text.endswith("\n")
+    def _write(self, file: Any, text: str) -> None:
+        if text:
+            file.write(text)
+            file.flush()
+            self._at_line_start = text.endswith("\n")
 
     def _end_line(self) -> None:
         if not self._at_line_start:
-            self._write("stdout", "\n")
+            self._write(sys.stdout, "\n")
 
 
-def command_verdict(command: JsonObject, whole: bool) -> Iterator[str]:
-    """Yield what is to be said of a command that has ended."""
-    name = f"[{command['node']}]"
-    approval = command.get("approval") or {}
-    if not whole:
-        yield f"{name} not all of its output is shown here; the page has it"
-    if approval.get("state") in ("denied", "expired"):
-        yield f"{name} denied by {approval.get('by', 'nobody')}"
-    elif command.get("error"):
-        yield f"{name} {command['error']}"
-    elif command.get("timedOut"):
-        yield f"{name} timed out"
-    elif command.get("cancelled"):
-        yield f"{name} cancelled"
-    elif command.get("signal"):
-        yield f"{name} ended by signal {command['signal']}"
-    elif command.get("exitCode"):
-        yield f"{name} exit status {command['exitCode']}"
+# -- the table of subcommands --------------------------------------------------
 
+JSON = arg("--json", "answer in JSON")
+NODE = arg("node", "name or id")
+TRUST: Sequence[Argument] = (
+    arg("--fingerprint PIN", "pin of the gateway's TLS key: sha256//…"),
+    arg("--ca FILE", "CA certificate file (PEM)"),
+)
+GATEWAY: Sequence[Argument] = (
+    arg("--host URL", "the gateway (default: the one of this machine)"),
+    arg("--api-key KEY", "operator key; better in MOLTIS_API_KEY"),
+    *TRUST,
+)
 
-# -- main ----------------------------------------------------------------------
-
-
-VERSION_TEXT = f"moltis {__version__}"
-
-
-SUBCOMMANDS: Mapping[str, Callable[[Subcommands], None]] = {
-    "gateway": add_gateway,
-    "chat": add_chat,
-    "mcp": add_mcp,
-    "audit": add_audit,
-    "key create": add_key_create,
-    "key list": add_key_list,
-    "key revoke": add_key_revoke,
-    "node generate-token": add_node_generate_token,
-    "node list": add_node_list,
-    "node add": add_node_add,
-    "node run": add_node_run,
-    "node status": add_node_status,
-    "node logs": add_node_logs,
-    "node remove": add_node_remove,
-    "node exec": add_node_exec,
-    "node jobs": add_node_jobs,
-    "node attach": add_node_attach,
-    "node rename": add_node_rename,
-    "node revoke": add_node_revoke,
+SUBCOMMANDS: Mapping[str, Subcommand] = {
+    "gateway": Subcommand(
+        cmd_gateway,
+        "serve the page, the nodes and the command line",
+        "moltis gateway --demo-node",
+        (
+            arg(
+                "--bind ADDRESS",
+                "where to listen (default: 127.0.0.1, this machine only)",
+                default="127.0.0.1",
+            ),
+            arg(
+                "--port N",
+                "default 9090; 0: any free one",
+                type=int,
+                default=DEFAULT_PORT,
+            ),
+            arg("--tls", "https and wss, with a certificate of its own"),
+            arg("--tls-cert FILE", "certificate and its chain (PEM), instead"),
+            arg("--tls-key FILE", "its key (PEM); SIGHUP reads both again"),
+            arg(
+                "--trusted-proxy CIDR",
+                "reverse proxy whose X-Forwarded-For, -Proto and -Host are true",
+                action="append",
+            ),
+            arg(
+                "--proxy-cert FILE",
+                "certificate of a proxy that does TLS, for nodes to bind to",
+            ),
+            arg(
+                "--require-scram",
+                "refuse tokens that are sent as they are (original Moltis nodes)",
+            ),
+            arg(
+                "--keep-audit DAYS",
+                "how long to keep commands, sign-ins and the like (default: 90)",
+                type=float,
+                default=90.0,
+            ),
+            arg(
+                "--keep-output GIB",
+                "how much output of jobs to keep on disk (default: 2)",
+                type=float,
+                default=KEEP_OUTPUT / 1024**3,
+            ),
+            arg(
+                "--allowed-host NAME",
+                "another name under which browsers may reach it",
+                action="append",
+            ),
+            arg("--demo-node", "add a node on this machine"),
+            arg("--open", "open the page in the browser"),
+        ),
+    ),
+    "chat": Subcommand(
+        cmd_chat,
+        "talk to a model, or to a shell, that uses the machines",
+        'moltis chat --node pi "why is the disk full?"',
+        (
+            arg("message MESSAGE", "without one: a prompt, or stdin", nargs="?"),
+            arg(
+                "--session S",
+                "key or label of a session; a new label begins one (default: main)",
+                default=MAIN_SESSION,
+            ),
+            arg("--node N", "select this machine first"),
+            arg("--model M", "shell, PROVIDER/NAME or NODE:PROVIDER/NAME"),
+            arg("--yes", "run every command of the model without asking"),
+            *GATEWAY,
+        ),
+    ),
+    "mcp": Subcommand(
+        cmd_mcp,
+        "serve the tools to a Model Context Protocol client, on stdin and stdout",
+        "moltis mcp",
+        GATEWAY,
+    ),
+    "audit": Subcommand(
+        cmd_audit,
+        "show who did what: commands, sign-ins, keys, tokens",
+        "moltis audit --json --limit 1000",
+        (
+            arg("--limit N", "the newest N (default: 100)", type=int, default=100),
+            *GATEWAY,
+            JSON,
+        ),
+    ),
+    "key create": Subcommand(
+        cmd_key_create,
+        "make an operator key, shown once",
+        "moltis key create --name ci --scope operator.write",
+        (
+            arg("--name NAME", "whose it is, for the lists", required=True),
+            arg(
+                "--scope",
+                "what it may do; may be given more than once",
+                action="append",
+                required=True,
+                choices=SCOPES,
+            ),
+            *GATEWAY,
+        ),
+    ),
+    "key list": Subcommand(
+        cmd_key_list, "show the operator keys", "moltis key list", (*GATEWAY, JSON)
+    ),
+    "key revoke": Subcommand(
+        cmd_key_revoke,
+        "end a key, its sign-ins and their connections",
+        "moltis key revoke ci",
+        (arg("key", "name or id"), *GATEWAY),
+    ),
+    "node generate-token": Subcommand(
+        cmd_node_generate_token,
+        "make a token for a machine, and print what to run there",
+        'moltis node generate-token --name "Build Server"',
+        (arg("--name NAME", "the node's name", default=""), *GATEWAY, JSON),
+    ),
+    "node list": Subcommand(
+        cmd_node_list,
+        "show the machines of the gateway",
+        "moltis node list",
+        (*GATEWAY, JSON),
+    ),
+    "node add": Subcommand(
+        cmd_node_add,
+        "make this machine a node",
+        "moltis node add --host ws://gateway:9090/ws --token mdt_… --name Pi",
+        (
+            arg("--host URL", "the gateway"),
+            arg(
+                "--token TOKEN",
+                "device token; better in MOLTIS_DEVICE_TOKEN or by --join",
+            ),
+            arg("--join URL", "join link instead of a token"),
+            *TRUST,
+            arg("--name NAME", "the node's name (default: host name)"),
+            arg("--node-id ID", "its id (default: the one it has, or a new one)"),
+            arg("--working-dir DIR", "where commands start (default: home)"),
+            arg("--timeout S", "limit for every command, in seconds", type=float),
+            arg(
+                "--auth",
+                "bearer: for gateways of the original Moltis",
+                choices=("scram", "bearer"),
+            ),
+            arg("--no-llm", "do not lend this machine's language models"),
+            arg(
+                "--allow PATTERN",
+                "run only commands like this; may be given more than once",
+                action="append",
+            ),
+            arg("--foreground", "run here until Ctrl+C, keep nothing"),
+        ),
+    ),
+    "node run": Subcommand(
+        cmd_node_run,
+        "run the node of node.json, as the service does",
+        "moltis node run",
+    ),
+    "node status": Subcommand(
+        cmd_node_status,
+        "show how this machine's node is doing",
+        "moltis node status",
+        (JSON,),
+    ),
+    "node logs": Subcommand(
+        cmd_node_logs,
+        "print the path of this machine's node log, or follow it",
+        "moltis node logs -f",
+        (arg("-f --follow", "print new lines until Ctrl+C"),),
+    ),
+    "node remove": Subcommand(
+        cmd_node_remove,
+        "uninstall this machine's node; keep its log",
+        "moltis node remove",
+    ),
+    "node exec": Subcommand(
+        cmd_node_exec,
+        "run a command on one or more nodes",
+        "moltis node exec pi -- 'df -h / | tail -1'",
+        (
+            arg("nodes NODE", "name or id", nargs="*"),
+            arg("--all", "on all connected nodes"),
+            arg("--timeout S", "in seconds", type=float),
+            arg("--cwd DIR", "where to run it, on the node"),
+            arg("--stdin", "feed it our standard input"),
+            arg(
+                "--detach",
+                "do not wait: print an id for `node attach`, and leave it running",
+            ),
+            *GATEWAY,
+        ),
+        usage="moltis node exec NODE [NODE ...] [--all] [options] -- COMMAND",
+    ),
+    "node jobs": Subcommand(
+        cmd_node_jobs,
+        "show what runs, and what was left running in the background",
+        "moltis node jobs pi",
+        (
+            arg("node", "name or id (default: all nodes)", nargs="?"),
+            arg("--cancel ID", "end this one"),
+            *GATEWAY,
+            JSON,
+        ),
+    ),
+    "node attach": Subcommand(
+        cmd_node_attach,
+        "print a job's output from its beginning, until it ends",
+        "moltis node attach 5f0c",
+        (arg("job ID", "from `node jobs`, or its beginning"), *GATEWAY),
+    ),
+    "node rename": Subcommand(
+        cmd_node_rename,
+        "give a node another name",
+        "moltis node rename pi attic",
+        (NODE, arg("name", "its new name"), *GATEWAY),
+    ),
+    "node revoke": Subcommand(
+        cmd_node_revoke,
+        "revoke a node's token and drop its connection",
+        "moltis node revoke pi",
+        (NODE, *GATEWAY),
+    ),
 }
 GROUPS: Mapping[str, str] = {
     "key": "operator keys: make, list, revoke",
@@ -25444,39 +24187,43 @@ GROUPS: Mapping[str, str] = {
 }
 
 
+# -- main ----------------------------------------------------------------------
+
+VERSION_TEXT = f"moltis {__version__}"
+
+
 def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return the parser for a command line that begins with `words`.
 
-    It knows the subcommand that they name and no other, which changes nothing that
-    it says: to make all of them took 6 ms of the 60 of `node exec`.  Without one,
-    there are all to choose from.
+    It knows only the subcommand that they name, which changes nothing that it prints:
+    to make all of them took 6 ms of the 60 of `node exec`.
     """
     import argparse
 
     parser = argparse.ArgumentParser(
         prog="moltis",
         description="Many machines, usable from one place.",
-        **_example("moltis gateway --demo-node"),
+        **help_options("moltis gateway --demo-node"),
     )
     parser.add_argument("--version", action="version", version=VERSION_TEXT)
     groups = {"": parser.add_subparsers(metavar="SUBCOMMAND", required=True)}
     named = {" ".join(words[:1]), " ".join(words[:2])}
     for name in [name for name in named if name in SUBCOMMANDS] or SUBCOMMANDS:
-        group = name.rpartition(" ")[0]
+        group, _, last = name.rpartition(" ")
         if group not in groups:
             above = groups[""].add_parser(
-                group, help=GROUPS[group], **_example(f"moltis {group} list")
+                group, help=GROUPS[group], **help_options(f"moltis {group} list")
             )
             groups[group] = above.add_subparsers(metavar="SUBCOMMAND", required=True)
-        SUBCOMMANDS[name](groups[group])
+        SUBCOMMANDS[name].add_to(groups[group], last)
     return parser
 
 
 def check_filled(arguments: Sequence[str]) -> None:
-    """Raises UsageError for an empty word, such as a variable leaves that is not set.
+    """Raises UsageError for an empty word, as an unset variable leaves it.
 
-    It must not stand for all there are, nor for the one there is; an empty --bind
-    would be any address.
+    It must mean neither everything nor the default; an empty --bind would be any
+    address.
     """
     for before, word in zip(["moltis", *arguments], arguments):
         option, is_set, value = word.partition("=")
@@ -25489,18 +24236,18 @@ def check_filled(arguments: Sequence[str]) -> None:
         raise UsageError(f"{what} is empty; give it a value, or leave it out")
 
 
-def subcommand(
-    arguments: Sequence[str], command: Sequence[str]
-) -> Callable[[Context], int]:
-    """Return what the arguments, and the command for another machine, ask for."""
+def run_subcommand(
+    arguments: Sequence[str], command: Sequence[str], context: Context
+) -> int:
+    """Return the exit status; `command` is for another machine."""
     if arguments == ["node", "run"]:
-        # What services start: to parse it takes 0.9 MiB of a node for as long as it is.
-        return partial(cmd_node_run, None)
+        # What services start: argparse takes 0.9 MiB for the life of a node.
+        return cmd_node_run(None, context)
     check_filled(arguments)
-    parser = build_parser(arguments)
-    args = parser.parse_args(arguments)
+    args = build_parser(arguments).parse_args(arguments)
     args.command = command
-    return partial(args.run, args)
+    status: int = args.run(args, context)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25513,13 +24260,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--" in arguments:  # what follows belongs to the other machine
         split = arguments.index("--")
         arguments, command = arguments[:split], arguments[split + 1 :]
-    if arguments == ["--version"]:  # the whole parser takes 6 ms, a fifth of this
+    if arguments == ["--version"]:  # the parser takes 6 ms, a fifth of this
         sys.stdout.write(VERSION_TEXT + "\n")
         return EXIT_OK
     context = Context(dict(os.environ), Output(os.environ))
     try:
-        status = subcommand(arguments, command)(context)
-        sys.stdout.flush()  # not at exit, where nobody could explain what went wrong
+        status = run_subcommand(arguments, command, context)
+        sys.stdout.flush()  # not at exit, where nothing could report an error
         return status
     except (UserError, RpcError) as error:
         context.output.complain(str(error))

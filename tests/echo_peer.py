@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import email
 import socket
 import sys
 import threading
@@ -38,31 +39,30 @@ def read_request(sock):
             raise moltis.HandshakeError(400, "no request")
         data += piece
     head, _, early = data.partition(b"\r\n\r\n")
-    return moltis.parse_head(head)[1], early
+    return email.message_from_bytes(head.partition(b"\r\n")[2]), early
 
 
-def accept(sock, *, compression):
+def accept(sock):
     """Return the WebSocket that a client asks for on `sock`."""
     headers, early = read_request(sock)
-    upgrade = moltis.accept_upgrade(headers, compression=compression)
-    sock.sendall(upgrade.response())
-    protocol = moltis.WebSocketProtocol(client=False, deflate=upgrade.deflate)
-    return moltis.WebSocket(sock, protocol, early=early)
+    fields = moltis.accept_upgrade(headers)
+    lines = ["HTTP/1.1 101 Switching Protocols"]
+    lines += [f"{name}: {value}" for name, value in fields]
+    sock.sendall("\r\n".join([*lines, "", ""]).encode())
+    return moltis.WebSocket(sock, moltis.WebSocketProtocol(client=False), early=early)
 
 
-def serve_one(sock, compression):
+def serve_one(sock):
     with sock, contextlib.suppress(OSError, moltis.HandshakeError):
-        echo(accept(sock, compression=compression))
+        echo(accept(sock))
 
 
-def serve(port, *, compression):
+def serve(port):
     with socket.create_server(("127.0.0.1", port), backlog=128) as listener:
         print(f"ws://127.0.0.1:{listener.getsockname()[1]}/", flush=True)
         while True:
             sock, _ = listener.accept()
-            threading.Thread(
-                target=serve_one, args=(sock, compression), daemon=True
-            ).start()
+            threading.Thread(target=serve_one, args=(sock,), daemon=True).start()
 
 
 def main():
@@ -70,16 +70,14 @@ def main():
     parser.add_argument("role", choices=("server", "client"))
     parser.add_argument("url", nargs="?", help="where a client connects to")
     parser.add_argument("--port", type=int, default=0, help="of a server; 0: any")
-    parser.add_argument("--no-compression", action="store_true")
     args = parser.parse_args()
-    compression = not args.no_compression
     if args.role == "client":
         if not args.url:
             parser.error("a client needs a URL")
-        echo(moltis.connect(args.url, compression=compression))
+        echo(moltis.connect(args.url))
         return
     with contextlib.suppress(KeyboardInterrupt):
-        serve(args.port, compression=compression)
+        serve(args.port)
 
 
 if __name__ == "__main__":

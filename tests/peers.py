@@ -6,10 +6,17 @@ import contextlib
 import json
 import os
 import uuid
+from unittest import mock
 
 from support import wait_for
 
 import moltis
+
+
+def raw_frame(opcode, payload=b"", *, fin=True, masked=False):
+    """Return a frame, which may be a fragment (RFC 6455 §5.4)."""
+    data = moltis.encode_frame(opcode, payload, masked=masked)
+    return data if fin else bytes((data[0] & 0x7F,)) + data[1:]
 
 
 class InProcessGateway:
@@ -18,18 +25,17 @@ class InProcessGateway:
     def __init__(self, directory, *, environ=os.environ, **options):
         self.environ = {**environ, "MOLTIS_DATA_DIR": str(directory)}
         self.directory = directory
-        context = moltis.Context(self.environ, moltis.Output(self.environ))
         options = moltis.GatewayOptions(**{"port": 0, **options})
-        self.running = moltis.RunningGateway(context, options)
+        self.running = moltis.RunningGateway(self.environ, options)
         self.url = self.running.url
         self.websocket_url = moltis.websocket_url(self.url)
         file = moltis.GatewayFile.load(directory)
         self.api_key = file.api_key
         self.trust = moltis.TlsTrust(file.fingerprint)
 
-    def operator(self):
+    def operator(self, on_news=moltis.ignore_news):
         """Return a client that is signed in with the gateway's own key."""
-        return moltis.OperatorClient(self.url, self.api_key, self.trust)
+        return moltis.OperatorClient(self.url, self.api_key, self.trust, on_news)
 
     def call(self, method, **params):
         """Make one call over a connection of its own."""
@@ -94,11 +100,22 @@ class InProcessNode:
 class RawPeer:
     """A WebSocket client whose every envelope is written out in the test."""
 
-    def __init__(self, url, **options):
-        self.ws = moltis.connect(url, **options)
+    def __init__(self, url, trust=None, headers=()):
+        real = moltis.upgrade_request
+        more = "".join(f"{name}: {value}\r\n" for name, value in headers).encode()
+
+        def request(*args):
+            return real(*args)[:-2] + more + b"\r\n"
+
+        with mock.patch.object(moltis, "upgrade_request", request):
+            self.ws = moltis.connect(url, trust)
 
     def send(self, value):
         self.ws.send(value if isinstance(value, (str, bytes)) else json.dumps(value))
+
+    def ping(self, payload):
+        """Send a Ping; nothing else may wait to be sent."""
+        self.ws._channel.sock.sendall(raw_frame(0x9, payload, masked=True))
 
     def receive(self, timeout=30):
         """Return the next message: an envelope, bytes, or None after a close."""

@@ -377,7 +377,7 @@ def ask_through(nginx, method, path, body=b"", **headers):
         nginx.port,
         timeout=10,
         source_address=("127.0.0.2", 0),
-        context=moltis.client_tls(verify=False),
+        context=moltis.TlsTrust(bound=True).context(),
     )
     try:
         fields = {name.replace("_", "-"): text for name, text in headers.items()}
@@ -427,7 +427,7 @@ def test_guessing_through_a_proxy_locks_out_who_guesses_and_nobody_else(proxied)
         ask_through(nginx, "POST", "/api/sign-in", wrong).status for _ in range(6)
     ]
     assert statuses == [401] * 5 + [429]
-    context = moltis.client_tls(verify=False)
+    context = moltis.TlsTrust(bound=True).context()
     request = urllib.request.Request(
         nginx.url + "/api/sign-in", json.dumps({"key": gateway.api_key}).encode()
     )
@@ -442,8 +442,8 @@ def test_websockets_of_browsers_pass_a_trusted_proxy(proxied):
     )
     peer = RawPeer(
         moltis.websocket_url(nginx.url),
+        moltis.TlsTrust(bound=True),
         headers=[("Origin", nginx.url)],
-        ssl_context=moltis.client_tls(verify=False),
     )
     with peer:
         assert peer.request("connect", params.to_json())["ok"]

@@ -136,8 +136,7 @@ def test_no_pong_precedes_the_answer_to_connect(gateway):
     """A Rust node aborts when anything but the `res` comes first."""
     token = gateway.token()
     with gateway.peer() as peer:
-        peer.ws.ping(b"early")
-        peer.ws.flush(5)
+        peer.ping(b"early")
         connect = {"type": "req", "id": "1", "method": "connect"}
         raw = _first_frames(peer, {**connect, "params": rust_connect(token)})
         assert [opcode for opcode, _ in raw[:2]] == [0x1, 0xA]

@@ -84,7 +84,7 @@ class Relay:
         self._sockets.append(server)
         if self._tls is not None:
             client = self._tls.wrap_socket(client, server_side=True)
-            server = moltis.client_tls(verify=False).wrap_socket(server)
+            server = moltis.TlsTrust(bound=True).context().wrap_socket(server)
             self._sockets += [client, server]
         self._spawn(self._pass_on, client, server)
         self._spawn(self._pass_on, server, client)
@@ -324,7 +324,7 @@ def test_plain_http_to_the_tls_port_is_told_so(gateway):
 
 
 def test_old_tls_is_refused(gateway):
-    context = moltis.client_tls(verify=False)
+    context = moltis.TlsTrust(bound=True).context()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         context.minimum_version = ssl.TLSVersion.TLSv1
@@ -422,7 +422,7 @@ def post(gateway, path, value, **headers):
 
     body = json.dumps(value).encode()
     request = urllib.request.Request(gateway.url + path, body, headers)
-    context = moltis.client_tls(verify=False)
+    context = moltis.TlsTrust(bound=True).context()
     with urllib.request.urlopen(request, timeout=10, context=context) as answer:
         answer.body = answer.read()
         return answer
