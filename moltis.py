@@ -19386,7 +19386,8 @@ function onJobState({ending, ...change}) {
   const chat = state.followed.get(id);
   if (!chat) return;
   chat.updateJob({...change, ...ending});
-  if (!ending) return;
+  // A lost job may still come back with its node.
+  if (!ending || ending.state === "lost") return;
   chat.logs.get(id).isComplete = true; // the ending is a log's last frame
   state.followed.delete(id);
 }
@@ -20081,7 +20082,8 @@ function announceEnd(chat, rows) {
   const last = rows.at(-1);
   if (!last || isOpen(last) || announced.has(last.id)) return;
   const log = last.command && chat.logOf(last);
-  if (state.followed.has(log?.id)) return; // more output arrives
+  // Wait for the end of its output.
+  if (state.followed.has(log?.id) && last.job?.state !== "lost") return;
   announced.add(last.id);
   if (Date.now() - (last.job?.endedAt || last.createdAt) > 60_000) return;
   if (!log) announce((last.text || "").slice(0, 500));
