@@ -19544,8 +19544,8 @@ class CommandCard {
     setText(this.where, command.node + (command.cwd ? `:${command.cwd}` : ""));
     setText(this.word, dotted(words, command.background && "in the background"));
     const total = outputSize(job || {});
-    const size = total ? formatBytes(total) : "no output";
-    setText(this.size, job && !this.isOpen ? size : "");
+    this.isIncomplete = (this.isOpen || total > 0) && !this.log.isComplete;
+    setText(this.size, job && !this.isOpen ? this.sizeText(job, total) : "");
     this.stop.hidden = !this.isOpen || asks;
     this.save.hidden = this.isOpen || !total || Boolean(command.output);
     this.copy.hidden = this.isOpen || !total;
@@ -19554,11 +19554,15 @@ class CommandCard {
     this.follow();
   }
 
+  sizeText({state}, total) {
+    if (!total) return "no output";
+    const loading = this.isIncomplete && state !== "lost"; // that may never end
+    return loading ? `loading ${formatBytes(total)}…` : formatBytes(total);
+  }
+
   // Follow the job only near the viewport: a long chat has many cards.
   follow() {
-    const {job} = this.row;
-    if (this.isNear && job && (isOpen(job) || outputSize(job)))
-      followJob(this.chat, this.log);
+    if (this.isNear && this.isIncomplete) followJob(this.chat, this.log);
   }
 
   tick() {
