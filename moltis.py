@@ -14618,19 +14618,293 @@ class Chats:
 # Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Machine, Store,
 #       Access, Fleet, Jobs, Agent, Model directory, Chat
 #
-# What peers may ask of the gateway, and what it tells them: RPC methods by role in
-# one table, and events to those who subscribed.  A peer's role comes from its
-# credential, never from what it says of itself.
+# What peers may ask of the gateway, and what it sends them: RPC methods in one table,
+# events to subscribers, jobs between operators and nodes.  A peer's role comes from
+# its credential, never from what it says of itself.
 # ==============================================================================
 
-KEEPALIVE_TICK = 1.0  # s; pings are due one by one, so that a thousand do not coincide
-MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a result of ours has 600 KB at most
-MAX_COLLECTED_RESULT = 1024 * 1024  # bytes a stream, for callers without streams
-
-MAX_BACKLOG = 512 * 1024  # bytes; who is further behind is not told each bit of output
-SPARED_STATES = ("delta", "tool_call_output")  # of a chat; all others say how it stands
+TICK_INTERVAL = 1.0  # s between two looks at deadlines
+MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a request has at most half of that
+MAX_MOLTIS_MESSAGE = 16 * 1024 * 1024  # bytes; an answer of a Moltis node is one
+MAX_FOLLOWED = 4096  # jobs that one connection follows; more are refused
+MAX_WAIT = 300.0  # s that an answer may wait for news of a job
+MAX_QUEUE = 30 * 86400.0  # s that a job may wait for a node that is away
+MAX_INVOKE_OUTPUT = 1024 * 1024  # bytes a stream in an answer to node.invoke
+SPARED_STATES = ("delta",)  # of a chat; not sent to a browser that is behind
 
 EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session")
+
+
+def as_rpc_error(error: BaseException, what: str) -> RpcError:
+    """Return what the peer may know of `error`; the log has the rest."""
+    if isinstance(error, RpcError):
+        return error
+    if isinstance(error, MoltisError):
+        return RpcError("UNAVAILABLE", str(error))
+    log.error("%s failed", what, exc_info=error)
+    return RpcError("INTERNAL", f"{what} failed inside the gateway; its log says why")
+
+
+def answer_request(
+    request: Request, act: Callable[[Request], Any], send: Callable[[str], None]
+) -> None:
+    """Send the answer that `act` returns, or a Future of it, or why there is none."""
+
+    def respond(payload: Any = None, error: BaseException | None = None) -> None:
+        failure = None if error is None else as_rpc_error(error, request.method)
+        with contextlib.suppress(ConnectionClosed):
+            send(encode_envelope(Response(request.id, payload, failure)))
+
+    def settle(done: Future[Any]) -> None:
+        error = done.exception()
+        respond(done.result() if error is None else None, error)
+
+    try:
+        payload = act(request)
+    except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
+        respond(error=error)
+    else:
+        if isinstance(payload, Future):
+            payload.add_done_callback(settle)
+        else:
+            respond(payload)
+
+
+# --- Operators ---
+
+
+class ClientFollower:
+    """A job's log on its way to one client: as fast as its connection drains."""
+
+    def __init__(
+        self,
+        job: Job,
+        outlet: Outlet,
+        offset: int,
+        on_done: Callable[[ClientFollower], None],
+        *,
+        holds: bool,
+    ) -> None:
+        """`on_done` is called once the client knows all of what it watches."""
+        self.job = job
+        self.position = offset  # the client has read all before it
+        self.holds = holds
+        self._outlet = outlet
+        self._on_done = on_done
+        self._is_open = False
+        self._sent = offset
+        self._state: object = None  # as the client knows it
+        self._input: tuple[int, int] | None = None  # the same: bytes, resumptions
+
+    def open(self) -> None:
+        """Begin to send: the answer to the client's request is on its way."""
+        self._is_open = True
+        self.wake(self.job)
+
+    def wake(self, job: Job) -> None:
+        if self._is_open:
+            self._outlet.wake(self._next, 0 if job.record.work == "run" else 1)
+
+    def acknowledge(self, offset: int) -> None:
+        """Raises RpcError for bytes that were not sent."""
+        if offset > self._sent:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"byte {offset} is acknowledged, and {self._sent} were sent",
+            )
+        self.position = max(self.position, offset)
+        if not self.job.record.is_open and self.position >= self.job.log.end:
+            self._on_done(self)
+
+    def _next(self) -> str | bytes | None:
+        """Return the next message; only one thread at a time calls it."""
+        job, record = self.job, self.job.record
+        consumed = (job.input_at, job.input_resumes)
+        if consumed != self._input and self.holds and _takes_input(record):
+            payload: JsonObject = {"id": job.id, "offset": consumed[0]}
+            if self._input is None or consumed[1] != self._input[1]:
+                payload["resume"] = True
+            self._input = consumed
+            return encode_envelope(Event(JOB_INPUT, payload))
+        # Before the log is read: an ending follows all bytes.
+        state = (record.state, job.place, job.away_since is not None)
+        start, data = job.log.read(self._sent, MAX_LOG_MESSAGE)
+        if data:
+            self._sent = start + len(data)
+            if not self.holds:
+                self.position = self._sent
+            return encode_job_data(LOG_DATA, job.id, start, data)
+        if state == self._state:
+            return None
+        self._state = state
+        # A lost job may still come back with its node.
+        if not (record.is_open or self.holds or record.state == JobState.LOST):
+            self._on_done(self)
+        return encode_envelope(Event(JOB_STATE, job_state(job)))
+
+
+def _takes_input(record: JobRecord) -> bool:
+    return bool(record.spec and (record.spec.get("stdin") or record.spec.get("tty")))
+
+
+STATE_FIELDS = ("id", "state", "words", "failed", "place", "awayMs", "end")
+ENDING_FIELDS = (
+    *("state", "exitCode", "signal", "reason", "stdoutBytes", "stderrBytes"),
+    *("startedAt", "duration"),
+)
+
+
+def job_state(job: Job) -> JsonObject:
+    """Return the payload of the event `job.state`."""
+    view = job_view(job)
+    state = {name: view[name] for name in STATE_FIELDS if name in view}
+    if not job.record.is_open:
+        state["ending"] = {n: view[n] for n in ENDING_FIELDS if n in view}
+    return state
+
+
+class OperatorPeer:
+    """One operator's WebSocket: a browser, a command line, a script."""
+
+    def __init__(
+        self, ws: WebSocket, caller: Caller, rpc: Callable[..., Any], jobs: Jobs
+    ) -> None:
+        self.id = new_id()
+        self.ws = ws
+        self.caller = caller
+        self.events: set[str] = set()
+        self._rpc = rpc  # Rpc.call
+        self._jobs = jobs
+        self._outlet = Outlet(ws)
+        self._unopened: list[ClientFollower] = []  # until their request is answered
+        self._lock = threading.Lock()  # guards _followers
+        self._followers: dict[str, ClientFollower] = {}
+
+    def serve(self) -> None:
+        """Answer until the connection ends.  Raises ConnectionClosed."""
+        try:
+            while True:
+                message = self.ws.receive()
+                if message is None:
+                    return
+                if isinstance(message, bytes):
+                    self._take_input(message)
+                else:
+                    self._answer(message)
+        finally:
+            with self._lock:
+                followers = list(self._followers.values())
+            for follower in followers:
+                self._jobs.unfollow(follower.job, follower, leaves=False)
+
+    def notify(self, text: str) -> None:
+        """Send an event, if the connection lives."""
+        with contextlib.suppress(ConnectionClosed):
+            self.ws.send(text)
+
+    def follow(self, job: Job, offset: int, *, holds: bool) -> int:
+        """Send the job's log from `offset` on, or from what is left of it.
+
+        Returns where it begins.  Raises RpcError for one job too many.
+        """
+        self.unfollow(job.id, leaves=False)
+        start = job.log.boundary(max(offset, job.log.begin))
+        follower = ClientFollower(job, self._outlet, start, self._drop, holds=holds)
+        with self._lock:
+            if len(self._followers) >= MAX_FOLLOWED:
+                raise RpcError(
+                    "RATE_LIMITED",
+                    f"one connection follows at most {MAX_FOLLOWED} jobs",
+                )
+            self._followers[job.id] = follower
+        self._unopened.append(follower)
+        self._jobs.follow(job, follower)
+        return start
+
+    def unfollow(self, job_id: str, *, leaves: bool) -> None:
+        follower = self._follower(job_id)
+        if follower is not None:
+            self._drop(follower, leaves=leaves)
+
+    def acknowledge(self, job_id: str, offset: int) -> None:
+        """Raises RpcError for bytes that were not sent."""
+        follower = self._follower(job_id)
+        if follower is not None:
+            follower.acknowledge(offset)
+            self._jobs.acknowledge(follower.job)
+
+    def _follower(self, job_id: str) -> ClientFollower | None:
+        with self._lock:
+            return self._followers.get(job_id)
+
+    def _drop(self, follower: ClientFollower, *, leaves: bool = False) -> None:
+        with self._lock:
+            if self._followers.get(follower.job.id) is follower:
+                del self._followers[follower.job.id]
+        self._jobs.unfollow(follower.job, follower, leaves=leaves)
+
+    def _answer(self, text: str) -> None:
+        try:
+            envelope = decode_envelope(text)
+        except EnvelopeError as error:
+            self.notify(encode_envelope(Response(error.id, error=error)))
+            return
+        if isinstance(envelope, Request):
+            answer_request(envelope, self._call, self.ws.send)
+            while self._unopened:
+                self._unopened.pop().open()
+
+    def _call(self, request: Request) -> Any:
+        return self._rpc(self.caller, request.method, request.params, self)
+
+    def _take_input(self, message: bytes) -> None:
+        try:
+            kind, job_id, offset, data = decode_job_data(message)
+        except RpcError as error:
+            raise ConnectionClosed(CloseCode.UNSUPPORTED_DATA, str(error)) from error
+        follower = self._follower(job_id)
+        if kind == INPUT_DATA and follower is not None:
+            with contextlib.suppress(RpcError):  # another connection holds it now
+                self._jobs.input(follower.job, follower, offset, data)
+
+
+class Audience:
+    """The operators that are connected, for events."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _peers
+        self._peers: set[OperatorPeer] = set()
+
+    def add(self, peer: OperatorPeer) -> None:
+        with self._lock:
+            self._peers.add(peer)
+
+    def remove(self, peer: OperatorPeer) -> None:
+        with self._lock:
+            self._peers.discard(peer)
+
+    def hang_up(self, matches: Callable[[Caller], bool]) -> None:
+        """Close the connections of operators whose credential was revoked."""
+        with self._lock:
+            peers = [peer for peer in self._peers if matches(peer.caller)]
+        for peer in peers:
+            peer.ws.close(CloseCode.POLICY_VIOLATION, "signed out", timeout=0)
+
+    def announce(self, name: str, payload: JsonObject) -> None:
+        """Send an event to those who subscribed to it; it never blocks."""
+        with self._lock:
+            peers = [peer for peer in self._peers if name in peer.events]
+        if not peers:
+            return
+        text = encode_envelope(Event(name, payload))
+        # A browser that sleeps is spared these; their numbers show it what it lacks.
+        spared = payload.get("state") in SPARED_STATES and "message" not in payload
+        for peer in peers:
+            if not spared or peer.ws.backlog <= MAX_BACKLOG:
+                peer.notify(text)
+
+
+# --- The methods that operators may call ---
 
 
 class RpcCall(Value):
@@ -14638,47 +14912,714 @@ class RpcCall(Value):
 
     caller: Caller
     params: JsonObject
-    peer: OperatorPeer | None  # None: over HTTP, where nothing can be streamed
+    peer: OperatorPeer | None = None  # None: over HTTP, where nothing can follow
+
+    def require_peer(self) -> OperatorPeer:
+        """Return the connection.  Raises RpcError over HTTP."""
+        if self.peer is None:
+            raise RpcError("INVALID_REQUEST", "this needs the WebSocket /ws")
+        return self.peer
 
 
-class Method(Value):
-    action: Callable[[RpcCall], Any]  # a Future stands for an answer to come
-    scope: str
+# The JSON type of a parameter, or a function like required_offset() that reads it; or
+# RpcCall, Caller, OperatorPeer: of the request itself.
+Kind: TypeAlias = "type | Callable[[JsonObject, str], Any]"
 
 
-class ModelMethods:
-    """The methods that concern language models."""
+class Optional(Value):
+    """A parameter that may be absent, or null."""
 
-    def __init__(self, models: ModelDirectory) -> None:
-        self._models = models
-        self.methods: Mapping[str, Method] = {
-            "models.list": Method(self._list, Scope.READ),
-            "models.providers": Method(self._providers, Scope.READ),
-            "models.configure": Method(self._configure, Scope.ADMIN),
+    kind: Kind
+    default: Any = None
+
+
+class Method:
+    """An action with the scope it needs, and its parameters by their JSON names."""
+
+    def __init__(
+        self, action: Callable[..., Any], scope: str, **parameters: Kind | Optional
+    ) -> None:
+        """`action` returns the payload of the answer, or a Future; None is `{}`."""
+        self.scope = scope
+        self._action = action
+        self._parameters = [
+            (re.sub("[A-Z]", lambda m: "_" + m[0].lower(), name), name, kind)
+            for name, kind in parameters.items()
+        ]
+
+    def __call__(self, call: RpcCall) -> Any:
+        """Raises RpcError."""
+        arguments = {
+            argument: _argument(call, name, kind)
+            for argument, name, kind in self._parameters
+        }
+        payload = self._action(**arguments)
+        return {} if payload is None else payload
+
+
+def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
+    """Raises RpcError INVALID_REQUEST, which names the parameter."""
+    if isinstance(kind, Optional):
+        if call.params.get(name) is None:
+            return kind.default
+        kind = kind.kind
+    if kind is RpcCall:
+        return call
+    if kind is Caller:
+        return call.caller
+    if kind is OperatorPeer:
+        return call.require_peer()
+    if not isinstance(kind, type):
+        return kind(call.params, name)
+    value = required(call.params, name, kind)
+    # Neither the store nor the timeout of a thread takes more.
+    if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
+        raise RpcError("INVALID_REQUEST", f"{name} is out of range")
+    return value
+
+
+def required_id(params: JsonObject, _name: str) -> str:
+    """Return the `id` of a job.  Raises RpcError."""
+    job_id: str = required(params, "id", str)
+    return job_id
+
+
+def required_wait(params: JsonObject, name: str) -> float:
+    """Return the seconds for which an answer may wait.  Raises RpcError."""
+    wait: float = required(params, name, float)
+    if not 0 <= wait <= MAX_WAIT:
+        raise RpcError(
+            "INVALID_REQUEST", f"{name} takes 0 to {MAX_WAIT:.0f} s, not {wait:g}"
+        )
+    return wait
+
+
+def required_texts(params: JsonObject, name: str) -> list[str]:
+    """Return an array of strings.  Raises RpcError."""
+    texts: list[str] = required(params, name, list)
+    return [required({name: text}, name, str) for text in texts]
+
+
+def one_of(*words: str) -> Kind:
+    """Return the kind of a parameter that is one of these words."""
+
+    def check(params: JsonObject, name: str) -> str:
+        word: str = required(params, name, str)
+        if word not in words:
+            known = ", ".join(words)
+            raise RpcError(
+                "INVALID_REQUEST", f"{name} must be one of {known}, not {word[:40]!r}"
+            )
+        return word
+
+    return check
+
+
+def mapped(future: Future[Any], convert: Callable[[Any], Any]) -> Future[Any]:
+    """Return a future of what `convert` makes of the result."""
+    converted: Future[Any] = Future()
+
+    def settle(done: Future[Any]) -> None:
+        try:
+            converted.set_result(convert(done.result()))
+        except Exception as error:  # noqa: BLE001  whoever waits gets it
+            converted.set_exception(error)
+
+    future.add_done_callback(settle)
+    return converted
+
+
+class NodeMethods:
+    """What operators may do with machines and their tokens."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        jobs: Jobs,
+        access: Access,
+        devices: DevicesTable,
+        announce: Callable[[str, JsonObject], None],
+    ) -> None:
+        self._fleet = fleet
+        self._jobs = jobs
+        self._access = access
+        self._devices = devices
+        self._announce = announce
+
+    def node_id(self, params: JsonObject, name: str) -> str:
+        """Return the id of the node that a parameter names.  Raises RpcError."""
+        return self._fleet.resolve(required(params, name, str))[0]
+
+    def rename(self, node_id: str, display_name: str) -> None:
+        name = free_name(self._devices, display_name, node_id)
+        device = self._devices.by_node_id(node_id, now_ms())
+        if device is None:
+            raise RpcError("INVALID_REQUEST", f"{LOCAL_NAME} cannot be renamed")
+        self._devices.rename(device.id, name)
+        self._announce("presence", {"type": "node.renamed", "nodeId": node_id})
+
+    def create_token(self, display_name: str, platform: str, by: Caller) -> JsonObject:
+        name = free_name(self._devices, display_name) if display_name else ""
+        device, token = self._access.create_device(name, platform, by=by)
+        return {
+            "deviceToken": token,
+            "deviceId": device.id,
+            "joinCode": self._access.create_join_code(device),
+            "scopes": [],
         }
 
-    def _list(self, call: RpcCall) -> Future[list[JsonObject]]:
-        refresh = optional(call.params, "refresh", bool) or False
-        return self._models.entries(refresh=refresh)
+    def rotate_token(self, device_id: str, by: Caller) -> JsonObject:
+        device = self._device(device_id)
+        token = self._access.rotate_device(device, by=by)
+        self._hang_up(device)
+        return {"deviceToken": token, "scopes": []}
 
-    def _providers(self, _call: RpcCall) -> Future[list[JsonObject]]:
-        return self._models.providers()
-
-    def _configure(self, call: RpcCall) -> JsonObject:
-        self._models.configure(
-            required(call.params, "provider", str),
-            optional(call.params, "apiKey", str),
-            optional(call.params, "baseUrl", str),
+    def revoke_token(self, device_id: str, by: Caller) -> None:
+        device = self._device(device_id)
+        self._access.revoke_device(device, by=by)
+        for job in self._jobs.open_on(device.node_id or ""):
+            with contextlib.suppress(RpcError):  # its node cannot
+                self._jobs.cancel(job, by.name)
+        self._hang_up(device)
+        self._jobs.lose(device.node_id or "", "its token was revoked")
+        self._announce(
+            "device.pair.resolved", {"deviceId": device.id, "status": "revoked"}
         )
-        return {}
+
+    def pairs(self) -> list[JsonObject]:
+        return [
+            {
+                "deviceId": device.id,
+                "displayName": device.display_name,
+                "platform": device.platform,
+                "createdAt": device.created_at,
+                "nodeId": device.node_id,
+                "lastSeenAt": device.last_seen_at,
+                "connected": self._fleet.connected(device.node_id or "") is not None,
+            }
+            for device in self._devices.all(now_ms())
+        ]
+
+    def _device(self, device_id: str) -> Device:
+        device = self._devices.by_id(device_id, now_ms())
+        if device is None:
+            raise RpcError("NOT_FOUND", f"there is no device {device_id[:100]!r}")
+        return device
+
+    def _hang_up(self, device: Device) -> None:
+        # Under whichever id: it may be connecting now, or may have connected twice.
+        for node in self._fleet.all_connected():
+            if node.device_id == device.id:
+                node.link.hang_up("the token was revoked")
+
+
+class Excerpt:
+    """Head and tail of a byte stream."""
+
+    def __init__(self, limit: int) -> None:  # bytes
+        self._half = limit // 2
+        self._head = bytearray()
+        self._tail = bytearray()
+        self.cut = 0  # bytes between them
+
+    def add(self, data: bytes) -> None:
+        room = self._half - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        if len(self._tail) > 2 * self._half:  # not at each call: that would copy it
+            self._trim()
+
+    def _trim(self) -> None:
+        excess = max(0, len(self._tail) - self._half)
+        self.cut += excess
+        del self._tail[:excess]
+
+    def text(self) -> str:
+        self._trim()
+        between = f"\n… {self.cut:,} bytes cut …\n".encode() if self.cut else b""
+        return (self._head + between + self._tail).decode("utf-8", "replace")
+
+
+def stream_texts(log: Log) -> JsonObject:
+    """Return head and tail of both streams in a log, `truncated` if that is not all."""
+    streams = {kind: Excerpt(MAX_INVOKE_OUTPUT) for kind in STREAMS}
+    position, truncated = 0, False
+    while True:
+        start, data = log.read(position)
+        truncated = truncated or start > position
+        if not data:
+            break
+        position = start + len(data)
+        for kind, piece in log_frames(data):
+            if kind in streams:
+                streams[kind].add(piece)
+    texts: JsonObject = {STREAMS[kind]: streams[kind].text() for kind in streams}
+    if truncated or any(stream.cut for stream in streams.values()):
+        texts["truncated"] = True
+    return texts
+
+
+def invoke_result(job: Job) -> JsonObject:
+    """Return the answer of Moltis' `node.invoke`.
+
+    Raises RpcError UNAVAILABLE where it is not known how the job ended.
+    """
+    record = job.record
+    if record.state in (JobState.LOST, JobState.EXPIRED):
+        raise RpcError("UNAVAILABLE", f"{record.node_name}: {record.words()}")
+    result: JsonObject = {"node": record.node_name, **(job.result or {})}
+    if record.work == "run":
+        result.update(stream_texts(job.log))
+        result["exitCode"] = -1 if record.exit_code is None else record.exit_code
+    if record.state == JobState.FAILED:
+        result["error"] = record.reason or "it failed"
+        result.pop("exitCode", None)
+    if record.signal:
+        result["signal"] = record.signal
+    if record.state == JobState.TIMED_OUT:
+        result["timedOut"] = True
+    if record.state == JobState.CANCELLED:
+        result["cancelled"] = True
+    return result
+
+
+def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
+    """Return the output in whole log frames, in its order."""
+    pieces: list[JsonObject] = []
+    for kind, frames in itertools.groupby(log_frames(data), lambda frame: frame[0]):
+        if kind in STREAMS:
+            output = b"".join(data for _, data in frames)
+            if encoding == "text":
+                shown = {"text": output.decode("utf-8", "replace")}
+            else:
+                shown = {"data": b64encode(output)}
+            pieces.append({"stream": STREAMS[kind], **shown})
+    return pieces
+
+
+INVOKED_WORKS: Mapping[str, str] = {
+    SYSTEM_RUN: "run",
+    SYSTEM_WHICH: "which",
+    SYSTEM_PROVIDERS: "providers",
+}
+
+
+class JobMethods:
+    """What operators may do with the work on machines."""
+
+    def __init__(self, fleet: Fleet, jobs: Jobs) -> None:
+        self._fleet = fleet
+        self._jobs = jobs
+
+    def job(self, params: JsonObject, _name: str) -> Job:
+        """Return the job that the parameter `id` names.  Raises RpcError."""
+        return self._jobs.get(required(params, "id", str))
+
+    def start(
+        self,
+        call: RpcCall,
+        jobs: list[JsonObject],
+        work: str,
+        spec: JsonObject,
+        keep: bool | None,
+        hold: bool,
+        queue: float,
+    ) -> JsonObject:
+        """Start the same on each node, once all names are known."""
+        peer = call.require_peer() if hold else None
+        kept = not hold if keep is None else keep
+        if not (kept or hold):
+            raise RpcError("INVALID_REQUEST", "a job needs keep or hold")
+        if not 0 <= queue <= MAX_QUEUE:
+            raise RpcError("INVALID_REQUEST", f"queue takes 0 to {MAX_QUEUE:.0f} s")
+        records = [
+            new_job(
+                self._fleet.resolve(required(item, "node", str)),
+                work,
+                spec,
+                caller_origin(call.caller),
+                kept=kept,
+                job_id=optional(item, "id", str),
+                queue=queue,
+            )
+            for item in jobs
+        ]
+        return {"jobs": [self._start(record, peer) for record in records]}
+
+    def _start(self, record: JobRecord, peer: OperatorPeer | None) -> JsonObject:
+        try:
+            job = self._jobs.start(record)
+            if peer is not None:
+                peer.follow(job, 0, holds=True)
+        except RpcError as error:
+            problem = encode_error(error)
+            return {"id": record.id, "node": record.node_name, "error": problem}
+        return job_view(job)
+
+    def follow(
+        self,
+        peer: OperatorPeer,
+        job: Job,
+        offset: int,
+        tail: int | None,
+        hold: bool,
+    ) -> JsonObject:
+        """Send the log from `offset` on; of what is there, at most the last `tail`."""
+        if hold:
+            peer.caller.require(Scope.WRITE)
+        if tail is not None:
+            offset = max(offset, job.log.tail(tail))
+        return {"job": job_view(job), "offset": peer.follow(job, offset, holds=hold)}
+
+    def unfollow(self, peer: OperatorPeer, job_id: str, leave: bool) -> None:
+        peer.unfollow(job_id, leaves=leave)
+
+    def acknowledge(self, peer: OperatorPeer, job_id: str, offset: int) -> None:
+        peer.acknowledge(job_id, offset)
+
+    def read(
+        self, job: Job, offset: int, wait: float, encoding: str
+    ) -> Future[JsonObject]:
+        """Answer with output from `offset` on, at once or when there is some."""
+
+        def answer(job: Job) -> JsonObject:
+            start, data = job.log.read(job.log.boundary(offset))
+            return {
+                "job": job_view(job),
+                "offset": start,
+                "next": start + len(data),
+                "pieces": log_pieces(data, encoding),
+            }
+
+        return mapped(self._jobs.news(job, offset, wait), answer)
+
+    def wait(self, job: Job, wait: float) -> Future[JsonObject]:
+        """Answer when the job has ended, or with how it is after `wait` s."""
+        return mapped(self._jobs.ended(job, wait), job_view)
+
+    def cancel(self, job: Job, by: Caller) -> JsonObject:
+        self._jobs.cancel(job, by.name)
+        return job_view(job)
+
+    def resize(self, job: Job, rows: int, cols: int) -> None:
+        self._jobs.resize(job, rows, cols)
+
+    def page(self, node_id: str, **filters: Any) -> list[JsonObject]:
+        """Answer with jobs, the newest first."""
+        if node_id:
+            node_id, _ = self._fleet.resolve(node_id)
+        return list(map(job_view, self._jobs.list(node_id=node_id, **filters)))
+
+    def invoke(
+        self,
+        caller: Caller,
+        node_id: str,
+        command: str,
+        args: JsonObject,
+        invoke_id: str | None,
+        background: bool,
+    ) -> JsonObject | Future[JsonObject]:
+        """Do something as clients of Moltis ask for it: one call, one answer."""
+        if args.get("stdin"):
+            raise RpcError("INVALID_REQUEST", "node.invoke takes no input")
+        node, origin = self._fleet.resolve(node_id), caller_origin(caller)
+        work = INVOKED_WORKS[command]
+        kept = work == "run"
+        record = new_job(node, work, args, origin, kept=kept, job_id=invoke_id)
+        job = self._jobs.start(record)
+        if background:
+            return {"invokeId": job.id, "nodeId": node[0], "node": node[1]}
+        return mapped(self._jobs.ended(job, None), invoke_result)
+
+
+def caller_origin(caller: Caller) -> Origin:
+    return Origin(caller.kind, caller.id, caller.name, caller.address)
+
+
+class ChatMethods:
+    """What operators may do in sessions."""
+
+    def __init__(self, chats: Chats, fleet: Fleet, approvals: Approvals) -> None:
+        self._chats = chats
+        self._fleet = fleet
+        self._approvals = approvals
+
+    def resolve(self, key: str) -> JsonObject:
+        return {"entry": self._chats.view(key), "history": self._chats.history(key)}
+
+    def patch(self, key: str, **choices: Any) -> JsonObject:
+        changes = {name: value for name, value in choices.items() if value is not None}
+        if "approvals" in changes:
+            self._approvals.forget(key)
+        return self._chats.change(key, **changes)
+
+    def set_node(self, session_key: str, node_id: str | None) -> JsonObject:
+        entry = self._chats.change(session_key, node_id=node_id or LOCAL_ID)
+        return {"ok": True, "node_id": entry["node_id"]}
+
+    def node_id(self, params: JsonObject, name: str) -> str | None:
+        """Return the id of the node that a session is to use; null is Local.
+
+        Raises RpcError for one that is not known; it may be away.
+        """
+        if name not in params:
+            return None
+        return self._fleet.resolve(optional(params, name, str) or LOCAL_ID)[0]
+
+    def send(
+        self, session_key: str, text: str, model: str | None, caller: Caller
+    ) -> JsonObject:
+        return self._chats.send(session_key, text, model, caller)
+
+    def abort(self, session_key: str, by: Caller) -> JsonObject:
+        return self._chats.abort(session_key, by=by.name)
+
+    def history(
+        self, session_key: str, after: int | None, before: int | None
+    ) -> list[JsonObject]:
+        return self._chats.history(session_key, after=after, before=before)
+
+    def answer(self, job_id: str, decision: str, by: Caller) -> None:
+        self._approvals.answer(
+            job_id,
+            allowed=decision != "deny",
+            by=by.name,
+            key_id=by.id,
+            always=decision == "always",
+        )
+
+
+def session_label(params: JsonObject, name: str) -> str:
+    """Return a label, "" for a blank one.  Raises RpcError."""
+    label: str = required(params, name, str)
+    return valid_name(label) if label.strip() else ""
+
+
+class AccessMethods:
+    """What administrators may do about operators: keys, sign-ins, the audit."""
+
+    def __init__(
+        self,
+        access: Access,
+        audit: AuditTable,
+        audience: Audience,
+        on_key_revoked: Callable[[str], None],
+    ) -> None:
+        self._access = access
+        self._audit = audit
+        self._audience = audience
+        self._on_key_revoked = on_key_revoked
+
+    def keys(self) -> list[JsonObject]:
+        return list(map(_key_view, self._access.keys()))
+
+    def create_key(self, name: str, scopes: list[str], by: Caller) -> JsonObject:
+        key, text = self._access.create_key(valid_name(name), scopes, by=by)
+        return {"key": text, **_key_view(key)}
+
+    def revoke_key(self, key_id: str, by: Caller) -> None:
+        self._access.revoke_key(key_id, by=by)
+        self._audience.hang_up(lambda caller: caller.id == key_id)
+        self._on_key_revoked(key_id)
+
+    def logins(self, caller: Caller) -> list[JsonObject]:
+        keys = self._access.keys()
+        names = {key.id: key.name for key in keys}
+        return [
+            {
+                **login.to_json(),
+                "loginId": login.id,
+                "keyName": names[login.key_id],
+                "current": login.id == caller.login_id,
+            }
+            for login in self._access.logins()
+        ]
+
+    def revoke_login(self, login_id: str, by: Caller) -> None:
+        if not self._access.sign_out(login_id, by=by):
+            raise RpcError("NOT_FOUND", f"there is no sign-in {clip(login_id, 80)}")
+        self._audience.hang_up(lambda caller: caller.login_id == login_id)
+
+    def audit(self, offset: int, limit: int) -> list[JsonObject]:
+        entries = self._audit.page(offset=offset, limit=limit)
+        return [entry.to_json() for entry in entries]
+
+
+def _key_view(key: OperatorKey) -> JsonObject:
+    return {**key.to_json(), "keyId": key.id}
+
+
+def subscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
+    """Send the caller these events as well.  Raises RpcError."""
+    peer.events |= _known_events(events)
+    return {"subscriptionId": peer.id, "events": sorted(peer.events)}
+
+
+def unsubscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
+    """Send the caller these events no longer.  Raises RpcError."""
+    peer.events -= _known_events(events)
+    return {"subscriptionId": peer.id, "events": sorted(peer.events)}
+
+
+def _known_events(names: list[str]) -> set[str]:
+    for name in names:
+        if name not in EVENTS:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"there is no event {name[:100]!r}; there is {', '.join(EVENTS)}",
+            )
+    return set(names)
 
 
 class Rpc:
     """The methods that operators may call."""
 
-    def __init__(self, *tables: Mapping[str, Method]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        models: ModelDirectory,
+        chats: Chats,
+        nodes: NodeMethods,
+        jobs: JobMethods,
+        sessions: ChatMethods,
+        access: AccessMethods,
+    ) -> None:
+        read, write, pairing = Scope.READ, Scope.WRITE, Scope.PAIRING
+        admin = Scope.ADMIN
+        text, word, flag = Optional(str), Optional(str, ""), Optional(bool, False)
+        number, count = Optional(int), Optional(int, 100)
+        offset = Optional(required_offset, 0)
+        session = Optional(str, MAIN_SESSION)
         self.methods: Mapping[str, Method] = {
-            name: method for table in tables for name, method in table.items()
+            "node.list": Method(fleet.views, read),
+            "node.describe": Method(fleet.view, read, nodeId=nodes.node_id),
+            "node.rename": Method(
+                nodes.rename, write, nodeId=nodes.node_id, displayName=str
+            ),
+            "node.invoke": Method(
+                *(jobs.invoke, write),
+                caller=Caller,
+                nodeId=str,
+                command=one_of(*INVOKED_WORKS),
+                args=Optional(dict, NOTHING),
+                invokeId=text,
+                background=flag,
+            ),
+            "telemetry.history": Method(fleet.cpu_history, read, nodeId=nodes.node_id),
+            "device.token.create": Method(
+                nodes.create_token, pairing, displayName=word, platform=word, by=Caller
+            ),
+            "device.token.rotate": Method(
+                nodes.rotate_token, pairing, deviceId=str, by=Caller
+            ),
+            "device.token.revoke": Method(
+                nodes.revoke_token, pairing, deviceId=str, by=Caller
+            ),
+            "device.pair.list": Method(nodes.pairs, pairing),
+            "job.start": Method(
+                *(jobs.start, write),
+                call=RpcCall,
+                jobs=objects_in,
+                work=one_of("run"),
+                spec=dict,
+                keep=Optional(bool),
+                hold=flag,
+                queue=Optional(float, 0.0),
+            ),
+            "job.follow": Method(
+                *(jobs.follow, read),
+                peer=OperatorPeer,
+                job=jobs.job,
+                offset=offset,
+                tail=Optional(required_offset),
+                hold=flag,
+            ),
+            "job.unfollow": Method(
+                jobs.unfollow, read, peer=OperatorPeer, jobId=required_id, leave=flag
+            ),
+            "job.ack": Method(
+                *(jobs.acknowledge, read),
+                peer=OperatorPeer,
+                jobId=required_id,
+                offset=required_offset,
+            ),
+            "job.read": Method(
+                *(jobs.read, read),
+                job=jobs.job,
+                offset=offset,
+                wait=Optional(required_wait, 0.0),
+                encoding=Optional(one_of("text", "base64"), "text"),
+            ),
+            "job.wait": Method(
+                jobs.wait, read, job=jobs.job, wait=Optional(required_wait, 30.0)
+            ),
+            "job.list": Method(
+                *(jobs.page, read),
+                nodeId=word,
+                state=word,
+                sessionKey=word,
+                query=word,
+                kept=flag,
+                before=Optional(int, 0),
+                limit=count,
+            ),
+            "job.cancel": Method(jobs.cancel, write, job=jobs.job, by=Caller),
+            "job.resize": Method(jobs.resize, write, job=jobs.job, rows=int, cols=int),
+            "sessions.list": Method(chats.all, read),
+            "sessions.resolve": Method(sessions.resolve, read, key=str),
+            "sessions.create": Method(
+                chats.create, write, label=Optional(session_label, "")
+            ),
+            "sessions.patch": Method(
+                *(sessions.patch, write),
+                key=str,
+                label=Optional(session_label),
+                model=text,
+                archived=Optional(bool),
+                approvals=Optional(one_of("ask", "all")),
+                node_id=sessions.node_id,
+            ),
+            "sessions.reset": Method(chats.reset, write, key=str),
+            "sessions.delete": Method(chats.delete, write, key=str),
+            "nodes.set_session": Method(
+                sessions.set_node, write, session_key=str, node_id=sessions.node_id
+            ),
+            "chat.send": Method(
+                *(sessions.send, write),
+                sessionKey=session,
+                text=str,
+                model=text,
+                caller=Caller,
+            ),
+            "chat.abort": Method(sessions.abort, write, sessionKey=session, by=Caller),
+            "chat.history": Method(
+                sessions.history, read, sessionKey=session, after=number, before=number
+            ),
+            "exec.approval.resolve": Method(
+                *(sessions.answer, Scope.APPROVALS),
+                jobId=required_id,
+                decision=one_of("approve", "deny", "always"),
+                by=Caller,
+            ),
+            "models.list": Method(models.entries, read, refresh=flag),
+            "models.providers": Method(models.providers, read),
+            "models.configure": Method(
+                models.configure, admin, provider=str, apiKey=text, baseUrl=text
+            ),
+            "keys.list": Method(access.keys, admin),
+            "keys.create": Method(
+                access.create_key, admin, name=str, scopes=required_texts, by=Caller
+            ),
+            "keys.revoke": Method(access.revoke_key, admin, keyId=str, by=Caller),
+            "logins.list": Method(access.logins, admin, caller=Caller),
+            "logins.revoke": Method(access.revoke_login, admin, loginId=str, by=Caller),
+            "audit.list": Method(access.audit, admin, offset=offset, limit=count),
+            "subscribe": Method(
+                subscribe, read, peer=OperatorPeer, events=required_texts
+            ),
+            "unsubscribe": Method(
+                unsubscribe, read, peer=OperatorPeer, events=required_texts
+            ),
         }
 
     def call(
@@ -14696,805 +15637,50 @@ class Rpc:
             raise RpcError(
                 "FORBIDDEN", f"{name} needs a key with the scope {method.scope}"
             )
-        return method.action(RpcCall(caller, params, peer))
+        return method(RpcCall(caller, params, peer))
 
 
-class NodeMethods:
-    """What operators may ask of the fleet."""
-
-    def __init__(
-        self,
-        fleet: Fleet,
-        invocations: Invocations,
-        resumption: Resumption,
-        jobs: Jobs,
-        store: Store,
-        announce: Callable[[str, JsonObject], None],
-    ) -> None:
-        self._fleet = fleet
-        self._invocations = invocations
-        self._resumption = resumption
-        self._jobs = jobs
-        self._devices = store.devices
-        self._commands = store.commands
-        self._announce = announce
-        self.methods: Mapping[str, Method] = {
-            "node.list": Method(self._node_list, Scope.READ),
-            "node.describe": Method(self._node_describe, Scope.READ),
-            "node.rename": Method(self._node_rename, Scope.WRITE),
-            "node.invoke": Method(self._node_invoke, Scope.WRITE),
-            "node.invoke.cancel": Method(self._invoke_cancel, Scope.WRITE),
-            "node.invoke.ack": Method(self._invoke_ack, Scope.WRITE),
-            "telemetry.history": Method(self._telemetry_history, Scope.READ),
-            "commands.list": Method(self._commands_list, Scope.READ),
-        }
-
-    def _node_list(self, _call: RpcCall) -> list[JsonObject]:
-        return self._fleet.views()
-
-    def _node_describe(self, call: RpcCall) -> JsonObject:
-        node_id, _ = self._fleet.resolve(required(call.params, "nodeId", str))
-        return self._fleet.view(node_id)
-
-    def _node_rename(self, call: RpcCall) -> JsonObject:
-        node_id, _ = self._fleet.resolve(required(call.params, "nodeId", str))
-        name = required(call.params, "displayName", str)
-        name = free_name(self._devices, name, node_id)
-        device = self._devices.by_node_id(node_id, now_ms())
-        if device is None:
-            raise RpcError("INVALID_REQUEST", f"{LOCAL_NAME} cannot be renamed")
-        self._devices.rename(device.id, name)
-        self._announce("presence", {"type": "node.renamed", "nodeId": node_id})
-        return {}
-
-    def _node_invoke(self, call: RpcCall) -> Future[JsonObject]:
-        args = optional(call.params, "args", dict) or {}
-        streams = bool(optional(args, "stream", bool)) and call.peer is not None
-        sink: OperatorPeer | CollectingSink = CollectingSink(MAX_COLLECTED_RESULT)
-        if streams and call.peer is not None:
-            sink = call.peer
-        invoke_id = optional(call.params, "invokeId", str)
-        if invoke_id is not None and not is_uuid(invoke_id):
-            raise RpcError("INVALID_REQUEST", "invokeId must be a UUID in lower case")
-        origin = Origin(call.caller.kind, call.caller.name)
-        if optional(call.params, "background", bool):
-            return self._start_job(call, invoke_id or new_id(), origin)
-        known = self._invocations.get(invoke_id) if invoke_id else None
-        shares = known is not None and known.origin == origin and not streams
-        if known is not None and shares and isinstance(known.sink, CollectingSink):
-            return _mapped(known.future, known.sink.result)
-        invocation = self._again(call, invoke_id, origin, sink)
-        if isinstance(invocation, dict):
-            return _settled(invocation)
-        if invocation is None:
-            invocation = self._invocations.start(
-                required(call.params, "nodeId", str),
-                required(call.params, "command", str),
-                args,
-                origin,
-                sink,
-                invoke_id,
-            )
-        if isinstance(sink, CollectingSink):
-            return _mapped(invocation.future, sink.result)
-        sink.follow(invocation)
-        return invocation.future
-
-    def _start_job(
-        self, call: RpcCall, invoke_id: str, origin: Origin
-    ) -> Future[JsonObject]:
-        """Start a command for which nobody waits; the answer says only where it is."""
-        record = self._commands.by_id(invoke_id)
-        if record is None:
-            with self._jobs.new(invoke_id) as sink:
-                node, name = self._fleet.resolve(required(call.params, "nodeId", str))
-                command = required(call.params, "command", str)
-                if command != SYSTEM_RUN:
-                    raise RpcError("INVALID_REQUEST", f"{command} needs no background")
-                args = optional(call.params, "args", dict) or {}
-                if optional(args, "stdin", bool):
-                    raise RpcError("INVALID_REQUEST", "a job gets no input")
-                self._invocations.start(node, command, args, origin, sink, invoke_id)
-        elif record_origin(record) != origin:
-            raise RpcError("CONFLICT", f"another one asked for {invoke_id} before")
-        else:
-            node, name = record.node_id, record.node_name
-        return _settled({"invokeId": invoke_id, "nodeId": node, "node": name})
-
-    def _again(
-        self, call: RpcCall, invoke_id: str | None, origin: Origin, sink: Sink
-    ) -> Invocation | JsonObject | None:
-        """Return what was asked for before: it is answered, not run again."""
-        if invoke_id is None:
-            return None
-        received = optional(call.params, "received", dict) or {}
-        stdout = optional(received, "stdout", int) or 0
-        stderr = optional(received, "stderr", int) or 0
-        return self._resumption.again(invoke_id, origin, sink, stdout, stderr)
-
-    def _invoke_cancel(self, call: RpcCall) -> JsonObject:
-        self._invocations.cancel(self._invocation(call))
-        return {}
-
-    def _invoke_ack(self, call: RpcCall) -> JsonObject:
-        invocation = self._invocation(call)
-        for stream in (STDOUT, STDERR):
-            offset = optional(call.params, STREAM_NAMES[stream], int)
-            if offset is not None:
-                self._invocations.acknowledge(invocation, stream, offset)
-        return {}
-
-    def _invocation(self, call: RpcCall) -> Invocation:
-        invoke_id = required(call.params, "invokeId", str)
-        invocation = self._invocations.get(invoke_id)
-        if invocation is None:
-            raise RpcError("NOT_FOUND", f"no command {invoke_id[:64]} is running")
-        return invocation
-
-    def _telemetry_history(self, call: RpcCall) -> list[tuple[int, float]]:
-        node_id, _ = self._fleet.resolve(required(call.params, "nodeId", str))
-        return self._fleet.cpu_history.of(node_id)
-
-    def _commands_list(self, call: RpcCall) -> list[JsonObject]:
-        limit = optional(call.params, "limit", int)
-        records = self._commands.page(
-            node_id=optional(call.params, "nodeId", str),
-            state=optional(call.params, "state", str),
-            before=optional(call.params, "before", int),
-            limit=100 if limit is None else limit,
-        )
-        return [command_view(record) for record in records]
-
-
-MAX_COMMAND_WAIT = 300.0  # s that an answer of command.get or .wait may take
-
-
-class JobMethods:
-    """Commands in the background, and a look at any other."""
-
-    def __init__(self, fleet: Fleet, desk: JobDesk) -> None:
-        self._fleet = fleet
-        self._desk = desk
-        self.methods: Mapping[str, Method] = {
-            "command.get": Method(self._get, Scope.READ),
-            "command.wait": Method(self._wait, Scope.READ),
-            "command.list": Method(self._list, Scope.READ),
-            "command.cancel": Method(self._cancel, Scope.WRITE),
-        }
-
-    def _get(self, call: RpcCall) -> Future[JsonObject]:
-        """Answer with a part of the output, at once or when there is some."""
-        params = call.params
-        invoke_id = self._record(call).invoke_id
-        offset = optional(params, "offset", int) or 0
-        if offset < 0:
-            raise RpcError("INVALID_REQUEST", f"offset must not be {offset}")
-        encode = _encoder(optional(params, "encoding", str) or "text")
-
-        def answer(news: tuple[JsonObject, JobReading]) -> JsonObject:
-            view, reading = news
-            output = [
-                [STREAM_NAMES[piece.stream], piece.offset, encode(piece.data)]
-                for piece in reading.pieces
-            ]
-            return {**view, "next": reading.next, "output": output}
-
-        waiting = optional(params, "waiting", bool)
-        news = self._desk.news(invoke_id, offset, _wait_of(params, 0.0), waiting)
-        return _mapped(news, answer)
-
-    def _wait(self, call: RpcCall) -> Future[JsonObject]:
-        """Answer when the command has ended, or with how it stands after `wait` s."""
-        invoke_id = self._record(call).invoke_id
-        return self._desk.end(invoke_id, _wait_of(call.params, 30.0))
-
-    def _list(self, call: RpcCall) -> list[JsonObject]:
-        """Answer with all that runs, and all jobs; the newest first."""
-        reference = optional(call.params, "nodeId", str)
-        node_id = self._fleet.resolve(reference)[0] if reference else None
-        return [
-            self._desk.view(record)
-            for record in self._desk.all()
-            if node_id in (None, record.node_id)
-        ]
-
-    def _cancel(self, call: RpcCall) -> JsonObject:
-        """End a command, now or when its node is back; one that ended is as it is."""
-        record = self._record(call)
-        self._desk.cancel(record)
-        return self._desk.view(record)
-
-    def _record(self, call: RpcCall) -> CommandRecord:
-        return self._desk.record(required(call.params, "id", str))
-
-
-def _wait_of(params: JsonObject, default: float) -> float:
-    """Return the seconds for which an answer may wait.  Raises RpcError."""
-    wait = optional(params, "wait", float)
-    if wait is not None and not 0 <= wait <= MAX_COMMAND_WAIT:
-        raise RpcError(
-            "INVALID_REQUEST", f"wait takes 0 to {MAX_COMMAND_WAIT:.0f} s, not {wait:g}"
-        )
-    return default if wait is None else float(wait)
-
-
-def _encoder(name: str) -> Callable[[bytes], str]:
-    """Return how output gets into JSON.  Raises RpcError."""
-    if name == "text":
-        return lambda data: data.decode("utf-8", "replace")
-    if name == "base64":
-        return b64encode
-    raise RpcError("INVALID_REQUEST", f"encoding is text or base64, not {name[:20]!r}")
-
-
-class DeviceMethods:
-    """What operators may do about the machines that hold a token."""
-
-    def __init__(
-        self,
-        fleet: Fleet,
-        invocations: Invocations,
-        access: Access,
-        store: Store,
-        announce: Callable[[str, JsonObject], None],
-    ) -> None:
-        self._fleet = fleet
-        self._invocations = invocations
-        self._access = access
-        self._devices = store.devices
-        self._announce = announce
-        self.methods: Mapping[str, Method] = {
-            "device.token.create": Method(self._token_create, Scope.PAIRING),
-            "device.token.rotate": Method(self._token_rotate, Scope.PAIRING),
-            "device.token.revoke": Method(self._token_revoke, Scope.PAIRING),
-            "device.pair.list": Method(self._pair_list, Scope.PAIRING),
-        }
-
-    def _token_create(self, call: RpcCall) -> JsonObject:
-        name = optional(call.params, "displayName", str)
-        device, token = self._access.create_device(
-            free_name(self._devices, name) if name else "",
-            optional(call.params, "platform", str) or "",
-            by=call.caller,
-        )
-        return {
-            "deviceToken": token,
-            "deviceId": device.id,
-            "joinCode": self._access.create_join_code(device),
-            "scopes": list(device_caller(device).scopes),
-        }
-
-    def _token_rotate(self, call: RpcCall) -> JsonObject:
-        device = self._device(call)
-        token = self._access.rotate_device(device, by=call.caller)
-        self._hang_up(device)
-        return {"deviceToken": token, "scopes": list(device_caller(device).scopes)}
-
-    def _token_revoke(self, call: RpcCall) -> JsonObject:
-        device = self._device(call)
-        self._access.revoke_device(device, by=call.caller)
-        running = self._invocations.running_on(device.node_id or "")
-        for invocation in running:
-            self._invocations.cancel(invocation)  # as long as it listens
-        self._hang_up(device)
-        for invocation in running:
-            self._invocations.give_up(invocation, "its token was revoked")
-        self._announce(
-            "device.pair.resolved", {"deviceId": device.id, "status": "revoked"}
-        )
-        return {}
-
-    def _device(self, call: RpcCall) -> Device:
-        device_id = required(call.params, "deviceId", str)
-        device = self._devices.by_id(device_id, now_ms())
-        if device is None:
-            raise RpcError("NOT_FOUND", f"there is no device {device_id[:100]!r}")
-        return device
-
-    def _pair_list(self, _call: RpcCall) -> list[JsonObject]:
-        return [
-            {
-                "deviceId": device.id,
-                "displayName": device.display_name,
-                "platform": device.platform,
-                "createdAt": device.created_at,
-                "nodeId": device.node_id,
-                "lastSeenAt": device.last_seen_at,
-                "connected": device.node_id is not None
-                and self._fleet.connected(device.node_id) is not None,
-            }
-            for device in self._devices.all(now_ms())
-        ]
-
-    def _hang_up(self, device: Device) -> None:
-        """Hang up on a device whose token is no longer good."""
-        # Under whichever id: it may be coming in just now, or have come in twice.
-        for node in self._fleet.all_connected():
-            if node.device_id == device.id:
-                node.link.hang_up("the token was revoked")
-
-
-class ChatMethods:
-    """What operators may do in sessions."""
-
-    def __init__(self, chats: Chats, fleet: Fleet, approvals: Approvals) -> None:
-        self._chats = chats
-        self._fleet = fleet
-        self._approvals = approvals
-        self.methods: Mapping[str, Method] = {
-            "sessions.list": Method(self._list, Scope.READ),
-            "sessions.resolve": Method(self._resolve, Scope.READ),
-            "sessions.create": Method(self._create, Scope.WRITE),
-            "sessions.patch": Method(self._patch, Scope.WRITE),
-            "sessions.reset": Method(self._reset, Scope.WRITE),
-            "sessions.delete": Method(self._delete, Scope.WRITE),
-            "nodes.set_session": Method(self._set_node, Scope.WRITE),
-            "chat.send": Method(self._send, Scope.WRITE),
-            "chat.abort": Method(self._abort, Scope.WRITE),
-            "chat.history": Method(self._history, Scope.READ),
-            "command.output": Method(self._command_output, Scope.READ),
-            "exec.approval.resolve": Method(self._answer, Scope.APPROVALS),
-        }
-
-    def _list(self, _call: RpcCall) -> list[JsonObject]:
-        return self._chats.all()
-
-    def _resolve(self, call: RpcCall) -> JsonObject:
-        key = required(call.params, "key", str)
-        return {"entry": self._chats.view(key), "history": self._chats.history(key)}
-
-    def _create(self, call: RpcCall) -> JsonObject:
-        return self._chats.create(_session_label(call.params) or "")
-
-    def _patch(self, call: RpcCall) -> JsonObject:
-        params, choices = call.params, {}
-        for name, kind in (("model", str), ("archived", bool)):
-            if params.get(name) is not None:
-                choices[name] = required(params, name, kind)
-        if params.get("label") is not None:
-            choices["label"] = _session_label(params) or ""
-        if "node_id" in params:
-            choices["node_id"] = self._node_id(params)
-        approvals = optional(params, "approvals", str)
-        if approvals is not None:
-            if approvals not in ("ask", "all"):
-                raise RpcError(
-                    "INVALID_REQUEST",
-                    f"approvals must be ask or all, not {approvals!r}",
-                )
-            choices["approvals"] = approvals
-            self._approvals.forget(required(params, "key", str))
-        return self._chats.change(required(params, "key", str), **choices)
-
-    def _reset(self, call: RpcCall) -> JsonObject:
-        return self._chats.reset(required(call.params, "key", str))
-
-    def _delete(self, call: RpcCall) -> JsonObject:
-        key = required(call.params, "key", str)
-        self._chats.delete(key)
-        self._approvals.forget(key)
-        return {}
-
-    def _set_node(self, call: RpcCall) -> JsonObject:
-        key = required(call.params, "session_key", str)
-        entry = self._chats.change(key, node_id=self._node_id(call.params))
-        return {"ok": True, "node_id": entry["node_id"]}
-
-    def _node_id(self, params: JsonObject) -> str:
-        """Raises RpcError for a node that is not known; one that is away is fine."""
-        return self._fleet.resolve(optional(params, "node_id", str) or LOCAL_ID)[0]
-
-    def _send(self, call: RpcCall) -> JsonObject:
-        return self._chats.send(
-            optional(call.params, "sessionKey", str) or MAIN_SESSION,
-            required(call.params, "text", str),
-            optional(call.params, "model", str),
-            call.caller,
-        )
-
-    def _abort(self, call: RpcCall) -> JsonObject:
-        return self._chats.abort(
-            optional(call.params, "sessionKey", str) or MAIN_SESSION
-        )
-
-    def _history(self, call: RpcCall) -> list[JsonObject]:
-        return self._chats.history(
-            optional(call.params, "sessionKey", str) or MAIN_SESSION,
-            after=optional(call.params, "after", int),
-            before=optional(call.params, "before", int),
-        )
-
-    def _command_output(self, call: RpcCall) -> JsonObject:
-        return self._chats.command_output(required(call.params, "invokeId", str))
-
-    def _answer(self, call: RpcCall) -> JsonObject:
-        decision = required(call.params, "decision", str)
-        if decision not in ("approve", "deny", "always"):
-            raise RpcError(
-                "INVALID_REQUEST",
-                f"decision must be approve, deny or always, not {decision!r}",
-            )
-        self._approvals.answer(
-            required(call.params, "invokeId", str),
-            allowed=decision != "deny",
-            by=call.caller.name,
-            always=decision == "always",
-        )
-        return {}
-
-
-def _session_label(params: JsonObject) -> str | None:
-    label = optional(params, "label", str)
-    return None if label is None or not label.strip() else valid_name(label)
-
-
-class AccessMethods:
-    """What administrators may do about operators: keys, sign-ins, the audit."""
-
-    def __init__(self, access: Access, audit: AuditTable, audience: Audience) -> None:
-        self._access = access
-        self._audit = audit
-        self._audience = audience
-        self.methods: Mapping[str, Method] = {
-            "keys.list": Method(self._keys_list, Scope.ADMIN),
-            "keys.create": Method(self._keys_create, Scope.ADMIN),
-            "keys.revoke": Method(self._keys_revoke, Scope.ADMIN),
-            "logins.list": Method(self._logins_list, Scope.ADMIN),
-            "logins.revoke": Method(self._logins_revoke, Scope.ADMIN),
-            "audit.list": Method(self._audit_list, Scope.ADMIN),
-        }
-
-    def _keys_list(self, _call: RpcCall) -> list[JsonObject]:
-        return list(map(_key_view, self._access.keys()))
-
-    def _keys_create(self, call: RpcCall) -> JsonObject:
-        name = valid_name(required(call.params, "name", str))
-        scopes = [str(scope) for scope in required(call.params, "scopes", list)]
-        key, text = self._access.create_key(name, scopes, by=call.caller)
-        return {"key": text, **_key_view(key)}
-
-    def _keys_revoke(self, call: RpcCall) -> JsonObject:
-        key_id = required(call.params, "keyId", str)
-        self._access.revoke_key(key_id, by=call.caller)
-        self._audience.hang_up(lambda caller: caller.id == key_id)
-        return {}
-
-    def _logins_list(self, call: RpcCall) -> list[JsonObject]:
-        keys = self._access.keys()
-        names = {key.id: key.name for key in keys}
-        return [
-            {
-                "loginId": login.id,
-                "keyId": login.key_id,
-                "keyName": names[login.key_id],
-                "createdAt": login.created_at,
-                "lastUsedAt": login.last_used_at,
-                "expiresAt": login.expires_at,
-                "userAgent": login.user_agent,
-                "address": login.address,
-                "current": login.id == call.caller.login_id,
-            }
-            for login in self._access.logins()
-        ]
-
-    def _logins_revoke(self, call: RpcCall) -> JsonObject:
-        login_id = required(call.params, "loginId", str)
-        if not self._access.sign_out(login_id, by=call.caller):
-            raise RpcError("NOT_FOUND", f"there is no sign-in {clip(login_id, 80)}")
-        self._audience.hang_up(lambda caller: caller.login_id == login_id)
-        return {}
-
-    def _audit_list(self, call: RpcCall) -> list[JsonObject]:
-        entries = self._audit.page(
-            offset=optional(call.params, "offset", int) or 0,
-            limit=optional(call.params, "limit", int) or 100,
-        )
-        return [audit_view(entry) for entry in entries]
-
-
-def _key_view(key: OperatorKey) -> JsonObject:
-    return {
-        "keyId": key.id,
-        "name": key.name,
-        "scopes": list(key.scopes),
-        "createdAt": key.created_at,
-        "lastUsedAt": key.last_used_at,
-        "revokedAt": key.revoked_at,
-    }
-
-
-def audit_view(entry: AuditEntry) -> JsonObject:
-    """Return what operators see of something that was done."""
-    return {
-        "at": entry.at,
-        "event": entry.event,
-        "caller": entry.caller,
-        "address": entry.address,
-        "subject": entry.subject,
-        "node": entry.node,
-        "state": entry.state,
-        "exitCode": entry.exit_code,
-        "signal": entry.signal,
-        "decidedBy": entry.decided_by,
-    }
-
-
-AUDIT_COLUMNS = (
-    *("at", "event", "caller", "address", "subject"),
-    *("node", "state", "exitCode", "decidedBy", "signal"),
-)
-
-
-def audit_csv(rpc: Rpc, caller: Caller) -> str:
-    """Return all that was done as CSV (RFC 4180), the newest first, times in UTC.
-
-    Raises RpcError.
-    """
-    import csv
-
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(AUDIT_COLUMNS)
-    for offset in range(0, MAX_AUDIT, MAX_PAGE):
-        place = {"offset": offset, "limit": MAX_PAGE}
-        rows = rpc.call(caller, "audit.list", place)
-        writer.writerows(_csv_row(row) for row in rows)
-        if len(rows) < MAX_PAGE:
-            break
-    return text.getvalue()
-
-
-def _csv_row(row: JsonObject) -> list[str]:
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
-    values = ["" if row[n] is None else str(row[n]) for n in AUDIT_COLUMNS[1:]]
-    # A spreadsheet would carry out what begins like a formula.
-    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
-
-
-class SubscriptionMethods:
-    """What operators may hear of."""
-
-    def __init__(self) -> None:
-        self.methods: Mapping[str, Method] = {
-            "subscribe": Method(self._subscribe, Scope.READ),
-            "unsubscribe": Method(self._unsubscribe, Scope.READ),
-        }
-
-    def _subscribe(self, call: RpcCall) -> JsonObject:
-        peer = self._subscriber(call)
-        peer.events |= set(self._event_names(call))
-        return {"subscriptionId": peer.id, "events": sorted(peer.events)}
-
-    def _unsubscribe(self, call: RpcCall) -> JsonObject:
-        peer = self._subscriber(call)
-        peer.events -= set(self._event_names(call))
-        return {"subscriptionId": peer.id, "events": sorted(peer.events)}
-
-    def _subscriber(self, call: RpcCall) -> OperatorPeer:
-        if call.peer is None:
-            raise RpcError("INVALID_REQUEST", "events come over the WebSocket /ws only")
-        return call.peer
-
-    def _event_names(self, call: RpcCall) -> list[str]:
-        names: list[str] = required(call.params, "events", list)
-        unknown = [name for name in names if name not in EVENTS]
-        if unknown:
-            raise RpcError(
-                "INVALID_REQUEST",
-                f"there is no event {unknown[0]!r}; there is {', '.join(EVENTS)}",
-            )
-        return names
-
-
-def _settled(result: JsonObject) -> Future[JsonObject]:
-    future: Future[JsonObject] = Future()
-    future.set_result(result)
-    return future
-
-
-def _mapped(
-    future: Future[Any], convert: Callable[[Any], JsonObject]
-) -> Future[JsonObject]:
-    """Return a future of what `convert` makes of the result."""
-    converted: Future[JsonObject] = Future()
-
-    def settle(done: Future[Any]) -> None:
-        error = done.exception()
-        if error is not None:
-            converted.set_exception(error)
-        else:
-            converted.set_result(convert(done.result()))
-
-    future.add_done_callback(settle)
-    return converted
-
-
-def as_rpc_error(error: BaseException, what: str) -> RpcError:
-    """Return what the peer may know of `error`; the log has the rest."""
-    if isinstance(error, RpcError):
-        return error
-    if isinstance(error, MoltisError):
-        return RpcError("UNAVAILABLE", str(error))
-    log.error("%s failed", what, exc_info=error)
-    return RpcError("INTERNAL", f"{what} failed inside the gateway; its log says why")
-
-
-class OperatorPeer:
-    """One operator's WebSocket: a browser, a CLI, a script."""
-
-    def __init__(
-        self, ws: WebSocket, caller: Caller, rpc: Rpc, invocations: Invocations
-    ) -> None:
-        self.id = new_id()
-        self.ws = ws
-        self.caller = caller
-        self.events: set[str] = set()
-        self._rpc = rpc
-        self._invocations = invocations
-        self._lock = threading.Lock()  # guards _followed
-        self._followed: dict[str, Invocation] = {}
-
-    def serve(self) -> None:
-        """Answer until the connection ends.  Raises ConnectionClosed."""
-        try:
-            while True:
-                message = self.ws.receive()
-                if message is None:
-                    return
-                if isinstance(message, bytes):
-                    self._take_stdin(message)
-                else:
-                    self._answer(message)
-        finally:
-            self._hang_up_followed()
-
-    def follow(self, invocation: Invocation) -> None:
-        """Tie a streaming invocation to this connection: they end together."""
-        # Not `self`: who comes back a thousand times would leave a thousand peers.
-        lock, followed = self._lock, self._followed
-
-        def unfollow(_: object) -> None:
-            with lock:
-                followed.pop(invocation.id, None)
-
-        with lock:
-            followed[invocation.id] = invocation
-        invocation.settled.add_done_callback(unfollow)
-
-    def notify(self, text: str) -> None:
-        """Send an event; one who is gone by now does not need it."""
-        self._send(text)
-
-    def chunk(self, chunk: Chunk) -> int:
-        self._send(encode_chunk(chunk))
-        # Nobody will acknowledge what is sent to one who has left.
-        return chunk.end if self._has_left else 0
-
-    def stdin_received(self, invoke_id: str, offset: int) -> None:
-        self._send_event(INVOKE_ACK, {"invokeId": invoke_id, "stdin": offset})
-
-    def state(self, invoke_id: str, state: str, detail: JsonObject) -> None:
-        payload = {"invokeId": invoke_id, "state": state, **detail}
-        self._send_event(INVOKE_STATE, payload)
-
-    def end(self, invocation: Invocation, end: CommandEnd) -> bool:  # noqa: ARG002
-        return self._has_left
-
-    @property
-    def _has_left(self) -> bool:
-        # Only who says goodbye leaves; others are expected back.
-        return self.ws.close_code == CloseCode.NORMAL
-
-    def _answer(self, text: str) -> None:
-        try:
-            envelope = decode_envelope(text)
-        except EnvelopeError as error:
-            self._respond(Response(error.id, error=error))
-            return
-        if not isinstance(envelope, Request):
-            return
-        try:
-            payload = self._rpc.call(
-                self.caller, envelope.method, envelope.params, self
-            )
-        except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
-            failure = as_rpc_error(error, envelope.method)
-            self._respond(Response(envelope.id, error=failure))
-            return
-        if isinstance(payload, Future):
-            payload.add_done_callback(
-                lambda done: self._respond_with(envelope.id, envelope.method, done)
-            )
-        else:
-            self._respond(Response(envelope.id, payload))
-
-    def _respond_with(self, request_id: str, method: str, done: Future[Any]) -> None:
-        error = done.exception()
-        if error is None:
-            self._respond(Response(request_id, done.result()))
-        else:
-            self._respond(Response(request_id, error=as_rpc_error(error, method)))
-
-    def _respond(self, response: Response) -> None:
-        self._send(encode_envelope(response))
-
-    def _send_event(self, name: str, payload: JsonObject) -> None:
-        self._send(encode_envelope(Event(name, payload)))
-
-    def _send(self, message: str | bytes) -> None:
-        with contextlib.suppress(ConnectionClosed):
-            self.ws.send(message)
-
-    def _take_stdin(self, message: bytes) -> None:
-        try:
-            chunk = decode_chunk(message)
-        except RpcError as error:
-            raise ConnectionClosed(CloseCode.UNSUPPORTED_DATA, str(error)) from error
-        with self._lock:
-            invocation = self._followed.get(chunk.invoke_id)
-        if invocation is not None and chunk.kind == STDIN:
-            self._invocations.write_stdin(invocation, chunk)
-
-    def _hang_up_followed(self) -> None:
-        with self._lock:
-            followed = list(self._followed.values())
-        leaves = self._has_left
-        for invocation in followed:
-            if not leaves:
-                invocation.detach(self)
-            else:
-                self._invocations.forsake(invocation, self, cancel=True)
-
-
-NodeRequestHandler: TypeAlias = "Callable[[ConnectedNode, Request], JsonObject | None]"
+# --- Nodes ---
 
 
 class NodePeer:
-    """One node's WebSocket, as the fleet reaches it."""
+    """The WebSocket of a node of ours: a NodeLink for Jobs."""
 
-    def __init__(self, ws: WebSocket, fleet: Fleet, invocations: Invocations) -> None:
+    resumes = True  # its jobs outlive this connection
+    max_message = MAX_PEER_MESSAGE
+
+    def __init__(
+        self, ws: WebSocket, params: ConnectParams, fleet: Fleet, jobs: Jobs
+    ) -> None:
+        self.node_id = params.client_id
+        self.instance = params.instance
         self._ws = ws
         self._fleet = fleet
-        self._invocations = invocations
-        self._requests: Mapping[str, NodeRequestHandler] = {
-            INVOKE_RESULT: self._on_result,
-            NODE_EVENT: self._on_event,
-        }
+        self._jobs = jobs
 
-    def request(self, invoke_id: str, command: str, args: JsonObject) -> None:
-        payload = {"invokeId": invoke_id, "command": command, "args": args}
-        self._send_event(INVOKE_REQUEST, payload)
+    def check(self, work: str, spec: JsonObject) -> None:
+        """Raises RpcError for work that this node cannot do."""
 
-    def acknowledge(self, invoke_id: str, stream: int, offset: int) -> None:
-        payload = {"invokeId": invoke_id, STREAM_NAMES[stream]: offset}
-        self._send_event(INVOKE_ACK, payload)
+    def start(self, job_id: str, work: str, spec: JsonObject) -> None:
+        self._notify(JOB_START, {"id": job_id, "work": work, "spec": spec})
 
-    def cancel(self, invoke_id: str) -> None:
-        self._send_event(INVOKE_CANCEL, {"invokeId": invoke_id})
+    def acknowledge(self, job_id: str, offset: int) -> None:
+        self._notify(JOB_ACK, {"id": job_id, "offset": offset})
 
-    def rewind(self, invoke_id: str, stdout: int, stderr: int) -> None:
-        offsets = {"stdout": stdout, "stderr": stderr}
-        self._send_event(INVOKE_REWIND, {"invokeId": invoke_id, **offsets})
+    def check_cancel(self, job_id: str) -> None:
+        """Raises RpcError where this node cannot end the job."""
 
-    def write_stdin(self, chunk: Chunk) -> None:
-        self._ws.send(encode_chunk(chunk))
+    def cancel(self, job_id: str) -> None:
+        self._notify(JOB_CANCEL, {"id": job_id})
+
+    def resize(self, job_id: str, rows: int, cols: int) -> None:
+        self._notify(JOB_RESIZE, {"id": job_id, "rows": rows, "cols": cols})
+
+    def input(self, job_id: str, offset: int, data: bytes) -> None:
+        self._ws.send(encode_job_data(INPUT_DATA, job_id, offset, data))
 
     def hang_up(self, reason: str) -> None:
         self._ws.close(CloseCode.POLICY_VIOLATION, reason, timeout=0)
-
-    def ask_providers(self, node: ConnectedNode) -> None:
-        """Ask which models the node has; its answer is kept when it comes."""
-
-        def keep(answer: Future[JsonObject]) -> None:
-            try:
-                self._fleet.keep_providers(node, answer.result())
-            except RpcError as error:
-                log.info("providers not known node=%s: %s", node.node_id, error)
-
-        origin, sink = Origin("gateway", "gateway"), CollectingSink(0)
-        self._invocations.start(
-            node.node_id, SYSTEM_PROVIDERS, {}, origin, sink
-        ).future.add_done_callback(keep)
 
     def serve(self, node: ConnectedNode) -> None:
         """Take what the node sends until it hangs up.  Raises ConnectionClosed."""
@@ -15511,115 +15697,296 @@ class NodePeer:
                 ) from error
 
     def _take(self, node: ConnectedNode, message: str | bytes) -> None:
-        """Raises RpcError where going on makes no sense."""
+        """Raises RpcError where the connection has to end."""
         if isinstance(message, bytes):
-            self._invocations.handle_chunk(node.node_id, decode_chunk(message))
+            self._take_data(message)
             return
         try:
             envelope = decode_envelope(message)
         except EnvelopeError as error:
-            self._respond(Response(error.id, error=error))
+            self._ws.send(encode_envelope(Response(error.id, error=error)))
             return
-        if isinstance(envelope, Event):
-            self._on_node_event(node, envelope)
-        elif isinstance(envelope, Request):
-            self._answer(node, envelope)
+        if isinstance(envelope, Request):
+            answer_request(envelope, partial(self._handle, node), self._ws.send)
+        elif isinstance(envelope, Event) and isinstance(envelope.payload, dict):
+            self._take_event(envelope.name, envelope.payload)
 
-    def _answer(self, node: ConnectedNode, request: Request) -> None:
-        action = self._requests.get(request.method)
-        try:
-            if action is None:
-                # The role comes from the credential: a node calls nothing else.
-                raise RpcError(
-                    "FORBIDDEN", f"a node may not call {request.method[:100]!r}"
-                )
-            payload = action(node, request)
-        except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
-            failure = as_rpc_error(error, request.method)
-            self._respond(Response(request.id, error=failure))
-            return
-        if payload is not None:
-            self._respond(Response(request.id, payload))
+    def _take_data(self, message: bytes) -> None:
+        kind, job_id, offset, data = decode_job_data(message)
+        if kind == LOG_DATA:
+            self._jobs.on_log(self, job_id, offset, data)
 
-    def _on_result(self, node: ConnectedNode, request: Request) -> None:
-        # Answered once all output is consumed: the answer lets the node forget it.
-        self._invocations.handle_result(
-            node.node_id,
-            required(request.params, "invokeId", str),
-            optional(request.params, "result", dict) or {"error": "an empty result"},
-            lambda: self._respond(Response(request.id, {})),
-        )
+    def _take_event(self, name: str, payload: JsonObject) -> None:
+        if name == JOB_PLACE:
+            job_id = required(payload, "id", str)
+            self._jobs.on_place(self, job_id, required_offset(payload, "place"))
+        elif name == JOB_INPUT:
+            job_id, offset = required(payload, "id", str), required_offset(payload)
+            resume = optional(payload, "resume", bool) or False
+            self._jobs.on_input(self, job_id, offset, resume=resume)
 
-    def _on_event(self, node: ConnectedNode, request: Request) -> JsonObject:
+    def _handle(self, node: ConnectedNode, request: Request) -> JsonObject:
+        """Return the answer to a request.  Raises RpcError."""
+        if request.method != NODE_EVENT:
+            # The role comes from the credential: a node calls nothing else.
+            raise RpcError("FORBIDDEN", f"a node may not call {request.method[:100]!r}")
         if required(request.params, "event", str) == NODE_TELEMETRY:
             self._fleet.report(node, required(request.params, "payload", dict))
         return {}
 
-    def _on_node_event(self, node: ConnectedNode, event: Event) -> None:
-        payload = event.payload if isinstance(event.payload, dict) else {}
-        invoke_id = str(payload.get("invokeId", ""))
-        if event.name == INVOKE_ACK:
-            offset = required(payload, "stdin", int)
-            self._invocations.handle_stdin_received(node.node_id, invoke_id, offset)
-        elif event.name == INVOKE_STATE:
-            place = optional(payload, "place", int)
-            detail = {} if place is None else {"place": place}
-            stdin = optional(payload, "stdin", int)
-            if stdin is not None:
-                detail["stdin"] = stdin
-            state = required(payload, "state", str)
-            self._invocations.handle_state(node.node_id, invoke_id, state, detail)
-
-    def _send_event(self, name: str, payload: JsonObject) -> None:
+    def _notify(self, name: str, payload: JsonObject) -> None:
         self._ws.send(encode_envelope(Event(name, payload)))
 
-    def _respond(self, response: Response) -> None:
-        with contextlib.suppress(ConnectionClosed):
-            self._ws.send(encode_envelope(response))
+
+MOLTIS_COMMANDS: Mapping[str, str] = {w: c for c, w in INVOKED_WORKS.items()}
+MOLTIS_KIND = "it is a node of Moltis, or of an old version"
+MOLTIS_TIMEOUT = "command timed out after"  # how such a node says so
+MOLTIS_GRACE = 60.0  # s beyond a command's timeout; then its silence counts again
 
 
-class Audience:
-    """The operators that are connected, to be told what happens."""
+def answer_log(work: str, result: JsonObject, started_at: int | None) -> bytes:
+    """Return a node's one answer as the log of its job."""
+    if work != "run":
+        problem = result.get("error")
+        if problem is None:
+            ending = Ending(JobState.DONE, result=result)
+        else:
+            ending = Ending(JobState.FAILED, reason=str(problem))
+        return _ending_frame(ending)
+    try:
+        ending, stdout, stderr = _run_answer(result)
+    except RpcError as error:
+        problem = f"the node sent a result that makes no sense: {error}"
+        ending, stdout, stderr = Ending(JobState.FAILED, reason=problem), b"", b""
+    frames = [
+        encode_log_frame(kind, data[start : start + MAX_FRAME_DATA])
+        for kind, data in ((STDOUT, stdout), (STDERR, stderr))
+        for start in range(0, len(data), MAX_FRAME_DATA)
+    ]
+    duration = None if started_at is None else (now_ms() - started_at) / 1000
+    ending = ending.replace(
+        stdout_bytes=len(stdout),
+        stderr_bytes=len(stderr),
+        started_at=started_at,
+        duration=None if duration is None else max(0.0, duration),
+    )
+    return b"".join([*frames, _ending_frame(ending)])
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _peers
-        self._peers: set[OperatorPeer] = set()
 
-    def add(self, peer: OperatorPeer) -> None:
+def _run_answer(result: JsonObject) -> tuple[Ending, bytes, bytes]:
+    """Return ending, stdout and stderr of a command.  Raises RpcError."""
+    stdout, stderr = (
+        (optional(result, name, str) or "").encode("utf-8", "replace")
+        for name in ("stdout", "stderr")
+    )
+    problem = result.get("error")
+    if problem is not None:
+        state = JobState.FAILED
+        if str(problem).startswith(MOLTIS_TIMEOUT):
+            state = JobState.TIMED_OUT
+        return Ending(state, reason=clip(str(problem), MAX_REASON)), stdout, stderr
+    code = required(result, "exitCode", int)
+    if not -(2**31) <= code < 2**32:  # Windows has exit codes of 32 bits
+        code = -1
+    state = JobState.DONE
+    if result.get("timedOut"):
+        state = JobState.TIMED_OUT
+    elif result.get("cancelled"):
+        state = JobState.CANCELLED
+    number = result.get("signal")
+    name = number if isinstance(number, str) else None
+    if isinstance(number, int):
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(number).name
+    return Ending(state, None if name else code, name), stdout, stderr
+
+
+def _ending_frame(ending: Ending) -> bytes:
+    return encode_log_frame(ENDING, to_json(ending).encode("utf-8", "replace"))
+
+
+class MoltisAnswer:
+    """The one answer of a Moltis node, kept as a log until it is acknowledged."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._lock = threading.Lock()  # guards all below
+        self._sent = self._acknowledged = 0
+        self._sending = False
+
+    def acknowledge(self, offset: int) -> bool:
+        """Return whether all of it is acknowledged."""
         with self._lock:
-            self._peers.add(peer)
+            self._acknowledged = max(self._acknowledged, offset)
+            return self._acknowledged >= len(self._data)
 
-    def remove(self, peer: OperatorPeer) -> None:
-        with self._lock:
-            self._peers.discard(peer)
+    def send(self, take: Callable[[int, bytes], None]) -> None:
+        """Give `take` what the window has room for.
 
-    def hang_up(self, matches: Callable[[Caller], bool]) -> None:
-        """End the connections of operators whose credential is no longer good."""
-        with self._lock:
-            peers = [peer for peer in self._peers if matches(peer.caller)]
-        for peer in peers:
-            peer.ws.close(CloseCode.POLICY_VIOLATION, "signed out", timeout=0)
+        It acknowledges meanwhile, which calls this again: that goes on here.
+        """
+        while True:
+            with self._lock:
+                start = self._sent
+                room = self._acknowledged + LOG_WINDOW - start
+                size = whole_frames(self._data[start : start + MAX_LOG_MESSAGE])
+                if self._sending or not 0 < size <= room:
+                    return
+                self._sent += size
+                self._sending = True
+            try:
+                take(start, self._data[start : start + size])
+            finally:
+                with self._lock:
+                    self._sending = False
 
-    def announce(self, name: str, payload: JsonObject) -> None:
-        """Send an event to those who subscribed to it; nobody is waited for."""
-        with self._lock:
-            peers = [peer for peer in self._peers if name in peer.events]
-        if not peers:
+
+class MoltisPeer(NodePeer):
+    """A node that knows commands and answers: of Moltis, or ours before `jobs`.
+
+    It runs one command after the other, so it is sent one at a time: the timeout of a
+    command does not run while it is in line.
+    """
+
+    resumes = False
+    max_message = MAX_MOLTIS_MESSAGE
+
+    def __init__(
+        self, ws: WebSocket, params: ConnectParams, fleet: Fleet, jobs: Jobs
+    ) -> None:
+        super().__init__(ws, params, fleet, jobs)
+        self.instance = new_id()  # what it was doing is lost with the connection
+        self._name = params.display_name or params.client_id
+        self._lock = threading.Lock()  # guards all below
+        self._line: dict[str, JsonObject] = {}  # specs of commands not sent, by id
+        self._asked: dict[str, tuple[str, int]] = {}  # by id: work, when (ms)
+        self._running = ""  # the command among them
+        self._deadline = Deadline(None)  # of its answer
+        self._answers: dict[str, MoltisAnswer] = {}
+
+    def check(self, work: str, spec: JsonObject) -> None:
+        lacks = ""
+        if work not in MOLTIS_COMMANDS:
+            lacks = "cannot do that"
+        elif spec.get("stdin"):
+            lacks = "passes no input to commands"
+        elif spec.get("tty"):
+            lacks = "has no terminals"
+        if lacks:
+            raise RpcError("INVALID_REQUEST", f"{self._name} {lacks}: {MOLTIS_KIND}")
+
+    def start(self, job_id: str, work: str, spec: JsonObject) -> None:
+        try:
+            self.check(work, spec)  # it may have been away when it was asked for
+        except RpcError as error:
+            ending = Ending(JobState.FAILED, reason=error.message)
+            self._keep(job_id, _ending_frame(ending))
             return
-        text = encode_envelope(Event(name, payload))
-        # A browser that sleeps is spared these; it asks for what its numbers lack.
-        spared = payload.get("state") in SPARED_STATES and "message" not in payload
-        for peer in peers:
-            if not spared or peer.ws.backlog <= MAX_BACKLOG:
-                peer.notify(text)
+        if work == "run":
+            with self._lock:
+                self._line[job_id] = spec
+            self._next()
+        else:
+            with self._lock:
+                self._asked[job_id] = (work, now_ms())
+            self._request(job_id, work, spec)
+
+    def acknowledge(self, job_id: str, offset: int) -> None:
+        with self._lock:
+            answer = self._answers.get(job_id)
+        if answer is None:
+            return
+        if answer.acknowledge(offset):
+            with self._lock:
+                self._answers.pop(job_id, None)
+        self._send(job_id, answer)
+
+    def check_cancel(self, job_id: str) -> None:
+        with self._lock:
+            asked = job_id in self._asked
+        if asked:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"{self._name} cannot end a command before its timeout: {MOLTIS_KIND}",
+            )
+
+    def cancel(self, job_id: str) -> None:
+        with self._lock:
+            waited = self._line.pop(job_id, None) is not None
+        if waited:
+            self._keep(job_id, _ending_frame(Ending(JobState.CANCELLED)))
+
+    def resize(self, job_id: str, rows: int, cols: int) -> None: ...
+
+    def input(self, job_id: str, offset: int, data: bytes) -> None: ...
+
+    def tick(self) -> None:
+        """Count silence again once a command should have ended."""
+        with self._lock:
+            if self._deadline.expired:
+                self._ws.keepalive = True
+
+    def _next(self) -> None:
+        """Send the command that is first in line, if none runs."""
+        with self._lock:
+            if self._running or not self._line:
+                return
+            job_id = self._running = next(iter(self._line))
+            spec = self._line.pop(job_id)
+            self._asked[job_id] = ("run", now_ms())
+            timeout = spec.get("timeout")
+            if timeout is not None:
+                self._deadline = Deadline(timeout / 1000 + MOLTIS_GRACE)
+            waiting = list(self._line)
+        self._jobs.on_place(self, job_id, 0)
+        for place, waits in enumerate(waiting, 1):
+            self._jobs.on_place(self, waits, place)
+        args = {k: v for k, v in spec.items() if k in ("command", "cwd", "env")}
+        if not str(args.get("cwd") or "").strip():  # a blank one would fail
+            args.pop("cwd", None)
+        if timeout is not None:
+            args["timeout"] = math.ceil(timeout)  # it ignores any other number
+        self._request(job_id, "run", args)
+
+    def _request(self, job_id: str, work: str, args: JsonObject) -> None:
+        # It reads nothing, so answers no ping, while it works.
+        self._ws.keepalive = False
+        payload = {"invokeId": job_id, "command": MOLTIS_COMMANDS[work], "args": args}
+        with contextlib.suppress(ConnectionClosed):  # Jobs.left() ends them all
+            self._notify(INVOKE_REQUEST, payload)
+
+    def _handle(self, node: ConnectedNode, request: Request) -> JsonObject:
+        if request.method != INVOKE_RESULT:
+            return super()._handle(node, request)
+        job_id = required(request.params, "invokeId", str)
+        result = optional(request.params, "result", dict) or {"error": "no result"}
+        with self._lock:
+            asked = self._asked.pop(job_id, None)
+            if self._running == job_id:
+                self._running = ""
+                self._deadline = Deadline(None)
+            self._ws.keepalive = not self._asked
+        if asked is not None:
+            work, started_at = asked
+            self._keep(job_id, answer_log(work, result, started_at))
+        self._next()
+        return {}
+
+    def _keep(self, job_id: str, data: bytes) -> None:
+        answer = MoltisAnswer(data)
+        with self._lock:
+            self._answers[job_id] = answer
+        self._send(job_id, answer)
+
+    def _send(self, job_id: str, answer: MoltisAnswer) -> None:
+        answer.send(partial(self._jobs.on_log, self, job_id))
+
+    def _take_data(self, message: bytes) -> None: ...
+
+    def _take_event(self, name: str, payload: JsonObject) -> None: ...
 
 
-class Connection:
-    """A WebSocket that the gateway keeps an eye on."""
-
-    def __init__(self, ws: WebSocket) -> None:
-        self.ws = ws
-        self.node: ConnectedNode | None = None  # None: an operator, or nobody yet
+# --- Connections ---
 
 
 class Identity(Value):
@@ -15669,8 +16036,8 @@ class Introduction:
             params.check_protocol()
             return self._identify(params)
         except AuthenticationError as error:
-            # Not counted against the address: nobody guesses 256 bits, and a node with
-            # an old token must not lock out others behind the same router.
+            # Not counted against the address: 256 bits cannot be guessed, and a node
+            # with an old token must not lock out others behind the same router.
             log.warning("refused address=%s: %s", self._client.address, error)
             self._access.note_refused_device(str(error), self._client.address)
             text = "authentication failed"
@@ -15713,28 +16080,23 @@ def _device_identity(
     return Identity(device_caller(device), params, device, handle, server_final)
 
 
-def _name_of_its_own(text: str) -> str:
-    """Return what a node calls itself; "" where it may not, as with Local."""
-    try:
-        return valid_name(text)
-    except RpcError:
-        return ""
-
-
 def note_presence(
     devices: DevicesTable, device: Device, params: ConnectParams, address: str
 ) -> bool:
-    """Note what a node says of itself; False where it may not come in any more.
+    """Record what a node says of itself; False if its token was revoked.
 
     Raises StoreError.
     """
+    name = ""
+    with contextlib.suppress(RpcError):  # it may not call itself Local
+        name = valid_name(params.display_name)
     try:
         return devices.connect(
             device.id,
             node_id=params.client_id,
             address=address,
             now=now_ms(),
-            display_name=_name_of_its_own(params.display_name),
+            display_name=name,
             platform=params.platform,
             version=params.version,
             capabilities=params.capabilities,
@@ -15745,7 +16107,7 @@ def note_presence(
         if known is None or known.id != device.id:
             raise
         # A full disk must not part a node from the commands that it runs.
-        log.warning("not kept what is said by node=%s: %s", params.client_id, error)
+        log.warning("presence not recorded node=%s: %s", params.client_id, error)
         return True
 
 
@@ -15759,14 +16121,8 @@ def _first_request(message: str | bytes) -> Request:
     return envelope
 
 
-def _greet(ws: WebSocket, request_id: str, hello: JsonObject) -> None:
-    """Answer a `connect`: from now on the peer is known.  Raises ConnectionClosed."""
-    ws.send(encode_envelope(Response(request_id, hello)))
-    ws.release_pongs(MAX_PEER_MESSAGE)
-
-
 def _refuse(ws: WebSocket, request_id: str, error: RpcError) -> ConnectionClosed:
-    """Answer a `connect` with `error`; return with what to close the connection.
+    """Answer a `connect` with `error`; return the reason to close the connection.
 
     Raises ConnectionClosed where it is closed.
     """
@@ -15784,8 +16140,6 @@ class Gateway:
         access: Access,
         devices: DevicesTable,
         fleet: Fleet,
-        invocations: Invocations,
-        resumption: Resumption,
         jobs: Jobs,
         audience: Audience,
         rpc: Rpc,
@@ -15798,16 +16152,13 @@ class Gateway:
         self._require_scram = require_scram
         self._devices = devices
         self._fleet = fleet
-        self._invocations = invocations
-        self._patience = Patience(invocations)
-        self._resumption = resumption
         self._jobs = jobs
         self._audience = audience
         self.rpc = rpc
         self._lock = threading.Lock()  # guards _connections and _closed
-        self._connections: set[Connection] = set()
+        self._connections: set[WebSocket] = set()
         self._closed = False
-        self._ticker = Ticker(KEEPALIVE_TICK, self._tick)
+        self._ticker = Ticker(TICK_INTERVAL, self._tick)
 
     @property
     def connections(self) -> int:
@@ -15816,24 +16167,23 @@ class Gateway:
 
     def serve(self, ws: WebSocket, client: Client) -> None:
         """Serve one WebSocket to its end, in the caller's thread."""
-        connection = Connection(ws)
         with self._lock:
-            self._connections.add(connection)
+            self._connections.add(ws)
             stops = self._closed
         try:
             # What was said on the way in is forgotten here: 5 KiB of each node.
             identified = None if stops else self._introduce(ws, client)
             if identified is not None:
-                self._serve_identity(connection, *identified, client.address)
+                self._serve_identity(ws, *identified, client.address)
         except ConnectionClosed as error:
-            if is_sendable_close_code(error.code):  # else there is nobody to tell
+            if is_sendable_close_code(error.code):  # else the peer is gone
                 ws.close(error.code, error.reason, timeout=0)
         except TimeoutError:
             problem = f"no connect within {CONNECT_TIMEOUT:.0f} s"
             ws.close(CloseCode.POLICY_VIOLATION, problem, timeout=0)
         finally:
             with self._lock:
-                self._connections.discard(connection)
+                self._connections.discard(ws)
             ws.abort()
 
     def sign_out(self, caller: Caller) -> None:
@@ -15843,15 +16193,13 @@ class Gateway:
             self._audience.hang_up(lambda other: other.login_id == caller.login_id)
 
     def close(self) -> None:
-        """Hang up on everybody; their serve() returns."""
+        """Close all connections; their serve() returns."""
         with self._lock:
             self._closed = True
             connections = list(self._connections)
         self._ticker.close()
-        # Before anybody is hung up on: an operator who leaves ends their commands.
-        self._invocations.close()
-        for connection in connections:
-            connection.ws.close(CloseCode.GOING_AWAY, "the gateway stops", timeout=0)
+        for ws in connections:
+            ws.close(CloseCode.GOING_AWAY, "the gateway stops", timeout=0)
 
     def _introduce(self, ws: WebSocket, client: Client) -> tuple[str, Identity] | None:
         """Return the id of the `connect` to be answered and who sent it, if anybody.
@@ -15878,39 +16226,43 @@ class Gateway:
             ws.send(encode_envelope(Response(request_id, answer)))
 
     def _serve_identity(
-        self, connection: Connection, request_id: str, identity: Identity, address: str
+        self, ws: WebSocket, request_id: str, identity: Identity, address: str
     ) -> None:
         """Raises ConnectionClosed."""
         try:
             if identity.device is not None:
-                self._serve_node(connection, request_id, identity, address)
+                self._serve_node(ws, request_id, identity, identity.device, address)
             else:
-                self._serve_operator(connection, request_id, identity)
+                self._serve_operator(ws, request_id, identity)
         except RpcError as error:
-            raise _refuse(connection.ws, request_id, error) from error
+            raise _refuse(ws, request_id, error) from error
 
     def _serve_operator(
-        self, connection: Connection, request_id: str, identity: Identity
+        self, ws: WebSocket, request_id: str, identity: Identity
     ) -> None:
-        ws = connection.ws
-        peer = OperatorPeer(ws, identity.caller, self.rpc, self._invocations)
+        peer = OperatorPeer(ws, identity.caller, self.rpc.call, self._jobs)
         self._audience.add(peer)
         try:
             # Only now: what is revoked from here on, the audience hangs up on.
             if not self._access.is_current(identity.caller):
                 raise RpcError("UNAUTHORIZED", "authentication failed")
-            _greet(ws, request_id, self._hello(peer.id, identity, resume=[]))
+            self._greet(ws, request_id, identity, peer.id, MAX_PEER_MESSAGE, {})
             peer.serve()
         finally:
             self._audience.remove(peer)
 
     def _serve_node(
-        self, connection: Connection, request_id: str, identity: Identity, address: str
+        self,
+        ws: WebSocket,
+        request_id: str,
+        identity: Identity,
+        device: Device,
+        address: str,
     ) -> None:
         """Raises RpcError when this node may not be here, ConnectionClosed later."""
-        ws, params, device = connection.ws, identity.params, identity.device
-        assert device is not None
-        peer = NodePeer(ws, self._fleet, self._invocations)
+        params = identity.params
+        kind = NodePeer if CAP_JOBS in params.capabilities else MoltisPeer
+        peer = kind(ws, params, self._fleet, self._jobs)
         node = ConnectedNode(params.client_id, device.id, peer, params, address)
         self._fleet.claim(node, device)
         try:
@@ -15920,30 +16272,60 @@ class Gateway:
             if not known or current is None:  # or its id was taken as it came in
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             if device.node_id not in (None, node.node_id):
-                for invocation in self._invocations.running_on(str(device.node_id)):
-                    reason = (
-                        f"its token came in under another id, {node.node_id}: this "
-                        "machine was set up anew, or a second one has taken its token "
-                        "and needs one of its own"
-                    )
-                    self._invocations.give_up(invocation, reason)
-            resume = self._resumption.resumable(node)
-            _greet(ws, request_id, self._hello(new_id(), identity, resume))
-            connection.node = node
+                self._jobs.lose(
+                    str(device.node_id),
+                    f"its token came in under another id, {node.node_id}: this "
+                    "machine was set up anew, or a second one has taken its token "
+                    "and needs one of its own",
+                )
+            offsets = self._jobs.resumed(peer, params.jobs) if peer.resumes else {}
+            self._greet(ws, request_id, identity, new_id(), peer.max_message, offsets)
             self._fleet.activate(node)
             log.info("node connected node=%s address=%s", node.node_id, address)
-            self._resumption.resume(node)
-            if node.asked_for_providers:
-                peer.ask_providers(node)
+            if node.outdated:
+                log.warning(
+                    "node=%s has version %s, which this gateway serves in part: "
+                    "update moltis.py there",
+                    *(node.node_id, params.version),
+                )
+            self._jobs.came(peer, params.jobs)
+            if not peer.resumes and SYSTEM_PROVIDERS in params.commands:
+                self._ask_providers(node)
             peer.serve(node)
         finally:
-            self._resumption.node_left(node)
+            self._jobs.left(peer)
             self._fleet.release(node)
             log.info("node disconnected node=%s", node.node_id)
 
-    def _hello(
-        self, connection_id: str, identity: Identity, resume: list[JsonObject]
-    ) -> JsonObject:
+    def _ask_providers(self, node: ConnectedNode) -> None:
+        """Ask which models the node has; ours names them in its telemetry."""
+
+        def keep(ended: Future[Job]) -> None:
+            try:
+                result = ended.result().result
+                if result is not None:
+                    self._fleet.record_providers(node, result)
+            except RpcError as error:
+                log.info("providers not known node=%s: %s", node.node_id, error)
+
+        origin = Origin("gateway", "", "gateway")
+        record = new_job((node.node_id, ""), "providers", {}, origin, kept=False)
+        job = self._jobs.start(record)
+        self._jobs.ended(job, None).add_done_callback(keep)
+
+    def _greet(
+        self,
+        ws: WebSocket,
+        request_id: str,
+        identity: Identity,
+        connection_id: str,
+        max_message: int,
+        offsets: Mapping[str, int],
+    ) -> None:
+        """Answer a `connect`: from now on the peer is known.  Raises ConnectionClosed.
+
+        `offsets` are those from which a node shall send its logs.
+        """
         is_node = identity.device is not None
         auth: JsonObject = {
             "deviceToken": "",
@@ -15953,19 +16335,19 @@ class Gateway:
         }
         if identity.server_final:
             auth["scram"] = {"serverFinal": identity.server_final}
+        server = {
+            "version": __version__,
+            "host": socket.gethostname(),
+            "connId": connection_id,
+            "fingerprint": self._fingerprint(),
+        }
         methods = [] if is_node else sorted(self.rpc.methods)
-        fingerprint = self._fingerprint()
-        return {
+        hello = {
             "type": "hello-ok",
             "protocol": PROTOCOL_VERSION,
-            "server": {
-                "version": __version__,
-                "host": socket.gethostname(),
-                "connId": connection_id,
-                **({} if fingerprint is None else {"fingerprint": fingerprint}),
-            },
+            "server": {k: v for k, v in server.items() if v is not None},
             "features": {
-                "methods": [*methods, *MACHINE_CAPABILITIES, CAP_LLM],
+                "methods": [*methods, CAP_SCRAM, CAP_JOBS],
                 "events": list(EVENTS),
             },
             "snapshot": {},
@@ -15975,39 +16357,33 @@ class Gateway:
                 "maxBufferedBytes": MAX_BUFFERED,
                 "tickIntervalMs": round(TELEMETRY_INTERVAL * 1000),
             },
-            "extensions": {"moltis": {"resume": resume}},
+            "extensions": {"moltis": {"jobs": dict(offsets)}},
         }
+        ws.send(encode_envelope(Response(request_id, hello)))
+        ws.release_pongs(max_message)
 
     def _tick(self) -> None:
-        """Spare Moltis nodes that run a command; give up the overdue."""
-        with self._lock:
-            connections = list(self._connections)
-        for connection in connections:
-            connection.ws.keepalive = not self._is_busy(connection.node)
-        self._patience.tick()
-        self._jobs.waiters.tick()
-
-    def _is_busy(self, node: ConnectedNode | None) -> bool:
-        # An existing Moltis node reads nothing, so answers no Ping, during a command.
-        if node is None or node.resumes:
-            return False
-        return bool(self._invocations.running_on(node.node_id))
+        for node in self._fleet.all_connected():
+            if isinstance(node.link, MoltisPeer):
+                node.link.tick()
+        self._jobs.tick()
 
 
 # ==============================================================================
 # HTTP
 # Uses: Settings, WebSocket handshake, WebSocket protocol, WebSocket connections,
-#       Wire protocol, TLS, Access, Chat, Gateway
+#       TLS, Wire protocol, Access, Jobs, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
-# web pages out, and limits for strangers.  http.server does the parsing; what a request
+# web pages out, limits for strangers.  http.server does the parsing; what a request
 # means is decided by Access and Gateway.
 # ==============================================================================
 
 MAX_BODY = 1024 * 1024  # bytes of a request
 MAX_REQUEST_HEAD = 64 * 1024  # bytes
 REQUEST_TIMEOUT = 10.0  # s for TLS, for a request without its body, for 64 KiB of reply
-REPLY_TIMEOUT = 300.0  # s for a client to take the whole reply
+REPLY_TIMEOUT = 300.0  # s for a client to take one piece of a reply
+REPLY_PIECE = 64 * 1024  # bytes
 MIN_BODY_RATE = 10 * 1024  # bytes a second
 MAX_STRANGERS = 1024  # connections that have not said who they are; more are refused
 MAX_STRANGERS_EACH = 256  # of them from one address; a fleet may share its router's
@@ -16015,12 +16391,12 @@ MAX_CONNECTIONS = 16_000  # in all, or fewer where the system allows fewer descr
 SPARE_DESCRIPTORS = 256  # for all else: the database, Local's commands
 LISTEN_BACKLOG = 1024  # connections; a fleet comes back all at once
 MAX_STRANGER_BODY = 64 * 1024  # bytes of a request without a credential
-MAX_STRANGER_MESSAGE = 256 * 1024  # bytes; a `connect` lists up to 1,000 commands
+MAX_STRANGER_MESSAGE = 256 * 1024  # bytes; a `connect` lists up to 4,096 jobs
 DOOR_TIMEOUT = 0.5  # s for requests to be answered when the gateway stops
 COOKIE_NAME = "moltis_login"
 JOIN_PATH = "/join/"
-COMMANDS_PATH = "/api/commands/"
-PAGE_TREES = ("/chat/", "/settings/")  # views of the page, which have paths too
+JOBS_PATH = "/api/jobs/"
+PAGE_PATHS = ("/chat/", "/settings/")  # views of the page, which have paths too
 
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -16034,6 +16410,22 @@ SECURITY_HEADERS = (
         ),
     ),
 )
+
+STATUS_OF_CODE: Mapping[str, int] = {
+    "INVALID_REQUEST": 400,
+    "UNAUTHORIZED": 401,
+    "FORBIDDEN": 403,
+    "NOT_FOUND": 404,
+    "UNKNOWN_METHOD": 404,
+    "CONFLICT": 409,
+    "PAYLOAD_TOO_LARGE": 413,
+    "RATE_LIMITED": 429,
+    "INTERNAL": 500,
+    "UNAVAILABLE": 503,
+    "TIMEOUT": 504,
+}
+
+# --- Requests and replies ---
 
 
 class HttpRequest(Value):
@@ -16053,74 +16445,104 @@ class HttpRequest(Value):
         """Our own page's origin, as the client's browser writes it."""
         return f"http{'s' if self.secure else ''}://{self.host.lower()}"
 
+    def cookie(self, name: str) -> str:
+        """Return the value of a cookie, "" if there is none."""
+        # Those of other programs on this host come too, in any form.
+        for cookie in self.headers.get("Cookie", "").split(";"):
+            found, _, value = cookie.strip().partition("=")
+            if found == name:
+                return value
+        return ""
+
 
 class Reply(Value):
     """What to answer to an HttpRequest."""
 
     status: int
-    body: bytes = b""
+    body: bytes | Iterator[bytes] = b""  # an iterator: up to the connection's end
     content_type: str = "text/plain; charset=utf-8"
     headers: Sequence[tuple[str, str]] = ()
-    more: Iterator[bytes] | None = None  # follows the body, up to the connection's end
 
 
 def json_reply(
     status: int, value: object, headers: Sequence[tuple[str, str]] = ()
 ) -> Reply:
-    body = to_json(value).encode("utf-8")
+    return Reply(status, to_json(value).encode("utf-8"), "application/json", headers)
+
+
+def error_reply(
+    status: int, message: str, headers: Sequence[tuple[str, str]] = ()
+) -> Reply:
+    return Reply(status, f"{message}\n".encode("utf-8", "replace"), headers=headers)
+
+
+def rpc_reply(response: Response) -> Reply:
+    body, error = encode_envelope(response).encode("utf-8"), response.error
+    if error is None:
+        return Reply(200, body, "application/json")
+    headers = []
+    if error.retry_after is not None:
+        headers = [("Retry-After", str(max(1, round(error.retry_after))))]
+    status = STATUS_OF_CODE.get(error.code, 500)
     return Reply(status, body, "application/json", headers)
 
 
-def error_reply(status: int, message: str) -> Reply:
-    return Reply(status, (message + "\n").encode("utf-8"))
-
-
-def download_reply(name: str, text: str, kind: str) -> Reply:
-    """Return `text` as a file that a browser saves, and keeps nowhere else."""
-    disposition = f'attachment; filename="{name}"'
+def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
+    """Return a file that a browser saves, and keeps nowhere else."""
     return Reply(
         200,
-        text.encode("utf-8", "replace"),
+        pieces,
         f"{kind}; charset=utf-8",
-        [("Content-Disposition", disposition), ("Cache-Control", "no-store")],
+        [
+            ("Content-Disposition", f'attachment; filename="{name}"'),
+            ("Cache-Control", "no-store"),
+        ],
     )
 
 
-STATUS_OF_CODE: Mapping[str, int] = {
-    "INVALID_REQUEST": 400,
-    "UNAUTHORIZED": 401,
-    "FORBIDDEN": 403,
-    "NOT_FOUND": 404,
-    "UNKNOWN_METHOD": 404,
-    "CONFLICT": 409,
-    "PAYLOAD_TOO_LARGE": 413,
-    "RATE_LIMITED": 429,
-    "INTERNAL": 500,
-    "UNAVAILABLE": 503,
-    "TIMEOUT": 504,
-}
+def job_output(job: Job) -> Iterator[bytes]:
+    """Yield what a job has written so far; what is not kept is said."""
+    position = 0
+    while True:
+        start, data = job.log.read(position)
+        if not data:
+            start = job.log.end
+        if start > position:
+            yield f"\n{gap_words(start - position)}\n".encode()
+        if not data:
+            return
+        yield b"".join(out for kind, out in log_frames(data) if kind in STREAMS)
+        position = start + len(data)
 
 
-class HostCheck:
-    """The names under which this gateway may be asked for.
+AUDIT_COLUMNS = (
+    *("at", "event", "caller", "address", "subject"),
+    *("node", "state", "exitCode", "decidedBy", "signal", "jobId"),
+)
 
-    A web page elsewhere can point a name of its own at our address (DNS rebinding):
-    then the Host header is a name that is not ours.
-    """
 
-    def __init__(self, allowed: Iterable[str]) -> None:
-        self._allowed = {name.lower() for name in (*host_names(), *allowed)}
+def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
+    """Yield rows of the audit as CSV (RFC 4180), times in UTC."""
+    import csv
 
-    def accepts(self, host: str) -> bool:
-        """Return whether the Host header (`name` or `name:port`) names this gateway."""
-        try:
-            name = (urlsplit("//" + host).hostname or "").lower()
-        except ValueError:  # a bracket that is not closed
-            return False
-        if name in self._allowed:
-            return True
-        # An address cannot be pointed elsewhere as a name can: only names are checked.
-        return is_ip_address(name)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(AUDIT_COLUMNS)
+    for rows in pages:
+        writer.writerows(map(_csv_row, rows))
+        yield text.getvalue().encode("utf-8", "replace")
+        text.seek(0)
+        text.truncate()
+
+
+def _csv_row(row: JsonObject) -> list[str]:
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
+    values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
+    # A spreadsheet would carry out what begins like a formula.
+    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
+
+
+# --- Who may ask ---
 
 
 def is_ip_address(text: str) -> bool:
@@ -16131,15 +16553,6 @@ def is_ip_address(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def is_same_origin(request: HttpRequest) -> bool:
-    """Return whether a browser says the request comes from our own page.
-
-    Programs that are no browsers send no Origin, and carry no cookie by themselves.
-    """
-    origin = request.headers.get("Origin")
-    return origin is None or origin.lower() == request.origin
 
 
 class TrustedProxies:
@@ -16182,7 +16595,7 @@ class TrustedProxies:
             return request
         headers = request.headers
         address = request.address
-        # Each proxy adds whom it heard; what stands before the first stranger is his.
+        # Each proxy adds its client; what stands before the first stranger is made up.
         for hop in reversed(header_tokens(headers, "X-Forwarded-For")):
             if not is_ip_address(hop):
                 break
@@ -16199,65 +16612,18 @@ class TrustedProxies:
         )
 
 
-class Edge(Value):
-    """Under which names the gateway is reached, and through whom."""
-
-    hosts: HostCheck
-    proxies: TrustedProxies
-    fingerprint: Callable[[], str | None]  # of our own certificate
-
-
-class HttpApp:
-    """What each path answers."""
+class Edge:
+    """Under which names the gateway is reached, and through which proxies."""
 
     def __init__(
         self,
-        gateway: Gateway,
-        access: Access,
-        files: Mapping[str, Reply],  # by path; what never changes
-        edge: Edge,
-        outputs: CardOutputs,
+        allowed_hosts: Iterable[str],
+        proxies: TrustedProxies,
+        fingerprint: Callable[[], str | None],  # of our own certificate
     ) -> None:
-        self._outputs = outputs
-        self.proxies = edge.proxies
-        self._edge = edge
-        self._gateway = gateway
-        self._access = access
-        self._files = files
-        self._routes: Mapping[tuple[str, str], Callable[[HttpRequest], Reply]] = {
-            ("GET", "/health"): self._health,
-            ("POST", "/api/rpc"): self._rpc,
-            ("POST", "/api/sign-in"): self._sign_in,
-            ("POST", "/api/sign-out"): self._sign_out,
-            ("GET", "/api/audit.csv"): self._audit_csv,
-        }
-        # What lies below these paths.
-        self._trees: Mapping[tuple[str, str], Callable[[HttpRequest], Reply]] = {
-            **{("GET", path): self._page for path in PAGE_TREES},
-            ("GET", JOIN_PATH): self._join,
-            ("GET", COMMANDS_PATH): self._command_output,
-        }
-
-    def answer(self, request: HttpRequest) -> Reply:
-        """Return the reply; whatever goes wrong is one."""
-        refusal = self.refusal(request)
-        if refusal is not None:
-            return refusal
-        method = "GET" if request.method == "HEAD" else request.method
-        if method == "GET" and request.path in self._files:
-            return self._files[request.path]
-        route = self._routes.get((method, request.path))
-        for (allowed, tree), action in self._trees.items():
-            if method == allowed and request.path.startswith(tree):
-                route = action
-        if route is None:
-            return self._no_route(request.path)
-        try:
-            return route(request)
-        except RpcError as error:
-            return _rpc_failure("", error)
-        except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
-            return _rpc_failure("", as_rpc_error(error, request.path))
+        self.proxies = proxies
+        self.fingerprint = fingerprint
+        self._names = {name.lower() for name in (*host_names(), *allowed_hosts)}
 
     def refusal(self, request: HttpRequest) -> Reply | None:
         """Return why this request may come from a foreign web page, or None.
@@ -16267,14 +16633,18 @@ class HttpApp:
         if len(request.headers.get_all("Host") or []) > 1:
             return error_reply(400, "Host comes more than once")
         browser = "Origin" in request.headers or "Cookie" in request.headers
-        if browser and not self._edge.hosts.accepts(request.host):
+        if browser and not self._is_ours(request.host):
             return error_reply(
                 421,
                 f"this gateway is not known as {request.host[:200]!r}; "
                 "start it with --allowed-host to allow that name",
             )
         cross = request.method != "GET" or request.path == "/ws"
-        if cross and not is_same_origin(request):
+        # Programs other than browsers send no Origin, and no cookie by themselves.
+        if cross and request.headers.get("Origin", "").lower() not in (
+            ("" if "Origin" not in request.headers else request.origin),
+            request.origin,
+        ):
             return error_reply(
                 403,
                 "this request comes from another site's page; behind a proxy that "
@@ -16282,38 +16652,107 @@ class HttpApp:
             )
         return None
 
-    def knows(self, request: HttpRequest) -> bool:
-        """Return whether a request has a credential that is good."""
-        try:
-            self._caller(request)
-        except RpcError:
-            return False
-        return True
+    def _is_ours(self, host: str) -> bool:
+        """Return whether the Host header (`name` or `name:port`) names this gateway.
 
-    def login(self, request: HttpRequest) -> Caller | None:
-        """Return who the request's cookie belongs to."""
-        cookie = _cookie(request.headers)
-        if not cookie:
-            return None
-        return self._access.caller_by_cookie(cookie, request.address)
+        A web page elsewhere can point a name of its own at our address (DNS
+        rebinding): then the Host header is a name that is not ours.
+        """
+        try:
+            name = (urlsplit("//" + host).hostname or "").lower()
+        except ValueError:  # a bracket that is not closed
+            return False
+        # An address cannot be pointed elsewhere as a name can: only names are checked.
+        return name in self._names or is_ip_address(name)
+
+
+# --- What is answered ---
+
+
+class HttpApp:
+    """What each path answers."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        jobs: Jobs,
+        access: Access,
+        files: Mapping[str, Reply],  # by path; what never changes
+        edge: Edge,
+    ) -> None:
+        self.edge = edge
+        self._gateway = gateway
+        self._jobs = jobs
+        self._access = access
+        self._files = files
+        # A path that ends with "/" stands for all below it.
+        self._routes: Sequence[tuple[str, str, Callable[[HttpRequest], Reply]]] = (
+            ("GET", "/health", self._health),
+            ("POST", "/api/rpc", self._rpc),
+            ("POST", "/api/sign-in", self._sign_in),
+            ("POST", "/api/sign-out", self._sign_out),
+            ("GET", "/api/audit.csv", self._audit_csv),
+            ("GET", JOBS_PATH, self._job_output),
+            ("GET", JOIN_PATH, self._join),
+            *(("GET", path, self._page) for path in PAGE_PATHS),
+        )
+
+    def answer(self, request: HttpRequest) -> Reply:
+        """Return the reply; whatever goes wrong is one."""
+        refusal = self.edge.refusal(request)
+        if refusal is not None:
+            return refusal
+        method, path = request.method, request.path
+        if method == "HEAD":
+            method = "GET"
+        if method == "GET" and path in self._files:
+            return self._files[path]
+        routes = {
+            allowed: action
+            for allowed, route, action in self._routes
+            if path == route or (route.endswith("/") and path.startswith(route))
+        }
+        try:
+            if method in routes:
+                return routes[method](request)
+        except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
+            return rpc_reply(Response("", error=as_rpc_error(error, path)))
+        if routes:
+            allow = ", ".join(routes)
+            return error_reply(405, f"{path[:200]} takes {allow}", [("Allow", allow)])
+        if path == "/ws":
+            return error_reply(426, "/ws takes WebSocket connections")
+        return self._not_found(request)
+
+    def caller(self, request: HttpRequest) -> Caller:
+        """Raises RpcError UNAUTHORIZED or RATE_LIMITED."""
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            return self._access.admit_operator(key.strip(), request.address)
+        caller = self._login(request)
+        if caller is None:
+            raise RpcError(
+                "UNAUTHORIZED", "send the operator key: Authorization: Bearer mk_…"
+            )
+        return caller
 
     def server(
         self, ws: WebSocket, request: HttpRequest, on_identified: Callable[[], None]
     ) -> Callable[[], None]:
         """Return what serves an upgraded connection to its end."""
-        client = Client(
-            request.address, request.channel_binding, self.login(request), on_identified
-        )
+        login, binding = self._login(request), request.channel_binding
+        client = Client(request.address, binding, login, on_identified)
         return partial(self._gateway.serve, ws, client)
 
-    def _no_route(self, path: str) -> Reply:
-        allowed = [m for m, p in self._routes if p == path]
-        if allowed:
-            reply = error_reply(405, f"{path} takes {' or '.join(allowed)}")
-            return reply.replace(headers=[("Allow", ", ".join(allowed))])
-        if path == "/ws":
-            return error_reply(426, "/ws takes WebSocket connections")
-        return error_reply(404, f"there is no {path[:200]} here")
+    def _login(self, request: HttpRequest) -> Caller | None:
+        """Return whose browser sends the request's cookie."""
+        cookie = request.cookie(COOKIE_NAME)
+        if not cookie:
+            return None
+        return self._access.caller_by_cookie(cookie, request.address)
+
+    def _not_found(self, request: HttpRequest) -> Reply:
+        return error_reply(404, f"there is no {request.path[:200]} here")
 
     def _health(self, _request: HttpRequest) -> Reply:
         return json_reply(
@@ -16325,6 +16764,9 @@ class HttpApp:
                 "connections": self._gateway.connections,
             },
         )
+
+    def _page(self, request: HttpRequest) -> Reply:
+        return self._files.get("/") or self._not_found(request)
 
     def _join(self, request: HttpRequest) -> Reply:
         """Answer a join link: what a machine needs to become a node, once."""
@@ -16342,34 +16784,42 @@ class HttpApp:
             "device_token": token,
             "display_name": device.display_name,
         }
-        fingerprint = self._edge.fingerprint()
+        fingerprint = self.edge.fingerprint()
         if request.channel_binding is not None and fingerprint is not None:
             offer["fingerprint"] = fingerprint
         return json_reply(200, offer, [("Cache-Control", "no-store")])
 
-    def _page(self, request: HttpRequest) -> Reply:
-        return self._files.get("/") or self._no_route(request.path)
-
-    def _command_output(self, request: HttpRequest) -> Reply:
-        invoke_id, _, what = request.path[len(COMMANDS_PATH) :].partition("/")
+    def _job_output(self, request: HttpRequest) -> Reply:
+        job_id, _, what = request.path[len(JOBS_PATH) :].partition("/")
         if what != "output":
-            return self._no_route(request.path)
-        command = self._gateway.rpc.call(
-            self._caller(request), "command.output", {"invokeId": invoke_id}
-        )
-        name = f"output-{invoke_id[:8]}.txt"
-        whole = self._outputs.read(invoke_id)
-        if whole is None:
-            return download_reply(name, output_text(command), "text/plain")
-        return download_reply(name, "", "text/plain").replace(more=whole)
+            return self._not_found(request)
+        self.caller(request).require(Scope.READ)
+        job = self._jobs.get(job_id)
+        name = f"output-{job.id[:8]}.txt"
+        return download_reply(name, job_output(job), "text/plain")
 
     def _audit_csv(self, request: HttpRequest) -> Reply:
-        """Answer all that was done, the newest first, for a spreadsheet."""
-        text = audit_csv(self._gateway.rpc, self._caller(request))
-        return download_reply("moltis-audit.csv", text, "text/csv")
+        """Answer the whole audit, the newest first, for a spreadsheet."""
+        caller, rpc = self.caller(request), self._gateway.rpc
+
+        def page(offset: int) -> list[JsonObject]:
+            place = {"offset": offset, "limit": MAX_PAGE}
+            rows: list[JsonObject] = rpc.call(caller, "audit.list", place)
+            return rows
+
+        first = page(0)  # now: what it raises is an answer
+
+        def pages() -> Iterator[list[JsonObject]]:
+            rows, offset = first, 0
+            while rows:
+                yield rows
+                offset += MAX_PAGE
+                rows = page(offset) if len(rows) == MAX_PAGE else []
+
+        return download_reply("moltis-audit.csv", audit_csv(pages()), "text/csv")
 
     def _rpc(self, request: HttpRequest) -> Reply:
-        caller = self._caller(request)
+        caller = self.caller(request)
         try:
             value = from_json(request.body)
         except ValueError as error:
@@ -16378,32 +16828,19 @@ class HttpApp:
         if not isinstance(value, dict):
             raise RpcError("INVALID_REQUEST", "the body must be a JSON object")
         request_id = optional(value, "id", str) or new_id()
+        method = required(value, "method", str)
+        params = optional(value, "params", dict) or {}
         try:
-            payload = self._gateway.rpc.call(
-                caller,
-                required(value, "method", str),
-                optional(value, "params", dict) or {},
-            )
+            payload = self._gateway.rpc.call(caller, method, params)
             if isinstance(payload, Future):
                 payload = payload.result()
-                # Which may have taken hours; no connection was there to hang up on.
+                # Which may have taken hours, without a connection to hang up on.
                 if not self._access.is_current(caller):
                     raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
         except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
-            return _rpc_failure(request_id, as_rpc_error(error, "the call"))
-        return _rpc_reply(200, Response(request_id, payload))
-
-    def _caller(self, request: HttpRequest) -> Caller:
-        """Raises RpcError UNAUTHORIZED or RATE_LIMITED."""
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            return self._access.admit_operator(key.strip(), request.address)
-        caller = self.login(request)
-        if caller is None:
-            raise RpcError(
-                "UNAUTHORIZED", "send the operator key: Authorization: Bearer mk_…"
-            )
-        return caller
+            failure = as_rpc_error(error, method)
+            return rpc_reply(Response(request_id, error=failure))
+        return rpc_reply(Response(request_id, payload))
 
     def _sign_in(self, request: HttpRequest) -> Reply:
         try:
@@ -16415,47 +16852,21 @@ class HttpApp:
             raise RpcError("INVALID_REQUEST", 'the body must be {"key": "mk_…"}')
         agent = request.headers.get("User-Agent", "")
         cookie = self._access.sign_in(key.strip(), request.address, agent)
-        return json_reply(
-            200, {}, [("Set-Cookie", _set_cookie(cookie, request.secure))]
-        )
+        return self._set_cookie(request, cookie, LOGIN_LIFETIME)
 
     def _sign_out(self, request: HttpRequest) -> Reply:
-        caller = self.login(request)
+        caller = self._login(request)
         if caller is not None:
             self._gateway.sign_out(caller)
-        header = _set_cookie("", request.secure) + "; Max-Age=0"
-        return json_reply(200, {}, [("Set-Cookie", header)])
+        return self._set_cookie(request, "", 0)
+
+    def _set_cookie(self, request: HttpRequest, value: str, lifetime: int) -> Reply:
+        flags = "Path=/; HttpOnly; SameSite=Strict" + "; Secure" * request.secure
+        cookie = f"{COOKIE_NAME}={value}; {flags}; Max-Age={lifetime}"
+        return json_reply(200, {}, [("Set-Cookie", cookie)])
 
 
-def _rpc_reply(status: int, response: Response) -> Reply:
-    body = encode_envelope(response).encode("utf-8")
-    return Reply(status, body, "application/json")
-
-
-def _rpc_failure(request_id: str, error: RpcError) -> Reply:
-    reply = _rpc_reply(
-        STATUS_OF_CODE.get(error.code, 500), Response(request_id, error=error)
-    )
-    if error.retry_after is None:
-        return reply
-    seconds = str(max(1, round(error.retry_after)))
-    return reply.replace(headers=[("Retry-After", seconds)])
-
-
-def _cookie(headers: HttpHeaders[str, str]) -> str | None:
-    from http.cookies import CookieError, SimpleCookie
-
-    try:
-        morsel = SimpleCookie(headers.get("Cookie", "")).get(COOKIE_NAME)
-    except CookieError:
-        return None
-    return morsel.value if morsel else None
-
-
-def _set_cookie(value: str, secure: bool) -> str:
-    flags = "Path=/; HttpOnly; SameSite=Strict" + ("; Secure" if secure else "")
-    lifetime = f"; Max-Age={LOGIN_LIFETIME}" if value else ""
-    return f"{COOKIE_NAME}={value}; {flags}{lifetime}"
+# --- One connection ---
 
 
 class RequestTooLarge(Exception):
@@ -16483,7 +16894,7 @@ class PatientStream(io.RawIOBase):
         self._room = length
 
     def end_reading(self) -> None:
-        """Leave what has not been read to somebody else."""
+        """Leave what has not been read to the WebSocket."""
         self._ended = True
 
     def readable(self) -> bool:
@@ -16509,12 +16920,12 @@ class PatientStream(io.RawIOBase):
     def write(self, data: Any) -> int:
         """Raises OSError."""
         deadline = Deadline(REPLY_TIMEOUT)
-        for start in range(0, len(data), MAX_CHUNK):
+        for start in range(0, len(data), REPLY_PIECE):
             left = deadline.remaining()
             if not left:
                 raise socket.timeout("the client took too long to read")
             self._sock.settimeout(min(left, REQUEST_TIMEOUT))
-            self._sock.sendall(data[start : start + MAX_CHUNK])
+            self._sock.sendall(data[start : start + REPLY_PIECE])
         return len(data)
 
 
@@ -16526,129 +16937,7 @@ class TcpPeer(Value):
     admission: Admission
 
 
-class HttpExchange:
-    """One request that http.server has parsed, and its answer."""
-
-    def __init__(
-        self,
-        handler: BaseHTTPRequestHandler,
-        stream: PatientStream,
-        peer: TcpPeer,
-        app: HttpApp,
-    ) -> None:
-        self._handler = handler
-        self._stream = stream
-        self._peer = peer
-        self._app = app
-        # Serves the WebSocket that the connection has become, once http.server is
-        # through with it: its objects and buffers would be 25 KiB of each node.
-        self.upgraded: Callable[[], None] | None = None
-
-    def get(self) -> None:
-        headers = self._handler.headers
-        if "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0":
-            # A body that nobody reads would pass for the next request.
-            self._handler.close_connection = True
-        request = self._request(b"")
-        if request.path == "/ws" and "Upgrade" in request.headers:
-            self._upgrade(request)
-        else:
-            self.send(self._app.answer(request))
-
-    def post(self) -> None:
-        lengths = self._handler.headers.get_all("Content-Length") or [""]
-        length = lengths[0]
-        coded = "Transfer-Encoding" in self._handler.headers
-        if coded or len(lengths) > 1 or not re.fullmatch("[0-9]{1,15}", length):
-            self.refuse(411, "send the body with its Content-Length")
-        elif int(length) > MAX_BODY:
-            self.refuse(413, f"a body may have {MAX_BODY} bytes, not {length}")
-        elif int(length) > MAX_STRANGER_BODY and not self._app.knows(
-            self._request(b"")
-        ):
-            # Before it is read: strangers are to cost little memory.
-            self.refuse(401, "so long a body needs an operator key or a sign-in")
-        else:
-            self._stream.expect_body(int(length))
-            body = self._handler.rfile.read(int(length))
-            if len(body) == int(length):
-                self.send(self._app.answer(self._request(body)))
-            else:
-                self._handler.close_connection = True
-
-    def refuse(self, status: int, message: str) -> None:
-        """Answer what cannot be answered otherwise; the connection ends with it."""
-        self._handler.close_connection = True
-        self.send(error_reply(status, message))
-
-    def send(self, reply: Reply) -> None:
-        handler = self._handler
-        handler.send_response(reply.status)
-        handler.send_header("Content-Type", reply.content_type)
-        if reply.more is None:
-            handler.send_header("Content-Length", str(len(reply.body)))
-        else:
-            handler.close_connection = True  # how long it is shows at its end
-        for name, value in (*SECURITY_HEADERS, *reply.headers):
-            handler.send_header(name, value)
-        if handler.close_connection:
-            handler.send_header("Connection", "close")
-        handler.end_headers()
-        if handler.command != "HEAD":
-            handler.wfile.write(reply.body)
-            for piece in reply.more or ():
-                handler.wfile.write(piece)
-
-    def _request(self, body: bytes) -> HttpRequest:
-        tls = self._peer.tls
-        request = HttpRequest(
-            method=self._handler.command,
-            path=self._handler.path.partition("?")[0],
-            headers=self._handler.headers,
-            body=body,
-            address=self._peer.address,
-            host=self._handler.headers.get("Host", ""),
-            secure=tls is not None,
-            channel_binding=None if tls is None else tls.channel_binding,
-        )
-        return self._app.proxies.see_through(request)
-
-    def _upgrade(self, request: HttpRequest) -> None:
-        handler = self._handler
-        handler.close_connection = True
-        refusal = self._app.refusal(request)
-        if refusal is not None:
-            self.send(refusal)
-            return
-        try:
-            fields = accept_upgrade(request.headers)
-        except HandshakeError as error:
-            refusal = error_reply(error.status, str(error))
-            self.send(refusal.replace(headers=error.headers))
-            return
-        handler.send_response_only(101)
-        for name, value in fields:
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.flush()
-        ws = self._websocket()
-        identified = self._peer.admission.identified
-        self.upgraded = self._app.server(ws, request, identified)
-
-    def _websocket(self) -> WebSocket:
-        # What the client sent right behind its request waits in rfile's buffer.
-        self._stream.end_reading()
-        reader: Any = self._handler.rfile  # a BufferedReader
-        early: bytes = reader.peek()
-        protocol = WebSocketProtocol(
-            client=False,
-            max_message=MAX_STRANGER_MESSAGE,  # the Gateway takes longer ones later
-            hold_pongs=True,
-        )
-        return WebSocket(self._handler.connection, protocol, early=early)
-
-
-def _handler_class(app: HttpApp) -> Callable[..., Any]:
+def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a method
     # Made here, because http.server takes a Pi Zero a quarter of a second to import,
     # which no other subcommand should wait for.
     from http.server import BaseHTTPRequestHandler
@@ -16661,6 +16950,9 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:
         # Until a request line was read:
         command = requestline = ""
         request_version = "HTTP/1.1"
+        # Serves the WebSocket that the connection has become, once http.server is
+        # through with it: its objects and buffers would be 25 KiB of each node.
+        upgraded: Callable[[], None] | None = None
 
         def setup(self) -> None:
             super().setup()
@@ -16670,14 +16962,13 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:
             self.rfile = io.BufferedReader(stream)
             self.wfile = io.BufferedWriter(stream)  # header and body in one write
             self.peer: TcpPeer = self.client_address  # type: ignore[assignment]
-            self.exchange = HttpExchange(self, stream, self.peer, app)
 
         def handle_one_request(self) -> None:
             self.stream.begin()
             try:
                 super().handle_one_request()
             except RequestTooLarge:
-                self.exchange.refuse(431, f"{MAX_REQUEST_HEAD} bytes are the limit")
+                self.refuse(431, f"{MAX_REQUEST_HEAD} bytes are the limit")
             except OSError:
                 self.close_connection = True
 
@@ -16687,18 +16978,113 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:
             return True
 
         def do_GET(self) -> None:
-            self.exchange.get()
+            headers = self.headers
+            length = headers.get("Content-Length", "0")
+            if "Transfer-Encoding" in headers or length != "0":
+                # A body that stays unread would pass for the next request.
+                self.close_connection = True
+            request = self.request_with(b"")
+            if request.path == "/ws" and "Upgrade" in headers:
+                self.upgrade(request)
+            else:
+                self.send(app.answer(request))
 
         do_HEAD = do_GET  # noqa: N815  http.server looks for these names
 
         def do_POST(self) -> None:
-            self.exchange.post()
+            lengths = self.headers.get_all("Content-Length") or [""]
+            coded = "Transfer-Encoding" in self.headers
+            if coded or len(lengths) > 1 or not re.fullmatch("[0-9]{1,15}", lengths[0]):
+                self.refuse(411, "send the body with its Content-Length")
+                return
+            length = int(lengths[0])
+            if length > MAX_BODY:
+                self.refuse(413, f"a body may have {MAX_BODY} bytes, not {length}")
+                return
+            if length > MAX_STRANGER_BODY:
+                try:
+                    # Before it is read: strangers are to cost little memory.
+                    app.caller(self.request_with(b""))
+                except RpcError:
+                    problem = "so long a body needs an operator key or a sign-in"
+                    self.refuse(401, problem)
+                    return
+            self.stream.expect_body(length)
+            body = self.rfile.read(length)
+            if len(body) == length:
+                self.send(app.answer(self.request_with(body)))
+            else:
+                self.close_connection = True
+
+        def request_with(self, body: bytes) -> HttpRequest:
+            tls = self.peer.tls
+            request = HttpRequest(
+                method=self.command,
+                path=self.path.partition("?")[0],
+                headers=self.headers,
+                body=body,
+                address=self.peer.address,
+                host=self.headers.get("Host", ""),
+                secure=tls is not None,
+                channel_binding=None if tls is None else tls.channel_binding,
+            )
+            return app.edge.proxies.see_through(request)
+
+        def refuse(self, status: int, message: str) -> None:
+            """Answer what cannot be answered otherwise; the connection ends with it."""
+            self.close_connection = True
+            self.send(error_reply(status, message))
 
         def send_error(
             self, code: int, message: Any = None, explain: Any = None
         ) -> None:
             # http.server's own answer is a page of HTML.
-            self.exchange.refuse(code, message or explain or self.responses[code][0])
+            self.refuse(code, message or explain or self.responses[code][0])
+
+        def send(self, reply: Reply) -> None:
+            self.send_response(reply.status)
+            self.send_header("Content-Type", reply.content_type)
+            if isinstance(reply.body, bytes):
+                self.send_header("Content-Length", str(len(reply.body)))
+            else:
+                self.close_connection = True  # its end is the end of the connection
+            for name, value in (*SECURITY_HEADERS, *reply.headers):
+                self.send_header(name, value)
+            if self.close_connection:
+                self.send_header("Connection", "close")
+            self.end_headers()
+            if self.command != "HEAD":
+                body = reply.body
+                for piece in [body] if isinstance(body, bytes) else body:
+                    self.wfile.write(piece)
+
+        def upgrade(self, request: HttpRequest) -> None:
+            self.close_connection = True
+            refusal = app.edge.refusal(request)
+            if refusal is not None:
+                self.send(refusal)
+                return
+            try:
+                headers = accept_upgrade(request.headers)
+            except HandshakeError as error:
+                self.send(error_reply(error.status, str(error), error.headers))
+                return
+            self.send_response_only(101)
+            for name, value in headers:
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.flush()
+            # What the client sent right behind its request waits in rfile's buffer.
+            self.stream.end_reading()
+            reader: Any = self.rfile  # a BufferedReader
+            early: bytes = reader.peek()
+            protocol = WebSocketProtocol(
+                client=False,
+                max_message=MAX_STRANGER_MESSAGE,  # Gateway allows longer ones later
+                hold_pongs=True,
+            )
+            ws = WebSocket(self.connection, protocol, early=early)
+            self.upgraded = app.server(ws, request, self.peer.admission.identified)
 
         def finish(self) -> None:
             with contextlib.suppress(OSError):
@@ -16708,6 +17094,9 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:
             log.debug("http %s %s", self.peer.address, redact(format % args))
 
     return Handler
+
+
+# --- All connections ---
 
 
 def _descriptor_limit() -> int:
@@ -16788,7 +17177,7 @@ class Admission:
 
 
 class ConnectionThreads:
-    """The threads that serve connections, to be waited for at the end."""
+    """The threads that serve connections, until close() has joined them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _sockets
@@ -16804,7 +17193,7 @@ class ConnectionThreads:
             self._sockets[thread] = sock
 
     def replace_socket(self, sock: socket.socket) -> None:
-        """Note that the calling thread's connection speaks TLS now."""
+        """Use this socket for the calling thread's connection: it speaks TLS now."""
         with self._lock:
             self._sockets[threading.current_thread()] = sock
 
@@ -16855,92 +17244,6 @@ def _secured(sock: socket.socket, identity: TlsIdentity) -> socket.socket:
     return secured
 
 
-class ConnectionServer:
-    """What is done with an accepted connection, in a thread of its own."""
-
-    def __init__(
-        self,
-        app: HttpApp,
-        tls: ServerTls | None,
-        limits: ConnectionLimits,
-        threads: ConnectionThreads,
-    ) -> None:
-        self._tls = tls
-        self._threads = threads
-        self._limits = limits
-        self._handler = _handler_class(app)
-        self._proxies = app.proxies
-        self._last_refusal = -math.inf  # on the monotonic clock
-
-    def admit(self, address: str) -> Admission | None:
-        """Return the right to be served, or None where there are too many."""
-        # Other users of this machine have better ways to bring it down.
-        shared = is_loopback(address) or self._proxies.include(address)
-        admission = self._limits.admit(address, shared=shared)
-        if admission is None and time.monotonic() > self._last_refusal + 60:
-            self._last_refusal = time.monotonic()
-            log.warning("too many connections: refused one of address=%s", address)
-        return admission
-
-    def serve(
-        self, sock: socket.socket, address: str, admission: Admission, server: Any
-    ) -> None:
-        """Serve a connection to its end, and close it."""
-        identity = None
-        try:
-            if self._tls is not None:
-                identity = self._tls.identity
-                sock = _secured(sock, identity)
-                self._threads.replace_socket(sock)
-            peer = TcpPeer(address, identity, admission)
-            upgraded = self._handler(sock, peer, server).exchange.upgraded
-            if upgraded is not None:
-                upgraded()
-        except OSError as error:
-            # The client went away in the middle, or did not agree on TLS.
-            log.debug("connection ended address=%s: %s", address, error)
-        except Exception:
-            log.exception("connection failed address=%s", address)
-        finally:
-            admission.end()
-            server.shutdown_request(sock)
-
-
-def _make_server(
-    address: tuple[str, int], serve: ConnectionServer, threads: ConnectionThreads
-) -> socketserver.TCPServer:
-    """Return a server that listens.  Raises BadConfiguration."""
-    import socketserver
-
-    class Server(socketserver.TCPServer):
-        address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        allow_reuse_address = True
-        request_queue_size = LISTEN_BACKLOG
-
-        def process_request(self, request: Any, client_address: Any) -> None:
-            ip = unmapped(client_address[0])
-            admission = serve.admit(ip)
-            if admission is None:
-                self.shutdown_request(request)
-                return
-            work = partial(serve.serve, request, ip, admission, self)
-            try:
-                threads.start(work, request, f"moltis-read-{ip}")
-            except BaseException:  # RuntimeError: the system has no thread left
-                admission.end()
-                raise
-
-    try:
-        return Server(address, socketserver.BaseRequestHandler)
-    except (OSError, OverflowError) as error:
-        host, port = address
-        raise BadConfiguration(
-            f"cannot listen on {host} port {port}: "
-            f"{getattr(error, 'strerror', None) or error}; "
-            "choose another address with --bind or --port"
-        ) from error
-
-
 class HttpDoor:
     """A listening socket with one thread a connection, from start to close()."""
 
@@ -16948,17 +17251,21 @@ class HttpDoor:
         self,
         address: tuple[str, int],
         app: HttpApp,
-        connections: ConnectionThreads,
+        threads: ConnectionThreads,
         tls: ServerTls | None = None,
     ) -> None:
         """Raises BadConfiguration when the address cannot be listened on."""
-        limits = ConnectionLimits(
+        self._tls = tls
+        self._threads = threads
+        self._proxies = app.edge.proxies
+        self._handler = _handler_class(app)
+        self._limits = ConnectionLimits(
             _descriptor_limit(),
             strangers=MAX_STRANGERS,
             strangers_each=MAX_STRANGERS_EACH,
         )
-        serve = ConnectionServer(app, tls, limits, connections)
-        self._server = _make_server(address, serve, connections)
+        self._last_refusal = -math.inf  # on the monotonic clock
+        self._server = self._listen(address)
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="moltis-http", daemon=True
         )
@@ -16973,6 +17280,69 @@ class HttpDoor:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+
+    def _listen(self, address: tuple[str, int]) -> socketserver.TCPServer:
+        """Raises BadConfiguration."""
+        import socketserver
+
+        host, port = address
+        accept = self._accept
+
+        class Server(socketserver.TCPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            allow_reuse_address = True
+            request_queue_size = LISTEN_BACKLOG
+
+            def process_request(self, request: Any, client_address: Any) -> None:
+                accept(request, unmapped(client_address[0]))
+
+        try:
+            return Server(address, socketserver.BaseRequestHandler)
+        except (OSError, OverflowError) as error:
+            raise BadConfiguration(
+                f"cannot listen on {host} port {port}: "
+                f"{getattr(error, 'strerror', None) or error}; "
+                "choose another address with --bind or --port"
+            ) from error
+
+    def _accept(self, sock: socket.socket, address: str) -> None:
+        """Serve a connection in a thread of its own, if there is room for it."""
+        # Other users of this machine have better ways to bring it down.
+        shared = is_loopback(address) or self._proxies.include(address)
+        admission = self._limits.admit(address, shared=shared)
+        if admission is None:
+            if time.monotonic() > self._last_refusal + 60:
+                self._last_refusal = time.monotonic()
+                log.warning("too many connections: refused one of address=%s", address)
+            self._server.shutdown_request(sock)
+            return
+        serve = partial(self._serve, sock, address, admission)
+        try:
+            self._threads.start(serve, sock, f"moltis-read-{address}")
+        except BaseException:  # RuntimeError: the system has no thread left
+            admission.end()
+            raise
+
+    def _serve(self, sock: socket.socket, address: str, admission: Admission) -> None:
+        """Serve a connection to its end, and close it."""
+        identity = None
+        try:
+            if self._tls is not None:
+                identity = self._tls.identity
+                sock = _secured(sock, identity)
+                self._threads.replace_socket(sock)
+            peer = TcpPeer(address, identity, admission)
+            upgraded = self._handler(sock, peer, self._server).upgraded
+            if upgraded is not None:
+                upgraded()
+        except OSError as error:
+            # The client went away in the middle, or did not agree on TLS.
+            log.debug("connection ended address=%s: %s", address, error)
+        except Exception:
+            log.exception("connection failed address=%s", address)
+        finally:
+            admission.end()
+            self._server.shutdown_request(sock)
 
 
 # ==============================================================================
@@ -21954,7 +22324,7 @@ class GatewayOptions(Value):
         return f"http{'s' if self.tls else ''}://{host}:{port}"
 
     def edge(self) -> Edge:
-        return Edge(HostCheck(self.allowed_hosts), self.proxies, self.fingerprint)
+        return Edge(self.allowed_hosts, self.proxies, self.fingerprint)
 
     def fingerprint(self) -> str | None:
         return self.tls.identity.certificate.pin if self.tls else None
@@ -22047,11 +22417,13 @@ class RunningGateway:
             approvals = Approvals()
             chats = Chats(store, fleet, jobs, models, approvals, announce)
             rpc = Rpc(
+                fleet,
+                models,
+                chats,
                 NodeMethods(fleet, jobs, access, store.devices, announce),
                 JobMethods(fleet, jobs),
                 ChatMethods(chats, fleet, approvals),
                 AccessMethods(access, store.audit, audience, chats.key_revoked),
-                ModelMethods(models),
             )
             gateway = Gateway(
                 access,
