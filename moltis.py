@@ -21598,6 +21598,12 @@ class LastingClient:
                 return cancel.result_of(self._connected().start(method, params))
             except (ConnectionClosed, Unreachable) as error:
                 problem = error
+            except RpcError as error:
+                if not (
+                    isinstance(error.details, dict) and error.details.get("goesOn")
+                ):
+                    raise
+                problem = error  # the gateway stops, and the job does not
             cancel.pause(pause)
         raise Unreachable(f"the gateway does not come back: {problem}")
 

@@ -738,7 +738,7 @@ class Schedule:
         """It came as its node was ending."""
         assert not runs
         assert self.ended(work)
-        assert "shutting down" in row["reason"]
+        assert "stopping" in row["reason"]
         self.check_end(work, moltis.EXIT_FAILURE, output=b"")
 
     def check_timed_out(self, work, _row, runs):
