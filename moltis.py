@@ -20997,12 +20997,12 @@ class OperatorClient:
         self.close()
 
     def close(self) -> None:
-        """Leave in order: unkept jobs that this client holds are cancelled."""
+        """End the connection; jobs that it holds wait for another one."""
         self._ws.close(timeout=1.0)
         self._reader.join()
 
     def drop(self) -> None:
-        """End the connection as if it broke: its jobs wait for a successor."""
+        """End the connection without a word to a peer that may be gone."""
         self._ws.abort()
         self._reader.join()
 
@@ -21304,10 +21304,13 @@ class JobFeed:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave in order: the gateway cancels unkept jobs that are held."""
+        """Leave in order: unkept jobs that are held are cancelled."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        for job in self.open.values():
+            # A connection that just ends would count as broken.
+            self.notify("job.unfollow", {"id": job.id, "leave": job.holds})
         self._client.close()
 
     def call(self, method: str, params: JsonObject) -> Any:
@@ -22963,7 +22966,8 @@ def _node_state_column(row: JsonObject) -> str:
 
 
 def _models_column(row: JsonObject) -> str:
-    models = (f"{p['provider']} ({len(p['models'])})" for p in row["providers"] or ())
+    providers = row.get("providers") or ()
+    models = (f"{p['provider']} ({len(p['models'])})" for p in providers)
     return " ".join(models) or "-"
 
 
@@ -23016,7 +23020,7 @@ KEY_COLUMNS: Mapping[str, Column] = {
     "SCOPES": lambda row: ", ".join(row["scopes"]),
     "CREATED": time_column("createdAt"),
     "LAST USED": time_column("lastUsedAt"),
-    "STATE": lambda row: "revoked" if row["revokedAt"] else "good",
+    "STATE": lambda row: "revoked" if row.get("revokedAt") else "good",
     "ID": "keyId",
 }
 
@@ -23027,7 +23031,7 @@ def cmd_key_list(args: argparse.Namespace, context: Context) -> int:
 
 def cmd_key_revoke(args: argparse.Namespace, context: Context) -> int:
     with operator_client(args, context) as client:
-        keys = [k for k in client.call("keys.list", {}) if not k["revokedAt"]]
+        keys = [k for k in client.call("keys.list", {}) if not k.get("revokedAt")]
         client.call("keys.revoke", {"keyId": find_one(args.key, keys, "key", "keyId")})
     context.output.say(f"{args.key} is revoked")
     return EXIT_OK
@@ -23040,10 +23044,12 @@ def one_line(text: str, limit: int) -> str:
 
 
 def _audit_state_column(row: JsonObject) -> str:
-    if not row["state"]:
+    if not row.get("state"):
         return "-"
-    words = ending_words(row["state"], row["exitCode"], row["signal"], None)
-    return f"{words}, decided by {row['decidedBy']}" if row["decidedBy"] else words
+    fields = (row.get(name) for name in ("exitCode", "signal", "reason"))
+    words = ending_words(row["state"], *fields)
+    decided_by = row.get("decidedBy")
+    return f"{words}, decided by {decided_by}" if decided_by else words
 
 
 AUDIT_ROW: Mapping[str, Column] = {
@@ -23588,7 +23594,7 @@ def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
         if session["key"] == wanted:
             return session
     label = wanted.strip().casefold()
-    named = [s for s in sessions if (s["label"] or "").casefold() == label]
+    named = [s for s in sessions if (s.get("label") or "").casefold() == label]
     if len(named) > 1:
         keys = ", ".join(session["key"] for session in named)
         raise UsageError(f"several sessions are called {wanted!r}; use a key: {keys}")
