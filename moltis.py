@@ -8811,7 +8811,7 @@ MIGRATIONS: Mapping[int, str] = {
 }
 
 
-def _signal_name(number: str | None) -> str | None:
+def _stored_signal_name(number: str | None) -> str | None:
     """Return the name of a signal, which the first edition stored as a number."""
     try:
         return number and signal.Signals(int(number)).name
@@ -9042,7 +9042,7 @@ def _prepare_database(db: sqlite3.Connection, path: Path) -> None:
     # A checkpoint waits for the disk: tick() makes them, beside the writers.
     db.execute("PRAGMA wal_autocheckpoint = 0")
     db.execute("PRAGMA foreign_keys = ON")
-    db.create_function("signal_name", 1, _signal_name)
+    db.create_function("signal_name", 1, _stored_signal_name)
     db.create_function("card_details", 1, _card_details)
     for number in sorted(number for number in MIGRATIONS if number > version):
         script = f"{MIGRATIONS[number]}; PRAGMA user_version = {number}"
@@ -9544,13 +9544,15 @@ class JobsTable(Table):
         state: str = "",
         session_key: str = "",
         query: str = "",
+        kept: bool = False,
         before: int = 0,
         limit: int = 100,
     ) -> list[JobRecord]:
         """Return jobs, the newest first, at most MAX_PAGE of them.
 
         `state` may also be "open", "ended" or "failed"; `query` is a part of the
-        command, in any case of letters; `before` is the `seq` of the last one known.
+        command, in any case of letters; `kept` leaves out those that ended and whose
+        log is not kept; `before` is the `seq` of the last one known.
         """
         given = {
             "node_id = ?": node_id,
@@ -9564,6 +9566,8 @@ class JobsTable(Table):
         # Only what is given: SQLite finds no index for `? = '' OR node_id = ?`.
         conditions = [sql for sql, value in given.items() if value]
         conditions.append(self.STATES.get(state, "TRUE"))
+        if kept:
+            conditions.append(f"(kept OR {self.STATES['open']})")
         return self._find(
             JobRecord,
             f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?",
@@ -10705,6 +10709,10 @@ class Fleet:
             "NOT_FOUND", f"there is no node {reference!r}; there is {_some(known)}"
         )
 
+    def knows(self, node_id: str) -> bool:
+        """Return whether a node of this id may connect."""
+        return node_id == LOCAL_ID or node_id in self._devices.names().by_id
+
     def require_connected(self, node_id: str, name: str) -> ConnectedNode:
         """Raises RpcError UNAVAILABLE, with the time since when it is offline."""
         node = self.connected(node_id)
@@ -10723,22 +10731,28 @@ class Fleet:
     def select(self, text: str, limit: int) -> tuple[list[JsonObject], int]:
         """Return views of at most `limit` machines with `text` in id or name.
 
-        And the number of all such machines.
+        And the number of all such machines.  Connected ones come first, then by name.
         """
-        wanted, by_id = text.strip().casefold(), self._devices.names().by_id
-        found = sorted(
-            (name.casefold(), node_id)
-            for node_id, name in by_id.items()
-            if wanted in name.casefold() or wanted in node_id.casefold()
-        )
-        ids = [node_id for _, node_id in found]
-        if wanted in LOCAL_ID:
-            ids.insert(0, LOCAL_ID)
+        wanted, names = text.strip().casefold(), self._devices.names().by_id
+        names = {LOCAL_ID: LOCAL_NAME, **names}
+        with self._lock:
+            connected = set(self._connected)
+
+        def order(node_id: str) -> tuple[bool, str]:
+            return node_id not in connected, names[node_id].casefold()
+
+        found = list(names)
+        if wanted:
+            found = [i for i in names if wanted in f"{i}\n{names[i]}".casefold()]
+            found.sort(key=order)
+        elif len(found) > limit:
+            # Names of thousands take 3 ms to sort, before each turn of a model.
+            found.sort(key=lambda node_id: node_id not in connected)
         views = []
-        for node_id in ids[:limit]:
+        for node_id in sorted(found[:limit], key=order):
             with contextlib.suppress(RpcError):  # revoked meanwhile
                 views.append(self.view(node_id))
-        return views, len(ids)
+        return views, len(found)
 
     def view(self, node_id: str) -> JsonObject:
         """Return `node.describe`.  Raises RpcError NOT_FOUND."""
@@ -11244,6 +11258,7 @@ class Job:
         self.sent_over: NodeLink | None = None
         self.was_sent = record.sent_to is not None
         self.acknowledged = log.begin  # as the node was told
+        self.settled = False  # ended, stored, all of it acknowledged
         self.log_end: int | None = None  # the final offset, once known
         self.result: JsonObject | None = None  # of work other than a command
         self.place = 0  # in line on its node; 0: it runs
@@ -11351,6 +11366,21 @@ def _stopping() -> RpcError:
     return RpcError("UNAVAILABLE", why, details={"goesOn": True}, retryable=True)
 
 
+def _same_caller(job: Job, record: JobRecord) -> Job:
+    """Return `job`.  Raises RpcError CONFLICT unless the same key asks for it again."""
+    if job.record.caller_id != record.caller_id:
+        raise RpcError("CONFLICT", f"the id {record.id} was used by another key")
+    return job
+
+
+def _reopened(record: JobRecord) -> JobRecord:
+    """Return the row of a job that its node brings along: only a lost one changes."""
+    if record.state != JobState.LOST:
+        return record
+    running = JobState.RUNNING
+    return record.replace(state=running, ended_at=None, reason=None, log_end=0)
+
+
 def _too_many_waits() -> RpcError:
     why = f"{MAX_WAITS} answers wait for commands already; ask without `wait`"
     return RpcError("UNAVAILABLE", why, retryable=True)
@@ -11397,6 +11427,9 @@ class Jobs:
         self._unswept = keep_output  # bytes of logs that ended since the last sweep
         for record in table.open():
             self._adopt(record).away_since = time.monotonic()
+        for node_id in list(self._by_node):
+            if not fleet.knows(node_id):  # revoked by a gateway that was killed then
+                self.lose(node_id, "its token was revoked")
 
     # --- For callers ---
 
@@ -11406,8 +11439,10 @@ class Jobs:
         Raises RpcError: CONFLICT for an id of another key, UNAVAILABLE if the node is
         away; StoreError if the row cannot be written.
         """
-        with contextlib.suppress(KeyError):
-            return self._known(record)
+        with self._lock:
+            known = self._jobs.get(record.id)
+        if known is not None:
+            return _same_caller(known, record)
         if self._closed:
             raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
         link = self._link(record.node_id)
@@ -11416,7 +11451,7 @@ class Jobs:
             record = record.replace(sent_to=link.instance, state=JobState.RUNNING)
         elif record.queue_until is not None:
             record = record.replace(state=JobState.QUEUED)
-        else:
+        elif self._table.get(record.id) is None:
             self._fleet.require_connected(record.node_id, record.node_name)
         job = Job(record, Log(self._log_directory(record)))
         job.was_sent = False
@@ -11425,24 +11460,30 @@ class Jobs:
         try:
             if job.is_recorded:
                 job.record = self._table.add(record)
-        except BaseException:
+        except BaseException as error:
             self._remove(job)
+            if isinstance(error, RpcError) and error.code == "CONFLICT":
+                return _same_caller(self.get(record.id), record)  # it has ended
             raise
         self._send(job)
         return job
 
     def get(self, job_id: str) -> Job:
         """Return a job, also one that ended.  Raises RpcError NOT_FOUND, StoreError."""
-        try:
-            return self._find(job_id)
-        except KeyError:
-            raise RpcError("NOT_FOUND", f"there is no job {job_id[:64]!r}") from None
+        with self._lock:
+            job = self._jobs.get(job_id)
+        if job is not None:
+            return job
+        record = self._table.get(job_id)
+        if record is None:
+            raise RpcError("NOT_FOUND", f"there is no job {job_id[:64]!r}")
+        return self._load(record)
 
     def open_on(self, node_id: str) -> list[Job]:
         """Return the jobs of a node that have not ended."""
         return [job for job in self._on(node_id) if job.record.is_open]
 
-    def list(self, **filters: Any) -> Sequence[Job | JobRecord]:
+    def page(self, **filters: Any) -> Sequence[Job | JobRecord]:
         """Return jobs, the newest first; see JobsTable.page() for the filters."""
         rows = self._table.page(**filters)
         with self._lock:
@@ -11476,14 +11517,17 @@ class Jobs:
         """Tell the node what it need not keep, once that is a quarter of a window."""
         with job.lock:
             offset = job.releasable()
-            settled = not job.record.is_open and job.stored and offset >= job.log.end
-            if not settled and offset - job.acknowledged < LOG_WINDOW // 4:
+            over = not job.record.is_open and job.stored and offset >= job.log.end
+            if job.settled or (
+                not over and offset - job.acknowledged < LOG_WINDOW // 4
+            ):
                 return
-            job.acknowledged = offset
-            job.log.forget(offset)
+            job.acknowledged, job.settled = offset, over
+            if not job.record.kept:
+                job.log.forget(offset)
         self._tell(job, lambda link: link.acknowledge(job.id, offset))
         # The node of a lost job may still come back with it.
-        if settled and not (job.record.state == JobState.LOST and job.followers):
+        if over and not (job.record.state == JobState.LOST and job.followers):
             self._remove(job)
 
     def wait(
@@ -11495,13 +11539,15 @@ class Jobs:
         """
         future = self.ended(job, None)
         try:
-            if cancel is not None:
-                return cancel.result_of(future, timeout)
-            return future.result(timeout)
+            if cancel is None:
+                future.result(timeout)
+            else:
+                cancel.result_of(future, timeout)
         except FutureTimeout:
-            return job
+            pass
         finally:
             future.cancel()
+        return job
 
     def ended(self, job: Job, timeout: float | None) -> Future[Job]:
         """Return a future of the job, done when it has ended or after `timeout` s.
@@ -11643,6 +11689,8 @@ class Jobs:
             job = self._of_node(link.node_id, job_id) or self._reopen(link, job_id)
             if job is not None:
                 with job.lock:
+                    job.record = _reopened(job.record)
+                    job.settled = False
                     job.log.skip_to(begin)
                     job.was_sent = True
                     job.acknowledged = max(job.acknowledged, begin)
@@ -11661,7 +11709,8 @@ class Jobs:
             if job.record.is_open and not known:
                 self._send(job)
             elif known and job.record.is_open and job.record.cancelled_at is not None:
-                self._tell(job, lambda link, job=job: link.cancel(job.id))
+                with contextlib.suppress(ConnectionClosed):
+                    link.cancel(job.id)
             self._wake(job)
             self.acknowledge(job)
 
@@ -11759,24 +11808,6 @@ class Jobs:
         return [] if record is None else [record]
 
     # --- Inside ---
-
-    def _find(self, job_id: str) -> Job:
-        """Raises KeyError, StoreError."""
-        with self._lock:
-            job = self._jobs.get(job_id)
-        if job is not None:
-            return job
-        record = self._table.get(job_id)
-        if record is None:
-            raise KeyError(job_id)
-        return self._load(record)
-
-    def _known(self, record: JobRecord) -> Job:
-        """Raises KeyError if its id is new, RpcError if it is another key's."""
-        job = self._find(record.id)
-        if job.record.caller_id != record.caller_id:
-            raise RpcError("CONFLICT", f"the id {record.id} was used by another key")
-        return job
 
     def _end_locked(self, job: Job, ending: Ending) -> None:
         """Record how a job ended, unless that is known; `job.lock` is held."""
@@ -11895,11 +11926,7 @@ class Jobs:
         record = self._table.get(job_id)
         if record is None or record.node_id != link.node_id:
             return None
-        if record.state == JobState.LOST:
-            record = record.replace(
-                state=JobState.RUNNING, ended_at=None, reason=None, log_end=0
-            )
-        return self._adopt(record)
+        return self._adopt(_reopened(record))
 
     def _of_node(self, node_id: str, job_id: str) -> Job | None:
         # A node answers for its own jobs only, whatever ids it names.
@@ -12096,7 +12123,7 @@ class Conversation:
 class Reading(Value):
     """A part of a job's output."""
 
-    offset: int  # in the log; beyond the one asked for if bytes are missing
+    missing: int  # bytes before it that are not kept
     pieces: Sequence[tuple[str, bytes]]  # stream, data
     next: int
 
@@ -12179,7 +12206,7 @@ class FleetMachines:
             frames = [(STREAMS.get(kind), piece) for kind, piece in log_frames(data)]
             pieces = [(stream, piece) for stream, piece in frames if stream]
             boundary = start + len(data)
-            return Reading(start, pieces, boundary)
+            return Reading(start - offset, pieces, boundary)
 
         return read
 
@@ -12207,8 +12234,8 @@ class Approvals:
         self._timeout = timeout
         self._lock = threading.Lock()  # guards the two below
         self._open: dict[str, tuple[Conversation, str, Future[Verdict]]] = {}
-        # Names of those who answered, by session, node and key that asked.
-        self._always: dict[tuple[str, str, str], str] = {}
+        # Name and key of those who answered, by session, node and key that asked.
+        self._always: dict[tuple[str, str, str], tuple[str, str]] = {}
 
     def ask(
         self, chat: Conversation, planned: PlannedCommand, cancel: Cancellation
@@ -12229,7 +12256,7 @@ class Approvals:
             if always is None:
                 self._open[job_id] = (chat, node_id, answer)
         if always is not None:
-            return Verdict(True, f"{always}, always here")
+            return Verdict(True, f"{always[0]}, always here")
         try:
             chat.ask(planned)
             with cancel.calling(give_up):
@@ -12243,18 +12270,25 @@ class Approvals:
             self._close(job_id)
 
     def answer(
-        self, job_id: str, *, allowed: bool, by: str, always: bool = False
+        self,
+        job_id: str,
+        *,
+        allowed: bool,
+        by: str,
+        key_id: str = "",
+        always: bool = False,
     ) -> None:
-        """Let a command run, or not; `always`: here, in this session, without asking.
+        """Let a command run, or not, in the name of `by`, who holds the key `key_id`.
 
-        Raises RpcError NOT_FOUND if the question is closed.
+        `always`: here, in this session, without asking.  Raises RpcError NOT_FOUND if
+        the question is closed.
         """
         with self._lock:
             question = self._open.pop(job_id, None)
             same = []
             if question is not None and allowed and always:
                 scope = self._scope(*question[:2])
-                self._always[scope] = by
+                self._always[scope] = by, key_id
                 same = [
                     i for i, q in self._open.items() if self._scope(*q[:2]) == scope
                 ]
@@ -12268,8 +12302,10 @@ class Approvals:
     def forget(self, session_key: str = "", *, key_id: str = "") -> None:
         """Ask again in this session, or for this key, which is revoked."""
         with self._lock:
-            for scope in list(self._always):
-                if scope[0] == session_key or scope[2] == key_id != "":
+            for scope, (_, answered) in list(self._always.items()):
+                if scope[0] == session_key or (
+                    key_id and key_id in (scope[2], answered)
+                ):
                     del self._always[scope]
 
     def _scope(self, chat: Conversation, node_id: str) -> tuple[str, str, str]:
@@ -12482,9 +12518,8 @@ def read_output(read: Callable[[int], Reading], offset: int) -> tuple[JsonObject
     stdout, stderr = streams.values()
     for _ in range(MAX_OUTPUT_READS):
         reading = read(offset)
-        if reading.offset > offset:
-            missing = reading.offset - offset
-            stdout.add(f"\n[… {missing:,} bytes not kept …]\n".encode())
+        if reading.missing:
+            stdout.add(f"\n{gap_words(reading.missing)}\n".encode())
         if reading.next <= offset:
             break
         offset = reading.next
@@ -12578,7 +12613,8 @@ class Toolbox:
     def _prepare(self, call: ToolCall, specs: Sequence[ToolSpec]) -> ToolJob:
         """Return what is left to do for a call, which ends in its result."""
         try:
-            job = self._tools[call.name](call, check_arguments(call, specs))
+            arguments = check_arguments(call, specs)
+            job = self._tools[call.name](call, arguments)
         except RpcError as error:
             problem = {"error": error.message}
             self._chat.begin_call(call, None)
@@ -13346,11 +13382,14 @@ class SessionLog:
             if message is None:
                 return
             if command:
-                details = {"command": {**message.details["command"], **command}}
+                merged = {**message.details["command"], **command}
+                # What does not hold any more is absent, never null.
+                kept = {k: v for k, v in merged.items() if v is not None}
+                details = {"command": kept}
             if last:
                 changes["created_at"] = self._next_created_at()
-            merged = {**message.details, **details}
-            self._put(event, message.replace(details=merged, **changes), job)
+            details = {**message.details, **details}
+            self._put(event, message.replace(details=details, **changes), job)
 
     def end_card(self, job: Job | JobRecord) -> None:
         """Show on its card that a job ended, or that it ended after all."""
@@ -14057,7 +14096,7 @@ class Chats:
 
     def _cancel_jobs(self, key: str, by: str, *, background: bool) -> None:
         """Cancel the commands of a session, those of an earlier gateway as well."""
-        for job in self._jobs.list(session_key=key, state="open"):
+        for job in self._jobs.page(session_key=key, state="open"):
             if not background:
                 message = self._store.messages.by_job_id(job.id)
                 if message and message.details["command"].get("background"):
@@ -14850,7 +14889,7 @@ class JobMethods:
         """Answer with jobs, the newest first."""
         if node_id:
             node_id, _ = self._fleet.resolve(node_id)
-        return list(map(job_view, self._jobs.list(node_id=node_id, **filters)))
+        return list(map(job_view, self._jobs.page(node_id=node_id, **filters)))
 
     def invoke(
         self,
@@ -21601,7 +21640,7 @@ class RemoteMachines:
                 (piece["stream"], base64.b64decode(piece["data"]))
                 for piece in answer["pieces"]
             ]
-            return Reading(answer["offset"], pieces, answer["next"])
+            return Reading(answer["offset"] - offset, pieces, answer["next"])
 
         return read
 
