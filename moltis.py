@@ -3615,8 +3615,9 @@ MAX_SURVIVORS = 3  # processes that an ending names
 
 # 300,000 lines echoed one by one are 200 reads with this, 45,000 without; the first
 # line, and the last before the exit, are not delayed.
-LINE_PAUSE = 0.002  # s that the pipes are left alone after a small read
+LINE_PAUSE = 0.002  # s that the outputs are left alone after two small reads
 LINE_CHUNK = 4096  # bytes; a read of fewer is small
+READ_PAGES = 15 * 4096  # bytes of a read; a frame of what a full pipe holds is too long
 
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
 FORWARDED_VALUE = r"(?a)[\w.,:@+/= -]{0,256}"  # nothing that a shell runs
@@ -4196,7 +4197,7 @@ class Command:
         self._exited_at: float | None = None  # monotonic
         self._drain = Deadline(None)  # runs from the shell's exit on
         self._owed: dict[int, int] = {}  # by output, bytes in it at the exit
-        self._read_at = -math.inf  # monotonic
+        self._small_read_at = -math.inf  # monotonic
         self._rest_until = 0.0  # monotonic; until then the outputs are left alone
         self._look = 0.00005  # s; doubled before each check for the exit
         log.on_room = self._wake
@@ -4386,7 +4387,7 @@ class Command:
         if not room:
             return False
         try:
-            data = os.read(descriptor, room)
+            data = os.read(descriptor, min(room, READ_PAGES))
         except BlockingIOError:
             return False
         if not data:
@@ -4394,10 +4395,11 @@ class Command:
             return False
         self.log.append(group.outputs[descriptor], data)
         self._owed[descriptor] = self._owed.get(descriptor, 0) - len(data)
-        now = time.monotonic()
-        if len(data) < LINE_CHUNK and now - self._read_at < LINE_PAUSE:
-            self._rest_until = now + LINE_PAUSE
-        self._read_at = now
+        if len(data) < LINE_CHUNK:
+            now = time.monotonic()
+            if now - self._small_read_at < LINE_PAUSE:
+                self._rest_until = now + LINE_PAUSE
+            self._small_read_at = now
         return True
 
     def _write(self, group: ProcessGroup, descriptor: int) -> None:
