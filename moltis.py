@@ -3615,8 +3615,9 @@ MAX_SURVIVORS = 3  # processes that an ending names
 
 # 300,000 lines echoed one by one are 200 reads with this, 45,000 without; the first
 # line, and the last before the exit, are not delayed.
-LINE_PAUSE = 0.002  # s that the pipes are left alone after a small read
+LINE_PAUSE = 0.002  # s that the outputs are left alone after two small reads
 LINE_CHUNK = 4096  # bytes; a read of fewer is small
+READ_PAGES = 15 * 4096  # bytes of a read; a frame of what a full pipe holds is too long
 
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
 FORWARDED_VALUE = r"(?a)[\w.,:@+/= -]{0,256}"  # nothing that a shell runs
@@ -4196,7 +4197,7 @@ class Command:
         self._exited_at: float | None = None  # monotonic
         self._drain = Deadline(None)  # runs from the shell's exit on
         self._owed: dict[int, int] = {}  # by output, bytes in it at the exit
-        self._read_at = -math.inf  # monotonic
+        self._small_read_at = -math.inf  # monotonic
         self._rest_until = 0.0  # monotonic; until then the outputs are left alone
         self._look = 0.00005  # s; doubled before each check for the exit
         log.on_room = self._wake
@@ -4386,7 +4387,7 @@ class Command:
         if not room:
             return False
         try:
-            data = os.read(descriptor, room)
+            data = os.read(descriptor, min(room, READ_PAGES))
         except BlockingIOError:
             return False
         if not data:
@@ -4394,10 +4395,11 @@ class Command:
             return False
         self.log.append(group.outputs[descriptor], data)
         self._owed[descriptor] = self._owed.get(descriptor, 0) - len(data)
-        now = time.monotonic()
-        if len(data) < LINE_CHUNK and now - self._read_at < LINE_PAUSE:
-            self._rest_until = now + LINE_PAUSE
-        self._read_at = now
+        if len(data) < LINE_CHUNK:
+            now = time.monotonic()
+            if now - self._small_read_at < LINE_PAUSE:
+                self._rest_until = now + LINE_PAUSE
+            self._small_read_at = now
         return True
 
     def _write(self, group: ProcessGroup, descriptor: int) -> None:
@@ -8811,7 +8813,7 @@ MIGRATIONS: Mapping[int, str] = {
 }
 
 
-def _signal_name(number: str | None) -> str | None:
+def _stored_signal_name(number: str | None) -> str | None:
     """Return the name of a signal, which the first edition stored as a number."""
     try:
         return number and signal.Signals(int(number)).name
@@ -9042,7 +9044,7 @@ def _prepare_database(db: sqlite3.Connection, path: Path) -> None:
     # A checkpoint waits for the disk: tick() makes them, beside the writers.
     db.execute("PRAGMA wal_autocheckpoint = 0")
     db.execute("PRAGMA foreign_keys = ON")
-    db.create_function("signal_name", 1, _signal_name)
+    db.create_function("signal_name", 1, _stored_signal_name)
     db.create_function("card_details", 1, _card_details)
     for number in sorted(number for number in MIGRATIONS if number > version):
         script = f"{MIGRATIONS[number]}; PRAGMA user_version = {number}"
@@ -11258,6 +11260,7 @@ class Job:
         self.sent_over: NodeLink | None = None
         self.was_sent = record.sent_to is not None
         self.acknowledged = log.begin  # as the node was told
+        self.settled = False  # ended, stored, all of it acknowledged
         self.log_end: int | None = None  # the final offset, once known
         self.result: JsonObject | None = None  # of work other than a command
         self.place = 0  # in line on its node; 0: it runs
@@ -11365,6 +11368,21 @@ def _stopping() -> RpcError:
     return RpcError("UNAVAILABLE", why, details={"goesOn": True}, retryable=True)
 
 
+def _same_caller(job: Job, record: JobRecord) -> Job:
+    """Return `job`.  Raises RpcError CONFLICT unless the same key asks for it again."""
+    if job.record.caller_id != record.caller_id:
+        raise RpcError("CONFLICT", f"the id {record.id} was used by another key")
+    return job
+
+
+def _reopened(record: JobRecord) -> JobRecord:
+    """Return the row of a job that its node brings along: only a lost one changes."""
+    if record.state != JobState.LOST:
+        return record
+    running = JobState.RUNNING
+    return record.replace(state=running, ended_at=None, reason=None, log_end=0)
+
+
 def _too_many_waits() -> RpcError:
     why = f"{MAX_WAITS} answers wait for commands already; ask without `wait`"
     return RpcError("UNAVAILABLE", why, retryable=True)
@@ -11423,8 +11441,10 @@ class Jobs:
         Raises RpcError: CONFLICT for an id of another key, UNAVAILABLE if the node is
         away; StoreError if the row cannot be written.
         """
-        with contextlib.suppress(KeyError):
-            return self._known(record)
+        with self._lock:
+            known = self._jobs.get(record.id)
+        if known is not None:
+            return _same_caller(known, record)
         if self._closed:
             raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
         link = self._link(record.node_id)
@@ -11433,7 +11453,7 @@ class Jobs:
             record = record.replace(sent_to=link.instance, state=JobState.RUNNING)
         elif record.queue_until is not None:
             record = record.replace(state=JobState.QUEUED)
-        else:
+        elif self._table.get(record.id) is None:
             self._fleet.require_connected(record.node_id, record.node_name)
         job = Job(record, Log(self._log_directory(record)))
         job.was_sent = False
@@ -11442,24 +11462,30 @@ class Jobs:
         try:
             if job.is_recorded:
                 job.record = self._table.add(record)
-        except BaseException:
+        except BaseException as error:
             self._remove(job)
+            if isinstance(error, RpcError) and error.code == "CONFLICT":
+                return _same_caller(self.get(record.id), record)  # it has ended
             raise
         self._send(job)
         return job
 
     def get(self, job_id: str) -> Job:
         """Return a job, also one that ended.  Raises RpcError NOT_FOUND, StoreError."""
-        try:
-            return self._find(job_id)
-        except KeyError:
-            raise RpcError("NOT_FOUND", f"there is no job {job_id[:64]!r}") from None
+        with self._lock:
+            job = self._jobs.get(job_id)
+        if job is not None:
+            return job
+        record = self._table.get(job_id)
+        if record is None:
+            raise RpcError("NOT_FOUND", f"there is no job {job_id[:64]!r}")
+        return self._load(record)
 
     def open_on(self, node_id: str) -> list[Job]:
         """Return the jobs of a node that have not ended."""
         return [job for job in self._on(node_id) if job.record.is_open]
 
-    def list(self, **filters: Any) -> Sequence[Job | JobRecord]:
+    def page(self, **filters: Any) -> Sequence[Job | JobRecord]:
         """Return jobs, the newest first; see JobsTable.page() for the filters."""
         rows = self._table.page(**filters)
         with self._lock:
@@ -11493,15 +11519,17 @@ class Jobs:
         """Tell the node what it need not keep, once that is a quarter of a window."""
         with job.lock:
             offset = job.releasable()
-            settled = not job.record.is_open and job.stored and offset >= job.log.end
-            if not settled and offset - job.acknowledged < LOG_WINDOW // 4:
+            over = not job.record.is_open and job.stored and offset >= job.log.end
+            if job.settled or (
+                not over and offset - job.acknowledged < LOG_WINDOW // 4
+            ):
                 return
-            job.acknowledged = offset
+            job.acknowledged, job.settled = offset, over
             if not job.record.kept:
                 job.log.forget(offset)
         self._tell(job, lambda link: link.acknowledge(job.id, offset))
         # The node of a lost job may still come back with it.
-        if settled and not (job.record.state == JobState.LOST and job.followers):
+        if over and not (job.record.state == JobState.LOST and job.followers):
             self._remove(job)
 
     def wait(
@@ -11513,13 +11541,15 @@ class Jobs:
         """
         future = self.ended(job, None)
         try:
-            if cancel is not None:
-                return cancel.result_of(future, timeout)
-            return future.result(timeout)
+            if cancel is None:
+                future.result(timeout)
+            else:
+                cancel.result_of(future, timeout)
         except FutureTimeout:
-            return job
+            pass
         finally:
             future.cancel()
+        return job
 
     def ended(self, job: Job, timeout: float | None) -> Future[Job]:
         """Return a future of the job, done when it has ended or after `timeout` s.
@@ -11661,6 +11691,8 @@ class Jobs:
             job = self._of_node(link.node_id, job_id) or self._reopen(link, job_id)
             if job is not None:
                 with job.lock:
+                    job.record = _reopened(job.record)
+                    job.settled = False
                     job.log.skip_to(begin)
                     job.was_sent = True
                     job.acknowledged = max(job.acknowledged, begin)
@@ -11679,7 +11711,8 @@ class Jobs:
             if job.record.is_open and not known:
                 self._send(job)
             elif known and job.record.is_open and job.record.cancelled_at is not None:
-                self._tell(job, lambda link, job=job: link.cancel(job.id))
+                with contextlib.suppress(ConnectionClosed):
+                    link.cancel(job.id)
             self._wake(job)
             self.acknowledge(job)
 
@@ -11777,24 +11810,6 @@ class Jobs:
         return [] if record is None else [record]
 
     # --- Inside ---
-
-    def _find(self, job_id: str) -> Job:
-        """Raises KeyError, StoreError."""
-        with self._lock:
-            job = self._jobs.get(job_id)
-        if job is not None:
-            return job
-        record = self._table.get(job_id)
-        if record is None:
-            raise KeyError(job_id)
-        return self._load(record)
-
-    def _known(self, record: JobRecord) -> Job:
-        """Raises KeyError if its id is new, RpcError if it is another key's."""
-        job = self._find(record.id)
-        if job.record.caller_id != record.caller_id:
-            raise RpcError("CONFLICT", f"the id {record.id} was used by another key")
-        return job
 
     def _end_locked(self, job: Job, ending: Ending) -> None:
         """Record how a job ended, unless that is known; `job.lock` is held."""
@@ -11913,11 +11928,7 @@ class Jobs:
         record = self._table.get(job_id)
         if record is None or record.node_id != link.node_id:
             return None
-        if record.state == JobState.LOST:
-            record = record.replace(
-                state=JobState.RUNNING, ended_at=None, reason=None, log_end=0
-            )
-        return self._adopt(record)
+        return self._adopt(_reopened(record))
 
     def _of_node(self, node_id: str, job_id: str) -> Job | None:
         # A node answers for its own jobs only, whatever ids it names.
@@ -14087,7 +14098,7 @@ class Chats:
 
     def _cancel_jobs(self, key: str, by: str, *, background: bool) -> None:
         """Cancel the commands of a session, those of an earlier gateway as well."""
-        for job in self._jobs.list(session_key=key, state="open"):
+        for job in self._jobs.page(session_key=key, state="open"):
             if not background:
                 message = self._store.messages.by_job_id(job.id)
                 if message and message.details["command"].get("background"):
@@ -14880,7 +14891,7 @@ class JobMethods:
         """Answer with jobs, the newest first."""
         if node_id:
             node_id, _ = self._fleet.resolve(node_id)
-        return list(map(job_view, self._jobs.list(node_id=node_id, **filters)))
+        return list(map(job_view, self._jobs.page(node_id=node_id, **filters)))
 
     def invoke(
         self,
@@ -20751,12 +20762,12 @@ class OperatorClient:
         self.close()
 
     def close(self) -> None:
-        """Leave in order: unkept jobs that this client holds are cancelled."""
+        """End the connection; jobs that it holds wait for another one."""
         self._ws.close(timeout=1.0)
         self._reader.join()
 
     def drop(self) -> None:
-        """End the connection as if it broke: its jobs wait for a successor."""
+        """End the connection without a word to a peer that may be gone."""
         self._ws.abort()
         self._reader.join()
 
@@ -20900,6 +20911,12 @@ class LastingClient:
                 return cancel.result_of(self._connected().start(method, params))
             except (ConnectionClosed, Unreachable) as error:
                 problem = error
+            except RpcError as error:
+                if not (
+                    isinstance(error.details, dict) and error.details.get("goesOn")
+                ):
+                    raise
+                problem = error  # the gateway stops, and the job does not
             cancel.pause(pause)
         raise Unreachable(f"the gateway does not come back: {problem}")
 
@@ -21052,10 +21069,13 @@ class JobFeed:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave in order: the gateway cancels unkept jobs that are held."""
+        """Leave in order: unkept jobs that are held are cancelled."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        for job in self.open.values():
+            # A connection that just ends would count as broken.
+            self.notify("job.unfollow", {"id": job.id, "leave": job.holds})
         self._client.close()
 
     def call(self, method: str, params: JsonObject) -> Any:
@@ -22711,7 +22731,8 @@ def _node_state_column(row: JsonObject) -> str:
 
 
 def _models_column(row: JsonObject) -> str:
-    models = (f"{p['provider']} ({len(p['models'])})" for p in row["providers"] or ())
+    providers = row.get("providers") or ()
+    models = (f"{p['provider']} ({len(p['models'])})" for p in providers)
     return " ".join(models) or "-"
 
 
@@ -22764,7 +22785,7 @@ KEY_COLUMNS: Mapping[str, Column] = {
     "SCOPES": lambda row: ", ".join(row["scopes"]),
     "CREATED": time_column("createdAt"),
     "LAST USED": time_column("lastUsedAt"),
-    "STATE": lambda row: "revoked" if row["revokedAt"] else "good",
+    "STATE": lambda row: "revoked" if row.get("revokedAt") else "good",
     "ID": "keyId",
 }
 
@@ -22775,7 +22796,7 @@ def cmd_key_list(args: argparse.Namespace, context: Context) -> int:
 
 def cmd_key_revoke(args: argparse.Namespace, context: Context) -> int:
     with operator_client(args, context) as client:
-        keys = [k for k in client.call("keys.list", {}) if not k["revokedAt"]]
+        keys = [k for k in client.call("keys.list", {}) if not k.get("revokedAt")]
         client.call("keys.revoke", {"keyId": find_one(args.key, keys, "key", "keyId")})
     context.output.say(f"{args.key} is revoked")
     return EXIT_OK
@@ -22788,10 +22809,12 @@ def one_line(text: str, limit: int) -> str:
 
 
 def _audit_state_column(row: JsonObject) -> str:
-    if not row["state"]:
+    if not row.get("state"):
         return "-"
-    words = ending_words(row["state"], row["exitCode"], row["signal"], None)
-    return f"{words}, decided by {row['decidedBy']}" if row["decidedBy"] else words
+    fields = (row.get(name) for name in ("exitCode", "signal", "reason"))
+    words = ending_words(row["state"], *fields)
+    decided_by = row.get("decidedBy")
+    return f"{words}, decided by {decided_by}" if decided_by else words
 
 
 AUDIT_ROW: Mapping[str, Column] = {
@@ -23336,7 +23359,7 @@ def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
         if session["key"] == wanted:
             return session
     label = wanted.strip().casefold()
-    named = [s for s in sessions if (s["label"] or "").casefold() == label]
+    named = [s for s in sessions if (s.get("label") or "").casefold() == label]
     if len(named) > 1:
         keys = ", ".join(session["key"] for session in named)
         raise UsageError(f"several sessions are called {wanted!r}; use a key: {keys}")
