@@ -11326,13 +11326,16 @@ def job_view(job: Job | JobRecord) -> JsonObject:
     view["end"] = view.pop("logEnd")
     for name in ("spec", "sentTo", "callerId"):
         view.pop(name, None)
+    words = record.words()
     if isinstance(job, Job) and record.is_open:
         view["end"] = job.log.end
         if job.place:
             view["place"] = job.place
+            words = f"number {job.place} in line"
         if job.away_ms is not None:
             view["awayMs"] = job.away_ms
-    return {**view, "words": record.words(), "failed": record.failed}
+            words = f"waiting for {record.node_name} to come back"
+    return {**view, "words": words, "failed": record.failed}
 
 
 class Wait:
