@@ -365,11 +365,14 @@ class Value:
         cls._defaults = {**cls._defaults, **own}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        values = {**self._defaults, **dict(zip(self._names, args)), **kwargs}
+        values = self.__dict__
+        values.update(self._defaults)
+        if args:
+            values.update(zip(self._names, args))
+        values.update(kwargs)
         if len(values) != len(self._names) or len(args) > len(self._names):
             odd = sorted(values.keys() ^ set(self._names)) or args[len(self._names) :]
             raise TypeError(f"{type(self).__name__}: wrong or missing fields: {odd}")
-        self.__dict__.update(values)
 
     def __setattr__(self, name: str, *_value: object) -> None:
         raise AttributeError(f"{type(self).__name__}.{name} cannot be changed")
@@ -393,7 +396,10 @@ class Value:
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed."""
-        return type(self)(**{**self.__dict__, **changes})
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__, **changes)
+        assert len(copy.__dict__) == len(self._names), changes
+        return copy
 
     def to_json(self) -> JsonObject:
         """Return the fields as JSON, without those that are None."""
@@ -480,7 +486,9 @@ def _decode_object(kind: type[Value], value: Any, name: str) -> Value:
 
 
 def _decode_plain(kind: type, value: Any, name: str) -> Any:
-    return value if kind is object else required({name: value}, name, kind)
+    if type(value) is kind or kind is object:
+        return value
+    return required({name: value}, name, kind)
 
 
 def now_ms() -> int:
@@ -3349,6 +3357,8 @@ def decode_ending(data: bytes) -> Ending:
             raise ValueError("a duration is out of range")
     except (ValueError, RpcError) as error:
         raise RpcError("PROTOCOL_ERROR", f"the ending is malformed: {error}") from error
+    if ending.reason is None and ending.signal is None:
+        return ending
     return ending.replace(
         reason=clip(visible(ending.reason), MAX_REASON) if ending.reason else None,
         signal=printable(ending.signal, 40) if ending.signal else None,
