@@ -15384,7 +15384,6 @@ class ChatMethods:
             job_id,
             allowed=decision != "deny",
             by=by.name,
-            key_id=by.id,
             always=decision == "always",
         )
 
