@@ -3599,63 +3599,33 @@ class Calls:
 # Commands
 # Uses: Wire protocol
 #
-# One shell command as a process group: its streams with their windows, timeout,
-# cancel, and a runner that keeps many side by side.  Whoever runs it hands in
-# callables for what comes out; it knows no connection.  What was read from a pipe
-# stays until the reader acknowledged it: a full window pauses the command, and a
-# reader that was away continues at the exact byte.
+# The node's end of a job's log, and one shell command that writes it: a process group
+# with its pipes, its input, its timeout.  It knows no connection and no other command.
+# What was read from a pipe is kept until it is acknowledged: a full window pauses the
+# command, and a gateway that was away resumes at a frame boundary.
 # ==============================================================================
 
 SHELL = "/bin/sh"  # POSIX on every machine; a user's $SHELL may be fish or nologin
 
-MAX_RUNNING = 16  # commands side by side on a node; more wait in line
-MAX_KEPT = 1000  # unacknowledged results; beyond it the oldest goes
-MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes they hold; beyond it the oldest goes
-MAX_REMEMBERED = 10_000  # ids of settled invocations, about 1.5 MB; the oldest goes
-
-EXIT_LOOK = 0.1  # s between looks for the shell's end, where there is no pidfd
-GROUP_LOOK = 0.05  # s between looks for survivors of a group that has to end
+EXIT_LOOK = 0.1  # s between checks for the shell's exit, where there is no pidfd
+GROUP_LOOK = 0.05  # s between checks for survivors of a group that is being ended
 LONGEST_POLL = 3600.0  # s; poll() takes a C int of ms
-WORKER_LINGER = 10.0  # s that a thread waits for another command
-PLACE_INTERVAL = 0.2  # s between two looks at the line, to tell where who is in it
+MAX_TIMEOUT_MS = 2**53  # JSON's safe integers
+MAX_SURVIVORS = 3  # processes that an ending names
 
-# 300,000 lines echoed one by one are 200 chunks with this, 45,000 without; the first
-# line, and the last before the command ends, are not held up.
-LINE_PAUSE = 0.002  # s in which a pipe is left to collect
-LINE_CHUNK = 4096  # bytes; where less than this arrives so soon after the last read
+# 300,000 lines echoed one by one are 200 reads with this, 45,000 without; the first
+# line, and the last before the exit, are not delayed.
+LINE_PAUSE = 0.002  # s that the pipes are left alone after a small read
+LINE_CHUNK = 4096  # bytes; a read of fewer is small
 
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
-FORWARDED_VALUE = r"[\w.,:@+/= -]{0,256}"  # nothing that a shell may take for a command
-
-
-class CommandSpec(Value):
-    """What to run, and how."""
-
-    command: str  # for /bin/sh
-    cwd: str | None = None  # relative to the runner's; blank or None: just that
-    env: Mapping[str, str] = NOTHING  # forwarded variables
-    timeout: float | None = None  # s from its start, not from its place in line
-    stdin: bool = False  # fed by write_stdin(); otherwise /dev/null
-
-
-class CommandResult(Value):
-    exit_code: int | None  # negative: a signal, as in subprocess; None: never started
-    stdout_bytes: int = 0  # in all; the final offset of the stream
-    stderr_bytes: int = 0
-    duration: float = 0.0  # s until the shell's end
-    timed_out: bool = False
-    cancelled: bool = False
-    error: str | None = None  # one sentence on why there is no exit code
-
-
-ChunkHandler: TypeAlias = "Callable[[int, int, bytes], None]"  # kind, offset, data
-ResultHandler: TypeAlias = "Callable[[CommandResult], None]"
+FORWARDED_VALUE = r"(?a)[\w.,:@+/= -]{0,256}"  # nothing that a shell runs
 
 
 def filter_environment(env: Mapping[str, Any]) -> dict[str, str]:
     """Return the variables of `env` that may be forwarded to a command.
 
-    They tell how to write, not what to do: terminal type, language, colour.
+    They describe the terminal: its type, language, colour.
     """
     return {
         name: value
@@ -3667,7 +3637,7 @@ def filter_environment(env: Mapping[str, Any]) -> dict[str, str]:
 
 
 def command_environment(
-    environ: Mapping[str, str], forwarded: Mapping[str, str]
+    environ: Mapping[str, str], forwarded: Mapping[str, Any] = NOTHING
 ) -> dict[str, str]:
     """Return the environment of a command: the node user's, without our secrets."""
     secrets_of_ours = set(API_KEY_VARIABLES.values())
@@ -3676,70 +3646,215 @@ def command_environment(
         for name, value in environ.items()
         if not name.startswith("MOLTIS_") and name not in secrets_of_ours
     }
-    # A second time: a node does not take the gateway's word for it.
+    # Filtered here as well: a node does not rely on its gateway's filter.
     env.update(filter_environment(forwarded))
     return env
 
 
-class OutputWindow:
-    """What was read from one pipe and not yet acknowledged by its reader."""
+class CommandSpec(Value):
+    """What to run, and how; the spec of work `run`."""
 
-    def __init__(self) -> None:
-        self.acknowledged = 0  # offset of the first byte of _data
-        self._data = bytearray()  # ≤ STREAM_WINDOW; full: the pipe is left alone
-        self._next = 0  # offset of what take() gives
-        self._sent = 0  # offset up to which take() ever gave
+    command: str  # for /bin/sh
+    cwd: str | None = None  # relative to the node's; blank or None: the node's own
+    env: Mapping[str, str] = NOTHING  # forwarded variables
+    timeout: float | None = None  # ms from its start; its time in line does not count
+    stdin: bool = False  # fed by input(); otherwise /dev/null
+
+    @classmethod
+    def from_json(cls, value: JsonObject) -> CommandSpec:
+        """Raises RpcError INVALID_REQUEST."""
+        spec = super().from_json(value)
+        if not spec.command.strip():
+            raise RpcError("INVALID_REQUEST", "command is empty")
+        if "\0" in spec.command:
+            raise RpcError("INVALID_REQUEST", "command holds a NUL character")
+        if spec.timeout is not None and not 0 < spec.timeout <= MAX_TIMEOUT_MS:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"timeout must be a positive number of ms, not {spec.timeout:g}",
+            )
+        return spec.replace(env=filter_environment(spec.env))
+
+
+class JobLog:
+    """The node's end of a job's log: at most one window that is not acknowledged.
+
+    One thread writes: it looks at `room`, appends, and calls ready() when it has
+    appended what there was.  Any thread takes, acknowledges and resends.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        on_ready: Callable[[JobLog], None],
+        *,
+        window: int = LOG_WINDOW,
+        urgency: int = 0,
+    ) -> None:
+        """`on_ready(log)` is called when there is something to take; see Outlet."""
+        self.job_id = job_id
+        self.urgency = urgency
+        self.on_room: Callable[[], None] | None = None  # for the writer; any thread
+        self._on_ready = on_ready
+        self._window = window
+        self._lock = threading.Lock()  # guards all below
+        self.begin = 0  # offset of the first byte held
+        self.ending: Ending | None = None  # set with the last frame
+        self._data = bytearray()  # whole frames; ≤ _window, and the ending
+        self._counts = {STDOUT: 0, STDERR: 0}  # bytes appended
+        self._next = 0  # offset of what take() returns
+        self._sent = 0  # the highest _next so far
+        self._last = 0  # offset of the last frame, or `end`
+        self._discards = False
 
     @property
     def end(self) -> int:
-        return self.acknowledged + len(self._data)
+        return self.begin + len(self._data)
+
+    @property
+    def held(self) -> int:
+        """The number of bytes that are not acknowledged."""
+        return len(self._data)
+
+    @property
+    def ended(self) -> bool:
+        return self.ending is not None
+
+    # For the thread that writes
 
     @property
     def room(self) -> int:
-        return STREAM_WINDOW - len(self._data)
+        """How many bytes append() takes now: those of a whole frame, or none.
 
-    def append(self, data: bytes) -> None:
-        assert len(data) <= self.room
-        self._data += data
+        After 0, on_room() is called as soon as there is room.
+        """
+        free = self._window - len(self._data)
+        return MAX_FRAME_DATA if free >= MAX_LOG_MESSAGE else 0
+
+    def append(self, kind: int, data: bytes) -> None:
+        """Add `data` of one stream, as many frames as it needs."""
+        with self._lock:
+            self._counts[kind] = self._counts.get(kind, 0) + len(data)
+            if self._discards:
+                return
+            if self._grow(kind, data):
+                return
+            for start in range(0, len(data), MAX_FRAME_DATA):
+                self._add(kind, data[start : start + MAX_FRAME_DATA])
+
+    def finish(self, ending: Ending) -> None:
+        """Add the ending with the number of bytes of each stream; called once."""
+        with self._lock:
+            assert self.ending is None
+            self.ending = ending.replace(
+                stdout_bytes=self._counts[STDOUT], stderr_bytes=self._counts[STDERR]
+            )
+            data = to_json(self.ending).encode("utf-8", "replace")
+            if len(data) > MAX_FRAME_DATA:
+                self.ending = Ending(
+                    JobState.FAILED, reason=f"its result has {len(data):,} bytes"
+                )
+                data = to_json(self.ending).encode("utf-8")
+            if not self._discards:
+                self._add(ENDING, data)
+
+    def ready(self) -> None:
+        """Report that there is something to take."""
+        self._on_ready(self)
+
+    def discard(self) -> None:
+        """Drop all that is held, and all that is appended from now on."""
+        with self._lock:
+            self._discards = True
+            self.begin = self._next = self._sent = self._last = self.end
+            self._data.clear()
+        if self.on_room is not None:
+            self.on_room()
+
+    # For whoever sends it
 
     def take(self) -> tuple[int, bytes] | None:
-        """Return the offset and bytes of the next chunk to send, or None."""
-        if self._next == self.end:
-            return None
-        offset = self._next
-        start = offset - self.acknowledged
-        data = bytes(memoryview(self._data)[start : start + MAX_CHUNK])
-        self._next += len(data)
-        self._sent = max(self._sent, self._next)
-        return offset, data
+        """Return the offset and the bytes of the next message, or None.
+
+        They are whole frames, at most MAX_LOG_MESSAGE bytes, each returned once.
+        """
+        with self._lock:
+            offset = self._next
+            start = offset - self.begin
+            stop = self._boundary(start, start + MAX_LOG_MESSAGE)
+            if stop == start:
+                return None
+            self._next = self.begin + stop
+            self._sent = max(self._sent, self._next)
+            return offset, bytes(memoryview(self._data)[start:stop])
 
     def acknowledge(self, offset: int) -> None:
-        """Let go of the bytes before `offset`.
+        """Drop the bytes before `offset`, so that more can be read.
 
-        Raises RpcError for bytes that were never sent.
+        Raises RpcError for bytes that were never sent, or inside a frame.
         """
+        with self._lock:
+            full = not self.room
+            index = self._index(offset)
+            del self._data[:index]
+            self.begin += index
+            self._next = max(self._next, self.begin)
+            opened = full and self.room
+        if opened and self.on_room is not None:
+            self.on_room()
+
+    def send_from(self, offset: int) -> None:
+        """Make take() return again what follows `offset`, as far as it is held.
+
+        Raises RpcError for bytes that were never sent, or inside a frame.
+        """
+        with self._lock:
+            self._next = self.begin + self._index(offset)
+
+    # The lock is held from here on.
+
+    def _add(self, kind: int, data: bytes) -> None:
+        self._last = self.end
+        self._data += FRAME_HEAD.pack(kind, len(data))
+        self._data += data
+
+    def _grow(self, kind: int, data: bytes) -> bool:
+        """Put `data` into the last frame unless that was sent; return whether."""
+        if not self._sent <= self._last < self.end:
+            return False
+        at = self._last - self.begin
+        last_kind, length = FRAME_HEAD.unpack_from(self._data, at)
+        if last_kind != kind or length + len(data) > MAX_FRAME_DATA:
+            return False
+        FRAME_HEAD.pack_into(self._data, at, kind, length + len(data))
+        self._data += data
+        return True
+
+    def _index(self, offset: int) -> int:
+        """Return where `offset` is in _data, 0 for what is gone."""
         if offset > self._sent:
             raise RpcError(
                 "INVALID_REQUEST",
-                f"offset {offset} is acknowledged, but {self._sent} bytes were sent",
+                f"offset {offset} of a log of which {self._sent} bytes were sent",
             )
-        if offset > self.acknowledged:
-            del self._data[: offset - self.acknowledged]
-            self.acknowledged = offset
-            self._next = max(self._next, offset)
+        index = max(0, offset - self.begin)
+        if self._boundary(0, index) != index:
+            raise RpcError("INVALID_REQUEST", f"offset {offset} is inside a frame")
+        return index
 
-    def rewind(self, offset: int) -> None:
-        """Give out again what follows `offset`, as far as it is still here.
+    def _boundary(self, start: int, limit: int) -> int:
+        """Return the last frame boundary, from `start` on, that is not after `limit`.
 
-        What is before stays, until it is acknowledged: whoever comes back next may
-        have less.  Raises RpcError for bytes that were never sent.
+        All three are indexes of _data.
         """
-        if offset > self._sent:
-            raise RpcError(
-                "INVALID_REQUEST",
-                f"offset {offset} is asked for, but {self._sent} bytes were sent",
-            )
-        self._next = max(offset, self.acknowledged)
+        if limit >= len(self._data):
+            return len(self._data)
+        while start < limit:
+            length = FRAME_HEAD.unpack_from(self._data, start)[1]
+            if start + FRAME_HEAD.size + length > limit:
+                break
+            start += FRAME_HEAD.size + length
+        return start
 
 
 class InputWindow:
@@ -3747,7 +3862,7 @@ class InputWindow:
 
     def __init__(self) -> None:
         self.consumed = 0  # offset of the first byte of _data
-        self._data = bytearray()  # ≤ STREAM_WINDOW; more is refused
+        self._data = bytearray()  # ≤ LOG_WINDOW; more is refused
         self._ended = False
 
     @property
@@ -3767,20 +3882,20 @@ class InputWindow:
                 f"input at offset {offset} does not follow the {self.arrived} "
                 "bytes that arrived",
             )
-        # After a reconnection the sender may begin before what is here already.
+        # After a reconnect the sender may begin before what has arrived.
         fresh = data[self.arrived - offset :]
         if fresh and self._ended:
             raise RpcError("INVALID_REQUEST", "input goes on after its end")
-        if len(self._data) + len(fresh) > STREAM_WINDOW:
+        if len(self._data) + len(fresh) > LOG_WINDOW:
             raise RpcError(
                 "INVALID_REQUEST",
-                f"more than {STREAM_WINDOW} bytes of input are not yet consumed",
+                f"more than {LOG_WINDOW} bytes of input are not yet consumed",
             )
         self._data += fresh
         self._ended = self._ended or not data
 
     def peek(self) -> bytes:
-        return bytes(memoryview(self._data)[:MAX_CHUNK])
+        return bytes(memoryview(self._data)[:MAX_LOG_MESSAGE])
 
     def consume(self, count: int) -> None:
         count = min(count, len(self._data))
@@ -3788,358 +3903,232 @@ class InputWindow:
         self.consumed += count
 
 
-class Waker:
-    """Ends the poll() of another thread; open only as long as that thread polls."""
+def seal_descriptors() -> None:
+    """Keep what this process inherited, a lock file say, from its commands.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _ends
-        self._ends: tuple[int, int] | None = None  # read, write
-
-    def __enter__(self) -> int:
-        """Return the descriptor to poll."""
-        ends = os.pipe()
-        for end in ends:
-            os.set_blocking(end, False)
-        with self._lock:
-            self._ends = ends
-        return ends[0]
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            ends, self._ends = self._ends, None
-        for end in ends or ():
-            os.close(end)
-
-    def wake(self) -> None:
-        # A write under a lock, but one that cannot block: without it the number
-        # might be another file's by now.
-        with self._lock:
-            if self._ends is not None:
-                with contextlib.suppress(BlockingIOError):  # full: it will wake
-                    os.write(self._ends[1], b"\0")
-
-    def clear(self) -> None:
-        """Forget the calls of wake() so far; for the thread that polls."""
-        assert self._ends is not None
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._ends[0], 4096)
+    Descriptors that Python opens are sealed from the start (PEP 446).
+    """
+    with contextlib.suppress(OSError):  # there is no /dev/fd
+        for name in os.listdir("/dev/fd"):
+            with contextlib.suppress(OSError):  # the one that listed them
+                if int(name) > 2:
+                    os.set_inheritable(int(name), False)
 
 
-class CommandStreams:
-    """The three streams of a command, between its peer and the thread that runs it."""
-
-    def __init__(
-        self,
-        on_chunk: ChunkHandler,
-        on_stdin: Callable[[int], None] | None,
-        resumable: bool,
-    ) -> None:
-        self.waker = Waker()
-        self._on_chunk = on_chunk
-        self._on_stdin = on_stdin
-        self._resumable = resumable
-        self._lock = threading.Lock()  # guards all below
-        self._windows = {STDOUT: OutputWindow(), STDERR: OutputWindow()}
-        self._paused: set[int] = set()  # kinds whose window was full
-        self._input = InputWindow()
-        self._told = 0  # offset of the input that the sender knows to be consumed
-        self._delivering = False  # some thread is in deliver()
-        self._finished = False  # nothing is read any more; rewinds deliver
-
-    def offsets(self) -> dict[int, int]:
-        """Return what was acknowledged of each output, and consumed of stdin."""
-        with self._lock:
-            offsets = {kind: w.acknowledged for kind, w in self._windows.items()}
-            offsets[STDIN] = self._input.consumed
-            return offsets
-
-    def totals(self) -> dict[int, int]:
-        with self._lock:
-            return {kind: window.end for kind, window in self._windows.items()}
-
-    def held(self) -> int:
-        """Return the number of bytes kept for a rewind."""
-        with self._lock:
-            return sum(w.end - w.acknowledged for w in self._windows.values())
-
-    # For the peer, from any thread
-
-    def acknowledge(self, kind: int, offset: int) -> None:
-        with self._lock:
-            self._window(kind).acknowledge(offset)
-            resumed = self._resume(kind)
-        if resumed:
-            self.waker.wake()
-
-    def rewind(self, offsets: Mapping[int, int]) -> None:
-        with self._lock:
-            for kind, window in self._windows.items():
-                window.rewind(offsets.get(kind, window.acknowledged))
-                self._resume(kind)
-            finished = self._finished
-        if finished:
-            self.deliver()
-        else:
-            self.waker.wake()
-
-    def write_stdin(self, offset: int, data: bytes) -> None:
-        with self._lock:
-            if self._finished:
-                return  # it crossed the end of the command on its way
-            self._input.add(offset, data)
-        self.waker.wake()
-
-    def _window(self, kind: int) -> OutputWindow:
-        if kind not in self._windows:
-            raise RpcError("INVALID_REQUEST", f"there is no output of kind {kind}")
-        return self._windows[kind]
-
-    def _resume(self, kind: int) -> bool:
-        # A full window opens again by a whole chunk: an acknowledgement of 10 bytes
-        # must not lead to a read of 10 bytes, and that to the next.
-        if kind in self._paused and self._windows[kind].room >= MAX_CHUNK:
-            self._paused.discard(kind)
-            return True
-        return False
-
-    # For the thread that runs the command
-
-    def room(self, kind: int) -> int:
-        """Return how many bytes to read now; 0 until the waker says otherwise."""
-        with self._lock:
-            return 0 if kind in self._paused else self._windows[kind].room
-
-    def append(self, kind: int, data: bytes) -> None:
-        with self._lock:
-            self._windows[kind].append(data)
-            if not self._windows[kind].room:
-                self._paused.add(kind)
-
-    def deliver(self, *, finish: bool = False) -> None:
-        """Hand out what is to be sent; with `finish`, rewind() does it from now on.
-
-        One thread at a time: another that comes finds its work done by the first.
-        """
-        with self._lock:
-            if self._delivering:
-                return
-            self._delivering = True
-        while True:
-            with self._lock:
-                chunk = self._take()
-                if chunk is None:
-                    self._delivering = False
-                    self._finished = self._finished or finish
-                    return
-            try:
-                self._hand_out(*chunk)
-            except BaseException:
-                with self._lock:
-                    self._delivering = False
-                raise
-
-    def _take(self) -> tuple[int, int, bytes] | None:
-        for kind, window in self._windows.items():
-            chunk = window.take()
-            if chunk is not None:
-                return (kind, *chunk)
-        return None
-
-    def _hand_out(self, kind: int, offset: int, data: bytes) -> None:
-        # The reader is away: its return rewinds to what it has got.
-        with contextlib.suppress(ConnectionClosed):
-            self._on_chunk(kind, offset, data)
-        if not self._resumable:
-            with self._lock:
-                self._windows[kind].acknowledge(offset + len(data))
-                self._resume(kind)
-
-    def peek_stdin(self) -> bytes:
-        with self._lock:
-            return self._input.peek()
-
-    @property
-    def stdin_pending(self) -> bool:
-        with self._lock:
-            return self._input.arrived > self._input.consumed
-
-    @property
-    def stdin_exhausted(self) -> bool:
-        with self._lock:
-            return self._input.exhausted
-
-    def consume_stdin(self, count: int) -> None:
-        """Drop up to `count` bytes, and tell the sender from time to time."""
-        with self._lock:
-            self._input.consume(count)
-            consumed = self._input.consumed
-            # A command that reads line by line takes 4 KiB at a time.
-            due = consumed == self._input.arrived or consumed >= self._told + MAX_CHUNK
-            self._told = consumed if due else self._told
-        if due and self._on_stdin is not None:
-            with contextlib.suppress(ConnectionClosed):
-                self._on_stdin(consumed)
-
-
+# Before Python 3.10 Popen copies our page tables: `true` takes 1.2 ms with it, and 0.65
+# with posix_spawn().  Later ones let other threads run meanwhile, which that does not.
 POPEN_FORKS = sys.version_info < (3, 10) and hasattr(os, "posix_spawn")
+
+# Without pipe2() a spawn in another thread may inherit a new pipe before it is sealed.
+SEALED_PIPES = hasattr(os, "pipe2")
 
 # Python ignores them for itself, and what is ignored stays so in a child.
 RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
-class SpawnedShell:
-    """A shell in a session of its own, started by posix_spawn(); used like a Popen.
-
-    Before Python 3.10 Popen copies our page tables: `true` takes 1.2 ms with it, and
-    0.65 with this.  Later ones let others run meanwhile, which this does not.
-    """
-
-    def __init__(
-        self, arguments: list[str], env: Mapping[str, str], ends: Mapping[int, int]
-    ) -> None:
-        """Raises OSError, ValueError, and NotImplementedError where it cannot be."""
-        self.pid = os.posix_spawn(
-            arguments[0],
-            arguments,
-            env,
-            file_actions=[
-                (os.POSIX_SPAWN_DUP2, end, number) for number, end in ends.items()
-            ],
-            setsid=True,
-            setsigdef=RESTORED_SIGNALS,
-        )
-        self._exit_code: int | None = None
-
-    def poll(self) -> int | None:
-        """Return the exit status, negative for a signal; None while it runs."""
-        if self._exit_code is None:
-            try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:  # SIGCHLD is ignored: nobody learns it
-                pid, status = self.pid, 0
-            if pid:
-                ended = os.WIFSIGNALED(status)
-                self._exit_code = (
-                    -os.WTERMSIG(status) if ended else os.WEXITSTATUS(status)
-                )
-        return self._exit_code
-
-
 def _start_shell(
-    command: str, cwd: str | None, env: Mapping[str, str], ends: Mapping[int, int]
-) -> SpawnedShell | Popen[bytes]:
-    """Start a shell whose streams 0 to 2 are `ends`.  Raises as subprocess does."""
-    arguments = [SHELL, "-c", "--", command]
-    # Without pipe2() there is a moment in which a spawn of another thread would
-    # inherit a new pipe; with it ours are not inheritable (PEP 446), and closing up
-    # to a limit of millions takes longer than the command.
-    heirless = hasattr(os, "pipe2")
-    stands_clear = min(ends.values()) > 2  # none takes the place of another
-    if POPEN_FORKS and heirless and stands_clear and _is_here(cwd):
-        with contextlib.suppress(NotImplementedError):
-            return SpawnedShell(arguments, env, ends)
+    command: bytes,
+    cwd: bytes | None,
+    env: Mapping[str, str],
+    streams: Mapping[int, int],
+) -> int:
+    """Start a shell in a session of its own, with `streams` as its 0 to 2.
+
+    Returns its pid; the caller reaps it.  Raises OSError, ValueError.
+    """
+    arguments: list[str | bytes] = [SHELL, "-c", "--", command]
+    stands_clear = min(streams.values()) > 2  # none takes the place of another
+    if POPEN_FORKS and SEALED_PIPES and stands_clear and _is_here(cwd):
+        with contextlib.suppress(NotImplementedError):  # setsid, on some systems
+            return os.posix_spawn(
+                SHELL,
+                arguments,
+                env,
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, end, number)
+                    for number, end in streams.items()
+                ],
+                setsid=True,
+                setsigdef=RESTORED_SIGNALS,
+            )
     import subprocess
 
-    return subprocess.Popen(
+    shell = subprocess.Popen(
         arguments,
-        bufsize=0,
-        stdin=ends[0],
-        stdout=ends[1],
-        stderr=ends[2],
+        stdin=streams[0],
+        stdout=streams[1],
+        stderr=streams[2],
         cwd=cwd,
         env=env,
         start_new_session=True,
-        close_fds=not heirless,
+        close_fds=not SEALED_PIPES,
     )
+    shell.returncode = 0  # or Popen would reap it, too
+    return shell.pid
 
 
-def _is_here(directory: str | None) -> bool:
-    """Return whether a child is in `directory` without being sent there."""
+def _is_here(directory: bytes | None) -> bool:
+    """Return whether a child starts in `directory` anyway."""
     try:
-        return directory is None or os.path.samefile(directory, ".")
+        return directory is None or os.path.samefile(directory, b".")
     except OSError:
         return False
+
+
+def _account_name(user_id: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(user_id).pw_name
+    except KeyError:
+        return str(user_id)
+
+
+class Survivor(Value):
+    """A live process of a group."""
+
+    pid: int
+    name: str
+    user_id: int
+
+    def __str__(self) -> str:
+        user = _account_name(self.user_id)
+        return f"{printable(self.name, 40)} (pid {self.pid}, user {user})"
+
+
+def _group_members(group_id: int) -> list[Survivor]:
+    """Return the live processes of a group; zombies have ended.
+
+    Where nobody reaps orphans, as PID 1 of many containers, a group that has ended
+    stays there as zombies, and a signal to it succeeds.
+    """
+    every = _processes_in_proc if sys.platform == "linux" else _processes_by_ps
+    return [
+        survivor
+        for survivor, group, state in every()
+        if group == group_id and state not in "ZX"
+    ]
+
+
+def _processes_in_proc() -> Iterator[tuple[Survivor, int, str]]:
+    """Yield each process of Linux with its group and its state."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            head, _, rest = path.read_text("utf-8", "replace").rpartition(")")
+            state, _, group = rest.split()[:3]
+            name = head.partition("(")[2]
+            survivor = Survivor(int(path.parent.name), name, path.stat().st_uid)
+            yield survivor, int(group), state
+
+
+def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
+    """Yield each process of any POSIX system with its group and its state."""
+    import subprocess
+
+    command = ("ps", "-A", "-o", "pid=,pgid=,stat=,uid=,comm=")
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        listing = subprocess.run(
+            command, capture_output=True, check=False, timeout=KILL_AFTER
+        )
+        for line in listing.stdout.decode("utf-8", "replace").splitlines():
+            pid, group, state, user_id, name = line.split(None, 4)
+            survivor = Survivor(int(pid), os.path.basename(name), int(user_id))
+            yield survivor, int(group), state[0]
 
 
 class ProcessGroup:
     """A shell and what it started, in a process group of their own."""
 
     def __init__(
-        self, command: str, *, cwd: str | None, env: Mapping[str, str], stdin: bool
+        self,
+        command: bytes,
+        *,
+        cwd: bytes | None,
+        env: Mapping[str, str],
+        stdin: bool,
     ) -> None:
         """Raises OSError and ValueError as subprocess does."""
-        self.pipes: dict[int, int] = {}  # our ends, by kind
-        ends: dict[int, int] = {}  # the shell's, by its number for them
+        self.outputs: dict[int, int] = {}  # descriptors to read, with their stream
+        self.input: int | None = None  # descriptor to write
+        self.survivors: list[Survivor] = []  # once ended() has returned True
+        theirs: dict[int, int] = {}
         try:
-            ends[1], self.pipes[STDOUT] = reversed(os.pipe())
-            ends[2], self.pipes[STDERR] = reversed(os.pipe())
+            for number, stream in ((1, STDOUT), (2, STDERR)):
+                ours, theirs[number] = os.pipe()
+                self.outputs[ours] = stream
             if stdin:
-                ends[0], self.pipes[STDIN] = os.pipe()
+                theirs[0], self.input = os.pipe()
             else:
-                ends[0] = os.open(os.devnull, os.O_RDONLY)
-            self._shell = _start_shell(command, cwd, env, ends)
+                theirs[0] = os.open(os.devnull, os.O_RDONLY)
+            self._shell = _start_shell(command, cwd, env, theirs)
         except BaseException:
-            for kind in list(self.pipes):
-                self.close_pipe(kind)
+            self.close_pipes()
             raise
         finally:
-            for end in ends.values():
+            for end in theirs.values():
                 os.close(end)
-        for pipe in self.pipes.values():
-            # A command may open /dev/stdout for reading and be faster than we are.
+        # A command may open /dev/stdout for reading and be faster than we are.
+        for pipe in (*self.outputs, *(() if self.input is None else (self.input,))):
             os.set_blocking(pipe, False)
-        self.pidfd = _open_pidfd(self._shell.pid)
-        self._kill: Deadline | None = None  # from end() on
-        self._killed: Deadline | None = None  # from SIGKILL on
+        self.pidfd = _open_pidfd(self._shell)
+        self.ending = False
+        self._exit_code: int | None = None
+        self._patience = Deadline(None)  # from end() on, and again from SIGKILL on
+        self._killed = False
 
     @property
     def exit_code(self) -> int | None:
-        """The shell's exit status; None while it runs."""
-        return self._shell.poll()
-
-    @property
-    def ending(self) -> bool:
-        return self._kill is not None
+        """The shell's exit status, negative for a signal; None while it runs."""
+        if self._exit_code is None:
+            try:
+                pid, status = os.waitpid(self._shell, os.WNOHANG)
+            except ChildProcessError:  # SIGCHLD is ignored: the status is lost
+                pid, status = self._shell, 0
+            if pid:
+                signaled = os.WIFSIGNALED(status)
+                self._exit_code = (
+                    -os.WTERMSIG(status) if signaled else os.WEXITSTATUS(status)
+                )
+        return self._exit_code
 
     def end(self) -> None:
-        """Begin to end the group, whose shell must not have ended yet."""
-        self._kill = Deadline(KILL_AFTER)
+        """Begin to end the group, whose shell must not have exited yet."""
+        self.ending, self._patience = True, Deadline(KILL_AFTER)
         self._signal(signal.SIGTERM)
-        self._signal(signal.SIGCONT)  # one that is stopped would not hear of it
+        self._signal(signal.SIGCONT)  # a stopped process does not get it otherwise
 
-    def advance(self) -> bool:
-        """Kill what did not end in time.  Return whether the ending is over."""
-        assert self._kill is not None
-        if self._killed is not None:
-            return self.exit_code is not None or self._killed.expired
-        if self.exit_code is not None and not self._survived():
+    def ended(self) -> bool:
+        """Kill what did not end in time; return whether nothing more can be done."""
+        exited = self.exit_code is not None
+        if exited and not (self._signal(0) and _group_members(self._shell)):
             return True
-        if self._kill.expired:
+        if self._patience.expired and self._killed:
+            # Another user's process, or one that hangs in the kernel.
+            self.survivors = _group_members(self._shell)
+            return True
+        if self._patience.expired:
             self._signal(signal.SIGKILL)
-            self._killed = Deadline(KILL_AFTER)
+            self._killed, self._patience = True, Deadline(KILL_AFTER)
         return False
 
-    def _survived(self) -> bool:
-        """Return whether anyone of the group lives on after the shell."""
-        return self._signal(0) and _has_live_members(self._shell.pid)
+    def close_output(self, descriptor: int) -> None:
+        del self.outputs[descriptor]
+        os.close(descriptor)
 
-    def _signal(self, number: int) -> bool:
-        # The shell's pid is the group's id for as long as anyone is in it, so a look
-        # every GROUP_LOOK s does not take another group for this one.
-        try:
-            os.killpg(self._shell.pid, number)
-        except (ProcessLookupError, PermissionError):  # macOS: EPERM for zombies
-            return False
-        return True
+    def close_input(self) -> None:
+        if self.input is not None:
+            os.close(self.input)
+            self.input = None
 
-    def close_pipe(self, kind: int) -> None:
-        os.close(self.pipes.pop(kind))
+    def close_pipes(self) -> None:
+        for descriptor in list(self.outputs):
+            self.close_output(descriptor)
+        self.close_input()
 
     def close(self) -> None:
-        """Give everything back; kill the group if its shell still runs."""
-        for kind in list(self.pipes):
-            self.close_pipe(kind)
-        if self.exit_code is None:
+        """Release everything; kill the group if its shell still runs."""
+        self.close_pipes()
+        if self.exit_code is None and not self._killed:
             self._signal(signal.SIGKILL)
             deadline = Deadline(KILL_AFTER)
             while self.exit_code is None and not deadline.expired:
@@ -4147,18 +4136,16 @@ class ProcessGroup:
         if self.pidfd is not None:
             os.close(self.pidfd)
 
-
-def _has_live_members(group_id: int) -> bool:
-    # Where nobody reaps orphans (PID 1 of many containers), a group that has ended
-    # stays there as zombies, and a signal to it succeeds.
-    if sys.platform != "linux":
+    def _signal(self, number: int) -> bool:
+        """Return whether the group still has members, zombies included."""
+        # The shell's pid stays the group's id for as long as anyone is in it.
+        try:
+            os.killpg(self._shell, number)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # others' processes; on macOS zombies, too
+            return True
         return True
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended as we looked
-            state, _, group = path.read_bytes().rpartition(b")")[2].split()[:3]
-            if int(group) == group_id and state not in b"ZX":
-                return True
-    return False
 
 
 def _open_pidfd(pid: int) -> int | None:
@@ -4170,198 +4157,334 @@ def _open_pidfd(pid: int) -> int | None:
         return None
 
 
-class CommandLoop:
-    """Moves the bytes of one process group until it is over; used by one thread."""
+class Command:
+    """One shell command that writes a log, from its start to its ending."""
 
     def __init__(
         self,
-        group: ProcessGroup,
-        streams: CommandStreams,
-        timeout: float | None,
-        cancelled: Callable[[], bool],
+        spec: CommandSpec,
+        log: JobLog,
+        *,
+        environ: Mapping[str, str],
+        working_dir: str | None = None,
+        max_timeout: float | None = None,  # s; no caller exceeds it
+        on_input: Callable[[int], None] | None = None,
     ) -> None:
-        self.timed_out = False
-        self.exited_at: float | None = None  # monotonic
-        self._group = group
-        self._streams = streams
-        self._deadline = Deadline(timeout)
-        self._cancelled = cancelled
-        self._poll = select.poll()  # no limit of 1024 descriptors, unlike select()
-        self._watched: dict[int, int] = {}  # kind by descriptor, as in _poll
-        self._owed: dict[int, int] = {}  # bytes in a pipe when the shell ended
-        self._drain: Deadline | None = None  # from the end of the group on
-        self._look = 0.00005  # s; doubled before each look for the end
-        self._read_at: dict[int, float] = {}  # monotonic; the last read by kind
-        self._collecting: dict[int, Deadline] = {}  # kinds that are left alone
+        """`environ` is the result of command_environment().
 
-    def run(self) -> None:
-        """Return when the command is over and all its output was handed out."""
-        with self._streams.waker as wake:
-            self._poll.register(wake, select.POLLIN)
-            if self._group.pidfd is not None:
-                self._poll.register(self._group.pidfd, select.POLLIN)
-            while not self._advance():
-                self._watch()
-                for descriptor, _ in self._wait(self._pause()):
-                    self._handle(descriptor, wake)
-                self._streams.deliver()
-        self._streams.deliver(finish=True)
-
-    def _advance(self) -> bool:
-        """Take the next step towards the end; return whether there is none left."""
-        self._notice_exit()
-        if self._cancelled():
-            self._end()
-        elif self.exited_at is None and self._deadline.expired:
-            self.timed_out = True
-            self._end()
-        if self._group.ending:
-            if not self._group.advance():
-                return False
-            self._notice_exit()
-            if self.exited_at is None:
-                return True  # not even SIGKILL could: it hangs in the kernel
-        elif self.exited_at is None:
-            return False
-        return self._drained()
-
-    def _notice_exit(self) -> None:
-        if self.exited_at is not None or self._group.exit_code is None:
-            return
-        self.exited_at = time.monotonic()
-        if self._group.pidfd is not None:
-            self._poll.unregister(self._group.pidfd)  # ready for ever from now on
-        self._close(STDIN)
-        self._collecting.clear()
-        if not self._group.ending:
-            for kind, pipe in self._group.pipes.items():
-                self._owed[kind] = _bytes_ready(pipe)
-
-    def _end(self) -> None:
-        # The reader may be away: what it has no room for is not waited for.
-        self._owed.clear()
-        if self.exited_at is None and not self._group.ending:
-            self._group.end()
-
-    def _drained(self) -> bool:
-        """Close the outputs that are due; return whether all are closed.
-
-        What the shell left in a pipe is read however long the reader takes; what
-        a grandchild adds has DRAIN_AFTER_EXIT.
+        `on_input(offset)` is called as input is consumed, by the thread in run().
         """
-        if self._drain is None:
-            self._drain = Deadline(DRAIN_AFTER_EXIT)
+        self.spec = spec
+        self.log = log
+        limits = (max_timeout, None if spec.timeout is None else spec.timeout / 1000)
+        self._timeout = min((t for t in limits if t is not None), default=None)
+        self._environ = environ
+        self._working_dir = working_dir
+        self._on_input = on_input
+        self._lock = threading.Lock()  # guards the next five
+        self._input = InputWindow()
+        self._input_reported = 0  # offset
+        self._cancelled: str | None = None  # the reason, "" if none was given
+        self._finished = False
+        self._wake_end: int | None = None  # of the pipe that ends a poll()
+        # From here on for the thread in begin() and run().
+        self._group: ProcessGroup | None = None
+        self._problem: str | None = None  # why there is no group
+        self._timed_out = False
+        self._started = 0.0  # monotonic
+        self._started_at: int | None = None  # ms
+        self._exited_at: float | None = None  # monotonic
+        self._drain = Deadline(None)  # runs from the shell's exit on
+        self._owed: dict[int, int] = {}  # by output, bytes in it at the exit
+        self._read_at = -math.inf  # monotonic
+        self._rest_until = 0.0  # monotonic; until then the outputs are left alone
+        self._look = 0.00005  # s; doubled before each check for the exit
+        log.on_room = self._wake
+
+    # From any thread
+
+    @property
+    def consumed(self) -> int | None:
+        """The offset of the input that it has not taken yet; None without input."""
+        return self._input.consumed if self.spec.stdin else None
+
+    def input(self, offset: int, data: bytes) -> None:
+        """Feed the command; no data is the end of input.
+
+        What arrived before is skipped.  Raises RpcError for a gap, for more than
+        LOG_WINDOW bytes that are not consumed, and without `spec.stdin`.
+        """
+        if not self.spec.stdin:
+            raise RpcError("INVALID_REQUEST", "the command was started without input")
+        with self._lock:
+            if self._finished:
+                return  # it crossed the ending
+            self._input.add(offset, data)
+        self._wake()
+
+    def cancel(self, reason: str = "") -> None:
+        """End the process group, or do not start it at all."""
+        with self._lock:
+            self._cancelled = reason
+        self._wake()
+
+    # From the thread that runs it
+
+    def begin(self) -> None:
+        """Start the shell, so that run() in another thread finds it running."""
+        if self._cancelled is not None:
+            return
+        self._started, self._started_at = time.monotonic(), now_ms()
+        cwd = _working_directory(self.spec.cwd, self._working_dir)
+        try:
+            self._group = ProcessGroup(
+                self.spec.command.encode("utf-8"),
+                cwd=cwd,
+                env={**self._environ, **filter_environment(self.spec.env)},
+                stdin=self.spec.stdin,
+            )
+        except (OSError, ValueError) as error:
+            self._problem = _why_not_started(error, cwd)
+
+    def run(self) -> Ending:
+        """Run it to its end; return the ending, which is not in the log yet."""
+        if self._group is None and self._problem is None:
+            self.begin()
+        group = self._group
+        if group is None:
+            if self._problem is None:
+                return Ending(JobState.CANCELLED, reason=self._cancelled or None)
+            return Ending(JobState.FAILED, reason=self._problem)
+        try:
+            self._loop(group)
+        finally:
+            with self._lock:
+                self._finished = True
+            group.close()
+        return self._ending(group)
+
+    def _ending(self, group: ProcessGroup) -> Ending:
+        state = JobState.DONE
+        if group.ending:
+            state = JobState.TIMED_OUT if self._timed_out else JobState.CANCELLED
+        code = group.exit_code
+        reasons = [] if self._timed_out else [self._cancelled or ""]
+        if group.survivors:
+            named = ", ".join(map(str, group.survivors[:MAX_SURVIVORS]))
+            more = len(group.survivors) - MAX_SURVIVORS
+            reasons.append(
+                f"could not end {named}{f' and {more} more' if more > 0 else ''}"
+            )
+        return Ending(
+            state,
+            exit_code=code if code is not None and code >= 0 else None,
+            signal=_signal_name(-code) if code is not None and code < 0 else None,
+            reason=("; ".join(filter(None, reasons)) or None) if group.ending else None,
+            started_at=self._started_at,
+            duration=round((self._exited_at or time.monotonic()) - self._started, 6),
+        )
+
+    def _loop(self, group: ProcessGroup) -> None:
+        """Move bytes until the command is over."""
+        deadline = Deadline(self._timeout)
+        with self._waking() as wake:
+            while not self._advance(group, deadline):
+                poll = select.poll()  # made anew: what can be used changes every time
+                poll.register(wake, select.POLLIN)
+                if self._exited_at is None and group.pidfd is not None:
+                    poll.register(group.pidfd, select.POLLIN)
+                self._register_pipes(group, poll)
+                appended = False
+                for descriptor, _ in _poll(poll, self._pause(group, deadline)):
+                    if descriptor == wake:
+                        os.read(wake, 4096)
+                    elif descriptor == group.input:
+                        self._write(group, descriptor)
+                    elif descriptor in group.outputs:
+                        appended = self._read(group, descriptor) or appended
+                if appended:
+                    self.log.ready()
+
+    def _advance(self, group: ProcessGroup, deadline: Deadline) -> bool:
+        """Take the next step towards the end; return whether there is none left."""
+        self._notice_exit(group)
+        running = self._exited_at is None
+        if running and not group.ending and deadline.expired:
+            self._timed_out = True
+        if self._timed_out or self._cancelled is not None:
+            self._owed.clear()  # unread output is not waited for
+            if running and not group.ending:
+                group.end()
+        if group.ending:
+            if not group.ended():
+                return False
+            self._notice_exit(group)
+            if self._exited_at is None:
+                return True
+        elif running:
+            return False
+        # What the shell left in a pipe is read however long the window is full; what a
+        # grandchild adds has DRAIN_AFTER_EXIT.
         if self._drain.expired:
-            for kind, pipe in list(self._group.pipes.items()):
-                # Looked at again: a grandchild can read from /dev/stdout as well.
-                if self._owed.get(kind, 0) <= 0 or not _bytes_ready(pipe):
-                    self._close(kind)
-        return not self._group.pipes
+            for descriptor in list(group.outputs):
+                # A grandchild can read from /dev/stdout as well: look again.
+                if self._owed.get(descriptor, 0) <= 0 or not _bytes_ready(descriptor):
+                    group.close_output(descriptor)
+        return not group.outputs
 
-    def _wait(self, seconds: float) -> list[tuple[int, int]]:
-        """Return the descriptors that are ready, with their events."""
-        if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
-            time.sleep(seconds)
-            seconds = 0.0
-        return self._poll.poll(math.ceil(seconds * 1000))
+    def _notice_exit(self, group: ProcessGroup) -> None:
+        if self._exited_at is not None or group.exit_code is None:
+            return
+        self._exited_at = time.monotonic()
+        self._drain = Deadline(DRAIN_AFTER_EXIT)
+        group.close_input()
+        if not group.ending:
+            self._owed = {fd: _bytes_ready(fd) for fd in group.outputs}
 
-    def _pause(self) -> float:
+    def _pause(self, group: ProcessGroup, deadline: Deadline) -> float:
         """Return the seconds until something has to be looked at."""
         waits = [LONGEST_POLL]
-        if self._group.ending:
+        if group.ending:
             waits.append(GROUP_LOOK)
-        elif self.exited_at is None:
-            remaining = self._deadline.remaining()
-            if remaining is not None:
-                waits.append(remaining)
-            if self._group.pidfd is None:
-                waits.append(self._exit_look())
-        if self._drain is not None and not self._drain.expired:
-            waits.append(self._drain.remaining() or 0.0)
-        for collected in self._collecting.values():
-            waits.append(collected.remaining() or 0.0)
+        elif self._exited_at is None:
+            waits.append(_or_never(deadline.remaining()))
+            if group.pidfd is None:
+                waits.append(self._exit_look(group))
+            resting = self._rest_until - time.monotonic()
+            if resting > 0:
+                waits.append(resting)
+        elif not self._drain.expired:
+            waits.append(_or_never(self._drain.remaining()))
         return min(waits)
 
-    def _exit_look(self) -> float:
-        # Once the outputs are closed the end is near: from 0.1 ms on, doubling.
-        if self._group.pipes.keys() - {STDIN}:
+    def _exit_look(self, group: ProcessGroup) -> float:
+        # Once the outputs are closed the exit is near: from 0.1 ms on, doubling.
+        if group.outputs:
             return EXIT_LOOK
         self._look = min(EXIT_LOOK, self._look * 2)
         return self._look
 
-    def _watch(self) -> None:
-        """Poll the pipes that can be used now, and no others."""
-        if self._streams.stdin_pending and STDIN not in self._group.pipes:
-            # The command closed it: take what comes, so that the sender gets on.
-            self._streams.consume_stdin(STREAM_WINDOW)
-        elif self._streams.stdin_exhausted:
-            self._close(STDIN)
-        for kind, descriptor in self._group.pipes.items():
-            wanted = self._wanted(kind)
-            if wanted and descriptor not in self._watched:
-                event = select.POLLOUT if kind == STDIN else select.POLLIN
-                self._poll.register(descriptor, event)
-                self._watched[descriptor] = kind
-            elif not wanted and descriptor in self._watched:
-                self._unwatch(descriptor)
+    def _register_pipes(self, group: ProcessGroup, poll: select.poll) -> None:
+        """Register the pipes that can be used now."""
+        with self._lock:
+            pending = self._input.arrived > self._input.consumed
+            exhausted = self._input.exhausted
+        if pending and group.input is None:
+            self._consume(LOG_WINDOW)  # the command closed it: drop what comes
+        elif pending and group.input is not None:
+            poll.register(group.input, select.POLLOUT)
+        elif exhausted:
+            group.close_input()
+        resting = self._exited_at is None and time.monotonic() < self._rest_until
+        if self.log.room and not resting:
+            for descriptor in group.outputs:
+                poll.register(descriptor, select.POLLIN)
 
-    def _wanted(self, kind: int) -> bool:
-        if kind == STDIN:
-            return self._streams.stdin_pending
-        if kind in self._collecting:
-            if not self._collecting[kind].expired:
-                return False
-            del self._collecting[kind]
-        return self._streams.room(kind) > 0
-
-    def _handle(self, descriptor: int, wake: int) -> None:
-        kind = self._watched.get(descriptor)
-        if kind == STDIN:
-            self._write_stdin(descriptor)
-        elif kind is not None:
-            self._read(kind, descriptor)
-        elif descriptor == wake:
-            self._streams.waker.clear()
-
-    def _read(self, kind: int, descriptor: int) -> None:
+    def _read(self, group: ProcessGroup, descriptor: int) -> bool:
+        """Read from an output; return whether the log has more than before."""
+        room = self.log.room
+        if not room:
+            return False
         try:
-            data = os.read(descriptor, min(MAX_CHUNK, self._streams.room(kind)))
+            data = os.read(descriptor, room)
         except BlockingIOError:
-            return
-        if data:
-            self._streams.append(kind, data)
-            self._owed[kind] = self._owed.get(kind, 0) - len(data)
-            self._pace(kind, len(data))
-        else:
-            self._close(kind)
-
-    def _pace(self, kind: int, count: int) -> None:
+            return False
+        if not data:
+            group.close_output(descriptor)
+            return False
+        self.log.append(group.outputs[descriptor], data)
+        self._owed[descriptor] = self._owed.get(descriptor, 0) - len(data)
         now = time.monotonic()
-        soon = now - self._read_at.get(kind, -math.inf) < LINE_PAUSE
-        self._read_at[kind] = now
-        if soon and count < LINE_CHUNK and self.exited_at is None:
-            self._collecting[kind] = Deadline(LINE_PAUSE)
+        if len(data) < LINE_CHUNK and now - self._read_at < LINE_PAUSE:
+            self._rest_until = now + LINE_PAUSE
+        self._read_at = now
+        return True
 
-    def _write_stdin(self, descriptor: int) -> None:
+    def _write(self, group: ProcessGroup, descriptor: int) -> None:
+        with self._lock:
+            data = self._input.peek()
         try:
-            count = os.write(descriptor, self._streams.peek_stdin())
+            self._consume(os.write(descriptor, data))
         except BlockingIOError:
             return
         except BrokenPipeError:
-            self._close(STDIN)
-        else:
-            self._streams.consume_stdin(count)
+            group.close_input()
 
-    def _close(self, kind: int) -> None:
-        pipe = self._group.pipes.get(kind)
-        if pipe is not None:
-            self._unwatch(pipe)
-            self._collecting.pop(kind, None)
-            self._group.close_pipe(kind)
+    def _consume(self, count: int) -> None:
+        """Drop up to `count` bytes of input, and report that now and then."""
+        with self._lock:
+            self._input.consume(count)
+            consumed = self._input.consumed
+            # A command that reads line by line takes 4 KiB at a time.
+            due = (
+                consumed == self._input.arrived
+                or consumed >= self._input_reported + MAX_LOG_MESSAGE
+            )
+            if due:
+                self._input_reported = consumed
+        if due and self._on_input is not None:
+            self._on_input(consumed)
 
-    def _unwatch(self, descriptor: int) -> None:
-        if self._watched.pop(descriptor, None) is not None:
-            self._poll.unregister(descriptor)
+    @contextlib.contextmanager
+    def _waking(self) -> Iterator[int]:
+        """Give a descriptor that becomes readable after _wake()."""
+        read_end, write_end = os.pipe()
+        os.set_blocking(read_end, False)
+        os.set_blocking(write_end, False)
+        with self._lock:
+            self._wake_end = write_end
+        try:
+            yield read_end
+        finally:
+            with self._lock:
+                self._wake_end = None
+            os.close(read_end)
+            os.close(write_end)
+
+    def _wake(self) -> None:
+        # Under the lock, or the number might be another file's by now.
+        with self._lock:
+            if self._wake_end is not None:
+                with contextlib.suppress(BlockingIOError):  # full: it will wake
+                    os.write(self._wake_end, b"\0")
+
+
+def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
+    if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
+        time.sleep(seconds)
+        seconds = 0.0
+    return poll.poll(math.ceil(seconds * 1000))
+
+
+def _or_never(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _working_directory(chosen: str | None, default: str | None) -> bytes | None:
+    # Bytes: the locale of a service may not be UTF-8, and a caller's names are.
+    base = None if default is None else os.fsencode(default)
+    if not chosen or not chosen.strip():
+        return base
+    path = os.path.expanduser(chosen.strip().encode("utf-8", "surrogateescape"))
+    return os.path.join(base or b"", path)
+
+
+def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
+    if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
+        return f"the command cannot be passed to {SHELL}: {error}"
+    if error.errno == errno.E2BIG:
+        return "the command is too long for this system; put it into a file there"
+    if cwd is not None and error.filename == cwd:
+        shown = cwd.decode("utf-8", "replace")
+        return f"cannot use the working directory {shown}: {error.strerror}"
+    return f"cannot start {SHELL}: {error.strerror}"
 
 
 def _bytes_ready(descriptor: int) -> int:
@@ -4370,538 +4493,6 @@ def _bytes_ready(descriptor: int) -> int:
 
     count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
     return int.from_bytes(count, sys.byteorder)
-
-
-class Command:
-    """One shell command, from its start to what its reader has not got yet."""
-
-    def __init__(
-        self,
-        spec: CommandSpec,
-        on_chunk: ChunkHandler,
-        *,
-        on_stdin: Callable[[int], None] | None = None,
-        environ: Mapping[str, str],
-        default_cwd: str | None = None,
-        resumable: bool = True,
-    ) -> None:
-        """`on_chunk(kind, offset, data)` gets the output: in the order of each
-        stream, from one thread at a time, again after rewind().  `on_stdin(offset)`
-        hears how much input was consumed.  Either may raise ConnectionClosed.
-
-        Unless it is `resumable`, output counts as acknowledged by on_chunk's return.
-        """
-        self.spec = spec
-        self.result: CommandResult | None = None  # set when it has ended
-        self._environ = environ
-        self._default_cwd = default_cwd
-        self._streams = CommandStreams(on_chunk, on_stdin, resumable)
-        self._cancelled = False
-        self._started: float | None = None  # monotonic
-        self._group: ProcessGroup | None = None
-        self._why_not_started: str | None = None
-
-    def spawn(self) -> None:
-        """Start it, so that run() in another thread finds it under way."""
-        if self._cancelled:
-            self._why_not_started = "cancelled before it ran"
-            return
-        self._started = time.monotonic()
-        cwd = self._working_directory()
-        try:
-            self._group = ProcessGroup(
-                self.spec.command,
-                cwd=cwd,
-                env=command_environment(self._environ, self.spec.env),
-                stdin=self.spec.stdin,
-            )
-        except (OSError, ValueError) as error:
-            self._why_not_started = _why_not_started(error, cwd)
-
-    def run(self) -> CommandResult:
-        """Run it in this thread, to its end; all its output was handed out then."""
-        self.result = self._run()
-        return self.result
-
-    def acknowledge(self, kind: int, offset: int) -> None:
-        """Let go of a stream's bytes before `offset`, so that more can be read.
-
-        Raises RpcError for bytes that were not sent yet.
-        """
-        self._streams.acknowledge(kind, offset)
-
-    def rewind(self, offsets: Mapping[int, int]) -> None:
-        """Hand out again what follows these offsets, and let go of nothing.
-
-        For a reader that comes back.  A stream that is not named starts after what
-        was acknowledged last.  A chunk that is on its way while this is called may
-        still arrive before: the reader has to ignore one that is ahead of it.
-        Raises RpcError for bytes that were not sent yet.
-        """
-        self._streams.rewind(offsets)
-
-    def write_stdin(self, offset: int, data: bytes) -> None:
-        """Feed the command; no data is the end of input.
-
-        What arrived before is skipped.  Raises RpcError for a gap, for more than
-        STREAM_WINDOW bytes that are not consumed, and without `spec.stdin`.
-        """
-        if not self.spec.stdin:
-            raise RpcError("INVALID_REQUEST", "the command was started without input")
-        self._streams.write_stdin(offset, data)
-
-    def cancel(self) -> None:
-        """End the process group, or do not start it at all."""
-        self._cancelled = True
-        self._streams.waker.wake()
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled
-
-    def offsets(self) -> dict[int, int]:
-        """Return what was acknowledged of each output, and consumed of stdin."""
-        return self._streams.offsets()
-
-    @property
-    def held(self) -> int:
-        """The number of output bytes kept for a rewind."""
-        return self._streams.held()
-
-    def _run(self) -> CommandResult:
-        if self._group is None and self._why_not_started is None:
-            self.spawn()
-        group = self._group
-        if group is None:
-            self._streams.deliver(finish=True)
-            return CommandResult(
-                None, cancelled=self._started is None, error=self._why_not_started
-            )
-        loop = CommandLoop(
-            group, self._streams, self.spec.timeout, lambda: self._cancelled
-        )
-        try:
-            loop.run()
-        finally:
-            group.close()
-        return self._conclude(group, loop)
-
-    def _working_directory(self) -> str | None:
-        chosen = (self.spec.cwd or "").strip()
-        if not chosen:
-            return self._default_cwd
-        return os.path.join(self._default_cwd or "", os.path.expanduser(chosen))
-
-    def _conclude(self, group: ProcessGroup, loop: CommandLoop) -> CommandResult:
-        assert self._started is not None
-        totals = self._streams.totals()
-        exit_code = group.exit_code
-        return CommandResult(
-            exit_code,
-            stdout_bytes=totals[STDOUT],
-            stderr_bytes=totals[STDERR],
-            duration=(loop.exited_at or time.monotonic()) - self._started,
-            timed_out=loop.timed_out,
-            cancelled=self._cancelled and not loop.timed_out,
-            error=None if exit_code is not None else "it survived even SIGKILL",
-        )
-
-
-def _why_not_started(error: OSError | ValueError, cwd: str | None) -> str:
-    if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
-        return f"the command cannot be passed to {SHELL}: {error}"
-    if error.errno == errno.E2BIG:
-        return "the command is too long for this system; put it into a file there"
-    if cwd is not None and error.filename == cwd:
-        return f"cannot use the working directory {cwd}: {error.strerror}"
-    return f"cannot start {SHELL}: {error.strerror}"
-
-
-class _Job:
-    """A command of a runner; it knows what was told of its place in line."""
-
-    def __init__(
-        self,
-        invoke_id: str,
-        command: Command,
-        on_result: ResultHandler,
-        on_queued: Callable[[int], None] | None,
-    ) -> None:
-        self.invoke_id = invoke_id
-        self.command = command
-        self.on_result = on_result
-        self._on_queued = on_queued
-        # Guards _told; held while it is told, so that nothing comes after the 0.
-        self._lock = threading.Lock()
-        self._told: int | None = None  # a place, from 1; 0: it has left the line
-
-    def tell_place(self, place: int) -> None:
-        """Tell where in line it is, if that is news.
-
-        Each of the last ten places is; before them, a quarter less than was told.
-        """
-        slack = place // 4 if place > 10 else 0
-        with self._lock:
-            if self._told is None or self._told - place > slack:
-                self._tell(place)
-
-    def tell_place_again(self) -> None:
-        """Tell it to somebody who has not heard it, where it is in line still."""
-        with self._lock:
-            if self._told:
-                self._told = None
-
-    def leave_line(self) -> None:
-        """Tell that its turn has come, if it was told a place; nothing after that."""
-        with self._lock:
-            if self._told:
-                self._tell(0)
-            self._told = 0
-
-    def _tell(self, place: int) -> None:
-        self._told = place
-        if self._on_queued is None:
-            return
-        try:
-            self._on_queued(place)
-        except ConnectionClosed:
-            pass  # the reader is away, and asks again when it comes back
-        except Exception:
-            log.exception("place not told invocation=%s", self.invoke_id)
-
-
-class _Line:
-    """Jobs that wait for their turn; a thread tells where in line they are."""
-
-    def __init__(self, lock: threading.Condition) -> None:
-        """`lock` guards all below, and is held by who calls; it is the runner's."""
-        self.jobs: collections.deque[_Job] = collections.deque()
-        self._lock = lock
-        self._thread: threading.Thread | None = None  # while anybody waits
-        self._closing = threading.Event()
-
-    def tell_places(self) -> None:
-        """Have the thread tell, from now on until nobody waits."""
-        if self._thread is None:
-            thread = threading.Thread(
-                target=self._tell, name="moltis-run-line", daemon=True
-            )
-            thread.start()
-            self._thread = thread
-
-    def close(self) -> tuple[list[_Job], list[threading.Thread]]:
-        """Return who waited until now, and the threads that are to be joined."""
-        self._closing.set()
-        waiting = list(self.jobs)
-        self.jobs.clear()
-        return waiting, [] if self._thread is None else [self._thread]
-
-    def _tell(self) -> None:
-        while not self._closing.wait(PLACE_INTERVAL):
-            with self._lock:
-                waiting = list(self.jobs)
-                if not waiting:
-                    self._thread = None
-                    return
-            for place, job in enumerate(waiting, 1):
-                job.tell_place(place)
-
-
-class CommandRunner:
-    """Commands by invocation id, each run once, a limited number side by side."""
-
-    def __init__(
-        self,
-        *,
-        environ: Mapping[str, str],
-        working_dir: str | None = None,
-        max_timeout: float | None = None,
-        limit: int = MAX_RUNNING,
-    ) -> None:
-        # os.environ decodes at each look: 0.1 ms a command.
-        self._environ = command_environment(environ, {})
-        self._working_dir = working_dir
-        self._max_timeout = max_timeout
-        self._limit = limit
-        self._lock = threading.Condition(threading.Lock())  # guards all below
-        self._jobs: dict[str, _Job] = {}  # until they are forgotten
-        self._starting = 0  # jobs that are neither in line yet nor ended
-        self._line = _Line(self._lock)
-        self._running: dict[str, None] = {}  # ids, the oldest first
-        self._settled: dict[str, int] = {}  # kept results, the oldest first; bytes held
-        self._forgotten: dict[str, None] = {}  # ids; MAX_REMEMBERED, the oldest goes
-        self._threads: list[threading.Thread] = []  # at most `limit`
-        self._idle = 0  # of them, waiting for: _line.jobs or _closed
-        self._closed = False
-
-    def start(
-        self,
-        invoke_id: str,
-        spec: CommandSpec,
-        *,
-        on_chunk: ChunkHandler,
-        on_result: ResultHandler,
-        on_stdin: Callable[[int], None] | None = None,
-        on_queued: Callable[[int], None] | None = None,
-        resumable: bool = True,
-    ) -> Command:
-        """Run the command in a thread, now or when its turn comes.
-
-        An id that is known is not run again: its command is returned, which may have
-        its result already.  `on_result` comes after all output.  `on_queued` hears
-        the place in line, from 1, if it has to wait for more than a moment, again as
-        it moves, and 0 when its turn has come.
-        Raises RpcError CONFLICT for an id whose result was forgotten, UNAVAILABLE
-        after close().
-        """
-        command = Command(
-            self._capped(spec),
-            on_chunk,
-            on_stdin=on_stdin,
-            environ=self._environ,
-            default_cwd=self._working_dir,
-            resumable=resumable,
-        )
-        with self._lock:
-            known = self._jobs.get(invoke_id)
-            if known is not None:
-                return known.command
-            self._refuse(invoke_id)
-            idle = not self._running and not self._line.jobs
-            job = _Job(invoke_id, command, on_result, on_queued)
-            self._jobs[invoke_id] = job
-            self._starting += 1
-        try:
-            if idle:
-                # Its shell gets going while the worker wakes: 40 µs.  Beside others,
-                # it would keep this thread from the next request.
-                command.spawn()
-            self._enter(job)
-        finally:
-            with self._lock:
-                self._starting -= 1
-                if self._closed:
-                    self._lock.notify_all()
-        return command
-
-    def get(self, invoke_id: str) -> Command | None:
-        """Return the command until its result is forgotten."""
-        with self._lock:
-            job = self._jobs.get(invoke_id)
-            return None if job is None else job.command
-
-    def known(self) -> dict[str, Command]:
-        """Return all commands by id: waiting, running, and not yet forgotten."""
-        with self._lock:
-            return {invoke_id: job.command for invoke_id, job in self._jobs.items()}
-
-    def running(self) -> list[str]:
-        with self._lock:
-            return list(self._running)
-
-    def cancel(self, invoke_id: str) -> bool:
-        """End the command, at once if it is in line; return whether it is known."""
-        with self._lock:
-            job = self._jobs.get(invoke_id)
-        if job is None:
-            return False
-        # First the mark, then the look: a job that is just entering the line is
-        # found by one of us.
-        job.command.cancel()
-        with self._lock:
-            waits = job in self._line.jobs
-            if waits:
-                self._line.jobs.remove(job)
-        if waits:
-            self._run(job)
-        return True
-
-    def tell_place_again(self, invoke_id: str) -> None:
-        """Tell a new peer the command's place in line, if it is in line still."""
-        with self._lock:
-            job = self._jobs.get(invoke_id)
-        if job is not None:
-            job.tell_place_again()
-
-    def forget(self, invoke_id: str) -> None:
-        """Let go of a result, and of the output, that the peer has got."""
-        with self._lock:
-            if invoke_id in self._settled:
-                self._forget(invoke_id)
-
-    def close(self, timeout: float | None = None) -> None:
-        """End all commands, report them, and join their threads."""
-        deadline = Deadline(timeout)
-        with self._lock:
-            self._closed = True
-            waiting, threads = self._line.close()
-            running = [self._jobs[invoke_id] for invoke_id in self._running]
-            threads += self._threads
-            self._lock.notify_all()
-        for job in waiting + running:
-            job.command.cancel()
-        for job in waiting:
-            self._run(job)
-        for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join(deadline.remaining())
-        with self._lock:  # what came in just now is ended by who started it
-            self._lock.wait_for(lambda: not self._starting, deadline.remaining())
-
-    def _capped(self, spec: CommandSpec) -> CommandSpec:
-        limits = [t for t in (spec.timeout, self._max_timeout) if t is not None]
-        return spec.replace(timeout=min(limits, default=None))
-
-    def _refuse(self, invoke_id: str) -> None:
-        if self._closed:
-            raise RpcError("UNAVAILABLE", "this node is shutting down", retryable=True)
-        if invoke_id in self._forgotten:
-            raise RpcError("CONFLICT", f"invocation {invoke_id} was run already")
-
-    def _enter(self, job: _Job) -> None:
-        with self._lock:
-            ended = self._closed or job.command.cancelled
-            if not ended:
-                self._line.jobs.append(job)
-                try:
-                    self._call_worker()
-                except RuntimeError:  # no thread is left: a worker that is there has it
-                    if not self._threads:
-                        self._line.jobs.remove(job)
-                        ended = True
-        if ended:
-            job.command.cancel()
-            self._run(job)
-
-    def _call_worker(self) -> None:
-        # An idle thread has the command 0.2 ms earlier than a new one.  One that was
-        # called and has not come yet counts as idle still: hence the comparison.
-        if len(self._line.jobs) <= self._idle:
-            self._lock.notify()
-        elif len(self._threads) < self._limit:
-            # Started under the lock, so that close() joins only threads that run.
-            thread = threading.Thread(target=self._work, daemon=True)
-            thread.start()
-            self._threads.append(thread)
-        else:
-            self._line.tell_places()
-
-    def _work(self) -> None:
-        """Run the commands in line, until there have been none for a while."""
-        thread = threading.current_thread()
-        while True:
-            thread.name = "moltis-run-idle"
-            job = self._take()
-            if job is None:
-                return
-            thread.name = f"moltis-run-{job.invoke_id[:8]}"
-            self._run(job)
-
-    def _take(self) -> _Job | None:
-        with self._lock:
-            self._idle += 1
-            self._lock.wait_for(lambda: self._line.jobs or self._closed, WORKER_LINGER)
-            self._idle -= 1
-            if not self._line.jobs:
-                self._threads.remove(threading.current_thread())
-                return None
-            job = self._line.jobs.popleft()
-            self._running[job.invoke_id] = None
-            return job
-
-    def _run(self, job: _Job) -> None:
-        job.leave_line()
-        try:
-            result = job.command.run()
-        except Exception:
-            log.exception("command failed invocation=%s", job.invoke_id)
-            result = CommandResult(None, error="the runner failed; its log says why")
-            job.command.result = result
-        held = job.command.held
-        with self._lock:
-            self._running.pop(job.invoke_id, None)
-            self._settled[job.invoke_id] = held
-            held = sum(self._settled.values())  # at most: some is acknowledged by now
-            crowded = len(self._settled) > MAX_KEPT or held > MAX_KEPT_OUTPUT
-        if crowded:
-            self._trim()
-        try:
-            job.on_result(result)
-        except ConnectionClosed:
-            pass  # the reader is away; get() has it when it comes back
-        except Exception:
-            log.exception("result not taken invocation=%s", job.invoke_id)
-
-    def _trim(self) -> None:
-        """Let the oldest results go where there are too many."""
-        with self._lock:
-            kept = [self._jobs[invoke_id] for invoke_id in self._settled]
-        held = sum(job.command.held for job in kept)
-        excess = len(kept) - MAX_KEPT
-        for number, job in enumerate(kept):
-            if number >= excess and held <= MAX_KEPT_OUTPUT:
-                break
-            held -= job.command.held
-            log.warning("result dropped unread invocation=%s", job.invoke_id)
-            self.forget(job.invoke_id)
-
-    def _forget(self, invoke_id: str) -> None:
-        del self._settled[invoke_id], self._jobs[invoke_id]
-        self._forgotten[invoke_id] = None
-        if len(self._forgotten) > MAX_REMEMBERED:
-            del self._forgotten[next(iter(self._forgotten))]
-
-
-class ClippedBytes:
-    """A stream in one piece: all of it, or its head and tail beyond a limit."""
-
-    def __init__(self, limit: int) -> None:  # bytes
-        self.total = 0
-        self._head = bytearray()  # ≤ half the limit; then the tail takes it
-        self._tail = bytearray()  # ≤ twice the other half; then its first goes
-        self._head_limit = limit // 2
-        self._tail_limit = limit - limit // 2
-
-    def add(self, offset: int, data: bytes) -> None:
-        """Take a chunk; what was taken before, or does not follow, is skipped."""
-        if offset > self.total:
-            return
-        fresh = data[self.total - offset :]
-        self.total += len(fresh)
-        room = self._head_limit - len(self._head)
-        self._head += fresh[:room]
-        self._tail += fresh[room:]
-        # Cut when it is twice as long, so that each byte is moved only once.
-        if len(self._tail) > 2 * self._tail_limit:
-            del self._tail[: len(self._tail) - self._tail_limit]
-
-    @property
-    def cut(self) -> int:
-        """The number of bytes left out between head and tail."""
-        return max(0, self.total - self._head_limit - self._tail_limit)
-
-    def text(self) -> str:
-        """Return it as UTF-8, broken characters replaced, with the number cut."""
-        if not self.cut:
-            return (self._head + self._tail).decode("utf-8", "replace")
-        # A character that the cut went through is left out with what was cut.
-        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
-        tail = self._tail[len(self._tail) - self._tail_limit :]
-        for _ in range(3):
-            if tail[:1] and tail[0] & 0xC0 == 0x80:
-                del tail[0]
-        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
-
-
-class OutputCollector:
-    """Both outputs of a command in one piece each, for `on_chunk`."""
-
-    def __init__(self, limit: int) -> None:  # bytes of each stream
-        self.stdout = ClippedBytes(limit)
-        self.stderr = ClippedBytes(limit)
-
-    def add(self, kind: int, offset: int, data: bytes) -> None:
-        (self.stdout if kind == STDOUT else self.stderr).add(offset, data)
 
 
 # ==============================================================================
@@ -7069,27 +6660,35 @@ def list_models(
 # Machine
 # Uses: Wire protocol, Commands, Telemetry, Language models
 #
-# What one computer does when it is asked: `system.run`, `system.which`,
-# `system.providers`, and `llm.chat` where it lends its language models.  A node
-# answers its gateway with it, and the gateway answers itself for `Local`, so that
-# Local is a node like the others.  Who asks, and over which connection, is left to a
-# MachinePeer.
+# All that one computer does when it is asked: the table of works, their jobs by id with
+# line, logs and endings.  A node answers its gateway with it, and the gateway uses one
+# for `Local`, so that Local is a node like the others.  Who asks, and over which
+# connection, is left to a MachinePeer.
 # ==============================================================================
 
-SYSTEM_RUN = "system.run"
+CAP_RUN = "system.run"  # what a Moltis gateway looks for among the capabilities
+CAP_LLM = "llm.chat"  # the machine lends its language models
+
+SYSTEM_RUN = "system.run"  # what Moltis peers call the works `run`, `which`, ...
 SYSTEM_WHICH = "system.which"
 SYSTEM_PROVIDERS = "system.providers"
-LLM_CHAT = CAP_LLM  # a question to a model; the answer is a stream of JSON lines
-LLM_MODELS = "llm.models"  # those that could be asked
-
 MACHINE_COMMANDS = (SYSTEM_RUN, SYSTEM_WHICH, SYSTEM_PROVIDERS)
-MACHINE_CAPABILITIES = (CAP_SCRAM, CAP_STREAM, CAP_CANCEL, CAP_RESUME)
+MACHINE_CAPABILITIES = (CAP_RUN, CAP_SCRAM, CAP_JOBS)
 
-
-MAX_COLLECTED = 200 * 1024  # bytes a stream, for a caller that does not take streams
-MAX_TIMEOUT_MS = 2**53  # JSON's safe integers
+MAX_RUNNING = 16  # commands side by side
+MAX_LINE = 1000  # commands that wait for one of these places; more are refused
 MAX_LENT = 8  # questions to this machine's models side by side; more are refused
-MAX_KEPT_ANSWERS = 64  # that nobody came for; beyond it the oldest goes
+MAX_KEPT = 1000  # unacknowledged endings; beyond it the oldest is dropped
+MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; beyond it the oldest is, too
+MAX_REMEMBERED = 10_000  # ids of forgotten jobs, about 1.5 MB; the oldest is dropped
+
+WORKER_LINGER = 10.0  # s that a thread waits for another job
+PLACE_TICK = 0.2  # s between two looks at the lines
+PLACE_INTERVAL = 1.0  # s between two reports of one job's place
+
+NODE_STOPPED = "its node stopped"
+NODE_STOPPING = "this node is stopping"
+RAN_BEFORE = "it ran before, and its log was dropped"
 
 
 def platform_name() -> str:
@@ -7098,305 +6697,72 @@ def platform_name() -> str:
 
 
 class MachinePeer(Protocol):
-    """Whoever asked, over the connection of the moment."""
+    """The connection of the moment to whoever asks.  No method blocks or raises."""
 
-    max_result: int | None  # bytes; a longer result would be dropped on the way
+    def log_ready(self, log: JobLog) -> None:
+        """There is something for log.take()."""
 
-    def chunk(self, chunk: Chunk) -> None: ...
+    def place(self, job_id: str, place: int) -> None:
+        """The job is in line, from 1; 0: it left the line."""
 
-    def stdin_received(self, invoke_id: str, offset: int) -> None: ...
-
-    def queued(self, invoke_id: str, place: int) -> None: ...
-
-    def rewound(self, invoke_id: str, stdin: int) -> None:
-        """Hear that output comes again, and from where on input is to come again."""
-
-    def result(self, invoke_id: str, result: JsonObject) -> None: ...
+    def input_consumed(self, job_id: str, offset: int, *, resume: bool = False) -> None:
+        """Input up to `offset` is consumed; `resume`: send again from there."""
 
 
-def run_arguments(args: JsonObject) -> CommandSpec:
-    """Return what `system.run` is to run.  Raises RpcError."""
-    command = required(args, "command", str)
-    if not command.strip():
-        raise RpcError("INVALID_REQUEST", "command is empty")
-    if "\0" in command:
-        raise RpcError("INVALID_REQUEST", "command holds a NUL character")
-    timeout_ms = optional(args, "timeout", float)
-    if timeout_ms is not None and not 0 < timeout_ms <= MAX_TIMEOUT_MS:
-        raise RpcError(
-            "INVALID_REQUEST",
-            f"timeout must be a positive number of ms, not {timeout_ms:g}",
-        )
-    return CommandSpec(
-        command=command,
-        cwd=optional(args, "cwd", str),
-        env=filter_environment(optional(args, "env", dict) or {}),
-        timeout=None if timeout_ms is None else timeout_ms / 1000,
-        stdin=optional(args, "stdin", bool) or False,
-    )
-
-
-def run_result(result: CommandResult) -> JsonObject:
-    """Return the wire form of how a command ended; its output is not in it."""
-    if result.error is not None:
-        problem: JsonObject = {"error": result.error}
-        # One that was ended in line, say, did not fail.
-        return {**problem, "cancelled": True} if result.cancelled else problem
-    code = -1 if result.exit_code is None else result.exit_code
-    value: JsonObject = {
-        "exitCode": max(code, -1),
-        "stdoutBytes": result.stdout_bytes,
-        "stderrBytes": result.stderr_bytes,
-        "durationMs": round(result.duration * 1000),
-    }
-    if code < 0:
-        value["signal"] = -code
-    if result.timed_out:
-        value["timedOut"] = True
-    if result.cancelled:
-        value["cancelled"] = True
-    return value
-
-
-def fit_result(result: JsonObject, limit: int | None) -> JsonObject:
-    """Return `result`, its output cut so that the JSON has at most `limit` bytes."""
-    room = MAX_COLLECTED
-    while limit is not None and len(to_json(result).encode("utf-8")) > limit:
-        room //= 2
-        texts = {n: result[n] for n in ("stdout", "stderr") if n in result}
-        if not texts or room < 1024:
-            return {"error": "the result is too large for this gateway"}
-        result = {**result, **{n: clip(text, room) for n, text in texts.items()}}
-    return result
-
-
-ModelTask: TypeAlias = (
-    "Callable[[Callable[[JsonObject], None], Cancellation], JsonObject]"
-)
-
-
-class LentWork:
-    """Something this machine's models do for others: JSON lines, then a result."""
-
-    def __init__(self, task: ModelTask, on_chunk: ChunkHandler) -> None:
-        """`task(write, cancel)` writes the lines and returns the result."""
-        self.result: JsonObject | None = None  # set when it has ended
-        self._task = task
-        self._streams = CommandStreams(on_chunk, None, resumable=True)
-        self._cancel = Cancellation()
-
-    def run(self) -> JsonObject:
-        """Do it in this thread; all lines were handed out then."""
-        with self._streams.waker as wake:
-            poll = select.poll()
-            poll.register(wake, select.POLLIN)
-            result = self._outcome(partial(self._write, poll))
-        self._streams.deliver(finish=True)
-        self.result = {**result, "stdoutBytes": self._streams.totals()[STDOUT]}
-        return self.result
-
-    def acknowledge(self, kind: int, offset: int) -> None:
-        """See Command.acknowledge."""
-        self._streams.acknowledge(kind, offset)
-
-    def rewind(self, offsets: Mapping[int, int]) -> None:
-        """See Command.rewind."""
-        self._streams.rewind(offsets)
-        # Its own thread may be waiting for the model, for minutes.
-        self._streams.deliver()
-
-    def write_stdin(self, _offset: int, _data: bytes) -> None:
-        """Raises RpcError: what is to be said stands in the request."""
-        raise RpcError("INVALID_REQUEST", "a model takes no input")
-
-    def offsets(self) -> dict[int, int]:
-        return self._streams.offsets()
-
-    def cancel(self) -> None:
-        self._cancel.cancel()
-        self._streams.waker.wake()
-
-    def _outcome(self, write: Callable[[JsonObject], None]) -> JsonObject:
-        try:
-            return self._task(write, self._cancel)
-        except Cancelled:
-            return {"cancelled": True}
-        except ContextTooLong as error:
-            return {"error": str(error), "kind": "context"}
-        except (ModelError, RpcError) as error:
-            return {"error": str(error)}
-        except Exception:
-            log.exception("a model's answer failed")
-            return {"error": "the node failed; its log says why"}
-
-    def _write(self, poll: select.poll, line: JsonObject) -> None:
-        """Raises Cancelled, also while the reader leaves no room."""
-        data = to_json(line).encode("utf-8", "replace") + b"\n"
-        while data:
-            self._cancel.pause(0)
-            room = self._streams.room(STDOUT)
-            if room:
-                self._streams.append(STDOUT, data[:room])
-                data = data[room:]
-                self._streams.deliver()
-            else:
-                poll.poll()
-                self._streams.waker.clear()
-
-
-class ModelLender:
-    """This machine's language models, at the service of others."""
-
-    def __init__(self, catalog: ModelCatalog) -> None:
-        self._catalog = catalog
-        self._lock = threading.Lock()  # guards all below
-        self._work: dict[str, LentWork] = {}  # until its result has arrived for good
-        self._threads: dict[str, threading.Thread] = {}  # until each has reported
-        self._closed = False
-
-    def chat(self, args: JsonObject) -> ModelTask:
-        """Return a question whose lines are ModelEvents.  Raises RpcError."""
-        request = ChatRequest.from_json_object(args)
-
-        def task(
-            write: Callable[[JsonObject], None], cancel: Cancellation
-        ) -> JsonObject:
-            # What can be reached is the provider's own address: it comes from here.
-            model = self._catalog.model(request.model)
-            stream = model.stream(request.messages, request.tools, cancel)
-            with contextlib.closing(stream) as events:
-                for event in events:
-                    write(to_json_object(event))
-            return {}
-
-        return task
-
-    def models(self, args: JsonObject) -> ModelTask:
-        """Return the question what models there are.  Raises RpcError."""
-        refresh = optional(args, "refresh", bool) or False
-
-        def task(_: Callable[[JsonObject], None], cancel: Cancellation) -> JsonObject:
-            models, errors = self._catalog.models(cancel, refresh=refresh)
-            return {"models": [to_json_object(m) for m in models], "errors": errors}
-
-        return task
-
-    def start(
-        self,
-        invoke_id: str,
-        task: ModelTask,
-        on_chunk: ChunkHandler,
-        on_result: Callable[[JsonObject], None],
-    ) -> None:
-        """Do it in a thread; an id that is known is not done again.
-
-        Raises RpcError UNAVAILABLE after close(), or where too much is being done.
-        """
-        work = LentWork(task, on_chunk)
-        thread = threading.Thread(
-            target=self._run,
-            args=(invoke_id, work, on_result),
-            name=f"moltis-model-{invoke_id[:8]}",
-            daemon=True,
-        )
-        with self._lock:
-            if invoke_id in self._work:
-                return
-            if self._closed or len(self._threads) >= MAX_LENT:
-                why = "is shutting down" if self._closed else "answers others already"
-                raise RpcError("UNAVAILABLE", f"this node {why}", retryable=True)
-            thread.start()
-            self._work[invoke_id] = work
-            self._threads[invoke_id] = thread
-            self._trim()
-
-    def get(self, invoke_id: str) -> LentWork | None:
-        with self._lock:
-            return self._work.get(invoke_id)
-
-    def known(self) -> dict[str, LentWork]:
-        with self._lock:
-            return dict(self._work)
-
-    def cancel(self, invoke_id: str) -> None:
-        work = self.get(invoke_id)
-        if work is not None:
-            work.cancel()
-
-    def forget(self, invoke_id: str) -> None:
-        """Let go of a result that the peer has got."""
-        with self._lock:
-            work = self._work.get(invoke_id)
-            if work is not None and work.result is not None:
-                del self._work[invoke_id]
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            threads = list(self._threads.values())
-        for work in self.known().values():
-            work.cancel()
-        for thread in threads:
-            thread.join()
-
-    def _run(
-        self, invoke_id: str, work: LentWork, on_result: Callable[[JsonObject], None]
-    ) -> None:
-        try:
-            on_result(work.run())
-        finally:
-            with self._lock:
-                del self._threads[invoke_id]
-
-    def _trim(self) -> None:
-        ended = [i for i, work in self._work.items() if work.result is not None]
-        for invoke_id in ended[: max(0, len(ended) - MAX_KEPT_ANSWERS)]:
-            del self._work[invoke_id]
-
-
-# What makes one command line run more than one command, or write files: two marks of
-# `$(` each, so that neither half of it may come from a wildcard.  Of `${` and the like
-# as well: bash, which is /bin/sh on macOS and Fedora, runs the `$(…)` in the index of
-# an array, as in `${x[y]}` after `y=a['$''(…)']`.  `$NAME` does no harm.
-SHELL_MARKS = r"[;&|`<>\n\r]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
+# What makes one command line run more than one command, or write files, and what makes
+# such a mark plain: `$(` twice, so that neither half of it may come from a wildcard.
+# `${` and the like as well: bash, which is /bin/sh on macOS and Fedora, runs the `$(…)`
+# in the index of an array, as in `${x[y]}` after `y=a['$''(…)']`.  `$NAME` is harmless.
+SHELL_MARKS = r"[;&|`<>\n\r'\"\\#]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
 PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
 
 
 class AllowedCommands:
-    """The command lines that the owner of this machine lets anybody run.
+    """What the owner of this machine lets others run there.
 
-    Shell patterns (`*`, `?`, `[…]`) on the whole line, whose wildcards stand for no
+    Shell patterns (`*`, `?`, `[…]`) on the whole command line.  A wildcard matches no
     mark with which the shell would go on to another command or to a file: a pattern
-    that means one has to spell it.
+    has to spell it.  Works other than `run` are allowed by their name.
     """
 
     def __init__(self, patterns: Sequence[str]) -> None:
+        self._names = frozenset(patterns)
         self._patterns = [re.findall(PATTERN_UNIT, pattern) for pattern in patterns]
 
-    def check(self, command: str) -> None:
-        """Return where the command may run.  Raises RpcError FORBIDDEN."""
-        marks = {match.start() for match in re.finditer(SHELL_MARKS, command)}
-        if not any(_fits(pattern, command, marks) for pattern in self._patterns):
+    def check(self, spec: CommandSpec) -> None:
+        """Raises RpcError FORBIDDEN unless the command may run."""
+        if spec.cwd and spec.cwd.strip():
             raise RpcError(
                 "FORBIDDEN",
-                "this machine's owner does not allow that command; what is allowed "
-                "was said there with `moltis node add --allow`",
+                "this machine's owner allows some commands only, and those in the "
+                "node's own working directory",
+            )
+        command = spec.command
+        marks = {match.start() for match in re.finditer(SHELL_MARKS, command)}
+        if not any(_matches(pattern, command, marks) for pattern in self._patterns):
+            raise RpcError(
+                "FORBIDDEN",
+                "this machine's owner does not allow that command; `moltis node add "
+                "--allow` there names those that are",
             )
 
+    def allows_work(self, work: str) -> bool:
+        return work in self._names
 
-def _fits(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
-    """Return whether a pattern in its units describes `text`.
+
+def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
+    """Return whether a pattern, in its units, matches `text`.
 
     It takes no longer than one length times the other, whatever a stranger sends.
     """
     place = at = 0
-    star: tuple[int, int] | None = None  # behind the last `*`, and what follows it
+    star: tuple[int, int] | None = None  # after the last `*`, and the text after it
     while at < len(text):
         unit = pattern[place] if place < len(pattern) else ""
         if unit == "*":
             place += 1
             star = (place, at)
-        elif _unit_fits(unit, text[at], at in marks):
+        elif _unit_matches(unit, text[at], at in marks):
             place, at = place + 1, at + 1
         elif star is not None and star[1] not in marks:
             star = (star[0], star[1] + 1)  # the `*` takes one character more
@@ -7406,7 +6772,7 @@ def _fits(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
     return all(unit == "*" for unit in pattern[place:])
 
 
-def _unit_fits(unit: str, character: str, is_mark: bool) -> bool:
+def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
     if len(unit) > 1:
         import fnmatch
 
@@ -7414,272 +6780,609 @@ def _unit_fits(unit: str, character: str, is_mark: bool) -> bool:
     return unit == character or (unit == "?" and not is_mark)
 
 
-class Machine:
-    """Invocations carried out on this computer."""
+class MachineOptions(Value):
+    """What the works of a machine work with."""
 
-    def __init__(
-        self,
-        runner: CommandRunner,
-        inventory: Inventory,
-        lender: ModelLender | None = None,  # None: its models are its own affair
-        allowed: AllowedCommands | None = None,  # None: all are
-    ) -> None:
-        self._runner = runner
-        self._allowed = allowed
-        self._inventory = inventory
-        self._lender = lender
-        self._lock = threading.Lock()  # guards _peer and _results
-        self._peer: MachinePeer | None = None
-        self._results: dict[str, JsonObject] = {}  # kept until settled
-        self.stopping = False  # commands that end now do so because of that
-        self._actions: Mapping[str, Callable[[str, JsonObject], JsonObject | None]] = {
-            SYSTEM_RUN: self._run,
-            SYSTEM_WHICH: self._which,
-            SYSTEM_PROVIDERS: self._providers,
-            LLM_CHAT: self._chat,
-            LLM_MODELS: self._models,
+    environ: Mapping[str, str]
+    inventory: Inventory
+    working_dir: str | None = None
+    max_timeout: float | None = None  # s; no caller exceeds it
+    catalog: ModelCatalog | None = None  # None: its models are not lent
+    allowed: AllowedCommands | None = None  # None: everything is
+
+
+class Task(Protocol):
+    """A job as its work carries it out."""
+
+    @property
+    def consumed(self) -> int | None:
+        """The offset of the input that was consumed; None where it takes none."""
+
+    def begin(self) -> None:
+        """Do what makes run() in another thread faster; called before it or never."""
+
+    def run(self) -> Ending: ...
+
+    def input(self, offset: int, data: bytes) -> None:
+        """Raises RpcError."""
+
+    def cancel(self, reason: str = "") -> None: ...
+
+
+class Errand:
+    """A task that is one function: it may write JSON lines, and returns a result."""
+
+    consumed = None
+
+    def __init__(self, log: JobLog, action: Callable[[Errand], JsonObject]) -> None:
+        self.cancellation = Cancellation()
+        self._log = log
+        self._action = action
+        self._reason = ""
+        self._room = threading.Event()  # set by room in the log, and by cancel()
+        log.on_room = self._room.set
+
+    def begin(self) -> None: ...
+
+    def run(self) -> Ending:
+        started, started_at = time.monotonic(), now_ms()
+        state, reason, result = JobState.DONE, None, None
+        try:
+            self.cancellation.pause(0)
+            result = self._action(self)
+        except Cancelled:
+            state, reason = JobState.CANCELLED, self._reason or None
+        except ContextTooLong as error:
+            state, reason, result = JobState.FAILED, str(error), {"kind": "context"}
+        except (ModelError, RpcError) as error:
+            state, reason = JobState.FAILED, str(error)
+        return Ending(
+            state,
+            reason=reason,
+            result=result,
+            started_at=started_at,
+            duration=round(time.monotonic() - started, 6),
+        )
+
+    def input(self, offset: int, data: bytes) -> None:  # noqa: ARG002
+        raise RpcError("INVALID_REQUEST", "this work takes no input")
+
+    def cancel(self, reason: str = "") -> None:
+        self._reason = reason
+        self.cancellation.cancel()
+        self._room.set()
+
+    def write(self, value: Value) -> None:
+        """Append `value` as a line; waits for room.  Raises Cancelled."""
+        data = to_json(value).encode("utf-8", "replace") + b"\n"
+        for start in range(0, len(data), MAX_FRAME_DATA):
+            while not self._log.room:
+                self._room.wait()
+                self._room.clear()
+                self.cancellation.pause(0)
+            self._log.append(STDOUT, data[start : start + MAX_FRAME_DATA])
+            self._log.ready()
+
+
+# --- The works ---
+
+WorkFactory: TypeAlias = (
+    "Callable[[MachineOptions, JobLog, Callable[[int], None], Any], Task]"
+)
+
+
+class WhichSpec(Value):
+    """The spec of work `which`."""
+
+    binary: str
+
+
+class ModelsSpec(Value):
+    """The spec of work `models`."""
+
+    refresh: bool = False  # do not answer from what is remembered
+
+
+def _run(
+    options: MachineOptions,
+    log: JobLog,
+    on_input: Callable[[int], None],
+    spec: CommandSpec,
+) -> Task:
+    if options.allowed is not None:
+        options.allowed.check(spec)
+    return Command(
+        spec,
+        log,
+        environ=options.environ,
+        working_dir=options.working_dir,
+        max_timeout=options.max_timeout,
+        on_input=on_input,
+    )
+
+
+def _which(options: MachineOptions, log: JobLog, _: object, spec: WhichSpec) -> Task:
+    def find(_errand: Errand) -> JsonObject:
+        path = find_binary(spec.binary, options.environ)
+        return {"found": path is not None, "path": path}
+
+    return Errand(log, find)
+
+
+def _providers(options: MachineOptions, log: JobLog, _: object, _spec: object) -> Task:
+    def read(_errand: Errand) -> JsonObject:
+        providers = options.inventory.equipment.providers
+        return {"providers": [provider.to_payload() for provider in providers]}
+
+    return Errand(log, read)
+
+
+def _lent_catalog(options: MachineOptions) -> ModelCatalog:
+    if options.catalog is None:
+        raise RpcError("FORBIDDEN", "this machine does not lend its models")
+    return options.catalog
+
+
+def _models(options: MachineOptions, log: JobLog, _: object, spec: ModelsSpec) -> Task:
+    catalog = _lent_catalog(options)
+
+    def ask(errand: Errand) -> JsonObject:
+        models, errors = catalog.models(errand.cancellation, refresh=spec.refresh)
+        listed = [model.to_json() for model in models]
+        # The ending is one frame.
+        while len(to_json(listed).encode("utf-8")) > MAX_FRAME_DATA * 3 // 4:
+            del listed[len(listed) * 7 // 8 :]
+        return {"models": listed, "errors": errors}
+
+    return Errand(log, ask)
+
+
+def _chat(options: MachineOptions, log: JobLog, _: object, spec: ChatRequest) -> Task:
+    catalog = _lent_catalog(options)
+
+    def ask(errand: Errand) -> JsonObject:
+        # The address that is asked is the provider's own, of this machine's settings.
+        model = catalog.model(spec.model)
+        stream = model.stream(spec.messages, spec.tools, errand.cancellation)
+        with contextlib.closing(stream) as events:
+            for event in events:
+                errand.write(event)
+        return {}
+
+    return Errand(log, ask)
+
+
+class Work(Value):
+    """What machines do under one name, and its limits."""
+
+    read_spec: Callable[[JsonObject], Any]  # raises RpcError INVALID_REQUEST
+    make: WorkFactory  # raises RpcError FORBIDDEN
+    recorded: bool = False  # it has a row at the gateway
+    side_by_side: int = 8  # jobs
+    line: int = 0  # jobs that may wait for a place; more are refused
+    window: int = LOG_WINDOW
+
+
+WORKS: Mapping[str, Work] = {
+    "run": Work(
+        CommandSpec.from_json,
+        _run,
+        recorded=True,
+        side_by_side=MAX_RUNNING,
+        line=MAX_LINE,
+    ),
+    "which": Work(WhichSpec.from_json, _which, line=MAX_LINE),
+    "providers": Work(dict, _providers, line=MAX_LINE),
+    "models": Work(ModelsSpec.from_json, _models),
+    "chat": Work(ChatRequest.from_json, _chat, side_by_side=MAX_LENT),
+}
+
+
+def find_work(name: str) -> Work:
+    """Raises RpcError INVALID_REQUEST."""
+    work = WORKS.get(name)
+    if work is None:
+        raise RpcError(
+            "INVALID_REQUEST",
+            f"unknown work {name!r}; machines know {', '.join(WORKS)}",
+        )
+    return work
+
+
+def check_spec(work: str, spec: JsonObject) -> JsonObject:
+    """Return the spec as a node gets it: checked, the environment filtered.
+
+    Raises RpcError INVALID_REQUEST.
+    """
+    checked: JsonObject = encode_value(find_work(work).read_spec(spec))
+    return checked
+
+
+class MachineJob:
+    """A job of this machine, until its whole log is acknowledged."""
+
+    def __init__(self, work: str, log: JobLog, task: Task | None) -> None:
+        self.id = log.job_id
+        self.work = work
+        self.log = log
+        self.task = task  # None: it was refused
+        # Guarded by the machine's lock:
+        self.waits = False  # it is in line
+        self.dropped = False  # nobody will acknowledge it
+        # Guarded by the machine's lock of places:
+        self.place: int | None = None  # as the peer knows it
+        self.place_due = 0.0  # monotonic
+
+
+class Machine:
+    """The jobs of this computer, by id; each is carried out once."""
+
+    def __init__(self, options: MachineOptions) -> None:
+        seal_descriptors()
+        self.instance = new_id()  # one life of this process
+        # os.environ decodes at each look: 0.1 ms a command.
+        environ = command_environment(options.environ)
+        self._options = options.replace(environ=environ)
+        self._peer: MachinePeer | None = None  # replaced as a whole
+        self._places = threading.Lock()  # held while a place is reported: in order
+        self._lock = threading.Lock()  # guards all below
+        self._changed = threading.Condition(self._lock)  # of _jobs, _kept, _closed
+        self._called = threading.Condition(self._lock)  # for threads: _ready, _closed
+        self._jobs: dict[str, MachineJob] = {}  # the oldest first
+        self._kept: dict[str, None] = {}  # ids of those that ended, the oldest first
+        self._remembered: dict[str, str] = {}  # why a job is refused, by forgotten id
+        self._running = dict.fromkeys(WORKS, 0)  # jobs that have a place
+        self._lines: dict[str, collections.deque[MachineJob]] = {
+            name: collections.deque() for name in WORKS
         }
+        self._ready: collections.deque[MachineJob] = collections.deque()  # for a thread
+        self._threads: list[threading.Thread] = []  # at most one for each place
+        self._idle = 0  # of them, waiting for: _ready or _closed
+        self._reporter: threading.Thread | None = None  # while there is a line
+        self._stopping = False  # nothing new begins
+        self._closed = False
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        lent = (CAP_LLM,) if self._lender is not None else ()
-        return (*MACHINE_CAPABILITIES, *lent)
+        allowed = self._options.allowed
+        lends = self._options.catalog is not None and (
+            allowed is None or allowed.allows_work("chat")
+        )
+        return (*MACHINE_CAPABILITIES, *((CAP_LLM,) if lends else ()))
 
     def attach(self, peer: MachinePeer | None) -> None:
-        """Send all that comes from now on to `peer`; None while nobody listens."""
-        with self._lock:
-            self._peer = peer
+        """Report to `peer` from now on; None while there is no connection."""
+        self._peer = peer
 
-    def invoke(self, invoke_id: str, command: str, args: JsonObject) -> None:
-        """Carry out a request; its result goes to the peer, now or later."""
-        action = self._actions.get(command)
-        result: JsonObject | None
-        if action is None:
-            known = ", ".join(MACHINE_COMMANDS)
-            problem = f"unknown command {command!r}; this machine knows {known}"
-            result = {"error": problem}
-        else:
+    # What a peer asks for, in any thread
+
+    def start(self, job_id: str, work: str, spec: JsonObject) -> None:
+        """Carry out a job, now or when its turn comes; every error is its ending.
+
+        A known id is not carried out again.  One that is remembered has ended, or was
+        cancelled before: it gets an ending that says so.
+        """
+        row = WORKS.get(work)
+        log = JobLog(job_id, self._log_ready, window=row.window if row else LOG_WINDOW)
+        task = refusal = None
+        try:
+            task = self._task(work, log, spec)
+        except RpcError as error:
+            refusal = Ending(JobState.FAILED, reason=error.message)
+        job = MachineJob(work, log, task)
+        with self._lock:
+            if job_id in self._jobs:
+                return
+            self._jobs[job_id] = job
+            first = not any(self._running.values())
+            refusal = self._refusal(job) or refusal
+            if refusal is None:
+                self._enter(job)
+        if refusal is not None:
+            self._end(job, refusal)
+        elif not job.waits and task is not None:
+            if first:
+                # Its shell starts while the worker wakes: 40 µs.  Beside others, it
+                # would keep this thread from the next message.
+                task.begin()
+            self._call_worker(job)
+
+    def acknowledge(self, job_id: str, offset: int) -> None:
+        """Drop a log's bytes before `offset`, and the job with its ending.
+
+        Raises RpcError for what was never sent.
+        """
+        job = self._get(job_id)
+        if job is not None:
+            job.log.acknowledge(offset)
+            with self._lock:
+                if job.log.ended and not job.log.held:
+                    self._forget(job)
+
+    def cancel(self, job_id: str, reason: str = "") -> None:
+        """End a job; one that is not known yet ends as soon as it is started."""
+        with self._lock:
+            job = self._jobs.get(job_id)
+            if job is None:
+                self._remembered.setdefault(job_id, "")
+                self._trim_remembered()
+                return
+            waited, job.waits = job.waits, False
+            if waited:
+                self._lines[job.work].remove(job)
+        if waited:
+            self._report_place(job, 0)
+            self._end(job, Ending(JobState.CANCELLED, reason=reason or None))
+        elif job.task is not None:
+            job.task.cancel(reason)
+
+    def input(self, job_id: str, offset: int, data: bytes) -> None:
+        """Feed a job; no data is the end of input.  Raises RpcError for a gap."""
+        job = self._get(job_id)
+        if job is not None and job.task is not None:
+            job.task.input(offset, data)
+
+    def resize(self, job_id: str, rows: int, cols: int) -> None:
+        """Raises RpcError: there are no terminals yet."""
+        raise RpcError(
+            "INVALID_REQUEST", f"{job_id} has no terminal to make {cols} x {rows}"
+        )
+
+    def held(self) -> dict[str, int]:
+        """Return the first offset held of each log, by id, the oldest first."""
+        with self._lock:
+            return {job_id: job.log.begin for job_id, job in self._jobs.items()}
+
+    def resume(self, offsets: Mapping[str, int]) -> None:
+        """Send each log to a new peer from its offset; end and drop the others."""
+        with self._lock:
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            if job.id not in offsets:
+                self._drop(job)
+                continue
             try:
-                result = action(invoke_id, args)
-            except RpcError as error:
-                result = {"error": error.message}
-                if error.code == "CONFLICT":  # it ran, and its result was let go
-                    result["lost"] = True
-        if result is not None:
-            self.finish(invoke_id, result)
+                job.log.send_from(offsets[job.id])
+            except RpcError as error:  # its database is older than its memory, say
+                log.warning("not resumed job=%s: %s", job.id, error)
+            self._report_again(job)
+            job.log.ready()
 
-    def acknowledge(self, invoke_id: str, kind: int, offset: int) -> None:
-        """Raises RpcError for an offset beyond what was sent."""
-        work = self._work(invoke_id)
-        if work is not None:
-            work.acknowledge(kind, offset)
-
-    def write_stdin(self, chunk: Chunk) -> None:
-        """Raises RpcError for a gap, or for more than the window holds."""
-        work = self._work(chunk.invoke_id)
-        if work is not None:
-            work.write_stdin(chunk.offset, chunk.data)
-
-    def cancel(self, invoke_id: str) -> None:
-        self._runner.cancel(invoke_id)
-        if self._lender is not None:
-            self._lender.cancel(invoke_id)
-
-    def settle(self, invoke_id: str) -> None:
-        """Forget an invocation: its result has arrived for good."""
+    def wait_until_acknowledged(self, timeout: float) -> None:
+        """Return when every log is acknowledged, or after `timeout` s."""
         with self._lock:
-            self._results.pop(invoke_id, None)
-        self._runner.forget(invoke_id)
-        if self._lender is not None:
-            self._lender.forget(invoke_id)
-
-    def inflight(self) -> list[InflightCommand]:
-        """Return the invocations whose result has not arrived for good.
-
-        The oldest first, so that those in line are last.
-        """
-        known: dict[str, Command | LentWork] = {}
-        if self._lender is not None:
-            known.update(self._lender.known())
-        known.update(self._runner.known())
-        return [
-            InflightCommand(
-                invoke_id=invoke_id,
-                stdout=offsets[STDOUT],
-                stderr=offsets[STDERR],
-                stdin=offsets[STDIN],
-                done=work.result is not None,
-            )
-            for invoke_id, work in known.items()
-            for offsets in [work.offsets()]
-        ]
-
-    def resume(self, invoke_id: str, stdout: int, stderr: int) -> None:
-        """Send again, to a new peer, what followed these offsets, then the result.
-
-        Raises RpcError for bytes that were never sent.
-        """
-        work = self._work(invoke_id)
-        if work is not None:
-            work.rewind({STDOUT: stdout, STDERR: stderr})
-        self._runner.tell_place_again(invoke_id)
-        self.resend_result(invoke_id)
-
-    def rewind(self, invoke_id: str, stdout: int, stderr: int) -> None:
-        """Do the same for a caller who came back to a peer that was never away.
-
-        Raises RpcError for bytes that were never sent.
-        """
-        command = self._runner.get(invoke_id)
-        if command is not None:
-            stdin = command.offsets()[STDIN]
-            self.tell(lambda peer: peer.rewound(invoke_id, stdin))
-            self.resume(invoke_id, stdout, stderr)
-
-    def abandon(self, invoke_id: str) -> None:
-        """End an invocation that nobody knows any more, and report it once more."""
-        self.cancel(invoke_id)
-        self.resend_result(invoke_id)
-
-    def resend_result(self, invoke_id: str) -> None:
-        with self._lock:
-            result = self._results.get(invoke_id)
-        if result is not None:
-            self.finish(invoke_id, result)
+            self._changed.wait_for(lambda: not self._jobs, timeout)
 
     def close(self) -> None:
-        """End all work in order; its results still go to the peer."""
-        self.stopping = True
-        if self._lender is not None:
-            self._lender.close()
-        self._runner.close()
-
-    def finish(self, invoke_id: str, result: JsonObject) -> None:
-        """Send a result, and keep that of a command until it is settled."""
-        kept = self._work(invoke_id) is not None
+        """End all jobs, whose endings say why, and join the threads."""
         with self._lock:
-            if kept:
-                self._results[invoke_id] = result
-                # The runner, or the lender, let go of it before.
-                if len(self._results) > MAX_KEPT + MAX_KEPT_ANSWERS + MAX_LENT:
-                    del self._results[next(iter(self._results))]
-            peer = self._peer
-        if peer is not None:
-            peer.result(invoke_id, fit_result(result, peer.max_result))
-
-    def _work(self, invoke_id: str) -> Command | LentWork | None:
-        work = self._runner.get(invoke_id)
-        if work is not None or self._lender is None:
-            return work
-        return self._lender.get(invoke_id)
-
-    def _chat(self, invoke_id: str, args: JsonObject) -> JsonObject | None:
-        if not is_uuid(invoke_id):
-            raise RpcError("INVALID_REQUEST", "invokeId must be a UUID for a stream")
-        return self._lend(invoke_id, lambda lender: lender.chat(args))
-
-    def _models(self, invoke_id: str, args: JsonObject) -> JsonObject | None:
-        return self._lend(invoke_id, lambda lender: lender.models(args))
-
-    def _lend(
-        self, invoke_id: str, task: Callable[[ModelLender], ModelTask]
-    ) -> JsonObject | None:
-        if self._lender is None:
-            raise RpcError("FORBIDDEN", "this machine does not lend its models")
+            self._stopping = True
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            self.cancel(job.id, NODE_STOPPED)
         with self._lock:
-            result = self._results.get(invoke_id)
-        if result is not None:
-            return result  # asked again: answered, not done again
-        self._lender.start(
-            invoke_id,
-            task(self._lender),
-            _StreamedRun(self, invoke_id).on_chunk,
-            partial(self.finish, invoke_id),
-        )
+            self._changed.wait_for(lambda: len(self._kept) == len(self._jobs))
+            self._closed = True
+            threads = [*self._threads, *([self._reporter] if self._reporter else [])]
+            self._called.notify_all()
+            self._changed.notify_all()
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    # Starting and ending
+
+    def _get(self, job_id: str) -> MachineJob | None:
+        with self._lock:
+            return self._jobs.get(job_id)
+
+    def _task(self, work: str, log: JobLog, spec: JsonObject) -> Task:
+        row, allowed = find_work(work), self._options.allowed
+        if allowed is not None and work != "run" and not allowed.allows_work(work):
+            raise RpcError(
+                "FORBIDDEN", f"this machine's owner does not allow the work {work!r}"
+            )
+        on_input = partial(self._input_consumed, log.job_id)
+        return row.make(self._options, log, on_input, row.read_spec(spec))
+
+    def _refusal(self, job: MachineJob) -> Ending | None:
+        remembered = self._remembered.get(job.id)
+        if remembered is not None:
+            state = JobState.FAILED if remembered else JobState.CANCELLED
+            return Ending(state, reason=remembered or None)
+        if self._stopping:
+            return Ending(JobState.FAILED, reason=NODE_STOPPING)
+        row = WORKS.get(job.work)
+        if (
+            row is not None
+            and self._running[job.work] >= row.side_by_side
+            and len(self._lines[job.work]) >= row.line
+        ):
+            count = row.side_by_side + row.line
+            return Ending(
+                JobState.FAILED,
+                reason=f"this machine has {count} jobs of this kind already",
+            )
         return None
 
-    def _which(self, _invoke_id: str, args: JsonObject) -> JsonObject:
-        path = find_binary(required(args, "binary", str))
-        return {"found": path is not None, "path": path}
+    def _enter(self, job: MachineJob) -> None:
+        """Give the job a place, or put it in line."""
+        if self._running[job.work] < WORKS[job.work].side_by_side:
+            self._running[job.work] += 1
+            return
+        job.waits = True
+        self._lines[job.work].append(job)
+        if self._reporter is None:
+            reporter = threading.Thread(
+                target=self._report_places, name="moltis-places", daemon=True
+            )
+            reporter.start()
+            self._reporter = reporter
 
-    def _providers(self, _invoke_id: str, _args: JsonObject) -> JsonObject:
-        providers = self._inventory.equipment.providers
-        return {"providers": [provider.to_payload() for provider in providers]}
-
-    def _run(self, invoke_id: str, args: JsonObject) -> JsonObject | None:
-        spec = run_arguments(args)
-        streams = optional(args, "stream", bool) or False
-        if streams and not is_uuid(invoke_id):
-            raise RpcError("INVALID_REQUEST", "invokeId must be a UUID for a stream")
+    def _call_worker(self, job: MachineJob) -> None:
         with self._lock:
-            result = self._results.get(invoke_id)
-        if result is not None:
-            return result  # asked again: answered, not run again
-        if self._allowed is not None:
-            self._allowed.check(spec.command)
-        job = (_StreamedRun if streams else _CollectedRun)(self, invoke_id)
-        self._runner.start(
-            invoke_id,
-            spec,
-            on_chunk=job.on_chunk,
-            on_stdin=job.on_stdin,
-            on_result=job.on_result,
-            on_queued=job.on_queued,
-            resumable=streams,
-        )
-        return None
+            self._ready.append(job)
+            # An idle thread has the job 0.2 ms earlier than a new one.  One that was
+            # called and has not come yet counts as idle still: hence the comparison.
+            if len(self._ready) <= self._idle:
+                self._called.notify()
+                return
+            # Started under the lock, so that close() joins only threads that run.
+            thread = threading.Thread(target=self._work, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no thread is left
+                if self._threads:
+                    return  # those that are there come to it
+                self._ready.remove(job)
+            else:
+                self._threads.append(thread)
+                return
+        assert job.task is not None
+        job.task.cancel("this machine has no thread left")
+        self._carry_out(job)
 
-    def tell(self, say: Callable[[MachinePeer], None]) -> None:
-        """Say something to whoever listens at the moment."""
+    def _work(self) -> None:
+        """Carry out jobs until there have been none for a while."""
+        thread = threading.current_thread()
+        while True:
+            thread.name = "moltis-idle"
+            job = self._take_ready()
+            if job is None:
+                return
+            thread.name = f"moltis-{job.work}-{job.id[:8]}"
+            self._carry_out(job)
+
+    def _take_ready(self) -> MachineJob | None:
         with self._lock:
-            peer = self._peer
+            self._idle += 1
+            self._called.wait_for(lambda: self._ready or self._closed, WORKER_LINGER)
+            self._idle -= 1
+            if self._ready:
+                return self._ready.popleft()
+            self._threads.remove(threading.current_thread())
+            return None
+
+    def _carry_out(self, job: MachineJob) -> None:
+        assert job.task is not None
+        try:
+            ending = job.task.run()
+        except Exception:
+            log.exception("job failed id=%s", job.id)
+            ending = Ending(JobState.FAILED, reason="the node failed; its log says why")
+        self._end(job, ending)
+        with self._lock:
+            line = self._lines[job.work]
+            following = line.popleft() if line else None
+            if following is None:
+                self._running[job.work] -= 1
+            else:
+                following.waits = False
+        if following is not None:
+            self._report_place(following, 0)
+            self._call_worker(following)
+
+    def _end(self, job: MachineJob, ending: Ending) -> None:
+        with self._lock:
+            job.log.finish(ending)
+            self._kept[job.id] = None
+            if job.dropped:
+                self._forget(job)
+            self._trim_kept()
+            self._changed.notify_all()
+        job.log.ready()
+
+    def _drop(self, job: MachineJob) -> None:
+        """End a job, and forget it then."""
+        with self._lock:
+            job.dropped = True
+            if job.log.ended:
+                self._forget(job)
+        job.log.discard()
+        self.cancel(job.id)
+
+    # Reports to the peer
+
+    def _log_ready(self, log: JobLog) -> None:
+        peer = self._peer
         if peer is not None:
-            say(peer)
+            peer.log_ready(log)
 
+    def _input_consumed(self, job_id: str, offset: int) -> None:
+        peer = self._peer
+        if peer is not None:
+            peer.input_consumed(job_id, offset)
 
-class _StreamedRun:
-    """One `system.run` whose output travels while it runs."""
+    def _report_again(self, job: MachineJob) -> None:
+        """Report place and input to a new peer."""
+        peer = self._peer
+        if peer is None or job.task is None or job.log.ended:
+            return
+        consumed = job.task.consumed
+        if consumed is not None:
+            peer.input_consumed(job.id, consumed, resume=True)
+        with self._places:
+            waits, known = job.waits, job.place
+            job.place = None if waits else known
+            job.place_due = 0.0
+            if not waits and known is not None:
+                peer.place(job.id, 0)
 
-    def __init__(self, machine: Machine, invoke_id: str) -> None:
-        self._machine = machine
-        self._invoke_id = invoke_id
+    def _report_place(self, job: MachineJob, place: int) -> None:
+        """Report a place, unless the peer knows it.
 
-    def on_chunk(self, kind: int, offset: int, data: bytes) -> None:
-        chunk = Chunk(kind, self._invoke_id, offset, data)
-        self._machine.tell(lambda peer: peer.chunk(chunk))
+        One at a time, and none of a line that the job has left: 0 is the last report.
+        """
+        now = time.monotonic()
+        with self._places:
+            known, peer = job.place, self._peer
+            if place:
+                # Each of the last ten places; before them, a quarter less than before.
+                slack = place // 4 if place > 10 else 0
+                news = known is None or known - place > slack
+                news = news and job.waits and now >= job.place_due
+            else:
+                news = bool(known)
+            if news and peer is not None:
+                job.place, job.place_due = place, now + PLACE_INTERVAL
+                peer.place(job.id, place)
 
-    def on_stdin(self, offset: int) -> None:
-        self._machine.tell(lambda peer: peer.stdin_received(self._invoke_id, offset))
+    def _report_places(self) -> None:
+        """Report who is where in line, until there is no line."""
+        while True:
+            with self._lock:
+                if self._changed.wait_for(lambda: self._closed, PLACE_TICK):
+                    return
+                lines = [list(line) for line in self._lines.values() if line]
+                if not lines:
+                    self._reporter = None
+                    return
+            for line in lines:
+                for place, job in enumerate(line, 1):
+                    self._report_place(job, place)
 
-    def on_queued(self, place: int) -> None:
-        self._machine.tell(lambda peer: peer.queued(self._invoke_id, place))
+    # The lock is held from here on.
 
-    def on_result(self, result: CommandResult) -> None:
-        self._machine.finish(self._invoke_id, self._value(result))
+    def _forget(self, job: MachineJob) -> None:
+        """Drop an ended job; its id is remembered."""
+        if self._jobs.pop(job.id, None) is not None:
+            del self._kept[job.id]
+            self._remembered.setdefault(job.id, RAN_BEFORE)
+            self._trim_remembered()
+            self._changed.notify_all()
 
-    def _value(self, result: CommandResult) -> JsonObject:
-        value = run_result(result)
-        if result.cancelled and self._machine.stopping:
-            value["stopped"] = True
-        return value
+    def _trim_kept(self) -> None:
+        """Drop the oldest endings where there are too many, or their logs too large."""
+        held = sum(self._jobs[job_id].log.held for job_id in self._kept)
+        while len(self._kept) > MAX_KEPT or held > MAX_KEPT_OUTPUT:
+            job = self._jobs[next(iter(self._kept))]
+            held -= job.log.held
+            log.warning("ending dropped unread job=%s", job.id)
+            self._forget(job)
 
-
-class _CollectedRun(_StreamedRun):
-    """One `system.run` whose output comes in one piece with its result."""
-
-    def __init__(self, machine: Machine, invoke_id: str) -> None:
-        super().__init__(machine, invoke_id)
-        self._output = OutputCollector(MAX_COLLECTED)
-
-    def on_chunk(self, kind: int, offset: int, data: bytes) -> None:
-        self._output.add(kind, offset, data)
-
-    def on_result(self, result: CommandResult) -> None:
-        value = self._value(result)
-        if "error" not in value:
-            value["stdout"] = self._output.stdout.text()
-            value["stderr"] = self._output.stderr.text()
-        self._machine.finish(self._invoke_id, value)
+    def _trim_remembered(self) -> None:
+        if len(self._remembered) > MAX_REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]
 
 
 # ==============================================================================
@@ -7691,111 +7394,68 @@ class _CollectedRun(_StreamedRun):
 # Uses: Settings, WebSocket frames, WebSocket connections, TLS, SCRAM, Wire protocol,
 #       Commands, Telemetry, Machine
 #
-# A machine as its gateway sees it: dial, authenticate, serve, reconnect, resume.
-# What is asked of it is carried out by Machine; whether it starts on boot is the
-# service's business.
+# A machine's connection to its gateway: dial, authenticate, serve, reconnect, resume.
+# Machine carries out what is asked; whether the node starts on boot is left to Node
+# service.
 # ==============================================================================
 
-# Refusals that end by themselves: the gateway starts, stops, or its disk is full.
+# Refusals that pass: the gateway starts or stops, or its disk is full.
 PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LIMITED")
 
-# Hears whether the node is connected now, and if not, why.
+MAX_COLLECTED = 200 * 1024  # bytes of a stream in one answer to a Moltis gateway
+ENVELOPE_ROOM = 1024  # bytes of a frame that are left for its envelope
+RESEND_PAUSE = 0.2  # s; a Moltis gateway registers an invoke after sending it
+MOLTIS_PATIENCE = 5.0  # s that a Moltis gateway waits for an answer at least
+MOLTIS_MARGIN = 0.5  # s of it that are left for the way
+
+# Called with whether the node is connected now, and if not, why.
 NodeStateHandler: TypeAlias = "Callable[[bool, UserError | None], None]"
 
 
-# Bytes; all windows of the commands that run, and the output that is kept of others,
-# may have to go out at once when a connection comes back.
+class _LogSource(Value):
+    """A source of an Outlet: one log, over one connection."""
+
+    link: GatewayLink
+    log: JobLog
+
+    def __call__(self) -> str | bytes | None:
+        return self.link.next_message(self.log)
 
 
 class GatewayLink:
-    """One authenticated connection to the gateway, from hello to its end."""
+    """One authenticated connection to a gateway, from hello to its end."""
 
-    def __init__(
-        self,
-        ws: WebSocket,
-        machine: Machine,
-        hello: JsonObject,
-        named: Iterable[InflightCommand],  # in our `connect`
-    ) -> None:
-        features = hello.get("features")
-        methods = features.get("methods") if isinstance(features, dict) else None
-        streams = isinstance(methods, list) and CAP_STREAM in methods
-        # A Moltis gateway drops longer frames in silence; the rest is the envelope.
-        self.max_result = None if streams else MAX_PAYLOAD - 1024
+    def __init__(self, ws: WebSocket, machine: Machine) -> None:
         self._ws = ws
         self._machine = machine
-        self._resumable = _resumable(hello) if streams else None
-        self._named = {item.invoke_id for item in named}
         self._calls = Calls(ws.send)
-        self._lock = threading.Lock()  # guards _results and _refused
-        self._results: dict[Future[Any], str] = {}  # sent, not yet answered
-        self._refused: list[str] = []  # results to send again: its disk was full, say
+        self._outlet = Outlet(ws)
+        self._lock = threading.Lock()  # guards _closed; held while a log is taken
+        self._closed = False
         self._handlers: Mapping[str, Callable[[JsonObject], None]] = {
-            INVOKE_REQUEST: self._on_request,
-            INVOKE_ACK: self._on_ack,
-            INVOKE_CANCEL: self._on_cancel,
-            INVOKE_REWIND: self._on_rewind,
+            JOB_START: self._on_start,
+            JOB_ACK: self._on_ack,
+            JOB_CANCEL: lambda p: self._machine.cancel(required(p, "id", str)),
+            JOB_RESIZE: self._on_resize,
         }
 
-    def chunk(self, chunk: Chunk) -> None:
-        # What a closed connection does not take, the command's window keeps.
-        with contextlib.suppress(ConnectionClosed):
-            self._ws.send(encode_chunk(chunk))
-
-    def stdin_received(self, invoke_id: str, offset: int) -> None:
-        self._send_event(INVOKE_ACK, {"invokeId": invoke_id, "stdin": offset})
-
-    def queued(self, invoke_id: str, place: int) -> None:
-        state = "queued" if place else "running"
-        payload = {"invokeId": invoke_id, "state": state, "place": place}
-        if self.max_result is None:
-            self._send_event(INVOKE_STATE, payload)
-
-    def result(self, invoke_id: str, result: JsonObject) -> None:
-        params = {"invokeId": invoke_id, "result": result}
-        with contextlib.suppress(ConnectionClosed):
-            answer = self._calls.start(INVOKE_RESULT, params)
-            with self._lock:
-                self._results[answer] = invoke_id
-            answer.add_done_callback(self._on_answer)
-
-    def rewound(self, invoke_id: str, stdin: int) -> None:
-        state = {"invokeId": invoke_id, "state": "running", "resumed": True}
-        self._send_event(INVOKE_STATE, {**state, "stdin": stdin})
-
-    def resume(self) -> None:
-        """Go on where the last connection stopped, with what the gateway still has."""
-        for item in self._machine.inflight():
-            try:
-                self._resume(item)
-            except RpcError as error:  # its database may be older than its memory
-                log.warning("not resumed invocation=%s: %s", item.invoke_id, error)
-
-    def _resume(self, item: InflightCommand) -> None:
-        if self._resumable is None:
-            # A gateway that cannot resume has forgotten what it asked for.
-            if item.done:
-                self._machine.settle(item.invoke_id)
-        elif item.invoke_id in self._resumable:
-            self._machine.resume(item.invoke_id, *self._resumable[item.invoke_id])
-        elif item.invoke_id not in self._named:  # it was in line, and has sent nothing
-            self._machine.resume(item.invoke_id, 0, 0)
-        else:
-            self._machine.abandon(item.invoke_id)
+    def resume(self, hello: JsonObject) -> None:
+        """Go on where the last connection stopped.  Raises RpcError."""
+        ours = _extension(hello) or {}
+        jobs = required(ours, "jobs", dict)
+        self._machine.resume({job_id: required_offset(jobs, job_id) for job_id in jobs})
 
     def report(self, payload: JsonObject) -> None:
-        """Send telemetry, and results that were not taken.  Raises ConnectionClosed."""
-        with self._lock:
-            refused, self._refused = self._refused, []
-        for invoke_id in refused:
-            self._machine.resend_result(invoke_id)
+        """Send telemetry.  Raises ConnectionClosed."""
         self._calls.start(NODE_EVENT, {"event": NODE_TELEMETRY, "payload": payload})
 
     def handle(self, message: str | bytes) -> None:
-        """Do what one message says; one that makes no sense is skipped and logged."""
+        """Act on one message; a malformed one is logged and skipped."""
         try:
             if isinstance(message, bytes):
-                self._machine.write_stdin(decode_chunk(message))
+                kind, job_id, offset, data = decode_job_data(message)
+                if kind == INPUT_DATA:
+                    self._machine.input(job_id, offset, data)
                 return
             envelope = decode_envelope(message)
             if isinstance(envelope, Response):
@@ -7806,77 +7466,246 @@ class GatewayLink:
         except RpcError as error:
             log.warning("message from the gateway skipped: %s", error)
 
-    def wait_until_settled(self, timeout: float) -> None:
-        """Give the gateway `timeout` s to take the results that were sent."""
-        deadline = Deadline(timeout)
-        with self._lock:
-            answers = list(self._results)
-        with contextlib.suppress(FutureTimeout, MoltisError):
-            for answer in answers:
-                answer.result(deadline.remaining())
+    def run_due(self) -> float | None:
+        """Do what is due; return the seconds until something is, None for never."""
+        return None
 
     def close(self, error: MoltisError) -> None:
+        """Take nothing more from any log: the next connection does."""
+        with self._lock:
+            self._closed = True
         self._calls.close(error)
 
-    def _on_answer(self, answer: Future[Any]) -> None:
+    # As a MachinePeer
+
+    def log_ready(self, log: JobLog) -> None:
+        self._outlet.wake(_LogSource(self, log), log.urgency)
+
+    def place(self, job_id: str, place: int) -> None:
+        self._send_event(JOB_PLACE, {"id": job_id, "place": place})
+
+    def input_consumed(self, job_id: str, offset: int, *, resume: bool = False) -> None:
+        payload = {"id": job_id, "offset": offset}
+        self._send_event(JOB_INPUT, {**payload, "resume": True} if resume else payload)
+
+    def next_message(self, log: JobLog) -> str | bytes | None:
+        """Return the next message of a log; for the Outlet."""
+        taken = self._take(log)
+        return None if taken is None else encode_job_data(LOG_DATA, log.job_id, *taken)
+
+    def _take(self, log: JobLog) -> tuple[int, bytes] | None:
         with self._lock:
-            invoke_id = self._results.pop(answer, "")
-        error = answer.exception()
-        if isinstance(error, ConnectionClosed):
-            return  # the result is kept, and sent again over the next connection
-        if error is not None:
-            log.warning("result not taken invocation=%s: %s", invoke_id, error)
-        if isinstance(error, RpcError) and error.retryable:
-            with self._lock:
-                self._refused.append(invoke_id)
-        else:
-            self._machine.settle(invoke_id)
+            return None if self._closed else log.take()
 
     def _send_event(self, name: str, payload: JsonObject) -> None:
-        with contextlib.suppress(ConnectionClosed):
+        with contextlib.suppress(ConnectionClosed):  # resume() reports it again
             self._ws.send(encode_envelope(Event(name, payload)))
 
-    def _on_request(self, payload: JsonObject) -> None:
-        args = optional(payload, "args", dict) or {}
-        if self.max_result is not None:
-            args = {**args, "stream": False}  # which it could not read
-        self._machine.invoke(
-            required(payload, "invokeId", str), required(payload, "command", str), args
+    def _on_start(self, payload: JsonObject) -> None:
+        self._machine.start(
+            check_job_id(required(payload, "id", str)),
+            required(payload, "work", str),
+            required(payload, "spec", dict),
         )
 
     def _on_ack(self, payload: JsonObject) -> None:
-        invoke_id = required(payload, "invokeId", str)
-        for kind in (STDOUT, STDERR):
-            offset = optional(payload, STREAM_NAMES[kind], int)
-            if offset is not None:
-                self._machine.acknowledge(invoke_id, kind, offset)
+        self._machine.acknowledge(
+            required(payload, "id", str), required_offset(payload)
+        )
 
-    def _on_cancel(self, payload: JsonObject) -> None:
-        self._machine.cancel(required(payload, "invokeId", str))
-
-    def _on_rewind(self, payload: JsonObject) -> None:
-        self._machine.rewind(
-            required(payload, "invokeId", str),
-            required(payload, "stdout", int),
-            required(payload, "stderr", int),
+    def _on_resize(self, payload: JsonObject) -> None:
+        self._machine.resize(
+            required(payload, "id", str),
+            required(payload, "rows", int),
+            required(payload, "cols", int),
         )
 
 
-def _resumable(hello: JsonObject) -> dict[str, tuple[int, int]]:
-    """Return, by invocation, the bytes of stdout and stderr the gateway has."""
+def _extension(hello: JsonObject) -> JsonObject | None:
+    """Return what a hello says of our extension `jobs`; None from a Moltis gateway."""
     extensions = optional(hello, "extensions", dict) or {}
-    ours = optional(extensions, "moltis", dict) or {}
-    return {
-        required(item, "invokeId", str): (
-            required(item, "stdout", int),
-            required(item, "stderr", int),
-        )
-        for item in optional(ours, "resume", list) or []
+    ours: JsonObject = optional(extensions, "moltis", dict) or {}
+    return ours if "jobs" in ours else None
+
+
+class ClippedBytes:
+    """A stream in one piece: all of it, or its head and tail beyond a limit."""
+
+    def __init__(self, limit: int) -> None:  # bytes
+        self.total = 0
+        self._head = bytearray()  # ≤ half the limit; then the tail takes it
+        self._tail = bytearray()  # ≤ twice the other half; then its first goes
+        self._head_limit = limit // 2
+        self._tail_limit = limit - limit // 2
+
+    def add(self, data: bytes) -> None:
+        self.total += len(data)
+        room = self._head_limit - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        # Cut when it is twice as long, so that each byte is moved only once.
+        if len(self._tail) > 2 * self._tail_limit:
+            del self._tail[: len(self._tail) - self._tail_limit]
+
+    @property
+    def cut(self) -> int:
+        """The number of bytes left out between head and tail."""
+        return max(0, self.total - self._head_limit - self._tail_limit)
+
+    def text(self) -> str:
+        """Return it as UTF-8, broken characters replaced, with the number cut."""
+        if not self.cut:
+            return (self._head + self._tail).decode("utf-8", "replace")
+        # A character that the cut went through is left out with what was cut.
+        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
+        tail = self._tail[len(self._tail) - self._tail_limit :]
+        for _ in range(3):
+            if tail[:1] and tail[0] & 0xC0 == 0x80:
+                del tail[0]
+        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
+
+
+class _MoltisAnswer:
+    """What a Moltis gateway is going to get for one request."""
+
+    def __init__(self, work: str, deadline: Deadline) -> None:
+        self.work = work
+        self.deadline = deadline  # when the gateway stops to wait for it
+        self.output = {kind: ClippedBytes(MAX_COLLECTED) for kind in STREAMS}
+
+    def result(self, ending: Ending) -> JsonObject:
+        """Return the result as Moltis has it, cut to what its gateway takes."""
+        if ending.result is not None:
+            return ending.result
+        never_ran = ending.exit_code is None and ending.signal is None
+        if self.work != "run" or (ending.state == JobState.FAILED and never_ran):
+            return {"error": ending.reason or ending.words()}
+        result: JsonObject = {
+            "exitCode": -1 if ending.exit_code is None else ending.exit_code
+        }
+        if ending.signal is not None:
+            result["signal"] = ending.signal
+        words = ""
+        if ending.state != JobState.DONE:
+            result[camel_case(ending.state)] = True  # timedOut, cancelled
+            # All that such a gateway passes on to its caller is the output.
+            words = f"\n[moltis: {ending.words()}]\n"
+        for kind, name in STREAMS.items():
+            result[name] = self.output[kind].text()
+        return _fit_result(result, words)
+
+
+def _fit_result(result: JsonObject, words: str) -> JsonObject:
+    """Return `result` with `words` after stderr, its output cut to MAX_PAYLOAD."""
+    room = MAX_COLLECTED
+    while True:
+        texts = {name: clip(result[name], room) for name in STREAMS.values()}
+        texts["stderr"] += words
+        fitting = {**result, **texts}
+        if len(to_json(fitting).encode("utf-8")) <= MAX_PAYLOAD - ENVELOPE_ROOM:
+            return fitting
+        room //= 2
+
+
+class MoltisGatewayLink(GatewayLink):
+    """The same to a Moltis gateway, which wants one answer to each request.
+
+    It reads each log to its ending and makes one `node.invoke.result` of it.
+    """
+
+    WORKS: Mapping[str, str] = {
+        SYSTEM_RUN: "run",
+        SYSTEM_WHICH: "which",
+        SYSTEM_PROVIDERS: "providers",
     }
+
+    def __init__(self, ws: WebSocket, machine: Machine) -> None:
+        super().__init__(ws, machine)
+        self._handlers = {INVOKE_REQUEST: self._on_request}
+        self._answers: dict[
+            str, _MoltisAnswer
+        ] = {}  # not sent yet, by job; under _lock
+        # For the thread that receives: results to send once more, and when.
+        self._again: list[tuple[Deadline, JsonObject]] = []
+
+    def resume(self, hello: JsonObject) -> None:
+        """Release what an earlier connection asked for: its gateway gave it up."""
+        self._machine.resume(self._machine.held())
+
+    def place(self, job_id: str, place: int) -> None: ...
+
+    def input_consumed(
+        self, job_id: str, offset: int, *, resume: bool = False
+    ) -> None: ...
+
+    def next_message(self, log: JobLog) -> str | bytes | None:
+        taken = self._take(log)
+        while taken is not None:
+            offset, data = taken
+            with self._lock:
+                answer = self._answers.get(log.job_id)
+                for kind, text in log_frames(data):
+                    if answer is not None and kind in answer.output:
+                        answer.output[kind].add(text)
+            taken = self._take(log)
+            if taken is None and log.ending is not None:
+                self._answer(log.job_id, log.ending)
+            # Acknowledged after its answer was sent: close() waits for that.
+            self._machine.acknowledge(log.job_id, offset + len(data))
+        return None
+
+    def run_due(self) -> float | None:
+        with self._lock:
+            late = [i for i, a in self._answers.items() if a.deadline.expired]
+        for job_id in late:
+            # The command may take KILL_AFTER to end; the gateway does not wait.
+            self._answer(job_id, Ending(JobState.TIMED_OUT))
+            self._machine.cancel(job_id)
+        for deadline, params in list(self._again):
+            if deadline.expired:
+                self._again.remove((deadline, params))
+                self._calls.start(INVOKE_RESULT, params)
+        with self._lock:
+            deadlines = [a.deadline for a in self._answers.values()]
+        deadlines += [deadline for deadline, _ in self._again]
+        left = (deadline.remaining() for deadline in deadlines)
+        return min((s for s in left if s is not None), default=None)
+
+    def _on_request(self, payload: JsonObject) -> None:
+        job_id = required(payload, "invokeId", str)
+        command = required(payload, "command", str)
+        args = optional(payload, "args", dict) or {}
+        timeout_ms = args.get("timeout")
+        patience = None
+        if isinstance(timeout_ms, (int, float)):
+            patience = max(timeout_ms / 1000, MOLTIS_PATIENCE) - MOLTIS_MARGIN
+        work = self.WORKS.get(command, command)
+        with self._lock:
+            if job_id in self._answers:
+                return  # it was asked for twice, and is answered once
+            self._answers[job_id] = _MoltisAnswer(work, Deadline(patience))
+        self._machine.start(job_id, work, {**args, "stdin": False})
+
+    def _answer(self, job_id: str, ending: Ending) -> None:
+        with self._lock:
+            answer = self._answers.pop(job_id, None)
+        if answer is None:
+            return  # it was late, or asked for over another connection
+        params = {"invokeId": job_id, "result": answer.result(ending)}
+        with contextlib.suppress(ConnectionClosed):
+            sent = self._calls.start(INVOKE_RESULT, params)
+            sent.add_done_callback(partial(self._on_refusal, params))
+
+    def _on_refusal(self, params: JsonObject, sent: Future[Any]) -> None:
+        error = sent.exception()
+        if isinstance(error, RpcError):
+            log.warning("result not taken job=%s: %s", params["invokeId"], error)
+            if "no pending invoke" in error.message:
+                self._again.append((Deadline(RESEND_PAUSE), params))
 
 
 def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
-    """Return the payload of the answer to one request, before all else is obeyed.
+    """Return the payload of the answer to one request, before anything else is obeyed.
 
     Raises RpcError as the gateway says, ConnectionClosed, or TimeoutError.
     """
@@ -7929,33 +7758,32 @@ class NodeAgent:
         self._machine = machine
         self._telemetry = telemetry
         self._on_state = on_state
-        self._instance = new_id()
         self._backoff = Backoff()
         self._stopped = threading.Event()
-        self._leaves = False  # a connection that stands from now on is hung up
-        # The connection of the moment, for other threads; replaced as a whole.
+        self._leaves = False  # a connection that is made from now on is closed at once
+        # The current connection, for other threads; replaced as a whole.
         self._serving: tuple[GatewayLink, WebSocket] | None = None
 
     def run(self, *, give_up_when_refused: bool = False) -> None:
         """Stay connected until close().
 
-        Raises Refused, if asked to, when the gateway turns it away.
+        Raises Refused, if asked to, when the gateway refuses the node.
         """
         last_problem = ""
         while not self._stopped.is_set():
             try:
-                link, ws = self._dial()
+                ws, hello = self._dial()
             except UserError as error:
                 if give_up_when_refused and isinstance(error, Refused):
                     raise
                 problem = error
             except Exception as error:
-                # Whatever it is, a node that ended would be out of reach for good.
+                # Whatever it is: a node that ends is out of reach for good.
                 log.exception("could not connect")
                 problem = UserError(f"could not connect: {error}")
             else:
                 last_problem = ""
-                problem = self._serve(link, ws)
+                problem = self._serve(ws, hello)
             if self._stopped.is_set():
                 return
             pause = self._backoff.next()
@@ -7967,17 +7795,15 @@ class NodeAgent:
             self._stopped.wait(pause)
 
     def close(self) -> None:
-        """End running commands, report them, and hang up; run() returns."""
+        """End running commands, report them, and disconnect; run() returns."""
         self._stopped.set()
         self._machine.close()
-        # First the mark, then the look: a connection that comes about just now is
-        # found by one of us.
+        # Set before the look: a connection that is made just now is closed by run().
         self._leaves = True
         serving = self._serving
         if serving is not None:
-            link, ws = serving
-            link.wait_until_settled(KILL_AFTER)
-            ws.close(CloseCode.GOING_AWAY, "the node stops")
+            self._machine.wait_until_acknowledged(KILL_AFTER)
+            serving[1].close(CloseCode.GOING_AWAY, "the node stops")
 
     def report(self) -> None:
         """Send telemetry now, from any thread; nothing while not connected."""
@@ -7986,19 +7812,21 @@ class NodeAgent:
             with contextlib.suppress(ConnectionClosed):
                 self._report(serving[0])
 
-    def _dial(self) -> tuple[GatewayLink, WebSocket]:
-        """Raises Unreachable, Refused, BadConfiguration: one line that says why."""
+    def _dial(self) -> tuple[WebSocket, JsonObject]:
+        """Return a connection and the gateway's hello.
+
+        Raises Unreachable, Refused, BadConfiguration: one line that says why.
+        """
         url = self._settings.gateway_url
         # SCRAM binds to the certificate, whoever made it; a bearer token would go to
         # whoever shows one.
         ws = connect(url, TlsTrust(bound=self._settings.auth != "bearer"))
-        # A gateway asks for the others again, and gets no second run of them.
-        named = tuple(self._machine.inflight()[:MAX_INFLIGHT])
         try:
-            hello = self._authenticate(ws, named)
-            return GatewayLink(ws, self._machine, hello, named), ws
+            return ws, self._authenticate(ws)
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
+            if error.code == "UNAUTHORIZED":
+                self._machine.resume({})  # the token was revoked: nothing goes on
             kind = Unreachable if error.code in PASSING_CODES else Refused
             raise kind(f"{url} refused this node: {error.message}") from error
         except AuthenticationError as error:
@@ -8013,9 +7841,7 @@ class NodeAgent:
                 f"{url} hung up while this node signed in: {error}"
             ) from error
 
-    def _authenticate(
-        self, ws: WebSocket, inflight: tuple[InflightCommand, ...]
-    ) -> JsonObject:
+    def _authenticate(self, ws: WebSocket) -> JsonObject:
         """Return the hello-ok payload, after the gateway has proved itself."""
         asked = ConnectParams(
             role="node",
@@ -8025,8 +7851,8 @@ class NodeAgent:
             platform=platform_name(),
             capabilities=self._machine.capabilities,
             commands=MACHINE_COMMANDS,
-            instance=self._instance,
-            inflight=inflight,
+            instance=self._machine.instance,
+            jobs={i: at for i, at in self._machine.held().items() if is_uuid(i)},
         )
         token = self._settings.device_token
         if self._settings.auth == "bearer":
@@ -8045,45 +7871,50 @@ class NodeAgent:
         scram.verify(server_final)
         return hello
 
-    def _serve(self, link: GatewayLink, ws: WebSocket) -> UserError:
+    def _serve(self, ws: WebSocket, hello: JsonObject) -> UserError:
         """Serve one connection to its end; return why it ended."""
+        moltis = _extension(hello) is None
+        link = (MoltisGatewayLink if moltis else GatewayLink)(ws, self._machine)
         self._serving = (link, ws)
         self._backoff.reset()
         self._machine.attach(link)
         if self._leaves:
             ws.abort()
         try:
-            link.resume()
+            link.resume(hello)
             log.info("connected gateway=%s", self._settings.gateway_url)
             self._on_state(True, None)
             self._receive(link, ws)
             problem = "the gateway closed the connection"
         except ConnectionClosed as error:
             problem = f"the connection to {self._settings.gateway_url} broke: {error}"
-            link.close(error)
         except Exception as error:
             log.exception("connection failed")
             problem = f"the connection failed inside this node: {error}"
         finally:
             self._machine.attach(None)
             self._serving = None
+            link.close(ConnectionClosed(CloseCode.GOING_AWAY))
             ws.abort()
-        link.close(ConnectionClosed(CloseCode.GOING_AWAY))
         return Unreachable(problem)
 
     def _receive(self, link: GatewayLink, ws: WebSocket) -> None:
-        """Handle what arrives until a clean close; report in between.
+        """Handle what arrives until a clean close, and report in between.
 
         Raises ConnectionClosed.
         """
-        next_report = 0.0
+        due = 0.0  # monotonic; the next report
         while True:
             now = time.monotonic()
-            if now >= next_report:
+            if now >= due:
                 self._report(link)
-                next_report = now + TELEMETRY_INTERVAL
+                due = now + TELEMETRY_INTERVAL
+            waits = [max(0.0, due - time.monotonic())]
+            sooner = link.run_due()
+            if sooner is not None:
+                waits.append(sooner)
             try:
-                message = ws.receive(max(0.0, next_report - now))
+                message = ws.receive(min(waits))
             except TimeoutError:
                 continue
             if message is None:
