@@ -11486,7 +11486,7 @@ def new_job(
 
     Raises RpcError INVALID_REQUEST for an id, a work or a spec that cannot be.
     """
-    check_spec(work, spec)
+    spec = check_spec(work, spec)
     timeout_ms: float | None = spec.get("timeout")
     asked_at = now_ms()
     return JobRecord(
