@@ -130,6 +130,9 @@ class OneNodeFleet:
     def __init__(self, node):
         self.node = node
 
+    def knows(self, node_id):
+        return node_id == self.node.node_id
+
     def connected(self, node_id):
         return self.node if node_id == self.node.node_id and self.node.up else None
 
