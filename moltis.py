@@ -15013,7 +15013,7 @@ class AccessMethods:
 
     def audit(self, offset: int, limit: int) -> list[JsonObject]:
         entries = self._audit.page(offset=offset, limit=limit)
-        return [entry.to_json() for entry in entries]
+        return [{**entry.to_json(), "words": entry.words()} for entry in entries]
 
 
 def _key_view(key: OperatorKey) -> JsonObject:
@@ -23039,7 +23039,7 @@ KEY_COLUMNS: Mapping[str, Column] = {
     "SCOPES": lambda row: ", ".join(row["scopes"]),
     "CREATED": time_column("createdAt"),
     "LAST USED": time_column("lastUsedAt"),
-    "STATE": lambda row: "revoked" if row["revokedAt"] else "good",
+    "STATE": lambda row: "revoked" if row.get("revokedAt") else "good",
     "ID": "keyId",
 }
 
@@ -23050,7 +23050,7 @@ def cmd_key_list(args: argparse.Namespace, context: Context) -> int:
 
 def cmd_key_revoke(args: argparse.Namespace, context: Context) -> int:
     with operator_client(args, context) as client:
-        keys = [k for k in client.call("keys.list", {}) if not k["revokedAt"]]
+        keys = [k for k in client.call("keys.list", {}) if not k.get("revokedAt")]
         client.call("keys.revoke", {"keyId": find_one(args.key, keys, "key", "keyId")})
     context.output.say(f"{args.key} is revoked")
     return EXIT_OK
@@ -23063,10 +23063,9 @@ def one_line(text: str, limit: int) -> str:
 
 
 def _audit_state_column(row: JsonObject) -> str:
-    if not row["state"]:
-        return "-"
-    words = ending_words(row["state"], row["exitCode"], row["signal"], None)
-    return f"{words}, decided by {row['decidedBy']}" if row["decidedBy"] else words
+    decided_by = row.get("decidedBy")
+    how = f", decided by {decided_by}" if decided_by else ""
+    return (row["words"] + how) or "-"
 
 
 AUDIT_ROW: Mapping[str, Column] = {
