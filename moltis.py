@@ -11222,7 +11222,7 @@ def new_job(
 
     Raises RpcError INVALID_REQUEST for an id, a work or a spec that cannot be.
     """
-    check_spec(work, spec)
+    spec = check_spec(work, spec)
     timeout_ms: float | None = spec.get("timeout")
     asked_at = now_ms()
     return JobRecord(
@@ -14980,7 +14980,6 @@ class ChatMethods:
             job_id,
             allowed=decision != "deny",
             by=by.name,
-            key_id=by.id,
             always=decision == "always",
         )
 
@@ -15038,7 +15037,7 @@ class AccessMethods:
 
     def audit(self, offset: int, limit: int) -> list[JsonObject]:
         entries = self._audit.page(offset=offset, limit=limit)
-        return [entry.to_json() for entry in entries]
+        return [{**entry.to_json(), "words": entry.words()} for entry in entries]
 
 
 def _key_view(key: OperatorKey) -> JsonObject:
@@ -22822,12 +22821,9 @@ def one_line(text: str, limit: int) -> str:
 
 
 def _audit_state_column(row: JsonObject) -> str:
-    if not row.get("state"):
-        return "-"
-    fields = (row.get(name) for name in ("exitCode", "signal", "reason"))
-    words = ending_words(row["state"], *fields)
     decided_by = row.get("decidedBy")
-    return f"{words}, decided by {decided_by}" if decided_by else words
+    how = f", decided by {decided_by}" if decided_by else ""
+    return (row["words"] + how) or "-"
 
 
 AUDIT_ROW: Mapping[str, Column] = {
