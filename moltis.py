@@ -365,11 +365,14 @@ class Value:
         cls._defaults = {**cls._defaults, **own}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        values = {**self._defaults, **dict(zip(self._names, args)), **kwargs}
+        values = self.__dict__
+        values.update(self._defaults)
+        if args:
+            values.update(zip(self._names, args))
+        values.update(kwargs)
         if len(values) != len(self._names) or len(args) > len(self._names):
             odd = sorted(values.keys() ^ set(self._names)) or args[len(self._names) :]
             raise TypeError(f"{type(self).__name__}: wrong or missing fields: {odd}")
-        self.__dict__.update(values)
 
     def __setattr__(self, name: str, *_value: object) -> None:
         raise AttributeError(f"{type(self).__name__}.{name} cannot be changed")
@@ -393,7 +396,10 @@ class Value:
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed."""
-        return type(self)(**{**self.__dict__, **changes})
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__, **changes)
+        assert len(copy.__dict__) == len(self._names), changes
+        return copy
 
     def to_json(self) -> JsonObject:
         """Return the fields as JSON, without those that are None."""
@@ -480,7 +486,9 @@ def _decode_object(kind: type[Value], value: Any, name: str) -> Value:
 
 
 def _decode_plain(kind: type, value: Any, name: str) -> Any:
-    return value if kind is object else required({name: value}, name, kind)
+    if type(value) is kind or kind is object:
+        return value
+    return required({name: value}, name, kind)
 
 
 def now_ms() -> int:
@@ -3349,6 +3357,8 @@ def decode_ending(data: bytes) -> Ending:
             raise ValueError("a duration is out of range")
     except (ValueError, RpcError) as error:
         raise RpcError("PROTOCOL_ERROR", f"the ending is malformed: {error}") from error
+    if ending.reason is None and ending.signal is None:
+        return ending
     return ending.replace(
         reason=clip(visible(ending.reason), MAX_REASON) if ending.reason else None,
         signal=printable(ending.signal, 40) if ending.signal else None,
@@ -11205,7 +11215,7 @@ def new_job(
 
     Raises RpcError INVALID_REQUEST for an id, a work or a spec that cannot be.
     """
-    check_spec(work, spec)
+    spec = check_spec(work, spec)
     timeout_ms: float | None = spec.get("timeout")
     asked_at = now_ms()
     return JobRecord(
@@ -11319,13 +11329,16 @@ def job_view(job: Job | JobRecord) -> JsonObject:
     view["end"] = view.pop("logEnd")
     for name in ("spec", "sentTo", "callerId"):
         view.pop(name, None)
+    words = record.words()
     if isinstance(job, Job) and record.is_open:
         view["end"] = job.log.end
         if job.place:
             view["place"] = job.place
+            words = f"number {job.place} in line"
         if job.away_ms is not None:
             view["awayMs"] = job.away_ms
-    return {**view, "words": record.words(), "failed": record.failed}
+            words = f"waiting for {record.node_name} to come back"
+    return {**view, "words": words, "failed": record.failed}
 
 
 class Wait:
@@ -14933,7 +14946,6 @@ class ChatMethods:
             job_id,
             allowed=decision != "deny",
             by=by.name,
-            key_id=by.id,
             always=decision == "always",
         )
 
@@ -14991,7 +15003,7 @@ class AccessMethods:
 
     def audit(self, offset: int, limit: int) -> list[JsonObject]:
         entries = self._audit.page(offset=offset, limit=limit)
-        return [entry.to_json() for entry in entries]
+        return [{**entry.to_json(), "words": entry.words()} for entry in entries]
 
 
 def _key_view(key: OperatorKey) -> JsonObject:
@@ -16988,7 +17000,7 @@ WEB_HTML = r"""<!doctype html>
 <div class="screen empty" data-part="screen" tabindex="0" role="region">
 <p class="cut" data-part="cut" hidden>Only the end is shown.
 <a data-part="whole" download>Download all of it</a></p>
-<div data-part="lines"></div>
+<div class="lines" data-part="lines"></div>
 </div>
 <footer>
 <span class="word" data-part="word"></span>
@@ -17227,57 +17239,35 @@ again.</p>
 WEB_CSS = r"""/* Colours first, by role; then the pieces from small to large. */
 :root {
   color-scheme: light dark;
-  --paper: #faf9f6;
-  --surface: #fff;
-  --sunken: #f2f0eb;
-  --line: #e3e0d9;
-  --ink: #1d1f21;
-  --soft: #595e64;
-  --accent: #0b6e5f;
-  --on-accent: #fff;
-  --tint: #e3f0ed;
-  --ok: #1a7444;
-  --bad: #b3261e;
-  --wait: #835400;
-  --bad-tint: #fbeae8;
-  --wait-tint: #fbf1dd;
+  --paper: #faf9f6; --surface: #fff; --sunken: #f2f0eb; --line: #e3e0d9;
+  --ink: #1d1f21; --soft: #595e64;
+  --accent: #0b6e5f; --on-accent: #fff; --tint: #e3f0ed;
+  --ok: #1a7444; --bad: #b3261e; --wait: #835400;
+  --bad-tint: #fbeae8; --wait-tint: #fbf1dd;
+  --screen: #16191d; --screen-ink: #dde2e7; --screen-soft: #98a2ad;
   --hover: color-mix(in srgb, var(--ink) 7%, transparent);
   --rule: 1px solid var(--line);
   --shade: 0 8px 30px rgb(30 25 15 / .14);
-  --screen: #16191d;
-  --screen-ink: #dde2e7;
-  --screen-soft: #98a2ad;
   --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
-    --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas,
+  --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas,
     "DejaVu Sans Mono", monospace;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --paper: #151719;
-    --surface: #1c1f22;
-    --sunken: #101214;
-    --line: #2d3135;
-    --ink: #e6e7e5;
-    --soft: #a0a6ad;
-    --accent: #55c7b1;
-    --on-accent: #06201b;
-    --tint: #1b3531;
-    --ok: #62c98f;
-    --bad: #ff8f85;
-    --wait: #e3b35a;
-    --bad-tint: #3a2020;
-    --wait-tint: #362b15;
-    --shade: 0 8px 30px rgb(0 0 0 / .5);
+    --paper: #151719; --surface: #1c1f22; --sunken: #101214; --line: #2d3135;
+    --ink: #e6e7e5; --soft: #a0a6ad;
+    --accent: #55c7b1; --on-accent: #06201b; --tint: #1b3531;
+    --ok: #62c98f; --bad: #ff8f85; --wait: #e3b35a;
+    --bad-tint: #3a2020; --wait-tint: #362b15;
     --screen: #0d0f11;
+    --shade: 0 8px 30px rgb(0 0 0 / .5);
   }
 }
 *, ::before, ::after { box-sizing: border-box; scrollbar-width: thin; }
 [hidden] { display: none !important; }
 html, body { height: 100%; margin: 0; }
-body {
-  background: var(--paper); color: var(--ink); font: 15px/1.55 var(--sans);
-  -webkit-text-size-adjust: 100%; overflow-wrap: break-word;
-}
+body { background: var(--paper); color: var(--ink); font: 15px/1.55 var(--sans);
+  -webkit-text-size-adjust: 100%; overflow-wrap: break-word; }
 h1, h2, h3, p, ul, ol, dl, dd, pre { margin: 0; padding: 0; }
 ul { list-style: none; }
 h1, h2 { font-size: 16px; font-weight: 620; letter-spacing: -.01em; }
@@ -17291,72 +17281,49 @@ button:disabled { opacity: .5; cursor: default; }
 :is(#transcript, .screen, .scroll):focus-visible { outline-offset: -3px; }
 #page:focus, h2:focus { outline: none; }
 .unseen { position: fixed; left: -9999px; width: 1px; height: 1px; overflow: hidden; }
-.skip {
-  position: fixed; left: 12px; top: -60px; z-index: 9; padding: 8px 14px;
-  background: var(--surface); border-radius: 8px;
-}
+.skip { position: fixed; left: 12px; top: -60px; z-index: 9; padding: 8px 14px;
+  background: var(--surface); border-radius: 8px; }
 .skip:focus { top: 12px; box-shadow: var(--shade); }
 
 /* small pieces */
 .sheet, dialog, .card, .choices, .command, .field, .pick, .round {
-  background: var(--surface); border: var(--rule);
-}
+  background: var(--surface); border: var(--rule); }
 .bar h1, .where, #prompt, .running code, .pick-label, .node h2, #sessions .name,
-#sessions .detail, #audit .what {
-  overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-}
-.icon {
-  width: 18px; height: 18px; flex: none; fill: none; stroke: currentColor;
-  stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round;
-}
-.mark {
-  width: 24px; height: 24px; flex: none; color: var(--accent); fill: none;
-  stroke: currentColor; stroke-width: 2.2;
-}
-.button, .bare {
-  display: inline-flex; align-items: center; justify-content: center; gap: 6px;
-  border: var(--rule); border-radius: 9px; padding: 6px 13px;
-  background: var(--surface); text-decoration: none; white-space: nowrap;
-}
+#sessions .detail, #audit .what { overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+.icon { width: 18px; height: 18px; flex: none; fill: none; stroke: currentColor;
+  stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
+.mark { width: 24px; height: 24px; flex: none; color: var(--accent); fill: none;
+  stroke: currentColor; stroke-width: 2.2; }
+.button, .bare { display: inline-flex; align-items: center; justify-content: center;
+  gap: 6px; border: var(--rule); border-radius: 9px; padding: 6px 13px;
+  background: var(--surface); text-decoration: none; white-space: nowrap; }
 .button { min-height: 36px; font-weight: 520; }
 .button:hover { background: var(--sunken); }
-.button.main, .round.main {
-  background: var(--accent); border-color: transparent; color: var(--on-accent);
-}
+.button.main, .round.main { background: var(--accent); border-color: transparent;
+  color: var(--on-accent); }
 .button.main:hover, .round.main:hover { filter: brightness(1.08); }
-.button.danger {
-  background: var(--bad); border-color: transparent; color: var(--paper);
-}
-.button.small {
-  min-height: 30px; padding: 3px 10px; font-size: 13px; border-radius: 8px;
-}
+.button.danger { background: var(--bad); border-color: transparent;
+  color: var(--paper); }
+.button.small { min-height: 30px; padding: 3px 10px; font-size: 13px;
+  border-radius: 8px; }
 .button.small .icon { width: 15px; height: 15px; }
 .button.wide { width: 100%; }
-.bare {
-  border-color: transparent; background: none; padding: 0; min-width: 30px;
-  min-height: 30px; color: var(--soft); border-radius: 8px;
-}
+.bare { border-color: transparent; background: none; padding: 0; min-width: 30px;
+  min-height: 30px; color: var(--soft); border-radius: 8px; }
 .bare:hover { background: var(--hover); color: var(--ink); }
-.link {
-  border: 0; background: none; padding: 0; color: inherit; text-decoration: underline;
-  text-underline-offset: 3px;
-}
-input, textarea, select {
-  border: var(--rule); border-radius: 9px; background: var(--surface);
-  padding: 7px 11px; min-width: 0;
-}
+.link { border: 0; background: none; padding: 0; color: inherit;
+  text-decoration: underline; text-underline-offset: 3px; }
+input, textarea, select { border: var(--rule); border-radius: 9px;
+  background: var(--surface); padding: 7px 11px; min-width: 0; }
 input::placeholder, textarea::placeholder { color: var(--soft); opacity: 1; }
 .edit { width: 100%; padding: 1px 6px; border-radius: 6px; font: inherit; }
 .bad { color: var(--bad); }
 p.bad:empty { display: none; }
-.warn {
-  display: flex; gap: 9px; padding: 9px 12px; border-radius: 9px; font-size: 14px;
-  background: var(--wait-tint); color: var(--wait);
-}
-.dot {
-  display: inline-block; width: 9px; height: 9px; flex: none; border-radius: 50%;
-  background: var(--soft);
-}
+.warn { display: flex; gap: 9px; padding: 9px 12px; border-radius: 9px; font-size: 14px;
+  background: var(--wait-tint); color: var(--wait); }
+.dot { display: inline-block; width: 9px; height: 9px; flex: none; border-radius: 50%;
+  background: var(--soft); }
 .dot.on, .dot.ok { background: var(--ok); }
 .dot.bad { background: var(--bad); }
 .dot.off { background: none; border: 2px solid var(--soft); }
@@ -17364,35 +17331,26 @@ p.bad:empty { display: none; }
 .dot.run { background: var(--accent); animation: pulse 1.6s infinite; }
 @keyframes pulse { 50% { opacity: .3; } }
 .tools { display: inline-flex; gap: 2px; margin-left: auto; }
-.actions {
-  display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 10px;
-  margin-top: 20px;
-}
-.chip {
-  display: inline-block; padding: 1px 8px; margin: 0 5px 5px 0; border-radius: 6px;
-  background: var(--sunken); font-size: 13px;
-}
+.actions { display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 10px;
+  margin-top: 20px; }
+.chip { display: inline-block; padding: 1px 8px; margin: 0 5px 5px 0;
+  border-radius: 6px; background: var(--sunken); font-size: 13px; }
 
 /* sign-in, dialogs */
 .lone { min-height: 100%; display: grid; place-items: center; padding: 24px; }
-.sheet {
-  width: min(420px, 100%); display: grid; gap: 12px; padding: 32px; border-radius: 18px;
-  box-shadow: var(--shade);
-}
+.sheet { width: min(420px, 100%); display: grid; gap: 12px; padding: 32px;
+  border-radius: 18px; box-shadow: var(--shade); }
 .sheet h1 { display: flex; align-items: center; gap: 10px; font-size: 22px; }
 .sheet label, dialog label { font-weight: 560; font-size: 14px; }
 .sheet p, dialog > p, dialog form > p { color: var(--soft); }
 .sheet p.bad, dialog p.bad { color: var(--bad); }
 details { margin-top: 6px; color: var(--soft); font-size: 14px; }
 details p { margin: 8px 0; }
-details pre {
-  padding: 8px 10px; border-radius: 8px; background: var(--sunken); overflow-x: auto;
-}
-dialog {
-  width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
+details pre { padding: 8px 10px; border-radius: 8px; background: var(--sunken);
+  overflow-x: auto; }
+dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
   border-radius: 18px; padding: 26px; overflow: auto; color: var(--ink);
-  box-shadow: var(--shade);
-}
+  box-shadow: var(--shade); }
 #token { width: min(660px, calc(100vw - 24px)); }
 dialog::backdrop { background: rgb(0 0 0 / .4); }
 dialog h2 { font-size: 19px; margin-bottom: 8px; }
@@ -17400,107 +17358,76 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #token-warnings { margin: 10px 0; }
 .secret { position: relative; margin-top: 14px; }
 .secret p { font-size: 13.5px; color: var(--soft); margin-bottom: 4px; }
-.secret pre {
-  padding: 11px 44px 11px 13px; border-radius: 10px; font-size: 13px;
+.secret pre { padding: 11px 44px 11px 13px; border-radius: 10px; font-size: 13px;
   background: var(--screen); color: var(--screen-ink); white-space: pre-wrap;
-  overflow-wrap: anywhere;
-}
-.secret .bare {
-  position: absolute; right: 6px; bottom: 6px; color: var(--screen-soft);
-}
+  overflow-wrap: anywhere; }
+.secret .bare { position: absolute; right: 6px; bottom: 6px;
+  color: var(--screen-soft); }
 .secret .bare:hover { color: #fff; background: rgb(255 255 255 / .14); }
-#token-wait {
-  display: flex; align-items: center; gap: 9px; margin-top: 18px; padding: 11px 13px;
-  border-radius: 10px; background: var(--sunken); color: var(--soft);
-}
+#token-wait { display: flex; align-items: center; gap: 9px; margin-top: 18px;
+  padding: 11px 13px; border-radius: 10px; background: var(--sunken);
+  color: var(--soft); }
 #token-wait.here { background: var(--tint); color: var(--ink); font-weight: 560; }
-#toast {
-  position: fixed; z-index: 20; left: 50%; bottom: 96px; translate: -50% 0;
+#toast { position: fixed; z-index: 20; left: 50%; bottom: 96px; translate: -50% 0;
   max-width: min(560px, calc(100vw - 32px)); padding: 10px 16px; border-radius: 11px;
-  background: var(--ink); color: var(--paper); box-shadow: var(--shade);
-}
+  background: var(--ink); color: var(--paper); box-shadow: var(--shade); }
 
 /* frame */
 #app { display: grid; grid-template-columns: 272px minmax(0, 1fr); height: 100dvh; }
-#sidebar {
-  display: flex; flex-direction: column; gap: 10px; min-height: 0; padding: 14px 12px;
-  background: var(--sunken); border-right: var(--rule);
-}
-.side-head {
-  display: flex; align-items: center; justify-content: space-between;
-  padding: 0 6px 4px;
-}
-.brand {
-  display: flex; align-items: center; gap: 9px; font-size: 17px; font-weight: 660;
-  letter-spacing: -.02em; color: var(--ink); text-decoration: none;
-}
+#sidebar { display: flex; flex-direction: column; gap: 10px; min-height: 0;
+  padding: 14px 12px; background: var(--sunken); border-right: var(--rule); }
+.side-head { display: flex; align-items: center; justify-content: space-between;
+  padding: 0 6px 4px; }
+.brand { display: flex; align-items: center; gap: 9px; font-size: 17px;
+  font-weight: 660; letter-spacing: -.02em; color: var(--ink); text-decoration: none; }
 #sessions { flex: 1; min-height: 0; overflow-y: auto; margin: 0 -4px; padding: 0 4px; }
 #sessions li { position: relative; border-radius: 9px; }
-#sessions a {
-  display: block; padding: 7px 10px; border-radius: 9px; color: inherit;
-  text-decoration: none;
-}
+#sessions a { display: block; padding: 7px 10px; border-radius: 9px; color: inherit;
+  text-decoration: none; }
 #sessions li:hover { background: var(--hover); }
 #sessions li.current { background: var(--surface); box-shadow: 0 0 0 1px var(--line); }
 #sessions .name, #sessions .detail { display: block; }
 #sessions .name { font-weight: 520; }
 #sessions .detail, .detail { font-size: 12.5px; color: var(--soft); }
 #sessions .replying .detail { color: var(--accent); }
-#sessions .tools {
-  position: absolute; right: 5px; top: 5px; border-radius: 8px; opacity: 0;
-  background: var(--surface);
-}
+#sessions .tools { position: absolute; right: 5px; top: 5px; border-radius: 8px;
+  opacity: 0; background: var(--surface); }
 #sessions li:hover .tools, #sessions li:focus-within .tools { opacity: 1; }
 .side-foot { padding-top: 10px; border-top: var(--rule); }
-.side-foot h2 {
-  padding: 0 10px 4px; font-size: 12.5px; font-weight: 560; color: var(--soft);
-  letter-spacing: 0;
-}
-.side-foot a, .side-foot .bare {
-  display: flex; justify-content: flex-start; gap: 10px; align-items: center;
-  width: 100%; padding: 6px 10px; border-radius: 9px; color: var(--ink);
-  text-decoration: none;
-}
+.side-foot h2 { padding: 0 10px 4px; font-size: 12.5px; font-weight: 560;
+  color: var(--soft); letter-spacing: 0; }
+.side-foot a, .side-foot .bare { display: flex; justify-content: flex-start; gap: 10px;
+  align-items: center; width: 100%; padding: 6px 10px; border-radius: 9px;
+  color: var(--ink); text-decoration: none; }
 .side-foot .icon { color: var(--soft); }
 .side-foot a:hover { background: var(--hover); }
-.side-foot a[aria-current] {
-  background: var(--surface); box-shadow: 0 0 0 1px var(--line);
-}
+.side-foot a[aria-current] { background: var(--surface);
+  box-shadow: 0 0 0 1px var(--line); }
 .count { margin-left: auto; font-size: 12.5px; color: var(--soft); }
 #frame { display: flex; flex-direction: column; min-height: 0; min-width: 0; }
-#banner {
-  padding: 7px 20px; background: var(--wait-tint); color: var(--wait); font-size: 14px;
-}
-#page, #page > section {
-  flex: 1; display: flex; flex-direction: column; min-height: 0; position: relative;
-}
-.bar {
-  position: relative; z-index: 2; display: flex; align-items: center; gap: 12px;
-  min-height: 57px; padding: 8px 20px; border-bottom: var(--rule);
-}
+#banner { padding: 7px 20px; background: var(--wait-tint); color: var(--wait);
+  font-size: 14px; }
+#page, #page > section { flex: 1; display: flex; flex-direction: column; min-height: 0;
+  position: relative; }
+.bar { position: relative; z-index: 2; display: flex; align-items: center; gap: 12px;
+  min-height: 57px; padding: 8px 20px; border-bottom: var(--rule); }
 .bar h1 { flex: 1; min-width: 0; }
 .phone { display: none; }
 
 /* choosing a model and a machine */
 .pickers { display: flex; gap: 8px; min-width: 0; }
 .picker { position: relative; min-width: 0; }
-.pick {
-  display: flex; align-items: center; gap: 8px; max-width: 240px; min-height: 36px;
-  padding: 5px 8px 5px 12px; border-radius: 9px;
-}
+.pick { display: flex; align-items: center; gap: 8px; max-width: 240px;
+  min-height: 36px; padding: 5px 8px 5px 12px; border-radius: 9px; }
 .pick:hover, .pick[aria-expanded=true] { background: var(--sunken); }
 .pick-label { flex: 1; text-align: left; }
-.choices {
-  position: absolute; z-index: 10; right: 0; top: calc(100% + 6px); padding: 5px;
-  width: max-content; min-width: 240px; max-width: min(380px, 92vw);
+.choices { position: absolute; z-index: 10; right: 0; top: calc(100% + 6px);
+  padding: 5px; width: max-content; min-width: 240px; max-width: min(380px, 92vw);
   max-height: min(440px, 65vh); overflow-y: auto; border-radius: 12px;
-  box-shadow: var(--shade);
-}
+  box-shadow: var(--shade); }
 .choices:focus-visible { outline-offset: 0; outline-width: 1px; }
-.choices li {
-  display: flex; align-items: center; gap: 10px; padding: 7px 10px; border-radius: 8px;
-  cursor: pointer;
-}
+.choices li { display: flex; align-items: center; gap: 10px; padding: 7px 10px;
+  border-radius: 8px; cursor: pointer; }
 .choices li:hover, .choices .active { background: var(--sunken); }
 .choices .active { box-shadow: inset 0 0 0 1px var(--accent); }
 .choices .dim .choice > :first-child { color: var(--soft); }
@@ -17510,72 +17437,47 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 
 /* conversation */
 #transcript, #composer { scrollbar-gutter: stable; overflow: hidden; }
-#transcript {
-  flex: 1; min-height: 0; overflow-y: auto; padding: 26px 20px 18px;
-  overflow-anchor: none;
-}
+#transcript { flex: 1; min-height: 0; overflow-y: auto; padding: 26px 20px 18px; }
 #messages, #welcome, #thinking, #composer > * { max-width: 800px; margin-inline: auto; }
 #older { display: flex; margin: 0 auto 18px; }
 .turn { margin-bottom: 20px; }
 .note { font-size: 12.5px; color: var(--soft); }
 .note:empty { display: none; }
 .user { display: flex; flex-direction: column; align-items: flex-end; }
-.bubble {
-  max-width: 85%; padding: 9px 15px; border-radius: 17px 17px 5px 17px;
-  background: var(--tint); white-space: pre-wrap;
-}
+.bubble { max-width: 85%; padding: 9px 15px; border-radius: 17px 17px 5px 17px;
+  background: var(--tint); white-space: pre-wrap; }
 .user .note { margin: 4px 6px 0; }
 .assistant footer { display: flex; align-items: center; gap: 6px; min-height: 30px; }
-.notice {
-  max-width: 640px; margin-inline: auto; text-align: center; font-size: 13.5px;
-  color: var(--soft); white-space: pre-wrap;
-}
-.notice.bad {
-  color: var(--bad); background: var(--bad-tint); padding: 8px 14px;
-  border-radius: 10px;
-}
+.notice { max-width: 640px; margin-inline: auto; text-align: center; font-size: 13.5px;
+  color: var(--soft); white-space: pre-wrap; }
+.notice.bad { color: var(--bad); background: var(--bad-tint); padding: 8px 14px;
+  border-radius: 10px; }
 #welcome { padding: 9vh 0 30px; text-align: center; color: var(--soft); }
 #welcome h2 { font-size: 25px; color: var(--ink); letter-spacing: -.02em; }
 #welcome p { margin-top: 10px; }
-.starters {
-  display: flex; flex-wrap: wrap; justify-content: center; gap: 8px; padding: 12px 0;
-}
-#thinking {
-  display: flex; align-items: center; gap: 10px; color: var(--soft); font-size: 13.5px;
-  min-height: 24px;
-}
-.dots i {
-  display: inline-block; width: 6px; height: 6px; margin-right: 4px; border-radius: 50%;
-  background: var(--soft); animation: pulse 1.2s infinite;
-}
+.starters { display: flex; flex-wrap: wrap; justify-content: center; gap: 8px;
+  padding: 12px 0; }
+#thinking { display: flex; align-items: center; gap: 10px; color: var(--soft);
+  font-size: 13.5px; min-height: 24px; }
+.dots i { display: inline-block; width: 6px; height: 6px; margin-right: 4px;
+  border-radius: 50%; background: var(--soft); animation: pulse 1.2s infinite; }
 .dots i:nth-child(2) { animation-delay: .2s; }
 .dots i:nth-child(3) { animation-delay: .4s; }
-#latest {
-  position: absolute; left: 50%; bottom: 116px; translate: -50% 0; border-radius: 20px;
-  box-shadow: var(--shade);
-}
+#latest { position: absolute; left: 50%; bottom: 116px; translate: -50% 0;
+  border-radius: 20px; box-shadow: var(--shade); }
 #composer { padding: 6px 20px max(12px, env(safe-area-inset-bottom)); }
-.field {
-  display: flex; align-items: flex-end; gap: 6px; padding: 6px; border-radius: 16px;
-  box-shadow: 0 2px 10px rgb(30 25 15 / .05);
-}
-.field:focus-within {
-  border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent);
-}
-#text {
-  flex: 1; border: 0; background: none; resize: none; padding: 7px 8px; outline: 0;
-  line-height: 22px; min-height: 36px;
-}
+.field { display: flex; align-items: flex-end; gap: 6px; padding: 6px;
+  border-radius: 16px; box-shadow: 0 2px 10px rgb(30 25 15 / .05); }
+.field:focus-within { border-color: var(--accent);
+  box-shadow: 0 0 0 1px var(--accent); }
+#text { flex: 1; border: 0; background: none; resize: none; padding: 7px 8px;
+  outline: 0; line-height: 22px; min-height: 36px; }
 .shell #text, #prompt { font-family: var(--mono); font-size: 14px; }
-#prompt {
-  flex: none; max-width: 40%; padding: 7px 0 7px 10px; line-height: 22px;
-  color: var(--accent);
-}
+#prompt { flex: none; max-width: 40%; padding: 7px 0 7px 10px; line-height: 22px;
+  color: var(--accent); }
 #prompt:empty { display: none; }
-.round {
-  display: grid; place-items: center; width: 36px; height: 36px; flex: none;
-  border-radius: 11px;
-}
+.round { display: grid; place-items: center; width: 36px; height: 36px; flex: none;
+  border-radius: 11px; }
 #hint { margin-top: 6px; text-align: center; font-size: 12.5px; color: var(--soft); }
 #node-away { margin-bottom: 8px; }
 
@@ -17586,49 +17488,35 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .prose :is(ul, ol) { padding-left: 24px; }
 .prose ul { list-style: disc; }
 .prose li + li, .prose li > :is(ul, ol, p, .code) { margin-top: 4px; }
-.prose :not(pre) > code {
-  padding: 1px 5px; border-radius: 5px; background: var(--sunken);
-}
-.prose blockquote {
-  margin-inline: 0; padding-left: 14px; border-left: 3px solid var(--line);
-  color: var(--soft);
-}
+.prose :not(pre) > code { padding: 1px 5px; border-radius: 5px;
+  background: var(--sunken); }
+.prose blockquote { margin-inline: 0; padding-left: 14px;
+  border-left: 3px solid var(--line); color: var(--soft); }
 .prose hr { width: 100%; border: 0; border-top: var(--rule); }
 .prose .wide { overflow-x: auto; }
 .prose table { border-collapse: collapse; font-size: 14px; }
-.prose :is(th, td) {
-  padding: 5px 14px 5px 0; text-align: left; vertical-align: top;
-  border-bottom: var(--rule);
-}
-.prose .number, td.number, th.number {
-  text-align: right; font-variant-numeric: tabular-nums;
-}
+.prose :is(th, td) { padding: 5px 14px 5px 0; text-align: left; vertical-align: top;
+  border-bottom: var(--rule); }
+.prose .number, td.number, th.number { text-align: right;
+  font-variant-numeric: tabular-nums; }
 .prose .center { text-align: center; }
 .code { border-radius: 11px; overflow: hidden; background: var(--sunken); }
-.code-head {
-  display: flex; justify-content: space-between; align-items: center;
-  padding: 2px 5px 0 13px; font-size: 12.5px; color: var(--soft);
-}
+.code-head { display: flex; justify-content: space-between; align-items: center;
+  padding: 2px 5px 0 13px; font-size: 12.5px; color: var(--soft); }
 .code pre { padding: 4px 13px 11px; overflow-x: auto; }
 
 /* a command */
 .command { border-radius: 13px; overflow: hidden; }
-.command > header, .command > footer {
-  display: flex; align-items: center; gap: 8px; min-height: 40px;
-  padding: 4px 8px 4px 13px;
-}
+.command > header, .command > footer { display: flex; align-items: center; gap: 8px;
+  min-height: 40px; padding: 4px 8px 4px 13px; }
 .where { flex: none; max-width: 34%; font-size: 13px; font-weight: 580; }
-.command .line {
-  flex: 1; min-width: 0; max-height: 40vh; overflow: auto; font-size: 13px;
-  white-space: pre-wrap; overflow-wrap: anywhere;
-}
-.command > footer {
-  gap: 6px 12px; min-height: 38px; font-size: 13px; color: var(--soft);
-  font-variant-numeric: tabular-nums;
-}
+.command .line { flex: 1; min-width: 0; max-height: 40vh; overflow: auto;
+  font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.command > footer { gap: 6px 12px; min-height: 38px; font-size: 13px;
+  color: var(--soft); font-variant-numeric: tabular-nums; }
 .command > footer .tools { align-items: center; }
-.word { display: inline-block; font-weight: 560; }
-.word::first-letter { text-transform: uppercase; }
+.command > footer > :empty { display: none; }
+.word { font-weight: 560; }
 [data-kind=ok] .word { color: var(--ok); }
 [data-kind=bad] .word { color: var(--bad); }
 [data-kind=wait] .word { color: var(--wait); }
@@ -17637,13 +17525,12 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .folded [aria-expanded] { rotate: -90deg; }
 .approval { display: flex; flex-wrap: wrap; gap: 8px; padding: 4px 13px 13px; }
 .approval p { width: 100%; color: var(--soft); font-size: 14px; }
-.screen {
-  max-height: 420px; overflow: auto; padding: 10px 14px; background: var(--screen);
-  color: var(--screen-ink); font: 13px/1.5 var(--mono); white-space: pre; tab-size: 8;
-  overflow-anchor: none;
-}
+.screen { max-height: 420px; overflow: auto; padding: 10px 14px;
+  background: var(--screen); color: var(--screen-ink); font: 13px/1.5 var(--mono);
+  tab-size: 8; overflow-anchor: none; }
 .screen.empty { display: none; }
-.screen div > div { min-height: 1.5em; }
+.lines { white-space: pre; }
+.lines > div { min-height: 1.5em; }
 .screen .cut { padding-bottom: 4px; color: var(--screen-soft); font: 13px var(--sans); }
 .screen .cut a { color: inherit; }
 .screen .err { color: #f5bfa5; }
@@ -17656,10 +17543,8 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 /* settings */
 .scroll { flex: 1; overflow: auto; padding: 20px; }
 .lead { max-width: 640px; margin-bottom: 16px; color: var(--soft); }
-#node-cards {
-  display: grid; gap: 16px;
-  grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr));
-}
+#node-cards { display: grid; gap: 16px;
+  grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr)); }
 .card { padding: 16px 18px; border-radius: 15px; }
 .node header { display: flex; align-items: center; gap: 10px; min-height: 32px; }
 .node h2 { min-width: 0; }
@@ -17667,6 +17552,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .about, .facts { font-size: 13px; color: var(--soft); }
 .facts { margin-top: 10px; font-variant-numeric: tabular-nums; }
 .facts:empty, .about:empty { display: none; }
+.node .warn { margin-top: 8px; }
 .away .since { color: var(--soft); }
 .away :is(.cpu, .meters, .facts) { display: none; }
 .away h2 { color: var(--soft); }
@@ -17675,30 +17561,20 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .cpu > dl { flex: 1; }
 .spark { flex: 1; height: 36px; min-width: 0; border-bottom: var(--rule); }
 .spark.none { visibility: hidden; }
-.spark .trace {
-  fill: none; stroke: var(--accent); stroke-width: 1.5;
-  vector-effect: non-scaling-stroke; stroke-linejoin: round;
-}
+.spark .trace { fill: none; stroke: var(--accent); stroke-width: 1.5;
+  vector-effect: non-scaling-stroke; stroke-linejoin: round; }
 .spark .area { fill: var(--accent); opacity: .13; }
 .meters { display: grid; grid-template-columns: 1fr 1fr; gap: 18px; margin-top: 12px; }
-.meter {
-  display: flex; flex-wrap: wrap; gap: 0 8px; font-size: 13px;
-  font-variant-numeric: tabular-nums;
-}
+.meter { display: flex; flex-wrap: wrap; gap: 0 8px; font-size: 13px;
+  font-variant-numeric: tabular-nums; }
 .meter dt { flex: 1; color: var(--soft); }
-.track {
-  width: 100%; height: 5px; margin-top: 4px; border-radius: 3px; overflow: hidden;
-  background: var(--line);
-}
-.track i {
-  display: block; height: 100%; border-radius: 3px; background: var(--accent);
-  transition: width .5s;
-}
+.track { width: 100%; height: 5px; margin-top: 4px; border-radius: 3px;
+  overflow: hidden; background: var(--line); }
+.track i { display: block; height: 100%; border-radius: 3px; background: var(--accent);
+  transition: width .5s; }
 .high .track i { background: var(--bad); }
-.lists {
-  display: grid; grid-template-columns: auto 1fr; gap: 5px 12px; margin-top: 12px;
-  font-size: 13px;
-}
+.lists { display: grid; grid-template-columns: auto 1fr; gap: 5px 12px;
+  margin-top: 12px; font-size: 13px; }
 .lists:empty { display: none; }
 .lists dt { color: var(--soft); padding-top: 1px; }
 .lists dd { min-width: 0; }
@@ -17714,24 +17590,19 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .scroll > form, #providers, #key-made { max-width: 640px; }
 .inline { display: flex; gap: 8px; }
 .inline input { flex: 1; }
-#key-scopes {
-  display: flex; flex-wrap: wrap; gap: 6px 16px; margin: 8px 0; padding: 0; border: 0;
-  font-size: 14px;
-}
+#key-scopes { display: flex; flex-wrap: wrap; gap: 6px 16px; margin: 8px 0; padding: 0;
+  border: 0; font-size: 14px; }
 #key-scopes label, details label { display: flex; gap: 6px; align-items: center; }
-#providers .card {
-  margin: 0 0 10px; padding: 12px 16px; font-size: 15px; color: inherit;
-}
+#providers .card { margin: 0 0 10px; padding: 12px 16px; font-size: 15px;
+  color: inherit; }
 details label { justify-content: space-between; margin-top: 10px; }
 details label input { flex: 0 1 420px; }
 .filters { display: flex; gap: 12px; font-size: 13.5px; color: var(--soft); }
 .filters select { color: var(--ink); padding: 5px 8px; max-width: 150px; }
 #audit { width: 100%; border-collapse: collapse; font-size: 13.5px; }
 #audit th { text-align: left; font-weight: 560; color: var(--soft); }
-#audit :is(th, td) {
-  padding: 7px 16px 7px 0; border-bottom: var(--rule); vertical-align: baseline;
-  white-space: nowrap;
-}
+#audit :is(th, td) { padding: 7px 16px 7px 0; border-bottom: var(--rule);
+  vertical-align: baseline; white-space: nowrap; }
 #audit .number { text-align: right; }
 #audit .what { width: 50%; max-width: 0; }
 #audit .result { white-space: normal; min-width: 205px; }
@@ -17741,13 +17612,10 @@ details label input { flex: 0 1 420px; }
 @media (max-width: 760px) {
   .phone { display: inline-flex; min-width: 38px; min-height: 38px; }
   #app { grid-template-columns: minmax(0, 1fr); }
-  #sidebar {
-    position: fixed; inset: 0 auto 0 0; z-index: 12; width: min(300px, 86vw);
-    translate: -105% 0; visibility: hidden; transition: translate .2s, visibility .2s;
-  }
-  .menu-open #sidebar {
-    translate: none; visibility: visible; box-shadow: var(--shade);
-  }
+  #sidebar { position: fixed; inset: 0 auto 0 0; z-index: 12; width: min(300px, 86vw);
+    translate: -105% 0; visibility: hidden; transition: translate .2s, visibility .2s; }
+  .menu-open #sidebar { translate: none; visibility: visible;
+    box-shadow: var(--shade); }
   #veil { position: fixed; inset: 0; z-index: 11; background: rgb(0 0 0 / .4); }
   #sessions .tools { opacity: 1; background: none; }
   #sessions .name { padding-right: 64px; }
@@ -17770,25 +17638,19 @@ details label input { flex: 0 1 420px; }
   .where { flex: 1; max-width: none; }
   .command .line { order: 9; flex-basis: 100%; padding-bottom: 7px; }
   .command > footer { flex-wrap: wrap; padding-block: 6px; }
-  .screen {
-    max-height: 340px; font-size: 12px; padding: 9px 11px; white-space: pre-wrap;
-    overflow-wrap: anywhere;
-  }
+  .screen { max-height: 340px; padding: 9px 11px; font-size: 12px; }
+  .lines { white-space: pre-wrap; overflow-wrap: anywhere; }
   .bare { min-width: 38px; min-height: 38px; }
   .filters { width: 100%; }
-  .filters label {
-    flex: 1; display: flex; gap: 6px; align-items: center; min-width: 0;
-  }
+  .filters label { flex: 1; display: flex; gap: 6px; align-items: center;
+    min-width: 0; }
   .filters select { flex: 1; }
   #audit thead { position: fixed; left: -9999px; }
-  #audit tr {
-    display: grid; grid-template-columns: 1fr auto auto; gap: 2px 12px; padding: 9px 0;
-    border-bottom: var(--rule);
-  }
+  #audit tr { display: grid; grid-template-columns: 1fr auto auto; gap: 2px 12px;
+    padding: 9px 0; border-bottom: var(--rule); }
   #audit td { padding: 0; border: 0; color: var(--soft); }
-  #audit .what {
-    order: -1; grid-column: 1 / -1; width: auto; max-width: none; color: var(--ink);
-  }
+  #audit .what { order: -1; grid-column: 1 / -1; width: auto; max-width: none;
+    color: var(--ink); }
   #audit .who { display: none; }
   #audit .at, #audit .when { order: 3; }
   #audit .when { grid-column: 2 / -1; order: 4; text-align: right; }
@@ -17870,11 +17732,8 @@ const button = (label, onclick, kind = "button") =>
   h("button", {class: kind, onclick}, label);
 
 function iconButton(name, label, onclick, kind = "bare") {
-  const element = h(
-    "button",
-    {class: kind, "aria-label": label, title: label},
-    icon(name),
-  );
+  const element = h("button", {class: kind, "aria-label": label, title: label},
+    icon(name));
   if (onclick) on(element, "click", onclick);
   return element;
 }
@@ -17909,12 +17768,8 @@ class Keyed {
 
 // Return a list item: a name, a detail, buttons.
 const listRow = (name, detail, ...tools) =>
-  h(
-    "li",
-    h("span", {class: "name"}, name),
-    h("span", {class: "detail"}, detail),
-    tools,
-  );
+  h("li", h("span", {class: "name"}, name), h("span", {class: "detail"}, detail),
+    tools);
 
 // Copy text to the clipboard; the newer API needs https or localhost.
 async function copy(text, button) {
@@ -17995,6 +17850,8 @@ function editInPlace(element, text, label, save) {
 
 const dotted = (...parts) => parts.filter(Boolean).join(" · ");
 
+const capitalized = text => text.charAt(0).toUpperCase() + text.slice(1);
+
 const plural = (count, word) =>
   `${count.toLocaleString()} ${word}${count === 1 ? "" : "s"}`;
 
@@ -18061,12 +17918,12 @@ function jobKind({state, failed, place, awayMs}) {
 // Return the state of a card's command: the kind of its dot, words.
 function cardStatus({state, command, job}) {
   const {approval, error} = command;
-  if (approval?.state === "asked") return ["wait", "waiting for your approval"];
-  if (job) return [jobKind(job), job.words];
+  if (approval?.state === "asked") return ["wait", "Waiting for your approval"];
+  if (job) return [jobKind(job), capitalized(job.words)];
   if (approval?.state === "denied" || approval?.state === "expired")
-    return ["bad", dotted(approval.state, approval.by)];
+    return ["bad", capitalized(dotted(approval.state, approval.by))];
   if (error) return ["bad", error];
-  return state === "running" ? ["run", "starting"] : ["off", "not started"];
+  return state === "running" ? ["run", "Starting"] : ["off", "Not started"];
 }
 
 // == terminal ==
@@ -18429,16 +18286,10 @@ function blocks(lines) {
     else if (/^ {0,3}(?:(?:- *){3,}|(?:\* *){3,}|(?:_ *){3,})$/.test(line)) {
       take("rule", at + 1);
     } else if (/^ {0,3}>/.test(line))
-      take(
-        "quote",
-        until(at, l => !/^ {0,3}>/.test(l)),
-      );
+      take("quote", until(at, l => !/^ {0,3}>/.test(l)));
     else if (ITEM.test(line)) take("list", listEnd(lines, at));
     else if (line.includes("|") && TABLE_RULE.test(lines[at + 1] || "")) {
-      take(
-        "table",
-        until(at + 2, l => !l.includes("|")),
-      );
+      take("table", until(at + 2, l => !l.includes("|")));
     } else {
       const stops = (l, n) =>
         n > at &&
@@ -18505,36 +18356,21 @@ function tableNode(lines) {
     /^:-+:$/.test(rule) ? "center" : /-:$/.test(rule) ? "number" : null,
   );
   const row = tag => line =>
-    h(
-      "tr",
-      sides.map((side, n) => h(tag, {class: side}, inline(cells(line)[n] ?? ""))),
-    );
-  return h(
-    "div",
-    {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
-    h(
-      "table",
-      h("thead", row("th")(lines[0])),
-      h("tbody", lines.slice(2).map(row("td"))),
-    ),
-  );
+    h("tr",
+      sides.map((side, n) => h(tag, {class: side}, inline(cells(line)[n] ?? ""))));
+  return h("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
+    h("table", h("thead", row("th")(lines[0])),
+      h("tbody", lines.slice(2).map(row("td")))));
 }
 
 function codeNode(lines) {
   const [, fence, language] = FENCE.exec(lines[0]);
   const closed = lines.length > 1 && lines.at(-1).trim().startsWith(fence);
   const text = lines.slice(1, closed ? -1 : undefined).join("\n");
-  return h(
-    "div",
-    {class: "code"},
-    h(
-      "div",
-      {class: "code-head"},
-      language || "code",
-      copyButton("Copy code", () => text),
-    ),
-    h("pre", {tabindex: 0}, h("code", text)),
-  );
+  return h("div", {class: "code"},
+    h("div", {class: "code-head"}, language || "code",
+      copyButton("Copy code", () => text)),
+    h("pre", {tabindex: 0}, h("code", text)));
 }
 
 function blockNode({kind, lines}) {
@@ -18557,8 +18393,7 @@ function blockNode({kind, lines}) {
 // Show a Markdown text; unchanged blocks keep their nodes.
 function showMarkdown(element, text) {
   const found = blocks(
-    text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"),
-  );
+    text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"));
   const sources = found.map(({lines}) => lines.join("\n"));
   const before = element.sources || [];
   let same = 0;
@@ -18572,13 +18407,8 @@ function showMarkdown(element, text) {
 
 const socketAddress = () => `${location.origin.replace("http", "ws")}/ws`;
 
-const EVENTS = [
-  "presence",
-  "node.telemetry",
-  "chat",
-  "session",
-  "device.pair.resolved",
-];
+const EVENTS = ["presence", "node.telemetry", "chat", "session",
+  "device.pair.resolved"];
 const CALL_TIMEOUT = 30_000; // ms
 const SILENCE = 45_000; // ms without a message, then the gateway is probed
 const RETRY_FIRST = 500; // ms
@@ -18938,9 +18768,7 @@ class Chat {
     const rows = await attempt("chat.history", params);
     if (!rows) return;
     this.earlier = rows.length >= 200;
-    const seq = this.seq;
-    rows.filter(row => !this.rows.has(row.id)).forEach(row => this.merge(row));
-    this.seq = Math.max(seq, this.seq);
+    for (const row of rows) if (!this.rows.has(row.id)) this.rows.set(row.id, row);
     touch("chat");
   }
 
@@ -19125,7 +18953,8 @@ function onJobState({ending, ...change}) {
   const chat = state.followed.get(id);
   if (!chat) return;
   chat.updateJob({...change, ...ending});
-  if (!ending) return;
+  // A lost job may still come back with its node.
+  if (!ending || ending.state === "lost") return;
   chat.logs.get(id).isComplete = true; // the ending is a log's last frame
   state.followed.delete(id);
 }
@@ -19408,21 +19237,12 @@ class Picker {
   draw() {
     const options = this.options();
     const chosen = options.find(option => option.chosen) || options[0];
-    fill(
-      this.button,
-      chosen && dotFor(chosen),
-      h("span", {class: "pick-label"}, chosen?.label || "…"),
-      icon("down"),
-    );
-    this.button.setAttribute(
-      "aria-label",
-      `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`,
-    );
+    fill(this.button, chosen && dotFor(chosen),
+      h("span", {class: "pick-label"}, chosen?.label || "…"), icon("down"));
+    this.button.setAttribute("aria-label",
+      `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`);
     if (!this.isOpen) return;
-    fill(
-      this.list,
-      options.map((option, n) => this.option(option, n)),
-    );
+    fill(this.list, options.map((option, n) => this.option(option, n)));
     const active = this.list.querySelector(".active");
     active?.scrollIntoView({block: "nearest"});
     this.list.setAttribute("aria-activedescendant", active?.id || "");
@@ -19430,8 +19250,7 @@ class Picker {
 
   option(option, n) {
     const classes = [option.value === this.active && "active", option.dim && "dim"];
-    return h(
-      "li",
+    return h("li",
       {
         id: `${this.list.id}-${n}`,
         role: "option",
@@ -19440,14 +19259,9 @@ class Picker {
         "data-value": option.value,
       },
       dotFor(option),
-      h(
-        "span",
-        {class: "choice"},
-        h("span", option.label),
-        option.detail && h("span", {class: "detail"}, option.detail),
-      ),
-      option.chosen && icon("check"),
-    );
+      h("span", {class: "choice"}, h("span", option.label),
+        option.detail && h("span", {class: "detail"}, option.detail)),
+      option.chosen && icon("check"));
   }
 }
 
@@ -19474,11 +19288,9 @@ function nodeDetail(node) {
     return node.lastSeenAt ? `Offline, seen ${ago(node.lastSeenAt)}` : "Offline";
   }
   const {cpuUsage, load} = node.telemetry || {};
-  return dotted(
-    node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
+  return dotted(node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
     cpuUsage != null && `${Math.round(cpuUsage)} % CPU`,
-    load?.length && `load ${load[0].toFixed(2)}`,
-  );
+    load?.length && `load ${load[0].toFixed(2)}`);
 }
 
 function modelOptions() {
@@ -19597,11 +19409,7 @@ class SessionItem {
   }
 }
 
-const sessionItems = new Keyed(
-  $("sessions"),
-  e => e.key,
-  e => new SessionItem(e),
-);
+const sessionItems = new Keyed($("sessions"), e => e.key, e => new SessionItem(e));
 
 function drawSessions() {
   const known = state.sessions.filter(entry => !entry.archived);
@@ -19695,7 +19503,7 @@ class CommandCard {
     Object.assign(this, copyOf("command-card"));
     this.chat = currentChat();
     this.log = this.chat.logOf(row);
-    new Screen(this.log, this);
+    this.output = new Screen(this.log, this);
     this.screen.setAttribute("aria-label", `Output of ${command.command}`);
     this.line.textContent = command.command.replace(/[^\n\P{C}]/gu, escape);
     this.save.href = this.whole.href = outputPath(jobId);
@@ -19725,10 +19533,8 @@ class CommandCard {
     setText(this.where, command.node + (command.cwd ? `:${command.cwd}` : ""));
     setText(this.word, dotted(words, command.background && "in the background"));
     const total = outputSize(job || {});
-    setText(
-      this.size,
-      total ? formatBytes(total) : this.isOpen || !job ? "" : "no output",
-    );
+    this.isIncomplete = (this.isOpen || total > 0) && !this.log.isComplete;
+    setText(this.size, job && !this.isOpen ? this.sizeText(job, total) : "");
     this.stop.hidden = !this.isOpen || asks;
     this.save.hidden = this.isOpen || !total || Boolean(command.output);
     this.copy.hidden = this.isOpen || !total;
@@ -19737,11 +19543,15 @@ class CommandCard {
     this.follow();
   }
 
+  sizeText({state}, total) {
+    if (!total) return "no output";
+    const loading = this.isIncomplete && state !== "lost"; // that may never end
+    return loading ? `loading ${formatBytes(total)}…` : formatBytes(total);
+  }
+
   // Follow the job only near the viewport: a long chat has many cards.
   follow() {
-    const {job} = this.row;
-    if (this.isNear && job && (isOpen(job) || outputSize(job)))
-      followJob(this.chat, this.log);
+    if (this.isNear && this.isIncomplete) followJob(this.chat, this.log);
   }
 
   tick() {
@@ -19756,13 +19566,11 @@ class CommandCard {
     this.approval.hidden = !asks;
     if (!asks) return;
     const answer = decision => () => attempt("exec.approval.resolve", {id, decision});
-    fill(
-      this.approval,
+    fill(this.approval,
       h("p", `The model wants to run this on ${node}.`),
       button("Approve", answer("approve"), "button main"),
       button("Deny", answer("deny")),
-      button(`Always on ${node} in this chat`, answer("always")),
-    );
+      button(`Always on ${node} in this chat`, answer("always")));
     announce(`Approval is needed for a command on ${node}`);
   }
 
@@ -19845,7 +19653,8 @@ function announceEnd(chat, rows) {
   const last = rows.at(-1);
   if (!last || isOpen(last) || announced.has(last.id)) return;
   const log = last.command && chat.logOf(last);
-  if (state.followed.has(log?.id)) return; // more output arrives
+  // Wait for the end of its output.
+  if (state.followed.has(log?.id) && last.job?.state !== "lost") return;
   announced.add(last.id);
   if (Date.now() - (last.job?.endedAt || last.createdAt) > 60_000) return;
   if (!log) announce((last.text || "").slice(0, 500));
@@ -19874,13 +19683,9 @@ function drawWelcome(chat, rows) {
   const others = state.nodes.some(other => other.nodeId !== LOCAL)
     ? "Choose another machine at the top."
     : h("a", {href: "/settings/nodes"}, "Add a machine");
-  fill(
-    box,
+  fill(box,
     h("h2", shell ? `A shell on ${node}` : `What do you want to do on ${node}?`),
-    h("p", what),
-    h("p", {class: "starters"}, STARTERS.map(run)),
-    h("p", others),
-  );
+    h("p", what), h("p", {class: "starters"}, STARTERS.map(run)), h("p", others));
 }
 
 function drawComposer(chat) {
@@ -20066,10 +19871,8 @@ class NodeCard {
     const version = node.version && `moltis ${node.version}`;
     setText(this.about, dotted(platformName(node.platform), version, node.remoteIp));
     this.outdated.hidden = !node.outdated;
-    setText(
-      this.outdated,
-      `It runs moltis ${node.version || "of old"}: update moltis there.`,
-    );
+    setText(this.outdated,
+      `It runs moltis ${node.version || "of old"}: update moltis there.`);
     this.drawTelemetry(telemetry || {});
     this.drawLists(node, telemetry || {});
     const own = state.running.filter(row => row.nodeId === node.nodeId);
@@ -20092,10 +19895,8 @@ class NodeCard {
     const disk = told.diskTotal - told.diskAvailable;
     const of = (used, total) => `${formatBytes(used)} of ${formatBytes(total)}`;
     const cores = told.cpuCount ? ` of ${plural(told.cpuCount, "core")}` : "";
-    this.cpu.update(
-      told.cpuUsage == null ? null : told.cpuUsage / 100,
-      `${Math.round(told.cpuUsage)} %${cores}`,
-    );
+    this.cpu.update(told.cpuUsage == null ? null : told.cpuUsage / 100,
+      `${Math.round(told.cpuUsage)} %${cores}`);
     this.memory.update(memory / told.memTotal, of(memory, told.memTotal));
     this.disk.update(disk / told.diskTotal, of(disk, told.diskTotal));
     drawSpark(this.spark, state.usage.get(this.node.nodeId) || []);
@@ -20112,13 +19913,10 @@ class NodeCard {
       [
         "GPU",
         gpus.map(
-          gpu => gpu.name + (gpu.memTotal ? ` ${formatBytes(gpu.memTotal)}` : ""),
-        ),
+          gpu => gpu.name + (gpu.memTotal ? ` ${formatBytes(gpu.memTotal)}` : "")),
       ],
-      [
-        "Runtimes",
-        runtimes.map(name => `${name} ${runtimeVersions[name] || ""}`.trim()),
-      ],
+      ["Runtimes",
+        runtimes.map(name => `${name} ${runtimeVersions[name] || ""}`.trim())],
       ["Services", services],
       [
         "Models",
@@ -20128,13 +19926,8 @@ class NodeCard {
       ],
     ].filter(([, names]) => names.length);
     fillIfChanged(this.lists, rows, () =>
-      rows.map(([label, names]) => [
-        h("dt", label),
-        h(
-          "dd",
-          names.map(name => h("span", {class: "chip"}, name)),
-        ),
-      ]),
+      rows.map(([label, names]) => [h("dt", label),
+        h("dd", names.map(name => h("span", {class: "chip"}, name)))]),
     );
   }
 
@@ -20168,19 +19961,11 @@ async function revokeDevice(deviceId, name) {
 }
 
 const runningItem = ({id, command, words, startedAt, askedAt, ...job}) =>
-  h(
-    "li",
-    h("span", {class: `dot ${jobKind(job)}`}),
-    h("code", command),
-    h("span", `${words} since ${formatTime(startedAt || askedAt)}`),
-    iconButton("stop", "Stop", () => attempt("job.cancel", {id})),
-  );
+  h("li", h("span", {class: `dot ${jobKind(job)}`}), h("code", command),
+    h("span", {class: "detail"}, `${words} since ${formatTime(startedAt || askedAt)}`),
+    iconButton("stop", "Stop", () => attempt("job.cancel", {id})));
 
-const nodeCards = new Keyed(
-  $("node-cards"),
-  n => n.nodeId,
-  n => new NodeCard(n),
-);
+const nodeCards = new Keyed($("node-cards"), n => n.nodeId, n => new NodeCard(n));
 
 function drawNodes() {
   if (state.route.page !== "nodes") return;
@@ -20191,13 +19976,11 @@ function drawNodes() {
   nodeCards.show(nodes);
   const others = nodes.filter(node => node.nodeId !== LOCAL);
   const online = others.filter(node => node.connected).length;
-  setText(
-    $("nodes-summary"),
+  setText($("nodes-summary"),
     others.length
       ? `${plural(online, "machine")} connected, ${others.length - online} offline.`
       : "Only this gateway’s own machine so far. Generate a token to add another: " +
-          "it needs Python and a way to reach this gateway, nothing else.",
-  );
+          "it needs Python and a way to reach this gateway, nothing else.");
   drawUnused();
 }
 
@@ -20206,11 +19989,8 @@ function drawUnused() {
   $("unused").hidden = !devices.length;
   fillIfChanged($("unused-list"), devices, () =>
     devices.map(({deviceId, displayName, createdAt}) =>
-      listRow(
-        displayName || "No name",
-        `made ${formatTime(createdAt)}`,
-        iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName)),
-      ),
+      listRow(displayName || "No name", `made ${formatTime(createdAt)}`,
+        iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName))),
     ),
   );
 }
@@ -20238,13 +20018,8 @@ async function generateToken() {
 }
 
 const copyLine = (label, line) =>
-  h(
-    "div",
-    {class: "secret"},
-    h("p", label),
-    h("pre", {tabindex: 0}, h("code", line)),
-    copyButton("Copy", () => line),
-  );
+  h("div", {class: "secret"}, h("p", label), h("pre", {tabindex: 0}, h("code", line)),
+    copyButton("Copy", () => line));
 
 // Quote `text` as one word for a shell.
 const shellWord = text =>
@@ -20264,27 +20039,18 @@ function showToken({deviceToken, joinCode}) {
     ["The token, shown only once", deviceToken],
     ["On the machine, with Python 3.8+ and curl", `${add} ${options}${pinned}`],
     ["If moltis is installed there", `moltis node add ${options}${pinned}`],
-    [
-      "Valid for ten minutes, without the token in the shell’s history",
-      `${add} --join ${origin}/join/${joinCode}${pinned}`,
-    ],
-    [
-      "Only until you press Ctrl+C, without a service",
-      `${add} ${options}${pinned} --foreground`,
-    ],
+    ["Valid for ten minutes, without the token in the shell’s history",
+      `${add} --join ${origin}/join/${joinCode}${pinned}`],
+    ["Only until you press Ctrl+C, without a service",
+      `${add} ${options}${pinned} --foreground`],
   ].map(line => copyLine(...line));
   $("token-form").hidden = true;
   $("token-made").hidden = false;
   setText($("token-made-title"), `Run this on ${state.token.name}`);
-  fill(
-    $("token-lines"),
-    lines.slice(0, 3),
-    h("details", h("summary", "Other ways"), lines.slice(3)),
-  );
-  fill(
-    $("token-warnings"),
-    tokenWarnings().map(text => h("p", {class: "warn"}, icon("warn"), text)),
-  );
+  fill($("token-lines"), lines.slice(0, 3),
+    h("details", h("summary", "Other ways"), lines.slice(3)));
+  fill($("token-warnings"),
+    tokenWarnings().map(text => h("p", {class: "warn"}, icon("warn"), text)));
   $("token-chat").hidden = true;
   drawTokenWait();
   $("token-made-title").focus();
@@ -20295,8 +20061,8 @@ function tokenWarnings() {
   if (/^(?:localhost|127\..*|\[::1\])$/.test(hostname)) {
     return [
       `${hostname} means this machine: these lines work here only. ` +
-        "For other machines, start the gateway with --bind 0.0.0.0 and open this page " +
-        "under its network name.",
+        "For others, start the gateway with --bind 0.0.0.0 and open this page under " +
+        "its network name.",
     ];
   }
   if (protocol === "https:") return [];
@@ -20349,23 +20115,17 @@ const RESULTS = {
 
 function auditRow(job) {
   const {askedAt, startedAt, endedAt, sessionKey, callerName, command} = job;
-  const seconds = job.duration ?? (endedAt - (startedAt || askedAt)) / 1000;
+  const took = startedAt && endedAt && (job.duration ?? (endedAt - startedAt) / 1000);
   const cell = (name, ...children) => h("td", {class: name}, children);
   const href = sessionKey && chatPath(sessionKey);
-  return h(
-    "tr",
+  return h("tr",
     h("td", {class: "when", title: fullFormat.format(askedAt)}, formatTime(askedAt)),
     cell("who", href ? h("a", {href}, callerName) : callerName),
     cell("at", job.nodeName),
     cell("what", h("code", {title: command}, command)),
-    cell(
-      "result",
-      h("span", {class: `dot ${jobKind(job)}`}),
-      h("span", {class: "word"}, job.words),
-    ),
-    cell("number", endedAt && formatDuration(seconds)),
-    cell("number", endedAt && formatBytes(outputSize(job))),
-  );
+    cell("result", h("span", {class: `dot ${jobKind(job)}`}), capitalized(job.words)),
+    cell("number", took != null && formatDuration(took)),
+    cell("number", endedAt && formatBytes(outputSize(job))));
 }
 
 function drawAudit() {
@@ -20418,37 +20178,22 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
   };
   const source = {environment: `key from ${keyVariable}`, settings: "key entered here"};
   const found = models ? plural(models, "model") : error || "not set up";
-  return h(
-    "details",
-    {class: "card"},
-    h(
-      "summary",
-      h("strong", label),
-      " ",
-      h("span", {class: "detail"}, dotted(found, source[keyFrom])),
-    ),
-    h(
-      "form",
-      {onsubmit: save},
+  return h("details", {class: "card"},
+    h("summary", h("strong", label), " ",
+      h("span", {class: "detail"}, dotted(found, source[keyFrom]))),
+    h("form", {onsubmit: save},
       h("label", "API key", key),
       h("label", "Address", url),
-      h(
-        "div",
-        {class: "actions"},
+      h("div", {class: "actions"},
         keyFrom === "settings" &&
-          h(
-            "button",
+          h("button",
             {
               type: "button",
               class: "button",
               onclick: () => configure({apiKey: ""}),
             },
-            "Forget the key",
-          ),
-        h("button", {class: "button main"}, "Save"),
-      ),
-    ),
-  );
+            "Forget the key"),
+        h("button", {class: "button main"}, "Save"))));
 }
 
 // Choose an unlisted model by its name.
@@ -20462,46 +20207,40 @@ function useNamedModel() {
 
 const SCOPES = ["read", "write", "approvals", "pairing", "admin"];
 
-function drawAccess() {
-  const used = ms => (ms ? `used ${ago(ms)}` : "never used");
-  const scopeNames = scopes => scopes.map(scope => scope.split(".")[1]).join(", ");
-  const keys = state.keys.filter(key => !key.revokedAt);
-  fillIfChanged($("keys"), keys, () =>
-    keys.map(({keyId, name, scopes, lastUsedAt}) =>
-      listRow(
-        name,
-        dotted(scopeNames(scopes), used(lastUsedAt)),
-        iconButton("bin", `Revoke ${name}`, () => revokeKey(keyId, name)),
-      ),
-    ),
-  );
-  fillIfChanged($("logins"), state.logins, logins =>
-    logins.map(({loginId, userAgent, address, keyName, lastUsedAt, current}) =>
-      listRow(
-        dotted(browserName(userAgent), current && "this browser"),
-        dotted(address, keyName, used(lastUsedAt)),
-        !current &&
-          iconButton("out", "End this sign-in", () =>
-            changeAccess("logins.revoke", {loginId}),
-          ),
-      ),
-    ),
-  );
-}
-
-const browserName = userAgent =>
-  /Edg|Firefox|Chrome|Safari/.exec(userAgent)?.[0].replace("Edg", "Edge") || "Browser";
-
 async function changeAccess(method, params) {
   await attempt(method, params);
   refresh("keys", "logins");
 }
+
+const usedText = ms => (ms ? `used ${ago(ms)}` : "never used");
+
+function loginRow({loginId, userAgent, address, keyName, lastUsedAt, current}) {
+  const end = () => changeAccess("logins.revoke", {loginId});
+  return listRow(dotted(browserName(userAgent), current && "this browser"),
+    dotted(address, keyName, usedText(lastUsedAt)),
+    !current && iconButton("out", "End this sign-in", end));
+}
+
+const browserName = userAgent =>
+  /Edg|Firefox|Chrome|Safari/.exec(userAgent)?.[0].replace("Edg", "Edge") || "Browser";
 
 async function revokeKey(keyId, name) {
   const text = "Everyone who signed in with it is signed out at once.";
   if (await confirmed(`Revoke the key ${name}?`, text, "Revoke")) {
     changeAccess("keys.revoke", {keyId});
   }
+}
+
+function drawAccess() {
+  const scopeNames = scopes => scopes.map(scope => scope.split(".")[1]).join(", ");
+  const keys = state.keys.filter(key => !key.revokedAt);
+  fillIfChanged($("keys"), keys, () =>
+    keys.map(({keyId, name, scopes, lastUsedAt}) =>
+      listRow(name, dotted(scopeNames(scopes), usedText(lastUsedAt)),
+        iconButton("bin", `Revoke ${name}`, () => revokeKey(keyId, name))),
+    ),
+  );
+  fillIfChanged($("logins"), state.logins, logins => logins.map(loginRow));
 }
 
 async function createKey() {
@@ -20606,10 +20345,7 @@ function start() {
   }
   const box = value =>
     h("input", {type: "checkbox", value, checked: value === "write"});
-  fill(
-    $("key-scopes"),
-    SCOPES.map(scope => h("label", box(scope), scope)),
-  );
+  fill($("key-scopes"), SCOPES.map(scope => h("label", box(scope), scope)));
   document.querySelectorAll("[data-icon]").forEach(addIcon);
   on(document, "click", followLink);
   on(document, "keydown", event => {
@@ -21004,12 +20740,12 @@ class OperatorClient:
         self.close()
 
     def close(self) -> None:
-        """Leave in order: unkept jobs that this client holds are cancelled."""
+        """End the connection; jobs that it holds wait for another one."""
         self._ws.close(timeout=1.0)
         self._reader.join()
 
     def drop(self) -> None:
-        """End the connection as if it broke: its jobs wait for a successor."""
+        """End the connection without a word to a peer that may be gone."""
         self._ws.abort()
         self._reader.join()
 
@@ -21153,6 +20889,12 @@ class LastingClient:
                 return cancel.result_of(self._connected().start(method, params))
             except (ConnectionClosed, Unreachable) as error:
                 problem = error
+            except RpcError as error:
+                if not (
+                    isinstance(error.details, dict) and error.details.get("goesOn")
+                ):
+                    raise
+                problem = error  # the gateway stops, and the job does not
             cancel.pause(pause)
         raise Unreachable(f"the gateway does not come back: {problem}")
 
@@ -21305,10 +21047,13 @@ class JobFeed:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave in order: the gateway cancels unkept jobs that are held."""
+        """Leave in order: unkept jobs that are held are cancelled."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        for job in self.open.values():
+            # A connection that just ends would count as broken.
+            self.notify("job.unfollow", {"id": job.id, "leave": job.holds})
         self._client.close()
 
     def call(self, method: str, params: JsonObject) -> Any:
@@ -22964,7 +22709,8 @@ def _node_state_column(row: JsonObject) -> str:
 
 
 def _models_column(row: JsonObject) -> str:
-    models = (f"{p['provider']} ({len(p['models'])})" for p in row["providers"] or ())
+    providers = row.get("providers") or ()
+    models = (f"{p['provider']} ({len(p['models'])})" for p in providers)
     return " ".join(models) or "-"
 
 
@@ -23017,7 +22763,7 @@ KEY_COLUMNS: Mapping[str, Column] = {
     "SCOPES": lambda row: ", ".join(row["scopes"]),
     "CREATED": time_column("createdAt"),
     "LAST USED": time_column("lastUsedAt"),
-    "STATE": lambda row: "revoked" if row["revokedAt"] else "good",
+    "STATE": lambda row: "revoked" if row.get("revokedAt") else "good",
     "ID": "keyId",
 }
 
@@ -23028,7 +22774,7 @@ def cmd_key_list(args: argparse.Namespace, context: Context) -> int:
 
 def cmd_key_revoke(args: argparse.Namespace, context: Context) -> int:
     with operator_client(args, context) as client:
-        keys = [k for k in client.call("keys.list", {}) if not k["revokedAt"]]
+        keys = [k for k in client.call("keys.list", {}) if not k.get("revokedAt")]
         client.call("keys.revoke", {"keyId": find_one(args.key, keys, "key", "keyId")})
     context.output.say(f"{args.key} is revoked")
     return EXIT_OK
@@ -23041,10 +22787,9 @@ def one_line(text: str, limit: int) -> str:
 
 
 def _audit_state_column(row: JsonObject) -> str:
-    if not row["state"]:
-        return "-"
-    words = ending_words(row["state"], row["exitCode"], row["signal"], None)
-    return f"{words}, decided by {row['decidedBy']}" if row["decidedBy"] else words
+    decided_by = row.get("decidedBy")
+    how = f", decided by {decided_by}" if decided_by else ""
+    return (row["words"] + how) or "-"
 
 
 AUDIT_ROW: Mapping[str, Column] = {
@@ -23589,7 +23334,7 @@ def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
         if session["key"] == wanted:
             return session
     label = wanted.strip().casefold()
-    named = [s for s in sessions if (s["label"] or "").casefold() == label]
+    named = [s for s in sessions if (s.get("label") or "").casefold() == label]
     if len(named) > 1:
         keys = ", ".join(session["key"] for session in named)
         raise UsageError(f"several sessions are called {wanted!r}; use a key: {keys}")
