@@ -7172,6 +7172,25 @@ NODE_STOPPING = "this node is stopping"
 RAN_BEFORE = "it ran before, and its log was dropped"
 
 
+def moltis_result(
+    work: str, ending: Ending, output: Mapping[int, Excerpt]
+) -> JsonObject:
+    """Return how a job ended in Moltis' form: one object, with the output in it."""
+    if ending.result is not None:
+        return ending.result
+    never_ran = ending.exit_code is None and ending.signal is None
+    if work != "run" or (ending.state == JobState.FAILED and never_ran):
+        return {"error": ending.reason or ending.words()}
+    code = -1 if ending.exit_code is None else ending.exit_code
+    result: JsonObject = {STREAMS[kind]: output[kind].text() for kind in STREAMS}
+    result["exitCode"] = code
+    if ending.signal is not None:
+        result["signal"] = ending.signal
+    if ending.state != JobState.DONE:
+        result[camel_case(ending.state)] = True  # timedOut, cancelled
+    return result
+
+
 def platform_name() -> str:
     """Return Moltis' name of this system: linux, macos, freebsd, ..."""
     return "macos" if sys.platform == "darwin" else sys.platform.rstrip("0123456789")
@@ -8014,24 +8033,12 @@ class _MoltisAnswer:
 
     def result(self, ending: Ending) -> JsonObject:
         """Return the result in Moltis' form, cut to MAX_PAYLOAD."""
-        if ending.result is not None:
-            return ending.result
-        never_ran = ending.exit_code is None and ending.signal is None
-        if self.work != "run" or (ending.state == JobState.FAILED and never_ran):
-            return {"error": ending.reason or ending.words()}
-        result: JsonObject = {
-            "exitCode": -1 if ending.exit_code is None else ending.exit_code
-        }
-        if ending.signal is not None:
-            result["signal"] = ending.signal
-        words = ""
-        if ending.state != JobState.DONE:
-            result[camel_case(ending.state)] = True  # timedOut, cancelled
-            # All that such a gateway passes on to its caller is the output.
-            words = f"\n[moltis: {ending.words()}]\n"
-        for kind, name in STREAMS.items():
-            result[name] = self.output[kind].text()
-        return _fit_result(result, words)
+        result = moltis_result(self.work, ending, self.output)
+        if "exitCode" not in result:
+            return result
+        # All that such a gateway passes on to its caller is the output.
+        ended = ending.state == JobState.DONE
+        return _fit_result(result, "" if ended else f"\n[moltis: {ending.words()}]\n")
 
 
 def _fit_result(result: JsonObject, words: str) -> JsonObject:
@@ -14625,6 +14632,7 @@ class ClientFollower:
         self._is_open = False
         self._sent = offset
         self._state: object = None  # as the client knows it
+        self._is_told = False  # the client knows how the job ended
         self._input: tuple[int, int] | None = None  # the same: bytes, resumptions
 
     def open(self) -> None:
@@ -14644,8 +14652,11 @@ class ClientFollower:
                 f"byte {offset} is acknowledged, and {self._sent} were sent",
             )
         self.position = max(self.position, offset)
-        if not self.job.record.is_open and self.position >= self.job.log.end:
-            self._on_done(self)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the client has all, and said so if it holds the log."""
+        return self._is_told and (not self.holds or self.position >= self.job.log.end)
 
     def _next(self) -> str | bytes | None:
         """Return the next message; only one thread at a time calls it."""
@@ -14669,7 +14680,8 @@ class ClientFollower:
             return None
         self._state = state
         # A lost job may still come back with its node.
-        if not (record.is_open or self.holds or record.state == JobState.LOST):
+        self._is_told = not record.is_open and record.state != JobState.LOST
+        if self.is_done:
             self._on_done(self)
         return encode_envelope(Event(JOB_STATE, job_state(job)))
 
@@ -14733,20 +14745,24 @@ class OperatorPeer:
         with contextlib.suppress(ConnectionClosed):
             self.ws.send(text)
 
+    def check_room(self, count: int) -> None:
+        """Raises RpcError RATE_LIMITED if this is too much to follow as well."""
+        with self._lock:
+            count += len(self._followers)
+        if count > MAX_FOLLOWED:
+            raise RpcError(
+                "RATE_LIMITED", f"a connection follows at most {MAX_FOLLOWED} jobs"
+            )
+
     def follow(self, job: Job, offset: int, *, holds: bool) -> int:
         """Send the job's log from `offset` on, or from what is left of it.
 
-        Returns where it begins.  Raises RpcError for one job too many.
+        Returns where it begins.
         """
         self.unfollow(job.id, leaves=False)
         start = job.log.boundary(max(offset, job.log.begin))
         follower = ClientFollower(job, self._outlet, start, self._drop, holds=holds)
         with self._lock:
-            if len(self._followers) >= MAX_FOLLOWED:
-                raise RpcError(
-                    "RATE_LIMITED",
-                    f"one connection follows at most {MAX_FOLLOWED} jobs",
-                )
             self._followers[job.id] = follower
         self._unopened.append(follower)
         self._jobs.follow(job, follower)
@@ -14763,6 +14779,8 @@ class OperatorPeer:
         if follower is not None:
             follower.acknowledge(offset)
             self._jobs.acknowledge(follower.job)
+            if follower.is_done:
+                self._drop(follower)
 
     def _follower(self, job_id: str) -> ClientFollower | None:
         with self._lock:
@@ -15044,47 +15062,30 @@ class NodeMethods:
                 node.link.hang_up("the token was revoked")
 
 
-def stream_texts(log: Log) -> JsonObject:
-    """Return head and tail of both streams in a log, `truncated` if that is not all."""
-    streams = {kind: Excerpt(MAX_INVOKE_OUTPUT) for kind in STREAMS}
-    position, truncated = 0, False
-    while True:
-        start, data = log.read(position)
-        truncated = truncated or start > position
-        if not data:
-            break
-        position = start + len(data)
-        for kind, piece in log_frames(data):
-            if kind in streams:
-                streams[kind].add(piece)
-    texts: JsonObject = {STREAMS[kind]: streams[kind].text() for kind in streams}
-    if truncated or any(stream.cut for stream in streams.values()):
-        texts["truncated"] = True
-    return texts
-
-
 def invoke_result(job: Job) -> JsonObject:
     """Return the answer of Moltis' `node.invoke`.
 
     Raises RpcError UNAVAILABLE where it is not known how the job ended.
     """
-    record = job.record
+    record, ending = job.record, job.ending
+    assert ending is not None
     if record.state in (JobState.LOST, JobState.EXPIRED):
         raise RpcError("UNAVAILABLE", f"{record.node_name}: {record.words()}")
-    result: JsonObject = {"node": record.node_name, **(job.result or {})}
-    if record.work == "run":
-        result.update(stream_texts(job.log))
-        result["exitCode"] = -1 if record.exit_code is None else record.exit_code
-    if record.state == JobState.FAILED:
-        result["error"] = record.reason or "it failed"
-        result.pop("exitCode", None)
-    if record.signal:
-        result["signal"] = record.signal
-    if record.state == JobState.TIMED_OUT:
-        result["timedOut"] = True
-    if record.state == JobState.CANCELLED:
-        result["cancelled"] = True
-    return result
+    output = {kind: Excerpt(MAX_INVOKE_OUTPUT) for kind in STREAMS}
+    position, truncated = 0, False
+    while position < job.log.end:
+        start, data = job.log.read(position)
+        truncated = truncated or start > position or not data
+        if not data:
+            break
+        position = start + len(data)
+        for kind, piece in log_frames(data):
+            if kind in output:
+                output[kind].add(piece)
+    result = moltis_result(record.work, ending, output)
+    if truncated or any(excerpt.cut for excerpt in output.values()):
+        result["truncated"] = True
+    return {"node": record.node_name, **result}
 
 
 def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
@@ -15131,6 +15132,8 @@ class JobMethods:
     ) -> JsonObject:
         """Start the same on each node, once all names are known."""
         peer = call.require_peer() if hold else None
+        if peer is not None:
+            peer.check_room(len(jobs))
         kept = not hold if keep is None else keep
         if not (kept or hold):
             raise RpcError("INVALID_REQUEST", "a job needs keep or hold")
@@ -15171,6 +15174,7 @@ class JobMethods:
         """Send the log from `offset` on; of what is there, at most the last `tail`."""
         if hold:
             peer.caller.require(Scope.WRITE)
+        peer.check_room(1)
         if tail is not None:
             offset = max(offset, job.log.tail(tail))
         return {"job": job_view(job), "offset": peer.follow(job, offset, holds=hold)}
@@ -15768,30 +15772,32 @@ class MoltisPeer(NodePeer):
         self._answers: dict[str, MoltisAnswer] = {}
 
     def check(self, work: str, spec: JsonObject) -> None:
-        lacks = ""
+        problem = ""
         if work not in MOLTIS_COMMANDS:
-            lacks = "cannot do that"
+            problem = f"cannot do that: {MOLTIS_KIND}"
         elif spec.get("stdin"):
-            lacks = "passes no input to commands"
+            problem = f"passes no input to commands: {MOLTIS_KIND}"
         elif spec.get("tty"):
-            lacks = "has no terminals"
-        if lacks:
-            raise RpcError("INVALID_REQUEST", f"{self._name} {lacks}: {MOLTIS_KIND}")
+            problem = f"has no terminals: {MOLTIS_KIND}"
+        elif len(self._line) >= MAX_LINE:
+            problem = f"has {MAX_LINE} commands in line already"
+        if problem:
+            raise RpcError("INVALID_REQUEST", f"{self._name} {problem}")
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
         try:
-            self.check(work, spec)  # it may have been away when it was asked for
+            self.check(work, spec)  # it was away when it was asked for
         except RpcError as error:
-            ending = Ending(JobState.FAILED, reason=error.message)
-            self._keep(job_id, _ending_frame(ending))
+            self._end(job_id, Ending(JobState.FAILED, reason=error.message))
             return
-        if work == "run":
-            with self._lock:
+        with self._lock:
+            if work == "run":
                 self._line[job_id] = spec
-            self._next()
-        else:
-            with self._lock:
+            else:
                 self._asked[job_id] = (work, now_ms())
+        if work == "run":
+            self._advance()
+        else:
             self._request(job_id, work, spec)
 
     def acknowledge(self, job_id: str, offset: int) -> None:
@@ -15817,7 +15823,8 @@ class MoltisPeer(NodePeer):
         with self._lock:
             waited = self._line.pop(job_id, None) is not None
         if waited:
-            self._keep(job_id, _ending_frame(Ending(JobState.CANCELLED)))
+            self._end(job_id, Ending(JobState.CANCELLED))
+            self._advance()
 
     def resize(self, job_id: str, rows: int, cols: int) -> None: ...
 
@@ -15829,27 +15836,27 @@ class MoltisPeer(NodePeer):
             if self._deadline.expired:
                 self._ws.keepalive = True
 
-    def _next(self) -> None:
-        """Send the command that is first in line, if none runs."""
+    def _advance(self) -> None:
+        """Send the command that is first in line, if none runs; report the places."""
+        spec: JsonObject | None = None
         with self._lock:
-            if self._running or not self._line:
-                return
-            job_id = self._running = next(iter(self._line))
-            spec = self._line.pop(job_id)
-            self._asked[job_id] = ("run", now_ms())
-            timeout = spec.get("timeout")
-            if timeout is not None:
-                self._deadline = Deadline(timeout / 1000 + MOLTIS_GRACE)
-            waiting = list(self._line)
-        self._jobs.on_place(self, job_id, 0)
-        for place, waits in enumerate(waiting, 1):
-            self._jobs.on_place(self, waits, place)
-        args = {k: v for k, v in spec.items() if k in ("command", "cwd", "env")}
-        if not str(args.get("cwd") or "").strip():  # a blank one would fail
-            args.pop("cwd", None)
-        if timeout is not None:
-            args["timeout"] = math.ceil(timeout)  # it ignores any other number
-        self._request(job_id, "run", args)
+            if not self._running and self._line:
+                self._running = next(iter(self._line))
+                spec = self._line.pop(self._running)
+                self._asked[self._running] = ("run", now_ms())
+                if spec.get("timeout") is not None:
+                    self._deadline = Deadline(spec["timeout"] / 1000 + MOLTIS_GRACE)
+            running, line = self._running, list(self._line)
+        if spec is not None:
+            # Only what is set: it fails on a blank cwd, and takes a whole timeout only.
+            args = {n: spec[n] for n in ("command", "env") if spec.get(n)}
+            if (spec.get("cwd") or "").strip():
+                args["cwd"] = spec["cwd"]
+            if spec.get("timeout") is not None:
+                args["timeout"] = math.ceil(spec["timeout"])
+            self._request(running, "run", args)
+        for place, job_id in enumerate([running, *line]):
+            self._jobs.on_place(self, job_id, place)
 
     def _request(self, job_id: str, work: str, args: JsonObject) -> None:
         # It reads nothing, so answers no ping, while it works.
@@ -15872,8 +15879,11 @@ class MoltisPeer(NodePeer):
         if asked is not None:
             work, started_at = asked
             self._keep(job_id, answer_log(work, result, started_at))
-        self._next()
+        self._advance()
         return {}
+
+    def _end(self, job_id: str, ending: Ending) -> None:
+        self._keep(job_id, _ending_frame(ending))
 
     def _keep(self, job_id: str, data: bytes) -> None:
         answer = MoltisAnswer(data)
@@ -16548,10 +16558,8 @@ class Edge:
             )
         cross = request.method != "GET" or request.path == "/ws"
         # Programs other than browsers send no Origin, and no cookie by themselves.
-        if cross and request.headers.get("Origin", "").lower() not in (
-            ("" if "Origin" not in request.headers else request.origin),
-            request.origin,
-        ):
+        origin = request.headers.get("Origin", request.origin)
+        if cross and origin.lower() != request.origin:
             return error_reply(
                 403,
                 "this request comes from another site's page; behind a proxy that "
