@@ -9891,6 +9891,7 @@ class JobsTable(Table):
         state: str = "",
         session_key: str = "",
         query: str = "",
+        kept: bool = False,
         before: int = 0,
         limit: int = 100,
     ) -> list[JobRecord]:
@@ -9912,6 +9913,8 @@ class JobsTable(Table):
         # Only what is given: SQLite finds no index for `? = '' OR node_id = ?`.
         conditions = [sql for sql, value in given.items() if value]
         conditions.append(self.STATES.get(state, "TRUE"))
+        if kept:
+            conditions.append(f"(kept OR {self.STATES['open']})")
         return self._find(
             JobRecord,
             f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?",
@@ -12227,6 +12230,8 @@ class Jobs:
             if record.cancelled_at is not None:
                 link.cancel(job.id)  # a start that follows is answered `cancelled`
             link.start(job.id, record.work, record.spec or {})
+        job.input_resumes += 1  # input that came before has gone nowhere
+        self._wake(job)
 
     def _tell(self, job: Job, tell: Callable[[NodeLink], None]) -> None:
         """Tell the node something that is told again when it comes back."""
