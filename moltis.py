@@ -8624,6 +8624,7 @@ MAX_PAGE = 1000  # rows of one answer
 MAX_CALLER_EVENTS = 10_000  # audit events of one caller; then its oldest are deleted
 REFUSAL_REPEATED_AFTER = 3600_000  # ms in which the same refusal is recorded once
 DELETE_SLICE = 500  # rows deleted in one transaction: some ms
+SEARCH_SLICE = 20_000  # rows that one statement searches: some 20 ms
 STEADY_AFTER = 86_400.0  # s without a jump after which the clock decides what is old
 CLOCK_RECORDED_EVERY = 60.0  # s
 CHECKPOINT_EVERY = 200  # transactions, then the next tick() copies them into the file
@@ -9269,7 +9270,8 @@ class Database:
                 _, logged, _ = db.execute(passive).fetchone()
                 if logged > LONGEST_WAL:
                     # Writers that never pause keep the WAL from starting again: now
-                    # they wait, for the little that is left.
+                    # they wait, for the little that came during the second pass.
+                    db.execute(passive)
                     db.execute("PRAGMA wal_checkpoint(RESTART)")
         except self._sqlite.Error as error:
             raise self._store_error(error) from error
@@ -9568,13 +9570,24 @@ class JobsTable(Table):
         # Only what is given: SQLite finds no index for `? = '' OR node_id = ?`.
         conditions = [sql for sql, value in given.items() if value]
         conditions.append(self.STATES.get(state, "TRUE"))
-        if kept:
-            conditions.append(f"(kept OR {self.STATES['open']})")
-        return self._find(
-            JobRecord,
-            f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?",
-            (*filter(None, given.values()), max(0, min(limit, MAX_PAGE))),
-        )
+        values, limit = [*filter(None, given.values())], max(0, min(limit, MAX_PAGE))
+        if not query:
+            return self._page(conditions, values, limit)
+        # A search reads all rows: slice by slice, so that writers get their turn.
+        found: list[JobRecord] = []
+        row = self._db.row("SELECT max(seq) newest FROM jobs")
+        top = before or (row["newest"] if row and row["newest"] else 0) + 1
+        while top > 1 and len(found) < limit:
+            bounds = [*conditions, "seq < ?", "seq >= ?"]
+            top, above = max(1, top - SEARCH_SLICE), top
+            found += self._page(bounds, [*values, above, top], limit - len(found))
+        return found
+
+    def _page(
+        self, conditions: Sequence[str], values: Sequence[object], limit: int
+    ) -> list[JobRecord]:
+        condition = f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?"
+        return self._find(JobRecord, condition, (*values, limit))
 
     def of_session(self, session_key: str) -> list[str]:
         """Return the ids of a session's jobs."""

@@ -685,6 +685,19 @@ def test_a_filtered_page_reads_an_index(store, filters, monkeypatch):
     assert "USING INDEX" in plan["detail"]
 
 
+def test_a_search_goes_slice_by_slice_to_the_oldest_job(store, monkeypatch):
+    monkeypatch.setattr(moltis, "SEARCH_SLICE", 3)
+    assert store.jobs.page(query="echo") == []
+    for number in range(10):
+        command = "echo" if number % 2 else "true"
+        store.jobs.add(job(str(number), command=command))
+    found = store.jobs.page(query="echo", limit=4)
+    assert [record.id for record in found] == ["9", "7", "5", "3"]
+    rest = store.jobs.page(query="echo", before=found[-1].seq)
+    assert [record.id for record in rest] == ["1"]
+    assert store.jobs.page(query="nothing") == []
+
+
 def test_open_jobs_are_listed_oldest_first(store):
     first = store.jobs.add(job("j1"))
     store.jobs.add(job("j2"))
