@@ -9915,6 +9915,8 @@ class JobsTable(Table):
         # Only what is given: SQLite finds no index for `? = '' OR node_id = ?`.
         conditions = [sql for sql, value in given.items() if value]
         conditions.append(self.STATES.get(state, "TRUE"))
+        if kept:
+            conditions.append(f"(kept OR {self.STATES['open']})")
         values, limit = [*filter(None, given.values())], max(0, min(limit, MAX_PAGE))
         if not query:
             return self._page(conditions, values, limit)
@@ -12056,7 +12058,9 @@ class Jobs:
                     job.settled = False
                     job.log.skip_to(begin)
                     job.was_sent = True
-                    job.acknowledged = max(job.acknowledged, begin)
+                    # An acknowledgement may have got lost with the connection: else
+                    # the node would wait for it with a full window.
+                    job.acknowledged = begin
                     offsets[job_id] = job.log.end
         return offsets
 

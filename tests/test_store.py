@@ -685,6 +685,14 @@ def test_a_filtered_page_reads_an_index(store, filters, monkeypatch):
     assert "USING INDEX" in plan["detail"]
 
 
+def test_jobs_that_ended_without_a_log_can_be_left_out(store):
+    for name in ("ended", "ended, kept", "open"):
+        record = store.jobs.add(job(name, kept="kept" in name))
+        if "ended" in name:
+            store.jobs.save(ended(record))
+    assert [r.id for r in store.jobs.page(kept=True)] == ["open", "ended, kept"]
+
+
 def test_a_search_goes_slice_by_slice_to_the_oldest_job(store, monkeypatch):
     monkeypatch.setattr(moltis, "SEARCH_SLICE", 3)
     assert store.jobs.page(query="echo") == []
