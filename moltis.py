@@ -11248,7 +11248,7 @@ ROW_LOG = 16 * 1024  # bytes; a log of at most that moves into its row when it e
 SEGMENT = 1024 * 1024  # bytes of one file
 MAX_SEGMENTS = 64  # of one log: the first and the newest; those in between go
 KEEP_OUTPUT = 2 * 1024**3  # bytes of all logs in files, unless told otherwise
-READ_SIZE = 256 * 1024  # bytes of a log in one answer
+MAX_LOG_READ = 256 * 1024  # bytes of a log in one answer
 TEXT_LIMIT = 30_000  # characters of output that a language model sees
 LOST_AFTER = 60.0  # s beyond a command's timeout for which its absent node is awaited
 HOLDER_PATIENCE = 600.0  # s for which an unkept job waits for its holder
@@ -11313,7 +11313,7 @@ class Segment:
         """Return the first frame boundary at or after `offset`."""
         at = self.begin
         while at < offset:
-            data = self.read(at, READ_SIZE)
+            data = self.read(at, MAX_LOG_READ)
             if not data:
                 return self.end
             at = frame_boundary(at, data, offset)
@@ -11394,7 +11394,7 @@ class Log:
                     self.begin = offset
                 self.end = offset
 
-    def read(self, offset: int, limit: int = READ_SIZE) -> Piece:
+    def read(self, offset: int, limit: int = MAX_LOG_READ) -> Piece:
         """Return the offset of the first held frame at or after `offset`, and frames.
 
         They have about `limit` bytes; none at the end.  `offset` is a frame boundary
@@ -11942,11 +11942,11 @@ class Jobs:
 
     def text(self, job: Job, limit: int = TEXT_LIMIT) -> str:
         """Return the output as text; of a longer one head and tail."""
-        start, data = job.log.read(0, READ_SIZE)
+        start, data = job.log.read(0, MAX_LOG_READ)
         before = f"{gap_words(start)}\n" if start else ""
         if start + len(data) == job.log.end:
             return before + clip(log_text(data), limit)
-        _, tail = job.log.read(job.log.tail(READ_SIZE), READ_SIZE)
+        _, tail = job.log.read(job.log.tail(MAX_LOG_READ), MAX_LOG_READ)
         ends = log_text(data)[: limit // 2], log_text(tail)[-limit // 2 :]
         cut = job.log.end - sum(len(end.encode("utf-8", "replace")) for end in ends)
         return f"{before}{ends[0]}\n{gap_words(cut)}\n{ends[1]}"
