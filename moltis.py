@@ -21,6 +21,7 @@ Contents
     Constants and errors      limits with unit and source; every exception
     Helpers                   time, ids, JSON, private files, redaction
     Settings                  node.json, gateway.json and where they live
+    Install                   install.sh, launcher and copies, start from bytecode
   WebSocket
     WebSocket frames          bytes to frames and back
     WebSocket handshake       the HTTP exchange that opens a connection
@@ -48,7 +49,6 @@ Contents
     Gateway                   RPC methods, events
     HTTP                      routes, upgrade, headers
     Web page                  three raw strings, served as three files
-    Install script            install.sh, to be handed out
   Program
     Operator client           the command line's side of a gateway
     MCP                       the agent's tools for Model Context Protocol clients
@@ -112,6 +112,7 @@ if TYPE_CHECKING:
     from http.server import BaseHTTPRequestHandler
     from subprocess import Popen
     from typing import (
+        IO,
         Any,
         Callable,
         ClassVar,
@@ -172,6 +173,7 @@ TELEMETRY_INTERVAL = 30.0  # s; what Moltis' protocol promises
 CALLER_PATIENCE = 600.0  # s that callers wait for a gateway, and it for callers
 KILL_AFTER = 2.0  # s from SIGTERM to SIGKILL
 DRAIN_AFTER_EXIT = 0.5  # s for output that a grandchild still holds open
+MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes of a helper; `ps` on a busy Mac prints 10 KiB
 
 API_KEY_VARIABLES: Mapping[str, str] = {  # by provider; where its secret lies
     "openai": "OPENAI_API_KEY",
@@ -365,11 +367,14 @@ class Value:
         cls._defaults = {**cls._defaults, **own}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        values = {**self._defaults, **dict(zip(self._names, args)), **kwargs}
+        values = self.__dict__
+        values.update(self._defaults)
+        if args:
+            values.update(zip(self._names, args))
+        values.update(kwargs)
         if len(values) != len(self._names) or len(args) > len(self._names):
             odd = sorted(values.keys() ^ set(self._names)) or args[len(self._names) :]
             raise TypeError(f"{type(self).__name__}: wrong or missing fields: {odd}")
-        self.__dict__.update(values)
 
     def __setattr__(self, name: str, *_value: object) -> None:
         raise AttributeError(f"{type(self).__name__}.{name} cannot be changed")
@@ -393,7 +398,10 @@ class Value:
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed."""
-        return type(self)(**{**self.__dict__, **changes})
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__, **changes)
+        assert len(copy.__dict__) == len(self._names), changes
+        return copy
 
     def to_json(self) -> JsonObject:
         """Return the fields as JSON, without those that are None."""
@@ -480,7 +488,9 @@ def _decode_object(kind: type[Value], value: Any, name: str) -> Value:
 
 
 def _decode_plain(kind: type, value: Any, name: str) -> Any:
-    return value if kind is object else required({name: value}, name, kind)
+    if type(value) is kind or kind is object:
+        return value
+    return required({name: value}, name, kind)
 
 
 def now_ms() -> int:
@@ -863,18 +873,27 @@ def make_private_directory(path: Path) -> None:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace the file `path` in one step, readable by its owner alone.
+    """Replace the file `path`, readable by its owner alone, in a directory like that.
+
+    Raises BadConfiguration.
+    """
+    make_private_directory(path.parent)
+    replace_file(path, data, 0o600)
+
+
+def replace_file(path: Path, data: bytes, mode: int) -> None:
+    """Replace the file `path` in one step, with these permissions.
 
     A crash leaves the old file or the new one, never half of it.
     Raises BadConfiguration.
     """
-    make_private_directory(path.parent)
     try:
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
         descriptor = os.open(temporary, flags, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
+                os.fchmod(descriptor, mode)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -885,6 +904,107 @@ def write_private(path: Path, data: bytes) -> None:
             raise
     except OSError as error:
         raise BadConfiguration(f"cannot write {path}: {error.strerror}") from error
+
+
+def remove_file(path: Path) -> None:
+    """Delete `path` if it is there.  Raises BadConfiguration."""
+    try:
+        path.unlink()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise BadConfiguration(f"cannot delete {path}: {error.strerror}") from error
+
+
+class ProgramResult(Value):
+    """How a short program ended, and its output."""
+
+    status: int  # as in a shell: 127 not started, 124 too slow, 128 + N by signal N
+    stdout: bytes = b""
+    stderr: bytes = b""
+    survivor: int = 0  # the process id of a program that not even SIGKILL ends
+
+    @property
+    def text(self) -> str:
+        """All output, stdout first."""
+        return (self.stdout + self.stderr).decode("utf-8", "replace").strip()
+
+
+def run_program(
+    arguments: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    timeout: float,  # s
+    cancel: Cancellation | None = None,
+) -> ProgramResult:
+    """Run a program without input, in a session of its own, and wait for its end.
+
+    Its process group is killed after `timeout` s, and beyond MAX_PROGRAM_OUTPUT.
+    Raises Cancelled.
+    """
+    import subprocess
+
+    try:
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=dict(environ),
+            cwd="/",
+            start_new_session=True,  # a group to kill, and no terminal to ask at
+        )
+    except OSError as error:
+        said = f"{arguments[0]}: {error.strerror}"
+        return ProgramResult(127, b"", said.encode("utf-8", "replace"))
+
+    def kill() -> None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    status = 124
+    cancel = cancel or Cancellation()
+    try:
+        with cancel.calling(kill):
+            whole, stdout, stderr = _read_output(process, Deadline(timeout))
+            if whole:
+                # A program closes its output a moment before it exits.
+                code = process.wait(1.0)
+                status = code if code >= 0 else 128 - code
+            cancel.pause(0)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        if process.returncode is None:
+            kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)
+    survivor = process.pid if process.returncode is None else 0
+    return ProgramResult(status, stdout, stderr, survivor)
+
+
+def _read_output(
+    process: Popen[bytes], deadline: Deadline
+) -> tuple[bool, bytes, bytes]:
+    """Return whether both pipes of a program ended in time, and what they brought."""
+    import selectors
+
+    assert process.stdout is not None
+    assert process.stderr is not None
+    pipes = {process.stdout.fileno(): b"", process.stderr.fileno(): b""}
+    with process.stdout, process.stderr, selectors.DefaultSelector() as selector:
+        for pipe in pipes:
+            selector.register(pipe, selectors.EVENT_READ)
+        while selector.get_map() and not deadline.expired:
+            for key, _ in selector.select(deadline.remaining()):
+                data = os.read(key.fd, 65536)
+                pipes[key.fd] += data
+                if not data:
+                    selector.unregister(key.fd)
+            if sum(map(len, pipes.values())) > MAX_PROGRAM_OUTPUT:
+                break
+        stdout, stderr = pipes.values()
+        return not selector.get_map(), stdout, stderr
 
 
 # ==============================================================================
@@ -1048,6 +1168,328 @@ class GatewayFile(SnakeValue):
         """Write gateway.json.  Raises BadConfiguration."""
         value = {k: v for k, v in self.to_json().items() if v is not None}
         write_settings_file(directory / self.FILE, value)
+
+
+# ==============================================================================
+# Install
+#
+# The program's own text: what `install.sh` hands over to `moltis install`, the copies
+# that a launcher and a service start from compiled code, and how a program that was
+# started from its text starts once more without the compiler's memory.
+# ==============================================================================
+
+PROGRAM_FILE = "moltis.py"
+# Isolated: no module from the working directory, nor from where PYTHONPATH points.
+# And without `site`, which runs the .pth files of other packages: 3 ms of a start with
+# none of them, 25 ms and 1.3 MiB with four.
+PYTHON_OPTIONS = "-IS"
+# An import takes the compiled form from __pycache__; to compile a script of this size
+# takes seconds on a Pi Zero.  Nothing that it makes is garbage: not to look for any
+# takes 7 ms off the 40 of a start.
+IMPORT_AND_RUN = (
+    "import gc, sys; gc.disable(); sys.path.insert(0, sys.argv.pop(1)); import moltis; "
+    "gc.freeze(); gc.enable(); sys.exit(moltis.main())"
+)
+LOAD_AND_RUN = (  # the same from a descriptor, for restart_from_bytecode()
+    "import gc, marshal, sys; gc.disable(); file = open(int(sys.argv.pop(1)), 'rb'); "
+    "code, known, sys.path[:] = marshal.loads(file.read()); file.close(); "
+    "del sys.argv[0]; moltis = sys.modules['moltis'] = type(sys)('moltis'); "
+    "vars(moltis).update(known); exec(code, vars(moltis)); del code; "
+    "gc.freeze(); gc.enable(); sys.exit(moltis.main())"
+)
+MODULE_PROBE = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        print(name)
+"""
+OPTIONAL_MODULES: Mapping[str, str] = {  # by name: what lacks without it
+    "sqlite3": "which a gateway needs; install all of Python "
+    "(OpenWrt: python3-sqlite3)",
+    "ssl": "which https:// and wss:// need; install all of Python "
+    "(OpenWrt: python3-openssl)",
+}
+PROBE_TIMEOUT = 60.0  # s; a slow card, nothing cached
+
+
+def own_program() -> bytes | None:
+    """Return the text of this program, or None where it came through a pipe."""
+    try:
+        return Path(__file__).read_bytes()
+    except (NameError, OSError):
+        return None
+
+
+def check_program(text: bytes, source: str) -> str:
+    """Return the version of the moltis in `text`, which `source` has.
+
+    Raises BadConfiguration unless it is a whole one, and not older than this.
+    """
+    # Its last lines too: half a program may compile as well.
+    parts = (
+        rb'^"""moltis:',
+        rb'^__version__ = "([\d.]+)"$',
+        rb"^if __name__ == .*\n.*\n\Z",
+    )
+    found = [re.search(part, text, re.MULTILINE) for part in parts]
+    if not all(found):
+        raise BadConfiguration(f"{source} is not moltis.py, or not all of it")
+    version = found[1].group(1).decode("ascii") if found[1] else ""
+    if _version_numbers(version) < _version_numbers(__version__):
+        raise BadConfiguration(
+            f"{source} is moltis {version}, older than this {__version__}; upgrade it "
+            "first"
+        )
+    return version
+
+
+def _version_numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".") if number]
+
+
+def install_program(directory: Path, text: bytes, mode: int = 0o600) -> Path:
+    """Put the program's `text` into a directory, compiled too; return its path.
+
+    Raises BadConfiguration.
+    """
+    import py_compile
+
+    path = directory / PROGRAM_FILE
+    if mode == 0o600:
+        make_private_directory(directory)
+    replace_file(path, text, mode)
+    try:
+        # Compiled now: a copy of the same size within the same second would look
+        # like the old one to Python, which compares size and time in whole seconds.
+        py_compile.compile(str(path), doraise=True)
+    except (OSError, py_compile.PyCompileError) as error:
+        raise BadConfiguration(f"cannot compile {path}: {error}") from error
+    return path
+
+
+def remove_program(directory: Path) -> None:
+    """Delete what install_program() wrote.  Raises BadConfiguration."""
+    remove_file(directory / PROGRAM_FILE)
+    cache = directory / "__pycache__"
+    for compiled in cache.glob("moltis.*.pyc"):
+        remove_file(compiled)
+    with contextlib.suppress(OSError):  # not there, or not only ours
+        cache.rmdir()
+
+
+def lasting_python() -> str:
+    """Return the interpreter for launcher and service.  Raises BadConfiguration.
+
+    Not that of a virtual environment, which may be deleted: nothing in it is needed.
+    """
+    beneath = f"{sys.base_prefix}/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
+    if sys.prefix != sys.base_prefix and os.path.exists(beneath):
+        return beneath
+    if not sys.executable:
+        raise BadConfiguration("this Python does not know its own path; use python3")
+    return sys.executable
+
+
+class Installation(Value):
+    """The program and its launcher below a prefix such as ~/.local."""
+
+    prefix: Path
+
+    MARK = "# Installed by install.sh of moltis.py."  # Moltis has a `moltis` as well
+
+    @property
+    def launcher(self) -> Path:
+        return self.prefix / "bin" / "moltis"
+
+    @property
+    def library(self) -> Path:
+        return self.prefix / "lib" / "moltis"
+
+    def install(
+        self, text: bytes, python: str, environ: Mapping[str, str]
+    ) -> list[str]:
+        """Put program and launcher in place; return what the person should know.
+
+        What is there is replaced in one step: a moltis that starts now finds the old
+        program or the new one.  Raises BadConfiguration.
+        """
+        self._refuse_foreign_launcher()
+        options = PYTHON_OPTIONS
+        missing = self._missing_modules(python, options, environ)
+        if missing:  # FreeBSD keeps some among what is added to Python
+            options = "-I"
+            missing = self._missing_modules(python, options, environ)
+        try:
+            self.launcher.parent.mkdir(parents=True, exist_ok=True)
+            self.library.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadConfiguration(
+                f"cannot write to {self.prefix}: {error.strerror}; use --prefix DIR"
+            ) from error
+        install_program(self.library, text, 0o644)
+        replace_file(self.launcher, self._launcher(python, options), 0o755)
+        notes = [f"{python} has no module {m}, {OPTIONAL_MODULES[m]}" for m in missing]
+        return [*notes, *self._path_notes(environ.get("PATH", ""))]
+
+    def remove(self) -> None:
+        """Delete what install() wrote.  Raises BadConfiguration."""
+        self._refuse_foreign_launcher()
+        remove_file(self.launcher)
+        remove_program(self.library)
+        with contextlib.suppress(OSError):
+            self.library.rmdir()
+
+    def _refuse_foreign_launcher(self) -> None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if self.MARK.encode("ascii") not in self.launcher.read_bytes():
+                raise BadConfiguration(
+                    f"{self.launcher} is another program; choose another place with "
+                    "--prefix DIR"
+                )
+
+    def _launcher(self, python: str, options: str) -> bytes:
+        words = [python, options, "-c", IMPORT_AND_RUN, str(self.library)]
+        line = " ".join(map(shlex.quote, words))
+        return os.fsencode(f'#!/bin/sh\n{self.MARK}\nexec {line} "$@"\n')
+
+    def _missing_modules(
+        self, python: str, options: str, environ: Mapping[str, str]
+    ) -> list[str]:
+        words = [python, options, "-c", MODULE_PROBE, *OPTIONAL_MODULES]
+        return run_program(words, environ, timeout=PROBE_TIMEOUT).text.split()
+
+    def _path_notes(self, path: str) -> list[str]:
+        import shutil
+
+        directory = str(self.launcher.parent)
+        if directory not in path.split(os.pathsep):
+            line = f'export PATH="{directory}:$PATH"'
+            return [f"{directory} is not on your PATH; add to ~/.profile: {line}"]
+        first = shutil.which("moltis", path=path)
+        if first == str(self.launcher):
+            return []
+        return [f"but `moltis` is still {first} on your PATH"]
+
+
+def runs_long(arguments: Sequence[str]) -> bool:
+    """Return whether a command line leaves a process that mostly waits."""
+    first, second = (*arguments, "", "")[:2]
+    if first == "node":
+        return second == "run" or (second == "add" and "--foreground" in arguments)
+    return first in ("gateway", "chat", "mcp")
+
+
+def restart_from_bytecode(arguments: Sequence[str]) -> None:
+    """Start this process once more from bytecode, if it was compiled to run long.
+
+    What the compiler used, 40 MiB, stays with a process for good.  The bytecode goes
+    through an anonymous file: nobody else can write it, no directory of ours has to be
+    writable, and there is no cache to check.  Returns where the program was imported,
+    and where the system cannot do this; then all stays as it is.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+    # Imported, from a launcher or by a debugger, another module is below ours.
+    if frame.f_globals is not globals() or not runs_long(arguments):
+        return
+    import marshal
+    import subprocess
+
+    known = {}
+    if "__file__" in frame.f_globals:  # not from a pipe
+        known["__file__"] = os.path.abspath(__file__)
+    # The first is the script's directory, or the working directory: nothing of ours.
+    isolated = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
+    path = sys.path if isolated else sys.path[1:]
+    options = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    with contextlib.suppress(OSError), _anonymous_file() as file:
+        file.write(marshal.dumps((frame.f_code, known, path)))
+        file.seek(0)
+        os.set_inheritable(file.fileno(), True)
+        words = [sys.executable, *options, "-S", "-c", LOAD_AND_RUN]
+        os.execv(sys.executable, [*words, str(file.fileno()), *sys.argv])
+
+
+def _anonymous_file() -> IO[bytes]:
+    """Raises OSError."""
+    try:
+        return open(os.memfd_create("moltis"), "w+b")
+    except (AttributeError, OSError):  # macOS, or a Linux before 3.17
+        import tempfile
+
+        return tempfile.TemporaryFile()
+
+
+# `install.sh` as it is in the repository, for the gateway to hand out wherever its one
+# file was copied.  A test compares the two.
+INSTALL_SH = r"""#!/bin/sh
+# Install moltis for the user who runs this: find a Python, get moltis.py, and run
+# `moltis install`, which does the rest; see `sh install.sh --help`.
+set -eu
+
+fail() { # MESSAGE
+    printf 'install.sh: %s\n' "$1" >&2
+    exit 1
+}
+
+main() {
+    from=$(dirname "$0")/moltis.py option=''
+    # From a pipe, $0 is the shell: what lies in this directory is not meant.
+    { [ -f "$0" ] && [ -f "$from" ]; } || from=''
+    for word; do
+        shift
+        case $option:$word in
+        :--from=*) from=${word#*=} ;;
+        :--from) option=from from='' ;;
+        from:*) from=$word option='' ;;
+        *) set -- "$@" "$word" && [ "$word" != -- ] || option=none ;;
+        esac
+    done
+
+    for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10 \
+        python3.9 python3.8 platform-python /usr/libexec/platform-python ''; do
+        # Apple's /usr/bin/python3 opens a dialog where its tools are not installed.
+        case $(uname)$(command -v "$python") in
+        Darwin/usr/bin/python3) xcode-select -p >/dev/null 2>&1 || continue ;;
+        esac
+        "$python" -I -c 'import argparse, http.server, json, sys, urllib.request, zlib
+sys.exit(sys.version_info < (3, 8))' 2>/dev/null || continue
+        break
+    done
+    [ -n "$python" ] || fail "no complete Python 3.8 or later here; install python3"
+
+    program=$from
+    case $from in
+    http://* | https://*)
+        case $from in *.py*) ;; *) from=${from%/}/moltis.py ;; esac
+        work=$(mktemp -d)
+        trap 'rm -rf "$work"' EXIT
+        trap 'exit 1' HUP INT TERM
+        program=$work/moltis.py
+        if command -v curl; then
+            curl -fsSL -o "$program" "$from"
+        elif command -v wget; then
+            wget -q -O "$program" "$from"
+        else
+            "$python" -I -c 'import sys, urllib.request
+urllib.request.urlretrieve(*sys.argv[1:])' "$from" "$program"
+        fi >/dev/null || fail "cannot download $from; is that the address of a gateway?"
+        ;;
+    esac
+    [ -f "$program" ] ||
+        fail "there is no ${from:-moltis.py here}; say --from http://GATEWAY:9090"
+    case $(sed -n '2p;$p' "$program") in
+    ???moltis:*'exit(main())') ;;
+    *) fail "$from is not moltis.py, or not all of it" ;; # half of it may run as well
+    esac
+    "$python" -I "$program" install "$@"
+}
+
+main "$@"
+"""
 
 
 # ==============================================================================
@@ -3349,6 +3791,8 @@ def decode_ending(data: bytes) -> Ending:
             raise ValueError("a duration is out of range")
     except (ValueError, RpcError) as error:
         raise RpcError("PROTOCOL_ERROR", f"the ending is malformed: {error}") from error
+    if ending.reason is None and ending.signal is None:
+        return ending
     return ending.replace(
         reason=clip(visible(ending.reason), MAX_REASON) if ending.reason else None,
         signal=printable(ending.signal, 40) if ending.signal else None,
@@ -3601,8 +4045,8 @@ class Calls:
 #
 # The node's end of a job's log, and one shell command that writes it: a process group
 # with its pipes, its input, its timeout.  It knows no connection and no other command.
-# What was read from a pipe is kept until it is acknowledged: a full window pauses the
-# command, and a gateway that was away resumes at a frame boundary.
+# Output is kept until it is acknowledged: a full window pauses the command, and after a
+# lost connection the gateway resumes at a frame boundary.
 # ==============================================================================
 
 SHELL = "/bin/sh"  # POSIX on every machine; a user's $SHELL may be fish or nologin
@@ -3615,8 +4059,9 @@ MAX_SURVIVORS = 3  # processes that an ending names
 
 # 300,000 lines echoed one by one are 200 reads with this, 45,000 without; the first
 # line, and the last before the exit, are not delayed.
-LINE_PAUSE = 0.002  # s that the pipes are left alone after a small read
+LINE_PAUSE = 0.002  # s that the outputs are left alone after two small reads
 LINE_CHUNK = 4096  # bytes; a read of fewer is small
+READ_PAGES = 15 * 4096  # bytes of one read; all 64 KiB of a full pipe exceed a frame
 
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
 FORWARDED_VALUE = r"(?a)[\w.,:@+/= -]{0,256}"  # nothing that a shell runs
@@ -3652,7 +4097,7 @@ def command_environment(
 
 
 class CommandSpec(Value):
-    """What to run, and how; the spec of work `run`."""
+    """The spec of work `run`: one shell command."""
 
     command: str  # for /bin/sh
     cwd: str | None = None  # relative to the node's; blank or None: the node's own
@@ -3679,8 +4124,8 @@ class CommandSpec(Value):
 class JobLog:
     """The node's end of a job's log: at most one window that is not acknowledged.
 
-    One thread writes: it looks at `room`, appends, and calls ready() when it has
-    appended what there was.  Any thread takes, acknowledges and resends.
+    One thread writes: it checks `room`, appends, and calls ready() after its last
+    append().  Any thread takes, acknowledges and resends.
     """
 
     def __init__(
@@ -3771,7 +4216,7 @@ class JobLog:
         if self.on_room is not None:
             self.on_room()
 
-    # For whoever sends it
+    # For the connection, from any thread
 
     def take(self) -> tuple[int, bytes] | None:
         """Return the offset and the bytes of the next message, or None.
@@ -3831,7 +4276,7 @@ class JobLog:
         return True
 
     def _index(self, offset: int) -> int:
-        """Return where `offset` is in _data, 0 for what is gone."""
+        """Return the index of `offset` in _data, 0 if it is before `begin`."""
         if offset > self._sent:
             raise RpcError(
                 "INVALID_REQUEST",
@@ -3858,7 +4303,7 @@ class JobLog:
 
 
 class InputWindow:
-    """What arrived for a command's standard input and was not yet consumed."""
+    """Bytes that arrived for a command's standard input, not yet consumed."""
 
     def __init__(self) -> None:
         self.consumed = 0  # offset of the first byte of _data
@@ -3882,7 +4327,7 @@ class InputWindow:
                 f"input at offset {offset} does not follow the {self.arrived} "
                 "bytes that arrived",
             )
-        # After a reconnect the sender may begin before what has arrived.
+        # After a reconnect the sender may repeat bytes.
         fresh = data[self.arrived - offset :]
         if fresh and self._ended:
             raise RpcError("INVALID_REQUEST", "input goes on after its end")
@@ -3904,9 +4349,9 @@ class InputWindow:
 
 
 def seal_descriptors() -> None:
-    """Keep what this process inherited, a lock file say, from its commands.
+    """Keep inherited descriptors, of a lock file say, from being inherited further.
 
-    Descriptors that Python opens are sealed from the start (PEP 446).
+    Python seals those that it opens itself (PEP 446).
     """
     with contextlib.suppress(OSError):  # there is no /dev/fd
         for name in os.listdir("/dev/fd"):
@@ -3922,7 +4367,7 @@ POPEN_FORKS = sys.version_info < (3, 10) and hasattr(os, "posix_spawn")
 # Without pipe2() a spawn in another thread may inherit a new pipe before it is sealed.
 SEALED_PIPES = hasattr(os, "pipe2")
 
-# Python ignores them for itself, and what is ignored stays so in a child.
+# Python ignores these signals, and a child inherits that.
 RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
@@ -3999,8 +4444,8 @@ class Survivor(Value):
 def _group_members(group_id: int) -> list[Survivor]:
     """Return the live processes of a group; zombies have ended.
 
-    Where nobody reaps orphans, as PID 1 of many containers, a group that has ended
-    stays there as zombies, and a signal to it succeeds.
+    In a container whose PID 1 does not reap orphans, an ended group remains as zombies,
+    and a signal to it succeeds.
     """
     every = _processes_in_proc if sys.platform == "linux" else _processes_by_ps
     return [
@@ -4037,7 +4482,7 @@ def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
 
 
 class ProcessGroup:
-    """A shell and what it started, in a process group of their own."""
+    """A shell and its descendants, in a process group of their own."""
 
     def __init__(
         self,
@@ -4098,7 +4543,7 @@ class ProcessGroup:
         self._signal(signal.SIGCONT)  # a stopped process does not get it otherwise
 
     def ended(self) -> bool:
-        """Kill what did not end in time; return whether nothing more can be done."""
+        """Send SIGKILL when it is due; return whether nothing more can be done."""
         exited = self.exit_code is not None
         if exited and not (self._signal(0) and _group_members(self._shell)):
             return True
@@ -4196,7 +4641,7 @@ class Command:
         self._exited_at: float | None = None  # monotonic
         self._drain = Deadline(None)  # runs from the shell's exit on
         self._owed: dict[int, int] = {}  # by output, bytes in it at the exit
-        self._read_at = -math.inf  # monotonic
+        self._small_read_at = -math.inf  # monotonic
         self._rest_until = 0.0  # monotonic; until then the outputs are left alone
         self._look = 0.00005  # s; doubled before each check for the exit
         log.on_room = self._wake
@@ -4211,7 +4656,7 @@ class Command:
     def input(self, offset: int, data: bytes) -> None:
         """Feed the command; no data is the end of input.
 
-        What arrived before is skipped.  Raises RpcError for a gap, for more than
+        Repeated bytes are skipped.  Raises RpcError for a gap, for more than
         LOG_WINDOW bytes that are not consumed, and without `spec.stdin`.
         """
         if not self.spec.stdin:
@@ -4289,7 +4734,7 @@ class Command:
         deadline = Deadline(self._timeout)
         with self._waking() as wake:
             while not self._advance(group, deadline):
-                poll = select.poll()  # made anew: what can be used changes every time
+                poll = select.poll()  # a new one: the usable pipes change every time
                 poll.register(wake, select.POLLIN)
                 if self._exited_at is None and group.pidfd is not None:
                     poll.register(group.pidfd, select.POLLIN)
@@ -4323,8 +4768,8 @@ class Command:
                 return True
         elif running:
             return False
-        # What the shell left in a pipe is read however long the window is full; what a
-        # grandchild adds has DRAIN_AFTER_EXIT.
+        # Bytes that were in a pipe at the shell's exit are read however long the window
+        # is full; a grandchild has DRAIN_AFTER_EXIT to add some.
         if self._drain.expired:
             for descriptor in list(group.outputs):
                 # A grandchild can read from /dev/stdout as well: look again.
@@ -4370,7 +4815,7 @@ class Command:
             pending = self._input.arrived > self._input.consumed
             exhausted = self._input.exhausted
         if pending and group.input is None:
-            self._consume(LOG_WINDOW)  # the command closed it: drop what comes
+            self._consume(LOG_WINDOW)  # the command closed it: drop the rest
         elif pending and group.input is not None:
             poll.register(group.input, select.POLLOUT)
         elif exhausted:
@@ -4386,7 +4831,7 @@ class Command:
         if not room:
             return False
         try:
-            data = os.read(descriptor, room)
+            data = os.read(descriptor, min(room, READ_PAGES))
         except BlockingIOError:
             return False
         if not data:
@@ -4394,10 +4839,11 @@ class Command:
             return False
         self.log.append(group.outputs[descriptor], data)
         self._owed[descriptor] = self._owed.get(descriptor, 0) - len(data)
-        now = time.monotonic()
-        if len(data) < LINE_CHUNK and now - self._read_at < LINE_PAUSE:
-            self._rest_until = now + LINE_PAUSE
-        self._read_at = now
+        if len(data) < LINE_CHUNK:
+            now = time.monotonic()
+            if now - self._small_read_at < LINE_PAUSE:
+                self._rest_until = now + LINE_PAUSE
+            self._small_read_at = now
         return True
 
     def _write(self, group: ProcessGroup, descriptor: int) -> None:
@@ -4493,6 +4939,41 @@ def _bytes_ready(descriptor: int) -> int:
 
     count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
     return int.from_bytes(count, sys.byteorder)
+
+
+CONTINUATION = bytes(range(0x80, 0xC0))  # bytes inside a character (RFC 3629)
+
+
+class Excerpt:
+    """Head and tail of a stream of bytes, as text."""
+
+    def __init__(self, limit: int) -> None:  # bytes of both
+        self.cut = 0  # bytes between them
+        self._half = limit // 2
+        self._head = bytearray()  # ≤ _half; then the tail takes it
+        self._tail = bytearray()  # ≤ twice _half; then its first goes
+
+    def add(self, data: bytes) -> None:
+        room = self._half - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        if len(self._tail) > 2 * self._half:  # so that each byte is moved only once
+            self._trim()
+
+    def _trim(self) -> None:
+        excess = max(0, len(self._tail) - self._half)
+        self.cut += excess
+        del self._tail[:excess]
+
+    def text(self) -> str:
+        """Return it as UTF-8, broken characters replaced, with the number cut."""
+        self._trim()
+        if not self.cut:
+            return (self._head + self._tail).decode("utf-8", "replace")
+        # A character that the cut went through is left out as well.
+        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
+        tail = self._tail[:3].lstrip(CONTINUATION) + self._tail[3:]
+        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
 
 
 # ==============================================================================
@@ -6660,16 +7141,15 @@ def list_models(
 # Machine
 # Uses: Wire protocol, Commands, Telemetry, Language models
 #
-# All that one computer does when it is asked: the table of works, their jobs by id with
-# line, logs and endings.  A node answers its gateway with it, and the gateway uses one
-# for `Local`, so that Local is a node like the others.  Who asks, and over which
-# connection, is left to a MachinePeer.
+# Jobs carried out on one computer: the table of works, the lines, logs by id.  A node
+# serves its gateway with it, and the gateway has one for `Local`, so that Local is a
+# node like the others.  It knows no connection: reports go to a MachinePeer.
 # ==============================================================================
 
-CAP_RUN = "system.run"  # what a Moltis gateway looks for among the capabilities
+CAP_RUN = "system.run"  # Moltis gateways require it
 CAP_LLM = "llm.chat"  # the machine lends its language models
 
-SYSTEM_RUN = "system.run"  # what Moltis peers call the works `run`, `which`, ...
+SYSTEM_RUN = "system.run"  # Moltis' names of the works `run`, `which`, ...
 SYSTEM_WHICH = "system.which"
 SYSTEM_PROVIDERS = "system.providers"
 MACHINE_COMMANDS = (SYSTEM_RUN, SYSTEM_WHICH, SYSTEM_PROVIDERS)
@@ -6680,6 +7160,7 @@ MAX_LINE = 1000  # commands that wait for one of these places; more are refused
 MAX_LENT = 8  # questions to this machine's models side by side; more are refused
 MAX_KEPT = 1000  # unacknowledged endings; beyond it the oldest is dropped
 MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; beyond it the oldest is, too
+MAX_RESULT = 48 * 1024  # bytes of JSON: a result is in the ending, which is one frame
 MAX_REMEMBERED = 10_000  # ids of forgotten jobs, about 1.5 MB; the oldest is dropped
 
 WORKER_LINGER = 10.0  # s that a thread waits for another job
@@ -6691,13 +7172,32 @@ NODE_STOPPING = "this node is stopping"
 RAN_BEFORE = "it ran before, and its log was dropped"
 
 
+def moltis_result(
+    work: str, ending: Ending, output: Mapping[int, Excerpt]
+) -> JsonObject:
+    """Return how a job ended in Moltis' form: one object, with the output in it."""
+    if ending.result is not None:
+        return ending.result
+    never_ran = ending.exit_code is None and ending.signal is None
+    if work != "run" or (ending.state == JobState.FAILED and never_ran):
+        return {"error": ending.reason or ending.words()}
+    code = -1 if ending.exit_code is None else ending.exit_code
+    result: JsonObject = {STREAMS[kind]: output[kind].text() for kind in STREAMS}
+    result["exitCode"] = code
+    if ending.signal is not None:
+        result["signal"] = ending.signal
+    if ending.state != JobState.DONE:
+        result[camel_case(ending.state)] = True  # timedOut, cancelled
+    return result
+
+
 def platform_name() -> str:
-    """Return what Moltis calls this system: linux, macos, freebsd, ..."""
+    """Return Moltis' name of this system: linux, macos, freebsd, ..."""
     return "macos" if sys.platform == "darwin" else sys.platform.rstrip("0123456789")
 
 
 class MachinePeer(Protocol):
-    """The connection of the moment to whoever asks.  No method blocks or raises."""
+    """The current connection to the gateway.  No method blocks or raises."""
 
     def log_ready(self, log: JobLog) -> None:
         """There is something for log.take()."""
@@ -6709,16 +7209,17 @@ class MachinePeer(Protocol):
         """Input up to `offset` is consumed; `resume`: send again from there."""
 
 
-# What makes one command line run more than one command, or write files, and what makes
-# such a mark plain: `$(` twice, so that neither half of it may come from a wildcard.
-# `${` and the like as well: bash, which is /bin/sh on macOS and Fedora, runs the `$(…)`
-# in the index of an array, as in `${x[y]}` after `y=a['$''(…)']`.  `$NAME` is harmless.
+# Marks with which a shell runs a second command or writes a file, and those that change
+# the meaning of such a mark.  `$(` counts twice, so that neither half of it may come
+# from a wildcard.  So do `${` and the like: bash, which is /bin/sh on macOS and Fedora,
+# runs the `$(…)` in an array's index, as in `${x[y]}` after `y=a['$''(…)']`.  `$NAME`
+# is harmless.
 SHELL_MARKS = r"[;&|`<>\n\r'\"\\#]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
 PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
 
 
 class AllowedCommands:
-    """What the owner of this machine lets others run there.
+    """The commands and works that this machine's owner allows.
 
     Shell patterns (`*`, `?`, `[…]`) on the whole command line.  A wildcard matches no
     mark with which the shell would go on to another command or to a file: a pattern
@@ -6781,7 +7282,7 @@ def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
 
 
 class MachineOptions(Value):
-    """What the works of a machine work with."""
+    """Settings and resources of a machine's works."""
 
     environ: Mapping[str, str]
     inventory: Inventory
@@ -6799,7 +7300,7 @@ class Task(Protocol):
         """The offset of the input that was consumed; None where it takes none."""
 
     def begin(self) -> None:
-        """Do what makes run() in another thread faster; called before it or never."""
+        """Start early, in the calling thread; run() in another goes on with it."""
 
     def run(self) -> Ending: ...
 
@@ -6814,37 +7315,42 @@ class Errand:
 
     consumed = None
 
-    def __init__(self, log: JobLog, action: Callable[[Errand], JsonObject]) -> None:
+    def __init__(
+        self,
+        action: Callable[[MachineOptions, Any, Errand], JsonObject],
+        options: MachineOptions,
+        log: JobLog,
+        _on_input: object,
+        spec: Any,
+    ) -> None:
         self.cancellation = Cancellation()
+        self._action = partial(action, options, spec, self)
         self._log = log
-        self._action = action
         self._reason = ""
-        self._room = threading.Event()  # set by room in the log, and by cancel()
+        self._room = threading.Event()  # set when the log has room, and by cancel()
         log.on_room = self._room.set
 
     def begin(self) -> None: ...
 
     def run(self) -> Ending:
         started, started_at = time.monotonic(), now_ms()
-        state, reason, result = JobState.DONE, None, None
+        state, reason, result = JobState.FAILED, None, None
         try:
             self.cancellation.pause(0)
-            result = self._action(self)
+            result = self._action()
+            state = JobState.DONE
         except Cancelled:
             state, reason = JobState.CANCELLED, self._reason or None
         except ContextTooLong as error:
-            state, reason, result = JobState.FAILED, str(error), {"kind": "context"}
+            reason, result = str(error), {"kind": "context"}
         except (ModelError, RpcError) as error:
-            state, reason = JobState.FAILED, str(error)
-        return Ending(
-            state,
-            reason=reason,
-            result=result,
-            started_at=started_at,
-            duration=round(time.monotonic() - started, 6),
-        )
+            reason = str(error)
+        duration = round(time.monotonic() - started, 6)
+        ending = Ending(state, reason=reason, result=result, started_at=started_at)
+        return ending.replace(duration=duration)
 
-    def input(self, offset: int, data: bytes) -> None:  # noqa: ARG002
+    def input(self, _offset: int, _data: bytes) -> None:
+        """Raises RpcError: all that it needs is in its spec."""
         raise RpcError("INVALID_REQUEST", "this work takes no input")
 
     def cancel(self, reason: str = "") -> None:
@@ -6866,10 +7372,6 @@ class Errand:
 
 # --- The works ---
 
-WorkFactory: TypeAlias = (
-    "Callable[[MachineOptions, JobLog, Callable[[int], None], Any], Task]"
-)
-
 
 class WhichSpec(Value):
     """The spec of work `which`."""
@@ -6880,7 +7382,7 @@ class WhichSpec(Value):
 class ModelsSpec(Value):
     """The spec of work `models`."""
 
-    refresh: bool = False  # do not answer from what is remembered
+    refresh: bool = False  # ask the providers, not the cache
 
 
 def _run(
@@ -6901,20 +7403,14 @@ def _run(
     )
 
 
-def _which(options: MachineOptions, log: JobLog, _: object, spec: WhichSpec) -> Task:
-    def find(_errand: Errand) -> JsonObject:
-        path = find_binary(spec.binary, options.environ)
-        return {"found": path is not None, "path": path}
-
-    return Errand(log, find)
+def _which(options: MachineOptions, spec: WhichSpec, _errand: Errand) -> JsonObject:
+    path = find_binary(spec.binary, options.environ)
+    return {"found": path is not None, "path": path}
 
 
-def _providers(options: MachineOptions, log: JobLog, _: object, _spec: object) -> Task:
-    def read(_errand: Errand) -> JsonObject:
-        providers = options.inventory.equipment.providers
-        return {"providers": [provider.to_payload() for provider in providers]}
-
-    return Errand(log, read)
+def _providers(options: MachineOptions, _spec: object, _errand: Errand) -> JsonObject:
+    providers = options.inventory.equipment.providers
+    return {"providers": [provider.to_payload() for provider in providers]}
 
 
 def _lent_catalog(options: MachineOptions) -> ModelCatalog:
@@ -6923,37 +7419,33 @@ def _lent_catalog(options: MachineOptions) -> ModelCatalog:
     return options.catalog
 
 
-def _models(options: MachineOptions, log: JobLog, _: object, spec: ModelsSpec) -> Task:
-    catalog = _lent_catalog(options)
-
-    def ask(errand: Errand) -> JsonObject:
-        models, errors = catalog.models(errand.cancellation, refresh=spec.refresh)
-        listed = [model.to_json() for model in models]
-        # The ending is one frame.
-        while len(to_json(listed).encode("utf-8")) > MAX_FRAME_DATA * 3 // 4:
-            del listed[len(listed) * 7 // 8 :]
-        return {"models": listed, "errors": errors}
-
-    return Errand(log, ask)
+def _models(options: MachineOptions, spec: ModelsSpec, errand: Errand) -> JsonObject:
+    models, errors = _lent_catalog(options).models(
+        errand.cancellation, refresh=spec.refresh
+    )
+    listed = [model.to_json() for model in models]
+    while len(to_json(listed).encode("utf-8")) > MAX_RESULT:
+        del listed[len(listed) * 7 // 8 :]
+    return {"models": listed, "errors": errors}
 
 
-def _chat(options: MachineOptions, log: JobLog, _: object, spec: ChatRequest) -> Task:
-    catalog = _lent_catalog(options)
+def _chat(options: MachineOptions, spec: ChatRequest, errand: Errand) -> JsonObject:
+    # The address that is asked is the provider's own, of this machine's settings.
+    model = _lent_catalog(options).model(spec.model)
+    stream = model.stream(spec.messages, spec.tools, errand.cancellation)
+    with contextlib.closing(stream) as events:
+        for event in events:
+            errand.write(event)
+    return {}
 
-    def ask(errand: Errand) -> JsonObject:
-        # The address that is asked is the provider's own, of this machine's settings.
-        model = catalog.model(spec.model)
-        stream = model.stream(spec.messages, spec.tools, errand.cancellation)
-        with contextlib.closing(stream) as events:
-            for event in events:
-                errand.write(event)
-        return {}
 
-    return Errand(log, ask)
+WorkFactory: TypeAlias = (
+    "Callable[[MachineOptions, JobLog, Callable[[int], None], Any], Task]"
+)
 
 
 class Work(Value):
-    """What machines do under one name, and its limits."""
+    """One kind of job, with its limits."""
 
     read_spec: Callable[[JsonObject], Any]  # raises RpcError INVALID_REQUEST
     make: WorkFactory  # raises RpcError FORBIDDEN
@@ -6971,10 +7463,10 @@ WORKS: Mapping[str, Work] = {
         side_by_side=MAX_RUNNING,
         line=MAX_LINE,
     ),
-    "which": Work(WhichSpec.from_json, _which, line=MAX_LINE),
-    "providers": Work(dict, _providers, line=MAX_LINE),
-    "models": Work(ModelsSpec.from_json, _models),
-    "chat": Work(ChatRequest.from_json, _chat, side_by_side=MAX_LENT),
+    "which": Work(WhichSpec.from_json, partial(Errand, _which), line=MAX_LINE),
+    "providers": Work(dict, partial(Errand, _providers), line=MAX_LINE),
+    "models": Work(ModelsSpec.from_json, partial(Errand, _models)),
+    "chat": Work(ChatRequest.from_json, partial(Errand, _chat), side_by_side=MAX_LENT),
 }
 
 
@@ -7008,9 +7500,9 @@ class MachineJob:
         self.task = task  # None: it was refused
         # Guarded by the machine's lock:
         self.waits = False  # it is in line
-        self.dropped = False  # nobody will acknowledge it
+        self.dropped = False  # its gateway does not know it: no acknowledgement comes
         # Guarded by the machine's lock of places:
-        self.place: int | None = None  # as the peer knows it
+        self.place: int | None = None  # last reported
         self.place_due = 0.0  # monotonic
 
 
@@ -7054,13 +7546,13 @@ class Machine:
         """Report to `peer` from now on; None while there is no connection."""
         self._peer = peer
 
-    # What a peer asks for, in any thread
+    # For the peer, from any thread
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
         """Carry out a job, now or when its turn comes; every error is its ending.
 
-        A known id is not carried out again.  One that is remembered has ended, or was
-        cancelled before: it gets an ending that says so.
+        A known id is not carried out again.  A remembered one, which has ended or was
+        cancelled before its start, gets an ending with that reason.
         """
         row = WORKS.get(work)
         log = JobLog(job_id, self._log_ready, window=row.window if row else LOG_WINDOW)
@@ -7090,7 +7582,7 @@ class Machine:
     def acknowledge(self, job_id: str, offset: int) -> None:
         """Drop a log's bytes before `offset`, and the job with its ending.
 
-        Raises RpcError for what was never sent.
+        Raises RpcError for an offset that was never sent.
         """
         job = self._get(job_id)
         if job is not None:
@@ -7143,7 +7635,7 @@ class Machine:
                 continue
             try:
                 job.log.send_from(offsets[job.id])
-            except RpcError as error:  # its database is older than its memory, say
+            except RpcError as error:  # the gateway restored an old database, say
                 log.warning("not resumed job=%s: %s", job.id, error)
             self._report_again(job)
             job.log.ready()
@@ -7154,7 +7646,7 @@ class Machine:
             self._changed.wait_for(lambda: not self._jobs, timeout)
 
     def close(self) -> None:
-        """End all jobs, whose endings say why, and join the threads."""
+        """Cancel all jobs, with that reason in their endings, and join the threads."""
         with self._lock:
             self._stopping = True
             jobs = list(self._jobs.values())
@@ -7240,7 +7732,9 @@ class Machine:
                 return
         assert job.task is not None
         job.task.cancel("this machine has no thread left")
-        self._carry_out(job)
+        following = self._carry_out(job)
+        if following is not None:
+            self._call_worker(following)
 
     def _work(self) -> None:
         """Carry out jobs until there have been none for a while."""
@@ -7250,8 +7744,9 @@ class Machine:
             job = self._take_ready()
             if job is None:
                 return
-            thread.name = f"moltis-{job.work}-{job.id[:8]}"
-            self._carry_out(job)
+            while job is not None:
+                thread.name = f"moltis-{job.work}-{job.id[:8]}"
+                job = self._carry_out(job)
 
     def _take_ready(self) -> MachineJob | None:
         with self._lock:
@@ -7263,7 +7758,8 @@ class Machine:
             self._threads.remove(threading.current_thread())
             return None
 
-    def _carry_out(self, job: MachineJob) -> None:
+    def _carry_out(self, job: MachineJob) -> MachineJob | None:
+        """Carry out a job to its ending; return the next in its line."""
         assert job.task is not None
         try:
             ending = job.task.run()
@@ -7280,7 +7776,7 @@ class Machine:
                 following.waits = False
         if following is not None:
             self._report_place(following, 0)
-            self._call_worker(following)
+        return following
 
     def _end(self, job: MachineJob, ending: Ending) -> None:
         with self._lock:
@@ -7329,9 +7825,9 @@ class Machine:
                 peer.place(job.id, 0)
 
     def _report_place(self, job: MachineJob, place: int) -> None:
-        """Report a place, unless the peer knows it.
+        """Report a place if it is news.
 
-        One at a time, and none of a line that the job has left: 0 is the last report.
+        One at a time, and none after 0, which ends a job's wait.
         """
         now = time.monotonic()
         with self._places:
@@ -7348,7 +7844,7 @@ class Machine:
                 peer.place(job.id, place)
 
     def _report_places(self) -> None:
-        """Report who is where in line, until there is no line."""
+        """Report the places in all lines, until there is no line."""
         while True:
             with self._lock:
                 if self._changed.wait_for(lambda: self._closed, PLACE_TICK):
@@ -7395,8 +7891,7 @@ class Machine:
 #       Commands, Telemetry, Machine
 #
 # A machine's connection to its gateway: dial, authenticate, serve, reconnect, resume.
-# Machine carries out what is asked; whether the node starts on boot is left to Node
-# service.
+# Machine carries out the jobs; Node service starts the node on boot.
 # ==============================================================================
 
 # Refusals that pass: the gateway starts or stops, or its disk is full.
@@ -7522,77 +8017,28 @@ class GatewayLink:
 
 
 def _extension(hello: JsonObject) -> JsonObject | None:
-    """Return what a hello says of our extension `jobs`; None from a Moltis gateway."""
+    """Return our part of a hello, with `jobs`; None from a Moltis gateway."""
     extensions = optional(hello, "extensions", dict) or {}
     ours: JsonObject = optional(extensions, "moltis", dict) or {}
     return ours if "jobs" in ours else None
 
 
-class ClippedBytes:
-    """A stream in one piece: all of it, or its head and tail beyond a limit."""
-
-    def __init__(self, limit: int) -> None:  # bytes
-        self.total = 0
-        self._head = bytearray()  # ≤ half the limit; then the tail takes it
-        self._tail = bytearray()  # ≤ twice the other half; then its first goes
-        self._head_limit = limit // 2
-        self._tail_limit = limit - limit // 2
-
-    def add(self, data: bytes) -> None:
-        self.total += len(data)
-        room = self._head_limit - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:]
-        # Cut when it is twice as long, so that each byte is moved only once.
-        if len(self._tail) > 2 * self._tail_limit:
-            del self._tail[: len(self._tail) - self._tail_limit]
-
-    @property
-    def cut(self) -> int:
-        """The number of bytes left out between head and tail."""
-        return max(0, self.total - self._head_limit - self._tail_limit)
-
-    def text(self) -> str:
-        """Return it as UTF-8, broken characters replaced, with the number cut."""
-        if not self.cut:
-            return (self._head + self._tail).decode("utf-8", "replace")
-        # A character that the cut went through is left out with what was cut.
-        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
-        tail = self._tail[len(self._tail) - self._tail_limit :]
-        for _ in range(3):
-            if tail[:1] and tail[0] & 0xC0 == 0x80:
-                del tail[0]
-        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
-
-
 class _MoltisAnswer:
-    """What a Moltis gateway is going to get for one request."""
+    """The answer to one request of a Moltis gateway, as it is collected."""
 
     def __init__(self, work: str, deadline: Deadline) -> None:
         self.work = work
-        self.deadline = deadline  # when the gateway stops to wait for it
-        self.output = {kind: ClippedBytes(MAX_COLLECTED) for kind in STREAMS}
+        self.deadline = deadline  # then the gateway stops waiting
+        self.output = {kind: Excerpt(MAX_COLLECTED) for kind in STREAMS}
 
     def result(self, ending: Ending) -> JsonObject:
-        """Return the result as Moltis has it, cut to what its gateway takes."""
-        if ending.result is not None:
-            return ending.result
-        never_ran = ending.exit_code is None and ending.signal is None
-        if self.work != "run" or (ending.state == JobState.FAILED and never_ran):
-            return {"error": ending.reason or ending.words()}
-        result: JsonObject = {
-            "exitCode": -1 if ending.exit_code is None else ending.exit_code
-        }
-        if ending.signal is not None:
-            result["signal"] = ending.signal
-        words = ""
-        if ending.state != JobState.DONE:
-            result[camel_case(ending.state)] = True  # timedOut, cancelled
-            # All that such a gateway passes on to its caller is the output.
-            words = f"\n[moltis: {ending.words()}]\n"
-        for kind, name in STREAMS.items():
-            result[name] = self.output[kind].text()
-        return _fit_result(result, words)
+        """Return the result in Moltis' form, cut to MAX_PAYLOAD."""
+        result = moltis_result(self.work, ending, self.output)
+        if "exitCode" not in result:
+            return result
+        # All that such a gateway passes on to its caller is the output.
+        ended = ending.state == JobState.DONE
+        return _fit_result(result, "" if ended else f"\n[moltis: {ending.words()}]\n")
 
 
 def _fit_result(result: JsonObject, words: str) -> JsonObject:
@@ -7628,8 +8074,8 @@ class MoltisGatewayLink(GatewayLink):
         # For the thread that receives: results to send once more, and when.
         self._again: list[tuple[Deadline, JsonObject]] = []
 
-    def resume(self, hello: JsonObject) -> None:
-        """Release what an earlier connection asked for: its gateway gave it up."""
+    def resume(self, _hello: JsonObject) -> None:
+        """Let earlier jobs run to their end unread: their gateway has given them up."""
         self._machine.resume(self._machine.held())
 
     def place(self, job_id: str, place: int) -> None: ...
@@ -7726,7 +8172,7 @@ def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
 
 
 def _channel_binding(ws: WebSocket) -> bytes | None:
-    """Return what SCRAM binds to: the gateway's certificate, or None without TLS."""
+    """Return SCRAM's binding to the gateway's certificate, or None without TLS."""
     certificate = ws.peer_certificate()
     return None if certificate is None else tls_server_end_point(certificate)
 
@@ -7927,7 +8373,7 @@ class NodeAgent:
 
 # ==============================================================================
 # Node service
-# Uses: Settings
+# Uses: Settings, Install
 #
 # What makes a node start on boot and stay: the program's copy in the data directory,
 # a systemd user unit or a launchd agent that runs it, its log, and the file in which
@@ -7937,7 +8383,6 @@ class NodeAgent:
 
 UNIT_NAME = "moltis-node.service"
 LAUNCHD_LABEL = "org.moltis.node"
-PROGRAM_FILE = "moltis.py"
 NODE_LOG_FILE = "node.log"
 
 RESTART_AFTER = 10  # s; between a node's end and its next start
@@ -7945,19 +8390,6 @@ STOP_TIMEOUT = 10  # s; from SIGTERM to SIGKILL, for the node and its commands
 MANAGER_TIMEOUT = 60.0  # s; for one systemctl, loginctl or launchctl
 USER_MANAGER_TIMEOUT = 10.0  # s; for a user manager to come up after enable-linger
 MAX_NODE_LOG = 5 * 1024 * 1024  # bytes; then it becomes node.log.1
-
-# Runs the copy by importing it, so that Python takes its compiled form from
-# __pycache__: compiling a script of this size takes seconds on a Pi Zero.
-# Nothing that an import makes is garbage, then or at exit: not to look takes 7 ms off
-# the 40 of a start.
-IMPORT_AND_RUN = (
-    "import gc, sys; gc.disable(); sys.path.insert(0, sys.argv.pop(1)); import moltis; "
-    "gc.freeze(); gc.enable(); sys.exit(moltis.main())"
-)
-# Isolated: not from the working directory, where a random.py would be imported, nor
-# from where variables point.  And without `site`, which runs the .pth files of others:
-# that takes 3 ms of a start with none of them, 25 ms and 1.3 MiB with four.
-PYTHON_OPTIONS = "-IS"
 
 
 class ServiceSpec(Value):
@@ -7987,19 +8419,6 @@ class ServiceSpec(Value):
         words = [f"{name}={value}" for name, value in self.environment.items()]
         words += [self.python, str(self.program), "node", "run"]
         return " ".join(map(shlex.quote, words))
-
-
-def service_python() -> str:
-    """Return the interpreter for the service.  Raises BadConfiguration.
-
-    Not that of a virtual environment, which may be deleted: nothing in it is needed.
-    """
-    beneath = f"{sys.base_prefix}/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
-    if sys.prefix != sys.base_prefix and os.path.exists(beneath):
-        return beneath
-    if not sys.executable:
-        raise BadConfiguration("this Python does not know its own path; use python3")
-    return sys.executable
 
 
 class ServiceStatus(Value):
@@ -8094,79 +8513,14 @@ def _last_line(text: str) -> str:
     return lines[-1].strip() if lines else ""
 
 
-def _remove_file(path: Path) -> None:
-    try:
-        path.unlink()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        raise BadConfiguration(f"cannot delete {path}: {error.strerror}") from error
-
-
-# -- the program's copy --------------------------------------------------------
-
-
-def own_program() -> bytes | None:
-    """Return the text of this program, or None where it came through a pipe."""
-    try:
-        return Path(__file__).read_bytes()
-    except (NameError, OSError):
-        return None
-
-
-def check_program(text: bytes) -> None:
-    """Raises BadConfiguration unless `text` is a whole moltis, not older than this."""
-    # Its last lines too: half a program may compile as well.
-    parts = (
-        rb'^"""moltis:',
-        rb'^__version__ = "([\d.]+)"$',
-        rb"^if __name__ == .*\n.*\n\Z",
-    )
-    found = [re.search(part, text, re.MULTILINE) for part in parts]
-    if not all(found):
-        raise BadConfiguration("what the gateway serves is not moltis.py, or only half")
-    version = found[1].group(1).decode("ascii") if found[1] else ""
-    if _version_numbers(version) < _version_numbers(__version__):
-        raise BadConfiguration(
-            f"the gateway serves moltis {version}, which is older than this "
-            f"{__version__}; upgrade the gateway first"
-        )
-
-
-def _version_numbers(version: str) -> list[int]:
-    return [int(number) for number in version.split(".") if number]
-
-
-def install_program(directory: Path, text: bytes) -> Path:
-    """Put the program's `text` into the data directory, compiled too; return its path.
-
-    Raises BadConfiguration.
-    """
-    import py_compile
-
-    path = directory / PROGRAM_FILE
-    write_private(path, text)
-    try:
-        # Compiled now: a copy of the same size within the same second would look
-        # like the old one to Python, which compares size and time in whole seconds.
-        py_compile.compile(str(path), doraise=True)
-    except (OSError, py_compile.PyCompileError) as error:
-        raise BadConfiguration(f"cannot compile {path}: {error}") from error
-    return path
-
-
 def remove_node_files(directory: Path) -> None:
     """Delete all that made this machine a node, except its log.
 
     Raises BadConfiguration.
     """
-    for name in (NodeSettings.FILE, NodeState.FILE, PROGRAM_FILE):
-        _remove_file(directory / name)
-    cache = directory / "__pycache__"
-    for compiled in cache.glob("moltis.*.pyc"):
-        _remove_file(compiled)
-    with contextlib.suppress(OSError):  # not there, or not only ours
-        cache.rmdir()
+    for name in (NodeSettings.FILE, NodeState.FILE):
+        remove_file(directory / name)
+    remove_program(directory)
 
 
 # -- what the running node says ------------------------------------------------
@@ -8212,7 +8566,7 @@ class NodeState(Value):
     @classmethod
     def clear(cls, directory: Path) -> None:
         """Forget the state, as a node does that ends.  Raises BadConfiguration."""
-        _remove_file(directory / cls.FILE)
+        remove_file(directory / cls.FILE)
 
 
 def wait_until_connected(directory: Path, deadline: Deadline) -> NodeState | None:
@@ -8394,10 +8748,10 @@ class SystemdService:
 
     def remove(self) -> list[str]:
         self._try_systemctl("disable", "--now", UNIT_NAME)
-        _remove_file(self.unit)
+        remove_file(self.unit)
         # systemctl does both, unless there is no user manager to talk to.
         wants = self._units / "default.target.wants"
-        _remove_file(wants / UNIT_NAME)
+        remove_file(wants / UNIT_NAME)
         with contextlib.suppress(OSError):
             wants.rmdir()
         self._try_systemctl("daemon-reload")
@@ -8560,7 +8914,7 @@ class LaunchdService:
 
     def remove(self) -> list[str]:
         self.stop()
-        _remove_file(self.unit)
+        remove_file(self.unit)
         return []
 
     def status(self) -> ServiceStatus:
@@ -8622,6 +8976,7 @@ MAX_PAGE = 1000  # rows of one answer
 MAX_CALLER_EVENTS = 10_000  # audit events of one caller; then its oldest are deleted
 REFUSAL_REPEATED_AFTER = 3600_000  # ms in which the same refusal is recorded once
 DELETE_SLICE = 500  # rows deleted in one transaction: some ms
+SEARCH_SLICE = 20_000  # rows that one statement searches: some 20 ms
 STEADY_AFTER = 86_400.0  # s without a jump after which the clock decides what is old
 CLOCK_RECORDED_EVERY = 60.0  # s
 CHECKPOINT_EVERY = 200  # transactions, then the next tick() copies them into the file
@@ -8811,7 +9166,7 @@ MIGRATIONS: Mapping[int, str] = {
 }
 
 
-def _signal_name(number: str | None) -> str | None:
+def _stored_signal_name(number: str | None) -> str | None:
     """Return the name of a signal, which the first edition stored as a number."""
     try:
         return number and signal.Signals(int(number)).name
@@ -9042,7 +9397,7 @@ def _prepare_database(db: sqlite3.Connection, path: Path) -> None:
     # A checkpoint waits for the disk: tick() makes them, beside the writers.
     db.execute("PRAGMA wal_autocheckpoint = 0")
     db.execute("PRAGMA foreign_keys = ON")
-    db.create_function("signal_name", 1, _signal_name)
+    db.create_function("signal_name", 1, _stored_signal_name)
     db.create_function("card_details", 1, _card_details)
     for number in sorted(number for number in MIGRATIONS if number > version):
         script = f"{MIGRATIONS[number]}; PRAGMA user_version = {number}"
@@ -9267,7 +9622,8 @@ class Database:
                 _, logged, _ = db.execute(passive).fetchone()
                 if logged > LONGEST_WAL:
                     # Writers that never pause keep the WAL from starting again: now
-                    # they wait, for the little that is left.
+                    # they wait, for the little that came during the second pass.
+                    db.execute(passive)
                     db.execute("PRAGMA wal_checkpoint(RESTART)")
         except self._sqlite.Error as error:
             raise self._store_error(error) from error
@@ -9568,11 +9924,24 @@ class JobsTable(Table):
         conditions.append(self.STATES.get(state, "TRUE"))
         if kept:
             conditions.append(f"(kept OR {self.STATES['open']})")
-        return self._find(
-            JobRecord,
-            f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?",
-            (*filter(None, given.values()), max(0, min(limit, MAX_PAGE))),
-        )
+        values, limit = [*filter(None, given.values())], max(0, min(limit, MAX_PAGE))
+        if not query:
+            return self._page(conditions, values, limit)
+        # A search reads all rows: slice by slice, so that writers get their turn.
+        found: list[JobRecord] = []
+        row = self._db.row("SELECT max(seq) newest FROM jobs")
+        top = before or (row["newest"] if row and row["newest"] else 0) + 1
+        while top > 1 and len(found) < limit:
+            bounds = [*conditions, "seq < ?", "seq >= ?"]
+            top, above = max(1, top - SEARCH_SLICE), top
+            found += self._page(bounds, [*values, above, top], limit - len(found))
+        return found
+
+    def _page(
+        self, conditions: Sequence[str], values: Sequence[object], limit: int
+    ) -> list[JobRecord]:
+        condition = f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?"
+        return self._find(JobRecord, condition, (*values, limit))
 
     def of_session(self, session_key: str) -> list[str]:
         """Return the ids of a session's jobs."""
@@ -10886,7 +11255,7 @@ ROW_LOG = 16 * 1024  # bytes; a log of at most that moves into its row when it e
 SEGMENT = 1024 * 1024  # bytes of one file
 MAX_SEGMENTS = 64  # of one log: the first and the newest; those in between go
 KEEP_OUTPUT = 2 * 1024**3  # bytes of all logs in files, unless told otherwise
-READ_SIZE = 256 * 1024  # bytes of a log in one answer
+MAX_LOG_READ = 256 * 1024  # bytes of a log in one answer
 TEXT_LIMIT = 30_000  # characters of output that a language model sees
 LOST_AFTER = 60.0  # s beyond a command's timeout for which its absent node is awaited
 HOLDER_PATIENCE = 600.0  # s for which an unkept job waits for its holder
@@ -10951,7 +11320,7 @@ class Segment:
         """Return the first frame boundary at or after `offset`."""
         at = self.begin
         while at < offset:
-            data = self.read(at, READ_SIZE)
+            data = self.read(at, MAX_LOG_READ)
             if not data:
                 return self.end
             at = frame_boundary(at, data, offset)
@@ -11032,7 +11401,7 @@ class Log:
                     self.begin = offset
                 self.end = offset
 
-    def read(self, offset: int, limit: int = READ_SIZE) -> Piece:
+    def read(self, offset: int, limit: int = MAX_LOG_READ) -> Piece:
         """Return the offset of the first held frame at or after `offset`, and frames.
 
         They have about `limit` bytes; none at the end.  `offset` is a frame boundary
@@ -11210,7 +11579,7 @@ def new_job(
 
     Raises RpcError INVALID_REQUEST for an id, a work or a spec that cannot be.
     """
-    check_spec(work, spec)
+    spec = check_spec(work, spec)
     timeout_ms: float | None = spec.get("timeout")
     asked_at = now_ms()
     return JobRecord(
@@ -11258,6 +11627,7 @@ class Job:
         self.sent_over: NodeLink | None = None
         self.was_sent = record.sent_to is not None
         self.acknowledged = log.begin  # as the node was told
+        self.settled = False  # ended, stored, all of it acknowledged
         self.log_end: int | None = None  # the final offset, once known
         self.result: JsonObject | None = None  # of work other than a command
         self.place = 0  # in line on its node; 0: it runs
@@ -11323,13 +11693,16 @@ def job_view(job: Job | JobRecord) -> JsonObject:
     view["end"] = view.pop("logEnd")
     for name in ("spec", "sentTo", "callerId"):
         view.pop(name, None)
+    words = record.words()
     if isinstance(job, Job) and record.is_open:
         view["end"] = job.log.end
         if job.place:
             view["place"] = job.place
+            words = f"number {job.place} in line"
         if job.away_ms is not None:
             view["awayMs"] = job.away_ms
-    return {**view, "words": record.words(), "failed": record.failed}
+            words = f"waiting for {record.node_name} to come back"
+    return {**view, "words": words, "failed": record.failed}
 
 
 class Wait:
@@ -11363,6 +11736,21 @@ class Wait:
 def _stopping() -> RpcError:
     why = "the gateway stops; the command goes on"
     return RpcError("UNAVAILABLE", why, details={"goesOn": True}, retryable=True)
+
+
+def _same_caller(job: Job, record: JobRecord) -> Job:
+    """Return `job`.  Raises RpcError CONFLICT unless the same key asks for it again."""
+    if job.record.caller_id != record.caller_id:
+        raise RpcError("CONFLICT", f"the id {record.id} was used by another key")
+    return job
+
+
+def _reopened(record: JobRecord) -> JobRecord:
+    """Return the row of a job that its node brings along: only a lost one changes."""
+    if record.state != JobState.LOST:
+        return record
+    running = JobState.RUNNING
+    return record.replace(state=running, ended_at=None, reason=None, log_end=0)
 
 
 def _too_many_waits() -> RpcError:
@@ -11423,8 +11811,10 @@ class Jobs:
         Raises RpcError: CONFLICT for an id of another key, UNAVAILABLE if the node is
         away; StoreError if the row cannot be written.
         """
-        with contextlib.suppress(KeyError):
-            return self._known(record)
+        with self._lock:
+            known = self._jobs.get(record.id)
+        if known is not None:
+            return _same_caller(known, record)
         if self._closed:
             raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
         link = self._link(record.node_id)
@@ -11433,7 +11823,7 @@ class Jobs:
             record = record.replace(sent_to=link.instance, state=JobState.RUNNING)
         elif record.queue_until is not None:
             record = record.replace(state=JobState.QUEUED)
-        else:
+        elif self._table.get(record.id) is None:
             self._fleet.require_connected(record.node_id, record.node_name)
         job = Job(record, Log(self._log_directory(record)))
         job.was_sent = False
@@ -11442,24 +11832,30 @@ class Jobs:
         try:
             if job.is_recorded:
                 job.record = self._table.add(record)
-        except BaseException:
+        except BaseException as error:
             self._remove(job)
+            if isinstance(error, RpcError) and error.code == "CONFLICT":
+                return _same_caller(self.get(record.id), record)  # it has ended
             raise
         self._send(job)
         return job
 
     def get(self, job_id: str) -> Job:
         """Return a job, also one that ended.  Raises RpcError NOT_FOUND, StoreError."""
-        try:
-            return self._find(job_id)
-        except KeyError:
-            raise RpcError("NOT_FOUND", f"there is no job {job_id[:64]!r}") from None
+        with self._lock:
+            job = self._jobs.get(job_id)
+        if job is not None:
+            return job
+        record = self._table.get(job_id)
+        if record is None:
+            raise RpcError("NOT_FOUND", f"there is no job {job_id[:64]!r}")
+        return self._load(record)
 
     def open_on(self, node_id: str) -> list[Job]:
         """Return the jobs of a node that have not ended."""
         return [job for job in self._on(node_id) if job.record.is_open]
 
-    def list(self, **filters: Any) -> Sequence[Job | JobRecord]:
+    def page(self, **filters: Any) -> Sequence[Job | JobRecord]:
         """Return jobs, the newest first; see JobsTable.page() for the filters."""
         rows = self._table.page(**filters)
         with self._lock:
@@ -11493,15 +11889,17 @@ class Jobs:
         """Tell the node what it need not keep, once that is a quarter of a window."""
         with job.lock:
             offset = job.releasable()
-            settled = not job.record.is_open and job.stored and offset >= job.log.end
-            if not settled and offset - job.acknowledged < LOG_WINDOW // 4:
+            over = not job.record.is_open and job.stored and offset >= job.log.end
+            if job.settled or (
+                not over and offset - job.acknowledged < LOG_WINDOW // 4
+            ):
                 return
-            job.acknowledged = offset
+            job.acknowledged, job.settled = offset, over
             if not job.record.kept:
                 job.log.forget(offset)
         self._tell(job, lambda link: link.acknowledge(job.id, offset))
         # The node of a lost job may still come back with it.
-        if settled and not (job.record.state == JobState.LOST and job.followers):
+        if over and not (job.record.state == JobState.LOST and job.followers):
             self._remove(job)
 
     def wait(
@@ -11513,13 +11911,15 @@ class Jobs:
         """
         future = self.ended(job, None)
         try:
-            if cancel is not None:
-                return cancel.result_of(future, timeout)
-            return future.result(timeout)
+            if cancel is None:
+                future.result(timeout)
+            else:
+                cancel.result_of(future, timeout)
         except FutureTimeout:
-            return job
+            pass
         finally:
             future.cancel()
+        return job
 
     def ended(self, job: Job, timeout: float | None) -> Future[Job]:
         """Return a future of the job, done when it has ended or after `timeout` s.
@@ -11549,11 +11949,11 @@ class Jobs:
 
     def text(self, job: Job, limit: int = TEXT_LIMIT) -> str:
         """Return the output as text; of a longer one head and tail."""
-        start, data = job.log.read(0, READ_SIZE)
+        start, data = job.log.read(0, MAX_LOG_READ)
         before = f"{gap_words(start)}\n" if start else ""
         if start + len(data) == job.log.end:
             return before + clip(log_text(data), limit)
-        _, tail = job.log.read(job.log.tail(READ_SIZE), READ_SIZE)
+        _, tail = job.log.read(job.log.tail(MAX_LOG_READ), MAX_LOG_READ)
         ends = log_text(data)[: limit // 2], log_text(tail)[-limit // 2 :]
         cut = job.log.end - sum(len(end.encode("utf-8", "replace")) for end in ends)
         return f"{before}{ends[0]}\n{gap_words(cut)}\n{ends[1]}"
@@ -11661,9 +12061,13 @@ class Jobs:
             job = self._of_node(link.node_id, job_id) or self._reopen(link, job_id)
             if job is not None:
                 with job.lock:
+                    job.record = _reopened(job.record)
+                    job.settled = False
                     job.log.skip_to(begin)
                     job.was_sent = True
-                    job.acknowledged = max(job.acknowledged, begin)
+                    # An acknowledgement may have got lost with the connection: else
+                    # the node would wait for it with a full window.
+                    job.acknowledged = begin
                     offsets[job_id] = job.log.end
         return offsets
 
@@ -11679,7 +12083,8 @@ class Jobs:
             if job.record.is_open and not known:
                 self._send(job)
             elif known and job.record.is_open and job.record.cancelled_at is not None:
-                self._tell(job, lambda link, job=job: link.cancel(job.id))
+                with contextlib.suppress(ConnectionClosed):
+                    link.cancel(job.id)
             self._wake(job)
             self.acknowledge(job)
 
@@ -11778,24 +12183,6 @@ class Jobs:
 
     # --- Inside ---
 
-    def _find(self, job_id: str) -> Job:
-        """Raises KeyError, StoreError."""
-        with self._lock:
-            job = self._jobs.get(job_id)
-        if job is not None:
-            return job
-        record = self._table.get(job_id)
-        if record is None:
-            raise KeyError(job_id)
-        return self._load(record)
-
-    def _known(self, record: JobRecord) -> Job:
-        """Raises KeyError if its id is new, RpcError if it is another key's."""
-        job = self._find(record.id)
-        if job.record.caller_id != record.caller_id:
-            raise RpcError("CONFLICT", f"the id {record.id} was used by another key")
-        return job
-
     def _end_locked(self, job: Job, ending: Ending) -> None:
         """Record how a job ended, unless that is known; `job.lock` is held."""
         record = job.record
@@ -11865,6 +12252,8 @@ class Jobs:
             if record.cancelled_at is not None:
                 link.cancel(job.id)  # a start that follows is answered `cancelled`
             link.start(job.id, record.work, record.spec or {})
+        job.input_resumes += 1  # input that came before has gone nowhere
+        self._wake(job)
 
     def _tell(self, job: Job, tell: Callable[[NodeLink], None]) -> None:
         """Tell the node something that is told again when it comes back."""
@@ -11913,11 +12302,7 @@ class Jobs:
         record = self._table.get(job_id)
         if record is None or record.node_id != link.node_id:
             return None
-        if record.state == JobState.LOST:
-            record = record.replace(
-                state=JobState.RUNNING, ended_at=None, reason=None, log_end=0
-            )
-        return self._adopt(record)
+        return self._adopt(_reopened(record))
 
     def _of_node(self, node_id: str, job_id: str) -> Job | None:
         # A node answers for its own jobs only, whatever ids it names.
@@ -14092,7 +14477,7 @@ class Chats:
 
     def _cancel_jobs(self, key: str, by: str, *, background: bool) -> None:
         """Cancel the commands of a session, those of an earlier gateway as well."""
-        for job in self._jobs.list(session_key=key, state="open"):
+        for job in self._jobs.page(session_key=key, state="open"):
             if not background:
                 message = self._store.messages.by_job_id(job.id)
                 if message and message.details["command"].get("background"):
@@ -14271,6 +14656,7 @@ class ClientFollower:
         self._is_open = False
         self._sent = offset
         self._state: object = None  # as the client knows it
+        self._is_told = False  # the client knows how the job ended
         self._input: tuple[int, int] | None = None  # the same: bytes, resumptions
 
     def open(self) -> None:
@@ -14290,8 +14676,11 @@ class ClientFollower:
                 f"byte {offset} is acknowledged, and {self._sent} were sent",
             )
         self.position = max(self.position, offset)
-        if not self.job.record.is_open and self.position >= self.job.log.end:
-            self._on_done(self)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the client has all, and said so if it holds the log."""
+        return self._is_told and (not self.holds or self.position >= self.job.log.end)
 
     def _next(self) -> str | bytes | None:
         """Return the next message; only one thread at a time calls it."""
@@ -14315,7 +14704,8 @@ class ClientFollower:
             return None
         self._state = state
         # A lost job may still come back with its node.
-        if not (record.is_open or self.holds or record.state == JobState.LOST):
+        self._is_told = not record.is_open and record.state != JobState.LOST
+        if self.is_done:
             self._on_done(self)
         return encode_envelope(Event(JOB_STATE, job_state(job)))
 
@@ -14379,20 +14769,24 @@ class OperatorPeer:
         with contextlib.suppress(ConnectionClosed):
             self.ws.send(text)
 
+    def check_room(self, count: int) -> None:
+        """Raises RpcError RATE_LIMITED if this is too much to follow as well."""
+        with self._lock:
+            count += len(self._followers)
+        if count > MAX_FOLLOWED:
+            raise RpcError(
+                "RATE_LIMITED", f"a connection follows at most {MAX_FOLLOWED} jobs"
+            )
+
     def follow(self, job: Job, offset: int, *, holds: bool) -> int:
         """Send the job's log from `offset` on, or from what is left of it.
 
-        Returns where it begins.  Raises RpcError for one job too many.
+        Returns where it begins.
         """
         self.unfollow(job.id, leaves=False)
         start = job.log.boundary(max(offset, job.log.begin))
         follower = ClientFollower(job, self._outlet, start, self._drop, holds=holds)
         with self._lock:
-            if len(self._followers) >= MAX_FOLLOWED:
-                raise RpcError(
-                    "RATE_LIMITED",
-                    f"one connection follows at most {MAX_FOLLOWED} jobs",
-                )
             self._followers[job.id] = follower
         self._unopened.append(follower)
         self._jobs.follow(job, follower)
@@ -14409,6 +14803,8 @@ class OperatorPeer:
         if follower is not None:
             follower.acknowledge(offset)
             self._jobs.acknowledge(follower.job)
+            if follower.is_done:
+                self._drop(follower)
 
     def _follower(self, job_id: str) -> ClientFollower | None:
         with self._lock:
@@ -14690,74 +15086,30 @@ class NodeMethods:
                 node.link.hang_up("the token was revoked")
 
 
-class Excerpt:
-    """Head and tail of a byte stream."""
-
-    def __init__(self, limit: int) -> None:  # bytes
-        self._half = limit // 2
-        self._head = bytearray()
-        self._tail = bytearray()
-        self.cut = 0  # bytes between them
-
-    def add(self, data: bytes) -> None:
-        room = self._half - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:]
-        if len(self._tail) > 2 * self._half:  # not at each call: that would copy it
-            self._trim()
-
-    def _trim(self) -> None:
-        excess = max(0, len(self._tail) - self._half)
-        self.cut += excess
-        del self._tail[:excess]
-
-    def text(self) -> str:
-        self._trim()
-        between = f"\n… {self.cut:,} bytes cut …\n".encode() if self.cut else b""
-        return (self._head + between + self._tail).decode("utf-8", "replace")
-
-
-def stream_texts(log: Log) -> JsonObject:
-    """Return head and tail of both streams in a log, `truncated` if that is not all."""
-    streams = {kind: Excerpt(MAX_INVOKE_OUTPUT) for kind in STREAMS}
-    position, truncated = 0, False
-    while True:
-        start, data = log.read(position)
-        truncated = truncated or start > position
-        if not data:
-            break
-        position = start + len(data)
-        for kind, piece in log_frames(data):
-            if kind in streams:
-                streams[kind].add(piece)
-    texts: JsonObject = {STREAMS[kind]: streams[kind].text() for kind in streams}
-    if truncated or any(stream.cut for stream in streams.values()):
-        texts["truncated"] = True
-    return texts
-
-
 def invoke_result(job: Job) -> JsonObject:
     """Return the answer of Moltis' `node.invoke`.
 
     Raises RpcError UNAVAILABLE where it is not known how the job ended.
     """
-    record = job.record
+    record, ending = job.record, job.ending
+    assert ending is not None
     if record.state in (JobState.LOST, JobState.EXPIRED):
         raise RpcError("UNAVAILABLE", f"{record.node_name}: {record.words()}")
-    result: JsonObject = {"node": record.node_name, **(job.result or {})}
-    if record.work == "run":
-        result.update(stream_texts(job.log))
-        result["exitCode"] = -1 if record.exit_code is None else record.exit_code
-    if record.state == JobState.FAILED:
-        result["error"] = record.reason or "it failed"
-        result.pop("exitCode", None)
-    if record.signal:
-        result["signal"] = record.signal
-    if record.state == JobState.TIMED_OUT:
-        result["timedOut"] = True
-    if record.state == JobState.CANCELLED:
-        result["cancelled"] = True
-    return result
+    output = {kind: Excerpt(MAX_INVOKE_OUTPUT) for kind in STREAMS}
+    position, truncated = 0, False
+    while position < job.log.end:
+        start, data = job.log.read(position)
+        truncated = truncated or start > position or not data
+        if not data:
+            break
+        position = start + len(data)
+        for kind, piece in log_frames(data):
+            if kind in output:
+                output[kind].add(piece)
+    result = moltis_result(record.work, ending, output)
+    if truncated or any(excerpt.cut for excerpt in output.values()):
+        result["truncated"] = True
+    return {"node": record.node_name, **result}
 
 
 def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
@@ -14804,6 +15156,8 @@ class JobMethods:
     ) -> JsonObject:
         """Start the same on each node, once all names are known."""
         peer = call.require_peer() if hold else None
+        if peer is not None:
+            peer.check_room(len(jobs))
         kept = not hold if keep is None else keep
         if not (kept or hold):
             raise RpcError("INVALID_REQUEST", "a job needs keep or hold")
@@ -14844,6 +15198,7 @@ class JobMethods:
         """Send the log from `offset` on; of what is there, at most the last `tail`."""
         if hold:
             peer.caller.require(Scope.WRITE)
+        peer.check_room(1)
         if tail is not None:
             offset = max(offset, job.log.tail(tail))
         return {"job": job_view(job), "offset": peer.follow(job, offset, holds=hold)}
@@ -14885,7 +15240,7 @@ class JobMethods:
         """Answer with jobs, the newest first."""
         if node_id:
             node_id, _ = self._fleet.resolve(node_id)
-        return list(map(job_view, self._jobs.list(node_id=node_id, **filters)))
+        return list(map(job_view, self._jobs.page(node_id=node_id, **filters)))
 
     def invoke(
         self,
@@ -14961,7 +15316,6 @@ class ChatMethods:
             job_id,
             allowed=decision != "deny",
             by=by.name,
-            key_id=by.id,
             always=decision == "always",
         )
 
@@ -15019,7 +15373,7 @@ class AccessMethods:
 
     def audit(self, offset: int, limit: int) -> list[JsonObject]:
         entries = self._audit.page(offset=offset, limit=limit)
-        return [entry.to_json() for entry in entries]
+        return [{**entry.to_json(), "words": entry.words()} for entry in entries]
 
 
 def _key_view(key: OperatorKey) -> JsonObject:
@@ -15442,30 +15796,32 @@ class MoltisPeer(NodePeer):
         self._answers: dict[str, MoltisAnswer] = {}
 
     def check(self, work: str, spec: JsonObject) -> None:
-        lacks = ""
+        problem = ""
         if work not in MOLTIS_COMMANDS:
-            lacks = "cannot do that"
+            problem = f"cannot do that: {MOLTIS_KIND}"
         elif spec.get("stdin"):
-            lacks = "passes no input to commands"
+            problem = f"passes no input to commands: {MOLTIS_KIND}"
         elif spec.get("tty"):
-            lacks = "has no terminals"
-        if lacks:
-            raise RpcError("INVALID_REQUEST", f"{self._name} {lacks}: {MOLTIS_KIND}")
+            problem = f"has no terminals: {MOLTIS_KIND}"
+        elif len(self._line) >= MAX_LINE:
+            problem = f"has {MAX_LINE} commands in line already"
+        if problem:
+            raise RpcError("INVALID_REQUEST", f"{self._name} {problem}")
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
         try:
-            self.check(work, spec)  # it may have been away when it was asked for
+            self.check(work, spec)  # it was away when it was asked for
         except RpcError as error:
-            ending = Ending(JobState.FAILED, reason=error.message)
-            self._keep(job_id, _ending_frame(ending))
+            self._end(job_id, Ending(JobState.FAILED, reason=error.message))
             return
-        if work == "run":
-            with self._lock:
+        with self._lock:
+            if work == "run":
                 self._line[job_id] = spec
-            self._next()
-        else:
-            with self._lock:
+            else:
                 self._asked[job_id] = (work, now_ms())
+        if work == "run":
+            self._advance()
+        else:
             self._request(job_id, work, spec)
 
     def acknowledge(self, job_id: str, offset: int) -> None:
@@ -15491,7 +15847,8 @@ class MoltisPeer(NodePeer):
         with self._lock:
             waited = self._line.pop(job_id, None) is not None
         if waited:
-            self._keep(job_id, _ending_frame(Ending(JobState.CANCELLED)))
+            self._end(job_id, Ending(JobState.CANCELLED))
+            self._advance()
 
     def resize(self, job_id: str, rows: int, cols: int) -> None: ...
 
@@ -15503,27 +15860,27 @@ class MoltisPeer(NodePeer):
             if self._deadline.expired:
                 self._ws.keepalive = True
 
-    def _next(self) -> None:
-        """Send the command that is first in line, if none runs."""
+    def _advance(self) -> None:
+        """Send the command that is first in line, if none runs; report the places."""
+        spec: JsonObject | None = None
         with self._lock:
-            if self._running or not self._line:
-                return
-            job_id = self._running = next(iter(self._line))
-            spec = self._line.pop(job_id)
-            self._asked[job_id] = ("run", now_ms())
-            timeout = spec.get("timeout")
-            if timeout is not None:
-                self._deadline = Deadline(timeout / 1000 + MOLTIS_GRACE)
-            waiting = list(self._line)
-        self._jobs.on_place(self, job_id, 0)
-        for place, waits in enumerate(waiting, 1):
-            self._jobs.on_place(self, waits, place)
-        args = {k: v for k, v in spec.items() if k in ("command", "cwd", "env")}
-        if not str(args.get("cwd") or "").strip():  # a blank one would fail
-            args.pop("cwd", None)
-        if timeout is not None:
-            args["timeout"] = math.ceil(timeout)  # it ignores any other number
-        self._request(job_id, "run", args)
+            if not self._running and self._line:
+                self._running = next(iter(self._line))
+                spec = self._line.pop(self._running)
+                self._asked[self._running] = ("run", now_ms())
+                if spec.get("timeout") is not None:
+                    self._deadline = Deadline(spec["timeout"] / 1000 + MOLTIS_GRACE)
+            running, line = self._running, list(self._line)
+        if spec is not None:
+            # Only what is set: it fails on a blank cwd, and takes a whole timeout only.
+            args = {n: spec[n] for n in ("command", "env") if spec.get(n)}
+            if (spec.get("cwd") or "").strip():
+                args["cwd"] = spec["cwd"]
+            if spec.get("timeout") is not None:
+                args["timeout"] = math.ceil(spec["timeout"])
+            self._request(running, "run", args)
+        for place, job_id in enumerate([running, *line]):
+            self._jobs.on_place(self, job_id, place)
 
     def _request(self, job_id: str, work: str, args: JsonObject) -> None:
         # It reads nothing, so answers no ping, while it works.
@@ -15546,8 +15903,11 @@ class MoltisPeer(NodePeer):
         if asked is not None:
             work, started_at = asked
             self._keep(job_id, answer_log(work, result, started_at))
-        self._next()
+        self._advance()
         return {}
+
+    def _end(self, job_id: str, ending: Ending) -> None:
+        self._keep(job_id, _ending_frame(ending))
 
     def _keep(self, job_id: str, data: bytes) -> None:
         answer = MoltisAnswer(data)
@@ -16222,10 +16582,8 @@ class Edge:
             )
         cross = request.method != "GET" or request.path == "/ws"
         # Programs other than browsers send no Origin, and no cookie by themselves.
-        if cross and request.headers.get("Origin", "").lower() not in (
-            ("" if "Origin" not in request.headers else request.origin),
-            request.origin,
-        ):
+        origin = request.headers.get("Origin", request.origin)
+        if cross and origin.lower() != request.origin:
             return error_reply(
                 403,
                 "this request comes from another site's page; behind a proxy that "
@@ -17016,7 +17374,7 @@ WEB_HTML = r"""<!doctype html>
 <div class="screen empty" data-part="screen" tabindex="0" role="region">
 <p class="cut" data-part="cut" hidden>Only the end is shown.
 <a data-part="whole" download>Download all of it</a></p>
-<div data-part="lines"></div>
+<div class="lines" data-part="lines"></div>
 </div>
 <footer>
 <span class="word" data-part="word"></span>
@@ -17255,57 +17613,35 @@ again.</p>
 WEB_CSS = r"""/* Colours first, by role; then the pieces from small to large. */
 :root {
   color-scheme: light dark;
-  --paper: #faf9f6;
-  --surface: #fff;
-  --sunken: #f2f0eb;
-  --line: #e3e0d9;
-  --ink: #1d1f21;
-  --soft: #595e64;
-  --accent: #0b6e5f;
-  --on-accent: #fff;
-  --tint: #e3f0ed;
-  --ok: #1a7444;
-  --bad: #b3261e;
-  --wait: #835400;
-  --bad-tint: #fbeae8;
-  --wait-tint: #fbf1dd;
+  --paper: #faf9f6; --surface: #fff; --sunken: #f2f0eb; --line: #e3e0d9;
+  --ink: #1d1f21; --soft: #595e64;
+  --accent: #0b6e5f; --on-accent: #fff; --tint: #e3f0ed;
+  --ok: #1a7444; --bad: #b3261e; --wait: #835400;
+  --bad-tint: #fbeae8; --wait-tint: #fbf1dd;
+  --screen: #16191d; --screen-ink: #dde2e7; --screen-soft: #98a2ad;
   --hover: color-mix(in srgb, var(--ink) 7%, transparent);
   --rule: 1px solid var(--line);
   --shade: 0 8px 30px rgb(30 25 15 / .14);
-  --screen: #16191d;
-  --screen-ink: #dde2e7;
-  --screen-soft: #98a2ad;
   --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
-    --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas,
+  --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas,
     "DejaVu Sans Mono", monospace;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --paper: #151719;
-    --surface: #1c1f22;
-    --sunken: #101214;
-    --line: #2d3135;
-    --ink: #e6e7e5;
-    --soft: #a0a6ad;
-    --accent: #55c7b1;
-    --on-accent: #06201b;
-    --tint: #1b3531;
-    --ok: #62c98f;
-    --bad: #ff8f85;
-    --wait: #e3b35a;
-    --bad-tint: #3a2020;
-    --wait-tint: #362b15;
-    --shade: 0 8px 30px rgb(0 0 0 / .5);
+    --paper: #151719; --surface: #1c1f22; --sunken: #101214; --line: #2d3135;
+    --ink: #e6e7e5; --soft: #a0a6ad;
+    --accent: #55c7b1; --on-accent: #06201b; --tint: #1b3531;
+    --ok: #62c98f; --bad: #ff8f85; --wait: #e3b35a;
+    --bad-tint: #3a2020; --wait-tint: #362b15;
     --screen: #0d0f11;
+    --shade: 0 8px 30px rgb(0 0 0 / .5);
   }
 }
 *, ::before, ::after { box-sizing: border-box; scrollbar-width: thin; }
 [hidden] { display: none !important; }
 html, body { height: 100%; margin: 0; }
-body {
-  background: var(--paper); color: var(--ink); font: 15px/1.55 var(--sans);
-  -webkit-text-size-adjust: 100%; overflow-wrap: break-word;
-}
+body { background: var(--paper); color: var(--ink); font: 15px/1.55 var(--sans);
+  -webkit-text-size-adjust: 100%; overflow-wrap: break-word; }
 h1, h2, h3, p, ul, ol, dl, dd, pre { margin: 0; padding: 0; }
 ul { list-style: none; }
 h1, h2 { font-size: 16px; font-weight: 620; letter-spacing: -.01em; }
@@ -17319,72 +17655,49 @@ button:disabled { opacity: .5; cursor: default; }
 :is(#transcript, .screen, .scroll):focus-visible { outline-offset: -3px; }
 #page:focus, h2:focus { outline: none; }
 .unseen { position: fixed; left: -9999px; width: 1px; height: 1px; overflow: hidden; }
-.skip {
-  position: fixed; left: 12px; top: -60px; z-index: 9; padding: 8px 14px;
-  background: var(--surface); border-radius: 8px;
-}
+.skip { position: fixed; left: 12px; top: -60px; z-index: 9; padding: 8px 14px;
+  background: var(--surface); border-radius: 8px; }
 .skip:focus { top: 12px; box-shadow: var(--shade); }
 
 /* small pieces */
 .sheet, dialog, .card, .choices, .command, .field, .pick, .round {
-  background: var(--surface); border: var(--rule);
-}
+  background: var(--surface); border: var(--rule); }
 .bar h1, .where, #prompt, .running code, .pick-label, .node h2, #sessions .name,
-#sessions .detail, #audit .what {
-  overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-}
-.icon {
-  width: 18px; height: 18px; flex: none; fill: none; stroke: currentColor;
-  stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round;
-}
-.mark {
-  width: 24px; height: 24px; flex: none; color: var(--accent); fill: none;
-  stroke: currentColor; stroke-width: 2.2;
-}
-.button, .bare {
-  display: inline-flex; align-items: center; justify-content: center; gap: 6px;
-  border: var(--rule); border-radius: 9px; padding: 6px 13px;
-  background: var(--surface); text-decoration: none; white-space: nowrap;
-}
+#sessions .detail, #audit .what { overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+.icon { width: 18px; height: 18px; flex: none; fill: none; stroke: currentColor;
+  stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
+.mark { width: 24px; height: 24px; flex: none; color: var(--accent); fill: none;
+  stroke: currentColor; stroke-width: 2.2; }
+.button, .bare { display: inline-flex; align-items: center; justify-content: center;
+  gap: 6px; border: var(--rule); border-radius: 9px; padding: 6px 13px;
+  background: var(--surface); text-decoration: none; white-space: nowrap; }
 .button { min-height: 36px; font-weight: 520; }
 .button:hover { background: var(--sunken); }
-.button.main, .round.main {
-  background: var(--accent); border-color: transparent; color: var(--on-accent);
-}
+.button.main, .round.main { background: var(--accent); border-color: transparent;
+  color: var(--on-accent); }
 .button.main:hover, .round.main:hover { filter: brightness(1.08); }
-.button.danger {
-  background: var(--bad); border-color: transparent; color: var(--paper);
-}
-.button.small {
-  min-height: 30px; padding: 3px 10px; font-size: 13px; border-radius: 8px;
-}
+.button.danger { background: var(--bad); border-color: transparent;
+  color: var(--paper); }
+.button.small { min-height: 30px; padding: 3px 10px; font-size: 13px;
+  border-radius: 8px; }
 .button.small .icon { width: 15px; height: 15px; }
 .button.wide { width: 100%; }
-.bare {
-  border-color: transparent; background: none; padding: 0; min-width: 30px;
-  min-height: 30px; color: var(--soft); border-radius: 8px;
-}
+.bare { border-color: transparent; background: none; padding: 0; min-width: 30px;
+  min-height: 30px; color: var(--soft); border-radius: 8px; }
 .bare:hover { background: var(--hover); color: var(--ink); }
-.link {
-  border: 0; background: none; padding: 0; color: inherit; text-decoration: underline;
-  text-underline-offset: 3px;
-}
-input, textarea, select {
-  border: var(--rule); border-radius: 9px; background: var(--surface);
-  padding: 7px 11px; min-width: 0;
-}
+.link { border: 0; background: none; padding: 0; color: inherit;
+  text-decoration: underline; text-underline-offset: 3px; }
+input, textarea, select { border: var(--rule); border-radius: 9px;
+  background: var(--surface); padding: 7px 11px; min-width: 0; }
 input::placeholder, textarea::placeholder { color: var(--soft); opacity: 1; }
 .edit { width: 100%; padding: 1px 6px; border-radius: 6px; font: inherit; }
 .bad { color: var(--bad); }
 p.bad:empty { display: none; }
-.warn {
-  display: flex; gap: 9px; padding: 9px 12px; border-radius: 9px; font-size: 14px;
-  background: var(--wait-tint); color: var(--wait);
-}
-.dot {
-  display: inline-block; width: 9px; height: 9px; flex: none; border-radius: 50%;
-  background: var(--soft);
-}
+.warn { display: flex; gap: 9px; padding: 9px 12px; border-radius: 9px; font-size: 14px;
+  background: var(--wait-tint); color: var(--wait); }
+.dot { display: inline-block; width: 9px; height: 9px; flex: none; border-radius: 50%;
+  background: var(--soft); }
 .dot.on, .dot.ok { background: var(--ok); }
 .dot.bad { background: var(--bad); }
 .dot.off { background: none; border: 2px solid var(--soft); }
@@ -17392,35 +17705,26 @@ p.bad:empty { display: none; }
 .dot.run { background: var(--accent); animation: pulse 1.6s infinite; }
 @keyframes pulse { 50% { opacity: .3; } }
 .tools { display: inline-flex; gap: 2px; margin-left: auto; }
-.actions {
-  display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 10px;
-  margin-top: 20px;
-}
-.chip {
-  display: inline-block; padding: 1px 8px; margin: 0 5px 5px 0; border-radius: 6px;
-  background: var(--sunken); font-size: 13px;
-}
+.actions { display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 10px;
+  margin-top: 20px; }
+.chip { display: inline-block; padding: 1px 8px; margin: 0 5px 5px 0;
+  border-radius: 6px; background: var(--sunken); font-size: 13px; }
 
 /* sign-in, dialogs */
 .lone { min-height: 100%; display: grid; place-items: center; padding: 24px; }
-.sheet {
-  width: min(420px, 100%); display: grid; gap: 12px; padding: 32px; border-radius: 18px;
-  box-shadow: var(--shade);
-}
+.sheet { width: min(420px, 100%); display: grid; gap: 12px; padding: 32px;
+  border-radius: 18px; box-shadow: var(--shade); }
 .sheet h1 { display: flex; align-items: center; gap: 10px; font-size: 22px; }
 .sheet label, dialog label { font-weight: 560; font-size: 14px; }
 .sheet p, dialog > p, dialog form > p { color: var(--soft); }
 .sheet p.bad, dialog p.bad { color: var(--bad); }
 details { margin-top: 6px; color: var(--soft); font-size: 14px; }
 details p { margin: 8px 0; }
-details pre {
-  padding: 8px 10px; border-radius: 8px; background: var(--sunken); overflow-x: auto;
-}
-dialog {
-  width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
+details pre { padding: 8px 10px; border-radius: 8px; background: var(--sunken);
+  overflow-x: auto; }
+dialog { width: min(480px, calc(100vw - 24px)); max-height: calc(100dvh - 32px);
   border-radius: 18px; padding: 26px; overflow: auto; color: var(--ink);
-  box-shadow: var(--shade);
-}
+  box-shadow: var(--shade); }
 #token { width: min(660px, calc(100vw - 24px)); }
 dialog::backdrop { background: rgb(0 0 0 / .4); }
 dialog h2 { font-size: 19px; margin-bottom: 8px; }
@@ -17428,107 +17732,76 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #token-warnings { margin: 10px 0; }
 .secret { position: relative; margin-top: 14px; }
 .secret p { font-size: 13.5px; color: var(--soft); margin-bottom: 4px; }
-.secret pre {
-  padding: 11px 44px 11px 13px; border-radius: 10px; font-size: 13px;
+.secret pre { padding: 11px 44px 11px 13px; border-radius: 10px; font-size: 13px;
   background: var(--screen); color: var(--screen-ink); white-space: pre-wrap;
-  overflow-wrap: anywhere;
-}
-.secret .bare {
-  position: absolute; right: 6px; bottom: 6px; color: var(--screen-soft);
-}
+  overflow-wrap: anywhere; }
+.secret .bare { position: absolute; right: 6px; bottom: 6px;
+  color: var(--screen-soft); }
 .secret .bare:hover { color: #fff; background: rgb(255 255 255 / .14); }
-#token-wait {
-  display: flex; align-items: center; gap: 9px; margin-top: 18px; padding: 11px 13px;
-  border-radius: 10px; background: var(--sunken); color: var(--soft);
-}
+#token-wait { display: flex; align-items: center; gap: 9px; margin-top: 18px;
+  padding: 11px 13px; border-radius: 10px; background: var(--sunken);
+  color: var(--soft); }
 #token-wait.here { background: var(--tint); color: var(--ink); font-weight: 560; }
-#toast {
-  position: fixed; z-index: 20; left: 50%; bottom: 96px; translate: -50% 0;
+#toast { position: fixed; z-index: 20; left: 50%; bottom: 96px; translate: -50% 0;
   max-width: min(560px, calc(100vw - 32px)); padding: 10px 16px; border-radius: 11px;
-  background: var(--ink); color: var(--paper); box-shadow: var(--shade);
-}
+  background: var(--ink); color: var(--paper); box-shadow: var(--shade); }
 
 /* frame */
 #app { display: grid; grid-template-columns: 272px minmax(0, 1fr); height: 100dvh; }
-#sidebar {
-  display: flex; flex-direction: column; gap: 10px; min-height: 0; padding: 14px 12px;
-  background: var(--sunken); border-right: var(--rule);
-}
-.side-head {
-  display: flex; align-items: center; justify-content: space-between;
-  padding: 0 6px 4px;
-}
-.brand {
-  display: flex; align-items: center; gap: 9px; font-size: 17px; font-weight: 660;
-  letter-spacing: -.02em; color: var(--ink); text-decoration: none;
-}
+#sidebar { display: flex; flex-direction: column; gap: 10px; min-height: 0;
+  padding: 14px 12px; background: var(--sunken); border-right: var(--rule); }
+.side-head { display: flex; align-items: center; justify-content: space-between;
+  padding: 0 6px 4px; }
+.brand { display: flex; align-items: center; gap: 9px; font-size: 17px;
+  font-weight: 660; letter-spacing: -.02em; color: var(--ink); text-decoration: none; }
 #sessions { flex: 1; min-height: 0; overflow-y: auto; margin: 0 -4px; padding: 0 4px; }
 #sessions li { position: relative; border-radius: 9px; }
-#sessions a {
-  display: block; padding: 7px 10px; border-radius: 9px; color: inherit;
-  text-decoration: none;
-}
+#sessions a { display: block; padding: 7px 10px; border-radius: 9px; color: inherit;
+  text-decoration: none; }
 #sessions li:hover { background: var(--hover); }
 #sessions li.current { background: var(--surface); box-shadow: 0 0 0 1px var(--line); }
 #sessions .name, #sessions .detail { display: block; }
 #sessions .name { font-weight: 520; }
 #sessions .detail, .detail { font-size: 12.5px; color: var(--soft); }
 #sessions .replying .detail { color: var(--accent); }
-#sessions .tools {
-  position: absolute; right: 5px; top: 5px; border-radius: 8px; opacity: 0;
-  background: var(--surface);
-}
+#sessions .tools { position: absolute; right: 5px; top: 5px; border-radius: 8px;
+  opacity: 0; background: var(--surface); }
 #sessions li:hover .tools, #sessions li:focus-within .tools { opacity: 1; }
 .side-foot { padding-top: 10px; border-top: var(--rule); }
-.side-foot h2 {
-  padding: 0 10px 4px; font-size: 12.5px; font-weight: 560; color: var(--soft);
-  letter-spacing: 0;
-}
-.side-foot a, .side-foot .bare {
-  display: flex; justify-content: flex-start; gap: 10px; align-items: center;
-  width: 100%; padding: 6px 10px; border-radius: 9px; color: var(--ink);
-  text-decoration: none;
-}
+.side-foot h2 { padding: 0 10px 4px; font-size: 12.5px; font-weight: 560;
+  color: var(--soft); letter-spacing: 0; }
+.side-foot a, .side-foot .bare { display: flex; justify-content: flex-start; gap: 10px;
+  align-items: center; width: 100%; padding: 6px 10px; border-radius: 9px;
+  color: var(--ink); text-decoration: none; }
 .side-foot .icon { color: var(--soft); }
 .side-foot a:hover { background: var(--hover); }
-.side-foot a[aria-current] {
-  background: var(--surface); box-shadow: 0 0 0 1px var(--line);
-}
+.side-foot a[aria-current] { background: var(--surface);
+  box-shadow: 0 0 0 1px var(--line); }
 .count { margin-left: auto; font-size: 12.5px; color: var(--soft); }
 #frame { display: flex; flex-direction: column; min-height: 0; min-width: 0; }
-#banner {
-  padding: 7px 20px; background: var(--wait-tint); color: var(--wait); font-size: 14px;
-}
-#page, #page > section {
-  flex: 1; display: flex; flex-direction: column; min-height: 0; position: relative;
-}
-.bar {
-  position: relative; z-index: 2; display: flex; align-items: center; gap: 12px;
-  min-height: 57px; padding: 8px 20px; border-bottom: var(--rule);
-}
+#banner { padding: 7px 20px; background: var(--wait-tint); color: var(--wait);
+  font-size: 14px; }
+#page, #page > section { flex: 1; display: flex; flex-direction: column; min-height: 0;
+  position: relative; }
+.bar { position: relative; z-index: 2; display: flex; align-items: center; gap: 12px;
+  min-height: 57px; padding: 8px 20px; border-bottom: var(--rule); }
 .bar h1 { flex: 1; min-width: 0; }
 .phone { display: none; }
 
 /* choosing a model and a machine */
 .pickers { display: flex; gap: 8px; min-width: 0; }
 .picker { position: relative; min-width: 0; }
-.pick {
-  display: flex; align-items: center; gap: 8px; max-width: 240px; min-height: 36px;
-  padding: 5px 8px 5px 12px; border-radius: 9px;
-}
+.pick { display: flex; align-items: center; gap: 8px; max-width: 240px;
+  min-height: 36px; padding: 5px 8px 5px 12px; border-radius: 9px; }
 .pick:hover, .pick[aria-expanded=true] { background: var(--sunken); }
 .pick-label { flex: 1; text-align: left; }
-.choices {
-  position: absolute; z-index: 10; right: 0; top: calc(100% + 6px); padding: 5px;
-  width: max-content; min-width: 240px; max-width: min(380px, 92vw);
+.choices { position: absolute; z-index: 10; right: 0; top: calc(100% + 6px);
+  padding: 5px; width: max-content; min-width: 240px; max-width: min(380px, 92vw);
   max-height: min(440px, 65vh); overflow-y: auto; border-radius: 12px;
-  box-shadow: var(--shade);
-}
+  box-shadow: var(--shade); }
 .choices:focus-visible { outline-offset: 0; outline-width: 1px; }
-.choices li {
-  display: flex; align-items: center; gap: 10px; padding: 7px 10px; border-radius: 8px;
-  cursor: pointer;
-}
+.choices li { display: flex; align-items: center; gap: 10px; padding: 7px 10px;
+  border-radius: 8px; cursor: pointer; }
 .choices li:hover, .choices .active { background: var(--sunken); }
 .choices .active { box-shadow: inset 0 0 0 1px var(--accent); }
 .choices .dim .choice > :first-child { color: var(--soft); }
@@ -17538,72 +17811,47 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 
 /* conversation */
 #transcript, #composer { scrollbar-gutter: stable; overflow: hidden; }
-#transcript {
-  flex: 1; min-height: 0; overflow-y: auto; padding: 26px 20px 18px;
-  overflow-anchor: none;
-}
+#transcript { flex: 1; min-height: 0; overflow-y: auto; padding: 26px 20px 18px; }
 #messages, #welcome, #thinking, #composer > * { max-width: 800px; margin-inline: auto; }
 #older { display: flex; margin: 0 auto 18px; }
 .turn { margin-bottom: 20px; }
 .note { font-size: 12.5px; color: var(--soft); }
 .note:empty { display: none; }
 .user { display: flex; flex-direction: column; align-items: flex-end; }
-.bubble {
-  max-width: 85%; padding: 9px 15px; border-radius: 17px 17px 5px 17px;
-  background: var(--tint); white-space: pre-wrap;
-}
+.bubble { max-width: 85%; padding: 9px 15px; border-radius: 17px 17px 5px 17px;
+  background: var(--tint); white-space: pre-wrap; }
 .user .note { margin: 4px 6px 0; }
 .assistant footer { display: flex; align-items: center; gap: 6px; min-height: 30px; }
-.notice {
-  max-width: 640px; margin-inline: auto; text-align: center; font-size: 13.5px;
-  color: var(--soft); white-space: pre-wrap;
-}
-.notice.bad {
-  color: var(--bad); background: var(--bad-tint); padding: 8px 14px;
-  border-radius: 10px;
-}
+.notice { max-width: 640px; margin-inline: auto; text-align: center; font-size: 13.5px;
+  color: var(--soft); white-space: pre-wrap; }
+.notice.bad { color: var(--bad); background: var(--bad-tint); padding: 8px 14px;
+  border-radius: 10px; }
 #welcome { padding: 9vh 0 30px; text-align: center; color: var(--soft); }
 #welcome h2 { font-size: 25px; color: var(--ink); letter-spacing: -.02em; }
 #welcome p { margin-top: 10px; }
-.starters {
-  display: flex; flex-wrap: wrap; justify-content: center; gap: 8px; padding: 12px 0;
-}
-#thinking {
-  display: flex; align-items: center; gap: 10px; color: var(--soft); font-size: 13.5px;
-  min-height: 24px;
-}
-.dots i {
-  display: inline-block; width: 6px; height: 6px; margin-right: 4px; border-radius: 50%;
-  background: var(--soft); animation: pulse 1.2s infinite;
-}
+.starters { display: flex; flex-wrap: wrap; justify-content: center; gap: 8px;
+  padding: 12px 0; }
+#thinking { display: flex; align-items: center; gap: 10px; color: var(--soft);
+  font-size: 13.5px; min-height: 24px; }
+.dots i { display: inline-block; width: 6px; height: 6px; margin-right: 4px;
+  border-radius: 50%; background: var(--soft); animation: pulse 1.2s infinite; }
 .dots i:nth-child(2) { animation-delay: .2s; }
 .dots i:nth-child(3) { animation-delay: .4s; }
-#latest {
-  position: absolute; left: 50%; bottom: 116px; translate: -50% 0; border-radius: 20px;
-  box-shadow: var(--shade);
-}
+#latest { position: absolute; left: 50%; bottom: 116px; translate: -50% 0;
+  border-radius: 20px; box-shadow: var(--shade); }
 #composer { padding: 6px 20px max(12px, env(safe-area-inset-bottom)); }
-.field {
-  display: flex; align-items: flex-end; gap: 6px; padding: 6px; border-radius: 16px;
-  box-shadow: 0 2px 10px rgb(30 25 15 / .05);
-}
-.field:focus-within {
-  border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent);
-}
-#text {
-  flex: 1; border: 0; background: none; resize: none; padding: 7px 8px; outline: 0;
-  line-height: 22px; min-height: 36px;
-}
+.field { display: flex; align-items: flex-end; gap: 6px; padding: 6px;
+  border-radius: 16px; box-shadow: 0 2px 10px rgb(30 25 15 / .05); }
+.field:focus-within { border-color: var(--accent);
+  box-shadow: 0 0 0 1px var(--accent); }
+#text { flex: 1; border: 0; background: none; resize: none; padding: 7px 8px;
+  outline: 0; line-height: 22px; min-height: 36px; }
 .shell #text, #prompt { font-family: var(--mono); font-size: 14px; }
-#prompt {
-  flex: none; max-width: 40%; padding: 7px 0 7px 10px; line-height: 22px;
-  color: var(--accent);
-}
+#prompt { flex: none; max-width: 40%; padding: 7px 0 7px 10px; line-height: 22px;
+  color: var(--accent); }
 #prompt:empty { display: none; }
-.round {
-  display: grid; place-items: center; width: 36px; height: 36px; flex: none;
-  border-radius: 11px;
-}
+.round { display: grid; place-items: center; width: 36px; height: 36px; flex: none;
+  border-radius: 11px; }
 #hint { margin-top: 6px; text-align: center; font-size: 12.5px; color: var(--soft); }
 #node-away { margin-bottom: 8px; }
 
@@ -17614,49 +17862,35 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .prose :is(ul, ol) { padding-left: 24px; }
 .prose ul { list-style: disc; }
 .prose li + li, .prose li > :is(ul, ol, p, .code) { margin-top: 4px; }
-.prose :not(pre) > code {
-  padding: 1px 5px; border-radius: 5px; background: var(--sunken);
-}
-.prose blockquote {
-  margin-inline: 0; padding-left: 14px; border-left: 3px solid var(--line);
-  color: var(--soft);
-}
+.prose :not(pre) > code { padding: 1px 5px; border-radius: 5px;
+  background: var(--sunken); }
+.prose blockquote { margin-inline: 0; padding-left: 14px;
+  border-left: 3px solid var(--line); color: var(--soft); }
 .prose hr { width: 100%; border: 0; border-top: var(--rule); }
 .prose .wide { overflow-x: auto; }
 .prose table { border-collapse: collapse; font-size: 14px; }
-.prose :is(th, td) {
-  padding: 5px 14px 5px 0; text-align: left; vertical-align: top;
-  border-bottom: var(--rule);
-}
-.prose .number, td.number, th.number {
-  text-align: right; font-variant-numeric: tabular-nums;
-}
+.prose :is(th, td) { padding: 5px 14px 5px 0; text-align: left; vertical-align: top;
+  border-bottom: var(--rule); }
+.prose .number, td.number, th.number { text-align: right;
+  font-variant-numeric: tabular-nums; }
 .prose .center { text-align: center; }
 .code { border-radius: 11px; overflow: hidden; background: var(--sunken); }
-.code-head {
-  display: flex; justify-content: space-between; align-items: center;
-  padding: 2px 5px 0 13px; font-size: 12.5px; color: var(--soft);
-}
+.code-head { display: flex; justify-content: space-between; align-items: center;
+  padding: 2px 5px 0 13px; font-size: 12.5px; color: var(--soft); }
 .code pre { padding: 4px 13px 11px; overflow-x: auto; }
 
 /* a command */
 .command { border-radius: 13px; overflow: hidden; }
-.command > header, .command > footer {
-  display: flex; align-items: center; gap: 8px; min-height: 40px;
-  padding: 4px 8px 4px 13px;
-}
+.command > header, .command > footer { display: flex; align-items: center; gap: 8px;
+  min-height: 40px; padding: 4px 8px 4px 13px; }
 .where { flex: none; max-width: 34%; font-size: 13px; font-weight: 580; }
-.command .line {
-  flex: 1; min-width: 0; max-height: 40vh; overflow: auto; font-size: 13px;
-  white-space: pre-wrap; overflow-wrap: anywhere;
-}
-.command > footer {
-  gap: 6px 12px; min-height: 38px; font-size: 13px; color: var(--soft);
-  font-variant-numeric: tabular-nums;
-}
+.command .line { flex: 1; min-width: 0; max-height: 40vh; overflow: auto;
+  font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.command > footer { gap: 6px 12px; min-height: 38px; font-size: 13px;
+  color: var(--soft); font-variant-numeric: tabular-nums; }
 .command > footer .tools { align-items: center; }
-.word { display: inline-block; font-weight: 560; }
-.word::first-letter { text-transform: uppercase; }
+.command > footer > :empty { display: none; }
+.word { font-weight: 560; }
 [data-kind=ok] .word { color: var(--ok); }
 [data-kind=bad] .word { color: var(--bad); }
 [data-kind=wait] .word { color: var(--wait); }
@@ -17665,13 +17899,12 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .folded [aria-expanded] { rotate: -90deg; }
 .approval { display: flex; flex-wrap: wrap; gap: 8px; padding: 4px 13px 13px; }
 .approval p { width: 100%; color: var(--soft); font-size: 14px; }
-.screen {
-  max-height: 420px; overflow: auto; padding: 10px 14px; background: var(--screen);
-  color: var(--screen-ink); font: 13px/1.5 var(--mono); white-space: pre; tab-size: 8;
-  overflow-anchor: none;
-}
+.screen { max-height: 420px; overflow: auto; padding: 10px 14px;
+  background: var(--screen); color: var(--screen-ink); font: 13px/1.5 var(--mono);
+  tab-size: 8; overflow-anchor: none; }
 .screen.empty { display: none; }
-.screen div > div { min-height: 1.5em; }
+.lines { white-space: pre; }
+.lines > div { min-height: 1.5em; }
 .screen .cut { padding-bottom: 4px; color: var(--screen-soft); font: 13px var(--sans); }
 .screen .cut a { color: inherit; }
 .screen .err { color: #f5bfa5; }
@@ -17684,10 +17917,8 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 /* settings */
 .scroll { flex: 1; overflow: auto; padding: 20px; }
 .lead { max-width: 640px; margin-bottom: 16px; color: var(--soft); }
-#node-cards {
-  display: grid; gap: 16px;
-  grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr));
-}
+#node-cards { display: grid; gap: 16px;
+  grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr)); }
 .card { padding: 16px 18px; border-radius: 15px; }
 .node header { display: flex; align-items: center; gap: 10px; min-height: 32px; }
 .node h2 { min-width: 0; }
@@ -17695,6 +17926,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .about, .facts { font-size: 13px; color: var(--soft); }
 .facts { margin-top: 10px; font-variant-numeric: tabular-nums; }
 .facts:empty, .about:empty { display: none; }
+.node .warn { margin-top: 8px; }
 .away .since { color: var(--soft); }
 .away :is(.cpu, .meters, .facts) { display: none; }
 .away h2 { color: var(--soft); }
@@ -17703,30 +17935,20 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .cpu > dl { flex: 1; }
 .spark { flex: 1; height: 36px; min-width: 0; border-bottom: var(--rule); }
 .spark.none { visibility: hidden; }
-.spark .trace {
-  fill: none; stroke: var(--accent); stroke-width: 1.5;
-  vector-effect: non-scaling-stroke; stroke-linejoin: round;
-}
+.spark .trace { fill: none; stroke: var(--accent); stroke-width: 1.5;
+  vector-effect: non-scaling-stroke; stroke-linejoin: round; }
 .spark .area { fill: var(--accent); opacity: .13; }
 .meters { display: grid; grid-template-columns: 1fr 1fr; gap: 18px; margin-top: 12px; }
-.meter {
-  display: flex; flex-wrap: wrap; gap: 0 8px; font-size: 13px;
-  font-variant-numeric: tabular-nums;
-}
+.meter { display: flex; flex-wrap: wrap; gap: 0 8px; font-size: 13px;
+  font-variant-numeric: tabular-nums; }
 .meter dt { flex: 1; color: var(--soft); }
-.track {
-  width: 100%; height: 5px; margin-top: 4px; border-radius: 3px; overflow: hidden;
-  background: var(--line);
-}
-.track i {
-  display: block; height: 100%; border-radius: 3px; background: var(--accent);
-  transition: width .5s;
-}
+.track { width: 100%; height: 5px; margin-top: 4px; border-radius: 3px;
+  overflow: hidden; background: var(--line); }
+.track i { display: block; height: 100%; border-radius: 3px; background: var(--accent);
+  transition: width .5s; }
 .high .track i { background: var(--bad); }
-.lists {
-  display: grid; grid-template-columns: auto 1fr; gap: 5px 12px; margin-top: 12px;
-  font-size: 13px;
-}
+.lists { display: grid; grid-template-columns: auto 1fr; gap: 5px 12px;
+  margin-top: 12px; font-size: 13px; }
 .lists:empty { display: none; }
 .lists dt { color: var(--soft); padding-top: 1px; }
 .lists dd { min-width: 0; }
@@ -17742,24 +17964,19 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .scroll > form, #providers, #key-made { max-width: 640px; }
 .inline { display: flex; gap: 8px; }
 .inline input { flex: 1; }
-#key-scopes {
-  display: flex; flex-wrap: wrap; gap: 6px 16px; margin: 8px 0; padding: 0; border: 0;
-  font-size: 14px;
-}
+#key-scopes { display: flex; flex-wrap: wrap; gap: 6px 16px; margin: 8px 0; padding: 0;
+  border: 0; font-size: 14px; }
 #key-scopes label, details label { display: flex; gap: 6px; align-items: center; }
-#providers .card {
-  margin: 0 0 10px; padding: 12px 16px; font-size: 15px; color: inherit;
-}
+#providers .card { margin: 0 0 10px; padding: 12px 16px; font-size: 15px;
+  color: inherit; }
 details label { justify-content: space-between; margin-top: 10px; }
 details label input { flex: 0 1 420px; }
 .filters { display: flex; gap: 12px; font-size: 13.5px; color: var(--soft); }
 .filters select { color: var(--ink); padding: 5px 8px; max-width: 150px; }
 #audit { width: 100%; border-collapse: collapse; font-size: 13.5px; }
 #audit th { text-align: left; font-weight: 560; color: var(--soft); }
-#audit :is(th, td) {
-  padding: 7px 16px 7px 0; border-bottom: var(--rule); vertical-align: baseline;
-  white-space: nowrap;
-}
+#audit :is(th, td) { padding: 7px 16px 7px 0; border-bottom: var(--rule);
+  vertical-align: baseline; white-space: nowrap; }
 #audit .number { text-align: right; }
 #audit .what { width: 50%; max-width: 0; }
 #audit .result { white-space: normal; min-width: 205px; }
@@ -17769,13 +17986,10 @@ details label input { flex: 0 1 420px; }
 @media (max-width: 760px) {
   .phone { display: inline-flex; min-width: 38px; min-height: 38px; }
   #app { grid-template-columns: minmax(0, 1fr); }
-  #sidebar {
-    position: fixed; inset: 0 auto 0 0; z-index: 12; width: min(300px, 86vw);
-    translate: -105% 0; visibility: hidden; transition: translate .2s, visibility .2s;
-  }
-  .menu-open #sidebar {
-    translate: none; visibility: visible; box-shadow: var(--shade);
-  }
+  #sidebar { position: fixed; inset: 0 auto 0 0; z-index: 12; width: min(300px, 86vw);
+    translate: -105% 0; visibility: hidden; transition: translate .2s, visibility .2s; }
+  .menu-open #sidebar { translate: none; visibility: visible;
+    box-shadow: var(--shade); }
   #veil { position: fixed; inset: 0; z-index: 11; background: rgb(0 0 0 / .4); }
   #sessions .tools { opacity: 1; background: none; }
   #sessions .name { padding-right: 64px; }
@@ -17798,25 +18012,19 @@ details label input { flex: 0 1 420px; }
   .where { flex: 1; max-width: none; }
   .command .line { order: 9; flex-basis: 100%; padding-bottom: 7px; }
   .command > footer { flex-wrap: wrap; padding-block: 6px; }
-  .screen {
-    max-height: 340px; font-size: 12px; padding: 9px 11px; white-space: pre-wrap;
-    overflow-wrap: anywhere;
-  }
+  .screen { max-height: 340px; padding: 9px 11px; font-size: 12px; }
+  .lines { white-space: pre-wrap; overflow-wrap: anywhere; }
   .bare { min-width: 38px; min-height: 38px; }
   .filters { width: 100%; }
-  .filters label {
-    flex: 1; display: flex; gap: 6px; align-items: center; min-width: 0;
-  }
+  .filters label { flex: 1; display: flex; gap: 6px; align-items: center;
+    min-width: 0; }
   .filters select { flex: 1; }
   #audit thead { position: fixed; left: -9999px; }
-  #audit tr {
-    display: grid; grid-template-columns: 1fr auto auto; gap: 2px 12px; padding: 9px 0;
-    border-bottom: var(--rule);
-  }
+  #audit tr { display: grid; grid-template-columns: 1fr auto auto; gap: 2px 12px;
+    padding: 9px 0; border-bottom: var(--rule); }
   #audit td { padding: 0; border: 0; color: var(--soft); }
-  #audit .what {
-    order: -1; grid-column: 1 / -1; width: auto; max-width: none; color: var(--ink);
-  }
+  #audit .what { order: -1; grid-column: 1 / -1; width: auto; max-width: none;
+    color: var(--ink); }
   #audit .who { display: none; }
   #audit .at, #audit .when { order: 3; }
   #audit .when { grid-column: 2 / -1; order: 4; text-align: right; }
@@ -17898,11 +18106,8 @@ const button = (label, onclick, kind = "button") =>
   h("button", {class: kind, onclick}, label);
 
 function iconButton(name, label, onclick, kind = "bare") {
-  const element = h(
-    "button",
-    {class: kind, "aria-label": label, title: label},
-    icon(name),
-  );
+  const element = h("button", {class: kind, "aria-label": label, title: label},
+    icon(name));
   if (onclick) on(element, "click", onclick);
   return element;
 }
@@ -17937,12 +18142,8 @@ class Keyed {
 
 // Return a list item: a name, a detail, buttons.
 const listRow = (name, detail, ...tools) =>
-  h(
-    "li",
-    h("span", {class: "name"}, name),
-    h("span", {class: "detail"}, detail),
-    tools,
-  );
+  h("li", h("span", {class: "name"}, name), h("span", {class: "detail"}, detail),
+    tools);
 
 // Copy text to the clipboard; the newer API needs https or localhost.
 async function copy(text, button) {
@@ -18023,6 +18224,8 @@ function editInPlace(element, text, label, save) {
 
 const dotted = (...parts) => parts.filter(Boolean).join(" · ");
 
+const capitalized = text => text.charAt(0).toUpperCase() + text.slice(1);
+
 const plural = (count, word) =>
   `${count.toLocaleString()} ${word}${count === 1 ? "" : "s"}`;
 
@@ -18089,12 +18292,12 @@ function jobKind({state, failed, place, awayMs}) {
 // Return the state of a card's command: the kind of its dot, words.
 function cardStatus({state, command, job}) {
   const {approval, error} = command;
-  if (approval?.state === "asked") return ["wait", "waiting for your approval"];
-  if (job) return [jobKind(job), job.words];
+  if (approval?.state === "asked") return ["wait", "Waiting for your approval"];
+  if (job) return [jobKind(job), capitalized(job.words)];
   if (approval?.state === "denied" || approval?.state === "expired")
-    return ["bad", dotted(approval.state, approval.by)];
+    return ["bad", capitalized(dotted(approval.state, approval.by))];
   if (error) return ["bad", error];
-  return state === "running" ? ["run", "starting"] : ["off", "not started"];
+  return state === "running" ? ["run", "Starting"] : ["off", "Not started"];
 }
 
 // == terminal ==
@@ -18457,16 +18660,10 @@ function blocks(lines) {
     else if (/^ {0,3}(?:(?:- *){3,}|(?:\* *){3,}|(?:_ *){3,})$/.test(line)) {
       take("rule", at + 1);
     } else if (/^ {0,3}>/.test(line))
-      take(
-        "quote",
-        until(at, l => !/^ {0,3}>/.test(l)),
-      );
+      take("quote", until(at, l => !/^ {0,3}>/.test(l)));
     else if (ITEM.test(line)) take("list", listEnd(lines, at));
     else if (line.includes("|") && TABLE_RULE.test(lines[at + 1] || "")) {
-      take(
-        "table",
-        until(at + 2, l => !l.includes("|")),
-      );
+      take("table", until(at + 2, l => !l.includes("|")));
     } else {
       const stops = (l, n) =>
         n > at &&
@@ -18533,36 +18730,21 @@ function tableNode(lines) {
     /^:-+:$/.test(rule) ? "center" : /-:$/.test(rule) ? "number" : null,
   );
   const row = tag => line =>
-    h(
-      "tr",
-      sides.map((side, n) => h(tag, {class: side}, inline(cells(line)[n] ?? ""))),
-    );
-  return h(
-    "div",
-    {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
-    h(
-      "table",
-      h("thead", row("th")(lines[0])),
-      h("tbody", lines.slice(2).map(row("td"))),
-    ),
-  );
+    h("tr",
+      sides.map((side, n) => h(tag, {class: side}, inline(cells(line)[n] ?? ""))));
+  return h("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
+    h("table", h("thead", row("th")(lines[0])),
+      h("tbody", lines.slice(2).map(row("td")))));
 }
 
 function codeNode(lines) {
   const [, fence, language] = FENCE.exec(lines[0]);
   const closed = lines.length > 1 && lines.at(-1).trim().startsWith(fence);
   const text = lines.slice(1, closed ? -1 : undefined).join("\n");
-  return h(
-    "div",
-    {class: "code"},
-    h(
-      "div",
-      {class: "code-head"},
-      language || "code",
-      copyButton("Copy code", () => text),
-    ),
-    h("pre", {tabindex: 0}, h("code", text)),
-  );
+  return h("div", {class: "code"},
+    h("div", {class: "code-head"}, language || "code",
+      copyButton("Copy code", () => text)),
+    h("pre", {tabindex: 0}, h("code", text)));
 }
 
 function blockNode({kind, lines}) {
@@ -18585,8 +18767,7 @@ function blockNode({kind, lines}) {
 // Show a Markdown text; unchanged blocks keep their nodes.
 function showMarkdown(element, text) {
   const found = blocks(
-    text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"),
-  );
+    text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"));
   const sources = found.map(({lines}) => lines.join("\n"));
   const before = element.sources || [];
   let same = 0;
@@ -18600,13 +18781,8 @@ function showMarkdown(element, text) {
 
 const socketAddress = () => `${location.origin.replace("http", "ws")}/ws`;
 
-const EVENTS = [
-  "presence",
-  "node.telemetry",
-  "chat",
-  "session",
-  "device.pair.resolved",
-];
+const EVENTS = ["presence", "node.telemetry", "chat", "session",
+  "device.pair.resolved"];
 const CALL_TIMEOUT = 30_000; // ms
 const SILENCE = 45_000; // ms without a message, then the gateway is probed
 const RETRY_FIRST = 500; // ms
@@ -18966,9 +19142,7 @@ class Chat {
     const rows = await attempt("chat.history", params);
     if (!rows) return;
     this.earlier = rows.length >= 200;
-    const seq = this.seq;
-    rows.filter(row => !this.rows.has(row.id)).forEach(row => this.merge(row));
-    this.seq = Math.max(seq, this.seq);
+    for (const row of rows) if (!this.rows.has(row.id)) this.rows.set(row.id, row);
     touch("chat");
   }
 
@@ -19153,7 +19327,8 @@ function onJobState({ending, ...change}) {
   const chat = state.followed.get(id);
   if (!chat) return;
   chat.updateJob({...change, ...ending});
-  if (!ending) return;
+  // A lost job may still come back with its node.
+  if (!ending || ending.state === "lost") return;
   chat.logs.get(id).isComplete = true; // the ending is a log's last frame
   state.followed.delete(id);
 }
@@ -19436,21 +19611,12 @@ class Picker {
   draw() {
     const options = this.options();
     const chosen = options.find(option => option.chosen) || options[0];
-    fill(
-      this.button,
-      chosen && dotFor(chosen),
-      h("span", {class: "pick-label"}, chosen?.label || "…"),
-      icon("down"),
-    );
-    this.button.setAttribute(
-      "aria-label",
-      `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`,
-    );
+    fill(this.button, chosen && dotFor(chosen),
+      h("span", {class: "pick-label"}, chosen?.label || "…"), icon("down"));
+    this.button.setAttribute("aria-label",
+      `${this.list.getAttribute("aria-label")}: ${chosen?.label || "none"}`);
     if (!this.isOpen) return;
-    fill(
-      this.list,
-      options.map((option, n) => this.option(option, n)),
-    );
+    fill(this.list, options.map((option, n) => this.option(option, n)));
     const active = this.list.querySelector(".active");
     active?.scrollIntoView({block: "nearest"});
     this.list.setAttribute("aria-activedescendant", active?.id || "");
@@ -19458,8 +19624,7 @@ class Picker {
 
   option(option, n) {
     const classes = [option.value === this.active && "active", option.dim && "dim"];
-    return h(
-      "li",
+    return h("li",
       {
         id: `${this.list.id}-${n}`,
         role: "option",
@@ -19468,14 +19633,9 @@ class Picker {
         "data-value": option.value,
       },
       dotFor(option),
-      h(
-        "span",
-        {class: "choice"},
-        h("span", option.label),
-        option.detail && h("span", {class: "detail"}, option.detail),
-      ),
-      option.chosen && icon("check"),
-    );
+      h("span", {class: "choice"}, h("span", option.label),
+        option.detail && h("span", {class: "detail"}, option.detail)),
+      option.chosen && icon("check"));
   }
 }
 
@@ -19502,11 +19662,9 @@ function nodeDetail(node) {
     return node.lastSeenAt ? `Offline, seen ${ago(node.lastSeenAt)}` : "Offline";
   }
   const {cpuUsage, load} = node.telemetry || {};
-  return dotted(
-    node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
+  return dotted(node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
     cpuUsage != null && `${Math.round(cpuUsage)} % CPU`,
-    load?.length && `load ${load[0].toFixed(2)}`,
-  );
+    load?.length && `load ${load[0].toFixed(2)}`);
 }
 
 function modelOptions() {
@@ -19625,11 +19783,7 @@ class SessionItem {
   }
 }
 
-const sessionItems = new Keyed(
-  $("sessions"),
-  e => e.key,
-  e => new SessionItem(e),
-);
+const sessionItems = new Keyed($("sessions"), e => e.key, e => new SessionItem(e));
 
 function drawSessions() {
   const known = state.sessions.filter(entry => !entry.archived);
@@ -19723,7 +19877,7 @@ class CommandCard {
     Object.assign(this, copyOf("command-card"));
     this.chat = currentChat();
     this.log = this.chat.logOf(row);
-    new Screen(this.log, this);
+    this.output = new Screen(this.log, this);
     this.screen.setAttribute("aria-label", `Output of ${command.command}`);
     this.line.textContent = command.command.replace(/[^\n\P{C}]/gu, escape);
     this.save.href = this.whole.href = outputPath(jobId);
@@ -19753,10 +19907,8 @@ class CommandCard {
     setText(this.where, command.node + (command.cwd ? `:${command.cwd}` : ""));
     setText(this.word, dotted(words, command.background && "in the background"));
     const total = outputSize(job || {});
-    setText(
-      this.size,
-      total ? formatBytes(total) : this.isOpen || !job ? "" : "no output",
-    );
+    this.isIncomplete = (this.isOpen || total > 0) && !this.log.isComplete;
+    setText(this.size, job && !this.isOpen ? this.sizeText(job, total) : "");
     this.stop.hidden = !this.isOpen || asks;
     this.save.hidden = this.isOpen || !total || Boolean(command.output);
     this.copy.hidden = this.isOpen || !total;
@@ -19765,11 +19917,15 @@ class CommandCard {
     this.follow();
   }
 
+  sizeText({state}, total) {
+    if (!total) return "no output";
+    const loading = this.isIncomplete && state !== "lost"; // that may never end
+    return loading ? `loading ${formatBytes(total)}…` : formatBytes(total);
+  }
+
   // Follow the job only near the viewport: a long chat has many cards.
   follow() {
-    const {job} = this.row;
-    if (this.isNear && job && (isOpen(job) || outputSize(job)))
-      followJob(this.chat, this.log);
+    if (this.isNear && this.isIncomplete) followJob(this.chat, this.log);
   }
 
   tick() {
@@ -19784,13 +19940,11 @@ class CommandCard {
     this.approval.hidden = !asks;
     if (!asks) return;
     const answer = decision => () => attempt("exec.approval.resolve", {id, decision});
-    fill(
-      this.approval,
+    fill(this.approval,
       h("p", `The model wants to run this on ${node}.`),
       button("Approve", answer("approve"), "button main"),
       button("Deny", answer("deny")),
-      button(`Always on ${node} in this chat`, answer("always")),
-    );
+      button(`Always on ${node} in this chat`, answer("always")));
     announce(`Approval is needed for a command on ${node}`);
   }
 
@@ -19873,7 +20027,8 @@ function announceEnd(chat, rows) {
   const last = rows.at(-1);
   if (!last || isOpen(last) || announced.has(last.id)) return;
   const log = last.command && chat.logOf(last);
-  if (state.followed.has(log?.id)) return; // more output arrives
+  // Wait for the end of its output.
+  if (state.followed.has(log?.id) && last.job?.state !== "lost") return;
   announced.add(last.id);
   if (Date.now() - (last.job?.endedAt || last.createdAt) > 60_000) return;
   if (!log) announce((last.text || "").slice(0, 500));
@@ -19902,13 +20057,9 @@ function drawWelcome(chat, rows) {
   const others = state.nodes.some(other => other.nodeId !== LOCAL)
     ? "Choose another machine at the top."
     : h("a", {href: "/settings/nodes"}, "Add a machine");
-  fill(
-    box,
+  fill(box,
     h("h2", shell ? `A shell on ${node}` : `What do you want to do on ${node}?`),
-    h("p", what),
-    h("p", {class: "starters"}, STARTERS.map(run)),
-    h("p", others),
-  );
+    h("p", what), h("p", {class: "starters"}, STARTERS.map(run)), h("p", others));
 }
 
 function drawComposer(chat) {
@@ -20094,10 +20245,8 @@ class NodeCard {
     const version = node.version && `moltis ${node.version}`;
     setText(this.about, dotted(platformName(node.platform), version, node.remoteIp));
     this.outdated.hidden = !node.outdated;
-    setText(
-      this.outdated,
-      `It runs moltis ${node.version || "of old"}: update moltis there.`,
-    );
+    setText(this.outdated,
+      `It runs moltis ${node.version || "of old"}: update moltis there.`);
     this.drawTelemetry(telemetry || {});
     this.drawLists(node, telemetry || {});
     const own = state.running.filter(row => row.nodeId === node.nodeId);
@@ -20120,10 +20269,8 @@ class NodeCard {
     const disk = told.diskTotal - told.diskAvailable;
     const of = (used, total) => `${formatBytes(used)} of ${formatBytes(total)}`;
     const cores = told.cpuCount ? ` of ${plural(told.cpuCount, "core")}` : "";
-    this.cpu.update(
-      told.cpuUsage == null ? null : told.cpuUsage / 100,
-      `${Math.round(told.cpuUsage)} %${cores}`,
-    );
+    this.cpu.update(told.cpuUsage == null ? null : told.cpuUsage / 100,
+      `${Math.round(told.cpuUsage)} %${cores}`);
     this.memory.update(memory / told.memTotal, of(memory, told.memTotal));
     this.disk.update(disk / told.diskTotal, of(disk, told.diskTotal));
     drawSpark(this.spark, state.usage.get(this.node.nodeId) || []);
@@ -20140,13 +20287,10 @@ class NodeCard {
       [
         "GPU",
         gpus.map(
-          gpu => gpu.name + (gpu.memTotal ? ` ${formatBytes(gpu.memTotal)}` : ""),
-        ),
+          gpu => gpu.name + (gpu.memTotal ? ` ${formatBytes(gpu.memTotal)}` : "")),
       ],
-      [
-        "Runtimes",
-        runtimes.map(name => `${name} ${runtimeVersions[name] || ""}`.trim()),
-      ],
+      ["Runtimes",
+        runtimes.map(name => `${name} ${runtimeVersions[name] || ""}`.trim())],
       ["Services", services],
       [
         "Models",
@@ -20156,13 +20300,8 @@ class NodeCard {
       ],
     ].filter(([, names]) => names.length);
     fillIfChanged(this.lists, rows, () =>
-      rows.map(([label, names]) => [
-        h("dt", label),
-        h(
-          "dd",
-          names.map(name => h("span", {class: "chip"}, name)),
-        ),
-      ]),
+      rows.map(([label, names]) => [h("dt", label),
+        h("dd", names.map(name => h("span", {class: "chip"}, name)))]),
     );
   }
 
@@ -20196,19 +20335,11 @@ async function revokeDevice(deviceId, name) {
 }
 
 const runningItem = ({id, command, words, startedAt, askedAt, ...job}) =>
-  h(
-    "li",
-    h("span", {class: `dot ${jobKind(job)}`}),
-    h("code", command),
-    h("span", `${words} since ${formatTime(startedAt || askedAt)}`),
-    iconButton("stop", "Stop", () => attempt("job.cancel", {id})),
-  );
+  h("li", h("span", {class: `dot ${jobKind(job)}`}), h("code", command),
+    h("span", {class: "detail"}, `${words} since ${formatTime(startedAt || askedAt)}`),
+    iconButton("stop", "Stop", () => attempt("job.cancel", {id})));
 
-const nodeCards = new Keyed(
-  $("node-cards"),
-  n => n.nodeId,
-  n => new NodeCard(n),
-);
+const nodeCards = new Keyed($("node-cards"), n => n.nodeId, n => new NodeCard(n));
 
 function drawNodes() {
   if (state.route.page !== "nodes") return;
@@ -20219,13 +20350,11 @@ function drawNodes() {
   nodeCards.show(nodes);
   const others = nodes.filter(node => node.nodeId !== LOCAL);
   const online = others.filter(node => node.connected).length;
-  setText(
-    $("nodes-summary"),
+  setText($("nodes-summary"),
     others.length
       ? `${plural(online, "machine")} connected, ${others.length - online} offline.`
       : "Only this gateway’s own machine so far. Generate a token to add another: " +
-          "it needs Python and a way to reach this gateway, nothing else.",
-  );
+          "it needs Python and a way to reach this gateway, nothing else.");
   drawUnused();
 }
 
@@ -20234,11 +20363,8 @@ function drawUnused() {
   $("unused").hidden = !devices.length;
   fillIfChanged($("unused-list"), devices, () =>
     devices.map(({deviceId, displayName, createdAt}) =>
-      listRow(
-        displayName || "No name",
-        `made ${formatTime(createdAt)}`,
-        iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName)),
-      ),
+      listRow(displayName || "No name", `made ${formatTime(createdAt)}`,
+        iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName))),
     ),
   );
 }
@@ -20266,13 +20392,8 @@ async function generateToken() {
 }
 
 const copyLine = (label, line) =>
-  h(
-    "div",
-    {class: "secret"},
-    h("p", label),
-    h("pre", {tabindex: 0}, h("code", line)),
-    copyButton("Copy", () => line),
-  );
+  h("div", {class: "secret"}, h("p", label), h("pre", {tabindex: 0}, h("code", line)),
+    copyButton("Copy", () => line));
 
 // Quote `text` as one word for a shell.
 const shellWord = text =>
@@ -20292,27 +20413,18 @@ function showToken({deviceToken, joinCode}) {
     ["The token, shown only once", deviceToken],
     ["On the machine, with Python 3.8+ and curl", `${add} ${options}${pinned}`],
     ["If moltis is installed there", `moltis node add ${options}${pinned}`],
-    [
-      "Valid for ten minutes, without the token in the shell’s history",
-      `${add} --join ${origin}/join/${joinCode}${pinned}`,
-    ],
-    [
-      "Only until you press Ctrl+C, without a service",
-      `${add} ${options}${pinned} --foreground`,
-    ],
+    ["Valid for ten minutes, without the token in the shell’s history",
+      `${add} --join ${origin}/join/${joinCode}${pinned}`],
+    ["Only until you press Ctrl+C, without a service",
+      `${add} ${options}${pinned} --foreground`],
   ].map(line => copyLine(...line));
   $("token-form").hidden = true;
   $("token-made").hidden = false;
   setText($("token-made-title"), `Run this on ${state.token.name}`);
-  fill(
-    $("token-lines"),
-    lines.slice(0, 3),
-    h("details", h("summary", "Other ways"), lines.slice(3)),
-  );
-  fill(
-    $("token-warnings"),
-    tokenWarnings().map(text => h("p", {class: "warn"}, icon("warn"), text)),
-  );
+  fill($("token-lines"), lines.slice(0, 3),
+    h("details", h("summary", "Other ways"), lines.slice(3)));
+  fill($("token-warnings"),
+    tokenWarnings().map(text => h("p", {class: "warn"}, icon("warn"), text)));
   $("token-chat").hidden = true;
   drawTokenWait();
   $("token-made-title").focus();
@@ -20323,8 +20435,8 @@ function tokenWarnings() {
   if (/^(?:localhost|127\..*|\[::1\])$/.test(hostname)) {
     return [
       `${hostname} means this machine: these lines work here only. ` +
-        "For other machines, start the gateway with --bind 0.0.0.0 and open this page " +
-        "under its network name.",
+        "For others, start the gateway with --bind 0.0.0.0 and open this page under " +
+        "its network name.",
     ];
   }
   if (protocol === "https:") return [];
@@ -20377,23 +20489,17 @@ const RESULTS = {
 
 function auditRow(job) {
   const {askedAt, startedAt, endedAt, sessionKey, callerName, command} = job;
-  const seconds = job.duration ?? (endedAt - (startedAt || askedAt)) / 1000;
+  const took = startedAt && endedAt && (job.duration ?? (endedAt - startedAt) / 1000);
   const cell = (name, ...children) => h("td", {class: name}, children);
   const href = sessionKey && chatPath(sessionKey);
-  return h(
-    "tr",
+  return h("tr",
     h("td", {class: "when", title: fullFormat.format(askedAt)}, formatTime(askedAt)),
     cell("who", href ? h("a", {href}, callerName) : callerName),
     cell("at", job.nodeName),
     cell("what", h("code", {title: command}, command)),
-    cell(
-      "result",
-      h("span", {class: `dot ${jobKind(job)}`}),
-      h("span", {class: "word"}, job.words),
-    ),
-    cell("number", endedAt && formatDuration(seconds)),
-    cell("number", endedAt && formatBytes(outputSize(job))),
-  );
+    cell("result", h("span", {class: `dot ${jobKind(job)}`}), capitalized(job.words)),
+    cell("number", took != null && formatDuration(took)),
+    cell("number", endedAt && formatBytes(outputSize(job))));
 }
 
 function drawAudit() {
@@ -20446,37 +20552,22 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
   };
   const source = {environment: `key from ${keyVariable}`, settings: "key entered here"};
   const found = models ? plural(models, "model") : error || "not set up";
-  return h(
-    "details",
-    {class: "card"},
-    h(
-      "summary",
-      h("strong", label),
-      " ",
-      h("span", {class: "detail"}, dotted(found, source[keyFrom])),
-    ),
-    h(
-      "form",
-      {onsubmit: save},
+  return h("details", {class: "card"},
+    h("summary", h("strong", label), " ",
+      h("span", {class: "detail"}, dotted(found, source[keyFrom]))),
+    h("form", {onsubmit: save},
       h("label", "API key", key),
       h("label", "Address", url),
-      h(
-        "div",
-        {class: "actions"},
+      h("div", {class: "actions"},
         keyFrom === "settings" &&
-          h(
-            "button",
+          h("button",
             {
               type: "button",
               class: "button",
               onclick: () => configure({apiKey: ""}),
             },
-            "Forget the key",
-          ),
-        h("button", {class: "button main"}, "Save"),
-      ),
-    ),
-  );
+            "Forget the key"),
+        h("button", {class: "button main"}, "Save"))));
 }
 
 // Choose an unlisted model by its name.
@@ -20490,46 +20581,40 @@ function useNamedModel() {
 
 const SCOPES = ["read", "write", "approvals", "pairing", "admin"];
 
-function drawAccess() {
-  const used = ms => (ms ? `used ${ago(ms)}` : "never used");
-  const scopeNames = scopes => scopes.map(scope => scope.split(".")[1]).join(", ");
-  const keys = state.keys.filter(key => !key.revokedAt);
-  fillIfChanged($("keys"), keys, () =>
-    keys.map(({keyId, name, scopes, lastUsedAt}) =>
-      listRow(
-        name,
-        dotted(scopeNames(scopes), used(lastUsedAt)),
-        iconButton("bin", `Revoke ${name}`, () => revokeKey(keyId, name)),
-      ),
-    ),
-  );
-  fillIfChanged($("logins"), state.logins, logins =>
-    logins.map(({loginId, userAgent, address, keyName, lastUsedAt, current}) =>
-      listRow(
-        dotted(browserName(userAgent), current && "this browser"),
-        dotted(address, keyName, used(lastUsedAt)),
-        !current &&
-          iconButton("out", "End this sign-in", () =>
-            changeAccess("logins.revoke", {loginId}),
-          ),
-      ),
-    ),
-  );
-}
-
-const browserName = userAgent =>
-  /Edg|Firefox|Chrome|Safari/.exec(userAgent)?.[0].replace("Edg", "Edge") || "Browser";
-
 async function changeAccess(method, params) {
   await attempt(method, params);
   refresh("keys", "logins");
 }
+
+const usedText = ms => (ms ? `used ${ago(ms)}` : "never used");
+
+function loginRow({loginId, userAgent, address, keyName, lastUsedAt, current}) {
+  const end = () => changeAccess("logins.revoke", {loginId});
+  return listRow(dotted(browserName(userAgent), current && "this browser"),
+    dotted(address, keyName, usedText(lastUsedAt)),
+    !current && iconButton("out", "End this sign-in", end));
+}
+
+const browserName = userAgent =>
+  /Edg|Firefox|Chrome|Safari/.exec(userAgent)?.[0].replace("Edg", "Edge") || "Browser";
 
 async function revokeKey(keyId, name) {
   const text = "Everyone who signed in with it is signed out at once.";
   if (await confirmed(`Revoke the key ${name}?`, text, "Revoke")) {
     changeAccess("keys.revoke", {keyId});
   }
+}
+
+function drawAccess() {
+  const scopeNames = scopes => scopes.map(scope => scope.split(".")[1]).join(", ");
+  const keys = state.keys.filter(key => !key.revokedAt);
+  fillIfChanged($("keys"), keys, () =>
+    keys.map(({keyId, name, scopes, lastUsedAt}) =>
+      listRow(name, dotted(scopeNames(scopes), usedText(lastUsedAt)),
+        iconButton("bin", `Revoke ${name}`, () => revokeKey(keyId, name))),
+    ),
+  );
+  fillIfChanged($("logins"), state.logins, logins => logins.map(loginRow));
 }
 
 async function createKey() {
@@ -20634,10 +20719,7 @@ function start() {
   }
   const box = value =>
     h("input", {type: "checkbox", value, checked: value === "write"});
-  fill(
-    $("key-scopes"),
-    SCOPES.map(scope => h("label", box(scope), scope)),
-  );
+  fill($("key-scopes"), SCOPES.map(scope => h("label", box(scope), scope)));
   document.querySelectorAll("[data-icon]").forEach(addIcon);
   on(document, "click", followLink);
   on(document, "keydown", event => {
@@ -20682,293 +20764,6 @@ function onSubmit(id, action) {
 
 start();
 """
-
-# ==============================================================================
-# Install script
-#
-# `install.sh` as it is in the repository, so that the gateway can hand it out
-# wherever its one file was copied.  A test holds the two to each other.
-# ==============================================================================
-
-INSTALL_SH = r"""#!/bin/sh
-# Install moltis for the user who runs this: one Python file and a launcher.
-set -eu
-
-usage() {
-    cat <<'END'
-usage: sh install.sh [--from URL|FILE] [--prefix DIR] [-- SUBCOMMAND ...]
-       sh install.sh --uninstall [--prefix DIR]
-
-  --from URL|FILE   where moltis.py comes from: a gateway (http://gateway:9090), a
-                    URL, or a file (default: moltis.py beside this script)
-  --prefix DIR      install as DIR/bin/moltis and DIR/lib/moltis (default: ~/.local)
-  --uninstall       remove what this script has installed
-  -- SUBCOMMAND     run it with the installed moltis, as in: -- node list
-
-Run it again to upgrade.  It needs Python 3.8 or later, and no root.
-END
-}
-
-main() {
-    source=
-    prefix=
-    uninstall=no
-    while [ $# -gt 0 ]; do
-        case $1 in
-        --from=*) source=${1#*=} ;;
-        --prefix=*) prefix=${1#*=} ;;
-        --from | --prefix)
-            [ $# -gt 1 ] || fail "$1 needs a value" 2
-            if [ "$1" = --from ]; then source=$2; else prefix=$2; fi
-            shift
-            ;;
-        --uninstall) uninstall=yes ;;
-        -h | --help)
-            usage
-            return
-            ;;
-        --)
-            shift
-            break
-            ;;
-        *) fail "unknown argument $1; see sh install.sh --help" 2 ;;
-        esac
-        shift
-    done
-    choose_places
-    if [ "$uninstall" = yes ]; then
-        remove
-        return
-    fi
-    find_python
-    check_modules
-    refuse_foreign_launcher
-    work=$(mktemp -d)
-    trap 'rm -rf "$work"' EXIT
-    trap 'exit 129' HUP
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
-    fetch
-    check_program
-    put_in_place
-    rm -rf "$work"
-    trap - EXIT HUP INT TERM
-    say_where
-    if [ $# -gt 0 ]; then
-        exec "$launcher" "$@"
-    fi
-}
-
-say() {
-    printf 'install.sh: %s\n' "$*" >&2
-}
-
-fail() { # MESSAGE [STATUS]
-    say "$1"
-    exit "${2:-1}"
-}
-
-choose_places() {
-    if [ -z "$prefix" ]; then
-        [ -n "${HOME:-}" ] || fail "HOME is not set; say where with --prefix DIR" 2
-        prefix=$HOME/.local
-    fi
-    case $prefix in
-    /*) ;;
-    *) prefix=$PWD/$prefix ;;
-    esac
-    bin=$prefix/bin
-    library=$prefix/lib/moltis
-    launcher=$bin/moltis
-    # The existing Moltis has a program of the same name: ours says whose it is.
-    mark='# Installed by install.sh of moltis.py'
-}
-
-# -- what is on this machine
-
-find_python() {
-    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10 \
-        python3.9 python3.8 /usr/libexec/platform-python; do
-        command -v "$candidate" >/dev/null 2>&1 || continue
-        # Apple's /usr/bin/python3 opens a dialog where its tools are not installed.
-        if [ "$(command -v "$candidate")" = /usr/bin/python3 ] &&
-            [ "$(uname)" = Darwin ] && ! xcode-select -p >/dev/null 2>&1; then
-            continue
-        fi
-        # The interpreter itself: not a shim, nor a virtual environment that may go.
-        python=$("$candidate" -I -c 'import os, sys
-if sys.version_info >= (3, 8):
-    path = "%s/bin/python%d.%d" % (sys.base_prefix, *sys.version_info[:2])
-    virtual = sys.prefix != sys.base_prefix and os.path.exists(path)
-    print(path if virtual else sys.executable)' 2>/dev/null) || continue
-        [ -z "$python" ] || return 0
-    done
-    fail "no Python 3.8 or later here; install the package python3"
-}
-
-check_modules() {
-    # Without `site`, and so without the .pth files of others: 3 to 25 ms of a start.
-    options=-IS
-    find_missing
-    if [ -n "$missing" ]; then # some systems keep a few among what is added to Python
-        options=-I
-        find_missing
-    fi
-    for module in $missing; do
-        case $module in
-        sqlite3) say "$python has no module sqlite3, which a gateway needs;" \
-            "install $(package_of sqlite3)" ;;
-        ssl) say "$python has no module ssl, which https:// and wss:// need;" \
-            "install $(package_of ssl)" ;;
-        *) fail "$python has no module $module; install $(package_of "$module")" ;;
-        esac
-    done
-}
-
-find_missing() { # with $options
-    missing=$("$python" $options -c 'import importlib, sys
-for name in sys.argv[1:]:
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        print(name)' argparse http.server json py_compile sqlite3 ssl \
-        urllib.request zlib) || fail "$python does not work"
-}
-
-package_of() { # MODULE
-    system=$(sed -n 's/^ID=//p; s/^ID_LIKE=//p' /etc/os-release 2>/dev/null |
-        tr -d '"' | tr '\n' ' ')
-    case " $system" in
-    *openwrt*)
-        case $1 in
-        ssl) echo "the package python3-openssl" ;;
-        *) echo "the package python3-$1 or python3" ;;
-        esac
-        ;;
-    *freebsd*) echo "the port py3-$1" ;;
-    *debian* | *ubuntu*) echo "the package python3 (python3-minimal is not enough)" ;;
-    *suse*) echo "the package python3 (python3-base is not enough)" ;;
-    *rhel* | *fedora* | *centos*) echo "the package python3-libs" ;;
-    *) echo "the package python3 of your system, or one with $1 in its name" ;;
-    esac
-}
-
-refuse_foreign_launcher() {
-    if [ -e "$launcher" ] && ! grep -qF "$mark" "$launcher"; then
-        fail "$launcher is another program; choose another place with --prefix DIR"
-    fi
-}
-
-# -- moltis.py
-
-fetch() { # into $work/moltis.py
-    if [ -z "$source" ]; then
-        # From a pipe, $0 is the shell: what lies in this directory is not meant.
-        source=$(dirname "$0")/moltis.py
-        { [ -f "$0" ] && [ -f "$source" ]; } ||
-            fail "no moltis.py beside this script; say --from http://GATEWAY:9090" 2
-    fi
-    case $source in
-    http://* | https://*) download ;;
-    *)
-        [ -f "$source" ] || fail "there is no file $source"
-        cp "$source" "$work/moltis.py"
-        ;;
-    esac
-}
-
-download() {
-    case ${source#*://} in
-    */?*) ;;
-    *) source=${source%/}/moltis.py ;; # the address of a gateway
-    esac
-    if command -v curl >/dev/null 2>&1; then
-        curl -fsSL -o "$work/moltis.py" "$source" || no_download
-    elif command -v wget >/dev/null 2>&1; then
-        wget -q -O "$work/moltis.py" "$source" || no_download
-    else
-        "$python" -I -c 'import shutil, sys, urllib.request
-try:
-    with urllib.request.urlopen(sys.argv[1], timeout=60) as answer:
-        with open(sys.argv[2], "wb") as file:
-            shutil.copyfileobj(answer, file)
-except OSError as error:
-    sys.exit(str(error))' "$source" "$work/moltis.py" || no_download
-    fi
-}
-
-no_download() {
-    fail "cannot download $source; is that the address of a gateway?"
-}
-
-check_program() {
-    # Also its last lines: half a program may compile as well.
-    "$python" -I -c 'import re, sys
-text = open(sys.argv[1], "rb").read()
-for part in (rb"^\"\"\"moltis:", rb"^__version__ = ", rb"^if __name__ == .*:\n.*\n\Z"):
-    if not re.search(part, text, re.M):
-        sys.exit(1)
-compile(text, sys.argv[1], "exec")' "$work/moltis.py" 2>/dev/null ||
-        fail "what is at $source is not moltis.py, or not all of it"
-}
-
-put_in_place() {
-    mkdir -p "$bin" "$library" || fail "cannot write to $prefix; use --prefix DIR"
-    # Nothing that an import makes is garbage: not to look takes 7 ms off a start.
-    code='import gc, sys; gc.disable(); sys.path.insert(0, sys.argv.pop(1))'
-    code="$code; import moltis; gc.freeze(); gc.enable(); sys.exit(moltis.main())"
-    cat >"$work/moltis" <<END
-#!/bin/sh
-$mark.
-# It imports the program, so that Python takes the compiled form and starts fast.
-exec $(quote "$python") $options -c '$code' $(quote "$library") "\$@"
-END
-    chmod 755 "$work/moltis"
-    chmod 644 "$work/moltis.py"
-    # Renamed within the directory: a moltis that starts now finds the old or the new.
-    cp "$work/moltis.py" "$library/.moltis.py.new"
-    mv -f "$library/.moltis.py.new" "$library/moltis.py"
-    "$python" -I -m py_compile "$library/moltis.py"
-    cp "$work/moltis" "$bin/.moltis.new"
-    mv -f "$bin/.moltis.new" "$launcher"
-}
-
-quote() {
-    printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")"
-}
-
-say_where() {
-    version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$library/moltis.py")
-    say "moltis $version is $launcher"
-    case :${PATH:-}: in
-    *:"$bin":*)
-        first=$(command -v moltis) || first=$launcher
-        [ "$first" = "$launcher" ] || say "but \`moltis\` is still $first on your PATH"
-        ;;
-    *) say "$bin is not on your PATH; add to ~/.profile: export PATH=\"$bin:\$PATH\"" ;;
-    esac
-}
-
-# -- and away
-
-remove() {
-    refuse_foreign_launcher
-    rm -f "$launcher" "$library/moltis.py"
-    rm -rf "$library/__pycache__"
-    rmdir "$library" 2>/dev/null || true
-    say "moltis is removed from $prefix"
-    data=${MOLTIS_DATA_DIR:-${HOME:-}/.moltis}
-    if [ -e "$data/node.json" ]; then
-        say "this machine is still a node; to end that:" \
-            "python3 $(quote "$data/moltis.py") node remove"
-    elif [ -d "$data" ]; then
-        say "$data is kept"
-    fi
-}
-
-main "$@"
-"""
-
 
 # ==============================================================================
 # PROGRAM
@@ -21032,12 +20827,12 @@ class OperatorClient:
         self.close()
 
     def close(self) -> None:
-        """Leave in order: unkept jobs that this client holds are cancelled."""
+        """End the connection; jobs that it holds wait for another one."""
         self._ws.close(timeout=1.0)
         self._reader.join()
 
     def drop(self) -> None:
-        """End the connection as if it broke: its jobs wait for a successor."""
+        """End the connection without a word to a peer that may be gone."""
         self._ws.abort()
         self._reader.join()
 
@@ -21181,6 +20976,12 @@ class LastingClient:
                 return cancel.result_of(self._connected().start(method, params))
             except (ConnectionClosed, Unreachable) as error:
                 problem = error
+            except RpcError as error:
+                if not (
+                    isinstance(error.details, dict) and error.details.get("goesOn")
+                ):
+                    raise
+                problem = error  # the gateway stops, and the job does not
             cancel.pause(pause)
         raise Unreachable(f"the gateway does not come back: {problem}")
 
@@ -21333,10 +21134,13 @@ class JobFeed:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave in order: the gateway cancels unkept jobs that are held."""
+        """Leave in order: unkept jobs that are held are cancelled."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        for job in self.open.values():
+            # A connection that just ends would count as broken.
+            self.notify("job.unfollow", {"id": job.id, "leave": job.holds})
         self._client.close()
 
     def call(self, method: str, params: JsonObject) -> Any:
@@ -21810,9 +21614,9 @@ class McpServer:
 
 # ==============================================================================
 # Assembly
-# Uses: Settings, TLS, Wire protocol, Telemetry, Language models, Machine, Node agent,
-#       Node service, Store, Access, Fleet, Jobs, Agent, Model directory, Chat, Gateway,
-#       HTTP, Web page, Install script
+# Uses: Settings, Install, TLS, Wire protocol, Telemetry, Language models, Machine,
+#       Node agent, Node service, Store, Access, Fleet, Jobs, Agent, Model directory,
+#       Chat, Gateway, HTTP, Web page
 #
 # The composition roots: how the objects of a gateway, of a node and of Local are put
 # together, and in which order they are closed.
@@ -22166,8 +21970,9 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Wire protocol, Commands, Language models, Node agent, Node service,
-#       Certificates, Access, Agent, Chat, Gateway, HTTP, Operator client, MCP, Assembly
+# Uses: Settings, Install, Wire protocol, Commands, Language models, Node agent,
+#       Node service, Certificates, Access, Agent, Chat, Gateway, HTTP, Operator client,
+#       MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -22752,9 +22557,9 @@ def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> i
         scheme = "https" if settings.gateway_url.startswith("wss:") else "http"
         source = f"{scheme}://{urlsplit(settings.gateway_url).netloc}/moltis.py"
         text = fetch(source, trust)
-        check_program(text)
+        check_program(text, source)
     install_program(directory, text)
-    spec = ServiceSpec(service_python(), directory, Path.home())
+    spec = ServiceSpec(lasting_python(), directory, Path.home())
     service = service_manager(spec, context.environ)
     notes = service.install()
     service.start()
@@ -22856,7 +22661,7 @@ def cmd_node_run(_args: object, context: Context) -> int:
 
 def local_service(context: Context) -> tuple[ServiceSpec, ServiceManager | None]:
     """Return this machine's node service; None without a service manager."""
-    spec = ServiceSpec(service_python(), context.directory, Path.home())
+    spec = ServiceSpec(lasting_python(), context.directory, Path.home())
     try:
         return spec, service_manager(spec, context.environ)
     except NoServiceManager:
@@ -22992,7 +22797,8 @@ def _node_state_column(row: JsonObject) -> str:
 
 
 def _models_column(row: JsonObject) -> str:
-    models = (f"{p['provider']} ({len(p['models'])})" for p in row["providers"] or ())
+    providers = row.get("providers") or ()
+    models = (f"{p['provider']} ({len(p['models'])})" for p in providers)
     return " ".join(models) or "-"
 
 
@@ -23045,7 +22851,7 @@ KEY_COLUMNS: Mapping[str, Column] = {
     "SCOPES": lambda row: ", ".join(row["scopes"]),
     "CREATED": time_column("createdAt"),
     "LAST USED": time_column("lastUsedAt"),
-    "STATE": lambda row: "revoked" if row["revokedAt"] else "good",
+    "STATE": lambda row: "revoked" if row.get("revokedAt") else "good",
     "ID": "keyId",
 }
 
@@ -23056,7 +22862,7 @@ def cmd_key_list(args: argparse.Namespace, context: Context) -> int:
 
 def cmd_key_revoke(args: argparse.Namespace, context: Context) -> int:
     with operator_client(args, context) as client:
-        keys = [k for k in client.call("keys.list", {}) if not k["revokedAt"]]
+        keys = [k for k in client.call("keys.list", {}) if not k.get("revokedAt")]
         client.call("keys.revoke", {"keyId": find_one(args.key, keys, "key", "keyId")})
     context.output.say(f"{args.key} is revoked")
     return EXIT_OK
@@ -23069,10 +22875,9 @@ def one_line(text: str, limit: int) -> str:
 
 
 def _audit_state_column(row: JsonObject) -> str:
-    if not row["state"]:
-        return "-"
-    words = ending_words(row["state"], row["exitCode"], row["signal"], None)
-    return f"{words}, decided by {row['decidedBy']}" if row["decidedBy"] else words
+    decided_by = row.get("decidedBy")
+    how = f", decided by {decided_by}" if decided_by else ""
+    return (row["words"] + how) or "-"
 
 
 AUDIT_ROW: Mapping[str, Column] = {
@@ -23617,7 +23422,7 @@ def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
         if session["key"] == wanted:
             return session
     label = wanted.strip().casefold()
-    named = [s for s in sessions if (s["label"] or "").casefold() == label]
+    named = [s for s in sessions if (s.get("label") or "").casefold() == label]
     if len(named) > 1:
         keys = ", ".join(session["key"] for session in named)
         raise UsageError(f"several sessions are called {wanted!r}; use a key: {keys}")
@@ -23908,6 +23713,63 @@ class ChatTerminal:
             self._write(sys.stdout, "\n")
 
 
+# -- install -------------------------------------------------------------------
+
+
+def cmd_install(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
+    installation = Installation(Path(prefix))
+    if args.uninstall:
+        return uninstall(installation, context)
+    text, version = chosen_program(getattr(args, "from"))
+    before = os.umask(0o022)  # others may run it, but not write it, whatever ours is
+    try:
+        notes = installation.install(text, lasting_python(), context.environ)
+    finally:
+        os.umask(before)
+    for note in (f"moltis {version} is {installation.launcher}", *notes):
+        context.output.say(note)
+    if args.command:
+        os.execv(installation.launcher, [str(installation.launcher), *args.command])
+    return EXIT_OK
+
+
+def chosen_program(source: str | None) -> tuple[bytes, str]:
+    """Return text and version of the moltis.py that `source` has, else of this one.
+
+    Raises UserError.
+    """
+    if source is None:
+        text = own_program()
+        if text is None:
+            raise UsageError("this program came through a pipe; name one with --from")
+        return text, __version__
+    if source.startswith(("http://", "https://")):
+        if not source.endswith(".py"):
+            source = f"{source.rstrip('/')}/{PROGRAM_FILE}"
+        text = fetch(source, TlsTrust())
+    else:
+        try:
+            text = Path(source).read_bytes()
+        except OSError as error:
+            raise UsageError(f"cannot read {source}: {error.strerror}") from error
+    return text, check_program(text, source)
+
+
+def uninstall(installation: Installation, context: Context) -> int:
+    installation.remove()
+    context.output.say(f"moltis is removed from {installation.prefix}")
+    if (context.directory / NodeSettings.FILE).exists():
+        program = shlex.quote(str(context.directory / PROGRAM_FILE))
+        context.output.say(
+            f"this machine is still a node; to end that: python3 {program} node remove"
+        )
+    elif context.directory.exists():
+        context.output.say(f"{context.directory} is kept")
+    return EXIT_OK
+
+
 # -- the table of subcommands --------------------------------------------------
 
 JSON = arg("--json", "answer in JSON")
@@ -23923,6 +23785,16 @@ GATEWAY: Sequence[Argument] = (
 )
 
 SUBCOMMANDS: Mapping[str, Subcommand] = {
+    "install": Subcommand(
+        cmd_install,
+        "install `moltis` for this user, or upgrade it; `-- SUBCOMMAND` runs it then",
+        "moltis install --from http://gateway:9090",
+        (
+            arg("--from SOURCE", "file, URL or gateway that has moltis.py"),
+            arg("--prefix DIR", "install below DIR (default: ~/.local)"),
+            arg("--uninstall", "remove what was installed"),
+        ),
+    ),
     "gateway": Subcommand(
         cmd_gateway,
         "serve the page, the nodes and the command line",
@@ -24221,6 +24093,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # it was closed when we were started
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     arguments = list(sys.argv[1:] if argv is None else argv)
+    restart_from_bytecode(arguments)
     command: list[str] = []
     if "--" in arguments:  # what follows belongs to the other machine
         split = arguments.index("--")
