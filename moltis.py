@@ -14287,8 +14287,8 @@ class Chats:
         """Store what was chosen for a session.  Raises RpcError."""
         if "model" in choices:
             self._model(choices["model"])
-        if not self._store.sessions.change(key, **choices):
-            self._session(key)
+        if choices:
+            self._store.sessions.change(key, **choices)
         return self._tell("patched", key)
 
     def reset(self, key: str) -> JsonObject:
