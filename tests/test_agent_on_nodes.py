@@ -616,7 +616,7 @@ def test_a_stranger_asks_on_the_page_approves_one_command_and_reads_the_answer(
         page.click("#text")
         page.type("which of my machines has most free memory?")
         page.press("Enter")
-        page.wait_for_text("Waits for your approval")
+        page.wait_for_text("Waiting for your approval")
         card = page.text("#messages > :last-child")
         assert "echo five processes of $NODE" in card
         assert "beta" in card
@@ -635,7 +635,7 @@ def test_what_would_hide_on_the_page_is_spelt_out_in_the_question(site, server):
         page.goto(f"{site.url}/#key={site.key}")
         page.wait_for(SIGNED_IN)
         page.goto(f"{site.url}/chat/{key}")
-        page.wait_for_text("Waits for your approval")
+        page.wait_for_text("Waiting for your approval")
         shown = page.text("#messages > :last-child code")
         assert shown == "rm -rf /tmp/x #%1B[2K%u202E\nuptime"
     site.decide(card, "deny")
@@ -651,12 +651,12 @@ def test_the_page_shows_what_runs_in_the_background_and_stops_it(site, server):
         page.goto(f"{site.url}/#key={site.key}")
         page.wait_for(SIGNED_IN)
         page.goto(f"{site.url}/chat/{key}")
-        page.wait_for_text("Waits for your approval · in the background")
+        page.wait_for_text("Waiting for your approval · in the background")
         page.click(".approval .main")
         page.wait_for_text("It runs by itself.")
         page.wait_for_text("Running · in the background")
         page.click("article.command footer .small")
-        page.wait_for_text("Stopped · in the background")
+        page.wait_for_text("Cancelled: by ")
         assert page.errors == []
 
 
