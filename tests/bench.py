@@ -1,10 +1,11 @@
 """Measure moltis beside what people would use instead.
 
-python3 tests/bench.py [--quick] [--only NAME] [--json]
+python3 tests/bench.py [--quick] [--only NAME] [--json] [--beside DIRECTORY]
 
-Every row is a ratio, or a limit, taken here and now: both sides in turn, several
-rounds, the median of each.  What is not installed is named in its row, not left out.
-The peers: `pip install websockets paramiko ansible-core`; sshd, ssh, chromium.
+Every row is a ratio, or a limit, measured in one run: both sides in turn, several
+rounds, the median of each.  What is not installed is named in its row.  With --beside
+another version (a directory with its moltis.py and install.sh) is a peer of each row.
+Other peers: `pip install websockets paramiko ansible-core`; sshd, ssh, chromium.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ import time
 import uuid
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -71,6 +73,8 @@ def at_least(factor: float) -> Goal:
 
 
 NO_GOAL = Goal("", lambda ours, peer: None)
+NOT_SLOWER = at_most(1.05)
+AS_MANY = at_least(0.95)
 
 
 def limit(most: float, unit: str) -> Goal:
@@ -166,12 +170,12 @@ def wait_until(condition: Callable[[], Any], timeout: float = 60.0) -> Any:
 class Installed:
     """An installed moltis, a gateway, and as many nodes as asked for."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, source: Path = ROOT) -> None:
         self.home = directory / "home"
         self.home.mkdir()
         self.program = str(directory / "prefix/bin/moltis")
         # What is measured is what a user gets: started from its compiled form.
-        self.run("sh", str(ROOT / "install.sh"), "--prefix", str(directory / "prefix"))
+        self.run("sh", str(source / "install.sh"), "--prefix", f"{directory}/prefix")
         # The interpreter that the installed command uses, without its program.
         launcher = Path(self.program).read_text()
         self.python = re.search(r"exec '([^']+)'", launcher)[1]  # type: ignore[index]
@@ -284,6 +288,19 @@ class PlainOperator:
         self.ask_for_true(node)
         assert self.receive()["exitCode"] == 0
 
+    def chat(self, text: str, session: str) -> None:
+        """Say something to Shell, and wait for the end of the turn."""
+        self._ask("chat.send", {"sessionKey": session, "text": text, "model": "shell"})
+        while True:
+            envelope = moltis.decode_envelope(self._ws.receive())
+            payload = getattr(envelope, "payload", None)
+            if isinstance(payload, dict) and payload.get("state") == "final":
+                return
+
+    def call(self, method: str, params: Any) -> Any:
+        self._ask(method, params)
+        return self.receive()
+
     def close(self) -> None:
         self._ws.close()
 
@@ -371,8 +388,9 @@ class Ssh:
 class Bench:
     """What the rows share; made when the first of them needs it."""
 
-    def __init__(self, directory: Path, *, quick: bool) -> None:
+    def __init__(self, directory: Path, *, quick: bool, beside: Path | None) -> None:
         self.quick = quick
+        self.beside = beside  # another version of moltis
         self.rounds = 3 if quick else 7
         self._directory = directory
         self._made: dict[str, Any] = {}
@@ -414,6 +432,32 @@ class Bench:
         return self._once("client", lambda: PlainOperator(self.ours))
 
     @property
+    def other(self) -> Installed:
+        """The other version of moltis, with a node that is called bench."""
+
+        def make() -> Installed:
+            assert self.beside is not None
+            site = Installed(self.directory("other"), self.beside)
+            site.add_node("bench")
+            return site
+
+        made = self._once("other", make)
+        assert isinstance(made, Installed)
+        return made
+
+    def other_peers(
+        self, measure: Callable[[Installed], float], goal: Goal
+    ) -> list[Peer]:
+        """Return the other version as a peer, if there is one."""
+        if self.beside is None:
+            return []
+        other = self.other
+        return [Peer("the other moltis", lambda: measure(other), goal)]
+
+    def other_client(self, site: Installed) -> Any:
+        return self._once("other client", lambda: PlainOperator(site))
+
+    @property
     def ssh(self) -> Ssh:
         made = self._once("ssh", lambda: Ssh(self._directory / "ssh"))
         assert isinstance(made, Ssh)
@@ -450,7 +494,12 @@ def bench_round_trip(bench: Bench) -> Iterator[Row]:
     def ours() -> float:
         return median_of(lambda: client.run_true("bench"), count)
 
+    def others(site: Installed) -> float:
+        client = bench.other_client(site)
+        return median_of(lambda: client.run_true("bench"), count)
+
     peers = [
+        *bench.other_peers(others, NOT_SLOWER),
         Peer("local Popen", lambda: median_of(spawn_true, count), at_most(1.2, 0.3)),
         bench.ssh_peer(
             "ssh, ControlMaster",
@@ -509,9 +558,9 @@ def _paramiko_peers(bench: Bench, count: int) -> list[Peer]:
 
 def bench_in_flight(bench: Bench) -> Iterator[Row]:
     """32 commands in flight."""
-    client, count = bench.client, bench.count(800)
+    count = bench.count(800)
 
-    def ours() -> float:
+    def flight(client: Any) -> float:
         start = time.perf_counter()
         for _ in range(32):
             client.ask_for_true("bench")
@@ -537,11 +586,16 @@ def bench_in_flight(bench: Bench) -> Iterator[Row]:
                 future.result()
             return few / (time.perf_counter() - start)
 
+    def others(site: Installed) -> float:
+        return flight(bench.other_client(site))
+
     peers = [
+        *bench.other_peers(others, AS_MANY),
         Peer("local Popen, 8 threads", floor, at_least(0.75)),
         bench.ssh_peer("ssh, ControlMaster", over_ssh, at_least(10)),
     ]
     what = "32 in flight, commands per second"
+    ours = partial(flight, bench.client)
     yield from rows_for("in-flight", what, "/s", ours, peers, bench.rounds)
 
 
@@ -550,13 +604,13 @@ def bench_exec(bench: Bench) -> Iterator[Row]:
     ours_, count = bench.ours, bench.count(15)
     assert bench.node
 
-    def ours() -> float:
-        return median_of(
-            lambda: ours_.run(ours_.program, "node", "exec", "bench", "--", "true"),
-            count,
-        )
+    def exec_true(site: Installed) -> float:
+        words = (site.program, "node", "exec", "bench", "--", "true")
+        return median_of(lambda: site.run(*words), count)
 
+    ours = partial(exec_true, ours_)
     peers = [
+        *bench.other_peers(exec_true, NOT_SLOWER),
         bench.ssh_peer(
             "ssh, fresh",
             lambda ssh: median_of(lambda: ssh.true(fresh=True), 3),
@@ -631,24 +685,30 @@ def bench_output(bench: Bench) -> Iterator[Row]:
             for _ in range(size // len(block)):
                 file.write(block)
 
-    def speed(command: list[str]) -> float:
+    def speed(command: list[str], site: Installed = ours_) -> float:
         with open(target, "wb") as file:
             taken = timed(
                 lambda: subprocess.run(
-                    command, check=True, stdout=file, env=ours_.environ()
+                    command, check=True, stdout=file, env=site.environ()
                 )
             )
         return size / taken / 1000  # MB/s
 
-    command = [ours_.program, "node", "exec", "bench", "--", f"cat {source}"]
-    peer = bench.ssh_peer(
-        "ssh, ControlMaster",
-        lambda ssh: speed(ssh.command("cat", str(source))),
-        at_least(0.7),
-    )
+    def exec_cat(site: Installed) -> float:
+        words = [site.program, "node", "exec", "bench", "--", f"cat {source}"]
+        return speed(words, site)
+
+    peers = [
+        *bench.other_peers(exec_cat, AS_MANY),
+        bench.ssh_peer(
+            "ssh, ControlMaster",
+            lambda ssh: speed(ssh.command("cat", str(source))),
+            at_least(0.7),
+        ),
+    ]
     what = f"{size // 1000_000} MB of output through `node exec`"
     yield from rows_for(
-        "output", what, "MB/s", lambda: speed(command), [peer], min(bench.rounds, 3)
+        "output", what, "MB/s", lambda: exec_cat(ours_), peers, min(bench.rounds, 3)
     )
 
 
@@ -783,37 +843,74 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+class AsReadMeSays:
+    """A gateway and a node started from the text, with README's first commands."""
+
+    def __init__(self, directory: Path, source: Path) -> None:
+        self._program = str(source / "moltis.py")
+        self._directory = directory
+        self._processes: list[subprocess.Popen[bytes]] = []
+        directory.mkdir()
+        self.gateway = self._start("gateway", "--demo-node", "--port", "0")
+        file = directory / "gateway/.moltis/gateway.json"
+        wait_until(file.exists)
+        settings = json.loads(file.read_text())
+        with moltis.OperatorClient(
+            settings["url"], settings["api_key"], moltis.TlsTrust()
+        ) as client:
+            made = client.call("device.token.create", {"displayName": "rest"})
+        host = moltis.websocket_url(settings["url"])
+        token = ("--token", made["deviceToken"], "--name", "rest", "--foreground")
+        self.node = self._start("node", "add", "--host", host, *token)
+
+    def _start(self, *words: str) -> subprocess.Popen[bytes]:
+        home = self._directory / words[0]
+        home.mkdir()
+        environ = {**os.environ, "HOME": str(home)}
+        process = subprocess.Popen(
+            ["python3", self._program, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environ,
+        )
+        self._processes.append(process)
+        return process
+
+    def close(self) -> None:
+        for process in reversed(self._processes):
+            process.terminate()
+            process.wait(20)
+
+
 def bench_memory(bench: Bench) -> Iterator[Row]:
     """Node and gateway at rest."""
-    # Of their own: what the other rows made them do is not rest.
-    site = Installed(bench.directory("memory"))
-    sleep = [site.python, "-c", "import time; time.sleep(600)"]
-    bare = subprocess.Popen(sleep, env=site.environ())
+    sites = [AsReadMeSays(bench.directory("memory") / "ours", ROOT)]
+    if bench.beside is not None:
+        sites.append(AsReadMeSays(bench.directory("memory") / "other", bench.beside))
     try:
-        node = site.add_node("rest")
         time.sleep(5 if bench.quick else 30)
-        beside = resident(bare.pid)
-        for what, process, most in (
-            ("node at rest, resident", node, 22),
-            ("gateway at rest, resident", site.gateway, 32),
+        for what, name, most in (
+            ("`python3 moltis.py node add … --foreground`, resident", "node", 24),
+            ("`python3 moltis.py gateway --demo-node`, resident", "gateway", 32),
         ):
-            value, goal = resident(process.pid), limit(most, "MiB")
-            met = goal.met(value, 0)
-            row = ("memory", what, "MiB", value, "python3 -c sleep", beside)
-            yield Row(*row, goal.text, met)
+            value, *others = (resident(getattr(site, name).pid) for site in sites)
+            goal = limit(most, "MiB")
+            row = Row("memory", what, "MiB", value, goal=goal.text)
+            beside = {"beside": "the other moltis", "peer": others[0]} if others else {}
+            yield replace(row, met=goal.met(value, 0), **beside)
         if sys.platform != "linux":
             yield Row("memory", "CPU of an idle node", not_measured="no /proc here")
             return
         seconds = 20 if bench.quick else 300
-        before = cpu_seconds(node.pid)
+        before = cpu_seconds(sites[0].node.pid)
         time.sleep(seconds)
-        used = 100 * (cpu_seconds(node.pid) - before) / seconds
+        used = 100 * (cpu_seconds(sites[0].node.pid) - before) / seconds
         what = f"CPU of an idle node over {seconds} s"
         yield limit_row("memory", what, "%", used, limit(0.1, "% of a core"))
     finally:
-        bare.kill()
-        bare.wait()
-        site.close()
+        for site in sites:
+            site.close()
 
 
 def bench_start(bench: Bench) -> Iterator[Row]:
@@ -828,10 +925,12 @@ def bench_start(bench: Bench) -> Iterator[Row]:
     for words, goal in ((("--version",), at_most(2)), (("node", "list"), at_most(4))):
         what = f"`moltis {' '.join(words)}`, start to exit"
 
-        def ours(words: tuple[str, ...] = words) -> float:
-            return median_of(lambda: ours_.run(ours_.program, *words), count)
+        def start(site: Installed, words: tuple[str, ...] = words) -> float:
+            return median_of(lambda: site.run(site.program, *words), count)
 
+        ours = partial(start, ours_)
         peers = [
+            *bench.other_peers(start, NOT_SLOWER),
             Peer("python3 -c pass", bare, goal),
             # Without what .pth files on this machine add to every start.
             Peer("python3 -IS -c pass", lambda: bare("-IS"), NO_GOAL),
@@ -1044,17 +1143,24 @@ def bench_fleet(bench: Bench) -> Iterator[Row]:
             missing = f"the descriptor limit here is {hard}"
             yield Row("fleet", f"{count:,} nodes", not_measured=missing)
             continue
-        site = Installed(bench.directory(f"fleet-{count}"))
-        try:
-            yield from _fleet_rows(bench, site, count)
-        finally:
-            site.close()
+        versions = {"": ROOT}
+        if bench.beside is not None:
+            versions[", the other moltis"] = bench.beside
+        for number, (name, source) in enumerate(versions.items()):
+            site = Installed(bench.directory(f"fleet-{count}-{number}"), source)
+            try:
+                yield from _fleet_rows(bench, site, count, name)
+            finally:
+                site.close()
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def _fleet_rows(bench: Bench, site: Installed, count: int) -> Iterator[Row]:
+def _fleet_rows(
+    bench: Bench, site: Installed, count: int, version: str
+) -> Iterator[Row]:
     def row(what: str, unit: str, value: float, goal: Goal) -> Row:
-        return limit_row("fleet", f"{count:,} nodes: {what}", unit, value, goal)
+        what = f"{count:,} nodes{version}: {what}"
+        return limit_row("fleet", what, unit, value, goal)
 
     site.add_node("real")
 
@@ -1062,7 +1168,17 @@ def _fleet_rows(bench: Bench, site: Installed, count: int) -> Iterator[Row]:
         with contextlib.closing(PlainOperator(site)) as client:
             return median_of(lambda: client.run_true("real"), bench.count(100))
 
-    alone = round_trip()
+    def chat_turn() -> float:
+        with contextlib.closing(PlainOperator(site)) as client:
+            client.call("subscribe", {"events": ["chat"]})
+            session = client.call("sessions.create", {"label": "bench"})
+            params = {"session_key": session["key"], "node_id": "real"}
+            client.call("nodes.set_session", params)
+            return median_of(
+                lambda: client.chat("echo hi", session["key"]), bench.count(25)
+            )
+
+    alone, alone_in_chat = round_trip(), chat_turn()
     simulation = Simulation(site, count)
     try:
         wait_until(lambda: simulation.connected == count, 300)
@@ -1075,9 +1191,14 @@ def _fleet_rows(bench: Bench, site: Installed, count: int) -> Iterator[Row]:
         used = 100 * (cpu_seconds(site.gateway.pid) - before) / seconds
         yield row("gateway at rest, CPU", "%", used, limit(15, "% of a core"))
         many, goal = round_trip(), at_most(2)
-        what = f"{count:,} nodes: round trip of `true`, p50"
+        what = f"{count:,} nodes{version}: round trip of `true`, p50"
         met = goal.met(many, alone)
         yield Row("fleet", what, "ms", many, "one node", alone, goal.text, met)
+        many = chat_turn()
+        what = f"{count:,} nodes{version}: `echo hi` in a chat, p50"
+        met = goal.met(many, alone_in_chat)
+        beside = ("one node", alone_in_chat, goal.text, met)
+        yield Row("fleet", what, "ms", many, *beside)
         taken = timed(
             lambda: site.run(site.program, "node", "exec", "--all", "--", "true")
         )
@@ -1147,6 +1268,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few rounds, fewer nodes")
     parser.add_argument("--only", choices=BENCHES, help="these rows alone")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
+    parser.add_argument("--beside", type=Path, help="directory of another moltis")
     parser.add_argument("--simulate", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.simulate:
@@ -1157,7 +1279,7 @@ def main() -> int:
     rows: list[Row] = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory() as name:
-        bench = Bench(Path(name), quick=args.quick)
+        bench = Bench(Path(name), quick=args.quick, beside=args.beside)
         try:
             for key, measure in BENCHES.items():
                 if args.only in (None, key):

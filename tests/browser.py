@@ -119,7 +119,7 @@ class Browser:
                 start_new_session=True,  # a group: it starts many processes
             )
         try:
-            self._ws = moltis.connect(self._address(), compression=False)
+            self._ws = moltis.connect(self._address())
         except BaseException:
             self._end()
             raise

@@ -25,18 +25,17 @@ class InProcessGateway:
     def __init__(self, directory, *, environ=os.environ, **options):
         self.environ = {**environ, "MOLTIS_DATA_DIR": str(directory)}
         self.directory = directory
-        context = moltis.Context(self.environ, moltis.Output(self.environ))
         options = moltis.GatewayOptions(**{"port": 0, **options})
-        self.running = moltis.RunningGateway(context, options)
+        self.running = moltis.RunningGateway(self.environ, options)
         self.url = self.running.url
         self.websocket_url = moltis.websocket_url(self.url)
         file = moltis.GatewayFile.load(directory)
         self.api_key = file.api_key
         self.trust = moltis.TlsTrust(file.fingerprint)
 
-    def operator(self):
+    def operator(self, on_news=moltis.ignore_news):
         """Return a client that is signed in with the gateway's own key."""
-        return moltis.OperatorClient(self.url, self.api_key, self.trust)
+        return moltis.OperatorClient(self.url, self.api_key, self.trust, on_news)
 
     def call(self, method, **params):
         """Make one call over a connection of its own."""

@@ -7,11 +7,11 @@ import os
 import threading
 
 import pytest
+from machines import Machines
 from support import wait_for
 
 import moltis
 from moltis import (
-    Agent,
     Approvals,
     Cancellation,
     Cancelled,
@@ -22,113 +22,68 @@ from moltis import (
     ModelError,
     PlannedCommand,
     RpcError,
+    RunEnd,
     ShellModel,
-    Step,
     ToolCall,
     Verdict,
 )
 
 
-def view(node_id, name, connected=True, **telemetry):
-    return {
-        "nodeId": node_id,
-        "displayName": name,
-        "platform": "linux",
-        "connected": connected,
-        "telemetry": telemetry or None,
-    }
-
-
-class Machines:
-    """A fleet whose nodes are this machine, each with another environment."""
-
-    def __init__(self, *views):
-        self.list = [view("local", "Local"), *views]
-        self.ran = []  # (session key, PlannedCommand)
-
-    def views(self):
-        return self.list
-
-    def view(self, node_id):
-        return next(v for v in self.list if v["nodeId"] == node_id)
-
-    def resolve(self, reference):
-        for found in self.list:
-            names = (found["nodeId"], found["displayName"].lower())
-            if reference.lower() in names:
-                return found["nodeId"], found["displayName"]
-        known = ", ".join(v["displayName"] for v in self.list)
-        raise RpcError("NOT_FOUND", f"there is no node {reference!r}; there is {known}")
-
-    def execute(self, session_key, planned, on_chunk, cancel):
-        self.ran.append((session_key, planned))
-        if not self.view(planned.node_id)["connected"]:
-            raise RpcError("UNAVAILABLE", f"{planned.node_name} is offline")
-        command = moltis.Command(
-            moltis.CommandSpec(
-                planned.command, cwd=planned.working_dir, timeout=planned.timeout
-            ),
-            on_chunk,
-            environ={**os.environ, "NODE": planned.node_id},
-            resumable=False,
-        )
-        with cancel.calling(command.cancel):
-            result = command.run()
-        if cancel.cancelled:
-            raise Cancelled
-        value = {"exitCode": result.exit_code, "durationMs": 1}
-        return {**value, "timedOut": True} if result.timed_out else value
-
-
-class Jobs:
-    """A Background whose commands do what the test says, and nothing else."""
-
-    def __init__(self):
-        self.started = []  # (session key, PlannedCommand)
-        self.cancelled = []
-        self.view = {"state": "running", "exitCode": None, "signal": None}
-        self.pieces = []  # of output; a position is a number of pieces
-        self.waited = []  # s
-        self.ended = threading.Event()
-        self.ended.set()
-
-    def start(self, session_key, planned):
-        self.started.append((session_key, planned))
-
-    def cancel(self, session_key, invoke_id):
-        self.cancelled.append(invoke_id)
-
-    def end(self, session_key, invoke_id, wait, cancel):
-        self.waited.append(wait)
-        with cancel.calling(self.ended.set):
-            self.ended.wait(20)
-            cancel.pause(0)
-        known = {"invokeId": invoke_id, "nodeName": "Pi", "error": None}
-        return {**known, **self.view}
-
-    def output(self, session_key, invoke_id, position):
-        pieces = self.pieces[position : position + 2]
-        return moltis.JobReading(pieces, position + len(pieces))
-
-
-class Session:
-    """A conversation in memory."""
+class Conversation(moltis.Conversation):
+    """A conversation in memory, which keeps what the run did."""
 
     key = "main"
+    key_id = "anna's key"
 
     def __init__(self):
         self.node_id = "local"
-        self.asks_first = False
+        self.asks = False
         self.stored = []
+        self.steps = []  # (name, what it is about)
+        self.on_ask = lambda _planned: None
 
-    def select_node(self, node_id):
+    def selected(self):
+        return self.node_id
+
+    def select(self, node_id):
         self.node_id = node_id
+
+    def asks_first(self):
+        return self.asks
 
     def messages(self):
         return list(self.stored)
 
     def append(self, message):
         self.stored.append(message)
+
+    def begin_answer(self, turn):
+        self.steps.append(("begin_answer", turn))
+
+    def say(self, text):
+        self.steps.append(("say", text))
+
+    def notice(self, text):
+        self.steps.append(("notice", text))
+
+    def begin_call(self, call, planned):
+        self.steps.append(("begin_call", (call, planned)))
+
+    def ask(self, planned):
+        self.steps.append(("ask", planned))
+        self.on_ask(planned)
+
+    def decide(self, planned, verdict):
+        self.steps.append(("decide", (planned, verdict)))
+
+    def begin_job(self, planned):
+        self.steps.append(("begin_job", planned))
+
+    def end_call(self, call, result):
+        self.steps.append(("end_call", (call, result)))
+
+    def of(self, name):
+        return [about for step, about in self.steps if step == name]
 
 
 class Scripted:
@@ -167,62 +122,68 @@ def calls(*named):
     return [Finished(ChatMessage("assistant", "", found), "stop", 100, 10)]
 
 
-class Chat:
-    """An agent with what it needs, and all that it did."""
+def runs(command, **arguments):
+    return calls(("exec", {"command": command, **arguments}))
 
-    def __init__(self, *views):
-        self.machines = Machines(*views)
-        self.session = Session()
-        self.audit = []
-        self.approvals = Approvals(lambda *decision: self.audit.append(decision))
-        self.jobs = Jobs()
-        self.agent = Agent(
-            self.machines, self.machines.execute, self.jobs, self.approvals
-        )
-        self.steps = []
+
+class Chat:
+    """A chat with machines of its own, and all that its runs did."""
+
+    def __init__(self, machines):
+        self.all = machines
+        self.talk = Conversation()
+        self.approvals = Approvals()
         self.cancel = Cancellation()
+        self.leaves = False
+        origin = moltis.Origin("model", "anna's key", "m for anna", session_key="main")
+        self.machines = moltis.FleetMachines(
+            machines.fleet, machines.jobs, origin, lambda: self.leaves
+        )
 
     def run(self, model, text="go"):
-        self.agent.run(self.session, model, text, self.steps.append, self.cancel)
-        return self.steps[-1]
+        run = moltis.AgentRun(
+            self.talk, model, self.machines, self.approvals, self.cancel
+        )
+        self.end = run.run(text)
+        return self.end
 
     def start(self, model, text="go"):
         thread = threading.Thread(target=self.run, args=(model, text), name="test-run")
         thread.start()
         return thread
 
-    def of(self, state):
-        return [step.fields for step in self.steps if step.state == state]
-
     def results(self):
-        """What the model was told of its calls."""
-        return [json.loads(m.text) for m in self.session.stored if m.role == "tool"]
+        """What the model got as results of its calls."""
+        return [json.loads(m.text) for m in self.talk.stored if m.role == "tool"]
+
+    def ran(self):
+        """The rows of the jobs, the oldest first."""
+        return self.all.store.jobs.page()[::-1]
 
 
 @pytest.fixture
-def chat():
-    return Chat(view("pi-id", "Pi"), view("gpu-id", "GPU box", cpuCount=8))
+def machines(tmp_path):
+    machines = Machines(tmp_path)
+    yield machines
+    machines.close()
+
+
+@pytest.fixture
+def chat(machines):
+    machines.connect("pi-id", "Pi")
+    machines.connect("gpu-id", "GPU box")
+    return Chat(machines)
 
 
 # --- Runs ---
 
 
 def test_an_answer_without_tools_is_the_end(chat):
-    last = chat.run(Scripted(says("Hello!")), "hi")
-    assert last == Step(
-        "final",
-        {
-            "text": "Hello!",
-            "model": "scripted/model",
-            "reason": "stop",
-            "inputTokens": 100,
-            "outputTokens": 10,
-            "iterations": 1,
-        },
+    assert chat.run(Scripted(says("Hello!")), "hi") == RunEnd(
+        "final", "", "stop", 100, 10
     )
-    states = [step.state for step in chat.steps]
-    assert states == ["user_message", "iteration", "delta", "final"]
-    assert chat.session.stored == [
+    assert chat.talk.steps == [("begin_answer", 1), ("say", "Hello!")]
+    assert chat.talk.stored == [
         ChatMessage("user", "hi"),
         ChatMessage("assistant", "Hello!"),
     ]
@@ -233,152 +194,178 @@ def test_the_model_lists_describes_selects_and_runs(chat):
         calls(("nodes_list", {})),
         calls(("nodes_describe", {"node": "gpu box"})),
         calls(("nodes_select", {"node": "gpu-id"})),
-        calls(("exec", {"command": "echo I am $NODE"})),
+        runs("echo I am $NODE"),
         says("It is the GPU box."),
     )
-    last = chat.run(model)
+    end = chat.run(model)
     listed, described, selected, ran = chat.results()
-    assert [n["node"] for n in listed["nodes"]] == ["Local", "Pi", "GPU box"]
-    assert described["telemetry"] == {"cpuCount": 8}
+    assert {n["node"] for n in listed["nodes"]} == {"Local", "Pi", "GPU box"}
+    assert (described["nodeId"], described["platform"]) == ("gpu-id", "linux")
     assert selected == {"selected": "GPU box", "connected": True}
+    assert ran.pop("seconds") >= 0
     assert ran == {
         "node": "GPU box",
+        "state": "done",
         "stdout": "I am gpu-id\n",
         "stderr": "",
         "exit_code": 0,
-        "duration_ms": 1,
     }
-    assert chat.session.node_id == "gpu-id"
-    assert last.fields["inputTokens"] == 500
-    assert last.fields["iterations"] == 5
+    assert chat.talk.node_id == "gpu-id"
+    assert end.input_tokens == 500
+    assert chat.talk.of("begin_answer") == [1, 2, 3, 4, 5]
 
 
-def test_output_is_seen_as_it_comes(chat):
-    chat.run(
-        Scripted(
-            calls(("exec", {"command": "echo out; echo err >&2"})),
-            says("ok"),
-        )
+def test_a_command_is_a_job_of_its_session_in_the_name_of_the_key(chat):
+    chat.run(Scripted(runs("exit 3", node="pi", timeout=9), says("ok")))
+    (row,) = chat.ran()
+    ((_, planned),) = chat.talk.of("begin_call")
+    assert chat.talk.of("begin_job") == [planned]
+    assert (row.id, row.node_id, row.command) == (planned.job_id, "pi-id", "exit 3")
+    assert (row.session_key, row.caller_kind, row.caller_id) == (
+        "main",
+        "model",
+        "anna's key",
     )
-    (start,) = chat.of("tool_call_start")
-    assert (start["name"], start["node"], start["command"]) == (
-        "exec",
-        "Local",
-        "echo out; echo err >&2",
-    )
-    (end,) = chat.of("tool_call_end")
-    assert end["result"] == {"node": "Local", "exit_code": 0, "duration_ms": 1}
+    assert (row.kept, row.timeout_ms, row.exit_code) == (True, 9000, 3)
+    assert row.decided_by is None
+    ((_, result),) = chat.talk.of("end_call")
+    assert result["exit_code"] == 3
 
 
 # --- In the background ---
 
 
-def piece(offset, data, stream=moltis.STDOUT):
-    return moltis.JobPiece(stream, offset, data)
+def background(chat, command, **arguments):
+    """Have the model leave a command running; return its id."""
+    arguments = {"background": True, **arguments}
+    chat.run(Scripted(runs(command, **arguments), says("It runs.")))
+    return chat.results()[-1]["id"]
 
 
-def status(chat, **arguments):
+def status(chat, job_id, **arguments):
     """Return what exec_status answers."""
-    chat.run(Scripted(calls(("exec_status", {"id": "job", **arguments})), says("ok")))
+    arguments = {"id": job_id, **arguments}
+    chat.run(Scripted(calls(("exec_status", arguments)), says("ok")))
     return chat.results()[-1]
 
 
-def test_a_command_in_the_background_is_answered_with_its_id(chat):
-    arguments = {"command": "make", "background": True, "node": "pi", "timeout": 9}
-    chat.run(Scripted(calls(("exec", arguments)), says("ok")))
-    ((session_key, planned),) = chat.jobs.started
-    assert (session_key, planned.command, planned.node_id) == ("main", "make", "pi-id")
-    assert planned.timeout == 9
-    (start,) = chat.of("tool_call_start")
-    assert start["background"] is True
-    assert start["invokeId"] == planned.invoke_id
-    expected = {"node": "Pi", "id": planned.invoke_id, "state": "started"}
-    assert chat.results() == [expected]
-    assert chat.machines.ran == []
+def test_a_command_in_the_background_is_answered_with_its_id(chat, tmp_path):
+    go = tmp_path / "go"
+    command = f"echo begun; until [ -e {go} ]; do sleep 0.02; done; echo grüße; exit 4"
+    job_id = background(chat, command, node="pi")
+    assert chat.results() == [{"node": "Pi", "id": job_id, "state": "started"}]
+    wait_for(lambda: status(chat, job_id)["stdout"])
+    seen = status(chat, job_id)
+    assert (seen["node"], seen["state"], seen["stdout"]) == ("Pi", "running", "begun\n")
+    assert "exit_code" not in seen
+    go.touch()
+    ended = status(chat, job_id, wait=60, offset=seen["next_offset"])
+    assert (ended["state"], ended["exit_code"]) == ("done", 4)
+    assert ended["stdout"] == "grüße\n"
+    assert status(chat, job_id)["stdout"] == "begun\ngrüße\n"
+
+
+def test_an_offset_that_a_model_makes_up_is_read_from_the_next_frame_on(chat):
+    job_id = background(chat, "echo one; sleep 0.2; echo two")
+    assert status(chat, job_id, wait=60)["stdout"] == "one\ntwo\n"
+    assert status(chat, job_id, offset=3)["stdout"] == "two\n"
+    seen = status(chat, job_id, offset=10_000)
+    assert (seen["stdout"], seen["state"]) == ("", "done")
 
 
 def test_the_background_is_no_way_around_a_question(chat):
-    chat.session.asks_first = True
-    arguments = {"command": "make", "background": True}
-    thread = chat.start(Scripted(calls(("exec", arguments)), says("Then not.")))
-    asked = wait_for(lambda: chat.of("approval_request"))[0]
-    assert asked["background"] is True
-    assert chat.jobs.started == []
-    chat.approvals.answer(asked["invokeId"], allowed=False, by="me")
+    chat.talk.asks = True
+    thread = chat.start(Scripted(runs("make", background=True), says("Then not.")))
+    asked = wait_for(lambda: chat.talk.of("ask"))[0]
+    assert asked.background is True
+    chat.approvals.answer(asked.job_id, allowed=False, by="me")
     thread.join()
-    assert chat.jobs.started == []
+    assert chat.ran() == []
     assert "denied" in chat.results()[0]["error"]
 
 
 @pytest.mark.parametrize(
-    ("view", "told"),
+    ("view", "seen"),
     [
-        ({"state": "sent", "waiting": False}, {"state": "running"}),
+        ({"state": "running"}, {"state": "running"}),
+        ({"state": "running", "place": 3}, {"state": "in line", "place": 3}),
         (
-            {"state": "sent", "waiting": False, "place": 3},
-            {"state": "in line", "place": 3},
-        ),
-        (
-            {"state": "running", "waiting": True},
-            {"state": "waiting for its node to come back"},
+            {"state": "running", "awayMs": 12_345},
+            {"state": "waiting for Pi to come back (12 s)"},
         ),
         ({"state": "done", "exitCode": 3}, {"state": "done", "exit_code": 3}),
-        ({"state": "lost", "error": "gone"}, {"state": "lost", "error": "gone"}),
+        (
+            {"state": "done", "signal": "SIGKILL", "duration": 0.5},
+            {"state": "done", "signal": "SIGKILL", "seconds": 0.5},
+        ),
+        (
+            {"state": "lost", "words": "lost: gone"},
+            {"state": "lost", "error": "lost: gone"},
+        ),
+        (
+            {"state": "timed_out", "words": "timed out"},
+            {"state": "timed_out", "error": "timed out"},
+        ),
     ],
 )
-def test_a_model_is_told_how_a_command_stands(chat, view, told):
-    chat.jobs.view = {**chat.jobs.view, **view}
-    known = {"id": "job", "node": "Pi", "stdout": "", "stderr": "", "next_offset": 0}
-    assert status(chat) == {**known, **told}
-    assert chat.jobs.waited == [0]
+def test_a_model_gets_the_state_of_a_job_in_these_words(view, seen):
+    view = {"nodeName": "Pi", **view}
+    assert moltis.job_for_model(view) == {"node": "Pi", **seen}
 
 
-def test_output_comes_from_an_offset_on_and_says_what_is_missing(chat):
+def reading(offset, *pieces, missing=0):
+    """A part of a log, in which each frame has a head of five bytes."""
+    length = sum(5 + len(data) for _, data in pieces)
+    return moltis.Reading(missing, pieces, offset + missing + length)
+
+
+def test_characters_may_be_cut_and_gaps_are_said():
     character = "ß".encode()
-    chat.jobs.pieces = [
-        piece(0, b"a" + character[:1]),
-        piece(2, character[1:]),
-        piece(0, b"oh", moltis.STDERR),
-        piece(1003, b"end"),
-    ]
-    result = status(chat)
-    missing = "\n[… 1,000 bytes not kept …]\n"
-    assert result["stdout"] == f"aß{missing}end"
-    assert (result["stderr"], result["next_offset"]) == ("oh", 4)
-    assert status(chat, offset=3)["stdout"] == "end"
-
-
-def test_a_model_sees_head_and_tail_of_much_output(chat):
-    chat.jobs.pieces = [piece(n * 50_000, b"%d" % n * 50_000) for n in range(10)]
-    result = status(chat)
-    assert len(result["stdout"]) < 31_000
-    assert result["stdout"].startswith("000")
-    assert result["stdout"].endswith("999")
-    assert "cut" in result["stdout"]
-    assert result["truncated"] is True
-    assert result["next_offset"] == 10
+    parts = {
+        0: reading(0, ("stdout", b"a" + character[:1]), ("stderr", b"oh")),
+        14: reading(14, ("stdout", character[1:] + b"end"), missing=1000),
+    }
+    empty = moltis.Reading(0, (), 0)
+    output, end = moltis.read_output(lambda at: parts.get(at, empty), 0)
+    assert end == 1023
+    assert output["stderr"] == "oh"
+    assert "[… 1,000 bytes cut …]" in output["stdout"]
+    parts[14] = reading(14, ("stdout", character[1:] + b"end"))
+    output, end = moltis.read_output(lambda at: parts.get(at, empty), 0)
+    assert (output, end) == ({"stdout": "aßend", "stderr": "oh"}, 23)
 
 
 def test_ending_a_command_waits_for_its_end(chat):
-    status(chat, cancel=True)
-    assert chat.jobs.cancelled == ["job"]
-    assert chat.jobs.waited[0] > 0
+    job_id = background(chat, "sleep 600")
+    assert status(chat, job_id, cancel=True)["state"] == "cancelled"
 
 
 def test_waiting_for_a_command_ends_with_the_turn_and_the_command_does_not(chat):
-    chat.jobs.ended.clear()
-    asked = {"id": "job", "wait": 60}
+    job_id = background(chat, "sleep 600")
+    asked = {"id": job_id, "wait": 60}
     thread = chat.start(Scripted(calls(("exec_status", asked))))
-    wait_for(lambda: chat.jobs.waited)
+    wait_for(lambda: len(chat.talk.of("begin_call")) == 2)
     chat.cancel.cancel()
     thread.join()
-    assert chat.steps[-1] == Step("aborted")
-    assert chat.jobs.cancelled == []
+    assert chat.end == RunEnd("aborted")
+    assert chat.all.store.jobs.get(job_id).is_open
 
 
 @pytest.mark.parametrize("wrong", [{"wait": 61}, {"wait": -1}, {"offset": -1}])
 def test_what_cannot_be_waited_for_or_read_is_refused(chat, wrong):
-    assert "wait takes 0 to 60 seconds" in status(chat, **wrong)["error"]
+    job_id = moltis.new_id()
+    assert "wait takes 0 to 60 seconds" in status(chat, job_id, **wrong)["error"]
+
+
+def test_a_model_cannot_look_at_another_session_s_commands(chat):
+    other = moltis.Origin("model", "anna's key", "m", session_key="other")
+    record = moltis.new_job(
+        ("pi-id", "Pi"), "run", {"command": "sleep 600"}, other, kept=True
+    )
+    chat.all.jobs.start(record)
+    seen = status(chat, record.id, cancel=True)
+    assert "is no command of this session" in seen["error"]
+    assert chat.all.jobs.get(record.id).record.cancelled_at is None
 
 
 # --- Runs of several commands ---
@@ -422,44 +409,40 @@ def test_a_selection_counts_for_the_calls_that_follow_it_in_the_same_turn(chat):
 
 
 def test_timeout_and_directory_reach_the_command(chat, tmp_path):
-    arguments = {"command": "pwd; sleep 60", "timeout": 0.3}
-    chat.run(
-        Scripted(
-            calls(("exec", {**arguments, "working_dir": str(tmp_path), "node": None})),
-            says("ok"),
-        )
-    )
+    arguments = {"timeout": 0.3, "working_dir": str(tmp_path), "node": None}
+    chat.run(Scripted(runs("pwd; sleep 60", **arguments), says("ok")))
     (result,) = chat.results()
     assert result["stdout"] == f"{os.path.realpath(tmp_path)}\n"
-    assert result["timed_out"] is True
+    assert result["state"] == "timed_out"
+    assert "timed out" in result["error"]
 
 
-def test_a_selected_node_that_is_offline_is_an_error_and_not_local():
-    chat = Chat(view("pi-id", "Pi", connected=False), view("b", "Box"))
-    chat.session.node_id = "pi-id"
-    chat.run(Scripted(calls(("exec", {"command": "true"})), says("ok")))
-    assert chat.results() == [{"error": "Pi is offline"}]
+def test_a_selected_node_that_is_offline_is_an_error_and_not_local(machines):
+    machines.know("pi-id", "Pi")
+    chat = Chat(machines)
+    chat.talk.node_id = "pi-id"
+    chat.run(Scripted(runs("true"), says("ok")))
+    (result,) = chat.results()
+    assert "Pi is offline since" in result["error"]
+    assert chat.ran() == []
 
 
-def test_forty_turns_are_enough():
-    chat = Chat()
-    turn = calls(("exec", {"command": "true"}))
-    last = chat.run(Scripted(*[turn] * 40))
-    assert last.state == "error"
-    assert "40 turns" in last.fields["message"]
-    assert len(chat.machines.ran) == 40
+def test_forty_turns_are_enough(machines):
+    chat = Chat(machines)
+    end = chat.run(Scripted(*[runs("true")] * 40))
+    assert end.state == "error"
+    assert "40 turns" in end.error
+    assert len(chat.ran()) == 40
 
 
 def test_an_error_of_the_model_ends_the_run_and_keeps_what_was_said(chat):
     turn = [Delta("text", "The disk "), ModelError("the stream broke off")]
-    last = chat.run(Scripted(turn))
-    assert last == Step("error", {"message": "the stream broke off"})
-    assert chat.session.stored[-1].text == "The disk \n\n[broken off]"
+    assert chat.run(Scripted(turn)) == RunEnd("error", "the stream broke off")
+    assert chat.talk.stored[-1].text == "The disk \n\n[broken off]"
 
 
 def test_a_stream_without_end_is_no_answer(chat):
-    last = chat.run(Scripted([Delta("text", "half")]))
-    assert last.state == "error"
+    assert chat.run(Scripted([Delta("text", "half")])).state == "error"
 
 
 # --- Tools and their arguments ---
@@ -474,21 +457,23 @@ def test_a_stream_without_end_is_no_answer(chat):
         ("exec", {"command": "ls", "timeout": "5"}, "timeout must be a number"),
         ("exec", {"command": "ls", "timeout": 0}, "timeout must be more than 0"),
         ("exec", {"command": "ls", "host": "pi"}, "it has command, node, timeout"),
-        ("exec", {"command": "ls", "node": ""}, "there is Local, Pi, GPU box"),
-        ("exec", {"command": "ls", "node": "mars"}, "there is Local, Pi, GPU box"),
+        ("exec", {"command": "ls", "node": ""}, "there is Local, GPU box, Pi"),
+        ("exec", {"command": "ls", "node": "mars"}, "there is Local, GPU box, Pi"),
         ("nodes_describe", {}, "node is missing"),
-        ("nodes_select", {"node": "mars"}, "there is Local, Pi, GPU box"),
-        ("nodes_list", {"all": True}, "it has none"),
+        ("nodes_select", {"node": "mars"}, "there is Local, GPU box, Pi"),
+        ("nodes_list", {"all": True}, "it has filter"),
         ("reboot", {}, "there is exec, exec_status, nodes_list"),
     ],
 )
 def test_a_wrong_call_gets_a_sentence_that_helps(chat, name, arguments, sentence):
     chat.run(Scripted(calls((name, arguments)), says("sorry")))
     (result,) = chat.results()
-    assert sentence in result["error"]
-    assert chat.machines.ran == []
-    assert chat.session.node_id == "local"
-    assert len(chat.of("tool_call_start")) == len(chat.of("tool_call_end")) == 1
+    for name in ("Local", "GPU box", "Pi") if "there is Local" in sentence else ():
+        assert name in result["error"]
+    assert sentence.partition(" Local")[0] in result["error"]
+    assert chat.ran() == []
+    assert chat.talk.node_id == "local"
+    assert len(chat.talk.of("begin_call")) == len(chat.talk.of("end_call")) == 1
 
 
 def test_arguments_that_were_no_json_are_shown_to_their_author(chat):
@@ -498,8 +483,9 @@ def test_arguments_that_were_no_json_are_shown_to_their_author(chat):
     assert '{"command": "ls' in chat.results()[0]["error"]
 
 
-def test_without_nodes_no_node_is_offered():
-    chat = Chat(view("pi-id", "Pi", connected=False))
+def test_without_nodes_no_node_is_offered(machines):
+    machines.know("pi-id", "Pi")
+    chat = Chat(machines)
     model = Scripted(says("ok"))
     chat.run(model)
     tools = model.asked[0][1]
@@ -513,87 +499,131 @@ def test_the_prompt_names_the_machines_anew_in_every_turn(chat):
     prompts = [messages[0].text for messages, _ in model.asked]
     assert "exec runs by default: Local (local)" in prompts[0]
     assert "exec runs by default: Pi (pi-id)" in prompts[1]
-    assert "- GPU box (gpu-id): linux, 8 CPUs" in prompts[0]
+    assert "- GPU box (gpu-id): linux" in prompts[0]
+
+
+def test_of_many_machines_the_prompt_names_fifty_and_the_list_has_a_filter(machines):
+    for number in range(300):
+        machines.know(f"id-{number}", f"box {number:03}")
+    machines.connect("zoo-id", "zoo")
+    chat = Chat(machines)
+    chat.talk.node_id = "id-299"
+    model = Scripted(
+        calls(("nodes_list", {"filter": "BOX 29"}), ("nodes_list", {})), says("ok")
+    )
+    chat.run(model)
+    prompt = model.asked[0][0][0].text
+    assert "exec runs by default: box 299 (id-299)" in prompt
+    assert "zoo (zoo-id): linux\n" in prompt, "connected ones come first"
+    assert prompt.count("\n- ") == 51
+    assert "and 252 more: use nodes_list with a filter" in prompt
+    few, many = chat.results()
+    assert [n["node"] for n in few["nodes"]] == [f"box 29{n}" for n in range(10)]
+    assert [n["selected"] for n in few["nodes"]] == [False] * 9 + [True]
+    assert (len(many["nodes"]), many["not_listed"]) == (200, 102)
 
 
 def test_a_node_is_described_in_one_line():
-    line = moltis.describe_node(
-        view(
-            "x",
-            "Box",
-            connected=False,
-            cpuCount=4,
-            cpuUsage=12.4,
-            memTotal=8 * 1024**3,
-            memAvailable=1024**3,
-            gpus=[{"name": "RTX 4090"}],
-        )
-    )
+    telemetry = {
+        "cpuCount": 4,
+        "cpuUsage": 12.4,
+        "memTotal": 8 * 1024**3,
+        "memAvailable": 1024**3,
+        "gpus": [{"name": "RTX 4090"}],
+    }
+    view = {"nodeId": "x", "displayName": "Box", "platform": "linux"}
+    line = moltis.describe_node({**view, "connected": False, "telemetry": telemetry})
     assert line == (
         "Box (x): linux, offline, 4 CPUs, 12 % busy, "
         "memory 1.0 GiB free of 8.0 GiB, GPU RTX 4090"
     )
 
 
-@pytest.mark.parametrize("node", ["stdout", "stderr", "both"])
-def test_a_model_sees_head_and_tail_of_long_output(chat, node):
+@pytest.mark.parametrize("stream", ["stdout", "stderr", "both"])
+def test_a_model_sees_head_and_tail_of_long_output(chat, stream):
     loud = "echo begin; head -c 5000000 /dev/zero | tr '\\0' x; echo; echo end"
     command = {"stdout": loud, "stderr": f"({loud}) >&2"}
     command["both"] = f"({loud}); ({loud}) >&2"
-    chat.run(Scripted(calls(("exec", {"command": command[node]})), says("ok")))
+    chat.run(Scripted(runs(command[stream]), says("ok")))
     (result,) = chat.results()
     assert result["truncated"] is True
     assert len(result["stdout"] + result["stderr"]) < 30_200
-    for stream in ("stdout", "stderr") if node == "both" else (node,):
-        assert result[stream].startswith("begin\n")
-        assert result[stream].endswith("end\n")
-        assert " cut …\n" in result[stream]
+    for name in ("stdout", "stderr") if stream == "both" else (stream,):
+        assert result[name].startswith("begin\n")
+        assert result[name].endswith("end\n")
+        assert " cut …\n" in result[name]
 
 
 # --- Cancelling ---
 
 
 def test_cancelled_while_the_model_speaks(chat):
-    def speak(cancel):
+    def speak(_cancel):
         yield Delta("text", "Well, ")
         chat.cancel.cancel()
         yield Cancelled()
 
-    assert chat.run(Scripted(speak)) == Step("aborted")
-    assert chat.session.stored[-1].text.startswith("Well, ")
+    assert chat.run(Scripted(speak)) == RunEnd("aborted")
+    assert chat.talk.stored[-1].text.startswith("Well, ")
 
 
 def test_cancelled_while_commands_run(chat, tmp_path):
+    marks = tmp_path / "marks"
+    marks.mkdir()
     thread = chat.start(
         Scripted(
             calls(
-                ("exec", {"command": f"touch {tmp_path}/1; sleep 60"}),
-                ("exec", {"command": f"touch {tmp_path}/2; sleep 60", "node": "pi"}),
+                ("exec", {"command": f"touch {marks}/1; sleep 60"}),
+                ("exec", {"command": f"touch {marks}/2; sleep 60", "node": "pi"}),
                 ("exec", {"command": "echo done"}),
             )
         )
     )
-    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
-    wait_for(lambda: len(chat.of("tool_call_end")) == 1)
+    wait_for(lambda: len(list(marks.iterdir())) == 2)
+    wait_for(lambda: len(chat.talk.of("end_call")) == 1)
     chat.cancel.cancel()
     thread.join()
-    assert chat.steps[-1] == Step("aborted")
+    assert chat.end == RunEnd("aborted")
     first, second, third = chat.results()
     assert first == second == {"error": "cancelled by the user"}
     assert third["stdout"] == "done\n"
+    states = {row.command: row.state for row in chat.ran()}
+    assert sorted(states.values()) == ["cancelled", "cancelled", "done"]
+
+
+def test_a_gateway_that_stops_leaves_the_commands_running(chat):
+    thread = chat.start(Scripted(runs("sleep 600", node="pi")))
+    wait_for(lambda: chat.talk.of("begin_job"))
+    chat.leaves = True
+    chat.cancel.cancel()
+    thread.join()
+    assert chat.end == RunEnd("aborted")
+    (row,) = chat.ran()
+    assert (row.state, row.cancelled_at) == ("running", None)
 
 
 def test_cancelled_while_a_person_is_asked(chat):
-    chat.session.asks_first = True
-    thread = chat.start(Scripted(calls(("exec", {"command": "true"}))))
-    wait_for(lambda: chat.of("approval_request"))
+    chat.talk.asks = True
+    thread = chat.start(Scripted(runs("true")))
+    asked = wait_for(lambda: chat.talk.of("ask"))[0]
     chat.cancel.cancel()
     thread.join()
-    assert chat.steps[-1] == Step("aborted")
-    assert chat.machines.ran == []
-    invoke_id = chat.of("approval_request")[0]["invokeId"]
+    assert chat.end == RunEnd("aborted")
+    assert chat.ran() == []
     with pytest.raises(RpcError, match="closed"):
-        chat.approvals.answer(invoke_id, allowed=True, by="anna")
+        chat.approvals.answer(asked.job_id, allowed=True, by="anna")
+
+
+def test_a_command_whose_turn_comes_after_stop_does_not_run(chat):
+    """More calls than run side by side: the last wait for the first."""
+    count = moltis.MAX_PARALLEL_CALLS + 2
+    named = [("exec", {"command": "sleep 600"}) for _ in range(count)]
+    thread = chat.start(Scripted(calls(*named)))
+    wait_for(lambda: len(chat.ran()) == moltis.MAX_PARALLEL_CALLS)
+    chat.cancel.cancel()
+    thread.join()
+    assert chat.end == RunEnd("aborted")
+    assert len(chat.ran()) == moltis.MAX_PARALLEL_CALLS
 
 
 # --- Approvals ---
@@ -602,100 +632,117 @@ def test_cancelled_while_a_person_is_asked(chat):
 def approve(chat, **answer):
     """Answer the next question of `chat` once it is there."""
     question = wait_for(lambda: open_questions(chat))[0]
-    chat.approvals.answer(question["invokeId"], by="anna", **answer)
+    chat.approvals.answer(question.job_id, by="anna", **answer)
     return question
 
 
 def open_questions(chat):
-    closed = {fields["invokeId"] for fields in chat.of("approval_resolved")}
-    return [f for f in chat.of("approval_request") if f["invokeId"] not in closed]
+    closed = {planned.job_id for planned, _ in chat.talk.of("decide")}
+    return [planned for planned in chat.talk.of("ask") if planned.job_id not in closed]
 
 
 def test_what_was_approved_is_what_runs_byte_for_byte(chat):
-    chat.session.asks_first = True
+    chat.talk.asks = True
     command = "echo 'ä  b'\t# \u202e\n"
-    arguments = {"command": command, "node": "pi", "working_dir": "/", "timeout": 9}
-    thread = chat.start(Scripted(calls(("exec", arguments)), says("ok")))
+    thread = chat.start(
+        Scripted(runs(command, node="pi", working_dir="/", timeout=9), says("ok"))
+    )
     question = approve(chat, allowed=True)
     thread.join()
-    (key, planned), verdict = chat.machines.ran[0], chat.audit[0][2]
-    assert key == "main"
-    assert {**question, **planned.fields()} == question
-    assert (planned.command, planned.working_dir, planned.timeout) == (command, "/", 9)
-    assert (verdict.allowed, verdict.by) == (True, "anna")
-    assert chat.of("approval_request")[0]["command"] == command
-    assert chat.of("approval_resolved")[0]["by"] == "anna"
+    (row,) = chat.ran()
+    assert row.id == question.job_id
+    assert (question.command, question.cwd, question.timeout) == (command, "/", 9)
+    assert (row.command, row.cwd, row.timeout_ms) == (command, "/", 9000)
+    assert row.decided_by == "anna"
+    assert chat.talk.of("decide") == [(question, Verdict(True, "anna"))]
+    assert chat.results()[0]["stdout"] == "ä  b\n"
 
 
 def test_a_denial_goes_to_the_model_as_such(chat):
-    chat.session.asks_first = True
-    thread = chat.start(Scripted(calls(("exec", {"command": "rm x"})), says("ok")))
-    approve(chat, allowed=False)
+    chat.talk.asks = True
+    thread = chat.start(Scripted(runs("rm x"), says("ok")))
+    question = approve(chat, allowed=False)
     thread.join()
     assert chat.results() == [{"node": "Local", "error": "denied by the user"}]
-    assert chat.machines.ran == []
-    assert chat.steps[-1].state == "final"
-    assert chat.audit[0][2].allowed is False
+    assert chat.ran() == []
+    assert chat.end.state == "final"
+    assert chat.talk.of("decide") == [(question, Verdict(False, "anna"))]
 
 
 def test_always_holds_for_that_node_in_that_session_only(chat):
-    chat.session.asks_first = True
+    chat.talk.asks = True
     command = ("exec", {"command": "true"})
     thread = chat.start(Scripted(calls(command), calls(command), says("ok")))
     approve(chat, allowed=True, always=True)
     thread.join()
-    assert len(chat.machines.ran) == 2
-    assert [verdict.by for _, _, verdict in chat.audit] == ["anna", "anna, always here"]
+    assert [row.decided_by for row in chat.ran()] == ["anna", "anna, always here"]
 
-    elsewhere = ("exec", {"command": "true", "node": "pi"})
-    thread = chat.start(Scripted(calls(elsewhere), says("ok")))
-    assert approve(chat, allowed=True)["nodeId"] == "pi-id"
+    thread = chat.start(Scripted(runs("true", node="pi"), says("ok")))
+    assert approve(chat, allowed=True).node_id == "pi-id"
     thread.join()
 
     chat.approvals.forget("main")
     thread = chat.start(Scripted(calls(command), says("ok")))
     approve(chat, allowed=False)
     thread.join()
-    assert len(chat.machines.ran) == 3
+    assert len(chat.ran()) == 3
+
+
+def test_always_holds_for_the_key_that_asked_and_dies_with_it(chat):
+    chat.talk.asks = True
+    thread = chat.start(Scripted(runs("true"), says("ok")))
+    approve(chat, allowed=True, always=True)
+    thread.join()
+    chat.talk.key_id = "ben's key"
+    thread = chat.start(Scripted(runs("true"), says("ok")))
+    approve(chat, allowed=False)
+    thread.join()
+    chat.talk.key_id = "anna's key"
+    chat.approvals.forget(key_id="ben's key")
+    chat.run(Scripted(runs("true"), says("ok")))
+    assert len(chat.ran()) == 2
+    chat.approvals.forget(key_id="anna's key")
+    thread = chat.start(Scripted(runs("true"), says("ok")))
+    approve(chat, allowed=False)
+    thread.join()
+    assert len(chat.ran()) == 2
 
 
 def test_always_answers_the_questions_that_are_open_there_already(chat):
-    chat.session.asks_first = True
+    chat.talk.asks = True
     here, elsewhere = ({"command": "true", "node": node} for node in ("local", "pi"))
     model = Scripted(calls(*[("exec", x) for x in (here, elsewhere, here)]), says("ok"))
     thread = chat.start(model)
     wait_for(lambda: len(open_questions(chat)) == 3)
-    first = next(q for q in open_questions(chat) if q["nodeId"] == "local")
-    chat.approvals.answer(first["invokeId"], by="anna", allowed=True, always=True)
+    first = next(q for q in open_questions(chat) if q.node_id == "local")
+    chat.approvals.answer(first.job_id, by="anna", allowed=True, always=True)
     wait_for(lambda: len(open_questions(chat)) == 1)
-    assert approve(chat, allowed=False)["nodeId"] == "pi-id"
+    assert approve(chat, allowed=False).node_id == "pi-id"
     thread.join()
-    assert len(chat.machines.ran) == 2
+    assert len(chat.ran()) == 2
 
 
 def test_nobody_there_to_ask_means_no():
-    audit = []
-    approvals = Approvals(lambda *decision: audit.append(decision), timeout=0.01)
+    approvals = Approvals(timeout=0.01)
     planned = PlannedCommand("i", "local", "Local", "true")
-    verdict = approvals.ask("main", planned, lambda: None, Cancellation())
+    verdict = approvals.ask(Conversation(), planned, Cancellation())
     assert not verdict.allowed
-    assert "nobody answered" in verdict.reason
-    assert audit == [("main", planned, verdict)]
+    assert verdict.words() == "denied: nobody answered within 0.0 s"
     with pytest.raises(RpcError, match="closed"):
         approvals.answer("i", allowed=True, by="anna")
 
 
 def test_a_question_is_answered_once():
-    approvals = Approvals(lambda *_: None)
-    planned = PlannedCommand("i", "local", "Local", "true")
+    approvals, chat = Approvals(), Conversation()
 
-    def answer_twice():
-        approvals.answer("i", allowed=True, by="anna")
+    def answer_twice(planned):
+        approvals.answer(planned.job_id, allowed=True, by="anna")
         with pytest.raises(RpcError):
-            approvals.answer("i", allowed=False, by="ben")
+            approvals.answer(planned.job_id, allowed=False, by="ben")
 
-    verdict = approvals.ask("main", planned, answer_twice, Cancellation())
-    assert verdict == Verdict(True, "anna")
+    chat.on_ask = answer_twice
+    planned = PlannedCommand("i", "local", "Local", "true")
+    assert approvals.ask(chat, planned, Cancellation()) == Verdict(True, "anna")
 
 
 # --- Shell ---
@@ -703,25 +750,31 @@ def test_a_question_is_answered_once():
 
 def test_shell_runs_what_was_typed_on_the_selected_node(chat):
     """Nobody is asked: a person typed it."""
-    chat.session.asks_first = True
-    chat.session.node_id = "pi-id"
-    last = chat.run(ShellModel(), "echo $NODE; exit 3")
+    chat.talk.asks = True
+    chat.talk.node_id = "pi-id"
+    end = chat.run(ShellModel(), "echo $NODE; exit 3")
     (result,) = chat.results()
     assert (result["stdout"], result["exit_code"]) == ("pi-id\n", 3)
-    assert last.state == "final"
-    assert [m.role for m in chat.session.stored] == ["user", "assistant", "tool"]
+    assert end.state == "final"
+    assert [m.role for m in chat.talk.stored] == ["user", "assistant", "tool"]
 
 
-def test_an_exclamation_mark_goes_to_shell_under_any_model(chat):
-    model = Scripted()
-    chat.run(model, "!echo hi")
+def test_what_follows_an_exclamation_mark_is_the_command(chat):
+    chat.run(ShellModel(), "!echo hi")
     assert chat.results()[0]["stdout"] == "hi\n"
-    assert model.asked == []
 
 
 def test_shell_without_a_command_says_so(chat):
     chat.run(ShellModel(), "  ")
     assert chat.results() == [{"error": "command is empty"}]
+
+
+def test_a_turn_of_shell_looks_at_no_list_of_nodes(chat, monkeypatch):
+    monkeypatch.delattr(moltis.Fleet, "select")
+    monkeypatch.delattr(moltis.Fleet, "views")
+    chat.machines.select = None
+    assert chat.run(ShellModel(), "echo hi").state == "final"
+    assert chat.results()[0]["stdout"] == "hi\n"
 
 
 def test_a_model_knows_afterwards_what_shell_did(chat):
@@ -791,41 +844,27 @@ def test_the_last_question_stays_whatever_happens():
 
 
 def test_compaction_is_shown_once_a_run(chat):
-    chat.session.stored = history(9, "x" * 5000)[1:]
+    chat.talk.stored = history(9, "x" * 5000)[1:]
     model = Scripted(
         calls(("exec", {"command": "true"})), says("ok"), context_tokens=12_000
     )
     chat.run(model)
-    notices = [d["text"] for d in chat.of("delta") if d["kind"] == "notice"]
+    notices = chat.talk.of("notice")
     assert len(notices) == 1
     assert notices[0].startswith("left out to save space")
-    assert len(chat.session.stored) > 36  # what is stored stays whole
+    assert len(chat.talk.stored) > 36  # what is stored stays whole
 
 
 def test_a_model_that_holds_less_than_thought_is_asked_with_less(chat):
-    chat.session.stored = history(9, "x" * 5000)[1:]
+    chat.talk.stored = history(9, "x" * 5000)[1:]
     too_long = [ContextTooLong("maximum context length is 4096 tokens")]
     model = Scripted(too_long, too_long, says("ok"))
-    last = chat.run(model)
-    assert last.fields["text"] == "ok"
+    assert chat.run(model).state == "final"
     sizes = [size(messages) for messages, _ in model.asked]
     assert sizes[0] > 2 * sizes[1] - 1000 > sizes[2]
 
 
 def test_what_can_never_fit_is_an_error(chat):
     too_long = [ContextTooLong("prompt is too long")]
-    last = chat.run(Scripted(*[too_long] * 20))
-    assert last == Step("error", {"message": "prompt is too long"})
-
-
-def test_a_command_whose_turn_comes_after_stop_does_not_run(chat):
-    """More calls than run side by side: the last wait for the first."""
-    chat.session.asks_first = False
-    count = moltis.MAX_PARALLEL_CALLS + 2
-    named = [("exec", {"command": "sleep 600"}) for _ in range(count)]
-    thread = chat.start(Scripted(calls(*named)))
-    wait_for(lambda: len(chat.machines.ran) == moltis.MAX_PARALLEL_CALLS)
-    chat.cancel.cancel()
-    thread.join()
-    assert chat.steps[-1] == Step("aborted")
-    assert len(chat.machines.ran) == moltis.MAX_PARALLEL_CALLS
+    end = chat.run(Scripted(*[too_long] * 20))
+    assert end == RunEnd("error", "prompt is too long")

@@ -471,7 +471,7 @@ def test_a_key_without_the_scope_cannot_approve(site, server, tmp_path):
     store = moltis.Store(site.home / ".moltis" / moltis.STORE_FILE)
     try:
         scopes = [moltis.Scope.READ, moltis.Scope.WRITE]
-        _, text = moltis.Access(store).create_key("writer", scopes)
+        _, text = moltis.Access(store).operators.create_key("writer", scopes)
     finally:
         store.close()
     with moltis.OperatorClient(site.url, text) as client:

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from machines import Machines
 from peers import InProcessGateway, RawPeer
 from support import Program, ScriptedServer, free_port, process_exists, wait_for
 
@@ -27,11 +28,7 @@ class Watcher:
         self.session = session
         self.rows = {}
         self.events = []
-        self._peer = RawPeer(url)
-        answer = self._peer.request(
-            "connect", {"role": "operator", "auth": {"api_key": api_key}}
-        )
-        assert answer["ok"], answer
+        self._peer, self._reader = (sign_in(url, api_key) for _ in range(2))
         self._peer.request("subscribe", {"events": ["chat", "session"]})
 
     def send(self, text, **params):
@@ -69,10 +66,6 @@ class Watcher:
             row = self.rows[event["messageId"]]
             row["text"] += event["text"]
             row["seq"] = event["seq"]
-        elif event["state"] == "tool_call_output":
-            row = self.rows[event["messageId"]]
-            row["command"]["output"].append([event["stream"], event["data"]])
-            row["seq"] = event["seq"]
 
     def of(self, role):
         """Return the messages of a role in the order of the page."""
@@ -89,8 +82,23 @@ class Watcher:
     def saw(self, state):
         return any(event["state"] == state for event in self.events)
 
+    def card(self):
+        """Return the first card once its job has started."""
+        self.until(lambda: any("job" in row for row in self.of("command")))
+        return next(row for row in self.of("command") if "job" in row)
+
+    def text(self, card, stream=None):
+        """Return the output of a card's job, as the page reads it."""
+        return read_output(self._reader, card["jobId"], stream)
+
+    def first_output(self):
+        """Return the output of the first card once there is some."""
+        card = self.card()
+        return wait_for(lambda: self.text(card), what="output")
+
     def close(self):
         self._peer.close()
+        self._reader.close()
 
     def __enter__(self):
         return self
@@ -99,9 +107,31 @@ class Watcher:
         self.close()
 
 
-def text_of(card, stream=None):
-    pieces = card["command"]["output"]
-    return "".join(text for name, text in pieces if stream in (None, name))
+def sign_in(url, api_key):
+    peer = RawPeer(url)
+    params = {"role": "operator", "auth": {"api_key": api_key}}
+    answer = peer.request("connect", params)
+    assert answer["ok"], answer
+    return peer
+
+
+def read_output(peer, job_id, stream=None):
+    """Return what `job.read` tells of a job's output, of one stream or of both."""
+    texts, offset = [], 0
+    while True:
+        answer = peer.request("job.read", {"id": job_id, "offset": offset})
+        assert answer["ok"], answer
+        payload = answer["payload"]
+        if payload["offset"] > offset:
+            texts.append(f"[{payload['offset'] - offset} cut]")
+        if not payload["pieces"] and payload["next"] <= offset:
+            return "".join(texts)
+        texts += [
+            piece["text"]
+            for piece in payload["pieces"]
+            if stream in (None, piece["stream"])
+        ]
+        offset = payload["next"]
 
 
 def until_file(path):
@@ -129,27 +159,35 @@ def test_what_is_typed_runs_and_its_card_says_how_it_ended(gateway, chat):
     assert chat.send("echo hi; echo no >&2; exit 3")["ok"]
     (card,) = chat.finish()
     assert card["state"] == "done"
-    assert text_of(card, "stdout") == "hi\n"
-    assert text_of(card, "stderr") == "no\n"
-    command = card["command"]
-    assert command["exitCode"] == 3
-    assert command["node"] == "Local"
-    assert command["startedAt"] <= command["endedAt"]
+    assert chat.text(card, "stdout") == "hi\n"
+    assert chat.text(card, "stderr") == "no\n"
+    command, job = card["command"], card["job"]
+    assert (command["node"], command["nodeId"]) == ("Local", "local")
+    assert command["command"] == "echo hi; echo no >&2; exit 3"
+    assert card["jobId"] == job["id"]
+    assert (job["exitCode"], job["words"], job["failed"]) == (
+        3,
+        "exit status 3",
+        True,
+    )
+    assert job["askedAt"] <= job["endedAt"]
     chat.until(lambda: chat.saw("final"))
     (said,) = chat.of("user")
     assert (said["state"], said["text"]) == ("done", "echo hi; echo no >&2; exit 3")
     assert said["createdAt"] < card["createdAt"]
 
 
-def test_output_comes_while_the_command_runs(chat, tmp_path):
+def test_a_card_names_its_job_from_the_start_and_events_hold_no_output(chat, tmp_path):
     chat.send(f"echo first; {until_file(tmp_path / 'go')}; echo second")
-    chat.until(lambda: chat.saw("tool_call_output"))
-    (card,) = chat.of("command")
-    assert card["state"] == "running"
-    assert text_of(card) == "first\n"
+    card = chat.card()
+    assert (card["state"], card["job"]["state"]) == ("running", "running")
+    assert chat.first_output() == "first\n"
     (tmp_path / "go").touch()
     (card,) = chat.finish()
-    assert text_of(card) == "first\nsecond\n"
+    assert chat.text(card) == "first\nsecond\n"
+    assert not any("second\\n" in json.dumps(event) for event in chat.events)
+    told = [e["state"] for e in chat.events if e.get("messageId") == card["id"]]
+    assert told == ["tool_call_start", "tool_call_start", "tool_call_end"]
 
 
 def test_commands_run_on_the_node_of_the_session_and_nowhere_else(gateway, chat):
@@ -160,27 +198,27 @@ def test_commands_run_on_the_node_of_the_session_and_nowhere_else(gateway, chat)
         (card,) = chat.finish()
         assert card["command"]["nodeId"] == "id-of-far"
         assert card["command"]["node"] == "far"
-        assert text_of(card) == "there\n"
+        assert chat.text(card) == "there\n"
     wait_for(lambda: not gateway.is_connected("id-of-far"))
     chat.send("echo here")
     cards = chat.finish(2)
     assert cards[1]["state"] == "error"
     assert "far is offline since" in cards[1]["command"]["error"]
-    assert text_of(cards[1]) == ""
+    assert "job" not in cards[1]
     (entry,) = gateway.call("sessions.list")
     assert entry["node_id"] == "id-of-far"
 
 
 def test_one_turn_at_a_time_and_the_others_wait_in_line(chat, tmp_path):
     assert "queued" not in chat.send(f"{until_file(tmp_path / 'go')}; echo one")
+    chat.card()
     assert chat.send("echo two")["queued"]
     chat.until(lambda: any(row["state"] == "queued" for row in chat.of("user")))
-    chat.until(lambda: chat.of("command"))
     assert len(chat.of("command")) == 1
     (tmp_path / "go").touch()
     one, two = chat.finish(2)
-    assert (text_of(one), text_of(two)) == ("one\n", "two\n")
-    assert one["command"]["endedAt"] <= two["command"]["startedAt"]
+    assert (chat.text(one), chat.text(two)) == ("one\n", "two\n")
+    assert one["job"]["endedAt"] <= two["job"]["askedAt"]
     # In the order in which things happened, not that in which they were typed.
     rows = sorted(chat.rows.values(), key=lambda row: row["createdAt"])
     assert [row["role"] for row in rows] == ["user", "command", "user", "command"]
@@ -193,7 +231,7 @@ def test_sessions_do_not_wait_for_each_other(gateway, chat, tmp_path):
     with Watcher(gateway.websocket_url, gateway.api_key, other["key"]) as second:
         second.send("echo done")
         (card,) = second.finish()
-        assert text_of(card) == "done\n"
+        assert second.text(card) == "done\n"
     (tmp_path / "go").touch()
     chat.finish()
 
@@ -201,14 +239,13 @@ def test_sessions_do_not_wait_for_each_other(gateway, chat, tmp_path):
 def test_an_abort_ends_the_command_and_what_waits_in_line(gateway, chat):
     chat.send("echo $$; sleep 100")
     chat.send("echo never")
-    chat.until(lambda: chat.saw("tool_call_output"))
-    pid = int(text_of(chat.of("command")[0]))
+    pid = int(chat.first_output())
     answer = gateway.call("chat.abort", sessionKey="main")
     assert answer["aborted"]
     (card,) = chat.finish()
     assert card["state"] == "aborted"
-    assert card["command"]["cancelled"]
-    assert card["command"]["signal"]
+    assert card["job"]["state"] == "cancelled"
+    assert "this machine" in card["job"]["words"], "by whom"
     wait_for(lambda: not process_exists(pid), what="the end of the command")
     chat.until(lambda: chat.of("user")[1]["state"] == "aborted")
     wait_for(lambda: not gateway.call("sessions.list")[0]["replying"])
@@ -217,14 +254,9 @@ def test_an_abort_ends_the_command_and_what_waits_in_line(gateway, chat):
 
 def test_stopping_one_card_is_enough(gateway, chat):
     chat.send("sleep 100")
-    chat.until(lambda: chat.of("command") and "startedAt" in running(chat))
-    gateway.call("node.invoke.cancel", invokeId=running(chat)["invokeId"])
+    gateway.call("job.cancel", id=chat.card()["jobId"])
     (card,) = chat.finish()
-    assert card["command"]["cancelled"]
-
-
-def running(chat):
-    return chat.of("command")[0]["command"]
+    assert (card["state"], card["job"]["state"]) == ("aborted", "cancelled")
 
 
 def test_a_turn_goes_on_when_whoever_asked_has_left(gateway, tmp_path):
@@ -233,19 +265,35 @@ def test_a_turn_goes_on_when_whoever_asked_has_left(gateway, tmp_path):
     (tmp_path / "go").touch()
 
     def card():
-        last = gateway.call("chat.history", sessionKey="main")[-1]
+        last = history_of(gateway)[-1]
         ended = (last["role"], last["state"]) == ("command", "done")
         return last if ended else None
 
-    assert text_of(wait_for(card)) == "finished\n"
+    assert output_of(gateway, wait_for(card)) == "finished\n"
+
+
+def output_of(gateway, card):
+    pieces = gateway.call("job.read", id=card["jobId"])["pieces"]
+    return "".join(piece["text"] for piece in pieces)
 
 
 def test_a_command_that_cannot_start_says_why(gateway, chat):
-    gateway.call("nodes.set_session", session_key="main", node_id=None)
     chat.send("x" * (3 * 1024 * 128))
     (card,) = chat.finish()
     assert card["state"] == "error"
-    assert card["command"]["error"]
+    assert card["job"]["state"] == "failed"
+    assert card["job"]["reason"]
+
+
+def test_what_was_accepted_is_not_lost_with_a_gateway_that_is_killed(restartable):
+    with restartable.watch() as chat:
+        for number in range(8):
+            chat.send(f"sleep 60; echo {number}")
+    restartable.program.end(9)
+    restartable.start()
+    said = [row for row in history_of(restartable) if row["role"] == "user"]
+    assert [row["text"][-1] for row in said] == list("01234567")
+    assert [row["state"] for row in said] == ["done"] + ["interrupted"] * 7
 
 
 # -- catching up ---------------------------------------------------------------
@@ -258,7 +306,7 @@ def test_events_are_numbered_without_gaps_and_history_agrees_with_them(gateway, 
     chat.until(lambda: sum(e["state"] == "final" for e in chat.events) == 3)
     numbers = [event["seq"] for event in chat.events]
     assert numbers == list(range(1, len(numbers) + 1))
-    history = gateway.call("chat.history", sessionKey="main")
+    history = history_of(gateway)
     assert history == sorted(chat.rows.values(), key=lambda row: row["createdAt"])
     middle = history[2]["seq"]
     newer = gateway.call("chat.history", sessionKey="main", after=middle)
@@ -269,81 +317,46 @@ def test_events_are_numbered_without_gaps_and_history_agrees_with_them(gateway, 
     assert older == history[:2]
 
 
-def test_history_tells_what_is_being_printed(gateway, chat, tmp_path):
+def test_history_has_the_jobs_of_cards_as_they_are_now(gateway, chat, tmp_path):
     chat.send(f"echo so far; {until_file(tmp_path / 'go')}")
-    chat.until(lambda: chat.saw("tool_call_output"))
+    chat.first_output()
     row = gateway.call("chat.history", sessionKey="main", after=1)[-1]
-    assert row["state"] == "running"
-    assert text_of(row) == "so far\n"
+    assert (row["state"], row["job"]["state"]) == ("running", "running")
+    assert row["job"]["end"] > 0
     assert row["seq"] == chat.events[-1]["seq"]
     (tmp_path / "go").touch()
-    chat.finish()
-
-
-def test_a_large_output_keeps_head_and_tail_and_says_what_is_missing(gateway, chat):
-    chat.send("seq 1000000")
     (card,) = chat.finish()
-    command = card["command"]
-    whole = "".join(f"{n}\n" for n in range(1, 1000001))
-    at = command["cutAt"]
-    head = "".join(text for _, text in command["output"][:at])
-    tail = "".join(text for _, text in command["output"][at:])
-    assert whole.startswith(head)
-    assert whole.endswith(tail)
-    assert len(head) + command["cut"] + len(tail) == len(whole)
-    assert len(head) >= 120_000
-    assert len(tail) >= 120_000
-    assert command["stdoutBytes"] == len(whole)
-    assert len(json.dumps(card)) < 400_000
-    told = sum(len(e["data"]) for e in chat.events if e["state"] == "tool_call_output")
-    assert told < len(whole)
-    kept = gateway.call("command.output", invokeId=command["invokeId"])
-    assert kept["output"] == command["output"]
-    assert kept["cut"] == command["cut"]
+    assert history_of(gateway)[-1] == card
+    assert card["job"]["stdoutBytes"] == len("so far\n")
 
 
-def test_the_kept_output_can_be_downloaded_by_those_who_may(gateway, chat):
-    chat.send("echo out; printf 'h\\303\\251llo'")
+def test_the_output_of_a_card_can_be_downloaded_whole_by_those_who_may(gateway, chat):
+    chat.send("seq 100000; printf 'h\\303\\251llo'")
     (card,) = chat.finish()
-    path = f"/api/commands/{card['command']['invokeId']}/output"
+    path = f"/api/jobs/{card['jobId']}/output"
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(gateway.url + path)
     assert refused.value.code == 401
     refused.value.close()
     with download(gateway, path) as answer:
-        assert answer.read().decode() == "out\nhéllo"
+        lines = answer.read().decode().splitlines()
         assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
         assert answer.headers["Content-Disposition"].startswith("attachment;")
+    assert lines == [*map(str, range(1, 100_001)), "héllo"]
     with pytest.raises(urllib.error.HTTPError) as missing:
-        download(gateway, "/api/commands/none/output")
+        download(gateway, f"/api/jobs/{moltis.new_id()}/output")
     assert missing.value.code == 404
     missing.value.close()
 
 
-def test_the_whole_output_can_be_downloaded_where_the_card_shows_its_ends(
-    gateway, chat
-):
-    chat.send("seq 100000; echo end >&2")
+def test_the_output_of_a_chat_goes_with_it(gateway, chat):
+    chat.send("seq 100000")
     (card,) = chat.finish()
-    assert card["command"]["cut"] > 0
-    path = f"/api/commands/{card['command']['invokeId']}/output"
-    kept = gateway.directory / "outputs" / card["command"]["invokeId"]
+    kept = gateway.directory / "jobs" / card["jobId"]
     assert kept.is_dir()
-    with download(gateway, path) as answer:
-        lines = answer.read().decode().splitlines()
-    assert [line for line in lines if line != "end"] == [
-        str(number) for number in range(1, 100_001)
-    ]
-    assert lines.count("end") == 1
     gateway.call("sessions.reset", key=chat.session)
     assert not kept.exists()
-
-
-def test_what_a_card_shows_whole_needs_no_file(gateway, chat):
-    chat.send("seq 1000")
-    chat.finish()
-    kept = gateway.directory / "outputs"
-    wait_for(lambda: not list(kept.iterdir()), what="its file to go")
+    assert chat.text(card) in ("", f"[{card['job']['end']} cut]")
 
 
 def download(gateway, path):
@@ -394,8 +407,7 @@ def test_sessions_are_told_to_those_who_watch(gateway, chat):
 
 def test_a_reset_forgets_what_was_said_and_ends_what_runs(gateway, chat):
     chat.send("echo $$; sleep 100")
-    chat.until(lambda: chat.saw("tool_call_output"))
-    pid = int(text_of(chat.of("command")[0]))
+    pid = int(chat.first_output())
     last = chat.events[-1]["seq"]
     gateway.call("sessions.reset", key="main")
     assert not process_exists(pid)
@@ -420,37 +432,26 @@ def test_a_reset_forgets_what_was_said_and_ends_what_runs(gateway, chat):
         ("sessions.patch", {"key": "main", "approvals": "maybe"}, "INVALID_REQUEST"),
         ("sessions.delete", {"key": "main"}, "INVALID_REQUEST"),
         ("sessions.delete", {"key": "none"}, "NOT_FOUND"),
-        ("command.output", {"invokeId": "none"}, "NOT_FOUND"),
-        (
-            "exec.approval.resolve",
-            {"invokeId": "none", "decision": "approve"},
-            "NOT_FOUND",
-        ),
-        (
-            "exec.approval.resolve",
-            {"invokeId": "none", "decision": "yes"},
-            "INVALID_REQUEST",
-        ),
+        ("exec.approval.resolve", {"id": "none", "decision": "approve"}, "NOT_FOUND"),
+        ("exec.approval.resolve", {"id": "none", "decision": "yes"}, "INVALID_REQUEST"),
     ],
 )
 def test_what_makes_no_sense_is_refused(gateway, method, params, code):
-    with gateway.peer() as peer:
-        peer.request(
-            "connect", {"role": "operator", "auth": {"api_key": gateway.api_key}}
-        )
+    with sign_in(gateway.websocket_url, gateway.api_key) as peer:
         assert peer.request(method, params)["error"]["code"] == code
 
 
 def test_commands_of_chats_are_in_the_audit(gateway, chat):
     chat.send("exit 4")
     chat.finish()
-    (row,) = gateway.call("commands.list", nodeId="local", state="done")
+    (row,) = gateway.call("job.list", nodeId="local", state="done")
     assert row["command"] == "exit 4"
     assert row["exitCode"] == 4
     assert row["sessionKey"] == "main"
     assert row["callerKind"] == "operator"
-    assert gateway.call("commands.list", state="failed") == []
-    assert gateway.call("commands.list", before=row["seq"]) == []
+    assert gateway.call("job.list", state="failed") == [row]
+    assert gateway.call("job.list", state="cancelled") == []
+    assert gateway.call("job.list", before=row["seq"]) == []
 
 
 def test_the_load_of_the_last_half_hour_is_remembered(gateway):
@@ -529,12 +530,12 @@ def test_an_approved_command_runs_and_the_model_answers(tmp_path):
     with with_model(tmp_path, *answers) as (gateway, chat, model):
         chat.send("say hello")
         asked = chat.until(lambda: approval(chat, "asked"))
-        assert asked["command"] == "echo from the model"
+        assert asked["command"]["command"] == "echo from the model"
         resolve(gateway, asked, "approve")
         chat.until(lambda: chat.saw("final"))
         (card,) = chat.of("command")
         assert card["state"] == "done"
-        assert text_of(card) == "from the model\n"
+        assert chat.text(card) == "from the model\n"
         assert card["command"]["approval"] == {
             "state": "approved",
             "by": "this machine",
@@ -543,7 +544,7 @@ def test_an_approved_command_runs_and_the_model_answers(tmp_path):
         assert answer["text"] == "It said hello."
         assert answer["model"] == "ollama/m"
         assert answer["usage"] == {"inputTokens": 14, "outputTokens": 10}
-        (row,) = gateway.call("commands.list")
+        (row,) = gateway.call("job.list")
         assert row["callerKind"] == "model"
         assert row["decidedBy"] == "this machine"
         told = model.asked[1]["messages"][-1]
@@ -554,14 +555,12 @@ def test_an_approved_command_runs_and_the_model_answers(tmp_path):
 def approval(chat, state):
     for card in chat.of("command"):
         if card["command"].get("approval", {}).get("state") == state:
-            return card["command"]
+            return card
     return None
 
 
-def resolve(gateway, command, decision):
-    gateway.call(
-        "exec.approval.resolve", invokeId=command["invokeId"], decision=decision
-    )
+def resolve(gateway, card, decision):
+    gateway.call("exec.approval.resolve", id=card["jobId"], decision=decision)
 
 
 def test_a_denied_command_does_not_run_and_is_in_the_audit(tmp_path):
@@ -574,7 +573,9 @@ def test_a_denied_command_does_not_run_and_is_in_the_audit(tmp_path):
         assert card["state"] == "aborted"
         assert card["command"]["approval"]["state"] == "denied"
         assert not (tmp_path / "ran").exists()
-        (row,) = gateway.call("commands.list", state="denied")
+        assert card["job"]["words"] == "denied"
+        (row,) = gateway.call("job.list", state="denied")
+        assert row["id"] == card["jobId"]
         assert row["decidedBy"] == "this machine"
         assert row["callerName"] == "ollama/m for this machine"
 
@@ -642,14 +643,13 @@ def test_a_command_in_the_background_is_a_job_and_a_card(tmp_path):
     command = f"echo begun; {until_file(tmp_path / 'go')}; echo grüße; exit 3"
     answers = (look(), says("Not yet."), look(wait=60, offset=0), says("Now."))
     with with_background(tmp_path, command, *answers) as (gateway, chat, model):
-        (card,) = chat.of("command")
+        card = chat.card()
         assert card["state"] == "running"
         assert card["command"]["background"] is True
-        job = card["command"]["invokeId"]
-        (listed,) = gateway.call("command.list")
-        assert (listed["invokeId"], listed["background"]) == (job, True)
+        (listed,) = gateway.call("job.list", state="open")
+        assert listed["id"] == card["jobId"]
         assert (listed["callerKind"], listed["sessionKey"]) == ("model", "main")
-        wait_for(lambda: gateway.call("command.get", id=job)["output"])
+        chat.first_output()
         chat.send("how is it?")
         chat.until(lambda: len(model.asked) == 4)
         result = model.results()[-1]
@@ -662,30 +662,8 @@ def test_a_command_in_the_background_is_a_job_and_a_card(tmp_path):
         result = model.results()[-1]
         assert result["stdout"] == "begun\ngrüße\n"
         assert (result["state"], result["exit_code"]) == ("done", 3)
-        assert (card["state"], card["command"]["exitCode"]) == ("done", 3)
-        assert text_of(card) == "begun\ngrüße\n"
-        path = f"/api/commands/{job}/output"
-        with download(gateway, path) as answer:
-            assert answer.read().decode() == "begun\ngrüße\n"
-        assert not (gateway.directory / "outputs").exists()
-
-
-def test_who_follows_a_job_of_a_chat_hears_at_once_that_its_node_is_away(tmp_path):
-    answers = calling("sleep 600", background=True), says("It runs.")
-    with with_model(tmp_path, *answers) as (gateway, chat, _), gateway.node("far"):
-        choices = {"approvals": "all", "node_id": "id-of-far"}
-        gateway.call("sessions.patch", key="main", **choices)
-        chat.send("start it")
-        chat.until(lambda: chat.saw("final"))
-        job = chat.of("command")[0]["command"]["invokeId"]
-        with gateway.operator() as client:
-            asked = {"id": job, "wait": 300, "waiting": False}
-            leaves = client.start("command.get", asked)
-            client.call("node.list", {})  # it waits
-            gateway.running.fleet.connected("id-of-far").link.hang_up("for a test")
-            assert leaves.result(10)["waiting"]
-        gateway.call("command.cancel", id=job)
-        gateway.call("command.wait", id=job)
+        assert (card["state"], card["job"]["exitCode"]) == ("done", 3)
+        assert chat.text(card) == "begun\ngrüße\n"
 
 
 def test_stop_ends_the_wait_for_a_command_in_the_background_and_not_it(tmp_path):
@@ -702,9 +680,9 @@ def test_stop_ends_the_wait_for_a_command_in_the_background_and_not_it(tmp_path)
         assert len(model.asked) == 3
         (row,) = [m for m in history_of(gateway) if m["role"] == "command"]
         assert row["state"] == "running"
-        gateway.call("node.invoke.cancel", invokeId=row["command"]["invokeId"])
+        gateway.call("job.cancel", id=row["jobId"])
         (card,) = chat.finish()
-        assert card["command"]["cancelled"]
+        assert card["job"]["state"] == "cancelled"
 
 
 def test_a_model_can_end_what_it_left_in_the_background(tmp_path):
@@ -712,19 +690,17 @@ def test_a_model_can_end_what_it_left_in_the_background(tmp_path):
     with with_background(tmp_path, "sleep 100", *answers) as (_, chat, model):
         chat.send("end it")
         (card,) = chat.finish()
-        assert card["command"]["cancelled"]
+        assert card["job"]["state"] == "cancelled"
         chat.until(lambda: len(model.asked) == 4)
         assert model.results()[-1]["state"] == "cancelled"
 
 
 def test_a_reset_ends_what_runs_in_the_background(tmp_path):
     with with_background(tmp_path, "echo $$; sleep 100") as (gateway, chat, _):
-        chat.until(lambda: text_of(chat.of("command")[0]))
-        (card,) = chat.of("command")
+        pid = int(chat.first_output())
         gateway.call("sessions.reset", key="main")
-        pid = int(text_of(card))
         wait_for(lambda: not process_exists(pid), what="the end of the command")
-        wait_for(lambda: not gateway.call("command.list"), what="the end of the job")
+        wait_for(lambda: not gateway.call("job.list", state="open"))
 
 
 def test_a_model_cannot_look_at_another_session_s_commands(tmp_path):
@@ -733,16 +709,15 @@ def test_a_model_cannot_look_at_another_session_s_commands(tmp_path):
         chat,
         model,
     ):
-        (card,) = chat.of("command")
-        job = card["command"]["invokeId"]
+        job_id = chat.card()["jobId"]
         other = gateway.call("sessions.create", label="Other")["key"]
-        model.results = lambda: [{"id": job}]
+        model.results = lambda: [{"id": job_id}]
         with Watcher(gateway.websocket_url, gateway.api_key, other) as second:
             second.send("end it", model="ollama/m")
             second.until(lambda: second.saw("final"))
         (told,) = [m for m in model.asked[-1]["messages"] if m["role"] == "tool"]
         assert "is no command of this session" in told["content"]
-        assert gateway.call("command.wait", id=job, wait=0)["endedAt"] is None
+        assert gateway.call("job.wait", id=job_id, wait=0)["state"] == "running"
 
 
 def test_a_command_in_the_background_that_cannot_start_is_no_job(tmp_path):
@@ -757,7 +732,28 @@ def test_a_command_in_the_background_that_cannot_start_is_no_job(tmp_path):
         assert "far is offline" in card["command"]["error"]
         chat.until(lambda: chat.saw("final"))
         assert "far is offline" in model.results()[0]["error"]
-        assert list((gateway.directory / "jobs").iterdir()) == []
+        assert gateway.call("job.list") == []
+
+
+def test_what_a_revoked_key_asked_for_ends_with_it(tmp_path):
+    """Its question, its turns in line, and what was always allowed it."""
+    answers = (calling(f"touch {tmp_path}/ran"), says("never"))
+    with with_model(tmp_path, *answers) as (gateway, chat, _):
+        scopes = ["operator.read", "operator.write"]
+        key = gateway.call("keys.create", name="guest", scopes=scopes)
+        with Watcher(gateway.websocket_url, key["key"]) as guest:
+            guest.send("do it")
+            guest.send("!touch " + str(tmp_path / "queued"))
+        chat.until(lambda: approval(chat, "asked"))
+        asked = approval(chat, "asked")
+        gateway.call("keys.revoke", keyId=key["keyId"])
+        (card,) = chat.finish()
+        assert card["state"] == "aborted"
+        chat.until(lambda: chat.of("user")[-1]["state"] == "aborted")
+        with pytest.raises(moltis.UserError, match="closed"):
+            resolve(gateway, asked, "approve")
+        assert not (tmp_path / "ran").exists()
+        assert not (tmp_path / "queued").exists()
 
 
 # -- restarts ------------------------------------------------------------------
@@ -824,33 +820,26 @@ def connected(gateway, node_id):
 def test_a_card_is_completed_after_the_gateway_has_come_back(
     restartable, far, tmp_path, signal_number
 ):
-    head = "seq 60000"
-    tail = "seq 60001 120000"
+    head, tail = "seq 60000", "seq 60001 120000"
     with restartable.watch() as chat:
         chat.send(f"{head}; {until_file(tmp_path / 'go')}; {tail}; exit 5")
-        chat.until(lambda: "60000\n" in "".join(map(text_of, chat.of("command"))))
+        card = chat.card()
+        wait_for(lambda: chat.text(card).endswith("60000\n"))
         last = chat.events[-1]["seq"]
     restartable.program.end(signal_number)
     restartable.start()
-    (_, card) = restartable.call("chat.history", sessionKey="main")
-    assert card["state"] == "running"
+    (_, card) = history_of(restartable)
+    assert (card["state"], card["job"]["state"]) == ("running", "running")
     (tmp_path / "go").touch()
     wait_for(lambda: history_of(restartable)[-1]["state"] == "done", 30)
     (said, card) = history_of(restartable)
     assert said["state"] == "done"
-    command = card["command"]
-    assert command["exitCode"] == 5
-    whole = "".join(f"{n}\n" for n in range(1, 120001))
-    assert command["stdoutBytes"] == len(whole)
-    at = command["cutAt"]
-    kept_head = "".join(text for _, text in command["output"][:at])
-    kept_tail = "".join(text for _, text in command["output"][at:])
-    assert whole.startswith(kept_head)
-    assert whole.endswith(kept_tail)
-    assert len(kept_head) + command["cut"] + len(kept_tail) == len(whole)
-    assert len(kept_head) >= 120_000
-    assert len(kept_tail) >= 120_000
+    assert card["job"]["exitCode"] == 5
     assert card["seq"] > last
+    whole = "".join(f"{n}\n" for n in range(1, 120001))
+    assert card["job"]["stdoutBytes"] == len(whole)
+    with restartable.watch() as chat:
+        assert chat.text(card) == whole
 
 
 @pytest.mark.parametrize("signal_number", [9, 15])
@@ -878,7 +867,7 @@ def test_a_command_in_the_background_is_looked_at_after_a_restart(
         with gateway.watch() as chat:
             chat.send("start it")
             chat.until(lambda: chat.saw("final"))
-            chat.until(lambda: text_of(chat.of("command")[0]))
+            chat.first_output()
         gateway.program.end(signal_number)
         gateway.start()
         (card,) = [m for m in history_of(gateway) if m["role"] == "command"]
@@ -892,7 +881,8 @@ def test_a_command_in_the_background_is_looked_at_after_a_restart(
         assert (result["state"], result["exit_code"]) == ("done", 4)
         assert result["stdout"] == "begun\nended\n"
         (card,) = [m for m in history_of(gateway) if m["role"] == "command"]
-        assert (card["state"], text_of(card)) == ("done", "begun\nended\n")
+        assert card["state"] == "done"
+        assert output_of(gateway, card) == "begun\nended\n"
         node.close()
         gateway.program.end()
 
@@ -905,15 +895,15 @@ def test_a_command_of_local_is_lost_with_the_gateway_and_says_so(restartable):
     with restartable.watch() as chat:
         chat.send("echo begun; sleep 30; echo ended")
         chat.send("echo waiting in line")
-        chat.until(lambda: chat.saw("tool_call_output"))
+        chat.first_output()
     restartable.program.end(9)
     restartable.start()
     rows = history_of(restartable)
     by_role = {row["role"]: row for row in rows}
     assert by_role["command"]["state"] == "error"
-    assert by_role["command"]["command"]["lost"]
+    assert by_role["command"]["job"]["state"] == "lost"
     assert [r["state"] for r in rows if r["role"] == "user"] == ["done", "interrupted"]
-    assert restartable.call("commands.list")[0]["state"] == "lost"
+    assert restartable.call("job.list")[0]["state"] == "lost"
     assert not restartable.call("sessions.list")[0]["replying"]
 
 
@@ -929,7 +919,7 @@ def test_an_abort_does_not_wait_for_a_node_that_is_silent(restartable, tmp_path)
         wait_for(lambda: connected(restartable, "far"))
         restartable.call("nodes.set_session", session_key="main", node_id="far")
         chat.send("echo $$; sleep 100")
-        chat.until(lambda: chat.saw("tool_call_output"))
+        pid = int(chat.first_output())
         node.process.send_signal(signal.SIGSTOP)
         try:
             assert restartable.call("chat.abort", sessionKey="main")["aborted"]
@@ -940,109 +930,75 @@ def test_an_abort_does_not_wait_for_a_node_that_is_silent(restartable, tmp_path)
             node.process.send_signal(signal.SIGCONT)
         (card,) = chat.finish()
         assert card["state"] == "aborted"
-        assert not process_exists(int(text_of(card)))
+        assert not process_exists(pid)
 
 
-def session_logs(store, directory, announce=lambda *_: None):
-    jobs = moltis.Jobs(directory / "jobs", store.commands)
-    outputs = moltis.CardOutputs(directory, store.commands, jobs)
-    return moltis.SessionLogs(store, announce, outputs)
+@pytest.fixture
+def machines(tmp_path):
+    machines = Machines(tmp_path)
+    yield machines
+    machines.close()
 
 
-def test_a_turn_between_two_answers_is_shown_as_interrupted(tmp_path):
-    store = moltis.Store(tmp_path / "moltis.db")
-    store.sessions.add(moltis.Session("s", "", "shell", "local", 1, 1))
-    store.sessions.keep_run("s", "run")
+@contextlib.contextmanager
+def chats_of(machines):
+    """Give the sessions of a gateway that has just been started."""
+    chats = moltis.Chats(
+        *(machines.store, machines.fleet, machines.jobs, None, moltis.Approvals()),
+        lambda *event: machines.announced.append(event),
+    )
+    try:
+        yield chats
+    finally:
+        chats.close()
+
+
+def test_a_turn_between_two_answers_is_shown_as_interrupted(machines):
+    machines.store.sessions.add(moltis.Session("s", "", "shell", "local", 1, 1))
+    machines.store.sessions.keep_run("s", "run")
     for _ in range(2):  # and said once
-        logs = session_logs(store, tmp_path)
-        (message,) = logs.log("s").last(None)
-        logs.close()
-    assert (message.role, message.state) == ("notice", "interrupted")
-    assert message.run_id == "run"
-    store.close()
+        with chats_of(machines) as chats:
+            (message,) = chats.history("s")
+    assert (message["role"], message["state"]) == ("notice", "interrupted")
+    assert message["runId"] == "run"
 
 
-def test_what_a_model_was_saying_is_shown_as_interrupted(tmp_path):
-    store = moltis.Store(tmp_path / "moltis.db")
-    session = moltis.Session("s", "", "shell", "local", 1, 1)
-    store.sessions.add(session)
-    logs = session_logs(store, tmp_path)
-    store.sessions.keep_run("s", "run")
-    first = logs.log("s")
-    answer = first.begin("assistant", "run")
-    first.post("delta", answer)
-    first.say(answer, "half an ans")
-    logs.close()  # which keeps what was said so far
-    told = []
-    logs = session_logs(store, tmp_path, lambda name, payload: told.append(payload))
-    (message,) = logs.log("s").last(None)
-    assert (message.state, message.text) == ("interrupted", "half an ans")
-    assert told[0]["seq"] > 1000
-    logs.close()
-    store.close()
+def test_what_a_model_was_saying_is_shown_as_interrupted(machines):
+    with chats_of(machines) as chats:
+        key = chats.create("")["key"]
+        machines.store.sessions.keep_run(key, "run")
+        log = chats._log(key)
+        answer = log.add("delta", "assistant", "run", "running")
+        log.say(answer, "half an ans")
+        last = machines.announced[-1][1]["seq"]
+    # close() stores what was said so far
+    machines.announced.clear()
+    with chats_of(machines) as chats:
+        (message,) = chats.history(key)
+    assert (message["state"], message["text"]) == ("interrupted", "half an ans")
+    numbers = [event["seq"] for name, event in machines.announced if name == "chat"]
+    assert min(numbers) > last + 1000, "no number is given twice"
 
 
-# -- what a card keeps ---------------------------------------------------------
+def test_what_waited_for_an_approval_is_shown_as_interrupted(machines):
+    planned = moltis.PlannedCommand(moltis.new_id(), "local", "Local", "true")
+    with chats_of(machines) as chats:
+        command = {"command": "true", "node": "Local", "nodeId": "local"}
+        details = {"command": {**command, "approval": {"state": "asked"}}}
+        log = chats._log("main")
+        job_id = planned.job_id
+        log.add(
+            *("tool_call_start", "command", "run", "running"),
+            job_id=job_id,
+            details=details,
+        )
+    with chats_of(machines) as chats:
+        (card,) = chats.history("main")
+    assert (card["state"], card["jobId"]) == ("interrupted", job_id)
+    assert card["command"] == {**command, "error": "the gateway stopped"}
 
 
-def test_characters_may_come_in_pieces_and_in_turns():
-    kept = moltis.KeptOutput()
-    data = "é".encode()
-    assert kept.add(moltis.STDOUT, data[:1]) == ""
-    assert kept.end(moltis.STDOUT) == 0
-    assert kept.add(moltis.STDERR, "ü".encode()) == "ü"
-    assert kept.add(moltis.STDOUT, data[1:] + b"!") == "é!"
-    assert kept.end(moltis.STDOUT) == 3
-    assert kept.to_json() == {
-        "output": [("stderr", "ü"), ("stdout", "é!")],
-        "stdoutBytes": 3,
-        "stderrBytes": 2,
-    }
-
-
-def test_what_is_no_character_is_kept_as_such_at_the_end():
-    kept = moltis.KeptOutput()
-    kept.add(moltis.STDOUT, b"ok\xc3")
-    kept.finish()
-    assert kept.to_json()["output"] == [("stdout", "ok\N{REPLACEMENT CHARACTER}")]
-
-
-def test_many_tiny_pieces_do_not_cost_more_than_a_few_large_ones():
-    kept = moltis.KeptOutput()
-    for n in range(200_000):
-        kept.add(moltis.STDOUT if n % 2 else moltis.STDERR, b"x")
-    value = kept.to_json()
-    assert len(value["output"]) < 5000
-    assert len(value["output"]) + value["cut"] == 200_000
-
-
-def test_a_card_goes_on_where_it_was_kept():
-    lines = b"".join(b"%d\n" % n for n in range(100_000))
-    whole = moltis.KeptOutput()
-    whole.add(moltis.STDOUT, lines)
-    first = moltis.KeptOutput()
-    first.add(moltis.STDOUT, lines[:300_000])
-    second = moltis.KeptOutput.from_json(json.loads(json.dumps(first.to_json())))
-    assert second.end(moltis.STDOUT) == 300_000
-    second.add(moltis.STDOUT, lines[300_000:])
-    one, two = whole.to_json(), second.to_json()
-    assert moltis.output_text(one)[-100_000:] == moltis.output_text(two)[-100_000:]
-    assert moltis.output_text(one)[:100_000] == moltis.output_text(two)[:100_000]
-
-
-def test_what_the_node_no_longer_has_is_counted_as_missing():
-    kept = moltis.KeptOutput()
-    kept.add(moltis.STDOUT, b"head")
-    kept.skip_to(moltis.STDOUT, 1000)
-    kept.add(moltis.STDOUT, b"tail")
-    value = kept.to_json()
-    assert value["output"] == [("stdout", "head"), ("stdout", "tail")]
-    assert (value["cut"], value["cutAt"]) == (996, 1)
-    assert value["stdoutBytes"] == 1004
-    assert moltis.output_text(value) == "head\n[… 996 bytes cut …]\ntail"
-
-
-def test_a_browser_that_sleeps_is_spared_output_but_not_its_end():
+def test_a_browser_that_sleeps_is_spared_words_but_not_their_end():
     class Peer:
         def __init__(self, backlog):
             self.events = {"chat"}
@@ -1056,10 +1012,10 @@ def test_a_browser_that_sleeps_is_spared_output_but_not_its_end():
     audience = moltis.Audience()
     audience.add(awake)
     audience.add(asleep)
-    audience.announce("chat", {"state": "tool_call_output", "data": "x"})
+    audience.announce("chat", {"state": "delta", "text": "x"})
     audience.announce("chat", {"state": "delta", "text": "", "message": {}})
     audience.announce("chat", {"state": "tool_call_end", "message": {}})
-    assert awake.told == ["tool_call_output", "delta", "tool_call_end"]
+    assert awake.told == ["delta", "delta", "tool_call_end"]
     assert asleep.told == ["delta", "tool_call_end"]
 
 
@@ -1105,8 +1061,8 @@ class Site:
         """Have a command run; return its id once it has said something."""
         with self.watch() as chat:
             chat.send(text)
-            chat.until(lambda: chat.saw("tool_call_output"))
-            return chat.of("command")[0]["command"]["invokeId"]
+            chat.first_output()
+            return chat.card()["jobId"]
 
     def watch(self):
         return Watcher(self.gateway.websocket_url, self.gateway.api_key)
@@ -1119,10 +1075,10 @@ class Site:
 
     def wait_for_card(self, state):
         wait_for(lambda: self.card()["state"] == state, 20, lambda: str(self.card()))
-        return self.card()["command"]
+        return self.card()["job"]
 
     def row(self):
-        return self.call("commands.list")[0]
+        return self.call("job.list")[0]
 
     def device_id(self):
         return self.call("device.pair.list")[0]["deviceId"]
@@ -1137,7 +1093,7 @@ class Site:
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     monkeypatch.setattr(moltis, "LOST_AFTER", 0.3)
-    monkeypatch.setattr(moltis, "KEEPALIVE_TICK", 0.05)
+    monkeypatch.setattr(moltis, "TICK_INTERVAL", 0.05)
     site = Site(tmp_path)
     site.add_node()
     yield site
@@ -1146,17 +1102,16 @@ def site(tmp_path, monkeypatch):
 
 def test_a_command_without_a_timeout_waits_for_its_node_and_can_be_stopped(site):
     """Also by a gateway that knows it from its database alone."""
-    invoke_id = site.send("echo so far; sleep 100")
+    job_id = site.send("echo so far; sleep 100")
     site.restart_without_node()
     assert site.card()["state"] == "running"
-    assert site.card()["command"]["waiting"]
-    assert site.call("command.wait", id=invoke_id, wait=1)["endedAt"] is None
-    site.call("node.invoke.cancel", invokeId=invoke_id)
-    command = site.wait_for_card("error")
-    assert command["lost"]
-    assert "it was away when the command was cancelled" in command["error"]
-    assert "waiting" not in command
-    assert text_of({"command": command}) == "so far\n"
+    assert site.card()["job"]["awayMs"] >= 0
+    assert "endedAt" not in site.call("job.wait", id=job_id, wait=1)
+    site.call("job.cancel", id=job_id)
+    job = site.wait_for_card("error")
+    assert job["state"] == "lost"
+    assert "its node stayed away" in job["words"]
+    assert output_of(site, site.card()) == "so far\n"
     assert site.row()["state"] == "lost"
 
 
@@ -1164,46 +1119,45 @@ def test_stop_ends_what_waits_for_a_node_since_an_earlier_life(site):
     site.send("echo so far; sleep 100")
     site.restart_without_node()
     site.call("chat.abort", sessionKey="main")
-    assert site.wait_for_card("error")["lost"]
+    assert site.wait_for_card("error")["state"] == "lost"
     assert site.row()["state"] == "lost"
 
 
 def test_a_stopped_command_is_ended_when_its_node_comes_back_after_all(site):
-    """What was said to be lost is corrected, in the audit and on the card."""
-    invoke_id = site.send("echo $$; sleep 100")
+    """A row and a card that said lost are corrected."""
+    job_id = site.send("echo $$; sleep 100")
     site.restart_without_node(signal.SIGSTOP)
-    site.call("node.invoke.cancel", invokeId=invoke_id)
-    pid = int(text_of({"command": site.wait_for_card("error")}))
-    assert site.row()["state"] == "lost"
+    site.call("job.cancel", id=job_id)
+    assert site.wait_for_card("error")["state"] == "lost"
+    pid = int(output_of(site, site.card()))
     site.gateway.close()  # nor does another restart forget that it is to end
     site.start()
     assert process_exists(pid)
     site.node.process.send_signal(signal.SIGCONT)
-    command = site.wait_for_card("aborted")
-    assert command["cancelled"]
-    assert "lost" not in command
-    assert "error" not in command
-    assert (site.row()["state"], site.row()["error"]) == ("cancelled", None)
+    job = site.wait_for_card("aborted")
+    assert job["state"] == "cancelled"
+    assert "lost" not in job["words"]
+    assert site.row()["state"] == "cancelled"
     wait_for(lambda: not process_exists(pid), what="the end of the command")
 
 
 @pytest.mark.parametrize("away", [False, True])
 def test_revoking_a_node_s_token_ends_what_it_was_asked_for(site, away):
     site.send("echo $$; sleep 100")
-    pid = int(text_of(site.card()))
+    pid = int(output_of(site, site.card()))
     if away:
         site.restart_without_node(signal.SIGSTOP)
     site.call("device.token.revoke", deviceId=site.device_id())
-    command = site.wait_for_card("error")
-    assert command["lost"]
-    assert "its token was revoked" in command["error"]
+    job = site.wait_for_card("error")
+    assert job["state"] == "lost"
+    assert "its token was revoked" in job["words"]
     assert site.row()["state"] == "lost"
-    assert site.call("command.list") == []
+    assert site.call("job.list", state="open") == []
     if not away:  # the node was told before we hung up
         wait_for(lambda: not process_exists(pid), what="the end of the command")
 
 
-def test_what_was_asked_of_a_node_that_is_ours_no_more_is_lost_at_the_start(site):
+def test_what_was_asked_of_a_node_that_was_revoked_is_lost_at_the_start(site):
     """As an older gateway may have left it."""
     site.send("echo so far; sleep 100")
     site.gateway.close()
@@ -1213,5 +1167,5 @@ def test_what_was_asked_of_a_node_that_is_ours_no_more_is_lost_at_the_start(site
     store.devices.revoke(device.id, moltis.now_ms())
     store.close()
     site.start()
-    assert site.card()["command"]["lost"]
+    site.wait_for_card("error")
     assert site.row()["state"] == "lost"

@@ -217,8 +217,8 @@ def test_a_join_link_that_is_used_up_is_refused_in_its_own_words(tmp_path):
 
 
 def test_a_node_that_says_nothing_is_listed_with_dashes():
-    row = moltis.node_row(NODE)
-    assert row == ("Pi", "connected", "linux", "-", "-", "-", "-", "-", "id")
+    row = moltis.cells(NODE, moltis.NODE_COLUMNS)
+    assert row == ["Pi", "connected", "linux", "-", "-", "-", "-", "-", "id"]
 
 
 def test_a_node_is_listed_with_what_it_has():
@@ -231,14 +231,14 @@ def test_a_node_is_listed_with_what_it_has():
         "runtimes": ["python3", "node"],
     }
     providers = [{"provider": "ollama", "models": ["a", "b"]}]
-    row = moltis.node_row({**NODE, "telemetry": telemetry, "providers": providers})
-    assert row[3:8] == (
+    node = {**NODE, "telemetry": telemetry, "providers": providers}
+    assert moltis.cells(node, moltis.NODE_COLUMNS)[3:8] == [
         "12 %",
         "512.0 MiB of 1.0 GiB",
         "1.0 GiB of 1.0 TiB",
         "python3 node",
         "ollama (2)",
-    )
+    ]
 
 
 def test_lines_of_several_commands_are_labelled_even_when_they_come_in_pieces():
@@ -271,29 +271,28 @@ def test_one_command_alone_is_printed_as_it_comes():
 
 
 @pytest.mark.parametrize(
-    ("result", "status"),
+    ("ending", "status"),
     [
-        ({"exitCode": 0}, 0),
-        ({"exitCode": 255}, 255),
-        ({"exitCode": 256}, 1),
-        ({"exitCode": 3221225477}, 1),
-        ({"exitCode": -1}, 1),
-        ({"exitCode": -1, "signal": 15}, 143),
-        ({"exitCode": -1, "signal": 128}, 255),
-        ({"exitCode": -1, "signal": "SIGTERM"}, 1),
+        ({"exit_code": 0}, 0),
+        ({"exit_code": 255}, 255),
+        ({"exit_code": 256}, 1),
+        ({"exit_code": 3221225477}, 1),
+        ({"exit_code": -1}, 1),
+        ({"exit_code": -1, "signal": "SIGTERM"}, 143),
+        ({"signal": "SIGKILL"}, 137),
+        ({"signal": "SIGNOVEL"}, 1),
         ({}, 1),
-        ({"exitCode": "0"}, 1),
-        ({"exitCode": -1, "signal": 9, "timedOut": True}, 124),
-        ({"exitCode": -1, "signal": 15, "cancelled": True}, 130),
-        ({"error": "no shell"}, 1),
+        ({"state": "timed_out", "signal": "SIGKILL"}, 124),
+        ({"state": "cancelled", "signal": "SIGTERM"}, 130),
+        ({"state": "lost"}, 69),
+        ({"state": "expired"}, 69),
+        ({"state": "failed", "reason": "no shell", "exit_code": 0}, 1),
+        ({"state": "novel", "exit_code": 0}, 1),
     ],
 )
-def test_a_result_has_an_exit_status_that_never_looks_like_success(result, status):
-    execution = moltis.Execution.__new__(moltis.Execution)
-    execution._output = moltis.Output({})
-    execution._cancelled, execution._broken_pipe = True, False
-    command = argparse.Namespace(name="pi")
-    assert execution._status_of(moltis.RemoteEnd(command, result)) == status
+def test_an_ending_has_an_exit_status_that_never_looks_like_success(ending, status):
+    ending = moltis.Ending(**{"state": "done", **ending})
+    assert moltis.exit_status(ending) == status
 
 
 def test_colour_only_on_a_terminal_and_never_with_no_color(monkeypatch, capsys):
@@ -308,7 +307,7 @@ def test_what_others_wrote_gives_the_terminal_no_orders(capsys):
     wrote = "x\x1b[2J\x9b1A\u202ey"
     spelt = "x\\x1b[2J\\x9b1A\\u202ey"
     output = moltis.Output({})
-    output.table([["WHAT"], [wrote]])
+    output.table([{"what": wrote}], {"WHAT": "what"})
     output.say(wrote)
     output.complain(wrote)
     printed = capsys.readouterr()
@@ -323,9 +322,11 @@ def test_what_others_wrote_gives_the_terminal_no_orders(capsys):
 def test_output_that_a_model_looks_at_gives_the_terminal_no_orders(capsys):
     """Else it could hide, or colour, the question that comes after it."""
     terminal = moltis.ChatTerminal.__new__(moltis.ChatTerminal)
-    terminal._write_output("stdout", "a\x1b[8mb", typed=False)
+    terminal._typed = False
+    terminal._write_output(moltis.STDOUT, "a\x1b[8mb")
     assert capsys.readouterr().err == "a[8mb"
-    terminal._write_output("stdout", "a\x1b[1mb", typed=True)
+    terminal._typed = True
+    terminal._write_output(moltis.STDOUT, "a\x1b[1mb")
     assert capsys.readouterr().out == "a\x1b[1mb"
 
 
@@ -366,13 +367,6 @@ def test_a_node_named_twice_runs_a_command_once(tmp_path):
             home=tmp_path,
         )
     assert (done.returncode, done.stdout) == (0, "ran\n")
-
-
-@pytest.mark.parametrize("reference", ["Attic", "Gone"])
-def test_an_ambiguous_or_unknown_name_is_left_to_the_gateway(reference):
-    listed = [{"nodeId": i, "displayName": "attic"} for i in ("one", "two")]
-    named = moltis.distinct_nodes([reference, "two"], listed)
-    assert list(named) == [reference, "two"]
 
 
 @pytest.mark.parametrize(
@@ -443,6 +437,13 @@ def test_join_and_stdin_are_not_waited_for_when_flags_say_all(tmp_path):
     assert done.returncode == 2
 
 
+def terminal_for(feed, nodes, command, **spec):
+    """What `node exec` prints with, its jobs started."""
+    request = {"work": "run", "spec": {"command": command, **spec}}
+    jobs = feed.start(nodes, request)
+    return moltis.JobTerminal(feed, jobs, moltis.Output({}))
+
+
 @pytest.mark.parametrize(
     ("hangs_up", "when"),
     [(True, "when gone is back"), (False, "once the gateway and the node hear of it")],
@@ -454,25 +455,21 @@ def test_an_interrupt_leaves_a_node_that_does_not_come_back_or_answer(
     monkeypatch.setattr(moltis, "LEAVE_AFTER", 0.2)
     with InProcessGateway(tmp_path / "gateway") as gateway, silent_node(
         gateway
-    ) as peer:
-        execution = moltis.Execution(
-            gateway.operator(),
-            gateway.operator,
-            {"gone": "gone"},
-            {"command": "sleep 600", "stdin": False},
-            moltis.Output({}),
-        )
+    ) as peer, moltis.JobFeed(gateway.operator) as feed:
+        terminal = terminal_for(feed, {"gone": "gone"}, "sleep 600")
 
         def vanish():
-            peer.receive_until(lambda m: m.get("event") == moltis.INVOKE_REQUEST)
+            peer.receive_until(
+                lambda m: isinstance(m, dict) and m.get("event") == moltis.JOB_START
+            )
             if hangs_up:
                 peer.ws.abort()
-                wait_for(lambda: execution._waiting._since, what="it to wait")
-            execution._remote.interrupt()
+                wait_for(lambda: terminal._waiting._since, what="it to wait")
+            feed.interrupt()
 
         thread = threading.Thread(target=vanish, name="test-vanish")
         thread.start()
-        assert execution.run() == moltis.INTERRUPTED
+        assert terminal.execute(feeds=False) == moltis.INTERRUPTED
         thread.join()
     assert f"left; the command is ended {when}" in capsys.readouterr().err
 
@@ -579,15 +576,11 @@ def test_input_that_cannot_be_read_ends_the_command_and_says_so(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(moltis, "read_stdin", cannot_be_read)
-    with InProcessGateway(tmp_path / "gateway") as gateway:
-        execution = moltis.Execution(
-            gateway.operator(),
-            gateway.operator,
-            {"local": "Local"},
-            {"command": "cat; sleep 600", "stdin": True},
-            moltis.Output({}),
-        )
-        assert execution.run() == moltis.INTERRUPTED
+    with InProcessGateway(tmp_path / "gateway") as gateway, moltis.JobFeed(
+        gateway.operator
+    ) as feed:
+        terminal = terminal_for(feed, {"local": "Local"}, "cat; sleep 600", stdin=True)
+        assert terminal.execute(feeds=True) == moltis.INTERRUPTED
     assert "standard input cannot be read: Input/output" in capsys.readouterr().err
 
 

@@ -176,7 +176,7 @@ def test_a_command_whose_time_is_up_is_ended_and_its_output_kept(site):
     done = site.run("node", "exec", "pi", "--timeout", "0.5", "--", "echo a; sleep 60")
     assert done.returncode == 124
     assert done.stdout == "a\n"
-    assert "time was up" in done.stderr
+    assert "timed out" in done.stderr
 
 
 def test_cwd_is_on_the_node_and_the_home_is_the_default(site, tmp_path):
@@ -297,12 +297,22 @@ def test_the_recap_tells_ok_from_failed(site):
     assert done.stderr == "ok: Build Server\nfailed: pi (3)\n"
 
 
-def test_the_recap_names_an_unknown_node_and_runs_the_others(site):
-    done = site.run("node", "exec", "pi", "nobody", "--", "echo hi")
+def test_an_unknown_node_among_several_runs_nothing(site, tmp_path):
+    done = site.run("node", "exec", "pi", "nobody", "--", f"touch {tmp_path}/ran")
     assert done.returncode == FAILURE
-    assert done.stdout == "pi | hi\n"
-    assert "ok: pi\n" in done.stderr
-    assert "no node 'nobody'" in done.stderr
+    assert "no node 'nobody'" in one_line(done)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_recap_names_a_node_that_is_offline(own_site):
+    own_site.node("here")
+    own_site.node("away").end()
+    wait_for(lambda: not own_site.nodes()["away"]["connected"], what="it to be offline")
+    done = own_site.run("node", "exec", "here", "away", "--", "echo hi")
+    assert done.returncode == FAILURE
+    assert done.stdout == "here | hi\n"
+    assert "ok: here\n" in done.stderr
+    assert "unreachable: away (offline since" in done.stderr
 
 
 def test_all_means_every_connected_machine(site):
@@ -366,7 +376,7 @@ def test_a_command_that_is_running_is_running_in_the_audit(site, tmp_path):
         def states():
             db = sqlite3.connect(str(site.home / ".moltis/moltis.db"))
             try:
-                sql = "SELECT state FROM commands WHERE command = 'sleep 1000'"
+                sql = "SELECT state FROM jobs WHERE command = 'sleep 1000'"
                 return [row[0] for row in db.execute(sql)]
             finally:
                 db.close()

@@ -38,7 +38,7 @@ class World:
     def connect(self, name, *, node_id=None, capabilities=(moltis.CAP_JOBS,)):
         """Bring a node in, as the gateway does."""
         if name not in self.devices:
-            self.devices[name], _ = self.access.create_device(name)
+            self.devices[name], _ = self.access.devices.create_device(name)
         device = self.store.devices.by_id(self.devices[name].id, moltis.now_ms())
         asked = moltis.ConnectParams(
             role="node",
@@ -191,7 +191,7 @@ def test_presence_is_told_when_a_node_comes_and_goes(world, node):
 
 @pytest.mark.parametrize("node_id", ["", "local", "Local", "x" * 201, "a\x1b[2Jb"])
 def test_an_id_that_is_none_is_refused(world, node_id):
-    device, _ = world.access.create_device("odd")
+    device, _ = world.access.devices.create_device("odd")
     params = moltis.ConnectParams(role="node", client_id=node_id)
     node = moltis.ConnectedNode(node_id, device.id, Link(), params)
     with pytest.raises(moltis.RpcError, match="must have 1 to 200"):
@@ -202,7 +202,7 @@ def test_an_id_that_is_none_is_refused(world, node_id):
 def test_no_node_takes_the_name_of_another_for_its_id(world, node_id):
     """An id wins over a name: what is meant for that machine would come to it."""
     world.connect("Build Server")
-    device, _ = world.access.create_device("odd")
+    device, _ = world.access.devices.create_device("odd")
     params = moltis.ConnectParams(role="node", client_id=node_id)
     node = moltis.ConnectedNode(node_id, device.id, Link(), params)
     with pytest.raises(moltis.RpcError, match="another machine is called"):
@@ -211,10 +211,10 @@ def test_no_node_takes_the_name_of_another_for_its_id(world, node_id):
 
 
 def test_a_token_that_nobody_came_with_in_time_keeps_no_id_from_others(world):
-    expired, _ = world.access.create_device("Build Server")
+    expired, _ = world.access.devices.create_device("Build Server")
     expire = "UPDATE devices SET expires_at = 1 WHERE id = ?"
     world.store.devices._db.write(expire, (expired.id,))
-    device, _ = world.access.create_device("odd")
+    device, _ = world.access.devices.create_device("odd")
     params = moltis.ConnectParams(role="node", client_id="build server")
     node = moltis.ConnectedNode("build server", device.id, Link(), params)
     world.fleet.claim(node, device)

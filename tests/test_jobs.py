@@ -130,6 +130,9 @@ class OneNodeFleet:
     def __init__(self, node):
         self.node = node
 
+    def knows(self, node_id):
+        return node_id == self.node.node_id
+
     def connected(self, node_id):
         return self.node if node_id == self.node.node_id and self.node.up else None
 
@@ -553,6 +556,38 @@ def test_a_node_that_comes_back_just_as_its_job_is_given_up_corrects_it(world):
     assert world.row(job).state == "done"
     assert world.jobs.text(world.jobs.get(job.id)) == "out"
     assert world.node.settled == [job.id]
+
+
+def test_who_follows_a_lost_job_hears_that_it_is_not(world):
+    job = world.start(kept=True, spec={"timeout": 1000})
+    reader = Reader(world.jobs, job, holds=False)
+    world.node.drop()
+    job.away_since -= 100
+    world.jobs.tick()
+    assert [ending.state for ending in reader.endings] == ["lost"]
+    world.node.come()
+    assert job.record.state == "running"
+    world.node.write(job.id, out(b"out"), end(exitCode=0))
+    assert reader.endings[-1].state == "done"
+    assert reader.frames() == [(STDOUT, b"out")]
+    assert world.node.settled == [job.id]
+
+
+def test_an_id_whose_job_has_ended_is_known_though_its_node_is_away(world):
+    job = world.start(kept=True)
+    world.node.write(job.id, end(exitCode=7))
+    world.node.drop()
+    assert world.start(job_id=job.id).record.exit_code == 7
+
+
+def test_a_settled_job_is_acknowledged_once(world):
+    job = world.start(kept=True)
+    told, acknowledge = [], world.node.acknowledge
+    world.node.acknowledge = lambda *args: (told.append(args), acknowledge(*args))
+    ended = world.jobs.ended(job, 60)
+    world.node.write(job.id, out(b"x"), end())
+    assert ended.done()
+    assert len(told) == 1
 
 
 def test_a_command_without_a_timeout_is_awaited_until_somebody_stops_it(world):

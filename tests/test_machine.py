@@ -2,249 +2,598 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import threading
-import uuid
+import time
 
 import pytest
 from support import process_exists, wait_for
 
 import moltis
+from moltis import Ending, JobState
 
 
 class RecordingPeer:
-    """A MachinePeer that writes down what it is told."""
+    """A MachinePeer that takes all logs, and keeps what it is told."""
 
-    def __init__(self, max_result=None):
-        self.max_result = max_result
-        self.chunks = []
-        self.stdin = []
+    def __init__(self, machine=None, acknowledges=False):
+        self.logs = {}
         self.places = []
-        self.results = {}
+        self.input = []
+        self.machine = machine
+        self.acknowledges = acknowledges
+        self._lock = threading.Lock()
 
-    def chunk(self, chunk):
-        self.chunks.append(chunk)
+    def log_ready(self, log):
+        with self._lock:
+            for offset, data in iter(log.take, None):
+                have = self.logs.setdefault(log.job_id, b"")
+                assert offset == len(have) or not have
+                self.logs[log.job_id] = have + data
+                if self.acknowledges:
+                    self.machine.acknowledge(log.job_id, offset + len(data))
 
-    def stdin_received(self, invoke_id, offset):
-        self.stdin.append(offset)
+    def place(self, job_id, place):
+        self.places.append((job_id, place))
 
-    def queued(self, invoke_id, place):
-        self.places.append((invoke_id, place))
+    def input_consumed(self, job_id, offset, *, resume=False):
+        self.input.append((job_id, offset, resume))
 
-    def result(self, invoke_id, result):
-        self.results.setdefault(invoke_id, []).append(result)
+    def stream(self, job_id, kind=moltis.STDOUT):
+        frames = moltis.log_frames(self.logs[job_id])
+        return b"".join(data for number, data in frames if number == kind)
 
-    def output(self, kind=moltis.STDOUT):
-        return b"".join(chunk.data for chunk in self.chunks if chunk.kind == kind)
+    def ending(self, job_id):
+        for kind, data in moltis.log_frames(self.logs.get(job_id, b"")):
+            if kind == moltis.ENDING:
+                return moltis.decode_ending(data)
+        return None
 
-    def wait(self, invoke_id):
-        wait_for(lambda: invoke_id in self.results, what="the result")
-        return self.results[invoke_id][-1]
+    def wait(self, job_id):
+        return wait_for(lambda: self.ending(job_id), what="the ending")
 
 
 ENVIRON = {"PATH": "/usr/bin:/bin", "HOME": "/tmp"}
 
 
+class Machines:
+    """Makes machines that are closed at the end."""
+
+    def __init__(self, directory):
+        self._directory = directory
+        self._inventory = moltis.Inventory(ENVIRON)
+        self._made = []
+
+    def make(self, **options):
+        options = {"working_dir": str(self._directory), **options}
+        machine = moltis.Machine(
+            moltis.MachineOptions(ENVIRON, self._inventory, **options)
+        )
+        self._made.append(machine)
+        return machine
+
+    def close(self):
+        for machine in self._made:
+            machine.close()
+        self._inventory.close()
+
+
 @pytest.fixture
-def machine(tmp_path):
-    inventory = moltis.Inventory(ENVIRON)
-    runner = moltis.CommandRunner(
-        environ=ENVIRON, working_dir=str(tmp_path), max_timeout=None, limit=2
-    )
-    machine = moltis.Machine(runner, inventory)
-    yield machine
-    machine.close()
-    inventory.close()
+def machines(tmp_path):
+    machines = Machines(tmp_path)
+    yield machines
+    machines.close()
+
+
+@pytest.fixture
+def machine(machines, monkeypatch):
+    """A machine with two places for commands, and two in line."""
+    row = moltis.WORKS["run"].replace(side_by_side=2, line=2)
+    monkeypatch.setitem(moltis.WORKS, "run", row)
+    return machines.make()
 
 
 @pytest.fixture
 def peer(machine):
-    peer = RecordingPeer()
+    peer = RecordingPeer(machine)
     machine.attach(peer)
     return peer
 
 
-def run(machine, command, invoke_id=None, **args):
-    invoke_id = invoke_id or str(uuid.uuid4())
-    machine.invoke(invoke_id, "system.run", {"command": command, **args})
-    return invoke_id
+def start(machine, command, job_id=None, **spec):
+    job_id = job_id or moltis.new_id()
+    machine.start(job_id, "run", {"command": command, **spec})
+    return job_id
 
 
-def test_a_streamed_command_sends_chunks_then_its_result(machine, peer):
-    result = peer.wait(run(machine, "echo out; echo err >&2; exit 5", stream=True))
-    assert peer.output(moltis.STDOUT) == b"out\n"
-    assert peer.output(moltis.STDERR) == b"err\n"
-    assert result["exitCode"] == 5
-    assert (result["stdoutBytes"], result["stderrBytes"]) == (4, 4)
-    assert "stdout" not in result
+def ask(machine, peer, work, spec):
+    job_id = moltis.new_id()
+    machine.start(job_id, work, spec)
+    return peer.wait(job_id)
 
 
-def test_a_collected_command_has_its_output_in_the_result(machine, peer):
-    result = peer.wait(run(machine, "echo out; echo err >&2"))
-    assert (result["stdout"], result["stderr"]) == ("out\n", "err\n")
-    assert peer.chunks == []
+def settle(machine, peer, job_id):
+    peer.wait(job_id)
+    machine.acknowledge(job_id, len(peer.logs[job_id]))
 
 
-def test_what_is_no_text_is_replaced_in_a_collected_result(machine, peer):
-    assert peer.wait(run(machine, "printf 'a\\377b'"))["stdout"] == "a\ufffdb"
+# -- a job, from its start to what is remembered of it -------------------------
 
 
-def test_collected_output_is_bounded_and_says_what_was_cut(machine, peer):
-    result = peer.wait(run(machine, "head -c 1000000 /dev/zero | tr '\\0' x"))
-    assert len(result["stdout"]) < 210_000
-    assert "bytes cut" in result["stdout"]
-    assert result["stdoutBytes"] == 1_000_000
-
-
-def test_a_result_fits_what_the_gateway_takes(machine):
-    peer = RecordingPeer(max_result=50_000)
-    machine.attach(peer)
-    result = peer.wait(run(machine, "head -c 100000 /dev/zero"))
-    assert len(moltis.to_json(result).encode()) <= 50_000
-    assert result["exitCode"] == 0
-
-
-def test_an_error_that_does_not_fit_is_replaced_by_one_that_does():
-    assert moltis.fit_result({"error": "x" * 1000}, 100) == {
-        "error": "the result is too large for this gateway"
-    }
-
-
-def test_a_stream_is_named_by_a_uuid(machine, peer):
-    result = peer.wait(run(machine, "true", invoke_id="not-a-uuid", stream=True))
-    assert "must be a UUID" in result["error"]
-
-
-def test_one_that_was_asked_twice_runs_once(machine, peer, tmp_path):
-    invoke_id = str(uuid.uuid4())
-    for _ in range(2):
-        run(machine, "echo once >> runs", invoke_id, stream=True)
-        peer.wait(invoke_id)
-    wait_for(lambda: len(peer.results[invoke_id]) == 2, what="both answers")
-    assert peer.results[invoke_id][0] == peer.results[invoke_id][1]
-    assert (tmp_path / "runs").read_text() == "once\n"
-
-
-def test_one_that_is_asked_twice_while_it_runs_runs_once(machine, peer, tmp_path):
-    invoke_id = str(uuid.uuid4())
-    line = "echo once >> runs; while [ ! -e gate ]; do sleep 0.02; done"
-    for _ in range(2):
-        run(machine, line, invoke_id, stream=True)
-    (tmp_path / "gate").touch()
-    peer.wait(invoke_id)
-    assert (tmp_path / "runs").read_text() == "once\n"
-
-
-def test_a_settled_invocation_is_forgotten_but_does_not_run_again(machine, peer):
-    invoke_id = run(machine, "true", stream=True)
-    peer.wait(invoke_id)
-    machine.settle(invoke_id)
-    assert machine.inflight() == []
-    run(machine, "true", invoke_id, stream=True)
-    assert "run already" in peer.wait(invoke_id)["error"]
-
-
-def test_input_is_fed_and_its_consumption_told(machine, peer):
-    invoke_id = run(machine, "cat", stream=True, stdin=True)
-    for offset, data in ((0, b"ab"), (2, b"cd"), (4, b"")):
-        machine.write_stdin(moltis.Chunk(moltis.STDIN, invoke_id, offset, data))
-    assert peer.wait(invoke_id)["exitCode"] == 0
-    assert peer.output() == b"abcd"
-
-
-def test_cancel_ends_it_and_says_so(machine, peer, tmp_path):
-    invoke_id = run(machine, "echo $$ > pid; sleep 1000", stream=True)
-    path = tmp_path / "pid"
-    wait_for(lambda: path.exists() and path.read_text().strip(), what="its start")
-    machine.cancel(invoke_id)
-    assert peer.wait(invoke_id)["cancelled"] is True
-    assert not process_exists(int(path.read_text()))
-
-
-def test_those_beyond_the_limit_wait_in_line_and_say_so(machine, peer, tmp_path):
-    line = "while [ ! -e gate ]; do sleep 0.02; done"
-    ids = [run(machine, line, stream=True) for _ in range(4)]
-    wait_for(lambda: len(peer.places) == 2, what="places in line")
-    assert peer.places == [(ids[2], 1), (ids[3], 2)]
-    (tmp_path / "gate").touch()
-    for invoke_id in ids:
-        assert peer.wait(invoke_id)["exitCode"] == 0
-    assert {(ids[2], 0), (ids[3], 0)} <= set(peer.places)
-
-
-def test_a_result_waits_for_somebody_to_tell(machine):
-    """Nobody is attached while it runs; all of it is told to who comes."""
-    invoke_id = run(machine, "echo kept; exit 7", stream=True)
-    wait_for(lambda: machine.inflight() and machine.inflight()[0].done, what="the end")
-    peer = RecordingPeer()
-    machine.attach(peer)
-    machine.resume(invoke_id, 0, 0)
-    assert peer.wait(invoke_id)["exitCode"] == 7
-    assert peer.output() == b"kept\n"
-
-
-def test_answers_of_lent_models_cost_no_command_its_result(tmp_path, monkeypatch):
-    monkeypatch.setattr(moltis, "MAX_KEPT", 2)
-    inventory = moltis.Inventory(ENVIRON)
-    runner = moltis.CommandRunner(environ=ENVIRON, working_dir=str(tmp_path))
-    lender = moltis.ModelLender(moltis.ModelCatalog([]))
-    machine, peer = moltis.Machine(runner, inventory, lender), RecordingPeer()
-    machine.attach(peer)
-    ids = [run(machine, f"exit {code}", stream=True) for code in (3, 4)]
-    for invoke_id in ids:
-        peer.wait(invoke_id)
-    lent = str(uuid.uuid4())
-    machine.invoke(lent, "llm.models", {})
-    peer.wait(lent)
-    again = RecordingPeer()
-    machine.attach(again)
-    for invoke_id in ids:
-        machine.resume(invoke_id, 0, 0)
-    assert [again.wait(invoke_id)["exitCode"] for invoke_id in ids] == [3, 4]
-    machine.close()
-    inventory.close()
-
-
-def test_resuming_sends_only_what_followed_the_offset(machine, peer):
-    invoke_id = run(machine, "printf abcdef", stream=True)
-    peer.wait(invoke_id)
-    other = RecordingPeer()
-    machine.attach(other)
-    machine.resume(invoke_id, 4, 0)
-    other.wait(invoke_id)
-    assert other.output() == b"ef"
-
-
-def test_an_acknowledgement_beyond_what_was_sent_is_refused(machine, peer):
-    invoke_id = run(machine, "printf abc", stream=True)
-    peer.wait(invoke_id)
-    with pytest.raises(moltis.RpcError):
-        machine.acknowledge(invoke_id, moltis.STDOUT, 4)
-    machine.acknowledge("unknown", moltis.STDOUT, 4)
-
-
-def test_closing_ends_commands_and_their_results_are_told(machine, peer):
-    ids = [run(machine, "sleep 1000", stream=True) for _ in range(3)]
-    closer = threading.Thread(target=machine.close)
-    closer.start()
-    for invoke_id in ids:
-        assert peer.wait(invoke_id)["cancelled"] is True
-    closer.join()
-    assert "shutting down" in peer.wait(run(machine, "true", stream=True))["error"]
+def test_a_command_is_a_log_with_an_ending(machine, peer):
+    job_id = start(machine, "echo out; echo err >&2; exit 5")
+    ending = peer.wait(job_id)
+    assert peer.stream(job_id, moltis.STDOUT) == b"out\n"
+    assert peer.stream(job_id, moltis.STDERR) == b"err\n"
+    assert (ending.state, ending.exit_code) == ("done", 5)
+    assert (ending.stdout_bytes, ending.stderr_bytes) == (4, 4)
 
 
 @pytest.mark.parametrize(
-    ("timeout", "ok"),
-    [(1, True), (0.5, True), (0, False), (-5, False), (2**53 + 2, False)],
+    ("work", "spec", "words"),
+    [
+        ("run", {}, "command is missing"),
+        ("run", {"command": "x", "cwd": "/no/such"}, "working directory /no/such"),
+        ("which", {"binary": "../sh"}, "plain name"),
+        ("chat", {"model": "a/b", "messages": []}, "does not lend its models"),
+        ("explode", {}, "unknown work 'explode'"),
+    ],
 )
-def test_a_timeout_is_a_positive_number_of_ms(timeout, ok):
-    args = {"command": "true", "timeout": timeout}
-    if ok:
-        assert moltis.run_arguments(args).timeout == timeout / 1000
-    else:
-        with pytest.raises(moltis.RpcError, match="timeout must be a positive"):
-            moltis.run_arguments(args)
+def test_every_error_is_an_ending(machine, peer, work, spec, words):
+    ending = ask(machine, peer, work, spec)
+    assert ending.state == JobState.FAILED
+    assert words in ending.reason
+
+
+def test_a_known_id_does_not_run_again(machine, peer, tmp_path):
+    """While it runs, when it has ended, and when its log was acknowledged."""
+    job_id = moltis.new_id()
+    line = "echo once >> runs; while [ ! -e gate ]; do sleep 0.02; done"
+    for _ in range(2):
+        start(machine, line, job_id)
+    (tmp_path / "gate").touch()
+    peer.wait(job_id)
+    start(machine, line, job_id)
+    settle(machine, peer, job_id)
+    assert machine.held() == {}
+    del peer.logs[job_id]
+    start(machine, line, job_id)
+    assert peer.wait(job_id).reason == moltis.RAN_BEFORE
+    assert (tmp_path / "runs").read_text() == "once\n"
+
+
+def test_an_ending_is_kept_until_all_of_the_log_is_acknowledged(machine, peer):
+    job_id = start(machine, "echo hi")
+    peer.wait(job_id)
+    machine.acknowledge(job_id, 8)
+    assert machine.held() == {job_id: 8}
+    machine.acknowledge(job_id, len(peer.logs[job_id]))
+    assert machine.held() == {}
+
+
+def test_what_was_not_sent_cannot_be_acknowledged(machine, peer):
+    job_id = start(machine, "printf abc")
+    peer.wait(job_id)
+    with pytest.raises(moltis.RpcError):
+        machine.acknowledge(job_id, len(peer.logs[job_id]) + 1)
+    machine.acknowledge("unknown", 4)
+
+
+def test_only_so_many_endings_are_kept(machine, peer, monkeypatch):
+    monkeypatch.setattr(moltis, "MAX_KEPT", 3)
+    ids = [start(machine, "true") for _ in range(2)]
+    for _ in range(3):
+        for job_id in ids:
+            peer.wait(job_id)
+        ids.append(start(machine, "true"))
+    peer.wait(ids[-1])
+    assert list(machine.held()) == ids[-3:]
+
+
+def test_only_so_much_output_is_kept(machine, peer, monkeypatch):
+    monkeypatch.setattr(moltis, "MAX_KEPT_OUTPUT", 2500)
+    ids = []
+    for _ in range(4):
+        ids.append(start(machine, "head -c 1000 /dev/zero"))
+        peer.wait(ids[-1])
+    assert list(machine.held()) == ids[2:]
+
+
+def test_only_so_many_ids_are_remembered(machine, peer, monkeypatch):
+    monkeypatch.setattr(moltis, "MAX_REMEMBERED", 2)
+    ids = []
+    for _ in range(4):
+        ids.append(start(machine, "true"))
+        settle(machine, peer, ids[-1])
+    peer.logs.clear()
+    for job_id, state in ((ids[3], "failed"), (ids[0], "done")):
+        start(machine, "true", job_id)
+        assert peer.wait(job_id).state == state
+
+
+def test_a_fault_of_ours_is_an_ending_too(machine, peer, monkeypatch):
+    monkeypatch.setattr(moltis.Command, "_loop", lambda *_: 1 / 0)
+    job_id = start(machine, "sleep 30")
+    assert peer.wait(job_id).reason == "the node failed; its log says why"
+
+
+# -- input, cancel, close ------------------------------------------------------
+
+
+def test_input_is_fed_and_its_consumption_reported(machine, peer):
+    job_id = start(machine, "cat", stdin=True)
+    for offset, data in ((0, b"ab"), (2, b"cd"), (4, b"")):
+        machine.input(job_id, offset, data)
+    assert peer.wait(job_id).exit_code == 0
+    assert peer.stream(job_id) == b"abcd"
+    assert peer.input[-1] == (job_id, 4, False)
+    machine.input("unknown", 0, b"x")
+
+
+def test_a_gap_in_the_input_is_refused(machine, peer):
+    job_id = start(machine, "cat", stdin=True)
+    with pytest.raises(moltis.RpcError, match="does not follow"):
+        machine.input(job_id, 7, b"x")
+    machine.cancel(job_id)
+
+
+def test_cancel_ends_the_command_and_says_so(machine, peer, tmp_path):
+    job_id = start(machine, "echo $$ > pid; sleep 1000")
+    path = tmp_path / "pid"
+    wait_for(lambda: path.exists() and path.read_text().strip(), what="its start")
+    machine.cancel(job_id, "a reason")
+    ending = peer.wait(job_id)
+    assert (ending.state, ending.reason) == ("cancelled", "a reason")
+    assert not process_exists(int(path.read_text()))
+    machine.cancel(job_id)  # changes nothing any more
+    assert machine.held() == {job_id: 0}
+
+
+def test_a_cancel_that_comes_before_its_start_is_remembered(machine, peer, tmp_path):
+    job_id = moltis.new_id()
+    machine.cancel(job_id)
+    start(machine, "touch ran", job_id)
+    assert peer.wait(job_id).state == JobState.CANCELLED
+    assert not (tmp_path / "ran").exists()
+
+
+def test_closing_ends_all_jobs_and_says_why(machine, peer):
+    ids = [start(machine, "sleep 1000") for _ in range(4)]
+    machine.close()
+    for job_id in ids:
+        ending = peer.ending(job_id)
+        assert (ending.state, ending.reason) == ("cancelled", "its node stopped")
+    assert peer.wait(start(machine, "true")).reason == "this node is stopping"
+
+
+def test_closing_ends_what_is_just_starting(machine, peer, monkeypatch, tmp_path):
+    """Its shell runs already, and no thread has it yet."""
+    entering, closing = threading.Event(), threading.Event()
+    call = moltis.Machine._call_worker
+
+    def hold(*args):
+        entering.set()
+        assert closing.wait(10)
+        call(*args)
+
+    monkeypatch.setattr(moltis.Machine, "_call_worker", hold)
+    command = "echo $$ >pid; sleep 30"
+    starting = threading.Thread(target=start, args=(machine, command, "one"))
+    starting.start()
+    assert entering.wait(10)
+    pid = tmp_path / "pid"
+    wait_for(lambda: pid.exists() and pid.read_text().strip())
+    closer = threading.Thread(target=machine.close)
+    closer.start()
+    wait_for(lambda: machine._stopping)
+    closing.set()
+    closer.join(10)
+    assert peer.ending("one").state == JobState.CANCELLED
+    starting.join(10)
+    assert not process_exists(int(pid.read_text()))
+
+
+# -- side by side, and in line -------------------------------------------------
+
+GATE = "while [ ! -e gate ]; do sleep 0.02; done"
+
+
+def test_commands_beyond_the_limit_wait_in_line_and_their_places_are_reported(
+    machine, peer, tmp_path
+):
+    ids = [start(machine, GATE) for _ in range(4)]
+    wait_for(lambda: len(peer.places) == 2, 2, what="places in line")
+    assert peer.places == [(ids[2], 1), (ids[3], 2)]
+    (tmp_path / "gate").touch()
+    for job_id in ids:
+        assert peer.wait(job_id).exit_code == 0
+    assert [place for job_id, place in peer.places if job_id == ids[2]] == [1, 0]
+    assert peer.places[-1][1] == 0
+
+
+def test_a_job_that_moves_up_is_reported_once_a_second(machine, peer):
+    first = [start(machine, "cat", stdin=True) for _ in range(2)]
+    third, fourth = (start(machine, "cat", stdin=True) for _ in range(2))
+    wait_for(lambda: len(peer.places) == 2, what="both places")
+    began = time.monotonic()
+    machine.input(first[0], 0, b"")
+    wait_for(lambda: (fourth, 1) in peer.places, what="the next place")
+    assert time.monotonic() - began > moltis.PLACE_INTERVAL / 2
+    assert (third, 0) in peer.places
+
+
+def test_a_job_that_waits_for_a_moment_only_is_not_reported(machine, peer, monkeypatch):
+    monkeypatch.setattr(moltis, "PLACE_TICK", 60.0)
+    for job_id in [start(machine, "true") for _ in range(4)]:
+        peer.wait(job_id)
+    assert peer.places == []
+
+
+def test_those_far_behind_are_reported_less_often(machine, peer, monkeypatch):
+    monkeypatch.setattr(moltis, "PLACE_INTERVAL", 0.0)
+    job = moltis.MachineJob("run", moltis.JobLog("id", None), None)
+    job.waits = True
+    for place in (100, 90, 80, 79, 79, 12, 11, 10, 9, 9):
+        machine._report_place(job, place)
+    job.waits = False
+    machine._report_place(job, 0)
+    machine._report_place(job, 8)  # that was looked up before
+    assert [place for _, place in peer.places] == [100, 79, 12, 10, 9, 0]
+
+
+def test_what_does_not_fit_into_the_line_is_refused(machine, peer):
+    ids = [start(machine, "sleep 30") for _ in range(5)]
+    ending = peer.wait(ids[4])
+    assert ending.state == JobState.FAILED
+    assert ending.reason == "this machine has 4 jobs of this kind already"
+
+
+def test_a_command_in_line_is_cancelled_at_once(machine, peer):
+    ids = [start(machine, "sleep 30") for _ in range(3)]
+    wait_for(lambda: peer.places, what="its place")
+    machine.cancel(ids[2])
+    assert peer.ending(ids[2]) == Ending(JobState.CANCELLED)
+    assert peer.places == [(ids[2], 1), (ids[2], 0)]
+
+
+def test_other_works_do_not_wait_in_the_line_of_commands(machine, peer):
+    for _ in range(4):
+        start(machine, "sleep 30")
+    found = ask(machine, peer, "which", {"binary": "sh"})
+    assert found.result == {
+        "found": True,
+        "path": shutil.which("sh", path="/usr/bin:/bin"),
+    }
+
+
+def test_a_thread_is_used_again_and_ends_when_there_is_no_work(
+    machine, peer, monkeypatch
+):
+    peer.wait(start(machine, "true"))
+    names = lambda: [thread.name for thread in threading.enumerate()]  # noqa: E731
+    wait_for(lambda: "moltis-idle" in names())
+    before = threading.active_count()
+    peer.wait(start(machine, "true"))
+    assert threading.active_count() == before
+    job_id = start(machine, "cat", stdin=True)
+    wait_for(lambda: f"moltis-run-{job_id[:8]}" in names())
+    monkeypatch.setattr(moltis, "WORKER_LINGER", 0.01)
+    machine.input(job_id, 0, b"")
+    wait_for(lambda: threading.active_count() == before - 1)
+
+
+def test_a_command_for_which_there_is_no_thread_ends_at_once(
+    machine, peer, monkeypatch
+):
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as crowded:
+        crowded.setattr(threading.Thread, "start", refuse)
+        ending = peer.wait(start(machine, "sleep 600"))
+    assert ending.reason == "this machine has no thread left"
+    assert peer.wait(start(machine, "true")).exit_code == 0
+
+
+# -- a peer that goes away and comes back --------------------------------------
+
+
+def test_a_job_goes_on_while_there_is_no_peer(machine):
+    job_id = start(machine, "echo kept; exit 7")
+    wait_for(lambda: machine._jobs[job_id].log.ended, what="the end")
+    peer = RecordingPeer()
+    machine.attach(peer)
+    machine.resume({job_id: 0})
+    assert peer.wait(job_id).exit_code == 7
+    assert peer.stream(job_id) == b"kept\n"
+
+
+def test_resuming_sends_only_what_follows_the_offset(machine, peer):
+    job_id = start(machine, "echo a; sleep 0.1; echo b >&2")
+    peer.wait(job_id)
+    other = RecordingPeer()
+    machine.attach(other)
+    machine.resume({job_id: 7})
+    assert other.logs[job_id] == peer.logs[job_id][7:]
+
+
+def test_what_the_peer_does_not_name_is_ended_and_forgotten(machine, peer, tmp_path):
+    ended = start(machine, "true")
+    peer.wait(ended)
+    runs = start(machine, "echo $$ > pid; exec sleep 1000")
+    path = tmp_path / "pid"
+    wait_for(lambda: path.exists() and path.read_text().strip(), what="its start")
+    machine.resume({})
+    wait_for(lambda: not machine.held(), what="both to be forgotten")
+    assert not process_exists(int(path.read_text()))
+    peer.logs.clear()
+    for job_id in (ended, runs):
+        start(machine, "true", job_id)
+        assert peer.wait(job_id).state == JobState.FAILED
+
+
+def test_places_and_input_are_reported_again(machine, peer):
+    ids = [start(machine, "cat", stdin=True) for _ in range(3)]
+    machine.input(ids[0], 0, b"abc")
+    wait_for(lambda: peer.input == [(ids[0], 3, False)], what="consumption")
+    wait_for(lambda: peer.places, what="the place")
+    other = RecordingPeer()
+    machine.attach(other)
+    machine.resume(machine.held())
+    expected = [(ids[0], 3, True), (ids[1], 0, True), (ids[2], 0, True)]
+    assert sorted(other.input) == sorted(expected)
+    wait_for(lambda: other.places == [(ids[2], 1)], what="the place, again")
+
+
+def test_a_job_that_left_the_line_meanwhile_is_reported_as_running(machine, peer):
+    ids = [start(machine, "cat", stdin=True) for _ in range(3)]
+    wait_for(lambda: peer.places == [(ids[2], 1)], what="the place")
+    machine.attach(None)
+    machine.input(ids[0], 0, b"")
+    wait_for(lambda: not machine._jobs[ids[2]].waits, what="its turn")
+    other = RecordingPeer()
+    machine.attach(other)
+    machine.resume(machine.held())
+    assert other.places == [(ids[2], 0)]
+
+
+def test_output_beyond_the_window_waits_for_the_peer(machine, peer):
+    job_id = start(machine, "head -c 3000000 /dev/zero")
+    log = machine._jobs[job_id].log
+    wait_for(lambda: not log.room, what="a full window")
+    assert log.held <= moltis.LOG_WINDOW
+    peer.acknowledges = True
+    peer.machine = machine
+    machine.acknowledge(job_id, len(peer.logs[job_id]))
+    assert peer.wait(job_id).stdout_bytes == 3_000_000
+    assert machine.held() == {}
+
+
+# -- other works ---------------------------------------------------------------
+
+
+def test_the_providers_are_those_of_the_inventory(machine, peer):
+    ending = ask(machine, peer, "providers", {})
+    assert isinstance(ending.result["providers"], list)
+
+
+class Catalog:
+    """Stands for the models of this machine: one that answers what it is told to."""
+
+    def __init__(self, *events, error=None, models=()):
+        self._events, self._error, self._models = events, error, models
+        self.asked = []
+
+    def model(self, name):
+        self.asked.append(name)
+        return self
+
+    def stream(self, messages, tools, cancel):
+        yield from self._events
+        if self._error is not None:
+            raise self._error
+        cancel.pause(60)
+
+    def models(self, cancel, *, refresh=False):
+        self.asked.append(refresh)
+        return list(self._models), {"ollama": "is away"}
+
+
+REQUEST = {"model": "far/model", "messages": [{"role": "user", "text": "hi"}]}
+
+
+def lending(machines, *events, **options):
+    machine = machines.make(catalog=Catalog(*events, **options))
+    peer = RecordingPeer(machine)
+    machine.attach(peer)
+    return machine, peer
+
+
+def test_a_lent_model_answers_in_json_lines(machines):
+    delta = moltis.Delta("text", "hello")
+    machine, peer = lending(machines, delta, error=moltis.ModelError("it broke"))
+    job_id = moltis.new_id()
+    machine.start(job_id, "chat", REQUEST)
+    ending = peer.wait(job_id)
+    assert json.loads(peer.stream(job_id)) == {"kind": "text", "text": "hello"}
+    assert (ending.state, ending.reason) == ("failed", "it broke")
+    assert moltis.CAP_LLM in machine.capabilities
+
+
+def test_a_conversation_that_is_too_long_is_told_from_other_failures(machines):
+    machine, peer = lending(machines, error=moltis.ContextTooLong("too long"))
+    ending = ask(machine, peer, "chat", REQUEST)
+    assert (ending.state, ending.result) == ("failed", {"kind": "context"})
+
+
+def test_a_question_is_cancelled_also_while_its_log_is_full(machines):
+    delta = moltis.Delta("text", "x" * 100_000)
+    machine, peer = lending(machines, *[delta] * 20)
+    job_id = moltis.new_id()
+    machine.start(job_id, "chat", REQUEST)
+    wait_for(lambda: not machine._jobs[job_id].log.room, what="a full window")
+    machine.cancel(job_id)
+    assert peer.wait(job_id).state == JobState.CANCELLED
+
+
+def test_a_long_answer_waits_for_room_and_is_whole(machines):
+    deltas = [moltis.Delta("text", str(n) * 100_000) for n in range(10)] * 2
+    machine, peer = lending(machines, *deltas, error=moltis.ModelError("end"))
+    peer.acknowledges = True
+    job_id = moltis.new_id()
+    machine.start(job_id, "chat", REQUEST)
+    peer.wait(job_id)
+    lines = peer.stream(job_id).splitlines()
+    assert [json.loads(line)["text"] for line in lines] == [d.text for d in deltas]
+
+
+def test_more_questions_than_a_machine_takes_are_refused(machines):
+    machine, peer = lending(machines)
+    ids = [moltis.new_id() for _ in range(moltis.MAX_LENT + 1)]
+    for job_id in ids:
+        machine.start(job_id, "chat", REQUEST)
+    assert "8 jobs of this kind" in peer.wait(ids[-1]).reason
+
+
+def test_the_models_that_can_be_asked_are_a_result(machines):
+    info = moltis.ModelInfo("a/b", "A", "B", True)
+    machine, peer = lending(machines, models=[info])
+    ending = ask(machine, peer, "models", {"refresh": True})
+    assert ending.result == {
+        "models": [info.to_json()],
+        "errors": {"ollama": "is away"},
+    }
+
+
+def test_a_list_of_models_that_no_frame_can_hold_is_cut(machines):
+    models = [moltis.ModelInfo(f"a/{n}", "A", "B" * 100, True) for n in range(2000)]
+    machine, peer = lending(machines, models=models)
+    ending = ask(machine, peer, "models", {})
+    assert 100 < len(ending.result["models"]) < 2000
+
+
+def test_only_commands_are_recorded():
+    assert [name for name, work in moltis.WORKS.items() if work.recorded] == ["run"]
+
+
+def test_a_checked_spec_has_no_variable_that_may_not_be_forwarded():
+    spec = {"command": "x", "env": {"TERM": "dumb", "PATH": "/evil"}, "timeout": 5}
+    assert moltis.check_spec("run", spec) == {
+        "command": "x",
+        "env": {"TERM": "dumb"},
+        "timeout": 5,
+        "stdin": False,
+    }
+    for work, wrong in (("run", {}), ("which", {}), ("explode", {})):
+        with pytest.raises(moltis.RpcError) as raised:
+            moltis.check_spec(work, wrong)
+        assert raised.value.code == "INVALID_REQUEST"
+
+
+def test_a_moltis_gateway_finds_the_capability_that_it_looks_for(machine):
+    assert "system.run" in machine.capabilities
 
 
 def test_the_platform_has_moltis_name(monkeypatch):
@@ -254,12 +603,12 @@ def test_the_platform_has_moltis_name(monkeypatch):
         assert moltis.platform_name() == theirs
 
 
-# -- the owner's own guard -------------------------------------------------------------
+# -- the owner's own guard -----------------------------------------------------
 
 
 def is_allowed(command, *patterns):
     try:
-        moltis.AllowedCommands(patterns).check(command)
+        moltis.AllowedCommands(patterns).check(moltis.CommandSpec(command))
     except moltis.RpcError as error:
         assert error.code == "FORBIDDEN"
         return False
@@ -324,6 +673,12 @@ def test_what_the_owner_allows_may_run(pattern, command):
         ("echo *{x}", "echo ${x}"),
         ("printf *", "printf -v a['$''(reboot)'] x"),
         ("", "x"),
+        # Quotes, backslash and # change what the marks behind them mean.
+        ("echo *", "echo 'x"),
+        ("echo *", 'echo "x"'),
+        ("echo *", "echo \\x"),
+        ("echo *", "echo # x"),
+        ("echo ? x", "echo # x"),
     ],
 )
 def test_what_the_owner_does_not_spell_may_not_run(pattern, command):
@@ -347,33 +702,19 @@ def test_a_hostile_line_cannot_make_the_guard_think_for_long():
     assert not is_allowed("a" * 2000 + "!", "*a" * 30 + "b")
 
 
-def test_a_guarded_machine_says_no_and_runs_nothing(machine, tmp_path):
+def test_a_guarded_machine_says_no_and_runs_nothing(machines, tmp_path):
+    allowed = moltis.AllowedCommands(["echo *", "which"])
+    guarded = machines.make(allowed=allowed, catalog=Catalog())
     peer = RecordingPeer()
-    inventory = moltis.Inventory(ENVIRON)
-    runner = moltis.CommandRunner(environ=ENVIRON, working_dir=str(tmp_path))
-    allowed = moltis.AllowedCommands(["echo *"])
-    guarded = moltis.Machine(runner, inventory, allowed=allowed)
     guarded.attach(peer)
-    try:
-        for stream in (False, True):
-            refused = run(guarded, f"touch {tmp_path}/ran", stream=stream)
-            assert "does not allow" in peer.wait(refused)["error"]
-        assert peer.wait(run(guarded, "echo yes"))["stdout"] == "yes\n"
-    finally:
-        guarded.close()
-        inventory.close()
+    refused = start(guarded, f"touch {tmp_path}/ran")
+    assert "does not allow" in peer.wait(refused).reason
+    elsewhere = start(guarded, "echo yes", cwd="/")
+    assert "working directory" in peer.wait(elsewhere).reason
+    assert peer.wait(start(guarded, "echo yes", cwd=" ")).exit_code == 0
+    assert ask(guarded, peer, "which", {"binary": "sh"}).result["found"]
+    for work in ("providers", "models", "chat"):
+        ending = ask(guarded, peer, work, REQUEST)
+        assert f"does not allow the work '{work}'" in ending.reason
+    assert moltis.CAP_LLM not in guarded.capabilities
     assert not (tmp_path / "ran").exists()
-
-
-def test_what_is_in_line_comes_last_of_what_is_in_flight(machine, peer):
-    """So that a list that has to be cut loses nothing that has output."""
-    ids = [str(uuid.uuid4()) for _ in range(4)]
-    machine.invoke(ids[0], "system.run", {"command": "true", "stream": True})
-    peer.wait(ids[0])
-    for invoke_id in ids[1:]:
-        machine.invoke(invoke_id, "system.run", {"command": "sleep 30", "stream": True})
-    assert [item.invoke_id for item in machine.inflight()] == ids
-    wait_for(
-        lambda: [told[0] for told in peer.places][-1:] == ids[3:],
-        what="a place in line",
-    )

@@ -471,7 +471,7 @@ def test_what_cannot_be_a_provider_is_refused(gateway, params):
 
 def test_a_key_alone_is_not_enough_to_change_models(gateway):
     access = gateway.running._access
-    _, key = access.create_key("reader", [moltis.Scope.READ])
+    _, key = access.operators.create_key("reader", [moltis.Scope.READ])
     with moltis.OperatorClient(gateway.url, key) as client:
         assert client.call("models.list", {})
         with pytest.raises(moltis.Refused, match="scope"):

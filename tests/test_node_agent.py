@@ -11,6 +11,7 @@ import socket
 import sqlite3
 import struct
 import threading
+import time
 import uuid
 
 import pytest
@@ -37,6 +38,7 @@ class MoltisGateway:
         self.connects = queue.SimpleQueue()
         self.frames = []  # opcode and length of all that came
         self.dropped = 0
+        self.forgets = 0  # results that it refuses
         self._sock = socket.create_server(("127.0.0.1", 0))
         self.port = self._sock.getsockname()[1]
         self.url = f"ws://127.0.0.1:{self.port}/ws"
@@ -99,7 +101,12 @@ class MoltisGateway:
         if length > MAX_FRAME:
             self.dropped += 1
             return b""
+        if opcode == 2:
+            self._take_log(data)
         return data if opcode == 1 else b""
+
+    def _take_log(self, data):
+        raise AssertionError("a Moltis gateway gets no binary message")
 
     def _answer(self, envelope):
         assert envelope["type"] == "req", envelope
@@ -120,6 +127,11 @@ class MoltisGateway:
         elif envelope["method"] not in ("node.invoke.result", "node.event"):
             error = {"code": "UNKNOWN_METHOD", "message": envelope["method"]}
             answer = {"type": "res", "id": envelope["id"], "ok": False, "error": error}
+        elif envelope["method"] == "node.invoke.result" and self.forgets:
+            # It registers an invoke after sending it.
+            self.forgets -= 1
+            error = {"code": "INVALID_REQUEST", "message": "no pending invoke"}
+            answer = {"type": "res", "id": envelope["id"], "ok": False, "error": error}
         self._send(answer)
         if envelope["method"] == "connect":
             self.connects.put(envelope["params"])
@@ -128,20 +140,32 @@ class MoltisGateway:
 
     def _send(self, value):
         data = json.dumps(value).encode()
-        head = bytes([0x81])
+        self._send_frame(0x81, data)
+
+    def _send_frame(self, first, data):
+        head = bytes([first])
         if len(data) < 126:
             head += bytes([len(data)])
-        else:
+        elif len(data) < 65536:
             head += bytes([126]) + struct.pack("!H", len(data))
+        else:
+            head += bytes([127]) + struct.pack("!Q", len(data))
         self._connections[-1].sendall(head + data)
+
+    def event(self, name, **payload):
+        self._send({"type": "event", "event": name, "payload": payload})
+
+    def ask(self, command, args, invoke_id=None):
+        """Send a request to the node; return its id."""
+        invoke_id = invoke_id or str(uuid.uuid4())
+        self.event(
+            "node.invoke.request", invokeId=invoke_id, command=command, args=args
+        )
+        return invoke_id
 
     def invoke(self, command, args, invoke_id=None):
         """Return the result of a request to the node."""
-        invoke_id = invoke_id or str(uuid.uuid4())
-        payload = {"invokeId": invoke_id, "command": command, "args": args}
-        event = {"type": "event", "event": "node.invoke.request", "payload": payload}
-        self._send(event)
-        return self.result(invoke_id)
+        return self.result(self.ask(command, args, invoke_id))
 
     def result(self, invoke_id):
         while True:
@@ -220,6 +244,7 @@ def test_connect_is_what_a_moltis_gateway_reads(node):
     }
     commands = params["extensions"]["moltis"]["commands"]
     assert {"system.run", "system.which", "system.providers"} <= set(commands)
+    assert "system.run" in params["extensions"]["moltis"]["caps"]
 
 
 def test_a_command_s_output_comes_in_one_piece(node, moltis_gateway):
@@ -233,7 +258,7 @@ def test_a_command_s_output_comes_in_one_piece(node, moltis_gateway):
 
 def test_death_by_signal_is_minus_one_and_the_signal(node, moltis_gateway):
     result = moltis_gateway.invoke("system.run", {"command": "kill -15 $$"})
-    assert (result["exitCode"], result["signal"]) == (-1, 15)
+    assert (result["exitCode"], result["signal"]) == (-1, "SIGTERM")
 
 
 def test_a_timeout_in_ms_ends_the_command_and_keeps_its_output(node, moltis_gateway):
@@ -241,7 +266,46 @@ def test_a_timeout_in_ms_ends_the_command_and_keeps_its_output(node, moltis_gate
         "system.run", {"command": "echo so far; sleep 1000", "timeout": 300}
     )
     assert result["stdout"] == "so far\n"
-    assert result["timedOut"] is True
+    assert (result["exitCode"], result["timedOut"]) == (-1, True)
+    # The output is all that such a gateway passes on.
+    assert "timed out" in result["stderr"]
+
+
+def test_the_verdict_arrives_while_the_gateway_waits_for_it(
+    node, moltis_gateway, monkeypatch, tmp_path
+):
+    """It waits for max(timeout, 5) s; a command that ignores SIGTERM takes longer."""
+    monkeypatch.setattr(moltis, "MOLTIS_PATIENCE", 1.0)
+    command = f"echo $$ > {tmp_path}/pid; trap '' TERM; echo so far; sleep 77; sleep 77"
+    began = time.monotonic()
+    result = moltis_gateway.invoke("system.run", {"command": command, "timeout": 400})
+    assert time.monotonic() - began < 1.0
+    assert (result["stdout"], result["timedOut"]) == ("so far\n", True)
+    pid = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not process_exists(pid), what="the end of the command")
+
+
+def test_time_in_line_counts_for_a_moltis_gateway(
+    node, moltis_gateway, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(moltis, "MOLTIS_PATIENCE", 1.0)
+    row = moltis.WORKS["run"].replace(side_by_side=1)
+    monkeypatch.setitem(moltis.WORKS, "run", row)
+    slow = moltis_gateway.ask("system.run", {"command": "sleep 77"})
+    args = {"command": f"touch {tmp_path}/ran", "timeout": 400}
+    assert moltis_gateway.invoke("system.run", args)["timedOut"] is True
+    node.close()
+    assert moltis_gateway.result(slow)["cancelled"] is True
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_result_that_came_too_early_is_sent_once_more(node, moltis_gateway):
+    moltis_gateway.forgets = 1
+    invoke_id = moltis_gateway.ask("system.run", {"command": "echo early"})
+    began = time.monotonic()
+    for _ in range(2):
+        assert moltis_gateway.result(invoke_id)["stdout"] == "early\n"
+    assert time.monotonic() - began >= moltis.RESEND_PAUSE / 2
 
 
 @pytest.mark.parametrize("cwd", ["", "  "])
@@ -277,7 +341,7 @@ def test_which_and_providers_are_answered(node, moltis_gateway):
         ("system.run", {"command": "x", "timeout": 0}, "timeout"),
         ("system.run", {"command": "x", "cwd": "/no/such"}, "/no/such"),
         ("system.which", {"binary": "../sh"}, "plain name"),
-        ("system.explode", {}, "unknown command 'system.explode'"),
+        ("system.explode", {}, "unknown work 'system.explode'"),
     ],
 )
 def test_what_cannot_be_done_is_a_result_with_an_error(
@@ -294,7 +358,6 @@ def test_no_frame_exceeds_what_a_moltis_gateway_takes(node, moltis_gateway):
     result = moltis_gateway.invoke("system.run", {"command": command})
     assert result["exitCode"] == 0
     assert "cut" in result["stdout"]
-    assert result["stdoutBytes"] == 3_000_000
     assert moltis_gateway.dropped == 0
     assert max(length for _, length in moltis_gateway.frames) > 100_000
 
@@ -322,11 +385,7 @@ def test_commands_run_side_by_side_and_hold_nothing_up(node, moltis_gateway, tmp
     """Telemetry, `which` and a second command are answered while one runs."""
     gate = tmp_path / "gate"
     line = f"while [ ! -e {gate} ]; do sleep 0.05; done; echo done"
-    slow = str(uuid.uuid4())
-    payload = {"invokeId": slow, "command": "system.run", "args": {"command": line}}
-    moltis_gateway._send(
-        {"type": "event", "event": "node.invoke.request", "payload": payload}
-    )
+    slow = moltis_gateway.ask("system.run", {"command": line})
     assert moltis_gateway.invoke("system.which", {"binary": "sh"})["found"]
     quick = moltis_gateway.invoke("system.run", {"command": "echo quick"})
     assert quick["stdout"] == "quick\n"
@@ -339,7 +398,7 @@ def test_a_repeated_request_does_not_run_again(node, moltis_gateway, tmp_path):
     command = {"command": f"echo once >> {tmp_path}/runs"}
     moltis_gateway.invoke("system.run", command, invoke_id)
     again = moltis_gateway.invoke("system.run", command, invoke_id)
-    assert "run already" in again.get("error", "")
+    assert "it ran before" in again.get("error", "")
     assert (tmp_path / "runs").read_text() == "once\n"
 
 
@@ -369,9 +428,7 @@ def test_a_gateway_that_cannot_resume_is_not_told_old_results(
     """It forgot what it asked for when the connection broke."""
     gate = tmp_path / "gate"
     line = f"while [ ! -e {gate} ]; do sleep 0.05; done; touch {tmp_path}/ended"
-    payload = {"invokeId": "x1", "command": "system.run", "args": {"command": line}}
-    event = {"type": "event", "event": "node.invoke.request", "payload": payload}
-    moltis_gateway._send(event)
+    moltis_gateway.ask("system.run", {"command": line}, "x1")
     assert moltis_gateway.invoke("system.which", {"binary": "sh"})["found"]
     moltis_gateway.drop()
     # It may be back before we have looked.
@@ -413,10 +470,7 @@ def test_closing_ends_running_commands_and_reports_them(moltis_gateway, tmp_path
     node = node_for(moltis_gateway.url, tmp_path)
     moltis_gateway.connects.get(timeout=10)
     args = {"command": f"echo $$ > {tmp_path}/pid; sleep 1000"}
-    payload = {"invokeId": "last", "command": "system.run", "args": args}
-    moltis_gateway._send(
-        {"type": "event", "event": "node.invoke.request", "payload": payload}
-    )
+    moltis_gateway.ask("system.run", args, "last")
     path = tmp_path / "pid"
     wait_for(lambda: path.exists() and path.read_text().strip(), what="the command")
     node.close()
@@ -445,6 +499,254 @@ def test_a_refusal_says_why_and_the_node_keeps_trying(tmp_path, code, message):
             gateway.connects.get(timeout=20)
         node.close()
     assert said == [f"{gateway.url} refused this node: {message}"]
+
+
+# -- the extension `jobs`, at a gateway that is scripted -----------------------------
+
+
+class JobsGateway(MoltisGateway):
+    """A gateway of ours whose every step the test takes itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.logs = {}
+        self.events = []  # name, payload
+        self.resumes = None  # what its hello says; None: all from where we are
+        self.deaf = threading.Event()  # while it is set, logs are not read
+        self.messages = 0
+
+    def _answer(self, envelope):
+        if envelope["type"] == "event":
+            self.events.append((envelope["event"], envelope["payload"]))
+            return
+        if envelope["method"] != "connect":
+            super()._answer(envelope)
+            return
+        ours = envelope["params"]["extensions"]["moltis"]
+        offsets = self.resumes
+        if offsets is None:
+            offsets = {
+                i: max(at, len(self.logs.get(i, b""))) for i, at in ours["jobs"].items()
+            }
+        hello = {"type": "hello-ok", "protocol": 4, "features": {"methods": []}}
+        hello["extensions"] = {"moltis": {"jobs": offsets}}
+        self._send({"type": "res", "id": envelope["id"], "ok": True, "payload": hello})
+        self.connects.put(envelope["params"])
+
+    def _take_log(self, message):
+        kind, job_id, offset, data = moltis.decode_job_data(message)
+        assert kind == moltis.LOG_DATA
+        assert moltis.whole_frames(data) == len(data)
+        have = self.logs.setdefault(job_id, b"")
+        assert offset <= len(have), "a gap"
+        self.logs[job_id] = have + data[len(have) - offset :]
+        self.messages += 1
+
+    def start(self, command, job_id=None, **spec):
+        job_id = job_id or moltis.new_id()
+        spec = {"command": command, **spec}
+        self.event("job.start", id=job_id, work="run", spec=spec)
+        return job_id
+
+    def input(self, job_id, offset, data):
+        message = moltis.encode_job_data(moltis.INPUT_DATA, job_id, offset, data)
+        self._send_frame(0x82, message)
+
+    def acknowledge(self, job_id, offset=None):
+        offset = len(self.logs[job_id]) if offset is None else offset
+        self.event("job.ack", id=job_id, offset=offset)
+
+    def stream(self, job_id, kind=moltis.STDOUT):
+        frames = moltis.log_frames(self.logs.get(job_id, b""))
+        return b"".join(data for number, data in frames if number == kind)
+
+    def ending(self, job_id):
+        data = self.stream(job_id, moltis.ENDING)
+        return moltis.decode_ending(data) if data else None
+
+    def wait(self, job_id):
+        return wait_for(lambda: self.ending(job_id), what="the ending")
+
+    def of(self, name):
+        return [payload for event, payload in self.events if event == name]
+
+
+@pytest.fixture
+def jobs_gateway():
+    with JobsGateway() as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def jobs_node(jobs_gateway, tmp_path):
+    with node_for(jobs_gateway.url, tmp_path, working_dir=str(tmp_path)) as node:
+        node.connect = jobs_gateway.connects.get(timeout=10)
+        yield node
+
+
+def machine_of(node):
+    return node.running._agent._machine
+
+
+def come_back(gateway, node):
+    """Cut the connection; return the params with which the node is back."""
+    gateway.drop()
+    params = gateway.connects.get(timeout=20)
+    wait_for(lambda: len(node.states) % 2, what="the node to serve")
+    return params
+
+
+def test_a_node_names_its_life_and_the_logs_that_it_holds(jobs_gateway, jobs_node):
+    ours = jobs_node.connect["extensions"]["moltis"]
+    assert moltis.CAP_JOBS in ours["caps"]
+    assert (ours["instance"], ours["jobs"]) == (machine_of(jobs_node).instance, {})
+    job_id = jobs_gateway.start("echo a; sleep 0.1; echo b")
+    jobs_gateway.wait(job_id)
+    jobs_gateway.acknowledge(job_id, 7)
+    wait_for(lambda: machine_of(jobs_node).held() == {job_id: 7}, what="the ack")
+    again = come_back(jobs_gateway, jobs_node)["extensions"]["moltis"]
+    assert (again["instance"], again["jobs"]) == (ours["instance"], {job_id: 7})
+
+
+def test_a_job_s_log_comes_with_its_ending_last(jobs_gateway, jobs_node):
+    job_id = jobs_gateway.start("echo out; echo err >&2; exit 3")
+    ending = jobs_gateway.wait(job_id)
+    assert jobs_gateway.stream(job_id) == b"out\n"
+    assert jobs_gateway.stream(job_id, moltis.STDERR) == b"err\n"
+    assert (ending.state, ending.exit_code) == ("done", 3)
+    jobs_gateway.acknowledge(job_id)
+    wait_for(lambda: not machine_of(jobs_node).held(), what="the log to be dropped")
+
+
+def test_an_ending_is_sent_once(jobs_gateway, jobs_node):
+    job_id = jobs_gateway.start("true")
+    jobs_gateway.wait(job_id)
+    assert jobs_gateway.messages == 1
+    assert [opcode for opcode, _ in jobs_gateway.frames].count(2) == 1
+
+
+def test_input_and_cancel_reach_the_job(jobs_gateway, jobs_node):
+    job_id = jobs_gateway.start("cat; sleep 77", stdin=True)
+    jobs_gateway.input(job_id, 0, b"hello")
+    jobs_gateway.input(job_id, 5, b"")
+    wait_for(lambda: jobs_gateway.stream(job_id) == b"hello", what="the input")
+    wait_for(lambda: {"id": job_id, "offset": 5} in jobs_gateway.of("job.input"))
+    jobs_gateway.event("job.cancel", id=job_id)
+    assert jobs_gateway.wait(job_id).state == "cancelled"
+
+
+def test_places_in_line_are_reported(jobs_gateway, jobs_node, monkeypatch, tmp_path):
+    row = moltis.WORKS["run"].replace(side_by_side=1)
+    monkeypatch.setitem(moltis.WORKS, "run", row)
+    gate = "while [ ! -e gate ]; do sleep 0.02; done"
+    ids = [jobs_gateway.start(gate) for _ in range(2)]
+    waits, runs = ({"id": ids[1], "place": place} for place in (1, 0))
+    wait_for(lambda: jobs_gateway.of("job.place") == [waits], 2, "the place")
+    (tmp_path / "gate").touch()
+    jobs_gateway.wait(ids[1])
+    assert jobs_gateway.of("job.place") == [waits, runs]
+
+
+def test_a_job_goes_on_from_where_its_gateway_is(jobs_gateway, jobs_node, tmp_path):
+    line = "echo one; while [ ! -e gate ]; do sleep 0.02; done; echo two; exit 4"
+    job_id = jobs_gateway.start(line)
+    wait_for(lambda: jobs_gateway.stream(job_id) == b"one\n", what="the first line")
+    assert come_back(jobs_gateway, jobs_node)["extensions"]["moltis"]["jobs"] == {
+        job_id: 0
+    }
+    (tmp_path / "gate").touch()
+    assert jobs_gateway.wait(job_id).exit_code == 4
+    assert jobs_gateway.stream(job_id) == b"one\ntwo\n"
+
+
+def test_what_got_lost_on_the_way_is_sent_again(jobs_gateway, jobs_node):
+    job_id = jobs_gateway.start("echo one; exit 5")
+    jobs_gateway.wait(job_id)
+    del jobs_gateway.logs[job_id]
+    come_back(jobs_gateway, jobs_node)
+    assert jobs_gateway.wait(job_id).exit_code == 5
+
+
+def test_what_the_hello_does_not_name_is_ended(jobs_gateway, jobs_node, tmp_path):
+    job_id = jobs_gateway.start("echo $$ > pid; exec sleep 77")
+    path = tmp_path / "pid"
+    wait_for(lambda: path.exists() and path.read_text().strip(), what="its start")
+    jobs_gateway.resumes = {}
+    come_back(jobs_gateway, jobs_node)
+    wait_for(lambda: not process_exists(int(path.read_text())), what="its end")
+    wait_for(lambda: not machine_of(jobs_node).held(), what="the log to be dropped")
+    assert job_id not in jobs_gateway.logs
+
+
+def test_input_goes_on_from_where_it_was_consumed(jobs_gateway, jobs_node):
+    job_id = jobs_gateway.start("cat", stdin=True)
+    jobs_gateway.input(job_id, 0, b"abc")
+    wait_for(lambda: jobs_gateway.stream(job_id) == b"abc", what="the input")
+    come_back(jobs_gateway, jobs_node)
+    again = {"id": job_id, "offset": 3, "resume": True}
+    wait_for(lambda: again in jobs_gateway.of("job.input"), what="the offset")
+    jobs_gateway.input(job_id, 1, b"bcd")  # what has arrived before is skipped
+    jobs_gateway.input(job_id, 4, b"")
+    assert jobs_gateway.wait(job_id).exit_code == 0
+    assert jobs_gateway.stream(job_id) == b"abcd"
+
+
+def test_output_waits_for_its_acknowledgement(jobs_gateway, jobs_node):
+    job_id = jobs_gateway.start("head -c 5000000 /dev/zero; echo end >&2")
+    log = wait_for(lambda: machine_of(jobs_node)._jobs.get(job_id), what="the job").log
+    while jobs_gateway.ending(job_id) is None:
+        wait_for(lambda: not log.room or log.ended, what="a full window")
+        assert log.held < moltis.LOG_WINDOW + 1000  # the ending needs no room
+        wait_for(lambda: len(jobs_gateway.logs[job_id]) == log.end, what="its arrival")
+        jobs_gateway.acknowledge(job_id)
+        wait_for(lambda: log.room, what="room")
+    assert jobs_gateway.ending(job_id).stdout_bytes == 5_000_000
+    assert len(jobs_gateway.stream(job_id)) == 5_000_000
+
+
+def test_messages_that_make_no_sense_cost_nothing(jobs_gateway, jobs_node):
+    jobs_gateway.event("job.start", id="x1", work="run", spec={"command": "true"})
+    jobs_gateway.event("job.start", id=moltis.new_id(), work="run", spec=7)
+    jobs_gateway.event("job.ack", id=moltis.new_id(), offset=-1)
+    jobs_gateway.event("job.ack", id=moltis.new_id(), offset=4)
+    jobs_gateway.event("job.resize", id=moltis.new_id(), rows=24, cols=80)
+    jobs_gateway.event("job.fly", id=moltis.new_id())
+    jobs_gateway._send_frame(0x82, b"short")
+    jobs_gateway._send_frame(0x82, bytes([9]) + bytes(24))
+    jobs_gateway.input(moltis.new_id(), 7, b"a gap, of nothing")
+    assert jobs_gateway.wait(jobs_gateway.start("exit 6")).exit_code == 6
+    assert jobs_node.states == [True]
+
+
+def test_a_node_whose_token_was_revoked_ends_its_jobs(
+    jobs_gateway, jobs_node, tmp_path
+):
+    jobs_gateway.start("echo $$ > pid; exec sleep 77")
+    path = tmp_path / "pid"
+    wait_for(lambda: path.exists() and path.read_text().strip(), what="its start")
+
+    def refuse(envelope):
+        error = {"code": "UNAUTHORIZED", "message": "authentication failed"}
+        jobs_gateway._send(
+            {"type": "res", "id": envelope["id"], "ok": False, "error": error}
+        )
+
+    jobs_gateway._answer = refuse
+    jobs_gateway.drop()
+    wait_for(lambda: not process_exists(int(path.read_text())), what="its end")
+
+
+def test_closing_reports_how_the_jobs_ended(jobs_gateway, jobs_node):
+    job_id = jobs_gateway.start("sleep 77")
+    wait_for(lambda: machine_of(jobs_node).held(), what="the job")
+    closing = threading.Thread(target=jobs_node.close)
+    closing.start()
+    ending = jobs_gateway.wait(job_id)
+    assert (ending.state, ending.reason) == ("cancelled", "its node stopped")
+    jobs_gateway.acknowledge(job_id)
+    began = time.monotonic()
+    closing.join()
+    assert time.monotonic() - began < moltis.KILL_AFTER  # it waited for that alone
 
 
 # -- at a gateway of ours --------------------------------------------------------
@@ -574,7 +876,7 @@ def test_a_fault_inside_a_message_s_handler_does_not_end_the_node(gateway, monke
             monkeypatch.undo()
             raise RuntimeError("out of threads")
 
-        monkeypatch.setattr(moltis.Machine, "invoke", fail)
+        monkeypatch.setattr(moltis.Machine, "start", fail)
         with gateway.operator() as client:
             call = client.start(
                 "node.invoke",
@@ -646,74 +948,58 @@ def test_closing_does_not_wait_for_a_sign_in_that_is_stuck(tmp_path):
     node.running._thread.join(10)
 
 
-def start_chatty(gateway, node, go):
-    """Start jobs that fill their windows once `go` is there; return their ids."""
-    command = f"until [ -e {go} ]; do sleep 0.02; done; head -c {CHATTY} /dev/zero"
-    command = f"{command}; head -c {CHATTY} /dev/zero >&2; sleep 0.1"
-    args = {"command": command}
-    asked = {"nodeId": "far", "command": "system.run", "args": args}
-    jobs = [
-        gateway.call("node.invoke", **asked, background=True)["invokeId"]
-        for _ in range(moltis.MAX_RUNNING)
-    ]
-    machine = node.running._agent._machine
-    wait_for(lambda: len(machine.inflight()) == len(jobs), what="all jobs to start")
-    return jobs
-
-
-CHATTY = 1_000_000  # bytes a stream: within the window, and together beyond any buffer
+CHATTY = 1_000_000  # bytes: within the window, and together beyond any buffer
 
 
 @pytest.fixture
-def behind(gateway):
-    """A node behind a proxy, with the proxy."""
-    with FaultyProxy(gateway.running.port) as proxy:
-        settings = moltis.NodeSettings(
-            gateway_url=f"ws://127.0.0.1:{proxy.port}/ws",
-            device_token=gateway.token("far"),
-            node_id="far",
-            display_name="far",
-        )
+def behind(jobs_gateway, tmp_path):
+    """A node with full logs behind a proxy that stands still; with its connection."""
+    with FaultyProxy(jobs_gateway.port) as proxy:
+        url = f"ws://127.0.0.1:{proxy.port}/ws"
+        node = node_for(url, tmp_path, working_dir=str(tmp_path))
+        jobs_gateway.connects.get(timeout=10)
+        go = "until [ -e go ]; do sleep 0.02; done"
+        ids = [
+            jobs_gateway.start(f"{go}; head -c {CHATTY} /dev/zero; exit 3")
+            for _ in range(moltis.MAX_RUNNING)
+        ]
+        machine = machine_of(node)
+        wait_for(lambda: len(machine.held()) == len(ids), what="all jobs to start")
+        _, ws = node.running._agent._serving
+        proxy.freeze()
+        (tmp_path / "go").touch()
+        wait_for(lambda: ws.backlog >= moltis.MAX_BACKLOG, what="a full outbox")
+        yield node, ws, proxy, ids
+        node.close()
 
-        def start():
-            node = InProcessNode(settings, gateway.environ)
-            wait_for(lambda: gateway.is_connected("far"), what="the node")
-            return node
 
-        yield start, proxy
-
-
-def test_closing_does_not_wait_for_a_gateway_that_reads_nothing(
-    gateway, behind, tmp_path
-):
-    start, proxy = behind
-    node = start()
-    start_chatty(gateway, node, tmp_path / "go")
-    _, ws = node.running._agent._serving
-    proxy.freeze()
-    (tmp_path / "go").touch()
-    wait_for(lambda: ws.backlog > CHATTY, what="an outbox that is stuck")
+def test_closing_does_not_wait_for_a_gateway_that_reads_nothing(behind):
+    node, ws, *_ = behind
     close_aside(node)
     assert ws.closed
 
 
-def test_an_outbox_that_overflows_costs_the_connection_and_no_output(
-    gateway, behind, tmp_path, monkeypatch, caplog
-):
-    start, proxy = behind
-    with monkeypatch.context() as first:
-        first.setattr(moltis, "MAX_NODE_OUTBOX", 256 * 1024)
-        node = start()
-    jobs = start_chatty(gateway, node, tmp_path / "go")
-    proxy.freeze()  # what was sent so far stays on the way for good
-    (tmp_path / "go").touch()
-    for job in jobs:
-        ended = gateway.call("command.wait", id=job, wait=60)
-        assert (ended["state"], ended["exitCode"]) == ("done", 0)
-        assert (ended["stdoutBytes"], ended["stderrBytes"]) == (CHATTY, CHATTY)
-    assert node.states == [True, False, True]
-    assert "(1013" in caplog.text  # it was not the gateway that hung up
-    node.close()
+def test_no_outbox_grows_with_the_number_of_logs(behind, jobs_gateway):
+    """And a connection that is stuck costs no output."""
+    node, ws, proxy, ids = behind
+    jobs = machine_of(node)._jobs
+    wait_for(
+        lambda: all(not job.log.room or job.log.ended for job in jobs.values()),
+        what="all logs to be full, or whole",
+    )
+    assert ws.backlog < moltis.MAX_BACKLOG + 2 * moltis.MAX_LOG_MESSAGE
+    proxy.heal()
+    jobs_gateway.connects.get(timeout=20)
+    for job_id in ids:
+        wait_for(lambda i=job_id: i in jobs_gateway.logs, what="some output")
+        while jobs_gateway.ending(job_id) is None:
+            jobs_gateway.acknowledge(
+                job_id, moltis.whole_frames(jobs_gateway.logs[job_id])
+            )
+            time.sleep(0.02)
+        ending = jobs_gateway.ending(job_id)
+        assert (ending.exit_code, ending.stdout_bytes) == (3, CHATTY)
+        assert len(jobs_gateway.stream(job_id)) == CHATTY
 
 
 # -- while the gateway is away ---------------------------------------------------
@@ -741,35 +1027,45 @@ def test_a_problem_is_logged_once_and_again_after_it_was_solved(
         assert node.states[-1] is False
 
 
-def test_a_result_that_the_gateway_does_not_know_is_not_kept(tmp_path):
-    """Its database was lost, say, or the command is too old for it."""
+def start_jobs(gateway, command, count):
+    """Start kept jobs on the node `far`; return their ids."""
+    ids = [moltis.new_id() for _ in range(count)]
+    for job_id in ids:
+        gateway.call(
+            "job.start",
+            jobs=[{"id": job_id, "node": "far"}],
+            work="run",
+            spec={"command": command},
+            keep=True,
+        )
+    return ids
+
+
+def test_a_log_that_the_gateway_does_not_know_is_not_kept(tmp_path):
+    """Its database was lost, say."""
     port = free_port()
     go, data = tmp_path / "go", tmp_path / "gateway"
     with InProcessGateway(data, port=port) as first:
         node = first.node("far")
         command = f"until [ -e {go} ]; do sleep 0.02; done; echo done"
-        args = {"command": command}
-        asked = {"nodeId": "far", "command": "system.run", "args": args}
-        known, unknown = (
-            first.call("node.invoke", **asked, background=True)["invokeId"]
-            for _ in range(2)
-        )
-        machine = node.running._agent._machine
-        wait_for(lambda: len(machine.inflight()) == 2, what="both to be on the node")
+        known, unknown = start_jobs(first, command, 2)
+        machine = machine_of(node)
+        wait_for(lambda: len(machine.held()) == 2, what="both to be on the node")
     wait_for(lambda: node.states[-1] is False, what="the node to notice")
     go.touch()
-    wait_for(lambda: all(item.done for item in machine.inflight()), what="the ends")
-    assert {item.invoke_id for item in machine.inflight()} == {known, unknown}
+    jobs = list(machine._jobs.values())
+    wait_for(lambda: all(job.log.ended for job in jobs), what="the ends")
+    assert machine.held().keys() == {known, unknown}
     with contextlib.closing(sqlite3.connect(data / "moltis.db")) as db, db:
-        db.execute("DELETE FROM commands WHERE invoke_id = ?", (unknown,))
+        db.execute("DELETE FROM jobs WHERE id = ?", (unknown,))
     with InProcessGateway(data, port=port) as second:
-        wait_for(lambda: not machine.inflight(), what="both to be settled")
-        (row,) = second.call("command.list")
-        assert (row["invokeId"], row["state"]) == (known, "done")
+        wait_for(lambda: not machine.held(), what="both to be settled")
+        (row,) = second.call("job.list")
+        assert (row["id"], row["state"]) == (known, "done")
         node.close()
 
 
-def come_back(gateways, gateway, node, restart):
+def go_and_come_back(gateways, gateway, node, restart):
     """Cut the node off, or start its gateway anew; return the one it is back at."""
     if restart:
         gateways.close()
@@ -782,39 +1078,25 @@ def come_back(gateways, gateway, node, restart):
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_more_than_it_can_name_survives_its_connection(tmp_path, monkeypatch, restart):
-    """And the gateway as well: what one `connect` has no room for is in line."""
-    monkeypatch.setattr(moltis, "MAX_INFLIGHT", moltis.MAX_RUNNING)
+def test_running_and_waiting_jobs_survive_their_connection(tmp_path, restart):
+    """And the gateway as well."""
     go = tmp_path / "go"
     command = f"until [ -e {go} ]; do sleep 0.02; done; echo once >> {tmp_path}/runs"
-    asked = {"nodeId": "far", "command": "system.run", "args": {"command": command}}
     count = moltis.MAX_RUNNING + 4
+
+    def in_line(gateway):
+        return {row.get("place") for row in gateway.call("job.list")} >= {1, 2, 3, 4}
+
     with contextlib.ExitStack() as gateways:
         gateway = gateways.enter_context(InProcessGateway(tmp_path / "gateway"))
         node = gateway.node("far")
-        for _ in range(count):
-            gateway.call("node.invoke", **asked, background=True)
-        gateway = come_back(gateways, gateway, node, restart)
+        ids = start_jobs(gateway, command, count)
+        wait_for(lambda: in_line(gateway), what="the places in line")
+        gateway = go_and_come_back(gateways, gateway, node, restart)
+        wait_for(lambda: in_line(gateway), what="the places in line, again")
         go.touch()
-        for row in gateway.call("command.list"):
-            ended = gateway.call("command.wait", id=row["invokeId"], wait=60)
+        for job_id in ids:
+            ended = gateway.call("job.wait", id=job_id, wait=60)
             assert (ended["state"], ended["exitCode"]) == ("done", 0)
         assert (tmp_path / "runs").read_text() == "once\n" * count
-        node.close()
-
-
-@pytest.mark.parametrize("restart", [False, True])
-def test_what_is_in_line_is_said_to_be_when_the_connection_is_back(tmp_path, restart):
-    def in_line(gateway):
-        return [row.get("place") for row in gateway.call("command.list")].count(1)
-
-    with contextlib.ExitStack() as gateways:
-        gateway = gateways.enter_context(InProcessGateway(tmp_path / "gateway"))
-        node = gateway.node("far")
-        asked = {"nodeId": "far", "command": "system.run", "background": True}
-        for _ in range(moltis.MAX_RUNNING + 1):
-            gateway.call("node.invoke", **asked, args={"command": "sleep 100"})
-        wait_for(lambda: in_line(gateway) == 1, what="the place in line")
-        gateway = come_back(gateways, gateway, node, restart)
-        wait_for(lambda: in_line(gateway) == 1, what="the place in line, again")
         node.close()

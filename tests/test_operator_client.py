@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
-import uuid
-import weakref
 
 import pytest
 from peers import InProcessGateway, silent_node
 from support import free_port, process_exists, wait_for
 
 import moltis
-
-WINDOW = 1024 * 1024  # bytes of a stream that may be unacknowledged
 
 
 @pytest.fixture
@@ -23,45 +18,54 @@ def gateway(tmp_path):
         yield running
 
 
+def run_request(command, **spec):
+    return {"work": "run", "spec": {"command": command, **spec}}
+
+
 @contextlib.contextmanager
-def remote_commands(gateway, nodes, args):
-    """Commands that were asked for over a connection of their own."""
-    with contextlib.closing(
-        moltis.RemoteCommands(gateway.operator(), gateway.operator, nodes, args)
-    ) as remote:
-        remote.start()
-        yield remote
+def started(gateway, nodes, request, dial=None):
+    """A feed in which jobs were started, over connections of its own."""
+    with moltis.JobFeed(dial or gateway.operator) as feed:
+        feed.start(nodes, request)
+        yield feed
 
 
-def news_of(gateway, nodes, args, feed=None):
-    """Run a command; return all that is heard of it."""
-    heard = []
-    with remote_commands(gateway, nodes, args) as remote:
-        feeder = None
-        if feed is not None:
-            feeder = threading.Thread(target=remote.stdin.feed, args=(feed,))
-            feeder.start()
-        for news in remote.news():
-            heard.append(news)
-            if isinstance(news, moltis.RemoteOutput):
-                remote.written(news, every=64 * 1024)
-            elif isinstance(news, moltis.RemoteEnd):
-                remote.acknowledge(news.command)
-        if feeder is not None:
-            feeder.join()
-    return heard
+def news_until_the_end(feed):
+    deadline = moltis.Deadline(60)
+    for news in feed.news(tick=1):
+        if news is not None:
+            yield news
+        if not feed.open:
+            return
+        assert not deadline.expired, "nothing happens"
+
+
+def news_of(gateway, request, nodes=None, read=None):
+    """Run a command; return everything that is heard of it."""
+    with started(gateway, nodes or {"local": "Local"}, request) as feed:
+        if read is None:
+            return list(news_until_the_end(feed))
+        feeder = threading.Thread(target=feed.feed_input, args=(read,))
+        feeder.start()
+        heard = list(news_until_the_end(feed))
+        feeder.join()
+        return heard
 
 
 def output(heard, kind=moltis.STDOUT):
     return b"".join(
-        news.chunk.data
+        data
         for news in heard
-        if isinstance(news, moltis.RemoteOutput) and news.chunk.kind == kind
+        if isinstance(news, moltis.JobOutput)
+        for frame_kind, data in news.frames
+        if frame_kind == kind
     )
 
 
-def ends(heard):
-    return [news for news in heard if isinstance(news, moltis.RemoteEnd)]
+def ended(heard):
+    """Return the jobs that ended, by name."""
+    jobs = [news.job for news in heard if isinstance(news, moltis.JobChange)]
+    return {job.name: job for job in jobs if job.ending or job.error}
 
 
 def test_a_wrong_key_is_refused_and_not_repeated(gateway):
@@ -98,14 +102,10 @@ def test_an_error_of_the_gateway_has_the_exit_status_that_fits(code, kind):
 
 def test_a_call_ends_when_the_gateway_goes_away(gateway):
     with gateway.operator() as client:
-        answer = client.start(
-            "node.invoke",
-            {
-                "nodeId": "local",
-                "command": "system.run",
-                "args": {"command": "sleep 1000"},
-            },
-        )
+        request = run_request("sleep 1000")
+        jobs = [{"id": moltis.new_id(), "node": "local"}]
+        client.call("job.start", {**request, "jobs": jobs, "keep": True})
+        answer = client.start("job.wait", {"id": jobs[0]["id"], "wait": 300})
         closer = threading.Thread(target=gateway.close)
         closer.start()
         with pytest.raises(moltis.MoltisError):
@@ -118,34 +118,44 @@ def test_a_call_ends_when_the_gateway_goes_away(gateway):
 def test_output_comes_in_order_and_whole(gateway):
     """Ten windows, with a reader that acknowledges as it goes."""
     count = "i=0; while [ $i -lt 20000 ]; do echo $i; i=$((i+1)); done"
-    line = f"{count}; head -c 9000000 /dev/zero"
-    heard = news_of(gateway, {"local": "Local"}, {"command": line})
+    heard = news_of(gateway, run_request(f"{count}; head -c 9000000 /dev/zero"))
     data = output(heard)
     numbers, zeros = data[: -9 * 10**6], data[-9 * 10**6 :]
     assert numbers == b"".join(b"%d\n" % i for i in range(20_000))
     assert zeros == bytes(9 * 10**6)
-    assert ends(heard)[0].result["exitCode"] == 0
+    assert ended(heard)["Local"].ending.exit_code == 0
+
+
+def test_both_streams_keep_the_order_in_which_they_were_written(gateway):
+    line = "for i in 1 2 3; do echo $i; sleep 0.1; echo e$i >&2; sleep 0.1; done"
+    heard = news_of(gateway, run_request(line))
+    frames = [f for n in heard if isinstance(n, moltis.JobOutput) for f in n.frames]
+    said = [data for kind, data in frames if kind in moltis.STREAMS]
+    assert said == [b"1\n", b"e1\n", b"2\n", b"e2\n", b"3\n", b"e3\n"]
 
 
 def test_one_who_does_not_read_holds_the_command_up_and_loses_nothing(gateway):
-    line = {"command": "head -c 4000000 /dev/zero"}
-    with remote_commands(gateway, {"local": "Local"}, line) as remote:
-        news = remote.news()
-        taken = []
-        while sum(len(item.chunk.data) for item in taken) < WINDOW:
-            taken.append(next(news))
-        # Nothing was acknowledged: a window is all that may have been sent.
+    request = run_request("head -c 4000000 /dev/zero")
+    with started(gateway, {"local": "Local"}, request) as feed:
+        wait_for(lambda: feed._queued > 900_000, what="a window of output")
+        # Nothing is acknowledged: a window is all that may be sent.
         assert gateway.call("node.list")
-        assert remote._news.empty()
-        total = sum(len(item.chunk.data) for item in taken)
-        remote.written(taken[-1], every=1)
-        for item in news:
-            if isinstance(item, moltis.RemoteOutput):
-                total += len(item.chunk.data)
-                remote.written(item, every=1)
-            elif isinstance(item, moltis.RemoteEnd):
-                remote.acknowledge(item.command)
-        assert total == 4_000_000
+        assert feed._queued < moltis.LOG_WINDOW + 2 * moltis.MAX_LOG_MESSAGE
+        assert len(output(news_until_the_end(feed))) == 4_000_000
+
+
+def test_a_watcher_that_does_not_read_keeps_little_in_memory(gateway):
+    request = run_request("head -c 20000000 /dev/zero")
+    job = moltis.new_id()
+    start = {**request, "jobs": [{"id": job, "node": "local"}], "keep": True}
+    gateway.call("job.start", **start)
+    gateway.call("job.wait", id=job, wait=30)
+    with moltis.JobFeed(gateway.operator) as feed:
+        feed.follow(job, "Local")
+        limit = 3 * moltis.LOG_WINDOW
+        wait_for(lambda: feed._queued > limit, what="its reader to stop")
+        assert feed._queued <= limit + 2 * moltis.MAX_LOG_MESSAGE
+        assert len(output(news_until_the_end(feed))) == 20_000_000
 
 
 def test_input_goes_no_further_ahead_than_a_window(gateway):
@@ -156,121 +166,183 @@ def test_input_goes_no_further_ahead_than_a_window(gateway):
         sent.append(len(data))
         return data
 
-    heard = news_of(
-        gateway, {"local": "Local"}, {"command": "wc -c", "stdin": True}, feed=read
-    )
+    heard = news_of(gateway, run_request("wc -c", stdin=True), read=read)
     assert int(output(heard)) == sum(sent)
 
 
 def test_input_is_binary_safe(gateway):
     data = bytes(range(256)) * 5000
     pieces = [data[i : i + 60_000] for i in range(0, len(data), 60_000)] + [b""]
-    heard = news_of(
-        gateway,
-        {"local": "Local"},
-        {"command": "cat", "stdin": True},
-        feed=lambda size: pieces.pop(0),
-    )
+    request = run_request("cat", stdin=True)
+    heard = news_of(gateway, request, read=lambda size: pieces.pop(0))
     assert output(heard) == data
 
 
-def test_several_commands_are_one_stream_of_news(gateway):
+def test_input_that_is_not_consumed_is_sent_again_and_no_other():
+    sent = []
+    job_input = moltis.JobInput(moltis.new_id(), lambda m: sent.append(decoded(m)))
+    pieces = [b"abc", b"def", b""]
+    job_input.feed(lambda _size: pieces.pop(0))
+    assert sent == []  # the job was not started
+    job_input.resume()
+    assert sent == [(0, b"abcdef"), (6, b"")]
+    job_input.consumed(4)
+    job_input.resume()
+    assert sent[2:] == [(4, b"ef"), (6, b"")]
+    job_input.consumed(7)  # more than was sent
+    job_input.resume()
+    assert sent[4:] == [(6, b"")]
+
+
+def decoded(message):
+    kind, _, offset, data = moltis.decode_job_data(message)
+    assert kind == moltis.INPUT_DATA
+    return offset, data
+
+
+def test_several_jobs_are_one_stream_of_news(gateway):
+    with gateway.node("far"), gateway.node("gone") as gone:
+        gone.close()
+        wait_for(lambda: not gateway.is_connected("id-of-gone"))
+        nodes = {"local": "Local", "far": "Far", "gone": "Gone"}
+        heard = news_of(gateway, run_request("echo hi"), nodes)
+    jobs = ended(heard)
+    assert output(heard) == b"hi\nhi\n"
+    assert jobs["Local"].ending.exit_code == jobs["Far"].ending.exit_code == 0
+    assert isinstance(jobs["Gone"].error, moltis.Unreachable)
+    assert "gone is offline" in str(jobs["Gone"].error)
+
+
+def test_an_unknown_name_is_an_error_and_nothing_runs(gateway, tmp_path):
     nodes = {"local": "Local", "nowhere": "Nowhere"}
-    heard = news_of(gateway, nodes, {"command": "echo hi"})
-    by_name = {end.command.name: end for end in ends(heard)}
-    assert by_name["Local"].result["exitCode"] == 0
-    assert "no node 'nowhere'" in str(by_name["Nowhere"].error)
+    request = run_request(f"touch {tmp_path}/ran")
+    with pytest.raises(moltis.UserError, match="no node 'nowhere'"):
+        news_of(gateway, request, nodes)
+    assert gateway.call("job.list") == []
 
 
-@pytest.mark.parametrize(
-    ("event", "payload"),
-    [
-        ("node.invoke.ack", {}),
-        ("node.invoke.state", {"state": "running"}),
-    ],
-)
-def test_a_node_that_has_more_input_than_it_was_sent_ends_no_other_s_command(
-    gateway, tmp_path, event, payload
+def test_a_job_goes_on_at_the_exact_byte_when_the_connection_breaks(gateway):
+    line = "for i in 1 2 3 4 5 6; do echo $i; sleep 0.3; done"
+    heard = []
+    breaks = [b"1\n", b"1\n2\n3\n"]
+    with gateway.node("far"), started(
+        gateway, {"far": "Far"}, run_request(line)
+    ) as feed:
+        for news in news_until_the_end(feed):
+            heard.append(news)
+            if breaks and output(heard) == breaks[0]:
+                del breaks[0]
+                feed._client.drop()
+    assert output(heard) == b"1\n2\n3\n4\n5\n6\n"
+    gone = [n.reachable for n in heard if isinstance(n, moltis.GatewayChange)]
+    assert gone[:2] == [False, True]
+    assert ended(heard)["Far"].ending.exit_code == 0
+
+
+def test_a_job_whose_first_answer_is_lost_is_started_once(gateway, tmp_path):
+    clients = []
+
+    def dial(on_news):
+        client = gateway.operator(on_news)
+        if not clients:
+            start = client.start
+
+            def start_and_break(method, params):
+                answer = start(method, params)
+                if method == "job.start":
+                    client.drop()
+                return answer
+
+            client.start = start_and_break
+        clients.append(client)
+        return client
+
+    request = run_request(f"echo ran >>{tmp_path}/runs; echo out")
+    with gateway.node("far"), started(gateway, {"far": "Far"}, request, dial) as feed:
+        heard = list(news_until_the_end(feed))
+    assert len(clients) == 2
+    assert output(heard) == b"out\n"
+    assert (tmp_path / "runs").read_text() == "ran\n"
+
+
+def test_a_gateway_that_stays_away_ends_the_news(gateway, monkeypatch):
+    monkeypatch.setattr(moltis, "CALLER_PATIENCE", 0.2)
+    monkeypatch.setattr(moltis, "RECONNECT_AFTER", 0.05)
+    with started(gateway, {"local": "Local"}, run_request("sleep 1000")) as feed:
+        gateway.close()
+        heard = list(news_until_the_end(feed))
+    assert isinstance(ended(heard)["Local"].error, moltis.Unreachable)
+
+
+def test_missing_output_is_counted(gateway, monkeypatch):
+    """A watcher of an unkept job gets what its holder has not acknowledged."""
+    request = run_request("head -c 3000000 /dev/zero; sleep 1000")
+    with started(gateway, {"local": "Local"}, request) as feed:
+        heard = []
+        for news in news_until_the_end(feed):
+            heard.append(news)
+            if len(output(heard)) == 3_000_000:
+                break
+        (job,) = feed.open
+        with moltis.JobFeed(gateway.operator) as watcher:
+            watcher.follow(job, "Local")
+            feed.cancel()
+            seen = list(news_until_the_end(watcher))
+    cut = sum(n.cut for n in seen if isinstance(n, moltis.JobOutput))
+    assert cut >= 3_000_000 - moltis.LOG_WINDOW
+    assert cut + len(output(seen)) >= 3_000_000
+
+
+def test_a_node_that_has_more_input_than_it_was_sent_ends_no_other_s_job(
+    gateway, tmp_path
 ):
     go, nodes = tmp_path / "go", {"local": "Local", "evil": "Rust box"}
-    args, ended = {"command": f"while [ ! -e {go} ]; do sleep 0.02; done"}, {}
-    with silent_node(gateway, "evil") as evil, remote_commands(
-        gateway, nodes, args
-    ) as remote:
-        asked = evil.receive_until(lambda m: m.get("event") == moltis.INVOKE_REQUEST)
-        its_id = {"invokeId": asked["payload"]["invokeId"]}
-        payload = {**its_id, **payload, "stdin": 7}
-        evil.send({"type": "event", "event": event, "payload": payload})
-        evil.request("node.invoke.result", {**its_id, "result": {"exitCode": 0}})
-        for news in remote.news():
-            if isinstance(news, moltis.RemoteEnd):
-                remote.acknowledge(news.command)
-                ended[news.command.name] = news
+    request = run_request(f"while [ ! -e {go} ]; do sleep 0.02; done")
+    with silent_node(gateway, "evil") as evil, started(gateway, nodes, request) as feed:
+        asked = evil.receive_until(
+            lambda m: isinstance(m, dict) and m.get("event") == "job.start"
+        )
+        job_id = asked["payload"]["id"]
+        payload = {"id": job_id, "offset": 7, "resume": True}
+        evil.send({"type": "event", "event": "job.input", "payload": payload})
+        ending = moltis.Ending(moltis.JobState.DONE, exit_code=0)
+        frame = moltis.encode_log_frame(moltis.ENDING, moltis.to_json(ending).encode())
+        evil.send(moltis.encode_job_data(moltis.LOG_DATA, job_id, 0, frame))
+        heard = []
+        for news in news_until_the_end(feed):
+            heard.append(news)
+            if "Rust box" in ended(heard):
                 go.touch()
-    assert ended["Rust box"].result["exitCode"] == 0
-    assert ended["Local"].result["exitCode"] == 0
+    assert all(job.ending.exit_code == 0 for job in ended(heard).values())
 
 
-def test_leaving_ends_what_was_followed(gateway, tmp_path):
-    line = {"command": f"echo $$ > {tmp_path}/pid; sleep 1000"}
-    with remote_commands(gateway, {"local": "Local"}, line):
+def test_leaving_in_order_cancels_what_was_held(gateway, tmp_path):
+    request = run_request(f"echo $$ > {tmp_path}/pid; sleep 1000")
+    with started(gateway, {"local": "Local"}, request):
         path = tmp_path / "pid"
         wait_for(lambda: path.exists() and path.read_text().strip(), what="its start")
     pid = int(path.read_text())
     wait_for(lambda: not process_exists(pid), what="its end")
 
 
-def test_finished_commands_leave_nothing_with_their_connection(gateway, monkeypatch):
-    peers, follow = [], moltis.OperatorPeer.follow
-
-    def record(self, *args):
-        peers.append(self)
-        follow(self, *args)
-
-    monkeypatch.setattr(moltis.OperatorPeer, "follow", record)
-    with remote_commands(gateway, {"local": "Local"}, {"command": "echo hi"}) as remote:
-        for news in remote.news():
-            if isinstance(news, moltis.RemoteOutput):
-                remote.written(news, every=1)
-            elif isinstance(news, moltis.RemoteEnd):
-                remote.acknowledge(news.command)
-        assert len(peers) == 1
-        wait_for(lambda: not peers[0]._followed, what="nothing to follow")
+def test_a_call_of_a_lasting_client_goes_on_when_the_connection_breaks(gateway):
+    client = moltis.LastingClient(gateway.operator)
+    with contextlib.closing(client):
+        jobs = [{"id": moltis.new_id(), "node": "local"}]
+        start = {**run_request("sleep 1"), "jobs": jobs, "keep": True}
+        client.call("job.start", start)
+        breaker = threading.Timer(0.3, client._client._ws.abort)
+        breaker.start()
+        view = client.call("job.wait", {"id": jobs[0]["id"], "wait": 60})
+        breaker.join()
+    assert view["state"] == "done"
 
 
-def test_a_caller_who_comes_back_often_leaves_no_connections(gateway, monkeypatch):
-    peers, follow = [], moltis.OperatorPeer.follow
-
-    def record(self, *args):
-        peers.append(weakref.ref(self))
-        follow(self, *args)
-
-    def left():
-        gc.collect()
-        return sum(peer() is not None for peer in peers)
-
-    monkeypatch.setattr(moltis.OperatorPeer, "follow", record)
-    invoke_id = str(uuid.uuid4())
-    params = {
-        "nodeId": "local",
-        "command": "system.run",
-        "args": {"command": "sleep 1000", "stream": True},
-        "invokeId": invoke_id,
-    }
-    for number in range(1, 6):
-        client = gateway.operator()
-        client.start("node.invoke", params)
-        wait_for(lambda n=number: len(peers) == n, what="the command to be followed")
-        client.drop()
-    wait_for(lambda: left() <= 1, what="all but the last to be forgotten")
-    gateway.call("node.invoke.cancel", invokeId=invoke_id)
-
-
-@pytest.mark.parametrize("args", [{"command": "rm \udcff\udcfe"}, {"cwd": "/\udcff"}])
-def test_what_is_not_utf_8_is_refused_and_not_changed(gateway, args):
+@pytest.mark.parametrize("spec", [{"command": "rm \udcff\udcfe"}, {"cwd": "/\udcff"}])
+def test_what_is_not_utf_8_is_refused_and_not_changed(gateway, spec):
     """As `?` a shell would take it for any character."""
     with gateway.operator() as client, pytest.raises(moltis.UsageError, match="UTF-8"):
-        client.start("node.invoke", {"nodeId": "local", "args": args})
+        client.start("job.start", {"jobs": [], "work": "run", "spec": spec})
 
 
 def test_what_is_said_in_a_chat_is_not_changed_either(gateway):

@@ -164,12 +164,13 @@ def type_line(page, line):
     page.press("Enter")
 
 
-def run(page, line, verdict="Succeeded"):
+def run(page, line, verdict="Done"):
     """Type a command, wait for its end, and return the text of its card."""
     command = line.split("\n")[0]
     type_line(page, line)
     page.wait_for(f"{shows(LAST, command)} && {shows(LAST, verdict)}")
-    return page.text(f"{LAST} .screen")
+    page.wait_for(f"!document.querySelector('{LAST} .size').innerHTML.match('loading')")
+    return page.text(f"{LAST} .lines")
 
 
 # -- sign-in -------------------------------------------------------------------
@@ -191,7 +192,7 @@ def test_one_can_type_as_soon_as_the_page_is_there(site, make_page):
     page.wait_for("document.activeElement.id === 'text'")
     page.type("echo typed")
     page.press("Enter")
-    page.wait_for(f"{shows(LAST, 'echo typed')} && {shows(LAST, 'Succeeded')}", 20)
+    page.wait_for(f"{shows(LAST, 'echo typed')} && {shows(LAST, 'Done')}", 20)
 
 
 def test_without_a_sign_in_the_page_asks_for_the_key(site, browser):
@@ -238,7 +239,7 @@ def test_a_stranger_types_uname_on_the_demo_node_and_reads_the_answer(site, make
 def test_a_failure_is_told_in_words(site, make_page):
     page = make_page(site)
     open_new_chat(page)
-    output = run(page, "echo oops >&2; exit 3", "Failed with exit status 3")
+    output = run(page, "echo oops >&2; exit 3", "Exit status 3")
     assert output.strip() == "oops"
     assert page.evaluate(f"document.querySelector('{LAST}').dataset.kind") == "bad"
 
@@ -266,7 +267,7 @@ def test_output_appears_while_the_command_runs_and_stop_ends_it(site, make_page)
     page.wait_for(shows(LAST, "42"))
     page.wait_for(shows(LAST, "Running"))
     page.click(f"{LAST} footer button")
-    page.wait_for(shows(LAST, "Stopped"))
+    page.wait_for(shows(LAST, "Cancelled"))
     assert "42" in page.text(LAST)
 
 
@@ -274,13 +275,41 @@ def test_a_hundred_thousand_lines_leave_the_page_alive(site, make_page):
     page = make_page(site)
     open_new_chat(page)
     choose(page, "Demo node")
-    output = run(page, "seq 100000", "Succeeded")
-    lines = output.split()
-    assert lines[0] == "1"
-    assert lines[-1] == "100000"
-    assert "not shown" in output
+    output = run(page, "seq 100000")
+    assert output.split()[-1] == "100000"
+    assert "Only the end is shown." in page.text(f"{LAST} .screen")
+    link = f"document.querySelector('{LAST} .cut a').getAttribute('href')"
+    whole = page.evaluate(f"fetch({link}).then(answer => answer.text())")
+    assert whole.split() == [str(n) for n in range(1, 100_001)]
     assert page.evaluate("document.querySelectorAll('#messages div').length") < 5000
     assert run(page, "echo next").strip() == "next"
+
+
+def test_a_long_output_is_read_from_its_end_after_a_reload(site, make_page):
+    page = make_page(site)
+    open_new_chat(page)
+    choose(page, "Demo node")
+    run(page, "seq 200000")
+    page.reload()
+    page.wait_for(shows(f"{LAST} .lines", "199999\n200000"))
+    assert page.text(f"{LAST} .screen").startswith("Only the end is shown.")
+
+
+def test_output_goes_on_when_a_person_comes_back_to_the_chat(site, make_page):
+    page = make_page(site)
+    open_new_chat(page)
+    choose(page, "Demo node")
+    type_line(page, "for n in $(seq 600); do echo line $n; sleep 0.2; done")
+    page.wait_for(shows(LAST, "line 1\n"))
+    page.click("#to-nodes")
+    page.wait_for(shows("#node-cards > :nth-child(2) .running", "for n in"))
+    page.wait_for(shows("#node-cards > :nth-child(2) .running", "running since"))
+    page.evaluate("history.back()")
+    page.wait_for(shows(LAST, "line 12\n"))
+    lines = page.text(f"{LAST} .lines").split("\n")
+    assert lines[:12] == [f"line {n}" for n in range(1, 13)]
+    page.click(f"{LAST} footer button")
+    page.wait_for(shows(LAST, "Cancelled"))
 
 
 def test_arrow_up_brings_earlier_commands_back(site, make_page):
@@ -422,14 +451,14 @@ def test_a_card_shows_live_telemetry_and_takes_a_new_name(site, make_page):
 def test_the_audit_lists_what_ran_and_can_be_filtered(site, make_page):
     page = make_page(site)
     open_new_chat(page)
-    run(page, "exit 9", "Failed with exit status 9")
+    run(page, "exit 9", "Exit status 9")
     choose(page, "Demo node")
     run(page, "echo for the audit")
     page.click("#to-commands")
     first = "#audit-rows > :first-child"
     page.wait_for(shows(first, "echo for the audit"))
     assert "Demo node" in page.text(first)
-    assert "Succeeded" in page.text(first)
+    assert "Done" in page.text(first)
     take_screenshot(page, "commands")
     page.evaluate(
         "{const s = document.querySelector('#filter-node'); s.value = 'local';"
@@ -437,6 +466,13 @@ def test_the_audit_lists_what_ran_and_can_be_filtered(site, make_page):
     )
     page.wait_for(shows(first, "exit 9"))
     assert "for the audit" not in page.text("#audit-rows")
+    page.evaluate(
+        "{const s = document.querySelector('#filter-node'); s.value = '';"
+        "const r = document.querySelector('#filter-state'); r.value = 'failed';"
+        "r.dispatchEvent(new Event('change'))}"
+    )
+    page.wait_for(shows(first, "exit 9"))
+    assert "Done" not in page.text("#audit-rows")
 
 
 # -- models, access ------------------------------------------------------------
@@ -490,11 +526,33 @@ def test_a_page_that_lost_its_gateway_comes_back_with_what_it_missed(own_site, b
         own_site.start()
         own_site.call("chat.send", sessionKey="main", text="echo meanwhile")
         page.wait_for("document.querySelector('#banner').hidden", 30)
-        page.wait_for(f"{shows(LAST, 'meanwhile')} && {shows(LAST, 'Succeeded')}", 20)
+        page.wait_for(f"{shows(LAST, 'meanwhile')} && {shows(LAST, 'Done')}", 20)
         assert "before" in page.text("#messages")
         assert run(page, "echo after").strip() == "after"
         # Chromium reports each try to connect that failed, and nothing else went wrong.
         assert [e for e in page.errors if "WebSocket connection to" not in e] == []
+
+
+def test_a_running_command_goes_on_after_the_gateway_was_restarted(own_site, browser):
+    made = own_site.call("device.token.create", displayName="Attic")
+    line = f"moltis node add --host {own_site.url} --token {made['deviceToken']}"
+    with own_site.run(f"{line} --name Attic --foreground"), browser.new_page(
+        isolated=True
+    ) as page:
+        page.goto(f"{own_site.url}/#key={own_site.key}")
+        page.wait_for(READY)
+        choose(page, "Attic")
+        type_line(page, "for n in $(seq 600); do echo line $n; sleep 0.2; done")
+        page.wait_for(shows(LAST, "line 2\n"))
+        own_site.stop()
+        page.wait_for_text("The gateway cannot be reached")
+        own_site.start()
+        page.wait_for("document.querySelector('#banner').hidden", 30)
+        page.wait_for(shows(LAST, "line 40\n"), 60)
+        lines = page.text(f"{LAST} .lines").split("\n")
+        assert lines[:40] == [f"line {n}" for n in range(1, 41)]
+        page.click(f"{LAST} footer button")
+        page.wait_for(shows(LAST, "Cancelled"))
 
 
 # -- phones, accessibility -----------------------------------------------------
@@ -554,7 +612,11 @@ def test_axe_finds_nothing_serious(site, make_page, axe, size, scheme):
     page = make_page(site)
     page.set_media(dark=scheme == "dark", reduced_motion=True)
     open_new_chat(page)
-    run(page, r"printf '\033[31mred\033[0m'; seq 100; echo error >&2; exit 1", "Failed")
+    run(
+        page,
+        r"printf '\033[31mred\033[0m'; seq 100; echo error >&2; exit 1",
+        "Exit status 1",
+    )
     page.set_viewport(*SIZES[size])
     chat = page.evaluate("location.pathname")
     for name, path in [

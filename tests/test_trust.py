@@ -531,7 +531,7 @@ def test_what_is_revoked_while_it_connects_does_not_get_in(plain, monkeypatch):
 
     def admit_late(access, *arguments):
         caller = admit(access, *arguments)
-        access.revoke_key(caller.id)
+        access.operators.revoke_key(caller.id)
         return caller
 
     monkeypatch.setattr(moltis.Access, "admit_operator", admit_late)
@@ -624,14 +624,14 @@ def test_strangers_push_nothing_out_of_the_audit(tmp_path, monkeypatch):
         monkeypatch.setattr(moltis, name, value)
     store = moltis.Store(tmp_path / "moltis.db")
     access = moltis.Access(store)
-    access.create_key("thief", [moltis.Scope.ADMIN])
+    access.operators.create_key("thief", [moltis.Scope.ADMIN])
     for number in range(100):
-        access.note_refused_device("unknown token", f"2001:db8::{number:x}")
+        access.devices.note_refused_device("unknown token", f"2001:db8::{number:x}")
     events = [entry.event for entry in store.audit.page()]
     assert events.count("key.created") == 1
     assert 5 <= events.count("token.refused") <= 15
     for number in range(100):
-        access.create_device(f"far {number}")
+        access.devices.create_device(f"far {number}")
     subjects = [entry.subject for entry in store.audit.page()]
     assert "far 99" in subjects
     assert "far 60" not in subjects

@@ -337,29 +337,38 @@ class World:
         return Call(self, ["node", "exec", node, "--stdin", "--", command], stdin)
 
     def job(self, command, node="far"):
-        """Start a job; return its id."""
-        job = self.rpc(
-            "node.invoke",
-            nodeId=node,
-            command="system.run",
-            args={"command": command},
-            background=True,
-        )
-        return job["invokeId"]
+        """Start a kept job; return its id."""
+        job = moltis.new_id()
+        request = {
+            "jobs": [{"id": job, "node": node}],
+            "work": "run",
+            "spec": {"command": command},
+            "keep": True,
+        }
+
+        def started():
+            (view,) = self.rpc("job.start", **request)["jobs"]
+            assert view.get("error", {}).get("code") in (None, "UNAVAILABLE"), view
+            return "error" not in view
+
+        wait_for(started, 20, f"{node} to take a job")
+        return job
 
     def attach(self, job):
         """Start a `node attach`."""
         return Call(self, ["node", "attach", job])
 
     def kept_pieces(self, job):
-        """Yield a job's standard output, as any client gets it: offsets and bytes."""
+        """Yield a job's standard output, as any client gets it: bytes, None for gaps."""
         position = 0
         while True:
-            answer = self.rpc("command.get", id=job, offset=position, encoding="base64")
-            for stream, offset, data in answer["output"]:
-                if stream == "stdout":
-                    yield offset, base64.b64decode(data)
-            if not answer["output"]:
+            answer = self.rpc("job.read", id=job, offset=position, encoding="base64")
+            if answer["offset"] > position:
+                yield None
+            for piece in answer["pieces"]:
+                if piece["stream"] == "stdout":
+                    yield base64.b64decode(piece["data"])
+            if answer["next"] == position:
                 return
             position = answer["next"]
 
@@ -391,7 +400,7 @@ class World:
         """Return the audit, the oldest first."""
         with contextlib.closing(sqlite3.connect(self.data / "moltis.db")) as db:
             db.row_factory = sqlite3.Row
-            return list(map(dict, db.execute("SELECT * FROM commands ORDER BY seq")))
+            return list(map(dict, db.execute("SELECT * FROM jobs ORDER BY seq")))
 
     def is_full(self, name):
         return name in self.disks and self.disks[name].is_full
