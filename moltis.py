@@ -166,7 +166,7 @@ MAX_BACKLOG = 256 * 1024  # bytes waiting in an outbox; beyond it logs are not r
 MAX_JSON_DEPTH = 64  # brackets within brackets; ours nest less than ten
 
 CONNECT_TIMEOUT = 10.0  # s; to finish a handshake, and to say `connect` after it
-PING_INTERVAL = 20.0  # s; both ways
+PING_INTERVAL = 20.0  # s of silence before a Ping, at both ends
 PEER_TIMEOUT = 60.0  # s of silence after which a peer is gone
 TELEMETRY_INTERVAL = 30.0  # s; what Moltis' protocol promises
 CALLER_PATIENCE = 600.0  # s that callers wait for a gateway, and it for callers
@@ -1640,7 +1640,7 @@ class WebSocketProtocol:
 # ==============================================================================
 
 MAX_OUTBOX = 16 * 1024 * 1024  # bytes that wait for a peer to read
-READ_SIZE = 64 * 1024  # bytes
+RECV_SIZE = 64 * 1024  # bytes
 WAIT_SIZE = 1024  # bytes of the buffer that an idle connection holds
 TLS_WRITE_SIZE = 256 * 1024  # bytes; OpenSSL takes all that it is given, or nothing
 CLOSE_TIMEOUT = 2.0  # s for the peer's part of a closing handshake
@@ -1668,7 +1668,7 @@ class PlainChannel:
 
     def read(self) -> bytes | None:
         """Return what has arrived, b"" at the end, None if nothing has."""
-        return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
+        return self._receive(RECV_SIZE, socket.MSG_DONTWAIT)
 
     def read_next(self) -> bytes | None:
         """As read(), but wait for it, for as long as limit_waits() says."""
@@ -1740,7 +1740,7 @@ class TlsChannel(PlainChannel):
     def read(self) -> bytes | None:
         self._read_needs_write = False
         try:
-            data = self._tls.recv(READ_SIZE)
+            data = self._tls.recv(RECV_SIZE)
         except self._ssl.SSLWantReadError:
             self.drained = True
             return None
@@ -21848,8 +21848,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Wire protocol, Commands, Language models, Node agent, Node service,
-#       Certificates, Access, Agent, Chat, Gateway, HTTP, Operator client, MCP, Assembly
+# Uses: Settings, TLS, Wire protocol, Commands, Language models, Node agent, Node
+#       service, Access, Agent, Chat, Gateway, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to

@@ -201,7 +201,7 @@ def test_what_is_damaged_is_made_anew(files, tmp_path, damage):
 
 def test_without_openssl_one_sentence_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(BadConfiguration, match=r"openssl .* --tls-cert and --tls-key"):
+    with pytest.raises(BadConfiguration, match=r"openssl.* --tls-cert and --tls-key"):
         ensure_certificate(tmp_path / "tls", NAMES)
 
 
