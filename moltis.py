@@ -1808,10 +1808,11 @@ class Outbox:
     def put(self, data: bytes) -> None:
         """Write at once what the channel takes, and keep the rest."""
         piece = memoryview(data)
-        sent = 0 if self._pieces else self._write(piece)
-        while sent and piece:
-            piece = piece[sent:]
+        while piece and not self._pieces:
             sent = self._write(piece)
+            if not sent:
+                break
+            piece = piece[sent:]
         # Counted after the write: others read `size` without a lock, and would wait
         # for a fall that nobody notices.
         if piece and not self.broken:
@@ -21848,8 +21849,9 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, TLS, Wire protocol, Commands, Language models, Node agent, Node
-#       service, Access, Agent, Chat, Gateway, HTTP, Operator client, MCP, Assembly
+# Uses: Settings, TLS, Wire protocol, Commands, Language models, Node agent,
+#       Node service, Access, Agent, Chat, Gateway, HTTP, Operator client, MCP,
+#       Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
