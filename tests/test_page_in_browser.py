@@ -6,13 +6,14 @@ import json
 import os
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import urllib.request
 from pathlib import Path
 
 import pytest
 from browser import Browser
-from support import Program, free_port, open_new_chat, wait_for
+from support import Program, ScriptedServer, free_port, open_new_chat, wait_for
 
 HERE = Path(__file__).resolve().parent
 SCREENSHOTS = HERE / "screenshots"  # git ignores it
@@ -40,9 +41,9 @@ class Site:
         self.gateway = None
         self._nodes = []
 
-    def start(self, *options):
+    def start(self, *options, **environ):
         words = ["gateway", "--port", str(self.port), *options]
-        self.gateway = Program(*words, home=self.home)
+        self.gateway = Program(*words, home=self.home, **environ)
         self.gateway.wait_for_output("Ctrl+C stops it.")
         self.key = json.loads((self.home / ".moltis/gateway.json").read_text())[
             "api_key"
@@ -389,6 +390,33 @@ def test_markup_in_output_and_messages_stays_text(site, make_page):
     assert page.dialogs == []
 
 
+def test_a_models_command_runs_once_it_is_approved_on_its_card(own_site, make_page):
+    call = {"function": {"name": "exec", "arguments": {"command": "echo $((6 * 7))"}}}
+    answers = [{"tool_calls": [call]}, {"content": "It is **42**."}]
+
+    def reply(request):
+        if not request.path.endswith("/api/chat"):
+            return 200, {}, [b'{"models": []}']
+        message = {"role": "assistant", "content": "", **answers.pop(0)}
+        end = {"model": "m", "message": message, "done": True, "done_reason": "stop"}
+        return 200, {"Content-Type": "application/x-ndjson"}, [json.dumps(end).encode()]
+
+    with ScriptedServer(reply) as server:
+        own_site.stop()
+        own_site.start(OLLAMA_HOST=server.url)
+        own_site.call("sessions.patch", key="main", model="ollama/m")
+        page = make_page(own_site)
+        type_line(page, "How much is it?")
+        page.wait_for(shows(LAST, "The model wants to run this on Local."))
+        page.wait_for(shows(LAST, "Waiting for your approval"))
+        take_screenshot(page, "approval")
+        assert own_site.call("job.list") == []
+        page.click(f"{LAST} .approval .main")
+        page.wait_for(shows(LAST, "It is 42."))
+        assert "Done" in page.text(".command")
+        page.wait_for(shows(".command .lines", "42"))
+
+
 # -- nodes ---------------------------------------------------------------------
 
 
@@ -533,12 +561,24 @@ def test_a_page_that_lost_its_gateway_comes_back_with_what_it_missed(own_site, b
         assert [e for e in page.errors if "WebSocket connection to" not in e] == []
 
 
-def test_a_running_command_goes_on_after_the_gateway_was_restarted(own_site, browser):
+@pytest.fixture
+def attic(own_site):
+    """A node in a process of its own."""
     made = own_site.call("device.token.create", displayName="Attic")
     line = f"moltis node add --host {own_site.url} --token {made['deviceToken']}"
-    with own_site.run(f"{line} --name Attic --foreground"), browser.new_page(
-        isolated=True
-    ) as page:
+    node = own_site.run(f"{line} --name Attic --foreground")
+    wait_for(lambda: "Attic" in connected(own_site), what="the node")
+    return node
+
+
+def connected(site):
+    return {name for name, node in nodes(site).items() if node["connected"]}
+
+
+def test_a_running_command_goes_on_after_the_gateway_was_restarted(
+    own_site, attic, browser
+):
+    with browser.new_page(isolated=True) as page:
         page.goto(f"{own_site.url}/#key={own_site.key}")
         page.wait_for(READY)
         choose(page, "Attic")
@@ -553,6 +593,36 @@ def test_a_running_command_goes_on_after_the_gateway_was_restarted(own_site, bro
         assert lines[:40] == [f"line {n}" for n in range(1, 41)]
         page.click(f"{LAST} footer button")
         page.wait_for(shows(LAST, "Cancelled"))
+
+
+def test_a_card_says_that_its_node_is_away(own_site, attic, make_page):
+    page = make_page(own_site)
+    choose(page, "Attic")
+    type_line(page, "echo $((6 * 7)); sleep 20")
+    page.wait_for(shows(LAST, "42"))
+    attic.end(9)
+    page.wait_for(shows(LAST, "Waiting for Attic to come back"))
+    assert page.evaluate(f"document.querySelector('{LAST}').dataset.kind") == "wait"
+    page.wait_for_text("Attic is offline since")
+
+
+def test_a_card_of_the_first_edition_shows_the_text_that_was_kept(own_site, make_page):
+    """Its output is in its message; there is no log."""
+    own_site.call("chat.send", sessionKey="main", text="echo 6 | tr 6 7")
+    wait_for(lambda: own_site.call("job.list", state="done"), what="the command's end")
+    own_site.stop()
+    db = sqlite3.connect(str(own_site.home / ".moltis/moltis.db"))
+    with db:
+        db.execute("UPDATE jobs SET log = NULL")
+        text = "kept by the first edition\n"
+        change = "details = json_set(details, '$.command.output', ?)"
+        db.execute(f"UPDATE messages SET {change} WHERE job_id IS NOT NULL", [text])
+    db.close()
+    own_site.start()
+    page = make_page(own_site)
+    page.wait_for(shows(f"{LAST} .lines", text.strip()))
+    assert "Done" in page.text(LAST)
+    assert page.evaluate(f"document.querySelector('{LAST} footer [download]').hidden")
 
 
 # -- phones, accessibility -----------------------------------------------------
