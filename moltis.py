@@ -3028,34 +3028,27 @@ def host_addresses() -> list[str]:
         with contextlib.suppress(OSError):
             found.update(parse_if_inet6(Path("/proc/net/if_inet6").read_text()))
     else:
-        with contextlib.suppress(OSError, BadConfiguration):
-            found.update(parse_ifconfig(_program_output("ifconfig").decode()))
+        done = run_program(["ifconfig"], os.environ, timeout=OPENSSL_TIMEOUT)
+        found.update(parse_ifconfig(done.stdout.decode("utf-8", "replace")))
     return sorted(found)
 
 
-def _program_output(*arguments: str) -> bytes:
-    """Return the standard output of a program that reads no input.
-
-    Raises BadConfiguration if it fails, FileNotFoundError if it is not installed.
-    """
-    import subprocess
-
-    try:
-        return subprocess.run(
-            arguments,
-            check=True,
-            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=OPENSSL_TIMEOUT,
-        ).stdout
-    except subprocess.CalledProcessError as error:
-        output = error.stderr.decode("utf-8", "replace").strip()
-        raise BadConfiguration(f"{arguments[0]} failed: {clip(output, 400)}") from error
-    except subprocess.TimeoutExpired as error:
-        raise BadConfiguration(
-            f"{arguments[0]} took longer than {OPENSSL_TIMEOUT:.0f} s"
-        ) from error
+def _openssl(*arguments: str) -> bytes:
+    """Return the standard output of `openssl`.  Raises BadConfiguration."""
+    environ = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    done = run_program(["openssl", *arguments], environ, timeout=OPENSSL_TIMEOUT)
+    if done.status == 0:
+        return done.stdout
+    if done.status == 127:
+        reason = "it is not installed; install it"
+    elif done.status == 124:
+        reason = f"it took longer than {OPENSSL_TIMEOUT:.0f} s"
+    else:
+        reason = clip(done.stderr.decode("utf-8", "replace").strip(), 400)
+    raise BadConfiguration(
+        f"openssl makes the certificate, and failed: {reason}; or bring a "
+        "certificate with --tls-cert and --tls-key"
+    )
 
 
 def _certificate_name(name: str) -> str | None:
@@ -3069,15 +3062,15 @@ def _certificate_name(name: str) -> str | None:
 
 def _make_certificate(files: TlsFiles, names: Sequence[str], *, keep_key: bool) -> None:
     if not keep_key:
-        key = _program_output("openssl", "ecparam", "-name", "prime256v1", "-genkey")
+        key = _openssl("ecparam", "-name", "prime256v1", "-genkey")
         write_private(files.key, key[key.index(b"-----BEGIN EC PRIVATE KEY") :])
     config = files.certificate.with_name("openssl.cnf")
     text = OPENSSL_CONFIG.replace("@names", ",".join(names))
     write_private(config, text.encode("ascii"))
     # Browsers refuse two certificates of one issuer with the same serial number.
     serial = str(int.from_bytes(secrets.token_bytes(8), "big"))
-    pem = _program_output(
-        *("openssl", "req", "-x509", "-new", "-sha256", "-config", str(config)),
+    pem = _openssl(
+        *("req", "-x509", "-new", "-sha256", "-config", str(config)),
         *("-key", str(files.key), "-days", str(TLS_DAYS), "-set_serial", serial),
     )
     write_private(files.certificate, pem)
@@ -3091,6 +3084,7 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
     Raises BadConfiguration.
     """
     require_ssl()
+    directory = directory.absolute()  # openssl starts in another one
     files = TlsFiles(directory / "certificate.pem", directory / "key.pem")
     wanted = sorted({n for n in map(_certificate_name, names) if n})
     try:
@@ -3101,13 +3095,7 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
     # A name that is no longer wanted does no harm.
     if found and time.time() < renew_at and set(wanted) <= set(found.names):
         return files
-    try:
-        _make_certificate(files, wanted, keep_key=found is not None)
-    except FileNotFoundError as error:
-        raise BadConfiguration(
-            "openssl, which makes the certificate, is not installed; install it, or "
-            "bring a certificate with --tls-cert and --tls-key"
-        ) from error
+    _make_certificate(files, wanted, keep_key=found is not None)
     log.info("certificate made file=%s names=%s", files.certificate, ",".join(wanted))
     return files
 
@@ -21901,7 +21889,7 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, TLS, Install, Wire protocol, Commands, Language models, Node agent,
+# Uses: Settings, Install, TLS, Wire protocol, Commands, Language models, Node agent,
 #       Node service, Access, Agent, Chat, Gateway, HTTP, Operator client, MCP,
 #       Assembly
 #
