@@ -13278,7 +13278,8 @@ class HeldJob:
             return None if ended else b""
         self.position = start + len(data)
         self._jobs.acknowledge(self.job)
-        return b"".join(piece for kind, piece in log_frames(data) if kind == STDOUT)
+        output = b"".join(piece for kind, piece in log_frames(data) if kind == STDOUT)
+        return output or self.read()  # the ending's frame holds none
 
     def close(self) -> None:
         """Leave the job; one that has not ended is cancelled."""
