@@ -18584,6 +18584,7 @@ const LOG_DATA = 1; // kind of binary message
 const STDOUT = 1; // kind of log frame
 const STDERR = 2;
 const FRAME_HEAD = 5; // bytes: kind, length of the data
+const LINE_FEED = 10;
 const TAIL = 256 * 1024; // bytes; the part of a log that the page reads
 
 const viewOf = bytes => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -18667,8 +18668,25 @@ class JobLog {
     this.decoders = newDecoders();
   }
 
+  // Drop pending lines that would scroll out at once: parsing them takes longest.
+  leaveOutScrolled() {
+    let lines = 0;
+    for (let n = this.pending.length - 1; n >= 0; n -= 1) {
+      const [kind, data] = this.pending[n];
+      let at = data.length;
+      while (at > 0 && (at = data.lastIndexOf(LINE_FEED, at - 1)) >= 0) {
+        lines += 1;
+        if (lines <= MAX_LINES) continue;
+        this.pending[n] = [kind, data.subarray(at + 1)];
+        this.leaveOut(n);
+        return;
+      }
+    }
+  }
+
   // Write pending output to the terminal.
   settle() {
+    this.leaveOutScrolled();
     for (const [kind, data] of this.pending) {
       const text = this.decoders[kind].decode(data, {stream: true});
       this.terminal.write(text, kind === STDERR);
