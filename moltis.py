@@ -21,6 +21,7 @@ Contents
     Constants and errors      limits with unit and source; every exception
     Helpers                   time, ids, JSON, private files, redaction
     Settings                  node.json, gateway.json and where they live
+    Install                   install.sh, launcher and copies, start from bytecode
   WebSocket
     WebSocket frames          bytes to frames and back
     WebSocket handshake       the HTTP exchange that opens a connection
@@ -48,7 +49,6 @@ Contents
     Gateway                   RPC methods, events
     HTTP                      routes, upgrade, headers
     Web page                  three raw strings, served as three files
-    Install script            install.sh, to be handed out
   Program
     Operator client           the command line's side of a gateway
     MCP                       the agent's tools for Model Context Protocol clients
@@ -112,6 +112,7 @@ if TYPE_CHECKING:
     from http.server import BaseHTTPRequestHandler
     from subprocess import Popen
     from typing import (
+        IO,
         Any,
         Callable,
         ClassVar,
@@ -172,6 +173,7 @@ TELEMETRY_INTERVAL = 30.0  # s; what Moltis' protocol promises
 CALLER_PATIENCE = 600.0  # s that callers wait for a gateway, and it for callers
 KILL_AFTER = 2.0  # s from SIGTERM to SIGKILL
 DRAIN_AFTER_EXIT = 0.5  # s for output that a grandchild still holds open
+MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes of a helper; `ps` on a busy Mac prints 10 KiB
 
 API_KEY_VARIABLES: Mapping[str, str] = {  # by provider; where its secret lies
     "openai": "OPENAI_API_KEY",
@@ -365,11 +367,14 @@ class Value:
         cls._defaults = {**cls._defaults, **own}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        values = {**self._defaults, **dict(zip(self._names, args)), **kwargs}
+        values = self.__dict__
+        values.update(self._defaults)
+        if args:
+            values.update(zip(self._names, args))
+        values.update(kwargs)
         if len(values) != len(self._names) or len(args) > len(self._names):
             odd = sorted(values.keys() ^ set(self._names)) or args[len(self._names) :]
             raise TypeError(f"{type(self).__name__}: wrong or missing fields: {odd}")
-        self.__dict__.update(values)
 
     def __setattr__(self, name: str, *_value: object) -> None:
         raise AttributeError(f"{type(self).__name__}.{name} cannot be changed")
@@ -393,7 +398,10 @@ class Value:
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed."""
-        return type(self)(**{**self.__dict__, **changes})
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__, **changes)
+        assert len(copy.__dict__) == len(self._names), changes
+        return copy
 
     def to_json(self) -> JsonObject:
         """Return the fields as JSON, without those that are None."""
@@ -480,7 +488,9 @@ def _decode_object(kind: type[Value], value: Any, name: str) -> Value:
 
 
 def _decode_plain(kind: type, value: Any, name: str) -> Any:
-    return value if kind is object else required({name: value}, name, kind)
+    if type(value) is kind or kind is object:
+        return value
+    return required({name: value}, name, kind)
 
 
 def now_ms() -> int:
@@ -863,18 +873,27 @@ def make_private_directory(path: Path) -> None:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace the file `path` in one step, readable by its owner alone.
+    """Replace the file `path`, readable by its owner alone, in a directory like that.
+
+    Raises BadConfiguration.
+    """
+    make_private_directory(path.parent)
+    replace_file(path, data, 0o600)
+
+
+def replace_file(path: Path, data: bytes, mode: int) -> None:
+    """Replace the file `path` in one step, with these permissions.
 
     A crash leaves the old file or the new one, never half of it.
     Raises BadConfiguration.
     """
-    make_private_directory(path.parent)
     try:
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
         descriptor = os.open(temporary, flags, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
+                os.fchmod(descriptor, mode)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -885,6 +904,107 @@ def write_private(path: Path, data: bytes) -> None:
             raise
     except OSError as error:
         raise BadConfiguration(f"cannot write {path}: {error.strerror}") from error
+
+
+def remove_file(path: Path) -> None:
+    """Delete `path` if it is there.  Raises BadConfiguration."""
+    try:
+        path.unlink()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise BadConfiguration(f"cannot delete {path}: {error.strerror}") from error
+
+
+class ProgramResult(Value):
+    """How a short program ended, and its output."""
+
+    status: int  # as in a shell: 127 not started, 124 too slow, 128 + N by signal N
+    stdout: bytes = b""
+    stderr: bytes = b""
+    survivor: int = 0  # the process id of a program that not even SIGKILL ends
+
+    @property
+    def text(self) -> str:
+        """All output, stdout first."""
+        return (self.stdout + self.stderr).decode("utf-8", "replace").strip()
+
+
+def run_program(
+    arguments: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    timeout: float,  # s
+    cancel: Cancellation | None = None,
+) -> ProgramResult:
+    """Run a program without input, in a session of its own, and wait for its end.
+
+    Its process group is killed after `timeout` s, and beyond MAX_PROGRAM_OUTPUT.
+    Raises Cancelled.
+    """
+    import subprocess
+
+    try:
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=dict(environ),
+            cwd="/",
+            start_new_session=True,  # a group to kill, and no terminal to ask at
+        )
+    except OSError as error:
+        said = f"{arguments[0]}: {error.strerror}"
+        return ProgramResult(127, b"", said.encode("utf-8", "replace"))
+
+    def kill() -> None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    status = 124
+    cancel = cancel or Cancellation()
+    try:
+        with cancel.calling(kill):
+            whole, stdout, stderr = _read_output(process, Deadline(timeout))
+            if whole:
+                # A program closes its output a moment before it exits.
+                code = process.wait(1.0)
+                status = code if code >= 0 else 128 - code
+            cancel.pause(0)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        if process.returncode is None:
+            kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)
+    survivor = process.pid if process.returncode is None else 0
+    return ProgramResult(status, stdout, stderr, survivor)
+
+
+def _read_output(
+    process: Popen[bytes], deadline: Deadline
+) -> tuple[bool, bytes, bytes]:
+    """Return whether both pipes of a program ended in time, and what they brought."""
+    import selectors
+
+    assert process.stdout is not None
+    assert process.stderr is not None
+    pipes = {process.stdout.fileno(): b"", process.stderr.fileno(): b""}
+    with process.stdout, process.stderr, selectors.DefaultSelector() as selector:
+        for pipe in pipes:
+            selector.register(pipe, selectors.EVENT_READ)
+        while selector.get_map() and not deadline.expired:
+            for key, _ in selector.select(deadline.remaining()):
+                data = os.read(key.fd, 65536)
+                pipes[key.fd] += data
+                if not data:
+                    selector.unregister(key.fd)
+            if sum(map(len, pipes.values())) > MAX_PROGRAM_OUTPUT:
+                break
+        stdout, stderr = pipes.values()
+        return not selector.get_map(), stdout, stderr
 
 
 # ==============================================================================
@@ -1048,6 +1168,328 @@ class GatewayFile(SnakeValue):
         """Write gateway.json.  Raises BadConfiguration."""
         value = {k: v for k, v in self.to_json().items() if v is not None}
         write_settings_file(directory / self.FILE, value)
+
+
+# ==============================================================================
+# Install
+#
+# The program's own text: what `install.sh` hands over to `moltis install`, the copies
+# that a launcher and a service start from compiled code, and how a program that was
+# started from its text starts once more without the compiler's memory.
+# ==============================================================================
+
+PROGRAM_FILE = "moltis.py"
+# Isolated: no module from the working directory, nor from where PYTHONPATH points.
+# And without `site`, which runs the .pth files of other packages: 3 ms of a start with
+# none of them, 25 ms and 1.3 MiB with four.
+PYTHON_OPTIONS = "-IS"
+# An import takes the compiled form from __pycache__; to compile a script of this size
+# takes seconds on a Pi Zero.  Nothing that it makes is garbage: not to look for any
+# takes 7 ms off the 40 of a start.
+IMPORT_AND_RUN = (
+    "import gc, sys; gc.disable(); sys.path.insert(0, sys.argv.pop(1)); import moltis; "
+    "gc.freeze(); gc.enable(); sys.exit(moltis.main())"
+)
+LOAD_AND_RUN = (  # the same from a descriptor, for restart_from_bytecode()
+    "import gc, marshal, sys; gc.disable(); file = open(int(sys.argv.pop(1)), 'rb'); "
+    "code, known, sys.path[:] = marshal.loads(file.read()); file.close(); "
+    "del sys.argv[0]; moltis = sys.modules['moltis'] = type(sys)('moltis'); "
+    "vars(moltis).update(known); exec(code, vars(moltis)); del code; "
+    "gc.freeze(); gc.enable(); sys.exit(moltis.main())"
+)
+MODULE_PROBE = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        print(name)
+"""
+OPTIONAL_MODULES: Mapping[str, str] = {  # by name: what lacks without it
+    "sqlite3": "which a gateway needs; install all of Python "
+    "(OpenWrt: python3-sqlite3)",
+    "ssl": "which https:// and wss:// need; install all of Python "
+    "(OpenWrt: python3-openssl)",
+}
+PROBE_TIMEOUT = 60.0  # s; a slow card, nothing cached
+
+
+def own_program() -> bytes | None:
+    """Return the text of this program, or None where it came through a pipe."""
+    try:
+        return Path(__file__).read_bytes()
+    except (NameError, OSError):
+        return None
+
+
+def check_program(text: bytes, source: str) -> str:
+    """Return the version of the moltis in `text`, which `source` has.
+
+    Raises BadConfiguration unless it is a whole one, and not older than this.
+    """
+    # Its last lines too: half a program may compile as well.
+    parts = (
+        rb'^"""moltis:',
+        rb'^__version__ = "([\d.]+)"$',
+        rb"^if __name__ == .*\n.*\n\Z",
+    )
+    found = [re.search(part, text, re.MULTILINE) for part in parts]
+    if not all(found):
+        raise BadConfiguration(f"{source} is not moltis.py, or not all of it")
+    version = found[1].group(1).decode("ascii") if found[1] else ""
+    if _version_numbers(version) < _version_numbers(__version__):
+        raise BadConfiguration(
+            f"{source} is moltis {version}, older than this {__version__}; upgrade it "
+            "first"
+        )
+    return version
+
+
+def _version_numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".") if number]
+
+
+def install_program(directory: Path, text: bytes, mode: int = 0o600) -> Path:
+    """Put the program's `text` into a directory, compiled too; return its path.
+
+    Raises BadConfiguration.
+    """
+    import py_compile
+
+    path = directory / PROGRAM_FILE
+    if mode == 0o600:
+        make_private_directory(directory)
+    replace_file(path, text, mode)
+    try:
+        # Compiled now: a copy of the same size within the same second would look
+        # like the old one to Python, which compares size and time in whole seconds.
+        py_compile.compile(str(path), doraise=True)
+    except (OSError, py_compile.PyCompileError) as error:
+        raise BadConfiguration(f"cannot compile {path}: {error}") from error
+    return path
+
+
+def remove_program(directory: Path) -> None:
+    """Delete what install_program() wrote.  Raises BadConfiguration."""
+    remove_file(directory / PROGRAM_FILE)
+    cache = directory / "__pycache__"
+    for compiled in cache.glob("moltis.*.pyc"):
+        remove_file(compiled)
+    with contextlib.suppress(OSError):  # not there, or not only ours
+        cache.rmdir()
+
+
+def lasting_python() -> str:
+    """Return the interpreter for launcher and service.  Raises BadConfiguration.
+
+    Not that of a virtual environment, which may be deleted: nothing in it is needed.
+    """
+    beneath = f"{sys.base_prefix}/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
+    if sys.prefix != sys.base_prefix and os.path.exists(beneath):
+        return beneath
+    if not sys.executable:
+        raise BadConfiguration("this Python does not know its own path; use python3")
+    return sys.executable
+
+
+class Installation(Value):
+    """The program and its launcher below a prefix such as ~/.local."""
+
+    prefix: Path
+
+    MARK = "# Installed by install.sh of moltis.py."  # Moltis has a `moltis` as well
+
+    @property
+    def launcher(self) -> Path:
+        return self.prefix / "bin" / "moltis"
+
+    @property
+    def library(self) -> Path:
+        return self.prefix / "lib" / "moltis"
+
+    def install(
+        self, text: bytes, python: str, environ: Mapping[str, str]
+    ) -> list[str]:
+        """Put program and launcher in place; return what the person should know.
+
+        What is there is replaced in one step: a moltis that starts now finds the old
+        program or the new one.  Raises BadConfiguration.
+        """
+        self._refuse_foreign_launcher()
+        options = PYTHON_OPTIONS
+        missing = self._missing_modules(python, options, environ)
+        if missing:  # FreeBSD keeps some among what is added to Python
+            options = "-I"
+            missing = self._missing_modules(python, options, environ)
+        try:
+            self.launcher.parent.mkdir(parents=True, exist_ok=True)
+            self.library.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadConfiguration(
+                f"cannot write to {self.prefix}: {error.strerror}; use --prefix DIR"
+            ) from error
+        install_program(self.library, text, 0o644)
+        replace_file(self.launcher, self._launcher(python, options), 0o755)
+        notes = [f"{python} has no module {m}, {OPTIONAL_MODULES[m]}" for m in missing]
+        return [*notes, *self._path_notes(environ.get("PATH", ""))]
+
+    def remove(self) -> None:
+        """Delete what install() wrote.  Raises BadConfiguration."""
+        self._refuse_foreign_launcher()
+        remove_file(self.launcher)
+        remove_program(self.library)
+        with contextlib.suppress(OSError):
+            self.library.rmdir()
+
+    def _refuse_foreign_launcher(self) -> None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if self.MARK.encode("ascii") not in self.launcher.read_bytes():
+                raise BadConfiguration(
+                    f"{self.launcher} is another program; choose another place with "
+                    "--prefix DIR"
+                )
+
+    def _launcher(self, python: str, options: str) -> bytes:
+        words = [python, options, "-c", IMPORT_AND_RUN, str(self.library)]
+        line = " ".join(map(shlex.quote, words))
+        return os.fsencode(f'#!/bin/sh\n{self.MARK}\nexec {line} "$@"\n')
+
+    def _missing_modules(
+        self, python: str, options: str, environ: Mapping[str, str]
+    ) -> list[str]:
+        words = [python, options, "-c", MODULE_PROBE, *OPTIONAL_MODULES]
+        return run_program(words, environ, timeout=PROBE_TIMEOUT).text.split()
+
+    def _path_notes(self, path: str) -> list[str]:
+        import shutil
+
+        directory = str(self.launcher.parent)
+        if directory not in path.split(os.pathsep):
+            line = f'export PATH="{directory}:$PATH"'
+            return [f"{directory} is not on your PATH; add to ~/.profile: {line}"]
+        first = shutil.which("moltis", path=path)
+        if first == str(self.launcher):
+            return []
+        return [f"but `moltis` is still {first} on your PATH"]
+
+
+def runs_long(arguments: Sequence[str]) -> bool:
+    """Return whether a command line leaves a process that mostly waits."""
+    first, second = (*arguments, "", "")[:2]
+    if first == "node":
+        return second == "run" or (second == "add" and "--foreground" in arguments)
+    return first in ("gateway", "chat", "mcp")
+
+
+def restart_from_bytecode(arguments: Sequence[str]) -> None:
+    """Start this process once more from bytecode, if it was compiled to run long.
+
+    What the compiler used, 40 MiB, stays with a process for good.  The bytecode goes
+    through an anonymous file: nobody else can write it, no directory of ours has to be
+    writable, and there is no cache to check.  Returns where the program was imported,
+    and where the system cannot do this; then all stays as it is.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+    # Imported, from a launcher or by a debugger, another module is below ours.
+    if frame.f_globals is not globals() or not runs_long(arguments):
+        return
+    import marshal
+    import subprocess
+
+    known = {}
+    if "__file__" in frame.f_globals:  # not from a pipe
+        known["__file__"] = os.path.abspath(__file__)
+    # The first is the script's directory, or the working directory: nothing of ours.
+    isolated = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
+    path = sys.path if isolated else sys.path[1:]
+    options = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    with contextlib.suppress(OSError), _anonymous_file() as file:
+        file.write(marshal.dumps((frame.f_code, known, path)))
+        file.seek(0)
+        os.set_inheritable(file.fileno(), True)
+        words = [sys.executable, *options, "-S", "-c", LOAD_AND_RUN]
+        os.execv(sys.executable, [*words, str(file.fileno()), *sys.argv])
+
+
+def _anonymous_file() -> IO[bytes]:
+    """Raises OSError."""
+    try:
+        return open(os.memfd_create("moltis"), "w+b")
+    except (AttributeError, OSError):  # macOS, or a Linux before 3.17
+        import tempfile
+
+        return tempfile.TemporaryFile()
+
+
+# `install.sh` as it is in the repository, for the gateway to hand out wherever its one
+# file was copied.  A test compares the two.
+INSTALL_SH = r"""#!/bin/sh
+# Install moltis for the user who runs this: find a Python, get moltis.py, and run
+# `moltis install`, which does the rest; see `sh install.sh --help`.
+set -eu
+
+fail() { # MESSAGE
+    printf 'install.sh: %s\n' "$1" >&2
+    exit 1
+}
+
+main() {
+    from=$(dirname "$0")/moltis.py option=''
+    # From a pipe, $0 is the shell: what lies in this directory is not meant.
+    { [ -f "$0" ] && [ -f "$from" ]; } || from=''
+    for word; do
+        shift
+        case $option:$word in
+        :--from=*) from=${word#*=} ;;
+        :--from) option=from from='' ;;
+        from:*) from=$word option='' ;;
+        *) set -- "$@" "$word" && [ "$word" != -- ] || option=none ;;
+        esac
+    done
+
+    for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10 \
+        python3.9 python3.8 platform-python /usr/libexec/platform-python ''; do
+        # Apple's /usr/bin/python3 opens a dialog where its tools are not installed.
+        case $(uname)$(command -v "$python") in
+        Darwin/usr/bin/python3) xcode-select -p >/dev/null 2>&1 || continue ;;
+        esac
+        "$python" -I -c 'import argparse, http.server, json, sys, urllib.request, zlib
+sys.exit(sys.version_info < (3, 8))' 2>/dev/null || continue
+        break
+    done
+    [ -n "$python" ] || fail "no complete Python 3.8 or later here; install python3"
+
+    program=$from
+    case $from in
+    http://* | https://*)
+        case $from in *.py*) ;; *) from=${from%/}/moltis.py ;; esac
+        work=$(mktemp -d)
+        trap 'rm -rf "$work"' EXIT
+        trap 'exit 1' HUP INT TERM
+        program=$work/moltis.py
+        if command -v curl; then
+            curl -fsSL -o "$program" "$from"
+        elif command -v wget; then
+            wget -q -O "$program" "$from"
+        else
+            "$python" -I -c 'import sys, urllib.request
+urllib.request.urlretrieve(*sys.argv[1:])' "$from" "$program"
+        fi >/dev/null || fail "cannot download $from; is that the address of a gateway?"
+        ;;
+    esac
+    [ -f "$program" ] ||
+        fail "there is no ${from:-moltis.py here}; say --from http://GATEWAY:9090"
+    case $(sed -n '2p;$p' "$program") in
+    ???moltis:*'exit(main())') ;;
+    *) fail "$from is not moltis.py, or not all of it" ;; # half of it may run as well
+    esac
+    "$python" -I "$program" install "$@"
+}
+
+main "$@"
+"""
 
 
 # ==============================================================================
@@ -3349,6 +3791,8 @@ def decode_ending(data: bytes) -> Ending:
             raise ValueError("a duration is out of range")
     except (ValueError, RpcError) as error:
         raise RpcError("PROTOCOL_ERROR", f"the ending is malformed: {error}") from error
+    if ending.reason is None and ending.signal is None:
+        return ending
     return ending.replace(
         reason=clip(visible(ending.reason), MAX_REASON) if ending.reason else None,
         signal=printable(ending.signal, 40) if ending.signal else None,
@@ -3601,8 +4045,8 @@ class Calls:
 #
 # The node's end of a job's log, and one shell command that writes it: a process group
 # with its pipes, its input, its timeout.  It knows no connection and no other command.
-# What was read from a pipe is kept until it is acknowledged: a full window pauses the
-# command, and a gateway that was away resumes at a frame boundary.
+# Output is kept until it is acknowledged: a full window pauses the command, and after a
+# lost connection the gateway resumes at a frame boundary.
 # ==============================================================================
 
 SHELL = "/bin/sh"  # POSIX on every machine; a user's $SHELL may be fish or nologin
@@ -3617,7 +4061,7 @@ MAX_SURVIVORS = 3  # processes that an ending names
 # line, and the last before the exit, are not delayed.
 LINE_PAUSE = 0.002  # s that the outputs are left alone after two small reads
 LINE_CHUNK = 4096  # bytes; a read of fewer is small
-READ_PAGES = 15 * 4096  # bytes of a read; a frame of what a full pipe holds is too long
+READ_PAGES = 15 * 4096  # bytes of one read; all 64 KiB of a full pipe exceed a frame
 
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
 FORWARDED_VALUE = r"(?a)[\w.,:@+/= -]{0,256}"  # nothing that a shell runs
@@ -3653,7 +4097,7 @@ def command_environment(
 
 
 class CommandSpec(Value):
-    """What to run, and how; the spec of work `run`."""
+    """The spec of work `run`: one shell command."""
 
     command: str  # for /bin/sh
     cwd: str | None = None  # relative to the node's; blank or None: the node's own
@@ -3680,8 +4124,8 @@ class CommandSpec(Value):
 class JobLog:
     """The node's end of a job's log: at most one window that is not acknowledged.
 
-    One thread writes: it looks at `room`, appends, and calls ready() when it has
-    appended what there was.  Any thread takes, acknowledges and resends.
+    One thread writes: it checks `room`, appends, and calls ready() after its last
+    append().  Any thread takes, acknowledges and resends.
     """
 
     def __init__(
@@ -3772,7 +4216,7 @@ class JobLog:
         if self.on_room is not None:
             self.on_room()
 
-    # For whoever sends it
+    # For the connection, from any thread
 
     def take(self) -> tuple[int, bytes] | None:
         """Return the offset and the bytes of the next message, or None.
@@ -3832,7 +4276,7 @@ class JobLog:
         return True
 
     def _index(self, offset: int) -> int:
-        """Return where `offset` is in _data, 0 for what is gone."""
+        """Return the index of `offset` in _data, 0 if it is before `begin`."""
         if offset > self._sent:
             raise RpcError(
                 "INVALID_REQUEST",
@@ -3859,7 +4303,7 @@ class JobLog:
 
 
 class InputWindow:
-    """What arrived for a command's standard input and was not yet consumed."""
+    """Bytes that arrived for a command's standard input, not yet consumed."""
 
     def __init__(self) -> None:
         self.consumed = 0  # offset of the first byte of _data
@@ -3883,7 +4327,7 @@ class InputWindow:
                 f"input at offset {offset} does not follow the {self.arrived} "
                 "bytes that arrived",
             )
-        # After a reconnect the sender may begin before what has arrived.
+        # After a reconnect the sender may repeat bytes.
         fresh = data[self.arrived - offset :]
         if fresh and self._ended:
             raise RpcError("INVALID_REQUEST", "input goes on after its end")
@@ -3905,9 +4349,9 @@ class InputWindow:
 
 
 def seal_descriptors() -> None:
-    """Keep what this process inherited, a lock file say, from its commands.
+    """Keep inherited descriptors, of a lock file say, from being inherited further.
 
-    Descriptors that Python opens are sealed from the start (PEP 446).
+    Python seals those that it opens itself (PEP 446).
     """
     with contextlib.suppress(OSError):  # there is no /dev/fd
         for name in os.listdir("/dev/fd"):
@@ -3923,7 +4367,7 @@ POPEN_FORKS = sys.version_info < (3, 10) and hasattr(os, "posix_spawn")
 # Without pipe2() a spawn in another thread may inherit a new pipe before it is sealed.
 SEALED_PIPES = hasattr(os, "pipe2")
 
-# Python ignores them for itself, and what is ignored stays so in a child.
+# Python ignores these signals, and a child inherits that.
 RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
@@ -4000,8 +4444,8 @@ class Survivor(Value):
 def _group_members(group_id: int) -> list[Survivor]:
     """Return the live processes of a group; zombies have ended.
 
-    Where nobody reaps orphans, as PID 1 of many containers, a group that has ended
-    stays there as zombies, and a signal to it succeeds.
+    In a container whose PID 1 does not reap orphans, an ended group remains as zombies,
+    and a signal to it succeeds.
     """
     every = _processes_in_proc if sys.platform == "linux" else _processes_by_ps
     return [
@@ -4038,7 +4482,7 @@ def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
 
 
 class ProcessGroup:
-    """A shell and what it started, in a process group of their own."""
+    """A shell and its descendants, in a process group of their own."""
 
     def __init__(
         self,
@@ -4099,7 +4543,7 @@ class ProcessGroup:
         self._signal(signal.SIGCONT)  # a stopped process does not get it otherwise
 
     def ended(self) -> bool:
-        """Kill what did not end in time; return whether nothing more can be done."""
+        """Send SIGKILL when it is due; return whether nothing more can be done."""
         exited = self.exit_code is not None
         if exited and not (self._signal(0) and _group_members(self._shell)):
             return True
@@ -4212,7 +4656,7 @@ class Command:
     def input(self, offset: int, data: bytes) -> None:
         """Feed the command; no data is the end of input.
 
-        What arrived before is skipped.  Raises RpcError for a gap, for more than
+        Repeated bytes are skipped.  Raises RpcError for a gap, for more than
         LOG_WINDOW bytes that are not consumed, and without `spec.stdin`.
         """
         if not self.spec.stdin:
@@ -4290,7 +4734,7 @@ class Command:
         deadline = Deadline(self._timeout)
         with self._waking() as wake:
             while not self._advance(group, deadline):
-                poll = select.poll()  # made anew: what can be used changes every time
+                poll = select.poll()  # a new one: the usable pipes change every time
                 poll.register(wake, select.POLLIN)
                 if self._exited_at is None and group.pidfd is not None:
                     poll.register(group.pidfd, select.POLLIN)
@@ -4324,8 +4768,8 @@ class Command:
                 return True
         elif running:
             return False
-        # What the shell left in a pipe is read however long the window is full; what a
-        # grandchild adds has DRAIN_AFTER_EXIT.
+        # Bytes that were in a pipe at the shell's exit are read however long the window
+        # is full; a grandchild has DRAIN_AFTER_EXIT to add some.
         if self._drain.expired:
             for descriptor in list(group.outputs):
                 # A grandchild can read from /dev/stdout as well: look again.
@@ -4371,7 +4815,7 @@ class Command:
             pending = self._input.arrived > self._input.consumed
             exhausted = self._input.exhausted
         if pending and group.input is None:
-            self._consume(LOG_WINDOW)  # the command closed it: drop what comes
+            self._consume(LOG_WINDOW)  # the command closed it: drop the rest
         elif pending and group.input is not None:
             poll.register(group.input, select.POLLOUT)
         elif exhausted:
@@ -4495,6 +4939,41 @@ def _bytes_ready(descriptor: int) -> int:
 
     count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
     return int.from_bytes(count, sys.byteorder)
+
+
+CONTINUATION = bytes(range(0x80, 0xC0))  # bytes inside a character (RFC 3629)
+
+
+class Excerpt:
+    """Head and tail of a stream of bytes, as text."""
+
+    def __init__(self, limit: int) -> None:  # bytes of both
+        self.cut = 0  # bytes between them
+        self._half = limit // 2
+        self._head = bytearray()  # ≤ _half; then the tail takes it
+        self._tail = bytearray()  # ≤ twice _half; then its first goes
+
+    def add(self, data: bytes) -> None:
+        room = self._half - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        if len(self._tail) > 2 * self._half:  # so that each byte is moved only once
+            self._trim()
+
+    def _trim(self) -> None:
+        excess = max(0, len(self._tail) - self._half)
+        self.cut += excess
+        del self._tail[:excess]
+
+    def text(self) -> str:
+        """Return it as UTF-8, broken characters replaced, with the number cut."""
+        self._trim()
+        if not self.cut:
+            return (self._head + self._tail).decode("utf-8", "replace")
+        # A character that the cut went through is left out as well.
+        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
+        tail = self._tail[:3].lstrip(CONTINUATION) + self._tail[3:]
+        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
 
 
 # ==============================================================================
@@ -6662,16 +7141,15 @@ def list_models(
 # Machine
 # Uses: Wire protocol, Commands, Telemetry, Language models
 #
-# All that one computer does when it is asked: the table of works, their jobs by id with
-# line, logs and endings.  A node answers its gateway with it, and the gateway uses one
-# for `Local`, so that Local is a node like the others.  Who asks, and over which
-# connection, is left to a MachinePeer.
+# Jobs carried out on one computer: the table of works, the lines, logs by id.  A node
+# serves its gateway with it, and the gateway has one for `Local`, so that Local is a
+# node like the others.  It knows no connection: reports go to a MachinePeer.
 # ==============================================================================
 
-CAP_RUN = "system.run"  # what a Moltis gateway looks for among the capabilities
+CAP_RUN = "system.run"  # Moltis gateways require it
 CAP_LLM = "llm.chat"  # the machine lends its language models
 
-SYSTEM_RUN = "system.run"  # what Moltis peers call the works `run`, `which`, ...
+SYSTEM_RUN = "system.run"  # Moltis' names of the works `run`, `which`, ...
 SYSTEM_WHICH = "system.which"
 SYSTEM_PROVIDERS = "system.providers"
 MACHINE_COMMANDS = (SYSTEM_RUN, SYSTEM_WHICH, SYSTEM_PROVIDERS)
@@ -6682,6 +7160,7 @@ MAX_LINE = 1000  # commands that wait for one of these places; more are refused
 MAX_LENT = 8  # questions to this machine's models side by side; more are refused
 MAX_KEPT = 1000  # unacknowledged endings; beyond it the oldest is dropped
 MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; beyond it the oldest is, too
+MAX_RESULT = 48 * 1024  # bytes of JSON: a result is in the ending, which is one frame
 MAX_REMEMBERED = 10_000  # ids of forgotten jobs, about 1.5 MB; the oldest is dropped
 
 WORKER_LINGER = 10.0  # s that a thread waits for another job
@@ -6694,12 +7173,12 @@ RAN_BEFORE = "it ran before, and its log was dropped"
 
 
 def platform_name() -> str:
-    """Return what Moltis calls this system: linux, macos, freebsd, ..."""
+    """Return Moltis' name of this system: linux, macos, freebsd, ..."""
     return "macos" if sys.platform == "darwin" else sys.platform.rstrip("0123456789")
 
 
 class MachinePeer(Protocol):
-    """The connection of the moment to whoever asks.  No method blocks or raises."""
+    """The current connection to the gateway.  No method blocks or raises."""
 
     def log_ready(self, log: JobLog) -> None:
         """There is something for log.take()."""
@@ -6711,16 +7190,17 @@ class MachinePeer(Protocol):
         """Input up to `offset` is consumed; `resume`: send again from there."""
 
 
-# What makes one command line run more than one command, or write files, and what makes
-# such a mark plain: `$(` twice, so that neither half of it may come from a wildcard.
-# `${` and the like as well: bash, which is /bin/sh on macOS and Fedora, runs the `$(…)`
-# in the index of an array, as in `${x[y]}` after `y=a['$''(…)']`.  `$NAME` is harmless.
+# Marks with which a shell runs a second command or writes a file, and those that change
+# the meaning of such a mark.  `$(` counts twice, so that neither half of it may come
+# from a wildcard.  So do `${` and the like: bash, which is /bin/sh on macOS and Fedora,
+# runs the `$(…)` in an array's index, as in `${x[y]}` after `y=a['$''(…)']`.  `$NAME`
+# is harmless.
 SHELL_MARKS = r"[;&|`<>\n\r'\"\\#]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
 PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
 
 
 class AllowedCommands:
-    """What the owner of this machine lets others run there.
+    """The commands and works that this machine's owner allows.
 
     Shell patterns (`*`, `?`, `[…]`) on the whole command line.  A wildcard matches no
     mark with which the shell would go on to another command or to a file: a pattern
@@ -6783,7 +7263,7 @@ def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
 
 
 class MachineOptions(Value):
-    """What the works of a machine work with."""
+    """Settings and resources of a machine's works."""
 
     environ: Mapping[str, str]
     inventory: Inventory
@@ -6801,7 +7281,7 @@ class Task(Protocol):
         """The offset of the input that was consumed; None where it takes none."""
 
     def begin(self) -> None:
-        """Do what makes run() in another thread faster; called before it or never."""
+        """Start early, in the calling thread; run() in another goes on with it."""
 
     def run(self) -> Ending: ...
 
@@ -6816,37 +7296,42 @@ class Errand:
 
     consumed = None
 
-    def __init__(self, log: JobLog, action: Callable[[Errand], JsonObject]) -> None:
+    def __init__(
+        self,
+        action: Callable[[MachineOptions, Any, Errand], JsonObject],
+        options: MachineOptions,
+        log: JobLog,
+        _on_input: object,
+        spec: Any,
+    ) -> None:
         self.cancellation = Cancellation()
+        self._action = partial(action, options, spec, self)
         self._log = log
-        self._action = action
         self._reason = ""
-        self._room = threading.Event()  # set by room in the log, and by cancel()
+        self._room = threading.Event()  # set when the log has room, and by cancel()
         log.on_room = self._room.set
 
     def begin(self) -> None: ...
 
     def run(self) -> Ending:
         started, started_at = time.monotonic(), now_ms()
-        state, reason, result = JobState.DONE, None, None
+        state, reason, result = JobState.FAILED, None, None
         try:
             self.cancellation.pause(0)
-            result = self._action(self)
+            result = self._action()
+            state = JobState.DONE
         except Cancelled:
             state, reason = JobState.CANCELLED, self._reason or None
         except ContextTooLong as error:
-            state, reason, result = JobState.FAILED, str(error), {"kind": "context"}
+            reason, result = str(error), {"kind": "context"}
         except (ModelError, RpcError) as error:
-            state, reason = JobState.FAILED, str(error)
-        return Ending(
-            state,
-            reason=reason,
-            result=result,
-            started_at=started_at,
-            duration=round(time.monotonic() - started, 6),
-        )
+            reason = str(error)
+        duration = round(time.monotonic() - started, 6)
+        ending = Ending(state, reason=reason, result=result, started_at=started_at)
+        return ending.replace(duration=duration)
 
-    def input(self, offset: int, data: bytes) -> None:  # noqa: ARG002
+    def input(self, _offset: int, _data: bytes) -> None:
+        """Raises RpcError: all that it needs is in its spec."""
         raise RpcError("INVALID_REQUEST", "this work takes no input")
 
     def cancel(self, reason: str = "") -> None:
@@ -6868,10 +7353,6 @@ class Errand:
 
 # --- The works ---
 
-WorkFactory: TypeAlias = (
-    "Callable[[MachineOptions, JobLog, Callable[[int], None], Any], Task]"
-)
-
 
 class WhichSpec(Value):
     """The spec of work `which`."""
@@ -6882,7 +7363,7 @@ class WhichSpec(Value):
 class ModelsSpec(Value):
     """The spec of work `models`."""
 
-    refresh: bool = False  # do not answer from what is remembered
+    refresh: bool = False  # ask the providers, not the cache
 
 
 def _run(
@@ -6903,20 +7384,14 @@ def _run(
     )
 
 
-def _which(options: MachineOptions, log: JobLog, _: object, spec: WhichSpec) -> Task:
-    def find(_errand: Errand) -> JsonObject:
-        path = find_binary(spec.binary, options.environ)
-        return {"found": path is not None, "path": path}
-
-    return Errand(log, find)
+def _which(options: MachineOptions, spec: WhichSpec, _errand: Errand) -> JsonObject:
+    path = find_binary(spec.binary, options.environ)
+    return {"found": path is not None, "path": path}
 
 
-def _providers(options: MachineOptions, log: JobLog, _: object, _spec: object) -> Task:
-    def read(_errand: Errand) -> JsonObject:
-        providers = options.inventory.equipment.providers
-        return {"providers": [provider.to_payload() for provider in providers]}
-
-    return Errand(log, read)
+def _providers(options: MachineOptions, _spec: object, _errand: Errand) -> JsonObject:
+    providers = options.inventory.equipment.providers
+    return {"providers": [provider.to_payload() for provider in providers]}
 
 
 def _lent_catalog(options: MachineOptions) -> ModelCatalog:
@@ -6925,37 +7400,33 @@ def _lent_catalog(options: MachineOptions) -> ModelCatalog:
     return options.catalog
 
 
-def _models(options: MachineOptions, log: JobLog, _: object, spec: ModelsSpec) -> Task:
-    catalog = _lent_catalog(options)
-
-    def ask(errand: Errand) -> JsonObject:
-        models, errors = catalog.models(errand.cancellation, refresh=spec.refresh)
-        listed = [model.to_json() for model in models]
-        # The ending is one frame.
-        while len(to_json(listed).encode("utf-8")) > MAX_FRAME_DATA * 3 // 4:
-            del listed[len(listed) * 7 // 8 :]
-        return {"models": listed, "errors": errors}
-
-    return Errand(log, ask)
+def _models(options: MachineOptions, spec: ModelsSpec, errand: Errand) -> JsonObject:
+    models, errors = _lent_catalog(options).models(
+        errand.cancellation, refresh=spec.refresh
+    )
+    listed = [model.to_json() for model in models]
+    while len(to_json(listed).encode("utf-8")) > MAX_RESULT:
+        del listed[len(listed) * 7 // 8 :]
+    return {"models": listed, "errors": errors}
 
 
-def _chat(options: MachineOptions, log: JobLog, _: object, spec: ChatRequest) -> Task:
-    catalog = _lent_catalog(options)
+def _chat(options: MachineOptions, spec: ChatRequest, errand: Errand) -> JsonObject:
+    # The address that is asked is the provider's own, of this machine's settings.
+    model = _lent_catalog(options).model(spec.model)
+    stream = model.stream(spec.messages, spec.tools, errand.cancellation)
+    with contextlib.closing(stream) as events:
+        for event in events:
+            errand.write(event)
+    return {}
 
-    def ask(errand: Errand) -> JsonObject:
-        # The address that is asked is the provider's own, of this machine's settings.
-        model = catalog.model(spec.model)
-        stream = model.stream(spec.messages, spec.tools, errand.cancellation)
-        with contextlib.closing(stream) as events:
-            for event in events:
-                errand.write(event)
-        return {}
 
-    return Errand(log, ask)
+WorkFactory: TypeAlias = (
+    "Callable[[MachineOptions, JobLog, Callable[[int], None], Any], Task]"
+)
 
 
 class Work(Value):
-    """What machines do under one name, and its limits."""
+    """One kind of job, with its limits."""
 
     read_spec: Callable[[JsonObject], Any]  # raises RpcError INVALID_REQUEST
     make: WorkFactory  # raises RpcError FORBIDDEN
@@ -6973,10 +7444,10 @@ WORKS: Mapping[str, Work] = {
         side_by_side=MAX_RUNNING,
         line=MAX_LINE,
     ),
-    "which": Work(WhichSpec.from_json, _which, line=MAX_LINE),
-    "providers": Work(dict, _providers, line=MAX_LINE),
-    "models": Work(ModelsSpec.from_json, _models),
-    "chat": Work(ChatRequest.from_json, _chat, side_by_side=MAX_LENT),
+    "which": Work(WhichSpec.from_json, partial(Errand, _which), line=MAX_LINE),
+    "providers": Work(dict, partial(Errand, _providers), line=MAX_LINE),
+    "models": Work(ModelsSpec.from_json, partial(Errand, _models)),
+    "chat": Work(ChatRequest.from_json, partial(Errand, _chat), side_by_side=MAX_LENT),
 }
 
 
@@ -7010,9 +7481,9 @@ class MachineJob:
         self.task = task  # None: it was refused
         # Guarded by the machine's lock:
         self.waits = False  # it is in line
-        self.dropped = False  # nobody will acknowledge it
+        self.dropped = False  # its gateway does not know it: no acknowledgement comes
         # Guarded by the machine's lock of places:
-        self.place: int | None = None  # as the peer knows it
+        self.place: int | None = None  # last reported
         self.place_due = 0.0  # monotonic
 
 
@@ -7056,13 +7527,13 @@ class Machine:
         """Report to `peer` from now on; None while there is no connection."""
         self._peer = peer
 
-    # What a peer asks for, in any thread
+    # For the peer, from any thread
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
         """Carry out a job, now or when its turn comes; every error is its ending.
 
-        A known id is not carried out again.  One that is remembered has ended, or was
-        cancelled before: it gets an ending that says so.
+        A known id is not carried out again.  A remembered one, which has ended or was
+        cancelled before its start, gets an ending with that reason.
         """
         row = WORKS.get(work)
         log = JobLog(job_id, self._log_ready, window=row.window if row else LOG_WINDOW)
@@ -7092,7 +7563,7 @@ class Machine:
     def acknowledge(self, job_id: str, offset: int) -> None:
         """Drop a log's bytes before `offset`, and the job with its ending.
 
-        Raises RpcError for what was never sent.
+        Raises RpcError for an offset that was never sent.
         """
         job = self._get(job_id)
         if job is not None:
@@ -7145,7 +7616,7 @@ class Machine:
                 continue
             try:
                 job.log.send_from(offsets[job.id])
-            except RpcError as error:  # its database is older than its memory, say
+            except RpcError as error:  # the gateway restored an old database, say
                 log.warning("not resumed job=%s: %s", job.id, error)
             self._report_again(job)
             job.log.ready()
@@ -7156,7 +7627,7 @@ class Machine:
             self._changed.wait_for(lambda: not self._jobs, timeout)
 
     def close(self) -> None:
-        """End all jobs, whose endings say why, and join the threads."""
+        """Cancel all jobs, with that reason in their endings, and join the threads."""
         with self._lock:
             self._stopping = True
             jobs = list(self._jobs.values())
@@ -7242,7 +7713,9 @@ class Machine:
                 return
         assert job.task is not None
         job.task.cancel("this machine has no thread left")
-        self._carry_out(job)
+        following = self._carry_out(job)
+        if following is not None:
+            self._call_worker(following)
 
     def _work(self) -> None:
         """Carry out jobs until there have been none for a while."""
@@ -7252,8 +7725,9 @@ class Machine:
             job = self._take_ready()
             if job is None:
                 return
-            thread.name = f"moltis-{job.work}-{job.id[:8]}"
-            self._carry_out(job)
+            while job is not None:
+                thread.name = f"moltis-{job.work}-{job.id[:8]}"
+                job = self._carry_out(job)
 
     def _take_ready(self) -> MachineJob | None:
         with self._lock:
@@ -7265,7 +7739,8 @@ class Machine:
             self._threads.remove(threading.current_thread())
             return None
 
-    def _carry_out(self, job: MachineJob) -> None:
+    def _carry_out(self, job: MachineJob) -> MachineJob | None:
+        """Carry out a job to its ending; return the next in its line."""
         assert job.task is not None
         try:
             ending = job.task.run()
@@ -7282,7 +7757,7 @@ class Machine:
                 following.waits = False
         if following is not None:
             self._report_place(following, 0)
-            self._call_worker(following)
+        return following
 
     def _end(self, job: MachineJob, ending: Ending) -> None:
         with self._lock:
@@ -7331,9 +7806,9 @@ class Machine:
                 peer.place(job.id, 0)
 
     def _report_place(self, job: MachineJob, place: int) -> None:
-        """Report a place, unless the peer knows it.
+        """Report a place if it is news.
 
-        One at a time, and none of a line that the job has left: 0 is the last report.
+        One at a time, and none after 0, which ends a job's wait.
         """
         now = time.monotonic()
         with self._places:
@@ -7350,7 +7825,7 @@ class Machine:
                 peer.place(job.id, place)
 
     def _report_places(self) -> None:
-        """Report who is where in line, until there is no line."""
+        """Report the places in all lines, until there is no line."""
         while True:
             with self._lock:
                 if self._changed.wait_for(lambda: self._closed, PLACE_TICK):
@@ -7397,8 +7872,7 @@ class Machine:
 #       Commands, Telemetry, Machine
 #
 # A machine's connection to its gateway: dial, authenticate, serve, reconnect, resume.
-# Machine carries out what is asked; whether the node starts on boot is left to Node
-# service.
+# Machine carries out the jobs; Node service starts the node on boot.
 # ==============================================================================
 
 # Refusals that pass: the gateway starts or stops, or its disk is full.
@@ -7524,59 +7998,22 @@ class GatewayLink:
 
 
 def _extension(hello: JsonObject) -> JsonObject | None:
-    """Return what a hello says of our extension `jobs`; None from a Moltis gateway."""
+    """Return our part of a hello, with `jobs`; None from a Moltis gateway."""
     extensions = optional(hello, "extensions", dict) or {}
     ours: JsonObject = optional(extensions, "moltis", dict) or {}
     return ours if "jobs" in ours else None
 
 
-class ClippedBytes:
-    """A stream in one piece: all of it, or its head and tail beyond a limit."""
-
-    def __init__(self, limit: int) -> None:  # bytes
-        self.total = 0
-        self._head = bytearray()  # ≤ half the limit; then the tail takes it
-        self._tail = bytearray()  # ≤ twice the other half; then its first goes
-        self._head_limit = limit // 2
-        self._tail_limit = limit - limit // 2
-
-    def add(self, data: bytes) -> None:
-        self.total += len(data)
-        room = self._head_limit - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:]
-        # Cut when it is twice as long, so that each byte is moved only once.
-        if len(self._tail) > 2 * self._tail_limit:
-            del self._tail[: len(self._tail) - self._tail_limit]
-
-    @property
-    def cut(self) -> int:
-        """The number of bytes left out between head and tail."""
-        return max(0, self.total - self._head_limit - self._tail_limit)
-
-    def text(self) -> str:
-        """Return it as UTF-8, broken characters replaced, with the number cut."""
-        if not self.cut:
-            return (self._head + self._tail).decode("utf-8", "replace")
-        # A character that the cut went through is left out with what was cut.
-        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
-        tail = self._tail[len(self._tail) - self._tail_limit :]
-        for _ in range(3):
-            if tail[:1] and tail[0] & 0xC0 == 0x80:
-                del tail[0]
-        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
-
-
 class _MoltisAnswer:
-    """What a Moltis gateway is going to get for one request."""
+    """The answer to one request of a Moltis gateway, as it is collected."""
 
     def __init__(self, work: str, deadline: Deadline) -> None:
         self.work = work
-        self.deadline = deadline  # when the gateway stops to wait for it
-        self.output = {kind: ClippedBytes(MAX_COLLECTED) for kind in STREAMS}
+        self.deadline = deadline  # then the gateway stops waiting
+        self.output = {kind: Excerpt(MAX_COLLECTED) for kind in STREAMS}
 
     def result(self, ending: Ending) -> JsonObject:
-        """Return the result as Moltis has it, cut to what its gateway takes."""
+        """Return the result in Moltis' form, cut to MAX_PAYLOAD."""
         if ending.result is not None:
             return ending.result
         never_ran = ending.exit_code is None and ending.signal is None
@@ -7630,8 +8067,8 @@ class MoltisGatewayLink(GatewayLink):
         # For the thread that receives: results to send once more, and when.
         self._again: list[tuple[Deadline, JsonObject]] = []
 
-    def resume(self, hello: JsonObject) -> None:
-        """Release what an earlier connection asked for: its gateway gave it up."""
+    def resume(self, _hello: JsonObject) -> None:
+        """Let earlier jobs run to their end unread: their gateway has given them up."""
         self._machine.resume(self._machine.held())
 
     def place(self, job_id: str, place: int) -> None: ...
@@ -7728,7 +8165,7 @@ def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
 
 
 def _channel_binding(ws: WebSocket) -> bytes | None:
-    """Return what SCRAM binds to: the gateway's certificate, or None without TLS."""
+    """Return SCRAM's binding to the gateway's certificate, or None without TLS."""
     certificate = ws.peer_certificate()
     return None if certificate is None else tls_server_end_point(certificate)
 
@@ -7929,7 +8366,7 @@ class NodeAgent:
 
 # ==============================================================================
 # Node service
-# Uses: Settings
+# Uses: Settings, Install
 #
 # What makes a node start on boot and stay: the program's copy in the data directory,
 # a systemd user unit or a launchd agent that runs it, its log, and the file in which
@@ -7939,7 +8376,6 @@ class NodeAgent:
 
 UNIT_NAME = "moltis-node.service"
 LAUNCHD_LABEL = "org.moltis.node"
-PROGRAM_FILE = "moltis.py"
 NODE_LOG_FILE = "node.log"
 
 RESTART_AFTER = 10  # s; between a node's end and its next start
@@ -7947,19 +8383,6 @@ STOP_TIMEOUT = 10  # s; from SIGTERM to SIGKILL, for the node and its commands
 MANAGER_TIMEOUT = 60.0  # s; for one systemctl, loginctl or launchctl
 USER_MANAGER_TIMEOUT = 10.0  # s; for a user manager to come up after enable-linger
 MAX_NODE_LOG = 5 * 1024 * 1024  # bytes; then it becomes node.log.1
-
-# Runs the copy by importing it, so that Python takes its compiled form from
-# __pycache__: compiling a script of this size takes seconds on a Pi Zero.
-# Nothing that an import makes is garbage, then or at exit: not to look takes 7 ms off
-# the 40 of a start.
-IMPORT_AND_RUN = (
-    "import gc, sys; gc.disable(); sys.path.insert(0, sys.argv.pop(1)); import moltis; "
-    "gc.freeze(); gc.enable(); sys.exit(moltis.main())"
-)
-# Isolated: not from the working directory, where a random.py would be imported, nor
-# from where variables point.  And without `site`, which runs the .pth files of others:
-# that takes 3 ms of a start with none of them, 25 ms and 1.3 MiB with four.
-PYTHON_OPTIONS = "-IS"
 
 
 class ServiceSpec(Value):
@@ -7989,19 +8412,6 @@ class ServiceSpec(Value):
         words = [f"{name}={value}" for name, value in self.environment.items()]
         words += [self.python, str(self.program), "node", "run"]
         return " ".join(map(shlex.quote, words))
-
-
-def service_python() -> str:
-    """Return the interpreter for the service.  Raises BadConfiguration.
-
-    Not that of a virtual environment, which may be deleted: nothing in it is needed.
-    """
-    beneath = f"{sys.base_prefix}/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
-    if sys.prefix != sys.base_prefix and os.path.exists(beneath):
-        return beneath
-    if not sys.executable:
-        raise BadConfiguration("this Python does not know its own path; use python3")
-    return sys.executable
 
 
 class ServiceStatus(Value):
@@ -8096,79 +8506,14 @@ def _last_line(text: str) -> str:
     return lines[-1].strip() if lines else ""
 
 
-def _remove_file(path: Path) -> None:
-    try:
-        path.unlink()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        raise BadConfiguration(f"cannot delete {path}: {error.strerror}") from error
-
-
-# -- the program's copy --------------------------------------------------------
-
-
-def own_program() -> bytes | None:
-    """Return the text of this program, or None where it came through a pipe."""
-    try:
-        return Path(__file__).read_bytes()
-    except (NameError, OSError):
-        return None
-
-
-def check_program(text: bytes) -> None:
-    """Raises BadConfiguration unless `text` is a whole moltis, not older than this."""
-    # Its last lines too: half a program may compile as well.
-    parts = (
-        rb'^"""moltis:',
-        rb'^__version__ = "([\d.]+)"$',
-        rb"^if __name__ == .*\n.*\n\Z",
-    )
-    found = [re.search(part, text, re.MULTILINE) for part in parts]
-    if not all(found):
-        raise BadConfiguration("what the gateway serves is not moltis.py, or only half")
-    version = found[1].group(1).decode("ascii") if found[1] else ""
-    if _version_numbers(version) < _version_numbers(__version__):
-        raise BadConfiguration(
-            f"the gateway serves moltis {version}, which is older than this "
-            f"{__version__}; upgrade the gateway first"
-        )
-
-
-def _version_numbers(version: str) -> list[int]:
-    return [int(number) for number in version.split(".") if number]
-
-
-def install_program(directory: Path, text: bytes) -> Path:
-    """Put the program's `text` into the data directory, compiled too; return its path.
-
-    Raises BadConfiguration.
-    """
-    import py_compile
-
-    path = directory / PROGRAM_FILE
-    write_private(path, text)
-    try:
-        # Compiled now: a copy of the same size within the same second would look
-        # like the old one to Python, which compares size and time in whole seconds.
-        py_compile.compile(str(path), doraise=True)
-    except (OSError, py_compile.PyCompileError) as error:
-        raise BadConfiguration(f"cannot compile {path}: {error}") from error
-    return path
-
-
 def remove_node_files(directory: Path) -> None:
     """Delete all that made this machine a node, except its log.
 
     Raises BadConfiguration.
     """
-    for name in (NodeSettings.FILE, NodeState.FILE, PROGRAM_FILE):
-        _remove_file(directory / name)
-    cache = directory / "__pycache__"
-    for compiled in cache.glob("moltis.*.pyc"):
-        _remove_file(compiled)
-    with contextlib.suppress(OSError):  # not there, or not only ours
-        cache.rmdir()
+    for name in (NodeSettings.FILE, NodeState.FILE):
+        remove_file(directory / name)
+    remove_program(directory)
 
 
 # -- what the running node says ------------------------------------------------
@@ -8214,7 +8559,7 @@ class NodeState(Value):
     @classmethod
     def clear(cls, directory: Path) -> None:
         """Forget the state, as a node does that ends.  Raises BadConfiguration."""
-        _remove_file(directory / cls.FILE)
+        remove_file(directory / cls.FILE)
 
 
 def wait_until_connected(directory: Path, deadline: Deadline) -> NodeState | None:
@@ -8396,10 +8741,10 @@ class SystemdService:
 
     def remove(self) -> list[str]:
         self._try_systemctl("disable", "--now", UNIT_NAME)
-        _remove_file(self.unit)
+        remove_file(self.unit)
         # systemctl does both, unless there is no user manager to talk to.
         wants = self._units / "default.target.wants"
-        _remove_file(wants / UNIT_NAME)
+        remove_file(wants / UNIT_NAME)
         with contextlib.suppress(OSError):
             wants.rmdir()
         self._try_systemctl("daemon-reload")
@@ -8562,7 +8907,7 @@ class LaunchdService:
 
     def remove(self) -> list[str]:
         self.stop()
-        _remove_file(self.unit)
+        remove_file(self.unit)
         return []
 
     def status(self) -> ServiceStatus:
@@ -11212,7 +11557,7 @@ def new_job(
 
     Raises RpcError INVALID_REQUEST for an id, a work or a spec that cannot be.
     """
-    check_spec(work, spec)
+    spec = check_spec(work, spec)
     timeout_ms: float | None = spec.get("timeout")
     asked_at = now_ms()
     return JobRecord(
@@ -14699,33 +15044,6 @@ class NodeMethods:
                 node.link.hang_up("the token was revoked")
 
 
-class Excerpt:
-    """Head and tail of a byte stream."""
-
-    def __init__(self, limit: int) -> None:  # bytes
-        self._half = limit // 2
-        self._head = bytearray()
-        self._tail = bytearray()
-        self.cut = 0  # bytes between them
-
-    def add(self, data: bytes) -> None:
-        room = self._half - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:]
-        if len(self._tail) > 2 * self._half:  # not at each call: that would copy it
-            self._trim()
-
-    def _trim(self) -> None:
-        excess = max(0, len(self._tail) - self._half)
-        self.cut += excess
-        del self._tail[:excess]
-
-    def text(self) -> str:
-        self._trim()
-        between = f"\n… {self.cut:,} bytes cut …\n".encode() if self.cut else b""
-        return (self._head + between + self._tail).decode("utf-8", "replace")
-
-
 def stream_texts(log: Log) -> JsonObject:
     """Return head and tail of both streams in a log, `truncated` if that is not all."""
     streams = {kind: Excerpt(MAX_INVOKE_OUTPUT) for kind in STREAMS}
@@ -14970,7 +15288,6 @@ class ChatMethods:
             job_id,
             allowed=decision != "deny",
             by=by.name,
-            key_id=by.id,
             always=decision == "always",
         )
 
@@ -15028,7 +15345,7 @@ class AccessMethods:
 
     def audit(self, offset: int, limit: int) -> list[JsonObject]:
         entries = self._audit.page(offset=offset, limit=limit)
-        return [entry.to_json() for entry in entries]
+        return [{**entry.to_json(), "words": entry.words()} for entry in entries]
 
 
 def _key_view(key: OperatorKey) -> JsonObject:
@@ -20435,293 +20752,6 @@ start();
 """
 
 # ==============================================================================
-# Install script
-#
-# `install.sh` as it is in the repository, so that the gateway can hand it out
-# wherever its one file was copied.  A test holds the two to each other.
-# ==============================================================================
-
-INSTALL_SH = r"""#!/bin/sh
-# Install moltis for the user who runs this: one Python file and a launcher.
-set -eu
-
-usage() {
-    cat <<'END'
-usage: sh install.sh [--from URL|FILE] [--prefix DIR] [-- SUBCOMMAND ...]
-       sh install.sh --uninstall [--prefix DIR]
-
-  --from URL|FILE   where moltis.py comes from: a gateway (http://gateway:9090), a
-                    URL, or a file (default: moltis.py beside this script)
-  --prefix DIR      install as DIR/bin/moltis and DIR/lib/moltis (default: ~/.local)
-  --uninstall       remove what this script has installed
-  -- SUBCOMMAND     run it with the installed moltis, as in: -- node list
-
-Run it again to upgrade.  It needs Python 3.8 or later, and no root.
-END
-}
-
-main() {
-    source=
-    prefix=
-    uninstall=no
-    while [ $# -gt 0 ]; do
-        case $1 in
-        --from=*) source=${1#*=} ;;
-        --prefix=*) prefix=${1#*=} ;;
-        --from | --prefix)
-            [ $# -gt 1 ] || fail "$1 needs a value" 2
-            if [ "$1" = --from ]; then source=$2; else prefix=$2; fi
-            shift
-            ;;
-        --uninstall) uninstall=yes ;;
-        -h | --help)
-            usage
-            return
-            ;;
-        --)
-            shift
-            break
-            ;;
-        *) fail "unknown argument $1; see sh install.sh --help" 2 ;;
-        esac
-        shift
-    done
-    choose_places
-    if [ "$uninstall" = yes ]; then
-        remove
-        return
-    fi
-    find_python
-    check_modules
-    refuse_foreign_launcher
-    work=$(mktemp -d)
-    trap 'rm -rf "$work"' EXIT
-    trap 'exit 129' HUP
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
-    fetch
-    check_program
-    put_in_place
-    rm -rf "$work"
-    trap - EXIT HUP INT TERM
-    say_where
-    if [ $# -gt 0 ]; then
-        exec "$launcher" "$@"
-    fi
-}
-
-say() {
-    printf 'install.sh: %s\n' "$*" >&2
-}
-
-fail() { # MESSAGE [STATUS]
-    say "$1"
-    exit "${2:-1}"
-}
-
-choose_places() {
-    if [ -z "$prefix" ]; then
-        [ -n "${HOME:-}" ] || fail "HOME is not set; say where with --prefix DIR" 2
-        prefix=$HOME/.local
-    fi
-    case $prefix in
-    /*) ;;
-    *) prefix=$PWD/$prefix ;;
-    esac
-    bin=$prefix/bin
-    library=$prefix/lib/moltis
-    launcher=$bin/moltis
-    # The existing Moltis has a program of the same name: ours says whose it is.
-    mark='# Installed by install.sh of moltis.py'
-}
-
-# -- what is on this machine
-
-find_python() {
-    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10 \
-        python3.9 python3.8 /usr/libexec/platform-python; do
-        command -v "$candidate" >/dev/null 2>&1 || continue
-        # Apple's /usr/bin/python3 opens a dialog where its tools are not installed.
-        if [ "$(command -v "$candidate")" = /usr/bin/python3 ] &&
-            [ "$(uname)" = Darwin ] && ! xcode-select -p >/dev/null 2>&1; then
-            continue
-        fi
-        # The interpreter itself: not a shim, nor a virtual environment that may go.
-        python=$("$candidate" -I -c 'import os, sys
-if sys.version_info >= (3, 8):
-    path = "%s/bin/python%d.%d" % (sys.base_prefix, *sys.version_info[:2])
-    virtual = sys.prefix != sys.base_prefix and os.path.exists(path)
-    print(path if virtual else sys.executable)' 2>/dev/null) || continue
-        [ -z "$python" ] || return 0
-    done
-    fail "no Python 3.8 or later here; install the package python3"
-}
-
-check_modules() {
-    # Without `site`, and so without the .pth files of others: 3 to 25 ms of a start.
-    options=-IS
-    find_missing
-    if [ -n "$missing" ]; then # some systems keep a few among what is added to Python
-        options=-I
-        find_missing
-    fi
-    for module in $missing; do
-        case $module in
-        sqlite3) say "$python has no module sqlite3, which a gateway needs;" \
-            "install $(package_of sqlite3)" ;;
-        ssl) say "$python has no module ssl, which https:// and wss:// need;" \
-            "install $(package_of ssl)" ;;
-        *) fail "$python has no module $module; install $(package_of "$module")" ;;
-        esac
-    done
-}
-
-find_missing() { # with $options
-    missing=$("$python" $options -c 'import importlib, sys
-for name in sys.argv[1:]:
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        print(name)' argparse http.server json py_compile sqlite3 ssl \
-        urllib.request zlib) || fail "$python does not work"
-}
-
-package_of() { # MODULE
-    system=$(sed -n 's/^ID=//p; s/^ID_LIKE=//p' /etc/os-release 2>/dev/null |
-        tr -d '"' | tr '\n' ' ')
-    case " $system" in
-    *openwrt*)
-        case $1 in
-        ssl) echo "the package python3-openssl" ;;
-        *) echo "the package python3-$1 or python3" ;;
-        esac
-        ;;
-    *freebsd*) echo "the port py3-$1" ;;
-    *debian* | *ubuntu*) echo "the package python3 (python3-minimal is not enough)" ;;
-    *suse*) echo "the package python3 (python3-base is not enough)" ;;
-    *rhel* | *fedora* | *centos*) echo "the package python3-libs" ;;
-    *) echo "the package python3 of your system, or one with $1 in its name" ;;
-    esac
-}
-
-refuse_foreign_launcher() {
-    if [ -e "$launcher" ] && ! grep -qF "$mark" "$launcher"; then
-        fail "$launcher is another program; choose another place with --prefix DIR"
-    fi
-}
-
-# -- moltis.py
-
-fetch() { # into $work/moltis.py
-    if [ -z "$source" ]; then
-        # From a pipe, $0 is the shell: what lies in this directory is not meant.
-        source=$(dirname "$0")/moltis.py
-        { [ -f "$0" ] && [ -f "$source" ]; } ||
-            fail "no moltis.py beside this script; say --from http://GATEWAY:9090" 2
-    fi
-    case $source in
-    http://* | https://*) download ;;
-    *)
-        [ -f "$source" ] || fail "there is no file $source"
-        cp "$source" "$work/moltis.py"
-        ;;
-    esac
-}
-
-download() {
-    case ${source#*://} in
-    */?*) ;;
-    *) source=${source%/}/moltis.py ;; # the address of a gateway
-    esac
-    if command -v curl >/dev/null 2>&1; then
-        curl -fsSL -o "$work/moltis.py" "$source" || no_download
-    elif command -v wget >/dev/null 2>&1; then
-        wget -q -O "$work/moltis.py" "$source" || no_download
-    else
-        "$python" -I -c 'import shutil, sys, urllib.request
-try:
-    with urllib.request.urlopen(sys.argv[1], timeout=60) as answer:
-        with open(sys.argv[2], "wb") as file:
-            shutil.copyfileobj(answer, file)
-except OSError as error:
-    sys.exit(str(error))' "$source" "$work/moltis.py" || no_download
-    fi
-}
-
-no_download() {
-    fail "cannot download $source; is that the address of a gateway?"
-}
-
-check_program() {
-    # Also its last lines: half a program may compile as well.
-    "$python" -I -c 'import re, sys
-text = open(sys.argv[1], "rb").read()
-for part in (rb"^\"\"\"moltis:", rb"^__version__ = ", rb"^if __name__ == .*:\n.*\n\Z"):
-    if not re.search(part, text, re.M):
-        sys.exit(1)
-compile(text, sys.argv[1], "exec")' "$work/moltis.py" 2>/dev/null ||
-        fail "what is at $source is not moltis.py, or not all of it"
-}
-
-put_in_place() {
-    mkdir -p "$bin" "$library" || fail "cannot write to $prefix; use --prefix DIR"
-    # Nothing that an import makes is garbage: not to look takes 7 ms off a start.
-    code='import gc, sys; gc.disable(); sys.path.insert(0, sys.argv.pop(1))'
-    code="$code; import moltis; gc.freeze(); gc.enable(); sys.exit(moltis.main())"
-    cat >"$work/moltis" <<END
-#!/bin/sh
-$mark.
-# It imports the program, so that Python takes the compiled form and starts fast.
-exec $(quote "$python") $options -c '$code' $(quote "$library") "\$@"
-END
-    chmod 755 "$work/moltis"
-    chmod 644 "$work/moltis.py"
-    # Renamed within the directory: a moltis that starts now finds the old or the new.
-    cp "$work/moltis.py" "$library/.moltis.py.new"
-    mv -f "$library/.moltis.py.new" "$library/moltis.py"
-    "$python" -I -m py_compile "$library/moltis.py"
-    cp "$work/moltis" "$bin/.moltis.new"
-    mv -f "$bin/.moltis.new" "$launcher"
-}
-
-quote() {
-    printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")"
-}
-
-say_where() {
-    version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$library/moltis.py")
-    say "moltis $version is $launcher"
-    case :${PATH:-}: in
-    *:"$bin":*)
-        first=$(command -v moltis) || first=$launcher
-        [ "$first" = "$launcher" ] || say "but \`moltis\` is still $first on your PATH"
-        ;;
-    *) say "$bin is not on your PATH; add to ~/.profile: export PATH=\"$bin:\$PATH\"" ;;
-    esac
-}
-
-# -- and away
-
-remove() {
-    refuse_foreign_launcher
-    rm -f "$launcher" "$library/moltis.py"
-    rm -rf "$library/__pycache__"
-    rmdir "$library" 2>/dev/null || true
-    say "moltis is removed from $prefix"
-    data=${MOLTIS_DATA_DIR:-${HOME:-}/.moltis}
-    if [ -e "$data/node.json" ]; then
-        say "this machine is still a node; to end that:" \
-            "python3 $(quote "$data/moltis.py") node remove"
-    elif [ -d "$data" ]; then
-        say "$data is kept"
-    fi
-}
-
-main "$@"
-"""
-
-
-# ==============================================================================
 # PROGRAM
 # ==============================================================================
 
@@ -21570,9 +21600,9 @@ class McpServer:
 
 # ==============================================================================
 # Assembly
-# Uses: Settings, TLS, Wire protocol, Telemetry, Language models, Machine, Node agent,
-#       Node service, Store, Access, Fleet, Jobs, Agent, Model directory, Chat, Gateway,
-#       HTTP, Web page, Install script
+# Uses: Settings, Install, TLS, Wire protocol, Telemetry, Language models, Machine,
+#       Node agent, Node service, Store, Access, Fleet, Jobs, Agent, Model directory,
+#       Chat, Gateway, HTTP, Web page
 #
 # The composition roots: how the objects of a gateway, of a node and of Local are put
 # together, and in which order they are closed.
@@ -21926,8 +21956,9 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Wire protocol, Commands, Language models, Node agent, Node service,
-#       Certificates, Access, Agent, Chat, Gateway, HTTP, Operator client, MCP, Assembly
+# Uses: Settings, Install, Wire protocol, Commands, Language models, Node agent,
+#       Node service, Certificates, Access, Agent, Chat, Gateway, HTTP, Operator client,
+#       MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -22512,9 +22543,9 @@ def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> i
         scheme = "https" if settings.gateway_url.startswith("wss:") else "http"
         source = f"{scheme}://{urlsplit(settings.gateway_url).netloc}/moltis.py"
         text = fetch(source, trust)
-        check_program(text)
+        check_program(text, source)
     install_program(directory, text)
-    spec = ServiceSpec(service_python(), directory, Path.home())
+    spec = ServiceSpec(lasting_python(), directory, Path.home())
     service = service_manager(spec, context.environ)
     notes = service.install()
     service.start()
@@ -22616,7 +22647,7 @@ def cmd_node_run(_args: object, context: Context) -> int:
 
 def local_service(context: Context) -> tuple[ServiceSpec, ServiceManager | None]:
     """Return this machine's node service; None without a service manager."""
-    spec = ServiceSpec(service_python(), context.directory, Path.home())
+    spec = ServiceSpec(lasting_python(), context.directory, Path.home())
     try:
         return spec, service_manager(spec, context.environ)
     except NoServiceManager:
@@ -22830,12 +22861,9 @@ def one_line(text: str, limit: int) -> str:
 
 
 def _audit_state_column(row: JsonObject) -> str:
-    if not row.get("state"):
-        return "-"
-    fields = (row.get(name) for name in ("exitCode", "signal", "reason"))
-    words = ending_words(row["state"], *fields)
     decided_by = row.get("decidedBy")
-    return f"{words}, decided by {decided_by}" if decided_by else words
+    how = f", decided by {decided_by}" if decided_by else ""
+    return (row["words"] + how) or "-"
 
 
 AUDIT_ROW: Mapping[str, Column] = {
@@ -23671,6 +23699,63 @@ class ChatTerminal:
             self._write(sys.stdout, "\n")
 
 
+# -- install -------------------------------------------------------------------
+
+
+def cmd_install(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
+    installation = Installation(Path(prefix))
+    if args.uninstall:
+        return uninstall(installation, context)
+    text, version = chosen_program(getattr(args, "from"))
+    before = os.umask(0o022)  # others may run it, but not write it, whatever ours is
+    try:
+        notes = installation.install(text, lasting_python(), context.environ)
+    finally:
+        os.umask(before)
+    for note in (f"moltis {version} is {installation.launcher}", *notes):
+        context.output.say(note)
+    if args.command:
+        os.execv(installation.launcher, [str(installation.launcher), *args.command])
+    return EXIT_OK
+
+
+def chosen_program(source: str | None) -> tuple[bytes, str]:
+    """Return text and version of the moltis.py that `source` has, else of this one.
+
+    Raises UserError.
+    """
+    if source is None:
+        text = own_program()
+        if text is None:
+            raise UsageError("this program came through a pipe; name one with --from")
+        return text, __version__
+    if source.startswith(("http://", "https://")):
+        if not source.endswith(".py"):
+            source = f"{source.rstrip('/')}/{PROGRAM_FILE}"
+        text = fetch(source, TlsTrust())
+    else:
+        try:
+            text = Path(source).read_bytes()
+        except OSError as error:
+            raise UsageError(f"cannot read {source}: {error.strerror}") from error
+    return text, check_program(text, source)
+
+
+def uninstall(installation: Installation, context: Context) -> int:
+    installation.remove()
+    context.output.say(f"moltis is removed from {installation.prefix}")
+    if (context.directory / NodeSettings.FILE).exists():
+        program = shlex.quote(str(context.directory / PROGRAM_FILE))
+        context.output.say(
+            f"this machine is still a node; to end that: python3 {program} node remove"
+        )
+    elif context.directory.exists():
+        context.output.say(f"{context.directory} is kept")
+    return EXIT_OK
+
+
 # -- the table of subcommands --------------------------------------------------
 
 JSON = arg("--json", "answer in JSON")
@@ -23686,6 +23771,16 @@ GATEWAY: Sequence[Argument] = (
 )
 
 SUBCOMMANDS: Mapping[str, Subcommand] = {
+    "install": Subcommand(
+        cmd_install,
+        "install `moltis` for this user, or upgrade it; `-- SUBCOMMAND` runs it then",
+        "moltis install --from http://gateway:9090",
+        (
+            arg("--from SOURCE", "file, URL or gateway that has moltis.py"),
+            arg("--prefix DIR", "install below DIR (default: ~/.local)"),
+            arg("--uninstall", "remove what was installed"),
+        ),
+    ),
     "gateway": Subcommand(
         cmd_gateway,
         "serve the page, the nodes and the command line",
@@ -23984,6 +24079,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # it was closed when we were started
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     arguments = list(sys.argv[1:] if argv is None else argv)
+    restart_from_bytecode(arguments)
     command: list[str] = []
     if "--" in arguments:  # what follows belongs to the other machine
         split = arguments.index("--")

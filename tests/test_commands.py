@@ -1004,6 +1004,44 @@ def test_input_that_crosses_the_commands_end_is_dropped():
     command.input(7, b"and with a gap")
 
 
+# Excerpts
+
+
+def excerpt(limit, *pieces):
+    kept = moltis.Excerpt(limit)
+    for piece in pieces:
+        kept.add(piece)
+    return kept
+
+
+def test_short_output_is_excerpted_whole():
+    kept = excerpt(100, b"hello ", "wörld".encode())
+    assert (kept.text(), kept.cut) == ("hello wörld", 0)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 5000])
+def test_long_output_keeps_head_and_tail(size):
+    data = bytes(range(97, 123)) * 100
+    pieces = (data[start : start + size] for start in range(0, len(data), size))
+    kept = excerpt(10, *pieces)
+    assert kept.text() == "abcde\n… 2,590 bytes cut …\nvwxyz"
+    assert kept.cut == 2590
+
+
+def test_a_cut_leaves_no_broken_characters():
+    kept = excerpt(10, "äöüäöüäöü".encode())
+    assert kept.text() == "äö\n… 8 bytes cut …\nöü"
+
+
+def test_nothing_may_be_kept_at_all():
+    assert excerpt(0, *[b"x"] * 100).text() == "\n… 100 bytes cut …\n"
+
+
+def test_bytes_that_are_no_text_are_replaced():
+    assert excerpt(100, b"a\xff\xfeb\xc3").text() == "a��b�"
+    assert excerpt(100, b"\x80" * 200).text().endswith(" bytes cut …\n" + 47 * "�")
+
+
 # Leftovers
 
 

@@ -45,6 +45,7 @@ JSON = st.recursive(
 SOURCE = PROGRAM.read_text(encoding="utf-8")
 NAMES = sorted(
     set(re.findall(r'(?:required|optional)\(\s*[\w.]+, "(\w+)"', SOURCE))
+    | set(re.findall(r"\b(\w+)=(?:Optional\(|str\b|int\b|required_)", SOURCE))
     | {"type", "id", "ok", "error", "payload", "event", "method", "params", "seq"}
 )
 OBJECTS = st.dictionaries(st.sampled_from(NAMES), JSON, max_size=6)
@@ -96,9 +97,18 @@ def test_any_text_is_an_envelope_or_an_error_that_can_be_answered(text):
 
 @FUZZ
 @given(st.binary(max_size=100))
-def test_any_bytes_are_a_chunk_or_an_rpc_error(data):
+def test_any_bytes_are_job_data_or_an_rpc_error(data):
     with contextlib.suppress(moltis.RpcError):
-        assert moltis.encode_chunk(moltis.decode_chunk(data)) == data
+        assert moltis.encode_job_data(*moltis.decode_job_data(data)) == data
+
+
+@FUZZ
+@given(st.lists(st.tuples(st.integers(0, 5), st.binary(max_size=40)), max_size=5))
+def test_any_frames_are_a_log_or_a_protocol_error(frames):
+    data = b"".join(moltis.encode_log_frame(*frame) for frame in frames)
+    with contextlib.suppress(moltis.RpcError):
+        moltis.check_frames(data[: len(data) - len(data) % 3])
+    assert list(moltis.log_frames(data)) == frames
 
 
 @FUZZ
@@ -180,7 +190,7 @@ HTTP_PIECES = st.lists(
         st.sampled_from(
             (
                 *(b"GET ", b"POST ", b"HEAD ", b"PUT ", b"/", b"/ws", b"/api/rpc"),
-                *(b"/health", b"/join/", b"/api/commands/", b"/chat/", b"/%2e%2e/"),
+                *(b"/health", b"/join/", b"/api/jobs/", b"/chat/", b"/%2e%2e/"),
                 *(
                     b" HTTP/1.1",
                     b" HTTP/1.0",
@@ -230,7 +240,7 @@ def test_any_frames_at_the_websocket_door_end_in_a_close(site, pieces):
 
 
 # What these do is run commands, or ask other machines.
-RUNNING = ("chat.send", "node.invoke")
+RUNNING = ("chat.send", "job.start", "node.invoke")
 
 
 @pytest.fixture(scope="module")
@@ -277,13 +287,16 @@ def test_whatever_an_operator_asks_is_answered(site, methods, data):
 
 
 @LIVE
-@given(data=st.data())
-def test_whatever_a_node_says_concerns_itself_alone(site, methods, data):
+@given(caps=st.sampled_from(([], ["jobs"])), data=st.data())
+def test_whatever_a_node_says_concerns_itself_alone(site, methods, caps, data):
     token = site.token("fuzz")
     node_id = f"fuzz-{moltis.new_id()}"
+    extensions = {"moltis": {"caps": caps}}
     with site.peer() as peer:
-        assert peer.request("connect", rust_connect(token, node_id))["ok"]
-        spoken = ["node.invoke.result", "node.event", *methods]
+        params = rust_connect(token, node_id, extensions=extensions)
+        assert peer.request("connect", params)["ok"]
+        spoken = ["node.invoke.result", "node.event", "job.place", "job.input"]
+        spoken += methods
         with contextlib.suppress(moltis.ConnectionClosed):
             for text in data.draw(st.lists(envelopes(spoken), max_size=5)):
                 peer.send(text)

@@ -70,56 +70,7 @@ def mode_of(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
-# -- the program's copy --------------------------------------------------------------
-
-
-def test_the_copy_is_private_and_compiled(directory):
-    path = moltis.install_program(directory, STAND_IN)
-    assert path == directory / "moltis.py"
-    assert path.read_bytes() == STAND_IN
-    assert mode_of(path) == 0o600
-    assert list((directory / "__pycache__").glob("moltis.*.pyc"))
-
-
-def test_a_newer_copy_of_the_same_size_replaces_the_compiled_form_too(directory):
-    for number in range(3):
-        moltis.install_program(directory, b"def main():\n    print(%d)\n" % number)
-        command = [sys.executable, "-c", moltis.IMPORT_AND_RUN, str(directory)]
-        assert subprocess.check_output(command) == b"%d\n" % number
-
-
-def test_a_text_that_is_no_program_is_not_installed_in_silence(directory):
-    with pytest.raises(moltis.BadConfiguration, match="cannot compile"):
-        moltis.install_program(directory, b"<html>not found</html>")
-
-
-def test_the_program_knows_its_own_text():
-    assert moltis.own_program() == Path(moltis.__file__).read_bytes()
-
-
-def test_what_a_gateway_serves_must_be_a_whole_moltis():
-    text = moltis.own_program()
-    moltis.check_program(text)
-    moltis.check_program(text.replace(b'__version__ = "', b'__version__ = "10'))
-    half = text[: text.index(b"\n# Node service")]
-    for wrong in (b"", b"<html></html>", half, STAND_IN):
-        with pytest.raises(moltis.BadConfiguration, match=r"not moltis\.py"):
-            moltis.check_program(wrong)
-
-
-def test_what_a_gateway_serves_must_not_be_older():
-    text = moltis.own_program().replace(
-        b'__version__ = "%s"' % moltis.__version__.encode(), b'__version__ = "0.0.9"'
-    )
-    with pytest.raises(moltis.BadConfiguration, match=r"0\.0\.9, which is older"):
-        moltis.check_program(text)
-
-
-def test_the_service_runs_on_the_interpreter_beneath_a_virtual_environment():
-    base = subprocess.check_output(
-        [moltis.service_python(), "-c", "import sys; print(sys.prefix)"], text=True
-    )
-    assert base.strip() == sys.base_prefix
+# -- its files ----------------------------------------------------------------------
 
 
 def test_removing_the_files_keeps_the_log_and_what_is_not_ours(directory):
@@ -572,7 +523,7 @@ def real(monkeypatch):
     home = Path(pwd.getpwuid(os.getuid()).pw_dir)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("MOLTIS_DATA_DIR")
-    spec = moltis.ServiceSpec(moltis.service_python(), home / ".moltis", home)
+    spec = moltis.ServiceSpec(moltis.lasting_python(), home / ".moltis", home)
     manager = moltis.SystemdService(spec, os.environ)
     if not Path("/run/systemd/system").exists() or manager._try_systemctl("status")[0]:
         pytest.skip("needs a working systemctl --user")
@@ -699,7 +650,7 @@ def test_an_odd_data_directory_works(real):
     home = real.unit.parents[3]
     directory = home / ".moltis" / 'a "b" %h $HOME \\x'
     moltis.install_program(directory, STAND_IN)
-    spec = moltis.ServiceSpec(moltis.service_python(), directory, home)
+    spec = moltis.ServiceSpec(moltis.lasting_python(), directory, home)
     manager = moltis.SystemdService(spec, os.environ)
     manager.install()
     manager.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import email.parser
 import json
 import os
 import re
@@ -175,18 +176,22 @@ def test_a_node_obeys_no_gateway_that_does_not_know_its_token(tmp_path, gateway)
 
 
 @pytest.mark.parametrize("proof", ["v=" + "A" * 43 + "=", "e=other-error", "", None])
-def test_a_hostile_gateway_cannot_get_a_node_to_run_anything(tmp_path, plain, proof):
+@pytest.mark.parametrize("event", ["node.invoke.request", "job.start"])
+def test_a_hostile_gateway_cannot_get_a_node_to_run_anything(
+    tmp_path, plain, proof, event
+):
     """All that it says before, in, and after a wrong proof is obeyed by nobody."""
     trace = tmp_path / "ran"
-    order = {
-        "type": "event",
-        "event": "node.invoke.request",
-        "payload": {
-            "invokeId": moltis.new_id(),
+    job_id, spec = moltis.new_id(), {"command": f"touch {trace}"}
+    payload = {
+        "node.invoke.request": {
+            "invokeId": job_id,
             "command": "system.run",
-            "args": {"command": f"touch {trace}"},
+            "args": spec,
         },
-    }
+        "job.start": {"id": job_id, "work": "run", "spec": spec},
+    }[event]
+    order = {"type": "event", "event": event, "payload": payload}
     with HostileGateway(order, proof) as hostile:
         settings = node_settings(plain, hostile.url)
         assert "prove" in refusal_of(settings, plain.environ) or proof is None
@@ -217,8 +222,10 @@ class HostileGateway:
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             head += sock.recv(4096)
-        _, headers = moltis.parse_head(head[:-4])
-        sock.sendall(moltis.accept_upgrade(headers).response())
+        headers = email.parser.BytesParser().parsebytes(head.partition(b"\r\n")[2])
+        lines = [f"{n}: {v}" for n, v in moltis.accept_upgrade(headers)]
+        lines = ["HTTP/1.1 101 Switching Protocols", *lines, "", ""]
+        sock.sendall("\r\n".join(lines).encode())
         protocol = moltis.WebSocketProtocol(client=False)
         with moltis.WebSocket(sock, protocol) as ws:
             self._command(ws)
@@ -232,7 +239,9 @@ class HostileGateway:
             auth = (
                 {} if self._proof is None else {"scram": {"serverFinal": self._proof}}
             )
-            self._answer(ws, connect, {"type": "hello-ok", "protocol": 4, "auth": auth})
+            hello = {"type": "hello-ok", "protocol": 4, "auth": auth}
+            hello["extensions"] = {"moltis": {"jobs": {}}}
+            self._answer(ws, connect, hello)
             self._command(ws)
             with contextlib.suppress(moltis.ConnectionClosed):
                 while ws.receive(10) is not None:
@@ -698,7 +707,9 @@ def test_root_is_told_what_it_means_to_be_a_node(home):
     home.mkdir(exist_ok=True)
     arguments = ("--host", "ws://127.0.0.1:1/ws", "--token", "mdt_x", "--foreground")
     with Program("node", "add", *arguments, home=home) as node:
-        node.wait_for_output("whoever may run commands at the gateway is root here")
+        node.wait_for_output(
+            "everyone who may run commands at the gateway is root here"
+        )
 
 
 def test_an_offer_cannot_talk_a_node_into_sending_its_token(home, plain):
