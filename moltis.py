@@ -14615,13 +14615,19 @@ class ClientFollower:
         on_done: Callable[[ClientFollower], None],
         *,
         holds: bool,
+        newest: int | None = None,
     ) -> None:
-        """`on_done` is called once the client knows all of what it watches."""
+        """`on_done` is called once the client knows all of what it watches.
+
+        `newest`: bytes; a watcher that falls behind by several times as many gets only
+        that much of the end.
+        """
         self.job = job
         self.position = offset  # the client has read all before it
         self.holds = holds
         self._outlet = outlet
         self._on_done = on_done
+        self._newest = newest
         self._is_open = False
         self._sent = offset
         self._state: object = None  # as the client knows it
@@ -14659,6 +14665,9 @@ class ClientFollower:
             return encode_envelope(Event(JOB_INPUT, payload))
         # Before the log is read: an ending follows all bytes.
         state = (record.state, job.place, job.away_since is not None)
+        newest = self._newest
+        if newest is not None and job.log.end - self._sent > 4 * newest:
+            self._sent = job.log.tail(newest)
         start, data = job.log.read(self._sent, MAX_LOG_MESSAGE)
         if data:
             self._sent = start + len(data)
@@ -14733,14 +14742,18 @@ class OperatorPeer:
         with contextlib.suppress(ConnectionClosed):
             self.ws.send(text)
 
-    def follow(self, job: Job, offset: int, *, holds: bool) -> int:
+    def follow(
+        self, job: Job, offset: int, *, holds: bool, newest: int | None = None
+    ) -> int:
         """Send the job's log from `offset` on, or from what is left of it.
 
         Returns where it begins.  Raises RpcError for one job too many.
         """
         self.unfollow(job.id, leaves=False)
         start = job.log.boundary(max(offset, job.log.begin))
-        follower = ClientFollower(job, self._outlet, start, self._drop, holds=holds)
+        follower = ClientFollower(
+            job, self._outlet, start, self._drop, holds=holds, newest=newest
+        )
         with self._lock:
             if len(self._followers) >= MAX_FOLLOWED:
                 raise RpcError(
@@ -15166,14 +15179,20 @@ class JobMethods:
         job: Job,
         offset: int,
         tail: int | None,
+        skip: bool,
         hold: bool,
     ) -> JsonObject:
-        """Send the log from `offset` on; of what is there, at most the last `tail`."""
+        """Send the log from `offset` on; of what is there, at most the last `tail`.
+
+        `skip`: also later, if the client falls behind by several times as much.
+        """
         if hold:
             peer.caller.require(Scope.WRITE)
         if tail is not None:
             offset = max(offset, job.log.tail(tail))
-        return {"job": job_view(job), "offset": peer.follow(job, offset, holds=hold)}
+        newest = tail if skip and not hold else None
+        start = peer.follow(job, offset, holds=hold, newest=newest)
+        return {"job": job_view(job), "offset": start}
 
     def unfollow(self, peer: OperatorPeer, job_id: str, leave: bool) -> None:
         peer.unfollow(job_id, leaves=leave)
@@ -15435,6 +15454,7 @@ class Rpc:
                 job=jobs.job,
                 offset=offset,
                 tail=Optional(required_offset),
+                skip=flag,
                 hold=flag,
             ),
             "job.unfollow": Method(
@@ -18003,9 +18023,9 @@ details label input { flex: 0 1 420px; }
 }
 """
 
-WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown, socket, job logs,
-// state, routes, widgets, views, start.  Text reaches the document as text nodes only;
-// the views show `state` and hold none of their own.
+WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown,
+// socket, job logs, state, routes, widgets, views, start.  Text reaches the document as
+// text nodes only; the views show `state` and hold none of their own.
 
 // == dom ==
 
@@ -19287,7 +19307,7 @@ async function followJob(chat, log) {
   if (log.isComplete || state.link !== "up" || state.followed.has(id)) return;
   state.followed.set(id, chat);
   try {
-    const {job} = await link.call("job.follow", {id, offset, tail: TAIL});
+    const {job} = await link.call("job.follow", {id, offset, tail: TAIL, skip: true});
     chat.updateJob(job);
   } catch (error) {
     state.followed.delete(id);

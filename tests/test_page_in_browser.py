@@ -286,6 +286,18 @@ def test_a_hundred_thousand_lines_leave_the_page_alive(site, make_page):
     assert run(page, "echo next").strip() == "next"
 
 
+def test_a_command_that_writes_without_end_can_be_stopped(site, make_page):
+    page = make_page(site)
+    open_new_chat(page)
+    choose(page, "Demo node")
+    type_line(page, "yes; echo never")
+    page.wait_for(shows(f"{LAST} .lines", "y\ny\ny"))
+    page.click(f"{LAST} footer button")
+    # The page is no minutes behind: it shows the end of the output soon.
+    page.wait_for(f"{shows(LAST, 'Cancelled')} && !{shows(LAST, 'loading')}")
+    assert run(page, "echo next").strip() == "next"
+
+
 def test_a_long_output_is_read_from_its_end_after_a_reload(site, make_page):
     page = make_page(site)
     open_new_chat(page)
