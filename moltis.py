@@ -9891,7 +9891,6 @@ class JobsTable(Table):
         state: str = "",
         session_key: str = "",
         query: str = "",
-        kept: bool = False,
         before: int = 0,
         limit: int = 100,
     ) -> list[JobRecord]:
@@ -9913,8 +9912,6 @@ class JobsTable(Table):
         # Only what is given: SQLite finds no index for `? = '' OR node_id = ?`.
         conditions = [sql for sql, value in given.items() if value]
         conditions.append(self.STATES.get(state, "TRUE"))
-        if kept:
-            conditions.append(f"(kept OR {self.STATES['open']})")
         return self._find(
             JobRecord,
             f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?",
@@ -12043,7 +12040,9 @@ class Jobs:
                     job.settled = False
                     job.log.skip_to(begin)
                     job.was_sent = True
-                    job.acknowledged = max(job.acknowledged, begin)
+                    # An acknowledgement may have got lost with the connection: else
+                    # the node would wait for it with a full window.
+                    job.acknowledged = begin
                     offsets[job_id] = job.log.end
         return offsets
 

@@ -513,7 +513,7 @@ def test_a_stale_gateway_json_is_recognised(own_site):
     own_site.gateway.end(signal.SIGKILL)
     done = own_site.run("node", "list")
     assert done.returncode == UNREACHABLE
-    assert "does not run any more" in one_line(done)
+    assert "is not running any more" in one_line(done)
 
 
 def test_a_second_gateway_says_who_holds_the_directory(site):
