@@ -8969,6 +8969,7 @@ MAX_PAGE = 1000  # rows of one answer
 MAX_CALLER_EVENTS = 10_000  # audit events of one caller; then its oldest are deleted
 REFUSAL_REPEATED_AFTER = 3600_000  # ms in which the same refusal is recorded once
 DELETE_SLICE = 500  # rows deleted in one transaction: some ms
+SEARCH_SLICE = 20_000  # rows that one statement searches: some 20 ms
 STEADY_AFTER = 86_400.0  # s without a jump after which the clock decides what is old
 CLOCK_RECORDED_EVERY = 60.0  # s
 CHECKPOINT_EVERY = 200  # transactions, then the next tick() copies them into the file
@@ -9614,7 +9615,8 @@ class Database:
                 _, logged, _ = db.execute(passive).fetchone()
                 if logged > LONGEST_WAL:
                     # Writers that never pause keep the WAL from starting again: now
-                    # they wait, for the little that is left.
+                    # they wait, for the little that came during the second pass.
+                    db.execute(passive)
                     db.execute("PRAGMA wal_checkpoint(RESTART)")
         except self._sqlite.Error as error:
             raise self._store_error(error) from error
@@ -9891,6 +9893,7 @@ class JobsTable(Table):
         state: str = "",
         session_key: str = "",
         query: str = "",
+        kept: bool = False,
         before: int = 0,
         limit: int = 100,
     ) -> list[JobRecord]:
@@ -9912,11 +9915,26 @@ class JobsTable(Table):
         # Only what is given: SQLite finds no index for `? = '' OR node_id = ?`.
         conditions = [sql for sql, value in given.items() if value]
         conditions.append(self.STATES.get(state, "TRUE"))
-        return self._find(
-            JobRecord,
-            f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?",
-            (*filter(None, given.values()), max(0, min(limit, MAX_PAGE))),
-        )
+        if kept:
+            conditions.append(f"(kept OR {self.STATES['open']})")
+        values, limit = [*filter(None, given.values())], max(0, min(limit, MAX_PAGE))
+        if not query:
+            return self._page(conditions, values, limit)
+        # A search reads all rows: slice by slice, so that writers get their turn.
+        found: list[JobRecord] = []
+        row = self._db.row("SELECT max(seq) newest FROM jobs")
+        top = before or (row["newest"] if row and row["newest"] else 0) + 1
+        while top > 1 and len(found) < limit:
+            bounds = [*conditions, "seq < ?", "seq >= ?"]
+            top, above = max(1, top - SEARCH_SLICE), top
+            found += self._page(bounds, [*values, above, top], limit - len(found))
+        return found
+
+    def _page(
+        self, conditions: Sequence[str], values: Sequence[object], limit: int
+    ) -> list[JobRecord]:
+        condition = f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?"
+        return self._find(JobRecord, condition, (*values, limit))
 
     def of_session(self, session_key: str) -> list[str]:
         """Return the ids of a session's jobs."""
@@ -11230,7 +11248,7 @@ ROW_LOG = 16 * 1024  # bytes; a log of at most that moves into its row when it e
 SEGMENT = 1024 * 1024  # bytes of one file
 MAX_SEGMENTS = 64  # of one log: the first and the newest; those in between go
 KEEP_OUTPUT = 2 * 1024**3  # bytes of all logs in files, unless told otherwise
-READ_SIZE = 256 * 1024  # bytes of a log in one answer
+MAX_LOG_READ = 256 * 1024  # bytes of a log in one answer
 TEXT_LIMIT = 30_000  # characters of output that a language model sees
 LOST_AFTER = 60.0  # s beyond a command's timeout for which its absent node is awaited
 HOLDER_PATIENCE = 600.0  # s for which an unkept job waits for its holder
@@ -11295,7 +11313,7 @@ class Segment:
         """Return the first frame boundary at or after `offset`."""
         at = self.begin
         while at < offset:
-            data = self.read(at, READ_SIZE)
+            data = self.read(at, MAX_LOG_READ)
             if not data:
                 return self.end
             at = frame_boundary(at, data, offset)
@@ -11376,7 +11394,7 @@ class Log:
                     self.begin = offset
                 self.end = offset
 
-    def read(self, offset: int, limit: int = READ_SIZE) -> Piece:
+    def read(self, offset: int, limit: int = MAX_LOG_READ) -> Piece:
         """Return the offset of the first held frame at or after `offset`, and frames.
 
         They have about `limit` bytes; none at the end.  `offset` is a frame boundary
@@ -11924,11 +11942,11 @@ class Jobs:
 
     def text(self, job: Job, limit: int = TEXT_LIMIT) -> str:
         """Return the output as text; of a longer one head and tail."""
-        start, data = job.log.read(0, READ_SIZE)
+        start, data = job.log.read(0, MAX_LOG_READ)
         before = f"{gap_words(start)}\n" if start else ""
         if start + len(data) == job.log.end:
             return before + clip(log_text(data), limit)
-        _, tail = job.log.read(job.log.tail(READ_SIZE), READ_SIZE)
+        _, tail = job.log.read(job.log.tail(MAX_LOG_READ), MAX_LOG_READ)
         ends = log_text(data)[: limit // 2], log_text(tail)[-limit // 2 :]
         cut = job.log.end - sum(len(end.encode("utf-8", "replace")) for end in ends)
         return f"{before}{ends[0]}\n{gap_words(cut)}\n{ends[1]}"

@@ -685,6 +685,27 @@ def test_a_filtered_page_reads_an_index(store, filters, monkeypatch):
     assert "USING INDEX" in plan["detail"]
 
 
+def test_jobs_that_ended_without_a_log_can_be_left_out(store):
+    for name in ("ended", "ended, kept", "open"):
+        record = store.jobs.add(job(name, kept="kept" in name))
+        if "ended" in name:
+            store.jobs.save(ended(record))
+    assert [r.id for r in store.jobs.page(kept=True)] == ["open", "ended, kept"]
+
+
+def test_a_search_goes_slice_by_slice_to_the_oldest_job(store, monkeypatch):
+    monkeypatch.setattr(moltis, "SEARCH_SLICE", 3)
+    assert store.jobs.page(query="echo") == []
+    for number in range(10):
+        command = "echo" if number % 2 else "true"
+        store.jobs.add(job(str(number), command=command))
+    found = store.jobs.page(query="echo", limit=4)
+    assert [record.id for record in found] == ["9", "7", "5", "3"]
+    rest = store.jobs.page(query="echo", before=found[-1].seq)
+    assert [record.id for record in rest] == ["1"]
+    assert store.jobs.page(query="nothing") == []
+
+
 def test_open_jobs_are_listed_oldest_first(store):
     first = store.jobs.add(job("j1"))
     store.jobs.add(job("j2"))
