@@ -20125,7 +20125,9 @@ async function send(line) {
   recall.place = null;
   follows = true;
   const entry = currentSession();
-  const params = {text: typed, sessionKey: entry.key, model: currentModel(entry)};
+  const params = {text: typed, sessionKey: entry.key};
+  // Before the list of sessions is here, only the gateway knows the model.
+  if (state.sessions.includes(entry)) params.model = currentModel(entry);
   const answer = await attempt("chat.send", params);
   // Restore the text if the call failed.
   if (!answer && line === undefined && !text.value) text.value = typed;

@@ -511,8 +511,7 @@ def test_the_audit_lists_what_ran_and_can_be_filtered(site, make_page):
         "const r = document.querySelector('#filter-state'); r.value = 'failed';"
         "r.dispatchEvent(new Event('change'))}"
     )
-    page.wait_for(shows(first, "exit 9"))
-    assert "Done" not in page.text("#audit-rows")
+    page.wait_for(f"{shows(first, 'exit 9')} && !{shows('#audit-rows', 'Done')}")
 
 
 # -- models, access ------------------------------------------------------------
