@@ -12245,6 +12245,8 @@ class Jobs:
             if record.cancelled_at is not None:
                 link.cancel(job.id)  # a start that follows is answered `cancelled`
             link.start(job.id, record.work, record.spec or {})
+        job.input_resumes += 1  # input that came before has gone nowhere
+        self._wake(job)
 
     def _tell(self, job: Job, tell: Callable[[NodeLink], None]) -> None:
         """Tell the node something that is told again when it comes back."""
