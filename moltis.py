@@ -20916,14 +20916,14 @@ def reconnect_pauses() -> Iterator[float]:
 class LastingClient:
     """Calls over a connection that is replaced when it breaks.
 
-    A call whose connection broke is made again: it may be one of a kind only that does
-    no harm twice, as the start of a job under an id that the caller chose.
+    A call whose connection broke is made again.  That must do no harm: a job, say, is
+    started under an id that the caller chose.
     """
 
     def __init__(self, dial: Callable[[], OperatorClient]) -> None:
         """Raises UserError as `dial` does."""
         self._dial = dial
-        self._lock = threading.Lock()  # guards _client
+        self._lock = threading.Lock()  # guards _client; held while dialling
         self._client = dial()
 
     def close(self) -> None:
@@ -20945,9 +20945,7 @@ class LastingClient:
             except (ConnectionClosed, Unreachable) as error:
                 problem = error
             except RpcError as error:
-                if not (
-                    isinstance(error.details, dict) and error.details.get("goesOn")
-                ):
+                if error.details != {"goesOn": True}:
                     raise
                 problem = error  # the gateway stops, and the job does not
             cancel.pause(pause)
@@ -20955,18 +20953,9 @@ class LastingClient:
 
     def _connected(self) -> OperatorClient:
         with self._lock:
-            client = self._client
-        if not client.ended:
-            return client
-        fresh = self._dial()
-        with self._lock:
-            # Two threads may have dialled at once.
-            spare = client if self._client is client else fresh
-            if spare is client:
-                self._client = fresh
-            client = self._client
-        spare.close()
-        return client
+            if self._client.ended:
+                self._client = self._dial()
+            return self._client
 
 
 class FollowedJob:
@@ -20986,9 +20975,6 @@ class FollowedJob:
         self.state: JsonObject = {}  # as VIEW or job.state says
         self.ending: Ending | None = None
         self.error: MoltisError | None = None  # instead of an ending
-
-    def follow_params(self) -> JsonObject:
-        return {"id": self.id, "offset": self.position, "hold": self.holds}
 
 
 class JobOutput(Value):
@@ -21073,13 +21059,10 @@ class JobInput:
         while self._sent < end:
             at = self._sent - self._consumed
             data = bytes(self._kept[at : at + MAX_LOG_MESSAGE])
-            self._send_piece(data)
+            self._send(encode_job_data(INPUT_DATA, self.job_id, self._sent, data))
             self._sent += len(data)
         if self._ended:
-            self._send_piece(b"")
-
-    def _send_piece(self, data: bytes) -> None:
-        self._send(encode_job_data(INPUT_DATA, self.job_id, self._sent, data))
+            self._send(encode_job_data(INPUT_DATA, self.job_id, end, b""))
 
 
 class JobFeed:
@@ -21096,7 +21079,7 @@ class JobFeed:
         self._queued = 0  # bytes of log messages in _news
         self._closed = False
         self._dial = partial(dial, self._take)
-        self._client = self._dial()
+        self.client = self._dial()
 
     def __enter__(self) -> JobFeed:
         return self
@@ -21108,15 +21091,8 @@ class JobFeed:
             self._changed.notify_all()
         for job in self.open.values():
             # A connection that just ends would count as broken.
-            self.notify("job.unfollow", {"id": job.id, "leave": job.holds})
-        self._client.close()
-
-    def call(self, method: str, params: JsonObject) -> Any:
-        """Return the payload of the answer.  Raises UserError."""
-        return self._client.call(method, params)
-
-    def notify(self, method: str, params: JsonObject) -> None:
-        self._client.notify(method, params)
+            self.client.notify("job.unfollow", {"id": job.id, "leave": job.holds})
+        self.client.close()
 
     def start(self, nodes: Mapping[str, str], request: JsonObject) -> list[FollowedJob]:
         """Start a job on each of `nodes` (names for people by reference), and hold it.
@@ -21133,17 +21109,16 @@ class JobFeed:
     def follow(self, job_id: str, name: str) -> FollowedJob:
         """Watch a job's log from its beginning; `name` is its node's."""
         job = self.open[job_id] = FollowedJob(job_id, name, holds=False)
-        job.known = True
-        self._ask([job], "job.follow", job.follow_params())
+        self._follow(job)
         return job
 
     def unfollow(self, job: FollowedJob) -> None:
         if self.open.pop(job.id, None) is not None:
-            self.notify("job.unfollow", {"id": job.id})
+            self.client.notify("job.unfollow", {"id": job.id})
 
     def _send(self, message: bytes) -> None:
         # What a broken connection does not take, its successor is sent again.
-        self._client.send(message)
+        self.client.send(message)
 
     def feed_input(self, read: Callable[[int], bytes]) -> None:
         """Send what `read` gives to the first job, to its end.  Raises OSError."""
@@ -21152,7 +21127,7 @@ class JobFeed:
 
     def cancel(self) -> None:
         for job_id in self.open:
-            self.notify(JOB_CANCEL, {"id": job_id})
+            self.client.notify(JOB_CANCEL, {"id": job_id})
 
     def interrupt(self) -> None:
         """Wake news(); may be called from a signal handler."""
@@ -21175,7 +21150,7 @@ class JobFeed:
                 yield from self._take_answer(item)
             elif isinstance(item, Event):
                 yield from self._take_event(item)
-            elif client is self._client:
+            elif client is self.client:
                 yield from self._reconnect()
 
     def _next(self, timeout: float | None) -> tuple[OperatorClient | None, Any]:
@@ -21226,7 +21201,7 @@ class JobFeed:
 
     def _acknowledge(self, job: FollowedJob, offset: int) -> None:
         job.acknowledged = offset
-        self.notify(JOB_ACK, {"id": job.id, "offset": offset})
+        self.client.notify(JOB_ACK, {"id": job.id, "offset": offset})
 
     def _take_answer(self, answer: _Answer) -> Iterator[JobChange]:
         error = answer.future.exception()
@@ -21283,7 +21258,7 @@ class JobFeed:
     def _reconnect(self) -> Iterator[GatewayChange | JobChange | None]:
         """Reach the gateway again; yield None meanwhile, at least every second."""
         yield GatewayChange(reachable=False)
-        self._client.drop()
+        self.client.drop()
         problem = UserError("the gateway went away")
         for pause in reconnect_pauses():
             deadline = Deadline(pause)
@@ -21291,7 +21266,7 @@ class JobFeed:
                 self._next(min(1.0, deadline.remaining() or 0.0))
                 yield None
             try:
-                self._client = self._dial()
+                self.client = self._dial()
             except Unreachable as error:
                 problem = error
             except UserError as error:
@@ -21311,15 +21286,19 @@ class JobFeed:
             self._ask(new, JOB_START, {**self._request, "jobs": jobs})
         for job in self.open.values():
             if job.known:
-                job.state = {}
-                self._ask([job], "job.follow", job.follow_params())
+                self._follow(job)
         if self.interrupted:
             self.cancel()
+
+    def _follow(self, job: FollowedJob) -> None:
+        job.known, job.state = True, {}
+        params = {"id": job.id, "offset": job.position, "hold": job.holds}
+        self._ask([job], "job.follow", params)
 
     def _ask(
         self, jobs: Sequence[FollowedJob], method: str, params: JsonObject
     ) -> None:
-        client = self._client
+        client = self.client
 
         def answered(future: Future[Any]) -> None:
             self._news.put((client, _Answer(jobs, future)))
@@ -22919,14 +22898,14 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
         return {reference: reference for reference in references}
     first: dict[str, str] = {}
     for reference in references:
-        node = feed.call("node.describe", {"nodeId": reference})
+        node = feed.client.call("node.describe", {"nodeId": reference})
         first.setdefault(node["nodeId"], reference)
     return first
 
 
 def connected_nodes(feed: JobFeed) -> dict[str, str]:
     """Return the names of all connected nodes by id."""
-    listed = feed.call("node.list", {})
+    listed = feed.client.call("node.list", {})
     return distinct_names(
         {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
     )
@@ -22953,7 +22932,7 @@ def start_detached(
     names = {new_id(): name for name in nodes.values()}
     jobs = [{"id": job, "node": node} for job, node in zip(names, nodes)]
     try:
-        answer = feed.call(JOB_START, {**request, "jobs": jobs, "keep": True})
+        answer = feed.client.call(JOB_START, {**request, "jobs": jobs, "keep": True})
     except Unreachable as error:
         if isinstance(error.__cause__, RpcError) and error.__cause__.code != "TIMEOUT":
             raise
@@ -23058,7 +23037,6 @@ class JobTerminal:
         self._waiting = Waiting(output)
         self._ended: list[FollowedJob] = []  # in the order of their endings
         self._in_line: set[str] = set()  # ids
-        self._unstored: set[str] = set()  # ids of jobs whose output nobody keeps
         self._cancelled = False
         self._broken_pipe = False
         self._patience = Deadline(None)  # runs from the interrupt on
@@ -23101,7 +23079,6 @@ class JobTerminal:
 
     def attach(self) -> int:
         """Return the exit status of the one job.  Raises UserError."""
-        self._unstored = {job.id for job in self._jobs}
         self._print_all()
         if self._broken_pipe:
             raise BrokenPipeError
@@ -23171,12 +23148,6 @@ class JobTerminal:
                 self._output.say(text)
             else:
                 self._output.status(text)
-        if job.id in self._unstored and state.get("kept") is False:
-            self._unstored.discard(job.id)
-            self._output.say(
-                "moltis: the output of this command is not stored; "
-                "this is what still comes"
-            )
         if job.ending is not None or job.error is not None:
             for kind in STREAMS:
                 self._printers[job.id, kind].finish()
@@ -23336,8 +23307,13 @@ def find_job(
 def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
     """Raises Unreachable when the gateway stays away, UserError for no job."""
     with JobFeed(partial(operator_client, args, context)) as feed:
-        job_id = find_job(args.job, feed.call("job.list", {"kept": True}))
-        view = feed.call("job.wait", {"id": job_id, "wait": 0})
+        job_id = find_job(args.job, feed.client.call("job.list", {"kept": True}))
+        view = feed.client.call("job.wait", {"id": job_id, "wait": 0})
+        if not view["kept"]:
+            context.output.say(
+                "moltis: the output of this command is not stored; only new output "
+                "is shown"
+            )
         job = feed.follow(job_id, view["nodeName"])
         try:
             return JobTerminal(feed, [job], context.output).attach()
@@ -23369,7 +23345,9 @@ def cmd_chat(args: argparse.Namespace, context: Context) -> int:
         session = chosen_session(feed, args.session, context.output)
         key = session["key"]
         if args.node:
-            feed.call("nodes.set_session", {"session_key": key, "node_id": args.node})
+            feed.client.call(
+                "nodes.set_session", {"session_key": key, "node_id": args.node}
+            )
         model = args.model or session["model"]
         decide = approval_answer(args, context)
         terminal = ChatTerminal(feed, key, model, context.output, decide)
@@ -23385,7 +23363,7 @@ def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
 
     Raises UserError.
     """
-    sessions: list[JsonObject] = feed.call("sessions.list", {})
+    sessions: list[JsonObject] = feed.client.call("sessions.list", {})
     for session in sessions:
         if session["key"] == wanted:
             return session
@@ -23397,7 +23375,7 @@ def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
     if named:
         return named[0]
     output.say(f"a new session: {wanted.strip()}")
-    created: JsonObject = feed.call("sessions.create", {"label": wanted})
+    created: JsonObject = feed.client.call("sessions.create", {"label": wanted})
     return created
 
 
@@ -23505,7 +23483,7 @@ class ChatTerminal:
         self._commands: dict[str, ChatCommand] = {}  # of this turn, by job
         self._at_line_start = True  # of stdout
         self._status = EXIT_OK  # of the turn
-        feed.call("subscribe", {"events": ["chat"]})
+        feed.client.call("subscribe", {"events": ["chat"]})
 
     def turn(self, text: str) -> int:
         """Have `text` answered; return the exit status.  Raises UserError."""
@@ -23515,7 +23493,7 @@ class ChatTerminal:
         previous = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
             params = {"sessionKey": self._session_key, "text": text}
-            sent = self._feed.call("chat.send", {**params, "model": self._model})
+            sent = self._feed.client.call("chat.send", {**params, "model": self._model})
             if sent.get("queued"):
                 self._output.say("an earlier message is being answered; this one waits")
             self._follow(sent["runId"])
@@ -23542,7 +23520,7 @@ class ChatTerminal:
                 if self._feed.interrupted and not stopping:
                     stopping = True
                     session = {"sessionKey": self._session_key}
-                    self._feed.notify("chat.abort", session)
+                    self._feed.client.notify("chat.abort", session)
             elif news.name == "chat" and news.payload.get("runId") == run_id:
                 over = self._show(news.payload) or over
             if over and not any(
@@ -23630,7 +23608,7 @@ class ChatTerminal:
             signal.signal(signal.SIGINT, handler)
         # An earlier answer, on the page say, stands.
         answer = {"id": job_id, "decision": decision}
-        self._feed.notify("exec.approval.resolve", answer)
+        self._feed.client.notify("exec.approval.resolve", answer)
 
     def _show_output(self, news: JobOutput) -> None:
         command = self._commands.get(news.job.id)
