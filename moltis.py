@@ -20739,7 +20739,7 @@ start();
 
 # ==============================================================================
 # Operator client
-# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol
+# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol, Machine
 #
 # The command line's side of a gateway: calls, events, and the logs of jobs, which go
 # on at the exact byte after a connection broke.  What is printed is the command
@@ -20755,8 +20755,19 @@ ACK_AFTER = LOG_WINDOW // 4  # bytes written; often enough that no node waits
 RawNews: TypeAlias = "Event | bytes | MoltisError"
 NewsHandler: TypeAlias = "Callable[[OperatorClient, RawNews], None]"
 
+USER_ERRORS: Mapping[str, type[UserError]] = {
+    "UNAVAILABLE": Unreachable,
+    "TIMEOUT": Unreachable,
+    "UNAUTHORIZED": Refused,
+    "FORBIDDEN": Refused,
+    "RATE_LIMITED": Refused,
+    "INVALID_REQUEST": UsageError,
+}
 
-def ignore_news(_client: OperatorClient, _news: RawNews) -> None: ...
+
+def user_error(error: RpcError) -> UserError:
+    """Return the error for the command line, with the exit status that fits it."""
+    return USER_ERRORS.get(error.code, UserError)(error.message)
 
 
 class OperatorClient:
@@ -20890,19 +20901,7 @@ class OperatorClient:
             self._on_news(self, envelope)
 
 
-USER_ERRORS: Mapping[str, type[UserError]] = {
-    "UNAVAILABLE": Unreachable,
-    "TIMEOUT": Unreachable,
-    "UNAUTHORIZED": Refused,
-    "FORBIDDEN": Refused,
-    "RATE_LIMITED": Refused,
-    "INVALID_REQUEST": UsageError,
-}
-
-
-def user_error(error: RpcError) -> UserError:
-    """Return the error for the command line, with the exit status that fits it."""
-    return USER_ERRORS.get(error.code, UserError)(error.message)
+def ignore_news(_client: OperatorClient, _news: RawNews) -> None: ...
 
 
 def reconnect_pauses() -> Iterator[float]:
@@ -21309,7 +21308,7 @@ class JobFeed:
 
 # ==============================================================================
 # MCP
-# Uses: Wire protocol, Language models, Machine, Fleet, Agent, Gateway, Operator client
+# Uses: Wire protocol, Language models, Fleet, Agent, Gateway, Operator client
 #
 # The agent's tools for programs that speak the Model Context Protocol: JSON-RPC 2.0,
 # one line each, on standard input and output.  Their commands are kept jobs; the MCP
@@ -21562,8 +21561,8 @@ class McpServer:
 # ==============================================================================
 # Assembly
 # Uses: Settings, Install, TLS, Wire protocol, Telemetry, Language models, Machine,
-#       Node agent, Node service, Store, Access, Fleet, Jobs, Agent, Model directory,
-#       Chat, Gateway, HTTP, Web page
+#       Node agent, Store, Access, Fleet, Jobs, Agent, Model directory, Chat, Gateway,
+#       HTTP, Web page
 #
 # The composition roots: how the objects of a gateway, of a node and of Local are put
 # together, and in which order they are closed.
@@ -21837,6 +21836,12 @@ class RunningGateway:
         self._stack.close()
 
 
+def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
+    """Return the models that this machine lends.  Raises BadConfiguration."""
+    entered = ProviderSettings.load_all(data_directory(environ))
+    return ModelCatalog(make_providers(environ, entered))
+
+
 class RunningNode:
     """A node agent with all its parts, in a thread of its own until close()."""
 
@@ -21892,12 +21897,6 @@ class RunningNode:
             self._on_end()
 
 
-def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
-    """Return the models that this machine lends.  Raises BadConfiguration."""
-    entered = ProviderSettings.load_all(data_directory(environ))
-    return ModelCatalog(make_providers(environ, entered))
-
-
 def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> RunningNode:
     """Start a node on this machine, with a token and a directory of its own."""
     directory = data_directory(environ) / DEMO_DIRECTORY
@@ -21917,9 +21916,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Install, TLS, Wire protocol, Commands, Language models, Node agent,
-#       Node service, Access, Agent, Chat, Gateway, HTTP, Operator client, MCP,
-#       Assembly
+# Uses: Settings, Install, TLS, Wire protocol, Commands, Node service, Store, Access,
+#       Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -21940,7 +21938,16 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 # -- output --------------------------------------------------------------------
 
+
 Column: TypeAlias = "str | Callable[[JsonObject], str]"  # a field's name, or a function
+
+
+def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
+    """Return a row of a table; "-" for a field that is absent or empty."""
+    return [
+        str(row.get(column) or "-") if isinstance(column, str) else column(row)
+        for column in columns.values()
+    ]
 
 
 class Output:
@@ -21998,14 +22005,6 @@ class Output:
             self.answer("  ".join(padded).rstrip())
 
 
-def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
-    """Return a row of a table; "-" for a field that is absent or empty."""
-    return [
-        str(row.get(column) or "-") if isinstance(column, str) else column(row)
-        for column in columns.values()
-    ]
-
-
 def time_column(name: str) -> Column:
     return lambda row: format_time(row[name]) if row.get(name) else "-"
 
@@ -22036,6 +22035,7 @@ class Context(Value):
 
 # -- arguments -----------------------------------------------------------------
 
+
 Argument: TypeAlias = "tuple[Sequence[str], Mapping[str, Any]]"
 
 
@@ -22054,6 +22054,27 @@ def arg(spec: str, text: str, **options: Any) -> Argument:
     return names, {"help": text, **options}
 
 
+def help_formatter(prog: str) -> argparse.HelpFormatter:
+    """Return a formatter for --help that is as wide as the terminal.
+
+    argparse makes one for each argument that a parser gets, and by itself asks
+    `shutil` for the width, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
+    """
+    import argparse
+
+    try:
+        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
+        columns = int(known) or 80
+    except (OSError, ValueError):
+        columns = 80
+    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
+
+
+def help_options(example: str) -> dict[str, Any]:
+    """Return the keyword arguments that end a --help with an example."""
+    return {"epilog": "example:\n  " + example, "formatter_class": help_formatter}
+
+
 class Subcommand(Value):
     """One row of the table of subcommands."""
 
@@ -22070,27 +22091,6 @@ class Subcommand(Value):
         for names, options in self.arguments:
             parser.add_argument(*names, **options)
         parser.set_defaults(run=self.run)
-
-
-def help_options(example: str) -> dict[str, Any]:
-    """Return the keyword arguments that end a --help with an example."""
-    return {"epilog": "example:\n  " + example, "formatter_class": help_formatter}
-
-
-def help_formatter(prog: str) -> argparse.HelpFormatter:
-    """Return a formatter for --help that is as wide as the terminal.
-
-    argparse makes one for each argument that a parser gets, and by itself asks
-    `shutil` for the width, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
-    """
-    import argparse
-
-    try:
-        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
-        columns = int(known) or 80
-    except (OSError, ValueError):
-        columns = 80
-    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
 
 
 def check_timeout(timeout: float | None) -> None:  # s
@@ -22139,6 +22139,19 @@ def chosen_trust(args: argparse.Namespace, context: Context) -> TlsTrust:
     return TlsTrust(None if args.ca else pin, args.ca)
 
 
+def is_own_gateway(url: str, file: GatewayFile) -> bool:
+    """Return whether `url` is the gateway of gateway.json, by whichever address.
+
+    No other gateway may get its key.
+    """
+    wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
+    if (wanted.scheme, wanted.port) != (own.scheme, own.port):
+        return False
+    if wanted.hostname == own.hostname:  # as it is without --host: nothing to look up
+        return True
+    return wanted.hostname in {*host_names(), *host_addresses()}
+
+
 def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
     """Return URL and operator key: flags, then environment, then gateway.json.
 
@@ -22164,17 +22177,23 @@ def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, st
     return url, key
 
 
-def is_own_gateway(url: str, file: GatewayFile) -> bool:
-    """Return whether `url` is the gateway of gateway.json, by whichever address.
+def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
+    """Return which certificate the gateway must show before it gets `key`."""
+    trust = chosen_trust(args, context)
+    file = GatewayFile.load(context.directory)
+    if trust == TlsTrust() and file is not None and file.api_key == key:
+        return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
+    return trust
 
-    No other gateway may get its key.
-    """
-    wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
-    if (wanted.scheme, wanted.port) != (own.scheme, own.port):
-        return False
-    if wanted.hostname == own.hostname:  # as it is without --host: nothing to look up
-        return True
-    return wanted.hostname in {*host_names(), *host_addresses()}
+
+def warn_about_plain_text(url: str, output: Output) -> None:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
+        output.say(
+            f"warning: {url} is not encrypted: the network can read commands, output "
+            "and operator keys; start the gateway with --tls, then use wss://"
+        )
 
 
 def operator_client(
@@ -22201,25 +22220,6 @@ def call_gateway(
     """Make one call over a connection of its own.  Raises UserError."""
     with operator_client(args, context) as client:
         return client.call(method, params)
-
-
-def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
-    """Return which certificate the gateway must show before it gets `key`."""
-    trust = chosen_trust(args, context)
-    file = GatewayFile.load(context.directory)
-    if trust == TlsTrust() and file is not None and file.api_key == key:
-        return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
-    return trust
-
-
-def warn_about_plain_text(url: str, output: Output) -> None:
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
-        output.say(
-            f"warning: {url} is not encrypted: the network can read commands, output "
-            "and operator keys; start the gateway with --tls, then use wss://"
-        )
 
 
 class StopSignal:
@@ -22253,6 +22253,23 @@ class StopSignal:
 # -- moltis gateway ------------------------------------------------------------
 
 
+def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
+    """Raises UsageError, BadConfiguration."""
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise UsageError("--tls-cert and --tls-key go together")
+    if args.tls_cert:
+        files = TlsFiles(Path(args.tls_cert), Path(args.tls_key))
+        return ServerTls(lambda: files)
+    if not args.tls:
+        return None
+
+    def own_files() -> TlsFiles:
+        names = [*host_names(), *host_addresses(), *(args.allowed_host or ())]
+        return ensure_certificate(context.directory / TLS_DIRECTORY, names)
+
+    return ServerTls(own_files)
+
+
 def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOptions:
     """Raises UsageError, BadConfiguration."""
     if not 0 <= args.port <= 65535:
@@ -22274,45 +22291,6 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         keep_audit=args.keep_audit,
         keep_output=round(args.keep_output * 1024**3),
     )
-
-
-def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
-    """Raises UsageError, BadConfiguration."""
-    if bool(args.tls_cert) != bool(args.tls_key):
-        raise UsageError("--tls-cert and --tls-key go together")
-    if args.tls_cert:
-        files = TlsFiles(Path(args.tls_cert), Path(args.tls_key))
-        return ServerTls(lambda: files)
-    if not args.tls:
-        return None
-
-    def own_files() -> TlsFiles:
-        names = [*host_names(), *host_addresses(), *(args.allowed_host or ())]
-        return ensure_certificate(context.directory / TLS_DIRECTORY, names)
-
-    return ServerTls(own_files)
-
-
-def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
-    """Raises UsageError, BadConfiguration."""
-    options = gateway_options(args, context)
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
-    )
-    with GatewayLock(context.directory), contextlib.ExitStack() as stack:
-        stop = StopSignal()
-        running = RunningGateway(context.environ, options)
-        stack.callback(running.close)
-        signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
-        say_started(context.output, running)
-        if args.demo_node:
-            demo = start_demo_node(context.environ, running)
-            stack.callback(close_together, demo.close, running.close)
-        if args.open:
-            stack.enter_context(open_sign_in(running.sign_in_link))
-        stop.wait()
-        context.output.say("stopping")
-    return EXIT_OK
 
 
 def say_started(output: Output, running: RunningGateway) -> None:
@@ -22365,21 +22343,29 @@ def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
     return directory
 
 
+def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, BadConfiguration."""
+    options = gateway_options(args, context)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
+    )
+    with GatewayLock(context.directory), contextlib.ExitStack() as stack:
+        stop = StopSignal()
+        running = RunningGateway(context.environ, options)
+        stack.callback(running.close)
+        signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
+        say_started(context.output, running)
+        if args.demo_node:
+            demo = start_demo_node(context.environ, running)
+            stack.callback(close_together, demo.close, running.close)
+        if args.open:
+            stack.enter_context(open_sign_in(running.sign_in_link))
+        stop.wait()
+        context.output.say("stopping")
+    return EXIT_OK
+
+
 # -- the node's own subcommands ------------------------------------------------
-
-
-def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
-    trust = chosen_trust(args, context)
-    offer = join_offer(args, trust, context.environ)
-    settings = node_settings(args, offer, context)
-    warn_about_plain_text(settings.gateway_url, context.output)
-    warn_about_root(settings, context.output)
-    if args.foreground:
-        return run_node(settings, context, None)
-    if trust == TlsTrust():
-        trust = TlsTrust(offer.get("fingerprint"))
-    settings.save(context.directory)
-    return install_node(settings, trust, context)
 
 
 def node_settings(
@@ -22423,6 +22409,50 @@ def node_settings(
     )
 
 
+def _open_url(url: str, trust: TlsTrust) -> Any:
+    """Return urllib's answer.  Raises Refused before anything is asked, OSError."""
+    import http.client
+    import urllib.request
+
+    handlers = []
+    if url.startswith("https:"):
+        context = trust.context()
+
+        class Connection(http.client.HTTPSConnection):
+            def connect(self) -> None:
+                super().connect()
+                trust.check(self.sock.getpeercert(binary_form=True))
+
+        class Handler(urllib.request.HTTPSHandler):
+            def https_open(self, request: Any) -> Any:
+                return self.do_open(partial(Connection, context=context), request)
+
+        handlers.append(Handler())
+    opener = urllib.request.build_opener(*handlers)
+    return opener.open(url, timeout=CONNECT_TIMEOUT)
+
+
+def fetch(url: str, trust: TlsTrust) -> bytes:
+    """Return what an http:// or https:// address answers.
+
+    Raises Unreachable, or Refused with the answer's own words or for a certificate
+    that is not the one to be trusted.
+    """
+    import urllib.error
+
+    if not url.lower().startswith(("http://", "https://")):
+        raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
+    try:
+        with _open_url(url, trust) as answer:
+            return bytes(answer.read(MAX_MESSAGE))
+    except urllib.error.HTTPError as error:
+        words = error.read(300).decode("utf-8", "replace").strip()
+        raise Refused(f"{redact(url)} answered {error.code}: {words}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise Unreachable(f"{redact(url)} cannot be fetched: {reason}") from error
+
+
 def join_offer(
     args: argparse.Namespace, trust: TlsTrust, environ: Mapping[str, str]
 ) -> JsonObject:
@@ -22447,50 +22477,6 @@ def join_offer(
     if not isinstance(offer, dict):
         raise UsageError("this is no join offer: it is not a JSON object")
     return {name: text for name, text in offer.items() if isinstance(text, str)}
-
-
-def fetch(url: str, trust: TlsTrust) -> bytes:
-    """Return what an http:// or https:// address answers.
-
-    Raises Unreachable, or Refused with the answer's own words or for a certificate
-    that is not the one to be trusted.
-    """
-    import urllib.error
-
-    if not url.lower().startswith(("http://", "https://")):
-        raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
-    try:
-        with _open_url(url, trust) as answer:
-            return bytes(answer.read(MAX_MESSAGE))
-    except urllib.error.HTTPError as error:
-        words = error.read(300).decode("utf-8", "replace").strip()
-        raise Refused(f"{redact(url)} answered {error.code}: {words}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise Unreachable(f"{redact(url)} cannot be fetched: {reason}") from error
-
-
-def _open_url(url: str, trust: TlsTrust) -> Any:
-    """Return urllib's answer.  Raises Refused before anything is asked, OSError."""
-    import http.client
-    import urllib.request
-
-    handlers = []
-    if url.startswith("https:"):
-        context = trust.context()
-
-        class Connection(http.client.HTTPSConnection):
-            def connect(self) -> None:
-                super().connect()
-                trust.check(self.sock.getpeercert(binary_form=True))
-
-        class Handler(urllib.request.HTTPSHandler):
-            def https_open(self, request: Any) -> Any:
-                return self.do_open(partial(Connection, context=context), request)
-
-        handlers.append(Handler())
-    opener = urllib.request.build_opener(*handlers)
-    return opener.open(url, timeout=CONNECT_TIMEOUT)
 
 
 def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> int:
@@ -22588,6 +22574,20 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
     return EXIT_OK
 
 
+def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
+    trust = chosen_trust(args, context)
+    offer = join_offer(args, trust, context.environ)
+    settings = node_settings(args, offer, context)
+    warn_about_plain_text(settings.gateway_url, context.output)
+    warn_about_root(settings, context.output)
+    if args.foreground:
+        return run_node(settings, context, None)
+    if trust == TlsTrust():
+        trust = TlsTrust(offer.get("fingerprint"))
+    settings.save(context.directory)
+    return install_node(settings, trust, context)
+
+
 def cmd_node_run(_args: object, context: Context) -> int:
     """Raises BadConfiguration."""
     settings = NodeSettings.load(context.directory)
@@ -22678,6 +22678,25 @@ def cmd_node_logs(args: argparse.Namespace, context: Context) -> int:
 # -- what operators do ---------------------------------------------------------
 
 
+def paste_lines(
+    host: str, made: JsonObject, name: str, pin: str | None
+) -> dict[str, str]:
+    """Return the shell lines that make another machine a node of wss:// `host`."""
+    named = f" --name {shlex.quote(name)}" if name else ""
+    command = f"node add --host {host} --token {made['deviceToken']}{named}"
+    page = "http" + host[len("ws") : -len("/ws")]
+    join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
+    curl, pinned = "curl -fsSL", ""
+    if pin is not None and page.startswith("https:"):
+        # The pin replaces a CA: what curl pipes into Python is what the gateway sent.
+        curl, pinned = f"curl -fsSk --pinnedpubkey '{pin}'", f" --fingerprint {pin}"
+    return {
+        "command": f"moltis {command}",
+        "fetchCommand": f"{curl} {page}/moltis.py | python3 - {command}{pinned}",
+        "joinCommand": f"{curl} {page}/moltis.py | python3 - {join}{pinned}",
+    }
+
+
 def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
     url, key = gateway_address(args, context)
     file = GatewayFile.load(context.directory)
@@ -22699,25 +22718,6 @@ def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
         f"  {lines['joinCommand']}"
     )
     return EXIT_OK
-
-
-def paste_lines(
-    host: str, made: JsonObject, name: str, pin: str | None
-) -> dict[str, str]:
-    """Return the shell lines that make another machine a node of wss:// `host`."""
-    named = f" --name {shlex.quote(name)}" if name else ""
-    command = f"node add --host {host} --token {made['deviceToken']}{named}"
-    page = "http" + host[len("ws") : -len("/ws")]
-    join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
-    curl, pinned = "curl -fsSL", ""
-    if pin is not None and page.startswith("https:"):
-        # The pin replaces a CA: what curl pipes into Python is what the gateway sent.
-        curl, pinned = f"curl -fsSk --pinnedpubkey '{pin}'", f" --fingerprint {pin}"
-    return {
-        "command": f"moltis {command}",
-        "fetchCommand": f"{curl} {page}/moltis.py | python3 - {command}{pinned}",
-        "joinCommand": f"{curl} {page}/moltis.py | python3 - {join}{pinned}",
-    }
 
 
 def _usage_column(row: JsonObject) -> str:
@@ -22857,38 +22857,6 @@ def cmd_audit(args: argparse.Namespace, context: Context) -> int:
 # -- jobs: moltis node exec, attach, jobs --------------------------------------
 
 
-def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
-    """Raises UsageError, Unreachable, Refused."""
-    if not args.command:
-        raise UsageError("no command; put it after --, as in: node exec pi -- uptime")
-    if args.all == bool(args.nodes):
-        both = ", not both" if args.all else ""
-        raise UsageError(f"name the nodes, or say --all{both}")
-    if args.stdin and args.detach:
-        raise UsageError("--stdin feeds a command while we stay, --detach does not")
-    check_timeout(args.timeout)
-    # One word is a line for the shell; several are to arrive as the words they are.
-    line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
-    spec: JsonObject = {
-        "command": line,
-        "env": filter_environment(context.environ),
-        "stdin": args.stdin,
-    }
-    if args.timeout is not None:
-        spec["timeout"] = round(args.timeout * 1000)
-    if args.cwd is not None:
-        spec["cwd"] = args.cwd
-    request = {"work": "run", "spec": spec}
-    with JobFeed(partial(operator_client, args, context)) as feed:
-        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
-        if args.stdin and len(nodes) > 1:
-            raise UsageError("--stdin feeds one node")
-        if args.detach:
-            return start_detached(feed, nodes, request, context.output)
-        jobs = feed.start(nodes, request)
-        return JobTerminal(feed, jobs, context.output).execute(feeds=args.stdin)
-
-
 def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
     """Return the first of the references to each node: a command runs there once.
 
@@ -22903,14 +22871,6 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
     return first
 
 
-def connected_nodes(feed: JobFeed) -> dict[str, str]:
-    """Return the names of all connected nodes by id."""
-    listed = feed.client.call("node.list", {})
-    return distinct_names(
-        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
-    )
-
-
 def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
     """Return names by id, made unique with the beginning of the id, or all of it."""
     unique = dict(names)
@@ -22920,6 +22880,22 @@ def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
             if folded[name.casefold()] > 1:
                 unique[node_id] = f"{names[node_id]} {node_id[:length]}"
     return unique
+
+
+def connected_nodes(feed: JobFeed) -> dict[str, str]:
+    """Return the names of all connected nodes by id."""
+    listed = feed.client.call("node.list", {})
+    return distinct_names(
+        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
+    )
+
+
+def without_name(name: str, text: str) -> str:
+    """Return `text` about `name` without the name before it."""
+    for after in (": ", " is "):
+        if text.casefold().startswith(f"{name}{after}".casefold()):
+            return text[len(name) + len(after) :]
+    return text
 
 
 def start_detached(
@@ -23023,6 +22999,53 @@ class StreamPrinter:
         if self._line:
             with contextlib.suppress(BrokenPipeError):
                 self.write(b"\n")
+
+
+EXIT_STATUSES: Mapping[str, int] = {
+    JobState.TIMED_OUT: TIMED_OUT,
+    JobState.CANCELLED: INTERRUPTED,
+    JobState.LOST: EXIT_UNREACHABLE,
+    JobState.EXPIRED: EXIT_UNREACHABLE,
+}
+
+
+def exit_status(ending: Ending) -> int:
+    """Return the exit status for a job, which is 0 only for a success."""
+    if ending.state != JobState.DONE:
+        return EXIT_STATUSES.get(ending.state, EXIT_FAILURE)
+    if ending.signal:
+        number = signal.Signals.__members__.get(ending.signal)
+        return EXIT_FAILURE if number is None else min(128 + number, 255)
+    code = ending.exit_code
+    # A status has 8 bits: a larger one must not look like a success.
+    return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
+
+
+def recap_words(job: FollowedJob) -> tuple[str, str]:
+    """Return the group of a recap for an ended job, and why it is in it."""
+    if job.error is not None:
+        group = "unreachable" if isinstance(job.error, Unreachable) else "failed"
+        return group, without_name(job.name, str(job.error))
+    ending = job.ending
+    assert ending is not None
+    if not ending.failed:
+        return "ok", ""
+    if ending.state == JobState.DONE and not ending.signal:
+        return "failed", str(ending.exit_code)
+    lost = exit_status(ending) == EXIT_UNREACHABLE
+    return "unreachable" if lost else "failed", ending.words()
+
+
+def read_stdin(size: int) -> bytes:
+    """Return what comes next on standard input, b"" at its end.  Raises OSError."""
+    descriptor = sys.stdin.fileno()
+    try:
+        return os.read(descriptor, size)
+    except OSError as error:
+        # A terminal reports its closed end like a disk that cannot be read.
+        if error.errno != errno.EIO or not os.isatty(descriptor):
+            raise
+        return b""
 
 
 class JobTerminal:
@@ -23181,72 +23204,36 @@ class JobTerminal:
         return INTERRUPTED if self._cancelled else EXIT_FAILURE
 
 
-def recap_words(job: FollowedJob) -> tuple[str, str]:
-    """Return the group of a recap for an ended job, and why it is in it."""
-    if job.error is not None:
-        group = "unreachable" if isinstance(job.error, Unreachable) else "failed"
-        return group, without_name(job.name, str(job.error))
-    ending = job.ending
-    assert ending is not None
-    if not ending.failed:
-        return "ok", ""
-    if ending.state == JobState.DONE and not ending.signal:
-        return "failed", str(ending.exit_code)
-    lost = exit_status(ending) == EXIT_UNREACHABLE
-    return "unreachable" if lost else "failed", ending.words()
-
-
-EXIT_STATUSES: Mapping[str, int] = {
-    JobState.TIMED_OUT: TIMED_OUT,
-    JobState.CANCELLED: INTERRUPTED,
-    JobState.LOST: EXIT_UNREACHABLE,
-    JobState.EXPIRED: EXIT_UNREACHABLE,
-}
-
-
-def exit_status(ending: Ending) -> int:
-    """Return the exit status for a job, which is 0 only for a success."""
-    if ending.state != JobState.DONE:
-        return EXIT_STATUSES.get(ending.state, EXIT_FAILURE)
-    if ending.signal:
-        number = signal.Signals.__members__.get(ending.signal)
-        return EXIT_FAILURE if number is None else min(128 + number, 255)
-    code = ending.exit_code
-    # A status has 8 bits: a larger one must not look like a success.
-    return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
-
-
-def read_stdin(size: int) -> bytes:
-    """Return what comes next on standard input, b"" at its end.  Raises OSError."""
-    descriptor = sys.stdin.fileno()
-    try:
-        return os.read(descriptor, size)
-    except OSError as error:
-        # A terminal reports its closed end like a disk that cannot be read.
-        if error.errno != errno.EIO or not os.isatty(descriptor):
-            raise
-        return b""
-
-
-def without_name(name: str, text: str) -> str:
-    """Return `text` about `name` without the name before it."""
-    for after in (": ", " is "):
-        if text.casefold().startswith(f"{name}{after}".casefold()):
-            return text[len(name) + len(after) :]
-    return text
-
-
-def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
-    """Raises UserError."""
-    with operator_client(args, context) as client:
-        asked = {"nodeId": args.node} if args.node else {}
-        jobs = client.call("job.list", {**asked, "kept": True})
-        if not args.cancel:
-            return context.show(args, jobs, JOB_COLUMNS)
-        job = cancel_job(client, find_job(args.cancel, jobs, args.node), context.output)
-    if args.json:
-        context.output.json([job])
-    return EXIT_OK
+def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, Unreachable, Refused."""
+    if not args.command:
+        raise UsageError("no command; put it after --, as in: node exec pi -- uptime")
+    if args.all == bool(args.nodes):
+        both = ", not both" if args.all else ""
+        raise UsageError(f"name the nodes, or say --all{both}")
+    if args.stdin and args.detach:
+        raise UsageError("--stdin feeds a command while we stay, --detach does not")
+    check_timeout(args.timeout)
+    # One word is a line for the shell; several are to arrive as the words they are.
+    line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
+    spec: JsonObject = {
+        "command": line,
+        "env": filter_environment(context.environ),
+        "stdin": args.stdin,
+    }
+    if args.timeout is not None:
+        spec["timeout"] = round(args.timeout * 1000)
+    if args.cwd is not None:
+        spec["cwd"] = args.cwd
+    request = {"work": "run", "spec": spec}
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
+        if args.stdin and len(nodes) > 1:
+            raise UsageError("--stdin feeds one node")
+        if args.detach:
+            return start_detached(feed, nodes, request, context.output)
+        jobs = feed.start(nodes, request)
+        return JobTerminal(feed, jobs, context.output).execute(feeds=args.stdin)
 
 
 def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObject:
@@ -23304,6 +23291,19 @@ def find_job(
     raise UserError(f"{reference!r} {problem}{where}; `moltis node jobs` lists them")
 
 
+def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    with operator_client(args, context) as client:
+        asked = {"nodeId": args.node} if args.node else {}
+        jobs = client.call("job.list", {**asked, "kept": True})
+        if not args.cancel:
+            return context.show(args, jobs, JOB_COLUMNS)
+        job = cancel_job(client, find_job(args.cancel, jobs, args.node), context.output)
+    if args.json:
+        context.output.json([job])
+    return EXIT_OK
+
+
 def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
     """Raises Unreachable when the gateway stays away, UserError for no job."""
     with JobFeed(partial(operator_client, args, context)) as feed:
@@ -23337,25 +23337,6 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
 
 
 # -- moltis chat ---------------------------------------------------------------
-
-
-def cmd_chat(args: argparse.Namespace, context: Context) -> int:
-    """Raises UserError."""
-    with JobFeed(partial(operator_client, args, context)) as feed:
-        session = chosen_session(feed, args.session, context.output)
-        key = session["key"]
-        if args.node:
-            feed.client.call(
-                "nodes.set_session", {"session_key": key, "node_id": args.node}
-            )
-        model = args.model or session["model"]
-        decide = approval_answer(args, context)
-        terminal = ChatTerminal(feed, key, model, context.output, decide)
-        if args.message is not None:
-            return terminal.turn(args.message)
-        if sys.stdin is not None and not sys.stdin.isatty():
-            return terminal.turn(sys.stdin.read(MAX_BODY))
-        return chat_prompt(terminal, context)
 
 
 def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
@@ -23392,56 +23373,8 @@ def typed_line() -> str:
         raise EOFError from error
 
 
-def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
-    """Take messages from a person until the end of input."""
-    with contextlib.suppress(ImportError):  # editing and history, where available
-        import readline
-
-        readline.set_history_length(1000)
-    context.output.say("Ctrl+C stops an answer, Ctrl+D ends the chat.")
-    while True:
-        try:
-            text = typed_line()
-            if text.strip():
-                terminal.turn(text)
-        except EOFError:
-            context.output.say("")
-            return EXIT_OK
-        except KeyboardInterrupt:
-            context.output.say("")
-
-
 # From a command card to: approve, deny, always.
 ApprovalAnswer: TypeAlias = "Callable[[JsonObject], str]"
-
-
-def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
-    """Return what decides about a model's commands: --yes, a person, or a refusal."""
-    if args.yes:
-        return lambda _command: "approve"
-    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
-        return partial(ask_approval, context.output)
-
-    def deny(_command: JsonObject) -> str:
-        context.output.say("denied: there is no terminal to ask; --yes runs everything")
-        return "deny"
-
-    return deny
-
-
-def ask_approval(output: Output, command: JsonObject) -> str:
-    where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
-    lines = visible(command["command"]).replace("\n", "\n    ")
-    aside = " in the background" if command.get("background") else ""
-    output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
-    answers = {"y": "approve", "n": "deny", "a": "always"}
-    while True:
-        sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
-        sys.stderr.flush()
-        line = sys.stdin.readline()
-        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
-        if answer is not None:
-            return answer
 
 
 class ChatCommand:
@@ -23659,26 +23592,74 @@ class ChatTerminal:
             self._write(sys.stdout, "\n")
 
 
-# -- install -------------------------------------------------------------------
+def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
+    """Take messages from a person until the end of input."""
+    with contextlib.suppress(ImportError):  # editing and history, where available
+        import readline
+
+        readline.set_history_length(1000)
+    context.output.say("Ctrl+C stops an answer, Ctrl+D ends the chat.")
+    while True:
+        try:
+            text = typed_line()
+            if text.strip():
+                terminal.turn(text)
+        except EOFError:
+            context.output.say("")
+            return EXIT_OK
+        except KeyboardInterrupt:
+            context.output.say("")
 
 
-def cmd_install(args: argparse.Namespace, context: Context) -> int:
+def ask_approval(output: Output, command: JsonObject) -> str:
+    where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
+    lines = visible(command["command"]).replace("\n", "\n    ")
+    aside = " in the background" if command.get("background") else ""
+    output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
+    answers = {"y": "approve", "n": "deny", "a": "always"}
+    while True:
+        sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
+        if answer is not None:
+            return answer
+
+
+def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
+    """Return what decides about a model's commands: --yes, a person, or a refusal."""
+    if args.yes:
+        return lambda _command: "approve"
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
+        return partial(ask_approval, context.output)
+
+    def deny(_command: JsonObject) -> str:
+        context.output.say("denied: there is no terminal to ask; --yes runs everything")
+        return "deny"
+
+    return deny
+
+
+def cmd_chat(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
-    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
-    installation = Installation(Path(prefix))
-    if args.uninstall:
-        return uninstall(installation, context)
-    text, version = chosen_program(getattr(args, "from"))
-    before = os.umask(0o022)  # others may run it, but not write it, whatever ours is
-    try:
-        notes = installation.install(text, lasting_python(), context.environ)
-    finally:
-        os.umask(before)
-    for note in (f"moltis {version} is {installation.launcher}", *notes):
-        context.output.say(note)
-    if args.command:
-        os.execv(installation.launcher, [str(installation.launcher), *args.command])
-    return EXIT_OK
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        session = chosen_session(feed, args.session, context.output)
+        key = session["key"]
+        if args.node:
+            feed.client.call(
+                "nodes.set_session", {"session_key": key, "node_id": args.node}
+            )
+        model = args.model or session["model"]
+        decide = approval_answer(args, context)
+        terminal = ChatTerminal(feed, key, model, context.output, decide)
+        if args.message is not None:
+            return terminal.turn(args.message)
+        if sys.stdin is not None and not sys.stdin.isatty():
+            return terminal.turn(sys.stdin.read(MAX_BODY))
+        return chat_prompt(terminal, context)
+
+
+# -- install -------------------------------------------------------------------
 
 
 def chosen_program(source: str | None) -> tuple[bytes, str]:
@@ -23716,7 +23697,27 @@ def uninstall(installation: Installation, context: Context) -> int:
     return EXIT_OK
 
 
+def cmd_install(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
+    installation = Installation(Path(prefix))
+    if args.uninstall:
+        return uninstall(installation, context)
+    text, version = chosen_program(getattr(args, "from"))
+    before = os.umask(0o022)  # others may run it, but not write it, whatever ours is
+    try:
+        notes = installation.install(text, lasting_python(), context.environ)
+    finally:
+        os.umask(before)
+    for note in (f"moltis {version} is {installation.launcher}", *notes):
+        context.output.say(note)
+    if args.command:
+        os.execv(installation.launcher, [str(installation.launcher), *args.command])
+    return EXIT_OK
+
+
 # -- the table of subcommands --------------------------------------------------
+
 
 JSON = arg("--json", "answer in JSON")
 NODE = arg("node", "name or id")
@@ -23729,7 +23730,6 @@ GATEWAY: Sequence[Argument] = (
     arg("--api-key KEY", "operator key; better in MOLTIS_API_KEY"),
     *TRUST,
 )
-
 SUBCOMMANDS: Mapping[str, Subcommand] = {
     "install": Subcommand(
         cmd_install,
@@ -23971,6 +23971,7 @@ GROUPS: Mapping[str, str] = {
 
 
 # -- main ----------------------------------------------------------------------
+
 
 VERSION_TEXT = f"moltis {__version__}"
 
