@@ -13270,16 +13270,20 @@ class HeldJob:
 
         Raises ModelError if a part of the log is missing.
         """
-        ended = not self.job.record.is_open  # all bytes are in the log before that
-        start, data = self.job.log.read(self.position)
-        if start > self.position:
-            raise ModelError(f"{self.job.record.node_name} lost a part of its answer")
-        if not data:
-            return None if ended else b""
-        self.position = start + len(data)
-        self._jobs.acknowledge(self.job)
-        output = b"".join(piece for kind, piece in log_frames(data) if kind == STDOUT)
-        return output or self.read()  # the ending's frame holds none
+        output = b""
+        while not output:
+            ended = not self.job.record.is_open  # all bytes are in the log before that
+            start, data = self.job.log.read(self.position)
+            if start > self.position:
+                name = self.job.record.node_name
+                raise ModelError(f"{name} lost a part of its answer")
+            if not data:
+                return None if ended else b""
+            self.position = start + len(data)
+            self._jobs.acknowledge(self.job)
+            pieces = (piece for kind, piece in log_frames(data) if kind == STDOUT)
+            output = b"".join(pieces)
+        return output
 
     def close(self) -> None:
         """Leave the job; one that has not ended is cancelled."""
