@@ -14572,8 +14572,8 @@ class Chats:
 
 # ==============================================================================
 # Gateway
-# Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Machine, Store,
-#       Access, Fleet, Jobs, Agent, Model directory, Chat
+# Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Commands,
+#       Machine, Store, Access, Fleet, Jobs, Agent, Model directory, Chat
 #
 # What peers may ask of the gateway, and what it sends them: RPC methods in one table,
 # events to subscribers, jobs between operators and nodes.  A peer's role comes from
@@ -14628,6 +14628,26 @@ def answer_request(
 
 
 # --- Operators ---
+
+
+def _takes_input(record: JobRecord) -> bool:
+    return bool(record.spec and (record.spec.get("stdin") or record.spec.get("tty")))
+
+
+STATE_FIELDS = ("id", "state", "words", "failed", "place", "awayMs", "end")
+ENDING_FIELDS = (
+    *("state", "exitCode", "signal", "reason", "stdoutBytes", "stderrBytes"),
+    *("startedAt", "duration"),
+)
+
+
+def job_state(job: Job) -> JsonObject:
+    """Return the payload of the event `job.state`."""
+    view = job_view(job)
+    state = {name: view[name] for name in STATE_FIELDS if name in view}
+    if not job.record.is_open:
+        state["ending"] = {n: view[n] for n in ENDING_FIELDS if n in view}
+    return state
 
 
 class ClientFollower:
@@ -14703,26 +14723,6 @@ class ClientFollower:
         if self.is_done:
             self._on_done(self)
         return encode_envelope(Event(JOB_STATE, job_state(job)))
-
-
-def _takes_input(record: JobRecord) -> bool:
-    return bool(record.spec and (record.spec.get("stdin") or record.spec.get("tty")))
-
-
-STATE_FIELDS = ("id", "state", "words", "failed", "place", "awayMs", "end")
-ENDING_FIELDS = (
-    *("state", "exitCode", "signal", "reason", "stdoutBytes", "stderrBytes"),
-    *("startedAt", "duration"),
-)
-
-
-def job_state(job: Job) -> JsonObject:
-    """Return the payload of the event `job.state`."""
-    view = job_view(job)
-    state = {name: view[name] for name in STATE_FIELDS if name in view}
-    if not job.record.is_open:
-        state["ending"] = {n: view[n] for n in ENDING_FIELDS if n in view}
-    return state
 
 
 class OperatorPeer:
@@ -14901,6 +14901,27 @@ class Optional(Value):
     default: Any = None
 
 
+def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
+    """Raises RpcError INVALID_REQUEST, which names the parameter."""
+    if isinstance(kind, Optional):
+        if call.params.get(name) is None:
+            return kind.default
+        kind = kind.kind
+    if kind is RpcCall:
+        return call
+    if kind is Caller:
+        return call.caller
+    if kind is OperatorPeer:
+        return call.require_peer()
+    if not isinstance(kind, type):
+        return kind(call.params, name)
+    value = required(call.params, name, kind)
+    # Neither the store nor the timeout of a thread takes more.
+    if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
+        raise RpcError("INVALID_REQUEST", f"{name} is out of range")
+    return value
+
+
 class Method:
     """An action with the scope it needs, and its parameters by their JSON names."""
 
@@ -14923,27 +14944,6 @@ class Method:
         }
         payload = self._action(**arguments)
         return {} if payload is None else payload
-
-
-def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
-    """Raises RpcError INVALID_REQUEST, which names the parameter."""
-    if isinstance(kind, Optional):
-        if call.params.get(name) is None:
-            return kind.default
-        kind = kind.kind
-    if kind is RpcCall:
-        return call
-    if kind is Caller:
-        return call.caller
-    if kind is OperatorPeer:
-        return call.require_peer()
-    if not isinstance(kind, type):
-        return kind(call.params, name)
-    value = required(call.params, name, kind)
-    # Neither the store nor the timeout of a thread takes more.
-    if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
-        raise RpcError("INVALID_REQUEST", f"{name} is out of range")
-    return value
 
 
 def required_id(params: JsonObject, _name: str) -> str:
@@ -15128,6 +15128,10 @@ INVOKED_WORKS: Mapping[str, str] = {
 }
 
 
+def caller_origin(caller: Caller) -> Origin:
+    return Origin(caller.kind, caller.id, caller.name, caller.address)
+
+
 class JobMethods:
     """What operators may do with the work on machines."""
 
@@ -15259,10 +15263,6 @@ class JobMethods:
         return mapped(self._jobs.ended(job, None), invoke_result)
 
 
-def caller_origin(caller: Caller) -> Origin:
-    return Origin(caller.kind, caller.id, caller.name, caller.address)
-
-
 class ChatMethods:
     """What operators may do in sessions."""
 
@@ -15321,6 +15321,10 @@ def session_label(params: JsonObject, name: str) -> str:
     return valid_name(label) if label.strip() else ""
 
 
+def _key_view(key: OperatorKey) -> JsonObject:
+    return {**key.to_json(), "keyId": key.id}
+
+
 class AccessMethods:
     """What administrators may do about operators: keys, sign-ins, the audit."""
 
@@ -15371,8 +15375,14 @@ class AccessMethods:
         return [{**entry.to_json(), "words": entry.words()} for entry in entries]
 
 
-def _key_view(key: OperatorKey) -> JsonObject:
-    return {**key.to_json(), "keyId": key.id}
+def _known_events(names: list[str]) -> set[str]:
+    for name in names:
+        if name not in EVENTS:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"there is no event {name[:100]!r}; there is {', '.join(EVENTS)}",
+            )
+    return set(names)
 
 
 def subscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
@@ -15385,16 +15395,6 @@ def unsubscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
     """Send the caller these events no longer.  Raises RpcError."""
     peer.events -= _known_events(events)
     return {"subscriptionId": peer.id, "events": sorted(peer.events)}
-
-
-def _known_events(names: list[str]) -> set[str]:
-    for name in names:
-        if name not in EVENTS:
-            raise RpcError(
-                "INVALID_REQUEST",
-                f"there is no event {name[:100]!r}; there is {', '.join(EVENTS)}",
-            )
-    return set(names)
 
 
 class Rpc:
@@ -15670,33 +15670,8 @@ MOLTIS_TIMEOUT = "command timed out after"  # how such a node says so
 MOLTIS_GRACE = 60.0  # s beyond a command's timeout; then its silence counts again
 
 
-def answer_log(work: str, result: JsonObject, started_at: int | None) -> bytes:
-    """Return a node's one answer as the log of its job."""
-    if work != "run":
-        problem = result.get("error")
-        if problem is None:
-            ending = Ending(JobState.DONE, result=result)
-        else:
-            ending = Ending(JobState.FAILED, reason=str(problem))
-        return _ending_frame(ending)
-    try:
-        ending, stdout, stderr = _run_answer(result)
-    except RpcError as error:
-        problem = f"the node sent a result that makes no sense: {error}"
-        ending, stdout, stderr = Ending(JobState.FAILED, reason=problem), b"", b""
-    frames = [
-        encode_log_frame(kind, data[start : start + MAX_FRAME_DATA])
-        for kind, data in ((STDOUT, stdout), (STDERR, stderr))
-        for start in range(0, len(data), MAX_FRAME_DATA)
-    ]
-    duration = None if started_at is None else (now_ms() - started_at) / 1000
-    ending = ending.replace(
-        stdout_bytes=len(stdout),
-        stderr_bytes=len(stderr),
-        started_at=started_at,
-        duration=None if duration is None else max(0.0, duration),
-    )
-    return b"".join([*frames, _ending_frame(ending)])
+def _ending_frame(ending: Ending) -> bytes:
+    return encode_log_frame(ENDING, to_json(ending).encode("utf-8", "replace"))
 
 
 def _run_answer(result: JsonObject) -> tuple[Ending, bytes, bytes]:
@@ -15727,8 +15702,33 @@ def _run_answer(result: JsonObject) -> tuple[Ending, bytes, bytes]:
     return Ending(state, None if name else code, name), stdout, stderr
 
 
-def _ending_frame(ending: Ending) -> bytes:
-    return encode_log_frame(ENDING, to_json(ending).encode("utf-8", "replace"))
+def answer_log(work: str, result: JsonObject, started_at: int | None) -> bytes:
+    """Return a node's one answer as the log of its job."""
+    if work != "run":
+        problem = result.get("error")
+        if problem is None:
+            ending = Ending(JobState.DONE, result=result)
+        else:
+            ending = Ending(JobState.FAILED, reason=str(problem))
+        return _ending_frame(ending)
+    try:
+        ending, stdout, stderr = _run_answer(result)
+    except RpcError as error:
+        problem = f"the node sent a result that makes no sense: {error}"
+        ending, stdout, stderr = Ending(JobState.FAILED, reason=problem), b"", b""
+    frames = [
+        encode_log_frame(kind, data[start : start + MAX_FRAME_DATA])
+        for kind, data in ((STDOUT, stdout), (STDERR, stderr))
+        for start in range(0, len(data), MAX_FRAME_DATA)
+    ]
+    duration = None if started_at is None else (now_ms() - started_at) / 1000
+    ending = ending.replace(
+        stdout_bytes=len(stdout),
+        stderr_bytes=len(stderr),
+        started_at=started_at,
+        duration=None if duration is None else max(0.0, duration),
+    )
+    return b"".join([*frames, _ending_frame(ending)])
 
 
 class MoltisAnswer:
@@ -15940,6 +15940,15 @@ class Client(Value):
     on_identified: Callable[[], None]  # called once it has proved who it is
 
 
+def _device_identity(
+    params: ConnectParams, device: Device | None, handle: str, server_final: str = ""
+) -> Identity:
+    """Raises AuthenticationError where there is no such device."""
+    if device is None:
+        raise AuthenticationError("unknown or revoked device token")
+    return Identity(device_caller(device), params, device, handle, server_final)
+
+
 class Introduction:
     """The first exchange of a connection, until the peer has proved who it is."""
 
@@ -16005,15 +16014,6 @@ class Introduction:
             "FORBIDDEN",
             "no credential: a node needs a device token, an operator a key or sign-in",
         )
-
-
-def _device_identity(
-    params: ConnectParams, device: Device | None, handle: str, server_final: str = ""
-) -> Identity:
-    """Raises AuthenticationError where there is no such device."""
-    if device is None:
-        raise AuthenticationError("unknown or revoked device token")
-    return Identity(device_caller(device), params, device, handle, server_final)
 
 
 def note_presence(
@@ -16308,7 +16308,7 @@ class Gateway:
 # ==============================================================================
 # HTTP
 # Uses: Settings, WebSocket handshake, WebSocket protocol, WebSocket connections,
-#       TLS, Wire protocol, Access, Jobs, Gateway
+#       TLS, Wire protocol, Store, Access, Jobs, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
 # web pages out, limits for strangers.  http.server does the parsing; what a request
@@ -16457,6 +16457,13 @@ AUDIT_COLUMNS = (
 )
 
 
+def _csv_row(row: JsonObject) -> list[str]:
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
+    values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
+    # A spreadsheet would carry out what begins like a formula.
+    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
+
+
 def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
     """Yield rows of the audit as CSV (RFC 4180), times in UTC."""
     import csv
@@ -16469,13 +16476,6 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
         yield text.getvalue().encode("utf-8", "replace")
         text.seek(0)
         text.truncate()
-
-
-def _csv_row(row: JsonObject) -> list[str]:
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
-    values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
-    # A spreadsheet would carry out what begins like a formula.
-    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
 
 
 # --- Who may ask ---
@@ -16802,6 +16802,68 @@ class HttpApp:
         return json_reply(200, {}, [("Set-Cookie", cookie)])
 
 
+# --- Limits ---
+
+
+class Admission:
+    """One connection's place among those that there may be."""
+
+    def __init__(self, block: str, forget: Callable[[Admission, bool], None]) -> None:
+        self.block = block  # of addresses
+        self.is_known = False
+        self._forget = forget
+
+    def identified(self) -> None:
+        """Its peer has proved who it is."""
+        self._forget(self, False)
+
+    def end(self) -> None:
+        self._forget(self, True)
+
+
+class ConnectionLimits:
+    """How many connections there are, and of them of peers nobody knows yet.
+
+    Strangers are counted by themselves, so that however many come, those who have
+    proved who they are keep their place.
+    """
+
+    def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
+        self._free = total
+        self._free_strangers = strangers
+        self._strangers_each = strangers_each
+        self._lock = threading.Lock()  # guards the counts here and in admissions
+        self._by_block: dict[str, int] = {}  # strangers; no entry for none
+
+    def admit(self, address: str, *, shared: bool) -> Admission | None:
+        """Return the right to stay, or None where there are too many.
+
+        `shared` addresses, as of a proxy, may have more connections than others.
+        """
+        block = address_block(address)
+        with self._lock:
+            here = self._by_block.get(block, 0)
+            crowded = here >= self._strangers_each and not shared
+            if crowded or not self._free or not self._free_strangers:
+                return None
+            self._by_block[block] = here + 1
+            self._free_strangers -= 1
+            self._free -= 1
+        return Admission(block, self._forget)
+
+    def _forget(self, admission: Admission, ended: bool) -> None:
+        """Count the connection as a stranger's no more, or not at all."""
+        with self._lock:
+            self._free += ended
+            if admission.is_known:
+                return
+            admission.is_known = True
+            self._free_strangers += 1
+            self._by_block[admission.block] -= 1
+            if not self._by_block[admission.block]:
+                del self._by_block[admission.block]
+
+
 # --- One connection ---
 
 
@@ -17051,65 +17113,6 @@ def _descriptor_limit() -> int:
     if soft == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
     return max(16, min(MAX_CONNECTIONS, soft - SPARE_DESCRIPTORS))
-
-
-class ConnectionLimits:
-    """How many connections there are, and of them of peers nobody knows yet.
-
-    Strangers are counted by themselves, so that however many come, those who have
-    proved who they are keep their place.
-    """
-
-    def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
-        self._free = total
-        self._free_strangers = strangers
-        self._strangers_each = strangers_each
-        self._lock = threading.Lock()  # guards the counts here and in admissions
-        self._by_block: dict[str, int] = {}  # strangers; no entry for none
-
-    def admit(self, address: str, *, shared: bool) -> Admission | None:
-        """Return the right to stay, or None where there are too many.
-
-        `shared` addresses, as of a proxy, may have more connections than others.
-        """
-        block = address_block(address)
-        with self._lock:
-            here = self._by_block.get(block, 0)
-            crowded = here >= self._strangers_each and not shared
-            if crowded or not self._free or not self._free_strangers:
-                return None
-            self._by_block[block] = here + 1
-            self._free_strangers -= 1
-            self._free -= 1
-        return Admission(self, block)
-
-    def forget(self, admission: Admission, *, ended: bool) -> None:
-        """Count the connection as a stranger's no more, or not at all."""
-        with self._lock:
-            self._free += ended
-            if admission.is_known:
-                return
-            admission.is_known = True
-            self._free_strangers += 1
-            self._by_block[admission.block] -= 1
-            if not self._by_block[admission.block]:
-                del self._by_block[admission.block]
-
-
-class Admission:
-    """One connection's place among those that there may be."""
-
-    def __init__(self, limits: ConnectionLimits, block: str) -> None:
-        self.block = block
-        self.is_known = False
-        self._limits = limits
-
-    def identified(self) -> None:
-        """Its peer has proved who it is."""
-        self._limits.forget(self, ended=False)
-
-    def end(self) -> None:
-        self._limits.forget(self, ended=True)
 
 
 class ConnectionThreads:
