@@ -13279,7 +13279,8 @@ class HeldJob:
             return None if ended else b""
         self.position = start + len(data)
         self._jobs.acknowledge(self.job)
-        return b"".join(piece for kind, piece in log_frames(data) if kind == STDOUT)
+        output = b"".join(piece for kind, piece in log_frames(data) if kind == STDOUT)
+        return output or self.read()  # the ending's frame holds none
 
     def close(self) -> None:
         """Leave the job; one that has not ended is cancelled."""
@@ -14594,13 +14595,19 @@ class ClientFollower:
         on_done: Callable[[ClientFollower], None],
         *,
         holds: bool,
+        newest: int | None = None,
     ) -> None:
-        """`on_done` is called once the client knows all of what it watches."""
+        """`on_done` is called once the client knows all of what it watches.
+
+        `newest`: bytes; a watcher that falls behind by several times as many gets only
+        that much of the end.
+        """
         self.job = job
         self.position = offset  # the client has read all before it
         self.holds = holds
         self._outlet = outlet
         self._on_done = on_done
+        self._newest = newest
         self._is_open = False
         self._sent = offset
         self._state: object = None  # as the client knows it
@@ -14642,6 +14649,9 @@ class ClientFollower:
             return encode_envelope(Event(JOB_INPUT, payload))
         # Before the log is read: an ending follows all bytes.
         state = (record.state, job.place, job.away_since is not None)
+        newest = self._newest
+        if newest is not None and job.log.end - self._sent > 4 * newest:
+            self._sent = job.log.tail(newest)
         start, data = job.log.read(self._sent, MAX_LOG_MESSAGE)
         if data:
             self._sent = start + len(data)
@@ -14706,14 +14716,18 @@ class OperatorPeer:
                 "RATE_LIMITED", f"a connection follows at most {MAX_FOLLOWED} jobs"
             )
 
-    def follow(self, job: Job, offset: int, *, holds: bool) -> int:
+    def follow(
+        self, job: Job, offset: int, *, holds: bool, newest: int | None = None
+    ) -> int:
         """Send the job's log from `offset` on, or from what is left of it.
 
         Returns where it begins.
         """
         self.unfollow(job.id, leaves=False)
         start = job.log.boundary(max(offset, job.log.begin))
-        follower = ClientFollower(job, self._outlet, start, self._drop, holds=holds)
+        follower = ClientFollower(
+            job, self._outlet, start, self._drop, holds=holds, newest=newest
+        )
         with self._lock:
             self._followers[job.id] = follower
         self._unopened.append(follower)
@@ -15127,15 +15141,21 @@ class JobMethods:
         job: Job,
         offset: int,
         tail: int | None,
+        skip: bool,
         hold: bool,
     ) -> JsonObject:
-        """Send the log from `offset` on; of what is there, at most the last `tail`."""
+        """Send the log from `offset` on; of what is there, at most the last `tail`.
+
+        `skip`: also later, if the client falls behind by several times as much.
+        """
         if hold:
             peer.caller.require(Scope.WRITE)
         peer.check_room(1)
         if tail is not None:
             offset = max(offset, job.log.tail(tail))
-        return {"job": job_view(job), "offset": peer.follow(job, offset, holds=hold)}
+        newest = tail if skip and not hold else None
+        start = peer.follow(job, offset, holds=hold, newest=newest)
+        return {"job": job_view(job), "offset": start}
 
     def unfollow(self, peer: OperatorPeer, job_id: str, leave: bool) -> None:
         peer.unfollow(job_id, leaves=leave)
@@ -15393,6 +15413,7 @@ class Rpc:
                 job=jobs.job,
                 offset=offset,
                 tail=Optional(required_offset),
+                skip=flag,
                 hold=flag,
             ),
             "job.unfollow": Method(
@@ -17885,9 +17906,9 @@ details label input { flex: 0 1 420px; }
 }
 """
 
-WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown, socket, job logs,
-// state, routes, widgets, views, start.  Text reaches the document as text nodes only;
-// the views show `state` and hold none of their own.
+WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown,
+// socket, job logs, state, routes, widgets, views, start.  Text reaches the document as
+// text nodes only; the views show `state` and hold none of their own.
 
 // == dom ==
 
@@ -18783,6 +18804,7 @@ const LOG_DATA = 1; // kind of binary message
 const STDOUT = 1; // kind of log frame
 const STDERR = 2;
 const FRAME_HEAD = 5; // bytes: kind, length of the data
+const LINE_FEED = 10;
 const TAIL = 256 * 1024; // bytes; the part of a log that the page reads
 
 const viewOf = bytes => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -18866,8 +18888,25 @@ class JobLog {
     this.decoders = newDecoders();
   }
 
+  // Drop pending lines that would scroll out at once: parsing them takes longest.
+  leaveOutScrolled() {
+    let lines = 0;
+    for (let n = this.pending.length - 1; n >= 0; n -= 1) {
+      const [kind, data] = this.pending[n];
+      let at = data.length;
+      while (at > 0 && (at = data.lastIndexOf(LINE_FEED, at - 1)) >= 0) {
+        lines += 1;
+        if (lines <= MAX_LINES) continue;
+        this.pending[n] = [kind, data.subarray(at + 1)];
+        this.leaveOut(n);
+        return;
+      }
+    }
+  }
+
   // Write pending output to the terminal.
   settle() {
+    this.leaveOutScrolled();
     for (const [kind, data] of this.pending) {
       const text = this.decoders[kind].decode(data, {stream: true});
       this.terminal.write(text, kind === STDERR);
@@ -19151,7 +19190,7 @@ async function followJob(chat, log) {
   if (log.isComplete || state.link !== "up" || state.followed.has(id)) return;
   state.followed.set(id, chat);
   try {
-    const {job} = await link.call("job.follow", {id, offset, tail: TAIL});
+    const {job} = await link.call("job.follow", {id, offset, tail: TAIL, skip: true});
     chat.updateJob(job);
   } catch (error) {
     state.followed.delete(id);
@@ -19952,7 +19991,9 @@ async function send(line) {
   recall.place = null;
   follows = true;
   const entry = currentSession();
-  const params = {text: typed, sessionKey: entry.key, model: currentModel(entry)};
+  const params = {text: typed, sessionKey: entry.key};
+  // Before the list of sessions is here, only the gateway knows the model.
+  if (state.sessions.includes(entry)) params.model = currentModel(entry);
   const answer = await attempt("chat.send", params);
   // Restore the text if the call failed.
   if (!answer && line === undefined && !text.value) text.value = typed;
