@@ -20697,6 +20697,9 @@ def user_error(error: RpcError) -> UserError:
     return USER_ERRORS.get(error.code, UserError)(error.message)
 
 
+def ignore_news(_client: OperatorClient, _news: RawNews) -> None: ...
+
+
 class OperatorClient:
     """One connection to a gateway, as the operator whose key it has."""
 
@@ -20826,9 +20829,6 @@ class OperatorClient:
             self._calls.answer(envelope)
         elif isinstance(envelope, Event):
             self._on_news(self, envelope)
-
-
-def ignore_news(_client: OperatorClient, _news: RawNews) -> None: ...
 
 
 def reconnect_pauses() -> Iterator[float]:
