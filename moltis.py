@@ -7143,10 +7143,15 @@ def list_models(
 CAP_RUN = "system.run"  # Moltis gateways require it
 CAP_LLM = "llm.chat"  # the machine lends its language models
 
-SYSTEM_RUN = "system.run"  # Moltis' names of the works `run`, `which`, ...
+SYSTEM_RUN = "system.run"
 SYSTEM_WHICH = "system.which"
 SYSTEM_PROVIDERS = "system.providers"
-MACHINE_COMMANDS = (SYSTEM_RUN, SYSTEM_WHICH, SYSTEM_PROVIDERS)
+INVOKED_WORKS: Mapping[str, str] = {  # works by Moltis' names of them
+    SYSTEM_RUN: "run",
+    SYSTEM_WHICH: "which",
+    SYSTEM_PROVIDERS: "providers",
+}
+MACHINE_COMMANDS = tuple(INVOKED_WORKS)
 MACHINE_CAPABILITIES = (CAP_RUN, CAP_SCRAM, CAP_JOBS)
 
 MAX_RUNNING = 16  # commands side by side
@@ -7865,25 +7870,31 @@ class Machine:
 # Uses: Settings, WebSocket frames, WebSocket connections, TLS, SCRAM, Wire protocol,
 #       Commands, Telemetry, Machine
 #
-# A machine's connection to its gateway: dial, authenticate, serve, reconnect, resume.
-# Machine carries out the jobs; Node service starts the node on boot.
+# A node's connection to its gateway: dial, authenticate, serve, reconnect, resume.
+# Machine runs the jobs; Node service starts the node on boot.
 # ==============================================================================
 
-# Refusals that pass: the gateway starts or stops, or its disk is full.
+# Temporary refusals: the gateway starts or stops, or its disk is full.
 PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LIMITED")
 
 MAX_COLLECTED = 200 * 1024  # bytes of a stream in one answer to a Moltis gateway
 ENVELOPE_ROOM = 1024  # bytes of a frame that are left for its envelope
 RESEND_PAUSE = 0.2  # s; a Moltis gateway registers an invoke after sending it
-MOLTIS_PATIENCE = 5.0  # s that a Moltis gateway waits for an answer at least
-MOLTIS_MARGIN = 0.5  # s of it that are left for the way
+MOLTIS_PATIENCE = 5.0  # s; the shortest wait of a Moltis gateway for an answer
+MOLTIS_MARGIN = 0.5  # s of it for the transmission
 
-# Called with whether the node is connected now, and if not, why.
+# Called with whether the node is connected, and the problem if it is not.
 NodeStateHandler: TypeAlias = "Callable[[bool, UserError | None], None]"
 
 
+def _jobs_extension(hello: JsonObject) -> JsonObject | None:
+    """Return the offsets to send from, by job; None from a Moltis gateway."""
+    extensions = optional(hello, "extensions", dict) or {}
+    return optional(optional(extensions, "moltis", dict) or {}, "jobs", dict)
+
+
 class _LogSource(Value):
-    """A source of an Outlet: one log, over one connection."""
+    """One log as a source of the Outlet of one connection."""
 
     link: GatewayLink
     log: JobLog
@@ -7900,7 +7911,7 @@ class GatewayLink:
         self._machine = machine
         self._calls = Calls(ws.send)
         self._outlet = Outlet(ws)
-        self._lock = threading.Lock()  # guards _closed; held while a log is taken
+        self._lock = threading.Lock()  # guards _closed; held by take(): see close()
         self._closed = False
         self._handlers: Mapping[str, Callable[[JsonObject], None]] = {
             JOB_START: self._on_start,
@@ -7910,9 +7921,8 @@ class GatewayLink:
         }
 
     def resume(self, hello: JsonObject) -> None:
-        """Go on where the last connection stopped.  Raises RpcError."""
-        ours = _extension(hello) or {}
-        jobs = required(ours, "jobs", dict)
+        """Continue where the last connection stopped.  Raises RpcError."""
+        jobs = _jobs_extension(hello) or {}
         self._machine.resume({job_id: required_offset(jobs, job_id) for job_id in jobs})
 
     def report(self, payload: JsonObject) -> None:
@@ -7937,11 +7947,11 @@ class GatewayLink:
             log.warning("message from the gateway skipped: %s", error)
 
     def run_due(self) -> float | None:
-        """Do what is due; return the seconds until something is, None for never."""
+        """Do the work that is due; return the seconds until the next, None for never."""
         return None
 
     def close(self, error: MoltisError) -> None:
-        """Take nothing more from any log: the next connection does."""
+        """Fail open calls; take no more from the logs, which the next link resumes."""
         with self._lock:
             self._closed = True
         self._calls.close(error)
@@ -7968,7 +7978,7 @@ class GatewayLink:
             return None if self._closed else log.take()
 
     def _send_event(self, name: str, payload: JsonObject) -> None:
-        with contextlib.suppress(ConnectionClosed):  # resume() reports it again
+        with contextlib.suppress(ConnectionClosed):  # Machine.resume() reports again
             self._ws.send(encode_envelope(Event(name, payload)))
 
     def _on_start(self, payload: JsonObject) -> None:
@@ -7991,19 +8001,12 @@ class GatewayLink:
         )
 
 
-def _extension(hello: JsonObject) -> JsonObject | None:
-    """Return our part of a hello, with `jobs`; None from a Moltis gateway."""
-    extensions = optional(hello, "extensions", dict) or {}
-    ours: JsonObject = optional(extensions, "moltis", dict) or {}
-    return ours if "jobs" in ours else None
-
-
 class _MoltisAnswer:
-    """The answer to one request of a Moltis gateway, as it is collected."""
+    """Collects a job's log into the answer to one request of a Moltis gateway."""
 
     def __init__(self, work: str, deadline: Deadline) -> None:
         self.work = work
-        self.deadline = deadline  # then the gateway stops waiting
+        self.deadline = deadline  # of the gateway's wait
         self.output = {kind: Excerpt(MAX_COLLECTED) for kind in STREAMS}
 
     def result(self, ending: Ending) -> JsonObject:
@@ -8021,7 +8024,7 @@ class _MoltisAnswer:
         words = ""
         if ending.state != JobState.DONE:
             result[camel_case(ending.state)] = True  # timedOut, cancelled
-            # All that such a gateway passes on to its caller is the output.
+            # Such a gateway passes nothing but the output to its caller.
             words = f"\n[moltis: {ending.words()}]\n"
         for kind, name in STREAMS.items():
             result[name] = self.output[kind].text()
@@ -8041,28 +8044,21 @@ def _fit_result(result: JsonObject, words: str) -> JsonObject:
 
 
 class MoltisGatewayLink(GatewayLink):
-    """The same to a Moltis gateway, which wants one answer to each request.
+    """A connection to a Moltis gateway, which gets one answer to each request.
 
-    It reads each log to its ending and makes one `node.invoke.result` of it.
+    It turns each log into one `node.invoke.result`.
     """
-
-    WORKS: Mapping[str, str] = {
-        SYSTEM_RUN: "run",
-        SYSTEM_WHICH: "which",
-        SYSTEM_PROVIDERS: "providers",
-    }
 
     def __init__(self, ws: WebSocket, machine: Machine) -> None:
         super().__init__(ws, machine)
         self._handlers = {INVOKE_REQUEST: self._on_request}
-        self._answers: dict[
-            str, _MoltisAnswer
-        ] = {}  # not sent yet, by job; under _lock
-        # For the thread that receives: results to send once more, and when.
+        # By job; guarded by _lock.
+        self._answers: dict[str, _MoltisAnswer] = {}
+        # Refused results, with the time to resend them; for the thread that receives.
         self._again: list[tuple[Deadline, JsonObject]] = []
 
     def resume(self, _hello: JsonObject) -> None:
-        """Let earlier jobs run to their end unread: their gateway has given them up."""
+        """Run earlier jobs to their end, unread: the gateway has given them up."""
         self._machine.resume(self._machine.held())
 
     def place(self, job_id: str, place: int) -> None: ...
@@ -8083,7 +8079,7 @@ class MoltisGatewayLink(GatewayLink):
             taken = self._take(log)
             if taken is None and log.ending is not None:
                 self._answer(log.job_id, log.ending)
-            # Acknowledged after its answer was sent: close() waits for that.
+            # After the answer was sent: NodeAgent.close() waits for this.
             self._machine.acknowledge(log.job_id, offset + len(data))
         return None
 
@@ -8112,10 +8108,10 @@ class MoltisGatewayLink(GatewayLink):
         patience = None
         if isinstance(timeout_ms, (int, float)):
             patience = max(timeout_ms / 1000, MOLTIS_PATIENCE) - MOLTIS_MARGIN
-        work = self.WORKS.get(command, command)
+        work = INVOKED_WORKS.get(command, command)
         with self._lock:
             if job_id in self._answers:
-                return  # it was asked for twice, and is answered once
+                return  # requested twice, answered once
             self._answers[job_id] = _MoltisAnswer(work, Deadline(patience))
         self._machine.start(job_id, work, {**args, "stdin": False})
 
@@ -8123,7 +8119,7 @@ class MoltisGatewayLink(GatewayLink):
         with self._lock:
             answer = self._answers.pop(job_id, None)
         if answer is None:
-            return  # it was late, or asked for over another connection
+            return  # answered at its deadline, or requested over another connection
         params = {"invokeId": job_id, "result": answer.result(ending)}
         with contextlib.suppress(ConnectionClosed):
             sent = self._calls.start(INVOKE_RESULT, params)
@@ -8132,13 +8128,13 @@ class MoltisGatewayLink(GatewayLink):
     def _on_refusal(self, params: JsonObject, sent: Future[Any]) -> None:
         error = sent.exception()
         if isinstance(error, RpcError):
-            log.warning("result not taken job=%s: %s", params["invokeId"], error)
+            log.warning("result refused job=%s: %s", params["invokeId"], error)
             if "no pending invoke" in error.message:
                 self._again.append((Deadline(RESEND_PAUSE), params))
 
 
 def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
-    """Return the payload of the answer to one request, before anything else is obeyed.
+    """Return the payload of the answer to one request; skip all other messages.
 
     Raises RpcError as the gateway says, ConnectionClosed, or TimeoutError.
     """
@@ -8158,10 +8154,13 @@ def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
             return envelope.payload
 
 
-def _channel_binding(ws: WebSocket) -> bytes | None:
-    """Return SCRAM's binding to the gateway's certificate, or None without TLS."""
+def _tls_pin(ws: WebSocket) -> str | None:
+    """Return the pin of the gateway's TLS key; None without TLS, or if unreadable."""
     certificate = ws.peer_certificate()
-    return None if certificate is None else tls_server_end_point(certificate)
+    try:
+        return None if certificate is None else parse_certificate(certificate).pin
+    except ValueError:
+        return None
 
 
 def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
@@ -8173,12 +8172,12 @@ def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
             raise
         raise RpcError(
             error.code,
-            f"{error.message}; a gateway of the original Moltis wants --auth bearer",
+            f"{error.message}; for a gateway of the original Moltis use --auth bearer",
         ) from error
 
 
 class NodeAgent:
-    """A node's life: connected to its gateway, or on the way there."""
+    """Keeps a node connected to its gateway, until close()."""
 
     def __init__(
         self,
@@ -8193,7 +8192,9 @@ class NodeAgent:
         self._on_state = on_state
         self._backoff = Backoff()
         self._stopped = threading.Event()
-        self._leaves = False  # a connection that is made from now on is closed at once
+        self._leaves = False  # new connections are closed at once
+        # TLS key of the last gateway that proved itself; None without TLS.
+        self._proved_pin: str | None = None
         # The current connection, for other threads; replaced as a whole.
         self._serving: tuple[GatewayLink, WebSocket] | None = None
 
@@ -8211,7 +8212,7 @@ class NodeAgent:
                     raise
                 problem = error
             except Exception as error:
-                # Whatever it is: a node that ends is out of reach for good.
+                # A node that ends cannot be reached any more.
                 log.exception("could not connect")
                 problem = UserError(f"could not connect: {error}")
             else:
@@ -8231,7 +8232,7 @@ class NodeAgent:
         """End running commands, report them, and disconnect; run() returns."""
         self._stopped.set()
         self._machine.close()
-        # Set before the look: a connection that is made just now is closed by run().
+        # Set before the read of _serving: _serve() closes a newer connection.
         self._leaves = True
         serving = self._serving
         if serving is not None:
@@ -8239,7 +8240,7 @@ class NodeAgent:
             serving[1].close(CloseCode.GOING_AWAY, "the node stops")
 
     def report(self) -> None:
-        """Send telemetry now, from any thread; nothing while not connected."""
+        """Send telemetry now, if connected; from any thread."""
         serving = self._serving
         if serving is not None:
             with contextlib.suppress(ConnectionClosed):
@@ -8248,25 +8249,28 @@ class NodeAgent:
     def _dial(self) -> tuple[WebSocket, JsonObject]:
         """Return a connection and the gateway's hello.
 
-        Raises Unreachable, Refused, BadConfiguration: one line that says why.
+        Raises Unreachable, Refused, BadConfiguration, each with one line for people.
         """
         url = self._settings.gateway_url
-        # SCRAM binds to the certificate, whoever made it; a bearer token would go to
-        # whoever shows one.
+        # SCRAM binds to any certificate; a bearer token needs a CA to vouch for it.
         ws = connect(url, TlsTrust(bound=self._settings.auth != "bearer"))
         try:
-            return ws, self._authenticate(ws)
+            hello = self._authenticate(ws)
+            self._proved_pin = _tls_pin(ws)
+            return ws, hello
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
-            if error.code == "UNAUTHORIZED":
-                self._machine.resume({})  # the token was revoked: nothing goes on
+            if error.code == "UNAUTHORIZED" and self._proved_pin is not None:
+                # Without TLS, any process on the port of a stopped gateway says so.
+                if _tls_pin(ws) == self._proved_pin:
+                    self._machine.resume({})
             kind = Unreachable if error.code in PASSING_CODES else Refused
             raise kind(f"{url} refused this node: {error.message}") from error
         except AuthenticationError as error:
             ws.abort()
             raise Refused(
-                f"{url} did not prove that it knows this node's token ({error}): "
-                "this is what an impostor looks like; check the address and the token"
+                f"{url} did not prove that it knows this node's token ({error}); it "
+                "may be an impostor: check the address and the token"
             ) from error
         except (ConnectionClosed, TimeoutError) as error:
             ws.abort()
@@ -8275,7 +8279,7 @@ class NodeAgent:
             ) from error
 
     def _authenticate(self, ws: WebSocket) -> JsonObject:
-        """Return the hello-ok payload, after the gateway has proved itself."""
+        """Return the hello-ok payload, once the gateway has proved itself."""
         asked = ConnectParams(
             role="node",
             client_id=self._settings.node_id,
@@ -8291,7 +8295,9 @@ class NodeAgent:
         if self._settings.auth == "bearer":
             params = asked.replace(device_token=token)
             return _exchange(ws, "connect", params.to_json())
-        scram = ScramClient(device_handle(token), token, _channel_binding(ws))
+        certificate = ws.peer_certificate()
+        binding = None if certificate is None else tls_server_end_point(certificate)
+        scram = ScramClient(device_handle(token), token, binding)
         first = _first_step(ws, scram)
         final = scram.final(required(first, "serverFirst", str))
         params = asked.replace(scram_final=final)
@@ -8305,8 +8311,8 @@ class NodeAgent:
         return hello
 
     def _serve(self, ws: WebSocket, hello: JsonObject) -> UserError:
-        """Serve one connection to its end; return why it ended."""
-        moltis = _extension(hello) is None
+        """Serve one connection to its end; return the reason of the end."""
+        moltis = _jobs_extension(hello) is None
         link = (MoltisGatewayLink if moltis else GatewayLink)(ws, self._machine)
         self._serving = (link, ws)
         self._backoff.reset()
@@ -8321,6 +8327,8 @@ class NodeAgent:
             problem = "the gateway closed the connection"
         except ConnectionClosed as error:
             problem = f"the connection to {self._settings.gateway_url} broke: {error}"
+            if error.reason == TOKEN_REVOKED:
+                self._machine.resume({})
         except Exception as error:
             log.exception("connection failed")
             problem = f"the connection failed inside this node: {error}"
@@ -8332,7 +8340,7 @@ class NodeAgent:
         return Unreachable(problem)
 
     def _receive(self, link: GatewayLink, ws: WebSocket) -> None:
-        """Handle what arrives until a clean close, and report in between.
+        """Handle messages and send telemetry until a clean close.
 
         Raises ConnectionClosed.
         """
@@ -15052,7 +15060,7 @@ class NodeMethods:
         # Under whichever id: it may be connecting now, or may have connected twice.
         for node in self._fleet.all_connected():
             if node.device_id == device.id:
-                node.link.hang_up("the token was revoked")
+                node.link.hang_up(TOKEN_REVOKED)
 
 
 def stream_texts(log: Log) -> JsonObject:
@@ -15110,13 +15118,6 @@ def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
                 shown = {"data": b64encode(output)}
             pieces.append({"stream": STREAMS[kind], **shown})
     return pieces
-
-
-INVOKED_WORKS: Mapping[str, str] = {
-    SYSTEM_RUN: "run",
-    SYSTEM_WHICH: "which",
-    SYSTEM_PROVIDERS: "providers",
-}
 
 
 class JobMethods:
