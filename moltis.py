@@ -3529,6 +3529,17 @@ class EnvelopeError(RpcError):
         self.id = envelope_id
 
 
+def encode_error(error: RpcError) -> JsonObject:
+    value: JsonObject = {"code": error.code, "message": redact(error.message)}
+    if error.details is not None:
+        value["details"] = error.details
+    if error.retryable is not None:
+        value["retryable"] = error.retryable
+    if error.retry_after is not None:
+        value["retryAfterMs"] = round(error.retry_after * 1000)
+    return value
+
+
 def encode_envelope(envelope: Envelope) -> str:
     """Return the JSON text; absent optionals are omitted, never null."""
     value: JsonObject
@@ -3552,17 +3563,6 @@ def encode_envelope(envelope: Envelope) -> str:
         if envelope.seq is not None:
             value["seq"] = envelope.seq
     return to_json(value)
-
-
-def encode_error(error: RpcError) -> JsonObject:
-    value: JsonObject = {"code": error.code, "message": redact(error.message)}
-    if error.details is not None:
-        value["details"] = error.details
-    if error.retryable is not None:
-        value["retryable"] = error.retryable
-    if error.retry_after is not None:
-        value["retryAfterMs"] = round(error.retry_after * 1000)
-    return value
 
 
 def decode_error(value: JsonObject) -> RpcError:
@@ -4365,6 +4365,14 @@ SEALED_PIPES = hasattr(os, "pipe2")
 RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
+def _is_here(directory: bytes | None) -> bool:
+    """Return whether a child starts in `directory` anyway."""
+    try:
+        return directory is None or os.path.samefile(directory, b".")
+    except OSError:
+        return False
+
+
 def _start_shell(
     command: bytes,
     cwd: bytes | None,
@@ -4406,14 +4414,6 @@ def _start_shell(
     return shell.pid
 
 
-def _is_here(directory: bytes | None) -> bool:
-    """Return whether a child starts in `directory` anyway."""
-    try:
-        return directory is None or os.path.samefile(directory, b".")
-    except OSError:
-        return False
-
-
 def _account_name(user_id: int) -> str:
     import pwd
 
@@ -4433,20 +4433,6 @@ class Survivor(Value):
     def __str__(self) -> str:
         user = _account_name(self.user_id)
         return f"{printable(self.name, 40)} (pid {self.pid}, user {user})"
-
-
-def _group_members(group_id: int) -> list[Survivor]:
-    """Return the live processes of a group; zombies have ended.
-
-    In a container whose PID 1 does not reap orphans, an ended group remains as zombies,
-    and a signal to it succeeds.
-    """
-    every = _processes_in_proc if sys.platform == "linux" else _processes_by_ps
-    return [
-        survivor
-        for survivor, group, state in every()
-        if group == group_id and state not in "ZX"
-    ]
 
 
 def _processes_in_proc() -> Iterator[tuple[Survivor, int, str]]:
@@ -4473,6 +4459,29 @@ def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
             pid, group, state, user_id, name = line.split(None, 4)
             survivor = Survivor(int(pid), os.path.basename(name), int(user_id))
             yield survivor, int(group), state[0]
+
+
+def _group_members(group_id: int) -> list[Survivor]:
+    """Return the live processes of a group; zombies have ended.
+
+    In a container whose PID 1 does not reap orphans, an ended group remains as zombies,
+    and a signal to it succeeds.
+    """
+    every = _processes_in_proc if sys.platform == "linux" else _processes_by_ps
+    return [
+        survivor
+        for survivor, group, state in every()
+        if group == group_id and state not in "ZX"
+    ]
+
+
+def _open_pidfd(pid: int) -> int | None:
+    # Python 3.9, Linux 5.3; a sandbox may still refuse it.
+    pidfd_open = getattr(os, "pidfd_open", None)
+    try:
+        return None if pidfd_open is None else int(pidfd_open(pid))
+    except OSError:
+        return None
 
 
 class ProcessGroup:
@@ -4587,13 +4596,50 @@ class ProcessGroup:
         return True
 
 
-def _open_pidfd(pid: int) -> int | None:
-    # Python 3.9, Linux 5.3; a sandbox may still refuse it.
-    pidfd_open = getattr(os, "pidfd_open", None)
+def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
+    if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
+        time.sleep(seconds)
+        seconds = 0.0
+    return poll.poll(math.ceil(seconds * 1000))
+
+
+def _or_never(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
+
+
+def _signal_name(number: int) -> str:
     try:
-        return None if pidfd_open is None else int(pidfd_open(pid))
-    except OSError:
-        return None
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _working_directory(chosen: str | None, default: str | None) -> bytes | None:
+    # Bytes: the locale of a service may not be UTF-8, and a caller's names are.
+    base = None if default is None else os.fsencode(default)
+    if not chosen or not chosen.strip():
+        return base
+    path = os.path.expanduser(chosen.strip().encode("utf-8", "surrogateescape"))
+    return os.path.join(base or b"", path)
+
+
+def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
+    if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
+        return f"the command cannot be passed to {SHELL}: {error}"
+    if error.errno == errno.E2BIG:
+        return "the command is too long for this system; put it into a file there"
+    if cwd is not None and error.filename == cwd:
+        shown = cwd.decode("utf-8", "replace")
+        return f"cannot use the working directory {shown}: {error.strerror}"
+    return f"cannot start {SHELL}: {error.strerror}"
+
+
+def _bytes_ready(descriptor: int) -> int:
+    import fcntl
+    import termios
+
+    count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
+    return int.from_bytes(count, sys.byteorder)
 
 
 class Command:
@@ -4887,52 +4933,6 @@ class Command:
             if self._wake_end is not None:
                 with contextlib.suppress(BlockingIOError):  # full: it will wake
                     os.write(self._wake_end, b"\0")
-
-
-def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
-    if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
-        time.sleep(seconds)
-        seconds = 0.0
-    return poll.poll(math.ceil(seconds * 1000))
-
-
-def _or_never(seconds: float | None) -> float:
-    return math.inf if seconds is None else seconds
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
-
-
-def _working_directory(chosen: str | None, default: str | None) -> bytes | None:
-    # Bytes: the locale of a service may not be UTF-8, and a caller's names are.
-    base = None if default is None else os.fsencode(default)
-    if not chosen or not chosen.strip():
-        return base
-    path = os.path.expanduser(chosen.strip().encode("utf-8", "surrogateescape"))
-    return os.path.join(base or b"", path)
-
-
-def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
-    if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
-        return f"the command cannot be passed to {SHELL}: {error}"
-    if error.errno == errno.E2BIG:
-        return "the command is too long for this system; put it into a file there"
-    if cwd is not None and error.filename == cwd:
-        shown = cwd.decode("utf-8", "replace")
-        return f"cannot use the working directory {shown}: {error.strerror}"
-    return f"cannot start {SHELL}: {error.strerror}"
-
-
-def _bytes_ready(descriptor: int) -> int:
-    import fcntl
-    import termios
-
-    count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
-    return int.from_bytes(count, sys.byteorder)
 
 
 CONTINUATION = bytes(range(0x80, 0xC0))  # bytes inside a character (RFC 3629)
@@ -7198,6 +7198,36 @@ SHELL_MARKS = r"[;&|`<>\n\r'\"\\#]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
 PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
 
 
+def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
+    if len(unit) > 1:
+        import fnmatch
+
+        return not is_mark and fnmatch.fnmatchcase(character, unit)
+    return unit == character or (unit == "?" and not is_mark)
+
+
+def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
+    """Return whether a pattern, in its units, matches `text`.
+
+    It takes no longer than one length times the other, whatever a stranger sends.
+    """
+    place = at = 0
+    star: tuple[int, int] | None = None  # after the last `*`, and the text after it
+    while at < len(text):
+        unit = pattern[place] if place < len(pattern) else ""
+        if unit == "*":
+            place += 1
+            star = (place, at)
+        elif _unit_matches(unit, text[at], at in marks):
+            place, at = place + 1, at + 1
+        elif star is not None and star[1] not in marks:
+            star = (star[0], star[1] + 1)  # the `*` takes one character more
+            place, at = star
+        else:
+            return False
+    return all(unit == "*" for unit in pattern[place:])
+
+
 class AllowedCommands:
     """The commands and works that this machine's owner allows.
 
@@ -7229,36 +7259,6 @@ class AllowedCommands:
 
     def allows_work(self, work: str) -> bool:
         return work in self._names
-
-
-def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
-    """Return whether a pattern, in its units, matches `text`.
-
-    It takes no longer than one length times the other, whatever a stranger sends.
-    """
-    place = at = 0
-    star: tuple[int, int] | None = None  # after the last `*`, and the text after it
-    while at < len(text):
-        unit = pattern[place] if place < len(pattern) else ""
-        if unit == "*":
-            place += 1
-            star = (place, at)
-        elif _unit_matches(unit, text[at], at in marks):
-            place, at = place + 1, at + 1
-        elif star is not None and star[1] not in marks:
-            star = (star[0], star[1] + 1)  # the `*` takes one character more
-            place, at = star
-        else:
-            return False
-    return all(unit == "*" for unit in pattern[place:])
-
-
-def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
-    if len(unit) > 1:
-        import fnmatch
-
-        return not is_mark and fnmatch.fnmatchcase(character, unit)
-    return unit == character or (unit == "?" and not is_mark)
 
 
 class MachineOptions(Value):
@@ -8001,6 +8001,18 @@ class GatewayLink:
         )
 
 
+def _fit_result(result: JsonObject, words: str) -> JsonObject:
+    """Return `result` with `words` after stderr, its output cut to MAX_PAYLOAD."""
+    room = MAX_COLLECTED
+    while True:
+        texts = {name: clip(result[name], room) for name in STREAMS.values()}
+        texts["stderr"] += words
+        fitting = {**result, **texts}
+        if len(to_json(fitting).encode("utf-8")) <= MAX_PAYLOAD - ENVELOPE_ROOM:
+            return fitting
+        room //= 2
+
+
 class _MoltisAnswer:
     """Collects a job's log into the answer to one request of a Moltis gateway."""
 
@@ -8029,18 +8041,6 @@ class _MoltisAnswer:
         for kind, name in STREAMS.items():
             result[name] = self.output[kind].text()
         return _fit_result(result, words)
-
-
-def _fit_result(result: JsonObject, words: str) -> JsonObject:
-    """Return `result` with `words` after stderr, its output cut to MAX_PAYLOAD."""
-    room = MAX_COLLECTED
-    while True:
-        texts = {name: clip(result[name], room) for name in STREAMS.values()}
-        texts["stderr"] += words
-        fitting = {**result, **texts}
-        if len(to_json(fitting).encode("utf-8")) <= MAX_PAYLOAD - ENVELOPE_ROOM:
-            return fitting
-        room //= 2
 
 
 class MoltisGatewayLink(GatewayLink):
