@@ -167,7 +167,7 @@ MAX_BACKLOG = 256 * 1024  # bytes waiting in an outbox; beyond it logs are not r
 MAX_JSON_DEPTH = 64  # brackets within brackets; ours nest less than ten
 
 CONNECT_TIMEOUT = 10.0  # s; to finish a handshake, and to say `connect` after it
-PING_INTERVAL = 20.0  # s; both ways
+PING_INTERVAL = 20.0  # s of silence before a Ping, at both ends
 PEER_TIMEOUT = 60.0  # s of silence after which a peer is gone
 TELEMETRY_INTERVAL = 30.0  # s; what Moltis' protocol promises
 CALLER_PATIENCE = 600.0  # s that callers wait for a gateway, and it for callers
@@ -2082,7 +2082,7 @@ class WebSocketProtocol:
 # ==============================================================================
 
 MAX_OUTBOX = 16 * 1024 * 1024  # bytes that wait for a peer to read
-READ_SIZE = 64 * 1024  # bytes
+RECV_SIZE = 64 * 1024  # bytes
 WAIT_SIZE = 1024  # bytes of the buffer that an idle connection holds
 TLS_WRITE_SIZE = 256 * 1024  # bytes; OpenSSL takes all that it is given, or nothing
 CLOSE_TIMEOUT = 2.0  # s for the peer's part of a closing handshake
@@ -2110,7 +2110,7 @@ class PlainChannel:
 
     def read(self) -> bytes | None:
         """Return what has arrived, b"" at the end, None if nothing has."""
-        return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
+        return self._receive(RECV_SIZE, socket.MSG_DONTWAIT)
 
     def read_next(self) -> bytes | None:
         """As read(), but wait for it, for as long as limit_waits() says."""
@@ -2182,7 +2182,7 @@ class TlsChannel(PlainChannel):
     def read(self) -> bytes | None:
         self._read_needs_write = False
         try:
-            data = self._tls.recv(READ_SIZE)
+            data = self._tls.recv(RECV_SIZE)
         except self._ssl.SSLWantReadError:
             self.drained = True
             return None
@@ -2250,10 +2250,11 @@ class Outbox:
     def put(self, data: bytes) -> None:
         """Write at once what the channel takes, and keep the rest."""
         piece = memoryview(data)
-        sent = 0 if self._pieces else self._write(piece)
-        while sent and piece:
-            piece = piece[sent:]
+        while piece and not self._pieces:
             sent = self._write(piece)
+            if not sent:
+                break
+            piece = piece[sent:]
         # Counted after the write: others read `size` without a lock, and would wait
         # for a fall that nobody notices.
         if piece and not self.broken:
@@ -2706,82 +2707,10 @@ def _why_unreachable(target: WebSocketUrl, error: Exception, timeout: float) -> 
 # ==============================================================================
 # TLS
 #
-# Certificates: the gateway's own, made by the program `openssl` for the names and
-# addresses of this machine, or one that was brought; the pin and the channel binding
-# of each; which certificate a client takes for the right one.
+# X.509 certificates as far as they matter here: the gateway's own, made by the program
+# `openssl` for the names and addresses of this machine, or one that was brought; the
+# pin and the channel binding of each; which certificate a client accepts.
 # ==============================================================================
-
-# The hash of a certificate's signature, by the content of its DER object identifier.
-# RFC 5929 §4.1 puts SHA-256 in the place of MD5 and SHA-1.
-_RSA_PSS = bytes.fromhex("2a864886f70d01010a")  # names its hash in its parameters
-_SIGNATURE_HASHES: Mapping[bytes, str] = {
-    bytes.fromhex("2a864886f70d01010c"): "sha384",  # sha384WithRSAEncryption
-    bytes.fromhex("2a864886f70d01010d"): "sha512",
-    bytes.fromhex("2a864886f70d01010e"): "sha224",
-    bytes.fromhex("2a8648ce3d040301"): "sha224",  # ecdsa-with-SHA224
-    bytes.fromhex("2a8648ce3d040303"): "sha384",
-    bytes.fromhex("2a8648ce3d040304"): "sha512",
-    bytes.fromhex("608648016503040202"): "sha384",  # id-sha384, inside RSA-PSS
-    bytes.fromhex("608648016503040203"): "sha512",
-    bytes.fromhex("608648016503040204"): "sha224",
-}
-
-
-class DerValue(Value):
-    """One ASN.1 value in DER: what X.509 certificates are made of."""
-
-    tag: int
-    content: bytes
-    encoding: bytes  # tag, length and content
-
-    def children(self) -> list[DerValue]:
-        """Return the values that a SEQUENCE, SET or tagged value holds."""
-        return der_values(self.content)
-
-
-def der_values(data: bytes) -> list[DerValue]:
-    """Return the DER values that stand in a row in `data`.  Raises ValueError."""
-    values = []
-    start = 0
-    while start < len(data):
-        if len(data) < start + 2:
-            raise ValueError("DER ends within a value")
-        size, content = data[start + 1], start + 2
-        if size >= 0x80:
-            content += size & 0x7F
-            size = int.from_bytes(data[start + 2 : content], "big")
-        end = content + size
-        if end > len(data):
-            raise ValueError("DER ends within a value")
-        values.append(DerValue(data[start], data[content:end], data[start:end]))
-        start = end
-    return values
-
-
-def _rsa_pss_hash(parameters: DerValue) -> DerValue | None:
-    for value in parameters.children():
-        if value.tag == 0xA0:  # [0] hashAlgorithm (RFC 4055 §3.1)
-            return value.children()[0].children()[0]
-    return None
-
-
-def tls_server_end_point(certificate: bytes) -> bytes:
-    """Return the channel binding of a TLS server's certificate in DER (RFC 5929 §4).
-
-    Where the signature has no hash of its own (Ed25519), which the RFC leaves
-    undefined, it is SHA-256.  Raises ValueError for what is no certificate.
-    """
-    try:
-        _, algorithm, _ = der_values(certificate)[0].children()
-        name, *parameters = algorithm.children()
-        if name.content == _RSA_PSS and parameters:
-            name = _rsa_pss_hash(parameters[0]) or name
-    except (IndexError, ValueError) as error:
-        raise ValueError("this is no X.509 certificate in DER") from error
-    return hashlib.new(
-        _SIGNATURE_HASHES.get(name.content, "sha256"), certificate
-    ).digest()
-
 
 TLS_DIRECTORY = "tls"  # in the data directory
 TLS_DAYS = 3650
@@ -2804,40 +2733,75 @@ subjectAltName = @names
 
 HOST_NAME = r"[a-z0-9_]([a-z0-9._-]{0,251}[a-z0-9_])?"
 
+# The hash of a certificate's signature, by the content of its DER object identifier:
+# sha…WithRSAEncryption, ecdsa-with-SHA…, and id-sha… inside RSA-PSS.
+_SIGNATURE_HASHES: Mapping[bytes, str] = {
+    bytes.fromhex(oid): name
+    for name, oids in (
+        ("sha224", "2a864886f70d01010e 2a8648ce3d040301 608648016503040204"),
+        ("sha384", "2a864886f70d01010c 2a8648ce3d040303 608648016503040202"),
+        ("sha512", "2a864886f70d01010d 2a8648ce3d040304 608648016503040203"),
+    )
+    for oid in oids.split()
+}
+_RSA_PSS = bytes.fromhex("2a864886f70d01010a")  # names its hash in its parameters
+_SUBJECT_ALT_NAME = bytes.fromhex("551d11")
+
+
+class DerValue(Value):
+    """One ASN.1 value in DER, of which X.509 certificates are made."""
+
+    tag: int
+    content: bytes
+    encoding: bytes  # tag, length and content
+
+    def children(self) -> list[DerValue]:
+        """Return the values that a SEQUENCE, SET or tagged value holds."""
+        return der_values(self.content)
+
+
+def der_values(data: bytes) -> list[DerValue]:
+    """Return the consecutive DER values in `data`.  Raises ValueError."""
+    values = []
+    start = 0
+    while start < len(data):
+        size, content = int.from_bytes(data[start + 1 : start + 2], "big"), start + 2
+        if size >= 0x80:
+            content += size & 0x7F
+            size = int.from_bytes(data[start + 2 : content], "big")
+        end = content + size
+        if end > len(data):
+            raise ValueError("DER ends within a value")
+        values.append(DerValue(data[start], data[content:end], data[start:end]))
+        start = end
+    return values
+
+
+def tls_server_end_point(certificate: bytes) -> bytes:
+    """Return the channel binding of a TLS server's certificate in DER (RFC 5929 §4).
+
+    It is SHA-256 in place of MD5 and SHA-1 (§4.1), and for a signature without a hash
+    of its own (Ed25519), which the RFC leaves undefined.  Raises ValueError.
+    """
+    try:
+        _, algorithm, _ = der_values(certificate)[0].children()
+        name, *parameters = algorithm.children()
+        if name.content == _RSA_PSS and parameters:
+            for value in parameters[0].children():
+                if value.tag == 0xA0:  # [0] hashAlgorithm (RFC 4055 §3.1)
+                    name = value.children()[0].children()[0]
+    except (IndexError, ValueError) as error:
+        raise ValueError("this is no X.509 certificate in DER") from error
+    algorithm_name = _SIGNATURE_HASHES.get(name.content, "sha256")
+    return hashlib.new(algorithm_name, certificate).digest()
+
 
 class Certificate(Value):
-    """What we need to know of an X.509 certificate (RFC 5280)."""
+    """The parts of an X.509 certificate that matter here (RFC 5280)."""
 
     names: Sequence[str]  # "DNS:localhost", "IP:127.0.0.1", as openssl writes them
     expires_at: float  # s since 1970
-    public_key: bytes  # SubjectPublicKeyInfo in DER
-
-    @property
-    def pin(self) -> str:
-        """The public key as `curl --pinnedpubkey` wants it."""
-        return "sha256//" + b64encode(hashlib.sha256(self.public_key).digest())
-
-    def lasts(self) -> bool:
-        return self.expires_at > time.time() + TLS_RENEW_BEFORE
-
-    def covers(self, names: Iterable[str]) -> bool:
-        """Tell whether all of `names` are in it; one that is no more does no harm."""
-        return set(names) <= set(self.names)
-
-
-class TlsFiles(Value):
-    """Where a certificate, with what it takes to verify it, and its key are, in PEM."""
-
-    certificate: Path
-    key: Path
-
-
-class TlsIdentity(Value):
-    """A certificate in use; a connection keeps the one that it was accepted with."""
-
-    context: ssl.SSLContext
-    certificate: Certificate
-    channel_binding: bytes  # for Access.scram_server()
+    pin: str  # of the public key, as `curl --pinnedpubkey` wants it
 
 
 def _certificate_time(value: DerValue) -> float:
@@ -2854,7 +2818,7 @@ def _alternative_names(optionals: Sequence[DerValue]) -> Iterator[str]:
     lists = [value.children()[0] for value in optionals if value.tag == 0xA3]
     for extension in (item for found in lists for item in found.children()):
         oid, *_, octets = extension.children()
-        if oid.content != b"\x55\x1d\x11":  # id-ce-subjectAltName
+        if oid.content != _SUBJECT_ALT_NAME:
             continue
         for name in octets.children()[0].children():
             if name.tag == 0x82:
@@ -2865,7 +2829,7 @@ def _alternative_names(optionals: Sequence[DerValue]) -> Iterator[str]:
 
 
 def parse_certificate(der: bytes) -> Certificate:
-    """Read a certificate in DER.  Raises ValueError."""
+    """Return the parts of a certificate in DER.  Raises ValueError."""
     try:
         fields = der_values(der)[0].children()[0].children()
         if fields[0].tag == 0xA0:  # [0] version
@@ -2875,27 +2839,25 @@ def parse_certificate(der: bytes) -> Certificate:
         return Certificate(
             names=tuple(_alternative_names(optionals)),
             expires_at=_certificate_time(not_after),
-            public_key=key.encoding,
+            pin="sha256//" + b64encode(hashlib.sha256(key.encoding).digest()),
         )
     except (IndexError, OSError, ValueError) as error:
         raise ValueError("this is no X.509 certificate in DER") from error
 
 
-def check_pin(der: bytes, pin: str) -> None:
-    """Return where the certificate in DER has the public key of `pin`.
+def read_certificate(path: Path) -> bytes:
+    """Return the first certificate of a PEM file, in DER.
 
-    Raises Refused.
+    Raises OSError, ValueError.
     """
-    try:
-        found = parse_certificate(der).pin
-    except ValueError:
-        found = "no certificate at all"
-    if not hmac.compare_digest(found.encode(), pin.encode("utf-8", "replace")):
-        raise Refused(
-            f"the other side shows another TLS certificate ({found}) than the pinned "
-            f"one ({pin}): this is what somebody in between looks like; nothing was "
-            "sent. If the gateway was set up anew, take its new pin from there"
-        )
+    found = re.search(
+        rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----",
+        path.read_bytes(),
+        re.DOTALL,
+    )
+    if found is None:
+        raise ValueError("there is no certificate in PEM")
+    return base64.b64decode(b"".join(found[1].split()), validate=True)
 
 
 class TlsTrust(Value):
@@ -2903,13 +2865,10 @@ class TlsTrust(Value):
 
     fingerprint: str | None = None  # its pin; None: one that a CA vouches for
     ca: str | None = None  # file in PEM; None: those that the system trusts
-    bound: bool = False  # any: SCRAM binds to it before anything secret is said
+    bound: bool = False  # any: SCRAM binds to it before anything secret is sent
 
     def context(self) -> ssl.SSLContext:
-        """Return what a client needs for TLS 1.2 and later.
-
-        Raises BadConfiguration.
-        """
+        """Return a client's context, TLS 1.2 and later.  Raises BadConfiguration."""
         require_ssl()
         import ssl
 
@@ -2924,29 +2883,92 @@ class TlsTrust(Value):
             try:
                 context.load_verify_locations(self.ca)
             except OSError as error:  # ssl.SSLError is one
-                reason = error.strerror or error
                 raise BadConfiguration(
-                    f"cannot use the CA file {self.ca}: {reason}; it must be PEM"
+                    f"cannot use the CA file {self.ca}: {error.strerror or error}; "
+                    "it must be PEM"
                 ) from error
         return context
 
     def check(self, certificate: bytes | None) -> None:
-        """Return if the certificate of a connection, in DER, is right.
+        """Return if a connection's certificate, in DER, has the pinned key.
 
         Raises Refused.
         """
-        if self.fingerprint is not None and certificate is not None:
-            check_pin(certificate, self.fingerprint)
+        if self.fingerprint is None or certificate is None:
+            return
+        try:
+            found = parse_certificate(certificate).pin
+        except ValueError:
+            found = "no certificate at all"
+        pin = self.fingerprint.encode("utf-8", "replace")
+        if not hmac.compare_digest(found.encode(), pin):
+            raise Refused(
+                f"the other side shows another TLS certificate ({found}) than the "
+                f"pinned one ({self.fingerprint}): somebody may stand in between; "
+                "nothing was sent. If the gateway was set up anew, take its new pin "
+                "from there"
+            )
 
 
-def certificate_from_pem(pem: bytes) -> bytes:
-    """Return the first certificate in `pem` in DER.  Raises ValueError."""
-    found = re.search(
-        rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", pem, re.DOTALL
-    )
-    if found is None:
-        raise ValueError("there is no certificate in PEM")
-    return base64.b64decode(b"".join(found[1].split()), validate=True)
+class TlsFiles(Value):
+    """Where a certificate, with its chain, and its key are, in PEM."""
+
+    certificate: Path
+    key: Path
+
+
+class TlsIdentity(Value):
+    """A certificate in use; a connection keeps the one that it was accepted with."""
+
+    context: ssl.SSLContext
+    certificate: Certificate
+    channel_binding: bytes  # for Access.scram_server()
+
+
+def load_tls(files: TlsFiles) -> TlsIdentity:
+    """Return what a server needs for TLS 1.2 and later.  Raises BadConfiguration."""
+    require_ssl()
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        # Without the empty password OpenSSL would ask for one on the terminal.
+        context.load_cert_chain(files.certificate, files.key, password=lambda: "")
+        der = read_certificate(files.certificate)
+        return TlsIdentity(context, parse_certificate(der), tls_server_end_point(der))
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = getattr(error, "strerror", None) or error
+        raise BadConfiguration(
+            f"cannot use the certificate {files.certificate} with the key "
+            f"{files.key}: {reason}; both must be PEM, belong together, and the key "
+            "have no passphrase"
+        ) from error
+
+
+def read_channel_binding(path: Path) -> bytes:
+    """Return the channel binding of a certificate in PEM.  Raises BadConfiguration."""
+    try:
+        return tls_server_end_point(read_certificate(path))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadConfiguration(
+            f"cannot use the certificate {path}: {reason}; it must be PEM"
+        ) from error
+
+
+class ServerTls:
+    """The certificate that new connections get, read again when its files change."""
+
+    def __init__(self, find_files: Callable[[], TlsFiles]) -> None:
+        """`find_files` is asked at each reload.  Raises BadConfiguration."""
+        self._find_files = find_files
+        self.identity = load_tls(find_files())  # replaced as a whole
+
+    def reload(self) -> None:
+        """Raises BadConfiguration; then the current certificate stays in use."""
+        self.identity = load_tls(self._find_files())
 
 
 def host_names() -> list[str]:
@@ -2969,6 +2991,13 @@ def _routed_addresses() -> Iterator[str]:
             yield sock.getsockname()[0]
 
 
+def reachable_address(bind: str) -> str:
+    """Return the address under which others reach a server that listens on `bind`."""
+    if bind not in ANY_ADDRESS:
+        return bind
+    return next(_routed_addresses(), "127.0.0.1")
+
+
 def parse_fib_trie(text: str) -> set[str]:
     """Return the IPv4 addresses in Linux' /proc/net/fib_trie."""
     return set(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", text))
@@ -2985,42 +3014,9 @@ def parse_if_inet6(text: str) -> set[str]:
 
 
 def parse_ifconfig(text: str) -> set[str]:
-    """Return the addresses in the output of a BSD's `ifconfig`."""
+    """Return the addresses in the output of macOS' `ifconfig`."""
     found = re.findall(r"^\s+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
     return {a for a in found if not a.lower().startswith("fe80:")}
-
-
-def _program_output(*arguments: str) -> bytes:
-    """Run a program that asks nothing; return what it printed.
-
-    Raises BadConfiguration where it failed, FileNotFoundError where there is none.
-    """
-    import subprocess
-
-    try:
-        done = subprocess.run(
-            arguments,
-            check=True,
-            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=OPENSSL_TIMEOUT,
-        )
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.decode("utf-8", "replace").strip()
-        raise BadConfiguration(f"{arguments[0]} failed: {clip(said, 400)}") from error
-    except subprocess.TimeoutExpired as error:
-        raise BadConfiguration(
-            f"{arguments[0]} took longer than {OPENSSL_TIMEOUT:.0f} s"
-        ) from error
-    return done.stdout
-
-
-def reachable_address(bind: str) -> str:
-    """Return the address under which others reach what listens on `bind`."""
-    if bind not in ANY_ADDRESS:
-        return bind
-    return next(_routed_addresses(), "127.0.0.1")
 
 
 def host_addresses() -> list[str]:
@@ -3032,67 +3028,31 @@ def host_addresses() -> list[str]:
         with contextlib.suppress(OSError):
             found.update(parse_if_inet6(Path("/proc/net/if_inet6").read_text()))
     else:
-        with contextlib.suppress(OSError, BadConfiguration):
-            found.update(parse_ifconfig(_program_output("ifconfig").decode()))
+        done = run_program(["ifconfig"], os.environ, timeout=OPENSSL_TIMEOUT)
+        found.update(parse_ifconfig(done.stdout.decode("utf-8", "replace")))
     return sorted(found)
 
 
-def _read_tls(files: TlsFiles) -> TlsIdentity:
-    """As load_tls(), but raises OSError and ValueError where the files are no good."""
-    require_ssl()
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    # Without the empty password OpenSSL would ask for one on the terminal.
-    context.load_cert_chain(files.certificate, files.key, password=lambda: "")
-    der = certificate_from_pem(files.certificate.read_bytes())
-    return TlsIdentity(context, parse_certificate(der), tls_server_end_point(der))
-
-
-def load_tls(files: TlsFiles) -> TlsIdentity:
-    """Return what a server needs for TLS 1.2 and later.
-
-    Called again when the files have changed.  Raises BadConfiguration.
-    """
-    try:
-        return _read_tls(files)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadConfiguration(
-            f"cannot use the certificate {files.certificate} with the key "
-            f"{files.key}: {reason}; both must be PEM, belong together, and the key "
-            "have no passphrase"
-        ) from error
-
-
-def read_channel_binding(path: Path) -> bytes:
-    """Return the channel binding of a certificate in PEM.  Raises BadConfiguration."""
-    try:
-        return tls_server_end_point(certificate_from_pem(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadConfiguration(
-            f"cannot use the certificate {path}: {reason}; it must be PEM"
-        ) from error
-
-
-class ServerTls:
-    """The certificate that new connections get, read again when its files change."""
-
-    def __init__(self, find_files: Callable[[], TlsFiles]) -> None:
-        """`find_files` is asked at each reload.  Raises BadConfiguration."""
-        self._find_files = find_files
-        self.identity = load_tls(find_files())  # replaced as a whole
-
-    def reload(self) -> None:
-        """Raises BadConfiguration; then the certificate so far stays in use."""
-        self.identity = load_tls(self._find_files())
+def _openssl(*arguments: str) -> bytes:
+    """Return the standard output of `openssl`.  Raises BadConfiguration."""
+    environ = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    done = run_program(["openssl", *arguments], environ, timeout=OPENSSL_TIMEOUT)
+    if done.status == 0:
+        return done.stdout
+    if done.status == 127:
+        reason = "it is not installed; install it"
+    elif done.status == 124:
+        reason = f"it took longer than {OPENSSL_TIMEOUT:.0f} s"
+    else:
+        reason = clip(done.stderr.decode("utf-8", "replace").strip(), 400)
+    raise BadConfiguration(
+        f"openssl makes the certificate, and failed: {reason}; or bring a "
+        "certificate with --tls-cert and --tls-key"
+    )
 
 
 def _certificate_name(name: str) -> str | None:
-    """Return `name` as openssl's configuration has it, or None where it cannot be."""
+    """Return `name` as openssl's configuration has it, or None if it cannot be one."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError, ValueError):
             return f"IP:{socket.inet_ntop(family, socket.inet_pton(family, name))}"
@@ -3100,44 +3060,42 @@ def _certificate_name(name: str) -> str | None:
     return f"DNS:{name.lower()}" if fits else None
 
 
-def _make_certificate(files: TlsFiles, names: Sequence[str], keep_key: bool) -> None:
+def _make_certificate(files: TlsFiles, names: Sequence[str], *, keep_key: bool) -> None:
     if not keep_key:
-        key = _program_output("openssl", "ecparam", "-name", "prime256v1", "-genkey")
+        key = _openssl("ecparam", "-name", "prime256v1", "-genkey")
         write_private(files.key, key[key.index(b"-----BEGIN EC PRIVATE KEY") :])
     config = files.certificate.with_name("openssl.cnf")
     text = OPENSSL_CONFIG.replace("@names", ",".join(names))
     write_private(config, text.encode("ascii"))
     # Browsers refuse two certificates of one issuer with the same serial number.
     serial = str(int.from_bytes(secrets.token_bytes(8), "big"))
-    pem = _program_output(
-        *("openssl", "req", "-x509", "-new", "-sha256", "-config", str(config)),
+    pem = _openssl(
+        *("req", "-x509", "-new", "-sha256", "-config", str(config)),
         *("-key", str(files.key), "-days", str(TLS_DAYS), "-set_serial", serial),
     )
     write_private(files.certificate, pem)
 
 
 def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
-    """Return a certificate of our own, made or renewed where need be.
+    """Return a certificate of our own, made or renewed if need be.
 
-    `names` are those of the host, and its addresses; what can be neither is left out.
-    The key stays the same, so that a pin outlives a change of names or addresses.
+    `names` are the host's names and addresses; whatever is neither is left out.  The
+    key stays the same, so that a pin outlives a change of names or addresses.
     Raises BadConfiguration.
     """
+    require_ssl()
+    directory = directory.absolute()  # openssl starts in another one
     files = TlsFiles(directory / "certificate.pem", directory / "key.pem")
     wanted = sorted({n for n in map(_certificate_name, names) if n})
     try:
-        found = _read_tls(files).certificate
-    except (OSError, ValueError):
+        found = load_tls(files).certificate
+    except BadConfiguration:
         found = None  # not made yet, or damaged
-    if found and found.lasts() and found.covers(wanted):
+    renew_at = found.expires_at - TLS_RENEW_BEFORE if found else 0.0
+    # A name that is no longer wanted does no harm.
+    if found and time.time() < renew_at and set(wanted) <= set(found.names):
         return files
-    try:
-        _make_certificate(files, wanted, keep_key=found is not None)
-    except FileNotFoundError as error:
-        raise BadConfiguration(
-            "the program openssl is needed to make a certificate, and is not here; "
-            "install it, or bring a certificate with --tls-cert and --tls-key"
-        ) from error
+    _make_certificate(files, wanted, keep_key=found is not None)
     log.info("certificate made file=%s names=%s", files.certificate, ",".join(wanted))
     return files
 
@@ -3146,36 +3104,18 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
 # SCRAM
 #
 # SCRAM-SHA-256 and SCRAM-SHA-256-PLUS (RFC 5802, RFC 7677), client and server
-# halves: how node and gateway prove to each other that both know the device token,
-# which never crosses the wire.  Text in, text out; no socket, and no idea of who may
-# do what.  The secrets here are ASCII, which SASLprep leaves as it is.
+# halves: both sides prove that they know a secret, which never crosses the wire.  Text
+# in, text out: no socket, and no scopes.  Usernames and secrets are ASCII without
+# comma or equals sign, so that neither SASLprep nor escapes change them.
 # ==============================================================================
 
 SCRAM_ITERATIONS = 4096  # RFC 7677 §4's minimum; a token has 256 random bits anyway
 SCRAM_MAX_ITERATIONS = 100_000  # 0.1 s on a Pi; a hostile server may ask for more
 SCRAM_MAX_LENGTH = 4096  # characters of one SCRAM message; ours have 200
 
-_SCRAM_VALUE = r"[^,\x00]+"
-_SCRAM_NONCE = r"[\x21-\x2b\x2d-\x7e]+"
-_SCRAM_EXTENSIONS = rf"(?:,[A-Za-z]={_SCRAM_VALUE})*"  # RFC 5802 §5.1: to be ignored
-_CLIENT_FIRST = (
-    rf"(?P<gs2>(?P<flag>n|y|p=[A-Za-z0-9.-]+),(?:a={_SCRAM_VALUE})?,)"
-    rf"(?P<bare>n=(?P<username>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
-    rf"{_SCRAM_EXTENSIONS})"
-)
-_SERVER_FIRST = (
-    rf"r=(?P<nonce>{_SCRAM_NONCE}),s=(?P<salt>{_SCRAM_VALUE}),"
-    rf"i=(?P<iterations>[1-9][0-9]{{0,8}}){_SCRAM_EXTENSIONS}"
-)
-_CLIENT_FINAL = (
-    rf"(?P<unproved>c=(?P<binding>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
-    rf"{_SCRAM_EXTENSIONS}),p=(?P<proof>{_SCRAM_VALUE})"
-)
-_SERVER_FINAL = rf"(?P<kind>[ve])=(?P<value>{_SCRAM_VALUE}){_SCRAM_EXTENSIONS}"
-
 
 def device_handle(token: str) -> str:
-    """Return the SCRAM username of a device, from which no token can be told."""
+    """Return the SCRAM username of a device; it does not reveal the token."""
     return hashlib.sha256(b"moltis handle" + token.encode("utf-8")).digest()[:16].hex()
 
 
@@ -3212,7 +3152,7 @@ def _salted_password(secret: str, salt: bytes, iterations: int) -> bytes:
 
 
 class ScramVerifier(Value):
-    """What a server keeps to recognise a secret, and cannot use in its place."""
+    """What a server stores to recognise a secret; it cannot be used in its place."""
 
     salt: bytes
     iterations: int
@@ -3220,7 +3160,7 @@ class ScramVerifier(Value):
     server_key: bytes
 
     def to_text(self) -> str:
-        """Return the form of RFC 5803, as PostgreSQL too stores it."""
+        """Return the form of RFC 5803, which PostgreSQL stores too."""
         salt, stored, server = map(
             b64encode, (self.salt, self.stored_key, self.server_key)
         )
@@ -3228,7 +3168,7 @@ class ScramVerifier(Value):
 
     @classmethod
     def from_text(cls, text: str) -> ScramVerifier:
-        """Read what to_text() wrote.  Raises ValueError."""
+        """Return the verifier that to_text() wrote.  Raises ValueError."""
         scheme, parameters, keys = text.split("$")
         if scheme != "SCRAM-SHA-256":
             raise ValueError(f"{scheme} is not SCRAM-SHA-256")
@@ -3237,26 +3177,25 @@ class ScramVerifier(Value):
         return cls(_b64(salt), int(iterations), _b64(stored), _b64(server))
 
     def accepts(self, proof: bytes, signed: bytes) -> bool:
-        """Tell whether who made `proof` over `signed` knows the secret."""
+        """Return whether whoever made `proof` over `signed` knows the secret."""
         signature = _hmac(self.stored_key, signed)
         client_key = _xor(proof, signature) if len(proof) == len(signature) else b""
         return hmac.compare_digest(hashlib.sha256(client_key).digest(), self.stored_key)
 
 
-def make_verifier(
-    secret: str, *, salt: bytes | None = None, iterations: int = SCRAM_ITERATIONS
-) -> ScramVerifier:
-    """Return what a server keeps of `secret` (RFC 5802 §3)."""
-    salt = secrets.token_bytes(16) if salt is None else salt
-    salted = _salted_password(secret, salt, iterations)
+def make_verifier(secret: str) -> ScramVerifier:
+    """Return the verifier of `secret`, with a salt of its own (RFC 5802 §3)."""
+    salt = secrets.token_bytes(16)
+    salted = _salted_password(secret, salt, SCRAM_ITERATIONS)
     stored_key = hashlib.sha256(_hmac(salted, b"Client Key")).digest()
-    return ScramVerifier(salt, iterations, stored_key, _hmac(salted, b"Server Key"))
+    server_key = _hmac(salted, b"Server Key")
+    return ScramVerifier(salt, SCRAM_ITERATIONS, stored_key, server_key)
 
 
 def decoy_verifier(key: bytes, username: str) -> ScramVerifier:
     """Return a verifier that no secret satisfies, the same at each attempt.
 
-    With it an unknown user looks to a stranger like one with another secret.
+    With it a stranger cannot distinguish an unknown user from a known one.
     """
     salt, stored_key, server_key = (
         _hmac(key, f"{purpose} {username}".encode())
@@ -3265,13 +3204,26 @@ def decoy_verifier(key: bytes, username: str) -> ScramVerifier:
     return ScramVerifier(salt[:16], SCRAM_ITERATIONS, stored_key, server_key)
 
 
-def _scram_fields(pattern: str, message: str) -> Mapping[str, str]:
-    fits = len(message) <= SCRAM_MAX_LENGTH
-    match = re.fullmatch(pattern, message) if fits else None
+def _attributes(message: str, expected: str) -> Mapping[str, str]:
+    """Return the attributes of a SCRAM message by their letter (RFC 5802 §5.1).
+
+    Those of `expected` come first, in that order; extensions behind them are ignored.
+    Raises AuthenticationError.
+    """
+    parts = message.split(",")
+    letters = "".join(part[:1] for part in parts)
     # JSON can carry half a surrogate pair, which is no text and cannot be hashed.
-    if match is None or re.search("[\ud800-\udfff]", message):
+    attribute = re.compile("[A-Za-z]=[^\0\ud800-\udfff]+")
+    if (
+        len(message) > SCRAM_MAX_LENGTH
+        or not all(map(attribute.fullmatch, parts))
+        or not letters.startswith(expected)
+    ):
         raise AuthenticationError("the other side sent a malformed SCRAM message")
-    return match.groupdict()
+    found = {part[0]: part[2:] for part in reversed(parts)}
+    if "r" in expected and not re.fullmatch(r"[\x21-\x7e]+", found["r"]):
+        raise AuthenticationError("the other side sent a malformed SCRAM nonce")
+    return found
 
 
 def _scram_bytes(text: str) -> bytes:
@@ -3283,40 +3235,20 @@ def _scram_bytes(text: str) -> bytes:
         ) from error
 
 
-def _escaped(username: str) -> str:
-    return username.replace("=", "=3D").replace(",", "=2C")
-
-
-def _unescaped(saslname: str) -> str:
-    if re.search("=(?!2C|3D)", saslname):
-        raise AuthenticationError("the other side sent a malformed SCRAM username")
-    return saslname.replace("=2C", ",").replace("=3D", "=")
-
-
 class ScramClient:
-    """One authentication, as the side that comes with the secret.
+    """One authentication, as the side that has the secret.
 
-    With `channel_binding` (see tls_server_end_point) it is SCRAM-SHA-256-PLUS.  Where
-    the server said that it cannot do that, `server_binds=False` lets it know that we
-    could have: a server that can takes this for the trace of a man in the middle.
+    With `channel_binding` (see tls_server_end_point) it is SCRAM-SHA-256-PLUS.
     """
 
     def __init__(
-        self,
-        username: str,
-        secret: str,
-        channel_binding: bytes | None = None,
-        *,
-        server_binds: bool = True,
-        nonce: str | None = None,
+        self, username: str, secret: str, channel_binding: bytes | None = None
     ) -> None:
-        binds = channel_binding is not None and server_binds
-        flag = "n" if channel_binding is None else "y"
-        self._gs2 = "p=tls-server-end-point,," if binds else f"{flag},,"
-        self._binding = (channel_binding or b"") if binds else b""
+        self._gs2 = "n,," if channel_binding is None else "p=tls-server-end-point,,"
+        self._binding = channel_binding or b""
         self._secret = secret
-        self._nonce = nonce or secrets.token_urlsafe(24)
-        self._bare = f"n={_escaped(username)},r={self._nonce}"
+        self._nonce = secrets.token_urlsafe(24)
+        self._bare = f"n={username},r={self._nonce}"
         self._server_signature = b""
 
     def first(self) -> str:
@@ -3325,17 +3257,17 @@ class ScramClient:
 
     def final(self, server_first: str) -> str:
         """Return the client-final-message.  Raises AuthenticationError."""
-        fields = _scram_fields(_SERVER_FIRST, server_first)
-        nonce, iterations = fields["nonce"], int(fields["iterations"])
+        fields = _attributes(server_first, "rsi")
+        nonce = fields["r"]
         if not nonce.startswith(self._nonce) or nonce == self._nonce:
             raise AuthenticationError("the server answered to somebody else's nonce")
+        iterations = int(fields["i"]) if re.fullmatch("[0-9]{1,9}", fields["i"]) else 0
         if not SCRAM_ITERATIONS <= iterations <= SCRAM_MAX_ITERATIONS:
             raise AuthenticationError(
                 f"the server asks for {iterations} SCRAM iterations, which is not "
                 f"within {SCRAM_ITERATIONS} to {SCRAM_MAX_ITERATIONS}"
             )
-        salt = _scram_bytes(fields["salt"])
-        salted = _salted_password(self._secret, salt, iterations)
+        salted = _salted_password(self._secret, _scram_bytes(fields["s"]), iterations)
         binding = b64encode(self._gs2.encode("ascii") + self._binding)
         unproved = f"c={binding},r={nonce}"
         signed = ",".join((self._bare, server_first, unproved)).encode("utf-8")
@@ -3346,14 +3278,15 @@ class ScramClient:
         return f"{unproved},p={b64encode(proof)}"
 
     def verify(self, server_final: str) -> None:
-        """Return when the server has proved that it knows the secret too.
+        """Return if the server has proved that it knows the secret too.
 
         Raises AuthenticationError: obey nothing that it says.
         """
-        fields = _scram_fields(_SERVER_FINAL, server_final)
-        if fields["kind"] == "e":
-            raise AuthenticationError(f"the server refused: {fields['value'][:80]}")
-        signature = _scram_bytes(fields["value"])
+        if server_final.startswith("e="):
+            raise AuthenticationError(
+                f"the server refused: {printable(server_final[2:], 80)}"
+            )
+        signature = _scram_bytes(_attributes(server_final, "v")["v"])
         expected = self._server_signature
         if not expected or not hmac.compare_digest(signature, expected):
             raise AuthenticationError(
@@ -3373,7 +3306,7 @@ class _ScramExpectation(Value):
 
 
 class ScramServer:
-    """One authentication, as the side that keeps verifiers.
+    """One authentication, as the side that stores verifiers.
 
     `lookup` returns the verifier of a username, a decoy for an unknown one.  With
     `channel_binding` only SCRAM-SHA-256-PLUS is accepted, without it only the plain
@@ -3384,38 +3317,37 @@ class ScramServer:
         self,
         lookup: Callable[[str], ScramVerifier],
         channel_binding: bytes | None = None,
-        *,
-        nonce: str | None = None,
     ) -> None:
         self._lookup = lookup
         self._channel_binding = channel_binding
-        self._own_nonce = nonce or secrets.token_urlsafe(24)
         self._expected: _ScramExpectation | None = None
-        self._username: str | None = None
-
-    @property
-    def username(self) -> str | None:
-        """Who it is, or None as long as that is not proved."""
-        return self._username
+        self._begun = False
+        self.username: str | None = None  # once it is proved
 
     def first(self, client_first: str) -> str:
         """Return the server-first-message.  Raises AuthenticationError."""
-        if self._expected is not None or self._username is not None:
+        if self._begun:
             raise AuthenticationError("the client began to authenticate twice")
-        fields = _scram_fields(_CLIENT_FIRST, client_first)
-        self._check_flag(fields["flag"])
-        if not fields["gs2"].endswith(",,"):
+        self._begun = True
+        header = re.match(r"(n|y|p=[A-Za-z0-9.-]+),([^,]*),", client_first)
+        if header is None:
+            raise AuthenticationError("the client sent a malformed SCRAM message")
+        (flag, authzid), bare = header.groups(), client_first[header.end() :]
+        self._check_flag(flag)
+        if authzid:
             raise AuthenticationError("the client wants to act for somebody else")
-        username = _unescaped(fields["username"])
-        verifier = self._lookup(username)
-        nonce = fields["nonce"] + self._own_nonce
+        fields = _attributes(bare, "nr")
+        if "=" in fields["n"]:
+            raise AuthenticationError("the client sent a malformed SCRAM username")
+        verifier = self._lookup(fields["n"])
+        nonce = fields["r"] + secrets.token_urlsafe(24)
         message = f"r={nonce},s={b64encode(verifier.salt)},i={verifier.iterations}"
         self._expected = _ScramExpectation(
-            username=username,
+            username=fields["n"],
             verifier=verifier,
             nonce=nonce,
-            binding=fields["gs2"].encode("ascii") + (self._channel_binding or b""),
-            signed=f"{fields['bare']},{message}",
+            binding=f"{flag},,".encode() + (self._channel_binding or b""),
+            signed=f"{bare},{message}",
         )
         return message
 
@@ -3427,40 +3359,40 @@ class ScramServer:
         expected, self._expected = self._expected, None
         if expected is None:
             raise AuthenticationError("the client sent a proof that nobody asked for")
-        fields = _scram_fields(_CLIENT_FINAL, client_final)
-        binding = _scram_bytes(fields["binding"])
-        if not hmac.compare_digest(binding, expected.binding):
+        unproved, _, proof = client_final.rpartition(",p=")
+        fields = _attributes(unproved, "cr")
+        if not hmac.compare_digest(_scram_bytes(fields["c"]), expected.binding):
             raise ChannelMismatch(
                 "the client sees another TLS certificate than ours: somebody stands "
                 "in between"
             )
-        nonce = fields["nonce"].encode("ascii")
-        if not hmac.compare_digest(nonce, expected.nonce.encode("ascii")):
+        if not hmac.compare_digest(fields["r"], expected.nonce):
             raise AuthenticationError("the client answered to somebody else's nonce")
-        signed = f"{expected.signed},{fields['unproved']}".encode()
-        if not expected.verifier.accepts(_scram_bytes(fields["proof"]), signed):
+        signed = f"{expected.signed},{unproved}".encode()
+        if not expected.verifier.accepts(_scram_bytes(proof), signed):
             raise AuthenticationError("the client does not know the secret")
-        self._username = expected.username
+        self.username = expected.username
         return f"v={b64encode(_hmac(expected.verifier.server_key, signed))}"
 
     def _check_flag(self, flag: str) -> None:
-        """Compare what the client says of channel binding with what we have (§6)."""
+        """Compare the client's channel binding with ours (RFC 5802 §6)."""
         if self._channel_binding is None:
-            if flag not in ("n", "y"):
-                raise ChannelMismatch(
-                    "the client binds to a TLS certificate, and none is used here: "
-                    "a proxy, or somebody else, stands in between"
-                )
-        elif flag == "y":
-            raise ChannelMismatch(
+            problem = (
+                "the client binds to a TLS certificate, and none is used here: a "
+                "proxy, or somebody else, stands in between"
+            )
+            right = flag in ("n", "y")
+        else:
+            problem = (
                 "the client was told that there is no channel binding here, which is "
                 "not true: somebody stands in between"
+                if flag == "y"
+                else "the client does not bind to our TLS certificate, as nodes do "
+                "over TLS: somebody stands in between"
             )
-        elif flag != "p=tls-server-end-point":
-            raise ChannelMismatch(
-                "the client does not bind to our TLS certificate, as nodes do over "
-                "TLS: somebody stands in between"
-            )
+            right = flag == "p=tls-server-end-point"
+        if not right:
+            raise ChannelMismatch(problem)
 
 
 # ==============================================================================
@@ -7171,6 +7103,25 @@ NODE_STOPPING = "this node is stopping"
 RAN_BEFORE = "it ran before, and its log was dropped"
 
 
+def moltis_result(
+    work: str, ending: Ending, output: Mapping[int, Excerpt]
+) -> JsonObject:
+    """Return how a job ended in Moltis' form: one object, with the output in it."""
+    if ending.result is not None:
+        return ending.result
+    never_ran = ending.exit_code is None and ending.signal is None
+    if work != "run" or (ending.state == JobState.FAILED and never_ran):
+        return {"error": ending.reason or ending.words()}
+    code = -1 if ending.exit_code is None else ending.exit_code
+    result: JsonObject = {STREAMS[kind]: output[kind].text() for kind in STREAMS}
+    result["exitCode"] = code
+    if ending.signal is not None:
+        result["signal"] = ending.signal
+    if ending.state != JobState.DONE:
+        result[camel_case(ending.state)] = True  # timedOut, cancelled
+    return result
+
+
 def platform_name() -> str:
     """Return Moltis' name of this system: linux, macos, freebsd, ..."""
     return "macos" if sys.platform == "darwin" else sys.platform.rstrip("0123456789")
@@ -8023,24 +7974,12 @@ class _MoltisAnswer:
 
     def result(self, ending: Ending) -> JsonObject:
         """Return the result in Moltis' form, cut to MAX_PAYLOAD."""
-        if ending.result is not None:
-            return ending.result
-        never_ran = ending.exit_code is None and ending.signal is None
-        if self.work != "run" or (ending.state == JobState.FAILED and never_ran):
-            return {"error": ending.reason or ending.words()}
-        result: JsonObject = {
-            "exitCode": -1 if ending.exit_code is None else ending.exit_code
-        }
-        if ending.signal is not None:
-            result["signal"] = ending.signal
-        words = ""
-        if ending.state != JobState.DONE:
-            result[camel_case(ending.state)] = True  # timedOut, cancelled
-            # Such a gateway passes nothing but the output to its caller.
-            words = f"\n[moltis: {ending.words()}]\n"
-        for kind, name in STREAMS.items():
-            result[name] = self.output[kind].text()
-        return _fit_result(result, words)
+        result = moltis_result(self.work, ending, self.output)
+        if "exitCode" not in result:
+            return result
+        # Such a gateway passes nothing but the output to its caller.
+        ended = ending.state == JobState.DONE
+        return _fit_result(result, "" if ended else f"\n[moltis: {ending.words()}]\n")
 
 
 class MoltisGatewayLink(GatewayLink):
@@ -12247,6 +12186,8 @@ class Jobs:
             if record.cancelled_at is not None:
                 link.cancel(job.id)  # a start that follows is answered `cancelled`
             link.start(job.id, record.work, record.spec or {})
+        job.input_resumes += 1  # input that came before has gone nowhere
+        self._wake(job)
 
     def _tell(self, job: Job, tell: Callable[[NodeLink], None]) -> None:
         """Tell the node something that is told again when it comes back."""
@@ -13339,7 +13280,8 @@ class HeldJob:
             return None if ended else b""
         self.position = start + len(data)
         self._jobs.acknowledge(self.job)
-        return b"".join(piece for kind, piece in log_frames(data) if kind == STDOUT)
+        output = b"".join(piece for kind, piece in log_frames(data) if kind == STDOUT)
+        return output or self.read()  # the ending's frame holds none
 
     def close(self) -> None:
         """Leave the job; one that has not ended is cancelled."""
@@ -14634,16 +14576,23 @@ class ClientFollower:
         on_done: Callable[[ClientFollower], None],
         *,
         holds: bool,
+        newest: int | None = None,
     ) -> None:
-        """`on_done` is called once the client knows all of what it watches."""
+        """`on_done` is called once the client knows all of what it watches.
+
+        `newest`: bytes; a watcher that falls behind by several times as many gets only
+        that much of the end.
+        """
         self.job = job
         self.position = offset  # the client has read all before it
         self.holds = holds
         self._outlet = outlet
         self._on_done = on_done
+        self._newest = newest
         self._is_open = False
         self._sent = offset
         self._state: object = None  # as the client knows it
+        self._is_told = False  # the client knows how the job ended
         self._input: tuple[int, int] | None = None  # the same: bytes, resumptions
 
     def open(self) -> None:
@@ -14663,8 +14612,11 @@ class ClientFollower:
                 f"byte {offset} is acknowledged, and {self._sent} were sent",
             )
         self.position = max(self.position, offset)
-        if not self.job.record.is_open and self.position >= self.job.log.end:
-            self._on_done(self)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the client has all, and said so if it holds the log."""
+        return self._is_told and (not self.holds or self.position >= self.job.log.end)
 
     def _next(self) -> str | bytes | None:
         """Return the next message; only one thread at a time calls it."""
@@ -14678,6 +14630,9 @@ class ClientFollower:
             return encode_envelope(Event(JOB_INPUT, payload))
         # Before the log is read: an ending follows all bytes.
         state = (record.state, job.place, job.away_since is not None)
+        newest = self._newest
+        if newest is not None and job.log.end - self._sent > 4 * newest:
+            self._sent = job.log.tail(newest)
         start, data = job.log.read(self._sent, MAX_LOG_MESSAGE)
         if data:
             self._sent = start + len(data)
@@ -14688,7 +14643,8 @@ class ClientFollower:
             return None
         self._state = state
         # A lost job may still come back with its node.
-        if not (record.is_open or self.holds or record.state == JobState.LOST):
+        self._is_told = not record.is_open and record.state != JobState.LOST
+        if self.is_done:
             self._on_done(self)
         return encode_envelope(Event(JOB_STATE, job_state(job)))
 
@@ -14752,20 +14708,28 @@ class OperatorPeer:
         with contextlib.suppress(ConnectionClosed):
             self.ws.send(text)
 
-    def follow(self, job: Job, offset: int, *, holds: bool) -> int:
+    def check_room(self, count: int) -> None:
+        """Raises RpcError RATE_LIMITED if this is too much to follow as well."""
+        with self._lock:
+            count += len(self._followers)
+        if count > MAX_FOLLOWED:
+            raise RpcError(
+                "RATE_LIMITED", f"a connection follows at most {MAX_FOLLOWED} jobs"
+            )
+
+    def follow(
+        self, job: Job, offset: int, *, holds: bool, newest: int | None = None
+    ) -> int:
         """Send the job's log from `offset` on, or from what is left of it.
 
-        Returns where it begins.  Raises RpcError for one job too many.
+        Returns where it begins.
         """
         self.unfollow(job.id, leaves=False)
         start = job.log.boundary(max(offset, job.log.begin))
-        follower = ClientFollower(job, self._outlet, start, self._drop, holds=holds)
+        follower = ClientFollower(
+            job, self._outlet, start, self._drop, holds=holds, newest=newest
+        )
         with self._lock:
-            if len(self._followers) >= MAX_FOLLOWED:
-                raise RpcError(
-                    "RATE_LIMITED",
-                    f"one connection follows at most {MAX_FOLLOWED} jobs",
-                )
             self._followers[job.id] = follower
         self._unopened.append(follower)
         self._jobs.follow(job, follower)
@@ -14782,6 +14746,8 @@ class OperatorPeer:
         if follower is not None:
             follower.acknowledge(offset)
             self._jobs.acknowledge(follower.job)
+            if follower.is_done:
+                self._drop(follower)
 
     def _follower(self, job_id: str) -> ClientFollower | None:
         with self._lock:
@@ -15063,47 +15029,30 @@ class NodeMethods:
                 node.link.hang_up(TOKEN_REVOKED)
 
 
-def stream_texts(log: Log) -> JsonObject:
-    """Return head and tail of both streams in a log, `truncated` if that is not all."""
-    streams = {kind: Excerpt(MAX_INVOKE_OUTPUT) for kind in STREAMS}
-    position, truncated = 0, False
-    while True:
-        start, data = log.read(position)
-        truncated = truncated or start > position
-        if not data:
-            break
-        position = start + len(data)
-        for kind, piece in log_frames(data):
-            if kind in streams:
-                streams[kind].add(piece)
-    texts: JsonObject = {STREAMS[kind]: streams[kind].text() for kind in streams}
-    if truncated or any(stream.cut for stream in streams.values()):
-        texts["truncated"] = True
-    return texts
-
-
 def invoke_result(job: Job) -> JsonObject:
     """Return the answer of Moltis' `node.invoke`.
 
     Raises RpcError UNAVAILABLE where it is not known how the job ended.
     """
-    record = job.record
+    record, ending = job.record, job.ending
+    assert ending is not None
     if record.state in (JobState.LOST, JobState.EXPIRED):
         raise RpcError("UNAVAILABLE", f"{record.node_name}: {record.words()}")
-    result: JsonObject = {"node": record.node_name, **(job.result or {})}
-    if record.work == "run":
-        result.update(stream_texts(job.log))
-        result["exitCode"] = -1 if record.exit_code is None else record.exit_code
-    if record.state == JobState.FAILED:
-        result["error"] = record.reason or "it failed"
-        result.pop("exitCode", None)
-    if record.signal:
-        result["signal"] = record.signal
-    if record.state == JobState.TIMED_OUT:
-        result["timedOut"] = True
-    if record.state == JobState.CANCELLED:
-        result["cancelled"] = True
-    return result
+    output = {kind: Excerpt(MAX_INVOKE_OUTPUT) for kind in STREAMS}
+    position, truncated = 0, False
+    while position < job.log.end:
+        start, data = job.log.read(position)
+        truncated = truncated or start > position or not data
+        if not data:
+            break
+        position = start + len(data)
+        for kind, piece in log_frames(data):
+            if kind in output:
+                output[kind].add(piece)
+    result = moltis_result(record.work, ending, output)
+    if truncated or any(excerpt.cut for excerpt in output.values()):
+        result["truncated"] = True
+    return {"node": record.node_name, **result}
 
 
 def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
@@ -15143,6 +15092,8 @@ class JobMethods:
     ) -> JsonObject:
         """Start the same on each node, once all names are known."""
         peer = call.require_peer() if hold else None
+        if peer is not None:
+            peer.check_room(len(jobs))
         kept = not hold if keep is None else keep
         if not (kept or hold):
             raise RpcError("INVALID_REQUEST", "a job needs keep or hold")
@@ -15178,14 +15129,21 @@ class JobMethods:
         job: Job,
         offset: int,
         tail: int | None,
+        skip: bool,
         hold: bool,
     ) -> JsonObject:
-        """Send the log from `offset` on; of what is there, at most the last `tail`."""
+        """Send the log from `offset` on; of what is there, at most the last `tail`.
+
+        `skip`: also later, if the client falls behind by several times as much.
+        """
         if hold:
             peer.caller.require(Scope.WRITE)
+        peer.check_room(1)
         if tail is not None:
             offset = max(offset, job.log.tail(tail))
-        return {"job": job_view(job), "offset": peer.follow(job, offset, holds=hold)}
+        newest = tail if skip and not hold else None
+        start = peer.follow(job, offset, holds=hold, newest=newest)
+        return {"job": job_view(job), "offset": start}
 
     def unfollow(self, peer: OperatorPeer, job_id: str, leave: bool) -> None:
         peer.unfollow(job_id, leaves=leave)
@@ -15447,6 +15405,7 @@ class Rpc:
                 job=jobs.job,
                 offset=offset,
                 tail=Optional(required_offset),
+                skip=flag,
                 hold=flag,
             ),
             "job.unfollow": Method(
@@ -15780,30 +15739,32 @@ class MoltisPeer(NodePeer):
         self._answers: dict[str, MoltisAnswer] = {}
 
     def check(self, work: str, spec: JsonObject) -> None:
-        lacks = ""
+        problem = ""
         if work not in MOLTIS_COMMANDS:
-            lacks = "cannot do that"
+            problem = f"cannot do that: {MOLTIS_KIND}"
         elif spec.get("stdin"):
-            lacks = "passes no input to commands"
+            problem = f"passes no input to commands: {MOLTIS_KIND}"
         elif spec.get("tty"):
-            lacks = "has no terminals"
-        if lacks:
-            raise RpcError("INVALID_REQUEST", f"{self._name} {lacks}: {MOLTIS_KIND}")
+            problem = f"has no terminals: {MOLTIS_KIND}"
+        elif len(self._line) >= MAX_LINE:
+            problem = f"has {MAX_LINE} commands in line already"
+        if problem:
+            raise RpcError("INVALID_REQUEST", f"{self._name} {problem}")
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
         try:
-            self.check(work, spec)  # it may have been away when it was asked for
+            self.check(work, spec)  # it was away when it was asked for
         except RpcError as error:
-            ending = Ending(JobState.FAILED, reason=error.message)
-            self._keep(job_id, _ending_frame(ending))
+            self._end(job_id, Ending(JobState.FAILED, reason=error.message))
             return
-        if work == "run":
-            with self._lock:
+        with self._lock:
+            if work == "run":
                 self._line[job_id] = spec
-            self._next()
-        else:
-            with self._lock:
+            else:
                 self._asked[job_id] = (work, now_ms())
+        if work == "run":
+            self._advance()
+        else:
             self._request(job_id, work, spec)
 
     def acknowledge(self, job_id: str, offset: int) -> None:
@@ -15829,7 +15790,8 @@ class MoltisPeer(NodePeer):
         with self._lock:
             waited = self._line.pop(job_id, None) is not None
         if waited:
-            self._keep(job_id, _ending_frame(Ending(JobState.CANCELLED)))
+            self._end(job_id, Ending(JobState.CANCELLED))
+            self._advance()
 
     def resize(self, job_id: str, rows: int, cols: int) -> None: ...
 
@@ -15841,27 +15803,27 @@ class MoltisPeer(NodePeer):
             if self._deadline.expired:
                 self._ws.keepalive = True
 
-    def _next(self) -> None:
-        """Send the command that is first in line, if none runs."""
+    def _advance(self) -> None:
+        """Send the command that is first in line, if none runs; report the places."""
+        spec: JsonObject | None = None
         with self._lock:
-            if self._running or not self._line:
-                return
-            job_id = self._running = next(iter(self._line))
-            spec = self._line.pop(job_id)
-            self._asked[job_id] = ("run", now_ms())
-            timeout = spec.get("timeout")
-            if timeout is not None:
-                self._deadline = Deadline(timeout / 1000 + MOLTIS_GRACE)
-            waiting = list(self._line)
-        self._jobs.on_place(self, job_id, 0)
-        for place, waits in enumerate(waiting, 1):
-            self._jobs.on_place(self, waits, place)
-        args = {k: v for k, v in spec.items() if k in ("command", "cwd", "env")}
-        if not str(args.get("cwd") or "").strip():  # a blank one would fail
-            args.pop("cwd", None)
-        if timeout is not None:
-            args["timeout"] = math.ceil(timeout)  # it ignores any other number
-        self._request(job_id, "run", args)
+            if not self._running and self._line:
+                self._running = next(iter(self._line))
+                spec = self._line.pop(self._running)
+                self._asked[self._running] = ("run", now_ms())
+                if spec.get("timeout") is not None:
+                    self._deadline = Deadline(spec["timeout"] / 1000 + MOLTIS_GRACE)
+            running, line = self._running, list(self._line)
+        if spec is not None:
+            # Only what is set: it fails on a blank cwd, and takes a whole timeout only.
+            args = {n: spec[n] for n in ("command", "env") if spec.get(n)}
+            if (spec.get("cwd") or "").strip():
+                args["cwd"] = spec["cwd"]
+            if spec.get("timeout") is not None:
+                args["timeout"] = math.ceil(spec["timeout"])
+            self._request(running, "run", args)
+        for place, job_id in enumerate([running, *line]):
+            self._jobs.on_place(self, job_id, place)
 
     def _request(self, job_id: str, work: str, args: JsonObject) -> None:
         # It reads nothing, so answers no ping, while it works.
@@ -15884,8 +15846,11 @@ class MoltisPeer(NodePeer):
         if asked is not None:
             work, started_at = asked
             self._keep(job_id, answer_log(work, result, started_at))
-        self._next()
+        self._advance()
         return {}
+
+    def _end(self, job_id: str, ending: Ending) -> None:
+        self._keep(job_id, _ending_frame(ending))
 
     def _keep(self, job_id: str, data: bytes) -> None:
         answer = MoltisAnswer(data)
@@ -16560,10 +16525,8 @@ class Edge:
             )
         cross = request.method != "GET" or request.path == "/ws"
         # Programs other than browsers send no Origin, and no cookie by themselves.
-        if cross and request.headers.get("Origin", "").lower() not in (
-            ("" if "Origin" not in request.headers else request.origin),
-            request.origin,
-        ):
+        origin = request.headers.get("Origin", request.origin)
+        if cross and origin.lower() != request.origin:
             return error_reply(
                 403,
                 "this request comes from another site's page; behind a proxy that "
@@ -18015,9 +17978,9 @@ details label input { flex: 0 1 420px; }
 }
 """
 
-WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown, socket, job logs,
-// state, routes, widgets, views, start.  Text reaches the document as text nodes only;
-// the views show `state` and hold none of their own.
+WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown,
+// socket, job logs, state, routes, widgets, views, start.  Text reaches the document as
+// text nodes only; the views show `state` and hold none of their own.
 
 // == dom ==
 
@@ -18913,6 +18876,7 @@ const LOG_DATA = 1; // kind of binary message
 const STDOUT = 1; // kind of log frame
 const STDERR = 2;
 const FRAME_HEAD = 5; // bytes: kind, length of the data
+const LINE_FEED = 10;
 const TAIL = 256 * 1024; // bytes; the part of a log that the page reads
 
 const viewOf = bytes => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -18996,8 +18960,25 @@ class JobLog {
     this.decoders = newDecoders();
   }
 
+  // Drop pending lines that would scroll out at once: parsing them takes longest.
+  leaveOutScrolled() {
+    let lines = 0;
+    for (let n = this.pending.length - 1; n >= 0; n -= 1) {
+      const [kind, data] = this.pending[n];
+      let at = data.length;
+      while (at > 0 && (at = data.lastIndexOf(LINE_FEED, at - 1)) >= 0) {
+        lines += 1;
+        if (lines <= MAX_LINES) continue;
+        this.pending[n] = [kind, data.subarray(at + 1)];
+        this.leaveOut(n);
+        return;
+      }
+    }
+  }
+
   // Write pending output to the terminal.
   settle() {
+    this.leaveOutScrolled();
     for (const [kind, data] of this.pending) {
       const text = this.decoders[kind].decode(data, {stream: true});
       this.terminal.write(text, kind === STDERR);
@@ -19281,7 +19262,7 @@ async function followJob(chat, log) {
   if (log.isComplete || state.link !== "up" || state.followed.has(id)) return;
   state.followed.set(id, chat);
   try {
-    const {job} = await link.call("job.follow", {id, offset, tail: TAIL});
+    const {job} = await link.call("job.follow", {id, offset, tail: TAIL, skip: true});
     chat.updateJob(job);
   } catch (error) {
     state.followed.delete(id);
@@ -20082,7 +20063,9 @@ async function send(line) {
   recall.place = null;
   follows = true;
   const entry = currentSession();
-  const params = {text: typed, sessionKey: entry.key, model: currentModel(entry)};
+  const params = {text: typed, sessionKey: entry.key};
+  // Before the list of sessions is here, only the gateway knows the model.
+  if (state.sessions.includes(entry)) params.model = currentModel(entry);
   const answer = await attempt("chat.send", params);
   // Restore the text if the call failed.
   if (!answer && line === undefined && !text.value) text.value = typed;
@@ -21950,9 +21933,9 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Install, Wire protocol, Commands, Language models, Node agent,
-#       Node service, Certificates, Access, Agent, Chat, Gateway, HTTP, Operator client,
-#       MCP, Assembly
+# Uses: Settings, Install, TLS, Wire protocol, Commands, Language models, Node agent,
+#       Node service, Access, Agent, Chat, Gateway, HTTP, Operator client, MCP,
+#       Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
