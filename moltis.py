@@ -7841,7 +7841,9 @@ NodeStateHandler: TypeAlias = "Callable[[bool, UserError | None], None]"
 def _jobs_extension(hello: JsonObject) -> JsonObject | None:
     """Return the offsets to send from, by job; None from a Moltis gateway."""
     extensions = optional(hello, "extensions", dict) or {}
-    return optional(optional(extensions, "moltis", dict) or {}, "jobs", dict)
+    ours = optional(extensions, "moltis", dict) or {}
+    jobs: JsonObject | None = optional(ours, "jobs", dict)
+    return jobs
 
 
 class _LogSource(Value):
@@ -11951,12 +11953,13 @@ class Jobs:
         job = self._of_node(link.node_id, job_id)
         if job is None:
             return  # settled, and the node has been told
-        if offset + len(data) > job.acknowledged + LOG_WINDOW + MAX_LOG_MESSAGE:
+        end = offset + len(data)
+        # The one answer of a Moltis node is here already, and bounded.
+        if link.resumes and end > job.acknowledged + LOG_WINDOW + MAX_LOG_MESSAGE:
             raise RpcError(
                 "PROTOCOL_ERROR", f"{job_id}: more than a window is not acknowledged"
             )
         ending = check_frames(data)
-        end = offset + len(data)
         if job.log_end is not None and end > job.log_end:
             raise RpcError("PROTOCOL_ERROR", "frames follow the ending")
         job.log.append(offset, data)
@@ -13272,16 +13275,20 @@ class HeldJob:
 
         Raises ModelError if a part of the log is missing.
         """
-        ended = not self.job.record.is_open  # all bytes are in the log before that
-        start, data = self.job.log.read(self.position)
-        if start > self.position:
-            raise ModelError(f"{self.job.record.node_name} lost a part of its answer")
-        if not data:
-            return None if ended else b""
-        self.position = start + len(data)
-        self._jobs.acknowledge(self.job)
-        output = b"".join(piece for kind, piece in log_frames(data) if kind == STDOUT)
-        return output or self.read()  # the ending's frame holds none
+        output = b""
+        while not output:
+            ended = not self.job.record.is_open  # all bytes are in the log before that
+            start, data = self.job.log.read(self.position)
+            if start > self.position:
+                name = self.job.record.node_name
+                raise ModelError(f"{name} lost a part of its answer")
+            if not data:
+                return None if ended else b""
+            self.position = start + len(data)
+            self._jobs.acknowledge(self.job)
+            pieces = (piece for kind, piece in log_frames(data) if kind == STDOUT)
+            output = b"".join(pieces)
+        return output
 
     def close(self) -> None:
         """Leave the job; one that has not ended is cancelled."""
@@ -14507,8 +14514,8 @@ class Chats:
 
 # ==============================================================================
 # Gateway
-# Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Machine, Store,
-#       Access, Fleet, Jobs, Agent, Model directory, Chat
+# Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Commands,
+#       Machine, Store, Access, Fleet, Jobs, Agent, Model directory, Chat
 #
 # What peers may ask of the gateway, and what it sends them: RPC methods in one table,
 # events to subscribers, jobs between operators and nodes.  A peer's role comes from
@@ -14563,6 +14570,26 @@ def answer_request(
 
 
 # --- Operators ---
+
+
+def _takes_input(record: JobRecord) -> bool:
+    return bool(record.spec and (record.spec.get("stdin") or record.spec.get("tty")))
+
+
+STATE_FIELDS = ("id", "state", "words", "failed", "place", "awayMs", "end")
+ENDING_FIELDS = (
+    *("state", "exitCode", "signal", "reason", "stdoutBytes", "stderrBytes"),
+    *("startedAt", "duration"),
+)
+
+
+def job_state(job: Job) -> JsonObject:
+    """Return the payload of the event `job.state`."""
+    view = job_view(job)
+    state = {name: view[name] for name in STATE_FIELDS if name in view}
+    if not job.record.is_open:
+        state["ending"] = {n: view[n] for n in ENDING_FIELDS if n in view}
+    return state
 
 
 class ClientFollower:
@@ -14647,26 +14674,6 @@ class ClientFollower:
         if self.is_done:
             self._on_done(self)
         return encode_envelope(Event(JOB_STATE, job_state(job)))
-
-
-def _takes_input(record: JobRecord) -> bool:
-    return bool(record.spec and (record.spec.get("stdin") or record.spec.get("tty")))
-
-
-STATE_FIELDS = ("id", "state", "words", "failed", "place", "awayMs", "end")
-ENDING_FIELDS = (
-    *("state", "exitCode", "signal", "reason", "stdoutBytes", "stderrBytes"),
-    *("startedAt", "duration"),
-)
-
-
-def job_state(job: Job) -> JsonObject:
-    """Return the payload of the event `job.state`."""
-    view = job_view(job)
-    state = {name: view[name] for name in STATE_FIELDS if name in view}
-    if not job.record.is_open:
-        state["ending"] = {n: view[n] for n in ENDING_FIELDS if n in view}
-    return state
 
 
 class OperatorPeer:
@@ -14849,6 +14856,27 @@ class Optional(Value):
     default: Any = None
 
 
+def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
+    """Raises RpcError INVALID_REQUEST, which names the parameter."""
+    if isinstance(kind, Optional):
+        if call.params.get(name) is None:
+            return kind.default
+        kind = kind.kind
+    if kind is RpcCall:
+        return call
+    if kind is Caller:
+        return call.caller
+    if kind is OperatorPeer:
+        return call.require_peer()
+    if not isinstance(kind, type):
+        return kind(call.params, name)
+    value = required(call.params, name, kind)
+    # Neither the store nor the timeout of a thread takes more.
+    if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
+        raise RpcError("INVALID_REQUEST", f"{name} is out of range")
+    return value
+
+
 class Method:
     """An action with the scope it needs, and its parameters by their JSON names."""
 
@@ -14873,41 +14901,24 @@ class Method:
         return {} if payload is None else payload
 
 
-def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
-    """Raises RpcError INVALID_REQUEST, which names the parameter."""
-    if isinstance(kind, Optional):
-        if call.params.get(name) is None:
-            return kind.default
-        kind = kind.kind
-    if kind is RpcCall:
-        return call
-    if kind is Caller:
-        return call.caller
-    if kind is OperatorPeer:
-        return call.require_peer()
-    if not isinstance(kind, type):
-        return kind(call.params, name)
-    value = required(call.params, name, kind)
-    # Neither the store nor the timeout of a thread takes more.
-    if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
-        raise RpcError("INVALID_REQUEST", f"{name} is out of range")
-    return value
-
-
 def required_id(params: JsonObject, _name: str) -> str:
     """Return the `id` of a job.  Raises RpcError."""
     job_id: str = required(params, "id", str)
     return job_id
 
 
-def required_wait(params: JsonObject, name: str) -> float:
-    """Return the seconds for which an answer may wait.  Raises RpcError."""
-    wait: float = required(params, name, float)
-    if not 0 <= wait <= MAX_WAIT:
-        raise RpcError(
-            "INVALID_REQUEST", f"{name} takes 0 to {MAX_WAIT:.0f} s, not {wait:g}"
-        )
-    return wait
+def seconds(limit: float) -> Kind:
+    """Return the kind of a parameter that is a time of at most `limit` s."""
+
+    def check(params: JsonObject, name: str) -> float:
+        value: float = required(params, name, float)
+        if not 0 <= value <= limit:
+            raise RpcError(
+                "INVALID_REQUEST", f"{name} takes 0 to {limit:.0f} s, not {value:g}"
+            )
+        return value
+
+    return check
 
 
 def required_texts(params: JsonObject, name: str) -> list[str]:
@@ -15069,6 +15080,10 @@ def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
     return pieces
 
 
+def caller_origin(caller: Caller) -> Origin:
+    return Origin(caller.kind, caller.id, caller.name, caller.address)
+
+
 class JobMethods:
     """What operators may do with the work on machines."""
 
@@ -15097,8 +15112,6 @@ class JobMethods:
         kept = not hold if keep is None else keep
         if not (kept or hold):
             raise RpcError("INVALID_REQUEST", "a job needs keep or hold")
-        if not 0 <= queue <= MAX_QUEUE:
-            raise RpcError("INVALID_REQUEST", f"queue takes 0 to {MAX_QUEUE:.0f} s")
         records = [
             new_job(
                 self._fleet.resolve(required(item, "node", str)),
@@ -15206,10 +15219,6 @@ class JobMethods:
         return mapped(self._jobs.ended(job, None), invoke_result)
 
 
-def caller_origin(caller: Caller) -> Origin:
-    return Origin(caller.kind, caller.id, caller.name, caller.address)
-
-
 class ChatMethods:
     """What operators may do in sessions."""
 
@@ -15268,6 +15277,10 @@ def session_label(params: JsonObject, name: str) -> str:
     return valid_name(label) if label.strip() else ""
 
 
+def _key_view(key: OperatorKey) -> JsonObject:
+    return {**key.to_json(), "keyId": key.id}
+
+
 class AccessMethods:
     """What administrators may do about operators: keys, sign-ins, the audit."""
 
@@ -15318,8 +15331,14 @@ class AccessMethods:
         return [{**entry.to_json(), "words": entry.words()} for entry in entries]
 
 
-def _key_view(key: OperatorKey) -> JsonObject:
-    return {**key.to_json(), "keyId": key.id}
+def _known_events(names: list[str]) -> set[str]:
+    for name in names:
+        if name not in EVENTS:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"there is no event {name[:100]!r}; there is {', '.join(EVENTS)}",
+            )
+    return set(names)
 
 
 def subscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
@@ -15332,16 +15351,6 @@ def unsubscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
     """Send the caller these events no longer.  Raises RpcError."""
     peer.events -= _known_events(events)
     return {"subscriptionId": peer.id, "events": sorted(peer.events)}
-
-
-def _known_events(names: list[str]) -> set[str]:
-    for name in names:
-        if name not in EVENTS:
-            raise RpcError(
-                "INVALID_REQUEST",
-                f"there is no event {name[:100]!r}; there is {', '.join(EVENTS)}",
-            )
-    return set(names)
 
 
 class Rpc:
@@ -15397,7 +15406,7 @@ class Rpc:
                 spec=dict,
                 keep=Optional(bool),
                 hold=flag,
-                queue=Optional(float, 0.0),
+                queue=Optional(seconds(MAX_QUEUE), 0.0),
             ),
             "job.follow": Method(
                 *(jobs.follow, read),
@@ -15421,11 +15430,11 @@ class Rpc:
                 *(jobs.read, read),
                 job=jobs.job,
                 offset=offset,
-                wait=Optional(required_wait, 0.0),
+                wait=Optional(seconds(MAX_WAIT), 0.0),
                 encoding=Optional(one_of("text", "base64"), "text"),
             ),
             "job.wait": Method(
-                jobs.wait, read, job=jobs.job, wait=Optional(required_wait, 30.0)
+                jobs.wait, read, job=jobs.job, wait=Optional(seconds(MAX_WAIT), 30.0)
             ),
             "job.list": Method(
                 *(jobs.page, read),
@@ -15618,101 +15627,32 @@ MOLTIS_TIMEOUT = "command timed out after"  # how such a node says so
 MOLTIS_GRACE = 60.0  # s beyond a command's timeout; then its silence counts again
 
 
-def answer_log(work: str, result: JsonObject, started_at: int | None) -> bytes:
-    """Return a node's one answer as the log of its job."""
-    if work != "run":
-        problem = result.get("error")
-        if problem is None:
-            ending = Ending(JobState.DONE, result=result)
-        else:
-            ending = Ending(JobState.FAILED, reason=str(problem))
-        return _ending_frame(ending)
-    try:
-        ending, stdout, stderr = _run_answer(result)
-    except RpcError as error:
-        problem = f"the node sent a result that makes no sense: {error}"
-        ending, stdout, stderr = Ending(JobState.FAILED, reason=problem), b"", b""
-    frames = [
-        encode_log_frame(kind, data[start : start + MAX_FRAME_DATA])
-        for kind, data in ((STDOUT, stdout), (STDERR, stderr))
-        for start in range(0, len(data), MAX_FRAME_DATA)
-    ]
-    duration = None if started_at is None else (now_ms() - started_at) / 1000
-    ending = ending.replace(
-        stdout_bytes=len(stdout),
-        stderr_bytes=len(stderr),
-        started_at=started_at,
-        duration=None if duration is None else max(0.0, duration),
-    )
-    return b"".join([*frames, _ending_frame(ending)])
+def moltis_ending(work: str, result: JsonObject) -> Ending:
+    """Return how a job ended for which a node sent this one answer.
 
-
-def _run_answer(result: JsonObject) -> tuple[Ending, bytes, bytes]:
-    """Return ending, stdout and stderr of a command.  Raises RpcError."""
-    stdout, stderr = (
-        (optional(result, name, str) or "").encode("utf-8", "replace")
-        for name in ("stdout", "stderr")
-    )
+    Raises RpcError for an answer that makes no sense.
+    """
     problem = result.get("error")
     if problem is not None:
-        state = JobState.FAILED
-        if str(problem).startswith(MOLTIS_TIMEOUT):
-            state = JobState.TIMED_OUT
-        return Ending(state, reason=clip(str(problem), MAX_REASON)), stdout, stderr
-    code = required(result, "exitCode", int)
-    if not -(2**31) <= code < 2**32:  # Windows has exit codes of 32 bits
-        code = -1
+        timed_out = str(problem).startswith(MOLTIS_TIMEOUT)
+        state = JobState.TIMED_OUT if timed_out else JobState.FAILED
+        return Ending(state, reason=clip(str(problem), MAX_REASON))
+    if work != "run":
+        return Ending(JobState.DONE, result=result)
     state = JobState.DONE
     if result.get("timedOut"):
         state = JobState.TIMED_OUT
     elif result.get("cancelled"):
         state = JobState.CANCELLED
-    number = result.get("signal")
-    name = number if isinstance(number, str) else None
-    if isinstance(number, int):
+    name = result.get("signal")
+    if isinstance(name, int):
         with contextlib.suppress(ValueError):
-            name = signal.Signals(number).name
-    return Ending(state, None if name else code, name), stdout, stderr
-
-
-def _ending_frame(ending: Ending) -> bytes:
-    return encode_log_frame(ENDING, to_json(ending).encode("utf-8", "replace"))
-
-
-class MoltisAnswer:
-    """The one answer of a Moltis node, kept as a log until it is acknowledged."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._lock = threading.Lock()  # guards all below
-        self._sent = self._acknowledged = 0
-        self._sending = False
-
-    def acknowledge(self, offset: int) -> bool:
-        """Return whether all of it is acknowledged."""
-        with self._lock:
-            self._acknowledged = max(self._acknowledged, offset)
-            return self._acknowledged >= len(self._data)
-
-    def send(self, take: Callable[[int, bytes], None]) -> None:
-        """Give `take` what the window has room for.
-
-        It acknowledges meanwhile, which calls this again: that goes on here.
-        """
-        while True:
-            with self._lock:
-                start = self._sent
-                room = self._acknowledged + LOG_WINDOW - start
-                size = whole_frames(self._data[start : start + MAX_LOG_MESSAGE])
-                if self._sending or not 0 < size <= room:
-                    return
-                self._sent += size
-                self._sending = True
-            try:
-                take(start, self._data[start : start + size])
-            finally:
-                with self._lock:
-                    self._sending = False
+            name = signal.Signals(name).name
+    if isinstance(name, str):
+        return Ending(state, signal=name)
+    code = required(result, "exitCode", int)
+    # Windows has exit codes of 32 bits.
+    return Ending(state, code if -(2**31) <= code < 2**32 else -1)
 
 
 class MoltisPeer(NodePeer):
@@ -15736,7 +15676,6 @@ class MoltisPeer(NodePeer):
         self._asked: dict[str, tuple[str, int]] = {}  # by id: work, when (ms)
         self._running = ""  # the command among them
         self._deadline = Deadline(None)  # of its answer
-        self._answers: dict[str, MoltisAnswer] = {}
 
     def check(self, work: str, spec: JsonObject) -> None:
         problem = ""
@@ -15755,7 +15694,7 @@ class MoltisPeer(NodePeer):
         try:
             self.check(work, spec)  # it was away when it was asked for
         except RpcError as error:
-            self._end(job_id, Ending(JobState.FAILED, reason=error.message))
+            self._end(job_id, Ending(JobState.FAILED, reason=error.message), {})
             return
         with self._lock:
             if work == "run":
@@ -15767,15 +15706,7 @@ class MoltisPeer(NodePeer):
         else:
             self._request(job_id, work, spec)
 
-    def acknowledge(self, job_id: str, offset: int) -> None:
-        with self._lock:
-            answer = self._answers.get(job_id)
-        if answer is None:
-            return
-        if answer.acknowledge(offset):
-            with self._lock:
-                self._answers.pop(job_id, None)
-        self._send(job_id, answer)
+    def acknowledge(self, job_id: str, offset: int) -> None: ...
 
     def check_cancel(self, job_id: str) -> None:
         with self._lock:
@@ -15790,7 +15721,7 @@ class MoltisPeer(NodePeer):
         with self._lock:
             waited = self._line.pop(job_id, None) is not None
         if waited:
-            self._end(job_id, Ending(JobState.CANCELLED))
+            self._end(job_id, Ending(JobState.CANCELLED), {})
             self._advance()
 
     def resize(self, job_id: str, rows: int, cols: int) -> None: ...
@@ -15845,21 +15776,33 @@ class MoltisPeer(NodePeer):
             self._ws.keepalive = not self._asked
         if asked is not None:
             work, started_at = asked
-            self._keep(job_id, answer_log(work, result, started_at))
+            try:
+                ending = moltis_ending(work, result)
+            except RpcError as error:
+                reason = f"the node sent a result that makes no sense: {error}"
+                ending = Ending(JobState.FAILED, reason=reason)
+            duration = max(0, now_ms() - started_at) / 1000
+            ending = ending.replace(started_at=started_at, duration=duration)
+            self._end(job_id, ending, result)
         self._advance()
         return {}
 
-    def _end(self, job_id: str, ending: Ending) -> None:
-        self._keep(job_id, _ending_frame(ending))
-
-    def _keep(self, job_id: str, data: bytes) -> None:
-        answer = MoltisAnswer(data)
-        with self._lock:
-            self._answers[job_id] = answer
-        self._send(job_id, answer)
-
-    def _send(self, job_id: str, answer: MoltisAnswer) -> None:
-        answer.send(partial(self._jobs.on_log, self, job_id))
+    def _end(self, job_id: str, ending: Ending, result: JsonObject) -> None:
+        """Write a job's log: the output in its one answer, and the ending."""
+        frames, counts = [], []
+        for kind, name in STREAMS.items():
+            text = result.get(name)
+            data = text.encode("utf-8", "replace") if isinstance(text, str) else b""
+            counts.append(len(data))
+            for start in range(0, len(data), MAX_FRAME_DATA):
+                frames.append((kind, data[start : start + MAX_FRAME_DATA]))
+        ending = ending.replace(stdout_bytes=counts[0], stderr_bytes=counts[1])
+        frames.append((ENDING, to_json(ending).encode("utf-8", "replace")))
+        offset = 0
+        for frame in frames:
+            data = encode_log_frame(*frame)
+            self._jobs.on_log(self, job_id, offset, data)
+            offset += len(data)
 
     def _take_data(self, message: bytes) -> None: ...
 
@@ -15891,22 +15834,58 @@ class Client(Value):
 class Introduction:
     """The first exchange of a connection, until the peer has proved who it is."""
 
-    def __init__(self, access: Access, client: Client, require_scram: bool) -> None:
+    def __init__(
+        self, ws: WebSocket, access: Access, client: Client, *, require_scram: bool
+    ) -> None:
+        self.request_id = ""  # of the request that is to be answered
+        self._ws = ws
         self._access = access
         self._client = client
         self._require_scram = require_scram
         self._scram: ScramServer | None = None
 
-    def take(self, request: Request) -> Identity | JsonObject:
+    def identity(self) -> Identity | None:
+        """Return who the peer is; None if it leaves before it has proved that.
+
+        Raises RpcError: refuse its request with it.  Raises ConnectionClosed, and
+        TimeoutError after CONNECT_TIMEOUT.
+        """
+        deadline = Deadline(CONNECT_TIMEOUT)
+        while True:
+            message = self._ws.receive(deadline.remaining())
+            if message is None:
+                return None
+            answer = self._answer(self._request(message))
+            if isinstance(answer, Identity):
+                self._scram = None  # it would live as long as the connection
+                self._client.on_identified()
+                return answer
+            self._ws.send(encode_envelope(Response(self.request_id, answer)))
+
+    def _request(self, message: str | bytes) -> Request:
+        """Raises RpcError for anything but a request."""
+        self.request_id = ""
+        if isinstance(message, bytes):
+            raise RpcError("PROTOCOL_ERROR", "the first message must be connect")
+        try:
+            envelope = decode_envelope(message)
+        except EnvelopeError as error:
+            self.request_id = error.id
+            raise
+        if not isinstance(envelope, Request):
+            raise RpcError("PROTOCOL_ERROR", "the first message must be a request")
+        self.request_id = envelope.id
+        return envelope
+
+    def _answer(self, request: Request) -> Identity | JsonObject:
         """Return the answer to `auth.scram`, or who sent `connect`.
 
-        Raises RpcError: refuse the peer with it.
+        Raises RpcError.
         """
+        devices, client = self._access.devices, self._client
         try:
             if request.method == CAP_SCRAM and self._scram is None:
-                self._scram = self._access.devices.scram_server(
-                    self._client.channel_binding
-                )
+                self._scram = devices.scram_server(client.channel_binding)
                 first = required(request.params, "clientFirst", str)
                 return {"serverFirst": self._scram.first(first)}
             if request.method != "connect":
@@ -15920,8 +15899,8 @@ class Introduction:
         except AuthenticationError as error:
             # Not counted against the address: 256 bits cannot be guessed, and a node
             # with an old token must not lock out others behind the same router.
-            log.warning("refused address=%s: %s", self._client.address, error)
-            self._access.devices.note_refused_device(str(error), self._client.address)
+            log.warning("refused address=%s: %s", client.address, error)
+            devices.note_refused_device(str(error), client.address)
             text = "authentication failed"
             if isinstance(error, ChannelMismatch):
                 text = f"{text}: {error}"
@@ -15929,39 +15908,33 @@ class Introduction:
 
     def _identify(self, params: ConnectParams) -> Identity:
         """Raises AuthenticationError, or RpcError where there is no credential."""
+        access, final = self._access, ""
         if params.scram_final and self._scram is not None:
-            server_final = self._scram.final(params.scram_final)
+            final = self._scram.final(params.scram_final)
             handle = self._scram.username or ""
-            device = self._access.devices.device_by_handle(handle)
-            return _device_identity(params, device, handle, server_final)
-        if params.device_token:
+            device = access.devices.device_by_handle(handle)
+        elif params.device_token:
             if self._require_scram:
                 raise RpcError(
                     "FORBIDDEN", "this gateway takes no token as it is, only SCRAM"
                 )
-            device = self._access.devices.device_by_token(params.device_token)
             handle = device_handle(params.device_token)
-            return _device_identity(params, device, handle)
-        if params.api_key:
-            caller = self._access.operators.admit_operator(
-                params.api_key, self._client.address
-            )
+            device = access.devices.device_by_token(params.device_token)
+        elif params.api_key:
+            address = self._client.address
+            caller = access.operators.admit_operator(params.api_key, address)
             return Identity(caller, params)
-        if self._client.login is not None and params.role != "node":
+        elif self._client.login is not None and params.role != "node":
             return Identity(self._client.login, params)
-        raise RpcError(
-            "FORBIDDEN",
-            "no credential: a node needs a device token, an operator a key or sign-in",
-        )
-
-
-def _device_identity(
-    params: ConnectParams, device: Device | None, handle: str, server_final: str = ""
-) -> Identity:
-    """Raises AuthenticationError where there is no such device."""
-    if device is None:
-        raise AuthenticationError("unknown or revoked device token")
-    return Identity(device_caller(device), params, device, handle, server_final)
+        else:
+            raise RpcError(
+                "FORBIDDEN",
+                "no credential: a node needs a device token, an operator a key or "
+                "sign-in",
+            )
+        if device is None:
+            raise AuthenticationError("unknown or revoked device token")
+        return Identity(device_caller(device), params, device, handle, final)
 
 
 def note_presence(
@@ -15993,27 +15966,6 @@ def note_presence(
         # A full disk must not part a node from the commands that it runs.
         log.warning("presence not recorded node=%s: %s", params.client_id, error)
         return True
-
-
-def _first_request(message: str | bytes) -> Request:
-    """Raises RpcError for anything but a request."""
-    if isinstance(message, bytes):
-        raise RpcError("PROTOCOL_ERROR", "the first message must be the text connect")
-    envelope = decode_envelope(message)
-    if not isinstance(envelope, Request):
-        raise RpcError("PROTOCOL_ERROR", "the first message must be a request")
-    return envelope
-
-
-def _refuse(ws: WebSocket, request_id: str, error: RpcError) -> ConnectionClosed:
-    """Answer a `connect` with `error`; return the reason to close the connection.
-
-    Raises ConnectionClosed where it is closed.
-    """
-    # The answer first, then the close: existing nodes read it so.
-    ws.send(encode_envelope(Response(request_id, error=error)))
-    ws.flush(KILL_AFTER)
-    return ConnectionClosed(CloseCode.POLICY_VIOLATION, error.message[:100])
 
 
 class Gateway:
@@ -16054,11 +16006,25 @@ class Gateway:
         with self._lock:
             self._connections.add(ws)
             stops = self._closed
+        introduction = Introduction(
+            ws, self._access, client, require_scram=self._require_scram
+        )
         try:
-            # What was said on the way in is forgotten here: 5 KiB of each node.
-            identified = None if stops else self._introduce(ws, client)
-            if identified is not None:
-                self._serve_identity(ws, *identified, client.address)
+            # Its messages are freed here: 5 KiB of each node.
+            identity = None if stops else introduction.identity()
+            if identity is None:
+                return
+            if identity.device is None:
+                self._serve_operator(ws, introduction.request_id, identity)
+            else:
+                self._serve_node(ws, introduction.request_id, identity, client.address)
+        except RpcError as error:
+            # The answer first, then the close: existing nodes read it so.
+            with contextlib.suppress(ConnectionClosed, TimeoutError):
+                answer = Response(introduction.request_id, error=error)
+                ws.send(encode_envelope(answer))
+                ws.flush(KILL_AFTER)
+                ws.close(CloseCode.POLICY_VIOLATION, error.message[:100], timeout=0)
         except ConnectionClosed as error:
             if is_sendable_close_code(error.code):  # else the peer is gone
                 ws.close(error.code, error.reason, timeout=0)
@@ -16085,42 +16051,6 @@ class Gateway:
         for ws in connections:
             ws.close(CloseCode.GOING_AWAY, "the gateway stops", timeout=0)
 
-    def _introduce(self, ws: WebSocket, client: Client) -> tuple[str, Identity] | None:
-        """Return the id of the `connect` to be answered and who sent it, if anybody.
-
-        Raises ConnectionClosed, or TimeoutError when they do not say in time.
-        """
-        deadline = Deadline(CONNECT_TIMEOUT)
-        introduction = Introduction(self._access, client, self._require_scram)
-        while True:
-            message = ws.receive(deadline.remaining())
-            if message is None:
-                return None
-            request_id = ""
-            try:
-                request = _first_request(message)
-                request_id = request.id
-                answer = introduction.take(request)
-            except RpcError as error:
-                known = error.id if isinstance(error, EnvelopeError) else request_id
-                raise _refuse(ws, known, error) from error
-            if isinstance(answer, Identity):
-                client.on_identified()
-                return request_id, answer
-            ws.send(encode_envelope(Response(request_id, answer)))
-
-    def _serve_identity(
-        self, ws: WebSocket, request_id: str, identity: Identity, address: str
-    ) -> None:
-        """Raises ConnectionClosed."""
-        try:
-            if identity.device is not None:
-                self._serve_node(ws, request_id, identity, identity.device, address)
-            else:
-                self._serve_operator(ws, request_id, identity)
-        except RpcError as error:
-            raise _refuse(ws, request_id, error) from error
-
     def _serve_operator(
         self, ws: WebSocket, request_id: str, identity: Identity
     ) -> None:
@@ -16136,15 +16066,11 @@ class Gateway:
             self._audience.remove(peer)
 
     def _serve_node(
-        self,
-        ws: WebSocket,
-        request_id: str,
-        identity: Identity,
-        device: Device,
-        address: str,
+        self, ws: WebSocket, request_id: str, identity: Identity, address: str
     ) -> None:
         """Raises RpcError when this node may not be here, ConnectionClosed later."""
-        params = identity.params
+        params, device = identity.params, identity.device
+        assert device is not None
         kind = NodePeer if CAP_JOBS in params.capabilities else MoltisPeer
         peer = kind(ws, params, self._fleet, self._jobs)
         node = ConnectedNode(params.client_id, device.id, peer, params, address)
@@ -16256,7 +16182,7 @@ class Gateway:
 # ==============================================================================
 # HTTP
 # Uses: Settings, WebSocket handshake, WebSocket protocol, WebSocket connections,
-#       TLS, Wire protocol, Access, Jobs, Gateway
+#       TLS, Wire protocol, Store, Access, Jobs, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
 # web pages out, limits for strangers.  http.server does the parsing; what a request
@@ -16405,6 +16331,13 @@ AUDIT_COLUMNS = (
 )
 
 
+def _csv_row(row: JsonObject) -> list[str]:
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
+    values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
+    # A spreadsheet would carry out what begins like a formula.
+    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
+
+
 def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
     """Yield rows of the audit as CSV (RFC 4180), times in UTC."""
     import csv
@@ -16417,13 +16350,6 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
         yield text.getvalue().encode("utf-8", "replace")
         text.seek(0)
         text.truncate()
-
-
-def _csv_row(row: JsonObject) -> list[str]:
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
-    values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
-    # A spreadsheet would carry out what begins like a formula.
-    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
 
 
 # --- Who may ask ---
@@ -16750,6 +16676,68 @@ class HttpApp:
         return json_reply(200, {}, [("Set-Cookie", cookie)])
 
 
+# --- Limits ---
+
+
+class Admission:
+    """One connection's place among those that there may be."""
+
+    def __init__(self, block: str, forget: Callable[[Admission, bool], None]) -> None:
+        self.block = block  # of addresses
+        self.is_known = False
+        self._forget = forget
+
+    def identified(self) -> None:
+        """Its peer has proved who it is."""
+        self._forget(self, False)
+
+    def end(self) -> None:
+        self._forget(self, True)
+
+
+class ConnectionLimits:
+    """How many connections there are, and of them of peers nobody knows yet.
+
+    Strangers are counted by themselves, so that however many come, those who have
+    proved who they are keep their place.
+    """
+
+    def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
+        self._free = total
+        self._free_strangers = strangers
+        self._strangers_each = strangers_each
+        self._lock = threading.Lock()  # guards the counts here and in admissions
+        self._by_block: dict[str, int] = {}  # strangers; no entry for none
+
+    def admit(self, address: str, *, shared: bool) -> Admission | None:
+        """Return the right to stay, or None where there are too many.
+
+        `shared` addresses, as of a proxy, may have more connections than others.
+        """
+        block = address_block(address)
+        with self._lock:
+            here = self._by_block.get(block, 0)
+            crowded = here >= self._strangers_each and not shared
+            if crowded or not self._free or not self._free_strangers:
+                return None
+            self._by_block[block] = here + 1
+            self._free_strangers -= 1
+            self._free -= 1
+        return Admission(block, self._forget)
+
+    def _forget(self, admission: Admission, ended: bool) -> None:
+        """Count the connection as a stranger's no more, or not at all."""
+        with self._lock:
+            self._free += ended
+            if admission.is_known:
+                return
+            admission.is_known = True
+            self._free_strangers += 1
+            self._by_block[admission.block] -= 1
+            if not self._by_block[admission.block]:
+                del self._by_block[admission.block]
+
+
 # --- One connection ---
 
 
@@ -16999,65 +16987,6 @@ def _descriptor_limit() -> int:
     if soft == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
     return max(16, min(MAX_CONNECTIONS, soft - SPARE_DESCRIPTORS))
-
-
-class ConnectionLimits:
-    """How many connections there are, and of them of peers nobody knows yet.
-
-    Strangers are counted by themselves, so that however many come, those who have
-    proved who they are keep their place.
-    """
-
-    def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
-        self._free = total
-        self._free_strangers = strangers
-        self._strangers_each = strangers_each
-        self._lock = threading.Lock()  # guards the counts here and in admissions
-        self._by_block: dict[str, int] = {}  # strangers; no entry for none
-
-    def admit(self, address: str, *, shared: bool) -> Admission | None:
-        """Return the right to stay, or None where there are too many.
-
-        `shared` addresses, as of a proxy, may have more connections than others.
-        """
-        block = address_block(address)
-        with self._lock:
-            here = self._by_block.get(block, 0)
-            crowded = here >= self._strangers_each and not shared
-            if crowded or not self._free or not self._free_strangers:
-                return None
-            self._by_block[block] = here + 1
-            self._free_strangers -= 1
-            self._free -= 1
-        return Admission(self, block)
-
-    def forget(self, admission: Admission, *, ended: bool) -> None:
-        """Count the connection as a stranger's no more, or not at all."""
-        with self._lock:
-            self._free += ended
-            if admission.is_known:
-                return
-            admission.is_known = True
-            self._free_strangers += 1
-            self._by_block[admission.block] -= 1
-            if not self._by_block[admission.block]:
-                del self._by_block[admission.block]
-
-
-class Admission:
-    """One connection's place among those that there may be."""
-
-    def __init__(self, limits: ConnectionLimits, block: str) -> None:
-        self.block = block
-        self.is_known = False
-        self._limits = limits
-
-    def identified(self) -> None:
-        """Its peer has proved who it is."""
-        self._limits.forget(self, ended=False)
-
-    def end(self) -> None:
-        self._limits.forget(self, ended=True)
 
 
 class ConnectionThreads:
