@@ -3399,13 +3399,13 @@ class ScramServer:
 # Wire protocol
 # Uses: WebSocket connections
 #
-# What gateway, nodes and operators exchange: JSON envelopes in text messages, job logs
-# and input in binary ones, and calls that await an answer.  It knows shapes and no
-# connection.  What compatibility with Moltis (protocol 4) demands of them is here.
+# The messages between gateway, nodes and operators: JSON envelopes as text, job logs
+# and input as binary, calls that await an answer.  Shapes only: it opens no connection.
+# Compatibility with Moltis (protocol 4) is kept here.
 # ==============================================================================
 
 CAP_SCRAM = "auth.scram"
-CAP_JOBS = "jobs"  # our extension; without it a peer is a Moltis peer
+CAP_JOBS = "jobs"  # our extension; a peer without it is a Moltis peer
 
 INVOKE_REQUEST = "node.invoke.request"
 INVOKE_RESULT = "node.invoke.result"
@@ -3419,6 +3419,8 @@ JOB_RESIZE = "job.resize"
 JOB_PLACE = "job.place"
 JOB_INPUT = "job.input"
 JOB_STATE = "job.state"
+
+TOKEN_REVOKED = "the token was revoked"  # a gateway hangs up on a node for this reason
 
 MAX_CAPABILITIES = 100  # capabilities, commands; characters of each
 MAX_HELD = 4096  # jobs in one `connect`; a node holds at most half as many
@@ -3452,11 +3454,22 @@ Envelope: TypeAlias = "Request | Response | Event"
 
 
 class EnvelopeError(RpcError):
-    """A message that is no envelope: answer `id`, "" if it has none."""
+    """A message that is no envelope: refuse it under `id`, which may be empty."""
 
     def __init__(self, envelope_id: str, message: str) -> None:
         super().__init__("INVALID_REQUEST", message)
         self.id = envelope_id
+
+
+def encode_error(error: RpcError) -> JsonObject:
+    value: JsonObject = {"code": error.code, "message": redact(error.message)}
+    if error.details is not None:
+        value["details"] = error.details
+    if error.retryable is not None:
+        value["retryable"] = error.retryable
+    if error.retry_after is not None:
+        value["retryAfterMs"] = round(error.retry_after * 1000)
+    return value
 
 
 def encode_envelope(envelope: Envelope) -> str:
@@ -3484,34 +3497,19 @@ def encode_envelope(envelope: Envelope) -> str:
     return to_json(value)
 
 
-def encode_error(error: RpcError) -> JsonObject:
-    value: JsonObject = {"code": error.code, "message": redact(error.message)}
-    if error.details is not None:
-        value["details"] = error.details
-    if error.retryable is not None:
-        value["retryable"] = error.retryable
-    if error.retry_after is not None:
-        value["retryAfterMs"] = round(error.retry_after * 1000)
-    return value
-
-
-def decode_envelope(text: str) -> Envelope:
-    """Return the envelope in `text`; unknown fields are ignored.
-
-    Raises EnvelopeError.
-    """
-    try:
-        value = from_json(text)
-    except ValueError as error:
-        raise EnvelopeError("", f"the message is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise EnvelopeError("", "the message must be a JSON object")
-    envelope_id = value.get("id")
-    try:
-        return _decode_fields(value)
-    except RpcError as error:
-        known = envelope_id if isinstance(envelope_id, str) else ""
-        raise EnvelopeError(known, error.message) from error
+def decode_error(value: JsonObject) -> RpcError:
+    """Return the error that a peer sent; malformed fields are ignored."""
+    retry_after_ms = value.get("retryAfterMs")
+    if not isinstance(retry_after_ms, int) or not 0 <= retry_after_ms < 2**53:
+        retry_after_ms = None
+    retryable = value.get("retryable")
+    return RpcError(
+        str(value.get("code") or "INTERNAL"),
+        str(value.get("message") or "the peer gave no reason"),
+        details=value.get("details"),
+        retryable=retryable if isinstance(retryable, bool) else None,
+        retry_after=None if retry_after_ms is None else retry_after_ms / 1000,
+    )
 
 
 def _decode_fields(value: JsonObject) -> Envelope:
@@ -3535,19 +3533,23 @@ def _decode_fields(value: JsonObject) -> Envelope:
     raise RpcError("INVALID_REQUEST", f"type must be req, res or event, not {kind!r}")
 
 
-def decode_error(value: JsonObject) -> RpcError:
-    """Return the error that a peer sent; each field is checked."""
-    retry_after_ms = value.get("retryAfterMs")
-    if not isinstance(retry_after_ms, int) or not 0 <= retry_after_ms < 2**53:
-        retry_after_ms = None
-    retryable = value.get("retryable")
-    return RpcError(
-        str(value.get("code") or "INTERNAL"),
-        str(value.get("message") or "the peer gave no reason"),
-        details=value.get("details"),
-        retryable=retryable if isinstance(retryable, bool) else None,
-        retry_after=None if retry_after_ms is None else retry_after_ms / 1000,
-    )
+def decode_envelope(text: str) -> Envelope:
+    """Return the envelope in `text`; unknown fields are ignored.
+
+    Raises EnvelopeError.
+    """
+    try:
+        value = from_json(text)
+    except ValueError as error:
+        raise EnvelopeError("", f"the message is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise EnvelopeError("", "the message must be a JSON object")
+    try:
+        return _decode_fields(value)
+    except RpcError as error:
+        envelope_id = value.get("id")
+        known = envelope_id if isinstance(envelope_id, str) else ""
+        raise EnvelopeError(known, error.message) from error
 
 
 # --- Jobs: binary messages, log frames, endings ---
@@ -3571,7 +3573,7 @@ UUID_PATTERN = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def is_uuid(text: str) -> bool:
-    """Return whether `text` is a UUID in lower case, the form of a job's id."""
+    """Return whether `text` is a UUID in lower case, as job ids are."""
     return UUID_PATTERN.fullmatch(text) is not None
 
 
@@ -3629,45 +3631,44 @@ def encode_log_frame(kind: int, data: bytes) -> bytes:
     return FRAME_HEAD.pack(kind, len(data)) + data
 
 
-def log_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield kind and data of the whole frames in `data`."""
-    at, size = 0, FRAME_HEAD.size
-    while at + size <= len(data):
+def scan_frames(data: bytes | bytearray, at: int = 0) -> Iterator[tuple[int, int, int]]:
+    """Yield kind, start of the data and end of each whole frame from `at` on."""
+    while at + FRAME_HEAD.size <= len(data):
         kind, length = FRAME_HEAD.unpack_from(data, at)
-        at += size + length
+        start = at + FRAME_HEAD.size
+        at = start + length
         if at > len(data):
             return
-        yield kind, data[at - length : at]
+        yield kind, start, at
+
+
+def log_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield kind and data of the whole frames in `data`."""
+    return ((kind, data[start:end]) for kind, start, end in scan_frames(data))
 
 
 def whole_frames(data: bytes) -> int:
     """Return how many bytes at the beginning of `data` are whole frames."""
-    at, size = 0, FRAME_HEAD.size
-    while at + size <= len(data):
-        end = at + size + FRAME_HEAD.unpack_from(data, at)[1]
-        if end > len(data):
-            break
-        at = end
-    return at
+    return max((end for _, _, end in scan_frames(data)), default=0)
 
 
 def gap_words(count: int) -> str:
-    """Return what stands for `count` bytes of output that are not there."""
+    """Return the text in place of `count` missing bytes of output."""
     return f"[… {count:,} bytes cut …]"
 
 
 class JobState:
     """The states of a job, the same in store, wire, page and command line."""
 
-    QUEUED = "queued"  # not sent: its node is away, and the caller waits for it
+    QUEUED = "queued"  # not sent: the node is offline, and the caller waits for it
     RUNNING = "running"  # sent; in line on its node while it has a place
-    DONE = "done"  # with an exit code or a signal, whichever
-    FAILED = "failed"  # it could not be started, or refused
+    DONE = "done"  # with an exit code or a signal
+    FAILED = "failed"  # not started, or refused
     TIMED_OUT = "timed_out"
     CANCELLED = "cancelled"
-    LOST = "lost"  # nobody will know how it ended
-    EXPIRED = "expired"  # its time in `queued` was up
-    DENIED = "denied"  # by a person, or because nobody answered; it never was sent
+    LOST = "lost"  # the node will not report an ending
+    EXPIRED = "expired"  # queued for too long
+    DENIED = "denied"  # not sent: the approval was refused or not given in time
 
     OPEN = (QUEUED, RUNNING)
     BY_NODE = (DONE, FAILED, TIMED_OUT, CANCELLED)
@@ -3676,7 +3677,7 @@ class JobState:
 def ending_words(
     state: str, exit_code: int | None, signal_name: str | None, reason: str | None
 ) -> str:
-    """Return how a job ended, or that it did not, in words for people."""
+    """Return a job's state in words for people."""
     if state == JobState.DONE and signal_name:
         return f"killed by {signal_name}"
     if state == JobState.DONE and exit_code:
@@ -3686,7 +3687,7 @@ def ending_words(
 
 
 class Ending(Value):
-    """How a job ended: the data of a log's last frame, and columns of its row."""
+    """How a job ended: the last frame of its log, and columns of its row."""
 
     state: str
     exit_code: int | None = None
@@ -3696,15 +3697,15 @@ class Ending(Value):
     stderr_bytes: int = 0
     started_at: int | None = None  # ms
     duration: float | None = None  # s
-    result: JsonObject | None = None  # what works other than commands answer
+    result: JsonObject | None = None  # the answer of a work other than `run`
 
     @property
     def failed(self) -> bool:
-        """Whether a person would call it failed: an exit code, a signal, an error."""
+        """Whether people call it failed: a non-zero exit, a signal or an error."""
         return self.state != JobState.DONE or bool(self.exit_code or self.signal)
 
     def words(self) -> str:
-        """Return how it ended, in words for people, the same everywhere."""
+        """Return the ending in words for people, the same everywhere."""
         return ending_words(self.state, self.exit_code, self.signal, self.reason)
 
 
@@ -3713,7 +3714,7 @@ def decode_ending(data: bytes) -> Ending:
     try:
         ending = Ending.from_json(required({"ending": from_json(data)}, "ending", dict))
         if ending.state not in JobState.BY_NODE:
-            raise ValueError(f"a node cannot say {ending.state[:20]!r}")
+            raise ValueError(f"a node cannot end a job as {ending.state[:20]!r}")
         counts = (ending.stdout_bytes, ending.stderr_bytes, ending.started_at or 0)
         if not all(0 <= count < MAX_OFFSET for count in counts):
             raise ValueError("a count is out of range")
@@ -3732,24 +3733,21 @@ def decode_ending(data: bytes) -> Ending:
 
 
 def check_frames(data: bytes) -> Ending | None:
-    """Return the ending if `data` has one; it must be whole frames of known kinds.
+    """Return the ending in `data`, if any.
 
-    Raises RpcError PROTOCOL_ERROR.
+    Raises RpcError PROTOCOL_ERROR unless `data` is whole frames of known kinds, and
+    nothing follows the ending.
     """
-    at, size, ending = 0, FRAME_HEAD.size, None
-    while at < len(data):
+    end, ending = 0, None
+    for kind, start, end in scan_frames(data):
         if ending is not None:
             raise RpcError("PROTOCOL_ERROR", "frames follow the ending")
-        if at + size > len(data):
-            raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
-        kind, length = FRAME_HEAD.unpack_from(data, at)
-        at += size + length
-        if at > len(data):
-            raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
         if kind == ENDING:
-            ending = decode_ending(data[at - length : at])
+            ending = decode_ending(data[start:end])
         elif kind not in (STDOUT, STDERR, MARK):
             raise RpcError("PROTOCOL_ERROR", f"there is no log frame of kind {kind}")
+    if end != len(data):
+        raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
     return ending
 
 
@@ -3759,9 +3757,8 @@ Source: TypeAlias = "Callable[[], str | bytes | None]"
 class Outlet:
     """Sends messages of many sources over one connection, as fast as it drains.
 
-    A source is a callable that returns the next message or None.  wake() is for any
-    thread and neither blocks nor raises: if another thread is sending, that one goes
-    on with this source.
+    A source returns its next message, or None.  wake() works from any thread and
+    neither blocks nor raises: a thread that is already sending takes over the source.
     """
 
     def __init__(self, ws: WebSocket) -> None:
@@ -3773,7 +3770,7 @@ class Outlet:
         ws.on_drain = self._pump
 
     def wake(self, source: Source, urgency: int = 0) -> None:
-        """Send what `source` has; 0 is the more urgent."""
+        """Send the messages of `source`; urgency 0 goes before 1."""
         with self._lock:
             self._ready[urgency][source] = None
         self._pump()
@@ -3794,7 +3791,7 @@ class Outlet:
                 if message is not None:
                     self._ws.send(message)
             except ConnectionClosed:
-                message = None  # whoever comes back follows again
+                message = None  # the next connection resumes
             except Exception:
                 log.exception("a log could not be sent")
                 message = None
@@ -3804,10 +3801,53 @@ class Outlet:
                     ready.setdefault(source)  # at the end: they take turns
 
 
-class ConnectParams(Value):
-    """The parameters of `connect`, in either form of protocol 4."""
+def _text(value: JsonObject, name: str) -> str | None:
+    text: str | None = optional(value, name, str)
+    return text or None
 
-    role: str  # as requested; what is granted depends on the credential
+
+def _shown_text(value: JsonObject, name: str) -> str:
+    return printable(_text(value, name) or "")
+
+
+def _texts(value: JsonObject, name: str) -> tuple[str, ...]:
+    # Bounded, because they are stored and listed.
+    items = (optional(value, name, list) or [])[:MAX_CAPABILITIES]
+    return tuple(printable(i, MAX_CAPABILITIES) for i in items if isinstance(i, str))
+
+
+def _held_jobs(value: JsonObject, name: str) -> dict[str, int]:
+    jobs = optional(value, name, dict) or {}
+    if len(jobs) > MAX_HELD:
+        raise RpcError("INVALID_REQUEST", f"{name} names more than {MAX_HELD} jobs")
+    return {check_job_id(job_id): required_offset(jobs, job_id) for job_id in jobs}
+
+
+_whole_number = partial(optional, kind=int)
+
+# Field of ConnectParams: its place in `connect`, and its reader.
+CONNECT_FIELDS: Mapping[str, tuple[str, Callable[[JsonObject, str], Any]]] = {
+    "role": ("role", _text),
+    "client_id": ("client.id", _text),
+    "display_name": ("client.displayName", _shown_text),
+    "version": ("client.version", _shown_text),
+    "platform": ("client.platform", _shown_text),
+    "min_protocol": ("protocol.min", _whole_number),
+    "max_protocol": ("protocol.max", _whole_number),
+    "device_token": ("auth.deviceToken", _text),
+    "api_key": ("auth.api_key", _text),
+    "scram_final": ("auth.scram.clientFinal", _text),
+    "capabilities": ("extensions.moltis.caps", _texts),
+    "commands": ("extensions.moltis.commands", _texts),
+    "instance": ("extensions.moltis.instance", _text),
+    "jobs": ("extensions.moltis.jobs", _held_jobs),
+}
+
+
+class ConnectParams(Value):
+    """The parameters of `connect`."""
+
+    role: str = "operator"  # as requested; the credential decides what is granted
     client_id: str = ""
     display_name: str = ""
     version: str = ""
@@ -3820,71 +3860,37 @@ class ConnectParams(Value):
     api_key: str = ""
     scram_final: str = ""
     instance: str = ""  # one life of the node's process
-    jobs: Mapping[str, int] = NOTHING  # of our nodes: first offset held, by id
+    jobs: Mapping[str, int] = NOTHING  # first offset that the node holds, by id
 
     @classmethod
     def from_json(cls, params: JsonObject) -> ConnectParams:
         """Raises RpcError."""
-        flat = "minProtocol" in params or "maxProtocol" in params
-        protocol = optional(params, "protocol", dict) or {}
-        client = optional(params, "client", dict) or {}
-        auth = optional(params, "auth", dict) or {}
-        scram = optional(auth, "scram", dict) or {}
-        extensions = optional(params, "extensions", dict) or {}
-        ours = params if flat else optional(extensions, "moltis", dict) or {}
-        if flat:
-            protocol = {
-                "min": params.get("minProtocol"),
-                "max": params.get("maxProtocol"),
-            }
-        low = optional(protocol, "min", int)
-        high = optional(protocol, "max", int)
-        return cls(
-            role=optional(params, "role", str) or "operator",
-            client_id=optional(client, "id", str) or "",
-            display_name=printable(optional(client, "displayName", str) or ""),
-            version=printable(optional(client, "version", str) or ""),
-            platform=printable(optional(client, "platform", str) or ""),
-            min_protocol=PROTOCOL_VERSION if low is None else low,
-            max_protocol=PROTOCOL_VERSION if high is None else high,
-            capabilities=_texts(ours, "caps"),
-            commands=_texts(ours, "commands"),
-            device_token=optional(auth, "deviceToken", str) or "",
-            api_key=optional(auth, "api_key", str) or "",
-            scram_final=optional(scram, "clientFinal", str) or "",
-            instance=optional(ours, "instance", str) or "",
-            jobs=_held_jobs(optional(ours, "jobs", dict) or {}),
-        )
+        if "minProtocol" in params or "maxProtocol" in params:  # Moltis' older form
+            limits = {end: params.get(f"{end}Protocol") for end in ("min", "max")}
+            params = {**params, "protocol": limits, "extensions": {"moltis": params}}
+        found = {}
+        for field, (path, read) in CONNECT_FIELDS.items():
+            *parents, name = path.split(".")
+            value = params
+            for parent in parents:
+                value = optional(value, parent, dict) or {}
+            item = read(value, name)
+            if item is not None:
+                found[field] = item
+        return cls(**found)
 
     def to_json(self) -> JsonObject:
-        client = {
-            "id": self.client_id,
-            "displayName": self.display_name,
-            "version": self.version,
-            "platform": self.platform,
-            "mode": "headless",
-        }
-        auth: JsonObject = {}
-        if self.device_token:
-            auth["deviceToken"] = self.device_token
-        if self.api_key:
-            auth["api_key"] = self.api_key
-        if self.scram_final:
-            auth["scram"] = {"clientFinal": self.scram_final}
-        ours: JsonObject = {
-            "caps": list(self.capabilities),
-            "commands": list(self.commands),
-        }
-        if self.instance:
-            ours["instance"] = self.instance
-            ours["jobs"] = dict(self.jobs)
-        return {
-            "protocol": {"min": self.min_protocol, "max": self.max_protocol},
-            "client": {name: text for name, text in client.items() if text},
-            "role": self.role,
-            "auth": auth,
-            "extensions": {"moltis": ours},
-        }
+        params: JsonObject = {"client": {"mode": "headless"}, "auth": {}}
+        for field, (path, _) in CONNECT_FIELDS.items():
+            item = getattr(self, field)
+            if item == "" or (field == "jobs" and not self.instance):
+                continue
+            *parents, name = path.split(".")
+            value = params
+            for parent in parents:
+                value = value.setdefault(parent, {})
+            value[name] = encode_value(item)
+        return params
 
     def check_protocol(self) -> None:
         """Raises RpcError PROTOCOL_ERROR unless the peer speaks our version."""
@@ -3894,18 +3900,6 @@ class ConnectParams(Value):
                 f"protocol mismatch: server={PROTOCOL_VERSION}, "
                 f"client={self.min_protocol}-{self.max_protocol}",
             )
-
-
-def _texts(value: JsonObject, name: str) -> tuple[str, ...]:
-    # Bounded, because they are stored and listed.
-    items = (optional(value, name, list) or [])[:MAX_CAPABILITIES]
-    return tuple(printable(i, MAX_CAPABILITIES) for i in items if isinstance(i, str))
-
-
-def _held_jobs(jobs: JsonObject) -> dict[str, int]:
-    if len(jobs) > MAX_HELD:
-        raise RpcError("INVALID_REQUEST", f"jobs names more than {MAX_HELD} jobs")
-    return {check_job_id(job_id): required_offset(jobs, job_id) for job_id in jobs}
 
 
 class Calls:
@@ -4303,6 +4297,14 @@ SEALED_PIPES = hasattr(os, "pipe2")
 RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
+def _is_here(directory: bytes | None) -> bool:
+    """Return whether a child starts in `directory` anyway."""
+    try:
+        return directory is None or os.path.samefile(directory, b".")
+    except OSError:
+        return False
+
+
 def _start_shell(
     command: bytes,
     cwd: bytes | None,
@@ -4344,14 +4346,6 @@ def _start_shell(
     return shell.pid
 
 
-def _is_here(directory: bytes | None) -> bool:
-    """Return whether a child starts in `directory` anyway."""
-    try:
-        return directory is None or os.path.samefile(directory, b".")
-    except OSError:
-        return False
-
-
 def _account_name(user_id: int) -> str:
     import pwd
 
@@ -4371,20 +4365,6 @@ class Survivor(Value):
     def __str__(self) -> str:
         user = _account_name(self.user_id)
         return f"{printable(self.name, 40)} (pid {self.pid}, user {user})"
-
-
-def _group_members(group_id: int) -> list[Survivor]:
-    """Return the live processes of a group; zombies have ended.
-
-    In a container whose PID 1 does not reap orphans, an ended group remains as zombies,
-    and a signal to it succeeds.
-    """
-    every = _processes_in_proc if sys.platform == "linux" else _processes_by_ps
-    return [
-        survivor
-        for survivor, group, state in every()
-        if group == group_id and state not in "ZX"
-    ]
 
 
 def _processes_in_proc() -> Iterator[tuple[Survivor, int, str]]:
@@ -4411,6 +4391,29 @@ def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
             pid, group, state, user_id, name = line.split(None, 4)
             survivor = Survivor(int(pid), os.path.basename(name), int(user_id))
             yield survivor, int(group), state[0]
+
+
+def _group_members(group_id: int) -> list[Survivor]:
+    """Return the live processes of a group; zombies have ended.
+
+    In a container whose PID 1 does not reap orphans, an ended group remains as zombies,
+    and a signal to it succeeds.
+    """
+    every = _processes_in_proc if sys.platform == "linux" else _processes_by_ps
+    return [
+        survivor
+        for survivor, group, state in every()
+        if group == group_id and state not in "ZX"
+    ]
+
+
+def _open_pidfd(pid: int) -> int | None:
+    # Python 3.9, Linux 5.3; a sandbox may still refuse it.
+    pidfd_open = getattr(os, "pidfd_open", None)
+    try:
+        return None if pidfd_open is None else int(pidfd_open(pid))
+    except OSError:
+        return None
 
 
 class ProcessGroup:
@@ -4525,13 +4528,50 @@ class ProcessGroup:
         return True
 
 
-def _open_pidfd(pid: int) -> int | None:
-    # Python 3.9, Linux 5.3; a sandbox may still refuse it.
-    pidfd_open = getattr(os, "pidfd_open", None)
+def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
+    if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
+        time.sleep(seconds)
+        seconds = 0.0
+    return poll.poll(math.ceil(seconds * 1000))
+
+
+def _or_never(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
+
+
+def _signal_name(number: int) -> str:
     try:
-        return None if pidfd_open is None else int(pidfd_open(pid))
-    except OSError:
-        return None
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _working_directory(chosen: str | None, default: str | None) -> bytes | None:
+    # Bytes: the locale of a service may not be UTF-8, and a caller's names are.
+    base = None if default is None else os.fsencode(default)
+    if not chosen or not chosen.strip():
+        return base
+    path = os.path.expanduser(chosen.strip().encode("utf-8", "surrogateescape"))
+    return os.path.join(base or b"", path)
+
+
+def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
+    if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
+        return f"the command cannot be passed to {SHELL}: {error}"
+    if error.errno == errno.E2BIG:
+        return "the command is too long for this system; put it into a file there"
+    if cwd is not None and error.filename == cwd:
+        shown = cwd.decode("utf-8", "replace")
+        return f"cannot use the working directory {shown}: {error.strerror}"
+    return f"cannot start {SHELL}: {error.strerror}"
+
+
+def _bytes_ready(descriptor: int) -> int:
+    import fcntl
+    import termios
+
+    count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
+    return int.from_bytes(count, sys.byteorder)
 
 
 class Command:
@@ -4825,52 +4865,6 @@ class Command:
             if self._wake_end is not None:
                 with contextlib.suppress(BlockingIOError):  # full: it will wake
                     os.write(self._wake_end, b"\0")
-
-
-def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
-    if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
-        time.sleep(seconds)
-        seconds = 0.0
-    return poll.poll(math.ceil(seconds * 1000))
-
-
-def _or_never(seconds: float | None) -> float:
-    return math.inf if seconds is None else seconds
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
-
-
-def _working_directory(chosen: str | None, default: str | None) -> bytes | None:
-    # Bytes: the locale of a service may not be UTF-8, and a caller's names are.
-    base = None if default is None else os.fsencode(default)
-    if not chosen or not chosen.strip():
-        return base
-    path = os.path.expanduser(chosen.strip().encode("utf-8", "surrogateescape"))
-    return os.path.join(base or b"", path)
-
-
-def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
-    if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
-        return f"the command cannot be passed to {SHELL}: {error}"
-    if error.errno == errno.E2BIG:
-        return "the command is too long for this system; put it into a file there"
-    if cwd is not None and error.filename == cwd:
-        shown = cwd.decode("utf-8", "replace")
-        return f"cannot use the working directory {shown}: {error.strerror}"
-    return f"cannot start {SHELL}: {error.strerror}"
-
-
-def _bytes_ready(descriptor: int) -> int:
-    import fcntl
-    import termios
-
-    count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
-    return int.from_bytes(count, sys.byteorder)
 
 
 CONTINUATION = bytes(range(0x80, 0xC0))  # bytes inside a character (RFC 3629)
@@ -7081,10 +7075,15 @@ def list_models(
 CAP_RUN = "system.run"  # Moltis gateways require it
 CAP_LLM = "llm.chat"  # the machine lends its language models
 
-SYSTEM_RUN = "system.run"  # Moltis' names of the works `run`, `which`, ...
+SYSTEM_RUN = "system.run"
 SYSTEM_WHICH = "system.which"
 SYSTEM_PROVIDERS = "system.providers"
-MACHINE_COMMANDS = (SYSTEM_RUN, SYSTEM_WHICH, SYSTEM_PROVIDERS)
+INVOKED_WORKS: Mapping[str, str] = {  # works by Moltis' names of them
+    SYSTEM_RUN: "run",
+    SYSTEM_WHICH: "which",
+    SYSTEM_PROVIDERS: "providers",
+}
+MACHINE_COMMANDS = tuple(INVOKED_WORKS)
 MACHINE_CAPABILITIES = (CAP_RUN, CAP_SCRAM, CAP_JOBS)
 
 MAX_RUNNING = 16  # commands side by side
@@ -7150,6 +7149,36 @@ SHELL_MARKS = r"[;&|`<>\n\r'\"\\#]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
 PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
 
 
+def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
+    if len(unit) > 1:
+        import fnmatch
+
+        return not is_mark and fnmatch.fnmatchcase(character, unit)
+    return unit == character or (unit == "?" and not is_mark)
+
+
+def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
+    """Return whether a pattern, in its units, matches `text`.
+
+    It takes no longer than one length times the other, whatever a stranger sends.
+    """
+    place = at = 0
+    star: tuple[int, int] | None = None  # after the last `*`, and the text after it
+    while at < len(text):
+        unit = pattern[place] if place < len(pattern) else ""
+        if unit == "*":
+            place += 1
+            star = (place, at)
+        elif _unit_matches(unit, text[at], at in marks):
+            place, at = place + 1, at + 1
+        elif star is not None and star[1] not in marks:
+            star = (star[0], star[1] + 1)  # the `*` takes one character more
+            place, at = star
+        else:
+            return False
+    return all(unit == "*" for unit in pattern[place:])
+
+
 class AllowedCommands:
     """The commands and works that this machine's owner allows.
 
@@ -7181,36 +7210,6 @@ class AllowedCommands:
 
     def allows_work(self, work: str) -> bool:
         return work in self._names
-
-
-def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
-    """Return whether a pattern, in its units, matches `text`.
-
-    It takes no longer than one length times the other, whatever a stranger sends.
-    """
-    place = at = 0
-    star: tuple[int, int] | None = None  # after the last `*`, and the text after it
-    while at < len(text):
-        unit = pattern[place] if place < len(pattern) else ""
-        if unit == "*":
-            place += 1
-            star = (place, at)
-        elif _unit_matches(unit, text[at], at in marks):
-            place, at = place + 1, at + 1
-        elif star is not None and star[1] not in marks:
-            star = (star[0], star[1] + 1)  # the `*` takes one character more
-            place, at = star
-        else:
-            return False
-    return all(unit == "*" for unit in pattern[place:])
-
-
-def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
-    if len(unit) > 1:
-        import fnmatch
-
-        return not is_mark and fnmatch.fnmatchcase(character, unit)
-    return unit == character or (unit == "?" and not is_mark)
 
 
 class MachineOptions(Value):
@@ -7822,25 +7821,33 @@ class Machine:
 # Uses: Settings, WebSocket frames, WebSocket connections, TLS, SCRAM, Wire protocol,
 #       Commands, Telemetry, Machine
 #
-# A machine's connection to its gateway: dial, authenticate, serve, reconnect, resume.
-# Machine carries out the jobs; Node service starts the node on boot.
+# A node's connection to its gateway: dial, authenticate, serve, reconnect, resume.
+# Machine runs the jobs; Node service starts the node on boot.
 # ==============================================================================
 
-# Refusals that pass: the gateway starts or stops, or its disk is full.
+# Temporary refusals: the gateway starts or stops, or its disk is full.
 PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LIMITED")
 
 MAX_COLLECTED = 200 * 1024  # bytes of a stream in one answer to a Moltis gateway
 ENVELOPE_ROOM = 1024  # bytes of a frame that are left for its envelope
 RESEND_PAUSE = 0.2  # s; a Moltis gateway registers an invoke after sending it
-MOLTIS_PATIENCE = 5.0  # s that a Moltis gateway waits for an answer at least
-MOLTIS_MARGIN = 0.5  # s of it that are left for the way
+MOLTIS_PATIENCE = 5.0  # s; the shortest wait of a Moltis gateway for an answer
+MOLTIS_MARGIN = 0.5  # s of it for the transmission
 
-# Called with whether the node is connected now, and if not, why.
+# Called with whether the node is connected, and the problem if it is not.
 NodeStateHandler: TypeAlias = "Callable[[bool, UserError | None], None]"
 
 
+def _jobs_extension(hello: JsonObject) -> JsonObject | None:
+    """Return the offsets to send from, by job; None from a Moltis gateway."""
+    extensions = optional(hello, "extensions", dict) or {}
+    ours = optional(extensions, "moltis", dict) or {}
+    jobs: JsonObject | None = optional(ours, "jobs", dict)
+    return jobs
+
+
 class _LogSource(Value):
-    """A source of an Outlet: one log, over one connection."""
+    """One log as a source of the Outlet of one connection."""
 
     link: GatewayLink
     log: JobLog
@@ -7857,7 +7864,7 @@ class GatewayLink:
         self._machine = machine
         self._calls = Calls(ws.send)
         self._outlet = Outlet(ws)
-        self._lock = threading.Lock()  # guards _closed; held while a log is taken
+        self._lock = threading.Lock()  # guards _closed; held by take(): see close()
         self._closed = False
         self._handlers: Mapping[str, Callable[[JsonObject], None]] = {
             JOB_START: self._on_start,
@@ -7867,9 +7874,8 @@ class GatewayLink:
         }
 
     def resume(self, hello: JsonObject) -> None:
-        """Go on where the last connection stopped.  Raises RpcError."""
-        ours = _extension(hello) or {}
-        jobs = required(ours, "jobs", dict)
+        """Continue where the last connection stopped.  Raises RpcError."""
+        jobs = _jobs_extension(hello) or {}
         self._machine.resume({job_id: required_offset(jobs, job_id) for job_id in jobs})
 
     def report(self, payload: JsonObject) -> None:
@@ -7894,11 +7900,11 @@ class GatewayLink:
             log.warning("message from the gateway skipped: %s", error)
 
     def run_due(self) -> float | None:
-        """Do what is due; return the seconds until something is, None for never."""
+        """Do the work that is due; return the seconds until the next, None for never."""
         return None
 
     def close(self, error: MoltisError) -> None:
-        """Take nothing more from any log: the next connection does."""
+        """Fail open calls; take no more from the logs, which the next link resumes."""
         with self._lock:
             self._closed = True
         self._calls.close(error)
@@ -7925,7 +7931,7 @@ class GatewayLink:
             return None if self._closed else log.take()
 
     def _send_event(self, name: str, payload: JsonObject) -> None:
-        with contextlib.suppress(ConnectionClosed):  # resume() reports it again
+        with contextlib.suppress(ConnectionClosed):  # Machine.resume() reports again
             self._ws.send(encode_envelope(Event(name, payload)))
 
     def _on_start(self, payload: JsonObject) -> None:
@@ -7948,31 +7954,6 @@ class GatewayLink:
         )
 
 
-def _extension(hello: JsonObject) -> JsonObject | None:
-    """Return our part of a hello, with `jobs`; None from a Moltis gateway."""
-    extensions = optional(hello, "extensions", dict) or {}
-    ours: JsonObject = optional(extensions, "moltis", dict) or {}
-    return ours if "jobs" in ours else None
-
-
-class _MoltisAnswer:
-    """The answer to one request of a Moltis gateway, as it is collected."""
-
-    def __init__(self, work: str, deadline: Deadline) -> None:
-        self.work = work
-        self.deadline = deadline  # then the gateway stops waiting
-        self.output = {kind: Excerpt(MAX_COLLECTED) for kind in STREAMS}
-
-    def result(self, ending: Ending) -> JsonObject:
-        """Return the result in Moltis' form, cut to MAX_PAYLOAD."""
-        result = moltis_result(self.work, ending, self.output)
-        if "exitCode" not in result:
-            return result
-        # All that such a gateway passes on to its caller is the output.
-        ended = ending.state == JobState.DONE
-        return _fit_result(result, "" if ended else f"\n[moltis: {ending.words()}]\n")
-
-
 def _fit_result(result: JsonObject, words: str) -> JsonObject:
     """Return `result` with `words` after stderr, its output cut to MAX_PAYLOAD."""
     room = MAX_COLLECTED
@@ -7985,29 +7966,40 @@ def _fit_result(result: JsonObject, words: str) -> JsonObject:
         room //= 2
 
 
+class _MoltisAnswer:
+    """Collects a job's log into the answer to one request of a Moltis gateway."""
+
+    def __init__(self, work: str, deadline: Deadline) -> None:
+        self.work = work
+        self.deadline = deadline  # of the gateway's wait
+        self.output = {kind: Excerpt(MAX_COLLECTED) for kind in STREAMS}
+
+    def result(self, ending: Ending) -> JsonObject:
+        """Return the result in Moltis' form, cut to MAX_PAYLOAD."""
+        result = moltis_result(self.work, ending, self.output)
+        if "exitCode" not in result:
+            return result
+        # Such a gateway passes nothing but the output to its caller.
+        ended = ending.state == JobState.DONE
+        return _fit_result(result, "" if ended else f"\n[moltis: {ending.words()}]\n")
+
+
 class MoltisGatewayLink(GatewayLink):
-    """The same to a Moltis gateway, which wants one answer to each request.
+    """A connection to a Moltis gateway, which gets one answer to each request.
 
-    It reads each log to its ending and makes one `node.invoke.result` of it.
+    It turns each log into one `node.invoke.result`.
     """
-
-    WORKS: Mapping[str, str] = {
-        SYSTEM_RUN: "run",
-        SYSTEM_WHICH: "which",
-        SYSTEM_PROVIDERS: "providers",
-    }
 
     def __init__(self, ws: WebSocket, machine: Machine) -> None:
         super().__init__(ws, machine)
         self._handlers = {INVOKE_REQUEST: self._on_request}
-        self._answers: dict[
-            str, _MoltisAnswer
-        ] = {}  # not sent yet, by job; under _lock
-        # For the thread that receives: results to send once more, and when.
+        # By job; guarded by _lock.
+        self._answers: dict[str, _MoltisAnswer] = {}
+        # Refused results, with the time to resend them; for the thread that receives.
         self._again: list[tuple[Deadline, JsonObject]] = []
 
     def resume(self, _hello: JsonObject) -> None:
-        """Let earlier jobs run to their end unread: their gateway has given them up."""
+        """Run earlier jobs to their end, unread: the gateway has given them up."""
         self._machine.resume(self._machine.held())
 
     def place(self, job_id: str, place: int) -> None: ...
@@ -8028,7 +8020,7 @@ class MoltisGatewayLink(GatewayLink):
             taken = self._take(log)
             if taken is None and log.ending is not None:
                 self._answer(log.job_id, log.ending)
-            # Acknowledged after its answer was sent: close() waits for that.
+            # After the answer was sent: NodeAgent.close() waits for this.
             self._machine.acknowledge(log.job_id, offset + len(data))
         return None
 
@@ -8057,10 +8049,10 @@ class MoltisGatewayLink(GatewayLink):
         patience = None
         if isinstance(timeout_ms, (int, float)):
             patience = max(timeout_ms / 1000, MOLTIS_PATIENCE) - MOLTIS_MARGIN
-        work = self.WORKS.get(command, command)
+        work = INVOKED_WORKS.get(command, command)
         with self._lock:
             if job_id in self._answers:
-                return  # it was asked for twice, and is answered once
+                return  # requested twice, answered once
             self._answers[job_id] = _MoltisAnswer(work, Deadline(patience))
         self._machine.start(job_id, work, {**args, "stdin": False})
 
@@ -8068,7 +8060,7 @@ class MoltisGatewayLink(GatewayLink):
         with self._lock:
             answer = self._answers.pop(job_id, None)
         if answer is None:
-            return  # it was late, or asked for over another connection
+            return  # answered at its deadline, or requested over another connection
         params = {"invokeId": job_id, "result": answer.result(ending)}
         with contextlib.suppress(ConnectionClosed):
             sent = self._calls.start(INVOKE_RESULT, params)
@@ -8077,13 +8069,13 @@ class MoltisGatewayLink(GatewayLink):
     def _on_refusal(self, params: JsonObject, sent: Future[Any]) -> None:
         error = sent.exception()
         if isinstance(error, RpcError):
-            log.warning("result not taken job=%s: %s", params["invokeId"], error)
+            log.warning("result refused job=%s: %s", params["invokeId"], error)
             if "no pending invoke" in error.message:
                 self._again.append((Deadline(RESEND_PAUSE), params))
 
 
 def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
-    """Return the payload of the answer to one request, before anything else is obeyed.
+    """Return the payload of the answer to one request; skip all other messages.
 
     Raises RpcError as the gateway says, ConnectionClosed, or TimeoutError.
     """
@@ -8103,10 +8095,13 @@ def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
             return envelope.payload
 
 
-def _channel_binding(ws: WebSocket) -> bytes | None:
-    """Return SCRAM's binding to the gateway's certificate, or None without TLS."""
+def _tls_pin(ws: WebSocket) -> str | None:
+    """Return the pin of the gateway's TLS key; None without TLS, or if unreadable."""
     certificate = ws.peer_certificate()
-    return None if certificate is None else tls_server_end_point(certificate)
+    try:
+        return None if certificate is None else parse_certificate(certificate).pin
+    except ValueError:
+        return None
 
 
 def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
@@ -8118,12 +8113,12 @@ def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
             raise
         raise RpcError(
             error.code,
-            f"{error.message}; a gateway of the original Moltis wants --auth bearer",
+            f"{error.message}; for a gateway of the original Moltis use --auth bearer",
         ) from error
 
 
 class NodeAgent:
-    """A node's life: connected to its gateway, or on the way there."""
+    """Keeps a node connected to its gateway, until close()."""
 
     def __init__(
         self,
@@ -8138,7 +8133,9 @@ class NodeAgent:
         self._on_state = on_state
         self._backoff = Backoff()
         self._stopped = threading.Event()
-        self._leaves = False  # a connection that is made from now on is closed at once
+        self._leaves = False  # new connections are closed at once
+        # TLS key of the last gateway that proved itself; None without TLS.
+        self._proved_pin: str | None = None
         # The current connection, for other threads; replaced as a whole.
         self._serving: tuple[GatewayLink, WebSocket] | None = None
 
@@ -8156,7 +8153,7 @@ class NodeAgent:
                     raise
                 problem = error
             except Exception as error:
-                # Whatever it is: a node that ends is out of reach for good.
+                # A node that ends cannot be reached any more.
                 log.exception("could not connect")
                 problem = UserError(f"could not connect: {error}")
             else:
@@ -8176,7 +8173,7 @@ class NodeAgent:
         """End running commands, report them, and disconnect; run() returns."""
         self._stopped.set()
         self._machine.close()
-        # Set before the look: a connection that is made just now is closed by run().
+        # Set before the read of _serving: _serve() closes a newer connection.
         self._leaves = True
         serving = self._serving
         if serving is not None:
@@ -8184,7 +8181,7 @@ class NodeAgent:
             serving[1].close(CloseCode.GOING_AWAY, "the node stops")
 
     def report(self) -> None:
-        """Send telemetry now, from any thread; nothing while not connected."""
+        """Send telemetry now, if connected; from any thread."""
         serving = self._serving
         if serving is not None:
             with contextlib.suppress(ConnectionClosed):
@@ -8193,25 +8190,28 @@ class NodeAgent:
     def _dial(self) -> tuple[WebSocket, JsonObject]:
         """Return a connection and the gateway's hello.
 
-        Raises Unreachable, Refused, BadConfiguration: one line that says why.
+        Raises Unreachable, Refused, BadConfiguration, each with one line for people.
         """
         url = self._settings.gateway_url
-        # SCRAM binds to the certificate, whoever made it; a bearer token would go to
-        # whoever shows one.
+        # SCRAM binds to any certificate; a bearer token needs a CA to vouch for it.
         ws = connect(url, TlsTrust(bound=self._settings.auth != "bearer"))
         try:
-            return ws, self._authenticate(ws)
+            hello = self._authenticate(ws)
+            self._proved_pin = _tls_pin(ws)
+            return ws, hello
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
-            if error.code == "UNAUTHORIZED":
-                self._machine.resume({})  # the token was revoked: nothing goes on
+            if error.code == "UNAUTHORIZED" and self._proved_pin is not None:
+                # Without TLS, any process on the port of a stopped gateway says so.
+                if _tls_pin(ws) == self._proved_pin:
+                    self._machine.resume({})
             kind = Unreachable if error.code in PASSING_CODES else Refused
             raise kind(f"{url} refused this node: {error.message}") from error
         except AuthenticationError as error:
             ws.abort()
             raise Refused(
-                f"{url} did not prove that it knows this node's token ({error}): "
-                "this is what an impostor looks like; check the address and the token"
+                f"{url} did not prove that it knows this node's token ({error}); it "
+                "may be an impostor: check the address and the token"
             ) from error
         except (ConnectionClosed, TimeoutError) as error:
             ws.abort()
@@ -8220,7 +8220,7 @@ class NodeAgent:
             ) from error
 
     def _authenticate(self, ws: WebSocket) -> JsonObject:
-        """Return the hello-ok payload, after the gateway has proved itself."""
+        """Return the hello-ok payload, once the gateway has proved itself."""
         asked = ConnectParams(
             role="node",
             client_id=self._settings.node_id,
@@ -8236,7 +8236,9 @@ class NodeAgent:
         if self._settings.auth == "bearer":
             params = asked.replace(device_token=token)
             return _exchange(ws, "connect", params.to_json())
-        scram = ScramClient(device_handle(token), token, _channel_binding(ws))
+        certificate = ws.peer_certificate()
+        binding = None if certificate is None else tls_server_end_point(certificate)
+        scram = ScramClient(device_handle(token), token, binding)
         first = _first_step(ws, scram)
         final = scram.final(required(first, "serverFirst", str))
         params = asked.replace(scram_final=final)
@@ -8250,8 +8252,8 @@ class NodeAgent:
         return hello
 
     def _serve(self, ws: WebSocket, hello: JsonObject) -> UserError:
-        """Serve one connection to its end; return why it ended."""
-        moltis = _extension(hello) is None
+        """Serve one connection to its end; return the reason of the end."""
+        moltis = _jobs_extension(hello) is None
         link = (MoltisGatewayLink if moltis else GatewayLink)(ws, self._machine)
         self._serving = (link, ws)
         self._backoff.reset()
@@ -8266,6 +8268,8 @@ class NodeAgent:
             problem = "the gateway closed the connection"
         except ConnectionClosed as error:
             problem = f"the connection to {self._settings.gateway_url} broke: {error}"
+            if error.reason == TOKEN_REVOKED:
+                self._machine.resume({})
         except Exception as error:
             log.exception("connection failed")
             problem = f"the connection failed inside this node: {error}"
@@ -8277,7 +8281,7 @@ class NodeAgent:
         return Unreachable(problem)
 
     def _receive(self, link: GatewayLink, ws: WebSocket) -> None:
-        """Handle what arrives until a clean close, and report in between.
+        """Handle messages and send telemetry until a clean close.
 
         Raises ConnectionClosed.
         """
@@ -15033,7 +15037,7 @@ class NodeMethods:
         # Under whichever id: it may be connecting now, or may have connected twice.
         for node in self._fleet.all_connected():
             if node.device_id == device.id:
-                node.link.hang_up("the token was revoked")
+                node.link.hang_up(TOKEN_REVOKED)
 
 
 def invoke_result(job: Job) -> JsonObject:
@@ -15074,13 +15078,6 @@ def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
                 shown = {"data": b64encode(output)}
             pieces.append({"stream": STREAMS[kind], **shown})
     return pieces
-
-
-INVOKED_WORKS: Mapping[str, str] = {
-    SYSTEM_RUN: "run",
-    SYSTEM_WHICH: "which",
-    SYSTEM_PROVIDERS: "providers",
-}
 
 
 def caller_origin(caller: Caller) -> Origin:
