@@ -23089,7 +23089,7 @@ class JobTerminal:
         else:
             self._waiting.end(job.name)
         if state.get("place"):
-            text = f"moltis: {job.name}: place {state['place']} in line"
+            text = f"moltis: {job.name}: {state['words']}"
             if job.id not in self._in_line:
                 self._in_line.add(job.id)
                 self._output.say(text)
@@ -23180,20 +23180,10 @@ def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObjec
     return after
 
 
-def job_words(job: JsonObject) -> str:
-    """Return the state of a job in words; those of its ending are the gateway's."""
-    if job.get("awayMs") is not None:
-        return f"node away ({format_duration(job['awayMs'] / 1000)})"
-    if job.get("place"):
-        return f"place {job['place']} in line"
-    words: str = job["words"]
-    return words
-
-
 JOB_COLUMNS: Mapping[str, Column] = {
     "ID": "id",
     "NODE": "nodeName",
-    "STATE": lambda row: one_line(job_words(row), 40),
+    "STATE": lambda row: one_line(row["words"], 40),
     "ASKED": time_column("askedAt"),
     "OUTPUT": lambda row: format_bytes(row["stdoutBytes"] + row["stderrBytes"]),
     "COMMAND": lambda row: one_line(row["command"], 60),
