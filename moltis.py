@@ -3970,15 +3970,15 @@ class Calls:
 # Uses: Wire protocol
 #
 # The node's end of a job's log, and one shell command that writes it: a process group
-# with its pipes, its input, its timeout.  It knows no connection and no other command.
-# Output is kept until it is acknowledged: a full window pauses the command, and after a
-# lost connection the gateway resumes at a frame boundary.
+# with its pipes, its input, its timeout; no connection, no other command.  Output is
+# held until it is acknowledged: a full window pauses the command, and after a lost
+# connection the gateway resumes at a frame boundary.
 # ==============================================================================
 
 SHELL = "/bin/sh"  # POSIX on every machine; a user's $SHELL may be fish or nologin
 
-EXIT_LOOK = 0.1  # s between checks for the shell's exit, where there is no pidfd
-GROUP_LOOK = 0.05  # s between checks for survivors of a group that is being ended
+EXIT_PAUSE = 0.1  # s between checks for the shell's exit, where there is no pidfd
+GROUP_PAUSE = 0.05  # s between checks for survivors of a group that is being ended
 LONGEST_POLL = 3600.0  # s; poll() takes a C int of ms
 MAX_TIMEOUT_MS = 2**53  # JSON's safe integers
 MAX_SURVIVORS = 3  # processes that an ending names
@@ -4060,11 +4060,9 @@ class JobLog:
         on_ready: Callable[[JobLog], None],
         *,
         window: int = LOG_WINDOW,
-        urgency: int = 0,
     ) -> None:
-        """`on_ready(log)` is called when there is something to take; see Outlet."""
+        """`on_ready(log)` is called when take() has something to return."""
         self.job_id = job_id
-        self.urgency = urgency
         self.on_room: Callable[[], None] | None = None  # for the writer; any thread
         self._on_ready = on_ready
         self._window = window
@@ -4275,9 +4273,9 @@ class InputWindow:
 
 
 def seal_descriptors() -> None:
-    """Keep inherited descriptors, of a lock file say, from being inherited further.
+    """Stop children from inheriting descriptors that we inherited, as of a lock file.
 
-    Python seals those that it opens itself (PEP 446).
+    Python does so for those that it opens itself (PEP 446).
     """
     with contextlib.suppress(OSError):  # there is no /dev/fd
         for name in os.listdir("/dev/fd"):
@@ -4370,7 +4368,7 @@ class Survivor(Value):
 def _processes_in_proc() -> Iterator[tuple[Survivor, int, str]]:
     """Yield each process of Linux with its group and its state."""
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # the process ended meanwhile
             head, _, rest = path.read_text("utf-8", "replace").rpartition(")")
             state, _, group = rest.split()[:3]
             name = head.partition("(")[2]
@@ -4430,7 +4428,7 @@ class ProcessGroup:
         """Raises OSError and ValueError as subprocess does."""
         self.outputs: dict[int, int] = {}  # descriptors to read, with their stream
         self.input: int | None = None  # descriptor to write
-        self.survivors: list[Survivor] = []  # once ended() has returned True
+        self.survivors: list[Survivor] = []  # set before ended() returns True
         theirs: dict[int, int] = {}
         try:
             for number, stream in ((1, STDOUT), (2, STDERR)):
@@ -4447,7 +4445,7 @@ class ProcessGroup:
         finally:
             for end in theirs.values():
                 os.close(end)
-        # A command may open /dev/stdout for reading and be faster than we are.
+        # A command that reads /dev/stdout may take the bytes that poll() announced.
         for pipe in (*self.outputs, *(() if self.input is None else (self.input,))):
             os.set_blocking(pipe, False)
         self.pidfd = _open_pidfd(self._shell)
@@ -4472,13 +4470,13 @@ class ProcessGroup:
         return self._exit_code
 
     def end(self) -> None:
-        """Begin to end the group, whose shell must not have exited yet."""
+        """Send SIGTERM; the shell must not have exited yet."""
         self.ending, self._patience = True, Deadline(KILL_AFTER)
         self._signal(signal.SIGTERM)
-        self._signal(signal.SIGCONT)  # a stopped process does not get it otherwise
+        self._signal(signal.SIGCONT)  # a stopped process gets SIGTERM only then
 
     def ended(self) -> bool:
-        """Send SIGKILL when it is due; return whether nothing more can be done."""
+        """Send SIGKILL when it is due; return whether the group ended or cannot."""
         exited = self.exit_code is not None
         if exited and not (self._signal(0) and _group_members(self._shell)):
             return True
@@ -4512,13 +4510,13 @@ class ProcessGroup:
             self._signal(signal.SIGKILL)
             deadline = Deadline(KILL_AFTER)
             while self.exit_code is None and not deadline.expired:
-                time.sleep(GROUP_LOOK)
+                time.sleep(GROUP_PAUSE)
         if self.pidfd is not None:
             os.close(self.pidfd)
 
     def _signal(self, number: int) -> bool:
         """Return whether the group still has members, zombies included."""
-        # The shell's pid stays the group's id for as long as anyone is in it.
+        # The pid is not reused while the group of that id has members.
         try:
             os.killpg(self._shell, number)
         except ProcessLookupError:
@@ -4533,10 +4531,6 @@ def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
         time.sleep(seconds)
         seconds = 0.0
     return poll.poll(math.ceil(seconds * 1000))
-
-
-def _or_never(seconds: float | None) -> float:
-    return math.inf if seconds is None else seconds
 
 
 def _signal_name(number: int) -> str:
@@ -4575,7 +4569,7 @@ def _bytes_ready(descriptor: int) -> int:
 
 
 class Command:
-    """One shell command that writes a log, from its start to its ending."""
+    """One shell command that writes a log."""
 
     def __init__(
         self,
@@ -4604,7 +4598,7 @@ class Command:
         self._cancelled: str | None = None  # the reason, "" if none was given
         self._finished = False
         self._wake_end: int | None = None  # of the pipe that ends a poll()
-        # From here on for the thread in begin() and run().
+        # The rest belongs to the thread in begin() and run().
         self._group: ProcessGroup | None = None
         self._problem: str | None = None  # why there is no group
         self._timed_out = False
@@ -4612,17 +4606,17 @@ class Command:
         self._started_at: int | None = None  # ms
         self._exited_at: float | None = None  # monotonic
         self._drain = Deadline(None)  # runs from the shell's exit on
-        self._owed: dict[int, int] = {}  # by output, bytes in it at the exit
+        self._owed: dict[int, int] = {}  # bytes in each output at the exit
         self._small_read_at = -math.inf  # monotonic
         self._rest_until = 0.0  # monotonic; until then the outputs are left alone
-        self._look = 0.00005  # s; doubled before each check for the exit
+        self._exit_pause_now = 0.00005  # s; doubled before each check for the exit
         log.on_room = self._wake
 
     # From any thread
 
     @property
     def consumed(self) -> int | None:
-        """The offset of the input that it has not taken yet; None without input."""
+        """The offset of the first input not consumed; None without input."""
         return self._input.consumed if self.spec.stdin else None
 
     def input(self, offset: int, data: bytes) -> None:
@@ -4635,7 +4629,7 @@ class Command:
             raise RpcError("INVALID_REQUEST", "the command was started without input")
         with self._lock:
             if self._finished:
-                return  # it crossed the ending
+                return  # sent before the ending arrived
             self._input.add(offset, data)
         self._wake()
 
@@ -4664,7 +4658,7 @@ class Command:
             self._problem = _why_not_started(error, cwd)
 
     def run(self) -> Ending:
-        """Run it to its end; return the ending, which is not in the log yet."""
+        """Run the command to its end; return the ending, for the caller to log."""
         if self._group is None and self._problem is None:
             self.begin()
         group = self._group
@@ -4723,7 +4717,7 @@ class Command:
                     self.log.ready()
 
     def _advance(self, group: ProcessGroup, deadline: Deadline) -> bool:
-        """Take the next step towards the end; return whether there is none left."""
+        """Take the next step toward the end; return whether it is reached."""
         self._notice_exit(group)
         running = self._exited_at is None
         if running and not group.ending and deadline.expired:
@@ -4740,8 +4734,8 @@ class Command:
                 return True
         elif running:
             return False
-        # Bytes that were in a pipe at the shell's exit are read however long the window
-        # is full; a grandchild has DRAIN_AFTER_EXIT to add some.
+        # Bytes that were in a pipe at the shell's exit are read, even if the window is
+        # full for long; a grandchild has DRAIN_AFTER_EXIT to add some.
         if self._drain.expired:
             for descriptor in list(group.outputs):
                 # A grandchild can read from /dev/stdout as well: look again.
@@ -4759,27 +4753,27 @@ class Command:
             self._owed = {fd: _bytes_ready(fd) for fd in group.outputs}
 
     def _pause(self, group: ProcessGroup, deadline: Deadline) -> float:
-        """Return the seconds until something has to be looked at."""
-        waits = [LONGEST_POLL]
+        """Return the seconds until the next check."""
+        waits: list[float | None] = [LONGEST_POLL]
         if group.ending:
-            waits.append(GROUP_LOOK)
+            waits.append(GROUP_PAUSE)
         elif self._exited_at is None:
-            waits.append(_or_never(deadline.remaining()))
+            waits.append(deadline.remaining())
             if group.pidfd is None:
-                waits.append(self._exit_look(group))
+                waits.append(self._exit_pause(group))
             resting = self._rest_until - time.monotonic()
             if resting > 0:
                 waits.append(resting)
         elif not self._drain.expired:
-            waits.append(_or_never(self._drain.remaining()))
-        return min(waits)
+            waits.append(self._drain.remaining())
+        return min(wait for wait in waits if wait is not None)
 
-    def _exit_look(self, group: ProcessGroup) -> float:
+    def _exit_pause(self, group: ProcessGroup) -> float:
         # Once the outputs are closed the exit is near: from 0.1 ms on, doubling.
         if group.outputs:
-            return EXIT_LOOK
-        self._look = min(EXIT_LOOK, self._look * 2)
-        return self._look
+            return EXIT_PAUSE
+        self._exit_pause_now = min(EXIT_PAUSE, self._exit_pause_now * 2)
+        return self._exit_pause_now
 
     def _register_pipes(self, group: ProcessGroup, poll: select.poll) -> None:
         """Register the pipes that can be used now."""
@@ -4829,7 +4823,7 @@ class Command:
             group.close_input()
 
     def _consume(self, count: int) -> None:
-        """Drop up to `count` bytes of input, and report that now and then."""
+        """Drop up to `count` bytes of input; report it once per MAX_LOG_MESSAGE."""
         with self._lock:
             self._input.consume(count)
             consumed = self._input.consumed
@@ -4845,7 +4839,7 @@ class Command:
 
     @contextlib.contextmanager
     def _waking(self) -> Iterator[int]:
-        """Give a descriptor that becomes readable after _wake()."""
+        """Yield a descriptor that _wake() makes readable."""
         read_end, write_end = os.pipe()
         os.set_blocking(read_end, False)
         os.set_blocking(write_end, False)
@@ -4860,10 +4854,10 @@ class Command:
             os.close(write_end)
 
     def _wake(self) -> None:
-        # Under the lock, or the number might be another file's by now.
+        # Under the lock, so that the descriptor is not closed and reused meanwhile.
         with self._lock:
             if self._wake_end is not None:
-                with contextlib.suppress(BlockingIOError):  # full: it will wake
+                with contextlib.suppress(BlockingIOError):  # full: poll() ends anyway
                     os.write(self._wake_end, b"\0")
 
 
@@ -4874,32 +4868,45 @@ class Excerpt:
     """Head and tail of a stream of bytes, as text."""
 
     def __init__(self, limit: int) -> None:  # bytes of both
-        self.cut = 0  # bytes between them
+        self.total = 0  # bytes added
         self._half = limit // 2
-        self._head = bytearray()  # ≤ _half; then the tail takes it
-        self._tail = bytearray()  # ≤ twice _half; then its first goes
+        self._head = bytearray()  # ≤ _half; the rest goes to the tail
+        self._tail = bytearray()  # ≤ twice _half, so that each byte is moved only once
+
+    @property
+    def cut(self) -> int:
+        """The number of bytes between head and tail."""
+        return max(0, self.total - 2 * self._half)
 
     def add(self, data: bytes) -> None:
+        self.total += len(data)
         room = self._half - len(self._head)
         self._head += data[:room]
         self._tail += data[room:]
-        if len(self._tail) > 2 * self._half:  # so that each byte is moved only once
-            self._trim()
+        if len(self._tail) > 2 * self._half:
+            del self._tail[: len(self._tail) - self._half]
 
-    def _trim(self) -> None:
-        excess = max(0, len(self._tail) - self._half)
-        self.cut += excess
-        del self._tail[:excess]
+    def text(self, limit: int | None = None) -> str:
+        """Return it as UTF-8, broken characters replaced, with the number of bytes cut.
 
-    def text(self) -> str:
-        """Return it as UTF-8, broken characters replaced, with the number cut."""
-        self._trim()
-        if not self.cut:
-            return (self._head + self._tail).decode("utf-8", "replace")
-        # A character that the cut went through is left out as well.
-        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
-        tail = self._tail[:3].lstrip(CONTINUATION) + self._tail[3:]
-        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
+        `limit`: characters; None: all that is held.
+        """
+        cut = self.cut
+        if not cut:
+            text = (self._head + self._tail).decode("utf-8", "replace")
+            if limit is None or len(text) <= limit:
+                return text
+            head = tail = text
+        else:
+            # Without the halves of a character that was cut in two.
+            head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
+            end = self._tail[max(0, len(self._tail) - self._half) :]
+            tail = (end[:3].lstrip(CONTINUATION) + end[3:]).decode("utf-8", "replace")
+        if limit is not None:
+            half = limit // 2
+            head, tail = head[:half], tail[max(0, len(tail) - (limit - half)) :]
+            cut = self.total - len((head + tail).encode())
+        return f"{head}\n… {cut:,} bytes cut …\n{tail}"
 
 
 # ==============================================================================
@@ -7067,9 +7074,9 @@ def list_models(
 # Machine
 # Uses: Wire protocol, Commands, Telemetry, Language models
 #
-# Jobs carried out on one computer: the table of works, the lines, logs by id.  A node
-# serves its gateway with it, and the gateway has one for `Local`, so that Local is a
-# node like the others.  It knows no connection: reports go to a MachinePeer.
+# The jobs of one computer: the table of works, the lines, logs by id.  A node serves its
+# gateway with it; the gateway has one for `Local`, which is a node like the others.
+# It opens no connection: reports go to a MachinePeer.
 # ==============================================================================
 
 CAP_RUN = "system.run"  # Moltis gateways require it
@@ -7087,15 +7094,15 @@ MACHINE_COMMANDS = tuple(INVOKED_WORKS)
 MACHINE_CAPABILITIES = (CAP_RUN, CAP_SCRAM, CAP_JOBS)
 
 MAX_RUNNING = 16  # commands side by side
-MAX_LINE = 1000  # commands that wait for one of these places; more are refused
+MAX_LINE = 1000  # commands in line for one of these places; more are refused
 MAX_LENT = 8  # questions to this machine's models side by side; more are refused
 MAX_KEPT = 1000  # unacknowledged endings; beyond it the oldest is dropped
-MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; beyond it the oldest is, too
+MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; the same at this bound
 MAX_RESULT = 48 * 1024  # bytes of JSON: a result is in the ending, which is one frame
 MAX_REMEMBERED = 10_000  # ids of forgotten jobs, about 1.5 MB; the oldest is dropped
 
 WORKER_LINGER = 10.0  # s that a thread waits for another job
-PLACE_TICK = 0.2  # s between two looks at the lines
+PLACE_TICK = 0.2  # s between two checks of the lines
 PLACE_INTERVAL = 1.0  # s between two reports of one job's place
 
 NODE_STOPPED = "its node stopped"
@@ -7131,13 +7138,13 @@ class MachinePeer(Protocol):
     """The current connection to the gateway.  No method blocks or raises."""
 
     def log_ready(self, log: JobLog) -> None:
-        """There is something for log.take()."""
+        """log.take() has something to return."""
 
     def place(self, job_id: str, place: int) -> None:
         """The job is in line, from 1; 0: it left the line."""
 
     def input_consumed(self, job_id: str, offset: int, *, resume: bool = False) -> None:
-        """Input up to `offset` is consumed; `resume`: send again from there."""
+        """Input up to `offset` is consumed; `resume`: resend from there."""
 
 
 # Marks with which a shell runs a second command or writes a file, and those that change
@@ -7158,9 +7165,9 @@ def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
 
 
 def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
-    """Return whether a pattern, in its units, matches `text`.
+    """Return whether a pattern, split into units, matches `text`.
 
-    It takes no longer than one length times the other, whatever a stranger sends.
+    Takes time in proportion to the product of both lengths at most, for any input.
     """
     place = at = 0
     star: tuple[int, int] | None = None  # after the last `*`, and the text after it
@@ -7172,7 +7179,7 @@ def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
         elif _unit_matches(unit, text[at], at in marks):
             place, at = place + 1, at + 1
         elif star is not None and star[1] not in marks:
-            star = (star[0], star[1] + 1)  # the `*` takes one character more
+            star = (star[0], star[1] + 1)  # the `*` matches one more character
             place, at = star
         else:
             return False
@@ -7182,9 +7189,9 @@ def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
 class AllowedCommands:
     """The commands and works that this machine's owner allows.
 
-    Shell patterns (`*`, `?`, `[…]`) on the whole command line.  A wildcard matches no
-    mark with which the shell would go on to another command or to a file: a pattern
-    has to spell it.  Works other than `run` are allowed by their name.
+    Shell patterns (`*`, `?`, `[…]`) match the whole command line.  A wildcard matches
+    no mark that starts another command or names a file: the pattern has to spell it.
+    Works other than `run` are allowed by name.
     """
 
     def __init__(self, patterns: Sequence[str]) -> None:
@@ -7196,16 +7203,16 @@ class AllowedCommands:
         if spec.cwd and spec.cwd.strip():
             raise RpcError(
                 "FORBIDDEN",
-                "this machine's owner allows some commands only, and those in the "
-                "node's own working directory",
+                "this machine's owner allows some commands only, all of them in the "
+                "node's own working directory; leave out cwd",
             )
         command = spec.command
         marks = {match.start() for match in re.finditer(SHELL_MARKS, command)}
         if not any(_matches(pattern, command, marks) for pattern in self._patterns):
             raise RpcError(
                 "FORBIDDEN",
-                "this machine's owner does not allow that command; `moltis node add "
-                "--allow` there names those that are",
+                "this machine's owner does not allow that command; allow it there with "
+                "`moltis node add --allow`",
             )
 
     def allows_work(self, work: str) -> bool:
@@ -7224,14 +7231,14 @@ class MachineOptions(Value):
 
 
 class Task(Protocol):
-    """A job as its work carries it out."""
+    """The execution of one job, as a work implements it."""
 
     @property
     def consumed(self) -> int | None:
         """The offset of the input that was consumed; None where it takes none."""
 
     def begin(self) -> None:
-        """Start early, in the calling thread; run() in another goes on with it."""
+        """Start early, in the calling thread; run() continues in another."""
 
     def run(self) -> Ending: ...
 
@@ -7242,7 +7249,7 @@ class Task(Protocol):
 
 
 class Errand:
-    """A task that is one function: it may write JSON lines, and returns a result."""
+    """A task that is one function, which returns a result and may write JSON lines."""
 
     consumed = None
 
@@ -7281,7 +7288,7 @@ class Errand:
         return ending.replace(duration=duration)
 
     def input(self, _offset: int, _data: bytes) -> None:
-        """Raises RpcError: all that it needs is in its spec."""
+        """Raises RpcError."""
         raise RpcError("INVALID_REQUEST", "this work takes no input")
 
     def cancel(self, reason: str = "") -> None:
@@ -7290,7 +7297,7 @@ class Errand:
         self._room.set()
 
     def write(self, value: Value) -> None:
-        """Append `value` as a line; waits for room.  Raises Cancelled."""
+        """Append `value` as a line, once there is room.  Raises Cancelled."""
         data = to_json(value).encode("utf-8", "replace") + b"\n"
         for start in range(0, len(data), MAX_FRAME_DATA):
             while not self._log.room:
@@ -7361,7 +7368,7 @@ def _models(options: MachineOptions, spec: ModelsSpec, errand: Errand) -> JsonOb
 
 
 def _chat(options: MachineOptions, spec: ChatRequest, errand: Errand) -> JsonObject:
-    # The address that is asked is the provider's own, of this machine's settings.
+    # The provider's address comes from this machine's settings, not from the request.
     model = _lent_catalog(options).model(spec.model)
     stream = model.stream(spec.messages, spec.tools, errand.cancellation)
     with contextlib.closing(stream) as events:
@@ -7413,7 +7420,7 @@ def find_work(name: str) -> Work:
 
 
 def check_spec(work: str, spec: JsonObject) -> JsonObject:
-    """Return the spec as a node gets it: checked, the environment filtered.
+    """Return the spec to send to a node: checked, the environment filtered.
 
     Raises RpcError INVALID_REQUEST.
     """
@@ -7428,39 +7435,39 @@ class MachineJob:
         self.id = log.job_id
         self.work = work
         self.log = log
-        self.task = task  # None: it was refused
+        self.task = task  # None: refused
         # Guarded by the machine's lock:
-        self.waits = False  # it is in line
-        self.dropped = False  # its gateway does not know it: no acknowledgement comes
-        # Guarded by the machine's lock of places:
+        self.waits = False  # in line
+        self.dropped = False  # unknown to the gateway, which will not acknowledge it
+        # Guarded by Machine._places:
         self.place: int | None = None  # last reported
         self.place_due = 0.0  # monotonic
 
 
 class Machine:
-    """The jobs of this computer, by id; each is carried out once."""
+    """The jobs of this computer, by id; each runs at most once."""
 
     def __init__(self, options: MachineOptions) -> None:
         seal_descriptors()
         self.instance = new_id()  # one life of this process
-        # os.environ decodes at each look: 0.1 ms a command.
+        # A dict: os.environ decodes at each access, 0.1 ms a command.
         environ = command_environment(options.environ)
         self._options = options.replace(environ=environ)
         self._peer: MachinePeer | None = None  # replaced as a whole
-        self._places = threading.Lock()  # held while a place is reported: in order
+        self._places = threading.Lock()  # held by reports of places, to order them
         self._lock = threading.Lock()  # guards all below
         self._changed = threading.Condition(self._lock)  # of _jobs, _kept, _closed
         self._called = threading.Condition(self._lock)  # for threads: _ready, _closed
         self._jobs: dict[str, MachineJob] = {}  # the oldest first
         self._kept: dict[str, None] = {}  # ids of those that ended, the oldest first
-        self._remembered: dict[str, str] = {}  # why a job is refused, by forgotten id
+        self._remembered: dict[str, str] = {}  # forgotten ids: reason to refuse them
         self._running = dict.fromkeys(WORKS, 0)  # jobs that have a place
         self._lines: dict[str, collections.deque[MachineJob]] = {
             name: collections.deque() for name in WORKS
         }
-        self._ready: collections.deque[MachineJob] = collections.deque()  # for a thread
+        self._ready: collections.deque[MachineJob] = collections.deque()  # for _work()
         self._threads: list[threading.Thread] = []  # at most one for each place
-        self._idle = 0  # of them, waiting for: _ready or _closed
+        self._idle = 0  # threads that wait for: _ready or _closed
         self._reporter: threading.Thread | None = None  # while there is a line
         self._stopping = False  # nothing new begins
         self._closed = False
@@ -7480,9 +7487,9 @@ class Machine:
     # For the peer, from any thread
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
-        """Carry out a job, now or when its turn comes; every error is its ending.
+        """Run a job, now or when its turn comes; every error becomes its ending.
 
-        A known id is not carried out again.  A remembered one, which has ended or was
+        A known id does not run again.  A remembered one, which has ended or was
         cancelled before its start, gets an ending with that reason.
         """
         row = WORKS.get(work)
@@ -7505,8 +7512,8 @@ class Machine:
             self._end(job, refusal)
         elif not job.waits and task is not None:
             if first:
-                # Its shell starts while the worker wakes: 40 µs.  Beside others, it
-                # would keep this thread from the next message.
+                # The shell starts while the worker wakes: saves 40 µs.  With other jobs
+                # running, it would delay the next message instead.
                 task.begin()
             self._call_worker(job)
 
@@ -7523,7 +7530,7 @@ class Machine:
                     self._forget(job)
 
     def cancel(self, job_id: str, reason: str = "") -> None:
-        """End a job; one that is not known yet ends as soon as it is started."""
+        """End a job; an unknown one is remembered, and refused if it is started."""
         with self._lock:
             job = self._jobs.get(job_id)
             if job is None:
@@ -7577,7 +7584,7 @@ class Machine:
             self._changed.wait_for(lambda: not self._jobs, timeout)
 
     def close(self) -> None:
-        """Cancel all jobs, with that reason in their endings, and join the threads."""
+        """Cancel all jobs, with NODE_STOPPED as the reason, and join the threads."""
         with self._lock:
             self._stopping = True
             jobs = list(self._jobs.values())
@@ -7645,8 +7652,8 @@ class Machine:
     def _call_worker(self, job: MachineJob) -> None:
         with self._lock:
             self._ready.append(job)
-            # An idle thread has the job 0.2 ms earlier than a new one.  One that was
-            # called and has not come yet counts as idle still: hence the comparison.
+            # An idle thread takes the job 0.2 ms sooner than a new one.  It counts as
+            # idle until it has taken a job: hence the comparison with all ready jobs.
             if len(self._ready) <= self._idle:
                 self._called.notify()
                 return
@@ -7656,7 +7663,7 @@ class Machine:
                 thread.start()
             except RuntimeError:  # no thread is left
                 if self._threads:
-                    return  # those that are there come to it
+                    return  # one of them takes the job later
                 self._ready.remove(job)
             else:
                 self._threads.append(thread)
@@ -7668,7 +7675,7 @@ class Machine:
             self._call_worker(following)
 
     def _work(self) -> None:
-        """Carry out jobs until there have been none for a while."""
+        """Run jobs, until there are none for WORKER_LINGER."""
         thread = threading.current_thread()
         while True:
             thread.name = "moltis-idle"
@@ -7690,7 +7697,7 @@ class Machine:
             return None
 
     def _carry_out(self, job: MachineJob) -> MachineJob | None:
-        """Carry out a job to its ending; return the next in its line."""
+        """Run a job to its ending; return the next in its line."""
         assert job.task is not None
         try:
             ending = job.task.run()
@@ -7720,7 +7727,7 @@ class Machine:
         job.log.ready()
 
     def _drop(self, job: MachineJob) -> None:
-        """End a job, and forget it then."""
+        """End a job, then forget it."""
         with self._lock:
             job.dropped = True
             if job.log.ended:
@@ -7756,15 +7763,12 @@ class Machine:
                 peer.place(job.id, 0)
 
     def _report_place(self, job: MachineJob, place: int) -> None:
-        """Report a place if it is news.
-
-        One at a time, and none after 0, which ends a job's wait.
-        """
+        """Report a place if it changed enough; none follows 0, the end of the wait."""
         now = time.monotonic()
         with self._places:
             known, peer = job.place, self._peer
             if place:
-                # Each of the last ten places; before them, a quarter less than before.
+                # Each of the last ten places; before them, each drop by a fifth.
                 slack = place // 4 if place > 10 else 0
                 news = known is None or known - place > slack
                 news = news and job.waits and now >= job.place_due
@@ -7775,7 +7779,7 @@ class Machine:
                 peer.place(job.id, place)
 
     def _report_places(self) -> None:
-        """Report the places in all lines, until there is no line."""
+        """Report the places in all lines, until no job waits."""
         while True:
             with self._lock:
                 if self._changed.wait_for(lambda: self._closed, PLACE_TICK):
@@ -7799,7 +7803,7 @@ class Machine:
             self._changed.notify_all()
 
     def _trim_kept(self) -> None:
-        """Drop the oldest endings where there are too many, or their logs too large."""
+        """Drop the oldest endings beyond MAX_KEPT and MAX_KEPT_OUTPUT."""
         held = sum(self._jobs[job_id].log.held for job_id in self._kept)
         while len(self._kept) > MAX_KEPT or held > MAX_KEPT_OUTPUT:
             job = self._jobs[next(iter(self._kept))]
@@ -7846,11 +7850,10 @@ def _jobs_extension(hello: JsonObject) -> JsonObject | None:
     return jobs
 
 
-class _LogSource(Value):
+class _LogSource(collections.namedtuple("_LogSource", "link log")):
     """One log as a source of the Outlet of one connection."""
 
-    link: GatewayLink
-    log: JobLog
+    __slots__ = ()
 
     def __call__(self) -> str | bytes | None:
         return self.link.next_message(self.log)
@@ -7912,7 +7915,7 @@ class GatewayLink:
     # As a MachinePeer
 
     def log_ready(self, log: JobLog) -> None:
-        self._outlet.wake(_LogSource(self, log), log.urgency)
+        self._outlet.wake(_LogSource(self, log))
 
     def place(self, job_id: str, place: int) -> None:
         self._send_event(JOB_PLACE, {"id": job_id, "place": place})
@@ -12331,7 +12334,7 @@ class LocalLink:
 
 # ==============================================================================
 # Agent
-# Uses: Wire protocol, Language models, Store, Fleet, Jobs
+# Uses: Wire protocol, Commands, Language models, Store, Fleet, Jobs
 #
 # Runs in which a model uses the machines of the fleet until it has an answer: its
 # tools and the check of their arguments, the question to a person before a command
@@ -12794,40 +12797,13 @@ def system_prompt(machines: Machines, selected_id: str) -> str:
     )
 
 
-class _Stream:
-    """Head and tail of one output stream."""
-
-    KEPT = 4 * MAX_TOOL_OUTPUT  # bytes of each; a character has at most four
-
-    def __init__(self) -> None:
-        self.total = 0  # bytes
-        self._head = bytearray()
-        self._tail = bytearray()
-
-    def add(self, data: bytes) -> None:
-        self.total += len(data)
-        room = self.KEPT - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:]
-        if len(self._tail) > 2 * self.KEPT:
-            del self._tail[: -self.KEPT]
-
-    def text(self, limit: int) -> str:
-        """Return what fits into `limit` characters, MAX_TOOL_OUTPUT at most."""
-        text = bytes(self._head + self._tail).decode("utf-8", "replace")
-        if len(text) <= limit:
-            return text
-        head, tail = text[: limit // 2], text[len(text) - (limit - limit // 2) :]
-        cut = self.total - len(f"{head}{tail}".encode())
-        return f"{head}\n… {cut:,} bytes cut …\n{tail}"
-
-
 def read_output(read: Callable[[int], Reading], offset: int) -> tuple[JsonObject, int]:
     """Return what a model sees of a log from `offset` on, and the next offset.
 
     Both streams together have MAX_TOOL_OUTPUT characters, head and tail of each.
     """
-    streams = {stream: _Stream() for stream in STREAMS.values()}
+    # A character has at most four bytes.
+    streams = {s: Excerpt(8 * MAX_TOOL_OUTPUT) for s in STREAMS.values()}
     stdout, stderr = streams.values()
     for _ in range(MAX_OUTPUT_READS):
         reading = read(offset)

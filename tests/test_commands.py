@@ -1034,6 +1034,13 @@ def test_a_cut_leaves_no_broken_characters():
     assert kept.text() == "äö\n… 8 bytes cut …\nöü"
 
 
+def test_an_excerpt_in_characters_counts_all_other_bytes():
+    assert excerpt(100, "äöü".encode() * 10).text(4) == "äö\n… 52 bytes cut …\nöü"
+    assert excerpt(40, "äöü".encode() * 10).text(4) == "äö\n… 52 bytes cut …\nöü"
+    assert excerpt(100, b"short").text(5) == "short"
+    assert excerpt(100, b"short").text(0) == "\n… 5 bytes cut …\n"
+
+
 def test_nothing_may_be_kept_at_all():
     assert excerpt(0, *[b"x"] * 100).text() == "\n… 100 bytes cut …\n"
 
