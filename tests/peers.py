@@ -178,18 +178,6 @@ def rust_connect(token, node_id="rust-1", **changes):
     }
 
 
-def hang_up_on_jobs(monkeypatch):
-    """Have the gateway start each job and hang up before it answers."""
-    real = moltis.NodeMethods._start_job
-
-    def start_and_hang_up(self, call, invoke_id, origin):
-        answer = real(self, call, invoke_id, origin)
-        call.peer.ws.abort()
-        return answer
-
-    monkeypatch.setattr(moltis.NodeMethods, "_start_job", start_and_hang_up)
-
-
 @contextlib.contextmanager
 def silent_node(gateway, node_id="gone"):
     """A node that takes commands, called "Rust box", and does nothing about them."""

@@ -632,11 +632,15 @@ def test_a_peer_that_is_gone_as_it_is_greeted_is_no_failure():
         def abort(self):
             self.aborted = True
 
-    def introduce(*_):
-        raise moltis.ConnectionClosed(moltis.CloseCode.ABNORMAL, "the peer is gone")
+        def receive(self, _timeout):
+            raise moltis.ConnectionClosed(moltis.CloseCode.ABNORMAL, "it is gone")
 
     gateway = types.SimpleNamespace(
-        _lock=threading.Lock(), _connections=set(), _closed=False, _introduce=introduce
+        _lock=threading.Lock(),
+        _connections=set(),
+        _closed=False,
+        _access=None,
+        _require_scram=False,
     )
     ws = Gone()
     moltis.Gateway.serve(gateway, ws, None)
@@ -652,3 +656,571 @@ def test_no_node_calls_itself_local(gateway):
         nodes = gateway.call("node.list")
         assert [node["displayName"] for node in nodes] == ["Local", "pi"]
         assert gateway.call("node.describe", nodeId="Local")["nodeId"] == "local"
+
+
+# -- jobs, as operators ask for them -------------------------------------------
+
+
+class Client:
+    """An operator that keeps apart what the gateway sends about jobs."""
+
+    def __init__(self, gateway, key=None):
+        self.peer = gateway.peer()
+        auth = {"api_key": key or gateway.api_key}
+        answer = self.peer.request("connect", {"role": "operator", "auth": auth})
+        assert answer["ok"], answer
+        self.logs, self.starts = {}, {}  # bytes, and the first offset, by job
+        self.events = []  # names and payloads
+        self.order = []  # "answer", "log", and names of events, as they came
+
+    def call(self, method, **params):
+        """Return the payload, or the code of an error."""
+        request_id = str(uuid.uuid4())
+        request = {"type": "req", "id": request_id, "method": method, "params": params}
+        self.peer.send(request)
+        while True:
+            answer = self.take()
+            if isinstance(answer, dict) and answer.get("id") == request_id:
+                self.order.append("answer")
+                return answer["payload"] if answer["ok"] else answer["error"]["code"]
+
+    def take(self, timeout=30):
+        """Return the next message, once it is kept."""
+        message = self.peer.receive(timeout)
+        assert message is not None, "the gateway hung up"
+        if isinstance(message, bytes):
+            kind, job_id, offset, data = moltis.decode_job_data(message)
+            assert kind == moltis.LOG_DATA
+            self.starts.setdefault(job_id, offset)
+            known = self.logs.get(job_id, b"")
+            assert offset == self.starts[job_id] + len(known)
+            self.logs[job_id] = known + data
+            self.order.append("log")
+        elif message["type"] == "event":
+            self.events.append((message["event"], message["payload"]))
+            self.order.append(message["event"])
+        return message
+
+    def take_until(self, condition):
+        while not condition():
+            self.take()
+
+    def start(self, node, command, **params):
+        """Start one job; return its id."""
+        job_id = params.pop("id", None) or str(uuid.uuid4())
+        spec = {"command": command, **params.pop("spec", {})}
+        jobs = [{"id": job_id, "node": node}]
+        answer = self.call("job.start", jobs=jobs, work="run", spec=spec, **params)
+        assert "error" not in answer["jobs"][0], answer
+        return job_id
+
+    def ending(self, job_id):
+        """Return how a followed job ended, once that is said."""
+
+        def endings():
+            states = [p for name, p in self.events if name == "job.state"]
+            return [p for p in states if p["id"] == job_id and "ending" in p]
+
+        self.take_until(endings)
+        return endings()[-1]
+
+    def output(self, job_id):
+        frames = moltis.log_frames(self.logs.get(job_id, b""))
+        return b"".join(data for kind, data in frames if kind in moltis.STREAMS)
+
+    def send_input(self, job_id, offset, data):
+        self.peer.send(moltis.encode_job_data(moltis.INPUT_DATA, job_id, offset, data))
+
+    def acknowledge(self, job_id):
+        end = self.starts[job_id] + len(self.logs[job_id])
+        assert self.call("job.ack", id=job_id, offset=end) == {}
+
+    def read_to(self, job_id, count):
+        """Take `count` bytes of output in all, and acknowledge them as they come."""
+        self.take_until(lambda: job_id in self.logs)
+        while len(self.output(job_id)) < count:
+            known = len(self.logs[job_id])
+            self.acknowledge(job_id)
+            self.take_until(lambda: len(self.logs[job_id]) > known)  # noqa: B023
+
+    def close(self):
+        self.peer.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+@pytest.fixture
+def client(gateway):
+    with Client(gateway) as client:
+        yield client
+
+
+def test_the_answer_precedes_the_log_and_the_ending_follows_it(client):
+    job_id = client.start("local", "echo out; echo err >&2; exit 3", hold=True)
+    state = client.ending(job_id)
+    assert client.order[0] == "answer"
+    assert client.order[-1] == "job.state"
+    assert sorted(client.output(job_id).split()) == [b"err", b"out"]
+    assert state["ending"]["exitCode"] == 3
+    assert state["words"] == "exit status 3"
+    assert state["failed"] is True
+    assert state["end"] == len(client.logs[job_id])
+
+
+def test_a_holder_that_does_not_read_slows_its_command(client):
+    count = 5 * 1024 * 1024
+    job_id = client.start("local", f"head -c {count} /dev/zero", hold=True)
+    client.take_until(lambda: len(client.output(job_id)) > 900_000)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            client.take(1)
+    assert len(client.output(job_id)) < 2 * moltis.LOG_WINDOW
+    client.read_to(job_id, count)
+    client.acknowledge(job_id)
+    assert client.ending(job_id)["state"] == "done"
+    assert client.output(job_id) == bytes(count)
+
+
+def test_a_watcher_slows_nobody(gateway, client):
+    count = 5 * 1024 * 1024
+    with Client(gateway) as other:
+        job_id = other.start("local", f"head -c {count} /dev/zero", keep=True)
+        answer = client.call("job.follow", id=job_id)
+        assert answer["job"]["id"] == job_id
+        assert client.ending(job_id)["state"] == "done"
+        assert other.call("job.wait", id=job_id, wait=60)["state"] == "done"
+
+
+def test_a_job_can_be_followed_from_its_tail(client):
+    job_id = client.start("local", "head -c 600000 /dev/zero; echo end", keep=True)
+    assert client.call("job.wait", id=job_id, wait=60)["state"] == "done"
+    answer = client.call("job.follow", id=job_id, tail=200_000)
+    assert answer["offset"] >= answer["job"]["end"] - 200_000
+    client.ending(job_id)
+    assert client.starts[job_id] == answer["offset"]
+    assert client.output(job_id).endswith(b"\0end\n")
+
+
+def test_a_holder_that_leaves_cancels_an_unkept_job(gateway, client):
+    job_id = client.start("local", "sleep 300", hold=True)
+    assert client.call("job.unfollow", id=job_id, leave=True) == {}
+    view = client.call("job.wait", id=job_id, wait=60)
+    assert view["state"] == "cancelled"
+
+
+def test_a_kept_job_outlives_its_holder(client, tmp_path):
+    command = f"until [ -e {tmp_path}/go ]; do sleep 0.05; done; echo on"
+    job_id = client.start("local", command, keep=True, hold=True)
+    client.call("job.unfollow", id=job_id, leave=True)
+    assert client.call("job.wait", id=job_id, wait=0.2)["state"] == "running"
+    (tmp_path / "go").touch()
+    assert client.call("job.wait", id=job_id, wait=60)["state"] == "done"
+
+
+def test_a_holder_whose_connection_broke_goes_on_where_it_was(gateway, tmp_path):
+    command = f"echo one; until [ -e {tmp_path}/go ]; do sleep 0.05; done; echo two"
+    with Client(gateway) as first:
+        job_id = first.start("local", command, hold=True)
+        first.take_until(lambda: first.output(job_id) == b"one\n")
+        position = len(first.logs[job_id])
+    (tmp_path / "go").touch()
+    with Client(gateway) as second:
+        answer = second.call("job.follow", id=job_id, offset=position, hold=True)
+        assert answer["offset"] == position
+        assert second.ending(job_id)["state"] == "done"
+        assert second.output(job_id) == b"two\n"
+
+
+def test_a_job_with_a_known_id_is_followed_and_not_run_again(gateway, tmp_path):
+    command = f"echo once >>{tmp_path}/runs; echo said"
+    job_id = str(uuid.uuid4())
+    for _ in range(2):
+        with Client(gateway) as client:
+            client.start("local", command, id=job_id, keep=True, hold=True)
+            assert client.ending(job_id)["state"] == "done"
+            assert client.output(job_id) == b"said\n"
+    assert (tmp_path / "runs").read_text() == "once\n"
+
+
+def test_an_id_of_another_key_is_a_conflict(gateway, client):
+    job_id = client.start("local", "true", keep=True)
+    scopes = ["operator.write"]
+    key = client.call("keys.create", name="other", scopes=scopes)["key"]
+    with Client(gateway, key) as other:
+        jobs = [{"id": job_id, "node": "local"}]
+        spec = {"command": "true"}
+        answer = other.call("job.start", jobs=jobs, work="run", spec=spec, keep=True)
+        assert answer["jobs"][0]["error"]["code"] == "CONFLICT"
+
+
+def test_input_comes_from_the_holder_alone(gateway, client):
+    job_id = client.start("local", "cat", hold=True, spec={"stdin": True})
+    client.take_until(lambda: client.events)
+    known = {"id": job_id, "offset": 0, "resume": True}
+    assert client.events[0] == ("job.input", known)
+    client.send_input(job_id, 0, b"first\n")
+    client.take_until(lambda: client.output(job_id) == b"first\n")
+    with Client(gateway) as other:
+        answer = other.call("job.follow", id=job_id, hold=True)
+        assert answer["offset"] == 0
+        other.take_until(lambda: ("job.input", {**known, "offset": 6}) in other.events)
+        client.send_input(job_id, 6, b"not his any more\n")
+        client.call("node.list")
+        other.send_input(job_id, 6, b"second\n")
+        other.send_input(job_id, 13, b"")
+        assert other.ending(job_id)["state"] == "done"
+        assert other.output(job_id) == b"first\nsecond\n"
+
+
+def test_a_client_acknowledges_what_it_has_read_itself(gateway, client):
+    job_id = client.start("local", "echo mine; sleep 300", hold=True)
+    client.take_until(lambda: client.output(job_id))
+    with Client(gateway) as other:
+        assert other.call("job.ack", id=job_id, offset=10**6) == {}
+        other.call("job.follow", id=job_id)
+        assert other.call("job.ack", id=job_id, offset=10**6) == "INVALID_REQUEST"
+    assert gateway.running.jobs.get(job_id).holder.position == 0
+    client.call("job.cancel", id=job_id)
+
+
+def test_a_key_that_only_reads_may_watch_and_not_hold(gateway, client):
+    job_id = client.start("local", "sleep 300", keep=True)
+    made = client.call("keys.create", name="reader", scopes=["operator.read"])
+    with Client(gateway, made["key"]) as reader:
+        assert reader.call("job.follow", id=job_id, hold=True) == "FORBIDDEN"
+        assert reader.call("job.follow", id=job_id)["job"]["state"] == "running"
+        assert reader.call("job.cancel", id=job_id) == "FORBIDDEN"
+        view = client.call("job.cancel", id=job_id)
+        assert view["cancelledBy"] == "this machine"
+        assert reader.ending(job_id)["words"] == "cancelled: by this machine"
+
+
+def test_output_is_read_in_pieces_that_keep_their_order(client):
+    job_id = client.start("local", "echo one; echo two >&2; printf '\\377'", keep=True)
+    client.call("job.wait", id=job_id, wait=60)
+    answer = client.call("job.read", id=job_id, encoding="base64")
+    assert answer["offset"] == 0
+    assert answer["next"] == answer["job"]["end"]
+    assert {p["stream"] for p in answer["pieces"]} == {"stdout", "stderr"}
+    texts = client.call("job.read", id=job_id)["pieces"]
+    assert "".join(p["text"] for p in texts if p["stream"] == "stdout") == "one\n\ufffd"
+
+
+def test_a_reader_waits_for_news(client, tmp_path):
+    command = f"until [ -e {tmp_path}/go ]; do sleep 0.05; done; echo here; sleep 300"
+    job_id = client.start("local", command, keep=True)
+    nothing = client.call("job.read", id=job_id, wait=0.1)
+    assert nothing["pieces"] == []
+    (tmp_path / "go").touch()
+    news = client.call("job.read", id=job_id, offset=nothing["next"], wait=60)
+    assert news["pieces"] == [{"stream": "stdout", "text": "here\n"}]
+    client.call("job.cancel", id=job_id)
+
+
+def test_jobs_are_listed_by_node_state_and_words(client):
+    first = client.start("local", "echo needle", keep=True)
+    second = client.start("local", "exit 4", keep=True)
+    third = client.start("local", "sleep 300", keep=True)
+    for job_id in (first, second):
+        client.call("job.wait", id=job_id, wait=60)
+
+    def listed(**filters):
+        return [view["id"] for view in client.call("job.list", **filters)]
+
+    assert listed(nodeId="Local") == [third, second, first]
+    assert listed(state="open") == [third]
+    assert listed(state="failed") == [second]
+    assert listed(query="needle") == [first]
+    assert listed(limit=1, before=client.call("job.list")[0]["seq"]) == [second]
+    assert "spec" not in client.call("job.list")[0]
+    client.call("job.cancel", id=third)
+
+
+def test_all_names_are_known_before_anything_runs(gateway, client, rust, tmp_path):
+    rust.close()
+    wait_for(lambda: not gateway.is_connected("rust-1"), what="it to be offline")
+    spec, ran = {"command": f"touch {tmp_path}/ran"}, tmp_path / "ran"
+
+    def start(*nodes):
+        jobs = [{"id": str(uuid.uuid4()), "node": node} for node in nodes]
+        return client.call("job.start", jobs=jobs, work="run", spec=spec, keep=True)
+
+    assert start("local", "nowhere") == "NOT_FOUND"
+    assert start("local", "") == "NOT_FOUND"
+    assert not ran.exists()
+    away, here = start("rust-1", "local")["jobs"]
+    assert away["error"]["code"] == "UNAVAILABLE"
+    assert "is offline since" in away["error"]["message"]
+    assert client.call("job.wait", id=here["id"], wait=60)["state"] == "done"
+    assert ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "words"),
+    [
+        ("job.read", {}, "id is missing"),
+        ("job.read", {"id": "x", "offset": -1}, "offset must be from 0"),
+        ("job.read", {"id": "x", "wait": 1000}, "wait takes 0 to 300"),
+        ("job.read", {"id": "x", "encoding": "x"}, "encoding must be one of text"),
+        ("job.list", {"limit": 2**70}, "limit is out of range"),
+        ("job.list", {"limit": "9"}, "limit must be a whole number"),
+        ("job.follow", {"id": "x", "hold": 1}, "hold must be true or false"),
+        ("job.start", {"jobs": [7]}, "jobs must hold objects only"),
+        ("node.invoke", {"nodeId": "local", "command": "x"}, "one of system.run"),
+        ("keys.create", {"name": "x", "scopes": [7]}, "scopes must be a string"),
+        ("subscribe", {"events": ["x"]}, "there is no event 'x'"),
+    ],
+)
+def test_a_parameter_that_makes_no_sense_is_named(gateway, method, params, words):
+    if "id" in params:
+        run = {"nodeId": "local", "command": "system.run", "args": {"command": "true"}}
+        params = {
+            **params,
+            "id": gateway.call("node.invoke", **run, background=True)["invokeId"],
+        }
+    with gateway.operator() as client, pytest.raises(moltis.UsageError, match=words):
+        client.call(method, params)
+
+
+# -- one command, one answer: Moltis nodes -------------------------------------
+
+
+def answer_run(rust, request, **result):
+    result = {"stdout": "", "stderr": "", "exitCode": 0, **result}
+    params = {"invokeId": request["invokeId"], "result": result}
+    method = "node.invoke.result"
+    rust.send({"type": "req", "id": "answer", "method": method, "params": params})
+
+
+def test_a_rust_node_gets_one_command_at_a_time(client, rust):
+    spec = {"cwd": " "}  # a Rust node would fail on it
+    ids = [client.start("rust-1", f"echo {n}", keep=True, spec=spec) for n in range(3)]
+    for number, job_id in enumerate(ids):
+        request = next_request(rust)
+        assert request["invokeId"] == job_id
+        assert request["args"] == {"command": f"echo {number}"}
+        places = [client.call("job.read", id=i)["job"].get("place") for i in ids]
+        assert places[number:] == [None, 1, 2][: 3 - number]
+        answer_run(rust, request, stdout=f"{number}\n")
+        assert client.call("job.wait", id=job_id, wait=60)["state"] == "done"
+
+
+def test_a_rust_node_is_silent_while_its_command_runs(gateway, client, rust):
+    link = gateway.running.fleet.connected("rust-1").link
+    wait_for(lambda: link._ws.keepalive, what="keepalive after system.providers")
+    job_id = client.start("rust-1", "sleep 300", keep=True, spec={"timeout": 1000.5})
+    request = next_request(rust)
+    assert request["args"] == {"command": "sleep 300", "timeout": 1001}
+    assert not link._ws.keepalive
+    answer_run(rust, request)
+    client.call("job.wait", id=job_id, wait=60)
+    assert link._ws.keepalive
+
+
+def test_a_rust_node_ends_no_command_that_runs(client, rust):
+    first = client.start("rust-1", "sleep 300", keep=True)
+    second = client.start("rust-1", "echo never", keep=True)
+    request = next_request(rust)
+    assert client.call("job.cancel", id=first) == "INVALID_REQUEST"
+    assert client.call("job.cancel", id=second)["state"] == "cancelled"
+    answer_run(rust, request, stdout="ran")
+    assert client.call("job.wait", id=first, wait=60)["state"] == "done"
+    assert rust.receive()["id"] == "answer"
+    with pytest.raises(TimeoutError):
+        rust.receive(0.2)
+
+
+def test_input_for_a_rust_node_is_refused_before_anything_is_sent(client, rust):
+    jobs = [{"id": str(uuid.uuid4()), "node": "rust-1"}]
+    spec = {"command": "cat", "stdin": True}
+    answer = client.call("job.start", jobs=jobs, work="run", spec=spec, hold=True)
+    assert "passes no input to commands" in answer["jobs"][0]["error"]["message"]
+    with pytest.raises(TimeoutError):
+        rust.receive(0.2)
+
+
+def test_a_large_answer_of_a_rust_node_is_taken_whole(client, rust):
+    """Close 1009 would end it for good."""
+    job_id = client.start("rust-1", "cat large", hold=True)
+    answer_run(rust, next_request(rust), stdout="é" * 2_500_000, stderr="x" * 100)
+    client.read_to(job_id, 5_000_100)
+    client.acknowledge(job_id)
+    state = client.ending(job_id)
+    assert state["ending"]["stdoutBytes"] == 5_000_000
+    assert client.output(job_id).decode().count("é") == 2_500_000
+
+
+@pytest.mark.parametrize(
+    ("result", "state", "words"),
+    [
+        (
+            {"error": "command timed out after 5000ms"},
+            "timed_out",
+            "timed out: command timed out after 5000ms",
+        ),
+        ({"error": "no shell"}, "failed", "failed: no shell"),
+        ({"exitCode": "7"}, "failed", "exitCode must be a whole number"),
+        ({"exitCode": -1, "signal": 9}, "done", "killed by SIGKILL"),
+        ({"exitCode": 2**40}, "done", "exit status -1"),
+        ({"exitCode": 0, "timedOut": True}, "timed_out", "timed out"),
+    ],
+)
+def test_what_a_rust_node_answers_is_an_ending(client, rust, result, state, words):
+    job_id = client.start("rust-1", "x", keep=True)
+    answer_run(rust, next_request(rust), **result)
+    view = client.call("job.wait", id=job_id, wait=60)
+    assert view["state"] == state
+    assert words in view["words"]
+
+
+def test_what_a_rust_node_had_in_line_is_lost_with_its_connection(client, rust):
+    ids = [client.start("rust-1", "x", keep=True) for _ in range(2)]
+    next_request(rust)
+    rust.ws.abort()
+    for job_id in ids:
+        view = client.call("job.wait", id=job_id, wait=60)
+        assert view["state"] == "lost"
+        assert "its node disconnected" in view["words"]
+
+
+def test_an_old_node_of_ours_is_served_and_said_to_be_outdated(gateway, caplog):
+    caps = ["auth.scram", "exec.stream", "exec.cancel", "exec.resume"]
+    extensions = {"moltis": {"caps": caps, "commands": ["system.run"]}}
+    params = rust_connect(gateway.token(), "old", extensions=extensions)
+    params["client"]["version"] = "0.1.0"
+    with gateway.peer() as old, Client(gateway) as client:
+        hello = old.request("connect", params)["payload"]
+        # Else it would speak of streams that this gateway does not know.
+        assert not set(caps[1:]) & set(hello["features"]["methods"])
+        assert client.call("node.describe", nodeId="old")["outdated"] is True
+        wait_for(lambda: "version 0.1.0" in caplog.text, what="the warning")
+        job_id = client.start("old", "echo hi", keep=True)
+        answer_run(old, next_request(old), stdout="hi\n")
+        client.call("job.wait", id=job_id, wait=60)
+        pieces = client.call("job.read", id=job_id)["pieces"]
+        assert pieces == [{"stream": "stdout", "text": "hi\n"}]
+
+
+# -- nodes of ours, by hand ----------------------------------------------------
+
+
+def jobs_connect(token, node_id="ours", jobs=None, instance="life 1"):
+    moltis_extension = {
+        "caps": ["auth.scram", "jobs"],
+        "commands": ["system.run"],
+        "instance": instance,
+        "jobs": jobs or {},
+    }
+    return rust_connect(token, node_id, extensions={"moltis": moltis_extension})
+
+
+def next_event(peer, name):
+    wanted = lambda m: isinstance(m, dict) and m.get("event") == name  # noqa: E731
+    return peer.receive_until(wanted)["payload"]
+
+
+def log_message(job_id, offset, *frames):
+    data = b"".join(moltis.encode_log_frame(*frame) for frame in frames)
+    return moltis.encode_job_data(moltis.LOG_DATA, job_id, offset, data)
+
+
+DONE = (moltis.ENDING, b'{"state":"done","exitCode":0}')
+
+
+@pytest.fixture
+def ours(gateway):
+    with gateway.peer() as peer:
+        peer.token = gateway.token("Our box")
+        assert peer.request("connect", jobs_connect(peer.token))["ok"]
+        yield peer
+
+
+def test_a_job_travels_to_our_node_and_its_log_comes_back(client, ours):
+    job_id = client.start("ours", "echo hi", hold=True, spec={"timeout": 9000})
+    started = next_event(ours, "job.start")
+    assert started["id"] == job_id
+    assert started["work"] == "run"
+    assert started["spec"]["command"] == "echo hi"
+    ours.send(
+        {"type": "event", "event": "job.place", "payload": {"id": job_id, "place": 2}}
+    )
+    client.take_until(lambda: any(p.get("place") == 2 for _, p in client.events))
+    ours.send(log_message(job_id, 0, (moltis.STDOUT, b"hi\n")))
+    ours.send(log_message(job_id, 8, DONE))
+    assert client.ending(job_id)["words"] == "done"
+    assert client.output(job_id) == b"hi\n"
+    client.acknowledge(job_id)
+    end = len(client.logs[job_id])
+    assert next_event(ours, "job.ack") == {"id": job_id, "offset": end}
+
+
+def test_our_node_hears_of_cancel_resize_and_input(client, ours):
+    spec = {"stdin": True}
+    job_id = client.start("ours", "cat", hold=True, spec=spec)
+    next_event(ours, "job.start")
+    client.send_input(job_id, 0, b"abc")
+    message = ours.receive_until(lambda m: isinstance(m, bytes))
+    sent = (moltis.INPUT_DATA, job_id, 0, b"abc")
+    assert moltis.decode_job_data(message) == sent
+    consumed = {"id": job_id, "offset": 3}
+    ours.send({"type": "event", "event": "job.input", "payload": consumed})
+    client.take_until(lambda: ("job.input", consumed) in client.events)
+    client.call("job.resize", id=job_id, rows=24, cols=80)
+    size = {"id": job_id, "rows": 24, "cols": 80}
+    assert next_event(ours, "job.resize") == size
+    client.call("job.cancel", id=job_id)
+    assert next_event(ours, "job.cancel") == {"id": job_id}
+
+
+def test_the_hello_says_from_where_a_node_sends_its_logs(gateway, client, ours):
+    job_id = client.start("ours", "echo hi", keep=True)
+    next_event(ours, "job.start")
+    ours.send(log_message(job_id, 0, (moltis.STDOUT, b"hi\n")))
+    offset = client.call("job.read", id=job_id, wait=60)["next"]
+    assert offset == 8
+    ours.ws.abort()
+
+    def is_away():
+        return "awayMs" in client.call("job.read", id=job_id)["job"]
+
+    wait_for(is_away, what="the node to be away")
+    stranger = str(uuid.uuid4())
+    held = {job_id: 0, stranger: 0}
+    with gateway.peer() as again:
+        answer = again.request("connect", jobs_connect(ours.token, jobs=held))
+        known = answer["payload"]["extensions"]["moltis"]["jobs"]
+        assert known == {job_id: offset}
+        again.send(log_message(job_id, offset, (moltis.STDOUT, b"on\n"), DONE))
+        assert client.call("job.wait", id=job_id, wait=60)["state"] == "done"
+        pieces = client.call("job.read", id=job_id)["pieces"]
+        assert pieces == [{"stream": "stdout", "text": "hi\non\n"}]
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [DONE, (moltis.STDOUT, b"more")],
+        [(9, b"what kind?")],
+        [(moltis.ENDING, b'{"state":"lost"}')],
+        [(moltis.ENDING, b"no JSON")],
+    ],
+)
+def test_a_log_that_makes_no_sense_ends_the_connection(client, ours, frames):
+    job_id = client.start("ours", "x", keep=True)
+    ours.send(log_message(job_id, 0, *frames))
+    assert ours.close_code() == 1008
+
+
+def test_a_node_writes_into_its_own_logs_only(gateway, client, ours):
+    job_id = client.start("ours", "x", keep=True)
+    with gateway.peer() as thief:
+        token = gateway.token("thief")
+        assert thief.request("connect", jobs_connect(token, "thief"))["ok"]
+        thief.send(log_message(job_id, 0, (moltis.STDOUT, b"forged"), DONE))
+        report = {"event": "node.telemetry", "payload": {"nodeId": "thief"}}
+        assert thief.request("node.event", report)["ok"]
+    assert client.call("job.read", id=job_id)["job"]["state"] == "running"

@@ -233,6 +233,64 @@ def test_a_sign_in_is_a_cookie_that_no_script_reads(gateway):
     assert again.status == 401
 
 
+# -- downloads -----------------------------------------------------------------
+
+
+def download(gateway, path, **headers):
+    headers.setdefault("Authorization", f"Bearer {gateway.api_key}")
+    return ask(gateway, "GET", path, **headers)
+
+
+def run_in_background(gateway, command):
+    run = {"nodeId": "local", "command": "system.run", "args": {"command": command}}
+    return gateway.call("node.invoke", **run, background=True)["invokeId"]
+
+
+def test_the_output_of_a_job_is_a_file(gateway):
+    job_id = run_in_background(gateway, "head -c 3000000 /dev/zero; echo end >&2")
+    assert gateway.call("job.wait", id=job_id, wait=60)["state"] == "done"
+    answer = download(gateway, f"/api/jobs/{job_id}/output")
+    assert answer.status == 200
+    assert answer.body == bytes(3_000_000) + b"end\n"
+    assert answer.headers["Connection"] == "close"
+    assert answer.headers["Cache-Control"] == "no-store"
+    name = f'attachment; filename="output-{job_id[:8]}.txt"'
+    assert answer.headers["Content-Disposition"] == name
+
+
+def test_a_download_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(moltis, "MAX_SEGMENTS", 3)
+    with InProcessGateway(tmp_path) as gateway:
+        job_id = run_in_background(gateway, "echo first; head -c 9000000 /dev/zero")
+        gateway.call("job.wait", id=job_id, wait=60)
+        body = download(gateway, f"/api/jobs/{job_id}/output").body
+    assert body.startswith(b"first\n")
+    assert body.count("bytes cut …]".encode()) == 1
+    assert len(body) < 5_000_000
+
+
+def test_the_audit_is_a_file_in_which_nothing_is_a_formula(gateway):
+    gateway.call("device.token.create", displayName="=1+1")
+    answer = download(gateway, "/api/audit.csv")
+    first, *rows = answer.body.decode().splitlines()
+    assert first.startswith("at,event,caller,address,subject,node,state,exitCode")
+    assert ",'=1+1," in rows[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/api/jobs/x/output", 404),
+        ("/api/jobs/x/input", 404),
+        ("/api/jobs/", 404),
+        ("/api/audit.csv", 200),
+    ],
+)
+def test_downloads_need_a_credential(gateway, path, status):
+    assert download(gateway, path).status == status
+    assert ask(gateway, "GET", path).status in (401, 404)
+
+
 # -- bad input -----------------------------------------------------------------
 
 

@@ -452,7 +452,7 @@ class World:
             for call in self.calls
         ]
         texts = [f"--- {name}\n{text[-3000:]}" for name, text in logs.items()]
-        return "\n".join([*texts, *calls, *(json.dumps(row) for row in self.rows())])
+        return "\n".join([*texts, *calls, *(json.dumps(row, default=str) for row in self.rows())])
 
 
 def living_in_group(group):
