@@ -3399,13 +3399,13 @@ class ScramServer:
 # Wire protocol
 # Uses: WebSocket connections
 #
-# What gateway, nodes and operators exchange: JSON envelopes in text messages, job logs
-# and input in binary ones, and calls that await an answer.  It knows shapes and no
-# connection.  What compatibility with Moltis (protocol 4) demands of them is here.
+# The messages between gateway, nodes and operators: JSON envelopes as text, job logs
+# and input as binary, calls that await an answer.  Shapes only: it opens no connection.
+# Compatibility with Moltis (protocol 4) is kept here.
 # ==============================================================================
 
 CAP_SCRAM = "auth.scram"
-CAP_JOBS = "jobs"  # our extension; without it a peer is a Moltis peer
+CAP_JOBS = "jobs"  # our extension; a peer without it is a Moltis peer
 
 INVOKE_REQUEST = "node.invoke.request"
 INVOKE_RESULT = "node.invoke.result"
@@ -3419,6 +3419,8 @@ JOB_RESIZE = "job.resize"
 JOB_PLACE = "job.place"
 JOB_INPUT = "job.input"
 JOB_STATE = "job.state"
+
+TOKEN_REVOKED = "the token was revoked"  # a gateway hangs up on a node for this reason
 
 MAX_CAPABILITIES = 100  # capabilities, commands; characters of each
 MAX_HELD = 4096  # jobs in one `connect`; a node holds at most half as many
@@ -3452,11 +3454,22 @@ Envelope: TypeAlias = "Request | Response | Event"
 
 
 class EnvelopeError(RpcError):
-    """A message that is no envelope: answer `id`, "" if it has none."""
+    """A message that is no envelope: refuse it under `id`, which may be empty."""
 
     def __init__(self, envelope_id: str, message: str) -> None:
         super().__init__("INVALID_REQUEST", message)
         self.id = envelope_id
+
+
+def encode_error(error: RpcError) -> JsonObject:
+    value: JsonObject = {"code": error.code, "message": redact(error.message)}
+    if error.details is not None:
+        value["details"] = error.details
+    if error.retryable is not None:
+        value["retryable"] = error.retryable
+    if error.retry_after is not None:
+        value["retryAfterMs"] = round(error.retry_after * 1000)
+    return value
 
 
 def encode_envelope(envelope: Envelope) -> str:
@@ -3484,34 +3497,19 @@ def encode_envelope(envelope: Envelope) -> str:
     return to_json(value)
 
 
-def encode_error(error: RpcError) -> JsonObject:
-    value: JsonObject = {"code": error.code, "message": redact(error.message)}
-    if error.details is not None:
-        value["details"] = error.details
-    if error.retryable is not None:
-        value["retryable"] = error.retryable
-    if error.retry_after is not None:
-        value["retryAfterMs"] = round(error.retry_after * 1000)
-    return value
-
-
-def decode_envelope(text: str) -> Envelope:
-    """Return the envelope in `text`; unknown fields are ignored.
-
-    Raises EnvelopeError.
-    """
-    try:
-        value = from_json(text)
-    except ValueError as error:
-        raise EnvelopeError("", f"the message is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise EnvelopeError("", "the message must be a JSON object")
-    envelope_id = value.get("id")
-    try:
-        return _decode_fields(value)
-    except RpcError as error:
-        known = envelope_id if isinstance(envelope_id, str) else ""
-        raise EnvelopeError(known, error.message) from error
+def decode_error(value: JsonObject) -> RpcError:
+    """Return the error that a peer sent; malformed fields are ignored."""
+    retry_after_ms = value.get("retryAfterMs")
+    if not isinstance(retry_after_ms, int) or not 0 <= retry_after_ms < 2**53:
+        retry_after_ms = None
+    retryable = value.get("retryable")
+    return RpcError(
+        str(value.get("code") or "INTERNAL"),
+        str(value.get("message") or "the peer gave no reason"),
+        details=value.get("details"),
+        retryable=retryable if isinstance(retryable, bool) else None,
+        retry_after=None if retry_after_ms is None else retry_after_ms / 1000,
+    )
 
 
 def _decode_fields(value: JsonObject) -> Envelope:
@@ -3535,19 +3533,23 @@ def _decode_fields(value: JsonObject) -> Envelope:
     raise RpcError("INVALID_REQUEST", f"type must be req, res or event, not {kind!r}")
 
 
-def decode_error(value: JsonObject) -> RpcError:
-    """Return the error that a peer sent; each field is checked."""
-    retry_after_ms = value.get("retryAfterMs")
-    if not isinstance(retry_after_ms, int) or not 0 <= retry_after_ms < 2**53:
-        retry_after_ms = None
-    retryable = value.get("retryable")
-    return RpcError(
-        str(value.get("code") or "INTERNAL"),
-        str(value.get("message") or "the peer gave no reason"),
-        details=value.get("details"),
-        retryable=retryable if isinstance(retryable, bool) else None,
-        retry_after=None if retry_after_ms is None else retry_after_ms / 1000,
-    )
+def decode_envelope(text: str) -> Envelope:
+    """Return the envelope in `text`; unknown fields are ignored.
+
+    Raises EnvelopeError.
+    """
+    try:
+        value = from_json(text)
+    except ValueError as error:
+        raise EnvelopeError("", f"the message is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise EnvelopeError("", "the message must be a JSON object")
+    try:
+        return _decode_fields(value)
+    except RpcError as error:
+        envelope_id = value.get("id")
+        known = envelope_id if isinstance(envelope_id, str) else ""
+        raise EnvelopeError(known, error.message) from error
 
 
 # --- Jobs: binary messages, log frames, endings ---
@@ -3571,7 +3573,7 @@ UUID_PATTERN = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def is_uuid(text: str) -> bool:
-    """Return whether `text` is a UUID in lower case, the form of a job's id."""
+    """Return whether `text` is a UUID in lower case, as job ids are."""
     return UUID_PATTERN.fullmatch(text) is not None
 
 
@@ -3629,45 +3631,44 @@ def encode_log_frame(kind: int, data: bytes) -> bytes:
     return FRAME_HEAD.pack(kind, len(data)) + data
 
 
-def log_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield kind and data of the whole frames in `data`."""
-    at, size = 0, FRAME_HEAD.size
-    while at + size <= len(data):
+def scan_frames(data: bytes | bytearray, at: int = 0) -> Iterator[tuple[int, int, int]]:
+    """Yield kind, start of the data and end of each whole frame from `at` on."""
+    while at + FRAME_HEAD.size <= len(data):
         kind, length = FRAME_HEAD.unpack_from(data, at)
-        at += size + length
+        start = at + FRAME_HEAD.size
+        at = start + length
         if at > len(data):
             return
-        yield kind, data[at - length : at]
+        yield kind, start, at
+
+
+def log_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield kind and data of the whole frames in `data`."""
+    return ((kind, data[start:end]) for kind, start, end in scan_frames(data))
 
 
 def whole_frames(data: bytes) -> int:
     """Return how many bytes at the beginning of `data` are whole frames."""
-    at, size = 0, FRAME_HEAD.size
-    while at + size <= len(data):
-        end = at + size + FRAME_HEAD.unpack_from(data, at)[1]
-        if end > len(data):
-            break
-        at = end
-    return at
+    return max((end for _, _, end in scan_frames(data)), default=0)
 
 
 def gap_words(count: int) -> str:
-    """Return what stands for `count` bytes of output that are not there."""
+    """Return the text in place of `count` missing bytes of output."""
     return f"[… {count:,} bytes cut …]"
 
 
 class JobState:
     """The states of a job, the same in store, wire, page and command line."""
 
-    QUEUED = "queued"  # not sent: its node is away, and the caller waits for it
+    QUEUED = "queued"  # not sent: the node is offline, and the caller waits for it
     RUNNING = "running"  # sent; in line on its node while it has a place
-    DONE = "done"  # with an exit code or a signal, whichever
-    FAILED = "failed"  # it could not be started, or refused
+    DONE = "done"  # with an exit code or a signal
+    FAILED = "failed"  # not started, or refused
     TIMED_OUT = "timed_out"
     CANCELLED = "cancelled"
-    LOST = "lost"  # nobody will know how it ended
-    EXPIRED = "expired"  # its time in `queued` was up
-    DENIED = "denied"  # by a person, or because nobody answered; it never was sent
+    LOST = "lost"  # the node will not report an ending
+    EXPIRED = "expired"  # queued for too long
+    DENIED = "denied"  # not sent: the approval was refused or not given in time
 
     OPEN = (QUEUED, RUNNING)
     BY_NODE = (DONE, FAILED, TIMED_OUT, CANCELLED)
@@ -3676,7 +3677,7 @@ class JobState:
 def ending_words(
     state: str, exit_code: int | None, signal_name: str | None, reason: str | None
 ) -> str:
-    """Return how a job ended, or that it did not, in words for people."""
+    """Return a job's state in words for people."""
     if state == JobState.DONE and signal_name:
         return f"killed by {signal_name}"
     if state == JobState.DONE and exit_code:
@@ -3686,7 +3687,7 @@ def ending_words(
 
 
 class Ending(Value):
-    """How a job ended: the data of a log's last frame, and columns of its row."""
+    """How a job ended: the last frame of its log, and columns of its row."""
 
     state: str
     exit_code: int | None = None
@@ -3696,15 +3697,15 @@ class Ending(Value):
     stderr_bytes: int = 0
     started_at: int | None = None  # ms
     duration: float | None = None  # s
-    result: JsonObject | None = None  # what works other than commands answer
+    result: JsonObject | None = None  # the answer of a work other than `run`
 
     @property
     def failed(self) -> bool:
-        """Whether a person would call it failed: an exit code, a signal, an error."""
+        """Whether people call it failed: a non-zero exit, a signal or an error."""
         return self.state != JobState.DONE or bool(self.exit_code or self.signal)
 
     def words(self) -> str:
-        """Return how it ended, in words for people, the same everywhere."""
+        """Return the ending in words for people, the same everywhere."""
         return ending_words(self.state, self.exit_code, self.signal, self.reason)
 
 
@@ -3713,7 +3714,7 @@ def decode_ending(data: bytes) -> Ending:
     try:
         ending = Ending.from_json(required({"ending": from_json(data)}, "ending", dict))
         if ending.state not in JobState.BY_NODE:
-            raise ValueError(f"a node cannot say {ending.state[:20]!r}")
+            raise ValueError(f"a node cannot end a job as {ending.state[:20]!r}")
         counts = (ending.stdout_bytes, ending.stderr_bytes, ending.started_at or 0)
         if not all(0 <= count < MAX_OFFSET for count in counts):
             raise ValueError("a count is out of range")
@@ -3732,24 +3733,21 @@ def decode_ending(data: bytes) -> Ending:
 
 
 def check_frames(data: bytes) -> Ending | None:
-    """Return the ending if `data` has one; it must be whole frames of known kinds.
+    """Return the ending in `data`, if any.
 
-    Raises RpcError PROTOCOL_ERROR.
+    Raises RpcError PROTOCOL_ERROR unless `data` is whole frames of known kinds, and
+    nothing follows the ending.
     """
-    at, size, ending = 0, FRAME_HEAD.size, None
-    while at < len(data):
+    end, ending = 0, None
+    for kind, start, end in scan_frames(data):
         if ending is not None:
             raise RpcError("PROTOCOL_ERROR", "frames follow the ending")
-        if at + size > len(data):
-            raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
-        kind, length = FRAME_HEAD.unpack_from(data, at)
-        at += size + length
-        if at > len(data):
-            raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
         if kind == ENDING:
-            ending = decode_ending(data[at - length : at])
+            ending = decode_ending(data[start:end])
         elif kind not in (STDOUT, STDERR, MARK):
             raise RpcError("PROTOCOL_ERROR", f"there is no log frame of kind {kind}")
+    if end != len(data):
+        raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
     return ending
 
 
@@ -3759,9 +3757,8 @@ Source: TypeAlias = "Callable[[], str | bytes | None]"
 class Outlet:
     """Sends messages of many sources over one connection, as fast as it drains.
 
-    A source is a callable that returns the next message or None.  wake() is for any
-    thread and neither blocks nor raises: if another thread is sending, that one goes
-    on with this source.
+    A source returns its next message, or None.  wake() works from any thread and
+    neither blocks nor raises: a thread that is already sending takes over the source.
     """
 
     def __init__(self, ws: WebSocket) -> None:
@@ -3773,7 +3770,7 @@ class Outlet:
         ws.on_drain = self._pump
 
     def wake(self, source: Source, urgency: int = 0) -> None:
-        """Send what `source` has; 0 is the more urgent."""
+        """Send the messages of `source`; urgency 0 goes before 1."""
         with self._lock:
             self._ready[urgency][source] = None
         self._pump()
@@ -3794,7 +3791,7 @@ class Outlet:
                 if message is not None:
                     self._ws.send(message)
             except ConnectionClosed:
-                message = None  # whoever comes back follows again
+                message = None  # the next connection resumes
             except Exception:
                 log.exception("a log could not be sent")
                 message = None
@@ -3804,10 +3801,53 @@ class Outlet:
                     ready.setdefault(source)  # at the end: they take turns
 
 
-class ConnectParams(Value):
-    """The parameters of `connect`, in either form of protocol 4."""
+def _text(value: JsonObject, name: str) -> str | None:
+    text: str | None = optional(value, name, str)
+    return text or None
 
-    role: str  # as requested; what is granted depends on the credential
+
+def _shown_text(value: JsonObject, name: str) -> str:
+    return printable(_text(value, name) or "")
+
+
+def _texts(value: JsonObject, name: str) -> tuple[str, ...]:
+    # Bounded, because they are stored and listed.
+    items = (optional(value, name, list) or [])[:MAX_CAPABILITIES]
+    return tuple(printable(i, MAX_CAPABILITIES) for i in items if isinstance(i, str))
+
+
+def _held_jobs(value: JsonObject, name: str) -> dict[str, int]:
+    jobs = optional(value, name, dict) or {}
+    if len(jobs) > MAX_HELD:
+        raise RpcError("INVALID_REQUEST", f"{name} names more than {MAX_HELD} jobs")
+    return {check_job_id(job_id): required_offset(jobs, job_id) for job_id in jobs}
+
+
+_whole_number = partial(optional, kind=int)
+
+# Field of ConnectParams: its place in `connect`, and its reader.
+CONNECT_FIELDS: Mapping[str, tuple[str, Callable[[JsonObject, str], Any]]] = {
+    "role": ("role", _text),
+    "client_id": ("client.id", _text),
+    "display_name": ("client.displayName", _shown_text),
+    "version": ("client.version", _shown_text),
+    "platform": ("client.platform", _shown_text),
+    "min_protocol": ("protocol.min", _whole_number),
+    "max_protocol": ("protocol.max", _whole_number),
+    "device_token": ("auth.deviceToken", _text),
+    "api_key": ("auth.api_key", _text),
+    "scram_final": ("auth.scram.clientFinal", _text),
+    "capabilities": ("extensions.moltis.caps", _texts),
+    "commands": ("extensions.moltis.commands", _texts),
+    "instance": ("extensions.moltis.instance", _text),
+    "jobs": ("extensions.moltis.jobs", _held_jobs),
+}
+
+
+class ConnectParams(Value):
+    """The parameters of `connect`."""
+
+    role: str = "operator"  # as requested; the credential decides what is granted
     client_id: str = ""
     display_name: str = ""
     version: str = ""
@@ -3820,71 +3860,37 @@ class ConnectParams(Value):
     api_key: str = ""
     scram_final: str = ""
     instance: str = ""  # one life of the node's process
-    jobs: Mapping[str, int] = NOTHING  # of our nodes: first offset held, by id
+    jobs: Mapping[str, int] = NOTHING  # first offset that the node holds, by id
 
     @classmethod
     def from_json(cls, params: JsonObject) -> ConnectParams:
         """Raises RpcError."""
-        flat = "minProtocol" in params or "maxProtocol" in params
-        protocol = optional(params, "protocol", dict) or {}
-        client = optional(params, "client", dict) or {}
-        auth = optional(params, "auth", dict) or {}
-        scram = optional(auth, "scram", dict) or {}
-        extensions = optional(params, "extensions", dict) or {}
-        ours = params if flat else optional(extensions, "moltis", dict) or {}
-        if flat:
-            protocol = {
-                "min": params.get("minProtocol"),
-                "max": params.get("maxProtocol"),
-            }
-        low = optional(protocol, "min", int)
-        high = optional(protocol, "max", int)
-        return cls(
-            role=optional(params, "role", str) or "operator",
-            client_id=optional(client, "id", str) or "",
-            display_name=printable(optional(client, "displayName", str) or ""),
-            version=printable(optional(client, "version", str) or ""),
-            platform=printable(optional(client, "platform", str) or ""),
-            min_protocol=PROTOCOL_VERSION if low is None else low,
-            max_protocol=PROTOCOL_VERSION if high is None else high,
-            capabilities=_texts(ours, "caps"),
-            commands=_texts(ours, "commands"),
-            device_token=optional(auth, "deviceToken", str) or "",
-            api_key=optional(auth, "api_key", str) or "",
-            scram_final=optional(scram, "clientFinal", str) or "",
-            instance=optional(ours, "instance", str) or "",
-            jobs=_held_jobs(optional(ours, "jobs", dict) or {}),
-        )
+        if "minProtocol" in params or "maxProtocol" in params:  # Moltis' older form
+            limits = {end: params.get(f"{end}Protocol") for end in ("min", "max")}
+            params = {**params, "protocol": limits, "extensions": {"moltis": params}}
+        found = {}
+        for field, (path, read) in CONNECT_FIELDS.items():
+            *parents, name = path.split(".")
+            value = params
+            for parent in parents:
+                value = optional(value, parent, dict) or {}
+            item = read(value, name)
+            if item is not None:
+                found[field] = item
+        return cls(**found)
 
     def to_json(self) -> JsonObject:
-        client = {
-            "id": self.client_id,
-            "displayName": self.display_name,
-            "version": self.version,
-            "platform": self.platform,
-            "mode": "headless",
-        }
-        auth: JsonObject = {}
-        if self.device_token:
-            auth["deviceToken"] = self.device_token
-        if self.api_key:
-            auth["api_key"] = self.api_key
-        if self.scram_final:
-            auth["scram"] = {"clientFinal": self.scram_final}
-        ours: JsonObject = {
-            "caps": list(self.capabilities),
-            "commands": list(self.commands),
-        }
-        if self.instance:
-            ours["instance"] = self.instance
-            ours["jobs"] = dict(self.jobs)
-        return {
-            "protocol": {"min": self.min_protocol, "max": self.max_protocol},
-            "client": {name: text for name, text in client.items() if text},
-            "role": self.role,
-            "auth": auth,
-            "extensions": {"moltis": ours},
-        }
+        params: JsonObject = {"client": {"mode": "headless"}, "auth": {}}
+        for field, (path, _) in CONNECT_FIELDS.items():
+            item = getattr(self, field)
+            if item == "" or (field == "jobs" and not self.instance):
+                continue
+            *parents, name = path.split(".")
+            value = params
+            for parent in parents:
+                value = value.setdefault(parent, {})
+            value[name] = encode_value(item)
+        return params
 
     def check_protocol(self) -> None:
         """Raises RpcError PROTOCOL_ERROR unless the peer speaks our version."""
@@ -3894,18 +3900,6 @@ class ConnectParams(Value):
                 f"protocol mismatch: server={PROTOCOL_VERSION}, "
                 f"client={self.min_protocol}-{self.max_protocol}",
             )
-
-
-def _texts(value: JsonObject, name: str) -> tuple[str, ...]:
-    # Bounded, because they are stored and listed.
-    items = (optional(value, name, list) or [])[:MAX_CAPABILITIES]
-    return tuple(printable(i, MAX_CAPABILITIES) for i in items if isinstance(i, str))
-
-
-def _held_jobs(jobs: JsonObject) -> dict[str, int]:
-    if len(jobs) > MAX_HELD:
-        raise RpcError("INVALID_REQUEST", f"jobs names more than {MAX_HELD} jobs")
-    return {check_job_id(job_id): required_offset(jobs, job_id) for job_id in jobs}
 
 
 class Calls:
@@ -4303,6 +4297,14 @@ SEALED_PIPES = hasattr(os, "pipe2")
 RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
+def _is_here(directory: bytes | None) -> bool:
+    """Return whether a child starts in `directory` anyway."""
+    try:
+        return directory is None or os.path.samefile(directory, b".")
+    except OSError:
+        return False
+
+
 def _start_shell(
     command: bytes,
     cwd: bytes | None,
@@ -4344,14 +4346,6 @@ def _start_shell(
     return shell.pid
 
 
-def _is_here(directory: bytes | None) -> bool:
-    """Return whether a child starts in `directory` anyway."""
-    try:
-        return directory is None or os.path.samefile(directory, b".")
-    except OSError:
-        return False
-
-
 def _account_name(user_id: int) -> str:
     import pwd
 
@@ -4371,20 +4365,6 @@ class Survivor(Value):
     def __str__(self) -> str:
         user = _account_name(self.user_id)
         return f"{printable(self.name, 40)} (pid {self.pid}, user {user})"
-
-
-def _group_members(group_id: int) -> list[Survivor]:
-    """Return the live processes of a group; zombies have ended.
-
-    In a container whose PID 1 does not reap orphans, an ended group remains as zombies,
-    and a signal to it succeeds.
-    """
-    every = _processes_in_proc if sys.platform == "linux" else _processes_by_ps
-    return [
-        survivor
-        for survivor, group, state in every()
-        if group == group_id and state not in "ZX"
-    ]
 
 
 def _processes_in_proc() -> Iterator[tuple[Survivor, int, str]]:
@@ -4411,6 +4391,29 @@ def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
             pid, group, state, user_id, name = line.split(None, 4)
             survivor = Survivor(int(pid), os.path.basename(name), int(user_id))
             yield survivor, int(group), state[0]
+
+
+def _group_members(group_id: int) -> list[Survivor]:
+    """Return the live processes of a group; zombies have ended.
+
+    In a container whose PID 1 does not reap orphans, an ended group remains as zombies,
+    and a signal to it succeeds.
+    """
+    every = _processes_in_proc if sys.platform == "linux" else _processes_by_ps
+    return [
+        survivor
+        for survivor, group, state in every()
+        if group == group_id and state not in "ZX"
+    ]
+
+
+def _open_pidfd(pid: int) -> int | None:
+    # Python 3.9, Linux 5.3; a sandbox may still refuse it.
+    pidfd_open = getattr(os, "pidfd_open", None)
+    try:
+        return None if pidfd_open is None else int(pidfd_open(pid))
+    except OSError:
+        return None
 
 
 class ProcessGroup:
@@ -4525,13 +4528,50 @@ class ProcessGroup:
         return True
 
 
-def _open_pidfd(pid: int) -> int | None:
-    # Python 3.9, Linux 5.3; a sandbox may still refuse it.
-    pidfd_open = getattr(os, "pidfd_open", None)
+def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
+    if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
+        time.sleep(seconds)
+        seconds = 0.0
+    return poll.poll(math.ceil(seconds * 1000))
+
+
+def _or_never(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
+
+
+def _signal_name(number: int) -> str:
     try:
-        return None if pidfd_open is None else int(pidfd_open(pid))
-    except OSError:
-        return None
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _working_directory(chosen: str | None, default: str | None) -> bytes | None:
+    # Bytes: the locale of a service may not be UTF-8, and a caller's names are.
+    base = None if default is None else os.fsencode(default)
+    if not chosen or not chosen.strip():
+        return base
+    path = os.path.expanduser(chosen.strip().encode("utf-8", "surrogateescape"))
+    return os.path.join(base or b"", path)
+
+
+def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
+    if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
+        return f"the command cannot be passed to {SHELL}: {error}"
+    if error.errno == errno.E2BIG:
+        return "the command is too long for this system; put it into a file there"
+    if cwd is not None and error.filename == cwd:
+        shown = cwd.decode("utf-8", "replace")
+        return f"cannot use the working directory {shown}: {error.strerror}"
+    return f"cannot start {SHELL}: {error.strerror}"
+
+
+def _bytes_ready(descriptor: int) -> int:
+    import fcntl
+    import termios
+
+    count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
+    return int.from_bytes(count, sys.byteorder)
 
 
 class Command:
@@ -4825,52 +4865,6 @@ class Command:
             if self._wake_end is not None:
                 with contextlib.suppress(BlockingIOError):  # full: it will wake
                     os.write(self._wake_end, b"\0")
-
-
-def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
-    if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
-        time.sleep(seconds)
-        seconds = 0.0
-    return poll.poll(math.ceil(seconds * 1000))
-
-
-def _or_never(seconds: float | None) -> float:
-    return math.inf if seconds is None else seconds
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
-
-
-def _working_directory(chosen: str | None, default: str | None) -> bytes | None:
-    # Bytes: the locale of a service may not be UTF-8, and a caller's names are.
-    base = None if default is None else os.fsencode(default)
-    if not chosen or not chosen.strip():
-        return base
-    path = os.path.expanduser(chosen.strip().encode("utf-8", "surrogateescape"))
-    return os.path.join(base or b"", path)
-
-
-def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
-    if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
-        return f"the command cannot be passed to {SHELL}: {error}"
-    if error.errno == errno.E2BIG:
-        return "the command is too long for this system; put it into a file there"
-    if cwd is not None and error.filename == cwd:
-        shown = cwd.decode("utf-8", "replace")
-        return f"cannot use the working directory {shown}: {error.strerror}"
-    return f"cannot start {SHELL}: {error.strerror}"
-
-
-def _bytes_ready(descriptor: int) -> int:
-    import fcntl
-    import termios
-
-    count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
-    return int.from_bytes(count, sys.byteorder)
 
 
 CONTINUATION = bytes(range(0x80, 0xC0))  # bytes inside a character (RFC 3629)
@@ -7081,10 +7075,15 @@ def list_models(
 CAP_RUN = "system.run"  # Moltis gateways require it
 CAP_LLM = "llm.chat"  # the machine lends its language models
 
-SYSTEM_RUN = "system.run"  # Moltis' names of the works `run`, `which`, ...
+SYSTEM_RUN = "system.run"
 SYSTEM_WHICH = "system.which"
 SYSTEM_PROVIDERS = "system.providers"
-MACHINE_COMMANDS = (SYSTEM_RUN, SYSTEM_WHICH, SYSTEM_PROVIDERS)
+INVOKED_WORKS: Mapping[str, str] = {  # works by Moltis' names of them
+    SYSTEM_RUN: "run",
+    SYSTEM_WHICH: "which",
+    SYSTEM_PROVIDERS: "providers",
+}
+MACHINE_COMMANDS = tuple(INVOKED_WORKS)
 MACHINE_CAPABILITIES = (CAP_RUN, CAP_SCRAM, CAP_JOBS)
 
 MAX_RUNNING = 16  # commands side by side
@@ -7150,6 +7149,36 @@ SHELL_MARKS = r"[;&|`<>\n\r'\"\\#]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
 PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
 
 
+def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
+    if len(unit) > 1:
+        import fnmatch
+
+        return not is_mark and fnmatch.fnmatchcase(character, unit)
+    return unit == character or (unit == "?" and not is_mark)
+
+
+def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
+    """Return whether a pattern, in its units, matches `text`.
+
+    It takes no longer than one length times the other, whatever a stranger sends.
+    """
+    place = at = 0
+    star: tuple[int, int] | None = None  # after the last `*`, and the text after it
+    while at < len(text):
+        unit = pattern[place] if place < len(pattern) else ""
+        if unit == "*":
+            place += 1
+            star = (place, at)
+        elif _unit_matches(unit, text[at], at in marks):
+            place, at = place + 1, at + 1
+        elif star is not None and star[1] not in marks:
+            star = (star[0], star[1] + 1)  # the `*` takes one character more
+            place, at = star
+        else:
+            return False
+    return all(unit == "*" for unit in pattern[place:])
+
+
 class AllowedCommands:
     """The commands and works that this machine's owner allows.
 
@@ -7181,36 +7210,6 @@ class AllowedCommands:
 
     def allows_work(self, work: str) -> bool:
         return work in self._names
-
-
-def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
-    """Return whether a pattern, in its units, matches `text`.
-
-    It takes no longer than one length times the other, whatever a stranger sends.
-    """
-    place = at = 0
-    star: tuple[int, int] | None = None  # after the last `*`, and the text after it
-    while at < len(text):
-        unit = pattern[place] if place < len(pattern) else ""
-        if unit == "*":
-            place += 1
-            star = (place, at)
-        elif _unit_matches(unit, text[at], at in marks):
-            place, at = place + 1, at + 1
-        elif star is not None and star[1] not in marks:
-            star = (star[0], star[1] + 1)  # the `*` takes one character more
-            place, at = star
-        else:
-            return False
-    return all(unit == "*" for unit in pattern[place:])
-
-
-def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
-    if len(unit) > 1:
-        import fnmatch
-
-        return not is_mark and fnmatch.fnmatchcase(character, unit)
-    return unit == character or (unit == "?" and not is_mark)
 
 
 class MachineOptions(Value):
@@ -7822,25 +7821,33 @@ class Machine:
 # Uses: Settings, WebSocket frames, WebSocket connections, TLS, SCRAM, Wire protocol,
 #       Commands, Telemetry, Machine
 #
-# A machine's connection to its gateway: dial, authenticate, serve, reconnect, resume.
-# Machine carries out the jobs; Node service starts the node on boot.
+# A node's connection to its gateway: dial, authenticate, serve, reconnect, resume.
+# Machine runs the jobs; Node service starts the node on boot.
 # ==============================================================================
 
-# Refusals that pass: the gateway starts or stops, or its disk is full.
+# Temporary refusals: the gateway starts or stops, or its disk is full.
 PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LIMITED")
 
 MAX_COLLECTED = 200 * 1024  # bytes of a stream in one answer to a Moltis gateway
 ENVELOPE_ROOM = 1024  # bytes of a frame that are left for its envelope
 RESEND_PAUSE = 0.2  # s; a Moltis gateway registers an invoke after sending it
-MOLTIS_PATIENCE = 5.0  # s that a Moltis gateway waits for an answer at least
-MOLTIS_MARGIN = 0.5  # s of it that are left for the way
+MOLTIS_PATIENCE = 5.0  # s; the shortest wait of a Moltis gateway for an answer
+MOLTIS_MARGIN = 0.5  # s of it for the transmission
 
-# Called with whether the node is connected now, and if not, why.
+# Called with whether the node is connected, and the problem if it is not.
 NodeStateHandler: TypeAlias = "Callable[[bool, UserError | None], None]"
 
 
+def _jobs_extension(hello: JsonObject) -> JsonObject | None:
+    """Return the offsets to send from, by job; None from a Moltis gateway."""
+    extensions = optional(hello, "extensions", dict) or {}
+    ours = optional(extensions, "moltis", dict) or {}
+    jobs: JsonObject | None = optional(ours, "jobs", dict)
+    return jobs
+
+
 class _LogSource(Value):
-    """A source of an Outlet: one log, over one connection."""
+    """One log as a source of the Outlet of one connection."""
 
     link: GatewayLink
     log: JobLog
@@ -7857,7 +7864,7 @@ class GatewayLink:
         self._machine = machine
         self._calls = Calls(ws.send)
         self._outlet = Outlet(ws)
-        self._lock = threading.Lock()  # guards _closed; held while a log is taken
+        self._lock = threading.Lock()  # guards _closed; held by take(): see close()
         self._closed = False
         self._handlers: Mapping[str, Callable[[JsonObject], None]] = {
             JOB_START: self._on_start,
@@ -7867,9 +7874,8 @@ class GatewayLink:
         }
 
     def resume(self, hello: JsonObject) -> None:
-        """Go on where the last connection stopped.  Raises RpcError."""
-        ours = _extension(hello) or {}
-        jobs = required(ours, "jobs", dict)
+        """Continue where the last connection stopped.  Raises RpcError."""
+        jobs = _jobs_extension(hello) or {}
         self._machine.resume({job_id: required_offset(jobs, job_id) for job_id in jobs})
 
     def report(self, payload: JsonObject) -> None:
@@ -7894,11 +7900,11 @@ class GatewayLink:
             log.warning("message from the gateway skipped: %s", error)
 
     def run_due(self) -> float | None:
-        """Do what is due; return the seconds until something is, None for never."""
+        """Do the work that is due; return the seconds until the next, None for never."""
         return None
 
     def close(self, error: MoltisError) -> None:
-        """Take nothing more from any log: the next connection does."""
+        """Fail open calls; take no more from the logs, which the next link resumes."""
         with self._lock:
             self._closed = True
         self._calls.close(error)
@@ -7925,7 +7931,7 @@ class GatewayLink:
             return None if self._closed else log.take()
 
     def _send_event(self, name: str, payload: JsonObject) -> None:
-        with contextlib.suppress(ConnectionClosed):  # resume() reports it again
+        with contextlib.suppress(ConnectionClosed):  # Machine.resume() reports again
             self._ws.send(encode_envelope(Event(name, payload)))
 
     def _on_start(self, payload: JsonObject) -> None:
@@ -7948,31 +7954,6 @@ class GatewayLink:
         )
 
 
-def _extension(hello: JsonObject) -> JsonObject | None:
-    """Return our part of a hello, with `jobs`; None from a Moltis gateway."""
-    extensions = optional(hello, "extensions", dict) or {}
-    ours: JsonObject = optional(extensions, "moltis", dict) or {}
-    return ours if "jobs" in ours else None
-
-
-class _MoltisAnswer:
-    """The answer to one request of a Moltis gateway, as it is collected."""
-
-    def __init__(self, work: str, deadline: Deadline) -> None:
-        self.work = work
-        self.deadline = deadline  # then the gateway stops waiting
-        self.output = {kind: Excerpt(MAX_COLLECTED) for kind in STREAMS}
-
-    def result(self, ending: Ending) -> JsonObject:
-        """Return the result in Moltis' form, cut to MAX_PAYLOAD."""
-        result = moltis_result(self.work, ending, self.output)
-        if "exitCode" not in result:
-            return result
-        # All that such a gateway passes on to its caller is the output.
-        ended = ending.state == JobState.DONE
-        return _fit_result(result, "" if ended else f"\n[moltis: {ending.words()}]\n")
-
-
 def _fit_result(result: JsonObject, words: str) -> JsonObject:
     """Return `result` with `words` after stderr, its output cut to MAX_PAYLOAD."""
     room = MAX_COLLECTED
@@ -7985,29 +7966,40 @@ def _fit_result(result: JsonObject, words: str) -> JsonObject:
         room //= 2
 
 
+class _MoltisAnswer:
+    """Collects a job's log into the answer to one request of a Moltis gateway."""
+
+    def __init__(self, work: str, deadline: Deadline) -> None:
+        self.work = work
+        self.deadline = deadline  # of the gateway's wait
+        self.output = {kind: Excerpt(MAX_COLLECTED) for kind in STREAMS}
+
+    def result(self, ending: Ending) -> JsonObject:
+        """Return the result in Moltis' form, cut to MAX_PAYLOAD."""
+        result = moltis_result(self.work, ending, self.output)
+        if "exitCode" not in result:
+            return result
+        # Such a gateway passes nothing but the output to its caller.
+        ended = ending.state == JobState.DONE
+        return _fit_result(result, "" if ended else f"\n[moltis: {ending.words()}]\n")
+
+
 class MoltisGatewayLink(GatewayLink):
-    """The same to a Moltis gateway, which wants one answer to each request.
+    """A connection to a Moltis gateway, which gets one answer to each request.
 
-    It reads each log to its ending and makes one `node.invoke.result` of it.
+    It turns each log into one `node.invoke.result`.
     """
-
-    WORKS: Mapping[str, str] = {
-        SYSTEM_RUN: "run",
-        SYSTEM_WHICH: "which",
-        SYSTEM_PROVIDERS: "providers",
-    }
 
     def __init__(self, ws: WebSocket, machine: Machine) -> None:
         super().__init__(ws, machine)
         self._handlers = {INVOKE_REQUEST: self._on_request}
-        self._answers: dict[
-            str, _MoltisAnswer
-        ] = {}  # not sent yet, by job; under _lock
-        # For the thread that receives: results to send once more, and when.
+        # By job; guarded by _lock.
+        self._answers: dict[str, _MoltisAnswer] = {}
+        # Refused results, with the time to resend them; for the thread that receives.
         self._again: list[tuple[Deadline, JsonObject]] = []
 
     def resume(self, _hello: JsonObject) -> None:
-        """Let earlier jobs run to their end unread: their gateway has given them up."""
+        """Run earlier jobs to their end, unread: the gateway has given them up."""
         self._machine.resume(self._machine.held())
 
     def place(self, job_id: str, place: int) -> None: ...
@@ -8028,7 +8020,7 @@ class MoltisGatewayLink(GatewayLink):
             taken = self._take(log)
             if taken is None and log.ending is not None:
                 self._answer(log.job_id, log.ending)
-            # Acknowledged after its answer was sent: close() waits for that.
+            # After the answer was sent: NodeAgent.close() waits for this.
             self._machine.acknowledge(log.job_id, offset + len(data))
         return None
 
@@ -8057,10 +8049,10 @@ class MoltisGatewayLink(GatewayLink):
         patience = None
         if isinstance(timeout_ms, (int, float)):
             patience = max(timeout_ms / 1000, MOLTIS_PATIENCE) - MOLTIS_MARGIN
-        work = self.WORKS.get(command, command)
+        work = INVOKED_WORKS.get(command, command)
         with self._lock:
             if job_id in self._answers:
-                return  # it was asked for twice, and is answered once
+                return  # requested twice, answered once
             self._answers[job_id] = _MoltisAnswer(work, Deadline(patience))
         self._machine.start(job_id, work, {**args, "stdin": False})
 
@@ -8068,7 +8060,7 @@ class MoltisGatewayLink(GatewayLink):
         with self._lock:
             answer = self._answers.pop(job_id, None)
         if answer is None:
-            return  # it was late, or asked for over another connection
+            return  # answered at its deadline, or requested over another connection
         params = {"invokeId": job_id, "result": answer.result(ending)}
         with contextlib.suppress(ConnectionClosed):
             sent = self._calls.start(INVOKE_RESULT, params)
@@ -8077,13 +8069,13 @@ class MoltisGatewayLink(GatewayLink):
     def _on_refusal(self, params: JsonObject, sent: Future[Any]) -> None:
         error = sent.exception()
         if isinstance(error, RpcError):
-            log.warning("result not taken job=%s: %s", params["invokeId"], error)
+            log.warning("result refused job=%s: %s", params["invokeId"], error)
             if "no pending invoke" in error.message:
                 self._again.append((Deadline(RESEND_PAUSE), params))
 
 
 def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
-    """Return the payload of the answer to one request, before anything else is obeyed.
+    """Return the payload of the answer to one request; skip all other messages.
 
     Raises RpcError as the gateway says, ConnectionClosed, or TimeoutError.
     """
@@ -8103,10 +8095,13 @@ def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
             return envelope.payload
 
 
-def _channel_binding(ws: WebSocket) -> bytes | None:
-    """Return SCRAM's binding to the gateway's certificate, or None without TLS."""
+def _tls_pin(ws: WebSocket) -> str | None:
+    """Return the pin of the gateway's TLS key; None without TLS, or if unreadable."""
     certificate = ws.peer_certificate()
-    return None if certificate is None else tls_server_end_point(certificate)
+    try:
+        return None if certificate is None else parse_certificate(certificate).pin
+    except ValueError:
+        return None
 
 
 def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
@@ -8118,12 +8113,12 @@ def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
             raise
         raise RpcError(
             error.code,
-            f"{error.message}; a gateway of the original Moltis wants --auth bearer",
+            f"{error.message}; for a gateway of the original Moltis use --auth bearer",
         ) from error
 
 
 class NodeAgent:
-    """A node's life: connected to its gateway, or on the way there."""
+    """Keeps a node connected to its gateway, until close()."""
 
     def __init__(
         self,
@@ -8138,7 +8133,9 @@ class NodeAgent:
         self._on_state = on_state
         self._backoff = Backoff()
         self._stopped = threading.Event()
-        self._leaves = False  # a connection that is made from now on is closed at once
+        self._leaves = False  # new connections are closed at once
+        # TLS key of the last gateway that proved itself; None without TLS.
+        self._proved_pin: str | None = None
         # The current connection, for other threads; replaced as a whole.
         self._serving: tuple[GatewayLink, WebSocket] | None = None
 
@@ -8156,7 +8153,7 @@ class NodeAgent:
                     raise
                 problem = error
             except Exception as error:
-                # Whatever it is: a node that ends is out of reach for good.
+                # A node that ends cannot be reached any more.
                 log.exception("could not connect")
                 problem = UserError(f"could not connect: {error}")
             else:
@@ -8176,7 +8173,7 @@ class NodeAgent:
         """End running commands, report them, and disconnect; run() returns."""
         self._stopped.set()
         self._machine.close()
-        # Set before the look: a connection that is made just now is closed by run().
+        # Set before the read of _serving: _serve() closes a newer connection.
         self._leaves = True
         serving = self._serving
         if serving is not None:
@@ -8184,7 +8181,7 @@ class NodeAgent:
             serving[1].close(CloseCode.GOING_AWAY, "the node stops")
 
     def report(self) -> None:
-        """Send telemetry now, from any thread; nothing while not connected."""
+        """Send telemetry now, if connected; from any thread."""
         serving = self._serving
         if serving is not None:
             with contextlib.suppress(ConnectionClosed):
@@ -8193,25 +8190,28 @@ class NodeAgent:
     def _dial(self) -> tuple[WebSocket, JsonObject]:
         """Return a connection and the gateway's hello.
 
-        Raises Unreachable, Refused, BadConfiguration: one line that says why.
+        Raises Unreachable, Refused, BadConfiguration, each with one line for people.
         """
         url = self._settings.gateway_url
-        # SCRAM binds to the certificate, whoever made it; a bearer token would go to
-        # whoever shows one.
+        # SCRAM binds to any certificate; a bearer token needs a CA to vouch for it.
         ws = connect(url, TlsTrust(bound=self._settings.auth != "bearer"))
         try:
-            return ws, self._authenticate(ws)
+            hello = self._authenticate(ws)
+            self._proved_pin = _tls_pin(ws)
+            return ws, hello
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
-            if error.code == "UNAUTHORIZED":
-                self._machine.resume({})  # the token was revoked: nothing goes on
+            if error.code == "UNAUTHORIZED" and self._proved_pin is not None:
+                # Without TLS, any process on the port of a stopped gateway says so.
+                if _tls_pin(ws) == self._proved_pin:
+                    self._machine.resume({})
             kind = Unreachable if error.code in PASSING_CODES else Refused
             raise kind(f"{url} refused this node: {error.message}") from error
         except AuthenticationError as error:
             ws.abort()
             raise Refused(
-                f"{url} did not prove that it knows this node's token ({error}): "
-                "this is what an impostor looks like; check the address and the token"
+                f"{url} did not prove that it knows this node's token ({error}); it "
+                "may be an impostor: check the address and the token"
             ) from error
         except (ConnectionClosed, TimeoutError) as error:
             ws.abort()
@@ -8220,7 +8220,7 @@ class NodeAgent:
             ) from error
 
     def _authenticate(self, ws: WebSocket) -> JsonObject:
-        """Return the hello-ok payload, after the gateway has proved itself."""
+        """Return the hello-ok payload, once the gateway has proved itself."""
         asked = ConnectParams(
             role="node",
             client_id=self._settings.node_id,
@@ -8236,7 +8236,9 @@ class NodeAgent:
         if self._settings.auth == "bearer":
             params = asked.replace(device_token=token)
             return _exchange(ws, "connect", params.to_json())
-        scram = ScramClient(device_handle(token), token, _channel_binding(ws))
+        certificate = ws.peer_certificate()
+        binding = None if certificate is None else tls_server_end_point(certificate)
+        scram = ScramClient(device_handle(token), token, binding)
         first = _first_step(ws, scram)
         final = scram.final(required(first, "serverFirst", str))
         params = asked.replace(scram_final=final)
@@ -8250,8 +8252,8 @@ class NodeAgent:
         return hello
 
     def _serve(self, ws: WebSocket, hello: JsonObject) -> UserError:
-        """Serve one connection to its end; return why it ended."""
-        moltis = _extension(hello) is None
+        """Serve one connection to its end; return the reason of the end."""
+        moltis = _jobs_extension(hello) is None
         link = (MoltisGatewayLink if moltis else GatewayLink)(ws, self._machine)
         self._serving = (link, ws)
         self._backoff.reset()
@@ -8266,6 +8268,8 @@ class NodeAgent:
             problem = "the gateway closed the connection"
         except ConnectionClosed as error:
             problem = f"the connection to {self._settings.gateway_url} broke: {error}"
+            if error.reason == TOKEN_REVOKED:
+                self._machine.resume({})
         except Exception as error:
             log.exception("connection failed")
             problem = f"the connection failed inside this node: {error}"
@@ -8277,7 +8281,7 @@ class NodeAgent:
         return Unreachable(problem)
 
     def _receive(self, link: GatewayLink, ws: WebSocket) -> None:
-        """Handle what arrives until a clean close, and report in between.
+        """Handle messages and send telemetry until a clean close.
 
         Raises ConnectionClosed.
         """
@@ -13271,16 +13275,20 @@ class HeldJob:
 
         Raises ModelError if a part of the log is missing.
         """
-        ended = not self.job.record.is_open  # all bytes are in the log before that
-        start, data = self.job.log.read(self.position)
-        if start > self.position:
-            raise ModelError(f"{self.job.record.node_name} lost a part of its answer")
-        if not data:
-            return None if ended else b""
-        self.position = start + len(data)
-        self._jobs.acknowledge(self.job)
-        output = b"".join(piece for kind, piece in log_frames(data) if kind == STDOUT)
-        return output or self.read()  # the ending's frame holds none
+        output = b""
+        while not output:
+            ended = not self.job.record.is_open  # all bytes are in the log before that
+            start, data = self.job.log.read(self.position)
+            if start > self.position:
+                name = self.job.record.node_name
+                raise ModelError(f"{name} lost a part of its answer")
+            if not data:
+                return None if ended else b""
+            self.position = start + len(data)
+            self._jobs.acknowledge(self.job)
+            pieces = (piece for kind, piece in log_frames(data) if kind == STDOUT)
+            output = b"".join(pieces)
+        return output
 
     def close(self) -> None:
         """Leave the job; one that has not ended is cancelled."""
@@ -15029,7 +15037,7 @@ class NodeMethods:
         # Under whichever id: it may be connecting now, or may have connected twice.
         for node in self._fleet.all_connected():
             if node.device_id == device.id:
-                node.link.hang_up("the token was revoked")
+                node.link.hang_up(TOKEN_REVOKED)
 
 
 def invoke_result(job: Job) -> JsonObject:
@@ -15070,13 +15078,6 @@ def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
                 shown = {"data": b64encode(output)}
             pieces.append({"stream": STREAMS[kind], **shown})
     return pieces
-
-
-INVOKED_WORKS: Mapping[str, str] = {
-    SYSTEM_RUN: "run",
-    SYSTEM_WHICH: "which",
-    SYSTEM_PROVIDERS: "providers",
-}
 
 
 def caller_origin(caller: Caller) -> Origin:
@@ -20668,7 +20669,7 @@ start();
 
 # ==============================================================================
 # Operator client
-# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol
+# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol, Machine
 #
 # The command line's side of a gateway: calls, events, and the logs of jobs, which go
 # on at the exact byte after a connection broke.  What is printed is the command
@@ -20683,6 +20684,20 @@ ACK_AFTER = LOG_WINDOW // 4  # bytes written; often enough that no node waits
 # Events, binary messages, and last why the connection ended.
 RawNews: TypeAlias = "Event | bytes | MoltisError"
 NewsHandler: TypeAlias = "Callable[[OperatorClient, RawNews], None]"
+
+USER_ERRORS: Mapping[str, type[UserError]] = {
+    "UNAVAILABLE": Unreachable,
+    "TIMEOUT": Unreachable,
+    "UNAUTHORIZED": Refused,
+    "FORBIDDEN": Refused,
+    "RATE_LIMITED": Refused,
+    "INVALID_REQUEST": UsageError,
+}
+
+
+def user_error(error: RpcError) -> UserError:
+    """Return the error for the command line, with the exit status that fits it."""
+    return USER_ERRORS.get(error.code, UserError)(error.message)
 
 
 def ignore_news(_client: OperatorClient, _news: RawNews) -> None: ...
@@ -20819,21 +20834,6 @@ class OperatorClient:
             self._on_news(self, envelope)
 
 
-USER_ERRORS: Mapping[str, type[UserError]] = {
-    "UNAVAILABLE": Unreachable,
-    "TIMEOUT": Unreachable,
-    "UNAUTHORIZED": Refused,
-    "FORBIDDEN": Refused,
-    "RATE_LIMITED": Refused,
-    "INVALID_REQUEST": UsageError,
-}
-
-
-def user_error(error: RpcError) -> UserError:
-    """Return the error for the command line, with the exit status that fits it."""
-    return USER_ERRORS.get(error.code, UserError)(error.message)
-
-
 def reconnect_pauses() -> Iterator[float]:
     """Yield the seconds to wait before each attempt to reach a lost gateway again."""
     deadline = Deadline(CALLER_PATIENCE)
@@ -20845,14 +20845,14 @@ def reconnect_pauses() -> Iterator[float]:
 class LastingClient:
     """Calls over a connection that is replaced when it breaks.
 
-    A call whose connection broke is made again: it may be one of a kind only that does
-    no harm twice, as the start of a job under an id that the caller chose.
+    A call whose connection broke is made again.  That must do no harm: a job, say, is
+    started under an id that the caller chose.
     """
 
     def __init__(self, dial: Callable[[], OperatorClient]) -> None:
         """Raises UserError as `dial` does."""
         self._dial = dial
-        self._lock = threading.Lock()  # guards _client
+        self._lock = threading.Lock()  # guards _client; held while dialling
         self._client = dial()
 
     def close(self) -> None:
@@ -20874,9 +20874,7 @@ class LastingClient:
             except (ConnectionClosed, Unreachable) as error:
                 problem = error
             except RpcError as error:
-                if not (
-                    isinstance(error.details, dict) and error.details.get("goesOn")
-                ):
+                if error.details != {"goesOn": True}:
                     raise
                 problem = error  # the gateway stops, and the job does not
             cancel.pause(pause)
@@ -20884,18 +20882,9 @@ class LastingClient:
 
     def _connected(self) -> OperatorClient:
         with self._lock:
-            client = self._client
-        if not client.ended:
-            return client
-        fresh = self._dial()
-        with self._lock:
-            # Two threads may have dialled at once.
-            spare = client if self._client is client else fresh
-            if spare is client:
-                self._client = fresh
-            client = self._client
-        spare.close()
-        return client
+            if self._client.ended:
+                self._client = self._dial()
+            return self._client
 
 
 class FollowedJob:
@@ -20915,9 +20904,6 @@ class FollowedJob:
         self.state: JsonObject = {}  # as VIEW or job.state says
         self.ending: Ending | None = None
         self.error: MoltisError | None = None  # instead of an ending
-
-    def follow_params(self) -> JsonObject:
-        return {"id": self.id, "offset": self.position, "hold": self.holds}
 
 
 class JobOutput(Value):
@@ -21002,13 +20988,10 @@ class JobInput:
         while self._sent < end:
             at = self._sent - self._consumed
             data = bytes(self._kept[at : at + MAX_LOG_MESSAGE])
-            self._send_piece(data)
+            self._send(encode_job_data(INPUT_DATA, self.job_id, self._sent, data))
             self._sent += len(data)
         if self._ended:
-            self._send_piece(b"")
-
-    def _send_piece(self, data: bytes) -> None:
-        self._send(encode_job_data(INPUT_DATA, self.job_id, self._sent, data))
+            self._send(encode_job_data(INPUT_DATA, self.job_id, end, b""))
 
 
 class JobFeed:
@@ -21025,7 +21008,7 @@ class JobFeed:
         self._queued = 0  # bytes of log messages in _news
         self._closed = False
         self._dial = partial(dial, self._take)
-        self._client = self._dial()
+        self.client = self._dial()
 
     def __enter__(self) -> JobFeed:
         return self
@@ -21037,15 +21020,8 @@ class JobFeed:
             self._changed.notify_all()
         for job in self.open.values():
             # A connection that just ends would count as broken.
-            self.notify("job.unfollow", {"id": job.id, "leave": job.holds})
-        self._client.close()
-
-    def call(self, method: str, params: JsonObject) -> Any:
-        """Return the payload of the answer.  Raises UserError."""
-        return self._client.call(method, params)
-
-    def notify(self, method: str, params: JsonObject) -> None:
-        self._client.notify(method, params)
+            self.client.notify("job.unfollow", {"id": job.id, "leave": job.holds})
+        self.client.close()
 
     def start(self, nodes: Mapping[str, str], request: JsonObject) -> list[FollowedJob]:
         """Start a job on each of `nodes` (names for people by reference), and hold it.
@@ -21062,17 +21038,16 @@ class JobFeed:
     def follow(self, job_id: str, name: str) -> FollowedJob:
         """Watch a job's log from its beginning; `name` is its node's."""
         job = self.open[job_id] = FollowedJob(job_id, name, holds=False)
-        job.known = True
-        self._ask([job], "job.follow", job.follow_params())
+        self._follow(job)
         return job
 
     def unfollow(self, job: FollowedJob) -> None:
         if self.open.pop(job.id, None) is not None:
-            self.notify("job.unfollow", {"id": job.id})
+            self.client.notify("job.unfollow", {"id": job.id})
 
     def _send(self, message: bytes) -> None:
         # What a broken connection does not take, its successor is sent again.
-        self._client.send(message)
+        self.client.send(message)
 
     def feed_input(self, read: Callable[[int], bytes]) -> None:
         """Send what `read` gives to the first job, to its end.  Raises OSError."""
@@ -21081,7 +21056,7 @@ class JobFeed:
 
     def cancel(self) -> None:
         for job_id in self.open:
-            self.notify(JOB_CANCEL, {"id": job_id})
+            self.client.notify(JOB_CANCEL, {"id": job_id})
 
     def interrupt(self) -> None:
         """Wake news(); may be called from a signal handler."""
@@ -21104,7 +21079,7 @@ class JobFeed:
                 yield from self._take_answer(item)
             elif isinstance(item, Event):
                 yield from self._take_event(item)
-            elif client is self._client:
+            elif client is self.client:
                 yield from self._reconnect()
 
     def _next(self, timeout: float | None) -> tuple[OperatorClient | None, Any]:
@@ -21155,7 +21130,7 @@ class JobFeed:
 
     def _acknowledge(self, job: FollowedJob, offset: int) -> None:
         job.acknowledged = offset
-        self.notify(JOB_ACK, {"id": job.id, "offset": offset})
+        self.client.notify(JOB_ACK, {"id": job.id, "offset": offset})
 
     def _take_answer(self, answer: _Answer) -> Iterator[JobChange]:
         error = answer.future.exception()
@@ -21212,7 +21187,7 @@ class JobFeed:
     def _reconnect(self) -> Iterator[GatewayChange | JobChange | None]:
         """Reach the gateway again; yield None meanwhile, at least every second."""
         yield GatewayChange(reachable=False)
-        self._client.drop()
+        self.client.drop()
         problem = UserError("the gateway went away")
         for pause in reconnect_pauses():
             deadline = Deadline(pause)
@@ -21220,7 +21195,7 @@ class JobFeed:
                 self._next(min(1.0, deadline.remaining() or 0.0))
                 yield None
             try:
-                self._client = self._dial()
+                self.client = self._dial()
             except Unreachable as error:
                 problem = error
             except UserError as error:
@@ -21240,15 +21215,19 @@ class JobFeed:
             self._ask(new, JOB_START, {**self._request, "jobs": jobs})
         for job in self.open.values():
             if job.known:
-                job.state = {}
-                self._ask([job], "job.follow", job.follow_params())
+                self._follow(job)
         if self.interrupted:
             self.cancel()
+
+    def _follow(self, job: FollowedJob) -> None:
+        job.known, job.state = True, {}
+        params = {"id": job.id, "offset": job.position, "hold": job.holds}
+        self._ask([job], "job.follow", params)
 
     def _ask(
         self, jobs: Sequence[FollowedJob], method: str, params: JsonObject
     ) -> None:
-        client = self._client
+        client = self.client
 
         def answered(future: Future[Any]) -> None:
             self._news.put((client, _Answer(jobs, future)))
@@ -21259,7 +21238,7 @@ class JobFeed:
 
 # ==============================================================================
 # MCP
-# Uses: Wire protocol, Language models, Machine, Fleet, Agent, Gateway, Operator client
+# Uses: Wire protocol, Language models, Fleet, Agent, Gateway, Operator client
 #
 # The agent's tools for programs that speak the Model Context Protocol: JSON-RPC 2.0,
 # one line each, on standard input and output.  Their commands are kept jobs; the MCP
@@ -21512,8 +21491,8 @@ class McpServer:
 # ==============================================================================
 # Assembly
 # Uses: Settings, Install, TLS, Wire protocol, Telemetry, Language models, Machine,
-#       Node agent, Node service, Store, Access, Fleet, Jobs, Agent, Model directory,
-#       Chat, Gateway, HTTP, Web page
+#       Node agent, Store, Access, Fleet, Jobs, Agent, Model directory, Chat, Gateway,
+#       HTTP, Web page
 #
 # The composition roots: how the objects of a gateway, of a node and of Local are put
 # together, and in which order they are closed.
@@ -21787,6 +21766,12 @@ class RunningGateway:
         self._stack.close()
 
 
+def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
+    """Return the models that this machine lends.  Raises BadConfiguration."""
+    entered = ProviderSettings.load_all(data_directory(environ))
+    return ModelCatalog(make_providers(environ, entered))
+
+
 class RunningNode:
     """A node agent with all its parts, in a thread of its own until close()."""
 
@@ -21842,12 +21827,6 @@ class RunningNode:
             self._on_end()
 
 
-def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
-    """Return the models that this machine lends.  Raises BadConfiguration."""
-    entered = ProviderSettings.load_all(data_directory(environ))
-    return ModelCatalog(make_providers(environ, entered))
-
-
 def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> RunningNode:
     """Start a node on this machine, with a token and a directory of its own."""
     directory = data_directory(environ) / DEMO_DIRECTORY
@@ -21867,9 +21846,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Install, TLS, Wire protocol, Commands, Language models, Node agent,
-#       Node service, Access, Agent, Chat, Gateway, HTTP, Operator client, MCP,
-#       Assembly
+# Uses: Settings, Install, TLS, Wire protocol, Commands, Node service, Store, Access,
+#       Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -21890,7 +21868,16 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 # -- output --------------------------------------------------------------------
 
+
 Column: TypeAlias = "str | Callable[[JsonObject], str]"  # a field's name, or a function
+
+
+def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
+    """Return a row of a table; "-" for a field that is absent or empty."""
+    return [
+        str(row.get(column) or "-") if isinstance(column, str) else column(row)
+        for column in columns.values()
+    ]
 
 
 class Output:
@@ -21948,14 +21935,6 @@ class Output:
             self.answer("  ".join(padded).rstrip())
 
 
-def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
-    """Return a row of a table; "-" for a field that is absent or empty."""
-    return [
-        str(row.get(column) or "-") if isinstance(column, str) else column(row)
-        for column in columns.values()
-    ]
-
-
 def time_column(name: str) -> Column:
     return lambda row: format_time(row[name]) if row.get(name) else "-"
 
@@ -21986,6 +21965,7 @@ class Context(Value):
 
 # -- arguments -----------------------------------------------------------------
 
+
 Argument: TypeAlias = "tuple[Sequence[str], Mapping[str, Any]]"
 
 
@@ -22004,6 +21984,27 @@ def arg(spec: str, text: str, **options: Any) -> Argument:
     return names, {"help": text, **options}
 
 
+def help_formatter(prog: str) -> argparse.HelpFormatter:
+    """Return a formatter for --help that is as wide as the terminal.
+
+    argparse makes one for each argument that a parser gets, and by itself asks
+    `shutil` for the width, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
+    """
+    import argparse
+
+    try:
+        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
+        columns = int(known) or 80
+    except (OSError, ValueError):
+        columns = 80
+    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
+
+
+def help_options(example: str) -> dict[str, Any]:
+    """Return the keyword arguments that end a --help with an example."""
+    return {"epilog": "example:\n  " + example, "formatter_class": help_formatter}
+
+
 class Subcommand(Value):
     """One row of the table of subcommands."""
 
@@ -22020,27 +22021,6 @@ class Subcommand(Value):
         for names, options in self.arguments:
             parser.add_argument(*names, **options)
         parser.set_defaults(run=self.run)
-
-
-def help_options(example: str) -> dict[str, Any]:
-    """Return the keyword arguments that end a --help with an example."""
-    return {"epilog": "example:\n  " + example, "formatter_class": help_formatter}
-
-
-def help_formatter(prog: str) -> argparse.HelpFormatter:
-    """Return a formatter for --help that is as wide as the terminal.
-
-    argparse makes one for each argument that a parser gets, and by itself asks
-    `shutil` for the width, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
-    """
-    import argparse
-
-    try:
-        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
-        columns = int(known) or 80
-    except (OSError, ValueError):
-        columns = 80
-    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
 
 
 def check_timeout(timeout: float | None) -> None:  # s
@@ -22089,6 +22069,19 @@ def chosen_trust(args: argparse.Namespace, context: Context) -> TlsTrust:
     return TlsTrust(None if args.ca else pin, args.ca)
 
 
+def is_own_gateway(url: str, file: GatewayFile) -> bool:
+    """Return whether `url` is the gateway of gateway.json, by whichever address.
+
+    No other gateway may get its key.
+    """
+    wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
+    if (wanted.scheme, wanted.port) != (own.scheme, own.port):
+        return False
+    if wanted.hostname == own.hostname:  # as it is without --host: nothing to look up
+        return True
+    return wanted.hostname in {*host_names(), *host_addresses()}
+
+
 def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
     """Return URL and operator key: flags, then environment, then gateway.json.
 
@@ -22114,17 +22107,23 @@ def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, st
     return url, key
 
 
-def is_own_gateway(url: str, file: GatewayFile) -> bool:
-    """Return whether `url` is the gateway of gateway.json, by whichever address.
+def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
+    """Return which certificate the gateway must show before it gets `key`."""
+    trust = chosen_trust(args, context)
+    file = GatewayFile.load(context.directory)
+    if trust == TlsTrust() and file is not None and file.api_key == key:
+        return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
+    return trust
 
-    No other gateway may get its key.
-    """
-    wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
-    if (wanted.scheme, wanted.port) != (own.scheme, own.port):
-        return False
-    if wanted.hostname == own.hostname:  # as it is without --host: nothing to look up
-        return True
-    return wanted.hostname in {*host_names(), *host_addresses()}
+
+def warn_about_plain_text(url: str, output: Output) -> None:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
+        output.say(
+            f"warning: {url} is not encrypted: the network can read commands, output "
+            "and operator keys; start the gateway with --tls, then use wss://"
+        )
 
 
 def operator_client(
@@ -22151,25 +22150,6 @@ def call_gateway(
     """Make one call over a connection of its own.  Raises UserError."""
     with operator_client(args, context) as client:
         return client.call(method, params)
-
-
-def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
-    """Return which certificate the gateway must show before it gets `key`."""
-    trust = chosen_trust(args, context)
-    file = GatewayFile.load(context.directory)
-    if trust == TlsTrust() and file is not None and file.api_key == key:
-        return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
-    return trust
-
-
-def warn_about_plain_text(url: str, output: Output) -> None:
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
-        output.say(
-            f"warning: {url} is not encrypted: the network can read commands, output "
-            "and operator keys; start the gateway with --tls, then use wss://"
-        )
 
 
 class StopSignal:
@@ -22203,6 +22183,23 @@ class StopSignal:
 # -- moltis gateway ------------------------------------------------------------
 
 
+def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
+    """Raises UsageError, BadConfiguration."""
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise UsageError("--tls-cert and --tls-key go together")
+    if args.tls_cert:
+        files = TlsFiles(Path(args.tls_cert), Path(args.tls_key))
+        return ServerTls(lambda: files)
+    if not args.tls:
+        return None
+
+    def own_files() -> TlsFiles:
+        names = [*host_names(), *host_addresses(), *(args.allowed_host or ())]
+        return ensure_certificate(context.directory / TLS_DIRECTORY, names)
+
+    return ServerTls(own_files)
+
+
 def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOptions:
     """Raises UsageError, BadConfiguration."""
     if not 0 <= args.port <= 65535:
@@ -22224,45 +22221,6 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         keep_audit=args.keep_audit,
         keep_output=round(args.keep_output * 1024**3),
     )
-
-
-def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
-    """Raises UsageError, BadConfiguration."""
-    if bool(args.tls_cert) != bool(args.tls_key):
-        raise UsageError("--tls-cert and --tls-key go together")
-    if args.tls_cert:
-        files = TlsFiles(Path(args.tls_cert), Path(args.tls_key))
-        return ServerTls(lambda: files)
-    if not args.tls:
-        return None
-
-    def own_files() -> TlsFiles:
-        names = [*host_names(), *host_addresses(), *(args.allowed_host or ())]
-        return ensure_certificate(context.directory / TLS_DIRECTORY, names)
-
-    return ServerTls(own_files)
-
-
-def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
-    """Raises UsageError, BadConfiguration."""
-    options = gateway_options(args, context)
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
-    )
-    with GatewayLock(context.directory), contextlib.ExitStack() as stack:
-        stop = StopSignal()
-        running = RunningGateway(context.environ, options)
-        stack.callback(running.close)
-        signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
-        say_started(context.output, running)
-        if args.demo_node:
-            demo = start_demo_node(context.environ, running)
-            stack.callback(close_together, demo.close, running.close)
-        if args.open:
-            stack.enter_context(open_sign_in(running.sign_in_link))
-        stop.wait()
-        context.output.say("stopping")
-    return EXIT_OK
 
 
 def say_started(output: Output, running: RunningGateway) -> None:
@@ -22315,21 +22273,29 @@ def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
     return directory
 
 
+def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, BadConfiguration."""
+    options = gateway_options(args, context)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
+    )
+    with GatewayLock(context.directory), contextlib.ExitStack() as stack:
+        stop = StopSignal()
+        running = RunningGateway(context.environ, options)
+        stack.callback(running.close)
+        signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
+        say_started(context.output, running)
+        if args.demo_node:
+            demo = start_demo_node(context.environ, running)
+            stack.callback(close_together, demo.close, running.close)
+        if args.open:
+            stack.enter_context(open_sign_in(running.sign_in_link))
+        stop.wait()
+        context.output.say("stopping")
+    return EXIT_OK
+
+
 # -- the node's own subcommands ------------------------------------------------
-
-
-def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
-    trust = chosen_trust(args, context)
-    offer = join_offer(args, trust, context.environ)
-    settings = node_settings(args, offer, context)
-    warn_about_plain_text(settings.gateway_url, context.output)
-    warn_about_root(settings, context.output)
-    if args.foreground:
-        return run_node(settings, context, None)
-    if trust == TlsTrust():
-        trust = TlsTrust(offer.get("fingerprint"))
-    settings.save(context.directory)
-    return install_node(settings, trust, context)
 
 
 def node_settings(
@@ -22373,6 +22339,50 @@ def node_settings(
     )
 
 
+def _open_url(url: str, trust: TlsTrust) -> Any:
+    """Return urllib's answer.  Raises Refused before anything is asked, OSError."""
+    import http.client
+    import urllib.request
+
+    handlers = []
+    if url.startswith("https:"):
+        context = trust.context()
+
+        class Connection(http.client.HTTPSConnection):
+            def connect(self) -> None:
+                super().connect()
+                trust.check(self.sock.getpeercert(binary_form=True))
+
+        class Handler(urllib.request.HTTPSHandler):
+            def https_open(self, request: Any) -> Any:
+                return self.do_open(partial(Connection, context=context), request)
+
+        handlers.append(Handler())
+    opener = urllib.request.build_opener(*handlers)
+    return opener.open(url, timeout=CONNECT_TIMEOUT)
+
+
+def fetch(url: str, trust: TlsTrust) -> bytes:
+    """Return what an http:// or https:// address answers.
+
+    Raises Unreachable, or Refused with the answer's own words or for a certificate
+    that is not the one to be trusted.
+    """
+    import urllib.error
+
+    if not url.lower().startswith(("http://", "https://")):
+        raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
+    try:
+        with _open_url(url, trust) as answer:
+            return bytes(answer.read(MAX_MESSAGE))
+    except urllib.error.HTTPError as error:
+        words = error.read(300).decode("utf-8", "replace").strip()
+        raise Refused(f"{redact(url)} answered {error.code}: {words}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise Unreachable(f"{redact(url)} cannot be fetched: {reason}") from error
+
+
 def join_offer(
     args: argparse.Namespace, trust: TlsTrust, environ: Mapping[str, str]
 ) -> JsonObject:
@@ -22397,50 +22407,6 @@ def join_offer(
     if not isinstance(offer, dict):
         raise UsageError("this is no join offer: it is not a JSON object")
     return {name: text for name, text in offer.items() if isinstance(text, str)}
-
-
-def fetch(url: str, trust: TlsTrust) -> bytes:
-    """Return what an http:// or https:// address answers.
-
-    Raises Unreachable, or Refused with the answer's own words or for a certificate
-    that is not the one to be trusted.
-    """
-    import urllib.error
-
-    if not url.lower().startswith(("http://", "https://")):
-        raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
-    try:
-        with _open_url(url, trust) as answer:
-            return bytes(answer.read(MAX_MESSAGE))
-    except urllib.error.HTTPError as error:
-        words = error.read(300).decode("utf-8", "replace").strip()
-        raise Refused(f"{redact(url)} answered {error.code}: {words}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise Unreachable(f"{redact(url)} cannot be fetched: {reason}") from error
-
-
-def _open_url(url: str, trust: TlsTrust) -> Any:
-    """Return urllib's answer.  Raises Refused before anything is asked, OSError."""
-    import http.client
-    import urllib.request
-
-    handlers = []
-    if url.startswith("https:"):
-        context = trust.context()
-
-        class Connection(http.client.HTTPSConnection):
-            def connect(self) -> None:
-                super().connect()
-                trust.check(self.sock.getpeercert(binary_form=True))
-
-        class Handler(urllib.request.HTTPSHandler):
-            def https_open(self, request: Any) -> Any:
-                return self.do_open(partial(Connection, context=context), request)
-
-        handlers.append(Handler())
-    opener = urllib.request.build_opener(*handlers)
-    return opener.open(url, timeout=CONNECT_TIMEOUT)
 
 
 def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> int:
@@ -22538,6 +22504,20 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
     return EXIT_OK
 
 
+def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
+    trust = chosen_trust(args, context)
+    offer = join_offer(args, trust, context.environ)
+    settings = node_settings(args, offer, context)
+    warn_about_plain_text(settings.gateway_url, context.output)
+    warn_about_root(settings, context.output)
+    if args.foreground:
+        return run_node(settings, context, None)
+    if trust == TlsTrust():
+        trust = TlsTrust(offer.get("fingerprint"))
+    settings.save(context.directory)
+    return install_node(settings, trust, context)
+
+
 def cmd_node_run(_args: object, context: Context) -> int:
     """Raises BadConfiguration."""
     settings = NodeSettings.load(context.directory)
@@ -22628,6 +22608,25 @@ def cmd_node_logs(args: argparse.Namespace, context: Context) -> int:
 # -- what operators do ---------------------------------------------------------
 
 
+def paste_lines(
+    host: str, made: JsonObject, name: str, pin: str | None
+) -> dict[str, str]:
+    """Return the shell lines that make another machine a node of wss:// `host`."""
+    named = f" --name {shlex.quote(name)}" if name else ""
+    command = f"node add --host {host} --token {made['deviceToken']}{named}"
+    page = "http" + host[len("ws") : -len("/ws")]
+    join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
+    curl, pinned = "curl -fsSL", ""
+    if pin is not None and page.startswith("https:"):
+        # The pin replaces a CA: what curl pipes into Python is what the gateway sent.
+        curl, pinned = f"curl -fsSk --pinnedpubkey '{pin}'", f" --fingerprint {pin}"
+    return {
+        "command": f"moltis {command}",
+        "fetchCommand": f"{curl} {page}/moltis.py | python3 - {command}{pinned}",
+        "joinCommand": f"{curl} {page}/moltis.py | python3 - {join}{pinned}",
+    }
+
+
 def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
     url, key = gateway_address(args, context)
     file = GatewayFile.load(context.directory)
@@ -22649,25 +22648,6 @@ def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
         f"  {lines['joinCommand']}"
     )
     return EXIT_OK
-
-
-def paste_lines(
-    host: str, made: JsonObject, name: str, pin: str | None
-) -> dict[str, str]:
-    """Return the shell lines that make another machine a node of wss:// `host`."""
-    named = f" --name {shlex.quote(name)}" if name else ""
-    command = f"node add --host {host} --token {made['deviceToken']}{named}"
-    page = "http" + host[len("ws") : -len("/ws")]
-    join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
-    curl, pinned = "curl -fsSL", ""
-    if pin is not None and page.startswith("https:"):
-        # The pin replaces a CA: what curl pipes into Python is what the gateway sent.
-        curl, pinned = f"curl -fsSk --pinnedpubkey '{pin}'", f" --fingerprint {pin}"
-    return {
-        "command": f"moltis {command}",
-        "fetchCommand": f"{curl} {page}/moltis.py | python3 - {command}{pinned}",
-        "joinCommand": f"{curl} {page}/moltis.py | python3 - {join}{pinned}",
-    }
 
 
 def _usage_column(row: JsonObject) -> str:
@@ -22807,38 +22787,6 @@ def cmd_audit(args: argparse.Namespace, context: Context) -> int:
 # -- jobs: moltis node exec, attach, jobs --------------------------------------
 
 
-def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
-    """Raises UsageError, Unreachable, Refused."""
-    if not args.command:
-        raise UsageError("no command; put it after --, as in: node exec pi -- uptime")
-    if args.all == bool(args.nodes):
-        both = ", not both" if args.all else ""
-        raise UsageError(f"name the nodes, or say --all{both}")
-    if args.stdin and args.detach:
-        raise UsageError("--stdin feeds a command while we stay, --detach does not")
-    check_timeout(args.timeout)
-    # One word is a line for the shell; several are to arrive as the words they are.
-    line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
-    spec: JsonObject = {
-        "command": line,
-        "env": filter_environment(context.environ),
-        "stdin": args.stdin,
-    }
-    if args.timeout is not None:
-        spec["timeout"] = round(args.timeout * 1000)
-    if args.cwd is not None:
-        spec["cwd"] = args.cwd
-    request = {"work": "run", "spec": spec}
-    with JobFeed(partial(operator_client, args, context)) as feed:
-        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
-        if args.stdin and len(nodes) > 1:
-            raise UsageError("--stdin feeds one node")
-        if args.detach:
-            return start_detached(feed, nodes, request, context.output)
-        jobs = feed.start(nodes, request)
-        return JobTerminal(feed, jobs, context.output).execute(feeds=args.stdin)
-
-
 def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
     """Return the first of the references to each node: a command runs there once.
 
@@ -22848,17 +22796,9 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
         return {reference: reference for reference in references}
     first: dict[str, str] = {}
     for reference in references:
-        node = feed.call("node.describe", {"nodeId": reference})
+        node = feed.client.call("node.describe", {"nodeId": reference})
         first.setdefault(node["nodeId"], reference)
     return first
-
-
-def connected_nodes(feed: JobFeed) -> dict[str, str]:
-    """Return the names of all connected nodes by id."""
-    listed = feed.call("node.list", {})
-    return distinct_names(
-        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
-    )
 
 
 def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
@@ -22872,6 +22812,22 @@ def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
     return unique
 
 
+def connected_nodes(feed: JobFeed) -> dict[str, str]:
+    """Return the names of all connected nodes by id."""
+    listed = feed.client.call("node.list", {})
+    return distinct_names(
+        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
+    )
+
+
+def without_name(name: str, text: str) -> str:
+    """Return `text` about `name` without the name before it."""
+    for after in (": ", " is "):
+        if text.casefold().startswith(f"{name}{after}".casefold()):
+            return text[len(name) + len(after) :]
+    return text
+
+
 def start_detached(
     feed: JobFeed, nodes: Mapping[str, str], request: JsonObject, output: Output
 ) -> int:
@@ -22882,7 +22838,7 @@ def start_detached(
     names = {new_id(): name for name in nodes.values()}
     jobs = [{"id": job, "node": node} for job, node in zip(names, nodes)]
     try:
-        answer = feed.call(JOB_START, {**request, "jobs": jobs, "keep": True})
+        answer = feed.client.call(JOB_START, {**request, "jobs": jobs, "keep": True})
     except Unreachable as error:
         if isinstance(error.__cause__, RpcError) and error.__cause__.code != "TIMEOUT":
             raise
@@ -22975,6 +22931,53 @@ class StreamPrinter:
                 self.write(b"\n")
 
 
+EXIT_STATUSES: Mapping[str, int] = {
+    JobState.TIMED_OUT: TIMED_OUT,
+    JobState.CANCELLED: INTERRUPTED,
+    JobState.LOST: EXIT_UNREACHABLE,
+    JobState.EXPIRED: EXIT_UNREACHABLE,
+}
+
+
+def exit_status(ending: Ending) -> int:
+    """Return the exit status for a job, which is 0 only for a success."""
+    if ending.state != JobState.DONE:
+        return EXIT_STATUSES.get(ending.state, EXIT_FAILURE)
+    if ending.signal:
+        number = signal.Signals.__members__.get(ending.signal)
+        return EXIT_FAILURE if number is None else min(128 + number, 255)
+    code = ending.exit_code
+    # A status has 8 bits: a larger one must not look like a success.
+    return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
+
+
+def recap_words(job: FollowedJob) -> tuple[str, str]:
+    """Return the group of a recap for an ended job, and why it is in it."""
+    if job.error is not None:
+        group = "unreachable" if isinstance(job.error, Unreachable) else "failed"
+        return group, without_name(job.name, str(job.error))
+    ending = job.ending
+    assert ending is not None
+    if not ending.failed:
+        return "ok", ""
+    if ending.state == JobState.DONE and not ending.signal:
+        return "failed", str(ending.exit_code)
+    lost = exit_status(ending) == EXIT_UNREACHABLE
+    return "unreachable" if lost else "failed", ending.words()
+
+
+def read_stdin(size: int) -> bytes:
+    """Return what comes next on standard input, b"" at its end.  Raises OSError."""
+    descriptor = sys.stdin.fileno()
+    try:
+        return os.read(descriptor, size)
+    except OSError as error:
+        # A terminal reports its closed end like a disk that cannot be read.
+        if error.errno != errno.EIO or not os.isatty(descriptor):
+            raise
+        return b""
+
+
 class JobTerminal:
     """What `node exec` and `node attach` print of jobs, as it comes."""
 
@@ -22987,7 +22990,6 @@ class JobTerminal:
         self._waiting = Waiting(output)
         self._ended: list[FollowedJob] = []  # in the order of their endings
         self._in_line: set[str] = set()  # ids
-        self._unstored: set[str] = set()  # ids of jobs whose output nobody keeps
         self._cancelled = False
         self._broken_pipe = False
         self._patience = Deadline(None)  # runs from the interrupt on
@@ -23030,7 +23032,6 @@ class JobTerminal:
 
     def attach(self) -> int:
         """Return the exit status of the one job.  Raises UserError."""
-        self._unstored = {job.id for job in self._jobs}
         self._print_all()
         if self._broken_pipe:
             raise BrokenPipeError
@@ -23100,12 +23101,6 @@ class JobTerminal:
                 self._output.say(text)
             else:
                 self._output.status(text)
-        if job.id in self._unstored and state.get("kept") is False:
-            self._unstored.discard(job.id)
-            self._output.say(
-                "moltis: the output of this command is not stored; "
-                "this is what still comes"
-            )
         if job.ending is not None or job.error is not None:
             for kind in STREAMS:
                 self._printers[job.id, kind].finish()
@@ -23139,72 +23134,36 @@ class JobTerminal:
         return INTERRUPTED if self._cancelled else EXIT_FAILURE
 
 
-def recap_words(job: FollowedJob) -> tuple[str, str]:
-    """Return the group of a recap for an ended job, and why it is in it."""
-    if job.error is not None:
-        group = "unreachable" if isinstance(job.error, Unreachable) else "failed"
-        return group, without_name(job.name, str(job.error))
-    ending = job.ending
-    assert ending is not None
-    if not ending.failed:
-        return "ok", ""
-    if ending.state == JobState.DONE and not ending.signal:
-        return "failed", str(ending.exit_code)
-    lost = exit_status(ending) == EXIT_UNREACHABLE
-    return "unreachable" if lost else "failed", ending.words()
-
-
-EXIT_STATUSES: Mapping[str, int] = {
-    JobState.TIMED_OUT: TIMED_OUT,
-    JobState.CANCELLED: INTERRUPTED,
-    JobState.LOST: EXIT_UNREACHABLE,
-    JobState.EXPIRED: EXIT_UNREACHABLE,
-}
-
-
-def exit_status(ending: Ending) -> int:
-    """Return the exit status for a job, which is 0 only for a success."""
-    if ending.state != JobState.DONE:
-        return EXIT_STATUSES.get(ending.state, EXIT_FAILURE)
-    if ending.signal:
-        number = signal.Signals.__members__.get(ending.signal)
-        return EXIT_FAILURE if number is None else min(128 + number, 255)
-    code = ending.exit_code
-    # A status has 8 bits: a larger one must not look like a success.
-    return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
-
-
-def read_stdin(size: int) -> bytes:
-    """Return what comes next on standard input, b"" at its end.  Raises OSError."""
-    descriptor = sys.stdin.fileno()
-    try:
-        return os.read(descriptor, size)
-    except OSError as error:
-        # A terminal reports its closed end like a disk that cannot be read.
-        if error.errno != errno.EIO or not os.isatty(descriptor):
-            raise
-        return b""
-
-
-def without_name(name: str, text: str) -> str:
-    """Return `text` about `name` without the name before it."""
-    for after in (": ", " is "):
-        if text.casefold().startswith(f"{name}{after}".casefold()):
-            return text[len(name) + len(after) :]
-    return text
-
-
-def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
-    """Raises UserError."""
-    with operator_client(args, context) as client:
-        asked = {"nodeId": args.node} if args.node else {}
-        jobs = client.call("job.list", {**asked, "kept": True})
-        if not args.cancel:
-            return context.show(args, jobs, JOB_COLUMNS)
-        job = cancel_job(client, find_job(args.cancel, jobs, args.node), context.output)
-    if args.json:
-        context.output.json([job])
-    return EXIT_OK
+def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, Unreachable, Refused."""
+    if not args.command:
+        raise UsageError("no command; put it after --, as in: node exec pi -- uptime")
+    if args.all == bool(args.nodes):
+        both = ", not both" if args.all else ""
+        raise UsageError(f"name the nodes, or say --all{both}")
+    if args.stdin and args.detach:
+        raise UsageError("--stdin feeds a command while we stay, --detach does not")
+    check_timeout(args.timeout)
+    # One word is a line for the shell; several are to arrive as the words they are.
+    line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
+    spec: JsonObject = {
+        "command": line,
+        "env": filter_environment(context.environ),
+        "stdin": args.stdin,
+    }
+    if args.timeout is not None:
+        spec["timeout"] = round(args.timeout * 1000)
+    if args.cwd is not None:
+        spec["cwd"] = args.cwd
+    request = {"work": "run", "spec": spec}
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
+        if args.stdin and len(nodes) > 1:
+            raise UsageError("--stdin feeds one node")
+        if args.detach:
+            return start_detached(feed, nodes, request, context.output)
+        jobs = feed.start(nodes, request)
+        return JobTerminal(feed, jobs, context.output).execute(feeds=args.stdin)
 
 
 def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObject:
@@ -23262,11 +23221,29 @@ def find_job(
     raise UserError(f"{reference!r} {problem}{where}; `moltis node jobs` lists them")
 
 
+def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    with operator_client(args, context) as client:
+        asked = {"nodeId": args.node} if args.node else {}
+        jobs = client.call("job.list", {**asked, "kept": True})
+        if not args.cancel:
+            return context.show(args, jobs, JOB_COLUMNS)
+        job = cancel_job(client, find_job(args.cancel, jobs, args.node), context.output)
+    if args.json:
+        context.output.json([job])
+    return EXIT_OK
+
+
 def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
     """Raises Unreachable when the gateway stays away, UserError for no job."""
     with JobFeed(partial(operator_client, args, context)) as feed:
-        job_id = find_job(args.job, feed.call("job.list", {"kept": True}))
-        view = feed.call("job.wait", {"id": job_id, "wait": 0})
+        job_id = find_job(args.job, feed.client.call("job.list", {"kept": True}))
+        view = feed.client.call("job.wait", {"id": job_id, "wait": 0})
+        if not view["kept"]:
+            context.output.say(
+                "moltis: the output of this command is not stored; only new output "
+                "is shown"
+            )
         job = feed.follow(job_id, view["nodeName"])
         try:
             return JobTerminal(feed, [job], context.output).attach()
@@ -23292,29 +23269,12 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
 # -- moltis chat ---------------------------------------------------------------
 
 
-def cmd_chat(args: argparse.Namespace, context: Context) -> int:
-    """Raises UserError."""
-    with JobFeed(partial(operator_client, args, context)) as feed:
-        session = chosen_session(feed, args.session, context.output)
-        key = session["key"]
-        if args.node:
-            feed.call("nodes.set_session", {"session_key": key, "node_id": args.node})
-        model = args.model or session["model"]
-        decide = approval_answer(args, context)
-        terminal = ChatTerminal(feed, key, model, context.output, decide)
-        if args.message is not None:
-            return terminal.turn(args.message)
-        if sys.stdin is not None and not sys.stdin.isatty():
-            return terminal.turn(sys.stdin.read(MAX_BODY))
-        return chat_prompt(terminal, context)
-
-
 def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
     """Return the session that a key or a label names; a new one for a new label.
 
     Raises UserError.
     """
-    sessions: list[JsonObject] = feed.call("sessions.list", {})
+    sessions: list[JsonObject] = feed.client.call("sessions.list", {})
     for session in sessions:
         if session["key"] == wanted:
             return session
@@ -23326,7 +23286,7 @@ def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
     if named:
         return named[0]
     output.say(f"a new session: {wanted.strip()}")
-    created: JsonObject = feed.call("sessions.create", {"label": wanted})
+    created: JsonObject = feed.client.call("sessions.create", {"label": wanted})
     return created
 
 
@@ -23343,56 +23303,8 @@ def typed_line() -> str:
         raise EOFError from error
 
 
-def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
-    """Take messages from a person until the end of input."""
-    with contextlib.suppress(ImportError):  # editing and history, where available
-        import readline
-
-        readline.set_history_length(1000)
-    context.output.say("Ctrl+C stops an answer, Ctrl+D ends the chat.")
-    while True:
-        try:
-            text = typed_line()
-            if text.strip():
-                terminal.turn(text)
-        except EOFError:
-            context.output.say("")
-            return EXIT_OK
-        except KeyboardInterrupt:
-            context.output.say("")
-
-
 # From a command card to: approve, deny, always.
 ApprovalAnswer: TypeAlias = "Callable[[JsonObject], str]"
-
-
-def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
-    """Return what decides about a model's commands: --yes, a person, or a refusal."""
-    if args.yes:
-        return lambda _command: "approve"
-    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
-        return partial(ask_approval, context.output)
-
-    def deny(_command: JsonObject) -> str:
-        context.output.say("denied: there is no terminal to ask; --yes runs everything")
-        return "deny"
-
-    return deny
-
-
-def ask_approval(output: Output, command: JsonObject) -> str:
-    where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
-    lines = visible(command["command"]).replace("\n", "\n    ")
-    aside = " in the background" if command.get("background") else ""
-    output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
-    answers = {"y": "approve", "n": "deny", "a": "always"}
-    while True:
-        sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
-        sys.stderr.flush()
-        line = sys.stdin.readline()
-        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
-        if answer is not None:
-            return answer
 
 
 class ChatCommand:
@@ -23434,7 +23346,7 @@ class ChatTerminal:
         self._commands: dict[str, ChatCommand] = {}  # of this turn, by job
         self._at_line_start = True  # of stdout
         self._status = EXIT_OK  # of the turn
-        feed.call("subscribe", {"events": ["chat"]})
+        feed.client.call("subscribe", {"events": ["chat"]})
 
     def turn(self, text: str) -> int:
         """Have `text` answered; return the exit status.  Raises UserError."""
@@ -23444,7 +23356,7 @@ class ChatTerminal:
         previous = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
             params = {"sessionKey": self._session_key, "text": text}
-            sent = self._feed.call("chat.send", {**params, "model": self._model})
+            sent = self._feed.client.call("chat.send", {**params, "model": self._model})
             if sent.get("queued"):
                 self._output.say("an earlier message is being answered; this one waits")
             self._follow(sent["runId"])
@@ -23471,7 +23383,7 @@ class ChatTerminal:
                 if self._feed.interrupted and not stopping:
                     stopping = True
                     session = {"sessionKey": self._session_key}
-                    self._feed.notify("chat.abort", session)
+                    self._feed.client.notify("chat.abort", session)
             elif news.name == "chat" and news.payload.get("runId") == run_id:
                 over = self._show(news.payload) or over
             if over and not any(
@@ -23559,7 +23471,7 @@ class ChatTerminal:
             signal.signal(signal.SIGINT, handler)
         # An earlier answer, on the page say, stands.
         answer = {"id": job_id, "decision": decision}
-        self._feed.notify("exec.approval.resolve", answer)
+        self._feed.client.notify("exec.approval.resolve", answer)
 
     def _show_output(self, news: JobOutput) -> None:
         command = self._commands.get(news.job.id)
@@ -23610,26 +23522,74 @@ class ChatTerminal:
             self._write(sys.stdout, "\n")
 
 
-# -- install -------------------------------------------------------------------
+def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
+    """Take messages from a person until the end of input."""
+    with contextlib.suppress(ImportError):  # editing and history, where available
+        import readline
+
+        readline.set_history_length(1000)
+    context.output.say("Ctrl+C stops an answer, Ctrl+D ends the chat.")
+    while True:
+        try:
+            text = typed_line()
+            if text.strip():
+                terminal.turn(text)
+        except EOFError:
+            context.output.say("")
+            return EXIT_OK
+        except KeyboardInterrupt:
+            context.output.say("")
 
 
-def cmd_install(args: argparse.Namespace, context: Context) -> int:
+def ask_approval(output: Output, command: JsonObject) -> str:
+    where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
+    lines = visible(command["command"]).replace("\n", "\n    ")
+    aside = " in the background" if command.get("background") else ""
+    output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
+    answers = {"y": "approve", "n": "deny", "a": "always"}
+    while True:
+        sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
+        if answer is not None:
+            return answer
+
+
+def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
+    """Return what decides about a model's commands: --yes, a person, or a refusal."""
+    if args.yes:
+        return lambda _command: "approve"
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
+        return partial(ask_approval, context.output)
+
+    def deny(_command: JsonObject) -> str:
+        context.output.say("denied: there is no terminal to ask; --yes runs everything")
+        return "deny"
+
+    return deny
+
+
+def cmd_chat(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
-    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
-    installation = Installation(Path(prefix))
-    if args.uninstall:
-        return uninstall(installation, context)
-    text, version = chosen_program(getattr(args, "from"))
-    before = os.umask(0o022)  # others may run it, but not write it, whatever ours is
-    try:
-        notes = installation.install(text, lasting_python(), context.environ)
-    finally:
-        os.umask(before)
-    for note in (f"moltis {version} is {installation.launcher}", *notes):
-        context.output.say(note)
-    if args.command:
-        os.execv(installation.launcher, [str(installation.launcher), *args.command])
-    return EXIT_OK
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        session = chosen_session(feed, args.session, context.output)
+        key = session["key"]
+        if args.node:
+            feed.client.call(
+                "nodes.set_session", {"session_key": key, "node_id": args.node}
+            )
+        model = args.model or session["model"]
+        decide = approval_answer(args, context)
+        terminal = ChatTerminal(feed, key, model, context.output, decide)
+        if args.message is not None:
+            return terminal.turn(args.message)
+        if sys.stdin is not None and not sys.stdin.isatty():
+            return terminal.turn(sys.stdin.read(MAX_BODY))
+        return chat_prompt(terminal, context)
+
+
+# -- install -------------------------------------------------------------------
 
 
 def chosen_program(source: str | None) -> tuple[bytes, str]:
@@ -23667,7 +23627,27 @@ def uninstall(installation: Installation, context: Context) -> int:
     return EXIT_OK
 
 
+def cmd_install(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
+    installation = Installation(Path(prefix))
+    if args.uninstall:
+        return uninstall(installation, context)
+    text, version = chosen_program(getattr(args, "from"))
+    before = os.umask(0o022)  # others may run it, but not write it, whatever ours is
+    try:
+        notes = installation.install(text, lasting_python(), context.environ)
+    finally:
+        os.umask(before)
+    for note in (f"moltis {version} is {installation.launcher}", *notes):
+        context.output.say(note)
+    if args.command:
+        os.execv(installation.launcher, [str(installation.launcher), *args.command])
+    return EXIT_OK
+
+
 # -- the table of subcommands --------------------------------------------------
+
 
 JSON = arg("--json", "answer in JSON")
 NODE = arg("node", "name or id")
@@ -23680,7 +23660,6 @@ GATEWAY: Sequence[Argument] = (
     arg("--api-key KEY", "operator key; better in MOLTIS_API_KEY"),
     *TRUST,
 )
-
 SUBCOMMANDS: Mapping[str, Subcommand] = {
     "install": Subcommand(
         cmd_install,
@@ -23922,6 +23901,7 @@ GROUPS: Mapping[str, str] = {
 
 
 # -- main ----------------------------------------------------------------------
+
 
 VERSION_TEXT = f"moltis {__version__}"
 
