@@ -15232,8 +15232,9 @@ class AccessMethods:
             raise RpcError("NOT_FOUND", f"there is no sign-in {clip(login_id, 80)}")
         self._audience.hang_up(lambda caller: caller.login_id == login_id)
 
-    def audit(self, offset: int, limit: int) -> list[JsonObject]:
-        entries = self._audit.page(offset=offset, limit=limit)
+    def audit(self, until: int | None, offset: int, limit: int) -> list[JsonObject]:
+        """Answer with events and commands, the newest first; see AuditTable.page()."""
+        entries = self._audit.page(until=until, offset=offset, limit=limit)
         return [{**entry.to_json(), "words": entry.words()} for entry in entries]
 
 
@@ -15402,7 +15403,9 @@ class Rpc:
             "keys.revoke": Method(access.revoke_key, admin, keyId=str, by=Caller),
             "logins.list": Method(access.logins, admin, caller=Caller),
             "logins.revoke": Method(access.revoke_login, admin, loginId=str, by=Caller),
-            "audit.list": Method(access.audit, admin, offset=offset, limit=count),
+            "audit.list": Method(
+                access.audit, admin, until=number, offset=offset, limit=count
+            ),
             "subscribe": Method(
                 subscribe, read, peer=OperatorPeer, events=required_texts
             ),
@@ -16518,19 +16521,22 @@ class HttpApp:
         """Answer the whole audit, the newest first, for a spreadsheet."""
         caller, rpc = self.caller(request), self._gateway.rpc
 
-        def page(offset: int) -> list[JsonObject]:
-            place = {"offset": offset, "limit": MAX_PAGE}
+        def page(until: int | None, offset: int) -> list[JsonObject]:
+            place = {"until": until, "offset": offset, "limit": MAX_PAGE}
             rows: list[JsonObject] = rpc.call(caller, "audit.list", place)
             return rows
 
-        first = page(0)  # now: what it raises is an answer
+        first = page(None, 0)  # now: what it raises is an answer
 
         def pages() -> Iterator[list[JsonObject]]:
-            rows, offset = first, 0
+            rows, until, known = first, None, 0
             while rows:
                 yield rows
-                offset += MAX_PAGE
-                rows = page(offset) if len(rows) == MAX_PAGE else []
+                last = rows[-1]["at"]
+                same = sum(row["at"] == last for row in rows)
+                known = same + (known if last == until else 0)
+                until = last
+                rows = page(until, known) if len(rows) == MAX_PAGE else []
 
         return download_reply("moltis-audit.csv", audit_csv(pages()), "text/csv")
 
