@@ -29,11 +29,12 @@ Contents
     WebSocket connections     the same over a socket, safe from any thread
   Between gateway and node
     TLS                       certificates, pins, channel bindings
+    HTTP client               one request, which another thread can cancel
     SCRAM                     both halves of RFC 5802 / RFC 7677
     Wire protocol             envelopes, log frames, calls awaiting an answer
     Commands                  one shell command as a process group
-    Telemetry                 what a machine has and how it is doing
     Language models           Ollama, OpenAI-compatible, Anthropic
+    Telemetry                 what a machine has and how it is doing
     Machine                   what a computer does when it is asked
   Node
     Node agent                dial, authenticate, serve, reconnect, resume
@@ -95,7 +96,7 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import MappingProxyType
-from urllib.parse import SplitResult, quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 # `typing` would take 3 ms of each start, and 0.9 MiB of each node, for nothing that a
 # running program asks: type checkers take TYPE_CHECKING for true by its name.
@@ -829,12 +830,77 @@ def unmapped(address: str) -> str:
     return address[7:] if address.lower().startswith("::ffff:") else address
 
 
-def connect_tcp(host: str, port: int, timeout: float | None) -> socket.socket:
-    """Raises OSError, UnicodeError."""
+class ServerTrust(Protocol):
+    """Which TLS certificate a server has to show; see TlsTrust."""
+
+    def context(self) -> ssl.SSLContext: ...
+
+    def check(self, certificate: bytes | None) -> None:
+        """Raises Refused for another certificate than the expected one."""
+
+
+def dial(
+    host: str,
+    port: int,
+    trust: ServerTrust | None = None,
+    timeout: float | None = None,  # s, for each address of `host`
+    cancel: Cancellation | None = None,
+) -> socket.socket:
+    """Return a TCP connection, with TLS where `trust` is given.
+
+    Raises OSError, UnicodeError, Cancelled, and what `trust` raises.
+    """
+    cancel = cancel or Cancellation()
+    # Before the connection: loading the system's certificates takes a Pi a while.
+    context = None if trust is None else trust.context()
+    sock = _connect_tcp(host, port, timeout, cancel)
+    if trust is None or context is None:
+        return sock
+    try:
+        secured = context.wrap_socket(
+            sock, server_hostname=host, do_handshake_on_connect=False
+        )
+        sock = secured
+        with cancel.calling(partial(cut, sock)):
+            secured.do_handshake()
+        trust.check(secured.getpeercert(binary_form=True))
+    except BaseException:
+        sock.close()
+        raise
+    return secured
+
+
+def _connect_tcp(
+    host: str, port: int, timeout: float | None, cancel: Cancellation
+) -> socket.socket:
     # Python looks up a name that is text with its tables for the names that are not
     # ASCII: 3 ms to import, and 0.3 MiB.
     name: Any = host.encode("ascii") if host.isascii() else host
-    return socket.create_connection((name, port), timeout)
+    failure = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        name, port, type=socket.SOCK_STREAM
+    ):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(timeout)
+            with cancel.calling(partial(cut, sock)):
+                sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+        except Cancelled:
+            sock.close()
+            raise
+    raise failure
+
+
+def cut(sock: socket.socket) -> None:
+    """End a connection while another thread reads from it."""
+    # The plain socket's method: SSLSocket's would take the TLS state away from the
+    # thread that is reading.
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def is_running(pid: int) -> bool:
@@ -2596,15 +2662,6 @@ class WebSocket:
             self._channel.sock.close()
 
 
-class ServerTrust(Protocol):
-    """Which TLS certificate a server has to show; see TlsTrust."""
-
-    def context(self) -> ssl.SSLContext: ...
-
-    def check(self, certificate: bytes | None) -> None:
-        """Raises Refused for another certificate than the expected one."""
-
-
 def connect(
     url: str, trust: ServerTrust | None = None, *, timeout: float = CONNECT_TIMEOUT
 ) -> WebSocket:
@@ -2617,7 +2674,8 @@ def connect(
     deadline = Deadline(timeout)
     key = b64encode(os.urandom(16))
     try:
-        sock = _dial(target, trust, timeout)
+        assert trust is not None or not target.secure
+        sock = dial(target.host, target.port, trust if target.secure else None, timeout)
         try:
             sock.sendall(upgrade_request(target, key))
             head, early = _read_head(sock, deadline)
@@ -2628,25 +2686,6 @@ def connect(
     except (OSError, UnicodeError, HandshakeError) as error:
         raise Unreachable(_why_unreachable(target, error, timeout)) from error
     return WebSocket(sock, WebSocketProtocol(client=True), early=early)
-
-
-def _dial(
-    target: WebSocketUrl, trust: ServerTrust | None, timeout: float
-) -> socket.socket:
-    if not target.secure:
-        return connect_tcp(target.host, target.port, timeout)
-    assert trust is not None
-    # Before the connection: loading the system's certificates takes a Pi a while.
-    context = trust.context()
-    sock = connect_tcp(target.host, target.port, timeout)
-    try:
-        secured = context.wrap_socket(sock, server_hostname=target.host)
-        sock = secured
-        trust.check(secured.getpeercert(binary_form=True))
-    except BaseException:
-        sock.close()
-        raise
-    return secured
 
 
 def _read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
@@ -3098,6 +3137,90 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
     _make_certificate(files, wanted, keep_key=found is not None)
     log.info("certificate made file=%s names=%s", files.certificate, ",".join(wanted))
     return files
+
+
+# ==============================================================================
+# HTTP client
+# Uses: TLS
+#
+# One HTTP request over a connection of its own, which another thread can cancel.
+# ==============================================================================
+
+
+@contextlib.contextmanager
+def http_exchange(
+    method: str,
+    url: str,
+    headers: Mapping[str, str] = NOTHING,
+    body: bytes | None = None,
+    *,
+    trust: TlsTrust | None = None,
+    timeout: float = CONNECT_TIMEOUT,  # s without a byte
+    cancel: Cancellation | None = None,
+) -> Iterator[http.client.HTTPResponse]:
+    """Yield the response to one HTTP request, whatever its status.
+
+    Raises Unreachable if there is no connection, Refused for a wrong certificate,
+    ConnectionError after a connection broke, TimeoutError and Cancelled; also for
+    what the block reads.
+    """
+    parts = urlsplit(url)
+    secure = parts.scheme == "https"
+    cancel = cancel or Cancellation()
+    try:
+        sock = dial(
+            parts.hostname or "",
+            parts.port or (443 if secure else 80),
+            (trust or TlsTrust()) if secure else None,
+            CONNECT_TIMEOUT,
+            cancel,
+        )
+    # ValueError: no port or no name; BadConfiguration: a Python without TLS
+    except (OSError, ValueError, BadConfiguration) as error:
+        raise Unreachable(f"{parts.netloc} cannot be reached: {error}") from error
+    # Only now: it takes 2.3 MiB, and most nodes look for an Ollama in vain.
+    import http.client
+
+    connection = http.client.HTTPConnection(parts.hostname or "")
+    connection.sock = sock
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    headers = {**headers, "Host": parts.netloc, "Connection": "close"}
+    try:
+        sock.settimeout(timeout)
+        with cancel.calling(partial(cut, sock)):
+            connection.request(method, target, body, headers)
+            with connection.getresponse() as response:
+                yield response
+    except socket.timeout as error:
+        said = f"{parts.netloc} was silent for {format_duration(timeout)}"
+        raise TimeoutError(said) from error
+    except (OSError, http.client.HTTPException) as error:
+        said = str(error) or type(error).__name__
+        raise ConnectionError(f"{parts.netloc} broke off: {said}") from error
+    finally:
+        connection.close()
+
+
+def fetch(url: str, trust: TlsTrust, redirects: int = 5) -> bytes:
+    """Return what an http:// or https:// address answers.
+
+    Raises Unreachable, or Refused with the answer's own words or for a certificate
+    that is not the one to be trusted.
+    """
+    if not url.lower().startswith(("http://", "https://")):
+        raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
+    try:
+        with http_exchange("GET", url, trust=trust) as response:
+            data = response.read(MAX_MESSAGE)
+            moved = response.getheader("Location", "")
+    except (OSError, Unreachable) as error:
+        raise Unreachable(f"{redact(url)} cannot be fetched: {error}") from error
+    if response.status in (301, 302, 303, 307, 308) and redirects:
+        return fetch(urljoin(url, moved), trust, redirects - 1)
+    if response.status != 200:
+        words = data[:300].decode("utf-8", "replace").strip()
+        raise Refused(f"{redact(url)} answered {response.status}: {words}")
+    return data
 
 
 # ==============================================================================
@@ -4910,8 +5033,1181 @@ class Excerpt:
 
 
 # ==============================================================================
+# Language models
+# Uses: Settings, HTTP client
+#
+# One streaming interface over Ollama, OpenAI-compatible servers and Anthropic: a
+# conversation in, ModelEvents out.  Gateway and nodes use the same classes, and all
+# values of the interface have a JSON form, so that a node can lend its models.
+# ==============================================================================
+
+MODEL_SILENCE = 600.0  # s without a byte; a Pi needs minutes to load a model
+MODEL_TRIES = 3  # for a provider that is busy or breaks off before its first word
+MODEL_PATIENCE = 60.0  # s; a longer Retry-After is an error at once
+MODEL_LIST_LIFETIME = 600.0  # s that a provider's list of models is remembered
+MODEL_LIST_RETRY = 30.0  # s; after a provider failed: an Ollama may start later
+MAX_MODEL_LINE = 16 * 1024 * 1024  # bytes; a longer one ends the answer
+MAX_MODEL_ANSWER = 64 * 1024 * 1024  # bytes as received; a longer one is an error
+MAX_MODEL_REPLY = 16 * 1024 * 1024  # bytes of a list or an error that are read
+ANTHROPIC_VERSION = "2023-06-01"
+ANTHROPIC_MAX_TOKENS = 16384  # of one answer; a required parameter
+OLLAMA_FIRST_CONTEXT = 8192  # tokens; its default silently cuts our tools off
+OLLAMA_LAST_CONTEXT = 65536  # tokens; more fits hardly any home GPU
+
+OVERLONG_PATTERN = (
+    r"(?i)context.{0,24}(length|window|size|limit)|prompt is too long|too many tokens"
+)
+BUSY_STATUSES = (408, 409, 425, 429)  # and everything from 500 on
+BUSY_KINDS = ("overloaded_error", "rate_limit_error", "api_error", "server_error")
+STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "tool_use": "stop",
+    "tool_calls": "stop",
+    "function_call": "stop",
+    "max_tokens": "length",
+    "content_filter": "refusal",
+}
+
+
+class ToolSpec(SnakeValue):
+    """A tool that a model may call."""
+
+    name: str
+    description: str
+    parameters: JsonObject  # JSON Schema of an object
+
+
+class ToolCall(SnakeValue):
+    """A model's request to run a tool."""
+
+    id: str
+    name: str
+    arguments: JsonObject
+    malformed: str = ""  # the arguments as written, if they are no JSON object
+
+
+class ChatMessage(SnakeValue):
+    """One message of a conversation, in no vendor's format."""
+
+    role: str  # system, user, assistant or tool
+    text: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
+    tool_call_id: str = ""  # of a tool: the call that it answers
+    tool_name: str = ""
+    # Data for the model that wrote this, to be sent back unchanged (signed thinking,
+    # say); "by" is that model's id.
+    provider_data: Mapping[str, Any] = NOTHING
+
+    @classmethod
+    def from_json(cls, value: JsonObject) -> Self:
+        """Raises RpcError also for an unknown role."""
+        message = super().from_json(value)
+        if message.role not in ("system", "user", "assistant", "tool"):
+            raise RpcError("INVALID_REQUEST", f"{message.role!r} is no role")
+        return message
+
+
+class ChatRequest(SnakeValue):
+    """A request to a model."""
+
+    model: str  # as its provider calls it
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[ToolSpec, ...] = ()
+
+
+class Delta(SnakeValue):
+    """The next piece of an answer."""
+
+    kind: str  # text, thinking, or notice: a wait or another hitch, for people
+    text: str
+
+
+class Finished(SnakeValue):
+    """The whole answer: the last event of a stream that did not break."""
+
+    message: ChatMessage
+    reason: str  # stop, length, refusal, or the provider's own word
+    input_tokens: int  # 0: unknown
+    output_tokens: int
+
+
+ModelEvent: TypeAlias = "Delta | Finished"
+
+
+class ModelInfo(SnakeValue):
+    """A model that can be chosen."""
+
+    id: str  # provider/name
+    provider: str  # for people
+    display_name: str
+    supports_tools: bool
+
+
+class ChatModel(Protocol):
+    """A model, wherever it runs."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest conversation that it takes."""
+
+    def stream(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[ToolSpec],
+        cancel: Cancellation,
+    ) -> Generator[ModelEvent, None, None]:
+        """Yield the answer as it comes, `Finished` last.
+
+        Raises ModelError instead of a `Finished`, and Cancelled.
+        """
+
+
+def pick(value: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return `value[name]` if it is of that type, else an empty one.
+
+    Any field that a server sends may be missing or of another type.
+    """
+    found = value.get(name)
+    return found if isinstance(found, kind) else kind()
+
+
+def pick_objects(value: Mapping[str, Any], name: str) -> list[JsonObject]:
+    return [item for item in pick(value, name, list) if isinstance(item, dict)]
+
+
+def _error_text(document: Any) -> str:
+    """Return the message of an error body, in any of the forms that servers use."""
+    if isinstance(document, list) and document:  # Gemini
+        document = document[0]
+    if isinstance(document, dict):
+        for name in ("error", "message", "detail"):
+            if document.get(name):
+                return _error_text(document[name])
+    return document if isinstance(document, str) else to_json(document)
+
+
+def new_call_id() -> str:
+    """Return an id for a tool call; nine letters and digits suit every provider."""
+    return secrets.token_hex(5)[:9]
+
+
+def read_tool_call(call_id: str, name: str, arguments: object) -> ToolCall:
+    """Return a call whose arguments are an object, JSON text, or nothing at all."""
+    if isinstance(arguments, dict):
+        return ToolCall(call_id, name, arguments)
+    text = arguments if isinstance(arguments, str) else to_json(arguments)
+    try:
+        value = from_json(text) if text.strip() not in ("", "null") else {}
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        return ToolCall(call_id, name, value)
+    return ToolCall(call_id, name, {}, malformed=text)
+
+
+def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Return `messages` with one result right after each call, in the calls' order.
+
+    All providers demand it, and a turn that was cancelled leaves calls open.  Results
+    without a call, and answers without content, are dropped for the same reason.
+    """
+    settled = []
+    for position, message in enumerate(messages, 1):
+        empty = message.role == "assistant" and not message.text.strip()
+        if message.role == "tool" or (empty and not message.tool_calls):
+            continue
+        settled.append(message)
+        results = _results_after(messages, position)
+        for call in message.tool_calls:
+            missing = ChatMessage(
+                role="tool",
+                text="No result: the run ended before this call did.",
+                tool_call_id=call.id,
+                tool_name=call.name,
+            )
+            settled.append(results.get(call.id, missing))
+    return settled
+
+
+def _results_after(
+    messages: Sequence[ChatMessage], position: int
+) -> dict[str, ChatMessage]:
+    # Up to the next answer with calls: some servers number theirs from 0 in each.
+    results: dict[str, ChatMessage] = {}
+    for message in itertools.islice(messages, position, None):
+        if message.tool_calls:
+            break
+        if message.role == "tool":
+            results.setdefault(message.tool_call_id, message)
+    return results
+
+
+# --- reading a response ---
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Yield the lines of a body as they arrive, without their ends."""
+    pending = bytearray()
+    while True:
+        data = response.read1(65536)
+        if not data:
+            break
+        pending += data
+        if len(pending) > MAX_MODEL_LINE:
+            raise ModelError("the answer has a line that is too long")
+        if b"\n" in data:
+            *lines, rest = bytes(pending).split(b"\n")
+            pending = bytearray(rest)
+            yield from (line.rstrip(b"\r") for line in lines)
+    if pending:
+        yield bytes(pending)
+
+
+def check_answer_length(length: int) -> None:
+    """Raises ModelError beyond the longest answer, in bytes as received."""
+    if length > MAX_MODEL_ANSWER:
+        raise ModelError(
+            "the answer was broken off: it has more than "
+            f"{format_bytes(MAX_MODEL_ANSWER)}; ask for less at a time"
+        )
+
+
+def _server_sent_data(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the data of each event (HTML Living Standard §9.2.6)."""
+    data: list[bytes] = []
+    for line in lines:
+        if line.startswith(b"data:"):
+            data.append(line[5:].lstrip(b" "))
+        elif not line and data:
+            yield b"\n".join(data)
+            data = []
+    if data:  # the standard drops it, but servers forget the last empty line
+        yield b"\n".join(data)
+
+
+def _retry_after(response: http.client.HTTPResponse) -> float | None:
+    """Return the seconds that a busy server asks to wait (RFC 9110 §10.2.3)."""
+    import email.utils
+
+    text = response.getheader("Retry-After", "").strip()
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(text))
+    try:
+        moment = email.utils.parsedate_to_datetime(text)
+        return max(0.0, moment.timestamp() - time.time())
+    except (TypeError, ValueError):  # depends on Python's version
+        return None
+
+
+# --- answers ---
+
+
+class PartialCall:
+    """A tool call whose pieces are still arriving."""
+
+    def __init__(self, call_id: str, given_id: str, name: str) -> None:
+        self.id = call_id
+        self.given_id = given_id  # by the server; perhaps empty, or not unique
+        self.name = name
+        self.arguments: object = ""
+
+    def add(self, arguments: object) -> None:
+        if isinstance(arguments, str) and isinstance(self.arguments, str):
+            self.arguments += arguments
+        elif arguments:
+            self.arguments = arguments
+
+    def finished(self) -> ToolCall:
+        return read_tool_call(self.id, self.name, self.arguments)
+
+
+class AnswerReader:
+    """One answer: the provider's documents in, ModelEvents out."""
+
+    def __init__(self, model_id: str) -> None:
+        self.complete = False  # the stream may end
+        self.over = False  # the rest of the stream need not be read
+        self.reason = "stop"
+        self.input_tokens = 0
+        self.output_tokens = 0
+        self.calls: list[PartialCall] = []
+        self.provider_data: JsonObject = {}
+        self._model_id = model_id
+        self._text: list[str] = []
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        raise NotImplementedError
+
+    def say(self, text: str) -> Iterator[ModelEvent]:
+        if text:
+            self._text.append(text)
+            yield Delta("text", text)
+
+    def think(self, text: str, keep_as: str = "") -> Iterator[ModelEvent]:
+        """Yield a piece of thinking; `keep_as` names its field in what goes back."""
+        if text:
+            if keep_as:
+                before = self.provider_data.get(keep_as, "")
+                self.provider_data[keep_as] = before + text
+            yield Delta("thinking", text)
+
+    def open_call(self, given_id: str, name: str) -> PartialCall:
+        # Servers omit ids, or give all calls of an answer the same.
+        taken = not given_id or any(call.id == given_id for call in self.calls)
+        call = PartialCall(new_call_id() if taken else given_id, given_id, name)
+        self.calls.append(call)
+        return call
+
+    def end(self, reason: str) -> None:
+        self.complete = True
+        self.reason = STOP_REASONS.get(reason, reason) or "stop"
+
+    def finished(self) -> Finished:
+        data = self.provider_data
+        message = ChatMessage(
+            role="assistant",
+            text="".join(self._text),
+            tool_calls=tuple(call.finished() for call in self.calls),
+            provider_data={"by": self._model_id, **data} if data else {},
+        )
+        return Finished(message, self.reason, self.input_tokens, self.output_tokens)
+
+
+class OllamaAnswer(AnswerReader):
+    """An answer of `/api/chat`."""
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        message = pick(document, "message", dict)
+        yield from self.think(pick(message, "thinking", str), keep_as="thinking")
+        yield from self.say(pick(message, "content", str))
+        for call in pick_objects(message, "tool_calls"):
+            function = pick(call, "function", dict)
+            opened = self.open_call(pick(call, "id", str), pick(function, "name", str))
+            opened.add(function.get("arguments"))
+        if document.get("done") is True:
+            self.end(pick(document, "done_reason", str))
+            self.over = True
+            self.input_tokens = pick(document, "prompt_eval_count", int)
+            self.output_tokens = pick(document, "eval_count", int)
+
+
+class OpenAiAnswer(AnswerReader):
+    """An answer of `/chat/completions`, or of an imitation."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(model_id)
+        self._slots: dict[int, PartialCall] = {}
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        usage = pick(document, "usage", dict)
+        if usage:  # in a document of its own, whose `choices` is empty, or in any other
+            self.input_tokens = pick(usage, "prompt_tokens", int)
+            self.output_tokens = pick(usage, "completion_tokens", int)
+        for choice in pick_objects(document, "choices")[:1]:
+            # A server that cannot stream sends a `message` instead.
+            delta = pick(choice, "delta", dict) or pick(choice, "message", dict)
+            yield from self._take_delta(delta)
+            reason = pick(choice, "finish_reason", str)
+            if reason:
+                self.end(reason)
+
+    def _take_delta(self, delta: JsonObject) -> Iterator[ModelEvent]:
+        field = "reasoning_content"
+        yield from self.think(pick(delta, field, str), keep_as=field)
+        if not delta.get(field):
+            yield from self.think(pick(delta, "reasoning", str))
+        yield from self.say(pick(delta, "content", str))
+        for part in pick_objects(delta, "content"):  # Mistral's thinking models
+            for thought in pick_objects(part, "thinking"):
+                yield from self.think(pick(thought, "text", str))
+            yield from self.say(pick(part, "text", str))
+        for piece in pick_objects(delta, "tool_calls"):
+            function = pick(piece, "function", dict)
+            call = self._call_of(piece, pick(function, "name", str))
+            call.add(function.get("arguments"))
+            if piece.get("extra_content"):  # Gemini's signatures
+                extras = self.provider_data.setdefault("extra_content", {})
+                extras[call.id] = piece["extra_content"]
+
+    def _call_of(self, piece: JsonObject, name: str) -> PartialCall:
+        """Return the call to which a piece belongs.
+
+        In theory `index` says so; servers omit it or always send 0.  So a new id opens
+        a new call, and so does a name after arguments that are complete.
+        """
+        slot = pick(piece, "index", int)
+        given_id = pick(piece, "id", str)
+        call = self._slots.get(slot)
+        if call is not None and not self._opens_another(call, given_id, name):
+            call.name = call.name or name
+            return call
+        self._slots[slot] = self.open_call(given_id, name)
+        return self._slots[slot]
+
+    def _opens_another(self, call: PartialCall, given_id: str, name: str) -> bool:
+        if given_id:
+            return given_id != call.given_id
+        return bool(name and call.arguments and not call.finished().malformed)
+
+
+class AnthropicAnswer(AnswerReader):
+    """An answer of `/v1/messages`."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(model_id)
+        self._blocks: dict[int, JsonObject] = {}
+        self._inputs: dict[int, PartialCall] = {}
+        self._whole: list[JsonObject] = []  # the blocks that have ended
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        kind = pick(document, "type", str)
+        index = pick(document, "index", int)
+        if kind == "content_block_delta":
+            yield from self._take_delta(index, pick(document, "delta", dict))
+        elif kind == "content_block_start":
+            yield from self._open_block(index, pick(document, "content_block", dict))
+        elif kind == "content_block_stop":
+            self._close_block(index)
+        elif kind == "message_start":
+            self._count(pick(pick(document, "message", dict), "usage", dict))
+        elif kind == "message_delta":
+            self.reason = pick(pick(document, "delta", dict), "stop_reason", str)
+            self._count(pick(document, "usage", dict))
+        elif kind == "message_stop":
+            self.end(self.reason)
+            self.over = True
+            # Without thinking, text and calls are all there is, for any provider.
+            if any("thinking" in pick(block, "type", str) for block in self._whole):
+                self.provider_data["blocks"] = self._whole
+        # Anything else is a ping or a later addition; the API says to ignore it.
+
+    def _open_block(self, index: int, block: JsonObject) -> Iterator[ModelEvent]:
+        self._blocks[index] = dict(block)
+        if block.get("type") == "tool_use":
+            call = self.open_call(pick(block, "id", str), pick(block, "name", str))
+            call.add(block.get("input"))
+            self._inputs[index] = call
+        yield from self.say(pick(block, "text", str))
+
+    def _take_delta(self, index: int, delta: JsonObject) -> Iterator[ModelEvent]:
+        block = self._blocks.setdefault(index, {})
+        if index in self._inputs:
+            self._inputs[index].add(pick(delta, "partial_json", str))
+        for name in ("text", "thinking", "signature"):
+            piece = pick(delta, name, str)
+            if piece:
+                block[name] = pick(block, name, str) + piece
+        yield from self.think(pick(delta, "thinking", str))
+        yield from self.say(pick(delta, "text", str))
+
+    def _close_block(self, index: int) -> None:
+        block = self._blocks.pop(index, {})
+        if index in self._inputs:
+            call = self._inputs.pop(index).finished()
+            block = {**block, "id": call.id, "input": call.arguments}
+        if block.get("type") != "text" or block.get(
+            "text"
+        ):  # the API refuses empty ones
+            self._whole.append(block)
+
+    def _count(self, usage: JsonObject) -> None:
+        kinds = ("", "cache_creation_", "cache_read_")
+        count = sum(pick(usage, f"{kind}input_tokens", int) for kind in kinds)
+        self.input_tokens = count or self.input_tokens
+        self.output_tokens = pick(usage, "output_tokens", int) or self.output_tokens
+
+
+# --- providers ---
+
+
+class ProviderSpec(Value):
+    """A service of models, with the habits that set it apart."""
+
+    id: str
+    label: str
+    protocol: str  # of PROTOCOLS
+    base_url: str
+    call_id: str = "[A-Za-z0-9_-]{1,40}"  # pattern of the ids of calls that it takes
+    wants_reasoning: bool = False  # back, or it refuses the message after a tool call
+
+    @property
+    def url_variable(self) -> str:
+        """The environment variable with another address."""
+        return "OLLAMA_HOST" if self.id == "ollama" else f"{self.id.upper()}_BASE_URL"
+
+
+PROVIDERS = (
+    ProviderSpec("ollama", "Ollama", "ollama", "http://127.0.0.1:11434"),
+    ProviderSpec("anthropic", "Anthropic", "anthropic", "https://api.anthropic.com"),
+    ProviderSpec("openai", "OpenAI", "openai", "https://api.openai.com/v1"),
+    ProviderSpec("openrouter", "OpenRouter", "openai", "https://openrouter.ai/api/v1"),
+    ProviderSpec("groq", "Groq", "openai", "https://api.groq.com/openai/v1"),
+    ProviderSpec(
+        *("mistral", "Mistral", "openai", "https://api.mistral.ai/v1"),
+        call_id="[A-Za-z0-9]{9}",
+    ),
+    ProviderSpec(
+        *("deepseek", "DeepSeek", "openai", "https://api.deepseek.com/v1"),
+        wants_reasoning=True,
+    ),
+    ProviderSpec("together", "Together", "openai", "https://api.together.xyz/v1"),
+    ProviderSpec("xai", "xAI", "openai", "https://api.x.ai/v1"),
+    ProviderSpec(
+        *("gemini", "Gemini", "openai"),
+        "https://generativelanguage.googleapis.com/v1beta/openai",
+    ),
+)
+
+
+class ModelProvider:
+    """A vendor's protocol at one address."""
+
+    chat_path = ""
+    list_path = ""
+    context_tokens = 100_000  # most of its models take more
+    answer: type[AnswerReader]
+
+    def __init__(
+        self,
+        spec: ProviderSpec,
+        base_url: str,
+        api_key: str,
+        *,
+        first_pause: float = 1.0,  # s before the second try
+    ) -> None:
+        self.spec = spec
+        self.base_url = base_url.rstrip("/")
+        self._api_key = api_key
+        self._first_pause = first_pause
+
+    def stream(
+        self, request: ChatRequest, cancel: Cancellation
+    ) -> Generator[ModelEvent, None, None]:
+        """Yield the answer as it comes; see ChatModel.stream."""
+        body = self._body(request)
+        backoff = Backoff(self._first_pause, 20 * self._first_pause)
+        tries = 1
+        while True:
+            silent = True  # a second try cannot take back what was shown
+            try:
+                with closing(self._attempt(request, body, cancel)) as events:
+                    for event in events:
+                        silent = False
+                        yield event
+                return
+            except ModelBusy as error:
+                delay = max(backoff.next(), error.retry_after or 0)
+                if not silent or tries == MODEL_TRIES or delay > MODEL_PATIENCE:
+                    raise
+                tries += 1
+                notice = (
+                    f"{error}; trying again in {format_duration(delay)} "
+                    f"(try {tries} of {MODEL_TRIES})"
+                )
+            except ModelError as error:
+                delay = 0
+                amended = self._amend(body, error) if silent else None
+                if amended is None:
+                    raise
+                notice = amended
+            if notice:
+                yield Delta("notice", notice)
+            cancel.pause(delay)
+
+    def listed(self, cancel: Cancellation) -> list[JsonObject]:
+        """Return the provider's list of models as it is.
+
+        Raises ModelError, Cancelled.
+        """
+        listing = self._ask("GET", self.list_path, None, cancel)
+        for name in ("data", "models"):
+            models = pick_objects(listing, name)
+            if models or listing.get(name) == []:
+                return models
+        raise ModelError(f"{self.base_url} is no {self.spec.label}: it lists no models")
+
+    def models(self, cancel: Cancellation) -> list[ModelInfo]:
+        """Return the models for chats.  Raises ModelError, Cancelled."""
+        infos = (self._info(model, cancel) for model in self.listed(cancel))
+        return [info for info in infos if info is not None]
+
+    def _headers(self) -> dict[str, str]:
+        headers = {"Content-Type": "application/json"}
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        return headers
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        raise NotImplementedError
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        """Change a request that was refused so that it may pass.
+
+        Return a notice for people, perhaps empty, or None if nothing helps.
+        """
+        raise NotImplementedError
+
+    def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
+        """Return the model of one entry of the list, None if it is not for chats."""
+        raise NotImplementedError
+
+    def _named(self, name: str, title: str, *, supports_tools: bool) -> ModelInfo:
+        return ModelInfo(
+            f"{self.spec.id}/{name}", self.spec.label, title, supports_tools
+        )
+
+    @contextlib.contextmanager
+    def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: JsonObject | None,
+        cancel: Cancellation,
+        timeout: float,
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Yield the response to a request that was accepted.
+
+        Raises ModelError, ModelBusy if asking again may help, and Cancelled; also for
+        what the block reads.
+        """
+        content = None if body is None else to_json(body).encode("utf-8", "replace")
+        try:
+            with http_exchange(
+                method,
+                self.base_url + path,
+                self._headers(),
+                content,
+                timeout=timeout,
+                cancel=cancel,
+            ) as response:
+                if response.status != 200:
+                    raise self._refusal(response)
+                yield response
+        except ConnectionError as error:
+            raise ModelBusy(str(error)) from error
+        except (Unreachable, TimeoutError) as error:
+            raise ModelError(str(error)) from error
+
+    def _attempt(
+        self, request: ChatRequest, body: JsonObject, cancel: Cancellation
+    ) -> Generator[ModelEvent, None, None]:
+        reader = self.answer(f"{self.spec.id}/{request.model}")
+        with self._exchange(
+            "POST", self.chat_path, body, cancel, MODEL_SILENCE
+        ) as response:
+            length = 0
+            for data in self._documents(response):
+                if data == b"[DONE]":
+                    reader.complete = True
+                    break
+                length += len(data)
+                check_answer_length(length)
+                yield from reader.take(self._document(data))
+                if reader.over:
+                    break
+            if not reader.complete:
+                raise ModelBusy(f"{self.spec.label} broke off before the answer's end")
+        yield reader.finished()
+
+    def _ask(
+        self, method: str, path: str, body: JsonObject | None, cancel: Cancellation
+    ) -> JsonObject:
+        """Return the answer to one short request.  Raises ModelError, Cancelled."""
+        with self._exchange(method, path, body, cancel, CONNECT_TIMEOUT) as response:
+            data = response.read(MAX_MODEL_REPLY)
+        try:
+            document = from_json(data)
+        except ValueError as error:
+            url = self.base_url + path
+            raise ModelError(f"{url} is no {self.spec.label}: {error}") from error
+        # Together lists its models without an object around them.
+        return document if isinstance(document, dict) else {"data": document}
+
+    def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        # Some servers send an error, or a whole answer, without an event stream.
+        if response.getheader("Content-Type", "").startswith("application/json"):
+            return iter([response.read(MAX_MODEL_REPLY)])
+        return _server_sent_data(_lines(response))
+
+    def _document(self, data: bytes) -> JsonObject:
+        """Return one document of the answer.  Raises ModelError if it is none."""
+        try:
+            document = from_json(data)
+        except ValueError as error:
+            raise ModelError(f"{self.spec.label} sent no JSON: {error}") from error
+        if not isinstance(document, dict):
+            raise ModelError(f"{self.spec.label} sent {data[:80]!r} for an object")
+        if document.get("error"):
+            raise self._error(200, document, None)
+        return document
+
+    def _refusal(self, response: http.client.HTTPResponse) -> ModelError:
+        data = response.read(MAX_MODEL_REPLY)
+        try:
+            document = from_json(data)
+        except ValueError:
+            document = data[:2000].decode("utf-8", "replace") or response.reason
+        return self._error(response.status, document, _retry_after(response))
+
+    def _error(
+        self, status: int, document: Any, retry_after: float | None
+    ) -> ModelError:
+        detail = to_json(document)
+        error = pick(document, "error", dict) if isinstance(document, dict) else {}
+        kind = error.get("type") or error.get("code")
+        status = pick(error, "code", int) if status == 200 else status
+        text = clip(_error_text(document), 1000)
+        if self._api_key:  # some servers quote it
+            text = text.replace(self._api_key, "…")
+        message = f"{self.spec.label}: {text}" + (f" ({status})" if status else "")
+        # With 429, "too many tokens" are those of the last minute.
+        if status != 429 and re.search(OVERLONG_PATTERN, text):
+            return ContextTooLong(message, detail)
+        if status in (401, 403):
+            return ModelError(f"{message}; is the API key right?", detail)
+        # A used-up quota comes as 429 too, and waiting does not fill it.
+        if "insufficient_quota" not in detail and (
+            status in BUSY_STATUSES or status >= 500 or kind in BUSY_KINDS
+        ):
+            return ModelBusy(message, detail, retry_after)
+        return ModelError(message, detail)
+
+    def _call_id(self, call_id: str) -> str:
+        # A conversation may have begun with a provider that has other ids.
+        if re.fullmatch(self.spec.call_id, call_id):
+            return call_id
+        return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
+
+    def _own_data(
+        self, request: ChatRequest, message: ChatMessage
+    ) -> Mapping[str, Any]:
+        data = message.provider_data
+        return data if data.get("by") == f"{self.spec.id}/{request.model}" else {}
+
+
+def function_tools(tools: Sequence[ToolSpec]) -> list[JsonObject]:
+    """Return `tools` as OpenAI and its imitators take them."""
+    return [{"type": "function", "function": tool.to_json()} for tool in tools]
+
+
+class OllamaProvider(ModelProvider):
+    """Ollama's own API, https://docs.ollama.com/api."""
+
+    chat_path = "/api/chat"
+    list_path = "/api/tags"
+    context_tokens = OLLAMA_LAST_CONTEXT
+    answer = OllamaAnswer
+
+    def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
+        name = pick(listed, "name", str)
+        try:
+            shown = self._ask("POST", "/api/show", {"model": name}, cancel)
+        except ModelError:  # a broken model must not hide the others
+            return None
+        abilities = shown.get("capabilities")
+        if not isinstance(abilities, list):  # before Ollama 0.6.4
+            abilities = ["completion", "tools"]
+        if "completion" not in abilities:
+            return None
+        return self._named(name, name, supports_tools="tools" in abilities)
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        body: JsonObject = {
+            "model": request.model,
+            "messages": [
+                self._message(request, message)
+                for message in settle_tool_calls(request.messages)
+            ],
+            "stream": True,
+        }
+        if request.tools:
+            body["tools"] = function_tools(request.tools)
+        # In doublings: another size makes Ollama load the model again.  Three
+        # characters a token errs on the safe side, and the answer needs room too.
+        needed = len(to_json(body)) // 3 + 2048
+        size = OLLAMA_FIRST_CONTEXT
+        while size < min(needed, OLLAMA_LAST_CONTEXT):
+            size *= 2
+        body["options"] = {"num_ctx": size}
+        return body
+
+    def _message(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
+        value: JsonObject = {"role": message.role, "content": message.text}
+        if message.role == "tool":
+            value["tool_name"] = message.tool_name
+        if message.tool_calls:
+            value["tool_calls"] = [
+                {"function": {"name": call.name, "arguments": call.arguments}}
+                for call in message.tool_calls
+            ]
+        thinking = pick(self._own_data(request, message), "thinking", str)
+        return {**value, "thinking": thinking} if thinking else value
+
+    def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        return (line for line in _lines(response) if line.strip())
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        if "does not support tools" in error.detail and body.pop("tools", None):
+            return f"{body['model']} cannot use tools: it can only talk"
+        return None
+
+
+class OpenAiProvider(ModelProvider):
+    """OpenAI's chat completions, and the many servers that imitate them."""
+
+    chat_path = "/chat/completions"
+    list_path = "/models"
+    answer = OpenAiAnswer
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        body: JsonObject = {
+            "model": request.model,
+            "messages": [
+                self._message(request, message)
+                for message in settle_tool_calls(request.messages)
+            ],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if request.tools:
+            body["tools"] = function_tools(request.tools)
+        return body
+
+    def _message(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
+        value: JsonObject = {"role": message.role, "content": message.text}
+        if message.role == "tool":
+            value["tool_call_id"] = self._call_id(message.tool_call_id)
+        if message.tool_calls:
+            data = self._own_data(request, message)
+            value["content"] = message.text or None  # some refuse an empty text here
+            extras = pick(data, "extra_content", dict)
+            value["tool_calls"] = [
+                self._call(call, extras) for call in message.tool_calls
+            ]
+            if self.spec.wants_reasoning:
+                value["reasoning_content"] = pick(data, "reasoning_content", str)
+        return value
+
+    def _call(self, call: ToolCall, extras: JsonObject) -> JsonObject:
+        value: JsonObject = {
+            "id": self._call_id(call.id),
+            "type": "function",
+            "function": {"name": call.name, "arguments": to_json(call.arguments)},
+        }
+        if call.id in extras:
+            value["extra_content"] = extras[call.id]
+        return value
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        if "stream_options" in error.detail and body.pop("stream_options", None):
+            return ""  # only the token counts are lost
+        return None
+
+    def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo | None:
+        name = pick(listed, "id", str)
+        # OpenAI's list does not tell its chat models from the others.
+        if re.search("embed|whisper|tts|dall-e|moderat|image|audio|realtime", name):
+            return None
+        mistral = pick(listed, "capabilities", dict).get("function_calling")
+        openrouter = listed.get("supported_parameters", ["tools"])
+        tools = isinstance(openrouter, list) and "tools" in openrouter
+        return self._named(name, name, supports_tools=tools and mistral is not False)
+
+
+class AnthropicProvider(ModelProvider):
+    """Anthropic's messages API, https://docs.anthropic.com/en/api/messages."""
+
+    chat_path = "/v1/messages"
+    list_path = "/v1/models?limit=1000"
+    context_tokens = 200_000
+    answer = AnthropicAnswer
+
+    def _headers(self) -> dict[str, str]:
+        return {
+            "Content-Type": "application/json",
+            "anthropic-version": ANTHROPIC_VERSION,
+            "x-api-key": self._api_key,
+        }
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        messages = settle_tool_calls(request.messages)
+        system = [m.text for m in messages if m.role == "system" and m.text]
+        body: JsonObject = {
+            "model": request.model,
+            "max_tokens": ANTHROPIC_MAX_TOKENS,
+            "messages": self._turns(request, messages),
+            "stream": True,
+        }
+        if system:
+            body["system"] = "\n\n".join(system)
+        if request.tools:
+            body["tools"] = [
+                {
+                    "name": tool.name,
+                    "description": tool.description,
+                    "input_schema": tool.parameters,
+                }
+                for tool in request.tools
+            ]
+        return body
+
+    def _turns(
+        self, request: ChatRequest, messages: Sequence[ChatMessage]
+    ) -> list[JsonObject]:
+        """Return the turns, which alternate: results and the next message are one."""
+        turns: list[JsonObject] = []
+        for message in messages:
+            role = "assistant" if message.role == "assistant" else "user"
+            blocks = [] if message.role == "system" else self._blocks(request, message)
+            if blocks and turns and turns[-1]["role"] == role:
+                turns[-1]["content"] += blocks
+            elif blocks:
+                turns.append({"role": role, "content": list(blocks)})
+        return turns
+
+    def _blocks(self, request: ChatRequest, message: ChatMessage) -> list[JsonObject]:
+        kept = pick_objects(self._own_data(request, message), "blocks")
+        if kept:
+            return kept
+        if message.role == "tool":
+            call_id = self._call_id(message.tool_call_id)
+            result = {"type": "tool_result", "tool_use_id": call_id}
+            return [{**result, "content": message.text}]
+        text = [{"type": "text", "text": message.text}] if message.text.strip() else []
+        return text + [
+            {
+                "type": "tool_use",
+                "id": self._call_id(call.id),
+                "name": call.name,
+                "input": call.arguments,
+            }
+            for call in message.tool_calls
+        ]
+
+    def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo:
+        name = pick(listed, "id", str)
+        title = pick(listed, "display_name", str)
+        return self._named(name, title or name, supports_tools=True)
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        # Old models allow less; only the refusal has the number.
+        match = re.search(r"max_tokens: \d+ > (\d+)", error.detail)
+        if match is None or int(match.group(1)) >= body["max_tokens"]:
+            return None
+        body["max_tokens"] = int(match.group(1))
+        return ""
+
+
+PROTOCOLS: Mapping[str, type[ModelProvider]] = {
+    "ollama": OllamaProvider,
+    "openai": OpenAiProvider,
+    "anthropic": AnthropicProvider,
+}
+
+
+# --- what is set up ---
+
+
+class ProviderSettings(SnakeValue):
+    """What a person entered for one provider in Settings → Models."""
+
+    api_key: str = ""
+    base_url: str = ""
+
+    FILE: ClassVar[str] = "models.json"
+
+    @classmethod
+    def load_all(cls, directory: Path) -> dict[str, ProviderSettings]:
+        """Return what was entered, by provider.  Raises BadConfiguration."""
+        path = directory / cls.FILE
+        value = read_settings_file(path) or {}
+        try:
+            return {name: cls.from_json(required(value, name, dict)) for name in value}
+        except RpcError as error:
+            raise BadConfiguration(f"{path}: {error.message}") from error
+
+    @classmethod
+    def save_all(
+        cls, directory: Path, settings: Mapping[str, ProviderSettings]
+    ) -> None:
+        """Write models.json.  Raises BadConfiguration."""
+        write_settings_file(directory / cls.FILE, encode_value(dict(settings)))
+
+
+def all_providers(settings: Mapping[str, ProviderSettings]) -> list[ProviderSpec]:
+    """Return the providers that are known, and those that `settings` adds.
+
+    Those are taken for OpenAI-compatible, as llama.cpp, vLLM and LM Studio are.
+    """
+    known = {spec.id for spec in PROVIDERS}
+    return [*PROVIDERS] + [
+        ProviderSpec(name, name, "openai", entry.base_url)
+        for name, entry in settings.items()
+        if name not in known and entry.base_url and "/" not in name
+    ]
+
+
+def _with_path(base_url: str) -> str:
+    # People leave it out for their LM Studio.
+    bare = not urlsplit(base_url).path.strip("/")
+    return base_url.rstrip("/") + "/v1" if bare else base_url
+
+
+def make_providers(
+    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
+) -> list[ModelProvider]:
+    """Return the providers that can be used; the environment beats `settings`."""
+    providers = []
+    for spec in all_providers(settings):
+        entered = settings.get(spec.id, ProviderSettings())
+        api_key = environ.get(API_KEY_VARIABLES.get(spec.id, "")) or entered.api_key
+        base_url = environ.get(spec.url_variable) or entered.base_url
+        if spec.protocol == "ollama":
+            base_url = ollama_url(base_url or spec.base_url)
+        elif spec.protocol == "openai" and base_url:
+            base_url = _with_path(base_url)
+        if api_key or base_url:
+            make = PROTOCOLS[spec.protocol]
+            providers.append(make(spec, base_url or spec.base_url, api_key))
+    return providers
+
+
+def describe_providers(
+    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
+) -> list[JsonObject]:
+    """Return each provider and where its key is from, for people; never the key."""
+    descriptions = []
+    for spec in all_providers(settings):
+        entered = settings.get(spec.id, ProviderSettings())
+        variable = API_KEY_VARIABLES.get(spec.id, "")
+        source = "settings" if entered.api_key else ""
+        descriptions.append(
+            {
+                "id": spec.id,
+                "label": spec.label,
+                "keyVariable": variable,
+                "keyFrom": "environment" if environ.get(variable) else source,
+                "baseUrl": entered.base_url or spec.base_url,
+            }
+        )
+    return descriptions
+
+
+def context_of(provider_id: str) -> int:
+    """Return the context length, in tokens, of a provider's models."""
+    protocols = {spec.id: spec.protocol for spec in PROVIDERS}
+    return PROTOCOLS[protocols.get(provider_id, "openai")].context_tokens
+
+
+class ProviderModel:
+    """A model of a provider that this machine reaches; a ChatModel."""
+
+    def __init__(self, provider: ModelProvider, name: str) -> None:
+        self.id = f"{provider.spec.id}/{name}"
+        self.context_tokens = provider.context_tokens
+        self._provider = provider
+        self._name = name
+
+    def stream(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[ToolSpec],
+        cancel: Cancellation,
+    ) -> Generator[ModelEvent, None, None]:
+        """Yield the answer as it comes; see ChatModel.stream."""
+        request = ChatRequest(self._name, tuple(messages), tuple(tools))
+        return self._provider.stream(request, cancel)
+
+
+class ModelCatalog:
+    """The models that the providers of this machine list."""
+
+    def __init__(self, providers: Sequence[ModelProvider]) -> None:
+        self._lock = threading.Lock()  # guards the four below
+        self._providers = {provider.spec.id: provider for provider in providers}
+        self._models: list[ModelInfo] = []
+        self._errors: dict[str, str] = {}
+        self._fresh = Deadline(0)
+
+    def replace(self, providers: Sequence[ModelProvider]) -> None:
+        """Use these providers from now on: the settings were changed."""
+        with self._lock:
+            self._providers = {provider.spec.id: provider for provider in providers}
+            self._fresh = Deadline(0)
+
+    def model(self, model_id: str) -> ProviderModel:
+        """Return a model by its id, provider/name, whether listed or not.
+
+        Raises ModelError if there is no such provider.
+        """
+        provider_id, _, name = model_id.partition("/")
+        with self._lock:
+            provider = self._providers.get(provider_id)
+            known = ", ".join(self._providers) or "none"
+        if provider is None or not name:
+            raise ModelError(
+                f"{model_id!r} is no model: write PROVIDER/NAME with one of the "
+                f"providers that are set up ({known})"
+            )
+        return ProviderModel(provider, name)
+
+    def claims(self, model_id: str) -> bool:
+        """Return whether a model is one of a provider here, set up or not."""
+        provider_id, slash, _ = model_id.partition("/")
+        with self._lock:
+            known = {*self._providers, *(spec.id for spec in PROVIDERS)}
+        return bool(slash) and provider_id in known
+
+    def models(
+        self, cancel: Cancellation, *, refresh: bool = False
+    ) -> tuple[list[ModelInfo], dict[str, str]]:
+        """Return the models, and by provider why it could not be asked.
+
+        Both are remembered for a while.  Raises Cancelled.
+        """
+        with self._lock:
+            if not refresh and not self._fresh.expired:
+                return list(self._models), dict(self._errors)
+            providers = list(self._providers.values())
+        models, errors = list_models(providers, cancel)
+        with self._lock:
+            if providers == list(self._providers.values()):
+                self._models, self._errors = models, errors
+                lifetime = MODEL_LIST_RETRY if errors else MODEL_LIST_LIFETIME
+                self._fresh = Deadline(lifetime)
+        return models, errors
+
+
+def list_models(
+    providers: Sequence[ModelProvider], cancel: Cancellation
+) -> tuple[list[ModelInfo], dict[str, str]]:
+    """Ask all providers side by side; return their models, and errors by provider.
+
+    Raises Cancelled.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    models: list[ModelInfo] = []
+    errors: dict[str, str] = {}
+    with ThreadPoolExecutor(
+        max(1, len(providers)), thread_name_prefix="moltis-models"
+    ) as pool:
+        asked = [(p, pool.submit(p.models, cancel)) for p in providers]
+        for provider, answer in asked:
+            try:
+                models += answer.result()
+            except ModelError as error:
+                errors[provider.spec.id] = str(error)
+    return models, errors
+
+
+# ==============================================================================
 # Telemetry
-# Uses: Commands
+# Uses: Commands, Language models
 #
 # What a machine has and how it is doing: a quick reading of the operating system
 # (memory, CPU, disk, load, temperature), and an inventory that a thread of its own
@@ -4923,10 +6219,8 @@ INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
 VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
 GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
 SYSCTL_TIMEOUT = 2.0  # s; a reading of the vital signs waits for it
-OLLAMA_TIMEOUT = 3.0  # s; what Moltis gives it
 STOP_LATENCY = 0.1  # s until somebody who reads notices that it shall stop
 MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes; `ps` on a busy Mac prints 10 KiB
-MAX_MODEL_LIST = 4 * 1024 * 1024  # bytes; Ollama needs about 400 a model
 MAX_LISTED = 256  # entries of one list in a report; those beyond are left out
 MAX_LABEL = 200  # characters of one name in a report; those beyond are cut off
 MAX_NUMBER = 2**63  # beyond it, neither SQLite nor a Moltis peer takes a number
@@ -5483,63 +6777,15 @@ def choose_probe(environ: Mapping[str, str], root: Path = Path("/")) -> Probe:
     return read_psutil
 
 
-def _open_socket(url: SplitResult, timeout: float | None) -> socket.socket:
-    context = None
-    if url.scheme == "https":
-        import ssl
-
-        context = ssl.create_default_context()
-    assert url.hostname and url.port  # ollama_url() gives both
-    sock = connect_tcp(url.hostname, url.port, timeout)
-    if context is None:
-        return sock
-    return context.wrap_socket(sock, server_hostname=url.hostname)
-
-
-def _receive_all(
-    sock: socket.socket, deadline: Deadline, cancellation: Cancellation
-) -> bytes:
-    sock.settimeout(STOP_LATENCY)
-    data = b""
-    while not (cancellation.cancelled or deadline.expired):
-        try:
-            chunk = sock.recv(65536)
-        except socket.timeout:
-            continue
-        if not chunk:
-            return data
-        data += chunk
-        if len(data) > MAX_MODEL_LIST:
-            raise ValueError("the answer is too long")
-    raise TimeoutError("the answer does not end")
-
-
-def _http_get(url: str, deadline: Deadline, cancellation: Cancellation) -> bytes:
-    """Return the body that `url` answers with.  Raises OSError and ValueError."""
-    # `http.client` takes 2.3 MiB, for one question that most nodes ask in vain.  To
-    # HTTP/1.0 a server answers without chunks, and closes the connection.
-    parts = urlsplit(url)
-    request = f"GET {parts.path} HTTP/1.0\r\nHost: {parts.netloc}\r\n\r\n"
-    with _open_socket(parts, deadline.remaining()) as sock:
-        sock.sendall(request.encode("ascii"))
-        answer = _receive_all(sock, deadline, cancellation)
-    head, _, body = answer.partition(b"\r\n\r\n")
-    if head.split(b" ", 2)[1:2] != [b"200"]:
-        raise ValueError(f"{url} answered {head[:80]!r}")
-    return body
-
-
-def find_ollama(host: str, cancellation: Cancellation) -> Provider | None:
-    """Return the Ollama that OLLAMA_HOST means, or None where none answers."""
-    url = f"{ollama_url(host)}/api/tags"
+def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
+    """Return the Ollama that OLLAMA_HOST means, or None if there is none."""
+    provider = OllamaProvider(PROVIDERS[0], ollama_url(host), "")
     try:
-        answer = from_json(_http_get(url, Deadline(OLLAMA_TIMEOUT), cancellation))
-        models = _reported_list({"models": answer["models"]}, "models", dict)
-        names = tuple(_label(required(model, "name", str)) for model in models)
-    # Whatever is wrong with who answers there, or with our own ssl: no Ollama.
-    except (OSError, ValueError, LookupError, TypeError, ImportError, RpcError):
+        listed = provider.listed(cancel)
+    except (ModelError, Cancelled):
         return None
-    return Provider("ollama", names)
+    names = (pick(model, "name", str) for model in listed[:MAX_LISTED])
+    return Provider("ollama", tuple(_label(name) for name in names if name))
 
 
 def providers_with_keys(environ: Mapping[str, str]) -> tuple[Provider, ...]:
@@ -5728,1346 +6974,6 @@ class TelemetrySource:
             if usage is not None or earlier is None:
                 self._cpu_times, self._cpu_usage = now, usage
             return self._cpu_usage
-
-
-# ==============================================================================
-# Language models
-# Uses: Settings
-#
-# One streaming interface over Ollama, OpenAI-compatible servers and Anthropic: a
-# conversation in, ModelEvents out.  Gateway and nodes use the same classes, and all
-# that passes through the interface has a JSON form, so that a node can lend a model
-# of its own.  What an answer is good for, and who may ask, is decided elsewhere.
-# ==============================================================================
-
-MODEL_SILENCE = 600.0  # s without a byte; a Pi needs minutes to load a model
-MODEL_TRIES = 3  # for a provider that is busy or breaks off before its first word
-MODEL_PATIENCE = 60.0  # s; a longer Retry-After is said, not waited for
-MODEL_LIST_LIFETIME = 600.0  # s that a provider's list of models is remembered
-MODEL_LIST_RETRY = 30.0  # s; where one could not be asked: an Ollama that was started
-MAX_MODEL_LINE = 16 * 1024 * 1024  # bytes; a longer one ends the answer
-MAX_MODEL_ANSWER = 64 * 1024 * 1024  # bytes, as they come; a longer one is broken off
-MAX_MODEL_REPLY = 16 * 1024 * 1024  # bytes of a list or an error that are read
-ANTHROPIC_VERSION = "2023-06-01"
-ANTHROPIC_MAX_TOKENS = 16384  # of one answer; the API wants it said
-OLLAMA_FIRST_CONTEXT = 8192  # tokens; its own default cuts our tools off in silence
-OLLAMA_LAST_CONTEXT = 65536  # tokens; more fits hardly any home GPU
-
-OVERLONG_PATTERN = (
-    r"(?i)context.{0,24}(length|window|size|limit)|prompt is too long|too many tokens"
-)
-BUSY_STATUSES = (408, 409, 425, 429)  # and everything from 500 on
-BUSY_KINDS = ("overloaded_error", "rate_limit_error", "api_error", "server_error")
-STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
-    "end_turn": "stop",
-    "stop_sequence": "stop",
-    "tool_use": "stop",
-    "tool_calls": "stop",
-    "function_call": "stop",
-    "max_tokens": "length",
-    "content_filter": "refusal",
-}
-
-
-def _fields(value: JsonObject, **kinds: type) -> JsonObject:
-    """Return the named fields of `value`.  Raises RpcError INVALID_REQUEST."""
-    return {name: required(value, name, kind) for name, kind in kinds.items()}
-
-
-class ToolSpec(SnakeValue):
-    """A tool that a model may call."""
-
-    name: str
-    description: str
-    parameters: JsonObject  # JSON Schema of an object
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ToolSpec:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        return cls(**_fields(value, name=str, description=str, parameters=dict))
-
-
-class ToolCall(SnakeValue):
-    """What a model wants done."""
-
-    id: str
-    name: str
-    arguments: JsonObject
-    malformed: str = ""  # the arguments as written, where they are no JSON object
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ToolCall:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        return cls(**_fields(value, id=str, name=str, arguments=dict, malformed=str))
-
-
-class ChatMessage(SnakeValue):
-    """One message of a conversation, in no vendor's format."""
-
-    role: str  # system, user, assistant or tool
-    text: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
-    tool_call_id: str = ""  # of a tool: the call that it answers
-    tool_name: str = ""
-    # What only the model that said it understands (signed thinking, say), under "by"
-    # that model's id; it goes back to it unchanged.
-    provider_data: Mapping[str, Any] = NOTHING
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ChatMessage:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        fields = _fields(
-            value,
-            role=str,
-            text=str,
-            tool_call_id=str,
-            tool_name=str,
-            provider_data=dict,
-        )
-        if fields["role"] not in ("system", "user", "assistant", "tool"):
-            raise RpcError("INVALID_REQUEST", f"{fields['role']!r} is no role")
-        calls = map(ToolCall.from_json_object, objects_in(value, "tool_calls"))
-        return cls(tool_calls=tuple(calls), **fields)
-
-
-class ChatRequest(SnakeValue):
-    """What a model is asked."""
-
-    model: str  # as its provider calls it
-    messages: tuple[ChatMessage, ...]
-    tools: tuple[ToolSpec, ...] = ()
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ChatRequest:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        messages = map(ChatMessage.from_json_object, objects_in(value, "messages"))
-        tools = map(ToolSpec.from_json_object, objects_in(value, "tools"))
-        return cls(required(value, "model", str), tuple(messages), tuple(tools))
-
-
-class Delta(SnakeValue):
-    """The next piece of an answer."""
-
-    kind: str  # text, thinking, or notice: a wait, or another hitch, to be shown
-    text: str
-
-
-class Finished(SnakeValue):
-    """The whole answer: the last event of a stream, and never that of a broken one."""
-
-    message: ChatMessage
-    reason: str  # stop, length, refusal, or the provider's own word
-    input_tokens: int  # 0: not said
-    output_tokens: int
-
-
-ModelEvent: TypeAlias = "Delta | Finished"
-
-
-class ModelInfo(SnakeValue):
-    """A model that can be chosen."""
-
-    id: str  # provider/name
-    provider: str  # for people
-    display_name: str
-    supports_tools: bool
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ModelInfo:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        kinds = {"id": str, "provider": str, "display_name": str}
-        return cls(**_fields(value, supports_tools=bool, **kinds))
-
-
-def to_json_object(
-    value: ToolSpec | ChatMessage | ChatRequest | ModelEvent | ModelInfo,
-) -> JsonObject:
-    """Return a value of this section as JSON; its `from_json_object` reads it again."""
-    return value.to_json()
-
-
-def event_from_json_object(value: JsonObject) -> ModelEvent:
-    """Return an event that somebody else streamed.  Raises RpcError."""
-    if "message" not in value:
-        return Delta(**_fields(value, kind=str, text=str))
-    return Finished(
-        message=ChatMessage.from_json_object(required(value, "message", dict)),
-        **_fields(value, reason=str, input_tokens=int, output_tokens=int),
-    )
-
-
-class ChatModel(Protocol):
-    """A model that can be talked to, wherever it runs."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def context_tokens(self) -> int:
-        """How long a conversation may be."""
-
-    def stream(
-        self,
-        messages: Sequence[ChatMessage],
-        tools: Sequence[ToolSpec],
-        cancel: Cancellation,
-    ) -> Generator[ModelEvent, None, None]:
-        """Yield the answer as it comes, `Finished` last.
-
-        Raises ModelError where there will be no `Finished`, and Cancelled.
-        """
-
-
-# --- What servers send: anything may be missing or of another type ---
-
-
-def _text_of(value: Mapping[str, Any], name: str) -> str:
-    found = value.get(name)
-    return found if isinstance(found, str) else ""
-
-
-def _count_of(value: JsonObject, name: str) -> int:
-    found = value.get(name)
-    return found if isinstance(found, int) else 0
-
-
-def _object_of(value: Mapping[str, Any], name: str) -> JsonObject:
-    found = value.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def _objects_of(value: Mapping[str, Any], name: str) -> list[JsonObject]:
-    found = value.get(name)
-    return [v for v in found if isinstance(v, dict)] if isinstance(found, list) else []
-
-
-def _error_text(document: Any) -> str:
-    """Return what an error body says, in any of the forms that servers use."""
-    if isinstance(document, list) and document:  # Gemini
-        document = document[0]
-    if isinstance(document, dict):
-        for name in ("error", "message", "detail"):
-            if document.get(name):
-                return _error_text(document[name])
-    return document if isinstance(document, str) else to_json(document)
-
-
-def new_call_id() -> str:
-    """Return an id for a tool call; nine letters and digits suit every provider."""
-    return secrets.token_hex(5)[:9]
-
-
-def read_tool_call(call_id: str, name: str, arguments: object) -> ToolCall:
-    """Return a call whose arguments are an object, JSON text, or nothing at all."""
-    if isinstance(arguments, dict):
-        return ToolCall(call_id, name, arguments)
-    text = arguments if isinstance(arguments, str) else to_json(arguments)
-    try:
-        value = from_json(text) if text.strip() not in ("", "null") else {}
-    except ValueError:
-        value = None
-    if isinstance(value, dict):
-        return ToolCall(call_id, name, value)
-    return ToolCall(call_id, name, {}, malformed=text)
-
-
-def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """Return `messages` with one result right after each call, in the calls' order.
-
-    All providers demand it, and a run that was cut short leaves calls open.  Results
-    without a call, and answers without content, are left out for the same reason.
-    """
-    settled = []
-    for position, message in enumerate(messages, 1):
-        empty = message.role == "assistant" and not message.text.strip()
-        if message.role == "tool" or (empty and not message.tool_calls):
-            continue
-        settled.append(message)
-        results = _results_after(messages, position)
-        for call in message.tool_calls:
-            missing = ChatMessage(
-                role="tool",
-                text="No result: the run ended before this call did.",
-                tool_call_id=call.id,
-                tool_name=call.name,
-            )
-            settled.append(results.get(call.id, missing))
-    return settled
-
-
-def _results_after(
-    messages: Sequence[ChatMessage], position: int
-) -> dict[str, ChatMessage]:
-    # Up to the next answer with calls only: some servers number theirs anew in each.
-    results: dict[str, ChatMessage] = {}
-    for message in itertools.islice(messages, position, None):
-        if message.tool_calls:
-            break
-        if message.role == "tool":
-            results.setdefault(message.tool_call_id, message)
-    return results
-
-
-# --- HTTP ---
-
-
-def _cut(sock: socket.socket) -> None:
-    # The plain socket's method: SSLSocket's would take the TLS state away from the
-    # thread that is reading.
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def _connect_model(host: str, port: int, cancel: Cancellation) -> socket.socket:
-    """Return a TCP connection.  Raises OSError, Cancelled."""
-    failure = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM
-    ):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(CONNECT_TIMEOUT)
-            with cancel.calling(partial(_cut, sock)):
-                sock.connect(address)
-            return sock
-        except OSError as error:
-            sock.close()
-            failure = error
-        except Cancelled:
-            sock.close()
-            raise
-    raise failure
-
-
-def _dial_model(parts: SplitResult, cancel: Cancellation) -> socket.socket:
-    """Return a connection to an http or https URL.  Raises ModelError, Cancelled."""
-    host = parts.hostname or ""
-    try:
-        if parts.scheme != "https":
-            return _connect_model(host, parts.port or 80, cancel)
-        require_ssl()
-        import ssl
-
-        sock = ssl.create_default_context().wrap_socket(
-            _connect_model(host, parts.port or 443, cancel),
-            server_hostname=host,
-            do_handshake_on_connect=False,
-        )
-        with contextlib.ExitStack() as stack:
-            stack.callback(sock.close)
-            with cancel.calling(partial(_cut, sock)):
-                sock.do_handshake()
-            stack.pop_all()
-        return sock
-    # ValueError: a port that is none; BadConfiguration: a Python without TLS
-    except (OSError, ValueError, BadConfiguration) as error:
-        raise ModelError(f"{parts.netloc} cannot be reached: {error}") from error
-
-
-@contextlib.contextmanager
-def model_exchange(
-    method: str,
-    url: str,
-    headers: Mapping[str, str],
-    body: JsonObject | None,
-    cancel: Cancellation,
-    timeout: float = MODEL_SILENCE,  # s without a byte
-) -> Iterator[http.client.HTTPResponse]:
-    """Yield the response to one HTTP request, whatever its status.
-
-    Raises ModelError, ModelBusy where asking again may help, and Cancelled; that
-    goes for reading the response in the block as well.
-    """
-    import http.client
-
-    parts = urlsplit(url)
-    sock = _dial_model(parts, cancel)
-    connection = http.client.HTTPConnection(parts.hostname or "")
-    connection.sock = sock
-    target = f"{parts.path}?{parts.query}" if parts.query else parts.path
-    content = None if body is None else to_json(body).encode("utf-8", "replace")
-    try:
-        with cancel.calling(partial(_cut, sock)):
-            sock.settimeout(timeout)
-            connection.request(
-                method,
-                target,
-                content,
-                {**headers, "Host": parts.netloc, "Connection": "close"},
-            )
-            with connection.getresponse() as response:
-                yield response
-    except socket.timeout as error:
-        raise ModelError(
-            f"{parts.netloc} was silent for {format_duration(timeout)}"
-        ) from error
-    except (OSError, http.client.HTTPException) as error:
-        said = str(error) or type(error).__name__
-        raise ModelBusy(f"{parts.netloc} broke off: {said}") from error
-    finally:
-        connection.close()
-
-
-def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Yield the lines of a body as they arrive, without their ends."""
-    pending = bytearray()
-    while True:
-        data = response.read1(65536)
-        if not data:
-            break
-        pending += data
-        if len(pending) > MAX_MODEL_LINE:
-            raise ModelError("the answer holds a line beyond all measure")
-        if b"\n" in data:
-            *lines, rest = bytes(pending).split(b"\n")
-            pending = bytearray(rest)
-            yield from (line.rstrip(b"\r") for line in lines)
-    if pending:
-        yield bytes(pending)
-
-
-def check_answer_length(length: int) -> None:
-    """Raises ModelError beyond what an answer may have, in bytes as they come."""
-    if length > MAX_MODEL_ANSWER:
-        raise ModelError(
-            "the answer was broken off: it has more than "
-            f"{format_bytes(MAX_MODEL_ANSWER)}; ask for less at a time"
-        )
-
-
-def _server_sent_data(lines: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield the data of each event (HTML Living Standard §9.2.6)."""
-    data: list[bytes] = []
-    for line in lines:
-        if line.startswith(b"data:"):
-            data.append(line[5:].lstrip(b" "))
-        elif not line and data:
-            yield b"\n".join(data)
-            data = []
-    if data:  # the standard drops it, but servers forget the last empty line
-        yield b"\n".join(data)
-
-
-def _retry_after(response: http.client.HTTPResponse) -> float | None:
-    """Return the seconds that a busy server asks to wait (RFC 9110 §10.2.3)."""
-    import email.utils
-
-    text = response.getheader("Retry-After", "").strip()
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        moment = email.utils.parsedate_to_datetime(text)
-        return max(0.0, moment.timestamp() - time.time())
-    except (TypeError, ValueError):  # which of them depends on Python's version
-        return None
-
-
-# --- Answers ---
-
-
-class PartialCall:
-    """A tool call whose pieces are still arriving."""
-
-    def __init__(self, call_id: str, given_id: str, name: str) -> None:
-        self.id = call_id
-        self.given_id = given_id  # by the server; perhaps empty, or not unique
-        self.name = name
-        self.arguments: object = ""
-
-    def add(self, arguments: object) -> None:
-        if isinstance(arguments, str) and isinstance(self.arguments, str):
-            self.arguments += arguments
-        elif arguments:
-            self.arguments = arguments
-
-    def finished(self) -> ToolCall:
-        return read_tool_call(self.id, self.name, self.arguments)
-
-
-class AnswerReader:
-    """One answer: the provider's documents in, ModelEvents out."""
-
-    def __init__(self, model_id: str) -> None:
-        self.complete = False  # all that matters is here; the stream may end
-        self.over = False  # nothing follows that would be worth reading
-        self.reason = "stop"
-        self.input_tokens = 0
-        self.output_tokens = 0
-        self.calls: list[PartialCall] = []
-        self.provider_data: JsonObject = {}
-        self._model_id = model_id
-        self._text: list[str] = []
-
-    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
-        raise NotImplementedError
-
-    def say(self, text: str) -> Iterator[ModelEvent]:
-        if text:
-            self._text.append(text)
-            yield Delta("text", text)
-
-    def think(self, text: str) -> Iterator[ModelEvent]:
-        if text:
-            yield Delta("thinking", text)
-
-    def open_call(self, given_id: str, name: str) -> PartialCall:
-        # Servers leave ids out, or give all calls of an answer the same.
-        taken = not given_id or any(call.id == given_id for call in self.calls)
-        call = PartialCall(new_call_id() if taken else given_id, given_id, name)
-        self.calls.append(call)
-        return call
-
-    def end(self, reason: str) -> None:
-        self.complete = True
-        self.reason = STOP_REASONS.get(reason, reason) or "stop"
-
-    def finished(self) -> Finished:
-        data = self.provider_data
-        message = ChatMessage(
-            role="assistant",
-            text="".join(self._text),
-            tool_calls=tuple(call.finished() for call in self.calls),
-            provider_data={"by": self._model_id, **data} if data else {},
-        )
-        return Finished(message, self.reason, self.input_tokens, self.output_tokens)
-
-
-class OllamaAnswer(AnswerReader):
-    """An answer of `/api/chat`."""
-
-    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
-        message = _object_of(document, "message")
-        thinking = _text_of(message, "thinking")
-        if thinking:
-            before = self.provider_data.get("thinking", "")
-            self.provider_data["thinking"] = before + thinking
-        yield from self.think(thinking)
-        yield from self.say(_text_of(message, "content"))
-        for call in _objects_of(message, "tool_calls"):
-            function = _object_of(call, "function")
-            opened = self.open_call(_text_of(call, "id"), _text_of(function, "name"))
-            opened.add(function.get("arguments"))
-        if document.get("done") is True:
-            self.end(_text_of(document, "done_reason"))
-            self.over = True
-            self.input_tokens = _count_of(document, "prompt_eval_count")
-            self.output_tokens = _count_of(document, "eval_count")
-
-
-class OpenAiAnswer(AnswerReader):
-    """An answer of `/chat/completions`, from whoever imitates it."""
-
-    def __init__(self, model_id: str) -> None:
-        super().__init__(model_id)
-        self._slots: dict[int, PartialCall] = {}
-
-    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
-        usage = _object_of(document, "usage")
-        if usage:  # in a document of its own, whose `choices` is empty, or in any other
-            self.input_tokens = _count_of(usage, "prompt_tokens")
-            self.output_tokens = _count_of(usage, "completion_tokens")
-        for choice in _objects_of(document, "choices")[:1]:
-            # A server that cannot stream answers with a `message` instead.
-            delta = _object_of(choice, "delta") or _object_of(choice, "message")
-            yield from self._take_delta(delta)
-            reason = _text_of(choice, "finish_reason")
-            if reason:
-                self.end(reason)
-
-    def _take_delta(self, delta: JsonObject) -> Iterator[ModelEvent]:
-        reasoning = _text_of(delta, "reasoning_content")
-        if reasoning:
-            before = self.provider_data.get("reasoning_content", "")
-            self.provider_data["reasoning_content"] = before + reasoning
-        yield from self.think(reasoning or _text_of(delta, "reasoning"))
-        yield from self.say(_text_of(delta, "content"))
-        for part in _objects_of(delta, "content"):  # Mistral's thinking models
-            for thought in _objects_of(part, "thinking"):
-                yield from self.think(_text_of(thought, "text"))
-            yield from self.say(_text_of(part, "text"))
-        for piece in _objects_of(delta, "tool_calls"):
-            self._take_call(piece)
-
-    def _take_call(self, piece: JsonObject) -> None:
-        function = _object_of(piece, "function")
-        call = self._call_of(piece, _text_of(function, "name"))
-        call.add(function.get("arguments"))
-        if piece.get("extra_content"):  # Gemini's signatures
-            extras = self.provider_data.setdefault("extra_content", {})
-            extras[call.id] = piece["extra_content"]
-
-    def _call_of(self, piece: JsonObject, name: str) -> PartialCall:
-        """Return the call to which a piece belongs.
-
-        `index` says so in theory; servers omit it or always send 0.  So a new id opens
-        a new call, and so does a name after arguments that are complete.
-        """
-        slot = _count_of(piece, "index")
-        given_id = _text_of(piece, "id")
-        call = self._slots.get(slot)
-        if call is not None and not self._opens_another(call, given_id, name):
-            call.name = call.name or name
-            return call
-        self._slots[slot] = self.open_call(given_id, name)
-        return self._slots[slot]
-
-    def _opens_another(self, call: PartialCall, given_id: str, name: str) -> bool:
-        if given_id:
-            return given_id != call.given_id
-        return bool(name and call.arguments and not call.finished().malformed)
-
-
-class AnthropicAnswer(AnswerReader):
-    """An answer of `/v1/messages`."""
-
-    def __init__(self, model_id: str) -> None:
-        super().__init__(model_id)
-        self._blocks: dict[int, JsonObject] = {}
-        self._inputs: dict[int, PartialCall] = {}
-        self._whole: list[JsonObject] = []  # the blocks that have ended
-
-    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
-        kind = _text_of(document, "type")
-        index = _count_of(document, "index")
-        if kind == "content_block_delta":
-            yield from self._take_delta(index, _object_of(document, "delta"))
-        elif kind == "content_block_start":
-            yield from self._open_block(index, _object_of(document, "content_block"))
-        elif kind == "content_block_stop":
-            self._close_block(index)
-        elif kind == "message_start":
-            self._count(_object_of(_object_of(document, "message"), "usage"))
-        elif kind == "message_delta":
-            self.reason = _text_of(_object_of(document, "delta"), "stop_reason")
-            self._count(_object_of(document, "usage"))
-        elif kind == "message_stop":
-            self._end_message()
-        # Anything else is a ping, or newer than this: to be ignored, says the vendor.
-
-    def _open_block(self, index: int, block: JsonObject) -> Iterator[ModelEvent]:
-        self._blocks[index] = dict(block)
-        if block.get("type") == "tool_use":
-            call = self.open_call(_text_of(block, "id"), _text_of(block, "name"))
-            call.add(block.get("input"))
-            self._inputs[index] = call
-        yield from self.say(_text_of(block, "text"))
-
-    def _take_delta(self, index: int, delta: JsonObject) -> Iterator[ModelEvent]:
-        block = self._blocks.setdefault(index, {})
-        if index in self._inputs:
-            self._inputs[index].add(_text_of(delta, "partial_json"))
-        for name in ("text", "thinking", "signature"):
-            piece = _text_of(delta, name)
-            if piece:
-                block[name] = _text_of(block, name) + piece
-        yield from self.think(_text_of(delta, "thinking"))
-        yield from self.say(_text_of(delta, "text"))
-
-    def _close_block(self, index: int) -> None:
-        block = self._blocks.pop(index, {})
-        if index in self._inputs:
-            call = self._inputs.pop(index).finished()
-            block = {**block, "id": call.id, "input": call.arguments}
-        if block.get("type") != "text" or block.get("text"):  # it refuses empty ones
-            self._whole.append(block)
-
-    def _count(self, usage: JsonObject) -> None:
-        names = (
-            "input_tokens",
-            "cache_creation_input_tokens",
-            "cache_read_input_tokens",
-        )
-        self.input_tokens = sum(_count_of(usage, n) for n in names) or self.input_tokens
-        self.output_tokens = _count_of(usage, "output_tokens") or self.output_tokens
-
-    def _end_message(self) -> None:
-        self.end(self.reason)
-        self.over = True
-        # Without thinking, text and calls say it all, for any provider.
-        if any("thinking" in _text_of(block, "type") for block in self._whole):
-            self.provider_data["blocks"] = self._whole
-
-
-# --- Providers ---
-
-
-class ProviderSpec(Value):
-    """Somebody who serves models, and the habits that set them apart."""
-
-    id: str
-    label: str
-    protocol: str  # of PROTOCOLS
-    base_url: str
-    url_variable: str = ""
-    call_id: str = "[A-Za-z0-9_-]{1,40}"  # the ids of calls that it takes
-    wants_reasoning: bool = False  # back, or it refuses what follows a tool call
-
-
-PROVIDERS = (
-    ProviderSpec("ollama", "Ollama", "ollama", "http://127.0.0.1:11434", "OLLAMA_HOST"),
-    ProviderSpec(
-        "anthropic",
-        "Anthropic",
-        "anthropic",
-        "https://api.anthropic.com",
-        "ANTHROPIC_BASE_URL",
-    ),
-    ProviderSpec(
-        "openai", "OpenAI", "openai", "https://api.openai.com/v1", "OPENAI_BASE_URL"
-    ),
-    ProviderSpec("openrouter", "OpenRouter", "openai", "https://openrouter.ai/api/v1"),
-    ProviderSpec("groq", "Groq", "openai", "https://api.groq.com/openai/v1"),
-    ProviderSpec(
-        "mistral",
-        "Mistral",
-        "openai",
-        "https://api.mistral.ai/v1",
-        call_id="[A-Za-z0-9]{9}",
-    ),
-    ProviderSpec(
-        "deepseek",
-        "DeepSeek",
-        "openai",
-        "https://api.deepseek.com/v1",
-        wants_reasoning=True,
-    ),
-    ProviderSpec("together", "Together", "openai", "https://api.together.xyz/v1"),
-    ProviderSpec("xai", "xAI", "openai", "https://api.x.ai/v1"),
-    ProviderSpec(
-        "gemini",
-        "Gemini",
-        "openai",
-        "https://generativelanguage.googleapis.com/v1beta/openai",
-    ),
-)
-
-
-class ModelProvider:
-    """A vendor's protocol, spoken with one address."""
-
-    chat_path = ""
-    list_path = ""
-    context_tokens = 100_000  # of most of its models; a guess that errs on their side
-
-    def __init__(
-        self,
-        spec: ProviderSpec,
-        base_url: str,
-        api_key: str,
-        *,
-        first_pause: float = 1.0,  # s before the second try
-    ) -> None:
-        self.spec = spec
-        self.base_url = base_url.rstrip("/")
-        self._api_key = api_key
-        self._first_pause = first_pause
-
-    def stream(
-        self, request: ChatRequest, cancel: Cancellation
-    ) -> Generator[ModelEvent, None, None]:
-        """Yield the answer as it comes; see ChatModel.stream."""
-        body = self._body(request)
-        backoff = Backoff(self._first_pause, 20 * self._first_pause)
-        tries = 1
-        while True:
-            silent = True  # what was shown once cannot be taken back by a new try
-            try:
-                with contextlib.closing(self._attempt(request, body, cancel)) as events:
-                    for event in events:
-                        silent = False
-                        yield event
-                return
-            except ModelBusy as error:
-                delay = max(backoff.next(), error.retry_after or 0)
-                if not silent or tries == MODEL_TRIES or delay > MODEL_PATIENCE:
-                    raise
-                tries += 1
-                notice = (
-                    f"{error}; trying again in {format_duration(delay)} "
-                    f"(try {tries} of {MODEL_TRIES})"
-                )
-            except ModelError as error:
-                delay = 0
-                amended = self._amend(body, error) if silent else None
-                if amended is None:
-                    raise
-                notice = amended
-            if notice:
-                yield Delta("notice", notice)
-            cancel.pause(delay)
-
-    def models(self, cancel: Cancellation) -> list[ModelInfo]:
-        """Return the models that the provider lists.  Raises ModelError, Cancelled."""
-        listing = self._ask("GET", self.list_path, None, cancel)
-        listed = _objects_of(listing, "data") or _objects_of(listing, "models")
-        infos = (self._info(model, cancel) for model in listed)
-        return [info for info in infos if info is not None]
-
-    def _headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json"}
-        if self._api_key:
-            headers["Authorization"] = f"Bearer {self._api_key}"
-        return headers
-
-    def _body(self, request: ChatRequest) -> JsonObject:
-        raise NotImplementedError
-
-    def _reader(self, model_id: str) -> AnswerReader:
-        raise NotImplementedError
-
-    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
-        """Change a request that was refused so that it may pass.
-
-        Return what to tell the person about it, or None where nothing helps.
-        """
-        raise NotImplementedError
-
-    def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
-        """Return what a list says of a model, None where it is none for chats."""
-        raise NotImplementedError
-
-    def _named(self, name: str, title: str, *, supports_tools: bool) -> ModelInfo:
-        return ModelInfo(
-            f"{self.spec.id}/{name}", self.spec.label, title, supports_tools
-        )
-
-    def _attempt(
-        self, request: ChatRequest, body: JsonObject, cancel: Cancellation
-    ) -> Generator[ModelEvent, None, None]:
-        reader = self._reader(f"{self.spec.id}/{request.model}")
-        url = self.base_url + self.chat_path
-        with model_exchange("POST", url, self._headers(), body, cancel) as response:
-            self._check(response)
-            length = 0
-            for data in self._documents(response):
-                if data == b"[DONE]":
-                    reader.complete = True
-                    break
-                length += len(data)
-                check_answer_length(length)
-                yield from reader.take(self._document(data))
-                if reader.over:
-                    break
-            if not reader.complete:
-                raise ModelBusy(f"{self.spec.label} broke off before the answer's end")
-        yield reader.finished()
-
-    def _ask(
-        self, method: str, path: str, body: JsonObject | None, cancel: Cancellation
-    ) -> JsonObject:
-        """Return the answer to one short request.  Raises ModelError, Cancelled."""
-        url = self.base_url + path
-        with model_exchange(
-            method, url, self._headers(), body, cancel, CONNECT_TIMEOUT
-        ) as response:
-            self._check(response)
-            data = response.read(MAX_MODEL_REPLY)
-        try:
-            document = from_json(data)
-        except ValueError as error:
-            raise ModelError(f"{url} is no {self.spec.label}: {error}") from error
-        # Together lists its models without an object around them.
-        return document if isinstance(document, dict) else {"data": document}
-
-    def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        # Some servers tell of an error, or of all at once, without an event stream.
-        if response.getheader("Content-Type", "").startswith("application/json"):
-            return iter([response.read(MAX_MODEL_REPLY)])
-        return _server_sent_data(_lines(response))
-
-    def _document(self, data: bytes) -> JsonObject:
-        """Return one document of the answer.  Raises ModelError where it is none."""
-        try:
-            document = from_json(data)
-        except ValueError as error:
-            raise ModelError(f"{self.spec.label} sent no JSON: {error}") from error
-        if not isinstance(document, dict):
-            raise ModelError(f"{self.spec.label} sent {data[:80]!r} for an object")
-        if document.get("error"):
-            raise self._error(200, document, None)
-        return document
-
-    def _check(self, response: http.client.HTTPResponse) -> None:
-        """Raises ModelError unless the request was taken."""
-        if response.status == 200:
-            return
-        data = response.read(MAX_MODEL_REPLY)
-        try:
-            document = from_json(data)
-        except ValueError:
-            document = data[:2000].decode("utf-8", "replace") or response.reason
-        raise self._error(response.status, document, _retry_after(response))
-
-    def _error(
-        self, status: int, document: Any, retry_after: float | None
-    ) -> ModelError:
-        detail = to_json(document)
-        error = _object_of(document, "error") if isinstance(document, dict) else {}
-        kind = error.get("type") or error.get("code")
-        status = _count_of(error, "code") if status == 200 else status
-        text = clip(_error_text(document), 1000)
-        if self._api_key:  # some servers quote it
-            text = text.replace(self._api_key, "…")
-        message = f"{self.spec.label}: {text}" + (f" ({status})" if status else "")
-        # "Too many tokens" of the last minute are another matter.
-        if status != 429 and re.search(OVERLONG_PATTERN, text):
-            return ContextTooLong(message, detail)
-        if status in (401, 403):
-            return ModelError(f"{message}; is the API key right?", detail)
-        # A used-up quota comes as 429 too, and waiting does not fill it.
-        if "insufficient_quota" not in detail and (
-            status in BUSY_STATUSES or status >= 500 or kind in BUSY_KINDS
-        ):
-            return ModelBusy(message, detail, retry_after)
-        return ModelError(message, detail)
-
-    def _call_id(self, call_id: str) -> str:
-        # A conversation may have begun with a provider that has other ids.
-        if re.fullmatch(self.spec.call_id, call_id):
-            return call_id
-        return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
-
-    def _own_data(
-        self, request: ChatRequest, message: ChatMessage
-    ) -> Mapping[str, Any]:
-        data = message.provider_data
-        return data if data.get("by") == f"{self.spec.id}/{request.model}" else {}
-
-
-class OllamaProvider(ModelProvider):
-    """Ollama's own API, https://docs.ollama.com/api."""
-
-    chat_path = "/api/chat"
-    list_path = "/api/tags"
-    context_tokens = OLLAMA_LAST_CONTEXT
-
-    def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
-        name = _text_of(listed, "name")
-        try:
-            shown = self._ask("POST", "/api/show", {"model": name}, cancel)
-        except ModelError:  # one that is broken must not hide the others
-            return None
-        abilities = shown.get("capabilities")
-        if not isinstance(abilities, list):  # before 0.6.4 it did not say
-            abilities = ["completion", "tools"]
-        if "completion" not in abilities:
-            return None
-        return self._named(name, name, supports_tools="tools" in abilities)
-
-    def _body(self, request: ChatRequest) -> JsonObject:
-        body: JsonObject = {
-            "model": request.model,
-            "messages": [
-                self._message(request, message)
-                for message in settle_tool_calls(request.messages)
-            ],
-            "stream": True,
-        }
-        if request.tools:
-            body["tools"] = function_tools(request.tools)
-        body["options"] = {"num_ctx": self._context_for(body)}
-        return body
-
-    def _message(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
-        value: JsonObject = {"role": message.role, "content": message.text}
-        if message.role == "tool":
-            value["tool_name"] = message.tool_name
-        if message.tool_calls:
-            value["tool_calls"] = [
-                {"function": {"name": call.name, "arguments": call.arguments}}
-                for call in message.tool_calls
-            ]
-        thinking = _text_of(self._own_data(request, message), "thinking")
-        return {**value, "thinking": thinking} if thinking else value
-
-    def _context_for(self, body: JsonObject) -> int:
-        # In doublings: another size makes Ollama load the model anew.  Three
-        # characters a token errs on the safe side, and the answer needs room too.
-        needed = len(to_json(body)) // 3 + 2048
-        size = OLLAMA_FIRST_CONTEXT
-        while size < min(needed, OLLAMA_LAST_CONTEXT):
-            size *= 2
-        return size
-
-    def _reader(self, model_id: str) -> AnswerReader:
-        return OllamaAnswer(model_id)
-
-    def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        return (line for line in _lines(response) if line.strip())
-
-    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
-        if "does not support tools" in error.detail and body.pop("tools", None):
-            return f"{body['model']} cannot use tools: it can only talk"
-        return None
-
-
-def function_tools(tools: Sequence[ToolSpec]) -> list[JsonObject]:
-    """Return `tools` as OpenAI and those after it want them."""
-    return [{"type": "function", "function": to_json_object(tool)} for tool in tools]
-
-
-class OpenAiProvider(ModelProvider):
-    """OpenAI's chat completions, and the many servers that imitate them."""
-
-    chat_path = "/chat/completions"
-    list_path = "/models"
-
-    def _body(self, request: ChatRequest) -> JsonObject:
-        body: JsonObject = {
-            "model": request.model,
-            "messages": [
-                self._message(request, message)
-                for message in settle_tool_calls(request.messages)
-            ],
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if request.tools:
-            body["tools"] = function_tools(request.tools)
-        return body
-
-    def _message(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
-        value: JsonObject = {"role": message.role, "content": message.text}
-        if message.role == "tool":
-            value["tool_call_id"] = self._call_id(message.tool_call_id)
-        data = self._own_data(request, message)
-        if message.tool_calls:
-            value["content"] = message.text or None  # some refuse an empty text here
-            extras = _object_of(data, "extra_content")
-            value["tool_calls"] = [
-                self._call(call, extras) for call in message.tool_calls
-            ]
-        if self.spec.wants_reasoning and message.tool_calls:
-            value["reasoning_content"] = _text_of(data, "reasoning_content")
-        return value
-
-    def _call(self, call: ToolCall, extras: JsonObject) -> JsonObject:
-        value: JsonObject = {
-            "id": self._call_id(call.id),
-            "type": "function",
-            "function": {"name": call.name, "arguments": to_json(call.arguments)},
-        }
-        if call.id in extras:
-            value["extra_content"] = extras[call.id]
-        return value
-
-    def _reader(self, model_id: str) -> AnswerReader:
-        return OpenAiAnswer(model_id)
-
-    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
-        if "stream_options" in error.detail and body.pop("stream_options", None):
-            return ""  # only the token counts are lost
-        return None
-
-    def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo | None:
-        name = _text_of(listed, "id")
-        # OpenAI's list does not tell its chat models from the others.
-        if re.search("embed|whisper|tts|dall-e|moderat|image|audio|realtime", name):
-            return None
-        mistral = (
-            _object_of(listed, "capabilities").get("function_calling") is not False
-        )
-        openrouter = listed.get("supported_parameters", ["tools"])
-        tools = mistral and isinstance(openrouter, list) and "tools" in openrouter
-        return self._named(name, name, supports_tools=tools)
-
-
-class AnthropicProvider(ModelProvider):
-    """Anthropic's messages API, https://docs.anthropic.com/en/api/messages."""
-
-    chat_path = "/v1/messages"
-    list_path = "/v1/models?limit=1000"
-    context_tokens = 200_000
-
-    def _headers(self) -> dict[str, str]:
-        return {
-            "Content-Type": "application/json",
-            "anthropic-version": ANTHROPIC_VERSION,
-            "x-api-key": self._api_key,
-        }
-
-    def _body(self, request: ChatRequest) -> JsonObject:
-        messages = settle_tool_calls(request.messages)
-        system = [m.text for m in messages if m.role == "system" and m.text]
-        body: JsonObject = {
-            "model": request.model,
-            "max_tokens": ANTHROPIC_MAX_TOKENS,
-            "messages": self._turns(request, messages),
-            "stream": True,
-        }
-        if system:
-            body["system"] = "\n\n".join(system)
-        if request.tools:
-            body["tools"] = [
-                {
-                    "name": tool.name,
-                    "description": tool.description,
-                    "input_schema": tool.parameters,
-                }
-                for tool in request.tools
-            ]
-        return body
-
-    def _turns(
-        self, request: ChatRequest, messages: Sequence[ChatMessage]
-    ) -> list[JsonObject]:
-        """Return the turns, which alternate: results and what follows make one."""
-        turns: list[JsonObject] = []
-        for message in messages:
-            role = "assistant" if message.role == "assistant" else "user"
-            blocks = [] if message.role == "system" else self._blocks(request, message)
-            if blocks and turns and turns[-1]["role"] == role:
-                turns[-1]["content"] += blocks
-            elif blocks:
-                turns.append({"role": role, "content": list(blocks)})
-        return turns
-
-    def _blocks(self, request: ChatRequest, message: ChatMessage) -> list[JsonObject]:
-        kept = _objects_of(self._own_data(request, message), "blocks")
-        if kept:
-            return kept
-        if message.role == "tool":
-            call_id = self._call_id(message.tool_call_id)
-            result = {"type": "tool_result", "tool_use_id": call_id}
-            return [{**result, "content": message.text}]
-        text = [{"type": "text", "text": message.text}] if message.text.strip() else []
-        return text + [
-            {
-                "type": "tool_use",
-                "id": self._call_id(call.id),
-                "name": call.name,
-                "input": call.arguments,
-            }
-            for call in message.tool_calls
-        ]
-
-    def _reader(self, model_id: str) -> AnswerReader:
-        return AnthropicAnswer(model_id)
-
-    def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo:
-        name = _text_of(listed, "id")
-        title = _text_of(listed, "display_name")
-        return self._named(name, title or name, supports_tools=True)
-
-    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
-        # Old models allow less, and only the refusal says how much.
-        match = re.search(r"max_tokens: \d+ > (\d+)", error.detail)
-        if match is None or int(match.group(1)) >= body["max_tokens"]:
-            return None
-        body["max_tokens"] = int(match.group(1))
-        return ""
-
-
-PROTOCOLS: Mapping[str, type[ModelProvider]] = {
-    "ollama": OllamaProvider,
-    "openai": OpenAiProvider,
-    "anthropic": AnthropicProvider,
-}
-
-
-class ProviderSettings(Value):
-    """What a person entered for one provider in Settings → Models."""
-
-    api_key: str = ""
-    base_url: str = ""
-
-    FILE: ClassVar[str] = "models.json"
-
-    @classmethod
-    def load_all(cls, directory: Path) -> dict[str, ProviderSettings]:
-        """Return what was entered, by provider.  Raises BadConfiguration."""
-        path = directory / cls.FILE
-        value = read_settings_file(path) or {}
-        try:
-            return {
-                name: cls(
-                    api_key=optional(entry, "api_key", str) or "",
-                    base_url=optional(entry, "base_url", str) or "",
-                )
-                for name, entry in ((n, required(value, n, dict)) for n in value)
-            }
-        except RpcError as error:
-            raise BadConfiguration(f"{path}: {error.message}") from error
-
-    @classmethod
-    def save_all(
-        cls, directory: Path, settings: Mapping[str, ProviderSettings]
-    ) -> None:
-        """Write models.json.  Raises BadConfiguration."""
-        value = {
-            name: {"api_key": entry.api_key, "base_url": entry.base_url}
-            for name, entry in settings.items()
-        }
-        write_settings_file(directory / cls.FILE, value)
-
-
-def all_providers(settings: Mapping[str, ProviderSettings]) -> list[ProviderSpec]:
-    """Return the providers that are known, and those that `settings` adds.
-
-    What is added is taken for OpenAI-compatible: llama.cpp, vLLM, LM Studio are.
-    """
-    known = {spec.id for spec in PROVIDERS}
-    return [*PROVIDERS] + [
-        ProviderSpec(name, name, "openai", entry.base_url)
-        for name, entry in settings.items()
-        if name not in known and entry.base_url and "/" not in name
-    ]
-
-
-def _with_path(base_url: str) -> str:
-    # People leave it out for their LM Studio.
-    bare = not urlsplit(base_url).path.strip("/")
-    return base_url.rstrip("/") + "/v1" if bare else base_url
-
-
-def make_providers(
-    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
-) -> list[ModelProvider]:
-    """Return the providers that can be used; the environment beats `settings`."""
-    providers = []
-    for spec in all_providers(settings):
-        entered = settings.get(spec.id, ProviderSettings())
-        api_key = environ.get(API_KEY_VARIABLES.get(spec.id, "")) or entered.api_key
-        base_url = environ.get(spec.url_variable) or entered.base_url
-        if spec.protocol == "ollama":
-            base_url = ollama_url(base_url or spec.base_url)
-        elif spec.protocol == "openai" and base_url:
-            base_url = _with_path(base_url)
-        if api_key or base_url:
-            make = PROTOCOLS[spec.protocol]
-            providers.append(make(spec, base_url or spec.base_url, api_key))
-    return providers
-
-
-def describe_providers(
-    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
-) -> list[JsonObject]:
-    """Return each provider and where its key is from, for people; never the key."""
-    descriptions = []
-    for spec in all_providers(settings):
-        entered = settings.get(spec.id, ProviderSettings())
-        variable = API_KEY_VARIABLES.get(spec.id, "")
-        source = "settings" if entered.api_key else ""
-        descriptions.append(
-            {
-                "id": spec.id,
-                "label": spec.label,
-                "keyVariable": variable,
-                "keyFrom": "environment" if environ.get(variable) else source,
-                "baseUrl": entered.base_url or spec.base_url,
-            }
-        )
-    return descriptions
-
-
-def context_of(provider_id: str) -> int:
-    """Return the tokens that a provider's models hold, whoever reaches it."""
-    protocols = {spec.id: spec.protocol for spec in PROVIDERS}
-    return PROTOCOLS[protocols.get(provider_id, "openai")].context_tokens
-
-
-class ProviderModel:
-    """A model of a provider that this machine reaches; a ChatModel."""
-
-    def __init__(self, provider: ModelProvider, name: str) -> None:
-        self.id = f"{provider.spec.id}/{name}"
-        self.context_tokens = provider.context_tokens
-        self._provider = provider
-        self._name = name
-
-    def stream(
-        self,
-        messages: Sequence[ChatMessage],
-        tools: Sequence[ToolSpec],
-        cancel: Cancellation,
-    ) -> Generator[ModelEvent, None, None]:
-        """Yield the answer as it comes; see ChatModel.stream."""
-        request = ChatRequest(self._name, tuple(messages), tuple(tools))
-        return self._provider.stream(request, cancel)
-
-
-class ModelCatalog:
-    """The models that the providers of this machine list."""
-
-    def __init__(self, providers: Sequence[ModelProvider]) -> None:
-        self._lock = threading.Lock()  # guards the four below
-        self._providers = {provider.spec.id: provider for provider in providers}
-        self._models: list[ModelInfo] = []
-        self._errors: dict[str, str] = {}
-        self._fresh = Deadline(0)
-
-    def replace(self, providers: Sequence[ModelProvider]) -> None:
-        """Use these providers from now on: somebody changed the settings."""
-        with self._lock:
-            self._providers = {provider.spec.id: provider for provider in providers}
-            self._fresh = Deadline(0)
-
-    def model(self, model_id: str) -> ProviderModel:
-        """Return a model by its id, provider/name, be it listed or not.
-
-        Raises ModelError where there is no such provider.
-        """
-        provider_id, _, name = model_id.partition("/")
-        with self._lock:
-            provider = self._providers.get(provider_id)
-            known = ", ".join(self._providers) or "none"
-        if provider is None or not name:
-            raise ModelError(
-                f"{model_id!r} is no model: write PROVIDER/NAME with one of the "
-                f"providers that are set up ({known})"
-            )
-        return ProviderModel(provider, name)
-
-    def claims(self, model_id: str) -> bool:
-        """Return whether a model is one of a provider here, be that set up or not."""
-        provider_id, slash, _ = model_id.partition("/")
-        with self._lock:
-            known = {*self._providers, *(spec.id for spec in PROVIDERS)}
-        return bool(slash) and provider_id in known
-
-    def models(
-        self, cancel: Cancellation, *, refresh: bool = False
-    ) -> tuple[list[ModelInfo], dict[str, str]]:
-        """Return the models, and by provider why one could not be asked.
-
-        They are remembered for a while.  Raises Cancelled.
-        """
-        with self._lock:
-            if not refresh and not self._fresh.expired:
-                return list(self._models), dict(self._errors)
-            providers = list(self._providers.values())
-        models, errors = list_models(providers, cancel)
-        with self._lock:
-            if providers == list(self._providers.values()):
-                self._models, self._errors = models, errors
-                lifetime = MODEL_LIST_RETRY if errors else MODEL_LIST_LIFETIME
-                self._fresh = Deadline(lifetime)
-        return models, errors
-
-
-def list_models(
-    providers: Sequence[ModelProvider], cancel: Cancellation
-) -> tuple[list[ModelInfo], dict[str, str]]:
-    """Ask all providers at once; return their models, and who could not answer why.
-
-    Raises Cancelled.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    models: list[ModelInfo] = []
-    errors: dict[str, str] = {}
-    with ThreadPoolExecutor(
-        max(1, len(providers)), thread_name_prefix="moltis-models"
-    ) as pool:
-        asked = [(p, pool.submit(p.models, cancel)) for p in providers]
-        for provider, answer in asked:
-            try:
-                models += answer.result()
-            except ModelError as error:
-                errors[provider.spec.id] = str(error)
-    return models, errors
 
 
 # ==============================================================================
@@ -15302,8 +15208,9 @@ class AccessMethods:
             raise RpcError("NOT_FOUND", f"there is no sign-in {clip(login_id, 80)}")
         self._audience.hang_up(lambda caller: caller.login_id == login_id)
 
-    def audit(self, offset: int, limit: int) -> list[JsonObject]:
-        entries = self._audit.page(offset=offset, limit=limit)
+    def audit(self, until: int | None, offset: int, limit: int) -> list[JsonObject]:
+        """Answer with events and commands, the newest first; see AuditTable.page()."""
+        entries = self._audit.page(until=until, offset=offset, limit=limit)
         return [{**entry.to_json(), "words": entry.words()} for entry in entries]
 
 
@@ -15472,7 +15379,9 @@ class Rpc:
             "keys.revoke": Method(access.revoke_key, admin, keyId=str, by=Caller),
             "logins.list": Method(access.logins, admin, caller=Caller),
             "logins.revoke": Method(access.revoke_login, admin, loginId=str, by=Caller),
-            "audit.list": Method(access.audit, admin, offset=offset, limit=count),
+            "audit.list": Method(
+                access.audit, admin, until=number, offset=offset, limit=count
+            ),
             "subscribe": Method(
                 subscribe, read, peer=OperatorPeer, events=required_texts
             ),
@@ -16588,19 +16497,22 @@ class HttpApp:
         """Answer the whole audit, the newest first, for a spreadsheet."""
         caller, rpc = self.caller(request), self._gateway.rpc
 
-        def page(offset: int) -> list[JsonObject]:
-            place = {"offset": offset, "limit": MAX_PAGE}
+        def page(until: int | None, offset: int) -> list[JsonObject]:
+            place = {"until": until, "offset": offset, "limit": MAX_PAGE}
             rows: list[JsonObject] = rpc.call(caller, "audit.list", place)
             return rows
 
-        first = page(0)  # now: what it raises is an answer
+        first = page(None, 0)  # now: what it raises is an answer
 
         def pages() -> Iterator[list[JsonObject]]:
-            rows, offset = first, 0
+            rows, until, known = first, None, 0
             while rows:
                 yield rows
-                offset += MAX_PAGE
-                rows = page(offset) if len(rows) == MAX_PAGE else []
+                last = rows[-1]["at"]
+                same = sum(row["at"] == last for row in rows)
+                known = same + (known if last == until else 0)
+                until = last
+                rows = page(until, known) if len(rows) == MAX_PAGE else []
 
         return download_reply("moltis-audit.csv", audit_csv(pages()), "text/csv")
 
@@ -20639,7 +20551,7 @@ start();
 
 # ==============================================================================
 # Operator client
-# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol
+# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol, Machine
 #
 # The command line's side of a gateway: calls, events, and the logs of jobs, which go
 # on at the exact byte after a connection broke.  What is printed is the command
@@ -20654,6 +20566,20 @@ ACK_AFTER = LOG_WINDOW // 4  # bytes written; often enough that no node waits
 # Events, binary messages, and last why the connection ended.
 RawNews: TypeAlias = "Event | bytes | MoltisError"
 NewsHandler: TypeAlias = "Callable[[OperatorClient, RawNews], None]"
+
+USER_ERRORS: Mapping[str, type[UserError]] = {
+    "UNAVAILABLE": Unreachable,
+    "TIMEOUT": Unreachable,
+    "UNAUTHORIZED": Refused,
+    "FORBIDDEN": Refused,
+    "RATE_LIMITED": Refused,
+    "INVALID_REQUEST": UsageError,
+}
+
+
+def user_error(error: RpcError) -> UserError:
+    """Return the error for the command line, with the exit status that fits it."""
+    return USER_ERRORS.get(error.code, UserError)(error.message)
 
 
 def ignore_news(_client: OperatorClient, _news: RawNews) -> None: ...
@@ -20790,21 +20716,6 @@ class OperatorClient:
             self._on_news(self, envelope)
 
 
-USER_ERRORS: Mapping[str, type[UserError]] = {
-    "UNAVAILABLE": Unreachable,
-    "TIMEOUT": Unreachable,
-    "UNAUTHORIZED": Refused,
-    "FORBIDDEN": Refused,
-    "RATE_LIMITED": Refused,
-    "INVALID_REQUEST": UsageError,
-}
-
-
-def user_error(error: RpcError) -> UserError:
-    """Return the error for the command line, with the exit status that fits it."""
-    return USER_ERRORS.get(error.code, UserError)(error.message)
-
-
 def reconnect_pauses() -> Iterator[float]:
     """Yield the seconds to wait before each attempt to reach a lost gateway again."""
     deadline = Deadline(CALLER_PATIENCE)
@@ -20816,14 +20727,14 @@ def reconnect_pauses() -> Iterator[float]:
 class LastingClient:
     """Calls over a connection that is replaced when it breaks.
 
-    A call whose connection broke is made again: it may be one of a kind only that does
-    no harm twice, as the start of a job under an id that the caller chose.
+    A call whose connection broke is made again.  That must do no harm: a job, say, is
+    started under an id that the caller chose.
     """
 
     def __init__(self, dial: Callable[[], OperatorClient]) -> None:
         """Raises UserError as `dial` does."""
         self._dial = dial
-        self._lock = threading.Lock()  # guards _client
+        self._lock = threading.Lock()  # guards _client; held while dialling
         self._client = dial()
 
     def close(self) -> None:
@@ -20845,9 +20756,7 @@ class LastingClient:
             except (ConnectionClosed, Unreachable) as error:
                 problem = error
             except RpcError as error:
-                if not (
-                    isinstance(error.details, dict) and error.details.get("goesOn")
-                ):
+                if error.details != {"goesOn": True}:
                     raise
                 problem = error  # the gateway stops, and the job does not
             cancel.pause(pause)
@@ -20855,18 +20764,9 @@ class LastingClient:
 
     def _connected(self) -> OperatorClient:
         with self._lock:
-            client = self._client
-        if not client.ended:
-            return client
-        fresh = self._dial()
-        with self._lock:
-            # Two threads may have dialled at once.
-            spare = client if self._client is client else fresh
-            if spare is client:
-                self._client = fresh
-            client = self._client
-        spare.close()
-        return client
+            if self._client.ended:
+                self._client = self._dial()
+            return self._client
 
 
 class FollowedJob:
@@ -20886,9 +20786,6 @@ class FollowedJob:
         self.state: JsonObject = {}  # as VIEW or job.state says
         self.ending: Ending | None = None
         self.error: MoltisError | None = None  # instead of an ending
-
-    def follow_params(self) -> JsonObject:
-        return {"id": self.id, "offset": self.position, "hold": self.holds}
 
 
 class JobOutput(Value):
@@ -20973,13 +20870,10 @@ class JobInput:
         while self._sent < end:
             at = self._sent - self._consumed
             data = bytes(self._kept[at : at + MAX_LOG_MESSAGE])
-            self._send_piece(data)
+            self._send(encode_job_data(INPUT_DATA, self.job_id, self._sent, data))
             self._sent += len(data)
         if self._ended:
-            self._send_piece(b"")
-
-    def _send_piece(self, data: bytes) -> None:
-        self._send(encode_job_data(INPUT_DATA, self.job_id, self._sent, data))
+            self._send(encode_job_data(INPUT_DATA, self.job_id, end, b""))
 
 
 class JobFeed:
@@ -20996,7 +20890,7 @@ class JobFeed:
         self._queued = 0  # bytes of log messages in _news
         self._closed = False
         self._dial = partial(dial, self._take)
-        self._client = self._dial()
+        self.client = self._dial()
 
     def __enter__(self) -> JobFeed:
         return self
@@ -21008,15 +20902,8 @@ class JobFeed:
             self._changed.notify_all()
         for job in self.open.values():
             # A connection that just ends would count as broken.
-            self.notify("job.unfollow", {"id": job.id, "leave": job.holds})
-        self._client.close()
-
-    def call(self, method: str, params: JsonObject) -> Any:
-        """Return the payload of the answer.  Raises UserError."""
-        return self._client.call(method, params)
-
-    def notify(self, method: str, params: JsonObject) -> None:
-        self._client.notify(method, params)
+            self.client.notify("job.unfollow", {"id": job.id, "leave": job.holds})
+        self.client.close()
 
     def start(self, nodes: Mapping[str, str], request: JsonObject) -> list[FollowedJob]:
         """Start a job on each of `nodes` (names for people by reference), and hold it.
@@ -21033,17 +20920,16 @@ class JobFeed:
     def follow(self, job_id: str, name: str) -> FollowedJob:
         """Watch a job's log from its beginning; `name` is its node's."""
         job = self.open[job_id] = FollowedJob(job_id, name, holds=False)
-        job.known = True
-        self._ask([job], "job.follow", job.follow_params())
+        self._follow(job)
         return job
 
     def unfollow(self, job: FollowedJob) -> None:
         if self.open.pop(job.id, None) is not None:
-            self.notify("job.unfollow", {"id": job.id})
+            self.client.notify("job.unfollow", {"id": job.id})
 
     def _send(self, message: bytes) -> None:
         # What a broken connection does not take, its successor is sent again.
-        self._client.send(message)
+        self.client.send(message)
 
     def feed_input(self, read: Callable[[int], bytes]) -> None:
         """Send what `read` gives to the first job, to its end.  Raises OSError."""
@@ -21052,7 +20938,7 @@ class JobFeed:
 
     def cancel(self) -> None:
         for job_id in self.open:
-            self.notify(JOB_CANCEL, {"id": job_id})
+            self.client.notify(JOB_CANCEL, {"id": job_id})
 
     def interrupt(self) -> None:
         """Wake news(); may be called from a signal handler."""
@@ -21075,7 +20961,7 @@ class JobFeed:
                 yield from self._take_answer(item)
             elif isinstance(item, Event):
                 yield from self._take_event(item)
-            elif client is self._client:
+            elif client is self.client:
                 yield from self._reconnect()
 
     def _next(self, timeout: float | None) -> tuple[OperatorClient | None, Any]:
@@ -21126,7 +21012,7 @@ class JobFeed:
 
     def _acknowledge(self, job: FollowedJob, offset: int) -> None:
         job.acknowledged = offset
-        self.notify(JOB_ACK, {"id": job.id, "offset": offset})
+        self.client.notify(JOB_ACK, {"id": job.id, "offset": offset})
 
     def _take_answer(self, answer: _Answer) -> Iterator[JobChange]:
         error = answer.future.exception()
@@ -21183,7 +21069,7 @@ class JobFeed:
     def _reconnect(self) -> Iterator[GatewayChange | JobChange | None]:
         """Reach the gateway again; yield None meanwhile, at least every second."""
         yield GatewayChange(reachable=False)
-        self._client.drop()
+        self.client.drop()
         problem = UserError("the gateway went away")
         for pause in reconnect_pauses():
             deadline = Deadline(pause)
@@ -21191,7 +21077,7 @@ class JobFeed:
                 self._next(min(1.0, deadline.remaining() or 0.0))
                 yield None
             try:
-                self._client = self._dial()
+                self.client = self._dial()
             except Unreachable as error:
                 problem = error
             except UserError as error:
@@ -21211,15 +21097,19 @@ class JobFeed:
             self._ask(new, JOB_START, {**self._request, "jobs": jobs})
         for job in self.open.values():
             if job.known:
-                job.state = {}
-                self._ask([job], "job.follow", job.follow_params())
+                self._follow(job)
         if self.interrupted:
             self.cancel()
+
+    def _follow(self, job: FollowedJob) -> None:
+        job.known, job.state = True, {}
+        params = {"id": job.id, "offset": job.position, "hold": job.holds}
+        self._ask([job], "job.follow", params)
 
     def _ask(
         self, jobs: Sequence[FollowedJob], method: str, params: JsonObject
     ) -> None:
-        client = self._client
+        client = self.client
 
         def answered(future: Future[Any]) -> None:
             self._news.put((client, _Answer(jobs, future)))
@@ -21230,7 +21120,7 @@ class JobFeed:
 
 # ==============================================================================
 # MCP
-# Uses: Wire protocol, Language models, Machine, Fleet, Agent, Gateway, Operator client
+# Uses: Wire protocol, Language models, Fleet, Agent, Gateway, Operator client
 #
 # The agent's tools for programs that speak the Model Context Protocol: JSON-RPC 2.0,
 # one line each, on standard input and output.  Their commands are kept jobs; the MCP
@@ -21483,8 +21373,8 @@ class McpServer:
 # ==============================================================================
 # Assembly
 # Uses: Settings, Install, TLS, Wire protocol, Telemetry, Language models, Machine,
-#       Node agent, Node service, Store, Access, Fleet, Jobs, Agent, Model directory,
-#       Chat, Gateway, HTTP, Web page
+#       Node agent, Store, Access, Fleet, Jobs, Agent, Model directory, Chat, Gateway,
+#       HTTP, Web page
 #
 # The composition roots: how the objects of a gateway, of a node and of Local are put
 # together, and in which order they are closed.
@@ -21758,6 +21648,12 @@ class RunningGateway:
         self._stack.close()
 
 
+def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
+    """Return the models that this machine lends.  Raises BadConfiguration."""
+    entered = ProviderSettings.load_all(data_directory(environ))
+    return ModelCatalog(make_providers(environ, entered))
+
+
 class RunningNode:
     """A node agent with all its parts, in a thread of its own until close()."""
 
@@ -21813,12 +21709,6 @@ class RunningNode:
             self._on_end()
 
 
-def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
-    """Return the models that this machine lends.  Raises BadConfiguration."""
-    entered = ProviderSettings.load_all(data_directory(environ))
-    return ModelCatalog(make_providers(environ, entered))
-
-
 def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> RunningNode:
     """Start a node on this machine, with a token and a directory of its own."""
     directory = data_directory(environ) / DEMO_DIRECTORY
@@ -21838,9 +21728,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Install, TLS, Wire protocol, Commands, Language models, Node agent,
-#       Node service, Access, Agent, Chat, Gateway, HTTP, Operator client, MCP,
-#       Assembly
+# Uses: Settings, Install, TLS, HTTP client, Wire protocol, Commands, Node service,
+#       Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -21861,7 +21750,16 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 # -- output --------------------------------------------------------------------
 
+
 Column: TypeAlias = "str | Callable[[JsonObject], str]"  # a field's name, or a function
+
+
+def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
+    """Return a row of a table; "-" for a field that is absent or empty."""
+    return [
+        str(row.get(column) or "-") if isinstance(column, str) else column(row)
+        for column in columns.values()
+    ]
 
 
 class Output:
@@ -21919,14 +21817,6 @@ class Output:
             self.answer("  ".join(padded).rstrip())
 
 
-def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
-    """Return a row of a table; "-" for a field that is absent or empty."""
-    return [
-        str(row.get(column) or "-") if isinstance(column, str) else column(row)
-        for column in columns.values()
-    ]
-
-
 def time_column(name: str) -> Column:
     return lambda row: format_time(row[name]) if row.get(name) else "-"
 
@@ -21957,6 +21847,7 @@ class Context(Value):
 
 # -- arguments -----------------------------------------------------------------
 
+
 Argument: TypeAlias = "tuple[Sequence[str], Mapping[str, Any]]"
 
 
@@ -21975,6 +21866,27 @@ def arg(spec: str, text: str, **options: Any) -> Argument:
     return names, {"help": text, **options}
 
 
+def help_formatter(prog: str) -> argparse.HelpFormatter:
+    """Return a formatter for --help that is as wide as the terminal.
+
+    argparse makes one for each argument that a parser gets, and by itself asks
+    `shutil` for the width, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
+    """
+    import argparse
+
+    try:
+        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
+        columns = int(known) or 80
+    except (OSError, ValueError):
+        columns = 80
+    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
+
+
+def help_options(example: str) -> dict[str, Any]:
+    """Return the keyword arguments that end a --help with an example."""
+    return {"epilog": "example:\n  " + example, "formatter_class": help_formatter}
+
+
 class Subcommand(Value):
     """One row of the table of subcommands."""
 
@@ -21991,27 +21903,6 @@ class Subcommand(Value):
         for names, options in self.arguments:
             parser.add_argument(*names, **options)
         parser.set_defaults(run=self.run)
-
-
-def help_options(example: str) -> dict[str, Any]:
-    """Return the keyword arguments that end a --help with an example."""
-    return {"epilog": "example:\n  " + example, "formatter_class": help_formatter}
-
-
-def help_formatter(prog: str) -> argparse.HelpFormatter:
-    """Return a formatter for --help that is as wide as the terminal.
-
-    argparse makes one for each argument that a parser gets, and by itself asks
-    `shutil` for the width, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
-    """
-    import argparse
-
-    try:
-        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
-        columns = int(known) or 80
-    except (OSError, ValueError):
-        columns = 80
-    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
 
 
 def check_timeout(timeout: float | None) -> None:  # s
@@ -22060,6 +21951,19 @@ def chosen_trust(args: argparse.Namespace, context: Context) -> TlsTrust:
     return TlsTrust(None if args.ca else pin, args.ca)
 
 
+def is_own_gateway(url: str, file: GatewayFile) -> bool:
+    """Return whether `url` is the gateway of gateway.json, by whichever address.
+
+    No other gateway may get its key.
+    """
+    wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
+    if (wanted.scheme, wanted.port) != (own.scheme, own.port):
+        return False
+    if wanted.hostname == own.hostname:  # as it is without --host: nothing to look up
+        return True
+    return wanted.hostname in {*host_names(), *host_addresses()}
+
+
 def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
     """Return URL and operator key: flags, then environment, then gateway.json.
 
@@ -22085,17 +21989,23 @@ def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, st
     return url, key
 
 
-def is_own_gateway(url: str, file: GatewayFile) -> bool:
-    """Return whether `url` is the gateway of gateway.json, by whichever address.
+def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
+    """Return which certificate the gateway must show before it gets `key`."""
+    trust = chosen_trust(args, context)
+    file = GatewayFile.load(context.directory)
+    if trust == TlsTrust() and file is not None and file.api_key == key:
+        return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
+    return trust
 
-    No other gateway may get its key.
-    """
-    wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
-    if (wanted.scheme, wanted.port) != (own.scheme, own.port):
-        return False
-    if wanted.hostname == own.hostname:  # as it is without --host: nothing to look up
-        return True
-    return wanted.hostname in {*host_names(), *host_addresses()}
+
+def warn_about_plain_text(url: str, output: Output) -> None:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
+        output.say(
+            f"warning: {url} is not encrypted: the network can read commands, output "
+            "and operator keys; start the gateway with --tls, then use wss://"
+        )
 
 
 def operator_client(
@@ -22122,25 +22032,6 @@ def call_gateway(
     """Make one call over a connection of its own.  Raises UserError."""
     with operator_client(args, context) as client:
         return client.call(method, params)
-
-
-def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
-    """Return which certificate the gateway must show before it gets `key`."""
-    trust = chosen_trust(args, context)
-    file = GatewayFile.load(context.directory)
-    if trust == TlsTrust() and file is not None and file.api_key == key:
-        return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
-    return trust
-
-
-def warn_about_plain_text(url: str, output: Output) -> None:
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
-        output.say(
-            f"warning: {url} is not encrypted: the network can read commands, output "
-            "and operator keys; start the gateway with --tls, then use wss://"
-        )
 
 
 class StopSignal:
@@ -22174,6 +22065,23 @@ class StopSignal:
 # -- moltis gateway ------------------------------------------------------------
 
 
+def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
+    """Raises UsageError, BadConfiguration."""
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise UsageError("--tls-cert and --tls-key go together")
+    if args.tls_cert:
+        files = TlsFiles(Path(args.tls_cert), Path(args.tls_key))
+        return ServerTls(lambda: files)
+    if not args.tls:
+        return None
+
+    def own_files() -> TlsFiles:
+        names = [*host_names(), *host_addresses(), *(args.allowed_host or ())]
+        return ensure_certificate(context.directory / TLS_DIRECTORY, names)
+
+    return ServerTls(own_files)
+
+
 def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOptions:
     """Raises UsageError, BadConfiguration."""
     if not 0 <= args.port <= 65535:
@@ -22195,45 +22103,6 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         keep_audit=args.keep_audit,
         keep_output=round(args.keep_output * 1024**3),
     )
-
-
-def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
-    """Raises UsageError, BadConfiguration."""
-    if bool(args.tls_cert) != bool(args.tls_key):
-        raise UsageError("--tls-cert and --tls-key go together")
-    if args.tls_cert:
-        files = TlsFiles(Path(args.tls_cert), Path(args.tls_key))
-        return ServerTls(lambda: files)
-    if not args.tls:
-        return None
-
-    def own_files() -> TlsFiles:
-        names = [*host_names(), *host_addresses(), *(args.allowed_host or ())]
-        return ensure_certificate(context.directory / TLS_DIRECTORY, names)
-
-    return ServerTls(own_files)
-
-
-def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
-    """Raises UsageError, BadConfiguration."""
-    options = gateway_options(args, context)
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
-    )
-    with GatewayLock(context.directory), contextlib.ExitStack() as stack:
-        stop = StopSignal()
-        running = RunningGateway(context.environ, options)
-        stack.callback(running.close)
-        signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
-        say_started(context.output, running)
-        if args.demo_node:
-            demo = start_demo_node(context.environ, running)
-            stack.callback(close_together, demo.close, running.close)
-        if args.open:
-            stack.enter_context(open_sign_in(running.sign_in_link))
-        stop.wait()
-        context.output.say("stopping")
-    return EXIT_OK
 
 
 def say_started(output: Output, running: RunningGateway) -> None:
@@ -22286,21 +22155,29 @@ def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
     return directory
 
 
+def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, BadConfiguration."""
+    options = gateway_options(args, context)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
+    )
+    with GatewayLock(context.directory), contextlib.ExitStack() as stack:
+        stop = StopSignal()
+        running = RunningGateway(context.environ, options)
+        stack.callback(running.close)
+        signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
+        say_started(context.output, running)
+        if args.demo_node:
+            demo = start_demo_node(context.environ, running)
+            stack.callback(close_together, demo.close, running.close)
+        if args.open:
+            stack.enter_context(open_sign_in(running.sign_in_link))
+        stop.wait()
+        context.output.say("stopping")
+    return EXIT_OK
+
+
 # -- the node's own subcommands ------------------------------------------------
-
-
-def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
-    trust = chosen_trust(args, context)
-    offer = join_offer(args, trust, context.environ)
-    settings = node_settings(args, offer, context)
-    warn_about_plain_text(settings.gateway_url, context.output)
-    warn_about_root(settings, context.output)
-    if args.foreground:
-        return run_node(settings, context, None)
-    if trust == TlsTrust():
-        trust = TlsTrust(offer.get("fingerprint"))
-    settings.save(context.directory)
-    return install_node(settings, trust, context)
 
 
 def node_settings(
@@ -22368,50 +22245,6 @@ def join_offer(
     if not isinstance(offer, dict):
         raise UsageError("this is no join offer: it is not a JSON object")
     return {name: text for name, text in offer.items() if isinstance(text, str)}
-
-
-def fetch(url: str, trust: TlsTrust) -> bytes:
-    """Return what an http:// or https:// address answers.
-
-    Raises Unreachable, or Refused with the answer's own words or for a certificate
-    that is not the one to be trusted.
-    """
-    import urllib.error
-
-    if not url.lower().startswith(("http://", "https://")):
-        raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
-    try:
-        with _open_url(url, trust) as answer:
-            return bytes(answer.read(MAX_MESSAGE))
-    except urllib.error.HTTPError as error:
-        words = error.read(300).decode("utf-8", "replace").strip()
-        raise Refused(f"{redact(url)} answered {error.code}: {words}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise Unreachable(f"{redact(url)} cannot be fetched: {reason}") from error
-
-
-def _open_url(url: str, trust: TlsTrust) -> Any:
-    """Return urllib's answer.  Raises Refused before anything is asked, OSError."""
-    import http.client
-    import urllib.request
-
-    handlers = []
-    if url.startswith("https:"):
-        context = trust.context()
-
-        class Connection(http.client.HTTPSConnection):
-            def connect(self) -> None:
-                super().connect()
-                trust.check(self.sock.getpeercert(binary_form=True))
-
-        class Handler(urllib.request.HTTPSHandler):
-            def https_open(self, request: Any) -> Any:
-                return self.do_open(partial(Connection, context=context), request)
-
-        handlers.append(Handler())
-    opener = urllib.request.build_opener(*handlers)
-    return opener.open(url, timeout=CONNECT_TIMEOUT)
 
 
 def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> int:
@@ -22509,6 +22342,20 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
     return EXIT_OK
 
 
+def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
+    trust = chosen_trust(args, context)
+    offer = join_offer(args, trust, context.environ)
+    settings = node_settings(args, offer, context)
+    warn_about_plain_text(settings.gateway_url, context.output)
+    warn_about_root(settings, context.output)
+    if args.foreground:
+        return run_node(settings, context, None)
+    if trust == TlsTrust():
+        trust = TlsTrust(offer.get("fingerprint"))
+    settings.save(context.directory)
+    return install_node(settings, trust, context)
+
+
 def cmd_node_run(_args: object, context: Context) -> int:
     """Raises BadConfiguration."""
     settings = NodeSettings.load(context.directory)
@@ -22599,6 +22446,25 @@ def cmd_node_logs(args: argparse.Namespace, context: Context) -> int:
 # -- what operators do ---------------------------------------------------------
 
 
+def paste_lines(
+    host: str, made: JsonObject, name: str, pin: str | None
+) -> dict[str, str]:
+    """Return the shell lines that make another machine a node of wss:// `host`."""
+    named = f" --name {shlex.quote(name)}" if name else ""
+    command = f"node add --host {host} --token {made['deviceToken']}{named}"
+    page = "http" + host[len("ws") : -len("/ws")]
+    join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
+    curl, pinned = "curl -fsSL", ""
+    if pin is not None and page.startswith("https:"):
+        # The pin replaces a CA: what curl pipes into Python is what the gateway sent.
+        curl, pinned = f"curl -fsSk --pinnedpubkey '{pin}'", f" --fingerprint {pin}"
+    return {
+        "command": f"moltis {command}",
+        "fetchCommand": f"{curl} {page}/moltis.py | python3 - {command}{pinned}",
+        "joinCommand": f"{curl} {page}/moltis.py | python3 - {join}{pinned}",
+    }
+
+
 def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
     url, key = gateway_address(args, context)
     file = GatewayFile.load(context.directory)
@@ -22620,25 +22486,6 @@ def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
         f"  {lines['joinCommand']}"
     )
     return EXIT_OK
-
-
-def paste_lines(
-    host: str, made: JsonObject, name: str, pin: str | None
-) -> dict[str, str]:
-    """Return the shell lines that make another machine a node of wss:// `host`."""
-    named = f" --name {shlex.quote(name)}" if name else ""
-    command = f"node add --host {host} --token {made['deviceToken']}{named}"
-    page = "http" + host[len("ws") : -len("/ws")]
-    join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
-    curl, pinned = "curl -fsSL", ""
-    if pin is not None and page.startswith("https:"):
-        # The pin replaces a CA: what curl pipes into Python is what the gateway sent.
-        curl, pinned = f"curl -fsSk --pinnedpubkey '{pin}'", f" --fingerprint {pin}"
-    return {
-        "command": f"moltis {command}",
-        "fetchCommand": f"{curl} {page}/moltis.py | python3 - {command}{pinned}",
-        "joinCommand": f"{curl} {page}/moltis.py | python3 - {join}{pinned}",
-    }
 
 
 def _usage_column(row: JsonObject) -> str:
@@ -22778,38 +22625,6 @@ def cmd_audit(args: argparse.Namespace, context: Context) -> int:
 # -- jobs: moltis node exec, attach, jobs --------------------------------------
 
 
-def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
-    """Raises UsageError, Unreachable, Refused."""
-    if not args.command:
-        raise UsageError("no command; put it after --, as in: node exec pi -- uptime")
-    if args.all == bool(args.nodes):
-        both = ", not both" if args.all else ""
-        raise UsageError(f"name the nodes, or say --all{both}")
-    if args.stdin and args.detach:
-        raise UsageError("--stdin feeds a command while we stay, --detach does not")
-    check_timeout(args.timeout)
-    # One word is a line for the shell; several are to arrive as the words they are.
-    line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
-    spec: JsonObject = {
-        "command": line,
-        "env": filter_environment(context.environ),
-        "stdin": args.stdin,
-    }
-    if args.timeout is not None:
-        spec["timeout"] = round(args.timeout * 1000)
-    if args.cwd is not None:
-        spec["cwd"] = args.cwd
-    request = {"work": "run", "spec": spec}
-    with JobFeed(partial(operator_client, args, context)) as feed:
-        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
-        if args.stdin and len(nodes) > 1:
-            raise UsageError("--stdin feeds one node")
-        if args.detach:
-            return start_detached(feed, nodes, request, context.output)
-        jobs = feed.start(nodes, request)
-        return JobTerminal(feed, jobs, context.output).execute(feeds=args.stdin)
-
-
 def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
     """Return the first of the references to each node: a command runs there once.
 
@@ -22819,17 +22634,9 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
         return {reference: reference for reference in references}
     first: dict[str, str] = {}
     for reference in references:
-        node = feed.call("node.describe", {"nodeId": reference})
+        node = feed.client.call("node.describe", {"nodeId": reference})
         first.setdefault(node["nodeId"], reference)
     return first
-
-
-def connected_nodes(feed: JobFeed) -> dict[str, str]:
-    """Return the names of all connected nodes by id."""
-    listed = feed.call("node.list", {})
-    return distinct_names(
-        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
-    )
 
 
 def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
@@ -22843,6 +22650,22 @@ def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
     return unique
 
 
+def connected_nodes(feed: JobFeed) -> dict[str, str]:
+    """Return the names of all connected nodes by id."""
+    listed = feed.client.call("node.list", {})
+    return distinct_names(
+        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
+    )
+
+
+def without_name(name: str, text: str) -> str:
+    """Return `text` about `name` without the name before it."""
+    for after in (": ", " is "):
+        if text.casefold().startswith(f"{name}{after}".casefold()):
+            return text[len(name) + len(after) :]
+    return text
+
+
 def start_detached(
     feed: JobFeed, nodes: Mapping[str, str], request: JsonObject, output: Output
 ) -> int:
@@ -22853,7 +22676,7 @@ def start_detached(
     names = {new_id(): name for name in nodes.values()}
     jobs = [{"id": job, "node": node} for job, node in zip(names, nodes)]
     try:
-        answer = feed.call(JOB_START, {**request, "jobs": jobs, "keep": True})
+        answer = feed.client.call(JOB_START, {**request, "jobs": jobs, "keep": True})
     except Unreachable as error:
         if isinstance(error.__cause__, RpcError) and error.__cause__.code != "TIMEOUT":
             raise
@@ -22946,6 +22769,53 @@ class StreamPrinter:
                 self.write(b"\n")
 
 
+EXIT_STATUSES: Mapping[str, int] = {
+    JobState.TIMED_OUT: TIMED_OUT,
+    JobState.CANCELLED: INTERRUPTED,
+    JobState.LOST: EXIT_UNREACHABLE,
+    JobState.EXPIRED: EXIT_UNREACHABLE,
+}
+
+
+def exit_status(ending: Ending) -> int:
+    """Return the exit status for a job, which is 0 only for a success."""
+    if ending.state != JobState.DONE:
+        return EXIT_STATUSES.get(ending.state, EXIT_FAILURE)
+    if ending.signal:
+        number = signal.Signals.__members__.get(ending.signal)
+        return EXIT_FAILURE if number is None else min(128 + number, 255)
+    code = ending.exit_code
+    # A status has 8 bits: a larger one must not look like a success.
+    return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
+
+
+def recap_words(job: FollowedJob) -> tuple[str, str]:
+    """Return the group of a recap for an ended job, and why it is in it."""
+    if job.error is not None:
+        group = "unreachable" if isinstance(job.error, Unreachable) else "failed"
+        return group, without_name(job.name, str(job.error))
+    ending = job.ending
+    assert ending is not None
+    if not ending.failed:
+        return "ok", ""
+    if ending.state == JobState.DONE and not ending.signal:
+        return "failed", str(ending.exit_code)
+    lost = exit_status(ending) == EXIT_UNREACHABLE
+    return "unreachable" if lost else "failed", ending.words()
+
+
+def read_stdin(size: int) -> bytes:
+    """Return what comes next on standard input, b"" at its end.  Raises OSError."""
+    descriptor = sys.stdin.fileno()
+    try:
+        return os.read(descriptor, size)
+    except OSError as error:
+        # A terminal reports its closed end like a disk that cannot be read.
+        if error.errno != errno.EIO or not os.isatty(descriptor):
+            raise
+        return b""
+
+
 class JobTerminal:
     """What `node exec` and `node attach` print of jobs, as it comes."""
 
@@ -22958,7 +22828,6 @@ class JobTerminal:
         self._waiting = Waiting(output)
         self._ended: list[FollowedJob] = []  # in the order of their endings
         self._in_line: set[str] = set()  # ids
-        self._unstored: set[str] = set()  # ids of jobs whose output nobody keeps
         self._cancelled = False
         self._broken_pipe = False
         self._patience = Deadline(None)  # runs from the interrupt on
@@ -23001,7 +22870,6 @@ class JobTerminal:
 
     def attach(self) -> int:
         """Return the exit status of the one job.  Raises UserError."""
-        self._unstored = {job.id for job in self._jobs}
         self._print_all()
         if self._broken_pipe:
             raise BrokenPipeError
@@ -23071,12 +22939,6 @@ class JobTerminal:
                 self._output.say(text)
             else:
                 self._output.status(text)
-        if job.id in self._unstored and state.get("kept") is False:
-            self._unstored.discard(job.id)
-            self._output.say(
-                "moltis: the output of this command is not stored; "
-                "this is what still comes"
-            )
         if job.ending is not None or job.error is not None:
             for kind in STREAMS:
                 self._printers[job.id, kind].finish()
@@ -23110,72 +22972,36 @@ class JobTerminal:
         return INTERRUPTED if self._cancelled else EXIT_FAILURE
 
 
-def recap_words(job: FollowedJob) -> tuple[str, str]:
-    """Return the group of a recap for an ended job, and why it is in it."""
-    if job.error is not None:
-        group = "unreachable" if isinstance(job.error, Unreachable) else "failed"
-        return group, without_name(job.name, str(job.error))
-    ending = job.ending
-    assert ending is not None
-    if not ending.failed:
-        return "ok", ""
-    if ending.state == JobState.DONE and not ending.signal:
-        return "failed", str(ending.exit_code)
-    lost = exit_status(ending) == EXIT_UNREACHABLE
-    return "unreachable" if lost else "failed", ending.words()
-
-
-EXIT_STATUSES: Mapping[str, int] = {
-    JobState.TIMED_OUT: TIMED_OUT,
-    JobState.CANCELLED: INTERRUPTED,
-    JobState.LOST: EXIT_UNREACHABLE,
-    JobState.EXPIRED: EXIT_UNREACHABLE,
-}
-
-
-def exit_status(ending: Ending) -> int:
-    """Return the exit status for a job, which is 0 only for a success."""
-    if ending.state != JobState.DONE:
-        return EXIT_STATUSES.get(ending.state, EXIT_FAILURE)
-    if ending.signal:
-        number = signal.Signals.__members__.get(ending.signal)
-        return EXIT_FAILURE if number is None else min(128 + number, 255)
-    code = ending.exit_code
-    # A status has 8 bits: a larger one must not look like a success.
-    return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
-
-
-def read_stdin(size: int) -> bytes:
-    """Return what comes next on standard input, b"" at its end.  Raises OSError."""
-    descriptor = sys.stdin.fileno()
-    try:
-        return os.read(descriptor, size)
-    except OSError as error:
-        # A terminal reports its closed end like a disk that cannot be read.
-        if error.errno != errno.EIO or not os.isatty(descriptor):
-            raise
-        return b""
-
-
-def without_name(name: str, text: str) -> str:
-    """Return `text` about `name` without the name before it."""
-    for after in (": ", " is "):
-        if text.casefold().startswith(f"{name}{after}".casefold()):
-            return text[len(name) + len(after) :]
-    return text
-
-
-def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
-    """Raises UserError."""
-    with operator_client(args, context) as client:
-        asked = {"nodeId": args.node} if args.node else {}
-        jobs = client.call("job.list", {**asked, "kept": True})
-        if not args.cancel:
-            return context.show(args, jobs, JOB_COLUMNS)
-        job = cancel_job(client, find_job(args.cancel, jobs, args.node), context.output)
-    if args.json:
-        context.output.json([job])
-    return EXIT_OK
+def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, Unreachable, Refused."""
+    if not args.command:
+        raise UsageError("no command; put it after --, as in: node exec pi -- uptime")
+    if args.all == bool(args.nodes):
+        both = ", not both" if args.all else ""
+        raise UsageError(f"name the nodes, or say --all{both}")
+    if args.stdin and args.detach:
+        raise UsageError("--stdin feeds a command while we stay, --detach does not")
+    check_timeout(args.timeout)
+    # One word is a line for the shell; several are to arrive as the words they are.
+    line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
+    spec: JsonObject = {
+        "command": line,
+        "env": filter_environment(context.environ),
+        "stdin": args.stdin,
+    }
+    if args.timeout is not None:
+        spec["timeout"] = round(args.timeout * 1000)
+    if args.cwd is not None:
+        spec["cwd"] = args.cwd
+    request = {"work": "run", "spec": spec}
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
+        if args.stdin and len(nodes) > 1:
+            raise UsageError("--stdin feeds one node")
+        if args.detach:
+            return start_detached(feed, nodes, request, context.output)
+        jobs = feed.start(nodes, request)
+        return JobTerminal(feed, jobs, context.output).execute(feeds=args.stdin)
 
 
 def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObject:
@@ -23233,11 +23059,29 @@ def find_job(
     raise UserError(f"{reference!r} {problem}{where}; `moltis node jobs` lists them")
 
 
+def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    with operator_client(args, context) as client:
+        asked = {"nodeId": args.node} if args.node else {}
+        jobs = client.call("job.list", {**asked, "kept": True})
+        if not args.cancel:
+            return context.show(args, jobs, JOB_COLUMNS)
+        job = cancel_job(client, find_job(args.cancel, jobs, args.node), context.output)
+    if args.json:
+        context.output.json([job])
+    return EXIT_OK
+
+
 def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
     """Raises Unreachable when the gateway stays away, UserError for no job."""
     with JobFeed(partial(operator_client, args, context)) as feed:
-        job_id = find_job(args.job, feed.call("job.list", {"kept": True}))
-        view = feed.call("job.wait", {"id": job_id, "wait": 0})
+        job_id = find_job(args.job, feed.client.call("job.list", {"kept": True}))
+        view = feed.client.call("job.wait", {"id": job_id, "wait": 0})
+        if not view["kept"]:
+            context.output.say(
+                "moltis: the output of this command is not stored; only new output "
+                "is shown"
+            )
         job = feed.follow(job_id, view["nodeName"])
         try:
             return JobTerminal(feed, [job], context.output).attach()
@@ -23263,29 +23107,12 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
 # -- moltis chat ---------------------------------------------------------------
 
 
-def cmd_chat(args: argparse.Namespace, context: Context) -> int:
-    """Raises UserError."""
-    with JobFeed(partial(operator_client, args, context)) as feed:
-        session = chosen_session(feed, args.session, context.output)
-        key = session["key"]
-        if args.node:
-            feed.call("nodes.set_session", {"session_key": key, "node_id": args.node})
-        model = args.model or session["model"]
-        decide = approval_answer(args, context)
-        terminal = ChatTerminal(feed, key, model, context.output, decide)
-        if args.message is not None:
-            return terminal.turn(args.message)
-        if sys.stdin is not None and not sys.stdin.isatty():
-            return terminal.turn(sys.stdin.read(MAX_BODY))
-        return chat_prompt(terminal, context)
-
-
 def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
     """Return the session that a key or a label names; a new one for a new label.
 
     Raises UserError.
     """
-    sessions: list[JsonObject] = feed.call("sessions.list", {})
+    sessions: list[JsonObject] = feed.client.call("sessions.list", {})
     for session in sessions:
         if session["key"] == wanted:
             return session
@@ -23297,7 +23124,7 @@ def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
     if named:
         return named[0]
     output.say(f"a new session: {wanted.strip()}")
-    created: JsonObject = feed.call("sessions.create", {"label": wanted})
+    created: JsonObject = feed.client.call("sessions.create", {"label": wanted})
     return created
 
 
@@ -23314,56 +23141,8 @@ def typed_line() -> str:
         raise EOFError from error
 
 
-def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
-    """Take messages from a person until the end of input."""
-    with contextlib.suppress(ImportError):  # editing and history, where available
-        import readline
-
-        readline.set_history_length(1000)
-    context.output.say("Ctrl+C stops an answer, Ctrl+D ends the chat.")
-    while True:
-        try:
-            text = typed_line()
-            if text.strip():
-                terminal.turn(text)
-        except EOFError:
-            context.output.say("")
-            return EXIT_OK
-        except KeyboardInterrupt:
-            context.output.say("")
-
-
 # From a command card to: approve, deny, always.
 ApprovalAnswer: TypeAlias = "Callable[[JsonObject], str]"
-
-
-def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
-    """Return what decides about a model's commands: --yes, a person, or a refusal."""
-    if args.yes:
-        return lambda _command: "approve"
-    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
-        return partial(ask_approval, context.output)
-
-    def deny(_command: JsonObject) -> str:
-        context.output.say("denied: there is no terminal to ask; --yes runs everything")
-        return "deny"
-
-    return deny
-
-
-def ask_approval(output: Output, command: JsonObject) -> str:
-    where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
-    lines = visible(command["command"]).replace("\n", "\n    ")
-    aside = " in the background" if command.get("background") else ""
-    output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
-    answers = {"y": "approve", "n": "deny", "a": "always"}
-    while True:
-        sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
-        sys.stderr.flush()
-        line = sys.stdin.readline()
-        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
-        if answer is not None:
-            return answer
 
 
 class ChatCommand:
@@ -23405,7 +23184,7 @@ class ChatTerminal:
         self._commands: dict[str, ChatCommand] = {}  # of this turn, by job
         self._at_line_start = True  # of stdout
         self._status = EXIT_OK  # of the turn
-        feed.call("subscribe", {"events": ["chat"]})
+        feed.client.call("subscribe", {"events": ["chat"]})
 
     def turn(self, text: str) -> int:
         """Have `text` answered; return the exit status.  Raises UserError."""
@@ -23415,7 +23194,7 @@ class ChatTerminal:
         previous = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
             params = {"sessionKey": self._session_key, "text": text}
-            sent = self._feed.call("chat.send", {**params, "model": self._model})
+            sent = self._feed.client.call("chat.send", {**params, "model": self._model})
             if sent.get("queued"):
                 self._output.say("an earlier message is being answered; this one waits")
             self._follow(sent["runId"])
@@ -23442,7 +23221,7 @@ class ChatTerminal:
                 if self._feed.interrupted and not stopping:
                     stopping = True
                     session = {"sessionKey": self._session_key}
-                    self._feed.notify("chat.abort", session)
+                    self._feed.client.notify("chat.abort", session)
             elif news.name == "chat" and news.payload.get("runId") == run_id:
                 over = self._show(news.payload) or over
             if over and not any(
@@ -23530,7 +23309,7 @@ class ChatTerminal:
             signal.signal(signal.SIGINT, handler)
         # An earlier answer, on the page say, stands.
         answer = {"id": job_id, "decision": decision}
-        self._feed.notify("exec.approval.resolve", answer)
+        self._feed.client.notify("exec.approval.resolve", answer)
 
     def _show_output(self, news: JobOutput) -> None:
         command = self._commands.get(news.job.id)
@@ -23581,26 +23360,74 @@ class ChatTerminal:
             self._write(sys.stdout, "\n")
 
 
-# -- install -------------------------------------------------------------------
+def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
+    """Take messages from a person until the end of input."""
+    with contextlib.suppress(ImportError):  # editing and history, where available
+        import readline
+
+        readline.set_history_length(1000)
+    context.output.say("Ctrl+C stops an answer, Ctrl+D ends the chat.")
+    while True:
+        try:
+            text = typed_line()
+            if text.strip():
+                terminal.turn(text)
+        except EOFError:
+            context.output.say("")
+            return EXIT_OK
+        except KeyboardInterrupt:
+            context.output.say("")
 
 
-def cmd_install(args: argparse.Namespace, context: Context) -> int:
+def ask_approval(output: Output, command: JsonObject) -> str:
+    where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
+    lines = visible(command["command"]).replace("\n", "\n    ")
+    aside = " in the background" if command.get("background") else ""
+    output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
+    answers = {"y": "approve", "n": "deny", "a": "always"}
+    while True:
+        sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
+        if answer is not None:
+            return answer
+
+
+def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
+    """Return what decides about a model's commands: --yes, a person, or a refusal."""
+    if args.yes:
+        return lambda _command: "approve"
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
+        return partial(ask_approval, context.output)
+
+    def deny(_command: JsonObject) -> str:
+        context.output.say("denied: there is no terminal to ask; --yes runs everything")
+        return "deny"
+
+    return deny
+
+
+def cmd_chat(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
-    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
-    installation = Installation(Path(prefix))
-    if args.uninstall:
-        return uninstall(installation, context)
-    text, version = chosen_program(getattr(args, "from"))
-    before = os.umask(0o022)  # others may run it, but not write it, whatever ours is
-    try:
-        notes = installation.install(text, lasting_python(), context.environ)
-    finally:
-        os.umask(before)
-    for note in (f"moltis {version} is {installation.launcher}", *notes):
-        context.output.say(note)
-    if args.command:
-        os.execv(installation.launcher, [str(installation.launcher), *args.command])
-    return EXIT_OK
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        session = chosen_session(feed, args.session, context.output)
+        key = session["key"]
+        if args.node:
+            feed.client.call(
+                "nodes.set_session", {"session_key": key, "node_id": args.node}
+            )
+        model = args.model or session["model"]
+        decide = approval_answer(args, context)
+        terminal = ChatTerminal(feed, key, model, context.output, decide)
+        if args.message is not None:
+            return terminal.turn(args.message)
+        if sys.stdin is not None and not sys.stdin.isatty():
+            return terminal.turn(sys.stdin.read(MAX_BODY))
+        return chat_prompt(terminal, context)
+
+
+# -- install -------------------------------------------------------------------
 
 
 def chosen_program(source: str | None) -> tuple[bytes, str]:
@@ -23638,7 +23465,27 @@ def uninstall(installation: Installation, context: Context) -> int:
     return EXIT_OK
 
 
+def cmd_install(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
+    installation = Installation(Path(prefix))
+    if args.uninstall:
+        return uninstall(installation, context)
+    text, version = chosen_program(getattr(args, "from"))
+    before = os.umask(0o022)  # others may run it, but not write it, whatever ours is
+    try:
+        notes = installation.install(text, lasting_python(), context.environ)
+    finally:
+        os.umask(before)
+    for note in (f"moltis {version} is {installation.launcher}", *notes):
+        context.output.say(note)
+    if args.command:
+        os.execv(installation.launcher, [str(installation.launcher), *args.command])
+    return EXIT_OK
+
+
 # -- the table of subcommands --------------------------------------------------
+
 
 JSON = arg("--json", "answer in JSON")
 NODE = arg("node", "name or id")
@@ -23651,7 +23498,6 @@ GATEWAY: Sequence[Argument] = (
     arg("--api-key KEY", "operator key; better in MOLTIS_API_KEY"),
     *TRUST,
 )
-
 SUBCOMMANDS: Mapping[str, Subcommand] = {
     "install": Subcommand(
         cmd_install,
@@ -23893,6 +23739,7 @@ GROUPS: Mapping[str, str] = {
 
 
 # -- main ----------------------------------------------------------------------
+
 
 VERSION_TEXT = f"moltis {__version__}"
 
