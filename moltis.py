@@ -7761,6 +7761,9 @@ class _LogSource(collections.namedtuple("_LogSource", "link log")):
 
     __slots__ = ()
 
+    link: GatewayLink
+    log: JobLog
+
     def __call__(self) -> str | bytes | None:
         return self.link.next_message(self.log)
 
@@ -7821,7 +7824,8 @@ class GatewayLink:
     # As a MachinePeer
 
     def log_ready(self, log: JobLog) -> None:
-        self._outlet.wake(_LogSource(self, log))
+        # mypy does not see that this tuple is callable.
+        self._outlet.wake(_LogSource(self, log))  # type: ignore[arg-type]
 
     def place(self, job_id: str, place: int) -> None:
         self._send_event(JOB_PLACE, {"id": job_id, "place": place})
