@@ -4501,14 +4501,10 @@ def _processes_in_proc() -> Iterator[tuple[Survivor, int, str]]:
 
 def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
     """Yield each process of any POSIX system with its group and its state."""
-    import subprocess
-
     command = ("ps", "-A", "-o", "pid=,pgid=,stat=,uid=,comm=")
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listing = subprocess.run(
-            command, capture_output=True, check=False, timeout=KILL_AFTER
-        )
-        for line in listing.stdout.decode("utf-8", "replace").splitlines():
+    listing = run_program(command, os.environ, timeout=KILL_AFTER).stdout
+    for line in listing.decode("utf-8", "replace").splitlines():
+        with contextlib.suppress(ValueError):  # cut off at the timeout
             pid, group, state, user_id, name = line.split(None, 4)
             survivor = Survivor(int(pid), os.path.basename(name), int(user_id))
             yield survivor, int(group), state[0]
@@ -4569,8 +4565,9 @@ class ProcessGroup:
             for end in theirs.values():
                 os.close(end)
         # A command that reads /dev/stdout may take the bytes that poll() announced.
-        for pipe in (*self.outputs, *(() if self.input is None else (self.input,))):
-            os.set_blocking(pipe, False)
+        for pipe in (*self.outputs, self.input):
+            if pipe is not None:
+                os.set_blocking(pipe, False)
         self.pidfd = _open_pidfd(self._shell)
         self.ending = False
         self._exit_code: int | None = None
@@ -4603,13 +4600,14 @@ class ProcessGroup:
         exited = self.exit_code is not None
         if exited and not (self._signal(0) and _group_members(self._shell)):
             return True
-        if self._patience.expired and self._killed:
+        if not self._patience.expired:
+            return False
+        if self._killed:
             # Another user's process, or one that hangs in the kernel.
             self.survivors = _group_members(self._shell)
             return True
-        if self._patience.expired:
-            self._signal(signal.SIGKILL)
-            self._killed, self._patience = True, Deadline(KILL_AFTER)
+        self._signal(signal.SIGKILL)
+        self._killed, self._patience = True, Deadline(KILL_AFTER)
         return False
 
     def close_output(self, descriptor: int) -> None:
