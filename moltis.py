@@ -29,11 +29,12 @@ Contents
     WebSocket connections     the same over a socket, safe from any thread
   Between gateway and node
     TLS                       certificates, pins, channel bindings
+    HTTP client               one request, which another thread can cancel
     SCRAM                     both halves of RFC 5802 / RFC 7677
     Wire protocol             envelopes, log frames, calls awaiting an answer
     Commands                  one shell command as a process group
-    Telemetry                 what a machine has and how it is doing
     Language models           Ollama, OpenAI-compatible, Anthropic
+    Telemetry                 what a machine has and how it is doing
     Machine                   what a computer does when it is asked
   Node
     Node agent                dial, authenticate, serve, reconnect, resume
@@ -95,7 +96,7 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import MappingProxyType
-from urllib.parse import SplitResult, quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 # `typing` would take 3 ms of each start, and 0.9 MiB of each node, for nothing that a
 # running program asks: type checkers take TYPE_CHECKING for true by its name.
@@ -167,7 +168,7 @@ MAX_BACKLOG = 256 * 1024  # bytes waiting in an outbox; beyond it logs are not r
 MAX_JSON_DEPTH = 64  # brackets within brackets; ours nest less than ten
 
 CONNECT_TIMEOUT = 10.0  # s; to finish a handshake, and to say `connect` after it
-PING_INTERVAL = 20.0  # s; both ways
+PING_INTERVAL = 20.0  # s of silence before a Ping, at both ends
 PEER_TIMEOUT = 60.0  # s of silence after which a peer is gone
 TELEMETRY_INTERVAL = 30.0  # s; what Moltis' protocol promises
 CALLER_PATIENCE = 600.0  # s that callers wait for a gateway, and it for callers
@@ -829,12 +830,77 @@ def unmapped(address: str) -> str:
     return address[7:] if address.lower().startswith("::ffff:") else address
 
 
-def connect_tcp(host: str, port: int, timeout: float | None) -> socket.socket:
-    """Raises OSError, UnicodeError."""
+class ServerTrust(Protocol):
+    """Which TLS certificate a server has to show; see TlsTrust."""
+
+    def context(self) -> ssl.SSLContext: ...
+
+    def check(self, certificate: bytes | None) -> None:
+        """Raises Refused for another certificate than the expected one."""
+
+
+def dial(
+    host: str,
+    port: int,
+    trust: ServerTrust | None = None,
+    timeout: float | None = None,  # s, for each address of `host`
+    cancel: Cancellation | None = None,
+) -> socket.socket:
+    """Return a TCP connection, with TLS where `trust` is given.
+
+    Raises OSError, UnicodeError, Cancelled, and what `trust` raises.
+    """
+    cancel = cancel or Cancellation()
+    # Before the connection: loading the system's certificates takes a Pi a while.
+    context = None if trust is None else trust.context()
+    sock = _connect_tcp(host, port, timeout, cancel)
+    if trust is None or context is None:
+        return sock
+    try:
+        secured = context.wrap_socket(
+            sock, server_hostname=host, do_handshake_on_connect=False
+        )
+        sock = secured
+        with cancel.calling(partial(cut, sock)):
+            secured.do_handshake()
+        trust.check(secured.getpeercert(binary_form=True))
+    except BaseException:
+        sock.close()
+        raise
+    return secured
+
+
+def _connect_tcp(
+    host: str, port: int, timeout: float | None, cancel: Cancellation
+) -> socket.socket:
     # Python looks up a name that is text with its tables for the names that are not
     # ASCII: 3 ms to import, and 0.3 MiB.
     name: Any = host.encode("ascii") if host.isascii() else host
-    return socket.create_connection((name, port), timeout)
+    failure = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        name, port, type=socket.SOCK_STREAM
+    ):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(timeout)
+            with cancel.calling(partial(cut, sock)):
+                sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+        except Cancelled:
+            sock.close()
+            raise
+    raise failure
+
+
+def cut(sock: socket.socket) -> None:
+    """End a connection while another thread reads from it."""
+    # The plain socket's method: SSLSocket's would take the TLS state away from the
+    # thread that is reading.
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def is_running(pid: int) -> bool:
@@ -2082,7 +2148,7 @@ class WebSocketProtocol:
 # ==============================================================================
 
 MAX_OUTBOX = 16 * 1024 * 1024  # bytes that wait for a peer to read
-READ_SIZE = 64 * 1024  # bytes
+RECV_SIZE = 64 * 1024  # bytes
 WAIT_SIZE = 1024  # bytes of the buffer that an idle connection holds
 TLS_WRITE_SIZE = 256 * 1024  # bytes; OpenSSL takes all that it is given, or nothing
 CLOSE_TIMEOUT = 2.0  # s for the peer's part of a closing handshake
@@ -2110,7 +2176,7 @@ class PlainChannel:
 
     def read(self) -> bytes | None:
         """Return what has arrived, b"" at the end, None if nothing has."""
-        return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
+        return self._receive(RECV_SIZE, socket.MSG_DONTWAIT)
 
     def read_next(self) -> bytes | None:
         """As read(), but wait for it, for as long as limit_waits() says."""
@@ -2182,7 +2248,7 @@ class TlsChannel(PlainChannel):
     def read(self) -> bytes | None:
         self._read_needs_write = False
         try:
-            data = self._tls.recv(READ_SIZE)
+            data = self._tls.recv(RECV_SIZE)
         except self._ssl.SSLWantReadError:
             self.drained = True
             return None
@@ -2250,10 +2316,11 @@ class Outbox:
     def put(self, data: bytes) -> None:
         """Write at once what the channel takes, and keep the rest."""
         piece = memoryview(data)
-        sent = 0 if self._pieces else self._write(piece)
-        while sent and piece:
-            piece = piece[sent:]
+        while piece and not self._pieces:
             sent = self._write(piece)
+            if not sent:
+                break
+            piece = piece[sent:]
         # Counted after the write: others read `size` without a lock, and would wait
         # for a fall that nobody notices.
         if piece and not self.broken:
@@ -2595,15 +2662,6 @@ class WebSocket:
             self._channel.sock.close()
 
 
-class ServerTrust(Protocol):
-    """Which TLS certificate a server has to show; see TlsTrust."""
-
-    def context(self) -> ssl.SSLContext: ...
-
-    def check(self, certificate: bytes | None) -> None:
-        """Raises Refused for another certificate than the expected one."""
-
-
 def connect(
     url: str, trust: ServerTrust | None = None, *, timeout: float = CONNECT_TIMEOUT
 ) -> WebSocket:
@@ -2616,7 +2674,8 @@ def connect(
     deadline = Deadline(timeout)
     key = b64encode(os.urandom(16))
     try:
-        sock = _dial(target, trust, timeout)
+        assert trust is not None or not target.secure
+        sock = dial(target.host, target.port, trust if target.secure else None, timeout)
         try:
             sock.sendall(upgrade_request(target, key))
             head, early = _read_head(sock, deadline)
@@ -2627,25 +2686,6 @@ def connect(
     except (OSError, UnicodeError, HandshakeError) as error:
         raise Unreachable(_why_unreachable(target, error, timeout)) from error
     return WebSocket(sock, WebSocketProtocol(client=True), early=early)
-
-
-def _dial(
-    target: WebSocketUrl, trust: ServerTrust | None, timeout: float
-) -> socket.socket:
-    if not target.secure:
-        return connect_tcp(target.host, target.port, timeout)
-    assert trust is not None
-    # Before the connection: loading the system's certificates takes a Pi a while.
-    context = trust.context()
-    sock = connect_tcp(target.host, target.port, timeout)
-    try:
-        secured = context.wrap_socket(sock, server_hostname=target.host)
-        sock = secured
-        trust.check(secured.getpeercert(binary_form=True))
-    except BaseException:
-        sock.close()
-        raise
-    return secured
 
 
 def _read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
@@ -2706,82 +2746,10 @@ def _why_unreachable(target: WebSocketUrl, error: Exception, timeout: float) -> 
 # ==============================================================================
 # TLS
 #
-# Certificates: the gateway's own, made by the program `openssl` for the names and
-# addresses of this machine, or one that was brought; the pin and the channel binding
-# of each; which certificate a client takes for the right one.
+# X.509 certificates as far as they matter here: the gateway's own, made by the program
+# `openssl` for the names and addresses of this machine, or one that was brought; the
+# pin and the channel binding of each; which certificate a client accepts.
 # ==============================================================================
-
-# The hash of a certificate's signature, by the content of its DER object identifier.
-# RFC 5929 §4.1 puts SHA-256 in the place of MD5 and SHA-1.
-_RSA_PSS = bytes.fromhex("2a864886f70d01010a")  # names its hash in its parameters
-_SIGNATURE_HASHES: Mapping[bytes, str] = {
-    bytes.fromhex("2a864886f70d01010c"): "sha384",  # sha384WithRSAEncryption
-    bytes.fromhex("2a864886f70d01010d"): "sha512",
-    bytes.fromhex("2a864886f70d01010e"): "sha224",
-    bytes.fromhex("2a8648ce3d040301"): "sha224",  # ecdsa-with-SHA224
-    bytes.fromhex("2a8648ce3d040303"): "sha384",
-    bytes.fromhex("2a8648ce3d040304"): "sha512",
-    bytes.fromhex("608648016503040202"): "sha384",  # id-sha384, inside RSA-PSS
-    bytes.fromhex("608648016503040203"): "sha512",
-    bytes.fromhex("608648016503040204"): "sha224",
-}
-
-
-class DerValue(Value):
-    """One ASN.1 value in DER: what X.509 certificates are made of."""
-
-    tag: int
-    content: bytes
-    encoding: bytes  # tag, length and content
-
-    def children(self) -> list[DerValue]:
-        """Return the values that a SEQUENCE, SET or tagged value holds."""
-        return der_values(self.content)
-
-
-def der_values(data: bytes) -> list[DerValue]:
-    """Return the DER values that stand in a row in `data`.  Raises ValueError."""
-    values = []
-    start = 0
-    while start < len(data):
-        if len(data) < start + 2:
-            raise ValueError("DER ends within a value")
-        size, content = data[start + 1], start + 2
-        if size >= 0x80:
-            content += size & 0x7F
-            size = int.from_bytes(data[start + 2 : content], "big")
-        end = content + size
-        if end > len(data):
-            raise ValueError("DER ends within a value")
-        values.append(DerValue(data[start], data[content:end], data[start:end]))
-        start = end
-    return values
-
-
-def _rsa_pss_hash(parameters: DerValue) -> DerValue | None:
-    for value in parameters.children():
-        if value.tag == 0xA0:  # [0] hashAlgorithm (RFC 4055 §3.1)
-            return value.children()[0].children()[0]
-    return None
-
-
-def tls_server_end_point(certificate: bytes) -> bytes:
-    """Return the channel binding of a TLS server's certificate in DER (RFC 5929 §4).
-
-    Where the signature has no hash of its own (Ed25519), which the RFC leaves
-    undefined, it is SHA-256.  Raises ValueError for what is no certificate.
-    """
-    try:
-        _, algorithm, _ = der_values(certificate)[0].children()
-        name, *parameters = algorithm.children()
-        if name.content == _RSA_PSS and parameters:
-            name = _rsa_pss_hash(parameters[0]) or name
-    except (IndexError, ValueError) as error:
-        raise ValueError("this is no X.509 certificate in DER") from error
-    return hashlib.new(
-        _SIGNATURE_HASHES.get(name.content, "sha256"), certificate
-    ).digest()
-
 
 TLS_DIRECTORY = "tls"  # in the data directory
 TLS_DAYS = 3650
@@ -2804,40 +2772,75 @@ subjectAltName = @names
 
 HOST_NAME = r"[a-z0-9_]([a-z0-9._-]{0,251}[a-z0-9_])?"
 
+# The hash of a certificate's signature, by the content of its DER object identifier:
+# sha…WithRSAEncryption, ecdsa-with-SHA…, and id-sha… inside RSA-PSS.
+_SIGNATURE_HASHES: Mapping[bytes, str] = {
+    bytes.fromhex(oid): name
+    for name, oids in (
+        ("sha224", "2a864886f70d01010e 2a8648ce3d040301 608648016503040204"),
+        ("sha384", "2a864886f70d01010c 2a8648ce3d040303 608648016503040202"),
+        ("sha512", "2a864886f70d01010d 2a8648ce3d040304 608648016503040203"),
+    )
+    for oid in oids.split()
+}
+_RSA_PSS = bytes.fromhex("2a864886f70d01010a")  # names its hash in its parameters
+_SUBJECT_ALT_NAME = bytes.fromhex("551d11")
+
+
+class DerValue(Value):
+    """One ASN.1 value in DER, of which X.509 certificates are made."""
+
+    tag: int
+    content: bytes
+    encoding: bytes  # tag, length and content
+
+    def children(self) -> list[DerValue]:
+        """Return the values that a SEQUENCE, SET or tagged value holds."""
+        return der_values(self.content)
+
+
+def der_values(data: bytes) -> list[DerValue]:
+    """Return the consecutive DER values in `data`.  Raises ValueError."""
+    values = []
+    start = 0
+    while start < len(data):
+        size, content = int.from_bytes(data[start + 1 : start + 2], "big"), start + 2
+        if size >= 0x80:
+            content += size & 0x7F
+            size = int.from_bytes(data[start + 2 : content], "big")
+        end = content + size
+        if end > len(data):
+            raise ValueError("DER ends within a value")
+        values.append(DerValue(data[start], data[content:end], data[start:end]))
+        start = end
+    return values
+
+
+def tls_server_end_point(certificate: bytes) -> bytes:
+    """Return the channel binding of a TLS server's certificate in DER (RFC 5929 §4).
+
+    It is SHA-256 in place of MD5 and SHA-1 (§4.1), and for a signature without a hash
+    of its own (Ed25519), which the RFC leaves undefined.  Raises ValueError.
+    """
+    try:
+        _, algorithm, _ = der_values(certificate)[0].children()
+        name, *parameters = algorithm.children()
+        if name.content == _RSA_PSS and parameters:
+            for value in parameters[0].children():
+                if value.tag == 0xA0:  # [0] hashAlgorithm (RFC 4055 §3.1)
+                    name = value.children()[0].children()[0]
+    except (IndexError, ValueError) as error:
+        raise ValueError("this is no X.509 certificate in DER") from error
+    algorithm_name = _SIGNATURE_HASHES.get(name.content, "sha256")
+    return hashlib.new(algorithm_name, certificate).digest()
+
 
 class Certificate(Value):
-    """What we need to know of an X.509 certificate (RFC 5280)."""
+    """The parts of an X.509 certificate that matter here (RFC 5280)."""
 
     names: Sequence[str]  # "DNS:localhost", "IP:127.0.0.1", as openssl writes them
     expires_at: float  # s since 1970
-    public_key: bytes  # SubjectPublicKeyInfo in DER
-
-    @property
-    def pin(self) -> str:
-        """The public key as `curl --pinnedpubkey` wants it."""
-        return "sha256//" + b64encode(hashlib.sha256(self.public_key).digest())
-
-    def lasts(self) -> bool:
-        return self.expires_at > time.time() + TLS_RENEW_BEFORE
-
-    def covers(self, names: Iterable[str]) -> bool:
-        """Tell whether all of `names` are in it; one that is no more does no harm."""
-        return set(names) <= set(self.names)
-
-
-class TlsFiles(Value):
-    """Where a certificate, with what it takes to verify it, and its key are, in PEM."""
-
-    certificate: Path
-    key: Path
-
-
-class TlsIdentity(Value):
-    """A certificate in use; a connection keeps the one that it was accepted with."""
-
-    context: ssl.SSLContext
-    certificate: Certificate
-    channel_binding: bytes  # for Access.scram_server()
+    pin: str  # of the public key, as `curl --pinnedpubkey` wants it
 
 
 def _certificate_time(value: DerValue) -> float:
@@ -2854,7 +2857,7 @@ def _alternative_names(optionals: Sequence[DerValue]) -> Iterator[str]:
     lists = [value.children()[0] for value in optionals if value.tag == 0xA3]
     for extension in (item for found in lists for item in found.children()):
         oid, *_, octets = extension.children()
-        if oid.content != b"\x55\x1d\x11":  # id-ce-subjectAltName
+        if oid.content != _SUBJECT_ALT_NAME:
             continue
         for name in octets.children()[0].children():
             if name.tag == 0x82:
@@ -2865,7 +2868,7 @@ def _alternative_names(optionals: Sequence[DerValue]) -> Iterator[str]:
 
 
 def parse_certificate(der: bytes) -> Certificate:
-    """Read a certificate in DER.  Raises ValueError."""
+    """Return the parts of a certificate in DER.  Raises ValueError."""
     try:
         fields = der_values(der)[0].children()[0].children()
         if fields[0].tag == 0xA0:  # [0] version
@@ -2875,27 +2878,25 @@ def parse_certificate(der: bytes) -> Certificate:
         return Certificate(
             names=tuple(_alternative_names(optionals)),
             expires_at=_certificate_time(not_after),
-            public_key=key.encoding,
+            pin="sha256//" + b64encode(hashlib.sha256(key.encoding).digest()),
         )
     except (IndexError, OSError, ValueError) as error:
         raise ValueError("this is no X.509 certificate in DER") from error
 
 
-def check_pin(der: bytes, pin: str) -> None:
-    """Return where the certificate in DER has the public key of `pin`.
+def read_certificate(path: Path) -> bytes:
+    """Return the first certificate of a PEM file, in DER.
 
-    Raises Refused.
+    Raises OSError, ValueError.
     """
-    try:
-        found = parse_certificate(der).pin
-    except ValueError:
-        found = "no certificate at all"
-    if not hmac.compare_digest(found.encode(), pin.encode("utf-8", "replace")):
-        raise Refused(
-            f"the other side shows another TLS certificate ({found}) than the pinned "
-            f"one ({pin}): this is what somebody in between looks like; nothing was "
-            "sent. If the gateway was set up anew, take its new pin from there"
-        )
+    found = re.search(
+        rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----",
+        path.read_bytes(),
+        re.DOTALL,
+    )
+    if found is None:
+        raise ValueError("there is no certificate in PEM")
+    return base64.b64decode(b"".join(found[1].split()), validate=True)
 
 
 class TlsTrust(Value):
@@ -2903,13 +2904,10 @@ class TlsTrust(Value):
 
     fingerprint: str | None = None  # its pin; None: one that a CA vouches for
     ca: str | None = None  # file in PEM; None: those that the system trusts
-    bound: bool = False  # any: SCRAM binds to it before anything secret is said
+    bound: bool = False  # any: SCRAM binds to it before anything secret is sent
 
     def context(self) -> ssl.SSLContext:
-        """Return what a client needs for TLS 1.2 and later.
-
-        Raises BadConfiguration.
-        """
+        """Return a client's context, TLS 1.2 and later.  Raises BadConfiguration."""
         require_ssl()
         import ssl
 
@@ -2924,29 +2922,92 @@ class TlsTrust(Value):
             try:
                 context.load_verify_locations(self.ca)
             except OSError as error:  # ssl.SSLError is one
-                reason = error.strerror or error
                 raise BadConfiguration(
-                    f"cannot use the CA file {self.ca}: {reason}; it must be PEM"
+                    f"cannot use the CA file {self.ca}: {error.strerror or error}; "
+                    "it must be PEM"
                 ) from error
         return context
 
     def check(self, certificate: bytes | None) -> None:
-        """Return if the certificate of a connection, in DER, is right.
+        """Return if a connection's certificate, in DER, has the pinned key.
 
         Raises Refused.
         """
-        if self.fingerprint is not None and certificate is not None:
-            check_pin(certificate, self.fingerprint)
+        if self.fingerprint is None or certificate is None:
+            return
+        try:
+            found = parse_certificate(certificate).pin
+        except ValueError:
+            found = "no certificate at all"
+        pin = self.fingerprint.encode("utf-8", "replace")
+        if not hmac.compare_digest(found.encode(), pin):
+            raise Refused(
+                f"the other side shows another TLS certificate ({found}) than the "
+                f"pinned one ({self.fingerprint}): somebody may stand in between; "
+                "nothing was sent. If the gateway was set up anew, take its new pin "
+                "from there"
+            )
 
 
-def certificate_from_pem(pem: bytes) -> bytes:
-    """Return the first certificate in `pem` in DER.  Raises ValueError."""
-    found = re.search(
-        rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", pem, re.DOTALL
-    )
-    if found is None:
-        raise ValueError("there is no certificate in PEM")
-    return base64.b64decode(b"".join(found[1].split()), validate=True)
+class TlsFiles(Value):
+    """Where a certificate, with its chain, and its key are, in PEM."""
+
+    certificate: Path
+    key: Path
+
+
+class TlsIdentity(Value):
+    """A certificate in use; a connection keeps the one that it was accepted with."""
+
+    context: ssl.SSLContext
+    certificate: Certificate
+    channel_binding: bytes  # for Access.scram_server()
+
+
+def load_tls(files: TlsFiles) -> TlsIdentity:
+    """Return what a server needs for TLS 1.2 and later.  Raises BadConfiguration."""
+    require_ssl()
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        # Without the empty password OpenSSL would ask for one on the terminal.
+        context.load_cert_chain(files.certificate, files.key, password=lambda: "")
+        der = read_certificate(files.certificate)
+        return TlsIdentity(context, parse_certificate(der), tls_server_end_point(der))
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = getattr(error, "strerror", None) or error
+        raise BadConfiguration(
+            f"cannot use the certificate {files.certificate} with the key "
+            f"{files.key}: {reason}; both must be PEM, belong together, and the key "
+            "have no passphrase"
+        ) from error
+
+
+def read_channel_binding(path: Path) -> bytes:
+    """Return the channel binding of a certificate in PEM.  Raises BadConfiguration."""
+    try:
+        return tls_server_end_point(read_certificate(path))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadConfiguration(
+            f"cannot use the certificate {path}: {reason}; it must be PEM"
+        ) from error
+
+
+class ServerTls:
+    """The certificate that new connections get, read again when its files change."""
+
+    def __init__(self, find_files: Callable[[], TlsFiles]) -> None:
+        """`find_files` is asked at each reload.  Raises BadConfiguration."""
+        self._find_files = find_files
+        self.identity = load_tls(find_files())  # replaced as a whole
+
+    def reload(self) -> None:
+        """Raises BadConfiguration; then the current certificate stays in use."""
+        self.identity = load_tls(self._find_files())
 
 
 def host_names() -> list[str]:
@@ -2969,6 +3030,13 @@ def _routed_addresses() -> Iterator[str]:
             yield sock.getsockname()[0]
 
 
+def reachable_address(bind: str) -> str:
+    """Return the address under which others reach a server that listens on `bind`."""
+    if bind not in ANY_ADDRESS:
+        return bind
+    return next(_routed_addresses(), "127.0.0.1")
+
+
 def parse_fib_trie(text: str) -> set[str]:
     """Return the IPv4 addresses in Linux' /proc/net/fib_trie."""
     return set(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", text))
@@ -2985,42 +3053,9 @@ def parse_if_inet6(text: str) -> set[str]:
 
 
 def parse_ifconfig(text: str) -> set[str]:
-    """Return the addresses in the output of a BSD's `ifconfig`."""
+    """Return the addresses in the output of macOS' `ifconfig`."""
     found = re.findall(r"^\s+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
     return {a for a in found if not a.lower().startswith("fe80:")}
-
-
-def _program_output(*arguments: str) -> bytes:
-    """Run a program that asks nothing; return what it printed.
-
-    Raises BadConfiguration where it failed, FileNotFoundError where there is none.
-    """
-    import subprocess
-
-    try:
-        done = subprocess.run(
-            arguments,
-            check=True,
-            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=OPENSSL_TIMEOUT,
-        )
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.decode("utf-8", "replace").strip()
-        raise BadConfiguration(f"{arguments[0]} failed: {clip(said, 400)}") from error
-    except subprocess.TimeoutExpired as error:
-        raise BadConfiguration(
-            f"{arguments[0]} took longer than {OPENSSL_TIMEOUT:.0f} s"
-        ) from error
-    return done.stdout
-
-
-def reachable_address(bind: str) -> str:
-    """Return the address under which others reach what listens on `bind`."""
-    if bind not in ANY_ADDRESS:
-        return bind
-    return next(_routed_addresses(), "127.0.0.1")
 
 
 def host_addresses() -> list[str]:
@@ -3032,67 +3067,31 @@ def host_addresses() -> list[str]:
         with contextlib.suppress(OSError):
             found.update(parse_if_inet6(Path("/proc/net/if_inet6").read_text()))
     else:
-        with contextlib.suppress(OSError, BadConfiguration):
-            found.update(parse_ifconfig(_program_output("ifconfig").decode()))
+        done = run_program(["ifconfig"], os.environ, timeout=OPENSSL_TIMEOUT)
+        found.update(parse_ifconfig(done.stdout.decode("utf-8", "replace")))
     return sorted(found)
 
 
-def _read_tls(files: TlsFiles) -> TlsIdentity:
-    """As load_tls(), but raises OSError and ValueError where the files are no good."""
-    require_ssl()
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    # Without the empty password OpenSSL would ask for one on the terminal.
-    context.load_cert_chain(files.certificate, files.key, password=lambda: "")
-    der = certificate_from_pem(files.certificate.read_bytes())
-    return TlsIdentity(context, parse_certificate(der), tls_server_end_point(der))
-
-
-def load_tls(files: TlsFiles) -> TlsIdentity:
-    """Return what a server needs for TLS 1.2 and later.
-
-    Called again when the files have changed.  Raises BadConfiguration.
-    """
-    try:
-        return _read_tls(files)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadConfiguration(
-            f"cannot use the certificate {files.certificate} with the key "
-            f"{files.key}: {reason}; both must be PEM, belong together, and the key "
-            "have no passphrase"
-        ) from error
-
-
-def read_channel_binding(path: Path) -> bytes:
-    """Return the channel binding of a certificate in PEM.  Raises BadConfiguration."""
-    try:
-        return tls_server_end_point(certificate_from_pem(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadConfiguration(
-            f"cannot use the certificate {path}: {reason}; it must be PEM"
-        ) from error
-
-
-class ServerTls:
-    """The certificate that new connections get, read again when its files change."""
-
-    def __init__(self, find_files: Callable[[], TlsFiles]) -> None:
-        """`find_files` is asked at each reload.  Raises BadConfiguration."""
-        self._find_files = find_files
-        self.identity = load_tls(find_files())  # replaced as a whole
-
-    def reload(self) -> None:
-        """Raises BadConfiguration; then the certificate so far stays in use."""
-        self.identity = load_tls(self._find_files())
+def _openssl(*arguments: str) -> bytes:
+    """Return the standard output of `openssl`.  Raises BadConfiguration."""
+    environ = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    done = run_program(["openssl", *arguments], environ, timeout=OPENSSL_TIMEOUT)
+    if done.status == 0:
+        return done.stdout
+    if done.status == 127:
+        reason = "it is not installed; install it"
+    elif done.status == 124:
+        reason = f"it took longer than {OPENSSL_TIMEOUT:.0f} s"
+    else:
+        reason = clip(done.stderr.decode("utf-8", "replace").strip(), 400)
+    raise BadConfiguration(
+        f"openssl makes the certificate, and failed: {reason}; or bring a "
+        "certificate with --tls-cert and --tls-key"
+    )
 
 
 def _certificate_name(name: str) -> str | None:
-    """Return `name` as openssl's configuration has it, or None where it cannot be."""
+    """Return `name` as openssl's configuration has it, or None if it cannot be one."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError, ValueError):
             return f"IP:{socket.inet_ntop(family, socket.inet_pton(family, name))}"
@@ -3100,82 +3099,146 @@ def _certificate_name(name: str) -> str | None:
     return f"DNS:{name.lower()}" if fits else None
 
 
-def _make_certificate(files: TlsFiles, names: Sequence[str], keep_key: bool) -> None:
+def _make_certificate(files: TlsFiles, names: Sequence[str], *, keep_key: bool) -> None:
     if not keep_key:
-        key = _program_output("openssl", "ecparam", "-name", "prime256v1", "-genkey")
+        key = _openssl("ecparam", "-name", "prime256v1", "-genkey")
         write_private(files.key, key[key.index(b"-----BEGIN EC PRIVATE KEY") :])
     config = files.certificate.with_name("openssl.cnf")
     text = OPENSSL_CONFIG.replace("@names", ",".join(names))
     write_private(config, text.encode("ascii"))
     # Browsers refuse two certificates of one issuer with the same serial number.
     serial = str(int.from_bytes(secrets.token_bytes(8), "big"))
-    pem = _program_output(
-        *("openssl", "req", "-x509", "-new", "-sha256", "-config", str(config)),
+    pem = _openssl(
+        *("req", "-x509", "-new", "-sha256", "-config", str(config)),
         *("-key", str(files.key), "-days", str(TLS_DAYS), "-set_serial", serial),
     )
     write_private(files.certificate, pem)
 
 
 def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
-    """Return a certificate of our own, made or renewed where need be.
+    """Return a certificate of our own, made or renewed if need be.
 
-    `names` are those of the host, and its addresses; what can be neither is left out.
-    The key stays the same, so that a pin outlives a change of names or addresses.
+    `names` are the host's names and addresses; whatever is neither is left out.  The
+    key stays the same, so that a pin outlives a change of names or addresses.
     Raises BadConfiguration.
     """
+    require_ssl()
+    directory = directory.absolute()  # openssl starts in another one
     files = TlsFiles(directory / "certificate.pem", directory / "key.pem")
     wanted = sorted({n for n in map(_certificate_name, names) if n})
     try:
-        found = _read_tls(files).certificate
-    except (OSError, ValueError):
+        found = load_tls(files).certificate
+    except BadConfiguration:
         found = None  # not made yet, or damaged
-    if found and found.lasts() and found.covers(wanted):
+    renew_at = found.expires_at - TLS_RENEW_BEFORE if found else 0.0
+    # A name that is no longer wanted does no harm.
+    if found and time.time() < renew_at and set(wanted) <= set(found.names):
         return files
-    try:
-        _make_certificate(files, wanted, keep_key=found is not None)
-    except FileNotFoundError as error:
-        raise BadConfiguration(
-            "the program openssl is needed to make a certificate, and is not here; "
-            "install it, or bring a certificate with --tls-cert and --tls-key"
-        ) from error
+    _make_certificate(files, wanted, keep_key=found is not None)
     log.info("certificate made file=%s names=%s", files.certificate, ",".join(wanted))
     return files
+
+
+# ==============================================================================
+# HTTP client
+# Uses: TLS
+#
+# One HTTP request over a connection of its own, which another thread can cancel.
+# ==============================================================================
+
+
+@contextlib.contextmanager
+def http_exchange(
+    method: str,
+    url: str,
+    headers: Mapping[str, str] = NOTHING,
+    body: bytes | None = None,
+    *,
+    trust: TlsTrust | None = None,
+    timeout: float = CONNECT_TIMEOUT,  # s without a byte
+    cancel: Cancellation | None = None,
+) -> Iterator[http.client.HTTPResponse]:
+    """Yield the response to one HTTP request, whatever its status.
+
+    Raises Unreachable if there is no connection, Refused for a wrong certificate,
+    ConnectionError after a connection broke, TimeoutError and Cancelled; also for
+    what the block reads.
+    """
+    parts = urlsplit(url)
+    secure = parts.scheme == "https"
+    cancel = cancel or Cancellation()
+    try:
+        sock = dial(
+            parts.hostname or "",
+            parts.port or (443 if secure else 80),
+            (trust or TlsTrust()) if secure else None,
+            CONNECT_TIMEOUT,
+            cancel,
+        )
+    # ValueError: no port or no name; BadConfiguration: a Python without TLS
+    except (OSError, ValueError, BadConfiguration) as error:
+        raise Unreachable(f"{parts.netloc} cannot be reached: {error}") from error
+    # Only now: it takes 2.3 MiB, and most nodes look for an Ollama in vain.
+    import http.client
+
+    connection = http.client.HTTPConnection(parts.hostname or "")
+    connection.sock = sock
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    headers = {**headers, "Host": parts.netloc, "Connection": "close"}
+    try:
+        sock.settimeout(timeout)
+        with cancel.calling(partial(cut, sock)):
+            connection.request(method, target, body, headers)
+            with connection.getresponse() as response:
+                yield response
+    except socket.timeout as error:
+        said = f"{parts.netloc} was silent for {format_duration(timeout)}"
+        raise TimeoutError(said) from error
+    except (OSError, http.client.HTTPException) as error:
+        said = str(error) or type(error).__name__
+        raise ConnectionError(f"{parts.netloc} broke off: {said}") from error
+    finally:
+        connection.close()
+
+
+def fetch(url: str, trust: TlsTrust, redirects: int = 5) -> bytes:
+    """Return what an http:// or https:// address answers.
+
+    Raises Unreachable, or Refused with the answer's own words or for a certificate
+    that is not the one to be trusted.
+    """
+    if not url.lower().startswith(("http://", "https://")):
+        raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
+    try:
+        with http_exchange("GET", url, trust=trust) as response:
+            data = response.read(MAX_MESSAGE)
+            moved = response.getheader("Location", "")
+    except (OSError, Unreachable) as error:
+        raise Unreachable(f"{redact(url)} cannot be fetched: {error}") from error
+    if response.status in (301, 302, 303, 307, 308) and redirects:
+        return fetch(urljoin(url, moved), trust, redirects - 1)
+    if response.status != 200:
+        words = data[:300].decode("utf-8", "replace").strip()
+        raise Refused(f"{redact(url)} answered {response.status}: {words}")
+    return data
 
 
 # ==============================================================================
 # SCRAM
 #
 # SCRAM-SHA-256 and SCRAM-SHA-256-PLUS (RFC 5802, RFC 7677), client and server
-# halves: how node and gateway prove to each other that both know the device token,
-# which never crosses the wire.  Text in, text out; no socket, and no idea of who may
-# do what.  The secrets here are ASCII, which SASLprep leaves as it is.
+# halves: both sides prove that they know a secret, which never crosses the wire.  Text
+# in, text out: no socket, and no scopes.  Usernames and secrets are ASCII without
+# comma or equals sign, so that neither SASLprep nor escapes change them.
 # ==============================================================================
 
 SCRAM_ITERATIONS = 4096  # RFC 7677 §4's minimum; a token has 256 random bits anyway
 SCRAM_MAX_ITERATIONS = 100_000  # 0.1 s on a Pi; a hostile server may ask for more
 SCRAM_MAX_LENGTH = 4096  # characters of one SCRAM message; ours have 200
 
-_SCRAM_VALUE = r"[^,\x00]+"
-_SCRAM_NONCE = r"[\x21-\x2b\x2d-\x7e]+"
-_SCRAM_EXTENSIONS = rf"(?:,[A-Za-z]={_SCRAM_VALUE})*"  # RFC 5802 §5.1: to be ignored
-_CLIENT_FIRST = (
-    rf"(?P<gs2>(?P<flag>n|y|p=[A-Za-z0-9.-]+),(?:a={_SCRAM_VALUE})?,)"
-    rf"(?P<bare>n=(?P<username>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
-    rf"{_SCRAM_EXTENSIONS})"
-)
-_SERVER_FIRST = (
-    rf"r=(?P<nonce>{_SCRAM_NONCE}),s=(?P<salt>{_SCRAM_VALUE}),"
-    rf"i=(?P<iterations>[1-9][0-9]{{0,8}}){_SCRAM_EXTENSIONS}"
-)
-_CLIENT_FINAL = (
-    rf"(?P<unproved>c=(?P<binding>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
-    rf"{_SCRAM_EXTENSIONS}),p=(?P<proof>{_SCRAM_VALUE})"
-)
-_SERVER_FINAL = rf"(?P<kind>[ve])=(?P<value>{_SCRAM_VALUE}){_SCRAM_EXTENSIONS}"
-
 
 def device_handle(token: str) -> str:
-    """Return the SCRAM username of a device, from which no token can be told."""
+    """Return the SCRAM username of a device; it does not reveal the token."""
     return hashlib.sha256(b"moltis handle" + token.encode("utf-8")).digest()[:16].hex()
 
 
@@ -3212,7 +3275,7 @@ def _salted_password(secret: str, salt: bytes, iterations: int) -> bytes:
 
 
 class ScramVerifier(Value):
-    """What a server keeps to recognise a secret, and cannot use in its place."""
+    """What a server stores to recognise a secret; it cannot be used in its place."""
 
     salt: bytes
     iterations: int
@@ -3220,7 +3283,7 @@ class ScramVerifier(Value):
     server_key: bytes
 
     def to_text(self) -> str:
-        """Return the form of RFC 5803, as PostgreSQL too stores it."""
+        """Return the form of RFC 5803, which PostgreSQL stores too."""
         salt, stored, server = map(
             b64encode, (self.salt, self.stored_key, self.server_key)
         )
@@ -3228,7 +3291,7 @@ class ScramVerifier(Value):
 
     @classmethod
     def from_text(cls, text: str) -> ScramVerifier:
-        """Read what to_text() wrote.  Raises ValueError."""
+        """Return the verifier that to_text() wrote.  Raises ValueError."""
         scheme, parameters, keys = text.split("$")
         if scheme != "SCRAM-SHA-256":
             raise ValueError(f"{scheme} is not SCRAM-SHA-256")
@@ -3237,26 +3300,25 @@ class ScramVerifier(Value):
         return cls(_b64(salt), int(iterations), _b64(stored), _b64(server))
 
     def accepts(self, proof: bytes, signed: bytes) -> bool:
-        """Tell whether who made `proof` over `signed` knows the secret."""
+        """Return whether whoever made `proof` over `signed` knows the secret."""
         signature = _hmac(self.stored_key, signed)
         client_key = _xor(proof, signature) if len(proof) == len(signature) else b""
         return hmac.compare_digest(hashlib.sha256(client_key).digest(), self.stored_key)
 
 
-def make_verifier(
-    secret: str, *, salt: bytes | None = None, iterations: int = SCRAM_ITERATIONS
-) -> ScramVerifier:
-    """Return what a server keeps of `secret` (RFC 5802 §3)."""
-    salt = secrets.token_bytes(16) if salt is None else salt
-    salted = _salted_password(secret, salt, iterations)
+def make_verifier(secret: str) -> ScramVerifier:
+    """Return the verifier of `secret`, with a salt of its own (RFC 5802 §3)."""
+    salt = secrets.token_bytes(16)
+    salted = _salted_password(secret, salt, SCRAM_ITERATIONS)
     stored_key = hashlib.sha256(_hmac(salted, b"Client Key")).digest()
-    return ScramVerifier(salt, iterations, stored_key, _hmac(salted, b"Server Key"))
+    server_key = _hmac(salted, b"Server Key")
+    return ScramVerifier(salt, SCRAM_ITERATIONS, stored_key, server_key)
 
 
 def decoy_verifier(key: bytes, username: str) -> ScramVerifier:
     """Return a verifier that no secret satisfies, the same at each attempt.
 
-    With it an unknown user looks to a stranger like one with another secret.
+    With it a stranger cannot distinguish an unknown user from a known one.
     """
     salt, stored_key, server_key = (
         _hmac(key, f"{purpose} {username}".encode())
@@ -3265,13 +3327,26 @@ def decoy_verifier(key: bytes, username: str) -> ScramVerifier:
     return ScramVerifier(salt[:16], SCRAM_ITERATIONS, stored_key, server_key)
 
 
-def _scram_fields(pattern: str, message: str) -> Mapping[str, str]:
-    fits = len(message) <= SCRAM_MAX_LENGTH
-    match = re.fullmatch(pattern, message) if fits else None
+def _attributes(message: str, expected: str) -> Mapping[str, str]:
+    """Return the attributes of a SCRAM message by their letter (RFC 5802 §5.1).
+
+    Those of `expected` come first, in that order; extensions behind them are ignored.
+    Raises AuthenticationError.
+    """
+    parts = message.split(",")
+    letters = "".join(part[:1] for part in parts)
     # JSON can carry half a surrogate pair, which is no text and cannot be hashed.
-    if match is None or re.search("[\ud800-\udfff]", message):
+    attribute = re.compile("[A-Za-z]=[^\0\ud800-\udfff]+")
+    if (
+        len(message) > SCRAM_MAX_LENGTH
+        or not all(map(attribute.fullmatch, parts))
+        or not letters.startswith(expected)
+    ):
         raise AuthenticationError("the other side sent a malformed SCRAM message")
-    return match.groupdict()
+    found = {part[0]: part[2:] for part in reversed(parts)}
+    if "r" in expected and not re.fullmatch(r"[\x21-\x7e]+", found["r"]):
+        raise AuthenticationError("the other side sent a malformed SCRAM nonce")
+    return found
 
 
 def _scram_bytes(text: str) -> bytes:
@@ -3283,40 +3358,20 @@ def _scram_bytes(text: str) -> bytes:
         ) from error
 
 
-def _escaped(username: str) -> str:
-    return username.replace("=", "=3D").replace(",", "=2C")
-
-
-def _unescaped(saslname: str) -> str:
-    if re.search("=(?!2C|3D)", saslname):
-        raise AuthenticationError("the other side sent a malformed SCRAM username")
-    return saslname.replace("=2C", ",").replace("=3D", "=")
-
-
 class ScramClient:
-    """One authentication, as the side that comes with the secret.
+    """One authentication, as the side that has the secret.
 
-    With `channel_binding` (see tls_server_end_point) it is SCRAM-SHA-256-PLUS.  Where
-    the server said that it cannot do that, `server_binds=False` lets it know that we
-    could have: a server that can takes this for the trace of a man in the middle.
+    With `channel_binding` (see tls_server_end_point) it is SCRAM-SHA-256-PLUS.
     """
 
     def __init__(
-        self,
-        username: str,
-        secret: str,
-        channel_binding: bytes | None = None,
-        *,
-        server_binds: bool = True,
-        nonce: str | None = None,
+        self, username: str, secret: str, channel_binding: bytes | None = None
     ) -> None:
-        binds = channel_binding is not None and server_binds
-        flag = "n" if channel_binding is None else "y"
-        self._gs2 = "p=tls-server-end-point,," if binds else f"{flag},,"
-        self._binding = (channel_binding or b"") if binds else b""
+        self._gs2 = "n,," if channel_binding is None else "p=tls-server-end-point,,"
+        self._binding = channel_binding or b""
         self._secret = secret
-        self._nonce = nonce or secrets.token_urlsafe(24)
-        self._bare = f"n={_escaped(username)},r={self._nonce}"
+        self._nonce = secrets.token_urlsafe(24)
+        self._bare = f"n={username},r={self._nonce}"
         self._server_signature = b""
 
     def first(self) -> str:
@@ -3325,17 +3380,17 @@ class ScramClient:
 
     def final(self, server_first: str) -> str:
         """Return the client-final-message.  Raises AuthenticationError."""
-        fields = _scram_fields(_SERVER_FIRST, server_first)
-        nonce, iterations = fields["nonce"], int(fields["iterations"])
+        fields = _attributes(server_first, "rsi")
+        nonce = fields["r"]
         if not nonce.startswith(self._nonce) or nonce == self._nonce:
             raise AuthenticationError("the server answered to somebody else's nonce")
+        iterations = int(fields["i"]) if re.fullmatch("[0-9]{1,9}", fields["i"]) else 0
         if not SCRAM_ITERATIONS <= iterations <= SCRAM_MAX_ITERATIONS:
             raise AuthenticationError(
                 f"the server asks for {iterations} SCRAM iterations, which is not "
                 f"within {SCRAM_ITERATIONS} to {SCRAM_MAX_ITERATIONS}"
             )
-        salt = _scram_bytes(fields["salt"])
-        salted = _salted_password(self._secret, salt, iterations)
+        salted = _salted_password(self._secret, _scram_bytes(fields["s"]), iterations)
         binding = b64encode(self._gs2.encode("ascii") + self._binding)
         unproved = f"c={binding},r={nonce}"
         signed = ",".join((self._bare, server_first, unproved)).encode("utf-8")
@@ -3346,14 +3401,15 @@ class ScramClient:
         return f"{unproved},p={b64encode(proof)}"
 
     def verify(self, server_final: str) -> None:
-        """Return when the server has proved that it knows the secret too.
+        """Return if the server has proved that it knows the secret too.
 
         Raises AuthenticationError: obey nothing that it says.
         """
-        fields = _scram_fields(_SERVER_FINAL, server_final)
-        if fields["kind"] == "e":
-            raise AuthenticationError(f"the server refused: {fields['value'][:80]}")
-        signature = _scram_bytes(fields["value"])
+        if server_final.startswith("e="):
+            raise AuthenticationError(
+                f"the server refused: {printable(server_final[2:], 80)}"
+            )
+        signature = _scram_bytes(_attributes(server_final, "v")["v"])
         expected = self._server_signature
         if not expected or not hmac.compare_digest(signature, expected):
             raise AuthenticationError(
@@ -3373,7 +3429,7 @@ class _ScramExpectation(Value):
 
 
 class ScramServer:
-    """One authentication, as the side that keeps verifiers.
+    """One authentication, as the side that stores verifiers.
 
     `lookup` returns the verifier of a username, a decoy for an unknown one.  With
     `channel_binding` only SCRAM-SHA-256-PLUS is accepted, without it only the plain
@@ -3384,38 +3440,37 @@ class ScramServer:
         self,
         lookup: Callable[[str], ScramVerifier],
         channel_binding: bytes | None = None,
-        *,
-        nonce: str | None = None,
     ) -> None:
         self._lookup = lookup
         self._channel_binding = channel_binding
-        self._own_nonce = nonce or secrets.token_urlsafe(24)
         self._expected: _ScramExpectation | None = None
-        self._username: str | None = None
-
-    @property
-    def username(self) -> str | None:
-        """Who it is, or None as long as that is not proved."""
-        return self._username
+        self._begun = False
+        self.username: str | None = None  # once it is proved
 
     def first(self, client_first: str) -> str:
         """Return the server-first-message.  Raises AuthenticationError."""
-        if self._expected is not None or self._username is not None:
+        if self._begun:
             raise AuthenticationError("the client began to authenticate twice")
-        fields = _scram_fields(_CLIENT_FIRST, client_first)
-        self._check_flag(fields["flag"])
-        if not fields["gs2"].endswith(",,"):
+        self._begun = True
+        header = re.match(r"(n|y|p=[A-Za-z0-9.-]+),([^,]*),", client_first)
+        if header is None:
+            raise AuthenticationError("the client sent a malformed SCRAM message")
+        (flag, authzid), bare = header.groups(), client_first[header.end() :]
+        self._check_flag(flag)
+        if authzid:
             raise AuthenticationError("the client wants to act for somebody else")
-        username = _unescaped(fields["username"])
-        verifier = self._lookup(username)
-        nonce = fields["nonce"] + self._own_nonce
+        fields = _attributes(bare, "nr")
+        if "=" in fields["n"]:
+            raise AuthenticationError("the client sent a malformed SCRAM username")
+        verifier = self._lookup(fields["n"])
+        nonce = fields["r"] + secrets.token_urlsafe(24)
         message = f"r={nonce},s={b64encode(verifier.salt)},i={verifier.iterations}"
         self._expected = _ScramExpectation(
-            username=username,
+            username=fields["n"],
             verifier=verifier,
             nonce=nonce,
-            binding=fields["gs2"].encode("ascii") + (self._channel_binding or b""),
-            signed=f"{fields['bare']},{message}",
+            binding=f"{flag},,".encode() + (self._channel_binding or b""),
+            signed=f"{bare},{message}",
         )
         return message
 
@@ -3427,53 +3482,53 @@ class ScramServer:
         expected, self._expected = self._expected, None
         if expected is None:
             raise AuthenticationError("the client sent a proof that nobody asked for")
-        fields = _scram_fields(_CLIENT_FINAL, client_final)
-        binding = _scram_bytes(fields["binding"])
-        if not hmac.compare_digest(binding, expected.binding):
+        unproved, _, proof = client_final.rpartition(",p=")
+        fields = _attributes(unproved, "cr")
+        if not hmac.compare_digest(_scram_bytes(fields["c"]), expected.binding):
             raise ChannelMismatch(
                 "the client sees another TLS certificate than ours: somebody stands "
                 "in between"
             )
-        nonce = fields["nonce"].encode("ascii")
-        if not hmac.compare_digest(nonce, expected.nonce.encode("ascii")):
+        if not hmac.compare_digest(fields["r"], expected.nonce):
             raise AuthenticationError("the client answered to somebody else's nonce")
-        signed = f"{expected.signed},{fields['unproved']}".encode()
-        if not expected.verifier.accepts(_scram_bytes(fields["proof"]), signed):
+        signed = f"{expected.signed},{unproved}".encode()
+        if not expected.verifier.accepts(_scram_bytes(proof), signed):
             raise AuthenticationError("the client does not know the secret")
-        self._username = expected.username
+        self.username = expected.username
         return f"v={b64encode(_hmac(expected.verifier.server_key, signed))}"
 
     def _check_flag(self, flag: str) -> None:
-        """Compare what the client says of channel binding with what we have (§6)."""
+        """Compare the client's channel binding with ours (RFC 5802 §6)."""
         if self._channel_binding is None:
-            if flag not in ("n", "y"):
-                raise ChannelMismatch(
-                    "the client binds to a TLS certificate, and none is used here: "
-                    "a proxy, or somebody else, stands in between"
-                )
-        elif flag == "y":
-            raise ChannelMismatch(
+            problem = (
+                "the client binds to a TLS certificate, and none is used here: a "
+                "proxy, or somebody else, stands in between"
+            )
+            right = flag in ("n", "y")
+        else:
+            problem = (
                 "the client was told that there is no channel binding here, which is "
                 "not true: somebody stands in between"
+                if flag == "y"
+                else "the client does not bind to our TLS certificate, as nodes do "
+                "over TLS: somebody stands in between"
             )
-        elif flag != "p=tls-server-end-point":
-            raise ChannelMismatch(
-                "the client does not bind to our TLS certificate, as nodes do over "
-                "TLS: somebody stands in between"
-            )
+            right = flag == "p=tls-server-end-point"
+        if not right:
+            raise ChannelMismatch(problem)
 
 
 # ==============================================================================
 # Wire protocol
 # Uses: WebSocket connections
 #
-# What gateway, nodes and operators exchange: JSON envelopes in text messages, job logs
-# and input in binary ones, and calls that await an answer.  It knows shapes and no
-# connection.  What compatibility with Moltis (protocol 4) demands of them is here.
+# The messages between gateway, nodes and operators: JSON envelopes as text, job logs
+# and input as binary, calls that await an answer.  Shapes only: it opens no connection.
+# Compatibility with Moltis (protocol 4) is kept here.
 # ==============================================================================
 
 CAP_SCRAM = "auth.scram"
-CAP_JOBS = "jobs"  # our extension; without it a peer is a Moltis peer
+CAP_JOBS = "jobs"  # our extension; a peer without it is a Moltis peer
 
 INVOKE_REQUEST = "node.invoke.request"
 INVOKE_RESULT = "node.invoke.result"
@@ -3487,6 +3542,8 @@ JOB_RESIZE = "job.resize"
 JOB_PLACE = "job.place"
 JOB_INPUT = "job.input"
 JOB_STATE = "job.state"
+
+TOKEN_REVOKED = "the token was revoked"  # a gateway hangs up on a node for this reason
 
 MAX_CAPABILITIES = 100  # capabilities, commands; characters of each
 MAX_HELD = 4096  # jobs in one `connect`; a node holds at most half as many
@@ -3520,11 +3577,22 @@ Envelope: TypeAlias = "Request | Response | Event"
 
 
 class EnvelopeError(RpcError):
-    """A message that is no envelope: answer `id`, "" if it has none."""
+    """A message that is no envelope: refuse it under `id`, which may be empty."""
 
     def __init__(self, envelope_id: str, message: str) -> None:
         super().__init__("INVALID_REQUEST", message)
         self.id = envelope_id
+
+
+def encode_error(error: RpcError) -> JsonObject:
+    value: JsonObject = {"code": error.code, "message": redact(error.message)}
+    if error.details is not None:
+        value["details"] = error.details
+    if error.retryable is not None:
+        value["retryable"] = error.retryable
+    if error.retry_after is not None:
+        value["retryAfterMs"] = round(error.retry_after * 1000)
+    return value
 
 
 def encode_envelope(envelope: Envelope) -> str:
@@ -3552,34 +3620,19 @@ def encode_envelope(envelope: Envelope) -> str:
     return to_json(value)
 
 
-def encode_error(error: RpcError) -> JsonObject:
-    value: JsonObject = {"code": error.code, "message": redact(error.message)}
-    if error.details is not None:
-        value["details"] = error.details
-    if error.retryable is not None:
-        value["retryable"] = error.retryable
-    if error.retry_after is not None:
-        value["retryAfterMs"] = round(error.retry_after * 1000)
-    return value
-
-
-def decode_envelope(text: str) -> Envelope:
-    """Return the envelope in `text`; unknown fields are ignored.
-
-    Raises EnvelopeError.
-    """
-    try:
-        value = from_json(text)
-    except ValueError as error:
-        raise EnvelopeError("", f"the message is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise EnvelopeError("", "the message must be a JSON object")
-    envelope_id = value.get("id")
-    try:
-        return _decode_fields(value)
-    except RpcError as error:
-        known = envelope_id if isinstance(envelope_id, str) else ""
-        raise EnvelopeError(known, error.message) from error
+def decode_error(value: JsonObject) -> RpcError:
+    """Return the error that a peer sent; malformed fields are ignored."""
+    retry_after_ms = value.get("retryAfterMs")
+    if not isinstance(retry_after_ms, int) or not 0 <= retry_after_ms < 2**53:
+        retry_after_ms = None
+    retryable = value.get("retryable")
+    return RpcError(
+        str(value.get("code") or "INTERNAL"),
+        str(value.get("message") or "the peer gave no reason"),
+        details=value.get("details"),
+        retryable=retryable if isinstance(retryable, bool) else None,
+        retry_after=None if retry_after_ms is None else retry_after_ms / 1000,
+    )
 
 
 def _decode_fields(value: JsonObject) -> Envelope:
@@ -3603,19 +3656,23 @@ def _decode_fields(value: JsonObject) -> Envelope:
     raise RpcError("INVALID_REQUEST", f"type must be req, res or event, not {kind!r}")
 
 
-def decode_error(value: JsonObject) -> RpcError:
-    """Return the error that a peer sent; each field is checked."""
-    retry_after_ms = value.get("retryAfterMs")
-    if not isinstance(retry_after_ms, int) or not 0 <= retry_after_ms < 2**53:
-        retry_after_ms = None
-    retryable = value.get("retryable")
-    return RpcError(
-        str(value.get("code") or "INTERNAL"),
-        str(value.get("message") or "the peer gave no reason"),
-        details=value.get("details"),
-        retryable=retryable if isinstance(retryable, bool) else None,
-        retry_after=None if retry_after_ms is None else retry_after_ms / 1000,
-    )
+def decode_envelope(text: str) -> Envelope:
+    """Return the envelope in `text`; unknown fields are ignored.
+
+    Raises EnvelopeError.
+    """
+    try:
+        value = from_json(text)
+    except ValueError as error:
+        raise EnvelopeError("", f"the message is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise EnvelopeError("", "the message must be a JSON object")
+    try:
+        return _decode_fields(value)
+    except RpcError as error:
+        envelope_id = value.get("id")
+        known = envelope_id if isinstance(envelope_id, str) else ""
+        raise EnvelopeError(known, error.message) from error
 
 
 # --- Jobs: binary messages, log frames, endings ---
@@ -3639,7 +3696,7 @@ UUID_PATTERN = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def is_uuid(text: str) -> bool:
-    """Return whether `text` is a UUID in lower case, the form of a job's id."""
+    """Return whether `text` is a UUID in lower case, as job ids are."""
     return UUID_PATTERN.fullmatch(text) is not None
 
 
@@ -3697,45 +3754,44 @@ def encode_log_frame(kind: int, data: bytes) -> bytes:
     return FRAME_HEAD.pack(kind, len(data)) + data
 
 
-def log_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield kind and data of the whole frames in `data`."""
-    at, size = 0, FRAME_HEAD.size
-    while at + size <= len(data):
+def scan_frames(data: bytes | bytearray, at: int = 0) -> Iterator[tuple[int, int, int]]:
+    """Yield kind, start of the data and end of each whole frame from `at` on."""
+    while at + FRAME_HEAD.size <= len(data):
         kind, length = FRAME_HEAD.unpack_from(data, at)
-        at += size + length
+        start = at + FRAME_HEAD.size
+        at = start + length
         if at > len(data):
             return
-        yield kind, data[at - length : at]
+        yield kind, start, at
+
+
+def log_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield kind and data of the whole frames in `data`."""
+    return ((kind, data[start:end]) for kind, start, end in scan_frames(data))
 
 
 def whole_frames(data: bytes) -> int:
     """Return how many bytes at the beginning of `data` are whole frames."""
-    at, size = 0, FRAME_HEAD.size
-    while at + size <= len(data):
-        end = at + size + FRAME_HEAD.unpack_from(data, at)[1]
-        if end > len(data):
-            break
-        at = end
-    return at
+    return max((end for _, _, end in scan_frames(data)), default=0)
 
 
 def gap_words(count: int) -> str:
-    """Return what stands for `count` bytes of output that are not there."""
+    """Return the text in place of `count` missing bytes of output."""
     return f"[… {count:,} bytes cut …]"
 
 
 class JobState:
     """The states of a job, the same in store, wire, page and command line."""
 
-    QUEUED = "queued"  # not sent: its node is away, and the caller waits for it
+    QUEUED = "queued"  # not sent: the node is offline, and the caller waits for it
     RUNNING = "running"  # sent; in line on its node while it has a place
-    DONE = "done"  # with an exit code or a signal, whichever
-    FAILED = "failed"  # it could not be started, or refused
+    DONE = "done"  # with an exit code or a signal
+    FAILED = "failed"  # not started, or refused
     TIMED_OUT = "timed_out"
     CANCELLED = "cancelled"
-    LOST = "lost"  # nobody will know how it ended
-    EXPIRED = "expired"  # its time in `queued` was up
-    DENIED = "denied"  # by a person, or because nobody answered; it never was sent
+    LOST = "lost"  # the node will not report an ending
+    EXPIRED = "expired"  # queued for too long
+    DENIED = "denied"  # not sent: the approval was refused or not given in time
 
     OPEN = (QUEUED, RUNNING)
     BY_NODE = (DONE, FAILED, TIMED_OUT, CANCELLED)
@@ -3744,7 +3800,7 @@ class JobState:
 def ending_words(
     state: str, exit_code: int | None, signal_name: str | None, reason: str | None
 ) -> str:
-    """Return how a job ended, or that it did not, in words for people."""
+    """Return a job's state in words for people."""
     if state == JobState.DONE and signal_name:
         return f"killed by {signal_name}"
     if state == JobState.DONE and exit_code:
@@ -3754,7 +3810,7 @@ def ending_words(
 
 
 class Ending(Value):
-    """How a job ended: the data of a log's last frame, and columns of its row."""
+    """How a job ended: the last frame of its log, and columns of its row."""
 
     state: str
     exit_code: int | None = None
@@ -3764,15 +3820,15 @@ class Ending(Value):
     stderr_bytes: int = 0
     started_at: int | None = None  # ms
     duration: float | None = None  # s
-    result: JsonObject | None = None  # what works other than commands answer
+    result: JsonObject | None = None  # the answer of a work other than `run`
 
     @property
     def failed(self) -> bool:
-        """Whether a person would call it failed: an exit code, a signal, an error."""
+        """Whether people call it failed: a non-zero exit, a signal or an error."""
         return self.state != JobState.DONE or bool(self.exit_code or self.signal)
 
     def words(self) -> str:
-        """Return how it ended, in words for people, the same everywhere."""
+        """Return the ending in words for people, the same everywhere."""
         return ending_words(self.state, self.exit_code, self.signal, self.reason)
 
 
@@ -3781,7 +3837,7 @@ def decode_ending(data: bytes) -> Ending:
     try:
         ending = Ending.from_json(required({"ending": from_json(data)}, "ending", dict))
         if ending.state not in JobState.BY_NODE:
-            raise ValueError(f"a node cannot say {ending.state[:20]!r}")
+            raise ValueError(f"a node cannot end a job as {ending.state[:20]!r}")
         counts = (ending.stdout_bytes, ending.stderr_bytes, ending.started_at or 0)
         if not all(0 <= count < MAX_OFFSET for count in counts):
             raise ValueError("a count is out of range")
@@ -3800,24 +3856,21 @@ def decode_ending(data: bytes) -> Ending:
 
 
 def check_frames(data: bytes) -> Ending | None:
-    """Return the ending if `data` has one; it must be whole frames of known kinds.
+    """Return the ending in `data`, if any.
 
-    Raises RpcError PROTOCOL_ERROR.
+    Raises RpcError PROTOCOL_ERROR unless `data` is whole frames of known kinds, and
+    nothing follows the ending.
     """
-    at, size, ending = 0, FRAME_HEAD.size, None
-    while at < len(data):
+    end, ending = 0, None
+    for kind, start, end in scan_frames(data):
         if ending is not None:
             raise RpcError("PROTOCOL_ERROR", "frames follow the ending")
-        if at + size > len(data):
-            raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
-        kind, length = FRAME_HEAD.unpack_from(data, at)
-        at += size + length
-        if at > len(data):
-            raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
         if kind == ENDING:
-            ending = decode_ending(data[at - length : at])
+            ending = decode_ending(data[start:end])
         elif kind not in (STDOUT, STDERR, MARK):
             raise RpcError("PROTOCOL_ERROR", f"there is no log frame of kind {kind}")
+    if end != len(data):
+        raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
     return ending
 
 
@@ -3827,9 +3880,8 @@ Source: TypeAlias = "Callable[[], str | bytes | None]"
 class Outlet:
     """Sends messages of many sources over one connection, as fast as it drains.
 
-    A source is a callable that returns the next message or None.  wake() is for any
-    thread and neither blocks nor raises: if another thread is sending, that one goes
-    on with this source.
+    A source returns its next message, or None.  wake() works from any thread and
+    neither blocks nor raises: a thread that is already sending takes over the source.
     """
 
     def __init__(self, ws: WebSocket) -> None:
@@ -3841,7 +3893,7 @@ class Outlet:
         ws.on_drain = self._pump
 
     def wake(self, source: Source, urgency: int = 0) -> None:
-        """Send what `source` has; 0 is the more urgent."""
+        """Send the messages of `source`; urgency 0 goes before 1."""
         with self._lock:
             self._ready[urgency][source] = None
         self._pump()
@@ -3862,7 +3914,7 @@ class Outlet:
                 if message is not None:
                     self._ws.send(message)
             except ConnectionClosed:
-                message = None  # whoever comes back follows again
+                message = None  # the next connection resumes
             except Exception:
                 log.exception("a log could not be sent")
                 message = None
@@ -3872,10 +3924,53 @@ class Outlet:
                     ready.setdefault(source)  # at the end: they take turns
 
 
-class ConnectParams(Value):
-    """The parameters of `connect`, in either form of protocol 4."""
+def _text(value: JsonObject, name: str) -> str | None:
+    text: str | None = optional(value, name, str)
+    return text or None
 
-    role: str  # as requested; what is granted depends on the credential
+
+def _shown_text(value: JsonObject, name: str) -> str:
+    return printable(_text(value, name) or "")
+
+
+def _texts(value: JsonObject, name: str) -> tuple[str, ...]:
+    # Bounded, because they are stored and listed.
+    items = (optional(value, name, list) or [])[:MAX_CAPABILITIES]
+    return tuple(printable(i, MAX_CAPABILITIES) for i in items if isinstance(i, str))
+
+
+def _held_jobs(value: JsonObject, name: str) -> dict[str, int]:
+    jobs = optional(value, name, dict) or {}
+    if len(jobs) > MAX_HELD:
+        raise RpcError("INVALID_REQUEST", f"{name} names more than {MAX_HELD} jobs")
+    return {check_job_id(job_id): required_offset(jobs, job_id) for job_id in jobs}
+
+
+_whole_number = partial(optional, kind=int)
+
+# Field of ConnectParams: its place in `connect`, and its reader.
+CONNECT_FIELDS: Mapping[str, tuple[str, Callable[[JsonObject, str], Any]]] = {
+    "role": ("role", _text),
+    "client_id": ("client.id", _text),
+    "display_name": ("client.displayName", _shown_text),
+    "version": ("client.version", _shown_text),
+    "platform": ("client.platform", _shown_text),
+    "min_protocol": ("protocol.min", _whole_number),
+    "max_protocol": ("protocol.max", _whole_number),
+    "device_token": ("auth.deviceToken", _text),
+    "api_key": ("auth.api_key", _text),
+    "scram_final": ("auth.scram.clientFinal", _text),
+    "capabilities": ("extensions.moltis.caps", _texts),
+    "commands": ("extensions.moltis.commands", _texts),
+    "instance": ("extensions.moltis.instance", _text),
+    "jobs": ("extensions.moltis.jobs", _held_jobs),
+}
+
+
+class ConnectParams(Value):
+    """The parameters of `connect`."""
+
+    role: str = "operator"  # as requested; the credential decides what is granted
     client_id: str = ""
     display_name: str = ""
     version: str = ""
@@ -3888,71 +3983,37 @@ class ConnectParams(Value):
     api_key: str = ""
     scram_final: str = ""
     instance: str = ""  # one life of the node's process
-    jobs: Mapping[str, int] = NOTHING  # of our nodes: first offset held, by id
+    jobs: Mapping[str, int] = NOTHING  # first offset that the node holds, by id
 
     @classmethod
     def from_json(cls, params: JsonObject) -> ConnectParams:
         """Raises RpcError."""
-        flat = "minProtocol" in params or "maxProtocol" in params
-        protocol = optional(params, "protocol", dict) or {}
-        client = optional(params, "client", dict) or {}
-        auth = optional(params, "auth", dict) or {}
-        scram = optional(auth, "scram", dict) or {}
-        extensions = optional(params, "extensions", dict) or {}
-        ours = params if flat else optional(extensions, "moltis", dict) or {}
-        if flat:
-            protocol = {
-                "min": params.get("minProtocol"),
-                "max": params.get("maxProtocol"),
-            }
-        low = optional(protocol, "min", int)
-        high = optional(protocol, "max", int)
-        return cls(
-            role=optional(params, "role", str) or "operator",
-            client_id=optional(client, "id", str) or "",
-            display_name=printable(optional(client, "displayName", str) or ""),
-            version=printable(optional(client, "version", str) or ""),
-            platform=printable(optional(client, "platform", str) or ""),
-            min_protocol=PROTOCOL_VERSION if low is None else low,
-            max_protocol=PROTOCOL_VERSION if high is None else high,
-            capabilities=_texts(ours, "caps"),
-            commands=_texts(ours, "commands"),
-            device_token=optional(auth, "deviceToken", str) or "",
-            api_key=optional(auth, "api_key", str) or "",
-            scram_final=optional(scram, "clientFinal", str) or "",
-            instance=optional(ours, "instance", str) or "",
-            jobs=_held_jobs(optional(ours, "jobs", dict) or {}),
-        )
+        if "minProtocol" in params or "maxProtocol" in params:  # Moltis' older form
+            limits = {end: params.get(f"{end}Protocol") for end in ("min", "max")}
+            params = {**params, "protocol": limits, "extensions": {"moltis": params}}
+        found = {}
+        for field, (path, read) in CONNECT_FIELDS.items():
+            *parents, name = path.split(".")
+            value = params
+            for parent in parents:
+                value = optional(value, parent, dict) or {}
+            item = read(value, name)
+            if item is not None:
+                found[field] = item
+        return cls(**found)
 
     def to_json(self) -> JsonObject:
-        client = {
-            "id": self.client_id,
-            "displayName": self.display_name,
-            "version": self.version,
-            "platform": self.platform,
-            "mode": "headless",
-        }
-        auth: JsonObject = {}
-        if self.device_token:
-            auth["deviceToken"] = self.device_token
-        if self.api_key:
-            auth["api_key"] = self.api_key
-        if self.scram_final:
-            auth["scram"] = {"clientFinal": self.scram_final}
-        ours: JsonObject = {
-            "caps": list(self.capabilities),
-            "commands": list(self.commands),
-        }
-        if self.instance:
-            ours["instance"] = self.instance
-            ours["jobs"] = dict(self.jobs)
-        return {
-            "protocol": {"min": self.min_protocol, "max": self.max_protocol},
-            "client": {name: text for name, text in client.items() if text},
-            "role": self.role,
-            "auth": auth,
-            "extensions": {"moltis": ours},
-        }
+        params: JsonObject = {"client": {"mode": "headless"}, "auth": {}}
+        for field, (path, _) in CONNECT_FIELDS.items():
+            item = getattr(self, field)
+            if item == "" or (field == "jobs" and not self.instance):
+                continue
+            *parents, name = path.split(".")
+            value = params
+            for parent in parents:
+                value = value.setdefault(parent, {})
+            value[name] = encode_value(item)
+        return params
 
     def check_protocol(self) -> None:
         """Raises RpcError PROTOCOL_ERROR unless the peer speaks our version."""
@@ -3962,18 +4023,6 @@ class ConnectParams(Value):
                 f"protocol mismatch: server={PROTOCOL_VERSION}, "
                 f"client={self.min_protocol}-{self.max_protocol}",
             )
-
-
-def _texts(value: JsonObject, name: str) -> tuple[str, ...]:
-    # Bounded, because they are stored and listed.
-    items = (optional(value, name, list) or [])[:MAX_CAPABILITIES]
-    return tuple(printable(i, MAX_CAPABILITIES) for i in items if isinstance(i, str))
-
-
-def _held_jobs(jobs: JsonObject) -> dict[str, int]:
-    if len(jobs) > MAX_HELD:
-        raise RpcError("INVALID_REQUEST", f"jobs names more than {MAX_HELD} jobs")
-    return {check_job_id(job_id): required_offset(jobs, job_id) for job_id in jobs}
 
 
 class Calls:
@@ -4044,15 +4093,15 @@ class Calls:
 # Uses: Wire protocol
 #
 # The node's end of a job's log, and one shell command that writes it: a process group
-# with its pipes, its input, its timeout.  It knows no connection and no other command.
-# Output is kept until it is acknowledged: a full window pauses the command, and after a
-# lost connection the gateway resumes at a frame boundary.
+# with its pipes, its input, its timeout; no connection, no other command.  Output is
+# held until it is acknowledged: a full window pauses the command, and after a lost
+# connection the gateway resumes at a frame boundary.
 # ==============================================================================
 
 SHELL = "/bin/sh"  # POSIX on every machine; a user's $SHELL may be fish or nologin
 
-EXIT_LOOK = 0.1  # s between checks for the shell's exit, where there is no pidfd
-GROUP_LOOK = 0.05  # s between checks for survivors of a group that is being ended
+EXIT_PAUSE = 0.1  # s between checks for the shell's exit, where there is no pidfd
+GROUP_PAUSE = 0.05  # s between checks for survivors of a group that is being ended
 LONGEST_POLL = 3600.0  # s; poll() takes a C int of ms
 MAX_TIMEOUT_MS = 2**53  # JSON's safe integers
 MAX_SURVIVORS = 3  # processes that an ending names
@@ -4134,11 +4183,9 @@ class JobLog:
         on_ready: Callable[[JobLog], None],
         *,
         window: int = LOG_WINDOW,
-        urgency: int = 0,
     ) -> None:
-        """`on_ready(log)` is called when there is something to take; see Outlet."""
+        """`on_ready(log)` is called when take() has something to return."""
         self.job_id = job_id
-        self.urgency = urgency
         self.on_room: Callable[[], None] | None = None  # for the writer; any thread
         self._on_ready = on_ready
         self._window = window
@@ -4349,9 +4396,9 @@ class InputWindow:
 
 
 def seal_descriptors() -> None:
-    """Keep inherited descriptors, of a lock file say, from being inherited further.
+    """Stop children from inheriting descriptors that we inherited, as of a lock file.
 
-    Python seals those that it opens itself (PEP 446).
+    Python does so for those that it opens itself (PEP 446).
     """
     with contextlib.suppress(OSError):  # there is no /dev/fd
         for name in os.listdir("/dev/fd"):
@@ -4369,6 +4416,14 @@ SEALED_PIPES = hasattr(os, "pipe2")
 
 # Python ignores these signals, and a child inherits that.
 RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
+
+
+def _is_here(directory: bytes | None) -> bool:
+    """Return whether a child starts in `directory` anyway."""
+    try:
+        return directory is None or os.path.samefile(directory, b".")
+    except OSError:
+        return False
 
 
 def _start_shell(
@@ -4412,14 +4467,6 @@ def _start_shell(
     return shell.pid
 
 
-def _is_here(directory: bytes | None) -> bool:
-    """Return whether a child starts in `directory` anyway."""
-    try:
-        return directory is None or os.path.samefile(directory, b".")
-    except OSError:
-        return False
-
-
 def _account_name(user_id: int) -> str:
     import pwd
 
@@ -4441,6 +4488,28 @@ class Survivor(Value):
         return f"{printable(self.name, 40)} (pid {self.pid}, user {user})"
 
 
+def _processes_in_proc() -> Iterator[tuple[Survivor, int, str]]:
+    """Yield each process of Linux with its group and its state."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # the process ended meanwhile
+            head, _, rest = path.read_text("utf-8", "replace").rpartition(")")
+            state, _, group = rest.split()[:3]
+            name = head.partition("(")[2]
+            survivor = Survivor(int(path.parent.name), name, path.stat().st_uid)
+            yield survivor, int(group), state
+
+
+def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
+    """Yield each process of any POSIX system with its group and its state."""
+    command = ("ps", "-A", "-o", "pid=,pgid=,stat=,uid=,comm=")
+    listing = run_program(command, os.environ, timeout=KILL_AFTER).stdout
+    for line in listing.decode("utf-8", "replace").splitlines():
+        with contextlib.suppress(ValueError):  # cut off at the timeout
+            pid, group, state, user_id, name = line.split(None, 4)
+            survivor = Survivor(int(pid), os.path.basename(name), int(user_id))
+            yield survivor, int(group), state[0]
+
+
 def _group_members(group_id: int) -> list[Survivor]:
     """Return the live processes of a group; zombies have ended.
 
@@ -4455,30 +4524,13 @@ def _group_members(group_id: int) -> list[Survivor]:
     ]
 
 
-def _processes_in_proc() -> Iterator[tuple[Survivor, int, str]]:
-    """Yield each process of Linux with its group and its state."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            head, _, rest = path.read_text("utf-8", "replace").rpartition(")")
-            state, _, group = rest.split()[:3]
-            name = head.partition("(")[2]
-            survivor = Survivor(int(path.parent.name), name, path.stat().st_uid)
-            yield survivor, int(group), state
-
-
-def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
-    """Yield each process of any POSIX system with its group and its state."""
-    import subprocess
-
-    command = ("ps", "-A", "-o", "pid=,pgid=,stat=,uid=,comm=")
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listing = subprocess.run(
-            command, capture_output=True, check=False, timeout=KILL_AFTER
-        )
-        for line in listing.stdout.decode("utf-8", "replace").splitlines():
-            pid, group, state, user_id, name = line.split(None, 4)
-            survivor = Survivor(int(pid), os.path.basename(name), int(user_id))
-            yield survivor, int(group), state[0]
+def _open_pidfd(pid: int) -> int | None:
+    # Python 3.9, Linux 5.3; a sandbox may still refuse it.
+    pidfd_open = getattr(os, "pidfd_open", None)
+    try:
+        return None if pidfd_open is None else int(pidfd_open(pid))
+    except OSError:
+        return None
 
 
 class ProcessGroup:
@@ -4495,7 +4547,7 @@ class ProcessGroup:
         """Raises OSError and ValueError as subprocess does."""
         self.outputs: dict[int, int] = {}  # descriptors to read, with their stream
         self.input: int | None = None  # descriptor to write
-        self.survivors: list[Survivor] = []  # once ended() has returned True
+        self.survivors: list[Survivor] = []  # set before ended() returns True
         theirs: dict[int, int] = {}
         try:
             for number, stream in ((1, STDOUT), (2, STDERR)):
@@ -4512,9 +4564,10 @@ class ProcessGroup:
         finally:
             for end in theirs.values():
                 os.close(end)
-        # A command may open /dev/stdout for reading and be faster than we are.
-        for pipe in (*self.outputs, *(() if self.input is None else (self.input,))):
-            os.set_blocking(pipe, False)
+        # A command that reads /dev/stdout may take the bytes that poll() announced.
+        for pipe in (*self.outputs, self.input):
+            if pipe is not None:
+                os.set_blocking(pipe, False)
         self.pidfd = _open_pidfd(self._shell)
         self.ending = False
         self._exit_code: int | None = None
@@ -4537,23 +4590,24 @@ class ProcessGroup:
         return self._exit_code
 
     def end(self) -> None:
-        """Begin to end the group, whose shell must not have exited yet."""
+        """Send SIGTERM; the shell must not have exited yet."""
         self.ending, self._patience = True, Deadline(KILL_AFTER)
         self._signal(signal.SIGTERM)
-        self._signal(signal.SIGCONT)  # a stopped process does not get it otherwise
+        self._signal(signal.SIGCONT)  # a stopped process gets SIGTERM only then
 
     def ended(self) -> bool:
-        """Send SIGKILL when it is due; return whether nothing more can be done."""
+        """Send SIGKILL when it is due; return whether the group ended or cannot."""
         exited = self.exit_code is not None
         if exited and not (self._signal(0) and _group_members(self._shell)):
             return True
-        if self._patience.expired and self._killed:
+        if not self._patience.expired:
+            return False
+        if self._killed:
             # Another user's process, or one that hangs in the kernel.
             self.survivors = _group_members(self._shell)
             return True
-        if self._patience.expired:
-            self._signal(signal.SIGKILL)
-            self._killed, self._patience = True, Deadline(KILL_AFTER)
+        self._signal(signal.SIGKILL)
+        self._killed, self._patience = True, Deadline(KILL_AFTER)
         return False
 
     def close_output(self, descriptor: int) -> None:
@@ -4577,13 +4631,13 @@ class ProcessGroup:
             self._signal(signal.SIGKILL)
             deadline = Deadline(KILL_AFTER)
             while self.exit_code is None and not deadline.expired:
-                time.sleep(GROUP_LOOK)
+                time.sleep(GROUP_PAUSE)
         if self.pidfd is not None:
             os.close(self.pidfd)
 
     def _signal(self, number: int) -> bool:
         """Return whether the group still has members, zombies included."""
-        # The shell's pid stays the group's id for as long as anyone is in it.
+        # The pid is not reused while the group of that id has members.
         try:
             os.killpg(self._shell, number)
         except ProcessLookupError:
@@ -4593,17 +4647,50 @@ class ProcessGroup:
         return True
 
 
-def _open_pidfd(pid: int) -> int | None:
-    # Python 3.9, Linux 5.3; a sandbox may still refuse it.
-    pidfd_open = getattr(os, "pidfd_open", None)
+def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
+    if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
+        time.sleep(seconds)
+        seconds = 0.0
+    return poll.poll(math.ceil(seconds * 1000))
+
+
+def _signal_name(number: int) -> str:
     try:
-        return None if pidfd_open is None else int(pidfd_open(pid))
-    except OSError:
-        return None
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _working_directory(chosen: str | None, default: str | None) -> bytes | None:
+    # Bytes: the locale of a service may not be UTF-8, and a caller's names are.
+    base = None if default is None else os.fsencode(default)
+    if not chosen or not chosen.strip():
+        return base
+    path = os.path.expanduser(chosen.strip().encode("utf-8", "surrogateescape"))
+    return os.path.join(base or b"", path)
+
+
+def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
+    if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
+        return f"the command cannot be passed to {SHELL}: {error}"
+    if error.errno == errno.E2BIG:
+        return "the command is too long for this system; put it into a file there"
+    if cwd is not None and error.filename == cwd:
+        shown = cwd.decode("utf-8", "replace")
+        return f"cannot use the working directory {shown}: {error.strerror}"
+    return f"cannot start {SHELL}: {error.strerror}"
+
+
+def _bytes_ready(descriptor: int) -> int:
+    import fcntl
+    import termios
+
+    count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
+    return int.from_bytes(count, sys.byteorder)
 
 
 class Command:
-    """One shell command that writes a log, from its start to its ending."""
+    """One shell command that writes a log."""
 
     def __init__(
         self,
@@ -4632,7 +4719,7 @@ class Command:
         self._cancelled: str | None = None  # the reason, "" if none was given
         self._finished = False
         self._wake_end: int | None = None  # of the pipe that ends a poll()
-        # From here on for the thread in begin() and run().
+        # The rest belongs to the thread in begin() and run().
         self._group: ProcessGroup | None = None
         self._problem: str | None = None  # why there is no group
         self._timed_out = False
@@ -4640,17 +4727,17 @@ class Command:
         self._started_at: int | None = None  # ms
         self._exited_at: float | None = None  # monotonic
         self._drain = Deadline(None)  # runs from the shell's exit on
-        self._owed: dict[int, int] = {}  # by output, bytes in it at the exit
+        self._owed: dict[int, int] = {}  # bytes in each output at the exit
         self._small_read_at = -math.inf  # monotonic
         self._rest_until = 0.0  # monotonic; until then the outputs are left alone
-        self._look = 0.00005  # s; doubled before each check for the exit
+        self._exit_pause_now = 0.00005  # s; doubled before each check for the exit
         log.on_room = self._wake
 
     # From any thread
 
     @property
     def consumed(self) -> int | None:
-        """The offset of the input that it has not taken yet; None without input."""
+        """The offset of the first input not consumed; None without input."""
         return self._input.consumed if self.spec.stdin else None
 
     def input(self, offset: int, data: bytes) -> None:
@@ -4663,7 +4750,7 @@ class Command:
             raise RpcError("INVALID_REQUEST", "the command was started without input")
         with self._lock:
             if self._finished:
-                return  # it crossed the ending
+                return  # sent before the ending arrived
             self._input.add(offset, data)
         self._wake()
 
@@ -4692,7 +4779,7 @@ class Command:
             self._problem = _why_not_started(error, cwd)
 
     def run(self) -> Ending:
-        """Run it to its end; return the ending, which is not in the log yet."""
+        """Run the command to its end; return the ending, for the caller to log."""
         if self._group is None and self._problem is None:
             self.begin()
         group = self._group
@@ -4751,7 +4838,7 @@ class Command:
                     self.log.ready()
 
     def _advance(self, group: ProcessGroup, deadline: Deadline) -> bool:
-        """Take the next step towards the end; return whether there is none left."""
+        """Take the next step toward the end; return whether it is reached."""
         self._notice_exit(group)
         running = self._exited_at is None
         if running and not group.ending and deadline.expired:
@@ -4768,8 +4855,8 @@ class Command:
                 return True
         elif running:
             return False
-        # Bytes that were in a pipe at the shell's exit are read however long the window
-        # is full; a grandchild has DRAIN_AFTER_EXIT to add some.
+        # Bytes that were in a pipe at the shell's exit are read, even if the window is
+        # full for long; a grandchild has DRAIN_AFTER_EXIT to add some.
         if self._drain.expired:
             for descriptor in list(group.outputs):
                 # A grandchild can read from /dev/stdout as well: look again.
@@ -4787,27 +4874,27 @@ class Command:
             self._owed = {fd: _bytes_ready(fd) for fd in group.outputs}
 
     def _pause(self, group: ProcessGroup, deadline: Deadline) -> float:
-        """Return the seconds until something has to be looked at."""
-        waits = [LONGEST_POLL]
+        """Return the seconds until the next check."""
+        waits: list[float | None] = [LONGEST_POLL]
         if group.ending:
-            waits.append(GROUP_LOOK)
+            waits.append(GROUP_PAUSE)
         elif self._exited_at is None:
-            waits.append(_or_never(deadline.remaining()))
+            waits.append(deadline.remaining())
             if group.pidfd is None:
-                waits.append(self._exit_look(group))
+                waits.append(self._exit_pause(group))
             resting = self._rest_until - time.monotonic()
             if resting > 0:
                 waits.append(resting)
         elif not self._drain.expired:
-            waits.append(_or_never(self._drain.remaining()))
-        return min(waits)
+            waits.append(self._drain.remaining())
+        return min(wait for wait in waits if wait is not None)
 
-    def _exit_look(self, group: ProcessGroup) -> float:
+    def _exit_pause(self, group: ProcessGroup) -> float:
         # Once the outputs are closed the exit is near: from 0.1 ms on, doubling.
         if group.outputs:
-            return EXIT_LOOK
-        self._look = min(EXIT_LOOK, self._look * 2)
-        return self._look
+            return EXIT_PAUSE
+        self._exit_pause_now = min(EXIT_PAUSE, self._exit_pause_now * 2)
+        return self._exit_pause_now
 
     def _register_pipes(self, group: ProcessGroup, poll: select.poll) -> None:
         """Register the pipes that can be used now."""
@@ -4857,7 +4944,7 @@ class Command:
             group.close_input()
 
     def _consume(self, count: int) -> None:
-        """Drop up to `count` bytes of input, and report that now and then."""
+        """Drop up to `count` bytes of input; report it once per MAX_LOG_MESSAGE."""
         with self._lock:
             self._input.consume(count)
             consumed = self._input.consumed
@@ -4873,7 +4960,7 @@ class Command:
 
     @contextlib.contextmanager
     def _waking(self) -> Iterator[int]:
-        """Give a descriptor that becomes readable after _wake()."""
+        """Yield a descriptor that _wake() makes readable."""
         read_end, write_end = os.pipe()
         os.set_blocking(read_end, False)
         os.set_blocking(write_end, False)
@@ -4888,57 +4975,11 @@ class Command:
             os.close(write_end)
 
     def _wake(self) -> None:
-        # Under the lock, or the number might be another file's by now.
+        # Under the lock, so that the descriptor is not closed and reused meanwhile.
         with self._lock:
             if self._wake_end is not None:
-                with contextlib.suppress(BlockingIOError):  # full: it will wake
+                with contextlib.suppress(BlockingIOError):  # full: poll() ends anyway
                     os.write(self._wake_end, b"\0")
-
-
-def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
-    if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
-        time.sleep(seconds)
-        seconds = 0.0
-    return poll.poll(math.ceil(seconds * 1000))
-
-
-def _or_never(seconds: float | None) -> float:
-    return math.inf if seconds is None else seconds
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
-
-
-def _working_directory(chosen: str | None, default: str | None) -> bytes | None:
-    # Bytes: the locale of a service may not be UTF-8, and a caller's names are.
-    base = None if default is None else os.fsencode(default)
-    if not chosen or not chosen.strip():
-        return base
-    path = os.path.expanduser(chosen.strip().encode("utf-8", "surrogateescape"))
-    return os.path.join(base or b"", path)
-
-
-def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
-    if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
-        return f"the command cannot be passed to {SHELL}: {error}"
-    if error.errno == errno.E2BIG:
-        return "the command is too long for this system; put it into a file there"
-    if cwd is not None and error.filename == cwd:
-        shown = cwd.decode("utf-8", "replace")
-        return f"cannot use the working directory {shown}: {error.strerror}"
-    return f"cannot start {SHELL}: {error.strerror}"
-
-
-def _bytes_ready(descriptor: int) -> int:
-    import fcntl
-    import termios
-
-    count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
-    return int.from_bytes(count, sys.byteorder)
 
 
 CONTINUATION = bytes(range(0x80, 0xC0))  # bytes inside a character (RFC 3629)
@@ -4948,37 +4989,1223 @@ class Excerpt:
     """Head and tail of a stream of bytes, as text."""
 
     def __init__(self, limit: int) -> None:  # bytes of both
-        self.cut = 0  # bytes between them
+        self.total = 0  # bytes added
         self._half = limit // 2
-        self._head = bytearray()  # ≤ _half; then the tail takes it
-        self._tail = bytearray()  # ≤ twice _half; then its first goes
+        self._head = bytearray()  # ≤ _half; the rest goes to the tail
+        self._tail = bytearray()  # ≤ twice _half, so that each byte is moved only once
+
+    @property
+    def cut(self) -> int:
+        """The number of bytes between head and tail."""
+        return max(0, self.total - 2 * self._half)
 
     def add(self, data: bytes) -> None:
+        self.total += len(data)
         room = self._half - len(self._head)
         self._head += data[:room]
         self._tail += data[room:]
-        if len(self._tail) > 2 * self._half:  # so that each byte is moved only once
-            self._trim()
+        if len(self._tail) > 2 * self._half:
+            del self._tail[: len(self._tail) - self._half]
 
-    def _trim(self) -> None:
-        excess = max(0, len(self._tail) - self._half)
-        self.cut += excess
-        del self._tail[:excess]
+    def text(self, limit: int | None = None) -> str:
+        """Return it as UTF-8, broken characters replaced, with the number of bytes cut.
 
-    def text(self) -> str:
-        """Return it as UTF-8, broken characters replaced, with the number cut."""
-        self._trim()
-        if not self.cut:
-            return (self._head + self._tail).decode("utf-8", "replace")
-        # A character that the cut went through is left out as well.
-        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
-        tail = self._tail[:3].lstrip(CONTINUATION) + self._tail[3:]
-        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
+        `limit`: characters; None: all that is held.
+        """
+        cut = self.cut
+        if not cut:
+            text = (self._head + self._tail).decode("utf-8", "replace")
+            if limit is None or len(text) <= limit:
+                return text
+            head = tail = text
+        else:
+            # Without the halves of a character that was cut in two.
+            head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
+            end = self._tail[max(0, len(self._tail) - self._half) :]
+            tail = (end[:3].lstrip(CONTINUATION) + end[3:]).decode("utf-8", "replace")
+        if limit is not None:
+            half = limit // 2
+            head, tail = head[:half], tail[max(0, len(tail) - (limit - half)) :]
+            cut = self.total - len((head + tail).encode())
+        return f"{head}\n… {cut:,} bytes cut …\n{tail}"
+
+
+# ==============================================================================
+# Language models
+# Uses: Settings, HTTP client
+#
+# One streaming interface over Ollama, OpenAI-compatible servers and Anthropic: a
+# conversation in, ModelEvents out.  Gateway and nodes use the same classes, and all
+# values of the interface have a JSON form, so that a node can lend its models.
+# ==============================================================================
+
+MODEL_SILENCE = 600.0  # s without a byte; a Pi needs minutes to load a model
+MODEL_TRIES = 3  # for a provider that is busy or breaks off before its first word
+MODEL_PATIENCE = 60.0  # s; a longer Retry-After is an error at once
+MODEL_LIST_LIFETIME = 600.0  # s that a provider's list of models is remembered
+MODEL_LIST_RETRY = 30.0  # s; after a provider failed: an Ollama may start later
+MAX_MODEL_LINE = 16 * 1024 * 1024  # bytes; a longer one ends the answer
+MAX_MODEL_ANSWER = 64 * 1024 * 1024  # bytes as received; a longer one is an error
+MAX_MODEL_REPLY = 16 * 1024 * 1024  # bytes of a list or an error that are read
+ANTHROPIC_VERSION = "2023-06-01"
+ANTHROPIC_MAX_TOKENS = 16384  # of one answer; a required parameter
+OLLAMA_FIRST_CONTEXT = 8192  # tokens; its default silently cuts our tools off
+OLLAMA_LAST_CONTEXT = 65536  # tokens; more fits hardly any home GPU
+
+OVERLONG_PATTERN = (
+    r"(?i)context.{0,24}(length|window|size|limit)|prompt is too long|too many tokens"
+)
+BUSY_STATUSES = (408, 409, 425, 429)  # and everything from 500 on
+BUSY_KINDS = ("overloaded_error", "rate_limit_error", "api_error", "server_error")
+STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "tool_use": "stop",
+    "tool_calls": "stop",
+    "function_call": "stop",
+    "max_tokens": "length",
+    "content_filter": "refusal",
+}
+
+
+class ToolSpec(SnakeValue):
+    """A tool that a model may call."""
+
+    name: str
+    description: str
+    parameters: JsonObject  # JSON Schema of an object
+
+
+class ToolCall(SnakeValue):
+    """A model's request to run a tool."""
+
+    id: str
+    name: str
+    arguments: JsonObject
+    malformed: str = ""  # the arguments as written, if they are no JSON object
+
+
+class ChatMessage(SnakeValue):
+    """One message of a conversation, in no vendor's format."""
+
+    role: str  # system, user, assistant or tool
+    text: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
+    tool_call_id: str = ""  # of a tool: the call that it answers
+    tool_name: str = ""
+    # Data for the model that wrote this, to be sent back unchanged (signed thinking,
+    # say); "by" is that model's id.
+    provider_data: Mapping[str, Any] = NOTHING
+
+    @classmethod
+    def from_json(cls, value: JsonObject) -> Self:
+        """Raises RpcError also for an unknown role."""
+        message = super().from_json(value)
+        if message.role not in ("system", "user", "assistant", "tool"):
+            raise RpcError("INVALID_REQUEST", f"{message.role!r} is no role")
+        return message
+
+
+class ChatRequest(SnakeValue):
+    """A request to a model."""
+
+    model: str  # as its provider calls it
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[ToolSpec, ...] = ()
+
+
+class Delta(SnakeValue):
+    """The next piece of an answer."""
+
+    kind: str  # text, thinking, or notice: a wait or another hitch, for people
+    text: str
+
+
+class Finished(SnakeValue):
+    """The whole answer: the last event of a stream that did not break."""
+
+    message: ChatMessage
+    reason: str  # stop, length, refusal, or the provider's own word
+    input_tokens: int  # 0: unknown
+    output_tokens: int
+
+
+ModelEvent: TypeAlias = "Delta | Finished"
+
+
+class ModelInfo(SnakeValue):
+    """A model that can be chosen."""
+
+    id: str  # provider/name
+    provider: str  # for people
+    display_name: str
+    supports_tools: bool
+
+
+class ChatModel(Protocol):
+    """A model, wherever it runs."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest conversation that it takes."""
+
+    def stream(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[ToolSpec],
+        cancel: Cancellation,
+    ) -> Generator[ModelEvent, None, None]:
+        """Yield the answer as it comes, `Finished` last.
+
+        Raises ModelError instead of a `Finished`, and Cancelled.
+        """
+
+
+def pick(value: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return `value[name]` if it is of that type, else an empty one.
+
+    Any field that a server sends may be missing or of another type.
+    """
+    found = value.get(name)
+    return found if isinstance(found, kind) else kind()
+
+
+def pick_objects(value: Mapping[str, Any], name: str) -> list[JsonObject]:
+    return [item for item in pick(value, name, list) if isinstance(item, dict)]
+
+
+def _error_text(document: Any) -> str:
+    """Return the message of an error body, in any of the forms that servers use."""
+    if isinstance(document, list) and document:  # Gemini
+        document = document[0]
+    if isinstance(document, dict):
+        for name in ("error", "message", "detail"):
+            if document.get(name):
+                return _error_text(document[name])
+    return document if isinstance(document, str) else to_json(document)
+
+
+def new_call_id() -> str:
+    """Return an id for a tool call; nine letters and digits suit every provider."""
+    return secrets.token_hex(5)[:9]
+
+
+def read_tool_call(call_id: str, name: str, arguments: object) -> ToolCall:
+    """Return a call whose arguments are an object, JSON text, or nothing at all."""
+    if isinstance(arguments, dict):
+        return ToolCall(call_id, name, arguments)
+    text = arguments if isinstance(arguments, str) else to_json(arguments)
+    try:
+        value = from_json(text) if text.strip() not in ("", "null") else {}
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        return ToolCall(call_id, name, value)
+    return ToolCall(call_id, name, {}, malformed=text)
+
+
+def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Return `messages` with one result right after each call, in the calls' order.
+
+    All providers demand it, and a turn that was cancelled leaves calls open.  Results
+    without a call, and answers without content, are dropped for the same reason.
+    """
+    settled = []
+    for position, message in enumerate(messages, 1):
+        empty = message.role == "assistant" and not message.text.strip()
+        if message.role == "tool" or (empty and not message.tool_calls):
+            continue
+        settled.append(message)
+        results = _results_after(messages, position)
+        for call in message.tool_calls:
+            missing = ChatMessage(
+                role="tool",
+                text="No result: the run ended before this call did.",
+                tool_call_id=call.id,
+                tool_name=call.name,
+            )
+            settled.append(results.get(call.id, missing))
+    return settled
+
+
+def _results_after(
+    messages: Sequence[ChatMessage], position: int
+) -> dict[str, ChatMessage]:
+    # Up to the next answer with calls: some servers number theirs from 0 in each.
+    results: dict[str, ChatMessage] = {}
+    for message in itertools.islice(messages, position, None):
+        if message.tool_calls:
+            break
+        if message.role == "tool":
+            results.setdefault(message.tool_call_id, message)
+    return results
+
+
+# --- reading a response ---
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Yield the lines of a body as they arrive, without their ends."""
+    pending = bytearray()
+    while True:
+        data = response.read1(65536)
+        if not data:
+            break
+        pending += data
+        if len(pending) > MAX_MODEL_LINE:
+            raise ModelError("the answer has a line that is too long")
+        if b"\n" in data:
+            *lines, rest = bytes(pending).split(b"\n")
+            pending = bytearray(rest)
+            yield from (line.rstrip(b"\r") for line in lines)
+    if pending:
+        yield bytes(pending)
+
+
+def check_answer_length(length: int) -> None:
+    """Raises ModelError beyond the longest answer, in bytes as received."""
+    if length > MAX_MODEL_ANSWER:
+        raise ModelError(
+            "the answer was broken off: it has more than "
+            f"{format_bytes(MAX_MODEL_ANSWER)}; ask for less at a time"
+        )
+
+
+def _server_sent_data(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the data of each event (HTML Living Standard §9.2.6)."""
+    data: list[bytes] = []
+    for line in lines:
+        if line.startswith(b"data:"):
+            data.append(line[5:].lstrip(b" "))
+        elif not line and data:
+            yield b"\n".join(data)
+            data = []
+    if data:  # the standard drops it, but servers forget the last empty line
+        yield b"\n".join(data)
+
+
+def _retry_after(response: http.client.HTTPResponse) -> float | None:
+    """Return the seconds that a busy server asks to wait (RFC 9110 §10.2.3)."""
+    import email.utils
+
+    text = response.getheader("Retry-After", "").strip()
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(text))
+    try:
+        moment = email.utils.parsedate_to_datetime(text)
+        return max(0.0, moment.timestamp() - time.time())
+    except (TypeError, ValueError):  # depends on Python's version
+        return None
+
+
+# --- answers ---
+
+
+class PartialCall:
+    """A tool call whose pieces are still arriving."""
+
+    def __init__(self, call_id: str, given_id: str, name: str) -> None:
+        self.id = call_id
+        self.given_id = given_id  # by the server; perhaps empty, or not unique
+        self.name = name
+        self.arguments: object = ""
+
+    def add(self, arguments: object) -> None:
+        if isinstance(arguments, str) and isinstance(self.arguments, str):
+            self.arguments += arguments
+        elif arguments:
+            self.arguments = arguments
+
+    def finished(self) -> ToolCall:
+        return read_tool_call(self.id, self.name, self.arguments)
+
+
+class AnswerReader:
+    """One answer: the provider's documents in, ModelEvents out."""
+
+    def __init__(self, model_id: str) -> None:
+        self.complete = False  # the stream may end
+        self.over = False  # the rest of the stream need not be read
+        self.reason = "stop"
+        self.input_tokens = 0
+        self.output_tokens = 0
+        self.calls: list[PartialCall] = []
+        self.provider_data: JsonObject = {}
+        self._model_id = model_id
+        self._text: list[str] = []
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        raise NotImplementedError
+
+    def say(self, text: str) -> Iterator[ModelEvent]:
+        if text:
+            self._text.append(text)
+            yield Delta("text", text)
+
+    def think(self, text: str, keep_as: str = "") -> Iterator[ModelEvent]:
+        """Yield a piece of thinking; `keep_as` names its field in what goes back."""
+        if text:
+            if keep_as:
+                before = self.provider_data.get(keep_as, "")
+                self.provider_data[keep_as] = before + text
+            yield Delta("thinking", text)
+
+    def open_call(self, given_id: str, name: str) -> PartialCall:
+        # Servers omit ids, or give all calls of an answer the same.
+        taken = not given_id or any(call.id == given_id for call in self.calls)
+        call = PartialCall(new_call_id() if taken else given_id, given_id, name)
+        self.calls.append(call)
+        return call
+
+    def end(self, reason: str) -> None:
+        self.complete = True
+        self.reason = STOP_REASONS.get(reason, reason) or "stop"
+
+    def finished(self) -> Finished:
+        data = self.provider_data
+        message = ChatMessage(
+            role="assistant",
+            text="".join(self._text),
+            tool_calls=tuple(call.finished() for call in self.calls),
+            provider_data={"by": self._model_id, **data} if data else {},
+        )
+        return Finished(message, self.reason, self.input_tokens, self.output_tokens)
+
+
+class OllamaAnswer(AnswerReader):
+    """An answer of `/api/chat`."""
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        message = pick(document, "message", dict)
+        yield from self.think(pick(message, "thinking", str), keep_as="thinking")
+        yield from self.say(pick(message, "content", str))
+        for call in pick_objects(message, "tool_calls"):
+            function = pick(call, "function", dict)
+            opened = self.open_call(pick(call, "id", str), pick(function, "name", str))
+            opened.add(function.get("arguments"))
+        if document.get("done") is True:
+            self.end(pick(document, "done_reason", str))
+            self.over = True
+            self.input_tokens = pick(document, "prompt_eval_count", int)
+            self.output_tokens = pick(document, "eval_count", int)
+
+
+class OpenAiAnswer(AnswerReader):
+    """An answer of `/chat/completions`, or of an imitation."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(model_id)
+        self._slots: dict[int, PartialCall] = {}
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        usage = pick(document, "usage", dict)
+        if usage:  # in a document of its own, whose `choices` is empty, or in any other
+            self.input_tokens = pick(usage, "prompt_tokens", int)
+            self.output_tokens = pick(usage, "completion_tokens", int)
+        for choice in pick_objects(document, "choices")[:1]:
+            # A server that cannot stream sends a `message` instead.
+            delta = pick(choice, "delta", dict) or pick(choice, "message", dict)
+            yield from self._take_delta(delta)
+            reason = pick(choice, "finish_reason", str)
+            if reason:
+                self.end(reason)
+
+    def _take_delta(self, delta: JsonObject) -> Iterator[ModelEvent]:
+        field = "reasoning_content"
+        yield from self.think(pick(delta, field, str), keep_as=field)
+        if not delta.get(field):
+            yield from self.think(pick(delta, "reasoning", str))
+        yield from self.say(pick(delta, "content", str))
+        for part in pick_objects(delta, "content"):  # Mistral's thinking models
+            for thought in pick_objects(part, "thinking"):
+                yield from self.think(pick(thought, "text", str))
+            yield from self.say(pick(part, "text", str))
+        for piece in pick_objects(delta, "tool_calls"):
+            function = pick(piece, "function", dict)
+            call = self._call_of(piece, pick(function, "name", str))
+            call.add(function.get("arguments"))
+            if piece.get("extra_content"):  # Gemini's signatures
+                extras = self.provider_data.setdefault("extra_content", {})
+                extras[call.id] = piece["extra_content"]
+
+    def _call_of(self, piece: JsonObject, name: str) -> PartialCall:
+        """Return the call to which a piece belongs.
+
+        In theory `index` says so; servers omit it or always send 0.  So a new id opens
+        a new call, and so does a name after arguments that are complete.
+        """
+        slot = pick(piece, "index", int)
+        given_id = pick(piece, "id", str)
+        call = self._slots.get(slot)
+        if call is not None and not self._opens_another(call, given_id, name):
+            call.name = call.name or name
+            return call
+        self._slots[slot] = self.open_call(given_id, name)
+        return self._slots[slot]
+
+    def _opens_another(self, call: PartialCall, given_id: str, name: str) -> bool:
+        if given_id:
+            return given_id != call.given_id
+        return bool(name and call.arguments and not call.finished().malformed)
+
+
+class AnthropicAnswer(AnswerReader):
+    """An answer of `/v1/messages`."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(model_id)
+        self._blocks: dict[int, JsonObject] = {}
+        self._inputs: dict[int, PartialCall] = {}
+        self._whole: list[JsonObject] = []  # the blocks that have ended
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        kind = pick(document, "type", str)
+        index = pick(document, "index", int)
+        if kind == "content_block_delta":
+            yield from self._take_delta(index, pick(document, "delta", dict))
+        elif kind == "content_block_start":
+            yield from self._open_block(index, pick(document, "content_block", dict))
+        elif kind == "content_block_stop":
+            self._close_block(index)
+        elif kind == "message_start":
+            self._count(pick(pick(document, "message", dict), "usage", dict))
+        elif kind == "message_delta":
+            self.reason = pick(pick(document, "delta", dict), "stop_reason", str)
+            self._count(pick(document, "usage", dict))
+        elif kind == "message_stop":
+            self.end(self.reason)
+            self.over = True
+            # Without thinking, text and calls are all there is, for any provider.
+            if any("thinking" in pick(block, "type", str) for block in self._whole):
+                self.provider_data["blocks"] = self._whole
+        # Anything else is a ping or a later addition; the API says to ignore it.
+
+    def _open_block(self, index: int, block: JsonObject) -> Iterator[ModelEvent]:
+        self._blocks[index] = dict(block)
+        if block.get("type") == "tool_use":
+            call = self.open_call(pick(block, "id", str), pick(block, "name", str))
+            call.add(block.get("input"))
+            self._inputs[index] = call
+        yield from self.say(pick(block, "text", str))
+
+    def _take_delta(self, index: int, delta: JsonObject) -> Iterator[ModelEvent]:
+        block = self._blocks.setdefault(index, {})
+        if index in self._inputs:
+            self._inputs[index].add(pick(delta, "partial_json", str))
+        for name in ("text", "thinking", "signature"):
+            piece = pick(delta, name, str)
+            if piece:
+                block[name] = pick(block, name, str) + piece
+        yield from self.think(pick(delta, "thinking", str))
+        yield from self.say(pick(delta, "text", str))
+
+    def _close_block(self, index: int) -> None:
+        block = self._blocks.pop(index, {})
+        if index in self._inputs:
+            call = self._inputs.pop(index).finished()
+            block = {**block, "id": call.id, "input": call.arguments}
+        if block.get("type") != "text" or block.get(
+            "text"
+        ):  # the API refuses empty ones
+            self._whole.append(block)
+
+    def _count(self, usage: JsonObject) -> None:
+        kinds = ("", "cache_creation_", "cache_read_")
+        count = sum(pick(usage, f"{kind}input_tokens", int) for kind in kinds)
+        self.input_tokens = count or self.input_tokens
+        self.output_tokens = pick(usage, "output_tokens", int) or self.output_tokens
+
+
+# --- providers ---
+
+
+class ProviderSpec(Value):
+    """A service of models, with the habits that set it apart."""
+
+    id: str
+    label: str
+    protocol: str  # of PROTOCOLS
+    base_url: str
+    call_id: str = "[A-Za-z0-9_-]{1,40}"  # pattern of the ids of calls that it takes
+    wants_reasoning: bool = False  # back, or it refuses the message after a tool call
+
+    @property
+    def url_variable(self) -> str:
+        """The environment variable with another address."""
+        return "OLLAMA_HOST" if self.id == "ollama" else f"{self.id.upper()}_BASE_URL"
+
+
+PROVIDERS = (
+    ProviderSpec("ollama", "Ollama", "ollama", "http://127.0.0.1:11434"),
+    ProviderSpec("anthropic", "Anthropic", "anthropic", "https://api.anthropic.com"),
+    ProviderSpec("openai", "OpenAI", "openai", "https://api.openai.com/v1"),
+    ProviderSpec("openrouter", "OpenRouter", "openai", "https://openrouter.ai/api/v1"),
+    ProviderSpec("groq", "Groq", "openai", "https://api.groq.com/openai/v1"),
+    ProviderSpec(
+        *("mistral", "Mistral", "openai", "https://api.mistral.ai/v1"),
+        call_id="[A-Za-z0-9]{9}",
+    ),
+    ProviderSpec(
+        *("deepseek", "DeepSeek", "openai", "https://api.deepseek.com/v1"),
+        wants_reasoning=True,
+    ),
+    ProviderSpec("together", "Together", "openai", "https://api.together.xyz/v1"),
+    ProviderSpec("xai", "xAI", "openai", "https://api.x.ai/v1"),
+    ProviderSpec(
+        *("gemini", "Gemini", "openai"),
+        "https://generativelanguage.googleapis.com/v1beta/openai",
+    ),
+)
+
+
+class ModelProvider:
+    """A vendor's protocol at one address."""
+
+    chat_path = ""
+    list_path = ""
+    context_tokens = 100_000  # most of its models take more
+    answer: type[AnswerReader]
+
+    def __init__(
+        self,
+        spec: ProviderSpec,
+        base_url: str,
+        api_key: str,
+        *,
+        first_pause: float = 1.0,  # s before the second try
+    ) -> None:
+        self.spec = spec
+        self.base_url = base_url.rstrip("/")
+        self._api_key = api_key
+        self._first_pause = first_pause
+
+    def stream(
+        self, request: ChatRequest, cancel: Cancellation
+    ) -> Generator[ModelEvent, None, None]:
+        """Yield the answer as it comes; see ChatModel.stream."""
+        body = self._body(request)
+        backoff = Backoff(self._first_pause, 20 * self._first_pause)
+        tries = 1
+        while True:
+            silent = True  # a second try cannot take back what was shown
+            try:
+                with closing(self._attempt(request, body, cancel)) as events:
+                    for event in events:
+                        silent = False
+                        yield event
+                return
+            except ModelBusy as error:
+                delay = max(backoff.next(), error.retry_after or 0)
+                if not silent or tries == MODEL_TRIES or delay > MODEL_PATIENCE:
+                    raise
+                tries += 1
+                notice = (
+                    f"{error}; trying again in {format_duration(delay)} "
+                    f"(try {tries} of {MODEL_TRIES})"
+                )
+            except ModelError as error:
+                delay = 0
+                amended = self._amend(body, error) if silent else None
+                if amended is None:
+                    raise
+                notice = amended
+            if notice:
+                yield Delta("notice", notice)
+            cancel.pause(delay)
+
+    def listed(self, cancel: Cancellation) -> list[JsonObject]:
+        """Return the provider's list of models as it is.
+
+        Raises ModelError, Cancelled.
+        """
+        listing = self._ask("GET", self.list_path, None, cancel)
+        for name in ("data", "models"):
+            models = pick_objects(listing, name)
+            if models or listing.get(name) == []:
+                return models
+        raise ModelError(f"{self.base_url} is no {self.spec.label}: it lists no models")
+
+    def models(self, cancel: Cancellation) -> list[ModelInfo]:
+        """Return the models for chats.  Raises ModelError, Cancelled."""
+        infos = (self._info(model, cancel) for model in self.listed(cancel))
+        return [info for info in infos if info is not None]
+
+    def _headers(self) -> dict[str, str]:
+        headers = {"Content-Type": "application/json"}
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        return headers
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        raise NotImplementedError
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        """Change a request that was refused so that it may pass.
+
+        Return a notice for people, perhaps empty, or None if nothing helps.
+        """
+        raise NotImplementedError
+
+    def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
+        """Return the model of one entry of the list, None if it is not for chats."""
+        raise NotImplementedError
+
+    def _named(self, name: str, title: str, *, supports_tools: bool) -> ModelInfo:
+        return ModelInfo(
+            f"{self.spec.id}/{name}", self.spec.label, title, supports_tools
+        )
+
+    @contextlib.contextmanager
+    def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: JsonObject | None,
+        cancel: Cancellation,
+        timeout: float,
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Yield the response to a request that was accepted.
+
+        Raises ModelError, ModelBusy if asking again may help, and Cancelled; also for
+        what the block reads.
+        """
+        content = None if body is None else to_json(body).encode("utf-8", "replace")
+        try:
+            with http_exchange(
+                method,
+                self.base_url + path,
+                self._headers(),
+                content,
+                timeout=timeout,
+                cancel=cancel,
+            ) as response:
+                if response.status != 200:
+                    raise self._refusal(response)
+                yield response
+        except ConnectionError as error:
+            raise ModelBusy(str(error)) from error
+        except (Unreachable, TimeoutError) as error:
+            raise ModelError(str(error)) from error
+
+    def _attempt(
+        self, request: ChatRequest, body: JsonObject, cancel: Cancellation
+    ) -> Generator[ModelEvent, None, None]:
+        reader = self.answer(f"{self.spec.id}/{request.model}")
+        with self._exchange(
+            "POST", self.chat_path, body, cancel, MODEL_SILENCE
+        ) as response:
+            length = 0
+            for data in self._documents(response):
+                if data == b"[DONE]":
+                    reader.complete = True
+                    break
+                length += len(data)
+                check_answer_length(length)
+                yield from reader.take(self._document(data))
+                if reader.over:
+                    break
+            if not reader.complete:
+                raise ModelBusy(f"{self.spec.label} broke off before the answer's end")
+        yield reader.finished()
+
+    def _ask(
+        self, method: str, path: str, body: JsonObject | None, cancel: Cancellation
+    ) -> JsonObject:
+        """Return the answer to one short request.  Raises ModelError, Cancelled."""
+        with self._exchange(method, path, body, cancel, CONNECT_TIMEOUT) as response:
+            data = response.read(MAX_MODEL_REPLY)
+        try:
+            document = from_json(data)
+        except ValueError as error:
+            url = self.base_url + path
+            raise ModelError(f"{url} is no {self.spec.label}: {error}") from error
+        # Together lists its models without an object around them.
+        return document if isinstance(document, dict) else {"data": document}
+
+    def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        # Some servers send an error, or a whole answer, without an event stream.
+        if response.getheader("Content-Type", "").startswith("application/json"):
+            return iter([response.read(MAX_MODEL_REPLY)])
+        return _server_sent_data(_lines(response))
+
+    def _document(self, data: bytes) -> JsonObject:
+        """Return one document of the answer.  Raises ModelError if it is none."""
+        try:
+            document = from_json(data)
+        except ValueError as error:
+            raise ModelError(f"{self.spec.label} sent no JSON: {error}") from error
+        if not isinstance(document, dict):
+            raise ModelError(f"{self.spec.label} sent {data[:80]!r} for an object")
+        if document.get("error"):
+            raise self._error(200, document, None)
+        return document
+
+    def _refusal(self, response: http.client.HTTPResponse) -> ModelError:
+        data = response.read(MAX_MODEL_REPLY)
+        try:
+            document = from_json(data)
+        except ValueError:
+            document = data[:2000].decode("utf-8", "replace") or response.reason
+        return self._error(response.status, document, _retry_after(response))
+
+    def _error(
+        self, status: int, document: Any, retry_after: float | None
+    ) -> ModelError:
+        detail = to_json(document)
+        error = pick(document, "error", dict) if isinstance(document, dict) else {}
+        kind = error.get("type") or error.get("code")
+        status = pick(error, "code", int) if status == 200 else status
+        text = clip(_error_text(document), 1000)
+        if self._api_key:  # some servers quote it
+            text = text.replace(self._api_key, "…")
+        message = f"{self.spec.label}: {text}" + (f" ({status})" if status else "")
+        # With 429, "too many tokens" are those of the last minute.
+        if status != 429 and re.search(OVERLONG_PATTERN, text):
+            return ContextTooLong(message, detail)
+        if status in (401, 403):
+            return ModelError(f"{message}; is the API key right?", detail)
+        # A used-up quota comes as 429 too, and waiting does not fill it.
+        if "insufficient_quota" not in detail and (
+            status in BUSY_STATUSES or status >= 500 or kind in BUSY_KINDS
+        ):
+            return ModelBusy(message, detail, retry_after)
+        return ModelError(message, detail)
+
+    def _call_id(self, call_id: str) -> str:
+        # A conversation may have begun with a provider that has other ids.
+        if re.fullmatch(self.spec.call_id, call_id):
+            return call_id
+        return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
+
+    def _own_data(
+        self, request: ChatRequest, message: ChatMessage
+    ) -> Mapping[str, Any]:
+        data = message.provider_data
+        return data if data.get("by") == f"{self.spec.id}/{request.model}" else {}
+
+
+def function_tools(tools: Sequence[ToolSpec]) -> list[JsonObject]:
+    """Return `tools` as OpenAI and its imitators take them."""
+    return [{"type": "function", "function": tool.to_json()} for tool in tools]
+
+
+class OllamaProvider(ModelProvider):
+    """Ollama's own API, https://docs.ollama.com/api."""
+
+    chat_path = "/api/chat"
+    list_path = "/api/tags"
+    context_tokens = OLLAMA_LAST_CONTEXT
+    answer = OllamaAnswer
+
+    def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
+        name = pick(listed, "name", str)
+        try:
+            shown = self._ask("POST", "/api/show", {"model": name}, cancel)
+        except ModelError:  # a broken model must not hide the others
+            return None
+        abilities = shown.get("capabilities")
+        if not isinstance(abilities, list):  # before Ollama 0.6.4
+            abilities = ["completion", "tools"]
+        if "completion" not in abilities:
+            return None
+        return self._named(name, name, supports_tools="tools" in abilities)
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        body: JsonObject = {
+            "model": request.model,
+            "messages": [
+                self._message(request, message)
+                for message in settle_tool_calls(request.messages)
+            ],
+            "stream": True,
+        }
+        if request.tools:
+            body["tools"] = function_tools(request.tools)
+        # In doublings: another size makes Ollama load the model again.  Three
+        # characters a token errs on the safe side, and the answer needs room too.
+        needed = len(to_json(body)) // 3 + 2048
+        size = OLLAMA_FIRST_CONTEXT
+        while size < min(needed, OLLAMA_LAST_CONTEXT):
+            size *= 2
+        body["options"] = {"num_ctx": size}
+        return body
+
+    def _message(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
+        value: JsonObject = {"role": message.role, "content": message.text}
+        if message.role == "tool":
+            value["tool_name"] = message.tool_name
+        if message.tool_calls:
+            value["tool_calls"] = [
+                {"function": {"name": call.name, "arguments": call.arguments}}
+                for call in message.tool_calls
+            ]
+        thinking = pick(self._own_data(request, message), "thinking", str)
+        return {**value, "thinking": thinking} if thinking else value
+
+    def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        return (line for line in _lines(response) if line.strip())
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        if "does not support tools" in error.detail and body.pop("tools", None):
+            return f"{body['model']} cannot use tools: it can only talk"
+        return None
+
+
+class OpenAiProvider(ModelProvider):
+    """OpenAI's chat completions, and the many servers that imitate them."""
+
+    chat_path = "/chat/completions"
+    list_path = "/models"
+    answer = OpenAiAnswer
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        body: JsonObject = {
+            "model": request.model,
+            "messages": [
+                self._message(request, message)
+                for message in settle_tool_calls(request.messages)
+            ],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if request.tools:
+            body["tools"] = function_tools(request.tools)
+        return body
+
+    def _message(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
+        value: JsonObject = {"role": message.role, "content": message.text}
+        if message.role == "tool":
+            value["tool_call_id"] = self._call_id(message.tool_call_id)
+        if message.tool_calls:
+            data = self._own_data(request, message)
+            value["content"] = message.text or None  # some refuse an empty text here
+            extras = pick(data, "extra_content", dict)
+            value["tool_calls"] = [
+                self._call(call, extras) for call in message.tool_calls
+            ]
+            if self.spec.wants_reasoning:
+                value["reasoning_content"] = pick(data, "reasoning_content", str)
+        return value
+
+    def _call(self, call: ToolCall, extras: JsonObject) -> JsonObject:
+        value: JsonObject = {
+            "id": self._call_id(call.id),
+            "type": "function",
+            "function": {"name": call.name, "arguments": to_json(call.arguments)},
+        }
+        if call.id in extras:
+            value["extra_content"] = extras[call.id]
+        return value
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        if "stream_options" in error.detail and body.pop("stream_options", None):
+            return ""  # only the token counts are lost
+        return None
+
+    def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo | None:
+        name = pick(listed, "id", str)
+        # OpenAI's list does not tell its chat models from the others.
+        if re.search("embed|whisper|tts|dall-e|moderat|image|audio|realtime", name):
+            return None
+        mistral = pick(listed, "capabilities", dict).get("function_calling")
+        openrouter = listed.get("supported_parameters", ["tools"])
+        tools = isinstance(openrouter, list) and "tools" in openrouter
+        return self._named(name, name, supports_tools=tools and mistral is not False)
+
+
+class AnthropicProvider(ModelProvider):
+    """Anthropic's messages API, https://docs.anthropic.com/en/api/messages."""
+
+    chat_path = "/v1/messages"
+    list_path = "/v1/models?limit=1000"
+    context_tokens = 200_000
+    answer = AnthropicAnswer
+
+    def _headers(self) -> dict[str, str]:
+        return {
+            "Content-Type": "application/json",
+            "anthropic-version": ANTHROPIC_VERSION,
+            "x-api-key": self._api_key,
+        }
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        messages = settle_tool_calls(request.messages)
+        system = [m.text for m in messages if m.role == "system" and m.text]
+        body: JsonObject = {
+            "model": request.model,
+            "max_tokens": ANTHROPIC_MAX_TOKENS,
+            "messages": self._turns(request, messages),
+            "stream": True,
+        }
+        if system:
+            body["system"] = "\n\n".join(system)
+        if request.tools:
+            body["tools"] = [
+                {
+                    "name": tool.name,
+                    "description": tool.description,
+                    "input_schema": tool.parameters,
+                }
+                for tool in request.tools
+            ]
+        return body
+
+    def _turns(
+        self, request: ChatRequest, messages: Sequence[ChatMessage]
+    ) -> list[JsonObject]:
+        """Return the turns, which alternate: results and the next message are one."""
+        turns: list[JsonObject] = []
+        for message in messages:
+            role = "assistant" if message.role == "assistant" else "user"
+            blocks = [] if message.role == "system" else self._blocks(request, message)
+            if blocks and turns and turns[-1]["role"] == role:
+                turns[-1]["content"] += blocks
+            elif blocks:
+                turns.append({"role": role, "content": list(blocks)})
+        return turns
+
+    def _blocks(self, request: ChatRequest, message: ChatMessage) -> list[JsonObject]:
+        kept = pick_objects(self._own_data(request, message), "blocks")
+        if kept:
+            return kept
+        if message.role == "tool":
+            call_id = self._call_id(message.tool_call_id)
+            result = {"type": "tool_result", "tool_use_id": call_id}
+            return [{**result, "content": message.text}]
+        text = [{"type": "text", "text": message.text}] if message.text.strip() else []
+        return text + [
+            {
+                "type": "tool_use",
+                "id": self._call_id(call.id),
+                "name": call.name,
+                "input": call.arguments,
+            }
+            for call in message.tool_calls
+        ]
+
+    def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo:
+        name = pick(listed, "id", str)
+        title = pick(listed, "display_name", str)
+        return self._named(name, title or name, supports_tools=True)
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        # Old models allow less; only the refusal has the number.
+        match = re.search(r"max_tokens: \d+ > (\d+)", error.detail)
+        if match is None or int(match.group(1)) >= body["max_tokens"]:
+            return None
+        body["max_tokens"] = int(match.group(1))
+        return ""
+
+
+PROTOCOLS: Mapping[str, type[ModelProvider]] = {
+    "ollama": OllamaProvider,
+    "openai": OpenAiProvider,
+    "anthropic": AnthropicProvider,
+}
+
+
+# --- what is set up ---
+
+
+class ProviderSettings(SnakeValue):
+    """What a person entered for one provider in Settings → Models."""
+
+    api_key: str = ""
+    base_url: str = ""
+
+    FILE: ClassVar[str] = "models.json"
+
+    @classmethod
+    def load_all(cls, directory: Path) -> dict[str, ProviderSettings]:
+        """Return what was entered, by provider.  Raises BadConfiguration."""
+        path = directory / cls.FILE
+        value = read_settings_file(path) or {}
+        try:
+            return {name: cls.from_json(required(value, name, dict)) for name in value}
+        except RpcError as error:
+            raise BadConfiguration(f"{path}: {error.message}") from error
+
+    @classmethod
+    def save_all(
+        cls, directory: Path, settings: Mapping[str, ProviderSettings]
+    ) -> None:
+        """Write models.json.  Raises BadConfiguration."""
+        write_settings_file(directory / cls.FILE, encode_value(dict(settings)))
+
+
+def all_providers(settings: Mapping[str, ProviderSettings]) -> list[ProviderSpec]:
+    """Return the providers that are known, and those that `settings` adds.
+
+    Those are taken for OpenAI-compatible, as llama.cpp, vLLM and LM Studio are.
+    """
+    known = {spec.id for spec in PROVIDERS}
+    return [*PROVIDERS] + [
+        ProviderSpec(name, name, "openai", entry.base_url)
+        for name, entry in settings.items()
+        if name not in known and entry.base_url and "/" not in name
+    ]
+
+
+def _with_path(base_url: str) -> str:
+    # People leave it out for their LM Studio.
+    bare = not urlsplit(base_url).path.strip("/")
+    return base_url.rstrip("/") + "/v1" if bare else base_url
+
+
+def make_providers(
+    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
+) -> list[ModelProvider]:
+    """Return the providers that can be used; the environment beats `settings`."""
+    providers = []
+    for spec in all_providers(settings):
+        entered = settings.get(spec.id, ProviderSettings())
+        api_key = environ.get(API_KEY_VARIABLES.get(spec.id, "")) or entered.api_key
+        base_url = environ.get(spec.url_variable) or entered.base_url
+        if spec.protocol == "ollama":
+            base_url = ollama_url(base_url or spec.base_url)
+        elif spec.protocol == "openai" and base_url:
+            base_url = _with_path(base_url)
+        if api_key or base_url:
+            make = PROTOCOLS[spec.protocol]
+            providers.append(make(spec, base_url or spec.base_url, api_key))
+    return providers
+
+
+def describe_providers(
+    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
+) -> list[JsonObject]:
+    """Return each provider and where its key is from, for people; never the key."""
+    descriptions = []
+    for spec in all_providers(settings):
+        entered = settings.get(spec.id, ProviderSettings())
+        variable = API_KEY_VARIABLES.get(spec.id, "")
+        source = "settings" if entered.api_key else ""
+        descriptions.append(
+            {
+                "id": spec.id,
+                "label": spec.label,
+                "keyVariable": variable,
+                "keyFrom": "environment" if environ.get(variable) else source,
+                "baseUrl": entered.base_url or spec.base_url,
+            }
+        )
+    return descriptions
+
+
+def context_of(provider_id: str) -> int:
+    """Return the context length, in tokens, of a provider's models."""
+    protocols = {spec.id: spec.protocol for spec in PROVIDERS}
+    return PROTOCOLS[protocols.get(provider_id, "openai")].context_tokens
+
+
+class ProviderModel:
+    """A model of a provider that this machine reaches; a ChatModel."""
+
+    def __init__(self, provider: ModelProvider, name: str) -> None:
+        self.id = f"{provider.spec.id}/{name}"
+        self.context_tokens = provider.context_tokens
+        self._provider = provider
+        self._name = name
+
+    def stream(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[ToolSpec],
+        cancel: Cancellation,
+    ) -> Generator[ModelEvent, None, None]:
+        """Yield the answer as it comes; see ChatModel.stream."""
+        request = ChatRequest(self._name, tuple(messages), tuple(tools))
+        return self._provider.stream(request, cancel)
+
+
+class ModelCatalog:
+    """The models that the providers of this machine list."""
+
+    def __init__(self, providers: Sequence[ModelProvider]) -> None:
+        self._lock = threading.Lock()  # guards the four below
+        self._providers = {provider.spec.id: provider for provider in providers}
+        self._models: list[ModelInfo] = []
+        self._errors: dict[str, str] = {}
+        self._fresh = Deadline(0)
+
+    def replace(self, providers: Sequence[ModelProvider]) -> None:
+        """Use these providers from now on: the settings were changed."""
+        with self._lock:
+            self._providers = {provider.spec.id: provider for provider in providers}
+            self._fresh = Deadline(0)
+
+    def model(self, model_id: str) -> ProviderModel:
+        """Return a model by its id, provider/name, whether listed or not.
+
+        Raises ModelError if there is no such provider.
+        """
+        provider_id, _, name = model_id.partition("/")
+        with self._lock:
+            provider = self._providers.get(provider_id)
+            known = ", ".join(self._providers) or "none"
+        if provider is None or not name:
+            raise ModelError(
+                f"{model_id!r} is no model: write PROVIDER/NAME with one of the "
+                f"providers that are set up ({known})"
+            )
+        return ProviderModel(provider, name)
+
+    def claims(self, model_id: str) -> bool:
+        """Return whether a model is one of a provider here, set up or not."""
+        provider_id, slash, _ = model_id.partition("/")
+        with self._lock:
+            known = {*self._providers, *(spec.id for spec in PROVIDERS)}
+        return bool(slash) and provider_id in known
+
+    def models(
+        self, cancel: Cancellation, *, refresh: bool = False
+    ) -> tuple[list[ModelInfo], dict[str, str]]:
+        """Return the models, and by provider why it could not be asked.
+
+        Both are remembered for a while.  Raises Cancelled.
+        """
+        with self._lock:
+            if not refresh and not self._fresh.expired:
+                return list(self._models), dict(self._errors)
+            providers = list(self._providers.values())
+        models, errors = list_models(providers, cancel)
+        with self._lock:
+            if providers == list(self._providers.values()):
+                self._models, self._errors = models, errors
+                lifetime = MODEL_LIST_RETRY if errors else MODEL_LIST_LIFETIME
+                self._fresh = Deadline(lifetime)
+        return models, errors
+
+
+def list_models(
+    providers: Sequence[ModelProvider], cancel: Cancellation
+) -> tuple[list[ModelInfo], dict[str, str]]:
+    """Ask all providers side by side; return their models, and errors by provider.
+
+    Raises Cancelled.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    models: list[ModelInfo] = []
+    errors: dict[str, str] = {}
+    with ThreadPoolExecutor(
+        max(1, len(providers)), thread_name_prefix="moltis-models"
+    ) as pool:
+        asked = [(p, pool.submit(p.models, cancel)) for p in providers]
+        for provider, answer in asked:
+            try:
+                models += answer.result()
+            except ModelError as error:
+                errors[provider.spec.id] = str(error)
+    return models, errors
 
 
 # ==============================================================================
 # Telemetry
-# Uses: Commands
+# Uses: Commands, Language models
 #
 # What a machine has and how it is doing: a quick reading of the operating system
 # (memory, CPU, disk, load, temperature), and an inventory that a thread of its own
@@ -4990,10 +6217,8 @@ INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
 VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
 GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
 SYSCTL_TIMEOUT = 2.0  # s; a reading of the vital signs waits for it
-OLLAMA_TIMEOUT = 3.0  # s; what Moltis gives it
 STOP_LATENCY = 0.1  # s until somebody who reads notices that it shall stop
 MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes; `ps` on a busy Mac prints 10 KiB
-MAX_MODEL_LIST = 4 * 1024 * 1024  # bytes; Ollama needs about 400 a model
 MAX_LISTED = 256  # entries of one list in a report; those beyond are left out
 MAX_LABEL = 200  # characters of one name in a report; those beyond are cut off
 MAX_NUMBER = 2**63  # beyond it, neither SQLite nor a Moltis peer takes a number
@@ -5550,63 +6775,15 @@ def choose_probe(environ: Mapping[str, str], root: Path = Path("/")) -> Probe:
     return read_psutil
 
 
-def _open_socket(url: SplitResult, timeout: float | None) -> socket.socket:
-    context = None
-    if url.scheme == "https":
-        import ssl
-
-        context = ssl.create_default_context()
-    assert url.hostname and url.port  # ollama_url() gives both
-    sock = connect_tcp(url.hostname, url.port, timeout)
-    if context is None:
-        return sock
-    return context.wrap_socket(sock, server_hostname=url.hostname)
-
-
-def _receive_all(
-    sock: socket.socket, deadline: Deadline, cancellation: Cancellation
-) -> bytes:
-    sock.settimeout(STOP_LATENCY)
-    data = b""
-    while not (cancellation.cancelled or deadline.expired):
-        try:
-            chunk = sock.recv(65536)
-        except socket.timeout:
-            continue
-        if not chunk:
-            return data
-        data += chunk
-        if len(data) > MAX_MODEL_LIST:
-            raise ValueError("the answer is too long")
-    raise TimeoutError("the answer does not end")
-
-
-def _http_get(url: str, deadline: Deadline, cancellation: Cancellation) -> bytes:
-    """Return the body that `url` answers with.  Raises OSError and ValueError."""
-    # `http.client` takes 2.3 MiB, for one question that most nodes ask in vain.  To
-    # HTTP/1.0 a server answers without chunks, and closes the connection.
-    parts = urlsplit(url)
-    request = f"GET {parts.path} HTTP/1.0\r\nHost: {parts.netloc}\r\n\r\n"
-    with _open_socket(parts, deadline.remaining()) as sock:
-        sock.sendall(request.encode("ascii"))
-        answer = _receive_all(sock, deadline, cancellation)
-    head, _, body = answer.partition(b"\r\n\r\n")
-    if head.split(b" ", 2)[1:2] != [b"200"]:
-        raise ValueError(f"{url} answered {head[:80]!r}")
-    return body
-
-
-def find_ollama(host: str, cancellation: Cancellation) -> Provider | None:
-    """Return the Ollama that OLLAMA_HOST means, or None where none answers."""
-    url = f"{ollama_url(host)}/api/tags"
+def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
+    """Return the Ollama that OLLAMA_HOST means, or None if there is none."""
+    provider = OllamaProvider(PROVIDERS[0], ollama_url(host), "")
     try:
-        answer = from_json(_http_get(url, Deadline(OLLAMA_TIMEOUT), cancellation))
-        models = _reported_list({"models": answer["models"]}, "models", dict)
-        names = tuple(_label(required(model, "name", str)) for model in models)
-    # Whatever is wrong with who answers there, or with our own ssl: no Ollama.
-    except (OSError, ValueError, LookupError, TypeError, ImportError, RpcError):
+        listed = provider.listed(cancel)
+    except (ModelError, Cancelled):
         return None
-    return Provider("ollama", names)
+    names = (pick(model, "name", str) for model in listed[:MAX_LISTED])
+    return Provider("ollama", tuple(_label(name) for name in names if name))
 
 
 def providers_with_keys(environ: Mapping[str, str]) -> tuple[Provider, ...]:
@@ -5798,1373 +6975,38 @@ class TelemetrySource:
 
 
 # ==============================================================================
-# Language models
-# Uses: Settings
-#
-# One streaming interface over Ollama, OpenAI-compatible servers and Anthropic: a
-# conversation in, ModelEvents out.  Gateway and nodes use the same classes, and all
-# that passes through the interface has a JSON form, so that a node can lend a model
-# of its own.  What an answer is good for, and who may ask, is decided elsewhere.
-# ==============================================================================
-
-MODEL_SILENCE = 600.0  # s without a byte; a Pi needs minutes to load a model
-MODEL_TRIES = 3  # for a provider that is busy or breaks off before its first word
-MODEL_PATIENCE = 60.0  # s; a longer Retry-After is said, not waited for
-MODEL_LIST_LIFETIME = 600.0  # s that a provider's list of models is remembered
-MODEL_LIST_RETRY = 30.0  # s; where one could not be asked: an Ollama that was started
-MAX_MODEL_LINE = 16 * 1024 * 1024  # bytes; a longer one ends the answer
-MAX_MODEL_ANSWER = 64 * 1024 * 1024  # bytes, as they come; a longer one is broken off
-MAX_MODEL_REPLY = 16 * 1024 * 1024  # bytes of a list or an error that are read
-ANTHROPIC_VERSION = "2023-06-01"
-ANTHROPIC_MAX_TOKENS = 16384  # of one answer; the API wants it said
-OLLAMA_FIRST_CONTEXT = 8192  # tokens; its own default cuts our tools off in silence
-OLLAMA_LAST_CONTEXT = 65536  # tokens; more fits hardly any home GPU
-
-OVERLONG_PATTERN = (
-    r"(?i)context.{0,24}(length|window|size|limit)|prompt is too long|too many tokens"
-)
-BUSY_STATUSES = (408, 409, 425, 429)  # and everything from 500 on
-BUSY_KINDS = ("overloaded_error", "rate_limit_error", "api_error", "server_error")
-STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
-    "end_turn": "stop",
-    "stop_sequence": "stop",
-    "tool_use": "stop",
-    "tool_calls": "stop",
-    "function_call": "stop",
-    "max_tokens": "length",
-    "content_filter": "refusal",
-}
-
-
-def _fields(value: JsonObject, **kinds: type) -> JsonObject:
-    """Return the named fields of `value`.  Raises RpcError INVALID_REQUEST."""
-    return {name: required(value, name, kind) for name, kind in kinds.items()}
-
-
-class ToolSpec(SnakeValue):
-    """A tool that a model may call."""
-
-    name: str
-    description: str
-    parameters: JsonObject  # JSON Schema of an object
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ToolSpec:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        return cls(**_fields(value, name=str, description=str, parameters=dict))
-
-
-class ToolCall(SnakeValue):
-    """What a model wants done."""
-
-    id: str
-    name: str
-    arguments: JsonObject
-    malformed: str = ""  # the arguments as written, where they are no JSON object
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ToolCall:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        return cls(**_fields(value, id=str, name=str, arguments=dict, malformed=str))
-
-
-class ChatMessage(SnakeValue):
-    """One message of a conversation, in no vendor's format."""
-
-    role: str  # system, user, assistant or tool
-    text: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
-    tool_call_id: str = ""  # of a tool: the call that it answers
-    tool_name: str = ""
-    # What only the model that said it understands (signed thinking, say), under "by"
-    # that model's id; it goes back to it unchanged.
-    provider_data: Mapping[str, Any] = NOTHING
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ChatMessage:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        fields = _fields(
-            value,
-            role=str,
-            text=str,
-            tool_call_id=str,
-            tool_name=str,
-            provider_data=dict,
-        )
-        if fields["role"] not in ("system", "user", "assistant", "tool"):
-            raise RpcError("INVALID_REQUEST", f"{fields['role']!r} is no role")
-        calls = map(ToolCall.from_json_object, objects_in(value, "tool_calls"))
-        return cls(tool_calls=tuple(calls), **fields)
-
-
-class ChatRequest(SnakeValue):
-    """What a model is asked."""
-
-    model: str  # as its provider calls it
-    messages: tuple[ChatMessage, ...]
-    tools: tuple[ToolSpec, ...] = ()
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ChatRequest:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        messages = map(ChatMessage.from_json_object, objects_in(value, "messages"))
-        tools = map(ToolSpec.from_json_object, objects_in(value, "tools"))
-        return cls(required(value, "model", str), tuple(messages), tuple(tools))
-
-
-class Delta(SnakeValue):
-    """The next piece of an answer."""
-
-    kind: str  # text, thinking, or notice: a wait, or another hitch, to be shown
-    text: str
-
-
-class Finished(SnakeValue):
-    """The whole answer: the last event of a stream, and never that of a broken one."""
-
-    message: ChatMessage
-    reason: str  # stop, length, refusal, or the provider's own word
-    input_tokens: int  # 0: not said
-    output_tokens: int
-
-
-ModelEvent: TypeAlias = "Delta | Finished"
-
-
-class ModelInfo(SnakeValue):
-    """A model that can be chosen."""
-
-    id: str  # provider/name
-    provider: str  # for people
-    display_name: str
-    supports_tools: bool
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ModelInfo:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        kinds = {"id": str, "provider": str, "display_name": str}
-        return cls(**_fields(value, supports_tools=bool, **kinds))
-
-
-def to_json_object(
-    value: ToolSpec | ChatMessage | ChatRequest | ModelEvent | ModelInfo,
-) -> JsonObject:
-    """Return a value of this section as JSON; its `from_json_object` reads it again."""
-    return value.to_json()
-
-
-def event_from_json_object(value: JsonObject) -> ModelEvent:
-    """Return an event that somebody else streamed.  Raises RpcError."""
-    if "message" not in value:
-        return Delta(**_fields(value, kind=str, text=str))
-    return Finished(
-        message=ChatMessage.from_json_object(required(value, "message", dict)),
-        **_fields(value, reason=str, input_tokens=int, output_tokens=int),
-    )
-
-
-class ChatModel(Protocol):
-    """A model that can be talked to, wherever it runs."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def context_tokens(self) -> int:
-        """How long a conversation may be."""
-
-    def stream(
-        self,
-        messages: Sequence[ChatMessage],
-        tools: Sequence[ToolSpec],
-        cancel: Cancellation,
-    ) -> Generator[ModelEvent, None, None]:
-        """Yield the answer as it comes, `Finished` last.
-
-        Raises ModelError where there will be no `Finished`, and Cancelled.
-        """
-
-
-# --- What servers send: anything may be missing or of another type ---
-
-
-def _text_of(value: Mapping[str, Any], name: str) -> str:
-    found = value.get(name)
-    return found if isinstance(found, str) else ""
-
-
-def _count_of(value: JsonObject, name: str) -> int:
-    found = value.get(name)
-    return found if isinstance(found, int) else 0
-
-
-def _object_of(value: Mapping[str, Any], name: str) -> JsonObject:
-    found = value.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def _objects_of(value: Mapping[str, Any], name: str) -> list[JsonObject]:
-    found = value.get(name)
-    return [v for v in found if isinstance(v, dict)] if isinstance(found, list) else []
-
-
-def _error_text(document: Any) -> str:
-    """Return what an error body says, in any of the forms that servers use."""
-    if isinstance(document, list) and document:  # Gemini
-        document = document[0]
-    if isinstance(document, dict):
-        for name in ("error", "message", "detail"):
-            if document.get(name):
-                return _error_text(document[name])
-    return document if isinstance(document, str) else to_json(document)
-
-
-def new_call_id() -> str:
-    """Return an id for a tool call; nine letters and digits suit every provider."""
-    return secrets.token_hex(5)[:9]
-
-
-def read_tool_call(call_id: str, name: str, arguments: object) -> ToolCall:
-    """Return a call whose arguments are an object, JSON text, or nothing at all."""
-    if isinstance(arguments, dict):
-        return ToolCall(call_id, name, arguments)
-    text = arguments if isinstance(arguments, str) else to_json(arguments)
-    try:
-        value = from_json(text) if text.strip() not in ("", "null") else {}
-    except ValueError:
-        value = None
-    if isinstance(value, dict):
-        return ToolCall(call_id, name, value)
-    return ToolCall(call_id, name, {}, malformed=text)
-
-
-def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """Return `messages` with one result right after each call, in the calls' order.
-
-    All providers demand it, and a run that was cut short leaves calls open.  Results
-    without a call, and answers without content, are left out for the same reason.
-    """
-    settled = []
-    for position, message in enumerate(messages, 1):
-        empty = message.role == "assistant" and not message.text.strip()
-        if message.role == "tool" or (empty and not message.tool_calls):
-            continue
-        settled.append(message)
-        results = _results_after(messages, position)
-        for call in message.tool_calls:
-            missing = ChatMessage(
-                role="tool",
-                text="No result: the run ended before this call did.",
-                tool_call_id=call.id,
-                tool_name=call.name,
-            )
-            settled.append(results.get(call.id, missing))
-    return settled
-
-
-def _results_after(
-    messages: Sequence[ChatMessage], position: int
-) -> dict[str, ChatMessage]:
-    # Up to the next answer with calls only: some servers number theirs anew in each.
-    results: dict[str, ChatMessage] = {}
-    for message in itertools.islice(messages, position, None):
-        if message.tool_calls:
-            break
-        if message.role == "tool":
-            results.setdefault(message.tool_call_id, message)
-    return results
-
-
-# --- HTTP ---
-
-
-def _cut(sock: socket.socket) -> None:
-    # The plain socket's method: SSLSocket's would take the TLS state away from the
-    # thread that is reading.
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def _connect_model(host: str, port: int, cancel: Cancellation) -> socket.socket:
-    """Return a TCP connection.  Raises OSError, Cancelled."""
-    failure = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM
-    ):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(CONNECT_TIMEOUT)
-            with cancel.calling(partial(_cut, sock)):
-                sock.connect(address)
-            return sock
-        except OSError as error:
-            sock.close()
-            failure = error
-        except Cancelled:
-            sock.close()
-            raise
-    raise failure
-
-
-def _dial_model(parts: SplitResult, cancel: Cancellation) -> socket.socket:
-    """Return a connection to an http or https URL.  Raises ModelError, Cancelled."""
-    host = parts.hostname or ""
-    try:
-        if parts.scheme != "https":
-            return _connect_model(host, parts.port or 80, cancel)
-        require_ssl()
-        import ssl
-
-        sock = ssl.create_default_context().wrap_socket(
-            _connect_model(host, parts.port or 443, cancel),
-            server_hostname=host,
-            do_handshake_on_connect=False,
-        )
-        with contextlib.ExitStack() as stack:
-            stack.callback(sock.close)
-            with cancel.calling(partial(_cut, sock)):
-                sock.do_handshake()
-            stack.pop_all()
-        return sock
-    # ValueError: a port that is none; BadConfiguration: a Python without TLS
-    except (OSError, ValueError, BadConfiguration) as error:
-        raise ModelError(f"{parts.netloc} cannot be reached: {error}") from error
-
-
-@contextlib.contextmanager
-def model_exchange(
-    method: str,
-    url: str,
-    headers: Mapping[str, str],
-    body: JsonObject | None,
-    cancel: Cancellation,
-    timeout: float = MODEL_SILENCE,  # s without a byte
-) -> Iterator[http.client.HTTPResponse]:
-    """Yield the response to one HTTP request, whatever its status.
-
-    Raises ModelError, ModelBusy where asking again may help, and Cancelled; that
-    goes for reading the response in the block as well.
-    """
-    import http.client
-
-    parts = urlsplit(url)
-    sock = _dial_model(parts, cancel)
-    connection = http.client.HTTPConnection(parts.hostname or "")
-    connection.sock = sock
-    target = f"{parts.path}?{parts.query}" if parts.query else parts.path
-    content = None if body is None else to_json(body).encode("utf-8", "replace")
-    try:
-        with cancel.calling(partial(_cut, sock)):
-            sock.settimeout(timeout)
-            connection.request(
-                method,
-                target,
-                content,
-                {**headers, "Host": parts.netloc, "Connection": "close"},
-            )
-            with connection.getresponse() as response:
-                yield response
-    except socket.timeout as error:
-        raise ModelError(
-            f"{parts.netloc} was silent for {format_duration(timeout)}"
-        ) from error
-    except (OSError, http.client.HTTPException) as error:
-        said = str(error) or type(error).__name__
-        raise ModelBusy(f"{parts.netloc} broke off: {said}") from error
-    finally:
-        connection.close()
-
-
-def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Yield the lines of a body as they arrive, without their ends."""
-    pending = bytearray()
-    while True:
-        data = response.read1(65536)
-        if not data:
-            break
-        pending += data
-        if len(pending) > MAX_MODEL_LINE:
-            raise ModelError("the answer holds a line beyond all measure")
-        if b"\n" in data:
-            *lines, rest = bytes(pending).split(b"\n")
-            pending = bytearray(rest)
-            yield from (line.rstrip(b"\r") for line in lines)
-    if pending:
-        yield bytes(pending)
-
-
-def check_answer_length(length: int) -> None:
-    """Raises ModelError beyond what an answer may have, in bytes as they come."""
-    if length > MAX_MODEL_ANSWER:
-        raise ModelError(
-            "the answer was broken off: it has more than "
-            f"{format_bytes(MAX_MODEL_ANSWER)}; ask for less at a time"
-        )
-
-
-def _server_sent_data(lines: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield the data of each event (HTML Living Standard §9.2.6)."""
-    data: list[bytes] = []
-    for line in lines:
-        if line.startswith(b"data:"):
-            data.append(line[5:].lstrip(b" "))
-        elif not line and data:
-            yield b"\n".join(data)
-            data = []
-    if data:  # the standard drops it, but servers forget the last empty line
-        yield b"\n".join(data)
-
-
-def _retry_after(response: http.client.HTTPResponse) -> float | None:
-    """Return the seconds that a busy server asks to wait (RFC 9110 §10.2.3)."""
-    import email.utils
-
-    text = response.getheader("Retry-After", "").strip()
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        moment = email.utils.parsedate_to_datetime(text)
-        return max(0.0, moment.timestamp() - time.time())
-    except (TypeError, ValueError):  # which of them depends on Python's version
-        return None
-
-
-# --- Answers ---
-
-
-class PartialCall:
-    """A tool call whose pieces are still arriving."""
-
-    def __init__(self, call_id: str, given_id: str, name: str) -> None:
-        self.id = call_id
-        self.given_id = given_id  # by the server; perhaps empty, or not unique
-        self.name = name
-        self.arguments: object = ""
-
-    def add(self, arguments: object) -> None:
-        if isinstance(arguments, str) and isinstance(self.arguments, str):
-            self.arguments += arguments
-        elif arguments:
-            self.arguments = arguments
-
-    def finished(self) -> ToolCall:
-        return read_tool_call(self.id, self.name, self.arguments)
-
-
-class AnswerReader:
-    """One answer: the provider's documents in, ModelEvents out."""
-
-    def __init__(self, model_id: str) -> None:
-        self.complete = False  # all that matters is here; the stream may end
-        self.over = False  # nothing follows that would be worth reading
-        self.reason = "stop"
-        self.input_tokens = 0
-        self.output_tokens = 0
-        self.calls: list[PartialCall] = []
-        self.provider_data: JsonObject = {}
-        self._model_id = model_id
-        self._text: list[str] = []
-
-    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
-        raise NotImplementedError
-
-    def say(self, text: str) -> Iterator[ModelEvent]:
-        if text:
-            self._text.append(text)
-            yield Delta("text", text)
-
-    def think(self, text: str) -> Iterator[ModelEvent]:
-        if text:
-            yield Delta("thinking", text)
-
-    def open_call(self, given_id: str, name: str) -> PartialCall:
-        # Servers leave ids out, or give all calls of an answer the same.
-        taken = not given_id or any(call.id == given_id for call in self.calls)
-        call = PartialCall(new_call_id() if taken else given_id, given_id, name)
-        self.calls.append(call)
-        return call
-
-    def end(self, reason: str) -> None:
-        self.complete = True
-        self.reason = STOP_REASONS.get(reason, reason) or "stop"
-
-    def finished(self) -> Finished:
-        data = self.provider_data
-        message = ChatMessage(
-            role="assistant",
-            text="".join(self._text),
-            tool_calls=tuple(call.finished() for call in self.calls),
-            provider_data={"by": self._model_id, **data} if data else {},
-        )
-        return Finished(message, self.reason, self.input_tokens, self.output_tokens)
-
-
-class OllamaAnswer(AnswerReader):
-    """An answer of `/api/chat`."""
-
-    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
-        message = _object_of(document, "message")
-        thinking = _text_of(message, "thinking")
-        if thinking:
-            before = self.provider_data.get("thinking", "")
-            self.provider_data["thinking"] = before + thinking
-        yield from self.think(thinking)
-        yield from self.say(_text_of(message, "content"))
-        for call in _objects_of(message, "tool_calls"):
-            function = _object_of(call, "function")
-            opened = self.open_call(_text_of(call, "id"), _text_of(function, "name"))
-            opened.add(function.get("arguments"))
-        if document.get("done") is True:
-            self.end(_text_of(document, "done_reason"))
-            self.over = True
-            self.input_tokens = _count_of(document, "prompt_eval_count")
-            self.output_tokens = _count_of(document, "eval_count")
-
-
-class OpenAiAnswer(AnswerReader):
-    """An answer of `/chat/completions`, from whoever imitates it."""
-
-    def __init__(self, model_id: str) -> None:
-        super().__init__(model_id)
-        self._slots: dict[int, PartialCall] = {}
-
-    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
-        usage = _object_of(document, "usage")
-        if usage:  # in a document of its own, whose `choices` is empty, or in any other
-            self.input_tokens = _count_of(usage, "prompt_tokens")
-            self.output_tokens = _count_of(usage, "completion_tokens")
-        for choice in _objects_of(document, "choices")[:1]:
-            # A server that cannot stream answers with a `message` instead.
-            delta = _object_of(choice, "delta") or _object_of(choice, "message")
-            yield from self._take_delta(delta)
-            reason = _text_of(choice, "finish_reason")
-            if reason:
-                self.end(reason)
-
-    def _take_delta(self, delta: JsonObject) -> Iterator[ModelEvent]:
-        reasoning = _text_of(delta, "reasoning_content")
-        if reasoning:
-            before = self.provider_data.get("reasoning_content", "")
-            self.provider_data["reasoning_content"] = before + reasoning
-        yield from self.think(reasoning or _text_of(delta, "reasoning"))
-        yield from self.say(_text_of(delta, "content"))
-        for part in _objects_of(delta, "content"):  # Mistral's thinking models
-            for thought in _objects_of(part, "thinking"):
-                yield from self.think(_text_of(thought, "text"))
-            yield from self.say(_text_of(part, "text"))
-        for piece in _objects_of(delta, "tool_calls"):
-            self._take_call(piece)
-
-    def _take_call(self, piece: JsonObject) -> None:
-        function = _object_of(piece, "function")
-        call = self._call_of(piece, _text_of(function, "name"))
-        call.add(function.get("arguments"))
-        if piece.get("extra_content"):  # Gemini's signatures
-            extras = self.provider_data.setdefault("extra_content", {})
-            extras[call.id] = piece["extra_content"]
-
-    def _call_of(self, piece: JsonObject, name: str) -> PartialCall:
-        """Return the call to which a piece belongs.
-
-        `index` says so in theory; servers omit it or always send 0.  So a new id opens
-        a new call, and so does a name after arguments that are complete.
-        """
-        slot = _count_of(piece, "index")
-        given_id = _text_of(piece, "id")
-        call = self._slots.get(slot)
-        if call is not None and not self._opens_another(call, given_id, name):
-            call.name = call.name or name
-            return call
-        self._slots[slot] = self.open_call(given_id, name)
-        return self._slots[slot]
-
-    def _opens_another(self, call: PartialCall, given_id: str, name: str) -> bool:
-        if given_id:
-            return given_id != call.given_id
-        return bool(name and call.arguments and not call.finished().malformed)
-
-
-class AnthropicAnswer(AnswerReader):
-    """An answer of `/v1/messages`."""
-
-    def __init__(self, model_id: str) -> None:
-        super().__init__(model_id)
-        self._blocks: dict[int, JsonObject] = {}
-        self._inputs: dict[int, PartialCall] = {}
-        self._whole: list[JsonObject] = []  # the blocks that have ended
-
-    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
-        kind = _text_of(document, "type")
-        index = _count_of(document, "index")
-        if kind == "content_block_delta":
-            yield from self._take_delta(index, _object_of(document, "delta"))
-        elif kind == "content_block_start":
-            yield from self._open_block(index, _object_of(document, "content_block"))
-        elif kind == "content_block_stop":
-            self._close_block(index)
-        elif kind == "message_start":
-            self._count(_object_of(_object_of(document, "message"), "usage"))
-        elif kind == "message_delta":
-            self.reason = _text_of(_object_of(document, "delta"), "stop_reason")
-            self._count(_object_of(document, "usage"))
-        elif kind == "message_stop":
-            self._end_message()
-        # Anything else is a ping, or newer than this: to be ignored, says the vendor.
-
-    def _open_block(self, index: int, block: JsonObject) -> Iterator[ModelEvent]:
-        self._blocks[index] = dict(block)
-        if block.get("type") == "tool_use":
-            call = self.open_call(_text_of(block, "id"), _text_of(block, "name"))
-            call.add(block.get("input"))
-            self._inputs[index] = call
-        yield from self.say(_text_of(block, "text"))
-
-    def _take_delta(self, index: int, delta: JsonObject) -> Iterator[ModelEvent]:
-        block = self._blocks.setdefault(index, {})
-        if index in self._inputs:
-            self._inputs[index].add(_text_of(delta, "partial_json"))
-        for name in ("text", "thinking", "signature"):
-            piece = _text_of(delta, name)
-            if piece:
-                block[name] = _text_of(block, name) + piece
-        yield from self.think(_text_of(delta, "thinking"))
-        yield from self.say(_text_of(delta, "text"))
-
-    def _close_block(self, index: int) -> None:
-        block = self._blocks.pop(index, {})
-        if index in self._inputs:
-            call = self._inputs.pop(index).finished()
-            block = {**block, "id": call.id, "input": call.arguments}
-        if block.get("type") != "text" or block.get("text"):  # it refuses empty ones
-            self._whole.append(block)
-
-    def _count(self, usage: JsonObject) -> None:
-        names = (
-            "input_tokens",
-            "cache_creation_input_tokens",
-            "cache_read_input_tokens",
-        )
-        self.input_tokens = sum(_count_of(usage, n) for n in names) or self.input_tokens
-        self.output_tokens = _count_of(usage, "output_tokens") or self.output_tokens
-
-    def _end_message(self) -> None:
-        self.end(self.reason)
-        self.over = True
-        # Without thinking, text and calls say it all, for any provider.
-        if any("thinking" in _text_of(block, "type") for block in self._whole):
-            self.provider_data["blocks"] = self._whole
-
-
-# --- Providers ---
-
-
-class ProviderSpec(Value):
-    """Somebody who serves models, and the habits that set them apart."""
-
-    id: str
-    label: str
-    protocol: str  # of PROTOCOLS
-    base_url: str
-    url_variable: str = ""
-    call_id: str = "[A-Za-z0-9_-]{1,40}"  # the ids of calls that it takes
-    wants_reasoning: bool = False  # back, or it refuses what follows a tool call
-
-
-PROVIDERS = (
-    ProviderSpec("ollama", "Ollama", "ollama", "http://127.0.0.1:11434", "OLLAMA_HOST"),
-    ProviderSpec(
-        "anthropic",
-        "Anthropic",
-        "anthropic",
-        "https://api.anthropic.com",
-        "ANTHROPIC_BASE_URL",
-    ),
-    ProviderSpec(
-        "openai", "OpenAI", "openai", "https://api.openai.com/v1", "OPENAI_BASE_URL"
-    ),
-    ProviderSpec("openrouter", "OpenRouter", "openai", "https://openrouter.ai/api/v1"),
-    ProviderSpec("groq", "Groq", "openai", "https://api.groq.com/openai/v1"),
-    ProviderSpec(
-        "mistral",
-        "Mistral",
-        "openai",
-        "https://api.mistral.ai/v1",
-        call_id="[A-Za-z0-9]{9}",
-    ),
-    ProviderSpec(
-        "deepseek",
-        "DeepSeek",
-        "openai",
-        "https://api.deepseek.com/v1",
-        wants_reasoning=True,
-    ),
-    ProviderSpec("together", "Together", "openai", "https://api.together.xyz/v1"),
-    ProviderSpec("xai", "xAI", "openai", "https://api.x.ai/v1"),
-    ProviderSpec(
-        "gemini",
-        "Gemini",
-        "openai",
-        "https://generativelanguage.googleapis.com/v1beta/openai",
-    ),
-)
-
-
-class ModelProvider:
-    """A vendor's protocol, spoken with one address."""
-
-    chat_path = ""
-    list_path = ""
-    context_tokens = 100_000  # of most of its models; a guess that errs on their side
-
-    def __init__(
-        self,
-        spec: ProviderSpec,
-        base_url: str,
-        api_key: str,
-        *,
-        first_pause: float = 1.0,  # s before the second try
-    ) -> None:
-        self.spec = spec
-        self.base_url = base_url.rstrip("/")
-        self._api_key = api_key
-        self._first_pause = first_pause
-
-    def stream(
-        self, request: ChatRequest, cancel: Cancellation
-    ) -> Generator[ModelEvent, None, None]:
-        """Yield the answer as it comes; see ChatModel.stream."""
-        body = self._body(request)
-        backoff = Backoff(self._first_pause, 20 * self._first_pause)
-        tries = 1
-        while True:
-            silent = True  # what was shown once cannot be taken back by a new try
-            try:
-                with contextlib.closing(self._attempt(request, body, cancel)) as events:
-                    for event in events:
-                        silent = False
-                        yield event
-                return
-            except ModelBusy as error:
-                delay = max(backoff.next(), error.retry_after or 0)
-                if not silent or tries == MODEL_TRIES or delay > MODEL_PATIENCE:
-                    raise
-                tries += 1
-                notice = (
-                    f"{error}; trying again in {format_duration(delay)} "
-                    f"(try {tries} of {MODEL_TRIES})"
-                )
-            except ModelError as error:
-                delay = 0
-                amended = self._amend(body, error) if silent else None
-                if amended is None:
-                    raise
-                notice = amended
-            if notice:
-                yield Delta("notice", notice)
-            cancel.pause(delay)
-
-    def models(self, cancel: Cancellation) -> list[ModelInfo]:
-        """Return the models that the provider lists.  Raises ModelError, Cancelled."""
-        listing = self._ask("GET", self.list_path, None, cancel)
-        listed = _objects_of(listing, "data") or _objects_of(listing, "models")
-        infos = (self._info(model, cancel) for model in listed)
-        return [info for info in infos if info is not None]
-
-    def _headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json"}
-        if self._api_key:
-            headers["Authorization"] = f"Bearer {self._api_key}"
-        return headers
-
-    def _body(self, request: ChatRequest) -> JsonObject:
-        raise NotImplementedError
-
-    def _reader(self, model_id: str) -> AnswerReader:
-        raise NotImplementedError
-
-    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
-        """Change a request that was refused so that it may pass.
-
-        Return what to tell the person about it, or None where nothing helps.
-        """
-        raise NotImplementedError
-
-    def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
-        """Return what a list says of a model, None where it is none for chats."""
-        raise NotImplementedError
-
-    def _named(self, name: str, title: str, *, supports_tools: bool) -> ModelInfo:
-        return ModelInfo(
-            f"{self.spec.id}/{name}", self.spec.label, title, supports_tools
-        )
-
-    def _attempt(
-        self, request: ChatRequest, body: JsonObject, cancel: Cancellation
-    ) -> Generator[ModelEvent, None, None]:
-        reader = self._reader(f"{self.spec.id}/{request.model}")
-        url = self.base_url + self.chat_path
-        with model_exchange("POST", url, self._headers(), body, cancel) as response:
-            self._check(response)
-            length = 0
-            for data in self._documents(response):
-                if data == b"[DONE]":
-                    reader.complete = True
-                    break
-                length += len(data)
-                check_answer_length(length)
-                yield from reader.take(self._document(data))
-                if reader.over:
-                    break
-            if not reader.complete:
-                raise ModelBusy(f"{self.spec.label} broke off before the answer's end")
-        yield reader.finished()
-
-    def _ask(
-        self, method: str, path: str, body: JsonObject | None, cancel: Cancellation
-    ) -> JsonObject:
-        """Return the answer to one short request.  Raises ModelError, Cancelled."""
-        url = self.base_url + path
-        with model_exchange(
-            method, url, self._headers(), body, cancel, CONNECT_TIMEOUT
-        ) as response:
-            self._check(response)
-            data = response.read(MAX_MODEL_REPLY)
-        try:
-            document = from_json(data)
-        except ValueError as error:
-            raise ModelError(f"{url} is no {self.spec.label}: {error}") from error
-        # Together lists its models without an object around them.
-        return document if isinstance(document, dict) else {"data": document}
-
-    def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        # Some servers tell of an error, or of all at once, without an event stream.
-        if response.getheader("Content-Type", "").startswith("application/json"):
-            return iter([response.read(MAX_MODEL_REPLY)])
-        return _server_sent_data(_lines(response))
-
-    def _document(self, data: bytes) -> JsonObject:
-        """Return one document of the answer.  Raises ModelError where it is none."""
-        try:
-            document = from_json(data)
-        except ValueError as error:
-            raise ModelError(f"{self.spec.label} sent no JSON: {error}") from error
-        if not isinstance(document, dict):
-            raise ModelError(f"{self.spec.label} sent {data[:80]!r} for an object")
-        if document.get("error"):
-            raise self._error(200, document, None)
-        return document
-
-    def _check(self, response: http.client.HTTPResponse) -> None:
-        """Raises ModelError unless the request was taken."""
-        if response.status == 200:
-            return
-        data = response.read(MAX_MODEL_REPLY)
-        try:
-            document = from_json(data)
-        except ValueError:
-            document = data[:2000].decode("utf-8", "replace") or response.reason
-        raise self._error(response.status, document, _retry_after(response))
-
-    def _error(
-        self, status: int, document: Any, retry_after: float | None
-    ) -> ModelError:
-        detail = to_json(document)
-        error = _object_of(document, "error") if isinstance(document, dict) else {}
-        kind = error.get("type") or error.get("code")
-        status = _count_of(error, "code") if status == 200 else status
-        text = clip(_error_text(document), 1000)
-        if self._api_key:  # some servers quote it
-            text = text.replace(self._api_key, "…")
-        message = f"{self.spec.label}: {text}" + (f" ({status})" if status else "")
-        # "Too many tokens" of the last minute are another matter.
-        if status != 429 and re.search(OVERLONG_PATTERN, text):
-            return ContextTooLong(message, detail)
-        if status in (401, 403):
-            return ModelError(f"{message}; is the API key right?", detail)
-        # A used-up quota comes as 429 too, and waiting does not fill it.
-        if "insufficient_quota" not in detail and (
-            status in BUSY_STATUSES or status >= 500 or kind in BUSY_KINDS
-        ):
-            return ModelBusy(message, detail, retry_after)
-        return ModelError(message, detail)
-
-    def _call_id(self, call_id: str) -> str:
-        # A conversation may have begun with a provider that has other ids.
-        if re.fullmatch(self.spec.call_id, call_id):
-            return call_id
-        return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
-
-    def _own_data(
-        self, request: ChatRequest, message: ChatMessage
-    ) -> Mapping[str, Any]:
-        data = message.provider_data
-        return data if data.get("by") == f"{self.spec.id}/{request.model}" else {}
-
-
-class OllamaProvider(ModelProvider):
-    """Ollama's own API, https://docs.ollama.com/api."""
-
-    chat_path = "/api/chat"
-    list_path = "/api/tags"
-    context_tokens = OLLAMA_LAST_CONTEXT
-
-    def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
-        name = _text_of(listed, "name")
-        try:
-            shown = self._ask("POST", "/api/show", {"model": name}, cancel)
-        except ModelError:  # one that is broken must not hide the others
-            return None
-        abilities = shown.get("capabilities")
-        if not isinstance(abilities, list):  # before 0.6.4 it did not say
-            abilities = ["completion", "tools"]
-        if "completion" not in abilities:
-            return None
-        return self._named(name, name, supports_tools="tools" in abilities)
-
-    def _body(self, request: ChatRequest) -> JsonObject:
-        body: JsonObject = {
-            "model": request.model,
-            "messages": [
-                self._message(request, message)
-                for message in settle_tool_calls(request.messages)
-            ],
-            "stream": True,
-        }
-        if request.tools:
-            body["tools"] = function_tools(request.tools)
-        body["options"] = {"num_ctx": self._context_for(body)}
-        return body
-
-    def _message(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
-        value: JsonObject = {"role": message.role, "content": message.text}
-        if message.role == "tool":
-            value["tool_name"] = message.tool_name
-        if message.tool_calls:
-            value["tool_calls"] = [
-                {"function": {"name": call.name, "arguments": call.arguments}}
-                for call in message.tool_calls
-            ]
-        thinking = _text_of(self._own_data(request, message), "thinking")
-        return {**value, "thinking": thinking} if thinking else value
-
-    def _context_for(self, body: JsonObject) -> int:
-        # In doublings: another size makes Ollama load the model anew.  Three
-        # characters a token errs on the safe side, and the answer needs room too.
-        needed = len(to_json(body)) // 3 + 2048
-        size = OLLAMA_FIRST_CONTEXT
-        while size < min(needed, OLLAMA_LAST_CONTEXT):
-            size *= 2
-        return size
-
-    def _reader(self, model_id: str) -> AnswerReader:
-        return OllamaAnswer(model_id)
-
-    def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        return (line for line in _lines(response) if line.strip())
-
-    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
-        if "does not support tools" in error.detail and body.pop("tools", None):
-            return f"{body['model']} cannot use tools: it can only talk"
-        return None
-
-
-def function_tools(tools: Sequence[ToolSpec]) -> list[JsonObject]:
-    """Return `tools` as OpenAI and those after it want them."""
-    return [{"type": "function", "function": to_json_object(tool)} for tool in tools]
-
-
-class OpenAiProvider(ModelProvider):
-    """OpenAI's chat completions, and the many servers that imitate them."""
-
-    chat_path = "/chat/completions"
-    list_path = "/models"
-
-    def _body(self, request: ChatRequest) -> JsonObject:
-        body: JsonObject = {
-            "model": request.model,
-            "messages": [
-                self._message(request, message)
-                for message in settle_tool_calls(request.messages)
-            ],
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if request.tools:
-            body["tools"] = function_tools(request.tools)
-        return body
-
-    def _message(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
-        value: JsonObject = {"role": message.role, "content": message.text}
-        if message.role == "tool":
-            value["tool_call_id"] = self._call_id(message.tool_call_id)
-        data = self._own_data(request, message)
-        if message.tool_calls:
-            value["content"] = message.text or None  # some refuse an empty text here
-            extras = _object_of(data, "extra_content")
-            value["tool_calls"] = [
-                self._call(call, extras) for call in message.tool_calls
-            ]
-        if self.spec.wants_reasoning and message.tool_calls:
-            value["reasoning_content"] = _text_of(data, "reasoning_content")
-        return value
-
-    def _call(self, call: ToolCall, extras: JsonObject) -> JsonObject:
-        value: JsonObject = {
-            "id": self._call_id(call.id),
-            "type": "function",
-            "function": {"name": call.name, "arguments": to_json(call.arguments)},
-        }
-        if call.id in extras:
-            value["extra_content"] = extras[call.id]
-        return value
-
-    def _reader(self, model_id: str) -> AnswerReader:
-        return OpenAiAnswer(model_id)
-
-    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
-        if "stream_options" in error.detail and body.pop("stream_options", None):
-            return ""  # only the token counts are lost
-        return None
-
-    def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo | None:
-        name = _text_of(listed, "id")
-        # OpenAI's list does not tell its chat models from the others.
-        if re.search("embed|whisper|tts|dall-e|moderat|image|audio|realtime", name):
-            return None
-        mistral = (
-            _object_of(listed, "capabilities").get("function_calling") is not False
-        )
-        openrouter = listed.get("supported_parameters", ["tools"])
-        tools = mistral and isinstance(openrouter, list) and "tools" in openrouter
-        return self._named(name, name, supports_tools=tools)
-
-
-class AnthropicProvider(ModelProvider):
-    """Anthropic's messages API, https://docs.anthropic.com/en/api/messages."""
-
-    chat_path = "/v1/messages"
-    list_path = "/v1/models?limit=1000"
-    context_tokens = 200_000
-
-    def _headers(self) -> dict[str, str]:
-        return {
-            "Content-Type": "application/json",
-            "anthropic-version": ANTHROPIC_VERSION,
-            "x-api-key": self._api_key,
-        }
-
-    def _body(self, request: ChatRequest) -> JsonObject:
-        messages = settle_tool_calls(request.messages)
-        system = [m.text for m in messages if m.role == "system" and m.text]
-        body: JsonObject = {
-            "model": request.model,
-            "max_tokens": ANTHROPIC_MAX_TOKENS,
-            "messages": self._turns(request, messages),
-            "stream": True,
-        }
-        if system:
-            body["system"] = "\n\n".join(system)
-        if request.tools:
-            body["tools"] = [
-                {
-                    "name": tool.name,
-                    "description": tool.description,
-                    "input_schema": tool.parameters,
-                }
-                for tool in request.tools
-            ]
-        return body
-
-    def _turns(
-        self, request: ChatRequest, messages: Sequence[ChatMessage]
-    ) -> list[JsonObject]:
-        """Return the turns, which alternate: results and what follows make one."""
-        turns: list[JsonObject] = []
-        for message in messages:
-            role = "assistant" if message.role == "assistant" else "user"
-            blocks = [] if message.role == "system" else self._blocks(request, message)
-            if blocks and turns and turns[-1]["role"] == role:
-                turns[-1]["content"] += blocks
-            elif blocks:
-                turns.append({"role": role, "content": list(blocks)})
-        return turns
-
-    def _blocks(self, request: ChatRequest, message: ChatMessage) -> list[JsonObject]:
-        kept = _objects_of(self._own_data(request, message), "blocks")
-        if kept:
-            return kept
-        if message.role == "tool":
-            call_id = self._call_id(message.tool_call_id)
-            result = {"type": "tool_result", "tool_use_id": call_id}
-            return [{**result, "content": message.text}]
-        text = [{"type": "text", "text": message.text}] if message.text.strip() else []
-        return text + [
-            {
-                "type": "tool_use",
-                "id": self._call_id(call.id),
-                "name": call.name,
-                "input": call.arguments,
-            }
-            for call in message.tool_calls
-        ]
-
-    def _reader(self, model_id: str) -> AnswerReader:
-        return AnthropicAnswer(model_id)
-
-    def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo:
-        name = _text_of(listed, "id")
-        title = _text_of(listed, "display_name")
-        return self._named(name, title or name, supports_tools=True)
-
-    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
-        # Old models allow less, and only the refusal says how much.
-        match = re.search(r"max_tokens: \d+ > (\d+)", error.detail)
-        if match is None or int(match.group(1)) >= body["max_tokens"]:
-            return None
-        body["max_tokens"] = int(match.group(1))
-        return ""
-
-
-PROTOCOLS: Mapping[str, type[ModelProvider]] = {
-    "ollama": OllamaProvider,
-    "openai": OpenAiProvider,
-    "anthropic": AnthropicProvider,
-}
-
-
-class ProviderSettings(Value):
-    """What a person entered for one provider in Settings → Models."""
-
-    api_key: str = ""
-    base_url: str = ""
-
-    FILE: ClassVar[str] = "models.json"
-
-    @classmethod
-    def load_all(cls, directory: Path) -> dict[str, ProviderSettings]:
-        """Return what was entered, by provider.  Raises BadConfiguration."""
-        path = directory / cls.FILE
-        value = read_settings_file(path) or {}
-        try:
-            return {
-                name: cls(
-                    api_key=optional(entry, "api_key", str) or "",
-                    base_url=optional(entry, "base_url", str) or "",
-                )
-                for name, entry in ((n, required(value, n, dict)) for n in value)
-            }
-        except RpcError as error:
-            raise BadConfiguration(f"{path}: {error.message}") from error
-
-    @classmethod
-    def save_all(
-        cls, directory: Path, settings: Mapping[str, ProviderSettings]
-    ) -> None:
-        """Write models.json.  Raises BadConfiguration."""
-        value = {
-            name: {"api_key": entry.api_key, "base_url": entry.base_url}
-            for name, entry in settings.items()
-        }
-        write_settings_file(directory / cls.FILE, value)
-
-
-def all_providers(settings: Mapping[str, ProviderSettings]) -> list[ProviderSpec]:
-    """Return the providers that are known, and those that `settings` adds.
-
-    What is added is taken for OpenAI-compatible: llama.cpp, vLLM, LM Studio are.
-    """
-    known = {spec.id for spec in PROVIDERS}
-    return [*PROVIDERS] + [
-        ProviderSpec(name, name, "openai", entry.base_url)
-        for name, entry in settings.items()
-        if name not in known and entry.base_url and "/" not in name
-    ]
-
-
-def _with_path(base_url: str) -> str:
-    # People leave it out for their LM Studio.
-    bare = not urlsplit(base_url).path.strip("/")
-    return base_url.rstrip("/") + "/v1" if bare else base_url
-
-
-def make_providers(
-    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
-) -> list[ModelProvider]:
-    """Return the providers that can be used; the environment beats `settings`."""
-    providers = []
-    for spec in all_providers(settings):
-        entered = settings.get(spec.id, ProviderSettings())
-        api_key = environ.get(API_KEY_VARIABLES.get(spec.id, "")) or entered.api_key
-        base_url = environ.get(spec.url_variable) or entered.base_url
-        if spec.protocol == "ollama":
-            base_url = ollama_url(base_url or spec.base_url)
-        elif spec.protocol == "openai" and base_url:
-            base_url = _with_path(base_url)
-        if api_key or base_url:
-            make = PROTOCOLS[spec.protocol]
-            providers.append(make(spec, base_url or spec.base_url, api_key))
-    return providers
-
-
-def describe_providers(
-    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
-) -> list[JsonObject]:
-    """Return each provider and where its key is from, for people; never the key."""
-    descriptions = []
-    for spec in all_providers(settings):
-        entered = settings.get(spec.id, ProviderSettings())
-        variable = API_KEY_VARIABLES.get(spec.id, "")
-        source = "settings" if entered.api_key else ""
-        descriptions.append(
-            {
-                "id": spec.id,
-                "label": spec.label,
-                "keyVariable": variable,
-                "keyFrom": "environment" if environ.get(variable) else source,
-                "baseUrl": entered.base_url or spec.base_url,
-            }
-        )
-    return descriptions
-
-
-def context_of(provider_id: str) -> int:
-    """Return the tokens that a provider's models hold, whoever reaches it."""
-    protocols = {spec.id: spec.protocol for spec in PROVIDERS}
-    return PROTOCOLS[protocols.get(provider_id, "openai")].context_tokens
-
-
-class ProviderModel:
-    """A model of a provider that this machine reaches; a ChatModel."""
-
-    def __init__(self, provider: ModelProvider, name: str) -> None:
-        self.id = f"{provider.spec.id}/{name}"
-        self.context_tokens = provider.context_tokens
-        self._provider = provider
-        self._name = name
-
-    def stream(
-        self,
-        messages: Sequence[ChatMessage],
-        tools: Sequence[ToolSpec],
-        cancel: Cancellation,
-    ) -> Generator[ModelEvent, None, None]:
-        """Yield the answer as it comes; see ChatModel.stream."""
-        request = ChatRequest(self._name, tuple(messages), tuple(tools))
-        return self._provider.stream(request, cancel)
-
-
-class ModelCatalog:
-    """The models that the providers of this machine list."""
-
-    def __init__(self, providers: Sequence[ModelProvider]) -> None:
-        self._lock = threading.Lock()  # guards the four below
-        self._providers = {provider.spec.id: provider for provider in providers}
-        self._models: list[ModelInfo] = []
-        self._errors: dict[str, str] = {}
-        self._fresh = Deadline(0)
-
-    def replace(self, providers: Sequence[ModelProvider]) -> None:
-        """Use these providers from now on: somebody changed the settings."""
-        with self._lock:
-            self._providers = {provider.spec.id: provider for provider in providers}
-            self._fresh = Deadline(0)
-
-    def model(self, model_id: str) -> ProviderModel:
-        """Return a model by its id, provider/name, be it listed or not.
-
-        Raises ModelError where there is no such provider.
-        """
-        provider_id, _, name = model_id.partition("/")
-        with self._lock:
-            provider = self._providers.get(provider_id)
-            known = ", ".join(self._providers) or "none"
-        if provider is None or not name:
-            raise ModelError(
-                f"{model_id!r} is no model: write PROVIDER/NAME with one of the "
-                f"providers that are set up ({known})"
-            )
-        return ProviderModel(provider, name)
-
-    def claims(self, model_id: str) -> bool:
-        """Return whether a model is one of a provider here, be that set up or not."""
-        provider_id, slash, _ = model_id.partition("/")
-        with self._lock:
-            known = {*self._providers, *(spec.id for spec in PROVIDERS)}
-        return bool(slash) and provider_id in known
-
-    def models(
-        self, cancel: Cancellation, *, refresh: bool = False
-    ) -> tuple[list[ModelInfo], dict[str, str]]:
-        """Return the models, and by provider why one could not be asked.
-
-        They are remembered for a while.  Raises Cancelled.
-        """
-        with self._lock:
-            if not refresh and not self._fresh.expired:
-                return list(self._models), dict(self._errors)
-            providers = list(self._providers.values())
-        models, errors = list_models(providers, cancel)
-        with self._lock:
-            if providers == list(self._providers.values()):
-                self._models, self._errors = models, errors
-                lifetime = MODEL_LIST_RETRY if errors else MODEL_LIST_LIFETIME
-                self._fresh = Deadline(lifetime)
-        return models, errors
-
-
-def list_models(
-    providers: Sequence[ModelProvider], cancel: Cancellation
-) -> tuple[list[ModelInfo], dict[str, str]]:
-    """Ask all providers at once; return their models, and who could not answer why.
-
-    Raises Cancelled.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    models: list[ModelInfo] = []
-    errors: dict[str, str] = {}
-    with ThreadPoolExecutor(
-        max(1, len(providers)), thread_name_prefix="moltis-models"
-    ) as pool:
-        asked = [(p, pool.submit(p.models, cancel)) for p in providers]
-        for provider, answer in asked:
-            try:
-                models += answer.result()
-            except ModelError as error:
-                errors[provider.spec.id] = str(error)
-    return models, errors
-
-
-# ==============================================================================
 # Machine
 # Uses: Wire protocol, Commands, Telemetry, Language models
 #
-# Jobs carried out on one computer: the table of works, the lines, logs by id.  A node
-# serves its gateway with it, and the gateway has one for `Local`, so that Local is a
-# node like the others.  It knows no connection: reports go to a MachinePeer.
+# The jobs of one computer: the table of works, the lines, logs by id.  A node serves its
+# gateway with it; the gateway has one for `Local`, which is a node like the others.
+# It opens no connection: reports go to a MachinePeer.
 # ==============================================================================
 
 CAP_RUN = "system.run"  # Moltis gateways require it
 CAP_LLM = "llm.chat"  # the machine lends its language models
 
-SYSTEM_RUN = "system.run"  # Moltis' names of the works `run`, `which`, ...
+SYSTEM_RUN = "system.run"
 SYSTEM_WHICH = "system.which"
 SYSTEM_PROVIDERS = "system.providers"
-MACHINE_COMMANDS = (SYSTEM_RUN, SYSTEM_WHICH, SYSTEM_PROVIDERS)
+INVOKED_WORKS: Mapping[str, str] = {  # works by Moltis' names of them
+    SYSTEM_RUN: "run",
+    SYSTEM_WHICH: "which",
+    SYSTEM_PROVIDERS: "providers",
+}
+MACHINE_COMMANDS = tuple(INVOKED_WORKS)
 MACHINE_CAPABILITIES = (CAP_RUN, CAP_SCRAM, CAP_JOBS)
 
 MAX_RUNNING = 16  # commands side by side
-MAX_LINE = 1000  # commands that wait for one of these places; more are refused
+MAX_LINE = 1000  # commands in line for one of these places; more are refused
 MAX_LENT = 8  # questions to this machine's models side by side; more are refused
 MAX_KEPT = 1000  # unacknowledged endings; beyond it the oldest is dropped
-MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; beyond it the oldest is, too
+MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; the same at this bound
 MAX_RESULT = 48 * 1024  # bytes of JSON: a result is in the ending, which is one frame
 MAX_REMEMBERED = 10_000  # ids of forgotten jobs, about 1.5 MB; the oldest is dropped
 
 WORKER_LINGER = 10.0  # s that a thread waits for another job
-PLACE_TICK = 0.2  # s between two looks at the lines
+PLACE_TICK = 0.2  # s between two checks of the lines
 PLACE_INTERVAL = 1.0  # s between two reports of one job's place
 
 NODE_STOPPED = "its node stopped"
@@ -7200,13 +7042,13 @@ class MachinePeer(Protocol):
     """The current connection to the gateway.  No method blocks or raises."""
 
     def log_ready(self, log: JobLog) -> None:
-        """There is something for log.take()."""
+        """log.take() has something to return."""
 
     def place(self, job_id: str, place: int) -> None:
         """The job is in line, from 1; 0: it left the line."""
 
     def input_consumed(self, job_id: str, offset: int, *, resume: bool = False) -> None:
-        """Input up to `offset` is consumed; `resume`: send again from there."""
+        """Input up to `offset` is consumed; `resume`: resend from there."""
 
 
 # Marks with which a shell runs a second command or writes a file, and those that change
@@ -7218,43 +7060,18 @@ SHELL_MARKS = r"[;&|`<>\n\r'\"\\#]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
 PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
 
 
-class AllowedCommands:
-    """The commands and works that this machine's owner allows.
+def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
+    if len(unit) > 1:
+        import fnmatch
 
-    Shell patterns (`*`, `?`, `[…]`) on the whole command line.  A wildcard matches no
-    mark with which the shell would go on to another command or to a file: a pattern
-    has to spell it.  Works other than `run` are allowed by their name.
-    """
-
-    def __init__(self, patterns: Sequence[str]) -> None:
-        self._names = frozenset(patterns)
-        self._patterns = [re.findall(PATTERN_UNIT, pattern) for pattern in patterns]
-
-    def check(self, spec: CommandSpec) -> None:
-        """Raises RpcError FORBIDDEN unless the command may run."""
-        if spec.cwd and spec.cwd.strip():
-            raise RpcError(
-                "FORBIDDEN",
-                "this machine's owner allows some commands only, and those in the "
-                "node's own working directory",
-            )
-        command = spec.command
-        marks = {match.start() for match in re.finditer(SHELL_MARKS, command)}
-        if not any(_matches(pattern, command, marks) for pattern in self._patterns):
-            raise RpcError(
-                "FORBIDDEN",
-                "this machine's owner does not allow that command; `moltis node add "
-                "--allow` there names those that are",
-            )
-
-    def allows_work(self, work: str) -> bool:
-        return work in self._names
+        return not is_mark and fnmatch.fnmatchcase(character, unit)
+    return unit == character or (unit == "?" and not is_mark)
 
 
 def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
-    """Return whether a pattern, in its units, matches `text`.
+    """Return whether a pattern, split into units, matches `text`.
 
-    It takes no longer than one length times the other, whatever a stranger sends.
+    Takes time in proportion to the product of both lengths at most, for any input.
     """
     place = at = 0
     star: tuple[int, int] | None = None  # after the last `*`, and the text after it
@@ -7266,19 +7083,44 @@ def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
         elif _unit_matches(unit, text[at], at in marks):
             place, at = place + 1, at + 1
         elif star is not None and star[1] not in marks:
-            star = (star[0], star[1] + 1)  # the `*` takes one character more
+            star = (star[0], star[1] + 1)  # the `*` matches one more character
             place, at = star
         else:
             return False
     return all(unit == "*" for unit in pattern[place:])
 
 
-def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
-    if len(unit) > 1:
-        import fnmatch
+class AllowedCommands:
+    """The commands and works that this machine's owner allows.
 
-        return not is_mark and fnmatch.fnmatchcase(character, unit)
-    return unit == character or (unit == "?" and not is_mark)
+    Shell patterns (`*`, `?`, `[…]`) match the whole command line.  A wildcard matches
+    no mark that starts another command or names a file: the pattern has to spell it.
+    Works other than `run` are allowed by name.
+    """
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self._names = frozenset(patterns)
+        self._patterns = [re.findall(PATTERN_UNIT, pattern) for pattern in patterns]
+
+    def check(self, spec: CommandSpec) -> None:
+        """Raises RpcError FORBIDDEN unless the command may run."""
+        if spec.cwd and spec.cwd.strip():
+            raise RpcError(
+                "FORBIDDEN",
+                "this machine's owner allows some commands only, all of them in the "
+                "node's own working directory; leave out cwd",
+            )
+        command = spec.command
+        marks = {match.start() for match in re.finditer(SHELL_MARKS, command)}
+        if not any(_matches(pattern, command, marks) for pattern in self._patterns):
+            raise RpcError(
+                "FORBIDDEN",
+                "this machine's owner does not allow that command; allow it there with "
+                "`moltis node add --allow`",
+            )
+
+    def allows_work(self, work: str) -> bool:
+        return work in self._names
 
 
 class MachineOptions(Value):
@@ -7293,14 +7135,14 @@ class MachineOptions(Value):
 
 
 class Task(Protocol):
-    """A job as its work carries it out."""
+    """The execution of one job, as a work implements it."""
 
     @property
     def consumed(self) -> int | None:
         """The offset of the input that was consumed; None where it takes none."""
 
     def begin(self) -> None:
-        """Start early, in the calling thread; run() in another goes on with it."""
+        """Start early, in the calling thread; run() continues in another."""
 
     def run(self) -> Ending: ...
 
@@ -7311,7 +7153,7 @@ class Task(Protocol):
 
 
 class Errand:
-    """A task that is one function: it may write JSON lines, and returns a result."""
+    """A task that is one function, which returns a result and may write JSON lines."""
 
     consumed = None
 
@@ -7350,7 +7192,7 @@ class Errand:
         return ending.replace(duration=duration)
 
     def input(self, _offset: int, _data: bytes) -> None:
-        """Raises RpcError: all that it needs is in its spec."""
+        """Raises RpcError."""
         raise RpcError("INVALID_REQUEST", "this work takes no input")
 
     def cancel(self, reason: str = "") -> None:
@@ -7359,7 +7201,7 @@ class Errand:
         self._room.set()
 
     def write(self, value: Value) -> None:
-        """Append `value` as a line; waits for room.  Raises Cancelled."""
+        """Append `value` as a line, once there is room.  Raises Cancelled."""
         data = to_json(value).encode("utf-8", "replace") + b"\n"
         for start in range(0, len(data), MAX_FRAME_DATA):
             while not self._log.room:
@@ -7430,7 +7272,7 @@ def _models(options: MachineOptions, spec: ModelsSpec, errand: Errand) -> JsonOb
 
 
 def _chat(options: MachineOptions, spec: ChatRequest, errand: Errand) -> JsonObject:
-    # The address that is asked is the provider's own, of this machine's settings.
+    # The provider's address comes from this machine's settings, not from the request.
     model = _lent_catalog(options).model(spec.model)
     stream = model.stream(spec.messages, spec.tools, errand.cancellation)
     with contextlib.closing(stream) as events:
@@ -7482,7 +7324,7 @@ def find_work(name: str) -> Work:
 
 
 def check_spec(work: str, spec: JsonObject) -> JsonObject:
-    """Return the spec as a node gets it: checked, the environment filtered.
+    """Return the spec to send to a node: checked, the environment filtered.
 
     Raises RpcError INVALID_REQUEST.
     """
@@ -7497,39 +7339,39 @@ class MachineJob:
         self.id = log.job_id
         self.work = work
         self.log = log
-        self.task = task  # None: it was refused
+        self.task = task  # None: refused
         # Guarded by the machine's lock:
-        self.waits = False  # it is in line
-        self.dropped = False  # its gateway does not know it: no acknowledgement comes
-        # Guarded by the machine's lock of places:
+        self.waits = False  # in line
+        self.dropped = False  # unknown to the gateway, which will not acknowledge it
+        # Guarded by Machine._places:
         self.place: int | None = None  # last reported
         self.place_due = 0.0  # monotonic
 
 
 class Machine:
-    """The jobs of this computer, by id; each is carried out once."""
+    """The jobs of this computer, by id; each runs at most once."""
 
     def __init__(self, options: MachineOptions) -> None:
         seal_descriptors()
         self.instance = new_id()  # one life of this process
-        # os.environ decodes at each look: 0.1 ms a command.
+        # A dict: os.environ decodes at each access, 0.1 ms a command.
         environ = command_environment(options.environ)
         self._options = options.replace(environ=environ)
         self._peer: MachinePeer | None = None  # replaced as a whole
-        self._places = threading.Lock()  # held while a place is reported: in order
+        self._places = threading.Lock()  # held by reports of places, to order them
         self._lock = threading.Lock()  # guards all below
         self._changed = threading.Condition(self._lock)  # of _jobs, _kept, _closed
         self._called = threading.Condition(self._lock)  # for threads: _ready, _closed
         self._jobs: dict[str, MachineJob] = {}  # the oldest first
         self._kept: dict[str, None] = {}  # ids of those that ended, the oldest first
-        self._remembered: dict[str, str] = {}  # why a job is refused, by forgotten id
+        self._remembered: dict[str, str] = {}  # forgotten ids: reason to refuse them
         self._running = dict.fromkeys(WORKS, 0)  # jobs that have a place
         self._lines: dict[str, collections.deque[MachineJob]] = {
             name: collections.deque() for name in WORKS
         }
-        self._ready: collections.deque[MachineJob] = collections.deque()  # for a thread
+        self._ready: collections.deque[MachineJob] = collections.deque()  # for _work()
         self._threads: list[threading.Thread] = []  # at most one for each place
-        self._idle = 0  # of them, waiting for: _ready or _closed
+        self._idle = 0  # threads that wait for: _ready or _closed
         self._reporter: threading.Thread | None = None  # while there is a line
         self._stopping = False  # nothing new begins
         self._closed = False
@@ -7549,9 +7391,9 @@ class Machine:
     # For the peer, from any thread
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
-        """Carry out a job, now or when its turn comes; every error is its ending.
+        """Run a job, now or when its turn comes; every error becomes its ending.
 
-        A known id is not carried out again.  A remembered one, which has ended or was
+        A known id does not run again.  A remembered one, which has ended or was
         cancelled before its start, gets an ending with that reason.
         """
         row = WORKS.get(work)
@@ -7574,8 +7416,8 @@ class Machine:
             self._end(job, refusal)
         elif not job.waits and task is not None:
             if first:
-                # Its shell starts while the worker wakes: 40 µs.  Beside others, it
-                # would keep this thread from the next message.
+                # The shell starts while the worker wakes: saves 40 µs.  With other jobs
+                # running, it would delay the next message instead.
                 task.begin()
             self._call_worker(job)
 
@@ -7592,7 +7434,7 @@ class Machine:
                     self._forget(job)
 
     def cancel(self, job_id: str, reason: str = "") -> None:
-        """End a job; one that is not known yet ends as soon as it is started."""
+        """End a job; an unknown one is remembered, and refused if it is started."""
         with self._lock:
             job = self._jobs.get(job_id)
             if job is None:
@@ -7646,7 +7488,7 @@ class Machine:
             self._changed.wait_for(lambda: not self._jobs, timeout)
 
     def close(self) -> None:
-        """Cancel all jobs, with that reason in their endings, and join the threads."""
+        """Cancel all jobs, with NODE_STOPPED as the reason, and join the threads."""
         with self._lock:
             self._stopping = True
             jobs = list(self._jobs.values())
@@ -7714,8 +7556,8 @@ class Machine:
     def _call_worker(self, job: MachineJob) -> None:
         with self._lock:
             self._ready.append(job)
-            # An idle thread has the job 0.2 ms earlier than a new one.  One that was
-            # called and has not come yet counts as idle still: hence the comparison.
+            # An idle thread takes the job 0.2 ms sooner than a new one.  It counts as
+            # idle until it has taken a job: hence the comparison with all ready jobs.
             if len(self._ready) <= self._idle:
                 self._called.notify()
                 return
@@ -7725,7 +7567,7 @@ class Machine:
                 thread.start()
             except RuntimeError:  # no thread is left
                 if self._threads:
-                    return  # those that are there come to it
+                    return  # one of them takes the job later
                 self._ready.remove(job)
             else:
                 self._threads.append(thread)
@@ -7737,7 +7579,7 @@ class Machine:
             self._call_worker(following)
 
     def _work(self) -> None:
-        """Carry out jobs until there have been none for a while."""
+        """Run jobs, until there are none for WORKER_LINGER."""
         thread = threading.current_thread()
         while True:
             thread.name = "moltis-idle"
@@ -7759,7 +7601,7 @@ class Machine:
             return None
 
     def _carry_out(self, job: MachineJob) -> MachineJob | None:
-        """Carry out a job to its ending; return the next in its line."""
+        """Run a job to its ending; return the next in its line."""
         assert job.task is not None
         try:
             ending = job.task.run()
@@ -7789,7 +7631,7 @@ class Machine:
         job.log.ready()
 
     def _drop(self, job: MachineJob) -> None:
-        """End a job, and forget it then."""
+        """End a job, then forget it."""
         with self._lock:
             job.dropped = True
             if job.log.ended:
@@ -7825,15 +7667,12 @@ class Machine:
                 peer.place(job.id, 0)
 
     def _report_place(self, job: MachineJob, place: int) -> None:
-        """Report a place if it is news.
-
-        One at a time, and none after 0, which ends a job's wait.
-        """
+        """Report a place if it changed enough; none follows 0, the end of the wait."""
         now = time.monotonic()
         with self._places:
             known, peer = job.place, self._peer
             if place:
-                # Each of the last ten places; before them, a quarter less than before.
+                # Each of the last ten places; before them, each drop by a fifth.
                 slack = place // 4 if place > 10 else 0
                 news = known is None or known - place > slack
                 news = news and job.waits and now >= job.place_due
@@ -7844,7 +7683,7 @@ class Machine:
                 peer.place(job.id, place)
 
     def _report_places(self) -> None:
-        """Report the places in all lines, until there is no line."""
+        """Report the places in all lines, until no job waits."""
         while True:
             with self._lock:
                 if self._changed.wait_for(lambda: self._closed, PLACE_TICK):
@@ -7868,7 +7707,7 @@ class Machine:
             self._changed.notify_all()
 
     def _trim_kept(self) -> None:
-        """Drop the oldest endings where there are too many, or their logs too large."""
+        """Drop the oldest endings beyond MAX_KEPT and MAX_KEPT_OUTPUT."""
         held = sum(self._jobs[job_id].log.held for job_id in self._kept)
         while len(self._kept) > MAX_KEPT or held > MAX_KEPT_OUTPUT:
             job = self._jobs[next(iter(self._kept))]
@@ -7890,25 +7729,35 @@ class Machine:
 # Uses: Settings, WebSocket frames, WebSocket connections, TLS, SCRAM, Wire protocol,
 #       Commands, Telemetry, Machine
 #
-# A machine's connection to its gateway: dial, authenticate, serve, reconnect, resume.
-# Machine carries out the jobs; Node service starts the node on boot.
+# A node's connection to its gateway: dial, authenticate, serve, reconnect, resume.
+# Machine runs the jobs; Node service starts the node on boot.
 # ==============================================================================
 
-# Refusals that pass: the gateway starts or stops, or its disk is full.
+# Temporary refusals: the gateway starts or stops, or its disk is full.
 PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LIMITED")
 
 MAX_COLLECTED = 200 * 1024  # bytes of a stream in one answer to a Moltis gateway
 ENVELOPE_ROOM = 1024  # bytes of a frame that are left for its envelope
 RESEND_PAUSE = 0.2  # s; a Moltis gateway registers an invoke after sending it
-MOLTIS_PATIENCE = 5.0  # s that a Moltis gateway waits for an answer at least
-MOLTIS_MARGIN = 0.5  # s of it that are left for the way
+MOLTIS_PATIENCE = 5.0  # s; the shortest wait of a Moltis gateway for an answer
+MOLTIS_MARGIN = 0.5  # s of it for the transmission
 
-# Called with whether the node is connected now, and if not, why.
+# Called with whether the node is connected, and the problem if it is not.
 NodeStateHandler: TypeAlias = "Callable[[bool, UserError | None], None]"
 
 
-class _LogSource(Value):
-    """A source of an Outlet: one log, over one connection."""
+def _jobs_extension(hello: JsonObject) -> JsonObject | None:
+    """Return the offsets to send from, by job; None from a Moltis gateway."""
+    extensions = optional(hello, "extensions", dict) or {}
+    ours = optional(extensions, "moltis", dict) or {}
+    jobs: JsonObject | None = optional(ours, "jobs", dict)
+    return jobs
+
+
+class _LogSource(collections.namedtuple("_LogSource", "link log")):
+    """One log as a source of the Outlet of one connection."""
+
+    __slots__ = ()
 
     link: GatewayLink
     log: JobLog
@@ -7925,7 +7774,7 @@ class GatewayLink:
         self._machine = machine
         self._calls = Calls(ws.send)
         self._outlet = Outlet(ws)
-        self._lock = threading.Lock()  # guards _closed; held while a log is taken
+        self._lock = threading.Lock()  # guards _closed; held by take(): see close()
         self._closed = False
         self._handlers: Mapping[str, Callable[[JsonObject], None]] = {
             JOB_START: self._on_start,
@@ -7935,9 +7784,8 @@ class GatewayLink:
         }
 
     def resume(self, hello: JsonObject) -> None:
-        """Go on where the last connection stopped.  Raises RpcError."""
-        ours = _extension(hello) or {}
-        jobs = required(ours, "jobs", dict)
+        """Continue where the last connection stopped.  Raises RpcError."""
+        jobs = _jobs_extension(hello) or {}
         self._machine.resume({job_id: required_offset(jobs, job_id) for job_id in jobs})
 
     def report(self, payload: JsonObject) -> None:
@@ -7962,11 +7810,11 @@ class GatewayLink:
             log.warning("message from the gateway skipped: %s", error)
 
     def run_due(self) -> float | None:
-        """Do what is due; return the seconds until something is, None for never."""
+        """Do the work that is due; return the seconds until the next, None for never."""
         return None
 
     def close(self, error: MoltisError) -> None:
-        """Take nothing more from any log: the next connection does."""
+        """Fail open calls; take no more from the logs, which the next link resumes."""
         with self._lock:
             self._closed = True
         self._calls.close(error)
@@ -7974,7 +7822,8 @@ class GatewayLink:
     # As a MachinePeer
 
     def log_ready(self, log: JobLog) -> None:
-        self._outlet.wake(_LogSource(self, log), log.urgency)
+        # mypy does not see that this tuple is callable.
+        self._outlet.wake(_LogSource(self, log))  # type: ignore[arg-type]
 
     def place(self, job_id: str, place: int) -> None:
         self._send_event(JOB_PLACE, {"id": job_id, "place": place})
@@ -7993,7 +7842,7 @@ class GatewayLink:
             return None if self._closed else log.take()
 
     def _send_event(self, name: str, payload: JsonObject) -> None:
-        with contextlib.suppress(ConnectionClosed):  # resume() reports it again
+        with contextlib.suppress(ConnectionClosed):  # Machine.resume() reports again
             self._ws.send(encode_envelope(Event(name, payload)))
 
     def _on_start(self, payload: JsonObject) -> None:
@@ -8016,31 +7865,6 @@ class GatewayLink:
         )
 
 
-def _extension(hello: JsonObject) -> JsonObject | None:
-    """Return our part of a hello, with `jobs`; None from a Moltis gateway."""
-    extensions = optional(hello, "extensions", dict) or {}
-    ours: JsonObject = optional(extensions, "moltis", dict) or {}
-    return ours if "jobs" in ours else None
-
-
-class _MoltisAnswer:
-    """The answer to one request of a Moltis gateway, as it is collected."""
-
-    def __init__(self, work: str, deadline: Deadline) -> None:
-        self.work = work
-        self.deadline = deadline  # then the gateway stops waiting
-        self.output = {kind: Excerpt(MAX_COLLECTED) for kind in STREAMS}
-
-    def result(self, ending: Ending) -> JsonObject:
-        """Return the result in Moltis' form, cut to MAX_PAYLOAD."""
-        result = moltis_result(self.work, ending, self.output)
-        if "exitCode" not in result:
-            return result
-        # All that such a gateway passes on to its caller is the output.
-        ended = ending.state == JobState.DONE
-        return _fit_result(result, "" if ended else f"\n[moltis: {ending.words()}]\n")
-
-
 def _fit_result(result: JsonObject, words: str) -> JsonObject:
     """Return `result` with `words` after stderr, its output cut to MAX_PAYLOAD."""
     room = MAX_COLLECTED
@@ -8053,29 +7877,40 @@ def _fit_result(result: JsonObject, words: str) -> JsonObject:
         room //= 2
 
 
+class _MoltisAnswer:
+    """Collects a job's log into the answer to one request of a Moltis gateway."""
+
+    def __init__(self, work: str, deadline: Deadline) -> None:
+        self.work = work
+        self.deadline = deadline  # of the gateway's wait
+        self.output = {kind: Excerpt(MAX_COLLECTED) for kind in STREAMS}
+
+    def result(self, ending: Ending) -> JsonObject:
+        """Return the result in Moltis' form, cut to MAX_PAYLOAD."""
+        result = moltis_result(self.work, ending, self.output)
+        if "exitCode" not in result:
+            return result
+        # Such a gateway passes nothing but the output to its caller.
+        ended = ending.state == JobState.DONE
+        return _fit_result(result, "" if ended else f"\n[moltis: {ending.words()}]\n")
+
+
 class MoltisGatewayLink(GatewayLink):
-    """The same to a Moltis gateway, which wants one answer to each request.
+    """A connection to a Moltis gateway, which gets one answer to each request.
 
-    It reads each log to its ending and makes one `node.invoke.result` of it.
+    It turns each log into one `node.invoke.result`.
     """
-
-    WORKS: Mapping[str, str] = {
-        SYSTEM_RUN: "run",
-        SYSTEM_WHICH: "which",
-        SYSTEM_PROVIDERS: "providers",
-    }
 
     def __init__(self, ws: WebSocket, machine: Machine) -> None:
         super().__init__(ws, machine)
         self._handlers = {INVOKE_REQUEST: self._on_request}
-        self._answers: dict[
-            str, _MoltisAnswer
-        ] = {}  # not sent yet, by job; under _lock
-        # For the thread that receives: results to send once more, and when.
+        # By job; guarded by _lock.
+        self._answers: dict[str, _MoltisAnswer] = {}
+        # Refused results, with the time to resend them; for the thread that receives.
         self._again: list[tuple[Deadline, JsonObject]] = []
 
     def resume(self, _hello: JsonObject) -> None:
-        """Let earlier jobs run to their end unread: their gateway has given them up."""
+        """Run earlier jobs to their end, unread: the gateway has given them up."""
         self._machine.resume(self._machine.held())
 
     def place(self, job_id: str, place: int) -> None: ...
@@ -8096,7 +7931,7 @@ class MoltisGatewayLink(GatewayLink):
             taken = self._take(log)
             if taken is None and log.ending is not None:
                 self._answer(log.job_id, log.ending)
-            # Acknowledged after its answer was sent: close() waits for that.
+            # After the answer was sent: NodeAgent.close() waits for this.
             self._machine.acknowledge(log.job_id, offset + len(data))
         return None
 
@@ -8125,10 +7960,10 @@ class MoltisGatewayLink(GatewayLink):
         patience = None
         if isinstance(timeout_ms, (int, float)):
             patience = max(timeout_ms / 1000, MOLTIS_PATIENCE) - MOLTIS_MARGIN
-        work = self.WORKS.get(command, command)
+        work = INVOKED_WORKS.get(command, command)
         with self._lock:
             if job_id in self._answers:
-                return  # it was asked for twice, and is answered once
+                return  # requested twice, answered once
             self._answers[job_id] = _MoltisAnswer(work, Deadline(patience))
         self._machine.start(job_id, work, {**args, "stdin": False})
 
@@ -8136,7 +7971,7 @@ class MoltisGatewayLink(GatewayLink):
         with self._lock:
             answer = self._answers.pop(job_id, None)
         if answer is None:
-            return  # it was late, or asked for over another connection
+            return  # answered at its deadline, or requested over another connection
         params = {"invokeId": job_id, "result": answer.result(ending)}
         with contextlib.suppress(ConnectionClosed):
             sent = self._calls.start(INVOKE_RESULT, params)
@@ -8145,13 +7980,13 @@ class MoltisGatewayLink(GatewayLink):
     def _on_refusal(self, params: JsonObject, sent: Future[Any]) -> None:
         error = sent.exception()
         if isinstance(error, RpcError):
-            log.warning("result not taken job=%s: %s", params["invokeId"], error)
+            log.warning("result refused job=%s: %s", params["invokeId"], error)
             if "no pending invoke" in error.message:
                 self._again.append((Deadline(RESEND_PAUSE), params))
 
 
 def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
-    """Return the payload of the answer to one request, before anything else is obeyed.
+    """Return the payload of the answer to one request; skip all other messages.
 
     Raises RpcError as the gateway says, ConnectionClosed, or TimeoutError.
     """
@@ -8171,10 +8006,13 @@ def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
             return envelope.payload
 
 
-def _channel_binding(ws: WebSocket) -> bytes | None:
-    """Return SCRAM's binding to the gateway's certificate, or None without TLS."""
+def _tls_pin(ws: WebSocket) -> str | None:
+    """Return the pin of the gateway's TLS key; None without TLS, or if unreadable."""
     certificate = ws.peer_certificate()
-    return None if certificate is None else tls_server_end_point(certificate)
+    try:
+        return None if certificate is None else parse_certificate(certificate).pin
+    except ValueError:
+        return None
 
 
 def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
@@ -8186,12 +8024,12 @@ def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
             raise
         raise RpcError(
             error.code,
-            f"{error.message}; a gateway of the original Moltis wants --auth bearer",
+            f"{error.message}; for a gateway of the original Moltis use --auth bearer",
         ) from error
 
 
 class NodeAgent:
-    """A node's life: connected to its gateway, or on the way there."""
+    """Keeps a node connected to its gateway, until close()."""
 
     def __init__(
         self,
@@ -8206,7 +8044,9 @@ class NodeAgent:
         self._on_state = on_state
         self._backoff = Backoff()
         self._stopped = threading.Event()
-        self._leaves = False  # a connection that is made from now on is closed at once
+        self._leaves = False  # new connections are closed at once
+        # TLS key of the last gateway that proved itself; None without TLS.
+        self._proved_pin: str | None = None
         # The current connection, for other threads; replaced as a whole.
         self._serving: tuple[GatewayLink, WebSocket] | None = None
 
@@ -8224,7 +8064,7 @@ class NodeAgent:
                     raise
                 problem = error
             except Exception as error:
-                # Whatever it is: a node that ends is out of reach for good.
+                # A node that ends cannot be reached any more.
                 log.exception("could not connect")
                 problem = UserError(f"could not connect: {error}")
             else:
@@ -8244,7 +8084,7 @@ class NodeAgent:
         """End running commands, report them, and disconnect; run() returns."""
         self._stopped.set()
         self._machine.close()
-        # Set before the look: a connection that is made just now is closed by run().
+        # Set before the read of _serving: _serve() closes a newer connection.
         self._leaves = True
         serving = self._serving
         if serving is not None:
@@ -8252,7 +8092,7 @@ class NodeAgent:
             serving[1].close(CloseCode.GOING_AWAY, "the node stops")
 
     def report(self) -> None:
-        """Send telemetry now, from any thread; nothing while not connected."""
+        """Send telemetry now, if connected; from any thread."""
         serving = self._serving
         if serving is not None:
             with contextlib.suppress(ConnectionClosed):
@@ -8261,25 +8101,28 @@ class NodeAgent:
     def _dial(self) -> tuple[WebSocket, JsonObject]:
         """Return a connection and the gateway's hello.
 
-        Raises Unreachable, Refused, BadConfiguration: one line that says why.
+        Raises Unreachable, Refused, BadConfiguration, each with one line for people.
         """
         url = self._settings.gateway_url
-        # SCRAM binds to the certificate, whoever made it; a bearer token would go to
-        # whoever shows one.
+        # SCRAM binds to any certificate; a bearer token needs a CA to vouch for it.
         ws = connect(url, TlsTrust(bound=self._settings.auth != "bearer"))
         try:
-            return ws, self._authenticate(ws)
+            hello = self._authenticate(ws)
+            self._proved_pin = _tls_pin(ws)
+            return ws, hello
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
-            if error.code == "UNAUTHORIZED":
-                self._machine.resume({})  # the token was revoked: nothing goes on
+            if error.code == "UNAUTHORIZED" and self._proved_pin is not None:
+                # Without TLS, any process on the port of a stopped gateway says so.
+                if _tls_pin(ws) == self._proved_pin:
+                    self._machine.resume({})
             kind = Unreachable if error.code in PASSING_CODES else Refused
             raise kind(f"{url} refused this node: {error.message}") from error
         except AuthenticationError as error:
             ws.abort()
             raise Refused(
-                f"{url} did not prove that it knows this node's token ({error}): "
-                "this is what an impostor looks like; check the address and the token"
+                f"{url} did not prove that it knows this node's token ({error}); it "
+                "may be an impostor: check the address and the token"
             ) from error
         except (ConnectionClosed, TimeoutError) as error:
             ws.abort()
@@ -8288,7 +8131,7 @@ class NodeAgent:
             ) from error
 
     def _authenticate(self, ws: WebSocket) -> JsonObject:
-        """Return the hello-ok payload, after the gateway has proved itself."""
+        """Return the hello-ok payload, once the gateway has proved itself."""
         asked = ConnectParams(
             role="node",
             client_id=self._settings.node_id,
@@ -8304,7 +8147,9 @@ class NodeAgent:
         if self._settings.auth == "bearer":
             params = asked.replace(device_token=token)
             return _exchange(ws, "connect", params.to_json())
-        scram = ScramClient(device_handle(token), token, _channel_binding(ws))
+        certificate = ws.peer_certificate()
+        binding = None if certificate is None else tls_server_end_point(certificate)
+        scram = ScramClient(device_handle(token), token, binding)
         first = _first_step(ws, scram)
         final = scram.final(required(first, "serverFirst", str))
         params = asked.replace(scram_final=final)
@@ -8318,8 +8163,8 @@ class NodeAgent:
         return hello
 
     def _serve(self, ws: WebSocket, hello: JsonObject) -> UserError:
-        """Serve one connection to its end; return why it ended."""
-        moltis = _extension(hello) is None
+        """Serve one connection to its end; return the reason of the end."""
+        moltis = _jobs_extension(hello) is None
         link = (MoltisGatewayLink if moltis else GatewayLink)(ws, self._machine)
         self._serving = (link, ws)
         self._backoff.reset()
@@ -8334,6 +8179,8 @@ class NodeAgent:
             problem = "the gateway closed the connection"
         except ConnectionClosed as error:
             problem = f"the connection to {self._settings.gateway_url} broke: {error}"
+            if error.reason == TOKEN_REVOKED:
+                self._machine.resume({})
         except Exception as error:
             log.exception("connection failed")
             problem = f"the connection failed inside this node: {error}"
@@ -8345,7 +8192,7 @@ class NodeAgent:
         return Unreachable(problem)
 
     def _receive(self, link: GatewayLink, ws: WebSocket) -> None:
-        """Handle what arrives until a clean close, and report in between.
+        """Handle messages and send telemetry until a clean close.
 
         Raises ConnectionClosed.
         """
@@ -12017,12 +11864,13 @@ class Jobs:
         job = self._of_node(link.node_id, job_id)
         if job is None:
             return  # settled, and the node has been told
-        if offset + len(data) > job.acknowledged + LOG_WINDOW + MAX_LOG_MESSAGE:
+        end = offset + len(data)
+        # The one answer of a Moltis node is here already, and bounded.
+        if link.resumes and end > job.acknowledged + LOG_WINDOW + MAX_LOG_MESSAGE:
             raise RpcError(
                 "PROTOCOL_ERROR", f"{job_id}: more than a window is not acknowledged"
             )
         ending = check_frames(data)
-        end = offset + len(data)
         if job.log_end is not None and end > job.log_end:
             raise RpcError("PROTOCOL_ERROR", "frames follow the ending")
         job.log.append(offset, data)
@@ -12394,7 +12242,7 @@ class LocalLink:
 
 # ==============================================================================
 # Agent
-# Uses: Wire protocol, Language models, Store, Fleet, Jobs
+# Uses: Wire protocol, Commands, Language models, Store, Fleet, Jobs
 #
 # Runs in which a model uses the machines of the fleet until it has an answer: its
 # tools and the check of their arguments, the question to a person before a command
@@ -12857,40 +12705,13 @@ def system_prompt(machines: Machines, selected_id: str) -> str:
     )
 
 
-class _Stream:
-    """Head and tail of one output stream."""
-
-    KEPT = 4 * MAX_TOOL_OUTPUT  # bytes of each; a character has at most four
-
-    def __init__(self) -> None:
-        self.total = 0  # bytes
-        self._head = bytearray()
-        self._tail = bytearray()
-
-    def add(self, data: bytes) -> None:
-        self.total += len(data)
-        room = self.KEPT - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:]
-        if len(self._tail) > 2 * self.KEPT:
-            del self._tail[: -self.KEPT]
-
-    def text(self, limit: int) -> str:
-        """Return what fits into `limit` characters, MAX_TOOL_OUTPUT at most."""
-        text = bytes(self._head + self._tail).decode("utf-8", "replace")
-        if len(text) <= limit:
-            return text
-        head, tail = text[: limit // 2], text[len(text) - (limit - limit // 2) :]
-        cut = self.total - len(f"{head}{tail}".encode())
-        return f"{head}\n… {cut:,} bytes cut …\n{tail}"
-
-
 def read_output(read: Callable[[int], Reading], offset: int) -> tuple[JsonObject, int]:
     """Return what a model sees of a log from `offset` on, and the next offset.
 
     Both streams together have MAX_TOOL_OUTPUT characters, head and tail of each.
     """
-    streams = {stream: _Stream() for stream in STREAMS.values()}
+    # A character has at most four bytes.
+    streams = {s: Excerpt(8 * MAX_TOOL_OUTPUT) for s in STREAMS.values()}
     stdout, stderr = streams.values()
     for _ in range(MAX_OUTPUT_READS):
         reading = read(offset)
@@ -14577,8 +14398,8 @@ class Chats:
 
 # ==============================================================================
 # Gateway
-# Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Machine, Store,
-#       Access, Fleet, Jobs, Agent, Model directory, Chat
+# Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Commands,
+#       Machine, Store, Access, Fleet, Jobs, Agent, Model directory, Chat
 #
 # What peers may ask of the gateway, and what it sends them: RPC methods in one table,
 # events to subscribers, jobs between operators and nodes.  A peer's role comes from
@@ -14635,6 +14456,26 @@ def answer_request(
 # --- Operators ---
 
 
+def _takes_input(record: JobRecord) -> bool:
+    return bool(record.spec and (record.spec.get("stdin") or record.spec.get("tty")))
+
+
+STATE_FIELDS = ("id", "state", "words", "failed", "place", "awayMs", "end")
+ENDING_FIELDS = (
+    *("state", "exitCode", "signal", "reason", "stdoutBytes", "stderrBytes"),
+    *("startedAt", "duration"),
+)
+
+
+def job_state(job: Job) -> JsonObject:
+    """Return the payload of the event `job.state`."""
+    view = job_view(job)
+    state = {name: view[name] for name in STATE_FIELDS if name in view}
+    if not job.record.is_open:
+        state["ending"] = {n: view[n] for n in ENDING_FIELDS if n in view}
+    return state
+
+
 class ClientFollower:
     """A job's log on its way to one client: as fast as its connection drains."""
 
@@ -14646,13 +14487,19 @@ class ClientFollower:
         on_done: Callable[[ClientFollower], None],
         *,
         holds: bool,
+        newest: int | None = None,
     ) -> None:
-        """`on_done` is called once the client knows all of what it watches."""
+        """`on_done` is called once the client knows all of what it watches.
+
+        `newest`: bytes; a watcher that falls behind by several times as many gets only
+        that much of the end.
+        """
         self.job = job
         self.position = offset  # the client has read all before it
         self.holds = holds
         self._outlet = outlet
         self._on_done = on_done
+        self._newest = newest
         self._is_open = False
         self._sent = offset
         self._state: object = None  # as the client knows it
@@ -14694,6 +14541,9 @@ class ClientFollower:
             return encode_envelope(Event(JOB_INPUT, payload))
         # Before the log is read: an ending follows all bytes.
         state = (record.state, job.place, job.away_since is not None)
+        newest = self._newest
+        if newest is not None and job.log.end - self._sent > 4 * newest:
+            self._sent = job.log.tail(newest)
         start, data = job.log.read(self._sent, MAX_LOG_MESSAGE)
         if data:
             self._sent = start + len(data)
@@ -14708,26 +14558,6 @@ class ClientFollower:
         if self.is_done:
             self._on_done(self)
         return encode_envelope(Event(JOB_STATE, job_state(job)))
-
-
-def _takes_input(record: JobRecord) -> bool:
-    return bool(record.spec and (record.spec.get("stdin") or record.spec.get("tty")))
-
-
-STATE_FIELDS = ("id", "state", "words", "failed", "place", "awayMs", "end")
-ENDING_FIELDS = (
-    *("state", "exitCode", "signal", "reason", "stdoutBytes", "stderrBytes"),
-    *("startedAt", "duration"),
-)
-
-
-def job_state(job: Job) -> JsonObject:
-    """Return the payload of the event `job.state`."""
-    view = job_view(job)
-    state = {name: view[name] for name in STATE_FIELDS if name in view}
-    if not job.record.is_open:
-        state["ending"] = {n: view[n] for n in ENDING_FIELDS if n in view}
-    return state
 
 
 class OperatorPeer:
@@ -14778,14 +14608,18 @@ class OperatorPeer:
                 "RATE_LIMITED", f"a connection follows at most {MAX_FOLLOWED} jobs"
             )
 
-    def follow(self, job: Job, offset: int, *, holds: bool) -> int:
+    def follow(
+        self, job: Job, offset: int, *, holds: bool, newest: int | None = None
+    ) -> int:
         """Send the job's log from `offset` on, or from what is left of it.
 
         Returns where it begins.
         """
         self.unfollow(job.id, leaves=False)
         start = job.log.boundary(max(offset, job.log.begin))
-        follower = ClientFollower(job, self._outlet, start, self._drop, holds=holds)
+        follower = ClientFollower(
+            job, self._outlet, start, self._drop, holds=holds, newest=newest
+        )
         with self._lock:
             self._followers[job.id] = follower
         self._unopened.append(follower)
@@ -14906,6 +14740,27 @@ class Optional(Value):
     default: Any = None
 
 
+def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
+    """Raises RpcError INVALID_REQUEST, which names the parameter."""
+    if isinstance(kind, Optional):
+        if call.params.get(name) is None:
+            return kind.default
+        kind = kind.kind
+    if kind is RpcCall:
+        return call
+    if kind is Caller:
+        return call.caller
+    if kind is OperatorPeer:
+        return call.require_peer()
+    if not isinstance(kind, type):
+        return kind(call.params, name)
+    value = required(call.params, name, kind)
+    # Neither the store nor the timeout of a thread takes more.
+    if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
+        raise RpcError("INVALID_REQUEST", f"{name} is out of range")
+    return value
+
+
 class Method:
     """An action with the scope it needs, and its parameters by their JSON names."""
 
@@ -14930,41 +14785,24 @@ class Method:
         return {} if payload is None else payload
 
 
-def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
-    """Raises RpcError INVALID_REQUEST, which names the parameter."""
-    if isinstance(kind, Optional):
-        if call.params.get(name) is None:
-            return kind.default
-        kind = kind.kind
-    if kind is RpcCall:
-        return call
-    if kind is Caller:
-        return call.caller
-    if kind is OperatorPeer:
-        return call.require_peer()
-    if not isinstance(kind, type):
-        return kind(call.params, name)
-    value = required(call.params, name, kind)
-    # Neither the store nor the timeout of a thread takes more.
-    if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
-        raise RpcError("INVALID_REQUEST", f"{name} is out of range")
-    return value
-
-
 def required_id(params: JsonObject, _name: str) -> str:
     """Return the `id` of a job.  Raises RpcError."""
     job_id: str = required(params, "id", str)
     return job_id
 
 
-def required_wait(params: JsonObject, name: str) -> float:
-    """Return the seconds for which an answer may wait.  Raises RpcError."""
-    wait: float = required(params, name, float)
-    if not 0 <= wait <= MAX_WAIT:
-        raise RpcError(
-            "INVALID_REQUEST", f"{name} takes 0 to {MAX_WAIT:.0f} s, not {wait:g}"
-        )
-    return wait
+def seconds(limit: float) -> Kind:
+    """Return the kind of a parameter that is a time of at most `limit` s."""
+
+    def check(params: JsonObject, name: str) -> float:
+        value: float = required(params, name, float)
+        if not 0 <= value <= limit:
+            raise RpcError(
+                "INVALID_REQUEST", f"{name} takes 0 to {limit:.0f} s, not {value:g}"
+            )
+        return value
+
+    return check
 
 
 def required_texts(params: JsonObject, name: str) -> list[str]:
@@ -15083,7 +14921,7 @@ class NodeMethods:
         # Under whichever id: it may be connecting now, or may have connected twice.
         for node in self._fleet.all_connected():
             if node.device_id == device.id:
-                node.link.hang_up("the token was revoked")
+                node.link.hang_up(TOKEN_REVOKED)
 
 
 def invoke_result(job: Job) -> JsonObject:
@@ -15126,11 +14964,8 @@ def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
     return pieces
 
 
-INVOKED_WORKS: Mapping[str, str] = {
-    SYSTEM_RUN: "run",
-    SYSTEM_WHICH: "which",
-    SYSTEM_PROVIDERS: "providers",
-}
+def caller_origin(caller: Caller) -> Origin:
+    return Origin(caller.kind, caller.id, caller.name, caller.address)
 
 
 class JobMethods:
@@ -15161,8 +14996,6 @@ class JobMethods:
         kept = not hold if keep is None else keep
         if not (kept or hold):
             raise RpcError("INVALID_REQUEST", "a job needs keep or hold")
-        if not 0 <= queue <= MAX_QUEUE:
-            raise RpcError("INVALID_REQUEST", f"queue takes 0 to {MAX_QUEUE:.0f} s")
         records = [
             new_job(
                 self._fleet.resolve(required(item, "node", str)),
@@ -15193,15 +15026,21 @@ class JobMethods:
         job: Job,
         offset: int,
         tail: int | None,
+        skip: bool,
         hold: bool,
     ) -> JsonObject:
-        """Send the log from `offset` on; of what is there, at most the last `tail`."""
+        """Send the log from `offset` on; of what is there, at most the last `tail`.
+
+        `skip`: also later, if the client falls behind by several times as much.
+        """
         if hold:
             peer.caller.require(Scope.WRITE)
         peer.check_room(1)
         if tail is not None:
             offset = max(offset, job.log.tail(tail))
-        return {"job": job_view(job), "offset": peer.follow(job, offset, holds=hold)}
+        newest = tail if skip and not hold else None
+        start = peer.follow(job, offset, holds=hold, newest=newest)
+        return {"job": job_view(job), "offset": start}
 
     def unfollow(self, peer: OperatorPeer, job_id: str, leave: bool) -> None:
         peer.unfollow(job_id, leaves=leave)
@@ -15264,10 +15103,6 @@ class JobMethods:
         return mapped(self._jobs.ended(job, None), invoke_result)
 
 
-def caller_origin(caller: Caller) -> Origin:
-    return Origin(caller.kind, caller.id, caller.name, caller.address)
-
-
 class ChatMethods:
     """What operators may do in sessions."""
 
@@ -15326,6 +15161,10 @@ def session_label(params: JsonObject, name: str) -> str:
     return valid_name(label) if label.strip() else ""
 
 
+def _key_view(key: OperatorKey) -> JsonObject:
+    return {**key.to_json(), "keyId": key.id}
+
+
 class AccessMethods:
     """What administrators may do about operators: keys, sign-ins, the audit."""
 
@@ -15371,13 +15210,20 @@ class AccessMethods:
             raise RpcError("NOT_FOUND", f"there is no sign-in {clip(login_id, 80)}")
         self._audience.hang_up(lambda caller: caller.login_id == login_id)
 
-    def audit(self, offset: int, limit: int) -> list[JsonObject]:
-        entries = self._audit.page(offset=offset, limit=limit)
+    def audit(self, until: int | None, offset: int, limit: int) -> list[JsonObject]:
+        """Answer with events and commands, the newest first; see AuditTable.page()."""
+        entries = self._audit.page(until=until, offset=offset, limit=limit)
         return [{**entry.to_json(), "words": entry.words()} for entry in entries]
 
 
-def _key_view(key: OperatorKey) -> JsonObject:
-    return {**key.to_json(), "keyId": key.id}
+def _known_events(names: list[str]) -> set[str]:
+    for name in names:
+        if name not in EVENTS:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"there is no event {name[:100]!r}; there is {', '.join(EVENTS)}",
+            )
+    return set(names)
 
 
 def subscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
@@ -15390,16 +15236,6 @@ def unsubscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
     """Send the caller these events no longer.  Raises RpcError."""
     peer.events -= _known_events(events)
     return {"subscriptionId": peer.id, "events": sorted(peer.events)}
-
-
-def _known_events(names: list[str]) -> set[str]:
-    for name in names:
-        if name not in EVENTS:
-            raise RpcError(
-                "INVALID_REQUEST",
-                f"there is no event {name[:100]!r}; there is {', '.join(EVENTS)}",
-            )
-    return set(names)
 
 
 class Rpc:
@@ -15455,7 +15291,7 @@ class Rpc:
                 spec=dict,
                 keep=Optional(bool),
                 hold=flag,
-                queue=Optional(float, 0.0),
+                queue=Optional(seconds(MAX_QUEUE), 0.0),
             ),
             "job.follow": Method(
                 *(jobs.follow, read),
@@ -15463,6 +15299,7 @@ class Rpc:
                 job=jobs.job,
                 offset=offset,
                 tail=Optional(required_offset),
+                skip=flag,
                 hold=flag,
             ),
             "job.unfollow": Method(
@@ -15478,11 +15315,11 @@ class Rpc:
                 *(jobs.read, read),
                 job=jobs.job,
                 offset=offset,
-                wait=Optional(required_wait, 0.0),
+                wait=Optional(seconds(MAX_WAIT), 0.0),
                 encoding=Optional(one_of("text", "base64"), "text"),
             ),
             "job.wait": Method(
-                jobs.wait, read, job=jobs.job, wait=Optional(required_wait, 30.0)
+                jobs.wait, read, job=jobs.job, wait=Optional(seconds(MAX_WAIT), 30.0)
             ),
             "job.list": Method(
                 *(jobs.page, read),
@@ -15544,7 +15381,9 @@ class Rpc:
             "keys.revoke": Method(access.revoke_key, admin, keyId=str, by=Caller),
             "logins.list": Method(access.logins, admin, caller=Caller),
             "logins.revoke": Method(access.revoke_login, admin, loginId=str, by=Caller),
-            "audit.list": Method(access.audit, admin, offset=offset, limit=count),
+            "audit.list": Method(
+                access.audit, admin, until=number, offset=offset, limit=count
+            ),
             "subscribe": Method(
                 subscribe, read, peer=OperatorPeer, events=required_texts
             ),
@@ -15675,101 +15514,32 @@ MOLTIS_TIMEOUT = "command timed out after"  # how such a node says so
 MOLTIS_GRACE = 60.0  # s beyond a command's timeout; then its silence counts again
 
 
-def answer_log(work: str, result: JsonObject, started_at: int | None) -> bytes:
-    """Return a node's one answer as the log of its job."""
-    if work != "run":
-        problem = result.get("error")
-        if problem is None:
-            ending = Ending(JobState.DONE, result=result)
-        else:
-            ending = Ending(JobState.FAILED, reason=str(problem))
-        return _ending_frame(ending)
-    try:
-        ending, stdout, stderr = _run_answer(result)
-    except RpcError as error:
-        problem = f"the node sent a result that makes no sense: {error}"
-        ending, stdout, stderr = Ending(JobState.FAILED, reason=problem), b"", b""
-    frames = [
-        encode_log_frame(kind, data[start : start + MAX_FRAME_DATA])
-        for kind, data in ((STDOUT, stdout), (STDERR, stderr))
-        for start in range(0, len(data), MAX_FRAME_DATA)
-    ]
-    duration = None if started_at is None else (now_ms() - started_at) / 1000
-    ending = ending.replace(
-        stdout_bytes=len(stdout),
-        stderr_bytes=len(stderr),
-        started_at=started_at,
-        duration=None if duration is None else max(0.0, duration),
-    )
-    return b"".join([*frames, _ending_frame(ending)])
+def moltis_ending(work: str, result: JsonObject) -> Ending:
+    """Return how a job ended for which a node sent this one answer.
 
-
-def _run_answer(result: JsonObject) -> tuple[Ending, bytes, bytes]:
-    """Return ending, stdout and stderr of a command.  Raises RpcError."""
-    stdout, stderr = (
-        (optional(result, name, str) or "").encode("utf-8", "replace")
-        for name in ("stdout", "stderr")
-    )
+    Raises RpcError for an answer that makes no sense.
+    """
     problem = result.get("error")
     if problem is not None:
-        state = JobState.FAILED
-        if str(problem).startswith(MOLTIS_TIMEOUT):
-            state = JobState.TIMED_OUT
-        return Ending(state, reason=clip(str(problem), MAX_REASON)), stdout, stderr
-    code = required(result, "exitCode", int)
-    if not -(2**31) <= code < 2**32:  # Windows has exit codes of 32 bits
-        code = -1
+        timed_out = str(problem).startswith(MOLTIS_TIMEOUT)
+        state = JobState.TIMED_OUT if timed_out else JobState.FAILED
+        return Ending(state, reason=clip(str(problem), MAX_REASON))
+    if work != "run":
+        return Ending(JobState.DONE, result=result)
     state = JobState.DONE
     if result.get("timedOut"):
         state = JobState.TIMED_OUT
     elif result.get("cancelled"):
         state = JobState.CANCELLED
-    number = result.get("signal")
-    name = number if isinstance(number, str) else None
-    if isinstance(number, int):
+    name = result.get("signal")
+    if isinstance(name, int):
         with contextlib.suppress(ValueError):
-            name = signal.Signals(number).name
-    return Ending(state, None if name else code, name), stdout, stderr
-
-
-def _ending_frame(ending: Ending) -> bytes:
-    return encode_log_frame(ENDING, to_json(ending).encode("utf-8", "replace"))
-
-
-class MoltisAnswer:
-    """The one answer of a Moltis node, kept as a log until it is acknowledged."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._lock = threading.Lock()  # guards all below
-        self._sent = self._acknowledged = 0
-        self._sending = False
-
-    def acknowledge(self, offset: int) -> bool:
-        """Return whether all of it is acknowledged."""
-        with self._lock:
-            self._acknowledged = max(self._acknowledged, offset)
-            return self._acknowledged >= len(self._data)
-
-    def send(self, take: Callable[[int, bytes], None]) -> None:
-        """Give `take` what the window has room for.
-
-        It acknowledges meanwhile, which calls this again: that goes on here.
-        """
-        while True:
-            with self._lock:
-                start = self._sent
-                room = self._acknowledged + LOG_WINDOW - start
-                size = whole_frames(self._data[start : start + MAX_LOG_MESSAGE])
-                if self._sending or not 0 < size <= room:
-                    return
-                self._sent += size
-                self._sending = True
-            try:
-                take(start, self._data[start : start + size])
-            finally:
-                with self._lock:
-                    self._sending = False
+            name = signal.Signals(name).name
+    if isinstance(name, str):
+        return Ending(state, signal=name)
+    code = required(result, "exitCode", int)
+    # Windows has exit codes of 32 bits.
+    return Ending(state, code if -(2**31) <= code < 2**32 else -1)
 
 
 class MoltisPeer(NodePeer):
@@ -15793,7 +15563,6 @@ class MoltisPeer(NodePeer):
         self._asked: dict[str, tuple[str, int]] = {}  # by id: work, when (ms)
         self._running = ""  # the command among them
         self._deadline = Deadline(None)  # of its answer
-        self._answers: dict[str, MoltisAnswer] = {}
 
     def check(self, work: str, spec: JsonObject) -> None:
         problem = ""
@@ -15812,7 +15581,7 @@ class MoltisPeer(NodePeer):
         try:
             self.check(work, spec)  # it was away when it was asked for
         except RpcError as error:
-            self._end(job_id, Ending(JobState.FAILED, reason=error.message))
+            self._end(job_id, Ending(JobState.FAILED, reason=error.message), {})
             return
         with self._lock:
             if work == "run":
@@ -15824,15 +15593,7 @@ class MoltisPeer(NodePeer):
         else:
             self._request(job_id, work, spec)
 
-    def acknowledge(self, job_id: str, offset: int) -> None:
-        with self._lock:
-            answer = self._answers.get(job_id)
-        if answer is None:
-            return
-        if answer.acknowledge(offset):
-            with self._lock:
-                self._answers.pop(job_id, None)
-        self._send(job_id, answer)
+    def acknowledge(self, job_id: str, offset: int) -> None: ...
 
     def check_cancel(self, job_id: str) -> None:
         with self._lock:
@@ -15847,7 +15608,7 @@ class MoltisPeer(NodePeer):
         with self._lock:
             waited = self._line.pop(job_id, None) is not None
         if waited:
-            self._end(job_id, Ending(JobState.CANCELLED))
+            self._end(job_id, Ending(JobState.CANCELLED), {})
             self._advance()
 
     def resize(self, job_id: str, rows: int, cols: int) -> None: ...
@@ -15902,21 +15663,33 @@ class MoltisPeer(NodePeer):
             self._ws.keepalive = not self._asked
         if asked is not None:
             work, started_at = asked
-            self._keep(job_id, answer_log(work, result, started_at))
+            try:
+                ending = moltis_ending(work, result)
+            except RpcError as error:
+                reason = f"the node sent a result that makes no sense: {error}"
+                ending = Ending(JobState.FAILED, reason=reason)
+            duration = max(0, now_ms() - started_at) / 1000
+            ending = ending.replace(started_at=started_at, duration=duration)
+            self._end(job_id, ending, result)
         self._advance()
         return {}
 
-    def _end(self, job_id: str, ending: Ending) -> None:
-        self._keep(job_id, _ending_frame(ending))
-
-    def _keep(self, job_id: str, data: bytes) -> None:
-        answer = MoltisAnswer(data)
-        with self._lock:
-            self._answers[job_id] = answer
-        self._send(job_id, answer)
-
-    def _send(self, job_id: str, answer: MoltisAnswer) -> None:
-        answer.send(partial(self._jobs.on_log, self, job_id))
+    def _end(self, job_id: str, ending: Ending, result: JsonObject) -> None:
+        """Write a job's log: the output in its one answer, and the ending."""
+        frames, counts = [], []
+        for kind, name in STREAMS.items():
+            text = result.get(name)
+            data = text.encode("utf-8", "replace") if isinstance(text, str) else b""
+            counts.append(len(data))
+            for start in range(0, len(data), MAX_FRAME_DATA):
+                frames.append((kind, data[start : start + MAX_FRAME_DATA]))
+        ending = ending.replace(stdout_bytes=counts[0], stderr_bytes=counts[1])
+        frames.append((ENDING, to_json(ending).encode("utf-8", "replace")))
+        offset = 0
+        for frame in frames:
+            data = encode_log_frame(*frame)
+            self._jobs.on_log(self, job_id, offset, data)
+            offset += len(data)
 
     def _take_data(self, message: bytes) -> None: ...
 
@@ -15948,22 +15721,58 @@ class Client(Value):
 class Introduction:
     """The first exchange of a connection, until the peer has proved who it is."""
 
-    def __init__(self, access: Access, client: Client, require_scram: bool) -> None:
+    def __init__(
+        self, ws: WebSocket, access: Access, client: Client, *, require_scram: bool
+    ) -> None:
+        self.request_id = ""  # of the request that is to be answered
+        self._ws = ws
         self._access = access
         self._client = client
         self._require_scram = require_scram
         self._scram: ScramServer | None = None
 
-    def take(self, request: Request) -> Identity | JsonObject:
+    def identity(self) -> Identity | None:
+        """Return who the peer is; None if it leaves before it has proved that.
+
+        Raises RpcError: refuse its request with it.  Raises ConnectionClosed, and
+        TimeoutError after CONNECT_TIMEOUT.
+        """
+        deadline = Deadline(CONNECT_TIMEOUT)
+        while True:
+            message = self._ws.receive(deadline.remaining())
+            if message is None:
+                return None
+            answer = self._answer(self._request(message))
+            if isinstance(answer, Identity):
+                self._scram = None  # it would live as long as the connection
+                self._client.on_identified()
+                return answer
+            self._ws.send(encode_envelope(Response(self.request_id, answer)))
+
+    def _request(self, message: str | bytes) -> Request:
+        """Raises RpcError for anything but a request."""
+        self.request_id = ""
+        if isinstance(message, bytes):
+            raise RpcError("PROTOCOL_ERROR", "the first message must be connect")
+        try:
+            envelope = decode_envelope(message)
+        except EnvelopeError as error:
+            self.request_id = error.id
+            raise
+        if not isinstance(envelope, Request):
+            raise RpcError("PROTOCOL_ERROR", "the first message must be a request")
+        self.request_id = envelope.id
+        return envelope
+
+    def _answer(self, request: Request) -> Identity | JsonObject:
         """Return the answer to `auth.scram`, or who sent `connect`.
 
-        Raises RpcError: refuse the peer with it.
+        Raises RpcError.
         """
+        devices, client = self._access.devices, self._client
         try:
             if request.method == CAP_SCRAM and self._scram is None:
-                self._scram = self._access.devices.scram_server(
-                    self._client.channel_binding
-                )
+                self._scram = devices.scram_server(client.channel_binding)
                 first = required(request.params, "clientFirst", str)
                 return {"serverFirst": self._scram.first(first)}
             if request.method != "connect":
@@ -15977,8 +15786,8 @@ class Introduction:
         except AuthenticationError as error:
             # Not counted against the address: 256 bits cannot be guessed, and a node
             # with an old token must not lock out others behind the same router.
-            log.warning("refused address=%s: %s", self._client.address, error)
-            self._access.devices.note_refused_device(str(error), self._client.address)
+            log.warning("refused address=%s: %s", client.address, error)
+            devices.note_refused_device(str(error), client.address)
             text = "authentication failed"
             if isinstance(error, ChannelMismatch):
                 text = f"{text}: {error}"
@@ -15986,39 +15795,33 @@ class Introduction:
 
     def _identify(self, params: ConnectParams) -> Identity:
         """Raises AuthenticationError, or RpcError where there is no credential."""
+        access, final = self._access, ""
         if params.scram_final and self._scram is not None:
-            server_final = self._scram.final(params.scram_final)
+            final = self._scram.final(params.scram_final)
             handle = self._scram.username or ""
-            device = self._access.devices.device_by_handle(handle)
-            return _device_identity(params, device, handle, server_final)
-        if params.device_token:
+            device = access.devices.device_by_handle(handle)
+        elif params.device_token:
             if self._require_scram:
                 raise RpcError(
                     "FORBIDDEN", "this gateway takes no token as it is, only SCRAM"
                 )
-            device = self._access.devices.device_by_token(params.device_token)
             handle = device_handle(params.device_token)
-            return _device_identity(params, device, handle)
-        if params.api_key:
-            caller = self._access.operators.admit_operator(
-                params.api_key, self._client.address
-            )
+            device = access.devices.device_by_token(params.device_token)
+        elif params.api_key:
+            address = self._client.address
+            caller = access.operators.admit_operator(params.api_key, address)
             return Identity(caller, params)
-        if self._client.login is not None and params.role != "node":
+        elif self._client.login is not None and params.role != "node":
             return Identity(self._client.login, params)
-        raise RpcError(
-            "FORBIDDEN",
-            "no credential: a node needs a device token, an operator a key or sign-in",
-        )
-
-
-def _device_identity(
-    params: ConnectParams, device: Device | None, handle: str, server_final: str = ""
-) -> Identity:
-    """Raises AuthenticationError where there is no such device."""
-    if device is None:
-        raise AuthenticationError("unknown or revoked device token")
-    return Identity(device_caller(device), params, device, handle, server_final)
+        else:
+            raise RpcError(
+                "FORBIDDEN",
+                "no credential: a node needs a device token, an operator a key or "
+                "sign-in",
+            )
+        if device is None:
+            raise AuthenticationError("unknown or revoked device token")
+        return Identity(device_caller(device), params, device, handle, final)
 
 
 def note_presence(
@@ -16050,27 +15853,6 @@ def note_presence(
         # A full disk must not part a node from the commands that it runs.
         log.warning("presence not recorded node=%s: %s", params.client_id, error)
         return True
-
-
-def _first_request(message: str | bytes) -> Request:
-    """Raises RpcError for anything but a request."""
-    if isinstance(message, bytes):
-        raise RpcError("PROTOCOL_ERROR", "the first message must be the text connect")
-    envelope = decode_envelope(message)
-    if not isinstance(envelope, Request):
-        raise RpcError("PROTOCOL_ERROR", "the first message must be a request")
-    return envelope
-
-
-def _refuse(ws: WebSocket, request_id: str, error: RpcError) -> ConnectionClosed:
-    """Answer a `connect` with `error`; return the reason to close the connection.
-
-    Raises ConnectionClosed where it is closed.
-    """
-    # The answer first, then the close: existing nodes read it so.
-    ws.send(encode_envelope(Response(request_id, error=error)))
-    ws.flush(KILL_AFTER)
-    return ConnectionClosed(CloseCode.POLICY_VIOLATION, error.message[:100])
 
 
 class Gateway:
@@ -16111,11 +15893,25 @@ class Gateway:
         with self._lock:
             self._connections.add(ws)
             stops = self._closed
+        introduction = Introduction(
+            ws, self._access, client, require_scram=self._require_scram
+        )
         try:
-            # What was said on the way in is forgotten here: 5 KiB of each node.
-            identified = None if stops else self._introduce(ws, client)
-            if identified is not None:
-                self._serve_identity(ws, *identified, client.address)
+            # Its messages are freed here: 5 KiB of each node.
+            identity = None if stops else introduction.identity()
+            if identity is None:
+                return
+            if identity.device is None:
+                self._serve_operator(ws, introduction.request_id, identity)
+            else:
+                self._serve_node(ws, introduction.request_id, identity, client.address)
+        except RpcError as error:
+            # The answer first, then the close: existing nodes read it so.
+            with contextlib.suppress(ConnectionClosed, TimeoutError):
+                answer = Response(introduction.request_id, error=error)
+                ws.send(encode_envelope(answer))
+                ws.flush(KILL_AFTER)
+                ws.close(CloseCode.POLICY_VIOLATION, error.message[:100], timeout=0)
         except ConnectionClosed as error:
             if is_sendable_close_code(error.code):  # else the peer is gone
                 ws.close(error.code, error.reason, timeout=0)
@@ -16142,42 +15938,6 @@ class Gateway:
         for ws in connections:
             ws.close(CloseCode.GOING_AWAY, "the gateway stops", timeout=0)
 
-    def _introduce(self, ws: WebSocket, client: Client) -> tuple[str, Identity] | None:
-        """Return the id of the `connect` to be answered and who sent it, if anybody.
-
-        Raises ConnectionClosed, or TimeoutError when they do not say in time.
-        """
-        deadline = Deadline(CONNECT_TIMEOUT)
-        introduction = Introduction(self._access, client, self._require_scram)
-        while True:
-            message = ws.receive(deadline.remaining())
-            if message is None:
-                return None
-            request_id = ""
-            try:
-                request = _first_request(message)
-                request_id = request.id
-                answer = introduction.take(request)
-            except RpcError as error:
-                known = error.id if isinstance(error, EnvelopeError) else request_id
-                raise _refuse(ws, known, error) from error
-            if isinstance(answer, Identity):
-                client.on_identified()
-                return request_id, answer
-            ws.send(encode_envelope(Response(request_id, answer)))
-
-    def _serve_identity(
-        self, ws: WebSocket, request_id: str, identity: Identity, address: str
-    ) -> None:
-        """Raises ConnectionClosed."""
-        try:
-            if identity.device is not None:
-                self._serve_node(ws, request_id, identity, identity.device, address)
-            else:
-                self._serve_operator(ws, request_id, identity)
-        except RpcError as error:
-            raise _refuse(ws, request_id, error) from error
-
     def _serve_operator(
         self, ws: WebSocket, request_id: str, identity: Identity
     ) -> None:
@@ -16193,15 +15953,11 @@ class Gateway:
             self._audience.remove(peer)
 
     def _serve_node(
-        self,
-        ws: WebSocket,
-        request_id: str,
-        identity: Identity,
-        device: Device,
-        address: str,
+        self, ws: WebSocket, request_id: str, identity: Identity, address: str
     ) -> None:
         """Raises RpcError when this node may not be here, ConnectionClosed later."""
-        params = identity.params
+        params, device = identity.params, identity.device
+        assert device is not None
         kind = NodePeer if CAP_JOBS in params.capabilities else MoltisPeer
         peer = kind(ws, params, self._fleet, self._jobs)
         node = ConnectedNode(params.client_id, device.id, peer, params, address)
@@ -16313,7 +16069,7 @@ class Gateway:
 # ==============================================================================
 # HTTP
 # Uses: Settings, WebSocket handshake, WebSocket protocol, WebSocket connections,
-#       TLS, Wire protocol, Access, Jobs, Gateway
+#       TLS, Wire protocol, Store, Access, Jobs, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
 # web pages out, limits for strangers.  http.server does the parsing; what a request
@@ -16462,6 +16218,13 @@ AUDIT_COLUMNS = (
 )
 
 
+def _csv_row(row: JsonObject) -> list[str]:
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
+    values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
+    # A spreadsheet would carry out what begins like a formula.
+    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
+
+
 def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
     """Yield rows of the audit as CSV (RFC 4180), times in UTC."""
     import csv
@@ -16474,13 +16237,6 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
         yield text.getvalue().encode("utf-8", "replace")
         text.seek(0)
         text.truncate()
-
-
-def _csv_row(row: JsonObject) -> list[str]:
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
-    values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
-    # A spreadsheet would carry out what begins like a formula.
-    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
 
 
 # --- Who may ask ---
@@ -16743,19 +16499,22 @@ class HttpApp:
         """Answer the whole audit, the newest first, for a spreadsheet."""
         caller, rpc = self.caller(request), self._gateway.rpc
 
-        def page(offset: int) -> list[JsonObject]:
-            place = {"offset": offset, "limit": MAX_PAGE}
+        def page(until: int | None, offset: int) -> list[JsonObject]:
+            place = {"until": until, "offset": offset, "limit": MAX_PAGE}
             rows: list[JsonObject] = rpc.call(caller, "audit.list", place)
             return rows
 
-        first = page(0)  # now: what it raises is an answer
+        first = page(None, 0)  # now: what it raises is an answer
 
         def pages() -> Iterator[list[JsonObject]]:
-            rows, offset = first, 0
+            rows, until, known = first, None, 0
             while rows:
                 yield rows
-                offset += MAX_PAGE
-                rows = page(offset) if len(rows) == MAX_PAGE else []
+                last = rows[-1]["at"]
+                same = sum(row["at"] == last for row in rows)
+                known = same + (known if last == until else 0)
+                until = last
+                rows = page(until, known) if len(rows) == MAX_PAGE else []
 
         return download_reply("moltis-audit.csv", audit_csv(pages()), "text/csv")
 
@@ -16805,6 +16564,68 @@ class HttpApp:
         flags = "Path=/; HttpOnly; SameSite=Strict" + "; Secure" * request.secure
         cookie = f"{COOKIE_NAME}={value}; {flags}; Max-Age={lifetime}"
         return json_reply(200, {}, [("Set-Cookie", cookie)])
+
+
+# --- Limits ---
+
+
+class Admission:
+    """One connection's place among those that there may be."""
+
+    def __init__(self, block: str, forget: Callable[[Admission, bool], None]) -> None:
+        self.block = block  # of addresses
+        self.is_known = False
+        self._forget = forget
+
+    def identified(self) -> None:
+        """Its peer has proved who it is."""
+        self._forget(self, False)
+
+    def end(self) -> None:
+        self._forget(self, True)
+
+
+class ConnectionLimits:
+    """How many connections there are, and of them of peers nobody knows yet.
+
+    Strangers are counted by themselves, so that however many come, those who have
+    proved who they are keep their place.
+    """
+
+    def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
+        self._free = total
+        self._free_strangers = strangers
+        self._strangers_each = strangers_each
+        self._lock = threading.Lock()  # guards the counts here and in admissions
+        self._by_block: dict[str, int] = {}  # strangers; no entry for none
+
+    def admit(self, address: str, *, shared: bool) -> Admission | None:
+        """Return the right to stay, or None where there are too many.
+
+        `shared` addresses, as of a proxy, may have more connections than others.
+        """
+        block = address_block(address)
+        with self._lock:
+            here = self._by_block.get(block, 0)
+            crowded = here >= self._strangers_each and not shared
+            if crowded or not self._free or not self._free_strangers:
+                return None
+            self._by_block[block] = here + 1
+            self._free_strangers -= 1
+            self._free -= 1
+        return Admission(block, self._forget)
+
+    def _forget(self, admission: Admission, ended: bool) -> None:
+        """Count the connection as a stranger's no more, or not at all."""
+        with self._lock:
+            self._free += ended
+            if admission.is_known:
+                return
+            admission.is_known = True
+            self._free_strangers += 1
+            self._by_block[admission.block] -= 1
+            if not self._by_block[admission.block]:
+                del self._by_block[admission.block]
 
 
 # --- One connection ---
@@ -17056,65 +16877,6 @@ def _descriptor_limit() -> int:
     if soft == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
     return max(16, min(MAX_CONNECTIONS, soft - SPARE_DESCRIPTORS))
-
-
-class ConnectionLimits:
-    """How many connections there are, and of them of peers nobody knows yet.
-
-    Strangers are counted by themselves, so that however many come, those who have
-    proved who they are keep their place.
-    """
-
-    def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
-        self._free = total
-        self._free_strangers = strangers
-        self._strangers_each = strangers_each
-        self._lock = threading.Lock()  # guards the counts here and in admissions
-        self._by_block: dict[str, int] = {}  # strangers; no entry for none
-
-    def admit(self, address: str, *, shared: bool) -> Admission | None:
-        """Return the right to stay, or None where there are too many.
-
-        `shared` addresses, as of a proxy, may have more connections than others.
-        """
-        block = address_block(address)
-        with self._lock:
-            here = self._by_block.get(block, 0)
-            crowded = here >= self._strangers_each and not shared
-            if crowded or not self._free or not self._free_strangers:
-                return None
-            self._by_block[block] = here + 1
-            self._free_strangers -= 1
-            self._free -= 1
-        return Admission(self, block)
-
-    def forget(self, admission: Admission, *, ended: bool) -> None:
-        """Count the connection as a stranger's no more, or not at all."""
-        with self._lock:
-            self._free += ended
-            if admission.is_known:
-                return
-            admission.is_known = True
-            self._free_strangers += 1
-            self._by_block[admission.block] -= 1
-            if not self._by_block[admission.block]:
-                del self._by_block[admission.block]
-
-
-class Admission:
-    """One connection's place among those that there may be."""
-
-    def __init__(self, limits: ConnectionLimits, block: str) -> None:
-        self.block = block
-        self.is_known = False
-        self._limits = limits
-
-    def identified(self) -> None:
-        """Its peer has proved who it is."""
-        self._limits.forget(self, ended=False)
-
-    def end(self) -> None:
-        self._limits.forget(self, ended=True)
 
 
 class ConnectionThreads:
@@ -18035,9 +17797,9 @@ details label input { flex: 0 1 420px; }
 }
 """
 
-WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown, socket, job logs,
-// state, routes, widgets, views, start.  Text reaches the document as text nodes only;
-// the views show `state` and hold none of their own.
+WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown,
+// socket, job logs, state, routes, widgets, views, start.  Text reaches the document as
+// text nodes only; the views show `state` and hold none of their own.
 
 // == dom ==
 
@@ -18933,6 +18695,7 @@ const LOG_DATA = 1; // kind of binary message
 const STDOUT = 1; // kind of log frame
 const STDERR = 2;
 const FRAME_HEAD = 5; // bytes: kind, length of the data
+const LINE_FEED = 10;
 const TAIL = 256 * 1024; // bytes; the part of a log that the page reads
 
 const viewOf = bytes => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -19016,8 +18779,25 @@ class JobLog {
     this.decoders = newDecoders();
   }
 
+  // Drop pending lines that would scroll out at once: parsing them takes longest.
+  leaveOutScrolled() {
+    let lines = 0;
+    for (let n = this.pending.length - 1; n >= 0; n -= 1) {
+      const [kind, data] = this.pending[n];
+      let at = data.length;
+      while (at > 0 && (at = data.lastIndexOf(LINE_FEED, at - 1)) >= 0) {
+        lines += 1;
+        if (lines <= MAX_LINES) continue;
+        this.pending[n] = [kind, data.subarray(at + 1)];
+        this.leaveOut(n);
+        return;
+      }
+    }
+  }
+
   // Write pending output to the terminal.
   settle() {
+    this.leaveOutScrolled();
     for (const [kind, data] of this.pending) {
       const text = this.decoders[kind].decode(data, {stream: true});
       this.terminal.write(text, kind === STDERR);
@@ -19301,7 +19081,7 @@ async function followJob(chat, log) {
   if (log.isComplete || state.link !== "up" || state.followed.has(id)) return;
   state.followed.set(id, chat);
   try {
-    const {job} = await link.call("job.follow", {id, offset, tail: TAIL});
+    const {job} = await link.call("job.follow", {id, offset, tail: TAIL, skip: true});
     chat.updateJob(job);
   } catch (error) {
     state.followed.delete(id);
@@ -20102,7 +19882,9 @@ async function send(line) {
   recall.place = null;
   follows = true;
   const entry = currentSession();
-  const params = {text: typed, sessionKey: entry.key, model: currentModel(entry)};
+  const params = {text: typed, sessionKey: entry.key};
+  // Before the list of sessions is here, only the gateway knows the model.
+  if (state.sessions.includes(entry)) params.model = currentModel(entry);
   const answer = await attempt("chat.send", params);
   // Restore the text if the call failed.
   if (!answer && line === undefined && !text.value) text.value = typed;
@@ -20771,7 +20553,7 @@ start();
 
 # ==============================================================================
 # Operator client
-# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol
+# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol, Machine
 #
 # The command line's side of a gateway: calls, events, and the logs of jobs, which go
 # on at the exact byte after a connection broke.  What is printed is the command
@@ -20786,6 +20568,20 @@ ACK_AFTER = LOG_WINDOW // 4  # bytes written; often enough that no node waits
 # Events, binary messages, and last why the connection ended.
 RawNews: TypeAlias = "Event | bytes | MoltisError"
 NewsHandler: TypeAlias = "Callable[[OperatorClient, RawNews], None]"
+
+USER_ERRORS: Mapping[str, type[UserError]] = {
+    "UNAVAILABLE": Unreachable,
+    "TIMEOUT": Unreachable,
+    "UNAUTHORIZED": Refused,
+    "FORBIDDEN": Refused,
+    "RATE_LIMITED": Refused,
+    "INVALID_REQUEST": UsageError,
+}
+
+
+def user_error(error: RpcError) -> UserError:
+    """Return the error for the command line, with the exit status that fits it."""
+    return USER_ERRORS.get(error.code, UserError)(error.message)
 
 
 def ignore_news(_client: OperatorClient, _news: RawNews) -> None: ...
@@ -20922,21 +20718,6 @@ class OperatorClient:
             self._on_news(self, envelope)
 
 
-USER_ERRORS: Mapping[str, type[UserError]] = {
-    "UNAVAILABLE": Unreachable,
-    "TIMEOUT": Unreachable,
-    "UNAUTHORIZED": Refused,
-    "FORBIDDEN": Refused,
-    "RATE_LIMITED": Refused,
-    "INVALID_REQUEST": UsageError,
-}
-
-
-def user_error(error: RpcError) -> UserError:
-    """Return the error for the command line, with the exit status that fits it."""
-    return USER_ERRORS.get(error.code, UserError)(error.message)
-
-
 def reconnect_pauses() -> Iterator[float]:
     """Yield the seconds to wait before each attempt to reach a lost gateway again."""
     deadline = Deadline(CALLER_PATIENCE)
@@ -20948,14 +20729,14 @@ def reconnect_pauses() -> Iterator[float]:
 class LastingClient:
     """Calls over a connection that is replaced when it breaks.
 
-    A call whose connection broke is made again: it may be one of a kind only that does
-    no harm twice, as the start of a job under an id that the caller chose.
+    A call whose connection broke is made again.  That must do no harm: a job, say, is
+    started under an id that the caller chose.
     """
 
     def __init__(self, dial: Callable[[], OperatorClient]) -> None:
         """Raises UserError as `dial` does."""
         self._dial = dial
-        self._lock = threading.Lock()  # guards _client
+        self._lock = threading.Lock()  # guards _client; held while dialling
         self._client = dial()
 
     def close(self) -> None:
@@ -20977,9 +20758,7 @@ class LastingClient:
             except (ConnectionClosed, Unreachable) as error:
                 problem = error
             except RpcError as error:
-                if not (
-                    isinstance(error.details, dict) and error.details.get("goesOn")
-                ):
+                if error.details != {"goesOn": True}:
                     raise
                 problem = error  # the gateway stops, and the job does not
             cancel.pause(pause)
@@ -20987,18 +20766,9 @@ class LastingClient:
 
     def _connected(self) -> OperatorClient:
         with self._lock:
-            client = self._client
-        if not client.ended:
-            return client
-        fresh = self._dial()
-        with self._lock:
-            # Two threads may have dialled at once.
-            spare = client if self._client is client else fresh
-            if spare is client:
-                self._client = fresh
-            client = self._client
-        spare.close()
-        return client
+            if self._client.ended:
+                self._client = self._dial()
+            return self._client
 
 
 class FollowedJob:
@@ -21018,9 +20788,6 @@ class FollowedJob:
         self.state: JsonObject = {}  # as VIEW or job.state says
         self.ending: Ending | None = None
         self.error: MoltisError | None = None  # instead of an ending
-
-    def follow_params(self) -> JsonObject:
-        return {"id": self.id, "offset": self.position, "hold": self.holds}
 
 
 class JobOutput(Value):
@@ -21105,13 +20872,10 @@ class JobInput:
         while self._sent < end:
             at = self._sent - self._consumed
             data = bytes(self._kept[at : at + MAX_LOG_MESSAGE])
-            self._send_piece(data)
+            self._send(encode_job_data(INPUT_DATA, self.job_id, self._sent, data))
             self._sent += len(data)
         if self._ended:
-            self._send_piece(b"")
-
-    def _send_piece(self, data: bytes) -> None:
-        self._send(encode_job_data(INPUT_DATA, self.job_id, self._sent, data))
+            self._send(encode_job_data(INPUT_DATA, self.job_id, end, b""))
 
 
 class JobFeed:
@@ -21128,7 +20892,7 @@ class JobFeed:
         self._queued = 0  # bytes of log messages in _news
         self._closed = False
         self._dial = partial(dial, self._take)
-        self._client = self._dial()
+        self.client = self._dial()
 
     def __enter__(self) -> JobFeed:
         return self
@@ -21140,15 +20904,8 @@ class JobFeed:
             self._changed.notify_all()
         for job in self.open.values():
             # A connection that just ends would count as broken.
-            self.notify("job.unfollow", {"id": job.id, "leave": job.holds})
-        self._client.close()
-
-    def call(self, method: str, params: JsonObject) -> Any:
-        """Return the payload of the answer.  Raises UserError."""
-        return self._client.call(method, params)
-
-    def notify(self, method: str, params: JsonObject) -> None:
-        self._client.notify(method, params)
+            self.client.notify("job.unfollow", {"id": job.id, "leave": job.holds})
+        self.client.close()
 
     def start(self, nodes: Mapping[str, str], request: JsonObject) -> list[FollowedJob]:
         """Start a job on each of `nodes` (names for people by reference), and hold it.
@@ -21165,17 +20922,16 @@ class JobFeed:
     def follow(self, job_id: str, name: str) -> FollowedJob:
         """Watch a job's log from its beginning; `name` is its node's."""
         job = self.open[job_id] = FollowedJob(job_id, name, holds=False)
-        job.known = True
-        self._ask([job], "job.follow", job.follow_params())
+        self._follow(job)
         return job
 
     def unfollow(self, job: FollowedJob) -> None:
         if self.open.pop(job.id, None) is not None:
-            self.notify("job.unfollow", {"id": job.id})
+            self.client.notify("job.unfollow", {"id": job.id})
 
     def _send(self, message: bytes) -> None:
         # What a broken connection does not take, its successor is sent again.
-        self._client.send(message)
+        self.client.send(message)
 
     def feed_input(self, read: Callable[[int], bytes]) -> None:
         """Send what `read` gives to the first job, to its end.  Raises OSError."""
@@ -21184,7 +20940,7 @@ class JobFeed:
 
     def cancel(self) -> None:
         for job_id in self.open:
-            self.notify(JOB_CANCEL, {"id": job_id})
+            self.client.notify(JOB_CANCEL, {"id": job_id})
 
     def interrupt(self) -> None:
         """Wake news(); may be called from a signal handler."""
@@ -21207,7 +20963,7 @@ class JobFeed:
                 yield from self._take_answer(item)
             elif isinstance(item, Event):
                 yield from self._take_event(item)
-            elif client is self._client:
+            elif client is self.client:
                 yield from self._reconnect()
 
     def _next(self, timeout: float | None) -> tuple[OperatorClient | None, Any]:
@@ -21258,7 +21014,7 @@ class JobFeed:
 
     def _acknowledge(self, job: FollowedJob, offset: int) -> None:
         job.acknowledged = offset
-        self.notify(JOB_ACK, {"id": job.id, "offset": offset})
+        self.client.notify(JOB_ACK, {"id": job.id, "offset": offset})
 
     def _take_answer(self, answer: _Answer) -> Iterator[JobChange]:
         error = answer.future.exception()
@@ -21315,7 +21071,7 @@ class JobFeed:
     def _reconnect(self) -> Iterator[GatewayChange | JobChange | None]:
         """Reach the gateway again; yield None meanwhile, at least every second."""
         yield GatewayChange(reachable=False)
-        self._client.drop()
+        self.client.drop()
         problem = UserError("the gateway went away")
         for pause in reconnect_pauses():
             deadline = Deadline(pause)
@@ -21323,7 +21079,7 @@ class JobFeed:
                 self._next(min(1.0, deadline.remaining() or 0.0))
                 yield None
             try:
-                self._client = self._dial()
+                self.client = self._dial()
             except Unreachable as error:
                 problem = error
             except UserError as error:
@@ -21343,15 +21099,19 @@ class JobFeed:
             self._ask(new, JOB_START, {**self._request, "jobs": jobs})
         for job in self.open.values():
             if job.known:
-                job.state = {}
-                self._ask([job], "job.follow", job.follow_params())
+                self._follow(job)
         if self.interrupted:
             self.cancel()
+
+    def _follow(self, job: FollowedJob) -> None:
+        job.known, job.state = True, {}
+        params = {"id": job.id, "offset": job.position, "hold": job.holds}
+        self._ask([job], "job.follow", params)
 
     def _ask(
         self, jobs: Sequence[FollowedJob], method: str, params: JsonObject
     ) -> None:
-        client = self._client
+        client = self.client
 
         def answered(future: Future[Any]) -> None:
             self._news.put((client, _Answer(jobs, future)))
@@ -21362,7 +21122,7 @@ class JobFeed:
 
 # ==============================================================================
 # MCP
-# Uses: Wire protocol, Language models, Machine, Fleet, Agent, Gateway, Operator client
+# Uses: Wire protocol, Language models, Fleet, Agent, Gateway, Operator client
 #
 # The agent's tools for programs that speak the Model Context Protocol: JSON-RPC 2.0,
 # one line each, on standard input and output.  Their commands are kept jobs; the MCP
@@ -21615,8 +21375,8 @@ class McpServer:
 # ==============================================================================
 # Assembly
 # Uses: Settings, Install, TLS, Wire protocol, Telemetry, Language models, Machine,
-#       Node agent, Node service, Store, Access, Fleet, Jobs, Agent, Model directory,
-#       Chat, Gateway, HTTP, Web page
+#       Node agent, Store, Access, Fleet, Jobs, Agent, Model directory, Chat, Gateway,
+#       HTTP, Web page
 #
 # The composition roots: how the objects of a gateway, of a node and of Local are put
 # together, and in which order they are closed.
@@ -21890,6 +21650,12 @@ class RunningGateway:
         self._stack.close()
 
 
+def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
+    """Return the models that this machine lends.  Raises BadConfiguration."""
+    entered = ProviderSettings.load_all(data_directory(environ))
+    return ModelCatalog(make_providers(environ, entered))
+
+
 class RunningNode:
     """A node agent with all its parts, in a thread of its own until close()."""
 
@@ -21945,12 +21711,6 @@ class RunningNode:
             self._on_end()
 
 
-def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
-    """Return the models that this machine lends.  Raises BadConfiguration."""
-    entered = ProviderSettings.load_all(data_directory(environ))
-    return ModelCatalog(make_providers(environ, entered))
-
-
 def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> RunningNode:
     """Start a node on this machine, with a token and a directory of its own."""
     directory = data_directory(environ) / DEMO_DIRECTORY
@@ -21970,9 +21730,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Install, Wire protocol, Commands, Language models, Node agent,
-#       Node service, Certificates, Access, Agent, Chat, Gateway, HTTP, Operator client,
-#       MCP, Assembly
+# Uses: Settings, Install, TLS, HTTP client, Wire protocol, Commands, Node service,
+#       Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -21993,7 +21752,16 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 # -- output --------------------------------------------------------------------
 
+
 Column: TypeAlias = "str | Callable[[JsonObject], str]"  # a field's name, or a function
+
+
+def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
+    """Return a row of a table; "-" for a field that is absent or empty."""
+    return [
+        str(row.get(column) or "-") if isinstance(column, str) else column(row)
+        for column in columns.values()
+    ]
 
 
 class Output:
@@ -22051,14 +21819,6 @@ class Output:
             self.answer("  ".join(padded).rstrip())
 
 
-def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
-    """Return a row of a table; "-" for a field that is absent or empty."""
-    return [
-        str(row.get(column) or "-") if isinstance(column, str) else column(row)
-        for column in columns.values()
-    ]
-
-
 def time_column(name: str) -> Column:
     return lambda row: format_time(row[name]) if row.get(name) else "-"
 
@@ -22089,6 +21849,7 @@ class Context(Value):
 
 # -- arguments -----------------------------------------------------------------
 
+
 Argument: TypeAlias = "tuple[Sequence[str], Mapping[str, Any]]"
 
 
@@ -22107,6 +21868,27 @@ def arg(spec: str, text: str, **options: Any) -> Argument:
     return names, {"help": text, **options}
 
 
+def help_formatter(prog: str) -> argparse.HelpFormatter:
+    """Return a formatter for --help that is as wide as the terminal.
+
+    argparse makes one for each argument that a parser gets, and by itself asks
+    `shutil` for the width, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
+    """
+    import argparse
+
+    try:
+        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
+        columns = int(known) or 80
+    except (OSError, ValueError):
+        columns = 80
+    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
+
+
+def help_options(example: str) -> dict[str, Any]:
+    """Return the keyword arguments that end a --help with an example."""
+    return {"epilog": "example:\n  " + example, "formatter_class": help_formatter}
+
+
 class Subcommand(Value):
     """One row of the table of subcommands."""
 
@@ -22123,27 +21905,6 @@ class Subcommand(Value):
         for names, options in self.arguments:
             parser.add_argument(*names, **options)
         parser.set_defaults(run=self.run)
-
-
-def help_options(example: str) -> dict[str, Any]:
-    """Return the keyword arguments that end a --help with an example."""
-    return {"epilog": "example:\n  " + example, "formatter_class": help_formatter}
-
-
-def help_formatter(prog: str) -> argparse.HelpFormatter:
-    """Return a formatter for --help that is as wide as the terminal.
-
-    argparse makes one for each argument that a parser gets, and by itself asks
-    `shutil` for the width, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
-    """
-    import argparse
-
-    try:
-        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
-        columns = int(known) or 80
-    except (OSError, ValueError):
-        columns = 80
-    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
 
 
 def check_timeout(timeout: float | None) -> None:  # s
@@ -22192,6 +21953,19 @@ def chosen_trust(args: argparse.Namespace, context: Context) -> TlsTrust:
     return TlsTrust(None if args.ca else pin, args.ca)
 
 
+def is_own_gateway(url: str, file: GatewayFile) -> bool:
+    """Return whether `url` is the gateway of gateway.json, by whichever address.
+
+    No other gateway may get its key.
+    """
+    wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
+    if (wanted.scheme, wanted.port) != (own.scheme, own.port):
+        return False
+    if wanted.hostname == own.hostname:  # as it is without --host: nothing to look up
+        return True
+    return wanted.hostname in {*host_names(), *host_addresses()}
+
+
 def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
     """Return URL and operator key: flags, then environment, then gateway.json.
 
@@ -22217,17 +21991,23 @@ def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, st
     return url, key
 
 
-def is_own_gateway(url: str, file: GatewayFile) -> bool:
-    """Return whether `url` is the gateway of gateway.json, by whichever address.
+def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
+    """Return which certificate the gateway must show before it gets `key`."""
+    trust = chosen_trust(args, context)
+    file = GatewayFile.load(context.directory)
+    if trust == TlsTrust() and file is not None and file.api_key == key:
+        return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
+    return trust
 
-    No other gateway may get its key.
-    """
-    wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
-    if (wanted.scheme, wanted.port) != (own.scheme, own.port):
-        return False
-    if wanted.hostname == own.hostname:  # as it is without --host: nothing to look up
-        return True
-    return wanted.hostname in {*host_names(), *host_addresses()}
+
+def warn_about_plain_text(url: str, output: Output) -> None:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
+        output.say(
+            f"warning: {url} is not encrypted: the network can read commands, output "
+            "and operator keys; start the gateway with --tls, then use wss://"
+        )
 
 
 def operator_client(
@@ -22254,25 +22034,6 @@ def call_gateway(
     """Make one call over a connection of its own.  Raises UserError."""
     with operator_client(args, context) as client:
         return client.call(method, params)
-
-
-def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
-    """Return which certificate the gateway must show before it gets `key`."""
-    trust = chosen_trust(args, context)
-    file = GatewayFile.load(context.directory)
-    if trust == TlsTrust() and file is not None and file.api_key == key:
-        return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
-    return trust
-
-
-def warn_about_plain_text(url: str, output: Output) -> None:
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
-        output.say(
-            f"warning: {url} is not encrypted: the network can read commands, output "
-            "and operator keys; start the gateway with --tls, then use wss://"
-        )
 
 
 class StopSignal:
@@ -22306,6 +22067,23 @@ class StopSignal:
 # -- moltis gateway ------------------------------------------------------------
 
 
+def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
+    """Raises UsageError, BadConfiguration."""
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise UsageError("--tls-cert and --tls-key go together")
+    if args.tls_cert:
+        files = TlsFiles(Path(args.tls_cert), Path(args.tls_key))
+        return ServerTls(lambda: files)
+    if not args.tls:
+        return None
+
+    def own_files() -> TlsFiles:
+        names = [*host_names(), *host_addresses(), *(args.allowed_host or ())]
+        return ensure_certificate(context.directory / TLS_DIRECTORY, names)
+
+    return ServerTls(own_files)
+
+
 def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOptions:
     """Raises UsageError, BadConfiguration."""
     if not 0 <= args.port <= 65535:
@@ -22327,45 +22105,6 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         keep_audit=args.keep_audit,
         keep_output=round(args.keep_output * 1024**3),
     )
-
-
-def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
-    """Raises UsageError, BadConfiguration."""
-    if bool(args.tls_cert) != bool(args.tls_key):
-        raise UsageError("--tls-cert and --tls-key go together")
-    if args.tls_cert:
-        files = TlsFiles(Path(args.tls_cert), Path(args.tls_key))
-        return ServerTls(lambda: files)
-    if not args.tls:
-        return None
-
-    def own_files() -> TlsFiles:
-        names = [*host_names(), *host_addresses(), *(args.allowed_host or ())]
-        return ensure_certificate(context.directory / TLS_DIRECTORY, names)
-
-    return ServerTls(own_files)
-
-
-def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
-    """Raises UsageError, BadConfiguration."""
-    options = gateway_options(args, context)
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
-    )
-    with GatewayLock(context.directory), contextlib.ExitStack() as stack:
-        stop = StopSignal()
-        running = RunningGateway(context.environ, options)
-        stack.callback(running.close)
-        signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
-        say_started(context.output, running)
-        if args.demo_node:
-            demo = start_demo_node(context.environ, running)
-            stack.callback(close_together, demo.close, running.close)
-        if args.open:
-            stack.enter_context(open_sign_in(running.sign_in_link))
-        stop.wait()
-        context.output.say("stopping")
-    return EXIT_OK
 
 
 def say_started(output: Output, running: RunningGateway) -> None:
@@ -22418,21 +22157,29 @@ def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
     return directory
 
 
+def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, BadConfiguration."""
+    options = gateway_options(args, context)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
+    )
+    with GatewayLock(context.directory), contextlib.ExitStack() as stack:
+        stop = StopSignal()
+        running = RunningGateway(context.environ, options)
+        stack.callback(running.close)
+        signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
+        say_started(context.output, running)
+        if args.demo_node:
+            demo = start_demo_node(context.environ, running)
+            stack.callback(close_together, demo.close, running.close)
+        if args.open:
+            stack.enter_context(open_sign_in(running.sign_in_link))
+        stop.wait()
+        context.output.say("stopping")
+    return EXIT_OK
+
+
 # -- the node's own subcommands ------------------------------------------------
-
-
-def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
-    trust = chosen_trust(args, context)
-    offer = join_offer(args, trust, context.environ)
-    settings = node_settings(args, offer, context)
-    warn_about_plain_text(settings.gateway_url, context.output)
-    warn_about_root(settings, context.output)
-    if args.foreground:
-        return run_node(settings, context, None)
-    if trust == TlsTrust():
-        trust = TlsTrust(offer.get("fingerprint"))
-    settings.save(context.directory)
-    return install_node(settings, trust, context)
 
 
 def node_settings(
@@ -22500,50 +22247,6 @@ def join_offer(
     if not isinstance(offer, dict):
         raise UsageError("this is no join offer: it is not a JSON object")
     return {name: text for name, text in offer.items() if isinstance(text, str)}
-
-
-def fetch(url: str, trust: TlsTrust) -> bytes:
-    """Return what an http:// or https:// address answers.
-
-    Raises Unreachable, or Refused with the answer's own words or for a certificate
-    that is not the one to be trusted.
-    """
-    import urllib.error
-
-    if not url.lower().startswith(("http://", "https://")):
-        raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
-    try:
-        with _open_url(url, trust) as answer:
-            return bytes(answer.read(MAX_MESSAGE))
-    except urllib.error.HTTPError as error:
-        words = error.read(300).decode("utf-8", "replace").strip()
-        raise Refused(f"{redact(url)} answered {error.code}: {words}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise Unreachable(f"{redact(url)} cannot be fetched: {reason}") from error
-
-
-def _open_url(url: str, trust: TlsTrust) -> Any:
-    """Return urllib's answer.  Raises Refused before anything is asked, OSError."""
-    import http.client
-    import urllib.request
-
-    handlers = []
-    if url.startswith("https:"):
-        context = trust.context()
-
-        class Connection(http.client.HTTPSConnection):
-            def connect(self) -> None:
-                super().connect()
-                trust.check(self.sock.getpeercert(binary_form=True))
-
-        class Handler(urllib.request.HTTPSHandler):
-            def https_open(self, request: Any) -> Any:
-                return self.do_open(partial(Connection, context=context), request)
-
-        handlers.append(Handler())
-    opener = urllib.request.build_opener(*handlers)
-    return opener.open(url, timeout=CONNECT_TIMEOUT)
 
 
 def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> int:
@@ -22641,6 +22344,20 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
     return EXIT_OK
 
 
+def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
+    trust = chosen_trust(args, context)
+    offer = join_offer(args, trust, context.environ)
+    settings = node_settings(args, offer, context)
+    warn_about_plain_text(settings.gateway_url, context.output)
+    warn_about_root(settings, context.output)
+    if args.foreground:
+        return run_node(settings, context, None)
+    if trust == TlsTrust():
+        trust = TlsTrust(offer.get("fingerprint"))
+    settings.save(context.directory)
+    return install_node(settings, trust, context)
+
+
 def cmd_node_run(_args: object, context: Context) -> int:
     """Raises BadConfiguration."""
     settings = NodeSettings.load(context.directory)
@@ -22731,6 +22448,25 @@ def cmd_node_logs(args: argparse.Namespace, context: Context) -> int:
 # -- what operators do ---------------------------------------------------------
 
 
+def paste_lines(
+    host: str, made: JsonObject, name: str, pin: str | None
+) -> dict[str, str]:
+    """Return the shell lines that make another machine a node of wss:// `host`."""
+    named = f" --name {shlex.quote(name)}" if name else ""
+    command = f"node add --host {host} --token {made['deviceToken']}{named}"
+    page = "http" + host[len("ws") : -len("/ws")]
+    join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
+    curl, pinned = "curl -fsSL", ""
+    if pin is not None and page.startswith("https:"):
+        # The pin replaces a CA: what curl pipes into Python is what the gateway sent.
+        curl, pinned = f"curl -fsSk --pinnedpubkey '{pin}'", f" --fingerprint {pin}"
+    return {
+        "command": f"moltis {command}",
+        "fetchCommand": f"{curl} {page}/moltis.py | python3 - {command}{pinned}",
+        "joinCommand": f"{curl} {page}/moltis.py | python3 - {join}{pinned}",
+    }
+
+
 def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
     url, key = gateway_address(args, context)
     file = GatewayFile.load(context.directory)
@@ -22752,25 +22488,6 @@ def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
         f"  {lines['joinCommand']}"
     )
     return EXIT_OK
-
-
-def paste_lines(
-    host: str, made: JsonObject, name: str, pin: str | None
-) -> dict[str, str]:
-    """Return the shell lines that make another machine a node of wss:// `host`."""
-    named = f" --name {shlex.quote(name)}" if name else ""
-    command = f"node add --host {host} --token {made['deviceToken']}{named}"
-    page = "http" + host[len("ws") : -len("/ws")]
-    join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
-    curl, pinned = "curl -fsSL", ""
-    if pin is not None and page.startswith("https:"):
-        # The pin replaces a CA: what curl pipes into Python is what the gateway sent.
-        curl, pinned = f"curl -fsSk --pinnedpubkey '{pin}'", f" --fingerprint {pin}"
-    return {
-        "command": f"moltis {command}",
-        "fetchCommand": f"{curl} {page}/moltis.py | python3 - {command}{pinned}",
-        "joinCommand": f"{curl} {page}/moltis.py | python3 - {join}{pinned}",
-    }
 
 
 def _usage_column(row: JsonObject) -> str:
@@ -22910,38 +22627,6 @@ def cmd_audit(args: argparse.Namespace, context: Context) -> int:
 # -- jobs: moltis node exec, attach, jobs --------------------------------------
 
 
-def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
-    """Raises UsageError, Unreachable, Refused."""
-    if not args.command:
-        raise UsageError("no command; put it after --, as in: node exec pi -- uptime")
-    if args.all == bool(args.nodes):
-        both = ", not both" if args.all else ""
-        raise UsageError(f"name the nodes, or say --all{both}")
-    if args.stdin and args.detach:
-        raise UsageError("--stdin feeds a command while we stay, --detach does not")
-    check_timeout(args.timeout)
-    # One word is a line for the shell; several are to arrive as the words they are.
-    line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
-    spec: JsonObject = {
-        "command": line,
-        "env": filter_environment(context.environ),
-        "stdin": args.stdin,
-    }
-    if args.timeout is not None:
-        spec["timeout"] = round(args.timeout * 1000)
-    if args.cwd is not None:
-        spec["cwd"] = args.cwd
-    request = {"work": "run", "spec": spec}
-    with JobFeed(partial(operator_client, args, context)) as feed:
-        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
-        if args.stdin and len(nodes) > 1:
-            raise UsageError("--stdin feeds one node")
-        if args.detach:
-            return start_detached(feed, nodes, request, context.output)
-        jobs = feed.start(nodes, request)
-        return JobTerminal(feed, jobs, context.output).execute(feeds=args.stdin)
-
-
 def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
     """Return the first of the references to each node: a command runs there once.
 
@@ -22951,17 +22636,9 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
         return {reference: reference for reference in references}
     first: dict[str, str] = {}
     for reference in references:
-        node = feed.call("node.describe", {"nodeId": reference})
+        node = feed.client.call("node.describe", {"nodeId": reference})
         first.setdefault(node["nodeId"], reference)
     return first
-
-
-def connected_nodes(feed: JobFeed) -> dict[str, str]:
-    """Return the names of all connected nodes by id."""
-    listed = feed.call("node.list", {})
-    return distinct_names(
-        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
-    )
 
 
 def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
@@ -22975,6 +22652,22 @@ def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
     return unique
 
 
+def connected_nodes(feed: JobFeed) -> dict[str, str]:
+    """Return the names of all connected nodes by id."""
+    listed = feed.client.call("node.list", {})
+    return distinct_names(
+        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
+    )
+
+
+def without_name(name: str, text: str) -> str:
+    """Return `text` about `name` without the name before it."""
+    for after in (": ", " is "):
+        if text.casefold().startswith(f"{name}{after}".casefold()):
+            return text[len(name) + len(after) :]
+    return text
+
+
 def start_detached(
     feed: JobFeed, nodes: Mapping[str, str], request: JsonObject, output: Output
 ) -> int:
@@ -22985,7 +22678,7 @@ def start_detached(
     names = {new_id(): name for name in nodes.values()}
     jobs = [{"id": job, "node": node} for job, node in zip(names, nodes)]
     try:
-        answer = feed.call(JOB_START, {**request, "jobs": jobs, "keep": True})
+        answer = feed.client.call(JOB_START, {**request, "jobs": jobs, "keep": True})
     except Unreachable as error:
         if isinstance(error.__cause__, RpcError) and error.__cause__.code != "TIMEOUT":
             raise
@@ -23078,6 +22771,53 @@ class StreamPrinter:
                 self.write(b"\n")
 
 
+EXIT_STATUSES: Mapping[str, int] = {
+    JobState.TIMED_OUT: TIMED_OUT,
+    JobState.CANCELLED: INTERRUPTED,
+    JobState.LOST: EXIT_UNREACHABLE,
+    JobState.EXPIRED: EXIT_UNREACHABLE,
+}
+
+
+def exit_status(ending: Ending) -> int:
+    """Return the exit status for a job, which is 0 only for a success."""
+    if ending.state != JobState.DONE:
+        return EXIT_STATUSES.get(ending.state, EXIT_FAILURE)
+    if ending.signal:
+        number = signal.Signals.__members__.get(ending.signal)
+        return EXIT_FAILURE if number is None else min(128 + number, 255)
+    code = ending.exit_code
+    # A status has 8 bits: a larger one must not look like a success.
+    return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
+
+
+def recap_words(job: FollowedJob) -> tuple[str, str]:
+    """Return the group of a recap for an ended job, and why it is in it."""
+    if job.error is not None:
+        group = "unreachable" if isinstance(job.error, Unreachable) else "failed"
+        return group, without_name(job.name, str(job.error))
+    ending = job.ending
+    assert ending is not None
+    if not ending.failed:
+        return "ok", ""
+    if ending.state == JobState.DONE and not ending.signal:
+        return "failed", str(ending.exit_code)
+    lost = exit_status(ending) == EXIT_UNREACHABLE
+    return "unreachable" if lost else "failed", ending.words()
+
+
+def read_stdin(size: int) -> bytes:
+    """Return what comes next on standard input, b"" at its end.  Raises OSError."""
+    descriptor = sys.stdin.fileno()
+    try:
+        return os.read(descriptor, size)
+    except OSError as error:
+        # A terminal reports its closed end like a disk that cannot be read.
+        if error.errno != errno.EIO or not os.isatty(descriptor):
+            raise
+        return b""
+
+
 class JobTerminal:
     """What `node exec` and `node attach` print of jobs, as it comes."""
 
@@ -23090,7 +22830,6 @@ class JobTerminal:
         self._waiting = Waiting(output)
         self._ended: list[FollowedJob] = []  # in the order of their endings
         self._in_line: set[str] = set()  # ids
-        self._unstored: set[str] = set()  # ids of jobs whose output nobody keeps
         self._cancelled = False
         self._broken_pipe = False
         self._patience = Deadline(None)  # runs from the interrupt on
@@ -23133,7 +22872,6 @@ class JobTerminal:
 
     def attach(self) -> int:
         """Return the exit status of the one job.  Raises UserError."""
-        self._unstored = {job.id for job in self._jobs}
         self._print_all()
         if self._broken_pipe:
             raise BrokenPipeError
@@ -23197,18 +22935,12 @@ class JobTerminal:
         else:
             self._waiting.end(job.name)
         if state.get("place"):
-            text = f"moltis: {job.name}: place {state['place']} in line"
+            text = f"moltis: {job.name}: {state['words']}"
             if job.id not in self._in_line:
                 self._in_line.add(job.id)
                 self._output.say(text)
             else:
                 self._output.status(text)
-        if job.id in self._unstored and state.get("kept") is False:
-            self._unstored.discard(job.id)
-            self._output.say(
-                "moltis: the output of this command is not stored; "
-                "this is what still comes"
-            )
         if job.ending is not None or job.error is not None:
             for kind in STREAMS:
                 self._printers[job.id, kind].finish()
@@ -23242,72 +22974,36 @@ class JobTerminal:
         return INTERRUPTED if self._cancelled else EXIT_FAILURE
 
 
-def recap_words(job: FollowedJob) -> tuple[str, str]:
-    """Return the group of a recap for an ended job, and why it is in it."""
-    if job.error is not None:
-        group = "unreachable" if isinstance(job.error, Unreachable) else "failed"
-        return group, without_name(job.name, str(job.error))
-    ending = job.ending
-    assert ending is not None
-    if not ending.failed:
-        return "ok", ""
-    if ending.state == JobState.DONE and not ending.signal:
-        return "failed", str(ending.exit_code)
-    lost = exit_status(ending) == EXIT_UNREACHABLE
-    return "unreachable" if lost else "failed", ending.words()
-
-
-EXIT_STATUSES: Mapping[str, int] = {
-    JobState.TIMED_OUT: TIMED_OUT,
-    JobState.CANCELLED: INTERRUPTED,
-    JobState.LOST: EXIT_UNREACHABLE,
-    JobState.EXPIRED: EXIT_UNREACHABLE,
-}
-
-
-def exit_status(ending: Ending) -> int:
-    """Return the exit status for a job, which is 0 only for a success."""
-    if ending.state != JobState.DONE:
-        return EXIT_STATUSES.get(ending.state, EXIT_FAILURE)
-    if ending.signal:
-        number = signal.Signals.__members__.get(ending.signal)
-        return EXIT_FAILURE if number is None else min(128 + number, 255)
-    code = ending.exit_code
-    # A status has 8 bits: a larger one must not look like a success.
-    return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
-
-
-def read_stdin(size: int) -> bytes:
-    """Return what comes next on standard input, b"" at its end.  Raises OSError."""
-    descriptor = sys.stdin.fileno()
-    try:
-        return os.read(descriptor, size)
-    except OSError as error:
-        # A terminal reports its closed end like a disk that cannot be read.
-        if error.errno != errno.EIO or not os.isatty(descriptor):
-            raise
-        return b""
-
-
-def without_name(name: str, text: str) -> str:
-    """Return `text` about `name` without the name before it."""
-    for after in (": ", " is "):
-        if text.casefold().startswith(f"{name}{after}".casefold()):
-            return text[len(name) + len(after) :]
-    return text
-
-
-def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
-    """Raises UserError."""
-    with operator_client(args, context) as client:
-        asked = {"nodeId": args.node} if args.node else {}
-        jobs = client.call("job.list", {**asked, "kept": True})
-        if not args.cancel:
-            return context.show(args, jobs, JOB_COLUMNS)
-        job = cancel_job(client, find_job(args.cancel, jobs, args.node), context.output)
-    if args.json:
-        context.output.json([job])
-    return EXIT_OK
+def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, Unreachable, Refused."""
+    if not args.command:
+        raise UsageError("no command; put it after --, as in: node exec pi -- uptime")
+    if args.all == bool(args.nodes):
+        both = ", not both" if args.all else ""
+        raise UsageError(f"name the nodes, or say --all{both}")
+    if args.stdin and args.detach:
+        raise UsageError("--stdin feeds a command while we stay, --detach does not")
+    check_timeout(args.timeout)
+    # One word is a line for the shell; several are to arrive as the words they are.
+    line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
+    spec: JsonObject = {
+        "command": line,
+        "env": filter_environment(context.environ),
+        "stdin": args.stdin,
+    }
+    if args.timeout is not None:
+        spec["timeout"] = round(args.timeout * 1000)
+    if args.cwd is not None:
+        spec["cwd"] = args.cwd
+    request = {"work": "run", "spec": spec}
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
+        if args.stdin and len(nodes) > 1:
+            raise UsageError("--stdin feeds one node")
+        if args.detach:
+            return start_detached(feed, nodes, request, context.output)
+        jobs = feed.start(nodes, request)
+        return JobTerminal(feed, jobs, context.output).execute(feeds=args.stdin)
 
 
 def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObject:
@@ -23330,20 +23026,10 @@ def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObjec
     return after
 
 
-def job_words(job: JsonObject) -> str:
-    """Return the state of a job in words; those of its ending are the gateway's."""
-    if job.get("awayMs") is not None:
-        return f"node away ({format_duration(job['awayMs'] / 1000)})"
-    if job.get("place"):
-        return f"place {job['place']} in line"
-    words: str = job["words"]
-    return words
-
-
 JOB_COLUMNS: Mapping[str, Column] = {
     "ID": "id",
     "NODE": "nodeName",
-    "STATE": lambda row: one_line(job_words(row), 40),
+    "STATE": lambda row: one_line(row["words"], 40),
     "ASKED": time_column("askedAt"),
     "OUTPUT": lambda row: format_bytes(row["stdoutBytes"] + row["stderrBytes"]),
     "COMMAND": lambda row: one_line(row["command"], 60),
@@ -23365,11 +23051,29 @@ def find_job(
     raise UserError(f"{reference!r} {problem}{where}; `moltis node jobs` lists them")
 
 
+def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    with operator_client(args, context) as client:
+        asked = {"nodeId": args.node} if args.node else {}
+        jobs = client.call("job.list", {**asked, "kept": True})
+        if not args.cancel:
+            return context.show(args, jobs, JOB_COLUMNS)
+        job = cancel_job(client, find_job(args.cancel, jobs, args.node), context.output)
+    if args.json:
+        context.output.json([job])
+    return EXIT_OK
+
+
 def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
     """Raises Unreachable when the gateway stays away, UserError for no job."""
     with JobFeed(partial(operator_client, args, context)) as feed:
-        job_id = find_job(args.job, feed.call("job.list", {"kept": True}))
-        view = feed.call("job.wait", {"id": job_id, "wait": 0})
+        job_id = find_job(args.job, feed.client.call("job.list", {"kept": True}))
+        view = feed.client.call("job.wait", {"id": job_id, "wait": 0})
+        if not view["kept"]:
+            context.output.say(
+                "moltis: the output of this command is not stored; only new output "
+                "is shown"
+            )
         job = feed.follow(job_id, view["nodeName"])
         try:
             return JobTerminal(feed, [job], context.output).attach()
@@ -23395,29 +23099,12 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
 # -- moltis chat ---------------------------------------------------------------
 
 
-def cmd_chat(args: argparse.Namespace, context: Context) -> int:
-    """Raises UserError."""
-    with JobFeed(partial(operator_client, args, context)) as feed:
-        session = chosen_session(feed, args.session, context.output)
-        key = session["key"]
-        if args.node:
-            feed.call("nodes.set_session", {"session_key": key, "node_id": args.node})
-        model = args.model or session["model"]
-        decide = approval_answer(args, context)
-        terminal = ChatTerminal(feed, key, model, context.output, decide)
-        if args.message is not None:
-            return terminal.turn(args.message)
-        if sys.stdin is not None and not sys.stdin.isatty():
-            return terminal.turn(sys.stdin.read(MAX_BODY))
-        return chat_prompt(terminal, context)
-
-
 def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
     """Return the session that a key or a label names; a new one for a new label.
 
     Raises UserError.
     """
-    sessions: list[JsonObject] = feed.call("sessions.list", {})
+    sessions: list[JsonObject] = feed.client.call("sessions.list", {})
     for session in sessions:
         if session["key"] == wanted:
             return session
@@ -23429,7 +23116,7 @@ def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
     if named:
         return named[0]
     output.say(f"a new session: {wanted.strip()}")
-    created: JsonObject = feed.call("sessions.create", {"label": wanted})
+    created: JsonObject = feed.client.call("sessions.create", {"label": wanted})
     return created
 
 
@@ -23446,56 +23133,8 @@ def typed_line() -> str:
         raise EOFError from error
 
 
-def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
-    """Take messages from a person until the end of input."""
-    with contextlib.suppress(ImportError):  # editing and history, where available
-        import readline
-
-        readline.set_history_length(1000)
-    context.output.say("Ctrl+C stops an answer, Ctrl+D ends the chat.")
-    while True:
-        try:
-            text = typed_line()
-            if text.strip():
-                terminal.turn(text)
-        except EOFError:
-            context.output.say("")
-            return EXIT_OK
-        except KeyboardInterrupt:
-            context.output.say("")
-
-
 # From a command card to: approve, deny, always.
 ApprovalAnswer: TypeAlias = "Callable[[JsonObject], str]"
-
-
-def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
-    """Return what decides about a model's commands: --yes, a person, or a refusal."""
-    if args.yes:
-        return lambda _command: "approve"
-    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
-        return partial(ask_approval, context.output)
-
-    def deny(_command: JsonObject) -> str:
-        context.output.say("denied: there is no terminal to ask; --yes runs everything")
-        return "deny"
-
-    return deny
-
-
-def ask_approval(output: Output, command: JsonObject) -> str:
-    where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
-    lines = visible(command["command"]).replace("\n", "\n    ")
-    aside = " in the background" if command.get("background") else ""
-    output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
-    answers = {"y": "approve", "n": "deny", "a": "always"}
-    while True:
-        sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
-        sys.stderr.flush()
-        line = sys.stdin.readline()
-        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
-        if answer is not None:
-            return answer
 
 
 class ChatCommand:
@@ -23537,7 +23176,7 @@ class ChatTerminal:
         self._commands: dict[str, ChatCommand] = {}  # of this turn, by job
         self._at_line_start = True  # of stdout
         self._status = EXIT_OK  # of the turn
-        feed.call("subscribe", {"events": ["chat"]})
+        feed.client.call("subscribe", {"events": ["chat"]})
 
     def turn(self, text: str) -> int:
         """Have `text` answered; return the exit status.  Raises UserError."""
@@ -23547,7 +23186,7 @@ class ChatTerminal:
         previous = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
             params = {"sessionKey": self._session_key, "text": text}
-            sent = self._feed.call("chat.send", {**params, "model": self._model})
+            sent = self._feed.client.call("chat.send", {**params, "model": self._model})
             if sent.get("queued"):
                 self._output.say("an earlier message is being answered; this one waits")
             self._follow(sent["runId"])
@@ -23574,7 +23213,7 @@ class ChatTerminal:
                 if self._feed.interrupted and not stopping:
                     stopping = True
                     session = {"sessionKey": self._session_key}
-                    self._feed.notify("chat.abort", session)
+                    self._feed.client.notify("chat.abort", session)
             elif news.name == "chat" and news.payload.get("runId") == run_id:
                 over = self._show(news.payload) or over
             if over and not any(
@@ -23662,7 +23301,7 @@ class ChatTerminal:
             signal.signal(signal.SIGINT, handler)
         # An earlier answer, on the page say, stands.
         answer = {"id": job_id, "decision": decision}
-        self._feed.notify("exec.approval.resolve", answer)
+        self._feed.client.notify("exec.approval.resolve", answer)
 
     def _show_output(self, news: JobOutput) -> None:
         command = self._commands.get(news.job.id)
@@ -23713,26 +23352,74 @@ class ChatTerminal:
             self._write(sys.stdout, "\n")
 
 
-# -- install -------------------------------------------------------------------
+def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
+    """Take messages from a person until the end of input."""
+    with contextlib.suppress(ImportError):  # editing and history, where available
+        import readline
+
+        readline.set_history_length(1000)
+    context.output.say("Ctrl+C stops an answer, Ctrl+D ends the chat.")
+    while True:
+        try:
+            text = typed_line()
+            if text.strip():
+                terminal.turn(text)
+        except EOFError:
+            context.output.say("")
+            return EXIT_OK
+        except KeyboardInterrupt:
+            context.output.say("")
 
 
-def cmd_install(args: argparse.Namespace, context: Context) -> int:
+def ask_approval(output: Output, command: JsonObject) -> str:
+    where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
+    lines = visible(command["command"]).replace("\n", "\n    ")
+    aside = " in the background" if command.get("background") else ""
+    output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
+    answers = {"y": "approve", "n": "deny", "a": "always"}
+    while True:
+        sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
+        if answer is not None:
+            return answer
+
+
+def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
+    """Return what decides about a model's commands: --yes, a person, or a refusal."""
+    if args.yes:
+        return lambda _command: "approve"
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
+        return partial(ask_approval, context.output)
+
+    def deny(_command: JsonObject) -> str:
+        context.output.say("denied: there is no terminal to ask; --yes runs everything")
+        return "deny"
+
+    return deny
+
+
+def cmd_chat(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
-    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
-    installation = Installation(Path(prefix))
-    if args.uninstall:
-        return uninstall(installation, context)
-    text, version = chosen_program(getattr(args, "from"))
-    before = os.umask(0o022)  # others may run it, but not write it, whatever ours is
-    try:
-        notes = installation.install(text, lasting_python(), context.environ)
-    finally:
-        os.umask(before)
-    for note in (f"moltis {version} is {installation.launcher}", *notes):
-        context.output.say(note)
-    if args.command:
-        os.execv(installation.launcher, [str(installation.launcher), *args.command])
-    return EXIT_OK
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        session = chosen_session(feed, args.session, context.output)
+        key = session["key"]
+        if args.node:
+            feed.client.call(
+                "nodes.set_session", {"session_key": key, "node_id": args.node}
+            )
+        model = args.model or session["model"]
+        decide = approval_answer(args, context)
+        terminal = ChatTerminal(feed, key, model, context.output, decide)
+        if args.message is not None:
+            return terminal.turn(args.message)
+        if sys.stdin is not None and not sys.stdin.isatty():
+            return terminal.turn(sys.stdin.read(MAX_BODY))
+        return chat_prompt(terminal, context)
+
+
+# -- install -------------------------------------------------------------------
 
 
 def chosen_program(source: str | None) -> tuple[bytes, str]:
@@ -23770,7 +23457,27 @@ def uninstall(installation: Installation, context: Context) -> int:
     return EXIT_OK
 
 
+def cmd_install(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
+    installation = Installation(Path(prefix))
+    if args.uninstall:
+        return uninstall(installation, context)
+    text, version = chosen_program(getattr(args, "from"))
+    before = os.umask(0o022)  # others may run it, but not write it, whatever ours is
+    try:
+        notes = installation.install(text, lasting_python(), context.environ)
+    finally:
+        os.umask(before)
+    for note in (f"moltis {version} is {installation.launcher}", *notes):
+        context.output.say(note)
+    if args.command:
+        os.execv(installation.launcher, [str(installation.launcher), *args.command])
+    return EXIT_OK
+
+
 # -- the table of subcommands --------------------------------------------------
+
 
 JSON = arg("--json", "answer in JSON")
 NODE = arg("node", "name or id")
@@ -23783,7 +23490,6 @@ GATEWAY: Sequence[Argument] = (
     arg("--api-key KEY", "operator key; better in MOLTIS_API_KEY"),
     *TRUST,
 )
-
 SUBCOMMANDS: Mapping[str, Subcommand] = {
     "install": Subcommand(
         cmd_install,
@@ -24025,6 +23731,7 @@ GROUPS: Mapping[str, str] = {
 
 
 # -- main ----------------------------------------------------------------------
+
 
 VERSION_TEXT = f"moltis {__version__}"
 
