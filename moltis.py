@@ -12272,7 +12272,7 @@ class PlannedCommand(Value):
 
     job_id: str
     node_id: str
-    node_name: str
+    node: str  # its name
     command: str
     cwd: str | None = None
     timeout: float | None = None  # s
@@ -12405,7 +12405,7 @@ class FleetMachines:
     def start(self, planned: PlannedCommand, decided_by: str | None) -> None:
         self._jobs.start(
             new_job(
-                (planned.node_id, planned.node_name),
+                (planned.node_id, planned.node),
                 "run",
                 planned.spec(),
                 self._origin.replace(decided_by=decided_by),
@@ -12872,7 +12872,7 @@ class Toolbox:
         planned = PlannedCommand(
             job_id=new_id(),
             node_id=node_id,
-            node_name=name,
+            node=name,
             command=arguments["command"],
             cwd=arguments.get("working_dir") or None,
             timeout=timeout,
@@ -12887,14 +12887,14 @@ class Toolbox:
             verdict = self._approvals.ask(self._chat, planned, self._cancel)
             self._chat.decide(planned, verdict)
             if not verdict.allowed:
-                return {"node": planned.node_name, "error": verdict.words()}
+                return {"node": planned.node, "error": verdict.words()}
             decided_by = verdict.by
         self._cancel.pause(0)  # Stop may have come while it waited for its turn
         self._machines.start(planned, decided_by)
         self._chat.begin_job(planned)
         if planned.background:
             started = {"id": planned.job_id, "state": "started"}
-            return {"node": planned.node_name, **started}
+            return {"node": planned.node, **started}
         try:
             view = self._machines.wait(planned.job_id, None, self._cancel)
         except Cancelled:
@@ -12935,6 +12935,26 @@ def message_size(message: ChatMessage) -> int:
     return len(message.text) + len(to_json(extras))
 
 
+def _shorten_results(
+    messages: list[ChatMessage], excess: int, length: int, spared: int
+) -> tuple[int, int]:
+    """Cut results to `length`, oldest first, until `excess` is gone.
+
+    Return what is left of it, and how many were cut.  The last `spared` stay.
+    """
+    places = [i for i, message in enumerate(messages) if message.role == "tool"]
+    cut = 0
+    for place in places[: len(places) - spared]:
+        message = messages[place]
+        text = clip(message.text, length)
+        if excess <= 0 or len(text) >= len(message.text):
+            continue
+        excess -= len(message.text) - len(text)
+        messages[place] = message.replace(text=text)
+        cut += 1
+    return excess, cut
+
+
 def compact(
     messages: Sequence[ChatMessage], limit: int
 ) -> tuple[list[ChatMessage], str]:
@@ -12962,26 +12982,6 @@ def compact(
     lost = [f"{outputs} old outputs"] * bool(outputs)
     lost += [f"{gone - first} old messages"] * (gone > first)
     return kept, f"left out to save space: {' and '.join(lost)}" if lost else ""
-
-
-def _shorten_results(
-    messages: list[ChatMessage], excess: int, length: int, spared: int
-) -> tuple[int, int]:
-    """Cut results to `length`, oldest first, until `excess` is gone.
-
-    Return what is left of it, and how many were cut.  The last `spared` stay.
-    """
-    places = [i for i, message in enumerate(messages) if message.role == "tool"]
-    cut = 0
-    for place in places[: len(places) - spared]:
-        message = messages[place]
-        text = clip(message.text, length)
-        if excess <= 0 or len(text) >= len(message.text):
-            continue
-        excess -= len(message.text) - len(text)
-        messages[place] = message.replace(text=text)
-        cut += 1
-    return excess, cut
 
 
 class ShellModel:
@@ -13261,6 +13261,35 @@ class RemoteModel:
         raise kind(f"{self._node[1]}: {said}")
 
 
+def _check_provider(provider: str, base_url: str) -> None:
+    """Raises RpcError INVALID_REQUEST unless a provider may have this name and URL."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", provider) or provider == SHELL_ID:
+        raise RpcError(
+            "INVALID_REQUEST",
+            f"{provider[:40]!r} cannot be a provider: 1 to 40 of a-z, 0-9, - and _",
+        )
+    parts = urlsplit(base_url.strip())
+    if base_url and not (parts.scheme in ("http", "https") and parts.hostname):
+        raise RpcError(
+            "INVALID_REQUEST",
+            f"{base_url[:200]!r} is no address; it looks like http://gpu-box:8080/v1",
+        )
+
+
+def _is_default_url(provider: str, base_url: str) -> bool:
+    given = base_url.strip().rstrip("/")
+    return any(s.id == provider and s.base_url == given for s in PROVIDERS)
+
+
+def _model_entry(model: ModelInfo) -> JsonObject:
+    return {
+        "id": model.id,
+        "provider": model.provider,
+        "displayName": model.display_name,
+        "supportsTools": model.supports_tools,
+    }
+
+
 class ModelDirectory:
     """The models that can be chosen."""
 
@@ -13429,35 +13458,6 @@ class ModelDirectory:
         ]
 
 
-def _check_provider(provider: str, base_url: str) -> None:
-    """Raises RpcError INVALID_REQUEST unless a provider may have this name and URL."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", provider) or provider == SHELL_ID:
-        raise RpcError(
-            "INVALID_REQUEST",
-            f"{provider[:40]!r} cannot be a provider: 1 to 40 of a-z, 0-9, - and _",
-        )
-    parts = urlsplit(base_url.strip())
-    if base_url and not (parts.scheme in ("http", "https") and parts.hostname):
-        raise RpcError(
-            "INVALID_REQUEST",
-            f"{base_url[:200]!r} is no address; it looks like http://gpu-box:8080/v1",
-        )
-
-
-def _is_default_url(provider: str, base_url: str) -> bool:
-    given = base_url.strip().rstrip("/")
-    return any(s.id == provider and s.base_url == given for s in PROVIDERS)
-
-
-def _model_entry(model: ModelInfo) -> JsonObject:
-    return {
-        "id": model.id,
-        "provider": model.provider,
-        "displayName": model.display_name,
-        "supportsTools": model.supports_tools,
-    }
-
-
 # ==============================================================================
 # Chat
 # Uses: Wire protocol, Language models, Store, Access, Fleet, Jobs, Agent,
@@ -13488,6 +13488,8 @@ CARD_STATES: Mapping[str, str] = {  # of messages, by state of their jobs
     JobState.CANCELLED: MessageState.ABORTED,
     JobState.DENIED: MessageState.ABORTED,
 }  # others: MessageState.ERROR
+
+OPEN_STATES = (MessageState.QUEUED, MessageState.RUNNING)
 
 Announce: TypeAlias = "Callable[[str, JsonObject], None]"
 
@@ -13530,7 +13532,8 @@ class SessionLog:
         self._lock = threading.Lock()
         self._seq = self._reserved = session.seq
         self._last_created_at = store.messages.last_created_at(session.key)
-        self._live: dict[str, SessionMessage] = {}  # those that may still change
+        # Those that may still change, or are not stored yet.
+        self._live: dict[str, SessionMessage] = {}
         self._words: dict[str, list[str]] = {}  # of answers, not announced yet
         self._unsaved: set[str] = set()
         self._closed = False
@@ -13581,7 +13584,7 @@ class SessionLog:
         """
         with self._lock:
             message = self._live.get(message_id)
-            if message is None:
+            if message is None or message.state not in OPEN_STATES:
                 return
             if command:
                 merged = {**message.details["command"], **command}
@@ -13686,20 +13689,22 @@ class SessionLog:
             return
         words = "".join(self._words.pop(message.id, ()))
         message = message.replace(text=message.text + words, seq=self._number())
-        if message.state in (MessageState.QUEUED, MessageState.RUNNING):
-            self._live[message.id] = message
-        else:
-            self._live.pop(message.id, None)
+        self._live[message.id] = message
         self._save(message)
         value = {"messageId": message.id, "message": message_to_json(message, job)}
         self._tell(event, message.run_id, {**fields, **value})
 
     def _save(self, message: SessionMessage) -> None:
-        self._unsaved.discard(message.id)
         try:
             self._store.messages.save(message)
         except StoreError as error:
             log.error("message not stored session=%s: %s", self.key, error)
+            self._unsaved.add(message.id)
+            self._on_words()  # flush() tries again
+            return
+        self._unsaved.discard(message.id)
+        if message.state not in OPEN_STATES:
+            del self._live[message.id]
 
     def _number(self) -> int:
         """Return the next number; none is given twice, also after a crash."""
@@ -13755,9 +13760,10 @@ class TurnQueue:
     def __init__(
         self,
         session_key: str,
-        take: Callable[[Turn], None],
+        take: Callable[[Turn, bool], None],
         on_idle: Callable[[], None],
     ) -> None:
+        """`take` carries out a turn, which may have waited for others."""
         self._session_key = session_key
         self._take = take
         self._on_idle = on_idle
@@ -13827,13 +13833,15 @@ class TurnQueue:
             thread.join()
 
     def _run(self) -> None:
+        waited = False
         while True:
             with self._lock:
                 turn = self._current = self._waiting.popleft()
             try:
-                self._take(turn)
+                self._take(turn, waited)
             except Exception:
                 log.exception("turn failed session=%s", self._session_key)
+            waited = True
             with self._lock:
                 self._current = None
                 idle = not self._waiting
@@ -13894,44 +13902,25 @@ class TurnChat(Conversation):
 
     def say(self, text: str) -> None:
         if not self._answer:
-            self._answer = self._log.add(
-                "delta",
-                "assistant",
-                self._turn.run_id,
-                MessageState.RUNNING,
-                details={"model": self._turn.model.id},
-            )
+            details = {"model": self._turn.model.id}
+            self._answer = self._add("delta", "assistant", details=details)
         self._log.say(self._answer, text)
 
     def notice(self, text: str) -> None:
-        self._log.add(
-            "notice", "notice", self._turn.run_id, MessageState.DONE, text=text
-        )
+        self._add("notice", "notice", MessageState.DONE, text=text)
 
     def begin_call(self, call: ToolCall, planned: PlannedCommand | None) -> None:
         self._end_answer(MessageState.DONE)
-        started = ("tool_call_start", self._turn.run_id, MessageState.RUNNING)
-        event, *about = started
         if planned is None:
             shown = to_json(call.arguments) if call.arguments else ""
             text = f"{call.name} {shown}".rstrip()
-            message_id = self._log.add(event, "notice", *about, text=text)
+            message_id = self._add("tool_call_start", "notice", text=text)
         else:
-            command = {
-                "nodeId": planned.node_id,
-                "node": planned.node_name,
-                "command": planned.command,
-                "cwd": planned.cwd,
-                "timeout": planned.timeout,
-                "background": planned.background or None,
-            }
-            command = {k: v for k, v in command.items() if v is not None}
-            message_id = self._log.add(
-                event,
+            message_id = self._add(
+                "tool_call_start",
                 "command",
-                *about,
                 job_id=planned.job_id,
-                details={"command": command},
+                details={"command": planned.to_json()},
             )
         with self._lock:
             self._calls[call.id] = (message_id, planned is not None)
@@ -13957,42 +13946,38 @@ class TurnChat(Conversation):
         with self._lock:
             message_id, is_command = self._calls[call.id]
         error = result.get("error")
-        state = MessageState.ERROR if error else MessageState.DONE
-        if not is_command:
-            if error:
-                self._log.say(message_id, f": {error}")
-            self._log.change("tool_call_end", message_id, state=state)
+        if is_command:
+            self._end_command(message_id, error or "")
             return
-        try:
-            self._end_command(message_id, error)
-        except RpcError as problem:
-            log.error("card not updated session=%s: %s", self.key, problem)
+        if error:
+            self._log.say(message_id, f": {error}")
+        state = MessageState.ERROR if error else MessageState.DONE
+        self._log.change("tool_call_end", message_id, state=state)
 
     def finish(self, end: RunEnd, aborted_state: str) -> None:
         """Show how the run ended."""
-        run_id = self._turn.run_id
         if end.state == "error":
             self._end_answer(MessageState.ERROR)
-            self._log.add(
-                "error",
-                "notice",
-                run_id,
-                MessageState.ERROR,
-                text=end.error,
-                error=end.error,
-            )
+            fields = {"text": end.error, "error": end.error}
+            self._add("error", "notice", MessageState.ERROR, **fields)
             return
+        state = aborted_state
         details: JsonObject = {}
         if end.state == "final":
+            state = MessageState.DONE
             details["usage"] = {
                 "inputTokens": end.input_tokens,
                 "outputTokens": end.output_tokens,
             }
             if end.reason != "stop":
                 details["reason"] = end.reason
-        state = MessageState.DONE if end.state == "final" else aborted_state
         if not self._end_answer(state, end.state, details):
-            self._log.note(end.state, run_id)
+            self._log.note(end.state, self._turn.run_id)
+
+    def _add(
+        self, event: str, role: str, state: str = MessageState.RUNNING, **fields: Any
+    ) -> str:
+        return self._log.add(event, role, self._turn.run_id, state, **fields)
 
     def _show_approval(self, planned: PlannedCommand, approval: JsonObject) -> None:
         self._log.change(
@@ -14002,7 +13987,7 @@ class TurnChat(Conversation):
     def _record_denial(self, planned: PlannedCommand, verdict: Verdict) -> None:
         """Put a command that may not run into the audit.  Raises RpcError."""
         record = new_job(
-            (planned.node_id, planned.node_name),
+            (planned.node_id, planned.node),
             "run",
             planned.spec(),
             self._turn.origin(self.key).replace(decided_by=verdict.by),
@@ -14018,21 +14003,15 @@ class TurnChat(Conversation):
             )
         )
 
-    def _end_command(self, job_id: str, error: str | None) -> None:
+    def _end_command(self, job_id: str, error: str) -> None:
         """Show the end of a command; one that still runs shows it itself."""
         try:
             job = self._jobs.get(job_id)
-        except RpcError as unknown:
-            if unknown.code != "NOT_FOUND":
-                raise
-            # It never started: cancelled while it waited, or its node is offline.
+        except RpcError:  # it never started
             stopped = self._turn.cancel.cancelled
-            self._log.change(
-                "tool_call_end",
-                job_id,
-                state=MessageState.ABORTED if stopped else MessageState.ERROR,
-                command={"error": error or ""},
-            )
+            state = MessageState.ABORTED if stopped else MessageState.ERROR
+            command = {"error": error}
+            self._log.change("tool_call_end", job_id, state=state, command=command)
         else:
             if not job.record.is_open:
                 self._log.end_card(job)
@@ -14212,20 +14191,21 @@ class Chats:
         self._said.set()
         self._flusher.join()
 
-    def _take(self, key: str, turn: Turn) -> None:
+    def _take(self, key: str, turn: Turn, waited: bool) -> None:
         """Carry out a turn, in the thread of its session."""
         session_log = self._log(key)
+        # One that waited belongs behind what was said meanwhile.
         session_log.change(
-            "user_message", turn.message_id, state=MessageState.DONE, last=True
+            "user_message", turn.message_id, state=MessageState.DONE, last=waited
         )
         self._tell("patched", key)
         chat = TurnChat(
             turn, session_log, self._store, self._jobs, partial(self._select, key)
         )
-        if not turn.is_typed:
-            self._store.sessions.keep_run(key, turn.run_id)
         end = RunEnd("error", "the turn failed inside the gateway; its log says why")
         try:
+            if not turn.is_typed:
+                self._store.sessions.keep_run(key, turn.run_id)
             machines = FleetMachines(
                 self._fleet, self._jobs, turn.origin(key), self._is_closing
             )
@@ -14363,29 +14343,31 @@ class Chats:
             self._stopped.wait(TELL_INTERVAL)
 
     def _recover(self) -> None:
-        """Show of what was going on when the gateway ended how it stands now."""
-        interrupted = set()
+        """Update the messages that were open when the gateway ended."""
         for message in self._store.messages.unfinished():
             session_log = self._log(message.session_key)
             session_log.resume(message)
             job = self._job_of(message)
             if job is None:
-                interrupted.add(message.run_id)
                 self._interrupt(session_log, message)
             elif not isinstance(job, Job):
                 session_log.end_card(job)
         for session in self._store.sessions.all():
-            if session.run_id and session.run_id not in interrupted:
-                # The model had not answered yet.
-                self._log(session.key).add(
-                    "notice",
-                    "notice",
-                    session.run_id,
-                    MessageState.INTERRUPTED,
-                    text="The gateway was restarted before the answer was complete.",
-                )
             if session.run_id:
-                self._store.sessions.keep_run(session.key, "")
+                self._recover_run(session)
+
+    def _recover_run(self, session: Session) -> None:
+        """Show that a model did not answer, unless an interrupted message does."""
+        session_log = self._log(session.key)
+        if not any(
+            message.run_id == session.run_id
+            and message.state == MessageState.INTERRUPTED
+            for message in session_log.last(None)
+        ):
+            text = "The gateway was restarted before the answer was complete."
+            event, interrupted = "notice", MessageState.INTERRUPTED
+            session_log.add(event, "notice", session.run_id, interrupted, text=text)
+        self._store.sessions.keep_run(session.key, "")
 
     def _interrupt(self, session_log: SessionLog, message: SessionMessage) -> None:
         command: JsonObject = {}
