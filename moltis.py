@@ -3739,12 +3739,15 @@ def decode_job_data(message: bytes) -> tuple[int, str, int, bytes]:
     kind, job, offset = JOB_DATA_HEAD.unpack_from(message)
     if kind not in (LOG_DATA, INPUT_DATA) or offset >= MAX_OFFSET:
         raise RpcError(
-            "PROTOCOL_ERROR", f"no binary message has kind {kind}, offset {offset}"
+            "PROTOCOL_ERROR",
+            f"a binary message has kind {LOG_DATA} or {INPUT_DATA} and an offset below "
+            f"2^63, not kind {kind} and offset {offset}",
         )
     if len(message) > JOB_DATA_HEAD.size + MAX_LOG_MESSAGE:
         raise RpcError(
             "PAYLOAD_TOO_LARGE",
-            f"a binary message carries {MAX_LOG_MESSAGE} bytes, not {len(message)}",
+            f"a binary message carries at most {MAX_LOG_MESSAGE} bytes, "
+            f"not {len(message) - JOB_DATA_HEAD.size}",
         )
     return kind, uuid_text(job), offset, message[JOB_DATA_HEAD.size :]
 
