@@ -996,11 +996,34 @@ class ProgramResult(Value):
         return (self.stdout + self.stderr).decode("utf-8", "replace").strip()
 
 
+def _read_to_end(
+    pipes: Sequence[IO[bytes]], deadline: Deadline
+) -> tuple[bool, bytes, bytes]:
+    """Return whether both pipes of a program ended in time, and their output."""
+    import selectors
+
+    output = {pipe.fileno(): b"" for pipe in pipes}
+    with selectors.DefaultSelector() as selector:
+        for descriptor in output:
+            selector.register(descriptor, selectors.EVENT_READ)
+        while selector.get_map() and not deadline.expired:
+            for key, _ in selector.select(deadline.remaining()):
+                data = os.read(key.fd, 65536)
+                output[key.fd] += data
+                if not data:
+                    selector.unregister(key.fd)
+            if sum(map(len, output.values())) > MAX_PROGRAM_OUTPUT:
+                break
+        stdout, stderr = output.values()
+        return not selector.get_map(), stdout, stderr
+
+
 def run_program(
     arguments: Sequence[str],
     environ: Mapping[str, str],
     *,
     timeout: float,  # s
+    cwd: str | None = None,
     cancel: Cancellation | None = None,
 ) -> ProgramResult:
     """Run a program without input, in a session of its own, and wait for its end.
@@ -1017,7 +1040,7 @@ def run_program(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=dict(environ),
-            cwd="/",
+            cwd=cwd,
             start_new_session=True,  # a group to kill, and no terminal to ask at
         )
     except OSError as error:
@@ -1030,9 +1053,10 @@ def run_program(
 
     status = 124
     cancel = cancel or Cancellation()
+    pipes = [pipe for pipe in (process.stdout, process.stderr) if pipe is not None]
     try:
         with cancel.calling(kill):
-            whole, stdout, stderr = _read_output(process, Deadline(timeout))
+            whole, stdout, stderr = _read_to_end(pipes, Deadline(timeout))
             if whole:
                 # A program closes its output a moment before it exits.
                 code = process.wait(1.0)
@@ -1041,36 +1065,14 @@ def run_program(
     except subprocess.TimeoutExpired:
         pass
     finally:
+        for pipe in pipes:
+            pipe.close()
         if process.returncode is None:
             kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)
     survivor = process.pid if process.returncode is None else 0
     return ProgramResult(status, stdout, stderr, survivor)
-
-
-def _read_output(
-    process: Popen[bytes], deadline: Deadline
-) -> tuple[bool, bytes, bytes]:
-    """Return whether both pipes of a program ended in time, and what they brought."""
-    import selectors
-
-    assert process.stdout is not None
-    assert process.stderr is not None
-    pipes = {process.stdout.fileno(): b"", process.stderr.fileno(): b""}
-    with process.stdout, process.stderr, selectors.DefaultSelector() as selector:
-        for pipe in pipes:
-            selector.register(pipe, selectors.EVENT_READ)
-        while selector.get_map() and not deadline.expired:
-            for key, _ in selector.select(deadline.remaining()):
-                data = os.read(key.fd, 65536)
-                pipes[key.fd] += data
-                if not data:
-                    selector.unregister(key.fd)
-            if sum(map(len, pipes.values())) > MAX_PROGRAM_OUTPUT:
-                break
-        stdout, stderr = pipes.values()
-        return not selector.get_map(), stdout, stderr
 
 
 # ==============================================================================
@@ -6204,20 +6206,18 @@ def list_models(
 #
 # What a machine has and how it is doing: a quick reading of the operating system
 # (memory, CPU, disk, load, temperature), and an inventory that a thread of its own
-# takes at leisure (runtimes, GPUs, LLM providers).  When to report, and to whom, is
-# left to others.
+# takes (runtimes, GPUs, LLM providers).  A reading is a claim: sender and receiver
+# check each field by itself, and a field that makes no sense is missing.
 # ==============================================================================
 
 INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
 VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
 GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
-SYSCTL_TIMEOUT = 2.0  # s; a reading of the vital signs waits for it
-STOP_LATENCY = 0.1  # s until somebody who reads notices that it shall stop
-MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes; `ps` on a busy Mac prints 10 KiB
-MAX_LISTED = 256  # entries of one list in a report; those beyond are left out
-MAX_LABEL = 200  # characters of one name in a report; those beyond are cut off
-MAX_NUMBER = 2**63  # beyond it, neither SQLite nor a Moltis peer takes a number
-MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is but noise
+SYSCTL_TIMEOUT = 2.0  # s; a reading waits for it
+MAX_LISTED = 256  # entries of one list in a report; the rest is dropped
+MAX_LABEL = 200  # characters of one name in a report; the rest is cut off
+MAX_NUMBER = 2**63 - 1  # neither SQLite nor a Moltis peer takes a greater one
+MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is noise
 USUAL_PLACES = (  # of programs, from the home directory
     ".local/bin",
     "bin",
@@ -6236,13 +6236,16 @@ USUAL_PLACES = (  # of programs, from the home directory
     "/sbin",
 )
 
-SYSCTL_NAMES = (
-    *("hw.memsize", "hw.physmem", "hw.pagesize", "kern.boottime", "kern.cp_time"),
-    "vm.stats.vm.v_free_count",
-    "vm.stats.vm.v_inactive_count",
-    "vm.stats.vm.v_cache_count",
-)
-
+_VERSION = r"(\d+\.\d+[\w.+-]*)"
+# Programs that run others' programs: how to ask for the version, and where it stands.
+RUNTIMES: Mapping[str, tuple[str, str]] = {
+    "python3": ("--version", _VERSION),
+    "node": ("--version", _VERSION),
+    "ruby": ("--version", _VERSION),
+    "go": ("version", _VERSION),
+    "rustc": ("--version", _VERSION),
+    "java": ("-version", r'version "([^"]+)"'),
+}
 # Programs of macOS that only offer to install the real one, by where that then lies.
 MACOS_STUBS: Mapping[str, str] = {
     "/usr/bin/java": "/Library/Java/JavaVirtualMachines",
@@ -6250,39 +6253,169 @@ MACOS_STUBS: Mapping[str, str] = {
 }
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
-_NAMED_NUMBER = r"(?m)^([^:=\n]+)[:=]\s*(\d+)"
+_NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d+)"
 _BOOT_TIME = r"(?m)^kern\.boottime\b\D*sec = (\d+)"
-_CP_TIME = r"(?m)^kern\.cp_time\b[:=]((?: *\d+){5})"
 _VM_STAT_PAGE = r"page size of (\d+) bytes"
-_VERSION = r"(\d+\.\d+[\w.+-]*)"
-_JAVA_VERSION = r'version "([^"]+)"'
+_GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d+)|\[.*\]) *$"
 
 
-class Runtime(Value):
-    """A program that runs others' programs, with how to ask it which version it is."""
-
-    program: str
-    argument: str = "--version"
-    version: str = _VERSION
+# -- what a report says --------------------------------------------------------
 
 
-RUNTIMES = (
-    Runtime("python3"),
-    Runtime("node"),
-    Runtime("ruby"),
-    Runtime("go", "version"),
-    Runtime("rustc"),
-    Runtime("java", "-version", _JAVA_VERSION),
-)
+class Gpu(Value):
+    """A graphics processor."""
+
+    name: str
+    mem_total: int | None = None  # bytes
 
 
-def _without_none(fields: JsonObject) -> JsonObject:
-    # Absent fields are left out on the wire, and a Moltis peer may choke on null.
-    return {
-        name: _without_none(value) if isinstance(value, dict) else value
-        for name, value in fields.items()
-        if value is not None
-    }
+class Provider(Value):
+    """A source of language models that a machine has, with those it can list."""
+
+    provider: str
+    models: tuple[str, ...] = ()
+
+
+def _number(value: Any, low: float = -MAX_NUMBER, high: float = MAX_NUMBER) -> float:
+    """Return a JSON number in a range, which neither infinity nor NaN is."""
+    number: float = required({"": value}, "", float)
+    if not low <= number <= high:
+        raise ValueError("beyond reason")
+    return number
+
+
+def _count(value: Any) -> int:
+    return int(_number(value, 0))
+
+
+def _percentage(value: Any) -> float:
+    return round(min(100.0, max(0.0, _number(value, -1, 101))), 1)  # a float's error
+
+
+def _celsius(value: Any) -> float:
+    return round(_number(value, -60, 150), 1)
+
+
+def _label(value: Any) -> str:
+    # A node's words reach terminals.  printable() removes lone surrogates as well,
+    # which cannot be encoded.
+    return printable(required({"": value}, "", str), MAX_LABEL)
+
+
+def _items(value: Any, kind: type = list) -> Any:
+    return list(required({"": value}, "", kind))[:MAX_LISTED]
+
+
+def _labels(value: Any) -> tuple[str, ...]:
+    return tuple(map(_label, _items(value)))
+
+
+def _averages(value: Any) -> tuple[float, ...]:
+    return tuple(round(_number(average, 0), 2) for average in _items(value)[:3])
+
+
+def _versions(value: Any) -> Mapping[str, str]:
+    return {_label(name): _label(value[name]) for name in _items(value, dict)}
+
+
+def _gpu_list(value: Any) -> tuple[Gpu, ...]:
+    sizes = [(gpu["name"], gpu.get("memTotal")) for gpu in _items(value)]
+    return tuple(
+        Gpu(_label(name), None if size is None else _count(size))
+        for name, size in sizes
+    )
+
+
+def _provider_list(value: Any) -> tuple[Provider, ...]:
+    return tuple(
+        Provider(_label(entry["provider"]), _labels(entry.get("models", [])))
+        for entry in _items(value)
+    )
+
+
+TELEMETRY_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    # field: (place in the payload, check)
+    "mem_total": ("mem.total", _count),
+    "mem_available": ("mem.available", _count),
+    "cpu_count": ("cpuCount", _count),
+    "cpu_usage": ("cpuUsage", _percentage),
+    "uptime_secs": ("uptime", _count),
+    "disk_total": ("disk.total", _count),
+    "disk_available": ("disk.available", _count),
+    "load": ("load", _averages),
+    "temperature": ("temperature", _celsius),
+    "services": ("services", _labels),
+    "runtimes": ("runtimes", _labels),
+    "runtime_versions": ("runtimeVersions", _versions),
+    "gpus": ("gpus", _gpu_list),
+    "providers": ("providers", _provider_list),
+}
+
+
+class Telemetry(Value):
+    """One report of a node; None where it does not say."""
+
+    mem_total: int | None = None  # bytes
+    mem_available: int | None = None  # bytes
+    cpu_count: int | None = None
+    cpu_usage: float | None = None  # 0 to 100
+    uptime_secs: int | None = None
+    disk_total: int | None = None  # bytes
+    disk_available: int | None = None  # bytes
+    load: tuple[float, ...] | None = None  # over 1, 5 and 15 minutes
+    temperature: float | None = None  # °C
+    services: tuple[str, ...] = ()
+    runtimes: tuple[str, ...] = ()  # names of programs, as Moltis lists them
+    runtime_versions: Mapping[str, str] = NOTHING
+    gpus: tuple[Gpu, ...] = ()
+    providers: tuple[Provider, ...] | None = None  # a Rust node has to be asked
+
+    @classmethod
+    def checked(cls, claims: Mapping[str, Any]) -> Telemetry:
+        """Return a report of those `claims`, JSON by field, that make sense."""
+        fields = {}
+        for name, (_, check) in TELEMETRY_FIELDS.items():
+            if claims.get(name) is not None:
+                with contextlib.suppress(RpcError, ValueError, TypeError, LookupError):
+                    fields[name] = check(claims[name])
+        for kind in ("mem", "disk"):
+            available = fields.get(f"{kind}_available", 0)
+            if available > fields.get(f"{kind}_total", available):
+                del fields[f"{kind}_available"]
+        return cls(**fields)
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Telemetry:
+        """Return what a `node.telemetry` says, from ours or a Rust node.
+
+        Unknown fields are ignored, long lists and names cut.
+        """
+        claims = {}
+        for name, (path, _) in TELEMETRY_FIELDS.items():
+            outer, _, inner = path.rpartition(".")
+            place = pick(payload, outer, dict) if outer else payload
+            claims[name] = place.get(inner)
+        return cls.checked(claims)
+
+    def to_payload(self, node_id: str) -> JsonObject:
+        """Return the payload of `node.telemetry`, as nodes send it."""
+        payload: JsonObject = {"nodeId": node_id, "mem": {}, "disk": {}}
+        for name, (path, _) in TELEMETRY_FIELDS.items():
+            value = encode_value(getattr(self, name))
+            outer, _, inner = path.rpartition(".")
+            if value is not None:
+                (payload[outer] if outer else payload)[inner] = value
+        return payload
+
+    def to_columns(self, *, stale: bool) -> JsonObject:
+        """Return `telemetry` of an entry of `node.list`; `providers` stand beside it.
+
+        `stale`: the node is offline, or has not reported lately.
+        """
+        return {**self.replace(providers=None).to_json(), "stale": stale}
+
+
+# -- the operating system ------------------------------------------------------
 
 
 class CpuTimes(Value):
@@ -6296,329 +6429,30 @@ class CpuTimes(Value):
         total = self.total - earlier.total
         if total < MIN_CPU_TICKS:
             return None
-        # Linux lets the count of ticks spent waiting for I/O, thus idle, go back.
-        return min(100.0, max(0.0, 100 * (self.busy - earlier.busy) / total))
+        return min(100.0, 100 * (self.busy - earlier.busy) / total)
 
 
 class Vitals(Value):
-    """What the operating system says right now; None where it does not say it."""
+    """A reading of the operating system; None where it has none."""
 
     mem_total: int | None = None  # bytes
     mem_available: int | None = None  # bytes
-    uptime: float | None = None  # s
+    uptime_secs: float | None = None
     cpu_times: CpuTimes | None = None
     cpu_usage: float | None = None  # 0 to 100, from a system that does the sum itself
     temperature: float | None = None  # °C
 
 
-class Gpu(Value):
-    name: str
-    mem_total: int | None = None  # bytes
-
-    def to_payload(self) -> JsonObject:
-        return _without_none({"name": self.name, "memTotal": self.mem_total})
-
-
-class Provider(Value):
-    """A source of language models that a machine has, with those it can list."""
-
-    name: str
-    models: tuple[str, ...] = ()
-
-    def to_payload(self) -> JsonObject:
-        return {"provider": self.name, "models": list(self.models)}
-
-
-class Equipment(Value):
-    """What is installed on a machine."""
-
-    runtimes: tuple[str, ...] = ()  # names of programs, as Moltis lists them
-    runtime_versions: Mapping[str, str] = NOTHING
-    gpus: tuple[Gpu, ...] = ()
-    providers: tuple[Provider, ...] = ()
-
-
-class Telemetry(Value):
-    """One report of a node; None and empty where it does not say."""
-
-    mem_total: int | None = None  # bytes
-    mem_available: int | None = None  # bytes
-    cpu_count: int | None = None
-    cpu_usage: float | None = None  # 0 to 100
-    uptime: float | None = None  # s
-    disk_total: int | None = None  # bytes, of "/"
-    disk_available: int | None = None  # bytes
-    load: tuple[float, ...] = ()  # over 1, 5 and 15 minutes
-    temperature: float | None = None  # °C
-    services: tuple[str, ...] = ()
-    runtimes: tuple[str, ...] = ()
-    runtime_versions: Mapping[str, str] = NOTHING
-    gpus: tuple[Gpu, ...] = ()
-    providers: tuple[Provider, ...] | None = None  # a Rust node has to be asked
-
-    def to_payload(self, node_id: str) -> JsonObject:
-        """Return the payload of `node.telemetry`, as nodes send it."""
-        return _without_none(
-            {
-                "nodeId": node_id,
-                "mem": {"total": self.mem_total, "available": self.mem_available},
-                "cpuCount": self.cpu_count,
-                "cpuUsage": self.cpu_usage,
-                "uptime": None if self.uptime is None else int(self.uptime),
-                "disk": {"total": self.disk_total, "available": self.disk_available},
-                **self._extras(),
-                "providers": self._providers(),
-            }
-        )
-
-    def to_columns(self, *, stale: bool) -> JsonObject:
-        """Return `telemetry` of an entry of `node.list`; `providers` stand beside it.
-
-        It is `stale` when the node has not said so lately, thus when it is away.
-        """
-        return _without_none(
-            {
-                "memTotal": self.mem_total,
-                "memAvailable": self.mem_available,
-                "cpuCount": self.cpu_count,
-                "cpuUsage": self.cpu_usage,
-                "uptimeSecs": None if self.uptime is None else int(self.uptime),
-                "diskTotal": self.disk_total,
-                "diskAvailable": self.disk_available,
-                **self._extras(),
-                "stale": stale,
-            }
-        )
-
-    def _extras(self) -> JsonObject:
-        return {
-            "load": list(self.load) or None,
-            "temperature": self.temperature,
-            "services": list(self.services),
-            "runtimes": list(self.runtimes),
-            "runtimeVersions": dict(self.runtime_versions),
-            "gpus": [gpu.to_payload() for gpu in self.gpus],
-        }
-
-    def _providers(self) -> list[JsonObject] | None:
-        if self.providers is None:
-            return None
-        return [provider.to_payload() for provider in self.providers]
-
-
-def _label(text: str) -> str:
-    # A node's words end up on terminals.  printable() spares them lone surrogates as
-    # well, which cannot be encoded again.
-    return printable(text, MAX_LABEL)
-
-
-def _reported_number(params: Mapping[str, Any], name: str) -> float | None:
-    value: float | None = optional(params, name, float)
-    # JSON can say 1e999, which Python reads as infinity, and no other JSON can.
-    if value is not None and not -MAX_NUMBER < value < MAX_NUMBER:
-        raise RpcError("INVALID_REQUEST", f"{name} is beyond reason")
-    return value
-
-
-def _reported_count(params: Mapping[str, Any], name: str) -> int | None:
-    value = _reported_number(params, name)
-    if value is not None and value < 0:
-        raise RpcError("INVALID_REQUEST", f"{name} must not be negative")
-    return None if value is None else int(value)
-
-
-def _reported_list(params: Mapping[str, Any], name: str, kind: type) -> list[Any]:
-    items = optional(params, name, list) or []
-    return [required({name: item}, name, kind) for item in items[:MAX_LISTED]]
-
-
-def _reported_names(params: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    return tuple(_label(text) for text in _reported_list(params, name, str))
-
-
-def _reported_load(params: Mapping[str, Any]) -> tuple[float, ...]:
-    averages = _reported_list(params, "load", float)[:3]
-    return tuple(_reported_number({"load": value}, "load") or 0.0 for value in averages)
-
-
-def _reported_versions(params: Mapping[str, Any]) -> dict[str, str]:
-    versions = optional(params, "runtimeVersions", dict) or {}
-    return {
-        _label(name): _label(required(versions, name, str))
-        for name in list(versions)[:MAX_LISTED]
-    }
-
-
-def _reported_gpus(params: Mapping[str, Any]) -> tuple[Gpu, ...]:
-    return tuple(
-        Gpu(_label(required(entry, "name", str)), _reported_count(entry, "memTotal"))
-        for entry in _reported_list(params, "gpus", dict)
-    )
-
-
-def providers_from_payload(payload: Mapping[str, Any]) -> tuple[Provider, ...]:
-    """Return the `providers` of a telemetry payload or of a `system.providers` result.
-
-    Raises RpcError INVALID_REQUEST.
-    """
-    return tuple(
-        Provider(
-            name=_label(required(entry, "provider", str)),
-            models=_reported_names(entry, "models"),
-        )
-        for entry in _reported_list(payload, "providers", dict)
-    )
-
-
-def telemetry_from_payload(payload: object) -> Telemetry:
-    """Return what the payload of a `node.telemetry` says, from ours or a Rust node.
-
-    Unknown fields are ignored, over-long lists and names cut.
-    Raises RpcError INVALID_REQUEST for a value of the wrong type or beyond reason.
-    """
-    if not isinstance(payload, dict):
-        raise RpcError("INVALID_REQUEST", "the payload of telemetry must be an object")
-    memory = optional(payload, "mem", dict) or {}
-    disk = optional(payload, "disk", dict) or {}
-    usage = _reported_number(payload, "cpuUsage")
-    return Telemetry(
-        mem_total=_reported_count(memory, "total"),
-        mem_available=_reported_count(memory, "available"),
-        cpu_count=_reported_count(payload, "cpuCount"),
-        cpu_usage=None if usage is None else min(100.0, max(0.0, usage)),
-        uptime=_reported_number(payload, "uptime"),
-        disk_total=_reported_count(disk, "total"),
-        disk_available=_reported_count(disk, "available"),
-        load=_reported_load(payload),
-        temperature=_reported_number(payload, "temperature"),
-        services=_reported_names(payload, "services"),
-        runtimes=_reported_names(payload, "runtimes"),
-        runtime_versions=_reported_versions(payload),
-        gpus=_reported_gpus(payload),
-        providers=(
-            None
-            if payload.get("providers") is None
-            else providers_from_payload(payload)
-        ),
-    )
-
-
-def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of a program: of the user's PATH, or of the usual places.
-
-    A service is started with a bare PATH, and the user's programs lie elsewhere.
-    Raises RpcError INVALID_REQUEST for what is no plain name.
-    """
-    if not name or len(name) > 255 or "/" in name or not name.isprintable():
-        raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
-    directories = environ.get("PATH", os.defpath).split(os.pathsep)
-    home = environ.get("HOME") or os.path.expanduser("~")
-    usual = [os.path.join(home, place) for place in USUAL_PLACES]
-    # "" in PATH means the working directory; `join` leaves absolute places alone.
-    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
-    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
-    for path in (os.path.join(directory, name) for directory in absolute):
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return None
-
-
-class ShortPrograms:
-    """Programs that are asked one question, and ended when they do not answer."""
-
-    def __init__(
-        self, environ: Mapping[str, str], cancellation: Cancellation | None = None
-    ) -> None:
-        # What we look for in their answers is English.
-        self._environ = {**command_environment(environ, {}), "LC_ALL": "C"}
-        self._cancellation = cancellation or Cancellation()
-        self._stuck: dict[str, Popen[bytes]] = {}  # by path: not even SIGKILL ends it
-
-    def find(self, name: str) -> str | None:
-        return find_binary(name, self._environ)
-
-    def ask(
-        self, path: str, *arguments: str, timeout: float, any_status: bool = False
-    ) -> str:
-        """Return what the program prints on stdout and stderr.
-
-        It is "" where the program cannot be started, is not done after `timeout` s or,
-        unless `any_status`, fails.
-        """
-        # A program that waits for a broken driver cannot be killed: one is enough.
-        if path in self._stuck and self._stuck[path].poll() is None:
-            return ""
-        try:
-            process = self._start([path, *arguments])
-        except OSError:
-            return ""
-        assert process.stdout is not None
-        with process.stdout as pipe:
-            output = self._read(pipe.fileno(), Deadline(timeout))
-        # A program closes its output a moment before it exits.
-        status = self._end(path, process, 0.0 if output is None else 1.0)
-        if output is None or status < 0 or (status > 0 and not any_status):
-            return ""
-        return output.decode("utf-8", "replace")
-
-    def _start(self, argv: list[str]) -> Popen[bytes]:
-        import subprocess
-
-        return subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,  # `java -version` answers there
-            env=self._environ,
-            cwd="/",
-            start_new_session=True,  # a group to end, and no terminal to ask at
-        )
-
-    def _read(self, pipe: int, deadline: Deadline) -> bytes | None:
-        """Return all that comes before the end of `pipe`; None: it did not end."""
-        output = b""
-        poll = select.poll()
-        poll.register(pipe, select.POLLIN)
-        while not (self._cancellation.cancelled or deadline.expired):
-            if poll.poll(STOP_LATENCY * 1000):
-                data = os.read(pipe, 65536)
-                output += data
-                if not data:
-                    return output
-                if len(output) > MAX_PROGRAM_OUTPUT:
-                    break
-        return None
-
-    def _end(self, path: str, process: Popen[bytes], patience: float) -> int:
-        """Return the exit status, after `patience` s that of SIGKILL."""
-        import subprocess
-
-        try:
-            return process.wait(patience)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)
-        try:
-            return process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            log.warning("program cannot be ended program=%s pid=%d", path, process.pid)
-            self._stuck[path] = process
-            return -signal.SIGKILL
-
-
-def _read_text(path: Path | None) -> str:
-    """Return what the file holds; "" where there is none."""
-    if path is None:
-        return ""
+def _read_text(path: Path) -> str:
+    """Return the content of a file, "" if it cannot be read."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
 
 def _numbers_by_name(text: str) -> dict[str, int]:
-    """Return the first number of each line like `name: 12 kB` or `name=12`."""
+    """Return the first number of each line like `name: 12 kB`."""
     found = re.findall(_NAMED_NUMBER, text)
     return {name.strip(): int(number) for name, number in found}
 
@@ -6628,17 +6462,15 @@ def _first_number(text: str) -> float | None:
     return float(found[0]) if found else None
 
 
-def _times(count: float | None, factor: int) -> int | None:
-    return None if count is None else int(count * factor)
-
-
-def _find_thermometer(zones: Path) -> Path | None:
-    """Return the file with the temperature of the CPU, in thousandths of a degree."""
-    for path in sorted(zones.glob("thermal_zone*/type")):
-        # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
-        if _read_text(path).startswith(("cpu", "soc", "bcm2835", "x86_pkg")):
-            return path.with_name("temp")
-    return None
+def _linux_memory(meminfo: str) -> tuple[int | None, int | None]:
+    """Return bytes in all, and those that could be had without swapping."""
+    kib = _numbers_by_name(meminfo)
+    available = kib.get("MemAvailable")
+    if available is None and "MemFree" in kib:  # before Linux 3.14
+        reclaimable = ("MemFree", "Buffers", "Cached", "SReclaimable")
+        available = sum(kib.get(name, 0) for name in reclaimable)
+    total = kib.get("MemTotal")
+    return total and total * 1024, available and available * 1024
 
 
 def _linux_cpu_times(stat_text: str) -> CpuTimes | None:
@@ -6655,52 +6487,70 @@ class ProcProbe:
     """The vital signs of Linux, from /proc and /sys."""
 
     def __init__(self, root: Path = Path("/")) -> None:
-        self._meminfo = root / "proc/meminfo"
-        self._uptime = root / "proc/uptime"
-        self._stat = root / "proc/stat"
-        self._thermometer = _find_thermometer(root / "sys/class/thermal")
+        self._proc = root / "proc"
+        zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
+        # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
+        kinds = ("cpu", "soc", "bcm2835", "x86_pkg")
+        self._thermometers = [
+            path.with_name("temp")
+            for path in zones
+            if _read_text(path).startswith(kinds)
+        ]
 
     def read(self) -> Vitals:
-        memory = _numbers_by_name(_read_text(self._meminfo))  # KiB
-        # Before Linux 3.14, and on NetBSD, nobody reckons what is available.
-        available = memory.get("MemAvailable", memory.get("MemFree"))
-        milli = _first_number(_read_text(self._thermometer))
+        total, available = _linux_memory(_read_text(self._proc / "meminfo"))
         return Vitals(
-            mem_total=_times(memory.get("MemTotal"), 1024),
-            mem_available=_times(available, 1024),
-            uptime=_first_number(_read_text(self._uptime)),
-            cpu_times=_linux_cpu_times(_read_text(self._stat)),
-            temperature=None if milli is None else milli / 1000,
+            mem_total=total,
+            mem_available=available,
+            uptime_secs=_first_number(_read_text(self._proc / "uptime")),
+            cpu_times=_linux_cpu_times(_read_text(self._proc / "stat")),
+            temperature=self._temperature(),
         )
 
-
-def _bsd_cpu_times(sysctl_text: str) -> CpuTimes | None:
-    found = re.search(_CP_TIME, sysctl_text)
-    if not found:
+    def _temperature(self) -> float | None:
+        """Return the first plausible reading of the CPU."""
+        for path in self._thermometers:
+            value = _first_number(_read_text(path))
+            if (
+                value is not None and abs(value) >= 1000
+            ):  # thousandths; some say degrees
+                value /= 1000
+            if value is not None and -40 <= value <= 125:
+                return value
         return None
-    ticks = [int(number) for number in found[1].split()]
-    return CpuTimes(busy=sum(ticks[:-1]), total=sum(ticks))  # the last one is idle
 
 
-def _bsd_available(values: Mapping[str, int]) -> int | None:
-    """Return the bytes that FreeBSD could give away without writing anything."""
-    kinds = ("free", "inactive", "cache")
-    pages = [values.get(f"vm.stats.vm.v_{kind}_count") for kind in kinds]
-    size = values.get("hw.pagesize")
-    return None if pages[0] is None or not size else size * sum(p or 0 for p in pages)
+class ShortPrograms:
+    """Programs that are asked one question, and killed when they do not answer."""
+
+    def __init__(
+        self, environ: Mapping[str, str], cancel: Cancellation | None = None
+    ) -> None:
+        # The patterns for their answers are English.
+        self._environ = {**command_environment(environ, {}), "LC_ALL": "C"}
+        self._cancel = cancel
+        self._stuck: dict[str, int] = {}  # by path: the process that SIGKILL spared
+
+    def find(self, name: str) -> str | None:
+        return find_binary(name, self._environ)
+
+    def ask(self, path: str, *arguments: str, timeout: float) -> ProgramResult:
+        """Return how the program answered.  Raises Cancelled."""
+        # A program that waits for a broken driver cannot be killed: one is enough.
+        if is_running(self._stuck.get(path, 0)):
+            return ProgramResult(124)
+        words = [path, *arguments]
+        result = run_program(
+            words, self._environ, timeout=timeout, cwd="/", cancel=self._cancel
+        )
+        if result.survivor:
+            log.warning("cannot kill program=%s pid=%d", path, result.survivor)
+            self._stuck[path] = result.survivor
+        return result
 
 
-def _macos_available(vm_stat_text: str) -> int | None:
-    pages = _numbers_by_name(vm_stat_text)
-    size = re.search(_VM_STAT_PAGE, vm_stat_text)
-    if size is None or "Pages free" not in pages:
-        return None
-    kinds = ("free", "inactive", "speculative")
-    return int(size[1]) * sum(pages.get(f"Pages {kind}", 0) for kind in kinds)
-
-
-class SysctlProbe:
-    """The vital signs of macOS and the BSDs, from their programs."""
+class MacProbe:
+    """The vital signs of macOS, from its programs."""
 
     def __init__(
         self, programs: ShortPrograms, clock: Callable[[], float] = time.time
@@ -6709,38 +6559,41 @@ class SysctlProbe:
         self._clock = clock
 
     def read(self) -> Vitals:
-        # Each system knows some of the names, and fails for the others.
-        text = self._ask("sysctl", *SYSCTL_NAMES, any_status=True)
-        values = _numbers_by_name(text)
+        text = self._ask("sysctl", "hw.memsize", "kern.boottime")
         booted = re.search(_BOOT_TIME, text)
-        vitals = Vitals(
-            mem_total=values.get("hw.memsize", values.get("hw.physmem")),
-            mem_available=_bsd_available(values),
-            uptime=max(0.0, self._clock() - int(booted[1])) if booted else None,
-            cpu_times=_bsd_cpu_times(text),
-        )
-        return self._on_macos(vitals) if "hw.memsize" in values else vitals
-
-    def _on_macos(self, vitals: Vitals) -> Vitals:
+        total = _numbers_by_name(text).get("hw.memsize")
+        if total is None:
+            return Vitals()
         # No sysctl of macOS counts CPU time; `ps` has each process's recent share.
         answer = self._ask("ps", "-Ao", "%cpu=")
         shares = [float(number) for number in re.findall(_NUMBER, answer)]
         usage = min(100.0, sum(shares) / (os.cpu_count() or 1)) if shares else None
-        available = _macos_available(self._ask("vm_stat"))
-        return vitals.replace(mem_available=available, cpu_usage=usage)
+        return Vitals(
+            mem_total=total,
+            mem_available=self._available(),
+            uptime_secs=max(0.0, self._clock() - int(booted[1])) if booted else None,
+            cpu_usage=usage,
+        )
 
-    def _ask(self, program: str, *arguments: str, any_status: bool = False) -> str:
+    def _available(self) -> int | None:
+        text = self._ask("vm_stat")
+        pages = _numbers_by_name(text)
+        size = re.search(_VM_STAT_PAGE, text)
+        if size is None or "Pages free" not in pages:
+            return None
+        kinds = ("free", "inactive", "speculative")
+        return int(size[1]) * sum(pages.get(f"Pages {kind}", 0) for kind in kinds)
+
+    def _ask(self, program: str, *arguments: str) -> str:
         path = self._programs.find(program)
         if path is None:
             return ""
-        return self._programs.ask(
-            path, *arguments, timeout=SYSCTL_TIMEOUT, any_status=any_status
-        )
+        return self._programs.ask(path, *arguments, timeout=SYSCTL_TIMEOUT).text
 
 
 def read_psutil() -> Vitals:
-    """Return what psutil, where somebody installed it, knows of an unknown system."""
-    if sys.flags.no_site:  # as we are started when installed
+    """Return the reading of psutil, where it is installed, of an unknown system."""
+    if sys.flags.no_site:  # as the launcher starts us
         import site
 
         site.main()
@@ -6753,7 +6606,7 @@ def read_psutil() -> Vitals:
     return Vitals(
         mem_total=memory.total,
         mem_available=memory.available,
-        uptime=max(0.0, time.time() - psutil.boot_time()),
+        uptime_secs=max(0.0, time.time() - psutil.boot_time()),
         cpu_times=CpuTimes(100 * (sum(ticks) - ticks.idle), 100 * sum(ticks)),  # s
     )
 
@@ -6763,11 +6616,43 @@ Probe: TypeAlias = "Callable[[], Vitals]"  # a reading, within about SYSCTL_TIME
 
 def choose_probe(environ: Mapping[str, str], root: Path = Path("/")) -> Probe:
     """Return the first way of reading this system that knows its memory."""
-    candidates = (ProcProbe(root).read, SysctlProbe(ShortPrograms(environ)).read)
+    candidates = (ProcProbe(root).read, MacProbe(ShortPrograms(environ)).read)
     for probe in candidates:
         if probe().mem_total is not None:
             return probe
     return read_psutil
+
+
+# -- what is installed ---------------------------------------------------------
+
+
+class Equipment(Value):
+    """What is installed on a machine."""
+
+    runtimes: tuple[str, ...] = ()
+    runtime_versions: Mapping[str, str] = NOTHING
+    gpus: tuple[Gpu, ...] = ()
+    providers: tuple[Provider, ...] = ()
+
+
+def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the path of a program: of the user's PATH, or of the usual places.
+
+    A service is started with a bare PATH, and the user's programs lie elsewhere.
+    Raises RpcError INVALID_REQUEST unless `name` is a plain name.
+    """
+    if not name or len(name) > 255 or "/" in name or not name.isprintable():
+        raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
+    directories = environ.get("PATH", os.defpath).split(os.pathsep)
+    home = environ.get("HOME") or os.path.expanduser("~")
+    usual = [os.path.join(home, place) for place in USUAL_PLACES]
+    # "" in PATH means the working directory; `join` leaves absolute places alone.
+    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
+    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
+    for path in (os.path.join(directory, name) for directory in absolute):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
 
 
 def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
@@ -6775,7 +6660,7 @@ def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
     provider = OllamaProvider(PROVIDERS[0], ollama_url(host), "")
     try:
         listed = provider.listed(cancel)
-    except (ModelError, Cancelled):
+    except ModelError:
         return None
     names = (pick(model, "name", str) for model in listed[:MAX_LISTED])
     return Provider("ollama", tuple(_label(name) for name in names if name))
@@ -6783,27 +6668,14 @@ def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
 
 def providers_with_keys(environ: Mapping[str, str]) -> tuple[Provider, ...]:
     """Return the providers whose API key is here; never the key."""
-    return tuple(
-        Provider(name)
-        for name, variable in API_KEY_VARIABLES.items()
-        if environ.get(variable)
-    )
+    variables = API_KEY_VARIABLES.items()
+    return tuple(Provider(name) for name, key in variables if environ.get(key))
 
 
 def _is_macos_stub(path: str, platform: str = sys.platform) -> bool:
     installed = MACOS_STUBS.get(path) if platform == "darwin" else None
     return installed is not None and not (
         os.path.isdir(installed) and os.listdir(installed)
-    )
-
-
-def _parse_gpus(csv: str) -> tuple[Gpu, ...]:
-    """Return the GPUs from lines like `NVIDIA A100-SXM4-80GB, 81920` (MiB)."""
-    rows = (line.rpartition(",") for line in csv.splitlines())
-    return tuple(
-        Gpu(name.strip(), _times(_first_number(size.strip()), 1024 * 1024))
-        for name, _, size in rows
-        if name.strip()
     )
 
 
@@ -6820,8 +6692,8 @@ class Inventory:
         self._environ = environ
         self._interval = interval
         self._on_change = on_change
-        self._cancellation = Cancellation()
-        self._programs = ShortPrograms(environ, self._cancellation)
+        self._cancel = Cancellation()
+        self._programs = ShortPrograms(environ, self._cancel)
         self._equipment = Equipment()  # replaced as a whole, so it needs no lock
         self._thread = threading.Thread(
             target=self._run, name="moltis-inventory", daemon=True
@@ -6830,13 +6702,13 @@ class Inventory:
 
     @property
     def equipment(self) -> Equipment:
-        """What was found so far: nothing yet in the first moment."""
+        """The last inventory; empty until the first one is taken."""
         return self._equipment
 
     def close(self) -> None:
-        self._cancellation.cancel()
-        # A name that does not resolve, or a host that does not answer, holds the
-        # thread for some seconds: nobody has to wait for that.
+        self._cancel.cancel()
+        # A name that does not resolve holds the thread for some seconds; nothing has
+        # to wait for that.
         self._thread.join(2.0)
 
     def _run(self) -> None:
@@ -6844,57 +6716,47 @@ class Inventory:
             while True:
                 try:
                     self._take()
+                except Cancelled:
+                    raise
                 except Exception:
                     log.exception("inventory failed")
-                self._cancellation.pause(self._interval)
+                self._cancel.pause(self._interval)
 
     def _take(self) -> None:
-        runtimes = self._find_runtimes()
+        found = {name: self._programs.find(name) for name in RUNTIMES}
+        paths = {
+            name: path
+            for name, path in found.items()
+            if path is not None and not _is_macos_stub(path)
+        }
         keys = providers_with_keys(self._environ)
         if self._equipment == Equipment():
-            # Names are quick to find; the first report shall not wait for versions.
-            self._publish(Equipment(runtimes=tuple(runtimes), providers=keys))
-        ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancellation)
-        self._publish(
-            Equipment(
-                runtimes=tuple(runtimes),
-                runtime_versions=self._ask_versions(runtimes),
-                gpus=self._ask_gpus(),
-                providers=(*(() if ollama is None else (ollama,)), *keys),
-            )
-        )
+            # Names are quick to find; the first report does not wait for versions.
+            self._publish(Equipment(tuple(paths), providers=keys))
+        ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancel)
+        providers = keys if ollama is None else (ollama, *keys)
+        versions = self._ask_versions(paths)
+        self._publish(Equipment(tuple(paths), versions, self._ask_gpus(), providers))
 
     def _publish(self, equipment: Equipment) -> None:
-        # What was cut short by close() would look like a machine that lost things.
-        if self._cancellation.cancelled or equipment == self._equipment:
+        # After close() it is cut short, and looks like a machine that lost things.
+        if self._cancel.cancelled or equipment == self._equipment:
             return
         self._equipment = equipment
         if self._on_change is not None:
             try:
                 self._on_change()
             except Exception:
-                log.exception("nobody hears of a change in the inventory")
-
-    def _find_runtimes(self) -> dict[str, str]:
-        """Return the paths of the runtimes that are installed, by program."""
-        found = {r.program: self._programs.find(r.program) for r in RUNTIMES}
-        return {
-            program: path
-            for program, path in found.items()
-            if path is not None and not _is_macos_stub(path)
-        }
+                log.exception("cannot report a change of the inventory")
 
     def _ask_versions(self, paths: Mapping[str, str]) -> dict[str, str]:
         versions = {}
-        for runtime in RUNTIMES:
-            path = paths.get(runtime.program)
-            if path is not None:
-                answer = self._programs.ask(
-                    path, runtime.argument, timeout=VERSION_TIMEOUT
-                )
-                found = re.search(runtime.version, answer)
-                if found:
-                    versions[runtime.program] = _label(found[1])
+        for name, path in paths.items():
+            argument, pattern = RUNTIMES[name]
+            result = self._programs.ask(path, argument, timeout=VERSION_TIMEOUT)
+            found = re.search(pattern, result.text) if result.status == 0 else None
+            if found:
+                versions[name] = _label(found[1])
         return versions
 
     def _ask_gpus(self) -> tuple[Gpu, ...]:
@@ -6902,27 +6764,29 @@ class Inventory:
         if path is None:
             return ()
         query = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
-        return _parse_gpus(self._programs.ask(path, *query, timeout=GPU_TIMEOUT))
+        # It also fails after it has listed all GPUs, say with 14 for a worn one.
+        output = self._programs.ask(path, *query, timeout=GPU_TIMEOUT).stdout
+        rows = re.findall(_GPU_ROW, output.decode("utf-8", "replace"))  # MiB
+        return tuple(
+            Gpu(name.strip(), int(size) * 1024 * 1024 if size else None)
+            for name, size in rows[:MAX_LISTED]
+        )
+
+
+# -- reports -------------------------------------------------------------------
 
 
 def _read_disk() -> tuple[int | None, int | None]:
-    """Return the size of "/" in bytes, and how much of it the user may still fill."""
-    try:
-        disk = os.statvfs("/")
-    except OSError:
-        return None, None
-    return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+    """Return the bytes of the disk that fills, and those that the user may still use.
 
-
-def _read_load() -> tuple[float, ...]:
-    try:
-        return tuple(round(average, 2) for average in os.getloadavg())
-    except OSError:
-        return ()
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 1)
+    "/" may be an image that is full and read-only.
+    """
+    for path in ("/", "/var", os.path.expanduser("~")):
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(path)
+            if not disk.f_flag & os.ST_RDONLY:
+                return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+    return None, None
 
 
 class TelemetrySource:
@@ -6938,33 +6802,24 @@ class TelemetrySource:
     def read(self) -> Telemetry:
         """Return how the machine is doing; from any thread, within about 6 s."""
         vitals = self._probe()
-        equipment = self._inventory.equipment
-        disk_total, disk_available = _read_disk()
-        usage = vitals.cpu_usage
-        if usage is None and vitals.cpu_times is not None:
-            usage = self._usage_until(vitals.cpu_times)
-        return Telemetry(
-            mem_total=vitals.mem_total,
-            mem_available=vitals.mem_available,
-            cpu_count=os.cpu_count(),
-            cpu_usage=_rounded(usage),
-            uptime=vitals.uptime,
-            disk_total=disk_total,
-            disk_available=disk_available,
-            load=_read_load(),
-            temperature=_rounded(vitals.temperature),
-            runtimes=equipment.runtimes,
-            runtime_versions=equipment.runtime_versions,
-            gpus=equipment.gpus,
-            providers=equipment.providers,
-        )
+        claims = {**vars(vitals), **vars(self._inventory.equipment)}
+        claims["cpu_count"] = os.cpu_count()
+        claims["disk_total"], claims["disk_available"] = _read_disk()
+        with contextlib.suppress(OSError):
+            claims["load"] = os.getloadavg()
+        if vitals.cpu_times is not None:
+            claims["cpu_usage"] = self._usage_until(vitals.cpu_times)
+        return Telemetry.checked(encode_value(claims))
 
     def _usage_until(self, now: CpuTimes) -> float | None:
         with self._lock:
             earlier = self._cpu_times
-            usage = None if earlier is None else now.usage_since(earlier)
+            if earlier is None or now.busy < earlier.busy or now.total < earlier.total:
+                # The counters of a container begin anew when it is restarted.
+                self._cpu_times, self._cpu_usage = now, None
+            usage = now.usage_since(earlier) if earlier is not None else None
             # Two readings at nearly the same time share the usage before them.
-            if usage is not None or earlier is None:
+            if usage is not None:
                 self._cpu_times, self._cpu_usage = now, usage
             return self._cpu_usage
 
@@ -7247,7 +7102,7 @@ def _which(options: MachineOptions, spec: WhichSpec, _errand: Errand) -> JsonObj
 
 def _providers(options: MachineOptions, _spec: object, _errand: Errand) -> JsonObject:
     providers = options.inventory.equipment.providers
-    return {"providers": [provider.to_payload() for provider in providers]}
+    return {"providers": [provider.to_json() for provider in providers]}
 
 
 def _lent_catalog(options: MachineOptions) -> ModelCatalog:
@@ -10866,11 +10721,11 @@ class Fleet:
         self._announce_presence("node.connected", node)
 
     def report(self, node: ConnectedNode, payload: JsonObject) -> None:
-        """Record a node's telemetry.  Raises RpcError if it makes no sense."""
+        """Record a node's telemetry.  Raises RpcError for another node's."""
         reported_id = optional(payload, "nodeId", str)
         if reported_id and reported_id != node.node_id:
             raise RpcError("FORBIDDEN", f"{node.node_id} may report on itself only")
-        telemetry = telemetry_from_payload(payload)
+        telemetry = Telemetry.from_payload(payload)
         if telemetry.providers is None:
             with self._lock:
                 known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
@@ -10878,8 +10733,8 @@ class Fleet:
         self._record_telemetry(node, telemetry)
 
     def record_providers(self, node: ConnectedNode, payload: JsonObject) -> None:
-        """Record a node's answer to `system.providers`.  Raises RpcError."""
-        providers = providers_from_payload(payload)
+        """Record a node's answer to `system.providers`."""
+        providers = Telemetry.from_payload(payload).providers or ()
         with self._lock:
             known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
         self._record_telemetry(node, known.replace(providers=providers))
@@ -11064,12 +10919,12 @@ class Fleet:
             telemetry, at = known
             stale = not connected or time.monotonic() - at > STALE_AFTER
         elif stored:
-            telemetry, stale = telemetry_from_payload(dict(stored)), True
+            telemetry, stale = Telemetry.from_payload(stored), True
         else:
             return {"telemetry": None, "providers": []}
         return {
             "telemetry": telemetry.to_columns(stale=stale),
-            "providers": [p.to_payload() for p in telemetry.providers or ()],
+            "providers": [p.to_json() for p in telemetry.providers or ()],
         }
 
 
