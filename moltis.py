@@ -14517,14 +14517,14 @@ class Chats:
 # Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Commands,
 #       Machine, Store, Access, Fleet, Jobs, Agent, Model directory, Chat
 #
-# What peers may ask of the gateway, and what it sends them: RPC methods in one table,
+# The gateway's side of each WebSocket: the first exchange, RPC methods in one table,
 # events to subscribers, jobs between operators and nodes.  A peer's role comes from
-# its credential, never from what it says of itself.
+# its credential, never from its own words.
 # ==============================================================================
 
 TICK_INTERVAL = 1.0  # s between two looks at deadlines
-MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a request has at most half of that
-MAX_MOLTIS_MESSAGE = 16 * 1024 * 1024  # bytes; an answer of a Moltis node is one
+MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes
+MAX_MOLTIS_MESSAGE = 16 * 1024 * 1024  # bytes; a command's whole output is one message
 MAX_FOLLOWED = 4096  # jobs that one connection follows; more are refused
 MAX_WAIT = 300.0  # s that an answer may wait for news of a job
 MAX_QUEUE = 30 * 86400.0  # s that a job may wait for a node that is away
@@ -14535,7 +14535,7 @@ EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session")
 
 
 def as_rpc_error(error: BaseException, what: str) -> RpcError:
-    """Return what the peer may know of `error`; the log has the rest."""
+    """Return `error` for the peer; anything unexpected is logged, not shown."""
     if isinstance(error, RpcError):
         return error
     if isinstance(error, MoltisError):
@@ -14547,7 +14547,7 @@ def as_rpc_error(error: BaseException, what: str) -> RpcError:
 def answer_request(
     request: Request, act: Callable[[Request], Any], send: Callable[[str], None]
 ) -> None:
-    """Send the answer that `act` returns, or a Future of it, or why there is none."""
+    """Send the payload that `act` returns, now or as a Future, or its error."""
 
     def respond(payload: Any = None, error: BaseException | None = None) -> None:
         failure = None if error is None else as_rpc_error(error, request.method)
@@ -14593,7 +14593,7 @@ def job_state(job: Job) -> JsonObject:
 
 
 class ClientFollower:
-    """A job's log on its way to one client: as fast as its connection drains."""
+    """Sends a job's log and states to one client, as fast as its connection drains."""
 
     def __init__(
         self,
@@ -14605,25 +14605,25 @@ class ClientFollower:
         holds: bool,
         newest: int | None = None,
     ) -> None:
-        """`on_done` is called once the client knows all of what it watches.
+        """`on_done` is called once the client has everything there will be.
 
         `newest`: bytes; a watcher that falls behind by several times as many gets only
         that much of the end.
         """
         self.job = job
-        self.position = offset  # the client has read all before it
+        self.position = offset  # everything before it is read by the client
         self.holds = holds
         self._outlet = outlet
         self._on_done = on_done
         self._newest = newest
         self._is_open = False
         self._sent = offset
-        self._state: object = None  # as the client knows it
-        self._is_told = False  # the client knows how the job ended
-        self._input: tuple[int, int] | None = None  # the same: bytes, resumptions
+        self._state: object = None  # the last one sent
+        self._is_told = False  # the ending was sent
+        self._input: tuple[int, int] | None = None  # the last sent: bytes, resumptions
 
     def open(self) -> None:
-        """Begin to send: the answer to the client's request is on its way."""
+        """Start sending; the request that follows the job has been answered."""
         self._is_open = True
         self.wake(self.job)
 
@@ -14642,7 +14642,7 @@ class ClientFollower:
 
     @property
     def is_done(self) -> bool:
-        """Whether the client has all, and said so if it holds the log."""
+        """Whether the ending was sent, and a holder has acknowledged the whole log."""
         return self._is_told and (not self.holds or self.position >= self.job.log.end)
 
     def _next(self) -> str | bytes | None:
@@ -14655,7 +14655,7 @@ class ClientFollower:
                 payload["resume"] = True
             self._input = consumed
             return encode_envelope(Event(JOB_INPUT, payload))
-        # Before the log is read: an ending follows all bytes.
+        # Read before the log: an ending follows all bytes.
         state = (record.state, job.place, job.away_since is not None)
         newest = self._newest
         if newest is not None and job.log.end - self._sent > 4 * newest:
@@ -14716,7 +14716,7 @@ class OperatorPeer:
             self.ws.send(text)
 
     def check_room(self, count: int) -> None:
-        """Raises RpcError RATE_LIMITED if this is too much to follow as well."""
+        """Raises RpcError RATE_LIMITED unless `count` more jobs may be followed."""
         with self._lock:
             count += len(self._followers)
         if count > MAX_FOLLOWED:
@@ -14727,9 +14727,9 @@ class OperatorPeer:
     def follow(
         self, job: Job, offset: int, *, holds: bool, newest: int | None = None
     ) -> int:
-        """Send the job's log from `offset` on, or from what is left of it.
+        """Send the job's log from `offset` on, or from the first byte kept after it.
 
-        Returns where it begins.
+        Returns that offset.
         """
         self.unfollow(job.id, leaves=False)
         start = job.log.boundary(max(offset, job.log.begin))
@@ -14787,12 +14787,12 @@ class OperatorPeer:
             raise ConnectionClosed(CloseCode.UNSUPPORTED_DATA, str(error)) from error
         follower = self._follower(job_id)
         if kind == INPUT_DATA and follower is not None:
-            with contextlib.suppress(RpcError):  # another connection holds it now
+            with contextlib.suppress(RpcError):  # another connection holds the job now
                 self._jobs.input(follower.job, follower, offset, data)
 
 
 class Audience:
-    """The operators that are connected, for events."""
+    """The connected operators, as receivers of events."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _peers
@@ -14814,13 +14814,13 @@ class Audience:
             peer.ws.close(CloseCode.POLICY_VIOLATION, "signed out", timeout=0)
 
     def announce(self, name: str, payload: JsonObject) -> None:
-        """Send an event to those who subscribed to it; it never blocks."""
+        """Send an event to its subscribers, without blocking."""
         with self._lock:
             peers = [peer for peer in self._peers if name in peer.events]
         if not peers:
             return
         text = encode_envelope(Event(name, payload))
-        # A browser that sleeps is spared these; their numbers show it what it lacks.
+        # Not to a browser that sleeps: it sees a gap in their numbers and reloads.
         spared = payload.get("state") in SPARED_STATES and "message" not in payload
         for peer in peers:
             if not spared or peer.ws.backlog <= MAX_BACKLOG:
@@ -14835,7 +14835,7 @@ class RpcCall(Value):
 
     caller: Caller
     params: JsonObject
-    peer: OperatorPeer | None = None  # None: over HTTP, where nothing can follow
+    peer: OperatorPeer | None = None  # None: the request came over HTTP
 
     def require_peer(self) -> OperatorPeer:
         """Return the connection.  Raises RpcError over HTTP."""
@@ -14844,8 +14844,8 @@ class RpcCall(Value):
         return self.peer
 
 
-# The JSON type of a parameter, or a function like required_offset() that reads it; or
-# RpcCall, Caller, OperatorPeer: of the request itself.
+# A parameter's JSON type, or a function like required_offset() that reads it.  RpcCall,
+# Caller and OperatorPeer are taken from the request itself.
 Kind: TypeAlias = "type | Callable[[JsonObject, str], Any]"
 
 
@@ -14871,7 +14871,7 @@ def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
     if not isinstance(kind, type):
         return kind(call.params, name)
     value = required(call.params, name, kind)
-    # Neither the store nor the timeout of a thread takes more.
+    # SQLite and the timeouts of threads take no more.
     if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
         raise RpcError("INVALID_REQUEST", f"{name} is out of range")
     return value
@@ -14883,7 +14883,7 @@ class Method:
     def __init__(
         self, action: Callable[..., Any], scope: str, **parameters: Kind | Optional
     ) -> None:
-        """`action` returns the payload of the answer, or a Future; None is `{}`."""
+        """`action` returns the payload, or a Future of it; None means `{}`."""
         self.scope = scope
         self._action = action
         self._parameters = [
@@ -14908,7 +14908,7 @@ def required_id(params: JsonObject, _name: str) -> str:
 
 
 def seconds(limit: float) -> Kind:
-    """Return the kind of a parameter that is a time of at most `limit` s."""
+    """Return the kind of a parameter in seconds, from 0 to `limit`."""
 
     def check(params: JsonObject, name: str) -> float:
         value: float = required(params, name, float)
@@ -14957,7 +14957,7 @@ def mapped(future: Future[Any], convert: Callable[[Any], Any]) -> Future[Any]:
 
 
 class NodeMethods:
-    """What operators may do with machines and their tokens."""
+    """The methods about machines and their tokens."""
 
     def __init__(
         self,
@@ -15034,16 +15034,16 @@ class NodeMethods:
         return device
 
     def _hang_up(self, device: Device) -> None:
-        # Under whichever id: it may be connecting now, or may have connected twice.
+        # By device, not by node id: it may be connecting, or have connected twice.
         for node in self._fleet.all_connected():
             if node.device_id == device.id:
                 node.link.hang_up(TOKEN_REVOKED)
 
 
 def invoke_result(job: Job) -> JsonObject:
-    """Return the answer of Moltis' `node.invoke`.
+    """Return the answer to Moltis' `node.invoke`.
 
-    Raises RpcError UNAVAILABLE where it is not known how the job ended.
+    Raises RpcError UNAVAILABLE if the job was lost or never sent.
     """
     record, ending = job.record, job.ending
     assert ending is not None
@@ -15067,7 +15067,7 @@ def invoke_result(job: Job) -> JsonObject:
 
 
 def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
-    """Return the output in whole log frames, in its order."""
+    """Return the output in whole log frames, in order, adjacent frames joined."""
     pieces: list[JsonObject] = []
     for kind, frames in itertools.groupby(log_frames(data), lambda frame: frame[0]):
         if kind in STREAMS:
@@ -15085,7 +15085,7 @@ def caller_origin(caller: Caller) -> Origin:
 
 
 class JobMethods:
-    """What operators may do with the work on machines."""
+    """The methods about jobs."""
 
     def __init__(self, fleet: Fleet, jobs: Jobs) -> None:
         self._fleet = fleet
@@ -15105,7 +15105,7 @@ class JobMethods:
         hold: bool,
         queue: float,
     ) -> JsonObject:
-        """Start the same on each node, once all names are known."""
+        """Start the same on each node; nothing starts unless all names are known."""
         peer = call.require_peer() if hold else None
         if peer is not None:
             peer.check_room(len(jobs))
@@ -15167,7 +15167,7 @@ class JobMethods:
     def read(
         self, job: Job, offset: int, wait: float, encoding: str
     ) -> Future[JsonObject]:
-        """Answer with output from `offset` on, at once or when there is some."""
+        """Answer with output from `offset` on, waiting `wait` s for the first."""
 
         def answer(job: Job) -> JsonObject:
             start, data = job.log.read(job.log.boundary(offset))
@@ -15181,7 +15181,7 @@ class JobMethods:
         return mapped(self._jobs.news(job, offset, wait), answer)
 
     def wait(self, job: Job, wait: float) -> Future[JsonObject]:
-        """Answer when the job has ended, or with how it is after `wait` s."""
+        """Answer with the job once it has ended, or after `wait` s."""
         return mapped(self._jobs.ended(job, wait), job_view)
 
     def cancel(self, job: Job, by: Caller) -> JsonObject:
@@ -15206,7 +15206,7 @@ class JobMethods:
         invoke_id: str | None,
         background: bool,
     ) -> JsonObject | Future[JsonObject]:
-        """Do something as clients of Moltis ask for it: one call, one answer."""
+        """Start a job and answer with its result: Moltis' one call, one answer."""
         if args.get("stdin"):
             raise RpcError("INVALID_REQUEST", "node.invoke takes no input")
         node, origin = self._fleet.resolve(node_id), caller_origin(caller)
@@ -15220,7 +15220,7 @@ class JobMethods:
 
 
 class ChatMethods:
-    """What operators may do in sessions."""
+    """The methods about sessions."""
 
     def __init__(self, chats: Chats, fleet: Fleet, approvals: Approvals) -> None:
         self._chats = chats
@@ -15241,9 +15241,9 @@ class ChatMethods:
         return {"ok": True, "node_id": entry["node_id"]}
 
     def node_id(self, params: JsonObject, name: str) -> str | None:
-        """Return the id of the node that a session is to use; null is Local.
+        """Return the id of the node that a session shall use; null means Local.
 
-        Raises RpcError for one that is not known; it may be away.
+        Raises RpcError for an unknown node; it may be offline.
         """
         if name not in params:
             return None
@@ -15282,7 +15282,7 @@ def _key_view(key: OperatorKey) -> JsonObject:
 
 
 class AccessMethods:
-    """What administrators may do about operators: keys, sign-ins, the audit."""
+    """The methods about operators: keys, sign-ins, the audit."""
 
     def __init__(
         self,
@@ -15532,7 +15532,7 @@ class Rpc:
 class NodePeer:
     """The WebSocket of a node of ours: a NodeLink for Jobs."""
 
-    resumes = True  # its jobs outlive this connection
+    resumes = True  # its jobs go on without this connection
     max_message = MAX_PEER_MESSAGE
 
     def __init__(
@@ -15554,7 +15554,7 @@ class NodePeer:
         self._notify(JOB_ACK, {"id": job_id, "offset": offset})
 
     def check_cancel(self, job_id: str) -> None:
-        """Raises RpcError where this node cannot end the job."""
+        """Raises RpcError for a job that this node cannot end."""
 
     def cancel(self, job_id: str) -> None:
         self._notify(JOB_CANCEL, {"id": job_id})
@@ -15569,7 +15569,7 @@ class NodePeer:
         self._ws.close(CloseCode.POLICY_VIOLATION, reason, timeout=0)
 
     def serve(self, node: ConnectedNode) -> None:
-        """Take what the node sends until it hangs up.  Raises ConnectionClosed."""
+        """Handle the node's messages until it hangs up.  Raises ConnectionClosed."""
         while True:
             message = self._ws.receive()
             if message is None:
@@ -15583,7 +15583,7 @@ class NodePeer:
                 ) from error
 
     def _take(self, node: ConnectedNode, message: str | bytes) -> None:
-        """Raises RpcError where the connection has to end."""
+        """Raises RpcError if the connection has to end."""
         if isinstance(message, bytes):
             self._take_data(message)
             return
@@ -15614,7 +15614,7 @@ class NodePeer:
     def _handle(self, node: ConnectedNode, request: Request) -> JsonObject:
         """Return the answer to a request.  Raises RpcError."""
         if request.method != NODE_EVENT:
-            # The role comes from the credential: a node calls nothing else.
+            # A device token is no operator's key, whatever role its owner asked for.
             raise RpcError("FORBIDDEN", f"a node may not call {request.method[:100]!r}")
         if required(request.params, "event", str) == NODE_TELEMETRY:
             self._fleet.report(node, required(request.params, "payload", dict))
@@ -15626,14 +15626,14 @@ class NodePeer:
 
 MOLTIS_COMMANDS: Mapping[str, str] = {w: c for c, w in INVOKED_WORKS.items()}
 MOLTIS_KIND = "it is a node of Moltis, or of an old version"
-MOLTIS_TIMEOUT = "command timed out after"  # how such a node says so
-MOLTIS_GRACE = 60.0  # s beyond a command's timeout; then its silence counts again
+MOLTIS_TIMEOUT = "command timed out after"  # the beginning of such an error
+MOLTIS_GRACE = 60.0  # s after a command's timeout; then a silent node is given up
 
 
 def moltis_ending(work: str, result: JsonObject) -> Ending:
-    """Return how a job ended for which a node sent this one answer.
+    """Return the ending that a node's one answer stands for.
 
-    Raises RpcError for an answer that makes no sense.
+    Raises RpcError for a malformed answer.
     """
     problem = result.get("error")
     if problem is not None:
@@ -15659,10 +15659,10 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
 
 
 class MoltisPeer(NodePeer):
-    """A node that knows commands and answers: of Moltis, or ours before `jobs`.
+    """The WebSocket of a node without our extension: of Moltis, or an old one of ours.
 
-    It runs one command after the other, so it is sent one at a time: the timeout of a
-    command does not run while it is in line.
+    It runs one command after the other and counts a command's timeout from its
+    arrival, so it is sent one at a time.
     """
 
     resumes = False
@@ -15672,7 +15672,7 @@ class MoltisPeer(NodePeer):
         self, ws: WebSocket, params: ConnectParams, fleet: Fleet, jobs: Jobs
     ) -> None:
         super().__init__(ws, params, fleet, jobs)
-        self.instance = new_id()  # what it was doing is lost with the connection
+        self.instance = new_id()  # its jobs are lost with the connection
         self._name = params.display_name or params.client_id
         self._lock = threading.Lock()  # guards all below
         self._line: dict[str, JsonObject] = {}  # specs of commands not sent, by id
@@ -15695,7 +15695,7 @@ class MoltisPeer(NodePeer):
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
         try:
-            self.check(work, spec)  # it was away when it was asked for
+            self.check(work, spec)  # a queued job was not checked before
         except RpcError as error:
             self._end(job_id, Ending(JobState.FAILED, reason=error.message), {})
             return
@@ -15732,7 +15732,7 @@ class MoltisPeer(NodePeer):
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def tick(self) -> None:
-        """Count silence again once a command should have ended."""
+        """Give up a silent node again once its command should have ended."""
         with self._lock:
             if self._deadline.expired:
                 self._ws.keepalive = True
@@ -15749,7 +15749,7 @@ class MoltisPeer(NodePeer):
                     self._deadline = Deadline(spec["timeout"] / 1000 + MOLTIS_GRACE)
             running, line = self._running, list(self._line)
         if spec is not None:
-            # Only what is set: it fails on a blank cwd, and takes a whole timeout only.
+            # Such a node fails on a blank cwd and ignores a timeout with a fraction.
             args = {n: spec[n] for n in ("command", "env") if spec.get(n)}
             if (spec.get("cwd") or "").strip():
                 args["cwd"] = spec["cwd"]
@@ -15760,7 +15760,7 @@ class MoltisPeer(NodePeer):
             self._jobs.on_place(self, job_id, place)
 
     def _request(self, job_id: str, work: str, args: JsonObject) -> None:
-        # It reads nothing, so answers no ping, while it works.
+        # While it works it reads nothing, and so answers no ping.
         self._ws.keepalive = False
         payload = {"invokeId": job_id, "command": MOLTIS_COMMANDS[work], "args": args}
         with contextlib.suppress(ConnectionClosed):  # Jobs.left() ends them all
@@ -15782,7 +15782,7 @@ class MoltisPeer(NodePeer):
             try:
                 ending = moltis_ending(work, result)
             except RpcError as error:
-                reason = f"the node sent a result that makes no sense: {error}"
+                reason = f"the node sent a malformed result: {error}"
                 ending = Ending(JobState.FAILED, reason=reason)
             duration = max(0, now_ms() - started_at) / 1000
             ending = ending.replace(started_at=started_at, duration=duration)
@@ -15791,7 +15791,7 @@ class MoltisPeer(NodePeer):
         return {}
 
     def _end(self, job_id: str, ending: Ending, result: JsonObject) -> None:
-        """Write a job's log: the output in its one answer, and the ending."""
+        """Write the job's log: the output in `result`, then the ending."""
         frames, counts = [], []
         for kind, name in STREAMS.items():
             text = result.get(name)
@@ -15816,26 +15816,26 @@ class MoltisPeer(NodePeer):
 
 
 class Identity(Value):
-    """Who a peer has proved to be, and what it says of itself."""
+    """A peer's proved identity and its `connect` parameters."""
 
     caller: Caller
     params: ConnectParams
     device: Device | None = None  # None: an operator
     handle: str = ""  # of the token that a device came with
-    server_final: str = ""  # our half of the proof, where SCRAM was used
+    server_final: str = ""  # our half of the proof, if SCRAM was used
 
 
 class Client(Value):
-    """What is known of a peer before it has said a word."""
+    """A peer as its HTTP request shows it."""
 
     address: str
     channel_binding: bytes | None  # None: it came without TLS
-    login: Caller | None  # whoever the cookie of the upgrade belongs to
+    login: Caller | None  # the owner of the request's cookie
     on_identified: Callable[[], None]  # called once it has proved who it is
 
 
 class Introduction:
-    """The first exchange of a connection, until the peer has proved who it is."""
+    """The first exchange of a connection: it proves who the peer is."""
 
     def __init__(
         self, ws: WebSocket, access: Access, client: Client, *, require_scram: bool
@@ -15848,10 +15848,10 @@ class Introduction:
         self._scram: ScramServer | None = None
 
     def identity(self) -> Identity | None:
-        """Return who the peer is; None if it leaves before it has proved that.
+        """Return who the peer is; None if it hangs up first.
 
-        Raises RpcError: refuse its request with it.  Raises ConnectionClosed, and
-        TimeoutError after CONNECT_TIMEOUT.
+        Raises RpcError to refuse the request with; ConnectionClosed; TimeoutError
+        after CONNECT_TIMEOUT.
         """
         deadline = Deadline(CONNECT_TIMEOUT)
         while True:
@@ -15860,7 +15860,7 @@ class Introduction:
                 return None
             answer = self._answer(self._request(message))
             if isinstance(answer, Identity):
-                self._scram = None  # it would live as long as the connection
+                self._scram = None  # free it: this object lives as long as `ws`
                 self._client.on_identified()
                 return answer
             self._ws.send(encode_envelope(Response(self.request_id, answer)))
@@ -15881,7 +15881,7 @@ class Introduction:
         return envelope
 
     def _answer(self, request: Request) -> Identity | JsonObject:
-        """Return the answer to `auth.scram`, or who sent `connect`.
+        """Return the answer to `auth.scram`, or the identity that `connect` proves.
 
         Raises RpcError.
         """
@@ -15910,7 +15910,7 @@ class Introduction:
             raise RpcError("UNAUTHORIZED", text) from error
 
     def _identify(self, params: ConnectParams) -> Identity:
-        """Raises AuthenticationError, or RpcError where there is no credential."""
+        """Raises AuthenticationError; RpcError if there is no credential."""
         access, final = self._access, ""
         if params.scram_final and self._scram is not None:
             final = self._scram.final(params.scram_final)
@@ -15943,12 +15943,12 @@ class Introduction:
 def note_presence(
     devices: DevicesTable, device: Device, params: ConnectParams, address: str
 ) -> bool:
-    """Record what a node says of itself; False if its token was revoked.
+    """Record a node's name, platform, version, address; False if it was revoked.
 
     Raises StoreError.
     """
     name = ""
-    with contextlib.suppress(RpcError):  # it may not call itself Local
+    with contextlib.suppress(RpcError):  # no name, or Local
         name = valid_name(params.display_name)
     try:
         return devices.connect(
@@ -15966,7 +15966,7 @@ def note_presence(
         known = devices.by_node_id(params.client_id, now_ms())
         if known is None or known.id != device.id:
             raise
-        # A full disk must not part a node from the commands that it runs.
+        # A full disk must not keep a node from resuming its jobs.
         log.warning("presence not recorded node=%s: %s", params.client_id, error)
         return True
 
@@ -16013,7 +16013,7 @@ class Gateway:
             ws, self._access, client, require_scram=self._require_scram
         )
         try:
-            # Its messages are freed here: 5 KiB of each node.
+            # A call of its own: its messages are freed, 5 KiB a node.
             identity = None if stops else introduction.identity()
             if identity is None:
                 return
@@ -16022,7 +16022,7 @@ class Gateway:
             else:
                 self._serve_node(ws, introduction.request_id, identity, client.address)
         except RpcError as error:
-            # The answer first, then the close: existing nodes read it so.
+            # First the answer, then the close: a Moltis node expects both.
             with contextlib.suppress(ConnectionClosed, TimeoutError):
                 answer = Response(introduction.request_id, error=error)
                 ws.send(encode_envelope(answer))
@@ -16060,7 +16060,7 @@ class Gateway:
         peer = OperatorPeer(ws, identity.caller, self.rpc.call, self._jobs)
         self._audience.add(peer)
         try:
-            # Only now: what is revoked from here on, the audience hangs up on.
+            # Checked after add(): a revocation from now on closes this connection.
             if not self._access.is_current(identity.caller):
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             self._greet(ws, request_id, identity, peer.id, MAX_PEER_MESSAGE, {})
@@ -16080,9 +16080,9 @@ class Gateway:
         self._fleet.claim(node, device)
         try:
             known = note_presence(self._devices, device, params, address)
-            # Only now: what is revoked from here on, it is hung up for.
+            # Checked after claim(): a revocation from now on closes this connection.
             current = self._access.devices.device_by_handle(identity.handle)
-            if not known or current is None:  # or its id was taken as it came in
+            if not known or current is None:  # or another node has just taken its id
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             if device.node_id not in (None, node.node_id):
                 self._jobs.lose(
@@ -16111,7 +16111,7 @@ class Gateway:
             log.info("node disconnected node=%s", node.node_id)
 
     def _ask_providers(self, node: ConnectedNode) -> None:
-        """Ask which models the node has; ours names them in its telemetry."""
+        """Ask for the node's models, which are not in a Moltis node's telemetry."""
 
         def keep(ended: Future[Job]) -> None:
             try:
@@ -16135,9 +16135,10 @@ class Gateway:
         max_message: int,
         offsets: Mapping[str, int],
     ) -> None:
-        """Answer a `connect`: from now on the peer is known.  Raises ConnectionClosed.
+        """Answer a `connect` and lift the limits for strangers.
 
-        `offsets` are those from which a node shall send its logs.
+        `offsets`, by job, are where a node continues its logs.
+        Raises ConnectionClosed.
         """
         is_node = identity.device is not None
         auth: JsonObject = {
@@ -16188,8 +16189,7 @@ class Gateway:
 #       TLS, Wire protocol, Store, Access, Jobs, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
-# web pages out, limits for strangers.  http.server does the parsing; what a request
-# means is decided by Access and Gateway.
+# web pages out, limits for strangers.  http.server parses; Access and Gateway decide.
 # ==============================================================================
 
 MAX_BODY = 1024 * 1024  # bytes of a request
@@ -16198,18 +16198,18 @@ REQUEST_TIMEOUT = 10.0  # s for TLS, for a request without its body, for 64 KiB 
 REPLY_TIMEOUT = 300.0  # s for a client to take one piece of a reply
 REPLY_PIECE = 64 * 1024  # bytes
 MIN_BODY_RATE = 10 * 1024  # bytes a second
-MAX_STRANGERS = 1024  # connections that have not said who they are; more are refused
+MAX_STRANGERS = 1024  # connections without a proved identity; more are refused
 MAX_STRANGERS_EACH = 256  # of them from one address; a fleet may share its router's
 MAX_CONNECTIONS = 16_000  # in all, or fewer where the system allows fewer descriptors
 SPARE_DESCRIPTORS = 256  # for all else: the database, Local's commands
 LISTEN_BACKLOG = 1024  # connections; a fleet comes back all at once
 MAX_STRANGER_BODY = 64 * 1024  # bytes of a request without a credential
 MAX_STRANGER_MESSAGE = 256 * 1024  # bytes; a `connect` lists up to 4,096 jobs
-DOOR_TIMEOUT = 0.5  # s for requests to be answered when the gateway stops
+DOOR_TIMEOUT = 0.5  # s for answers under way when the gateway stops
 COOKIE_NAME = "moltis_login"
 JOIN_PATH = "/join/"
 JOBS_PATH = "/api/jobs/"
-PAGE_PATHS = ("/chat/", "/settings/")  # views of the page, which have paths too
+PAGE_PATHS = ("/chat/", "/settings/")  # of views; all are answered with the page
 
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -16249,7 +16249,7 @@ class HttpRequest(Value):
     headers: HttpHeaders[str, str]
     body: bytes
     address: str  # of the client
-    host: str  # and port, as the client calls us
+    host: str  # the Host header: our name and port, as the client has them
     secure: bool = False  # came over TLS
     channel_binding: bytes | None = None  # of the certificate that the client sees
 
@@ -16260,7 +16260,7 @@ class HttpRequest(Value):
 
     def cookie(self, name: str) -> str:
         """Return the value of a cookie, "" if there is none."""
-        # Those of other programs on this host come too, in any form.
+        # Other programs on this host set cookies too, in forms that parsers refuse.
         for cookie in self.headers.get("Cookie", "").split(";"):
             found, _, value = cookie.strip().partition("=")
             if found == name:
@@ -16269,7 +16269,7 @@ class HttpRequest(Value):
 
 
 class Reply(Value):
-    """What to answer to an HttpRequest."""
+    """The answer to an HttpRequest."""
 
     status: int
     body: bytes | Iterator[bytes] = b""  # an iterator: up to the connection's end
@@ -16301,7 +16301,7 @@ def rpc_reply(response: Response) -> Reply:
 
 
 def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
-    """Return a file that a browser saves, and keeps nowhere else."""
+    """Return a file that a browser saves and does not cache."""
     return Reply(
         200,
         pieces,
@@ -16314,7 +16314,7 @@ def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
 
 
 def job_output(job: Job) -> Iterator[bytes]:
-    """Yield what a job has written so far; what is not kept is said."""
+    """Yield a job's output so far, with a line for each gap."""
     position = 0
     while True:
         start, data = job.log.read(position)
@@ -16337,7 +16337,7 @@ AUDIT_COLUMNS = (
 def _csv_row(row: JsonObject) -> list[str]:
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
     values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
-    # A spreadsheet would carry out what begins like a formula.
+    # A spreadsheet would run a cell that begins like a formula.
     return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
 
 
@@ -16355,7 +16355,7 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
         text.truncate()
 
 
-# --- Who may ask ---
+# --- Where a request comes from ---
 
 
 def is_ip_address(text: str) -> bool:
@@ -16369,14 +16369,14 @@ def is_ip_address(text: str) -> bool:
 
 
 class TrustedProxies:
-    """The reverse proxies whose word on their clients counts."""
+    """The reverse proxies whose forwarding headers are believed."""
 
     def __init__(
         self, networks: Iterable[str] = (), channel_binding: bytes | None = None
     ) -> None:
-        """`channel_binding` is that of the certificate which they show to clients.
+        """`channel_binding` is that of the certificate that they show to clients.
 
-        Raises UsageError for what is no address or network.
+        Raises UsageError for anything but an address or a network.
         """
         import ipaddress
 
@@ -16408,7 +16408,7 @@ class TrustedProxies:
             return request
         headers = request.headers
         address = request.address
-        # Each proxy adds its client; what stands before the first stranger is made up.
+        # Each proxy appends its client; what precedes the first stranger may be forged.
         for hop in reversed(header_tokens(headers, "X-Forwarded-For")):
             if not is_ip_address(hop):
                 break
@@ -16426,7 +16426,7 @@ class TrustedProxies:
 
 
 class Edge:
-    """Under which names the gateway is reached, and through which proxies."""
+    """The names and proxies through which clients reach the gateway."""
 
     def __init__(
         self,
@@ -16439,7 +16439,7 @@ class Edge:
         self._names = {name.lower() for name in (*host_names(), *allowed_hosts)}
 
     def refusal(self, request: HttpRequest) -> Reply | None:
-        """Return why this request may come from a foreign web page, or None.
+        """Return the refusal of a request that a foreign web page may have made.
 
         Nodes and curl, which send neither Origin nor Cookie, may use any name for us.
         """
@@ -16466,29 +16466,29 @@ class Edge:
     def _is_ours(self, host: str) -> bool:
         """Return whether the Host header (`name` or `name:port`) names this gateway.
 
-        A web page elsewhere can point a name of its own at our address (DNS
-        rebinding): then the Host header is a name that is not ours.
+        A foreign page can point a name of its own at our address (DNS rebinding): then
+        the Host header is not ours.
         """
         try:
             name = (urlsplit("//" + host).hostname or "").lower()
         except ValueError:  # a bracket that is not closed
             return False
-        # An address cannot be pointed elsewhere as a name can: only names are checked.
+        # An address cannot be rebound, so only names are checked.
         return name in self._names or is_ip_address(name)
 
 
-# --- What is answered ---
+# --- Routes ---
 
 
 class HttpApp:
-    """What each path answers."""
+    """The answers to HTTP requests, by path."""
 
     def __init__(
         self,
         gateway: Gateway,
         jobs: Jobs,
         access: Access,
-        files: Mapping[str, Reply],  # by path; what never changes
+        files: Mapping[str, Reply],  # by path
         edge: Edge,
     ) -> None:
         self.edge = edge
@@ -16496,7 +16496,7 @@ class HttpApp:
         self._jobs = jobs
         self._access = access
         self._files = files
-        # A path that ends with "/" stands for all below it.
+        # A path that ends with "/" includes all below it.
         self._routes: Sequence[tuple[str, str, Callable[[HttpRequest], Reply]]] = (
             ("GET", "/health", self._health),
             ("POST", "/api/rpc", self._rpc),
@@ -16509,7 +16509,7 @@ class HttpApp:
         )
 
     def answer(self, request: HttpRequest) -> Reply:
-        """Return the reply; whatever goes wrong is one."""
+        """Return the reply, also for any failure."""
         refusal = self.edge.refusal(request)
         if refusal is not None:
             return refusal
@@ -16550,13 +16550,13 @@ class HttpApp:
     def server(
         self, ws: WebSocket, request: HttpRequest, on_identified: Callable[[], None]
     ) -> Callable[[], None]:
-        """Return what serves an upgraded connection to its end."""
+        """Return a function that serves an upgraded connection to its end."""
         login, binding = self._login(request), request.channel_binding
         client = Client(request.address, binding, login, on_identified)
         return partial(self._gateway.serve, ws, client)
 
     def _login(self, request: HttpRequest) -> Caller | None:
-        """Return whose browser sends the request's cookie."""
+        """Return the operator whose sign-in the cookie is."""
         cookie = request.cookie(COOKIE_NAME)
         if not cookie:
             return None
@@ -16580,8 +16580,8 @@ class HttpApp:
         return self._files.get("/") or self._not_found(request)
 
     def _join(self, request: HttpRequest) -> Reply:
-        """Answer a join link: what a machine needs to become a node, once."""
-        if request.method == "HEAD":  # a look, as of a preview, uses nothing up
+        """Answer a join link with a node's settings, once."""
+        if request.method == "HEAD":  # a preview does not use the code up
             return json_reply(200, {})
         code = request.path[len(JOIN_PATH) :]
         try:
@@ -16620,7 +16620,7 @@ class HttpApp:
             rows: list[JsonObject] = rpc.call(caller, "audit.list", place)
             return rows
 
-        first = page(None, 0)  # now: what it raises is an answer
+        first = page(None, 0)  # before the reply begins: it may raise
 
         def pages() -> Iterator[list[JsonObject]]:
             rows, until, known = first, None, 0
@@ -16650,7 +16650,7 @@ class HttpApp:
             payload = self._gateway.rpc.call(caller, method, params)
             if isinstance(payload, Future):
                 payload = payload.result()
-                # Which may have taken hours, without a connection to hang up on.
+                # That may have taken hours, and revoking a key closes WebSockets only.
                 if not self._access.is_current(caller):
                     raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
         except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
@@ -16686,7 +16686,7 @@ class HttpApp:
 
 
 class Admission:
-    """One connection's place among those that there may be."""
+    """One connection's place within ConnectionLimits."""
 
     def __init__(self, block: str, forget: Callable[[Admission, bool], None]) -> None:
         self.block = block  # of addresses
@@ -16694,7 +16694,7 @@ class Admission:
         self._forget = forget
 
     def identified(self) -> None:
-        """Its peer has proved who it is."""
+        """Count it as a stranger's no longer."""
         self._forget(self, False)
 
     def end(self) -> None:
@@ -16702,10 +16702,9 @@ class Admission:
 
 
 class ConnectionLimits:
-    """How many connections there are, and of them of peers nobody knows yet.
+    """Counts of connections, and of strangers among them.
 
-    Strangers are counted by themselves, so that however many come, those who have
-    proved who they are keep their place.
+    Strangers are counted apart: however many come, identified peers keep their places.
     """
 
     def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
@@ -16716,9 +16715,9 @@ class ConnectionLimits:
         self._by_block: dict[str, int] = {}  # strangers; no entry for none
 
     def admit(self, address: str, *, shared: bool) -> Admission | None:
-        """Return the right to stay, or None where there are too many.
+        """Return a place, or None if there are too many connections.
 
-        `shared` addresses, as of a proxy, may have more connections than others.
+        `shared` addresses, as of a proxy, may have more than others.
         """
         block = address_block(address)
         with self._lock:
@@ -16732,7 +16731,7 @@ class ConnectionLimits:
         return Admission(block, self._forget)
 
     def _forget(self, admission: Admission, ended: bool) -> None:
-        """Count the connection as a stranger's no more, or not at all."""
+        """Count the connection as identified, or as ended."""
         with self._lock:
             self._free += ended
             if admission.is_known:
@@ -16748,13 +16747,13 @@ class ConnectionLimits:
 
 
 class RequestTooLarge(Exception):
-    """A client sends more than a request may have: refuse it and hang up."""
+    """The request's head is too long: refuse it and hang up."""
 
 
 class PatientStream(io.RawIOBase):
-    """A connection as a file, patient with a slow client up to a point.
+    """A connection as a file, with deadlines for whole requests and replies.
 
-    A timeout of the socket alone would begin anew with every byte that trickles in.
+    A socket's own timeout starts again with every byte that trickles in.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -16763,7 +16762,7 @@ class PatientStream(io.RawIOBase):
         self.begin()
 
     def begin(self) -> None:
-        """Wait for a request, and no longer than REQUEST_TIMEOUT for its head."""
+        """Expect a request, whose head has to come within REQUEST_TIMEOUT."""
         self._deadline = Deadline(REQUEST_TIMEOUT)
         self._room = MAX_REQUEST_HEAD
 
@@ -16772,7 +16771,7 @@ class PatientStream(io.RawIOBase):
         self._room = length
 
     def end_reading(self) -> None:
-        """Leave what has not been read to the WebSocket."""
+        """Read nothing more: the rest is for the WebSocket."""
         self._ended = True
 
     def readable(self) -> bool:
@@ -16808,16 +16807,16 @@ class PatientStream(io.RawIOBase):
 
 
 class TcpPeer(Value):
-    """Whoever is at the other end of an accepted connection."""
+    """The other end of an accepted connection."""
 
     address: str
-    tls: TlsIdentity | None  # what they were shown
+    tls: TlsIdentity | None  # the certificate that it was shown
     admission: Admission
 
 
 def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a method
-    # Made here, because http.server takes a Pi Zero a quarter of a second to import,
-    # which no other subcommand should wait for.
+    # Importing http.server takes a Pi Zero a quarter of a second, which no other
+    # subcommand should wait for.
     from http.server import BaseHTTPRequestHandler
 
     class Handler(BaseHTTPRequestHandler):
@@ -16828,8 +16827,8 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
         # Until a request line was read:
         command = requestline = ""
         request_version = "HTTP/1.1"
-        # Serves the WebSocket that the connection has become, once http.server is
-        # through with it: its objects and buffers would be 25 KiB of each node.
+        # Serves the upgraded connection after this handler is gone, whose objects and
+        # buffers take 25 KiB.
         upgraded: Callable[[], None] | None = None
 
         def setup(self) -> None:
@@ -16881,7 +16880,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 return
             if length > MAX_STRANGER_BODY:
                 try:
-                    # Before it is read: strangers are to cost little memory.
+                    # Checked before the body is read: strangers cost little memory.
                     app.caller(self.request_with(b""))
                 except RpcError:
                     problem = "so long a body needs an operator key or a sign-in"
@@ -16909,7 +16908,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             return app.edge.proxies.see_through(request)
 
         def refuse(self, status: int, message: str) -> None:
-            """Answer what cannot be answered otherwise; the connection ends with it."""
+            """Send an error, then close the connection."""
             self.close_connection = True
             self.send(error_reply(status, message))
 
@@ -16952,7 +16951,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.flush()
-            # What the client sent right behind its request waits in rfile's buffer.
+            # The bytes that came right behind the request are in rfile's buffer.
             self.stream.end_reading()
             reader: Any = self.rfile  # a BufferedReader
             early: bytes = reader.peek()
@@ -16978,7 +16977,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
 
 
 def _descriptor_limit() -> int:
-    """Return how many connections the system lets us have, having asked for most."""
+    """Return how many connections the system allows, after raising its limit."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -16986,7 +16985,7 @@ def _descriptor_limit() -> int:
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        # macOS has a maximum of its own, and may say no.
+        # macOS may refuse: it has a maximum of its own.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -17012,12 +17011,12 @@ class ConnectionThreads:
             self._sockets[thread] = sock
 
     def replace_socket(self, sock: socket.socket) -> None:
-        """Use this socket for the calling thread's connection: it speaks TLS now."""
+        """Set the calling thread's socket, which speaks TLS now."""
         with self._lock:
             self._sockets[threading.current_thread()] = sock
 
     def close(self) -> None:
-        """Wait for what is being answered, not for what may still be asked."""
+        """Wait for the answers under way; read no further requests."""
         deadline = Deadline(DOOR_TIMEOUT)
         with self._lock:
             sockets = dict(self._sockets)
@@ -17054,7 +17053,7 @@ def _secured(sock: socket.socket, identity: TlsIdentity) -> socket.socket:
         sock, server_side=True, do_handshake_on_connect=False
     )
     try:
-        # The timeout of a handshake is for the whole of it.
+        # This timeout is for the whole handshake.
         secured.settimeout(deadline.remaining() or 0.001)
         secured.do_handshake()
     except BaseException:
@@ -17095,7 +17094,7 @@ class HttpDoor:
         return int(self._server.server_address[1])
 
     def close(self) -> None:
-        """Let nobody in any more; those who are in are left alone."""
+        """Stop listening; open connections go on."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -17155,7 +17154,7 @@ class HttpDoor:
             if upgraded is not None:
                 upgraded()
         except OSError as error:
-            # The client went away in the middle, or did not agree on TLS.
+            # The client hung up, or TLS failed.
             log.debug("connection ended address=%s: %s", address, error)
         except Exception:
             log.exception("connection failed address=%s", address)
