@@ -4095,15 +4095,15 @@ class Calls:
 # Uses: Wire protocol
 #
 # The node's end of a job's log, and one shell command that writes it: a process group
-# with its pipes, its input, its timeout.  It knows no connection and no other command.
-# Output is kept until it is acknowledged: a full window pauses the command, and after a
-# lost connection the gateway resumes at a frame boundary.
+# with its pipes, its input, its timeout; no connection, no other command.  Output is
+# held until it is acknowledged: a full window pauses the command, and after a lost
+# connection the gateway resumes at a frame boundary.
 # ==============================================================================
 
 SHELL = "/bin/sh"  # POSIX on every machine; a user's $SHELL may be fish or nologin
 
-EXIT_LOOK = 0.1  # s between checks for the shell's exit, where there is no pidfd
-GROUP_LOOK = 0.05  # s between checks for survivors of a group that is being ended
+EXIT_PAUSE = 0.1  # s between checks for the shell's exit, where there is no pidfd
+GROUP_PAUSE = 0.05  # s between checks for survivors of a group that is being ended
 LONGEST_POLL = 3600.0  # s; poll() takes a C int of ms
 MAX_TIMEOUT_MS = 2**53  # JSON's safe integers
 MAX_SURVIVORS = 3  # processes that an ending names
@@ -4185,11 +4185,9 @@ class JobLog:
         on_ready: Callable[[JobLog], None],
         *,
         window: int = LOG_WINDOW,
-        urgency: int = 0,
     ) -> None:
-        """`on_ready(log)` is called when there is something to take; see Outlet."""
+        """`on_ready(log)` is called when take() has something to return."""
         self.job_id = job_id
-        self.urgency = urgency
         self.on_room: Callable[[], None] | None = None  # for the writer; any thread
         self._on_ready = on_ready
         self._window = window
@@ -4400,9 +4398,9 @@ class InputWindow:
 
 
 def seal_descriptors() -> None:
-    """Keep inherited descriptors, of a lock file say, from being inherited further.
+    """Stop children from inheriting descriptors that we inherited, as of a lock file.
 
-    Python seals those that it opens itself (PEP 446).
+    Python does so for those that it opens itself (PEP 446).
     """
     with contextlib.suppress(OSError):  # there is no /dev/fd
         for name in os.listdir("/dev/fd"):
@@ -4495,7 +4493,7 @@ class Survivor(Value):
 def _processes_in_proc() -> Iterator[tuple[Survivor, int, str]]:
     """Yield each process of Linux with its group and its state."""
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # the process ended meanwhile
             head, _, rest = path.read_text("utf-8", "replace").rpartition(")")
             state, _, group = rest.split()[:3]
             name = head.partition("(")[2]
@@ -4505,14 +4503,10 @@ def _processes_in_proc() -> Iterator[tuple[Survivor, int, str]]:
 
 def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
     """Yield each process of any POSIX system with its group and its state."""
-    import subprocess
-
     command = ("ps", "-A", "-o", "pid=,pgid=,stat=,uid=,comm=")
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listing = subprocess.run(
-            command, capture_output=True, check=False, timeout=KILL_AFTER
-        )
-        for line in listing.stdout.decode("utf-8", "replace").splitlines():
+    listing = run_program(command, os.environ, timeout=KILL_AFTER).stdout
+    for line in listing.decode("utf-8", "replace").splitlines():
+        with contextlib.suppress(ValueError):  # cut off at the timeout
             pid, group, state, user_id, name = line.split(None, 4)
             survivor = Survivor(int(pid), os.path.basename(name), int(user_id))
             yield survivor, int(group), state[0]
@@ -4555,7 +4549,7 @@ class ProcessGroup:
         """Raises OSError and ValueError as subprocess does."""
         self.outputs: dict[int, int] = {}  # descriptors to read, with their stream
         self.input: int | None = None  # descriptor to write
-        self.survivors: list[Survivor] = []  # once ended() has returned True
+        self.survivors: list[Survivor] = []  # set before ended() returns True
         theirs: dict[int, int] = {}
         try:
             for number, stream in ((1, STDOUT), (2, STDERR)):
@@ -4572,9 +4566,10 @@ class ProcessGroup:
         finally:
             for end in theirs.values():
                 os.close(end)
-        # A command may open /dev/stdout for reading and be faster than we are.
-        for pipe in (*self.outputs, *(() if self.input is None else (self.input,))):
-            os.set_blocking(pipe, False)
+        # A command that reads /dev/stdout may take the bytes that poll() announced.
+        for pipe in (*self.outputs, self.input):
+            if pipe is not None:
+                os.set_blocking(pipe, False)
         self.pidfd = _open_pidfd(self._shell)
         self.ending = False
         self._exit_code: int | None = None
@@ -4597,23 +4592,24 @@ class ProcessGroup:
         return self._exit_code
 
     def end(self) -> None:
-        """Begin to end the group, whose shell must not have exited yet."""
+        """Send SIGTERM; the shell must not have exited yet."""
         self.ending, self._patience = True, Deadline(KILL_AFTER)
         self._signal(signal.SIGTERM)
-        self._signal(signal.SIGCONT)  # a stopped process does not get it otherwise
+        self._signal(signal.SIGCONT)  # a stopped process gets SIGTERM only then
 
     def ended(self) -> bool:
-        """Send SIGKILL when it is due; return whether nothing more can be done."""
+        """Send SIGKILL when it is due; return whether the group ended or cannot."""
         exited = self.exit_code is not None
         if exited and not (self._signal(0) and _group_members(self._shell)):
             return True
-        if self._patience.expired and self._killed:
+        if not self._patience.expired:
+            return False
+        if self._killed:
             # Another user's process, or one that hangs in the kernel.
             self.survivors = _group_members(self._shell)
             return True
-        if self._patience.expired:
-            self._signal(signal.SIGKILL)
-            self._killed, self._patience = True, Deadline(KILL_AFTER)
+        self._signal(signal.SIGKILL)
+        self._killed, self._patience = True, Deadline(KILL_AFTER)
         return False
 
     def close_output(self, descriptor: int) -> None:
@@ -4637,13 +4633,13 @@ class ProcessGroup:
             self._signal(signal.SIGKILL)
             deadline = Deadline(KILL_AFTER)
             while self.exit_code is None and not deadline.expired:
-                time.sleep(GROUP_LOOK)
+                time.sleep(GROUP_PAUSE)
         if self.pidfd is not None:
             os.close(self.pidfd)
 
     def _signal(self, number: int) -> bool:
         """Return whether the group still has members, zombies included."""
-        # The shell's pid stays the group's id for as long as anyone is in it.
+        # The pid is not reused while the group of that id has members.
         try:
             os.killpg(self._shell, number)
         except ProcessLookupError:
@@ -4658,10 +4654,6 @@ def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
         time.sleep(seconds)
         seconds = 0.0
     return poll.poll(math.ceil(seconds * 1000))
-
-
-def _or_never(seconds: float | None) -> float:
-    return math.inf if seconds is None else seconds
 
 
 def _signal_name(number: int) -> str:
@@ -4700,7 +4692,7 @@ def _bytes_ready(descriptor: int) -> int:
 
 
 class Command:
-    """One shell command that writes a log, from its start to its ending."""
+    """One shell command that writes a log."""
 
     def __init__(
         self,
@@ -4729,7 +4721,7 @@ class Command:
         self._cancelled: str | None = None  # the reason, "" if none was given
         self._finished = False
         self._wake_end: int | None = None  # of the pipe that ends a poll()
-        # From here on for the thread in begin() and run().
+        # The rest belongs to the thread in begin() and run().
         self._group: ProcessGroup | None = None
         self._problem: str | None = None  # why there is no group
         self._timed_out = False
@@ -4737,17 +4729,17 @@ class Command:
         self._started_at: int | None = None  # ms
         self._exited_at: float | None = None  # monotonic
         self._drain = Deadline(None)  # runs from the shell's exit on
-        self._owed: dict[int, int] = {}  # by output, bytes in it at the exit
+        self._owed: dict[int, int] = {}  # bytes in each output at the exit
         self._small_read_at = -math.inf  # monotonic
         self._rest_until = 0.0  # monotonic; until then the outputs are left alone
-        self._look = 0.00005  # s; doubled before each check for the exit
+        self._exit_pause_now = 0.00005  # s; doubled before each check for the exit
         log.on_room = self._wake
 
     # From any thread
 
     @property
     def consumed(self) -> int | None:
-        """The offset of the input that it has not taken yet; None without input."""
+        """The offset of the first input not consumed; None without input."""
         return self._input.consumed if self.spec.stdin else None
 
     def input(self, offset: int, data: bytes) -> None:
@@ -4760,7 +4752,7 @@ class Command:
             raise RpcError("INVALID_REQUEST", "the command was started without input")
         with self._lock:
             if self._finished:
-                return  # it crossed the ending
+                return  # sent before the ending arrived
             self._input.add(offset, data)
         self._wake()
 
@@ -4789,7 +4781,7 @@ class Command:
             self._problem = _why_not_started(error, cwd)
 
     def run(self) -> Ending:
-        """Run it to its end; return the ending, which is not in the log yet."""
+        """Run the command to its end; return the ending, for the caller to log."""
         if self._group is None and self._problem is None:
             self.begin()
         group = self._group
@@ -4848,7 +4840,7 @@ class Command:
                     self.log.ready()
 
     def _advance(self, group: ProcessGroup, deadline: Deadline) -> bool:
-        """Take the next step towards the end; return whether there is none left."""
+        """Take the next step toward the end; return whether it is reached."""
         self._notice_exit(group)
         running = self._exited_at is None
         if running and not group.ending and deadline.expired:
@@ -4865,8 +4857,8 @@ class Command:
                 return True
         elif running:
             return False
-        # Bytes that were in a pipe at the shell's exit are read however long the window
-        # is full; a grandchild has DRAIN_AFTER_EXIT to add some.
+        # Bytes that were in a pipe at the shell's exit are read, even if the window is
+        # full for long; a grandchild has DRAIN_AFTER_EXIT to add some.
         if self._drain.expired:
             for descriptor in list(group.outputs):
                 # A grandchild can read from /dev/stdout as well: look again.
@@ -4884,27 +4876,27 @@ class Command:
             self._owed = {fd: _bytes_ready(fd) for fd in group.outputs}
 
     def _pause(self, group: ProcessGroup, deadline: Deadline) -> float:
-        """Return the seconds until something has to be looked at."""
-        waits = [LONGEST_POLL]
+        """Return the seconds until the next check."""
+        waits: list[float | None] = [LONGEST_POLL]
         if group.ending:
-            waits.append(GROUP_LOOK)
+            waits.append(GROUP_PAUSE)
         elif self._exited_at is None:
-            waits.append(_or_never(deadline.remaining()))
+            waits.append(deadline.remaining())
             if group.pidfd is None:
-                waits.append(self._exit_look(group))
+                waits.append(self._exit_pause(group))
             resting = self._rest_until - time.monotonic()
             if resting > 0:
                 waits.append(resting)
         elif not self._drain.expired:
-            waits.append(_or_never(self._drain.remaining()))
-        return min(waits)
+            waits.append(self._drain.remaining())
+        return min(wait for wait in waits if wait is not None)
 
-    def _exit_look(self, group: ProcessGroup) -> float:
+    def _exit_pause(self, group: ProcessGroup) -> float:
         # Once the outputs are closed the exit is near: from 0.1 ms on, doubling.
         if group.outputs:
-            return EXIT_LOOK
-        self._look = min(EXIT_LOOK, self._look * 2)
-        return self._look
+            return EXIT_PAUSE
+        self._exit_pause_now = min(EXIT_PAUSE, self._exit_pause_now * 2)
+        return self._exit_pause_now
 
     def _register_pipes(self, group: ProcessGroup, poll: select.poll) -> None:
         """Register the pipes that can be used now."""
@@ -4954,7 +4946,7 @@ class Command:
             group.close_input()
 
     def _consume(self, count: int) -> None:
-        """Drop up to `count` bytes of input, and report that now and then."""
+        """Drop up to `count` bytes of input; report it once per MAX_LOG_MESSAGE."""
         with self._lock:
             self._input.consume(count)
             consumed = self._input.consumed
@@ -4970,7 +4962,7 @@ class Command:
 
     @contextlib.contextmanager
     def _waking(self) -> Iterator[int]:
-        """Give a descriptor that becomes readable after _wake()."""
+        """Yield a descriptor that _wake() makes readable."""
         read_end, write_end = os.pipe()
         os.set_blocking(read_end, False)
         os.set_blocking(write_end, False)
@@ -4985,10 +4977,10 @@ class Command:
             os.close(write_end)
 
     def _wake(self) -> None:
-        # Under the lock, or the number might be another file's by now.
+        # Under the lock, so that the descriptor is not closed and reused meanwhile.
         with self._lock:
             if self._wake_end is not None:
-                with contextlib.suppress(BlockingIOError):  # full: it will wake
+                with contextlib.suppress(BlockingIOError):  # full: poll() ends anyway
                     os.write(self._wake_end, b"\0")
 
 
@@ -4999,32 +4991,45 @@ class Excerpt:
     """Head and tail of a stream of bytes, as text."""
 
     def __init__(self, limit: int) -> None:  # bytes of both
-        self.cut = 0  # bytes between them
+        self.total = 0  # bytes added
         self._half = limit // 2
-        self._head = bytearray()  # ≤ _half; then the tail takes it
-        self._tail = bytearray()  # ≤ twice _half; then its first goes
+        self._head = bytearray()  # ≤ _half; the rest goes to the tail
+        self._tail = bytearray()  # ≤ twice _half, so that each byte is moved only once
+
+    @property
+    def cut(self) -> int:
+        """The number of bytes between head and tail."""
+        return max(0, self.total - 2 * self._half)
 
     def add(self, data: bytes) -> None:
+        self.total += len(data)
         room = self._half - len(self._head)
         self._head += data[:room]
         self._tail += data[room:]
-        if len(self._tail) > 2 * self._half:  # so that each byte is moved only once
-            self._trim()
+        if len(self._tail) > 2 * self._half:
+            del self._tail[: len(self._tail) - self._half]
 
-    def _trim(self) -> None:
-        excess = max(0, len(self._tail) - self._half)
-        self.cut += excess
-        del self._tail[:excess]
+    def text(self, limit: int | None = None) -> str:
+        """Return it as UTF-8, broken characters replaced, with the number of bytes cut.
 
-    def text(self) -> str:
-        """Return it as UTF-8, broken characters replaced, with the number cut."""
-        self._trim()
-        if not self.cut:
-            return (self._head + self._tail).decode("utf-8", "replace")
-        # A character that the cut went through is left out as well.
-        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
-        tail = self._tail[:3].lstrip(CONTINUATION) + self._tail[3:]
-        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
+        `limit`: characters; None: all that is held.
+        """
+        cut = self.cut
+        if not cut:
+            text = (self._head + self._tail).decode("utf-8", "replace")
+            if limit is None or len(text) <= limit:
+                return text
+            head = tail = text
+        else:
+            # Without the halves of a character that was cut in two.
+            head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
+            end = self._tail[max(0, len(self._tail) - self._half) :]
+            tail = (end[:3].lstrip(CONTINUATION) + end[3:]).decode("utf-8", "replace")
+        if limit is not None:
+            half = limit // 2
+            head, tail = head[:half], tail[max(0, len(tail) - (limit - half)) :]
+            cut = self.total - len((head + tail).encode())
+        return f"{head}\n… {cut:,} bytes cut …\n{tail}"
 
 
 # ==============================================================================
@@ -6828,9 +6833,9 @@ class TelemetrySource:
 # Machine
 # Uses: Wire protocol, Commands, Telemetry, Language models
 #
-# Jobs carried out on one computer: the table of works, the lines, logs by id.  A node
-# serves its gateway with it, and the gateway has one for `Local`, so that Local is a
-# node like the others.  It knows no connection: reports go to a MachinePeer.
+# The jobs of one computer: the table of works, the lines, logs by id.  A node serves its
+# gateway with it; the gateway has one for `Local`, which is a node like the others.
+# It opens no connection: reports go to a MachinePeer.
 # ==============================================================================
 
 CAP_RUN = "system.run"  # Moltis gateways require it
@@ -6848,15 +6853,15 @@ MACHINE_COMMANDS = tuple(INVOKED_WORKS)
 MACHINE_CAPABILITIES = (CAP_RUN, CAP_SCRAM, CAP_JOBS)
 
 MAX_RUNNING = 16  # commands side by side
-MAX_LINE = 1000  # commands that wait for one of these places; more are refused
+MAX_LINE = 1000  # commands in line for one of these places; more are refused
 MAX_LENT = 8  # questions to this machine's models side by side; more are refused
 MAX_KEPT = 1000  # unacknowledged endings; beyond it the oldest is dropped
-MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; beyond it the oldest is, too
+MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; the same at this bound
 MAX_RESULT = 48 * 1024  # bytes of JSON: a result is in the ending, which is one frame
 MAX_REMEMBERED = 10_000  # ids of forgotten jobs, about 1.5 MB; the oldest is dropped
 
 WORKER_LINGER = 10.0  # s that a thread waits for another job
-PLACE_TICK = 0.2  # s between two looks at the lines
+PLACE_TICK = 0.2  # s between two checks of the lines
 PLACE_INTERVAL = 1.0  # s between two reports of one job's place
 
 NODE_STOPPED = "its node stopped"
@@ -6892,13 +6897,13 @@ class MachinePeer(Protocol):
     """The current connection to the gateway.  No method blocks or raises."""
 
     def log_ready(self, log: JobLog) -> None:
-        """There is something for log.take()."""
+        """log.take() has something to return."""
 
     def place(self, job_id: str, place: int) -> None:
         """The job is in line, from 1; 0: it left the line."""
 
     def input_consumed(self, job_id: str, offset: int, *, resume: bool = False) -> None:
-        """Input up to `offset` is consumed; `resume`: send again from there."""
+        """Input up to `offset` is consumed; `resume`: resend from there."""
 
 
 # Marks with which a shell runs a second command or writes a file, and those that change
@@ -6919,9 +6924,9 @@ def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
 
 
 def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
-    """Return whether a pattern, in its units, matches `text`.
+    """Return whether a pattern, split into units, matches `text`.
 
-    It takes no longer than one length times the other, whatever a stranger sends.
+    Takes time in proportion to the product of both lengths at most, for any input.
     """
     place = at = 0
     star: tuple[int, int] | None = None  # after the last `*`, and the text after it
@@ -6933,7 +6938,7 @@ def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
         elif _unit_matches(unit, text[at], at in marks):
             place, at = place + 1, at + 1
         elif star is not None and star[1] not in marks:
-            star = (star[0], star[1] + 1)  # the `*` takes one character more
+            star = (star[0], star[1] + 1)  # the `*` matches one more character
             place, at = star
         else:
             return False
@@ -6943,9 +6948,9 @@ def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
 class AllowedCommands:
     """The commands and works that this machine's owner allows.
 
-    Shell patterns (`*`, `?`, `[…]`) on the whole command line.  A wildcard matches no
-    mark with which the shell would go on to another command or to a file: a pattern
-    has to spell it.  Works other than `run` are allowed by their name.
+    Shell patterns (`*`, `?`, `[…]`) match the whole command line.  A wildcard matches
+    no mark that starts another command or names a file: the pattern has to spell it.
+    Works other than `run` are allowed by name.
     """
 
     def __init__(self, patterns: Sequence[str]) -> None:
@@ -6957,16 +6962,16 @@ class AllowedCommands:
         if spec.cwd and spec.cwd.strip():
             raise RpcError(
                 "FORBIDDEN",
-                "this machine's owner allows some commands only, and those in the "
-                "node's own working directory",
+                "this machine's owner allows some commands only, all of them in the "
+                "node's own working directory; leave out cwd",
             )
         command = spec.command
         marks = {match.start() for match in re.finditer(SHELL_MARKS, command)}
         if not any(_matches(pattern, command, marks) for pattern in self._patterns):
             raise RpcError(
                 "FORBIDDEN",
-                "this machine's owner does not allow that command; `moltis node add "
-                "--allow` there names those that are",
+                "this machine's owner does not allow that command; allow it there with "
+                "`moltis node add --allow`",
             )
 
     def allows_work(self, work: str) -> bool:
@@ -6985,14 +6990,14 @@ class MachineOptions(Value):
 
 
 class Task(Protocol):
-    """A job as its work carries it out."""
+    """The execution of one job, as a work implements it."""
 
     @property
     def consumed(self) -> int | None:
         """The offset of the input that was consumed; None where it takes none."""
 
     def begin(self) -> None:
-        """Start early, in the calling thread; run() in another goes on with it."""
+        """Start early, in the calling thread; run() continues in another."""
 
     def run(self) -> Ending: ...
 
@@ -7003,7 +7008,7 @@ class Task(Protocol):
 
 
 class Errand:
-    """A task that is one function: it may write JSON lines, and returns a result."""
+    """A task that is one function, which returns a result and may write JSON lines."""
 
     consumed = None
 
@@ -7042,7 +7047,7 @@ class Errand:
         return ending.replace(duration=duration)
 
     def input(self, _offset: int, _data: bytes) -> None:
-        """Raises RpcError: all that it needs is in its spec."""
+        """Raises RpcError."""
         raise RpcError("INVALID_REQUEST", "this work takes no input")
 
     def cancel(self, reason: str = "") -> None:
@@ -7051,7 +7056,7 @@ class Errand:
         self._room.set()
 
     def write(self, value: Value) -> None:
-        """Append `value` as a line; waits for room.  Raises Cancelled."""
+        """Append `value` as a line, once there is room.  Raises Cancelled."""
         data = to_json(value).encode("utf-8", "replace") + b"\n"
         for start in range(0, len(data), MAX_FRAME_DATA):
             while not self._log.room:
@@ -7122,7 +7127,7 @@ def _models(options: MachineOptions, spec: ModelsSpec, errand: Errand) -> JsonOb
 
 
 def _chat(options: MachineOptions, spec: ChatRequest, errand: Errand) -> JsonObject:
-    # The address that is asked is the provider's own, of this machine's settings.
+    # The provider's address comes from this machine's settings, not from the request.
     model = _lent_catalog(options).model(spec.model)
     stream = model.stream(spec.messages, spec.tools, errand.cancellation)
     with contextlib.closing(stream) as events:
@@ -7174,7 +7179,7 @@ def find_work(name: str) -> Work:
 
 
 def check_spec(work: str, spec: JsonObject) -> JsonObject:
-    """Return the spec as a node gets it: checked, the environment filtered.
+    """Return the spec to send to a node: checked, the environment filtered.
 
     Raises RpcError INVALID_REQUEST.
     """
@@ -7189,39 +7194,39 @@ class MachineJob:
         self.id = log.job_id
         self.work = work
         self.log = log
-        self.task = task  # None: it was refused
+        self.task = task  # None: refused
         # Guarded by the machine's lock:
-        self.waits = False  # it is in line
-        self.dropped = False  # its gateway does not know it: no acknowledgement comes
-        # Guarded by the machine's lock of places:
+        self.waits = False  # in line
+        self.dropped = False  # unknown to the gateway, which will not acknowledge it
+        # Guarded by Machine._places:
         self.place: int | None = None  # last reported
         self.place_due = 0.0  # monotonic
 
 
 class Machine:
-    """The jobs of this computer, by id; each is carried out once."""
+    """The jobs of this computer, by id; each runs at most once."""
 
     def __init__(self, options: MachineOptions) -> None:
         seal_descriptors()
         self.instance = new_id()  # one life of this process
-        # os.environ decodes at each look: 0.1 ms a command.
+        # A dict: os.environ decodes at each access, 0.1 ms a command.
         environ = command_environment(options.environ)
         self._options = options.replace(environ=environ)
         self._peer: MachinePeer | None = None  # replaced as a whole
-        self._places = threading.Lock()  # held while a place is reported: in order
+        self._places = threading.Lock()  # held by reports of places, to order them
         self._lock = threading.Lock()  # guards all below
         self._changed = threading.Condition(self._lock)  # of _jobs, _kept, _closed
         self._called = threading.Condition(self._lock)  # for threads: _ready, _closed
         self._jobs: dict[str, MachineJob] = {}  # the oldest first
         self._kept: dict[str, None] = {}  # ids of those that ended, the oldest first
-        self._remembered: dict[str, str] = {}  # why a job is refused, by forgotten id
+        self._remembered: dict[str, str] = {}  # forgotten ids: reason to refuse them
         self._running = dict.fromkeys(WORKS, 0)  # jobs that have a place
         self._lines: dict[str, collections.deque[MachineJob]] = {
             name: collections.deque() for name in WORKS
         }
-        self._ready: collections.deque[MachineJob] = collections.deque()  # for a thread
+        self._ready: collections.deque[MachineJob] = collections.deque()  # for _work()
         self._threads: list[threading.Thread] = []  # at most one for each place
-        self._idle = 0  # of them, waiting for: _ready or _closed
+        self._idle = 0  # threads that wait for: _ready or _closed
         self._reporter: threading.Thread | None = None  # while there is a line
         self._stopping = False  # nothing new begins
         self._closed = False
@@ -7241,9 +7246,9 @@ class Machine:
     # For the peer, from any thread
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
-        """Carry out a job, now or when its turn comes; every error is its ending.
+        """Run a job, now or when its turn comes; every error becomes its ending.
 
-        A known id is not carried out again.  A remembered one, which has ended or was
+        A known id does not run again.  A remembered one, which has ended or was
         cancelled before its start, gets an ending with that reason.
         """
         row = WORKS.get(work)
@@ -7266,8 +7271,8 @@ class Machine:
             self._end(job, refusal)
         elif not job.waits and task is not None:
             if first:
-                # Its shell starts while the worker wakes: 40 µs.  Beside others, it
-                # would keep this thread from the next message.
+                # The shell starts while the worker wakes: saves 40 µs.  With other jobs
+                # running, it would delay the next message instead.
                 task.begin()
             self._call_worker(job)
 
@@ -7284,7 +7289,7 @@ class Machine:
                     self._forget(job)
 
     def cancel(self, job_id: str, reason: str = "") -> None:
-        """End a job; one that is not known yet ends as soon as it is started."""
+        """End a job; an unknown one is remembered, and refused if it is started."""
         with self._lock:
             job = self._jobs.get(job_id)
             if job is None:
@@ -7338,7 +7343,7 @@ class Machine:
             self._changed.wait_for(lambda: not self._jobs, timeout)
 
     def close(self) -> None:
-        """Cancel all jobs, with that reason in their endings, and join the threads."""
+        """Cancel all jobs, with NODE_STOPPED as the reason, and join the threads."""
         with self._lock:
             self._stopping = True
             jobs = list(self._jobs.values())
@@ -7406,8 +7411,8 @@ class Machine:
     def _call_worker(self, job: MachineJob) -> None:
         with self._lock:
             self._ready.append(job)
-            # An idle thread has the job 0.2 ms earlier than a new one.  One that was
-            # called and has not come yet counts as idle still: hence the comparison.
+            # An idle thread takes the job 0.2 ms sooner than a new one.  It counts as
+            # idle until it has taken a job: hence the comparison with all ready jobs.
             if len(self._ready) <= self._idle:
                 self._called.notify()
                 return
@@ -7417,7 +7422,7 @@ class Machine:
                 thread.start()
             except RuntimeError:  # no thread is left
                 if self._threads:
-                    return  # those that are there come to it
+                    return  # one of them takes the job later
                 self._ready.remove(job)
             else:
                 self._threads.append(thread)
@@ -7429,7 +7434,7 @@ class Machine:
             self._call_worker(following)
 
     def _work(self) -> None:
-        """Carry out jobs until there have been none for a while."""
+        """Run jobs, until there are none for WORKER_LINGER."""
         thread = threading.current_thread()
         while True:
             thread.name = "moltis-idle"
@@ -7451,7 +7456,7 @@ class Machine:
             return None
 
     def _carry_out(self, job: MachineJob) -> MachineJob | None:
-        """Carry out a job to its ending; return the next in its line."""
+        """Run a job to its ending; return the next in its line."""
         assert job.task is not None
         try:
             ending = job.task.run()
@@ -7481,7 +7486,7 @@ class Machine:
         job.log.ready()
 
     def _drop(self, job: MachineJob) -> None:
-        """End a job, and forget it then."""
+        """End a job, then forget it."""
         with self._lock:
             job.dropped = True
             if job.log.ended:
@@ -7517,15 +7522,12 @@ class Machine:
                 peer.place(job.id, 0)
 
     def _report_place(self, job: MachineJob, place: int) -> None:
-        """Report a place if it is news.
-
-        One at a time, and none after 0, which ends a job's wait.
-        """
+        """Report a place if it changed enough; none follows 0, the end of the wait."""
         now = time.monotonic()
         with self._places:
             known, peer = job.place, self._peer
             if place:
-                # Each of the last ten places; before them, a quarter less than before.
+                # Each of the last ten places; before them, each drop by a fifth.
                 slack = place // 4 if place > 10 else 0
                 news = known is None or known - place > slack
                 news = news and job.waits and now >= job.place_due
@@ -7536,7 +7538,7 @@ class Machine:
                 peer.place(job.id, place)
 
     def _report_places(self) -> None:
-        """Report the places in all lines, until there is no line."""
+        """Report the places in all lines, until no job waits."""
         while True:
             with self._lock:
                 if self._changed.wait_for(lambda: self._closed, PLACE_TICK):
@@ -7560,7 +7562,7 @@ class Machine:
             self._changed.notify_all()
 
     def _trim_kept(self) -> None:
-        """Drop the oldest endings where there are too many, or their logs too large."""
+        """Drop the oldest endings beyond MAX_KEPT and MAX_KEPT_OUTPUT."""
         held = sum(self._jobs[job_id].log.held for job_id in self._kept)
         while len(self._kept) > MAX_KEPT or held > MAX_KEPT_OUTPUT:
             job = self._jobs[next(iter(self._kept))]
@@ -7607,8 +7609,10 @@ def _jobs_extension(hello: JsonObject) -> JsonObject | None:
     return jobs
 
 
-class _LogSource(Value):
+class _LogSource(collections.namedtuple("_LogSource", "link log")):
     """One log as a source of the Outlet of one connection."""
+
+    __slots__ = ()
 
     link: GatewayLink
     log: JobLog
@@ -7673,7 +7677,8 @@ class GatewayLink:
     # As a MachinePeer
 
     def log_ready(self, log: JobLog) -> None:
-        self._outlet.wake(_LogSource(self, log), log.urgency)
+        # mypy does not see that this tuple is callable.
+        self._outlet.wake(_LogSource(self, log))  # type: ignore[arg-type]
 
     def place(self, job_id: str, place: int) -> None:
         self._send_event(JOB_PLACE, {"id": job_id, "place": place})
@@ -12092,7 +12097,7 @@ class LocalLink:
 
 # ==============================================================================
 # Agent
-# Uses: Wire protocol, Language models, Store, Fleet, Jobs
+# Uses: Wire protocol, Commands, Language models, Store, Fleet, Jobs
 #
 # Runs in which a model uses the machines of the fleet until it has an answer: its
 # tools and the check of their arguments, the question to a person before a command
@@ -12555,40 +12560,13 @@ def system_prompt(machines: Machines, selected_id: str) -> str:
     )
 
 
-class _Stream:
-    """Head and tail of one output stream."""
-
-    KEPT = 4 * MAX_TOOL_OUTPUT  # bytes of each; a character has at most four
-
-    def __init__(self) -> None:
-        self.total = 0  # bytes
-        self._head = bytearray()
-        self._tail = bytearray()
-
-    def add(self, data: bytes) -> None:
-        self.total += len(data)
-        room = self.KEPT - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:]
-        if len(self._tail) > 2 * self.KEPT:
-            del self._tail[: -self.KEPT]
-
-    def text(self, limit: int) -> str:
-        """Return what fits into `limit` characters, MAX_TOOL_OUTPUT at most."""
-        text = bytes(self._head + self._tail).decode("utf-8", "replace")
-        if len(text) <= limit:
-            return text
-        head, tail = text[: limit // 2], text[len(text) - (limit - limit // 2) :]
-        cut = self.total - len(f"{head}{tail}".encode())
-        return f"{head}\n… {cut:,} bytes cut …\n{tail}"
-
-
 def read_output(read: Callable[[int], Reading], offset: int) -> tuple[JsonObject, int]:
     """Return what a model sees of a log from `offset` on, and the next offset.
 
     Both streams together have MAX_TOOL_OUTPUT characters, head and tail of each.
     """
-    streams = {stream: _Stream() for stream in STREAMS.values()}
+    # A character has at most four bytes.
+    streams = {s: Excerpt(8 * MAX_TOOL_OUTPUT) for s in STREAMS.values()}
     stdout, stderr = streams.values()
     for _ in range(MAX_OUTPUT_READS):
         reading = read(offset)
@@ -13985,8 +13963,8 @@ class Chats:
         """Store what was chosen for a session.  Raises RpcError."""
         if "model" in choices:
             self._model(choices["model"])
-        if not self._store.sessions.change(key, **choices):
-            self._session(key)
+        if choices:
+            self._store.sessions.change(key, **choices)
         return self._tell("patched", key)
 
     def reset(self, key: str) -> JsonObject:
@@ -14278,14 +14256,14 @@ class Chats:
 # Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Commands,
 #       Machine, Store, Access, Fleet, Jobs, Agent, Model directory, Chat
 #
-# What peers may ask of the gateway, and what it sends them: RPC methods in one table,
+# The gateway's side of each WebSocket: the first exchange, RPC methods in one table,
 # events to subscribers, jobs between operators and nodes.  A peer's role comes from
-# its credential, never from what it says of itself.
+# its credential, never from its own words.
 # ==============================================================================
 
 TICK_INTERVAL = 1.0  # s between two looks at deadlines
-MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a request has at most half of that
-MAX_MOLTIS_MESSAGE = 16 * 1024 * 1024  # bytes; an answer of a Moltis node is one
+MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes
+MAX_MOLTIS_MESSAGE = 16 * 1024 * 1024  # bytes; a command's whole output is one message
 MAX_FOLLOWED = 4096  # jobs that one connection follows; more are refused
 MAX_WAIT = 300.0  # s that an answer may wait for news of a job
 MAX_QUEUE = 30 * 86400.0  # s that a job may wait for a node that is away
@@ -14296,7 +14274,7 @@ EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session")
 
 
 def as_rpc_error(error: BaseException, what: str) -> RpcError:
-    """Return what the peer may know of `error`; the log has the rest."""
+    """Return `error` for the peer; anything unexpected is logged, not shown."""
     if isinstance(error, RpcError):
         return error
     if isinstance(error, MoltisError):
@@ -14308,7 +14286,7 @@ def as_rpc_error(error: BaseException, what: str) -> RpcError:
 def answer_request(
     request: Request, act: Callable[[Request], Any], send: Callable[[str], None]
 ) -> None:
-    """Send the answer that `act` returns, or a Future of it, or why there is none."""
+    """Send the payload that `act` returns, now or as a Future, or its error."""
 
     def respond(payload: Any = None, error: BaseException | None = None) -> None:
         failure = None if error is None else as_rpc_error(error, request.method)
@@ -14354,7 +14332,7 @@ def job_state(job: Job) -> JsonObject:
 
 
 class ClientFollower:
-    """A job's log on its way to one client: as fast as its connection drains."""
+    """Sends a job's log and states to one client, as fast as its connection drains."""
 
     def __init__(
         self,
@@ -14366,25 +14344,25 @@ class ClientFollower:
         holds: bool,
         newest: int | None = None,
     ) -> None:
-        """`on_done` is called once the client knows all of what it watches.
+        """`on_done` is called once the client has everything there will be.
 
         `newest`: bytes; a watcher that falls behind by several times as many gets only
         that much of the end.
         """
         self.job = job
-        self.position = offset  # the client has read all before it
+        self.position = offset  # everything before it is read by the client
         self.holds = holds
         self._outlet = outlet
         self._on_done = on_done
         self._newest = newest
         self._is_open = False
         self._sent = offset
-        self._state: object = None  # as the client knows it
-        self._is_told = False  # the client knows how the job ended
-        self._input: tuple[int, int] | None = None  # the same: bytes, resumptions
+        self._state: object = None  # the last one sent
+        self._is_told = False  # the ending was sent
+        self._input: tuple[int, int] | None = None  # the last sent: bytes, resumptions
 
     def open(self) -> None:
-        """Begin to send: the answer to the client's request is on its way."""
+        """Start sending; the request that follows the job has been answered."""
         self._is_open = True
         self.wake(self.job)
 
@@ -14403,7 +14381,7 @@ class ClientFollower:
 
     @property
     def is_done(self) -> bool:
-        """Whether the client has all, and said so if it holds the log."""
+        """Whether the ending was sent, and a holder has acknowledged the whole log."""
         return self._is_told and (not self.holds or self.position >= self.job.log.end)
 
     def _next(self) -> str | bytes | None:
@@ -14416,7 +14394,7 @@ class ClientFollower:
                 payload["resume"] = True
             self._input = consumed
             return encode_envelope(Event(JOB_INPUT, payload))
-        # Before the log is read: an ending follows all bytes.
+        # Read before the log: an ending follows all bytes.
         state = (record.state, job.place, job.away_since is not None)
         newest = self._newest
         if newest is not None and job.log.end - self._sent > 4 * newest:
@@ -14477,7 +14455,7 @@ class OperatorPeer:
             self.ws.send(text)
 
     def check_room(self, count: int) -> None:
-        """Raises RpcError RATE_LIMITED if this is too much to follow as well."""
+        """Raises RpcError RATE_LIMITED unless `count` more jobs may be followed."""
         with self._lock:
             count += len(self._followers)
         if count > MAX_FOLLOWED:
@@ -14488,9 +14466,9 @@ class OperatorPeer:
     def follow(
         self, job: Job, offset: int, *, holds: bool, newest: int | None = None
     ) -> int:
-        """Send the job's log from `offset` on, or from what is left of it.
+        """Send the job's log from `offset` on, or from the first byte kept after it.
 
-        Returns where it begins.
+        Returns that offset.
         """
         self.unfollow(job.id, leaves=False)
         start = job.log.boundary(max(offset, job.log.begin))
@@ -14548,12 +14526,12 @@ class OperatorPeer:
             raise ConnectionClosed(CloseCode.UNSUPPORTED_DATA, str(error)) from error
         follower = self._follower(job_id)
         if kind == INPUT_DATA and follower is not None:
-            with contextlib.suppress(RpcError):  # another connection holds it now
+            with contextlib.suppress(RpcError):  # another connection holds the job now
                 self._jobs.input(follower.job, follower, offset, data)
 
 
 class Audience:
-    """The operators that are connected, for events."""
+    """The connected operators, as receivers of events."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _peers
@@ -14575,13 +14553,13 @@ class Audience:
             peer.ws.close(CloseCode.POLICY_VIOLATION, "signed out", timeout=0)
 
     def announce(self, name: str, payload: JsonObject) -> None:
-        """Send an event to those who subscribed to it; it never blocks."""
+        """Send an event to its subscribers, without blocking."""
         with self._lock:
             peers = [peer for peer in self._peers if name in peer.events]
         if not peers:
             return
         text = encode_envelope(Event(name, payload))
-        # A browser that sleeps is spared these; their numbers show it what it lacks.
+        # Not to a browser that sleeps: it sees a gap in their numbers and reloads.
         spared = payload.get("state") in SPARED_STATES and "message" not in payload
         for peer in peers:
             if not spared or peer.ws.backlog <= MAX_BACKLOG:
@@ -14596,7 +14574,7 @@ class RpcCall(Value):
 
     caller: Caller
     params: JsonObject
-    peer: OperatorPeer | None = None  # None: over HTTP, where nothing can follow
+    peer: OperatorPeer | None = None  # None: the request came over HTTP
 
     def require_peer(self) -> OperatorPeer:
         """Return the connection.  Raises RpcError over HTTP."""
@@ -14605,8 +14583,8 @@ class RpcCall(Value):
         return self.peer
 
 
-# The JSON type of a parameter, or a function like required_offset() that reads it; or
-# RpcCall, Caller, OperatorPeer: of the request itself.
+# A parameter's JSON type, or a function like required_offset() that reads it.  RpcCall,
+# Caller and OperatorPeer are taken from the request itself.
 Kind: TypeAlias = "type | Callable[[JsonObject, str], Any]"
 
 
@@ -14632,7 +14610,7 @@ def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
     if not isinstance(kind, type):
         return kind(call.params, name)
     value = required(call.params, name, kind)
-    # Neither the store nor the timeout of a thread takes more.
+    # SQLite and the timeouts of threads take no more.
     if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
         raise RpcError("INVALID_REQUEST", f"{name} is out of range")
     return value
@@ -14644,7 +14622,7 @@ class Method:
     def __init__(
         self, action: Callable[..., Any], scope: str, **parameters: Kind | Optional
     ) -> None:
-        """`action` returns the payload of the answer, or a Future; None is `{}`."""
+        """`action` returns the payload, or a Future of it; None means `{}`."""
         self.scope = scope
         self._action = action
         self._parameters = [
@@ -14669,7 +14647,7 @@ def required_id(params: JsonObject, _name: str) -> str:
 
 
 def seconds(limit: float) -> Kind:
-    """Return the kind of a parameter that is a time of at most `limit` s."""
+    """Return the kind of a parameter in seconds, from 0 to `limit`."""
 
     def check(params: JsonObject, name: str) -> float:
         value: float = required(params, name, float)
@@ -14718,7 +14696,7 @@ def mapped(future: Future[Any], convert: Callable[[Any], Any]) -> Future[Any]:
 
 
 class NodeMethods:
-    """What operators may do with machines and their tokens."""
+    """The methods about machines and their tokens."""
 
     def __init__(
         self,
@@ -14795,16 +14773,16 @@ class NodeMethods:
         return device
 
     def _hang_up(self, device: Device) -> None:
-        # Under whichever id: it may be connecting now, or may have connected twice.
+        # By device, not by node id: it may be connecting, or have connected twice.
         for node in self._fleet.all_connected():
             if node.device_id == device.id:
                 node.link.hang_up(TOKEN_REVOKED)
 
 
 def invoke_result(job: Job) -> JsonObject:
-    """Return the answer of Moltis' `node.invoke`.
+    """Return the answer to Moltis' `node.invoke`.
 
-    Raises RpcError UNAVAILABLE where it is not known how the job ended.
+    Raises RpcError UNAVAILABLE if the job was lost or never sent.
     """
     record, ending = job.record, job.ending
     assert ending is not None
@@ -14828,7 +14806,7 @@ def invoke_result(job: Job) -> JsonObject:
 
 
 def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
-    """Return the output in whole log frames, in its order."""
+    """Return the output in whole log frames, in order, adjacent frames joined."""
     pieces: list[JsonObject] = []
     for kind, frames in itertools.groupby(log_frames(data), lambda frame: frame[0]):
         if kind in STREAMS:
@@ -14846,7 +14824,7 @@ def caller_origin(caller: Caller) -> Origin:
 
 
 class JobMethods:
-    """What operators may do with the work on machines."""
+    """The methods about jobs."""
 
     def __init__(self, fleet: Fleet, jobs: Jobs) -> None:
         self._fleet = fleet
@@ -14866,7 +14844,7 @@ class JobMethods:
         hold: bool,
         queue: float,
     ) -> JsonObject:
-        """Start the same on each node, once all names are known."""
+        """Start the same on each node; nothing starts unless all names are known."""
         peer = call.require_peer() if hold else None
         if peer is not None:
             peer.check_room(len(jobs))
@@ -14928,7 +14906,7 @@ class JobMethods:
     def read(
         self, job: Job, offset: int, wait: float, encoding: str
     ) -> Future[JsonObject]:
-        """Answer with output from `offset` on, at once or when there is some."""
+        """Answer with output from `offset` on, waiting `wait` s for the first."""
 
         def answer(job: Job) -> JsonObject:
             start, data = job.log.read(job.log.boundary(offset))
@@ -14942,7 +14920,7 @@ class JobMethods:
         return mapped(self._jobs.news(job, offset, wait), answer)
 
     def wait(self, job: Job, wait: float) -> Future[JsonObject]:
-        """Answer when the job has ended, or with how it is after `wait` s."""
+        """Answer with the job once it has ended, or after `wait` s."""
         return mapped(self._jobs.ended(job, wait), job_view)
 
     def cancel(self, job: Job, by: Caller) -> JsonObject:
@@ -14967,7 +14945,7 @@ class JobMethods:
         invoke_id: str | None,
         background: bool,
     ) -> JsonObject | Future[JsonObject]:
-        """Do something as clients of Moltis ask for it: one call, one answer."""
+        """Start a job and answer with its result: Moltis' one call, one answer."""
         if args.get("stdin"):
             raise RpcError("INVALID_REQUEST", "node.invoke takes no input")
         node, origin = self._fleet.resolve(node_id), caller_origin(caller)
@@ -14981,7 +14959,7 @@ class JobMethods:
 
 
 class ChatMethods:
-    """What operators may do in sessions."""
+    """The methods about sessions."""
 
     def __init__(self, chats: Chats, fleet: Fleet, approvals: Approvals) -> None:
         self._chats = chats
@@ -15002,9 +14980,9 @@ class ChatMethods:
         return {"ok": True, "node_id": entry["node_id"]}
 
     def node_id(self, params: JsonObject, name: str) -> str | None:
-        """Return the id of the node that a session is to use; null is Local.
+        """Return the id of the node that a session shall use; null means Local.
 
-        Raises RpcError for one that is not known; it may be away.
+        Raises RpcError for an unknown node; it may be offline.
         """
         if name not in params:
             return None
@@ -15043,7 +15021,7 @@ def _key_view(key: OperatorKey) -> JsonObject:
 
 
 class AccessMethods:
-    """What administrators may do about operators: keys, sign-ins, the audit."""
+    """The methods about operators: keys, sign-ins, the audit."""
 
     def __init__(
         self,
@@ -15293,7 +15271,7 @@ class Rpc:
 class NodePeer:
     """The WebSocket of a node of ours: a NodeLink for Jobs."""
 
-    resumes = True  # its jobs outlive this connection
+    resumes = True  # its jobs go on without this connection
     max_message = MAX_PEER_MESSAGE
 
     def __init__(
@@ -15315,7 +15293,7 @@ class NodePeer:
         self._notify(JOB_ACK, {"id": job_id, "offset": offset})
 
     def check_cancel(self, job_id: str) -> None:
-        """Raises RpcError where this node cannot end the job."""
+        """Raises RpcError for a job that this node cannot end."""
 
     def cancel(self, job_id: str) -> None:
         self._notify(JOB_CANCEL, {"id": job_id})
@@ -15330,7 +15308,7 @@ class NodePeer:
         self._ws.close(CloseCode.POLICY_VIOLATION, reason, timeout=0)
 
     def serve(self, node: ConnectedNode) -> None:
-        """Take what the node sends until it hangs up.  Raises ConnectionClosed."""
+        """Handle the node's messages until it hangs up.  Raises ConnectionClosed."""
         while True:
             message = self._ws.receive()
             if message is None:
@@ -15344,7 +15322,7 @@ class NodePeer:
                 ) from error
 
     def _take(self, node: ConnectedNode, message: str | bytes) -> None:
-        """Raises RpcError where the connection has to end."""
+        """Raises RpcError if the connection has to end."""
         if isinstance(message, bytes):
             self._take_data(message)
             return
@@ -15375,7 +15353,7 @@ class NodePeer:
     def _handle(self, node: ConnectedNode, request: Request) -> JsonObject:
         """Return the answer to a request.  Raises RpcError."""
         if request.method != NODE_EVENT:
-            # The role comes from the credential: a node calls nothing else.
+            # A device token is no operator's key, whatever role its owner asked for.
             raise RpcError("FORBIDDEN", f"a node may not call {request.method[:100]!r}")
         if required(request.params, "event", str) == NODE_TELEMETRY:
             self._fleet.report(node, required(request.params, "payload", dict))
@@ -15387,14 +15365,14 @@ class NodePeer:
 
 MOLTIS_COMMANDS: Mapping[str, str] = {w: c for c, w in INVOKED_WORKS.items()}
 MOLTIS_KIND = "it is a node of Moltis, or of an old version"
-MOLTIS_TIMEOUT = "command timed out after"  # how such a node says so
-MOLTIS_GRACE = 60.0  # s beyond a command's timeout; then its silence counts again
+MOLTIS_TIMEOUT = "command timed out after"  # the beginning of such an error
+MOLTIS_GRACE = 60.0  # s after a command's timeout; then a silent node is given up
 
 
 def moltis_ending(work: str, result: JsonObject) -> Ending:
-    """Return how a job ended for which a node sent this one answer.
+    """Return the ending that a node's one answer stands for.
 
-    Raises RpcError for an answer that makes no sense.
+    Raises RpcError for a malformed answer.
     """
     problem = result.get("error")
     if problem is not None:
@@ -15420,10 +15398,10 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
 
 
 class MoltisPeer(NodePeer):
-    """A node that knows commands and answers: of Moltis, or ours before `jobs`.
+    """The WebSocket of a node without our extension: of Moltis, or an old one of ours.
 
-    It runs one command after the other, so it is sent one at a time: the timeout of a
-    command does not run while it is in line.
+    It runs one command after the other and counts a command's timeout from its
+    arrival, so it is sent one at a time.
     """
 
     resumes = False
@@ -15433,7 +15411,7 @@ class MoltisPeer(NodePeer):
         self, ws: WebSocket, params: ConnectParams, fleet: Fleet, jobs: Jobs
     ) -> None:
         super().__init__(ws, params, fleet, jobs)
-        self.instance = new_id()  # what it was doing is lost with the connection
+        self.instance = new_id()  # its jobs are lost with the connection
         self._name = params.display_name or params.client_id
         self._lock = threading.Lock()  # guards all below
         self._line: dict[str, JsonObject] = {}  # specs of commands not sent, by id
@@ -15456,7 +15434,7 @@ class MoltisPeer(NodePeer):
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
         try:
-            self.check(work, spec)  # it was away when it was asked for
+            self.check(work, spec)  # a queued job was not checked before
         except RpcError as error:
             self._end(job_id, Ending(JobState.FAILED, reason=error.message), {})
             return
@@ -15493,7 +15471,7 @@ class MoltisPeer(NodePeer):
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def tick(self) -> None:
-        """Count silence again once a command should have ended."""
+        """Give up a silent node again once its command should have ended."""
         with self._lock:
             if self._deadline.expired:
                 self._ws.keepalive = True
@@ -15510,7 +15488,7 @@ class MoltisPeer(NodePeer):
                     self._deadline = Deadline(spec["timeout"] / 1000 + MOLTIS_GRACE)
             running, line = self._running, list(self._line)
         if spec is not None:
-            # Only what is set: it fails on a blank cwd, and takes a whole timeout only.
+            # Such a node fails on a blank cwd and ignores a timeout with a fraction.
             args = {n: spec[n] for n in ("command", "env") if spec.get(n)}
             if (spec.get("cwd") or "").strip():
                 args["cwd"] = spec["cwd"]
@@ -15521,7 +15499,7 @@ class MoltisPeer(NodePeer):
             self._jobs.on_place(self, job_id, place)
 
     def _request(self, job_id: str, work: str, args: JsonObject) -> None:
-        # It reads nothing, so answers no ping, while it works.
+        # While it works it reads nothing, and so answers no ping.
         self._ws.keepalive = False
         payload = {"invokeId": job_id, "command": MOLTIS_COMMANDS[work], "args": args}
         with contextlib.suppress(ConnectionClosed):  # Jobs.left() ends them all
@@ -15543,7 +15521,7 @@ class MoltisPeer(NodePeer):
             try:
                 ending = moltis_ending(work, result)
             except RpcError as error:
-                reason = f"the node sent a result that makes no sense: {error}"
+                reason = f"the node sent a malformed result: {error}"
                 ending = Ending(JobState.FAILED, reason=reason)
             duration = max(0, now_ms() - started_at) / 1000
             ending = ending.replace(started_at=started_at, duration=duration)
@@ -15552,7 +15530,7 @@ class MoltisPeer(NodePeer):
         return {}
 
     def _end(self, job_id: str, ending: Ending, result: JsonObject) -> None:
-        """Write a job's log: the output in its one answer, and the ending."""
+        """Write the job's log: the output in `result`, then the ending."""
         frames, counts = [], []
         for kind, name in STREAMS.items():
             text = result.get(name)
@@ -15577,26 +15555,26 @@ class MoltisPeer(NodePeer):
 
 
 class Identity(Value):
-    """Who a peer has proved to be, and what it says of itself."""
+    """A peer's proved identity and its `connect` parameters."""
 
     caller: Caller
     params: ConnectParams
     device: Device | None = None  # None: an operator
     handle: str = ""  # of the token that a device came with
-    server_final: str = ""  # our half of the proof, where SCRAM was used
+    server_final: str = ""  # our half of the proof, if SCRAM was used
 
 
 class Client(Value):
-    """What is known of a peer before it has said a word."""
+    """A peer as its HTTP request shows it."""
 
     address: str
     channel_binding: bytes | None  # None: it came without TLS
-    login: Caller | None  # whoever the cookie of the upgrade belongs to
+    login: Caller | None  # the owner of the request's cookie
     on_identified: Callable[[], None]  # called once it has proved who it is
 
 
 class Introduction:
-    """The first exchange of a connection, until the peer has proved who it is."""
+    """The first exchange of a connection: it proves who the peer is."""
 
     def __init__(
         self, ws: WebSocket, access: Access, client: Client, *, require_scram: bool
@@ -15609,10 +15587,10 @@ class Introduction:
         self._scram: ScramServer | None = None
 
     def identity(self) -> Identity | None:
-        """Return who the peer is; None if it leaves before it has proved that.
+        """Return who the peer is; None if it hangs up first.
 
-        Raises RpcError: refuse its request with it.  Raises ConnectionClosed, and
-        TimeoutError after CONNECT_TIMEOUT.
+        Raises RpcError to refuse the request with; ConnectionClosed; TimeoutError
+        after CONNECT_TIMEOUT.
         """
         deadline = Deadline(CONNECT_TIMEOUT)
         while True:
@@ -15621,7 +15599,7 @@ class Introduction:
                 return None
             answer = self._answer(self._request(message))
             if isinstance(answer, Identity):
-                self._scram = None  # it would live as long as the connection
+                self._scram = None  # free it: this object lives as long as `ws`
                 self._client.on_identified()
                 return answer
             self._ws.send(encode_envelope(Response(self.request_id, answer)))
@@ -15642,7 +15620,7 @@ class Introduction:
         return envelope
 
     def _answer(self, request: Request) -> Identity | JsonObject:
-        """Return the answer to `auth.scram`, or who sent `connect`.
+        """Return the answer to `auth.scram`, or the identity that `connect` proves.
 
         Raises RpcError.
         """
@@ -15671,7 +15649,7 @@ class Introduction:
             raise RpcError("UNAUTHORIZED", text) from error
 
     def _identify(self, params: ConnectParams) -> Identity:
-        """Raises AuthenticationError, or RpcError where there is no credential."""
+        """Raises AuthenticationError; RpcError if there is no credential."""
         access, final = self._access, ""
         if params.scram_final and self._scram is not None:
             final = self._scram.final(params.scram_final)
@@ -15704,12 +15682,12 @@ class Introduction:
 def note_presence(
     devices: DevicesTable, device: Device, params: ConnectParams, address: str
 ) -> bool:
-    """Record what a node says of itself; False if its token was revoked.
+    """Record a node's name, platform, version, address; False if it was revoked.
 
     Raises StoreError.
     """
     name = ""
-    with contextlib.suppress(RpcError):  # it may not call itself Local
+    with contextlib.suppress(RpcError):  # no name, or Local
         name = valid_name(params.display_name)
     try:
         return devices.connect(
@@ -15727,7 +15705,7 @@ def note_presence(
         known = devices.by_node_id(params.client_id, now_ms())
         if known is None or known.id != device.id:
             raise
-        # A full disk must not part a node from the commands that it runs.
+        # A full disk must not keep a node from resuming its jobs.
         log.warning("presence not recorded node=%s: %s", params.client_id, error)
         return True
 
@@ -15774,7 +15752,7 @@ class Gateway:
             ws, self._access, client, require_scram=self._require_scram
         )
         try:
-            # Its messages are freed here: 5 KiB of each node.
+            # A call of its own: its messages are freed, 5 KiB a node.
             identity = None if stops else introduction.identity()
             if identity is None:
                 return
@@ -15783,7 +15761,7 @@ class Gateway:
             else:
                 self._serve_node(ws, introduction.request_id, identity, client.address)
         except RpcError as error:
-            # The answer first, then the close: existing nodes read it so.
+            # First the answer, then the close: a Moltis node expects both.
             with contextlib.suppress(ConnectionClosed, TimeoutError):
                 answer = Response(introduction.request_id, error=error)
                 ws.send(encode_envelope(answer))
@@ -15821,7 +15799,7 @@ class Gateway:
         peer = OperatorPeer(ws, identity.caller, self.rpc.call, self._jobs)
         self._audience.add(peer)
         try:
-            # Only now: what is revoked from here on, the audience hangs up on.
+            # Checked after add(): a revocation from now on closes this connection.
             if not self._access.is_current(identity.caller):
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             self._greet(ws, request_id, identity, peer.id, MAX_PEER_MESSAGE, {})
@@ -15841,9 +15819,9 @@ class Gateway:
         self._fleet.claim(node, device)
         try:
             known = note_presence(self._devices, device, params, address)
-            # Only now: what is revoked from here on, it is hung up for.
+            # Checked after claim(): a revocation from now on closes this connection.
             current = self._access.devices.device_by_handle(identity.handle)
-            if not known or current is None:  # or its id was taken as it came in
+            if not known or current is None:  # or another node has just taken its id
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             if device.node_id not in (None, node.node_id):
                 self._jobs.lose(
@@ -15872,7 +15850,7 @@ class Gateway:
             log.info("node disconnected node=%s", node.node_id)
 
     def _ask_providers(self, node: ConnectedNode) -> None:
-        """Ask which models the node has; ours names them in its telemetry."""
+        """Ask for the node's models, which are not in a Moltis node's telemetry."""
 
         def keep(ended: Future[Job]) -> None:
             try:
@@ -15896,9 +15874,10 @@ class Gateway:
         max_message: int,
         offsets: Mapping[str, int],
     ) -> None:
-        """Answer a `connect`: from now on the peer is known.  Raises ConnectionClosed.
+        """Answer a `connect` and lift the limits for strangers.
 
-        `offsets` are those from which a node shall send its logs.
+        `offsets`, by job, are where a node continues its logs.
+        Raises ConnectionClosed.
         """
         is_node = identity.device is not None
         auth: JsonObject = {
@@ -15949,8 +15928,7 @@ class Gateway:
 #       TLS, Wire protocol, Store, Access, Jobs, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
-# web pages out, limits for strangers.  http.server does the parsing; what a request
-# means is decided by Access and Gateway.
+# web pages out, limits for strangers.  http.server parses; Access and Gateway decide.
 # ==============================================================================
 
 MAX_BODY = 1024 * 1024  # bytes of a request
@@ -15959,18 +15937,18 @@ REQUEST_TIMEOUT = 10.0  # s for TLS, for a request without its body, for 64 KiB 
 REPLY_TIMEOUT = 300.0  # s for a client to take one piece of a reply
 REPLY_PIECE = 64 * 1024  # bytes
 MIN_BODY_RATE = 10 * 1024  # bytes a second
-MAX_STRANGERS = 1024  # connections that have not said who they are; more are refused
+MAX_STRANGERS = 1024  # connections without a proved identity; more are refused
 MAX_STRANGERS_EACH = 256  # of them from one address; a fleet may share its router's
 MAX_CONNECTIONS = 16_000  # in all, or fewer where the system allows fewer descriptors
 SPARE_DESCRIPTORS = 256  # for all else: the database, Local's commands
 LISTEN_BACKLOG = 1024  # connections; a fleet comes back all at once
 MAX_STRANGER_BODY = 64 * 1024  # bytes of a request without a credential
 MAX_STRANGER_MESSAGE = 256 * 1024  # bytes; a `connect` lists up to 4,096 jobs
-DOOR_TIMEOUT = 0.5  # s for requests to be answered when the gateway stops
+DOOR_TIMEOUT = 0.5  # s for answers under way when the gateway stops
 COOKIE_NAME = "moltis_login"
 JOIN_PATH = "/join/"
 JOBS_PATH = "/api/jobs/"
-PAGE_PATHS = ("/chat/", "/settings/")  # views of the page, which have paths too
+PAGE_PATHS = ("/chat/", "/settings/")  # of views; all are answered with the page
 
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -16010,7 +15988,7 @@ class HttpRequest(Value):
     headers: HttpHeaders[str, str]
     body: bytes
     address: str  # of the client
-    host: str  # and port, as the client calls us
+    host: str  # the Host header: our name and port, as the client has them
     secure: bool = False  # came over TLS
     channel_binding: bytes | None = None  # of the certificate that the client sees
 
@@ -16021,7 +15999,7 @@ class HttpRequest(Value):
 
     def cookie(self, name: str) -> str:
         """Return the value of a cookie, "" if there is none."""
-        # Those of other programs on this host come too, in any form.
+        # Other programs on this host set cookies too, in forms that parsers refuse.
         for cookie in self.headers.get("Cookie", "").split(";"):
             found, _, value = cookie.strip().partition("=")
             if found == name:
@@ -16030,7 +16008,7 @@ class HttpRequest(Value):
 
 
 class Reply(Value):
-    """What to answer to an HttpRequest."""
+    """The answer to an HttpRequest."""
 
     status: int
     body: bytes | Iterator[bytes] = b""  # an iterator: up to the connection's end
@@ -16062,7 +16040,7 @@ def rpc_reply(response: Response) -> Reply:
 
 
 def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
-    """Return a file that a browser saves, and keeps nowhere else."""
+    """Return a file that a browser saves and does not cache."""
     return Reply(
         200,
         pieces,
@@ -16075,7 +16053,7 @@ def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
 
 
 def job_output(job: Job) -> Iterator[bytes]:
-    """Yield what a job has written so far; what is not kept is said."""
+    """Yield a job's output so far, with a line for each gap."""
     position = 0
     while True:
         start, data = job.log.read(position)
@@ -16098,7 +16076,7 @@ AUDIT_COLUMNS = (
 def _csv_row(row: JsonObject) -> list[str]:
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
     values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
-    # A spreadsheet would carry out what begins like a formula.
+    # A spreadsheet would run a cell that begins like a formula.
     return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
 
 
@@ -16116,7 +16094,7 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
         text.truncate()
 
 
-# --- Who may ask ---
+# --- Where a request comes from ---
 
 
 def is_ip_address(text: str) -> bool:
@@ -16130,14 +16108,14 @@ def is_ip_address(text: str) -> bool:
 
 
 class TrustedProxies:
-    """The reverse proxies whose word on their clients counts."""
+    """The reverse proxies whose forwarding headers are believed."""
 
     def __init__(
         self, networks: Iterable[str] = (), channel_binding: bytes | None = None
     ) -> None:
-        """`channel_binding` is that of the certificate which they show to clients.
+        """`channel_binding` is that of the certificate that they show to clients.
 
-        Raises UsageError for what is no address or network.
+        Raises UsageError for anything but an address or a network.
         """
         import ipaddress
 
@@ -16169,7 +16147,7 @@ class TrustedProxies:
             return request
         headers = request.headers
         address = request.address
-        # Each proxy adds its client; what stands before the first stranger is made up.
+        # Each proxy appends its client; what precedes the first stranger may be forged.
         for hop in reversed(header_tokens(headers, "X-Forwarded-For")):
             if not is_ip_address(hop):
                 break
@@ -16187,7 +16165,7 @@ class TrustedProxies:
 
 
 class Edge:
-    """Under which names the gateway is reached, and through which proxies."""
+    """The names and proxies through which clients reach the gateway."""
 
     def __init__(
         self,
@@ -16200,7 +16178,7 @@ class Edge:
         self._names = {name.lower() for name in (*host_names(), *allowed_hosts)}
 
     def refusal(self, request: HttpRequest) -> Reply | None:
-        """Return why this request may come from a foreign web page, or None.
+        """Return the refusal of a request that a foreign web page may have made.
 
         Nodes and curl, which send neither Origin nor Cookie, may use any name for us.
         """
@@ -16227,29 +16205,29 @@ class Edge:
     def _is_ours(self, host: str) -> bool:
         """Return whether the Host header (`name` or `name:port`) names this gateway.
 
-        A web page elsewhere can point a name of its own at our address (DNS
-        rebinding): then the Host header is a name that is not ours.
+        A foreign page can point a name of its own at our address (DNS rebinding): then
+        the Host header is not ours.
         """
         try:
             name = (urlsplit("//" + host).hostname or "").lower()
         except ValueError:  # a bracket that is not closed
             return False
-        # An address cannot be pointed elsewhere as a name can: only names are checked.
+        # An address cannot be rebound, so only names are checked.
         return name in self._names or is_ip_address(name)
 
 
-# --- What is answered ---
+# --- Routes ---
 
 
 class HttpApp:
-    """What each path answers."""
+    """The answers to HTTP requests, by path."""
 
     def __init__(
         self,
         gateway: Gateway,
         jobs: Jobs,
         access: Access,
-        files: Mapping[str, Reply],  # by path; what never changes
+        files: Mapping[str, Reply],  # by path
         edge: Edge,
     ) -> None:
         self.edge = edge
@@ -16257,7 +16235,7 @@ class HttpApp:
         self._jobs = jobs
         self._access = access
         self._files = files
-        # A path that ends with "/" stands for all below it.
+        # A path that ends with "/" includes all below it.
         self._routes: Sequence[tuple[str, str, Callable[[HttpRequest], Reply]]] = (
             ("GET", "/health", self._health),
             ("POST", "/api/rpc", self._rpc),
@@ -16270,7 +16248,7 @@ class HttpApp:
         )
 
     def answer(self, request: HttpRequest) -> Reply:
-        """Return the reply; whatever goes wrong is one."""
+        """Return the reply, also for any failure."""
         refusal = self.edge.refusal(request)
         if refusal is not None:
             return refusal
@@ -16311,13 +16289,13 @@ class HttpApp:
     def server(
         self, ws: WebSocket, request: HttpRequest, on_identified: Callable[[], None]
     ) -> Callable[[], None]:
-        """Return what serves an upgraded connection to its end."""
+        """Return a function that serves an upgraded connection to its end."""
         login, binding = self._login(request), request.channel_binding
         client = Client(request.address, binding, login, on_identified)
         return partial(self._gateway.serve, ws, client)
 
     def _login(self, request: HttpRequest) -> Caller | None:
-        """Return whose browser sends the request's cookie."""
+        """Return the operator whose sign-in the cookie is."""
         cookie = request.cookie(COOKIE_NAME)
         if not cookie:
             return None
@@ -16341,8 +16319,8 @@ class HttpApp:
         return self._files.get("/") or self._not_found(request)
 
     def _join(self, request: HttpRequest) -> Reply:
-        """Answer a join link: what a machine needs to become a node, once."""
-        if request.method == "HEAD":  # a look, as of a preview, uses nothing up
+        """Answer a join link with a node's settings, once."""
+        if request.method == "HEAD":  # a preview does not use the code up
             return json_reply(200, {})
         code = request.path[len(JOIN_PATH) :]
         try:
@@ -16381,7 +16359,7 @@ class HttpApp:
             rows: list[JsonObject] = rpc.call(caller, "audit.list", place)
             return rows
 
-        first = page(None, 0)  # now: what it raises is an answer
+        first = page(None, 0)  # before the reply begins: it may raise
 
         def pages() -> Iterator[list[JsonObject]]:
             rows, until, known = first, None, 0
@@ -16411,7 +16389,7 @@ class HttpApp:
             payload = self._gateway.rpc.call(caller, method, params)
             if isinstance(payload, Future):
                 payload = payload.result()
-                # Which may have taken hours, without a connection to hang up on.
+                # That may have taken hours, and revoking a key closes WebSockets only.
                 if not self._access.is_current(caller):
                     raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
         except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
@@ -16447,7 +16425,7 @@ class HttpApp:
 
 
 class Admission:
-    """One connection's place among those that there may be."""
+    """One connection's place within ConnectionLimits."""
 
     def __init__(self, block: str, forget: Callable[[Admission, bool], None]) -> None:
         self.block = block  # of addresses
@@ -16455,7 +16433,7 @@ class Admission:
         self._forget = forget
 
     def identified(self) -> None:
-        """Its peer has proved who it is."""
+        """Count it as a stranger's no longer."""
         self._forget(self, False)
 
     def end(self) -> None:
@@ -16463,10 +16441,9 @@ class Admission:
 
 
 class ConnectionLimits:
-    """How many connections there are, and of them of peers nobody knows yet.
+    """Counts of connections, and of strangers among them.
 
-    Strangers are counted by themselves, so that however many come, those who have
-    proved who they are keep their place.
+    Strangers are counted apart: however many come, identified peers keep their places.
     """
 
     def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
@@ -16477,9 +16454,9 @@ class ConnectionLimits:
         self._by_block: dict[str, int] = {}  # strangers; no entry for none
 
     def admit(self, address: str, *, shared: bool) -> Admission | None:
-        """Return the right to stay, or None where there are too many.
+        """Return a place, or None if there are too many connections.
 
-        `shared` addresses, as of a proxy, may have more connections than others.
+        `shared` addresses, as of a proxy, may have more than others.
         """
         block = address_block(address)
         with self._lock:
@@ -16493,7 +16470,7 @@ class ConnectionLimits:
         return Admission(block, self._forget)
 
     def _forget(self, admission: Admission, ended: bool) -> None:
-        """Count the connection as a stranger's no more, or not at all."""
+        """Count the connection as identified, or as ended."""
         with self._lock:
             self._free += ended
             if admission.is_known:
@@ -16509,13 +16486,13 @@ class ConnectionLimits:
 
 
 class RequestTooLarge(Exception):
-    """A client sends more than a request may have: refuse it and hang up."""
+    """The request's head is too long: refuse it and hang up."""
 
 
 class PatientStream(io.RawIOBase):
-    """A connection as a file, patient with a slow client up to a point.
+    """A connection as a file, with deadlines for whole requests and replies.
 
-    A timeout of the socket alone would begin anew with every byte that trickles in.
+    A socket's own timeout starts again with every byte that trickles in.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -16524,7 +16501,7 @@ class PatientStream(io.RawIOBase):
         self.begin()
 
     def begin(self) -> None:
-        """Wait for a request, and no longer than REQUEST_TIMEOUT for its head."""
+        """Expect a request, whose head has to come within REQUEST_TIMEOUT."""
         self._deadline = Deadline(REQUEST_TIMEOUT)
         self._room = MAX_REQUEST_HEAD
 
@@ -16533,7 +16510,7 @@ class PatientStream(io.RawIOBase):
         self._room = length
 
     def end_reading(self) -> None:
-        """Leave what has not been read to the WebSocket."""
+        """Read nothing more: the rest is for the WebSocket."""
         self._ended = True
 
     def readable(self) -> bool:
@@ -16569,16 +16546,16 @@ class PatientStream(io.RawIOBase):
 
 
 class TcpPeer(Value):
-    """Whoever is at the other end of an accepted connection."""
+    """The other end of an accepted connection."""
 
     address: str
-    tls: TlsIdentity | None  # what they were shown
+    tls: TlsIdentity | None  # the certificate that it was shown
     admission: Admission
 
 
 def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a method
-    # Made here, because http.server takes a Pi Zero a quarter of a second to import,
-    # which no other subcommand should wait for.
+    # Importing http.server takes a Pi Zero a quarter of a second, which no other
+    # subcommand should wait for.
     from http.server import BaseHTTPRequestHandler
 
     class Handler(BaseHTTPRequestHandler):
@@ -16589,8 +16566,8 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
         # Until a request line was read:
         command = requestline = ""
         request_version = "HTTP/1.1"
-        # Serves the WebSocket that the connection has become, once http.server is
-        # through with it: its objects and buffers would be 25 KiB of each node.
+        # Serves the upgraded connection after this handler is gone, whose objects and
+        # buffers take 25 KiB.
         upgraded: Callable[[], None] | None = None
 
         def setup(self) -> None:
@@ -16642,7 +16619,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 return
             if length > MAX_STRANGER_BODY:
                 try:
-                    # Before it is read: strangers are to cost little memory.
+                    # Checked before the body is read: strangers cost little memory.
                     app.caller(self.request_with(b""))
                 except RpcError:
                     problem = "so long a body needs an operator key or a sign-in"
@@ -16670,7 +16647,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             return app.edge.proxies.see_through(request)
 
         def refuse(self, status: int, message: str) -> None:
-            """Answer what cannot be answered otherwise; the connection ends with it."""
+            """Send an error, then close the connection."""
             self.close_connection = True
             self.send(error_reply(status, message))
 
@@ -16713,7 +16690,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.flush()
-            # What the client sent right behind its request waits in rfile's buffer.
+            # The bytes that came right behind the request are in rfile's buffer.
             self.stream.end_reading()
             reader: Any = self.rfile  # a BufferedReader
             early: bytes = reader.peek()
@@ -16739,7 +16716,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
 
 
 def _descriptor_limit() -> int:
-    """Return how many connections the system lets us have, having asked for most."""
+    """Return how many connections the system allows, after raising its limit."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -16747,7 +16724,7 @@ def _descriptor_limit() -> int:
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        # macOS has a maximum of its own, and may say no.
+        # macOS may refuse: it has a maximum of its own.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -16773,12 +16750,12 @@ class ConnectionThreads:
             self._sockets[thread] = sock
 
     def replace_socket(self, sock: socket.socket) -> None:
-        """Use this socket for the calling thread's connection: it speaks TLS now."""
+        """Set the calling thread's socket, which speaks TLS now."""
         with self._lock:
             self._sockets[threading.current_thread()] = sock
 
     def close(self) -> None:
-        """Wait for what is being answered, not for what may still be asked."""
+        """Wait for the answers under way; read no further requests."""
         deadline = Deadline(DOOR_TIMEOUT)
         with self._lock:
             sockets = dict(self._sockets)
@@ -16815,7 +16792,7 @@ def _secured(sock: socket.socket, identity: TlsIdentity) -> socket.socket:
         sock, server_side=True, do_handshake_on_connect=False
     )
     try:
-        # The timeout of a handshake is for the whole of it.
+        # This timeout is for the whole handshake.
         secured.settimeout(deadline.remaining() or 0.001)
         secured.do_handshake()
     except BaseException:
@@ -16856,7 +16833,7 @@ class HttpDoor:
         return int(self._server.server_address[1])
 
     def close(self) -> None:
-        """Let nobody in any more; those who are in are left alone."""
+        """Stop listening; open connections go on."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -16916,7 +16893,7 @@ class HttpDoor:
             if upgraded is not None:
                 upgraded()
         except OSError as error:
-            # The client went away in the middle, or did not agree on TLS.
+            # The client hung up, or TLS failed.
             log.debug("connection ended address=%s: %s", address, error)
         except Exception:
             log.exception("connection failed address=%s", address)
@@ -22812,7 +22789,7 @@ class JobTerminal:
         else:
             self._waiting.end(job.name)
         if state.get("place"):
-            text = f"moltis: {job.name}: place {state['place']} in line"
+            text = f"moltis: {job.name}: {state['words']}"
             if job.id not in self._in_line:
                 self._in_line.add(job.id)
                 self._output.say(text)
@@ -22903,20 +22880,10 @@ def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObjec
     return after
 
 
-def job_words(job: JsonObject) -> str:
-    """Return the state of a job in words; those of its ending are the gateway's."""
-    if job.get("awayMs") is not None:
-        return f"node away ({format_duration(job['awayMs'] / 1000)})"
-    if job.get("place"):
-        return f"place {job['place']} in line"
-    words: str = job["words"]
-    return words
-
-
 JOB_COLUMNS: Mapping[str, Column] = {
     "ID": "id",
     "NODE": "nodeName",
-    "STATE": lambda row: one_line(job_words(row), 40),
+    "STATE": lambda row: one_line(row["words"], 40),
     "ASKED": time_column("askedAt"),
     "OUTPUT": lambda row: format_bytes(row["stdoutBytes"] + row["stderrBytes"]),
     "COMMAND": lambda row: one_line(row["command"], 60),
