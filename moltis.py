@@ -167,7 +167,7 @@ MAX_BACKLOG = 256 * 1024  # bytes waiting in an outbox; beyond it logs are not r
 MAX_JSON_DEPTH = 64  # brackets within brackets; ours nest less than ten
 
 CONNECT_TIMEOUT = 10.0  # s; to finish a handshake, and to say `connect` after it
-PING_INTERVAL = 20.0  # s; both ways
+PING_INTERVAL = 20.0  # s of silence before a Ping, at both ends
 PEER_TIMEOUT = 60.0  # s of silence after which a peer is gone
 TELEMETRY_INTERVAL = 30.0  # s; what Moltis' protocol promises
 CALLER_PATIENCE = 600.0  # s that callers wait for a gateway, and it for callers
@@ -2082,7 +2082,7 @@ class WebSocketProtocol:
 # ==============================================================================
 
 MAX_OUTBOX = 16 * 1024 * 1024  # bytes that wait for a peer to read
-READ_SIZE = 64 * 1024  # bytes
+RECV_SIZE = 64 * 1024  # bytes
 WAIT_SIZE = 1024  # bytes of the buffer that an idle connection holds
 TLS_WRITE_SIZE = 256 * 1024  # bytes; OpenSSL takes all that it is given, or nothing
 CLOSE_TIMEOUT = 2.0  # s for the peer's part of a closing handshake
@@ -2110,7 +2110,7 @@ class PlainChannel:
 
     def read(self) -> bytes | None:
         """Return what has arrived, b"" at the end, None if nothing has."""
-        return self._receive(READ_SIZE, socket.MSG_DONTWAIT)
+        return self._receive(RECV_SIZE, socket.MSG_DONTWAIT)
 
     def read_next(self) -> bytes | None:
         """As read(), but wait for it, for as long as limit_waits() says."""
@@ -2182,7 +2182,7 @@ class TlsChannel(PlainChannel):
     def read(self) -> bytes | None:
         self._read_needs_write = False
         try:
-            data = self._tls.recv(READ_SIZE)
+            data = self._tls.recv(RECV_SIZE)
         except self._ssl.SSLWantReadError:
             self.drained = True
             return None
@@ -2250,10 +2250,11 @@ class Outbox:
     def put(self, data: bytes) -> None:
         """Write at once what the channel takes, and keep the rest."""
         piece = memoryview(data)
-        sent = 0 if self._pieces else self._write(piece)
-        while sent and piece:
-            piece = piece[sent:]
+        while piece and not self._pieces:
             sent = self._write(piece)
+            if not sent:
+                break
+            piece = piece[sent:]
         # Counted after the write: others read `size` without a lock, and would wait
         # for a fall that nobody notices.
         if piece and not self.broken:
@@ -2706,82 +2707,10 @@ def _why_unreachable(target: WebSocketUrl, error: Exception, timeout: float) -> 
 # ==============================================================================
 # TLS
 #
-# Certificates: the gateway's own, made by the program `openssl` for the names and
-# addresses of this machine, or one that was brought; the pin and the channel binding
-# of each; which certificate a client takes for the right one.
+# X.509 certificates as far as they matter here: the gateway's own, made by the program
+# `openssl` for the names and addresses of this machine, or one that was brought; the
+# pin and the channel binding of each; which certificate a client accepts.
 # ==============================================================================
-
-# The hash of a certificate's signature, by the content of its DER object identifier.
-# RFC 5929 §4.1 puts SHA-256 in the place of MD5 and SHA-1.
-_RSA_PSS = bytes.fromhex("2a864886f70d01010a")  # names its hash in its parameters
-_SIGNATURE_HASHES: Mapping[bytes, str] = {
-    bytes.fromhex("2a864886f70d01010c"): "sha384",  # sha384WithRSAEncryption
-    bytes.fromhex("2a864886f70d01010d"): "sha512",
-    bytes.fromhex("2a864886f70d01010e"): "sha224",
-    bytes.fromhex("2a8648ce3d040301"): "sha224",  # ecdsa-with-SHA224
-    bytes.fromhex("2a8648ce3d040303"): "sha384",
-    bytes.fromhex("2a8648ce3d040304"): "sha512",
-    bytes.fromhex("608648016503040202"): "sha384",  # id-sha384, inside RSA-PSS
-    bytes.fromhex("608648016503040203"): "sha512",
-    bytes.fromhex("608648016503040204"): "sha224",
-}
-
-
-class DerValue(Value):
-    """One ASN.1 value in DER: what X.509 certificates are made of."""
-
-    tag: int
-    content: bytes
-    encoding: bytes  # tag, length and content
-
-    def children(self) -> list[DerValue]:
-        """Return the values that a SEQUENCE, SET or tagged value holds."""
-        return der_values(self.content)
-
-
-def der_values(data: bytes) -> list[DerValue]:
-    """Return the DER values that stand in a row in `data`.  Raises ValueError."""
-    values = []
-    start = 0
-    while start < len(data):
-        if len(data) < start + 2:
-            raise ValueError("DER ends within a value")
-        size, content = data[start + 1], start + 2
-        if size >= 0x80:
-            content += size & 0x7F
-            size = int.from_bytes(data[start + 2 : content], "big")
-        end = content + size
-        if end > len(data):
-            raise ValueError("DER ends within a value")
-        values.append(DerValue(data[start], data[content:end], data[start:end]))
-        start = end
-    return values
-
-
-def _rsa_pss_hash(parameters: DerValue) -> DerValue | None:
-    for value in parameters.children():
-        if value.tag == 0xA0:  # [0] hashAlgorithm (RFC 4055 §3.1)
-            return value.children()[0].children()[0]
-    return None
-
-
-def tls_server_end_point(certificate: bytes) -> bytes:
-    """Return the channel binding of a TLS server's certificate in DER (RFC 5929 §4).
-
-    Where the signature has no hash of its own (Ed25519), which the RFC leaves
-    undefined, it is SHA-256.  Raises ValueError for what is no certificate.
-    """
-    try:
-        _, algorithm, _ = der_values(certificate)[0].children()
-        name, *parameters = algorithm.children()
-        if name.content == _RSA_PSS and parameters:
-            name = _rsa_pss_hash(parameters[0]) or name
-    except (IndexError, ValueError) as error:
-        raise ValueError("this is no X.509 certificate in DER") from error
-    return hashlib.new(
-        _SIGNATURE_HASHES.get(name.content, "sha256"), certificate
-    ).digest()
-
 
 TLS_DIRECTORY = "tls"  # in the data directory
 TLS_DAYS = 3650
@@ -2804,40 +2733,75 @@ subjectAltName = @names
 
 HOST_NAME = r"[a-z0-9_]([a-z0-9._-]{0,251}[a-z0-9_])?"
 
+# The hash of a certificate's signature, by the content of its DER object identifier:
+# sha…WithRSAEncryption, ecdsa-with-SHA…, and id-sha… inside RSA-PSS.
+_SIGNATURE_HASHES: Mapping[bytes, str] = {
+    bytes.fromhex(oid): name
+    for name, oids in (
+        ("sha224", "2a864886f70d01010e 2a8648ce3d040301 608648016503040204"),
+        ("sha384", "2a864886f70d01010c 2a8648ce3d040303 608648016503040202"),
+        ("sha512", "2a864886f70d01010d 2a8648ce3d040304 608648016503040203"),
+    )
+    for oid in oids.split()
+}
+_RSA_PSS = bytes.fromhex("2a864886f70d01010a")  # names its hash in its parameters
+_SUBJECT_ALT_NAME = bytes.fromhex("551d11")
+
+
+class DerValue(Value):
+    """One ASN.1 value in DER, of which X.509 certificates are made."""
+
+    tag: int
+    content: bytes
+    encoding: bytes  # tag, length and content
+
+    def children(self) -> list[DerValue]:
+        """Return the values that a SEQUENCE, SET or tagged value holds."""
+        return der_values(self.content)
+
+
+def der_values(data: bytes) -> list[DerValue]:
+    """Return the consecutive DER values in `data`.  Raises ValueError."""
+    values = []
+    start = 0
+    while start < len(data):
+        size, content = int.from_bytes(data[start + 1 : start + 2], "big"), start + 2
+        if size >= 0x80:
+            content += size & 0x7F
+            size = int.from_bytes(data[start + 2 : content], "big")
+        end = content + size
+        if end > len(data):
+            raise ValueError("DER ends within a value")
+        values.append(DerValue(data[start], data[content:end], data[start:end]))
+        start = end
+    return values
+
+
+def tls_server_end_point(certificate: bytes) -> bytes:
+    """Return the channel binding of a TLS server's certificate in DER (RFC 5929 §4).
+
+    It is SHA-256 in place of MD5 and SHA-1 (§4.1), and for a signature without a hash
+    of its own (Ed25519), which the RFC leaves undefined.  Raises ValueError.
+    """
+    try:
+        _, algorithm, _ = der_values(certificate)[0].children()
+        name, *parameters = algorithm.children()
+        if name.content == _RSA_PSS and parameters:
+            for value in parameters[0].children():
+                if value.tag == 0xA0:  # [0] hashAlgorithm (RFC 4055 §3.1)
+                    name = value.children()[0].children()[0]
+    except (IndexError, ValueError) as error:
+        raise ValueError("this is no X.509 certificate in DER") from error
+    algorithm_name = _SIGNATURE_HASHES.get(name.content, "sha256")
+    return hashlib.new(algorithm_name, certificate).digest()
+
 
 class Certificate(Value):
-    """What we need to know of an X.509 certificate (RFC 5280)."""
+    """The parts of an X.509 certificate that matter here (RFC 5280)."""
 
     names: Sequence[str]  # "DNS:localhost", "IP:127.0.0.1", as openssl writes them
     expires_at: float  # s since 1970
-    public_key: bytes  # SubjectPublicKeyInfo in DER
-
-    @property
-    def pin(self) -> str:
-        """The public key as `curl --pinnedpubkey` wants it."""
-        return "sha256//" + b64encode(hashlib.sha256(self.public_key).digest())
-
-    def lasts(self) -> bool:
-        return self.expires_at > time.time() + TLS_RENEW_BEFORE
-
-    def covers(self, names: Iterable[str]) -> bool:
-        """Tell whether all of `names` are in it; one that is no more does no harm."""
-        return set(names) <= set(self.names)
-
-
-class TlsFiles(Value):
-    """Where a certificate, with what it takes to verify it, and its key are, in PEM."""
-
-    certificate: Path
-    key: Path
-
-
-class TlsIdentity(Value):
-    """A certificate in use; a connection keeps the one that it was accepted with."""
-
-    context: ssl.SSLContext
-    certificate: Certificate
-    channel_binding: bytes  # for Access.scram_server()
+    pin: str  # of the public key, as `curl --pinnedpubkey` wants it
 
 
 def _certificate_time(value: DerValue) -> float:
@@ -2854,7 +2818,7 @@ def _alternative_names(optionals: Sequence[DerValue]) -> Iterator[str]:
     lists = [value.children()[0] for value in optionals if value.tag == 0xA3]
     for extension in (item for found in lists for item in found.children()):
         oid, *_, octets = extension.children()
-        if oid.content != b"\x55\x1d\x11":  # id-ce-subjectAltName
+        if oid.content != _SUBJECT_ALT_NAME:
             continue
         for name in octets.children()[0].children():
             if name.tag == 0x82:
@@ -2865,7 +2829,7 @@ def _alternative_names(optionals: Sequence[DerValue]) -> Iterator[str]:
 
 
 def parse_certificate(der: bytes) -> Certificate:
-    """Read a certificate in DER.  Raises ValueError."""
+    """Return the parts of a certificate in DER.  Raises ValueError."""
     try:
         fields = der_values(der)[0].children()[0].children()
         if fields[0].tag == 0xA0:  # [0] version
@@ -2875,27 +2839,25 @@ def parse_certificate(der: bytes) -> Certificate:
         return Certificate(
             names=tuple(_alternative_names(optionals)),
             expires_at=_certificate_time(not_after),
-            public_key=key.encoding,
+            pin="sha256//" + b64encode(hashlib.sha256(key.encoding).digest()),
         )
     except (IndexError, OSError, ValueError) as error:
         raise ValueError("this is no X.509 certificate in DER") from error
 
 
-def check_pin(der: bytes, pin: str) -> None:
-    """Return where the certificate in DER has the public key of `pin`.
+def read_certificate(path: Path) -> bytes:
+    """Return the first certificate of a PEM file, in DER.
 
-    Raises Refused.
+    Raises OSError, ValueError.
     """
-    try:
-        found = parse_certificate(der).pin
-    except ValueError:
-        found = "no certificate at all"
-    if not hmac.compare_digest(found.encode(), pin.encode("utf-8", "replace")):
-        raise Refused(
-            f"the other side shows another TLS certificate ({found}) than the pinned "
-            f"one ({pin}): this is what somebody in between looks like; nothing was "
-            "sent. If the gateway was set up anew, take its new pin from there"
-        )
+    found = re.search(
+        rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----",
+        path.read_bytes(),
+        re.DOTALL,
+    )
+    if found is None:
+        raise ValueError("there is no certificate in PEM")
+    return base64.b64decode(b"".join(found[1].split()), validate=True)
 
 
 class TlsTrust(Value):
@@ -2903,13 +2865,10 @@ class TlsTrust(Value):
 
     fingerprint: str | None = None  # its pin; None: one that a CA vouches for
     ca: str | None = None  # file in PEM; None: those that the system trusts
-    bound: bool = False  # any: SCRAM binds to it before anything secret is said
+    bound: bool = False  # any: SCRAM binds to it before anything secret is sent
 
     def context(self) -> ssl.SSLContext:
-        """Return what a client needs for TLS 1.2 and later.
-
-        Raises BadConfiguration.
-        """
+        """Return a client's context, TLS 1.2 and later.  Raises BadConfiguration."""
         require_ssl()
         import ssl
 
@@ -2924,29 +2883,92 @@ class TlsTrust(Value):
             try:
                 context.load_verify_locations(self.ca)
             except OSError as error:  # ssl.SSLError is one
-                reason = error.strerror or error
                 raise BadConfiguration(
-                    f"cannot use the CA file {self.ca}: {reason}; it must be PEM"
+                    f"cannot use the CA file {self.ca}: {error.strerror or error}; "
+                    "it must be PEM"
                 ) from error
         return context
 
     def check(self, certificate: bytes | None) -> None:
-        """Return if the certificate of a connection, in DER, is right.
+        """Return if a connection's certificate, in DER, has the pinned key.
 
         Raises Refused.
         """
-        if self.fingerprint is not None and certificate is not None:
-            check_pin(certificate, self.fingerprint)
+        if self.fingerprint is None or certificate is None:
+            return
+        try:
+            found = parse_certificate(certificate).pin
+        except ValueError:
+            found = "no certificate at all"
+        pin = self.fingerprint.encode("utf-8", "replace")
+        if not hmac.compare_digest(found.encode(), pin):
+            raise Refused(
+                f"the other side shows another TLS certificate ({found}) than the "
+                f"pinned one ({self.fingerprint}): somebody may stand in between; "
+                "nothing was sent. If the gateway was set up anew, take its new pin "
+                "from there"
+            )
 
 
-def certificate_from_pem(pem: bytes) -> bytes:
-    """Return the first certificate in `pem` in DER.  Raises ValueError."""
-    found = re.search(
-        rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", pem, re.DOTALL
-    )
-    if found is None:
-        raise ValueError("there is no certificate in PEM")
-    return base64.b64decode(b"".join(found[1].split()), validate=True)
+class TlsFiles(Value):
+    """Where a certificate, with its chain, and its key are, in PEM."""
+
+    certificate: Path
+    key: Path
+
+
+class TlsIdentity(Value):
+    """A certificate in use; a connection keeps the one that it was accepted with."""
+
+    context: ssl.SSLContext
+    certificate: Certificate
+    channel_binding: bytes  # for Access.scram_server()
+
+
+def load_tls(files: TlsFiles) -> TlsIdentity:
+    """Return what a server needs for TLS 1.2 and later.  Raises BadConfiguration."""
+    require_ssl()
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        # Without the empty password OpenSSL would ask for one on the terminal.
+        context.load_cert_chain(files.certificate, files.key, password=lambda: "")
+        der = read_certificate(files.certificate)
+        return TlsIdentity(context, parse_certificate(der), tls_server_end_point(der))
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = getattr(error, "strerror", None) or error
+        raise BadConfiguration(
+            f"cannot use the certificate {files.certificate} with the key "
+            f"{files.key}: {reason}; both must be PEM, belong together, and the key "
+            "have no passphrase"
+        ) from error
+
+
+def read_channel_binding(path: Path) -> bytes:
+    """Return the channel binding of a certificate in PEM.  Raises BadConfiguration."""
+    try:
+        return tls_server_end_point(read_certificate(path))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadConfiguration(
+            f"cannot use the certificate {path}: {reason}; it must be PEM"
+        ) from error
+
+
+class ServerTls:
+    """The certificate that new connections get, read again when its files change."""
+
+    def __init__(self, find_files: Callable[[], TlsFiles]) -> None:
+        """`find_files` is asked at each reload.  Raises BadConfiguration."""
+        self._find_files = find_files
+        self.identity = load_tls(find_files())  # replaced as a whole
+
+    def reload(self) -> None:
+        """Raises BadConfiguration; then the current certificate stays in use."""
+        self.identity = load_tls(self._find_files())
 
 
 def host_names() -> list[str]:
@@ -2969,6 +2991,13 @@ def _routed_addresses() -> Iterator[str]:
             yield sock.getsockname()[0]
 
 
+def reachable_address(bind: str) -> str:
+    """Return the address under which others reach a server that listens on `bind`."""
+    if bind not in ANY_ADDRESS:
+        return bind
+    return next(_routed_addresses(), "127.0.0.1")
+
+
 def parse_fib_trie(text: str) -> set[str]:
     """Return the IPv4 addresses in Linux' /proc/net/fib_trie."""
     return set(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", text))
@@ -2985,42 +3014,9 @@ def parse_if_inet6(text: str) -> set[str]:
 
 
 def parse_ifconfig(text: str) -> set[str]:
-    """Return the addresses in the output of a BSD's `ifconfig`."""
+    """Return the addresses in the output of macOS' `ifconfig`."""
     found = re.findall(r"^\s+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
     return {a for a in found if not a.lower().startswith("fe80:")}
-
-
-def _program_output(*arguments: str) -> bytes:
-    """Run a program that asks nothing; return what it printed.
-
-    Raises BadConfiguration where it failed, FileNotFoundError where there is none.
-    """
-    import subprocess
-
-    try:
-        done = subprocess.run(
-            arguments,
-            check=True,
-            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=OPENSSL_TIMEOUT,
-        )
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.decode("utf-8", "replace").strip()
-        raise BadConfiguration(f"{arguments[0]} failed: {clip(said, 400)}") from error
-    except subprocess.TimeoutExpired as error:
-        raise BadConfiguration(
-            f"{arguments[0]} took longer than {OPENSSL_TIMEOUT:.0f} s"
-        ) from error
-    return done.stdout
-
-
-def reachable_address(bind: str) -> str:
-    """Return the address under which others reach what listens on `bind`."""
-    if bind not in ANY_ADDRESS:
-        return bind
-    return next(_routed_addresses(), "127.0.0.1")
 
 
 def host_addresses() -> list[str]:
@@ -3032,67 +3028,31 @@ def host_addresses() -> list[str]:
         with contextlib.suppress(OSError):
             found.update(parse_if_inet6(Path("/proc/net/if_inet6").read_text()))
     else:
-        with contextlib.suppress(OSError, BadConfiguration):
-            found.update(parse_ifconfig(_program_output("ifconfig").decode()))
+        done = run_program(["ifconfig"], os.environ, timeout=OPENSSL_TIMEOUT)
+        found.update(parse_ifconfig(done.stdout.decode("utf-8", "replace")))
     return sorted(found)
 
 
-def _read_tls(files: TlsFiles) -> TlsIdentity:
-    """As load_tls(), but raises OSError and ValueError where the files are no good."""
-    require_ssl()
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    # Without the empty password OpenSSL would ask for one on the terminal.
-    context.load_cert_chain(files.certificate, files.key, password=lambda: "")
-    der = certificate_from_pem(files.certificate.read_bytes())
-    return TlsIdentity(context, parse_certificate(der), tls_server_end_point(der))
-
-
-def load_tls(files: TlsFiles) -> TlsIdentity:
-    """Return what a server needs for TLS 1.2 and later.
-
-    Called again when the files have changed.  Raises BadConfiguration.
-    """
-    try:
-        return _read_tls(files)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadConfiguration(
-            f"cannot use the certificate {files.certificate} with the key "
-            f"{files.key}: {reason}; both must be PEM, belong together, and the key "
-            "have no passphrase"
-        ) from error
-
-
-def read_channel_binding(path: Path) -> bytes:
-    """Return the channel binding of a certificate in PEM.  Raises BadConfiguration."""
-    try:
-        return tls_server_end_point(certificate_from_pem(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadConfiguration(
-            f"cannot use the certificate {path}: {reason}; it must be PEM"
-        ) from error
-
-
-class ServerTls:
-    """The certificate that new connections get, read again when its files change."""
-
-    def __init__(self, find_files: Callable[[], TlsFiles]) -> None:
-        """`find_files` is asked at each reload.  Raises BadConfiguration."""
-        self._find_files = find_files
-        self.identity = load_tls(find_files())  # replaced as a whole
-
-    def reload(self) -> None:
-        """Raises BadConfiguration; then the certificate so far stays in use."""
-        self.identity = load_tls(self._find_files())
+def _openssl(*arguments: str) -> bytes:
+    """Return the standard output of `openssl`.  Raises BadConfiguration."""
+    environ = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    done = run_program(["openssl", *arguments], environ, timeout=OPENSSL_TIMEOUT)
+    if done.status == 0:
+        return done.stdout
+    if done.status == 127:
+        reason = "it is not installed; install it"
+    elif done.status == 124:
+        reason = f"it took longer than {OPENSSL_TIMEOUT:.0f} s"
+    else:
+        reason = clip(done.stderr.decode("utf-8", "replace").strip(), 400)
+    raise BadConfiguration(
+        f"openssl makes the certificate, and failed: {reason}; or bring a "
+        "certificate with --tls-cert and --tls-key"
+    )
 
 
 def _certificate_name(name: str) -> str | None:
-    """Return `name` as openssl's configuration has it, or None where it cannot be."""
+    """Return `name` as openssl's configuration has it, or None if it cannot be one."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError, ValueError):
             return f"IP:{socket.inet_ntop(family, socket.inet_pton(family, name))}"
@@ -3100,44 +3060,42 @@ def _certificate_name(name: str) -> str | None:
     return f"DNS:{name.lower()}" if fits else None
 
 
-def _make_certificate(files: TlsFiles, names: Sequence[str], keep_key: bool) -> None:
+def _make_certificate(files: TlsFiles, names: Sequence[str], *, keep_key: bool) -> None:
     if not keep_key:
-        key = _program_output("openssl", "ecparam", "-name", "prime256v1", "-genkey")
+        key = _openssl("ecparam", "-name", "prime256v1", "-genkey")
         write_private(files.key, key[key.index(b"-----BEGIN EC PRIVATE KEY") :])
     config = files.certificate.with_name("openssl.cnf")
     text = OPENSSL_CONFIG.replace("@names", ",".join(names))
     write_private(config, text.encode("ascii"))
     # Browsers refuse two certificates of one issuer with the same serial number.
     serial = str(int.from_bytes(secrets.token_bytes(8), "big"))
-    pem = _program_output(
-        *("openssl", "req", "-x509", "-new", "-sha256", "-config", str(config)),
+    pem = _openssl(
+        *("req", "-x509", "-new", "-sha256", "-config", str(config)),
         *("-key", str(files.key), "-days", str(TLS_DAYS), "-set_serial", serial),
     )
     write_private(files.certificate, pem)
 
 
 def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
-    """Return a certificate of our own, made or renewed where need be.
+    """Return a certificate of our own, made or renewed if need be.
 
-    `names` are those of the host, and its addresses; what can be neither is left out.
-    The key stays the same, so that a pin outlives a change of names or addresses.
+    `names` are the host's names and addresses; whatever is neither is left out.  The
+    key stays the same, so that a pin outlives a change of names or addresses.
     Raises BadConfiguration.
     """
+    require_ssl()
+    directory = directory.absolute()  # openssl starts in another one
     files = TlsFiles(directory / "certificate.pem", directory / "key.pem")
     wanted = sorted({n for n in map(_certificate_name, names) if n})
     try:
-        found = _read_tls(files).certificate
-    except (OSError, ValueError):
+        found = load_tls(files).certificate
+    except BadConfiguration:
         found = None  # not made yet, or damaged
-    if found and found.lasts() and found.covers(wanted):
+    renew_at = found.expires_at - TLS_RENEW_BEFORE if found else 0.0
+    # A name that is no longer wanted does no harm.
+    if found and time.time() < renew_at and set(wanted) <= set(found.names):
         return files
-    try:
-        _make_certificate(files, wanted, keep_key=found is not None)
-    except FileNotFoundError as error:
-        raise BadConfiguration(
-            "the program openssl is needed to make a certificate, and is not here; "
-            "install it, or bring a certificate with --tls-cert and --tls-key"
-        ) from error
+    _make_certificate(files, wanted, keep_key=found is not None)
     log.info("certificate made file=%s names=%s", files.certificate, ",".join(wanted))
     return files
 
@@ -3146,36 +3104,18 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
 # SCRAM
 #
 # SCRAM-SHA-256 and SCRAM-SHA-256-PLUS (RFC 5802, RFC 7677), client and server
-# halves: how node and gateway prove to each other that both know the device token,
-# which never crosses the wire.  Text in, text out; no socket, and no idea of who may
-# do what.  The secrets here are ASCII, which SASLprep leaves as it is.
+# halves: both sides prove that they know a secret, which never crosses the wire.  Text
+# in, text out: no socket, and no scopes.  Usernames and secrets are ASCII without
+# comma or equals sign, so that neither SASLprep nor escapes change them.
 # ==============================================================================
 
 SCRAM_ITERATIONS = 4096  # RFC 7677 §4's minimum; a token has 256 random bits anyway
 SCRAM_MAX_ITERATIONS = 100_000  # 0.1 s on a Pi; a hostile server may ask for more
 SCRAM_MAX_LENGTH = 4096  # characters of one SCRAM message; ours have 200
 
-_SCRAM_VALUE = r"[^,\x00]+"
-_SCRAM_NONCE = r"[\x21-\x2b\x2d-\x7e]+"
-_SCRAM_EXTENSIONS = rf"(?:,[A-Za-z]={_SCRAM_VALUE})*"  # RFC 5802 §5.1: to be ignored
-_CLIENT_FIRST = (
-    rf"(?P<gs2>(?P<flag>n|y|p=[A-Za-z0-9.-]+),(?:a={_SCRAM_VALUE})?,)"
-    rf"(?P<bare>n=(?P<username>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
-    rf"{_SCRAM_EXTENSIONS})"
-)
-_SERVER_FIRST = (
-    rf"r=(?P<nonce>{_SCRAM_NONCE}),s=(?P<salt>{_SCRAM_VALUE}),"
-    rf"i=(?P<iterations>[1-9][0-9]{{0,8}}){_SCRAM_EXTENSIONS}"
-)
-_CLIENT_FINAL = (
-    rf"(?P<unproved>c=(?P<binding>{_SCRAM_VALUE}),r=(?P<nonce>{_SCRAM_NONCE})"
-    rf"{_SCRAM_EXTENSIONS}),p=(?P<proof>{_SCRAM_VALUE})"
-)
-_SERVER_FINAL = rf"(?P<kind>[ve])=(?P<value>{_SCRAM_VALUE}){_SCRAM_EXTENSIONS}"
-
 
 def device_handle(token: str) -> str:
-    """Return the SCRAM username of a device, from which no token can be told."""
+    """Return the SCRAM username of a device; it does not reveal the token."""
     return hashlib.sha256(b"moltis handle" + token.encode("utf-8")).digest()[:16].hex()
 
 
@@ -3212,7 +3152,7 @@ def _salted_password(secret: str, salt: bytes, iterations: int) -> bytes:
 
 
 class ScramVerifier(Value):
-    """What a server keeps to recognise a secret, and cannot use in its place."""
+    """What a server stores to recognise a secret; it cannot be used in its place."""
 
     salt: bytes
     iterations: int
@@ -3220,7 +3160,7 @@ class ScramVerifier(Value):
     server_key: bytes
 
     def to_text(self) -> str:
-        """Return the form of RFC 5803, as PostgreSQL too stores it."""
+        """Return the form of RFC 5803, which PostgreSQL stores too."""
         salt, stored, server = map(
             b64encode, (self.salt, self.stored_key, self.server_key)
         )
@@ -3228,7 +3168,7 @@ class ScramVerifier(Value):
 
     @classmethod
     def from_text(cls, text: str) -> ScramVerifier:
-        """Read what to_text() wrote.  Raises ValueError."""
+        """Return the verifier that to_text() wrote.  Raises ValueError."""
         scheme, parameters, keys = text.split("$")
         if scheme != "SCRAM-SHA-256":
             raise ValueError(f"{scheme} is not SCRAM-SHA-256")
@@ -3237,26 +3177,25 @@ class ScramVerifier(Value):
         return cls(_b64(salt), int(iterations), _b64(stored), _b64(server))
 
     def accepts(self, proof: bytes, signed: bytes) -> bool:
-        """Tell whether who made `proof` over `signed` knows the secret."""
+        """Return whether whoever made `proof` over `signed` knows the secret."""
         signature = _hmac(self.stored_key, signed)
         client_key = _xor(proof, signature) if len(proof) == len(signature) else b""
         return hmac.compare_digest(hashlib.sha256(client_key).digest(), self.stored_key)
 
 
-def make_verifier(
-    secret: str, *, salt: bytes | None = None, iterations: int = SCRAM_ITERATIONS
-) -> ScramVerifier:
-    """Return what a server keeps of `secret` (RFC 5802 §3)."""
-    salt = secrets.token_bytes(16) if salt is None else salt
-    salted = _salted_password(secret, salt, iterations)
+def make_verifier(secret: str) -> ScramVerifier:
+    """Return the verifier of `secret`, with a salt of its own (RFC 5802 §3)."""
+    salt = secrets.token_bytes(16)
+    salted = _salted_password(secret, salt, SCRAM_ITERATIONS)
     stored_key = hashlib.sha256(_hmac(salted, b"Client Key")).digest()
-    return ScramVerifier(salt, iterations, stored_key, _hmac(salted, b"Server Key"))
+    server_key = _hmac(salted, b"Server Key")
+    return ScramVerifier(salt, SCRAM_ITERATIONS, stored_key, server_key)
 
 
 def decoy_verifier(key: bytes, username: str) -> ScramVerifier:
     """Return a verifier that no secret satisfies, the same at each attempt.
 
-    With it an unknown user looks to a stranger like one with another secret.
+    With it a stranger cannot distinguish an unknown user from a known one.
     """
     salt, stored_key, server_key = (
         _hmac(key, f"{purpose} {username}".encode())
@@ -3265,13 +3204,26 @@ def decoy_verifier(key: bytes, username: str) -> ScramVerifier:
     return ScramVerifier(salt[:16], SCRAM_ITERATIONS, stored_key, server_key)
 
 
-def _scram_fields(pattern: str, message: str) -> Mapping[str, str]:
-    fits = len(message) <= SCRAM_MAX_LENGTH
-    match = re.fullmatch(pattern, message) if fits else None
+def _attributes(message: str, expected: str) -> Mapping[str, str]:
+    """Return the attributes of a SCRAM message by their letter (RFC 5802 §5.1).
+
+    Those of `expected` come first, in that order; extensions behind them are ignored.
+    Raises AuthenticationError.
+    """
+    parts = message.split(",")
+    letters = "".join(part[:1] for part in parts)
     # JSON can carry half a surrogate pair, which is no text and cannot be hashed.
-    if match is None or re.search("[\ud800-\udfff]", message):
+    attribute = re.compile("[A-Za-z]=[^\0\ud800-\udfff]+")
+    if (
+        len(message) > SCRAM_MAX_LENGTH
+        or not all(map(attribute.fullmatch, parts))
+        or not letters.startswith(expected)
+    ):
         raise AuthenticationError("the other side sent a malformed SCRAM message")
-    return match.groupdict()
+    found = {part[0]: part[2:] for part in reversed(parts)}
+    if "r" in expected and not re.fullmatch(r"[\x21-\x7e]+", found["r"]):
+        raise AuthenticationError("the other side sent a malformed SCRAM nonce")
+    return found
 
 
 def _scram_bytes(text: str) -> bytes:
@@ -3283,40 +3235,20 @@ def _scram_bytes(text: str) -> bytes:
         ) from error
 
 
-def _escaped(username: str) -> str:
-    return username.replace("=", "=3D").replace(",", "=2C")
-
-
-def _unescaped(saslname: str) -> str:
-    if re.search("=(?!2C|3D)", saslname):
-        raise AuthenticationError("the other side sent a malformed SCRAM username")
-    return saslname.replace("=2C", ",").replace("=3D", "=")
-
-
 class ScramClient:
-    """One authentication, as the side that comes with the secret.
+    """One authentication, as the side that has the secret.
 
-    With `channel_binding` (see tls_server_end_point) it is SCRAM-SHA-256-PLUS.  Where
-    the server said that it cannot do that, `server_binds=False` lets it know that we
-    could have: a server that can takes this for the trace of a man in the middle.
+    With `channel_binding` (see tls_server_end_point) it is SCRAM-SHA-256-PLUS.
     """
 
     def __init__(
-        self,
-        username: str,
-        secret: str,
-        channel_binding: bytes | None = None,
-        *,
-        server_binds: bool = True,
-        nonce: str | None = None,
+        self, username: str, secret: str, channel_binding: bytes | None = None
     ) -> None:
-        binds = channel_binding is not None and server_binds
-        flag = "n" if channel_binding is None else "y"
-        self._gs2 = "p=tls-server-end-point,," if binds else f"{flag},,"
-        self._binding = (channel_binding or b"") if binds else b""
+        self._gs2 = "n,," if channel_binding is None else "p=tls-server-end-point,,"
+        self._binding = channel_binding or b""
         self._secret = secret
-        self._nonce = nonce or secrets.token_urlsafe(24)
-        self._bare = f"n={_escaped(username)},r={self._nonce}"
+        self._nonce = secrets.token_urlsafe(24)
+        self._bare = f"n={username},r={self._nonce}"
         self._server_signature = b""
 
     def first(self) -> str:
@@ -3325,17 +3257,17 @@ class ScramClient:
 
     def final(self, server_first: str) -> str:
         """Return the client-final-message.  Raises AuthenticationError."""
-        fields = _scram_fields(_SERVER_FIRST, server_first)
-        nonce, iterations = fields["nonce"], int(fields["iterations"])
+        fields = _attributes(server_first, "rsi")
+        nonce = fields["r"]
         if not nonce.startswith(self._nonce) or nonce == self._nonce:
             raise AuthenticationError("the server answered to somebody else's nonce")
+        iterations = int(fields["i"]) if re.fullmatch("[0-9]{1,9}", fields["i"]) else 0
         if not SCRAM_ITERATIONS <= iterations <= SCRAM_MAX_ITERATIONS:
             raise AuthenticationError(
                 f"the server asks for {iterations} SCRAM iterations, which is not "
                 f"within {SCRAM_ITERATIONS} to {SCRAM_MAX_ITERATIONS}"
             )
-        salt = _scram_bytes(fields["salt"])
-        salted = _salted_password(self._secret, salt, iterations)
+        salted = _salted_password(self._secret, _scram_bytes(fields["s"]), iterations)
         binding = b64encode(self._gs2.encode("ascii") + self._binding)
         unproved = f"c={binding},r={nonce}"
         signed = ",".join((self._bare, server_first, unproved)).encode("utf-8")
@@ -3346,14 +3278,15 @@ class ScramClient:
         return f"{unproved},p={b64encode(proof)}"
 
     def verify(self, server_final: str) -> None:
-        """Return when the server has proved that it knows the secret too.
+        """Return if the server has proved that it knows the secret too.
 
         Raises AuthenticationError: obey nothing that it says.
         """
-        fields = _scram_fields(_SERVER_FINAL, server_final)
-        if fields["kind"] == "e":
-            raise AuthenticationError(f"the server refused: {fields['value'][:80]}")
-        signature = _scram_bytes(fields["value"])
+        if server_final.startswith("e="):
+            raise AuthenticationError(
+                f"the server refused: {printable(server_final[2:], 80)}"
+            )
+        signature = _scram_bytes(_attributes(server_final, "v")["v"])
         expected = self._server_signature
         if not expected or not hmac.compare_digest(signature, expected):
             raise AuthenticationError(
@@ -3373,7 +3306,7 @@ class _ScramExpectation(Value):
 
 
 class ScramServer:
-    """One authentication, as the side that keeps verifiers.
+    """One authentication, as the side that stores verifiers.
 
     `lookup` returns the verifier of a username, a decoy for an unknown one.  With
     `channel_binding` only SCRAM-SHA-256-PLUS is accepted, without it only the plain
@@ -3384,38 +3317,37 @@ class ScramServer:
         self,
         lookup: Callable[[str], ScramVerifier],
         channel_binding: bytes | None = None,
-        *,
-        nonce: str | None = None,
     ) -> None:
         self._lookup = lookup
         self._channel_binding = channel_binding
-        self._own_nonce = nonce or secrets.token_urlsafe(24)
         self._expected: _ScramExpectation | None = None
-        self._username: str | None = None
-
-    @property
-    def username(self) -> str | None:
-        """Who it is, or None as long as that is not proved."""
-        return self._username
+        self._begun = False
+        self.username: str | None = None  # once it is proved
 
     def first(self, client_first: str) -> str:
         """Return the server-first-message.  Raises AuthenticationError."""
-        if self._expected is not None or self._username is not None:
+        if self._begun:
             raise AuthenticationError("the client began to authenticate twice")
-        fields = _scram_fields(_CLIENT_FIRST, client_first)
-        self._check_flag(fields["flag"])
-        if not fields["gs2"].endswith(",,"):
+        self._begun = True
+        header = re.match(r"(n|y|p=[A-Za-z0-9.-]+),([^,]*),", client_first)
+        if header is None:
+            raise AuthenticationError("the client sent a malformed SCRAM message")
+        (flag, authzid), bare = header.groups(), client_first[header.end() :]
+        self._check_flag(flag)
+        if authzid:
             raise AuthenticationError("the client wants to act for somebody else")
-        username = _unescaped(fields["username"])
-        verifier = self._lookup(username)
-        nonce = fields["nonce"] + self._own_nonce
+        fields = _attributes(bare, "nr")
+        if "=" in fields["n"]:
+            raise AuthenticationError("the client sent a malformed SCRAM username")
+        verifier = self._lookup(fields["n"])
+        nonce = fields["r"] + secrets.token_urlsafe(24)
         message = f"r={nonce},s={b64encode(verifier.salt)},i={verifier.iterations}"
         self._expected = _ScramExpectation(
-            username=username,
+            username=fields["n"],
             verifier=verifier,
             nonce=nonce,
-            binding=fields["gs2"].encode("ascii") + (self._channel_binding or b""),
-            signed=f"{fields['bare']},{message}",
+            binding=f"{flag},,".encode() + (self._channel_binding or b""),
+            signed=f"{bare},{message}",
         )
         return message
 
@@ -3427,53 +3359,53 @@ class ScramServer:
         expected, self._expected = self._expected, None
         if expected is None:
             raise AuthenticationError("the client sent a proof that nobody asked for")
-        fields = _scram_fields(_CLIENT_FINAL, client_final)
-        binding = _scram_bytes(fields["binding"])
-        if not hmac.compare_digest(binding, expected.binding):
+        unproved, _, proof = client_final.rpartition(",p=")
+        fields = _attributes(unproved, "cr")
+        if not hmac.compare_digest(_scram_bytes(fields["c"]), expected.binding):
             raise ChannelMismatch(
                 "the client sees another TLS certificate than ours: somebody stands "
                 "in between"
             )
-        nonce = fields["nonce"].encode("ascii")
-        if not hmac.compare_digest(nonce, expected.nonce.encode("ascii")):
+        if not hmac.compare_digest(fields["r"], expected.nonce):
             raise AuthenticationError("the client answered to somebody else's nonce")
-        signed = f"{expected.signed},{fields['unproved']}".encode()
-        if not expected.verifier.accepts(_scram_bytes(fields["proof"]), signed):
+        signed = f"{expected.signed},{unproved}".encode()
+        if not expected.verifier.accepts(_scram_bytes(proof), signed):
             raise AuthenticationError("the client does not know the secret")
-        self._username = expected.username
+        self.username = expected.username
         return f"v={b64encode(_hmac(expected.verifier.server_key, signed))}"
 
     def _check_flag(self, flag: str) -> None:
-        """Compare what the client says of channel binding with what we have (§6)."""
+        """Compare the client's channel binding with ours (RFC 5802 §6)."""
         if self._channel_binding is None:
-            if flag not in ("n", "y"):
-                raise ChannelMismatch(
-                    "the client binds to a TLS certificate, and none is used here: "
-                    "a proxy, or somebody else, stands in between"
-                )
-        elif flag == "y":
-            raise ChannelMismatch(
+            problem = (
+                "the client binds to a TLS certificate, and none is used here: a "
+                "proxy, or somebody else, stands in between"
+            )
+            right = flag in ("n", "y")
+        else:
+            problem = (
                 "the client was told that there is no channel binding here, which is "
                 "not true: somebody stands in between"
+                if flag == "y"
+                else "the client does not bind to our TLS certificate, as nodes do "
+                "over TLS: somebody stands in between"
             )
-        elif flag != "p=tls-server-end-point":
-            raise ChannelMismatch(
-                "the client does not bind to our TLS certificate, as nodes do over "
-                "TLS: somebody stands in between"
-            )
+            right = flag == "p=tls-server-end-point"
+        if not right:
+            raise ChannelMismatch(problem)
 
 
 # ==============================================================================
 # Wire protocol
 # Uses: WebSocket connections
 #
-# What gateway, nodes and operators exchange: JSON envelopes in text messages, job logs
-# and input in binary ones, and calls that await an answer.  It knows shapes and no
-# connection.  What compatibility with Moltis (protocol 4) demands of them is here.
+# The messages between gateway, nodes and operators: JSON envelopes as text, job logs
+# and input as binary, calls that await an answer.  Shapes only: it opens no connection.
+# Compatibility with Moltis (protocol 4) is kept here.
 # ==============================================================================
 
 CAP_SCRAM = "auth.scram"
-CAP_JOBS = "jobs"  # our extension; without it a peer is a Moltis peer
+CAP_JOBS = "jobs"  # our extension; a peer without it is a Moltis peer
 
 INVOKE_REQUEST = "node.invoke.request"
 INVOKE_RESULT = "node.invoke.result"
@@ -3487,6 +3419,8 @@ JOB_RESIZE = "job.resize"
 JOB_PLACE = "job.place"
 JOB_INPUT = "job.input"
 JOB_STATE = "job.state"
+
+TOKEN_REVOKED = "the token was revoked"  # a gateway hangs up on a node for this reason
 
 MAX_CAPABILITIES = 100  # capabilities, commands; characters of each
 MAX_HELD = 4096  # jobs in one `connect`; a node holds at most half as many
@@ -3520,11 +3454,22 @@ Envelope: TypeAlias = "Request | Response | Event"
 
 
 class EnvelopeError(RpcError):
-    """A message that is no envelope: answer `id`, "" if it has none."""
+    """A message that is no envelope: refuse it under `id`, which may be empty."""
 
     def __init__(self, envelope_id: str, message: str) -> None:
         super().__init__("INVALID_REQUEST", message)
         self.id = envelope_id
+
+
+def encode_error(error: RpcError) -> JsonObject:
+    value: JsonObject = {"code": error.code, "message": redact(error.message)}
+    if error.details is not None:
+        value["details"] = error.details
+    if error.retryable is not None:
+        value["retryable"] = error.retryable
+    if error.retry_after is not None:
+        value["retryAfterMs"] = round(error.retry_after * 1000)
+    return value
 
 
 def encode_envelope(envelope: Envelope) -> str:
@@ -3552,34 +3497,19 @@ def encode_envelope(envelope: Envelope) -> str:
     return to_json(value)
 
 
-def encode_error(error: RpcError) -> JsonObject:
-    value: JsonObject = {"code": error.code, "message": redact(error.message)}
-    if error.details is not None:
-        value["details"] = error.details
-    if error.retryable is not None:
-        value["retryable"] = error.retryable
-    if error.retry_after is not None:
-        value["retryAfterMs"] = round(error.retry_after * 1000)
-    return value
-
-
-def decode_envelope(text: str) -> Envelope:
-    """Return the envelope in `text`; unknown fields are ignored.
-
-    Raises EnvelopeError.
-    """
-    try:
-        value = from_json(text)
-    except ValueError as error:
-        raise EnvelopeError("", f"the message is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise EnvelopeError("", "the message must be a JSON object")
-    envelope_id = value.get("id")
-    try:
-        return _decode_fields(value)
-    except RpcError as error:
-        known = envelope_id if isinstance(envelope_id, str) else ""
-        raise EnvelopeError(known, error.message) from error
+def decode_error(value: JsonObject) -> RpcError:
+    """Return the error that a peer sent; malformed fields are ignored."""
+    retry_after_ms = value.get("retryAfterMs")
+    if not isinstance(retry_after_ms, int) or not 0 <= retry_after_ms < 2**53:
+        retry_after_ms = None
+    retryable = value.get("retryable")
+    return RpcError(
+        str(value.get("code") or "INTERNAL"),
+        str(value.get("message") or "the peer gave no reason"),
+        details=value.get("details"),
+        retryable=retryable if isinstance(retryable, bool) else None,
+        retry_after=None if retry_after_ms is None else retry_after_ms / 1000,
+    )
 
 
 def _decode_fields(value: JsonObject) -> Envelope:
@@ -3603,19 +3533,23 @@ def _decode_fields(value: JsonObject) -> Envelope:
     raise RpcError("INVALID_REQUEST", f"type must be req, res or event, not {kind!r}")
 
 
-def decode_error(value: JsonObject) -> RpcError:
-    """Return the error that a peer sent; each field is checked."""
-    retry_after_ms = value.get("retryAfterMs")
-    if not isinstance(retry_after_ms, int) or not 0 <= retry_after_ms < 2**53:
-        retry_after_ms = None
-    retryable = value.get("retryable")
-    return RpcError(
-        str(value.get("code") or "INTERNAL"),
-        str(value.get("message") or "the peer gave no reason"),
-        details=value.get("details"),
-        retryable=retryable if isinstance(retryable, bool) else None,
-        retry_after=None if retry_after_ms is None else retry_after_ms / 1000,
-    )
+def decode_envelope(text: str) -> Envelope:
+    """Return the envelope in `text`; unknown fields are ignored.
+
+    Raises EnvelopeError.
+    """
+    try:
+        value = from_json(text)
+    except ValueError as error:
+        raise EnvelopeError("", f"the message is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise EnvelopeError("", "the message must be a JSON object")
+    try:
+        return _decode_fields(value)
+    except RpcError as error:
+        envelope_id = value.get("id")
+        known = envelope_id if isinstance(envelope_id, str) else ""
+        raise EnvelopeError(known, error.message) from error
 
 
 # --- Jobs: binary messages, log frames, endings ---
@@ -3639,7 +3573,7 @@ UUID_PATTERN = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def is_uuid(text: str) -> bool:
-    """Return whether `text` is a UUID in lower case, the form of a job's id."""
+    """Return whether `text` is a UUID in lower case, as job ids are."""
     return UUID_PATTERN.fullmatch(text) is not None
 
 
@@ -3697,45 +3631,44 @@ def encode_log_frame(kind: int, data: bytes) -> bytes:
     return FRAME_HEAD.pack(kind, len(data)) + data
 
 
-def log_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield kind and data of the whole frames in `data`."""
-    at, size = 0, FRAME_HEAD.size
-    while at + size <= len(data):
+def scan_frames(data: bytes | bytearray, at: int = 0) -> Iterator[tuple[int, int, int]]:
+    """Yield kind, start of the data and end of each whole frame from `at` on."""
+    while at + FRAME_HEAD.size <= len(data):
         kind, length = FRAME_HEAD.unpack_from(data, at)
-        at += size + length
+        start = at + FRAME_HEAD.size
+        at = start + length
         if at > len(data):
             return
-        yield kind, data[at - length : at]
+        yield kind, start, at
+
+
+def log_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield kind and data of the whole frames in `data`."""
+    return ((kind, data[start:end]) for kind, start, end in scan_frames(data))
 
 
 def whole_frames(data: bytes) -> int:
     """Return how many bytes at the beginning of `data` are whole frames."""
-    at, size = 0, FRAME_HEAD.size
-    while at + size <= len(data):
-        end = at + size + FRAME_HEAD.unpack_from(data, at)[1]
-        if end > len(data):
-            break
-        at = end
-    return at
+    return max((end for _, _, end in scan_frames(data)), default=0)
 
 
 def gap_words(count: int) -> str:
-    """Return what stands for `count` bytes of output that are not there."""
+    """Return the text in place of `count` missing bytes of output."""
     return f"[… {count:,} bytes cut …]"
 
 
 class JobState:
     """The states of a job, the same in store, wire, page and command line."""
 
-    QUEUED = "queued"  # not sent: its node is away, and the caller waits for it
+    QUEUED = "queued"  # not sent: the node is offline, and the caller waits for it
     RUNNING = "running"  # sent; in line on its node while it has a place
-    DONE = "done"  # with an exit code or a signal, whichever
-    FAILED = "failed"  # it could not be started, or refused
+    DONE = "done"  # with an exit code or a signal
+    FAILED = "failed"  # not started, or refused
     TIMED_OUT = "timed_out"
     CANCELLED = "cancelled"
-    LOST = "lost"  # nobody will know how it ended
-    EXPIRED = "expired"  # its time in `queued` was up
-    DENIED = "denied"  # by a person, or because nobody answered; it never was sent
+    LOST = "lost"  # the node will not report an ending
+    EXPIRED = "expired"  # queued for too long
+    DENIED = "denied"  # not sent: the approval was refused or not given in time
 
     OPEN = (QUEUED, RUNNING)
     BY_NODE = (DONE, FAILED, TIMED_OUT, CANCELLED)
@@ -3744,7 +3677,7 @@ class JobState:
 def ending_words(
     state: str, exit_code: int | None, signal_name: str | None, reason: str | None
 ) -> str:
-    """Return how a job ended, or that it did not, in words for people."""
+    """Return a job's state in words for people."""
     if state == JobState.DONE and signal_name:
         return f"killed by {signal_name}"
     if state == JobState.DONE and exit_code:
@@ -3754,7 +3687,7 @@ def ending_words(
 
 
 class Ending(Value):
-    """How a job ended: the data of a log's last frame, and columns of its row."""
+    """How a job ended: the last frame of its log, and columns of its row."""
 
     state: str
     exit_code: int | None = None
@@ -3764,15 +3697,15 @@ class Ending(Value):
     stderr_bytes: int = 0
     started_at: int | None = None  # ms
     duration: float | None = None  # s
-    result: JsonObject | None = None  # what works other than commands answer
+    result: JsonObject | None = None  # the answer of a work other than `run`
 
     @property
     def failed(self) -> bool:
-        """Whether a person would call it failed: an exit code, a signal, an error."""
+        """Whether people call it failed: a non-zero exit, a signal or an error."""
         return self.state != JobState.DONE or bool(self.exit_code or self.signal)
 
     def words(self) -> str:
-        """Return how it ended, in words for people, the same everywhere."""
+        """Return the ending in words for people, the same everywhere."""
         return ending_words(self.state, self.exit_code, self.signal, self.reason)
 
 
@@ -3781,7 +3714,7 @@ def decode_ending(data: bytes) -> Ending:
     try:
         ending = Ending.from_json(required({"ending": from_json(data)}, "ending", dict))
         if ending.state not in JobState.BY_NODE:
-            raise ValueError(f"a node cannot say {ending.state[:20]!r}")
+            raise ValueError(f"a node cannot end a job as {ending.state[:20]!r}")
         counts = (ending.stdout_bytes, ending.stderr_bytes, ending.started_at or 0)
         if not all(0 <= count < MAX_OFFSET for count in counts):
             raise ValueError("a count is out of range")
@@ -3800,24 +3733,21 @@ def decode_ending(data: bytes) -> Ending:
 
 
 def check_frames(data: bytes) -> Ending | None:
-    """Return the ending if `data` has one; it must be whole frames of known kinds.
+    """Return the ending in `data`, if any.
 
-    Raises RpcError PROTOCOL_ERROR.
+    Raises RpcError PROTOCOL_ERROR unless `data` is whole frames of known kinds, and
+    nothing follows the ending.
     """
-    at, size, ending = 0, FRAME_HEAD.size, None
-    while at < len(data):
+    end, ending = 0, None
+    for kind, start, end in scan_frames(data):
         if ending is not None:
             raise RpcError("PROTOCOL_ERROR", "frames follow the ending")
-        if at + size > len(data):
-            raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
-        kind, length = FRAME_HEAD.unpack_from(data, at)
-        at += size + length
-        if at > len(data):
-            raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
         if kind == ENDING:
-            ending = decode_ending(data[at - length : at])
+            ending = decode_ending(data[start:end])
         elif kind not in (STDOUT, STDERR, MARK):
             raise RpcError("PROTOCOL_ERROR", f"there is no log frame of kind {kind}")
+    if end != len(data):
+        raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
     return ending
 
 
@@ -3827,9 +3757,8 @@ Source: TypeAlias = "Callable[[], str | bytes | None]"
 class Outlet:
     """Sends messages of many sources over one connection, as fast as it drains.
 
-    A source is a callable that returns the next message or None.  wake() is for any
-    thread and neither blocks nor raises: if another thread is sending, that one goes
-    on with this source.
+    A source returns its next message, or None.  wake() works from any thread and
+    neither blocks nor raises: a thread that is already sending takes over the source.
     """
 
     def __init__(self, ws: WebSocket) -> None:
@@ -3841,7 +3770,7 @@ class Outlet:
         ws.on_drain = self._pump
 
     def wake(self, source: Source, urgency: int = 0) -> None:
-        """Send what `source` has; 0 is the more urgent."""
+        """Send the messages of `source`; urgency 0 goes before 1."""
         with self._lock:
             self._ready[urgency][source] = None
         self._pump()
@@ -3862,7 +3791,7 @@ class Outlet:
                 if message is not None:
                     self._ws.send(message)
             except ConnectionClosed:
-                message = None  # whoever comes back follows again
+                message = None  # the next connection resumes
             except Exception:
                 log.exception("a log could not be sent")
                 message = None
@@ -3872,10 +3801,53 @@ class Outlet:
                     ready.setdefault(source)  # at the end: they take turns
 
 
-class ConnectParams(Value):
-    """The parameters of `connect`, in either form of protocol 4."""
+def _text(value: JsonObject, name: str) -> str | None:
+    text: str | None = optional(value, name, str)
+    return text or None
 
-    role: str  # as requested; what is granted depends on the credential
+
+def _shown_text(value: JsonObject, name: str) -> str:
+    return printable(_text(value, name) or "")
+
+
+def _texts(value: JsonObject, name: str) -> tuple[str, ...]:
+    # Bounded, because they are stored and listed.
+    items = (optional(value, name, list) or [])[:MAX_CAPABILITIES]
+    return tuple(printable(i, MAX_CAPABILITIES) for i in items if isinstance(i, str))
+
+
+def _held_jobs(value: JsonObject, name: str) -> dict[str, int]:
+    jobs = optional(value, name, dict) or {}
+    if len(jobs) > MAX_HELD:
+        raise RpcError("INVALID_REQUEST", f"{name} names more than {MAX_HELD} jobs")
+    return {check_job_id(job_id): required_offset(jobs, job_id) for job_id in jobs}
+
+
+_whole_number = partial(optional, kind=int)
+
+# Field of ConnectParams: its place in `connect`, and its reader.
+CONNECT_FIELDS: Mapping[str, tuple[str, Callable[[JsonObject, str], Any]]] = {
+    "role": ("role", _text),
+    "client_id": ("client.id", _text),
+    "display_name": ("client.displayName", _shown_text),
+    "version": ("client.version", _shown_text),
+    "platform": ("client.platform", _shown_text),
+    "min_protocol": ("protocol.min", _whole_number),
+    "max_protocol": ("protocol.max", _whole_number),
+    "device_token": ("auth.deviceToken", _text),
+    "api_key": ("auth.api_key", _text),
+    "scram_final": ("auth.scram.clientFinal", _text),
+    "capabilities": ("extensions.moltis.caps", _texts),
+    "commands": ("extensions.moltis.commands", _texts),
+    "instance": ("extensions.moltis.instance", _text),
+    "jobs": ("extensions.moltis.jobs", _held_jobs),
+}
+
+
+class ConnectParams(Value):
+    """The parameters of `connect`."""
+
+    role: str = "operator"  # as requested; the credential decides what is granted
     client_id: str = ""
     display_name: str = ""
     version: str = ""
@@ -3888,71 +3860,37 @@ class ConnectParams(Value):
     api_key: str = ""
     scram_final: str = ""
     instance: str = ""  # one life of the node's process
-    jobs: Mapping[str, int] = NOTHING  # of our nodes: first offset held, by id
+    jobs: Mapping[str, int] = NOTHING  # first offset that the node holds, by id
 
     @classmethod
     def from_json(cls, params: JsonObject) -> ConnectParams:
         """Raises RpcError."""
-        flat = "minProtocol" in params or "maxProtocol" in params
-        protocol = optional(params, "protocol", dict) or {}
-        client = optional(params, "client", dict) or {}
-        auth = optional(params, "auth", dict) or {}
-        scram = optional(auth, "scram", dict) or {}
-        extensions = optional(params, "extensions", dict) or {}
-        ours = params if flat else optional(extensions, "moltis", dict) or {}
-        if flat:
-            protocol = {
-                "min": params.get("minProtocol"),
-                "max": params.get("maxProtocol"),
-            }
-        low = optional(protocol, "min", int)
-        high = optional(protocol, "max", int)
-        return cls(
-            role=optional(params, "role", str) or "operator",
-            client_id=optional(client, "id", str) or "",
-            display_name=printable(optional(client, "displayName", str) or ""),
-            version=printable(optional(client, "version", str) or ""),
-            platform=printable(optional(client, "platform", str) or ""),
-            min_protocol=PROTOCOL_VERSION if low is None else low,
-            max_protocol=PROTOCOL_VERSION if high is None else high,
-            capabilities=_texts(ours, "caps"),
-            commands=_texts(ours, "commands"),
-            device_token=optional(auth, "deviceToken", str) or "",
-            api_key=optional(auth, "api_key", str) or "",
-            scram_final=optional(scram, "clientFinal", str) or "",
-            instance=optional(ours, "instance", str) or "",
-            jobs=_held_jobs(optional(ours, "jobs", dict) or {}),
-        )
+        if "minProtocol" in params or "maxProtocol" in params:  # Moltis' older form
+            limits = {end: params.get(f"{end}Protocol") for end in ("min", "max")}
+            params = {**params, "protocol": limits, "extensions": {"moltis": params}}
+        found = {}
+        for field, (path, read) in CONNECT_FIELDS.items():
+            *parents, name = path.split(".")
+            value = params
+            for parent in parents:
+                value = optional(value, parent, dict) or {}
+            item = read(value, name)
+            if item is not None:
+                found[field] = item
+        return cls(**found)
 
     def to_json(self) -> JsonObject:
-        client = {
-            "id": self.client_id,
-            "displayName": self.display_name,
-            "version": self.version,
-            "platform": self.platform,
-            "mode": "headless",
-        }
-        auth: JsonObject = {}
-        if self.device_token:
-            auth["deviceToken"] = self.device_token
-        if self.api_key:
-            auth["api_key"] = self.api_key
-        if self.scram_final:
-            auth["scram"] = {"clientFinal": self.scram_final}
-        ours: JsonObject = {
-            "caps": list(self.capabilities),
-            "commands": list(self.commands),
-        }
-        if self.instance:
-            ours["instance"] = self.instance
-            ours["jobs"] = dict(self.jobs)
-        return {
-            "protocol": {"min": self.min_protocol, "max": self.max_protocol},
-            "client": {name: text for name, text in client.items() if text},
-            "role": self.role,
-            "auth": auth,
-            "extensions": {"moltis": ours},
-        }
+        params: JsonObject = {"client": {"mode": "headless"}, "auth": {}}
+        for field, (path, _) in CONNECT_FIELDS.items():
+            item = getattr(self, field)
+            if item == "" or (field == "jobs" and not self.instance):
+                continue
+            *parents, name = path.split(".")
+            value = params
+            for parent in parents:
+                value = value.setdefault(parent, {})
+            value[name] = encode_value(item)
+        return params
 
     def check_protocol(self) -> None:
         """Raises RpcError PROTOCOL_ERROR unless the peer speaks our version."""
@@ -3962,18 +3900,6 @@ class ConnectParams(Value):
                 f"protocol mismatch: server={PROTOCOL_VERSION}, "
                 f"client={self.min_protocol}-{self.max_protocol}",
             )
-
-
-def _texts(value: JsonObject, name: str) -> tuple[str, ...]:
-    # Bounded, because they are stored and listed.
-    items = (optional(value, name, list) or [])[:MAX_CAPABILITIES]
-    return tuple(printable(i, MAX_CAPABILITIES) for i in items if isinstance(i, str))
-
-
-def _held_jobs(jobs: JsonObject) -> dict[str, int]:
-    if len(jobs) > MAX_HELD:
-        raise RpcError("INVALID_REQUEST", f"jobs names more than {MAX_HELD} jobs")
-    return {check_job_id(job_id): required_offset(jobs, job_id) for job_id in jobs}
 
 
 class Calls:
@@ -4371,6 +4297,14 @@ SEALED_PIPES = hasattr(os, "pipe2")
 RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
+def _is_here(directory: bytes | None) -> bool:
+    """Return whether a child starts in `directory` anyway."""
+    try:
+        return directory is None or os.path.samefile(directory, b".")
+    except OSError:
+        return False
+
+
 def _start_shell(
     command: bytes,
     cwd: bytes | None,
@@ -4412,14 +4346,6 @@ def _start_shell(
     return shell.pid
 
 
-def _is_here(directory: bytes | None) -> bool:
-    """Return whether a child starts in `directory` anyway."""
-    try:
-        return directory is None or os.path.samefile(directory, b".")
-    except OSError:
-        return False
-
-
 def _account_name(user_id: int) -> str:
     import pwd
 
@@ -4439,20 +4365,6 @@ class Survivor(Value):
     def __str__(self) -> str:
         user = _account_name(self.user_id)
         return f"{printable(self.name, 40)} (pid {self.pid}, user {user})"
-
-
-def _group_members(group_id: int) -> list[Survivor]:
-    """Return the live processes of a group; zombies have ended.
-
-    In a container whose PID 1 does not reap orphans, an ended group remains as zombies,
-    and a signal to it succeeds.
-    """
-    every = _processes_in_proc if sys.platform == "linux" else _processes_by_ps
-    return [
-        survivor
-        for survivor, group, state in every()
-        if group == group_id and state not in "ZX"
-    ]
 
 
 def _processes_in_proc() -> Iterator[tuple[Survivor, int, str]]:
@@ -4479,6 +4391,29 @@ def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
             pid, group, state, user_id, name = line.split(None, 4)
             survivor = Survivor(int(pid), os.path.basename(name), int(user_id))
             yield survivor, int(group), state[0]
+
+
+def _group_members(group_id: int) -> list[Survivor]:
+    """Return the live processes of a group; zombies have ended.
+
+    In a container whose PID 1 does not reap orphans, an ended group remains as zombies,
+    and a signal to it succeeds.
+    """
+    every = _processes_in_proc if sys.platform == "linux" else _processes_by_ps
+    return [
+        survivor
+        for survivor, group, state in every()
+        if group == group_id and state not in "ZX"
+    ]
+
+
+def _open_pidfd(pid: int) -> int | None:
+    # Python 3.9, Linux 5.3; a sandbox may still refuse it.
+    pidfd_open = getattr(os, "pidfd_open", None)
+    try:
+        return None if pidfd_open is None else int(pidfd_open(pid))
+    except OSError:
+        return None
 
 
 class ProcessGroup:
@@ -4593,13 +4528,50 @@ class ProcessGroup:
         return True
 
 
-def _open_pidfd(pid: int) -> int | None:
-    # Python 3.9, Linux 5.3; a sandbox may still refuse it.
-    pidfd_open = getattr(os, "pidfd_open", None)
+def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
+    if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
+        time.sleep(seconds)
+        seconds = 0.0
+    return poll.poll(math.ceil(seconds * 1000))
+
+
+def _or_never(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
+
+
+def _signal_name(number: int) -> str:
     try:
-        return None if pidfd_open is None else int(pidfd_open(pid))
-    except OSError:
-        return None
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _working_directory(chosen: str | None, default: str | None) -> bytes | None:
+    # Bytes: the locale of a service may not be UTF-8, and a caller's names are.
+    base = None if default is None else os.fsencode(default)
+    if not chosen or not chosen.strip():
+        return base
+    path = os.path.expanduser(chosen.strip().encode("utf-8", "surrogateescape"))
+    return os.path.join(base or b"", path)
+
+
+def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
+    if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
+        return f"the command cannot be passed to {SHELL}: {error}"
+    if error.errno == errno.E2BIG:
+        return "the command is too long for this system; put it into a file there"
+    if cwd is not None and error.filename == cwd:
+        shown = cwd.decode("utf-8", "replace")
+        return f"cannot use the working directory {shown}: {error.strerror}"
+    return f"cannot start {SHELL}: {error.strerror}"
+
+
+def _bytes_ready(descriptor: int) -> int:
+    import fcntl
+    import termios
+
+    count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
+    return int.from_bytes(count, sys.byteorder)
 
 
 class Command:
@@ -4893,52 +4865,6 @@ class Command:
             if self._wake_end is not None:
                 with contextlib.suppress(BlockingIOError):  # full: it will wake
                     os.write(self._wake_end, b"\0")
-
-
-def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
-    if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
-        time.sleep(seconds)
-        seconds = 0.0
-    return poll.poll(math.ceil(seconds * 1000))
-
-
-def _or_never(seconds: float | None) -> float:
-    return math.inf if seconds is None else seconds
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
-
-
-def _working_directory(chosen: str | None, default: str | None) -> bytes | None:
-    # Bytes: the locale of a service may not be UTF-8, and a caller's names are.
-    base = None if default is None else os.fsencode(default)
-    if not chosen or not chosen.strip():
-        return base
-    path = os.path.expanduser(chosen.strip().encode("utf-8", "surrogateescape"))
-    return os.path.join(base or b"", path)
-
-
-def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
-    if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
-        return f"the command cannot be passed to {SHELL}: {error}"
-    if error.errno == errno.E2BIG:
-        return "the command is too long for this system; put it into a file there"
-    if cwd is not None and error.filename == cwd:
-        shown = cwd.decode("utf-8", "replace")
-        return f"cannot use the working directory {shown}: {error.strerror}"
-    return f"cannot start {SHELL}: {error.strerror}"
-
-
-def _bytes_ready(descriptor: int) -> int:
-    import fcntl
-    import termios
-
-    count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
-    return int.from_bytes(count, sys.byteorder)
 
 
 CONTINUATION = bytes(range(0x80, 0xC0))  # bytes inside a character (RFC 3629)
@@ -7149,10 +7075,15 @@ def list_models(
 CAP_RUN = "system.run"  # Moltis gateways require it
 CAP_LLM = "llm.chat"  # the machine lends its language models
 
-SYSTEM_RUN = "system.run"  # Moltis' names of the works `run`, `which`, ...
+SYSTEM_RUN = "system.run"
 SYSTEM_WHICH = "system.which"
 SYSTEM_PROVIDERS = "system.providers"
-MACHINE_COMMANDS = (SYSTEM_RUN, SYSTEM_WHICH, SYSTEM_PROVIDERS)
+INVOKED_WORKS: Mapping[str, str] = {  # works by Moltis' names of them
+    SYSTEM_RUN: "run",
+    SYSTEM_WHICH: "which",
+    SYSTEM_PROVIDERS: "providers",
+}
+MACHINE_COMMANDS = tuple(INVOKED_WORKS)
 MACHINE_CAPABILITIES = (CAP_RUN, CAP_SCRAM, CAP_JOBS)
 
 MAX_RUNNING = 16  # commands side by side
@@ -7218,6 +7149,36 @@ SHELL_MARKS = r"[;&|`<>\n\r'\"\\#]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
 PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
 
 
+def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
+    if len(unit) > 1:
+        import fnmatch
+
+        return not is_mark and fnmatch.fnmatchcase(character, unit)
+    return unit == character or (unit == "?" and not is_mark)
+
+
+def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
+    """Return whether a pattern, in its units, matches `text`.
+
+    It takes no longer than one length times the other, whatever a stranger sends.
+    """
+    place = at = 0
+    star: tuple[int, int] | None = None  # after the last `*`, and the text after it
+    while at < len(text):
+        unit = pattern[place] if place < len(pattern) else ""
+        if unit == "*":
+            place += 1
+            star = (place, at)
+        elif _unit_matches(unit, text[at], at in marks):
+            place, at = place + 1, at + 1
+        elif star is not None and star[1] not in marks:
+            star = (star[0], star[1] + 1)  # the `*` takes one character more
+            place, at = star
+        else:
+            return False
+    return all(unit == "*" for unit in pattern[place:])
+
+
 class AllowedCommands:
     """The commands and works that this machine's owner allows.
 
@@ -7249,36 +7210,6 @@ class AllowedCommands:
 
     def allows_work(self, work: str) -> bool:
         return work in self._names
-
-
-def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
-    """Return whether a pattern, in its units, matches `text`.
-
-    It takes no longer than one length times the other, whatever a stranger sends.
-    """
-    place = at = 0
-    star: tuple[int, int] | None = None  # after the last `*`, and the text after it
-    while at < len(text):
-        unit = pattern[place] if place < len(pattern) else ""
-        if unit == "*":
-            place += 1
-            star = (place, at)
-        elif _unit_matches(unit, text[at], at in marks):
-            place, at = place + 1, at + 1
-        elif star is not None and star[1] not in marks:
-            star = (star[0], star[1] + 1)  # the `*` takes one character more
-            place, at = star
-        else:
-            return False
-    return all(unit == "*" for unit in pattern[place:])
-
-
-def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
-    if len(unit) > 1:
-        import fnmatch
-
-        return not is_mark and fnmatch.fnmatchcase(character, unit)
-    return unit == character or (unit == "?" and not is_mark)
 
 
 class MachineOptions(Value):
@@ -7890,25 +7821,33 @@ class Machine:
 # Uses: Settings, WebSocket frames, WebSocket connections, TLS, SCRAM, Wire protocol,
 #       Commands, Telemetry, Machine
 #
-# A machine's connection to its gateway: dial, authenticate, serve, reconnect, resume.
-# Machine carries out the jobs; Node service starts the node on boot.
+# A node's connection to its gateway: dial, authenticate, serve, reconnect, resume.
+# Machine runs the jobs; Node service starts the node on boot.
 # ==============================================================================
 
-# Refusals that pass: the gateway starts or stops, or its disk is full.
+# Temporary refusals: the gateway starts or stops, or its disk is full.
 PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LIMITED")
 
 MAX_COLLECTED = 200 * 1024  # bytes of a stream in one answer to a Moltis gateway
 ENVELOPE_ROOM = 1024  # bytes of a frame that are left for its envelope
 RESEND_PAUSE = 0.2  # s; a Moltis gateway registers an invoke after sending it
-MOLTIS_PATIENCE = 5.0  # s that a Moltis gateway waits for an answer at least
-MOLTIS_MARGIN = 0.5  # s of it that are left for the way
+MOLTIS_PATIENCE = 5.0  # s; the shortest wait of a Moltis gateway for an answer
+MOLTIS_MARGIN = 0.5  # s of it for the transmission
 
-# Called with whether the node is connected now, and if not, why.
+# Called with whether the node is connected, and the problem if it is not.
 NodeStateHandler: TypeAlias = "Callable[[bool, UserError | None], None]"
 
 
+def _jobs_extension(hello: JsonObject) -> JsonObject | None:
+    """Return the offsets to send from, by job; None from a Moltis gateway."""
+    extensions = optional(hello, "extensions", dict) or {}
+    ours = optional(extensions, "moltis", dict) or {}
+    jobs: JsonObject | None = optional(ours, "jobs", dict)
+    return jobs
+
+
 class _LogSource(Value):
-    """A source of an Outlet: one log, over one connection."""
+    """One log as a source of the Outlet of one connection."""
 
     link: GatewayLink
     log: JobLog
@@ -7925,7 +7864,7 @@ class GatewayLink:
         self._machine = machine
         self._calls = Calls(ws.send)
         self._outlet = Outlet(ws)
-        self._lock = threading.Lock()  # guards _closed; held while a log is taken
+        self._lock = threading.Lock()  # guards _closed; held by take(): see close()
         self._closed = False
         self._handlers: Mapping[str, Callable[[JsonObject], None]] = {
             JOB_START: self._on_start,
@@ -7935,9 +7874,8 @@ class GatewayLink:
         }
 
     def resume(self, hello: JsonObject) -> None:
-        """Go on where the last connection stopped.  Raises RpcError."""
-        ours = _extension(hello) or {}
-        jobs = required(ours, "jobs", dict)
+        """Continue where the last connection stopped.  Raises RpcError."""
+        jobs = _jobs_extension(hello) or {}
         self._machine.resume({job_id: required_offset(jobs, job_id) for job_id in jobs})
 
     def report(self, payload: JsonObject) -> None:
@@ -7962,11 +7900,11 @@ class GatewayLink:
             log.warning("message from the gateway skipped: %s", error)
 
     def run_due(self) -> float | None:
-        """Do what is due; return the seconds until something is, None for never."""
+        """Do the work that is due; return the seconds until the next, None for never."""
         return None
 
     def close(self, error: MoltisError) -> None:
-        """Take nothing more from any log: the next connection does."""
+        """Fail open calls; take no more from the logs, which the next link resumes."""
         with self._lock:
             self._closed = True
         self._calls.close(error)
@@ -7993,7 +7931,7 @@ class GatewayLink:
             return None if self._closed else log.take()
 
     def _send_event(self, name: str, payload: JsonObject) -> None:
-        with contextlib.suppress(ConnectionClosed):  # resume() reports it again
+        with contextlib.suppress(ConnectionClosed):  # Machine.resume() reports again
             self._ws.send(encode_envelope(Event(name, payload)))
 
     def _on_start(self, payload: JsonObject) -> None:
@@ -8016,31 +7954,6 @@ class GatewayLink:
         )
 
 
-def _extension(hello: JsonObject) -> JsonObject | None:
-    """Return our part of a hello, with `jobs`; None from a Moltis gateway."""
-    extensions = optional(hello, "extensions", dict) or {}
-    ours: JsonObject = optional(extensions, "moltis", dict) or {}
-    return ours if "jobs" in ours else None
-
-
-class _MoltisAnswer:
-    """The answer to one request of a Moltis gateway, as it is collected."""
-
-    def __init__(self, work: str, deadline: Deadline) -> None:
-        self.work = work
-        self.deadline = deadline  # then the gateway stops waiting
-        self.output = {kind: Excerpt(MAX_COLLECTED) for kind in STREAMS}
-
-    def result(self, ending: Ending) -> JsonObject:
-        """Return the result in Moltis' form, cut to MAX_PAYLOAD."""
-        result = moltis_result(self.work, ending, self.output)
-        if "exitCode" not in result:
-            return result
-        # All that such a gateway passes on to its caller is the output.
-        ended = ending.state == JobState.DONE
-        return _fit_result(result, "" if ended else f"\n[moltis: {ending.words()}]\n")
-
-
 def _fit_result(result: JsonObject, words: str) -> JsonObject:
     """Return `result` with `words` after stderr, its output cut to MAX_PAYLOAD."""
     room = MAX_COLLECTED
@@ -8053,29 +7966,40 @@ def _fit_result(result: JsonObject, words: str) -> JsonObject:
         room //= 2
 
 
+class _MoltisAnswer:
+    """Collects a job's log into the answer to one request of a Moltis gateway."""
+
+    def __init__(self, work: str, deadline: Deadline) -> None:
+        self.work = work
+        self.deadline = deadline  # of the gateway's wait
+        self.output = {kind: Excerpt(MAX_COLLECTED) for kind in STREAMS}
+
+    def result(self, ending: Ending) -> JsonObject:
+        """Return the result in Moltis' form, cut to MAX_PAYLOAD."""
+        result = moltis_result(self.work, ending, self.output)
+        if "exitCode" not in result:
+            return result
+        # Such a gateway passes nothing but the output to its caller.
+        ended = ending.state == JobState.DONE
+        return _fit_result(result, "" if ended else f"\n[moltis: {ending.words()}]\n")
+
+
 class MoltisGatewayLink(GatewayLink):
-    """The same to a Moltis gateway, which wants one answer to each request.
+    """A connection to a Moltis gateway, which gets one answer to each request.
 
-    It reads each log to its ending and makes one `node.invoke.result` of it.
+    It turns each log into one `node.invoke.result`.
     """
-
-    WORKS: Mapping[str, str] = {
-        SYSTEM_RUN: "run",
-        SYSTEM_WHICH: "which",
-        SYSTEM_PROVIDERS: "providers",
-    }
 
     def __init__(self, ws: WebSocket, machine: Machine) -> None:
         super().__init__(ws, machine)
         self._handlers = {INVOKE_REQUEST: self._on_request}
-        self._answers: dict[
-            str, _MoltisAnswer
-        ] = {}  # not sent yet, by job; under _lock
-        # For the thread that receives: results to send once more, and when.
+        # By job; guarded by _lock.
+        self._answers: dict[str, _MoltisAnswer] = {}
+        # Refused results, with the time to resend them; for the thread that receives.
         self._again: list[tuple[Deadline, JsonObject]] = []
 
     def resume(self, _hello: JsonObject) -> None:
-        """Let earlier jobs run to their end unread: their gateway has given them up."""
+        """Run earlier jobs to their end, unread: the gateway has given them up."""
         self._machine.resume(self._machine.held())
 
     def place(self, job_id: str, place: int) -> None: ...
@@ -8096,7 +8020,7 @@ class MoltisGatewayLink(GatewayLink):
             taken = self._take(log)
             if taken is None and log.ending is not None:
                 self._answer(log.job_id, log.ending)
-            # Acknowledged after its answer was sent: close() waits for that.
+            # After the answer was sent: NodeAgent.close() waits for this.
             self._machine.acknowledge(log.job_id, offset + len(data))
         return None
 
@@ -8125,10 +8049,10 @@ class MoltisGatewayLink(GatewayLink):
         patience = None
         if isinstance(timeout_ms, (int, float)):
             patience = max(timeout_ms / 1000, MOLTIS_PATIENCE) - MOLTIS_MARGIN
-        work = self.WORKS.get(command, command)
+        work = INVOKED_WORKS.get(command, command)
         with self._lock:
             if job_id in self._answers:
-                return  # it was asked for twice, and is answered once
+                return  # requested twice, answered once
             self._answers[job_id] = _MoltisAnswer(work, Deadline(patience))
         self._machine.start(job_id, work, {**args, "stdin": False})
 
@@ -8136,7 +8060,7 @@ class MoltisGatewayLink(GatewayLink):
         with self._lock:
             answer = self._answers.pop(job_id, None)
         if answer is None:
-            return  # it was late, or asked for over another connection
+            return  # answered at its deadline, or requested over another connection
         params = {"invokeId": job_id, "result": answer.result(ending)}
         with contextlib.suppress(ConnectionClosed):
             sent = self._calls.start(INVOKE_RESULT, params)
@@ -8145,13 +8069,13 @@ class MoltisGatewayLink(GatewayLink):
     def _on_refusal(self, params: JsonObject, sent: Future[Any]) -> None:
         error = sent.exception()
         if isinstance(error, RpcError):
-            log.warning("result not taken job=%s: %s", params["invokeId"], error)
+            log.warning("result refused job=%s: %s", params["invokeId"], error)
             if "no pending invoke" in error.message:
                 self._again.append((Deadline(RESEND_PAUSE), params))
 
 
 def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
-    """Return the payload of the answer to one request, before anything else is obeyed.
+    """Return the payload of the answer to one request; skip all other messages.
 
     Raises RpcError as the gateway says, ConnectionClosed, or TimeoutError.
     """
@@ -8171,10 +8095,13 @@ def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
             return envelope.payload
 
 
-def _channel_binding(ws: WebSocket) -> bytes | None:
-    """Return SCRAM's binding to the gateway's certificate, or None without TLS."""
+def _tls_pin(ws: WebSocket) -> str | None:
+    """Return the pin of the gateway's TLS key; None without TLS, or if unreadable."""
     certificate = ws.peer_certificate()
-    return None if certificate is None else tls_server_end_point(certificate)
+    try:
+        return None if certificate is None else parse_certificate(certificate).pin
+    except ValueError:
+        return None
 
 
 def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
@@ -8186,12 +8113,12 @@ def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
             raise
         raise RpcError(
             error.code,
-            f"{error.message}; a gateway of the original Moltis wants --auth bearer",
+            f"{error.message}; for a gateway of the original Moltis use --auth bearer",
         ) from error
 
 
 class NodeAgent:
-    """A node's life: connected to its gateway, or on the way there."""
+    """Keeps a node connected to its gateway, until close()."""
 
     def __init__(
         self,
@@ -8206,7 +8133,9 @@ class NodeAgent:
         self._on_state = on_state
         self._backoff = Backoff()
         self._stopped = threading.Event()
-        self._leaves = False  # a connection that is made from now on is closed at once
+        self._leaves = False  # new connections are closed at once
+        # TLS key of the last gateway that proved itself; None without TLS.
+        self._proved_pin: str | None = None
         # The current connection, for other threads; replaced as a whole.
         self._serving: tuple[GatewayLink, WebSocket] | None = None
 
@@ -8224,7 +8153,7 @@ class NodeAgent:
                     raise
                 problem = error
             except Exception as error:
-                # Whatever it is: a node that ends is out of reach for good.
+                # A node that ends cannot be reached any more.
                 log.exception("could not connect")
                 problem = UserError(f"could not connect: {error}")
             else:
@@ -8244,7 +8173,7 @@ class NodeAgent:
         """End running commands, report them, and disconnect; run() returns."""
         self._stopped.set()
         self._machine.close()
-        # Set before the look: a connection that is made just now is closed by run().
+        # Set before the read of _serving: _serve() closes a newer connection.
         self._leaves = True
         serving = self._serving
         if serving is not None:
@@ -8252,7 +8181,7 @@ class NodeAgent:
             serving[1].close(CloseCode.GOING_AWAY, "the node stops")
 
     def report(self) -> None:
-        """Send telemetry now, from any thread; nothing while not connected."""
+        """Send telemetry now, if connected; from any thread."""
         serving = self._serving
         if serving is not None:
             with contextlib.suppress(ConnectionClosed):
@@ -8261,25 +8190,28 @@ class NodeAgent:
     def _dial(self) -> tuple[WebSocket, JsonObject]:
         """Return a connection and the gateway's hello.
 
-        Raises Unreachable, Refused, BadConfiguration: one line that says why.
+        Raises Unreachable, Refused, BadConfiguration, each with one line for people.
         """
         url = self._settings.gateway_url
-        # SCRAM binds to the certificate, whoever made it; a bearer token would go to
-        # whoever shows one.
+        # SCRAM binds to any certificate; a bearer token needs a CA to vouch for it.
         ws = connect(url, TlsTrust(bound=self._settings.auth != "bearer"))
         try:
-            return ws, self._authenticate(ws)
+            hello = self._authenticate(ws)
+            self._proved_pin = _tls_pin(ws)
+            return ws, hello
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
-            if error.code == "UNAUTHORIZED":
-                self._machine.resume({})  # the token was revoked: nothing goes on
+            if error.code == "UNAUTHORIZED" and self._proved_pin is not None:
+                # Without TLS, any process on the port of a stopped gateway says so.
+                if _tls_pin(ws) == self._proved_pin:
+                    self._machine.resume({})
             kind = Unreachable if error.code in PASSING_CODES else Refused
             raise kind(f"{url} refused this node: {error.message}") from error
         except AuthenticationError as error:
             ws.abort()
             raise Refused(
-                f"{url} did not prove that it knows this node's token ({error}): "
-                "this is what an impostor looks like; check the address and the token"
+                f"{url} did not prove that it knows this node's token ({error}); it "
+                "may be an impostor: check the address and the token"
             ) from error
         except (ConnectionClosed, TimeoutError) as error:
             ws.abort()
@@ -8288,7 +8220,7 @@ class NodeAgent:
             ) from error
 
     def _authenticate(self, ws: WebSocket) -> JsonObject:
-        """Return the hello-ok payload, after the gateway has proved itself."""
+        """Return the hello-ok payload, once the gateway has proved itself."""
         asked = ConnectParams(
             role="node",
             client_id=self._settings.node_id,
@@ -8304,7 +8236,9 @@ class NodeAgent:
         if self._settings.auth == "bearer":
             params = asked.replace(device_token=token)
             return _exchange(ws, "connect", params.to_json())
-        scram = ScramClient(device_handle(token), token, _channel_binding(ws))
+        certificate = ws.peer_certificate()
+        binding = None if certificate is None else tls_server_end_point(certificate)
+        scram = ScramClient(device_handle(token), token, binding)
         first = _first_step(ws, scram)
         final = scram.final(required(first, "serverFirst", str))
         params = asked.replace(scram_final=final)
@@ -8318,8 +8252,8 @@ class NodeAgent:
         return hello
 
     def _serve(self, ws: WebSocket, hello: JsonObject) -> UserError:
-        """Serve one connection to its end; return why it ended."""
-        moltis = _extension(hello) is None
+        """Serve one connection to its end; return the reason of the end."""
+        moltis = _jobs_extension(hello) is None
         link = (MoltisGatewayLink if moltis else GatewayLink)(ws, self._machine)
         self._serving = (link, ws)
         self._backoff.reset()
@@ -8334,6 +8268,8 @@ class NodeAgent:
             problem = "the gateway closed the connection"
         except ConnectionClosed as error:
             problem = f"the connection to {self._settings.gateway_url} broke: {error}"
+            if error.reason == TOKEN_REVOKED:
+                self._machine.resume({})
         except Exception as error:
             log.exception("connection failed")
             problem = f"the connection failed inside this node: {error}"
@@ -8345,7 +8281,7 @@ class NodeAgent:
         return Unreachable(problem)
 
     def _receive(self, link: GatewayLink, ws: WebSocket) -> None:
-        """Handle what arrives until a clean close, and report in between.
+        """Handle messages and send telemetry until a clean close.
 
         Raises ConnectionClosed.
         """
@@ -12033,12 +11969,13 @@ class Jobs:
         job = self._of_node(link.node_id, job_id)
         if job is None:
             return  # settled, and the node has been told
-        if offset + len(data) > job.acknowledged + LOG_WINDOW + MAX_LOG_MESSAGE:
+        end = offset + len(data)
+        # The one answer of a Moltis node is here already, and bounded.
+        if link.resumes and end > job.acknowledged + LOG_WINDOW + MAX_LOG_MESSAGE:
             raise RpcError(
                 "PROTOCOL_ERROR", f"{job_id}: more than a window is not acknowledged"
             )
         ending = check_frames(data)
-        end = offset + len(data)
         if job.log_end is not None and end > job.log_end:
             raise RpcError("PROTOCOL_ERROR", "frames follow the ending")
         job.log.append(offset, data)
@@ -13358,15 +13295,20 @@ class HeldJob:
 
         Raises ModelError if a part of the log is missing.
         """
-        ended = not self.job.record.is_open  # all bytes are in the log before that
-        start, data = self.job.log.read(self.position)
-        if start > self.position:
-            raise ModelError(f"{self.job.record.node_name} lost a part of its answer")
-        if not data:
-            return None if ended else b""
-        self.position = start + len(data)
-        self._jobs.acknowledge(self.job)
-        return b"".join(piece for kind, piece in log_frames(data) if kind == STDOUT)
+        output = b""
+        while not output:
+            ended = not self.job.record.is_open  # all bytes are in the log before that
+            start, data = self.job.log.read(self.position)
+            if start > self.position:
+                name = self.job.record.node_name
+                raise ModelError(f"{name} lost a part of its answer")
+            if not data:
+                return None if ended else b""
+            self.position = start + len(data)
+            self._jobs.acknowledge(self.job)
+            pieces = (piece for kind, piece in log_frames(data) if kind == STDOUT)
+            output = b"".join(pieces)
+        return output
 
     def close(self) -> None:
         """Leave the job; one that has not ended is cancelled."""
@@ -14592,8 +14534,8 @@ class Chats:
 
 # ==============================================================================
 # Gateway
-# Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Machine, Store,
-#       Access, Fleet, Jobs, Agent, Model directory, Chat
+# Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Commands,
+#       Machine, Store, Access, Fleet, Jobs, Agent, Model directory, Chat
 #
 # What peers may ask of the gateway, and what it sends them: RPC methods in one table,
 # events to subscribers, jobs between operators and nodes.  A peer's role comes from
@@ -14650,6 +14592,26 @@ def answer_request(
 # --- Operators ---
 
 
+def _takes_input(record: JobRecord) -> bool:
+    return bool(record.spec and (record.spec.get("stdin") or record.spec.get("tty")))
+
+
+STATE_FIELDS = ("id", "state", "words", "failed", "place", "awayMs", "end")
+ENDING_FIELDS = (
+    *("state", "exitCode", "signal", "reason", "stdoutBytes", "stderrBytes"),
+    *("startedAt", "duration"),
+)
+
+
+def job_state(job: Job) -> JsonObject:
+    """Return the payload of the event `job.state`."""
+    view = job_view(job)
+    state = {name: view[name] for name in STATE_FIELDS if name in view}
+    if not job.record.is_open:
+        state["ending"] = {n: view[n] for n in ENDING_FIELDS if n in view}
+    return state
+
+
 class ClientFollower:
     """A job's log on its way to one client: as fast as its connection drains."""
 
@@ -14661,13 +14623,19 @@ class ClientFollower:
         on_done: Callable[[ClientFollower], None],
         *,
         holds: bool,
+        newest: int | None = None,
     ) -> None:
-        """`on_done` is called once the client knows all of what it watches."""
+        """`on_done` is called once the client knows all of what it watches.
+
+        `newest`: bytes; a watcher that falls behind by several times as many gets only
+        that much of the end.
+        """
         self.job = job
         self.position = offset  # the client has read all before it
         self.holds = holds
         self._outlet = outlet
         self._on_done = on_done
+        self._newest = newest
         self._is_open = False
         self._sent = offset
         self._state: object = None  # as the client knows it
@@ -14709,6 +14677,9 @@ class ClientFollower:
             return encode_envelope(Event(JOB_INPUT, payload))
         # Before the log is read: an ending follows all bytes.
         state = (record.state, job.place, job.away_since is not None)
+        newest = self._newest
+        if newest is not None and job.log.end - self._sent > 4 * newest:
+            self._sent = job.log.tail(newest)
         start, data = job.log.read(self._sent, MAX_LOG_MESSAGE)
         if data:
             self._sent = start + len(data)
@@ -14723,26 +14694,6 @@ class ClientFollower:
         if self.is_done:
             self._on_done(self)
         return encode_envelope(Event(JOB_STATE, job_state(job)))
-
-
-def _takes_input(record: JobRecord) -> bool:
-    return bool(record.spec and (record.spec.get("stdin") or record.spec.get("tty")))
-
-
-STATE_FIELDS = ("id", "state", "words", "failed", "place", "awayMs", "end")
-ENDING_FIELDS = (
-    *("state", "exitCode", "signal", "reason", "stdoutBytes", "stderrBytes"),
-    *("startedAt", "duration"),
-)
-
-
-def job_state(job: Job) -> JsonObject:
-    """Return the payload of the event `job.state`."""
-    view = job_view(job)
-    state = {name: view[name] for name in STATE_FIELDS if name in view}
-    if not job.record.is_open:
-        state["ending"] = {n: view[n] for n in ENDING_FIELDS if n in view}
-    return state
 
 
 class OperatorPeer:
@@ -14793,14 +14744,18 @@ class OperatorPeer:
                 "RATE_LIMITED", f"a connection follows at most {MAX_FOLLOWED} jobs"
             )
 
-    def follow(self, job: Job, offset: int, *, holds: bool) -> int:
+    def follow(
+        self, job: Job, offset: int, *, holds: bool, newest: int | None = None
+    ) -> int:
         """Send the job's log from `offset` on, or from what is left of it.
 
         Returns where it begins.
         """
         self.unfollow(job.id, leaves=False)
         start = job.log.boundary(max(offset, job.log.begin))
-        follower = ClientFollower(job, self._outlet, start, self._drop, holds=holds)
+        follower = ClientFollower(
+            job, self._outlet, start, self._drop, holds=holds, newest=newest
+        )
         with self._lock:
             self._followers[job.id] = follower
         self._unopened.append(follower)
@@ -14921,6 +14876,27 @@ class Optional(Value):
     default: Any = None
 
 
+def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
+    """Raises RpcError INVALID_REQUEST, which names the parameter."""
+    if isinstance(kind, Optional):
+        if call.params.get(name) is None:
+            return kind.default
+        kind = kind.kind
+    if kind is RpcCall:
+        return call
+    if kind is Caller:
+        return call.caller
+    if kind is OperatorPeer:
+        return call.require_peer()
+    if not isinstance(kind, type):
+        return kind(call.params, name)
+    value = required(call.params, name, kind)
+    # Neither the store nor the timeout of a thread takes more.
+    if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
+        raise RpcError("INVALID_REQUEST", f"{name} is out of range")
+    return value
+
+
 class Method:
     """An action with the scope it needs, and its parameters by their JSON names."""
 
@@ -14945,41 +14921,24 @@ class Method:
         return {} if payload is None else payload
 
 
-def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
-    """Raises RpcError INVALID_REQUEST, which names the parameter."""
-    if isinstance(kind, Optional):
-        if call.params.get(name) is None:
-            return kind.default
-        kind = kind.kind
-    if kind is RpcCall:
-        return call
-    if kind is Caller:
-        return call.caller
-    if kind is OperatorPeer:
-        return call.require_peer()
-    if not isinstance(kind, type):
-        return kind(call.params, name)
-    value = required(call.params, name, kind)
-    # Neither the store nor the timeout of a thread takes more.
-    if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
-        raise RpcError("INVALID_REQUEST", f"{name} is out of range")
-    return value
-
-
 def required_id(params: JsonObject, _name: str) -> str:
     """Return the `id` of a job.  Raises RpcError."""
     job_id: str = required(params, "id", str)
     return job_id
 
 
-def required_wait(params: JsonObject, name: str) -> float:
-    """Return the seconds for which an answer may wait.  Raises RpcError."""
-    wait: float = required(params, name, float)
-    if not 0 <= wait <= MAX_WAIT:
-        raise RpcError(
-            "INVALID_REQUEST", f"{name} takes 0 to {MAX_WAIT:.0f} s, not {wait:g}"
-        )
-    return wait
+def seconds(limit: float) -> Kind:
+    """Return the kind of a parameter that is a time of at most `limit` s."""
+
+    def check(params: JsonObject, name: str) -> float:
+        value: float = required(params, name, float)
+        if not 0 <= value <= limit:
+            raise RpcError(
+                "INVALID_REQUEST", f"{name} takes 0 to {limit:.0f} s, not {value:g}"
+            )
+        return value
+
+    return check
 
 
 def required_texts(params: JsonObject, name: str) -> list[str]:
@@ -15098,7 +15057,7 @@ class NodeMethods:
         # Under whichever id: it may be connecting now, or may have connected twice.
         for node in self._fleet.all_connected():
             if node.device_id == device.id:
-                node.link.hang_up("the token was revoked")
+                node.link.hang_up(TOKEN_REVOKED)
 
 
 def invoke_result(job: Job) -> JsonObject:
@@ -15141,11 +15100,8 @@ def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
     return pieces
 
 
-INVOKED_WORKS: Mapping[str, str] = {
-    SYSTEM_RUN: "run",
-    SYSTEM_WHICH: "which",
-    SYSTEM_PROVIDERS: "providers",
-}
+def caller_origin(caller: Caller) -> Origin:
+    return Origin(caller.kind, caller.id, caller.name, caller.address)
 
 
 class JobMethods:
@@ -15176,8 +15132,6 @@ class JobMethods:
         kept = not hold if keep is None else keep
         if not (kept or hold):
             raise RpcError("INVALID_REQUEST", "a job needs keep or hold")
-        if not 0 <= queue <= MAX_QUEUE:
-            raise RpcError("INVALID_REQUEST", f"queue takes 0 to {MAX_QUEUE:.0f} s")
         records = [
             new_job(
                 self._fleet.resolve(required(item, "node", str)),
@@ -15208,15 +15162,21 @@ class JobMethods:
         job: Job,
         offset: int,
         tail: int | None,
+        skip: bool,
         hold: bool,
     ) -> JsonObject:
-        """Send the log from `offset` on; of what is there, at most the last `tail`."""
+        """Send the log from `offset` on; of what is there, at most the last `tail`.
+
+        `skip`: also later, if the client falls behind by several times as much.
+        """
         if hold:
             peer.caller.require(Scope.WRITE)
         peer.check_room(1)
         if tail is not None:
             offset = max(offset, job.log.tail(tail))
-        return {"job": job_view(job), "offset": peer.follow(job, offset, holds=hold)}
+        newest = tail if skip and not hold else None
+        start = peer.follow(job, offset, holds=hold, newest=newest)
+        return {"job": job_view(job), "offset": start}
 
     def unfollow(self, peer: OperatorPeer, job_id: str, leave: bool) -> None:
         peer.unfollow(job_id, leaves=leave)
@@ -15279,10 +15239,6 @@ class JobMethods:
         return mapped(self._jobs.ended(job, None), invoke_result)
 
 
-def caller_origin(caller: Caller) -> Origin:
-    return Origin(caller.kind, caller.id, caller.name, caller.address)
-
-
 class ChatMethods:
     """What operators may do in sessions."""
 
@@ -15341,6 +15297,10 @@ def session_label(params: JsonObject, name: str) -> str:
     return valid_name(label) if label.strip() else ""
 
 
+def _key_view(key: OperatorKey) -> JsonObject:
+    return {**key.to_json(), "keyId": key.id}
+
+
 class AccessMethods:
     """What administrators may do about operators: keys, sign-ins, the audit."""
 
@@ -15391,8 +15351,14 @@ class AccessMethods:
         return [{**entry.to_json(), "words": entry.words()} for entry in entries]
 
 
-def _key_view(key: OperatorKey) -> JsonObject:
-    return {**key.to_json(), "keyId": key.id}
+def _known_events(names: list[str]) -> set[str]:
+    for name in names:
+        if name not in EVENTS:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"there is no event {name[:100]!r}; there is {', '.join(EVENTS)}",
+            )
+    return set(names)
 
 
 def subscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
@@ -15405,16 +15371,6 @@ def unsubscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
     """Send the caller these events no longer.  Raises RpcError."""
     peer.events -= _known_events(events)
     return {"subscriptionId": peer.id, "events": sorted(peer.events)}
-
-
-def _known_events(names: list[str]) -> set[str]:
-    for name in names:
-        if name not in EVENTS:
-            raise RpcError(
-                "INVALID_REQUEST",
-                f"there is no event {name[:100]!r}; there is {', '.join(EVENTS)}",
-            )
-    return set(names)
 
 
 class Rpc:
@@ -15470,7 +15426,7 @@ class Rpc:
                 spec=dict,
                 keep=Optional(bool),
                 hold=flag,
-                queue=Optional(float, 0.0),
+                queue=Optional(seconds(MAX_QUEUE), 0.0),
             ),
             "job.follow": Method(
                 *(jobs.follow, read),
@@ -15478,6 +15434,7 @@ class Rpc:
                 job=jobs.job,
                 offset=offset,
                 tail=Optional(required_offset),
+                skip=flag,
                 hold=flag,
             ),
             "job.unfollow": Method(
@@ -15493,11 +15450,11 @@ class Rpc:
                 *(jobs.read, read),
                 job=jobs.job,
                 offset=offset,
-                wait=Optional(required_wait, 0.0),
+                wait=Optional(seconds(MAX_WAIT), 0.0),
                 encoding=Optional(one_of("text", "base64"), "text"),
             ),
             "job.wait": Method(
-                jobs.wait, read, job=jobs.job, wait=Optional(required_wait, 30.0)
+                jobs.wait, read, job=jobs.job, wait=Optional(seconds(MAX_WAIT), 30.0)
             ),
             "job.list": Method(
                 *(jobs.page, read),
@@ -15690,101 +15647,32 @@ MOLTIS_TIMEOUT = "command timed out after"  # how such a node says so
 MOLTIS_GRACE = 60.0  # s beyond a command's timeout; then its silence counts again
 
 
-def answer_log(work: str, result: JsonObject, started_at: int | None) -> bytes:
-    """Return a node's one answer as the log of its job."""
-    if work != "run":
-        problem = result.get("error")
-        if problem is None:
-            ending = Ending(JobState.DONE, result=result)
-        else:
-            ending = Ending(JobState.FAILED, reason=str(problem))
-        return _ending_frame(ending)
-    try:
-        ending, stdout, stderr = _run_answer(result)
-    except RpcError as error:
-        problem = f"the node sent a result that makes no sense: {error}"
-        ending, stdout, stderr = Ending(JobState.FAILED, reason=problem), b"", b""
-    frames = [
-        encode_log_frame(kind, data[start : start + MAX_FRAME_DATA])
-        for kind, data in ((STDOUT, stdout), (STDERR, stderr))
-        for start in range(0, len(data), MAX_FRAME_DATA)
-    ]
-    duration = None if started_at is None else (now_ms() - started_at) / 1000
-    ending = ending.replace(
-        stdout_bytes=len(stdout),
-        stderr_bytes=len(stderr),
-        started_at=started_at,
-        duration=None if duration is None else max(0.0, duration),
-    )
-    return b"".join([*frames, _ending_frame(ending)])
+def moltis_ending(work: str, result: JsonObject) -> Ending:
+    """Return how a job ended for which a node sent this one answer.
 
-
-def _run_answer(result: JsonObject) -> tuple[Ending, bytes, bytes]:
-    """Return ending, stdout and stderr of a command.  Raises RpcError."""
-    stdout, stderr = (
-        (optional(result, name, str) or "").encode("utf-8", "replace")
-        for name in ("stdout", "stderr")
-    )
+    Raises RpcError for an answer that makes no sense.
+    """
     problem = result.get("error")
     if problem is not None:
-        state = JobState.FAILED
-        if str(problem).startswith(MOLTIS_TIMEOUT):
-            state = JobState.TIMED_OUT
-        return Ending(state, reason=clip(str(problem), MAX_REASON)), stdout, stderr
-    code = required(result, "exitCode", int)
-    if not -(2**31) <= code < 2**32:  # Windows has exit codes of 32 bits
-        code = -1
+        timed_out = str(problem).startswith(MOLTIS_TIMEOUT)
+        state = JobState.TIMED_OUT if timed_out else JobState.FAILED
+        return Ending(state, reason=clip(str(problem), MAX_REASON))
+    if work != "run":
+        return Ending(JobState.DONE, result=result)
     state = JobState.DONE
     if result.get("timedOut"):
         state = JobState.TIMED_OUT
     elif result.get("cancelled"):
         state = JobState.CANCELLED
-    number = result.get("signal")
-    name = number if isinstance(number, str) else None
-    if isinstance(number, int):
+    name = result.get("signal")
+    if isinstance(name, int):
         with contextlib.suppress(ValueError):
-            name = signal.Signals(number).name
-    return Ending(state, None if name else code, name), stdout, stderr
-
-
-def _ending_frame(ending: Ending) -> bytes:
-    return encode_log_frame(ENDING, to_json(ending).encode("utf-8", "replace"))
-
-
-class MoltisAnswer:
-    """The one answer of a Moltis node, kept as a log until it is acknowledged."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._lock = threading.Lock()  # guards all below
-        self._sent = self._acknowledged = 0
-        self._sending = False
-
-    def acknowledge(self, offset: int) -> bool:
-        """Return whether all of it is acknowledged."""
-        with self._lock:
-            self._acknowledged = max(self._acknowledged, offset)
-            return self._acknowledged >= len(self._data)
-
-    def send(self, take: Callable[[int, bytes], None]) -> None:
-        """Give `take` what the window has room for.
-
-        It acknowledges meanwhile, which calls this again: that goes on here.
-        """
-        while True:
-            with self._lock:
-                start = self._sent
-                room = self._acknowledged + LOG_WINDOW - start
-                size = whole_frames(self._data[start : start + MAX_LOG_MESSAGE])
-                if self._sending or not 0 < size <= room:
-                    return
-                self._sent += size
-                self._sending = True
-            try:
-                take(start, self._data[start : start + size])
-            finally:
-                with self._lock:
-                    self._sending = False
+            name = signal.Signals(name).name
+    if isinstance(name, str):
+        return Ending(state, signal=name)
+    code = required(result, "exitCode", int)
+    # Windows has exit codes of 32 bits.
+    return Ending(state, code if -(2**31) <= code < 2**32 else -1)
 
 
 class MoltisPeer(NodePeer):
@@ -15808,7 +15696,6 @@ class MoltisPeer(NodePeer):
         self._asked: dict[str, tuple[str, int]] = {}  # by id: work, when (ms)
         self._running = ""  # the command among them
         self._deadline = Deadline(None)  # of its answer
-        self._answers: dict[str, MoltisAnswer] = {}
 
     def check(self, work: str, spec: JsonObject) -> None:
         problem = ""
@@ -15827,7 +15714,7 @@ class MoltisPeer(NodePeer):
         try:
             self.check(work, spec)  # it was away when it was asked for
         except RpcError as error:
-            self._end(job_id, Ending(JobState.FAILED, reason=error.message))
+            self._end(job_id, Ending(JobState.FAILED, reason=error.message), {})
             return
         with self._lock:
             if work == "run":
@@ -15839,15 +15726,7 @@ class MoltisPeer(NodePeer):
         else:
             self._request(job_id, work, spec)
 
-    def acknowledge(self, job_id: str, offset: int) -> None:
-        with self._lock:
-            answer = self._answers.get(job_id)
-        if answer is None:
-            return
-        if answer.acknowledge(offset):
-            with self._lock:
-                self._answers.pop(job_id, None)
-        self._send(job_id, answer)
+    def acknowledge(self, job_id: str, offset: int) -> None: ...
 
     def check_cancel(self, job_id: str) -> None:
         with self._lock:
@@ -15862,7 +15741,7 @@ class MoltisPeer(NodePeer):
         with self._lock:
             waited = self._line.pop(job_id, None) is not None
         if waited:
-            self._end(job_id, Ending(JobState.CANCELLED))
+            self._end(job_id, Ending(JobState.CANCELLED), {})
             self._advance()
 
     def resize(self, job_id: str, rows: int, cols: int) -> None: ...
@@ -15917,21 +15796,33 @@ class MoltisPeer(NodePeer):
             self._ws.keepalive = not self._asked
         if asked is not None:
             work, started_at = asked
-            self._keep(job_id, answer_log(work, result, started_at))
+            try:
+                ending = moltis_ending(work, result)
+            except RpcError as error:
+                reason = f"the node sent a result that makes no sense: {error}"
+                ending = Ending(JobState.FAILED, reason=reason)
+            duration = max(0, now_ms() - started_at) / 1000
+            ending = ending.replace(started_at=started_at, duration=duration)
+            self._end(job_id, ending, result)
         self._advance()
         return {}
 
-    def _end(self, job_id: str, ending: Ending) -> None:
-        self._keep(job_id, _ending_frame(ending))
-
-    def _keep(self, job_id: str, data: bytes) -> None:
-        answer = MoltisAnswer(data)
-        with self._lock:
-            self._answers[job_id] = answer
-        self._send(job_id, answer)
-
-    def _send(self, job_id: str, answer: MoltisAnswer) -> None:
-        answer.send(partial(self._jobs.on_log, self, job_id))
+    def _end(self, job_id: str, ending: Ending, result: JsonObject) -> None:
+        """Write a job's log: the output in its one answer, and the ending."""
+        frames, counts = [], []
+        for kind, name in STREAMS.items():
+            text = result.get(name)
+            data = text.encode("utf-8", "replace") if isinstance(text, str) else b""
+            counts.append(len(data))
+            for start in range(0, len(data), MAX_FRAME_DATA):
+                frames.append((kind, data[start : start + MAX_FRAME_DATA]))
+        ending = ending.replace(stdout_bytes=counts[0], stderr_bytes=counts[1])
+        frames.append((ENDING, to_json(ending).encode("utf-8", "replace")))
+        offset = 0
+        for frame in frames:
+            data = encode_log_frame(*frame)
+            self._jobs.on_log(self, job_id, offset, data)
+            offset += len(data)
 
     def _take_data(self, message: bytes) -> None: ...
 
@@ -15963,22 +15854,58 @@ class Client(Value):
 class Introduction:
     """The first exchange of a connection, until the peer has proved who it is."""
 
-    def __init__(self, access: Access, client: Client, require_scram: bool) -> None:
+    def __init__(
+        self, ws: WebSocket, access: Access, client: Client, *, require_scram: bool
+    ) -> None:
+        self.request_id = ""  # of the request that is to be answered
+        self._ws = ws
         self._access = access
         self._client = client
         self._require_scram = require_scram
         self._scram: ScramServer | None = None
 
-    def take(self, request: Request) -> Identity | JsonObject:
+    def identity(self) -> Identity | None:
+        """Return who the peer is; None if it leaves before it has proved that.
+
+        Raises RpcError: refuse its request with it.  Raises ConnectionClosed, and
+        TimeoutError after CONNECT_TIMEOUT.
+        """
+        deadline = Deadline(CONNECT_TIMEOUT)
+        while True:
+            message = self._ws.receive(deadline.remaining())
+            if message is None:
+                return None
+            answer = self._answer(self._request(message))
+            if isinstance(answer, Identity):
+                self._scram = None  # it would live as long as the connection
+                self._client.on_identified()
+                return answer
+            self._ws.send(encode_envelope(Response(self.request_id, answer)))
+
+    def _request(self, message: str | bytes) -> Request:
+        """Raises RpcError for anything but a request."""
+        self.request_id = ""
+        if isinstance(message, bytes):
+            raise RpcError("PROTOCOL_ERROR", "the first message must be connect")
+        try:
+            envelope = decode_envelope(message)
+        except EnvelopeError as error:
+            self.request_id = error.id
+            raise
+        if not isinstance(envelope, Request):
+            raise RpcError("PROTOCOL_ERROR", "the first message must be a request")
+        self.request_id = envelope.id
+        return envelope
+
+    def _answer(self, request: Request) -> Identity | JsonObject:
         """Return the answer to `auth.scram`, or who sent `connect`.
 
-        Raises RpcError: refuse the peer with it.
+        Raises RpcError.
         """
+        devices, client = self._access.devices, self._client
         try:
             if request.method == CAP_SCRAM and self._scram is None:
-                self._scram = self._access.devices.scram_server(
-                    self._client.channel_binding
-                )
+                self._scram = devices.scram_server(client.channel_binding)
                 first = required(request.params, "clientFirst", str)
                 return {"serverFirst": self._scram.first(first)}
             if request.method != "connect":
@@ -15992,8 +15919,8 @@ class Introduction:
         except AuthenticationError as error:
             # Not counted against the address: 256 bits cannot be guessed, and a node
             # with an old token must not lock out others behind the same router.
-            log.warning("refused address=%s: %s", self._client.address, error)
-            self._access.devices.note_refused_device(str(error), self._client.address)
+            log.warning("refused address=%s: %s", client.address, error)
+            devices.note_refused_device(str(error), client.address)
             text = "authentication failed"
             if isinstance(error, ChannelMismatch):
                 text = f"{text}: {error}"
@@ -16001,39 +15928,33 @@ class Introduction:
 
     def _identify(self, params: ConnectParams) -> Identity:
         """Raises AuthenticationError, or RpcError where there is no credential."""
+        access, final = self._access, ""
         if params.scram_final and self._scram is not None:
-            server_final = self._scram.final(params.scram_final)
+            final = self._scram.final(params.scram_final)
             handle = self._scram.username or ""
-            device = self._access.devices.device_by_handle(handle)
-            return _device_identity(params, device, handle, server_final)
-        if params.device_token:
+            device = access.devices.device_by_handle(handle)
+        elif params.device_token:
             if self._require_scram:
                 raise RpcError(
                     "FORBIDDEN", "this gateway takes no token as it is, only SCRAM"
                 )
-            device = self._access.devices.device_by_token(params.device_token)
             handle = device_handle(params.device_token)
-            return _device_identity(params, device, handle)
-        if params.api_key:
-            caller = self._access.operators.admit_operator(
-                params.api_key, self._client.address
-            )
+            device = access.devices.device_by_token(params.device_token)
+        elif params.api_key:
+            address = self._client.address
+            caller = access.operators.admit_operator(params.api_key, address)
             return Identity(caller, params)
-        if self._client.login is not None and params.role != "node":
+        elif self._client.login is not None and params.role != "node":
             return Identity(self._client.login, params)
-        raise RpcError(
-            "FORBIDDEN",
-            "no credential: a node needs a device token, an operator a key or sign-in",
-        )
-
-
-def _device_identity(
-    params: ConnectParams, device: Device | None, handle: str, server_final: str = ""
-) -> Identity:
-    """Raises AuthenticationError where there is no such device."""
-    if device is None:
-        raise AuthenticationError("unknown or revoked device token")
-    return Identity(device_caller(device), params, device, handle, server_final)
+        else:
+            raise RpcError(
+                "FORBIDDEN",
+                "no credential: a node needs a device token, an operator a key or "
+                "sign-in",
+            )
+        if device is None:
+            raise AuthenticationError("unknown or revoked device token")
+        return Identity(device_caller(device), params, device, handle, final)
 
 
 def note_presence(
@@ -16065,27 +15986,6 @@ def note_presence(
         # A full disk must not part a node from the commands that it runs.
         log.warning("presence not recorded node=%s: %s", params.client_id, error)
         return True
-
-
-def _first_request(message: str | bytes) -> Request:
-    """Raises RpcError for anything but a request."""
-    if isinstance(message, bytes):
-        raise RpcError("PROTOCOL_ERROR", "the first message must be the text connect")
-    envelope = decode_envelope(message)
-    if not isinstance(envelope, Request):
-        raise RpcError("PROTOCOL_ERROR", "the first message must be a request")
-    return envelope
-
-
-def _refuse(ws: WebSocket, request_id: str, error: RpcError) -> ConnectionClosed:
-    """Answer a `connect` with `error`; return the reason to close the connection.
-
-    Raises ConnectionClosed where it is closed.
-    """
-    # The answer first, then the close: existing nodes read it so.
-    ws.send(encode_envelope(Response(request_id, error=error)))
-    ws.flush(KILL_AFTER)
-    return ConnectionClosed(CloseCode.POLICY_VIOLATION, error.message[:100])
 
 
 class Gateway:
@@ -16126,11 +16026,25 @@ class Gateway:
         with self._lock:
             self._connections.add(ws)
             stops = self._closed
+        introduction = Introduction(
+            ws, self._access, client, require_scram=self._require_scram
+        )
         try:
-            # What was said on the way in is forgotten here: 5 KiB of each node.
-            identified = None if stops else self._introduce(ws, client)
-            if identified is not None:
-                self._serve_identity(ws, *identified, client.address)
+            # Its messages are freed here: 5 KiB of each node.
+            identity = None if stops else introduction.identity()
+            if identity is None:
+                return
+            if identity.device is None:
+                self._serve_operator(ws, introduction.request_id, identity)
+            else:
+                self._serve_node(ws, introduction.request_id, identity, client.address)
+        except RpcError as error:
+            # The answer first, then the close: existing nodes read it so.
+            with contextlib.suppress(ConnectionClosed, TimeoutError):
+                answer = Response(introduction.request_id, error=error)
+                ws.send(encode_envelope(answer))
+                ws.flush(KILL_AFTER)
+                ws.close(CloseCode.POLICY_VIOLATION, error.message[:100], timeout=0)
         except ConnectionClosed as error:
             if is_sendable_close_code(error.code):  # else the peer is gone
                 ws.close(error.code, error.reason, timeout=0)
@@ -16157,42 +16071,6 @@ class Gateway:
         for ws in connections:
             ws.close(CloseCode.GOING_AWAY, "the gateway stops", timeout=0)
 
-    def _introduce(self, ws: WebSocket, client: Client) -> tuple[str, Identity] | None:
-        """Return the id of the `connect` to be answered and who sent it, if anybody.
-
-        Raises ConnectionClosed, or TimeoutError when they do not say in time.
-        """
-        deadline = Deadline(CONNECT_TIMEOUT)
-        introduction = Introduction(self._access, client, self._require_scram)
-        while True:
-            message = ws.receive(deadline.remaining())
-            if message is None:
-                return None
-            request_id = ""
-            try:
-                request = _first_request(message)
-                request_id = request.id
-                answer = introduction.take(request)
-            except RpcError as error:
-                known = error.id if isinstance(error, EnvelopeError) else request_id
-                raise _refuse(ws, known, error) from error
-            if isinstance(answer, Identity):
-                client.on_identified()
-                return request_id, answer
-            ws.send(encode_envelope(Response(request_id, answer)))
-
-    def _serve_identity(
-        self, ws: WebSocket, request_id: str, identity: Identity, address: str
-    ) -> None:
-        """Raises ConnectionClosed."""
-        try:
-            if identity.device is not None:
-                self._serve_node(ws, request_id, identity, identity.device, address)
-            else:
-                self._serve_operator(ws, request_id, identity)
-        except RpcError as error:
-            raise _refuse(ws, request_id, error) from error
-
     def _serve_operator(
         self, ws: WebSocket, request_id: str, identity: Identity
     ) -> None:
@@ -16208,15 +16086,11 @@ class Gateway:
             self._audience.remove(peer)
 
     def _serve_node(
-        self,
-        ws: WebSocket,
-        request_id: str,
-        identity: Identity,
-        device: Device,
-        address: str,
+        self, ws: WebSocket, request_id: str, identity: Identity, address: str
     ) -> None:
         """Raises RpcError when this node may not be here, ConnectionClosed later."""
-        params = identity.params
+        params, device = identity.params, identity.device
+        assert device is not None
         kind = NodePeer if CAP_JOBS in params.capabilities else MoltisPeer
         peer = kind(ws, params, self._fleet, self._jobs)
         node = ConnectedNode(params.client_id, device.id, peer, params, address)
@@ -16329,7 +16203,7 @@ class Gateway:
 # ==============================================================================
 # HTTP
 # Uses: Settings, WebSocket handshake, WebSocket protocol, WebSocket connections,
-#       TLS, Wire protocol, Access, Jobs, Gateway
+#       TLS, Wire protocol, Store, Access, Jobs, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
 # web pages out, limits for strangers.  http.server does the parsing; what a request
@@ -16478,6 +16352,13 @@ AUDIT_COLUMNS = (
 )
 
 
+def _csv_row(row: JsonObject) -> list[str]:
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
+    values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
+    # A spreadsheet would carry out what begins like a formula.
+    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
+
+
 def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
     """Yield rows of the audit as CSV (RFC 4180), times in UTC."""
     import csv
@@ -16490,13 +16371,6 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
         yield text.getvalue().encode("utf-8", "replace")
         text.seek(0)
         text.truncate()
-
-
-def _csv_row(row: JsonObject) -> list[str]:
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
-    values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
-    # A spreadsheet would carry out what begins like a formula.
-    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
 
 
 # --- Who may ask ---
@@ -16823,6 +16697,68 @@ class HttpApp:
         return json_reply(200, {}, [("Set-Cookie", cookie)])
 
 
+# --- Limits ---
+
+
+class Admission:
+    """One connection's place among those that there may be."""
+
+    def __init__(self, block: str, forget: Callable[[Admission, bool], None]) -> None:
+        self.block = block  # of addresses
+        self.is_known = False
+        self._forget = forget
+
+    def identified(self) -> None:
+        """Its peer has proved who it is."""
+        self._forget(self, False)
+
+    def end(self) -> None:
+        self._forget(self, True)
+
+
+class ConnectionLimits:
+    """How many connections there are, and of them of peers nobody knows yet.
+
+    Strangers are counted by themselves, so that however many come, those who have
+    proved who they are keep their place.
+    """
+
+    def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
+        self._free = total
+        self._free_strangers = strangers
+        self._strangers_each = strangers_each
+        self._lock = threading.Lock()  # guards the counts here and in admissions
+        self._by_block: dict[str, int] = {}  # strangers; no entry for none
+
+    def admit(self, address: str, *, shared: bool) -> Admission | None:
+        """Return the right to stay, or None where there are too many.
+
+        `shared` addresses, as of a proxy, may have more connections than others.
+        """
+        block = address_block(address)
+        with self._lock:
+            here = self._by_block.get(block, 0)
+            crowded = here >= self._strangers_each and not shared
+            if crowded or not self._free or not self._free_strangers:
+                return None
+            self._by_block[block] = here + 1
+            self._free_strangers -= 1
+            self._free -= 1
+        return Admission(block, self._forget)
+
+    def _forget(self, admission: Admission, ended: bool) -> None:
+        """Count the connection as a stranger's no more, or not at all."""
+        with self._lock:
+            self._free += ended
+            if admission.is_known:
+                return
+            admission.is_known = True
+            self._free_strangers += 1
+            self._by_block[admission.block] -= 1
+            if not self._by_block[admission.block]:
+                del self._by_block[admission.block]
+
+
 # --- One connection ---
 
 
@@ -17072,65 +17008,6 @@ def _descriptor_limit() -> int:
     if soft == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
     return max(16, min(MAX_CONNECTIONS, soft - SPARE_DESCRIPTORS))
-
-
-class ConnectionLimits:
-    """How many connections there are, and of them of peers nobody knows yet.
-
-    Strangers are counted by themselves, so that however many come, those who have
-    proved who they are keep their place.
-    """
-
-    def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
-        self._free = total
-        self._free_strangers = strangers
-        self._strangers_each = strangers_each
-        self._lock = threading.Lock()  # guards the counts here and in admissions
-        self._by_block: dict[str, int] = {}  # strangers; no entry for none
-
-    def admit(self, address: str, *, shared: bool) -> Admission | None:
-        """Return the right to stay, or None where there are too many.
-
-        `shared` addresses, as of a proxy, may have more connections than others.
-        """
-        block = address_block(address)
-        with self._lock:
-            here = self._by_block.get(block, 0)
-            crowded = here >= self._strangers_each and not shared
-            if crowded or not self._free or not self._free_strangers:
-                return None
-            self._by_block[block] = here + 1
-            self._free_strangers -= 1
-            self._free -= 1
-        return Admission(self, block)
-
-    def forget(self, admission: Admission, *, ended: bool) -> None:
-        """Count the connection as a stranger's no more, or not at all."""
-        with self._lock:
-            self._free += ended
-            if admission.is_known:
-                return
-            admission.is_known = True
-            self._free_strangers += 1
-            self._by_block[admission.block] -= 1
-            if not self._by_block[admission.block]:
-                del self._by_block[admission.block]
-
-
-class Admission:
-    """One connection's place among those that there may be."""
-
-    def __init__(self, limits: ConnectionLimits, block: str) -> None:
-        self.block = block
-        self.is_known = False
-        self._limits = limits
-
-    def identified(self) -> None:
-        """Its peer has proved who it is."""
-        self._limits.forget(self, ended=False)
-
-    def end(self) -> None:
-        self._limits.forget(self, ended=True)
 
 
 class ConnectionThreads:
@@ -18051,9 +17928,9 @@ details label input { flex: 0 1 420px; }
 }
 """
 
-WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown, socket, job logs,
-// state, routes, widgets, views, start.  Text reaches the document as text nodes only;
-// the views show `state` and hold none of their own.
+WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown,
+// socket, job logs, state, routes, widgets, views, start.  Text reaches the document as
+// text nodes only; the views show `state` and hold none of their own.
 
 // == dom ==
 
@@ -18949,6 +18826,7 @@ const LOG_DATA = 1; // kind of binary message
 const STDOUT = 1; // kind of log frame
 const STDERR = 2;
 const FRAME_HEAD = 5; // bytes: kind, length of the data
+const LINE_FEED = 10;
 const TAIL = 256 * 1024; // bytes; the part of a log that the page reads
 
 const viewOf = bytes => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -19032,8 +18910,25 @@ class JobLog {
     this.decoders = newDecoders();
   }
 
+  // Drop pending lines that would scroll out at once: parsing them takes longest.
+  leaveOutScrolled() {
+    let lines = 0;
+    for (let n = this.pending.length - 1; n >= 0; n -= 1) {
+      const [kind, data] = this.pending[n];
+      let at = data.length;
+      while (at > 0 && (at = data.lastIndexOf(LINE_FEED, at - 1)) >= 0) {
+        lines += 1;
+        if (lines <= MAX_LINES) continue;
+        this.pending[n] = [kind, data.subarray(at + 1)];
+        this.leaveOut(n);
+        return;
+      }
+    }
+  }
+
   // Write pending output to the terminal.
   settle() {
+    this.leaveOutScrolled();
     for (const [kind, data] of this.pending) {
       const text = this.decoders[kind].decode(data, {stream: true});
       this.terminal.write(text, kind === STDERR);
@@ -19317,7 +19212,7 @@ async function followJob(chat, log) {
   if (log.isComplete || state.link !== "up" || state.followed.has(id)) return;
   state.followed.set(id, chat);
   try {
-    const {job} = await link.call("job.follow", {id, offset, tail: TAIL});
+    const {job} = await link.call("job.follow", {id, offset, tail: TAIL, skip: true});
     chat.updateJob(job);
   } catch (error) {
     state.followed.delete(id);
@@ -20118,7 +20013,9 @@ async function send(line) {
   recall.place = null;
   follows = true;
   const entry = currentSession();
-  const params = {text: typed, sessionKey: entry.key, model: currentModel(entry)};
+  const params = {text: typed, sessionKey: entry.key};
+  // Before the list of sessions is here, only the gateway knows the model.
+  if (state.sessions.includes(entry)) params.model = currentModel(entry);
   const answer = await attempt("chat.send", params);
   // Restore the text if the call failed.
   if (!answer && line === undefined && !text.value) text.value = typed;
@@ -21986,9 +21883,9 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Install, Wire protocol, Commands, Language models, Node agent,
-#       Node service, Certificates, Access, Agent, Chat, Gateway, HTTP, Operator client,
-#       MCP, Assembly
+# Uses: Settings, Install, TLS, Wire protocol, Commands, Language models, Node agent,
+#       Node service, Access, Agent, Chat, Gateway, HTTP, Operator client, MCP,
+#       Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to

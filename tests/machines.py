@@ -45,7 +45,7 @@ class Machines:
 
     def know(self, node_id, name):
         """Add a node that is offline; return its device."""
-        device, _ = moltis.Access(self.store).create_device(name)
+        device, _ = moltis.Access(self.store).devices.create_device(name)
         self.store.devices.connect(
             device.id,
             node_id=node_id,

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import process_exists, wait_for
+from support import process_exists, wait_for, wait_in_shell
 
 import moltis
 from moltis import (
@@ -630,7 +630,7 @@ def test_a_command_that_ignores_sigterm_is_killed(impatient):
 def test_a_grandchild_that_ignores_sigterm_is_killed(impatient, tmp_path):
     pid_file = tmp_path / "pid"
     text = (
-        f"sh -c 'trap \"\" TERM; echo $$ > {pid_file}; while :; do sleep 1; done'"
+        f"sh -c 'trap \"\" TERM; echo $$ > {pid_file}; sleep 30; sleep 30'"
         " > /dev/null 2>&1 & sleep 30"
     )
     with Background(text) as background:
@@ -642,7 +642,8 @@ def test_a_grandchild_that_ignores_sigterm_is_killed(impatient, tmp_path):
 
 
 def test_a_command_may_clean_up_when_it_is_ended():
-    text = "trap 'echo clean; exit 3' TERM; echo ready; while :; do sleep 0.05; done"
+    wait = wait_in_shell("/nowhere")
+    text = f"trap 'echo clean; exit 3' TERM; echo ready; {wait}"
     with Background(text) as background:
         wait_for(lambda: background.reader.stdout)
         background.command.cancel()

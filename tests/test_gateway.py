@@ -632,11 +632,15 @@ def test_a_peer_that_is_gone_as_it_is_greeted_is_no_failure():
         def abort(self):
             self.aborted = True
 
-    def introduce(*_):
-        raise moltis.ConnectionClosed(moltis.CloseCode.ABNORMAL, "the peer is gone")
+        def receive(self, _timeout):
+            raise moltis.ConnectionClosed(moltis.CloseCode.ABNORMAL, "it is gone")
 
     gateway = types.SimpleNamespace(
-        _lock=threading.Lock(), _connections=set(), _closed=False, _introduce=introduce
+        _lock=threading.Lock(),
+        _connections=set(),
+        _closed=False,
+        _access=None,
+        _require_scram=False,
     )
     ws = Gone()
     moltis.Gateway.serve(gateway, ws, None)
@@ -870,6 +874,17 @@ def test_input_comes_from_the_holder_alone(gateway, client):
         other.send_input(job_id, 13, b"")
         assert other.ending(job_id)["state"] == "done"
         assert other.output(job_id) == b"first\nsecond\n"
+
+
+def test_a_client_acknowledges_what_it_has_read_itself(gateway, client):
+    job_id = client.start("local", "echo mine; sleep 300", hold=True)
+    client.take_until(lambda: client.output(job_id))
+    with Client(gateway) as other:
+        assert other.call("job.ack", id=job_id, offset=10**6) == {}
+        other.call("job.follow", id=job_id)
+        assert other.call("job.ack", id=job_id, offset=10**6) == "INVALID_REQUEST"
+    assert gateway.running.jobs.get(job_id).holder.position == 0
+    client.call("job.cancel", id=job_id)
 
 
 def test_a_key_that_only_reads_may_watch_and_not_hold(gateway, client):

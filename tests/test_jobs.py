@@ -1091,3 +1091,42 @@ def test_five_thousand_nodes_come_back_in_seconds(world):
         world.jobs.came(link, {link.job_id: 0})
     assert (time.process_time() - begin) / 500 < 0.002
     assert all(world.jobs.get(link.job_id).away_ms is None for link in links)
+
+
+# -- behind a WebSocket --------------------------------------------------------
+
+
+class ManualOutlet:
+    """The source that a follower wakes, read as a slow connection would."""
+
+    def wake(self, source, _urgency):
+        self.next = source
+
+
+@pytest.mark.parametrize("newest", [None, 200_000])
+def test_a_watcher_that_falls_behind_skips_to_the_newest_output(world, newest):
+    """Only if it asked for that: who saves output wants all of it."""
+    job = world.start(kept=True)
+    outlet, done = ManualOutlet(), []
+    follower = moltis.ClientFollower(
+        job, outlet, 0, done.append, holds=False, newest=newest
+    )
+    world.jobs.follow(job, follower)
+    follower.open()
+    for n in range(100):
+        world.node.write(job.id, out(b"%05d" % n + b"x" * 60_000))
+    world.node.write(job.id, end(exitCode=0))
+    read, messages = 0, []
+    while not done:
+        message = outlet.next()
+        messages.append(message)
+        read += len(message) if isinstance(message, bytes) else 0
+    texts = [m for m in messages if isinstance(m, bytes)]
+    offsets = [moltis.decode_job_data(text)[2] for text in texts]
+    assert json.loads(messages[-1])["payload"]["ending"]["exitCode"] == 0
+    assert b"00099" in b"".join(texts)
+    if newest is None:
+        assert read > 6_000_000
+    else:
+        assert read < 300_000
+        assert job.log.end - newest <= offsets[0]

@@ -83,6 +83,9 @@ def gpu_box(gateway, ollama, tmp_path):
     """A node called GPU box, the only machine that knows of the Ollama."""
     environ = bare_environ(tmp_path / "node", **ollama.environ)
     with gateway.node("GPU box", environ=environ) as node:
+        # Connected is one thing, ready another: between the two is its hello.
+        fleet = gateway.running.fleet
+        wait_for(lambda: fleet.connected("id-of-GPU box").ready)
         yield node
 
 
@@ -157,8 +160,8 @@ def test_no_node_gets_what_is_said_to_another_model_by_its_name(
             params["client"]["displayName"] = name
             assert peer.request("connect", params)["ok"]
         assert models.choose(LENT).id == LENT
-        with pytest.raises(ModelError, match="'gpu box' is the name of 2 nodes"):
-            models.choose("GPU box:ollama/llama3.2")
+        with pytest.raises(ModelError, match="may be any of 2 nodes; use an id"):
+            models.choose("gpu box:ollama/llama3.2")
         ours = "ollama/llama3.2:latest"
         assert models.choose(ours).id == ours
 
@@ -169,29 +172,36 @@ def test_an_answer_longer_than_the_window_arrives_whole(models, gpu_box, ollama)
     assert ask(models)[-1].message.text == piece * 60
 
 
+def lent_jobs(gateway, node_id="id-of-GPU box"):
+    """Return the jobs of a node that the gateway has not settled."""
+    return gateway.running.jobs._on(node_id)
+
+
+def held(node):
+    """Return the jobs whose logs a node holds."""
+    return node.running._agent._machine.held()
+
+
 def test_a_reader_that_is_slow_holds_up_the_node_and_loses_nothing(
-    models, gpu_box, ollama
+    gateway, models, gpu_box, ollama
 ):
     piece = "x" * 60_000
     ollama.answer = [chunk(piece)] * 60 + [chunk(done=True)]
     stream = models.choose(LENT).stream(HELLO, (), Cancellation())
     assert next(stream) == Delta("text", piece)
-    (work,) = gpu_box.running.lender.known().values()
-    wait_for(lambda: work.offsets()[moltis.STDOUT] == 0 and held(work) > 900_000)
-    assert work.result is None
+    (job,) = lent_jobs(gateway)
+    wait_for(lambda: job.log.end - job.acknowledged > 900_000)
+    assert job.record.is_open
     assert list(stream)[-1].message.text == piece * 60
-
-
-def held(work):
-    return work._streams.held()
 
 
 def test_all_is_forgotten_on_both_sides_once_the_answer_is_read(
     gateway, models, gpu_box
 ):
     ask(models)
-    wait_for(lambda: not gpu_box.running.lender.known(), what="the node to forget")
-    wait_for(lambda: not gateway.running.invocations.running_on("id-of-GPU box"))
+    wait_for(lambda: not lent_jobs(gateway), what="the gateway to forget")
+    wait_for(lambda: not held(gpu_box), what="the node to forget")
+    assert gateway.call("job.list") == [], "nor is it recorded"
 
 
 def test_an_unknown_model_on_a_node_is_an_error_that_names_the_node(
@@ -237,7 +247,7 @@ def test_a_node_that_never_ends_its_answer_is_not_believed(
     ollama.answer = [*(chunk("x" * 1000) for _ in range(200)), chunk(done=True)]
     with pytest.raises(ModelError, match=r"more than 97\.7 KiB"):
         ask(models)
-    wait_for(lambda: not gpu_box.running.lender.known(), what="the node to forget")
+    wait_for(lambda: not lent_jobs(gateway), what="the end of the job")
 
 
 def test_cancelling_ends_the_request_on_the_node(gateway, models, gpu_box, ollama):
@@ -248,10 +258,8 @@ def test_cancelling_ends_the_request_on_the_node(gateway, models, gpu_box, ollam
     cancel.cancel()
     with pytest.raises(Cancelled):
         next(stream)
-    wait_for(
-        lambda: not gpu_box.running.lender.known(), what="the node to end the request"
-    )
-    wait_for(lambda: not gateway.running.invocations.running_on("id-of-GPU box"))
+    wait_for(lambda: not lent_jobs(gateway), what="the end of the job")
+    wait_for(lambda: not held(gpu_box), what="the node to end the request")
 
 
 def test_an_answer_survives_a_lost_connection(gateway, models, gpu_box, ollama):
@@ -262,29 +270,49 @@ def test_an_answer_survives_a_lost_connection(gateway, models, gpu_box, ollama):
     node.link.hang_up("the cable was pulled")
     notice = next(stream)
     assert notice.kind == "notice"
-    assert "GPU box is away" in notice.text
+    assert "waiting for GPU box to come back" in notice.text
     ollama.release.set()
     assert list(stream)[-1].message.text == "Hello there"
 
 
-class Pieces:
-    """Invocations whose node sends an answer in pieces of a size."""
+class LentLog:
+    """Jobs whose node sends a log in pieces, and then its ending."""
 
-    def __init__(self, size, lines, result):
+    def __init__(self, lines, size=1000, **ending):
         data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-        self.pieces = [(i, data[i : i + size]) for i in range(0, len(data), size)]
-        self.result = {"stdoutBytes": len(data), **result}
-        self.acknowledged = 0
+        pieces = [data[at : at + size] for at in range(0, len(data), size)]
+        self.frames = [moltis.encode_log_frame(moltis.STDOUT, p) for p in pieces]
+        last = json.dumps({"state": "done", **ending}).encode()
+        self.frames.append(moltis.encode_log_frame(moltis.ENDING, last))
+        self.ending = moltis.Ending.from_json(json.loads(last))
+        self.length = sum(map(len, self.frames))
 
-    def start(self, node, command, args, origin, sink):
-        invocation = moltis.Invocation("i", (node, node), command, args, origin, sink)
-        invocation.future.set_result(self.result)  # before its output: it may be so
-        for offset, data in self.pieces:
-            sink.chunk(moltis.Chunk(moltis.STDOUT, "i", offset, data))
-        return invocation
+    def start(self, record):
+        self.job = moltis.Job(record, moltis.Log())
+        return self.job
 
-    def acknowledge(self, _invocation, _stream, offset):
-        self.acknowledged = offset
+    def follow(self, job, follower):
+        self.holder = follower
+        if self.frames:
+            frame = self.frames.pop(0)
+            job.log.append(job.log.end, frame)
+            if not self.frames:
+                job.record = job.record.replace(
+                    state=self.ending.state, reason=self.ending.reason
+                )
+                job.result = self.ending.result
+            follower.wake(job)
+
+    def acknowledge(self, job):
+        self.follow(job, self.holder)  # the next frame
+
+    def unfollow(self, job, follower, *, leaves):
+        assert leaves
+
+
+def answer_of(jobs):
+    model = moltis.RemoteModel(jobs, ("n", "n"), "ollama/m")
+    return list(model.stream(HELLO, (), Cancellation()))
 
 
 FINISHED = Finished(ChatMessage("assistant", "Grüße"), "stop", 7, 3)
@@ -293,24 +321,38 @@ FINISHED = Finished(ChatMessage("assistant", "Grüße"), "stop", 7, 3)
 @pytest.mark.parametrize("size", range(1, 40))
 def test_an_answer_may_be_cut_at_any_byte(size):
     events = [Delta("text", "Grü"), Delta("text", "ße"), FINISHED]
-    pieces = Pieces(size, map(moltis.to_json_object, events), {})
-    model = moltis.RemoteModel(pieces, ("n", "n"), "ollama/m")
-    assert list(model.stream(HELLO, (), Cancellation())) == events
-    assert pieces.acknowledged == pieces.result["stdoutBytes"]
+    jobs = LentLog([event.to_json() for event in events], size)
+    assert answer_of(jobs) == events
+    assert jobs.holder.position == jobs.length
 
 
 @pytest.mark.parametrize("line", [7, {}, {"kind": 1}, {"message": {}}, "x"])
 def test_a_node_that_sends_no_events_is_told_apart_from_an_answer(line):
-    model = moltis.RemoteModel(Pieces(9, [line], {}), ("n", "n"), "ollama/m")
     with pytest.raises(ModelError, match="sent no answer"):
-        list(model.stream(HELLO, (), Cancellation()))
+        answer_of(LentLog([line]))
 
 
 def test_an_answer_without_its_end_is_no_answer():
-    lines = [moltis.to_json_object(Delta("text", "half"))]
-    model = moltis.RemoteModel(Pieces(9, lines, {}), ("n", "n"), "ollama/m")
     with pytest.raises(ModelError, match="broke off"):
-        list(model.stream(HELLO, (), Cancellation()))
+        answer_of(LentLog([Delta("text", "half").to_json()]))
+
+
+def test_an_answer_whose_job_failed_is_no_answer():
+    lines = [Delta("text", "whole").to_json(), FINISHED.to_json()]
+    with pytest.raises(ModelError, match="n: the node is stopping"):
+        answer_of(LentLog(lines, state="failed", reason="the node is stopping"))
+
+
+def test_a_node_may_be_silent_for_long_but_not_for_ever(
+    models, gpu_box, ollama, monkeypatch
+):
+    """There is a limit for silence, and none for an answer that goes on."""
+    monkeypatch.setattr(moltis, "MODEL_SILENCE", 0.5)
+    ollama.release.clear()
+    stream = models.choose(LENT).stream(HELLO, (), Cancellation())
+    assert next(stream) == Delta("text", "Hello ")
+    with pytest.raises(ModelError, match=r"sent nothing for 0\.5 s"):
+        next(stream)
 
 
 def test_a_gateway_asked_while_the_node_is_away_says_since_when(
@@ -346,66 +388,6 @@ def test_a_node_that_says_nothing_of_it_lends_its_models(tmp_path):
     value = {"gateway_url": "ws://g/ws", "device_token": "t", "node_id": "i"}
     (tmp_path / "node.json").write_text(json.dumps({**value, "display_name": "n"}))
     assert moltis.NodeSettings.load(tmp_path).lends_models is True
-
-
-def test_a_node_that_is_busy_for_others_says_so():
-    done = threading.Event()
-    lender = moltis.ModelLender(moltis.ModelCatalog([]))
-
-    def wait(_write, cancel):
-        cancel.pause(20)
-        done.set()
-        return {}
-
-    for number in range(moltis.MAX_LENT):
-        lender.start(str(number), wait, lambda *_: None, lambda _: None)
-    with pytest.raises(moltis.RpcError, match="answers others"):
-        lender.start("one more", wait, lambda *_: None, lambda _: None)
-    lender.close()
-    assert not done.is_set()
-    with pytest.raises(moltis.RpcError, match="shutting down"):
-        lender.start("late", wait, lambda *_: None, lambda _: None)
-
-
-def test_a_question_that_is_repeated_is_not_asked_again():
-    ran = []
-    lender = moltis.ModelLender(moltis.ModelCatalog([]))
-
-    def count(_write, _cancel):
-        ran.append(1)
-        return {}
-
-    for _ in range(2):
-        lender.start("same", count, lambda *_: None, lambda _: None)
-    lender.close()
-    assert ran == [1]
-
-
-def test_closing_waits_until_the_last_answer_is_reported():
-    lender = moltis.ModelLender(moltis.ModelCatalog([]))
-    reporting, go_on, reported = (threading.Event() for _ in range(3))
-
-    def report(_result):
-        reporting.set()
-        assert go_on.wait(10)
-        reported.set()
-
-    lender.start("last", lambda *_: {}, lambda *_: None, report)
-    assert reporting.wait(10)
-    closing = threading.Thread(target=lender.close)
-    closing.start()
-    closing.join(0.1)
-    assert closing.is_alive()
-    go_on.set()
-    closing.join(10)
-    assert reported.is_set()
-
-
-def test_an_answer_may_be_forgotten_as_soon_as_it_is_reported():
-    lender = moltis.ModelLender(moltis.ModelCatalog([]))
-    lender.start("one", lambda *_: {}, lambda *_: None, lambda _: lender.forget("one"))
-    lender.close()
-    assert lender.known() == {}
 
 
 # -- Settings → Models ---------------------------------------------------------

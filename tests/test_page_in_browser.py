@@ -286,6 +286,18 @@ def test_a_hundred_thousand_lines_leave_the_page_alive(site, make_page):
     assert run(page, "echo next").strip() == "next"
 
 
+def test_a_command_that_writes_without_end_can_be_stopped(site, make_page):
+    page = make_page(site)
+    open_new_chat(page)
+    choose(page, "Demo node")
+    type_line(page, "yes; echo never")
+    page.wait_for(shows(f"{LAST} .lines", "y\ny\ny"))
+    page.click(f"{LAST} footer button")
+    # The page is no minutes behind: it shows the end of the output soon.
+    page.wait_for(f"{shows(LAST, 'Cancelled')} && !{shows(LAST, 'loading')}")
+    assert run(page, "echo next").strip() == "next"
+
+
 def test_a_long_output_is_read_from_its_end_after_a_reload(site, make_page):
     page = make_page(site)
     open_new_chat(page)
@@ -499,8 +511,7 @@ def test_the_audit_lists_what_ran_and_can_be_filtered(site, make_page):
         "const r = document.querySelector('#filter-state'); r.value = 'failed';"
         "r.dispatchEvent(new Event('change'))}"
     )
-    page.wait_for(shows(first, "exit 9"))
-    assert "Done" not in page.text("#audit-rows")
+    page.wait_for(f"{shows(first, 'exit 9')} && !{shows('#audit-rows', 'Done')}")
 
 
 # -- models, access ------------------------------------------------------------

@@ -1,14 +1,14 @@
-"""The section SCRAM: RFC 5802 and RFC 7677, channel binding, certificates in DER."""
+"""SCRAM: RFC 5802 and RFC 7677, both halves, with channel binding."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import hmac
+import secrets
 
 import pytest
 
-import moltis
 from moltis import (
     AuthenticationError,
     ScramClient,
@@ -35,13 +35,20 @@ TOKEN = "mdt_" + "t" * 43
 BINDING = b"hash of the certificate"
 
 
-def server_for(secret=TOKEN, binding=None, username="user", **more):
-    verifiers = {username: make_verifier(secret)}
+@pytest.fixture
+def rfc_verifier(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(secrets, "token_bytes", lambda _: RFC_SALT)
+        return make_verifier("pencil")
+
+
+def server_for(secret=TOKEN, binding=None):
+    verifiers = {"user": make_verifier(secret)}
 
     def lookup(name):
         return verifiers.get(name) or decoy_verifier(b"decoy", name)
 
-    return ScramServer(lookup, binding, **more)
+    return ScramServer(lookup, binding)
 
 
 def authenticate(client, server):
@@ -54,18 +61,19 @@ def authenticate(client, server):
 # --- the exchange ---------------------------------------------------------------------
 
 
-def test_the_client_says_what_the_example_of_the_rfc_says():
+def test_the_client_says_what_the_example_of_the_rfc_says(monkeypatch):
     """RFC 7677 §3"""
-    client = ScramClient("user", "pencil", nonce=RFC_NONCE)
+    monkeypatch.setattr(secrets, "token_urlsafe", lambda _: RFC_NONCE)
+    client = ScramClient("user", "pencil")
     assert client.first() == RFC_CLIENT_FIRST
     assert client.final(RFC_SERVER_FIRST) == RFC_CLIENT_FINAL
     client.verify(RFC_SERVER_FINAL)
 
 
-def test_the_server_says_what_the_example_of_the_rfc_says():
+def test_the_server_says_what_the_example_of_the_rfc_says(monkeypatch, rfc_verifier):
     """RFC 7677 §3"""
-    verifier = make_verifier("pencil", salt=RFC_SALT)
-    server = ScramServer(lambda _: verifier, nonce=RFC_SERVER_NONCE)
+    monkeypatch.setattr(secrets, "token_urlsafe", lambda _: RFC_SERVER_NONCE)
+    server = ScramServer(lambda _: rfc_verifier)
     assert server.first(RFC_CLIENT_FIRST) == RFC_SERVER_FIRST
     assert server.username is None
     assert server.final(RFC_CLIENT_FINAL) == RFC_SERVER_FINAL
@@ -78,13 +86,6 @@ def test_both_sides_are_sure_of_each_other_in_the_end(binding):
         ScramClient("user", TOKEN, binding), server_for(binding=binding)
     )
     assert server.username == "user"
-
-
-@pytest.mark.parametrize("username", ["a,b=c", "=2C", "n=é,r=x", ",,,"])
-def test_a_username_may_hold_commas_and_equals_signs(username):
-    """RFC 5802 §5.1"""
-    server = authenticate(ScramClient(username, TOKEN), server_for(username=username))
-    assert server.username == username
 
 
 def test_the_token_is_in_no_message():
@@ -278,22 +279,19 @@ def test_a_man_in_the_middle_cannot_exchange_the_binding_in_the_message():
 
 def test_a_client_that_was_told_of_no_binding_is_refused_where_there_is_one():
     """RFC 5802 §6: the flag y is how a downgrade comes to light."""
-    client = ScramClient("user", TOKEN, BINDING, server_binds=False)
-    assert client.first().startswith("y,,")
     with pytest.raises(AuthenticationError, match="stands in between"):
-        authenticate(client, server_for(binding=BINDING))
+        server_for(binding=BINDING).first("y,,n=user,r=abc")
 
 
 def test_a_client_that_could_bind_is_served_where_there_is_nothing_to_bind_to():
-    """RFC 5802 §6: TLS ends at a proxy that the client has checked by other means."""
-    client = ScramClient("user", TOKEN, BINDING, server_binds=False)
-    assert authenticate(client, server_for()).username == "user"
+    """RFC 5802 §6"""
+    assert server_for().first("y,,n=user,r=abc").startswith("r=abc")
 
 
 def test_a_downgrade_cannot_be_hidden_by_another_flag():
-    client = ScramClient("user", TOKEN, BINDING, server_binds=False)
-    server = server_for()
-    server_first = server.first(client.first().replace("y,,", "n,,"))
+    """RFC 5802 §6: the proof covers the flag."""
+    client, server = ScramClient("user", TOKEN), server_for()
+    server_first = server.first(client.first().replace("n,,", "y,,"))
     with pytest.raises(AuthenticationError):
         server.final(client.final(server_first))
 
@@ -368,8 +366,9 @@ def test_an_error_of_the_server_is_reported():
         "e=unknown-user",
     ],
 )
-def test_a_bad_answer_of_the_server_is_refused(message):
-    client = ScramClient("user", TOKEN, nonce="NONCE")
+def test_a_bad_answer_of_the_server_is_refused(message, monkeypatch):
+    monkeypatch.setattr(secrets, "token_urlsafe", lambda _: "NONCE")
+    client = ScramClient("user", TOKEN)
     with pytest.raises(AuthenticationError):
         client.final(message)
 
@@ -377,15 +376,14 @@ def test_a_bad_answer_of_the_server_is_refused(message):
 # --- what is kept ---------------------------------------------------------------------
 
 
-def test_a_verifier_has_a_text_form():
+def test_a_verifier_has_a_text_form(rfc_verifier):
     """RFC 5803 §3"""
-    verifier = make_verifier("pencil", salt=RFC_SALT)
-    assert verifier.to_text() == (
+    assert rfc_verifier.to_text() == (
         "SCRAM-SHA-256$4096:W22ZaJ0SNY7soEsUEjb6gQ=="
         "$WG5d8oPm3OtcPnkdi4Uo7BkeZkBFzpcXkuLmtbsT4qY="
         ":wfPLwcE6nTWhTAmQ7tl2KeoiWGPlZqQxSrmfPwDl2dU="
     )
-    assert ScramVerifier.from_text(verifier.to_text()) == verifier
+    assert ScramVerifier.from_text(rfc_verifier.to_text()) == rfc_verifier
 
 
 @pytest.mark.parametrize(
@@ -400,10 +398,10 @@ def test_salts_differ():
     assert make_verifier(TOKEN).salt != make_verifier(TOKEN).salt
 
 
-def test_a_python_without_openssl_computes_the_same(monkeypatch):
-    expected = make_verifier("pencil", salt=RFC_SALT)
-    monkeypatch.delattr(moltis.hashlib, "pbkdf2_hmac")
-    assert make_verifier("pencil", salt=RFC_SALT) == expected
+def test_a_python_without_openssl_computes_the_same(monkeypatch, rfc_verifier):
+    monkeypatch.delattr(hashlib, "pbkdf2_hmac")
+    monkeypatch.setattr(secrets, "token_bytes", lambda _: RFC_SALT)
+    assert make_verifier("pencil") == rfc_verifier
 
 
 def test_a_handle_does_not_tell_the_token():

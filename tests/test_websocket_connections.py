@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from echo_peer import accept
@@ -17,6 +18,7 @@ from peers import raw_frame
 from support import ROOT, free_port, wait_for
 
 from moltis import (
+    MAX_BACKLOG,
     CloseCode,
     ConnectionClosed,
     Opcode,
@@ -261,6 +263,98 @@ except KeyboardInterrupt:
     assert result.stdout == b"hi\n"
 
 
+# --- keepalive -------------------------------------------------------------------
+
+PING, PONG = b"\x89\x00", b"\x8a\x80mask"
+
+
+@pytest.fixture
+def hurry(monkeypatch):
+    """Ping after 50 ms of silence, give up after 200 ms."""
+    monkeypatch.setattr("moltis.PING_INTERVAL", 0.05)
+    monkeypatch.setattr("moltis.PEER_TIMEOUT", 0.2)
+
+
+@pytest.mark.parametrize("timeout", [None, LONG])
+def test_a_silent_peer_is_pinged_and_kept_while_it_answers(hurry, timeout):
+    """RFC 6455 §5.5.2"""
+    with raw_pair() as (ws, peer):
+        threads = threading.active_count()
+        receiving = Background(ws.receive, timeout)
+        for _ in range(8):
+            assert peer.read(2) == PING
+            peer.sock.sendall(PONG)
+        assert threading.active_count() == threads + 1
+        peer.send(Opcode.TEXT, b"still here")
+        assert receiving.result() == "still here"
+
+
+@pytest.mark.parametrize("timeout", [None, LONG])
+def test_a_peer_that_does_not_answer_pings_is_given_up(hurry, timeout):
+    with raw_pair() as (ws, peer):
+        with pytest.raises(ConnectionClosed, match="nothing arrived") as caught:
+            ws.receive(timeout)
+        assert caught.value.code == CloseCode.ABNORMAL
+        assert peer.read(2) == PING
+
+
+def test_short_timeouts_of_receive_do_not_keep_a_dead_peer(hurry):
+    with raw_pair() as (ws, _), pytest.raises(ConnectionClosed, match="nothing"):
+        while True:
+            with contextlib.suppress(TimeoutError):
+                ws.receive(0.01)
+
+
+def test_a_silent_peer_is_kept_without_keepalive(hurry):
+    """A Moltis node reads nothing, so answers no Ping, while its command runs."""
+    with raw_pair() as (ws, peer):
+        ws.keepalive = False
+        receiving = Background(ws.receive)
+        for _ in range(10):
+            assert peer.read(2) == PING
+        ws.keepalive = True
+        with pytest.raises(ConnectionClosed, match="nothing arrived"):
+            receiving.result()
+
+
+def test_a_reader_that_was_busy_pings_before_it_gives_up(hurry):
+    with raw_pair() as (ws, peer):
+        with pytest.raises(TimeoutError):
+            ws.receive(0)
+        time.sleep(0.25)  # neither read nor pinged
+        receiving = Background(ws.receive)
+        assert peer.read(2) == PING
+        peer.sock.sendall(PONG)
+        peer.send(Opcode.TEXT, b"hi")
+        assert receiving.result() == "hi"
+
+
+def test_pings_of_many_connections_do_not_coincide():
+    with contextlib.ExitStack() as stack:
+        pairs = [stack.enter_context(raw_pair()) for _ in range(20)]
+        due = sorted(ws._next_ping - ws._last_arrival for ws, _ in pairs)
+    assert 16 <= due[0] < due[-1] <= 20
+    assert due[-1] - due[0] > 1
+
+
+def test_whether_a_peer_answers_can_be_asked():
+    with ws_pair() as (client, server):
+        receiving = [Background(ws.receive) for ws in (client, server)]
+        assert client.answers(LONG)
+        server.abort()
+        assert not client.answers(LONG)
+        for call in receiving:
+            with pytest.raises(ConnectionClosed):
+                call.result()
+    with raw_pair() as (ws, peer):
+        receiving = Background(ws.receive)
+        assert not ws.answers(0.01)
+        assert peer.read(2) == PING
+        ws.abort()
+        with pytest.raises(ConnectionClosed):
+            receiving.result()
+
+
 # --- slow peers ------------------------------------------------------------------
 
 
@@ -291,6 +385,56 @@ def test_a_writer_starts_again_when_it_is_needed_again():
             sent = fill(client)
             assert [server.receive(LONG) for _ in sent] == sent
             client.flush(LONG)
+
+
+def test_the_backlog_is_what_the_socket_has_not_taken():
+    with ws_pair() as (client, server):
+        client.send("hi")
+        assert client.backlog == 0
+        sent = fill(client, at_least=1 << 20)
+        assert 1 << 20 <= client.backlog < sum(map(len, sent)) + 14 * len(sent)
+        assert [server.receive(LONG) for _ in range(len(sent) + 1)] == ["hi", *sent]
+        client.flush(LONG)
+        assert client.backlog == 0
+
+
+def test_on_drain_is_called_once_each_time_the_backlog_falls_below_the_limit():
+    with ws_pair() as (client, server):
+        calls = []
+        client.on_drain = lambda: calls.append(
+            (client.backlog < MAX_BACKLOG, threading.current_thread().name)
+        )
+        for rounds in (1, 2, 3):
+            sent = fill(client, at_least=MAX_BACKLOG)
+            assert len(calls) == rounds - 1
+            server.send("the reader has no part in it")
+            assert [server.receive(LONG) for _ in sent] == sent
+            client.flush(LONG)
+            wait_for(lambda: not writer_threads(), what="the writer's end")
+            assert calls == [(True, "moltis-write-")] * rounds
+
+
+def test_on_drain_may_send_so_that_an_outbox_never_holds_more_than_it_must():
+    """How followers of logs pull: no thread, and no outbox that grows."""
+    with ws_pair() as (client, server):
+        pieces = [b"%d" % i + bytes(60_000) for i in range(300)]
+        waiting = iter(pieces)
+        highest = 0
+
+        def pump():
+            nonlocal highest
+            while client.backlog < MAX_BACKLOG:
+                piece = next(waiting, None)
+                if piece is None:
+                    return
+                client.send(piece)
+                highest = max(highest, client.backlog)
+
+        client.on_drain = pump
+        pump()
+        assert [server.receive(LONG) for _ in pieces] == pieces
+        assert MAX_BACKLOG <= highest < MAX_BACKLOG + 70_000
+        wait_for(lambda: not writer_threads(), what="the writer's end")
 
 
 def test_flush_waits_for_the_peer_and_tells_of_a_timeout():
@@ -699,6 +843,19 @@ def test_abort_wakes_a_thread_that_receives_over_tls(client_context, server_cont
             with pytest.raises(ConnectionClosed) as caught:
                 call.result()
             assert caught.value.code == CloseCode.ABNORMAL
+
+
+def test_a_silent_tls_peer_is_kept_while_it_answers(
+    client_context, server_context, hurry
+):
+    with tls_pair(client_context, server_context) as (client, server):
+        receiving = [Background(ws.receive) for ws in (client, server)]
+        time.sleep(0.5)
+        for ws in (client, server):
+            ws.send("still here")
+        assert [call.result() for call in receiving] == ["still here"] * 2
+        with pytest.raises(ConnectionClosed, match="nothing arrived"):
+            client.receive()
 
 
 def test_a_close_over_tls_is_clean_at_both_ends(client_context, server_context):

@@ -1,4 +1,4 @@
-"""The section Certificates: made by openssl, loaded by ssl, told by their DER."""
+"""TLS: certificates made by openssl and loaded by ssl, read from their DER; pins."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import moltis
 from moltis import (
     BadConfiguration,
     TlsFiles,
-    certificate_from_pem,
+    TlsTrust,
     ensure_certificate,
     host_addresses,
     host_names,
@@ -31,6 +31,7 @@ from moltis import (
     parse_fib_trie,
     parse_if_inet6,
     parse_ifconfig,
+    read_certificate,
     tls_server_end_point,
 )
 
@@ -64,7 +65,7 @@ def self_signed(directory, *options, name="other", days=30):
 
 
 def der_of(files):
-    return certificate_from_pem(files.certificate.read_bytes())
+    return read_certificate(files.certificate)
 
 
 @pytest.fixture
@@ -102,10 +103,7 @@ def trusting(files):
 
 
 def unverified():
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
+    return TlsTrust(bound=True).context()
 
 
 # --- our own certificate --------------------------------------------------------------
@@ -203,7 +201,7 @@ def test_what_is_damaged_is_made_anew(files, tmp_path, damage):
 
 def test_without_openssl_one_sentence_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(BadConfiguration, match=r"openssl .* --tls-cert and --tls-key"):
+    with pytest.raises(BadConfiguration, match=r"openssl.* --tls-cert and --tls-key"):
         ensure_certificate(tmp_path / "tls", NAMES)
 
 
@@ -247,15 +245,32 @@ def test_another_certificate_than_the_pinned_one_is_what_an_attack_looks_like(
     files, tmp_path
 ):
     pin = load_tls(files).certificate.pin
-    moltis.check_pin(der_of(files), pin)
+    TlsTrust(pin).check(der_of(files))
     ensure_certificate(files.key.parent, (*NAMES, "more"))
-    moltis.check_pin(der_of(files), pin)
+    TlsTrust(pin).check(der_of(files))
     for der in (der_of(self_signed(tmp_path)), b"", b"nonsense"):
-        with pytest.raises(moltis.Refused, match="somebody in between"):
-            moltis.check_pin(der, pin)
+        TlsTrust().check(der)  # a CA vouches for it
+        with pytest.raises(moltis.Refused, match="somebody may stand in between"):
+            TlsTrust(pin).check(der)
     for wrong in ("", pin[:-1], pin.lower(), "sha256//\ud800"):
         with pytest.raises(moltis.Refused):
-            moltis.check_pin(der_of(files), wrong)
+            TlsTrust(wrong).check(der_of(files))
+
+
+@pytest.mark.parametrize("trust", [TlsTrust("sha256//pin"), TlsTrust(bound=True)])
+def test_a_client_that_pins_or_binds_takes_the_certificate_of_any_ca(files, trust):
+    _, version = handshake(load_tls(files), trust.context())
+    assert version == "TLSv1.3"
+
+
+def test_a_client_may_name_its_own_ca(files, tmp_path):
+    trust = TlsTrust(ca=str(files.certificate))
+    handshake(load_tls(files), trust.context(), "localhost")
+    with pytest.raises(ssl.SSLError):
+        handshake(load_tls(files), TlsTrust().context(), "localhost")
+    for path in (tmp_path / "missing", files.key):
+        with pytest.raises(BadConfiguration, match=re.escape(str(path))):
+            TlsTrust(ca=str(path)).context()
 
 
 ALGORITHMS = {
@@ -354,8 +369,9 @@ def test_what_is_no_certificate_is_refused(files):
             with pytest.raises(ValueError, match=r"no X\.509 certificate"):
                 read(data)
     for pem in (b"", der, b"-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----"):
+        files.certificate.write_bytes(pem)
         with pytest.raises(ValueError):
-            certificate_from_pem(pem)
+            read_certificate(files.certificate)
 
 
 def test_a_damaged_certificate_raises_nothing_but_value_errors(files):
