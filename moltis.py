@@ -20684,7 +20684,7 @@ start();
 
 # ==============================================================================
 # Operator client
-# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol
+# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol, Machine
 #
 # The command line's side of a gateway: calls, events, and the logs of jobs, which go
 # on at the exact byte after a connection broke.  What is printed is the command
@@ -20699,6 +20699,20 @@ ACK_AFTER = LOG_WINDOW // 4  # bytes written; often enough that no node waits
 # Events, binary messages, and last why the connection ended.
 RawNews: TypeAlias = "Event | bytes | MoltisError"
 NewsHandler: TypeAlias = "Callable[[OperatorClient, RawNews], None]"
+
+USER_ERRORS: Mapping[str, type[UserError]] = {
+    "UNAVAILABLE": Unreachable,
+    "TIMEOUT": Unreachable,
+    "UNAUTHORIZED": Refused,
+    "FORBIDDEN": Refused,
+    "RATE_LIMITED": Refused,
+    "INVALID_REQUEST": UsageError,
+}
+
+
+def user_error(error: RpcError) -> UserError:
+    """Return the error for the command line, with the exit status that fits it."""
+    return USER_ERRORS.get(error.code, UserError)(error.message)
 
 
 def ignore_news(_client: OperatorClient, _news: RawNews) -> None: ...
@@ -20835,21 +20849,6 @@ class OperatorClient:
             self._on_news(self, envelope)
 
 
-USER_ERRORS: Mapping[str, type[UserError]] = {
-    "UNAVAILABLE": Unreachable,
-    "TIMEOUT": Unreachable,
-    "UNAUTHORIZED": Refused,
-    "FORBIDDEN": Refused,
-    "RATE_LIMITED": Refused,
-    "INVALID_REQUEST": UsageError,
-}
-
-
-def user_error(error: RpcError) -> UserError:
-    """Return the error for the command line, with the exit status that fits it."""
-    return USER_ERRORS.get(error.code, UserError)(error.message)
-
-
 def reconnect_pauses() -> Iterator[float]:
     """Yield the seconds to wait before each attempt to reach a lost gateway again."""
     deadline = Deadline(CALLER_PATIENCE)
@@ -20861,14 +20860,14 @@ def reconnect_pauses() -> Iterator[float]:
 class LastingClient:
     """Calls over a connection that is replaced when it breaks.
 
-    A call whose connection broke is made again: it may be one of a kind only that does
-    no harm twice, as the start of a job under an id that the caller chose.
+    A call whose connection broke is made again.  That must do no harm: a job, say, is
+    started under an id that the caller chose.
     """
 
     def __init__(self, dial: Callable[[], OperatorClient]) -> None:
         """Raises UserError as `dial` does."""
         self._dial = dial
-        self._lock = threading.Lock()  # guards _client
+        self._lock = threading.Lock()  # guards _client; held while dialling
         self._client = dial()
 
     def close(self) -> None:
@@ -20890,9 +20889,7 @@ class LastingClient:
             except (ConnectionClosed, Unreachable) as error:
                 problem = error
             except RpcError as error:
-                if not (
-                    isinstance(error.details, dict) and error.details.get("goesOn")
-                ):
+                if error.details != {"goesOn": True}:
                     raise
                 problem = error  # the gateway stops, and the job does not
             cancel.pause(pause)
@@ -20900,18 +20897,9 @@ class LastingClient:
 
     def _connected(self) -> OperatorClient:
         with self._lock:
-            client = self._client
-        if not client.ended:
-            return client
-        fresh = self._dial()
-        with self._lock:
-            # Two threads may have dialled at once.
-            spare = client if self._client is client else fresh
-            if spare is client:
-                self._client = fresh
-            client = self._client
-        spare.close()
-        return client
+            if self._client.ended:
+                self._client = self._dial()
+            return self._client
 
 
 class FollowedJob:
@@ -20931,9 +20919,6 @@ class FollowedJob:
         self.state: JsonObject = {}  # as VIEW or job.state says
         self.ending: Ending | None = None
         self.error: MoltisError | None = None  # instead of an ending
-
-    def follow_params(self) -> JsonObject:
-        return {"id": self.id, "offset": self.position, "hold": self.holds}
 
 
 class JobOutput(Value):
@@ -21018,13 +21003,10 @@ class JobInput:
         while self._sent < end:
             at = self._sent - self._consumed
             data = bytes(self._kept[at : at + MAX_LOG_MESSAGE])
-            self._send_piece(data)
+            self._send(encode_job_data(INPUT_DATA, self.job_id, self._sent, data))
             self._sent += len(data)
         if self._ended:
-            self._send_piece(b"")
-
-    def _send_piece(self, data: bytes) -> None:
-        self._send(encode_job_data(INPUT_DATA, self.job_id, self._sent, data))
+            self._send(encode_job_data(INPUT_DATA, self.job_id, end, b""))
 
 
 class JobFeed:
@@ -21041,7 +21023,7 @@ class JobFeed:
         self._queued = 0  # bytes of log messages in _news
         self._closed = False
         self._dial = partial(dial, self._take)
-        self._client = self._dial()
+        self.client = self._dial()
 
     def __enter__(self) -> JobFeed:
         return self
@@ -21053,15 +21035,8 @@ class JobFeed:
             self._changed.notify_all()
         for job in self.open.values():
             # A connection that just ends would count as broken.
-            self.notify("job.unfollow", {"id": job.id, "leave": job.holds})
-        self._client.close()
-
-    def call(self, method: str, params: JsonObject) -> Any:
-        """Return the payload of the answer.  Raises UserError."""
-        return self._client.call(method, params)
-
-    def notify(self, method: str, params: JsonObject) -> None:
-        self._client.notify(method, params)
+            self.client.notify("job.unfollow", {"id": job.id, "leave": job.holds})
+        self.client.close()
 
     def start(self, nodes: Mapping[str, str], request: JsonObject) -> list[FollowedJob]:
         """Start a job on each of `nodes` (names for people by reference), and hold it.
@@ -21078,17 +21053,16 @@ class JobFeed:
     def follow(self, job_id: str, name: str) -> FollowedJob:
         """Watch a job's log from its beginning; `name` is its node's."""
         job = self.open[job_id] = FollowedJob(job_id, name, holds=False)
-        job.known = True
-        self._ask([job], "job.follow", job.follow_params())
+        self._follow(job)
         return job
 
     def unfollow(self, job: FollowedJob) -> None:
         if self.open.pop(job.id, None) is not None:
-            self.notify("job.unfollow", {"id": job.id})
+            self.client.notify("job.unfollow", {"id": job.id})
 
     def _send(self, message: bytes) -> None:
         # What a broken connection does not take, its successor is sent again.
-        self._client.send(message)
+        self.client.send(message)
 
     def feed_input(self, read: Callable[[int], bytes]) -> None:
         """Send what `read` gives to the first job, to its end.  Raises OSError."""
@@ -21097,7 +21071,7 @@ class JobFeed:
 
     def cancel(self) -> None:
         for job_id in self.open:
-            self.notify(JOB_CANCEL, {"id": job_id})
+            self.client.notify(JOB_CANCEL, {"id": job_id})
 
     def interrupt(self) -> None:
         """Wake news(); may be called from a signal handler."""
@@ -21120,7 +21094,7 @@ class JobFeed:
                 yield from self._take_answer(item)
             elif isinstance(item, Event):
                 yield from self._take_event(item)
-            elif client is self._client:
+            elif client is self.client:
                 yield from self._reconnect()
 
     def _next(self, timeout: float | None) -> tuple[OperatorClient | None, Any]:
@@ -21171,7 +21145,7 @@ class JobFeed:
 
     def _acknowledge(self, job: FollowedJob, offset: int) -> None:
         job.acknowledged = offset
-        self.notify(JOB_ACK, {"id": job.id, "offset": offset})
+        self.client.notify(JOB_ACK, {"id": job.id, "offset": offset})
 
     def _take_answer(self, answer: _Answer) -> Iterator[JobChange]:
         error = answer.future.exception()
@@ -21228,7 +21202,7 @@ class JobFeed:
     def _reconnect(self) -> Iterator[GatewayChange | JobChange | None]:
         """Reach the gateway again; yield None meanwhile, at least every second."""
         yield GatewayChange(reachable=False)
-        self._client.drop()
+        self.client.drop()
         problem = UserError("the gateway went away")
         for pause in reconnect_pauses():
             deadline = Deadline(pause)
@@ -21236,7 +21210,7 @@ class JobFeed:
                 self._next(min(1.0, deadline.remaining() or 0.0))
                 yield None
             try:
-                self._client = self._dial()
+                self.client = self._dial()
             except Unreachable as error:
                 problem = error
             except UserError as error:
@@ -21256,15 +21230,19 @@ class JobFeed:
             self._ask(new, JOB_START, {**self._request, "jobs": jobs})
         for job in self.open.values():
             if job.known:
-                job.state = {}
-                self._ask([job], "job.follow", job.follow_params())
+                self._follow(job)
         if self.interrupted:
             self.cancel()
+
+    def _follow(self, job: FollowedJob) -> None:
+        job.known, job.state = True, {}
+        params = {"id": job.id, "offset": job.position, "hold": job.holds}
+        self._ask([job], "job.follow", params)
 
     def _ask(
         self, jobs: Sequence[FollowedJob], method: str, params: JsonObject
     ) -> None:
-        client = self._client
+        client = self.client
 
         def answered(future: Future[Any]) -> None:
             self._news.put((client, _Answer(jobs, future)))
@@ -21275,7 +21253,7 @@ class JobFeed:
 
 # ==============================================================================
 # MCP
-# Uses: Wire protocol, Language models, Machine, Fleet, Agent, Gateway, Operator client
+# Uses: Wire protocol, Language models, Fleet, Agent, Gateway, Operator client
 #
 # The agent's tools for programs that speak the Model Context Protocol: JSON-RPC 2.0,
 # one line each, on standard input and output.  Their commands are kept jobs; the MCP
@@ -21528,8 +21506,8 @@ class McpServer:
 # ==============================================================================
 # Assembly
 # Uses: Settings, Install, TLS, Wire protocol, Telemetry, Language models, Machine,
-#       Node agent, Node service, Store, Access, Fleet, Jobs, Agent, Model directory,
-#       Chat, Gateway, HTTP, Web page
+#       Node agent, Store, Access, Fleet, Jobs, Agent, Model directory, Chat, Gateway,
+#       HTTP, Web page
 #
 # The composition roots: how the objects of a gateway, of a node and of Local are put
 # together, and in which order they are closed.
@@ -21803,6 +21781,12 @@ class RunningGateway:
         self._stack.close()
 
 
+def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
+    """Return the models that this machine lends.  Raises BadConfiguration."""
+    entered = ProviderSettings.load_all(data_directory(environ))
+    return ModelCatalog(make_providers(environ, entered))
+
+
 class RunningNode:
     """A node agent with all its parts, in a thread of its own until close()."""
 
@@ -21858,12 +21842,6 @@ class RunningNode:
             self._on_end()
 
 
-def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
-    """Return the models that this machine lends.  Raises BadConfiguration."""
-    entered = ProviderSettings.load_all(data_directory(environ))
-    return ModelCatalog(make_providers(environ, entered))
-
-
 def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> RunningNode:
     """Start a node on this machine, with a token and a directory of its own."""
     directory = data_directory(environ) / DEMO_DIRECTORY
@@ -21883,9 +21861,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Install, TLS, Wire protocol, Commands, Language models, Node agent,
-#       Node service, Access, Agent, Chat, Gateway, HTTP, Operator client, MCP,
-#       Assembly
+# Uses: Settings, Install, TLS, Wire protocol, Commands, Node service, Store, Access,
+#       Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -21906,7 +21883,16 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 # -- output --------------------------------------------------------------------
 
+
 Column: TypeAlias = "str | Callable[[JsonObject], str]"  # a field's name, or a function
+
+
+def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
+    """Return a row of a table; "-" for a field that is absent or empty."""
+    return [
+        str(row.get(column) or "-") if isinstance(column, str) else column(row)
+        for column in columns.values()
+    ]
 
 
 class Output:
@@ -21964,14 +21950,6 @@ class Output:
             self.answer("  ".join(padded).rstrip())
 
 
-def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
-    """Return a row of a table; "-" for a field that is absent or empty."""
-    return [
-        str(row.get(column) or "-") if isinstance(column, str) else column(row)
-        for column in columns.values()
-    ]
-
-
 def time_column(name: str) -> Column:
     return lambda row: format_time(row[name]) if row.get(name) else "-"
 
@@ -22002,6 +21980,7 @@ class Context(Value):
 
 # -- arguments -----------------------------------------------------------------
 
+
 Argument: TypeAlias = "tuple[Sequence[str], Mapping[str, Any]]"
 
 
@@ -22020,6 +21999,27 @@ def arg(spec: str, text: str, **options: Any) -> Argument:
     return names, {"help": text, **options}
 
 
+def help_formatter(prog: str) -> argparse.HelpFormatter:
+    """Return a formatter for --help that is as wide as the terminal.
+
+    argparse makes one for each argument that a parser gets, and by itself asks
+    `shutil` for the width, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
+    """
+    import argparse
+
+    try:
+        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
+        columns = int(known) or 80
+    except (OSError, ValueError):
+        columns = 80
+    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
+
+
+def help_options(example: str) -> dict[str, Any]:
+    """Return the keyword arguments that end a --help with an example."""
+    return {"epilog": "example:\n  " + example, "formatter_class": help_formatter}
+
+
 class Subcommand(Value):
     """One row of the table of subcommands."""
 
@@ -22036,27 +22036,6 @@ class Subcommand(Value):
         for names, options in self.arguments:
             parser.add_argument(*names, **options)
         parser.set_defaults(run=self.run)
-
-
-def help_options(example: str) -> dict[str, Any]:
-    """Return the keyword arguments that end a --help with an example."""
-    return {"epilog": "example:\n  " + example, "formatter_class": help_formatter}
-
-
-def help_formatter(prog: str) -> argparse.HelpFormatter:
-    """Return a formatter for --help that is as wide as the terminal.
-
-    argparse makes one for each argument that a parser gets, and by itself asks
-    `shutil` for the width, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
-    """
-    import argparse
-
-    try:
-        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
-        columns = int(known) or 80
-    except (OSError, ValueError):
-        columns = 80
-    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
 
 
 def check_timeout(timeout: float | None) -> None:  # s
@@ -22105,6 +22084,19 @@ def chosen_trust(args: argparse.Namespace, context: Context) -> TlsTrust:
     return TlsTrust(None if args.ca else pin, args.ca)
 
 
+def is_own_gateway(url: str, file: GatewayFile) -> bool:
+    """Return whether `url` is the gateway of gateway.json, by whichever address.
+
+    No other gateway may get its key.
+    """
+    wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
+    if (wanted.scheme, wanted.port) != (own.scheme, own.port):
+        return False
+    if wanted.hostname == own.hostname:  # as it is without --host: nothing to look up
+        return True
+    return wanted.hostname in {*host_names(), *host_addresses()}
+
+
 def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
     """Return URL and operator key: flags, then environment, then gateway.json.
 
@@ -22130,17 +22122,23 @@ def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, st
     return url, key
 
 
-def is_own_gateway(url: str, file: GatewayFile) -> bool:
-    """Return whether `url` is the gateway of gateway.json, by whichever address.
+def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
+    """Return which certificate the gateway must show before it gets `key`."""
+    trust = chosen_trust(args, context)
+    file = GatewayFile.load(context.directory)
+    if trust == TlsTrust() and file is not None and file.api_key == key:
+        return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
+    return trust
 
-    No other gateway may get its key.
-    """
-    wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
-    if (wanted.scheme, wanted.port) != (own.scheme, own.port):
-        return False
-    if wanted.hostname == own.hostname:  # as it is without --host: nothing to look up
-        return True
-    return wanted.hostname in {*host_names(), *host_addresses()}
+
+def warn_about_plain_text(url: str, output: Output) -> None:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
+        output.say(
+            f"warning: {url} is not encrypted: the network can read commands, output "
+            "and operator keys; start the gateway with --tls, then use wss://"
+        )
 
 
 def operator_client(
@@ -22167,25 +22165,6 @@ def call_gateway(
     """Make one call over a connection of its own.  Raises UserError."""
     with operator_client(args, context) as client:
         return client.call(method, params)
-
-
-def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
-    """Return which certificate the gateway must show before it gets `key`."""
-    trust = chosen_trust(args, context)
-    file = GatewayFile.load(context.directory)
-    if trust == TlsTrust() and file is not None and file.api_key == key:
-        return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
-    return trust
-
-
-def warn_about_plain_text(url: str, output: Output) -> None:
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
-        output.say(
-            f"warning: {url} is not encrypted: the network can read commands, output "
-            "and operator keys; start the gateway with --tls, then use wss://"
-        )
 
 
 class StopSignal:
@@ -22219,6 +22198,23 @@ class StopSignal:
 # -- moltis gateway ------------------------------------------------------------
 
 
+def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
+    """Raises UsageError, BadConfiguration."""
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise UsageError("--tls-cert and --tls-key go together")
+    if args.tls_cert:
+        files = TlsFiles(Path(args.tls_cert), Path(args.tls_key))
+        return ServerTls(lambda: files)
+    if not args.tls:
+        return None
+
+    def own_files() -> TlsFiles:
+        names = [*host_names(), *host_addresses(), *(args.allowed_host or ())]
+        return ensure_certificate(context.directory / TLS_DIRECTORY, names)
+
+    return ServerTls(own_files)
+
+
 def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOptions:
     """Raises UsageError, BadConfiguration."""
     if not 0 <= args.port <= 65535:
@@ -22240,45 +22236,6 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         keep_audit=args.keep_audit,
         keep_output=round(args.keep_output * 1024**3),
     )
-
-
-def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
-    """Raises UsageError, BadConfiguration."""
-    if bool(args.tls_cert) != bool(args.tls_key):
-        raise UsageError("--tls-cert and --tls-key go together")
-    if args.tls_cert:
-        files = TlsFiles(Path(args.tls_cert), Path(args.tls_key))
-        return ServerTls(lambda: files)
-    if not args.tls:
-        return None
-
-    def own_files() -> TlsFiles:
-        names = [*host_names(), *host_addresses(), *(args.allowed_host or ())]
-        return ensure_certificate(context.directory / TLS_DIRECTORY, names)
-
-    return ServerTls(own_files)
-
-
-def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
-    """Raises UsageError, BadConfiguration."""
-    options = gateway_options(args, context)
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
-    )
-    with GatewayLock(context.directory), contextlib.ExitStack() as stack:
-        stop = StopSignal()
-        running = RunningGateway(context.environ, options)
-        stack.callback(running.close)
-        signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
-        say_started(context.output, running)
-        if args.demo_node:
-            demo = start_demo_node(context.environ, running)
-            stack.callback(close_together, demo.close, running.close)
-        if args.open:
-            stack.enter_context(open_sign_in(running.sign_in_link))
-        stop.wait()
-        context.output.say("stopping")
-    return EXIT_OK
 
 
 def say_started(output: Output, running: RunningGateway) -> None:
@@ -22331,21 +22288,29 @@ def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
     return directory
 
 
+def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, BadConfiguration."""
+    options = gateway_options(args, context)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
+    )
+    with GatewayLock(context.directory), contextlib.ExitStack() as stack:
+        stop = StopSignal()
+        running = RunningGateway(context.environ, options)
+        stack.callback(running.close)
+        signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
+        say_started(context.output, running)
+        if args.demo_node:
+            demo = start_demo_node(context.environ, running)
+            stack.callback(close_together, demo.close, running.close)
+        if args.open:
+            stack.enter_context(open_sign_in(running.sign_in_link))
+        stop.wait()
+        context.output.say("stopping")
+    return EXIT_OK
+
+
 # -- the node's own subcommands ------------------------------------------------
-
-
-def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
-    trust = chosen_trust(args, context)
-    offer = join_offer(args, trust, context.environ)
-    settings = node_settings(args, offer, context)
-    warn_about_plain_text(settings.gateway_url, context.output)
-    warn_about_root(settings, context.output)
-    if args.foreground:
-        return run_node(settings, context, None)
-    if trust == TlsTrust():
-        trust = TlsTrust(offer.get("fingerprint"))
-    settings.save(context.directory)
-    return install_node(settings, trust, context)
 
 
 def node_settings(
@@ -22389,6 +22354,50 @@ def node_settings(
     )
 
 
+def _open_url(url: str, trust: TlsTrust) -> Any:
+    """Return urllib's answer.  Raises Refused before anything is asked, OSError."""
+    import http.client
+    import urllib.request
+
+    handlers = []
+    if url.startswith("https:"):
+        context = trust.context()
+
+        class Connection(http.client.HTTPSConnection):
+            def connect(self) -> None:
+                super().connect()
+                trust.check(self.sock.getpeercert(binary_form=True))
+
+        class Handler(urllib.request.HTTPSHandler):
+            def https_open(self, request: Any) -> Any:
+                return self.do_open(partial(Connection, context=context), request)
+
+        handlers.append(Handler())
+    opener = urllib.request.build_opener(*handlers)
+    return opener.open(url, timeout=CONNECT_TIMEOUT)
+
+
+def fetch(url: str, trust: TlsTrust) -> bytes:
+    """Return what an http:// or https:// address answers.
+
+    Raises Unreachable, or Refused with the answer's own words or for a certificate
+    that is not the one to be trusted.
+    """
+    import urllib.error
+
+    if not url.lower().startswith(("http://", "https://")):
+        raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
+    try:
+        with _open_url(url, trust) as answer:
+            return bytes(answer.read(MAX_MESSAGE))
+    except urllib.error.HTTPError as error:
+        words = error.read(300).decode("utf-8", "replace").strip()
+        raise Refused(f"{redact(url)} answered {error.code}: {words}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise Unreachable(f"{redact(url)} cannot be fetched: {reason}") from error
+
+
 def join_offer(
     args: argparse.Namespace, trust: TlsTrust, environ: Mapping[str, str]
 ) -> JsonObject:
@@ -22413,50 +22422,6 @@ def join_offer(
     if not isinstance(offer, dict):
         raise UsageError("this is no join offer: it is not a JSON object")
     return {name: text for name, text in offer.items() if isinstance(text, str)}
-
-
-def fetch(url: str, trust: TlsTrust) -> bytes:
-    """Return what an http:// or https:// address answers.
-
-    Raises Unreachable, or Refused with the answer's own words or for a certificate
-    that is not the one to be trusted.
-    """
-    import urllib.error
-
-    if not url.lower().startswith(("http://", "https://")):
-        raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
-    try:
-        with _open_url(url, trust) as answer:
-            return bytes(answer.read(MAX_MESSAGE))
-    except urllib.error.HTTPError as error:
-        words = error.read(300).decode("utf-8", "replace").strip()
-        raise Refused(f"{redact(url)} answered {error.code}: {words}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise Unreachable(f"{redact(url)} cannot be fetched: {reason}") from error
-
-
-def _open_url(url: str, trust: TlsTrust) -> Any:
-    """Return urllib's answer.  Raises Refused before anything is asked, OSError."""
-    import http.client
-    import urllib.request
-
-    handlers = []
-    if url.startswith("https:"):
-        context = trust.context()
-
-        class Connection(http.client.HTTPSConnection):
-            def connect(self) -> None:
-                super().connect()
-                trust.check(self.sock.getpeercert(binary_form=True))
-
-        class Handler(urllib.request.HTTPSHandler):
-            def https_open(self, request: Any) -> Any:
-                return self.do_open(partial(Connection, context=context), request)
-
-        handlers.append(Handler())
-    opener = urllib.request.build_opener(*handlers)
-    return opener.open(url, timeout=CONNECT_TIMEOUT)
 
 
 def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> int:
@@ -22554,6 +22519,20 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
     return EXIT_OK
 
 
+def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
+    trust = chosen_trust(args, context)
+    offer = join_offer(args, trust, context.environ)
+    settings = node_settings(args, offer, context)
+    warn_about_plain_text(settings.gateway_url, context.output)
+    warn_about_root(settings, context.output)
+    if args.foreground:
+        return run_node(settings, context, None)
+    if trust == TlsTrust():
+        trust = TlsTrust(offer.get("fingerprint"))
+    settings.save(context.directory)
+    return install_node(settings, trust, context)
+
+
 def cmd_node_run(_args: object, context: Context) -> int:
     """Raises BadConfiguration."""
     settings = NodeSettings.load(context.directory)
@@ -22644,6 +22623,25 @@ def cmd_node_logs(args: argparse.Namespace, context: Context) -> int:
 # -- what operators do ---------------------------------------------------------
 
 
+def paste_lines(
+    host: str, made: JsonObject, name: str, pin: str | None
+) -> dict[str, str]:
+    """Return the shell lines that make another machine a node of wss:// `host`."""
+    named = f" --name {shlex.quote(name)}" if name else ""
+    command = f"node add --host {host} --token {made['deviceToken']}{named}"
+    page = "http" + host[len("ws") : -len("/ws")]
+    join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
+    curl, pinned = "curl -fsSL", ""
+    if pin is not None and page.startswith("https:"):
+        # The pin replaces a CA: what curl pipes into Python is what the gateway sent.
+        curl, pinned = f"curl -fsSk --pinnedpubkey '{pin}'", f" --fingerprint {pin}"
+    return {
+        "command": f"moltis {command}",
+        "fetchCommand": f"{curl} {page}/moltis.py | python3 - {command}{pinned}",
+        "joinCommand": f"{curl} {page}/moltis.py | python3 - {join}{pinned}",
+    }
+
+
 def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
     url, key = gateway_address(args, context)
     file = GatewayFile.load(context.directory)
@@ -22665,25 +22663,6 @@ def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
         f"  {lines['joinCommand']}"
     )
     return EXIT_OK
-
-
-def paste_lines(
-    host: str, made: JsonObject, name: str, pin: str | None
-) -> dict[str, str]:
-    """Return the shell lines that make another machine a node of wss:// `host`."""
-    named = f" --name {shlex.quote(name)}" if name else ""
-    command = f"node add --host {host} --token {made['deviceToken']}{named}"
-    page = "http" + host[len("ws") : -len("/ws")]
-    join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
-    curl, pinned = "curl -fsSL", ""
-    if pin is not None and page.startswith("https:"):
-        # The pin replaces a CA: what curl pipes into Python is what the gateway sent.
-        curl, pinned = f"curl -fsSk --pinnedpubkey '{pin}'", f" --fingerprint {pin}"
-    return {
-        "command": f"moltis {command}",
-        "fetchCommand": f"{curl} {page}/moltis.py | python3 - {command}{pinned}",
-        "joinCommand": f"{curl} {page}/moltis.py | python3 - {join}{pinned}",
-    }
 
 
 def _usage_column(row: JsonObject) -> str:
@@ -22823,38 +22802,6 @@ def cmd_audit(args: argparse.Namespace, context: Context) -> int:
 # -- jobs: moltis node exec, attach, jobs --------------------------------------
 
 
-def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
-    """Raises UsageError, Unreachable, Refused."""
-    if not args.command:
-        raise UsageError("no command; put it after --, as in: node exec pi -- uptime")
-    if args.all == bool(args.nodes):
-        both = ", not both" if args.all else ""
-        raise UsageError(f"name the nodes, or say --all{both}")
-    if args.stdin and args.detach:
-        raise UsageError("--stdin feeds a command while we stay, --detach does not")
-    check_timeout(args.timeout)
-    # One word is a line for the shell; several are to arrive as the words they are.
-    line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
-    spec: JsonObject = {
-        "command": line,
-        "env": filter_environment(context.environ),
-        "stdin": args.stdin,
-    }
-    if args.timeout is not None:
-        spec["timeout"] = round(args.timeout * 1000)
-    if args.cwd is not None:
-        spec["cwd"] = args.cwd
-    request = {"work": "run", "spec": spec}
-    with JobFeed(partial(operator_client, args, context)) as feed:
-        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
-        if args.stdin and len(nodes) > 1:
-            raise UsageError("--stdin feeds one node")
-        if args.detach:
-            return start_detached(feed, nodes, request, context.output)
-        jobs = feed.start(nodes, request)
-        return JobTerminal(feed, jobs, context.output).execute(feeds=args.stdin)
-
-
 def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
     """Return the first of the references to each node: a command runs there once.
 
@@ -22864,17 +22811,9 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
         return {reference: reference for reference in references}
     first: dict[str, str] = {}
     for reference in references:
-        node = feed.call("node.describe", {"nodeId": reference})
+        node = feed.client.call("node.describe", {"nodeId": reference})
         first.setdefault(node["nodeId"], reference)
     return first
-
-
-def connected_nodes(feed: JobFeed) -> dict[str, str]:
-    """Return the names of all connected nodes by id."""
-    listed = feed.call("node.list", {})
-    return distinct_names(
-        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
-    )
 
 
 def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
@@ -22888,6 +22827,22 @@ def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
     return unique
 
 
+def connected_nodes(feed: JobFeed) -> dict[str, str]:
+    """Return the names of all connected nodes by id."""
+    listed = feed.client.call("node.list", {})
+    return distinct_names(
+        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
+    )
+
+
+def without_name(name: str, text: str) -> str:
+    """Return `text` about `name` without the name before it."""
+    for after in (": ", " is "):
+        if text.casefold().startswith(f"{name}{after}".casefold()):
+            return text[len(name) + len(after) :]
+    return text
+
+
 def start_detached(
     feed: JobFeed, nodes: Mapping[str, str], request: JsonObject, output: Output
 ) -> int:
@@ -22898,7 +22853,7 @@ def start_detached(
     names = {new_id(): name for name in nodes.values()}
     jobs = [{"id": job, "node": node} for job, node in zip(names, nodes)]
     try:
-        answer = feed.call(JOB_START, {**request, "jobs": jobs, "keep": True})
+        answer = feed.client.call(JOB_START, {**request, "jobs": jobs, "keep": True})
     except Unreachable as error:
         if isinstance(error.__cause__, RpcError) and error.__cause__.code != "TIMEOUT":
             raise
@@ -22991,6 +22946,53 @@ class StreamPrinter:
                 self.write(b"\n")
 
 
+EXIT_STATUSES: Mapping[str, int] = {
+    JobState.TIMED_OUT: TIMED_OUT,
+    JobState.CANCELLED: INTERRUPTED,
+    JobState.LOST: EXIT_UNREACHABLE,
+    JobState.EXPIRED: EXIT_UNREACHABLE,
+}
+
+
+def exit_status(ending: Ending) -> int:
+    """Return the exit status for a job, which is 0 only for a success."""
+    if ending.state != JobState.DONE:
+        return EXIT_STATUSES.get(ending.state, EXIT_FAILURE)
+    if ending.signal:
+        number = signal.Signals.__members__.get(ending.signal)
+        return EXIT_FAILURE if number is None else min(128 + number, 255)
+    code = ending.exit_code
+    # A status has 8 bits: a larger one must not look like a success.
+    return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
+
+
+def recap_words(job: FollowedJob) -> tuple[str, str]:
+    """Return the group of a recap for an ended job, and why it is in it."""
+    if job.error is not None:
+        group = "unreachable" if isinstance(job.error, Unreachable) else "failed"
+        return group, without_name(job.name, str(job.error))
+    ending = job.ending
+    assert ending is not None
+    if not ending.failed:
+        return "ok", ""
+    if ending.state == JobState.DONE and not ending.signal:
+        return "failed", str(ending.exit_code)
+    lost = exit_status(ending) == EXIT_UNREACHABLE
+    return "unreachable" if lost else "failed", ending.words()
+
+
+def read_stdin(size: int) -> bytes:
+    """Return what comes next on standard input, b"" at its end.  Raises OSError."""
+    descriptor = sys.stdin.fileno()
+    try:
+        return os.read(descriptor, size)
+    except OSError as error:
+        # A terminal reports its closed end like a disk that cannot be read.
+        if error.errno != errno.EIO or not os.isatty(descriptor):
+            raise
+        return b""
+
+
 class JobTerminal:
     """What `node exec` and `node attach` print of jobs, as it comes."""
 
@@ -23003,7 +23005,6 @@ class JobTerminal:
         self._waiting = Waiting(output)
         self._ended: list[FollowedJob] = []  # in the order of their endings
         self._in_line: set[str] = set()  # ids
-        self._unstored: set[str] = set()  # ids of jobs whose output nobody keeps
         self._cancelled = False
         self._broken_pipe = False
         self._patience = Deadline(None)  # runs from the interrupt on
@@ -23046,7 +23047,6 @@ class JobTerminal:
 
     def attach(self) -> int:
         """Return the exit status of the one job.  Raises UserError."""
-        self._unstored = {job.id for job in self._jobs}
         self._print_all()
         if self._broken_pipe:
             raise BrokenPipeError
@@ -23116,12 +23116,6 @@ class JobTerminal:
                 self._output.say(text)
             else:
                 self._output.status(text)
-        if job.id in self._unstored and state.get("kept") is False:
-            self._unstored.discard(job.id)
-            self._output.say(
-                "moltis: the output of this command is not stored; "
-                "this is what still comes"
-            )
         if job.ending is not None or job.error is not None:
             for kind in STREAMS:
                 self._printers[job.id, kind].finish()
@@ -23155,72 +23149,36 @@ class JobTerminal:
         return INTERRUPTED if self._cancelled else EXIT_FAILURE
 
 
-def recap_words(job: FollowedJob) -> tuple[str, str]:
-    """Return the group of a recap for an ended job, and why it is in it."""
-    if job.error is not None:
-        group = "unreachable" if isinstance(job.error, Unreachable) else "failed"
-        return group, without_name(job.name, str(job.error))
-    ending = job.ending
-    assert ending is not None
-    if not ending.failed:
-        return "ok", ""
-    if ending.state == JobState.DONE and not ending.signal:
-        return "failed", str(ending.exit_code)
-    lost = exit_status(ending) == EXIT_UNREACHABLE
-    return "unreachable" if lost else "failed", ending.words()
-
-
-EXIT_STATUSES: Mapping[str, int] = {
-    JobState.TIMED_OUT: TIMED_OUT,
-    JobState.CANCELLED: INTERRUPTED,
-    JobState.LOST: EXIT_UNREACHABLE,
-    JobState.EXPIRED: EXIT_UNREACHABLE,
-}
-
-
-def exit_status(ending: Ending) -> int:
-    """Return the exit status for a job, which is 0 only for a success."""
-    if ending.state != JobState.DONE:
-        return EXIT_STATUSES.get(ending.state, EXIT_FAILURE)
-    if ending.signal:
-        number = signal.Signals.__members__.get(ending.signal)
-        return EXIT_FAILURE if number is None else min(128 + number, 255)
-    code = ending.exit_code
-    # A status has 8 bits: a larger one must not look like a success.
-    return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
-
-
-def read_stdin(size: int) -> bytes:
-    """Return what comes next on standard input, b"" at its end.  Raises OSError."""
-    descriptor = sys.stdin.fileno()
-    try:
-        return os.read(descriptor, size)
-    except OSError as error:
-        # A terminal reports its closed end like a disk that cannot be read.
-        if error.errno != errno.EIO or not os.isatty(descriptor):
-            raise
-        return b""
-
-
-def without_name(name: str, text: str) -> str:
-    """Return `text` about `name` without the name before it."""
-    for after in (": ", " is "):
-        if text.casefold().startswith(f"{name}{after}".casefold()):
-            return text[len(name) + len(after) :]
-    return text
-
-
-def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
-    """Raises UserError."""
-    with operator_client(args, context) as client:
-        asked = {"nodeId": args.node} if args.node else {}
-        jobs = client.call("job.list", {**asked, "kept": True})
-        if not args.cancel:
-            return context.show(args, jobs, JOB_COLUMNS)
-        job = cancel_job(client, find_job(args.cancel, jobs, args.node), context.output)
-    if args.json:
-        context.output.json([job])
-    return EXIT_OK
+def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, Unreachable, Refused."""
+    if not args.command:
+        raise UsageError("no command; put it after --, as in: node exec pi -- uptime")
+    if args.all == bool(args.nodes):
+        both = ", not both" if args.all else ""
+        raise UsageError(f"name the nodes, or say --all{both}")
+    if args.stdin and args.detach:
+        raise UsageError("--stdin feeds a command while we stay, --detach does not")
+    check_timeout(args.timeout)
+    # One word is a line for the shell; several are to arrive as the words they are.
+    line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
+    spec: JsonObject = {
+        "command": line,
+        "env": filter_environment(context.environ),
+        "stdin": args.stdin,
+    }
+    if args.timeout is not None:
+        spec["timeout"] = round(args.timeout * 1000)
+    if args.cwd is not None:
+        spec["cwd"] = args.cwd
+    request = {"work": "run", "spec": spec}
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
+        if args.stdin and len(nodes) > 1:
+            raise UsageError("--stdin feeds one node")
+        if args.detach:
+            return start_detached(feed, nodes, request, context.output)
+        jobs = feed.start(nodes, request)
+        return JobTerminal(feed, jobs, context.output).execute(feeds=args.stdin)
 
 
 def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObject:
@@ -23278,11 +23236,29 @@ def find_job(
     raise UserError(f"{reference!r} {problem}{where}; `moltis node jobs` lists them")
 
 
+def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    with operator_client(args, context) as client:
+        asked = {"nodeId": args.node} if args.node else {}
+        jobs = client.call("job.list", {**asked, "kept": True})
+        if not args.cancel:
+            return context.show(args, jobs, JOB_COLUMNS)
+        job = cancel_job(client, find_job(args.cancel, jobs, args.node), context.output)
+    if args.json:
+        context.output.json([job])
+    return EXIT_OK
+
+
 def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
     """Raises Unreachable when the gateway stays away, UserError for no job."""
     with JobFeed(partial(operator_client, args, context)) as feed:
-        job_id = find_job(args.job, feed.call("job.list", {"kept": True}))
-        view = feed.call("job.wait", {"id": job_id, "wait": 0})
+        job_id = find_job(args.job, feed.client.call("job.list", {"kept": True}))
+        view = feed.client.call("job.wait", {"id": job_id, "wait": 0})
+        if not view["kept"]:
+            context.output.say(
+                "moltis: the output of this command is not stored; only new output "
+                "is shown"
+            )
         job = feed.follow(job_id, view["nodeName"])
         try:
             return JobTerminal(feed, [job], context.output).attach()
@@ -23308,29 +23284,12 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
 # -- moltis chat ---------------------------------------------------------------
 
 
-def cmd_chat(args: argparse.Namespace, context: Context) -> int:
-    """Raises UserError."""
-    with JobFeed(partial(operator_client, args, context)) as feed:
-        session = chosen_session(feed, args.session, context.output)
-        key = session["key"]
-        if args.node:
-            feed.call("nodes.set_session", {"session_key": key, "node_id": args.node})
-        model = args.model or session["model"]
-        decide = approval_answer(args, context)
-        terminal = ChatTerminal(feed, key, model, context.output, decide)
-        if args.message is not None:
-            return terminal.turn(args.message)
-        if sys.stdin is not None and not sys.stdin.isatty():
-            return terminal.turn(sys.stdin.read(MAX_BODY))
-        return chat_prompt(terminal, context)
-
-
 def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
     """Return the session that a key or a label names; a new one for a new label.
 
     Raises UserError.
     """
-    sessions: list[JsonObject] = feed.call("sessions.list", {})
+    sessions: list[JsonObject] = feed.client.call("sessions.list", {})
     for session in sessions:
         if session["key"] == wanted:
             return session
@@ -23342,7 +23301,7 @@ def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
     if named:
         return named[0]
     output.say(f"a new session: {wanted.strip()}")
-    created: JsonObject = feed.call("sessions.create", {"label": wanted})
+    created: JsonObject = feed.client.call("sessions.create", {"label": wanted})
     return created
 
 
@@ -23359,56 +23318,8 @@ def typed_line() -> str:
         raise EOFError from error
 
 
-def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
-    """Take messages from a person until the end of input."""
-    with contextlib.suppress(ImportError):  # editing and history, where available
-        import readline
-
-        readline.set_history_length(1000)
-    context.output.say("Ctrl+C stops an answer, Ctrl+D ends the chat.")
-    while True:
-        try:
-            text = typed_line()
-            if text.strip():
-                terminal.turn(text)
-        except EOFError:
-            context.output.say("")
-            return EXIT_OK
-        except KeyboardInterrupt:
-            context.output.say("")
-
-
 # From a command card to: approve, deny, always.
 ApprovalAnswer: TypeAlias = "Callable[[JsonObject], str]"
-
-
-def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
-    """Return what decides about a model's commands: --yes, a person, or a refusal."""
-    if args.yes:
-        return lambda _command: "approve"
-    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
-        return partial(ask_approval, context.output)
-
-    def deny(_command: JsonObject) -> str:
-        context.output.say("denied: there is no terminal to ask; --yes runs everything")
-        return "deny"
-
-    return deny
-
-
-def ask_approval(output: Output, command: JsonObject) -> str:
-    where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
-    lines = visible(command["command"]).replace("\n", "\n    ")
-    aside = " in the background" if command.get("background") else ""
-    output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
-    answers = {"y": "approve", "n": "deny", "a": "always"}
-    while True:
-        sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
-        sys.stderr.flush()
-        line = sys.stdin.readline()
-        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
-        if answer is not None:
-            return answer
 
 
 class ChatCommand:
@@ -23450,7 +23361,7 @@ class ChatTerminal:
         self._commands: dict[str, ChatCommand] = {}  # of this turn, by job
         self._at_line_start = True  # of stdout
         self._status = EXIT_OK  # of the turn
-        feed.call("subscribe", {"events": ["chat"]})
+        feed.client.call("subscribe", {"events": ["chat"]})
 
     def turn(self, text: str) -> int:
         """Have `text` answered; return the exit status.  Raises UserError."""
@@ -23460,7 +23371,7 @@ class ChatTerminal:
         previous = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
             params = {"sessionKey": self._session_key, "text": text}
-            sent = self._feed.call("chat.send", {**params, "model": self._model})
+            sent = self._feed.client.call("chat.send", {**params, "model": self._model})
             if sent.get("queued"):
                 self._output.say("an earlier message is being answered; this one waits")
             self._follow(sent["runId"])
@@ -23487,7 +23398,7 @@ class ChatTerminal:
                 if self._feed.interrupted and not stopping:
                     stopping = True
                     session = {"sessionKey": self._session_key}
-                    self._feed.notify("chat.abort", session)
+                    self._feed.client.notify("chat.abort", session)
             elif news.name == "chat" and news.payload.get("runId") == run_id:
                 over = self._show(news.payload) or over
             if over and not any(
@@ -23575,7 +23486,7 @@ class ChatTerminal:
             signal.signal(signal.SIGINT, handler)
         # An earlier answer, on the page say, stands.
         answer = {"id": job_id, "decision": decision}
-        self._feed.notify("exec.approval.resolve", answer)
+        self._feed.client.notify("exec.approval.resolve", answer)
 
     def _show_output(self, news: JobOutput) -> None:
         command = self._commands.get(news.job.id)
@@ -23626,26 +23537,74 @@ class ChatTerminal:
             self._write(sys.stdout, "\n")
 
 
-# -- install -------------------------------------------------------------------
+def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
+    """Take messages from a person until the end of input."""
+    with contextlib.suppress(ImportError):  # editing and history, where available
+        import readline
+
+        readline.set_history_length(1000)
+    context.output.say("Ctrl+C stops an answer, Ctrl+D ends the chat.")
+    while True:
+        try:
+            text = typed_line()
+            if text.strip():
+                terminal.turn(text)
+        except EOFError:
+            context.output.say("")
+            return EXIT_OK
+        except KeyboardInterrupt:
+            context.output.say("")
 
 
-def cmd_install(args: argparse.Namespace, context: Context) -> int:
+def ask_approval(output: Output, command: JsonObject) -> str:
+    where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
+    lines = visible(command["command"]).replace("\n", "\n    ")
+    aside = " in the background" if command.get("background") else ""
+    output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
+    answers = {"y": "approve", "n": "deny", "a": "always"}
+    while True:
+        sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
+        if answer is not None:
+            return answer
+
+
+def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
+    """Return what decides about a model's commands: --yes, a person, or a refusal."""
+    if args.yes:
+        return lambda _command: "approve"
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
+        return partial(ask_approval, context.output)
+
+    def deny(_command: JsonObject) -> str:
+        context.output.say("denied: there is no terminal to ask; --yes runs everything")
+        return "deny"
+
+    return deny
+
+
+def cmd_chat(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
-    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
-    installation = Installation(Path(prefix))
-    if args.uninstall:
-        return uninstall(installation, context)
-    text, version = chosen_program(getattr(args, "from"))
-    before = os.umask(0o022)  # others may run it, but not write it, whatever ours is
-    try:
-        notes = installation.install(text, lasting_python(), context.environ)
-    finally:
-        os.umask(before)
-    for note in (f"moltis {version} is {installation.launcher}", *notes):
-        context.output.say(note)
-    if args.command:
-        os.execv(installation.launcher, [str(installation.launcher), *args.command])
-    return EXIT_OK
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        session = chosen_session(feed, args.session, context.output)
+        key = session["key"]
+        if args.node:
+            feed.client.call(
+                "nodes.set_session", {"session_key": key, "node_id": args.node}
+            )
+        model = args.model or session["model"]
+        decide = approval_answer(args, context)
+        terminal = ChatTerminal(feed, key, model, context.output, decide)
+        if args.message is not None:
+            return terminal.turn(args.message)
+        if sys.stdin is not None and not sys.stdin.isatty():
+            return terminal.turn(sys.stdin.read(MAX_BODY))
+        return chat_prompt(terminal, context)
+
+
+# -- install -------------------------------------------------------------------
 
 
 def chosen_program(source: str | None) -> tuple[bytes, str]:
@@ -23683,7 +23642,27 @@ def uninstall(installation: Installation, context: Context) -> int:
     return EXIT_OK
 
 
+def cmd_install(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
+    installation = Installation(Path(prefix))
+    if args.uninstall:
+        return uninstall(installation, context)
+    text, version = chosen_program(getattr(args, "from"))
+    before = os.umask(0o022)  # others may run it, but not write it, whatever ours is
+    try:
+        notes = installation.install(text, lasting_python(), context.environ)
+    finally:
+        os.umask(before)
+    for note in (f"moltis {version} is {installation.launcher}", *notes):
+        context.output.say(note)
+    if args.command:
+        os.execv(installation.launcher, [str(installation.launcher), *args.command])
+    return EXIT_OK
+
+
 # -- the table of subcommands --------------------------------------------------
+
 
 JSON = arg("--json", "answer in JSON")
 NODE = arg("node", "name or id")
@@ -23696,7 +23675,6 @@ GATEWAY: Sequence[Argument] = (
     arg("--api-key KEY", "operator key; better in MOLTIS_API_KEY"),
     *TRUST,
 )
-
 SUBCOMMANDS: Mapping[str, Subcommand] = {
     "install": Subcommand(
         cmd_install,
@@ -23938,6 +23916,7 @@ GROUPS: Mapping[str, str] = {
 
 
 # -- main ----------------------------------------------------------------------
+
 
 VERSION_TEXT = f"moltis {__version__}"
 
