@@ -11735,7 +11735,7 @@ class Jobs:
         self._lock = threading.Lock()  # guards all below
         self._jobs: dict[str, Job] = {}
         self._by_node: dict[str, dict[str, Job]] = {}
-        self._waits: set[Wait] = set()
+        self._waits: dict[Future[Job], Wait] = {}
         self._closed = False
         self.on_end: Callable[[Job], None] | None = None  # called before followers
         self._next_sweep = 0.0  # monotonic
@@ -11884,19 +11884,21 @@ class Jobs:
         return self._watch(Wait(job, timeout, offset))
 
     def _watch(self, wait: Wait) -> Future[Job]:
-        def done(_: object) -> None:
-            with self._lock:
-                self._waits.discard(wait)
-            self.unfollow(wait.job, wait, leaves=False)
-
         with self._lock:
             full = len(self._waits) >= MAX_WAITS or self._closed
-            self._waits.add(wait)
+            self._waits[wait.future] = wait
         self.follow(wait.job, wait)
         if full:
             wait.fail(_stopping() if self._closed else _too_many_waits())
-        wait.future.add_done_callback(done)
+        wait.future.add_done_callback(self._unwatch)
         return wait.future
+
+    def _unwatch(self, future: Future[Job]) -> None:
+        with self._lock:
+            # Not from a closure: a future that holds its Wait is a cycle, and each
+            # command would leave its whole job to the garbage collector.
+            wait = self._waits.pop(future)
+        self.unfollow(wait.job, wait, leaves=False)
 
     def text(self, job: Job, limit: int = TEXT_LIMIT) -> str:
         """Return the output as text; of a longer one head and tail."""
@@ -11956,7 +11958,7 @@ class Jobs:
         """Start nothing more; what runs goes on, and its kept logs are in files."""
         self._closed = True
         with self._lock:
-            waits = list(self._waits)
+            waits = list(self._waits.values())
         for wait in waits:
             wait.fail(_stopping())
         for job in self._all():
@@ -12075,7 +12077,7 @@ class Jobs:
         for job in self._all():
             self._age(job, now, now_in_ms)
         with self._lock:
-            waits = list(self._waits)
+            waits = list(self._waits.values())
         for wait in waits:
             wait.wake(wait.job)
         if now >= self._next_sweep:
