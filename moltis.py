@@ -29,11 +29,12 @@ Contents
     WebSocket connections     the same over a socket, safe from any thread
   Between gateway and node
     TLS                       certificates, pins, channel bindings
+    HTTP client               one request, which another thread can cancel
     SCRAM                     both halves of RFC 5802 / RFC 7677
     Wire protocol             envelopes, log frames, calls awaiting an answer
     Commands                  one shell command as a process group
-    Telemetry                 what a machine has and how it is doing
     Language models           Ollama, OpenAI-compatible, Anthropic
+    Telemetry                 what a machine has and how it is doing
     Machine                   what a computer does when it is asked
   Node
     Node agent                dial, authenticate, serve, reconnect, resume
@@ -95,7 +96,7 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import MappingProxyType
-from urllib.parse import SplitResult, quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 # `typing` would take 3 ms of each start, and 0.9 MiB of each node, for nothing that a
 # running program asks: type checkers take TYPE_CHECKING for true by its name.
@@ -829,12 +830,77 @@ def unmapped(address: str) -> str:
     return address[7:] if address.lower().startswith("::ffff:") else address
 
 
-def connect_tcp(host: str, port: int, timeout: float | None) -> socket.socket:
-    """Raises OSError, UnicodeError."""
+class ServerTrust(Protocol):
+    """Which TLS certificate a server has to show; see TlsTrust."""
+
+    def context(self) -> ssl.SSLContext: ...
+
+    def check(self, certificate: bytes | None) -> None:
+        """Raises Refused for another certificate than the expected one."""
+
+
+def dial(
+    host: str,
+    port: int,
+    trust: ServerTrust | None = None,
+    timeout: float | None = None,  # s, for each address of `host`
+    cancel: Cancellation | None = None,
+) -> socket.socket:
+    """Return a TCP connection, with TLS where `trust` is given.
+
+    Raises OSError, UnicodeError, Cancelled, and what `trust` raises.
+    """
+    cancel = cancel or Cancellation()
+    # Before the connection: loading the system's certificates takes a Pi a while.
+    context = None if trust is None else trust.context()
+    sock = _connect_tcp(host, port, timeout, cancel)
+    if trust is None or context is None:
+        return sock
+    try:
+        secured = context.wrap_socket(
+            sock, server_hostname=host, do_handshake_on_connect=False
+        )
+        sock = secured
+        with cancel.calling(partial(cut, sock)):
+            secured.do_handshake()
+        trust.check(secured.getpeercert(binary_form=True))
+    except BaseException:
+        sock.close()
+        raise
+    return secured
+
+
+def _connect_tcp(
+    host: str, port: int, timeout: float | None, cancel: Cancellation
+) -> socket.socket:
     # Python looks up a name that is text with its tables for the names that are not
     # ASCII: 3 ms to import, and 0.3 MiB.
     name: Any = host.encode("ascii") if host.isascii() else host
-    return socket.create_connection((name, port), timeout)
+    failure = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        name, port, type=socket.SOCK_STREAM
+    ):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(timeout)
+            with cancel.calling(partial(cut, sock)):
+                sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+        except Cancelled:
+            sock.close()
+            raise
+    raise failure
+
+
+def cut(sock: socket.socket) -> None:
+    """End a connection while another thread reads from it."""
+    # The plain socket's method: SSLSocket's would take the TLS state away from the
+    # thread that is reading.
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def is_running(pid: int) -> bool:
@@ -2596,15 +2662,6 @@ class WebSocket:
             self._channel.sock.close()
 
 
-class ServerTrust(Protocol):
-    """Which TLS certificate a server has to show; see TlsTrust."""
-
-    def context(self) -> ssl.SSLContext: ...
-
-    def check(self, certificate: bytes | None) -> None:
-        """Raises Refused for another certificate than the expected one."""
-
-
 def connect(
     url: str, trust: ServerTrust | None = None, *, timeout: float = CONNECT_TIMEOUT
 ) -> WebSocket:
@@ -2617,7 +2674,8 @@ def connect(
     deadline = Deadline(timeout)
     key = b64encode(os.urandom(16))
     try:
-        sock = _dial(target, trust, timeout)
+        assert trust is not None or not target.secure
+        sock = dial(target.host, target.port, trust if target.secure else None, timeout)
         try:
             sock.sendall(upgrade_request(target, key))
             head, early = _read_head(sock, deadline)
@@ -2628,25 +2686,6 @@ def connect(
     except (OSError, UnicodeError, HandshakeError) as error:
         raise Unreachable(_why_unreachable(target, error, timeout)) from error
     return WebSocket(sock, WebSocketProtocol(client=True), early=early)
-
-
-def _dial(
-    target: WebSocketUrl, trust: ServerTrust | None, timeout: float
-) -> socket.socket:
-    if not target.secure:
-        return connect_tcp(target.host, target.port, timeout)
-    assert trust is not None
-    # Before the connection: loading the system's certificates takes a Pi a while.
-    context = trust.context()
-    sock = connect_tcp(target.host, target.port, timeout)
-    try:
-        secured = context.wrap_socket(sock, server_hostname=target.host)
-        sock = secured
-        trust.check(secured.getpeercert(binary_form=True))
-    except BaseException:
-        sock.close()
-        raise
-    return secured
 
 
 def _read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
@@ -3098,6 +3137,90 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
     _make_certificate(files, wanted, keep_key=found is not None)
     log.info("certificate made file=%s names=%s", files.certificate, ",".join(wanted))
     return files
+
+
+# ==============================================================================
+# HTTP client
+# Uses: TLS
+#
+# One HTTP request over a connection of its own, which another thread can cancel.
+# ==============================================================================
+
+
+@contextlib.contextmanager
+def http_exchange(
+    method: str,
+    url: str,
+    headers: Mapping[str, str] = NOTHING,
+    body: bytes | None = None,
+    *,
+    trust: TlsTrust | None = None,
+    timeout: float = CONNECT_TIMEOUT,  # s without a byte
+    cancel: Cancellation | None = None,
+) -> Iterator[http.client.HTTPResponse]:
+    """Yield the response to one HTTP request, whatever its status.
+
+    Raises Unreachable if there is no connection, Refused for a wrong certificate,
+    ConnectionError after a connection broke, TimeoutError and Cancelled; also for
+    what the block reads.
+    """
+    parts = urlsplit(url)
+    secure = parts.scheme == "https"
+    cancel = cancel or Cancellation()
+    try:
+        sock = dial(
+            parts.hostname or "",
+            parts.port or (443 if secure else 80),
+            (trust or TlsTrust()) if secure else None,
+            CONNECT_TIMEOUT,
+            cancel,
+        )
+    # ValueError: no port or no name; BadConfiguration: a Python without TLS
+    except (OSError, ValueError, BadConfiguration) as error:
+        raise Unreachable(f"{parts.netloc} cannot be reached: {error}") from error
+    # Only now: it takes 2.3 MiB, and most nodes look for an Ollama in vain.
+    import http.client
+
+    connection = http.client.HTTPConnection(parts.hostname or "")
+    connection.sock = sock
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    headers = {**headers, "Host": parts.netloc, "Connection": "close"}
+    try:
+        sock.settimeout(timeout)
+        with cancel.calling(partial(cut, sock)):
+            connection.request(method, target, body, headers)
+            with connection.getresponse() as response:
+                yield response
+    except socket.timeout as error:
+        said = f"{parts.netloc} was silent for {format_duration(timeout)}"
+        raise TimeoutError(said) from error
+    except (OSError, http.client.HTTPException) as error:
+        said = str(error) or type(error).__name__
+        raise ConnectionError(f"{parts.netloc} broke off: {said}") from error
+    finally:
+        connection.close()
+
+
+def fetch(url: str, trust: TlsTrust, redirects: int = 5) -> bytes:
+    """Return what an http:// or https:// address answers.
+
+    Raises Unreachable, or Refused with the answer's own words or for a certificate
+    that is not the one to be trusted.
+    """
+    if not url.lower().startswith(("http://", "https://")):
+        raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
+    try:
+        with http_exchange("GET", url, trust=trust) as response:
+            data = response.read(MAX_MESSAGE)
+            moved = response.getheader("Location", "")
+    except (OSError, Unreachable) as error:
+        raise Unreachable(f"{redact(url)} cannot be fetched: {error}") from error
+    if response.status in (301, 302, 303, 307, 308) and redirects:
+        return fetch(urljoin(url, moved), trust, redirects - 1)
+    if response.status != 200:
+        words = data[:300].decode("utf-8", "replace").strip()
+        raise Refused(f"{redact(url)} answered {response.status}: {words}")
+    return data
 
 
 # ==============================================================================
@@ -3970,15 +4093,15 @@ class Calls:
 # Uses: Wire protocol
 #
 # The node's end of a job's log, and one shell command that writes it: a process group
-# with its pipes, its input, its timeout.  It knows no connection and no other command.
-# Output is kept until it is acknowledged: a full window pauses the command, and after a
-# lost connection the gateway resumes at a frame boundary.
+# with its pipes, its input, its timeout; no connection, no other command.  Output is
+# held until it is acknowledged: a full window pauses the command, and after a lost
+# connection the gateway resumes at a frame boundary.
 # ==============================================================================
 
 SHELL = "/bin/sh"  # POSIX on every machine; a user's $SHELL may be fish or nologin
 
-EXIT_LOOK = 0.1  # s between checks for the shell's exit, where there is no pidfd
-GROUP_LOOK = 0.05  # s between checks for survivors of a group that is being ended
+EXIT_PAUSE = 0.1  # s between checks for the shell's exit, where there is no pidfd
+GROUP_PAUSE = 0.05  # s between checks for survivors of a group that is being ended
 LONGEST_POLL = 3600.0  # s; poll() takes a C int of ms
 MAX_TIMEOUT_MS = 2**53  # JSON's safe integers
 MAX_SURVIVORS = 3  # processes that an ending names
@@ -4060,11 +4183,9 @@ class JobLog:
         on_ready: Callable[[JobLog], None],
         *,
         window: int = LOG_WINDOW,
-        urgency: int = 0,
     ) -> None:
-        """`on_ready(log)` is called when there is something to take; see Outlet."""
+        """`on_ready(log)` is called when take() has something to return."""
         self.job_id = job_id
-        self.urgency = urgency
         self.on_room: Callable[[], None] | None = None  # for the writer; any thread
         self._on_ready = on_ready
         self._window = window
@@ -4275,9 +4396,9 @@ class InputWindow:
 
 
 def seal_descriptors() -> None:
-    """Keep inherited descriptors, of a lock file say, from being inherited further.
+    """Stop children from inheriting descriptors that we inherited, as of a lock file.
 
-    Python seals those that it opens itself (PEP 446).
+    Python does so for those that it opens itself (PEP 446).
     """
     with contextlib.suppress(OSError):  # there is no /dev/fd
         for name in os.listdir("/dev/fd"):
@@ -4370,7 +4491,7 @@ class Survivor(Value):
 def _processes_in_proc() -> Iterator[tuple[Survivor, int, str]]:
     """Yield each process of Linux with its group and its state."""
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # the process ended meanwhile
             head, _, rest = path.read_text("utf-8", "replace").rpartition(")")
             state, _, group = rest.split()[:3]
             name = head.partition("(")[2]
@@ -4380,14 +4501,10 @@ def _processes_in_proc() -> Iterator[tuple[Survivor, int, str]]:
 
 def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
     """Yield each process of any POSIX system with its group and its state."""
-    import subprocess
-
     command = ("ps", "-A", "-o", "pid=,pgid=,stat=,uid=,comm=")
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listing = subprocess.run(
-            command, capture_output=True, check=False, timeout=KILL_AFTER
-        )
-        for line in listing.stdout.decode("utf-8", "replace").splitlines():
+    listing = run_program(command, os.environ, timeout=KILL_AFTER).stdout
+    for line in listing.decode("utf-8", "replace").splitlines():
+        with contextlib.suppress(ValueError):  # cut off at the timeout
             pid, group, state, user_id, name = line.split(None, 4)
             survivor = Survivor(int(pid), os.path.basename(name), int(user_id))
             yield survivor, int(group), state[0]
@@ -4430,7 +4547,7 @@ class ProcessGroup:
         """Raises OSError and ValueError as subprocess does."""
         self.outputs: dict[int, int] = {}  # descriptors to read, with their stream
         self.input: int | None = None  # descriptor to write
-        self.survivors: list[Survivor] = []  # once ended() has returned True
+        self.survivors: list[Survivor] = []  # set before ended() returns True
         theirs: dict[int, int] = {}
         try:
             for number, stream in ((1, STDOUT), (2, STDERR)):
@@ -4447,9 +4564,10 @@ class ProcessGroup:
         finally:
             for end in theirs.values():
                 os.close(end)
-        # A command may open /dev/stdout for reading and be faster than we are.
-        for pipe in (*self.outputs, *(() if self.input is None else (self.input,))):
-            os.set_blocking(pipe, False)
+        # A command that reads /dev/stdout may take the bytes that poll() announced.
+        for pipe in (*self.outputs, self.input):
+            if pipe is not None:
+                os.set_blocking(pipe, False)
         self.pidfd = _open_pidfd(self._shell)
         self.ending = False
         self._exit_code: int | None = None
@@ -4472,23 +4590,24 @@ class ProcessGroup:
         return self._exit_code
 
     def end(self) -> None:
-        """Begin to end the group, whose shell must not have exited yet."""
+        """Send SIGTERM; the shell must not have exited yet."""
         self.ending, self._patience = True, Deadline(KILL_AFTER)
         self._signal(signal.SIGTERM)
-        self._signal(signal.SIGCONT)  # a stopped process does not get it otherwise
+        self._signal(signal.SIGCONT)  # a stopped process gets SIGTERM only then
 
     def ended(self) -> bool:
-        """Send SIGKILL when it is due; return whether nothing more can be done."""
+        """Send SIGKILL when it is due; return whether the group ended or cannot."""
         exited = self.exit_code is not None
         if exited and not (self._signal(0) and _group_members(self._shell)):
             return True
-        if self._patience.expired and self._killed:
+        if not self._patience.expired:
+            return False
+        if self._killed:
             # Another user's process, or one that hangs in the kernel.
             self.survivors = _group_members(self._shell)
             return True
-        if self._patience.expired:
-            self._signal(signal.SIGKILL)
-            self._killed, self._patience = True, Deadline(KILL_AFTER)
+        self._signal(signal.SIGKILL)
+        self._killed, self._patience = True, Deadline(KILL_AFTER)
         return False
 
     def close_output(self, descriptor: int) -> None:
@@ -4512,13 +4631,13 @@ class ProcessGroup:
             self._signal(signal.SIGKILL)
             deadline = Deadline(KILL_AFTER)
             while self.exit_code is None and not deadline.expired:
-                time.sleep(GROUP_LOOK)
+                time.sleep(GROUP_PAUSE)
         if self.pidfd is not None:
             os.close(self.pidfd)
 
     def _signal(self, number: int) -> bool:
         """Return whether the group still has members, zombies included."""
-        # The shell's pid stays the group's id for as long as anyone is in it.
+        # The pid is not reused while the group of that id has members.
         try:
             os.killpg(self._shell, number)
         except ProcessLookupError:
@@ -4533,10 +4652,6 @@ def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
         time.sleep(seconds)
         seconds = 0.0
     return poll.poll(math.ceil(seconds * 1000))
-
-
-def _or_never(seconds: float | None) -> float:
-    return math.inf if seconds is None else seconds
 
 
 def _signal_name(number: int) -> str:
@@ -4575,7 +4690,7 @@ def _bytes_ready(descriptor: int) -> int:
 
 
 class Command:
-    """One shell command that writes a log, from its start to its ending."""
+    """One shell command that writes a log."""
 
     def __init__(
         self,
@@ -4604,7 +4719,7 @@ class Command:
         self._cancelled: str | None = None  # the reason, "" if none was given
         self._finished = False
         self._wake_end: int | None = None  # of the pipe that ends a poll()
-        # From here on for the thread in begin() and run().
+        # The rest belongs to the thread in begin() and run().
         self._group: ProcessGroup | None = None
         self._problem: str | None = None  # why there is no group
         self._timed_out = False
@@ -4612,17 +4727,17 @@ class Command:
         self._started_at: int | None = None  # ms
         self._exited_at: float | None = None  # monotonic
         self._drain = Deadline(None)  # runs from the shell's exit on
-        self._owed: dict[int, int] = {}  # by output, bytes in it at the exit
+        self._owed: dict[int, int] = {}  # bytes in each output at the exit
         self._small_read_at = -math.inf  # monotonic
         self._rest_until = 0.0  # monotonic; until then the outputs are left alone
-        self._look = 0.00005  # s; doubled before each check for the exit
+        self._exit_pause_now = 0.00005  # s; doubled before each check for the exit
         log.on_room = self._wake
 
     # From any thread
 
     @property
     def consumed(self) -> int | None:
-        """The offset of the input that it has not taken yet; None without input."""
+        """The offset of the first input not consumed; None without input."""
         return self._input.consumed if self.spec.stdin else None
 
     def input(self, offset: int, data: bytes) -> None:
@@ -4635,7 +4750,7 @@ class Command:
             raise RpcError("INVALID_REQUEST", "the command was started without input")
         with self._lock:
             if self._finished:
-                return  # it crossed the ending
+                return  # sent before the ending arrived
             self._input.add(offset, data)
         self._wake()
 
@@ -4664,7 +4779,7 @@ class Command:
             self._problem = _why_not_started(error, cwd)
 
     def run(self) -> Ending:
-        """Run it to its end; return the ending, which is not in the log yet."""
+        """Run the command to its end; return the ending, for the caller to log."""
         if self._group is None and self._problem is None:
             self.begin()
         group = self._group
@@ -4723,7 +4838,7 @@ class Command:
                     self.log.ready()
 
     def _advance(self, group: ProcessGroup, deadline: Deadline) -> bool:
-        """Take the next step towards the end; return whether there is none left."""
+        """Take the next step toward the end; return whether it is reached."""
         self._notice_exit(group)
         running = self._exited_at is None
         if running and not group.ending and deadline.expired:
@@ -4740,8 +4855,8 @@ class Command:
                 return True
         elif running:
             return False
-        # Bytes that were in a pipe at the shell's exit are read however long the window
-        # is full; a grandchild has DRAIN_AFTER_EXIT to add some.
+        # Bytes that were in a pipe at the shell's exit are read, even if the window is
+        # full for long; a grandchild has DRAIN_AFTER_EXIT to add some.
         if self._drain.expired:
             for descriptor in list(group.outputs):
                 # A grandchild can read from /dev/stdout as well: look again.
@@ -4759,27 +4874,27 @@ class Command:
             self._owed = {fd: _bytes_ready(fd) for fd in group.outputs}
 
     def _pause(self, group: ProcessGroup, deadline: Deadline) -> float:
-        """Return the seconds until something has to be looked at."""
-        waits = [LONGEST_POLL]
+        """Return the seconds until the next check."""
+        waits: list[float | None] = [LONGEST_POLL]
         if group.ending:
-            waits.append(GROUP_LOOK)
+            waits.append(GROUP_PAUSE)
         elif self._exited_at is None:
-            waits.append(_or_never(deadline.remaining()))
+            waits.append(deadline.remaining())
             if group.pidfd is None:
-                waits.append(self._exit_look(group))
+                waits.append(self._exit_pause(group))
             resting = self._rest_until - time.monotonic()
             if resting > 0:
                 waits.append(resting)
         elif not self._drain.expired:
-            waits.append(_or_never(self._drain.remaining()))
-        return min(waits)
+            waits.append(self._drain.remaining())
+        return min(wait for wait in waits if wait is not None)
 
-    def _exit_look(self, group: ProcessGroup) -> float:
+    def _exit_pause(self, group: ProcessGroup) -> float:
         # Once the outputs are closed the exit is near: from 0.1 ms on, doubling.
         if group.outputs:
-            return EXIT_LOOK
-        self._look = min(EXIT_LOOK, self._look * 2)
-        return self._look
+            return EXIT_PAUSE
+        self._exit_pause_now = min(EXIT_PAUSE, self._exit_pause_now * 2)
+        return self._exit_pause_now
 
     def _register_pipes(self, group: ProcessGroup, poll: select.poll) -> None:
         """Register the pipes that can be used now."""
@@ -4829,7 +4944,7 @@ class Command:
             group.close_input()
 
     def _consume(self, count: int) -> None:
-        """Drop up to `count` bytes of input, and report that now and then."""
+        """Drop up to `count` bytes of input; report it once per MAX_LOG_MESSAGE."""
         with self._lock:
             self._input.consume(count)
             consumed = self._input.consumed
@@ -4845,7 +4960,7 @@ class Command:
 
     @contextlib.contextmanager
     def _waking(self) -> Iterator[int]:
-        """Give a descriptor that becomes readable after _wake()."""
+        """Yield a descriptor that _wake() makes readable."""
         read_end, write_end = os.pipe()
         os.set_blocking(read_end, False)
         os.set_blocking(write_end, False)
@@ -4860,10 +4975,10 @@ class Command:
             os.close(write_end)
 
     def _wake(self) -> None:
-        # Under the lock, or the number might be another file's by now.
+        # Under the lock, so that the descriptor is not closed and reused meanwhile.
         with self._lock:
             if self._wake_end is not None:
-                with contextlib.suppress(BlockingIOError):  # full: it will wake
+                with contextlib.suppress(BlockingIOError):  # full: poll() ends anyway
                     os.write(self._wake_end, b"\0")
 
 
@@ -4874,37 +4989,1223 @@ class Excerpt:
     """Head and tail of a stream of bytes, as text."""
 
     def __init__(self, limit: int) -> None:  # bytes of both
-        self.cut = 0  # bytes between them
+        self.total = 0  # bytes added
         self._half = limit // 2
-        self._head = bytearray()  # ≤ _half; then the tail takes it
-        self._tail = bytearray()  # ≤ twice _half; then its first goes
+        self._head = bytearray()  # ≤ _half; the rest goes to the tail
+        self._tail = bytearray()  # ≤ twice _half, so that each byte is moved only once
+
+    @property
+    def cut(self) -> int:
+        """The number of bytes between head and tail."""
+        return max(0, self.total - 2 * self._half)
 
     def add(self, data: bytes) -> None:
+        self.total += len(data)
         room = self._half - len(self._head)
         self._head += data[:room]
         self._tail += data[room:]
-        if len(self._tail) > 2 * self._half:  # so that each byte is moved only once
-            self._trim()
+        if len(self._tail) > 2 * self._half:
+            del self._tail[: len(self._tail) - self._half]
 
-    def _trim(self) -> None:
-        excess = max(0, len(self._tail) - self._half)
-        self.cut += excess
-        del self._tail[:excess]
+    def text(self, limit: int | None = None) -> str:
+        """Return it as UTF-8, broken characters replaced, with the number of bytes cut.
 
-    def text(self) -> str:
-        """Return it as UTF-8, broken characters replaced, with the number cut."""
-        self._trim()
-        if not self.cut:
-            return (self._head + self._tail).decode("utf-8", "replace")
-        # A character that the cut went through is left out as well.
-        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
-        tail = self._tail[:3].lstrip(CONTINUATION) + self._tail[3:]
-        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
+        `limit`: characters; None: all that is held.
+        """
+        cut = self.cut
+        if not cut:
+            text = (self._head + self._tail).decode("utf-8", "replace")
+            if limit is None or len(text) <= limit:
+                return text
+            head = tail = text
+        else:
+            # Without the halves of a character that was cut in two.
+            head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
+            end = self._tail[max(0, len(self._tail) - self._half) :]
+            tail = (end[:3].lstrip(CONTINUATION) + end[3:]).decode("utf-8", "replace")
+        if limit is not None:
+            half = limit // 2
+            head, tail = head[:half], tail[max(0, len(tail) - (limit - half)) :]
+            cut = self.total - len((head + tail).encode())
+        return f"{head}\n… {cut:,} bytes cut …\n{tail}"
+
+
+# ==============================================================================
+# Language models
+# Uses: Settings, HTTP client
+#
+# One streaming interface over Ollama, OpenAI-compatible servers and Anthropic: a
+# conversation in, ModelEvents out.  Gateway and nodes use the same classes, and all
+# values of the interface have a JSON form, so that a node can lend its models.
+# ==============================================================================
+
+MODEL_SILENCE = 600.0  # s without a byte; a Pi needs minutes to load a model
+MODEL_TRIES = 3  # for a provider that is busy or breaks off before its first word
+MODEL_PATIENCE = 60.0  # s; a longer Retry-After is an error at once
+MODEL_LIST_LIFETIME = 600.0  # s that a provider's list of models is remembered
+MODEL_LIST_RETRY = 30.0  # s; after a provider failed: an Ollama may start later
+MAX_MODEL_LINE = 16 * 1024 * 1024  # bytes; a longer one ends the answer
+MAX_MODEL_ANSWER = 64 * 1024 * 1024  # bytes as received; a longer one is an error
+MAX_MODEL_REPLY = 16 * 1024 * 1024  # bytes of a list or an error that are read
+ANTHROPIC_VERSION = "2023-06-01"
+ANTHROPIC_MAX_TOKENS = 16384  # of one answer; a required parameter
+OLLAMA_FIRST_CONTEXT = 8192  # tokens; its default silently cuts our tools off
+OLLAMA_LAST_CONTEXT = 65536  # tokens; more fits hardly any home GPU
+
+OVERLONG_PATTERN = (
+    r"(?i)context.{0,24}(length|window|size|limit)|prompt is too long|too many tokens"
+)
+BUSY_STATUSES = (408, 409, 425, 429)  # and everything from 500 on
+BUSY_KINDS = ("overloaded_error", "rate_limit_error", "api_error", "server_error")
+STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "tool_use": "stop",
+    "tool_calls": "stop",
+    "function_call": "stop",
+    "max_tokens": "length",
+    "content_filter": "refusal",
+}
+
+
+class ToolSpec(SnakeValue):
+    """A tool that a model may call."""
+
+    name: str
+    description: str
+    parameters: JsonObject  # JSON Schema of an object
+
+
+class ToolCall(SnakeValue):
+    """A model's request to run a tool."""
+
+    id: str
+    name: str
+    arguments: JsonObject
+    malformed: str = ""  # the arguments as written, if they are no JSON object
+
+
+class ChatMessage(SnakeValue):
+    """One message of a conversation, in no vendor's format."""
+
+    role: str  # system, user, assistant or tool
+    text: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
+    tool_call_id: str = ""  # of a tool: the call that it answers
+    tool_name: str = ""
+    # Data for the model that wrote this, to be sent back unchanged (signed thinking,
+    # say); "by" is that model's id.
+    provider_data: Mapping[str, Any] = NOTHING
+
+    @classmethod
+    def from_json(cls, value: JsonObject) -> Self:
+        """Raises RpcError also for an unknown role."""
+        message = super().from_json(value)
+        if message.role not in ("system", "user", "assistant", "tool"):
+            raise RpcError("INVALID_REQUEST", f"{message.role!r} is no role")
+        return message
+
+
+class ChatRequest(SnakeValue):
+    """A request to a model."""
+
+    model: str  # as its provider calls it
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[ToolSpec, ...] = ()
+
+
+class Delta(SnakeValue):
+    """The next piece of an answer."""
+
+    kind: str  # text, thinking, or notice: a wait or another hitch, for people
+    text: str
+
+
+class Finished(SnakeValue):
+    """The whole answer: the last event of a stream that did not break."""
+
+    message: ChatMessage
+    reason: str  # stop, length, refusal, or the provider's own word
+    input_tokens: int  # 0: unknown
+    output_tokens: int
+
+
+ModelEvent: TypeAlias = "Delta | Finished"
+
+
+class ModelInfo(SnakeValue):
+    """A model that can be chosen."""
+
+    id: str  # provider/name
+    provider: str  # for people
+    display_name: str
+    supports_tools: bool
+
+
+class ChatModel(Protocol):
+    """A model, wherever it runs."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest conversation that it takes."""
+
+    def stream(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[ToolSpec],
+        cancel: Cancellation,
+    ) -> Generator[ModelEvent, None, None]:
+        """Yield the answer as it comes, `Finished` last.
+
+        Raises ModelError instead of a `Finished`, and Cancelled.
+        """
+
+
+def pick(value: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return `value[name]` if it is of that type, else an empty one.
+
+    Any field that a server sends may be missing or of another type.
+    """
+    found = value.get(name)
+    return found if isinstance(found, kind) else kind()
+
+
+def pick_objects(value: Mapping[str, Any], name: str) -> list[JsonObject]:
+    return [item for item in pick(value, name, list) if isinstance(item, dict)]
+
+
+def _error_text(document: Any) -> str:
+    """Return the message of an error body, in any of the forms that servers use."""
+    if isinstance(document, list) and document:  # Gemini
+        document = document[0]
+    if isinstance(document, dict):
+        for name in ("error", "message", "detail"):
+            if document.get(name):
+                return _error_text(document[name])
+    return document if isinstance(document, str) else to_json(document)
+
+
+def new_call_id() -> str:
+    """Return an id for a tool call; nine letters and digits suit every provider."""
+    return secrets.token_hex(5)[:9]
+
+
+def read_tool_call(call_id: str, name: str, arguments: object) -> ToolCall:
+    """Return a call whose arguments are an object, JSON text, or nothing at all."""
+    if isinstance(arguments, dict):
+        return ToolCall(call_id, name, arguments)
+    text = arguments if isinstance(arguments, str) else to_json(arguments)
+    try:
+        value = from_json(text) if text.strip() not in ("", "null") else {}
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        return ToolCall(call_id, name, value)
+    return ToolCall(call_id, name, {}, malformed=text)
+
+
+def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Return `messages` with one result right after each call, in the calls' order.
+
+    All providers demand it, and a turn that was cancelled leaves calls open.  Results
+    without a call, and answers without content, are dropped for the same reason.
+    """
+    settled = []
+    for position, message in enumerate(messages, 1):
+        empty = message.role == "assistant" and not message.text.strip()
+        if message.role == "tool" or (empty and not message.tool_calls):
+            continue
+        settled.append(message)
+        results = _results_after(messages, position)
+        for call in message.tool_calls:
+            missing = ChatMessage(
+                role="tool",
+                text="No result: the run ended before this call did.",
+                tool_call_id=call.id,
+                tool_name=call.name,
+            )
+            settled.append(results.get(call.id, missing))
+    return settled
+
+
+def _results_after(
+    messages: Sequence[ChatMessage], position: int
+) -> dict[str, ChatMessage]:
+    # Up to the next answer with calls: some servers number theirs from 0 in each.
+    results: dict[str, ChatMessage] = {}
+    for message in itertools.islice(messages, position, None):
+        if message.tool_calls:
+            break
+        if message.role == "tool":
+            results.setdefault(message.tool_call_id, message)
+    return results
+
+
+# --- reading a response ---
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Yield the lines of a body as they arrive, without their ends."""
+    pending = bytearray()
+    while True:
+        data = response.read1(65536)
+        if not data:
+            break
+        pending += data
+        if len(pending) > MAX_MODEL_LINE:
+            raise ModelError("the answer has a line that is too long")
+        if b"\n" in data:
+            *lines, rest = bytes(pending).split(b"\n")
+            pending = bytearray(rest)
+            yield from (line.rstrip(b"\r") for line in lines)
+    if pending:
+        yield bytes(pending)
+
+
+def check_answer_length(length: int) -> None:
+    """Raises ModelError beyond the longest answer, in bytes as received."""
+    if length > MAX_MODEL_ANSWER:
+        raise ModelError(
+            "the answer was broken off: it has more than "
+            f"{format_bytes(MAX_MODEL_ANSWER)}; ask for less at a time"
+        )
+
+
+def _server_sent_data(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the data of each event (HTML Living Standard §9.2.6)."""
+    data: list[bytes] = []
+    for line in lines:
+        if line.startswith(b"data:"):
+            data.append(line[5:].lstrip(b" "))
+        elif not line and data:
+            yield b"\n".join(data)
+            data = []
+    if data:  # the standard drops it, but servers forget the last empty line
+        yield b"\n".join(data)
+
+
+def _retry_after(response: http.client.HTTPResponse) -> float | None:
+    """Return the seconds that a busy server asks to wait (RFC 9110 §10.2.3)."""
+    import email.utils
+
+    text = response.getheader("Retry-After", "").strip()
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(text))
+    try:
+        moment = email.utils.parsedate_to_datetime(text)
+        return max(0.0, moment.timestamp() - time.time())
+    except (TypeError, ValueError):  # depends on Python's version
+        return None
+
+
+# --- answers ---
+
+
+class PartialCall:
+    """A tool call whose pieces are still arriving."""
+
+    def __init__(self, call_id: str, given_id: str, name: str) -> None:
+        self.id = call_id
+        self.given_id = given_id  # by the server; perhaps empty, or not unique
+        self.name = name
+        self.arguments: object = ""
+
+    def add(self, arguments: object) -> None:
+        if isinstance(arguments, str) and isinstance(self.arguments, str):
+            self.arguments += arguments
+        elif arguments:
+            self.arguments = arguments
+
+    def finished(self) -> ToolCall:
+        return read_tool_call(self.id, self.name, self.arguments)
+
+
+class AnswerReader:
+    """One answer: the provider's documents in, ModelEvents out."""
+
+    def __init__(self, model_id: str) -> None:
+        self.complete = False  # the stream may end
+        self.over = False  # the rest of the stream need not be read
+        self.reason = "stop"
+        self.input_tokens = 0
+        self.output_tokens = 0
+        self.calls: list[PartialCall] = []
+        self.provider_data: JsonObject = {}
+        self._model_id = model_id
+        self._text: list[str] = []
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        raise NotImplementedError
+
+    def say(self, text: str) -> Iterator[ModelEvent]:
+        if text:
+            self._text.append(text)
+            yield Delta("text", text)
+
+    def think(self, text: str, keep_as: str = "") -> Iterator[ModelEvent]:
+        """Yield a piece of thinking; `keep_as` names its field in what goes back."""
+        if text:
+            if keep_as:
+                before = self.provider_data.get(keep_as, "")
+                self.provider_data[keep_as] = before + text
+            yield Delta("thinking", text)
+
+    def open_call(self, given_id: str, name: str) -> PartialCall:
+        # Servers omit ids, or give all calls of an answer the same.
+        taken = not given_id or any(call.id == given_id for call in self.calls)
+        call = PartialCall(new_call_id() if taken else given_id, given_id, name)
+        self.calls.append(call)
+        return call
+
+    def end(self, reason: str) -> None:
+        self.complete = True
+        self.reason = STOP_REASONS.get(reason, reason) or "stop"
+
+    def finished(self) -> Finished:
+        data = self.provider_data
+        message = ChatMessage(
+            role="assistant",
+            text="".join(self._text),
+            tool_calls=tuple(call.finished() for call in self.calls),
+            provider_data={"by": self._model_id, **data} if data else {},
+        )
+        return Finished(message, self.reason, self.input_tokens, self.output_tokens)
+
+
+class OllamaAnswer(AnswerReader):
+    """An answer of `/api/chat`."""
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        message = pick(document, "message", dict)
+        yield from self.think(pick(message, "thinking", str), keep_as="thinking")
+        yield from self.say(pick(message, "content", str))
+        for call in pick_objects(message, "tool_calls"):
+            function = pick(call, "function", dict)
+            opened = self.open_call(pick(call, "id", str), pick(function, "name", str))
+            opened.add(function.get("arguments"))
+        if document.get("done") is True:
+            self.end(pick(document, "done_reason", str))
+            self.over = True
+            self.input_tokens = pick(document, "prompt_eval_count", int)
+            self.output_tokens = pick(document, "eval_count", int)
+
+
+class OpenAiAnswer(AnswerReader):
+    """An answer of `/chat/completions`, or of an imitation."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(model_id)
+        self._slots: dict[int, PartialCall] = {}
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        usage = pick(document, "usage", dict)
+        if usage:  # in a document of its own, whose `choices` is empty, or in any other
+            self.input_tokens = pick(usage, "prompt_tokens", int)
+            self.output_tokens = pick(usage, "completion_tokens", int)
+        for choice in pick_objects(document, "choices")[:1]:
+            # A server that cannot stream sends a `message` instead.
+            delta = pick(choice, "delta", dict) or pick(choice, "message", dict)
+            yield from self._take_delta(delta)
+            reason = pick(choice, "finish_reason", str)
+            if reason:
+                self.end(reason)
+
+    def _take_delta(self, delta: JsonObject) -> Iterator[ModelEvent]:
+        field = "reasoning_content"
+        yield from self.think(pick(delta, field, str), keep_as=field)
+        if not delta.get(field):
+            yield from self.think(pick(delta, "reasoning", str))
+        yield from self.say(pick(delta, "content", str))
+        for part in pick_objects(delta, "content"):  # Mistral's thinking models
+            for thought in pick_objects(part, "thinking"):
+                yield from self.think(pick(thought, "text", str))
+            yield from self.say(pick(part, "text", str))
+        for piece in pick_objects(delta, "tool_calls"):
+            function = pick(piece, "function", dict)
+            call = self._call_of(piece, pick(function, "name", str))
+            call.add(function.get("arguments"))
+            if piece.get("extra_content"):  # Gemini's signatures
+                extras = self.provider_data.setdefault("extra_content", {})
+                extras[call.id] = piece["extra_content"]
+
+    def _call_of(self, piece: JsonObject, name: str) -> PartialCall:
+        """Return the call to which a piece belongs.
+
+        In theory `index` says so; servers omit it or always send 0.  So a new id opens
+        a new call, and so does a name after arguments that are complete.
+        """
+        slot = pick(piece, "index", int)
+        given_id = pick(piece, "id", str)
+        call = self._slots.get(slot)
+        if call is not None and not self._opens_another(call, given_id, name):
+            call.name = call.name or name
+            return call
+        self._slots[slot] = self.open_call(given_id, name)
+        return self._slots[slot]
+
+    def _opens_another(self, call: PartialCall, given_id: str, name: str) -> bool:
+        if given_id:
+            return given_id != call.given_id
+        return bool(name and call.arguments and not call.finished().malformed)
+
+
+class AnthropicAnswer(AnswerReader):
+    """An answer of `/v1/messages`."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(model_id)
+        self._blocks: dict[int, JsonObject] = {}
+        self._inputs: dict[int, PartialCall] = {}
+        self._whole: list[JsonObject] = []  # the blocks that have ended
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        kind = pick(document, "type", str)
+        index = pick(document, "index", int)
+        if kind == "content_block_delta":
+            yield from self._take_delta(index, pick(document, "delta", dict))
+        elif kind == "content_block_start":
+            yield from self._open_block(index, pick(document, "content_block", dict))
+        elif kind == "content_block_stop":
+            self._close_block(index)
+        elif kind == "message_start":
+            self._count(pick(pick(document, "message", dict), "usage", dict))
+        elif kind == "message_delta":
+            self.reason = pick(pick(document, "delta", dict), "stop_reason", str)
+            self._count(pick(document, "usage", dict))
+        elif kind == "message_stop":
+            self.end(self.reason)
+            self.over = True
+            # Without thinking, text and calls are all there is, for any provider.
+            if any("thinking" in pick(block, "type", str) for block in self._whole):
+                self.provider_data["blocks"] = self._whole
+        # Anything else is a ping or a later addition; the API says to ignore it.
+
+    def _open_block(self, index: int, block: JsonObject) -> Iterator[ModelEvent]:
+        self._blocks[index] = dict(block)
+        if block.get("type") == "tool_use":
+            call = self.open_call(pick(block, "id", str), pick(block, "name", str))
+            call.add(block.get("input"))
+            self._inputs[index] = call
+        yield from self.say(pick(block, "text", str))
+
+    def _take_delta(self, index: int, delta: JsonObject) -> Iterator[ModelEvent]:
+        block = self._blocks.setdefault(index, {})
+        if index in self._inputs:
+            self._inputs[index].add(pick(delta, "partial_json", str))
+        for name in ("text", "thinking", "signature"):
+            piece = pick(delta, name, str)
+            if piece:
+                block[name] = pick(block, name, str) + piece
+        yield from self.think(pick(delta, "thinking", str))
+        yield from self.say(pick(delta, "text", str))
+
+    def _close_block(self, index: int) -> None:
+        block = self._blocks.pop(index, {})
+        if index in self._inputs:
+            call = self._inputs.pop(index).finished()
+            block = {**block, "id": call.id, "input": call.arguments}
+        if block.get("type") != "text" or block.get(
+            "text"
+        ):  # the API refuses empty ones
+            self._whole.append(block)
+
+    def _count(self, usage: JsonObject) -> None:
+        kinds = ("", "cache_creation_", "cache_read_")
+        count = sum(pick(usage, f"{kind}input_tokens", int) for kind in kinds)
+        self.input_tokens = count or self.input_tokens
+        self.output_tokens = pick(usage, "output_tokens", int) or self.output_tokens
+
+
+# --- providers ---
+
+
+class ProviderSpec(Value):
+    """A service of models, with the habits that set it apart."""
+
+    id: str
+    label: str
+    protocol: str  # of PROTOCOLS
+    base_url: str
+    call_id: str = "[A-Za-z0-9_-]{1,40}"  # pattern of the ids of calls that it takes
+    wants_reasoning: bool = False  # back, or it refuses the message after a tool call
+
+    @property
+    def url_variable(self) -> str:
+        """The environment variable with another address."""
+        return "OLLAMA_HOST" if self.id == "ollama" else f"{self.id.upper()}_BASE_URL"
+
+
+PROVIDERS = (
+    ProviderSpec("ollama", "Ollama", "ollama", "http://127.0.0.1:11434"),
+    ProviderSpec("anthropic", "Anthropic", "anthropic", "https://api.anthropic.com"),
+    ProviderSpec("openai", "OpenAI", "openai", "https://api.openai.com/v1"),
+    ProviderSpec("openrouter", "OpenRouter", "openai", "https://openrouter.ai/api/v1"),
+    ProviderSpec("groq", "Groq", "openai", "https://api.groq.com/openai/v1"),
+    ProviderSpec(
+        *("mistral", "Mistral", "openai", "https://api.mistral.ai/v1"),
+        call_id="[A-Za-z0-9]{9}",
+    ),
+    ProviderSpec(
+        *("deepseek", "DeepSeek", "openai", "https://api.deepseek.com/v1"),
+        wants_reasoning=True,
+    ),
+    ProviderSpec("together", "Together", "openai", "https://api.together.xyz/v1"),
+    ProviderSpec("xai", "xAI", "openai", "https://api.x.ai/v1"),
+    ProviderSpec(
+        *("gemini", "Gemini", "openai"),
+        "https://generativelanguage.googleapis.com/v1beta/openai",
+    ),
+)
+
+
+class ModelProvider:
+    """A vendor's protocol at one address."""
+
+    chat_path = ""
+    list_path = ""
+    context_tokens = 100_000  # most of its models take more
+    answer: type[AnswerReader]
+
+    def __init__(
+        self,
+        spec: ProviderSpec,
+        base_url: str,
+        api_key: str,
+        *,
+        first_pause: float = 1.0,  # s before the second try
+    ) -> None:
+        self.spec = spec
+        self.base_url = base_url.rstrip("/")
+        self._api_key = api_key
+        self._first_pause = first_pause
+
+    def stream(
+        self, request: ChatRequest, cancel: Cancellation
+    ) -> Generator[ModelEvent, None, None]:
+        """Yield the answer as it comes; see ChatModel.stream."""
+        body = self._body(request)
+        backoff = Backoff(self._first_pause, 20 * self._first_pause)
+        tries = 1
+        while True:
+            silent = True  # a second try cannot take back what was shown
+            try:
+                with closing(self._attempt(request, body, cancel)) as events:
+                    for event in events:
+                        silent = False
+                        yield event
+                return
+            except ModelBusy as error:
+                delay = max(backoff.next(), error.retry_after or 0)
+                if not silent or tries == MODEL_TRIES or delay > MODEL_PATIENCE:
+                    raise
+                tries += 1
+                notice = (
+                    f"{error}; trying again in {format_duration(delay)} "
+                    f"(try {tries} of {MODEL_TRIES})"
+                )
+            except ModelError as error:
+                delay = 0
+                amended = self._amend(body, error) if silent else None
+                if amended is None:
+                    raise
+                notice = amended
+            if notice:
+                yield Delta("notice", notice)
+            cancel.pause(delay)
+
+    def listed(self, cancel: Cancellation) -> list[JsonObject]:
+        """Return the provider's list of models as it is.
+
+        Raises ModelError, Cancelled.
+        """
+        listing = self._ask("GET", self.list_path, None, cancel)
+        for name in ("data", "models"):
+            models = pick_objects(listing, name)
+            if models or listing.get(name) == []:
+                return models
+        raise ModelError(f"{self.base_url} is no {self.spec.label}: it lists no models")
+
+    def models(self, cancel: Cancellation) -> list[ModelInfo]:
+        """Return the models for chats.  Raises ModelError, Cancelled."""
+        infos = (self._info(model, cancel) for model in self.listed(cancel))
+        return [info for info in infos if info is not None]
+
+    def _headers(self) -> dict[str, str]:
+        headers = {"Content-Type": "application/json"}
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        return headers
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        raise NotImplementedError
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        """Change a request that was refused so that it may pass.
+
+        Return a notice for people, perhaps empty, or None if nothing helps.
+        """
+        raise NotImplementedError
+
+    def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
+        """Return the model of one entry of the list, None if it is not for chats."""
+        raise NotImplementedError
+
+    def _named(self, name: str, title: str, *, supports_tools: bool) -> ModelInfo:
+        return ModelInfo(
+            f"{self.spec.id}/{name}", self.spec.label, title, supports_tools
+        )
+
+    @contextlib.contextmanager
+    def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: JsonObject | None,
+        cancel: Cancellation,
+        timeout: float,
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Yield the response to a request that was accepted.
+
+        Raises ModelError, ModelBusy if asking again may help, and Cancelled; also for
+        what the block reads.
+        """
+        content = None if body is None else to_json(body).encode("utf-8", "replace")
+        try:
+            with http_exchange(
+                method,
+                self.base_url + path,
+                self._headers(),
+                content,
+                timeout=timeout,
+                cancel=cancel,
+            ) as response:
+                if response.status != 200:
+                    raise self._refusal(response)
+                yield response
+        except ConnectionError as error:
+            raise ModelBusy(str(error)) from error
+        except (Unreachable, TimeoutError) as error:
+            raise ModelError(str(error)) from error
+
+    def _attempt(
+        self, request: ChatRequest, body: JsonObject, cancel: Cancellation
+    ) -> Generator[ModelEvent, None, None]:
+        reader = self.answer(f"{self.spec.id}/{request.model}")
+        with self._exchange(
+            "POST", self.chat_path, body, cancel, MODEL_SILENCE
+        ) as response:
+            length = 0
+            for data in self._documents(response):
+                if data == b"[DONE]":
+                    reader.complete = True
+                    break
+                length += len(data)
+                check_answer_length(length)
+                yield from reader.take(self._document(data))
+                if reader.over:
+                    break
+            if not reader.complete:
+                raise ModelBusy(f"{self.spec.label} broke off before the answer's end")
+        yield reader.finished()
+
+    def _ask(
+        self, method: str, path: str, body: JsonObject | None, cancel: Cancellation
+    ) -> JsonObject:
+        """Return the answer to one short request.  Raises ModelError, Cancelled."""
+        with self._exchange(method, path, body, cancel, CONNECT_TIMEOUT) as response:
+            data = response.read(MAX_MODEL_REPLY)
+        try:
+            document = from_json(data)
+        except ValueError as error:
+            url = self.base_url + path
+            raise ModelError(f"{url} is no {self.spec.label}: {error}") from error
+        # Together lists its models without an object around them.
+        return document if isinstance(document, dict) else {"data": document}
+
+    def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        # Some servers send an error, or a whole answer, without an event stream.
+        if response.getheader("Content-Type", "").startswith("application/json"):
+            return iter([response.read(MAX_MODEL_REPLY)])
+        return _server_sent_data(_lines(response))
+
+    def _document(self, data: bytes) -> JsonObject:
+        """Return one document of the answer.  Raises ModelError if it is none."""
+        try:
+            document = from_json(data)
+        except ValueError as error:
+            raise ModelError(f"{self.spec.label} sent no JSON: {error}") from error
+        if not isinstance(document, dict):
+            raise ModelError(f"{self.spec.label} sent {data[:80]!r} for an object")
+        if document.get("error"):
+            raise self._error(200, document, None)
+        return document
+
+    def _refusal(self, response: http.client.HTTPResponse) -> ModelError:
+        data = response.read(MAX_MODEL_REPLY)
+        try:
+            document = from_json(data)
+        except ValueError:
+            document = data[:2000].decode("utf-8", "replace") or response.reason
+        return self._error(response.status, document, _retry_after(response))
+
+    def _error(
+        self, status: int, document: Any, retry_after: float | None
+    ) -> ModelError:
+        detail = to_json(document)
+        error = pick(document, "error", dict) if isinstance(document, dict) else {}
+        kind = error.get("type") or error.get("code")
+        status = pick(error, "code", int) if status == 200 else status
+        text = clip(_error_text(document), 1000)
+        if self._api_key:  # some servers quote it
+            text = text.replace(self._api_key, "…")
+        message = f"{self.spec.label}: {text}" + (f" ({status})" if status else "")
+        # With 429, "too many tokens" are those of the last minute.
+        if status != 429 and re.search(OVERLONG_PATTERN, text):
+            return ContextTooLong(message, detail)
+        if status in (401, 403):
+            return ModelError(f"{message}; is the API key right?", detail)
+        # A used-up quota comes as 429 too, and waiting does not fill it.
+        if "insufficient_quota" not in detail and (
+            status in BUSY_STATUSES or status >= 500 or kind in BUSY_KINDS
+        ):
+            return ModelBusy(message, detail, retry_after)
+        return ModelError(message, detail)
+
+    def _call_id(self, call_id: str) -> str:
+        # A conversation may have begun with a provider that has other ids.
+        if re.fullmatch(self.spec.call_id, call_id):
+            return call_id
+        return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
+
+    def _own_data(
+        self, request: ChatRequest, message: ChatMessage
+    ) -> Mapping[str, Any]:
+        data = message.provider_data
+        return data if data.get("by") == f"{self.spec.id}/{request.model}" else {}
+
+
+def function_tools(tools: Sequence[ToolSpec]) -> list[JsonObject]:
+    """Return `tools` as OpenAI and its imitators take them."""
+    return [{"type": "function", "function": tool.to_json()} for tool in tools]
+
+
+class OllamaProvider(ModelProvider):
+    """Ollama's own API, https://docs.ollama.com/api."""
+
+    chat_path = "/api/chat"
+    list_path = "/api/tags"
+    context_tokens = OLLAMA_LAST_CONTEXT
+    answer = OllamaAnswer
+
+    def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
+        name = pick(listed, "name", str)
+        try:
+            shown = self._ask("POST", "/api/show", {"model": name}, cancel)
+        except ModelError:  # a broken model must not hide the others
+            return None
+        abilities = shown.get("capabilities")
+        if not isinstance(abilities, list):  # before Ollama 0.6.4
+            abilities = ["completion", "tools"]
+        if "completion" not in abilities:
+            return None
+        return self._named(name, name, supports_tools="tools" in abilities)
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        body: JsonObject = {
+            "model": request.model,
+            "messages": [
+                self._message(request, message)
+                for message in settle_tool_calls(request.messages)
+            ],
+            "stream": True,
+        }
+        if request.tools:
+            body["tools"] = function_tools(request.tools)
+        # In doublings: another size makes Ollama load the model again.  Three
+        # characters a token errs on the safe side, and the answer needs room too.
+        needed = len(to_json(body)) // 3 + 2048
+        size = OLLAMA_FIRST_CONTEXT
+        while size < min(needed, OLLAMA_LAST_CONTEXT):
+            size *= 2
+        body["options"] = {"num_ctx": size}
+        return body
+
+    def _message(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
+        value: JsonObject = {"role": message.role, "content": message.text}
+        if message.role == "tool":
+            value["tool_name"] = message.tool_name
+        if message.tool_calls:
+            value["tool_calls"] = [
+                {"function": {"name": call.name, "arguments": call.arguments}}
+                for call in message.tool_calls
+            ]
+        thinking = pick(self._own_data(request, message), "thinking", str)
+        return {**value, "thinking": thinking} if thinking else value
+
+    def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        return (line for line in _lines(response) if line.strip())
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        if "does not support tools" in error.detail and body.pop("tools", None):
+            return f"{body['model']} cannot use tools: it can only talk"
+        return None
+
+
+class OpenAiProvider(ModelProvider):
+    """OpenAI's chat completions, and the many servers that imitate them."""
+
+    chat_path = "/chat/completions"
+    list_path = "/models"
+    answer = OpenAiAnswer
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        body: JsonObject = {
+            "model": request.model,
+            "messages": [
+                self._message(request, message)
+                for message in settle_tool_calls(request.messages)
+            ],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if request.tools:
+            body["tools"] = function_tools(request.tools)
+        return body
+
+    def _message(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
+        value: JsonObject = {"role": message.role, "content": message.text}
+        if message.role == "tool":
+            value["tool_call_id"] = self._call_id(message.tool_call_id)
+        if message.tool_calls:
+            data = self._own_data(request, message)
+            value["content"] = message.text or None  # some refuse an empty text here
+            extras = pick(data, "extra_content", dict)
+            value["tool_calls"] = [
+                self._call(call, extras) for call in message.tool_calls
+            ]
+            if self.spec.wants_reasoning:
+                value["reasoning_content"] = pick(data, "reasoning_content", str)
+        return value
+
+    def _call(self, call: ToolCall, extras: JsonObject) -> JsonObject:
+        value: JsonObject = {
+            "id": self._call_id(call.id),
+            "type": "function",
+            "function": {"name": call.name, "arguments": to_json(call.arguments)},
+        }
+        if call.id in extras:
+            value["extra_content"] = extras[call.id]
+        return value
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        if "stream_options" in error.detail and body.pop("stream_options", None):
+            return ""  # only the token counts are lost
+        return None
+
+    def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo | None:
+        name = pick(listed, "id", str)
+        # OpenAI's list does not tell its chat models from the others.
+        if re.search("embed|whisper|tts|dall-e|moderat|image|audio|realtime", name):
+            return None
+        mistral = pick(listed, "capabilities", dict).get("function_calling")
+        openrouter = listed.get("supported_parameters", ["tools"])
+        tools = isinstance(openrouter, list) and "tools" in openrouter
+        return self._named(name, name, supports_tools=tools and mistral is not False)
+
+
+class AnthropicProvider(ModelProvider):
+    """Anthropic's messages API, https://docs.anthropic.com/en/api/messages."""
+
+    chat_path = "/v1/messages"
+    list_path = "/v1/models?limit=1000"
+    context_tokens = 200_000
+    answer = AnthropicAnswer
+
+    def _headers(self) -> dict[str, str]:
+        return {
+            "Content-Type": "application/json",
+            "anthropic-version": ANTHROPIC_VERSION,
+            "x-api-key": self._api_key,
+        }
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        messages = settle_tool_calls(request.messages)
+        system = [m.text for m in messages if m.role == "system" and m.text]
+        body: JsonObject = {
+            "model": request.model,
+            "max_tokens": ANTHROPIC_MAX_TOKENS,
+            "messages": self._turns(request, messages),
+            "stream": True,
+        }
+        if system:
+            body["system"] = "\n\n".join(system)
+        if request.tools:
+            body["tools"] = [
+                {
+                    "name": tool.name,
+                    "description": tool.description,
+                    "input_schema": tool.parameters,
+                }
+                for tool in request.tools
+            ]
+        return body
+
+    def _turns(
+        self, request: ChatRequest, messages: Sequence[ChatMessage]
+    ) -> list[JsonObject]:
+        """Return the turns, which alternate: results and the next message are one."""
+        turns: list[JsonObject] = []
+        for message in messages:
+            role = "assistant" if message.role == "assistant" else "user"
+            blocks = [] if message.role == "system" else self._blocks(request, message)
+            if blocks and turns and turns[-1]["role"] == role:
+                turns[-1]["content"] += blocks
+            elif blocks:
+                turns.append({"role": role, "content": list(blocks)})
+        return turns
+
+    def _blocks(self, request: ChatRequest, message: ChatMessage) -> list[JsonObject]:
+        kept = pick_objects(self._own_data(request, message), "blocks")
+        if kept:
+            return kept
+        if message.role == "tool":
+            call_id = self._call_id(message.tool_call_id)
+            result = {"type": "tool_result", "tool_use_id": call_id}
+            return [{**result, "content": message.text}]
+        text = [{"type": "text", "text": message.text}] if message.text.strip() else []
+        return text + [
+            {
+                "type": "tool_use",
+                "id": self._call_id(call.id),
+                "name": call.name,
+                "input": call.arguments,
+            }
+            for call in message.tool_calls
+        ]
+
+    def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo:
+        name = pick(listed, "id", str)
+        title = pick(listed, "display_name", str)
+        return self._named(name, title or name, supports_tools=True)
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        # Old models allow less; only the refusal has the number.
+        match = re.search(r"max_tokens: \d+ > (\d+)", error.detail)
+        if match is None or int(match.group(1)) >= body["max_tokens"]:
+            return None
+        body["max_tokens"] = int(match.group(1))
+        return ""
+
+
+PROTOCOLS: Mapping[str, type[ModelProvider]] = {
+    "ollama": OllamaProvider,
+    "openai": OpenAiProvider,
+    "anthropic": AnthropicProvider,
+}
+
+
+# --- what is set up ---
+
+
+class ProviderSettings(SnakeValue):
+    """What a person entered for one provider in Settings → Models."""
+
+    api_key: str = ""
+    base_url: str = ""
+
+    FILE: ClassVar[str] = "models.json"
+
+    @classmethod
+    def load_all(cls, directory: Path) -> dict[str, ProviderSettings]:
+        """Return what was entered, by provider.  Raises BadConfiguration."""
+        path = directory / cls.FILE
+        value = read_settings_file(path) or {}
+        try:
+            return {name: cls.from_json(required(value, name, dict)) for name in value}
+        except RpcError as error:
+            raise BadConfiguration(f"{path}: {error.message}") from error
+
+    @classmethod
+    def save_all(
+        cls, directory: Path, settings: Mapping[str, ProviderSettings]
+    ) -> None:
+        """Write models.json.  Raises BadConfiguration."""
+        write_settings_file(directory / cls.FILE, encode_value(dict(settings)))
+
+
+def all_providers(settings: Mapping[str, ProviderSettings]) -> list[ProviderSpec]:
+    """Return the providers that are known, and those that `settings` adds.
+
+    Those are taken for OpenAI-compatible, as llama.cpp, vLLM and LM Studio are.
+    """
+    known = {spec.id for spec in PROVIDERS}
+    return [*PROVIDERS] + [
+        ProviderSpec(name, name, "openai", entry.base_url)
+        for name, entry in settings.items()
+        if name not in known and entry.base_url and "/" not in name
+    ]
+
+
+def _with_path(base_url: str) -> str:
+    # People leave it out for their LM Studio.
+    bare = not urlsplit(base_url).path.strip("/")
+    return base_url.rstrip("/") + "/v1" if bare else base_url
+
+
+def make_providers(
+    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
+) -> list[ModelProvider]:
+    """Return the providers that can be used; the environment beats `settings`."""
+    providers = []
+    for spec in all_providers(settings):
+        entered = settings.get(spec.id, ProviderSettings())
+        api_key = environ.get(API_KEY_VARIABLES.get(spec.id, "")) or entered.api_key
+        base_url = environ.get(spec.url_variable) or entered.base_url
+        if spec.protocol == "ollama":
+            base_url = ollama_url(base_url or spec.base_url)
+        elif spec.protocol == "openai" and base_url:
+            base_url = _with_path(base_url)
+        if api_key or base_url:
+            make = PROTOCOLS[spec.protocol]
+            providers.append(make(spec, base_url or spec.base_url, api_key))
+    return providers
+
+
+def describe_providers(
+    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
+) -> list[JsonObject]:
+    """Return each provider and where its key is from, for people; never the key."""
+    descriptions = []
+    for spec in all_providers(settings):
+        entered = settings.get(spec.id, ProviderSettings())
+        variable = API_KEY_VARIABLES.get(spec.id, "")
+        source = "settings" if entered.api_key else ""
+        descriptions.append(
+            {
+                "id": spec.id,
+                "label": spec.label,
+                "keyVariable": variable,
+                "keyFrom": "environment" if environ.get(variable) else source,
+                "baseUrl": entered.base_url or spec.base_url,
+            }
+        )
+    return descriptions
+
+
+def context_of(provider_id: str) -> int:
+    """Return the context length, in tokens, of a provider's models."""
+    protocols = {spec.id: spec.protocol for spec in PROVIDERS}
+    return PROTOCOLS[protocols.get(provider_id, "openai")].context_tokens
+
+
+class ProviderModel:
+    """A model of a provider that this machine reaches; a ChatModel."""
+
+    def __init__(self, provider: ModelProvider, name: str) -> None:
+        self.id = f"{provider.spec.id}/{name}"
+        self.context_tokens = provider.context_tokens
+        self._provider = provider
+        self._name = name
+
+    def stream(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[ToolSpec],
+        cancel: Cancellation,
+    ) -> Generator[ModelEvent, None, None]:
+        """Yield the answer as it comes; see ChatModel.stream."""
+        request = ChatRequest(self._name, tuple(messages), tuple(tools))
+        return self._provider.stream(request, cancel)
+
+
+class ModelCatalog:
+    """The models that the providers of this machine list."""
+
+    def __init__(self, providers: Sequence[ModelProvider]) -> None:
+        self._lock = threading.Lock()  # guards the four below
+        self._providers = {provider.spec.id: provider for provider in providers}
+        self._models: list[ModelInfo] = []
+        self._errors: dict[str, str] = {}
+        self._fresh = Deadline(0)
+
+    def replace(self, providers: Sequence[ModelProvider]) -> None:
+        """Use these providers from now on: the settings were changed."""
+        with self._lock:
+            self._providers = {provider.spec.id: provider for provider in providers}
+            self._fresh = Deadline(0)
+
+    def model(self, model_id: str) -> ProviderModel:
+        """Return a model by its id, provider/name, whether listed or not.
+
+        Raises ModelError if there is no such provider.
+        """
+        provider_id, _, name = model_id.partition("/")
+        with self._lock:
+            provider = self._providers.get(provider_id)
+            known = ", ".join(self._providers) or "none"
+        if provider is None or not name:
+            raise ModelError(
+                f"{model_id!r} is no model: write PROVIDER/NAME with one of the "
+                f"providers that are set up ({known})"
+            )
+        return ProviderModel(provider, name)
+
+    def claims(self, model_id: str) -> bool:
+        """Return whether a model is one of a provider here, set up or not."""
+        provider_id, slash, _ = model_id.partition("/")
+        with self._lock:
+            known = {*self._providers, *(spec.id for spec in PROVIDERS)}
+        return bool(slash) and provider_id in known
+
+    def models(
+        self, cancel: Cancellation, *, refresh: bool = False
+    ) -> tuple[list[ModelInfo], dict[str, str]]:
+        """Return the models, and by provider why it could not be asked.
+
+        Both are remembered for a while.  Raises Cancelled.
+        """
+        with self._lock:
+            if not refresh and not self._fresh.expired:
+                return list(self._models), dict(self._errors)
+            providers = list(self._providers.values())
+        models, errors = list_models(providers, cancel)
+        with self._lock:
+            if providers == list(self._providers.values()):
+                self._models, self._errors = models, errors
+                lifetime = MODEL_LIST_RETRY if errors else MODEL_LIST_LIFETIME
+                self._fresh = Deadline(lifetime)
+        return models, errors
+
+
+def list_models(
+    providers: Sequence[ModelProvider], cancel: Cancellation
+) -> tuple[list[ModelInfo], dict[str, str]]:
+    """Ask all providers side by side; return their models, and errors by provider.
+
+    Raises Cancelled.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    models: list[ModelInfo] = []
+    errors: dict[str, str] = {}
+    with ThreadPoolExecutor(
+        max(1, len(providers)), thread_name_prefix="moltis-models"
+    ) as pool:
+        asked = [(p, pool.submit(p.models, cancel)) for p in providers]
+        for provider, answer in asked:
+            try:
+                models += answer.result()
+            except ModelError as error:
+                errors[provider.spec.id] = str(error)
+    return models, errors
 
 
 # ==============================================================================
 # Telemetry
-# Uses: Commands
+# Uses: Commands, Language models
 #
 # What a machine has and how it is doing: a quick reading of the operating system
 # (memory, CPU, disk, load, temperature), and an inventory that a thread of its own
@@ -4916,10 +6217,8 @@ INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
 VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
 GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
 SYSCTL_TIMEOUT = 2.0  # s; a reading of the vital signs waits for it
-OLLAMA_TIMEOUT = 3.0  # s; what Moltis gives it
 STOP_LATENCY = 0.1  # s until somebody who reads notices that it shall stop
 MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes; `ps` on a busy Mac prints 10 KiB
-MAX_MODEL_LIST = 4 * 1024 * 1024  # bytes; Ollama needs about 400 a model
 MAX_LISTED = 256  # entries of one list in a report; those beyond are left out
 MAX_LABEL = 200  # characters of one name in a report; those beyond are cut off
 MAX_NUMBER = 2**63  # beyond it, neither SQLite nor a Moltis peer takes a number
@@ -5476,63 +6775,15 @@ def choose_probe(environ: Mapping[str, str], root: Path = Path("/")) -> Probe:
     return read_psutil
 
 
-def _open_socket(url: SplitResult, timeout: float | None) -> socket.socket:
-    context = None
-    if url.scheme == "https":
-        import ssl
-
-        context = ssl.create_default_context()
-    assert url.hostname and url.port  # ollama_url() gives both
-    sock = connect_tcp(url.hostname, url.port, timeout)
-    if context is None:
-        return sock
-    return context.wrap_socket(sock, server_hostname=url.hostname)
-
-
-def _receive_all(
-    sock: socket.socket, deadline: Deadline, cancellation: Cancellation
-) -> bytes:
-    sock.settimeout(STOP_LATENCY)
-    data = b""
-    while not (cancellation.cancelled or deadline.expired):
-        try:
-            chunk = sock.recv(65536)
-        except socket.timeout:
-            continue
-        if not chunk:
-            return data
-        data += chunk
-        if len(data) > MAX_MODEL_LIST:
-            raise ValueError("the answer is too long")
-    raise TimeoutError("the answer does not end")
-
-
-def _http_get(url: str, deadline: Deadline, cancellation: Cancellation) -> bytes:
-    """Return the body that `url` answers with.  Raises OSError and ValueError."""
-    # `http.client` takes 2.3 MiB, for one question that most nodes ask in vain.  To
-    # HTTP/1.0 a server answers without chunks, and closes the connection.
-    parts = urlsplit(url)
-    request = f"GET {parts.path} HTTP/1.0\r\nHost: {parts.netloc}\r\n\r\n"
-    with _open_socket(parts, deadline.remaining()) as sock:
-        sock.sendall(request.encode("ascii"))
-        answer = _receive_all(sock, deadline, cancellation)
-    head, _, body = answer.partition(b"\r\n\r\n")
-    if head.split(b" ", 2)[1:2] != [b"200"]:
-        raise ValueError(f"{url} answered {head[:80]!r}")
-    return body
-
-
-def find_ollama(host: str, cancellation: Cancellation) -> Provider | None:
-    """Return the Ollama that OLLAMA_HOST means, or None where none answers."""
-    url = f"{ollama_url(host)}/api/tags"
+def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
+    """Return the Ollama that OLLAMA_HOST means, or None if there is none."""
+    provider = OllamaProvider(PROVIDERS[0], ollama_url(host), "")
     try:
-        answer = from_json(_http_get(url, Deadline(OLLAMA_TIMEOUT), cancellation))
-        models = _reported_list({"models": answer["models"]}, "models", dict)
-        names = tuple(_label(required(model, "name", str)) for model in models)
-    # Whatever is wrong with who answers there, or with our own ssl: no Ollama.
-    except (OSError, ValueError, LookupError, TypeError, ImportError, RpcError):
+        listed = provider.listed(cancel)
+    except (ModelError, Cancelled):
         return None
-    return Provider("ollama", names)
+    names = (pick(model, "name", str) for model in listed[:MAX_LISTED])
+    return Provider("ollama", tuple(_label(name) for name in names if name))
 
 
 def providers_with_keys(environ: Mapping[str, str]) -> tuple[Provider, ...]:
@@ -5724,1352 +6975,12 @@ class TelemetrySource:
 
 
 # ==============================================================================
-# Language models
-# Uses: Settings
-#
-# One streaming interface over Ollama, OpenAI-compatible servers and Anthropic: a
-# conversation in, ModelEvents out.  Gateway and nodes use the same classes, and all
-# that passes through the interface has a JSON form, so that a node can lend a model
-# of its own.  What an answer is good for, and who may ask, is decided elsewhere.
-# ==============================================================================
-
-MODEL_SILENCE = 600.0  # s without a byte; a Pi needs minutes to load a model
-MODEL_TRIES = 3  # for a provider that is busy or breaks off before its first word
-MODEL_PATIENCE = 60.0  # s; a longer Retry-After is said, not waited for
-MODEL_LIST_LIFETIME = 600.0  # s that a provider's list of models is remembered
-MODEL_LIST_RETRY = 30.0  # s; where one could not be asked: an Ollama that was started
-MAX_MODEL_LINE = 16 * 1024 * 1024  # bytes; a longer one ends the answer
-MAX_MODEL_ANSWER = 64 * 1024 * 1024  # bytes, as they come; a longer one is broken off
-MAX_MODEL_REPLY = 16 * 1024 * 1024  # bytes of a list or an error that are read
-ANTHROPIC_VERSION = "2023-06-01"
-ANTHROPIC_MAX_TOKENS = 16384  # of one answer; the API wants it said
-OLLAMA_FIRST_CONTEXT = 8192  # tokens; its own default cuts our tools off in silence
-OLLAMA_LAST_CONTEXT = 65536  # tokens; more fits hardly any home GPU
-
-OVERLONG_PATTERN = (
-    r"(?i)context.{0,24}(length|window|size|limit)|prompt is too long|too many tokens"
-)
-BUSY_STATUSES = (408, 409, 425, 429)  # and everything from 500 on
-BUSY_KINDS = ("overloaded_error", "rate_limit_error", "api_error", "server_error")
-STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
-    "end_turn": "stop",
-    "stop_sequence": "stop",
-    "tool_use": "stop",
-    "tool_calls": "stop",
-    "function_call": "stop",
-    "max_tokens": "length",
-    "content_filter": "refusal",
-}
-
-
-def _fields(value: JsonObject, **kinds: type) -> JsonObject:
-    """Return the named fields of `value`.  Raises RpcError INVALID_REQUEST."""
-    return {name: required(value, name, kind) for name, kind in kinds.items()}
-
-
-class ToolSpec(SnakeValue):
-    """A tool that a model may call."""
-
-    name: str
-    description: str
-    parameters: JsonObject  # JSON Schema of an object
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ToolSpec:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        return cls(**_fields(value, name=str, description=str, parameters=dict))
-
-
-class ToolCall(SnakeValue):
-    """What a model wants done."""
-
-    id: str
-    name: str
-    arguments: JsonObject
-    malformed: str = ""  # the arguments as written, where they are no JSON object
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ToolCall:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        return cls(**_fields(value, id=str, name=str, arguments=dict, malformed=str))
-
-
-class ChatMessage(SnakeValue):
-    """One message of a conversation, in no vendor's format."""
-
-    role: str  # system, user, assistant or tool
-    text: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
-    tool_call_id: str = ""  # of a tool: the call that it answers
-    tool_name: str = ""
-    # What only the model that said it understands (signed thinking, say), under "by"
-    # that model's id; it goes back to it unchanged.
-    provider_data: Mapping[str, Any] = NOTHING
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ChatMessage:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        fields = _fields(
-            value,
-            role=str,
-            text=str,
-            tool_call_id=str,
-            tool_name=str,
-            provider_data=dict,
-        )
-        if fields["role"] not in ("system", "user", "assistant", "tool"):
-            raise RpcError("INVALID_REQUEST", f"{fields['role']!r} is no role")
-        calls = map(ToolCall.from_json_object, objects_in(value, "tool_calls"))
-        return cls(tool_calls=tuple(calls), **fields)
-
-
-class ChatRequest(SnakeValue):
-    """What a model is asked."""
-
-    model: str  # as its provider calls it
-    messages: tuple[ChatMessage, ...]
-    tools: tuple[ToolSpec, ...] = ()
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ChatRequest:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        messages = map(ChatMessage.from_json_object, objects_in(value, "messages"))
-        tools = map(ToolSpec.from_json_object, objects_in(value, "tools"))
-        return cls(required(value, "model", str), tuple(messages), tuple(tools))
-
-
-class Delta(SnakeValue):
-    """The next piece of an answer."""
-
-    kind: str  # text, thinking, or notice: a wait, or another hitch, to be shown
-    text: str
-
-
-class Finished(SnakeValue):
-    """The whole answer: the last event of a stream, and never that of a broken one."""
-
-    message: ChatMessage
-    reason: str  # stop, length, refusal, or the provider's own word
-    input_tokens: int  # 0: not said
-    output_tokens: int
-
-
-ModelEvent: TypeAlias = "Delta | Finished"
-
-
-class ModelInfo(SnakeValue):
-    """A model that can be chosen."""
-
-    id: str  # provider/name
-    provider: str  # for people
-    display_name: str
-    supports_tools: bool
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ModelInfo:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        kinds = {"id": str, "provider": str, "display_name": str}
-        return cls(**_fields(value, supports_tools=bool, **kinds))
-
-
-def to_json_object(
-    value: ToolSpec | ChatMessage | ChatRequest | ModelEvent | ModelInfo,
-) -> JsonObject:
-    """Return a value of this section as JSON; its `from_json_object` reads it again."""
-    return value.to_json()
-
-
-def event_from_json_object(value: JsonObject) -> ModelEvent:
-    """Return an event that somebody else streamed.  Raises RpcError."""
-    if "message" not in value:
-        return Delta(**_fields(value, kind=str, text=str))
-    return Finished(
-        message=ChatMessage.from_json_object(required(value, "message", dict)),
-        **_fields(value, reason=str, input_tokens=int, output_tokens=int),
-    )
-
-
-class ChatModel(Protocol):
-    """A model that can be talked to, wherever it runs."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def context_tokens(self) -> int:
-        """How long a conversation may be."""
-
-    def stream(
-        self,
-        messages: Sequence[ChatMessage],
-        tools: Sequence[ToolSpec],
-        cancel: Cancellation,
-    ) -> Generator[ModelEvent, None, None]:
-        """Yield the answer as it comes, `Finished` last.
-
-        Raises ModelError where there will be no `Finished`, and Cancelled.
-        """
-
-
-# --- What servers send: anything may be missing or of another type ---
-
-
-def _text_of(value: Mapping[str, Any], name: str) -> str:
-    found = value.get(name)
-    return found if isinstance(found, str) else ""
-
-
-def _count_of(value: JsonObject, name: str) -> int:
-    found = value.get(name)
-    return found if isinstance(found, int) else 0
-
-
-def _object_of(value: Mapping[str, Any], name: str) -> JsonObject:
-    found = value.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def _objects_of(value: Mapping[str, Any], name: str) -> list[JsonObject]:
-    found = value.get(name)
-    return [v for v in found if isinstance(v, dict)] if isinstance(found, list) else []
-
-
-def _error_text(document: Any) -> str:
-    """Return what an error body says, in any of the forms that servers use."""
-    if isinstance(document, list) and document:  # Gemini
-        document = document[0]
-    if isinstance(document, dict):
-        for name in ("error", "message", "detail"):
-            if document.get(name):
-                return _error_text(document[name])
-    return document if isinstance(document, str) else to_json(document)
-
-
-def new_call_id() -> str:
-    """Return an id for a tool call; nine letters and digits suit every provider."""
-    return secrets.token_hex(5)[:9]
-
-
-def read_tool_call(call_id: str, name: str, arguments: object) -> ToolCall:
-    """Return a call whose arguments are an object, JSON text, or nothing at all."""
-    if isinstance(arguments, dict):
-        return ToolCall(call_id, name, arguments)
-    text = arguments if isinstance(arguments, str) else to_json(arguments)
-    try:
-        value = from_json(text) if text.strip() not in ("", "null") else {}
-    except ValueError:
-        value = None
-    if isinstance(value, dict):
-        return ToolCall(call_id, name, value)
-    return ToolCall(call_id, name, {}, malformed=text)
-
-
-def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """Return `messages` with one result right after each call, in the calls' order.
-
-    All providers demand it, and a run that was cut short leaves calls open.  Results
-    without a call, and answers without content, are left out for the same reason.
-    """
-    settled = []
-    for position, message in enumerate(messages, 1):
-        empty = message.role == "assistant" and not message.text.strip()
-        if message.role == "tool" or (empty and not message.tool_calls):
-            continue
-        settled.append(message)
-        results = _results_after(messages, position)
-        for call in message.tool_calls:
-            missing = ChatMessage(
-                role="tool",
-                text="No result: the run ended before this call did.",
-                tool_call_id=call.id,
-                tool_name=call.name,
-            )
-            settled.append(results.get(call.id, missing))
-    return settled
-
-
-def _results_after(
-    messages: Sequence[ChatMessage], position: int
-) -> dict[str, ChatMessage]:
-    # Up to the next answer with calls only: some servers number theirs anew in each.
-    results: dict[str, ChatMessage] = {}
-    for message in itertools.islice(messages, position, None):
-        if message.tool_calls:
-            break
-        if message.role == "tool":
-            results.setdefault(message.tool_call_id, message)
-    return results
-
-
-# --- HTTP ---
-
-
-def _cut(sock: socket.socket) -> None:
-    # The plain socket's method: SSLSocket's would take the TLS state away from the
-    # thread that is reading.
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def _connect_model(host: str, port: int, cancel: Cancellation) -> socket.socket:
-    """Return a TCP connection.  Raises OSError, Cancelled."""
-    failure = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM
-    ):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(CONNECT_TIMEOUT)
-            with cancel.calling(partial(_cut, sock)):
-                sock.connect(address)
-            return sock
-        except OSError as error:
-            sock.close()
-            failure = error
-        except Cancelled:
-            sock.close()
-            raise
-    raise failure
-
-
-def _dial_model(parts: SplitResult, cancel: Cancellation) -> socket.socket:
-    """Return a connection to an http or https URL.  Raises ModelError, Cancelled."""
-    host = parts.hostname or ""
-    try:
-        if parts.scheme != "https":
-            return _connect_model(host, parts.port or 80, cancel)
-        require_ssl()
-        import ssl
-
-        sock = ssl.create_default_context().wrap_socket(
-            _connect_model(host, parts.port or 443, cancel),
-            server_hostname=host,
-            do_handshake_on_connect=False,
-        )
-        with contextlib.ExitStack() as stack:
-            stack.callback(sock.close)
-            with cancel.calling(partial(_cut, sock)):
-                sock.do_handshake()
-            stack.pop_all()
-        return sock
-    # ValueError: a port that is none; BadConfiguration: a Python without TLS
-    except (OSError, ValueError, BadConfiguration) as error:
-        raise ModelError(f"{parts.netloc} cannot be reached: {error}") from error
-
-
-@contextlib.contextmanager
-def model_exchange(
-    method: str,
-    url: str,
-    headers: Mapping[str, str],
-    body: JsonObject | None,
-    cancel: Cancellation,
-    timeout: float = MODEL_SILENCE,  # s without a byte
-) -> Iterator[http.client.HTTPResponse]:
-    """Yield the response to one HTTP request, whatever its status.
-
-    Raises ModelError, ModelBusy where asking again may help, and Cancelled; that
-    goes for reading the response in the block as well.
-    """
-    import http.client
-
-    parts = urlsplit(url)
-    sock = _dial_model(parts, cancel)
-    connection = http.client.HTTPConnection(parts.hostname or "")
-    connection.sock = sock
-    target = f"{parts.path}?{parts.query}" if parts.query else parts.path
-    content = None if body is None else to_json(body).encode("utf-8", "replace")
-    try:
-        with cancel.calling(partial(_cut, sock)):
-            sock.settimeout(timeout)
-            connection.request(
-                method,
-                target,
-                content,
-                {**headers, "Host": parts.netloc, "Connection": "close"},
-            )
-            with connection.getresponse() as response:
-                yield response
-    except socket.timeout as error:
-        raise ModelError(
-            f"{parts.netloc} was silent for {format_duration(timeout)}"
-        ) from error
-    except (OSError, http.client.HTTPException) as error:
-        said = str(error) or type(error).__name__
-        raise ModelBusy(f"{parts.netloc} broke off: {said}") from error
-    finally:
-        connection.close()
-
-
-def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Yield the lines of a body as they arrive, without their ends."""
-    pending = bytearray()
-    while True:
-        data = response.read1(65536)
-        if not data:
-            break
-        pending += data
-        if len(pending) > MAX_MODEL_LINE:
-            raise ModelError("the answer holds a line beyond all measure")
-        if b"\n" in data:
-            *lines, rest = bytes(pending).split(b"\n")
-            pending = bytearray(rest)
-            yield from (line.rstrip(b"\r") for line in lines)
-    if pending:
-        yield bytes(pending)
-
-
-def check_answer_length(length: int) -> None:
-    """Raises ModelError beyond what an answer may have, in bytes as they come."""
-    if length > MAX_MODEL_ANSWER:
-        raise ModelError(
-            "the answer was broken off: it has more than "
-            f"{format_bytes(MAX_MODEL_ANSWER)}; ask for less at a time"
-        )
-
-
-def _server_sent_data(lines: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield the data of each event (HTML Living Standard §9.2.6)."""
-    data: list[bytes] = []
-    for line in lines:
-        if line.startswith(b"data:"):
-            data.append(line[5:].lstrip(b" "))
-        elif not line and data:
-            yield b"\n".join(data)
-            data = []
-    if data:  # the standard drops it, but servers forget the last empty line
-        yield b"\n".join(data)
-
-
-def _retry_after(response: http.client.HTTPResponse) -> float | None:
-    """Return the seconds that a busy server asks to wait (RFC 9110 §10.2.3)."""
-    import email.utils
-
-    text = response.getheader("Retry-After", "").strip()
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        moment = email.utils.parsedate_to_datetime(text)
-        return max(0.0, moment.timestamp() - time.time())
-    except (TypeError, ValueError):  # which of them depends on Python's version
-        return None
-
-
-# --- Answers ---
-
-
-class PartialCall:
-    """A tool call whose pieces are still arriving."""
-
-    def __init__(self, call_id: str, given_id: str, name: str) -> None:
-        self.id = call_id
-        self.given_id = given_id  # by the server; perhaps empty, or not unique
-        self.name = name
-        self.arguments: object = ""
-
-    def add(self, arguments: object) -> None:
-        if isinstance(arguments, str) and isinstance(self.arguments, str):
-            self.arguments += arguments
-        elif arguments:
-            self.arguments = arguments
-
-    def finished(self) -> ToolCall:
-        return read_tool_call(self.id, self.name, self.arguments)
-
-
-class AnswerReader:
-    """One answer: the provider's documents in, ModelEvents out."""
-
-    def __init__(self, model_id: str) -> None:
-        self.complete = False  # all that matters is here; the stream may end
-        self.over = False  # nothing follows that would be worth reading
-        self.reason = "stop"
-        self.input_tokens = 0
-        self.output_tokens = 0
-        self.calls: list[PartialCall] = []
-        self.provider_data: JsonObject = {}
-        self._model_id = model_id
-        self._text: list[str] = []
-
-    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
-        raise NotImplementedError
-
-    def say(self, text: str) -> Iterator[ModelEvent]:
-        if text:
-            self._text.append(text)
-            yield Delta("text", text)
-
-    def think(self, text: str) -> Iterator[ModelEvent]:
-        if text:
-            yield Delta("thinking", text)
-
-    def open_call(self, given_id: str, name: str) -> PartialCall:
-        # Servers leave ids out, or give all calls of an answer the same.
-        taken = not given_id or any(call.id == given_id for call in self.calls)
-        call = PartialCall(new_call_id() if taken else given_id, given_id, name)
-        self.calls.append(call)
-        return call
-
-    def end(self, reason: str) -> None:
-        self.complete = True
-        self.reason = STOP_REASONS.get(reason, reason) or "stop"
-
-    def finished(self) -> Finished:
-        data = self.provider_data
-        message = ChatMessage(
-            role="assistant",
-            text="".join(self._text),
-            tool_calls=tuple(call.finished() for call in self.calls),
-            provider_data={"by": self._model_id, **data} if data else {},
-        )
-        return Finished(message, self.reason, self.input_tokens, self.output_tokens)
-
-
-class OllamaAnswer(AnswerReader):
-    """An answer of `/api/chat`."""
-
-    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
-        message = _object_of(document, "message")
-        thinking = _text_of(message, "thinking")
-        if thinking:
-            before = self.provider_data.get("thinking", "")
-            self.provider_data["thinking"] = before + thinking
-        yield from self.think(thinking)
-        yield from self.say(_text_of(message, "content"))
-        for call in _objects_of(message, "tool_calls"):
-            function = _object_of(call, "function")
-            opened = self.open_call(_text_of(call, "id"), _text_of(function, "name"))
-            opened.add(function.get("arguments"))
-        if document.get("done") is True:
-            self.end(_text_of(document, "done_reason"))
-            self.over = True
-            self.input_tokens = _count_of(document, "prompt_eval_count")
-            self.output_tokens = _count_of(document, "eval_count")
-
-
-class OpenAiAnswer(AnswerReader):
-    """An answer of `/chat/completions`, from whoever imitates it."""
-
-    def __init__(self, model_id: str) -> None:
-        super().__init__(model_id)
-        self._slots: dict[int, PartialCall] = {}
-
-    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
-        usage = _object_of(document, "usage")
-        if usage:  # in a document of its own, whose `choices` is empty, or in any other
-            self.input_tokens = _count_of(usage, "prompt_tokens")
-            self.output_tokens = _count_of(usage, "completion_tokens")
-        for choice in _objects_of(document, "choices")[:1]:
-            # A server that cannot stream answers with a `message` instead.
-            delta = _object_of(choice, "delta") or _object_of(choice, "message")
-            yield from self._take_delta(delta)
-            reason = _text_of(choice, "finish_reason")
-            if reason:
-                self.end(reason)
-
-    def _take_delta(self, delta: JsonObject) -> Iterator[ModelEvent]:
-        reasoning = _text_of(delta, "reasoning_content")
-        if reasoning:
-            before = self.provider_data.get("reasoning_content", "")
-            self.provider_data["reasoning_content"] = before + reasoning
-        yield from self.think(reasoning or _text_of(delta, "reasoning"))
-        yield from self.say(_text_of(delta, "content"))
-        for part in _objects_of(delta, "content"):  # Mistral's thinking models
-            for thought in _objects_of(part, "thinking"):
-                yield from self.think(_text_of(thought, "text"))
-            yield from self.say(_text_of(part, "text"))
-        for piece in _objects_of(delta, "tool_calls"):
-            self._take_call(piece)
-
-    def _take_call(self, piece: JsonObject) -> None:
-        function = _object_of(piece, "function")
-        call = self._call_of(piece, _text_of(function, "name"))
-        call.add(function.get("arguments"))
-        if piece.get("extra_content"):  # Gemini's signatures
-            extras = self.provider_data.setdefault("extra_content", {})
-            extras[call.id] = piece["extra_content"]
-
-    def _call_of(self, piece: JsonObject, name: str) -> PartialCall:
-        """Return the call to which a piece belongs.
-
-        `index` says so in theory; servers omit it or always send 0.  So a new id opens
-        a new call, and so does a name after arguments that are complete.
-        """
-        slot = _count_of(piece, "index")
-        given_id = _text_of(piece, "id")
-        call = self._slots.get(slot)
-        if call is not None and not self._opens_another(call, given_id, name):
-            call.name = call.name or name
-            return call
-        self._slots[slot] = self.open_call(given_id, name)
-        return self._slots[slot]
-
-    def _opens_another(self, call: PartialCall, given_id: str, name: str) -> bool:
-        if given_id:
-            return given_id != call.given_id
-        return bool(name and call.arguments and not call.finished().malformed)
-
-
-class AnthropicAnswer(AnswerReader):
-    """An answer of `/v1/messages`."""
-
-    def __init__(self, model_id: str) -> None:
-        super().__init__(model_id)
-        self._blocks: dict[int, JsonObject] = {}
-        self._inputs: dict[int, PartialCall] = {}
-        self._whole: list[JsonObject] = []  # the blocks that have ended
-
-    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
-        kind = _text_of(document, "type")
-        index = _count_of(document, "index")
-        if kind == "content_block_delta":
-            yield from self._take_delta(index, _object_of(document, "delta"))
-        elif kind == "content_block_start":
-            yield from self._open_block(index, _object_of(document, "content_block"))
-        elif kind == "content_block_stop":
-            self._close_block(index)
-        elif kind == "message_start":
-            self._count(_object_of(_object_of(document, "message"), "usage"))
-        elif kind == "message_delta":
-            self.reason = _text_of(_object_of(document, "delta"), "stop_reason")
-            self._count(_object_of(document, "usage"))
-        elif kind == "message_stop":
-            self._end_message()
-        # Anything else is a ping, or newer than this: to be ignored, says the vendor.
-
-    def _open_block(self, index: int, block: JsonObject) -> Iterator[ModelEvent]:
-        self._blocks[index] = dict(block)
-        if block.get("type") == "tool_use":
-            call = self.open_call(_text_of(block, "id"), _text_of(block, "name"))
-            call.add(block.get("input"))
-            self._inputs[index] = call
-        yield from self.say(_text_of(block, "text"))
-
-    def _take_delta(self, index: int, delta: JsonObject) -> Iterator[ModelEvent]:
-        block = self._blocks.setdefault(index, {})
-        if index in self._inputs:
-            self._inputs[index].add(_text_of(delta, "partial_json"))
-        for name in ("text", "thinking", "signature"):
-            piece = _text_of(delta, name)
-            if piece:
-                block[name] = _text_of(block, name) + piece
-        yield from self.think(_text_of(delta, "thinking"))
-        yield from self.say(_text_of(delta, "text"))
-
-    def _close_block(self, index: int) -> None:
-        block = self._blocks.pop(index, {})
-        if index in self._inputs:
-            call = self._inputs.pop(index).finished()
-            block = {**block, "id": call.id, "input": call.arguments}
-        if block.get("type") != "text" or block.get("text"):  # it refuses empty ones
-            self._whole.append(block)
-
-    def _count(self, usage: JsonObject) -> None:
-        names = (
-            "input_tokens",
-            "cache_creation_input_tokens",
-            "cache_read_input_tokens",
-        )
-        self.input_tokens = sum(_count_of(usage, n) for n in names) or self.input_tokens
-        self.output_tokens = _count_of(usage, "output_tokens") or self.output_tokens
-
-    def _end_message(self) -> None:
-        self.end(self.reason)
-        self.over = True
-        # Without thinking, text and calls say it all, for any provider.
-        if any("thinking" in _text_of(block, "type") for block in self._whole):
-            self.provider_data["blocks"] = self._whole
-
-
-# --- Providers ---
-
-
-class ProviderSpec(Value):
-    """Somebody who serves models, and the habits that set them apart."""
-
-    id: str
-    label: str
-    protocol: str  # of PROTOCOLS
-    base_url: str
-    url_variable: str = ""
-    call_id: str = "[A-Za-z0-9_-]{1,40}"  # the ids of calls that it takes
-    wants_reasoning: bool = False  # back, or it refuses what follows a tool call
-
-
-PROVIDERS = (
-    ProviderSpec("ollama", "Ollama", "ollama", "http://127.0.0.1:11434", "OLLAMA_HOST"),
-    ProviderSpec(
-        "anthropic",
-        "Anthropic",
-        "anthropic",
-        "https://api.anthropic.com",
-        "ANTHROPIC_BASE_URL",
-    ),
-    ProviderSpec(
-        "openai", "OpenAI", "openai", "https://api.openai.com/v1", "OPENAI_BASE_URL"
-    ),
-    ProviderSpec("openrouter", "OpenRouter", "openai", "https://openrouter.ai/api/v1"),
-    ProviderSpec("groq", "Groq", "openai", "https://api.groq.com/openai/v1"),
-    ProviderSpec(
-        "mistral",
-        "Mistral",
-        "openai",
-        "https://api.mistral.ai/v1",
-        call_id="[A-Za-z0-9]{9}",
-    ),
-    ProviderSpec(
-        "deepseek",
-        "DeepSeek",
-        "openai",
-        "https://api.deepseek.com/v1",
-        wants_reasoning=True,
-    ),
-    ProviderSpec("together", "Together", "openai", "https://api.together.xyz/v1"),
-    ProviderSpec("xai", "xAI", "openai", "https://api.x.ai/v1"),
-    ProviderSpec(
-        "gemini",
-        "Gemini",
-        "openai",
-        "https://generativelanguage.googleapis.com/v1beta/openai",
-    ),
-)
-
-
-class ModelProvider:
-    """A vendor's protocol, spoken with one address."""
-
-    chat_path = ""
-    list_path = ""
-    context_tokens = 100_000  # of most of its models; a guess that errs on their side
-
-    def __init__(
-        self,
-        spec: ProviderSpec,
-        base_url: str,
-        api_key: str,
-        *,
-        first_pause: float = 1.0,  # s before the second try
-    ) -> None:
-        self.spec = spec
-        self.base_url = base_url.rstrip("/")
-        self._api_key = api_key
-        self._first_pause = first_pause
-
-    def stream(
-        self, request: ChatRequest, cancel: Cancellation
-    ) -> Generator[ModelEvent, None, None]:
-        """Yield the answer as it comes; see ChatModel.stream."""
-        body = self._body(request)
-        backoff = Backoff(self._first_pause, 20 * self._first_pause)
-        tries = 1
-        while True:
-            silent = True  # what was shown once cannot be taken back by a new try
-            try:
-                with contextlib.closing(self._attempt(request, body, cancel)) as events:
-                    for event in events:
-                        silent = False
-                        yield event
-                return
-            except ModelBusy as error:
-                delay = max(backoff.next(), error.retry_after or 0)
-                if not silent or tries == MODEL_TRIES or delay > MODEL_PATIENCE:
-                    raise
-                tries += 1
-                notice = (
-                    f"{error}; trying again in {format_duration(delay)} "
-                    f"(try {tries} of {MODEL_TRIES})"
-                )
-            except ModelError as error:
-                delay = 0
-                amended = self._amend(body, error) if silent else None
-                if amended is None:
-                    raise
-                notice = amended
-            if notice:
-                yield Delta("notice", notice)
-            cancel.pause(delay)
-
-    def models(self, cancel: Cancellation) -> list[ModelInfo]:
-        """Return the models that the provider lists.  Raises ModelError, Cancelled."""
-        listing = self._ask("GET", self.list_path, None, cancel)
-        listed = _objects_of(listing, "data") or _objects_of(listing, "models")
-        infos = (self._info(model, cancel) for model in listed)
-        return [info for info in infos if info is not None]
-
-    def _headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json"}
-        if self._api_key:
-            headers["Authorization"] = f"Bearer {self._api_key}"
-        return headers
-
-    def _body(self, request: ChatRequest) -> JsonObject:
-        raise NotImplementedError
-
-    def _reader(self, model_id: str) -> AnswerReader:
-        raise NotImplementedError
-
-    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
-        """Change a request that was refused so that it may pass.
-
-        Return what to tell the person about it, or None where nothing helps.
-        """
-        raise NotImplementedError
-
-    def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
-        """Return what a list says of a model, None where it is none for chats."""
-        raise NotImplementedError
-
-    def _named(self, name: str, title: str, *, supports_tools: bool) -> ModelInfo:
-        return ModelInfo(
-            f"{self.spec.id}/{name}", self.spec.label, title, supports_tools
-        )
-
-    def _attempt(
-        self, request: ChatRequest, body: JsonObject, cancel: Cancellation
-    ) -> Generator[ModelEvent, None, None]:
-        reader = self._reader(f"{self.spec.id}/{request.model}")
-        url = self.base_url + self.chat_path
-        with model_exchange("POST", url, self._headers(), body, cancel) as response:
-            self._check(response)
-            length = 0
-            for data in self._documents(response):
-                if data == b"[DONE]":
-                    reader.complete = True
-                    break
-                length += len(data)
-                check_answer_length(length)
-                yield from reader.take(self._document(data))
-                if reader.over:
-                    break
-            if not reader.complete:
-                raise ModelBusy(f"{self.spec.label} broke off before the answer's end")
-        yield reader.finished()
-
-    def _ask(
-        self, method: str, path: str, body: JsonObject | None, cancel: Cancellation
-    ) -> JsonObject:
-        """Return the answer to one short request.  Raises ModelError, Cancelled."""
-        url = self.base_url + path
-        with model_exchange(
-            method, url, self._headers(), body, cancel, CONNECT_TIMEOUT
-        ) as response:
-            self._check(response)
-            data = response.read(MAX_MODEL_REPLY)
-        try:
-            document = from_json(data)
-        except ValueError as error:
-            raise ModelError(f"{url} is no {self.spec.label}: {error}") from error
-        # Together lists its models without an object around them.
-        return document if isinstance(document, dict) else {"data": document}
-
-    def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        # Some servers tell of an error, or of all at once, without an event stream.
-        if response.getheader("Content-Type", "").startswith("application/json"):
-            return iter([response.read(MAX_MODEL_REPLY)])
-        return _server_sent_data(_lines(response))
-
-    def _document(self, data: bytes) -> JsonObject:
-        """Return one document of the answer.  Raises ModelError where it is none."""
-        try:
-            document = from_json(data)
-        except ValueError as error:
-            raise ModelError(f"{self.spec.label} sent no JSON: {error}") from error
-        if not isinstance(document, dict):
-            raise ModelError(f"{self.spec.label} sent {data[:80]!r} for an object")
-        if document.get("error"):
-            raise self._error(200, document, None)
-        return document
-
-    def _check(self, response: http.client.HTTPResponse) -> None:
-        """Raises ModelError unless the request was taken."""
-        if response.status == 200:
-            return
-        data = response.read(MAX_MODEL_REPLY)
-        try:
-            document = from_json(data)
-        except ValueError:
-            document = data[:2000].decode("utf-8", "replace") or response.reason
-        raise self._error(response.status, document, _retry_after(response))
-
-    def _error(
-        self, status: int, document: Any, retry_after: float | None
-    ) -> ModelError:
-        detail = to_json(document)
-        error = _object_of(document, "error") if isinstance(document, dict) else {}
-        kind = error.get("type") or error.get("code")
-        status = _count_of(error, "code") if status == 200 else status
-        text = clip(_error_text(document), 1000)
-        if self._api_key:  # some servers quote it
-            text = text.replace(self._api_key, "…")
-        message = f"{self.spec.label}: {text}" + (f" ({status})" if status else "")
-        # "Too many tokens" of the last minute are another matter.
-        if status != 429 and re.search(OVERLONG_PATTERN, text):
-            return ContextTooLong(message, detail)
-        if status in (401, 403):
-            return ModelError(f"{message}; is the API key right?", detail)
-        # A used-up quota comes as 429 too, and waiting does not fill it.
-        if "insufficient_quota" not in detail and (
-            status in BUSY_STATUSES or status >= 500 or kind in BUSY_KINDS
-        ):
-            return ModelBusy(message, detail, retry_after)
-        return ModelError(message, detail)
-
-    def _call_id(self, call_id: str) -> str:
-        # A conversation may have begun with a provider that has other ids.
-        if re.fullmatch(self.spec.call_id, call_id):
-            return call_id
-        return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
-
-    def _own_data(
-        self, request: ChatRequest, message: ChatMessage
-    ) -> Mapping[str, Any]:
-        data = message.provider_data
-        return data if data.get("by") == f"{self.spec.id}/{request.model}" else {}
-
-
-class OllamaProvider(ModelProvider):
-    """Ollama's own API, https://docs.ollama.com/api."""
-
-    chat_path = "/api/chat"
-    list_path = "/api/tags"
-    context_tokens = OLLAMA_LAST_CONTEXT
-
-    def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
-        name = _text_of(listed, "name")
-        try:
-            shown = self._ask("POST", "/api/show", {"model": name}, cancel)
-        except ModelError:  # one that is broken must not hide the others
-            return None
-        abilities = shown.get("capabilities")
-        if not isinstance(abilities, list):  # before 0.6.4 it did not say
-            abilities = ["completion", "tools"]
-        if "completion" not in abilities:
-            return None
-        return self._named(name, name, supports_tools="tools" in abilities)
-
-    def _body(self, request: ChatRequest) -> JsonObject:
-        body: JsonObject = {
-            "model": request.model,
-            "messages": [
-                self._message(request, message)
-                for message in settle_tool_calls(request.messages)
-            ],
-            "stream": True,
-        }
-        if request.tools:
-            body["tools"] = function_tools(request.tools)
-        body["options"] = {"num_ctx": self._context_for(body)}
-        return body
-
-    def _message(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
-        value: JsonObject = {"role": message.role, "content": message.text}
-        if message.role == "tool":
-            value["tool_name"] = message.tool_name
-        if message.tool_calls:
-            value["tool_calls"] = [
-                {"function": {"name": call.name, "arguments": call.arguments}}
-                for call in message.tool_calls
-            ]
-        thinking = _text_of(self._own_data(request, message), "thinking")
-        return {**value, "thinking": thinking} if thinking else value
-
-    def _context_for(self, body: JsonObject) -> int:
-        # In doublings: another size makes Ollama load the model anew.  Three
-        # characters a token errs on the safe side, and the answer needs room too.
-        needed = len(to_json(body)) // 3 + 2048
-        size = OLLAMA_FIRST_CONTEXT
-        while size < min(needed, OLLAMA_LAST_CONTEXT):
-            size *= 2
-        return size
-
-    def _reader(self, model_id: str) -> AnswerReader:
-        return OllamaAnswer(model_id)
-
-    def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        return (line for line in _lines(response) if line.strip())
-
-    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
-        if "does not support tools" in error.detail and body.pop("tools", None):
-            return f"{body['model']} cannot use tools: it can only talk"
-        return None
-
-
-def function_tools(tools: Sequence[ToolSpec]) -> list[JsonObject]:
-    """Return `tools` as OpenAI and those after it want them."""
-    return [{"type": "function", "function": to_json_object(tool)} for tool in tools]
-
-
-class OpenAiProvider(ModelProvider):
-    """OpenAI's chat completions, and the many servers that imitate them."""
-
-    chat_path = "/chat/completions"
-    list_path = "/models"
-
-    def _body(self, request: ChatRequest) -> JsonObject:
-        body: JsonObject = {
-            "model": request.model,
-            "messages": [
-                self._message(request, message)
-                for message in settle_tool_calls(request.messages)
-            ],
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if request.tools:
-            body["tools"] = function_tools(request.tools)
-        return body
-
-    def _message(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
-        value: JsonObject = {"role": message.role, "content": message.text}
-        if message.role == "tool":
-            value["tool_call_id"] = self._call_id(message.tool_call_id)
-        data = self._own_data(request, message)
-        if message.tool_calls:
-            value["content"] = message.text or None  # some refuse an empty text here
-            extras = _object_of(data, "extra_content")
-            value["tool_calls"] = [
-                self._call(call, extras) for call in message.tool_calls
-            ]
-        if self.spec.wants_reasoning and message.tool_calls:
-            value["reasoning_content"] = _text_of(data, "reasoning_content")
-        return value
-
-    def _call(self, call: ToolCall, extras: JsonObject) -> JsonObject:
-        value: JsonObject = {
-            "id": self._call_id(call.id),
-            "type": "function",
-            "function": {"name": call.name, "arguments": to_json(call.arguments)},
-        }
-        if call.id in extras:
-            value["extra_content"] = extras[call.id]
-        return value
-
-    def _reader(self, model_id: str) -> AnswerReader:
-        return OpenAiAnswer(model_id)
-
-    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
-        if "stream_options" in error.detail and body.pop("stream_options", None):
-            return ""  # only the token counts are lost
-        return None
-
-    def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo | None:
-        name = _text_of(listed, "id")
-        # OpenAI's list does not tell its chat models from the others.
-        if re.search("embed|whisper|tts|dall-e|moderat|image|audio|realtime", name):
-            return None
-        mistral = (
-            _object_of(listed, "capabilities").get("function_calling") is not False
-        )
-        openrouter = listed.get("supported_parameters", ["tools"])
-        tools = mistral and isinstance(openrouter, list) and "tools" in openrouter
-        return self._named(name, name, supports_tools=tools)
-
-
-class AnthropicProvider(ModelProvider):
-    """Anthropic's messages API, https://docs.anthropic.com/en/api/messages."""
-
-    chat_path = "/v1/messages"
-    list_path = "/v1/models?limit=1000"
-    context_tokens = 200_000
-
-    def _headers(self) -> dict[str, str]:
-        return {
-            "Content-Type": "application/json",
-            "anthropic-version": ANTHROPIC_VERSION,
-            "x-api-key": self._api_key,
-        }
-
-    def _body(self, request: ChatRequest) -> JsonObject:
-        messages = settle_tool_calls(request.messages)
-        system = [m.text for m in messages if m.role == "system" and m.text]
-        body: JsonObject = {
-            "model": request.model,
-            "max_tokens": ANTHROPIC_MAX_TOKENS,
-            "messages": self._turns(request, messages),
-            "stream": True,
-        }
-        if system:
-            body["system"] = "\n\n".join(system)
-        if request.tools:
-            body["tools"] = [
-                {
-                    "name": tool.name,
-                    "description": tool.description,
-                    "input_schema": tool.parameters,
-                }
-                for tool in request.tools
-            ]
-        return body
-
-    def _turns(
-        self, request: ChatRequest, messages: Sequence[ChatMessage]
-    ) -> list[JsonObject]:
-        """Return the turns, which alternate: results and what follows make one."""
-        turns: list[JsonObject] = []
-        for message in messages:
-            role = "assistant" if message.role == "assistant" else "user"
-            blocks = [] if message.role == "system" else self._blocks(request, message)
-            if blocks and turns and turns[-1]["role"] == role:
-                turns[-1]["content"] += blocks
-            elif blocks:
-                turns.append({"role": role, "content": list(blocks)})
-        return turns
-
-    def _blocks(self, request: ChatRequest, message: ChatMessage) -> list[JsonObject]:
-        kept = _objects_of(self._own_data(request, message), "blocks")
-        if kept:
-            return kept
-        if message.role == "tool":
-            call_id = self._call_id(message.tool_call_id)
-            result = {"type": "tool_result", "tool_use_id": call_id}
-            return [{**result, "content": message.text}]
-        text = [{"type": "text", "text": message.text}] if message.text.strip() else []
-        return text + [
-            {
-                "type": "tool_use",
-                "id": self._call_id(call.id),
-                "name": call.name,
-                "input": call.arguments,
-            }
-            for call in message.tool_calls
-        ]
-
-    def _reader(self, model_id: str) -> AnswerReader:
-        return AnthropicAnswer(model_id)
-
-    def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo:
-        name = _text_of(listed, "id")
-        title = _text_of(listed, "display_name")
-        return self._named(name, title or name, supports_tools=True)
-
-    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
-        # Old models allow less, and only the refusal says how much.
-        match = re.search(r"max_tokens: \d+ > (\d+)", error.detail)
-        if match is None or int(match.group(1)) >= body["max_tokens"]:
-            return None
-        body["max_tokens"] = int(match.group(1))
-        return ""
-
-
-PROTOCOLS: Mapping[str, type[ModelProvider]] = {
-    "ollama": OllamaProvider,
-    "openai": OpenAiProvider,
-    "anthropic": AnthropicProvider,
-}
-
-
-class ProviderSettings(Value):
-    """What a person entered for one provider in Settings → Models."""
-
-    api_key: str = ""
-    base_url: str = ""
-
-    FILE: ClassVar[str] = "models.json"
-
-    @classmethod
-    def load_all(cls, directory: Path) -> dict[str, ProviderSettings]:
-        """Return what was entered, by provider.  Raises BadConfiguration."""
-        path = directory / cls.FILE
-        value = read_settings_file(path) or {}
-        try:
-            return {
-                name: cls(
-                    api_key=optional(entry, "api_key", str) or "",
-                    base_url=optional(entry, "base_url", str) or "",
-                )
-                for name, entry in ((n, required(value, n, dict)) for n in value)
-            }
-        except RpcError as error:
-            raise BadConfiguration(f"{path}: {error.message}") from error
-
-    @classmethod
-    def save_all(
-        cls, directory: Path, settings: Mapping[str, ProviderSettings]
-    ) -> None:
-        """Write models.json.  Raises BadConfiguration."""
-        value = {
-            name: {"api_key": entry.api_key, "base_url": entry.base_url}
-            for name, entry in settings.items()
-        }
-        write_settings_file(directory / cls.FILE, value)
-
-
-def all_providers(settings: Mapping[str, ProviderSettings]) -> list[ProviderSpec]:
-    """Return the providers that are known, and those that `settings` adds.
-
-    What is added is taken for OpenAI-compatible: llama.cpp, vLLM, LM Studio are.
-    """
-    known = {spec.id for spec in PROVIDERS}
-    return [*PROVIDERS] + [
-        ProviderSpec(name, name, "openai", entry.base_url)
-        for name, entry in settings.items()
-        if name not in known and entry.base_url and "/" not in name
-    ]
-
-
-def _with_path(base_url: str) -> str:
-    # People leave it out for their LM Studio.
-    bare = not urlsplit(base_url).path.strip("/")
-    return base_url.rstrip("/") + "/v1" if bare else base_url
-
-
-def make_providers(
-    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
-) -> list[ModelProvider]:
-    """Return the providers that can be used; the environment beats `settings`."""
-    providers = []
-    for spec in all_providers(settings):
-        entered = settings.get(spec.id, ProviderSettings())
-        api_key = environ.get(API_KEY_VARIABLES.get(spec.id, "")) or entered.api_key
-        base_url = environ.get(spec.url_variable) or entered.base_url
-        if spec.protocol == "ollama":
-            base_url = ollama_url(base_url or spec.base_url)
-        elif spec.protocol == "openai" and base_url:
-            base_url = _with_path(base_url)
-        if api_key or base_url:
-            make = PROTOCOLS[spec.protocol]
-            providers.append(make(spec, base_url or spec.base_url, api_key))
-    return providers
-
-
-def describe_providers(
-    environ: Mapping[str, str], settings: Mapping[str, ProviderSettings]
-) -> list[JsonObject]:
-    """Return each provider and where its key is from, for people; never the key."""
-    descriptions = []
-    for spec in all_providers(settings):
-        entered = settings.get(spec.id, ProviderSettings())
-        variable = API_KEY_VARIABLES.get(spec.id, "")
-        source = "settings" if entered.api_key else ""
-        descriptions.append(
-            {
-                "id": spec.id,
-                "label": spec.label,
-                "keyVariable": variable,
-                "keyFrom": "environment" if environ.get(variable) else source,
-                "baseUrl": entered.base_url or spec.base_url,
-            }
-        )
-    return descriptions
-
-
-def context_of(provider_id: str) -> int:
-    """Return the tokens that a provider's models hold, whoever reaches it."""
-    protocols = {spec.id: spec.protocol for spec in PROVIDERS}
-    return PROTOCOLS[protocols.get(provider_id, "openai")].context_tokens
-
-
-class ProviderModel:
-    """A model of a provider that this machine reaches; a ChatModel."""
-
-    def __init__(self, provider: ModelProvider, name: str) -> None:
-        self.id = f"{provider.spec.id}/{name}"
-        self.context_tokens = provider.context_tokens
-        self._provider = provider
-        self._name = name
-
-    def stream(
-        self,
-        messages: Sequence[ChatMessage],
-        tools: Sequence[ToolSpec],
-        cancel: Cancellation,
-    ) -> Generator[ModelEvent, None, None]:
-        """Yield the answer as it comes; see ChatModel.stream."""
-        request = ChatRequest(self._name, tuple(messages), tuple(tools))
-        return self._provider.stream(request, cancel)
-
-
-class ModelCatalog:
-    """The models that the providers of this machine list."""
-
-    def __init__(self, providers: Sequence[ModelProvider]) -> None:
-        self._lock = threading.Lock()  # guards the four below
-        self._providers = {provider.spec.id: provider for provider in providers}
-        self._models: list[ModelInfo] = []
-        self._errors: dict[str, str] = {}
-        self._fresh = Deadline(0)
-
-    def replace(self, providers: Sequence[ModelProvider]) -> None:
-        """Use these providers from now on: somebody changed the settings."""
-        with self._lock:
-            self._providers = {provider.spec.id: provider for provider in providers}
-            self._fresh = Deadline(0)
-
-    def model(self, model_id: str) -> ProviderModel:
-        """Return a model by its id, provider/name, be it listed or not.
-
-        Raises ModelError where there is no such provider.
-        """
-        provider_id, _, name = model_id.partition("/")
-        with self._lock:
-            provider = self._providers.get(provider_id)
-            known = ", ".join(self._providers) or "none"
-        if provider is None or not name:
-            raise ModelError(
-                f"{model_id!r} is no model: write PROVIDER/NAME with one of the "
-                f"providers that are set up ({known})"
-            )
-        return ProviderModel(provider, name)
-
-    def claims(self, model_id: str) -> bool:
-        """Return whether a model is one of a provider here, be that set up or not."""
-        provider_id, slash, _ = model_id.partition("/")
-        with self._lock:
-            known = {*self._providers, *(spec.id for spec in PROVIDERS)}
-        return bool(slash) and provider_id in known
-
-    def models(
-        self, cancel: Cancellation, *, refresh: bool = False
-    ) -> tuple[list[ModelInfo], dict[str, str]]:
-        """Return the models, and by provider why one could not be asked.
-
-        They are remembered for a while.  Raises Cancelled.
-        """
-        with self._lock:
-            if not refresh and not self._fresh.expired:
-                return list(self._models), dict(self._errors)
-            providers = list(self._providers.values())
-        models, errors = list_models(providers, cancel)
-        with self._lock:
-            if providers == list(self._providers.values()):
-                self._models, self._errors = models, errors
-                lifetime = MODEL_LIST_RETRY if errors else MODEL_LIST_LIFETIME
-                self._fresh = Deadline(lifetime)
-        return models, errors
-
-
-def list_models(
-    providers: Sequence[ModelProvider], cancel: Cancellation
-) -> tuple[list[ModelInfo], dict[str, str]]:
-    """Ask all providers at once; return their models, and who could not answer why.
-
-    Raises Cancelled.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    models: list[ModelInfo] = []
-    errors: dict[str, str] = {}
-    with ThreadPoolExecutor(
-        max(1, len(providers)), thread_name_prefix="moltis-models"
-    ) as pool:
-        asked = [(p, pool.submit(p.models, cancel)) for p in providers]
-        for provider, answer in asked:
-            try:
-                models += answer.result()
-            except ModelError as error:
-                errors[provider.spec.id] = str(error)
-    return models, errors
-
-
-# ==============================================================================
 # Machine
 # Uses: Wire protocol, Commands, Telemetry, Language models
 #
-# Jobs carried out on one computer: the table of works, the lines, logs by id.  A node
-# serves its gateway with it, and the gateway has one for `Local`, so that Local is a
-# node like the others.  It knows no connection: reports go to a MachinePeer.
+# The jobs of one computer: the table of works, the lines, logs by id.  A node serves its
+# gateway with it; the gateway has one for `Local`, which is a node like the others.
+# It opens no connection: reports go to a MachinePeer.
 # ==============================================================================
 
 CAP_RUN = "system.run"  # Moltis gateways require it
@@ -7087,15 +6998,15 @@ MACHINE_COMMANDS = tuple(INVOKED_WORKS)
 MACHINE_CAPABILITIES = (CAP_RUN, CAP_SCRAM, CAP_JOBS)
 
 MAX_RUNNING = 16  # commands side by side
-MAX_LINE = 1000  # commands that wait for one of these places; more are refused
+MAX_LINE = 1000  # commands in line for one of these places; more are refused
 MAX_LENT = 8  # questions to this machine's models side by side; more are refused
 MAX_KEPT = 1000  # unacknowledged endings; beyond it the oldest is dropped
-MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; beyond it the oldest is, too
+MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; the same at this bound
 MAX_RESULT = 48 * 1024  # bytes of JSON: a result is in the ending, which is one frame
 MAX_REMEMBERED = 10_000  # ids of forgotten jobs, about 1.5 MB; the oldest is dropped
 
 WORKER_LINGER = 10.0  # s that a thread waits for another job
-PLACE_TICK = 0.2  # s between two looks at the lines
+PLACE_TICK = 0.2  # s between two checks of the lines
 PLACE_INTERVAL = 1.0  # s between two reports of one job's place
 
 NODE_STOPPED = "its node stopped"
@@ -7131,13 +7042,13 @@ class MachinePeer(Protocol):
     """The current connection to the gateway.  No method blocks or raises."""
 
     def log_ready(self, log: JobLog) -> None:
-        """There is something for log.take()."""
+        """log.take() has something to return."""
 
     def place(self, job_id: str, place: int) -> None:
         """The job is in line, from 1; 0: it left the line."""
 
     def input_consumed(self, job_id: str, offset: int, *, resume: bool = False) -> None:
-        """Input up to `offset` is consumed; `resume`: send again from there."""
+        """Input up to `offset` is consumed; `resume`: resend from there."""
 
 
 # Marks with which a shell runs a second command or writes a file, and those that change
@@ -7158,9 +7069,9 @@ def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
 
 
 def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
-    """Return whether a pattern, in its units, matches `text`.
+    """Return whether a pattern, split into units, matches `text`.
 
-    It takes no longer than one length times the other, whatever a stranger sends.
+    Takes time in proportion to the product of both lengths at most, for any input.
     """
     place = at = 0
     star: tuple[int, int] | None = None  # after the last `*`, and the text after it
@@ -7172,7 +7083,7 @@ def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
         elif _unit_matches(unit, text[at], at in marks):
             place, at = place + 1, at + 1
         elif star is not None and star[1] not in marks:
-            star = (star[0], star[1] + 1)  # the `*` takes one character more
+            star = (star[0], star[1] + 1)  # the `*` matches one more character
             place, at = star
         else:
             return False
@@ -7182,9 +7093,9 @@ def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
 class AllowedCommands:
     """The commands and works that this machine's owner allows.
 
-    Shell patterns (`*`, `?`, `[…]`) on the whole command line.  A wildcard matches no
-    mark with which the shell would go on to another command or to a file: a pattern
-    has to spell it.  Works other than `run` are allowed by their name.
+    Shell patterns (`*`, `?`, `[…]`) match the whole command line.  A wildcard matches
+    no mark that starts another command or names a file: the pattern has to spell it.
+    Works other than `run` are allowed by name.
     """
 
     def __init__(self, patterns: Sequence[str]) -> None:
@@ -7196,16 +7107,16 @@ class AllowedCommands:
         if spec.cwd and spec.cwd.strip():
             raise RpcError(
                 "FORBIDDEN",
-                "this machine's owner allows some commands only, and those in the "
-                "node's own working directory",
+                "this machine's owner allows some commands only, all of them in the "
+                "node's own working directory; leave out cwd",
             )
         command = spec.command
         marks = {match.start() for match in re.finditer(SHELL_MARKS, command)}
         if not any(_matches(pattern, command, marks) for pattern in self._patterns):
             raise RpcError(
                 "FORBIDDEN",
-                "this machine's owner does not allow that command; `moltis node add "
-                "--allow` there names those that are",
+                "this machine's owner does not allow that command; allow it there with "
+                "`moltis node add --allow`",
             )
 
     def allows_work(self, work: str) -> bool:
@@ -7224,14 +7135,14 @@ class MachineOptions(Value):
 
 
 class Task(Protocol):
-    """A job as its work carries it out."""
+    """The execution of one job, as a work implements it."""
 
     @property
     def consumed(self) -> int | None:
         """The offset of the input that was consumed; None where it takes none."""
 
     def begin(self) -> None:
-        """Start early, in the calling thread; run() in another goes on with it."""
+        """Start early, in the calling thread; run() continues in another."""
 
     def run(self) -> Ending: ...
 
@@ -7242,7 +7153,7 @@ class Task(Protocol):
 
 
 class Errand:
-    """A task that is one function: it may write JSON lines, and returns a result."""
+    """A task that is one function, which returns a result and may write JSON lines."""
 
     consumed = None
 
@@ -7281,7 +7192,7 @@ class Errand:
         return ending.replace(duration=duration)
 
     def input(self, _offset: int, _data: bytes) -> None:
-        """Raises RpcError: all that it needs is in its spec."""
+        """Raises RpcError."""
         raise RpcError("INVALID_REQUEST", "this work takes no input")
 
     def cancel(self, reason: str = "") -> None:
@@ -7290,7 +7201,7 @@ class Errand:
         self._room.set()
 
     def write(self, value: Value) -> None:
-        """Append `value` as a line; waits for room.  Raises Cancelled."""
+        """Append `value` as a line, once there is room.  Raises Cancelled."""
         data = to_json(value).encode("utf-8", "replace") + b"\n"
         for start in range(0, len(data), MAX_FRAME_DATA):
             while not self._log.room:
@@ -7361,7 +7272,7 @@ def _models(options: MachineOptions, spec: ModelsSpec, errand: Errand) -> JsonOb
 
 
 def _chat(options: MachineOptions, spec: ChatRequest, errand: Errand) -> JsonObject:
-    # The address that is asked is the provider's own, of this machine's settings.
+    # The provider's address comes from this machine's settings, not from the request.
     model = _lent_catalog(options).model(spec.model)
     stream = model.stream(spec.messages, spec.tools, errand.cancellation)
     with contextlib.closing(stream) as events:
@@ -7413,7 +7324,7 @@ def find_work(name: str) -> Work:
 
 
 def check_spec(work: str, spec: JsonObject) -> JsonObject:
-    """Return the spec as a node gets it: checked, the environment filtered.
+    """Return the spec to send to a node: checked, the environment filtered.
 
     Raises RpcError INVALID_REQUEST.
     """
@@ -7428,39 +7339,39 @@ class MachineJob:
         self.id = log.job_id
         self.work = work
         self.log = log
-        self.task = task  # None: it was refused
+        self.task = task  # None: refused
         # Guarded by the machine's lock:
-        self.waits = False  # it is in line
-        self.dropped = False  # its gateway does not know it: no acknowledgement comes
-        # Guarded by the machine's lock of places:
+        self.waits = False  # in line
+        self.dropped = False  # unknown to the gateway, which will not acknowledge it
+        # Guarded by Machine._places:
         self.place: int | None = None  # last reported
         self.place_due = 0.0  # monotonic
 
 
 class Machine:
-    """The jobs of this computer, by id; each is carried out once."""
+    """The jobs of this computer, by id; each runs at most once."""
 
     def __init__(self, options: MachineOptions) -> None:
         seal_descriptors()
         self.instance = new_id()  # one life of this process
-        # os.environ decodes at each look: 0.1 ms a command.
+        # A dict: os.environ decodes at each access, 0.1 ms a command.
         environ = command_environment(options.environ)
         self._options = options.replace(environ=environ)
         self._peer: MachinePeer | None = None  # replaced as a whole
-        self._places = threading.Lock()  # held while a place is reported: in order
+        self._places = threading.Lock()  # held by reports of places, to order them
         self._lock = threading.Lock()  # guards all below
         self._changed = threading.Condition(self._lock)  # of _jobs, _kept, _closed
         self._called = threading.Condition(self._lock)  # for threads: _ready, _closed
         self._jobs: dict[str, MachineJob] = {}  # the oldest first
         self._kept: dict[str, None] = {}  # ids of those that ended, the oldest first
-        self._remembered: dict[str, str] = {}  # why a job is refused, by forgotten id
+        self._remembered: dict[str, str] = {}  # forgotten ids: reason to refuse them
         self._running = dict.fromkeys(WORKS, 0)  # jobs that have a place
         self._lines: dict[str, collections.deque[MachineJob]] = {
             name: collections.deque() for name in WORKS
         }
-        self._ready: collections.deque[MachineJob] = collections.deque()  # for a thread
+        self._ready: collections.deque[MachineJob] = collections.deque()  # for _work()
         self._threads: list[threading.Thread] = []  # at most one for each place
-        self._idle = 0  # of them, waiting for: _ready or _closed
+        self._idle = 0  # threads that wait for: _ready or _closed
         self._reporter: threading.Thread | None = None  # while there is a line
         self._stopping = False  # nothing new begins
         self._closed = False
@@ -7480,9 +7391,9 @@ class Machine:
     # For the peer, from any thread
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
-        """Carry out a job, now or when its turn comes; every error is its ending.
+        """Run a job, now or when its turn comes; every error becomes its ending.
 
-        A known id is not carried out again.  A remembered one, which has ended or was
+        A known id does not run again.  A remembered one, which has ended or was
         cancelled before its start, gets an ending with that reason.
         """
         row = WORKS.get(work)
@@ -7505,8 +7416,8 @@ class Machine:
             self._end(job, refusal)
         elif not job.waits and task is not None:
             if first:
-                # Its shell starts while the worker wakes: 40 µs.  Beside others, it
-                # would keep this thread from the next message.
+                # The shell starts while the worker wakes: saves 40 µs.  With other jobs
+                # running, it would delay the next message instead.
                 task.begin()
             self._call_worker(job)
 
@@ -7523,7 +7434,7 @@ class Machine:
                     self._forget(job)
 
     def cancel(self, job_id: str, reason: str = "") -> None:
-        """End a job; one that is not known yet ends as soon as it is started."""
+        """End a job; an unknown one is remembered, and refused if it is started."""
         with self._lock:
             job = self._jobs.get(job_id)
             if job is None:
@@ -7577,7 +7488,7 @@ class Machine:
             self._changed.wait_for(lambda: not self._jobs, timeout)
 
     def close(self) -> None:
-        """Cancel all jobs, with that reason in their endings, and join the threads."""
+        """Cancel all jobs, with NODE_STOPPED as the reason, and join the threads."""
         with self._lock:
             self._stopping = True
             jobs = list(self._jobs.values())
@@ -7645,8 +7556,8 @@ class Machine:
     def _call_worker(self, job: MachineJob) -> None:
         with self._lock:
             self._ready.append(job)
-            # An idle thread has the job 0.2 ms earlier than a new one.  One that was
-            # called and has not come yet counts as idle still: hence the comparison.
+            # An idle thread takes the job 0.2 ms sooner than a new one.  It counts as
+            # idle until it has taken a job: hence the comparison with all ready jobs.
             if len(self._ready) <= self._idle:
                 self._called.notify()
                 return
@@ -7656,7 +7567,7 @@ class Machine:
                 thread.start()
             except RuntimeError:  # no thread is left
                 if self._threads:
-                    return  # those that are there come to it
+                    return  # one of them takes the job later
                 self._ready.remove(job)
             else:
                 self._threads.append(thread)
@@ -7668,7 +7579,7 @@ class Machine:
             self._call_worker(following)
 
     def _work(self) -> None:
-        """Carry out jobs until there have been none for a while."""
+        """Run jobs, until there are none for WORKER_LINGER."""
         thread = threading.current_thread()
         while True:
             thread.name = "moltis-idle"
@@ -7690,7 +7601,7 @@ class Machine:
             return None
 
     def _carry_out(self, job: MachineJob) -> MachineJob | None:
-        """Carry out a job to its ending; return the next in its line."""
+        """Run a job to its ending; return the next in its line."""
         assert job.task is not None
         try:
             ending = job.task.run()
@@ -7720,7 +7631,7 @@ class Machine:
         job.log.ready()
 
     def _drop(self, job: MachineJob) -> None:
-        """End a job, and forget it then."""
+        """End a job, then forget it."""
         with self._lock:
             job.dropped = True
             if job.log.ended:
@@ -7756,15 +7667,12 @@ class Machine:
                 peer.place(job.id, 0)
 
     def _report_place(self, job: MachineJob, place: int) -> None:
-        """Report a place if it is news.
-
-        One at a time, and none after 0, which ends a job's wait.
-        """
+        """Report a place if it changed enough; none follows 0, the end of the wait."""
         now = time.monotonic()
         with self._places:
             known, peer = job.place, self._peer
             if place:
-                # Each of the last ten places; before them, a quarter less than before.
+                # Each of the last ten places; before them, each drop by a fifth.
                 slack = place // 4 if place > 10 else 0
                 news = known is None or known - place > slack
                 news = news and job.waits and now >= job.place_due
@@ -7775,7 +7683,7 @@ class Machine:
                 peer.place(job.id, place)
 
     def _report_places(self) -> None:
-        """Report the places in all lines, until there is no line."""
+        """Report the places in all lines, until no job waits."""
         while True:
             with self._lock:
                 if self._changed.wait_for(lambda: self._closed, PLACE_TICK):
@@ -7799,7 +7707,7 @@ class Machine:
             self._changed.notify_all()
 
     def _trim_kept(self) -> None:
-        """Drop the oldest endings where there are too many, or their logs too large."""
+        """Drop the oldest endings beyond MAX_KEPT and MAX_KEPT_OUTPUT."""
         held = sum(self._jobs[job_id].log.held for job_id in self._kept)
         while len(self._kept) > MAX_KEPT or held > MAX_KEPT_OUTPUT:
             job = self._jobs[next(iter(self._kept))]
@@ -7846,8 +7754,10 @@ def _jobs_extension(hello: JsonObject) -> JsonObject | None:
     return jobs
 
 
-class _LogSource(Value):
+class _LogSource(collections.namedtuple("_LogSource", "link log")):
     """One log as a source of the Outlet of one connection."""
+
+    __slots__ = ()
 
     link: GatewayLink
     log: JobLog
@@ -7912,7 +7822,8 @@ class GatewayLink:
     # As a MachinePeer
 
     def log_ready(self, log: JobLog) -> None:
-        self._outlet.wake(_LogSource(self, log), log.urgency)
+        # mypy does not see that this tuple is callable.
+        self._outlet.wake(_LogSource(self, log))  # type: ignore[arg-type]
 
     def place(self, job_id: str, place: int) -> None:
         self._send_event(JOB_PLACE, {"id": job_id, "place": place})
@@ -12353,7 +12264,7 @@ class LocalLink:
 
 # ==============================================================================
 # Agent
-# Uses: Wire protocol, Language models, Store, Fleet, Jobs
+# Uses: Wire protocol, Commands, Language models, Store, Fleet, Jobs
 #
 # Runs in which a model uses the machines of the fleet until it has an answer: its
 # tools and the check of their arguments, the question to a person before a command
@@ -12816,40 +12727,13 @@ def system_prompt(machines: Machines, selected_id: str) -> str:
     )
 
 
-class _Stream:
-    """Head and tail of one output stream."""
-
-    KEPT = 4 * MAX_TOOL_OUTPUT  # bytes of each; a character has at most four
-
-    def __init__(self) -> None:
-        self.total = 0  # bytes
-        self._head = bytearray()
-        self._tail = bytearray()
-
-    def add(self, data: bytes) -> None:
-        self.total += len(data)
-        room = self.KEPT - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:]
-        if len(self._tail) > 2 * self.KEPT:
-            del self._tail[: -self.KEPT]
-
-    def text(self, limit: int) -> str:
-        """Return what fits into `limit` characters, MAX_TOOL_OUTPUT at most."""
-        text = bytes(self._head + self._tail).decode("utf-8", "replace")
-        if len(text) <= limit:
-            return text
-        head, tail = text[: limit // 2], text[len(text) - (limit - limit // 2) :]
-        cut = self.total - len(f"{head}{tail}".encode())
-        return f"{head}\n… {cut:,} bytes cut …\n{tail}"
-
-
 def read_output(read: Callable[[int], Reading], offset: int) -> tuple[JsonObject, int]:
     """Return what a model sees of a log from `offset` on, and the next offset.
 
     Both streams together have MAX_TOOL_OUTPUT characters, head and tail of each.
     """
-    streams = {stream: _Stream() for stream in STREAMS.values()}
+    # A character has at most four bytes.
+    streams = {s: Excerpt(8 * MAX_TOOL_OUTPUT) for s in STREAMS.values()}
     stdout, stderr = streams.values()
     for _ in range(MAX_OUTPUT_READS):
         reading = read(offset)
@@ -14246,8 +14130,8 @@ class Chats:
         """Store what was chosen for a session.  Raises RpcError."""
         if "model" in choices:
             self._model(choices["model"])
-        if not self._store.sessions.change(key, **choices):
-            self._session(key)
+        if choices:
+            self._store.sessions.change(key, **choices)
         return self._tell("patched", key)
 
     def reset(self, key: str) -> JsonObject:
@@ -14539,14 +14423,14 @@ class Chats:
 # Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Commands,
 #       Machine, Store, Access, Fleet, Jobs, Agent, Model directory, Chat
 #
-# What peers may ask of the gateway, and what it sends them: RPC methods in one table,
+# The gateway's side of each WebSocket: the first exchange, RPC methods in one table,
 # events to subscribers, jobs between operators and nodes.  A peer's role comes from
-# its credential, never from what it says of itself.
+# its credential, never from its own words.
 # ==============================================================================
 
 TICK_INTERVAL = 1.0  # s between two looks at deadlines
-MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a request has at most half of that
-MAX_MOLTIS_MESSAGE = 16 * 1024 * 1024  # bytes; an answer of a Moltis node is one
+MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes
+MAX_MOLTIS_MESSAGE = 16 * 1024 * 1024  # bytes; a command's whole output is one message
 MAX_FOLLOWED = 4096  # jobs that one connection follows; more are refused
 MAX_WAIT = 300.0  # s that an answer may wait for news of a job
 MAX_QUEUE = 30 * 86400.0  # s that a job may wait for a node that is away
@@ -14557,7 +14441,7 @@ EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session")
 
 
 def as_rpc_error(error: BaseException, what: str) -> RpcError:
-    """Return what the peer may know of `error`; the log has the rest."""
+    """Return `error` for the peer; anything unexpected is logged, not shown."""
     if isinstance(error, RpcError):
         return error
     if isinstance(error, MoltisError):
@@ -14569,7 +14453,7 @@ def as_rpc_error(error: BaseException, what: str) -> RpcError:
 def answer_request(
     request: Request, act: Callable[[Request], Any], send: Callable[[str], None]
 ) -> None:
-    """Send the answer that `act` returns, or a Future of it, or why there is none."""
+    """Send the payload that `act` returns, now or as a Future, or its error."""
 
     def respond(payload: Any = None, error: BaseException | None = None) -> None:
         failure = None if error is None else as_rpc_error(error, request.method)
@@ -14615,7 +14499,7 @@ def job_state(job: Job) -> JsonObject:
 
 
 class ClientFollower:
-    """A job's log on its way to one client: as fast as its connection drains."""
+    """Sends a job's log and states to one client, as fast as its connection drains."""
 
     def __init__(
         self,
@@ -14627,25 +14511,25 @@ class ClientFollower:
         holds: bool,
         newest: int | None = None,
     ) -> None:
-        """`on_done` is called once the client knows all of what it watches.
+        """`on_done` is called once the client has everything there will be.
 
         `newest`: bytes; a watcher that falls behind by several times as many gets only
         that much of the end.
         """
         self.job = job
-        self.position = offset  # the client has read all before it
+        self.position = offset  # everything before it is read by the client
         self.holds = holds
         self._outlet = outlet
         self._on_done = on_done
         self._newest = newest
         self._is_open = False
         self._sent = offset
-        self._state: object = None  # as the client knows it
-        self._is_told = False  # the client knows how the job ended
-        self._input: tuple[int, int] | None = None  # the same: bytes, resumptions
+        self._state: object = None  # the last one sent
+        self._is_told = False  # the ending was sent
+        self._input: tuple[int, int] | None = None  # the last sent: bytes, resumptions
 
     def open(self) -> None:
-        """Begin to send: the answer to the client's request is on its way."""
+        """Start sending; the request that follows the job has been answered."""
         self._is_open = True
         self.wake(self.job)
 
@@ -14664,7 +14548,7 @@ class ClientFollower:
 
     @property
     def is_done(self) -> bool:
-        """Whether the client has all, and said so if it holds the log."""
+        """Whether the ending was sent, and a holder has acknowledged the whole log."""
         return self._is_told and (not self.holds or self.position >= self.job.log.end)
 
     def _next(self) -> str | bytes | None:
@@ -14677,7 +14561,7 @@ class ClientFollower:
                 payload["resume"] = True
             self._input = consumed
             return encode_envelope(Event(JOB_INPUT, payload))
-        # Before the log is read: an ending follows all bytes.
+        # Read before the log: an ending follows all bytes.
         state = (record.state, job.place, job.away_since is not None)
         newest = self._newest
         if newest is not None and job.log.end - self._sent > 4 * newest:
@@ -14738,7 +14622,7 @@ class OperatorPeer:
             self.ws.send(text)
 
     def check_room(self, count: int) -> None:
-        """Raises RpcError RATE_LIMITED if this is too much to follow as well."""
+        """Raises RpcError RATE_LIMITED unless `count` more jobs may be followed."""
         with self._lock:
             count += len(self._followers)
         if count > MAX_FOLLOWED:
@@ -14749,9 +14633,9 @@ class OperatorPeer:
     def follow(
         self, job: Job, offset: int, *, holds: bool, newest: int | None = None
     ) -> int:
-        """Send the job's log from `offset` on, or from what is left of it.
+        """Send the job's log from `offset` on, or from the first byte kept after it.
 
-        Returns where it begins.
+        Returns that offset.
         """
         self.unfollow(job.id, leaves=False)
         start = job.log.boundary(max(offset, job.log.begin))
@@ -14809,12 +14693,12 @@ class OperatorPeer:
             raise ConnectionClosed(CloseCode.UNSUPPORTED_DATA, str(error)) from error
         follower = self._follower(job_id)
         if kind == INPUT_DATA and follower is not None:
-            with contextlib.suppress(RpcError):  # another connection holds it now
+            with contextlib.suppress(RpcError):  # another connection holds the job now
                 self._jobs.input(follower.job, follower, offset, data)
 
 
 class Audience:
-    """The operators that are connected, for events."""
+    """The connected operators, as receivers of events."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _peers
@@ -14836,13 +14720,13 @@ class Audience:
             peer.ws.close(CloseCode.POLICY_VIOLATION, "signed out", timeout=0)
 
     def announce(self, name: str, payload: JsonObject) -> None:
-        """Send an event to those who subscribed to it; it never blocks."""
+        """Send an event to its subscribers, without blocking."""
         with self._lock:
             peers = [peer for peer in self._peers if name in peer.events]
         if not peers:
             return
         text = encode_envelope(Event(name, payload))
-        # A browser that sleeps is spared these; their numbers show it what it lacks.
+        # Not to a browser that sleeps: it sees a gap in their numbers and reloads.
         spared = payload.get("state") in SPARED_STATES and "message" not in payload
         for peer in peers:
             if not spared or peer.ws.backlog <= MAX_BACKLOG:
@@ -14857,7 +14741,7 @@ class RpcCall(Value):
 
     caller: Caller
     params: JsonObject
-    peer: OperatorPeer | None = None  # None: over HTTP, where nothing can follow
+    peer: OperatorPeer | None = None  # None: the request came over HTTP
 
     def require_peer(self) -> OperatorPeer:
         """Return the connection.  Raises RpcError over HTTP."""
@@ -14866,8 +14750,8 @@ class RpcCall(Value):
         return self.peer
 
 
-# The JSON type of a parameter, or a function like required_offset() that reads it; or
-# RpcCall, Caller, OperatorPeer: of the request itself.
+# A parameter's JSON type, or a function like required_offset() that reads it.  RpcCall,
+# Caller and OperatorPeer are taken from the request itself.
 Kind: TypeAlias = "type | Callable[[JsonObject, str], Any]"
 
 
@@ -14893,7 +14777,7 @@ def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
     if not isinstance(kind, type):
         return kind(call.params, name)
     value = required(call.params, name, kind)
-    # Neither the store nor the timeout of a thread takes more.
+    # SQLite and the timeouts of threads take no more.
     if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
         raise RpcError("INVALID_REQUEST", f"{name} is out of range")
     return value
@@ -14905,7 +14789,7 @@ class Method:
     def __init__(
         self, action: Callable[..., Any], scope: str, **parameters: Kind | Optional
     ) -> None:
-        """`action` returns the payload of the answer, or a Future; None is `{}`."""
+        """`action` returns the payload, or a Future of it; None means `{}`."""
         self.scope = scope
         self._action = action
         self._parameters = [
@@ -14930,7 +14814,7 @@ def required_id(params: JsonObject, _name: str) -> str:
 
 
 def seconds(limit: float) -> Kind:
-    """Return the kind of a parameter that is a time of at most `limit` s."""
+    """Return the kind of a parameter in seconds, from 0 to `limit`."""
 
     def check(params: JsonObject, name: str) -> float:
         value: float = required(params, name, float)
@@ -14979,7 +14863,7 @@ def mapped(future: Future[Any], convert: Callable[[Any], Any]) -> Future[Any]:
 
 
 class NodeMethods:
-    """What operators may do with machines and their tokens."""
+    """The methods about machines and their tokens."""
 
     def __init__(
         self,
@@ -15056,16 +14940,16 @@ class NodeMethods:
         return device
 
     def _hang_up(self, device: Device) -> None:
-        # Under whichever id: it may be connecting now, or may have connected twice.
+        # By device, not by node id: it may be connecting, or have connected twice.
         for node in self._fleet.all_connected():
             if node.device_id == device.id:
                 node.link.hang_up(TOKEN_REVOKED)
 
 
 def invoke_result(job: Job) -> JsonObject:
-    """Return the answer of Moltis' `node.invoke`.
+    """Return the answer to Moltis' `node.invoke`.
 
-    Raises RpcError UNAVAILABLE where it is not known how the job ended.
+    Raises RpcError UNAVAILABLE if the job was lost or never sent.
     """
     record, ending = job.record, job.ending
     assert ending is not None
@@ -15089,7 +14973,7 @@ def invoke_result(job: Job) -> JsonObject:
 
 
 def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
-    """Return the output in whole log frames, in its order."""
+    """Return the output in whole log frames, in order, adjacent frames joined."""
     pieces: list[JsonObject] = []
     for kind, frames in itertools.groupby(log_frames(data), lambda frame: frame[0]):
         if kind in STREAMS:
@@ -15107,7 +14991,7 @@ def caller_origin(caller: Caller) -> Origin:
 
 
 class JobMethods:
-    """What operators may do with the work on machines."""
+    """The methods about jobs."""
 
     def __init__(self, fleet: Fleet, jobs: Jobs) -> None:
         self._fleet = fleet
@@ -15127,7 +15011,7 @@ class JobMethods:
         hold: bool,
         queue: float,
     ) -> JsonObject:
-        """Start the same on each node, once all names are known."""
+        """Start the same on each node; nothing starts unless all names are known."""
         peer = call.require_peer() if hold else None
         if peer is not None:
             peer.check_room(len(jobs))
@@ -15189,7 +15073,7 @@ class JobMethods:
     def read(
         self, job: Job, offset: int, wait: float, encoding: str
     ) -> Future[JsonObject]:
-        """Answer with output from `offset` on, at once or when there is some."""
+        """Answer with output from `offset` on, waiting `wait` s for the first."""
 
         def answer(job: Job) -> JsonObject:
             start, data = job.log.read(job.log.boundary(offset))
@@ -15203,7 +15087,7 @@ class JobMethods:
         return mapped(self._jobs.news(job, offset, wait), answer)
 
     def wait(self, job: Job, wait: float) -> Future[JsonObject]:
-        """Answer when the job has ended, or with how it is after `wait` s."""
+        """Answer with the job once it has ended, or after `wait` s."""
         return mapped(self._jobs.ended(job, wait), job_view)
 
     def cancel(self, job: Job, by: Caller) -> JsonObject:
@@ -15228,7 +15112,7 @@ class JobMethods:
         invoke_id: str | None,
         background: bool,
     ) -> JsonObject | Future[JsonObject]:
-        """Do something as clients of Moltis ask for it: one call, one answer."""
+        """Start a job and answer with its result: Moltis' one call, one answer."""
         if args.get("stdin"):
             raise RpcError("INVALID_REQUEST", "node.invoke takes no input")
         node, origin = self._fleet.resolve(node_id), caller_origin(caller)
@@ -15242,7 +15126,7 @@ class JobMethods:
 
 
 class ChatMethods:
-    """What operators may do in sessions."""
+    """The methods about sessions."""
 
     def __init__(self, chats: Chats, fleet: Fleet, approvals: Approvals) -> None:
         self._chats = chats
@@ -15263,9 +15147,9 @@ class ChatMethods:
         return {"ok": True, "node_id": entry["node_id"]}
 
     def node_id(self, params: JsonObject, name: str) -> str | None:
-        """Return the id of the node that a session is to use; null is Local.
+        """Return the id of the node that a session shall use; null means Local.
 
-        Raises RpcError for one that is not known; it may be away.
+        Raises RpcError for an unknown node; it may be offline.
         """
         if name not in params:
             return None
@@ -15304,7 +15188,7 @@ def _key_view(key: OperatorKey) -> JsonObject:
 
 
 class AccessMethods:
-    """What administrators may do about operators: keys, sign-ins, the audit."""
+    """The methods about operators: keys, sign-ins, the audit."""
 
     def __init__(
         self,
@@ -15348,8 +15232,9 @@ class AccessMethods:
             raise RpcError("NOT_FOUND", f"there is no sign-in {clip(login_id, 80)}")
         self._audience.hang_up(lambda caller: caller.login_id == login_id)
 
-    def audit(self, offset: int, limit: int) -> list[JsonObject]:
-        entries = self._audit.page(offset=offset, limit=limit)
+    def audit(self, until: int | None, offset: int, limit: int) -> list[JsonObject]:
+        """Answer with events and commands, the newest first; see AuditTable.page()."""
+        entries = self._audit.page(until=until, offset=offset, limit=limit)
         return [{**entry.to_json(), "words": entry.words()} for entry in entries]
 
 
@@ -15518,7 +15403,9 @@ class Rpc:
             "keys.revoke": Method(access.revoke_key, admin, keyId=str, by=Caller),
             "logins.list": Method(access.logins, admin, caller=Caller),
             "logins.revoke": Method(access.revoke_login, admin, loginId=str, by=Caller),
-            "audit.list": Method(access.audit, admin, offset=offset, limit=count),
+            "audit.list": Method(
+                access.audit, admin, until=number, offset=offset, limit=count
+            ),
             "subscribe": Method(
                 subscribe, read, peer=OperatorPeer, events=required_texts
             ),
@@ -15551,7 +15438,7 @@ class Rpc:
 class NodePeer:
     """The WebSocket of a node of ours: a NodeLink for Jobs."""
 
-    resumes = True  # its jobs outlive this connection
+    resumes = True  # its jobs go on without this connection
     max_message = MAX_PEER_MESSAGE
 
     def __init__(
@@ -15573,7 +15460,7 @@ class NodePeer:
         self._notify(JOB_ACK, {"id": job_id, "offset": offset})
 
     def check_cancel(self, job_id: str) -> None:
-        """Raises RpcError where this node cannot end the job."""
+        """Raises RpcError for a job that this node cannot end."""
 
     def cancel(self, job_id: str) -> None:
         self._notify(JOB_CANCEL, {"id": job_id})
@@ -15588,7 +15475,7 @@ class NodePeer:
         self._ws.close(CloseCode.POLICY_VIOLATION, reason, timeout=0)
 
     def serve(self, node: ConnectedNode) -> None:
-        """Take what the node sends until it hangs up.  Raises ConnectionClosed."""
+        """Handle the node's messages until it hangs up.  Raises ConnectionClosed."""
         while True:
             message = self._ws.receive()
             if message is None:
@@ -15602,7 +15489,7 @@ class NodePeer:
                 ) from error
 
     def _take(self, node: ConnectedNode, message: str | bytes) -> None:
-        """Raises RpcError where the connection has to end."""
+        """Raises RpcError if the connection has to end."""
         if isinstance(message, bytes):
             self._take_data(message)
             return
@@ -15633,7 +15520,7 @@ class NodePeer:
     def _handle(self, node: ConnectedNode, request: Request) -> JsonObject:
         """Return the answer to a request.  Raises RpcError."""
         if request.method != NODE_EVENT:
-            # The role comes from the credential: a node calls nothing else.
+            # A device token is no operator's key, whatever role its owner asked for.
             raise RpcError("FORBIDDEN", f"a node may not call {request.method[:100]!r}")
         if required(request.params, "event", str) == NODE_TELEMETRY:
             self._fleet.report(node, required(request.params, "payload", dict))
@@ -15645,14 +15532,14 @@ class NodePeer:
 
 MOLTIS_COMMANDS: Mapping[str, str] = {w: c for c, w in INVOKED_WORKS.items()}
 MOLTIS_KIND = "it is a node of Moltis, or of an old version"
-MOLTIS_TIMEOUT = "command timed out after"  # how such a node says so
-MOLTIS_GRACE = 60.0  # s beyond a command's timeout; then its silence counts again
+MOLTIS_TIMEOUT = "command timed out after"  # the beginning of such an error
+MOLTIS_GRACE = 60.0  # s after a command's timeout; then a silent node is given up
 
 
 def moltis_ending(work: str, result: JsonObject) -> Ending:
-    """Return how a job ended for which a node sent this one answer.
+    """Return the ending that a node's one answer stands for.
 
-    Raises RpcError for an answer that makes no sense.
+    Raises RpcError for a malformed answer.
     """
     problem = result.get("error")
     if problem is not None:
@@ -15678,10 +15565,10 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
 
 
 class MoltisPeer(NodePeer):
-    """A node that knows commands and answers: of Moltis, or ours before `jobs`.
+    """The WebSocket of a node without our extension: of Moltis, or an old one of ours.
 
-    It runs one command after the other, so it is sent one at a time: the timeout of a
-    command does not run while it is in line.
+    It runs one command after the other and counts a command's timeout from its
+    arrival, so it is sent one at a time.
     """
 
     resumes = False
@@ -15691,7 +15578,7 @@ class MoltisPeer(NodePeer):
         self, ws: WebSocket, params: ConnectParams, fleet: Fleet, jobs: Jobs
     ) -> None:
         super().__init__(ws, params, fleet, jobs)
-        self.instance = new_id()  # what it was doing is lost with the connection
+        self.instance = new_id()  # its jobs are lost with the connection
         self._name = params.display_name or params.client_id
         self._lock = threading.Lock()  # guards all below
         self._line: dict[str, JsonObject] = {}  # specs of commands not sent, by id
@@ -15714,7 +15601,7 @@ class MoltisPeer(NodePeer):
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
         try:
-            self.check(work, spec)  # it was away when it was asked for
+            self.check(work, spec)  # a queued job was not checked before
         except RpcError as error:
             self._end(job_id, Ending(JobState.FAILED, reason=error.message), {})
             return
@@ -15751,7 +15638,7 @@ class MoltisPeer(NodePeer):
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def tick(self) -> None:
-        """Count silence again once a command should have ended."""
+        """Give up a silent node again once its command should have ended."""
         with self._lock:
             if self._deadline.expired:
                 self._ws.keepalive = True
@@ -15768,7 +15655,7 @@ class MoltisPeer(NodePeer):
                     self._deadline = Deadline(spec["timeout"] / 1000 + MOLTIS_GRACE)
             running, line = self._running, list(self._line)
         if spec is not None:
-            # Only what is set: it fails on a blank cwd, and takes a whole timeout only.
+            # Such a node fails on a blank cwd and ignores a timeout with a fraction.
             args = {n: spec[n] for n in ("command", "env") if spec.get(n)}
             if (spec.get("cwd") or "").strip():
                 args["cwd"] = spec["cwd"]
@@ -15779,7 +15666,7 @@ class MoltisPeer(NodePeer):
             self._jobs.on_place(self, job_id, place)
 
     def _request(self, job_id: str, work: str, args: JsonObject) -> None:
-        # It reads nothing, so answers no ping, while it works.
+        # While it works it reads nothing, and so answers no ping.
         self._ws.keepalive = False
         payload = {"invokeId": job_id, "command": MOLTIS_COMMANDS[work], "args": args}
         with contextlib.suppress(ConnectionClosed):  # Jobs.left() ends them all
@@ -15801,7 +15688,7 @@ class MoltisPeer(NodePeer):
             try:
                 ending = moltis_ending(work, result)
             except RpcError as error:
-                reason = f"the node sent a result that makes no sense: {error}"
+                reason = f"the node sent a malformed result: {error}"
                 ending = Ending(JobState.FAILED, reason=reason)
             duration = max(0, now_ms() - started_at) / 1000
             ending = ending.replace(started_at=started_at, duration=duration)
@@ -15810,7 +15697,7 @@ class MoltisPeer(NodePeer):
         return {}
 
     def _end(self, job_id: str, ending: Ending, result: JsonObject) -> None:
-        """Write a job's log: the output in its one answer, and the ending."""
+        """Write the job's log: the output in `result`, then the ending."""
         frames, counts = [], []
         for kind, name in STREAMS.items():
             text = result.get(name)
@@ -15835,26 +15722,26 @@ class MoltisPeer(NodePeer):
 
 
 class Identity(Value):
-    """Who a peer has proved to be, and what it says of itself."""
+    """A peer's proved identity and its `connect` parameters."""
 
     caller: Caller
     params: ConnectParams
     device: Device | None = None  # None: an operator
     handle: str = ""  # of the token that a device came with
-    server_final: str = ""  # our half of the proof, where SCRAM was used
+    server_final: str = ""  # our half of the proof, if SCRAM was used
 
 
 class Client(Value):
-    """What is known of a peer before it has said a word."""
+    """A peer as its HTTP request shows it."""
 
     address: str
     channel_binding: bytes | None  # None: it came without TLS
-    login: Caller | None  # whoever the cookie of the upgrade belongs to
+    login: Caller | None  # the owner of the request's cookie
     on_identified: Callable[[], None]  # called once it has proved who it is
 
 
 class Introduction:
-    """The first exchange of a connection, until the peer has proved who it is."""
+    """The first exchange of a connection: it proves who the peer is."""
 
     def __init__(
         self, ws: WebSocket, access: Access, client: Client, *, require_scram: bool
@@ -15867,10 +15754,10 @@ class Introduction:
         self._scram: ScramServer | None = None
 
     def identity(self) -> Identity | None:
-        """Return who the peer is; None if it leaves before it has proved that.
+        """Return who the peer is; None if it hangs up first.
 
-        Raises RpcError: refuse its request with it.  Raises ConnectionClosed, and
-        TimeoutError after CONNECT_TIMEOUT.
+        Raises RpcError to refuse the request with; ConnectionClosed; TimeoutError
+        after CONNECT_TIMEOUT.
         """
         deadline = Deadline(CONNECT_TIMEOUT)
         while True:
@@ -15879,7 +15766,7 @@ class Introduction:
                 return None
             answer = self._answer(self._request(message))
             if isinstance(answer, Identity):
-                self._scram = None  # it would live as long as the connection
+                self._scram = None  # free it: this object lives as long as `ws`
                 self._client.on_identified()
                 return answer
             self._ws.send(encode_envelope(Response(self.request_id, answer)))
@@ -15900,7 +15787,7 @@ class Introduction:
         return envelope
 
     def _answer(self, request: Request) -> Identity | JsonObject:
-        """Return the answer to `auth.scram`, or who sent `connect`.
+        """Return the answer to `auth.scram`, or the identity that `connect` proves.
 
         Raises RpcError.
         """
@@ -15929,7 +15816,7 @@ class Introduction:
             raise RpcError("UNAUTHORIZED", text) from error
 
     def _identify(self, params: ConnectParams) -> Identity:
-        """Raises AuthenticationError, or RpcError where there is no credential."""
+        """Raises AuthenticationError; RpcError if there is no credential."""
         access, final = self._access, ""
         if params.scram_final and self._scram is not None:
             final = self._scram.final(params.scram_final)
@@ -15962,12 +15849,12 @@ class Introduction:
 def note_presence(
     devices: DevicesTable, device: Device, params: ConnectParams, address: str
 ) -> bool:
-    """Record what a node says of itself; False if its token was revoked.
+    """Record a node's name, platform, version, address; False if it was revoked.
 
     Raises StoreError.
     """
     name = ""
-    with contextlib.suppress(RpcError):  # it may not call itself Local
+    with contextlib.suppress(RpcError):  # no name, or Local
         name = valid_name(params.display_name)
     try:
         return devices.connect(
@@ -15985,7 +15872,7 @@ def note_presence(
         known = devices.by_node_id(params.client_id, now_ms())
         if known is None or known.id != device.id:
             raise
-        # A full disk must not part a node from the commands that it runs.
+        # A full disk must not keep a node from resuming its jobs.
         log.warning("presence not recorded node=%s: %s", params.client_id, error)
         return True
 
@@ -16032,7 +15919,7 @@ class Gateway:
             ws, self._access, client, require_scram=self._require_scram
         )
         try:
-            # Its messages are freed here: 5 KiB of each node.
+            # A call of its own: its messages are freed, 5 KiB a node.
             identity = None if stops else introduction.identity()
             if identity is None:
                 return
@@ -16041,7 +15928,7 @@ class Gateway:
             else:
                 self._serve_node(ws, introduction.request_id, identity, client.address)
         except RpcError as error:
-            # The answer first, then the close: existing nodes read it so.
+            # First the answer, then the close: a Moltis node expects both.
             with contextlib.suppress(ConnectionClosed, TimeoutError):
                 answer = Response(introduction.request_id, error=error)
                 ws.send(encode_envelope(answer))
@@ -16079,7 +15966,7 @@ class Gateway:
         peer = OperatorPeer(ws, identity.caller, self.rpc.call, self._jobs)
         self._audience.add(peer)
         try:
-            # Only now: what is revoked from here on, the audience hangs up on.
+            # Checked after add(): a revocation from now on closes this connection.
             if not self._access.is_current(identity.caller):
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             self._greet(ws, request_id, identity, peer.id, MAX_PEER_MESSAGE, {})
@@ -16099,9 +15986,9 @@ class Gateway:
         self._fleet.claim(node, device)
         try:
             known = note_presence(self._devices, device, params, address)
-            # Only now: what is revoked from here on, it is hung up for.
+            # Checked after claim(): a revocation from now on closes this connection.
             current = self._access.devices.device_by_handle(identity.handle)
-            if not known or current is None:  # or its id was taken as it came in
+            if not known or current is None:  # or another node has just taken its id
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             if device.node_id not in (None, node.node_id):
                 self._jobs.lose(
@@ -16131,7 +16018,7 @@ class Gateway:
             log.info("node disconnected node=%s", node.node_id)
 
     def _ask_providers(self, node: ConnectedNode) -> None:
-        """Ask which models the node has; ours names them in its telemetry."""
+        """Ask for the node's models, which are not in a Moltis node's telemetry."""
 
         def keep(ended: Future[Job]) -> None:
             try:
@@ -16155,9 +16042,10 @@ class Gateway:
         max_message: int,
         offsets: Mapping[str, int],
     ) -> None:
-        """Answer a `connect`: from now on the peer is known.  Raises ConnectionClosed.
+        """Answer a `connect` and lift the limits for strangers.
 
-        `offsets` are those from which a node shall send its logs.
+        `offsets`, by job, are where a node continues its logs.
+        Raises ConnectionClosed.
         """
         is_node = identity.device is not None
         auth: JsonObject = {
@@ -16208,8 +16096,7 @@ class Gateway:
 #       TLS, Wire protocol, Store, Access, Jobs, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
-# web pages out, limits for strangers.  http.server does the parsing; what a request
-# means is decided by Access and Gateway.
+# web pages out, limits for strangers.  http.server parses; Access and Gateway decide.
 # ==============================================================================
 
 MAX_BODY = 1024 * 1024  # bytes of a request
@@ -16218,18 +16105,18 @@ REQUEST_TIMEOUT = 10.0  # s for TLS, for a request without its body, for 64 KiB 
 REPLY_TIMEOUT = 300.0  # s for a client to take one piece of a reply
 REPLY_PIECE = 64 * 1024  # bytes
 MIN_BODY_RATE = 10 * 1024  # bytes a second
-MAX_STRANGERS = 1024  # connections that have not said who they are; more are refused
+MAX_STRANGERS = 1024  # connections without a proved identity; more are refused
 MAX_STRANGERS_EACH = 256  # of them from one address; a fleet may share its router's
 MAX_CONNECTIONS = 16_000  # in all, or fewer where the system allows fewer descriptors
 SPARE_DESCRIPTORS = 256  # for all else: the database, Local's commands
 LISTEN_BACKLOG = 1024  # connections; a fleet comes back all at once
 MAX_STRANGER_BODY = 64 * 1024  # bytes of a request without a credential
 MAX_STRANGER_MESSAGE = 256 * 1024  # bytes; a `connect` lists up to 4,096 jobs
-DOOR_TIMEOUT = 0.5  # s for requests to be answered when the gateway stops
+DOOR_TIMEOUT = 0.5  # s for answers under way when the gateway stops
 COOKIE_NAME = "moltis_login"
 JOIN_PATH = "/join/"
 JOBS_PATH = "/api/jobs/"
-PAGE_PATHS = ("/chat/", "/settings/")  # views of the page, which have paths too
+PAGE_PATHS = ("/chat/", "/settings/")  # of views; all are answered with the page
 
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -16269,7 +16156,7 @@ class HttpRequest(Value):
     headers: HttpHeaders[str, str]
     body: bytes
     address: str  # of the client
-    host: str  # and port, as the client calls us
+    host: str  # the Host header: our name and port, as the client has them
     secure: bool = False  # came over TLS
     channel_binding: bytes | None = None  # of the certificate that the client sees
 
@@ -16280,7 +16167,7 @@ class HttpRequest(Value):
 
     def cookie(self, name: str) -> str:
         """Return the value of a cookie, "" if there is none."""
-        # Those of other programs on this host come too, in any form.
+        # Other programs on this host set cookies too, in forms that parsers refuse.
         for cookie in self.headers.get("Cookie", "").split(";"):
             found, _, value = cookie.strip().partition("=")
             if found == name:
@@ -16289,7 +16176,7 @@ class HttpRequest(Value):
 
 
 class Reply(Value):
-    """What to answer to an HttpRequest."""
+    """The answer to an HttpRequest."""
 
     status: int
     body: bytes | Iterator[bytes] = b""  # an iterator: up to the connection's end
@@ -16321,7 +16208,7 @@ def rpc_reply(response: Response) -> Reply:
 
 
 def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
-    """Return a file that a browser saves, and keeps nowhere else."""
+    """Return a file that a browser saves and does not cache."""
     return Reply(
         200,
         pieces,
@@ -16334,7 +16221,7 @@ def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
 
 
 def job_output(job: Job) -> Iterator[bytes]:
-    """Yield what a job has written so far; what is not kept is said."""
+    """Yield a job's output so far, with a line for each gap."""
     position = 0
     while True:
         start, data = job.log.read(position)
@@ -16357,7 +16244,7 @@ AUDIT_COLUMNS = (
 def _csv_row(row: JsonObject) -> list[str]:
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
     values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
-    # A spreadsheet would carry out what begins like a formula.
+    # A spreadsheet would run a cell that begins like a formula.
     return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
 
 
@@ -16375,7 +16262,7 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
         text.truncate()
 
 
-# --- Who may ask ---
+# --- Where a request comes from ---
 
 
 def is_ip_address(text: str) -> bool:
@@ -16389,14 +16276,14 @@ def is_ip_address(text: str) -> bool:
 
 
 class TrustedProxies:
-    """The reverse proxies whose word on their clients counts."""
+    """The reverse proxies whose forwarding headers are believed."""
 
     def __init__(
         self, networks: Iterable[str] = (), channel_binding: bytes | None = None
     ) -> None:
-        """`channel_binding` is that of the certificate which they show to clients.
+        """`channel_binding` is that of the certificate that they show to clients.
 
-        Raises UsageError for what is no address or network.
+        Raises UsageError for anything but an address or a network.
         """
         import ipaddress
 
@@ -16428,7 +16315,7 @@ class TrustedProxies:
             return request
         headers = request.headers
         address = request.address
-        # Each proxy adds its client; what stands before the first stranger is made up.
+        # Each proxy appends its client; what precedes the first stranger may be forged.
         for hop in reversed(header_tokens(headers, "X-Forwarded-For")):
             if not is_ip_address(hop):
                 break
@@ -16446,7 +16333,7 @@ class TrustedProxies:
 
 
 class Edge:
-    """Under which names the gateway is reached, and through which proxies."""
+    """The names and proxies through which clients reach the gateway."""
 
     def __init__(
         self,
@@ -16459,7 +16346,7 @@ class Edge:
         self._names = {name.lower() for name in (*host_names(), *allowed_hosts)}
 
     def refusal(self, request: HttpRequest) -> Reply | None:
-        """Return why this request may come from a foreign web page, or None.
+        """Return the refusal of a request that a foreign web page may have made.
 
         Nodes and curl, which send neither Origin nor Cookie, may use any name for us.
         """
@@ -16486,29 +16373,29 @@ class Edge:
     def _is_ours(self, host: str) -> bool:
         """Return whether the Host header (`name` or `name:port`) names this gateway.
 
-        A web page elsewhere can point a name of its own at our address (DNS
-        rebinding): then the Host header is a name that is not ours.
+        A foreign page can point a name of its own at our address (DNS rebinding): then
+        the Host header is not ours.
         """
         try:
             name = (urlsplit("//" + host).hostname or "").lower()
         except ValueError:  # a bracket that is not closed
             return False
-        # An address cannot be pointed elsewhere as a name can: only names are checked.
+        # An address cannot be rebound, so only names are checked.
         return name in self._names or is_ip_address(name)
 
 
-# --- What is answered ---
+# --- Routes ---
 
 
 class HttpApp:
-    """What each path answers."""
+    """The answers to HTTP requests, by path."""
 
     def __init__(
         self,
         gateway: Gateway,
         jobs: Jobs,
         access: Access,
-        files: Mapping[str, Reply],  # by path; what never changes
+        files: Mapping[str, Reply],  # by path
         edge: Edge,
     ) -> None:
         self.edge = edge
@@ -16516,7 +16403,7 @@ class HttpApp:
         self._jobs = jobs
         self._access = access
         self._files = files
-        # A path that ends with "/" stands for all below it.
+        # A path that ends with "/" includes all below it.
         self._routes: Sequence[tuple[str, str, Callable[[HttpRequest], Reply]]] = (
             ("GET", "/health", self._health),
             ("POST", "/api/rpc", self._rpc),
@@ -16529,7 +16416,7 @@ class HttpApp:
         )
 
     def answer(self, request: HttpRequest) -> Reply:
-        """Return the reply; whatever goes wrong is one."""
+        """Return the reply, also for any failure."""
         refusal = self.edge.refusal(request)
         if refusal is not None:
             return refusal
@@ -16570,13 +16457,13 @@ class HttpApp:
     def server(
         self, ws: WebSocket, request: HttpRequest, on_identified: Callable[[], None]
     ) -> Callable[[], None]:
-        """Return what serves an upgraded connection to its end."""
+        """Return a function that serves an upgraded connection to its end."""
         login, binding = self._login(request), request.channel_binding
         client = Client(request.address, binding, login, on_identified)
         return partial(self._gateway.serve, ws, client)
 
     def _login(self, request: HttpRequest) -> Caller | None:
-        """Return whose browser sends the request's cookie."""
+        """Return the operator whose sign-in the cookie is."""
         cookie = request.cookie(COOKIE_NAME)
         if not cookie:
             return None
@@ -16600,8 +16487,8 @@ class HttpApp:
         return self._files.get("/") or self._not_found(request)
 
     def _join(self, request: HttpRequest) -> Reply:
-        """Answer a join link: what a machine needs to become a node, once."""
-        if request.method == "HEAD":  # a look, as of a preview, uses nothing up
+        """Answer a join link with a node's settings, once."""
+        if request.method == "HEAD":  # a preview does not use the code up
             return json_reply(200, {})
         code = request.path[len(JOIN_PATH) :]
         try:
@@ -16635,19 +16522,22 @@ class HttpApp:
         """Answer the whole audit, the newest first, for a spreadsheet."""
         caller, rpc = self.caller(request), self._gateway.rpc
 
-        def page(offset: int) -> list[JsonObject]:
-            place = {"offset": offset, "limit": MAX_PAGE}
+        def page(until: int | None, offset: int) -> list[JsonObject]:
+            place = {"until": until, "offset": offset, "limit": MAX_PAGE}
             rows: list[JsonObject] = rpc.call(caller, "audit.list", place)
             return rows
 
-        first = page(0)  # now: what it raises is an answer
+        first = page(None, 0)  # before the reply begins: it may raise
 
         def pages() -> Iterator[list[JsonObject]]:
-            rows, offset = first, 0
+            rows, until, known = first, None, 0
             while rows:
                 yield rows
-                offset += MAX_PAGE
-                rows = page(offset) if len(rows) == MAX_PAGE else []
+                last = rows[-1]["at"]
+                same = sum(row["at"] == last for row in rows)
+                known = same + (known if last == until else 0)
+                until = last
+                rows = page(until, known) if len(rows) == MAX_PAGE else []
 
         return download_reply("moltis-audit.csv", audit_csv(pages()), "text/csv")
 
@@ -16667,7 +16557,7 @@ class HttpApp:
             payload = self._gateway.rpc.call(caller, method, params)
             if isinstance(payload, Future):
                 payload = payload.result()
-                # Which may have taken hours, without a connection to hang up on.
+                # That may have taken hours, and revoking a key closes WebSockets only.
                 if not self._access.is_current(caller):
                     raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
         except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
@@ -16703,7 +16593,7 @@ class HttpApp:
 
 
 class Admission:
-    """One connection's place among those that there may be."""
+    """One connection's place within ConnectionLimits."""
 
     def __init__(self, block: str, forget: Callable[[Admission, bool], None]) -> None:
         self.block = block  # of addresses
@@ -16711,7 +16601,7 @@ class Admission:
         self._forget = forget
 
     def identified(self) -> None:
-        """Its peer has proved who it is."""
+        """Count it as a stranger's no longer."""
         self._forget(self, False)
 
     def end(self) -> None:
@@ -16719,10 +16609,9 @@ class Admission:
 
 
 class ConnectionLimits:
-    """How many connections there are, and of them of peers nobody knows yet.
+    """Counts of connections, and of strangers among them.
 
-    Strangers are counted by themselves, so that however many come, those who have
-    proved who they are keep their place.
+    Strangers are counted apart: however many come, identified peers keep their places.
     """
 
     def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
@@ -16733,9 +16622,9 @@ class ConnectionLimits:
         self._by_block: dict[str, int] = {}  # strangers; no entry for none
 
     def admit(self, address: str, *, shared: bool) -> Admission | None:
-        """Return the right to stay, or None where there are too many.
+        """Return a place, or None if there are too many connections.
 
-        `shared` addresses, as of a proxy, may have more connections than others.
+        `shared` addresses, as of a proxy, may have more than others.
         """
         block = address_block(address)
         with self._lock:
@@ -16749,7 +16638,7 @@ class ConnectionLimits:
         return Admission(block, self._forget)
 
     def _forget(self, admission: Admission, ended: bool) -> None:
-        """Count the connection as a stranger's no more, or not at all."""
+        """Count the connection as identified, or as ended."""
         with self._lock:
             self._free += ended
             if admission.is_known:
@@ -16765,13 +16654,13 @@ class ConnectionLimits:
 
 
 class RequestTooLarge(Exception):
-    """A client sends more than a request may have: refuse it and hang up."""
+    """The request's head is too long: refuse it and hang up."""
 
 
 class PatientStream(io.RawIOBase):
-    """A connection as a file, patient with a slow client up to a point.
+    """A connection as a file, with deadlines for whole requests and replies.
 
-    A timeout of the socket alone would begin anew with every byte that trickles in.
+    A socket's own timeout starts again with every byte that trickles in.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -16780,7 +16669,7 @@ class PatientStream(io.RawIOBase):
         self.begin()
 
     def begin(self) -> None:
-        """Wait for a request, and no longer than REQUEST_TIMEOUT for its head."""
+        """Expect a request, whose head has to come within REQUEST_TIMEOUT."""
         self._deadline = Deadline(REQUEST_TIMEOUT)
         self._room = MAX_REQUEST_HEAD
 
@@ -16789,7 +16678,7 @@ class PatientStream(io.RawIOBase):
         self._room = length
 
     def end_reading(self) -> None:
-        """Leave what has not been read to the WebSocket."""
+        """Read nothing more: the rest is for the WebSocket."""
         self._ended = True
 
     def readable(self) -> bool:
@@ -16825,16 +16714,16 @@ class PatientStream(io.RawIOBase):
 
 
 class TcpPeer(Value):
-    """Whoever is at the other end of an accepted connection."""
+    """The other end of an accepted connection."""
 
     address: str
-    tls: TlsIdentity | None  # what they were shown
+    tls: TlsIdentity | None  # the certificate that it was shown
     admission: Admission
 
 
 def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a method
-    # Made here, because http.server takes a Pi Zero a quarter of a second to import,
-    # which no other subcommand should wait for.
+    # Importing http.server takes a Pi Zero a quarter of a second, which no other
+    # subcommand should wait for.
     from http.server import BaseHTTPRequestHandler
 
     class Handler(BaseHTTPRequestHandler):
@@ -16845,8 +16734,8 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
         # Until a request line was read:
         command = requestline = ""
         request_version = "HTTP/1.1"
-        # Serves the WebSocket that the connection has become, once http.server is
-        # through with it: its objects and buffers would be 25 KiB of each node.
+        # Serves the upgraded connection after this handler is gone, whose objects and
+        # buffers take 25 KiB.
         upgraded: Callable[[], None] | None = None
 
         def setup(self) -> None:
@@ -16898,7 +16787,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 return
             if length > MAX_STRANGER_BODY:
                 try:
-                    # Before it is read: strangers are to cost little memory.
+                    # Checked before the body is read: strangers cost little memory.
                     app.caller(self.request_with(b""))
                 except RpcError:
                     problem = "so long a body needs an operator key or a sign-in"
@@ -16926,7 +16815,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             return app.edge.proxies.see_through(request)
 
         def refuse(self, status: int, message: str) -> None:
-            """Answer what cannot be answered otherwise; the connection ends with it."""
+            """Send an error, then close the connection."""
             self.close_connection = True
             self.send(error_reply(status, message))
 
@@ -16969,7 +16858,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.flush()
-            # What the client sent right behind its request waits in rfile's buffer.
+            # The bytes that came right behind the request are in rfile's buffer.
             self.stream.end_reading()
             reader: Any = self.rfile  # a BufferedReader
             early: bytes = reader.peek()
@@ -16995,7 +16884,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
 
 
 def _descriptor_limit() -> int:
-    """Return how many connections the system lets us have, having asked for most."""
+    """Return how many connections the system allows, after raising its limit."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -17003,7 +16892,7 @@ def _descriptor_limit() -> int:
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        # macOS has a maximum of its own, and may say no.
+        # macOS may refuse: it has a maximum of its own.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -17029,12 +16918,12 @@ class ConnectionThreads:
             self._sockets[thread] = sock
 
     def replace_socket(self, sock: socket.socket) -> None:
-        """Use this socket for the calling thread's connection: it speaks TLS now."""
+        """Set the calling thread's socket, which speaks TLS now."""
         with self._lock:
             self._sockets[threading.current_thread()] = sock
 
     def close(self) -> None:
-        """Wait for what is being answered, not for what may still be asked."""
+        """Wait for the answers under way; read no further requests."""
         deadline = Deadline(DOOR_TIMEOUT)
         with self._lock:
             sockets = dict(self._sockets)
@@ -17071,7 +16960,7 @@ def _secured(sock: socket.socket, identity: TlsIdentity) -> socket.socket:
         sock, server_side=True, do_handshake_on_connect=False
     )
     try:
-        # The timeout of a handshake is for the whole of it.
+        # This timeout is for the whole handshake.
         secured.settimeout(deadline.remaining() or 0.001)
         secured.do_handshake()
     except BaseException:
@@ -17112,7 +17001,7 @@ class HttpDoor:
         return int(self._server.server_address[1])
 
     def close(self) -> None:
-        """Let nobody in any more; those who are in are left alone."""
+        """Stop listening; open connections go on."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -17172,7 +17061,7 @@ class HttpDoor:
             if upgraded is not None:
                 upgraded()
         except OSError as error:
-            # The client went away in the middle, or did not agree on TLS.
+            # The client hung up, or TLS failed.
             log.debug("connection ended address=%s: %s", address, error)
         except Exception:
             log.exception("connection failed address=%s", address)
@@ -21863,8 +21752,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Install, TLS, Wire protocol, Commands, Node service, Store, Access,
-#       Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
+# Uses: Settings, Install, TLS, HTTP client, Wire protocol, Commands, Node service,
+#       Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -22354,50 +22243,6 @@ def node_settings(
         lends_models=not args.no_llm,
         allow=args.allow or (),
     )
-
-
-def _open_url(url: str, trust: TlsTrust) -> Any:
-    """Return urllib's answer.  Raises Refused before anything is asked, OSError."""
-    import http.client
-    import urllib.request
-
-    handlers = []
-    if url.startswith("https:"):
-        context = trust.context()
-
-        class Connection(http.client.HTTPSConnection):
-            def connect(self) -> None:
-                super().connect()
-                trust.check(self.sock.getpeercert(binary_form=True))
-
-        class Handler(urllib.request.HTTPSHandler):
-            def https_open(self, request: Any) -> Any:
-                return self.do_open(partial(Connection, context=context), request)
-
-        handlers.append(Handler())
-    opener = urllib.request.build_opener(*handlers)
-    return opener.open(url, timeout=CONNECT_TIMEOUT)
-
-
-def fetch(url: str, trust: TlsTrust) -> bytes:
-    """Return what an http:// or https:// address answers.
-
-    Raises Unreachable, or Refused with the answer's own words or for a certificate
-    that is not the one to be trusted.
-    """
-    import urllib.error
-
-    if not url.lower().startswith(("http://", "https://")):
-        raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
-    try:
-        with _open_url(url, trust) as answer:
-            return bytes(answer.read(MAX_MESSAGE))
-    except urllib.error.HTTPError as error:
-        words = error.read(300).decode("utf-8", "replace").strip()
-        raise Refused(f"{redact(url)} answered {error.code}: {words}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise Unreachable(f"{redact(url)} cannot be fetched: {reason}") from error
 
 
 def join_offer(
@@ -23112,7 +22957,7 @@ class JobTerminal:
         else:
             self._waiting.end(job.name)
         if state.get("place"):
-            text = f"moltis: {job.name}: place {state['place']} in line"
+            text = f"moltis: {job.name}: {state['words']}"
             if job.id not in self._in_line:
                 self._in_line.add(job.id)
                 self._output.say(text)
@@ -23203,20 +23048,10 @@ def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObjec
     return after
 
 
-def job_words(job: JsonObject) -> str:
-    """Return the state of a job in words; those of its ending are the gateway's."""
-    if job.get("awayMs") is not None:
-        return f"node away ({format_duration(job['awayMs'] / 1000)})"
-    if job.get("place"):
-        return f"place {job['place']} in line"
-    words: str = job["words"]
-    return words
-
-
 JOB_COLUMNS: Mapping[str, Column] = {
     "ID": "id",
     "NODE": "nodeName",
-    "STATE": lambda row: one_line(job_words(row), 40),
+    "STATE": lambda row: one_line(row["words"], 40),
     "ASKED": time_column("askedAt"),
     "OUTPUT": lambda row: format_bytes(row["stdoutBytes"] + row["stderrBytes"]),
     "COMMAND": lambda row: one_line(row["command"], 60),

@@ -482,9 +482,6 @@ class TestProviders:
             b"{}",
             b'{"models":null}x',
             b'{"models":{"a":1}}',
-            b'{"models":["a"]}',
-            b'{"models":[{}]}',
-            b'{"models":[{"name":7}]}',
             b"[" * 100_000,
             TAGS[:-1],
         ],
@@ -494,12 +491,17 @@ class TestProviders:
         with ScriptedServer(lambda request: (200, {}, [body])) as server:
             assert self.find(server.url) is None
 
+    def test_an_entry_without_a_name_is_no_model(self):
+        models = b'{"models":["a",{},{"name":7},{"name":"m"}]}'
+        with ScriptedServer(lambda request: (200, {}, [models])) as server:
+            assert self.find(server.url) == moltis.Provider("ollama", ("m",))
+
     def test_an_error_is_no_ollama(self):
         with ScriptedServer(lambda request: (404, {}, [TAGS])) as server:
             assert self.find(server.url) is None
 
     def test_an_answer_that_is_too_long_is_no_ollama(self):
-        chunks = [b" " * moltis.MAX_MODEL_LIST, TAGS]
+        chunks = [b" " * moltis.MAX_MODEL_REPLY, TAGS]
         with ScriptedServer(lambda request: (200, {}, chunks)) as server:
             assert self.find(server.url) is None
 
@@ -511,14 +513,14 @@ class TestProviders:
         assert self.find(host) is None
 
     def test_a_server_that_never_answers_is_given_up(self, monkeypatch):
-        monkeypatch.setattr(moltis, "OLLAMA_TIMEOUT", 0.3)
+        monkeypatch.setattr(moltis, "CONNECT_TIMEOUT", 0.3)
         with socket.create_server(("127.0.0.1", 0)) as server:
             assert self.find(f"127.0.0.1:{server.getsockname()[1]}") is None
 
     def test_close_does_not_wait_for_a_server_that_never_answers(
         self, environ, inventory, monkeypatch
     ):
-        monkeypatch.setattr(moltis, "OLLAMA_TIMEOUT", 1000.0)
+        monkeypatch.setattr(moltis, "CONNECT_TIMEOUT", 1000.0)
         with socket.create_server(("127.0.0.1", 0)) as server:
             environ["OLLAMA_HOST"] = f"127.0.0.1:{server.getsockname()[1]}"
             one = inventory()
