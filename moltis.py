@@ -8960,6 +8960,11 @@ class JobRecord(Value):
         return self.state in JobState.OPEN
 
     @property
+    def is_final(self) -> bool:
+        """Whether it has ended for good: the node of a lost job may come back."""
+        return self.state not in (*JobState.OPEN, JobState.LOST)
+
+    @property
     def failed(self) -> bool:
         """Whether it ended with an exit code, a signal or an error."""
         if self.state == JobState.DONE:
@@ -10607,8 +10612,6 @@ class ConnectedNode:
         self.node_id = node_id
         self.device_id = device_id
         self.link = link
-        self.instance = params.instance
-        self.held = params.jobs
         self.lends_models = CAP_LLM in params.capabilities
         # Ours before jobs: it is served as a Moltis peer.
         self.outdated = (
@@ -10618,7 +10621,8 @@ class ConnectedNode:
         self.version = params.version
         self.address = address
         self.since_ms = now_ms()
-        self.ready = False  # its hello is sent; set once, by Fleet.activate
+        self.ready = False  # jobs may be sent: from its hello until its reader ends
+        self.announced = False  # its presence, to operators
         self.gone = threading.Event()  # its reader has ended
 
 
@@ -10712,7 +10716,7 @@ class Fleet:
         with self._lock:
             del self._connected[node.node_id]
         try:
-            if node.ready:
+            if node.announced:
                 self._announce_presence("node.disconnected", node)
                 self._devices.seen(node.device_id, now_ms())
         except StoreError as error:
@@ -10721,8 +10725,8 @@ class Fleet:
             node.gone.set()
 
     def activate(self, node: ConnectedNode) -> None:
-        """Open `node` for requests: its hello is sent."""
-        node.ready = True
+        """Open `node` for jobs: its hello is sent."""
+        node.ready = node.announced = True
         self._announce_presence("node.connected", node)
 
     def report(self, node: ConnectedNode, payload: JsonObject) -> None:
@@ -11080,17 +11084,17 @@ class Log:
         with self._lock:
             if offset > self.end:
                 raise RpcError(
-                    "PROTOCOL_ERROR",
-                    f"frames at {offset} are ahead of the log, which ends at {self.end}",
+                    "PROTOCOL_ERROR", f"frames at {offset} follow a log of {self.end}"
                 )
             if offset + len(data) <= self.end:
                 return
             start = frame_boundary(offset, data, self.end)
             data = data[start - offset :]
+            if self._in_files:
+                self._write(start, data)
             self._remember(start, data)
             self.end = start + len(data)
             if self._in_files:
-                self._write(start, data)
                 self._trim()
             elif self._directory is not None and self.end - self.begin > MEMORY_LOG:
                 self._move_to_files()
@@ -11150,14 +11154,15 @@ class Log:
                 self._move_to_files()
 
     def finish(self) -> bytes | None:
-        """Return the whole log for its row if it is short; else it is in files."""
+        """Return the whole log if it is short enough for its row."""
         if self._directory is None:
             return None
         if self.begin == 0 and self.end <= ROW_LOG:
             start, data = self.read(0, ROW_LOG)
             if (start, len(data)) == (0, self.end):
+                with self._lock:  # followers read on when its files are removed
+                    self._memory = collections.deque([(0, data)])
                 return data
-        self.flush()
         return None
 
     def drop_middle(self, count: int) -> int:
@@ -11206,9 +11211,9 @@ class Log:
         return start, found[0] if len(found) == 1 else b"".join(found)
 
     def _move_to_files(self) -> None:
-        self._in_files = True
         for offset, data in self._memory:
             self._write(offset, data)
+        self._in_files = True
         self._trim()
 
     def _write(self, offset: int, data: bytes) -> None:
@@ -11360,8 +11365,8 @@ class Job:
 
     def releasable(self) -> int:
         """Return the offset before which the node need not keep the log."""
-        if not self.stored:
-            return self.acknowledged  # its ending waits for room on the disk
+        if not (self.stored or self.record.is_open):
+            return self.acknowledged  # the ending waits for room on the disk
         offset = self.log.end
         if self.record.kept and self.record.is_open:
             offset = self.log.durable
@@ -11491,10 +11496,12 @@ class Jobs:
         self._fleet = fleet
         self._directory = directory
         self._keep_output = keep_output
+        # Held from the look for an id until its job is in _jobs; the first to be taken.
+        self._starting = threading.RLock()
         self._lock = threading.Lock()  # guards all below
         self._jobs: dict[str, Job] = {}
         self._by_node: dict[str, dict[str, Job]] = {}
-        self._waits: set[Wait] = set()
+        self._waits: dict[Future[Job], Wait] = {}
         self._closed = False
         self.on_end: Callable[[Job], None] | None = None  # called before followers
         self._next_sweep = 0.0  # monotonic
@@ -11513,45 +11520,51 @@ class Jobs:
         Raises RpcError: CONFLICT for an id of another key, UNAVAILABLE if the node is
         away; StoreError if the row cannot be written.
         """
-        with self._lock:
-            known = self._jobs.get(record.id)
-        if known is not None:
-            return _same_caller(known, record)
+        with self._starting:
+            known = self._known(record.id)
+            if known is None:
+                record = self._addressed(record)
+                try:
+                    if WORKS[record.work].recorded:
+                        record = self._table.add(record)
+                except RpcError as error:
+                    if error.code != "CONFLICT":
+                        raise
+                    known = self.get(record.id)  # it has ended
+            if known is not None:
+                return _same_caller(known, record)
+            job = Job(record, Log(self._log_directory(record)))
+            job.was_sent = False
+            self._add(job)
+        self._send(job)
+        return job
+
+    def _addressed(self, record: JobRecord) -> JobRecord:
+        """Return the row of a new job, with the life of the node that is asked."""
         if self._closed:
             raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
         link = self._link(record.node_id)
         if link is not None:
             link.check(record.work, record.spec or {})
-            record = record.replace(sent_to=link.instance, state=JobState.RUNNING)
-        elif record.queue_until is not None:
-            record = record.replace(state=JobState.QUEUED)
-        elif self._table.get(record.id) is None:
+            return record.replace(sent_to=link.instance)
+        if record.queue_until is not None:
+            return record.replace(state=JobState.QUEUED)
+        if self._table.get(record.id) is None:
             self._fleet.require_connected(record.node_id, record.node_name)
-        job = Job(record, Log(self._log_directory(record)))
-        job.was_sent = False
-        if not self._add(job):
-            return self.start(record)  # another request was faster
-        try:
-            if job.is_recorded:
-                job.record = self._table.add(record)
-        except BaseException as error:
-            self._remove(job)
-            if isinstance(error, RpcError) and error.code == "CONFLICT":
-                return _same_caller(self.get(record.id), record)  # it has ended
-            raise
-        self._send(job)
-        return job
+        return record
 
     def get(self, job_id: str) -> Job:
         """Return a job, also one that ended.  Raises RpcError NOT_FOUND, StoreError."""
-        with self._lock:
-            job = self._jobs.get(job_id)
+        job = self._known(job_id)
         if job is not None:
             return job
         record = self._table.get(job_id)
         if record is None:
             raise RpcError("NOT_FOUND", f"there is no job {job_id[:64]!r}")
-        return self._load(record)
+        if record.is_open:
+            with self._starting:  # its row is written, and it is not in _jobs yet
+                job = self._known(job_id)
+        return job or self._load(record)
 
     def open_on(self, node_id: str) -> list[Job]:
         """Return the jobs of a node that have not ended."""
@@ -11571,7 +11584,9 @@ class Jobs:
                 previous, job.holder, job.alone_since = job.holder, follower, None
                 if previous is not None:
                     previous.holds = False  # it watches from now on
-        self._wake(job)
+            if job.record.state == JobState.LOST:
+                self._add(job)  # its node may bring it back: `follower` is notified
+        follower.wake(job)
 
     def unfollow(self, job: Job, follower: Follower, *, leaves: bool) -> None:
         """Forget `follower`; a holder that `leaves` cancels an unkept job."""
@@ -11588,10 +11603,13 @@ class Jobs:
         self.acknowledge(job)
 
     def acknowledge(self, job: Job) -> None:
-        """Tell the node what it need not keep, once that is a quarter of a window."""
+        """Release the node's log, once that is worth a quarter of a window."""
         with job.lock:
             offset = job.releasable()
             over = not job.record.is_open and job.stored and offset >= job.log.end
+            # Followers of a lost job are notified if its node comes back with it.
+            if over and (job.record.is_final or not job.followers):
+                self._remove(job)
             if job.settled or (
                 not over and offset - job.acknowledged < LOG_WINDOW // 4
             ):
@@ -11600,9 +11618,6 @@ class Jobs:
             if not job.record.kept:
                 job.log.forget(offset)
         self._tell(job, lambda link: link.acknowledge(job.id, offset))
-        # The node of a lost job may still come back with it.
-        if over and not (job.record.state == JobState.LOST and job.followers):
-            self._remove(job)
 
     def wait(
         self, job: Job, timeout: float | None, cancel: Cancellation | None = None
@@ -11635,19 +11650,21 @@ class Jobs:
         return self._watch(Wait(job, timeout, offset))
 
     def _watch(self, wait: Wait) -> Future[Job]:
-        def done(_: object) -> None:
-            with self._lock:
-                self._waits.discard(wait)
-            self.unfollow(wait.job, wait, leaves=False)
-
         with self._lock:
             full = len(self._waits) >= MAX_WAITS or self._closed
-            self._waits.add(wait)
+            self._waits[wait.future] = wait
         self.follow(wait.job, wait)
         if full:
             wait.fail(_stopping() if self._closed else _too_many_waits())
-        wait.future.add_done_callback(done)
+        wait.future.add_done_callback(self._unwatch)
         return wait.future
+
+    def _unwatch(self, future: Future[Job]) -> None:
+        with self._lock:
+            # Not from a closure: a future that holds its Wait is a cycle, and each
+            # command would leave its whole job to the garbage collector.
+            wait = self._waits.pop(future)
+        self.unfollow(wait.job, wait, leaves=False)
 
     def text(self, job: Job, limit: int = TEXT_LIMIT) -> str:
         """Return the output as text; of a longer one head and tail."""
@@ -11679,7 +11696,8 @@ class Jobs:
         if job.record.is_open:
             self._tell(job, lambda link: link.cancel(job.id))
             with job.lock:
-                self._save(job)
+                if job.record.is_open:
+                    self._save(job)
         self._wake(job)
         self.acknowledge(job)
 
@@ -11706,7 +11724,7 @@ class Jobs:
         """Start nothing more; what runs goes on, and its kept logs are in files."""
         self._closed = True
         with self._lock:
-            waits = list(self._waits)
+            waits = list(self._waits.values())
         for wait in waits:
             wait.fail(_stopping())
         for job in self._all():
@@ -11765,7 +11783,10 @@ class Jobs:
             if job is not None:
                 with job.lock:
                     job.record = _reopened(job.record)
+                    # Until came(), tick() must neither give it up nor remove it.
+                    job.away_since = time.monotonic()
                     job.settled = False
+                    self._add(job)
                     job.log.skip_to(begin)
                     job.was_sent = True
                     # An acknowledgement may have got lost with the connection: else
@@ -11822,7 +11843,7 @@ class Jobs:
         for job in self._all():
             self._age(job, now, now_in_ms)
         with self._lock:
-            waits = list(self._waits)
+            waits = list(self._waits.values())
         for wait in waits:
             wait.wake(wait.job)
         if now >= self._next_sweep:
@@ -11832,10 +11853,9 @@ class Jobs:
                 self._sweep()
 
     def _age(self, job: Job, now: float, now_in_ms: int) -> None:
-        record = job.record
-        until = record.queue_until
         changed = False
         with job.lock:
+            record, until = job.record, job.record.queue_until
             reason = job.overdue(now)
             if reason:
                 self._end_locked(job, Ending(JobState.LOST, reason=reason))
@@ -11889,7 +11909,7 @@ class Jobs:
     def _end_locked(self, job: Job, ending: Ending) -> None:
         """Record how a job ended, unless that is known; `job.lock` is held."""
         record = job.record
-        if not (record.is_open or record.state == JobState.LOST):
+        if record.is_final:
             return
         if ending.state == JobState.LOST:
             if not record.is_open:
@@ -11914,7 +11934,7 @@ class Jobs:
         if not job.is_recorded:
             return
         try:
-            data = None if job.record.is_open else job.log.finish()
+            data = job.log.finish() if job.record.is_final else None
             self._table.save(job.record, data)
         except StoreError as error:
             if job.stored:
@@ -11925,14 +11945,16 @@ class Jobs:
             if job.record.is_open:
                 return
             if data is None:
+                job.log.flush()
                 self._unswept += job.log.size_on_disk
             elif job.log.size_on_disk:
                 self.discard([job.id])
 
     def _send(self, job: Job) -> None:
         """Send a job to its node, unless it was sent over this connection."""
-        link = self._link(job.record.node_id)
         with job.lock:
+            # Looked up under the lock: either it is connected now, or left() follows.
+            link = self._link(job.record.node_id)
             record = job.record
             if link is None:
                 job.away_since = job.away_since or time.monotonic()
@@ -11967,8 +11989,10 @@ class Jobs:
 
     def _wake(self, job: Job) -> None:
         if job.ends_anew and self.on_end is not None:
-            job.ends_anew = False
-            self.on_end(job)
+            with job.lock:
+                ends, job.ends_anew = job.ends_anew, False
+            if ends:
+                self.on_end(job)
         for follower in job.followers:
             follower.wake(job)
 
@@ -11982,23 +12006,19 @@ class Jobs:
     def _load(self, record: JobRecord) -> Job:
         """Return a job whose row is known."""
         directory = self._log_directory(record)
-        stored = (
-            None if record.is_open or directory is None else self._table.log(record.id)
-        )
+        kept = directory is not None and record.is_final
+        stored = self._table.log(record.id) if kept else None
         job = Job(record, Log(None if stored else directory))
         if stored:
             job.log.append(0, stored)
-        if not record.is_open:
+        if record.is_final:
             job.log.skip_to(record.log_end)
             job.log_end = record.log_end
         return job
 
     def _adopt(self, record: JobRecord) -> Job:
         """Take up a job of an earlier life of the gateway."""
-        job = self._load(record)
-        self._add(job)
-        with self._lock:
-            return self._jobs[record.id]
+        return self._add(self._load(record))
 
     def _reopen(self, link: NodeLink, job_id: str) -> Job | None:
         """Take up a job that had ended here, and comes back with its node."""
@@ -12006,6 +12026,10 @@ class Jobs:
         if record is None or record.node_id != link.node_id:
             return None
         return self._adopt(_reopened(record))
+
+    def _known(self, job_id: str) -> Job | None:
+        with self._lock:
+            return self._jobs.get(job_id)
 
     def _of_node(self, node_id: str, job_id: str) -> Job | None:
         # A node answers for its own jobs only, whatever ids it names.
@@ -12020,13 +12044,11 @@ class Jobs:
         with self._lock:
             return list(self._jobs.values())
 
-    def _add(self, job: Job) -> bool:
+    def _add(self, job: Job) -> Job:
+        """Return `job`, or the one of the same id that is known already."""
         with self._lock:
-            if job.id in self._jobs:
-                return False
-            self._jobs[job.id] = job
-            self._by_node.setdefault(job.record.node_id, {})[job.id] = job
-            return True
+            self._by_node.setdefault(job.record.node_id, {}).setdefault(job.id, job)
+            return self._jobs.setdefault(job.id, job)
 
     def _remove(self, job: Job) -> None:
         with self._lock:
@@ -14409,7 +14431,7 @@ class ClientFollower:
             return None
         self._state = state
         # A lost job may still come back with its node.
-        self._is_told = not record.is_open and record.state != JobState.LOST
+        self._is_told = record.is_final
         if self.is_done:
             self._on_done(self)
         return encode_envelope(Event(JOB_STATE, job_state(job)))
@@ -15845,6 +15867,7 @@ class Gateway:
                 self._ask_providers(node)
             peer.serve(node)
         finally:
+            node.ready = False  # no job is sent between left() and release()
             self._jobs.left(peer)
             self._fleet.release(node)
             log.info("node disconnected node=%s", node.node_id)
