@@ -996,11 +996,34 @@ class ProgramResult(Value):
         return (self.stdout + self.stderr).decode("utf-8", "replace").strip()
 
 
+def _read_to_end(
+    pipes: Sequence[IO[bytes]], deadline: Deadline
+) -> tuple[bool, bytes, bytes]:
+    """Return whether both pipes of a program ended in time, and their output."""
+    import selectors
+
+    output = {pipe.fileno(): b"" for pipe in pipes}
+    with selectors.DefaultSelector() as selector:
+        for descriptor in output:
+            selector.register(descriptor, selectors.EVENT_READ)
+        while selector.get_map() and not deadline.expired:
+            for key, _ in selector.select(deadline.remaining()):
+                data = os.read(key.fd, 65536)
+                output[key.fd] += data
+                if not data:
+                    selector.unregister(key.fd)
+            if sum(map(len, output.values())) > MAX_PROGRAM_OUTPUT:
+                break
+        stdout, stderr = output.values()
+        return not selector.get_map(), stdout, stderr
+
+
 def run_program(
     arguments: Sequence[str],
     environ: Mapping[str, str],
     *,
     timeout: float,  # s
+    cwd: str | None = None,
     cancel: Cancellation | None = None,
 ) -> ProgramResult:
     """Run a program without input, in a session of its own, and wait for its end.
@@ -1017,7 +1040,7 @@ def run_program(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=dict(environ),
-            cwd="/",
+            cwd=cwd,
             start_new_session=True,  # a group to kill, and no terminal to ask at
         )
     except OSError as error:
@@ -1030,9 +1053,10 @@ def run_program(
 
     status = 124
     cancel = cancel or Cancellation()
+    pipes = [pipe for pipe in (process.stdout, process.stderr) if pipe is not None]
     try:
         with cancel.calling(kill):
-            whole, stdout, stderr = _read_output(process, Deadline(timeout))
+            whole, stdout, stderr = _read_to_end(pipes, Deadline(timeout))
             if whole:
                 # A program closes its output a moment before it exits.
                 code = process.wait(1.0)
@@ -1041,36 +1065,14 @@ def run_program(
     except subprocess.TimeoutExpired:
         pass
     finally:
+        for pipe in pipes:
+            pipe.close()
         if process.returncode is None:
             kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)
     survivor = process.pid if process.returncode is None else 0
     return ProgramResult(status, stdout, stderr, survivor)
-
-
-def _read_output(
-    process: Popen[bytes], deadline: Deadline
-) -> tuple[bool, bytes, bytes]:
-    """Return whether both pipes of a program ended in time, and what they brought."""
-    import selectors
-
-    assert process.stdout is not None
-    assert process.stderr is not None
-    pipes = {process.stdout.fileno(): b"", process.stderr.fileno(): b""}
-    with process.stdout, process.stderr, selectors.DefaultSelector() as selector:
-        for pipe in pipes:
-            selector.register(pipe, selectors.EVENT_READ)
-        while selector.get_map() and not deadline.expired:
-            for key, _ in selector.select(deadline.remaining()):
-                data = os.read(key.fd, 65536)
-                pipes[key.fd] += data
-                if not data:
-                    selector.unregister(key.fd)
-            if sum(map(len, pipes.values())) > MAX_PROGRAM_OUTPUT:
-                break
-        stdout, stderr = pipes.values()
-        return not selector.get_map(), stdout, stderr
 
 
 # ==============================================================================
@@ -6212,20 +6214,18 @@ def list_models(
 #
 # What a machine has and how it is doing: a quick reading of the operating system
 # (memory, CPU, disk, load, temperature), and an inventory that a thread of its own
-# takes at leisure (runtimes, GPUs, LLM providers).  When to report, and to whom, is
-# left to others.
+# takes (runtimes, GPUs, LLM providers).  A reading is a claim: sender and receiver
+# check each field by itself, and a field that makes no sense is missing.
 # ==============================================================================
 
 INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
 VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
 GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
-SYSCTL_TIMEOUT = 2.0  # s; a reading of the vital signs waits for it
-STOP_LATENCY = 0.1  # s until somebody who reads notices that it shall stop
-MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes; `ps` on a busy Mac prints 10 KiB
-MAX_LISTED = 256  # entries of one list in a report; those beyond are left out
-MAX_LABEL = 200  # characters of one name in a report; those beyond are cut off
-MAX_NUMBER = 2**63  # beyond it, neither SQLite nor a Moltis peer takes a number
-MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is but noise
+SYSCTL_TIMEOUT = 2.0  # s; a reading waits for it
+MAX_LISTED = 256  # entries of one list in a report; the rest is dropped
+MAX_LABEL = 200  # characters of one name in a report; the rest is cut off
+MAX_NUMBER = 2**63 - 1  # neither SQLite nor a Moltis peer takes a greater one
+MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is noise
 USUAL_PLACES = (  # of programs, from the home directory
     ".local/bin",
     "bin",
@@ -6244,13 +6244,16 @@ USUAL_PLACES = (  # of programs, from the home directory
     "/sbin",
 )
 
-SYSCTL_NAMES = (
-    *("hw.memsize", "hw.physmem", "hw.pagesize", "kern.boottime", "kern.cp_time"),
-    "vm.stats.vm.v_free_count",
-    "vm.stats.vm.v_inactive_count",
-    "vm.stats.vm.v_cache_count",
-)
-
+_VERSION = r"(\d+\.\d+[\w.+-]*)"
+# Programs that run others' programs: how to ask for the version, and where it stands.
+RUNTIMES: Mapping[str, tuple[str, str]] = {
+    "python3": ("--version", _VERSION),
+    "node": ("--version", _VERSION),
+    "ruby": ("--version", _VERSION),
+    "go": ("version", _VERSION),
+    "rustc": ("--version", _VERSION),
+    "java": ("-version", r'version "([^"]+)"'),
+}
 # Programs of macOS that only offer to install the real one, by where that then lies.
 MACOS_STUBS: Mapping[str, str] = {
     "/usr/bin/java": "/Library/Java/JavaVirtualMachines",
@@ -6258,39 +6261,169 @@ MACOS_STUBS: Mapping[str, str] = {
 }
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
-_NAMED_NUMBER = r"(?m)^([^:=\n]+)[:=]\s*(\d+)"
+_NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d+)"
 _BOOT_TIME = r"(?m)^kern\.boottime\b\D*sec = (\d+)"
-_CP_TIME = r"(?m)^kern\.cp_time\b[:=]((?: *\d+){5})"
 _VM_STAT_PAGE = r"page size of (\d+) bytes"
-_VERSION = r"(\d+\.\d+[\w.+-]*)"
-_JAVA_VERSION = r'version "([^"]+)"'
+_GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d+)|\[.*\]) *$"
 
 
-class Runtime(Value):
-    """A program that runs others' programs, with how to ask it which version it is."""
-
-    program: str
-    argument: str = "--version"
-    version: str = _VERSION
+# -- what a report says --------------------------------------------------------
 
 
-RUNTIMES = (
-    Runtime("python3"),
-    Runtime("node"),
-    Runtime("ruby"),
-    Runtime("go", "version"),
-    Runtime("rustc"),
-    Runtime("java", "-version", _JAVA_VERSION),
-)
+class Gpu(Value):
+    """A graphics processor."""
+
+    name: str
+    mem_total: int | None = None  # bytes
 
 
-def _without_none(fields: JsonObject) -> JsonObject:
-    # Absent fields are left out on the wire, and a Moltis peer may choke on null.
-    return {
-        name: _without_none(value) if isinstance(value, dict) else value
-        for name, value in fields.items()
-        if value is not None
-    }
+class Provider(Value):
+    """A source of language models that a machine has, with those it can list."""
+
+    provider: str
+    models: tuple[str, ...] = ()
+
+
+def _number(value: Any, low: float = -MAX_NUMBER, high: float = MAX_NUMBER) -> float:
+    """Return a JSON number in a range, which neither infinity nor NaN is."""
+    number: float = required({"": value}, "", float)
+    if not low <= number <= high:
+        raise ValueError("beyond reason")
+    return number
+
+
+def _count(value: Any) -> int:
+    return int(_number(value, 0))
+
+
+def _percentage(value: Any) -> float:
+    return round(min(100.0, max(0.0, _number(value, -1, 101))), 1)  # a float's error
+
+
+def _celsius(value: Any) -> float:
+    return round(_number(value, -60, 150), 1)
+
+
+def _label(value: Any) -> str:
+    # A node's words reach terminals.  printable() removes lone surrogates as well,
+    # which cannot be encoded.
+    return printable(required({"": value}, "", str), MAX_LABEL)
+
+
+def _items(value: Any, kind: type = list) -> Any:
+    return list(required({"": value}, "", kind))[:MAX_LISTED]
+
+
+def _labels(value: Any) -> tuple[str, ...]:
+    return tuple(map(_label, _items(value)))
+
+
+def _averages(value: Any) -> tuple[float, ...]:
+    return tuple(round(_number(average, 0), 2) for average in _items(value)[:3])
+
+
+def _versions(value: Any) -> Mapping[str, str]:
+    return {_label(name): _label(value[name]) for name in _items(value, dict)}
+
+
+def _gpu_list(value: Any) -> tuple[Gpu, ...]:
+    sizes = [(gpu["name"], gpu.get("memTotal")) for gpu in _items(value)]
+    return tuple(
+        Gpu(_label(name), None if size is None else _count(size))
+        for name, size in sizes
+    )
+
+
+def _provider_list(value: Any) -> tuple[Provider, ...]:
+    return tuple(
+        Provider(_label(entry["provider"]), _labels(entry.get("models", [])))
+        for entry in _items(value)
+    )
+
+
+TELEMETRY_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    # field: (place in the payload, check)
+    "mem_total": ("mem.total", _count),
+    "mem_available": ("mem.available", _count),
+    "cpu_count": ("cpuCount", _count),
+    "cpu_usage": ("cpuUsage", _percentage),
+    "uptime_secs": ("uptime", _count),
+    "disk_total": ("disk.total", _count),
+    "disk_available": ("disk.available", _count),
+    "load": ("load", _averages),
+    "temperature": ("temperature", _celsius),
+    "services": ("services", _labels),
+    "runtimes": ("runtimes", _labels),
+    "runtime_versions": ("runtimeVersions", _versions),
+    "gpus": ("gpus", _gpu_list),
+    "providers": ("providers", _provider_list),
+}
+
+
+class Telemetry(Value):
+    """One report of a node; None where it does not say."""
+
+    mem_total: int | None = None  # bytes
+    mem_available: int | None = None  # bytes
+    cpu_count: int | None = None
+    cpu_usage: float | None = None  # 0 to 100
+    uptime_secs: int | None = None
+    disk_total: int | None = None  # bytes
+    disk_available: int | None = None  # bytes
+    load: tuple[float, ...] | None = None  # over 1, 5 and 15 minutes
+    temperature: float | None = None  # °C
+    services: tuple[str, ...] = ()
+    runtimes: tuple[str, ...] = ()  # names of programs, as Moltis lists them
+    runtime_versions: Mapping[str, str] = NOTHING
+    gpus: tuple[Gpu, ...] = ()
+    providers: tuple[Provider, ...] | None = None  # a Rust node has to be asked
+
+    @classmethod
+    def checked(cls, claims: Mapping[str, Any]) -> Telemetry:
+        """Return a report of those `claims`, JSON by field, that make sense."""
+        fields = {}
+        for name, (_, check) in TELEMETRY_FIELDS.items():
+            if claims.get(name) is not None:
+                with contextlib.suppress(RpcError, ValueError, TypeError, LookupError):
+                    fields[name] = check(claims[name])
+        for kind in ("mem", "disk"):
+            available = fields.get(f"{kind}_available", 0)
+            if available > fields.get(f"{kind}_total", available):
+                del fields[f"{kind}_available"]
+        return cls(**fields)
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Telemetry:
+        """Return what a `node.telemetry` says, from ours or a Rust node.
+
+        Unknown fields are ignored, long lists and names cut.
+        """
+        claims = {}
+        for name, (path, _) in TELEMETRY_FIELDS.items():
+            outer, _, inner = path.rpartition(".")
+            place = pick(payload, outer, dict) if outer else payload
+            claims[name] = place.get(inner)
+        return cls.checked(claims)
+
+    def to_payload(self, node_id: str) -> JsonObject:
+        """Return the payload of `node.telemetry`, as nodes send it."""
+        payload: JsonObject = {"nodeId": node_id, "mem": {}, "disk": {}}
+        for name, (path, _) in TELEMETRY_FIELDS.items():
+            value = encode_value(getattr(self, name))
+            outer, _, inner = path.rpartition(".")
+            if value is not None:
+                (payload[outer] if outer else payload)[inner] = value
+        return payload
+
+    def to_columns(self, *, stale: bool) -> JsonObject:
+        """Return `telemetry` of an entry of `node.list`; `providers` stand beside it.
+
+        `stale`: the node is offline, or has not reported lately.
+        """
+        return {**self.replace(providers=None).to_json(), "stale": stale}
+
+
+# -- the operating system ------------------------------------------------------
 
 
 class CpuTimes(Value):
@@ -6304,329 +6437,30 @@ class CpuTimes(Value):
         total = self.total - earlier.total
         if total < MIN_CPU_TICKS:
             return None
-        # Linux lets the count of ticks spent waiting for I/O, thus idle, go back.
-        return min(100.0, max(0.0, 100 * (self.busy - earlier.busy) / total))
+        return min(100.0, 100 * (self.busy - earlier.busy) / total)
 
 
 class Vitals(Value):
-    """What the operating system says right now; None where it does not say it."""
+    """A reading of the operating system; None where it has none."""
 
     mem_total: int | None = None  # bytes
     mem_available: int | None = None  # bytes
-    uptime: float | None = None  # s
+    uptime_secs: float | None = None
     cpu_times: CpuTimes | None = None
     cpu_usage: float | None = None  # 0 to 100, from a system that does the sum itself
     temperature: float | None = None  # °C
 
 
-class Gpu(Value):
-    name: str
-    mem_total: int | None = None  # bytes
-
-    def to_payload(self) -> JsonObject:
-        return _without_none({"name": self.name, "memTotal": self.mem_total})
-
-
-class Provider(Value):
-    """A source of language models that a machine has, with those it can list."""
-
-    name: str
-    models: tuple[str, ...] = ()
-
-    def to_payload(self) -> JsonObject:
-        return {"provider": self.name, "models": list(self.models)}
-
-
-class Equipment(Value):
-    """What is installed on a machine."""
-
-    runtimes: tuple[str, ...] = ()  # names of programs, as Moltis lists them
-    runtime_versions: Mapping[str, str] = NOTHING
-    gpus: tuple[Gpu, ...] = ()
-    providers: tuple[Provider, ...] = ()
-
-
-class Telemetry(Value):
-    """One report of a node; None and empty where it does not say."""
-
-    mem_total: int | None = None  # bytes
-    mem_available: int | None = None  # bytes
-    cpu_count: int | None = None
-    cpu_usage: float | None = None  # 0 to 100
-    uptime: float | None = None  # s
-    disk_total: int | None = None  # bytes, of "/"
-    disk_available: int | None = None  # bytes
-    load: tuple[float, ...] = ()  # over 1, 5 and 15 minutes
-    temperature: float | None = None  # °C
-    services: tuple[str, ...] = ()
-    runtimes: tuple[str, ...] = ()
-    runtime_versions: Mapping[str, str] = NOTHING
-    gpus: tuple[Gpu, ...] = ()
-    providers: tuple[Provider, ...] | None = None  # a Rust node has to be asked
-
-    def to_payload(self, node_id: str) -> JsonObject:
-        """Return the payload of `node.telemetry`, as nodes send it."""
-        return _without_none(
-            {
-                "nodeId": node_id,
-                "mem": {"total": self.mem_total, "available": self.mem_available},
-                "cpuCount": self.cpu_count,
-                "cpuUsage": self.cpu_usage,
-                "uptime": None if self.uptime is None else int(self.uptime),
-                "disk": {"total": self.disk_total, "available": self.disk_available},
-                **self._extras(),
-                "providers": self._providers(),
-            }
-        )
-
-    def to_columns(self, *, stale: bool) -> JsonObject:
-        """Return `telemetry` of an entry of `node.list`; `providers` stand beside it.
-
-        It is `stale` when the node has not said so lately, thus when it is away.
-        """
-        return _without_none(
-            {
-                "memTotal": self.mem_total,
-                "memAvailable": self.mem_available,
-                "cpuCount": self.cpu_count,
-                "cpuUsage": self.cpu_usage,
-                "uptimeSecs": None if self.uptime is None else int(self.uptime),
-                "diskTotal": self.disk_total,
-                "diskAvailable": self.disk_available,
-                **self._extras(),
-                "stale": stale,
-            }
-        )
-
-    def _extras(self) -> JsonObject:
-        return {
-            "load": list(self.load) or None,
-            "temperature": self.temperature,
-            "services": list(self.services),
-            "runtimes": list(self.runtimes),
-            "runtimeVersions": dict(self.runtime_versions),
-            "gpus": [gpu.to_payload() for gpu in self.gpus],
-        }
-
-    def _providers(self) -> list[JsonObject] | None:
-        if self.providers is None:
-            return None
-        return [provider.to_payload() for provider in self.providers]
-
-
-def _label(text: str) -> str:
-    # A node's words end up on terminals.  printable() spares them lone surrogates as
-    # well, which cannot be encoded again.
-    return printable(text, MAX_LABEL)
-
-
-def _reported_number(params: Mapping[str, Any], name: str) -> float | None:
-    value: float | None = optional(params, name, float)
-    # JSON can say 1e999, which Python reads as infinity, and no other JSON can.
-    if value is not None and not -MAX_NUMBER < value < MAX_NUMBER:
-        raise RpcError("INVALID_REQUEST", f"{name} is beyond reason")
-    return value
-
-
-def _reported_count(params: Mapping[str, Any], name: str) -> int | None:
-    value = _reported_number(params, name)
-    if value is not None and value < 0:
-        raise RpcError("INVALID_REQUEST", f"{name} must not be negative")
-    return None if value is None else int(value)
-
-
-def _reported_list(params: Mapping[str, Any], name: str, kind: type) -> list[Any]:
-    items = optional(params, name, list) or []
-    return [required({name: item}, name, kind) for item in items[:MAX_LISTED]]
-
-
-def _reported_names(params: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    return tuple(_label(text) for text in _reported_list(params, name, str))
-
-
-def _reported_load(params: Mapping[str, Any]) -> tuple[float, ...]:
-    averages = _reported_list(params, "load", float)[:3]
-    return tuple(_reported_number({"load": value}, "load") or 0.0 for value in averages)
-
-
-def _reported_versions(params: Mapping[str, Any]) -> dict[str, str]:
-    versions = optional(params, "runtimeVersions", dict) or {}
-    return {
-        _label(name): _label(required(versions, name, str))
-        for name in list(versions)[:MAX_LISTED]
-    }
-
-
-def _reported_gpus(params: Mapping[str, Any]) -> tuple[Gpu, ...]:
-    return tuple(
-        Gpu(_label(required(entry, "name", str)), _reported_count(entry, "memTotal"))
-        for entry in _reported_list(params, "gpus", dict)
-    )
-
-
-def providers_from_payload(payload: Mapping[str, Any]) -> tuple[Provider, ...]:
-    """Return the `providers` of a telemetry payload or of a `system.providers` result.
-
-    Raises RpcError INVALID_REQUEST.
-    """
-    return tuple(
-        Provider(
-            name=_label(required(entry, "provider", str)),
-            models=_reported_names(entry, "models"),
-        )
-        for entry in _reported_list(payload, "providers", dict)
-    )
-
-
-def telemetry_from_payload(payload: object) -> Telemetry:
-    """Return what the payload of a `node.telemetry` says, from ours or a Rust node.
-
-    Unknown fields are ignored, over-long lists and names cut.
-    Raises RpcError INVALID_REQUEST for a value of the wrong type or beyond reason.
-    """
-    if not isinstance(payload, dict):
-        raise RpcError("INVALID_REQUEST", "the payload of telemetry must be an object")
-    memory = optional(payload, "mem", dict) or {}
-    disk = optional(payload, "disk", dict) or {}
-    usage = _reported_number(payload, "cpuUsage")
-    return Telemetry(
-        mem_total=_reported_count(memory, "total"),
-        mem_available=_reported_count(memory, "available"),
-        cpu_count=_reported_count(payload, "cpuCount"),
-        cpu_usage=None if usage is None else min(100.0, max(0.0, usage)),
-        uptime=_reported_number(payload, "uptime"),
-        disk_total=_reported_count(disk, "total"),
-        disk_available=_reported_count(disk, "available"),
-        load=_reported_load(payload),
-        temperature=_reported_number(payload, "temperature"),
-        services=_reported_names(payload, "services"),
-        runtimes=_reported_names(payload, "runtimes"),
-        runtime_versions=_reported_versions(payload),
-        gpus=_reported_gpus(payload),
-        providers=(
-            None
-            if payload.get("providers") is None
-            else providers_from_payload(payload)
-        ),
-    )
-
-
-def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of a program: of the user's PATH, or of the usual places.
-
-    A service is started with a bare PATH, and the user's programs lie elsewhere.
-    Raises RpcError INVALID_REQUEST for what is no plain name.
-    """
-    if not name or len(name) > 255 or "/" in name or not name.isprintable():
-        raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
-    directories = environ.get("PATH", os.defpath).split(os.pathsep)
-    home = environ.get("HOME") or os.path.expanduser("~")
-    usual = [os.path.join(home, place) for place in USUAL_PLACES]
-    # "" in PATH means the working directory; `join` leaves absolute places alone.
-    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
-    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
-    for path in (os.path.join(directory, name) for directory in absolute):
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return None
-
-
-class ShortPrograms:
-    """Programs that are asked one question, and ended when they do not answer."""
-
-    def __init__(
-        self, environ: Mapping[str, str], cancellation: Cancellation | None = None
-    ) -> None:
-        # What we look for in their answers is English.
-        self._environ = {**command_environment(environ, {}), "LC_ALL": "C"}
-        self._cancellation = cancellation or Cancellation()
-        self._stuck: dict[str, Popen[bytes]] = {}  # by path: not even SIGKILL ends it
-
-    def find(self, name: str) -> str | None:
-        return find_binary(name, self._environ)
-
-    def ask(
-        self, path: str, *arguments: str, timeout: float, any_status: bool = False
-    ) -> str:
-        """Return what the program prints on stdout and stderr.
-
-        It is "" where the program cannot be started, is not done after `timeout` s or,
-        unless `any_status`, fails.
-        """
-        # A program that waits for a broken driver cannot be killed: one is enough.
-        if path in self._stuck and self._stuck[path].poll() is None:
-            return ""
-        try:
-            process = self._start([path, *arguments])
-        except OSError:
-            return ""
-        assert process.stdout is not None
-        with process.stdout as pipe:
-            output = self._read(pipe.fileno(), Deadline(timeout))
-        # A program closes its output a moment before it exits.
-        status = self._end(path, process, 0.0 if output is None else 1.0)
-        if output is None or status < 0 or (status > 0 and not any_status):
-            return ""
-        return output.decode("utf-8", "replace")
-
-    def _start(self, argv: list[str]) -> Popen[bytes]:
-        import subprocess
-
-        return subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,  # `java -version` answers there
-            env=self._environ,
-            cwd="/",
-            start_new_session=True,  # a group to end, and no terminal to ask at
-        )
-
-    def _read(self, pipe: int, deadline: Deadline) -> bytes | None:
-        """Return all that comes before the end of `pipe`; None: it did not end."""
-        output = b""
-        poll = select.poll()
-        poll.register(pipe, select.POLLIN)
-        while not (self._cancellation.cancelled or deadline.expired):
-            if poll.poll(STOP_LATENCY * 1000):
-                data = os.read(pipe, 65536)
-                output += data
-                if not data:
-                    return output
-                if len(output) > MAX_PROGRAM_OUTPUT:
-                    break
-        return None
-
-    def _end(self, path: str, process: Popen[bytes], patience: float) -> int:
-        """Return the exit status, after `patience` s that of SIGKILL."""
-        import subprocess
-
-        try:
-            return process.wait(patience)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)
-        try:
-            return process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            log.warning("program cannot be ended program=%s pid=%d", path, process.pid)
-            self._stuck[path] = process
-            return -signal.SIGKILL
-
-
-def _read_text(path: Path | None) -> str:
-    """Return what the file holds; "" where there is none."""
-    if path is None:
-        return ""
+def _read_text(path: Path) -> str:
+    """Return the content of a file, "" if it cannot be read."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
 
 def _numbers_by_name(text: str) -> dict[str, int]:
-    """Return the first number of each line like `name: 12 kB` or `name=12`."""
+    """Return the first number of each line like `name: 12 kB`."""
     found = re.findall(_NAMED_NUMBER, text)
     return {name.strip(): int(number) for name, number in found}
 
@@ -6636,17 +6470,15 @@ def _first_number(text: str) -> float | None:
     return float(found[0]) if found else None
 
 
-def _times(count: float | None, factor: int) -> int | None:
-    return None if count is None else int(count * factor)
-
-
-def _find_thermometer(zones: Path) -> Path | None:
-    """Return the file with the temperature of the CPU, in thousandths of a degree."""
-    for path in sorted(zones.glob("thermal_zone*/type")):
-        # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
-        if _read_text(path).startswith(("cpu", "soc", "bcm2835", "x86_pkg")):
-            return path.with_name("temp")
-    return None
+def _linux_memory(meminfo: str) -> tuple[int | None, int | None]:
+    """Return bytes in all, and those that could be had without swapping."""
+    kib = _numbers_by_name(meminfo)
+    available = kib.get("MemAvailable")
+    if available is None and "MemFree" in kib:  # before Linux 3.14
+        reclaimable = ("MemFree", "Buffers", "Cached", "SReclaimable")
+        available = sum(kib.get(name, 0) for name in reclaimable)
+    total = kib.get("MemTotal")
+    return total and total * 1024, available and available * 1024
 
 
 def _linux_cpu_times(stat_text: str) -> CpuTimes | None:
@@ -6663,52 +6495,70 @@ class ProcProbe:
     """The vital signs of Linux, from /proc and /sys."""
 
     def __init__(self, root: Path = Path("/")) -> None:
-        self._meminfo = root / "proc/meminfo"
-        self._uptime = root / "proc/uptime"
-        self._stat = root / "proc/stat"
-        self._thermometer = _find_thermometer(root / "sys/class/thermal")
+        self._proc = root / "proc"
+        zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
+        # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
+        kinds = ("cpu", "soc", "bcm2835", "x86_pkg")
+        self._thermometers = [
+            path.with_name("temp")
+            for path in zones
+            if _read_text(path).startswith(kinds)
+        ]
 
     def read(self) -> Vitals:
-        memory = _numbers_by_name(_read_text(self._meminfo))  # KiB
-        # Before Linux 3.14, and on NetBSD, nobody reckons what is available.
-        available = memory.get("MemAvailable", memory.get("MemFree"))
-        milli = _first_number(_read_text(self._thermometer))
+        total, available = _linux_memory(_read_text(self._proc / "meminfo"))
         return Vitals(
-            mem_total=_times(memory.get("MemTotal"), 1024),
-            mem_available=_times(available, 1024),
-            uptime=_first_number(_read_text(self._uptime)),
-            cpu_times=_linux_cpu_times(_read_text(self._stat)),
-            temperature=None if milli is None else milli / 1000,
+            mem_total=total,
+            mem_available=available,
+            uptime_secs=_first_number(_read_text(self._proc / "uptime")),
+            cpu_times=_linux_cpu_times(_read_text(self._proc / "stat")),
+            temperature=self._temperature(),
         )
 
-
-def _bsd_cpu_times(sysctl_text: str) -> CpuTimes | None:
-    found = re.search(_CP_TIME, sysctl_text)
-    if not found:
+    def _temperature(self) -> float | None:
+        """Return the first plausible reading of the CPU."""
+        for path in self._thermometers:
+            value = _first_number(_read_text(path))
+            if (
+                value is not None and abs(value) >= 1000
+            ):  # thousandths; some say degrees
+                value /= 1000
+            if value is not None and -40 <= value <= 125:
+                return value
         return None
-    ticks = [int(number) for number in found[1].split()]
-    return CpuTimes(busy=sum(ticks[:-1]), total=sum(ticks))  # the last one is idle
 
 
-def _bsd_available(values: Mapping[str, int]) -> int | None:
-    """Return the bytes that FreeBSD could give away without writing anything."""
-    kinds = ("free", "inactive", "cache")
-    pages = [values.get(f"vm.stats.vm.v_{kind}_count") for kind in kinds]
-    size = values.get("hw.pagesize")
-    return None if pages[0] is None or not size else size * sum(p or 0 for p in pages)
+class ShortPrograms:
+    """Programs that are asked one question, and killed when they do not answer."""
+
+    def __init__(
+        self, environ: Mapping[str, str], cancel: Cancellation | None = None
+    ) -> None:
+        # The patterns for their answers are English.
+        self._environ = {**command_environment(environ, {}), "LC_ALL": "C"}
+        self._cancel = cancel
+        self._stuck: dict[str, int] = {}  # by path: the process that SIGKILL spared
+
+    def find(self, name: str) -> str | None:
+        return find_binary(name, self._environ)
+
+    def ask(self, path: str, *arguments: str, timeout: float) -> ProgramResult:
+        """Return how the program answered.  Raises Cancelled."""
+        # A program that waits for a broken driver cannot be killed: one is enough.
+        if is_running(self._stuck.get(path, 0)):
+            return ProgramResult(124)
+        words = [path, *arguments]
+        result = run_program(
+            words, self._environ, timeout=timeout, cwd="/", cancel=self._cancel
+        )
+        if result.survivor:
+            log.warning("cannot kill program=%s pid=%d", path, result.survivor)
+            self._stuck[path] = result.survivor
+        return result
 
 
-def _macos_available(vm_stat_text: str) -> int | None:
-    pages = _numbers_by_name(vm_stat_text)
-    size = re.search(_VM_STAT_PAGE, vm_stat_text)
-    if size is None or "Pages free" not in pages:
-        return None
-    kinds = ("free", "inactive", "speculative")
-    return int(size[1]) * sum(pages.get(f"Pages {kind}", 0) for kind in kinds)
-
-
-class SysctlProbe:
-    """The vital signs of macOS and the BSDs, from their programs."""
+class MacProbe:
+    """The vital signs of macOS, from its programs."""
 
     def __init__(
         self, programs: ShortPrograms, clock: Callable[[], float] = time.time
@@ -6717,38 +6567,41 @@ class SysctlProbe:
         self._clock = clock
 
     def read(self) -> Vitals:
-        # Each system knows some of the names, and fails for the others.
-        text = self._ask("sysctl", *SYSCTL_NAMES, any_status=True)
-        values = _numbers_by_name(text)
+        text = self._ask("sysctl", "hw.memsize", "kern.boottime")
         booted = re.search(_BOOT_TIME, text)
-        vitals = Vitals(
-            mem_total=values.get("hw.memsize", values.get("hw.physmem")),
-            mem_available=_bsd_available(values),
-            uptime=max(0.0, self._clock() - int(booted[1])) if booted else None,
-            cpu_times=_bsd_cpu_times(text),
-        )
-        return self._on_macos(vitals) if "hw.memsize" in values else vitals
-
-    def _on_macos(self, vitals: Vitals) -> Vitals:
+        total = _numbers_by_name(text).get("hw.memsize")
+        if total is None:
+            return Vitals()
         # No sysctl of macOS counts CPU time; `ps` has each process's recent share.
         answer = self._ask("ps", "-Ao", "%cpu=")
         shares = [float(number) for number in re.findall(_NUMBER, answer)]
         usage = min(100.0, sum(shares) / (os.cpu_count() or 1)) if shares else None
-        available = _macos_available(self._ask("vm_stat"))
-        return vitals.replace(mem_available=available, cpu_usage=usage)
+        return Vitals(
+            mem_total=total,
+            mem_available=self._available(),
+            uptime_secs=max(0.0, self._clock() - int(booted[1])) if booted else None,
+            cpu_usage=usage,
+        )
 
-    def _ask(self, program: str, *arguments: str, any_status: bool = False) -> str:
+    def _available(self) -> int | None:
+        text = self._ask("vm_stat")
+        pages = _numbers_by_name(text)
+        size = re.search(_VM_STAT_PAGE, text)
+        if size is None or "Pages free" not in pages:
+            return None
+        kinds = ("free", "inactive", "speculative")
+        return int(size[1]) * sum(pages.get(f"Pages {kind}", 0) for kind in kinds)
+
+    def _ask(self, program: str, *arguments: str) -> str:
         path = self._programs.find(program)
         if path is None:
             return ""
-        return self._programs.ask(
-            path, *arguments, timeout=SYSCTL_TIMEOUT, any_status=any_status
-        )
+        return self._programs.ask(path, *arguments, timeout=SYSCTL_TIMEOUT).text
 
 
 def read_psutil() -> Vitals:
-    """Return what psutil, where somebody installed it, knows of an unknown system."""
-    if sys.flags.no_site:  # as we are started when installed
+    """Return the reading of psutil, where it is installed, of an unknown system."""
+    if sys.flags.no_site:  # as the launcher starts us
         import site
 
         site.main()
@@ -6761,7 +6614,7 @@ def read_psutil() -> Vitals:
     return Vitals(
         mem_total=memory.total,
         mem_available=memory.available,
-        uptime=max(0.0, time.time() - psutil.boot_time()),
+        uptime_secs=max(0.0, time.time() - psutil.boot_time()),
         cpu_times=CpuTimes(100 * (sum(ticks) - ticks.idle), 100 * sum(ticks)),  # s
     )
 
@@ -6771,11 +6624,43 @@ Probe: TypeAlias = "Callable[[], Vitals]"  # a reading, within about SYSCTL_TIME
 
 def choose_probe(environ: Mapping[str, str], root: Path = Path("/")) -> Probe:
     """Return the first way of reading this system that knows its memory."""
-    candidates = (ProcProbe(root).read, SysctlProbe(ShortPrograms(environ)).read)
+    candidates = (ProcProbe(root).read, MacProbe(ShortPrograms(environ)).read)
     for probe in candidates:
         if probe().mem_total is not None:
             return probe
     return read_psutil
+
+
+# -- what is installed ---------------------------------------------------------
+
+
+class Equipment(Value):
+    """What is installed on a machine."""
+
+    runtimes: tuple[str, ...] = ()
+    runtime_versions: Mapping[str, str] = NOTHING
+    gpus: tuple[Gpu, ...] = ()
+    providers: tuple[Provider, ...] = ()
+
+
+def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the path of a program: of the user's PATH, or of the usual places.
+
+    A service is started with a bare PATH, and the user's programs lie elsewhere.
+    Raises RpcError INVALID_REQUEST unless `name` is a plain name.
+    """
+    if not name or len(name) > 255 or "/" in name or not name.isprintable():
+        raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
+    directories = environ.get("PATH", os.defpath).split(os.pathsep)
+    home = environ.get("HOME") or os.path.expanduser("~")
+    usual = [os.path.join(home, place) for place in USUAL_PLACES]
+    # "" in PATH means the working directory; `join` leaves absolute places alone.
+    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
+    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
+    for path in (os.path.join(directory, name) for directory in absolute):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
 
 
 def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
@@ -6783,7 +6668,7 @@ def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
     provider = OllamaProvider(PROVIDERS[0], ollama_url(host), "")
     try:
         listed = provider.listed(cancel)
-    except (ModelError, Cancelled):
+    except ModelError:
         return None
     names = (pick(model, "name", str) for model in listed[:MAX_LISTED])
     return Provider("ollama", tuple(_label(name) for name in names if name))
@@ -6791,27 +6676,14 @@ def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
 
 def providers_with_keys(environ: Mapping[str, str]) -> tuple[Provider, ...]:
     """Return the providers whose API key is here; never the key."""
-    return tuple(
-        Provider(name)
-        for name, variable in API_KEY_VARIABLES.items()
-        if environ.get(variable)
-    )
+    variables = API_KEY_VARIABLES.items()
+    return tuple(Provider(name) for name, key in variables if environ.get(key))
 
 
 def _is_macos_stub(path: str, platform: str = sys.platform) -> bool:
     installed = MACOS_STUBS.get(path) if platform == "darwin" else None
     return installed is not None and not (
         os.path.isdir(installed) and os.listdir(installed)
-    )
-
-
-def _parse_gpus(csv: str) -> tuple[Gpu, ...]:
-    """Return the GPUs from lines like `NVIDIA A100-SXM4-80GB, 81920` (MiB)."""
-    rows = (line.rpartition(",") for line in csv.splitlines())
-    return tuple(
-        Gpu(name.strip(), _times(_first_number(size.strip()), 1024 * 1024))
-        for name, _, size in rows
-        if name.strip()
     )
 
 
@@ -6828,8 +6700,8 @@ class Inventory:
         self._environ = environ
         self._interval = interval
         self._on_change = on_change
-        self._cancellation = Cancellation()
-        self._programs = ShortPrograms(environ, self._cancellation)
+        self._cancel = Cancellation()
+        self._programs = ShortPrograms(environ, self._cancel)
         self._equipment = Equipment()  # replaced as a whole, so it needs no lock
         self._thread = threading.Thread(
             target=self._run, name="moltis-inventory", daemon=True
@@ -6838,13 +6710,13 @@ class Inventory:
 
     @property
     def equipment(self) -> Equipment:
-        """What was found so far: nothing yet in the first moment."""
+        """The last inventory; empty until the first one is taken."""
         return self._equipment
 
     def close(self) -> None:
-        self._cancellation.cancel()
-        # A name that does not resolve, or a host that does not answer, holds the
-        # thread for some seconds: nobody has to wait for that.
+        self._cancel.cancel()
+        # A name that does not resolve holds the thread for some seconds; nothing has
+        # to wait for that.
         self._thread.join(2.0)
 
     def _run(self) -> None:
@@ -6852,57 +6724,47 @@ class Inventory:
             while True:
                 try:
                     self._take()
+                except Cancelled:
+                    raise
                 except Exception:
                     log.exception("inventory failed")
-                self._cancellation.pause(self._interval)
+                self._cancel.pause(self._interval)
 
     def _take(self) -> None:
-        runtimes = self._find_runtimes()
+        found = {name: self._programs.find(name) for name in RUNTIMES}
+        paths = {
+            name: path
+            for name, path in found.items()
+            if path is not None and not _is_macos_stub(path)
+        }
         keys = providers_with_keys(self._environ)
         if self._equipment == Equipment():
-            # Names are quick to find; the first report shall not wait for versions.
-            self._publish(Equipment(runtimes=tuple(runtimes), providers=keys))
-        ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancellation)
-        self._publish(
-            Equipment(
-                runtimes=tuple(runtimes),
-                runtime_versions=self._ask_versions(runtimes),
-                gpus=self._ask_gpus(),
-                providers=(*(() if ollama is None else (ollama,)), *keys),
-            )
-        )
+            # Names are quick to find; the first report does not wait for versions.
+            self._publish(Equipment(tuple(paths), providers=keys))
+        ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancel)
+        providers = keys if ollama is None else (ollama, *keys)
+        versions = self._ask_versions(paths)
+        self._publish(Equipment(tuple(paths), versions, self._ask_gpus(), providers))
 
     def _publish(self, equipment: Equipment) -> None:
-        # What was cut short by close() would look like a machine that lost things.
-        if self._cancellation.cancelled or equipment == self._equipment:
+        # After close() it is cut short, and looks like a machine that lost things.
+        if self._cancel.cancelled or equipment == self._equipment:
             return
         self._equipment = equipment
         if self._on_change is not None:
             try:
                 self._on_change()
             except Exception:
-                log.exception("nobody hears of a change in the inventory")
-
-    def _find_runtimes(self) -> dict[str, str]:
-        """Return the paths of the runtimes that are installed, by program."""
-        found = {r.program: self._programs.find(r.program) for r in RUNTIMES}
-        return {
-            program: path
-            for program, path in found.items()
-            if path is not None and not _is_macos_stub(path)
-        }
+                log.exception("cannot report a change of the inventory")
 
     def _ask_versions(self, paths: Mapping[str, str]) -> dict[str, str]:
         versions = {}
-        for runtime in RUNTIMES:
-            path = paths.get(runtime.program)
-            if path is not None:
-                answer = self._programs.ask(
-                    path, runtime.argument, timeout=VERSION_TIMEOUT
-                )
-                found = re.search(runtime.version, answer)
-                if found:
-                    versions[runtime.program] = _label(found[1])
+        for name, path in paths.items():
+            argument, pattern = RUNTIMES[name]
+            result = self._programs.ask(path, argument, timeout=VERSION_TIMEOUT)
+            found = re.search(pattern, result.text) if result.status == 0 else None
+            if found:
+                versions[name] = _label(found[1])
         return versions
 
     def _ask_gpus(self) -> tuple[Gpu, ...]:
@@ -6910,27 +6772,29 @@ class Inventory:
         if path is None:
             return ()
         query = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
-        return _parse_gpus(self._programs.ask(path, *query, timeout=GPU_TIMEOUT))
+        # It also fails after it has listed all GPUs, say with 14 for a worn one.
+        output = self._programs.ask(path, *query, timeout=GPU_TIMEOUT).stdout
+        rows = re.findall(_GPU_ROW, output.decode("utf-8", "replace"))  # MiB
+        return tuple(
+            Gpu(name.strip(), int(size) * 1024 * 1024 if size else None)
+            for name, size in rows[:MAX_LISTED]
+        )
+
+
+# -- reports -------------------------------------------------------------------
 
 
 def _read_disk() -> tuple[int | None, int | None]:
-    """Return the size of "/" in bytes, and how much of it the user may still fill."""
-    try:
-        disk = os.statvfs("/")
-    except OSError:
-        return None, None
-    return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+    """Return the bytes of the disk that fills, and those that the user may still use.
 
-
-def _read_load() -> tuple[float, ...]:
-    try:
-        return tuple(round(average, 2) for average in os.getloadavg())
-    except OSError:
-        return ()
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 1)
+    "/" may be an image that is full and read-only.
+    """
+    for path in ("/", "/var", os.path.expanduser("~")):
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(path)
+            if not disk.f_flag & os.ST_RDONLY:
+                return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+    return None, None
 
 
 class TelemetrySource:
@@ -6946,33 +6810,24 @@ class TelemetrySource:
     def read(self) -> Telemetry:
         """Return how the machine is doing; from any thread, within about 6 s."""
         vitals = self._probe()
-        equipment = self._inventory.equipment
-        disk_total, disk_available = _read_disk()
-        usage = vitals.cpu_usage
-        if usage is None and vitals.cpu_times is not None:
-            usage = self._usage_until(vitals.cpu_times)
-        return Telemetry(
-            mem_total=vitals.mem_total,
-            mem_available=vitals.mem_available,
-            cpu_count=os.cpu_count(),
-            cpu_usage=_rounded(usage),
-            uptime=vitals.uptime,
-            disk_total=disk_total,
-            disk_available=disk_available,
-            load=_read_load(),
-            temperature=_rounded(vitals.temperature),
-            runtimes=equipment.runtimes,
-            runtime_versions=equipment.runtime_versions,
-            gpus=equipment.gpus,
-            providers=equipment.providers,
-        )
+        claims = {**vars(vitals), **vars(self._inventory.equipment)}
+        claims["cpu_count"] = os.cpu_count()
+        claims["disk_total"], claims["disk_available"] = _read_disk()
+        with contextlib.suppress(OSError):
+            claims["load"] = os.getloadavg()
+        if vitals.cpu_times is not None:
+            claims["cpu_usage"] = self._usage_until(vitals.cpu_times)
+        return Telemetry.checked(encode_value(claims))
 
     def _usage_until(self, now: CpuTimes) -> float | None:
         with self._lock:
             earlier = self._cpu_times
-            usage = None if earlier is None else now.usage_since(earlier)
+            if earlier is None or now.busy < earlier.busy or now.total < earlier.total:
+                # The counters of a container begin anew when it is restarted.
+                self._cpu_times, self._cpu_usage = now, None
+            usage = now.usage_since(earlier) if earlier is not None else None
             # Two readings at nearly the same time share the usage before them.
-            if usage is not None or earlier is None:
+            if usage is not None:
                 self._cpu_times, self._cpu_usage = now, usage
             return self._cpu_usage
 
@@ -7255,7 +7110,7 @@ def _which(options: MachineOptions, spec: WhichSpec, _errand: Errand) -> JsonObj
 
 def _providers(options: MachineOptions, _spec: object, _errand: Errand) -> JsonObject:
     providers = options.inventory.equipment.providers
-    return {"providers": [provider.to_payload() for provider in providers]}
+    return {"providers": [provider.to_json() for provider in providers]}
 
 
 def _lent_catalog(options: MachineOptions) -> ModelCatalog:
@@ -9108,6 +8963,11 @@ class JobRecord(Value):
         return self.state in JobState.OPEN
 
     @property
+    def is_final(self) -> bool:
+        """Whether it has ended for good: the node of a lost job may come back."""
+        return self.state not in (*JobState.OPEN, JobState.LOST)
+
+    @property
     def failed(self) -> bool:
         """Whether it ended with an exit code, a signal or an error."""
         if self.state == JobState.DONE:
@@ -10755,8 +10615,6 @@ class ConnectedNode:
         self.node_id = node_id
         self.device_id = device_id
         self.link = link
-        self.instance = params.instance
-        self.held = params.jobs
         self.lends_models = CAP_LLM in params.capabilities
         # Ours before jobs: it is served as a Moltis peer.
         self.outdated = (
@@ -10766,7 +10624,8 @@ class ConnectedNode:
         self.version = params.version
         self.address = address
         self.since_ms = now_ms()
-        self.ready = False  # its hello is sent; set once, by Fleet.activate
+        self.ready = False  # jobs may be sent: from its hello until its reader ends
+        self.announced = False  # its presence, to operators
         self.gone = threading.Event()  # its reader has ended
 
 
@@ -10860,7 +10719,7 @@ class Fleet:
         with self._lock:
             del self._connected[node.node_id]
         try:
-            if node.ready:
+            if node.announced:
                 self._announce_presence("node.disconnected", node)
                 self._devices.seen(node.device_id, now_ms())
         except StoreError as error:
@@ -10869,16 +10728,16 @@ class Fleet:
             node.gone.set()
 
     def activate(self, node: ConnectedNode) -> None:
-        """Open `node` for requests: its hello is sent."""
-        node.ready = True
+        """Open `node` for jobs: its hello is sent."""
+        node.ready = node.announced = True
         self._announce_presence("node.connected", node)
 
     def report(self, node: ConnectedNode, payload: JsonObject) -> None:
-        """Record a node's telemetry.  Raises RpcError if it makes no sense."""
+        """Record a node's telemetry.  Raises RpcError for another node's."""
         reported_id = optional(payload, "nodeId", str)
         if reported_id and reported_id != node.node_id:
             raise RpcError("FORBIDDEN", f"{node.node_id} may report on itself only")
-        telemetry = telemetry_from_payload(payload)
+        telemetry = Telemetry.from_payload(payload)
         if telemetry.providers is None:
             with self._lock:
                 known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
@@ -10886,8 +10745,8 @@ class Fleet:
         self._record_telemetry(node, telemetry)
 
     def record_providers(self, node: ConnectedNode, payload: JsonObject) -> None:
-        """Record a node's answer to `system.providers`.  Raises RpcError."""
-        providers = providers_from_payload(payload)
+        """Record a node's answer to `system.providers`."""
+        providers = Telemetry.from_payload(payload).providers or ()
         with self._lock:
             known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
         self._record_telemetry(node, known.replace(providers=providers))
@@ -11072,12 +10931,12 @@ class Fleet:
             telemetry, at = known
             stale = not connected or time.monotonic() - at > STALE_AFTER
         elif stored:
-            telemetry, stale = telemetry_from_payload(dict(stored)), True
+            telemetry, stale = Telemetry.from_payload(stored), True
         else:
             return {"telemetry": None, "providers": []}
         return {
             "telemetry": telemetry.to_columns(stale=stale),
-            "providers": [p.to_payload() for p in telemetry.providers or ()],
+            "providers": [p.to_json() for p in telemetry.providers or ()],
         }
 
 
@@ -11228,17 +11087,17 @@ class Log:
         with self._lock:
             if offset > self.end:
                 raise RpcError(
-                    "PROTOCOL_ERROR",
-                    f"frames at {offset} are ahead of the log, which ends at {self.end}",
+                    "PROTOCOL_ERROR", f"frames at {offset} follow a log of {self.end}"
                 )
             if offset + len(data) <= self.end:
                 return
             start = frame_boundary(offset, data, self.end)
             data = data[start - offset :]
+            if self._in_files:
+                self._write(start, data)
             self._remember(start, data)
             self.end = start + len(data)
             if self._in_files:
-                self._write(start, data)
                 self._trim()
             elif self._directory is not None and self.end - self.begin > MEMORY_LOG:
                 self._move_to_files()
@@ -11298,14 +11157,15 @@ class Log:
                 self._move_to_files()
 
     def finish(self) -> bytes | None:
-        """Return the whole log for its row if it is short; else it is in files."""
+        """Return the whole log if it is short enough for its row."""
         if self._directory is None:
             return None
         if self.begin == 0 and self.end <= ROW_LOG:
             start, data = self.read(0, ROW_LOG)
             if (start, len(data)) == (0, self.end):
+                with self._lock:  # followers read on when its files are removed
+                    self._memory = collections.deque([(0, data)])
                 return data
-        self.flush()
         return None
 
     def drop_middle(self, count: int) -> int:
@@ -11354,9 +11214,9 @@ class Log:
         return start, found[0] if len(found) == 1 else b"".join(found)
 
     def _move_to_files(self) -> None:
-        self._in_files = True
         for offset, data in self._memory:
             self._write(offset, data)
+        self._in_files = True
         self._trim()
 
     def _write(self, offset: int, data: bytes) -> None:
@@ -11508,8 +11368,8 @@ class Job:
 
     def releasable(self) -> int:
         """Return the offset before which the node need not keep the log."""
-        if not self.stored:
-            return self.acknowledged  # its ending waits for room on the disk
+        if not (self.stored or self.record.is_open):
+            return self.acknowledged  # the ending waits for room on the disk
         offset = self.log.end
         if self.record.kept and self.record.is_open:
             offset = self.log.durable
@@ -11639,10 +11499,12 @@ class Jobs:
         self._fleet = fleet
         self._directory = directory
         self._keep_output = keep_output
+        # Held from the look for an id until its job is in _jobs; the first to be taken.
+        self._starting = threading.RLock()
         self._lock = threading.Lock()  # guards all below
         self._jobs: dict[str, Job] = {}
         self._by_node: dict[str, dict[str, Job]] = {}
-        self._waits: set[Wait] = set()
+        self._waits: dict[Future[Job], Wait] = {}
         self._closed = False
         self.on_end: Callable[[Job], None] | None = None  # called before followers
         self._next_sweep = 0.0  # monotonic
@@ -11661,45 +11523,51 @@ class Jobs:
         Raises RpcError: CONFLICT for an id of another key, UNAVAILABLE if the node is
         away; StoreError if the row cannot be written.
         """
-        with self._lock:
-            known = self._jobs.get(record.id)
-        if known is not None:
-            return _same_caller(known, record)
+        with self._starting:
+            known = self._known(record.id)
+            if known is None:
+                record = self._addressed(record)
+                try:
+                    if WORKS[record.work].recorded:
+                        record = self._table.add(record)
+                except RpcError as error:
+                    if error.code != "CONFLICT":
+                        raise
+                    known = self.get(record.id)  # it has ended
+            if known is not None:
+                return _same_caller(known, record)
+            job = Job(record, Log(self._log_directory(record)))
+            job.was_sent = False
+            self._add(job)
+        self._send(job)
+        return job
+
+    def _addressed(self, record: JobRecord) -> JobRecord:
+        """Return the row of a new job, with the life of the node that is asked."""
         if self._closed:
             raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
         link = self._link(record.node_id)
         if link is not None:
             link.check(record.work, record.spec or {})
-            record = record.replace(sent_to=link.instance, state=JobState.RUNNING)
-        elif record.queue_until is not None:
-            record = record.replace(state=JobState.QUEUED)
-        elif self._table.get(record.id) is None:
+            return record.replace(sent_to=link.instance)
+        if record.queue_until is not None:
+            return record.replace(state=JobState.QUEUED)
+        if self._table.get(record.id) is None:
             self._fleet.require_connected(record.node_id, record.node_name)
-        job = Job(record, Log(self._log_directory(record)))
-        job.was_sent = False
-        if not self._add(job):
-            return self.start(record)  # another request was faster
-        try:
-            if job.is_recorded:
-                job.record = self._table.add(record)
-        except BaseException as error:
-            self._remove(job)
-            if isinstance(error, RpcError) and error.code == "CONFLICT":
-                return _same_caller(self.get(record.id), record)  # it has ended
-            raise
-        self._send(job)
-        return job
+        return record
 
     def get(self, job_id: str) -> Job:
         """Return a job, also one that ended.  Raises RpcError NOT_FOUND, StoreError."""
-        with self._lock:
-            job = self._jobs.get(job_id)
+        job = self._known(job_id)
         if job is not None:
             return job
         record = self._table.get(job_id)
         if record is None:
             raise RpcError("NOT_FOUND", f"there is no job {job_id[:64]!r}")
-        return self._load(record)
+        if record.is_open:
+            with self._starting:  # its row is written, and it is not in _jobs yet
+                job = self._known(job_id)
+        return job or self._load(record)
 
     def open_on(self, node_id: str) -> list[Job]:
         """Return the jobs of a node that have not ended."""
@@ -11719,7 +11587,9 @@ class Jobs:
                 previous, job.holder, job.alone_since = job.holder, follower, None
                 if previous is not None:
                     previous.holds = False  # it watches from now on
-        self._wake(job)
+            if job.record.state == JobState.LOST:
+                self._add(job)  # its node may bring it back: `follower` is notified
+        follower.wake(job)
 
     def unfollow(self, job: Job, follower: Follower, *, leaves: bool) -> None:
         """Forget `follower`; a holder that `leaves` cancels an unkept job."""
@@ -11736,10 +11606,13 @@ class Jobs:
         self.acknowledge(job)
 
     def acknowledge(self, job: Job) -> None:
-        """Tell the node what it need not keep, once that is a quarter of a window."""
+        """Release the node's log, once that is worth a quarter of a window."""
         with job.lock:
             offset = job.releasable()
             over = not job.record.is_open and job.stored and offset >= job.log.end
+            # Followers of a lost job are notified if its node comes back with it.
+            if over and (job.record.is_final or not job.followers):
+                self._remove(job)
             if job.settled or (
                 not over and offset - job.acknowledged < LOG_WINDOW // 4
             ):
@@ -11748,9 +11621,6 @@ class Jobs:
             if not job.record.kept:
                 job.log.forget(offset)
         self._tell(job, lambda link: link.acknowledge(job.id, offset))
-        # The node of a lost job may still come back with it.
-        if over and not (job.record.state == JobState.LOST and job.followers):
-            self._remove(job)
 
     def wait(
         self, job: Job, timeout: float | None, cancel: Cancellation | None = None
@@ -11783,19 +11653,21 @@ class Jobs:
         return self._watch(Wait(job, timeout, offset))
 
     def _watch(self, wait: Wait) -> Future[Job]:
-        def done(_: object) -> None:
-            with self._lock:
-                self._waits.discard(wait)
-            self.unfollow(wait.job, wait, leaves=False)
-
         with self._lock:
             full = len(self._waits) >= MAX_WAITS or self._closed
-            self._waits.add(wait)
+            self._waits[wait.future] = wait
         self.follow(wait.job, wait)
         if full:
             wait.fail(_stopping() if self._closed else _too_many_waits())
-        wait.future.add_done_callback(done)
+        wait.future.add_done_callback(self._unwatch)
         return wait.future
+
+    def _unwatch(self, future: Future[Job]) -> None:
+        with self._lock:
+            # Not from a closure: a future that holds its Wait is a cycle, and each
+            # command would leave its whole job to the garbage collector.
+            wait = self._waits.pop(future)
+        self.unfollow(wait.job, wait, leaves=False)
 
     def text(self, job: Job, limit: int = TEXT_LIMIT) -> str:
         """Return the output as text; of a longer one head and tail."""
@@ -11827,7 +11699,8 @@ class Jobs:
         if job.record.is_open:
             self._tell(job, lambda link: link.cancel(job.id))
             with job.lock:
-                self._save(job)
+                if job.record.is_open:
+                    self._save(job)
         self._wake(job)
         self.acknowledge(job)
 
@@ -11854,7 +11727,7 @@ class Jobs:
         """Start nothing more; what runs goes on, and its kept logs are in files."""
         self._closed = True
         with self._lock:
-            waits = list(self._waits)
+            waits = list(self._waits.values())
         for wait in waits:
             wait.fail(_stopping())
         for job in self._all():
@@ -11913,7 +11786,10 @@ class Jobs:
             if job is not None:
                 with job.lock:
                     job.record = _reopened(job.record)
+                    # Until came(), tick() must neither give it up nor remove it.
+                    job.away_since = time.monotonic()
                     job.settled = False
+                    self._add(job)
                     job.log.skip_to(begin)
                     job.was_sent = True
                     # An acknowledgement may have got lost with the connection: else
@@ -11970,7 +11846,7 @@ class Jobs:
         for job in self._all():
             self._age(job, now, now_in_ms)
         with self._lock:
-            waits = list(self._waits)
+            waits = list(self._waits.values())
         for wait in waits:
             wait.wake(wait.job)
         if now >= self._next_sweep:
@@ -11980,10 +11856,9 @@ class Jobs:
                 self._sweep()
 
     def _age(self, job: Job, now: float, now_in_ms: int) -> None:
-        record = job.record
-        until = record.queue_until
         changed = False
         with job.lock:
+            record, until = job.record, job.record.queue_until
             reason = job.overdue(now)
             if reason:
                 self._end_locked(job, Ending(JobState.LOST, reason=reason))
@@ -12037,7 +11912,7 @@ class Jobs:
     def _end_locked(self, job: Job, ending: Ending) -> None:
         """Record how a job ended, unless that is known; `job.lock` is held."""
         record = job.record
-        if not (record.is_open or record.state == JobState.LOST):
+        if record.is_final:
             return
         if ending.state == JobState.LOST:
             if not record.is_open:
@@ -12062,7 +11937,7 @@ class Jobs:
         if not job.is_recorded:
             return
         try:
-            data = None if job.record.is_open else job.log.finish()
+            data = job.log.finish() if job.record.is_final else None
             self._table.save(job.record, data)
         except StoreError as error:
             if job.stored:
@@ -12073,14 +11948,16 @@ class Jobs:
             if job.record.is_open:
                 return
             if data is None:
+                job.log.flush()
                 self._unswept += job.log.size_on_disk
             elif job.log.size_on_disk:
                 self.discard([job.id])
 
     def _send(self, job: Job) -> None:
         """Send a job to its node, unless it was sent over this connection."""
-        link = self._link(job.record.node_id)
         with job.lock:
+            # Looked up under the lock: either it is connected now, or left() follows.
+            link = self._link(job.record.node_id)
             record = job.record
             if link is None:
                 job.away_since = job.away_since or time.monotonic()
@@ -12115,8 +11992,10 @@ class Jobs:
 
     def _wake(self, job: Job) -> None:
         if job.ends_anew and self.on_end is not None:
-            job.ends_anew = False
-            self.on_end(job)
+            with job.lock:
+                ends, job.ends_anew = job.ends_anew, False
+            if ends:
+                self.on_end(job)
         for follower in job.followers:
             follower.wake(job)
 
@@ -12130,23 +12009,19 @@ class Jobs:
     def _load(self, record: JobRecord) -> Job:
         """Return a job whose row is known."""
         directory = self._log_directory(record)
-        stored = (
-            None if record.is_open or directory is None else self._table.log(record.id)
-        )
+        kept = directory is not None and record.is_final
+        stored = self._table.log(record.id) if kept else None
         job = Job(record, Log(None if stored else directory))
         if stored:
             job.log.append(0, stored)
-        if not record.is_open:
+        if record.is_final:
             job.log.skip_to(record.log_end)
             job.log_end = record.log_end
         return job
 
     def _adopt(self, record: JobRecord) -> Job:
         """Take up a job of an earlier life of the gateway."""
-        job = self._load(record)
-        self._add(job)
-        with self._lock:
-            return self._jobs[record.id]
+        return self._add(self._load(record))
 
     def _reopen(self, link: NodeLink, job_id: str) -> Job | None:
         """Take up a job that had ended here, and comes back with its node."""
@@ -12154,6 +12029,10 @@ class Jobs:
         if record is None or record.node_id != link.node_id:
             return None
         return self._adopt(_reopened(record))
+
+    def _known(self, job_id: str) -> Job | None:
+        with self._lock:
+            return self._jobs.get(job_id)
 
     def _of_node(self, node_id: str, job_id: str) -> Job | None:
         # A node answers for its own jobs only, whatever ids it names.
@@ -12168,13 +12047,11 @@ class Jobs:
         with self._lock:
             return list(self._jobs.values())
 
-    def _add(self, job: Job) -> bool:
+    def _add(self, job: Job) -> Job:
+        """Return `job`, or the one of the same id that is known already."""
         with self._lock:
-            if job.id in self._jobs:
-                return False
-            self._jobs[job.id] = job
-            self._by_node.setdefault(job.record.node_id, {})[job.id] = job
-            return True
+            self._by_node.setdefault(job.record.node_id, {}).setdefault(job.id, job)
+            return self._jobs.setdefault(job.id, job)
 
     def _remove(self, job: Job) -> None:
         with self._lock:
@@ -14111,8 +13988,8 @@ class Chats:
         """Store what was chosen for a session.  Raises RpcError."""
         if "model" in choices:
             self._model(choices["model"])
-        if not self._store.sessions.change(key, **choices):
-            self._session(key)
+        if choices:
+            self._store.sessions.change(key, **choices)
         return self._tell("patched", key)
 
     def reset(self, key: str) -> JsonObject:
@@ -14404,14 +14281,14 @@ class Chats:
 # Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Commands,
 #       Machine, Store, Access, Fleet, Jobs, Agent, Model directory, Chat
 #
-# What peers may ask of the gateway, and what it sends them: RPC methods in one table,
+# The gateway's side of each WebSocket: the first exchange, RPC methods in one table,
 # events to subscribers, jobs between operators and nodes.  A peer's role comes from
-# its credential, never from what it says of itself.
+# its credential, never from its own words.
 # ==============================================================================
 
 TICK_INTERVAL = 1.0  # s between two looks at deadlines
-MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a request has at most half of that
-MAX_MOLTIS_MESSAGE = 16 * 1024 * 1024  # bytes; an answer of a Moltis node is one
+MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes
+MAX_MOLTIS_MESSAGE = 16 * 1024 * 1024  # bytes; a command's whole output is one message
 MAX_FOLLOWED = 4096  # jobs that one connection follows; more are refused
 MAX_WAIT = 300.0  # s that an answer may wait for news of a job
 MAX_QUEUE = 30 * 86400.0  # s that a job may wait for a node that is away
@@ -14422,7 +14299,7 @@ EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session")
 
 
 def as_rpc_error(error: BaseException, what: str) -> RpcError:
-    """Return what the peer may know of `error`; the log has the rest."""
+    """Return `error` for the peer; anything unexpected is logged, not shown."""
     if isinstance(error, RpcError):
         return error
     if isinstance(error, MoltisError):
@@ -14434,7 +14311,7 @@ def as_rpc_error(error: BaseException, what: str) -> RpcError:
 def answer_request(
     request: Request, act: Callable[[Request], Any], send: Callable[[str], None]
 ) -> None:
-    """Send the answer that `act` returns, or a Future of it, or why there is none."""
+    """Send the payload that `act` returns, now or as a Future, or its error."""
 
     def respond(payload: Any = None, error: BaseException | None = None) -> None:
         failure = None if error is None else as_rpc_error(error, request.method)
@@ -14480,7 +14357,7 @@ def job_state(job: Job) -> JsonObject:
 
 
 class ClientFollower:
-    """A job's log on its way to one client: as fast as its connection drains."""
+    """Sends a job's log and states to one client, as fast as its connection drains."""
 
     def __init__(
         self,
@@ -14492,25 +14369,25 @@ class ClientFollower:
         holds: bool,
         newest: int | None = None,
     ) -> None:
-        """`on_done` is called once the client knows all of what it watches.
+        """`on_done` is called once the client has everything there will be.
 
         `newest`: bytes; a watcher that falls behind by several times as many gets only
         that much of the end.
         """
         self.job = job
-        self.position = offset  # the client has read all before it
+        self.position = offset  # everything before it is read by the client
         self.holds = holds
         self._outlet = outlet
         self._on_done = on_done
         self._newest = newest
         self._is_open = False
         self._sent = offset
-        self._state: object = None  # as the client knows it
-        self._is_told = False  # the client knows how the job ended
-        self._input: tuple[int, int] | None = None  # the same: bytes, resumptions
+        self._state: object = None  # the last one sent
+        self._is_told = False  # the ending was sent
+        self._input: tuple[int, int] | None = None  # the last sent: bytes, resumptions
 
     def open(self) -> None:
-        """Begin to send: the answer to the client's request is on its way."""
+        """Start sending; the request that follows the job has been answered."""
         self._is_open = True
         self.wake(self.job)
 
@@ -14529,7 +14406,7 @@ class ClientFollower:
 
     @property
     def is_done(self) -> bool:
-        """Whether the client has all, and said so if it holds the log."""
+        """Whether the ending was sent, and a holder has acknowledged the whole log."""
         return self._is_told and (not self.holds or self.position >= self.job.log.end)
 
     def _next(self) -> str | bytes | None:
@@ -14542,7 +14419,7 @@ class ClientFollower:
                 payload["resume"] = True
             self._input = consumed
             return encode_envelope(Event(JOB_INPUT, payload))
-        # Before the log is read: an ending follows all bytes.
+        # Read before the log: an ending follows all bytes.
         state = (record.state, job.place, job.away_since is not None)
         newest = self._newest
         if newest is not None and job.log.end - self._sent > 4 * newest:
@@ -14557,7 +14434,7 @@ class ClientFollower:
             return None
         self._state = state
         # A lost job may still come back with its node.
-        self._is_told = not record.is_open and record.state != JobState.LOST
+        self._is_told = record.is_final
         if self.is_done:
             self._on_done(self)
         return encode_envelope(Event(JOB_STATE, job_state(job)))
@@ -14603,7 +14480,7 @@ class OperatorPeer:
             self.ws.send(text)
 
     def check_room(self, count: int) -> None:
-        """Raises RpcError RATE_LIMITED if this is too much to follow as well."""
+        """Raises RpcError RATE_LIMITED unless `count` more jobs may be followed."""
         with self._lock:
             count += len(self._followers)
         if count > MAX_FOLLOWED:
@@ -14614,9 +14491,9 @@ class OperatorPeer:
     def follow(
         self, job: Job, offset: int, *, holds: bool, newest: int | None = None
     ) -> int:
-        """Send the job's log from `offset` on, or from what is left of it.
+        """Send the job's log from `offset` on, or from the first byte kept after it.
 
-        Returns where it begins.
+        Returns that offset.
         """
         self.unfollow(job.id, leaves=False)
         start = job.log.boundary(max(offset, job.log.begin))
@@ -14674,12 +14551,12 @@ class OperatorPeer:
             raise ConnectionClosed(CloseCode.UNSUPPORTED_DATA, str(error)) from error
         follower = self._follower(job_id)
         if kind == INPUT_DATA and follower is not None:
-            with contextlib.suppress(RpcError):  # another connection holds it now
+            with contextlib.suppress(RpcError):  # another connection holds the job now
                 self._jobs.input(follower.job, follower, offset, data)
 
 
 class Audience:
-    """The operators that are connected, for events."""
+    """The connected operators, as receivers of events."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _peers
@@ -14701,13 +14578,13 @@ class Audience:
             peer.ws.close(CloseCode.POLICY_VIOLATION, "signed out", timeout=0)
 
     def announce(self, name: str, payload: JsonObject) -> None:
-        """Send an event to those who subscribed to it; it never blocks."""
+        """Send an event to its subscribers, without blocking."""
         with self._lock:
             peers = [peer for peer in self._peers if name in peer.events]
         if not peers:
             return
         text = encode_envelope(Event(name, payload))
-        # A browser that sleeps is spared these; their numbers show it what it lacks.
+        # Not to a browser that sleeps: it sees a gap in their numbers and reloads.
         spared = payload.get("state") in SPARED_STATES and "message" not in payload
         for peer in peers:
             if not spared or peer.ws.backlog <= MAX_BACKLOG:
@@ -14722,7 +14599,7 @@ class RpcCall(Value):
 
     caller: Caller
     params: JsonObject
-    peer: OperatorPeer | None = None  # None: over HTTP, where nothing can follow
+    peer: OperatorPeer | None = None  # None: the request came over HTTP
 
     def require_peer(self) -> OperatorPeer:
         """Return the connection.  Raises RpcError over HTTP."""
@@ -14731,8 +14608,8 @@ class RpcCall(Value):
         return self.peer
 
 
-# The JSON type of a parameter, or a function like required_offset() that reads it; or
-# RpcCall, Caller, OperatorPeer: of the request itself.
+# A parameter's JSON type, or a function like required_offset() that reads it.  RpcCall,
+# Caller and OperatorPeer are taken from the request itself.
 Kind: TypeAlias = "type | Callable[[JsonObject, str], Any]"
 
 
@@ -14758,7 +14635,7 @@ def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
     if not isinstance(kind, type):
         return kind(call.params, name)
     value = required(call.params, name, kind)
-    # Neither the store nor the timeout of a thread takes more.
+    # SQLite and the timeouts of threads take no more.
     if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
         raise RpcError("INVALID_REQUEST", f"{name} is out of range")
     return value
@@ -14770,7 +14647,7 @@ class Method:
     def __init__(
         self, action: Callable[..., Any], scope: str, **parameters: Kind | Optional
     ) -> None:
-        """`action` returns the payload of the answer, or a Future; None is `{}`."""
+        """`action` returns the payload, or a Future of it; None means `{}`."""
         self.scope = scope
         self._action = action
         self._parameters = [
@@ -14795,7 +14672,7 @@ def required_id(params: JsonObject, _name: str) -> str:
 
 
 def seconds(limit: float) -> Kind:
-    """Return the kind of a parameter that is a time of at most `limit` s."""
+    """Return the kind of a parameter in seconds, from 0 to `limit`."""
 
     def check(params: JsonObject, name: str) -> float:
         value: float = required(params, name, float)
@@ -14844,7 +14721,7 @@ def mapped(future: Future[Any], convert: Callable[[Any], Any]) -> Future[Any]:
 
 
 class NodeMethods:
-    """What operators may do with machines and their tokens."""
+    """The methods about machines and their tokens."""
 
     def __init__(
         self,
@@ -14921,16 +14798,16 @@ class NodeMethods:
         return device
 
     def _hang_up(self, device: Device) -> None:
-        # Under whichever id: it may be connecting now, or may have connected twice.
+        # By device, not by node id: it may be connecting, or have connected twice.
         for node in self._fleet.all_connected():
             if node.device_id == device.id:
                 node.link.hang_up(TOKEN_REVOKED)
 
 
 def invoke_result(job: Job) -> JsonObject:
-    """Return the answer of Moltis' `node.invoke`.
+    """Return the answer to Moltis' `node.invoke`.
 
-    Raises RpcError UNAVAILABLE where it is not known how the job ended.
+    Raises RpcError UNAVAILABLE if the job was lost or never sent.
     """
     record, ending = job.record, job.ending
     assert ending is not None
@@ -14954,7 +14831,7 @@ def invoke_result(job: Job) -> JsonObject:
 
 
 def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
-    """Return the output in whole log frames, in its order."""
+    """Return the output in whole log frames, in order, adjacent frames joined."""
     pieces: list[JsonObject] = []
     for kind, frames in itertools.groupby(log_frames(data), lambda frame: frame[0]):
         if kind in STREAMS:
@@ -14972,7 +14849,7 @@ def caller_origin(caller: Caller) -> Origin:
 
 
 class JobMethods:
-    """What operators may do with the work on machines."""
+    """The methods about jobs."""
 
     def __init__(self, fleet: Fleet, jobs: Jobs) -> None:
         self._fleet = fleet
@@ -14992,7 +14869,7 @@ class JobMethods:
         hold: bool,
         queue: float,
     ) -> JsonObject:
-        """Start the same on each node, once all names are known."""
+        """Start the same on each node; nothing starts unless all names are known."""
         peer = call.require_peer() if hold else None
         if peer is not None:
             peer.check_room(len(jobs))
@@ -15054,7 +14931,7 @@ class JobMethods:
     def read(
         self, job: Job, offset: int, wait: float, encoding: str
     ) -> Future[JsonObject]:
-        """Answer with output from `offset` on, at once or when there is some."""
+        """Answer with output from `offset` on, waiting `wait` s for the first."""
 
         def answer(job: Job) -> JsonObject:
             start, data = job.log.read(job.log.boundary(offset))
@@ -15068,7 +14945,7 @@ class JobMethods:
         return mapped(self._jobs.news(job, offset, wait), answer)
 
     def wait(self, job: Job, wait: float) -> Future[JsonObject]:
-        """Answer when the job has ended, or with how it is after `wait` s."""
+        """Answer with the job once it has ended, or after `wait` s."""
         return mapped(self._jobs.ended(job, wait), job_view)
 
     def cancel(self, job: Job, by: Caller) -> JsonObject:
@@ -15093,7 +14970,7 @@ class JobMethods:
         invoke_id: str | None,
         background: bool,
     ) -> JsonObject | Future[JsonObject]:
-        """Do something as clients of Moltis ask for it: one call, one answer."""
+        """Start a job and answer with its result: Moltis' one call, one answer."""
         if args.get("stdin"):
             raise RpcError("INVALID_REQUEST", "node.invoke takes no input")
         node, origin = self._fleet.resolve(node_id), caller_origin(caller)
@@ -15107,7 +14984,7 @@ class JobMethods:
 
 
 class ChatMethods:
-    """What operators may do in sessions."""
+    """The methods about sessions."""
 
     def __init__(self, chats: Chats, fleet: Fleet, approvals: Approvals) -> None:
         self._chats = chats
@@ -15128,9 +15005,9 @@ class ChatMethods:
         return {"ok": True, "node_id": entry["node_id"]}
 
     def node_id(self, params: JsonObject, name: str) -> str | None:
-        """Return the id of the node that a session is to use; null is Local.
+        """Return the id of the node that a session shall use; null means Local.
 
-        Raises RpcError for one that is not known; it may be away.
+        Raises RpcError for an unknown node; it may be offline.
         """
         if name not in params:
             return None
@@ -15169,7 +15046,7 @@ def _key_view(key: OperatorKey) -> JsonObject:
 
 
 class AccessMethods:
-    """What administrators may do about operators: keys, sign-ins, the audit."""
+    """The methods about operators: keys, sign-ins, the audit."""
 
     def __init__(
         self,
@@ -15419,7 +15296,7 @@ class Rpc:
 class NodePeer:
     """The WebSocket of a node of ours: a NodeLink for Jobs."""
 
-    resumes = True  # its jobs outlive this connection
+    resumes = True  # its jobs go on without this connection
     max_message = MAX_PEER_MESSAGE
 
     def __init__(
@@ -15441,7 +15318,7 @@ class NodePeer:
         self._notify(JOB_ACK, {"id": job_id, "offset": offset})
 
     def check_cancel(self, job_id: str) -> None:
-        """Raises RpcError where this node cannot end the job."""
+        """Raises RpcError for a job that this node cannot end."""
 
     def cancel(self, job_id: str) -> None:
         self._notify(JOB_CANCEL, {"id": job_id})
@@ -15456,7 +15333,7 @@ class NodePeer:
         self._ws.close(CloseCode.POLICY_VIOLATION, reason, timeout=0)
 
     def serve(self, node: ConnectedNode) -> None:
-        """Take what the node sends until it hangs up.  Raises ConnectionClosed."""
+        """Handle the node's messages until it hangs up.  Raises ConnectionClosed."""
         while True:
             message = self._ws.receive()
             if message is None:
@@ -15470,7 +15347,7 @@ class NodePeer:
                 ) from error
 
     def _take(self, node: ConnectedNode, message: str | bytes) -> None:
-        """Raises RpcError where the connection has to end."""
+        """Raises RpcError if the connection has to end."""
         if isinstance(message, bytes):
             self._take_data(message)
             return
@@ -15501,7 +15378,7 @@ class NodePeer:
     def _handle(self, node: ConnectedNode, request: Request) -> JsonObject:
         """Return the answer to a request.  Raises RpcError."""
         if request.method != NODE_EVENT:
-            # The role comes from the credential: a node calls nothing else.
+            # A device token is no operator's key, whatever role its owner asked for.
             raise RpcError("FORBIDDEN", f"a node may not call {request.method[:100]!r}")
         if required(request.params, "event", str) == NODE_TELEMETRY:
             self._fleet.report(node, required(request.params, "payload", dict))
@@ -15513,14 +15390,14 @@ class NodePeer:
 
 MOLTIS_COMMANDS: Mapping[str, str] = {w: c for c, w in INVOKED_WORKS.items()}
 MOLTIS_KIND = "it is a node of Moltis, or of an old version"
-MOLTIS_TIMEOUT = "command timed out after"  # how such a node says so
-MOLTIS_GRACE = 60.0  # s beyond a command's timeout; then its silence counts again
+MOLTIS_TIMEOUT = "command timed out after"  # the beginning of such an error
+MOLTIS_GRACE = 60.0  # s after a command's timeout; then a silent node is given up
 
 
 def moltis_ending(work: str, result: JsonObject) -> Ending:
-    """Return how a job ended for which a node sent this one answer.
+    """Return the ending that a node's one answer stands for.
 
-    Raises RpcError for an answer that makes no sense.
+    Raises RpcError for a malformed answer.
     """
     problem = result.get("error")
     if problem is not None:
@@ -15546,10 +15423,10 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
 
 
 class MoltisPeer(NodePeer):
-    """A node that knows commands and answers: of Moltis, or ours before `jobs`.
+    """The WebSocket of a node without our extension: of Moltis, or an old one of ours.
 
-    It runs one command after the other, so it is sent one at a time: the timeout of a
-    command does not run while it is in line.
+    It runs one command after the other and counts a command's timeout from its
+    arrival, so it is sent one at a time.
     """
 
     resumes = False
@@ -15559,7 +15436,7 @@ class MoltisPeer(NodePeer):
         self, ws: WebSocket, params: ConnectParams, fleet: Fleet, jobs: Jobs
     ) -> None:
         super().__init__(ws, params, fleet, jobs)
-        self.instance = new_id()  # what it was doing is lost with the connection
+        self.instance = new_id()  # its jobs are lost with the connection
         self._name = params.display_name or params.client_id
         self._lock = threading.Lock()  # guards all below
         self._line: dict[str, JsonObject] = {}  # specs of commands not sent, by id
@@ -15582,7 +15459,7 @@ class MoltisPeer(NodePeer):
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
         try:
-            self.check(work, spec)  # it was away when it was asked for
+            self.check(work, spec)  # a queued job was not checked before
         except RpcError as error:
             self._end(job_id, Ending(JobState.FAILED, reason=error.message), {})
             return
@@ -15619,7 +15496,7 @@ class MoltisPeer(NodePeer):
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def tick(self) -> None:
-        """Count silence again once a command should have ended."""
+        """Give up a silent node again once its command should have ended."""
         with self._lock:
             if self._deadline.expired:
                 self._ws.keepalive = True
@@ -15636,7 +15513,7 @@ class MoltisPeer(NodePeer):
                     self._deadline = Deadline(spec["timeout"] / 1000 + MOLTIS_GRACE)
             running, line = self._running, list(self._line)
         if spec is not None:
-            # Only what is set: it fails on a blank cwd, and takes a whole timeout only.
+            # Such a node fails on a blank cwd and ignores a timeout with a fraction.
             args = {n: spec[n] for n in ("command", "env") if spec.get(n)}
             if (spec.get("cwd") or "").strip():
                 args["cwd"] = spec["cwd"]
@@ -15647,7 +15524,7 @@ class MoltisPeer(NodePeer):
             self._jobs.on_place(self, job_id, place)
 
     def _request(self, job_id: str, work: str, args: JsonObject) -> None:
-        # It reads nothing, so answers no ping, while it works.
+        # While it works it reads nothing, and so answers no ping.
         self._ws.keepalive = False
         payload = {"invokeId": job_id, "command": MOLTIS_COMMANDS[work], "args": args}
         with contextlib.suppress(ConnectionClosed):  # Jobs.left() ends them all
@@ -15669,7 +15546,7 @@ class MoltisPeer(NodePeer):
             try:
                 ending = moltis_ending(work, result)
             except RpcError as error:
-                reason = f"the node sent a result that makes no sense: {error}"
+                reason = f"the node sent a malformed result: {error}"
                 ending = Ending(JobState.FAILED, reason=reason)
             duration = max(0, now_ms() - started_at) / 1000
             ending = ending.replace(started_at=started_at, duration=duration)
@@ -15678,7 +15555,7 @@ class MoltisPeer(NodePeer):
         return {}
 
     def _end(self, job_id: str, ending: Ending, result: JsonObject) -> None:
-        """Write a job's log: the output in its one answer, and the ending."""
+        """Write the job's log: the output in `result`, then the ending."""
         frames, counts = [], []
         for kind, name in STREAMS.items():
             text = result.get(name)
@@ -15703,26 +15580,26 @@ class MoltisPeer(NodePeer):
 
 
 class Identity(Value):
-    """Who a peer has proved to be, and what it says of itself."""
+    """A peer's proved identity and its `connect` parameters."""
 
     caller: Caller
     params: ConnectParams
     device: Device | None = None  # None: an operator
     handle: str = ""  # of the token that a device came with
-    server_final: str = ""  # our half of the proof, where SCRAM was used
+    server_final: str = ""  # our half of the proof, if SCRAM was used
 
 
 class Client(Value):
-    """What is known of a peer before it has said a word."""
+    """A peer as its HTTP request shows it."""
 
     address: str
     channel_binding: bytes | None  # None: it came without TLS
-    login: Caller | None  # whoever the cookie of the upgrade belongs to
+    login: Caller | None  # the owner of the request's cookie
     on_identified: Callable[[], None]  # called once it has proved who it is
 
 
 class Introduction:
-    """The first exchange of a connection, until the peer has proved who it is."""
+    """The first exchange of a connection: it proves who the peer is."""
 
     def __init__(
         self, ws: WebSocket, access: Access, client: Client, *, require_scram: bool
@@ -15735,10 +15612,10 @@ class Introduction:
         self._scram: ScramServer | None = None
 
     def identity(self) -> Identity | None:
-        """Return who the peer is; None if it leaves before it has proved that.
+        """Return who the peer is; None if it hangs up first.
 
-        Raises RpcError: refuse its request with it.  Raises ConnectionClosed, and
-        TimeoutError after CONNECT_TIMEOUT.
+        Raises RpcError to refuse the request with; ConnectionClosed; TimeoutError
+        after CONNECT_TIMEOUT.
         """
         deadline = Deadline(CONNECT_TIMEOUT)
         while True:
@@ -15747,7 +15624,7 @@ class Introduction:
                 return None
             answer = self._answer(self._request(message))
             if isinstance(answer, Identity):
-                self._scram = None  # it would live as long as the connection
+                self._scram = None  # free it: this object lives as long as `ws`
                 self._client.on_identified()
                 return answer
             self._ws.send(encode_envelope(Response(self.request_id, answer)))
@@ -15768,7 +15645,7 @@ class Introduction:
         return envelope
 
     def _answer(self, request: Request) -> Identity | JsonObject:
-        """Return the answer to `auth.scram`, or who sent `connect`.
+        """Return the answer to `auth.scram`, or the identity that `connect` proves.
 
         Raises RpcError.
         """
@@ -15797,7 +15674,7 @@ class Introduction:
             raise RpcError("UNAUTHORIZED", text) from error
 
     def _identify(self, params: ConnectParams) -> Identity:
-        """Raises AuthenticationError, or RpcError where there is no credential."""
+        """Raises AuthenticationError; RpcError if there is no credential."""
         access, final = self._access, ""
         if params.scram_final and self._scram is not None:
             final = self._scram.final(params.scram_final)
@@ -15830,12 +15707,12 @@ class Introduction:
 def note_presence(
     devices: DevicesTable, device: Device, params: ConnectParams, address: str
 ) -> bool:
-    """Record what a node says of itself; False if its token was revoked.
+    """Record a node's name, platform, version, address; False if it was revoked.
 
     Raises StoreError.
     """
     name = ""
-    with contextlib.suppress(RpcError):  # it may not call itself Local
+    with contextlib.suppress(RpcError):  # no name, or Local
         name = valid_name(params.display_name)
     try:
         return devices.connect(
@@ -15853,7 +15730,7 @@ def note_presence(
         known = devices.by_node_id(params.client_id, now_ms())
         if known is None or known.id != device.id:
             raise
-        # A full disk must not part a node from the commands that it runs.
+        # A full disk must not keep a node from resuming its jobs.
         log.warning("presence not recorded node=%s: %s", params.client_id, error)
         return True
 
@@ -15900,7 +15777,7 @@ class Gateway:
             ws, self._access, client, require_scram=self._require_scram
         )
         try:
-            # Its messages are freed here: 5 KiB of each node.
+            # A call of its own: its messages are freed, 5 KiB a node.
             identity = None if stops else introduction.identity()
             if identity is None:
                 return
@@ -15909,7 +15786,7 @@ class Gateway:
             else:
                 self._serve_node(ws, introduction.request_id, identity, client.address)
         except RpcError as error:
-            # The answer first, then the close: existing nodes read it so.
+            # First the answer, then the close: a Moltis node expects both.
             with contextlib.suppress(ConnectionClosed, TimeoutError):
                 answer = Response(introduction.request_id, error=error)
                 ws.send(encode_envelope(answer))
@@ -15947,7 +15824,7 @@ class Gateway:
         peer = OperatorPeer(ws, identity.caller, self.rpc.call, self._jobs)
         self._audience.add(peer)
         try:
-            # Only now: what is revoked from here on, the audience hangs up on.
+            # Checked after add(): a revocation from now on closes this connection.
             if not self._access.is_current(identity.caller):
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             self._greet(ws, request_id, identity, peer.id, MAX_PEER_MESSAGE, {})
@@ -15967,9 +15844,9 @@ class Gateway:
         self._fleet.claim(node, device)
         try:
             known = note_presence(self._devices, device, params, address)
-            # Only now: what is revoked from here on, it is hung up for.
+            # Checked after claim(): a revocation from now on closes this connection.
             current = self._access.devices.device_by_handle(identity.handle)
-            if not known or current is None:  # or its id was taken as it came in
+            if not known or current is None:  # or another node has just taken its id
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             if device.node_id not in (None, node.node_id):
                 self._jobs.lose(
@@ -15993,12 +15870,13 @@ class Gateway:
                 self._ask_providers(node)
             peer.serve(node)
         finally:
+            node.ready = False  # no job is sent between left() and release()
             self._jobs.left(peer)
             self._fleet.release(node)
             log.info("node disconnected node=%s", node.node_id)
 
     def _ask_providers(self, node: ConnectedNode) -> None:
-        """Ask which models the node has; ours names them in its telemetry."""
+        """Ask for the node's models, which are not in a Moltis node's telemetry."""
 
         def keep(ended: Future[Job]) -> None:
             try:
@@ -16022,9 +15900,10 @@ class Gateway:
         max_message: int,
         offsets: Mapping[str, int],
     ) -> None:
-        """Answer a `connect`: from now on the peer is known.  Raises ConnectionClosed.
+        """Answer a `connect` and lift the limits for strangers.
 
-        `offsets` are those from which a node shall send its logs.
+        `offsets`, by job, are where a node continues its logs.
+        Raises ConnectionClosed.
         """
         is_node = identity.device is not None
         auth: JsonObject = {
@@ -16075,8 +15954,7 @@ class Gateway:
 #       TLS, Wire protocol, Store, Access, Jobs, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
-# web pages out, limits for strangers.  http.server does the parsing; what a request
-# means is decided by Access and Gateway.
+# web pages out, limits for strangers.  http.server parses; Access and Gateway decide.
 # ==============================================================================
 
 MAX_BODY = 1024 * 1024  # bytes of a request
@@ -16085,18 +15963,18 @@ REQUEST_TIMEOUT = 10.0  # s for TLS, for a request without its body, for 64 KiB 
 REPLY_TIMEOUT = 300.0  # s for a client to take one piece of a reply
 REPLY_PIECE = 64 * 1024  # bytes
 MIN_BODY_RATE = 10 * 1024  # bytes a second
-MAX_STRANGERS = 1024  # connections that have not said who they are; more are refused
+MAX_STRANGERS = 1024  # connections without a proved identity; more are refused
 MAX_STRANGERS_EACH = 256  # of them from one address; a fleet may share its router's
 MAX_CONNECTIONS = 16_000  # in all, or fewer where the system allows fewer descriptors
 SPARE_DESCRIPTORS = 256  # for all else: the database, Local's commands
 LISTEN_BACKLOG = 1024  # connections; a fleet comes back all at once
 MAX_STRANGER_BODY = 64 * 1024  # bytes of a request without a credential
 MAX_STRANGER_MESSAGE = 256 * 1024  # bytes; a `connect` lists up to 4,096 jobs
-DOOR_TIMEOUT = 0.5  # s for requests to be answered when the gateway stops
+DOOR_TIMEOUT = 0.5  # s for answers under way when the gateway stops
 COOKIE_NAME = "moltis_login"
 JOIN_PATH = "/join/"
 JOBS_PATH = "/api/jobs/"
-PAGE_PATHS = ("/chat/", "/settings/")  # views of the page, which have paths too
+PAGE_PATHS = ("/chat/", "/settings/")  # of views; all are answered with the page
 
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -16136,7 +16014,7 @@ class HttpRequest(Value):
     headers: HttpHeaders[str, str]
     body: bytes
     address: str  # of the client
-    host: str  # and port, as the client calls us
+    host: str  # the Host header: our name and port, as the client has them
     secure: bool = False  # came over TLS
     channel_binding: bytes | None = None  # of the certificate that the client sees
 
@@ -16147,7 +16025,7 @@ class HttpRequest(Value):
 
     def cookie(self, name: str) -> str:
         """Return the value of a cookie, "" if there is none."""
-        # Those of other programs on this host come too, in any form.
+        # Other programs on this host set cookies too, in forms that parsers refuse.
         for cookie in self.headers.get("Cookie", "").split(";"):
             found, _, value = cookie.strip().partition("=")
             if found == name:
@@ -16156,7 +16034,7 @@ class HttpRequest(Value):
 
 
 class Reply(Value):
-    """What to answer to an HttpRequest."""
+    """The answer to an HttpRequest."""
 
     status: int
     body: bytes | Iterator[bytes] = b""  # an iterator: up to the connection's end
@@ -16188,7 +16066,7 @@ def rpc_reply(response: Response) -> Reply:
 
 
 def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
-    """Return a file that a browser saves, and keeps nowhere else."""
+    """Return a file that a browser saves and does not cache."""
     return Reply(
         200,
         pieces,
@@ -16201,7 +16079,7 @@ def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
 
 
 def job_output(job: Job) -> Iterator[bytes]:
-    """Yield what a job has written so far; what is not kept is said."""
+    """Yield a job's output so far, with a line for each gap."""
     position = 0
     while True:
         start, data = job.log.read(position)
@@ -16224,7 +16102,7 @@ AUDIT_COLUMNS = (
 def _csv_row(row: JsonObject) -> list[str]:
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
     values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
-    # A spreadsheet would carry out what begins like a formula.
+    # A spreadsheet would run a cell that begins like a formula.
     return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
 
 
@@ -16242,7 +16120,7 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
         text.truncate()
 
 
-# --- Who may ask ---
+# --- Where a request comes from ---
 
 
 def is_ip_address(text: str) -> bool:
@@ -16256,14 +16134,14 @@ def is_ip_address(text: str) -> bool:
 
 
 class TrustedProxies:
-    """The reverse proxies whose word on their clients counts."""
+    """The reverse proxies whose forwarding headers are believed."""
 
     def __init__(
         self, networks: Iterable[str] = (), channel_binding: bytes | None = None
     ) -> None:
-        """`channel_binding` is that of the certificate which they show to clients.
+        """`channel_binding` is that of the certificate that they show to clients.
 
-        Raises UsageError for what is no address or network.
+        Raises UsageError for anything but an address or a network.
         """
         import ipaddress
 
@@ -16295,7 +16173,7 @@ class TrustedProxies:
             return request
         headers = request.headers
         address = request.address
-        # Each proxy adds its client; what stands before the first stranger is made up.
+        # Each proxy appends its client; what precedes the first stranger may be forged.
         for hop in reversed(header_tokens(headers, "X-Forwarded-For")):
             if not is_ip_address(hop):
                 break
@@ -16313,7 +16191,7 @@ class TrustedProxies:
 
 
 class Edge:
-    """Under which names the gateway is reached, and through which proxies."""
+    """The names and proxies through which clients reach the gateway."""
 
     def __init__(
         self,
@@ -16326,7 +16204,7 @@ class Edge:
         self._names = {name.lower() for name in (*host_names(), *allowed_hosts)}
 
     def refusal(self, request: HttpRequest) -> Reply | None:
-        """Return why this request may come from a foreign web page, or None.
+        """Return the refusal of a request that a foreign web page may have made.
 
         Nodes and curl, which send neither Origin nor Cookie, may use any name for us.
         """
@@ -16353,29 +16231,29 @@ class Edge:
     def _is_ours(self, host: str) -> bool:
         """Return whether the Host header (`name` or `name:port`) names this gateway.
 
-        A web page elsewhere can point a name of its own at our address (DNS
-        rebinding): then the Host header is a name that is not ours.
+        A foreign page can point a name of its own at our address (DNS rebinding): then
+        the Host header is not ours.
         """
         try:
             name = (urlsplit("//" + host).hostname or "").lower()
         except ValueError:  # a bracket that is not closed
             return False
-        # An address cannot be pointed elsewhere as a name can: only names are checked.
+        # An address cannot be rebound, so only names are checked.
         return name in self._names or is_ip_address(name)
 
 
-# --- What is answered ---
+# --- Routes ---
 
 
 class HttpApp:
-    """What each path answers."""
+    """The answers to HTTP requests, by path."""
 
     def __init__(
         self,
         gateway: Gateway,
         jobs: Jobs,
         access: Access,
-        files: Mapping[str, Reply],  # by path; what never changes
+        files: Mapping[str, Reply],  # by path
         edge: Edge,
     ) -> None:
         self.edge = edge
@@ -16383,7 +16261,7 @@ class HttpApp:
         self._jobs = jobs
         self._access = access
         self._files = files
-        # A path that ends with "/" stands for all below it.
+        # A path that ends with "/" includes all below it.
         self._routes: Sequence[tuple[str, str, Callable[[HttpRequest], Reply]]] = (
             ("GET", "/health", self._health),
             ("POST", "/api/rpc", self._rpc),
@@ -16396,7 +16274,7 @@ class HttpApp:
         )
 
     def answer(self, request: HttpRequest) -> Reply:
-        """Return the reply; whatever goes wrong is one."""
+        """Return the reply, also for any failure."""
         refusal = self.edge.refusal(request)
         if refusal is not None:
             return refusal
@@ -16437,13 +16315,13 @@ class HttpApp:
     def server(
         self, ws: WebSocket, request: HttpRequest, on_identified: Callable[[], None]
     ) -> Callable[[], None]:
-        """Return what serves an upgraded connection to its end."""
+        """Return a function that serves an upgraded connection to its end."""
         login, binding = self._login(request), request.channel_binding
         client = Client(request.address, binding, login, on_identified)
         return partial(self._gateway.serve, ws, client)
 
     def _login(self, request: HttpRequest) -> Caller | None:
-        """Return whose browser sends the request's cookie."""
+        """Return the operator whose sign-in the cookie is."""
         cookie = request.cookie(COOKIE_NAME)
         if not cookie:
             return None
@@ -16467,8 +16345,8 @@ class HttpApp:
         return self._files.get("/") or self._not_found(request)
 
     def _join(self, request: HttpRequest) -> Reply:
-        """Answer a join link: what a machine needs to become a node, once."""
-        if request.method == "HEAD":  # a look, as of a preview, uses nothing up
+        """Answer a join link with a node's settings, once."""
+        if request.method == "HEAD":  # a preview does not use the code up
             return json_reply(200, {})
         code = request.path[len(JOIN_PATH) :]
         try:
@@ -16507,7 +16385,7 @@ class HttpApp:
             rows: list[JsonObject] = rpc.call(caller, "audit.list", place)
             return rows
 
-        first = page(None, 0)  # now: what it raises is an answer
+        first = page(None, 0)  # before the reply begins: it may raise
 
         def pages() -> Iterator[list[JsonObject]]:
             rows, until, known = first, None, 0
@@ -16537,7 +16415,7 @@ class HttpApp:
             payload = self._gateway.rpc.call(caller, method, params)
             if isinstance(payload, Future):
                 payload = payload.result()
-                # Which may have taken hours, without a connection to hang up on.
+                # That may have taken hours, and revoking a key closes WebSockets only.
                 if not self._access.is_current(caller):
                     raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
         except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
@@ -16573,7 +16451,7 @@ class HttpApp:
 
 
 class Admission:
-    """One connection's place among those that there may be."""
+    """One connection's place within ConnectionLimits."""
 
     def __init__(self, block: str, forget: Callable[[Admission, bool], None]) -> None:
         self.block = block  # of addresses
@@ -16581,7 +16459,7 @@ class Admission:
         self._forget = forget
 
     def identified(self) -> None:
-        """Its peer has proved who it is."""
+        """Count it as a stranger's no longer."""
         self._forget(self, False)
 
     def end(self) -> None:
@@ -16589,10 +16467,9 @@ class Admission:
 
 
 class ConnectionLimits:
-    """How many connections there are, and of them of peers nobody knows yet.
+    """Counts of connections, and of strangers among them.
 
-    Strangers are counted by themselves, so that however many come, those who have
-    proved who they are keep their place.
+    Strangers are counted apart: however many come, identified peers keep their places.
     """
 
     def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
@@ -16603,9 +16480,9 @@ class ConnectionLimits:
         self._by_block: dict[str, int] = {}  # strangers; no entry for none
 
     def admit(self, address: str, *, shared: bool) -> Admission | None:
-        """Return the right to stay, or None where there are too many.
+        """Return a place, or None if there are too many connections.
 
-        `shared` addresses, as of a proxy, may have more connections than others.
+        `shared` addresses, as of a proxy, may have more than others.
         """
         block = address_block(address)
         with self._lock:
@@ -16619,7 +16496,7 @@ class ConnectionLimits:
         return Admission(block, self._forget)
 
     def _forget(self, admission: Admission, ended: bool) -> None:
-        """Count the connection as a stranger's no more, or not at all."""
+        """Count the connection as identified, or as ended."""
         with self._lock:
             self._free += ended
             if admission.is_known:
@@ -16635,13 +16512,13 @@ class ConnectionLimits:
 
 
 class RequestTooLarge(Exception):
-    """A client sends more than a request may have: refuse it and hang up."""
+    """The request's head is too long: refuse it and hang up."""
 
 
 class PatientStream(io.RawIOBase):
-    """A connection as a file, patient with a slow client up to a point.
+    """A connection as a file, with deadlines for whole requests and replies.
 
-    A timeout of the socket alone would begin anew with every byte that trickles in.
+    A socket's own timeout starts again with every byte that trickles in.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -16650,7 +16527,7 @@ class PatientStream(io.RawIOBase):
         self.begin()
 
     def begin(self) -> None:
-        """Wait for a request, and no longer than REQUEST_TIMEOUT for its head."""
+        """Expect a request, whose head has to come within REQUEST_TIMEOUT."""
         self._deadline = Deadline(REQUEST_TIMEOUT)
         self._room = MAX_REQUEST_HEAD
 
@@ -16659,7 +16536,7 @@ class PatientStream(io.RawIOBase):
         self._room = length
 
     def end_reading(self) -> None:
-        """Leave what has not been read to the WebSocket."""
+        """Read nothing more: the rest is for the WebSocket."""
         self._ended = True
 
     def readable(self) -> bool:
@@ -16695,16 +16572,16 @@ class PatientStream(io.RawIOBase):
 
 
 class TcpPeer(Value):
-    """Whoever is at the other end of an accepted connection."""
+    """The other end of an accepted connection."""
 
     address: str
-    tls: TlsIdentity | None  # what they were shown
+    tls: TlsIdentity | None  # the certificate that it was shown
     admission: Admission
 
 
 def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a method
-    # Made here, because http.server takes a Pi Zero a quarter of a second to import,
-    # which no other subcommand should wait for.
+    # Importing http.server takes a Pi Zero a quarter of a second, which no other
+    # subcommand should wait for.
     from http.server import BaseHTTPRequestHandler
 
     class Handler(BaseHTTPRequestHandler):
@@ -16715,8 +16592,8 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
         # Until a request line was read:
         command = requestline = ""
         request_version = "HTTP/1.1"
-        # Serves the WebSocket that the connection has become, once http.server is
-        # through with it: its objects and buffers would be 25 KiB of each node.
+        # Serves the upgraded connection after this handler is gone, whose objects and
+        # buffers take 25 KiB.
         upgraded: Callable[[], None] | None = None
 
         def setup(self) -> None:
@@ -16768,7 +16645,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 return
             if length > MAX_STRANGER_BODY:
                 try:
-                    # Before it is read: strangers are to cost little memory.
+                    # Checked before the body is read: strangers cost little memory.
                     app.caller(self.request_with(b""))
                 except RpcError:
                     problem = "so long a body needs an operator key or a sign-in"
@@ -16796,7 +16673,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             return app.edge.proxies.see_through(request)
 
         def refuse(self, status: int, message: str) -> None:
-            """Answer what cannot be answered otherwise; the connection ends with it."""
+            """Send an error, then close the connection."""
             self.close_connection = True
             self.send(error_reply(status, message))
 
@@ -16839,7 +16716,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.flush()
-            # What the client sent right behind its request waits in rfile's buffer.
+            # The bytes that came right behind the request are in rfile's buffer.
             self.stream.end_reading()
             reader: Any = self.rfile  # a BufferedReader
             early: bytes = reader.peek()
@@ -16865,7 +16742,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
 
 
 def _descriptor_limit() -> int:
-    """Return how many connections the system lets us have, having asked for most."""
+    """Return how many connections the system allows, after raising its limit."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -16873,7 +16750,7 @@ def _descriptor_limit() -> int:
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        # macOS has a maximum of its own, and may say no.
+        # macOS may refuse: it has a maximum of its own.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -16899,12 +16776,12 @@ class ConnectionThreads:
             self._sockets[thread] = sock
 
     def replace_socket(self, sock: socket.socket) -> None:
-        """Use this socket for the calling thread's connection: it speaks TLS now."""
+        """Set the calling thread's socket, which speaks TLS now."""
         with self._lock:
             self._sockets[threading.current_thread()] = sock
 
     def close(self) -> None:
-        """Wait for what is being answered, not for what may still be asked."""
+        """Wait for the answers under way; read no further requests."""
         deadline = Deadline(DOOR_TIMEOUT)
         with self._lock:
             sockets = dict(self._sockets)
@@ -16941,7 +16818,7 @@ def _secured(sock: socket.socket, identity: TlsIdentity) -> socket.socket:
         sock, server_side=True, do_handshake_on_connect=False
     )
     try:
-        # The timeout of a handshake is for the whole of it.
+        # This timeout is for the whole handshake.
         secured.settimeout(deadline.remaining() or 0.001)
         secured.do_handshake()
     except BaseException:
@@ -16982,7 +16859,7 @@ class HttpDoor:
         return int(self._server.server_address[1])
 
     def close(self) -> None:
-        """Let nobody in any more; those who are in are left alone."""
+        """Stop listening; open connections go on."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -17042,7 +16919,7 @@ class HttpDoor:
             if upgraded is not None:
                 upgraded()
         except OSError as error:
-            # The client went away in the middle, or did not agree on TLS.
+            # The client hung up, or TLS failed.
             log.debug("connection ended address=%s: %s", address, error)
         except Exception:
             log.exception("connection failed address=%s", address)
@@ -22938,7 +22815,7 @@ class JobTerminal:
         else:
             self._waiting.end(job.name)
         if state.get("place"):
-            text = f"moltis: {job.name}: place {state['place']} in line"
+            text = f"moltis: {job.name}: {state['words']}"
             if job.id not in self._in_line:
                 self._in_line.add(job.id)
                 self._output.say(text)
@@ -23029,20 +22906,10 @@ def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObjec
     return after
 
 
-def job_words(job: JsonObject) -> str:
-    """Return the state of a job in words; those of its ending are the gateway's."""
-    if job.get("awayMs") is not None:
-        return f"node away ({format_duration(job['awayMs'] / 1000)})"
-    if job.get("place"):
-        return f"place {job['place']} in line"
-    words: str = job["words"]
-    return words
-
-
 JOB_COLUMNS: Mapping[str, Column] = {
     "ID": "id",
     "NODE": "nodeName",
-    "STATE": lambda row: one_line(job_words(row), 40),
+    "STATE": lambda row: one_line(row["words"], 40),
     "ASKED": time_column("askedAt"),
     "OUTPUT": lambda row: format_bytes(row["stdoutBytes"] + row["stderrBytes"]),
     "COMMAND": lambda row: one_line(row["command"], 60),
