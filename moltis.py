@@ -6836,9 +6836,9 @@ class TelemetrySource:
 # Machine
 # Uses: Wire protocol, Commands, Telemetry, Language models
 #
-# The jobs of one computer: the table of works, the lines, logs by id.  A node serves its
-# gateway with it; the gateway has one for `Local`, which is a node like the others.
-# It opens no connection: reports go to a MachinePeer.
+# The jobs of one computer: the table of works, the lines, logs by id.  A node serves
+# its gateway with it; the gateway has one for `Local`, a node like the others.  It
+# opens no connection: reports go to a MachinePeer.
 # ==============================================================================
 
 CAP_RUN = "system.run"  # Moltis gateways require it
@@ -7668,7 +7668,7 @@ class GatewayLink:
             log.warning("message from the gateway skipped: %s", error)
 
     def run_due(self) -> float | None:
-        """Do the work that is due; return the seconds until the next, None for never."""
+        """Do what is due; return the seconds until the next check, None for never."""
         return None
 
     def close(self, error: MoltisError) -> None:
