@@ -29,11 +29,12 @@ Contents
     WebSocket connections     the same over a socket, safe from any thread
   Between gateway and node
     TLS                       certificates, pins, channel bindings
+    HTTP client               one request, which another thread can cancel
     SCRAM                     both halves of RFC 5802 / RFC 7677
     Wire protocol             envelopes, log frames, calls awaiting an answer
     Commands                  one shell command as a process group
-    Telemetry                 what a machine has and how it is doing
     Language models           Ollama, OpenAI-compatible, Anthropic
+    Telemetry                 what a machine has and how it is doing
     Machine                   what a computer does when it is asked
   Node
     Node agent                dial, authenticate, serve, reconnect, resume
@@ -95,7 +96,7 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import MappingProxyType
-from urllib.parse import SplitResult, quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 # `typing` would take 3 ms of each start, and 0.9 MiB of each node, for nothing that a
 # running program asks: type checkers take TYPE_CHECKING for true by its name.
@@ -829,12 +830,77 @@ def unmapped(address: str) -> str:
     return address[7:] if address.lower().startswith("::ffff:") else address
 
 
-def connect_tcp(host: str, port: int, timeout: float | None) -> socket.socket:
-    """Raises OSError, UnicodeError."""
+class ServerTrust(Protocol):
+    """Which TLS certificate a server has to show; see TlsTrust."""
+
+    def context(self) -> ssl.SSLContext: ...
+
+    def check(self, certificate: bytes | None) -> None:
+        """Raises Refused for another certificate than the expected one."""
+
+
+def dial(
+    host: str,
+    port: int,
+    trust: ServerTrust | None = None,
+    timeout: float | None = None,  # s, for each address of `host`
+    cancel: Cancellation | None = None,
+) -> socket.socket:
+    """Return a TCP connection, with TLS where `trust` is given.
+
+    Raises OSError, UnicodeError, Cancelled, and what `trust` raises.
+    """
+    cancel = cancel or Cancellation()
+    # Before the connection: loading the system's certificates takes a Pi a while.
+    context = None if trust is None else trust.context()
+    sock = _connect_tcp(host, port, timeout, cancel)
+    if trust is None or context is None:
+        return sock
+    try:
+        secured = context.wrap_socket(
+            sock, server_hostname=host, do_handshake_on_connect=False
+        )
+        sock = secured
+        with cancel.calling(partial(cut, sock)):
+            secured.do_handshake()
+        trust.check(secured.getpeercert(binary_form=True))
+    except BaseException:
+        sock.close()
+        raise
+    return secured
+
+
+def _connect_tcp(
+    host: str, port: int, timeout: float | None, cancel: Cancellation
+) -> socket.socket:
     # Python looks up a name that is text with its tables for the names that are not
     # ASCII: 3 ms to import, and 0.3 MiB.
     name: Any = host.encode("ascii") if host.isascii() else host
-    return socket.create_connection((name, port), timeout)
+    failure = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        name, port, type=socket.SOCK_STREAM
+    ):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(timeout)
+            with cancel.calling(partial(cut, sock)):
+                sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+        except Cancelled:
+            sock.close()
+            raise
+    raise failure
+
+
+def cut(sock: socket.socket) -> None:
+    """End a connection while another thread reads from it."""
+    # The plain socket's method: SSLSocket's would take the TLS state away from the
+    # thread that is reading.
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def is_running(pid: int) -> bool:
@@ -930,11 +996,34 @@ class ProgramResult(Value):
         return (self.stdout + self.stderr).decode("utf-8", "replace").strip()
 
 
+def _read_to_end(
+    pipes: Sequence[IO[bytes]], deadline: Deadline
+) -> tuple[bool, bytes, bytes]:
+    """Return whether both pipes of a program ended in time, and their output."""
+    import selectors
+
+    output = {pipe.fileno(): b"" for pipe in pipes}
+    with selectors.DefaultSelector() as selector:
+        for descriptor in output:
+            selector.register(descriptor, selectors.EVENT_READ)
+        while selector.get_map() and not deadline.expired:
+            for key, _ in selector.select(deadline.remaining()):
+                data = os.read(key.fd, 65536)
+                output[key.fd] += data
+                if not data:
+                    selector.unregister(key.fd)
+            if sum(map(len, output.values())) > MAX_PROGRAM_OUTPUT:
+                break
+        stdout, stderr = output.values()
+        return not selector.get_map(), stdout, stderr
+
+
 def run_program(
     arguments: Sequence[str],
     environ: Mapping[str, str],
     *,
     timeout: float,  # s
+    cwd: str | None = None,
     cancel: Cancellation | None = None,
 ) -> ProgramResult:
     """Run a program without input, in a session of its own, and wait for its end.
@@ -951,7 +1040,7 @@ def run_program(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=dict(environ),
-            cwd="/",
+            cwd=cwd,
             start_new_session=True,  # a group to kill, and no terminal to ask at
         )
     except OSError as error:
@@ -964,9 +1053,10 @@ def run_program(
 
     status = 124
     cancel = cancel or Cancellation()
+    pipes = [pipe for pipe in (process.stdout, process.stderr) if pipe is not None]
     try:
         with cancel.calling(kill):
-            whole, stdout, stderr = _read_output(process, Deadline(timeout))
+            whole, stdout, stderr = _read_to_end(pipes, Deadline(timeout))
             if whole:
                 # A program closes its output a moment before it exits.
                 code = process.wait(1.0)
@@ -975,36 +1065,14 @@ def run_program(
     except subprocess.TimeoutExpired:
         pass
     finally:
+        for pipe in pipes:
+            pipe.close()
         if process.returncode is None:
             kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)
     survivor = process.pid if process.returncode is None else 0
     return ProgramResult(status, stdout, stderr, survivor)
-
-
-def _read_output(
-    process: Popen[bytes], deadline: Deadline
-) -> tuple[bool, bytes, bytes]:
-    """Return whether both pipes of a program ended in time, and what they brought."""
-    import selectors
-
-    assert process.stdout is not None
-    assert process.stderr is not None
-    pipes = {process.stdout.fileno(): b"", process.stderr.fileno(): b""}
-    with process.stdout, process.stderr, selectors.DefaultSelector() as selector:
-        for pipe in pipes:
-            selector.register(pipe, selectors.EVENT_READ)
-        while selector.get_map() and not deadline.expired:
-            for key, _ in selector.select(deadline.remaining()):
-                data = os.read(key.fd, 65536)
-                pipes[key.fd] += data
-                if not data:
-                    selector.unregister(key.fd)
-            if sum(map(len, pipes.values())) > MAX_PROGRAM_OUTPUT:
-                break
-        stdout, stderr = pipes.values()
-        return not selector.get_map(), stdout, stderr
 
 
 # ==============================================================================
@@ -2596,15 +2664,6 @@ class WebSocket:
             self._channel.sock.close()
 
 
-class ServerTrust(Protocol):
-    """Which TLS certificate a server has to show; see TlsTrust."""
-
-    def context(self) -> ssl.SSLContext: ...
-
-    def check(self, certificate: bytes | None) -> None:
-        """Raises Refused for another certificate than the expected one."""
-
-
 def connect(
     url: str, trust: ServerTrust | None = None, *, timeout: float = CONNECT_TIMEOUT
 ) -> WebSocket:
@@ -2617,7 +2676,8 @@ def connect(
     deadline = Deadline(timeout)
     key = b64encode(os.urandom(16))
     try:
-        sock = _dial(target, trust, timeout)
+        assert trust is not None or not target.secure
+        sock = dial(target.host, target.port, trust if target.secure else None, timeout)
         try:
             sock.sendall(upgrade_request(target, key))
             head, early = _read_head(sock, deadline)
@@ -2628,25 +2688,6 @@ def connect(
     except (OSError, UnicodeError, HandshakeError) as error:
         raise Unreachable(_why_unreachable(target, error, timeout)) from error
     return WebSocket(sock, WebSocketProtocol(client=True), early=early)
-
-
-def _dial(
-    target: WebSocketUrl, trust: ServerTrust | None, timeout: float
-) -> socket.socket:
-    if not target.secure:
-        return connect_tcp(target.host, target.port, timeout)
-    assert trust is not None
-    # Before the connection: loading the system's certificates takes a Pi a while.
-    context = trust.context()
-    sock = connect_tcp(target.host, target.port, timeout)
-    try:
-        secured = context.wrap_socket(sock, server_hostname=target.host)
-        sock = secured
-        trust.check(secured.getpeercert(binary_form=True))
-    except BaseException:
-        sock.close()
-        raise
-    return secured
 
 
 def _read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
@@ -3101,6 +3142,90 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
 
 
 # ==============================================================================
+# HTTP client
+# Uses: TLS
+#
+# One HTTP request over a connection of its own, which another thread can cancel.
+# ==============================================================================
+
+
+@contextlib.contextmanager
+def http_exchange(
+    method: str,
+    url: str,
+    headers: Mapping[str, str] = NOTHING,
+    body: bytes | None = None,
+    *,
+    trust: TlsTrust | None = None,
+    timeout: float = CONNECT_TIMEOUT,  # s without a byte
+    cancel: Cancellation | None = None,
+) -> Iterator[http.client.HTTPResponse]:
+    """Yield the response to one HTTP request, whatever its status.
+
+    Raises Unreachable if there is no connection, Refused for a wrong certificate,
+    ConnectionError after a connection broke, TimeoutError and Cancelled; also for
+    what the block reads.
+    """
+    parts = urlsplit(url)
+    secure = parts.scheme == "https"
+    cancel = cancel or Cancellation()
+    try:
+        sock = dial(
+            parts.hostname or "",
+            parts.port or (443 if secure else 80),
+            (trust or TlsTrust()) if secure else None,
+            CONNECT_TIMEOUT,
+            cancel,
+        )
+    # ValueError: no port or no name; BadConfiguration: a Python without TLS
+    except (OSError, ValueError, BadConfiguration) as error:
+        raise Unreachable(f"{parts.netloc} cannot be reached: {error}") from error
+    # Only now: it takes 2.3 MiB, and most nodes look for an Ollama in vain.
+    import http.client
+
+    connection = http.client.HTTPConnection(parts.hostname or "")
+    connection.sock = sock
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    headers = {**headers, "Host": parts.netloc, "Connection": "close"}
+    try:
+        sock.settimeout(timeout)
+        with cancel.calling(partial(cut, sock)):
+            connection.request(method, target, body, headers)
+            with connection.getresponse() as response:
+                yield response
+    except socket.timeout as error:
+        said = f"{parts.netloc} was silent for {format_duration(timeout)}"
+        raise TimeoutError(said) from error
+    except (OSError, http.client.HTTPException) as error:
+        said = str(error) or type(error).__name__
+        raise ConnectionError(f"{parts.netloc} broke off: {said}") from error
+    finally:
+        connection.close()
+
+
+def fetch(url: str, trust: TlsTrust, redirects: int = 5) -> bytes:
+    """Return what an http:// or https:// address answers.
+
+    Raises Unreachable, or Refused with the answer's own words or for a certificate
+    that is not the one to be trusted.
+    """
+    if not url.lower().startswith(("http://", "https://")):
+        raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
+    try:
+        with http_exchange("GET", url, trust=trust) as response:
+            data = response.read(MAX_MESSAGE)
+            moved = response.getheader("Location", "")
+    except (OSError, Unreachable) as error:
+        raise Unreachable(f"{redact(url)} cannot be fetched: {error}") from error
+    if response.status in (301, 302, 303, 307, 308) and redirects:
+        return fetch(urljoin(url, moved), trust, redirects - 1)
+    if response.status != 200:
+        words = data[:300].decode("utf-8", "replace").strip()
+        raise Refused(f"{redact(url)} answered {response.status}: {words}")
+    return data
+
+
+# ==============================================================================
 # SCRAM
 #
 # SCRAM-SHA-256 and SCRAM-SHA-256-PLUS (RFC 5802, RFC 7677), client and server
@@ -3399,13 +3524,13 @@ class ScramServer:
 # Wire protocol
 # Uses: WebSocket connections
 #
-# What gateway, nodes and operators exchange: JSON envelopes in text messages, job logs
-# and input in binary ones, and calls that await an answer.  It knows shapes and no
-# connection.  What compatibility with Moltis (protocol 4) demands of them is here.
+# The messages between gateway, nodes and operators: JSON envelopes as text, job logs
+# and input as binary, calls that await an answer.  Shapes only: it opens no connection.
+# Compatibility with Moltis (protocol 4) is kept here.
 # ==============================================================================
 
 CAP_SCRAM = "auth.scram"
-CAP_JOBS = "jobs"  # our extension; without it a peer is a Moltis peer
+CAP_JOBS = "jobs"  # our extension; a peer without it is a Moltis peer
 
 INVOKE_REQUEST = "node.invoke.request"
 INVOKE_RESULT = "node.invoke.result"
@@ -3419,6 +3544,8 @@ JOB_RESIZE = "job.resize"
 JOB_PLACE = "job.place"
 JOB_INPUT = "job.input"
 JOB_STATE = "job.state"
+
+TOKEN_REVOKED = "the token was revoked"  # a gateway hangs up on a node for this reason
 
 MAX_CAPABILITIES = 100  # capabilities, commands; characters of each
 MAX_HELD = 4096  # jobs in one `connect`; a node holds at most half as many
@@ -3452,11 +3579,22 @@ Envelope: TypeAlias = "Request | Response | Event"
 
 
 class EnvelopeError(RpcError):
-    """A message that is no envelope: answer `id`, "" if it has none."""
+    """A message that is no envelope: refuse it under `id`, which may be empty."""
 
     def __init__(self, envelope_id: str, message: str) -> None:
         super().__init__("INVALID_REQUEST", message)
         self.id = envelope_id
+
+
+def encode_error(error: RpcError) -> JsonObject:
+    value: JsonObject = {"code": error.code, "message": redact(error.message)}
+    if error.details is not None:
+        value["details"] = error.details
+    if error.retryable is not None:
+        value["retryable"] = error.retryable
+    if error.retry_after is not None:
+        value["retryAfterMs"] = round(error.retry_after * 1000)
+    return value
 
 
 def encode_envelope(envelope: Envelope) -> str:
@@ -3484,34 +3622,19 @@ def encode_envelope(envelope: Envelope) -> str:
     return to_json(value)
 
 
-def encode_error(error: RpcError) -> JsonObject:
-    value: JsonObject = {"code": error.code, "message": redact(error.message)}
-    if error.details is not None:
-        value["details"] = error.details
-    if error.retryable is not None:
-        value["retryable"] = error.retryable
-    if error.retry_after is not None:
-        value["retryAfterMs"] = round(error.retry_after * 1000)
-    return value
-
-
-def decode_envelope(text: str) -> Envelope:
-    """Return the envelope in `text`; unknown fields are ignored.
-
-    Raises EnvelopeError.
-    """
-    try:
-        value = from_json(text)
-    except ValueError as error:
-        raise EnvelopeError("", f"the message is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise EnvelopeError("", "the message must be a JSON object")
-    envelope_id = value.get("id")
-    try:
-        return _decode_fields(value)
-    except RpcError as error:
-        known = envelope_id if isinstance(envelope_id, str) else ""
-        raise EnvelopeError(known, error.message) from error
+def decode_error(value: JsonObject) -> RpcError:
+    """Return the error that a peer sent; malformed fields are ignored."""
+    retry_after_ms = value.get("retryAfterMs")
+    if not isinstance(retry_after_ms, int) or not 0 <= retry_after_ms < 2**53:
+        retry_after_ms = None
+    retryable = value.get("retryable")
+    return RpcError(
+        str(value.get("code") or "INTERNAL"),
+        str(value.get("message") or "the peer gave no reason"),
+        details=value.get("details"),
+        retryable=retryable if isinstance(retryable, bool) else None,
+        retry_after=None if retry_after_ms is None else retry_after_ms / 1000,
+    )
 
 
 def _decode_fields(value: JsonObject) -> Envelope:
@@ -3535,19 +3658,23 @@ def _decode_fields(value: JsonObject) -> Envelope:
     raise RpcError("INVALID_REQUEST", f"type must be req, res or event, not {kind!r}")
 
 
-def decode_error(value: JsonObject) -> RpcError:
-    """Return the error that a peer sent; each field is checked."""
-    retry_after_ms = value.get("retryAfterMs")
-    if not isinstance(retry_after_ms, int) or not 0 <= retry_after_ms < 2**53:
-        retry_after_ms = None
-    retryable = value.get("retryable")
-    return RpcError(
-        str(value.get("code") or "INTERNAL"),
-        str(value.get("message") or "the peer gave no reason"),
-        details=value.get("details"),
-        retryable=retryable if isinstance(retryable, bool) else None,
-        retry_after=None if retry_after_ms is None else retry_after_ms / 1000,
-    )
+def decode_envelope(text: str) -> Envelope:
+    """Return the envelope in `text`; unknown fields are ignored.
+
+    Raises EnvelopeError.
+    """
+    try:
+        value = from_json(text)
+    except ValueError as error:
+        raise EnvelopeError("", f"the message is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise EnvelopeError("", "the message must be a JSON object")
+    try:
+        return _decode_fields(value)
+    except RpcError as error:
+        envelope_id = value.get("id")
+        known = envelope_id if isinstance(envelope_id, str) else ""
+        raise EnvelopeError(known, error.message) from error
 
 
 # --- Jobs: binary messages, log frames, endings ---
@@ -3571,7 +3698,7 @@ UUID_PATTERN = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def is_uuid(text: str) -> bool:
-    """Return whether `text` is a UUID in lower case, the form of a job's id."""
+    """Return whether `text` is a UUID in lower case, as job ids are."""
     return UUID_PATTERN.fullmatch(text) is not None
 
 
@@ -3629,45 +3756,44 @@ def encode_log_frame(kind: int, data: bytes) -> bytes:
     return FRAME_HEAD.pack(kind, len(data)) + data
 
 
-def log_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield kind and data of the whole frames in `data`."""
-    at, size = 0, FRAME_HEAD.size
-    while at + size <= len(data):
+def scan_frames(data: bytes | bytearray, at: int = 0) -> Iterator[tuple[int, int, int]]:
+    """Yield kind, start of the data and end of each whole frame from `at` on."""
+    while at + FRAME_HEAD.size <= len(data):
         kind, length = FRAME_HEAD.unpack_from(data, at)
-        at += size + length
+        start = at + FRAME_HEAD.size
+        at = start + length
         if at > len(data):
             return
-        yield kind, data[at - length : at]
+        yield kind, start, at
+
+
+def log_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield kind and data of the whole frames in `data`."""
+    return ((kind, data[start:end]) for kind, start, end in scan_frames(data))
 
 
 def whole_frames(data: bytes) -> int:
     """Return how many bytes at the beginning of `data` are whole frames."""
-    at, size = 0, FRAME_HEAD.size
-    while at + size <= len(data):
-        end = at + size + FRAME_HEAD.unpack_from(data, at)[1]
-        if end > len(data):
-            break
-        at = end
-    return at
+    return max((end for _, _, end in scan_frames(data)), default=0)
 
 
 def gap_words(count: int) -> str:
-    """Return what stands for `count` bytes of output that are not there."""
+    """Return the text in place of `count` missing bytes of output."""
     return f"[… {count:,} bytes cut …]"
 
 
 class JobState:
     """The states of a job, the same in store, wire, page and command line."""
 
-    QUEUED = "queued"  # not sent: its node is away, and the caller waits for it
+    QUEUED = "queued"  # not sent: the node is offline, and the caller waits for it
     RUNNING = "running"  # sent; in line on its node while it has a place
-    DONE = "done"  # with an exit code or a signal, whichever
-    FAILED = "failed"  # it could not be started, or refused
+    DONE = "done"  # with an exit code or a signal
+    FAILED = "failed"  # not started, or refused
     TIMED_OUT = "timed_out"
     CANCELLED = "cancelled"
-    LOST = "lost"  # nobody will know how it ended
-    EXPIRED = "expired"  # its time in `queued` was up
-    DENIED = "denied"  # by a person, or because nobody answered; it never was sent
+    LOST = "lost"  # the node will not report an ending
+    EXPIRED = "expired"  # queued for too long
+    DENIED = "denied"  # not sent: the approval was refused or not given in time
 
     OPEN = (QUEUED, RUNNING)
     BY_NODE = (DONE, FAILED, TIMED_OUT, CANCELLED)
@@ -3676,7 +3802,7 @@ class JobState:
 def ending_words(
     state: str, exit_code: int | None, signal_name: str | None, reason: str | None
 ) -> str:
-    """Return how a job ended, or that it did not, in words for people."""
+    """Return a job's state in words for people."""
     if state == JobState.DONE and signal_name:
         return f"killed by {signal_name}"
     if state == JobState.DONE and exit_code:
@@ -3686,7 +3812,7 @@ def ending_words(
 
 
 class Ending(Value):
-    """How a job ended: the data of a log's last frame, and columns of its row."""
+    """How a job ended: the last frame of its log, and columns of its row."""
 
     state: str
     exit_code: int | None = None
@@ -3696,15 +3822,15 @@ class Ending(Value):
     stderr_bytes: int = 0
     started_at: int | None = None  # ms
     duration: float | None = None  # s
-    result: JsonObject | None = None  # what works other than commands answer
+    result: JsonObject | None = None  # the answer of a work other than `run`
 
     @property
     def failed(self) -> bool:
-        """Whether a person would call it failed: an exit code, a signal, an error."""
+        """Whether people call it failed: a non-zero exit, a signal or an error."""
         return self.state != JobState.DONE or bool(self.exit_code or self.signal)
 
     def words(self) -> str:
-        """Return how it ended, in words for people, the same everywhere."""
+        """Return the ending in words for people, the same everywhere."""
         return ending_words(self.state, self.exit_code, self.signal, self.reason)
 
 
@@ -3713,7 +3839,7 @@ def decode_ending(data: bytes) -> Ending:
     try:
         ending = Ending.from_json(required({"ending": from_json(data)}, "ending", dict))
         if ending.state not in JobState.BY_NODE:
-            raise ValueError(f"a node cannot say {ending.state[:20]!r}")
+            raise ValueError(f"a node cannot end a job as {ending.state[:20]!r}")
         counts = (ending.stdout_bytes, ending.stderr_bytes, ending.started_at or 0)
         if not all(0 <= count < MAX_OFFSET for count in counts):
             raise ValueError("a count is out of range")
@@ -3732,24 +3858,21 @@ def decode_ending(data: bytes) -> Ending:
 
 
 def check_frames(data: bytes) -> Ending | None:
-    """Return the ending if `data` has one; it must be whole frames of known kinds.
+    """Return the ending in `data`, if any.
 
-    Raises RpcError PROTOCOL_ERROR.
+    Raises RpcError PROTOCOL_ERROR unless `data` is whole frames of known kinds, and
+    nothing follows the ending.
     """
-    at, size, ending = 0, FRAME_HEAD.size, None
-    while at < len(data):
+    end, ending = 0, None
+    for kind, start, end in scan_frames(data):
         if ending is not None:
             raise RpcError("PROTOCOL_ERROR", "frames follow the ending")
-        if at + size > len(data):
-            raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
-        kind, length = FRAME_HEAD.unpack_from(data, at)
-        at += size + length
-        if at > len(data):
-            raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
         if kind == ENDING:
-            ending = decode_ending(data[at - length : at])
+            ending = decode_ending(data[start:end])
         elif kind not in (STDOUT, STDERR, MARK):
             raise RpcError("PROTOCOL_ERROR", f"there is no log frame of kind {kind}")
+    if end != len(data):
+        raise RpcError("PROTOCOL_ERROR", "a log message ends inside a frame")
     return ending
 
 
@@ -3759,9 +3882,8 @@ Source: TypeAlias = "Callable[[], str | bytes | None]"
 class Outlet:
     """Sends messages of many sources over one connection, as fast as it drains.
 
-    A source is a callable that returns the next message or None.  wake() is for any
-    thread and neither blocks nor raises: if another thread is sending, that one goes
-    on with this source.
+    A source returns its next message, or None.  wake() works from any thread and
+    neither blocks nor raises: a thread that is already sending takes over the source.
     """
 
     def __init__(self, ws: WebSocket) -> None:
@@ -3773,7 +3895,7 @@ class Outlet:
         ws.on_drain = self._pump
 
     def wake(self, source: Source, urgency: int = 0) -> None:
-        """Send what `source` has; 0 is the more urgent."""
+        """Send the messages of `source`; urgency 0 goes before 1."""
         with self._lock:
             self._ready[urgency][source] = None
         self._pump()
@@ -3794,7 +3916,7 @@ class Outlet:
                 if message is not None:
                     self._ws.send(message)
             except ConnectionClosed:
-                message = None  # whoever comes back follows again
+                message = None  # the next connection resumes
             except Exception:
                 log.exception("a log could not be sent")
                 message = None
@@ -3804,10 +3926,53 @@ class Outlet:
                     ready.setdefault(source)  # at the end: they take turns
 
 
-class ConnectParams(Value):
-    """The parameters of `connect`, in either form of protocol 4."""
+def _text(value: JsonObject, name: str) -> str | None:
+    text: str | None = optional(value, name, str)
+    return text or None
 
-    role: str  # as requested; what is granted depends on the credential
+
+def _shown_text(value: JsonObject, name: str) -> str:
+    return printable(_text(value, name) or "")
+
+
+def _texts(value: JsonObject, name: str) -> tuple[str, ...]:
+    # Bounded, because they are stored and listed.
+    items = (optional(value, name, list) or [])[:MAX_CAPABILITIES]
+    return tuple(printable(i, MAX_CAPABILITIES) for i in items if isinstance(i, str))
+
+
+def _held_jobs(value: JsonObject, name: str) -> dict[str, int]:
+    jobs = optional(value, name, dict) or {}
+    if len(jobs) > MAX_HELD:
+        raise RpcError("INVALID_REQUEST", f"{name} names more than {MAX_HELD} jobs")
+    return {check_job_id(job_id): required_offset(jobs, job_id) for job_id in jobs}
+
+
+_whole_number = partial(optional, kind=int)
+
+# Field of ConnectParams: its place in `connect`, and its reader.
+CONNECT_FIELDS: Mapping[str, tuple[str, Callable[[JsonObject, str], Any]]] = {
+    "role": ("role", _text),
+    "client_id": ("client.id", _text),
+    "display_name": ("client.displayName", _shown_text),
+    "version": ("client.version", _shown_text),
+    "platform": ("client.platform", _shown_text),
+    "min_protocol": ("protocol.min", _whole_number),
+    "max_protocol": ("protocol.max", _whole_number),
+    "device_token": ("auth.deviceToken", _text),
+    "api_key": ("auth.api_key", _text),
+    "scram_final": ("auth.scram.clientFinal", _text),
+    "capabilities": ("extensions.moltis.caps", _texts),
+    "commands": ("extensions.moltis.commands", _texts),
+    "instance": ("extensions.moltis.instance", _text),
+    "jobs": ("extensions.moltis.jobs", _held_jobs),
+}
+
+
+class ConnectParams(Value):
+    """The parameters of `connect`."""
+
+    role: str = "operator"  # as requested; the credential decides what is granted
     client_id: str = ""
     display_name: str = ""
     version: str = ""
@@ -3820,71 +3985,37 @@ class ConnectParams(Value):
     api_key: str = ""
     scram_final: str = ""
     instance: str = ""  # one life of the node's process
-    jobs: Mapping[str, int] = NOTHING  # of our nodes: first offset held, by id
+    jobs: Mapping[str, int] = NOTHING  # first offset that the node holds, by id
 
     @classmethod
     def from_json(cls, params: JsonObject) -> ConnectParams:
         """Raises RpcError."""
-        flat = "minProtocol" in params or "maxProtocol" in params
-        protocol = optional(params, "protocol", dict) or {}
-        client = optional(params, "client", dict) or {}
-        auth = optional(params, "auth", dict) or {}
-        scram = optional(auth, "scram", dict) or {}
-        extensions = optional(params, "extensions", dict) or {}
-        ours = params if flat else optional(extensions, "moltis", dict) or {}
-        if flat:
-            protocol = {
-                "min": params.get("minProtocol"),
-                "max": params.get("maxProtocol"),
-            }
-        low = optional(protocol, "min", int)
-        high = optional(protocol, "max", int)
-        return cls(
-            role=optional(params, "role", str) or "operator",
-            client_id=optional(client, "id", str) or "",
-            display_name=printable(optional(client, "displayName", str) or ""),
-            version=printable(optional(client, "version", str) or ""),
-            platform=printable(optional(client, "platform", str) or ""),
-            min_protocol=PROTOCOL_VERSION if low is None else low,
-            max_protocol=PROTOCOL_VERSION if high is None else high,
-            capabilities=_texts(ours, "caps"),
-            commands=_texts(ours, "commands"),
-            device_token=optional(auth, "deviceToken", str) or "",
-            api_key=optional(auth, "api_key", str) or "",
-            scram_final=optional(scram, "clientFinal", str) or "",
-            instance=optional(ours, "instance", str) or "",
-            jobs=_held_jobs(optional(ours, "jobs", dict) or {}),
-        )
+        if "minProtocol" in params or "maxProtocol" in params:  # Moltis' older form
+            limits = {end: params.get(f"{end}Protocol") for end in ("min", "max")}
+            params = {**params, "protocol": limits, "extensions": {"moltis": params}}
+        found = {}
+        for field, (path, read) in CONNECT_FIELDS.items():
+            *parents, name = path.split(".")
+            value = params
+            for parent in parents:
+                value = optional(value, parent, dict) or {}
+            item = read(value, name)
+            if item is not None:
+                found[field] = item
+        return cls(**found)
 
     def to_json(self) -> JsonObject:
-        client = {
-            "id": self.client_id,
-            "displayName": self.display_name,
-            "version": self.version,
-            "platform": self.platform,
-            "mode": "headless",
-        }
-        auth: JsonObject = {}
-        if self.device_token:
-            auth["deviceToken"] = self.device_token
-        if self.api_key:
-            auth["api_key"] = self.api_key
-        if self.scram_final:
-            auth["scram"] = {"clientFinal": self.scram_final}
-        ours: JsonObject = {
-            "caps": list(self.capabilities),
-            "commands": list(self.commands),
-        }
-        if self.instance:
-            ours["instance"] = self.instance
-            ours["jobs"] = dict(self.jobs)
-        return {
-            "protocol": {"min": self.min_protocol, "max": self.max_protocol},
-            "client": {name: text for name, text in client.items() if text},
-            "role": self.role,
-            "auth": auth,
-            "extensions": {"moltis": ours},
-        }
+        params: JsonObject = {"client": {"mode": "headless"}, "auth": {}}
+        for field, (path, _) in CONNECT_FIELDS.items():
+            item = getattr(self, field)
+            if item == "" or (field == "jobs" and not self.instance):
+                continue
+            *parents, name = path.split(".")
+            value = params
+            for parent in parents:
+                value = value.setdefault(parent, {})
+            value[name] = encode_value(item)
+        return params
 
     def check_protocol(self) -> None:
         """Raises RpcError PROTOCOL_ERROR unless the peer speaks our version."""
@@ -3894,18 +4025,6 @@ class ConnectParams(Value):
                 f"protocol mismatch: server={PROTOCOL_VERSION}, "
                 f"client={self.min_protocol}-{self.max_protocol}",
             )
-
-
-def _texts(value: JsonObject, name: str) -> tuple[str, ...]:
-    # Bounded, because they are stored and listed.
-    items = (optional(value, name, list) or [])[:MAX_CAPABILITIES]
-    return tuple(printable(i, MAX_CAPABILITIES) for i in items if isinstance(i, str))
-
-
-def _held_jobs(jobs: JsonObject) -> dict[str, int]:
-    if len(jobs) > MAX_HELD:
-        raise RpcError("INVALID_REQUEST", f"jobs names more than {MAX_HELD} jobs")
-    return {check_job_id(job_id): required_offset(jobs, job_id) for job_id in jobs}
 
 
 class Calls:
@@ -3976,15 +4095,15 @@ class Calls:
 # Uses: Wire protocol
 #
 # The node's end of a job's log, and one shell command that writes it: a process group
-# with its pipes, its input, its timeout.  It knows no connection and no other command.
-# Output is kept until it is acknowledged: a full window pauses the command, and after a
-# lost connection the gateway resumes at a frame boundary.
+# with its pipes, its input, its timeout; no connection, no other command.  Output is
+# held until it is acknowledged: a full window pauses the command, and after a lost
+# connection the gateway resumes at a frame boundary.
 # ==============================================================================
 
 SHELL = "/bin/sh"  # POSIX on every machine; a user's $SHELL may be fish or nologin
 
-EXIT_LOOK = 0.1  # s between checks for the shell's exit, where there is no pidfd
-GROUP_LOOK = 0.05  # s between checks for survivors of a group that is being ended
+EXIT_PAUSE = 0.1  # s between checks for the shell's exit, where there is no pidfd
+GROUP_PAUSE = 0.05  # s between checks for survivors of a group that is being ended
 LONGEST_POLL = 3600.0  # s; poll() takes a C int of ms
 MAX_TIMEOUT_MS = 2**53  # JSON's safe integers
 MAX_SURVIVORS = 3  # processes that an ending names
@@ -4066,11 +4185,9 @@ class JobLog:
         on_ready: Callable[[JobLog], None],
         *,
         window: int = LOG_WINDOW,
-        urgency: int = 0,
     ) -> None:
-        """`on_ready(log)` is called when there is something to take; see Outlet."""
+        """`on_ready(log)` is called when take() has something to return."""
         self.job_id = job_id
-        self.urgency = urgency
         self.on_room: Callable[[], None] | None = None  # for the writer; any thread
         self._on_ready = on_ready
         self._window = window
@@ -4281,9 +4398,9 @@ class InputWindow:
 
 
 def seal_descriptors() -> None:
-    """Keep inherited descriptors, of a lock file say, from being inherited further.
+    """Stop children from inheriting descriptors that we inherited, as of a lock file.
 
-    Python seals those that it opens itself (PEP 446).
+    Python does so for those that it opens itself (PEP 446).
     """
     with contextlib.suppress(OSError):  # there is no /dev/fd
         for name in os.listdir("/dev/fd"):
@@ -4301,6 +4418,14 @@ SEALED_PIPES = hasattr(os, "pipe2")
 
 # Python ignores these signals, and a child inherits that.
 RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
+
+
+def _is_here(directory: bytes | None) -> bool:
+    """Return whether a child starts in `directory` anyway."""
+    try:
+        return directory is None or os.path.samefile(directory, b".")
+    except OSError:
+        return False
 
 
 def _start_shell(
@@ -4344,14 +4469,6 @@ def _start_shell(
     return shell.pid
 
 
-def _is_here(directory: bytes | None) -> bool:
-    """Return whether a child starts in `directory` anyway."""
-    try:
-        return directory is None or os.path.samefile(directory, b".")
-    except OSError:
-        return False
-
-
 def _account_name(user_id: int) -> str:
     import pwd
 
@@ -4373,6 +4490,28 @@ class Survivor(Value):
         return f"{printable(self.name, 40)} (pid {self.pid}, user {user})"
 
 
+def _processes_in_proc() -> Iterator[tuple[Survivor, int, str]]:
+    """Yield each process of Linux with its group and its state."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # the process ended meanwhile
+            head, _, rest = path.read_text("utf-8", "replace").rpartition(")")
+            state, _, group = rest.split()[:3]
+            name = head.partition("(")[2]
+            survivor = Survivor(int(path.parent.name), name, path.stat().st_uid)
+            yield survivor, int(group), state
+
+
+def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
+    """Yield each process of any POSIX system with its group and its state."""
+    command = ("ps", "-A", "-o", "pid=,pgid=,stat=,uid=,comm=")
+    listing = run_program(command, os.environ, timeout=KILL_AFTER).stdout
+    for line in listing.decode("utf-8", "replace").splitlines():
+        with contextlib.suppress(ValueError):  # cut off at the timeout
+            pid, group, state, user_id, name = line.split(None, 4)
+            survivor = Survivor(int(pid), os.path.basename(name), int(user_id))
+            yield survivor, int(group), state[0]
+
+
 def _group_members(group_id: int) -> list[Survivor]:
     """Return the live processes of a group; zombies have ended.
 
@@ -4387,30 +4526,13 @@ def _group_members(group_id: int) -> list[Survivor]:
     ]
 
 
-def _processes_in_proc() -> Iterator[tuple[Survivor, int, str]]:
-    """Yield each process of Linux with its group and its state."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            head, _, rest = path.read_text("utf-8", "replace").rpartition(")")
-            state, _, group = rest.split()[:3]
-            name = head.partition("(")[2]
-            survivor = Survivor(int(path.parent.name), name, path.stat().st_uid)
-            yield survivor, int(group), state
-
-
-def _processes_by_ps() -> Iterator[tuple[Survivor, int, str]]:
-    """Yield each process of any POSIX system with its group and its state."""
-    import subprocess
-
-    command = ("ps", "-A", "-o", "pid=,pgid=,stat=,uid=,comm=")
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listing = subprocess.run(
-            command, capture_output=True, check=False, timeout=KILL_AFTER
-        )
-        for line in listing.stdout.decode("utf-8", "replace").splitlines():
-            pid, group, state, user_id, name = line.split(None, 4)
-            survivor = Survivor(int(pid), os.path.basename(name), int(user_id))
-            yield survivor, int(group), state[0]
+def _open_pidfd(pid: int) -> int | None:
+    # Python 3.9, Linux 5.3; a sandbox may still refuse it.
+    pidfd_open = getattr(os, "pidfd_open", None)
+    try:
+        return None if pidfd_open is None else int(pidfd_open(pid))
+    except OSError:
+        return None
 
 
 class ProcessGroup:
@@ -4427,7 +4549,7 @@ class ProcessGroup:
         """Raises OSError and ValueError as subprocess does."""
         self.outputs: dict[int, int] = {}  # descriptors to read, with their stream
         self.input: int | None = None  # descriptor to write
-        self.survivors: list[Survivor] = []  # once ended() has returned True
+        self.survivors: list[Survivor] = []  # set before ended() returns True
         theirs: dict[int, int] = {}
         try:
             for number, stream in ((1, STDOUT), (2, STDERR)):
@@ -4444,9 +4566,10 @@ class ProcessGroup:
         finally:
             for end in theirs.values():
                 os.close(end)
-        # A command may open /dev/stdout for reading and be faster than we are.
-        for pipe in (*self.outputs, *(() if self.input is None else (self.input,))):
-            os.set_blocking(pipe, False)
+        # A command that reads /dev/stdout may take the bytes that poll() announced.
+        for pipe in (*self.outputs, self.input):
+            if pipe is not None:
+                os.set_blocking(pipe, False)
         self.pidfd = _open_pidfd(self._shell)
         self.ending = False
         self._exit_code: int | None = None
@@ -4469,23 +4592,24 @@ class ProcessGroup:
         return self._exit_code
 
     def end(self) -> None:
-        """Begin to end the group, whose shell must not have exited yet."""
+        """Send SIGTERM; the shell must not have exited yet."""
         self.ending, self._patience = True, Deadline(KILL_AFTER)
         self._signal(signal.SIGTERM)
-        self._signal(signal.SIGCONT)  # a stopped process does not get it otherwise
+        self._signal(signal.SIGCONT)  # a stopped process gets SIGTERM only then
 
     def ended(self) -> bool:
-        """Send SIGKILL when it is due; return whether nothing more can be done."""
+        """Send SIGKILL when it is due; return whether the group ended or cannot."""
         exited = self.exit_code is not None
         if exited and not (self._signal(0) and _group_members(self._shell)):
             return True
-        if self._patience.expired and self._killed:
+        if not self._patience.expired:
+            return False
+        if self._killed:
             # Another user's process, or one that hangs in the kernel.
             self.survivors = _group_members(self._shell)
             return True
-        if self._patience.expired:
-            self._signal(signal.SIGKILL)
-            self._killed, self._patience = True, Deadline(KILL_AFTER)
+        self._signal(signal.SIGKILL)
+        self._killed, self._patience = True, Deadline(KILL_AFTER)
         return False
 
     def close_output(self, descriptor: int) -> None:
@@ -4509,13 +4633,13 @@ class ProcessGroup:
             self._signal(signal.SIGKILL)
             deadline = Deadline(KILL_AFTER)
             while self.exit_code is None and not deadline.expired:
-                time.sleep(GROUP_LOOK)
+                time.sleep(GROUP_PAUSE)
         if self.pidfd is not None:
             os.close(self.pidfd)
 
     def _signal(self, number: int) -> bool:
         """Return whether the group still has members, zombies included."""
-        # The shell's pid stays the group's id for as long as anyone is in it.
+        # The pid is not reused while the group of that id has members.
         try:
             os.killpg(self._shell, number)
         except ProcessLookupError:
@@ -4525,17 +4649,50 @@ class ProcessGroup:
         return True
 
 
-def _open_pidfd(pid: int) -> int | None:
-    # Python 3.9, Linux 5.3; a sandbox may still refuse it.
-    pidfd_open = getattr(os, "pidfd_open", None)
+def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
+    if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
+        time.sleep(seconds)
+        seconds = 0.0
+    return poll.poll(math.ceil(seconds * 1000))
+
+
+def _signal_name(number: int) -> str:
     try:
-        return None if pidfd_open is None else int(pidfd_open(pid))
-    except OSError:
-        return None
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _working_directory(chosen: str | None, default: str | None) -> bytes | None:
+    # Bytes: the locale of a service may not be UTF-8, and a caller's names are.
+    base = None if default is None else os.fsencode(default)
+    if not chosen or not chosen.strip():
+        return base
+    path = os.path.expanduser(chosen.strip().encode("utf-8", "surrogateescape"))
+    return os.path.join(base or b"", path)
+
+
+def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
+    if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
+        return f"the command cannot be passed to {SHELL}: {error}"
+    if error.errno == errno.E2BIG:
+        return "the command is too long for this system; put it into a file there"
+    if cwd is not None and error.filename == cwd:
+        shown = cwd.decode("utf-8", "replace")
+        return f"cannot use the working directory {shown}: {error.strerror}"
+    return f"cannot start {SHELL}: {error.strerror}"
+
+
+def _bytes_ready(descriptor: int) -> int:
+    import fcntl
+    import termios
+
+    count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
+    return int.from_bytes(count, sys.byteorder)
 
 
 class Command:
-    """One shell command that writes a log, from its start to its ending."""
+    """One shell command that writes a log."""
 
     def __init__(
         self,
@@ -4564,7 +4721,7 @@ class Command:
         self._cancelled: str | None = None  # the reason, "" if none was given
         self._finished = False
         self._wake_end: int | None = None  # of the pipe that ends a poll()
-        # From here on for the thread in begin() and run().
+        # The rest belongs to the thread in begin() and run().
         self._group: ProcessGroup | None = None
         self._problem: str | None = None  # why there is no group
         self._timed_out = False
@@ -4572,17 +4729,17 @@ class Command:
         self._started_at: int | None = None  # ms
         self._exited_at: float | None = None  # monotonic
         self._drain = Deadline(None)  # runs from the shell's exit on
-        self._owed: dict[int, int] = {}  # by output, bytes in it at the exit
+        self._owed: dict[int, int] = {}  # bytes in each output at the exit
         self._small_read_at = -math.inf  # monotonic
         self._rest_until = 0.0  # monotonic; until then the outputs are left alone
-        self._look = 0.00005  # s; doubled before each check for the exit
+        self._exit_pause_now = 0.00005  # s; doubled before each check for the exit
         log.on_room = self._wake
 
     # From any thread
 
     @property
     def consumed(self) -> int | None:
-        """The offset of the input that it has not taken yet; None without input."""
+        """The offset of the first input not consumed; None without input."""
         return self._input.consumed if self.spec.stdin else None
 
     def input(self, offset: int, data: bytes) -> None:
@@ -4595,7 +4752,7 @@ class Command:
             raise RpcError("INVALID_REQUEST", "the command was started without input")
         with self._lock:
             if self._finished:
-                return  # it crossed the ending
+                return  # sent before the ending arrived
             self._input.add(offset, data)
         self._wake()
 
@@ -4624,7 +4781,7 @@ class Command:
             self._problem = _why_not_started(error, cwd)
 
     def run(self) -> Ending:
-        """Run it to its end; return the ending, which is not in the log yet."""
+        """Run the command to its end; return the ending, for the caller to log."""
         if self._group is None and self._problem is None:
             self.begin()
         group = self._group
@@ -4683,7 +4840,7 @@ class Command:
                     self.log.ready()
 
     def _advance(self, group: ProcessGroup, deadline: Deadline) -> bool:
-        """Take the next step towards the end; return whether there is none left."""
+        """Take the next step toward the end; return whether it is reached."""
         self._notice_exit(group)
         running = self._exited_at is None
         if running and not group.ending and deadline.expired:
@@ -4700,8 +4857,8 @@ class Command:
                 return True
         elif running:
             return False
-        # Bytes that were in a pipe at the shell's exit are read however long the window
-        # is full; a grandchild has DRAIN_AFTER_EXIT to add some.
+        # Bytes that were in a pipe at the shell's exit are read, even if the window is
+        # full for long; a grandchild has DRAIN_AFTER_EXIT to add some.
         if self._drain.expired:
             for descriptor in list(group.outputs):
                 # A grandchild can read from /dev/stdout as well: look again.
@@ -4719,27 +4876,27 @@ class Command:
             self._owed = {fd: _bytes_ready(fd) for fd in group.outputs}
 
     def _pause(self, group: ProcessGroup, deadline: Deadline) -> float:
-        """Return the seconds until something has to be looked at."""
-        waits = [LONGEST_POLL]
+        """Return the seconds until the next check."""
+        waits: list[float | None] = [LONGEST_POLL]
         if group.ending:
-            waits.append(GROUP_LOOK)
+            waits.append(GROUP_PAUSE)
         elif self._exited_at is None:
-            waits.append(_or_never(deadline.remaining()))
+            waits.append(deadline.remaining())
             if group.pidfd is None:
-                waits.append(self._exit_look(group))
+                waits.append(self._exit_pause(group))
             resting = self._rest_until - time.monotonic()
             if resting > 0:
                 waits.append(resting)
         elif not self._drain.expired:
-            waits.append(_or_never(self._drain.remaining()))
-        return min(waits)
+            waits.append(self._drain.remaining())
+        return min(wait for wait in waits if wait is not None)
 
-    def _exit_look(self, group: ProcessGroup) -> float:
+    def _exit_pause(self, group: ProcessGroup) -> float:
         # Once the outputs are closed the exit is near: from 0.1 ms on, doubling.
         if group.outputs:
-            return EXIT_LOOK
-        self._look = min(EXIT_LOOK, self._look * 2)
-        return self._look
+            return EXIT_PAUSE
+        self._exit_pause_now = min(EXIT_PAUSE, self._exit_pause_now * 2)
+        return self._exit_pause_now
 
     def _register_pipes(self, group: ProcessGroup, poll: select.poll) -> None:
         """Register the pipes that can be used now."""
@@ -4789,7 +4946,7 @@ class Command:
             group.close_input()
 
     def _consume(self, count: int) -> None:
-        """Drop up to `count` bytes of input, and report that now and then."""
+        """Drop up to `count` bytes of input; report it once per MAX_LOG_MESSAGE."""
         with self._lock:
             self._input.consume(count)
             consumed = self._input.consumed
@@ -4805,7 +4962,7 @@ class Command:
 
     @contextlib.contextmanager
     def _waking(self) -> Iterator[int]:
-        """Give a descriptor that becomes readable after _wake()."""
+        """Yield a descriptor that _wake() makes readable."""
         read_end, write_end = os.pipe()
         os.set_blocking(read_end, False)
         os.set_blocking(write_end, False)
@@ -4820,57 +4977,11 @@ class Command:
             os.close(write_end)
 
     def _wake(self) -> None:
-        # Under the lock, or the number might be another file's by now.
+        # Under the lock, so that the descriptor is not closed and reused meanwhile.
         with self._lock:
             if self._wake_end is not None:
-                with contextlib.suppress(BlockingIOError):  # full: it will wake
+                with contextlib.suppress(BlockingIOError):  # full: poll() ends anyway
                     os.write(self._wake_end, b"\0")
-
-
-def _poll(poll: select.poll, seconds: float) -> list[tuple[int, int]]:
-    if seconds < 0.001:  # poll() counts in ms: 1 is half the life of `true`
-        time.sleep(seconds)
-        seconds = 0.0
-    return poll.poll(math.ceil(seconds * 1000))
-
-
-def _or_never(seconds: float | None) -> float:
-    return math.inf if seconds is None else seconds
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
-
-
-def _working_directory(chosen: str | None, default: str | None) -> bytes | None:
-    # Bytes: the locale of a service may not be UTF-8, and a caller's names are.
-    base = None if default is None else os.fsencode(default)
-    if not chosen or not chosen.strip():
-        return base
-    path = os.path.expanduser(chosen.strip().encode("utf-8", "surrogateescape"))
-    return os.path.join(base or b"", path)
-
-
-def _why_not_started(error: OSError | ValueError, cwd: bytes | None) -> str:
-    if isinstance(error, ValueError):  # a NUL byte, half a surrogate pair
-        return f"the command cannot be passed to {SHELL}: {error}"
-    if error.errno == errno.E2BIG:
-        return "the command is too long for this system; put it into a file there"
-    if cwd is not None and error.filename == cwd:
-        shown = cwd.decode("utf-8", "replace")
-        return f"cannot use the working directory {shown}: {error.strerror}"
-    return f"cannot start {SHELL}: {error.strerror}"
-
-
-def _bytes_ready(descriptor: int) -> int:
-    import fcntl
-    import termios
-
-    count = fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0")
-    return int.from_bytes(count, sys.byteorder)
 
 
 CONTINUATION = bytes(range(0x80, 0xC0))  # bytes inside a character (RFC 3629)
@@ -4880,876 +4991,67 @@ class Excerpt:
     """Head and tail of a stream of bytes, as text."""
 
     def __init__(self, limit: int) -> None:  # bytes of both
-        self.cut = 0  # bytes between them
+        self.total = 0  # bytes added
         self._half = limit // 2
-        self._head = bytearray()  # ≤ _half; then the tail takes it
-        self._tail = bytearray()  # ≤ twice _half; then its first goes
+        self._head = bytearray()  # ≤ _half; the rest goes to the tail
+        self._tail = bytearray()  # ≤ twice _half, so that each byte is moved only once
+
+    @property
+    def cut(self) -> int:
+        """The number of bytes between head and tail."""
+        return max(0, self.total - 2 * self._half)
 
     def add(self, data: bytes) -> None:
+        self.total += len(data)
         room = self._half - len(self._head)
         self._head += data[:room]
         self._tail += data[room:]
-        if len(self._tail) > 2 * self._half:  # so that each byte is moved only once
-            self._trim()
+        if len(self._tail) > 2 * self._half:
+            del self._tail[: len(self._tail) - self._half]
 
-    def _trim(self) -> None:
-        excess = max(0, len(self._tail) - self._half)
-        self.cut += excess
-        del self._tail[:excess]
+    def text(self, limit: int | None = None) -> str:
+        """Return it as UTF-8, broken characters replaced, with the number of bytes cut.
 
-    def text(self) -> str:
-        """Return it as UTF-8, broken characters replaced, with the number cut."""
-        self._trim()
-        if not self.cut:
-            return (self._head + self._tail).decode("utf-8", "replace")
-        # A character that the cut went through is left out as well.
-        head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
-        tail = self._tail[:3].lstrip(CONTINUATION) + self._tail[3:]
-        return f"{head}\n… {self.cut:,} bytes cut …\n{tail.decode('utf-8', 'replace')}"
-
-
-# ==============================================================================
-# Telemetry
-# Uses: Commands
-#
-# What a machine has and how it is doing: a quick reading of the operating system
-# (memory, CPU, disk, load, temperature), and an inventory that a thread of its own
-# takes at leisure (runtimes, GPUs, LLM providers).  When to report, and to whom, is
-# left to others.
-# ==============================================================================
-
-INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
-VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
-GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
-SYSCTL_TIMEOUT = 2.0  # s; a reading of the vital signs waits for it
-OLLAMA_TIMEOUT = 3.0  # s; what Moltis gives it
-STOP_LATENCY = 0.1  # s until somebody who reads notices that it shall stop
-MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes; `ps` on a busy Mac prints 10 KiB
-MAX_MODEL_LIST = 4 * 1024 * 1024  # bytes; Ollama needs about 400 a model
-MAX_LISTED = 256  # entries of one list in a report; those beyond are left out
-MAX_LABEL = 200  # characters of one name in a report; those beyond are cut off
-MAX_NUMBER = 2**63  # beyond it, neither SQLite nor a Moltis peer takes a number
-MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is but noise
-USUAL_PLACES = (  # of programs, from the home directory
-    ".local/bin",
-    "bin",
-    ".cargo/bin",
-    "go/bin",
-    "/usr/local/bin",
-    "/usr/local/go/bin",
-    "/opt/homebrew/bin",
-    "/opt/local/bin",
-    "/snap/bin",
-    "/usr/lib/wsl/lib",
-    "/usr/bin",
-    "/bin",
-    "/usr/local/sbin",
-    "/usr/sbin",
-    "/sbin",
-)
-
-SYSCTL_NAMES = (
-    *("hw.memsize", "hw.physmem", "hw.pagesize", "kern.boottime", "kern.cp_time"),
-    "vm.stats.vm.v_free_count",
-    "vm.stats.vm.v_inactive_count",
-    "vm.stats.vm.v_cache_count",
-)
-
-# Programs of macOS that only offer to install the real one, by where that then lies.
-MACOS_STUBS: Mapping[str, str] = {
-    "/usr/bin/java": "/Library/Java/JavaVirtualMachines",
-    "/usr/bin/python3": "/Library/Developer/CommandLineTools",
-}
-
-_NUMBER = r"-?\d+(?:\.\d+)?"
-_NAMED_NUMBER = r"(?m)^([^:=\n]+)[:=]\s*(\d+)"
-_BOOT_TIME = r"(?m)^kern\.boottime\b\D*sec = (\d+)"
-_CP_TIME = r"(?m)^kern\.cp_time\b[:=]((?: *\d+){5})"
-_VM_STAT_PAGE = r"page size of (\d+) bytes"
-_VERSION = r"(\d+\.\d+[\w.+-]*)"
-_JAVA_VERSION = r'version "([^"]+)"'
-
-
-class Runtime(Value):
-    """A program that runs others' programs, with how to ask it which version it is."""
-
-    program: str
-    argument: str = "--version"
-    version: str = _VERSION
-
-
-RUNTIMES = (
-    Runtime("python3"),
-    Runtime("node"),
-    Runtime("ruby"),
-    Runtime("go", "version"),
-    Runtime("rustc"),
-    Runtime("java", "-version", _JAVA_VERSION),
-)
-
-
-def _without_none(fields: JsonObject) -> JsonObject:
-    # Absent fields are left out on the wire, and a Moltis peer may choke on null.
-    return {
-        name: _without_none(value) if isinstance(value, dict) else value
-        for name, value in fields.items()
-        if value is not None
-    }
-
-
-class CpuTimes(Value):
-    """Ticks that all cores together have counted since the system started."""
-
-    busy: float
-    total: float
-
-    def usage_since(self, earlier: CpuTimes) -> float | None:
-        """Return the usage from 0 to 100, or None where too little time passed."""
-        total = self.total - earlier.total
-        if total < MIN_CPU_TICKS:
-            return None
-        # Linux lets the count of ticks spent waiting for I/O, thus idle, go back.
-        return min(100.0, max(0.0, 100 * (self.busy - earlier.busy) / total))
-
-
-class Vitals(Value):
-    """What the operating system says right now; None where it does not say it."""
-
-    mem_total: int | None = None  # bytes
-    mem_available: int | None = None  # bytes
-    uptime: float | None = None  # s
-    cpu_times: CpuTimes | None = None
-    cpu_usage: float | None = None  # 0 to 100, from a system that does the sum itself
-    temperature: float | None = None  # °C
-
-
-class Gpu(Value):
-    name: str
-    mem_total: int | None = None  # bytes
-
-    def to_payload(self) -> JsonObject:
-        return _without_none({"name": self.name, "memTotal": self.mem_total})
-
-
-class Provider(Value):
-    """A source of language models that a machine has, with those it can list."""
-
-    name: str
-    models: tuple[str, ...] = ()
-
-    def to_payload(self) -> JsonObject:
-        return {"provider": self.name, "models": list(self.models)}
-
-
-class Equipment(Value):
-    """What is installed on a machine."""
-
-    runtimes: tuple[str, ...] = ()  # names of programs, as Moltis lists them
-    runtime_versions: Mapping[str, str] = NOTHING
-    gpus: tuple[Gpu, ...] = ()
-    providers: tuple[Provider, ...] = ()
-
-
-class Telemetry(Value):
-    """One report of a node; None and empty where it does not say."""
-
-    mem_total: int | None = None  # bytes
-    mem_available: int | None = None  # bytes
-    cpu_count: int | None = None
-    cpu_usage: float | None = None  # 0 to 100
-    uptime: float | None = None  # s
-    disk_total: int | None = None  # bytes, of "/"
-    disk_available: int | None = None  # bytes
-    load: tuple[float, ...] = ()  # over 1, 5 and 15 minutes
-    temperature: float | None = None  # °C
-    services: tuple[str, ...] = ()
-    runtimes: tuple[str, ...] = ()
-    runtime_versions: Mapping[str, str] = NOTHING
-    gpus: tuple[Gpu, ...] = ()
-    providers: tuple[Provider, ...] | None = None  # a Rust node has to be asked
-
-    def to_payload(self, node_id: str) -> JsonObject:
-        """Return the payload of `node.telemetry`, as nodes send it."""
-        return _without_none(
-            {
-                "nodeId": node_id,
-                "mem": {"total": self.mem_total, "available": self.mem_available},
-                "cpuCount": self.cpu_count,
-                "cpuUsage": self.cpu_usage,
-                "uptime": None if self.uptime is None else int(self.uptime),
-                "disk": {"total": self.disk_total, "available": self.disk_available},
-                **self._extras(),
-                "providers": self._providers(),
-            }
-        )
-
-    def to_columns(self, *, stale: bool) -> JsonObject:
-        """Return `telemetry` of an entry of `node.list`; `providers` stand beside it.
-
-        It is `stale` when the node has not said so lately, thus when it is away.
+        `limit`: characters; None: all that is held.
         """
-        return _without_none(
-            {
-                "memTotal": self.mem_total,
-                "memAvailable": self.mem_available,
-                "cpuCount": self.cpu_count,
-                "cpuUsage": self.cpu_usage,
-                "uptimeSecs": None if self.uptime is None else int(self.uptime),
-                "diskTotal": self.disk_total,
-                "diskAvailable": self.disk_available,
-                **self._extras(),
-                "stale": stale,
-            }
-        )
-
-    def _extras(self) -> JsonObject:
-        return {
-            "load": list(self.load) or None,
-            "temperature": self.temperature,
-            "services": list(self.services),
-            "runtimes": list(self.runtimes),
-            "runtimeVersions": dict(self.runtime_versions),
-            "gpus": [gpu.to_payload() for gpu in self.gpus],
-        }
-
-    def _providers(self) -> list[JsonObject] | None:
-        if self.providers is None:
-            return None
-        return [provider.to_payload() for provider in self.providers]
-
-
-def _label(text: str) -> str:
-    # A node's words end up on terminals.  printable() spares them lone surrogates as
-    # well, which cannot be encoded again.
-    return printable(text, MAX_LABEL)
-
-
-def _reported_number(params: Mapping[str, Any], name: str) -> float | None:
-    value: float | None = optional(params, name, float)
-    # JSON can say 1e999, which Python reads as infinity, and no other JSON can.
-    if value is not None and not -MAX_NUMBER < value < MAX_NUMBER:
-        raise RpcError("INVALID_REQUEST", f"{name} is beyond reason")
-    return value
-
-
-def _reported_count(params: Mapping[str, Any], name: str) -> int | None:
-    value = _reported_number(params, name)
-    if value is not None and value < 0:
-        raise RpcError("INVALID_REQUEST", f"{name} must not be negative")
-    return None if value is None else int(value)
-
-
-def _reported_list(params: Mapping[str, Any], name: str, kind: type) -> list[Any]:
-    items = optional(params, name, list) or []
-    return [required({name: item}, name, kind) for item in items[:MAX_LISTED]]
-
-
-def _reported_names(params: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    return tuple(_label(text) for text in _reported_list(params, name, str))
-
-
-def _reported_load(params: Mapping[str, Any]) -> tuple[float, ...]:
-    averages = _reported_list(params, "load", float)[:3]
-    return tuple(_reported_number({"load": value}, "load") or 0.0 for value in averages)
-
-
-def _reported_versions(params: Mapping[str, Any]) -> dict[str, str]:
-    versions = optional(params, "runtimeVersions", dict) or {}
-    return {
-        _label(name): _label(required(versions, name, str))
-        for name in list(versions)[:MAX_LISTED]
-    }
-
-
-def _reported_gpus(params: Mapping[str, Any]) -> tuple[Gpu, ...]:
-    return tuple(
-        Gpu(_label(required(entry, "name", str)), _reported_count(entry, "memTotal"))
-        for entry in _reported_list(params, "gpus", dict)
-    )
-
-
-def providers_from_payload(payload: Mapping[str, Any]) -> tuple[Provider, ...]:
-    """Return the `providers` of a telemetry payload or of a `system.providers` result.
-
-    Raises RpcError INVALID_REQUEST.
-    """
-    return tuple(
-        Provider(
-            name=_label(required(entry, "provider", str)),
-            models=_reported_names(entry, "models"),
-        )
-        for entry in _reported_list(payload, "providers", dict)
-    )
-
-
-def telemetry_from_payload(payload: object) -> Telemetry:
-    """Return what the payload of a `node.telemetry` says, from ours or a Rust node.
-
-    Unknown fields are ignored, over-long lists and names cut.
-    Raises RpcError INVALID_REQUEST for a value of the wrong type or beyond reason.
-    """
-    if not isinstance(payload, dict):
-        raise RpcError("INVALID_REQUEST", "the payload of telemetry must be an object")
-    memory = optional(payload, "mem", dict) or {}
-    disk = optional(payload, "disk", dict) or {}
-    usage = _reported_number(payload, "cpuUsage")
-    return Telemetry(
-        mem_total=_reported_count(memory, "total"),
-        mem_available=_reported_count(memory, "available"),
-        cpu_count=_reported_count(payload, "cpuCount"),
-        cpu_usage=None if usage is None else min(100.0, max(0.0, usage)),
-        uptime=_reported_number(payload, "uptime"),
-        disk_total=_reported_count(disk, "total"),
-        disk_available=_reported_count(disk, "available"),
-        load=_reported_load(payload),
-        temperature=_reported_number(payload, "temperature"),
-        services=_reported_names(payload, "services"),
-        runtimes=_reported_names(payload, "runtimes"),
-        runtime_versions=_reported_versions(payload),
-        gpus=_reported_gpus(payload),
-        providers=(
-            None
-            if payload.get("providers") is None
-            else providers_from_payload(payload)
-        ),
-    )
-
-
-def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of a program: of the user's PATH, or of the usual places.
-
-    A service is started with a bare PATH, and the user's programs lie elsewhere.
-    Raises RpcError INVALID_REQUEST for what is no plain name.
-    """
-    if not name or len(name) > 255 or "/" in name or not name.isprintable():
-        raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
-    directories = environ.get("PATH", os.defpath).split(os.pathsep)
-    home = environ.get("HOME") or os.path.expanduser("~")
-    usual = [os.path.join(home, place) for place in USUAL_PLACES]
-    # "" in PATH means the working directory; `join` leaves absolute places alone.
-    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
-    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
-    for path in (os.path.join(directory, name) for directory in absolute):
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return None
-
-
-class ShortPrograms:
-    """Programs that are asked one question, and ended when they do not answer."""
-
-    def __init__(
-        self, environ: Mapping[str, str], cancellation: Cancellation | None = None
-    ) -> None:
-        # What we look for in their answers is English.
-        self._environ = {**command_environment(environ, {}), "LC_ALL": "C"}
-        self._cancellation = cancellation or Cancellation()
-        self._stuck: dict[str, Popen[bytes]] = {}  # by path: not even SIGKILL ends it
-
-    def find(self, name: str) -> str | None:
-        return find_binary(name, self._environ)
-
-    def ask(
-        self, path: str, *arguments: str, timeout: float, any_status: bool = False
-    ) -> str:
-        """Return what the program prints on stdout and stderr.
-
-        It is "" where the program cannot be started, is not done after `timeout` s or,
-        unless `any_status`, fails.
-        """
-        # A program that waits for a broken driver cannot be killed: one is enough.
-        if path in self._stuck and self._stuck[path].poll() is None:
-            return ""
-        try:
-            process = self._start([path, *arguments])
-        except OSError:
-            return ""
-        assert process.stdout is not None
-        with process.stdout as pipe:
-            output = self._read(pipe.fileno(), Deadline(timeout))
-        # A program closes its output a moment before it exits.
-        status = self._end(path, process, 0.0 if output is None else 1.0)
-        if output is None or status < 0 or (status > 0 and not any_status):
-            return ""
-        return output.decode("utf-8", "replace")
-
-    def _start(self, argv: list[str]) -> Popen[bytes]:
-        import subprocess
-
-        return subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,  # `java -version` answers there
-            env=self._environ,
-            cwd="/",
-            start_new_session=True,  # a group to end, and no terminal to ask at
-        )
-
-    def _read(self, pipe: int, deadline: Deadline) -> bytes | None:
-        """Return all that comes before the end of `pipe`; None: it did not end."""
-        output = b""
-        poll = select.poll()
-        poll.register(pipe, select.POLLIN)
-        while not (self._cancellation.cancelled or deadline.expired):
-            if poll.poll(STOP_LATENCY * 1000):
-                data = os.read(pipe, 65536)
-                output += data
-                if not data:
-                    return output
-                if len(output) > MAX_PROGRAM_OUTPUT:
-                    break
-        return None
-
-    def _end(self, path: str, process: Popen[bytes], patience: float) -> int:
-        """Return the exit status, after `patience` s that of SIGKILL."""
-        import subprocess
-
-        try:
-            return process.wait(patience)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)
-        try:
-            return process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            log.warning("program cannot be ended program=%s pid=%d", path, process.pid)
-            self._stuck[path] = process
-            return -signal.SIGKILL
-
-
-def _read_text(path: Path | None) -> str:
-    """Return what the file holds; "" where there is none."""
-    if path is None:
-        return ""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
-
-
-def _numbers_by_name(text: str) -> dict[str, int]:
-    """Return the first number of each line like `name: 12 kB` or `name=12`."""
-    found = re.findall(_NAMED_NUMBER, text)
-    return {name.strip(): int(number) for name, number in found}
-
-
-def _first_number(text: str) -> float | None:
-    found = re.match(_NUMBER, text)
-    return float(found[0]) if found else None
-
-
-def _times(count: float | None, factor: int) -> int | None:
-    return None if count is None else int(count * factor)
-
-
-def _find_thermometer(zones: Path) -> Path | None:
-    """Return the file with the temperature of the CPU, in thousandths of a degree."""
-    for path in sorted(zones.glob("thermal_zone*/type")):
-        # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
-        if _read_text(path).startswith(("cpu", "soc", "bcm2835", "x86_pkg")):
-            return path.with_name("temp")
-    return None
-
-
-def _linux_cpu_times(stat_text: str) -> CpuTimes | None:
-    """Return the first line of /proc/stat, see proc(5)."""
-    words = stat_text.partition("\n")[0].split()
-    if len(words) < 5 or words[0] != "cpu":
-        return None
-    # user nice system idle iowait irq softirq steal; `user` holds the guests' time.
-    ticks = [int(word) for word in words[1:9]]
-    return CpuTimes(busy=sum(ticks) - sum(ticks[3:5]), total=sum(ticks))
-
-
-class ProcProbe:
-    """The vital signs of Linux, from /proc and /sys."""
-
-    def __init__(self, root: Path = Path("/")) -> None:
-        self._meminfo = root / "proc/meminfo"
-        self._uptime = root / "proc/uptime"
-        self._stat = root / "proc/stat"
-        self._thermometer = _find_thermometer(root / "sys/class/thermal")
-
-    def read(self) -> Vitals:
-        memory = _numbers_by_name(_read_text(self._meminfo))  # KiB
-        # Before Linux 3.14, and on NetBSD, nobody reckons what is available.
-        available = memory.get("MemAvailable", memory.get("MemFree"))
-        milli = _first_number(_read_text(self._thermometer))
-        return Vitals(
-            mem_total=_times(memory.get("MemTotal"), 1024),
-            mem_available=_times(available, 1024),
-            uptime=_first_number(_read_text(self._uptime)),
-            cpu_times=_linux_cpu_times(_read_text(self._stat)),
-            temperature=None if milli is None else milli / 1000,
-        )
-
-
-def _bsd_cpu_times(sysctl_text: str) -> CpuTimes | None:
-    found = re.search(_CP_TIME, sysctl_text)
-    if not found:
-        return None
-    ticks = [int(number) for number in found[1].split()]
-    return CpuTimes(busy=sum(ticks[:-1]), total=sum(ticks))  # the last one is idle
-
-
-def _bsd_available(values: Mapping[str, int]) -> int | None:
-    """Return the bytes that FreeBSD could give away without writing anything."""
-    kinds = ("free", "inactive", "cache")
-    pages = [values.get(f"vm.stats.vm.v_{kind}_count") for kind in kinds]
-    size = values.get("hw.pagesize")
-    return None if pages[0] is None or not size else size * sum(p or 0 for p in pages)
-
-
-def _macos_available(vm_stat_text: str) -> int | None:
-    pages = _numbers_by_name(vm_stat_text)
-    size = re.search(_VM_STAT_PAGE, vm_stat_text)
-    if size is None or "Pages free" not in pages:
-        return None
-    kinds = ("free", "inactive", "speculative")
-    return int(size[1]) * sum(pages.get(f"Pages {kind}", 0) for kind in kinds)
-
-
-class SysctlProbe:
-    """The vital signs of macOS and the BSDs, from their programs."""
-
-    def __init__(
-        self, programs: ShortPrograms, clock: Callable[[], float] = time.time
-    ) -> None:
-        self._programs = programs
-        self._clock = clock
-
-    def read(self) -> Vitals:
-        # Each system knows some of the names, and fails for the others.
-        text = self._ask("sysctl", *SYSCTL_NAMES, any_status=True)
-        values = _numbers_by_name(text)
-        booted = re.search(_BOOT_TIME, text)
-        vitals = Vitals(
-            mem_total=values.get("hw.memsize", values.get("hw.physmem")),
-            mem_available=_bsd_available(values),
-            uptime=max(0.0, self._clock() - int(booted[1])) if booted else None,
-            cpu_times=_bsd_cpu_times(text),
-        )
-        return self._on_macos(vitals) if "hw.memsize" in values else vitals
-
-    def _on_macos(self, vitals: Vitals) -> Vitals:
-        # No sysctl of macOS counts CPU time; `ps` has each process's recent share.
-        answer = self._ask("ps", "-Ao", "%cpu=")
-        shares = [float(number) for number in re.findall(_NUMBER, answer)]
-        usage = min(100.0, sum(shares) / (os.cpu_count() or 1)) if shares else None
-        available = _macos_available(self._ask("vm_stat"))
-        return vitals.replace(mem_available=available, cpu_usage=usage)
-
-    def _ask(self, program: str, *arguments: str, any_status: bool = False) -> str:
-        path = self._programs.find(program)
-        if path is None:
-            return ""
-        return self._programs.ask(
-            path, *arguments, timeout=SYSCTL_TIMEOUT, any_status=any_status
-        )
-
-
-def read_psutil() -> Vitals:
-    """Return what psutil, where somebody installed it, knows of an unknown system."""
-    if sys.flags.no_site:  # as we are started when installed
-        import site
-
-        site.main()
-    try:
-        import psutil  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    except ImportError:
-        return Vitals()
-    memory = psutil.virtual_memory()
-    ticks = psutil.cpu_times()
-    return Vitals(
-        mem_total=memory.total,
-        mem_available=memory.available,
-        uptime=max(0.0, time.time() - psutil.boot_time()),
-        cpu_times=CpuTimes(100 * (sum(ticks) - ticks.idle), 100 * sum(ticks)),  # s
-    )
-
-
-Probe: TypeAlias = "Callable[[], Vitals]"  # a reading, within about SYSCTL_TIMEOUT
-
-
-def choose_probe(environ: Mapping[str, str], root: Path = Path("/")) -> Probe:
-    """Return the first way of reading this system that knows its memory."""
-    candidates = (ProcProbe(root).read, SysctlProbe(ShortPrograms(environ)).read)
-    for probe in candidates:
-        if probe().mem_total is not None:
-            return probe
-    return read_psutil
-
-
-def _open_socket(url: SplitResult, timeout: float | None) -> socket.socket:
-    context = None
-    if url.scheme == "https":
-        import ssl
-
-        context = ssl.create_default_context()
-    assert url.hostname and url.port  # ollama_url() gives both
-    sock = connect_tcp(url.hostname, url.port, timeout)
-    if context is None:
-        return sock
-    return context.wrap_socket(sock, server_hostname=url.hostname)
-
-
-def _receive_all(
-    sock: socket.socket, deadline: Deadline, cancellation: Cancellation
-) -> bytes:
-    sock.settimeout(STOP_LATENCY)
-    data = b""
-    while not (cancellation.cancelled or deadline.expired):
-        try:
-            chunk = sock.recv(65536)
-        except socket.timeout:
-            continue
-        if not chunk:
-            return data
-        data += chunk
-        if len(data) > MAX_MODEL_LIST:
-            raise ValueError("the answer is too long")
-    raise TimeoutError("the answer does not end")
-
-
-def _http_get(url: str, deadline: Deadline, cancellation: Cancellation) -> bytes:
-    """Return the body that `url` answers with.  Raises OSError and ValueError."""
-    # `http.client` takes 2.3 MiB, for one question that most nodes ask in vain.  To
-    # HTTP/1.0 a server answers without chunks, and closes the connection.
-    parts = urlsplit(url)
-    request = f"GET {parts.path} HTTP/1.0\r\nHost: {parts.netloc}\r\n\r\n"
-    with _open_socket(parts, deadline.remaining()) as sock:
-        sock.sendall(request.encode("ascii"))
-        answer = _receive_all(sock, deadline, cancellation)
-    head, _, body = answer.partition(b"\r\n\r\n")
-    if head.split(b" ", 2)[1:2] != [b"200"]:
-        raise ValueError(f"{url} answered {head[:80]!r}")
-    return body
-
-
-def find_ollama(host: str, cancellation: Cancellation) -> Provider | None:
-    """Return the Ollama that OLLAMA_HOST means, or None where none answers."""
-    url = f"{ollama_url(host)}/api/tags"
-    try:
-        answer = from_json(_http_get(url, Deadline(OLLAMA_TIMEOUT), cancellation))
-        models = _reported_list({"models": answer["models"]}, "models", dict)
-        names = tuple(_label(required(model, "name", str)) for model in models)
-    # Whatever is wrong with who answers there, or with our own ssl: no Ollama.
-    except (OSError, ValueError, LookupError, TypeError, ImportError, RpcError):
-        return None
-    return Provider("ollama", names)
-
-
-def providers_with_keys(environ: Mapping[str, str]) -> tuple[Provider, ...]:
-    """Return the providers whose API key is here; never the key."""
-    return tuple(
-        Provider(name)
-        for name, variable in API_KEY_VARIABLES.items()
-        if environ.get(variable)
-    )
-
-
-def _is_macos_stub(path: str, platform: str = sys.platform) -> bool:
-    installed = MACOS_STUBS.get(path) if platform == "darwin" else None
-    return installed is not None and not (
-        os.path.isdir(installed) and os.listdir(installed)
-    )
-
-
-def _parse_gpus(csv: str) -> tuple[Gpu, ...]:
-    """Return the GPUs from lines like `NVIDIA A100-SXM4-80GB, 81920` (MiB)."""
-    rows = (line.rpartition(",") for line in csv.splitlines())
-    return tuple(
-        Gpu(name.strip(), _times(_first_number(size.strip()), 1024 * 1024))
-        for name, _, size in rows
-        if name.strip()
-    )
-
-
-class Inventory:
-    """What is installed on this machine, looked up now and then by a thread."""
-
-    def __init__(
-        self,
-        environ: Mapping[str, str],
-        *,
-        interval: float = INVENTORY_INTERVAL,
-        on_change: Callable[[], None] | None = None,  # by that thread, maybe at once
-    ) -> None:
-        self._environ = environ
-        self._interval = interval
-        self._on_change = on_change
-        self._cancellation = Cancellation()
-        self._programs = ShortPrograms(environ, self._cancellation)
-        self._equipment = Equipment()  # replaced as a whole, so it needs no lock
-        self._thread = threading.Thread(
-            target=self._run, name="moltis-inventory", daemon=True
-        )
-        self._thread.start()
-
-    @property
-    def equipment(self) -> Equipment:
-        """What was found so far: nothing yet in the first moment."""
-        return self._equipment
-
-    def close(self) -> None:
-        self._cancellation.cancel()
-        # A name that does not resolve, or a host that does not answer, holds the
-        # thread for some seconds: nobody has to wait for that.
-        self._thread.join(2.0)
-
-    def _run(self) -> None:
-        with contextlib.suppress(Cancelled):
-            while True:
-                try:
-                    self._take()
-                except Exception:
-                    log.exception("inventory failed")
-                self._cancellation.pause(self._interval)
-
-    def _take(self) -> None:
-        runtimes = self._find_runtimes()
-        keys = providers_with_keys(self._environ)
-        if self._equipment == Equipment():
-            # Names are quick to find; the first report shall not wait for versions.
-            self._publish(Equipment(runtimes=tuple(runtimes), providers=keys))
-        ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancellation)
-        self._publish(
-            Equipment(
-                runtimes=tuple(runtimes),
-                runtime_versions=self._ask_versions(runtimes),
-                gpus=self._ask_gpus(),
-                providers=(*(() if ollama is None else (ollama,)), *keys),
-            )
-        )
-
-    def _publish(self, equipment: Equipment) -> None:
-        # What was cut short by close() would look like a machine that lost things.
-        if self._cancellation.cancelled or equipment == self._equipment:
-            return
-        self._equipment = equipment
-        if self._on_change is not None:
-            try:
-                self._on_change()
-            except Exception:
-                log.exception("nobody hears of a change in the inventory")
-
-    def _find_runtimes(self) -> dict[str, str]:
-        """Return the paths of the runtimes that are installed, by program."""
-        found = {r.program: self._programs.find(r.program) for r in RUNTIMES}
-        return {
-            program: path
-            for program, path in found.items()
-            if path is not None and not _is_macos_stub(path)
-        }
-
-    def _ask_versions(self, paths: Mapping[str, str]) -> dict[str, str]:
-        versions = {}
-        for runtime in RUNTIMES:
-            path = paths.get(runtime.program)
-            if path is not None:
-                answer = self._programs.ask(
-                    path, runtime.argument, timeout=VERSION_TIMEOUT
-                )
-                found = re.search(runtime.version, answer)
-                if found:
-                    versions[runtime.program] = _label(found[1])
-        return versions
-
-    def _ask_gpus(self) -> tuple[Gpu, ...]:
-        path = self._programs.find("nvidia-smi")
-        if path is None:
-            return ()
-        query = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
-        return _parse_gpus(self._programs.ask(path, *query, timeout=GPU_TIMEOUT))
-
-
-def _read_disk() -> tuple[int | None, int | None]:
-    """Return the size of "/" in bytes, and how much of it the user may still fill."""
-    try:
-        disk = os.statvfs("/")
-    except OSError:
-        return None, None
-    return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
-
-
-def _read_load() -> tuple[float, ...]:
-    try:
-        return tuple(round(average, 2) for average in os.getloadavg())
-    except OSError:
-        return ()
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 1)
-
-
-class TelemetrySource:
-    """Readings of this machine, each with the CPU usage since the one before."""
-
-    def __init__(self, probe: Probe, inventory: Inventory) -> None:
-        self._probe = probe
-        self._inventory = inventory
-        self._lock = threading.Lock()  # guards _cpu_times and _cpu_usage
-        self._cpu_times = probe().cpu_times
-        self._cpu_usage: float | None = None
-
-    def read(self) -> Telemetry:
-        """Return how the machine is doing; from any thread, within about 6 s."""
-        vitals = self._probe()
-        equipment = self._inventory.equipment
-        disk_total, disk_available = _read_disk()
-        usage = vitals.cpu_usage
-        if usage is None and vitals.cpu_times is not None:
-            usage = self._usage_until(vitals.cpu_times)
-        return Telemetry(
-            mem_total=vitals.mem_total,
-            mem_available=vitals.mem_available,
-            cpu_count=os.cpu_count(),
-            cpu_usage=_rounded(usage),
-            uptime=vitals.uptime,
-            disk_total=disk_total,
-            disk_available=disk_available,
-            load=_read_load(),
-            temperature=_rounded(vitals.temperature),
-            runtimes=equipment.runtimes,
-            runtime_versions=equipment.runtime_versions,
-            gpus=equipment.gpus,
-            providers=equipment.providers,
-        )
-
-    def _usage_until(self, now: CpuTimes) -> float | None:
-        with self._lock:
-            earlier = self._cpu_times
-            usage = None if earlier is None else now.usage_since(earlier)
-            # Two readings at nearly the same time share the usage before them.
-            if usage is not None or earlier is None:
-                self._cpu_times, self._cpu_usage = now, usage
-            return self._cpu_usage
+        cut = self.cut
+        if not cut:
+            text = (self._head + self._tail).decode("utf-8", "replace")
+            if limit is None or len(text) <= limit:
+                return text
+            head = tail = text
+        else:
+            # Without the halves of a character that was cut in two.
+            head = codecs.getincrementaldecoder("utf-8")("replace").decode(self._head)
+            end = self._tail[max(0, len(self._tail) - self._half) :]
+            tail = (end[:3].lstrip(CONTINUATION) + end[3:]).decode("utf-8", "replace")
+        if limit is not None:
+            half = limit // 2
+            head, tail = head[:half], tail[max(0, len(tail) - (limit - half)) :]
+            cut = self.total - len((head + tail).encode())
+        return f"{head}\n… {cut:,} bytes cut …\n{tail}"
 
 
 # ==============================================================================
 # Language models
-# Uses: Settings
+# Uses: Settings, HTTP client
 #
 # One streaming interface over Ollama, OpenAI-compatible servers and Anthropic: a
 # conversation in, ModelEvents out.  Gateway and nodes use the same classes, and all
-# that passes through the interface has a JSON form, so that a node can lend a model
-# of its own.  What an answer is good for, and who may ask, is decided elsewhere.
+# values of the interface have a JSON form, so that a node can lend its models.
 # ==============================================================================
 
 MODEL_SILENCE = 600.0  # s without a byte; a Pi needs minutes to load a model
 MODEL_TRIES = 3  # for a provider that is busy or breaks off before its first word
-MODEL_PATIENCE = 60.0  # s; a longer Retry-After is said, not waited for
+MODEL_PATIENCE = 60.0  # s; a longer Retry-After is an error at once
 MODEL_LIST_LIFETIME = 600.0  # s that a provider's list of models is remembered
-MODEL_LIST_RETRY = 30.0  # s; where one could not be asked: an Ollama that was started
+MODEL_LIST_RETRY = 30.0  # s; after a provider failed: an Ollama may start later
 MAX_MODEL_LINE = 16 * 1024 * 1024  # bytes; a longer one ends the answer
-MAX_MODEL_ANSWER = 64 * 1024 * 1024  # bytes, as they come; a longer one is broken off
+MAX_MODEL_ANSWER = 64 * 1024 * 1024  # bytes as received; a longer one is an error
 MAX_MODEL_REPLY = 16 * 1024 * 1024  # bytes of a list or an error that are read
 ANTHROPIC_VERSION = "2023-06-01"
-ANTHROPIC_MAX_TOKENS = 16384  # of one answer; the API wants it said
-OLLAMA_FIRST_CONTEXT = 8192  # tokens; its own default cuts our tools off in silence
+ANTHROPIC_MAX_TOKENS = 16384  # of one answer; a required parameter
+OLLAMA_FIRST_CONTEXT = 8192  # tokens; its default silently cuts our tools off
 OLLAMA_LAST_CONTEXT = 65536  # tokens; more fits hardly any home GPU
 
 OVERLONG_PATTERN = (
@@ -5768,11 +5070,6 @@ STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
 }
 
 
-def _fields(value: JsonObject, **kinds: type) -> JsonObject:
-    """Return the named fields of `value`.  Raises RpcError INVALID_REQUEST."""
-    return {name: required(value, name, kind) for name, kind in kinds.items()}
-
-
 class ToolSpec(SnakeValue):
     """A tool that a model may call."""
 
@@ -5780,24 +5077,14 @@ class ToolSpec(SnakeValue):
     description: str
     parameters: JsonObject  # JSON Schema of an object
 
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ToolSpec:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        return cls(**_fields(value, name=str, description=str, parameters=dict))
-
 
 class ToolCall(SnakeValue):
-    """What a model wants done."""
+    """A model's request to run a tool."""
 
     id: str
     name: str
     arguments: JsonObject
-    malformed: str = ""  # the arguments as written, where they are no JSON object
-
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ToolCall:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        return cls(**_fields(value, id=str, name=str, arguments=dict, malformed=str))
+    malformed: str = ""  # the arguments as written, if they are no JSON object
 
 
 class ChatMessage(SnakeValue):
@@ -5808,55 +5095,40 @@ class ChatMessage(SnakeValue):
     tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
     tool_call_id: str = ""  # of a tool: the call that it answers
     tool_name: str = ""
-    # What only the model that said it understands (signed thinking, say), under "by"
-    # that model's id; it goes back to it unchanged.
+    # Data for the model that wrote this, to be sent back unchanged (signed thinking,
+    # say); "by" is that model's id.
     provider_data: Mapping[str, Any] = NOTHING
 
     @classmethod
-    def from_json_object(cls, value: JsonObject) -> ChatMessage:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        fields = _fields(
-            value,
-            role=str,
-            text=str,
-            tool_call_id=str,
-            tool_name=str,
-            provider_data=dict,
-        )
-        if fields["role"] not in ("system", "user", "assistant", "tool"):
-            raise RpcError("INVALID_REQUEST", f"{fields['role']!r} is no role")
-        calls = map(ToolCall.from_json_object, objects_in(value, "tool_calls"))
-        return cls(tool_calls=tuple(calls), **fields)
+    def from_json(cls, value: JsonObject) -> Self:
+        """Raises RpcError also for an unknown role."""
+        message = super().from_json(value)
+        if message.role not in ("system", "user", "assistant", "tool"):
+            raise RpcError("INVALID_REQUEST", f"{message.role!r} is no role")
+        return message
 
 
 class ChatRequest(SnakeValue):
-    """What a model is asked."""
+    """A request to a model."""
 
     model: str  # as its provider calls it
     messages: tuple[ChatMessage, ...]
     tools: tuple[ToolSpec, ...] = ()
 
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ChatRequest:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        messages = map(ChatMessage.from_json_object, objects_in(value, "messages"))
-        tools = map(ToolSpec.from_json_object, objects_in(value, "tools"))
-        return cls(required(value, "model", str), tuple(messages), tuple(tools))
-
 
 class Delta(SnakeValue):
     """The next piece of an answer."""
 
-    kind: str  # text, thinking, or notice: a wait, or another hitch, to be shown
+    kind: str  # text, thinking, or notice: a wait or another hitch, for people
     text: str
 
 
 class Finished(SnakeValue):
-    """The whole answer: the last event of a stream, and never that of a broken one."""
+    """The whole answer: the last event of a stream that did not break."""
 
     message: ChatMessage
     reason: str  # stop, length, refusal, or the provider's own word
-    input_tokens: int  # 0: not said
+    input_tokens: int  # 0: unknown
     output_tokens: int
 
 
@@ -5871,39 +5143,16 @@ class ModelInfo(SnakeValue):
     display_name: str
     supports_tools: bool
 
-    @classmethod
-    def from_json_object(cls, value: JsonObject) -> ModelInfo:
-        """Read what `to_json_object` wrote.  Raises RpcError."""
-        kinds = {"id": str, "provider": str, "display_name": str}
-        return cls(**_fields(value, supports_tools=bool, **kinds))
-
-
-def to_json_object(
-    value: ToolSpec | ChatMessage | ChatRequest | ModelEvent | ModelInfo,
-) -> JsonObject:
-    """Return a value of this section as JSON; its `from_json_object` reads it again."""
-    return value.to_json()
-
-
-def event_from_json_object(value: JsonObject) -> ModelEvent:
-    """Return an event that somebody else streamed.  Raises RpcError."""
-    if "message" not in value:
-        return Delta(**_fields(value, kind=str, text=str))
-    return Finished(
-        message=ChatMessage.from_json_object(required(value, "message", dict)),
-        **_fields(value, reason=str, input_tokens=int, output_tokens=int),
-    )
-
 
 class ChatModel(Protocol):
-    """A model that can be talked to, wherever it runs."""
+    """A model, wherever it runs."""
 
     @property
     def id(self) -> str: ...
 
     @property
     def context_tokens(self) -> int:
-        """How long a conversation may be."""
+        """The longest conversation that it takes."""
 
     def stream(
         self,
@@ -5913,35 +5162,25 @@ class ChatModel(Protocol):
     ) -> Generator[ModelEvent, None, None]:
         """Yield the answer as it comes, `Finished` last.
 
-        Raises ModelError where there will be no `Finished`, and Cancelled.
+        Raises ModelError instead of a `Finished`, and Cancelled.
         """
 
 
-# --- What servers send: anything may be missing or of another type ---
+def pick(value: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return `value[name]` if it is of that type, else an empty one.
 
-
-def _text_of(value: Mapping[str, Any], name: str) -> str:
+    Any field that a server sends may be missing or of another type.
+    """
     found = value.get(name)
-    return found if isinstance(found, str) else ""
+    return found if isinstance(found, kind) else kind()
 
 
-def _count_of(value: JsonObject, name: str) -> int:
-    found = value.get(name)
-    return found if isinstance(found, int) else 0
-
-
-def _object_of(value: Mapping[str, Any], name: str) -> JsonObject:
-    found = value.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def _objects_of(value: Mapping[str, Any], name: str) -> list[JsonObject]:
-    found = value.get(name)
-    return [v for v in found if isinstance(v, dict)] if isinstance(found, list) else []
+def pick_objects(value: Mapping[str, Any], name: str) -> list[JsonObject]:
+    return [item for item in pick(value, name, list) if isinstance(item, dict)]
 
 
 def _error_text(document: Any) -> str:
-    """Return what an error body says, in any of the forms that servers use."""
+    """Return the message of an error body, in any of the forms that servers use."""
     if isinstance(document, list) and document:  # Gemini
         document = document[0]
     if isinstance(document, dict):
@@ -5973,8 +5212,8 @@ def read_tool_call(call_id: str, name: str, arguments: object) -> ToolCall:
 def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """Return `messages` with one result right after each call, in the calls' order.
 
-    All providers demand it, and a run that was cut short leaves calls open.  Results
-    without a call, and answers without content, are left out for the same reason.
+    All providers demand it, and a turn that was cancelled leaves calls open.  Results
+    without a call, and answers without content, are dropped for the same reason.
     """
     settled = []
     for position, message in enumerate(messages, 1):
@@ -5997,7 +5236,7 @@ def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 def _results_after(
     messages: Sequence[ChatMessage], position: int
 ) -> dict[str, ChatMessage]:
-    # Up to the next answer with calls only: some servers number theirs anew in each.
+    # Up to the next answer with calls: some servers number theirs from 0 in each.
     results: dict[str, ChatMessage] = {}
     for message in itertools.islice(messages, position, None):
         if message.tool_calls:
@@ -6007,104 +5246,7 @@ def _results_after(
     return results
 
 
-# --- HTTP ---
-
-
-def _cut(sock: socket.socket) -> None:
-    # The plain socket's method: SSLSocket's would take the TLS state away from the
-    # thread that is reading.
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def _connect_model(host: str, port: int, cancel: Cancellation) -> socket.socket:
-    """Return a TCP connection.  Raises OSError, Cancelled."""
-    failure = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM
-    ):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(CONNECT_TIMEOUT)
-            with cancel.calling(partial(_cut, sock)):
-                sock.connect(address)
-            return sock
-        except OSError as error:
-            sock.close()
-            failure = error
-        except Cancelled:
-            sock.close()
-            raise
-    raise failure
-
-
-def _dial_model(parts: SplitResult, cancel: Cancellation) -> socket.socket:
-    """Return a connection to an http or https URL.  Raises ModelError, Cancelled."""
-    host = parts.hostname or ""
-    try:
-        if parts.scheme != "https":
-            return _connect_model(host, parts.port or 80, cancel)
-        require_ssl()
-        import ssl
-
-        sock = ssl.create_default_context().wrap_socket(
-            _connect_model(host, parts.port or 443, cancel),
-            server_hostname=host,
-            do_handshake_on_connect=False,
-        )
-        with contextlib.ExitStack() as stack:
-            stack.callback(sock.close)
-            with cancel.calling(partial(_cut, sock)):
-                sock.do_handshake()
-            stack.pop_all()
-        return sock
-    # ValueError: a port that is none; BadConfiguration: a Python without TLS
-    except (OSError, ValueError, BadConfiguration) as error:
-        raise ModelError(f"{parts.netloc} cannot be reached: {error}") from error
-
-
-@contextlib.contextmanager
-def model_exchange(
-    method: str,
-    url: str,
-    headers: Mapping[str, str],
-    body: JsonObject | None,
-    cancel: Cancellation,
-    timeout: float = MODEL_SILENCE,  # s without a byte
-) -> Iterator[http.client.HTTPResponse]:
-    """Yield the response to one HTTP request, whatever its status.
-
-    Raises ModelError, ModelBusy where asking again may help, and Cancelled; that
-    goes for reading the response in the block as well.
-    """
-    import http.client
-
-    parts = urlsplit(url)
-    sock = _dial_model(parts, cancel)
-    connection = http.client.HTTPConnection(parts.hostname or "")
-    connection.sock = sock
-    target = f"{parts.path}?{parts.query}" if parts.query else parts.path
-    content = None if body is None else to_json(body).encode("utf-8", "replace")
-    try:
-        with cancel.calling(partial(_cut, sock)):
-            sock.settimeout(timeout)
-            connection.request(
-                method,
-                target,
-                content,
-                {**headers, "Host": parts.netloc, "Connection": "close"},
-            )
-            with connection.getresponse() as response:
-                yield response
-    except socket.timeout as error:
-        raise ModelError(
-            f"{parts.netloc} was silent for {format_duration(timeout)}"
-        ) from error
-    except (OSError, http.client.HTTPException) as error:
-        said = str(error) or type(error).__name__
-        raise ModelBusy(f"{parts.netloc} broke off: {said}") from error
-    finally:
-        connection.close()
+# --- reading a response ---
 
 
 def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -6116,7 +5258,7 @@ def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
             break
         pending += data
         if len(pending) > MAX_MODEL_LINE:
-            raise ModelError("the answer holds a line beyond all measure")
+            raise ModelError("the answer has a line that is too long")
         if b"\n" in data:
             *lines, rest = bytes(pending).split(b"\n")
             pending = bytearray(rest)
@@ -6126,7 +5268,7 @@ def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
 
 
 def check_answer_length(length: int) -> None:
-    """Raises ModelError beyond what an answer may have, in bytes as they come."""
+    """Raises ModelError beyond the longest answer, in bytes as received."""
     if length > MAX_MODEL_ANSWER:
         raise ModelError(
             "the answer was broken off: it has more than "
@@ -6152,18 +5294,16 @@ def _retry_after(response: http.client.HTTPResponse) -> float | None:
     import email.utils
 
     text = response.getheader("Retry-After", "").strip()
-    try:
+    with contextlib.suppress(ValueError):
         return max(0.0, float(text))
-    except ValueError:
-        pass
     try:
         moment = email.utils.parsedate_to_datetime(text)
         return max(0.0, moment.timestamp() - time.time())
-    except (TypeError, ValueError):  # which of them depends on Python's version
+    except (TypeError, ValueError):  # depends on Python's version
         return None
 
 
-# --- Answers ---
+# --- answers ---
 
 
 class PartialCall:
@@ -6189,8 +5329,8 @@ class AnswerReader:
     """One answer: the provider's documents in, ModelEvents out."""
 
     def __init__(self, model_id: str) -> None:
-        self.complete = False  # all that matters is here; the stream may end
-        self.over = False  # nothing follows that would be worth reading
+        self.complete = False  # the stream may end
+        self.over = False  # the rest of the stream need not be read
         self.reason = "stop"
         self.input_tokens = 0
         self.output_tokens = 0
@@ -6207,12 +5347,16 @@ class AnswerReader:
             self._text.append(text)
             yield Delta("text", text)
 
-    def think(self, text: str) -> Iterator[ModelEvent]:
+    def think(self, text: str, keep_as: str = "") -> Iterator[ModelEvent]:
+        """Yield a piece of thinking; `keep_as` names its field in what goes back."""
         if text:
+            if keep_as:
+                before = self.provider_data.get(keep_as, "")
+                self.provider_data[keep_as] = before + text
             yield Delta("thinking", text)
 
     def open_call(self, given_id: str, name: str) -> PartialCall:
-        # Servers leave ids out, or give all calls of an answer the same.
+        # Servers omit ids, or give all calls of an answer the same.
         taken = not given_id or any(call.id == given_id for call in self.calls)
         call = PartialCall(new_call_id() if taken else given_id, given_id, name)
         self.calls.append(call)
@@ -6237,74 +5381,66 @@ class OllamaAnswer(AnswerReader):
     """An answer of `/api/chat`."""
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
-        message = _object_of(document, "message")
-        thinking = _text_of(message, "thinking")
-        if thinking:
-            before = self.provider_data.get("thinking", "")
-            self.provider_data["thinking"] = before + thinking
-        yield from self.think(thinking)
-        yield from self.say(_text_of(message, "content"))
-        for call in _objects_of(message, "tool_calls"):
-            function = _object_of(call, "function")
-            opened = self.open_call(_text_of(call, "id"), _text_of(function, "name"))
+        message = pick(document, "message", dict)
+        yield from self.think(pick(message, "thinking", str), keep_as="thinking")
+        yield from self.say(pick(message, "content", str))
+        for call in pick_objects(message, "tool_calls"):
+            function = pick(call, "function", dict)
+            opened = self.open_call(pick(call, "id", str), pick(function, "name", str))
             opened.add(function.get("arguments"))
         if document.get("done") is True:
-            self.end(_text_of(document, "done_reason"))
+            self.end(pick(document, "done_reason", str))
             self.over = True
-            self.input_tokens = _count_of(document, "prompt_eval_count")
-            self.output_tokens = _count_of(document, "eval_count")
+            self.input_tokens = pick(document, "prompt_eval_count", int)
+            self.output_tokens = pick(document, "eval_count", int)
 
 
 class OpenAiAnswer(AnswerReader):
-    """An answer of `/chat/completions`, from whoever imitates it."""
+    """An answer of `/chat/completions`, or of an imitation."""
 
     def __init__(self, model_id: str) -> None:
         super().__init__(model_id)
         self._slots: dict[int, PartialCall] = {}
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
-        usage = _object_of(document, "usage")
+        usage = pick(document, "usage", dict)
         if usage:  # in a document of its own, whose `choices` is empty, or in any other
-            self.input_tokens = _count_of(usage, "prompt_tokens")
-            self.output_tokens = _count_of(usage, "completion_tokens")
-        for choice in _objects_of(document, "choices")[:1]:
-            # A server that cannot stream answers with a `message` instead.
-            delta = _object_of(choice, "delta") or _object_of(choice, "message")
+            self.input_tokens = pick(usage, "prompt_tokens", int)
+            self.output_tokens = pick(usage, "completion_tokens", int)
+        for choice in pick_objects(document, "choices")[:1]:
+            # A server that cannot stream sends a `message` instead.
+            delta = pick(choice, "delta", dict) or pick(choice, "message", dict)
             yield from self._take_delta(delta)
-            reason = _text_of(choice, "finish_reason")
+            reason = pick(choice, "finish_reason", str)
             if reason:
                 self.end(reason)
 
     def _take_delta(self, delta: JsonObject) -> Iterator[ModelEvent]:
-        reasoning = _text_of(delta, "reasoning_content")
-        if reasoning:
-            before = self.provider_data.get("reasoning_content", "")
-            self.provider_data["reasoning_content"] = before + reasoning
-        yield from self.think(reasoning or _text_of(delta, "reasoning"))
-        yield from self.say(_text_of(delta, "content"))
-        for part in _objects_of(delta, "content"):  # Mistral's thinking models
-            for thought in _objects_of(part, "thinking"):
-                yield from self.think(_text_of(thought, "text"))
-            yield from self.say(_text_of(part, "text"))
-        for piece in _objects_of(delta, "tool_calls"):
-            self._take_call(piece)
-
-    def _take_call(self, piece: JsonObject) -> None:
-        function = _object_of(piece, "function")
-        call = self._call_of(piece, _text_of(function, "name"))
-        call.add(function.get("arguments"))
-        if piece.get("extra_content"):  # Gemini's signatures
-            extras = self.provider_data.setdefault("extra_content", {})
-            extras[call.id] = piece["extra_content"]
+        field = "reasoning_content"
+        yield from self.think(pick(delta, field, str), keep_as=field)
+        if not delta.get(field):
+            yield from self.think(pick(delta, "reasoning", str))
+        yield from self.say(pick(delta, "content", str))
+        for part in pick_objects(delta, "content"):  # Mistral's thinking models
+            for thought in pick_objects(part, "thinking"):
+                yield from self.think(pick(thought, "text", str))
+            yield from self.say(pick(part, "text", str))
+        for piece in pick_objects(delta, "tool_calls"):
+            function = pick(piece, "function", dict)
+            call = self._call_of(piece, pick(function, "name", str))
+            call.add(function.get("arguments"))
+            if piece.get("extra_content"):  # Gemini's signatures
+                extras = self.provider_data.setdefault("extra_content", {})
+                extras[call.id] = piece["extra_content"]
 
     def _call_of(self, piece: JsonObject, name: str) -> PartialCall:
         """Return the call to which a piece belongs.
 
-        `index` says so in theory; servers omit it or always send 0.  So a new id opens
+        In theory `index` says so; servers omit it or always send 0.  So a new id opens
         a new call, and so does a name after arguments that are complete.
         """
-        slot = _count_of(piece, "index")
-        given_id = _text_of(piece, "id")
+        slot = pick(piece, "index", int)
+        given_id = pick(piece, "id", str)
         call = self._slots.get(slot)
         if call is not None and not self._opens_another(call, given_id, name):
             call.name = call.name or name
@@ -6328,127 +5464,112 @@ class AnthropicAnswer(AnswerReader):
         self._whole: list[JsonObject] = []  # the blocks that have ended
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
-        kind = _text_of(document, "type")
-        index = _count_of(document, "index")
+        kind = pick(document, "type", str)
+        index = pick(document, "index", int)
         if kind == "content_block_delta":
-            yield from self._take_delta(index, _object_of(document, "delta"))
+            yield from self._take_delta(index, pick(document, "delta", dict))
         elif kind == "content_block_start":
-            yield from self._open_block(index, _object_of(document, "content_block"))
+            yield from self._open_block(index, pick(document, "content_block", dict))
         elif kind == "content_block_stop":
             self._close_block(index)
         elif kind == "message_start":
-            self._count(_object_of(_object_of(document, "message"), "usage"))
+            self._count(pick(pick(document, "message", dict), "usage", dict))
         elif kind == "message_delta":
-            self.reason = _text_of(_object_of(document, "delta"), "stop_reason")
-            self._count(_object_of(document, "usage"))
+            self.reason = pick(pick(document, "delta", dict), "stop_reason", str)
+            self._count(pick(document, "usage", dict))
         elif kind == "message_stop":
-            self._end_message()
-        # Anything else is a ping, or newer than this: to be ignored, says the vendor.
+            self.end(self.reason)
+            self.over = True
+            # Without thinking, text and calls are all there is, for any provider.
+            if any("thinking" in pick(block, "type", str) for block in self._whole):
+                self.provider_data["blocks"] = self._whole
+        # Anything else is a ping or a later addition; the API says to ignore it.
 
     def _open_block(self, index: int, block: JsonObject) -> Iterator[ModelEvent]:
         self._blocks[index] = dict(block)
         if block.get("type") == "tool_use":
-            call = self.open_call(_text_of(block, "id"), _text_of(block, "name"))
+            call = self.open_call(pick(block, "id", str), pick(block, "name", str))
             call.add(block.get("input"))
             self._inputs[index] = call
-        yield from self.say(_text_of(block, "text"))
+        yield from self.say(pick(block, "text", str))
 
     def _take_delta(self, index: int, delta: JsonObject) -> Iterator[ModelEvent]:
         block = self._blocks.setdefault(index, {})
         if index in self._inputs:
-            self._inputs[index].add(_text_of(delta, "partial_json"))
+            self._inputs[index].add(pick(delta, "partial_json", str))
         for name in ("text", "thinking", "signature"):
-            piece = _text_of(delta, name)
+            piece = pick(delta, name, str)
             if piece:
-                block[name] = _text_of(block, name) + piece
-        yield from self.think(_text_of(delta, "thinking"))
-        yield from self.say(_text_of(delta, "text"))
+                block[name] = pick(block, name, str) + piece
+        yield from self.think(pick(delta, "thinking", str))
+        yield from self.say(pick(delta, "text", str))
 
     def _close_block(self, index: int) -> None:
         block = self._blocks.pop(index, {})
         if index in self._inputs:
             call = self._inputs.pop(index).finished()
             block = {**block, "id": call.id, "input": call.arguments}
-        if block.get("type") != "text" or block.get("text"):  # it refuses empty ones
+        if block.get("type") != "text" or block.get(
+            "text"
+        ):  # the API refuses empty ones
             self._whole.append(block)
 
     def _count(self, usage: JsonObject) -> None:
-        names = (
-            "input_tokens",
-            "cache_creation_input_tokens",
-            "cache_read_input_tokens",
-        )
-        self.input_tokens = sum(_count_of(usage, n) for n in names) or self.input_tokens
-        self.output_tokens = _count_of(usage, "output_tokens") or self.output_tokens
-
-    def _end_message(self) -> None:
-        self.end(self.reason)
-        self.over = True
-        # Without thinking, text and calls say it all, for any provider.
-        if any("thinking" in _text_of(block, "type") for block in self._whole):
-            self.provider_data["blocks"] = self._whole
+        kinds = ("", "cache_creation_", "cache_read_")
+        count = sum(pick(usage, f"{kind}input_tokens", int) for kind in kinds)
+        self.input_tokens = count or self.input_tokens
+        self.output_tokens = pick(usage, "output_tokens", int) or self.output_tokens
 
 
-# --- Providers ---
+# --- providers ---
 
 
 class ProviderSpec(Value):
-    """Somebody who serves models, and the habits that set them apart."""
+    """A service of models, with the habits that set it apart."""
 
     id: str
     label: str
     protocol: str  # of PROTOCOLS
     base_url: str
-    url_variable: str = ""
-    call_id: str = "[A-Za-z0-9_-]{1,40}"  # the ids of calls that it takes
-    wants_reasoning: bool = False  # back, or it refuses what follows a tool call
+    call_id: str = "[A-Za-z0-9_-]{1,40}"  # pattern of the ids of calls that it takes
+    wants_reasoning: bool = False  # back, or it refuses the message after a tool call
+
+    @property
+    def url_variable(self) -> str:
+        """The environment variable with another address."""
+        return "OLLAMA_HOST" if self.id == "ollama" else f"{self.id.upper()}_BASE_URL"
 
 
 PROVIDERS = (
-    ProviderSpec("ollama", "Ollama", "ollama", "http://127.0.0.1:11434", "OLLAMA_HOST"),
-    ProviderSpec(
-        "anthropic",
-        "Anthropic",
-        "anthropic",
-        "https://api.anthropic.com",
-        "ANTHROPIC_BASE_URL",
-    ),
-    ProviderSpec(
-        "openai", "OpenAI", "openai", "https://api.openai.com/v1", "OPENAI_BASE_URL"
-    ),
+    ProviderSpec("ollama", "Ollama", "ollama", "http://127.0.0.1:11434"),
+    ProviderSpec("anthropic", "Anthropic", "anthropic", "https://api.anthropic.com"),
+    ProviderSpec("openai", "OpenAI", "openai", "https://api.openai.com/v1"),
     ProviderSpec("openrouter", "OpenRouter", "openai", "https://openrouter.ai/api/v1"),
     ProviderSpec("groq", "Groq", "openai", "https://api.groq.com/openai/v1"),
     ProviderSpec(
-        "mistral",
-        "Mistral",
-        "openai",
-        "https://api.mistral.ai/v1",
+        *("mistral", "Mistral", "openai", "https://api.mistral.ai/v1"),
         call_id="[A-Za-z0-9]{9}",
     ),
     ProviderSpec(
-        "deepseek",
-        "DeepSeek",
-        "openai",
-        "https://api.deepseek.com/v1",
+        *("deepseek", "DeepSeek", "openai", "https://api.deepseek.com/v1"),
         wants_reasoning=True,
     ),
     ProviderSpec("together", "Together", "openai", "https://api.together.xyz/v1"),
     ProviderSpec("xai", "xAI", "openai", "https://api.x.ai/v1"),
     ProviderSpec(
-        "gemini",
-        "Gemini",
-        "openai",
+        *("gemini", "Gemini", "openai"),
         "https://generativelanguage.googleapis.com/v1beta/openai",
     ),
 )
 
 
 class ModelProvider:
-    """A vendor's protocol, spoken with one address."""
+    """A vendor's protocol at one address."""
 
     chat_path = ""
     list_path = ""
-    context_tokens = 100_000  # of most of its models; a guess that errs on their side
+    context_tokens = 100_000  # most of its models take more
+    answer: type[AnswerReader]
 
     def __init__(
         self,
@@ -6471,9 +5592,9 @@ class ModelProvider:
         backoff = Backoff(self._first_pause, 20 * self._first_pause)
         tries = 1
         while True:
-            silent = True  # what was shown once cannot be taken back by a new try
+            silent = True  # a second try cannot take back what was shown
             try:
-                with contextlib.closing(self._attempt(request, body, cancel)) as events:
+                with closing(self._attempt(request, body, cancel)) as events:
                     for event in events:
                         silent = False
                         yield event
@@ -6497,11 +5618,21 @@ class ModelProvider:
                 yield Delta("notice", notice)
             cancel.pause(delay)
 
-    def models(self, cancel: Cancellation) -> list[ModelInfo]:
-        """Return the models that the provider lists.  Raises ModelError, Cancelled."""
+    def listed(self, cancel: Cancellation) -> list[JsonObject]:
+        """Return the provider's list of models as it is.
+
+        Raises ModelError, Cancelled.
+        """
         listing = self._ask("GET", self.list_path, None, cancel)
-        listed = _objects_of(listing, "data") or _objects_of(listing, "models")
-        infos = (self._info(model, cancel) for model in listed)
+        for name in ("data", "models"):
+            models = pick_objects(listing, name)
+            if models or listing.get(name) == []:
+                return models
+        raise ModelError(f"{self.base_url} is no {self.spec.label}: it lists no models")
+
+    def models(self, cancel: Cancellation) -> list[ModelInfo]:
+        """Return the models for chats.  Raises ModelError, Cancelled."""
+        infos = (self._info(model, cancel) for model in self.listed(cancel))
         return [info for info in infos if info is not None]
 
     def _headers(self) -> dict[str, str]:
@@ -6513,18 +5644,15 @@ class ModelProvider:
     def _body(self, request: ChatRequest) -> JsonObject:
         raise NotImplementedError
 
-    def _reader(self, model_id: str) -> AnswerReader:
-        raise NotImplementedError
-
     def _amend(self, body: JsonObject, error: ModelError) -> str | None:
         """Change a request that was refused so that it may pass.
 
-        Return what to tell the person about it, or None where nothing helps.
+        Return a notice for people, perhaps empty, or None if nothing helps.
         """
         raise NotImplementedError
 
     def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
-        """Return what a list says of a model, None where it is none for chats."""
+        """Return the model of one entry of the list, None if it is not for chats."""
         raise NotImplementedError
 
     def _named(self, name: str, title: str, *, supports_tools: bool) -> ModelInfo:
@@ -6532,13 +5660,45 @@ class ModelProvider:
             f"{self.spec.id}/{name}", self.spec.label, title, supports_tools
         )
 
+    @contextlib.contextmanager
+    def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: JsonObject | None,
+        cancel: Cancellation,
+        timeout: float,
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Yield the response to a request that was accepted.
+
+        Raises ModelError, ModelBusy if asking again may help, and Cancelled; also for
+        what the block reads.
+        """
+        content = None if body is None else to_json(body).encode("utf-8", "replace")
+        try:
+            with http_exchange(
+                method,
+                self.base_url + path,
+                self._headers(),
+                content,
+                timeout=timeout,
+                cancel=cancel,
+            ) as response:
+                if response.status != 200:
+                    raise self._refusal(response)
+                yield response
+        except ConnectionError as error:
+            raise ModelBusy(str(error)) from error
+        except (Unreachable, TimeoutError) as error:
+            raise ModelError(str(error)) from error
+
     def _attempt(
         self, request: ChatRequest, body: JsonObject, cancel: Cancellation
     ) -> Generator[ModelEvent, None, None]:
-        reader = self._reader(f"{self.spec.id}/{request.model}")
-        url = self.base_url + self.chat_path
-        with model_exchange("POST", url, self._headers(), body, cancel) as response:
-            self._check(response)
+        reader = self.answer(f"{self.spec.id}/{request.model}")
+        with self._exchange(
+            "POST", self.chat_path, body, cancel, MODEL_SILENCE
+        ) as response:
             length = 0
             for data in self._documents(response):
                 if data == b"[DONE]":
@@ -6557,27 +5717,24 @@ class ModelProvider:
         self, method: str, path: str, body: JsonObject | None, cancel: Cancellation
     ) -> JsonObject:
         """Return the answer to one short request.  Raises ModelError, Cancelled."""
-        url = self.base_url + path
-        with model_exchange(
-            method, url, self._headers(), body, cancel, CONNECT_TIMEOUT
-        ) as response:
-            self._check(response)
+        with self._exchange(method, path, body, cancel, CONNECT_TIMEOUT) as response:
             data = response.read(MAX_MODEL_REPLY)
         try:
             document = from_json(data)
         except ValueError as error:
+            url = self.base_url + path
             raise ModelError(f"{url} is no {self.spec.label}: {error}") from error
         # Together lists its models without an object around them.
         return document if isinstance(document, dict) else {"data": document}
 
     def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        # Some servers tell of an error, or of all at once, without an event stream.
+        # Some servers send an error, or a whole answer, without an event stream.
         if response.getheader("Content-Type", "").startswith("application/json"):
             return iter([response.read(MAX_MODEL_REPLY)])
         return _server_sent_data(_lines(response))
 
     def _document(self, data: bytes) -> JsonObject:
-        """Return one document of the answer.  Raises ModelError where it is none."""
+        """Return one document of the answer.  Raises ModelError if it is none."""
         try:
             document = from_json(data)
         except ValueError as error:
@@ -6588,29 +5745,26 @@ class ModelProvider:
             raise self._error(200, document, None)
         return document
 
-    def _check(self, response: http.client.HTTPResponse) -> None:
-        """Raises ModelError unless the request was taken."""
-        if response.status == 200:
-            return
+    def _refusal(self, response: http.client.HTTPResponse) -> ModelError:
         data = response.read(MAX_MODEL_REPLY)
         try:
             document = from_json(data)
         except ValueError:
             document = data[:2000].decode("utf-8", "replace") or response.reason
-        raise self._error(response.status, document, _retry_after(response))
+        return self._error(response.status, document, _retry_after(response))
 
     def _error(
         self, status: int, document: Any, retry_after: float | None
     ) -> ModelError:
         detail = to_json(document)
-        error = _object_of(document, "error") if isinstance(document, dict) else {}
+        error = pick(document, "error", dict) if isinstance(document, dict) else {}
         kind = error.get("type") or error.get("code")
-        status = _count_of(error, "code") if status == 200 else status
+        status = pick(error, "code", int) if status == 200 else status
         text = clip(_error_text(document), 1000)
         if self._api_key:  # some servers quote it
             text = text.replace(self._api_key, "…")
         message = f"{self.spec.label}: {text}" + (f" ({status})" if status else "")
-        # "Too many tokens" of the last minute are another matter.
+        # With 429, "too many tokens" are those of the last minute.
         if status != 429 and re.search(OVERLONG_PATTERN, text):
             return ContextTooLong(message, detail)
         if status in (401, 403):
@@ -6635,21 +5789,27 @@ class ModelProvider:
         return data if data.get("by") == f"{self.spec.id}/{request.model}" else {}
 
 
+def function_tools(tools: Sequence[ToolSpec]) -> list[JsonObject]:
+    """Return `tools` as OpenAI and its imitators take them."""
+    return [{"type": "function", "function": tool.to_json()} for tool in tools]
+
+
 class OllamaProvider(ModelProvider):
     """Ollama's own API, https://docs.ollama.com/api."""
 
     chat_path = "/api/chat"
     list_path = "/api/tags"
     context_tokens = OLLAMA_LAST_CONTEXT
+    answer = OllamaAnswer
 
     def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
-        name = _text_of(listed, "name")
+        name = pick(listed, "name", str)
         try:
             shown = self._ask("POST", "/api/show", {"model": name}, cancel)
-        except ModelError:  # one that is broken must not hide the others
+        except ModelError:  # a broken model must not hide the others
             return None
         abilities = shown.get("capabilities")
-        if not isinstance(abilities, list):  # before 0.6.4 it did not say
+        if not isinstance(abilities, list):  # before Ollama 0.6.4
             abilities = ["completion", "tools"]
         if "completion" not in abilities:
             return None
@@ -6666,7 +5826,13 @@ class OllamaProvider(ModelProvider):
         }
         if request.tools:
             body["tools"] = function_tools(request.tools)
-        body["options"] = {"num_ctx": self._context_for(body)}
+        # In doublings: another size makes Ollama load the model again.  Three
+        # characters a token errs on the safe side, and the answer needs room too.
+        needed = len(to_json(body)) // 3 + 2048
+        size = OLLAMA_FIRST_CONTEXT
+        while size < min(needed, OLLAMA_LAST_CONTEXT):
+            size *= 2
+        body["options"] = {"num_ctx": size}
         return body
 
     def _message(self, request: ChatRequest, message: ChatMessage) -> JsonObject:
@@ -6678,20 +5844,8 @@ class OllamaProvider(ModelProvider):
                 {"function": {"name": call.name, "arguments": call.arguments}}
                 for call in message.tool_calls
             ]
-        thinking = _text_of(self._own_data(request, message), "thinking")
+        thinking = pick(self._own_data(request, message), "thinking", str)
         return {**value, "thinking": thinking} if thinking else value
-
-    def _context_for(self, body: JsonObject) -> int:
-        # In doublings: another size makes Ollama load the model anew.  Three
-        # characters a token errs on the safe side, and the answer needs room too.
-        needed = len(to_json(body)) // 3 + 2048
-        size = OLLAMA_FIRST_CONTEXT
-        while size < min(needed, OLLAMA_LAST_CONTEXT):
-            size *= 2
-        return size
-
-    def _reader(self, model_id: str) -> AnswerReader:
-        return OllamaAnswer(model_id)
 
     def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
         return (line for line in _lines(response) if line.strip())
@@ -6702,16 +5856,12 @@ class OllamaProvider(ModelProvider):
         return None
 
 
-def function_tools(tools: Sequence[ToolSpec]) -> list[JsonObject]:
-    """Return `tools` as OpenAI and those after it want them."""
-    return [{"type": "function", "function": to_json_object(tool)} for tool in tools]
-
-
 class OpenAiProvider(ModelProvider):
     """OpenAI's chat completions, and the many servers that imitate them."""
 
     chat_path = "/chat/completions"
     list_path = "/models"
+    answer = OpenAiAnswer
 
     def _body(self, request: ChatRequest) -> JsonObject:
         body: JsonObject = {
@@ -6731,15 +5881,15 @@ class OpenAiProvider(ModelProvider):
         value: JsonObject = {"role": message.role, "content": message.text}
         if message.role == "tool":
             value["tool_call_id"] = self._call_id(message.tool_call_id)
-        data = self._own_data(request, message)
         if message.tool_calls:
+            data = self._own_data(request, message)
             value["content"] = message.text or None  # some refuse an empty text here
-            extras = _object_of(data, "extra_content")
+            extras = pick(data, "extra_content", dict)
             value["tool_calls"] = [
                 self._call(call, extras) for call in message.tool_calls
             ]
-        if self.spec.wants_reasoning and message.tool_calls:
-            value["reasoning_content"] = _text_of(data, "reasoning_content")
+            if self.spec.wants_reasoning:
+                value["reasoning_content"] = pick(data, "reasoning_content", str)
         return value
 
     def _call(self, call: ToolCall, extras: JsonObject) -> JsonObject:
@@ -6752,25 +5902,20 @@ class OpenAiProvider(ModelProvider):
             value["extra_content"] = extras[call.id]
         return value
 
-    def _reader(self, model_id: str) -> AnswerReader:
-        return OpenAiAnswer(model_id)
-
     def _amend(self, body: JsonObject, error: ModelError) -> str | None:
         if "stream_options" in error.detail and body.pop("stream_options", None):
             return ""  # only the token counts are lost
         return None
 
     def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo | None:
-        name = _text_of(listed, "id")
+        name = pick(listed, "id", str)
         # OpenAI's list does not tell its chat models from the others.
         if re.search("embed|whisper|tts|dall-e|moderat|image|audio|realtime", name):
             return None
-        mistral = (
-            _object_of(listed, "capabilities").get("function_calling") is not False
-        )
+        mistral = pick(listed, "capabilities", dict).get("function_calling")
         openrouter = listed.get("supported_parameters", ["tools"])
-        tools = mistral and isinstance(openrouter, list) and "tools" in openrouter
-        return self._named(name, name, supports_tools=tools)
+        tools = isinstance(openrouter, list) and "tools" in openrouter
+        return self._named(name, name, supports_tools=tools and mistral is not False)
 
 
 class AnthropicProvider(ModelProvider):
@@ -6779,6 +5924,7 @@ class AnthropicProvider(ModelProvider):
     chat_path = "/v1/messages"
     list_path = "/v1/models?limit=1000"
     context_tokens = 200_000
+    answer = AnthropicAnswer
 
     def _headers(self) -> dict[str, str]:
         return {
@@ -6812,7 +5958,7 @@ class AnthropicProvider(ModelProvider):
     def _turns(
         self, request: ChatRequest, messages: Sequence[ChatMessage]
     ) -> list[JsonObject]:
-        """Return the turns, which alternate: results and what follows make one."""
+        """Return the turns, which alternate: results and the next message are one."""
         turns: list[JsonObject] = []
         for message in messages:
             role = "assistant" if message.role == "assistant" else "user"
@@ -6824,7 +5970,7 @@ class AnthropicProvider(ModelProvider):
         return turns
 
     def _blocks(self, request: ChatRequest, message: ChatMessage) -> list[JsonObject]:
-        kept = _objects_of(self._own_data(request, message), "blocks")
+        kept = pick_objects(self._own_data(request, message), "blocks")
         if kept:
             return kept
         if message.role == "tool":
@@ -6842,16 +5988,13 @@ class AnthropicProvider(ModelProvider):
             for call in message.tool_calls
         ]
 
-    def _reader(self, model_id: str) -> AnswerReader:
-        return AnthropicAnswer(model_id)
-
     def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo:
-        name = _text_of(listed, "id")
-        title = _text_of(listed, "display_name")
+        name = pick(listed, "id", str)
+        title = pick(listed, "display_name", str)
         return self._named(name, title or name, supports_tools=True)
 
     def _amend(self, body: JsonObject, error: ModelError) -> str | None:
-        # Old models allow less, and only the refusal says how much.
+        # Old models allow less; only the refusal has the number.
         match = re.search(r"max_tokens: \d+ > (\d+)", error.detail)
         if match is None or int(match.group(1)) >= body["max_tokens"]:
             return None
@@ -6866,7 +6009,10 @@ PROTOCOLS: Mapping[str, type[ModelProvider]] = {
 }
 
 
-class ProviderSettings(Value):
+# --- what is set up ---
+
+
+class ProviderSettings(SnakeValue):
     """What a person entered for one provider in Settings → Models."""
 
     api_key: str = ""
@@ -6880,13 +6026,7 @@ class ProviderSettings(Value):
         path = directory / cls.FILE
         value = read_settings_file(path) or {}
         try:
-            return {
-                name: cls(
-                    api_key=optional(entry, "api_key", str) or "",
-                    base_url=optional(entry, "base_url", str) or "",
-                )
-                for name, entry in ((n, required(value, n, dict)) for n in value)
-            }
+            return {name: cls.from_json(required(value, name, dict)) for name in value}
         except RpcError as error:
             raise BadConfiguration(f"{path}: {error.message}") from error
 
@@ -6895,17 +6035,13 @@ class ProviderSettings(Value):
         cls, directory: Path, settings: Mapping[str, ProviderSettings]
     ) -> None:
         """Write models.json.  Raises BadConfiguration."""
-        value = {
-            name: {"api_key": entry.api_key, "base_url": entry.base_url}
-            for name, entry in settings.items()
-        }
-        write_settings_file(directory / cls.FILE, value)
+        write_settings_file(directory / cls.FILE, encode_value(dict(settings)))
 
 
 def all_providers(settings: Mapping[str, ProviderSettings]) -> list[ProviderSpec]:
     """Return the providers that are known, and those that `settings` adds.
 
-    What is added is taken for OpenAI-compatible: llama.cpp, vLLM, LM Studio are.
+    Those are taken for OpenAI-compatible, as llama.cpp, vLLM and LM Studio are.
     """
     known = {spec.id for spec in PROVIDERS}
     return [*PROVIDERS] + [
@@ -6962,7 +6098,7 @@ def describe_providers(
 
 
 def context_of(provider_id: str) -> int:
-    """Return the tokens that a provider's models hold, whoever reaches it."""
+    """Return the context length, in tokens, of a provider's models."""
     protocols = {spec.id: spec.protocol for spec in PROVIDERS}
     return PROTOCOLS[protocols.get(provider_id, "openai")].context_tokens
 
@@ -6998,15 +6134,15 @@ class ModelCatalog:
         self._fresh = Deadline(0)
 
     def replace(self, providers: Sequence[ModelProvider]) -> None:
-        """Use these providers from now on: somebody changed the settings."""
+        """Use these providers from now on: the settings were changed."""
         with self._lock:
             self._providers = {provider.spec.id: provider for provider in providers}
             self._fresh = Deadline(0)
 
     def model(self, model_id: str) -> ProviderModel:
-        """Return a model by its id, provider/name, be it listed or not.
+        """Return a model by its id, provider/name, whether listed or not.
 
-        Raises ModelError where there is no such provider.
+        Raises ModelError if there is no such provider.
         """
         provider_id, _, name = model_id.partition("/")
         with self._lock:
@@ -7020,7 +6156,7 @@ class ModelCatalog:
         return ProviderModel(provider, name)
 
     def claims(self, model_id: str) -> bool:
-        """Return whether a model is one of a provider here, be that set up or not."""
+        """Return whether a model is one of a provider here, set up or not."""
         provider_id, slash, _ = model_id.partition("/")
         with self._lock:
             known = {*self._providers, *(spec.id for spec in PROVIDERS)}
@@ -7029,9 +6165,9 @@ class ModelCatalog:
     def models(
         self, cancel: Cancellation, *, refresh: bool = False
     ) -> tuple[list[ModelInfo], dict[str, str]]:
-        """Return the models, and by provider why one could not be asked.
+        """Return the models, and by provider why it could not be asked.
 
-        They are remembered for a while.  Raises Cancelled.
+        Both are remembered for a while.  Raises Cancelled.
         """
         with self._lock:
             if not refresh and not self._fresh.expired:
@@ -7049,7 +6185,7 @@ class ModelCatalog:
 def list_models(
     providers: Sequence[ModelProvider], cancel: Cancellation
 ) -> tuple[list[ModelInfo], dict[str, str]]:
-    """Ask all providers at once; return their models, and who could not answer why.
+    """Ask all providers side by side; return their models, and errors by provider.
 
     Raises Cancelled.
     """
@@ -7070,33 +6206,662 @@ def list_models(
 
 
 # ==============================================================================
+# Telemetry
+# Uses: Commands, Language models
+#
+# What a machine has and how it is doing: a quick reading of the operating system
+# (memory, CPU, disk, load, temperature), and an inventory that a thread of its own
+# takes (runtimes, GPUs, LLM providers).  A reading is a claim: sender and receiver
+# check each field by itself, and a field that makes no sense is missing.
+# ==============================================================================
+
+INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
+VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
+GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
+SYSCTL_TIMEOUT = 2.0  # s; a reading waits for it
+MAX_LISTED = 256  # entries of one list in a report; the rest is dropped
+MAX_LABEL = 200  # characters of one name in a report; the rest is cut off
+MAX_NUMBER = 2**63 - 1  # neither SQLite nor a Moltis peer takes a greater one
+MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is noise
+USUAL_PLACES = (  # of programs, from the home directory
+    ".local/bin",
+    "bin",
+    ".cargo/bin",
+    "go/bin",
+    "/usr/local/bin",
+    "/usr/local/go/bin",
+    "/opt/homebrew/bin",
+    "/opt/local/bin",
+    "/snap/bin",
+    "/usr/lib/wsl/lib",
+    "/usr/bin",
+    "/bin",
+    "/usr/local/sbin",
+    "/usr/sbin",
+    "/sbin",
+)
+
+_VERSION = r"(\d+\.\d+[\w.+-]*)"
+# Programs that run others' programs: how to ask for the version, and where it stands.
+RUNTIMES: Mapping[str, tuple[str, str]] = {
+    "python3": ("--version", _VERSION),
+    "node": ("--version", _VERSION),
+    "ruby": ("--version", _VERSION),
+    "go": ("version", _VERSION),
+    "rustc": ("--version", _VERSION),
+    "java": ("-version", r'version "([^"]+)"'),
+}
+# Programs of macOS that only offer to install the real one, by where that then lies.
+MACOS_STUBS: Mapping[str, str] = {
+    "/usr/bin/java": "/Library/Java/JavaVirtualMachines",
+    "/usr/bin/python3": "/Library/Developer/CommandLineTools",
+}
+
+_NUMBER = r"-?\d+(?:\.\d+)?"
+_NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d+)"
+_BOOT_TIME = r"(?m)^kern\.boottime\b\D*sec = (\d+)"
+_VM_STAT_PAGE = r"page size of (\d+) bytes"
+_GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d+)|\[.*\]) *$"
+
+
+# -- what a report says --------------------------------------------------------
+
+
+class Gpu(Value):
+    """A graphics processor."""
+
+    name: str
+    mem_total: int | None = None  # bytes
+
+
+class Provider(Value):
+    """A source of language models that a machine has, with those it can list."""
+
+    provider: str
+    models: tuple[str, ...] = ()
+
+
+def _number(value: Any, low: float = -MAX_NUMBER, high: float = MAX_NUMBER) -> float:
+    """Return a JSON number in a range, which neither infinity nor NaN is."""
+    number: float = required({"": value}, "", float)
+    if not low <= number <= high:
+        raise ValueError("beyond reason")
+    return number
+
+
+def _count(value: Any) -> int:
+    return int(_number(value, 0))
+
+
+def _percentage(value: Any) -> float:
+    return round(min(100.0, max(0.0, _number(value, -1, 101))), 1)  # a float's error
+
+
+def _celsius(value: Any) -> float:
+    return round(_number(value, -60, 150), 1)
+
+
+def _label(value: Any) -> str:
+    # A node's words reach terminals.  printable() removes lone surrogates as well,
+    # which cannot be encoded.
+    return printable(required({"": value}, "", str), MAX_LABEL)
+
+
+def _items(value: Any, kind: type = list) -> Any:
+    return list(required({"": value}, "", kind))[:MAX_LISTED]
+
+
+def _labels(value: Any) -> tuple[str, ...]:
+    return tuple(map(_label, _items(value)))
+
+
+def _averages(value: Any) -> tuple[float, ...]:
+    return tuple(round(_number(average, 0), 2) for average in _items(value)[:3])
+
+
+def _versions(value: Any) -> Mapping[str, str]:
+    return {_label(name): _label(value[name]) for name in _items(value, dict)}
+
+
+def _gpu_list(value: Any) -> tuple[Gpu, ...]:
+    sizes = [(gpu["name"], gpu.get("memTotal")) for gpu in _items(value)]
+    return tuple(
+        Gpu(_label(name), None if size is None else _count(size))
+        for name, size in sizes
+    )
+
+
+def _provider_list(value: Any) -> tuple[Provider, ...]:
+    return tuple(
+        Provider(_label(entry["provider"]), _labels(entry.get("models", [])))
+        for entry in _items(value)
+    )
+
+
+TELEMETRY_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    # field: (place in the payload, check)
+    "mem_total": ("mem.total", _count),
+    "mem_available": ("mem.available", _count),
+    "cpu_count": ("cpuCount", _count),
+    "cpu_usage": ("cpuUsage", _percentage),
+    "uptime_secs": ("uptime", _count),
+    "disk_total": ("disk.total", _count),
+    "disk_available": ("disk.available", _count),
+    "load": ("load", _averages),
+    "temperature": ("temperature", _celsius),
+    "services": ("services", _labels),
+    "runtimes": ("runtimes", _labels),
+    "runtime_versions": ("runtimeVersions", _versions),
+    "gpus": ("gpus", _gpu_list),
+    "providers": ("providers", _provider_list),
+}
+
+
+class Telemetry(Value):
+    """One report of a node; None where it does not say."""
+
+    mem_total: int | None = None  # bytes
+    mem_available: int | None = None  # bytes
+    cpu_count: int | None = None
+    cpu_usage: float | None = None  # 0 to 100
+    uptime_secs: int | None = None
+    disk_total: int | None = None  # bytes
+    disk_available: int | None = None  # bytes
+    load: tuple[float, ...] | None = None  # over 1, 5 and 15 minutes
+    temperature: float | None = None  # °C
+    services: tuple[str, ...] = ()
+    runtimes: tuple[str, ...] = ()  # names of programs, as Moltis lists them
+    runtime_versions: Mapping[str, str] = NOTHING
+    gpus: tuple[Gpu, ...] = ()
+    providers: tuple[Provider, ...] | None = None  # a Rust node has to be asked
+
+    @classmethod
+    def checked(cls, claims: Mapping[str, Any]) -> Telemetry:
+        """Return a report of those `claims`, JSON by field, that make sense."""
+        fields = {}
+        for name, (_, check) in TELEMETRY_FIELDS.items():
+            if claims.get(name) is not None:
+                with contextlib.suppress(RpcError, ValueError, TypeError, LookupError):
+                    fields[name] = check(claims[name])
+        for kind in ("mem", "disk"):
+            available = fields.get(f"{kind}_available", 0)
+            if available > fields.get(f"{kind}_total", available):
+                del fields[f"{kind}_available"]
+        return cls(**fields)
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Telemetry:
+        """Return what a `node.telemetry` says, from ours or a Rust node.
+
+        Unknown fields are ignored, long lists and names cut.
+        """
+        claims = {}
+        for name, (path, _) in TELEMETRY_FIELDS.items():
+            outer, _, inner = path.rpartition(".")
+            place = pick(payload, outer, dict) if outer else payload
+            claims[name] = place.get(inner)
+        return cls.checked(claims)
+
+    def to_payload(self, node_id: str) -> JsonObject:
+        """Return the payload of `node.telemetry`, as nodes send it."""
+        payload: JsonObject = {"nodeId": node_id, "mem": {}, "disk": {}}
+        for name, (path, _) in TELEMETRY_FIELDS.items():
+            value = encode_value(getattr(self, name))
+            outer, _, inner = path.rpartition(".")
+            if value is not None:
+                (payload[outer] if outer else payload)[inner] = value
+        return payload
+
+    def to_columns(self, *, stale: bool) -> JsonObject:
+        """Return `telemetry` of an entry of `node.list`; `providers` stand beside it.
+
+        `stale`: the node is offline, or has not reported lately.
+        """
+        return {**self.replace(providers=None).to_json(), "stale": stale}
+
+
+# -- the operating system ------------------------------------------------------
+
+
+class CpuTimes(Value):
+    """Ticks that all cores together have counted since the system started."""
+
+    busy: float
+    total: float
+
+    def usage_since(self, earlier: CpuTimes) -> float | None:
+        """Return the usage from 0 to 100, or None where too little time passed."""
+        total = self.total - earlier.total
+        if total < MIN_CPU_TICKS:
+            return None
+        return min(100.0, 100 * (self.busy - earlier.busy) / total)
+
+
+class Vitals(Value):
+    """A reading of the operating system; None where it has none."""
+
+    mem_total: int | None = None  # bytes
+    mem_available: int | None = None  # bytes
+    uptime_secs: float | None = None
+    cpu_times: CpuTimes | None = None
+    cpu_usage: float | None = None  # 0 to 100, from a system that does the sum itself
+    temperature: float | None = None  # °C
+
+
+def _read_text(path: Path) -> str:
+    """Return the content of a file, "" if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _numbers_by_name(text: str) -> dict[str, int]:
+    """Return the first number of each line like `name: 12 kB`."""
+    found = re.findall(_NAMED_NUMBER, text)
+    return {name.strip(): int(number) for name, number in found}
+
+
+def _first_number(text: str) -> float | None:
+    found = re.match(_NUMBER, text)
+    return float(found[0]) if found else None
+
+
+def _linux_memory(meminfo: str) -> tuple[int | None, int | None]:
+    """Return bytes in all, and those that could be had without swapping."""
+    kib = _numbers_by_name(meminfo)
+    available = kib.get("MemAvailable")
+    if available is None and "MemFree" in kib:  # before Linux 3.14
+        reclaimable = ("MemFree", "Buffers", "Cached", "SReclaimable")
+        available = sum(kib.get(name, 0) for name in reclaimable)
+    total = kib.get("MemTotal")
+    return total and total * 1024, available and available * 1024
+
+
+def _linux_cpu_times(stat_text: str) -> CpuTimes | None:
+    """Return the first line of /proc/stat, see proc(5)."""
+    words = stat_text.partition("\n")[0].split()
+    if len(words) < 5 or words[0] != "cpu":
+        return None
+    # user nice system idle iowait irq softirq steal; `user` holds the guests' time.
+    ticks = [int(word) for word in words[1:9]]
+    return CpuTimes(busy=sum(ticks) - sum(ticks[3:5]), total=sum(ticks))
+
+
+class ProcProbe:
+    """The vital signs of Linux, from /proc and /sys."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._proc = root / "proc"
+        zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
+        # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
+        kinds = ("cpu", "soc", "bcm2835", "x86_pkg")
+        self._thermometers = [
+            path.with_name("temp")
+            for path in zones
+            if _read_text(path).startswith(kinds)
+        ]
+
+    def read(self) -> Vitals:
+        total, available = _linux_memory(_read_text(self._proc / "meminfo"))
+        return Vitals(
+            mem_total=total,
+            mem_available=available,
+            uptime_secs=_first_number(_read_text(self._proc / "uptime")),
+            cpu_times=_linux_cpu_times(_read_text(self._proc / "stat")),
+            temperature=self._temperature(),
+        )
+
+    def _temperature(self) -> float | None:
+        """Return the first plausible reading of the CPU."""
+        for path in self._thermometers:
+            value = _first_number(_read_text(path))
+            if (
+                value is not None and abs(value) >= 1000
+            ):  # thousandths; some say degrees
+                value /= 1000
+            if value is not None and -40 <= value <= 125:
+                return value
+        return None
+
+
+class ShortPrograms:
+    """Programs that are asked one question, and killed when they do not answer."""
+
+    def __init__(
+        self, environ: Mapping[str, str], cancel: Cancellation | None = None
+    ) -> None:
+        # The patterns for their answers are English.
+        self._environ = {**command_environment(environ, {}), "LC_ALL": "C"}
+        self._cancel = cancel
+        self._stuck: dict[str, int] = {}  # by path: the process that SIGKILL spared
+
+    def find(self, name: str) -> str | None:
+        return find_binary(name, self._environ)
+
+    def ask(self, path: str, *arguments: str, timeout: float) -> ProgramResult:
+        """Return how the program answered.  Raises Cancelled."""
+        # A program that waits for a broken driver cannot be killed: one is enough.
+        if is_running(self._stuck.get(path, 0)):
+            return ProgramResult(124)
+        words = [path, *arguments]
+        result = run_program(
+            words, self._environ, timeout=timeout, cwd="/", cancel=self._cancel
+        )
+        if result.survivor:
+            log.warning("cannot kill program=%s pid=%d", path, result.survivor)
+            self._stuck[path] = result.survivor
+        return result
+
+
+class MacProbe:
+    """The vital signs of macOS, from its programs."""
+
+    def __init__(
+        self, programs: ShortPrograms, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._programs = programs
+        self._clock = clock
+
+    def read(self) -> Vitals:
+        text = self._ask("sysctl", "hw.memsize", "kern.boottime")
+        booted = re.search(_BOOT_TIME, text)
+        total = _numbers_by_name(text).get("hw.memsize")
+        if total is None:
+            return Vitals()
+        # No sysctl of macOS counts CPU time; `ps` has each process's recent share.
+        answer = self._ask("ps", "-Ao", "%cpu=")
+        shares = [float(number) for number in re.findall(_NUMBER, answer)]
+        usage = min(100.0, sum(shares) / (os.cpu_count() or 1)) if shares else None
+        return Vitals(
+            mem_total=total,
+            mem_available=self._available(),
+            uptime_secs=max(0.0, self._clock() - int(booted[1])) if booted else None,
+            cpu_usage=usage,
+        )
+
+    def _available(self) -> int | None:
+        text = self._ask("vm_stat")
+        pages = _numbers_by_name(text)
+        size = re.search(_VM_STAT_PAGE, text)
+        if size is None or "Pages free" not in pages:
+            return None
+        kinds = ("free", "inactive", "speculative")
+        return int(size[1]) * sum(pages.get(f"Pages {kind}", 0) for kind in kinds)
+
+    def _ask(self, program: str, *arguments: str) -> str:
+        path = self._programs.find(program)
+        if path is None:
+            return ""
+        return self._programs.ask(path, *arguments, timeout=SYSCTL_TIMEOUT).text
+
+
+def read_psutil() -> Vitals:
+    """Return the reading of psutil, where it is installed, of an unknown system."""
+    if sys.flags.no_site:  # as the launcher starts us
+        import site
+
+        site.main()
+    try:
+        import psutil  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError:
+        return Vitals()
+    memory = psutil.virtual_memory()
+    ticks = psutil.cpu_times()
+    return Vitals(
+        mem_total=memory.total,
+        mem_available=memory.available,
+        uptime_secs=max(0.0, time.time() - psutil.boot_time()),
+        cpu_times=CpuTimes(100 * (sum(ticks) - ticks.idle), 100 * sum(ticks)),  # s
+    )
+
+
+Probe: TypeAlias = "Callable[[], Vitals]"  # a reading, within about SYSCTL_TIMEOUT
+
+
+def choose_probe(environ: Mapping[str, str], root: Path = Path("/")) -> Probe:
+    """Return the first way of reading this system that knows its memory."""
+    candidates = (ProcProbe(root).read, MacProbe(ShortPrograms(environ)).read)
+    for probe in candidates:
+        if probe().mem_total is not None:
+            return probe
+    return read_psutil
+
+
+# -- what is installed ---------------------------------------------------------
+
+
+class Equipment(Value):
+    """What is installed on a machine."""
+
+    runtimes: tuple[str, ...] = ()
+    runtime_versions: Mapping[str, str] = NOTHING
+    gpus: tuple[Gpu, ...] = ()
+    providers: tuple[Provider, ...] = ()
+
+
+def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the path of a program: of the user's PATH, or of the usual places.
+
+    A service is started with a bare PATH, and the user's programs lie elsewhere.
+    Raises RpcError INVALID_REQUEST unless `name` is a plain name.
+    """
+    if not name or len(name) > 255 or "/" in name or not name.isprintable():
+        raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
+    directories = environ.get("PATH", os.defpath).split(os.pathsep)
+    home = environ.get("HOME") or os.path.expanduser("~")
+    usual = [os.path.join(home, place) for place in USUAL_PLACES]
+    # "" in PATH means the working directory; `join` leaves absolute places alone.
+    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
+    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
+    for path in (os.path.join(directory, name) for directory in absolute):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
+    """Return the Ollama that OLLAMA_HOST means, or None if there is none."""
+    provider = OllamaProvider(PROVIDERS[0], ollama_url(host), "")
+    try:
+        listed = provider.listed(cancel)
+    except ModelError:
+        return None
+    names = (pick(model, "name", str) for model in listed[:MAX_LISTED])
+    return Provider("ollama", tuple(_label(name) for name in names if name))
+
+
+def providers_with_keys(environ: Mapping[str, str]) -> tuple[Provider, ...]:
+    """Return the providers whose API key is here; never the key."""
+    variables = API_KEY_VARIABLES.items()
+    return tuple(Provider(name) for name, key in variables if environ.get(key))
+
+
+def _is_macos_stub(path: str, platform: str = sys.platform) -> bool:
+    installed = MACOS_STUBS.get(path) if platform == "darwin" else None
+    return installed is not None and not (
+        os.path.isdir(installed) and os.listdir(installed)
+    )
+
+
+class Inventory:
+    """What is installed on this machine, looked up now and then by a thread."""
+
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        *,
+        interval: float = INVENTORY_INTERVAL,
+        on_change: Callable[[], None] | None = None,  # by that thread, maybe at once
+    ) -> None:
+        self._environ = environ
+        self._interval = interval
+        self._on_change = on_change
+        self._cancel = Cancellation()
+        self._programs = ShortPrograms(environ, self._cancel)
+        self._equipment = Equipment()  # replaced as a whole, so it needs no lock
+        self._thread = threading.Thread(
+            target=self._run, name="moltis-inventory", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def equipment(self) -> Equipment:
+        """The last inventory; empty until the first one is taken."""
+        return self._equipment
+
+    def close(self) -> None:
+        self._cancel.cancel()
+        # A name that does not resolve holds the thread for some seconds; nothing has
+        # to wait for that.
+        self._thread.join(2.0)
+
+    def _run(self) -> None:
+        with contextlib.suppress(Cancelled):
+            while True:
+                try:
+                    self._take()
+                except Cancelled:
+                    raise
+                except Exception:
+                    log.exception("inventory failed")
+                self._cancel.pause(self._interval)
+
+    def _take(self) -> None:
+        found = {name: self._programs.find(name) for name in RUNTIMES}
+        paths = {
+            name: path
+            for name, path in found.items()
+            if path is not None and not _is_macos_stub(path)
+        }
+        keys = providers_with_keys(self._environ)
+        if self._equipment == Equipment():
+            # Names are quick to find; the first report does not wait for versions.
+            self._publish(Equipment(tuple(paths), providers=keys))
+        ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancel)
+        providers = keys if ollama is None else (ollama, *keys)
+        versions = self._ask_versions(paths)
+        self._publish(Equipment(tuple(paths), versions, self._ask_gpus(), providers))
+
+    def _publish(self, equipment: Equipment) -> None:
+        # After close() it is cut short, and looks like a machine that lost things.
+        if self._cancel.cancelled or equipment == self._equipment:
+            return
+        self._equipment = equipment
+        if self._on_change is not None:
+            try:
+                self._on_change()
+            except Exception:
+                log.exception("cannot report a change of the inventory")
+
+    def _ask_versions(self, paths: Mapping[str, str]) -> dict[str, str]:
+        versions = {}
+        for name, path in paths.items():
+            argument, pattern = RUNTIMES[name]
+            result = self._programs.ask(path, argument, timeout=VERSION_TIMEOUT)
+            found = re.search(pattern, result.text) if result.status == 0 else None
+            if found:
+                versions[name] = _label(found[1])
+        return versions
+
+    def _ask_gpus(self) -> tuple[Gpu, ...]:
+        path = self._programs.find("nvidia-smi")
+        if path is None:
+            return ()
+        query = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
+        # It also fails after it has listed all GPUs, say with 14 for a worn one.
+        output = self._programs.ask(path, *query, timeout=GPU_TIMEOUT).stdout
+        rows = re.findall(_GPU_ROW, output.decode("utf-8", "replace"))  # MiB
+        return tuple(
+            Gpu(name.strip(), int(size) * 1024 * 1024 if size else None)
+            for name, size in rows[:MAX_LISTED]
+        )
+
+
+# -- reports -------------------------------------------------------------------
+
+
+def _read_disk() -> tuple[int | None, int | None]:
+    """Return the bytes of the disk that fills, and those that the user may still use.
+
+    "/" may be an image that is full and read-only.
+    """
+    for path in ("/", "/var", os.path.expanduser("~")):
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(path)
+            if not disk.f_flag & os.ST_RDONLY:
+                return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+    return None, None
+
+
+class TelemetrySource:
+    """Readings of this machine, each with the CPU usage since the one before."""
+
+    def __init__(self, probe: Probe, inventory: Inventory) -> None:
+        self._probe = probe
+        self._inventory = inventory
+        self._lock = threading.Lock()  # guards _cpu_times and _cpu_usage
+        self._cpu_times = probe().cpu_times
+        self._cpu_usage: float | None = None
+
+    def read(self) -> Telemetry:
+        """Return how the machine is doing; from any thread, within about 6 s."""
+        vitals = self._probe()
+        claims = {**vars(vitals), **vars(self._inventory.equipment)}
+        claims["cpu_count"] = os.cpu_count()
+        claims["disk_total"], claims["disk_available"] = _read_disk()
+        with contextlib.suppress(OSError):
+            claims["load"] = os.getloadavg()
+        if vitals.cpu_times is not None:
+            claims["cpu_usage"] = self._usage_until(vitals.cpu_times)
+        return Telemetry.checked(encode_value(claims))
+
+    def _usage_until(self, now: CpuTimes) -> float | None:
+        with self._lock:
+            earlier = self._cpu_times
+            if earlier is None or now.busy < earlier.busy or now.total < earlier.total:
+                # The counters of a container begin anew when it is restarted.
+                self._cpu_times, self._cpu_usage = now, None
+            usage = now.usage_since(earlier) if earlier is not None else None
+            # Two readings at nearly the same time share the usage before them.
+            if usage is not None:
+                self._cpu_times, self._cpu_usage = now, usage
+            return self._cpu_usage
+
+
+# ==============================================================================
 # Machine
 # Uses: Wire protocol, Commands, Telemetry, Language models
 #
-# Jobs carried out on one computer: the table of works, the lines, logs by id.  A node
-# serves its gateway with it, and the gateway has one for `Local`, so that Local is a
-# node like the others.  It knows no connection: reports go to a MachinePeer.
+# The jobs of one computer: the table of works, the lines, logs by id.  A node serves its
+# gateway with it; the gateway has one for `Local`, which is a node like the others.
+# It opens no connection: reports go to a MachinePeer.
 # ==============================================================================
 
 CAP_RUN = "system.run"  # Moltis gateways require it
 CAP_LLM = "llm.chat"  # the machine lends its language models
 
-SYSTEM_RUN = "system.run"  # Moltis' names of the works `run`, `which`, ...
+SYSTEM_RUN = "system.run"
 SYSTEM_WHICH = "system.which"
 SYSTEM_PROVIDERS = "system.providers"
-MACHINE_COMMANDS = (SYSTEM_RUN, SYSTEM_WHICH, SYSTEM_PROVIDERS)
+INVOKED_WORKS: Mapping[str, str] = {  # works by Moltis' names of them
+    SYSTEM_RUN: "run",
+    SYSTEM_WHICH: "which",
+    SYSTEM_PROVIDERS: "providers",
+}
+MACHINE_COMMANDS = tuple(INVOKED_WORKS)
 MACHINE_CAPABILITIES = (CAP_RUN, CAP_SCRAM, CAP_JOBS)
 
 MAX_RUNNING = 16  # commands side by side
-MAX_LINE = 1000  # commands that wait for one of these places; more are refused
+MAX_LINE = 1000  # commands in line for one of these places; more are refused
 MAX_LENT = 8  # questions to this machine's models side by side; more are refused
 MAX_KEPT = 1000  # unacknowledged endings; beyond it the oldest is dropped
-MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; beyond it the oldest is, too
+MAX_KEPT_OUTPUT = 64 * 1024 * 1024  # bytes of their logs; the same at this bound
 MAX_RESULT = 48 * 1024  # bytes of JSON: a result is in the ending, which is one frame
 MAX_REMEMBERED = 10_000  # ids of forgotten jobs, about 1.5 MB; the oldest is dropped
 
 WORKER_LINGER = 10.0  # s that a thread waits for another job
-PLACE_TICK = 0.2  # s between two looks at the lines
+PLACE_TICK = 0.2  # s between two checks of the lines
 PLACE_INTERVAL = 1.0  # s between two reports of one job's place
 
 NODE_STOPPED = "its node stopped"
@@ -7132,13 +6897,13 @@ class MachinePeer(Protocol):
     """The current connection to the gateway.  No method blocks or raises."""
 
     def log_ready(self, log: JobLog) -> None:
-        """There is something for log.take()."""
+        """log.take() has something to return."""
 
     def place(self, job_id: str, place: int) -> None:
         """The job is in line, from 1; 0: it left the line."""
 
     def input_consumed(self, job_id: str, offset: int, *, resume: bool = False) -> None:
-        """Input up to `offset` is consumed; `resume`: send again from there."""
+        """Input up to `offset` is consumed; `resume`: resend from there."""
 
 
 # Marks with which a shell runs a second command or writes a file, and those that change
@@ -7150,43 +6915,18 @@ SHELL_MARKS = r"[;&|`<>\n\r'\"\\#]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
 PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
 
 
-class AllowedCommands:
-    """The commands and works that this machine's owner allows.
+def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
+    if len(unit) > 1:
+        import fnmatch
 
-    Shell patterns (`*`, `?`, `[…]`) on the whole command line.  A wildcard matches no
-    mark with which the shell would go on to another command or to a file: a pattern
-    has to spell it.  Works other than `run` are allowed by their name.
-    """
-
-    def __init__(self, patterns: Sequence[str]) -> None:
-        self._names = frozenset(patterns)
-        self._patterns = [re.findall(PATTERN_UNIT, pattern) for pattern in patterns]
-
-    def check(self, spec: CommandSpec) -> None:
-        """Raises RpcError FORBIDDEN unless the command may run."""
-        if spec.cwd and spec.cwd.strip():
-            raise RpcError(
-                "FORBIDDEN",
-                "this machine's owner allows some commands only, and those in the "
-                "node's own working directory",
-            )
-        command = spec.command
-        marks = {match.start() for match in re.finditer(SHELL_MARKS, command)}
-        if not any(_matches(pattern, command, marks) for pattern in self._patterns):
-            raise RpcError(
-                "FORBIDDEN",
-                "this machine's owner does not allow that command; `moltis node add "
-                "--allow` there names those that are",
-            )
-
-    def allows_work(self, work: str) -> bool:
-        return work in self._names
+        return not is_mark and fnmatch.fnmatchcase(character, unit)
+    return unit == character or (unit == "?" and not is_mark)
 
 
 def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
-    """Return whether a pattern, in its units, matches `text`.
+    """Return whether a pattern, split into units, matches `text`.
 
-    It takes no longer than one length times the other, whatever a stranger sends.
+    Takes time in proportion to the product of both lengths at most, for any input.
     """
     place = at = 0
     star: tuple[int, int] | None = None  # after the last `*`, and the text after it
@@ -7198,19 +6938,44 @@ def _matches(pattern: Sequence[str], text: str, marks: set[int]) -> bool:
         elif _unit_matches(unit, text[at], at in marks):
             place, at = place + 1, at + 1
         elif star is not None and star[1] not in marks:
-            star = (star[0], star[1] + 1)  # the `*` takes one character more
+            star = (star[0], star[1] + 1)  # the `*` matches one more character
             place, at = star
         else:
             return False
     return all(unit == "*" for unit in pattern[place:])
 
 
-def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
-    if len(unit) > 1:
-        import fnmatch
+class AllowedCommands:
+    """The commands and works that this machine's owner allows.
 
-        return not is_mark and fnmatch.fnmatchcase(character, unit)
-    return unit == character or (unit == "?" and not is_mark)
+    Shell patterns (`*`, `?`, `[…]`) match the whole command line.  A wildcard matches
+    no mark that starts another command or names a file: the pattern has to spell it.
+    Works other than `run` are allowed by name.
+    """
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self._names = frozenset(patterns)
+        self._patterns = [re.findall(PATTERN_UNIT, pattern) for pattern in patterns]
+
+    def check(self, spec: CommandSpec) -> None:
+        """Raises RpcError FORBIDDEN unless the command may run."""
+        if spec.cwd and spec.cwd.strip():
+            raise RpcError(
+                "FORBIDDEN",
+                "this machine's owner allows some commands only, all of them in the "
+                "node's own working directory; leave out cwd",
+            )
+        command = spec.command
+        marks = {match.start() for match in re.finditer(SHELL_MARKS, command)}
+        if not any(_matches(pattern, command, marks) for pattern in self._patterns):
+            raise RpcError(
+                "FORBIDDEN",
+                "this machine's owner does not allow that command; allow it there with "
+                "`moltis node add --allow`",
+            )
+
+    def allows_work(self, work: str) -> bool:
+        return work in self._names
 
 
 class MachineOptions(Value):
@@ -7225,14 +6990,14 @@ class MachineOptions(Value):
 
 
 class Task(Protocol):
-    """A job as its work carries it out."""
+    """The execution of one job, as a work implements it."""
 
     @property
     def consumed(self) -> int | None:
         """The offset of the input that was consumed; None where it takes none."""
 
     def begin(self) -> None:
-        """Start early, in the calling thread; run() in another goes on with it."""
+        """Start early, in the calling thread; run() continues in another."""
 
     def run(self) -> Ending: ...
 
@@ -7243,7 +7008,7 @@ class Task(Protocol):
 
 
 class Errand:
-    """A task that is one function: it may write JSON lines, and returns a result."""
+    """A task that is one function, which returns a result and may write JSON lines."""
 
     consumed = None
 
@@ -7282,7 +7047,7 @@ class Errand:
         return ending.replace(duration=duration)
 
     def input(self, _offset: int, _data: bytes) -> None:
-        """Raises RpcError: all that it needs is in its spec."""
+        """Raises RpcError."""
         raise RpcError("INVALID_REQUEST", "this work takes no input")
 
     def cancel(self, reason: str = "") -> None:
@@ -7291,7 +7056,7 @@ class Errand:
         self._room.set()
 
     def write(self, value: Value) -> None:
-        """Append `value` as a line; waits for room.  Raises Cancelled."""
+        """Append `value` as a line, once there is room.  Raises Cancelled."""
         data = to_json(value).encode("utf-8", "replace") + b"\n"
         for start in range(0, len(data), MAX_FRAME_DATA):
             while not self._log.room:
@@ -7342,7 +7107,7 @@ def _which(options: MachineOptions, spec: WhichSpec, _errand: Errand) -> JsonObj
 
 def _providers(options: MachineOptions, _spec: object, _errand: Errand) -> JsonObject:
     providers = options.inventory.equipment.providers
-    return {"providers": [provider.to_payload() for provider in providers]}
+    return {"providers": [provider.to_json() for provider in providers]}
 
 
 def _lent_catalog(options: MachineOptions) -> ModelCatalog:
@@ -7362,7 +7127,7 @@ def _models(options: MachineOptions, spec: ModelsSpec, errand: Errand) -> JsonOb
 
 
 def _chat(options: MachineOptions, spec: ChatRequest, errand: Errand) -> JsonObject:
-    # The address that is asked is the provider's own, of this machine's settings.
+    # The provider's address comes from this machine's settings, not from the request.
     model = _lent_catalog(options).model(spec.model)
     stream = model.stream(spec.messages, spec.tools, errand.cancellation)
     with contextlib.closing(stream) as events:
@@ -7414,7 +7179,7 @@ def find_work(name: str) -> Work:
 
 
 def check_spec(work: str, spec: JsonObject) -> JsonObject:
-    """Return the spec as a node gets it: checked, the environment filtered.
+    """Return the spec to send to a node: checked, the environment filtered.
 
     Raises RpcError INVALID_REQUEST.
     """
@@ -7429,39 +7194,39 @@ class MachineJob:
         self.id = log.job_id
         self.work = work
         self.log = log
-        self.task = task  # None: it was refused
+        self.task = task  # None: refused
         # Guarded by the machine's lock:
-        self.waits = False  # it is in line
-        self.dropped = False  # its gateway does not know it: no acknowledgement comes
-        # Guarded by the machine's lock of places:
+        self.waits = False  # in line
+        self.dropped = False  # unknown to the gateway, which will not acknowledge it
+        # Guarded by Machine._places:
         self.place: int | None = None  # last reported
         self.place_due = 0.0  # monotonic
 
 
 class Machine:
-    """The jobs of this computer, by id; each is carried out once."""
+    """The jobs of this computer, by id; each runs at most once."""
 
     def __init__(self, options: MachineOptions) -> None:
         seal_descriptors()
         self.instance = new_id()  # one life of this process
-        # os.environ decodes at each look: 0.1 ms a command.
+        # A dict: os.environ decodes at each access, 0.1 ms a command.
         environ = command_environment(options.environ)
         self._options = options.replace(environ=environ)
         self._peer: MachinePeer | None = None  # replaced as a whole
-        self._places = threading.Lock()  # held while a place is reported: in order
+        self._places = threading.Lock()  # held by reports of places, to order them
         self._lock = threading.Lock()  # guards all below
         self._changed = threading.Condition(self._lock)  # of _jobs, _kept, _closed
         self._called = threading.Condition(self._lock)  # for threads: _ready, _closed
         self._jobs: dict[str, MachineJob] = {}  # the oldest first
         self._kept: dict[str, None] = {}  # ids of those that ended, the oldest first
-        self._remembered: dict[str, str] = {}  # why a job is refused, by forgotten id
+        self._remembered: dict[str, str] = {}  # forgotten ids: reason to refuse them
         self._running = dict.fromkeys(WORKS, 0)  # jobs that have a place
         self._lines: dict[str, collections.deque[MachineJob]] = {
             name: collections.deque() for name in WORKS
         }
-        self._ready: collections.deque[MachineJob] = collections.deque()  # for a thread
+        self._ready: collections.deque[MachineJob] = collections.deque()  # for _work()
         self._threads: list[threading.Thread] = []  # at most one for each place
-        self._idle = 0  # of them, waiting for: _ready or _closed
+        self._idle = 0  # threads that wait for: _ready or _closed
         self._reporter: threading.Thread | None = None  # while there is a line
         self._stopping = False  # nothing new begins
         self._closed = False
@@ -7481,9 +7246,9 @@ class Machine:
     # For the peer, from any thread
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
-        """Carry out a job, now or when its turn comes; every error is its ending.
+        """Run a job, now or when its turn comes; every error becomes its ending.
 
-        A known id is not carried out again.  A remembered one, which has ended or was
+        A known id does not run again.  A remembered one, which has ended or was
         cancelled before its start, gets an ending with that reason.
         """
         row = WORKS.get(work)
@@ -7506,8 +7271,8 @@ class Machine:
             self._end(job, refusal)
         elif not job.waits and task is not None:
             if first:
-                # Its shell starts while the worker wakes: 40 µs.  Beside others, it
-                # would keep this thread from the next message.
+                # The shell starts while the worker wakes: saves 40 µs.  With other jobs
+                # running, it would delay the next message instead.
                 task.begin()
             self._call_worker(job)
 
@@ -7524,7 +7289,7 @@ class Machine:
                     self._forget(job)
 
     def cancel(self, job_id: str, reason: str = "") -> None:
-        """End a job; one that is not known yet ends as soon as it is started."""
+        """End a job; an unknown one is remembered, and refused if it is started."""
         with self._lock:
             job = self._jobs.get(job_id)
             if job is None:
@@ -7578,7 +7343,7 @@ class Machine:
             self._changed.wait_for(lambda: not self._jobs, timeout)
 
     def close(self) -> None:
-        """Cancel all jobs, with that reason in their endings, and join the threads."""
+        """Cancel all jobs, with NODE_STOPPED as the reason, and join the threads."""
         with self._lock:
             self._stopping = True
             jobs = list(self._jobs.values())
@@ -7646,8 +7411,8 @@ class Machine:
     def _call_worker(self, job: MachineJob) -> None:
         with self._lock:
             self._ready.append(job)
-            # An idle thread has the job 0.2 ms earlier than a new one.  One that was
-            # called and has not come yet counts as idle still: hence the comparison.
+            # An idle thread takes the job 0.2 ms sooner than a new one.  It counts as
+            # idle until it has taken a job: hence the comparison with all ready jobs.
             if len(self._ready) <= self._idle:
                 self._called.notify()
                 return
@@ -7657,7 +7422,7 @@ class Machine:
                 thread.start()
             except RuntimeError:  # no thread is left
                 if self._threads:
-                    return  # those that are there come to it
+                    return  # one of them takes the job later
                 self._ready.remove(job)
             else:
                 self._threads.append(thread)
@@ -7669,7 +7434,7 @@ class Machine:
             self._call_worker(following)
 
     def _work(self) -> None:
-        """Carry out jobs until there have been none for a while."""
+        """Run jobs, until there are none for WORKER_LINGER."""
         thread = threading.current_thread()
         while True:
             thread.name = "moltis-idle"
@@ -7691,7 +7456,7 @@ class Machine:
             return None
 
     def _carry_out(self, job: MachineJob) -> MachineJob | None:
-        """Carry out a job to its ending; return the next in its line."""
+        """Run a job to its ending; return the next in its line."""
         assert job.task is not None
         try:
             ending = job.task.run()
@@ -7721,7 +7486,7 @@ class Machine:
         job.log.ready()
 
     def _drop(self, job: MachineJob) -> None:
-        """End a job, and forget it then."""
+        """End a job, then forget it."""
         with self._lock:
             job.dropped = True
             if job.log.ended:
@@ -7757,15 +7522,12 @@ class Machine:
                 peer.place(job.id, 0)
 
     def _report_place(self, job: MachineJob, place: int) -> None:
-        """Report a place if it is news.
-
-        One at a time, and none after 0, which ends a job's wait.
-        """
+        """Report a place if it changed enough; none follows 0, the end of the wait."""
         now = time.monotonic()
         with self._places:
             known, peer = job.place, self._peer
             if place:
-                # Each of the last ten places; before them, a quarter less than before.
+                # Each of the last ten places; before them, each drop by a fifth.
                 slack = place // 4 if place > 10 else 0
                 news = known is None or known - place > slack
                 news = news and job.waits and now >= job.place_due
@@ -7776,7 +7538,7 @@ class Machine:
                 peer.place(job.id, place)
 
     def _report_places(self) -> None:
-        """Report the places in all lines, until there is no line."""
+        """Report the places in all lines, until no job waits."""
         while True:
             with self._lock:
                 if self._changed.wait_for(lambda: self._closed, PLACE_TICK):
@@ -7800,7 +7562,7 @@ class Machine:
             self._changed.notify_all()
 
     def _trim_kept(self) -> None:
-        """Drop the oldest endings where there are too many, or their logs too large."""
+        """Drop the oldest endings beyond MAX_KEPT and MAX_KEPT_OUTPUT."""
         held = sum(self._jobs[job_id].log.held for job_id in self._kept)
         while len(self._kept) > MAX_KEPT or held > MAX_KEPT_OUTPUT:
             job = self._jobs[next(iter(self._kept))]
@@ -7822,25 +7584,35 @@ class Machine:
 # Uses: Settings, WebSocket frames, WebSocket connections, TLS, SCRAM, Wire protocol,
 #       Commands, Telemetry, Machine
 #
-# A machine's connection to its gateway: dial, authenticate, serve, reconnect, resume.
-# Machine carries out the jobs; Node service starts the node on boot.
+# A node's connection to its gateway: dial, authenticate, serve, reconnect, resume.
+# Machine runs the jobs; Node service starts the node on boot.
 # ==============================================================================
 
-# Refusals that pass: the gateway starts or stops, or its disk is full.
+# Temporary refusals: the gateway starts or stops, or its disk is full.
 PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LIMITED")
 
 MAX_COLLECTED = 200 * 1024  # bytes of a stream in one answer to a Moltis gateway
 ENVELOPE_ROOM = 1024  # bytes of a frame that are left for its envelope
 RESEND_PAUSE = 0.2  # s; a Moltis gateway registers an invoke after sending it
-MOLTIS_PATIENCE = 5.0  # s that a Moltis gateway waits for an answer at least
-MOLTIS_MARGIN = 0.5  # s of it that are left for the way
+MOLTIS_PATIENCE = 5.0  # s; the shortest wait of a Moltis gateway for an answer
+MOLTIS_MARGIN = 0.5  # s of it for the transmission
 
-# Called with whether the node is connected now, and if not, why.
+# Called with whether the node is connected, and the problem if it is not.
 NodeStateHandler: TypeAlias = "Callable[[bool, UserError | None], None]"
 
 
-class _LogSource(Value):
-    """A source of an Outlet: one log, over one connection."""
+def _jobs_extension(hello: JsonObject) -> JsonObject | None:
+    """Return the offsets to send from, by job; None from a Moltis gateway."""
+    extensions = optional(hello, "extensions", dict) or {}
+    ours = optional(extensions, "moltis", dict) or {}
+    jobs: JsonObject | None = optional(ours, "jobs", dict)
+    return jobs
+
+
+class _LogSource(collections.namedtuple("_LogSource", "link log")):
+    """One log as a source of the Outlet of one connection."""
+
+    __slots__ = ()
 
     link: GatewayLink
     log: JobLog
@@ -7857,7 +7629,7 @@ class GatewayLink:
         self._machine = machine
         self._calls = Calls(ws.send)
         self._outlet = Outlet(ws)
-        self._lock = threading.Lock()  # guards _closed; held while a log is taken
+        self._lock = threading.Lock()  # guards _closed; held by take(): see close()
         self._closed = False
         self._handlers: Mapping[str, Callable[[JsonObject], None]] = {
             JOB_START: self._on_start,
@@ -7867,9 +7639,8 @@ class GatewayLink:
         }
 
     def resume(self, hello: JsonObject) -> None:
-        """Go on where the last connection stopped.  Raises RpcError."""
-        ours = _extension(hello) or {}
-        jobs = required(ours, "jobs", dict)
+        """Continue where the last connection stopped.  Raises RpcError."""
+        jobs = _jobs_extension(hello) or {}
         self._machine.resume({job_id: required_offset(jobs, job_id) for job_id in jobs})
 
     def report(self, payload: JsonObject) -> None:
@@ -7894,11 +7665,11 @@ class GatewayLink:
             log.warning("message from the gateway skipped: %s", error)
 
     def run_due(self) -> float | None:
-        """Do what is due; return the seconds until something is, None for never."""
+        """Do the work that is due; return the seconds until the next, None for never."""
         return None
 
     def close(self, error: MoltisError) -> None:
-        """Take nothing more from any log: the next connection does."""
+        """Fail open calls; take no more from the logs, which the next link resumes."""
         with self._lock:
             self._closed = True
         self._calls.close(error)
@@ -7906,7 +7677,8 @@ class GatewayLink:
     # As a MachinePeer
 
     def log_ready(self, log: JobLog) -> None:
-        self._outlet.wake(_LogSource(self, log), log.urgency)
+        # mypy does not see that this tuple is callable.
+        self._outlet.wake(_LogSource(self, log))  # type: ignore[arg-type]
 
     def place(self, job_id: str, place: int) -> None:
         self._send_event(JOB_PLACE, {"id": job_id, "place": place})
@@ -7925,7 +7697,7 @@ class GatewayLink:
             return None if self._closed else log.take()
 
     def _send_event(self, name: str, payload: JsonObject) -> None:
-        with contextlib.suppress(ConnectionClosed):  # resume() reports it again
+        with contextlib.suppress(ConnectionClosed):  # Machine.resume() reports again
             self._ws.send(encode_envelope(Event(name, payload)))
 
     def _on_start(self, payload: JsonObject) -> None:
@@ -7948,31 +7720,6 @@ class GatewayLink:
         )
 
 
-def _extension(hello: JsonObject) -> JsonObject | None:
-    """Return our part of a hello, with `jobs`; None from a Moltis gateway."""
-    extensions = optional(hello, "extensions", dict) or {}
-    ours: JsonObject = optional(extensions, "moltis", dict) or {}
-    return ours if "jobs" in ours else None
-
-
-class _MoltisAnswer:
-    """The answer to one request of a Moltis gateway, as it is collected."""
-
-    def __init__(self, work: str, deadline: Deadline) -> None:
-        self.work = work
-        self.deadline = deadline  # then the gateway stops waiting
-        self.output = {kind: Excerpt(MAX_COLLECTED) for kind in STREAMS}
-
-    def result(self, ending: Ending) -> JsonObject:
-        """Return the result in Moltis' form, cut to MAX_PAYLOAD."""
-        result = moltis_result(self.work, ending, self.output)
-        if "exitCode" not in result:
-            return result
-        # All that such a gateway passes on to its caller is the output.
-        ended = ending.state == JobState.DONE
-        return _fit_result(result, "" if ended else f"\n[moltis: {ending.words()}]\n")
-
-
 def _fit_result(result: JsonObject, words: str) -> JsonObject:
     """Return `result` with `words` after stderr, its output cut to MAX_PAYLOAD."""
     room = MAX_COLLECTED
@@ -7985,29 +7732,40 @@ def _fit_result(result: JsonObject, words: str) -> JsonObject:
         room //= 2
 
 
+class _MoltisAnswer:
+    """Collects a job's log into the answer to one request of a Moltis gateway."""
+
+    def __init__(self, work: str, deadline: Deadline) -> None:
+        self.work = work
+        self.deadline = deadline  # of the gateway's wait
+        self.output = {kind: Excerpt(MAX_COLLECTED) for kind in STREAMS}
+
+    def result(self, ending: Ending) -> JsonObject:
+        """Return the result in Moltis' form, cut to MAX_PAYLOAD."""
+        result = moltis_result(self.work, ending, self.output)
+        if "exitCode" not in result:
+            return result
+        # Such a gateway passes nothing but the output to its caller.
+        ended = ending.state == JobState.DONE
+        return _fit_result(result, "" if ended else f"\n[moltis: {ending.words()}]\n")
+
+
 class MoltisGatewayLink(GatewayLink):
-    """The same to a Moltis gateway, which wants one answer to each request.
+    """A connection to a Moltis gateway, which gets one answer to each request.
 
-    It reads each log to its ending and makes one `node.invoke.result` of it.
+    It turns each log into one `node.invoke.result`.
     """
-
-    WORKS: Mapping[str, str] = {
-        SYSTEM_RUN: "run",
-        SYSTEM_WHICH: "which",
-        SYSTEM_PROVIDERS: "providers",
-    }
 
     def __init__(self, ws: WebSocket, machine: Machine) -> None:
         super().__init__(ws, machine)
         self._handlers = {INVOKE_REQUEST: self._on_request}
-        self._answers: dict[
-            str, _MoltisAnswer
-        ] = {}  # not sent yet, by job; under _lock
-        # For the thread that receives: results to send once more, and when.
+        # By job; guarded by _lock.
+        self._answers: dict[str, _MoltisAnswer] = {}
+        # Refused results, with the time to resend them; for the thread that receives.
         self._again: list[tuple[Deadline, JsonObject]] = []
 
     def resume(self, _hello: JsonObject) -> None:
-        """Let earlier jobs run to their end unread: their gateway has given them up."""
+        """Run earlier jobs to their end, unread: the gateway has given them up."""
         self._machine.resume(self._machine.held())
 
     def place(self, job_id: str, place: int) -> None: ...
@@ -8028,7 +7786,7 @@ class MoltisGatewayLink(GatewayLink):
             taken = self._take(log)
             if taken is None and log.ending is not None:
                 self._answer(log.job_id, log.ending)
-            # Acknowledged after its answer was sent: close() waits for that.
+            # After the answer was sent: NodeAgent.close() waits for this.
             self._machine.acknowledge(log.job_id, offset + len(data))
         return None
 
@@ -8057,10 +7815,10 @@ class MoltisGatewayLink(GatewayLink):
         patience = None
         if isinstance(timeout_ms, (int, float)):
             patience = max(timeout_ms / 1000, MOLTIS_PATIENCE) - MOLTIS_MARGIN
-        work = self.WORKS.get(command, command)
+        work = INVOKED_WORKS.get(command, command)
         with self._lock:
             if job_id in self._answers:
-                return  # it was asked for twice, and is answered once
+                return  # requested twice, answered once
             self._answers[job_id] = _MoltisAnswer(work, Deadline(patience))
         self._machine.start(job_id, work, {**args, "stdin": False})
 
@@ -8068,7 +7826,7 @@ class MoltisGatewayLink(GatewayLink):
         with self._lock:
             answer = self._answers.pop(job_id, None)
         if answer is None:
-            return  # it was late, or asked for over another connection
+            return  # answered at its deadline, or requested over another connection
         params = {"invokeId": job_id, "result": answer.result(ending)}
         with contextlib.suppress(ConnectionClosed):
             sent = self._calls.start(INVOKE_RESULT, params)
@@ -8077,13 +7835,13 @@ class MoltisGatewayLink(GatewayLink):
     def _on_refusal(self, params: JsonObject, sent: Future[Any]) -> None:
         error = sent.exception()
         if isinstance(error, RpcError):
-            log.warning("result not taken job=%s: %s", params["invokeId"], error)
+            log.warning("result refused job=%s: %s", params["invokeId"], error)
             if "no pending invoke" in error.message:
                 self._again.append((Deadline(RESEND_PAUSE), params))
 
 
 def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
-    """Return the payload of the answer to one request, before anything else is obeyed.
+    """Return the payload of the answer to one request; skip all other messages.
 
     Raises RpcError as the gateway says, ConnectionClosed, or TimeoutError.
     """
@@ -8103,10 +7861,13 @@ def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
             return envelope.payload
 
 
-def _channel_binding(ws: WebSocket) -> bytes | None:
-    """Return SCRAM's binding to the gateway's certificate, or None without TLS."""
+def _tls_pin(ws: WebSocket) -> str | None:
+    """Return the pin of the gateway's TLS key; None without TLS, or if unreadable."""
     certificate = ws.peer_certificate()
-    return None if certificate is None else tls_server_end_point(certificate)
+    try:
+        return None if certificate is None else parse_certificate(certificate).pin
+    except ValueError:
+        return None
 
 
 def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
@@ -8118,12 +7879,12 @@ def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
             raise
         raise RpcError(
             error.code,
-            f"{error.message}; a gateway of the original Moltis wants --auth bearer",
+            f"{error.message}; for a gateway of the original Moltis use --auth bearer",
         ) from error
 
 
 class NodeAgent:
-    """A node's life: connected to its gateway, or on the way there."""
+    """Keeps a node connected to its gateway, until close()."""
 
     def __init__(
         self,
@@ -8138,7 +7899,9 @@ class NodeAgent:
         self._on_state = on_state
         self._backoff = Backoff()
         self._stopped = threading.Event()
-        self._leaves = False  # a connection that is made from now on is closed at once
+        self._leaves = False  # new connections are closed at once
+        # TLS key of the last gateway that proved itself; None without TLS.
+        self._proved_pin: str | None = None
         # The current connection, for other threads; replaced as a whole.
         self._serving: tuple[GatewayLink, WebSocket] | None = None
 
@@ -8156,7 +7919,7 @@ class NodeAgent:
                     raise
                 problem = error
             except Exception as error:
-                # Whatever it is: a node that ends is out of reach for good.
+                # A node that ends cannot be reached any more.
                 log.exception("could not connect")
                 problem = UserError(f"could not connect: {error}")
             else:
@@ -8176,7 +7939,7 @@ class NodeAgent:
         """End running commands, report them, and disconnect; run() returns."""
         self._stopped.set()
         self._machine.close()
-        # Set before the look: a connection that is made just now is closed by run().
+        # Set before the read of _serving: _serve() closes a newer connection.
         self._leaves = True
         serving = self._serving
         if serving is not None:
@@ -8184,7 +7947,7 @@ class NodeAgent:
             serving[1].close(CloseCode.GOING_AWAY, "the node stops")
 
     def report(self) -> None:
-        """Send telemetry now, from any thread; nothing while not connected."""
+        """Send telemetry now, if connected; from any thread."""
         serving = self._serving
         if serving is not None:
             with contextlib.suppress(ConnectionClosed):
@@ -8193,25 +7956,28 @@ class NodeAgent:
     def _dial(self) -> tuple[WebSocket, JsonObject]:
         """Return a connection and the gateway's hello.
 
-        Raises Unreachable, Refused, BadConfiguration: one line that says why.
+        Raises Unreachable, Refused, BadConfiguration, each with one line for people.
         """
         url = self._settings.gateway_url
-        # SCRAM binds to the certificate, whoever made it; a bearer token would go to
-        # whoever shows one.
+        # SCRAM binds to any certificate; a bearer token needs a CA to vouch for it.
         ws = connect(url, TlsTrust(bound=self._settings.auth != "bearer"))
         try:
-            return ws, self._authenticate(ws)
+            hello = self._authenticate(ws)
+            self._proved_pin = _tls_pin(ws)
+            return ws, hello
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
-            if error.code == "UNAUTHORIZED":
-                self._machine.resume({})  # the token was revoked: nothing goes on
+            if error.code == "UNAUTHORIZED" and self._proved_pin is not None:
+                # Without TLS, any process on the port of a stopped gateway says so.
+                if _tls_pin(ws) == self._proved_pin:
+                    self._machine.resume({})
             kind = Unreachable if error.code in PASSING_CODES else Refused
             raise kind(f"{url} refused this node: {error.message}") from error
         except AuthenticationError as error:
             ws.abort()
             raise Refused(
-                f"{url} did not prove that it knows this node's token ({error}): "
-                "this is what an impostor looks like; check the address and the token"
+                f"{url} did not prove that it knows this node's token ({error}); it "
+                "may be an impostor: check the address and the token"
             ) from error
         except (ConnectionClosed, TimeoutError) as error:
             ws.abort()
@@ -8220,7 +7986,7 @@ class NodeAgent:
             ) from error
 
     def _authenticate(self, ws: WebSocket) -> JsonObject:
-        """Return the hello-ok payload, after the gateway has proved itself."""
+        """Return the hello-ok payload, once the gateway has proved itself."""
         asked = ConnectParams(
             role="node",
             client_id=self._settings.node_id,
@@ -8236,7 +8002,9 @@ class NodeAgent:
         if self._settings.auth == "bearer":
             params = asked.replace(device_token=token)
             return _exchange(ws, "connect", params.to_json())
-        scram = ScramClient(device_handle(token), token, _channel_binding(ws))
+        certificate = ws.peer_certificate()
+        binding = None if certificate is None else tls_server_end_point(certificate)
+        scram = ScramClient(device_handle(token), token, binding)
         first = _first_step(ws, scram)
         final = scram.final(required(first, "serverFirst", str))
         params = asked.replace(scram_final=final)
@@ -8250,8 +8018,8 @@ class NodeAgent:
         return hello
 
     def _serve(self, ws: WebSocket, hello: JsonObject) -> UserError:
-        """Serve one connection to its end; return why it ended."""
-        moltis = _extension(hello) is None
+        """Serve one connection to its end; return the reason of the end."""
+        moltis = _jobs_extension(hello) is None
         link = (MoltisGatewayLink if moltis else GatewayLink)(ws, self._machine)
         self._serving = (link, ws)
         self._backoff.reset()
@@ -8266,6 +8034,8 @@ class NodeAgent:
             problem = "the gateway closed the connection"
         except ConnectionClosed as error:
             problem = f"the connection to {self._settings.gateway_url} broke: {error}"
+            if error.reason == TOKEN_REVOKED:
+                self._machine.resume({})
         except Exception as error:
             log.exception("connection failed")
             problem = f"the connection failed inside this node: {error}"
@@ -8277,7 +8047,7 @@ class NodeAgent:
         return Unreachable(problem)
 
     def _receive(self, link: GatewayLink, ws: WebSocket) -> None:
-        """Handle what arrives until a clean close, and report in between.
+        """Handle messages and send telemetry until a clean close.
 
         Raises ConnectionClosed.
         """
@@ -9188,6 +8958,11 @@ class JobRecord(Value):
     def is_open(self) -> bool:
         """Whether it has not ended."""
         return self.state in JobState.OPEN
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it has ended for good: the node of a lost job may come back."""
+        return self.state not in (*JobState.OPEN, JobState.LOST)
 
     @property
     def failed(self) -> bool:
@@ -10837,8 +10612,6 @@ class ConnectedNode:
         self.node_id = node_id
         self.device_id = device_id
         self.link = link
-        self.instance = params.instance
-        self.held = params.jobs
         self.lends_models = CAP_LLM in params.capabilities
         # Ours before jobs: it is served as a Moltis peer.
         self.outdated = (
@@ -10848,7 +10621,8 @@ class ConnectedNode:
         self.version = params.version
         self.address = address
         self.since_ms = now_ms()
-        self.ready = False  # its hello is sent; set once, by Fleet.activate
+        self.ready = False  # jobs may be sent: from its hello until its reader ends
+        self.announced = False  # its presence, to operators
         self.gone = threading.Event()  # its reader has ended
 
 
@@ -10942,7 +10716,7 @@ class Fleet:
         with self._lock:
             del self._connected[node.node_id]
         try:
-            if node.ready:
+            if node.announced:
                 self._announce_presence("node.disconnected", node)
                 self._devices.seen(node.device_id, now_ms())
         except StoreError as error:
@@ -10951,16 +10725,16 @@ class Fleet:
             node.gone.set()
 
     def activate(self, node: ConnectedNode) -> None:
-        """Open `node` for requests: its hello is sent."""
-        node.ready = True
+        """Open `node` for jobs: its hello is sent."""
+        node.ready = node.announced = True
         self._announce_presence("node.connected", node)
 
     def report(self, node: ConnectedNode, payload: JsonObject) -> None:
-        """Record a node's telemetry.  Raises RpcError if it makes no sense."""
+        """Record a node's telemetry.  Raises RpcError for another node's."""
         reported_id = optional(payload, "nodeId", str)
         if reported_id and reported_id != node.node_id:
             raise RpcError("FORBIDDEN", f"{node.node_id} may report on itself only")
-        telemetry = telemetry_from_payload(payload)
+        telemetry = Telemetry.from_payload(payload)
         if telemetry.providers is None:
             with self._lock:
                 known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
@@ -10968,8 +10742,8 @@ class Fleet:
         self._record_telemetry(node, telemetry)
 
     def record_providers(self, node: ConnectedNode, payload: JsonObject) -> None:
-        """Record a node's answer to `system.providers`.  Raises RpcError."""
-        providers = providers_from_payload(payload)
+        """Record a node's answer to `system.providers`."""
+        providers = Telemetry.from_payload(payload).providers or ()
         with self._lock:
             known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
         self._record_telemetry(node, known.replace(providers=providers))
@@ -11154,12 +10928,12 @@ class Fleet:
             telemetry, at = known
             stale = not connected or time.monotonic() - at > STALE_AFTER
         elif stored:
-            telemetry, stale = telemetry_from_payload(dict(stored)), True
+            telemetry, stale = Telemetry.from_payload(stored), True
         else:
             return {"telemetry": None, "providers": []}
         return {
             "telemetry": telemetry.to_columns(stale=stale),
-            "providers": [p.to_payload() for p in telemetry.providers or ()],
+            "providers": [p.to_json() for p in telemetry.providers or ()],
         }
 
 
@@ -11310,17 +11084,17 @@ class Log:
         with self._lock:
             if offset > self.end:
                 raise RpcError(
-                    "PROTOCOL_ERROR",
-                    f"frames at {offset} are ahead of the log, which ends at {self.end}",
+                    "PROTOCOL_ERROR", f"frames at {offset} follow a log of {self.end}"
                 )
             if offset + len(data) <= self.end:
                 return
             start = frame_boundary(offset, data, self.end)
             data = data[start - offset :]
+            if self._in_files:
+                self._write(start, data)
             self._remember(start, data)
             self.end = start + len(data)
             if self._in_files:
-                self._write(start, data)
                 self._trim()
             elif self._directory is not None and self.end - self.begin > MEMORY_LOG:
                 self._move_to_files()
@@ -11380,14 +11154,15 @@ class Log:
                 self._move_to_files()
 
     def finish(self) -> bytes | None:
-        """Return the whole log for its row if it is short; else it is in files."""
+        """Return the whole log if it is short enough for its row."""
         if self._directory is None:
             return None
         if self.begin == 0 and self.end <= ROW_LOG:
             start, data = self.read(0, ROW_LOG)
             if (start, len(data)) == (0, self.end):
+                with self._lock:  # followers read on when its files are removed
+                    self._memory = collections.deque([(0, data)])
                 return data
-        self.flush()
         return None
 
     def drop_middle(self, count: int) -> int:
@@ -11436,9 +11211,9 @@ class Log:
         return start, found[0] if len(found) == 1 else b"".join(found)
 
     def _move_to_files(self) -> None:
-        self._in_files = True
         for offset, data in self._memory:
             self._write(offset, data)
+        self._in_files = True
         self._trim()
 
     def _write(self, offset: int, data: bytes) -> None:
@@ -11590,8 +11365,8 @@ class Job:
 
     def releasable(self) -> int:
         """Return the offset before which the node need not keep the log."""
-        if not self.stored:
-            return self.acknowledged  # its ending waits for room on the disk
+        if not (self.stored or self.record.is_open):
+            return self.acknowledged  # the ending waits for room on the disk
         offset = self.log.end
         if self.record.kept and self.record.is_open:
             offset = self.log.durable
@@ -11721,10 +11496,12 @@ class Jobs:
         self._fleet = fleet
         self._directory = directory
         self._keep_output = keep_output
+        # Held from the look for an id until its job is in _jobs; the first to be taken.
+        self._starting = threading.RLock()
         self._lock = threading.Lock()  # guards all below
         self._jobs: dict[str, Job] = {}
         self._by_node: dict[str, dict[str, Job]] = {}
-        self._waits: set[Wait] = set()
+        self._waits: dict[Future[Job], Wait] = {}
         self._closed = False
         self.on_end: Callable[[Job], None] | None = None  # called before followers
         self._next_sweep = 0.0  # monotonic
@@ -11743,45 +11520,51 @@ class Jobs:
         Raises RpcError: CONFLICT for an id of another key, UNAVAILABLE if the node is
         away; StoreError if the row cannot be written.
         """
-        with self._lock:
-            known = self._jobs.get(record.id)
-        if known is not None:
-            return _same_caller(known, record)
+        with self._starting:
+            known = self._known(record.id)
+            if known is None:
+                record = self._addressed(record)
+                try:
+                    if WORKS[record.work].recorded:
+                        record = self._table.add(record)
+                except RpcError as error:
+                    if error.code != "CONFLICT":
+                        raise
+                    known = self.get(record.id)  # it has ended
+            if known is not None:
+                return _same_caller(known, record)
+            job = Job(record, Log(self._log_directory(record)))
+            job.was_sent = False
+            self._add(job)
+        self._send(job)
+        return job
+
+    def _addressed(self, record: JobRecord) -> JobRecord:
+        """Return the row of a new job, with the life of the node that is asked."""
         if self._closed:
             raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
         link = self._link(record.node_id)
         if link is not None:
             link.check(record.work, record.spec or {})
-            record = record.replace(sent_to=link.instance, state=JobState.RUNNING)
-        elif record.queue_until is not None:
-            record = record.replace(state=JobState.QUEUED)
-        elif self._table.get(record.id) is None:
+            return record.replace(sent_to=link.instance)
+        if record.queue_until is not None:
+            return record.replace(state=JobState.QUEUED)
+        if self._table.get(record.id) is None:
             self._fleet.require_connected(record.node_id, record.node_name)
-        job = Job(record, Log(self._log_directory(record)))
-        job.was_sent = False
-        if not self._add(job):
-            return self.start(record)  # another request was faster
-        try:
-            if job.is_recorded:
-                job.record = self._table.add(record)
-        except BaseException as error:
-            self._remove(job)
-            if isinstance(error, RpcError) and error.code == "CONFLICT":
-                return _same_caller(self.get(record.id), record)  # it has ended
-            raise
-        self._send(job)
-        return job
+        return record
 
     def get(self, job_id: str) -> Job:
         """Return a job, also one that ended.  Raises RpcError NOT_FOUND, StoreError."""
-        with self._lock:
-            job = self._jobs.get(job_id)
+        job = self._known(job_id)
         if job is not None:
             return job
         record = self._table.get(job_id)
         if record is None:
             raise RpcError("NOT_FOUND", f"there is no job {job_id[:64]!r}")
-        return self._load(record)
+        if record.is_open:
+            with self._starting:  # its row is written, and it is not in _jobs yet
+                job = self._known(job_id)
+        return job or self._load(record)
 
     def open_on(self, node_id: str) -> list[Job]:
         """Return the jobs of a node that have not ended."""
@@ -11801,7 +11584,9 @@ class Jobs:
                 previous, job.holder, job.alone_since = job.holder, follower, None
                 if previous is not None:
                     previous.holds = False  # it watches from now on
-        self._wake(job)
+            if job.record.state == JobState.LOST:
+                self._add(job)  # its node may bring it back: `follower` is notified
+        follower.wake(job)
 
     def unfollow(self, job: Job, follower: Follower, *, leaves: bool) -> None:
         """Forget `follower`; a holder that `leaves` cancels an unkept job."""
@@ -11818,10 +11603,13 @@ class Jobs:
         self.acknowledge(job)
 
     def acknowledge(self, job: Job) -> None:
-        """Tell the node what it need not keep, once that is a quarter of a window."""
+        """Release the node's log, once that is worth a quarter of a window."""
         with job.lock:
             offset = job.releasable()
             over = not job.record.is_open and job.stored and offset >= job.log.end
+            # Followers of a lost job are notified if its node comes back with it.
+            if over and (job.record.is_final or not job.followers):
+                self._remove(job)
             if job.settled or (
                 not over and offset - job.acknowledged < LOG_WINDOW // 4
             ):
@@ -11830,9 +11618,6 @@ class Jobs:
             if not job.record.kept:
                 job.log.forget(offset)
         self._tell(job, lambda link: link.acknowledge(job.id, offset))
-        # The node of a lost job may still come back with it.
-        if over and not (job.record.state == JobState.LOST and job.followers):
-            self._remove(job)
 
     def wait(
         self, job: Job, timeout: float | None, cancel: Cancellation | None = None
@@ -11865,19 +11650,21 @@ class Jobs:
         return self._watch(Wait(job, timeout, offset))
 
     def _watch(self, wait: Wait) -> Future[Job]:
-        def done(_: object) -> None:
-            with self._lock:
-                self._waits.discard(wait)
-            self.unfollow(wait.job, wait, leaves=False)
-
         with self._lock:
             full = len(self._waits) >= MAX_WAITS or self._closed
-            self._waits.add(wait)
+            self._waits[wait.future] = wait
         self.follow(wait.job, wait)
         if full:
             wait.fail(_stopping() if self._closed else _too_many_waits())
-        wait.future.add_done_callback(done)
+        wait.future.add_done_callback(self._unwatch)
         return wait.future
+
+    def _unwatch(self, future: Future[Job]) -> None:
+        with self._lock:
+            # Not from a closure: a future that holds its Wait is a cycle, and each
+            # command would leave its whole job to the garbage collector.
+            wait = self._waits.pop(future)
+        self.unfollow(wait.job, wait, leaves=False)
 
     def text(self, job: Job, limit: int = TEXT_LIMIT) -> str:
         """Return the output as text; of a longer one head and tail."""
@@ -11909,7 +11696,8 @@ class Jobs:
         if job.record.is_open:
             self._tell(job, lambda link: link.cancel(job.id))
             with job.lock:
-                self._save(job)
+                if job.record.is_open:
+                    self._save(job)
         self._wake(job)
         self.acknowledge(job)
 
@@ -11936,7 +11724,7 @@ class Jobs:
         """Start nothing more; what runs goes on, and its kept logs are in files."""
         self._closed = True
         with self._lock:
-            waits = list(self._waits)
+            waits = list(self._waits.values())
         for wait in waits:
             wait.fail(_stopping())
         for job in self._all():
@@ -11995,7 +11783,10 @@ class Jobs:
             if job is not None:
                 with job.lock:
                     job.record = _reopened(job.record)
+                    # Until came(), tick() must neither give it up nor remove it.
+                    job.away_since = time.monotonic()
                     job.settled = False
+                    self._add(job)
                     job.log.skip_to(begin)
                     job.was_sent = True
                     # An acknowledgement may have got lost with the connection: else
@@ -12052,7 +11843,7 @@ class Jobs:
         for job in self._all():
             self._age(job, now, now_in_ms)
         with self._lock:
-            waits = list(self._waits)
+            waits = list(self._waits.values())
         for wait in waits:
             wait.wake(wait.job)
         if now >= self._next_sweep:
@@ -12062,10 +11853,9 @@ class Jobs:
                 self._sweep()
 
     def _age(self, job: Job, now: float, now_in_ms: int) -> None:
-        record = job.record
-        until = record.queue_until
         changed = False
         with job.lock:
+            record, until = job.record, job.record.queue_until
             reason = job.overdue(now)
             if reason:
                 self._end_locked(job, Ending(JobState.LOST, reason=reason))
@@ -12119,7 +11909,7 @@ class Jobs:
     def _end_locked(self, job: Job, ending: Ending) -> None:
         """Record how a job ended, unless that is known; `job.lock` is held."""
         record = job.record
-        if not (record.is_open or record.state == JobState.LOST):
+        if record.is_final:
             return
         if ending.state == JobState.LOST:
             if not record.is_open:
@@ -12144,7 +11934,7 @@ class Jobs:
         if not job.is_recorded:
             return
         try:
-            data = None if job.record.is_open else job.log.finish()
+            data = job.log.finish() if job.record.is_final else None
             self._table.save(job.record, data)
         except StoreError as error:
             if job.stored:
@@ -12155,14 +11945,16 @@ class Jobs:
             if job.record.is_open:
                 return
             if data is None:
+                job.log.flush()
                 self._unswept += job.log.size_on_disk
             elif job.log.size_on_disk:
                 self.discard([job.id])
 
     def _send(self, job: Job) -> None:
         """Send a job to its node, unless it was sent over this connection."""
-        link = self._link(job.record.node_id)
         with job.lock:
+            # Looked up under the lock: either it is connected now, or left() follows.
+            link = self._link(job.record.node_id)
             record = job.record
             if link is None:
                 job.away_since = job.away_since or time.monotonic()
@@ -12197,8 +11989,10 @@ class Jobs:
 
     def _wake(self, job: Job) -> None:
         if job.ends_anew and self.on_end is not None:
-            job.ends_anew = False
-            self.on_end(job)
+            with job.lock:
+                ends, job.ends_anew = job.ends_anew, False
+            if ends:
+                self.on_end(job)
         for follower in job.followers:
             follower.wake(job)
 
@@ -12212,23 +12006,19 @@ class Jobs:
     def _load(self, record: JobRecord) -> Job:
         """Return a job whose row is known."""
         directory = self._log_directory(record)
-        stored = (
-            None if record.is_open or directory is None else self._table.log(record.id)
-        )
+        kept = directory is not None and record.is_final
+        stored = self._table.log(record.id) if kept else None
         job = Job(record, Log(None if stored else directory))
         if stored:
             job.log.append(0, stored)
-        if not record.is_open:
+        if record.is_final:
             job.log.skip_to(record.log_end)
             job.log_end = record.log_end
         return job
 
     def _adopt(self, record: JobRecord) -> Job:
         """Take up a job of an earlier life of the gateway."""
-        job = self._load(record)
-        self._add(job)
-        with self._lock:
-            return self._jobs[record.id]
+        return self._add(self._load(record))
 
     def _reopen(self, link: NodeLink, job_id: str) -> Job | None:
         """Take up a job that had ended here, and comes back with its node."""
@@ -12236,6 +12026,10 @@ class Jobs:
         if record is None or record.node_id != link.node_id:
             return None
         return self._adopt(_reopened(record))
+
+    def _known(self, job_id: str) -> Job | None:
+        with self._lock:
+            return self._jobs.get(job_id)
 
     def _of_node(self, node_id: str, job_id: str) -> Job | None:
         # A node answers for its own jobs only, whatever ids it names.
@@ -12250,13 +12044,11 @@ class Jobs:
         with self._lock:
             return list(self._jobs.values())
 
-    def _add(self, job: Job) -> bool:
+    def _add(self, job: Job) -> Job:
+        """Return `job`, or the one of the same id that is known already."""
         with self._lock:
-            if job.id in self._jobs:
-                return False
-            self._jobs[job.id] = job
-            self._by_node.setdefault(job.record.node_id, {})[job.id] = job
-            return True
+            self._by_node.setdefault(job.record.node_id, {}).setdefault(job.id, job)
+            return self._jobs.setdefault(job.id, job)
 
     def _remove(self, job: Job) -> None:
         with self._lock:
@@ -12327,7 +12119,7 @@ class LocalLink:
 
 # ==============================================================================
 # Agent
-# Uses: Wire protocol, Language models, Store, Fleet, Jobs
+# Uses: Wire protocol, Commands, Language models, Store, Fleet, Jobs
 #
 # Runs in which a model uses the machines of the fleet until it has an answer: its
 # tools and the check of their arguments, the question to a person before a command
@@ -12790,40 +12582,13 @@ def system_prompt(machines: Machines, selected_id: str) -> str:
     )
 
 
-class _Stream:
-    """Head and tail of one output stream."""
-
-    KEPT = 4 * MAX_TOOL_OUTPUT  # bytes of each; a character has at most four
-
-    def __init__(self) -> None:
-        self.total = 0  # bytes
-        self._head = bytearray()
-        self._tail = bytearray()
-
-    def add(self, data: bytes) -> None:
-        self.total += len(data)
-        room = self.KEPT - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:]
-        if len(self._tail) > 2 * self.KEPT:
-            del self._tail[: -self.KEPT]
-
-    def text(self, limit: int) -> str:
-        """Return what fits into `limit` characters, MAX_TOOL_OUTPUT at most."""
-        text = bytes(self._head + self._tail).decode("utf-8", "replace")
-        if len(text) <= limit:
-            return text
-        head, tail = text[: limit // 2], text[len(text) - (limit - limit // 2) :]
-        cut = self.total - len(f"{head}{tail}".encode())
-        return f"{head}\n… {cut:,} bytes cut …\n{tail}"
-
-
 def read_output(read: Callable[[int], Reading], offset: int) -> tuple[JsonObject, int]:
     """Return what a model sees of a log from `offset` on, and the next offset.
 
     Both streams together have MAX_TOOL_OUTPUT characters, head and tail of each.
     """
-    streams = {stream: _Stream() for stream in STREAMS.values()}
+    # A character has at most four bytes.
+    streams = {s: Excerpt(8 * MAX_TOOL_OUTPUT) for s in STREAMS.values()}
     stdout, stderr = streams.values()
     for _ in range(MAX_OUTPUT_READS):
         reading = read(offset)
@@ -14220,8 +13985,8 @@ class Chats:
         """Store what was chosen for a session.  Raises RpcError."""
         if "model" in choices:
             self._model(choices["model"])
-        if not self._store.sessions.change(key, **choices):
-            self._session(key)
+        if choices:
+            self._store.sessions.change(key, **choices)
         return self._tell("patched", key)
 
     def reset(self, key: str) -> JsonObject:
@@ -14513,14 +14278,14 @@ class Chats:
 # Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Commands,
 #       Machine, Store, Access, Fleet, Jobs, Agent, Model directory, Chat
 #
-# What peers may ask of the gateway, and what it sends them: RPC methods in one table,
+# The gateway's side of each WebSocket: the first exchange, RPC methods in one table,
 # events to subscribers, jobs between operators and nodes.  A peer's role comes from
-# its credential, never from what it says of itself.
+# its credential, never from its own words.
 # ==============================================================================
 
 TICK_INTERVAL = 1.0  # s between two looks at deadlines
-MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a request has at most half of that
-MAX_MOLTIS_MESSAGE = 16 * 1024 * 1024  # bytes; an answer of a Moltis node is one
+MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes
+MAX_MOLTIS_MESSAGE = 16 * 1024 * 1024  # bytes; a command's whole output is one message
 MAX_FOLLOWED = 4096  # jobs that one connection follows; more are refused
 MAX_WAIT = 300.0  # s that an answer may wait for news of a job
 MAX_QUEUE = 30 * 86400.0  # s that a job may wait for a node that is away
@@ -14531,7 +14296,7 @@ EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session")
 
 
 def as_rpc_error(error: BaseException, what: str) -> RpcError:
-    """Return what the peer may know of `error`; the log has the rest."""
+    """Return `error` for the peer; anything unexpected is logged, not shown."""
     if isinstance(error, RpcError):
         return error
     if isinstance(error, MoltisError):
@@ -14543,7 +14308,7 @@ def as_rpc_error(error: BaseException, what: str) -> RpcError:
 def answer_request(
     request: Request, act: Callable[[Request], Any], send: Callable[[str], None]
 ) -> None:
-    """Send the answer that `act` returns, or a Future of it, or why there is none."""
+    """Send the payload that `act` returns, now or as a Future, or its error."""
 
     def respond(payload: Any = None, error: BaseException | None = None) -> None:
         failure = None if error is None else as_rpc_error(error, request.method)
@@ -14589,7 +14354,7 @@ def job_state(job: Job) -> JsonObject:
 
 
 class ClientFollower:
-    """A job's log on its way to one client: as fast as its connection drains."""
+    """Sends a job's log and states to one client, as fast as its connection drains."""
 
     def __init__(
         self,
@@ -14601,25 +14366,25 @@ class ClientFollower:
         holds: bool,
         newest: int | None = None,
     ) -> None:
-        """`on_done` is called once the client knows all of what it watches.
+        """`on_done` is called once the client has everything there will be.
 
         `newest`: bytes; a watcher that falls behind by several times as many gets only
         that much of the end.
         """
         self.job = job
-        self.position = offset  # the client has read all before it
+        self.position = offset  # everything before it is read by the client
         self.holds = holds
         self._outlet = outlet
         self._on_done = on_done
         self._newest = newest
         self._is_open = False
         self._sent = offset
-        self._state: object = None  # as the client knows it
-        self._is_told = False  # the client knows how the job ended
-        self._input: tuple[int, int] | None = None  # the same: bytes, resumptions
+        self._state: object = None  # the last one sent
+        self._is_told = False  # the ending was sent
+        self._input: tuple[int, int] | None = None  # the last sent: bytes, resumptions
 
     def open(self) -> None:
-        """Begin to send: the answer to the client's request is on its way."""
+        """Start sending; the request that follows the job has been answered."""
         self._is_open = True
         self.wake(self.job)
 
@@ -14638,7 +14403,7 @@ class ClientFollower:
 
     @property
     def is_done(self) -> bool:
-        """Whether the client has all, and said so if it holds the log."""
+        """Whether the ending was sent, and a holder has acknowledged the whole log."""
         return self._is_told and (not self.holds or self.position >= self.job.log.end)
 
     def _next(self) -> str | bytes | None:
@@ -14651,7 +14416,7 @@ class ClientFollower:
                 payload["resume"] = True
             self._input = consumed
             return encode_envelope(Event(JOB_INPUT, payload))
-        # Before the log is read: an ending follows all bytes.
+        # Read before the log: an ending follows all bytes.
         state = (record.state, job.place, job.away_since is not None)
         newest = self._newest
         if newest is not None and job.log.end - self._sent > 4 * newest:
@@ -14666,7 +14431,7 @@ class ClientFollower:
             return None
         self._state = state
         # A lost job may still come back with its node.
-        self._is_told = not record.is_open and record.state != JobState.LOST
+        self._is_told = record.is_final
         if self.is_done:
             self._on_done(self)
         return encode_envelope(Event(JOB_STATE, job_state(job)))
@@ -14712,7 +14477,7 @@ class OperatorPeer:
             self.ws.send(text)
 
     def check_room(self, count: int) -> None:
-        """Raises RpcError RATE_LIMITED if this is too much to follow as well."""
+        """Raises RpcError RATE_LIMITED unless `count` more jobs may be followed."""
         with self._lock:
             count += len(self._followers)
         if count > MAX_FOLLOWED:
@@ -14723,9 +14488,9 @@ class OperatorPeer:
     def follow(
         self, job: Job, offset: int, *, holds: bool, newest: int | None = None
     ) -> int:
-        """Send the job's log from `offset` on, or from what is left of it.
+        """Send the job's log from `offset` on, or from the first byte kept after it.
 
-        Returns where it begins.
+        Returns that offset.
         """
         self.unfollow(job.id, leaves=False)
         start = job.log.boundary(max(offset, job.log.begin))
@@ -14783,12 +14548,12 @@ class OperatorPeer:
             raise ConnectionClosed(CloseCode.UNSUPPORTED_DATA, str(error)) from error
         follower = self._follower(job_id)
         if kind == INPUT_DATA and follower is not None:
-            with contextlib.suppress(RpcError):  # another connection holds it now
+            with contextlib.suppress(RpcError):  # another connection holds the job now
                 self._jobs.input(follower.job, follower, offset, data)
 
 
 class Audience:
-    """The operators that are connected, for events."""
+    """The connected operators, as receivers of events."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _peers
@@ -14810,13 +14575,13 @@ class Audience:
             peer.ws.close(CloseCode.POLICY_VIOLATION, "signed out", timeout=0)
 
     def announce(self, name: str, payload: JsonObject) -> None:
-        """Send an event to those who subscribed to it; it never blocks."""
+        """Send an event to its subscribers, without blocking."""
         with self._lock:
             peers = [peer for peer in self._peers if name in peer.events]
         if not peers:
             return
         text = encode_envelope(Event(name, payload))
-        # A browser that sleeps is spared these; their numbers show it what it lacks.
+        # Not to a browser that sleeps: it sees a gap in their numbers and reloads.
         spared = payload.get("state") in SPARED_STATES and "message" not in payload
         for peer in peers:
             if not spared or peer.ws.backlog <= MAX_BACKLOG:
@@ -14831,7 +14596,7 @@ class RpcCall(Value):
 
     caller: Caller
     params: JsonObject
-    peer: OperatorPeer | None = None  # None: over HTTP, where nothing can follow
+    peer: OperatorPeer | None = None  # None: the request came over HTTP
 
     def require_peer(self) -> OperatorPeer:
         """Return the connection.  Raises RpcError over HTTP."""
@@ -14840,8 +14605,8 @@ class RpcCall(Value):
         return self.peer
 
 
-# The JSON type of a parameter, or a function like required_offset() that reads it; or
-# RpcCall, Caller, OperatorPeer: of the request itself.
+# A parameter's JSON type, or a function like required_offset() that reads it.  RpcCall,
+# Caller and OperatorPeer are taken from the request itself.
 Kind: TypeAlias = "type | Callable[[JsonObject, str], Any]"
 
 
@@ -14867,7 +14632,7 @@ def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
     if not isinstance(kind, type):
         return kind(call.params, name)
     value = required(call.params, name, kind)
-    # Neither the store nor the timeout of a thread takes more.
+    # SQLite and the timeouts of threads take no more.
     if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
         raise RpcError("INVALID_REQUEST", f"{name} is out of range")
     return value
@@ -14879,7 +14644,7 @@ class Method:
     def __init__(
         self, action: Callable[..., Any], scope: str, **parameters: Kind | Optional
     ) -> None:
-        """`action` returns the payload of the answer, or a Future; None is `{}`."""
+        """`action` returns the payload, or a Future of it; None means `{}`."""
         self.scope = scope
         self._action = action
         self._parameters = [
@@ -14904,7 +14669,7 @@ def required_id(params: JsonObject, _name: str) -> str:
 
 
 def seconds(limit: float) -> Kind:
-    """Return the kind of a parameter that is a time of at most `limit` s."""
+    """Return the kind of a parameter in seconds, from 0 to `limit`."""
 
     def check(params: JsonObject, name: str) -> float:
         value: float = required(params, name, float)
@@ -14953,7 +14718,7 @@ def mapped(future: Future[Any], convert: Callable[[Any], Any]) -> Future[Any]:
 
 
 class NodeMethods:
-    """What operators may do with machines and their tokens."""
+    """The methods about machines and their tokens."""
 
     def __init__(
         self,
@@ -15030,16 +14795,16 @@ class NodeMethods:
         return device
 
     def _hang_up(self, device: Device) -> None:
-        # Under whichever id: it may be connecting now, or may have connected twice.
+        # By device, not by node id: it may be connecting, or have connected twice.
         for node in self._fleet.all_connected():
             if node.device_id == device.id:
-                node.link.hang_up("the token was revoked")
+                node.link.hang_up(TOKEN_REVOKED)
 
 
 def invoke_result(job: Job) -> JsonObject:
-    """Return the answer of Moltis' `node.invoke`.
+    """Return the answer to Moltis' `node.invoke`.
 
-    Raises RpcError UNAVAILABLE where it is not known how the job ended.
+    Raises RpcError UNAVAILABLE if the job was lost or never sent.
     """
     record, ending = job.record, job.ending
     assert ending is not None
@@ -15063,7 +14828,7 @@ def invoke_result(job: Job) -> JsonObject:
 
 
 def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
-    """Return the output in whole log frames, in its order."""
+    """Return the output in whole log frames, in order, adjacent frames joined."""
     pieces: list[JsonObject] = []
     for kind, frames in itertools.groupby(log_frames(data), lambda frame: frame[0]):
         if kind in STREAMS:
@@ -15076,19 +14841,12 @@ def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
     return pieces
 
 
-INVOKED_WORKS: Mapping[str, str] = {
-    SYSTEM_RUN: "run",
-    SYSTEM_WHICH: "which",
-    SYSTEM_PROVIDERS: "providers",
-}
-
-
 def caller_origin(caller: Caller) -> Origin:
     return Origin(caller.kind, caller.id, caller.name, caller.address)
 
 
 class JobMethods:
-    """What operators may do with the work on machines."""
+    """The methods about jobs."""
 
     def __init__(self, fleet: Fleet, jobs: Jobs) -> None:
         self._fleet = fleet
@@ -15108,7 +14866,7 @@ class JobMethods:
         hold: bool,
         queue: float,
     ) -> JsonObject:
-        """Start the same on each node, once all names are known."""
+        """Start the same on each node; nothing starts unless all names are known."""
         peer = call.require_peer() if hold else None
         if peer is not None:
             peer.check_room(len(jobs))
@@ -15170,7 +14928,7 @@ class JobMethods:
     def read(
         self, job: Job, offset: int, wait: float, encoding: str
     ) -> Future[JsonObject]:
-        """Answer with output from `offset` on, at once or when there is some."""
+        """Answer with output from `offset` on, waiting `wait` s for the first."""
 
         def answer(job: Job) -> JsonObject:
             start, data = job.log.read(job.log.boundary(offset))
@@ -15184,7 +14942,7 @@ class JobMethods:
         return mapped(self._jobs.news(job, offset, wait), answer)
 
     def wait(self, job: Job, wait: float) -> Future[JsonObject]:
-        """Answer when the job has ended, or with how it is after `wait` s."""
+        """Answer with the job once it has ended, or after `wait` s."""
         return mapped(self._jobs.ended(job, wait), job_view)
 
     def cancel(self, job: Job, by: Caller) -> JsonObject:
@@ -15209,7 +14967,7 @@ class JobMethods:
         invoke_id: str | None,
         background: bool,
     ) -> JsonObject | Future[JsonObject]:
-        """Do something as clients of Moltis ask for it: one call, one answer."""
+        """Start a job and answer with its result: Moltis' one call, one answer."""
         if args.get("stdin"):
             raise RpcError("INVALID_REQUEST", "node.invoke takes no input")
         node, origin = self._fleet.resolve(node_id), caller_origin(caller)
@@ -15223,7 +14981,7 @@ class JobMethods:
 
 
 class ChatMethods:
-    """What operators may do in sessions."""
+    """The methods about sessions."""
 
     def __init__(self, chats: Chats, fleet: Fleet, approvals: Approvals) -> None:
         self._chats = chats
@@ -15244,9 +15002,9 @@ class ChatMethods:
         return {"ok": True, "node_id": entry["node_id"]}
 
     def node_id(self, params: JsonObject, name: str) -> str | None:
-        """Return the id of the node that a session is to use; null is Local.
+        """Return the id of the node that a session shall use; null means Local.
 
-        Raises RpcError for one that is not known; it may be away.
+        Raises RpcError for an unknown node; it may be offline.
         """
         if name not in params:
             return None
@@ -15285,7 +15043,7 @@ def _key_view(key: OperatorKey) -> JsonObject:
 
 
 class AccessMethods:
-    """What administrators may do about operators: keys, sign-ins, the audit."""
+    """The methods about operators: keys, sign-ins, the audit."""
 
     def __init__(
         self,
@@ -15329,8 +15087,9 @@ class AccessMethods:
             raise RpcError("NOT_FOUND", f"there is no sign-in {clip(login_id, 80)}")
         self._audience.hang_up(lambda caller: caller.login_id == login_id)
 
-    def audit(self, offset: int, limit: int) -> list[JsonObject]:
-        entries = self._audit.page(offset=offset, limit=limit)
+    def audit(self, until: int | None, offset: int, limit: int) -> list[JsonObject]:
+        """Answer with events and commands, the newest first; see AuditTable.page()."""
+        entries = self._audit.page(until=until, offset=offset, limit=limit)
         return [{**entry.to_json(), "words": entry.words()} for entry in entries]
 
 
@@ -15499,7 +15258,9 @@ class Rpc:
             "keys.revoke": Method(access.revoke_key, admin, keyId=str, by=Caller),
             "logins.list": Method(access.logins, admin, caller=Caller),
             "logins.revoke": Method(access.revoke_login, admin, loginId=str, by=Caller),
-            "audit.list": Method(access.audit, admin, offset=offset, limit=count),
+            "audit.list": Method(
+                access.audit, admin, until=number, offset=offset, limit=count
+            ),
             "subscribe": Method(
                 subscribe, read, peer=OperatorPeer, events=required_texts
             ),
@@ -15532,7 +15293,7 @@ class Rpc:
 class NodePeer:
     """The WebSocket of a node of ours: a NodeLink for Jobs."""
 
-    resumes = True  # its jobs outlive this connection
+    resumes = True  # its jobs go on without this connection
     max_message = MAX_PEER_MESSAGE
 
     def __init__(
@@ -15554,7 +15315,7 @@ class NodePeer:
         self._notify(JOB_ACK, {"id": job_id, "offset": offset})
 
     def check_cancel(self, job_id: str) -> None:
-        """Raises RpcError where this node cannot end the job."""
+        """Raises RpcError for a job that this node cannot end."""
 
     def cancel(self, job_id: str) -> None:
         self._notify(JOB_CANCEL, {"id": job_id})
@@ -15569,7 +15330,7 @@ class NodePeer:
         self._ws.close(CloseCode.POLICY_VIOLATION, reason, timeout=0)
 
     def serve(self, node: ConnectedNode) -> None:
-        """Take what the node sends until it hangs up.  Raises ConnectionClosed."""
+        """Handle the node's messages until it hangs up.  Raises ConnectionClosed."""
         while True:
             message = self._ws.receive()
             if message is None:
@@ -15583,7 +15344,7 @@ class NodePeer:
                 ) from error
 
     def _take(self, node: ConnectedNode, message: str | bytes) -> None:
-        """Raises RpcError where the connection has to end."""
+        """Raises RpcError if the connection has to end."""
         if isinstance(message, bytes):
             self._take_data(message)
             return
@@ -15614,7 +15375,7 @@ class NodePeer:
     def _handle(self, node: ConnectedNode, request: Request) -> JsonObject:
         """Return the answer to a request.  Raises RpcError."""
         if request.method != NODE_EVENT:
-            # The role comes from the credential: a node calls nothing else.
+            # A device token is no operator's key, whatever role its owner asked for.
             raise RpcError("FORBIDDEN", f"a node may not call {request.method[:100]!r}")
         if required(request.params, "event", str) == NODE_TELEMETRY:
             self._fleet.report(node, required(request.params, "payload", dict))
@@ -15626,14 +15387,14 @@ class NodePeer:
 
 MOLTIS_COMMANDS: Mapping[str, str] = {w: c for c, w in INVOKED_WORKS.items()}
 MOLTIS_KIND = "it is a node of Moltis, or of an old version"
-MOLTIS_TIMEOUT = "command timed out after"  # how such a node says so
-MOLTIS_GRACE = 60.0  # s beyond a command's timeout; then its silence counts again
+MOLTIS_TIMEOUT = "command timed out after"  # the beginning of such an error
+MOLTIS_GRACE = 60.0  # s after a command's timeout; then a silent node is given up
 
 
 def moltis_ending(work: str, result: JsonObject) -> Ending:
-    """Return how a job ended for which a node sent this one answer.
+    """Return the ending that a node's one answer stands for.
 
-    Raises RpcError for an answer that makes no sense.
+    Raises RpcError for a malformed answer.
     """
     problem = result.get("error")
     if problem is not None:
@@ -15659,10 +15420,10 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
 
 
 class MoltisPeer(NodePeer):
-    """A node that knows commands and answers: of Moltis, or ours before `jobs`.
+    """The WebSocket of a node without our extension: of Moltis, or an old one of ours.
 
-    It runs one command after the other, so it is sent one at a time: the timeout of a
-    command does not run while it is in line.
+    It runs one command after the other and counts a command's timeout from its
+    arrival, so it is sent one at a time.
     """
 
     resumes = False
@@ -15672,7 +15433,7 @@ class MoltisPeer(NodePeer):
         self, ws: WebSocket, params: ConnectParams, fleet: Fleet, jobs: Jobs
     ) -> None:
         super().__init__(ws, params, fleet, jobs)
-        self.instance = new_id()  # what it was doing is lost with the connection
+        self.instance = new_id()  # its jobs are lost with the connection
         self._name = params.display_name or params.client_id
         self._lock = threading.Lock()  # guards all below
         self._line: dict[str, JsonObject] = {}  # specs of commands not sent, by id
@@ -15695,7 +15456,7 @@ class MoltisPeer(NodePeer):
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
         try:
-            self.check(work, spec)  # it was away when it was asked for
+            self.check(work, spec)  # a queued job was not checked before
         except RpcError as error:
             self._end(job_id, Ending(JobState.FAILED, reason=error.message), {})
             return
@@ -15732,7 +15493,7 @@ class MoltisPeer(NodePeer):
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def tick(self) -> None:
-        """Count silence again once a command should have ended."""
+        """Give up a silent node again once its command should have ended."""
         with self._lock:
             if self._deadline.expired:
                 self._ws.keepalive = True
@@ -15749,7 +15510,7 @@ class MoltisPeer(NodePeer):
                     self._deadline = Deadline(spec["timeout"] / 1000 + MOLTIS_GRACE)
             running, line = self._running, list(self._line)
         if spec is not None:
-            # Only what is set: it fails on a blank cwd, and takes a whole timeout only.
+            # Such a node fails on a blank cwd and ignores a timeout with a fraction.
             args = {n: spec[n] for n in ("command", "env") if spec.get(n)}
             if (spec.get("cwd") or "").strip():
                 args["cwd"] = spec["cwd"]
@@ -15760,7 +15521,7 @@ class MoltisPeer(NodePeer):
             self._jobs.on_place(self, job_id, place)
 
     def _request(self, job_id: str, work: str, args: JsonObject) -> None:
-        # It reads nothing, so answers no ping, while it works.
+        # While it works it reads nothing, and so answers no ping.
         self._ws.keepalive = False
         payload = {"invokeId": job_id, "command": MOLTIS_COMMANDS[work], "args": args}
         with contextlib.suppress(ConnectionClosed):  # Jobs.left() ends them all
@@ -15782,7 +15543,7 @@ class MoltisPeer(NodePeer):
             try:
                 ending = moltis_ending(work, result)
             except RpcError as error:
-                reason = f"the node sent a result that makes no sense: {error}"
+                reason = f"the node sent a malformed result: {error}"
                 ending = Ending(JobState.FAILED, reason=reason)
             duration = max(0, now_ms() - started_at) / 1000
             ending = ending.replace(started_at=started_at, duration=duration)
@@ -15791,7 +15552,7 @@ class MoltisPeer(NodePeer):
         return {}
 
     def _end(self, job_id: str, ending: Ending, result: JsonObject) -> None:
-        """Write a job's log: the output in its one answer, and the ending."""
+        """Write the job's log: the output in `result`, then the ending."""
         frames, counts = [], []
         for kind, name in STREAMS.items():
             text = result.get(name)
@@ -15816,26 +15577,26 @@ class MoltisPeer(NodePeer):
 
 
 class Identity(Value):
-    """Who a peer has proved to be, and what it says of itself."""
+    """A peer's proved identity and its `connect` parameters."""
 
     caller: Caller
     params: ConnectParams
     device: Device | None = None  # None: an operator
     handle: str = ""  # of the token that a device came with
-    server_final: str = ""  # our half of the proof, where SCRAM was used
+    server_final: str = ""  # our half of the proof, if SCRAM was used
 
 
 class Client(Value):
-    """What is known of a peer before it has said a word."""
+    """A peer as its HTTP request shows it."""
 
     address: str
     channel_binding: bytes | None  # None: it came without TLS
-    login: Caller | None  # whoever the cookie of the upgrade belongs to
+    login: Caller | None  # the owner of the request's cookie
     on_identified: Callable[[], None]  # called once it has proved who it is
 
 
 class Introduction:
-    """The first exchange of a connection, until the peer has proved who it is."""
+    """The first exchange of a connection: it proves who the peer is."""
 
     def __init__(
         self, ws: WebSocket, access: Access, client: Client, *, require_scram: bool
@@ -15848,10 +15609,10 @@ class Introduction:
         self._scram: ScramServer | None = None
 
     def identity(self) -> Identity | None:
-        """Return who the peer is; None if it leaves before it has proved that.
+        """Return who the peer is; None if it hangs up first.
 
-        Raises RpcError: refuse its request with it.  Raises ConnectionClosed, and
-        TimeoutError after CONNECT_TIMEOUT.
+        Raises RpcError to refuse the request with; ConnectionClosed; TimeoutError
+        after CONNECT_TIMEOUT.
         """
         deadline = Deadline(CONNECT_TIMEOUT)
         while True:
@@ -15860,7 +15621,7 @@ class Introduction:
                 return None
             answer = self._answer(self._request(message))
             if isinstance(answer, Identity):
-                self._scram = None  # it would live as long as the connection
+                self._scram = None  # free it: this object lives as long as `ws`
                 self._client.on_identified()
                 return answer
             self._ws.send(encode_envelope(Response(self.request_id, answer)))
@@ -15881,7 +15642,7 @@ class Introduction:
         return envelope
 
     def _answer(self, request: Request) -> Identity | JsonObject:
-        """Return the answer to `auth.scram`, or who sent `connect`.
+        """Return the answer to `auth.scram`, or the identity that `connect` proves.
 
         Raises RpcError.
         """
@@ -15910,7 +15671,7 @@ class Introduction:
             raise RpcError("UNAUTHORIZED", text) from error
 
     def _identify(self, params: ConnectParams) -> Identity:
-        """Raises AuthenticationError, or RpcError where there is no credential."""
+        """Raises AuthenticationError; RpcError if there is no credential."""
         access, final = self._access, ""
         if params.scram_final and self._scram is not None:
             final = self._scram.final(params.scram_final)
@@ -15943,12 +15704,12 @@ class Introduction:
 def note_presence(
     devices: DevicesTable, device: Device, params: ConnectParams, address: str
 ) -> bool:
-    """Record what a node says of itself; False if its token was revoked.
+    """Record a node's name, platform, version, address; False if it was revoked.
 
     Raises StoreError.
     """
     name = ""
-    with contextlib.suppress(RpcError):  # it may not call itself Local
+    with contextlib.suppress(RpcError):  # no name, or Local
         name = valid_name(params.display_name)
     try:
         return devices.connect(
@@ -15966,7 +15727,7 @@ def note_presence(
         known = devices.by_node_id(params.client_id, now_ms())
         if known is None or known.id != device.id:
             raise
-        # A full disk must not part a node from the commands that it runs.
+        # A full disk must not keep a node from resuming its jobs.
         log.warning("presence not recorded node=%s: %s", params.client_id, error)
         return True
 
@@ -16013,7 +15774,7 @@ class Gateway:
             ws, self._access, client, require_scram=self._require_scram
         )
         try:
-            # Its messages are freed here: 5 KiB of each node.
+            # A call of its own: its messages are freed, 5 KiB a node.
             identity = None if stops else introduction.identity()
             if identity is None:
                 return
@@ -16022,7 +15783,7 @@ class Gateway:
             else:
                 self._serve_node(ws, introduction.request_id, identity, client.address)
         except RpcError as error:
-            # The answer first, then the close: existing nodes read it so.
+            # First the answer, then the close: a Moltis node expects both.
             with contextlib.suppress(ConnectionClosed, TimeoutError):
                 answer = Response(introduction.request_id, error=error)
                 ws.send(encode_envelope(answer))
@@ -16060,7 +15821,7 @@ class Gateway:
         peer = OperatorPeer(ws, identity.caller, self.rpc.call, self._jobs)
         self._audience.add(peer)
         try:
-            # Only now: what is revoked from here on, the audience hangs up on.
+            # Checked after add(): a revocation from now on closes this connection.
             if not self._access.is_current(identity.caller):
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             self._greet(ws, request_id, identity, peer.id, MAX_PEER_MESSAGE, {})
@@ -16080,9 +15841,9 @@ class Gateway:
         self._fleet.claim(node, device)
         try:
             known = note_presence(self._devices, device, params, address)
-            # Only now: what is revoked from here on, it is hung up for.
+            # Checked after claim(): a revocation from now on closes this connection.
             current = self._access.devices.device_by_handle(identity.handle)
-            if not known or current is None:  # or its id was taken as it came in
+            if not known or current is None:  # or another node has just taken its id
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             if device.node_id not in (None, node.node_id):
                 self._jobs.lose(
@@ -16106,12 +15867,13 @@ class Gateway:
                 self._ask_providers(node)
             peer.serve(node)
         finally:
+            node.ready = False  # no job is sent between left() and release()
             self._jobs.left(peer)
             self._fleet.release(node)
             log.info("node disconnected node=%s", node.node_id)
 
     def _ask_providers(self, node: ConnectedNode) -> None:
-        """Ask which models the node has; ours names them in its telemetry."""
+        """Ask for the node's models, which are not in a Moltis node's telemetry."""
 
         def keep(ended: Future[Job]) -> None:
             try:
@@ -16135,9 +15897,10 @@ class Gateway:
         max_message: int,
         offsets: Mapping[str, int],
     ) -> None:
-        """Answer a `connect`: from now on the peer is known.  Raises ConnectionClosed.
+        """Answer a `connect` and lift the limits for strangers.
 
-        `offsets` are those from which a node shall send its logs.
+        `offsets`, by job, are where a node continues its logs.
+        Raises ConnectionClosed.
         """
         is_node = identity.device is not None
         auth: JsonObject = {
@@ -16188,8 +15951,7 @@ class Gateway:
 #       TLS, Wire protocol, Store, Access, Jobs, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
-# web pages out, limits for strangers.  http.server does the parsing; what a request
-# means is decided by Access and Gateway.
+# web pages out, limits for strangers.  http.server parses; Access and Gateway decide.
 # ==============================================================================
 
 MAX_BODY = 1024 * 1024  # bytes of a request
@@ -16198,18 +15960,18 @@ REQUEST_TIMEOUT = 10.0  # s for TLS, for a request without its body, for 64 KiB 
 REPLY_TIMEOUT = 300.0  # s for a client to take one piece of a reply
 REPLY_PIECE = 64 * 1024  # bytes
 MIN_BODY_RATE = 10 * 1024  # bytes a second
-MAX_STRANGERS = 1024  # connections that have not said who they are; more are refused
+MAX_STRANGERS = 1024  # connections without a proved identity; more are refused
 MAX_STRANGERS_EACH = 256  # of them from one address; a fleet may share its router's
 MAX_CONNECTIONS = 16_000  # in all, or fewer where the system allows fewer descriptors
 SPARE_DESCRIPTORS = 256  # for all else: the database, Local's commands
 LISTEN_BACKLOG = 1024  # connections; a fleet comes back all at once
 MAX_STRANGER_BODY = 64 * 1024  # bytes of a request without a credential
 MAX_STRANGER_MESSAGE = 256 * 1024  # bytes; a `connect` lists up to 4,096 jobs
-DOOR_TIMEOUT = 0.5  # s for requests to be answered when the gateway stops
+DOOR_TIMEOUT = 0.5  # s for answers under way when the gateway stops
 COOKIE_NAME = "moltis_login"
 JOIN_PATH = "/join/"
 JOBS_PATH = "/api/jobs/"
-PAGE_PATHS = ("/chat/", "/settings/")  # views of the page, which have paths too
+PAGE_PATHS = ("/chat/", "/settings/")  # of views; all are answered with the page
 
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -16249,7 +16011,7 @@ class HttpRequest(Value):
     headers: HttpHeaders[str, str]
     body: bytes
     address: str  # of the client
-    host: str  # and port, as the client calls us
+    host: str  # the Host header: our name and port, as the client has them
     secure: bool = False  # came over TLS
     channel_binding: bytes | None = None  # of the certificate that the client sees
 
@@ -16260,7 +16022,7 @@ class HttpRequest(Value):
 
     def cookie(self, name: str) -> str:
         """Return the value of a cookie, "" if there is none."""
-        # Those of other programs on this host come too, in any form.
+        # Other programs on this host set cookies too, in forms that parsers refuse.
         for cookie in self.headers.get("Cookie", "").split(";"):
             found, _, value = cookie.strip().partition("=")
             if found == name:
@@ -16269,7 +16031,7 @@ class HttpRequest(Value):
 
 
 class Reply(Value):
-    """What to answer to an HttpRequest."""
+    """The answer to an HttpRequest."""
 
     status: int
     body: bytes | Iterator[bytes] = b""  # an iterator: up to the connection's end
@@ -16301,7 +16063,7 @@ def rpc_reply(response: Response) -> Reply:
 
 
 def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
-    """Return a file that a browser saves, and keeps nowhere else."""
+    """Return a file that a browser saves and does not cache."""
     return Reply(
         200,
         pieces,
@@ -16314,7 +16076,7 @@ def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
 
 
 def job_output(job: Job) -> Iterator[bytes]:
-    """Yield what a job has written so far; what is not kept is said."""
+    """Yield a job's output so far, with a line for each gap."""
     position = 0
     while True:
         start, data = job.log.read(position)
@@ -16337,7 +16099,7 @@ AUDIT_COLUMNS = (
 def _csv_row(row: JsonObject) -> list[str]:
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
     values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
-    # A spreadsheet would carry out what begins like a formula.
+    # A spreadsheet would run a cell that begins like a formula.
     return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
 
 
@@ -16355,7 +16117,7 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
         text.truncate()
 
 
-# --- Who may ask ---
+# --- Where a request comes from ---
 
 
 def is_ip_address(text: str) -> bool:
@@ -16369,14 +16131,14 @@ def is_ip_address(text: str) -> bool:
 
 
 class TrustedProxies:
-    """The reverse proxies whose word on their clients counts."""
+    """The reverse proxies whose forwarding headers are believed."""
 
     def __init__(
         self, networks: Iterable[str] = (), channel_binding: bytes | None = None
     ) -> None:
-        """`channel_binding` is that of the certificate which they show to clients.
+        """`channel_binding` is that of the certificate that they show to clients.
 
-        Raises UsageError for what is no address or network.
+        Raises UsageError for anything but an address or a network.
         """
         import ipaddress
 
@@ -16408,7 +16170,7 @@ class TrustedProxies:
             return request
         headers = request.headers
         address = request.address
-        # Each proxy adds its client; what stands before the first stranger is made up.
+        # Each proxy appends its client; what precedes the first stranger may be forged.
         for hop in reversed(header_tokens(headers, "X-Forwarded-For")):
             if not is_ip_address(hop):
                 break
@@ -16426,7 +16188,7 @@ class TrustedProxies:
 
 
 class Edge:
-    """Under which names the gateway is reached, and through which proxies."""
+    """The names and proxies through which clients reach the gateway."""
 
     def __init__(
         self,
@@ -16439,7 +16201,7 @@ class Edge:
         self._names = {name.lower() for name in (*host_names(), *allowed_hosts)}
 
     def refusal(self, request: HttpRequest) -> Reply | None:
-        """Return why this request may come from a foreign web page, or None.
+        """Return the refusal of a request that a foreign web page may have made.
 
         Nodes and curl, which send neither Origin nor Cookie, may use any name for us.
         """
@@ -16466,29 +16228,29 @@ class Edge:
     def _is_ours(self, host: str) -> bool:
         """Return whether the Host header (`name` or `name:port`) names this gateway.
 
-        A web page elsewhere can point a name of its own at our address (DNS
-        rebinding): then the Host header is a name that is not ours.
+        A foreign page can point a name of its own at our address (DNS rebinding): then
+        the Host header is not ours.
         """
         try:
             name = (urlsplit("//" + host).hostname or "").lower()
         except ValueError:  # a bracket that is not closed
             return False
-        # An address cannot be pointed elsewhere as a name can: only names are checked.
+        # An address cannot be rebound, so only names are checked.
         return name in self._names or is_ip_address(name)
 
 
-# --- What is answered ---
+# --- Routes ---
 
 
 class HttpApp:
-    """What each path answers."""
+    """The answers to HTTP requests, by path."""
 
     def __init__(
         self,
         gateway: Gateway,
         jobs: Jobs,
         access: Access,
-        files: Mapping[str, Reply],  # by path; what never changes
+        files: Mapping[str, Reply],  # by path
         edge: Edge,
     ) -> None:
         self.edge = edge
@@ -16496,7 +16258,7 @@ class HttpApp:
         self._jobs = jobs
         self._access = access
         self._files = files
-        # A path that ends with "/" stands for all below it.
+        # A path that ends with "/" includes all below it.
         self._routes: Sequence[tuple[str, str, Callable[[HttpRequest], Reply]]] = (
             ("GET", "/health", self._health),
             ("POST", "/api/rpc", self._rpc),
@@ -16509,7 +16271,7 @@ class HttpApp:
         )
 
     def answer(self, request: HttpRequest) -> Reply:
-        """Return the reply; whatever goes wrong is one."""
+        """Return the reply, also for any failure."""
         refusal = self.edge.refusal(request)
         if refusal is not None:
             return refusal
@@ -16550,13 +16312,13 @@ class HttpApp:
     def server(
         self, ws: WebSocket, request: HttpRequest, on_identified: Callable[[], None]
     ) -> Callable[[], None]:
-        """Return what serves an upgraded connection to its end."""
+        """Return a function that serves an upgraded connection to its end."""
         login, binding = self._login(request), request.channel_binding
         client = Client(request.address, binding, login, on_identified)
         return partial(self._gateway.serve, ws, client)
 
     def _login(self, request: HttpRequest) -> Caller | None:
-        """Return whose browser sends the request's cookie."""
+        """Return the operator whose sign-in the cookie is."""
         cookie = request.cookie(COOKIE_NAME)
         if not cookie:
             return None
@@ -16580,8 +16342,8 @@ class HttpApp:
         return self._files.get("/") or self._not_found(request)
 
     def _join(self, request: HttpRequest) -> Reply:
-        """Answer a join link: what a machine needs to become a node, once."""
-        if request.method == "HEAD":  # a look, as of a preview, uses nothing up
+        """Answer a join link with a node's settings, once."""
+        if request.method == "HEAD":  # a preview does not use the code up
             return json_reply(200, {})
         code = request.path[len(JOIN_PATH) :]
         try:
@@ -16615,19 +16377,22 @@ class HttpApp:
         """Answer the whole audit, the newest first, for a spreadsheet."""
         caller, rpc = self.caller(request), self._gateway.rpc
 
-        def page(offset: int) -> list[JsonObject]:
-            place = {"offset": offset, "limit": MAX_PAGE}
+        def page(until: int | None, offset: int) -> list[JsonObject]:
+            place = {"until": until, "offset": offset, "limit": MAX_PAGE}
             rows: list[JsonObject] = rpc.call(caller, "audit.list", place)
             return rows
 
-        first = page(0)  # now: what it raises is an answer
+        first = page(None, 0)  # before the reply begins: it may raise
 
         def pages() -> Iterator[list[JsonObject]]:
-            rows, offset = first, 0
+            rows, until, known = first, None, 0
             while rows:
                 yield rows
-                offset += MAX_PAGE
-                rows = page(offset) if len(rows) == MAX_PAGE else []
+                last = rows[-1]["at"]
+                same = sum(row["at"] == last for row in rows)
+                known = same + (known if last == until else 0)
+                until = last
+                rows = page(until, known) if len(rows) == MAX_PAGE else []
 
         return download_reply("moltis-audit.csv", audit_csv(pages()), "text/csv")
 
@@ -16647,7 +16412,7 @@ class HttpApp:
             payload = self._gateway.rpc.call(caller, method, params)
             if isinstance(payload, Future):
                 payload = payload.result()
-                # Which may have taken hours, without a connection to hang up on.
+                # That may have taken hours, and revoking a key closes WebSockets only.
                 if not self._access.is_current(caller):
                     raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
         except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
@@ -16683,7 +16448,7 @@ class HttpApp:
 
 
 class Admission:
-    """One connection's place among those that there may be."""
+    """One connection's place within ConnectionLimits."""
 
     def __init__(self, block: str, forget: Callable[[Admission, bool], None]) -> None:
         self.block = block  # of addresses
@@ -16691,7 +16456,7 @@ class Admission:
         self._forget = forget
 
     def identified(self) -> None:
-        """Its peer has proved who it is."""
+        """Count it as a stranger's no longer."""
         self._forget(self, False)
 
     def end(self) -> None:
@@ -16699,10 +16464,9 @@ class Admission:
 
 
 class ConnectionLimits:
-    """How many connections there are, and of them of peers nobody knows yet.
+    """Counts of connections, and of strangers among them.
 
-    Strangers are counted by themselves, so that however many come, those who have
-    proved who they are keep their place.
+    Strangers are counted apart: however many come, identified peers keep their places.
     """
 
     def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
@@ -16713,9 +16477,9 @@ class ConnectionLimits:
         self._by_block: dict[str, int] = {}  # strangers; no entry for none
 
     def admit(self, address: str, *, shared: bool) -> Admission | None:
-        """Return the right to stay, or None where there are too many.
+        """Return a place, or None if there are too many connections.
 
-        `shared` addresses, as of a proxy, may have more connections than others.
+        `shared` addresses, as of a proxy, may have more than others.
         """
         block = address_block(address)
         with self._lock:
@@ -16729,7 +16493,7 @@ class ConnectionLimits:
         return Admission(block, self._forget)
 
     def _forget(self, admission: Admission, ended: bool) -> None:
-        """Count the connection as a stranger's no more, or not at all."""
+        """Count the connection as identified, or as ended."""
         with self._lock:
             self._free += ended
             if admission.is_known:
@@ -16745,13 +16509,13 @@ class ConnectionLimits:
 
 
 class RequestTooLarge(Exception):
-    """A client sends more than a request may have: refuse it and hang up."""
+    """The request's head is too long: refuse it and hang up."""
 
 
 class PatientStream(io.RawIOBase):
-    """A connection as a file, patient with a slow client up to a point.
+    """A connection as a file, with deadlines for whole requests and replies.
 
-    A timeout of the socket alone would begin anew with every byte that trickles in.
+    A socket's own timeout starts again with every byte that trickles in.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -16760,7 +16524,7 @@ class PatientStream(io.RawIOBase):
         self.begin()
 
     def begin(self) -> None:
-        """Wait for a request, and no longer than REQUEST_TIMEOUT for its head."""
+        """Expect a request, whose head has to come within REQUEST_TIMEOUT."""
         self._deadline = Deadline(REQUEST_TIMEOUT)
         self._room = MAX_REQUEST_HEAD
 
@@ -16769,7 +16533,7 @@ class PatientStream(io.RawIOBase):
         self._room = length
 
     def end_reading(self) -> None:
-        """Leave what has not been read to the WebSocket."""
+        """Read nothing more: the rest is for the WebSocket."""
         self._ended = True
 
     def readable(self) -> bool:
@@ -16805,16 +16569,16 @@ class PatientStream(io.RawIOBase):
 
 
 class TcpPeer(Value):
-    """Whoever is at the other end of an accepted connection."""
+    """The other end of an accepted connection."""
 
     address: str
-    tls: TlsIdentity | None  # what they were shown
+    tls: TlsIdentity | None  # the certificate that it was shown
     admission: Admission
 
 
 def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a method
-    # Made here, because http.server takes a Pi Zero a quarter of a second to import,
-    # which no other subcommand should wait for.
+    # Importing http.server takes a Pi Zero a quarter of a second, which no other
+    # subcommand should wait for.
     from http.server import BaseHTTPRequestHandler
 
     class Handler(BaseHTTPRequestHandler):
@@ -16825,8 +16589,8 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
         # Until a request line was read:
         command = requestline = ""
         request_version = "HTTP/1.1"
-        # Serves the WebSocket that the connection has become, once http.server is
-        # through with it: its objects and buffers would be 25 KiB of each node.
+        # Serves the upgraded connection after this handler is gone, whose objects and
+        # buffers take 25 KiB.
         upgraded: Callable[[], None] | None = None
 
         def setup(self) -> None:
@@ -16878,7 +16642,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 return
             if length > MAX_STRANGER_BODY:
                 try:
-                    # Before it is read: strangers are to cost little memory.
+                    # Checked before the body is read: strangers cost little memory.
                     app.caller(self.request_with(b""))
                 except RpcError:
                     problem = "so long a body needs an operator key or a sign-in"
@@ -16906,7 +16670,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             return app.edge.proxies.see_through(request)
 
         def refuse(self, status: int, message: str) -> None:
-            """Answer what cannot be answered otherwise; the connection ends with it."""
+            """Send an error, then close the connection."""
             self.close_connection = True
             self.send(error_reply(status, message))
 
@@ -16949,7 +16713,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.flush()
-            # What the client sent right behind its request waits in rfile's buffer.
+            # The bytes that came right behind the request are in rfile's buffer.
             self.stream.end_reading()
             reader: Any = self.rfile  # a BufferedReader
             early: bytes = reader.peek()
@@ -16975,7 +16739,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
 
 
 def _descriptor_limit() -> int:
-    """Return how many connections the system lets us have, having asked for most."""
+    """Return how many connections the system allows, after raising its limit."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -16983,7 +16747,7 @@ def _descriptor_limit() -> int:
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        # macOS has a maximum of its own, and may say no.
+        # macOS may refuse: it has a maximum of its own.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -17009,12 +16773,12 @@ class ConnectionThreads:
             self._sockets[thread] = sock
 
     def replace_socket(self, sock: socket.socket) -> None:
-        """Use this socket for the calling thread's connection: it speaks TLS now."""
+        """Set the calling thread's socket, which speaks TLS now."""
         with self._lock:
             self._sockets[threading.current_thread()] = sock
 
     def close(self) -> None:
-        """Wait for what is being answered, not for what may still be asked."""
+        """Wait for the answers under way; read no further requests."""
         deadline = Deadline(DOOR_TIMEOUT)
         with self._lock:
             sockets = dict(self._sockets)
@@ -17051,7 +16815,7 @@ def _secured(sock: socket.socket, identity: TlsIdentity) -> socket.socket:
         sock, server_side=True, do_handshake_on_connect=False
     )
     try:
-        # The timeout of a handshake is for the whole of it.
+        # This timeout is for the whole handshake.
         secured.settimeout(deadline.remaining() or 0.001)
         secured.do_handshake()
     except BaseException:
@@ -17092,7 +16856,7 @@ class HttpDoor:
         return int(self._server.server_address[1])
 
     def close(self) -> None:
-        """Let nobody in any more; those who are in are left alone."""
+        """Stop listening; open connections go on."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -17152,7 +16916,7 @@ class HttpDoor:
             if upgraded is not None:
                 upgraded()
         except OSError as error:
-            # The client went away in the middle, or did not agree on TLS.
+            # The client hung up, or TLS failed.
             log.debug("connection ended address=%s: %s", address, error)
         except Exception:
             log.exception("connection failed address=%s", address)
@@ -20624,7 +20388,7 @@ start();
 
 # ==============================================================================
 # Operator client
-# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol
+# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol, Machine
 #
 # The command line's side of a gateway: calls, events, and the logs of jobs, which go
 # on at the exact byte after a connection broke.  What is printed is the command
@@ -20639,6 +20403,20 @@ ACK_AFTER = LOG_WINDOW // 4  # bytes written; often enough that no node waits
 # Events, binary messages, and last why the connection ended.
 RawNews: TypeAlias = "Event | bytes | MoltisError"
 NewsHandler: TypeAlias = "Callable[[OperatorClient, RawNews], None]"
+
+USER_ERRORS: Mapping[str, type[UserError]] = {
+    "UNAVAILABLE": Unreachable,
+    "TIMEOUT": Unreachable,
+    "UNAUTHORIZED": Refused,
+    "FORBIDDEN": Refused,
+    "RATE_LIMITED": Refused,
+    "INVALID_REQUEST": UsageError,
+}
+
+
+def user_error(error: RpcError) -> UserError:
+    """Return the error for the command line, with the exit status that fits it."""
+    return USER_ERRORS.get(error.code, UserError)(error.message)
 
 
 def ignore_news(_client: OperatorClient, _news: RawNews) -> None: ...
@@ -20775,21 +20553,6 @@ class OperatorClient:
             self._on_news(self, envelope)
 
 
-USER_ERRORS: Mapping[str, type[UserError]] = {
-    "UNAVAILABLE": Unreachable,
-    "TIMEOUT": Unreachable,
-    "UNAUTHORIZED": Refused,
-    "FORBIDDEN": Refused,
-    "RATE_LIMITED": Refused,
-    "INVALID_REQUEST": UsageError,
-}
-
-
-def user_error(error: RpcError) -> UserError:
-    """Return the error for the command line, with the exit status that fits it."""
-    return USER_ERRORS.get(error.code, UserError)(error.message)
-
-
 def reconnect_pauses() -> Iterator[float]:
     """Yield the seconds to wait before each attempt to reach a lost gateway again."""
     deadline = Deadline(CALLER_PATIENCE)
@@ -20801,14 +20564,14 @@ def reconnect_pauses() -> Iterator[float]:
 class LastingClient:
     """Calls over a connection that is replaced when it breaks.
 
-    A call whose connection broke is made again: it may be one of a kind only that does
-    no harm twice, as the start of a job under an id that the caller chose.
+    A call whose connection broke is made again.  That must do no harm: a job, say, is
+    started under an id that the caller chose.
     """
 
     def __init__(self, dial: Callable[[], OperatorClient]) -> None:
         """Raises UserError as `dial` does."""
         self._dial = dial
-        self._lock = threading.Lock()  # guards _client
+        self._lock = threading.Lock()  # guards _client; held while dialling
         self._client = dial()
 
     def close(self) -> None:
@@ -20830,9 +20593,7 @@ class LastingClient:
             except (ConnectionClosed, Unreachable) as error:
                 problem = error
             except RpcError as error:
-                if not (
-                    isinstance(error.details, dict) and error.details.get("goesOn")
-                ):
+                if error.details != {"goesOn": True}:
                     raise
                 problem = error  # the gateway stops, and the job does not
             cancel.pause(pause)
@@ -20840,18 +20601,9 @@ class LastingClient:
 
     def _connected(self) -> OperatorClient:
         with self._lock:
-            client = self._client
-        if not client.ended:
-            return client
-        fresh = self._dial()
-        with self._lock:
-            # Two threads may have dialled at once.
-            spare = client if self._client is client else fresh
-            if spare is client:
-                self._client = fresh
-            client = self._client
-        spare.close()
-        return client
+            if self._client.ended:
+                self._client = self._dial()
+            return self._client
 
 
 class FollowedJob:
@@ -20871,9 +20623,6 @@ class FollowedJob:
         self.state: JsonObject = {}  # as VIEW or job.state says
         self.ending: Ending | None = None
         self.error: MoltisError | None = None  # instead of an ending
-
-    def follow_params(self) -> JsonObject:
-        return {"id": self.id, "offset": self.position, "hold": self.holds}
 
 
 class JobOutput(Value):
@@ -20958,13 +20707,10 @@ class JobInput:
         while self._sent < end:
             at = self._sent - self._consumed
             data = bytes(self._kept[at : at + MAX_LOG_MESSAGE])
-            self._send_piece(data)
+            self._send(encode_job_data(INPUT_DATA, self.job_id, self._sent, data))
             self._sent += len(data)
         if self._ended:
-            self._send_piece(b"")
-
-    def _send_piece(self, data: bytes) -> None:
-        self._send(encode_job_data(INPUT_DATA, self.job_id, self._sent, data))
+            self._send(encode_job_data(INPUT_DATA, self.job_id, end, b""))
 
 
 class JobFeed:
@@ -20981,7 +20727,7 @@ class JobFeed:
         self._queued = 0  # bytes of log messages in _news
         self._closed = False
         self._dial = partial(dial, self._take)
-        self._client = self._dial()
+        self.client = self._dial()
 
     def __enter__(self) -> JobFeed:
         return self
@@ -20993,15 +20739,8 @@ class JobFeed:
             self._changed.notify_all()
         for job in self.open.values():
             # A connection that just ends would count as broken.
-            self.notify("job.unfollow", {"id": job.id, "leave": job.holds})
-        self._client.close()
-
-    def call(self, method: str, params: JsonObject) -> Any:
-        """Return the payload of the answer.  Raises UserError."""
-        return self._client.call(method, params)
-
-    def notify(self, method: str, params: JsonObject) -> None:
-        self._client.notify(method, params)
+            self.client.notify("job.unfollow", {"id": job.id, "leave": job.holds})
+        self.client.close()
 
     def start(self, nodes: Mapping[str, str], request: JsonObject) -> list[FollowedJob]:
         """Start a job on each of `nodes` (names for people by reference), and hold it.
@@ -21018,17 +20757,16 @@ class JobFeed:
     def follow(self, job_id: str, name: str) -> FollowedJob:
         """Watch a job's log from its beginning; `name` is its node's."""
         job = self.open[job_id] = FollowedJob(job_id, name, holds=False)
-        job.known = True
-        self._ask([job], "job.follow", job.follow_params())
+        self._follow(job)
         return job
 
     def unfollow(self, job: FollowedJob) -> None:
         if self.open.pop(job.id, None) is not None:
-            self.notify("job.unfollow", {"id": job.id})
+            self.client.notify("job.unfollow", {"id": job.id})
 
     def _send(self, message: bytes) -> None:
         # What a broken connection does not take, its successor is sent again.
-        self._client.send(message)
+        self.client.send(message)
 
     def feed_input(self, read: Callable[[int], bytes]) -> None:
         """Send what `read` gives to the first job, to its end.  Raises OSError."""
@@ -21037,7 +20775,7 @@ class JobFeed:
 
     def cancel(self) -> None:
         for job_id in self.open:
-            self.notify(JOB_CANCEL, {"id": job_id})
+            self.client.notify(JOB_CANCEL, {"id": job_id})
 
     def interrupt(self) -> None:
         """Wake news(); may be called from a signal handler."""
@@ -21060,7 +20798,7 @@ class JobFeed:
                 yield from self._take_answer(item)
             elif isinstance(item, Event):
                 yield from self._take_event(item)
-            elif client is self._client:
+            elif client is self.client:
                 yield from self._reconnect()
 
     def _next(self, timeout: float | None) -> tuple[OperatorClient | None, Any]:
@@ -21111,7 +20849,7 @@ class JobFeed:
 
     def _acknowledge(self, job: FollowedJob, offset: int) -> None:
         job.acknowledged = offset
-        self.notify(JOB_ACK, {"id": job.id, "offset": offset})
+        self.client.notify(JOB_ACK, {"id": job.id, "offset": offset})
 
     def _take_answer(self, answer: _Answer) -> Iterator[JobChange]:
         error = answer.future.exception()
@@ -21168,7 +20906,7 @@ class JobFeed:
     def _reconnect(self) -> Iterator[GatewayChange | JobChange | None]:
         """Reach the gateway again; yield None meanwhile, at least every second."""
         yield GatewayChange(reachable=False)
-        self._client.drop()
+        self.client.drop()
         problem = UserError("the gateway went away")
         for pause in reconnect_pauses():
             deadline = Deadline(pause)
@@ -21176,7 +20914,7 @@ class JobFeed:
                 self._next(min(1.0, deadline.remaining() or 0.0))
                 yield None
             try:
-                self._client = self._dial()
+                self.client = self._dial()
             except Unreachable as error:
                 problem = error
             except UserError as error:
@@ -21196,15 +20934,19 @@ class JobFeed:
             self._ask(new, JOB_START, {**self._request, "jobs": jobs})
         for job in self.open.values():
             if job.known:
-                job.state = {}
-                self._ask([job], "job.follow", job.follow_params())
+                self._follow(job)
         if self.interrupted:
             self.cancel()
+
+    def _follow(self, job: FollowedJob) -> None:
+        job.known, job.state = True, {}
+        params = {"id": job.id, "offset": job.position, "hold": job.holds}
+        self._ask([job], "job.follow", params)
 
     def _ask(
         self, jobs: Sequence[FollowedJob], method: str, params: JsonObject
     ) -> None:
-        client = self._client
+        client = self.client
 
         def answered(future: Future[Any]) -> None:
             self._news.put((client, _Answer(jobs, future)))
@@ -21215,7 +20957,7 @@ class JobFeed:
 
 # ==============================================================================
 # MCP
-# Uses: Wire protocol, Language models, Machine, Fleet, Agent, Gateway, Operator client
+# Uses: Wire protocol, Language models, Fleet, Agent, Gateway, Operator client
 #
 # The agent's tools for programs that speak the Model Context Protocol: JSON-RPC 2.0,
 # one line each, on standard input and output.  Their commands are kept jobs; the MCP
@@ -21468,8 +21210,8 @@ class McpServer:
 # ==============================================================================
 # Assembly
 # Uses: Settings, Install, TLS, Wire protocol, Telemetry, Language models, Machine,
-#       Node agent, Node service, Store, Access, Fleet, Jobs, Agent, Model directory,
-#       Chat, Gateway, HTTP, Web page
+#       Node agent, Store, Access, Fleet, Jobs, Agent, Model directory, Chat, Gateway,
+#       HTTP, Web page
 #
 # The composition roots: how the objects of a gateway, of a node and of Local are put
 # together, and in which order they are closed.
@@ -21743,6 +21485,12 @@ class RunningGateway:
         self._stack.close()
 
 
+def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
+    """Return the models that this machine lends.  Raises BadConfiguration."""
+    entered = ProviderSettings.load_all(data_directory(environ))
+    return ModelCatalog(make_providers(environ, entered))
+
+
 class RunningNode:
     """A node agent with all its parts, in a thread of its own until close()."""
 
@@ -21798,12 +21546,6 @@ class RunningNode:
             self._on_end()
 
 
-def model_catalog(environ: Mapping[str, str]) -> ModelCatalog:
-    """Return the models that this machine lends.  Raises BadConfiguration."""
-    entered = ProviderSettings.load_all(data_directory(environ))
-    return ModelCatalog(make_providers(environ, entered))
-
-
 def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> RunningNode:
     """Start a node on this machine, with a token and a directory of its own."""
     directory = data_directory(environ) / DEMO_DIRECTORY
@@ -21823,9 +21565,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Install, TLS, Wire protocol, Commands, Language models, Node agent,
-#       Node service, Access, Agent, Chat, Gateway, HTTP, Operator client, MCP,
-#       Assembly
+# Uses: Settings, Install, TLS, HTTP client, Wire protocol, Commands, Node service,
+#       Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -21846,7 +21587,16 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 # -- output --------------------------------------------------------------------
 
+
 Column: TypeAlias = "str | Callable[[JsonObject], str]"  # a field's name, or a function
+
+
+def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
+    """Return a row of a table; "-" for a field that is absent or empty."""
+    return [
+        str(row.get(column) or "-") if isinstance(column, str) else column(row)
+        for column in columns.values()
+    ]
 
 
 class Output:
@@ -21904,14 +21654,6 @@ class Output:
             self.answer("  ".join(padded).rstrip())
 
 
-def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
-    """Return a row of a table; "-" for a field that is absent or empty."""
-    return [
-        str(row.get(column) or "-") if isinstance(column, str) else column(row)
-        for column in columns.values()
-    ]
-
-
 def time_column(name: str) -> Column:
     return lambda row: format_time(row[name]) if row.get(name) else "-"
 
@@ -21942,6 +21684,7 @@ class Context(Value):
 
 # -- arguments -----------------------------------------------------------------
 
+
 Argument: TypeAlias = "tuple[Sequence[str], Mapping[str, Any]]"
 
 
@@ -21960,6 +21703,27 @@ def arg(spec: str, text: str, **options: Any) -> Argument:
     return names, {"help": text, **options}
 
 
+def help_formatter(prog: str) -> argparse.HelpFormatter:
+    """Return a formatter for --help that is as wide as the terminal.
+
+    argparse makes one for each argument that a parser gets, and by itself asks
+    `shutil` for the width, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
+    """
+    import argparse
+
+    try:
+        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
+        columns = int(known) or 80
+    except (OSError, ValueError):
+        columns = 80
+    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
+
+
+def help_options(example: str) -> dict[str, Any]:
+    """Return the keyword arguments that end a --help with an example."""
+    return {"epilog": "example:\n  " + example, "formatter_class": help_formatter}
+
+
 class Subcommand(Value):
     """One row of the table of subcommands."""
 
@@ -21976,27 +21740,6 @@ class Subcommand(Value):
         for names, options in self.arguments:
             parser.add_argument(*names, **options)
         parser.set_defaults(run=self.run)
-
-
-def help_options(example: str) -> dict[str, Any]:
-    """Return the keyword arguments that end a --help with an example."""
-    return {"epilog": "example:\n  " + example, "formatter_class": help_formatter}
-
-
-def help_formatter(prog: str) -> argparse.HelpFormatter:
-    """Return a formatter for --help that is as wide as the terminal.
-
-    argparse makes one for each argument that a parser gets, and by itself asks
-    `shutil` for the width, which imports bz2 and lzma: 2 ms, and 0.7 MiB.
-    """
-    import argparse
-
-    try:
-        known = os.environ.get("COLUMNS") or os.get_terminal_size().columns
-        columns = int(known) or 80
-    except (OSError, ValueError):
-        columns = 80
-    return argparse.RawDescriptionHelpFormatter(prog, width=columns - 2)
 
 
 def check_timeout(timeout: float | None) -> None:  # s
@@ -22045,6 +21788,19 @@ def chosen_trust(args: argparse.Namespace, context: Context) -> TlsTrust:
     return TlsTrust(None if args.ca else pin, args.ca)
 
 
+def is_own_gateway(url: str, file: GatewayFile) -> bool:
+    """Return whether `url` is the gateway of gateway.json, by whichever address.
+
+    No other gateway may get its key.
+    """
+    wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
+    if (wanted.scheme, wanted.port) != (own.scheme, own.port):
+        return False
+    if wanted.hostname == own.hostname:  # as it is without --host: nothing to look up
+        return True
+    return wanted.hostname in {*host_names(), *host_addresses()}
+
+
 def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, str]:
     """Return URL and operator key: flags, then environment, then gateway.json.
 
@@ -22070,17 +21826,23 @@ def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, st
     return url, key
 
 
-def is_own_gateway(url: str, file: GatewayFile) -> bool:
-    """Return whether `url` is the gateway of gateway.json, by whichever address.
+def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
+    """Return which certificate the gateway must show before it gets `key`."""
+    trust = chosen_trust(args, context)
+    file = GatewayFile.load(context.directory)
+    if trust == TlsTrust() and file is not None and file.api_key == key:
+        return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
+    return trust
 
-    No other gateway may get its key.
-    """
-    wanted, own = urlsplit(websocket_url(url)), urlsplit(websocket_url(file.url))
-    if (wanted.scheme, wanted.port) != (own.scheme, own.port):
-        return False
-    if wanted.hostname == own.hostname:  # as it is without --host: nothing to look up
-        return True
-    return wanted.hostname in {*host_names(), *host_addresses()}
+
+def warn_about_plain_text(url: str, output: Output) -> None:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
+        output.say(
+            f"warning: {url} is not encrypted: the network can read commands, output "
+            "and operator keys; start the gateway with --tls, then use wss://"
+        )
 
 
 def operator_client(
@@ -22107,25 +21869,6 @@ def call_gateway(
     """Make one call over a connection of its own.  Raises UserError."""
     with operator_client(args, context) as client:
         return client.call(method, params)
-
-
-def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
-    """Return which certificate the gateway must show before it gets `key`."""
-    trust = chosen_trust(args, context)
-    file = GatewayFile.load(context.directory)
-    if trust == TlsTrust() and file is not None and file.api_key == key:
-        return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
-    return trust
-
-
-def warn_about_plain_text(url: str, output: Output) -> None:
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
-        output.say(
-            f"warning: {url} is not encrypted: the network can read commands, output "
-            "and operator keys; start the gateway with --tls, then use wss://"
-        )
 
 
 class StopSignal:
@@ -22159,6 +21902,23 @@ class StopSignal:
 # -- moltis gateway ------------------------------------------------------------
 
 
+def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
+    """Raises UsageError, BadConfiguration."""
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise UsageError("--tls-cert and --tls-key go together")
+    if args.tls_cert:
+        files = TlsFiles(Path(args.tls_cert), Path(args.tls_key))
+        return ServerTls(lambda: files)
+    if not args.tls:
+        return None
+
+    def own_files() -> TlsFiles:
+        names = [*host_names(), *host_addresses(), *(args.allowed_host or ())]
+        return ensure_certificate(context.directory / TLS_DIRECTORY, names)
+
+    return ServerTls(own_files)
+
+
 def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOptions:
     """Raises UsageError, BadConfiguration."""
     if not 0 <= args.port <= 65535:
@@ -22180,45 +21940,6 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         keep_audit=args.keep_audit,
         keep_output=round(args.keep_output * 1024**3),
     )
-
-
-def server_tls(args: argparse.Namespace, context: Context) -> ServerTls | None:
-    """Raises UsageError, BadConfiguration."""
-    if bool(args.tls_cert) != bool(args.tls_key):
-        raise UsageError("--tls-cert and --tls-key go together")
-    if args.tls_cert:
-        files = TlsFiles(Path(args.tls_cert), Path(args.tls_key))
-        return ServerTls(lambda: files)
-    if not args.tls:
-        return None
-
-    def own_files() -> TlsFiles:
-        names = [*host_names(), *host_addresses(), *(args.allowed_host or ())]
-        return ensure_certificate(context.directory / TLS_DIRECTORY, names)
-
-    return ServerTls(own_files)
-
-
-def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
-    """Raises UsageError, BadConfiguration."""
-    options = gateway_options(args, context)
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
-    )
-    with GatewayLock(context.directory), contextlib.ExitStack() as stack:
-        stop = StopSignal()
-        running = RunningGateway(context.environ, options)
-        stack.callback(running.close)
-        signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
-        say_started(context.output, running)
-        if args.demo_node:
-            demo = start_demo_node(context.environ, running)
-            stack.callback(close_together, demo.close, running.close)
-        if args.open:
-            stack.enter_context(open_sign_in(running.sign_in_link))
-        stop.wait()
-        context.output.say("stopping")
-    return EXIT_OK
 
 
 def say_started(output: Output, running: RunningGateway) -> None:
@@ -22271,21 +21992,29 @@ def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
     return directory
 
 
+def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, BadConfiguration."""
+    options = gateway_options(args, context)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s"
+    )
+    with GatewayLock(context.directory), contextlib.ExitStack() as stack:
+        stop = StopSignal()
+        running = RunningGateway(context.environ, options)
+        stack.callback(running.close)
+        signal.signal(signal.SIGHUP, lambda *_: running.reload_tls())
+        say_started(context.output, running)
+        if args.demo_node:
+            demo = start_demo_node(context.environ, running)
+            stack.callback(close_together, demo.close, running.close)
+        if args.open:
+            stack.enter_context(open_sign_in(running.sign_in_link))
+        stop.wait()
+        context.output.say("stopping")
+    return EXIT_OK
+
+
 # -- the node's own subcommands ------------------------------------------------
-
-
-def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
-    trust = chosen_trust(args, context)
-    offer = join_offer(args, trust, context.environ)
-    settings = node_settings(args, offer, context)
-    warn_about_plain_text(settings.gateway_url, context.output)
-    warn_about_root(settings, context.output)
-    if args.foreground:
-        return run_node(settings, context, None)
-    if trust == TlsTrust():
-        trust = TlsTrust(offer.get("fingerprint"))
-    settings.save(context.directory)
-    return install_node(settings, trust, context)
 
 
 def node_settings(
@@ -22353,50 +22082,6 @@ def join_offer(
     if not isinstance(offer, dict):
         raise UsageError("this is no join offer: it is not a JSON object")
     return {name: text for name, text in offer.items() if isinstance(text, str)}
-
-
-def fetch(url: str, trust: TlsTrust) -> bytes:
-    """Return what an http:// or https:// address answers.
-
-    Raises Unreachable, or Refused with the answer's own words or for a certificate
-    that is not the one to be trusted.
-    """
-    import urllib.error
-
-    if not url.lower().startswith(("http://", "https://")):
-        raise UsageError(f"{redact(url)!r} is not an http:// or https:// address")
-    try:
-        with _open_url(url, trust) as answer:
-            return bytes(answer.read(MAX_MESSAGE))
-    except urllib.error.HTTPError as error:
-        words = error.read(300).decode("utf-8", "replace").strip()
-        raise Refused(f"{redact(url)} answered {error.code}: {words}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise Unreachable(f"{redact(url)} cannot be fetched: {reason}") from error
-
-
-def _open_url(url: str, trust: TlsTrust) -> Any:
-    """Return urllib's answer.  Raises Refused before anything is asked, OSError."""
-    import http.client
-    import urllib.request
-
-    handlers = []
-    if url.startswith("https:"):
-        context = trust.context()
-
-        class Connection(http.client.HTTPSConnection):
-            def connect(self) -> None:
-                super().connect()
-                trust.check(self.sock.getpeercert(binary_form=True))
-
-        class Handler(urllib.request.HTTPSHandler):
-            def https_open(self, request: Any) -> Any:
-                return self.do_open(partial(Connection, context=context), request)
-
-        handlers.append(Handler())
-    opener = urllib.request.build_opener(*handlers)
-    return opener.open(url, timeout=CONNECT_TIMEOUT)
 
 
 def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> int:
@@ -22494,6 +22179,20 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
     return EXIT_OK
 
 
+def cmd_node_add(args: argparse.Namespace, context: Context) -> int:
+    trust = chosen_trust(args, context)
+    offer = join_offer(args, trust, context.environ)
+    settings = node_settings(args, offer, context)
+    warn_about_plain_text(settings.gateway_url, context.output)
+    warn_about_root(settings, context.output)
+    if args.foreground:
+        return run_node(settings, context, None)
+    if trust == TlsTrust():
+        trust = TlsTrust(offer.get("fingerprint"))
+    settings.save(context.directory)
+    return install_node(settings, trust, context)
+
+
 def cmd_node_run(_args: object, context: Context) -> int:
     """Raises BadConfiguration."""
     settings = NodeSettings.load(context.directory)
@@ -22584,6 +22283,25 @@ def cmd_node_logs(args: argparse.Namespace, context: Context) -> int:
 # -- what operators do ---------------------------------------------------------
 
 
+def paste_lines(
+    host: str, made: JsonObject, name: str, pin: str | None
+) -> dict[str, str]:
+    """Return the shell lines that make another machine a node of wss:// `host`."""
+    named = f" --name {shlex.quote(name)}" if name else ""
+    command = f"node add --host {host} --token {made['deviceToken']}{named}"
+    page = "http" + host[len("ws") : -len("/ws")]
+    join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
+    curl, pinned = "curl -fsSL", ""
+    if pin is not None and page.startswith("https:"):
+        # The pin replaces a CA: what curl pipes into Python is what the gateway sent.
+        curl, pinned = f"curl -fsSk --pinnedpubkey '{pin}'", f" --fingerprint {pin}"
+    return {
+        "command": f"moltis {command}",
+        "fetchCommand": f"{curl} {page}/moltis.py | python3 - {command}{pinned}",
+        "joinCommand": f"{curl} {page}/moltis.py | python3 - {join}{pinned}",
+    }
+
+
 def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
     url, key = gateway_address(args, context)
     file = GatewayFile.load(context.directory)
@@ -22605,25 +22323,6 @@ def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
         f"  {lines['joinCommand']}"
     )
     return EXIT_OK
-
-
-def paste_lines(
-    host: str, made: JsonObject, name: str, pin: str | None
-) -> dict[str, str]:
-    """Return the shell lines that make another machine a node of wss:// `host`."""
-    named = f" --name {shlex.quote(name)}" if name else ""
-    command = f"node add --host {host} --token {made['deviceToken']}{named}"
-    page = "http" + host[len("ws") : -len("/ws")]
-    join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
-    curl, pinned = "curl -fsSL", ""
-    if pin is not None and page.startswith("https:"):
-        # The pin replaces a CA: what curl pipes into Python is what the gateway sent.
-        curl, pinned = f"curl -fsSk --pinnedpubkey '{pin}'", f" --fingerprint {pin}"
-    return {
-        "command": f"moltis {command}",
-        "fetchCommand": f"{curl} {page}/moltis.py | python3 - {command}{pinned}",
-        "joinCommand": f"{curl} {page}/moltis.py | python3 - {join}{pinned}",
-    }
 
 
 def _usage_column(row: JsonObject) -> str:
@@ -22763,38 +22462,6 @@ def cmd_audit(args: argparse.Namespace, context: Context) -> int:
 # -- jobs: moltis node exec, attach, jobs --------------------------------------
 
 
-def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
-    """Raises UsageError, Unreachable, Refused."""
-    if not args.command:
-        raise UsageError("no command; put it after --, as in: node exec pi -- uptime")
-    if args.all == bool(args.nodes):
-        both = ", not both" if args.all else ""
-        raise UsageError(f"name the nodes, or say --all{both}")
-    if args.stdin and args.detach:
-        raise UsageError("--stdin feeds a command while we stay, --detach does not")
-    check_timeout(args.timeout)
-    # One word is a line for the shell; several are to arrive as the words they are.
-    line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
-    spec: JsonObject = {
-        "command": line,
-        "env": filter_environment(context.environ),
-        "stdin": args.stdin,
-    }
-    if args.timeout is not None:
-        spec["timeout"] = round(args.timeout * 1000)
-    if args.cwd is not None:
-        spec["cwd"] = args.cwd
-    request = {"work": "run", "spec": spec}
-    with JobFeed(partial(operator_client, args, context)) as feed:
-        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
-        if args.stdin and len(nodes) > 1:
-            raise UsageError("--stdin feeds one node")
-        if args.detach:
-            return start_detached(feed, nodes, request, context.output)
-        jobs = feed.start(nodes, request)
-        return JobTerminal(feed, jobs, context.output).execute(feeds=args.stdin)
-
-
 def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
     """Return the first of the references to each node: a command runs there once.
 
@@ -22804,17 +22471,9 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
         return {reference: reference for reference in references}
     first: dict[str, str] = {}
     for reference in references:
-        node = feed.call("node.describe", {"nodeId": reference})
+        node = feed.client.call("node.describe", {"nodeId": reference})
         first.setdefault(node["nodeId"], reference)
     return first
-
-
-def connected_nodes(feed: JobFeed) -> dict[str, str]:
-    """Return the names of all connected nodes by id."""
-    listed = feed.call("node.list", {})
-    return distinct_names(
-        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
-    )
 
 
 def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
@@ -22828,6 +22487,22 @@ def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
     return unique
 
 
+def connected_nodes(feed: JobFeed) -> dict[str, str]:
+    """Return the names of all connected nodes by id."""
+    listed = feed.client.call("node.list", {})
+    return distinct_names(
+        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
+    )
+
+
+def without_name(name: str, text: str) -> str:
+    """Return `text` about `name` without the name before it."""
+    for after in (": ", " is "):
+        if text.casefold().startswith(f"{name}{after}".casefold()):
+            return text[len(name) + len(after) :]
+    return text
+
+
 def start_detached(
     feed: JobFeed, nodes: Mapping[str, str], request: JsonObject, output: Output
 ) -> int:
@@ -22838,7 +22513,7 @@ def start_detached(
     names = {new_id(): name for name in nodes.values()}
     jobs = [{"id": job, "node": node} for job, node in zip(names, nodes)]
     try:
-        answer = feed.call(JOB_START, {**request, "jobs": jobs, "keep": True})
+        answer = feed.client.call(JOB_START, {**request, "jobs": jobs, "keep": True})
     except Unreachable as error:
         if isinstance(error.__cause__, RpcError) and error.__cause__.code != "TIMEOUT":
             raise
@@ -22931,6 +22606,53 @@ class StreamPrinter:
                 self.write(b"\n")
 
 
+EXIT_STATUSES: Mapping[str, int] = {
+    JobState.TIMED_OUT: TIMED_OUT,
+    JobState.CANCELLED: INTERRUPTED,
+    JobState.LOST: EXIT_UNREACHABLE,
+    JobState.EXPIRED: EXIT_UNREACHABLE,
+}
+
+
+def exit_status(ending: Ending) -> int:
+    """Return the exit status for a job, which is 0 only for a success."""
+    if ending.state != JobState.DONE:
+        return EXIT_STATUSES.get(ending.state, EXIT_FAILURE)
+    if ending.signal:
+        number = signal.Signals.__members__.get(ending.signal)
+        return EXIT_FAILURE if number is None else min(128 + number, 255)
+    code = ending.exit_code
+    # A status has 8 bits: a larger one must not look like a success.
+    return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
+
+
+def recap_words(job: FollowedJob) -> tuple[str, str]:
+    """Return the group of a recap for an ended job, and why it is in it."""
+    if job.error is not None:
+        group = "unreachable" if isinstance(job.error, Unreachable) else "failed"
+        return group, without_name(job.name, str(job.error))
+    ending = job.ending
+    assert ending is not None
+    if not ending.failed:
+        return "ok", ""
+    if ending.state == JobState.DONE and not ending.signal:
+        return "failed", str(ending.exit_code)
+    lost = exit_status(ending) == EXIT_UNREACHABLE
+    return "unreachable" if lost else "failed", ending.words()
+
+
+def read_stdin(size: int) -> bytes:
+    """Return what comes next on standard input, b"" at its end.  Raises OSError."""
+    descriptor = sys.stdin.fileno()
+    try:
+        return os.read(descriptor, size)
+    except OSError as error:
+        # A terminal reports its closed end like a disk that cannot be read.
+        if error.errno != errno.EIO or not os.isatty(descriptor):
+            raise
+        return b""
+
+
 class JobTerminal:
     """What `node exec` and `node attach` print of jobs, as it comes."""
 
@@ -22943,7 +22665,6 @@ class JobTerminal:
         self._waiting = Waiting(output)
         self._ended: list[FollowedJob] = []  # in the order of their endings
         self._in_line: set[str] = set()  # ids
-        self._unstored: set[str] = set()  # ids of jobs whose output nobody keeps
         self._cancelled = False
         self._broken_pipe = False
         self._patience = Deadline(None)  # runs from the interrupt on
@@ -22986,7 +22707,6 @@ class JobTerminal:
 
     def attach(self) -> int:
         """Return the exit status of the one job.  Raises UserError."""
-        self._unstored = {job.id for job in self._jobs}
         self._print_all()
         if self._broken_pipe:
             raise BrokenPipeError
@@ -23050,18 +22770,12 @@ class JobTerminal:
         else:
             self._waiting.end(job.name)
         if state.get("place"):
-            text = f"moltis: {job.name}: place {state['place']} in line"
+            text = f"moltis: {job.name}: {state['words']}"
             if job.id not in self._in_line:
                 self._in_line.add(job.id)
                 self._output.say(text)
             else:
                 self._output.status(text)
-        if job.id in self._unstored and state.get("kept") is False:
-            self._unstored.discard(job.id)
-            self._output.say(
-                "moltis: the output of this command is not stored; "
-                "this is what still comes"
-            )
         if job.ending is not None or job.error is not None:
             for kind in STREAMS:
                 self._printers[job.id, kind].finish()
@@ -23095,72 +22809,36 @@ class JobTerminal:
         return INTERRUPTED if self._cancelled else EXIT_FAILURE
 
 
-def recap_words(job: FollowedJob) -> tuple[str, str]:
-    """Return the group of a recap for an ended job, and why it is in it."""
-    if job.error is not None:
-        group = "unreachable" if isinstance(job.error, Unreachable) else "failed"
-        return group, without_name(job.name, str(job.error))
-    ending = job.ending
-    assert ending is not None
-    if not ending.failed:
-        return "ok", ""
-    if ending.state == JobState.DONE and not ending.signal:
-        return "failed", str(ending.exit_code)
-    lost = exit_status(ending) == EXIT_UNREACHABLE
-    return "unreachable" if lost else "failed", ending.words()
-
-
-EXIT_STATUSES: Mapping[str, int] = {
-    JobState.TIMED_OUT: TIMED_OUT,
-    JobState.CANCELLED: INTERRUPTED,
-    JobState.LOST: EXIT_UNREACHABLE,
-    JobState.EXPIRED: EXIT_UNREACHABLE,
-}
-
-
-def exit_status(ending: Ending) -> int:
-    """Return the exit status for a job, which is 0 only for a success."""
-    if ending.state != JobState.DONE:
-        return EXIT_STATUSES.get(ending.state, EXIT_FAILURE)
-    if ending.signal:
-        number = signal.Signals.__members__.get(ending.signal)
-        return EXIT_FAILURE if number is None else min(128 + number, 255)
-    code = ending.exit_code
-    # A status has 8 bits: a larger one must not look like a success.
-    return code if code is not None and 0 <= code <= 255 else EXIT_FAILURE
-
-
-def read_stdin(size: int) -> bytes:
-    """Return what comes next on standard input, b"" at its end.  Raises OSError."""
-    descriptor = sys.stdin.fileno()
-    try:
-        return os.read(descriptor, size)
-    except OSError as error:
-        # A terminal reports its closed end like a disk that cannot be read.
-        if error.errno != errno.EIO or not os.isatty(descriptor):
-            raise
-        return b""
-
-
-def without_name(name: str, text: str) -> str:
-    """Return `text` about `name` without the name before it."""
-    for after in (": ", " is "):
-        if text.casefold().startswith(f"{name}{after}".casefold()):
-            return text[len(name) + len(after) :]
-    return text
-
-
-def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
-    """Raises UserError."""
-    with operator_client(args, context) as client:
-        asked = {"nodeId": args.node} if args.node else {}
-        jobs = client.call("job.list", {**asked, "kept": True})
-        if not args.cancel:
-            return context.show(args, jobs, JOB_COLUMNS)
-        job = cancel_job(client, find_job(args.cancel, jobs, args.node), context.output)
-    if args.json:
-        context.output.json([job])
-    return EXIT_OK
+def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
+    """Raises UsageError, Unreachable, Refused."""
+    if not args.command:
+        raise UsageError("no command; put it after --, as in: node exec pi -- uptime")
+    if args.all == bool(args.nodes):
+        both = ", not both" if args.all else ""
+        raise UsageError(f"name the nodes, or say --all{both}")
+    if args.stdin and args.detach:
+        raise UsageError("--stdin feeds a command while we stay, --detach does not")
+    check_timeout(args.timeout)
+    # One word is a line for the shell; several are to arrive as the words they are.
+    line = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
+    spec: JsonObject = {
+        "command": line,
+        "env": filter_environment(context.environ),
+        "stdin": args.stdin,
+    }
+    if args.timeout is not None:
+        spec["timeout"] = round(args.timeout * 1000)
+    if args.cwd is not None:
+        spec["cwd"] = args.cwd
+    request = {"work": "run", "spec": spec}
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
+        if args.stdin and len(nodes) > 1:
+            raise UsageError("--stdin feeds one node")
+        if args.detach:
+            return start_detached(feed, nodes, request, context.output)
+        jobs = feed.start(nodes, request)
+        return JobTerminal(feed, jobs, context.output).execute(feeds=args.stdin)
 
 
 def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObject:
@@ -23183,20 +22861,10 @@ def cancel_job(client: OperatorClient, job_id: str, output: Output) -> JsonObjec
     return after
 
 
-def job_words(job: JsonObject) -> str:
-    """Return the state of a job in words; those of its ending are the gateway's."""
-    if job.get("awayMs") is not None:
-        return f"node away ({format_duration(job['awayMs'] / 1000)})"
-    if job.get("place"):
-        return f"place {job['place']} in line"
-    words: str = job["words"]
-    return words
-
-
 JOB_COLUMNS: Mapping[str, Column] = {
     "ID": "id",
     "NODE": "nodeName",
-    "STATE": lambda row: one_line(job_words(row), 40),
+    "STATE": lambda row: one_line(row["words"], 40),
     "ASKED": time_column("askedAt"),
     "OUTPUT": lambda row: format_bytes(row["stdoutBytes"] + row["stderrBytes"]),
     "COMMAND": lambda row: one_line(row["command"], 60),
@@ -23218,11 +22886,29 @@ def find_job(
     raise UserError(f"{reference!r} {problem}{where}; `moltis node jobs` lists them")
 
 
+def cmd_node_jobs(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    with operator_client(args, context) as client:
+        asked = {"nodeId": args.node} if args.node else {}
+        jobs = client.call("job.list", {**asked, "kept": True})
+        if not args.cancel:
+            return context.show(args, jobs, JOB_COLUMNS)
+        job = cancel_job(client, find_job(args.cancel, jobs, args.node), context.output)
+    if args.json:
+        context.output.json([job])
+    return EXIT_OK
+
+
 def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
     """Raises Unreachable when the gateway stays away, UserError for no job."""
     with JobFeed(partial(operator_client, args, context)) as feed:
-        job_id = find_job(args.job, feed.call("job.list", {"kept": True}))
-        view = feed.call("job.wait", {"id": job_id, "wait": 0})
+        job_id = find_job(args.job, feed.client.call("job.list", {"kept": True}))
+        view = feed.client.call("job.wait", {"id": job_id, "wait": 0})
+        if not view["kept"]:
+            context.output.say(
+                "moltis: the output of this command is not stored; only new output "
+                "is shown"
+            )
         job = feed.follow(job_id, view["nodeName"])
         try:
             return JobTerminal(feed, [job], context.output).attach()
@@ -23248,29 +22934,12 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
 # -- moltis chat ---------------------------------------------------------------
 
 
-def cmd_chat(args: argparse.Namespace, context: Context) -> int:
-    """Raises UserError."""
-    with JobFeed(partial(operator_client, args, context)) as feed:
-        session = chosen_session(feed, args.session, context.output)
-        key = session["key"]
-        if args.node:
-            feed.call("nodes.set_session", {"session_key": key, "node_id": args.node})
-        model = args.model or session["model"]
-        decide = approval_answer(args, context)
-        terminal = ChatTerminal(feed, key, model, context.output, decide)
-        if args.message is not None:
-            return terminal.turn(args.message)
-        if sys.stdin is not None and not sys.stdin.isatty():
-            return terminal.turn(sys.stdin.read(MAX_BODY))
-        return chat_prompt(terminal, context)
-
-
 def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
     """Return the session that a key or a label names; a new one for a new label.
 
     Raises UserError.
     """
-    sessions: list[JsonObject] = feed.call("sessions.list", {})
+    sessions: list[JsonObject] = feed.client.call("sessions.list", {})
     for session in sessions:
         if session["key"] == wanted:
             return session
@@ -23282,7 +22951,7 @@ def chosen_session(feed: JobFeed, wanted: str, output: Output) -> JsonObject:
     if named:
         return named[0]
     output.say(f"a new session: {wanted.strip()}")
-    created: JsonObject = feed.call("sessions.create", {"label": wanted})
+    created: JsonObject = feed.client.call("sessions.create", {"label": wanted})
     return created
 
 
@@ -23299,56 +22968,8 @@ def typed_line() -> str:
         raise EOFError from error
 
 
-def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
-    """Take messages from a person until the end of input."""
-    with contextlib.suppress(ImportError):  # editing and history, where available
-        import readline
-
-        readline.set_history_length(1000)
-    context.output.say("Ctrl+C stops an answer, Ctrl+D ends the chat.")
-    while True:
-        try:
-            text = typed_line()
-            if text.strip():
-                terminal.turn(text)
-        except EOFError:
-            context.output.say("")
-            return EXIT_OK
-        except KeyboardInterrupt:
-            context.output.say("")
-
-
 # From a command card to: approve, deny, always.
 ApprovalAnswer: TypeAlias = "Callable[[JsonObject], str]"
-
-
-def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
-    """Return what decides about a model's commands: --yes, a person, or a refusal."""
-    if args.yes:
-        return lambda _command: "approve"
-    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
-        return partial(ask_approval, context.output)
-
-    def deny(_command: JsonObject) -> str:
-        context.output.say("denied: there is no terminal to ask; --yes runs everything")
-        return "deny"
-
-    return deny
-
-
-def ask_approval(output: Output, command: JsonObject) -> str:
-    where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
-    lines = visible(command["command"]).replace("\n", "\n    ")
-    aside = " in the background" if command.get("background") else ""
-    output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
-    answers = {"y": "approve", "n": "deny", "a": "always"}
-    while True:
-        sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
-        sys.stderr.flush()
-        line = sys.stdin.readline()
-        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
-        if answer is not None:
-            return answer
 
 
 class ChatCommand:
@@ -23390,7 +23011,7 @@ class ChatTerminal:
         self._commands: dict[str, ChatCommand] = {}  # of this turn, by job
         self._at_line_start = True  # of stdout
         self._status = EXIT_OK  # of the turn
-        feed.call("subscribe", {"events": ["chat"]})
+        feed.client.call("subscribe", {"events": ["chat"]})
 
     def turn(self, text: str) -> int:
         """Have `text` answered; return the exit status.  Raises UserError."""
@@ -23400,7 +23021,7 @@ class ChatTerminal:
         previous = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
             params = {"sessionKey": self._session_key, "text": text}
-            sent = self._feed.call("chat.send", {**params, "model": self._model})
+            sent = self._feed.client.call("chat.send", {**params, "model": self._model})
             if sent.get("queued"):
                 self._output.say("an earlier message is being answered; this one waits")
             self._follow(sent["runId"])
@@ -23427,7 +23048,7 @@ class ChatTerminal:
                 if self._feed.interrupted and not stopping:
                     stopping = True
                     session = {"sessionKey": self._session_key}
-                    self._feed.notify("chat.abort", session)
+                    self._feed.client.notify("chat.abort", session)
             elif news.name == "chat" and news.payload.get("runId") == run_id:
                 over = self._show(news.payload) or over
             if over and not any(
@@ -23515,7 +23136,7 @@ class ChatTerminal:
             signal.signal(signal.SIGINT, handler)
         # An earlier answer, on the page say, stands.
         answer = {"id": job_id, "decision": decision}
-        self._feed.notify("exec.approval.resolve", answer)
+        self._feed.client.notify("exec.approval.resolve", answer)
 
     def _show_output(self, news: JobOutput) -> None:
         command = self._commands.get(news.job.id)
@@ -23566,26 +23187,74 @@ class ChatTerminal:
             self._write(sys.stdout, "\n")
 
 
-# -- install -------------------------------------------------------------------
+def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
+    """Take messages from a person until the end of input."""
+    with contextlib.suppress(ImportError):  # editing and history, where available
+        import readline
+
+        readline.set_history_length(1000)
+    context.output.say("Ctrl+C stops an answer, Ctrl+D ends the chat.")
+    while True:
+        try:
+            text = typed_line()
+            if text.strip():
+                terminal.turn(text)
+        except EOFError:
+            context.output.say("")
+            return EXIT_OK
+        except KeyboardInterrupt:
+            context.output.say("")
 
 
-def cmd_install(args: argparse.Namespace, context: Context) -> int:
+def ask_approval(output: Output, command: JsonObject) -> str:
+    where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
+    lines = visible(command["command"]).replace("\n", "\n    ")
+    aside = " in the background" if command.get("background") else ""
+    output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
+    answers = {"y": "approve", "n": "deny", "a": "always"}
+    while True:
+        sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
+        if answer is not None:
+            return answer
+
+
+def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
+    """Return what decides about a model's commands: --yes, a person, or a refusal."""
+    if args.yes:
+        return lambda _command: "approve"
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
+        return partial(ask_approval, context.output)
+
+    def deny(_command: JsonObject) -> str:
+        context.output.say("denied: there is no terminal to ask; --yes runs everything")
+        return "deny"
+
+    return deny
+
+
+def cmd_chat(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
-    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
-    installation = Installation(Path(prefix))
-    if args.uninstall:
-        return uninstall(installation, context)
-    text, version = chosen_program(getattr(args, "from"))
-    before = os.umask(0o022)  # others may run it, but not write it, whatever ours is
-    try:
-        notes = installation.install(text, lasting_python(), context.environ)
-    finally:
-        os.umask(before)
-    for note in (f"moltis {version} is {installation.launcher}", *notes):
-        context.output.say(note)
-    if args.command:
-        os.execv(installation.launcher, [str(installation.launcher), *args.command])
-    return EXIT_OK
+    with JobFeed(partial(operator_client, args, context)) as feed:
+        session = chosen_session(feed, args.session, context.output)
+        key = session["key"]
+        if args.node:
+            feed.client.call(
+                "nodes.set_session", {"session_key": key, "node_id": args.node}
+            )
+        model = args.model or session["model"]
+        decide = approval_answer(args, context)
+        terminal = ChatTerminal(feed, key, model, context.output, decide)
+        if args.message is not None:
+            return terminal.turn(args.message)
+        if sys.stdin is not None and not sys.stdin.isatty():
+            return terminal.turn(sys.stdin.read(MAX_BODY))
+        return chat_prompt(terminal, context)
+
+
+# -- install -------------------------------------------------------------------
 
 
 def chosen_program(source: str | None) -> tuple[bytes, str]:
@@ -23623,7 +23292,27 @@ def uninstall(installation: Installation, context: Context) -> int:
     return EXIT_OK
 
 
+def cmd_install(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    prefix = os.path.abspath(os.path.expanduser(args.prefix or "~/.local"))
+    installation = Installation(Path(prefix))
+    if args.uninstall:
+        return uninstall(installation, context)
+    text, version = chosen_program(getattr(args, "from"))
+    before = os.umask(0o022)  # others may run it, but not write it, whatever ours is
+    try:
+        notes = installation.install(text, lasting_python(), context.environ)
+    finally:
+        os.umask(before)
+    for note in (f"moltis {version} is {installation.launcher}", *notes):
+        context.output.say(note)
+    if args.command:
+        os.execv(installation.launcher, [str(installation.launcher), *args.command])
+    return EXIT_OK
+
+
 # -- the table of subcommands --------------------------------------------------
+
 
 JSON = arg("--json", "answer in JSON")
 NODE = arg("node", "name or id")
@@ -23636,7 +23325,6 @@ GATEWAY: Sequence[Argument] = (
     arg("--api-key KEY", "operator key; better in MOLTIS_API_KEY"),
     *TRUST,
 )
-
 SUBCOMMANDS: Mapping[str, Subcommand] = {
     "install": Subcommand(
         cmd_install,
@@ -23878,6 +23566,7 @@ GROUPS: Mapping[str, str] = {
 
 
 # -- main ----------------------------------------------------------------------
+
 
 VERSION_TEXT = f"moltis {__version__}"
 

@@ -36,6 +36,17 @@ def wait_for(condition, timeout=30.0, what="the condition"):
         time.sleep(0.01)
 
 
+def wait_in_shell(path):
+    """Return a shell command that waits for a file, a minute or two at most.
+
+    It outlives a test run that is killed: nothing else would end it then.
+    """
+    return (
+        f"n=0; until [ -e '{path}' ] || [ $n -gt 3000 ]; "
+        "do sleep 0.02; n=$((n+1)); done"
+    )
+
+
 def child_processes():
     """Return the command names of this process's children, by process id."""
     if sys.platform == "linux":

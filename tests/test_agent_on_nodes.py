@@ -114,10 +114,13 @@ class Site:
         self.programs[0].wait_for_output("Ctrl+C stops it.")
         file = json.loads((self.home / ".moltis/gateway.json").read_text())
         self.url, self.key = file["url"], file["api_key"]
-        self.client = moltis.OperatorClient(self.url, self.key)
         self.events = []
-        self.client.listen(lambda e: self.events.append(e.payload))
+        self.client = moltis.OperatorClient(self.url, self.key, on_news=self.take)
         self.call("subscribe", events=["chat"])
+
+    def take(self, _client, news):
+        if isinstance(news, moltis.Event):
+            self.events.append(news.payload)
 
     def make_home(self, name):
         home = self.directory / name
@@ -162,25 +165,29 @@ class Site:
         return self.wait_for_state(run_id, "final", "error", "aborted")
 
     def question(self, run_id):
-        """Return the command of a run that waits for an approval."""
+        """Return the card of a run's command that waits for an approval."""
 
         def asked():
             for payload in self.events:
-                command = payload.get("message", {}).get("command", {})
-                approval = command.get("approval", {})
+                card = payload.get("message", {})
+                approval = card.get("command", {}).get("approval", {})
                 if payload.get("runId") == run_id and approval.get("state") == "asked":
-                    return command
+                    return card
             return None
 
         return wait_for(asked, what=lambda: f"a question in {self.events}")
 
-    def decide(self, command, decision):
-        params = {"invokeId": command["invokeId"], "decision": decision}
+    def decide(self, card, decision):
+        params = {"id": card["jobId"], "decision": decision}
         return self.call("exec.approval.resolve", **params)
 
     def audit(self, command):
-        rows = self.call("commands.list")
+        rows = self.call("job.list")
         return next(row for row in rows if row["command"] == command)
+
+    def output(self, job_id):
+        pieces = self.call("job.read", id=job_id)["pieces"]
+        return [[piece["stream"], piece["text"]] for piece in pieces]
 
     def model_of(self, key):
         return self.call("sessions.resolve", key=key)["entry"]["model"]
@@ -244,22 +251,22 @@ def test_a_command_in_the_background_is_asked_for_and_audited_like_any_other(
     ]
     run_id = site.send("build it", key)
     question = site.question(run_id)
-    assert question["background"] is True
-    assert site.call("command.list") == []  # nothing runs before somebody says so
+    assert question["command"]["background"] is True
+    assert site.call("job.list", state="open") == []  # nothing runs without an answer
     site.decide(question, "approve")
-    row = wait_for(lambda: site.call("command.list"))[0]
-    assert (row["nodeName"], row["background"]) == ("beta", True)
+    row = wait_for(lambda: site.call("job.list", state="open"))[0]
+    assert (row["id"], row["nodeName"]) == (question["jobId"], "beta")
     assert (row["callerKind"], row["sessionKey"]) == ("model", key)
     assert row["decidedBy"] == "this machine"
     listed = run_moltis("node", "jobs", "beta", home=site.home)
-    assert row["invokeId"] in listed.stdout
+    assert row["id"] in listed.stdout
     go.touch()
     ended = site.end(run_id)
     assert ended["message"]["text"] == "It failed with 7."
     (result,) = server.results()
     assert (result["node"], result["state"]) == ("beta", "done")
     assert (result["exit_code"], result["stdout"]) == (7, "on beta\n")
-    attached = run_moltis("node", "attach", row["invokeId"], home=site.home)
+    attached = run_moltis("node", "attach", row["id"], home=site.home)
     assert (attached.stdout, attached.returncode) == ("on beta\n", 7)
 
 
@@ -319,8 +326,8 @@ def test_what_the_model_did_is_in_the_session_for_those_who_look_later(site, ser
     assert [m["role"] for m in history] == ["user", "command", "assistant"]
     command = history[1]["command"]
     assert (command["node"], command["command"]) == ("beta", "echo $NODE")
-    assert command["output"] == [["stdout", "beta\n"]]
-    assert command["exitCode"] == 0
+    assert history[1]["job"]["exitCode"] == 0
+    assert site.output(history[1]["jobId"]) == [["stdout", "beta\n"]]
 
 
 def test_a_model_that_thinks_before_it_acts_leaves_no_answer_without_words(
@@ -405,8 +412,8 @@ def test_a_command_waits_for_an_approval_that_shows_all_of_it(site, server):
     server.turns += [runs(command, node="alpha", working_dir="/tmp"), says("ok")]
     run_id = site.send("where?", key)
     card = site.question(run_id)
-    assert card["command"] == command
-    assert (card["node"], card["cwd"]) == ("alpha", "/tmp")
+    assert card["command"]["command"] == command
+    assert (card["command"]["node"], card["command"]["cwd"]) == ("alpha", "/tmp")
     site.decide(card, "approve")
     assert site.end(run_id)["state"] == "final"
     assert server.results()[0]["stdout"] == "/tmp"
@@ -444,16 +451,17 @@ def test_always_counts_for_this_node_in_this_session_only(site, server):
     wait_for(lambda: len(server.asked) == 3, what="the second command to run unasked")
 
     def asked_for_beta():
-        commands = [p.get("message", {}).get("command", {}) for p in site.events]
+        cards = [p["message"] for p in site.events if "message" in p]
         return [
-            c
-            for c in commands
-            if c.get("node") == "beta" and c.get("approval", {}).get("state") == "asked"
+            card
+            for card in cards
+            if card.get("command", {}).get("node") == "beta"
+            and card["command"].get("approval", {}).get("state") == "asked"
         ]
 
     card = wait_for(asked_for_beta)[0]
     with pytest.raises(moltis.UserError, match="closed"):
-        site.decide({"invokeId": "no-such"}, "approve")
+        site.decide({"jobId": "no-such"}, "approve")
     site.decide(card, "approve")
     site.end(run_id)
     other = site.session("other")
@@ -475,7 +483,7 @@ def test_a_key_without_the_scope_cannot_approve(site, server, tmp_path):
     finally:
         store.close()
     with moltis.OperatorClient(site.url, text) as client:
-        params = {"invokeId": card["invokeId"], "decision": "approve"}
+        params = {"id": card["jobId"], "decision": "approve"}
         with pytest.raises(moltis.Refused, match=re.escape("operator.approvals")):
             client.call("exec.approval.resolve", params)
     site.decide(card, "deny")
@@ -608,7 +616,7 @@ def test_a_stranger_asks_on_the_page_approves_one_command_and_reads_the_answer(
         page.click("#text")
         page.type("which of my machines has most free memory?")
         page.press("Enter")
-        page.wait_for_text("Waits for your approval")
+        page.wait_for_text("Waiting for your approval")
         card = page.text("#messages > :last-child")
         assert "echo five processes of $NODE" in card
         assert "beta" in card
@@ -627,7 +635,7 @@ def test_what_would_hide_on_the_page_is_spelt_out_in_the_question(site, server):
         page.goto(f"{site.url}/#key={site.key}")
         page.wait_for(SIGNED_IN)
         page.goto(f"{site.url}/chat/{key}")
-        page.wait_for_text("Waits for your approval")
+        page.wait_for_text("Waiting for your approval")
         shown = page.text("#messages > :last-child code")
         assert shown == "rm -rf /tmp/x #%1B[2K%u202E\nuptime"
     site.decide(card, "deny")
@@ -643,12 +651,12 @@ def test_the_page_shows_what_runs_in_the_background_and_stops_it(site, server):
         page.goto(f"{site.url}/#key={site.key}")
         page.wait_for(SIGNED_IN)
         page.goto(f"{site.url}/chat/{key}")
-        page.wait_for_text("Waits for your approval · in the background")
+        page.wait_for_text("Waiting for your approval · in the background")
         page.click(".approval .main")
         page.wait_for_text("It runs by itself.")
         page.wait_for_text("Running · in the background")
         page.click("article.command footer .small")
-        page.wait_for_text("Stopped · in the background")
+        page.wait_for_text("Cancelled: by ")
         assert page.errors == []
 
 
@@ -848,8 +856,8 @@ def test_without_a_message_chat_is_a_prompt(site):
 
 def running(site, key):
     history = site.call("chat.history", sessionKey=key)
-    commands = [m["command"] for m in history if "command" in m]
-    return any(c["command"] == "sleep 600" and "startedAt" in c for c in commands)
+    cards = [m for m in history if "command" in m]
+    return any(c["command"]["command"] == "sleep 600" and "job" in c for c in cards)
 
 
 def test_a_gateway_that_dies_ends_the_chat_with_unreachable(tmp_path):

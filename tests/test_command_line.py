@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -692,3 +693,236 @@ def test_a_signal_that_does_not_interrupt_the_main_thread_is_heard_of(home):
         timer.join()
         """,
     )
+
+
+# -- jobs ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def gateway(home):
+    """A gateway that programs of the same HOME find."""
+    with InProcessGateway(home / ".moltis") as running:
+        yield running
+
+
+def start(gateway, command, node="local", **spec):
+    """Start a kept job; return its id."""
+    job = moltis.new_id()
+    request = {"work": "run", "spec": {"command": command, **spec}, "keep": True}
+    gateway.call("job.start", jobs=[{"id": job, "node": node}], **request)
+    return job
+
+
+def test_a_detached_command_is_attached_to_by_the_begin_of_its_id(gateway, home):
+    command = "echo one; echo oh >&2; sleep 0.5; echo two; exit 9"
+    started = run_moltis("node", "exec", "--detach", "local", "--", command, home=home)
+    assert started.returncode == 0
+    job = started.stdout.strip()
+    attached = run_moltis("node", "attach", job[:8], home=home)
+    assert (attached.stdout, attached.stderr) == ("one\ntwo\n", "oh\n")
+    assert attached.returncode == 9
+    again = run_moltis("node", "attach", job, home=home)
+    assert (again.stdout, again.returncode) == ("one\ntwo\n", 9)
+
+
+def test_jobs_are_listed_and_cancelled(gateway, home):
+    job = start(gateway, "sleep 60")
+    listed = run_moltis("node", "jobs", "local", home=home)
+    assert job in listed.stdout
+    assert "sleep 60" in listed.stdout
+    done = run_moltis("node", "jobs", "--cancel", job[:8], home=home)
+    assert done.returncode == 0
+    attached = run_moltis("node", "attach", job, home=home)
+    assert attached.returncode == moltis.INTERRUPTED
+    assert "Local: cancelled" in attached.stderr
+
+
+def test_a_command_that_was_not_detached_is_listed_while_it_runs(gateway, home):
+    with Program("node", "exec", "local", "--", "echo on; sleep 60", home=home) as run:
+        run.wait_for_output("on\n")
+        assert "sleep 60" in run_moltis("node", "jobs", home=home).stdout
+        run.end(signal.SIGINT)
+    assert "sleep 60" not in run_moltis("node", "jobs", home=home).stdout
+
+
+def test_a_job_is_ended_on_the_node_that_was_named_and_on_no_other(gateway, home):
+    with gateway.node("far"):
+        job = start(gateway, "sleep 600", node="far")
+        words = ("--cancel", job, "--json")
+        other = run_moltis("node", "jobs", "local", *words, home=home)
+        assert other.returncode == moltis.EXIT_FAILURE
+        assert f"'{job}' is no job on local" in other.stderr
+        assert gateway.call("job.wait", id=job, wait=0)["state"] == "running"
+        named = run_moltis("node", "jobs", "far", *words, home=home)
+        assert [row["id"] for row in json.loads(named.stdout)] == [job]
+        assert gateway.call("job.wait", id=job, wait=20)["state"] == "cancelled"
+
+
+def test_jobs_on_several_nodes_are_printed_with_their_names(gateway, home):
+    with gateway.node("far"), gateway.node("gone") as gone:
+        gone.close()
+        wait_for(lambda: not gateway.is_connected("id-of-gone"))
+        words = ("node", "exec", "--detach", "far", "gone", "local", "--", "true")
+        started = run_moltis(*words, home=home)
+        printed = [line.split() for line in started.stdout.splitlines()]
+        jobs = {j["id"]: j["nodeName"] for j in gateway.call("job.list")}
+    assert [jobs[job].casefold() for job, _ in printed] == ["far", "local"]
+    assert [name for _, name in printed] == ["far", "local"]
+    assert started.returncode == moltis.EXIT_FAILURE
+    assert "gone: offline since" in started.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("exit 3", "exit status 3"),
+        ("kill -9 $$", "killed by SIGKILL"),
+        ("sleep 600", "timed out"),
+    ],
+)
+def test_lists_say_how_a_command_ended(gateway, command, words):
+    job = start(gateway, command, timeout=300 if "sleep" in command else 60_000)
+    gateway.call("job.wait", id=job, wait=20)
+    (row,) = gateway.call("job.list", kept=True)
+    assert moltis.cells(row, moltis.JOB_COLUMNS)[2] == words
+    rows = gateway.call("audit.list")
+    row = next(row for row in rows if row["event"] == "command")
+    assert moltis.cells(row, moltis.AUDIT_ROW)[5] == words
+
+
+def test_ending_what_has_ended_is_said_to_come_too_late(gateway, home):
+    job = start(gateway, "exit 3")
+    assert run_moltis("node", "attach", job, home=home).returncode == 3
+    done = run_moltis("node", "jobs", "--cancel", job, home=home)
+    assert done.returncode == moltis.EXIT_FAILURE
+    assert "the command on Local has ended: exit status 3" in done.stderr
+
+
+def started_on(peer):
+    """Return the id of the next job that a scripted node is sent."""
+    return peer.receive_until(
+        lambda m: isinstance(m, dict) and m.get("event") == moltis.JOB_START
+    )["payload"]["id"]
+
+
+def test_ending_what_runs_on_a_node_that_is_away_says_when_that_will_be(
+    gateway, capsys
+):
+    with silent_node(gateway) as peer:
+        job = start(gateway, "sleep 600", "gone")
+        started_on(peer)
+    wait_for(lambda: "awayMs" in gateway.call("job.wait", id=job, wait=0))
+    with gateway.operator() as client:
+        moltis.cancel_job(client, job, moltis.Output({}))
+    assert "it ends when Rust box is back, which is away now" in capsys.readouterr().err
+
+
+def test_who_waits_in_line_is_told_the_place(gateway, capsys):
+    with silent_node(gateway) as peer, moltis.JobFeed(gateway.operator) as feed:
+        terminal = terminal_for(feed, {"gone": "gone"}, "true")
+
+        def answer():
+            job = started_on(peer)
+            place = {"id": job, "place": 3}
+            peer.send({"type": "event", "event": "job.place", "payload": place})
+            wait_for(lambda: terminal._in_line, what="the place to be told")
+            ending = moltis.to_json(moltis.Ending("done", exit_code=5)).encode()
+            frame = moltis.encode_log_frame(moltis.ENDING, ending)
+            peer.send(moltis.encode_job_data(moltis.LOG_DATA, job, 0, frame))
+
+        thread = threading.Thread(target=answer, name="test-answer")
+        thread.start()
+        assert terminal.execute(feeds=False) == 5
+        thread.join()
+    assert "gone: number 3 in line" in capsys.readouterr().err
+
+
+def test_attaching_to_what_was_not_detached_says_that_its_output_is_not_stored(
+    gateway, home
+):
+    command = "echo shown; read x; echo more; exit 7"
+    with subprocess.Popen(
+        [sys.executable, PROGRAM, "node", "exec", "local", "--stdin", "--", command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=clean_environment(home),
+    ) as foreground:
+        assert foreground.stdout.readline() == b"shown\n"
+        (job,) = gateway.call("job.list")
+        with Program("node", "attach", job["id"], home=home) as attached:
+            attached.wait_for_output("the output of this command is not stored")
+            foreground.stdin.write(b"x\n")
+            foreground.stdin.close()
+            assert attached.process.wait(20) == 7
+            attached.wait_for_output("more\n")
+        assert foreground.stdout.read() == b"more\n"
+    after = run_moltis("node", "attach", job["id"], home=home)
+    assert after.returncode == 7
+    assert "[… 11 bytes cut …]" in after.stderr
+
+
+def test_output_that_is_no_longer_kept_is_said_to_be_cut(gateway, home, monkeypatch):
+    for name, size in (("SEGMENT", 65536), ("MAX_SEGMENTS", 3), ("MEMORY_LOG", 65536)):
+        monkeypatch.setattr(moltis, name, size)
+    job = start(gateway, "seq 200000")
+    gateway.call("job.wait", id=job, wait=30)
+    attached = run_moltis("node", "attach", job, home=home)
+    assert attached.stdout.startswith("1\n2\n")
+    assert attached.stdout.endswith("\n199999\n200000\n")
+    (cut,) = re.findall(r"\[… ([\d,]+) bytes cut …\]", attached.stderr)
+    size = sum(len(f"{n}\n") for n in range(1, 200001))
+    missing = size - len(attached.stdout)
+    # It counts the heads of frames as well: 5 bytes of at most 64 KiB.
+    assert missing <= int(cut.replace(",", "")) < missing * 1.01 + 100
+
+
+def test_a_job_whose_answer_is_lost_is_named_and_can_be_asked_for(home, monkeypatch):
+    real = moltis.JobMethods.start
+
+    def start_and_hang_up(self, call, **params):
+        answer = real(self, call, **params)
+        call.peer.ws.abort()
+        return answer
+
+    monkeypatch.setattr(moltis.JobMethods, "start", start_and_hang_up)
+    words = ("node", "exec", "--detach", "local", "--", "echo once; exit 4")
+    with InProcessGateway(home / ".moltis") as gateway:
+        started = run_moltis(*words, home=home)
+        assert started.returncode == moltis.EXIT_UNREACHABLE
+        assert started.stdout == ""
+        job = re.search(r"([0-9a-f-]{36}) on local", started.stderr).group(1)
+        attached = run_moltis("node", "attach", job, home=home)
+        assert (attached.stdout, attached.returncode) == ("once\n", 4)
+        assert [row["id"] for row in gateway.call("job.list")] == [job]
+
+
+def test_of_a_job_that_the_gateway_never_heard_of_attach_says_so(gateway, home):
+    attached = run_moltis("node", "attach", moltis.new_id(), home=home)
+    assert attached.returncode == moltis.EXIT_FAILURE
+    assert "there is no job" in attached.stderr
+
+
+def test_attaching_to_no_job_says_where_to_look(gateway, home):
+    done = run_moltis("node", "attach", "nonsense", home=home)
+    assert done.returncode == moltis.EXIT_FAILURE
+    assert "moltis node jobs" in done.stderr
+
+
+def test_a_job_is_attached_to_through_a_restart_of_the_gateway(tmp_path, home):
+    """Its node is a process of its own, which outlives the gateway."""
+    data = home / ".moltis"
+    with InProcessGateway(data) as first:
+        port, token = first.running.port, first.token("far")
+        (tmp_path / "node").mkdir()
+        host = f"ws://127.0.0.1:{port}/ws"
+        words = ("node", "add", "--foreground", "--node-id", "far-id", "--host", host)
+        node = Program(*words, home=tmp_path / "node", MOLTIS_DEVICE_TOKEN=token)
+        wait_for(lambda: first.is_connected("far-id"), what="the node")
+        job = start(first, "for i in 1 2 3 4; do echo $i; sleep 0.7; done", "far-id")
+        attached = Program("node", "attach", job, home=home)
+        attached.wait_for_output("1\n")
+    with node, attached, InProcessGateway(data, port=port):
+        assert attached.process.wait(60) == 0
+        attached.wait_for_output("4\n")
+    assert attached.stdout == "1\n2\n3\n4\n"
+    assert "waiting for the gateway to come back" in attached.stderr

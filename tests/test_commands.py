@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import process_exists, wait_for
+from support import process_exists, wait_for, wait_in_shell
 
 import moltis
 from moltis import (
@@ -630,7 +630,7 @@ def test_a_command_that_ignores_sigterm_is_killed(impatient):
 def test_a_grandchild_that_ignores_sigterm_is_killed(impatient, tmp_path):
     pid_file = tmp_path / "pid"
     text = (
-        f"sh -c 'trap \"\" TERM; echo $$ > {pid_file}; while :; do sleep 1; done'"
+        f"sh -c 'trap \"\" TERM; echo $$ > {pid_file}; sleep 30; sleep 30'"
         " > /dev/null 2>&1 & sleep 30"
     )
     with Background(text) as background:
@@ -642,7 +642,8 @@ def test_a_grandchild_that_ignores_sigterm_is_killed(impatient, tmp_path):
 
 
 def test_a_command_may_clean_up_when_it_is_ended():
-    text = "trap 'echo clean; exit 3' TERM; echo ready; while :; do sleep 0.05; done"
+    wait = wait_in_shell("/nowhere")
+    text = f"trap 'echo clean; exit 3' TERM; echo ready; {wait}"
     with Background(text) as background:
         wait_for(lambda: background.reader.stdout)
         background.command.cancel()
@@ -763,6 +764,20 @@ def _only_look(killpg, group, number):
     if number:
         raise PermissionError
     killpg(group, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="compares with /proc")
+def test_ps_finds_the_same_processes_as_proc():
+    own = os.getpid()
+    for every in (moltis._processes_in_proc, moltis._processes_by_ps):
+        (found,) = [group for survivor, group, _ in every() if survivor.pid == own]
+        assert found == os.getpgrp()
+
+
+def test_a_listing_of_processes_that_is_cut_off_is_read_as_far_as_it_goes(monkeypatch):
+    listing = moltis.ProgramResult(124, b"  7   7 S   0 /bin/a b\n  8   8")
+    monkeypatch.setattr(moltis, "run_program", lambda *_, **__: listing)
+    assert list(moltis._processes_by_ps()) == [(moltis.Survivor(7, "a b", 0), 7, "S")]
 
 
 def test_an_ending_does_not_name_processes_without_end():
@@ -1031,6 +1046,13 @@ def test_long_output_keeps_head_and_tail(size):
 def test_a_cut_leaves_no_broken_characters():
     kept = excerpt(10, "äöüäöüäöü".encode())
     assert kept.text() == "äö\n… 8 bytes cut …\nöü"
+
+
+def test_an_excerpt_in_characters_counts_all_other_bytes():
+    assert excerpt(100, "äöü".encode() * 10).text(4) == "äö\n… 52 bytes cut …\nöü"
+    assert excerpt(40, "äöü".encode() * 10).text(4) == "äö\n… 52 bytes cut …\nöü"
+    assert excerpt(100, b"short").text(5) == "short"
+    assert excerpt(100, b"short").text(0) == "\n… 5 bytes cut …\n"
 
 
 def test_nothing_may_be_kept_at_all():

@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from support import process_exists, wait_for
+from support import process_exists, wait_for, wait_in_shell
 
 import moltis
 from moltis import Ending, JobState
@@ -56,6 +56,7 @@ class RecordingPeer:
 
 
 ENVIRON = {"PATH": "/usr/bin:/bin", "HOME": "/tmp"}
+GATE = wait_in_shell("gate")
 
 
 class Machines:
@@ -150,7 +151,7 @@ def test_every_error_is_an_ending(machine, peer, work, spec, words):
 def test_a_known_id_does_not_run_again(machine, peer, tmp_path):
     """While it runs, when it has ended, and when its log was acknowledged."""
     job_id = moltis.new_id()
-    line = "echo once >> runs; while [ ! -e gate ]; do sleep 0.02; done"
+    line = f"echo once >> runs; {GATE}"
     for _ in range(2):
         start(machine, line, job_id)
     (tmp_path / "gate").touch()
@@ -296,8 +297,6 @@ def test_closing_ends_what_is_just_starting(machine, peer, monkeypatch, tmp_path
 
 
 # -- side by side, and in line -------------------------------------------------
-
-GATE = "while [ ! -e gate ]; do sleep 0.02; done"
 
 
 def test_commands_beyond_the_limit_wait_in_line_and_their_places_are_reported(

@@ -17,11 +17,12 @@ import uuid
 import pytest
 from peers import InProcessGateway, InProcessNode
 from proxy import FaultyProxy
-from support import free_port, process_exists, wait_for
+from support import free_port, process_exists, wait_for, wait_in_shell
 
 import moltis
 
 TOKEN = "mdt_" + "t" * 43
+GATE = wait_in_shell("gate")
 MAX_FRAME = 524_288  # bytes; what a Moltis gateway takes
 
 
@@ -384,7 +385,7 @@ def test_telemetry_comes_at_once(node, moltis_gateway):
 def test_commands_run_side_by_side_and_hold_nothing_up(node, moltis_gateway, tmp_path):
     """Telemetry, `which` and a second command are answered while one runs."""
     gate = tmp_path / "gate"
-    line = f"while [ ! -e {gate} ]; do sleep 0.05; done; echo done"
+    line = f"{wait_in_shell(gate)}; echo done"
     slow = moltis_gateway.ask("system.run", {"command": line})
     assert moltis_gateway.invoke("system.which", {"binary": "sh"})["found"]
     quick = moltis_gateway.invoke("system.run", {"command": "echo quick"})
@@ -427,7 +428,7 @@ def test_a_gateway_that_cannot_resume_is_not_told_old_results(
 ):
     """It forgot what it asked for when the connection broke."""
     gate = tmp_path / "gate"
-    line = f"while [ ! -e {gate} ]; do sleep 0.05; done; touch {tmp_path}/ended"
+    line = f"{wait_in_shell(gate)}; touch {tmp_path}/ended"
     moltis_gateway.ask("system.run", {"command": line}, "x1")
     assert moltis_gateway.invoke("system.which", {"binary": "sh"})["found"]
     moltis_gateway.drop()
@@ -638,8 +639,7 @@ def test_input_and_cancel_reach_the_job(jobs_gateway, jobs_node):
 def test_places_in_line_are_reported(jobs_gateway, jobs_node, monkeypatch, tmp_path):
     row = moltis.WORKS["run"].replace(side_by_side=1)
     monkeypatch.setitem(moltis.WORKS, "run", row)
-    gate = "while [ ! -e gate ]; do sleep 0.02; done"
-    ids = [jobs_gateway.start(gate) for _ in range(2)]
+    ids = [jobs_gateway.start(GATE) for _ in range(2)]
     waits, runs = ({"id": ids[1], "place": place} for place in (1, 0))
     wait_for(lambda: jobs_gateway.of("job.place") == [waits], 2, "the place")
     (tmp_path / "gate").touch()
@@ -648,7 +648,7 @@ def test_places_in_line_are_reported(jobs_gateway, jobs_node, monkeypatch, tmp_p
 
 
 def test_a_job_goes_on_from_where_its_gateway_is(jobs_gateway, jobs_node, tmp_path):
-    line = "echo one; while [ ! -e gate ]; do sleep 0.02; done; echo two; exit 4"
+    line = f"echo one; {GATE}; echo two; exit 4"
     job_id = jobs_gateway.start(line)
     wait_for(lambda: jobs_gateway.stream(job_id) == b"one\n", what="the first line")
     assert come_back(jobs_gateway, jobs_node)["extensions"]["moltis"]["jobs"] == {
@@ -718,22 +718,37 @@ def test_messages_that_make_no_sense_cost_nothing(jobs_gateway, jobs_node):
     assert jobs_node.states == [True]
 
 
-def test_a_node_whose_token_was_revoked_ends_its_jobs(
-    jobs_gateway, jobs_node, tmp_path
-):
-    jobs_gateway.start("echo $$ > pid; exec sleep 77")
-    path = tmp_path / "pid"
-    wait_for(lambda: path.exists() and path.read_text().strip(), what="its start")
-
+def refuse_as_unauthorized(gateway):
     def refuse(envelope):
         error = {"code": "UNAUTHORIZED", "message": "authentication failed"}
-        jobs_gateway._send(
+        gateway._send(
             {"type": "res", "id": envelope["id"], "ok": False, "error": error}
         )
 
-    jobs_gateway._answer = refuse
-    jobs_gateway.drop()
-    wait_for(lambda: not process_exists(int(path.read_text())), what="its end")
+    gateway._answer = refuse
+
+
+def test_a_refusal_of_a_gateway_that_did_not_prove_itself_ends_no_job(
+    jobs_gateway, jobs_node, tmp_path
+):
+    """Any process may listen on the port of a gateway that is down."""
+    job_id = jobs_gateway.start(f"{GATE}; exit 7")
+    wait_for(lambda: machine_of(jobs_node).held(), what="the job")
+    error = {"code": "UNAUTHORIZED", "message": "authentication failed"}
+    refused = threading.Event()
+
+    def refuse(envelope):
+        answer = {"type": "res", "id": envelope["id"], "ok": False, "error": error}
+        jobs_gateway._send(answer)
+        refused.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs_gateway, "_answer", refuse)
+        jobs_gateway.drop()
+        assert refused.wait(30)
+    wait_for(lambda: jobs_node.states[-1], what="the node to be back")
+    (tmp_path / "gate").touch()
+    assert jobs_gateway.wait(job_id).exit_code == 7
 
 
 def test_closing_reports_how_the_jobs_ended(jobs_gateway, jobs_node):
@@ -842,6 +857,45 @@ def test_a_wrong_token_ends_a_node_that_is_to_give_up(gateway):
     wait_for(lambda: node.refused, what="the refusal")
     assert "authentication failed" in str(node.refused)
     node.close()
+
+
+def revoke(gateway, name):
+    (device,) = [
+        d for d in gateway.call("device.pair.list") if d["displayName"] == name
+    ]
+    gateway.call("device.token.revoke", deviceId=device["deviceId"])
+
+
+def start_sleeper(gateway, directory):
+    """Start a job; return the pid of its shell."""
+    start_jobs(gateway, f"echo $$ > {directory}/pid; exec sleep 77", 1)
+    path = directory / "pid"
+    wait_for(lambda: path.exists() and path.read_text().strip(), what="its start")
+    return int(path.read_text())
+
+
+def test_a_node_whose_token_is_revoked_ends_its_jobs(gateway, tmp_path, monkeypatch):
+    monkeypatch.setattr(moltis.NodePeer, "cancel", lambda *_: None)
+    with gateway.node("far"):
+        pid = start_sleeper(gateway, tmp_path)
+        revoke(gateway, "far")
+        wait_for(lambda: not process_exists(pid), what="its end")
+
+
+def test_a_node_that_comes_back_over_tls_with_a_revoked_token_ends_its_jobs(
+    tmp_path, monkeypatch
+):
+    """The TLS key is the one that proved itself before."""
+    monkeypatch.setattr(moltis.NodePeer, "cancel", lambda *_: None)
+    monkeypatch.setattr(moltis.NodePeer, "hang_up", lambda peer, _: peer._ws.abort())
+    files = moltis.ensure_certificate(tmp_path / "tls", ("localhost", "127.0.0.1"))
+    tls = moltis.ServerTls(lambda: files)
+    with InProcessGateway(tmp_path / "gateway", tls=tls) as gateway, gateway.node(
+        "far"
+    ):
+        pid = start_sleeper(gateway, tmp_path)
+        revoke(gateway, "far")
+        wait_for(lambda: not process_exists(pid), what="its end")
 
 
 @pytest.mark.parametrize(
@@ -958,7 +1012,7 @@ def behind(jobs_gateway, tmp_path):
         url = f"ws://127.0.0.1:{proxy.port}/ws"
         node = node_for(url, tmp_path, working_dir=str(tmp_path))
         jobs_gateway.connects.get(timeout=10)
-        go = "until [ -e go ]; do sleep 0.02; done"
+        go = wait_in_shell("go")
         ids = [
             jobs_gateway.start(f"{go}; head -c {CHATTY} /dev/zero; exit 3")
             for _ in range(moltis.MAX_RUNNING)
@@ -1047,7 +1101,7 @@ def test_a_log_that_the_gateway_does_not_know_is_not_kept(tmp_path):
     go, data = tmp_path / "go", tmp_path / "gateway"
     with InProcessGateway(data, port=port) as first:
         node = first.node("far")
-        command = f"until [ -e {go} ]; do sleep 0.02; done; echo done"
+        command = f"{wait_in_shell(go)}; echo done"
         known, unknown = start_jobs(first, command, 2)
         machine = machine_of(node)
         wait_for(lambda: len(machine.held()) == 2, what="both to be on the node")
@@ -1081,7 +1135,7 @@ def go_and_come_back(gateways, gateway, node, restart):
 def test_running_and_waiting_jobs_survive_their_connection(tmp_path, restart):
     """And the gateway as well."""
     go = tmp_path / "go"
-    command = f"until [ -e {go} ]; do sleep 0.02; done; echo once >> {tmp_path}/runs"
+    command = f"{wait_in_shell(go)}; echo once >> {tmp_path}/runs"
     count = moltis.MAX_RUNNING + 4
 
     def in_line(gateway):

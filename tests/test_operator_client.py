@@ -232,7 +232,7 @@ def test_a_job_goes_on_at_the_exact_byte_when_the_connection_breaks(gateway):
             heard.append(news)
             if breaks and output(heard) == breaks[0]:
                 del breaks[0]
-                feed._client.drop()
+                feed.client.drop()
     assert output(heard) == b"1\n2\n3\n4\n5\n6\n"
     gone = [n.reachable for n in heard if isinstance(n, moltis.GatewayChange)]
     assert gone[:2] == [False, True]

@@ -267,7 +267,7 @@ class HostileGateway:
 
 def test_an_operator_with_the_pin_refuses_a_man_in_the_middle(gateway, other_files):
     with Relay(gateway.running.port, other_files) as relay, pytest.raises(
-        moltis.Refused, match="somebody in between looks like"
+        moltis.Refused, match="somebody may stand in between"
     ):
         url = f"https://127.0.0.1:{relay.port}"
         moltis.OperatorClient(url, gateway.api_key, gateway.trust)
@@ -376,7 +376,7 @@ def test_a_join_link_over_tls_hands_on_the_pin(gateway):
     with pytest.raises(moltis.Unreachable, match="CERTIFICATE_VERIFY_FAILED"):
         moltis.fetch(url, moltis.TlsTrust())
     wrong = moltis.TlsTrust("sha256//" + "A" * 43 + "=")
-    with pytest.raises(moltis.Refused, match="somebody in between"):
+    with pytest.raises(moltis.Refused, match="somebody may stand in between"):
         moltis.fetch(url, wrong)
     # Neither attempt has asked for the link, so it is still good for once.
     offer = json.loads(moltis.fetch(url, gateway.trust))
@@ -536,14 +536,14 @@ def test_a_revoked_key_ends_its_connections_and_opens_nothing_more(plain):
 def test_what_is_revoked_while_it_connects_does_not_get_in(plain, monkeypatch):
     """Between the look at the key and the entry among those to hang up on."""
     made = plain.call("keys.create", name="ci", scopes=["operator.read"])
-    admit = moltis.Access.admit_operator
+    admit = moltis.OperatorAccess.admit_operator
 
-    def admit_late(access, *arguments):
-        caller = admit(access, *arguments)
-        access.operators.revoke_key(caller.id)
+    def admit_late(operators, *arguments):
+        caller = admit(operators, *arguments)
+        operators.revoke_key(caller.id)
         return caller
 
-    monkeypatch.setattr(moltis.Access, "admit_operator", admit_late)
+    monkeypatch.setattr(moltis.OperatorAccess, "admit_operator", admit_late)
     with pytest.raises(moltis.Refused):
         moltis.OperatorClient(plain.url, made["key"])
 
@@ -628,9 +628,7 @@ def test_a_refusal_that_repeats_itself_does_not_fill_the_audit(plain):
 
 def test_strangers_push_nothing_out_of_the_audit(tmp_path, monkeypatch):
     """Who comes from many addresses could else wipe out what an operator did."""
-    limits = (("MAX_AUDIT", 20), ("MAX_REFUSALS", 5), ("AUDIT_TRIM_EVERY", 10))
-    for name, value in limits:
-        monkeypatch.setattr(moltis, name, value)
+    monkeypatch.setattr(moltis, "MAX_CALLER_EVENTS", 20)
     store = moltis.Store(tmp_path / "moltis.db")
     access = moltis.Access(store)
     access.operators.create_key("thief", [moltis.Scope.ADMIN])
@@ -638,7 +636,7 @@ def test_strangers_push_nothing_out_of_the_audit(tmp_path, monkeypatch):
         access.devices.note_refused_device("unknown token", f"2001:db8::{number:x}")
     events = [entry.event for entry in store.audit.page()]
     assert events.count("key.created") == 1
-    assert 5 <= events.count("token.refused") <= 15
+    assert events.count("token.refused") <= 20
     for number in range(100):
         access.devices.create_device(f"far {number}")
     subjects = [entry.subject for entry in store.audit.page()]
@@ -664,7 +662,8 @@ def test_the_audit_goes_to_a_spreadsheet_in_which_nothing_runs(plain, browser):
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", rows[0]["at"])
 
 
-def test_the_audit_is_kept_as_long_as_was_said(tmp_path):
+def test_the_audit_is_kept_as_long_as_was_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(moltis, "STEADY_AFTER", 0.0)  # the clock is relied upon
     with InProcessGateway(tmp_path / "brief", keep_audit=1.0) as gateway:
         audit, now = gateway.running.store.audit, moltis.now_ms()
         for at in (now - 2 * 86_400_000, now):

@@ -1,4 +1,4 @@
-"""Envelopes, output chunks and calls."""
+"""Envelopes, logs, connect and calls."""
 
 from __future__ import annotations
 
@@ -114,17 +114,15 @@ def test_unknown_fields_and_null_are_ignored():
     assert moltis.decode_envelope(text) == moltis.Request("1", "x", {})
 
 
-# -- chunks --------------------------------------------------------------------
+# -- binary messages and log frames ---------------------------------------------
 
 
-def test_a_chunk_is_kind_id_offset_and_data():
-    chunk = moltis.Chunk(moltis.STDERR, ID, 258, b"\x00data")
-    message = moltis.encode_chunk(chunk)
+def test_a_binary_message_is_kind_id_offset_and_data():
+    message = moltis.encode_job_data(moltis.INPUT_DATA, ID, 258, b"\x00data")
     assert message == b"\x02" + uuid.UUID(ID).bytes + b"\0\0\0\0\0\0\x01\x02" + (
         b"\x00data"
     )
-    assert moltis.decode_chunk(message) == chunk
-    assert chunk.end == 263
+    assert moltis.decode_job_data(message) == (2, ID, 258, b"\x00data")
 
 
 @pytest.mark.parametrize(
@@ -133,20 +131,71 @@ def test_a_chunk_is_kind_id_offset_and_data():
         (b"", "PROTOCOL_ERROR"),
         (b"\x01" + bytes(23), "PROTOCOL_ERROR"),
         (b"\x00" + bytes(24), "PROTOCOL_ERROR"),
-        (b"\x04" + bytes(24), "PROTOCOL_ERROR"),
+        (b"\x03" + bytes(24), "PROTOCOL_ERROR"),
+        (b"\x01" + bytes(16) + b"\x80" + bytes(7), "PROTOCOL_ERROR"),
         (b"\x01" + bytes(24 + 65537), "PAYLOAD_TOO_LARGE"),
     ],
     ids=lambda value: repr(value[:3]),
 )
-def test_a_binary_message_that_is_no_chunk_is_refused(message, code):
+def test_a_malformed_binary_message_is_refused(message, code):
     with pytest.raises(moltis.RpcError) as caught:
-        moltis.decode_chunk(message)
+        moltis.decode_job_data(message)
     assert caught.value.code == code
 
 
-def test_the_longest_chunk_is_64_kib():
-    message = b"\x01" + bytes(24) + bytes(65536)
-    assert len(moltis.decode_chunk(message).data) == 65536
+def test_the_longest_binary_message_carries_64_kib():
+    assert len(moltis.decode_job_data(b"\x01" + bytes(24 + 65536))[3]) == 65536
+
+
+def frame(kind, data):
+    return moltis.encode_log_frame(kind, data)
+
+
+ENDING = frame(moltis.ENDING, b'{"state":"done","exitCode":3}')
+
+
+def test_only_whole_frames_are_read():
+    data = frame(moltis.STDOUT, b"out") + frame(moltis.STDERR, b"")
+    for cut in range(8, 13):
+        assert moltis.whole_frames(data[:cut]) == 8
+        assert list(moltis.log_frames(data[:cut])) == [(moltis.STDOUT, b"out")]
+    assert moltis.whole_frames(data) == 13
+    assert moltis.whole_frames(b"") == 0
+
+
+def test_checked_frames_return_their_ending():
+    output = frame(moltis.STDOUT, b"out")
+    assert moltis.check_frames(b"") is None
+    assert moltis.check_frames(output) is None
+    assert moltis.check_frames(output + ENDING).exit_code == 3
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        frame(moltis.STDOUT, b"out")[:-1],
+        frame(moltis.STDOUT, b"out")[:3],
+        frame(9, b"x"),
+        ENDING + frame(moltis.STDOUT, b"after it"),
+        ENDING + ENDING,
+        frame(moltis.ENDING, b"[]"),
+        frame(moltis.ENDING, b'{"state":"lost"}'),
+        frame(moltis.ENDING, b'{"state":"done","duration":1e300}'),
+        frame(moltis.ENDING, b'{"state":"done","stdoutBytes":-1}'),
+        frame(moltis.ENDING, b'{"state":"done","exitCode":4294967296}'),
+    ],
+)
+def test_frames_that_break_the_rules_are_refused(data):
+    with pytest.raises(moltis.RpcError) as caught:
+        moltis.check_frames(data)
+    assert caught.value.code == "PROTOCOL_ERROR"
+
+
+def test_the_words_of_an_ending_cannot_write_on_a_terminal():
+    data = json.dumps({"state": "failed", "reason": "a\x1b[2Jb" + "c" * 9000}).encode()
+    ending = moltis.decode_ending(data)
+    assert ending.words().startswith("failed: a\\x1b[2Jb")
+    assert len(ending.reason) < 2100
 
 
 # -- connect -------------------------------------------------------------------
@@ -205,19 +254,26 @@ def test_connect_of_an_operator_has_its_key_in_snake_case():
     assert moltis.ConnectParams.from_json(params.to_json()) == params
 
 
-def test_connect_of_ours_says_what_is_in_flight():
-    item = moltis.InflightCommand(ID, 5, 6, 7, done=True)
-    params = moltis.ConnectParams(role="node", instance="i", inflight=(item,))
+def test_connect_of_ours_names_the_logs_that_it_holds():
+    params = moltis.ConnectParams(role="node", instance="i", jobs={ID: 5})
     assert moltis.ConnectParams.from_json(params.to_json()) == params
 
 
-def test_only_so_many_commands_are_read_of_one_connect():
-    """Who sends more than a node may have is no node of ours."""
-    inflight = [{"invokeId": str(n)} for n in range(moltis.MAX_INFLIGHT + 1)]
-    params = {"extensions": {"moltis": {"instance": "i", "inflight": inflight}}}
-    read = moltis.ConnectParams.from_json(params).inflight
-    assert len(read) == moltis.MAX_INFLIGHT
-    assert read[0].invoke_id == "0"
+def test_connect_is_written_like_this():
+    params = moltis.ConnectParams("node", "n1", commands=("x",), scram_final="f")
+    assert params.to_json() == {
+        "role": "node",
+        "client": {"id": "n1", "mode": "headless"},
+        "protocol": {"min": 4, "max": 4},
+        "auth": {"scram": {"clientFinal": "f"}},
+        "extensions": {"moltis": {"caps": [], "commands": ["x"]}},
+    }
+
+
+def test_connect_of_nobody_in_particular_is_an_operator_s():
+    for params in ({}, {"role": "", "client": None}):
+        assert moltis.ConnectParams.from_json(params) == moltis.ConnectParams()
+    assert moltis.ConnectParams().role == "operator"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +286,10 @@ def test_only_so_many_commands_are_read_of_one_connect():
         {"auth": {"deviceToken": 7}},
         {"extensions": {"moltis": []}},
         {"extensions": {"moltis": {"caps": "exec"}}},
-        {"extensions": {"moltis": {"inflight": [{}]}}},
+        {"extensions": {"moltis": {"jobs": [ID]}}},
+        {"extensions": {"moltis": {"jobs": {"x": 0}}}},
+        {"extensions": {"moltis": {"jobs": {ID: -1}}}},
+        {"extensions": {"moltis": {"jobs": {moltis.new_id(): 0 for _ in range(4097)}}}},
         {"minProtocol": "4"},
     ],
 )

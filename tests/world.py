@@ -359,7 +359,7 @@ class World:
         return Call(self, ["node", "attach", job])
 
     def kept_pieces(self, job):
-        """Yield a job's standard output, as any client gets it: bytes, None for gaps."""
+        """Yield a job's standard output as any client gets it, None for a gap."""
         position = 0
         while True:
             answer = self.rpc("job.read", id=job, offset=position, encoding="base64")
@@ -452,7 +452,8 @@ class World:
             for call in self.calls
         ]
         texts = [f"--- {name}\n{text[-3000:]}" for name, text in logs.items()]
-        return "\n".join([*texts, *calls, *(json.dumps(row, default=str) for row in self.rows())])
+        rows = (json.dumps(row, default=str) for row in self.rows())
+        return "\n".join([*texts, *calls, *rows])
 
 
 def living_in_group(group):
