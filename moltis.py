@@ -3741,12 +3741,15 @@ def decode_job_data(message: bytes) -> tuple[int, str, int, bytes]:
     kind, job, offset = JOB_DATA_HEAD.unpack_from(message)
     if kind not in (LOG_DATA, INPUT_DATA) or offset >= MAX_OFFSET:
         raise RpcError(
-            "PROTOCOL_ERROR", f"no binary message has kind {kind}, offset {offset}"
+            "PROTOCOL_ERROR",
+            f"a binary message has kind {LOG_DATA} or {INPUT_DATA} and an offset below "
+            f"2^63, not kind {kind} and offset {offset}",
         )
     if len(message) > JOB_DATA_HEAD.size + MAX_LOG_MESSAGE:
         raise RpcError(
             "PAYLOAD_TOO_LARGE",
-            f"a binary message carries {MAX_LOG_MESSAGE} bytes, not {len(message)}",
+            f"a binary message carries at most {MAX_LOG_MESSAGE} bytes, "
+            f"not {len(message) - JOB_DATA_HEAD.size}",
         )
     return kind, uuid_text(job), offset, message[JOB_DATA_HEAD.size :]
 
@@ -6833,9 +6836,9 @@ class TelemetrySource:
 # Machine
 # Uses: Wire protocol, Commands, Telemetry, Language models
 #
-# The jobs of one computer: the table of works, the lines, logs by id.  A node serves its
-# gateway with it; the gateway has one for `Local`, which is a node like the others.
-# It opens no connection: reports go to a MachinePeer.
+# The jobs of one computer: the table of works, the lines, logs by id.  A node serves
+# its gateway with it; the gateway has one for `Local`, a node like the others.  It
+# opens no connection: reports go to a MachinePeer.
 # ==============================================================================
 
 CAP_RUN = "system.run"  # Moltis gateways require it
@@ -7665,7 +7668,7 @@ class GatewayLink:
             log.warning("message from the gateway skipped: %s", error)
 
     def run_due(self) -> float | None:
-        """Do the work that is due; return the seconds until the next, None for never."""
+        """Do what is due; return the seconds until the next check, None for never."""
         return None
 
     def close(self, error: MoltisError) -> None:
