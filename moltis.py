@@ -17021,7 +17021,7 @@ WEB_HTML = r"""<!doctype html>
 <input id="key" type="password" autocomplete="current-password" required
  placeholder="mk_…" aria-describedby="sign-in-error sign-in-help">
 <p id="sign-in-error" class="bad" role="alert"></p>
-<button id="sign-in-button" class="button main" type="submit">Sign in</button>
+<button class="button main" type="submit">Sign in</button>
 <details id="sign-in-help"><summary>Where is the key?</summary>
 <p>The gateway printed a sign-in link when it started; opening it signs you in. The key
 is also in a file on the gateway’s machine:</p>
@@ -17035,7 +17035,7 @@ is also in a file on the gateway’s machine:</p>
 <div id="veil" hidden></div>
 <nav id="sidebar" aria-label="Chats and settings">
 <div class="side-head">
-<a id="home" class="brand" href="/chat/main"><svg class="mark" aria-hidden="true">
+<a class="brand" href="/chat/main"><svg class="mark" aria-hidden="true">
 <use href="#i-mark"/></svg> moltis</a>
 <button id="close-sidebar" class="bare phone"
  aria-label="Close menu" data-icon="close"></button>
@@ -17131,7 +17131,7 @@ is also in a file on the gateway’s machine:</p>
  aria-label="Download all as CSV" data-icon="save"></a>
 <div class="filters"><label>Node <select id="filter-node"></select></label>
 <label>Result <select id="filter-state"></select></label></div></header>
-<div class="scroll" tabindex="0" role="region" aria-label="Commands that were run">
+<div class="scroll" tabindex="0" role="region" aria-label="Command history">
 <table id="audit"><thead><tr><th scope="col">When</th><th scope="col">Who</th>
 <th scope="col">Node</th><th scope="col">Command</th><th scope="col">Result</th>
 <th scope="col" class="number">Duration</th><th scope="col" class="number">Output</th>
@@ -17143,9 +17143,9 @@ is also in a file on the gateway’s machine:</p>
 <section id="models" class="settings" aria-labelledby="models-title" hidden>
 <header class="bar"><h1 id="models-title">Models</h1></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Providers">
-<p class="lead">Ollama is found on every machine, and so is each provider whose key is
-in the environment of the gateway or of a node. A key entered here is never shown
-again.</p>
+<p class="lead">Models come from Ollama on every machine, and from each provider whose
+key is in the environment of the gateway or a node, or is entered here. A key entered
+here is never shown again.</p>
 <div id="providers"></div>
 <form id="model-form"><h2>Unlisted model</h2>
 <div class="inline"><input id="model-name" required placeholder="openai/gpt-5-mini"
@@ -17195,10 +17195,12 @@ again.</p>
 </dialog>
 
 <dialog id="confirm" aria-labelledby="confirm-title" aria-describedby="confirm-text">
+<form method="dialog">
 <h2 id="confirm-title"></h2>
 <p id="confirm-text"></p>
-<div class="actions"><button id="confirm-no" class="button">Cancel</button>
-<button id="confirm-yes" class="button danger"></button></div>
+<div class="actions"><button class="button" autofocus>Cancel</button>
+<button id="confirm-yes" class="button danger" value="yes"></button></div>
+</form>
 </dialog>
 </div>
 
@@ -17271,7 +17273,8 @@ button:disabled { opacity: .5; cursor: default; }
   gap: 6px; border: var(--rule); border-radius: 9px; padding: 6px 13px;
   background: var(--surface); text-decoration: none; white-space: nowrap; }
 .button { min-height: 36px; font-weight: 520; }
-.button:hover { background: var(--sunken); }
+.button:hover, .pick:hover, .pick[aria-expanded=true], .choices li:hover,
+.choices .active { background: var(--sunken); }
 .button.main, .round.main { background: var(--accent); border-color: transparent;
   color: var(--on-accent); }
 .button.main:hover, .round.main:hover { filter: brightness(1.08); }
@@ -17302,6 +17305,9 @@ p.bad:empty { display: none; }
 .dot.wait { background: var(--wait); }
 .dot.run { background: var(--accent); animation: pulse 1.6s infinite; }
 @keyframes pulse { 50% { opacity: .3; } }
+.note, .detail, .count, .code-head, .side-foot h2, #hint { font-size: 12.5px;
+  color: var(--soft); }
+.note:empty { display: none; }
 .tools { display: inline-flex; gap: 2px; margin-left: auto; }
 .actions { display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 10px;
   margin-top: 20px; }
@@ -17314,8 +17320,7 @@ p.bad:empty { display: none; }
   border-radius: 18px; box-shadow: var(--shade); }
 .sheet h1 { display: flex; align-items: center; gap: 10px; font-size: 22px; }
 .sheet label, dialog label { font-weight: 560; font-size: 14px; }
-.sheet p, dialog > p, dialog form > p { color: var(--soft); }
-.sheet p.bad, dialog p.bad { color: var(--bad); }
+:is(.sheet, dialog form) > p:not(.bad) { color: var(--soft); }
 details { margin-top: 6px; color: var(--soft); font-size: 14px; }
 details p { margin: 8px 0; }
 details pre { padding: 8px 10px; border-radius: 8px; background: var(--sunken);
@@ -17353,29 +17358,26 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .brand { display: flex; align-items: center; gap: 9px; font-size: 17px;
   font-weight: 660; letter-spacing: -.02em; color: var(--ink); text-decoration: none; }
 #sessions { flex: 1; min-height: 0; overflow-y: auto; margin: 0 -4px; padding: 0 4px; }
-#sessions li { position: relative; border-radius: 9px; }
-#sessions a { display: block; padding: 7px 10px; border-radius: 9px; color: inherit;
+#sessions li, #sessions a, .side-foot a, .side-foot .bare { border-radius: 9px; }
+#sessions a, .side-foot a, .side-foot .bare { color: var(--ink);
   text-decoration: none; }
-#sessions li:hover { background: var(--hover); }
-#sessions li.current { background: var(--surface); box-shadow: 0 0 0 1px var(--line); }
+#sessions li:hover, .side-foot a:hover { background: var(--hover); }
+#sessions li.current, .side-foot a[aria-current] { background: var(--surface);
+  box-shadow: 0 0 0 1px var(--line); }
+#sessions li { position: relative; }
+#sessions a { display: block; padding: 7px 10px; }
 #sessions .name, #sessions .detail { display: block; }
 #sessions .name { font-weight: 520; }
-#sessions .detail, .detail { font-size: 12.5px; color: var(--soft); }
 #sessions .replying .detail { color: var(--accent); }
 #sessions .tools { position: absolute; right: 5px; top: 5px; border-radius: 8px;
   opacity: 0; background: var(--surface); }
 #sessions li:hover .tools, #sessions li:focus-within .tools { opacity: 1; }
 .side-foot { padding-top: 10px; border-top: var(--rule); }
-.side-foot h2 { padding: 0 10px 4px; font-size: 12.5px; font-weight: 560;
-  color: var(--soft); letter-spacing: 0; }
+.side-foot h2 { padding: 0 10px 4px; font-weight: 560; letter-spacing: 0; }
 .side-foot a, .side-foot .bare { display: flex; justify-content: flex-start; gap: 10px;
-  align-items: center; width: 100%; padding: 6px 10px; border-radius: 9px;
-  color: var(--ink); text-decoration: none; }
+  align-items: center; width: 100%; padding: 6px 10px; }
 .side-foot .icon { color: var(--soft); }
-.side-foot a:hover { background: var(--hover); }
-.side-foot a[aria-current] { background: var(--surface);
-  box-shadow: 0 0 0 1px var(--line); }
-.count { margin-left: auto; font-size: 12.5px; color: var(--soft); }
+.count { margin-left: auto; }
 #frame { display: flex; flex-direction: column; min-height: 0; min-width: 0; }
 #banner { padding: 7px 20px; background: var(--wait-tint); color: var(--wait);
   font-size: 14px; }
@@ -17391,7 +17393,6 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .picker { position: relative; min-width: 0; }
 .pick { display: flex; align-items: center; gap: 8px; max-width: 240px;
   min-height: 36px; padding: 5px 8px 5px 12px; border-radius: 9px; }
-.pick:hover, .pick[aria-expanded=true] { background: var(--sunken); }
 .pick-label { flex: 1; text-align: left; }
 .choices { position: absolute; z-index: 10; right: 0; top: calc(100% + 6px);
   padding: 5px; width: max-content; min-width: 240px; max-width: min(380px, 92vw);
@@ -17400,7 +17401,6 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .choices:focus-visible { outline-offset: 0; outline-width: 1px; }
 .choices li { display: flex; align-items: center; gap: 10px; padding: 7px 10px;
   border-radius: 8px; cursor: pointer; }
-.choices li:hover, .choices .active { background: var(--sunken); }
 .choices .active { box-shadow: inset 0 0 0 1px var(--accent); }
 .choices .dim .choice > :first-child { color: var(--soft); }
 .choice { flex: 1; min-width: 0; }
@@ -17413,8 +17413,6 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #messages, #welcome, #thinking, #composer > * { max-width: 800px; margin-inline: auto; }
 #older { display: flex; margin: 0 auto 18px; }
 .turn { margin-bottom: 20px; }
-.note { font-size: 12.5px; color: var(--soft); }
-.note:empty { display: none; }
 .user { display: flex; flex-direction: column; align-items: flex-end; }
 .bubble { max-width: 85%; padding: 9px 15px; border-radius: 17px 17px 5px 17px;
   background: var(--tint); white-space: pre-wrap; }
@@ -17450,7 +17448,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #prompt:empty { display: none; }
 .round { display: grid; place-items: center; width: 36px; height: 36px; flex: none;
   border-radius: 11px; }
-#hint { margin-top: 6px; text-align: center; font-size: 12.5px; color: var(--soft); }
+#hint { margin-top: 6px; text-align: center; }
 #node-away { margin-bottom: 8px; }
 
 /* prose */
@@ -17469,12 +17467,12 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .prose table { border-collapse: collapse; font-size: 14px; }
 .prose :is(th, td) { padding: 5px 14px 5px 0; text-align: left; vertical-align: top;
   border-bottom: var(--rule); }
-.prose .number, td.number, th.number { text-align: right;
+.prose .number, #audit .number { text-align: right;
   font-variant-numeric: tabular-nums; }
 .prose .center { text-align: center; }
 .code { border-radius: 11px; overflow: hidden; background: var(--sunken); }
 .code-head { display: flex; justify-content: space-between; align-items: center;
-  padding: 2px 5px 0 13px; font-size: 12.5px; color: var(--soft); }
+  padding: 2px 5px 0 13px; }
 .code pre { padding: 4px 13px 11px; overflow-x: auto; }
 
 /* a command */
@@ -17575,7 +17573,6 @@ details label input { flex: 0 1 420px; }
 #audit th { text-align: left; font-weight: 560; color: var(--soft); }
 #audit :is(th, td) { padding: 7px 16px 7px 0; border-bottom: var(--rule);
   vertical-align: baseline; white-space: nowrap; }
-#audit .number { text-align: right; }
 #audit .what { width: 50%; max-width: 0; }
 #audit .result { white-space: normal; min-width: 205px; }
 .result .dot { margin-right: 7px; }
@@ -17703,12 +17700,8 @@ function copyOf(id) {
 const button = (label, onclick, kind = "button") =>
   h("button", {class: kind, onclick}, label);
 
-function iconButton(name, label, onclick, kind = "bare") {
-  const element = h("button", {class: kind, "aria-label": label, title: label},
-    icon(name));
-  if (onclick) on(element, "click", onclick);
-  return element;
-}
+const iconButton = (name, label, onclick = null, kind = "bare") =>
+  h("button", {class: kind, "aria-label": label, title: label, onclick}, icon(name));
 
 // The children of an element, one per item; children with the same key are reused.
 class Keyed {
@@ -17758,9 +17751,9 @@ async function copy(text, button) {
     button.focus();
   }
   announce("Copied");
-  const before = [...button.childNodes];
   if (button.dataset.copied) return;
   button.dataset.copied = "yes";
+  const before = [...button.childNodes];
   fill(button, icon("check"), before.length > 1 && " Copied");
   setTimeout(() => {
     delete button.dataset.copied;
@@ -17813,7 +17806,7 @@ function editInPlace(element, text, label, save) {
     finish(event.key === "Enter");
     element.closest("li, article, header")?.querySelector("a, button")?.focus();
   });
-  element.dataset.edited = "yes"; // views leave it alone meanwhile
+  element.dataset.edited = "yes"; // views do not update it meanwhile
   fill(element, input);
   input.select();
 }
@@ -18040,7 +18033,7 @@ class Terminal {
       const at = TOKEN.lastIndex;
       const token = TOKEN.exec(text)?.[0];
       if (token === undefined) {
-        // Keep an incomplete sequence for the next write; limit what is none.
+        // Keep an incomplete sequence for the next write; drop one that never ends.
         if (text.length - at < 4096) this.rests[isError] = text.slice(at);
         break;
       }
@@ -18391,12 +18384,13 @@ const callError = (code, message) => Object.assign(new Error(message), {code});
 // The connection to the gateway; it reconnects by itself.
 class Link {
   constructor(handlers) {
-    // up(hello), down(retryAt), refused(error), event(name, payload), data(bytes)
+    // up(hello), down(retryAt), refused(), event(name, payload), data(bytes)
     this.handlers = handlers;
     this.calls = new Map();
     this.counter = 0;
     this.failures = 0;
     this.socket = null;
+    this.timer = null; // of the next open()
     setInterval(() => this.probe(), SILENCE / 3);
     on(window, "online", () => this.retryNow());
     on(window, "visibilitychange", () => this.probe());
@@ -18404,23 +18398,28 @@ class Link {
 
   open() {
     clearTimeout(this.timer);
+    this.timer = null;
+    if (this.socket) return;
     const socket = new WebSocket(socketAddress());
     socket.binaryType = "arraybuffer";
     this.socket = socket;
-    this.isUp = false;
     this.lastMessageAt = Date.now();
     on(socket, "open", () => this.introduce(socket));
     on(socket, "message", event => this.take(socket, event.data));
     on(socket, "close", () => this.lost(socket));
   }
 
-  // Close the connection until open() is called.
+  // Close the connection and fail its calls.
   close() {
-    clearTimeout(this.timer);
     const {socket} = this;
-    this.socket = null;
-    socket?.close();
-    this.failAll();
+    this.socket = null; // ignore its events from now on
+    this.isUp = false;
+    socket.close();
+    for (const {reject, timer} of this.calls.values()) {
+      clearTimeout(timer);
+      reject(callError("UNAVAILABLE", "The connection to the gateway was lost."));
+    }
+    this.calls.clear();
   }
 
   call(method, params = {}, timeout = CALL_TIMEOUT) {
@@ -18434,8 +18433,7 @@ class Link {
   }
 
   retryNow() {
-    if (this.socket === null || this.socket.readyState !== WebSocket.CLOSED) return;
-    this.open();
+    if (this.timer) this.open();
   }
 
   request(method, params, timeout, resolve, reject) {
@@ -18460,10 +18458,11 @@ class Link {
       this.handlers.up(hello);
     };
     const refused = error => {
-      if (socket !== this.socket) return;
-      if (!["UNAUTHORIZED", "FORBIDDEN"].includes(error.code)) return;
-      this.close();
-      this.handlers.refused(error);
+      if (!["UNAUTHORIZED", "FORBIDDEN"].includes(error.code)) this.lost(socket);
+      else if (socket === this.socket) {
+        this.close();
+        this.handlers.refused();
+      }
     };
     this.request("connect", params, 10_000, up, refused);
   }
@@ -18490,23 +18489,13 @@ class Link {
 
   lost(socket) {
     if (socket !== this.socket) return;
-    this.isUp = false;
-    this.failAll();
-    // Half of the wait is random: pages reconnect to a restarted gateway one by one.
+    this.close();
+    // Half of the wait is random: pages do not reconnect all at once after a restart.
     const wait = Math.min(RETRY_MAX, RETRY_FIRST * 2 ** this.failures);
     const delay = wait / 2 + (Math.random() * wait) / 2;
     this.failures += 1;
     this.timer = setTimeout(() => this.open(), delay);
     this.handlers.down(Date.now() + delay);
-  }
-
-  failAll() {
-    const calls = [...this.calls.values()];
-    this.calls.clear();
-    for (const {reject, timer} of calls) {
-      clearTimeout(timer);
-      reject(callError("UNAVAILABLE", "The connection to the gateway was lost."));
-    }
   }
 
   // A pulled cable closes no socket: probe the gateway.
@@ -18517,10 +18506,7 @@ class Link {
     try {
       await this.call("subscribe", {events: []}, 8000);
     } catch (error) {
-      if (error.code === "TIMEOUT" && socket === this.socket) {
-        socket.close();
-        this.lost(socket);
-      }
+      if (error.code === "TIMEOUT") this.lost(socket);
     }
   }
 }
@@ -18574,7 +18560,7 @@ class JobLog {
     this.onNews = null; // called after output was added
   }
 
-  // Return the log of a command of the first edition, which left only text.
+  // Return the log of a command of the first edition, which stored only text.
   static ofText(id, text) {
     const known = new JobLog(id);
     known.terminal.write(text);
@@ -18582,7 +18568,7 @@ class JobLog {
     return known;
   }
 
-  // Add frames; after a reconnect some of them are known.
+  // Add frames; after a reconnect some of them arrive again.
   take(offset, frames) {
     if (offset > this.offset) {
       this.leaveOut(this.pending.length);
@@ -18741,7 +18727,7 @@ class Chat {
       if (error.code !== "UNAVAILABLE") showError(error);
       return;
     }
-    // The gateway sends no more changes at once: older ones are missing.
+    // The answer is cut at 1000 rows: older changes are missing.
     if (rows.length >= 1000) this.rows.clear();
     if (!this.rows.size) this.earlier = rows.length >= 200;
     rows.forEach(row => this.merge(row));
@@ -18780,7 +18766,7 @@ class Chat {
     const row = this.rows.get(event.messageId);
     if (event.message) this.merge(event.message);
     else if (event.state === "delta" && row) row.text = (row.text || "") + event.text;
-    // A command may outlive its turn.
+    // Other events change nothing here: a command may outlive its turn.
     if (RUNS.has(event.state)) this.busy = true;
     else if (RUN_ENDS.has(event.state)) this.busy = false;
     touch("chat");
@@ -18799,9 +18785,9 @@ class Chat {
 
   updateJob(change) {
     for (const row of this.rows.values()) {
-      // These are absent when they no longer apply.
-      const before = {...row.job, place: null, awayMs: null};
-      if (row.jobId === change.id) row.job = {...before, ...change};
+      if (row.jobId !== change.id) continue;
+      // `change` lacks place and awayMs when they no longer apply.
+      row.job = {...row.job, place: null, awayMs: null, ...change};
     }
     touch("chat");
   }
@@ -18843,6 +18829,18 @@ const sessionName = entry =>
 
 const currentModel = entry => entry.model || state.models[0]?.id || SHELL;
 
+const modelName = id => state.models.find(model => model.id === id)?.displayName || id;
+
+// Return the names of a session's machine and model.
+function namesOf(entry) {
+  const model = currentModel(entry);
+  return {
+    node: sessionNode(entry).displayName,
+    model: modelName(model),
+    shell: model === SHELL,
+  };
+}
+
 function currentChat() {
   const {key} = state.route;
   if (!state.chats.has(key)) state.chats.set(key, new Chat(key));
@@ -18857,32 +18855,18 @@ async function patchSession(key, change) {
   if (!(await attempt("sessions.patch", {key, ...change}))) refresh("sessions");
 }
 
-async function selectNode(key, nodeId) {
-  const id = nodeId === LOCAL ? null : nodeId;
-  const entry = state.sessions.find(known => known.key === key);
-  if (entry) entry.node_id = id;
-  touch("sessions", "chat");
-  await attempt("nodes.set_session", {session_key: key, node_id: id});
-  refresh("sessions");
-}
+const selectNode = (key, id) => patchSession(key, {node_id: id === LOCAL ? null : id});
 
+// The method and parameters that fetch a list of `state`.
 const SOURCES = {
-  sessions: async () => {
-    state.sessions = await link.call("sessions.list");
-    for (const {key, replying} of state.sessions) {
-      const chat = state.chats.get(key);
-      if (chat && !chat.loading) chat.busy = replying;
-    }
-  },
-  models: async () => (state.models = await link.call("models.list")),
-  nodes: async () => (state.nodes = await link.call("node.list")),
-  devices: async () => (state.devices = await link.call("device.pair.list")),
-  running: async () => {
-    state.running = await link.call("job.list", {state: "open"});
-  },
-  providers: async () => (state.providers = await link.call("models.providers")),
-  keys: async () => (state.keys = await link.call("keys.list")),
-  logins: async () => (state.logins = await link.call("logins.list")),
+  sessions: ["sessions.list"],
+  models: ["models.list"],
+  nodes: ["node.list"],
+  devices: ["device.pair.list"],
+  running: ["job.list", {state: "open"}],
+  providers: ["models.providers"],
+  keys: ["keys.list"],
+  logins: ["logins.list"],
 };
 
 const refreshing = new Map(); // topic → whether to fetch it once more
@@ -18899,7 +18883,8 @@ async function refreshOne(topic) {
   }
   refreshing.set(topic, false);
   try {
-    await SOURCES[topic]();
+    state[topic] = await link.call(...SOURCES[topic]);
+    if (topic === "sessions") updateBusy();
     touch(topic);
   } catch (error) {
     // A key with only the read scope cannot list tokens.
@@ -18911,7 +18896,14 @@ async function refreshOne(topic) {
   if (again && state.link === "up") await refreshOne(topic);
 }
 
-// Follow a job: the gateway sends the end of its log, then what is added.
+function updateBusy() {
+  for (const {key, replying} of state.sessions) {
+    const chat = state.chats.get(key);
+    if (chat && !chat.loading) chat.busy = replying;
+  }
+}
+
+// Follow a job: the gateway sends the end of its log, then new output.
 async function followJob(chat, log) {
   const {id, offset} = log;
   if (log.isComplete || state.link !== "up" || state.followed.has(id)) return;
@@ -18933,7 +18925,7 @@ function unfollowOthers() {
   for (const [id, chat] of state.followed) {
     if (chat === shown) continue;
     state.followed.delete(id);
-    // A lost connection follows nothing.
+    // A call that fails lost its connection, and with it all followed jobs.
     link.call("job.unfollow", {id}).catch(() => null);
   }
 }
@@ -18943,7 +18935,7 @@ function onJobState({ending, ...change}) {
   const chat = state.followed.get(id);
   if (!chat) return;
   chat.updateJob({...change, ...ending});
-  // A lost job may still come back with its node.
+  // A lost job may still end otherwise when its node reconnects.
   if (!ending || ending.state === "lost") return;
   chat.logs.get(id).isComplete = true; // the ending is a log's last frame
   state.followed.delete(id);
@@ -19078,9 +19070,16 @@ const PAGE_TOPICS = {
 function routeOf(path) {
   const [, area, rest = ""] = /^\/(\w*)\/?(.*)$/.exec(path) || [];
   if (area === "settings") return {page: rest in PAGES ? rest : "nodes"};
-  if (area === "chat" && rest) return {page: "chat", key: decodeURIComponent(rest)};
-  return {page: "chat", key: localStorage.getItem("session") || MAIN};
+  try {
+    if (area === "chat" && rest) return {page: "chat", key: decodeURIComponent(rest)};
+  } catch {
+    // Not percent-encoded text: show the last chat.
+  }
+  return {page: "chat", key: lastKey()};
 }
+
+// Return the key of the chat that this browser showed last.
+const lastKey = () => localStorage.getItem("session") || MAIN;
 
 const chatPath = key => `/chat/${encodeURIComponent(key)}`;
 
@@ -19092,9 +19091,10 @@ function go(path, replace = false) {
 
 function applyAddress() {
   state.route = routeOf(location.pathname);
-  if (location.pathname === "/")
+  if (state.route.page === "chat") {
     history.replaceState(null, "", chatPath(state.route.key));
-  if (state.route.page === "chat") localStorage.setItem("session", state.route.key);
+    localStorage.setItem("session", state.route.key);
+  }
   openSidebar(false);
   enterRoute();
   touch("route");
@@ -19108,7 +19108,6 @@ function enterRoute() {
   if (page === "chat") currentChat().load();
   else if (page === "commands") loadAudit();
   else refresh(...PAGE_TOPICS[page]);
-  if (page === "nodes") state.nodes.forEach(loadUsage);
 }
 
 // == widgets ==
@@ -19119,18 +19118,14 @@ function confirmed(title, text, action) {
   setText($("confirm-title"), title);
   setText($("confirm-text"), text);
   setText($("confirm-yes"), action);
+  dialog.returnValue = "";
+  dialog.showModal();
   return new Promise(resolve => {
-    const close = answer => {
-      dialog.close();
-      resolve(answer);
-    };
-    $("confirm-yes").onclick = () => close(true);
-    $("confirm-no").onclick = () => close(false);
-    dialog.oncancel = () => resolve(false);
-    dialog.showModal();
-    $("confirm-no").focus();
+    dialog.onclose = () => resolve(dialog.returnValue === "yes");
   });
 }
+
+const dotFor = ({dot}) => dot && h("span", {class: `dot ${dot}`});
 
 // A button with a listbox: arrow keys, Home, End, type-ahead.
 class Picker {
@@ -19255,15 +19250,10 @@ class Picker {
   }
 }
 
-const dotFor = ({dot}) => dot && h("span", {class: `dot ${dot}`});
-
 function nodeOptions() {
-  const entry = currentSession();
-  const selected = sessionNode(entry);
-  const nodes = state.nodes.includes(selected)
-    ? state.nodes
-    : [...state.nodes, selected];
-  return inOrder(nodes).map(node => ({
+  const selected = sessionNode(currentSession());
+  // A removed machine stays in the list while it is selected.
+  return inOrder([...new Set([...state.nodes, selected])]).map(node => ({
     value: node.nodeId,
     label: node.displayName,
     detail: nodeDetail(node),
@@ -19273,10 +19263,11 @@ function nodeOptions() {
   }));
 }
 
+const offlineText = ({lastSeenAt}) =>
+  lastSeenAt ? `Offline, last seen ${ago(lastSeenAt)}` : "Offline";
+
 function nodeDetail(node) {
-  if (!node.connected) {
-    return node.lastSeenAt ? `Offline, seen ${ago(node.lastSeenAt)}` : "Offline";
-  }
+  if (!node.connected) return offlineText(node);
   const {cpuUsage, load} = node.telemetry || {};
   return dotted(node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
     cpuUsage != null && `${Math.round(cpuUsage)} % CPU`,
@@ -19292,7 +19283,7 @@ function modelOptions() {
     chosen: model.id === chosen,
   }));
   if (known.some(option => option.chosen) || !state.models.length) return known;
-  const gone = {value: chosen, label: chosen, detail: "Not available now", dim: true};
+  const gone = {value: chosen, label: chosen, detail: "Not available", dim: true};
   return [...known, {...gone, chosen: true}];
 }
 
@@ -19390,12 +19381,10 @@ class SessionItem {
 
   async discard() {
     const {entry} = this;
-    const text =
-      "Its messages and their output are deleted. The list of commands stays.";
+    const text = "Its messages and output are deleted. The list of commands stays.";
     const question = `Delete “${sessionName(entry)}”?`;
-    if (!(await confirmed(question, text, "Delete"))) return;
-    if (!(await attempt("sessions.delete", {key: entry.key}))) return;
-    onSession({type: "deleted", sessionKey: entry.key});
+    if (await confirmed(question, text, "Delete"))
+      attempt("sessions.delete", {key: entry.key});
   }
 }
 
@@ -19422,9 +19411,9 @@ async function newChat() {
   const isEmpty = known => !known.messageCount && !known.label && known.key !== MAIN;
   const entry = state.sessions.find(isEmpty) || (await attempt("sessions.create", {}));
   if (!entry) return;
-  // A new chat keeps the current machine and model.
-  if (model) await attempt("sessions.patch", {key: entry.key, model});
-  if (nodeById(node_id)) await selectNode(entry.key, node_id);
+  // A new chat keeps the current model, and the machine unless it was removed.
+  const node = nodeById(node_id) ? node_id : null;
+  if (model) await patchSession(entry.key, {model, node_id: node});
   await refresh("sessions");
   go(chatPath(entry.key));
   $("text").focus();
@@ -19444,6 +19433,18 @@ class UserTurn {
   }
 }
 
+const STATE_NOTES = {
+  aborted: "stopped",
+  error: "failed",
+  interrupted: "interrupted by a restart of the gateway",
+};
+
+const usageText = usage =>
+  usage?.outputTokens
+    ? `${usage.inputTokens.toLocaleString()} tokens read, ` +
+      `${usage.outputTokens.toLocaleString()} written`
+    : "";
+
 class AssistantTurn {
   constructor() {
     Object.assign(this, copyOf("assistant-turn"));
@@ -19460,18 +19461,6 @@ class AssistantTurn {
     this.root.title = fullFormat.format(row.createdAt);
   }
 }
-
-const STATE_NOTES = {
-  aborted: "stopped",
-  error: "failed",
-  interrupted: "interrupted by a restart of the gateway",
-};
-
-const usageText = usage =>
-  usage?.outputTokens
-    ? `${usage.inputTokens.toLocaleString()} tokens read, ` +
-      `${usage.outputTokens.toLocaleString()} written`
-    : "";
 
 class NoticeTurn {
   constructor() {
@@ -19629,12 +19618,9 @@ function drawThinking(chat, rows) {
   const last = rows.at(-1);
   const silent = last?.role === "user" || last?.state !== "running";
   $("thinking").hidden = !(chat.busy && silent) || last?.state === "queued";
-  const entry = currentSession();
-  const model = currentModel(entry);
-  setText($("thinking-text"), model === SHELL ? "" : `${modelName(model)} thinks`);
+  const {model, shell} = namesOf(currentSession());
+  setText($("thinking-text"), shell ? "" : `${model} is thinking`);
 }
-
-const modelName = id => state.models.find(model => model.id === id)?.displayName || id;
 
 const announced = new Set(); // ids of ended messages
 
@@ -19661,10 +19647,7 @@ function drawWelcome(chat, rows) {
   const box = $("welcome");
   box.hidden = !chat.loaded || rows.length > 0;
   if (box.hidden) return;
-  const entry = currentSession();
-  const node = sessionNode(entry).displayName;
-  const shell = currentModel(entry) === SHELL;
-  const model = modelName(currentModel(entry));
+  const {node, model, shell} = namesOf(currentSession());
   const run = line =>
     button(line, () => send(shell ? line : `!${line}`), "button small mono");
   const what = shell
@@ -19680,20 +19663,18 @@ function drawWelcome(chat, rows) {
 
 function drawComposer(chat) {
   const entry = currentSession();
-  const node = sessionNode(entry);
-  const shell = currentModel(entry) === SHELL;
+  const {node, model, shell} = namesOf(entry);
   const text = $("text");
   $("composer").classList.toggle("shell", shell);
-  setText($("prompt"), shell ? `${node.displayName} $` : "");
-  text.placeholder = shell ? "" : `Message ${modelName(currentModel(entry))}`;
-  const label = shell ? `Command for ${node.displayName}` : "Message";
-  text.setAttribute("aria-label", label);
+  setText($("prompt"), shell ? `${node} $` : "");
+  text.placeholder = shell ? "" : `Message ${model}`;
+  text.setAttribute("aria-label", shell ? `Command for ${node}` : "Message");
   $("stop").hidden = !chat.busy;
-  const gone = !node.connected && state.nodes.length > 0;
-  $("node-away").hidden = !gone;
-  const since = node.lastSeenAt ? ` since ${formatTime(node.lastSeenAt)}` : "";
-  const offline = `${node.displayName} is offline${since}.`;
-  setText($("node-away"), `${offline} Commands do not run elsewhere instead.`);
+  const {connected, lastSeenAt} = sessionNode(entry);
+  $("node-away").hidden = connected || !state.nodes.length;
+  const since = lastSeenAt ? ` since ${formatTime(lastSeenAt)}` : "";
+  setText($("node-away"),
+    `${node} is offline${since}. Commands do not run on another machine instead.`);
   const more = shell ? "↑ earlier commands" : "!command runs a command";
   const enter = shell ? "Enter runs" : "Enter sends";
   setText($("hint"), `${enter} · Shift+Enter new line · ${more}`);
@@ -19719,7 +19700,7 @@ async function send(line) {
   follows = true;
   const entry = currentSession();
   const params = {text: typed, sessionKey: entry.key};
-  // Before the list of sessions is here, only the gateway knows the model.
+  // Until the list of sessions arrives, only the gateway knows the model.
   if (state.sessions.includes(entry)) params.model = currentModel(entry);
   const answer = await attempt("chat.send", params);
   // Restore the text if the call failed.
@@ -19735,6 +19716,8 @@ function earlierTexts() {
     .map(row => row.text);
   return texts.filter((text, n) => text !== texts[n + 1]);
 }
+
+const stopRun = () => attempt("chat.abort", {sessionKey: state.route.key});
 
 // Move by `step` through earlier texts; return false at the end.
 function recallText(step) {
@@ -19775,7 +19758,6 @@ const selectedText = () => {
   return text.selectionStart !== text.selectionEnd || String(getSelection());
 };
 
-const stopRun = () => attempt("chat.abort", {sessionKey: state.route.key});
 
 function followEnd() {
   const box = $("transcript");
@@ -19824,20 +19806,18 @@ class Meter {
 // Draw a node's CPU usage over the last 30 minutes.
 function drawSpark(svg, points) {
   const now = Date.now();
-  const place = ([ms, usage]) => {
-    const x = 120 - ((now - ms) / HISTORY_SPAN) * 120;
-    return `${x.toFixed(1)} ${(27 - Math.min(100, usage) * 0.26).toFixed(1)}`;
-  };
   const recent = points.filter(([ms]) => ms > now - HISTORY_SPAN);
-  const trace = recent.map(place).join("L");
-  const [area, line] = svg.children;
-  line.setAttribute("d", recent.length > 1 ? `M${trace}` : "");
-  const x = recent.length && place(recent[0]).split(" ")[0];
-  const end = recent.length && place(recent.at(-1)).split(" ")[0];
-  area.setAttribute("d", recent.length > 1 ? `M${x} 28L${trace}L${end} 28Z` : "");
-  const top = Math.round(Math.max(0, ...recent.map(([, usage]) => usage)));
-  svg.setAttribute("aria-label", `CPU of the last 30 minutes, at most ${top} percent`);
   svg.classList.toggle("none", recent.length < 2);
+  if (recent.length < 2) return;
+  const x = ms => (120 - ((now - ms) / HISTORY_SPAN) * 120).toFixed(1);
+  const y = usage => (27 - Math.min(100, usage) * 0.26).toFixed(1);
+  const trace = recent.map(([ms, usage]) => `${x(ms)} ${y(usage)}`).join("L");
+  const [first, last] = [recent[0], recent.at(-1)].map(([ms]) => x(ms));
+  const [area, line] = svg.children;
+  line.setAttribute("d", `M${trace}`);
+  area.setAttribute("d", `M${first} 28L${trace}L${last} 28Z`);
+  const top = Math.round(Math.max(...recent.map(([, usage]) => usage)));
+  svg.setAttribute("aria-label", `CPU of the last 30 minutes, at most ${top} percent`);
 }
 
 class NodeCard {
@@ -19864,7 +19844,7 @@ class NodeCard {
     setText(this.about, dotted(platformName(node.platform), version, node.remoteIp));
     this.outdated.hidden = !node.outdated;
     setText(this.outdated,
-      `It runs moltis ${node.version || "of old"}: update moltis there.`);
+      `It runs ${version || "an old version of moltis"}: update moltis there.`);
     this.drawTelemetry(telemetry || {});
     this.drawLists(node, telemetry || {});
     const own = state.running.filter(row => row.nodeId === node.nodeId);
@@ -19874,48 +19854,43 @@ class NodeCard {
 
   stateText(node) {
     if (node.nodeId === LOCAL) return "The machine that runs this gateway";
-    if (!node.connected) {
-      return node.lastSeenAt ? `Offline, last seen ${ago(node.lastSeenAt)}` : "Offline";
-    }
+    if (!node.connected) return offlineText(node);
     const since = node.connectedAt ? ` since ${formatTime(node.connectedAt)}` : "";
-    const stale = node.telemetry?.stale ? ", but its figures are out of date" : "";
+    const stale = node.telemetry?.stale ? ", but its telemetry is out of date" : "";
     return `Connected${since}${stale}`;
   }
 
-  drawTelemetry(told) {
-    const memory = told.memTotal - told.memAvailable;
-    const disk = told.diskTotal - told.diskAvailable;
-    const of = (used, total) => `${formatBytes(used)} of ${formatBytes(total)}`;
-    const cores = told.cpuCount ? ` of ${plural(told.cpuCount, "core")}` : "";
-    this.cpu.update(told.cpuUsage == null ? null : told.cpuUsage / 100,
-      `${Math.round(told.cpuUsage)} %${cores}`);
-    this.memory.update(memory / told.memTotal, of(memory, told.memTotal));
-    this.disk.update(disk / told.diskTotal, of(disk, told.diskTotal));
+  drawTelemetry(telemetry) {
+    const {cpuUsage, cpuCount, load, uptimeSecs, temperature} = telemetry;
+    const cores = cpuCount ? ` of ${plural(cpuCount, "core")}` : "";
+    this.cpu.update(cpuUsage == null ? null : cpuUsage / 100,
+      `${Math.round(cpuUsage)} %${cores}`);
+    for (const [meter, total, available] of [
+      [this.memory, telemetry.memTotal, telemetry.memAvailable],
+      [this.disk, telemetry.diskTotal, telemetry.diskAvailable],
+    ]) {
+      const used = total - available;
+      meter.update(used / total, `${formatBytes(used)} of ${formatBytes(total)}`);
+    }
     drawSpark(this.spark, state.usage.get(this.node.nodeId) || []);
     const facts = dotted(
-      told.load?.length && `load ${told.load.map(n => n.toFixed(2)).join(" ")}`,
-      told.uptimeSecs && `up ${formatDuration(Math.max(60, told.uptimeSecs))}`,
-      told.temperature != null && `${Math.round(told.temperature)} °C`,
+      load?.length && `load ${load.map(n => n.toFixed(2)).join(" ")}`,
+      uptimeSecs && `up ${formatDuration(Math.max(60, uptimeSecs))}`,
+      temperature != null && `${Math.round(temperature)} °C`,
     );
     setText(this.facts, facts);
   }
 
   drawLists(node, {gpus = [], runtimes = [], runtimeVersions = {}, services = []}) {
+    const gpuText = ({name, memTotal}) => `${name} ${formatBytes(memTotal)}`.trim();
+    const runtime = name => `${name} ${runtimeVersions[name] || ""}`.trim();
+    const provided = ({provider, models}) =>
+      models?.length ? `${provider}: ${models.join(", ")}` : provider;
     const rows = [
-      [
-        "GPU",
-        gpus.map(
-          gpu => gpu.name + (gpu.memTotal ? ` ${formatBytes(gpu.memTotal)}` : "")),
-      ],
-      ["Runtimes",
-        runtimes.map(name => `${name} ${runtimeVersions[name] || ""}`.trim())],
+      ["GPU", gpus.map(gpuText)],
+      ["Runtimes", runtimes.map(runtime)],
       ["Services", services],
-      [
-        "Models",
-        (node.providers || []).map(({provider, models}) =>
-          models?.length ? `${provider}: ${models.join(", ")}` : provider,
-        ),
-      ],
+      ["Models", (node.providers || []).map(provided)],
     ].filter(([, names]) => names.length);
     fillIfChanged(this.lists, rows, () =>
       rows.map(([label, names]) => [h("dt", label),
@@ -19931,7 +19906,7 @@ class NodeCard {
   }
 
   async chat() {
-    const key = localStorage.getItem("session") || MAIN;
+    const key = lastKey();
     await selectNode(key, this.node.nodeId);
     go(chatPath(key));
     $("text").focus();
@@ -19962,9 +19937,7 @@ const nodeCards = new Keyed($("node-cards"), n => n.nodeId, n => new NodeCard(n)
 function drawNodes() {
   if (state.route.page !== "nodes") return;
   const nodes = inOrder(state.nodes);
-  nodes.forEach(node => {
-    if (state.link === "up") loadUsage(node);
-  });
+  if (state.link === "up") nodes.forEach(loadUsage);
   nodeCards.show(nodes);
   const others = nodes.filter(node => node.nodeId !== LOCAL);
   const online = others.filter(node => node.connected).length;
@@ -19981,7 +19954,7 @@ function drawUnused() {
   $("unused").hidden = !devices.length;
   fillIfChanged($("unused-list"), devices, () =>
     devices.map(({deviceId, displayName, createdAt}) =>
-      listRow(displayName || "No name", `made ${formatTime(createdAt)}`,
+      listRow(displayName || "Unnamed", `created ${formatTime(createdAt)}`,
         iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName))),
     ),
   );
@@ -20004,6 +19977,7 @@ async function generateToken() {
     const made = await link.call("device.token.create", {displayName: name});
     state.token = {deviceId: made.deviceId, name};
     showToken(made);
+    refresh("devices"); // no event announces a token
   } catch (error) {
     setText($("token-error"), error.message);
   }
@@ -20033,7 +20007,7 @@ function showToken({deviceToken, joinCode}) {
     ["If moltis is installed there", `moltis node add ${options}${pinned}`],
     ["Valid for ten minutes, without the token in the shell’s history",
       `${add} --join ${origin}/join/${joinCode}${pinned}`],
-    ["Only until you press Ctrl+C, without a service",
+    ["Until you press Ctrl+C, without installing a service",
       `${add} ${options}${pinned} --foreground`],
   ].map(line => copyLine(...line));
   $("token-form").hidden = true;
@@ -20070,25 +20044,22 @@ function drawTokenWait() {
   const device = state.devices.find(known => known.deviceId === deviceId);
   const node = device?.nodeId && nodeById(device.nodeId);
   const here = Boolean(node?.connected);
-  const wait = $("token-wait");
   const text = here
     ? `${node.displayName} is connected`
     : `Waiting for ${name} to connect…`;
-  if (wait.textContent !== text) {
-    fill(wait, here ? icon("check") : h("span", {class: "dot wait"}), text);
-  }
-  wait.classList.toggle("here", here);
+  fillIfChanged($("token-wait"), text, () =>
+    [here ? icon("check") : h("span", {class: "dot wait"}), text]);
+  $("token-wait").classList.toggle("here", here);
   $("token-chat").hidden = !here;
   $("token-chat").onclick = () => {
-    closeToken();
+    $("token").close();
     nodeCards.views.get(node.nodeId)?.chat();
   };
 }
 
-function closeToken() {
+function forgetToken() {
   state.token = null;
-  fill($("token-lines")); // keep the token nowhere
-  $("token").close();
+  fill($("token-lines"));
 }
 
 // == view: commands ==
@@ -20168,6 +20139,8 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
     const apiKey = key.value.trim();
     configure({...(apiKey && {apiKey}), baseUrl: url.value.trim()});
   };
+  const forget = button("Forget the key", () => configure({apiKey: ""}));
+  forget.type = "button"; // does not submit the form
   const source = {environment: `key from ${keyVariable}`, settings: "key entered here"};
   const found = models ? plural(models, "model") : error || "not set up";
   return h("details", {class: "card"},
@@ -20177,20 +20150,13 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
       h("label", "API key", key),
       h("label", "Address", url),
       h("div", {class: "actions"},
-        keyFrom === "settings" &&
-          h("button",
-            {
-              type: "button",
-              class: "button",
-              onclick: () => configure({apiKey: ""}),
-            },
-            "Forget the key"),
+        keyFrom === "settings" && forget,
         h("button", {class: "button main"}, "Save"))));
 }
 
 // Choose an unlisted model by its name.
 function useNamedModel() {
-  const key = localStorage.getItem("session") || MAIN;
+  const key = lastKey();
   patchSession(key, {model: $("model-name").value.trim()});
   go(chatPath(key));
 }
@@ -20269,20 +20235,14 @@ async function signIn(key) {
   setText($("sign-in-error"), why);
 }
 
+// Sign out and drop all data of the page.
 async function signOut() {
-  await fetch("/api/sign-out", {method: "POST"}).catch(showError);
-  link.close();
-  state.chats.clear();
-  state.followed.clear();
-  Object.assign(state, {
-    link: "out",
-    sessions: [],
-    nodes: [],
-    devices: [],
-    running: [],
-  });
-  shownChat = null;
-  touch("link", "chat");
+  try {
+    await fetch("/api/sign-out", {method: "POST"});
+    location.reload();
+  } catch {
+    showError(new Error("The gateway cannot be reached: you are still signed in."));
+  }
 }
 
 // == start ==
@@ -20302,11 +20262,18 @@ function tick() {
   for (const view of turns.views.values()) if (view.isOpen) view.tick();
 }
 
+function onSubmit(id, action) {
+  on($(id), "submit", event => {
+    event.preventDefault();
+    action();
+  });
+}
+
 const CLICKS = {
   "new-chat": newChat,
   "new-token": openToken,
-  "token-cancel": closeToken,
-  "token-done": closeToken,
+  "token-cancel": () => $("token").close(),
+  "token-done": () => $("token").close(),
   "sign-out": signOut,
   "open-sidebar": () => openSidebar(true),
   "close-sidebar": () => openSidebar(false),
@@ -20329,9 +20296,7 @@ function start() {
   watch("route nodes", drawFilters);
   watch("providers", drawProviders);
   watch("keys logins", drawAccess);
-  for (const [id, action] of Object.entries(CLICKS)) {
-    on($(id), "click", action);
-  }
+  for (const [id, action] of Object.entries(CLICKS)) on($(id), "click", action);
   for (const bar of document.querySelectorAll(".settings > .bar")) {
     bar.prepend(iconButton("menu", "Open menu", () => openSidebar(true), "bare phone"));
   }
@@ -20349,7 +20314,7 @@ function start() {
   onSubmit("composer", () => send());
   onSubmit("model-form", useNamedModel);
   onSubmit("key-form", createKey);
-  on($("token"), "close", () => (state.token = null));
+  on($("token"), "close", forgetToken);
   on($("text"), "keydown", composerKey);
   on($("text"), "input", fitText);
   on($("transcript"), "scroll", onScroll);
@@ -20368,16 +20333,9 @@ function start() {
   // Remove the key from the address before anything else can read it.
   if (key) history.replaceState(null, "", location.pathname);
   applyAddress();
-  if (key) signIn(decodeURIComponent(key));
+  if (key) signIn(key);
   else link.open();
   touch("link");
-}
-
-function onSubmit(id, action) {
-  on($(id), "submit", event => {
-    event.preventDefault();
-    action();
-  });
 }
 
 start();
