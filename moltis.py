@@ -996,11 +996,34 @@ class ProgramResult(Value):
         return (self.stdout + self.stderr).decode("utf-8", "replace").strip()
 
 
+def _read_to_end(
+    pipes: Sequence[IO[bytes]], deadline: Deadline
+) -> tuple[bool, bytes, bytes]:
+    """Return whether both pipes of a program ended in time, and their output."""
+    import selectors
+
+    output = {pipe.fileno(): b"" for pipe in pipes}
+    with selectors.DefaultSelector() as selector:
+        for descriptor in output:
+            selector.register(descriptor, selectors.EVENT_READ)
+        while selector.get_map() and not deadline.expired:
+            for key, _ in selector.select(deadline.remaining()):
+                data = os.read(key.fd, 65536)
+                output[key.fd] += data
+                if not data:
+                    selector.unregister(key.fd)
+            if sum(map(len, output.values())) > MAX_PROGRAM_OUTPUT:
+                break
+        stdout, stderr = output.values()
+        return not selector.get_map(), stdout, stderr
+
+
 def run_program(
     arguments: Sequence[str],
     environ: Mapping[str, str],
     *,
     timeout: float,  # s
+    cwd: str | None = None,
     cancel: Cancellation | None = None,
 ) -> ProgramResult:
     """Run a program without input, in a session of its own, and wait for its end.
@@ -1017,7 +1040,7 @@ def run_program(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=dict(environ),
-            cwd="/",
+            cwd=cwd,
             start_new_session=True,  # a group to kill, and no terminal to ask at
         )
     except OSError as error:
@@ -1030,9 +1053,10 @@ def run_program(
 
     status = 124
     cancel = cancel or Cancellation()
+    pipes = [pipe for pipe in (process.stdout, process.stderr) if pipe is not None]
     try:
         with cancel.calling(kill):
-            whole, stdout, stderr = _read_output(process, Deadline(timeout))
+            whole, stdout, stderr = _read_to_end(pipes, Deadline(timeout))
             if whole:
                 # A program closes its output a moment before it exits.
                 code = process.wait(1.0)
@@ -1041,43 +1065,36 @@ def run_program(
     except subprocess.TimeoutExpired:
         pass
     finally:
+        for pipe in pipes:
+            pipe.close()
         if process.returncode is None:
             kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)
+    if status == 124:
+        stderr += f"{arguments[0]} did not end within {timeout:g} s".encode()
     survivor = process.pid if process.returncode is None else 0
     return ProgramResult(status, stdout, stderr, survivor)
 
 
-def _read_output(
-    process: Popen[bytes], deadline: Deadline
-) -> tuple[bool, bytes, bytes]:
-    """Return whether both pipes of a program ended in time, and what they brought."""
-    import selectors
-
-    assert process.stdout is not None
-    assert process.stderr is not None
-    pipes = {process.stdout.fileno(): b"", process.stderr.fileno(): b""}
-    with process.stdout, process.stderr, selectors.DefaultSelector() as selector:
-        for pipe in pipes:
-            selector.register(pipe, selectors.EVENT_READ)
-        while selector.get_map() and not deadline.expired:
-            for key, _ in selector.select(deadline.remaining()):
-                data = os.read(key.fd, 65536)
-                pipes[key.fd] += data
-                if not data:
-                    selector.unregister(key.fd)
-            if sum(map(len, pipes.values())) > MAX_PROGRAM_OUTPUT:
-                break
-        stdout, stderr = pipes.values()
-        return not selector.get_map(), stdout, stderr
+def process_mark(pid: int) -> str:
+    """Return a text that no later process with the same id has, "" if none runs."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
+        # The 22nd field is the start, in ticks since boot; the 2nd may hold spaces.
+        started = words.rpartition(")")[2].split()[19]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
+        return f"{boot} {started}"
+    except (OSError, IndexError):  # macOS
+        command = ["ps", "-o", "lstart=", "-p", str(pid)]
+        return run_program(command, os.environ, timeout=10.0).stdout.decode().strip()
 
 
 # ==============================================================================
 # Settings
 #
 # What a machine remembers between runs: `node.json` and `gateway.json` in the data
-# directory.  Which flag beats which variable is said by the command line.
+# directory.  The command line decides which flag beats which variable.
 # ==============================================================================
 
 
@@ -1105,28 +1122,36 @@ def websocket_url(url: str) -> str:
 
 
 def data_directory(environ: Mapping[str, str]) -> Path:
-    """Return the directory for all our files: MOLTIS_DATA_DIR, or ~/.moltis."""
-    chosen = environ.get("MOLTIS_DATA_DIR")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".moltis"
+    """Return the directory for all our files: MOLTIS_DATA_DIR, or ~/.moltis.
+
+    Raises BadConfiguration.
+    """
+    try:
+        return Path(environ.get("MOLTIS_DATA_DIR") or "~/.moltis").expanduser()
+    except RuntimeError as error:  # a user without a home, or a ~name of nobody
+        raise BadConfiguration(
+            f"there is no data directory ({error}); choose one with MOLTIS_DATA_DIR"
+        ) from error
 
 
 def read_settings_file(path: Path) -> JsonObject | None:
-    """Return the object in a JSON file, or None where there is no such file.
+    """Return the object in a JSON file, or None if the file is missing or empty.
 
-    Raises BadConfiguration when it is there and cannot be used.
+    Raises BadConfiguration if it cannot be used.
     """
     try:
-        value = from_json(path.read_bytes())
+        data = path.read_bytes()
+        value = from_json(data) if data.strip() else None
     except FileNotFoundError:
         return None
     except OSError as error:
         raise BadConfiguration(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise BadConfiguration(
-            f"{path} is not JSON ({error}); mend or delete it"
+            f"{path} is not JSON ({error}); repair or delete it"
         ) from error
-    if not isinstance(value, dict):
-        raise BadConfiguration(f"{path} must hold a JSON object; mend or delete it")
+    if value is not None and not isinstance(value, dict):
+        raise BadConfiguration(f"{path} must hold a JSON object; repair or delete it")
     return value
 
 
@@ -1135,15 +1160,33 @@ def write_settings_file(path: Path, value: JsonObject) -> None:
     write_private(path, (json.dumps(value, indent=2) + "\n").encode("utf-8"))
 
 
-def _settings_field(path: Path, value: JsonObject, name: str, kind: type) -> Any:
-    try:
-        return optional(value, name, kind)
-    except RpcError as error:
-        raise BadConfiguration(f"{path}: {error.message}") from error
+class SettingsFile(SnakeValue):
+    """A value with a file of its own in the data directory."""
+
+    FILE: ClassVar[str]
+
+    @classmethod
+    def load(cls, directory: Path) -> Self | None:
+        """Return what the file holds, or None if there is none.
+
+        Raises BadConfiguration.
+        """
+        path = directory / cls.FILE
+        value = read_settings_file(path)
+        try:
+            return None if value is None else cls.from_json(value)
+        except RpcError as error:
+            raise BadConfiguration(f"{path}: {error.message}") from error
+
+    def save(self, directory: Path) -> None:
+        """Write the file.  Raises BadConfiguration."""
+        write_settings_file(directory / self.FILE, self.to_json())
 
 
-class NodeSettings(SnakeValue):
-    """What `node.json` holds: how this machine reaches its gateway, and as whom."""
+class NodeSettings(SettingsFile):
+    """How this machine reaches its gateway, and as whom."""
+
+    FILE = "node.json"
 
     gateway_url: str  # ws:// or wss://, with the path
     device_token: str
@@ -1152,88 +1195,31 @@ class NodeSettings(SnakeValue):
     working_dir: str | None = None
     timeout: float | None = None  # s; a maximum that no caller exceeds
     auth: str = "scram"  # or "bearer", for Moltis gateways
-    lends_models: bool = True  # to the gateway: its Ollama, providers it has keys for
+    llm: bool = True  # lend the gateway this machine's language models
     allow: Sequence[str] = ()  # patterns of the only commands; none: any
 
-    FILE = "node.json"
-
     @classmethod
-    def load(cls, directory: Path) -> NodeSettings | None:
-        """Return the settings, or None where this machine is no node.
-
-        Raises BadConfiguration.
-        """
-        path = directory / cls.FILE
-        value = read_settings_file(path)
-        if value is None:
-            return None
-        lends_models = _settings_field(path, value, "llm", bool)
-        allow = _settings_field(path, value, "allow", list) or []
-        # A guard that cannot be read must not be taken for none.
-        if not all(isinstance(pattern, str) for pattern in allow):
-            raise BadConfiguration(f"{path}: allow must hold strings only")
-        texts = {}
-        for name in ("gateway_url", "device_token", "node_id", "display_name"):
-            text = _settings_field(path, value, name, str)
-            if not text:
-                raise BadConfiguration(f"{path}: {name} is missing")
-            texts[name] = text
-        return cls(
-            **texts,
-            working_dir=_settings_field(path, value, "working_dir", str) or None,
-            timeout=_settings_field(path, value, "timeout", float),
-            auth=_settings_field(path, value, "auth", str) or "scram",
-            lends_models=lends_models is not False,
-            allow=tuple(allow),
+    def from_json(cls, value: JsonObject) -> Self:
+        """Raises RpcError also for an empty text."""
+        settings = super().from_json(
+            {**value, "working_dir": value.get("working_dir") or None}
         )
-
-    def save(self, directory: Path) -> None:
-        """Write node.json.  Raises BadConfiguration."""
-        value = {
-            "gateway_url": self.gateway_url,
-            "device_token": self.device_token,
-            "node_id": self.node_id,
-            "display_name": self.display_name,
-            "working_dir": self.working_dir,
-            "timeout": self.timeout,
-            "auth": self.auth,
-            "llm": self.lends_models,
-            "allow": list(self.allow) or None,
-        }
-        given = {k: v for k, v in value.items() if v is not None}
-        write_settings_file(directory / self.FILE, given)
+        for name in ("gateway_url", "device_token", "node_id", "display_name"):
+            if not getattr(settings, name):
+                raise RpcError("INVALID_REQUEST", f"{name} is missing")
+        return settings
 
 
-class GatewayFile(SnakeValue):
-    """What `gateway.json` holds: how programs of the same user reach the gateway."""
-
-    url: str  # http:// or https://, without a path
-    api_key: str
-    pid: int
-    public_url: str = ""  # the same as other machines may reach it
-    fingerprint: str | None = None  # of the certificate's public key, with https://
+class GatewayFile(SettingsFile):
+    """How programs of the same user reach the running gateway."""
 
     FILE = "gateway.json"
 
-    @classmethod
-    def load(cls, directory: Path) -> GatewayFile | None:
-        """Return what the gateway left, or None.  Raises BadConfiguration."""
-        path = directory / cls.FILE
-        value = read_settings_file(path)
-        if value is None:
-            return None
-        return cls(
-            url=_settings_field(path, value, "url", str) or "",
-            api_key=_settings_field(path, value, "api_key", str) or "",
-            pid=_settings_field(path, value, "pid", int) or 0,
-            public_url=_settings_field(path, value, "public_url", str) or "",
-            fingerprint=_settings_field(path, value, "fingerprint", str),
-        )
-
-    def save(self, directory: Path) -> None:
-        """Write gateway.json.  Raises BadConfiguration."""
-        value = {k: v for k, v in self.to_json().items() if v is not None}
-        write_settings_file(directory / self.FILE, value)
+    url: str = ""  # http:// or https://, without a path
+    api_key: str = ""
+    pid: int = 0
+    public_url: str = ""  # the same as other machines may reach it
+    fingerprint: str | None = None  # of the certificate's public key, with https://
 
 
 # ==============================================================================
@@ -3739,12 +3725,15 @@ def decode_job_data(message: bytes) -> tuple[int, str, int, bytes]:
     kind, job, offset = JOB_DATA_HEAD.unpack_from(message)
     if kind not in (LOG_DATA, INPUT_DATA) or offset >= MAX_OFFSET:
         raise RpcError(
-            "PROTOCOL_ERROR", f"no binary message has kind {kind}, offset {offset}"
+            "PROTOCOL_ERROR",
+            f"a binary message has kind {LOG_DATA} or {INPUT_DATA} and an offset below "
+            f"2^63, not kind {kind} and offset {offset}",
         )
     if len(message) > JOB_DATA_HEAD.size + MAX_LOG_MESSAGE:
         raise RpcError(
             "PAYLOAD_TOO_LARGE",
-            f"a binary message carries {MAX_LOG_MESSAGE} bytes, not {len(message)}",
+            f"a binary message carries at most {MAX_LOG_MESSAGE} bytes, "
+            f"not {len(message) - JOB_DATA_HEAD.size}",
         )
     return kind, uuid_text(job), offset, message[JOB_DATA_HEAD.size :]
 
@@ -6209,20 +6198,18 @@ def list_models(
 #
 # What a machine has and how it is doing: a quick reading of the operating system
 # (memory, CPU, disk, load, temperature), and an inventory that a thread of its own
-# takes at leisure (runtimes, GPUs, LLM providers).  When to report, and to whom, is
-# left to others.
+# takes (runtimes, GPUs, LLM providers).  A reading is a claim: sender and receiver
+# check each field by itself, and a field that makes no sense is missing.
 # ==============================================================================
 
 INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
 VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
 GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
-SYSCTL_TIMEOUT = 2.0  # s; a reading of the vital signs waits for it
-STOP_LATENCY = 0.1  # s until somebody who reads notices that it shall stop
-MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes; `ps` on a busy Mac prints 10 KiB
-MAX_LISTED = 256  # entries of one list in a report; those beyond are left out
-MAX_LABEL = 200  # characters of one name in a report; those beyond are cut off
-MAX_NUMBER = 2**63  # beyond it, neither SQLite nor a Moltis peer takes a number
-MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is but noise
+SYSCTL_TIMEOUT = 2.0  # s; a reading waits for it
+MAX_LISTED = 256  # entries of one list in a report; the rest is dropped
+MAX_LABEL = 200  # characters of one name in a report; the rest is cut off
+MAX_NUMBER = 2**63 - 1  # neither SQLite nor a Moltis peer takes a greater one
+MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is noise
 USUAL_PLACES = (  # of programs, from the home directory
     ".local/bin",
     "bin",
@@ -6241,13 +6228,16 @@ USUAL_PLACES = (  # of programs, from the home directory
     "/sbin",
 )
 
-SYSCTL_NAMES = (
-    *("hw.memsize", "hw.physmem", "hw.pagesize", "kern.boottime", "kern.cp_time"),
-    "vm.stats.vm.v_free_count",
-    "vm.stats.vm.v_inactive_count",
-    "vm.stats.vm.v_cache_count",
-)
-
+_VERSION = r"(\d+\.\d+[\w.+-]*)"
+# Programs that run others' programs: how to ask for the version, and where it stands.
+RUNTIMES: Mapping[str, tuple[str, str]] = {
+    "python3": ("--version", _VERSION),
+    "node": ("--version", _VERSION),
+    "ruby": ("--version", _VERSION),
+    "go": ("version", _VERSION),
+    "rustc": ("--version", _VERSION),
+    "java": ("-version", r'version "([^"]+)"'),
+}
 # Programs of macOS that only offer to install the real one, by where that then lies.
 MACOS_STUBS: Mapping[str, str] = {
     "/usr/bin/java": "/Library/Java/JavaVirtualMachines",
@@ -6255,39 +6245,169 @@ MACOS_STUBS: Mapping[str, str] = {
 }
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
-_NAMED_NUMBER = r"(?m)^([^:=\n]+)[:=]\s*(\d+)"
+_NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d+)"
 _BOOT_TIME = r"(?m)^kern\.boottime\b\D*sec = (\d+)"
-_CP_TIME = r"(?m)^kern\.cp_time\b[:=]((?: *\d+){5})"
 _VM_STAT_PAGE = r"page size of (\d+) bytes"
-_VERSION = r"(\d+\.\d+[\w.+-]*)"
-_JAVA_VERSION = r'version "([^"]+)"'
+_GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d+)|\[.*\]) *$"
 
 
-class Runtime(Value):
-    """A program that runs others' programs, with how to ask it which version it is."""
-
-    program: str
-    argument: str = "--version"
-    version: str = _VERSION
+# -- what a report says --------------------------------------------------------
 
 
-RUNTIMES = (
-    Runtime("python3"),
-    Runtime("node"),
-    Runtime("ruby"),
-    Runtime("go", "version"),
-    Runtime("rustc"),
-    Runtime("java", "-version", _JAVA_VERSION),
-)
+class Gpu(Value):
+    """A graphics processor."""
+
+    name: str
+    mem_total: int | None = None  # bytes
 
 
-def _without_none(fields: JsonObject) -> JsonObject:
-    # Absent fields are left out on the wire, and a Moltis peer may choke on null.
-    return {
-        name: _without_none(value) if isinstance(value, dict) else value
-        for name, value in fields.items()
-        if value is not None
-    }
+class Provider(Value):
+    """A source of language models that a machine has, with those it can list."""
+
+    provider: str
+    models: tuple[str, ...] = ()
+
+
+def _number(value: Any, low: float = -MAX_NUMBER, high: float = MAX_NUMBER) -> float:
+    """Return a JSON number in a range, which neither infinity nor NaN is."""
+    number: float = required({"": value}, "", float)
+    if not low <= number <= high:
+        raise ValueError("beyond reason")
+    return number
+
+
+def _count(value: Any) -> int:
+    return int(_number(value, 0))
+
+
+def _percentage(value: Any) -> float:
+    return round(min(100.0, max(0.0, _number(value, -1, 101))), 1)  # a float's error
+
+
+def _celsius(value: Any) -> float:
+    return round(_number(value, -60, 150), 1)
+
+
+def _label(value: Any) -> str:
+    # A node's words reach terminals.  printable() removes lone surrogates as well,
+    # which cannot be encoded.
+    return printable(required({"": value}, "", str), MAX_LABEL)
+
+
+def _items(value: Any, kind: type = list) -> Any:
+    return list(required({"": value}, "", kind))[:MAX_LISTED]
+
+
+def _labels(value: Any) -> tuple[str, ...]:
+    return tuple(map(_label, _items(value)))
+
+
+def _averages(value: Any) -> tuple[float, ...]:
+    return tuple(round(_number(average, 0), 2) for average in _items(value)[:3])
+
+
+def _versions(value: Any) -> Mapping[str, str]:
+    return {_label(name): _label(value[name]) for name in _items(value, dict)}
+
+
+def _gpu_list(value: Any) -> tuple[Gpu, ...]:
+    sizes = [(gpu["name"], gpu.get("memTotal")) for gpu in _items(value)]
+    return tuple(
+        Gpu(_label(name), None if size is None else _count(size))
+        for name, size in sizes
+    )
+
+
+def _provider_list(value: Any) -> tuple[Provider, ...]:
+    return tuple(
+        Provider(_label(entry["provider"]), _labels(entry.get("models", [])))
+        for entry in _items(value)
+    )
+
+
+TELEMETRY_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    # field: (place in the payload, check)
+    "mem_total": ("mem.total", _count),
+    "mem_available": ("mem.available", _count),
+    "cpu_count": ("cpuCount", _count),
+    "cpu_usage": ("cpuUsage", _percentage),
+    "uptime_secs": ("uptime", _count),
+    "disk_total": ("disk.total", _count),
+    "disk_available": ("disk.available", _count),
+    "load": ("load", _averages),
+    "temperature": ("temperature", _celsius),
+    "services": ("services", _labels),
+    "runtimes": ("runtimes", _labels),
+    "runtime_versions": ("runtimeVersions", _versions),
+    "gpus": ("gpus", _gpu_list),
+    "providers": ("providers", _provider_list),
+}
+
+
+class Telemetry(Value):
+    """One report of a node; None where it does not say."""
+
+    mem_total: int | None = None  # bytes
+    mem_available: int | None = None  # bytes
+    cpu_count: int | None = None
+    cpu_usage: float | None = None  # 0 to 100
+    uptime_secs: int | None = None
+    disk_total: int | None = None  # bytes
+    disk_available: int | None = None  # bytes
+    load: tuple[float, ...] | None = None  # over 1, 5 and 15 minutes
+    temperature: float | None = None  # °C
+    services: tuple[str, ...] = ()
+    runtimes: tuple[str, ...] = ()  # names of programs, as Moltis lists them
+    runtime_versions: Mapping[str, str] = NOTHING
+    gpus: tuple[Gpu, ...] = ()
+    providers: tuple[Provider, ...] | None = None  # a Rust node has to be asked
+
+    @classmethod
+    def checked(cls, claims: Mapping[str, Any]) -> Telemetry:
+        """Return a report of those `claims`, JSON by field, that make sense."""
+        fields = {}
+        for name, (_, check) in TELEMETRY_FIELDS.items():
+            if claims.get(name) is not None:
+                with contextlib.suppress(RpcError, ValueError, TypeError, LookupError):
+                    fields[name] = check(claims[name])
+        for kind in ("mem", "disk"):
+            available = fields.get(f"{kind}_available", 0)
+            if available > fields.get(f"{kind}_total", available):
+                del fields[f"{kind}_available"]
+        return cls(**fields)
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Telemetry:
+        """Return what a `node.telemetry` says, from ours or a Rust node.
+
+        Unknown fields are ignored, long lists and names cut.
+        """
+        claims = {}
+        for name, (path, _) in TELEMETRY_FIELDS.items():
+            outer, _, inner = path.rpartition(".")
+            place = pick(payload, outer, dict) if outer else payload
+            claims[name] = place.get(inner)
+        return cls.checked(claims)
+
+    def to_payload(self, node_id: str) -> JsonObject:
+        """Return the payload of `node.telemetry`, as nodes send it."""
+        payload: JsonObject = {"nodeId": node_id, "mem": {}, "disk": {}}
+        for name, (path, _) in TELEMETRY_FIELDS.items():
+            value = encode_value(getattr(self, name))
+            outer, _, inner = path.rpartition(".")
+            if value is not None:
+                (payload[outer] if outer else payload)[inner] = value
+        return payload
+
+    def to_columns(self, *, stale: bool) -> JsonObject:
+        """Return `telemetry` of an entry of `node.list`; `providers` stand beside it.
+
+        `stale`: the node is offline, or has not reported lately.
+        """
+        return {**self.replace(providers=None).to_json(), "stale": stale}
+
+
+# -- the operating system ------------------------------------------------------
 
 
 class CpuTimes(Value):
@@ -6301,329 +6421,30 @@ class CpuTimes(Value):
         total = self.total - earlier.total
         if total < MIN_CPU_TICKS:
             return None
-        # Linux lets the count of ticks spent waiting for I/O, thus idle, go back.
-        return min(100.0, max(0.0, 100 * (self.busy - earlier.busy) / total))
+        return min(100.0, 100 * (self.busy - earlier.busy) / total)
 
 
 class Vitals(Value):
-    """What the operating system says right now; None where it does not say it."""
+    """A reading of the operating system; None where it has none."""
 
     mem_total: int | None = None  # bytes
     mem_available: int | None = None  # bytes
-    uptime: float | None = None  # s
+    uptime_secs: float | None = None
     cpu_times: CpuTimes | None = None
     cpu_usage: float | None = None  # 0 to 100, from a system that does the sum itself
     temperature: float | None = None  # °C
 
 
-class Gpu(Value):
-    name: str
-    mem_total: int | None = None  # bytes
-
-    def to_payload(self) -> JsonObject:
-        return _without_none({"name": self.name, "memTotal": self.mem_total})
-
-
-class Provider(Value):
-    """A source of language models that a machine has, with those it can list."""
-
-    name: str
-    models: tuple[str, ...] = ()
-
-    def to_payload(self) -> JsonObject:
-        return {"provider": self.name, "models": list(self.models)}
-
-
-class Equipment(Value):
-    """What is installed on a machine."""
-
-    runtimes: tuple[str, ...] = ()  # names of programs, as Moltis lists them
-    runtime_versions: Mapping[str, str] = NOTHING
-    gpus: tuple[Gpu, ...] = ()
-    providers: tuple[Provider, ...] = ()
-
-
-class Telemetry(Value):
-    """One report of a node; None and empty where it does not say."""
-
-    mem_total: int | None = None  # bytes
-    mem_available: int | None = None  # bytes
-    cpu_count: int | None = None
-    cpu_usage: float | None = None  # 0 to 100
-    uptime: float | None = None  # s
-    disk_total: int | None = None  # bytes, of "/"
-    disk_available: int | None = None  # bytes
-    load: tuple[float, ...] = ()  # over 1, 5 and 15 minutes
-    temperature: float | None = None  # °C
-    services: tuple[str, ...] = ()
-    runtimes: tuple[str, ...] = ()
-    runtime_versions: Mapping[str, str] = NOTHING
-    gpus: tuple[Gpu, ...] = ()
-    providers: tuple[Provider, ...] | None = None  # a Rust node has to be asked
-
-    def to_payload(self, node_id: str) -> JsonObject:
-        """Return the payload of `node.telemetry`, as nodes send it."""
-        return _without_none(
-            {
-                "nodeId": node_id,
-                "mem": {"total": self.mem_total, "available": self.mem_available},
-                "cpuCount": self.cpu_count,
-                "cpuUsage": self.cpu_usage,
-                "uptime": None if self.uptime is None else int(self.uptime),
-                "disk": {"total": self.disk_total, "available": self.disk_available},
-                **self._extras(),
-                "providers": self._providers(),
-            }
-        )
-
-    def to_columns(self, *, stale: bool) -> JsonObject:
-        """Return `telemetry` of an entry of `node.list`; `providers` stand beside it.
-
-        It is `stale` when the node has not said so lately, thus when it is away.
-        """
-        return _without_none(
-            {
-                "memTotal": self.mem_total,
-                "memAvailable": self.mem_available,
-                "cpuCount": self.cpu_count,
-                "cpuUsage": self.cpu_usage,
-                "uptimeSecs": None if self.uptime is None else int(self.uptime),
-                "diskTotal": self.disk_total,
-                "diskAvailable": self.disk_available,
-                **self._extras(),
-                "stale": stale,
-            }
-        )
-
-    def _extras(self) -> JsonObject:
-        return {
-            "load": list(self.load) or None,
-            "temperature": self.temperature,
-            "services": list(self.services),
-            "runtimes": list(self.runtimes),
-            "runtimeVersions": dict(self.runtime_versions),
-            "gpus": [gpu.to_payload() for gpu in self.gpus],
-        }
-
-    def _providers(self) -> list[JsonObject] | None:
-        if self.providers is None:
-            return None
-        return [provider.to_payload() for provider in self.providers]
-
-
-def _label(text: str) -> str:
-    # A node's words end up on terminals.  printable() spares them lone surrogates as
-    # well, which cannot be encoded again.
-    return printable(text, MAX_LABEL)
-
-
-def _reported_number(params: Mapping[str, Any], name: str) -> float | None:
-    value: float | None = optional(params, name, float)
-    # JSON can say 1e999, which Python reads as infinity, and no other JSON can.
-    if value is not None and not -MAX_NUMBER < value < MAX_NUMBER:
-        raise RpcError("INVALID_REQUEST", f"{name} is beyond reason")
-    return value
-
-
-def _reported_count(params: Mapping[str, Any], name: str) -> int | None:
-    value = _reported_number(params, name)
-    if value is not None and value < 0:
-        raise RpcError("INVALID_REQUEST", f"{name} must not be negative")
-    return None if value is None else int(value)
-
-
-def _reported_list(params: Mapping[str, Any], name: str, kind: type) -> list[Any]:
-    items = optional(params, name, list) or []
-    return [required({name: item}, name, kind) for item in items[:MAX_LISTED]]
-
-
-def _reported_names(params: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    return tuple(_label(text) for text in _reported_list(params, name, str))
-
-
-def _reported_load(params: Mapping[str, Any]) -> tuple[float, ...]:
-    averages = _reported_list(params, "load", float)[:3]
-    return tuple(_reported_number({"load": value}, "load") or 0.0 for value in averages)
-
-
-def _reported_versions(params: Mapping[str, Any]) -> dict[str, str]:
-    versions = optional(params, "runtimeVersions", dict) or {}
-    return {
-        _label(name): _label(required(versions, name, str))
-        for name in list(versions)[:MAX_LISTED]
-    }
-
-
-def _reported_gpus(params: Mapping[str, Any]) -> tuple[Gpu, ...]:
-    return tuple(
-        Gpu(_label(required(entry, "name", str)), _reported_count(entry, "memTotal"))
-        for entry in _reported_list(params, "gpus", dict)
-    )
-
-
-def providers_from_payload(payload: Mapping[str, Any]) -> tuple[Provider, ...]:
-    """Return the `providers` of a telemetry payload or of a `system.providers` result.
-
-    Raises RpcError INVALID_REQUEST.
-    """
-    return tuple(
-        Provider(
-            name=_label(required(entry, "provider", str)),
-            models=_reported_names(entry, "models"),
-        )
-        for entry in _reported_list(payload, "providers", dict)
-    )
-
-
-def telemetry_from_payload(payload: object) -> Telemetry:
-    """Return what the payload of a `node.telemetry` says, from ours or a Rust node.
-
-    Unknown fields are ignored, over-long lists and names cut.
-    Raises RpcError INVALID_REQUEST for a value of the wrong type or beyond reason.
-    """
-    if not isinstance(payload, dict):
-        raise RpcError("INVALID_REQUEST", "the payload of telemetry must be an object")
-    memory = optional(payload, "mem", dict) or {}
-    disk = optional(payload, "disk", dict) or {}
-    usage = _reported_number(payload, "cpuUsage")
-    return Telemetry(
-        mem_total=_reported_count(memory, "total"),
-        mem_available=_reported_count(memory, "available"),
-        cpu_count=_reported_count(payload, "cpuCount"),
-        cpu_usage=None if usage is None else min(100.0, max(0.0, usage)),
-        uptime=_reported_number(payload, "uptime"),
-        disk_total=_reported_count(disk, "total"),
-        disk_available=_reported_count(disk, "available"),
-        load=_reported_load(payload),
-        temperature=_reported_number(payload, "temperature"),
-        services=_reported_names(payload, "services"),
-        runtimes=_reported_names(payload, "runtimes"),
-        runtime_versions=_reported_versions(payload),
-        gpus=_reported_gpus(payload),
-        providers=(
-            None
-            if payload.get("providers") is None
-            else providers_from_payload(payload)
-        ),
-    )
-
-
-def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of a program: of the user's PATH, or of the usual places.
-
-    A service is started with a bare PATH, and the user's programs lie elsewhere.
-    Raises RpcError INVALID_REQUEST for what is no plain name.
-    """
-    if not name or len(name) > 255 or "/" in name or not name.isprintable():
-        raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
-    directories = environ.get("PATH", os.defpath).split(os.pathsep)
-    home = environ.get("HOME") or os.path.expanduser("~")
-    usual = [os.path.join(home, place) for place in USUAL_PLACES]
-    # "" in PATH means the working directory; `join` leaves absolute places alone.
-    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
-    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
-    for path in (os.path.join(directory, name) for directory in absolute):
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return None
-
-
-class ShortPrograms:
-    """Programs that are asked one question, and ended when they do not answer."""
-
-    def __init__(
-        self, environ: Mapping[str, str], cancellation: Cancellation | None = None
-    ) -> None:
-        # What we look for in their answers is English.
-        self._environ = {**command_environment(environ, {}), "LC_ALL": "C"}
-        self._cancellation = cancellation or Cancellation()
-        self._stuck: dict[str, Popen[bytes]] = {}  # by path: not even SIGKILL ends it
-
-    def find(self, name: str) -> str | None:
-        return find_binary(name, self._environ)
-
-    def ask(
-        self, path: str, *arguments: str, timeout: float, any_status: bool = False
-    ) -> str:
-        """Return what the program prints on stdout and stderr.
-
-        It is "" where the program cannot be started, is not done after `timeout` s or,
-        unless `any_status`, fails.
-        """
-        # A program that waits for a broken driver cannot be killed: one is enough.
-        if path in self._stuck and self._stuck[path].poll() is None:
-            return ""
-        try:
-            process = self._start([path, *arguments])
-        except OSError:
-            return ""
-        assert process.stdout is not None
-        with process.stdout as pipe:
-            output = self._read(pipe.fileno(), Deadline(timeout))
-        # A program closes its output a moment before it exits.
-        status = self._end(path, process, 0.0 if output is None else 1.0)
-        if output is None or status < 0 or (status > 0 and not any_status):
-            return ""
-        return output.decode("utf-8", "replace")
-
-    def _start(self, argv: list[str]) -> Popen[bytes]:
-        import subprocess
-
-        return subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,  # `java -version` answers there
-            env=self._environ,
-            cwd="/",
-            start_new_session=True,  # a group to end, and no terminal to ask at
-        )
-
-    def _read(self, pipe: int, deadline: Deadline) -> bytes | None:
-        """Return all that comes before the end of `pipe`; None: it did not end."""
-        output = b""
-        poll = select.poll()
-        poll.register(pipe, select.POLLIN)
-        while not (self._cancellation.cancelled or deadline.expired):
-            if poll.poll(STOP_LATENCY * 1000):
-                data = os.read(pipe, 65536)
-                output += data
-                if not data:
-                    return output
-                if len(output) > MAX_PROGRAM_OUTPUT:
-                    break
-        return None
-
-    def _end(self, path: str, process: Popen[bytes], patience: float) -> int:
-        """Return the exit status, after `patience` s that of SIGKILL."""
-        import subprocess
-
-        try:
-            return process.wait(patience)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)
-        try:
-            return process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            log.warning("program cannot be ended program=%s pid=%d", path, process.pid)
-            self._stuck[path] = process
-            return -signal.SIGKILL
-
-
-def _read_text(path: Path | None) -> str:
-    """Return what the file holds; "" where there is none."""
-    if path is None:
-        return ""
+def _read_text(path: Path) -> str:
+    """Return the content of a file, "" if it cannot be read."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
 
 def _numbers_by_name(text: str) -> dict[str, int]:
-    """Return the first number of each line like `name: 12 kB` or `name=12`."""
+    """Return the first number of each line like `name: 12 kB`."""
     found = re.findall(_NAMED_NUMBER, text)
     return {name.strip(): int(number) for name, number in found}
 
@@ -6633,17 +6454,15 @@ def _first_number(text: str) -> float | None:
     return float(found[0]) if found else None
 
 
-def _times(count: float | None, factor: int) -> int | None:
-    return None if count is None else int(count * factor)
-
-
-def _find_thermometer(zones: Path) -> Path | None:
-    """Return the file with the temperature of the CPU, in thousandths of a degree."""
-    for path in sorted(zones.glob("thermal_zone*/type")):
-        # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
-        if _read_text(path).startswith(("cpu", "soc", "bcm2835", "x86_pkg")):
-            return path.with_name("temp")
-    return None
+def _linux_memory(meminfo: str) -> tuple[int | None, int | None]:
+    """Return bytes in all, and those that could be had without swapping."""
+    kib = _numbers_by_name(meminfo)
+    available = kib.get("MemAvailable")
+    if available is None and "MemFree" in kib:  # before Linux 3.14
+        reclaimable = ("MemFree", "Buffers", "Cached", "SReclaimable")
+        available = sum(kib.get(name, 0) for name in reclaimable)
+    total = kib.get("MemTotal")
+    return total and total * 1024, available and available * 1024
 
 
 def _linux_cpu_times(stat_text: str) -> CpuTimes | None:
@@ -6660,52 +6479,70 @@ class ProcProbe:
     """The vital signs of Linux, from /proc and /sys."""
 
     def __init__(self, root: Path = Path("/")) -> None:
-        self._meminfo = root / "proc/meminfo"
-        self._uptime = root / "proc/uptime"
-        self._stat = root / "proc/stat"
-        self._thermometer = _find_thermometer(root / "sys/class/thermal")
+        self._proc = root / "proc"
+        zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
+        # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
+        kinds = ("cpu", "soc", "bcm2835", "x86_pkg")
+        self._thermometers = [
+            path.with_name("temp")
+            for path in zones
+            if _read_text(path).startswith(kinds)
+        ]
 
     def read(self) -> Vitals:
-        memory = _numbers_by_name(_read_text(self._meminfo))  # KiB
-        # Before Linux 3.14, and on NetBSD, nobody reckons what is available.
-        available = memory.get("MemAvailable", memory.get("MemFree"))
-        milli = _first_number(_read_text(self._thermometer))
+        total, available = _linux_memory(_read_text(self._proc / "meminfo"))
         return Vitals(
-            mem_total=_times(memory.get("MemTotal"), 1024),
-            mem_available=_times(available, 1024),
-            uptime=_first_number(_read_text(self._uptime)),
-            cpu_times=_linux_cpu_times(_read_text(self._stat)),
-            temperature=None if milli is None else milli / 1000,
+            mem_total=total,
+            mem_available=available,
+            uptime_secs=_first_number(_read_text(self._proc / "uptime")),
+            cpu_times=_linux_cpu_times(_read_text(self._proc / "stat")),
+            temperature=self._temperature(),
         )
 
-
-def _bsd_cpu_times(sysctl_text: str) -> CpuTimes | None:
-    found = re.search(_CP_TIME, sysctl_text)
-    if not found:
+    def _temperature(self) -> float | None:
+        """Return the first plausible reading of the CPU."""
+        for path in self._thermometers:
+            value = _first_number(_read_text(path))
+            if (
+                value is not None and abs(value) >= 1000
+            ):  # thousandths; some say degrees
+                value /= 1000
+            if value is not None and -40 <= value <= 125:
+                return value
         return None
-    ticks = [int(number) for number in found[1].split()]
-    return CpuTimes(busy=sum(ticks[:-1]), total=sum(ticks))  # the last one is idle
 
 
-def _bsd_available(values: Mapping[str, int]) -> int | None:
-    """Return the bytes that FreeBSD could give away without writing anything."""
-    kinds = ("free", "inactive", "cache")
-    pages = [values.get(f"vm.stats.vm.v_{kind}_count") for kind in kinds]
-    size = values.get("hw.pagesize")
-    return None if pages[0] is None or not size else size * sum(p or 0 for p in pages)
+class ShortPrograms:
+    """Programs that are asked one question, and killed when they do not answer."""
+
+    def __init__(
+        self, environ: Mapping[str, str], cancel: Cancellation | None = None
+    ) -> None:
+        # The patterns for their answers are English.
+        self._environ = {**command_environment(environ, {}), "LC_ALL": "C"}
+        self._cancel = cancel
+        self._stuck: dict[str, int] = {}  # by path: the process that SIGKILL spared
+
+    def find(self, name: str) -> str | None:
+        return find_binary(name, self._environ)
+
+    def ask(self, path: str, *arguments: str, timeout: float) -> ProgramResult:
+        """Return how the program answered.  Raises Cancelled."""
+        # A program that waits for a broken driver cannot be killed: one is enough.
+        if is_running(self._stuck.get(path, 0)):
+            return ProgramResult(124)
+        words = [path, *arguments]
+        result = run_program(
+            words, self._environ, timeout=timeout, cwd="/", cancel=self._cancel
+        )
+        if result.survivor:
+            log.warning("cannot kill program=%s pid=%d", path, result.survivor)
+            self._stuck[path] = result.survivor
+        return result
 
 
-def _macos_available(vm_stat_text: str) -> int | None:
-    pages = _numbers_by_name(vm_stat_text)
-    size = re.search(_VM_STAT_PAGE, vm_stat_text)
-    if size is None or "Pages free" not in pages:
-        return None
-    kinds = ("free", "inactive", "speculative")
-    return int(size[1]) * sum(pages.get(f"Pages {kind}", 0) for kind in kinds)
-
-
-class SysctlProbe:
-    """The vital signs of macOS and the BSDs, from their programs."""
+class MacProbe:
+    """The vital signs of macOS, from its programs."""
 
     def __init__(
         self, programs: ShortPrograms, clock: Callable[[], float] = time.time
@@ -6714,38 +6551,41 @@ class SysctlProbe:
         self._clock = clock
 
     def read(self) -> Vitals:
-        # Each system knows some of the names, and fails for the others.
-        text = self._ask("sysctl", *SYSCTL_NAMES, any_status=True)
-        values = _numbers_by_name(text)
+        text = self._ask("sysctl", "hw.memsize", "kern.boottime")
         booted = re.search(_BOOT_TIME, text)
-        vitals = Vitals(
-            mem_total=values.get("hw.memsize", values.get("hw.physmem")),
-            mem_available=_bsd_available(values),
-            uptime=max(0.0, self._clock() - int(booted[1])) if booted else None,
-            cpu_times=_bsd_cpu_times(text),
-        )
-        return self._on_macos(vitals) if "hw.memsize" in values else vitals
-
-    def _on_macos(self, vitals: Vitals) -> Vitals:
+        total = _numbers_by_name(text).get("hw.memsize")
+        if total is None:
+            return Vitals()
         # No sysctl of macOS counts CPU time; `ps` has each process's recent share.
         answer = self._ask("ps", "-Ao", "%cpu=")
         shares = [float(number) for number in re.findall(_NUMBER, answer)]
         usage = min(100.0, sum(shares) / (os.cpu_count() or 1)) if shares else None
-        available = _macos_available(self._ask("vm_stat"))
-        return vitals.replace(mem_available=available, cpu_usage=usage)
+        return Vitals(
+            mem_total=total,
+            mem_available=self._available(),
+            uptime_secs=max(0.0, self._clock() - int(booted[1])) if booted else None,
+            cpu_usage=usage,
+        )
 
-    def _ask(self, program: str, *arguments: str, any_status: bool = False) -> str:
+    def _available(self) -> int | None:
+        text = self._ask("vm_stat")
+        pages = _numbers_by_name(text)
+        size = re.search(_VM_STAT_PAGE, text)
+        if size is None or "Pages free" not in pages:
+            return None
+        kinds = ("free", "inactive", "speculative")
+        return int(size[1]) * sum(pages.get(f"Pages {kind}", 0) for kind in kinds)
+
+    def _ask(self, program: str, *arguments: str) -> str:
         path = self._programs.find(program)
         if path is None:
             return ""
-        return self._programs.ask(
-            path, *arguments, timeout=SYSCTL_TIMEOUT, any_status=any_status
-        )
+        return self._programs.ask(path, *arguments, timeout=SYSCTL_TIMEOUT).text
 
 
 def read_psutil() -> Vitals:
-    """Return what psutil, where somebody installed it, knows of an unknown system."""
-    if sys.flags.no_site:  # as we are started when installed
+    """Return the reading of psutil, where it is installed, of an unknown system."""
+    if sys.flags.no_site:  # as the launcher starts us
         import site
 
         site.main()
@@ -6758,7 +6598,7 @@ def read_psutil() -> Vitals:
     return Vitals(
         mem_total=memory.total,
         mem_available=memory.available,
-        uptime=max(0.0, time.time() - psutil.boot_time()),
+        uptime_secs=max(0.0, time.time() - psutil.boot_time()),
         cpu_times=CpuTimes(100 * (sum(ticks) - ticks.idle), 100 * sum(ticks)),  # s
     )
 
@@ -6768,11 +6608,43 @@ Probe: TypeAlias = "Callable[[], Vitals]"  # a reading, within about SYSCTL_TIME
 
 def choose_probe(environ: Mapping[str, str], root: Path = Path("/")) -> Probe:
     """Return the first way of reading this system that knows its memory."""
-    candidates = (ProcProbe(root).read, SysctlProbe(ShortPrograms(environ)).read)
+    candidates = (ProcProbe(root).read, MacProbe(ShortPrograms(environ)).read)
     for probe in candidates:
         if probe().mem_total is not None:
             return probe
     return read_psutil
+
+
+# -- what is installed ---------------------------------------------------------
+
+
+class Equipment(Value):
+    """What is installed on a machine."""
+
+    runtimes: tuple[str, ...] = ()
+    runtime_versions: Mapping[str, str] = NOTHING
+    gpus: tuple[Gpu, ...] = ()
+    providers: tuple[Provider, ...] = ()
+
+
+def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the path of a program: of the user's PATH, or of the usual places.
+
+    A service is started with a bare PATH, and the user's programs lie elsewhere.
+    Raises RpcError INVALID_REQUEST unless `name` is a plain name.
+    """
+    if not name or len(name) > 255 or "/" in name or not name.isprintable():
+        raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
+    directories = environ.get("PATH", os.defpath).split(os.pathsep)
+    home = environ.get("HOME") or os.path.expanduser("~")
+    usual = [os.path.join(home, place) for place in USUAL_PLACES]
+    # "" in PATH means the working directory; `join` leaves absolute places alone.
+    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
+    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
+    for path in (os.path.join(directory, name) for directory in absolute):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
 
 
 def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
@@ -6780,7 +6652,7 @@ def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
     provider = OllamaProvider(PROVIDERS[0], ollama_url(host), "")
     try:
         listed = provider.listed(cancel)
-    except (ModelError, Cancelled):
+    except ModelError:
         return None
     names = (pick(model, "name", str) for model in listed[:MAX_LISTED])
     return Provider("ollama", tuple(_label(name) for name in names if name))
@@ -6788,27 +6660,14 @@ def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
 
 def providers_with_keys(environ: Mapping[str, str]) -> tuple[Provider, ...]:
     """Return the providers whose API key is here; never the key."""
-    return tuple(
-        Provider(name)
-        for name, variable in API_KEY_VARIABLES.items()
-        if environ.get(variable)
-    )
+    variables = API_KEY_VARIABLES.items()
+    return tuple(Provider(name) for name, key in variables if environ.get(key))
 
 
 def _is_macos_stub(path: str, platform: str = sys.platform) -> bool:
     installed = MACOS_STUBS.get(path) if platform == "darwin" else None
     return installed is not None and not (
         os.path.isdir(installed) and os.listdir(installed)
-    )
-
-
-def _parse_gpus(csv: str) -> tuple[Gpu, ...]:
-    """Return the GPUs from lines like `NVIDIA A100-SXM4-80GB, 81920` (MiB)."""
-    rows = (line.rpartition(",") for line in csv.splitlines())
-    return tuple(
-        Gpu(name.strip(), _times(_first_number(size.strip()), 1024 * 1024))
-        for name, _, size in rows
-        if name.strip()
     )
 
 
@@ -6825,8 +6684,8 @@ class Inventory:
         self._environ = environ
         self._interval = interval
         self._on_change = on_change
-        self._cancellation = Cancellation()
-        self._programs = ShortPrograms(environ, self._cancellation)
+        self._cancel = Cancellation()
+        self._programs = ShortPrograms(environ, self._cancel)
         self._equipment = Equipment()  # replaced as a whole, so it needs no lock
         self._thread = threading.Thread(
             target=self._run, name="moltis-inventory", daemon=True
@@ -6835,13 +6694,13 @@ class Inventory:
 
     @property
     def equipment(self) -> Equipment:
-        """What was found so far: nothing yet in the first moment."""
+        """The last inventory; empty until the first one is taken."""
         return self._equipment
 
     def close(self) -> None:
-        self._cancellation.cancel()
-        # A name that does not resolve, or a host that does not answer, holds the
-        # thread for some seconds: nobody has to wait for that.
+        self._cancel.cancel()
+        # A name that does not resolve holds the thread for some seconds; nothing has
+        # to wait for that.
         self._thread.join(2.0)
 
     def _run(self) -> None:
@@ -6849,57 +6708,47 @@ class Inventory:
             while True:
                 try:
                     self._take()
+                except Cancelled:
+                    raise
                 except Exception:
                     log.exception("inventory failed")
-                self._cancellation.pause(self._interval)
+                self._cancel.pause(self._interval)
 
     def _take(self) -> None:
-        runtimes = self._find_runtimes()
+        found = {name: self._programs.find(name) for name in RUNTIMES}
+        paths = {
+            name: path
+            for name, path in found.items()
+            if path is not None and not _is_macos_stub(path)
+        }
         keys = providers_with_keys(self._environ)
         if self._equipment == Equipment():
-            # Names are quick to find; the first report shall not wait for versions.
-            self._publish(Equipment(runtimes=tuple(runtimes), providers=keys))
-        ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancellation)
-        self._publish(
-            Equipment(
-                runtimes=tuple(runtimes),
-                runtime_versions=self._ask_versions(runtimes),
-                gpus=self._ask_gpus(),
-                providers=(*(() if ollama is None else (ollama,)), *keys),
-            )
-        )
+            # Names are quick to find; the first report does not wait for versions.
+            self._publish(Equipment(tuple(paths), providers=keys))
+        ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancel)
+        providers = keys if ollama is None else (ollama, *keys)
+        versions = self._ask_versions(paths)
+        self._publish(Equipment(tuple(paths), versions, self._ask_gpus(), providers))
 
     def _publish(self, equipment: Equipment) -> None:
-        # What was cut short by close() would look like a machine that lost things.
-        if self._cancellation.cancelled or equipment == self._equipment:
+        # After close() it is cut short, and looks like a machine that lost things.
+        if self._cancel.cancelled or equipment == self._equipment:
             return
         self._equipment = equipment
         if self._on_change is not None:
             try:
                 self._on_change()
             except Exception:
-                log.exception("nobody hears of a change in the inventory")
-
-    def _find_runtimes(self) -> dict[str, str]:
-        """Return the paths of the runtimes that are installed, by program."""
-        found = {r.program: self._programs.find(r.program) for r in RUNTIMES}
-        return {
-            program: path
-            for program, path in found.items()
-            if path is not None and not _is_macos_stub(path)
-        }
+                log.exception("cannot report a change of the inventory")
 
     def _ask_versions(self, paths: Mapping[str, str]) -> dict[str, str]:
         versions = {}
-        for runtime in RUNTIMES:
-            path = paths.get(runtime.program)
-            if path is not None:
-                answer = self._programs.ask(
-                    path, runtime.argument, timeout=VERSION_TIMEOUT
-                )
-                found = re.search(runtime.version, answer)
-                if found:
-                    versions[runtime.program] = _label(found[1])
+        for name, path in paths.items():
+            argument, pattern = RUNTIMES[name]
+            result = self._programs.ask(path, argument, timeout=VERSION_TIMEOUT)
+            found = re.search(pattern, result.text) if result.status == 0 else None
+            if found:
+                versions[name] = _label(found[1])
         return versions
 
     def _ask_gpus(self) -> tuple[Gpu, ...]:
@@ -6907,27 +6756,29 @@ class Inventory:
         if path is None:
             return ()
         query = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
-        return _parse_gpus(self._programs.ask(path, *query, timeout=GPU_TIMEOUT))
+        # It also fails after it has listed all GPUs, say with 14 for a worn one.
+        output = self._programs.ask(path, *query, timeout=GPU_TIMEOUT).stdout
+        rows = re.findall(_GPU_ROW, output.decode("utf-8", "replace"))  # MiB
+        return tuple(
+            Gpu(name.strip(), int(size) * 1024 * 1024 if size else None)
+            for name, size in rows[:MAX_LISTED]
+        )
+
+
+# -- reports -------------------------------------------------------------------
 
 
 def _read_disk() -> tuple[int | None, int | None]:
-    """Return the size of "/" in bytes, and how much of it the user may still fill."""
-    try:
-        disk = os.statvfs("/")
-    except OSError:
-        return None, None
-    return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+    """Return the bytes of the disk that fills, and those that the user may still use.
 
-
-def _read_load() -> tuple[float, ...]:
-    try:
-        return tuple(round(average, 2) for average in os.getloadavg())
-    except OSError:
-        return ()
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 1)
+    "/" may be an image that is full and read-only.
+    """
+    for path in ("/", "/var", os.path.expanduser("~")):
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(path)
+            if not disk.f_flag & os.ST_RDONLY:
+                return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+    return None, None
 
 
 class TelemetrySource:
@@ -6943,33 +6794,24 @@ class TelemetrySource:
     def read(self) -> Telemetry:
         """Return how the machine is doing; from any thread, within about 6 s."""
         vitals = self._probe()
-        equipment = self._inventory.equipment
-        disk_total, disk_available = _read_disk()
-        usage = vitals.cpu_usage
-        if usage is None and vitals.cpu_times is not None:
-            usage = self._usage_until(vitals.cpu_times)
-        return Telemetry(
-            mem_total=vitals.mem_total,
-            mem_available=vitals.mem_available,
-            cpu_count=os.cpu_count(),
-            cpu_usage=_rounded(usage),
-            uptime=vitals.uptime,
-            disk_total=disk_total,
-            disk_available=disk_available,
-            load=_read_load(),
-            temperature=_rounded(vitals.temperature),
-            runtimes=equipment.runtimes,
-            runtime_versions=equipment.runtime_versions,
-            gpus=equipment.gpus,
-            providers=equipment.providers,
-        )
+        claims = {**vars(vitals), **vars(self._inventory.equipment)}
+        claims["cpu_count"] = os.cpu_count()
+        claims["disk_total"], claims["disk_available"] = _read_disk()
+        with contextlib.suppress(OSError):
+            claims["load"] = os.getloadavg()
+        if vitals.cpu_times is not None:
+            claims["cpu_usage"] = self._usage_until(vitals.cpu_times)
+        return Telemetry.checked(encode_value(claims))
 
     def _usage_until(self, now: CpuTimes) -> float | None:
         with self._lock:
             earlier = self._cpu_times
-            usage = None if earlier is None else now.usage_since(earlier)
+            if earlier is None or now.busy < earlier.busy or now.total < earlier.total:
+                # The counters of a container begin anew when it is restarted.
+                self._cpu_times, self._cpu_usage = now, None
+            usage = now.usage_since(earlier) if earlier is not None else None
             # Two readings at nearly the same time share the usage before them.
-            if usage is not None or earlier is None:
+            if usage is not None:
                 self._cpu_times, self._cpu_usage = now, usage
             return self._cpu_usage
 
@@ -6978,9 +6820,9 @@ class TelemetrySource:
 # Machine
 # Uses: Wire protocol, Commands, Telemetry, Language models
 #
-# The jobs of one computer: the table of works, the lines, logs by id.  A node serves its
-# gateway with it; the gateway has one for `Local`, which is a node like the others.
-# It opens no connection: reports go to a MachinePeer.
+# The jobs of one computer: the table of works, the lines, logs by id.  A node serves
+# its gateway with it; the gateway has one for `Local`, a node like the others.  It
+# opens no connection: reports go to a MachinePeer.
 # ==============================================================================
 
 CAP_RUN = "system.run"  # Moltis gateways require it
@@ -7252,7 +7094,7 @@ def _which(options: MachineOptions, spec: WhichSpec, _errand: Errand) -> JsonObj
 
 def _providers(options: MachineOptions, _spec: object, _errand: Errand) -> JsonObject:
     providers = options.inventory.equipment.providers
-    return {"providers": [provider.to_payload() for provider in providers]}
+    return {"providers": [provider.to_json() for provider in providers]}
 
 
 def _lent_catalog(options: MachineOptions) -> ModelCatalog:
@@ -7810,7 +7652,7 @@ class GatewayLink:
             log.warning("message from the gateway skipped: %s", error)
 
     def run_due(self) -> float | None:
-        """Do the work that is due; return the seconds until the next, None for never."""
+        """Do what is due; return the seconds until the next check, None for never."""
         return None
 
     def close(self, error: MoltisError) -> None:
@@ -8222,10 +8064,9 @@ class NodeAgent:
 # Node service
 # Uses: Settings, Install
 #
-# What makes a node start on boot and stay: the program's copy in the data directory,
-# a systemd user unit or a launchd agent that runs it, its log, and the file in which
-# the running node says how it is.  Units hold no secret and no parameter.  What runs
-# in the service is the node agent's business.
+# What makes a node start on boot and stay: a systemd user unit or a launchd agent that
+# runs the program's copy in the data directory, its log, and the file with the state of
+# the running node.  Units hold no secret and no parameter.
 # ==============================================================================
 
 UNIT_NAME = "moltis-node.service"
@@ -8237,182 +8078,40 @@ STOP_TIMEOUT = 10  # s; from SIGTERM to SIGKILL, for the node and its commands
 MANAGER_TIMEOUT = 60.0  # s; for one systemctl, loginctl or launchctl
 USER_MANAGER_TIMEOUT = 10.0  # s; for a user manager to come up after enable-linger
 MAX_NODE_LOG = 5 * 1024 * 1024  # bytes; then it becomes node.log.1
+LOG_TAIL = 4096  # bytes
 
 
-class ServiceSpec(Value):
-    """What a unit needs to know: the interpreter, and whose node it is."""
-
-    python: str
-    directory: Path  # the data directory
-    home: Path
-
-    @property
-    def program(self) -> Path:
-        return self.directory / PROGRAM_FILE
-
-    @property
-    def log(self) -> Path:
-        return self.directory / NODE_LOG_FILE
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """What the service cannot know by itself; empty for the usual directory."""
-        if self.directory == self.home / ".moltis":
-            return {}
-        return {"MOLTIS_DATA_DIR": str(self.directory)}
-
-    def by_hand(self) -> str:
-        """Return the shell line that runs the node as the service would."""
-        words = [f"{name}={value}" for name, value in self.environment.items()]
-        words += [self.python, str(self.program), "node", "run"]
-        return " ".join(map(shlex.quote, words))
+# -- the running node's state --------------------------------------------------
 
 
-class ServiceStatus(Value):
-    """What the service manager says."""
-
-    installed: bool
-    enabled: bool  # starts on boot, or at log-in where that is all there is
-    active: bool
-    pid: int | None
-    state: str  # in the manager's own words, for people
-
-
-class ServiceManager(Protocol):
-    """What systemd and launchd have in common, as far as a node needs it."""
-
-    @property
-    def unit(self) -> Path:
-        """The file that tells the service manager about the node."""
-
-    def install(self) -> list[str]:
-        """Write the unit and have it started on every boot.
-
-        Returns what the person should know.  Raises UserError, NoServiceManager.
-        """
-
-    def start(self) -> None:
-        """Start the node, or start it anew.  Raises UserError."""
-
-    def stop(self) -> None:
-        """Stop the node until the next boot.  Raises UserError."""
-
-    def remove(self) -> list[str]:
-        """Stop the node and delete the unit, whatever of it is there.
-
-        Returns what the person should know.
-        """
-
-    def status(self) -> ServiceStatus: ...
-
-
-def service_manager(
-    spec: ServiceSpec, environ: Mapping[str, str], platform: str = sys.platform
-) -> ServiceManager:
-    """Return what starts services for a user here.  Raises NoServiceManager."""
-    if platform.startswith("linux"):
-        return SystemdService(spec, environ)
-    if platform == "darwin":
-        return LaunchdService(spec, environ)
-    raise no_service_manager(spec, f"{platform} has neither systemd nor launchd")
-
-
-def no_service_manager(spec: ServiceSpec, reason: str) -> NoServiceManager:
-    """Return the error that says how else the node can be started on boot."""
-    line = spec.by_hand()
-    cron_line = line.replace("%", r"\%")  # to cron, a bare % ends the line
-    return NoServiceManager(
-        f"nothing here starts a service for a user ({reason}); the configuration is "
-        "kept. Give one of these lines to what starts programs on this machine:\n"
-        f"  its own supervisor:  {line}\n"
-        f"  `crontab -e`:        @reboot {cron_line}"
-    )
-
-
-def _call_manager(
-    arguments: Sequence[str], environ: Mapping[str, str]
-) -> tuple[int, str]:
-    """Run systemctl and the like; return the exit status and all output.
-
-    A program that is missing or hangs has status 127 or 124, as in a shell.
-    """
-    import subprocess
-
-    try:
-        done = subprocess.run(
-            arguments,
-            check=False,
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=MANAGER_TIMEOUT,
-        )
-    except OSError as error:
-        return 127, f"{arguments[0]}: {error.strerror}"
-    except subprocess.TimeoutExpired:
-        return 124, f"{arguments[0]} does not answer"
-    return done.returncode, done.stdout.decode("utf-8", "replace").strip()
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else ""
-
-
-def remove_node_files(directory: Path) -> None:
-    """Delete all that made this machine a node, except its log.
-
-    Raises BadConfiguration.
-    """
-    for name in (NodeSettings.FILE, NodeState.FILE):
-        remove_file(directory / name)
-    remove_program(directory)
-
-
-# -- what the running node says ------------------------------------------------
-
-
-class NodeState(Value):
-    """What `node-state.json` holds: how the node that runs here is doing."""
-
-    pid: int
-    connected: bool
-    since: float  # s since 1970; when `connected` became what it is
-    error: str | None = None  # why it is not connected, one sentence
-    refused: bool = False  # the gateway turned it away: another credential is needed
+class NodeState(SettingsFile):
+    """How the node that runs here is doing."""
 
     FILE = "node-state.json"
 
+    pid: int
+    connected: bool
+    since: float  # s since 1970; when `connected` changed
+    error: str | None = None  # why it is not connected, one sentence
+    refused: bool = False  # by the gateway: another credential is needed
+    mark: str = ""  # process_mark() of `pid`
+
     @classmethod
-    def load(cls, directory: Path) -> NodeState | None:
-        """Return what a node that still runs has written, or None.
+    def load(cls, directory: Path) -> Self | None:
+        """Return the state of a node that still runs, or None.
 
         Raises BadConfiguration.
         """
-        path = directory / cls.FILE
-        value = read_settings_file(path)
-        if value is None:
+        state = super().load(directory)
+        if state is None or not is_running(state.pid):
             return None
-        try:
-            state = cls(
-                pid=required(value, "pid", int),
-                connected=required(value, "connected", bool),
-                since=required(value, "since", float),
-                error=optional(value, "error", str),
-                refused=optional(value, "refused", bool) or False,
-            )
-        except RpcError as error:
-            raise BadConfiguration(f"{path}: {error.message}") from error
-        return state if is_running(state.pid) else None
-
-    def save(self, directory: Path) -> None:
-        """Write node-state.json.  Raises BadConfiguration."""
-        write_private(directory / self.FILE, to_json(self.to_json()).encode("utf-8"))
+        # Another process may have its id by now.
+        same = state.mark in ("", process_mark(state.pid))
+        return state if same else None
 
     @classmethod
     def clear(cls, directory: Path) -> None:
-        """Forget the state, as a node does that ends.  Raises BadConfiguration."""
+        """Delete the file, as a node does that ends.  Raises BadConfiguration."""
         remove_file(directory / cls.FILE)
 
 
@@ -8429,6 +8128,16 @@ def wait_until_connected(directory: Path, deadline: Deadline) -> NodeState | Non
         time.sleep(0.1)
 
 
+def remove_node_files(directory: Path) -> None:
+    """Delete all that made this machine a node, except its log.
+
+    Raises BadConfiguration.
+    """
+    for name in (NodeSettings.FILE, NodeState.FILE):
+        remove_file(directory / name)
+    remove_program(directory)
+
+
 # -- its log -------------------------------------------------------------------
 
 
@@ -8436,7 +8145,7 @@ class NodeLog(logging.FileHandler):
     """`node.log`; what is older than the last 5 MiB or so is in `node.log.1`."""
 
     def __init__(self, directory: Path, limit: int = MAX_NODE_LOG) -> None:
-        """Raises BadConfiguration where the file cannot be written."""
+        """Raises BadConfiguration if the file cannot be written."""
         self._limit = limit  # bytes
         make_private_directory(directory)
         path = directory / NODE_LOG_FILE
@@ -8471,11 +8180,16 @@ class NodeLog(logging.FileHandler):
             return False
 
 
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
 def last_log_line(directory: Path) -> str:
     """Return the last line of node.log, or an empty text."""
     try:
         with open(directory / NODE_LOG_FILE, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_TAIL))
             return _last_line(file.read().decode("utf-8", "replace"))
     except OSError:
         return ""
@@ -8486,12 +8200,12 @@ def follow_log(
 ) -> None:
     """Write the log's last 4 KiB and all that comes, until `stopped` is set.
 
-    Raises BadConfiguration where there is no log.
+    Raises BadConfiguration if there is no log.
     """
     path = directory / NODE_LOG_FILE
     try:
         with open(path, "rb") as file:
-            position = max(0, os.fstat(file.fileno()).st_size - 4096)
+            position = max(0, os.fstat(file.fileno()).st_size - LOG_TAIL)
             if position:
                 file.seek(position)
                 file.readline()  # the rest of a line that began before
@@ -8507,7 +8221,145 @@ def follow_log(
         raise BadConfiguration(f"cannot read {path}: {error.strerror}") from error
 
 
+# -- what systemd and launchd have in common -----------------------------------
+
+
+class ServiceSpec(Value):
+    """What a unit needs to know: the interpreter, and whose node it is."""
+
+    python: str
+    directory: Path  # the data directory
+    home: Path
+
+    @property
+    def log(self) -> Path:
+        return self.directory / NODE_LOG_FILE
+
+    @property
+    def command(self) -> list[str]:
+        """Program and arguments of the service."""
+        imported = [self.python, PYTHON_OPTIONS, "-c", IMPORT_AND_RUN]
+        return [*imported, str(self.directory), "node", "run"]
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What the service cannot know by itself; empty for the usual directory."""
+        if self.directory == self.home / ".moltis":
+            return {}
+        return {"MOLTIS_DATA_DIR": str(self.directory)}
+
+    def by_hand(self) -> str:
+        """Return the shell line that runs the node as the service would."""
+        words = [f"{name}={value}" for name, value in self.environment.items()]
+        words += [self.python, str(self.directory / PROGRAM_FILE), "node", "run"]
+        return " ".join(map(shlex.quote, words))
+
+
+class ServiceStatus(Value):
+    """How a service manager describes the node."""
+
+    installed: bool
+    enabled: bool  # starts on boot, or at log-in where that is all there is
+    active: bool
+    pid: int | None
+    state: str  # in the manager's own words, for people
+
+
+def no_service_manager(spec: ServiceSpec, reason: str) -> NoServiceManager:
+    """Return the error that says how else the node can be started on boot."""
+    line = spec.by_hand()
+    cron_line = line.replace("%", r"\%")  # to cron, a bare % ends the line
+    return NoServiceManager(
+        f"nothing here starts a service for a user ({reason}); the configuration is "
+        "kept. Give one of these lines to what starts programs on this machine:\n"
+        f"  its own supervisor:  {line}\n"
+        f"  `crontab -e`:        @reboot {cron_line}"
+    )
+
+
+class ServiceManager:
+    """A program that starts the node on boot, and again when it ends."""
+
+    def __init__(self, spec: ServiceSpec, environ: Mapping[str, str]) -> None:
+        self._spec = spec
+        self._environ = environ
+
+    @property
+    def unit(self) -> Path:
+        """The file that describes the node."""
+        raise NotImplementedError
+
+    def install(self) -> list[str]:
+        """Write the unit and have it started on every boot.
+
+        Returns what the person should know.  Raises UserError, NoServiceManager.
+        """
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Start the node, or restart it.  Raises UserError."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Stop the node until the next boot.  Raises UserError."""
+        raise NotImplementedError
+
+    def remove(self) -> list[str]:
+        """Stop the node and delete the unit, whatever of it is there.
+
+        Returns what the person should know.  Raises BadConfiguration.
+        """
+        raise NotImplementedError
+
+    def status(self) -> ServiceStatus:
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """Make what the unit names.  Raises BadConfiguration if no unit can name it."""
+        for text in (self._spec.python, str(self._spec.directory)):
+            if not text.isprintable():  # a new line, or no UTF-8
+                raise BadConfiguration(
+                    f"a service cannot be started from {text!r}; "
+                    "choose another directory with MOLTIS_DATA_DIR"
+                )
+        # The manager makes the log, but not its directory, and for everybody to read.
+        NodeLog(self._spec.directory).close()
+        try:
+            self.unit.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadConfiguration(
+                f"cannot write {self.unit}: {error.strerror}"
+            ) from error
+
+    def _try(self, *words: str) -> ProgramResult:
+        return run_program(words, self._environ, timeout=MANAGER_TIMEOUT)
+
+
 # -- systemd -------------------------------------------------------------------
+
+
+def _user_name() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container that runs as a number
+        return str(os.getuid())
+
+
+def _user_manager_environment(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """Return `environ` with the way to the user's own systemd.
+
+    It is missing without a session (cron, the console of a supervisor), and another
+    user's after `su`.
+    """
+    given = environ.get("XDG_RUNTIME_DIR")
+    with contextlib.suppress(OSError):
+        if given and os.stat(given).st_uid == os.getuid():
+            return environ
+    found = dict(environ, XDG_RUNTIME_DIR=f"/run/user/{os.getuid()}")
+    found.pop("DBUS_SESSION_BUS_ADDRESS", None)
+    return found
 
 
 def _systemd_quote(text: str) -> str:
@@ -8519,8 +8371,6 @@ def _systemd_quote(text: str) -> str:
 
 def render_systemd_unit(spec: ServiceSpec) -> str:
     """Return the text of the user unit."""
-    program = [spec.python, PYTHON_OPTIONS, "-c", IMPORT_AND_RUN]
-    command = [*program, str(spec.directory), "node", "run"]
     log_path = str(spec.log).replace("%", "%%")
     lines = [
         "# Made by `moltis node add`, deleted by `moltis node remove`.",
@@ -8531,13 +8381,13 @@ def render_systemd_unit(spec: ServiceSpec) -> str:
         "",
         "[Service]",
         "Type=exec",
-        f"ExecStart={' '.join(map(_systemd_quote, command))}",
+        f"ExecStart={' '.join(map(_systemd_quote, spec.command))}",
         "Restart=always",
         f"RestartSec={RESTART_AFTER}",
         "KillMode=control-group",
+        # A command that the kernel kills for its memory does not end the node.
+        "OOMPolicy=continue",
         f"TimeoutStopSec={STOP_TIMEOUT}",
-        # systemd makes the log, and would make it readable by everybody.
-        "UMask=0077",
         f"StandardOutput=append:{log_path}",
         f"StandardError=append:{log_path}",
     ]
@@ -8549,25 +8399,22 @@ def render_systemd_unit(spec: ServiceSpec) -> str:
     return "\n".join([*lines, "", "[Install]", "WantedBy=default.target", ""])
 
 
-class SystemdService:
+class SystemdService(ServiceManager):
     """The node as a service of the user's own systemd."""
 
     def __init__(self, spec: ServiceSpec, environ: Mapping[str, str]) -> None:
-        self._spec = spec
-        self._environ = _user_manager_environment(environ)
-        self._units = spec.home / ".config" / "systemd" / "user"
+        super().__init__(spec, _user_manager_environment(environ))
 
     @property
     def unit(self) -> Path:
-        return self._units / UNIT_NAME
+        return self._spec.home / ".config" / "systemd" / "user" / UNIT_NAME
 
     def install(self) -> list[str]:
-        # systemd does not make the log's directory: `start` would succeed, and the
-        # service fail at once.
-        make_private_directory(self._spec.directory)
         lingers = self._enable_linger()
         self._wait_for_user_manager(lingers)
-        _write_unit(self.unit, render_systemd_unit(self._spec).encode("utf-8"))
+        self._prepare()
+        unit = render_systemd_unit(self._spec)
+        replace_file(self.unit, unit.encode("utf-8"), 0o644)
         self._systemctl("daemon-reload")
         self._systemctl("enable", UNIT_NAME)
         if lingers:
@@ -8578,9 +8425,8 @@ class SystemdService:
         return [f"{note} that: sudo loginctl enable-linger {_user_name()}"]
 
     def start(self) -> None:
-        """Start the node, or start it anew.  Raises UserError."""
-        # What the last run said must not be taken for what this one says.
         self.stop()
+        # The state of the last run must not be taken for that of this one.
         NodeState.clear(self._spec.directory)
         self._systemctl("start", UNIT_NAME)
         status = self.status()
@@ -8596,8 +8442,8 @@ class SystemdService:
     def remove(self) -> list[str]:
         self._try_systemctl("disable", "--now", UNIT_NAME)
         remove_file(self.unit)
-        # systemctl does both, unless there is no user manager to talk to.
-        wants = self._units / "default.target.wants"
+        # systemctl does both, unless there is no user manager.
+        wants = self.unit.parent / "default.target.wants"
         remove_file(wants / UNIT_NAME)
         with contextlib.suppress(OSError):
             wants.rmdir()
@@ -8609,15 +8455,13 @@ class SystemdService:
         return [f"{note}: loginctl disable-linger {_user_name()}"]
 
     def status(self) -> ServiceStatus:
-        code, output = self._try_systemctl(
-            "show",
-            "--property=ActiveState,SubState,MainPID,UnitFileState,Result",
-            UNIT_NAME,
-        )
+        names = "ActiveState,SubState,MainPID,UnitFileState,Result"
+        shown = self._try_systemctl("show", f"--property={names}", UNIT_NAME)
         installed = self.unit.exists()
-        if code != 0:
-            return ServiceStatus(installed, False, False, None, _last_line(output))
-        fields = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+        if shown.status != 0:
+            return ServiceStatus(installed, False, False, None, _last_line(shown.text))
+        lines = shown.text.splitlines()
+        fields = dict(line.split("=", 1) for line in lines if "=" in line)
         state = f"{fields.get('ActiveState')} ({fields.get('SubState')})"
         if fields.get("Result", "success") != "success":
             state += f", last result: {fields['Result']}"
@@ -8629,74 +8473,39 @@ class SystemdService:
             state=state if installed else "not installed",
         )
 
-    def _try_systemctl(self, *arguments: str) -> tuple[int, str]:
-        return _call_manager(["systemctl", "--user", *arguments], self._environ)
+    def _try_systemctl(self, *arguments: str) -> ProgramResult:
+        return self._try("systemctl", "--user", *arguments)
 
     def _systemctl(self, *arguments: str) -> None:
-        code, output = self._try_systemctl(*arguments)
-        if code != 0:
-            raise UserError(
-                f"`systemctl --user {' '.join(arguments)}` failed: {_last_line(output)}"
-            )
+        done = self._try_systemctl(*arguments)
+        if done.status != 0:
+            command = " ".join(("systemctl --user", *arguments))
+            raise UserError(f"`{command}` failed: {_last_line(done.text)}")
 
     def _lingers(self) -> bool:
         return Path("/var/lib/systemd/linger", _user_name()).exists()
 
     def _enable_linger(self) -> bool:
-        """Have the user's services run from boot on; tell whether they do."""
+        """Have the user's services run from boot on; return whether they do."""
         if not self._lingers():
             # By name: without a session loginctl does not know who we are.
-            _call_manager(["loginctl", "enable-linger", _user_name()], self._environ)
+            self._try("loginctl", "enable-linger", _user_name())
         return self._lingers()
 
     def _wait_for_user_manager(self, lingers: bool) -> None:
-        """Return once it answers, which takes a moment where it was just started."""
+        """Return once it answers; one that was just started needs a moment."""
         deadline = Deadline(USER_MANAGER_TIMEOUT if lingers else 0)
         while True:
-            code, output = self._try_systemctl("daemon-reload")
-            if code == 0:
+            done = self._try_systemctl("daemon-reload")
+            if done.status == 0:
                 return
-            if code == 127 or deadline.expired:
-                reason = _last_line(output)
-                if code != 127 and not lingers and Path("/run/systemd/system").exists():
-                    reason += f"; perhaps sudo loginctl enable-linger {_user_name()}"
-                raise no_service_manager(self._spec, reason)
+            if done.status == 127 or deadline.expired:
+                break
             time.sleep(0.1)
-
-
-def _user_name() -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container that runs as a number
-        return str(os.getuid())
-
-
-def _user_manager_environment(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """Return `environ` with the way to the user's own systemd.
-
-    It is missing without a session (cron, a console of a supervisor), and somebody
-    else's after `su`.
-    """
-    given = environ.get("XDG_RUNTIME_DIR")
-    try:
-        if given and os.stat(given).st_uid == os.getuid():
-            return environ
-    except OSError:
-        pass
-    found = dict(environ, XDG_RUNTIME_DIR=f"/run/user/{os.getuid()}")
-    found.pop("DBUS_SESSION_BUS_ADDRESS", None)
-    return found
-
-
-def _write_unit(path: Path, data: bytes) -> None:
-    """Write into a directory that is not ours alone.  Raises BadConfiguration."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except OSError as error:
-        raise BadConfiguration(f"cannot write {path}: {error.strerror}") from error
+        reason = _last_line(done.text)
+        if done.status != 127 and not lingers and Path("/run/systemd/system").exists():
+            reason += f"; perhaps sudo loginctl enable-linger {_user_name()}"
+        raise no_service_manager(self._spec, reason)
 
 
 # -- launchd -------------------------------------------------------------------
@@ -8708,89 +8517,18 @@ def render_launchd_plist(spec: ServiceSpec) -> bytes:
 
     agent: JsonObject = {
         "Label": LAUNCHD_LABEL,
-        "ProgramArguments": [spec.python, str(spec.program), "node", "run"],
+        "ProgramArguments": spec.command,
         "RunAtLoad": True,
         "KeepAlive": True,
         "ThrottleInterval": RESTART_AFTER,
         "ExitTimeOut": STOP_TIMEOUT,
         "ProcessType": "Background",
-        "Umask": 0o077,
         "StandardOutPath": str(spec.log),
         "StandardErrorPath": str(spec.log),
     }
     if spec.environment:
         agent["EnvironmentVariables"] = dict(spec.environment)
     return plistlib.dumps(agent)
-
-
-class LaunchdService:
-    """The node as an agent of the user's launchd."""
-
-    def __init__(self, spec: ServiceSpec, environ: Mapping[str, str]) -> None:
-        self._spec = spec
-        self._environ = environ
-        self._domain = f"gui/{os.getuid()}"
-        self._target = f"{self._domain}/{LAUNCHD_LABEL}"
-
-    @property
-    def unit(self) -> Path:
-        return self._spec.home / "Library" / "LaunchAgents" / f"{LAUNCHD_LABEL}.plist"
-
-    def install(self) -> list[str]:
-        make_private_directory(self._spec.directory)
-        _write_unit(self.unit, render_launchd_plist(self._spec))
-        self._launchctl("enable", self._target)
-        return ["the node starts when you log in; macOS has no user services before"]
-
-    def start(self) -> None:
-        self.stop()
-        NodeState.clear(self._spec.directory)
-        # bootout returns before it is done, and bootstrap fails until it is.
-        deadline = Deadline(STOP_TIMEOUT + 5)
-        arguments = ("bootstrap", self._domain, str(self.unit))
-        code, _ = self._try_launchctl(*arguments)
-        while code not in (0, 127) and not deadline.expired:
-            time.sleep(0.5)
-            code, _ = self._try_launchctl(*arguments)
-        if code != 0:
-            self._launchctl(*arguments)
-        self._launchctl("kickstart", "-k", self._target)
-
-    def stop(self) -> None:
-        self._try_launchctl("bootout", self._target)  # fails where it is not loaded
-
-    def remove(self) -> list[str]:
-        self.stop()
-        remove_file(self.unit)
-        return []
-
-    def status(self) -> ServiceStatus:
-        installed = self.unit.exists()
-        code, output = self._try_launchctl("print", self._target)
-        if code != 0:
-            state = "not loaded" if installed else "not installed"
-            return ServiceStatus(installed, installed, False, None, state)
-        fields = _launchctl_fields(output)
-        pid = fields.get("pid", "")
-        return ServiceStatus(
-            installed,
-            enabled=installed,
-            active=fields.get("state") == "running",
-            pid=int(pid) if pid.isdigit() else None,
-            state=fields.get("state", "loaded"),
-        )
-
-    def _try_launchctl(self, *arguments: str) -> tuple[int, str]:
-        return _call_manager(["launchctl", *arguments], self._environ)
-
-    def _launchctl(self, *arguments: str) -> None:
-        code, output = self._try_launchctl(*arguments)
-        if code == 127:
-            raise no_service_manager(self._spec, output)
-        if code != 0:
-            raise UserError(
-                f"`launchctl {' '.join(arguments)}` failed: {_last_line(output)}"
-            )
 
 
 def _launchctl_fields(output: str) -> Mapping[str, str]:
@@ -8801,6 +8539,82 @@ def _launchctl_fields(output: str) -> Mapping[str, str]:
         if equals and len(name) - len(name.lstrip("\t")) == 1 and value != "{":
             fields[name.strip()] = value.strip()
     return fields
+
+
+class LaunchdService(ServiceManager):
+    """The node as an agent of the user's launchd."""
+
+    def __init__(self, spec: ServiceSpec, environ: Mapping[str, str]) -> None:
+        super().__init__(spec, environ)
+        self._domain = f"gui/{os.getuid()}"
+        self._target = f"{self._domain}/{LAUNCHD_LABEL}"
+
+    @property
+    def unit(self) -> Path:
+        return self._spec.home / "Library" / "LaunchAgents" / f"{LAUNCHD_LABEL}.plist"
+
+    def install(self) -> list[str]:
+        self._prepare()
+        replace_file(self.unit, render_launchd_plist(self._spec), 0o644)
+        self._launchctl("enable", self._target)
+        return ["the node starts when you log in; macOS has no user services before"]
+
+    def start(self) -> None:
+        self.stop()
+        NodeState.clear(self._spec.directory)
+        # bootout returns before it is done, and bootstrap fails until it is.
+        deadline = Deadline(STOP_TIMEOUT + 5)
+        arguments = ("bootstrap", self._domain, str(self.unit))
+        status = self._try("launchctl", *arguments).status
+        while status not in (0, 127) and not deadline.expired:
+            time.sleep(0.5)
+            status = self._try("launchctl", *arguments).status
+        if status != 0:
+            self._launchctl(*arguments)
+        self._launchctl("kickstart", "-k", self._target)
+
+    def stop(self) -> None:
+        self._try("launchctl", "bootout", self._target)  # fails if it is not loaded
+
+    def remove(self) -> list[str]:
+        self.stop()
+        remove_file(self.unit)
+        return []
+
+    def status(self) -> ServiceStatus:
+        installed = self.unit.exists()
+        printed = self._try("launchctl", "print", self._target)
+        if printed.status != 0:
+            state = "not loaded" if installed else "not installed"
+            return ServiceStatus(installed, installed, False, None, state)
+        fields = _launchctl_fields(printed.text)
+        pid = fields.get("pid", "")
+        return ServiceStatus(
+            installed,
+            enabled=installed,
+            active=fields.get("state") == "running",
+            pid=int(pid) if pid.isdigit() else None,
+            state=fields.get("state", "loaded"),
+        )
+
+    def _launchctl(self, *arguments: str) -> None:
+        done = self._try("launchctl", *arguments)
+        if done.status == 127:
+            raise no_service_manager(self._spec, done.text)
+        if done.status != 0:
+            command = " ".join(("launchctl", *arguments))
+            raise UserError(f"`{command}` failed: {_last_line(done.text)}")
+
+
+def service_manager(
+    spec: ServiceSpec, environ: Mapping[str, str], platform: str = sys.platform
+) -> ServiceManager:
+    """Return what starts services for a user here.  Raises NoServiceManager."""
+    if platform.startswith("linux"):
+        return SystemdService(spec, environ)
+    if platform == "darwin":
+        return LaunchdService(spec, environ)
+    raise no_service_manager(spec, f"{platform} has neither systemd nor launchd")
 
 
 # ==============================================================================
@@ -9103,6 +8917,11 @@ class JobRecord(Value):
     def is_open(self) -> bool:
         """Whether it has not ended."""
         return self.state in JobState.OPEN
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it has ended for good: the node of a lost job may come back."""
+        return self.state not in (*JobState.OPEN, JobState.LOST)
 
     @property
     def failed(self) -> bool:
@@ -10752,8 +10571,6 @@ class ConnectedNode:
         self.node_id = node_id
         self.device_id = device_id
         self.link = link
-        self.instance = params.instance
-        self.held = params.jobs
         self.lends_models = CAP_LLM in params.capabilities
         # Ours before jobs: it is served as a Moltis peer.
         self.outdated = (
@@ -10763,7 +10580,8 @@ class ConnectedNode:
         self.version = params.version
         self.address = address
         self.since_ms = now_ms()
-        self.ready = False  # its hello is sent; set once, by Fleet.activate
+        self.ready = False  # jobs may be sent: from its hello until its reader ends
+        self.announced = False  # its presence, to operators
         self.gone = threading.Event()  # its reader has ended
 
 
@@ -10857,7 +10675,7 @@ class Fleet:
         with self._lock:
             del self._connected[node.node_id]
         try:
-            if node.ready:
+            if node.announced:
                 self._announce_presence("node.disconnected", node)
                 self._devices.seen(node.device_id, now_ms())
         except StoreError as error:
@@ -10866,16 +10684,16 @@ class Fleet:
             node.gone.set()
 
     def activate(self, node: ConnectedNode) -> None:
-        """Open `node` for requests: its hello is sent."""
-        node.ready = True
+        """Open `node` for jobs: its hello is sent."""
+        node.ready = node.announced = True
         self._announce_presence("node.connected", node)
 
     def report(self, node: ConnectedNode, payload: JsonObject) -> None:
-        """Record a node's telemetry.  Raises RpcError if it makes no sense."""
+        """Record a node's telemetry.  Raises RpcError for another node's."""
         reported_id = optional(payload, "nodeId", str)
         if reported_id and reported_id != node.node_id:
             raise RpcError("FORBIDDEN", f"{node.node_id} may report on itself only")
-        telemetry = telemetry_from_payload(payload)
+        telemetry = Telemetry.from_payload(payload)
         if telemetry.providers is None:
             with self._lock:
                 known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
@@ -10883,8 +10701,8 @@ class Fleet:
         self._record_telemetry(node, telemetry)
 
     def record_providers(self, node: ConnectedNode, payload: JsonObject) -> None:
-        """Record a node's answer to `system.providers`.  Raises RpcError."""
-        providers = providers_from_payload(payload)
+        """Record a node's answer to `system.providers`."""
+        providers = Telemetry.from_payload(payload).providers or ()
         with self._lock:
             known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
         self._record_telemetry(node, known.replace(providers=providers))
@@ -11069,12 +10887,12 @@ class Fleet:
             telemetry, at = known
             stale = not connected or time.monotonic() - at > STALE_AFTER
         elif stored:
-            telemetry, stale = telemetry_from_payload(dict(stored)), True
+            telemetry, stale = Telemetry.from_payload(stored), True
         else:
             return {"telemetry": None, "providers": []}
         return {
             "telemetry": telemetry.to_columns(stale=stale),
-            "providers": [p.to_payload() for p in telemetry.providers or ()],
+            "providers": [p.to_json() for p in telemetry.providers or ()],
         }
 
 
@@ -11225,17 +11043,17 @@ class Log:
         with self._lock:
             if offset > self.end:
                 raise RpcError(
-                    "PROTOCOL_ERROR",
-                    f"frames at {offset} are ahead of the log, which ends at {self.end}",
+                    "PROTOCOL_ERROR", f"frames at {offset} follow a log of {self.end}"
                 )
             if offset + len(data) <= self.end:
                 return
             start = frame_boundary(offset, data, self.end)
             data = data[start - offset :]
+            if self._in_files:
+                self._write(start, data)
             self._remember(start, data)
             self.end = start + len(data)
             if self._in_files:
-                self._write(start, data)
                 self._trim()
             elif self._directory is not None and self.end - self.begin > MEMORY_LOG:
                 self._move_to_files()
@@ -11295,14 +11113,15 @@ class Log:
                 self._move_to_files()
 
     def finish(self) -> bytes | None:
-        """Return the whole log for its row if it is short; else it is in files."""
+        """Return the whole log if it is short enough for its row."""
         if self._directory is None:
             return None
         if self.begin == 0 and self.end <= ROW_LOG:
             start, data = self.read(0, ROW_LOG)
             if (start, len(data)) == (0, self.end):
+                with self._lock:  # followers read on when its files are removed
+                    self._memory = collections.deque([(0, data)])
                 return data
-        self.flush()
         return None
 
     def drop_middle(self, count: int) -> int:
@@ -11351,9 +11170,9 @@ class Log:
         return start, found[0] if len(found) == 1 else b"".join(found)
 
     def _move_to_files(self) -> None:
-        self._in_files = True
         for offset, data in self._memory:
             self._write(offset, data)
+        self._in_files = True
         self._trim()
 
     def _write(self, offset: int, data: bytes) -> None:
@@ -11505,8 +11324,8 @@ class Job:
 
     def releasable(self) -> int:
         """Return the offset before which the node need not keep the log."""
-        if not self.stored:
-            return self.acknowledged  # its ending waits for room on the disk
+        if not (self.stored or self.record.is_open):
+            return self.acknowledged  # the ending waits for room on the disk
         offset = self.log.end
         if self.record.kept and self.record.is_open:
             offset = self.log.durable
@@ -11636,10 +11455,12 @@ class Jobs:
         self._fleet = fleet
         self._directory = directory
         self._keep_output = keep_output
+        # Held from the look for an id until its job is in _jobs; the first to be taken.
+        self._starting = threading.RLock()
         self._lock = threading.Lock()  # guards all below
         self._jobs: dict[str, Job] = {}
         self._by_node: dict[str, dict[str, Job]] = {}
-        self._waits: set[Wait] = set()
+        self._waits: dict[Future[Job], Wait] = {}
         self._closed = False
         self.on_end: Callable[[Job], None] | None = None  # called before followers
         self._next_sweep = 0.0  # monotonic
@@ -11658,45 +11479,51 @@ class Jobs:
         Raises RpcError: CONFLICT for an id of another key, UNAVAILABLE if the node is
         away; StoreError if the row cannot be written.
         """
-        with self._lock:
-            known = self._jobs.get(record.id)
-        if known is not None:
-            return _same_caller(known, record)
+        with self._starting:
+            known = self._known(record.id)
+            if known is None:
+                record = self._addressed(record)
+                try:
+                    if WORKS[record.work].recorded:
+                        record = self._table.add(record)
+                except RpcError as error:
+                    if error.code != "CONFLICT":
+                        raise
+                    known = self.get(record.id)  # it has ended
+            if known is not None:
+                return _same_caller(known, record)
+            job = Job(record, Log(self._log_directory(record)))
+            job.was_sent = False
+            self._add(job)
+        self._send(job)
+        return job
+
+    def _addressed(self, record: JobRecord) -> JobRecord:
+        """Return the row of a new job, with the life of the node that is asked."""
         if self._closed:
             raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
         link = self._link(record.node_id)
         if link is not None:
             link.check(record.work, record.spec or {})
-            record = record.replace(sent_to=link.instance, state=JobState.RUNNING)
-        elif record.queue_until is not None:
-            record = record.replace(state=JobState.QUEUED)
-        elif self._table.get(record.id) is None:
+            return record.replace(sent_to=link.instance)
+        if record.queue_until is not None:
+            return record.replace(state=JobState.QUEUED)
+        if self._table.get(record.id) is None:
             self._fleet.require_connected(record.node_id, record.node_name)
-        job = Job(record, Log(self._log_directory(record)))
-        job.was_sent = False
-        if not self._add(job):
-            return self.start(record)  # another request was faster
-        try:
-            if job.is_recorded:
-                job.record = self._table.add(record)
-        except BaseException as error:
-            self._remove(job)
-            if isinstance(error, RpcError) and error.code == "CONFLICT":
-                return _same_caller(self.get(record.id), record)  # it has ended
-            raise
-        self._send(job)
-        return job
+        return record
 
     def get(self, job_id: str) -> Job:
         """Return a job, also one that ended.  Raises RpcError NOT_FOUND, StoreError."""
-        with self._lock:
-            job = self._jobs.get(job_id)
+        job = self._known(job_id)
         if job is not None:
             return job
         record = self._table.get(job_id)
         if record is None:
             raise RpcError("NOT_FOUND", f"there is no job {job_id[:64]!r}")
-        return self._load(record)
+        if record.is_open:
+            with self._starting:  # its row is written, and it is not in _jobs yet
+                job = self._known(job_id)
+        return job or self._load(record)
 
     def open_on(self, node_id: str) -> list[Job]:
         """Return the jobs of a node that have not ended."""
@@ -11716,7 +11543,9 @@ class Jobs:
                 previous, job.holder, job.alone_since = job.holder, follower, None
                 if previous is not None:
                     previous.holds = False  # it watches from now on
-        self._wake(job)
+            if job.record.state == JobState.LOST:
+                self._add(job)  # its node may bring it back: `follower` is notified
+        follower.wake(job)
 
     def unfollow(self, job: Job, follower: Follower, *, leaves: bool) -> None:
         """Forget `follower`; a holder that `leaves` cancels an unkept job."""
@@ -11733,10 +11562,13 @@ class Jobs:
         self.acknowledge(job)
 
     def acknowledge(self, job: Job) -> None:
-        """Tell the node what it need not keep, once that is a quarter of a window."""
+        """Release the node's log, once that is worth a quarter of a window."""
         with job.lock:
             offset = job.releasable()
             over = not job.record.is_open and job.stored and offset >= job.log.end
+            # Followers of a lost job are notified if its node comes back with it.
+            if over and (job.record.is_final or not job.followers):
+                self._remove(job)
             if job.settled or (
                 not over and offset - job.acknowledged < LOG_WINDOW // 4
             ):
@@ -11745,9 +11577,6 @@ class Jobs:
             if not job.record.kept:
                 job.log.forget(offset)
         self._tell(job, lambda link: link.acknowledge(job.id, offset))
-        # The node of a lost job may still come back with it.
-        if over and not (job.record.state == JobState.LOST and job.followers):
-            self._remove(job)
 
     def wait(
         self, job: Job, timeout: float | None, cancel: Cancellation | None = None
@@ -11780,19 +11609,21 @@ class Jobs:
         return self._watch(Wait(job, timeout, offset))
 
     def _watch(self, wait: Wait) -> Future[Job]:
-        def done(_: object) -> None:
-            with self._lock:
-                self._waits.discard(wait)
-            self.unfollow(wait.job, wait, leaves=False)
-
         with self._lock:
             full = len(self._waits) >= MAX_WAITS or self._closed
-            self._waits.add(wait)
+            self._waits[wait.future] = wait
         self.follow(wait.job, wait)
         if full:
             wait.fail(_stopping() if self._closed else _too_many_waits())
-        wait.future.add_done_callback(done)
+        wait.future.add_done_callback(self._unwatch)
         return wait.future
+
+    def _unwatch(self, future: Future[Job]) -> None:
+        with self._lock:
+            # Not from a closure: a future that holds its Wait is a cycle, and each
+            # command would leave its whole job to the garbage collector.
+            wait = self._waits.pop(future)
+        self.unfollow(wait.job, wait, leaves=False)
 
     def text(self, job: Job, limit: int = TEXT_LIMIT) -> str:
         """Return the output as text; of a longer one head and tail."""
@@ -11824,7 +11655,8 @@ class Jobs:
         if job.record.is_open:
             self._tell(job, lambda link: link.cancel(job.id))
             with job.lock:
-                self._save(job)
+                if job.record.is_open:
+                    self._save(job)
         self._wake(job)
         self.acknowledge(job)
 
@@ -11851,7 +11683,7 @@ class Jobs:
         """Start nothing more; what runs goes on, and its kept logs are in files."""
         self._closed = True
         with self._lock:
-            waits = list(self._waits)
+            waits = list(self._waits.values())
         for wait in waits:
             wait.fail(_stopping())
         for job in self._all():
@@ -11910,7 +11742,10 @@ class Jobs:
             if job is not None:
                 with job.lock:
                     job.record = _reopened(job.record)
+                    # Until came(), tick() must neither give it up nor remove it.
+                    job.away_since = time.monotonic()
                     job.settled = False
+                    self._add(job)
                     job.log.skip_to(begin)
                     job.was_sent = True
                     # An acknowledgement may have got lost with the connection: else
@@ -11967,7 +11802,7 @@ class Jobs:
         for job in self._all():
             self._age(job, now, now_in_ms)
         with self._lock:
-            waits = list(self._waits)
+            waits = list(self._waits.values())
         for wait in waits:
             wait.wake(wait.job)
         if now >= self._next_sweep:
@@ -11977,10 +11812,9 @@ class Jobs:
                 self._sweep()
 
     def _age(self, job: Job, now: float, now_in_ms: int) -> None:
-        record = job.record
-        until = record.queue_until
         changed = False
         with job.lock:
+            record, until = job.record, job.record.queue_until
             reason = job.overdue(now)
             if reason:
                 self._end_locked(job, Ending(JobState.LOST, reason=reason))
@@ -12034,7 +11868,7 @@ class Jobs:
     def _end_locked(self, job: Job, ending: Ending) -> None:
         """Record how a job ended, unless that is known; `job.lock` is held."""
         record = job.record
-        if not (record.is_open or record.state == JobState.LOST):
+        if record.is_final:
             return
         if ending.state == JobState.LOST:
             if not record.is_open:
@@ -12059,7 +11893,7 @@ class Jobs:
         if not job.is_recorded:
             return
         try:
-            data = None if job.record.is_open else job.log.finish()
+            data = job.log.finish() if job.record.is_final else None
             self._table.save(job.record, data)
         except StoreError as error:
             if job.stored:
@@ -12070,14 +11904,16 @@ class Jobs:
             if job.record.is_open:
                 return
             if data is None:
+                job.log.flush()
                 self._unswept += job.log.size_on_disk
             elif job.log.size_on_disk:
                 self.discard([job.id])
 
     def _send(self, job: Job) -> None:
         """Send a job to its node, unless it was sent over this connection."""
-        link = self._link(job.record.node_id)
         with job.lock:
+            # Looked up under the lock: either it is connected now, or left() follows.
+            link = self._link(job.record.node_id)
             record = job.record
             if link is None:
                 job.away_since = job.away_since or time.monotonic()
@@ -12112,8 +11948,10 @@ class Jobs:
 
     def _wake(self, job: Job) -> None:
         if job.ends_anew and self.on_end is not None:
-            job.ends_anew = False
-            self.on_end(job)
+            with job.lock:
+                ends, job.ends_anew = job.ends_anew, False
+            if ends:
+                self.on_end(job)
         for follower in job.followers:
             follower.wake(job)
 
@@ -12127,23 +11965,19 @@ class Jobs:
     def _load(self, record: JobRecord) -> Job:
         """Return a job whose row is known."""
         directory = self._log_directory(record)
-        stored = (
-            None if record.is_open or directory is None else self._table.log(record.id)
-        )
+        kept = directory is not None and record.is_final
+        stored = self._table.log(record.id) if kept else None
         job = Job(record, Log(None if stored else directory))
         if stored:
             job.log.append(0, stored)
-        if not record.is_open:
+        if record.is_final:
             job.log.skip_to(record.log_end)
             job.log_end = record.log_end
         return job
 
     def _adopt(self, record: JobRecord) -> Job:
         """Take up a job of an earlier life of the gateway."""
-        job = self._load(record)
-        self._add(job)
-        with self._lock:
-            return self._jobs[record.id]
+        return self._add(self._load(record))
 
     def _reopen(self, link: NodeLink, job_id: str) -> Job | None:
         """Take up a job that had ended here, and comes back with its node."""
@@ -12151,6 +11985,10 @@ class Jobs:
         if record is None or record.node_id != link.node_id:
             return None
         return self._adopt(_reopened(record))
+
+    def _known(self, job_id: str) -> Job | None:
+        with self._lock:
+            return self._jobs.get(job_id)
 
     def _of_node(self, node_id: str, job_id: str) -> Job | None:
         # A node answers for its own jobs only, whatever ids it names.
@@ -12165,13 +12003,11 @@ class Jobs:
         with self._lock:
             return list(self._jobs.values())
 
-    def _add(self, job: Job) -> bool:
+    def _add(self, job: Job) -> Job:
+        """Return `job`, or the one of the same id that is known already."""
         with self._lock:
-            if job.id in self._jobs:
-                return False
-            self._jobs[job.id] = job
-            self._by_node.setdefault(job.record.node_id, {})[job.id] = job
-            return True
+            self._by_node.setdefault(job.record.node_id, {}).setdefault(job.id, job)
+            return self._jobs.setdefault(job.id, job)
 
     def _remove(self, job: Job) -> None:
         with self._lock:
@@ -14383,14 +14219,14 @@ class Chats:
 # Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Commands,
 #       Machine, Store, Access, Fleet, Jobs, Agent, Model directory, Chat
 #
-# What peers may ask of the gateway, and what it sends them: RPC methods in one table,
+# The gateway's side of each WebSocket: the first exchange, RPC methods in one table,
 # events to subscribers, jobs between operators and nodes.  A peer's role comes from
-# its credential, never from what it says of itself.
+# its credential, never from its own words.
 # ==============================================================================
 
 TICK_INTERVAL = 1.0  # s between two looks at deadlines
-MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes; a request has at most half of that
-MAX_MOLTIS_MESSAGE = 16 * 1024 * 1024  # bytes; an answer of a Moltis node is one
+MAX_PEER_MESSAGE = 2 * 1024 * 1024  # bytes
+MAX_MOLTIS_MESSAGE = 16 * 1024 * 1024  # bytes; a command's whole output is one message
 MAX_FOLLOWED = 4096  # jobs that one connection follows; more are refused
 MAX_WAIT = 300.0  # s that an answer may wait for news of a job
 MAX_QUEUE = 30 * 86400.0  # s that a job may wait for a node that is away
@@ -14401,7 +14237,7 @@ EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session")
 
 
 def as_rpc_error(error: BaseException, what: str) -> RpcError:
-    """Return what the peer may know of `error`; the log has the rest."""
+    """Return `error` for the peer; anything unexpected is logged, not shown."""
     if isinstance(error, RpcError):
         return error
     if isinstance(error, MoltisError):
@@ -14413,7 +14249,7 @@ def as_rpc_error(error: BaseException, what: str) -> RpcError:
 def answer_request(
     request: Request, act: Callable[[Request], Any], send: Callable[[str], None]
 ) -> None:
-    """Send the answer that `act` returns, or a Future of it, or why there is none."""
+    """Send the payload that `act` returns, now or as a Future, or its error."""
 
     def respond(payload: Any = None, error: BaseException | None = None) -> None:
         failure = None if error is None else as_rpc_error(error, request.method)
@@ -14459,7 +14295,7 @@ def job_state(job: Job) -> JsonObject:
 
 
 class ClientFollower:
-    """A job's log on its way to one client: as fast as its connection drains."""
+    """Sends a job's log and states to one client, as fast as its connection drains."""
 
     def __init__(
         self,
@@ -14471,25 +14307,25 @@ class ClientFollower:
         holds: bool,
         newest: int | None = None,
     ) -> None:
-        """`on_done` is called once the client knows all of what it watches.
+        """`on_done` is called once the client has everything there will be.
 
         `newest`: bytes; a watcher that falls behind by several times as many gets only
         that much of the end.
         """
         self.job = job
-        self.position = offset  # the client has read all before it
+        self.position = offset  # everything before it is read by the client
         self.holds = holds
         self._outlet = outlet
         self._on_done = on_done
         self._newest = newest
         self._is_open = False
         self._sent = offset
-        self._state: object = None  # as the client knows it
-        self._is_told = False  # the client knows how the job ended
-        self._input: tuple[int, int] | None = None  # the same: bytes, resumptions
+        self._state: object = None  # the last one sent
+        self._is_told = False  # the ending was sent
+        self._input: tuple[int, int] | None = None  # the last sent: bytes, resumptions
 
     def open(self) -> None:
-        """Begin to send: the answer to the client's request is on its way."""
+        """Start sending; the request that follows the job has been answered."""
         self._is_open = True
         self.wake(self.job)
 
@@ -14508,7 +14344,7 @@ class ClientFollower:
 
     @property
     def is_done(self) -> bool:
-        """Whether the client has all, and said so if it holds the log."""
+        """Whether the ending was sent, and a holder has acknowledged the whole log."""
         return self._is_told and (not self.holds or self.position >= self.job.log.end)
 
     def _next(self) -> str | bytes | None:
@@ -14521,7 +14357,7 @@ class ClientFollower:
                 payload["resume"] = True
             self._input = consumed
             return encode_envelope(Event(JOB_INPUT, payload))
-        # Before the log is read: an ending follows all bytes.
+        # Read before the log: an ending follows all bytes.
         state = (record.state, job.place, job.away_since is not None)
         newest = self._newest
         if newest is not None and job.log.end - self._sent > 4 * newest:
@@ -14536,7 +14372,7 @@ class ClientFollower:
             return None
         self._state = state
         # A lost job may still come back with its node.
-        self._is_told = not record.is_open and record.state != JobState.LOST
+        self._is_told = record.is_final
         if self.is_done:
             self._on_done(self)
         return encode_envelope(Event(JOB_STATE, job_state(job)))
@@ -14582,7 +14418,7 @@ class OperatorPeer:
             self.ws.send(text)
 
     def check_room(self, count: int) -> None:
-        """Raises RpcError RATE_LIMITED if this is too much to follow as well."""
+        """Raises RpcError RATE_LIMITED unless `count` more jobs may be followed."""
         with self._lock:
             count += len(self._followers)
         if count > MAX_FOLLOWED:
@@ -14593,9 +14429,9 @@ class OperatorPeer:
     def follow(
         self, job: Job, offset: int, *, holds: bool, newest: int | None = None
     ) -> int:
-        """Send the job's log from `offset` on, or from what is left of it.
+        """Send the job's log from `offset` on, or from the first byte kept after it.
 
-        Returns where it begins.
+        Returns that offset.
         """
         self.unfollow(job.id, leaves=False)
         start = job.log.boundary(max(offset, job.log.begin))
@@ -14653,12 +14489,12 @@ class OperatorPeer:
             raise ConnectionClosed(CloseCode.UNSUPPORTED_DATA, str(error)) from error
         follower = self._follower(job_id)
         if kind == INPUT_DATA and follower is not None:
-            with contextlib.suppress(RpcError):  # another connection holds it now
+            with contextlib.suppress(RpcError):  # another connection holds the job now
                 self._jobs.input(follower.job, follower, offset, data)
 
 
 class Audience:
-    """The operators that are connected, for events."""
+    """The connected operators, as receivers of events."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _peers
@@ -14680,13 +14516,13 @@ class Audience:
             peer.ws.close(CloseCode.POLICY_VIOLATION, "signed out", timeout=0)
 
     def announce(self, name: str, payload: JsonObject) -> None:
-        """Send an event to those who subscribed to it; it never blocks."""
+        """Send an event to its subscribers, without blocking."""
         with self._lock:
             peers = [peer for peer in self._peers if name in peer.events]
         if not peers:
             return
         text = encode_envelope(Event(name, payload))
-        # A browser that sleeps is spared these; their numbers show it what it lacks.
+        # Not to a browser that sleeps: it sees a gap in their numbers and reloads.
         spared = payload.get("state") in SPARED_STATES and "message" not in payload
         for peer in peers:
             if not spared or peer.ws.backlog <= MAX_BACKLOG:
@@ -14701,7 +14537,7 @@ class RpcCall(Value):
 
     caller: Caller
     params: JsonObject
-    peer: OperatorPeer | None = None  # None: over HTTP, where nothing can follow
+    peer: OperatorPeer | None = None  # None: the request came over HTTP
 
     def require_peer(self) -> OperatorPeer:
         """Return the connection.  Raises RpcError over HTTP."""
@@ -14710,8 +14546,8 @@ class RpcCall(Value):
         return self.peer
 
 
-# The JSON type of a parameter, or a function like required_offset() that reads it; or
-# RpcCall, Caller, OperatorPeer: of the request itself.
+# A parameter's JSON type, or a function like required_offset() that reads it.  RpcCall,
+# Caller and OperatorPeer are taken from the request itself.
 Kind: TypeAlias = "type | Callable[[JsonObject, str], Any]"
 
 
@@ -14737,7 +14573,7 @@ def _argument(call: RpcCall, name: str, kind: Kind | Optional) -> Any:
     if not isinstance(kind, type):
         return kind(call.params, name)
     value = required(call.params, name, kind)
-    # Neither the store nor the timeout of a thread takes more.
+    # SQLite and the timeouts of threads take no more.
     if kind in (int, float) and not -MAX_OFFSET <= value < MAX_OFFSET:
         raise RpcError("INVALID_REQUEST", f"{name} is out of range")
     return value
@@ -14749,7 +14585,7 @@ class Method:
     def __init__(
         self, action: Callable[..., Any], scope: str, **parameters: Kind | Optional
     ) -> None:
-        """`action` returns the payload of the answer, or a Future; None is `{}`."""
+        """`action` returns the payload, or a Future of it; None means `{}`."""
         self.scope = scope
         self._action = action
         self._parameters = [
@@ -14774,7 +14610,7 @@ def required_id(params: JsonObject, _name: str) -> str:
 
 
 def seconds(limit: float) -> Kind:
-    """Return the kind of a parameter that is a time of at most `limit` s."""
+    """Return the kind of a parameter in seconds, from 0 to `limit`."""
 
     def check(params: JsonObject, name: str) -> float:
         value: float = required(params, name, float)
@@ -14823,7 +14659,7 @@ def mapped(future: Future[Any], convert: Callable[[Any], Any]) -> Future[Any]:
 
 
 class NodeMethods:
-    """What operators may do with machines and their tokens."""
+    """The methods about machines and their tokens."""
 
     def __init__(
         self,
@@ -14900,16 +14736,16 @@ class NodeMethods:
         return device
 
     def _hang_up(self, device: Device) -> None:
-        # Under whichever id: it may be connecting now, or may have connected twice.
+        # By device, not by node id: it may be connecting, or have connected twice.
         for node in self._fleet.all_connected():
             if node.device_id == device.id:
                 node.link.hang_up(TOKEN_REVOKED)
 
 
 def invoke_result(job: Job) -> JsonObject:
-    """Return the answer of Moltis' `node.invoke`.
+    """Return the answer to Moltis' `node.invoke`.
 
-    Raises RpcError UNAVAILABLE where it is not known how the job ended.
+    Raises RpcError UNAVAILABLE if the job was lost or never sent.
     """
     record, ending = job.record, job.ending
     assert ending is not None
@@ -14933,7 +14769,7 @@ def invoke_result(job: Job) -> JsonObject:
 
 
 def log_pieces(data: bytes, encoding: str) -> list[JsonObject]:
-    """Return the output in whole log frames, in its order."""
+    """Return the output in whole log frames, in order, adjacent frames joined."""
     pieces: list[JsonObject] = []
     for kind, frames in itertools.groupby(log_frames(data), lambda frame: frame[0]):
         if kind in STREAMS:
@@ -14951,7 +14787,7 @@ def caller_origin(caller: Caller) -> Origin:
 
 
 class JobMethods:
-    """What operators may do with the work on machines."""
+    """The methods about jobs."""
 
     def __init__(self, fleet: Fleet, jobs: Jobs) -> None:
         self._fleet = fleet
@@ -14971,7 +14807,7 @@ class JobMethods:
         hold: bool,
         queue: float,
     ) -> JsonObject:
-        """Start the same on each node, once all names are known."""
+        """Start the same on each node; nothing starts unless all names are known."""
         peer = call.require_peer() if hold else None
         if peer is not None:
             peer.check_room(len(jobs))
@@ -15033,7 +14869,7 @@ class JobMethods:
     def read(
         self, job: Job, offset: int, wait: float, encoding: str
     ) -> Future[JsonObject]:
-        """Answer with output from `offset` on, at once or when there is some."""
+        """Answer with output from `offset` on, waiting `wait` s for the first."""
 
         def answer(job: Job) -> JsonObject:
             start, data = job.log.read(job.log.boundary(offset))
@@ -15047,7 +14883,7 @@ class JobMethods:
         return mapped(self._jobs.news(job, offset, wait), answer)
 
     def wait(self, job: Job, wait: float) -> Future[JsonObject]:
-        """Answer when the job has ended, or with how it is after `wait` s."""
+        """Answer with the job once it has ended, or after `wait` s."""
         return mapped(self._jobs.ended(job, wait), job_view)
 
     def cancel(self, job: Job, by: Caller) -> JsonObject:
@@ -15072,7 +14908,7 @@ class JobMethods:
         invoke_id: str | None,
         background: bool,
     ) -> JsonObject | Future[JsonObject]:
-        """Do something as clients of Moltis ask for it: one call, one answer."""
+        """Start a job and answer with its result: Moltis' one call, one answer."""
         if args.get("stdin"):
             raise RpcError("INVALID_REQUEST", "node.invoke takes no input")
         node, origin = self._fleet.resolve(node_id), caller_origin(caller)
@@ -15086,7 +14922,7 @@ class JobMethods:
 
 
 class ChatMethods:
-    """What operators may do in sessions."""
+    """The methods about sessions."""
 
     def __init__(self, chats: Chats, fleet: Fleet, approvals: Approvals) -> None:
         self._chats = chats
@@ -15107,9 +14943,9 @@ class ChatMethods:
         return {"ok": True, "node_id": entry["node_id"]}
 
     def node_id(self, params: JsonObject, name: str) -> str | None:
-        """Return the id of the node that a session is to use; null is Local.
+        """Return the id of the node that a session shall use; null means Local.
 
-        Raises RpcError for one that is not known; it may be away.
+        Raises RpcError for an unknown node; it may be offline.
         """
         if name not in params:
             return None
@@ -15148,7 +14984,7 @@ def _key_view(key: OperatorKey) -> JsonObject:
 
 
 class AccessMethods:
-    """What administrators may do about operators: keys, sign-ins, the audit."""
+    """The methods about operators: keys, sign-ins, the audit."""
 
     def __init__(
         self,
@@ -15398,7 +15234,7 @@ class Rpc:
 class NodePeer:
     """The WebSocket of a node of ours: a NodeLink for Jobs."""
 
-    resumes = True  # its jobs outlive this connection
+    resumes = True  # its jobs go on without this connection
     max_message = MAX_PEER_MESSAGE
 
     def __init__(
@@ -15420,7 +15256,7 @@ class NodePeer:
         self._notify(JOB_ACK, {"id": job_id, "offset": offset})
 
     def check_cancel(self, job_id: str) -> None:
-        """Raises RpcError where this node cannot end the job."""
+        """Raises RpcError for a job that this node cannot end."""
 
     def cancel(self, job_id: str) -> None:
         self._notify(JOB_CANCEL, {"id": job_id})
@@ -15435,7 +15271,7 @@ class NodePeer:
         self._ws.close(CloseCode.POLICY_VIOLATION, reason, timeout=0)
 
     def serve(self, node: ConnectedNode) -> None:
-        """Take what the node sends until it hangs up.  Raises ConnectionClosed."""
+        """Handle the node's messages until it hangs up.  Raises ConnectionClosed."""
         while True:
             message = self._ws.receive()
             if message is None:
@@ -15449,7 +15285,7 @@ class NodePeer:
                 ) from error
 
     def _take(self, node: ConnectedNode, message: str | bytes) -> None:
-        """Raises RpcError where the connection has to end."""
+        """Raises RpcError if the connection has to end."""
         if isinstance(message, bytes):
             self._take_data(message)
             return
@@ -15480,7 +15316,7 @@ class NodePeer:
     def _handle(self, node: ConnectedNode, request: Request) -> JsonObject:
         """Return the answer to a request.  Raises RpcError."""
         if request.method != NODE_EVENT:
-            # The role comes from the credential: a node calls nothing else.
+            # A device token is no operator's key, whatever role its owner asked for.
             raise RpcError("FORBIDDEN", f"a node may not call {request.method[:100]!r}")
         if required(request.params, "event", str) == NODE_TELEMETRY:
             self._fleet.report(node, required(request.params, "payload", dict))
@@ -15492,14 +15328,14 @@ class NodePeer:
 
 MOLTIS_COMMANDS: Mapping[str, str] = {w: c for c, w in INVOKED_WORKS.items()}
 MOLTIS_KIND = "it is a node of Moltis, or of an old version"
-MOLTIS_TIMEOUT = "command timed out after"  # how such a node says so
-MOLTIS_GRACE = 60.0  # s beyond a command's timeout; then its silence counts again
+MOLTIS_TIMEOUT = "command timed out after"  # the beginning of such an error
+MOLTIS_GRACE = 60.0  # s after a command's timeout; then a silent node is given up
 
 
 def moltis_ending(work: str, result: JsonObject) -> Ending:
-    """Return how a job ended for which a node sent this one answer.
+    """Return the ending that a node's one answer stands for.
 
-    Raises RpcError for an answer that makes no sense.
+    Raises RpcError for a malformed answer.
     """
     problem = result.get("error")
     if problem is not None:
@@ -15525,10 +15361,10 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
 
 
 class MoltisPeer(NodePeer):
-    """A node that knows commands and answers: of Moltis, or ours before `jobs`.
+    """The WebSocket of a node without our extension: of Moltis, or an old one of ours.
 
-    It runs one command after the other, so it is sent one at a time: the timeout of a
-    command does not run while it is in line.
+    It runs one command after the other and counts a command's timeout from its
+    arrival, so it is sent one at a time.
     """
 
     resumes = False
@@ -15538,7 +15374,7 @@ class MoltisPeer(NodePeer):
         self, ws: WebSocket, params: ConnectParams, fleet: Fleet, jobs: Jobs
     ) -> None:
         super().__init__(ws, params, fleet, jobs)
-        self.instance = new_id()  # what it was doing is lost with the connection
+        self.instance = new_id()  # its jobs are lost with the connection
         self._name = params.display_name or params.client_id
         self._lock = threading.Lock()  # guards all below
         self._line: dict[str, JsonObject] = {}  # specs of commands not sent, by id
@@ -15561,7 +15397,7 @@ class MoltisPeer(NodePeer):
 
     def start(self, job_id: str, work: str, spec: JsonObject) -> None:
         try:
-            self.check(work, spec)  # it was away when it was asked for
+            self.check(work, spec)  # a queued job was not checked before
         except RpcError as error:
             self._end(job_id, Ending(JobState.FAILED, reason=error.message), {})
             return
@@ -15598,7 +15434,7 @@ class MoltisPeer(NodePeer):
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def tick(self) -> None:
-        """Count silence again once a command should have ended."""
+        """Give up a silent node again once its command should have ended."""
         with self._lock:
             if self._deadline.expired:
                 self._ws.keepalive = True
@@ -15615,7 +15451,7 @@ class MoltisPeer(NodePeer):
                     self._deadline = Deadline(spec["timeout"] / 1000 + MOLTIS_GRACE)
             running, line = self._running, list(self._line)
         if spec is not None:
-            # Only what is set: it fails on a blank cwd, and takes a whole timeout only.
+            # Such a node fails on a blank cwd and ignores a timeout with a fraction.
             args = {n: spec[n] for n in ("command", "env") if spec.get(n)}
             if (spec.get("cwd") or "").strip():
                 args["cwd"] = spec["cwd"]
@@ -15626,7 +15462,7 @@ class MoltisPeer(NodePeer):
             self._jobs.on_place(self, job_id, place)
 
     def _request(self, job_id: str, work: str, args: JsonObject) -> None:
-        # It reads nothing, so answers no ping, while it works.
+        # While it works it reads nothing, and so answers no ping.
         self._ws.keepalive = False
         payload = {"invokeId": job_id, "command": MOLTIS_COMMANDS[work], "args": args}
         with contextlib.suppress(ConnectionClosed):  # Jobs.left() ends them all
@@ -15648,7 +15484,7 @@ class MoltisPeer(NodePeer):
             try:
                 ending = moltis_ending(work, result)
             except RpcError as error:
-                reason = f"the node sent a result that makes no sense: {error}"
+                reason = f"the node sent a malformed result: {error}"
                 ending = Ending(JobState.FAILED, reason=reason)
             duration = max(0, now_ms() - started_at) / 1000
             ending = ending.replace(started_at=started_at, duration=duration)
@@ -15657,7 +15493,7 @@ class MoltisPeer(NodePeer):
         return {}
 
     def _end(self, job_id: str, ending: Ending, result: JsonObject) -> None:
-        """Write a job's log: the output in its one answer, and the ending."""
+        """Write the job's log: the output in `result`, then the ending."""
         frames, counts = [], []
         for kind, name in STREAMS.items():
             text = result.get(name)
@@ -15682,26 +15518,26 @@ class MoltisPeer(NodePeer):
 
 
 class Identity(Value):
-    """Who a peer has proved to be, and what it says of itself."""
+    """A peer's proved identity and its `connect` parameters."""
 
     caller: Caller
     params: ConnectParams
     device: Device | None = None  # None: an operator
     handle: str = ""  # of the token that a device came with
-    server_final: str = ""  # our half of the proof, where SCRAM was used
+    server_final: str = ""  # our half of the proof, if SCRAM was used
 
 
 class Client(Value):
-    """What is known of a peer before it has said a word."""
+    """A peer as its HTTP request shows it."""
 
     address: str
     channel_binding: bytes | None  # None: it came without TLS
-    login: Caller | None  # whoever the cookie of the upgrade belongs to
+    login: Caller | None  # the owner of the request's cookie
     on_identified: Callable[[], None]  # called once it has proved who it is
 
 
 class Introduction:
-    """The first exchange of a connection, until the peer has proved who it is."""
+    """The first exchange of a connection: it proves who the peer is."""
 
     def __init__(
         self, ws: WebSocket, access: Access, client: Client, *, require_scram: bool
@@ -15714,10 +15550,10 @@ class Introduction:
         self._scram: ScramServer | None = None
 
     def identity(self) -> Identity | None:
-        """Return who the peer is; None if it leaves before it has proved that.
+        """Return who the peer is; None if it hangs up first.
 
-        Raises RpcError: refuse its request with it.  Raises ConnectionClosed, and
-        TimeoutError after CONNECT_TIMEOUT.
+        Raises RpcError to refuse the request with; ConnectionClosed; TimeoutError
+        after CONNECT_TIMEOUT.
         """
         deadline = Deadline(CONNECT_TIMEOUT)
         while True:
@@ -15726,7 +15562,7 @@ class Introduction:
                 return None
             answer = self._answer(self._request(message))
             if isinstance(answer, Identity):
-                self._scram = None  # it would live as long as the connection
+                self._scram = None  # free it: this object lives as long as `ws`
                 self._client.on_identified()
                 return answer
             self._ws.send(encode_envelope(Response(self.request_id, answer)))
@@ -15747,7 +15583,7 @@ class Introduction:
         return envelope
 
     def _answer(self, request: Request) -> Identity | JsonObject:
-        """Return the answer to `auth.scram`, or who sent `connect`.
+        """Return the answer to `auth.scram`, or the identity that `connect` proves.
 
         Raises RpcError.
         """
@@ -15776,7 +15612,7 @@ class Introduction:
             raise RpcError("UNAUTHORIZED", text) from error
 
     def _identify(self, params: ConnectParams) -> Identity:
-        """Raises AuthenticationError, or RpcError where there is no credential."""
+        """Raises AuthenticationError; RpcError if there is no credential."""
         access, final = self._access, ""
         if params.scram_final and self._scram is not None:
             final = self._scram.final(params.scram_final)
@@ -15809,12 +15645,12 @@ class Introduction:
 def note_presence(
     devices: DevicesTable, device: Device, params: ConnectParams, address: str
 ) -> bool:
-    """Record what a node says of itself; False if its token was revoked.
+    """Record a node's name, platform, version, address; False if it was revoked.
 
     Raises StoreError.
     """
     name = ""
-    with contextlib.suppress(RpcError):  # it may not call itself Local
+    with contextlib.suppress(RpcError):  # no name, or Local
         name = valid_name(params.display_name)
     try:
         return devices.connect(
@@ -15832,7 +15668,7 @@ def note_presence(
         known = devices.by_node_id(params.client_id, now_ms())
         if known is None or known.id != device.id:
             raise
-        # A full disk must not part a node from the commands that it runs.
+        # A full disk must not keep a node from resuming its jobs.
         log.warning("presence not recorded node=%s: %s", params.client_id, error)
         return True
 
@@ -15879,7 +15715,7 @@ class Gateway:
             ws, self._access, client, require_scram=self._require_scram
         )
         try:
-            # Its messages are freed here: 5 KiB of each node.
+            # A call of its own: its messages are freed, 5 KiB a node.
             identity = None if stops else introduction.identity()
             if identity is None:
                 return
@@ -15888,7 +15724,7 @@ class Gateway:
             else:
                 self._serve_node(ws, introduction.request_id, identity, client.address)
         except RpcError as error:
-            # The answer first, then the close: existing nodes read it so.
+            # First the answer, then the close: a Moltis node expects both.
             with contextlib.suppress(ConnectionClosed, TimeoutError):
                 answer = Response(introduction.request_id, error=error)
                 ws.send(encode_envelope(answer))
@@ -15926,7 +15762,7 @@ class Gateway:
         peer = OperatorPeer(ws, identity.caller, self.rpc.call, self._jobs)
         self._audience.add(peer)
         try:
-            # Only now: what is revoked from here on, the audience hangs up on.
+            # Checked after add(): a revocation from now on closes this connection.
             if not self._access.is_current(identity.caller):
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             self._greet(ws, request_id, identity, peer.id, MAX_PEER_MESSAGE, {})
@@ -15946,9 +15782,9 @@ class Gateway:
         self._fleet.claim(node, device)
         try:
             known = note_presence(self._devices, device, params, address)
-            # Only now: what is revoked from here on, it is hung up for.
+            # Checked after claim(): a revocation from now on closes this connection.
             current = self._access.devices.device_by_handle(identity.handle)
-            if not known or current is None:  # or its id was taken as it came in
+            if not known or current is None:  # or another node has just taken its id
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             if device.node_id not in (None, node.node_id):
                 self._jobs.lose(
@@ -15972,12 +15808,13 @@ class Gateway:
                 self._ask_providers(node)
             peer.serve(node)
         finally:
+            node.ready = False  # no job is sent between left() and release()
             self._jobs.left(peer)
             self._fleet.release(node)
             log.info("node disconnected node=%s", node.node_id)
 
     def _ask_providers(self, node: ConnectedNode) -> None:
-        """Ask which models the node has; ours names them in its telemetry."""
+        """Ask for the node's models, which are not in a Moltis node's telemetry."""
 
         def keep(ended: Future[Job]) -> None:
             try:
@@ -16001,9 +15838,10 @@ class Gateway:
         max_message: int,
         offsets: Mapping[str, int],
     ) -> None:
-        """Answer a `connect`: from now on the peer is known.  Raises ConnectionClosed.
+        """Answer a `connect` and lift the limits for strangers.
 
-        `offsets` are those from which a node shall send its logs.
+        `offsets`, by job, are where a node continues its logs.
+        Raises ConnectionClosed.
         """
         is_node = identity.device is not None
         auth: JsonObject = {
@@ -16054,8 +15892,7 @@ class Gateway:
 #       TLS, Wire protocol, Store, Access, Jobs, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
-# web pages out, limits for strangers.  http.server does the parsing; what a request
-# means is decided by Access and Gateway.
+# web pages out, limits for strangers.  http.server parses; Access and Gateway decide.
 # ==============================================================================
 
 MAX_BODY = 1024 * 1024  # bytes of a request
@@ -16064,18 +15901,18 @@ REQUEST_TIMEOUT = 10.0  # s for TLS, for a request without its body, for 64 KiB 
 REPLY_TIMEOUT = 300.0  # s for a client to take one piece of a reply
 REPLY_PIECE = 64 * 1024  # bytes
 MIN_BODY_RATE = 10 * 1024  # bytes a second
-MAX_STRANGERS = 1024  # connections that have not said who they are; more are refused
+MAX_STRANGERS = 1024  # connections without a proved identity; more are refused
 MAX_STRANGERS_EACH = 256  # of them from one address; a fleet may share its router's
 MAX_CONNECTIONS = 16_000  # in all, or fewer where the system allows fewer descriptors
 SPARE_DESCRIPTORS = 256  # for all else: the database, Local's commands
 LISTEN_BACKLOG = 1024  # connections; a fleet comes back all at once
 MAX_STRANGER_BODY = 64 * 1024  # bytes of a request without a credential
 MAX_STRANGER_MESSAGE = 256 * 1024  # bytes; a `connect` lists up to 4,096 jobs
-DOOR_TIMEOUT = 0.5  # s for requests to be answered when the gateway stops
+DOOR_TIMEOUT = 0.5  # s for answers under way when the gateway stops
 COOKIE_NAME = "moltis_login"
 JOIN_PATH = "/join/"
 JOBS_PATH = "/api/jobs/"
-PAGE_PATHS = ("/chat/", "/settings/")  # views of the page, which have paths too
+PAGE_PATHS = ("/chat/", "/settings/")  # of views; all are answered with the page
 
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -16115,7 +15952,7 @@ class HttpRequest(Value):
     headers: HttpHeaders[str, str]
     body: bytes
     address: str  # of the client
-    host: str  # and port, as the client calls us
+    host: str  # the Host header: our name and port, as the client has them
     secure: bool = False  # came over TLS
     channel_binding: bytes | None = None  # of the certificate that the client sees
 
@@ -16126,7 +15963,7 @@ class HttpRequest(Value):
 
     def cookie(self, name: str) -> str:
         """Return the value of a cookie, "" if there is none."""
-        # Those of other programs on this host come too, in any form.
+        # Other programs on this host set cookies too, in forms that parsers refuse.
         for cookie in self.headers.get("Cookie", "").split(";"):
             found, _, value = cookie.strip().partition("=")
             if found == name:
@@ -16135,7 +15972,7 @@ class HttpRequest(Value):
 
 
 class Reply(Value):
-    """What to answer to an HttpRequest."""
+    """The answer to an HttpRequest."""
 
     status: int
     body: bytes | Iterator[bytes] = b""  # an iterator: up to the connection's end
@@ -16167,7 +16004,7 @@ def rpc_reply(response: Response) -> Reply:
 
 
 def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
-    """Return a file that a browser saves, and keeps nowhere else."""
+    """Return a file that a browser saves and does not cache."""
     return Reply(
         200,
         pieces,
@@ -16180,7 +16017,7 @@ def download_reply(name: str, pieces: Iterator[bytes], kind: str) -> Reply:
 
 
 def job_output(job: Job) -> Iterator[bytes]:
-    """Yield what a job has written so far; what is not kept is said."""
+    """Yield a job's output so far, with a line for each gap."""
     position = 0
     while True:
         start, data = job.log.read(position)
@@ -16203,7 +16040,7 @@ AUDIT_COLUMNS = (
 def _csv_row(row: JsonObject) -> list[str]:
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
     values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
-    # A spreadsheet would carry out what begins like a formula.
+    # A spreadsheet would run a cell that begins like a formula.
     return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
 
 
@@ -16221,7 +16058,7 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
         text.truncate()
 
 
-# --- Who may ask ---
+# --- Where a request comes from ---
 
 
 def is_ip_address(text: str) -> bool:
@@ -16235,14 +16072,14 @@ def is_ip_address(text: str) -> bool:
 
 
 class TrustedProxies:
-    """The reverse proxies whose word on their clients counts."""
+    """The reverse proxies whose forwarding headers are believed."""
 
     def __init__(
         self, networks: Iterable[str] = (), channel_binding: bytes | None = None
     ) -> None:
-        """`channel_binding` is that of the certificate which they show to clients.
+        """`channel_binding` is that of the certificate that they show to clients.
 
-        Raises UsageError for what is no address or network.
+        Raises UsageError for anything but an address or a network.
         """
         import ipaddress
 
@@ -16274,7 +16111,7 @@ class TrustedProxies:
             return request
         headers = request.headers
         address = request.address
-        # Each proxy adds its client; what stands before the first stranger is made up.
+        # Each proxy appends its client; what precedes the first stranger may be forged.
         for hop in reversed(header_tokens(headers, "X-Forwarded-For")):
             if not is_ip_address(hop):
                 break
@@ -16292,7 +16129,7 @@ class TrustedProxies:
 
 
 class Edge:
-    """Under which names the gateway is reached, and through which proxies."""
+    """The names and proxies through which clients reach the gateway."""
 
     def __init__(
         self,
@@ -16305,7 +16142,7 @@ class Edge:
         self._names = {name.lower() for name in (*host_names(), *allowed_hosts)}
 
     def refusal(self, request: HttpRequest) -> Reply | None:
-        """Return why this request may come from a foreign web page, or None.
+        """Return the refusal of a request that a foreign web page may have made.
 
         Nodes and curl, which send neither Origin nor Cookie, may use any name for us.
         """
@@ -16332,29 +16169,29 @@ class Edge:
     def _is_ours(self, host: str) -> bool:
         """Return whether the Host header (`name` or `name:port`) names this gateway.
 
-        A web page elsewhere can point a name of its own at our address (DNS
-        rebinding): then the Host header is a name that is not ours.
+        A foreign page can point a name of its own at our address (DNS rebinding): then
+        the Host header is not ours.
         """
         try:
             name = (urlsplit("//" + host).hostname or "").lower()
         except ValueError:  # a bracket that is not closed
             return False
-        # An address cannot be pointed elsewhere as a name can: only names are checked.
+        # An address cannot be rebound, so only names are checked.
         return name in self._names or is_ip_address(name)
 
 
-# --- What is answered ---
+# --- Routes ---
 
 
 class HttpApp:
-    """What each path answers."""
+    """The answers to HTTP requests, by path."""
 
     def __init__(
         self,
         gateway: Gateway,
         jobs: Jobs,
         access: Access,
-        files: Mapping[str, Reply],  # by path; what never changes
+        files: Mapping[str, Reply],  # by path
         edge: Edge,
     ) -> None:
         self.edge = edge
@@ -16362,7 +16199,7 @@ class HttpApp:
         self._jobs = jobs
         self._access = access
         self._files = files
-        # A path that ends with "/" stands for all below it.
+        # A path that ends with "/" includes all below it.
         self._routes: Sequence[tuple[str, str, Callable[[HttpRequest], Reply]]] = (
             ("GET", "/health", self._health),
             ("POST", "/api/rpc", self._rpc),
@@ -16375,7 +16212,7 @@ class HttpApp:
         )
 
     def answer(self, request: HttpRequest) -> Reply:
-        """Return the reply; whatever goes wrong is one."""
+        """Return the reply, also for any failure."""
         refusal = self.edge.refusal(request)
         if refusal is not None:
             return refusal
@@ -16416,13 +16253,13 @@ class HttpApp:
     def server(
         self, ws: WebSocket, request: HttpRequest, on_identified: Callable[[], None]
     ) -> Callable[[], None]:
-        """Return what serves an upgraded connection to its end."""
+        """Return a function that serves an upgraded connection to its end."""
         login, binding = self._login(request), request.channel_binding
         client = Client(request.address, binding, login, on_identified)
         return partial(self._gateway.serve, ws, client)
 
     def _login(self, request: HttpRequest) -> Caller | None:
-        """Return whose browser sends the request's cookie."""
+        """Return the operator whose sign-in the cookie is."""
         cookie = request.cookie(COOKIE_NAME)
         if not cookie:
             return None
@@ -16446,8 +16283,8 @@ class HttpApp:
         return self._files.get("/") or self._not_found(request)
 
     def _join(self, request: HttpRequest) -> Reply:
-        """Answer a join link: what a machine needs to become a node, once."""
-        if request.method == "HEAD":  # a look, as of a preview, uses nothing up
+        """Answer a join link with a node's settings, once."""
+        if request.method == "HEAD":  # a preview does not use the code up
             return json_reply(200, {})
         code = request.path[len(JOIN_PATH) :]
         try:
@@ -16486,7 +16323,7 @@ class HttpApp:
             rows: list[JsonObject] = rpc.call(caller, "audit.list", place)
             return rows
 
-        first = page(None, 0)  # now: what it raises is an answer
+        first = page(None, 0)  # before the reply begins: it may raise
 
         def pages() -> Iterator[list[JsonObject]]:
             rows, until, known = first, None, 0
@@ -16516,7 +16353,7 @@ class HttpApp:
             payload = self._gateway.rpc.call(caller, method, params)
             if isinstance(payload, Future):
                 payload = payload.result()
-                # Which may have taken hours, without a connection to hang up on.
+                # That may have taken hours, and revoking a key closes WebSockets only.
                 if not self._access.is_current(caller):
                     raise RpcError("UNAUTHORIZED", "the key was revoked meanwhile")
         except Exception as error:  # noqa: BLE001  as_rpc_error() logs it
@@ -16552,7 +16389,7 @@ class HttpApp:
 
 
 class Admission:
-    """One connection's place among those that there may be."""
+    """One connection's place within ConnectionLimits."""
 
     def __init__(self, block: str, forget: Callable[[Admission, bool], None]) -> None:
         self.block = block  # of addresses
@@ -16560,7 +16397,7 @@ class Admission:
         self._forget = forget
 
     def identified(self) -> None:
-        """Its peer has proved who it is."""
+        """Count it as a stranger's no longer."""
         self._forget(self, False)
 
     def end(self) -> None:
@@ -16568,10 +16405,9 @@ class Admission:
 
 
 class ConnectionLimits:
-    """How many connections there are, and of them of peers nobody knows yet.
+    """Counts of connections, and of strangers among them.
 
-    Strangers are counted by themselves, so that however many come, those who have
-    proved who they are keep their place.
+    Strangers are counted apart: however many come, identified peers keep their places.
     """
 
     def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
@@ -16582,9 +16418,9 @@ class ConnectionLimits:
         self._by_block: dict[str, int] = {}  # strangers; no entry for none
 
     def admit(self, address: str, *, shared: bool) -> Admission | None:
-        """Return the right to stay, or None where there are too many.
+        """Return a place, or None if there are too many connections.
 
-        `shared` addresses, as of a proxy, may have more connections than others.
+        `shared` addresses, as of a proxy, may have more than others.
         """
         block = address_block(address)
         with self._lock:
@@ -16598,7 +16434,7 @@ class ConnectionLimits:
         return Admission(block, self._forget)
 
     def _forget(self, admission: Admission, ended: bool) -> None:
-        """Count the connection as a stranger's no more, or not at all."""
+        """Count the connection as identified, or as ended."""
         with self._lock:
             self._free += ended
             if admission.is_known:
@@ -16614,13 +16450,13 @@ class ConnectionLimits:
 
 
 class RequestTooLarge(Exception):
-    """A client sends more than a request may have: refuse it and hang up."""
+    """The request's head is too long: refuse it and hang up."""
 
 
 class PatientStream(io.RawIOBase):
-    """A connection as a file, patient with a slow client up to a point.
+    """A connection as a file, with deadlines for whole requests and replies.
 
-    A timeout of the socket alone would begin anew with every byte that trickles in.
+    A socket's own timeout starts again with every byte that trickles in.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -16629,7 +16465,7 @@ class PatientStream(io.RawIOBase):
         self.begin()
 
     def begin(self) -> None:
-        """Wait for a request, and no longer than REQUEST_TIMEOUT for its head."""
+        """Expect a request, whose head has to come within REQUEST_TIMEOUT."""
         self._deadline = Deadline(REQUEST_TIMEOUT)
         self._room = MAX_REQUEST_HEAD
 
@@ -16638,7 +16474,7 @@ class PatientStream(io.RawIOBase):
         self._room = length
 
     def end_reading(self) -> None:
-        """Leave what has not been read to the WebSocket."""
+        """Read nothing more: the rest is for the WebSocket."""
         self._ended = True
 
     def readable(self) -> bool:
@@ -16674,16 +16510,16 @@ class PatientStream(io.RawIOBase):
 
 
 class TcpPeer(Value):
-    """Whoever is at the other end of an accepted connection."""
+    """The other end of an accepted connection."""
 
     address: str
-    tls: TlsIdentity | None  # what they were shown
+    tls: TlsIdentity | None  # the certificate that it was shown
     admission: Admission
 
 
 def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a method
-    # Made here, because http.server takes a Pi Zero a quarter of a second to import,
-    # which no other subcommand should wait for.
+    # Importing http.server takes a Pi Zero a quarter of a second, which no other
+    # subcommand should wait for.
     from http.server import BaseHTTPRequestHandler
 
     class Handler(BaseHTTPRequestHandler):
@@ -16694,8 +16530,8 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
         # Until a request line was read:
         command = requestline = ""
         request_version = "HTTP/1.1"
-        # Serves the WebSocket that the connection has become, once http.server is
-        # through with it: its objects and buffers would be 25 KiB of each node.
+        # Serves the upgraded connection after this handler is gone, whose objects and
+        # buffers take 25 KiB.
         upgraded: Callable[[], None] | None = None
 
         def setup(self) -> None:
@@ -16747,7 +16583,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 return
             if length > MAX_STRANGER_BODY:
                 try:
-                    # Before it is read: strangers are to cost little memory.
+                    # Checked before the body is read: strangers cost little memory.
                     app.caller(self.request_with(b""))
                 except RpcError:
                     problem = "so long a body needs an operator key or a sign-in"
@@ -16775,7 +16611,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             return app.edge.proxies.see_through(request)
 
         def refuse(self, status: int, message: str) -> None:
-            """Answer what cannot be answered otherwise; the connection ends with it."""
+            """Send an error, then close the connection."""
             self.close_connection = True
             self.send(error_reply(status, message))
 
@@ -16818,7 +16654,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.flush()
-            # What the client sent right behind its request waits in rfile's buffer.
+            # The bytes that came right behind the request are in rfile's buffer.
             self.stream.end_reading()
             reader: Any = self.rfile  # a BufferedReader
             early: bytes = reader.peek()
@@ -16844,7 +16680,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
 
 
 def _descriptor_limit() -> int:
-    """Return how many connections the system lets us have, having asked for most."""
+    """Return how many connections the system allows, after raising its limit."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -16852,7 +16688,7 @@ def _descriptor_limit() -> int:
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        # macOS has a maximum of its own, and may say no.
+        # macOS may refuse: it has a maximum of its own.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -16878,12 +16714,12 @@ class ConnectionThreads:
             self._sockets[thread] = sock
 
     def replace_socket(self, sock: socket.socket) -> None:
-        """Use this socket for the calling thread's connection: it speaks TLS now."""
+        """Set the calling thread's socket, which speaks TLS now."""
         with self._lock:
             self._sockets[threading.current_thread()] = sock
 
     def close(self) -> None:
-        """Wait for what is being answered, not for what may still be asked."""
+        """Wait for the answers under way; read no further requests."""
         deadline = Deadline(DOOR_TIMEOUT)
         with self._lock:
             sockets = dict(self._sockets)
@@ -16920,7 +16756,7 @@ def _secured(sock: socket.socket, identity: TlsIdentity) -> socket.socket:
         sock, server_side=True, do_handshake_on_connect=False
     )
     try:
-        # The timeout of a handshake is for the whole of it.
+        # This timeout is for the whole handshake.
         secured.settimeout(deadline.remaining() or 0.001)
         secured.do_handshake()
     except BaseException:
@@ -16961,7 +16797,7 @@ class HttpDoor:
         return int(self._server.server_address[1])
 
     def close(self) -> None:
-        """Let nobody in any more; those who are in are left alone."""
+        """Stop listening; open connections go on."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -17021,7 +16857,7 @@ class HttpDoor:
             if upgraded is not None:
                 upgraded()
         except OSError as error:
-            # The client went away in the middle, or did not agree on TLS.
+            # The client hung up, or TLS failed.
             log.debug("connection ended address=%s: %s", address, error)
         except Exception:
             log.exception("connection failed address=%s", address)
@@ -17167,7 +17003,7 @@ WEB_HTML = r"""<!doctype html>
 <input id="key" type="password" autocomplete="current-password" required
  placeholder="mk_…" aria-describedby="sign-in-error sign-in-help">
 <p id="sign-in-error" class="bad" role="alert"></p>
-<button id="sign-in-button" class="button main" type="submit">Sign in</button>
+<button class="button main" type="submit">Sign in</button>
 <details id="sign-in-help"><summary>Where is the key?</summary>
 <p>The gateway printed a sign-in link when it started; opening it signs you in. The key
 is also in a file on the gateway’s machine:</p>
@@ -17181,7 +17017,7 @@ is also in a file on the gateway’s machine:</p>
 <div id="veil" hidden></div>
 <nav id="sidebar" aria-label="Chats and settings">
 <div class="side-head">
-<a id="home" class="brand" href="/chat/main"><svg class="mark" aria-hidden="true">
+<a class="brand" href="/chat/main"><svg class="mark" aria-hidden="true">
 <use href="#i-mark"/></svg> moltis</a>
 <button id="close-sidebar" class="bare phone"
  aria-label="Close menu" data-icon="close"></button>
@@ -17277,7 +17113,7 @@ is also in a file on the gateway’s machine:</p>
  aria-label="Download all as CSV" data-icon="save"></a>
 <div class="filters"><label>Node <select id="filter-node"></select></label>
 <label>Result <select id="filter-state"></select></label></div></header>
-<div class="scroll" tabindex="0" role="region" aria-label="Commands that were run">
+<div class="scroll" tabindex="0" role="region" aria-label="Command history">
 <table id="audit"><thead><tr><th scope="col">When</th><th scope="col">Who</th>
 <th scope="col">Node</th><th scope="col">Command</th><th scope="col">Result</th>
 <th scope="col" class="number">Duration</th><th scope="col" class="number">Output</th>
@@ -17289,9 +17125,9 @@ is also in a file on the gateway’s machine:</p>
 <section id="models" class="settings" aria-labelledby="models-title" hidden>
 <header class="bar"><h1 id="models-title">Models</h1></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Providers">
-<p class="lead">Ollama is found on every machine, and so is each provider whose key is
-in the environment of the gateway or of a node. A key entered here is never shown
-again.</p>
+<p class="lead">Models come from Ollama on every machine, and from each provider whose
+key is in the environment of the gateway or a node, or is entered here. A key entered
+here is never shown again.</p>
 <div id="providers"></div>
 <form id="model-form"><h2>Unlisted model</h2>
 <div class="inline"><input id="model-name" required placeholder="openai/gpt-5-mini"
@@ -17341,10 +17177,12 @@ again.</p>
 </dialog>
 
 <dialog id="confirm" aria-labelledby="confirm-title" aria-describedby="confirm-text">
+<form method="dialog">
 <h2 id="confirm-title"></h2>
 <p id="confirm-text"></p>
-<div class="actions"><button id="confirm-no" class="button">Cancel</button>
-<button id="confirm-yes" class="button danger"></button></div>
+<div class="actions"><button class="button" autofocus>Cancel</button>
+<button id="confirm-yes" class="button danger" value="yes"></button></div>
+</form>
 </dialog>
 </div>
 
@@ -17417,7 +17255,8 @@ button:disabled { opacity: .5; cursor: default; }
   gap: 6px; border: var(--rule); border-radius: 9px; padding: 6px 13px;
   background: var(--surface); text-decoration: none; white-space: nowrap; }
 .button { min-height: 36px; font-weight: 520; }
-.button:hover { background: var(--sunken); }
+.button:hover, .pick:hover, .pick[aria-expanded=true], .choices li:hover,
+.choices .active { background: var(--sunken); }
 .button.main, .round.main { background: var(--accent); border-color: transparent;
   color: var(--on-accent); }
 .button.main:hover, .round.main:hover { filter: brightness(1.08); }
@@ -17448,6 +17287,9 @@ p.bad:empty { display: none; }
 .dot.wait { background: var(--wait); }
 .dot.run { background: var(--accent); animation: pulse 1.6s infinite; }
 @keyframes pulse { 50% { opacity: .3; } }
+.note, .detail, .count, .code-head, .side-foot h2, #hint { font-size: 12.5px;
+  color: var(--soft); }
+.note:empty { display: none; }
 .tools { display: inline-flex; gap: 2px; margin-left: auto; }
 .actions { display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 10px;
   margin-top: 20px; }
@@ -17460,8 +17302,7 @@ p.bad:empty { display: none; }
   border-radius: 18px; box-shadow: var(--shade); }
 .sheet h1 { display: flex; align-items: center; gap: 10px; font-size: 22px; }
 .sheet label, dialog label { font-weight: 560; font-size: 14px; }
-.sheet p, dialog > p, dialog form > p { color: var(--soft); }
-.sheet p.bad, dialog p.bad { color: var(--bad); }
+:is(.sheet, dialog form) > p:not(.bad) { color: var(--soft); }
 details { margin-top: 6px; color: var(--soft); font-size: 14px; }
 details p { margin: 8px 0; }
 details pre { padding: 8px 10px; border-radius: 8px; background: var(--sunken);
@@ -17499,29 +17340,26 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .brand { display: flex; align-items: center; gap: 9px; font-size: 17px;
   font-weight: 660; letter-spacing: -.02em; color: var(--ink); text-decoration: none; }
 #sessions { flex: 1; min-height: 0; overflow-y: auto; margin: 0 -4px; padding: 0 4px; }
-#sessions li { position: relative; border-radius: 9px; }
-#sessions a { display: block; padding: 7px 10px; border-radius: 9px; color: inherit;
+#sessions li, #sessions a, .side-foot a, .side-foot .bare { border-radius: 9px; }
+#sessions a, .side-foot a, .side-foot .bare { color: var(--ink);
   text-decoration: none; }
-#sessions li:hover { background: var(--hover); }
-#sessions li.current { background: var(--surface); box-shadow: 0 0 0 1px var(--line); }
+#sessions li:hover, .side-foot a:hover { background: var(--hover); }
+#sessions li.current, .side-foot a[aria-current] { background: var(--surface);
+  box-shadow: 0 0 0 1px var(--line); }
+#sessions li { position: relative; }
+#sessions a { display: block; padding: 7px 10px; }
 #sessions .name, #sessions .detail { display: block; }
 #sessions .name { font-weight: 520; }
-#sessions .detail, .detail { font-size: 12.5px; color: var(--soft); }
 #sessions .replying .detail { color: var(--accent); }
 #sessions .tools { position: absolute; right: 5px; top: 5px; border-radius: 8px;
   opacity: 0; background: var(--surface); }
 #sessions li:hover .tools, #sessions li:focus-within .tools { opacity: 1; }
 .side-foot { padding-top: 10px; border-top: var(--rule); }
-.side-foot h2 { padding: 0 10px 4px; font-size: 12.5px; font-weight: 560;
-  color: var(--soft); letter-spacing: 0; }
+.side-foot h2 { padding: 0 10px 4px; font-weight: 560; letter-spacing: 0; }
 .side-foot a, .side-foot .bare { display: flex; justify-content: flex-start; gap: 10px;
-  align-items: center; width: 100%; padding: 6px 10px; border-radius: 9px;
-  color: var(--ink); text-decoration: none; }
+  align-items: center; width: 100%; padding: 6px 10px; }
 .side-foot .icon { color: var(--soft); }
-.side-foot a:hover { background: var(--hover); }
-.side-foot a[aria-current] { background: var(--surface);
-  box-shadow: 0 0 0 1px var(--line); }
-.count { margin-left: auto; font-size: 12.5px; color: var(--soft); }
+.count { margin-left: auto; }
 #frame { display: flex; flex-direction: column; min-height: 0; min-width: 0; }
 #banner { padding: 7px 20px; background: var(--wait-tint); color: var(--wait);
   font-size: 14px; }
@@ -17537,7 +17375,6 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .picker { position: relative; min-width: 0; }
 .pick { display: flex; align-items: center; gap: 8px; max-width: 240px;
   min-height: 36px; padding: 5px 8px 5px 12px; border-radius: 9px; }
-.pick:hover, .pick[aria-expanded=true] { background: var(--sunken); }
 .pick-label { flex: 1; text-align: left; }
 .choices { position: absolute; z-index: 10; right: 0; top: calc(100% + 6px);
   padding: 5px; width: max-content; min-width: 240px; max-width: min(380px, 92vw);
@@ -17546,7 +17383,6 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .choices:focus-visible { outline-offset: 0; outline-width: 1px; }
 .choices li { display: flex; align-items: center; gap: 10px; padding: 7px 10px;
   border-radius: 8px; cursor: pointer; }
-.choices li:hover, .choices .active { background: var(--sunken); }
 .choices .active { box-shadow: inset 0 0 0 1px var(--accent); }
 .choices .dim .choice > :first-child { color: var(--soft); }
 .choice { flex: 1; min-width: 0; }
@@ -17559,8 +17395,6 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #messages, #welcome, #thinking, #composer > * { max-width: 800px; margin-inline: auto; }
 #older { display: flex; margin: 0 auto 18px; }
 .turn { margin-bottom: 20px; }
-.note { font-size: 12.5px; color: var(--soft); }
-.note:empty { display: none; }
 .user { display: flex; flex-direction: column; align-items: flex-end; }
 .bubble { max-width: 85%; padding: 9px 15px; border-radius: 17px 17px 5px 17px;
   background: var(--tint); white-space: pre-wrap; }
@@ -17596,7 +17430,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #prompt:empty { display: none; }
 .round { display: grid; place-items: center; width: 36px; height: 36px; flex: none;
   border-radius: 11px; }
-#hint { margin-top: 6px; text-align: center; font-size: 12.5px; color: var(--soft); }
+#hint { margin-top: 6px; text-align: center; }
 #node-away { margin-bottom: 8px; }
 
 /* prose */
@@ -17615,12 +17449,12 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .prose table { border-collapse: collapse; font-size: 14px; }
 .prose :is(th, td) { padding: 5px 14px 5px 0; text-align: left; vertical-align: top;
   border-bottom: var(--rule); }
-.prose .number, td.number, th.number { text-align: right;
+.prose .number, #audit .number { text-align: right;
   font-variant-numeric: tabular-nums; }
 .prose .center { text-align: center; }
 .code { border-radius: 11px; overflow: hidden; background: var(--sunken); }
 .code-head { display: flex; justify-content: space-between; align-items: center;
-  padding: 2px 5px 0 13px; font-size: 12.5px; color: var(--soft); }
+  padding: 2px 5px 0 13px; }
 .code pre { padding: 4px 13px 11px; overflow-x: auto; }
 
 /* a command */
@@ -17721,7 +17555,6 @@ details label input { flex: 0 1 420px; }
 #audit th { text-align: left; font-weight: 560; color: var(--soft); }
 #audit :is(th, td) { padding: 7px 16px 7px 0; border-bottom: var(--rule);
   vertical-align: baseline; white-space: nowrap; }
-#audit .number { text-align: right; }
 #audit .what { width: 50%; max-width: 0; }
 #audit .result { white-space: normal; min-width: 205px; }
 .result .dot { margin-right: 7px; }
@@ -17849,12 +17682,8 @@ function copyOf(id) {
 const button = (label, onclick, kind = "button") =>
   h("button", {class: kind, onclick}, label);
 
-function iconButton(name, label, onclick, kind = "bare") {
-  const element = h("button", {class: kind, "aria-label": label, title: label},
-    icon(name));
-  if (onclick) on(element, "click", onclick);
-  return element;
-}
+const iconButton = (name, label, onclick = null, kind = "bare") =>
+  h("button", {class: kind, "aria-label": label, title: label, onclick}, icon(name));
 
 // The children of an element, one per item; children with the same key are reused.
 class Keyed {
@@ -17904,9 +17733,9 @@ async function copy(text, button) {
     button.focus();
   }
   announce("Copied");
-  const before = [...button.childNodes];
   if (button.dataset.copied) return;
   button.dataset.copied = "yes";
+  const before = [...button.childNodes];
   fill(button, icon("check"), before.length > 1 && " Copied");
   setTimeout(() => {
     delete button.dataset.copied;
@@ -17959,7 +17788,7 @@ function editInPlace(element, text, label, save) {
     finish(event.key === "Enter");
     element.closest("li, article, header")?.querySelector("a, button")?.focus();
   });
-  element.dataset.edited = "yes"; // views leave it alone meanwhile
+  element.dataset.edited = "yes"; // views do not update it meanwhile
   fill(element, input);
   input.select();
 }
@@ -18186,7 +18015,7 @@ class Terminal {
       const at = TOKEN.lastIndex;
       const token = TOKEN.exec(text)?.[0];
       if (token === undefined) {
-        // Keep an incomplete sequence for the next write; limit what is none.
+        // Keep an incomplete sequence for the next write; drop one that never ends.
         if (text.length - at < 4096) this.rests[isError] = text.slice(at);
         break;
       }
@@ -18537,12 +18366,13 @@ const callError = (code, message) => Object.assign(new Error(message), {code});
 // The connection to the gateway; it reconnects by itself.
 class Link {
   constructor(handlers) {
-    // up(hello), down(retryAt), refused(error), event(name, payload), data(bytes)
+    // up(hello), down(retryAt), refused(), event(name, payload), data(bytes)
     this.handlers = handlers;
     this.calls = new Map();
     this.counter = 0;
     this.failures = 0;
     this.socket = null;
+    this.timer = null; // of the next open()
     setInterval(() => this.probe(), SILENCE / 3);
     on(window, "online", () => this.retryNow());
     on(window, "visibilitychange", () => this.probe());
@@ -18550,23 +18380,28 @@ class Link {
 
   open() {
     clearTimeout(this.timer);
+    this.timer = null;
+    if (this.socket) return;
     const socket = new WebSocket(socketAddress());
     socket.binaryType = "arraybuffer";
     this.socket = socket;
-    this.isUp = false;
     this.lastMessageAt = Date.now();
     on(socket, "open", () => this.introduce(socket));
     on(socket, "message", event => this.take(socket, event.data));
     on(socket, "close", () => this.lost(socket));
   }
 
-  // Close the connection until open() is called.
+  // Close the connection and fail its calls.
   close() {
-    clearTimeout(this.timer);
     const {socket} = this;
-    this.socket = null;
-    socket?.close();
-    this.failAll();
+    this.socket = null; // ignore its events from now on
+    this.isUp = false;
+    socket.close();
+    for (const {reject, timer} of this.calls.values()) {
+      clearTimeout(timer);
+      reject(callError("UNAVAILABLE", "The connection to the gateway was lost."));
+    }
+    this.calls.clear();
   }
 
   call(method, params = {}, timeout = CALL_TIMEOUT) {
@@ -18580,8 +18415,7 @@ class Link {
   }
 
   retryNow() {
-    if (this.socket === null || this.socket.readyState !== WebSocket.CLOSED) return;
-    this.open();
+    if (this.timer) this.open();
   }
 
   request(method, params, timeout, resolve, reject) {
@@ -18606,10 +18440,11 @@ class Link {
       this.handlers.up(hello);
     };
     const refused = error => {
-      if (socket !== this.socket) return;
-      if (!["UNAUTHORIZED", "FORBIDDEN"].includes(error.code)) return;
-      this.close();
-      this.handlers.refused(error);
+      if (!["UNAUTHORIZED", "FORBIDDEN"].includes(error.code)) this.lost(socket);
+      else if (socket === this.socket) {
+        this.close();
+        this.handlers.refused();
+      }
     };
     this.request("connect", params, 10_000, up, refused);
   }
@@ -18636,23 +18471,13 @@ class Link {
 
   lost(socket) {
     if (socket !== this.socket) return;
-    this.isUp = false;
-    this.failAll();
-    // Half of the wait is random: pages reconnect to a restarted gateway one by one.
+    this.close();
+    // Half of the wait is random: pages do not reconnect all at once after a restart.
     const wait = Math.min(RETRY_MAX, RETRY_FIRST * 2 ** this.failures);
     const delay = wait / 2 + (Math.random() * wait) / 2;
     this.failures += 1;
     this.timer = setTimeout(() => this.open(), delay);
     this.handlers.down(Date.now() + delay);
-  }
-
-  failAll() {
-    const calls = [...this.calls.values()];
-    this.calls.clear();
-    for (const {reject, timer} of calls) {
-      clearTimeout(timer);
-      reject(callError("UNAVAILABLE", "The connection to the gateway was lost."));
-    }
   }
 
   // A pulled cable closes no socket: probe the gateway.
@@ -18663,10 +18488,7 @@ class Link {
     try {
       await this.call("subscribe", {events: []}, 8000);
     } catch (error) {
-      if (error.code === "TIMEOUT" && socket === this.socket) {
-        socket.close();
-        this.lost(socket);
-      }
+      if (error.code === "TIMEOUT") this.lost(socket);
     }
   }
 }
@@ -18720,7 +18542,7 @@ class JobLog {
     this.onNews = null; // called after output was added
   }
 
-  // Return the log of a command of the first edition, which left only text.
+  // Return the log of a command of the first edition, which stored only text.
   static ofText(id, text) {
     const known = new JobLog(id);
     known.terminal.write(text);
@@ -18728,7 +18550,7 @@ class JobLog {
     return known;
   }
 
-  // Add frames; after a reconnect some of them are known.
+  // Add frames; after a reconnect some of them arrive again.
   take(offset, frames) {
     if (offset > this.offset) {
       this.leaveOut(this.pending.length);
@@ -18887,7 +18709,7 @@ class Chat {
       if (error.code !== "UNAVAILABLE") showError(error);
       return;
     }
-    // The gateway sends no more changes at once: older ones are missing.
+    // The answer is cut at 1000 rows: older changes are missing.
     if (rows.length >= 1000) this.rows.clear();
     if (!this.rows.size) this.earlier = rows.length >= 200;
     rows.forEach(row => this.merge(row));
@@ -18926,7 +18748,7 @@ class Chat {
     const row = this.rows.get(event.messageId);
     if (event.message) this.merge(event.message);
     else if (event.state === "delta" && row) row.text = (row.text || "") + event.text;
-    // A command may outlive its turn.
+    // Other events change nothing here: a command may outlive its turn.
     if (RUNS.has(event.state)) this.busy = true;
     else if (RUN_ENDS.has(event.state)) this.busy = false;
     touch("chat");
@@ -18945,9 +18767,9 @@ class Chat {
 
   updateJob(change) {
     for (const row of this.rows.values()) {
-      // These are absent when they no longer apply.
-      const before = {...row.job, place: null, awayMs: null};
-      if (row.jobId === change.id) row.job = {...before, ...change};
+      if (row.jobId !== change.id) continue;
+      // `change` lacks place and awayMs when they no longer apply.
+      row.job = {...row.job, place: null, awayMs: null, ...change};
     }
     touch("chat");
   }
@@ -18989,6 +18811,18 @@ const sessionName = entry =>
 
 const currentModel = entry => entry.model || state.models[0]?.id || SHELL;
 
+const modelName = id => state.models.find(model => model.id === id)?.displayName || id;
+
+// Return the names of a session's machine and model.
+function namesOf(entry) {
+  const model = currentModel(entry);
+  return {
+    node: sessionNode(entry).displayName,
+    model: modelName(model),
+    shell: model === SHELL,
+  };
+}
+
 function currentChat() {
   const {key} = state.route;
   if (!state.chats.has(key)) state.chats.set(key, new Chat(key));
@@ -19003,32 +18837,18 @@ async function patchSession(key, change) {
   if (!(await attempt("sessions.patch", {key, ...change}))) refresh("sessions");
 }
 
-async function selectNode(key, nodeId) {
-  const id = nodeId === LOCAL ? null : nodeId;
-  const entry = state.sessions.find(known => known.key === key);
-  if (entry) entry.node_id = id;
-  touch("sessions", "chat");
-  await attempt("nodes.set_session", {session_key: key, node_id: id});
-  refresh("sessions");
-}
+const selectNode = (key, id) => patchSession(key, {node_id: id === LOCAL ? null : id});
 
+// The method and parameters that fetch a list of `state`.
 const SOURCES = {
-  sessions: async () => {
-    state.sessions = await link.call("sessions.list");
-    for (const {key, replying} of state.sessions) {
-      const chat = state.chats.get(key);
-      if (chat && !chat.loading) chat.busy = replying;
-    }
-  },
-  models: async () => (state.models = await link.call("models.list")),
-  nodes: async () => (state.nodes = await link.call("node.list")),
-  devices: async () => (state.devices = await link.call("device.pair.list")),
-  running: async () => {
-    state.running = await link.call("job.list", {state: "open"});
-  },
-  providers: async () => (state.providers = await link.call("models.providers")),
-  keys: async () => (state.keys = await link.call("keys.list")),
-  logins: async () => (state.logins = await link.call("logins.list")),
+  sessions: ["sessions.list"],
+  models: ["models.list"],
+  nodes: ["node.list"],
+  devices: ["device.pair.list"],
+  running: ["job.list", {state: "open"}],
+  providers: ["models.providers"],
+  keys: ["keys.list"],
+  logins: ["logins.list"],
 };
 
 const refreshing = new Map(); // topic → whether to fetch it once more
@@ -19045,7 +18865,8 @@ async function refreshOne(topic) {
   }
   refreshing.set(topic, false);
   try {
-    await SOURCES[topic]();
+    state[topic] = await link.call(...SOURCES[topic]);
+    if (topic === "sessions") updateBusy();
     touch(topic);
   } catch (error) {
     // A key with only the read scope cannot list tokens.
@@ -19057,7 +18878,14 @@ async function refreshOne(topic) {
   if (again && state.link === "up") await refreshOne(topic);
 }
 
-// Follow a job: the gateway sends the end of its log, then what is added.
+function updateBusy() {
+  for (const {key, replying} of state.sessions) {
+    const chat = state.chats.get(key);
+    if (chat && !chat.loading) chat.busy = replying;
+  }
+}
+
+// Follow a job: the gateway sends the end of its log, then new output.
 async function followJob(chat, log) {
   const {id, offset} = log;
   if (log.isComplete || state.link !== "up" || state.followed.has(id)) return;
@@ -19079,7 +18907,7 @@ function unfollowOthers() {
   for (const [id, chat] of state.followed) {
     if (chat === shown) continue;
     state.followed.delete(id);
-    // A lost connection follows nothing.
+    // A call that fails lost its connection, and with it all followed jobs.
     link.call("job.unfollow", {id}).catch(() => null);
   }
 }
@@ -19089,7 +18917,7 @@ function onJobState({ending, ...change}) {
   const chat = state.followed.get(id);
   if (!chat) return;
   chat.updateJob({...change, ...ending});
-  // A lost job may still come back with its node.
+  // A lost job may still end otherwise when its node reconnects.
   if (!ending || ending.state === "lost") return;
   chat.logs.get(id).isComplete = true; // the ending is a log's last frame
   state.followed.delete(id);
@@ -19224,9 +19052,16 @@ const PAGE_TOPICS = {
 function routeOf(path) {
   const [, area, rest = ""] = /^\/(\w*)\/?(.*)$/.exec(path) || [];
   if (area === "settings") return {page: rest in PAGES ? rest : "nodes"};
-  if (area === "chat" && rest) return {page: "chat", key: decodeURIComponent(rest)};
-  return {page: "chat", key: localStorage.getItem("session") || MAIN};
+  try {
+    if (area === "chat" && rest) return {page: "chat", key: decodeURIComponent(rest)};
+  } catch {
+    // Not percent-encoded text: show the last chat.
+  }
+  return {page: "chat", key: lastKey()};
 }
+
+// Return the key of the chat that this browser showed last.
+const lastKey = () => localStorage.getItem("session") || MAIN;
 
 const chatPath = key => `/chat/${encodeURIComponent(key)}`;
 
@@ -19238,9 +19073,10 @@ function go(path, replace = false) {
 
 function applyAddress() {
   state.route = routeOf(location.pathname);
-  if (location.pathname === "/")
+  if (state.route.page === "chat") {
     history.replaceState(null, "", chatPath(state.route.key));
-  if (state.route.page === "chat") localStorage.setItem("session", state.route.key);
+    localStorage.setItem("session", state.route.key);
+  }
   openSidebar(false);
   enterRoute();
   touch("route");
@@ -19254,7 +19090,6 @@ function enterRoute() {
   if (page === "chat") currentChat().load();
   else if (page === "commands") loadAudit();
   else refresh(...PAGE_TOPICS[page]);
-  if (page === "nodes") state.nodes.forEach(loadUsage);
 }
 
 // == widgets ==
@@ -19265,18 +19100,14 @@ function confirmed(title, text, action) {
   setText($("confirm-title"), title);
   setText($("confirm-text"), text);
   setText($("confirm-yes"), action);
+  dialog.returnValue = "";
+  dialog.showModal();
   return new Promise(resolve => {
-    const close = answer => {
-      dialog.close();
-      resolve(answer);
-    };
-    $("confirm-yes").onclick = () => close(true);
-    $("confirm-no").onclick = () => close(false);
-    dialog.oncancel = () => resolve(false);
-    dialog.showModal();
-    $("confirm-no").focus();
+    dialog.onclose = () => resolve(dialog.returnValue === "yes");
   });
 }
+
+const dotFor = ({dot}) => dot && h("span", {class: `dot ${dot}`});
 
 // A button with a listbox: arrow keys, Home, End, type-ahead.
 class Picker {
@@ -19401,15 +19232,10 @@ class Picker {
   }
 }
 
-const dotFor = ({dot}) => dot && h("span", {class: `dot ${dot}`});
-
 function nodeOptions() {
-  const entry = currentSession();
-  const selected = sessionNode(entry);
-  const nodes = state.nodes.includes(selected)
-    ? state.nodes
-    : [...state.nodes, selected];
-  return inOrder(nodes).map(node => ({
+  const selected = sessionNode(currentSession());
+  // A removed machine stays in the list while it is selected.
+  return inOrder([...new Set([...state.nodes, selected])]).map(node => ({
     value: node.nodeId,
     label: node.displayName,
     detail: nodeDetail(node),
@@ -19419,10 +19245,11 @@ function nodeOptions() {
   }));
 }
 
+const offlineText = ({lastSeenAt}) =>
+  lastSeenAt ? `Offline, last seen ${ago(lastSeenAt)}` : "Offline";
+
 function nodeDetail(node) {
-  if (!node.connected) {
-    return node.lastSeenAt ? `Offline, seen ${ago(node.lastSeenAt)}` : "Offline";
-  }
+  if (!node.connected) return offlineText(node);
   const {cpuUsage, load} = node.telemetry || {};
   return dotted(node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
     cpuUsage != null && `${Math.round(cpuUsage)} % CPU`,
@@ -19438,7 +19265,7 @@ function modelOptions() {
     chosen: model.id === chosen,
   }));
   if (known.some(option => option.chosen) || !state.models.length) return known;
-  const gone = {value: chosen, label: chosen, detail: "Not available now", dim: true};
+  const gone = {value: chosen, label: chosen, detail: "Not available", dim: true};
   return [...known, {...gone, chosen: true}];
 }
 
@@ -19536,12 +19363,10 @@ class SessionItem {
 
   async discard() {
     const {entry} = this;
-    const text =
-      "Its messages and their output are deleted. The list of commands stays.";
+    const text = "Its messages and output are deleted. The list of commands stays.";
     const question = `Delete “${sessionName(entry)}”?`;
-    if (!(await confirmed(question, text, "Delete"))) return;
-    if (!(await attempt("sessions.delete", {key: entry.key}))) return;
-    onSession({type: "deleted", sessionKey: entry.key});
+    if (await confirmed(question, text, "Delete"))
+      attempt("sessions.delete", {key: entry.key});
   }
 }
 
@@ -19568,9 +19393,9 @@ async function newChat() {
   const isEmpty = known => !known.messageCount && !known.label && known.key !== MAIN;
   const entry = state.sessions.find(isEmpty) || (await attempt("sessions.create", {}));
   if (!entry) return;
-  // A new chat keeps the current machine and model.
-  if (model) await attempt("sessions.patch", {key: entry.key, model});
-  if (nodeById(node_id)) await selectNode(entry.key, node_id);
+  // A new chat keeps the current model, and the machine unless it was removed.
+  const node = nodeById(node_id) ? node_id : null;
+  if (model) await patchSession(entry.key, {model, node_id: node});
   await refresh("sessions");
   go(chatPath(entry.key));
   $("text").focus();
@@ -19590,6 +19415,18 @@ class UserTurn {
   }
 }
 
+const STATE_NOTES = {
+  aborted: "stopped",
+  error: "failed",
+  interrupted: "interrupted by a restart of the gateway",
+};
+
+const usageText = usage =>
+  usage?.outputTokens
+    ? `${usage.inputTokens.toLocaleString()} tokens read, ` +
+      `${usage.outputTokens.toLocaleString()} written`
+    : "";
+
 class AssistantTurn {
   constructor() {
     Object.assign(this, copyOf("assistant-turn"));
@@ -19606,18 +19443,6 @@ class AssistantTurn {
     this.root.title = fullFormat.format(row.createdAt);
   }
 }
-
-const STATE_NOTES = {
-  aborted: "stopped",
-  error: "failed",
-  interrupted: "interrupted by a restart of the gateway",
-};
-
-const usageText = usage =>
-  usage?.outputTokens
-    ? `${usage.inputTokens.toLocaleString()} tokens read, ` +
-      `${usage.outputTokens.toLocaleString()} written`
-    : "";
 
 class NoticeTurn {
   constructor() {
@@ -19775,12 +19600,9 @@ function drawThinking(chat, rows) {
   const last = rows.at(-1);
   const silent = last?.role === "user" || last?.state !== "running";
   $("thinking").hidden = !(chat.busy && silent) || last?.state === "queued";
-  const entry = currentSession();
-  const model = currentModel(entry);
-  setText($("thinking-text"), model === SHELL ? "" : `${modelName(model)} thinks`);
+  const {model, shell} = namesOf(currentSession());
+  setText($("thinking-text"), shell ? "" : `${model} is thinking`);
 }
-
-const modelName = id => state.models.find(model => model.id === id)?.displayName || id;
 
 const announced = new Set(); // ids of ended messages
 
@@ -19807,10 +19629,7 @@ function drawWelcome(chat, rows) {
   const box = $("welcome");
   box.hidden = !chat.loaded || rows.length > 0;
   if (box.hidden) return;
-  const entry = currentSession();
-  const node = sessionNode(entry).displayName;
-  const shell = currentModel(entry) === SHELL;
-  const model = modelName(currentModel(entry));
+  const {node, model, shell} = namesOf(currentSession());
   const run = line =>
     button(line, () => send(shell ? line : `!${line}`), "button small mono");
   const what = shell
@@ -19826,20 +19645,18 @@ function drawWelcome(chat, rows) {
 
 function drawComposer(chat) {
   const entry = currentSession();
-  const node = sessionNode(entry);
-  const shell = currentModel(entry) === SHELL;
+  const {node, model, shell} = namesOf(entry);
   const text = $("text");
   $("composer").classList.toggle("shell", shell);
-  setText($("prompt"), shell ? `${node.displayName} $` : "");
-  text.placeholder = shell ? "" : `Message ${modelName(currentModel(entry))}`;
-  const label = shell ? `Command for ${node.displayName}` : "Message";
-  text.setAttribute("aria-label", label);
+  setText($("prompt"), shell ? `${node} $` : "");
+  text.placeholder = shell ? "" : `Message ${model}`;
+  text.setAttribute("aria-label", shell ? `Command for ${node}` : "Message");
   $("stop").hidden = !chat.busy;
-  const gone = !node.connected && state.nodes.length > 0;
-  $("node-away").hidden = !gone;
-  const since = node.lastSeenAt ? ` since ${formatTime(node.lastSeenAt)}` : "";
-  const offline = `${node.displayName} is offline${since}.`;
-  setText($("node-away"), `${offline} Commands do not run elsewhere instead.`);
+  const {connected, lastSeenAt} = sessionNode(entry);
+  $("node-away").hidden = connected || !state.nodes.length;
+  const since = lastSeenAt ? ` since ${formatTime(lastSeenAt)}` : "";
+  setText($("node-away"),
+    `${node} is offline${since}. Commands do not run on another machine instead.`);
   const more = shell ? "↑ earlier commands" : "!command runs a command";
   const enter = shell ? "Enter runs" : "Enter sends";
   setText($("hint"), `${enter} · Shift+Enter new line · ${more}`);
@@ -19865,7 +19682,7 @@ async function send(line) {
   follows = true;
   const entry = currentSession();
   const params = {text: typed, sessionKey: entry.key};
-  // Before the list of sessions is here, only the gateway knows the model.
+  // Until the list of sessions arrives, only the gateway knows the model.
   if (state.sessions.includes(entry)) params.model = currentModel(entry);
   const answer = await attempt("chat.send", params);
   // Restore the text if the call failed.
@@ -19881,6 +19698,8 @@ function earlierTexts() {
     .map(row => row.text);
   return texts.filter((text, n) => text !== texts[n + 1]);
 }
+
+const stopRun = () => attempt("chat.abort", {sessionKey: state.route.key});
 
 // Move by `step` through earlier texts; return false at the end.
 function recallText(step) {
@@ -19921,7 +19740,6 @@ const selectedText = () => {
   return text.selectionStart !== text.selectionEnd || String(getSelection());
 };
 
-const stopRun = () => attempt("chat.abort", {sessionKey: state.route.key});
 
 function followEnd() {
   const box = $("transcript");
@@ -19970,20 +19788,18 @@ class Meter {
 // Draw a node's CPU usage over the last 30 minutes.
 function drawSpark(svg, points) {
   const now = Date.now();
-  const place = ([ms, usage]) => {
-    const x = 120 - ((now - ms) / HISTORY_SPAN) * 120;
-    return `${x.toFixed(1)} ${(27 - Math.min(100, usage) * 0.26).toFixed(1)}`;
-  };
   const recent = points.filter(([ms]) => ms > now - HISTORY_SPAN);
-  const trace = recent.map(place).join("L");
-  const [area, line] = svg.children;
-  line.setAttribute("d", recent.length > 1 ? `M${trace}` : "");
-  const x = recent.length && place(recent[0]).split(" ")[0];
-  const end = recent.length && place(recent.at(-1)).split(" ")[0];
-  area.setAttribute("d", recent.length > 1 ? `M${x} 28L${trace}L${end} 28Z` : "");
-  const top = Math.round(Math.max(0, ...recent.map(([, usage]) => usage)));
-  svg.setAttribute("aria-label", `CPU of the last 30 minutes, at most ${top} percent`);
   svg.classList.toggle("none", recent.length < 2);
+  if (recent.length < 2) return;
+  const x = ms => (120 - ((now - ms) / HISTORY_SPAN) * 120).toFixed(1);
+  const y = usage => (27 - Math.min(100, usage) * 0.26).toFixed(1);
+  const trace = recent.map(([ms, usage]) => `${x(ms)} ${y(usage)}`).join("L");
+  const [first, last] = [recent[0], recent.at(-1)].map(([ms]) => x(ms));
+  const [area, line] = svg.children;
+  line.setAttribute("d", `M${trace}`);
+  area.setAttribute("d", `M${first} 28L${trace}L${last} 28Z`);
+  const top = Math.round(Math.max(...recent.map(([, usage]) => usage)));
+  svg.setAttribute("aria-label", `CPU of the last 30 minutes, at most ${top} percent`);
 }
 
 class NodeCard {
@@ -20010,7 +19826,7 @@ class NodeCard {
     setText(this.about, dotted(platformName(node.platform), version, node.remoteIp));
     this.outdated.hidden = !node.outdated;
     setText(this.outdated,
-      `It runs moltis ${node.version || "of old"}: update moltis there.`);
+      `It runs ${version || "an old version of moltis"}: update moltis there.`);
     this.drawTelemetry(telemetry || {});
     this.drawLists(node, telemetry || {});
     const own = state.running.filter(row => row.nodeId === node.nodeId);
@@ -20020,48 +19836,43 @@ class NodeCard {
 
   stateText(node) {
     if (node.nodeId === LOCAL) return "The machine that runs this gateway";
-    if (!node.connected) {
-      return node.lastSeenAt ? `Offline, last seen ${ago(node.lastSeenAt)}` : "Offline";
-    }
+    if (!node.connected) return offlineText(node);
     const since = node.connectedAt ? ` since ${formatTime(node.connectedAt)}` : "";
-    const stale = node.telemetry?.stale ? ", but its figures are out of date" : "";
+    const stale = node.telemetry?.stale ? ", but its telemetry is out of date" : "";
     return `Connected${since}${stale}`;
   }
 
-  drawTelemetry(told) {
-    const memory = told.memTotal - told.memAvailable;
-    const disk = told.diskTotal - told.diskAvailable;
-    const of = (used, total) => `${formatBytes(used)} of ${formatBytes(total)}`;
-    const cores = told.cpuCount ? ` of ${plural(told.cpuCount, "core")}` : "";
-    this.cpu.update(told.cpuUsage == null ? null : told.cpuUsage / 100,
-      `${Math.round(told.cpuUsage)} %${cores}`);
-    this.memory.update(memory / told.memTotal, of(memory, told.memTotal));
-    this.disk.update(disk / told.diskTotal, of(disk, told.diskTotal));
+  drawTelemetry(telemetry) {
+    const {cpuUsage, cpuCount, load, uptimeSecs, temperature} = telemetry;
+    const cores = cpuCount ? ` of ${plural(cpuCount, "core")}` : "";
+    this.cpu.update(cpuUsage == null ? null : cpuUsage / 100,
+      `${Math.round(cpuUsage)} %${cores}`);
+    for (const [meter, total, available] of [
+      [this.memory, telemetry.memTotal, telemetry.memAvailable],
+      [this.disk, telemetry.diskTotal, telemetry.diskAvailable],
+    ]) {
+      const used = total - available;
+      meter.update(used / total, `${formatBytes(used)} of ${formatBytes(total)}`);
+    }
     drawSpark(this.spark, state.usage.get(this.node.nodeId) || []);
     const facts = dotted(
-      told.load?.length && `load ${told.load.map(n => n.toFixed(2)).join(" ")}`,
-      told.uptimeSecs && `up ${formatDuration(Math.max(60, told.uptimeSecs))}`,
-      told.temperature != null && `${Math.round(told.temperature)} °C`,
+      load?.length && `load ${load.map(n => n.toFixed(2)).join(" ")}`,
+      uptimeSecs && `up ${formatDuration(Math.max(60, uptimeSecs))}`,
+      temperature != null && `${Math.round(temperature)} °C`,
     );
     setText(this.facts, facts);
   }
 
   drawLists(node, {gpus = [], runtimes = [], runtimeVersions = {}, services = []}) {
+    const gpuText = ({name, memTotal}) => `${name} ${formatBytes(memTotal)}`.trim();
+    const runtime = name => `${name} ${runtimeVersions[name] || ""}`.trim();
+    const provided = ({provider, models}) =>
+      models?.length ? `${provider}: ${models.join(", ")}` : provider;
     const rows = [
-      [
-        "GPU",
-        gpus.map(
-          gpu => gpu.name + (gpu.memTotal ? ` ${formatBytes(gpu.memTotal)}` : "")),
-      ],
-      ["Runtimes",
-        runtimes.map(name => `${name} ${runtimeVersions[name] || ""}`.trim())],
+      ["GPU", gpus.map(gpuText)],
+      ["Runtimes", runtimes.map(runtime)],
       ["Services", services],
-      [
-        "Models",
-        (node.providers || []).map(({provider, models}) =>
-          models?.length ? `${provider}: ${models.join(", ")}` : provider,
-        ),
-      ],
+      ["Models", (node.providers || []).map(provided)],
     ].filter(([, names]) => names.length);
     fillIfChanged(this.lists, rows, () =>
       rows.map(([label, names]) => [h("dt", label),
@@ -20077,7 +19888,7 @@ class NodeCard {
   }
 
   async chat() {
-    const key = localStorage.getItem("session") || MAIN;
+    const key = lastKey();
     await selectNode(key, this.node.nodeId);
     go(chatPath(key));
     $("text").focus();
@@ -20108,9 +19919,7 @@ const nodeCards = new Keyed($("node-cards"), n => n.nodeId, n => new NodeCard(n)
 function drawNodes() {
   if (state.route.page !== "nodes") return;
   const nodes = inOrder(state.nodes);
-  nodes.forEach(node => {
-    if (state.link === "up") loadUsage(node);
-  });
+  if (state.link === "up") nodes.forEach(loadUsage);
   nodeCards.show(nodes);
   const others = nodes.filter(node => node.nodeId !== LOCAL);
   const online = others.filter(node => node.connected).length;
@@ -20127,7 +19936,7 @@ function drawUnused() {
   $("unused").hidden = !devices.length;
   fillIfChanged($("unused-list"), devices, () =>
     devices.map(({deviceId, displayName, createdAt}) =>
-      listRow(displayName || "No name", `made ${formatTime(createdAt)}`,
+      listRow(displayName || "Unnamed", `created ${formatTime(createdAt)}`,
         iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName))),
     ),
   );
@@ -20150,6 +19959,7 @@ async function generateToken() {
     const made = await link.call("device.token.create", {displayName: name});
     state.token = {deviceId: made.deviceId, name};
     showToken(made);
+    refresh("devices"); // no event announces a token
   } catch (error) {
     setText($("token-error"), error.message);
   }
@@ -20179,7 +19989,7 @@ function showToken({deviceToken, joinCode}) {
     ["If moltis is installed there", `moltis node add ${options}${pinned}`],
     ["Valid for ten minutes, without the token in the shell’s history",
       `${add} --join ${origin}/join/${joinCode}${pinned}`],
-    ["Only until you press Ctrl+C, without a service",
+    ["Until you press Ctrl+C, without installing a service",
       `${add} ${options}${pinned} --foreground`],
   ].map(line => copyLine(...line));
   $("token-form").hidden = true;
@@ -20216,25 +20026,22 @@ function drawTokenWait() {
   const device = state.devices.find(known => known.deviceId === deviceId);
   const node = device?.nodeId && nodeById(device.nodeId);
   const here = Boolean(node?.connected);
-  const wait = $("token-wait");
   const text = here
     ? `${node.displayName} is connected`
     : `Waiting for ${name} to connect…`;
-  if (wait.textContent !== text) {
-    fill(wait, here ? icon("check") : h("span", {class: "dot wait"}), text);
-  }
-  wait.classList.toggle("here", here);
+  fillIfChanged($("token-wait"), text, () =>
+    [here ? icon("check") : h("span", {class: "dot wait"}), text]);
+  $("token-wait").classList.toggle("here", here);
   $("token-chat").hidden = !here;
   $("token-chat").onclick = () => {
-    closeToken();
+    $("token").close();
     nodeCards.views.get(node.nodeId)?.chat();
   };
 }
 
-function closeToken() {
+function forgetToken() {
   state.token = null;
-  fill($("token-lines")); // keep the token nowhere
-  $("token").close();
+  fill($("token-lines"));
 }
 
 // == view: commands ==
@@ -20314,6 +20121,8 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
     const apiKey = key.value.trim();
     configure({...(apiKey && {apiKey}), baseUrl: url.value.trim()});
   };
+  const forget = button("Forget the key", () => configure({apiKey: ""}));
+  forget.type = "button"; // does not submit the form
   const source = {environment: `key from ${keyVariable}`, settings: "key entered here"};
   const found = models ? plural(models, "model") : error || "not set up";
   return h("details", {class: "card"},
@@ -20323,20 +20132,13 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
       h("label", "API key", key),
       h("label", "Address", url),
       h("div", {class: "actions"},
-        keyFrom === "settings" &&
-          h("button",
-            {
-              type: "button",
-              class: "button",
-              onclick: () => configure({apiKey: ""}),
-            },
-            "Forget the key"),
+        keyFrom === "settings" && forget,
         h("button", {class: "button main"}, "Save"))));
 }
 
 // Choose an unlisted model by its name.
 function useNamedModel() {
-  const key = localStorage.getItem("session") || MAIN;
+  const key = lastKey();
   patchSession(key, {model: $("model-name").value.trim()});
   go(chatPath(key));
 }
@@ -20415,20 +20217,14 @@ async function signIn(key) {
   setText($("sign-in-error"), why);
 }
 
+// Sign out and drop all data of the page.
 async function signOut() {
-  await fetch("/api/sign-out", {method: "POST"}).catch(showError);
-  link.close();
-  state.chats.clear();
-  state.followed.clear();
-  Object.assign(state, {
-    link: "out",
-    sessions: [],
-    nodes: [],
-    devices: [],
-    running: [],
-  });
-  shownChat = null;
-  touch("link", "chat");
+  try {
+    await fetch("/api/sign-out", {method: "POST"});
+    location.reload();
+  } catch {
+    showError(new Error("The gateway cannot be reached: you are still signed in."));
+  }
 }
 
 // == start ==
@@ -20448,11 +20244,18 @@ function tick() {
   for (const view of turns.views.values()) if (view.isOpen) view.tick();
 }
 
+function onSubmit(id, action) {
+  on($(id), "submit", event => {
+    event.preventDefault();
+    action();
+  });
+}
+
 const CLICKS = {
   "new-chat": newChat,
   "new-token": openToken,
-  "token-cancel": closeToken,
-  "token-done": closeToken,
+  "token-cancel": () => $("token").close(),
+  "token-done": () => $("token").close(),
   "sign-out": signOut,
   "open-sidebar": () => openSidebar(true),
   "close-sidebar": () => openSidebar(false),
@@ -20475,9 +20278,7 @@ function start() {
   watch("route nodes", drawFilters);
   watch("providers", drawProviders);
   watch("keys logins", drawAccess);
-  for (const [id, action] of Object.entries(CLICKS)) {
-    on($(id), "click", action);
-  }
+  for (const [id, action] of Object.entries(CLICKS)) on($(id), "click", action);
   for (const bar of document.querySelectorAll(".settings > .bar")) {
     bar.prepend(iconButton("menu", "Open menu", () => openSidebar(true), "bare phone"));
   }
@@ -20495,7 +20296,7 @@ function start() {
   onSubmit("composer", () => send());
   onSubmit("model-form", useNamedModel);
   onSubmit("key-form", createKey);
-  on($("token"), "close", () => (state.token = null));
+  on($("token"), "close", forgetToken);
   on($("text"), "keydown", composerKey);
   on($("text"), "input", fitText);
   on($("transcript"), "scroll", onScroll);
@@ -20514,16 +20315,9 @@ function start() {
   // Remove the key from the address before anything else can read it.
   if (key) history.replaceState(null, "", location.pathname);
   applyAddress();
-  if (key) signIn(decodeURIComponent(key));
+  if (key) signIn(key);
   else link.open();
   touch("link");
-}
-
-function onSubmit(id, action) {
-  on($(id), "submit", event => {
-    event.preventDefault();
-    action();
-  });
 }
 
 start();
@@ -21659,7 +21453,7 @@ class RunningNode:
                 self._inventory,
                 working_dir=settings.working_dir or os.path.expanduser("~"),
                 max_timeout=settings.timeout,
-                catalog=model_catalog(environ) if settings.lends_models else None,
+                catalog=model_catalog(environ) if settings.llm else None,
                 allowed=AllowedCommands(settings.allow) if settings.allow else None,
             )
         )
@@ -21704,7 +21498,7 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
         ),
         node_id=known.node_id if known else new_id(),
         display_name="Demo node",
-        lends_models=False,  # they are the gateway's own
+        llm=False,  # they are the gateway's own
     )
     settings.save(directory)
     return RunningNode(settings, environ, lambda _connected, _problem: None)
@@ -22200,7 +21994,7 @@ def node_settings(
         timeout=args.timeout,
         # Never from the offer: it may have come over a connection that is not trusted.
         auth=args.auth or "scram",
-        lends_models=not args.no_llm,
+        llm=not args.no_llm,
         allow=args.allow or (),
     )
 
@@ -22289,6 +22083,7 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
                 time.time(),
                 None if problem is None else str(problem),
                 isinstance(problem, Refused),
+                process_mark(os.getpid()),
             )
             try:
                 state.save(directory)

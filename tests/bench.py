@@ -178,7 +178,7 @@ class Installed:
         self.run("sh", str(source / "install.sh"), "--prefix", f"{directory}/prefix")
         # The interpreter that the installed command uses, without its program.
         launcher = Path(self.program).read_text()
-        self.python = re.search(r"exec '([^']+)'", launcher)[1]  # type: ignore[index]
+        self.python = re.search(r"exec '?([^' ]+)", launcher)[1]  # type: ignore[index]
         self._directory = directory
         self._processes: list[subprocess.Popen[bytes]] = []
         self.gateway = self.start_gateway()

@@ -6,10 +6,12 @@ Store and files are real.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -808,6 +810,185 @@ def test_the_way_a_kept_job_was_running_when_the_gateway_was_killed_is_in_files(
     assert len(world.jobs.text(world.jobs.get(job.id), 100_000)) == 40_000
 
 
+class Interrupted:
+    """A job's lock; another thread is faster by one step before it is first taken."""
+
+    def __init__(self, lock, step):
+        self._lock, self._step = lock, step
+
+    def __enter__(self):
+        step, self._step = self._step, None
+        if step is not None:
+            step()
+        return self._lock.__enter__()
+
+    def __exit__(self, *error):
+        return self._lock.__exit__(*error)
+
+
+def test_a_job_is_not_sent_before_its_row_is_written(world, monkeypatch):
+    def full(_record):
+        world.jobs.tick()
+        raise moltis.StoreError("the disk is full")
+
+    monkeypatch.setattr(world.store.jobs, "add", full)
+    with pytest.raises(moltis.StoreError):
+        world.start()
+    assert world.node.runs == []
+
+
+def test_a_job_whose_row_was_just_written_is_found_by_its_id(world, monkeypatch):
+    add, written, go_on = world.store.jobs.add, threading.Event(), threading.Event()
+
+    def slow(record):
+        record = add(record)
+        written.set()
+        assert go_on.wait(10)
+        return record
+
+    monkeypatch.setattr(world.store.jobs, "add", slow)
+    job_id, found = moltis.new_id(), []
+    starts = [
+        threading.Thread(target=lambda: found.append(world.start(job_id=job_id)))
+        for _ in range(2)
+    ]
+    starts[0].start()
+    assert written.wait(10)
+    starts[1].start()
+    get = threading.Thread(target=lambda: found.append(world.jobs.get(job_id)))
+    get.start()
+    time.sleep(0.05)  # both wait for the first
+    go_on.set()
+    for thread in (*starts, get):
+        thread.join()
+    assert found[0] is found[1] is found[2]
+    assert world.node.runs == [job_id]
+
+
+def test_a_node_that_is_just_coming_back_is_not_given_up(world):
+    job = world.start(kept=True, spec={"timeout": 1000})
+    world.node.drop()
+    job.away_since -= 100
+    held = {job.id: 0}
+    world.jobs.resumed(world.node, held)
+    world.jobs.tick()
+    world.node.up = True
+    world.jobs.came(world.node, held)
+    assert job.record.state == "running"
+    world.node.write(job.id, out(b"x"), end(exitCode=0))
+    assert world.row(job).state == "done"
+
+
+def test_a_queued_job_that_is_just_sent_does_not_expire(world):
+    world.node.up = False
+    job = world.start(queue=0.01)
+    time.sleep(0.02)
+    job.lock = Interrupted(job.lock, world.node.come)
+    world.jobs.tick()
+    assert world.row(job).state == "running"
+    assert world.node.runs == [job.id]
+
+
+def test_a_job_is_not_sent_over_a_connection_that_is_just_lost(world):
+    world.node.up = False
+    job = world.start(queue=60)
+    world.node.up = True
+    job.lock = Interrupted(job.lock, world.node.drop)
+    world.jobs._send(job)
+    assert (job.record.state, job.away_ms is None) == ("queued", False)
+
+
+def test_a_job_is_not_sent_again_while_its_connection_is_cleared_away(world):
+    job = world.start()
+    world.node.ready = False
+    world.jobs.left(world.node)
+    world.jobs.tick()
+    assert job.away_ms is not None
+
+
+def test_the_log_of_a_lost_job_goes_on_when_it_comes_back(world):
+    job = world.start(kept=True, spec={"timeout": 1000})
+    reader = Reader(world.jobs, job, holds=False)
+    world.node.write(job.id, out(b"one"))
+    job.log.created -= 2
+    world.jobs.tick()
+    world.node.drop()
+    job.away_since -= 100
+    world.jobs.tick()
+    assert world.row(job).state == "lost"
+    world.node.come()
+    job.log._memory.clear()  # what is in no file is lost in a crash
+    world.node.write(job.id, out(b"two"))
+    job.log._memory.clear()
+    world.node.write(job.id, end(exitCode=0))
+    assert world.jobs.text(world.jobs.get(job.id)) == "onetwo"
+    assert reader.frames() == [(STDOUT, b"one"), (STDOUT, b"two")]
+
+
+def test_a_short_log_in_files_is_read_on_when_it_is_in_its_row(world):
+    job = world.start(kept=True)
+    world.node.write(job.id, out(b"one"))
+    job.log.created -= 2
+    world.jobs.tick()
+    world.node.drop()
+    world.restart_gateway()
+    job = world.jobs.get(job.id)
+    world.node.come()
+    world.node.write(job.id, out(b"two"), end())
+    assert world.jobs.text(job) == "onetwo"
+
+
+def test_who_comes_to_a_lost_job_later_hears_that_it_is_not(world):
+    job = world.start(kept=True, spec={"timeout": 1000})
+    world.node.drop()
+    job.away_since -= 100
+    world.jobs.tick()
+    job = world.jobs.get(job.id)
+    reader = Reader(world.jobs, job, holds=False)
+    world.node.come()
+    world.node.write(job.id, out(b"out"), end(exitCode=0))
+    assert reader.endings[-1].state == "done"
+    assert reader.frames() == [(STDOUT, b"out")]
+
+
+def test_a_lost_job_is_forgotten_with_its_last_follower(world):
+    job = world.start(kept=True)
+    reader = Reader(world.jobs, job, holds=False)
+    world.jobs.lose("n", "its token was revoked")
+    assert world.jobs.get(job.id) is job
+    world.jobs.unfollow(job, reader, leaves=False)
+    assert world.jobs.get(job.id) is not job
+
+
+def test_output_is_taken_while_the_row_of_a_cancelled_job_waits_for_room(
+    world, monkeypatch
+):
+    job = world.start(kept=True)
+
+    def full(*_args):
+        raise moltis.StoreError("the disk is full")
+
+    monkeypatch.setattr(world.store.jobs, "save", full)
+    world.jobs.cancel(job)
+    for _ in range(10):
+        world.node.write(job.id, out(b"x" * 60000))
+    assert world.node.acked[job.id] > 0
+
+
+def test_only_what_is_written_to_a_file_is_durable(world, monkeypatch):
+    job = world.start(kept=True)
+    append, seen = moltis.Segment.append, []
+
+    def write(segment, data):
+        seen.append(job.log.durable <= segment.end)
+        append(segment, data)
+
+    monkeypatch.setattr(moltis.Segment, "append", write)
+    for _ in range(4):
+        world.node.write(job.id, out(b"x" * 60000))
+    assert seen == [True] * 4
+
+
 def test_news_of_a_job_are_output_a_change_of_state_and_the_end(world):
     job = world.start(kept=True)
     output = world.jobs.news(job, 0, 60)
@@ -832,6 +1013,21 @@ def test_an_answer_that_waits_comes_in_time_and_when_the_gateway_stops(world):
     world.jobs.close()
     with pytest.raises(moltis.RpcError, match="the command goes on"):
         stopped.result(0)
+
+
+def test_a_job_that_was_waited_for_is_no_garbage_cycle(world):
+    """Each command would otherwise leave some forty objects to the collector."""
+    job = world.start(kept=True)
+    ended = world.jobs.ended(job, 60)
+    world.node.write(job.id, end())
+    assert ended.result(0) is job
+    known = weakref.ref(job)
+    gc.disable()
+    try:
+        del job, ended
+        assert known() is None
+    finally:
+        gc.enable()
 
 
 def test_the_oldest_logs_go_when_all_are_too_large(world):
