@@ -339,6 +339,45 @@ SECRET_PATTERN = r"\b(mdt|mk|mc|ms)_[A-Za-z0-9_-]{8,}"
 SECRET_FIELDS = ("api_key", "device_token")  # never shown in a log or traceback
 
 
+JSON_KINDS: Mapping[type, str] = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    list: "an array",
+    type(None): "null",
+}
+
+
+def optional(params: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return `params[name]`, or None where it is absent or null.
+
+    Raises RpcError INVALID_REQUEST for a value of another type.
+    """
+    value = params.get(name)
+    if value is None:
+        return None
+    accepted = (int, float) if kind is float else (kind,)
+    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, accepted):
+        found = JSON_KINDS.get(type(value), type(value).__name__)
+        raise RpcError(
+            "INVALID_REQUEST", f"{name} must be {JSON_KINDS[kind]}, not {found}"
+        )
+    return value
+
+
+def required(params: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return `params[name]`, which has to be of the JSON type `kind`.
+
+    `float` takes whole numbers too.  Raises RpcError INVALID_REQUEST.
+    """
+    value = optional(params, name, kind)
+    if value is None:
+        raise RpcError("INVALID_REQUEST", f"{name} is missing: {JSON_KINDS[kind]}")
+    return value
+
+
 @functools.lru_cache(maxsize=None)
 def camel_case(name: str) -> str:
     """Return a field's name as envelopes have it: `exit_code` is `exitCode`."""
@@ -462,6 +501,21 @@ def _decoders(cls: Any) -> Mapping[str, Decoder]:
     return {name: _decoder(kinds[name], module) for name in cls._names}
 
 
+def _decode_items(decode: Decoder, make: type, value: Any, name: str) -> Any:
+    items = required({name: value}, name, list)
+    return make(decode(item, name) for item in items)
+
+
+def _decode_object(kind: type[Value], value: Any, name: str) -> Value:
+    return kind.from_json(required({name: value}, name, dict))
+
+
+def _decode_plain(kind: type, value: Any, name: str) -> Any:
+    if type(value) is kind or kind is object:
+        return value
+    return required({name: value}, name, kind)
+
+
 def _decoder(annotation: str, module: Mapping[str, Any]) -> Decoder:
     """Return the function that checks and converts one field.
 
@@ -479,24 +533,15 @@ def _decoder(annotation: str, module: Mapping[str, Any]) -> Decoder:
     return partial(_decode_plain, found)
 
 
-def _decode_items(decode: Decoder, make: type, value: Any, name: str) -> Any:
-    items = required({name: value}, name, list)
-    return make(decode(item, name) for item in items)
-
-
-def _decode_object(kind: type[Value], value: Any, name: str) -> Value:
-    return kind.from_json(required({name: value}, name, dict))
-
-
-def _decode_plain(kind: type, value: Any, name: str) -> Any:
-    if type(value) is kind or kind is object:
-        return value
-    return required({name: value}, name, kind)
-
-
 def now_ms() -> int:
     """Return the time of day in ms since 1970, as envelopes and the store have it."""
     return round(time.time() * 1000)
+
+
+def uuid_text(data: bytes) -> str:
+    """Return 16 bytes as a UUID is written."""
+    text = data.hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
 def new_id() -> str:
@@ -506,12 +551,6 @@ def new_id() -> str:
     data[6] = data[6] & 0x0F | 0x40
     data[8] = data[8] & 0x3F | 0x80
     return uuid_text(bytes(data))
-
-
-def uuid_text(data: bytes) -> str:
-    """Return 16 bytes as a UUID is written."""
-    text = data.hex()
-    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
 def new_secret(prefix: str) -> str:
@@ -543,6 +582,21 @@ def to_json(value: object) -> str:
     return _JSON_ENCODER.encode(value)
 
 
+def _depth_exceeds(value: object, limit: int) -> bool:
+    # Level by level: a value that json could just parse must not exhaust our stack.
+    level = [value]
+    for _ in range(limit):
+        containers = [v for v in level if isinstance(v, (dict, list))]
+        if not containers:
+            return False
+        level = []
+        for container in containers:
+            level.extend(
+                container.values() if isinstance(container, dict) else container
+            )
+    return any(isinstance(v, (dict, list)) for v in level)
+
+
 def from_json(text: str | bytes) -> Any:
     """Return the value that `text` holds.  Raises ValueError, and nothing else."""
     if isinstance(text, bytes):
@@ -561,60 +615,6 @@ def from_json(text: str | bytes) -> Any:
             to_json(value).encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError("JSON with half a surrogate pair") from None
-    return value
-
-
-def _depth_exceeds(value: object, limit: int) -> bool:
-    # Level by level: a value that json could just parse must not exhaust our stack.
-    level = [value]
-    for _ in range(limit):
-        containers = [v for v in level if isinstance(v, (dict, list))]
-        if not containers:
-            return False
-        level = []
-        for container in containers:
-            level.extend(
-                container.values() if isinstance(container, dict) else container
-            )
-    return any(isinstance(v, (dict, list)) for v in level)
-
-
-JSON_KINDS: Mapping[type, str] = {
-    str: "a string",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    dict: "an object",
-    list: "an array",
-    type(None): "null",
-}
-
-
-def required(params: Mapping[str, Any], name: str, kind: type) -> Any:
-    """Return `params[name]`, which has to be of the JSON type `kind`.
-
-    `float` takes whole numbers too.  Raises RpcError INVALID_REQUEST.
-    """
-    value = optional(params, name, kind)
-    if value is None:
-        raise RpcError("INVALID_REQUEST", f"{name} is missing: {JSON_KINDS[kind]}")
-    return value
-
-
-def optional(params: Mapping[str, Any], name: str, kind: type) -> Any:
-    """Return `params[name]`, or None where it is absent or null.
-
-    Raises RpcError INVALID_REQUEST for a value of another type.
-    """
-    value = params.get(name)
-    if value is None:
-        return None
-    accepted = (int, float) if kind is float else (kind,)
-    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, accepted):
-        found = JSON_KINDS.get(type(value), type(value).__name__)
-        raise RpcError(
-            "INVALID_REQUEST", f"{name} must be {JSON_KINDS[kind]}, not {found}"
-        )
     return value
 
 
@@ -839,6 +839,39 @@ class ServerTrust(Protocol):
         """Raises Refused for another certificate than the expected one."""
 
 
+def cut(sock: socket.socket) -> None:
+    """End a connection while another thread reads from it."""
+    # The plain socket's method: SSLSocket's would take the TLS state away from the
+    # thread that is reading.
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _connect_tcp(
+    host: str, port: int, timeout: float | None, cancel: Cancellation
+) -> socket.socket:
+    # Python looks up a name that is text with its tables for the names that are not
+    # ASCII: 3 ms to import, and 0.3 MiB.
+    name: Any = host.encode("ascii") if host.isascii() else host
+    failure = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        name, port, type=socket.SOCK_STREAM
+    ):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(timeout)
+            with cancel.calling(partial(cut, sock)):
+                sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+        except Cancelled:
+            sock.close()
+            raise
+    raise failure
+
+
 def dial(
     host: str,
     port: int,
@@ -868,39 +901,6 @@ def dial(
         sock.close()
         raise
     return secured
-
-
-def _connect_tcp(
-    host: str, port: int, timeout: float | None, cancel: Cancellation
-) -> socket.socket:
-    # Python looks up a name that is text with its tables for the names that are not
-    # ASCII: 3 ms to import, and 0.3 MiB.
-    name: Any = host.encode("ascii") if host.isascii() else host
-    failure = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        name, port, type=socket.SOCK_STREAM
-    ):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(timeout)
-            with cancel.calling(partial(cut, sock)):
-                sock.connect(address)
-            return sock
-        except OSError as error:
-            sock.close()
-            failure = error
-        except Cancelled:
-            sock.close()
-            raise
-    raise failure
-
-
-def cut(sock: socket.socket) -> None:
-    """End a connection while another thread reads from it."""
-    # The plain socket's method: SSLSocket's would take the TLS state away from the
-    # thread that is reading.
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def is_running(pid: int) -> bool:
@@ -938,15 +938,6 @@ def make_private_directory(path: Path) -> None:
         ) from error
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """Replace the file `path`, readable by its owner alone, in a directory like that.
-
-    Raises BadConfiguration.
-    """
-    make_private_directory(path.parent)
-    replace_file(path, data, 0o600)
-
-
 def replace_file(path: Path, data: bytes, mode: int) -> None:
     """Replace the file `path` in one step, with these permissions.
 
@@ -970,6 +961,15 @@ def replace_file(path: Path, data: bytes, mode: int) -> None:
             raise
     except OSError as error:
         raise BadConfiguration(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Replace the file `path`, readable by its owner alone, in a directory like that.
+
+    Raises BadConfiguration.
+    """
+    make_private_directory(path.parent)
+    replace_file(path, data, 0o600)
 
 
 def remove_file(path: Path) -> None:
@@ -1274,6 +1274,10 @@ def own_program() -> bytes | None:
         return None
 
 
+def _version_numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".") if number]
+
+
 def check_program(text: bytes, source: str) -> str:
     """Return the version of the moltis in `text`, which `source` has.
 
@@ -1295,10 +1299,6 @@ def check_program(text: bytes, source: str) -> str:
             "first"
         )
     return version
-
-
-def _version_numbers(version: str) -> list[int]:
-    return [int(number) for number in version.split(".") if number]
 
 
 def install_program(directory: Path, text: bytes, mode: int = 0o600) -> Path:
@@ -1433,6 +1433,16 @@ def runs_long(arguments: Sequence[str]) -> bool:
     return first in ("gateway", "chat", "mcp")
 
 
+def _anonymous_file() -> IO[bytes]:
+    """Raises OSError."""
+    try:
+        return open(os.memfd_create("moltis"), "w+b")
+    except (AttributeError, OSError):  # macOS, or a Linux before 3.17
+        import tempfile
+
+        return tempfile.TemporaryFile()
+
+
 def restart_from_bytecode(arguments: Sequence[str]) -> None:
     """Start this process once more from bytecode, if it was compiled to run long.
 
@@ -1463,16 +1473,6 @@ def restart_from_bytecode(arguments: Sequence[str]) -> None:
         os.set_inheritable(file.fileno(), True)
         words = [sys.executable, *options, "-S", "-c", LOAD_AND_RUN]
         os.execv(sys.executable, [*words, str(file.fileno()), *sys.argv])
-
-
-def _anonymous_file() -> IO[bytes]:
-    """Raises OSError."""
-    try:
-        return open(os.memfd_create("moltis"), "w+b")
-    except (AttributeError, OSError):  # macOS, or a Linux before 3.17
-        import tempfile
-
-        return tempfile.TemporaryFile()
 
 
 # `install.sh` as it is in the repository, for the gateway to hand out wherever its one
@@ -5196,6 +5196,19 @@ def read_tool_call(call_id: str, name: str, arguments: object) -> ToolCall:
     return ToolCall(call_id, name, {}, malformed=text)
 
 
+def _results_after(
+    messages: Sequence[ChatMessage], position: int
+) -> dict[str, ChatMessage]:
+    # Up to the next answer with calls: some servers number theirs from 0 in each.
+    results: dict[str, ChatMessage] = {}
+    for message in itertools.islice(messages, position, None):
+        if message.tool_calls:
+            break
+        if message.role == "tool":
+            results.setdefault(message.tool_call_id, message)
+    return results
+
+
 def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """Return `messages` with one result right after each call, in the calls' order.
 
@@ -5218,19 +5231,6 @@ def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
             )
             settled.append(results.get(call.id, missing))
     return settled
-
-
-def _results_after(
-    messages: Sequence[ChatMessage], position: int
-) -> dict[str, ChatMessage]:
-    # Up to the next answer with calls: some servers number theirs from 0 in each.
-    results: dict[str, ChatMessage] = {}
-    for message in itertools.islice(messages, position, None):
-        if message.tool_calls:
-            break
-        if message.role == "tool":
-            results.setdefault(message.tool_call_id, message)
-    return results
 
 
 # --- reading a response ---
@@ -6110,6 +6110,29 @@ class ProviderModel:
         return self._provider.stream(request, cancel)
 
 
+def list_models(
+    providers: Sequence[ModelProvider], cancel: Cancellation
+) -> tuple[list[ModelInfo], dict[str, str]]:
+    """Ask all providers side by side; return their models, and errors by provider.
+
+    Raises Cancelled.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    models: list[ModelInfo] = []
+    errors: dict[str, str] = {}
+    with ThreadPoolExecutor(
+        max(1, len(providers)), thread_name_prefix="moltis-models"
+    ) as pool:
+        asked = [(p, pool.submit(p.models, cancel)) for p in providers]
+        for provider, answer in asked:
+            try:
+                models += answer.result()
+            except ModelError as error:
+                errors[provider.spec.id] = str(error)
+    return models, errors
+
+
 class ModelCatalog:
     """The models that the providers of this machine list."""
 
@@ -6167,29 +6190,6 @@ class ModelCatalog:
                 lifetime = MODEL_LIST_RETRY if errors else MODEL_LIST_LIFETIME
                 self._fresh = Deadline(lifetime)
         return models, errors
-
-
-def list_models(
-    providers: Sequence[ModelProvider], cancel: Cancellation
-) -> tuple[list[ModelInfo], dict[str, str]]:
-    """Ask all providers side by side; return their models, and errors by provider.
-
-    Raises Cancelled.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    models: list[ModelInfo] = []
-    errors: dict[str, str] = {}
-    with ThreadPoolExecutor(
-        max(1, len(providers)), thread_name_prefix="moltis-models"
-    ) as pool:
-        asked = [(p, pool.submit(p.models, cancel)) for p in providers]
-        for provider, answer in asked:
-            try:
-                models += answer.result()
-            except ModelError as error:
-                errors[provider.spec.id] = str(error)
-    return models, errors
 
 
 # ==============================================================================
@@ -6512,6 +6512,26 @@ class ProcProbe:
         return None
 
 
+def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the path of a program: of the user's PATH, or of the usual places.
+
+    A service is started with a bare PATH, and the user's programs lie elsewhere.
+    Raises RpcError INVALID_REQUEST unless `name` is a plain name.
+    """
+    if not name or len(name) > 255 or "/" in name or not name.isprintable():
+        raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
+    directories = environ.get("PATH", os.defpath).split(os.pathsep)
+    home = environ.get("HOME") or os.path.expanduser("~")
+    usual = [os.path.join(home, place) for place in USUAL_PLACES]
+    # "" in PATH means the working directory; `join` leaves absolute places alone.
+    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
+    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
+    for path in (os.path.join(directory, name) for directory in absolute):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
 class ShortPrograms:
     """Programs that are asked one question, and killed when they do not answer."""
 
@@ -6625,26 +6645,6 @@ class Equipment(Value):
     runtime_versions: Mapping[str, str] = NOTHING
     gpus: tuple[Gpu, ...] = ()
     providers: tuple[Provider, ...] = ()
-
-
-def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of a program: of the user's PATH, or of the usual places.
-
-    A service is started with a bare PATH, and the user's programs lie elsewhere.
-    Raises RpcError INVALID_REQUEST unless `name` is a plain name.
-    """
-    if not name or len(name) > 255 or "/" in name or not name.isprintable():
-        raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
-    directories = environ.get("PATH", os.defpath).split(os.pathsep)
-    home = environ.get("HOME") or os.path.expanduser("~")
-    usual = [os.path.join(home, place) for place in USUAL_PLACES]
-    # "" in PATH means the working directory; `join` leaves absolute places alone.
-    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
-    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
-    for path in (os.path.join(directory, name) for directory in absolute):
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return None
 
 
 def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
