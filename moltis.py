@@ -111,7 +111,6 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction
     from email.message import Message as HttpHeaders
     from http.server import BaseHTTPRequestHandler
-    from subprocess import Popen
     from typing import (
         IO,
         Any,
@@ -145,7 +144,7 @@ else:
 # ==============================================================================
 # Constants and errors
 #
-# Limits with their unit and their source, and every exception raised on purpose.
+# Limits with unit and source; every exception that this program raises on purpose.
 # ==============================================================================
 
 __version__ = "0.2.0"
@@ -165,18 +164,18 @@ MAX_MESSAGE = 64 * 1024 * 1024  # bytes; a WebSocket message, unless told otherw
 MAX_LOG_MESSAGE = 64 * 1024  # bytes of log frames, or of input, in one message
 LOG_WINDOW = 1024 * 1024  # bytes of a log, or of input, that are not acknowledged
 MAX_BACKLOG = 256 * 1024  # bytes waiting in an outbox; beyond it logs are not read
-MAX_JSON_DEPTH = 64  # brackets within brackets; ours nest less than ten
+MAX_JSON_DEPTH = 64  # nested brackets; ours nest less than ten
 
 CONNECT_TIMEOUT = 10.0  # s; to finish a handshake, and to say `connect` after it
 PING_INTERVAL = 20.0  # s of silence before a Ping, at both ends
 PEER_TIMEOUT = 60.0  # s of silence after which a peer is gone
-TELEMETRY_INTERVAL = 30.0  # s; what Moltis' protocol promises
-CALLER_PATIENCE = 600.0  # s that callers wait for a gateway, and it for callers
+TELEMETRY_INTERVAL = 30.0  # s; part of Moltis' protocol
+CALLER_PATIENCE = 600.0  # s that caller and gateway wait for each other to reconnect
 KILL_AFTER = 2.0  # s from SIGTERM to SIGKILL
 DRAIN_AFTER_EXIT = 0.5  # s for output that a grandchild still holds open
-MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes of a helper; `ps` on a busy Mac prints 10 KiB
+MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes; `ps` on a busy Mac prints 10 KiB
 
-API_KEY_VARIABLES: Mapping[str, str] = {  # by provider; where its secret lies
+API_KEY_VARIABLES: Mapping[str, str] = {  # by provider
     "openai": "OPENAI_API_KEY",
     "anthropic": "ANTHROPIC_API_KEY",
     "google": "GOOGLE_API_KEY",
@@ -191,11 +190,11 @@ API_KEY_VARIABLES: Mapping[str, str] = {  # by provider; where its secret lies
 
 
 class MoltisError(Exception):
-    """The root of all that this program raises on purpose."""
+    """The base of all exceptions that this program raises on purpose."""
 
 
 class UserError(MoltisError):
-    """Something the person at the command line can mend: one sentence for them."""
+    """An error that the person at the command line can fix; its text is for them."""
 
     exit_code = EXIT_FAILURE
 
@@ -207,23 +206,23 @@ class UsageError(UserError):
 
 
 class Unreachable(UserError):
-    """Nobody answers at the address, or not in our language: try later or elsewhere."""
+    """No gateway answers at the address: try later, or another address."""
 
     exit_code = EXIT_UNREACHABLE
 
 
 class Refused(UserError):
-    """The other side answered, and does not let us in: get another credential."""
+    """The other side refused us: get another credential."""
 
     exit_code = EXIT_REFUSED
 
 
 class NoServiceManager(UserError):
-    """Nothing here starts services for a user: have the node started otherwise."""
+    """Nothing here starts services for a user: start the node some other way."""
 
 
 class BadConfiguration(UserError):
-    """A file or a setting of ours cannot be used: mend it."""
+    """A file or a setting cannot be used: correct it."""
 
     exit_code = EXIT_CONFIGURATION
 
@@ -244,7 +243,7 @@ class HandshakeError(MoltisError):
     ) -> None:
         super().__init__(reason)
         self.status = status
-        self.headers = headers  # that a refusal has to carry
+        self.headers = headers  # of the answer
 
 
 class ConnectionClosed(MoltisError):
@@ -261,23 +260,23 @@ class AuthenticationError(MoltisError):
 
 
 class ChannelMismatch(AuthenticationError):
-    """The peer sees another TLS certificate than we do: say so to it, then close."""
+    """The peer sees another TLS certificate than we do: report it, then close."""
 
 
 class Cancelled(MoltisError):
-    """Somebody asked for this to end: clean up and pass it on."""
+    """The caller cancelled this: clean up and raise it again."""
 
 
 class ModelError(MoltisError):
-    """A language model gave no complete answer: say so in the chat."""
+    """A language model gave no complete answer: show this in the chat."""
 
     def __init__(self, message: str, detail: str = "") -> None:
         super().__init__(message)
-        self.detail = detail  # all that the server said, as JSON
+        self.detail = detail  # the whole response, as JSON
 
 
 class ModelBusy(ModelError):
-    """The model may answer when asked again, after `retry_after` s where it said so."""
+    """The model may answer a second request, after `retry_after` s if that is known."""
 
     def __init__(
         self, message: str, detail: str = "", retry_after: float | None = None
@@ -287,11 +286,11 @@ class ModelBusy(ModelError):
 
 
 class ContextTooLong(ModelError):
-    """The conversation does not fit into the model: shorten it, then ask again."""
+    """The conversation exceeds the model's context: shorten it and ask again."""
 
 
 class RpcError(MoltisError):
-    """A request that cannot be answered: send it back as an error Response.
+    """A request that failed: send this as an error Response.
 
     `code` is one of Moltis' (INVALID_REQUEST, NOT_FOUND, UNAVAILABLE, ...).
     """
@@ -314,7 +313,7 @@ class RpcError(MoltisError):
 
 
 class StoreError(RpcError):
-    """The database cannot be read or written now: nothing was changed by the call."""
+    """The database cannot be read or written now; the call changed nothing."""
 
     def __init__(self, message: str) -> None:
         super().__init__("UNAVAILABLE", message, retryable=True)
@@ -323,7 +322,7 @@ class StoreError(RpcError):
 # ==============================================================================
 # Helpers
 #
-# What every section needs and nobody would look for anywhere else.
+# Values and their JSON codec, texts, time, cancellation, sockets, files, programs.
 # ==============================================================================
 
 log = logging.getLogger("moltis")
@@ -332,11 +331,8 @@ JsonObject: TypeAlias = "dict[str, Any]"
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})  # a field's default
 
-# Patterns are text: `re` compiles one when it is first used, and keeps it.  All of them
-# at once took 1.4 ms of the 34 of each start.
-SECRET_PATTERN = r"\b(mdt|mk|mc|ms)_[A-Za-z0-9_-]{8,}"
 
-SECRET_FIELDS = ("api_key", "device_token")  # never shown in a log or traceback
+# -- fields of JSON objects ----------------------------------------------------
 
 
 JSON_KINDS: Mapping[type, str] = {
@@ -378,11 +374,31 @@ def required(params: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
+def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
+    """Return the objects in the array `params[name]`, none if it is absent.
+
+    Raises RpcError INVALID_REQUEST.
+    """
+    values: list[JsonObject] = optional(params, name, list) or []
+    if not all(isinstance(value, dict) for value in values):
+        raise RpcError("INVALID_REQUEST", f"{name} must hold objects only")
+    return values
+
+
+# -- values --------------------------------------------------------------------
+
+
+SECRET_FIELDS = ("api_key", "device_token")  # never shown in a log or traceback
+
+
 @functools.lru_cache(maxsize=None)
 def camel_case(name: str) -> str:
     """Return a field's name as envelopes have it: `exit_code` is `exitCode`."""
     head, *words = name.split("_")
     return head + "".join(word.capitalize() for word in words)
+
+
+Decoder: TypeAlias = "Callable[[Any, str], Any]"  # value, its name for the error
 
 
 @dataclass_transform(frozen_default=True)
@@ -489,18 +505,6 @@ def encode_value(value: Any) -> Any:
     return value
 
 
-Decoder: TypeAlias = "Callable[[Any, str], Any]"  # value, its name for the error
-
-
-@functools.lru_cache(maxsize=None)
-def _decoders(cls: Any) -> Mapping[str, Decoder]:
-    kinds: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        kinds.update(base.__annotations__)
-    module = vars(sys.modules[cls.__module__])
-    return {name: _decoder(kinds[name], module) for name in cls._names}
-
-
 def _decode_items(decode: Decoder, make: type, value: Any, name: str) -> Any:
     items = required({name: value}, name, list)
     return make(decode(item, name) for item in items)
@@ -533,13 +537,79 @@ def _decoder(annotation: str, module: Mapping[str, Any]) -> Decoder:
     return partial(_decode_plain, found)
 
 
-def now_ms() -> int:
-    """Return the time of day in ms since 1970, as envelopes and the store have it."""
-    return round(time.time() * 1000)
+@functools.lru_cache(maxsize=None)
+def _decoders(cls: Any) -> Mapping[str, Decoder]:
+    kinds: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        kinds.update(base.__annotations__)
+    module = vars(sys.modules[cls.__module__])
+    return {name: _decoder(kinds[name], module) for name in cls._names}
+
+
+# -- JSON ----------------------------------------------------------------------
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+# Made once: json.loads() and json.dumps() with options make one per call, 5 µs.
+_JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_JSON_ENCODER = json.JSONEncoder(
+    separators=(",", ":"), ensure_ascii=False, default=encode_value
+)
+
+
+def to_json(value: object) -> str:
+    return _JSON_ENCODER.encode(value)
+
+
+def _depth_exceeds(value: object, limit: int) -> bool:
+    # Level by level: recursion could exhaust the stack where the C parser did not.
+    level = [value]
+    for _ in range(limit):
+        containers = [v for v in level if isinstance(v, (dict, list))]
+        if not containers:
+            return False
+        level = []
+        for container in containers:
+            level.extend(
+                container.values() if isinstance(container, dict) else container
+            )
+    return any(isinstance(v, (dict, list)) for v in level)
+
+
+def from_json(text: str | bytes) -> Any:
+    """Return the JSON value in `text`.  Raises ValueError only."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")
+    try:
+        value = _JSON_DECODER.decode(text)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    # Fewer brackets than the limit cannot nest deeper; counting is 10× cheaper.
+    opened = text.count("{") + text.count("[")
+    if opened > MAX_JSON_DEPTH and _depth_exceeds(value, MAX_JSON_DEPTH):
+        raise ValueError(f"JSON nested more than {MAX_JSON_DEPTH} deep")
+    if "\\ud" in text or "\\uD" in text:
+        # Half a character: it cannot be encoded for the wire or the store.
+        try:
+            to_json(value).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("JSON with half a surrogate pair") from None
+    return value
+
+
+# -- ids and secrets -----------------------------------------------------------
+
+
+# Patterns are text: `re` compiles one at its first use, and caches it.  To compile all
+# of them took 1.4 ms of the 34 of each start.
+SECRET_PATTERN = r"\b(mdt|mk|mc|ms)_[A-Za-z0-9_-]{8,}"
 
 
 def uuid_text(data: bytes) -> str:
-    """Return 16 bytes as a UUID is written."""
+    """Return 16 bytes in the notation of a UUID."""
     text = data.hex()
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
@@ -567,77 +637,18 @@ def b64encode(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-# Made once: json.loads() and json.dumps() with options make one each time, 5 µs.
-_JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-_JSON_ENCODER = json.JSONEncoder(
-    separators=(",", ":"), ensure_ascii=False, default=encode_value
-)
-
-
-def to_json(value: object) -> str:
-    return _JSON_ENCODER.encode(value)
-
-
-def _depth_exceeds(value: object, limit: int) -> bool:
-    # Level by level: a value that json could just parse must not exhaust our stack.
-    level = [value]
-    for _ in range(limit):
-        containers = [v for v in level if isinstance(v, (dict, list))]
-        if not containers:
-            return False
-        level = []
-        for container in containers:
-            level.extend(
-                container.values() if isinstance(container, dict) else container
-            )
-    return any(isinstance(v, (dict, list)) for v in level)
-
-
-def from_json(text: str | bytes) -> Any:
-    """Return the value that `text` holds.  Raises ValueError, and nothing else."""
-    if isinstance(text, bytes):
-        text = text.decode("utf-8")
-    try:
-        value = _JSON_DECODER.decode(text)
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
-    # What opens less often is not that deep: to count is a tenth of a look.
-    opened = text.count("{") + text.count("[")
-    if opened > MAX_JSON_DEPTH and _depth_exceeds(value, MAX_JSON_DEPTH):
-        raise ValueError(f"JSON nested more than {MAX_JSON_DEPTH} deep")
-    if "\\ud" in text or "\\uD" in text:
-        # Half a character, which neither the wire nor the store could take.
-        try:
-            to_json(value).encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError("JSON with half a surrogate pair") from None
-    return value
-
-
-def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
-    """Return the objects in the array `params[name]`, none where it is absent.
-
-    Raises RpcError INVALID_REQUEST.
-    """
-    values: list[JsonObject] = optional(params, name, list) or []
-    if not all(isinstance(value, dict) for value in values):
-        raise RpcError("INVALID_REQUEST", f"{name} must hold objects only")
-    return values
+# -- texts for people ----------------------------------------------------------
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """Return a stranger's words as they may stand on a terminal: no control codes."""
+    """Return the start of a stranger's text, without control codes."""
     return "".join(c for c in text[:limit] if c.isprintable())
 
 
 def visible(text: str) -> str:
-    """Return `text` with what a terminal obeys, or hides, spelt out.
+    """Return `text` with control and invisible characters escaped.
 
-    A command that moves the cursor, or turns the writing round, looks like another.
+    A command that moves the cursor or reverses the writing looks like another one.
     """
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
@@ -678,6 +689,14 @@ def format_time(at_ms: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_ms / 1000))
 
 
+# -- time and threads ----------------------------------------------------------
+
+
+def now_ms() -> int:
+    """Return the time of day in ms since 1970, as envelopes and the store have it."""
+    return round(time.time() * 1000)
+
+
 class Deadline:
     """A moment on the monotonic clock, or never."""
 
@@ -706,7 +725,7 @@ class Backoff:
         # The exponent is bounded: 2 ** 1100 would overflow a float.
         ceiling = min(self._limit, self._first * 2 ** min(self._attempts, 32))
         self._attempts += 1
-        # Nobody gains by guessing when we try again.
+        # A pause that can be predicted does no harm.
         return random.uniform(self._first / 2, max(ceiling, self._first))  # nosec B311
 
     def reset(self) -> None:
@@ -735,12 +754,12 @@ class Ticker:
             try:
                 self._action()
             except Exception:
-                # A tick that fails must not end all that come after it.
+                # An exception must not prevent later ticks.
                 log.exception("tick failed")
 
 
 class Cancellation:
-    """A switch, thrown once and from any thread, that also wakes what is blocked."""
+    """A switch that any thread may throw once; it also wakes blocked calls."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _callbacks
@@ -759,7 +778,7 @@ class Cancellation:
             callback()
 
     def pause(self, timeout: float) -> None:
-        """Wait for `timeout` s.  Raises Cancelled as soon as it is."""
+        """Wait for `timeout` s.  Raises Cancelled as soon as the switch is thrown."""
         if self._thrown.wait(timeout):
             raise Cancelled
 
@@ -777,10 +796,10 @@ class Cancellation:
 
     @contextlib.contextmanager
     def calling(self, callback: Callable[[], None]) -> Iterator[None]:
-        """While the block runs, a cancellation calls `callback` to wake it.
+        """While the block runs, cancel() calls `callback` to wake it.
 
-        Raises Cancelled instead of whatever failed in the block because of that,
-        and at once when the cancellation came before it.
+        Raises Cancelled in place of the exception that this causes in the block, and
+        at once if it was cancelled before.
         """
         entry = object()
         with self._lock:
@@ -798,35 +817,15 @@ class Cancellation:
                 del self._callbacks[entry]
 
 
-# Compared with, never listened on unless somebody says so.
+# -- sockets -------------------------------------------------------------------
+
+
+# For comparison; --bind alone decides where to listen.
 ANY_ADDRESS = ("", "0.0.0.0", "::")  # nosec B104
 
 
-def ollama_url(host: str) -> str:
-    """Return the address that OLLAMA_HOST means, read as Ollama reads it.
-
-    It may lack the scheme, the name or the port, and may be one to listen on.
-    """
-    scheme, _, rest = host.strip().rpartition("://")
-    try:
-        parts = urlsplit(f"//{rest}")
-    except ValueError:  # a bracket that is not closed
-        parts = urlsplit("//")
-    name = parts.hostname or "127.0.0.1"
-    if name in ANY_ADDRESS:
-        name = "127.0.0.1"
-    default = {"http": 80, "https": 443}.get(scheme, 11434)
-    try:
-        port = parts.port or default
-    except ValueError:  # what Ollama does with a port that is none
-        port = default
-    if ":" in name:
-        name = f"[{name}]"
-    return f"{scheme or 'http'}://{name}:{port}"
-
-
 def unmapped(address: str) -> str:
-    """Return an IP address, IPv4 as such where it came in over a socket for IPv6."""
+    """Return an IP address, in IPv4 notation if it is mapped into IPv6."""
     return address[7:] if address.lower().startswith("::ffff:") else address
 
 
@@ -850,8 +849,8 @@ def cut(sock: socket.socket) -> None:
 def _connect_tcp(
     host: str, port: int, timeout: float | None, cancel: Cancellation
 ) -> socket.socket:
-    # Python looks up a name that is text with its tables for the names that are not
-    # ASCII: 3 ms to import, and 0.3 MiB.
+    # For a name that is a str Python imports its tables of non-ASCII names: 3 ms and
+    # 0.3 MiB.
     name: Any = host.encode("ascii") if host.isascii() else host
     failure = OSError(f"{host} has no address")
     for family, kind, protocol, _, address in socket.getaddrinfo(
@@ -903,30 +902,11 @@ def dial(
     return secured
 
 
-def is_running(pid: int) -> bool:
-    """Return whether there is such a process, whoever's it is."""
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return pid > 0
-
-
-def require_ssl() -> None:
-    """Return where Python has TLS.  Raises BadConfiguration."""
-    try:
-        import ssl  # noqa: F401  whether there is one
-    except ImportError as error:
-        raise BadConfiguration(
-            "TLS needs Python's module ssl, which is missing here; install it "
-            "(OpenWrt: python3-openssl) or use another python3"
-        ) from error
+# -- files ---------------------------------------------------------------------
 
 
 def make_private_directory(path: Path) -> None:
-    """Make `path` for its owner alone.  Raises BadConfiguration."""
+    """Make the directory `path`, for its owner alone.  Raises BadConfiguration."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
@@ -980,6 +960,20 @@ def remove_file(path: Path) -> None:
         pass
     except OSError as error:
         raise BadConfiguration(f"cannot delete {path}: {error.strerror}") from error
+
+
+# -- processes -----------------------------------------------------------------
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process of this id exists, of any user."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return pid > 0
 
 
 class ProgramResult(Value):
@@ -1257,7 +1251,7 @@ for name in sys.argv[1:]:
     except ImportError:
         print(name)
 """
-OPTIONAL_MODULES: Mapping[str, str] = {  # by name: what lacks without it
+OPTIONAL_MODULES: Mapping[str, str] = {  # by name: its use and its package
     "sqlite3": "which a gateway needs; install all of Python "
     "(OpenWrt: python3-sqlite3)",
     "ssl": "which https:// and wss:// need; install all of Python "
@@ -2883,6 +2877,17 @@ def read_certificate(path: Path) -> bytes:
     if found is None:
         raise ValueError("there is no certificate in PEM")
     return base64.b64decode(b"".join(found[1].split()), validate=True)
+
+
+def require_ssl() -> None:
+    """Raises BadConfiguration if this Python has no TLS."""
+    try:
+        import ssl  # noqa: F401  whether there is one
+    except ImportError as error:
+        raise BadConfiguration(
+            "TLS needs Python's module ssl, which is missing here; install it "
+            "(OpenWrt: python3-openssl) or use another python3"
+        ) from error
 
 
 class TlsTrust(Value):
@@ -5509,6 +5514,29 @@ class AnthropicAnswer(AnswerReader):
 
 
 # --- providers ---
+
+
+def ollama_url(host: str) -> str:
+    """Return the address that OLLAMA_HOST means, read as Ollama reads it.
+
+    It may lack the scheme, the name or the port, and may be one to listen on.
+    """
+    scheme, _, rest = host.strip().rpartition("://")
+    try:
+        parts = urlsplit(f"//{rest}")
+    except ValueError:  # a bracket that is not closed
+        parts = urlsplit("//")
+    name = parts.hostname or "127.0.0.1"
+    if name in ANY_ADDRESS:
+        name = "127.0.0.1"
+    default = {"http": 80, "https": 443}.get(scheme, 11434)
+    try:
+        port = parts.port or default
+    except ValueError:  # what Ollama does with a port that is none
+        port = default
+    if ":" in name:
+        name = f"[{name}]"
+    return f"{scheme or 'http'}://{name}:{port}"
 
 
 class ProviderSpec(Value):
