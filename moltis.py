@@ -1071,15 +1071,30 @@ def run_program(
             kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)
+    if status == 124:
+        stderr += f"{arguments[0]} did not end within {timeout:g} s".encode()
     survivor = process.pid if process.returncode is None else 0
     return ProgramResult(status, stdout, stderr, survivor)
+
+
+def process_mark(pid: int) -> str:
+    """Return a text that no later process with the same id has, "" if none runs."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
+        # The 22nd field is the start, in ticks since boot; the 2nd may hold spaces.
+        started = words.rpartition(")")[2].split()[19]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
+        return f"{boot} {started}"
+    except (OSError, IndexError):  # macOS
+        command = ["ps", "-o", "lstart=", "-p", str(pid)]
+        return run_program(command, os.environ, timeout=10.0).stdout.decode().strip()
 
 
 # ==============================================================================
 # Settings
 #
 # What a machine remembers between runs: `node.json` and `gateway.json` in the data
-# directory.  Which flag beats which variable is said by the command line.
+# directory.  The command line decides which flag beats which variable.
 # ==============================================================================
 
 
@@ -1107,28 +1122,36 @@ def websocket_url(url: str) -> str:
 
 
 def data_directory(environ: Mapping[str, str]) -> Path:
-    """Return the directory for all our files: MOLTIS_DATA_DIR, or ~/.moltis."""
-    chosen = environ.get("MOLTIS_DATA_DIR")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".moltis"
+    """Return the directory for all our files: MOLTIS_DATA_DIR, or ~/.moltis.
+
+    Raises BadConfiguration.
+    """
+    try:
+        return Path(environ.get("MOLTIS_DATA_DIR") or "~/.moltis").expanduser()
+    except RuntimeError as error:  # a user without a home, or a ~name of nobody
+        raise BadConfiguration(
+            f"there is no data directory ({error}); choose one with MOLTIS_DATA_DIR"
+        ) from error
 
 
 def read_settings_file(path: Path) -> JsonObject | None:
-    """Return the object in a JSON file, or None where there is no such file.
+    """Return the object in a JSON file, or None if the file is missing or empty.
 
-    Raises BadConfiguration when it is there and cannot be used.
+    Raises BadConfiguration if it cannot be used.
     """
     try:
-        value = from_json(path.read_bytes())
+        data = path.read_bytes()
+        value = from_json(data) if data.strip() else None
     except FileNotFoundError:
         return None
     except OSError as error:
         raise BadConfiguration(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise BadConfiguration(
-            f"{path} is not JSON ({error}); mend or delete it"
+            f"{path} is not JSON ({error}); repair or delete it"
         ) from error
-    if not isinstance(value, dict):
-        raise BadConfiguration(f"{path} must hold a JSON object; mend or delete it")
+    if value is not None and not isinstance(value, dict):
+        raise BadConfiguration(f"{path} must hold a JSON object; repair or delete it")
     return value
 
 
@@ -1137,15 +1160,33 @@ def write_settings_file(path: Path, value: JsonObject) -> None:
     write_private(path, (json.dumps(value, indent=2) + "\n").encode("utf-8"))
 
 
-def _settings_field(path: Path, value: JsonObject, name: str, kind: type) -> Any:
-    try:
-        return optional(value, name, kind)
-    except RpcError as error:
-        raise BadConfiguration(f"{path}: {error.message}") from error
+class SettingsFile(SnakeValue):
+    """A value with a file of its own in the data directory."""
+
+    FILE: ClassVar[str]
+
+    @classmethod
+    def load(cls, directory: Path) -> Self | None:
+        """Return what the file holds, or None if there is none.
+
+        Raises BadConfiguration.
+        """
+        path = directory / cls.FILE
+        value = read_settings_file(path)
+        try:
+            return None if value is None else cls.from_json(value)
+        except RpcError as error:
+            raise BadConfiguration(f"{path}: {error.message}") from error
+
+    def save(self, directory: Path) -> None:
+        """Write the file.  Raises BadConfiguration."""
+        write_settings_file(directory / self.FILE, self.to_json())
 
 
-class NodeSettings(SnakeValue):
-    """What `node.json` holds: how this machine reaches its gateway, and as whom."""
+class NodeSettings(SettingsFile):
+    """How this machine reaches its gateway, and as whom."""
+
+    FILE = "node.json"
 
     gateway_url: str  # ws:// or wss://, with the path
     device_token: str
@@ -1154,88 +1195,31 @@ class NodeSettings(SnakeValue):
     working_dir: str | None = None
     timeout: float | None = None  # s; a maximum that no caller exceeds
     auth: str = "scram"  # or "bearer", for Moltis gateways
-    lends_models: bool = True  # to the gateway: its Ollama, providers it has keys for
+    llm: bool = True  # lend the gateway this machine's language models
     allow: Sequence[str] = ()  # patterns of the only commands; none: any
 
-    FILE = "node.json"
-
     @classmethod
-    def load(cls, directory: Path) -> NodeSettings | None:
-        """Return the settings, or None where this machine is no node.
-
-        Raises BadConfiguration.
-        """
-        path = directory / cls.FILE
-        value = read_settings_file(path)
-        if value is None:
-            return None
-        lends_models = _settings_field(path, value, "llm", bool)
-        allow = _settings_field(path, value, "allow", list) or []
-        # A guard that cannot be read must not be taken for none.
-        if not all(isinstance(pattern, str) for pattern in allow):
-            raise BadConfiguration(f"{path}: allow must hold strings only")
-        texts = {}
-        for name in ("gateway_url", "device_token", "node_id", "display_name"):
-            text = _settings_field(path, value, name, str)
-            if not text:
-                raise BadConfiguration(f"{path}: {name} is missing")
-            texts[name] = text
-        return cls(
-            **texts,
-            working_dir=_settings_field(path, value, "working_dir", str) or None,
-            timeout=_settings_field(path, value, "timeout", float),
-            auth=_settings_field(path, value, "auth", str) or "scram",
-            lends_models=lends_models is not False,
-            allow=tuple(allow),
+    def from_json(cls, value: JsonObject) -> Self:
+        """Raises RpcError also for an empty text."""
+        settings = super().from_json(
+            {**value, "working_dir": value.get("working_dir") or None}
         )
-
-    def save(self, directory: Path) -> None:
-        """Write node.json.  Raises BadConfiguration."""
-        value = {
-            "gateway_url": self.gateway_url,
-            "device_token": self.device_token,
-            "node_id": self.node_id,
-            "display_name": self.display_name,
-            "working_dir": self.working_dir,
-            "timeout": self.timeout,
-            "auth": self.auth,
-            "llm": self.lends_models,
-            "allow": list(self.allow) or None,
-        }
-        given = {k: v for k, v in value.items() if v is not None}
-        write_settings_file(directory / self.FILE, given)
+        for name in ("gateway_url", "device_token", "node_id", "display_name"):
+            if not getattr(settings, name):
+                raise RpcError("INVALID_REQUEST", f"{name} is missing")
+        return settings
 
 
-class GatewayFile(SnakeValue):
-    """What `gateway.json` holds: how programs of the same user reach the gateway."""
-
-    url: str  # http:// or https://, without a path
-    api_key: str
-    pid: int
-    public_url: str = ""  # the same as other machines may reach it
-    fingerprint: str | None = None  # of the certificate's public key, with https://
+class GatewayFile(SettingsFile):
+    """How programs of the same user reach the running gateway."""
 
     FILE = "gateway.json"
 
-    @classmethod
-    def load(cls, directory: Path) -> GatewayFile | None:
-        """Return what the gateway left, or None.  Raises BadConfiguration."""
-        path = directory / cls.FILE
-        value = read_settings_file(path)
-        if value is None:
-            return None
-        return cls(
-            url=_settings_field(path, value, "url", str) or "",
-            api_key=_settings_field(path, value, "api_key", str) or "",
-            pid=_settings_field(path, value, "pid", int) or 0,
-            public_url=_settings_field(path, value, "public_url", str) or "",
-            fingerprint=_settings_field(path, value, "fingerprint", str),
-        )
-
-    def save(self, directory: Path) -> None:
-        """Write gateway.json.  Raises BadConfiguration."""
-        value = {k: v for k, v in self.to_json().items() if v is not None}
-        write_settings_file(directory / self.FILE, value)
+    url: str = ""  # http:// or https://, without a path
+    api_key: str = ""
+    pid: int = 0
+    public_url: str = ""  # the same as other machines may reach it
+    fingerprint: str | None = None  # of the certificate's public key, with https://
 
 
 # ==============================================================================
@@ -8080,10 +8064,9 @@ class NodeAgent:
 # Node service
 # Uses: Settings, Install
 #
-# What makes a node start on boot and stay: the program's copy in the data directory,
-# a systemd user unit or a launchd agent that runs it, its log, and the file in which
-# the running node says how it is.  Units hold no secret and no parameter.  What runs
-# in the service is the node agent's business.
+# What makes a node start on boot and stay: a systemd user unit or a launchd agent that
+# runs the program's copy in the data directory, its log, and the file with the state of
+# the running node.  Units hold no secret and no parameter.
 # ==============================================================================
 
 UNIT_NAME = "moltis-node.service"
@@ -8095,182 +8078,40 @@ STOP_TIMEOUT = 10  # s; from SIGTERM to SIGKILL, for the node and its commands
 MANAGER_TIMEOUT = 60.0  # s; for one systemctl, loginctl or launchctl
 USER_MANAGER_TIMEOUT = 10.0  # s; for a user manager to come up after enable-linger
 MAX_NODE_LOG = 5 * 1024 * 1024  # bytes; then it becomes node.log.1
+LOG_TAIL = 4096  # bytes
 
 
-class ServiceSpec(Value):
-    """What a unit needs to know: the interpreter, and whose node it is."""
-
-    python: str
-    directory: Path  # the data directory
-    home: Path
-
-    @property
-    def program(self) -> Path:
-        return self.directory / PROGRAM_FILE
-
-    @property
-    def log(self) -> Path:
-        return self.directory / NODE_LOG_FILE
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """What the service cannot know by itself; empty for the usual directory."""
-        if self.directory == self.home / ".moltis":
-            return {}
-        return {"MOLTIS_DATA_DIR": str(self.directory)}
-
-    def by_hand(self) -> str:
-        """Return the shell line that runs the node as the service would."""
-        words = [f"{name}={value}" for name, value in self.environment.items()]
-        words += [self.python, str(self.program), "node", "run"]
-        return " ".join(map(shlex.quote, words))
+# -- the running node's state --------------------------------------------------
 
 
-class ServiceStatus(Value):
-    """What the service manager says."""
-
-    installed: bool
-    enabled: bool  # starts on boot, or at log-in where that is all there is
-    active: bool
-    pid: int | None
-    state: str  # in the manager's own words, for people
-
-
-class ServiceManager(Protocol):
-    """What systemd and launchd have in common, as far as a node needs it."""
-
-    @property
-    def unit(self) -> Path:
-        """The file that tells the service manager about the node."""
-
-    def install(self) -> list[str]:
-        """Write the unit and have it started on every boot.
-
-        Returns what the person should know.  Raises UserError, NoServiceManager.
-        """
-
-    def start(self) -> None:
-        """Start the node, or start it anew.  Raises UserError."""
-
-    def stop(self) -> None:
-        """Stop the node until the next boot.  Raises UserError."""
-
-    def remove(self) -> list[str]:
-        """Stop the node and delete the unit, whatever of it is there.
-
-        Returns what the person should know.
-        """
-
-    def status(self) -> ServiceStatus: ...
-
-
-def service_manager(
-    spec: ServiceSpec, environ: Mapping[str, str], platform: str = sys.platform
-) -> ServiceManager:
-    """Return what starts services for a user here.  Raises NoServiceManager."""
-    if platform.startswith("linux"):
-        return SystemdService(spec, environ)
-    if platform == "darwin":
-        return LaunchdService(spec, environ)
-    raise no_service_manager(spec, f"{platform} has neither systemd nor launchd")
-
-
-def no_service_manager(spec: ServiceSpec, reason: str) -> NoServiceManager:
-    """Return the error that says how else the node can be started on boot."""
-    line = spec.by_hand()
-    cron_line = line.replace("%", r"\%")  # to cron, a bare % ends the line
-    return NoServiceManager(
-        f"nothing here starts a service for a user ({reason}); the configuration is "
-        "kept. Give one of these lines to what starts programs on this machine:\n"
-        f"  its own supervisor:  {line}\n"
-        f"  `crontab -e`:        @reboot {cron_line}"
-    )
-
-
-def _call_manager(
-    arguments: Sequence[str], environ: Mapping[str, str]
-) -> tuple[int, str]:
-    """Run systemctl and the like; return the exit status and all output.
-
-    A program that is missing or hangs has status 127 or 124, as in a shell.
-    """
-    import subprocess
-
-    try:
-        done = subprocess.run(
-            arguments,
-            check=False,
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=MANAGER_TIMEOUT,
-        )
-    except OSError as error:
-        return 127, f"{arguments[0]}: {error.strerror}"
-    except subprocess.TimeoutExpired:
-        return 124, f"{arguments[0]} does not answer"
-    return done.returncode, done.stdout.decode("utf-8", "replace").strip()
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else ""
-
-
-def remove_node_files(directory: Path) -> None:
-    """Delete all that made this machine a node, except its log.
-
-    Raises BadConfiguration.
-    """
-    for name in (NodeSettings.FILE, NodeState.FILE):
-        remove_file(directory / name)
-    remove_program(directory)
-
-
-# -- what the running node says ------------------------------------------------
-
-
-class NodeState(Value):
-    """What `node-state.json` holds: how the node that runs here is doing."""
-
-    pid: int
-    connected: bool
-    since: float  # s since 1970; when `connected` became what it is
-    error: str | None = None  # why it is not connected, one sentence
-    refused: bool = False  # the gateway turned it away: another credential is needed
+class NodeState(SettingsFile):
+    """How the node that runs here is doing."""
 
     FILE = "node-state.json"
 
+    pid: int
+    connected: bool
+    since: float  # s since 1970; when `connected` changed
+    error: str | None = None  # why it is not connected, one sentence
+    refused: bool = False  # by the gateway: another credential is needed
+    mark: str = ""  # process_mark() of `pid`
+
     @classmethod
-    def load(cls, directory: Path) -> NodeState | None:
-        """Return what a node that still runs has written, or None.
+    def load(cls, directory: Path) -> Self | None:
+        """Return the state of a node that still runs, or None.
 
         Raises BadConfiguration.
         """
-        path = directory / cls.FILE
-        value = read_settings_file(path)
-        if value is None:
+        state = super().load(directory)
+        if state is None or not is_running(state.pid):
             return None
-        try:
-            state = cls(
-                pid=required(value, "pid", int),
-                connected=required(value, "connected", bool),
-                since=required(value, "since", float),
-                error=optional(value, "error", str),
-                refused=optional(value, "refused", bool) or False,
-            )
-        except RpcError as error:
-            raise BadConfiguration(f"{path}: {error.message}") from error
-        return state if is_running(state.pid) else None
-
-    def save(self, directory: Path) -> None:
-        """Write node-state.json.  Raises BadConfiguration."""
-        write_private(directory / self.FILE, to_json(self.to_json()).encode("utf-8"))
+        # Another process may have its id by now.
+        same = state.mark in ("", process_mark(state.pid))
+        return state if same else None
 
     @classmethod
     def clear(cls, directory: Path) -> None:
-        """Forget the state, as a node does that ends.  Raises BadConfiguration."""
+        """Delete the file, as a node does that ends.  Raises BadConfiguration."""
         remove_file(directory / cls.FILE)
 
 
@@ -8287,6 +8128,16 @@ def wait_until_connected(directory: Path, deadline: Deadline) -> NodeState | Non
         time.sleep(0.1)
 
 
+def remove_node_files(directory: Path) -> None:
+    """Delete all that made this machine a node, except its log.
+
+    Raises BadConfiguration.
+    """
+    for name in (NodeSettings.FILE, NodeState.FILE):
+        remove_file(directory / name)
+    remove_program(directory)
+
+
 # -- its log -------------------------------------------------------------------
 
 
@@ -8294,7 +8145,7 @@ class NodeLog(logging.FileHandler):
     """`node.log`; what is older than the last 5 MiB or so is in `node.log.1`."""
 
     def __init__(self, directory: Path, limit: int = MAX_NODE_LOG) -> None:
-        """Raises BadConfiguration where the file cannot be written."""
+        """Raises BadConfiguration if the file cannot be written."""
         self._limit = limit  # bytes
         make_private_directory(directory)
         path = directory / NODE_LOG_FILE
@@ -8329,11 +8180,16 @@ class NodeLog(logging.FileHandler):
             return False
 
 
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
 def last_log_line(directory: Path) -> str:
     """Return the last line of node.log, or an empty text."""
     try:
         with open(directory / NODE_LOG_FILE, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_TAIL))
             return _last_line(file.read().decode("utf-8", "replace"))
     except OSError:
         return ""
@@ -8344,12 +8200,12 @@ def follow_log(
 ) -> None:
     """Write the log's last 4 KiB and all that comes, until `stopped` is set.
 
-    Raises BadConfiguration where there is no log.
+    Raises BadConfiguration if there is no log.
     """
     path = directory / NODE_LOG_FILE
     try:
         with open(path, "rb") as file:
-            position = max(0, os.fstat(file.fileno()).st_size - 4096)
+            position = max(0, os.fstat(file.fileno()).st_size - LOG_TAIL)
             if position:
                 file.seek(position)
                 file.readline()  # the rest of a line that began before
@@ -8365,7 +8221,145 @@ def follow_log(
         raise BadConfiguration(f"cannot read {path}: {error.strerror}") from error
 
 
+# -- what systemd and launchd have in common -----------------------------------
+
+
+class ServiceSpec(Value):
+    """What a unit needs to know: the interpreter, and whose node it is."""
+
+    python: str
+    directory: Path  # the data directory
+    home: Path
+
+    @property
+    def log(self) -> Path:
+        return self.directory / NODE_LOG_FILE
+
+    @property
+    def command(self) -> list[str]:
+        """Program and arguments of the service."""
+        imported = [self.python, PYTHON_OPTIONS, "-c", IMPORT_AND_RUN]
+        return [*imported, str(self.directory), "node", "run"]
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What the service cannot know by itself; empty for the usual directory."""
+        if self.directory == self.home / ".moltis":
+            return {}
+        return {"MOLTIS_DATA_DIR": str(self.directory)}
+
+    def by_hand(self) -> str:
+        """Return the shell line that runs the node as the service would."""
+        words = [f"{name}={value}" for name, value in self.environment.items()]
+        words += [self.python, str(self.directory / PROGRAM_FILE), "node", "run"]
+        return " ".join(map(shlex.quote, words))
+
+
+class ServiceStatus(Value):
+    """How a service manager describes the node."""
+
+    installed: bool
+    enabled: bool  # starts on boot, or at log-in where that is all there is
+    active: bool
+    pid: int | None
+    state: str  # in the manager's own words, for people
+
+
+def no_service_manager(spec: ServiceSpec, reason: str) -> NoServiceManager:
+    """Return the error that says how else the node can be started on boot."""
+    line = spec.by_hand()
+    cron_line = line.replace("%", r"\%")  # to cron, a bare % ends the line
+    return NoServiceManager(
+        f"nothing here starts a service for a user ({reason}); the configuration is "
+        "kept. Give one of these lines to what starts programs on this machine:\n"
+        f"  its own supervisor:  {line}\n"
+        f"  `crontab -e`:        @reboot {cron_line}"
+    )
+
+
+class ServiceManager:
+    """A program that starts the node on boot, and again when it ends."""
+
+    def __init__(self, spec: ServiceSpec, environ: Mapping[str, str]) -> None:
+        self._spec = spec
+        self._environ = environ
+
+    @property
+    def unit(self) -> Path:
+        """The file that describes the node."""
+        raise NotImplementedError
+
+    def install(self) -> list[str]:
+        """Write the unit and have it started on every boot.
+
+        Returns what the person should know.  Raises UserError, NoServiceManager.
+        """
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Start the node, or restart it.  Raises UserError."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Stop the node until the next boot.  Raises UserError."""
+        raise NotImplementedError
+
+    def remove(self) -> list[str]:
+        """Stop the node and delete the unit, whatever of it is there.
+
+        Returns what the person should know.  Raises BadConfiguration.
+        """
+        raise NotImplementedError
+
+    def status(self) -> ServiceStatus:
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """Make what the unit names.  Raises BadConfiguration if no unit can name it."""
+        for text in (self._spec.python, str(self._spec.directory)):
+            if not text.isprintable():  # a new line, or no UTF-8
+                raise BadConfiguration(
+                    f"a service cannot be started from {text!r}; "
+                    "choose another directory with MOLTIS_DATA_DIR"
+                )
+        # The manager makes the log, but not its directory, and for everybody to read.
+        NodeLog(self._spec.directory).close()
+        try:
+            self.unit.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadConfiguration(
+                f"cannot write {self.unit}: {error.strerror}"
+            ) from error
+
+    def _try(self, *words: str) -> ProgramResult:
+        return run_program(words, self._environ, timeout=MANAGER_TIMEOUT)
+
+
 # -- systemd -------------------------------------------------------------------
+
+
+def _user_name() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container that runs as a number
+        return str(os.getuid())
+
+
+def _user_manager_environment(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """Return `environ` with the way to the user's own systemd.
+
+    It is missing without a session (cron, the console of a supervisor), and another
+    user's after `su`.
+    """
+    given = environ.get("XDG_RUNTIME_DIR")
+    with contextlib.suppress(OSError):
+        if given and os.stat(given).st_uid == os.getuid():
+            return environ
+    found = dict(environ, XDG_RUNTIME_DIR=f"/run/user/{os.getuid()}")
+    found.pop("DBUS_SESSION_BUS_ADDRESS", None)
+    return found
 
 
 def _systemd_quote(text: str) -> str:
@@ -8377,8 +8371,6 @@ def _systemd_quote(text: str) -> str:
 
 def render_systemd_unit(spec: ServiceSpec) -> str:
     """Return the text of the user unit."""
-    program = [spec.python, PYTHON_OPTIONS, "-c", IMPORT_AND_RUN]
-    command = [*program, str(spec.directory), "node", "run"]
     log_path = str(spec.log).replace("%", "%%")
     lines = [
         "# Made by `moltis node add`, deleted by `moltis node remove`.",
@@ -8389,13 +8381,13 @@ def render_systemd_unit(spec: ServiceSpec) -> str:
         "",
         "[Service]",
         "Type=exec",
-        f"ExecStart={' '.join(map(_systemd_quote, command))}",
+        f"ExecStart={' '.join(map(_systemd_quote, spec.command))}",
         "Restart=always",
         f"RestartSec={RESTART_AFTER}",
         "KillMode=control-group",
+        # A command that the kernel kills for its memory does not end the node.
+        "OOMPolicy=continue",
         f"TimeoutStopSec={STOP_TIMEOUT}",
-        # systemd makes the log, and would make it readable by everybody.
-        "UMask=0077",
         f"StandardOutput=append:{log_path}",
         f"StandardError=append:{log_path}",
     ]
@@ -8407,25 +8399,22 @@ def render_systemd_unit(spec: ServiceSpec) -> str:
     return "\n".join([*lines, "", "[Install]", "WantedBy=default.target", ""])
 
 
-class SystemdService:
+class SystemdService(ServiceManager):
     """The node as a service of the user's own systemd."""
 
     def __init__(self, spec: ServiceSpec, environ: Mapping[str, str]) -> None:
-        self._spec = spec
-        self._environ = _user_manager_environment(environ)
-        self._units = spec.home / ".config" / "systemd" / "user"
+        super().__init__(spec, _user_manager_environment(environ))
 
     @property
     def unit(self) -> Path:
-        return self._units / UNIT_NAME
+        return self._spec.home / ".config" / "systemd" / "user" / UNIT_NAME
 
     def install(self) -> list[str]:
-        # systemd does not make the log's directory: `start` would succeed, and the
-        # service fail at once.
-        make_private_directory(self._spec.directory)
         lingers = self._enable_linger()
         self._wait_for_user_manager(lingers)
-        _write_unit(self.unit, render_systemd_unit(self._spec).encode("utf-8"))
+        self._prepare()
+        unit = render_systemd_unit(self._spec)
+        replace_file(self.unit, unit.encode("utf-8"), 0o644)
         self._systemctl("daemon-reload")
         self._systemctl("enable", UNIT_NAME)
         if lingers:
@@ -8436,9 +8425,8 @@ class SystemdService:
         return [f"{note} that: sudo loginctl enable-linger {_user_name()}"]
 
     def start(self) -> None:
-        """Start the node, or start it anew.  Raises UserError."""
-        # What the last run said must not be taken for what this one says.
         self.stop()
+        # The state of the last run must not be taken for that of this one.
         NodeState.clear(self._spec.directory)
         self._systemctl("start", UNIT_NAME)
         status = self.status()
@@ -8454,8 +8442,8 @@ class SystemdService:
     def remove(self) -> list[str]:
         self._try_systemctl("disable", "--now", UNIT_NAME)
         remove_file(self.unit)
-        # systemctl does both, unless there is no user manager to talk to.
-        wants = self._units / "default.target.wants"
+        # systemctl does both, unless there is no user manager.
+        wants = self.unit.parent / "default.target.wants"
         remove_file(wants / UNIT_NAME)
         with contextlib.suppress(OSError):
             wants.rmdir()
@@ -8467,15 +8455,13 @@ class SystemdService:
         return [f"{note}: loginctl disable-linger {_user_name()}"]
 
     def status(self) -> ServiceStatus:
-        code, output = self._try_systemctl(
-            "show",
-            "--property=ActiveState,SubState,MainPID,UnitFileState,Result",
-            UNIT_NAME,
-        )
+        names = "ActiveState,SubState,MainPID,UnitFileState,Result"
+        shown = self._try_systemctl("show", f"--property={names}", UNIT_NAME)
         installed = self.unit.exists()
-        if code != 0:
-            return ServiceStatus(installed, False, False, None, _last_line(output))
-        fields = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+        if shown.status != 0:
+            return ServiceStatus(installed, False, False, None, _last_line(shown.text))
+        lines = shown.text.splitlines()
+        fields = dict(line.split("=", 1) for line in lines if "=" in line)
         state = f"{fields.get('ActiveState')} ({fields.get('SubState')})"
         if fields.get("Result", "success") != "success":
             state += f", last result: {fields['Result']}"
@@ -8487,74 +8473,39 @@ class SystemdService:
             state=state if installed else "not installed",
         )
 
-    def _try_systemctl(self, *arguments: str) -> tuple[int, str]:
-        return _call_manager(["systemctl", "--user", *arguments], self._environ)
+    def _try_systemctl(self, *arguments: str) -> ProgramResult:
+        return self._try("systemctl", "--user", *arguments)
 
     def _systemctl(self, *arguments: str) -> None:
-        code, output = self._try_systemctl(*arguments)
-        if code != 0:
-            raise UserError(
-                f"`systemctl --user {' '.join(arguments)}` failed: {_last_line(output)}"
-            )
+        done = self._try_systemctl(*arguments)
+        if done.status != 0:
+            command = " ".join(("systemctl --user", *arguments))
+            raise UserError(f"`{command}` failed: {_last_line(done.text)}")
 
     def _lingers(self) -> bool:
         return Path("/var/lib/systemd/linger", _user_name()).exists()
 
     def _enable_linger(self) -> bool:
-        """Have the user's services run from boot on; tell whether they do."""
+        """Have the user's services run from boot on; return whether they do."""
         if not self._lingers():
             # By name: without a session loginctl does not know who we are.
-            _call_manager(["loginctl", "enable-linger", _user_name()], self._environ)
+            self._try("loginctl", "enable-linger", _user_name())
         return self._lingers()
 
     def _wait_for_user_manager(self, lingers: bool) -> None:
-        """Return once it answers, which takes a moment where it was just started."""
+        """Return once it answers; one that was just started needs a moment."""
         deadline = Deadline(USER_MANAGER_TIMEOUT if lingers else 0)
         while True:
-            code, output = self._try_systemctl("daemon-reload")
-            if code == 0:
+            done = self._try_systemctl("daemon-reload")
+            if done.status == 0:
                 return
-            if code == 127 or deadline.expired:
-                reason = _last_line(output)
-                if code != 127 and not lingers and Path("/run/systemd/system").exists():
-                    reason += f"; perhaps sudo loginctl enable-linger {_user_name()}"
-                raise no_service_manager(self._spec, reason)
+            if done.status == 127 or deadline.expired:
+                break
             time.sleep(0.1)
-
-
-def _user_name() -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container that runs as a number
-        return str(os.getuid())
-
-
-def _user_manager_environment(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """Return `environ` with the way to the user's own systemd.
-
-    It is missing without a session (cron, a console of a supervisor), and somebody
-    else's after `su`.
-    """
-    given = environ.get("XDG_RUNTIME_DIR")
-    try:
-        if given and os.stat(given).st_uid == os.getuid():
-            return environ
-    except OSError:
-        pass
-    found = dict(environ, XDG_RUNTIME_DIR=f"/run/user/{os.getuid()}")
-    found.pop("DBUS_SESSION_BUS_ADDRESS", None)
-    return found
-
-
-def _write_unit(path: Path, data: bytes) -> None:
-    """Write into a directory that is not ours alone.  Raises BadConfiguration."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except OSError as error:
-        raise BadConfiguration(f"cannot write {path}: {error.strerror}") from error
+        reason = _last_line(done.text)
+        if done.status != 127 and not lingers and Path("/run/systemd/system").exists():
+            reason += f"; perhaps sudo loginctl enable-linger {_user_name()}"
+        raise no_service_manager(self._spec, reason)
 
 
 # -- launchd -------------------------------------------------------------------
@@ -8566,89 +8517,18 @@ def render_launchd_plist(spec: ServiceSpec) -> bytes:
 
     agent: JsonObject = {
         "Label": LAUNCHD_LABEL,
-        "ProgramArguments": [spec.python, str(spec.program), "node", "run"],
+        "ProgramArguments": spec.command,
         "RunAtLoad": True,
         "KeepAlive": True,
         "ThrottleInterval": RESTART_AFTER,
         "ExitTimeOut": STOP_TIMEOUT,
         "ProcessType": "Background",
-        "Umask": 0o077,
         "StandardOutPath": str(spec.log),
         "StandardErrorPath": str(spec.log),
     }
     if spec.environment:
         agent["EnvironmentVariables"] = dict(spec.environment)
     return plistlib.dumps(agent)
-
-
-class LaunchdService:
-    """The node as an agent of the user's launchd."""
-
-    def __init__(self, spec: ServiceSpec, environ: Mapping[str, str]) -> None:
-        self._spec = spec
-        self._environ = environ
-        self._domain = f"gui/{os.getuid()}"
-        self._target = f"{self._domain}/{LAUNCHD_LABEL}"
-
-    @property
-    def unit(self) -> Path:
-        return self._spec.home / "Library" / "LaunchAgents" / f"{LAUNCHD_LABEL}.plist"
-
-    def install(self) -> list[str]:
-        make_private_directory(self._spec.directory)
-        _write_unit(self.unit, render_launchd_plist(self._spec))
-        self._launchctl("enable", self._target)
-        return ["the node starts when you log in; macOS has no user services before"]
-
-    def start(self) -> None:
-        self.stop()
-        NodeState.clear(self._spec.directory)
-        # bootout returns before it is done, and bootstrap fails until it is.
-        deadline = Deadline(STOP_TIMEOUT + 5)
-        arguments = ("bootstrap", self._domain, str(self.unit))
-        code, _ = self._try_launchctl(*arguments)
-        while code not in (0, 127) and not deadline.expired:
-            time.sleep(0.5)
-            code, _ = self._try_launchctl(*arguments)
-        if code != 0:
-            self._launchctl(*arguments)
-        self._launchctl("kickstart", "-k", self._target)
-
-    def stop(self) -> None:
-        self._try_launchctl("bootout", self._target)  # fails where it is not loaded
-
-    def remove(self) -> list[str]:
-        self.stop()
-        remove_file(self.unit)
-        return []
-
-    def status(self) -> ServiceStatus:
-        installed = self.unit.exists()
-        code, output = self._try_launchctl("print", self._target)
-        if code != 0:
-            state = "not loaded" if installed else "not installed"
-            return ServiceStatus(installed, installed, False, None, state)
-        fields = _launchctl_fields(output)
-        pid = fields.get("pid", "")
-        return ServiceStatus(
-            installed,
-            enabled=installed,
-            active=fields.get("state") == "running",
-            pid=int(pid) if pid.isdigit() else None,
-            state=fields.get("state", "loaded"),
-        )
-
-    def _try_launchctl(self, *arguments: str) -> tuple[int, str]:
-        return _call_manager(["launchctl", *arguments], self._environ)
-
-    def _launchctl(self, *arguments: str) -> None:
-        code, output = self._try_launchctl(*arguments)
-        if code == 127:
-            raise no_service_manager(self._spec, output)
-        if code != 0:
-            raise UserError(
-                f"`launchctl {' '.join(arguments)}` failed: {_last_line(output)}"
-            )
 
 
 def _launchctl_fields(output: str) -> Mapping[str, str]:
@@ -8659,6 +8539,82 @@ def _launchctl_fields(output: str) -> Mapping[str, str]:
         if equals and len(name) - len(name.lstrip("\t")) == 1 and value != "{":
             fields[name.strip()] = value.strip()
     return fields
+
+
+class LaunchdService(ServiceManager):
+    """The node as an agent of the user's launchd."""
+
+    def __init__(self, spec: ServiceSpec, environ: Mapping[str, str]) -> None:
+        super().__init__(spec, environ)
+        self._domain = f"gui/{os.getuid()}"
+        self._target = f"{self._domain}/{LAUNCHD_LABEL}"
+
+    @property
+    def unit(self) -> Path:
+        return self._spec.home / "Library" / "LaunchAgents" / f"{LAUNCHD_LABEL}.plist"
+
+    def install(self) -> list[str]:
+        self._prepare()
+        replace_file(self.unit, render_launchd_plist(self._spec), 0o644)
+        self._launchctl("enable", self._target)
+        return ["the node starts when you log in; macOS has no user services before"]
+
+    def start(self) -> None:
+        self.stop()
+        NodeState.clear(self._spec.directory)
+        # bootout returns before it is done, and bootstrap fails until it is.
+        deadline = Deadline(STOP_TIMEOUT + 5)
+        arguments = ("bootstrap", self._domain, str(self.unit))
+        status = self._try("launchctl", *arguments).status
+        while status not in (0, 127) and not deadline.expired:
+            time.sleep(0.5)
+            status = self._try("launchctl", *arguments).status
+        if status != 0:
+            self._launchctl(*arguments)
+        self._launchctl("kickstart", "-k", self._target)
+
+    def stop(self) -> None:
+        self._try("launchctl", "bootout", self._target)  # fails if it is not loaded
+
+    def remove(self) -> list[str]:
+        self.stop()
+        remove_file(self.unit)
+        return []
+
+    def status(self) -> ServiceStatus:
+        installed = self.unit.exists()
+        printed = self._try("launchctl", "print", self._target)
+        if printed.status != 0:
+            state = "not loaded" if installed else "not installed"
+            return ServiceStatus(installed, installed, False, None, state)
+        fields = _launchctl_fields(printed.text)
+        pid = fields.get("pid", "")
+        return ServiceStatus(
+            installed,
+            enabled=installed,
+            active=fields.get("state") == "running",
+            pid=int(pid) if pid.isdigit() else None,
+            state=fields.get("state", "loaded"),
+        )
+
+    def _launchctl(self, *arguments: str) -> None:
+        done = self._try("launchctl", *arguments)
+        if done.status == 127:
+            raise no_service_manager(self._spec, done.text)
+        if done.status != 0:
+            command = " ".join(("launchctl", *arguments))
+            raise UserError(f"`{command}` failed: {_last_line(done.text)}")
+
+
+def service_manager(
+    spec: ServiceSpec, environ: Mapping[str, str], platform: str = sys.platform
+) -> ServiceManager:
+    """Return what starts services for a user here.  Raises NoServiceManager."""
+    if platform.startswith("linux"):
+        return SystemdService(spec, environ)
+    if platform == "darwin":
+        return LaunchdService(spec, environ)
+    raise no_service_manager(spec, f"{platform} has neither systemd nor launchd")
 
 
 # ==============================================================================
@@ -21514,7 +21470,7 @@ class RunningNode:
                 self._inventory,
                 working_dir=settings.working_dir or os.path.expanduser("~"),
                 max_timeout=settings.timeout,
-                catalog=model_catalog(environ) if settings.lends_models else None,
+                catalog=model_catalog(environ) if settings.llm else None,
                 allowed=AllowedCommands(settings.allow) if settings.allow else None,
             )
         )
@@ -21559,7 +21515,7 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
         ),
         node_id=known.node_id if known else new_id(),
         display_name="Demo node",
-        lends_models=False,  # they are the gateway's own
+        llm=False,  # they are the gateway's own
     )
     settings.save(directory)
     return RunningNode(settings, environ, lambda _connected, _problem: None)
@@ -22055,7 +22011,7 @@ def node_settings(
         timeout=args.timeout,
         # Never from the offer: it may have come over a connection that is not trusted.
         auth=args.auth or "scram",
-        lends_models=not args.no_llm,
+        llm=not args.no_llm,
         allow=args.allow or (),
     )
 
@@ -22144,6 +22100,7 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
                 time.time(),
                 None if problem is None else str(problem),
                 isinstance(problem, Refused),
+                process_mark(os.getpid()),
             )
             try:
                 state.save(directory)
