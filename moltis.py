@@ -111,7 +111,6 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction
     from email.message import Message as HttpHeaders
     from http.server import BaseHTTPRequestHandler
-    from subprocess import Popen
     from typing import (
         IO,
         Any,
@@ -145,7 +144,7 @@ else:
 # ==============================================================================
 # Constants and errors
 #
-# Limits with their unit and their source, and every exception raised on purpose.
+# Limits with unit and source; every exception that this program raises on purpose.
 # ==============================================================================
 
 __version__ = "0.2.0"
@@ -165,18 +164,18 @@ MAX_MESSAGE = 64 * 1024 * 1024  # bytes; a WebSocket message, unless told otherw
 MAX_LOG_MESSAGE = 64 * 1024  # bytes of log frames, or of input, in one message
 LOG_WINDOW = 1024 * 1024  # bytes of a log, or of input, that are not acknowledged
 MAX_BACKLOG = 256 * 1024  # bytes waiting in an outbox; beyond it logs are not read
-MAX_JSON_DEPTH = 64  # brackets within brackets; ours nest less than ten
+MAX_JSON_DEPTH = 64  # nested brackets; ours nest less than ten
 
 CONNECT_TIMEOUT = 10.0  # s; to finish a handshake, and to say `connect` after it
 PING_INTERVAL = 20.0  # s of silence before a Ping, at both ends
 PEER_TIMEOUT = 60.0  # s of silence after which a peer is gone
-TELEMETRY_INTERVAL = 30.0  # s; what Moltis' protocol promises
-CALLER_PATIENCE = 600.0  # s that callers wait for a gateway, and it for callers
+TELEMETRY_INTERVAL = 30.0  # s; part of Moltis' protocol
+CALLER_PATIENCE = 600.0  # s that caller and gateway wait for each other to reconnect
 KILL_AFTER = 2.0  # s from SIGTERM to SIGKILL
 DRAIN_AFTER_EXIT = 0.5  # s for output that a grandchild still holds open
-MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes of a helper; `ps` on a busy Mac prints 10 KiB
+MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes; `ps` on a busy Mac prints 10 KiB
 
-API_KEY_VARIABLES: Mapping[str, str] = {  # by provider; where its secret lies
+API_KEY_VARIABLES: Mapping[str, str] = {  # by provider
     "openai": "OPENAI_API_KEY",
     "anthropic": "ANTHROPIC_API_KEY",
     "google": "GOOGLE_API_KEY",
@@ -191,11 +190,11 @@ API_KEY_VARIABLES: Mapping[str, str] = {  # by provider; where its secret lies
 
 
 class MoltisError(Exception):
-    """The root of all that this program raises on purpose."""
+    """The base of all exceptions that this program raises on purpose."""
 
 
 class UserError(MoltisError):
-    """Something the person at the command line can mend: one sentence for them."""
+    """An error that the person at the command line can fix; its text is for them."""
 
     exit_code = EXIT_FAILURE
 
@@ -207,23 +206,23 @@ class UsageError(UserError):
 
 
 class Unreachable(UserError):
-    """Nobody answers at the address, or not in our language: try later or elsewhere."""
+    """No gateway answers at the address: try later, or another address."""
 
     exit_code = EXIT_UNREACHABLE
 
 
 class Refused(UserError):
-    """The other side answered, and does not let us in: get another credential."""
+    """The other side refused us: get another credential."""
 
     exit_code = EXIT_REFUSED
 
 
 class NoServiceManager(UserError):
-    """Nothing here starts services for a user: have the node started otherwise."""
+    """Nothing here starts services for a user: start the node some other way."""
 
 
 class BadConfiguration(UserError):
-    """A file or a setting of ours cannot be used: mend it."""
+    """A file or a setting cannot be used: correct it."""
 
     exit_code = EXIT_CONFIGURATION
 
@@ -244,7 +243,7 @@ class HandshakeError(MoltisError):
     ) -> None:
         super().__init__(reason)
         self.status = status
-        self.headers = headers  # that a refusal has to carry
+        self.headers = headers  # of the answer
 
 
 class ConnectionClosed(MoltisError):
@@ -261,23 +260,23 @@ class AuthenticationError(MoltisError):
 
 
 class ChannelMismatch(AuthenticationError):
-    """The peer sees another TLS certificate than we do: say so to it, then close."""
+    """The peer sees another TLS certificate than we do: report it, then close."""
 
 
 class Cancelled(MoltisError):
-    """Somebody asked for this to end: clean up and pass it on."""
+    """The caller cancelled this: clean up and raise it again."""
 
 
 class ModelError(MoltisError):
-    """A language model gave no complete answer: say so in the chat."""
+    """A language model gave no complete answer: show this in the chat."""
 
     def __init__(self, message: str, detail: str = "") -> None:
         super().__init__(message)
-        self.detail = detail  # all that the server said, as JSON
+        self.detail = detail  # the whole response, as JSON
 
 
 class ModelBusy(ModelError):
-    """The model may answer when asked again, after `retry_after` s where it said so."""
+    """The model may answer a second request, after `retry_after` s if that is known."""
 
     def __init__(
         self, message: str, detail: str = "", retry_after: float | None = None
@@ -287,11 +286,11 @@ class ModelBusy(ModelError):
 
 
 class ContextTooLong(ModelError):
-    """The conversation does not fit into the model: shorten it, then ask again."""
+    """The conversation exceeds the model's context: shorten it and ask again."""
 
 
 class RpcError(MoltisError):
-    """A request that cannot be answered: send it back as an error Response.
+    """A request that failed: send this as an error Response.
 
     `code` is one of Moltis' (INVALID_REQUEST, NOT_FOUND, UNAVAILABLE, ...).
     """
@@ -314,7 +313,7 @@ class RpcError(MoltisError):
 
 
 class StoreError(RpcError):
-    """The database cannot be read or written now: nothing was changed by the call."""
+    """The database cannot be read or written now; the call changed nothing."""
 
     def __init__(self, message: str) -> None:
         super().__init__("UNAVAILABLE", message, retryable=True)
@@ -323,7 +322,7 @@ class StoreError(RpcError):
 # ==============================================================================
 # Helpers
 #
-# What every section needs and nobody would look for anywhere else.
+# Values and their JSON codec, texts, time, cancellation, sockets, files, programs.
 # ==============================================================================
 
 log = logging.getLogger("moltis")
@@ -332,9 +331,62 @@ JsonObject: TypeAlias = "dict[str, Any]"
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})  # a field's default
 
-# Patterns are text: `re` compiles one when it is first used, and keeps it.  All of them
-# at once took 1.4 ms of the 34 of each start.
-SECRET_PATTERN = r"\b(mdt|mk|mc|ms)_[A-Za-z0-9_-]{8,}"
+
+# -- fields of JSON objects ----------------------------------------------------
+
+
+JSON_KINDS: Mapping[type, str] = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    list: "an array",
+    type(None): "null",
+}
+
+
+def optional(params: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return `params[name]`, or None where it is absent or null.
+
+    Raises RpcError INVALID_REQUEST for a value of another type.
+    """
+    value = params.get(name)
+    if value is None:
+        return None
+    accepted = (int, float) if kind is float else (kind,)
+    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, accepted):
+        found = JSON_KINDS.get(type(value), type(value).__name__)
+        raise RpcError(
+            "INVALID_REQUEST", f"{name} must be {JSON_KINDS[kind]}, not {found}"
+        )
+    return value
+
+
+def required(params: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return `params[name]`, which has to be of the JSON type `kind`.
+
+    `float` takes whole numbers too.  Raises RpcError INVALID_REQUEST.
+    """
+    value = optional(params, name, kind)
+    if value is None:
+        raise RpcError("INVALID_REQUEST", f"{name} is missing: {JSON_KINDS[kind]}")
+    return value
+
+
+def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
+    """Return the objects in the array `params[name]`, none if it is absent.
+
+    Raises RpcError INVALID_REQUEST.
+    """
+    values: list[JsonObject] = optional(params, name, list) or []
+    if not all(isinstance(value, dict) for value in values):
+        raise RpcError("INVALID_REQUEST", f"{name} must hold objects only")
+    return values
+
+
+# -- values --------------------------------------------------------------------
+
 
 SECRET_FIELDS = ("api_key", "device_token")  # never shown in a log or traceback
 
@@ -344,6 +396,9 @@ def camel_case(name: str) -> str:
     """Return a field's name as envelopes have it: `exit_code` is `exitCode`."""
     head, *words = name.split("_")
     return head + "".join(word.capitalize() for word in words)
+
+
+Decoder: TypeAlias = "Callable[[Any, str], Any]"  # value, its name for the error
 
 
 @dataclass_transform(frozen_default=True)
@@ -450,16 +505,19 @@ def encode_value(value: Any) -> Any:
     return value
 
 
-Decoder: TypeAlias = "Callable[[Any, str], Any]"  # value, its name for the error
+def _decode_items(decode: Decoder, make: type, value: Any, name: str) -> Any:
+    items = required({name: value}, name, list)
+    return make(decode(item, name) for item in items)
 
 
-@functools.lru_cache(maxsize=None)
-def _decoders(cls: Any) -> Mapping[str, Decoder]:
-    kinds: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        kinds.update(base.__annotations__)
-    module = vars(sys.modules[cls.__module__])
-    return {name: _decoder(kinds[name], module) for name in cls._names}
+def _decode_object(kind: type[Value], value: Any, name: str) -> Value:
+    return kind.from_json(required({name: value}, name, dict))
+
+
+def _decode_plain(kind: type, value: Any, name: str) -> Any:
+    if type(value) is kind or kind is object:
+        return value
+    return required({name: value}, name, kind)
 
 
 def _decoder(annotation: str, module: Mapping[str, Any]) -> Decoder:
@@ -479,24 +537,81 @@ def _decoder(annotation: str, module: Mapping[str, Any]) -> Decoder:
     return partial(_decode_plain, found)
 
 
-def _decode_items(decode: Decoder, make: type, value: Any, name: str) -> Any:
-    items = required({name: value}, name, list)
-    return make(decode(item, name) for item in items)
+@functools.lru_cache(maxsize=None)
+def _decoders(cls: Any) -> Mapping[str, Decoder]:
+    kinds: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        kinds.update(base.__annotations__)
+    module = vars(sys.modules[cls.__module__])
+    return {name: _decoder(kinds[name], module) for name in cls._names}
 
 
-def _decode_object(kind: type[Value], value: Any, name: str) -> Value:
-    return kind.from_json(required({name: value}, name, dict))
+# -- JSON ----------------------------------------------------------------------
 
 
-def _decode_plain(kind: type, value: Any, name: str) -> Any:
-    if type(value) is kind or kind is object:
-        return value
-    return required({name: value}, name, kind)
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
-def now_ms() -> int:
-    """Return the time of day in ms since 1970, as envelopes and the store have it."""
-    return round(time.time() * 1000)
+# Made once: json.loads() and json.dumps() with options make one per call, 5 µs.
+_JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_JSON_ENCODER = json.JSONEncoder(
+    separators=(",", ":"), ensure_ascii=False, default=encode_value
+)
+
+
+def to_json(value: object) -> str:
+    return _JSON_ENCODER.encode(value)
+
+
+def _depth_exceeds(value: object, limit: int) -> bool:
+    # Level by level: recursion could exhaust the stack where the C parser did not.
+    level = [value]
+    for _ in range(limit):
+        containers = [v for v in level if isinstance(v, (dict, list))]
+        if not containers:
+            return False
+        level = []
+        for container in containers:
+            level.extend(
+                container.values() if isinstance(container, dict) else container
+            )
+    return any(isinstance(v, (dict, list)) for v in level)
+
+
+def from_json(text: str | bytes) -> Any:
+    """Return the JSON value in `text`.  Raises ValueError only."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")
+    try:
+        value = _JSON_DECODER.decode(text)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    # Fewer brackets than the limit cannot nest deeper; counting is 10× cheaper.
+    opened = text.count("{") + text.count("[")
+    if opened > MAX_JSON_DEPTH and _depth_exceeds(value, MAX_JSON_DEPTH):
+        raise ValueError(f"JSON nested more than {MAX_JSON_DEPTH} deep")
+    if "\\ud" in text or "\\uD" in text:
+        # Half a character: it cannot be encoded for the wire or the store.
+        try:
+            to_json(value).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("JSON with half a surrogate pair") from None
+    return value
+
+
+# -- ids and secrets -----------------------------------------------------------
+
+
+# Patterns are text: `re` compiles one at its first use, and caches it.  To compile all
+# of them took 1.4 ms of the 34 of each start.
+SECRET_PATTERN = r"\b(mdt|mk|mc|ms)_[A-Za-z0-9_-]{8,}"
+
+
+def uuid_text(data: bytes) -> str:
+    """Return 16 bytes in the notation of a UUID."""
+    text = data.hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
 def new_id() -> str:
@@ -506,12 +621,6 @@ def new_id() -> str:
     data[6] = data[6] & 0x0F | 0x40
     data[8] = data[8] & 0x3F | 0x80
     return uuid_text(bytes(data))
-
-
-def uuid_text(data: bytes) -> str:
-    """Return 16 bytes as a UUID is written."""
-    text = data.hex()
-    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
 def new_secret(prefix: str) -> str:
@@ -528,116 +637,18 @@ def b64encode(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-# Made once: json.loads() and json.dumps() with options make one each time, 5 µs.
-_JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-_JSON_ENCODER = json.JSONEncoder(
-    separators=(",", ":"), ensure_ascii=False, default=encode_value
-)
-
-
-def to_json(value: object) -> str:
-    return _JSON_ENCODER.encode(value)
-
-
-def from_json(text: str | bytes) -> Any:
-    """Return the value that `text` holds.  Raises ValueError, and nothing else."""
-    if isinstance(text, bytes):
-        text = text.decode("utf-8")
-    try:
-        value = _JSON_DECODER.decode(text)
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
-    # What opens less often is not that deep: to count is a tenth of a look.
-    opened = text.count("{") + text.count("[")
-    if opened > MAX_JSON_DEPTH and _depth_exceeds(value, MAX_JSON_DEPTH):
-        raise ValueError(f"JSON nested more than {MAX_JSON_DEPTH} deep")
-    if "\\ud" in text or "\\uD" in text:
-        # Half a character, which neither the wire nor the store could take.
-        try:
-            to_json(value).encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError("JSON with half a surrogate pair") from None
-    return value
-
-
-def _depth_exceeds(value: object, limit: int) -> bool:
-    # Level by level: a value that json could just parse must not exhaust our stack.
-    level = [value]
-    for _ in range(limit):
-        containers = [v for v in level if isinstance(v, (dict, list))]
-        if not containers:
-            return False
-        level = []
-        for container in containers:
-            level.extend(
-                container.values() if isinstance(container, dict) else container
-            )
-    return any(isinstance(v, (dict, list)) for v in level)
-
-
-JSON_KINDS: Mapping[type, str] = {
-    str: "a string",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    dict: "an object",
-    list: "an array",
-    type(None): "null",
-}
-
-
-def required(params: Mapping[str, Any], name: str, kind: type) -> Any:
-    """Return `params[name]`, which has to be of the JSON type `kind`.
-
-    `float` takes whole numbers too.  Raises RpcError INVALID_REQUEST.
-    """
-    value = optional(params, name, kind)
-    if value is None:
-        raise RpcError("INVALID_REQUEST", f"{name} is missing: {JSON_KINDS[kind]}")
-    return value
-
-
-def optional(params: Mapping[str, Any], name: str, kind: type) -> Any:
-    """Return `params[name]`, or None where it is absent or null.
-
-    Raises RpcError INVALID_REQUEST for a value of another type.
-    """
-    value = params.get(name)
-    if value is None:
-        return None
-    accepted = (int, float) if kind is float else (kind,)
-    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, accepted):
-        found = JSON_KINDS.get(type(value), type(value).__name__)
-        raise RpcError(
-            "INVALID_REQUEST", f"{name} must be {JSON_KINDS[kind]}, not {found}"
-        )
-    return value
-
-
-def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
-    """Return the objects in the array `params[name]`, none where it is absent.
-
-    Raises RpcError INVALID_REQUEST.
-    """
-    values: list[JsonObject] = optional(params, name, list) or []
-    if not all(isinstance(value, dict) for value in values):
-        raise RpcError("INVALID_REQUEST", f"{name} must hold objects only")
-    return values
+# -- texts for people ----------------------------------------------------------
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """Return a stranger's words as they may stand on a terminal: no control codes."""
+    """Return the start of a stranger's text, without control codes."""
     return "".join(c for c in text[:limit] if c.isprintable())
 
 
 def visible(text: str) -> str:
-    """Return `text` with what a terminal obeys, or hides, spelt out.
+    """Return `text` with control and invisible characters escaped.
 
-    A command that moves the cursor, or turns the writing round, looks like another.
+    A command that moves the cursor or reverses the writing looks like another one.
     """
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
@@ -678,6 +689,14 @@ def format_time(at_ms: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_ms / 1000))
 
 
+# -- time and threads ----------------------------------------------------------
+
+
+def now_ms() -> int:
+    """Return the time of day in ms since 1970, as envelopes and the store have it."""
+    return round(time.time() * 1000)
+
+
 class Deadline:
     """A moment on the monotonic clock, or never."""
 
@@ -706,7 +725,7 @@ class Backoff:
         # The exponent is bounded: 2 ** 1100 would overflow a float.
         ceiling = min(self._limit, self._first * 2 ** min(self._attempts, 32))
         self._attempts += 1
-        # Nobody gains by guessing when we try again.
+        # A pause that can be predicted does no harm.
         return random.uniform(self._first / 2, max(ceiling, self._first))  # nosec B311
 
     def reset(self) -> None:
@@ -735,12 +754,12 @@ class Ticker:
             try:
                 self._action()
             except Exception:
-                # A tick that fails must not end all that come after it.
+                # An exception must not prevent later ticks.
                 log.exception("tick failed")
 
 
 class Cancellation:
-    """A switch, thrown once and from any thread, that also wakes what is blocked."""
+    """A switch that any thread may throw once; it also wakes blocked calls."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _callbacks
@@ -759,7 +778,7 @@ class Cancellation:
             callback()
 
     def pause(self, timeout: float) -> None:
-        """Wait for `timeout` s.  Raises Cancelled as soon as it is."""
+        """Wait for `timeout` s.  Raises Cancelled as soon as the switch is thrown."""
         if self._thrown.wait(timeout):
             raise Cancelled
 
@@ -777,10 +796,10 @@ class Cancellation:
 
     @contextlib.contextmanager
     def calling(self, callback: Callable[[], None]) -> Iterator[None]:
-        """While the block runs, a cancellation calls `callback` to wake it.
+        """While the block runs, cancel() calls `callback` to wake it.
 
-        Raises Cancelled instead of whatever failed in the block because of that,
-        and at once when the cancellation came before it.
+        Raises Cancelled in place of the exception that this causes in the block, and
+        at once if it was cancelled before.
         """
         entry = object()
         with self._lock:
@@ -798,35 +817,15 @@ class Cancellation:
                 del self._callbacks[entry]
 
 
-# Compared with, never listened on unless somebody says so.
+# -- sockets -------------------------------------------------------------------
+
+
+# For comparison; --bind alone decides where to listen.
 ANY_ADDRESS = ("", "0.0.0.0", "::")  # nosec B104
 
 
-def ollama_url(host: str) -> str:
-    """Return the address that OLLAMA_HOST means, read as Ollama reads it.
-
-    It may lack the scheme, the name or the port, and may be one to listen on.
-    """
-    scheme, _, rest = host.strip().rpartition("://")
-    try:
-        parts = urlsplit(f"//{rest}")
-    except ValueError:  # a bracket that is not closed
-        parts = urlsplit("//")
-    name = parts.hostname or "127.0.0.1"
-    if name in ANY_ADDRESS:
-        name = "127.0.0.1"
-    default = {"http": 80, "https": 443}.get(scheme, 11434)
-    try:
-        port = parts.port or default
-    except ValueError:  # what Ollama does with a port that is none
-        port = default
-    if ":" in name:
-        name = f"[{name}]"
-    return f"{scheme or 'http'}://{name}:{port}"
-
-
 def unmapped(address: str) -> str:
-    """Return an IP address, IPv4 as such where it came in over a socket for IPv6."""
+    """Return an IP address, in IPv4 notation if it is mapped into IPv6."""
     return address[7:] if address.lower().startswith("::ffff:") else address
 
 
@@ -837,6 +836,39 @@ class ServerTrust(Protocol):
 
     def check(self, certificate: bytes | None) -> None:
         """Raises Refused for another certificate than the expected one."""
+
+
+def cut(sock: socket.socket) -> None:
+    """End a connection while another thread reads from it."""
+    # The plain socket's method: SSLSocket's would take the TLS state away from the
+    # thread that is reading.
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _connect_tcp(
+    host: str, port: int, timeout: float | None, cancel: Cancellation
+) -> socket.socket:
+    # For a name that is a str Python imports its tables of non-ASCII names: 3 ms and
+    # 0.3 MiB.
+    name: Any = host.encode("ascii") if host.isascii() else host
+    failure = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        name, port, type=socket.SOCK_STREAM
+    ):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(timeout)
+            with cancel.calling(partial(cut, sock)):
+                sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+        except Cancelled:
+            sock.close()
+            raise
+    raise failure
 
 
 def dial(
@@ -870,63 +902,11 @@ def dial(
     return secured
 
 
-def _connect_tcp(
-    host: str, port: int, timeout: float | None, cancel: Cancellation
-) -> socket.socket:
-    # Python looks up a name that is text with its tables for the names that are not
-    # ASCII: 3 ms to import, and 0.3 MiB.
-    name: Any = host.encode("ascii") if host.isascii() else host
-    failure = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        name, port, type=socket.SOCK_STREAM
-    ):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(timeout)
-            with cancel.calling(partial(cut, sock)):
-                sock.connect(address)
-            return sock
-        except OSError as error:
-            sock.close()
-            failure = error
-        except Cancelled:
-            sock.close()
-            raise
-    raise failure
-
-
-def cut(sock: socket.socket) -> None:
-    """End a connection while another thread reads from it."""
-    # The plain socket's method: SSLSocket's would take the TLS state away from the
-    # thread that is reading.
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def is_running(pid: int) -> bool:
-    """Return whether there is such a process, whoever's it is."""
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return pid > 0
-
-
-def require_ssl() -> None:
-    """Return where Python has TLS.  Raises BadConfiguration."""
-    try:
-        import ssl  # noqa: F401  whether there is one
-    except ImportError as error:
-        raise BadConfiguration(
-            "TLS needs Python's module ssl, which is missing here; install it "
-            "(OpenWrt: python3-openssl) or use another python3"
-        ) from error
+# -- files ---------------------------------------------------------------------
 
 
 def make_private_directory(path: Path) -> None:
-    """Make `path` for its owner alone.  Raises BadConfiguration."""
+    """Make the directory `path`, for its owner alone.  Raises BadConfiguration."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
@@ -936,15 +916,6 @@ def make_private_directory(path: Path) -> None:
             f"cannot use the directory {path}: {error.strerror}; "
             "choose another with MOLTIS_DATA_DIR"
         ) from error
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Replace the file `path`, readable by its owner alone, in a directory like that.
-
-    Raises BadConfiguration.
-    """
-    make_private_directory(path.parent)
-    replace_file(path, data, 0o600)
 
 
 def replace_file(path: Path, data: bytes, mode: int) -> None:
@@ -972,6 +943,15 @@ def replace_file(path: Path, data: bytes, mode: int) -> None:
         raise BadConfiguration(f"cannot write {path}: {error.strerror}") from error
 
 
+def write_private(path: Path, data: bytes) -> None:
+    """Replace the file `path`, readable by its owner alone, in a directory like that.
+
+    Raises BadConfiguration.
+    """
+    make_private_directory(path.parent)
+    replace_file(path, data, 0o600)
+
+
 def remove_file(path: Path) -> None:
     """Delete `path` if it is there.  Raises BadConfiguration."""
     try:
@@ -980,6 +960,20 @@ def remove_file(path: Path) -> None:
         pass
     except OSError as error:
         raise BadConfiguration(f"cannot delete {path}: {error.strerror}") from error
+
+
+# -- processes -----------------------------------------------------------------
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process of this id exists, of any user."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return pid > 0
 
 
 class ProgramResult(Value):
@@ -1257,7 +1251,7 @@ for name in sys.argv[1:]:
     except ImportError:
         print(name)
 """
-OPTIONAL_MODULES: Mapping[str, str] = {  # by name: what lacks without it
+OPTIONAL_MODULES: Mapping[str, str] = {  # by name: its use and its package
     "sqlite3": "which a gateway needs; install all of Python "
     "(OpenWrt: python3-sqlite3)",
     "ssl": "which https:// and wss:// need; install all of Python "
@@ -1272,6 +1266,10 @@ def own_program() -> bytes | None:
         return Path(__file__).read_bytes()
     except (NameError, OSError):
         return None
+
+
+def _version_numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".") if number]
 
 
 def check_program(text: bytes, source: str) -> str:
@@ -1295,10 +1293,6 @@ def check_program(text: bytes, source: str) -> str:
             "first"
         )
     return version
-
-
-def _version_numbers(version: str) -> list[int]:
-    return [int(number) for number in version.split(".") if number]
 
 
 def install_program(directory: Path, text: bytes, mode: int = 0o600) -> Path:
@@ -1433,6 +1427,16 @@ def runs_long(arguments: Sequence[str]) -> bool:
     return first in ("gateway", "chat", "mcp")
 
 
+def _anonymous_file() -> IO[bytes]:
+    """Raises OSError."""
+    try:
+        return open(os.memfd_create("moltis"), "w+b")
+    except (AttributeError, OSError):  # macOS, or a Linux before 3.17
+        import tempfile
+
+        return tempfile.TemporaryFile()
+
+
 def restart_from_bytecode(arguments: Sequence[str]) -> None:
     """Start this process once more from bytecode, if it was compiled to run long.
 
@@ -1463,16 +1467,6 @@ def restart_from_bytecode(arguments: Sequence[str]) -> None:
         os.set_inheritable(file.fileno(), True)
         words = [sys.executable, *options, "-S", "-c", LOAD_AND_RUN]
         os.execv(sys.executable, [*words, str(file.fileno()), *sys.argv])
-
-
-def _anonymous_file() -> IO[bytes]:
-    """Raises OSError."""
-    try:
-        return open(os.memfd_create("moltis"), "w+b")
-    except (AttributeError, OSError):  # macOS, or a Linux before 3.17
-        import tempfile
-
-        return tempfile.TemporaryFile()
 
 
 # `install.sh` as it is in the repository, for the gateway to hand out wherever its one
@@ -2883,6 +2877,17 @@ def read_certificate(path: Path) -> bytes:
     if found is None:
         raise ValueError("there is no certificate in PEM")
     return base64.b64decode(b"".join(found[1].split()), validate=True)
+
+
+def require_ssl() -> None:
+    """Raises BadConfiguration if this Python has no TLS."""
+    try:
+        import ssl  # noqa: F401  whether there is one
+    except ImportError as error:
+        raise BadConfiguration(
+            "TLS needs Python's module ssl, which is missing here; install it "
+            "(OpenWrt: python3-openssl) or use another python3"
+        ) from error
 
 
 class TlsTrust(Value):
@@ -5196,6 +5201,19 @@ def read_tool_call(call_id: str, name: str, arguments: object) -> ToolCall:
     return ToolCall(call_id, name, {}, malformed=text)
 
 
+def _results_after(
+    messages: Sequence[ChatMessage], position: int
+) -> dict[str, ChatMessage]:
+    # Up to the next answer with calls: some servers number theirs from 0 in each.
+    results: dict[str, ChatMessage] = {}
+    for message in itertools.islice(messages, position, None):
+        if message.tool_calls:
+            break
+        if message.role == "tool":
+            results.setdefault(message.tool_call_id, message)
+    return results
+
+
 def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """Return `messages` with one result right after each call, in the calls' order.
 
@@ -5218,19 +5236,6 @@ def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
             )
             settled.append(results.get(call.id, missing))
     return settled
-
-
-def _results_after(
-    messages: Sequence[ChatMessage], position: int
-) -> dict[str, ChatMessage]:
-    # Up to the next answer with calls: some servers number theirs from 0 in each.
-    results: dict[str, ChatMessage] = {}
-    for message in itertools.islice(messages, position, None):
-        if message.tool_calls:
-            break
-        if message.role == "tool":
-            results.setdefault(message.tool_call_id, message)
-    return results
 
 
 # --- reading a response ---
@@ -5509,6 +5514,29 @@ class AnthropicAnswer(AnswerReader):
 
 
 # --- providers ---
+
+
+def ollama_url(host: str) -> str:
+    """Return the address that OLLAMA_HOST means, read as Ollama reads it.
+
+    It may lack the scheme, the name or the port, and may be one to listen on.
+    """
+    scheme, _, rest = host.strip().rpartition("://")
+    try:
+        parts = urlsplit(f"//{rest}")
+    except ValueError:  # a bracket that is not closed
+        parts = urlsplit("//")
+    name = parts.hostname or "127.0.0.1"
+    if name in ANY_ADDRESS:
+        name = "127.0.0.1"
+    default = {"http": 80, "https": 443}.get(scheme, 11434)
+    try:
+        port = parts.port or default
+    except ValueError:  # what Ollama does with a port that is none
+        port = default
+    if ":" in name:
+        name = f"[{name}]"
+    return f"{scheme or 'http'}://{name}:{port}"
 
 
 class ProviderSpec(Value):
@@ -6110,6 +6138,29 @@ class ProviderModel:
         return self._provider.stream(request, cancel)
 
 
+def list_models(
+    providers: Sequence[ModelProvider], cancel: Cancellation
+) -> tuple[list[ModelInfo], dict[str, str]]:
+    """Ask all providers side by side; return their models, and errors by provider.
+
+    Raises Cancelled.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    models: list[ModelInfo] = []
+    errors: dict[str, str] = {}
+    with ThreadPoolExecutor(
+        max(1, len(providers)), thread_name_prefix="moltis-models"
+    ) as pool:
+        asked = [(p, pool.submit(p.models, cancel)) for p in providers]
+        for provider, answer in asked:
+            try:
+                models += answer.result()
+            except ModelError as error:
+                errors[provider.spec.id] = str(error)
+    return models, errors
+
+
 class ModelCatalog:
     """The models that the providers of this machine list."""
 
@@ -6167,29 +6218,6 @@ class ModelCatalog:
                 lifetime = MODEL_LIST_RETRY if errors else MODEL_LIST_LIFETIME
                 self._fresh = Deadline(lifetime)
         return models, errors
-
-
-def list_models(
-    providers: Sequence[ModelProvider], cancel: Cancellation
-) -> tuple[list[ModelInfo], dict[str, str]]:
-    """Ask all providers side by side; return their models, and errors by provider.
-
-    Raises Cancelled.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    models: list[ModelInfo] = []
-    errors: dict[str, str] = {}
-    with ThreadPoolExecutor(
-        max(1, len(providers)), thread_name_prefix="moltis-models"
-    ) as pool:
-        asked = [(p, pool.submit(p.models, cancel)) for p in providers]
-        for provider, answer in asked:
-            try:
-                models += answer.result()
-            except ModelError as error:
-                errors[provider.spec.id] = str(error)
-    return models, errors
 
 
 # ==============================================================================
@@ -6512,6 +6540,26 @@ class ProcProbe:
         return None
 
 
+def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the path of a program: of the user's PATH, or of the usual places.
+
+    A service is started with a bare PATH, and the user's programs lie elsewhere.
+    Raises RpcError INVALID_REQUEST unless `name` is a plain name.
+    """
+    if not name or len(name) > 255 or "/" in name or not name.isprintable():
+        raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
+    directories = environ.get("PATH", os.defpath).split(os.pathsep)
+    home = environ.get("HOME") or os.path.expanduser("~")
+    usual = [os.path.join(home, place) for place in USUAL_PLACES]
+    # "" in PATH means the working directory; `join` leaves absolute places alone.
+    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
+    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
+    for path in (os.path.join(directory, name) for directory in absolute):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
 class ShortPrograms:
     """Programs that are asked one question, and killed when they do not answer."""
 
@@ -6625,26 +6673,6 @@ class Equipment(Value):
     runtime_versions: Mapping[str, str] = NOTHING
     gpus: tuple[Gpu, ...] = ()
     providers: tuple[Provider, ...] = ()
-
-
-def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of a program: of the user's PATH, or of the usual places.
-
-    A service is started with a bare PATH, and the user's programs lie elsewhere.
-    Raises RpcError INVALID_REQUEST unless `name` is a plain name.
-    """
-    if not name or len(name) > 255 or "/" in name or not name.isprintable():
-        raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
-    directories = environ.get("PATH", os.defpath).split(os.pathsep)
-    home = environ.get("HOME") or os.path.expanduser("~")
-    usual = [os.path.join(home, place) for place in USUAL_PLACES]
-    # "" in PATH means the working directory; `join` leaves absolute places alone.
-    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
-    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
-    for path in (os.path.join(directory, name) for directory in absolute):
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return None
 
 
 def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
@@ -17150,9 +17178,8 @@ is also in a file on the gateway’s machine:</p>
 <section id="models" class="settings" aria-labelledby="models-title" hidden>
 <header class="bar"><h1 id="models-title">Models</h1></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Providers">
-<p class="lead">Models come from Ollama on every machine, and from each provider whose
-key is in the environment of the gateway or a node, or is entered here. A key entered
-here is never shown again.</p>
+<p class="lead">Ollama is found on every machine, other providers by a key in the
+environment of the gateway or a node. A key entered here is never shown again.</p>
 <div id="providers"></div>
 <form id="model-form"><h2>Unlisted model</h2>
 <div class="inline"><input id="model-name" required placeholder="openai/gpt-5-mini"
@@ -17638,8 +17665,8 @@ details label input { flex: 0 1 420px; }
 """
 
 WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown,
-// socket, job logs, state, routes, widgets, views, start.  Text reaches the document as
-// text nodes only; the views show `state` and hold none of their own.
+// socket, job logs, state, routes, widgets, views, sign-in, start.  Text reaches the
+// document as text nodes only; the views show `state` and hold none of their own.
 
 // == dom ==
 
@@ -18429,49 +18456,48 @@ class Link {
     this.calls.clear();
   }
 
-  call(method, params = {}, timeout = CALL_TIMEOUT) {
-    return new Promise((resolve, reject) => {
-      if (!this.isUp) {
-        reject(callError("UNAVAILABLE", "The gateway cannot be reached right now."));
-        return;
-      }
-      this.request(method, params, timeout, resolve, reject);
-    });
+  // Return the gateway's answer.  Throws an error with a code.
+  async call(method, params = {}, timeout = CALL_TIMEOUT) {
+    if (this.isUp) return this.request(method, params, timeout);
+    throw callError("UNAVAILABLE", "The gateway cannot be reached right now.");
   }
 
   retryNow() {
     if (this.timer) this.open();
   }
 
-  request(method, params, timeout, resolve, reject) {
+  request(method, params, timeout) {
     const id = String((this.counter += 1));
-    const timer = setTimeout(() => {
-      this.calls.delete(id);
-      reject(callError("TIMEOUT", `The gateway did not answer ${method}.`));
-    }, timeout);
-    this.calls.set(id, {resolve, reject, timer});
-    this.socket.send(JSON.stringify({type: "req", id, method, params}));
+    return new Promise((resolve, reject) => {
+      const timer = setTimeout(() => {
+        this.calls.delete(id);
+        reject(callError("TIMEOUT", `The gateway did not answer ${method}.`));
+      }, timeout);
+      this.calls.set(id, {resolve, reject, timer});
+      this.socket.send(JSON.stringify({type: "req", id, method, params}));
+    });
   }
 
-  introduce(socket) {
+  async introduce(socket) {
     const params = {
       protocol: {min: 4, max: 4},
       client: {id: "page", version: "1", platform: "browser", mode: "ui"},
       role: "operator",
     };
-    const up = hello => {
-      this.isUp = true;
-      this.failures = 0;
-      this.handlers.up(hello);
-    };
-    const refused = error => {
-      if (!["UNAUTHORIZED", "FORBIDDEN"].includes(error.code)) this.lost(socket);
+    let hello;
+    try {
+      hello = await this.request("connect", params, 10_000);
+    } catch ({code}) {
+      if (!["UNAUTHORIZED", "FORBIDDEN"].includes(code)) this.lost(socket);
       else if (socket === this.socket) {
         this.close();
         this.handlers.refused();
       }
-    };
-    this.request("connect", params, 10_000, up, refused);
+      return;
+    }
+    this.isUp = true;
+    this.failures = 0;
+    this.handlers.up(hello);
   }
 
   take(socket, message) {
@@ -19841,9 +19867,9 @@ class NodeCard {
 
   update(node) {
     this.node = node;
-    const {telemetry = null} = node;
+    const telemetry = node.telemetry || {};
     this.root.classList.toggle("away", !node.connected);
-    this.root.classList.toggle("stale", Boolean(telemetry?.stale) && node.connected);
+    this.root.classList.toggle("stale", Boolean(telemetry.stale) && node.connected);
     this.dot.className = `dot ${node.connected ? "on" : "off"}`;
     if (!this.name.dataset.edited) setText(this.name, node.displayName);
     setText(this.since, this.stateText(node));
@@ -19852,8 +19878,8 @@ class NodeCard {
     this.outdated.hidden = !node.outdated;
     setText(this.outdated,
       `It runs ${version || "an old version of moltis"}: update moltis there.`);
-    this.drawTelemetry(telemetry || {});
-    this.drawLists(node, telemetry || {});
+    this.drawTelemetry(telemetry);
+    this.drawLists(node.providers || [], telemetry);
     const own = state.running.filter(row => row.nodeId === node.nodeId);
     fillIfChanged(this.running, own, rows => rows.map(runningItem));
     this.running.hidden = !own.length;
@@ -19888,7 +19914,8 @@ class NodeCard {
     setText(this.facts, facts);
   }
 
-  drawLists(node, {gpus = [], runtimes = [], runtimeVersions = {}, services = []}) {
+  drawLists(providers, telemetry) {
+    const {gpus = [], runtimes = [], runtimeVersions = {}, services = []} = telemetry;
     const gpuText = ({name, memTotal}) => `${name} ${formatBytes(memTotal)}`.trim();
     const runtime = name => `${name} ${runtimeVersions[name] || ""}`.trim();
     const provided = ({provider, models}) =>
@@ -19897,7 +19924,7 @@ class NodeCard {
       ["GPU", gpus.map(gpuText)],
       ["Runtimes", runtimes.map(runtime)],
       ["Services", services],
-      ["Models", (node.providers || []).map(provided)],
+      ["Models", providers.map(provided)],
     ].filter(([, names]) => names.length);
     fillIfChanged(this.lists, rows, () =>
       rows.map(([label, names]) => [h("dt", label),
