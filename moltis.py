@@ -12122,7 +12122,7 @@ class LocalLink:
 
 # ==============================================================================
 # Agent
-# Uses: Wire protocol, Commands, Language models, Store, Fleet, Jobs
+# Uses: Wire protocol, Commands, Language models, Fleet, Jobs
 #
 # Runs in which a model uses the machines of the fleet until it has an answer: its
 # tools and the check of their arguments, the question to a person before a command
@@ -13009,7 +13009,7 @@ class AgentRun:
 
 # ==============================================================================
 # Model directory
-# Uses: Wire protocol, Language models, Machine, Fleet, Jobs, Agent
+# Uses: Wire protocol, Language models, Fleet, Jobs, Agent
 #
 # The models that can be chosen: Shell, those of the providers that this gateway
 # reaches, and those that its nodes lend.  A model on a node is asked through the
