@@ -12754,7 +12754,9 @@ class Toolbox:
             raise RpcError("INVALID_REQUEST", "command is empty")
         timeout = arguments.get("timeout")
         if timeout is not None and not 0 < timeout < MAX_OFFSET / 1000:
-            raise RpcError("INVALID_REQUEST", "timeout must be more than 0 seconds")
+            raise RpcError(
+                "INVALID_REQUEST", "timeout must be more than 0 seconds, and finite"
+            )
         reference = arguments.get("node", self._chat.selected())
         node_id, name = self._machines.resolve(reference)
         planned = PlannedCommand(

@@ -456,6 +456,7 @@ def test_a_stream_without_end_is_no_answer(chat):
         ("exec", {"command": " "}, "command is empty"),
         ("exec", {"command": "ls", "timeout": "5"}, "timeout must be a number"),
         ("exec", {"command": "ls", "timeout": 0}, "timeout must be more than 0"),
+        ("exec", {"command": "ls", "timeout": float("inf")}, "and finite"),
         ("exec", {"command": "ls", "host": "pi"}, "it has command, node, timeout"),
         ("exec", {"command": "ls", "node": ""}, "there is Local, GPU box, Pi"),
         ("exec", {"command": "ls", "node": "mars"}, "there is Local, GPU box, Pi"),
