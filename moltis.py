@@ -17143,9 +17143,8 @@ is also in a file on the gateway’s machine:</p>
 <section id="models" class="settings" aria-labelledby="models-title" hidden>
 <header class="bar"><h1 id="models-title">Models</h1></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Providers">
-<p class="lead">Models come from Ollama on every machine, and from each provider whose
-key is in the environment of the gateway or a node, or is entered here. A key entered
-here is never shown again.</p>
+<p class="lead">Ollama is found on every machine, other providers by a key in the
+environment of the gateway or a node. A key entered here is never shown again.</p>
 <div id="providers"></div>
 <form id="model-form"><h2>Unlisted model</h2>
 <div class="inline"><input id="model-name" required placeholder="openai/gpt-5-mini"
@@ -17631,8 +17630,8 @@ details label input { flex: 0 1 420px; }
 """
 
 WEB_JS = r"""// The page of a gateway, bottom-up: dom, words, terminal, Markdown,
-// socket, job logs, state, routes, widgets, views, start.  Text reaches the document as
-// text nodes only; the views show `state` and hold none of their own.
+// socket, job logs, state, routes, widgets, views, sign-in, start.  Text reaches the
+// document as text nodes only; the views show `state` and hold none of their own.
 
 // == dom ==
 
@@ -18422,49 +18421,48 @@ class Link {
     this.calls.clear();
   }
 
-  call(method, params = {}, timeout = CALL_TIMEOUT) {
-    return new Promise((resolve, reject) => {
-      if (!this.isUp) {
-        reject(callError("UNAVAILABLE", "The gateway cannot be reached right now."));
-        return;
-      }
-      this.request(method, params, timeout, resolve, reject);
-    });
+  // Return the gateway's answer.  Throws an error with a code.
+  async call(method, params = {}, timeout = CALL_TIMEOUT) {
+    if (this.isUp) return this.request(method, params, timeout);
+    throw callError("UNAVAILABLE", "The gateway cannot be reached right now.");
   }
 
   retryNow() {
     if (this.timer) this.open();
   }
 
-  request(method, params, timeout, resolve, reject) {
+  request(method, params, timeout) {
     const id = String((this.counter += 1));
-    const timer = setTimeout(() => {
-      this.calls.delete(id);
-      reject(callError("TIMEOUT", `The gateway did not answer ${method}.`));
-    }, timeout);
-    this.calls.set(id, {resolve, reject, timer});
-    this.socket.send(JSON.stringify({type: "req", id, method, params}));
+    return new Promise((resolve, reject) => {
+      const timer = setTimeout(() => {
+        this.calls.delete(id);
+        reject(callError("TIMEOUT", `The gateway did not answer ${method}.`));
+      }, timeout);
+      this.calls.set(id, {resolve, reject, timer});
+      this.socket.send(JSON.stringify({type: "req", id, method, params}));
+    });
   }
 
-  introduce(socket) {
+  async introduce(socket) {
     const params = {
       protocol: {min: 4, max: 4},
       client: {id: "page", version: "1", platform: "browser", mode: "ui"},
       role: "operator",
     };
-    const up = hello => {
-      this.isUp = true;
-      this.failures = 0;
-      this.handlers.up(hello);
-    };
-    const refused = error => {
-      if (!["UNAUTHORIZED", "FORBIDDEN"].includes(error.code)) this.lost(socket);
+    let hello;
+    try {
+      hello = await this.request("connect", params, 10_000);
+    } catch ({code}) {
+      if (!["UNAUTHORIZED", "FORBIDDEN"].includes(code)) this.lost(socket);
       else if (socket === this.socket) {
         this.close();
         this.handlers.refused();
       }
-    };
-    this.request("connect", params, 10_000, up, refused);
+      return;
+    }
+    this.isUp = true;
+    this.failures = 0;
+    this.handlers.up(hello);
   }
 
   take(socket, message) {
@@ -19834,9 +19832,9 @@ class NodeCard {
 
   update(node) {
     this.node = node;
-    const {telemetry = null} = node;
+    const telemetry = node.telemetry || {};
     this.root.classList.toggle("away", !node.connected);
-    this.root.classList.toggle("stale", Boolean(telemetry?.stale) && node.connected);
+    this.root.classList.toggle("stale", Boolean(telemetry.stale) && node.connected);
     this.dot.className = `dot ${node.connected ? "on" : "off"}`;
     if (!this.name.dataset.edited) setText(this.name, node.displayName);
     setText(this.since, this.stateText(node));
@@ -19845,8 +19843,8 @@ class NodeCard {
     this.outdated.hidden = !node.outdated;
     setText(this.outdated,
       `It runs ${version || "an old version of moltis"}: update moltis there.`);
-    this.drawTelemetry(telemetry || {});
-    this.drawLists(node, telemetry || {});
+    this.drawTelemetry(telemetry);
+    this.drawLists(node.providers || [], telemetry);
     const own = state.running.filter(row => row.nodeId === node.nodeId);
     fillIfChanged(this.running, own, rows => rows.map(runningItem));
     this.running.hidden = !own.length;
@@ -19881,7 +19879,8 @@ class NodeCard {
     setText(this.facts, facts);
   }
 
-  drawLists(node, {gpus = [], runtimes = [], runtimeVersions = {}, services = []}) {
+  drawLists(providers, telemetry) {
+    const {gpus = [], runtimes = [], runtimeVersions = {}, services = []} = telemetry;
     const gpuText = ({name, memTotal}) => `${name} ${formatBytes(memTotal)}`.trim();
     const runtime = name => `${name} ${runtimeVersions[name] || ""}`.trim();
     const provided = ({provider, models}) =>
@@ -19890,7 +19889,7 @@ class NodeCard {
       ["GPU", gpus.map(gpuText)],
       ["Runtimes", runtimes.map(runtime)],
       ["Services", services],
-      ["Models", (node.providers || []).map(provided)],
+      ["Models", providers.map(provided)],
     ].filter(([, names]) => names.length);
     fillIfChanged(this.lists, rows, () =>
       rows.map(([label, names]) => [h("dt", label),

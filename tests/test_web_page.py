@@ -301,10 +301,11 @@ async function expire(wanted) {
   }
   await new Promise(resolve => setImmediate(resolve));
 }
-function connect(socket) {
+async function connect(socket) {
   socket.onopen();
   const {id} = socket.sent[0];
   socket.onmessage({data: JSON.stringify({type: "res", id, ok: true, payload: {}})});
+  await new Promise(resolve => setImmediate(resolve));
 }
 """
 
@@ -340,15 +341,14 @@ def test_a_gateway_that_does_not_answer_connect_is_tried_again(link):
 def test_a_silent_connection_is_replaced_once(link):
     """Its socket may report the end much later: the other end is unreachable."""
     shown = link("""
-      connect(sockets[0]);
-      await null;
+      await connect(sockets[0]);
       link.lastMessageAt = 0;
       link.probe();
       await expire(8000);
       sockets[0].onclose();
       await expire();
       sockets[0].onclose();
-      connect(sockets[1]);
+      await connect(sockets[1]);
       link.retryNow();
     """)
     assert shown == {"noted": ["up", "down", "up"], "sockets": 2}
