@@ -111,7 +111,6 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction
     from email.message import Message as HttpHeaders
     from http.server import BaseHTTPRequestHandler
-    from subprocess import Popen
     from typing import (
         IO,
         Any,
@@ -145,7 +144,7 @@ else:
 # ==============================================================================
 # Constants and errors
 #
-# Limits with their unit and their source, and every exception raised on purpose.
+# Limits with unit and source; every exception that this program raises on purpose.
 # ==============================================================================
 
 __version__ = "0.2.0"
@@ -165,18 +164,18 @@ MAX_MESSAGE = 64 * 1024 * 1024  # bytes; a WebSocket message, unless told otherw
 MAX_LOG_MESSAGE = 64 * 1024  # bytes of log frames, or of input, in one message
 LOG_WINDOW = 1024 * 1024  # bytes of a log, or of input, that are not acknowledged
 MAX_BACKLOG = 256 * 1024  # bytes waiting in an outbox; beyond it logs are not read
-MAX_JSON_DEPTH = 64  # brackets within brackets; ours nest less than ten
+MAX_JSON_DEPTH = 64  # nested brackets; ours nest less than ten
 
 CONNECT_TIMEOUT = 10.0  # s; to finish a handshake, and to say `connect` after it
 PING_INTERVAL = 20.0  # s of silence before a Ping, at both ends
 PEER_TIMEOUT = 60.0  # s of silence after which a peer is gone
-TELEMETRY_INTERVAL = 30.0  # s; what Moltis' protocol promises
-CALLER_PATIENCE = 600.0  # s that callers wait for a gateway, and it for callers
+TELEMETRY_INTERVAL = 30.0  # s; part of Moltis' protocol
+CALLER_PATIENCE = 600.0  # s that caller and gateway wait for each other to reconnect
 KILL_AFTER = 2.0  # s from SIGTERM to SIGKILL
 DRAIN_AFTER_EXIT = 0.5  # s for output that a grandchild still holds open
-MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes of a helper; `ps` on a busy Mac prints 10 KiB
+MAX_PROGRAM_OUTPUT = 1024 * 1024  # bytes; `ps` on a busy Mac prints 10 KiB
 
-API_KEY_VARIABLES: Mapping[str, str] = {  # by provider; where its secret lies
+API_KEY_VARIABLES: Mapping[str, str] = {  # by provider
     "openai": "OPENAI_API_KEY",
     "anthropic": "ANTHROPIC_API_KEY",
     "google": "GOOGLE_API_KEY",
@@ -191,11 +190,11 @@ API_KEY_VARIABLES: Mapping[str, str] = {  # by provider; where its secret lies
 
 
 class MoltisError(Exception):
-    """The root of all that this program raises on purpose."""
+    """The base of all exceptions that this program raises on purpose."""
 
 
 class UserError(MoltisError):
-    """Something the person at the command line can mend: one sentence for them."""
+    """An error that the person at the command line can fix; its text is for them."""
 
     exit_code = EXIT_FAILURE
 
@@ -207,23 +206,23 @@ class UsageError(UserError):
 
 
 class Unreachable(UserError):
-    """Nobody answers at the address, or not in our language: try later or elsewhere."""
+    """No gateway answers at the address: try later, or another address."""
 
     exit_code = EXIT_UNREACHABLE
 
 
 class Refused(UserError):
-    """The other side answered, and does not let us in: get another credential."""
+    """The other side refused us: get another credential."""
 
     exit_code = EXIT_REFUSED
 
 
 class NoServiceManager(UserError):
-    """Nothing here starts services for a user: have the node started otherwise."""
+    """Nothing here starts services for a user: start the node some other way."""
 
 
 class BadConfiguration(UserError):
-    """A file or a setting of ours cannot be used: mend it."""
+    """A file or a setting cannot be used: correct it."""
 
     exit_code = EXIT_CONFIGURATION
 
@@ -244,7 +243,7 @@ class HandshakeError(MoltisError):
     ) -> None:
         super().__init__(reason)
         self.status = status
-        self.headers = headers  # that a refusal has to carry
+        self.headers = headers  # of the answer
 
 
 class ConnectionClosed(MoltisError):
@@ -261,23 +260,23 @@ class AuthenticationError(MoltisError):
 
 
 class ChannelMismatch(AuthenticationError):
-    """The peer sees another TLS certificate than we do: say so to it, then close."""
+    """The peer sees another TLS certificate than we do: report it, then close."""
 
 
 class Cancelled(MoltisError):
-    """Somebody asked for this to end: clean up and pass it on."""
+    """The caller cancelled this: clean up and raise it again."""
 
 
 class ModelError(MoltisError):
-    """A language model gave no complete answer: say so in the chat."""
+    """A language model gave no complete answer: show this in the chat."""
 
     def __init__(self, message: str, detail: str = "") -> None:
         super().__init__(message)
-        self.detail = detail  # all that the server said, as JSON
+        self.detail = detail  # the whole response, as JSON
 
 
 class ModelBusy(ModelError):
-    """The model may answer when asked again, after `retry_after` s where it said so."""
+    """The model may answer a second request, after `retry_after` s if that is known."""
 
     def __init__(
         self, message: str, detail: str = "", retry_after: float | None = None
@@ -287,11 +286,11 @@ class ModelBusy(ModelError):
 
 
 class ContextTooLong(ModelError):
-    """The conversation does not fit into the model: shorten it, then ask again."""
+    """The conversation exceeds the model's context: shorten it and ask again."""
 
 
 class RpcError(MoltisError):
-    """A request that cannot be answered: send it back as an error Response.
+    """A request that failed: send this as an error Response.
 
     `code` is one of Moltis' (INVALID_REQUEST, NOT_FOUND, UNAVAILABLE, ...).
     """
@@ -314,7 +313,7 @@ class RpcError(MoltisError):
 
 
 class StoreError(RpcError):
-    """The database cannot be read or written now: nothing was changed by the call."""
+    """The database cannot be read or written now; the call changed nothing."""
 
     def __init__(self, message: str) -> None:
         super().__init__("UNAVAILABLE", message, retryable=True)
@@ -323,7 +322,7 @@ class StoreError(RpcError):
 # ==============================================================================
 # Helpers
 #
-# What every section needs and nobody would look for anywhere else.
+# Values and their JSON codec, texts, time, cancellation, sockets, files, programs.
 # ==============================================================================
 
 log = logging.getLogger("moltis")
@@ -332,9 +331,62 @@ JsonObject: TypeAlias = "dict[str, Any]"
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})  # a field's default
 
-# Patterns are text: `re` compiles one when it is first used, and keeps it.  All of them
-# at once took 1.4 ms of the 34 of each start.
-SECRET_PATTERN = r"\b(mdt|mk|mc|ms)_[A-Za-z0-9_-]{8,}"
+
+# -- fields of JSON objects ----------------------------------------------------
+
+
+JSON_KINDS: Mapping[type, str] = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    list: "an array",
+    type(None): "null",
+}
+
+
+def optional(params: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return `params[name]`, or None where it is absent or null.
+
+    Raises RpcError INVALID_REQUEST for a value of another type.
+    """
+    value = params.get(name)
+    if value is None:
+        return None
+    accepted = (int, float) if kind is float else (kind,)
+    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, accepted):
+        found = JSON_KINDS.get(type(value), type(value).__name__)
+        raise RpcError(
+            "INVALID_REQUEST", f"{name} must be {JSON_KINDS[kind]}, not {found}"
+        )
+    return value
+
+
+def required(params: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return `params[name]`, which has to be of the JSON type `kind`.
+
+    `float` takes whole numbers too.  Raises RpcError INVALID_REQUEST.
+    """
+    value = optional(params, name, kind)
+    if value is None:
+        raise RpcError("INVALID_REQUEST", f"{name} is missing: {JSON_KINDS[kind]}")
+    return value
+
+
+def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
+    """Return the objects in the array `params[name]`, none if it is absent.
+
+    Raises RpcError INVALID_REQUEST.
+    """
+    values: list[JsonObject] = optional(params, name, list) or []
+    if not all(isinstance(value, dict) for value in values):
+        raise RpcError("INVALID_REQUEST", f"{name} must hold objects only")
+    return values
+
+
+# -- values --------------------------------------------------------------------
+
 
 SECRET_FIELDS = ("api_key", "device_token")  # never shown in a log or traceback
 
@@ -344,6 +396,9 @@ def camel_case(name: str) -> str:
     """Return a field's name as envelopes have it: `exit_code` is `exitCode`."""
     head, *words = name.split("_")
     return head + "".join(word.capitalize() for word in words)
+
+
+Decoder: TypeAlias = "Callable[[Any, str], Any]"  # value, its name for the error
 
 
 @dataclass_transform(frozen_default=True)
@@ -450,16 +505,19 @@ def encode_value(value: Any) -> Any:
     return value
 
 
-Decoder: TypeAlias = "Callable[[Any, str], Any]"  # value, its name for the error
+def _decode_items(decode: Decoder, make: type, value: Any, name: str) -> Any:
+    items = required({name: value}, name, list)
+    return make(decode(item, name) for item in items)
 
 
-@functools.lru_cache(maxsize=None)
-def _decoders(cls: Any) -> Mapping[str, Decoder]:
-    kinds: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        kinds.update(base.__annotations__)
-    module = vars(sys.modules[cls.__module__])
-    return {name: _decoder(kinds[name], module) for name in cls._names}
+def _decode_object(kind: type[Value], value: Any, name: str) -> Value:
+    return kind.from_json(required({name: value}, name, dict))
+
+
+def _decode_plain(kind: type, value: Any, name: str) -> Any:
+    if type(value) is kind or kind is object:
+        return value
+    return required({name: value}, name, kind)
 
 
 def _decoder(annotation: str, module: Mapping[str, Any]) -> Decoder:
@@ -479,24 +537,81 @@ def _decoder(annotation: str, module: Mapping[str, Any]) -> Decoder:
     return partial(_decode_plain, found)
 
 
-def _decode_items(decode: Decoder, make: type, value: Any, name: str) -> Any:
-    items = required({name: value}, name, list)
-    return make(decode(item, name) for item in items)
+@functools.lru_cache(maxsize=None)
+def _decoders(cls: Any) -> Mapping[str, Decoder]:
+    kinds: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        kinds.update(base.__annotations__)
+    module = vars(sys.modules[cls.__module__])
+    return {name: _decoder(kinds[name], module) for name in cls._names}
 
 
-def _decode_object(kind: type[Value], value: Any, name: str) -> Value:
-    return kind.from_json(required({name: value}, name, dict))
+# -- JSON ----------------------------------------------------------------------
 
 
-def _decode_plain(kind: type, value: Any, name: str) -> Any:
-    if type(value) is kind or kind is object:
-        return value
-    return required({name: value}, name, kind)
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
-def now_ms() -> int:
-    """Return the time of day in ms since 1970, as envelopes and the store have it."""
-    return round(time.time() * 1000)
+# Made once: json.loads() and json.dumps() with options make one per call, 5 µs.
+_JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_JSON_ENCODER = json.JSONEncoder(
+    separators=(",", ":"), ensure_ascii=False, default=encode_value
+)
+
+
+def to_json(value: object) -> str:
+    return _JSON_ENCODER.encode(value)
+
+
+def _depth_exceeds(value: object, limit: int) -> bool:
+    # Level by level: recursion could exhaust the stack where the C parser did not.
+    level = [value]
+    for _ in range(limit):
+        containers = [v for v in level if isinstance(v, (dict, list))]
+        if not containers:
+            return False
+        level = []
+        for container in containers:
+            level.extend(
+                container.values() if isinstance(container, dict) else container
+            )
+    return any(isinstance(v, (dict, list)) for v in level)
+
+
+def from_json(text: str | bytes) -> Any:
+    """Return the JSON value in `text`.  Raises ValueError only."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")
+    try:
+        value = _JSON_DECODER.decode(text)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    # Fewer brackets than the limit cannot nest deeper; counting is 10× cheaper.
+    opened = text.count("{") + text.count("[")
+    if opened > MAX_JSON_DEPTH and _depth_exceeds(value, MAX_JSON_DEPTH):
+        raise ValueError(f"JSON nested more than {MAX_JSON_DEPTH} deep")
+    if "\\ud" in text or "\\uD" in text:
+        # Half a character: it cannot be encoded for the wire or the store.
+        try:
+            to_json(value).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("JSON with half a surrogate pair") from None
+    return value
+
+
+# -- ids and secrets -----------------------------------------------------------
+
+
+# Patterns are text: `re` compiles one at its first use, and caches it.  To compile all
+# of them took 1.4 ms of the 34 of each start.
+SECRET_PATTERN = r"\b(mdt|mk|mc|ms)_[A-Za-z0-9_-]{8,}"
+
+
+def uuid_text(data: bytes) -> str:
+    """Return 16 bytes in the notation of a UUID."""
+    text = data.hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
 def new_id() -> str:
@@ -506,12 +621,6 @@ def new_id() -> str:
     data[6] = data[6] & 0x0F | 0x40
     data[8] = data[8] & 0x3F | 0x80
     return uuid_text(bytes(data))
-
-
-def uuid_text(data: bytes) -> str:
-    """Return 16 bytes as a UUID is written."""
-    text = data.hex()
-    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
 def new_secret(prefix: str) -> str:
@@ -528,116 +637,18 @@ def b64encode(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-# Made once: json.loads() and json.dumps() with options make one each time, 5 µs.
-_JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-_JSON_ENCODER = json.JSONEncoder(
-    separators=(",", ":"), ensure_ascii=False, default=encode_value
-)
-
-
-def to_json(value: object) -> str:
-    return _JSON_ENCODER.encode(value)
-
-
-def from_json(text: str | bytes) -> Any:
-    """Return the value that `text` holds.  Raises ValueError, and nothing else."""
-    if isinstance(text, bytes):
-        text = text.decode("utf-8")
-    try:
-        value = _JSON_DECODER.decode(text)
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
-    # What opens less often is not that deep: to count is a tenth of a look.
-    opened = text.count("{") + text.count("[")
-    if opened > MAX_JSON_DEPTH and _depth_exceeds(value, MAX_JSON_DEPTH):
-        raise ValueError(f"JSON nested more than {MAX_JSON_DEPTH} deep")
-    if "\\ud" in text or "\\uD" in text:
-        # Half a character, which neither the wire nor the store could take.
-        try:
-            to_json(value).encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError("JSON with half a surrogate pair") from None
-    return value
-
-
-def _depth_exceeds(value: object, limit: int) -> bool:
-    # Level by level: a value that json could just parse must not exhaust our stack.
-    level = [value]
-    for _ in range(limit):
-        containers = [v for v in level if isinstance(v, (dict, list))]
-        if not containers:
-            return False
-        level = []
-        for container in containers:
-            level.extend(
-                container.values() if isinstance(container, dict) else container
-            )
-    return any(isinstance(v, (dict, list)) for v in level)
-
-
-JSON_KINDS: Mapping[type, str] = {
-    str: "a string",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    dict: "an object",
-    list: "an array",
-    type(None): "null",
-}
-
-
-def required(params: Mapping[str, Any], name: str, kind: type) -> Any:
-    """Return `params[name]`, which has to be of the JSON type `kind`.
-
-    `float` takes whole numbers too.  Raises RpcError INVALID_REQUEST.
-    """
-    value = optional(params, name, kind)
-    if value is None:
-        raise RpcError("INVALID_REQUEST", f"{name} is missing: {JSON_KINDS[kind]}")
-    return value
-
-
-def optional(params: Mapping[str, Any], name: str, kind: type) -> Any:
-    """Return `params[name]`, or None where it is absent or null.
-
-    Raises RpcError INVALID_REQUEST for a value of another type.
-    """
-    value = params.get(name)
-    if value is None:
-        return None
-    accepted = (int, float) if kind is float else (kind,)
-    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, accepted):
-        found = JSON_KINDS.get(type(value), type(value).__name__)
-        raise RpcError(
-            "INVALID_REQUEST", f"{name} must be {JSON_KINDS[kind]}, not {found}"
-        )
-    return value
-
-
-def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
-    """Return the objects in the array `params[name]`, none where it is absent.
-
-    Raises RpcError INVALID_REQUEST.
-    """
-    values: list[JsonObject] = optional(params, name, list) or []
-    if not all(isinstance(value, dict) for value in values):
-        raise RpcError("INVALID_REQUEST", f"{name} must hold objects only")
-    return values
+# -- texts for people ----------------------------------------------------------
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """Return a stranger's words as they may stand on a terminal: no control codes."""
+    """Return the start of a stranger's text, without control codes."""
     return "".join(c for c in text[:limit] if c.isprintable())
 
 
 def visible(text: str) -> str:
-    """Return `text` with what a terminal obeys, or hides, spelt out.
+    """Return `text` with control and invisible characters escaped.
 
-    A command that moves the cursor, or turns the writing round, looks like another.
+    A command that moves the cursor or reverses the writing looks like another one.
     """
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
@@ -678,6 +689,14 @@ def format_time(at_ms: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_ms / 1000))
 
 
+# -- time and threads ----------------------------------------------------------
+
+
+def now_ms() -> int:
+    """Return the time of day in ms since 1970, as envelopes and the store have it."""
+    return round(time.time() * 1000)
+
+
 class Deadline:
     """A moment on the monotonic clock, or never."""
 
@@ -706,7 +725,7 @@ class Backoff:
         # The exponent is bounded: 2 ** 1100 would overflow a float.
         ceiling = min(self._limit, self._first * 2 ** min(self._attempts, 32))
         self._attempts += 1
-        # Nobody gains by guessing when we try again.
+        # A pause that can be predicted does no harm.
         return random.uniform(self._first / 2, max(ceiling, self._first))  # nosec B311
 
     def reset(self) -> None:
@@ -735,12 +754,12 @@ class Ticker:
             try:
                 self._action()
             except Exception:
-                # A tick that fails must not end all that come after it.
+                # An exception must not prevent later ticks.
                 log.exception("tick failed")
 
 
 class Cancellation:
-    """A switch, thrown once and from any thread, that also wakes what is blocked."""
+    """A switch that any thread may throw once; it also wakes blocked calls."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _callbacks
@@ -759,7 +778,7 @@ class Cancellation:
             callback()
 
     def pause(self, timeout: float) -> None:
-        """Wait for `timeout` s.  Raises Cancelled as soon as it is."""
+        """Wait for `timeout` s.  Raises Cancelled as soon as the switch is thrown."""
         if self._thrown.wait(timeout):
             raise Cancelled
 
@@ -777,10 +796,10 @@ class Cancellation:
 
     @contextlib.contextmanager
     def calling(self, callback: Callable[[], None]) -> Iterator[None]:
-        """While the block runs, a cancellation calls `callback` to wake it.
+        """While the block runs, cancel() calls `callback` to wake it.
 
-        Raises Cancelled instead of whatever failed in the block because of that,
-        and at once when the cancellation came before it.
+        Raises Cancelled in place of the exception that this causes in the block, and
+        at once if it was cancelled before.
         """
         entry = object()
         with self._lock:
@@ -798,35 +817,15 @@ class Cancellation:
                 del self._callbacks[entry]
 
 
-# Compared with, never listened on unless somebody says so.
+# -- sockets -------------------------------------------------------------------
+
+
+# For comparison; --bind alone decides where to listen.
 ANY_ADDRESS = ("", "0.0.0.0", "::")  # nosec B104
 
 
-def ollama_url(host: str) -> str:
-    """Return the address that OLLAMA_HOST means, read as Ollama reads it.
-
-    It may lack the scheme, the name or the port, and may be one to listen on.
-    """
-    scheme, _, rest = host.strip().rpartition("://")
-    try:
-        parts = urlsplit(f"//{rest}")
-    except ValueError:  # a bracket that is not closed
-        parts = urlsplit("//")
-    name = parts.hostname or "127.0.0.1"
-    if name in ANY_ADDRESS:
-        name = "127.0.0.1"
-    default = {"http": 80, "https": 443}.get(scheme, 11434)
-    try:
-        port = parts.port or default
-    except ValueError:  # what Ollama does with a port that is none
-        port = default
-    if ":" in name:
-        name = f"[{name}]"
-    return f"{scheme or 'http'}://{name}:{port}"
-
-
 def unmapped(address: str) -> str:
-    """Return an IP address, IPv4 as such where it came in over a socket for IPv6."""
+    """Return an IP address, in IPv4 notation if it is mapped into IPv6."""
     return address[7:] if address.lower().startswith("::ffff:") else address
 
 
@@ -837,6 +836,39 @@ class ServerTrust(Protocol):
 
     def check(self, certificate: bytes | None) -> None:
         """Raises Refused for another certificate than the expected one."""
+
+
+def cut(sock: socket.socket) -> None:
+    """End a connection while another thread reads from it."""
+    # The plain socket's method: SSLSocket's would take the TLS state away from the
+    # thread that is reading.
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _connect_tcp(
+    host: str, port: int, timeout: float | None, cancel: Cancellation
+) -> socket.socket:
+    # For a name that is a str Python imports its tables of non-ASCII names: 3 ms and
+    # 0.3 MiB.
+    name: Any = host.encode("ascii") if host.isascii() else host
+    failure = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        name, port, type=socket.SOCK_STREAM
+    ):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(timeout)
+            with cancel.calling(partial(cut, sock)):
+                sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+        except Cancelled:
+            sock.close()
+            raise
+    raise failure
 
 
 def dial(
@@ -870,63 +902,11 @@ def dial(
     return secured
 
 
-def _connect_tcp(
-    host: str, port: int, timeout: float | None, cancel: Cancellation
-) -> socket.socket:
-    # Python looks up a name that is text with its tables for the names that are not
-    # ASCII: 3 ms to import, and 0.3 MiB.
-    name: Any = host.encode("ascii") if host.isascii() else host
-    failure = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        name, port, type=socket.SOCK_STREAM
-    ):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(timeout)
-            with cancel.calling(partial(cut, sock)):
-                sock.connect(address)
-            return sock
-        except OSError as error:
-            sock.close()
-            failure = error
-        except Cancelled:
-            sock.close()
-            raise
-    raise failure
-
-
-def cut(sock: socket.socket) -> None:
-    """End a connection while another thread reads from it."""
-    # The plain socket's method: SSLSocket's would take the TLS state away from the
-    # thread that is reading.
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def is_running(pid: int) -> bool:
-    """Return whether there is such a process, whoever's it is."""
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return pid > 0
-
-
-def require_ssl() -> None:
-    """Return where Python has TLS.  Raises BadConfiguration."""
-    try:
-        import ssl  # noqa: F401  whether there is one
-    except ImportError as error:
-        raise BadConfiguration(
-            "TLS needs Python's module ssl, which is missing here; install it "
-            "(OpenWrt: python3-openssl) or use another python3"
-        ) from error
+# -- files ---------------------------------------------------------------------
 
 
 def make_private_directory(path: Path) -> None:
-    """Make `path` for its owner alone.  Raises BadConfiguration."""
+    """Make the directory `path`, for its owner alone.  Raises BadConfiguration."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
@@ -936,15 +916,6 @@ def make_private_directory(path: Path) -> None:
             f"cannot use the directory {path}: {error.strerror}; "
             "choose another with MOLTIS_DATA_DIR"
         ) from error
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Replace the file `path`, readable by its owner alone, in a directory like that.
-
-    Raises BadConfiguration.
-    """
-    make_private_directory(path.parent)
-    replace_file(path, data, 0o600)
 
 
 def replace_file(path: Path, data: bytes, mode: int) -> None:
@@ -972,6 +943,15 @@ def replace_file(path: Path, data: bytes, mode: int) -> None:
         raise BadConfiguration(f"cannot write {path}: {error.strerror}") from error
 
 
+def write_private(path: Path, data: bytes) -> None:
+    """Replace the file `path`, readable by its owner alone, in a directory like that.
+
+    Raises BadConfiguration.
+    """
+    make_private_directory(path.parent)
+    replace_file(path, data, 0o600)
+
+
 def remove_file(path: Path) -> None:
     """Delete `path` if it is there.  Raises BadConfiguration."""
     try:
@@ -980,6 +960,20 @@ def remove_file(path: Path) -> None:
         pass
     except OSError as error:
         raise BadConfiguration(f"cannot delete {path}: {error.strerror}") from error
+
+
+# -- processes -----------------------------------------------------------------
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process of this id exists, of any user."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return pid > 0
 
 
 class ProgramResult(Value):
@@ -1257,7 +1251,7 @@ for name in sys.argv[1:]:
     except ImportError:
         print(name)
 """
-OPTIONAL_MODULES: Mapping[str, str] = {  # by name: what lacks without it
+OPTIONAL_MODULES: Mapping[str, str] = {  # by name: its use and its package
     "sqlite3": "which a gateway needs; install all of Python "
     "(OpenWrt: python3-sqlite3)",
     "ssl": "which https:// and wss:// need; install all of Python "
@@ -1272,6 +1266,10 @@ def own_program() -> bytes | None:
         return Path(__file__).read_bytes()
     except (NameError, OSError):
         return None
+
+
+def _version_numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".") if number]
 
 
 def check_program(text: bytes, source: str) -> str:
@@ -1295,10 +1293,6 @@ def check_program(text: bytes, source: str) -> str:
             "first"
         )
     return version
-
-
-def _version_numbers(version: str) -> list[int]:
-    return [int(number) for number in version.split(".") if number]
 
 
 def install_program(directory: Path, text: bytes, mode: int = 0o600) -> Path:
@@ -1433,6 +1427,16 @@ def runs_long(arguments: Sequence[str]) -> bool:
     return first in ("gateway", "chat", "mcp")
 
 
+def _anonymous_file() -> IO[bytes]:
+    """Raises OSError."""
+    try:
+        return open(os.memfd_create("moltis"), "w+b")
+    except (AttributeError, OSError):  # macOS, or a Linux before 3.17
+        import tempfile
+
+        return tempfile.TemporaryFile()
+
+
 def restart_from_bytecode(arguments: Sequence[str]) -> None:
     """Start this process once more from bytecode, if it was compiled to run long.
 
@@ -1463,16 +1467,6 @@ def restart_from_bytecode(arguments: Sequence[str]) -> None:
         os.set_inheritable(file.fileno(), True)
         words = [sys.executable, *options, "-S", "-c", LOAD_AND_RUN]
         os.execv(sys.executable, [*words, str(file.fileno()), *sys.argv])
-
-
-def _anonymous_file() -> IO[bytes]:
-    """Raises OSError."""
-    try:
-        return open(os.memfd_create("moltis"), "w+b")
-    except (AttributeError, OSError):  # macOS, or a Linux before 3.17
-        import tempfile
-
-        return tempfile.TemporaryFile()
 
 
 # `install.sh` as it is in the repository, for the gateway to hand out wherever its one
@@ -2883,6 +2877,17 @@ def read_certificate(path: Path) -> bytes:
     if found is None:
         raise ValueError("there is no certificate in PEM")
     return base64.b64decode(b"".join(found[1].split()), validate=True)
+
+
+def require_ssl() -> None:
+    """Raises BadConfiguration if this Python has no TLS."""
+    try:
+        import ssl  # noqa: F401  whether there is one
+    except ImportError as error:
+        raise BadConfiguration(
+            "TLS needs Python's module ssl, which is missing here; install it "
+            "(OpenWrt: python3-openssl) or use another python3"
+        ) from error
 
 
 class TlsTrust(Value):
@@ -5196,6 +5201,19 @@ def read_tool_call(call_id: str, name: str, arguments: object) -> ToolCall:
     return ToolCall(call_id, name, {}, malformed=text)
 
 
+def _results_after(
+    messages: Sequence[ChatMessage], position: int
+) -> dict[str, ChatMessage]:
+    # Up to the next answer with calls: some servers number theirs from 0 in each.
+    results: dict[str, ChatMessage] = {}
+    for message in itertools.islice(messages, position, None):
+        if message.tool_calls:
+            break
+        if message.role == "tool":
+            results.setdefault(message.tool_call_id, message)
+    return results
+
+
 def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """Return `messages` with one result right after each call, in the calls' order.
 
@@ -5218,19 +5236,6 @@ def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
             )
             settled.append(results.get(call.id, missing))
     return settled
-
-
-def _results_after(
-    messages: Sequence[ChatMessage], position: int
-) -> dict[str, ChatMessage]:
-    # Up to the next answer with calls: some servers number theirs from 0 in each.
-    results: dict[str, ChatMessage] = {}
-    for message in itertools.islice(messages, position, None):
-        if message.tool_calls:
-            break
-        if message.role == "tool":
-            results.setdefault(message.tool_call_id, message)
-    return results
 
 
 # --- reading a response ---
@@ -5509,6 +5514,29 @@ class AnthropicAnswer(AnswerReader):
 
 
 # --- providers ---
+
+
+def ollama_url(host: str) -> str:
+    """Return the address that OLLAMA_HOST means, read as Ollama reads it.
+
+    It may lack the scheme, the name or the port, and may be one to listen on.
+    """
+    scheme, _, rest = host.strip().rpartition("://")
+    try:
+        parts = urlsplit(f"//{rest}")
+    except ValueError:  # a bracket that is not closed
+        parts = urlsplit("//")
+    name = parts.hostname or "127.0.0.1"
+    if name in ANY_ADDRESS:
+        name = "127.0.0.1"
+    default = {"http": 80, "https": 443}.get(scheme, 11434)
+    try:
+        port = parts.port or default
+    except ValueError:  # what Ollama does with a port that is none
+        port = default
+    if ":" in name:
+        name = f"[{name}]"
+    return f"{scheme or 'http'}://{name}:{port}"
 
 
 class ProviderSpec(Value):
@@ -6110,6 +6138,29 @@ class ProviderModel:
         return self._provider.stream(request, cancel)
 
 
+def list_models(
+    providers: Sequence[ModelProvider], cancel: Cancellation
+) -> tuple[list[ModelInfo], dict[str, str]]:
+    """Ask all providers side by side; return their models, and errors by provider.
+
+    Raises Cancelled.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    models: list[ModelInfo] = []
+    errors: dict[str, str] = {}
+    with ThreadPoolExecutor(
+        max(1, len(providers)), thread_name_prefix="moltis-models"
+    ) as pool:
+        asked = [(p, pool.submit(p.models, cancel)) for p in providers]
+        for provider, answer in asked:
+            try:
+                models += answer.result()
+            except ModelError as error:
+                errors[provider.spec.id] = str(error)
+    return models, errors
+
+
 class ModelCatalog:
     """The models that the providers of this machine list."""
 
@@ -6167,29 +6218,6 @@ class ModelCatalog:
                 lifetime = MODEL_LIST_RETRY if errors else MODEL_LIST_LIFETIME
                 self._fresh = Deadline(lifetime)
         return models, errors
-
-
-def list_models(
-    providers: Sequence[ModelProvider], cancel: Cancellation
-) -> tuple[list[ModelInfo], dict[str, str]]:
-    """Ask all providers side by side; return their models, and errors by provider.
-
-    Raises Cancelled.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    models: list[ModelInfo] = []
-    errors: dict[str, str] = {}
-    with ThreadPoolExecutor(
-        max(1, len(providers)), thread_name_prefix="moltis-models"
-    ) as pool:
-        asked = [(p, pool.submit(p.models, cancel)) for p in providers]
-        for provider, answer in asked:
-            try:
-                models += answer.result()
-            except ModelError as error:
-                errors[provider.spec.id] = str(error)
-    return models, errors
 
 
 # ==============================================================================
@@ -6512,6 +6540,26 @@ class ProcProbe:
         return None
 
 
+def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the path of a program: of the user's PATH, or of the usual places.
+
+    A service is started with a bare PATH, and the user's programs lie elsewhere.
+    Raises RpcError INVALID_REQUEST unless `name` is a plain name.
+    """
+    if not name or len(name) > 255 or "/" in name or not name.isprintable():
+        raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
+    directories = environ.get("PATH", os.defpath).split(os.pathsep)
+    home = environ.get("HOME") or os.path.expanduser("~")
+    usual = [os.path.join(home, place) for place in USUAL_PLACES]
+    # "" in PATH means the working directory; `join` leaves absolute places alone.
+    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
+    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
+    for path in (os.path.join(directory, name) for directory in absolute):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
 class ShortPrograms:
     """Programs that are asked one question, and killed when they do not answer."""
 
@@ -6625,26 +6673,6 @@ class Equipment(Value):
     runtime_versions: Mapping[str, str] = NOTHING
     gpus: tuple[Gpu, ...] = ()
     providers: tuple[Provider, ...] = ()
-
-
-def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of a program: of the user's PATH, or of the usual places.
-
-    A service is started with a bare PATH, and the user's programs lie elsewhere.
-    Raises RpcError INVALID_REQUEST unless `name` is a plain name.
-    """
-    if not name or len(name) > 255 or "/" in name or not name.isprintable():
-        raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
-    directories = environ.get("PATH", os.defpath).split(os.pathsep)
-    home = environ.get("HOME") or os.path.expanduser("~")
-    usual = [os.path.join(home, place) for place in USUAL_PLACES]
-    # "" in PATH means the working directory; `join` leaves absolute places alone.
-    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
-    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
-    for path in (os.path.join(directory, name) for directory in absolute):
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return None
 
 
 def find_ollama(host: str, cancel: Cancellation) -> Provider | None:
@@ -10771,22 +10799,38 @@ class Fleet:
         names = {LOCAL_ID: LOCAL_NAME, **names}
         with self._lock:
             connected = set(self._connected)
-
-        def order(node_id: str) -> tuple[bool, str]:
-            return node_id not in connected, names[node_id].casefold()
-
-        found = list(names)
-        if wanted:
-            found = [i for i in names if wanted in f"{i}\n{names[i]}".casefold()]
-            found.sort(key=order)
-        elif len(found) > limit:
-            # Names of thousands take 3 ms to sort, before each turn of a model.
-            found.sort(key=lambda node_id: node_id not in connected)
+        found = [i for i in names if wanted in f"{i}\n{names[i]}".casefold()]
+        found.sort(key=lambda i: (i not in connected, names[i].casefold()))
         views = []
-        for node_id in sorted(found[:limit], key=order):
+        for node_id in found[:limit]:
             with contextlib.suppress(RpcError):  # revoked meanwhile
                 views.append(self.view(node_id))
         return views, len(found)
+
+    def overview(self, limit: int) -> tuple[list[JsonObject], int]:
+        """Return views of all machines if there are at most `limit`, and their number.
+
+        Of more only `limit`, connected ones first, by id and name alone: to describe
+        50 takes 4 ms, before each turn of a model.
+        """
+        names = self._devices.names().by_id
+        if len(names) < limit:
+            return self.select("", limit)
+        with self._lock:
+            connected = set(self._connected)
+            picked = dict.fromkeys(itertools.islice(self._connected, limit))
+        for node_id in itertools.islice(names, limit):
+            if len(picked) < limit:
+                picked[node_id] = None
+        views = [
+            {
+                "nodeId": node_id,
+                "displayName": names.get(node_id, LOCAL_NAME),
+                "connected": node_id in connected,
+            }
+            for node_id in picked
+        ]
+        return views, len(names) + 1
 
     def view(self, node_id: str) -> JsonObject:
         """Return `node.describe`.  Raises RpcError NOT_FOUND."""
@@ -12078,7 +12122,7 @@ class LocalLink:
 
 # ==============================================================================
 # Agent
-# Uses: Wire protocol, Commands, Language models, Store, Fleet, Jobs
+# Uses: Wire protocol, Commands, Language models, Fleet, Jobs
 #
 # Runs in which a model uses the machines of the fleet until it has an answer: its
 # tools and the check of their arguments, the question to a person before a command
@@ -12108,7 +12152,7 @@ class PlannedCommand(Value):
 
     job_id: str
     node_id: str
-    node_name: str
+    node: str  # its name
     command: str
     cwd: str | None = None
     timeout: float | None = None  # s
@@ -12203,6 +12247,12 @@ class Machines(Protocol):
         Connected nodes come first.
         """
 
+    def overview(self, limit: int) -> tuple[list[JsonObject], int]:
+        """Return views of all nodes and their number; of more than `limit` only some.
+
+        These have only id, name and whether the node is connected.
+        """
+
     def start(self, planned: PlannedCommand, decided_by: str | None) -> None:
         """Raises RpcError."""
 
@@ -12237,11 +12287,12 @@ class FleetMachines:
         self.resolve = fleet.resolve
         self.view = fleet.view
         self.select = fleet.select
+        self.overview = fleet.overview
 
     def start(self, planned: PlannedCommand, decided_by: str | None) -> None:
         self._jobs.start(
             new_job(
-                (planned.node_id, planned.node_name),
+                (planned.node_id, planned.node),
                 "run",
                 planned.spec(),
                 self._origin.replace(decided_by=decided_by),
@@ -12495,7 +12546,7 @@ def check_arguments(call: ToolCall, specs: Sequence[ToolSpec]) -> JsonObject:
 def describe_node(view: JsonObject) -> str:
     """Return one line on a machine of `node.list`, for a model."""
     telemetry = view.get("telemetry") or {}
-    parts = [view.get("platform") or "platform unknown"]
+    parts = [view["platform"] or "platform unknown"] if "platform" in view else []
     if not view.get("connected"):
         parts.append("offline")
     if telemetry.get("cpuCount"):
@@ -12512,23 +12563,24 @@ def describe_node(view: JsonObject) -> str:
     gpus = [str(gpu.get("name")) for gpu in telemetry.get("gpus") or ()]
     if gpus:
         parts.append("GPU " + " + ".join(gpus))
-    return f"{view['displayName']} ({view['nodeId']}): {', '.join(parts)}"
+    name = f"{view['displayName']} ({view['nodeId']})"
+    return ": ".join(filter(None, (name, ", ".join(parts))))
 
 
 def system_prompt(machines: Machines, selected_id: str) -> str:
     """Return the instructions that a model gets before each of its turns."""
-    views, known = machines.select("", MAX_NAMED_NODES)
+    views, known = machines.overview(MAX_NAMED_NODES)
     lines = {view["nodeId"]: describe_node(view) for view in views}
-    if selected_id not in lines:
-        lines[selected_id] = f"{selected_id}: no longer known, choose another"
-        with contextlib.suppress(RpcError):
-            lines[selected_id] = describe_node(machines.view(selected_id))
-    selected = lines.pop(selected_id)
+    lines.pop(selected_id, None)
+    try:
+        selected = describe_node(machines.view(selected_id))
+    except RpcError:
+        selected = f"{selected_id}: no longer known, choose another"
     others = "".join(f"\n- {line}" for line in lines.values()) or " none"
     if known > len(views):
         others += (
-            f"\n- and {known - len(views):,} more: use nodes_list with a filter to "
-            "find one by its name"
+            f"\n- and {known - len(views):,} more; nodes_list tells their state and "
+            "finds them by a part of their name"
         )
     return (
         "You help a person to look after their machines, by running shell commands "
@@ -12621,7 +12673,7 @@ class Toolbox:
     def specs(self) -> tuple[ToolSpec, ...]:
         with_nodes = self._with_nodes
         if with_nodes is None:
-            views, _ = self._machines.select("", 2)
+            views, _ = self._machines.overview(2)
             with_nodes = sum(bool(view["connected"]) for view in views) > 1
         return tool_specs(with_nodes=with_nodes)
 
@@ -12708,7 +12760,7 @@ class Toolbox:
         planned = PlannedCommand(
             job_id=new_id(),
             node_id=node_id,
-            node_name=name,
+            node=name,
             command=arguments["command"],
             cwd=arguments.get("working_dir") or None,
             timeout=timeout,
@@ -12723,14 +12775,14 @@ class Toolbox:
             verdict = self._approvals.ask(self._chat, planned, self._cancel)
             self._chat.decide(planned, verdict)
             if not verdict.allowed:
-                return {"node": planned.node_name, "error": verdict.words()}
+                return {"node": planned.node, "error": verdict.words()}
             decided_by = verdict.by
         self._cancel.pause(0)  # Stop may have come while it waited for its turn
         self._machines.start(planned, decided_by)
         self._chat.begin_job(planned)
         if planned.background:
             started = {"id": planned.job_id, "state": "started"}
-            return {"node": planned.node_name, **started}
+            return {"node": planned.node, **started}
         try:
             view = self._machines.wait(planned.job_id, None, self._cancel)
         except Cancelled:
@@ -12771,6 +12823,26 @@ def message_size(message: ChatMessage) -> int:
     return len(message.text) + len(to_json(extras))
 
 
+def _shorten_results(
+    messages: list[ChatMessage], excess: int, length: int, spared: int
+) -> tuple[int, int]:
+    """Cut results to `length`, oldest first, until `excess` is gone.
+
+    Return what is left of it, and how many were cut.  The last `spared` stay.
+    """
+    places = [i for i, message in enumerate(messages) if message.role == "tool"]
+    cut = 0
+    for place in places[: len(places) - spared]:
+        message = messages[place]
+        text = clip(message.text, length)
+        if excess <= 0 or len(text) >= len(message.text):
+            continue
+        excess -= len(message.text) - len(text)
+        messages[place] = message.replace(text=text)
+        cut += 1
+    return excess, cut
+
+
 def compact(
     messages: Sequence[ChatMessage], limit: int
 ) -> tuple[list[ChatMessage], str]:
@@ -12798,26 +12870,6 @@ def compact(
     lost = [f"{outputs} old outputs"] * bool(outputs)
     lost += [f"{gone - first} old messages"] * (gone > first)
     return kept, f"left out to save space: {' and '.join(lost)}" if lost else ""
-
-
-def _shorten_results(
-    messages: list[ChatMessage], excess: int, length: int, spared: int
-) -> tuple[int, int]:
-    """Cut results to `length`, oldest first, until `excess` is gone.
-
-    Return what is left of it, and how many were cut.  The last `spared` stay.
-    """
-    places = [i for i, message in enumerate(messages) if message.role == "tool"]
-    cut = 0
-    for place in places[: len(places) - spared]:
-        message = messages[place]
-        text = clip(message.text, length)
-        if excess <= 0 or len(text) >= len(message.text):
-            continue
-        excess -= len(message.text) - len(text)
-        messages[place] = message.replace(text=text)
-        cut += 1
-    return excess, cut
 
 
 class ShellModel:
@@ -12957,7 +13009,7 @@ class AgentRun:
 
 # ==============================================================================
 # Model directory
-# Uses: Wire protocol, Language models, Machine, Fleet, Jobs, Agent
+# Uses: Wire protocol, Language models, Fleet, Jobs, Agent
 #
 # The models that can be chosen: Shell, those of the providers that this gateway
 # reaches, and those that its nodes lend.  A model on a node is asked through the
@@ -13095,6 +13147,35 @@ class RemoteModel:
         result = (job.ending.result if job.ending else None) or {}
         kind = ContextTooLong if result.get("kind") == "context" else ModelError
         raise kind(f"{self._node[1]}: {said}")
+
+
+def _check_provider(provider: str, base_url: str) -> None:
+    """Raises RpcError INVALID_REQUEST unless a provider may have this name and URL."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", provider) or provider == SHELL_ID:
+        raise RpcError(
+            "INVALID_REQUEST",
+            f"{provider[:40]!r} cannot be a provider: 1 to 40 of a-z, 0-9, - and _",
+        )
+    parts = urlsplit(base_url.strip())
+    if base_url and not (parts.scheme in ("http", "https") and parts.hostname):
+        raise RpcError(
+            "INVALID_REQUEST",
+            f"{base_url[:200]!r} is no address; it looks like http://gpu-box:8080/v1",
+        )
+
+
+def _is_default_url(provider: str, base_url: str) -> bool:
+    given = base_url.strip().rstrip("/")
+    return any(s.id == provider and s.base_url == given for s in PROVIDERS)
+
+
+def _model_entry(model: ModelInfo) -> JsonObject:
+    return {
+        "id": model.id,
+        "provider": model.provider,
+        "displayName": model.display_name,
+        "supportsTools": model.supports_tools,
+    }
 
 
 class ModelDirectory:
@@ -13265,35 +13346,6 @@ class ModelDirectory:
         ]
 
 
-def _check_provider(provider: str, base_url: str) -> None:
-    """Raises RpcError INVALID_REQUEST unless a provider may have this name and URL."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", provider) or provider == SHELL_ID:
-        raise RpcError(
-            "INVALID_REQUEST",
-            f"{provider[:40]!r} cannot be a provider: 1 to 40 of a-z, 0-9, - and _",
-        )
-    parts = urlsplit(base_url.strip())
-    if base_url and not (parts.scheme in ("http", "https") and parts.hostname):
-        raise RpcError(
-            "INVALID_REQUEST",
-            f"{base_url[:200]!r} is no address; it looks like http://gpu-box:8080/v1",
-        )
-
-
-def _is_default_url(provider: str, base_url: str) -> bool:
-    given = base_url.strip().rstrip("/")
-    return any(s.id == provider and s.base_url == given for s in PROVIDERS)
-
-
-def _model_entry(model: ModelInfo) -> JsonObject:
-    return {
-        "id": model.id,
-        "provider": model.provider,
-        "displayName": model.display_name,
-        "supportsTools": model.supports_tools,
-    }
-
-
 # ==============================================================================
 # Chat
 # Uses: Wire protocol, Language models, Store, Access, Fleet, Jobs, Agent,
@@ -13302,7 +13354,7 @@ def _model_entry(model: ModelInfo) -> JsonObject:
 # Sessions as people see them: messages whose changes are numbered, so that any client
 # can catch up; turns one after the other, which go on without a client; cards, which
 # are messages with the id of a job.  How a turn reaches its answer is left to Agent,
-# who may look or speak to Gateway.
+# and permissions to Gateway.
 # ==============================================================================
 
 MAIN_SESSION = "main"  # the key of the session that is always there
@@ -13324,6 +13376,8 @@ CARD_STATES: Mapping[str, str] = {  # of messages, by state of their jobs
     JobState.CANCELLED: MessageState.ABORTED,
     JobState.DENIED: MessageState.ABORTED,
 }  # others: MessageState.ERROR
+
+OPEN_STATES = (MessageState.QUEUED, MessageState.RUNNING)
 
 Announce: TypeAlias = "Callable[[str, JsonObject], None]"
 
@@ -13366,7 +13420,8 @@ class SessionLog:
         self._lock = threading.Lock()
         self._seq = self._reserved = session.seq
         self._last_created_at = store.messages.last_created_at(session.key)
-        self._live: dict[str, SessionMessage] = {}  # those that may still change
+        # Those that may still change, or are not stored yet.
+        self._live: dict[str, SessionMessage] = {}
         self._words: dict[str, list[str]] = {}  # of answers, not announced yet
         self._unsaved: set[str] = set()
         self._closed = False
@@ -13417,7 +13472,7 @@ class SessionLog:
         """
         with self._lock:
             message = self._live.get(message_id)
-            if message is None:
+            if message is None or message.state not in OPEN_STATES:
                 return
             if command:
                 merged = {**message.details["command"], **command}
@@ -13522,20 +13577,22 @@ class SessionLog:
             return
         words = "".join(self._words.pop(message.id, ()))
         message = message.replace(text=message.text + words, seq=self._number())
-        if message.state in (MessageState.QUEUED, MessageState.RUNNING):
-            self._live[message.id] = message
-        else:
-            self._live.pop(message.id, None)
+        self._live[message.id] = message
         self._save(message)
         value = {"messageId": message.id, "message": message_to_json(message, job)}
         self._tell(event, message.run_id, {**fields, **value})
 
     def _save(self, message: SessionMessage) -> None:
-        self._unsaved.discard(message.id)
         try:
             self._store.messages.save(message)
         except StoreError as error:
             log.error("message not stored session=%s: %s", self.key, error)
+            self._unsaved.add(message.id)
+            self._on_words()  # flush() tries again
+            return
+        self._unsaved.discard(message.id)
+        if message.state not in OPEN_STATES:
+            del self._live[message.id]
 
     def _number(self) -> int:
         """Return the next number; none is given twice, also after a crash."""
@@ -13591,9 +13648,10 @@ class TurnQueue:
     def __init__(
         self,
         session_key: str,
-        take: Callable[[Turn], None],
+        take: Callable[[Turn, bool], None],
         on_idle: Callable[[], None],
     ) -> None:
+        """`take` carries out a turn, which may have waited for others."""
         self._session_key = session_key
         self._take = take
         self._on_idle = on_idle
@@ -13663,13 +13721,15 @@ class TurnQueue:
             thread.join()
 
     def _run(self) -> None:
+        waited = False
         while True:
             with self._lock:
                 turn = self._current = self._waiting.popleft()
             try:
-                self._take(turn)
+                self._take(turn, waited)
             except Exception:
                 log.exception("turn failed session=%s", self._session_key)
+            waited = True
             with self._lock:
                 self._current = None
                 idle = not self._waiting
@@ -13730,44 +13790,25 @@ class TurnChat(Conversation):
 
     def say(self, text: str) -> None:
         if not self._answer:
-            self._answer = self._log.add(
-                "delta",
-                "assistant",
-                self._turn.run_id,
-                MessageState.RUNNING,
-                details={"model": self._turn.model.id},
-            )
+            details = {"model": self._turn.model.id}
+            self._answer = self._add("delta", "assistant", details=details)
         self._log.say(self._answer, text)
 
     def notice(self, text: str) -> None:
-        self._log.add(
-            "notice", "notice", self._turn.run_id, MessageState.DONE, text=text
-        )
+        self._add("notice", "notice", MessageState.DONE, text=text)
 
     def begin_call(self, call: ToolCall, planned: PlannedCommand | None) -> None:
         self._end_answer(MessageState.DONE)
-        started = ("tool_call_start", self._turn.run_id, MessageState.RUNNING)
-        event, *about = started
         if planned is None:
             shown = to_json(call.arguments) if call.arguments else ""
             text = f"{call.name} {shown}".rstrip()
-            message_id = self._log.add(event, "notice", *about, text=text)
+            message_id = self._add("tool_call_start", "notice", text=text)
         else:
-            command = {
-                "nodeId": planned.node_id,
-                "node": planned.node_name,
-                "command": planned.command,
-                "cwd": planned.cwd,
-                "timeout": planned.timeout,
-                "background": planned.background or None,
-            }
-            command = {k: v for k, v in command.items() if v is not None}
-            message_id = self._log.add(
-                event,
+            message_id = self._add(
+                "tool_call_start",
                 "command",
-                *about,
                 job_id=planned.job_id,
-                details={"command": command},
+                details={"command": planned.to_json()},
             )
         with self._lock:
             self._calls[call.id] = (message_id, planned is not None)
@@ -13793,42 +13834,38 @@ class TurnChat(Conversation):
         with self._lock:
             message_id, is_command = self._calls[call.id]
         error = result.get("error")
-        state = MessageState.ERROR if error else MessageState.DONE
-        if not is_command:
-            if error:
-                self._log.say(message_id, f": {error}")
-            self._log.change("tool_call_end", message_id, state=state)
+        if is_command:
+            self._end_command(message_id, error or "")
             return
-        try:
-            self._end_command(message_id, error)
-        except RpcError as problem:
-            log.error("card not updated session=%s: %s", self.key, problem)
+        if error:
+            self._log.say(message_id, f": {error}")
+        state = MessageState.ERROR if error else MessageState.DONE
+        self._log.change("tool_call_end", message_id, state=state)
 
     def finish(self, end: RunEnd, aborted_state: str) -> None:
         """Show how the run ended."""
-        run_id = self._turn.run_id
         if end.state == "error":
             self._end_answer(MessageState.ERROR)
-            self._log.add(
-                "error",
-                "notice",
-                run_id,
-                MessageState.ERROR,
-                text=end.error,
-                error=end.error,
-            )
+            fields = {"text": end.error, "error": end.error}
+            self._add("error", "notice", MessageState.ERROR, **fields)
             return
+        state = aborted_state
         details: JsonObject = {}
         if end.state == "final":
+            state = MessageState.DONE
             details["usage"] = {
                 "inputTokens": end.input_tokens,
                 "outputTokens": end.output_tokens,
             }
             if end.reason != "stop":
                 details["reason"] = end.reason
-        state = MessageState.DONE if end.state == "final" else aborted_state
         if not self._end_answer(state, end.state, details):
-            self._log.note(end.state, run_id)
+            self._log.note(end.state, self._turn.run_id)
+
+    def _add(
+        self, event: str, role: str, state: str = MessageState.RUNNING, **fields: Any
+    ) -> str:
+        return self._log.add(event, role, self._turn.run_id, state, **fields)
 
     def _show_approval(self, planned: PlannedCommand, approval: JsonObject) -> None:
         self._log.change(
@@ -13838,7 +13875,7 @@ class TurnChat(Conversation):
     def _record_denial(self, planned: PlannedCommand, verdict: Verdict) -> None:
         """Put a command that may not run into the audit.  Raises RpcError."""
         record = new_job(
-            (planned.node_id, planned.node_name),
+            (planned.node_id, planned.node),
             "run",
             planned.spec(),
             self._turn.origin(self.key).replace(decided_by=verdict.by),
@@ -13854,21 +13891,15 @@ class TurnChat(Conversation):
             )
         )
 
-    def _end_command(self, job_id: str, error: str | None) -> None:
+    def _end_command(self, job_id: str, error: str) -> None:
         """Show the end of a command; one that still runs shows it itself."""
         try:
             job = self._jobs.get(job_id)
-        except RpcError as unknown:
-            if unknown.code != "NOT_FOUND":
-                raise
-            # It never started: cancelled while it waited, or its node is offline.
+        except RpcError:  # it never started
             stopped = self._turn.cancel.cancelled
-            self._log.change(
-                "tool_call_end",
-                job_id,
-                state=MessageState.ABORTED if stopped else MessageState.ERROR,
-                command={"error": error or ""},
-            )
+            state = MessageState.ABORTED if stopped else MessageState.ERROR
+            command = {"error": error}
+            self._log.change("tool_call_end", job_id, state=state, command=command)
         else:
             if not job.record.is_open:
                 self._log.end_card(job)
@@ -13993,8 +14024,9 @@ class Chats:
     def abort(self, key: str, by: str = "") -> JsonObject:
         """End the current turn, and those in line.  Raises RpcError NOT_FOUND."""
         session_log = self._log(key)
-        current, waiting = self._queue(key).abort()
+        # Before the turn does that: their endings say by whom.
         self._cancel_jobs(key, by, background=False)
+        current, waiting = self._queue(key).abort()
         self._drop(session_log, waiting)
         run_id = current.run_id if current else None
         return {
@@ -14048,20 +14080,21 @@ class Chats:
         self._said.set()
         self._flusher.join()
 
-    def _take(self, key: str, turn: Turn) -> None:
+    def _take(self, key: str, turn: Turn, waited: bool) -> None:
         """Carry out a turn, in the thread of its session."""
         session_log = self._log(key)
+        # One that waited belongs behind what was said meanwhile.
         session_log.change(
-            "user_message", turn.message_id, state=MessageState.DONE, last=True
+            "user_message", turn.message_id, state=MessageState.DONE, last=waited
         )
         self._tell("patched", key)
         chat = TurnChat(
             turn, session_log, self._store, self._jobs, partial(self._select, key)
         )
-        if not turn.is_typed:
-            self._store.sessions.keep_run(key, turn.run_id)
         end = RunEnd("error", "the turn failed inside the gateway; its log says why")
         try:
+            if not turn.is_typed:
+                self._store.sessions.keep_run(key, turn.run_id)
             machines = FleetMachines(
                 self._fleet, self._jobs, turn.origin(key), self._is_closing
             )
@@ -14121,9 +14154,9 @@ class Chats:
         self._session(key)
         with self._lock:
             queue = self._queues.pop(key, None)
+        self._cancel_jobs(key, "", background=True)
         if queue is not None:
             queue.close()
-        self._cancel_jobs(key, "", background=True)
         self._approvals.forget(key)
         with self._lock:
             dropped = self._logs.pop(key, None)
@@ -14199,29 +14232,31 @@ class Chats:
             self._stopped.wait(TELL_INTERVAL)
 
     def _recover(self) -> None:
-        """Show of what was going on when the gateway ended how it stands now."""
-        interrupted = set()
+        """Update the messages that were open when the gateway ended."""
         for message in self._store.messages.unfinished():
             session_log = self._log(message.session_key)
             session_log.resume(message)
             job = self._job_of(message)
             if job is None:
-                interrupted.add(message.run_id)
                 self._interrupt(session_log, message)
             elif not isinstance(job, Job):
                 session_log.end_card(job)
         for session in self._store.sessions.all():
-            if session.run_id and session.run_id not in interrupted:
-                # The model had not answered yet.
-                self._log(session.key).add(
-                    "notice",
-                    "notice",
-                    session.run_id,
-                    MessageState.INTERRUPTED,
-                    text="The gateway was restarted before the answer was complete.",
-                )
             if session.run_id:
-                self._store.sessions.keep_run(session.key, "")
+                self._recover_run(session)
+
+    def _recover_run(self, session: Session) -> None:
+        """Show that a model did not answer, unless an interrupted message does."""
+        session_log = self._log(session.key)
+        if not any(
+            message.run_id == session.run_id
+            and message.state == MessageState.INTERRUPTED
+            for message in session_log.last(None)
+        ):
+            text = "The gateway was restarted before the answer was complete."
+            event, interrupted = "notice", MessageState.INTERRUPTED
+            session_log.add(event, "notice", session.run_id, interrupted, text=text)
+        self._store.sessions.keep_run(session.key, "")
 
     def _interrupt(self, session_log: SessionLog, message: SessionMessage) -> None:
         command: JsonObject = {}
@@ -20955,6 +20990,9 @@ class RemoteMachines:
         ]
         views.sort(key=lambda view: not view["connected"])
         return views[:limit], len(views)
+
+    def overview(self, limit: int) -> tuple[list[JsonObject], int]:
+        return self.select("", limit)
 
     def start(self, planned: PlannedCommand, _decided_by: str | None) -> None:
         # The id is ours: if the call is made again, it is the same job.

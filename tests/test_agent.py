@@ -513,10 +513,11 @@ def test_of_many_machines_the_prompt_names_fifty_and_the_list_has_a_filter(machi
     )
     chat.run(model)
     prompt = model.asked[0][0][0].text
-    assert "exec runs by default: box 299 (id-299)" in prompt
-    assert "zoo (zoo-id): linux\n" in prompt, "connected ones come first"
+    assert "exec runs by default: box 299 (id-299): linux, offline" in prompt
+    assert "\n- zoo (zoo-id)\n" in prompt, "connected ones come first"
+    assert "\n- box 000 (id-0): offline\n" in prompt
     assert prompt.count("\n- ") == 51
-    assert "and 252 more: use nodes_list with a filter" in prompt
+    assert "and 252 more; nodes_list tells their state and finds them" in prompt
     few, many = chat.results()
     assert [n["node"] for n in few["nodes"]] == [f"box 29{n}" for n in range(10)]
     assert [n["selected"] for n in few["nodes"]] == [False] * 9 + [True]
@@ -770,9 +771,8 @@ def test_shell_without_a_command_says_so(chat):
 
 
 def test_a_turn_of_shell_looks_at_no_list_of_nodes(chat, monkeypatch):
-    monkeypatch.delattr(moltis.Fleet, "select")
     monkeypatch.delattr(moltis.Fleet, "views")
-    chat.machines.select = None
+    chat.machines.select = chat.machines.overview = None
     assert chat.run(ShellModel(), "echo hi").state == "final"
     assert chat.results()[0]["stdout"] == "hi\n"
 

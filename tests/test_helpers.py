@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from typing import Any, ClassVar, Mapping, Sequence
 
 import pytest
-from support import wait_for
+from support import free_port, wait_for
 
 import moltis
 
@@ -287,3 +288,94 @@ def test_a_value_survives_its_json():
 def test_json_that_is_no_such_value_is_refused_with_the_field_s_name(value, problem):
     with pytest.raises(moltis.RpcError, match=problem):
         Point.from_json(value)
+
+
+# -- programs ------------------------------------------------------------------------
+
+
+def run(script, timeout=10.0, **options):
+    environ = {"PATH": "/usr/bin:/bin"}
+    return moltis.run_program(["sh", "-c", script], environ, timeout=timeout, **options)
+
+
+def test_a_program_returns_its_status_and_both_outputs():
+    result = run("echo out; echo err >&2; exit 3")
+    assert (result.status, result.stdout, result.stderr) == (3, b"out\n", b"err\n")
+    assert result.text == "out\nerr"
+    assert run("kill -9 $$").status == 128 + 9
+
+
+def test_a_program_gets_no_input_and_only_its_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOLTIS_API_KEY", "mk_secret")
+    result = run("cat; env; pwd", cwd=str(tmp_path))
+    assert "mk_secret" not in result.text
+    assert result.text.endswith(str(tmp_path))
+
+
+def test_a_program_that_is_missing_has_the_status_of_a_shell():
+    result = moltis.run_program(["/no/such/program"], {}, timeout=1.0)
+    assert result.status == 127
+    assert result.text == "/no/such/program: No such file or directory"
+
+
+@pytest.mark.parametrize("script", ["sleep 1000", "sleep 1000 & exit 0", "yes"])
+def test_a_program_that_does_not_end_is_killed_with_its_children(script, tmp_path):
+    started = time.monotonic()
+    result = run(f"echo $$ >{tmp_path}/pid; {script}", timeout=0.5)
+    assert result.status == 124
+    assert "did not end within 0.5 s" in result.text
+    assert len(result.stdout) < 2 * moltis.MAX_PROGRAM_OUTPUT
+    assert result.survivor == 0
+    assert time.monotonic() - started < 5
+    group = int((tmp_path / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        wait_for(lambda: os.killpg(group, 0), 5)
+
+
+def test_a_program_can_be_cancelled(tmp_path):
+    cancel = moltis.Cancellation()
+    timer = threading.Timer(0.2, cancel.cancel)
+    timer.start()
+    with pytest.raises(moltis.Cancelled):
+        run("sleep 1000", cancel=cancel)
+    with pytest.raises(moltis.Cancelled):
+        run("sleep 1000", cancel=cancel)
+    timer.join()
+
+
+# -- files ---------------------------------------------------------------------------
+
+
+def test_a_file_gets_its_mode_whatever_the_umask_is(tmp_path):
+    path = tmp_path / "file"
+    for umask in (0, 0o077):
+        previous = os.umask(umask)
+        try:
+            moltis.replace_file(path, b"x", 0o644)
+        finally:
+            os.umask(previous)
+        assert path.stat().st_mode & 0o777 == 0o644
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_process_is_told_from_a_later_one_of_its_id():
+    assert moltis.process_mark(os.getpid()) == moltis.process_mark(os.getpid()) != ""
+    assert moltis.process_mark(2**22 + 1) == ""
+
+
+# -- dialling ------------------------------------------------------------------------
+
+
+def test_the_second_address_of_a_name_is_dialled_too(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        addresses = [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", free_port())),
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)),
+        ]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_a, **_k: addresses)
+        with moltis.dial("name", port, timeout=5.0) as sock:
+            assert sock.getpeername()[1] == port
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_a, **_k: [])
+        with pytest.raises(OSError, match="name has no address"):
+            moltis.dial("name", port, timeout=5.0)

@@ -1023,9 +1023,7 @@ def test_thinking_goes_back_unchanged_with_its_signature(script, vendor):
     calls = [("toolu_1", "exec", {"command": "ls"})]
     script.stream(vendor.answer("So", calls, thinking="hm"))
     message = list(script.ask())[-1].message
-    message = ChatMessage.from_json(
-        json.loads(json.dumps(message.to_json()))
-    )
+    message = ChatMessage.from_json(json.loads(json.dumps(message.to_json())))
     script.stream(vendor.answer("ok"))
     list(script.ask((*HELLO, message)))
     assert script.bodies[1]["messages"][1]["content"] == [

@@ -111,3 +111,21 @@ def test_gateway_json_keeps_url_key_and_process(tmp_path):
     kept = json.loads(path.read_text())
     assert {**kept, "url": "http://127.0.0.1:1", "api_key": "mk_x", "pid": 42} == kept
     assert moltis.GatewayFile.load(tmp_path) == file
+
+
+def test_an_empty_file_is_none(tmp_path):
+    """A crash of the first edition, or a full disk, leaves one."""
+    (tmp_path / "gateway.json").write_text("\n")
+    assert moltis.GatewayFile.load(tmp_path) is None
+
+
+def test_models_that_are_not_lent_stay_so(tmp_path):
+    moltis.NodeSettings(**NODE, llm=False, allow=("uptime",)).save(tmp_path)
+    kept = json.loads((tmp_path / "node.json").read_text())
+    assert kept["llm"] is False
+    assert moltis.NodeSettings.load(tmp_path).allow == ("uptime",)
+
+
+def test_a_user_without_a_home_is_asked_for_a_directory(monkeypatch):
+    with pytest.raises(moltis.BadConfiguration, match="MOLTIS_DATA_DIR"):
+        moltis.data_directory({"MOLTIS_DATA_DIR": "~no such user/x"})
