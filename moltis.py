@@ -8669,27 +8669,27 @@ def _launchctl_fields(output: str) -> Mapping[str, str]:
 # Store
 # Uses: Wire protocol
 #
-# What the gateway remembers, in one SQLite file: devices, jobs, the audit, operator
-# keys, sign-ins, join codes, sessions with their messages, settings.  Rows are values:
-# a field is declared in its class and its table, and statements are made from the
-# names.  One method answers one question, from any thread.  Secrets come here as
-# hashes; who may do what is decided by Access.  Times are ms since 1970.
+# The gateway's one SQLite file: devices, jobs, the audit, operator keys, sign-ins, join
+# codes, sessions with their messages, settings.  Rows are values: a field is declared
+# in its class and its table, and statements are made from the names.  One method
+# answers one question, from any thread.  Secrets are stored as hashes; Access decides
+# what a caller may do.  Times are ms since 1970.
 # ==============================================================================
 
 STORE_FILE = "moltis.db"
 MAX_PAGE = 1000  # rows of one answer
-MAX_CALLER_EVENTS = 10_000  # audit events of one caller; then its oldest are deleted
-REFUSAL_REPEATED_AFTER = 3600_000  # ms in which the same refusal is recorded once
+MAX_CALLER_EVENTS = 10_000  # audit events of one caller; the oldest are deleted
+REFUSAL_REPEATED_AFTER = 3600_000  # ms; the same refusal is recorded once in them
 DELETE_SLICE = 500  # rows deleted in one transaction: some ms
 SEARCH_SLICE = 20_000  # rows that one statement searches: some 20 ms
-STEADY_AFTER = 86_400.0  # s without a jump after which the clock decides what is old
+STEADY_AFTER = 86_400.0  # s without a jump; then the clock decides what is old
 CLOCK_RECORDED_EVERY = 60.0  # s
-CHECKPOINT_EVERY = 200  # transactions, then the next tick() copies them into the file
+CHECKPOINT_EVERY = 200  # transactions; then the next tick() copies them to the file
 LONGEST_WAL = 4000  # pages of 4 KiB; overwriting them is faster than adding more
 STORE_TICK = 1.0  # s
-VACUUM_ABOVE = 256  # free pages; the rest is given back, VACUUM_PAGES at each tick()
+VACUUM_ABOVE = 256  # free pages; each tick() releases VACUUM_PAGES of the others
 VACUUM_PAGES = 64
-STORE_BUSY_TIMEOUT = 5.0  # s; a person's `sqlite3` shell may hold the file that long
+STORE_BUSY_TIMEOUT = 5.0  # s that another program, a `sqlite3` shell, may hold the file
 
 DATABASE_ADVICE: Mapping[str, str] = {  # by a word of SQLite's message
     "not a database": "move it away and start again, or restore a backup",
@@ -8709,7 +8709,7 @@ MIGRATIONS: Mapping[int, str] = {
     CREATE TABLE devices (
         id TEXT PRIMARY KEY,
         display_name TEXT NOT NULL,
-        renamed INTEGER NOT NULL DEFAULT 0,  -- by an operator, for good
+        renamed INTEGER NOT NULL DEFAULT 0,  -- by an operator
         platform TEXT NOT NULL,
         version TEXT NOT NULL DEFAULT '',
         handle TEXT NOT NULL UNIQUE,         -- SCRAM username
@@ -8717,7 +8717,7 @@ MIGRATIONS: Mapping[int, str] = {
         verifier TEXT NOT NULL,              -- RFC 5803
         node_id TEXT,
         created_at INTEGER NOT NULL,
-        expires_at INTEGER,                  -- unless it has connected before
+        expires_at INTEGER,                  -- NULL once it has connected
         last_seen_at INTEGER,
         last_ip TEXT NOT NULL DEFAULT '',
         telemetry TEXT NOT NULL DEFAULT '{}',
@@ -8725,7 +8725,7 @@ MIGRATIONS: Mapping[int, str] = {
         commands TEXT NOT NULL DEFAULT '[]',
         revoked_at INTEGER
     );
-    -- A machine that was revoked may come back under a new token.
+    -- A revoked machine may come back under a new token.
     CREATE UNIQUE INDEX devices_node_id ON devices(node_id) WHERE revoked_at IS NULL;
     CREATE TABLE join_codes (
         code_hash TEXT PRIMARY KEY,          -- SHA-256, hex
@@ -8778,7 +8778,7 @@ MIGRATIONS: Mapping[int, str] = {
     CREATE UNIQUE INDEX messages_order ON messages(session_key, created_at);
     CREATE INDEX messages_seq ON messages(session_key, seq);
     CREATE INDEX messages_open ON messages(state) WHERE state IN ('running', 'queued');
-    CREATE TABLE turns (                     -- a session as its model gets it
+    CREATE TABLE turns (                     -- a session as sent to its model
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         session_key TEXT NOT NULL REFERENCES sessions(key) ON DELETE CASCADE,
         message TEXT NOT NULL                -- JSON
@@ -8897,13 +8897,13 @@ def _card_details(details: str) -> str:
 
 
 class Device(Value):
-    """A machine that holds a token of ours, and its last known state."""
+    """A machine that was given a token, and its last known state."""
 
     id: str
     display_name: str
     platform: str
     created_at: int
-    renamed: bool = False  # by an operator: its own name is ignored
+    renamed: bool = False  # by an operator; the name that the node sends is ignored
     version: str = ""
     node_id: str | None = None  # None: it never connected
     expires_at: int | None = None  # until it has connected
@@ -8915,7 +8915,7 @@ class Device(Value):
 
 
 class DeviceCredential(Value):
-    """What proves a device, without being of use to a thief."""
+    """What verifies a device's token; the token cannot be derived from it."""
 
     handle: str
     token_hash: str
@@ -8923,7 +8923,7 @@ class DeviceCredential(Value):
 
 
 class JobRecord(Value):
-    """One job: who asked for what, where, and how it went."""
+    """One job: its caller, its node, its work, its state and ending."""
 
     id: str  # UUID, chosen by the caller
     node_id: str
@@ -8934,11 +8934,11 @@ class JobRecord(Value):
     caller_id: str = ""  # of the operator key
     address: str = ""
     session_key: str | None = None
-    decided_by: str | None = None  # who allowed or denied it, if a person was asked
+    decided_by: str | None = None  # name of the person who allowed or denied it
     work: str = "run"
-    command: str = ""  # in words for people
+    command: str = ""  # for people; of other works their name
     cwd: str | None = None
-    timeout_ms: int | None = None  # after which the node ends it
+    timeout_ms: int | None = None  # the node ends it then
     spec: JsonObject | None = None  # while it is open
     kept: bool = False  # the gateway keeps the log
     started_at: int | None = None
@@ -8953,7 +8953,7 @@ class JobRecord(Value):
     log_end: int = 0  # offset
     cancelled_at: int | None = None
     cancelled_by: str = ""
-    sent_to: str | None = None  # `instance` of the node that was asked
+    sent_to: str | None = None  # `instance` of the node that it was sent to
     queue_until: int | None = None
     seq: int = 0  # given by the store; grows with every job
 
@@ -8975,12 +8975,12 @@ class JobRecord(Value):
         return not self.is_open
 
     def words(self) -> str:
-        """Return its state, or how it ended, in words for people."""
+        """Return the state or the ending in words for people."""
         return ending_words(self.state, self.exit_code, self.signal, self.reason)
 
 
 class AuditEvent:
-    """What the audit records besides commands."""
+    """Names of the events in the audit."""
 
     COMMAND = "command"  # of an entry that is a job
     SIGNED_IN = "login.created"
@@ -9015,14 +9015,14 @@ class AuditEntry(Value):
     decided_by: str | None = None
 
     def words(self) -> str:
-        """Return a command's state, or how it ended, in words for people."""
+        """Return a command's state or ending in words for people."""
         if self.state is None:
             return ""
         return ending_words(self.state, self.exit_code, self.signal, self.reason)
 
 
 class OperatorKey(Value):
-    """What an operator's API key may do; never the key itself."""
+    """An operator's API key, without the secret."""
 
     id: str
     name: str
@@ -9033,7 +9033,7 @@ class OperatorKey(Value):
 
 
 class Login(Value):
-    """A browser that traded an operator key for a cookie."""
+    """A browser's cookie, made with an operator key."""
 
     id: str
     key_id: str
@@ -9053,7 +9053,7 @@ class Session(Value):
     node_id: str
     created_at: int
     updated_at: int
-    approvals: str = "ask"  # before a model's command runs; "all" allows every one
+    approvals: str = "ask"  # before each command of a model; "all": allow them
     archived: bool = False
     seq: int = 0
     run_id: str = ""
@@ -9069,7 +9069,7 @@ class MessageState:
     DONE = "done"
     ERROR = "error"
     ABORTED = "aborted"
-    INTERRUPTED = "interrupted"  # the gateway ended meanwhile
+    INTERRUPTED = "interrupted"  # by the end of the gateway
 
 
 class SessionMessage(Value):
@@ -9084,7 +9084,7 @@ class SessionMessage(Value):
     seq: int
     text: str = ""
     job_id: str | None = None
-    details: Mapping[str, Any] = NOTHING  # as the page gets them
+    details: Mapping[str, Any] = NOTHING  # for the page
 
 
 def _cannot_use_database(path: Path, error: Exception) -> str:
@@ -9104,7 +9104,7 @@ def _prepare_database(db: sqlite3.Connection, path: Path) -> None:
     db.execute("PRAGMA journal_mode = WAL")
     # In WAL mode a power cut may undo the last commits, and never damages the file.
     db.execute("PRAGMA synchronous = NORMAL")
-    # A checkpoint waits for the disk: tick() makes them, beside the writers.
+    # A checkpoint waits for the disk: Database.checkpoint() runs beside the writers.
     db.execute("PRAGMA wal_autocheckpoint = 0")
     db.execute("PRAGMA foreign_keys = ON")
     db.create_function("signal_name", 1, _stored_signal_name)
@@ -9175,7 +9175,7 @@ COLUMN_DECODERS: Mapping[str, Callable[[Any], Any]] = {  # by a field's annotati
 
 @functools.lru_cache(maxsize=None)
 def _column_decoders(kind: Any) -> Mapping[str, Callable[[Any], Any]]:
-    """Return the fields of `kind` that its columns hold in another form."""
+    """Return decoders for the fields of `kind` that columns hold in another form."""
     outer = {
         name: annotation.replace(" | None", "").partition("[")[0]
         for name, annotation in kind.__annotations__.items()
@@ -9202,8 +9202,7 @@ class Database:
         self._path = path
         self._lock = threading.Lock()  # guards _db: one transaction at a time
         self._db = _open_database(path)
-        # Transactions since the last checkpoint; a lost count does no harm.
-        self._written = 0
+        self._written = 0  # transactions since the last checkpoint, about
         self._inserts: dict[Any, tuple[str, list[str]]] = {}  # statements, columns
         import sqlite3
 
@@ -9222,10 +9221,10 @@ class Database:
         conflict: str = "",
         **columns: Any,
     ) -> int:
-        """Add a row of those fields of `row` that the table has, and of `columns`.
+        """Add a row: the fields of `row` that are columns of the table, and `columns`.
 
-        Return its rowid; 0 if the row is there already and `ignore` is set, or an
-        upsert's `conflict` clause changed nothing.  Raises StoreError.
+        Return its rowid, or 0 if nothing changed: the row exists and `ignore` is set,
+        or the `conflict` clause of an upsert did not apply.  Raises StoreError.
         """
         kind: Any = type(row)
         conflict = "DO NOTHING" if ignore else conflict
@@ -9256,15 +9255,15 @@ class Database:
         return f"{sql} ON CONFLICT {conflict}" if conflict else sql, names
 
     def update(self, table: str, where: Mapping[str, Any], **changes: Any) -> int:
-        """Change single columns of the rows whose columns are as `where` says.
+        """Change single columns of the rows that match `where`; return their number.
 
-        Return the number of rows.  Raises StoreError.
+        Raises StoreError.
         """
         sql = _update_sql(table, tuple(where), tuple(changes))
         return self.write(sql, [*map(_to_column, changes.values()), *where.values()])
 
     def select(self, kind: type[V], sql: str, values: SqlValues = ()) -> list[V]:
-        """Return the rows of the answer as values; other columns are ignored.
+        """Return the rows as values; columns that are no fields are ignored.
 
         Raises StoreError.
         """
@@ -9288,20 +9287,17 @@ class Database:
         return self._execute(sql, values)[1].rowcount
 
     def rows(self, sql: str, values: SqlValues = ()) -> list[sqlite3.Row]:
-        """Return all rows of the answer.  Raises StoreError."""
+        """Return all rows.  Raises StoreError."""
         return self._execute(sql, values)[0]
 
     def row(self, sql: str, values: SqlValues = ()) -> sqlite3.Row | None:
-        """Return the first row of the answer, or None.  Raises StoreError."""
+        """Return the first row, or None.  Raises StoreError."""
         rows = self.rows(sql, values)
         return rows[0] if rows else None
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection for statements that count together or not at all.
-
-        Raises StoreError.
-        """
+        """Yield the connection inside one transaction.  Raises StoreError."""
         with self._lock:
             self._written += 1
             try:
@@ -9318,9 +9314,9 @@ class Database:
                 raise
 
     def checkpoint(self) -> None:
-        """Copy transactions from the WAL into the file, once there are enough.
+        """Copy CHECKPOINT_EVERY or more transactions from the WAL to the file.
 
-        Over a connection of its own, so that no writer waits for the disk.
+        It has its own connection, so that no writer waits for the disk.
         Raises StoreError.
         """
         if self._written < CHECKPOINT_EVERY:
@@ -9331,15 +9327,15 @@ class Database:
                 passive = "PRAGMA wal_checkpoint(PASSIVE)"
                 _, logged, _ = db.execute(passive).fetchone()
                 if logged > LONGEST_WAL:
-                    # Writers that never pause keep the WAL from starting again: now
-                    # they wait, for the little that came during the second pass.
+                    # SQLite starts the WAL again only while nobody writes.  After a
+                    # second pass little is left for which writers have to wait.
                     db.execute(passive)
                     db.execute("PRAGMA wal_checkpoint(RESTART)")
         except self._sqlite.Error as error:
             raise self._store_error(error) from error
 
-    def give_back(self) -> None:
-        """Give some of the file's free pages back to the disk.  Raises StoreError."""
+    def release_pages(self) -> None:
+        """Return some of the file's free pages to the disk.  Raises StoreError."""
         if self.rows("PRAGMA freelist_count")[0][0] <= VACUUM_ABOVE:
             return
         self._written += 1
@@ -9367,7 +9363,7 @@ class Database:
 
 
 class Table:
-    """One table and the statements that it needs more than once."""
+    """One table, with the statements that most tables need."""
 
     name: ClassVar[str]
     columns: ClassVar[str] = "*"
@@ -9378,7 +9374,7 @@ class Table:
     def _find(
         self, kind: type[V], condition: str = "TRUE", values: SqlValues = ()
     ) -> list[V]:
-        # Conditions are literals; what comes from outside is in `values`.
+        # Conditions are literals; text of callers is in `values`.
         sql = f"SELECT {self.columns} FROM {self.name} WHERE {condition}"  # nosec B608
         return self._db.select(kind, sql, values)
 
@@ -9396,10 +9392,10 @@ class Table:
 
 
 class NodeNames:
-    """The names of all nodes, as of one version of the devices."""
+    """The names of all nodes, read at one version of the devices."""
 
     def __init__(self, version: object, rows: Iterable[sqlite3.Row]) -> None:
-        """Of `rows` with `node_id`, `display_name`, `renamed`."""
+        """`rows` have the columns `node_id`, `display_name`, `renamed`."""
         self.version = version
         self.by_id: dict[str, str] = {}
         self._given: dict[str, list[str]] = {}  # by operators; ids by name
@@ -9410,24 +9406,23 @@ class NodeNames:
             ids.setdefault(row["display_name"].casefold(), []).append(row["node_id"])
 
     def ids_of(self, name: str) -> Sequence[str]:
-        """Return the ids of the nodes of that name, without regard to case.
+        """Return the ids of the nodes of that name, in any case of letters.
 
-        A name given by an operator comes before one that a machine gave itself.
+        Names given by operators win over those that machines gave themselves.
         """
         known = name.casefold()
         return self._given.get(known) or self._own.get(known) or ()
 
 
 class DevicesTable(Table):
-    """The devices; one that is revoked or has expired is not found any more."""
+    """The devices; those that are revoked or expired are not found."""
 
     name = "devices"
     CURRENT = "revoked_at IS NULL AND ifnull(expires_at, :now) >= :now"
 
     def __init__(self, database: Database) -> None:
         super().__init__(database)
-        # Replaced after each change of a name or a node id.
-        self._version = object()
+        self._version = object()  # replaced after each change of a name or a node id
         # Reading 5,000 names takes 5 ms, and every job needs one.
         self._names: NodeNames | None = None
 
@@ -9463,7 +9458,7 @@ class DevicesTable(Table):
         return any(device.display_name.casefold() == wanted for device in others)
 
     def names(self) -> NodeNames:
-        """Return the nodes by id and by name; read again only after a change."""
+        """Return the names of all nodes; they are read again after a change only."""
         names, version = self._names, self._version
         if names is None or names.version is not version:
             rows = self._db.rows(
@@ -9474,26 +9469,16 @@ class DevicesTable(Table):
         return names
 
     def connect(
-        self,
-        device_id: str,
-        *,
-        node_id: str,
-        address: str,
-        now: int,
-        display_name: str = "",
-        platform: str = "",
-        version: str = "",
-        capabilities: Sequence[str] = (),
-        commands: Sequence[str] = (),
+        self, device_id: str, params: ConnectParams, address: str, now: int
     ) -> bool:
-        """Record what a node says of itself, its id first of all.
+        """Record the id and the description that a node sends when it connects.
 
-        Empty texts leave what is known, and an operator's name for it stays.  Return
-        False, and record nothing, if the id belongs to another device or the device
-        is not current any more.
+        Empty texts, and the name of a node that an operator has renamed, change
+        nothing.  Return False, and record nothing, if the id belongs to another device
+        or the device is revoked or expired.
         """
         changed = self._db.write(
-            "UPDATE devices SET node_id = :node_id, expires_at = NULL,"
+            "UPDATE devices SET node_id = :client_id, expires_at = NULL,"
             " display_name = CASE WHEN renamed OR :display_name = ''"
             "   THEN display_name ELSE :display_name END,"
             " platform = ifnull(nullif(:platform, ''), platform),"
@@ -9501,16 +9486,13 @@ class DevicesTable(Table):
             " capabilities = :capabilities, commands = :commands,"
             " last_ip = :address, last_seen_at = :now"
             f" WHERE id = :id AND {self.CURRENT}"
-            " AND NOT EXISTS (SELECT 1 FROM devices WHERE node_id = :node_id"
+            " AND NOT EXISTS (SELECT 1 FROM devices WHERE node_id = :client_id"
             "   AND id <> :id AND revoked_at IS NULL)",
             {
+                **params.__dict__,
+                "capabilities": to_json(params.capabilities),
+                "commands": to_json(params.commands),
                 "id": device_id,
-                "node_id": node_id,
-                "display_name": display_name,
-                "platform": platform,
-                "version": version,
-                "capabilities": to_json(capabilities),
-                "commands": to_json(commands),
                 "address": address,
                 "now": now,
             },
@@ -9527,7 +9509,7 @@ class DevicesTable(Table):
         self._change({"id": device_id}, last_seen_at=now)
 
     def rename(self, device_id: str, display_name: str) -> bool:
-        """Give the device the operator's name for good; False: no such device."""
+        """Set the operator's name for the device; False: no such device."""
         return self._replace(device_id, display_name=display_name, renamed=True)
 
     def rotate(
@@ -9536,12 +9518,12 @@ class DevicesTable(Table):
         credential: DeviceCredential,
         expires_at: int | None = None,
     ) -> bool:
-        """Replace what proves the device; False: no such device."""
+        """Replace the device's credential; False: no such device."""
         expiry = {} if expires_at is None else {"expires_at": expires_at}
         return self._replace(device_id, **credential.__dict__, **expiry)
 
     def revoke(self, device_id: str, now: int) -> bool:
-        """Admit the device no more; False: no such device."""
+        """Revoke the device's token; False: no such device."""
         return self._replace(device_id, revoked_at=now)
 
     def delete_expired(self, now: int) -> int:
@@ -9559,7 +9541,7 @@ class DevicesTable(Table):
 
 
 class JobsTable(Table):
-    """The jobs, from the moment each was asked for; with the logs of small ones."""
+    """All jobs, with the logs of those that ended if they are short."""
 
     name = "jobs"
     columns = ", ".join(JobRecord._names)  # all but the log
@@ -9581,11 +9563,11 @@ class JobsTable(Table):
         """Return `record` with its `seq`.  Raises RpcError CONFLICT for a known id."""
         seq = self._db.insert(self.name, record, ignore=True)
         if not seq:
-            raise RpcError("CONFLICT", f"there is a job {record.id} already")
+            raise RpcError("CONFLICT", f"the id {record.id} is that of another job")
         return record.replace(seq=seq)
 
     def save(self, record: JobRecord, log: bytes | None = None) -> None:
-        """Write `log` and the fields that change; the spec goes when a job ends."""
+        """Write `log` and the fields that change; a job that ended loses its spec."""
         fields = record.__dict__
         spec = to_json(record.spec) if record.is_open and record.spec else None
         changes = [fields[name] for name in self.CHANGING]
@@ -9617,8 +9599,8 @@ class JobsTable(Table):
         """Return jobs, the newest first, at most MAX_PAGE of them.
 
         `state` may also be "open", "ended" or "failed"; `query` is a part of the
-        command, in any case of letters; `kept` leaves out those that ended and whose
-        log is not kept; `before` is the `seq` of the last one known.
+        command, in any case of letters; `kept` leaves out ended jobs without a log;
+        `before` is the lowest `seq` that the caller has.
         """
         given = {
             "node_id = ?": node_id,
@@ -9629,7 +9611,7 @@ class JobsTable(Table):
             ),
             "seq < ?": before,
         }
-        # Only what is given: SQLite finds no index for `? = '' OR node_id = ?`.
+        # Only the filters that are set: SQLite uses no index for `? = '' OR …`.
         conditions = [sql for sql, value in given.items() if value]
         conditions.append(self.STATES.get(state, "TRUE"))
         if kept:
@@ -9637,7 +9619,7 @@ class JobsTable(Table):
         values, limit = [*filter(None, given.values())], max(0, min(limit, MAX_PAGE))
         if not query:
             return self._page(conditions, values, limit)
-        # A search reads all rows: slice by slice, so that writers get their turn.
+        # A search reads all rows: in slices, with room for writers in between.
         found: list[JobRecord] = []
         row = self._db.row("SELECT max(seq) newest FROM jobs")
         top = before or (row["newest"] if row and row["newest"] else 0) + 1
@@ -9661,15 +9643,14 @@ class JobsTable(Table):
         return [row["id"] for row in rows]
 
     def drop_logs(self, session_key: str) -> None:
-        """Delete the logs of a session's jobs; their rows stay in the audit."""
+        """Delete the logs of a session's jobs; the audit keeps their rows."""
         self._change({"session_key": session_key}, log=None)
 
     def delete_before(self, at: int) -> list[str]:
-        """Delete jobs that ended and were asked for before `at`; return their ids.
+        """Delete jobs that were asked for, and ended, before `at`; return their ids.
 
-        At most DELETE_SLICE: call it again until there are none.  A job that a chat
-        shows stays.  The clock may have been wrong when a job was asked for, and right
-        when it ended.
+        At most DELETE_SLICE: call it until there are none.  Jobs that a chat shows
+        stay.  Both times count, since the clock may have been wrong at one of them.
         """
         with self._db.transaction() as db:
             rows = db.execute(
@@ -9685,15 +9666,15 @@ class JobsTable(Table):
 
 
 class AuditTable(Table):
-    """Who was admitted or refused and who changed that, with all commands."""
+    """Sign-ins, refusals, and changes of tokens and keys; page() adds the commands."""
 
     name = "audit"
 
     def add(self, entry: AuditEntry, caller_id: str = "") -> None:
         """Record an event; the same refusal of an address is recorded once an hour.
 
-        `caller_id` is the operator key's, or what else is responsible; "" stands for
-        all strangers.  Each has a share of its own: no other can push its events out.
+        `caller_id` is that of an operator key, "device" for all devices, "" for all
+        strangers.  Each has room for MAX_CALLER_EVENTS: others cannot push them out.
         """
         since = entry.at - REFUSAL_REPEATED_AFTER
         if entry.event in AuditEvent.REFUSALS and self._db.row(
@@ -9714,8 +9695,8 @@ class AuditTable(Table):
     ) -> list[AuditEntry]:
         """Return events and commands, the newest first, at most MAX_PAGE of them.
 
-        `until` is the time of the last entry known (they may share it with others),
-        `offset` how many of that time are known.
+        To go on, `until` is the time of the last entry the caller has, and `offset`
+        the number of entries it has of that time.
         """
         return self._db.select(
             AuditEntry,
@@ -9740,7 +9721,7 @@ class AuditTable(Table):
 
 
 class OperatorKeysTable(Table):
-    """The operators' API keys; one that is revoked opens nothing and stays listed."""
+    """The operators' API keys; revoked ones stay listed."""
 
     name = "operator_keys"
 
@@ -9760,7 +9741,7 @@ class OperatorKeysTable(Table):
         self._change({"id": key_id}, last_used_at=now)
 
     def revoke(self, key_id: str, now: int) -> bool:
-        """End a key and the sign-ins made with it; False: no such key."""
+        """Revoke a key and delete its sign-ins; False: no such key."""
         with self._db.transaction() as db:
             db.execute("DELETE FROM logins WHERE key_id = ?", (key_id,))
             changed = db.execute(
@@ -9772,7 +9753,7 @@ class OperatorKeysTable(Table):
 
 
 class LoginsTable(Table):
-    """The browsers that are signed in."""
+    """The sign-ins of browsers."""
 
     name = "logins"
 
@@ -9782,7 +9763,7 @@ class LoginsTable(Table):
     def by_cookie_hash(
         self, cookie_hash: str, now: int
     ) -> tuple[Login, OperatorKey] | None:
-        """Return a sign-in that has not expired, and the key behind it."""
+        """Return a sign-in that has not expired, with its key."""
         condition = "cookie_hash = ? AND expires_at > ?"
         login = self._first(Login, condition, (cookie_hash, now))
         key = login and self._db.select(
@@ -9808,7 +9789,7 @@ class LoginsTable(Table):
 
 
 class JoinCodesTable(Table):
-    """The join codes that were not used yet."""
+    """The unused join codes."""
 
     name = "join_codes"
 
@@ -9819,7 +9800,7 @@ class JoinCodesTable(Table):
     def take(self, code_hash: str, now: int) -> str | None:
         """Return the id of the code's device and delete the code.
 
-        One of many callers wins.
+        Of several callers at once, one gets it.
         """
         values = (code_hash, now)
         with self._db.transaction() as db:
@@ -9858,9 +9839,9 @@ class SessionsTable(Table):
         return self._first(Session, "key = ?", (key,))
 
     def change(self, key: str, **changes: Any) -> bool:
-        """Write single fields of a session; False: it is gone.
+        """Write single fields of a session; False: there is none.
 
-        A whole row would undo what another caller changes meanwhile.
+        Writing a whole row would undo what another caller changes meanwhile.
         """
         return self._change({"key": key}, **changes)
 
@@ -9868,11 +9849,11 @@ class SessionsTable(Table):
         self.change(key, updated_at=now)
 
     def keep_run(self, key: str, run_id: str) -> None:
-        """Record the model's turn in progress; "" when it is over."""
+        """Record the id of the model's turn in progress; "": none."""
         self.change(key, run_id=run_id)
 
     def reserve(self, key: str, seq: int) -> None:
-        """Let messages and events be numbered up to `seq`."""
+        """Reserve the sequence numbers up to `seq`."""
         self._db.write(
             "UPDATE sessions SET seq = max(seq, ?) WHERE key = ?", (seq, key)
         )
@@ -9943,7 +9924,7 @@ class MessagesTable(Table):
 
 
 class TurnsTable(Table):
-    """Sessions as their models get them: each message as JSON."""
+    """The messages of sessions as sent to their models, in JSON."""
 
     def add(self, session_key: str, message: Mapping[str, Any]) -> None:
         self._db.write(
@@ -9982,11 +9963,11 @@ class SettingsTable(Table):
 
 
 class SteadyClock:
-    """The time of day, with a judgement of whether it may decide what is old.
+    """The time of day, and whether it is reliable enough to delete old rows.
 
     A clock that jumps ahead (a wrong time server, a machine that was off) makes every
     row look old.  After such a jump nothing is deleted until the gateway has run for
-    STEADY_AFTER without another one, restarts included.
+    STEADY_AFTER without another one; restarts do not reset that time.
     """
 
     def __init__(
@@ -10005,7 +9986,7 @@ class SteadyClock:
         self._looked = self._due = monotonic()
 
     def tick(self) -> None:
-        """Compare the time of day with the time that passed.  Raises StoreError."""
+        """Compare the time of day with the monotonic clock.  Raises StoreError."""
         running = self._monotonic()
         if running < self._due:
             return
@@ -10017,14 +9998,14 @@ class SteadyClock:
         self._settings.put("clock", {"at": now, "steady": self._steady})
 
     def before(self, age: float) -> int | None:
-        """Return the time `age` seconds ago, in ms; None: do not rely on it."""
+        """Return the time `age` seconds ago, in ms; None: the clock jumped lately."""
         if self._steady < STEADY_AFTER:
             return None
         return self._now() - round(age * 1000)
 
 
 class Store:
-    """All that the gateway remembers, table by table.
+    """The gateway's database, table by table.
 
     Every method of a table raises StoreError if the database cannot be used.
     """
@@ -10045,10 +10026,10 @@ class Store:
         self.clock = SteadyClock(self.settings)
 
     def tick(self) -> None:
-        """Do the upkeep that no caller should wait for; call it once a second or so."""
+        """Do the upkeep for which no caller should wait; call it every STORE_TICK."""
         try:
             self._database.checkpoint()
-            self._database.give_back()
+            self._database.release_pages()
             self.clock.tick()
         except StoreError as error:  # a full disk: the next tick tries again
             log.warning("%s", error)
@@ -10061,19 +10042,19 @@ class Store:
 # Access
 # Uses: SCRAM, Store
 #
-# Who is admitted, and what for: device tokens, join codes, operator keys with their
-# scopes, sign-ins of browsers, and limits for those who guess.  Each kind of credential
-# has a class of its own; all share a doorkeeper.  A secret is handed out once, and its
-# hash is stored.  What a method requires is decided by the Gateway.
+# Credentials and what they allow: device tokens, join codes, operator keys with their
+# scopes, sign-ins of browsers, and limits for failed attempts.  Each kind of credential
+# has a class of its own; all share a doorkeeper.  A secret is shown once, and its hash
+# is stored.  The Gateway decides which scope a method requires.
 # ==============================================================================
 
 LOGIN_LIFETIME = 30 * 86400  # s since its last use
 JOIN_CODE_LIFETIME = 600.0  # s; also for the device to connect after that
 USE_RECORDED_EVERY = 60.0  # s; otherwise each request would write
-MAX_FAILURES = 5  # of an address within FAILURE_WINDOW, then it has to wait
+MAX_FAILURES = 5  # of an address within FAILURE_WINDOW; then it has to wait
 FAILURE_WINDOW = 60.0  # s; also the first wait, which doubles
 MAX_FAILURE_WAIT = 3600.0  # s
-MAX_FAILING_ADDRESSES = 10_000  # then the one that failed longest ago is forgotten
+MAX_FAILING_ADDRESSES = 10_000  # beyond it, the one that failed first is dropped
 LOCAL_KEY_NAME = "this machine"  # of the key in gateway.json
 
 
@@ -10081,10 +10062,10 @@ class Scope:
     """What an operator may do."""
 
     READ = "operator.read"
-    WRITE = "operator.write"  # run commands, chat; includes reading
-    APPROVALS = "operator.approvals"  # answer an agent that asks
-    PAIRING = "operator.pairing"  # tokens of devices
-    ADMIN = "operator.admin"  # all of it, and keys
+    WRITE = "operator.write"  # run commands, chat; includes READ
+    APPROVALS = "operator.approvals"  # allow or deny commands of an agent
+    PAIRING = "operator.pairing"  # make and revoke tokens of devices
+    ADMIN = "operator.admin"  # manage keys; includes all others
 
 
 SCOPES = (Scope.READ, Scope.WRITE, Scope.APPROVALS, Scope.PAIRING, Scope.ADMIN)
@@ -10125,10 +10106,10 @@ def device_caller(device: Device, address: str = "") -> Caller:
 
 
 def secret_hash(secret: str) -> str:
-    """Return what the store keeps of a secret.
+    """Return the hash under which the store keeps a secret.
 
-    A secret has 128 random bits or more: SHA-256 is slow enough, and the time it takes
-    to find a hash reveals nothing about the secret.
+    A secret has 128 random bits or more: SHA-256 is slow enough, and the time of a
+    look-up reveals nothing about the secret.
     """
     return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
 
@@ -10139,7 +10120,10 @@ def is_loopback(address: str) -> bool:
 
 
 def address_block(address: str) -> str:
-    """Return what one customer has: an IPv4 address, or the /64 of an IPv6 one."""
+    """Return an IPv4 address as it is, and the /64 of an IPv6 address.
+
+    That is what one customer of a provider gets.
+    """
     try:
         packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
     except (OSError, ValueError):
@@ -10154,12 +10138,12 @@ class _Failures:
 
     def __init__(self) -> None:
         self.times: list[float] = []
-        self.waits = 0  # so far; each is twice as long as the one before
+        self.waits = 0  # so far; each is twice as long as the last
         self.blocked_until = 0.0
 
 
 class RateLimit:
-    """Addresses that failed too often lately, and how long each has to wait."""
+    """Addresses with recent failures, and the time that each has to wait."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -10174,7 +10158,7 @@ class RateLimit:
         return left if left > 0 else None
 
     def check(self, address: str) -> None:
-        """Raises RpcError RATE_LIMITED, with `retry_after`, if it has to wait."""
+        """Raises RpcError RATE_LIMITED with `retry_after` while `address` has to wait."""
         wait = self.retry_after(address)
         if wait is not None:
             raise RpcError(
@@ -10194,7 +10178,7 @@ class RateLimit:
             record.times.append(now)
             if len(record.times) >= MAX_FAILURES:
                 wait = min(FAILURE_WINDOW * 2**record.waits, MAX_FAILURE_WAIT)
-                # No larger exponent is needed, and 2 ** 1100 would overflow a float.
+                # A larger exponent changes nothing, and 2.0 ** 1100 would overflow.
                 record.waits = min(record.waits + 1, 32)
                 record.blocked_until = now + wait
                 record.times.clear()
@@ -10208,39 +10192,39 @@ class RateLimit:
 
 
 class Doorkeeper:
-    """What all doors share: the store, the clock, and the audit of who came."""
+    """Store, clock and audit, shared by the classes below."""
 
     def __init__(self, store: Store, clock: Callable[[], int] = now_ms) -> None:
         self.store = store
         self.now = clock  # ms
 
-    def note(self, event: str, subject: str, by: Caller | None) -> None:
-        """Record an act of `by`, or of this program.  Raises StoreError."""
+    def record(self, event: str, subject: str, by: Caller | None) -> None:
+        """Record an act of `by`; None: of this program.  Raises StoreError."""
         by = by or Caller(OPERATOR, "moltis", "moltis")
-        # Devices share one share of the audit: a new token must not bring a new one.
-        share = by.id if by.kind == OPERATOR else by.kind
+        # All devices share one part of the audit: a new token brings no new one.
+        caller_id = by.id if by.kind == OPERATOR else by.kind
         entry = AuditEntry(self.now(), event, by.name, by.address, subject)
-        self.store.audit.add(entry, share)
+        self.store.audit.add(entry, caller_id)
 
-    def note_refusal(self, event: str, subject: str, address: str) -> None:
-        """Record that a stranger was refused, unless the disk is full."""
+    def record_refusal(self, event: str, subject: str, address: str) -> None:
+        """Record a refused stranger; a full disk is ignored."""
         entry = AuditEntry(self.now(), event, "", address, subject)
         with contextlib.suppress(StoreError):
             self.store.audit.add(entry)
 
     def is_use_due(self, last_used_at: int | None) -> bool:
-        """Return whether the use of a credential is to be recorded again."""
+        """Return whether the time of a credential's last use has to be recorded."""
         return self.now() - (last_used_at or 0) >= USE_RECORDED_EVERY * 1000
 
 
 class DeviceAccess:
-    """Device tokens: made, replaced, revoked and recognised."""
+    """Makes, replaces, revokes and checks device tokens."""
 
     def __init__(self, door: Doorkeeper) -> None:
         """Raises StoreError."""
         self._door = door
         self._devices = door.store.devices
-        self._decoy_key = self._kept_decoy_key()
+        self._decoy_key = self._load_decoy_key()
 
     def create_device(
         self,
@@ -10250,9 +10234,9 @@ class DeviceAccess:
         lifetime: float | None = None,
         by: Caller | None = None,
     ) -> tuple[Device, str]:
-        """Return a new device and its token, which cannot be looked up later.
+        """Return a new device and its token, which is not stored.
 
-        A device that has not connected after `lifetime` seconds is deleted.
+        A device that does not connect within `lifetime` seconds is deleted.
         """
         now, token = self._door.now(), new_secret("mdt_")
         device = Device(
@@ -10263,7 +10247,7 @@ class DeviceAccess:
             expires_at=None if lifetime is None else now + round(lifetime * 1000),
         )
         self._devices.add(device, self._credential(token))
-        self._door.note(AuditEvent.TOKEN_CREATED, device_label(device), by)
+        self._door.record(AuditEvent.TOKEN_CREATED, device_label(device), by)
         return device, token
 
     def rotate_device(
@@ -10274,32 +10258,32 @@ class DeviceAccess:
         by: Caller | None = None,
         event: str = AuditEvent.TOKEN_ROTATED,
     ) -> str:
-        """Return a new token for the device; the old one opens nothing any more.
+        """Return a new token for the device, which replaces the old one.
 
-        A device that has not connected by `expires_at` is deleted.
+        A device that does not connect by `expires_at` is deleted.
         Raises RpcError NOT_FOUND.
         """
         token = new_secret("mdt_")
         if not self._devices.rotate(device.id, self._credential(token), expires_at):
             raise RpcError("NOT_FOUND", f"there is no device {clip(device.id, 80)}")
-        self._door.note(event, device_label(device), by)
+        self._door.record(event, device_label(device), by)
         return token
 
     def revoke_device(self, device: Device, *, by: Caller | None = None) -> None:
-        """Admit the device no more.  Raises RpcError NOT_FOUND."""
+        """Revoke the device's token.  Raises RpcError NOT_FOUND."""
         if not self._devices.revoke(device.id, self._door.now()):
             raise RpcError("NOT_FOUND", f"there is no device {clip(device.id, 80)}")
-        self._door.note(AuditEvent.TOKEN_REVOKED, device_label(device), by)
+        self._door.record(AuditEvent.TOKEN_REVOKED, device_label(device), by)
 
-    def note_refused_device(self, name: str, address: str) -> None:
+    def record_refused_device(self, name: str, address: str) -> None:
         """Record that a token was refused."""
-        self._door.note_refusal(AuditEvent.TOKEN_REFUSED, clip(name, 200), address)
+        self._door.record_refusal(AuditEvent.TOKEN_REFUSED, clip(name, 200), address)
 
     def device_by_token(self, token: str) -> Device | None:
         return self._devices.by_token_hash(secret_hash(token), self._door.now())
 
     def device_by_handle(self, handle: str) -> Device | None:
-        """Return the device that a ScramServer has authenticated as `handle`."""
+        """Return the device that a ScramServer authenticated as `handle`."""
         return self._devices.by_handle(handle, self._door.now())
 
     def scram_server(self, channel_binding: bytes | None = None) -> ScramServer:
@@ -10316,11 +10300,11 @@ class DeviceAccess:
 
     def _verifier(self, handle: str) -> ScramVerifier:
         text = self._devices.verifier(handle, self._door.now())
-        # Both are made: time must not tell a known handle from an unknown one.
+        # Made for known handles too: the time must not reveal which are known.
         decoy = decoy_verifier(self._decoy_key, handle)
         return decoy if text is None else ScramVerifier.from_text(text)
 
-    def _kept_decoy_key(self) -> bytes:
+    def _load_decoy_key(self) -> bytes:
         kept = self._door.store.settings.get("scram_decoy_key")
         if not isinstance(kept, str):
             kept = secrets.token_hex(32)
@@ -10329,14 +10313,14 @@ class DeviceAccess:
 
 
 class JoinCodes:
-    """Codes that give one machine the token of a device, once and soon."""
+    """Codes with which one machine gets the token of a device, once."""
 
     def __init__(
         self, door: Doorkeeper, devices: DeviceAccess, limit: RateLimit
     ) -> None:
         self._door = door
         self._devices = devices
-        self._limit = limit  # its own: guessing codes must not lock out keys
+        self._limit = limit  # its own: failed codes must not lock out keys
 
     def create_join_code(self, device: Device) -> str:
         code = "mc_" + secrets.token_urlsafe(16)
@@ -10346,7 +10330,7 @@ class JoinCodes:
         return code
 
     def redeem_join_code(self, code: str, address: str) -> tuple[Device, str]:
-        """Return the device that a join code stands for, and a new token of it.
+        """Return the device of a join code, and a new token for it.
 
         Raises RpcError NOT_FOUND, or RATE_LIMITED with `retry_after`.
         """
@@ -10359,8 +10343,8 @@ class JoinCodes:
             raise RpcError(
                 "NOT_FOUND", "this join code was used or has expired; make another"
             )
-        # The token that was shown beside the link is void now, and one that is lost on
-        # its way expires as the code would have.
+        # This replaces the token that was shown with the code.  If the answer is lost,
+        # the new one expires as the code would have.
         token = self._devices.rotate_device(
             device,
             self._expires_at(),
@@ -10374,7 +10358,7 @@ class JoinCodes:
 
 
 class OperatorAccess:
-    """Operator keys: made, revoked and recognised."""
+    """Makes, revokes and checks operator keys."""
 
     def __init__(self, door: Doorkeeper, limit: RateLimit) -> None:
         self._door = door
@@ -10384,8 +10368,8 @@ class OperatorAccess:
     def ensure_operator_key(self, current: str | None) -> str:
         """Return the key of this machine's own operator, for gateway.json.
 
-        `current` is what that file holds.  If that opens nothing, make a new key, and
-        revoke its predecessors, which are lost.
+        That is `current`, from the file, if it is valid.  Otherwise make a new key, and
+        revoke its predecessors, whose text is lost.
         """
         if current and self.operator_by_key(current):
             return current
@@ -10406,7 +10390,7 @@ class OperatorAccess:
             wrong = clip(str(unknown[0]), 80) if unknown else "nothing"
             raise RpcError(
                 "INVALID_REQUEST",
-                f"{wrong} is no scope; there are {', '.join(SCOPES)}",
+                f"{wrong} is not a scope; choose from {', '.join(SCOPES)}",
             )
         if not name.strip() or name in (LOCAL_KEY_NAME, "moltis"):
             raise RpcError("INVALID_REQUEST", "a key needs a name of its own")
@@ -10415,7 +10399,7 @@ class OperatorAccess:
             raise RpcError("CONFLICT", f"there is a key {clip(name, 80)!r} already")
         key, text = self._add(name, tuple(s for s in SCOPES if s in scopes))
         subject = f"{name} ({', '.join(key.scopes)})"
-        self._door.note(AuditEvent.KEY_CREATED, subject, by)
+        self._door.record(AuditEvent.KEY_CREATED, subject, by)
         return key, text
 
     def keys(self) -> list[OperatorKey]:
@@ -10423,24 +10407,24 @@ class OperatorAccess:
         return self._keys.all()
 
     def revoke_key(self, key_id: str, *, by: Caller | None = None) -> None:
-        """End a key and its sign-ins.  Raises RpcError NOT_FOUND or CONFLICT."""
+        """Revoke a key and its sign-ins.  Raises RpcError NOT_FOUND or CONFLICT."""
         names = [key.name for key in self.keys() if key.id == key_id]
         if names == [LOCAL_KEY_NAME]:
             raise RpcError(
                 "CONFLICT",
-                "this key is in gateway.json; to have another, stop the gateway, "
-                "delete that file and start again",
+                "this key is in gateway.json; to replace it, stop the gateway, "
+                "delete that file and start the gateway again",
             )
         if not self._keys.revoke(key_id, self._door.now()):
             raise RpcError("NOT_FOUND", f"there is no key {clip(key_id, 80)}")
-        self._door.note(AuditEvent.KEY_REVOKED, names[0], by)
+        self._door.record(AuditEvent.KEY_REVOKED, names[0], by)
 
     def operator_by_key(self, key: str, address: str = "") -> Caller | None:
         found = self._keys.by_hash(secret_hash(key))
         if found is None:
             return None
         if self._door.is_use_due(found.last_used_at):
-            # A full disk must not lock out who could make room on it.
+            # A full disk must not lock out the operator who can make room.
             with contextlib.suppress(StoreError):
                 self._keys.used(found.id, self._door.now())
         return Caller(OPERATOR, found.id, found.name, found.scopes, address=address)
@@ -10448,19 +10432,19 @@ class OperatorAccess:
     def admit_operator(
         self, key: str, address: str, refusal: str = AuditEvent.KEY_REFUSED
     ) -> Caller:
-        """Return the operator who comes from `address` with a key.
+        """Return the operator of a key that was sent from `address`.
 
         Raises RpcError UNAUTHORIZED, or RATE_LIMITED with `retry_after`.
         """
-        # On the machine itself the right key opens whatever others there tried.
+        # On this machine, failures of other programs do not lock out the right key.
         if not is_loopback(address):
             self._limit.check(address)
         caller = self.operator_by_key(key, address)
         if caller is None:
             self._limit.check(address)
             self._limit.failed(address)
-            self._door.note_refusal(refusal, "", address)
-            raise RpcError("UNAUTHORIZED", "this operator key opens nothing here")
+            self._door.record_refusal(refusal, "", address)
+            raise RpcError("UNAUTHORIZED", "this operator key is not valid here")
         self._limit.succeeded(address)
         return caller
 
@@ -10472,7 +10456,7 @@ class OperatorAccess:
 
 
 class SignIns:
-    """Cookies of browsers that came with an operator key."""
+    """Makes, deletes and checks the cookies of browsers."""
 
     def __init__(self, door: Doorkeeper, operators: OperatorAccess) -> None:
         self._door = door
@@ -10480,7 +10464,7 @@ class SignIns:
         self._logins = door.store.logins
 
     def sign_in(self, key: str, address: str, user_agent: str) -> str:
-        """Return a cookie for a browser that came with an operator key.
+        """Return a cookie for a browser that sent an operator key.
 
         Raises RpcError UNAUTHORIZED, or RATE_LIMITED with `retry_after`.
         """
@@ -10497,7 +10481,7 @@ class SignIns:
             address=address,
         )
         self._logins.add(login, secret_hash(cookie))
-        self._door.note(AuditEvent.SIGNED_IN, login.user_agent, caller)
+        self._door.record(AuditEvent.SIGNED_IN, login.user_agent, caller)
         return cookie
 
     def caller_by_cookie(self, cookie: str, address: str = "") -> Caller | None:
@@ -10516,16 +10500,16 @@ class SignIns:
         return self._logins.all(self._door.now())
 
     def sign_out(self, login_id: str, *, by: Caller | None = None) -> bool:
-        """End a sign-in, one's own or another's; False: there was none."""
+        """Delete a sign-in; False: there is none."""
         agents = [login.user_agent for login in self.logins() if login.id == login_id]
         if not self._logins.delete(login_id):
             return False
-        self._door.note(AuditEvent.SIGNED_OUT, "".join(agents), by)
+        self._door.record(AuditEvent.SIGNED_OUT, "".join(agents), by)
         return True
 
 
 class Access:
-    """All doors of the gateway."""
+    """All credentials of the gateway."""
 
     def __init__(
         self,
@@ -10542,14 +10526,14 @@ class Access:
         self.sign_ins = SignIns(self._door, self.operators)
 
     def is_current(self, operator: Caller) -> bool:
-        """Return whether what an operator came in with is still good."""
+        """Return whether the credential of a connected operator is still valid."""
         if operator.login_id is not None:
             return operator.login_id in (login.id for login in self.sign_ins.logins())
         keys = self.operators.keys()
         return operator.id in (key.id for key in keys if key.revoked_at is None)
 
     def purge(self) -> None:
-        """Delete what has expired.  Raises StoreError."""
+        """Delete expired sign-ins and devices.  Raises StoreError."""
         now = self._door.now()
         self._door.store.logins.delete_expired(now)
         self._door.store.devices.delete_expired(now)
@@ -15667,7 +15651,7 @@ class Introduction:
             # Not counted against the address: 256 bits cannot be guessed, and a node
             # with an old token must not lock out others behind the same router.
             log.warning("refused address=%s: %s", client.address, error)
-            devices.note_refused_device(str(error), client.address)
+            devices.record_refused_device(str(error), client.address)
             text = "authentication failed"
             if isinstance(error, ChannelMismatch):
                 text = f"{text}: {error}"
@@ -15715,17 +15699,8 @@ def note_presence(
     with contextlib.suppress(RpcError):  # no name, or Local
         name = valid_name(params.display_name)
     try:
-        return devices.connect(
-            device.id,
-            node_id=params.client_id,
-            address=address,
-            now=now_ms(),
-            display_name=name,
-            platform=params.platform,
-            version=params.version,
-            capabilities=params.capabilities,
-            commands=params.commands,
-        )
+        params = params.replace(display_name=name)
+        return devices.connect(device.id, params, address, now_ms())
     except StoreError as error:
         known = devices.by_node_id(params.client_id, now_ms())
         if known is None or known.id != device.id:
