@@ -10158,7 +10158,7 @@ class RateLimit:
         return left if left > 0 else None
 
     def check(self, address: str) -> None:
-        """Raises RpcError RATE_LIMITED with `retry_after` while `address` has to wait."""
+        """Raises RpcError RATE_LIMITED, with `retry_after`, if it has to wait."""
         wait = self.retry_after(address)
         if wait is not None:
             raise RpcError(
@@ -10543,8 +10543,8 @@ class Access:
 # Fleet
 # Uses: Wire protocol, Telemetry, Machine, Store
 #
-# The machines this gateway knows, connected or not, with `Local` among them: names,
-# presence, telemetry, views.  What they are asked to do is left to Jobs.
+# The machines this gateway knows, connected or not, `Local` included: names, presence,
+# telemetry, views.  Work on them is left to Jobs.
 # ==============================================================================
 
 LOCAL_ID = "local"
@@ -10555,16 +10555,16 @@ MAX_NAME = 200  # characters
 MIN_ID_PREFIX = 4  # characters of an id that may stand for it
 MAX_CANDIDATES = 20  # names in an error; there may be thousands
 STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without telemetry from a connected node
-CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest goes
+CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest is dropped
 REPLACE_TIMEOUT = 5.0  # s for an old connection of the same node to end
 
 
 class NodeLink(Protocol):
-    """How a connected node is reached; what sends raises ConnectionClosed."""
+    """The connection to a node; methods that send raise ConnectionClosed."""
 
     node_id: str
     instance: str  # one life of the node's process
-    resumes: bool  # whether it keeps jobs when the connection is lost
+    resumes: bool  # whether jobs outlive the connection
 
     def check(self, work: str, spec: JsonObject) -> None:
         """Raise RpcError for work that this node cannot do."""
@@ -10600,7 +10600,7 @@ class ConnectedNode:
         self.device_id = device_id
         self.link = link
         self.lends_models = CAP_LLM in params.capabilities
-        # Ours before jobs: it is served as a Moltis peer.
+        # Our own, older than `jobs`: served as a Moltis peer.
         self.outdated = (
             CAP_SCRAM in params.capabilities and CAP_JOBS not in params.capabilities
         )
@@ -10653,6 +10653,12 @@ def check_node_id(node_id: str) -> None:
         )
 
 
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - MAX_CANDIDATES
+    listed = ", ".join(names[:MAX_CANDIDATES])
+    return f"{listed} and {more:,} more" if more > 0 else listed
+
+
 class Fleet:
     """The machines this gateway can use, connected or not."""
 
@@ -10679,9 +10685,9 @@ class Fleet:
             return list(self._connected.values())
 
     def claim(self, node: ConnectedNode, device: Device) -> None:
-        """Make `node` the one connection of its id; an old one is hung up first.
+        """Make `node` the one connection of its id, and hang up the previous one.
 
-        Raises RpcError if the token or the id is in use by another machine.
+        Raises RpcError if another machine uses the token or the id.
         """
         self._check_claim(node.node_id, device)
         deadline = Deadline(REPLACE_TIMEOUT)
@@ -10690,12 +10696,12 @@ class Fleet:
                 previous = self._connected.setdefault(node.node_id, node)
             if previous is node:
                 return
-            # Its reader has to end before ours starts: log frames stay in order.
+            # Its reader ends before the new one starts: log frames stay in order.
             previous.link.hang_up("this node has connected again")
             if not previous.gone.wait(deadline.remaining()):
                 raise RpcError(
                     "UNAVAILABLE",
-                    "the node's previous connection is still closing; try again",
+                    "the previous connection of this node is still closing; try again",
                 )
 
     def release(self, node: ConnectedNode) -> None:
@@ -10720,19 +10726,19 @@ class Fleet:
         """Record a node's telemetry.  Raises RpcError for another node's."""
         reported_id = optional(payload, "nodeId", str)
         if reported_id and reported_id != node.node_id:
-            raise RpcError("FORBIDDEN", f"{node.node_id} may report on itself only")
+            raise RpcError(
+                "FORBIDDEN", f"{node.node_id} may not report telemetry of another node"
+            )
         telemetry = Telemetry.from_payload(payload)
         if telemetry.providers is None:
-            with self._lock:
-                known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
+            known = self._known_telemetry(node)
             telemetry = telemetry.replace(providers=known.providers)
         self._record_telemetry(node, telemetry)
 
     def record_providers(self, node: ConnectedNode, payload: JsonObject) -> None:
         """Record a node's answer to `system.providers`."""
         providers = Telemetry.from_payload(payload).providers or ()
-        with self._lock:
-            known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
+        known = self._known_telemetry(node)
         self._record_telemetry(node, known.replace(providers=providers))
 
     def report_local(self, telemetry: Telemetry) -> None:
@@ -10744,14 +10750,14 @@ class Fleet:
             return list(self._cpu.get(node_id, ()))
 
     def resolve(self, reference: str) -> tuple[str, str]:
-        """Return id and name of the machine that a person or program names.
+        """Return id and name of the machine that `reference` names.
 
-        An exact id wins, then a name given by an operator, then one that the machine
-        gave itself, without regard to case; then a unique prefix of an id.
+        An exact id wins, then a name given by an operator, then a name that a machine
+        gave itself, in any case of letters; then a unique prefix of an id.
         Raises RpcError NOT_FOUND, or INVALID_REQUEST with the candidates.
         """
         wanted, names = reference.strip(), self._devices.names()
-        if LOCAL_ID in (wanted, wanted.casefold()):
+        if wanted.casefold() == LOCAL_ID:
             return LOCAL_ID, LOCAL_NAME
         if wanted in names.by_id:
             return wanted, names.by_id[wanted]
@@ -10772,11 +10778,11 @@ class Fleet:
         )
 
     def knows(self, node_id: str) -> bool:
-        """Return whether a node of this id may connect."""
+        """Return whether the id is that of Local or of a device with a token."""
         return node_id == LOCAL_ID or node_id in self._devices.names().by_id
 
     def require_connected(self, node_id: str, name: str) -> ConnectedNode:
-        """Raises RpcError UNAVAILABLE, with the time since when it is offline."""
+        """Raises RpcError UNAVAILABLE, with the time when it was last seen."""
         node = self.connected(node_id)
         if node is not None:
             return node
@@ -10791,9 +10797,9 @@ class Fleet:
         return [self._local_view(), *(self._view(device) for device in devices)]
 
     def select(self, text: str, limit: int) -> tuple[list[JsonObject], int]:
-        """Return views of at most `limit` machines with `text` in id or name.
+        """Return machines with `text` in id or name, and how many there are in all.
 
-        And the number of all such machines.  Connected ones come first, then by name.
+        These are views of at most `limit` machines, connected ones first, then by name.
         """
         wanted, names = text.strip().casefold(), self._devices.names().by_id
         names = {LOCAL_ID: LOCAL_NAME, **names}
@@ -10808,7 +10814,7 @@ class Fleet:
             found = [i for i in names if wanted in f"{i}\n{names[i]}".casefold()]
             found.sort(key=order)
         elif len(found) > limit:
-            # Names of thousands take 3 ms to sort, before each turn of a model.
+            # Sorting thousands of names takes 3 ms, before each turn of a model.
             found.sort(key=lambda node_id: node_id not in connected)
         views = []
         for node_id in sorted(found[:limit], key=order):
@@ -10832,11 +10838,11 @@ class Fleet:
             raise RpcError(
                 "CONFLICT",
                 f"the node id {node_id} belongs to another token ({owner.display_name})"
-                "; choose another with --node-id, or revoke that one",
+                "; choose another id with --node-id, or revoke that token",
             )
         if device.node_id == node_id:
             return
-        # An id wins over a name: this node would get what is meant for that one.
+        # An id wins over a name: this node would get the other's commands.
         if self._devices.is_called(node_id, now_ms(), but=device.id):
             raise RpcError(
                 "CONFLICT",
@@ -10853,6 +10859,10 @@ class Fleet:
     def _announce_presence(self, kind: str, node: ConnectedNode) -> None:
         presence = {"type": kind, "nodeId": node.node_id, "platform": node.platform}
         self._announce("presence", presence)
+
+    def _known_telemetry(self, node: ConnectedNode) -> Telemetry:
+        with self._lock:
+            return self._telemetry.get(node.node_id, (Telemetry(), 0.0))[0]
 
     def _record_telemetry(self, node: ConnectedNode, telemetry: Telemetry) -> None:
         payload = telemetry.to_payload(node.node_id)
@@ -10924,35 +10934,32 @@ class Fleet:
         }
 
 
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - MAX_CANDIDATES
-    listed = ", ".join(names[:MAX_CANDIDATES])
-    return f"{listed} and {more:,} more" if more > 0 else listed
-
-
 # ==============================================================================
 # Jobs
-# Uses: Wire protocol, Machine, Store, Fleet
+# Uses: Wire protocol, Commands, Machine, Store, Fleet
 #
 # Every piece of work on a machine is a job: a row in the store, and a log that its node
 # writes and that followers read from an offset.  At most one follower holds a log: the
-# node keeps what the holder has not read.  The others watch.  The row tells the end.
-# How a node or a client is reached is left to a NodeLink and a Follower.
+# node keeps what the holder has not read.  The others watch.  The row has the ending.
+# Connections are left to NodeLink and Follower.
+#
+# Locks are taken in this order: Jobs._starting, Job.lock, then one of Jobs._lock, a
+# log's, the fleet's, the store's.  Followers and links are called without any of them.
 # ==============================================================================
 
 JOBS_DIRECTORY = "jobs"  # below the data directory; a directory for each log in files
-MEMORY_LOG = 64 * 1024  # bytes of a kept log in memory; beyond it goes to files
-MEMORY_AGE = 1.0  # s after which it goes to files anyway: a kill loses nothing older
+MEMORY_LOG = 64 * 1024  # bytes of a kept log in memory; a longer one moves to files
+MEMORY_AGE = 1.0  # s; an older log moves to files: a kill loses nothing older
 SMALL_PIECE = 1024  # bytes; smaller pieces in memory are joined
 ROW_LOG = 16 * 1024  # bytes; a log of at most that moves into its row when it ends
 SEGMENT = 1024 * 1024  # bytes of one file
-MAX_SEGMENTS = 64  # of one log: the first and the newest; those in between go
-KEEP_OUTPUT = 2 * 1024**3  # bytes of all logs in files, unless told otherwise
+MAX_SEGMENTS = 64  # files of one log: the first and the newest; the middle is dropped
+KEEP_OUTPUT = 2 * 1024**3  # bytes of all logs in files, by default
 MAX_LOG_READ = 256 * 1024  # bytes of a log in one answer
 TEXT_LIMIT = 30_000  # characters of output that a language model sees
-LOST_AFTER = 60.0  # s beyond a command's timeout for which its absent node is awaited
-HOLDER_PATIENCE = 600.0  # s for which an unkept job waits for its holder
-MAX_WAITS = 1000  # answers that wait; more are answered at once
+LOST_AFTER = 60.0  # s beyond a command's timeout; its node may be away that long
+HOLDER_PATIENCE = 600.0  # s that an unkept job waits for its holder
+MAX_WAITS = 1000  # answers that wait; more are refused
 SWEEP_INTERVAL = 60.0  # s between two looks at the size of all logs
 
 # The fields of an Ending that are columns of a row.
@@ -10962,9 +10969,9 @@ Piece: TypeAlias = "tuple[int, bytes]"  # offset, whole log frames
 
 
 def frame_boundary(begin: int, data: bytes, offset: int) -> int:
-    """Return the first boundary at or after `offset` in frames that begin at `begin`.
+    """Return the first boundary at or after `offset`, at most the end of `data`.
 
-    That is at most the end of `data`.
+    `data` is whole frames that begin at `begin`.
     """
     at = 0
     while begin + at < offset and at < len(data):
@@ -10973,7 +10980,7 @@ def frame_boundary(begin: int, data: bytes, offset: int) -> int:
 
 
 class Segment:
-    """A part of a log in a file of its own, named after the offset where it begins."""
+    """One file of a log, named after the offset where it begins."""
 
     def __init__(self, path: Path, size: int = 0) -> None:
         self._path = path
@@ -10986,7 +10993,7 @@ class Segment:
 
     def append(self, data: bytes) -> None:
         """Write whole frames, all or none.  Raises OSError."""
-        # Opened each time (8 µs): a thousand running jobs hold no descriptors.
+        # Opened each time (8 µs), so that a thousand jobs need no descriptors.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         descriptor = os.open(self._path, flags, 0o600)
         try:
@@ -11000,7 +11007,7 @@ class Segment:
     def read(self, offset: int, limit: int) -> bytes:
         """Return about `limit` bytes of whole frames from the boundary `offset` on.
 
-        Nothing if the file was removed meanwhile.
+        They are none if another thread has removed the file.
         """
         count = min(max(limit, MAX_LOG_MESSAGE), self.end - offset)
         with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
@@ -11020,7 +11027,7 @@ class Segment:
         return at
 
     def cut_to_frames(self) -> None:
-        """Remove what a crash left of a frame at the end.  Raises OSError."""
+        """Remove the part of a frame that a crash left at the end.  Raises OSError."""
         size = whole_frames(self._path.read_bytes())
         os.truncate(self._path, size)
         self.end = self.begin + size
@@ -11031,14 +11038,14 @@ class Segment:
 
 
 class Log:
-    """The bytes of one job's log that are held, between `begin` and `end`.
+    """One job's log, as far as it is held: from `begin` to `end`.
 
-    They are in memory at first; those of a kept job move to files.  There may be gaps:
-    bytes that could not be written, were too many, or were lost by the node.
+    It is in memory at first; that of a kept job moves to files.  It may have gaps:
+    bytes that did not fit on the disk, that were dropped, or that the node had lost.
     """
 
     def __init__(self, directory: Path | None = None, begin: int = 0) -> None:
-        """Load the files in `directory`; None: the log stays in memory.
+        """Load the files in `directory`; None: keep the log in memory.
 
         Raises OSError.
         """
@@ -11054,7 +11061,7 @@ class Log:
 
     @property
     def durable(self) -> int:
-        """The offset before which a restart loses nothing more."""
+        """The offset before which the log survives the end of this process."""
         return self.end if self._in_files else self.begin
 
     @property
@@ -11064,9 +11071,9 @@ class Log:
             return sum(segment.size for segment in self._segments)
 
     def append(self, offset: int, data: bytes) -> None:
-        """Add whole frames; those that are known are skipped.
+        """Add whole frames, except those that are in the log.
 
-        Raises RpcError PROTOCOL_ERROR for frames ahead of the end.
+        Raises RpcError PROTOCOL_ERROR for frames that begin after its end.
         """
         with self._lock:
             if offset > self.end:
@@ -11087,7 +11094,7 @@ class Log:
                 self._move_to_files()
 
     def skip_to(self, offset: int) -> None:
-        """Continue at `offset`; bytes before it that are not here are a gap."""
+        """Continue at `offset`, after a gap if the log ends before it."""
         with self._lock:
             if offset > self.end:
                 if self.begin == self.end and not self._segments:
@@ -11095,7 +11102,7 @@ class Log:
                 self.end = offset
 
     def read(self, offset: int, limit: int = MAX_LOG_READ) -> Piece:
-        """Return the offset of the first held frame at or after `offset`, and frames.
+        """Return the offset of the first frame at or after `offset`, and frames.
 
         They have about `limit` bytes; none at the end.  `offset` is a frame boundary
         or lies in a gap: see boundary().
@@ -11103,7 +11110,7 @@ class Log:
         with self._lock:
             behind = not self._memory or offset < self._memory[0][0]
             segments = [s for s in self._segments if behind and s.end > offset]
-        for segment in segments:  # the next one if this was removed meanwhile
+        for segment in segments:  # one that was just removed gives no data
             start = max(offset, segment.begin)
             data = segment.read(start, limit)
             if data:
@@ -11127,10 +11134,13 @@ class Log:
         return self.boundary(max(self.begin, self.end - count))
 
     def forget(self, offset: int) -> None:
-        """Drop what lies before `offset` if it is in memory alone."""
+        """Drop the bytes before `offset` of a log that is not kept."""
         with self._lock:
             if self._directory is None:
-                while self._memory and _end(self._memory[0]) <= offset:
+                while self._memory:
+                    begin, data = self._memory[0]
+                    if begin + len(data) > offset:
+                        break
                     self._memory.popleft()
                 self.begin = max(self.begin, min(offset, self.end))
 
@@ -11215,7 +11225,7 @@ class Log:
                 self._segments.append(new)
             else:
                 last.append(data)
-        except OSError as error:  # the command matters more than its output
+        except OSError as error:  # the command goes on: these bytes are a gap
             log.error("output is lost: %s", error)
         while len(self._segments) > MAX_SEGMENTS:
             self._remove(1)
@@ -11226,17 +11236,13 @@ class Log:
         return segment.size
 
     def _trim(self) -> None:
-        # Followers that keep up read from memory.
+        # Followers that are up to date read from memory.
         while len(self._memory) > 1 and self.end - self._memory[1][0] >= MEMORY_LOG:
             self._memory.popleft()
 
 
-def _end(piece: Piece) -> int:
-    return piece[0] + len(piece[1])
-
-
 def log_text(data: bytes) -> str:
-    """Return the output in whole log frames as text, in the order it was written."""
+    """Return the output in whole log frames as text, both streams in their order."""
     decoders = {
         kind: codecs.getincrementaldecoder("utf-8")("replace") for kind in STREAMS
     }
@@ -11249,14 +11255,14 @@ def log_text(data: bytes) -> str:
 
 
 class Origin(Value):
-    """Who asks for a job, for the audit and for who may take it up."""
+    """The caller of a job, for its row."""
 
-    kind: str  # operator, chat (a person types), model
+    kind: str  # "operator", "chat" (a person's command in a chat), "model"
     id: str  # of the key
     name: str
     address: str = ""
     session_key: str | None = None
-    decided_by: str | None = None  # who allowed a model to run it
+    decided_by: str | None = None  # name of the person who allowed it
 
 
 def new_job(
@@ -11267,11 +11273,11 @@ def new_job(
     *,
     kept: bool,
     job_id: str | None = None,
-    queue: float = 0.0,  # s to wait for a node that is away
+    queue: float = 0.0,  # s to wait for an offline node
 ) -> JobRecord:
-    """Return the row of a job that is asked for now.
+    """Return the row of a new job.
 
-    Raises RpcError INVALID_REQUEST for an id, a work or a spec that cannot be.
+    Raises RpcError INVALID_REQUEST for an id, a work or a spec that is not valid.
     """
     spec = check_spec(work, spec)
     timeout_ms: float | None = spec.get("timeout")
@@ -11298,49 +11304,49 @@ def new_job(
 
 
 class Follower(Protocol):
-    """Follows a job's log; one that holds it slows its node down."""
+    """A reader of a job's log; its node waits for a reader that holds it."""
 
     holds: bool
-    position: int  # all before it is read; only a holder's counts
+    position: int  # the offset before which all is read; of a holder
 
     def wake(self, job: Job) -> None:
-        """Look at the job: something changed.  Neither blocks nor raises."""
+        """Notice that the job has changed.  Neither blocks nor raises."""
 
 
 class Job:
-    """One job: its row, its log, who follows it."""
+    """One job: its row, its log, its followers."""
 
     def __init__(self, record: JobRecord, log: Log) -> None:
         self.id = record.id
         self.record = record  # replaced as a whole, under `lock`
         self.log = log
-        self.lock = threading.Lock()  # guards all below; taken before the log's
+        self.lock = threading.Lock()  # guards all below
         self.followers: tuple[Follower, ...] = ()
         self.holder: Follower | None = None
         self.stored = True  # False: the row has to be written again
         self.sent_over: NodeLink | None = None
         self.was_sent = record.sent_to is not None
-        self.acknowledged = log.begin  # as the node was told
-        self.settled = False  # ended, stored, all of it acknowledged
+        self.acknowledged = log.begin  # the offset that was sent to the node
+        self.settled = False  # it has ended, is stored, and all is acknowledged
         self.log_end: int | None = None  # the final offset, once known
         self.result: JsonObject | None = None  # of work other than a command
         self.place = 0  # in line on its node; 0: it runs
-        self.ends_anew = False  # it has ended, and on_end() was not called for that
+        self.ends_anew = False  # it has ended, and on_end() was not called yet
         self.input_at = 0  # bytes of input that the node has consumed
-        self.input_resumes = 0  # how often the node asked for input from there on
+        self.input_resumes = 0  # requests of the node to resend input from there
         self.away_since: float | None = None  # monotonic; None: its node is connected
-        # Monotonic; since when an unkept job waits for its holder.
+        # Monotonic; an unkept job has waited for its holder since then.
         self.alone_since: float | None = None if record.kept else time.monotonic()
 
     @property
     def away_ms(self) -> int | None:
-        """The milliseconds for which its node has been away; None: it is not."""
+        """Milliseconds since its node went away; None: the node is connected."""
         since = self.away_since if self.record.is_open else None
         return None if since is None else round((time.monotonic() - since) * 1000)
 
     @property
     def ending(self) -> Ending | None:
-        """How it ended; None while it is open."""
+        """Its ending; None while it is open."""
         if self.record.is_open:
             return None
         columns = {name: getattr(self.record, name) for name in ENDING_COLUMNS}
@@ -11351,7 +11357,7 @@ class Job:
         return WORKS[self.record.work].recorded
 
     def releasable(self) -> int:
-        """Return the offset before which the node need not keep the log."""
+        """Return the offset before which the node may drop the log."""
         if not (self.stored or self.record.is_open):
             return self.acknowledged  # the ending waits for room on the disk
         offset = self.log.end
@@ -11364,7 +11370,7 @@ class Job:
         return max(self.acknowledged, offset)
 
     def overdue(self, now: float) -> str:
-        """Return why its node is not awaited any longer, "" while it is."""
+        """Return the reason for giving it up; "": its node is still awaited."""
         if self.away_since is None or self.record.state != JobState.RUNNING:
             return ""
         timeout_ms = self.record.timeout_ms
@@ -11381,7 +11387,7 @@ class Job:
 
 
 def job_view(job: Job | JobRecord) -> JsonObject:
-    """Return a job as operators get it; without the spec, which may hold secrets."""
+    """Return a job as operators see it: without the spec, which may hold secrets."""
     record = job.record if isinstance(job, Job) else job
     view = record.to_json()
     view["end"] = view.pop("logEnd")
@@ -11400,13 +11406,13 @@ def job_view(job: Job | JobRecord) -> JsonObject:
 
 
 class Wait:
-    """A watcher that completes its future once: at news, at the end, or in time."""
+    """A watcher whose future completes at news, at the ending, or after a timeout."""
 
     holds = False
     position = 0
 
     def __init__(self, job: Job, timeout: float | None, offset: int | None) -> None:
-        """`offset`: bytes behind it, and changes of state, are news; None: the end."""
+        """News are bytes after `offset` and changes of state; None: only the ending."""
         self.future: Future[Job] = Future()
         self.job = job
         self._deadline = Deadline(timeout)
@@ -11432,34 +11438,16 @@ def _stopping() -> RpcError:
     return RpcError("UNAVAILABLE", why, details={"goesOn": True}, retryable=True)
 
 
-def _same_caller(job: Job, record: JobRecord) -> Job:
-    """Return `job`.  Raises RpcError CONFLICT unless the same key asks for it again."""
-    if job.record.caller_id != record.caller_id:
-        raise RpcError("CONFLICT", f"the id {record.id} was used by another key")
-    return job
-
-
 def _reopened(record: JobRecord) -> JobRecord:
-    """Return the row of a job that its node brings along: only a lost one changes."""
+    """Return the row of a job that its node still has: a lost one is running again."""
     if record.state != JobState.LOST:
         return record
     running = JobState.RUNNING
     return record.replace(state=running, ended_at=None, reason=None, log_end=0)
 
 
-def _too_many_waits() -> RpcError:
-    why = f"{MAX_WAITS} answers wait for commands already; ask without `wait`"
-    return RpcError("UNAVAILABLE", why, retryable=True)
-
-
-def _why_lost(link: NodeLink) -> str:
-    if link.node_id == LOCAL_ID:
-        return "the gateway was started anew"
-    return "its node came back without it"
-
-
 def _directory_sizes(directory: Path) -> dict[str, int]:
-    """Return the bytes of files in each subdirectory, by its name."""
+    """Return the size of the files in each subdirectory, by its name."""
     sizes = {}
     with contextlib.suppress(FileNotFoundError):
         for name in os.listdir(directory):
@@ -11469,7 +11457,7 @@ def _directory_sizes(directory: Path) -> dict[str, int]:
 
 
 class Jobs:
-    """All jobs: those that are open or not yet settled with their node, by id."""
+    """All jobs; those that are open, or not settled with their node, are in memory."""
 
     def __init__(
         self,
@@ -11483,8 +11471,7 @@ class Jobs:
         self._fleet = fleet
         self._directory = directory
         self._keep_output = keep_output
-        # Held from the look for an id until its job is in _jobs; the first to be taken.
-        self._starting = threading.RLock()
+        self._starting = threading.RLock()  # held until a new id is in _jobs
         self._lock = threading.Lock()  # guards all below
         self._jobs: dict[str, Job] = {}
         self._by_node: dict[str, dict[str, Job]] = {}
@@ -11494,7 +11481,7 @@ class Jobs:
         self._next_sweep = 0.0  # monotonic
         self._unswept = keep_output  # bytes of logs that ended since the last sweep
         for record in table.open():
-            self._adopt(record).away_since = time.monotonic()
+            self._add(self._load(record)).away_since = time.monotonic()
         for node_id in list(self._by_node):
             if not fleet.knows(node_id):  # revoked by a gateway that was killed then
                 self.lose(node_id, "its token was revoked")
@@ -11502,10 +11489,10 @@ class Jobs:
     # --- For callers ---
 
     def start(self, record: JobRecord) -> Job:
-        """Start a job, or queue it; return the known one if its id was used before.
+        """Start or queue a job; for a known id, return the job of that id.
 
         Raises RpcError: CONFLICT for an id of another key, UNAVAILABLE if the node is
-        away; StoreError if the row cannot be written.
+        offline; StoreError if the row cannot be written.
         """
         with self._starting:
             known = self._known(record.id)
@@ -11519,7 +11506,9 @@ class Jobs:
                         raise
                     known = self.get(record.id)  # it has ended
             if known is not None:
-                return _same_caller(known, record)
+                if known.record.caller_id == record.caller_id:
+                    return known
+                raise RpcError("CONFLICT", f"another key has used the id {record.id}")
             job = Job(record, Log(self._log_directory(record)))
             job.was_sent = False
             self._add(job)
@@ -11527,7 +11516,7 @@ class Jobs:
         return job
 
     def _addressed(self, record: JobRecord) -> JobRecord:
-        """Return the row of a new job, with the life of the node that is asked."""
+        """Return the row of a new job, with the life of the node it is sent to."""
         if self._closed:
             raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
         link = self._link(record.node_id)
@@ -11541,7 +11530,7 @@ class Jobs:
         return record
 
     def get(self, job_id: str) -> Job:
-        """Return a job, also one that ended.  Raises RpcError NOT_FOUND, StoreError."""
+        """Return a job, open or ended.  Raises RpcError NOT_FOUND, StoreError."""
         job = self._known(job_id)
         if job is not None:
             return job
@@ -11564,7 +11553,7 @@ class Jobs:
             return [self._jobs.get(row.id, row) for row in rows]
 
     def follow(self, job: Job, follower: Follower) -> None:
-        """Wake `follower` at all changes; one that holds replaces the holder."""
+        """Wake `follower` at each change; one that holds replaces the holder."""
         with job.lock:
             job.followers = (*job.followers, follower)
             if follower.holds:
@@ -11576,7 +11565,7 @@ class Jobs:
         follower.wake(job)
 
     def unfollow(self, job: Job, follower: Follower, *, leaves: bool) -> None:
-        """Forget `follower`; a holder that `leaves` cancels an unkept job."""
+        """Remove `follower`; a holder that `leaves` cancels an unkept job."""
         with job.lock:
             job.followers = tuple(f for f in job.followers if f is not follower)
             held = job.holder is follower
@@ -11590,7 +11579,7 @@ class Jobs:
         self.acknowledge(job)
 
     def acknowledge(self, job: Job) -> None:
-        """Release the node's log, once that is worth a quarter of a window."""
+        """Acknowledge a quarter of a window or more, or the whole log, to the node."""
         with job.lock:
             offset = job.releasable()
             over = not job.record.is_open and job.stored and offset >= job.log.end
@@ -11604,7 +11593,7 @@ class Jobs:
             job.acknowledged, job.settled = offset, over
             if not job.record.kept:
                 job.log.forget(offset)
-        self._tell(job, lambda link: link.acknowledge(job.id, offset))
+        self._notify(job, lambda link: link.acknowledge(job.id, offset))
 
     def wait(
         self, job: Job, timeout: float | None, cancel: Cancellation | None = None
@@ -11633,16 +11622,19 @@ class Jobs:
         return self._watch(Wait(job, timeout, None))
 
     def news(self, job: Job, offset: int, timeout: float) -> Future[Job]:
-        """Return the same, done also at bytes behind `offset` and a change of state."""
+        """Return such a future, done also at bytes after `offset` or a new state."""
         return self._watch(Wait(job, timeout, offset))
 
     def _watch(self, wait: Wait) -> Future[Job]:
         with self._lock:
-            full = len(self._waits) >= MAX_WAITS or self._closed
+            full = len(self._waits) >= MAX_WAITS
             self._waits[wait.future] = wait
         self.follow(wait.job, wait)
-        if full:
-            wait.fail(_stopping() if self._closed else _too_many_waits())
+        if self._closed:
+            wait.fail(_stopping())
+        elif full:
+            why = f"{MAX_WAITS} answers wait for jobs already; ask without `wait`"
+            wait.fail(RpcError("UNAVAILABLE", why, retryable=True))
         wait.future.add_done_callback(self._unwatch)
         return wait.future
 
@@ -11654,7 +11646,7 @@ class Jobs:
         self.unfollow(wait.job, wait, leaves=False)
 
     def text(self, job: Job, limit: int = TEXT_LIMIT) -> str:
-        """Return the output as text; of a longer one head and tail."""
+        """Return the output as text, or its head and tail if it is longer."""
         start, data = job.log.read(0, MAX_LOG_READ)
         before = f"{gap_words(start)}\n" if start else ""
         if start + len(data) == job.log.end:
@@ -11665,9 +11657,9 @@ class Jobs:
         return f"{before}{ends[0]}\n{gap_words(cut)}\n{ends[1]}"
 
     def cancel(self, job: Job, by: str = "") -> None:
-        """End its process group, now or when its node comes back.
+        """End the process group, now or when the node comes back.
 
-        Raises RpcError for a job that its node cannot end.
+        Raises RpcError if the node cannot end it.
         """
         link = job.sent_over
         if link is not None and job.record.is_open:
@@ -11679,9 +11671,9 @@ class Jobs:
             if not job.was_sent:
                 reason = "cancelled before its node came"
                 self._end_locked(job, Ending(JobState.CANCELLED, reason=reason))
-        # First the node: what fills a disk can be cancelled.
+        # First the node: a command that fills the disk can be cancelled.
         if job.record.is_open:
-            self._tell(job, lambda link: link.cancel(job.id))
+            self._notify(job, lambda link: link.cancel(job.id))
             with job.lock:
                 if job.record.is_open:
                     self._save(job)
@@ -11689,16 +11681,16 @@ class Jobs:
         self.acknowledge(job)
 
     def input(self, job: Job, follower: Follower, offset: int, data: bytes) -> None:
-        """Pass the holder's input on; what does not arrive is asked for again.
+        """Forward the holder's input; the node requests again what gets lost.
 
-        Raises RpcError FORBIDDEN for anybody else.
+        Raises RpcError FORBIDDEN unless `follower` holds the job.
         """
         if job.holder is not follower:
-            raise RpcError("FORBIDDEN", f"another client types into {job.id} now")
-        self._tell(job, lambda link: link.input(job.id, offset, data))
+            raise RpcError("FORBIDDEN", f"another client holds {job.id} now")
+        self._notify(job, lambda link: link.input(job.id, offset, data))
 
     def resize(self, job: Job, rows: int, cols: int) -> None:
-        self._tell(job, lambda link: link.resize(job.id, rows, cols))
+        self._notify(job, lambda link: link.resize(job.id, rows, cols))
 
     def discard(self, job_ids: Iterable[str]) -> None:
         """Remove the logs of jobs that ended."""
@@ -11708,7 +11700,7 @@ class Jobs:
             shutil.rmtree(self._directory / job_id, ignore_errors=True)
 
     def close(self) -> None:
-        """Start nothing more; what runs goes on, and its kept logs are in files."""
+        """Refuse new jobs, and write kept logs to files; running jobs go on."""
         self._closed = True
         with self._lock:
             waits = list(self._waits.values())
@@ -11723,7 +11715,7 @@ class Jobs:
         """Add frames to a job's log.  Raises RpcError PROTOCOL_ERROR."""
         job = self._of_node(link.node_id, job_id)
         if job is None:
-            return  # settled, and the node has been told
+            return  # it is settled: the acknowledgement is on its way
         end = offset + len(data)
         # The one answer of a Moltis node is here already, and bounded.
         if link.resumes and end > job.acknowledged + LOG_WINDOW + MAX_LOG_MESSAGE:
@@ -11751,7 +11743,7 @@ class Jobs:
     def on_input(
         self, link: NodeLink, job_id: str, offset: int, *, resume: bool
     ) -> None:
-        """Record how much input was consumed; `resume`: it is to be sent from there."""
+        """Record the offset of consumed input; `resume`: resend it from there."""
         job = self._of_node(link.node_id, job_id)
         if job is not None:
             job.input_at = offset
@@ -11759,9 +11751,9 @@ class Jobs:
             self._wake(job)
 
     def resumed(self, link: NodeLink, held: Mapping[str, int]) -> dict[str, int]:
-        """Return from where a node shall send the logs that it holds, by id.
+        """Return the offset from which the node sends each log that it holds, by id.
 
-        `held`: the first offset it has.  Those not named are unknown here.
+        `held` has the first offset of each.  Unknown jobs are not in the answer.
         Raises StoreError.
         """
         offsets = {}
@@ -11776,21 +11768,24 @@ class Jobs:
                     self._add(job)
                     job.log.skip_to(begin)
                     job.was_sent = True
-                    # An acknowledgement may have got lost with the connection: else
-                    # the node would wait for it with a full window.
+                    # An acknowledgement may be lost with the connection, and the node
+                    # waits for it with a full window: it is sent again.
                     job.acknowledged = begin
                     offsets[job_id] = job.log.end
         return offsets
 
     def came(self, link: NodeLink, held: Mapping[str, int]) -> None:
-        """Bring the jobs of a node that has just connected up to date with it."""
+        """Send a node that has just connected what it missed, and end lost jobs."""
+        why_lost = "its node came back without it"
+        if link.node_id == LOCAL_ID:
+            why_lost = "the gateway was restarted"
         for job in self._on(link.node_id):
             with job.lock:
                 known = job.id in held
                 if known:
                     job.sent_over, job.away_since = link, None
                 elif job.was_sent and job.record.sent_to != link.instance:
-                    self._end_locked(job, Ending(JobState.LOST, reason=_why_lost(link)))
+                    self._end_locked(job, Ending(JobState.LOST, reason=why_lost))
             if job.record.is_open and not known:
                 self._send(job)
             elif known and job.record.is_open and job.record.cancelled_at is not None:
@@ -11800,7 +11795,7 @@ class Jobs:
             self.acknowledge(job)
 
     def left(self, link: NodeLink) -> None:
-        """Wait for a node whose connection ended, as long as its jobs can go on."""
+        """Record that a connection ended; its jobs are lost if they cannot resume."""
         for job in self._on(link.node_id):
             with job.lock:
                 if job.sent_over is not link:
@@ -11822,10 +11817,10 @@ class Jobs:
             self._wake(job)
             self.acknowledge(job)
 
-    # --- What time brings ---
+    # --- Time ---
 
     def tick(self) -> None:
-        """Called every second: timeouts, retries, files, bounds."""
+        """Handle timeouts, retries, files, bounds; call it every second."""
         now, now_in_ms = time.monotonic(), now_ms()
         for job in self._all():
             self._age(job, now, now_in_ms)
@@ -11855,7 +11850,7 @@ class Jobs:
                 self._save(job)
                 changed = job.stored
             if job.alone_since and now - job.alone_since > HOLDER_PATIENCE:
-                job.alone_since = None  # its output is dropped from now on
+                job.alone_since = None  # from now on its output is dropped
                 changed = True
         if now - job.log.created > MEMORY_AGE:
             job.log.flush()
@@ -11866,35 +11861,32 @@ class Jobs:
         self.acknowledge(job)
 
     def _sweep(self) -> None:
-        """Remove the oldest logs while all of them together are too large."""
+        """Remove the oldest logs while all logs are larger than the limit."""
         self._unswept = 0
         sizes = _directory_sizes(self._directory)
         excess = sum(sizes.values()) - self._keep_output
         if excess <= 0:
             return
         with self._lock:
-            live = {i: self._jobs[i] for i in sizes if i in self._jobs}
-        ended = [record for i in sizes if i not in live for record in self._rows(i)]
-        for record in sorted(ended, key=lambda record: record.seq):
+            live = [self._jobs[job_id] for job_id in sizes if job_id in self._jobs]
+        ages = {}
+        for job_id in sizes.keys() - {job.id for job in live}:
+            record = self._table.get(job_id)
+            ages[job_id] = record.seq if record else 0  # not even in the audit
+        for job_id in sorted(ages, key=ages.__getitem__):
             if excess <= 0:
                 return
-            excess -= sizes[record.id]
-            self.discard([record.id])
-        for job in sorted(live.values(), key=lambda job: -job.log.size_on_disk):
+            excess -= sizes[job_id]
+            self.discard([job_id])
+        for job in sorted(live, key=lambda job: -job.log.size_on_disk):
             if excess <= 0:
                 return
             excess -= job.log.drop_middle(excess)
 
-    def _rows(self, job_id: str) -> list[JobRecord]:
-        record = self._table.get(job_id)
-        if record is None:  # the audit has forgotten it
-            self.discard([job_id])
-        return [] if record is None else [record]
-
     # --- Inside ---
 
     def _end_locked(self, job: Job, ending: Ending) -> None:
-        """Record how a job ended, unless that is known; `job.lock` is held."""
+        """Record an ending, unless the job has one; `job.lock` is held."""
         record = job.record
         if record.is_final:
             return
@@ -11948,9 +11940,9 @@ class Jobs:
             if link is None or job.sent_over is link or not record.is_open:
                 return
             if job.was_sent and record.sent_to != link.instance:
-                return  # came() ends it as lost: it never runs twice
+                return  # it never runs twice: came() ends it as lost
             if record.sent_to != link.instance or record.state == JobState.QUEUED:
-                # The row names the life of the node before anything is sent to it.
+                # The row names the life of the node before the job is sent to it.
                 job.record = record.replace(
                     sent_to=link.instance, state=JobState.RUNNING
                 )
@@ -11967,12 +11959,12 @@ class Jobs:
         job.input_resumes += 1  # input that came before has gone nowhere
         self._wake(job)
 
-    def _tell(self, job: Job, tell: Callable[[NodeLink], None]) -> None:
-        """Tell the node something that is told again when it comes back."""
+    def _notify(self, job: Job, notify: Callable[[NodeLink], None]) -> None:
+        """Notify the node, unless it is away; came() does so again."""
         link = job.sent_over
         if link is not None:
             with contextlib.suppress(ConnectionClosed):
-                tell(link)
+                notify(link)
 
     def _wake(self, job: Job) -> None:
         if job.ends_anew and self.on_end is not None:
@@ -11991,7 +11983,7 @@ class Jobs:
         return self._directory / record.id if record.kept else None
 
     def _load(self, record: JobRecord) -> Job:
-        """Return a job whose row is known."""
+        """Return the job of a row."""
         directory = self._log_directory(record)
         kept = directory is not None and record.is_final
         stored = self._table.log(record.id) if kept else None
@@ -12003,23 +11995,19 @@ class Jobs:
             job.log_end = record.log_end
         return job
 
-    def _adopt(self, record: JobRecord) -> Job:
-        """Take up a job of an earlier life of the gateway."""
-        return self._add(self._load(record))
-
     def _reopen(self, link: NodeLink, job_id: str) -> Job | None:
-        """Take up a job that had ended here, and comes back with its node."""
+        """Add a job that has ended here and that its node still has."""
         record = self._table.get(job_id)
         if record is None or record.node_id != link.node_id:
             return None
-        return self._adopt(_reopened(record))
+        return self._add(self._load(_reopened(record)))
 
     def _known(self, job_id: str) -> Job | None:
         with self._lock:
             return self._jobs.get(job_id)
 
     def _of_node(self, node_id: str, job_id: str) -> Job | None:
-        # A node answers for its own jobs only, whatever ids it names.
+        # A node reports on its own jobs only, whatever ids it names.
         with self._lock:
             return self._by_node.get(node_id, {}).get(job_id)
 
@@ -12050,45 +12038,35 @@ class Jobs:
 class LocalLink:
     """The gateway's own machine, as both ends of a connection to a node."""
 
-    resumes = True  # for as long as the gateway lives, and it with it
+    resumes = True  # it lives as long as the gateway
     node_id = LOCAL_ID
 
     def __init__(self, machine: Machine) -> None:
-        self.instance = machine.instance
         self._machine = machine
         self._jobs: Jobs | None = None
+        self.instance = machine.instance
+        self.start = machine.start
+        self.acknowledge = machine.acknowledge
+        self.cancel = machine.cancel
+        self.input = machine.input
+        self.resize = machine.resize
 
     def attach(self, jobs: Jobs) -> None:
-        """Pass what the machine does on to `jobs` from now on."""
+        """Report the machine's logs to `jobs` from now on."""
         self._jobs = jobs
         self._machine.attach(self)
         jobs.came(self, self._machine.held())
 
-    # The gateway asks
+    # For the gateway
 
     def check(self, work: str, spec: JsonObject) -> None: ...
 
     def check_cancel(self, job_id: str) -> None: ...
 
-    def start(self, job_id: str, work: str, spec: JsonObject) -> None:
-        self._machine.start(job_id, work, spec)
-
-    def acknowledge(self, job_id: str, offset: int) -> None:
-        self._machine.acknowledge(job_id, offset)
-
-    def cancel(self, job_id: str) -> None:
-        self._machine.cancel(job_id)
-
-    def input(self, job_id: str, offset: int, data: bytes) -> None:
-        self._machine.input(job_id, offset, data)
-
-    def resize(self, job_id: str, rows: int, cols: int) -> None:
-        self._machine.resize(job_id, rows, cols)
-
     def hang_up(self, _reason: str) -> None:
         self._machine.close()
 
-    # The machine answers
+    # For the machine
 
     def log_ready(self, job_log: JobLog) -> None:
         assert self._jobs is not None
