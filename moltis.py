@@ -1071,15 +1071,30 @@ def run_program(
             kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)
+    if status == 124:
+        stderr += f"{arguments[0]} did not end within {timeout:g} s".encode()
     survivor = process.pid if process.returncode is None else 0
     return ProgramResult(status, stdout, stderr, survivor)
+
+
+def process_mark(pid: int) -> str:
+    """Return a text that no later process with the same id has, "" if none runs."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
+        # The 22nd field is the start, in ticks since boot; the 2nd may hold spaces.
+        started = words.rpartition(")")[2].split()[19]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
+        return f"{boot} {started}"
+    except (OSError, IndexError):  # macOS
+        command = ["ps", "-o", "lstart=", "-p", str(pid)]
+        return run_program(command, os.environ, timeout=10.0).stdout.decode().strip()
 
 
 # ==============================================================================
 # Settings
 #
 # What a machine remembers between runs: `node.json` and `gateway.json` in the data
-# directory.  Which flag beats which variable is said by the command line.
+# directory.  The command line decides which flag beats which variable.
 # ==============================================================================
 
 
@@ -1107,28 +1122,36 @@ def websocket_url(url: str) -> str:
 
 
 def data_directory(environ: Mapping[str, str]) -> Path:
-    """Return the directory for all our files: MOLTIS_DATA_DIR, or ~/.moltis."""
-    chosen = environ.get("MOLTIS_DATA_DIR")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".moltis"
+    """Return the directory for all our files: MOLTIS_DATA_DIR, or ~/.moltis.
+
+    Raises BadConfiguration.
+    """
+    try:
+        return Path(environ.get("MOLTIS_DATA_DIR") or "~/.moltis").expanduser()
+    except RuntimeError as error:  # a user without a home, or a ~name of nobody
+        raise BadConfiguration(
+            f"there is no data directory ({error}); choose one with MOLTIS_DATA_DIR"
+        ) from error
 
 
 def read_settings_file(path: Path) -> JsonObject | None:
-    """Return the object in a JSON file, or None where there is no such file.
+    """Return the object in a JSON file, or None if the file is missing or empty.
 
-    Raises BadConfiguration when it is there and cannot be used.
+    Raises BadConfiguration if it cannot be used.
     """
     try:
-        value = from_json(path.read_bytes())
+        data = path.read_bytes()
+        value = from_json(data) if data.strip() else None
     except FileNotFoundError:
         return None
     except OSError as error:
         raise BadConfiguration(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise BadConfiguration(
-            f"{path} is not JSON ({error}); mend or delete it"
+            f"{path} is not JSON ({error}); repair or delete it"
         ) from error
-    if not isinstance(value, dict):
-        raise BadConfiguration(f"{path} must hold a JSON object; mend or delete it")
+    if value is not None and not isinstance(value, dict):
+        raise BadConfiguration(f"{path} must hold a JSON object; repair or delete it")
     return value
 
 
@@ -1137,15 +1160,33 @@ def write_settings_file(path: Path, value: JsonObject) -> None:
     write_private(path, (json.dumps(value, indent=2) + "\n").encode("utf-8"))
 
 
-def _settings_field(path: Path, value: JsonObject, name: str, kind: type) -> Any:
-    try:
-        return optional(value, name, kind)
-    except RpcError as error:
-        raise BadConfiguration(f"{path}: {error.message}") from error
+class SettingsFile(SnakeValue):
+    """A value with a file of its own in the data directory."""
+
+    FILE: ClassVar[str]
+
+    @classmethod
+    def load(cls, directory: Path) -> Self | None:
+        """Return what the file holds, or None if there is none.
+
+        Raises BadConfiguration.
+        """
+        path = directory / cls.FILE
+        value = read_settings_file(path)
+        try:
+            return None if value is None else cls.from_json(value)
+        except RpcError as error:
+            raise BadConfiguration(f"{path}: {error.message}") from error
+
+    def save(self, directory: Path) -> None:
+        """Write the file.  Raises BadConfiguration."""
+        write_settings_file(directory / self.FILE, self.to_json())
 
 
-class NodeSettings(SnakeValue):
-    """What `node.json` holds: how this machine reaches its gateway, and as whom."""
+class NodeSettings(SettingsFile):
+    """How this machine reaches its gateway, and as whom."""
+
+    FILE = "node.json"
 
     gateway_url: str  # ws:// or wss://, with the path
     device_token: str
@@ -1154,88 +1195,31 @@ class NodeSettings(SnakeValue):
     working_dir: str | None = None
     timeout: float | None = None  # s; a maximum that no caller exceeds
     auth: str = "scram"  # or "bearer", for Moltis gateways
-    lends_models: bool = True  # to the gateway: its Ollama, providers it has keys for
+    llm: bool = True  # lend the gateway this machine's language models
     allow: Sequence[str] = ()  # patterns of the only commands; none: any
 
-    FILE = "node.json"
-
     @classmethod
-    def load(cls, directory: Path) -> NodeSettings | None:
-        """Return the settings, or None where this machine is no node.
-
-        Raises BadConfiguration.
-        """
-        path = directory / cls.FILE
-        value = read_settings_file(path)
-        if value is None:
-            return None
-        lends_models = _settings_field(path, value, "llm", bool)
-        allow = _settings_field(path, value, "allow", list) or []
-        # A guard that cannot be read must not be taken for none.
-        if not all(isinstance(pattern, str) for pattern in allow):
-            raise BadConfiguration(f"{path}: allow must hold strings only")
-        texts = {}
-        for name in ("gateway_url", "device_token", "node_id", "display_name"):
-            text = _settings_field(path, value, name, str)
-            if not text:
-                raise BadConfiguration(f"{path}: {name} is missing")
-            texts[name] = text
-        return cls(
-            **texts,
-            working_dir=_settings_field(path, value, "working_dir", str) or None,
-            timeout=_settings_field(path, value, "timeout", float),
-            auth=_settings_field(path, value, "auth", str) or "scram",
-            lends_models=lends_models is not False,
-            allow=tuple(allow),
+    def from_json(cls, value: JsonObject) -> Self:
+        """Raises RpcError also for an empty text."""
+        settings = super().from_json(
+            {**value, "working_dir": value.get("working_dir") or None}
         )
-
-    def save(self, directory: Path) -> None:
-        """Write node.json.  Raises BadConfiguration."""
-        value = {
-            "gateway_url": self.gateway_url,
-            "device_token": self.device_token,
-            "node_id": self.node_id,
-            "display_name": self.display_name,
-            "working_dir": self.working_dir,
-            "timeout": self.timeout,
-            "auth": self.auth,
-            "llm": self.lends_models,
-            "allow": list(self.allow) or None,
-        }
-        given = {k: v for k, v in value.items() if v is not None}
-        write_settings_file(directory / self.FILE, given)
+        for name in ("gateway_url", "device_token", "node_id", "display_name"):
+            if not getattr(settings, name):
+                raise RpcError("INVALID_REQUEST", f"{name} is missing")
+        return settings
 
 
-class GatewayFile(SnakeValue):
-    """What `gateway.json` holds: how programs of the same user reach the gateway."""
-
-    url: str  # http:// or https://, without a path
-    api_key: str
-    pid: int
-    public_url: str = ""  # the same as other machines may reach it
-    fingerprint: str | None = None  # of the certificate's public key, with https://
+class GatewayFile(SettingsFile):
+    """How programs of the same user reach the running gateway."""
 
     FILE = "gateway.json"
 
-    @classmethod
-    def load(cls, directory: Path) -> GatewayFile | None:
-        """Return what the gateway left, or None.  Raises BadConfiguration."""
-        path = directory / cls.FILE
-        value = read_settings_file(path)
-        if value is None:
-            return None
-        return cls(
-            url=_settings_field(path, value, "url", str) or "",
-            api_key=_settings_field(path, value, "api_key", str) or "",
-            pid=_settings_field(path, value, "pid", int) or 0,
-            public_url=_settings_field(path, value, "public_url", str) or "",
-            fingerprint=_settings_field(path, value, "fingerprint", str),
-        )
-
-    def save(self, directory: Path) -> None:
-        """Write gateway.json.  Raises BadConfiguration."""
-        value = {k: v for k, v in self.to_json().items() if v is not None}
-        write_settings_file(directory / self.FILE, value)
+    url: str = ""  # http:// or https://, without a path
+    api_key: str = ""
+    pid: int = 0
+    public_url: str = ""  # the same as other machines may reach it
+    fingerprint: str | None = None  # of the certificate's public key, with https://
 
 
 # ==============================================================================
@@ -8080,10 +8064,9 @@ class NodeAgent:
 # Node service
 # Uses: Settings, Install
 #
-# What makes a node start on boot and stay: the program's copy in the data directory,
-# a systemd user unit or a launchd agent that runs it, its log, and the file in which
-# the running node says how it is.  Units hold no secret and no parameter.  What runs
-# in the service is the node agent's business.
+# What makes a node start on boot and stay: a systemd user unit or a launchd agent that
+# runs the program's copy in the data directory, its log, and the file with the state of
+# the running node.  Units hold no secret and no parameter.
 # ==============================================================================
 
 UNIT_NAME = "moltis-node.service"
@@ -8095,182 +8078,40 @@ STOP_TIMEOUT = 10  # s; from SIGTERM to SIGKILL, for the node and its commands
 MANAGER_TIMEOUT = 60.0  # s; for one systemctl, loginctl or launchctl
 USER_MANAGER_TIMEOUT = 10.0  # s; for a user manager to come up after enable-linger
 MAX_NODE_LOG = 5 * 1024 * 1024  # bytes; then it becomes node.log.1
+LOG_TAIL = 4096  # bytes
 
 
-class ServiceSpec(Value):
-    """What a unit needs to know: the interpreter, and whose node it is."""
-
-    python: str
-    directory: Path  # the data directory
-    home: Path
-
-    @property
-    def program(self) -> Path:
-        return self.directory / PROGRAM_FILE
-
-    @property
-    def log(self) -> Path:
-        return self.directory / NODE_LOG_FILE
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """What the service cannot know by itself; empty for the usual directory."""
-        if self.directory == self.home / ".moltis":
-            return {}
-        return {"MOLTIS_DATA_DIR": str(self.directory)}
-
-    def by_hand(self) -> str:
-        """Return the shell line that runs the node as the service would."""
-        words = [f"{name}={value}" for name, value in self.environment.items()]
-        words += [self.python, str(self.program), "node", "run"]
-        return " ".join(map(shlex.quote, words))
+# -- the running node's state --------------------------------------------------
 
 
-class ServiceStatus(Value):
-    """What the service manager says."""
-
-    installed: bool
-    enabled: bool  # starts on boot, or at log-in where that is all there is
-    active: bool
-    pid: int | None
-    state: str  # in the manager's own words, for people
-
-
-class ServiceManager(Protocol):
-    """What systemd and launchd have in common, as far as a node needs it."""
-
-    @property
-    def unit(self) -> Path:
-        """The file that tells the service manager about the node."""
-
-    def install(self) -> list[str]:
-        """Write the unit and have it started on every boot.
-
-        Returns what the person should know.  Raises UserError, NoServiceManager.
-        """
-
-    def start(self) -> None:
-        """Start the node, or start it anew.  Raises UserError."""
-
-    def stop(self) -> None:
-        """Stop the node until the next boot.  Raises UserError."""
-
-    def remove(self) -> list[str]:
-        """Stop the node and delete the unit, whatever of it is there.
-
-        Returns what the person should know.
-        """
-
-    def status(self) -> ServiceStatus: ...
-
-
-def service_manager(
-    spec: ServiceSpec, environ: Mapping[str, str], platform: str = sys.platform
-) -> ServiceManager:
-    """Return what starts services for a user here.  Raises NoServiceManager."""
-    if platform.startswith("linux"):
-        return SystemdService(spec, environ)
-    if platform == "darwin":
-        return LaunchdService(spec, environ)
-    raise no_service_manager(spec, f"{platform} has neither systemd nor launchd")
-
-
-def no_service_manager(spec: ServiceSpec, reason: str) -> NoServiceManager:
-    """Return the error that says how else the node can be started on boot."""
-    line = spec.by_hand()
-    cron_line = line.replace("%", r"\%")  # to cron, a bare % ends the line
-    return NoServiceManager(
-        f"nothing here starts a service for a user ({reason}); the configuration is "
-        "kept. Give one of these lines to what starts programs on this machine:\n"
-        f"  its own supervisor:  {line}\n"
-        f"  `crontab -e`:        @reboot {cron_line}"
-    )
-
-
-def _call_manager(
-    arguments: Sequence[str], environ: Mapping[str, str]
-) -> tuple[int, str]:
-    """Run systemctl and the like; return the exit status and all output.
-
-    A program that is missing or hangs has status 127 or 124, as in a shell.
-    """
-    import subprocess
-
-    try:
-        done = subprocess.run(
-            arguments,
-            check=False,
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=MANAGER_TIMEOUT,
-        )
-    except OSError as error:
-        return 127, f"{arguments[0]}: {error.strerror}"
-    except subprocess.TimeoutExpired:
-        return 124, f"{arguments[0]} does not answer"
-    return done.returncode, done.stdout.decode("utf-8", "replace").strip()
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else ""
-
-
-def remove_node_files(directory: Path) -> None:
-    """Delete all that made this machine a node, except its log.
-
-    Raises BadConfiguration.
-    """
-    for name in (NodeSettings.FILE, NodeState.FILE):
-        remove_file(directory / name)
-    remove_program(directory)
-
-
-# -- what the running node says ------------------------------------------------
-
-
-class NodeState(Value):
-    """What `node-state.json` holds: how the node that runs here is doing."""
-
-    pid: int
-    connected: bool
-    since: float  # s since 1970; when `connected` became what it is
-    error: str | None = None  # why it is not connected, one sentence
-    refused: bool = False  # the gateway turned it away: another credential is needed
+class NodeState(SettingsFile):
+    """How the node that runs here is doing."""
 
     FILE = "node-state.json"
 
+    pid: int
+    connected: bool
+    since: float  # s since 1970; when `connected` changed
+    error: str | None = None  # why it is not connected, one sentence
+    refused: bool = False  # by the gateway: another credential is needed
+    mark: str = ""  # process_mark() of `pid`
+
     @classmethod
-    def load(cls, directory: Path) -> NodeState | None:
-        """Return what a node that still runs has written, or None.
+    def load(cls, directory: Path) -> Self | None:
+        """Return the state of a node that still runs, or None.
 
         Raises BadConfiguration.
         """
-        path = directory / cls.FILE
-        value = read_settings_file(path)
-        if value is None:
+        state = super().load(directory)
+        if state is None or not is_running(state.pid):
             return None
-        try:
-            state = cls(
-                pid=required(value, "pid", int),
-                connected=required(value, "connected", bool),
-                since=required(value, "since", float),
-                error=optional(value, "error", str),
-                refused=optional(value, "refused", bool) or False,
-            )
-        except RpcError as error:
-            raise BadConfiguration(f"{path}: {error.message}") from error
-        return state if is_running(state.pid) else None
-
-    def save(self, directory: Path) -> None:
-        """Write node-state.json.  Raises BadConfiguration."""
-        write_private(directory / self.FILE, to_json(self.to_json()).encode("utf-8"))
+        # Another process may have its id by now.
+        same = state.mark in ("", process_mark(state.pid))
+        return state if same else None
 
     @classmethod
     def clear(cls, directory: Path) -> None:
-        """Forget the state, as a node does that ends.  Raises BadConfiguration."""
+        """Delete the file, as a node does that ends.  Raises BadConfiguration."""
         remove_file(directory / cls.FILE)
 
 
@@ -8287,6 +8128,16 @@ def wait_until_connected(directory: Path, deadline: Deadline) -> NodeState | Non
         time.sleep(0.1)
 
 
+def remove_node_files(directory: Path) -> None:
+    """Delete all that made this machine a node, except its log.
+
+    Raises BadConfiguration.
+    """
+    for name in (NodeSettings.FILE, NodeState.FILE):
+        remove_file(directory / name)
+    remove_program(directory)
+
+
 # -- its log -------------------------------------------------------------------
 
 
@@ -8294,7 +8145,7 @@ class NodeLog(logging.FileHandler):
     """`node.log`; what is older than the last 5 MiB or so is in `node.log.1`."""
 
     def __init__(self, directory: Path, limit: int = MAX_NODE_LOG) -> None:
-        """Raises BadConfiguration where the file cannot be written."""
+        """Raises BadConfiguration if the file cannot be written."""
         self._limit = limit  # bytes
         make_private_directory(directory)
         path = directory / NODE_LOG_FILE
@@ -8329,11 +8180,16 @@ class NodeLog(logging.FileHandler):
             return False
 
 
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
 def last_log_line(directory: Path) -> str:
     """Return the last line of node.log, or an empty text."""
     try:
         with open(directory / NODE_LOG_FILE, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_TAIL))
             return _last_line(file.read().decode("utf-8", "replace"))
     except OSError:
         return ""
@@ -8344,12 +8200,12 @@ def follow_log(
 ) -> None:
     """Write the log's last 4 KiB and all that comes, until `stopped` is set.
 
-    Raises BadConfiguration where there is no log.
+    Raises BadConfiguration if there is no log.
     """
     path = directory / NODE_LOG_FILE
     try:
         with open(path, "rb") as file:
-            position = max(0, os.fstat(file.fileno()).st_size - 4096)
+            position = max(0, os.fstat(file.fileno()).st_size - LOG_TAIL)
             if position:
                 file.seek(position)
                 file.readline()  # the rest of a line that began before
@@ -8365,7 +8221,145 @@ def follow_log(
         raise BadConfiguration(f"cannot read {path}: {error.strerror}") from error
 
 
+# -- what systemd and launchd have in common -----------------------------------
+
+
+class ServiceSpec(Value):
+    """What a unit needs to know: the interpreter, and whose node it is."""
+
+    python: str
+    directory: Path  # the data directory
+    home: Path
+
+    @property
+    def log(self) -> Path:
+        return self.directory / NODE_LOG_FILE
+
+    @property
+    def command(self) -> list[str]:
+        """Program and arguments of the service."""
+        imported = [self.python, PYTHON_OPTIONS, "-c", IMPORT_AND_RUN]
+        return [*imported, str(self.directory), "node", "run"]
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What the service cannot know by itself; empty for the usual directory."""
+        if self.directory == self.home / ".moltis":
+            return {}
+        return {"MOLTIS_DATA_DIR": str(self.directory)}
+
+    def by_hand(self) -> str:
+        """Return the shell line that runs the node as the service would."""
+        words = [f"{name}={value}" for name, value in self.environment.items()]
+        words += [self.python, str(self.directory / PROGRAM_FILE), "node", "run"]
+        return " ".join(map(shlex.quote, words))
+
+
+class ServiceStatus(Value):
+    """How a service manager describes the node."""
+
+    installed: bool
+    enabled: bool  # starts on boot, or at log-in where that is all there is
+    active: bool
+    pid: int | None
+    state: str  # in the manager's own words, for people
+
+
+def no_service_manager(spec: ServiceSpec, reason: str) -> NoServiceManager:
+    """Return the error that says how else the node can be started on boot."""
+    line = spec.by_hand()
+    cron_line = line.replace("%", r"\%")  # to cron, a bare % ends the line
+    return NoServiceManager(
+        f"nothing here starts a service for a user ({reason}); the configuration is "
+        "kept. Give one of these lines to what starts programs on this machine:\n"
+        f"  its own supervisor:  {line}\n"
+        f"  `crontab -e`:        @reboot {cron_line}"
+    )
+
+
+class ServiceManager:
+    """A program that starts the node on boot, and again when it ends."""
+
+    def __init__(self, spec: ServiceSpec, environ: Mapping[str, str]) -> None:
+        self._spec = spec
+        self._environ = environ
+
+    @property
+    def unit(self) -> Path:
+        """The file that describes the node."""
+        raise NotImplementedError
+
+    def install(self) -> list[str]:
+        """Write the unit and have it started on every boot.
+
+        Returns what the person should know.  Raises UserError, NoServiceManager.
+        """
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Start the node, or restart it.  Raises UserError."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Stop the node until the next boot.  Raises UserError."""
+        raise NotImplementedError
+
+    def remove(self) -> list[str]:
+        """Stop the node and delete the unit, whatever of it is there.
+
+        Returns what the person should know.  Raises BadConfiguration.
+        """
+        raise NotImplementedError
+
+    def status(self) -> ServiceStatus:
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """Make what the unit names.  Raises BadConfiguration if no unit can name it."""
+        for text in (self._spec.python, str(self._spec.directory)):
+            if not text.isprintable():  # a new line, or no UTF-8
+                raise BadConfiguration(
+                    f"a service cannot be started from {text!r}; "
+                    "choose another directory with MOLTIS_DATA_DIR"
+                )
+        # The manager makes the log, but not its directory, and for everybody to read.
+        NodeLog(self._spec.directory).close()
+        try:
+            self.unit.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadConfiguration(
+                f"cannot write {self.unit}: {error.strerror}"
+            ) from error
+
+    def _try(self, *words: str) -> ProgramResult:
+        return run_program(words, self._environ, timeout=MANAGER_TIMEOUT)
+
+
 # -- systemd -------------------------------------------------------------------
+
+
+def _user_name() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container that runs as a number
+        return str(os.getuid())
+
+
+def _user_manager_environment(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """Return `environ` with the way to the user's own systemd.
+
+    It is missing without a session (cron, the console of a supervisor), and another
+    user's after `su`.
+    """
+    given = environ.get("XDG_RUNTIME_DIR")
+    with contextlib.suppress(OSError):
+        if given and os.stat(given).st_uid == os.getuid():
+            return environ
+    found = dict(environ, XDG_RUNTIME_DIR=f"/run/user/{os.getuid()}")
+    found.pop("DBUS_SESSION_BUS_ADDRESS", None)
+    return found
 
 
 def _systemd_quote(text: str) -> str:
@@ -8377,8 +8371,6 @@ def _systemd_quote(text: str) -> str:
 
 def render_systemd_unit(spec: ServiceSpec) -> str:
     """Return the text of the user unit."""
-    program = [spec.python, PYTHON_OPTIONS, "-c", IMPORT_AND_RUN]
-    command = [*program, str(spec.directory), "node", "run"]
     log_path = str(spec.log).replace("%", "%%")
     lines = [
         "# Made by `moltis node add`, deleted by `moltis node remove`.",
@@ -8389,13 +8381,13 @@ def render_systemd_unit(spec: ServiceSpec) -> str:
         "",
         "[Service]",
         "Type=exec",
-        f"ExecStart={' '.join(map(_systemd_quote, command))}",
+        f"ExecStart={' '.join(map(_systemd_quote, spec.command))}",
         "Restart=always",
         f"RestartSec={RESTART_AFTER}",
         "KillMode=control-group",
+        # A command that the kernel kills for its memory does not end the node.
+        "OOMPolicy=continue",
         f"TimeoutStopSec={STOP_TIMEOUT}",
-        # systemd makes the log, and would make it readable by everybody.
-        "UMask=0077",
         f"StandardOutput=append:{log_path}",
         f"StandardError=append:{log_path}",
     ]
@@ -8407,25 +8399,22 @@ def render_systemd_unit(spec: ServiceSpec) -> str:
     return "\n".join([*lines, "", "[Install]", "WantedBy=default.target", ""])
 
 
-class SystemdService:
+class SystemdService(ServiceManager):
     """The node as a service of the user's own systemd."""
 
     def __init__(self, spec: ServiceSpec, environ: Mapping[str, str]) -> None:
-        self._spec = spec
-        self._environ = _user_manager_environment(environ)
-        self._units = spec.home / ".config" / "systemd" / "user"
+        super().__init__(spec, _user_manager_environment(environ))
 
     @property
     def unit(self) -> Path:
-        return self._units / UNIT_NAME
+        return self._spec.home / ".config" / "systemd" / "user" / UNIT_NAME
 
     def install(self) -> list[str]:
-        # systemd does not make the log's directory: `start` would succeed, and the
-        # service fail at once.
-        make_private_directory(self._spec.directory)
         lingers = self._enable_linger()
         self._wait_for_user_manager(lingers)
-        _write_unit(self.unit, render_systemd_unit(self._spec).encode("utf-8"))
+        self._prepare()
+        unit = render_systemd_unit(self._spec)
+        replace_file(self.unit, unit.encode("utf-8"), 0o644)
         self._systemctl("daemon-reload")
         self._systemctl("enable", UNIT_NAME)
         if lingers:
@@ -8436,9 +8425,8 @@ class SystemdService:
         return [f"{note} that: sudo loginctl enable-linger {_user_name()}"]
 
     def start(self) -> None:
-        """Start the node, or start it anew.  Raises UserError."""
-        # What the last run said must not be taken for what this one says.
         self.stop()
+        # The state of the last run must not be taken for that of this one.
         NodeState.clear(self._spec.directory)
         self._systemctl("start", UNIT_NAME)
         status = self.status()
@@ -8454,8 +8442,8 @@ class SystemdService:
     def remove(self) -> list[str]:
         self._try_systemctl("disable", "--now", UNIT_NAME)
         remove_file(self.unit)
-        # systemctl does both, unless there is no user manager to talk to.
-        wants = self._units / "default.target.wants"
+        # systemctl does both, unless there is no user manager.
+        wants = self.unit.parent / "default.target.wants"
         remove_file(wants / UNIT_NAME)
         with contextlib.suppress(OSError):
             wants.rmdir()
@@ -8467,15 +8455,13 @@ class SystemdService:
         return [f"{note}: loginctl disable-linger {_user_name()}"]
 
     def status(self) -> ServiceStatus:
-        code, output = self._try_systemctl(
-            "show",
-            "--property=ActiveState,SubState,MainPID,UnitFileState,Result",
-            UNIT_NAME,
-        )
+        names = "ActiveState,SubState,MainPID,UnitFileState,Result"
+        shown = self._try_systemctl("show", f"--property={names}", UNIT_NAME)
         installed = self.unit.exists()
-        if code != 0:
-            return ServiceStatus(installed, False, False, None, _last_line(output))
-        fields = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+        if shown.status != 0:
+            return ServiceStatus(installed, False, False, None, _last_line(shown.text))
+        lines = shown.text.splitlines()
+        fields = dict(line.split("=", 1) for line in lines if "=" in line)
         state = f"{fields.get('ActiveState')} ({fields.get('SubState')})"
         if fields.get("Result", "success") != "success":
             state += f", last result: {fields['Result']}"
@@ -8487,74 +8473,39 @@ class SystemdService:
             state=state if installed else "not installed",
         )
 
-    def _try_systemctl(self, *arguments: str) -> tuple[int, str]:
-        return _call_manager(["systemctl", "--user", *arguments], self._environ)
+    def _try_systemctl(self, *arguments: str) -> ProgramResult:
+        return self._try("systemctl", "--user", *arguments)
 
     def _systemctl(self, *arguments: str) -> None:
-        code, output = self._try_systemctl(*arguments)
-        if code != 0:
-            raise UserError(
-                f"`systemctl --user {' '.join(arguments)}` failed: {_last_line(output)}"
-            )
+        done = self._try_systemctl(*arguments)
+        if done.status != 0:
+            command = " ".join(("systemctl --user", *arguments))
+            raise UserError(f"`{command}` failed: {_last_line(done.text)}")
 
     def _lingers(self) -> bool:
         return Path("/var/lib/systemd/linger", _user_name()).exists()
 
     def _enable_linger(self) -> bool:
-        """Have the user's services run from boot on; tell whether they do."""
+        """Have the user's services run from boot on; return whether they do."""
         if not self._lingers():
             # By name: without a session loginctl does not know who we are.
-            _call_manager(["loginctl", "enable-linger", _user_name()], self._environ)
+            self._try("loginctl", "enable-linger", _user_name())
         return self._lingers()
 
     def _wait_for_user_manager(self, lingers: bool) -> None:
-        """Return once it answers, which takes a moment where it was just started."""
+        """Return once it answers; one that was just started needs a moment."""
         deadline = Deadline(USER_MANAGER_TIMEOUT if lingers else 0)
         while True:
-            code, output = self._try_systemctl("daemon-reload")
-            if code == 0:
+            done = self._try_systemctl("daemon-reload")
+            if done.status == 0:
                 return
-            if code == 127 or deadline.expired:
-                reason = _last_line(output)
-                if code != 127 and not lingers and Path("/run/systemd/system").exists():
-                    reason += f"; perhaps sudo loginctl enable-linger {_user_name()}"
-                raise no_service_manager(self._spec, reason)
+            if done.status == 127 or deadline.expired:
+                break
             time.sleep(0.1)
-
-
-def _user_name() -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container that runs as a number
-        return str(os.getuid())
-
-
-def _user_manager_environment(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """Return `environ` with the way to the user's own systemd.
-
-    It is missing without a session (cron, a console of a supervisor), and somebody
-    else's after `su`.
-    """
-    given = environ.get("XDG_RUNTIME_DIR")
-    try:
-        if given and os.stat(given).st_uid == os.getuid():
-            return environ
-    except OSError:
-        pass
-    found = dict(environ, XDG_RUNTIME_DIR=f"/run/user/{os.getuid()}")
-    found.pop("DBUS_SESSION_BUS_ADDRESS", None)
-    return found
-
-
-def _write_unit(path: Path, data: bytes) -> None:
-    """Write into a directory that is not ours alone.  Raises BadConfiguration."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except OSError as error:
-        raise BadConfiguration(f"cannot write {path}: {error.strerror}") from error
+        reason = _last_line(done.text)
+        if done.status != 127 and not lingers and Path("/run/systemd/system").exists():
+            reason += f"; perhaps sudo loginctl enable-linger {_user_name()}"
+        raise no_service_manager(self._spec, reason)
 
 
 # -- launchd -------------------------------------------------------------------
@@ -8566,89 +8517,18 @@ def render_launchd_plist(spec: ServiceSpec) -> bytes:
 
     agent: JsonObject = {
         "Label": LAUNCHD_LABEL,
-        "ProgramArguments": [spec.python, str(spec.program), "node", "run"],
+        "ProgramArguments": spec.command,
         "RunAtLoad": True,
         "KeepAlive": True,
         "ThrottleInterval": RESTART_AFTER,
         "ExitTimeOut": STOP_TIMEOUT,
         "ProcessType": "Background",
-        "Umask": 0o077,
         "StandardOutPath": str(spec.log),
         "StandardErrorPath": str(spec.log),
     }
     if spec.environment:
         agent["EnvironmentVariables"] = dict(spec.environment)
     return plistlib.dumps(agent)
-
-
-class LaunchdService:
-    """The node as an agent of the user's launchd."""
-
-    def __init__(self, spec: ServiceSpec, environ: Mapping[str, str]) -> None:
-        self._spec = spec
-        self._environ = environ
-        self._domain = f"gui/{os.getuid()}"
-        self._target = f"{self._domain}/{LAUNCHD_LABEL}"
-
-    @property
-    def unit(self) -> Path:
-        return self._spec.home / "Library" / "LaunchAgents" / f"{LAUNCHD_LABEL}.plist"
-
-    def install(self) -> list[str]:
-        make_private_directory(self._spec.directory)
-        _write_unit(self.unit, render_launchd_plist(self._spec))
-        self._launchctl("enable", self._target)
-        return ["the node starts when you log in; macOS has no user services before"]
-
-    def start(self) -> None:
-        self.stop()
-        NodeState.clear(self._spec.directory)
-        # bootout returns before it is done, and bootstrap fails until it is.
-        deadline = Deadline(STOP_TIMEOUT + 5)
-        arguments = ("bootstrap", self._domain, str(self.unit))
-        code, _ = self._try_launchctl(*arguments)
-        while code not in (0, 127) and not deadline.expired:
-            time.sleep(0.5)
-            code, _ = self._try_launchctl(*arguments)
-        if code != 0:
-            self._launchctl(*arguments)
-        self._launchctl("kickstart", "-k", self._target)
-
-    def stop(self) -> None:
-        self._try_launchctl("bootout", self._target)  # fails where it is not loaded
-
-    def remove(self) -> list[str]:
-        self.stop()
-        remove_file(self.unit)
-        return []
-
-    def status(self) -> ServiceStatus:
-        installed = self.unit.exists()
-        code, output = self._try_launchctl("print", self._target)
-        if code != 0:
-            state = "not loaded" if installed else "not installed"
-            return ServiceStatus(installed, installed, False, None, state)
-        fields = _launchctl_fields(output)
-        pid = fields.get("pid", "")
-        return ServiceStatus(
-            installed,
-            enabled=installed,
-            active=fields.get("state") == "running",
-            pid=int(pid) if pid.isdigit() else None,
-            state=fields.get("state", "loaded"),
-        )
-
-    def _try_launchctl(self, *arguments: str) -> tuple[int, str]:
-        return _call_manager(["launchctl", *arguments], self._environ)
-
-    def _launchctl(self, *arguments: str) -> None:
-        code, output = self._try_launchctl(*arguments)
-        if code == 127:
-            raise no_service_manager(self._spec, output)
-        if code != 0:
-            raise UserError(
-                f"`launchctl {' '.join(arguments)}` failed: {_last_line(output)}"
-            )
 
 
 def _launchctl_fields(output: str) -> Mapping[str, str]:
@@ -8659,6 +8539,82 @@ def _launchctl_fields(output: str) -> Mapping[str, str]:
         if equals and len(name) - len(name.lstrip("\t")) == 1 and value != "{":
             fields[name.strip()] = value.strip()
     return fields
+
+
+class LaunchdService(ServiceManager):
+    """The node as an agent of the user's launchd."""
+
+    def __init__(self, spec: ServiceSpec, environ: Mapping[str, str]) -> None:
+        super().__init__(spec, environ)
+        self._domain = f"gui/{os.getuid()}"
+        self._target = f"{self._domain}/{LAUNCHD_LABEL}"
+
+    @property
+    def unit(self) -> Path:
+        return self._spec.home / "Library" / "LaunchAgents" / f"{LAUNCHD_LABEL}.plist"
+
+    def install(self) -> list[str]:
+        self._prepare()
+        replace_file(self.unit, render_launchd_plist(self._spec), 0o644)
+        self._launchctl("enable", self._target)
+        return ["the node starts when you log in; macOS has no user services before"]
+
+    def start(self) -> None:
+        self.stop()
+        NodeState.clear(self._spec.directory)
+        # bootout returns before it is done, and bootstrap fails until it is.
+        deadline = Deadline(STOP_TIMEOUT + 5)
+        arguments = ("bootstrap", self._domain, str(self.unit))
+        status = self._try("launchctl", *arguments).status
+        while status not in (0, 127) and not deadline.expired:
+            time.sleep(0.5)
+            status = self._try("launchctl", *arguments).status
+        if status != 0:
+            self._launchctl(*arguments)
+        self._launchctl("kickstart", "-k", self._target)
+
+    def stop(self) -> None:
+        self._try("launchctl", "bootout", self._target)  # fails if it is not loaded
+
+    def remove(self) -> list[str]:
+        self.stop()
+        remove_file(self.unit)
+        return []
+
+    def status(self) -> ServiceStatus:
+        installed = self.unit.exists()
+        printed = self._try("launchctl", "print", self._target)
+        if printed.status != 0:
+            state = "not loaded" if installed else "not installed"
+            return ServiceStatus(installed, installed, False, None, state)
+        fields = _launchctl_fields(printed.text)
+        pid = fields.get("pid", "")
+        return ServiceStatus(
+            installed,
+            enabled=installed,
+            active=fields.get("state") == "running",
+            pid=int(pid) if pid.isdigit() else None,
+            state=fields.get("state", "loaded"),
+        )
+
+    def _launchctl(self, *arguments: str) -> None:
+        done = self._try("launchctl", *arguments)
+        if done.status == 127:
+            raise no_service_manager(self._spec, done.text)
+        if done.status != 0:
+            command = " ".join(("launchctl", *arguments))
+            raise UserError(f"`{command}` failed: {_last_line(done.text)}")
+
+
+def service_manager(
+    spec: ServiceSpec, environ: Mapping[str, str], platform: str = sys.platform
+) -> ServiceManager:
+    """Return what starts services for a user here.  Raises NoServiceManager."""
+    if platform.startswith("linux"):
+        return SystemdService(spec, environ)
+    if platform == "darwin":
+        return LaunchdService(spec, environ)
+    raise no_service_manager(spec, f"{platform} has neither systemd nor launchd")
 
 
 # ==============================================================================
@@ -17018,7 +16974,7 @@ WEB_HTML = r"""<!doctype html>
 <input id="key" type="password" autocomplete="current-password" required
  placeholder="mk_…" aria-describedby="sign-in-error sign-in-help">
 <p id="sign-in-error" class="bad" role="alert"></p>
-<button id="sign-in-button" class="button main" type="submit">Sign in</button>
+<button class="button main" type="submit">Sign in</button>
 <details id="sign-in-help"><summary>Where is the key?</summary>
 <p>The gateway printed a sign-in link when it started; opening it signs you in. The key
 is also in a file on the gateway’s machine:</p>
@@ -17032,7 +16988,7 @@ is also in a file on the gateway’s machine:</p>
 <div id="veil" hidden></div>
 <nav id="sidebar" aria-label="Chats and settings">
 <div class="side-head">
-<a id="home" class="brand" href="/chat/main"><svg class="mark" aria-hidden="true">
+<a class="brand" href="/chat/main"><svg class="mark" aria-hidden="true">
 <use href="#i-mark"/></svg> moltis</a>
 <button id="close-sidebar" class="bare phone"
  aria-label="Close menu" data-icon="close"></button>
@@ -17128,7 +17084,7 @@ is also in a file on the gateway’s machine:</p>
  aria-label="Download all as CSV" data-icon="save"></a>
 <div class="filters"><label>Node <select id="filter-node"></select></label>
 <label>Result <select id="filter-state"></select></label></div></header>
-<div class="scroll" tabindex="0" role="region" aria-label="Commands that were run">
+<div class="scroll" tabindex="0" role="region" aria-label="Command history">
 <table id="audit"><thead><tr><th scope="col">When</th><th scope="col">Who</th>
 <th scope="col">Node</th><th scope="col">Command</th><th scope="col">Result</th>
 <th scope="col" class="number">Duration</th><th scope="col" class="number">Output</th>
@@ -17140,9 +17096,9 @@ is also in a file on the gateway’s machine:</p>
 <section id="models" class="settings" aria-labelledby="models-title" hidden>
 <header class="bar"><h1 id="models-title">Models</h1></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Providers">
-<p class="lead">Ollama is found on every machine, and so is each provider whose key is
-in the environment of the gateway or of a node. A key entered here is never shown
-again.</p>
+<p class="lead">Models come from Ollama on every machine, and from each provider whose
+key is in the environment of the gateway or a node, or is entered here. A key entered
+here is never shown again.</p>
 <div id="providers"></div>
 <form id="model-form"><h2>Unlisted model</h2>
 <div class="inline"><input id="model-name" required placeholder="openai/gpt-5-mini"
@@ -17192,10 +17148,12 @@ again.</p>
 </dialog>
 
 <dialog id="confirm" aria-labelledby="confirm-title" aria-describedby="confirm-text">
+<form method="dialog">
 <h2 id="confirm-title"></h2>
 <p id="confirm-text"></p>
-<div class="actions"><button id="confirm-no" class="button">Cancel</button>
-<button id="confirm-yes" class="button danger"></button></div>
+<div class="actions"><button class="button" autofocus>Cancel</button>
+<button id="confirm-yes" class="button danger" value="yes"></button></div>
+</form>
 </dialog>
 </div>
 
@@ -17268,7 +17226,8 @@ button:disabled { opacity: .5; cursor: default; }
   gap: 6px; border: var(--rule); border-radius: 9px; padding: 6px 13px;
   background: var(--surface); text-decoration: none; white-space: nowrap; }
 .button { min-height: 36px; font-weight: 520; }
-.button:hover { background: var(--sunken); }
+.button:hover, .pick:hover, .pick[aria-expanded=true], .choices li:hover,
+.choices .active { background: var(--sunken); }
 .button.main, .round.main { background: var(--accent); border-color: transparent;
   color: var(--on-accent); }
 .button.main:hover, .round.main:hover { filter: brightness(1.08); }
@@ -17299,6 +17258,9 @@ p.bad:empty { display: none; }
 .dot.wait { background: var(--wait); }
 .dot.run { background: var(--accent); animation: pulse 1.6s infinite; }
 @keyframes pulse { 50% { opacity: .3; } }
+.note, .detail, .count, .code-head, .side-foot h2, #hint { font-size: 12.5px;
+  color: var(--soft); }
+.note:empty { display: none; }
 .tools { display: inline-flex; gap: 2px; margin-left: auto; }
 .actions { display: flex; flex-wrap: wrap; justify-content: flex-end; gap: 10px;
   margin-top: 20px; }
@@ -17311,8 +17273,7 @@ p.bad:empty { display: none; }
   border-radius: 18px; box-shadow: var(--shade); }
 .sheet h1 { display: flex; align-items: center; gap: 10px; font-size: 22px; }
 .sheet label, dialog label { font-weight: 560; font-size: 14px; }
-.sheet p, dialog > p, dialog form > p { color: var(--soft); }
-.sheet p.bad, dialog p.bad { color: var(--bad); }
+:is(.sheet, dialog form) > p:not(.bad) { color: var(--soft); }
 details { margin-top: 6px; color: var(--soft); font-size: 14px; }
 details p { margin: 8px 0; }
 details pre { padding: 8px 10px; border-radius: 8px; background: var(--sunken);
@@ -17350,29 +17311,26 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .brand { display: flex; align-items: center; gap: 9px; font-size: 17px;
   font-weight: 660; letter-spacing: -.02em; color: var(--ink); text-decoration: none; }
 #sessions { flex: 1; min-height: 0; overflow-y: auto; margin: 0 -4px; padding: 0 4px; }
-#sessions li { position: relative; border-radius: 9px; }
-#sessions a { display: block; padding: 7px 10px; border-radius: 9px; color: inherit;
+#sessions li, #sessions a, .side-foot a, .side-foot .bare { border-radius: 9px; }
+#sessions a, .side-foot a, .side-foot .bare { color: var(--ink);
   text-decoration: none; }
-#sessions li:hover { background: var(--hover); }
-#sessions li.current { background: var(--surface); box-shadow: 0 0 0 1px var(--line); }
+#sessions li:hover, .side-foot a:hover { background: var(--hover); }
+#sessions li.current, .side-foot a[aria-current] { background: var(--surface);
+  box-shadow: 0 0 0 1px var(--line); }
+#sessions li { position: relative; }
+#sessions a { display: block; padding: 7px 10px; }
 #sessions .name, #sessions .detail { display: block; }
 #sessions .name { font-weight: 520; }
-#sessions .detail, .detail { font-size: 12.5px; color: var(--soft); }
 #sessions .replying .detail { color: var(--accent); }
 #sessions .tools { position: absolute; right: 5px; top: 5px; border-radius: 8px;
   opacity: 0; background: var(--surface); }
 #sessions li:hover .tools, #sessions li:focus-within .tools { opacity: 1; }
 .side-foot { padding-top: 10px; border-top: var(--rule); }
-.side-foot h2 { padding: 0 10px 4px; font-size: 12.5px; font-weight: 560;
-  color: var(--soft); letter-spacing: 0; }
+.side-foot h2 { padding: 0 10px 4px; font-weight: 560; letter-spacing: 0; }
 .side-foot a, .side-foot .bare { display: flex; justify-content: flex-start; gap: 10px;
-  align-items: center; width: 100%; padding: 6px 10px; border-radius: 9px;
-  color: var(--ink); text-decoration: none; }
+  align-items: center; width: 100%; padding: 6px 10px; }
 .side-foot .icon { color: var(--soft); }
-.side-foot a:hover { background: var(--hover); }
-.side-foot a[aria-current] { background: var(--surface);
-  box-shadow: 0 0 0 1px var(--line); }
-.count { margin-left: auto; font-size: 12.5px; color: var(--soft); }
+.count { margin-left: auto; }
 #frame { display: flex; flex-direction: column; min-height: 0; min-width: 0; }
 #banner { padding: 7px 20px; background: var(--wait-tint); color: var(--wait);
   font-size: 14px; }
@@ -17388,7 +17346,6 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .picker { position: relative; min-width: 0; }
 .pick { display: flex; align-items: center; gap: 8px; max-width: 240px;
   min-height: 36px; padding: 5px 8px 5px 12px; border-radius: 9px; }
-.pick:hover, .pick[aria-expanded=true] { background: var(--sunken); }
 .pick-label { flex: 1; text-align: left; }
 .choices { position: absolute; z-index: 10; right: 0; top: calc(100% + 6px);
   padding: 5px; width: max-content; min-width: 240px; max-width: min(380px, 92vw);
@@ -17397,7 +17354,6 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .choices:focus-visible { outline-offset: 0; outline-width: 1px; }
 .choices li { display: flex; align-items: center; gap: 10px; padding: 7px 10px;
   border-radius: 8px; cursor: pointer; }
-.choices li:hover, .choices .active { background: var(--sunken); }
 .choices .active { box-shadow: inset 0 0 0 1px var(--accent); }
 .choices .dim .choice > :first-child { color: var(--soft); }
 .choice { flex: 1; min-width: 0; }
@@ -17410,8 +17366,6 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #messages, #welcome, #thinking, #composer > * { max-width: 800px; margin-inline: auto; }
 #older { display: flex; margin: 0 auto 18px; }
 .turn { margin-bottom: 20px; }
-.note { font-size: 12.5px; color: var(--soft); }
-.note:empty { display: none; }
 .user { display: flex; flex-direction: column; align-items: flex-end; }
 .bubble { max-width: 85%; padding: 9px 15px; border-radius: 17px 17px 5px 17px;
   background: var(--tint); white-space: pre-wrap; }
@@ -17447,7 +17401,7 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 #prompt:empty { display: none; }
 .round { display: grid; place-items: center; width: 36px; height: 36px; flex: none;
   border-radius: 11px; }
-#hint { margin-top: 6px; text-align: center; font-size: 12.5px; color: var(--soft); }
+#hint { margin-top: 6px; text-align: center; }
 #node-away { margin-bottom: 8px; }
 
 /* prose */
@@ -17466,12 +17420,12 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .prose table { border-collapse: collapse; font-size: 14px; }
 .prose :is(th, td) { padding: 5px 14px 5px 0; text-align: left; vertical-align: top;
   border-bottom: var(--rule); }
-.prose .number, td.number, th.number { text-align: right;
+.prose .number, #audit .number { text-align: right;
   font-variant-numeric: tabular-nums; }
 .prose .center { text-align: center; }
 .code { border-radius: 11px; overflow: hidden; background: var(--sunken); }
 .code-head { display: flex; justify-content: space-between; align-items: center;
-  padding: 2px 5px 0 13px; font-size: 12.5px; color: var(--soft); }
+  padding: 2px 5px 0 13px; }
 .code pre { padding: 4px 13px 11px; overflow-x: auto; }
 
 /* a command */
@@ -17572,7 +17526,6 @@ details label input { flex: 0 1 420px; }
 #audit th { text-align: left; font-weight: 560; color: var(--soft); }
 #audit :is(th, td) { padding: 7px 16px 7px 0; border-bottom: var(--rule);
   vertical-align: baseline; white-space: nowrap; }
-#audit .number { text-align: right; }
 #audit .what { width: 50%; max-width: 0; }
 #audit .result { white-space: normal; min-width: 205px; }
 .result .dot { margin-right: 7px; }
@@ -17700,12 +17653,8 @@ function copyOf(id) {
 const button = (label, onclick, kind = "button") =>
   h("button", {class: kind, onclick}, label);
 
-function iconButton(name, label, onclick, kind = "bare") {
-  const element = h("button", {class: kind, "aria-label": label, title: label},
-    icon(name));
-  if (onclick) on(element, "click", onclick);
-  return element;
-}
+const iconButton = (name, label, onclick = null, kind = "bare") =>
+  h("button", {class: kind, "aria-label": label, title: label, onclick}, icon(name));
 
 // The children of an element, one per item; children with the same key are reused.
 class Keyed {
@@ -17755,9 +17704,9 @@ async function copy(text, button) {
     button.focus();
   }
   announce("Copied");
-  const before = [...button.childNodes];
   if (button.dataset.copied) return;
   button.dataset.copied = "yes";
+  const before = [...button.childNodes];
   fill(button, icon("check"), before.length > 1 && " Copied");
   setTimeout(() => {
     delete button.dataset.copied;
@@ -17810,7 +17759,7 @@ function editInPlace(element, text, label, save) {
     finish(event.key === "Enter");
     element.closest("li, article, header")?.querySelector("a, button")?.focus();
   });
-  element.dataset.edited = "yes"; // views leave it alone meanwhile
+  element.dataset.edited = "yes"; // views do not update it meanwhile
   fill(element, input);
   input.select();
 }
@@ -18037,7 +17986,7 @@ class Terminal {
       const at = TOKEN.lastIndex;
       const token = TOKEN.exec(text)?.[0];
       if (token === undefined) {
-        // Keep an incomplete sequence for the next write; limit what is none.
+        // Keep an incomplete sequence for the next write; drop one that never ends.
         if (text.length - at < 4096) this.rests[isError] = text.slice(at);
         break;
       }
@@ -18388,12 +18337,13 @@ const callError = (code, message) => Object.assign(new Error(message), {code});
 // The connection to the gateway; it reconnects by itself.
 class Link {
   constructor(handlers) {
-    // up(hello), down(retryAt), refused(error), event(name, payload), data(bytes)
+    // up(hello), down(retryAt), refused(), event(name, payload), data(bytes)
     this.handlers = handlers;
     this.calls = new Map();
     this.counter = 0;
     this.failures = 0;
     this.socket = null;
+    this.timer = null; // of the next open()
     setInterval(() => this.probe(), SILENCE / 3);
     on(window, "online", () => this.retryNow());
     on(window, "visibilitychange", () => this.probe());
@@ -18401,23 +18351,28 @@ class Link {
 
   open() {
     clearTimeout(this.timer);
+    this.timer = null;
+    if (this.socket) return;
     const socket = new WebSocket(socketAddress());
     socket.binaryType = "arraybuffer";
     this.socket = socket;
-    this.isUp = false;
     this.lastMessageAt = Date.now();
     on(socket, "open", () => this.introduce(socket));
     on(socket, "message", event => this.take(socket, event.data));
     on(socket, "close", () => this.lost(socket));
   }
 
-  // Close the connection until open() is called.
+  // Close the connection and fail its calls.
   close() {
-    clearTimeout(this.timer);
     const {socket} = this;
-    this.socket = null;
-    socket?.close();
-    this.failAll();
+    this.socket = null; // ignore its events from now on
+    this.isUp = false;
+    socket.close();
+    for (const {reject, timer} of this.calls.values()) {
+      clearTimeout(timer);
+      reject(callError("UNAVAILABLE", "The connection to the gateway was lost."));
+    }
+    this.calls.clear();
   }
 
   call(method, params = {}, timeout = CALL_TIMEOUT) {
@@ -18431,8 +18386,7 @@ class Link {
   }
 
   retryNow() {
-    if (this.socket === null || this.socket.readyState !== WebSocket.CLOSED) return;
-    this.open();
+    if (this.timer) this.open();
   }
 
   request(method, params, timeout, resolve, reject) {
@@ -18457,10 +18411,11 @@ class Link {
       this.handlers.up(hello);
     };
     const refused = error => {
-      if (socket !== this.socket) return;
-      if (!["UNAUTHORIZED", "FORBIDDEN"].includes(error.code)) return;
-      this.close();
-      this.handlers.refused(error);
+      if (!["UNAUTHORIZED", "FORBIDDEN"].includes(error.code)) this.lost(socket);
+      else if (socket === this.socket) {
+        this.close();
+        this.handlers.refused();
+      }
     };
     this.request("connect", params, 10_000, up, refused);
   }
@@ -18487,23 +18442,13 @@ class Link {
 
   lost(socket) {
     if (socket !== this.socket) return;
-    this.isUp = false;
-    this.failAll();
-    // Half of the wait is random: pages reconnect to a restarted gateway one by one.
+    this.close();
+    // Half of the wait is random: pages do not reconnect all at once after a restart.
     const wait = Math.min(RETRY_MAX, RETRY_FIRST * 2 ** this.failures);
     const delay = wait / 2 + (Math.random() * wait) / 2;
     this.failures += 1;
     this.timer = setTimeout(() => this.open(), delay);
     this.handlers.down(Date.now() + delay);
-  }
-
-  failAll() {
-    const calls = [...this.calls.values()];
-    this.calls.clear();
-    for (const {reject, timer} of calls) {
-      clearTimeout(timer);
-      reject(callError("UNAVAILABLE", "The connection to the gateway was lost."));
-    }
   }
 
   // A pulled cable closes no socket: probe the gateway.
@@ -18514,10 +18459,7 @@ class Link {
     try {
       await this.call("subscribe", {events: []}, 8000);
     } catch (error) {
-      if (error.code === "TIMEOUT" && socket === this.socket) {
-        socket.close();
-        this.lost(socket);
-      }
+      if (error.code === "TIMEOUT") this.lost(socket);
     }
   }
 }
@@ -18571,7 +18513,7 @@ class JobLog {
     this.onNews = null; // called after output was added
   }
 
-  // Return the log of a command of the first edition, which left only text.
+  // Return the log of a command of the first edition, which stored only text.
   static ofText(id, text) {
     const known = new JobLog(id);
     known.terminal.write(text);
@@ -18579,7 +18521,7 @@ class JobLog {
     return known;
   }
 
-  // Add frames; after a reconnect some of them are known.
+  // Add frames; after a reconnect some of them arrive again.
   take(offset, frames) {
     if (offset > this.offset) {
       this.leaveOut(this.pending.length);
@@ -18738,7 +18680,7 @@ class Chat {
       if (error.code !== "UNAVAILABLE") showError(error);
       return;
     }
-    // The gateway sends no more changes at once: older ones are missing.
+    // The answer is cut at 1000 rows: older changes are missing.
     if (rows.length >= 1000) this.rows.clear();
     if (!this.rows.size) this.earlier = rows.length >= 200;
     rows.forEach(row => this.merge(row));
@@ -18777,7 +18719,7 @@ class Chat {
     const row = this.rows.get(event.messageId);
     if (event.message) this.merge(event.message);
     else if (event.state === "delta" && row) row.text = (row.text || "") + event.text;
-    // A command may outlive its turn.
+    // Other events change nothing here: a command may outlive its turn.
     if (RUNS.has(event.state)) this.busy = true;
     else if (RUN_ENDS.has(event.state)) this.busy = false;
     touch("chat");
@@ -18796,9 +18738,9 @@ class Chat {
 
   updateJob(change) {
     for (const row of this.rows.values()) {
-      // These are absent when they no longer apply.
-      const before = {...row.job, place: null, awayMs: null};
-      if (row.jobId === change.id) row.job = {...before, ...change};
+      if (row.jobId !== change.id) continue;
+      // `change` lacks place and awayMs when they no longer apply.
+      row.job = {...row.job, place: null, awayMs: null, ...change};
     }
     touch("chat");
   }
@@ -18840,6 +18782,18 @@ const sessionName = entry =>
 
 const currentModel = entry => entry.model || state.models[0]?.id || SHELL;
 
+const modelName = id => state.models.find(model => model.id === id)?.displayName || id;
+
+// Return the names of a session's machine and model.
+function namesOf(entry) {
+  const model = currentModel(entry);
+  return {
+    node: sessionNode(entry).displayName,
+    model: modelName(model),
+    shell: model === SHELL,
+  };
+}
+
 function currentChat() {
   const {key} = state.route;
   if (!state.chats.has(key)) state.chats.set(key, new Chat(key));
@@ -18854,32 +18808,18 @@ async function patchSession(key, change) {
   if (!(await attempt("sessions.patch", {key, ...change}))) refresh("sessions");
 }
 
-async function selectNode(key, nodeId) {
-  const id = nodeId === LOCAL ? null : nodeId;
-  const entry = state.sessions.find(known => known.key === key);
-  if (entry) entry.node_id = id;
-  touch("sessions", "chat");
-  await attempt("nodes.set_session", {session_key: key, node_id: id});
-  refresh("sessions");
-}
+const selectNode = (key, id) => patchSession(key, {node_id: id === LOCAL ? null : id});
 
+// The method and parameters that fetch a list of `state`.
 const SOURCES = {
-  sessions: async () => {
-    state.sessions = await link.call("sessions.list");
-    for (const {key, replying} of state.sessions) {
-      const chat = state.chats.get(key);
-      if (chat && !chat.loading) chat.busy = replying;
-    }
-  },
-  models: async () => (state.models = await link.call("models.list")),
-  nodes: async () => (state.nodes = await link.call("node.list")),
-  devices: async () => (state.devices = await link.call("device.pair.list")),
-  running: async () => {
-    state.running = await link.call("job.list", {state: "open"});
-  },
-  providers: async () => (state.providers = await link.call("models.providers")),
-  keys: async () => (state.keys = await link.call("keys.list")),
-  logins: async () => (state.logins = await link.call("logins.list")),
+  sessions: ["sessions.list"],
+  models: ["models.list"],
+  nodes: ["node.list"],
+  devices: ["device.pair.list"],
+  running: ["job.list", {state: "open"}],
+  providers: ["models.providers"],
+  keys: ["keys.list"],
+  logins: ["logins.list"],
 };
 
 const refreshing = new Map(); // topic → whether to fetch it once more
@@ -18896,7 +18836,8 @@ async function refreshOne(topic) {
   }
   refreshing.set(topic, false);
   try {
-    await SOURCES[topic]();
+    state[topic] = await link.call(...SOURCES[topic]);
+    if (topic === "sessions") updateBusy();
     touch(topic);
   } catch (error) {
     // A key with only the read scope cannot list tokens.
@@ -18908,7 +18849,14 @@ async function refreshOne(topic) {
   if (again && state.link === "up") await refreshOne(topic);
 }
 
-// Follow a job: the gateway sends the end of its log, then what is added.
+function updateBusy() {
+  for (const {key, replying} of state.sessions) {
+    const chat = state.chats.get(key);
+    if (chat && !chat.loading) chat.busy = replying;
+  }
+}
+
+// Follow a job: the gateway sends the end of its log, then new output.
 async function followJob(chat, log) {
   const {id, offset} = log;
   if (log.isComplete || state.link !== "up" || state.followed.has(id)) return;
@@ -18930,7 +18878,7 @@ function unfollowOthers() {
   for (const [id, chat] of state.followed) {
     if (chat === shown) continue;
     state.followed.delete(id);
-    // A lost connection follows nothing.
+    // A call that fails lost its connection, and with it all followed jobs.
     link.call("job.unfollow", {id}).catch(() => null);
   }
 }
@@ -18940,7 +18888,7 @@ function onJobState({ending, ...change}) {
   const chat = state.followed.get(id);
   if (!chat) return;
   chat.updateJob({...change, ...ending});
-  // A lost job may still come back with its node.
+  // A lost job may still end otherwise when its node reconnects.
   if (!ending || ending.state === "lost") return;
   chat.logs.get(id).isComplete = true; // the ending is a log's last frame
   state.followed.delete(id);
@@ -19075,9 +19023,16 @@ const PAGE_TOPICS = {
 function routeOf(path) {
   const [, area, rest = ""] = /^\/(\w*)\/?(.*)$/.exec(path) || [];
   if (area === "settings") return {page: rest in PAGES ? rest : "nodes"};
-  if (area === "chat" && rest) return {page: "chat", key: decodeURIComponent(rest)};
-  return {page: "chat", key: localStorage.getItem("session") || MAIN};
+  try {
+    if (area === "chat" && rest) return {page: "chat", key: decodeURIComponent(rest)};
+  } catch {
+    // Not percent-encoded text: show the last chat.
+  }
+  return {page: "chat", key: lastKey()};
 }
+
+// Return the key of the chat that this browser showed last.
+const lastKey = () => localStorage.getItem("session") || MAIN;
 
 const chatPath = key => `/chat/${encodeURIComponent(key)}`;
 
@@ -19089,9 +19044,10 @@ function go(path, replace = false) {
 
 function applyAddress() {
   state.route = routeOf(location.pathname);
-  if (location.pathname === "/")
+  if (state.route.page === "chat") {
     history.replaceState(null, "", chatPath(state.route.key));
-  if (state.route.page === "chat") localStorage.setItem("session", state.route.key);
+    localStorage.setItem("session", state.route.key);
+  }
   openSidebar(false);
   enterRoute();
   touch("route");
@@ -19105,7 +19061,6 @@ function enterRoute() {
   if (page === "chat") currentChat().load();
   else if (page === "commands") loadAudit();
   else refresh(...PAGE_TOPICS[page]);
-  if (page === "nodes") state.nodes.forEach(loadUsage);
 }
 
 // == widgets ==
@@ -19116,18 +19071,14 @@ function confirmed(title, text, action) {
   setText($("confirm-title"), title);
   setText($("confirm-text"), text);
   setText($("confirm-yes"), action);
+  dialog.returnValue = "";
+  dialog.showModal();
   return new Promise(resolve => {
-    const close = answer => {
-      dialog.close();
-      resolve(answer);
-    };
-    $("confirm-yes").onclick = () => close(true);
-    $("confirm-no").onclick = () => close(false);
-    dialog.oncancel = () => resolve(false);
-    dialog.showModal();
-    $("confirm-no").focus();
+    dialog.onclose = () => resolve(dialog.returnValue === "yes");
   });
 }
+
+const dotFor = ({dot}) => dot && h("span", {class: `dot ${dot}`});
 
 // A button with a listbox: arrow keys, Home, End, type-ahead.
 class Picker {
@@ -19252,15 +19203,10 @@ class Picker {
   }
 }
 
-const dotFor = ({dot}) => dot && h("span", {class: `dot ${dot}`});
-
 function nodeOptions() {
-  const entry = currentSession();
-  const selected = sessionNode(entry);
-  const nodes = state.nodes.includes(selected)
-    ? state.nodes
-    : [...state.nodes, selected];
-  return inOrder(nodes).map(node => ({
+  const selected = sessionNode(currentSession());
+  // A removed machine stays in the list while it is selected.
+  return inOrder([...new Set([...state.nodes, selected])]).map(node => ({
     value: node.nodeId,
     label: node.displayName,
     detail: nodeDetail(node),
@@ -19270,10 +19216,11 @@ function nodeOptions() {
   }));
 }
 
+const offlineText = ({lastSeenAt}) =>
+  lastSeenAt ? `Offline, last seen ${ago(lastSeenAt)}` : "Offline";
+
 function nodeDetail(node) {
-  if (!node.connected) {
-    return node.lastSeenAt ? `Offline, seen ${ago(node.lastSeenAt)}` : "Offline";
-  }
+  if (!node.connected) return offlineText(node);
   const {cpuUsage, load} = node.telemetry || {};
   return dotted(node.nodeId === LOCAL ? "This gateway" : platformName(node.platform),
     cpuUsage != null && `${Math.round(cpuUsage)} % CPU`,
@@ -19289,7 +19236,7 @@ function modelOptions() {
     chosen: model.id === chosen,
   }));
   if (known.some(option => option.chosen) || !state.models.length) return known;
-  const gone = {value: chosen, label: chosen, detail: "Not available now", dim: true};
+  const gone = {value: chosen, label: chosen, detail: "Not available", dim: true};
   return [...known, {...gone, chosen: true}];
 }
 
@@ -19387,12 +19334,10 @@ class SessionItem {
 
   async discard() {
     const {entry} = this;
-    const text =
-      "Its messages and their output are deleted. The list of commands stays.";
+    const text = "Its messages and output are deleted. The list of commands stays.";
     const question = `Delete “${sessionName(entry)}”?`;
-    if (!(await confirmed(question, text, "Delete"))) return;
-    if (!(await attempt("sessions.delete", {key: entry.key}))) return;
-    onSession({type: "deleted", sessionKey: entry.key});
+    if (await confirmed(question, text, "Delete"))
+      attempt("sessions.delete", {key: entry.key});
   }
 }
 
@@ -19419,9 +19364,9 @@ async function newChat() {
   const isEmpty = known => !known.messageCount && !known.label && known.key !== MAIN;
   const entry = state.sessions.find(isEmpty) || (await attempt("sessions.create", {}));
   if (!entry) return;
-  // A new chat keeps the current machine and model.
-  if (model) await attempt("sessions.patch", {key: entry.key, model});
-  if (nodeById(node_id)) await selectNode(entry.key, node_id);
+  // A new chat keeps the current model, and the machine unless it was removed.
+  const node = nodeById(node_id) ? node_id : null;
+  if (model) await patchSession(entry.key, {model, node_id: node});
   await refresh("sessions");
   go(chatPath(entry.key));
   $("text").focus();
@@ -19441,6 +19386,18 @@ class UserTurn {
   }
 }
 
+const STATE_NOTES = {
+  aborted: "stopped",
+  error: "failed",
+  interrupted: "interrupted by a restart of the gateway",
+};
+
+const usageText = usage =>
+  usage?.outputTokens
+    ? `${usage.inputTokens.toLocaleString()} tokens read, ` +
+      `${usage.outputTokens.toLocaleString()} written`
+    : "";
+
 class AssistantTurn {
   constructor() {
     Object.assign(this, copyOf("assistant-turn"));
@@ -19457,18 +19414,6 @@ class AssistantTurn {
     this.root.title = fullFormat.format(row.createdAt);
   }
 }
-
-const STATE_NOTES = {
-  aborted: "stopped",
-  error: "failed",
-  interrupted: "interrupted by a restart of the gateway",
-};
-
-const usageText = usage =>
-  usage?.outputTokens
-    ? `${usage.inputTokens.toLocaleString()} tokens read, ` +
-      `${usage.outputTokens.toLocaleString()} written`
-    : "";
 
 class NoticeTurn {
   constructor() {
@@ -19626,12 +19571,9 @@ function drawThinking(chat, rows) {
   const last = rows.at(-1);
   const silent = last?.role === "user" || last?.state !== "running";
   $("thinking").hidden = !(chat.busy && silent) || last?.state === "queued";
-  const entry = currentSession();
-  const model = currentModel(entry);
-  setText($("thinking-text"), model === SHELL ? "" : `${modelName(model)} thinks`);
+  const {model, shell} = namesOf(currentSession());
+  setText($("thinking-text"), shell ? "" : `${model} is thinking`);
 }
-
-const modelName = id => state.models.find(model => model.id === id)?.displayName || id;
 
 const announced = new Set(); // ids of ended messages
 
@@ -19658,10 +19600,7 @@ function drawWelcome(chat, rows) {
   const box = $("welcome");
   box.hidden = !chat.loaded || rows.length > 0;
   if (box.hidden) return;
-  const entry = currentSession();
-  const node = sessionNode(entry).displayName;
-  const shell = currentModel(entry) === SHELL;
-  const model = modelName(currentModel(entry));
+  const {node, model, shell} = namesOf(currentSession());
   const run = line =>
     button(line, () => send(shell ? line : `!${line}`), "button small mono");
   const what = shell
@@ -19677,20 +19616,18 @@ function drawWelcome(chat, rows) {
 
 function drawComposer(chat) {
   const entry = currentSession();
-  const node = sessionNode(entry);
-  const shell = currentModel(entry) === SHELL;
+  const {node, model, shell} = namesOf(entry);
   const text = $("text");
   $("composer").classList.toggle("shell", shell);
-  setText($("prompt"), shell ? `${node.displayName} $` : "");
-  text.placeholder = shell ? "" : `Message ${modelName(currentModel(entry))}`;
-  const label = shell ? `Command for ${node.displayName}` : "Message";
-  text.setAttribute("aria-label", label);
+  setText($("prompt"), shell ? `${node} $` : "");
+  text.placeholder = shell ? "" : `Message ${model}`;
+  text.setAttribute("aria-label", shell ? `Command for ${node}` : "Message");
   $("stop").hidden = !chat.busy;
-  const gone = !node.connected && state.nodes.length > 0;
-  $("node-away").hidden = !gone;
-  const since = node.lastSeenAt ? ` since ${formatTime(node.lastSeenAt)}` : "";
-  const offline = `${node.displayName} is offline${since}.`;
-  setText($("node-away"), `${offline} Commands do not run elsewhere instead.`);
+  const {connected, lastSeenAt} = sessionNode(entry);
+  $("node-away").hidden = connected || !state.nodes.length;
+  const since = lastSeenAt ? ` since ${formatTime(lastSeenAt)}` : "";
+  setText($("node-away"),
+    `${node} is offline${since}. Commands do not run on another machine instead.`);
   const more = shell ? "↑ earlier commands" : "!command runs a command";
   const enter = shell ? "Enter runs" : "Enter sends";
   setText($("hint"), `${enter} · Shift+Enter new line · ${more}`);
@@ -19716,7 +19653,7 @@ async function send(line) {
   follows = true;
   const entry = currentSession();
   const params = {text: typed, sessionKey: entry.key};
-  // Before the list of sessions is here, only the gateway knows the model.
+  // Until the list of sessions arrives, only the gateway knows the model.
   if (state.sessions.includes(entry)) params.model = currentModel(entry);
   const answer = await attempt("chat.send", params);
   // Restore the text if the call failed.
@@ -19732,6 +19669,8 @@ function earlierTexts() {
     .map(row => row.text);
   return texts.filter((text, n) => text !== texts[n + 1]);
 }
+
+const stopRun = () => attempt("chat.abort", {sessionKey: state.route.key});
 
 // Move by `step` through earlier texts; return false at the end.
 function recallText(step) {
@@ -19772,7 +19711,6 @@ const selectedText = () => {
   return text.selectionStart !== text.selectionEnd || String(getSelection());
 };
 
-const stopRun = () => attempt("chat.abort", {sessionKey: state.route.key});
 
 function followEnd() {
   const box = $("transcript");
@@ -19821,20 +19759,18 @@ class Meter {
 // Draw a node's CPU usage over the last 30 minutes.
 function drawSpark(svg, points) {
   const now = Date.now();
-  const place = ([ms, usage]) => {
-    const x = 120 - ((now - ms) / HISTORY_SPAN) * 120;
-    return `${x.toFixed(1)} ${(27 - Math.min(100, usage) * 0.26).toFixed(1)}`;
-  };
   const recent = points.filter(([ms]) => ms > now - HISTORY_SPAN);
-  const trace = recent.map(place).join("L");
-  const [area, line] = svg.children;
-  line.setAttribute("d", recent.length > 1 ? `M${trace}` : "");
-  const x = recent.length && place(recent[0]).split(" ")[0];
-  const end = recent.length && place(recent.at(-1)).split(" ")[0];
-  area.setAttribute("d", recent.length > 1 ? `M${x} 28L${trace}L${end} 28Z` : "");
-  const top = Math.round(Math.max(0, ...recent.map(([, usage]) => usage)));
-  svg.setAttribute("aria-label", `CPU of the last 30 minutes, at most ${top} percent`);
   svg.classList.toggle("none", recent.length < 2);
+  if (recent.length < 2) return;
+  const x = ms => (120 - ((now - ms) / HISTORY_SPAN) * 120).toFixed(1);
+  const y = usage => (27 - Math.min(100, usage) * 0.26).toFixed(1);
+  const trace = recent.map(([ms, usage]) => `${x(ms)} ${y(usage)}`).join("L");
+  const [first, last] = [recent[0], recent.at(-1)].map(([ms]) => x(ms));
+  const [area, line] = svg.children;
+  line.setAttribute("d", `M${trace}`);
+  area.setAttribute("d", `M${first} 28L${trace}L${last} 28Z`);
+  const top = Math.round(Math.max(...recent.map(([, usage]) => usage)));
+  svg.setAttribute("aria-label", `CPU of the last 30 minutes, at most ${top} percent`);
 }
 
 class NodeCard {
@@ -19861,7 +19797,7 @@ class NodeCard {
     setText(this.about, dotted(platformName(node.platform), version, node.remoteIp));
     this.outdated.hidden = !node.outdated;
     setText(this.outdated,
-      `It runs moltis ${node.version || "of old"}: update moltis there.`);
+      `It runs ${version || "an old version of moltis"}: update moltis there.`);
     this.drawTelemetry(telemetry || {});
     this.drawLists(node, telemetry || {});
     const own = state.running.filter(row => row.nodeId === node.nodeId);
@@ -19871,48 +19807,43 @@ class NodeCard {
 
   stateText(node) {
     if (node.nodeId === LOCAL) return "The machine that runs this gateway";
-    if (!node.connected) {
-      return node.lastSeenAt ? `Offline, last seen ${ago(node.lastSeenAt)}` : "Offline";
-    }
+    if (!node.connected) return offlineText(node);
     const since = node.connectedAt ? ` since ${formatTime(node.connectedAt)}` : "";
-    const stale = node.telemetry?.stale ? ", but its figures are out of date" : "";
+    const stale = node.telemetry?.stale ? ", but its telemetry is out of date" : "";
     return `Connected${since}${stale}`;
   }
 
-  drawTelemetry(told) {
-    const memory = told.memTotal - told.memAvailable;
-    const disk = told.diskTotal - told.diskAvailable;
-    const of = (used, total) => `${formatBytes(used)} of ${formatBytes(total)}`;
-    const cores = told.cpuCount ? ` of ${plural(told.cpuCount, "core")}` : "";
-    this.cpu.update(told.cpuUsage == null ? null : told.cpuUsage / 100,
-      `${Math.round(told.cpuUsage)} %${cores}`);
-    this.memory.update(memory / told.memTotal, of(memory, told.memTotal));
-    this.disk.update(disk / told.diskTotal, of(disk, told.diskTotal));
+  drawTelemetry(telemetry) {
+    const {cpuUsage, cpuCount, load, uptimeSecs, temperature} = telemetry;
+    const cores = cpuCount ? ` of ${plural(cpuCount, "core")}` : "";
+    this.cpu.update(cpuUsage == null ? null : cpuUsage / 100,
+      `${Math.round(cpuUsage)} %${cores}`);
+    for (const [meter, total, available] of [
+      [this.memory, telemetry.memTotal, telemetry.memAvailable],
+      [this.disk, telemetry.diskTotal, telemetry.diskAvailable],
+    ]) {
+      const used = total - available;
+      meter.update(used / total, `${formatBytes(used)} of ${formatBytes(total)}`);
+    }
     drawSpark(this.spark, state.usage.get(this.node.nodeId) || []);
     const facts = dotted(
-      told.load?.length && `load ${told.load.map(n => n.toFixed(2)).join(" ")}`,
-      told.uptimeSecs && `up ${formatDuration(Math.max(60, told.uptimeSecs))}`,
-      told.temperature != null && `${Math.round(told.temperature)} °C`,
+      load?.length && `load ${load.map(n => n.toFixed(2)).join(" ")}`,
+      uptimeSecs && `up ${formatDuration(Math.max(60, uptimeSecs))}`,
+      temperature != null && `${Math.round(temperature)} °C`,
     );
     setText(this.facts, facts);
   }
 
   drawLists(node, {gpus = [], runtimes = [], runtimeVersions = {}, services = []}) {
+    const gpuText = ({name, memTotal}) => `${name} ${formatBytes(memTotal)}`.trim();
+    const runtime = name => `${name} ${runtimeVersions[name] || ""}`.trim();
+    const provided = ({provider, models}) =>
+      models?.length ? `${provider}: ${models.join(", ")}` : provider;
     const rows = [
-      [
-        "GPU",
-        gpus.map(
-          gpu => gpu.name + (gpu.memTotal ? ` ${formatBytes(gpu.memTotal)}` : "")),
-      ],
-      ["Runtimes",
-        runtimes.map(name => `${name} ${runtimeVersions[name] || ""}`.trim())],
+      ["GPU", gpus.map(gpuText)],
+      ["Runtimes", runtimes.map(runtime)],
       ["Services", services],
-      [
-        "Models",
-        (node.providers || []).map(({provider, models}) =>
-          models?.length ? `${provider}: ${models.join(", ")}` : provider,
-        ),
-      ],
+      ["Models", (node.providers || []).map(provided)],
     ].filter(([, names]) => names.length);
     fillIfChanged(this.lists, rows, () =>
       rows.map(([label, names]) => [h("dt", label),
@@ -19928,7 +19859,7 @@ class NodeCard {
   }
 
   async chat() {
-    const key = localStorage.getItem("session") || MAIN;
+    const key = lastKey();
     await selectNode(key, this.node.nodeId);
     go(chatPath(key));
     $("text").focus();
@@ -19959,9 +19890,7 @@ const nodeCards = new Keyed($("node-cards"), n => n.nodeId, n => new NodeCard(n)
 function drawNodes() {
   if (state.route.page !== "nodes") return;
   const nodes = inOrder(state.nodes);
-  nodes.forEach(node => {
-    if (state.link === "up") loadUsage(node);
-  });
+  if (state.link === "up") nodes.forEach(loadUsage);
   nodeCards.show(nodes);
   const others = nodes.filter(node => node.nodeId !== LOCAL);
   const online = others.filter(node => node.connected).length;
@@ -19978,7 +19907,7 @@ function drawUnused() {
   $("unused").hidden = !devices.length;
   fillIfChanged($("unused-list"), devices, () =>
     devices.map(({deviceId, displayName, createdAt}) =>
-      listRow(displayName || "No name", `made ${formatTime(createdAt)}`,
+      listRow(displayName || "Unnamed", `created ${formatTime(createdAt)}`,
         iconButton("bin", "Revoke", () => revokeDevice(deviceId, displayName))),
     ),
   );
@@ -20001,6 +19930,7 @@ async function generateToken() {
     const made = await link.call("device.token.create", {displayName: name});
     state.token = {deviceId: made.deviceId, name};
     showToken(made);
+    refresh("devices"); // no event announces a token
   } catch (error) {
     setText($("token-error"), error.message);
   }
@@ -20030,7 +19960,7 @@ function showToken({deviceToken, joinCode}) {
     ["If moltis is installed there", `moltis node add ${options}${pinned}`],
     ["Valid for ten minutes, without the token in the shell’s history",
       `${add} --join ${origin}/join/${joinCode}${pinned}`],
-    ["Only until you press Ctrl+C, without a service",
+    ["Until you press Ctrl+C, without installing a service",
       `${add} ${options}${pinned} --foreground`],
   ].map(line => copyLine(...line));
   $("token-form").hidden = true;
@@ -20067,25 +19997,22 @@ function drawTokenWait() {
   const device = state.devices.find(known => known.deviceId === deviceId);
   const node = device?.nodeId && nodeById(device.nodeId);
   const here = Boolean(node?.connected);
-  const wait = $("token-wait");
   const text = here
     ? `${node.displayName} is connected`
     : `Waiting for ${name} to connect…`;
-  if (wait.textContent !== text) {
-    fill(wait, here ? icon("check") : h("span", {class: "dot wait"}), text);
-  }
-  wait.classList.toggle("here", here);
+  fillIfChanged($("token-wait"), text, () =>
+    [here ? icon("check") : h("span", {class: "dot wait"}), text]);
+  $("token-wait").classList.toggle("here", here);
   $("token-chat").hidden = !here;
   $("token-chat").onclick = () => {
-    closeToken();
+    $("token").close();
     nodeCards.views.get(node.nodeId)?.chat();
   };
 }
 
-function closeToken() {
+function forgetToken() {
   state.token = null;
-  fill($("token-lines")); // keep the token nowhere
-  $("token").close();
+  fill($("token-lines"));
 }
 
 // == view: commands ==
@@ -20165,6 +20092,8 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
     const apiKey = key.value.trim();
     configure({...(apiKey && {apiKey}), baseUrl: url.value.trim()});
   };
+  const forget = button("Forget the key", () => configure({apiKey: ""}));
+  forget.type = "button"; // does not submit the form
   const source = {environment: `key from ${keyVariable}`, settings: "key entered here"};
   const found = models ? plural(models, "model") : error || "not set up";
   return h("details", {class: "card"},
@@ -20174,20 +20103,13 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
       h("label", "API key", key),
       h("label", "Address", url),
       h("div", {class: "actions"},
-        keyFrom === "settings" &&
-          h("button",
-            {
-              type: "button",
-              class: "button",
-              onclick: () => configure({apiKey: ""}),
-            },
-            "Forget the key"),
+        keyFrom === "settings" && forget,
         h("button", {class: "button main"}, "Save"))));
 }
 
 // Choose an unlisted model by its name.
 function useNamedModel() {
-  const key = localStorage.getItem("session") || MAIN;
+  const key = lastKey();
   patchSession(key, {model: $("model-name").value.trim()});
   go(chatPath(key));
 }
@@ -20266,20 +20188,14 @@ async function signIn(key) {
   setText($("sign-in-error"), why);
 }
 
+// Sign out and drop all data of the page.
 async function signOut() {
-  await fetch("/api/sign-out", {method: "POST"}).catch(showError);
-  link.close();
-  state.chats.clear();
-  state.followed.clear();
-  Object.assign(state, {
-    link: "out",
-    sessions: [],
-    nodes: [],
-    devices: [],
-    running: [],
-  });
-  shownChat = null;
-  touch("link", "chat");
+  try {
+    await fetch("/api/sign-out", {method: "POST"});
+    location.reload();
+  } catch {
+    showError(new Error("The gateway cannot be reached: you are still signed in."));
+  }
 }
 
 // == start ==
@@ -20299,11 +20215,18 @@ function tick() {
   for (const view of turns.views.values()) if (view.isOpen) view.tick();
 }
 
+function onSubmit(id, action) {
+  on($(id), "submit", event => {
+    event.preventDefault();
+    action();
+  });
+}
+
 const CLICKS = {
   "new-chat": newChat,
   "new-token": openToken,
-  "token-cancel": closeToken,
-  "token-done": closeToken,
+  "token-cancel": () => $("token").close(),
+  "token-done": () => $("token").close(),
   "sign-out": signOut,
   "open-sidebar": () => openSidebar(true),
   "close-sidebar": () => openSidebar(false),
@@ -20326,9 +20249,7 @@ function start() {
   watch("route nodes", drawFilters);
   watch("providers", drawProviders);
   watch("keys logins", drawAccess);
-  for (const [id, action] of Object.entries(CLICKS)) {
-    on($(id), "click", action);
-  }
+  for (const [id, action] of Object.entries(CLICKS)) on($(id), "click", action);
   for (const bar of document.querySelectorAll(".settings > .bar")) {
     bar.prepend(iconButton("menu", "Open menu", () => openSidebar(true), "bare phone"));
   }
@@ -20346,7 +20267,7 @@ function start() {
   onSubmit("composer", () => send());
   onSubmit("model-form", useNamedModel);
   onSubmit("key-form", createKey);
-  on($("token"), "close", () => (state.token = null));
+  on($("token"), "close", forgetToken);
   on($("text"), "keydown", composerKey);
   on($("text"), "input", fitText);
   on($("transcript"), "scroll", onScroll);
@@ -20365,16 +20286,9 @@ function start() {
   // Remove the key from the address before anything else can read it.
   if (key) history.replaceState(null, "", location.pathname);
   applyAddress();
-  if (key) signIn(decodeURIComponent(key));
+  if (key) signIn(key);
   else link.open();
   touch("link");
-}
-
-function onSubmit(id, action) {
-  on($(id), "submit", event => {
-    event.preventDefault();
-    action();
-  });
 }
 
 start();
@@ -21510,7 +21424,7 @@ class RunningNode:
                 self._inventory,
                 working_dir=settings.working_dir or os.path.expanduser("~"),
                 max_timeout=settings.timeout,
-                catalog=model_catalog(environ) if settings.lends_models else None,
+                catalog=model_catalog(environ) if settings.llm else None,
                 allowed=AllowedCommands(settings.allow) if settings.allow else None,
             )
         )
@@ -21555,7 +21469,7 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
         ),
         node_id=known.node_id if known else new_id(),
         display_name="Demo node",
-        lends_models=False,  # they are the gateway's own
+        llm=False,  # they are the gateway's own
     )
     settings.save(directory)
     return RunningNode(settings, environ, lambda _connected, _problem: None)
@@ -22051,7 +21965,7 @@ def node_settings(
         timeout=args.timeout,
         # Never from the offer: it may have come over a connection that is not trusted.
         auth=args.auth or "scram",
-        lends_models=not args.no_llm,
+        llm=not args.no_llm,
         allow=args.allow or (),
     )
 
@@ -22140,6 +22054,7 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
                 time.time(),
                 None if problem is None else str(problem),
                 isinstance(problem, Refused),
+                process_mark(os.getpid()),
             )
             try:
                 state.save(directory)

@@ -366,7 +366,7 @@ def test_a_gateway_asked_while_the_node_is_away_says_since_when(
 
 def test_a_node_that_keeps_its_models_to_itself_is_not_asked(gateway, ollama, tmp_path):
     environ = bare_environ(tmp_path / "node", **ollama.environ)
-    with gateway.node("shy", environ=environ, lends_models=False):
+    with gateway.node("shy", environ=environ, llm=False):
         assert [m["id"] for m in gateway.call("models.list")] == ["shell"]
         assert (
             "llm.chat"
@@ -378,7 +378,7 @@ def test_a_node_that_keeps_its_models_to_itself_is_not_asked(gateway, ollama, tm
 
 
 def test_no_llm_is_kept_in_node_json(tmp_path):
-    settings = moltis.NodeSettings("ws://g:1/ws", "mdt_x", "i", "n", lends_models=False)
+    settings = moltis.NodeSettings("ws://g:1/ws", "mdt_x", "i", "n", llm=False)
     settings.save(tmp_path)
     assert json.loads((tmp_path / "node.json").read_text())["llm"] is False
     assert moltis.NodeSettings.load(tmp_path) == settings
@@ -387,7 +387,7 @@ def test_no_llm_is_kept_in_node_json(tmp_path):
 def test_a_node_that_says_nothing_of_it_lends_its_models(tmp_path):
     value = {"gateway_url": "ws://g/ws", "device_token": "t", "node_id": "i"}
     (tmp_path / "node.json").write_text(json.dumps({**value, "display_name": "n"}))
-    assert moltis.NodeSettings.load(tmp_path).lends_models is True
+    assert moltis.NodeSettings.load(tmp_path).llm is True
 
 
 # -- Settings → Models ---------------------------------------------------------

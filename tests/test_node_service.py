@@ -102,12 +102,41 @@ def test_the_state_of_a_node_that_has_ended_is_no_state(directory):
     assert moltis.NodeState.load(directory) is None
 
 
+def test_the_state_of_another_process_with_its_id_is_no_state(directory):
+    mark = moltis.process_mark(os.getpid())
+    assert mark != moltis.process_mark(os.getppid()) != ""
+    moltis.NodeState(os.getpid(), True, 1.0, mark=mark).save(directory)
+    assert moltis.NodeState.load(directory)
+    moltis.NodeState(os.getpid(), True, 1.0, mark=mark + "1").save(directory)
+    assert moltis.NodeState.load(directory) is None
+
+
+def test_the_service_manager_finds_a_private_log(spec, tools, not_lingering):
+    tools.add("systemctl", "exit 0")
+    previous = os.umask(0)
+    try:
+        manager = moltis.SystemdService(spec, tools.environ)
+        manager.install()
+    finally:
+        os.umask(previous)
+    assert mode_of(spec.log) == 0o600
+    assert mode_of(manager.unit) == 0o644
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\udcffb"])
+def test_a_directory_that_no_unit_can_name_is_refused(home, tools, not_lingering, name):
+    spec = moltis.ServiceSpec("/usr/bin/python3", home / name, home)
+    tools.add("systemctl", "exit 0")
+    with pytest.raises(moltis.BadConfiguration, match="MOLTIS_DATA_DIR"):
+        moltis.SystemdService(spec, tools.environ).install()
+
+
 def test_no_state_is_no_state(directory):
     moltis.NodeState.clear(directory)
     assert moltis.NodeState.load(directory) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"pid": "1"}', "{}", '{"pid": 1}'])
+@pytest.mark.parametrize("text", ["x", "[]", '{"pid": "1"}', "{}", '{"pid": 1}'])
 def test_a_state_that_cannot_be_read_says_so(directory, text):
     directory.mkdir(parents=True)
     (directory / "node-state.json").write_text(text)
@@ -293,7 +322,8 @@ def test_the_unit_restarts_for_ever_and_holds_no_parameter(spec):
     assert fields["RestartSec"] == "10"
     assert fields["KillMode"] == "control-group"
     assert fields["TimeoutStopSec"] == "10"
-    assert fields["UMask"] == "0077"
+    assert fields["OOMPolicy"] == "continue"
+    assert "UMask" not in fields  # commands have the user's own
     assert fields["StandardOutput"] == f"append:{spec.log}"
     assert fields["StandardError"] == f"append:{spec.log}"
     assert fields["WantedBy"] == "default.target"
@@ -353,7 +383,7 @@ def test_a_user_without_a_session_gets_at_their_own_manager(spec, tools, not_lin
     if os.getuid() == 0:  # whose / it is: take what is nobody's
         environ["XDG_RUNTIME_DIR"] = "/nowhere"
     manager = moltis.SystemdService(spec, environ)
-    _, output = manager._try_systemctl("is-active")
+    output = manager._try_systemctl("is-active").text
     assert output == f"runtime=/run/user/{os.getuid()} bus="
 
 
@@ -400,13 +430,12 @@ def launchd(spec, tools):
 def test_the_agent_restarts_for_ever_and_holds_no_parameter(spec):
     assert plistlib.loads(moltis.render_launchd_plist(spec)) == {
         "Label": "org.moltis.node",
-        "ProgramArguments": [spec.python, str(spec.program), "node", "run"],
+        "ProgramArguments": spec.command,
         "RunAtLoad": True,
         "KeepAlive": True,
         "ThrottleInterval": 10,
         "ExitTimeOut": 10,
         "ProcessType": "Background",
-        "Umask": 0o077,
         "StandardOutPath": str(spec.log),
         "StandardErrorPath": str(spec.log),
     }
@@ -427,7 +456,7 @@ def test_the_agents_arguments_run_the_copy_as_they_stand(home, launchd, director
             agent["ProgramArguments"], stdout=log, env={"HOME": str(home)}, check=True
         )
     assert json.loads((directory / "argv.json").read_text()) == ["node", "run"]
-    assert moltis.last_log_line(directory) == "stand-in runs __main__"
+    assert moltis.last_log_line(directory) == "stand-in runs moltis"
 
 
 def test_the_agent_is_loaded_anew_and_started(launchd, tools):
@@ -525,7 +554,10 @@ def real(monkeypatch):
     monkeypatch.delenv("MOLTIS_DATA_DIR")
     spec = moltis.ServiceSpec(moltis.lasting_python(), home / ".moltis", home)
     manager = moltis.SystemdService(spec, os.environ)
-    if not Path("/run/systemd/system").exists() or manager._try_systemctl("status")[0]:
+    if (
+        not Path("/run/systemd/system").exists()
+        or manager._try_systemctl("status").status
+    ):
         pytest.skip("needs a working systemctl --user")
     if manager.unit.exists() or spec.directory.exists():
         pytest.skip("would touch the moltis node of this user")

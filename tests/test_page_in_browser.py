@@ -196,6 +196,12 @@ def test_one_can_type_as_soon_as_the_page_is_there(site, make_page):
     page.wait_for(f"{shows(LAST, 'echo typed')} && {shows(LAST, 'Done')}", 20)
 
 
+def test_an_address_that_is_no_text_shows_the_last_chat(site, make_page):
+    page = make_page(site, "/chat/%")
+    page.wait_for(READY)
+    page.wait_for("location.pathname === '/chat/main'")
+
+
 def test_without_a_sign_in_the_page_asks_for_the_key(site, browser):
     with browser.new_page(isolated=True) as page:
         page.goto(f"{site.url}/settings/nodes")
@@ -215,9 +221,11 @@ def test_without_a_sign_in_the_page_asks_for_the_key(site, browser):
 
 
 def test_signing_out_ends_it_in_this_browser_only(site, make_page):
-    page, other = make_page(site), make_page(site)
+    page, other = make_page(site, "/settings/nodes"), make_page(site)
+    page.wait_for(shows("#node-cards", "Demo node"))
     page.click("#sign-out")
     page.wait_for_text("Operator key")
+    assert "Demo node" not in page.evaluate("document.documentElement.outerHTML")
     page.reload()
     page.wait_for_text("Operator key")
     assert run(other, "echo still here").strip() == "still here"
@@ -512,6 +520,25 @@ def test_the_audit_lists_what_ran_and_can_be_filtered(site, make_page):
         "r.dispatchEvent(new Event('change'))}"
     )
     page.wait_for(f"{shows(first, 'exit 9')} && !{shows('#audit-rows', 'Done')}")
+
+
+@pytest.mark.parametrize("way_out", ["Escape", "Done"])
+def test_the_token_is_nowhere_once_its_dialog_is_closed(site, make_page, way_out):
+    page = make_page(site, "/settings/nodes")
+    page.click("#new-token")
+    page.fill("#token-name", f"Left with {way_out}")
+    page.press("Enter")
+    token = page.wait_for("document.querySelector('#token-lines code')?.innerText")
+    if way_out == "Done":
+        page.click("#token-done")
+    else:
+        page.press(way_out)
+    page.wait_for("!document.querySelector('#token').open")
+    html = "document.documentElement.outerHTML"
+    page.wait_for(f"!{html}.includes({json.dumps(token)})")
+    page.wait_for(shows("#unused-list", f"Left with {way_out}"))
+    page.evaluate("document.querySelector('#unused-list [aria-label=Revoke]').click()")
+    page.click("#confirm-yes")
 
 
 # -- models, access ------------------------------------------------------------

@@ -269,3 +269,96 @@ def test_of_output_faster_than_the_page_draws_only_the_end_is_parsed(show):
     assert shown["isCut"] is True
     assert shown["text"].endswith("\ny\nend")
     assert shown["offset"] == 30 * len(piece) + len(end)
+
+
+# -- socket --------------------------------------------------------------------
+
+LINK_HARNESS = """
+const noted = [];
+const timers = new Map(); // id -> [ms, action]
+let lastTimer = 0;
+globalThis.setTimeout = (action, ms) => {
+  timers.set((lastTimer += 1), [ms, action]);
+  return lastTimer;
+};
+globalThis.clearTimeout = id => timers.delete(id);
+globalThis.setInterval = () => 0;
+globalThis.window = globalThis.document = {hidden: false};
+globalThis.location = {origin: "http://gateway"};
+const on = (target, type, action) => (target[`on${type}`] = action);
+const sockets = [];
+globalThis.WebSocket = class {
+  constructor() { sockets.push(this); this.sent = []; this.closed = false; }
+  send(text) { this.sent.push(JSON.parse(text)); }
+  close() { this.closed = true; }
+};
+// Let the timer of so many milliseconds run out; without a number, that of open().
+async function expire(wanted) {
+  for (const [id, [ms, action]] of [...timers]) {
+    if (wanted === undefined ? ms > 500 : ms !== wanted) continue;
+    timers.delete(id);
+    await action();
+  }
+  await new Promise(resolve => setImmediate(resolve));
+}
+function connect(socket) {
+  socket.onopen();
+  const {id} = socket.sent[0];
+  socket.onmessage({data: JSON.stringify({type: "res", id, ok: true, payload: {}})});
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def link(node, tmp_path_factory):
+    """Return what a script says about a Link over scripted sockets and timers."""
+    socket = re.search(r"^// == socket ==$(.*?)^// == ", moltis.WEB_JS, re.S | re.M)
+    directory = tmp_path_factory.mktemp("link")
+
+    def run(steps):
+        handlers = "".join(
+            f'{name}() {{ noted.push("{name}"); }}, '
+            for name in ("up", "down", "refused", "event", "data")
+        )
+        start = f"const link = new Link({{{handlers}}});\nlink.open();\n"
+        end = "\nconsole.log(JSON.stringify({noted, sockets: sockets.length}));"
+        script = directory / "link.mjs"
+        script.write_text(LINK_HARNESS + socket.group(1) + start + steps + end)
+        done = subprocess.run(
+            [node, str(script)], check=True, capture_output=True, text=True
+        )
+        return json.loads(done.stdout)
+
+    return run
+
+
+def test_a_gateway_that_does_not_answer_connect_is_tried_again(link):
+    shown = link("sockets[0].onopen(); await expire(10_000); await expire();")
+    assert shown == {"noted": ["down"], "sockets": 2}
+
+
+def test_a_silent_connection_is_replaced_once(link):
+    """Its socket may report the end much later: the other end is unreachable."""
+    shown = link("""
+      connect(sockets[0]);
+      await null;
+      link.lastMessageAt = 0;
+      link.probe();
+      await expire(8000);
+      sockets[0].onclose();
+      await expire();
+      sockets[0].onclose();
+      connect(sockets[1]);
+      link.retryNow();
+    """)
+    assert shown == {"noted": ["up", "down", "up"], "sockets": 2}
+
+
+def test_a_key_that_was_revoked_ends_the_connection(link):
+    shown = link("""
+      sockets[0].onopen();
+      const error = {code: "UNAUTHORIZED", message: "revoked"};
+      sockets[0].onmessage({data: JSON.stringify({type: "res", id: "1", error})});
+      await expire();
+    """)
+    assert shown == {"noted": ["refused"], "sockets": 1}
