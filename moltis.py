@@ -60,7 +60,6 @@ Contents
 from __future__ import annotations
 
 import base64
-import bisect
 import builtins
 import codecs
 import collections
@@ -88,7 +87,6 @@ import struct
 import sys
 import threading
 import time
-import weakref
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import closing
@@ -110,7 +108,6 @@ if TYPE_CHECKING:
     import tempfile
     from argparse import _SubParsersAction
     from email.message import Message as HttpHeaders
-    from http.server import BaseHTTPRequestHandler
     from typing import (
         IO,
         Any,
@@ -1729,6 +1726,13 @@ def decode_text(data: bytes) -> str:
         raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8") from error
 
 
+def is_sendable_close_code(code: int) -> bool:
+    """Return whether a Close frame may hold `code` (RFC 6455 §7.4)."""
+    if code < 3000:
+        return code in tuple(CloseCode) and code not in LOCAL_CLOSE_CODES
+    return code < 5000
+
+
 def encode_close(code: int, reason: str = "") -> bytes:
     """Return the payload of a Close frame (RFC 6455 §5.5.1), the reason cut to fit."""
     if code == CloseCode.NO_STATUS:
@@ -1750,13 +1754,6 @@ def decode_close(payload: bytes) -> tuple[int, str]:
             CloseCode.PROTOCOL_ERROR, "a Close frame without a permitted code"
         )
     return code, decode_text(payload[2:])
-
-
-def is_sendable_close_code(code: int) -> bool:
-    """Return whether a Close frame may hold `code` (RFC 6455 §7.4)."""
-    if code < 3000:
-        return code in tuple(CloseCode) and code not in LOCAL_CLOSE_CODES
-    return code < 5000
 
 
 # ==============================================================================
@@ -1807,6 +1804,13 @@ def accept_value(key: str) -> str:
     return b64encode(digest)
 
 
+def _is_nonce(key: str) -> bool:
+    try:
+        return len(base64.b64decode(key.encode("ascii"), validate=True)) == 16
+    except ValueError:
+        return False
+
+
 def accept_upgrade(headers: Headers) -> list[tuple[str, str]]:
     """Return the headers of the 101 response to a client's GET (RFC 6455 §4.2).
 
@@ -1830,13 +1834,6 @@ def accept_upgrade(headers: Headers) -> list[tuple[str, str]]:
         raise HandshakeError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
     accept = ("Sec-WebSocket-Accept", accept_value(key))
     return [upgrade, ("Connection", "Upgrade"), accept]
-
-
-def _is_nonce(key: str) -> bool:
-    try:
-        return len(base64.b64decode(key.encode("ascii"), validate=True)) == 16
-    except ValueError:
-        return False
 
 
 class WebSocketUrl(Value):
@@ -2642,32 +2639,6 @@ class WebSocket:
             self._channel.sock.close()
 
 
-def connect(
-    url: str, trust: ServerTrust | None = None, *, timeout: float = CONNECT_TIMEOUT
-) -> WebSocket:
-    """Return an open WebSocket to `url`; a wss: address needs `trust`.
-
-    Raises Unreachable with one line that says why, Refused for a wrong certificate,
-    UsageError if `url` is not an address.
-    """
-    target = WebSocketUrl.parse(url)
-    deadline = Deadline(timeout)
-    key = b64encode(os.urandom(16))
-    try:
-        assert trust is not None or not target.secure
-        sock = dial(target.host, target.port, trust if target.secure else None, timeout)
-        try:
-            sock.sendall(upgrade_request(target, key))
-            head, early = _read_head(sock, deadline)
-            check_upgraded(head, key)
-        except BaseException:
-            sock.close()
-            raise
-    except (OSError, UnicodeError, HandshakeError) as error:
-        raise Unreachable(_why_unreachable(target, error, timeout)) from error
-    return WebSocket(sock, WebSocketProtocol(client=True), early=early)
-
-
 def _read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
     """Return an HTTP response up to its empty line, and what came after it."""
     data = b""
@@ -2717,6 +2688,32 @@ def _why_unreachable(target: WebSocketUrl, error: Exception, timeout: float) -> 
         if reason:
             return f"{target} did not agree on TLS ({reason}); perhaps it wants ws://"
     return f"{target} cannot be reached: {error.strerror or error}"
+
+
+def connect(
+    url: str, trust: ServerTrust | None = None, *, timeout: float = CONNECT_TIMEOUT
+) -> WebSocket:
+    """Return an open WebSocket to `url`; a wss: address needs `trust`.
+
+    Raises Unreachable with one line that says why, Refused for a wrong certificate,
+    UsageError if `url` is not an address.
+    """
+    target = WebSocketUrl.parse(url)
+    deadline = Deadline(timeout)
+    key = b64encode(os.urandom(16))
+    try:
+        assert trust is not None or not target.secure
+        sock = dial(target.host, target.port, trust if target.secure else None, timeout)
+        try:
+            sock.sendall(upgrade_request(target, key))
+            head, early = _read_head(sock, deadline)
+            check_upgraded(head, key)
+        except BaseException:
+            sock.close()
+            raise
+    except (OSError, UnicodeError, HandshakeError) as error:
+        raise Unreachable(_why_unreachable(target, error, timeout)) from error
+    return WebSocket(sock, WebSocketProtocol(client=True), early=early)
 
 
 # ==============================================================================
@@ -7982,10 +7979,10 @@ class NodeAgent:
             return ws, hello
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
-            if error.code == "UNAUTHORIZED" and self._proved_pin is not None:
-                # Without TLS, any process on the port of a stopped gateway says so.
-                if _tls_pin(ws) == self._proved_pin:
-                    self._machine.resume({})
+            # Without TLS, any process on the port of a stopped gateway says so.
+            proved = self._proved_pin is not None and _tls_pin(ws) == self._proved_pin
+            if error.code == "UNAUTHORIZED" and proved:
+                self._machine.resume({})
             kind = Unreachable if error.code in PASSING_CODES else Refused
             raise kind(f"{url} refused this node: {error.message}") from error
         except AuthenticationError as error:
