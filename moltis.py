@@ -1463,7 +1463,7 @@ def restart_from_bytecode(arguments: Sequence[str]) -> None:
         file.seek(0)
         os.set_inheritable(file.fileno(), True)
         words = [sys.executable, *options, "-S", "-c", LOAD_AND_RUN]
-        os.execv(sys.executable, [*words, str(file.fileno()), *sys.argv])
+        os.execv(sys.executable, [*words, str(file.fileno()), *sys.argv])  # nosec B606: no shell
 
 
 # `install.sh` as it is in the repository, for the gateway to hand out wherever its one
@@ -9232,7 +9232,7 @@ class Database:
             and not (column["pk"] and column["type"] == "INTEGER")
         ]
         marks = ", ".join("?" * len(names))
-        sql = f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks})"
+        sql = f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks})"  # nosec B608: our names
         return f"{sql} ON CONFLICT {conflict}" if conflict else sql, names
 
     def update(self, table: str, where: Mapping[str, Any], **changes: Any) -> int:
@@ -9459,7 +9459,7 @@ class DevicesTable(Table):
         or the device is revoked or expired.
         """
         changed = self._db.write(
-            "UPDATE devices SET node_id = :client_id, expires_at = NULL,"
+            "UPDATE devices SET node_id = :client_id, expires_at = NULL,"  # nosec B608: literals
             " display_name = CASE WHEN renamed OR :display_name = ''"
             "   THEN display_name ELSE :display_name END,"
             " platform = ifnull(nullif(:platform, ''), platform),"
@@ -9635,7 +9635,7 @@ class JobsTable(Table):
         """
         with self._db.transaction() as db:
             rows = db.execute(
-                "SELECT seq, id FROM jobs WHERE asked_at < :at"
+                "SELECT seq, id FROM jobs WHERE asked_at < :at"  # nosec B608: literals
                 f" AND ifnull(ended_at, 0) < :at AND {self.STATES['ended']}"
                 " AND NOT EXISTS (SELECT 1 FROM messages WHERE job_id = jobs.id)"
                 " LIMIT :slice",
@@ -23263,7 +23263,7 @@ def cmd_install(args: argparse.Namespace, context: Context) -> int:
     for note in (f"moltis {version} is {installation.launcher}", *notes):
         context.output.say(note)
     if args.command:
-        os.execv(installation.launcher, [str(installation.launcher), *args.command])
+        os.execv(installation.launcher, [str(installation.launcher), *args.command])  # nosec B606
     return EXIT_OK
 
 
