@@ -60,7 +60,6 @@ Contents
 from __future__ import annotations
 
 import base64
-import bisect
 import builtins
 import codecs
 import collections
@@ -88,7 +87,6 @@ import struct
 import sys
 import threading
 import time
-import weakref
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import closing
@@ -110,7 +108,6 @@ if TYPE_CHECKING:
     import tempfile
     from argparse import _SubParsersAction
     from email.message import Message as HttpHeaders
-    from http.server import BaseHTTPRequestHandler
     from typing import (
         IO,
         Any,
@@ -1466,7 +1463,7 @@ def restart_from_bytecode(arguments: Sequence[str]) -> None:
         file.seek(0)
         os.set_inheritable(file.fileno(), True)
         words = [sys.executable, *options, "-S", "-c", LOAD_AND_RUN]
-        os.execv(sys.executable, [*words, str(file.fileno()), *sys.argv])
+        os.execv(sys.executable, [*words, str(file.fileno()), *sys.argv])  # nosec B606: no shell
 
 
 # `install.sh` as it is in the repository, for the gateway to hand out wherever its one
@@ -1729,6 +1726,13 @@ def decode_text(data: bytes) -> str:
         raise ProtocolError(CloseCode.INVALID_DATA, "text is not UTF-8") from error
 
 
+def is_sendable_close_code(code: int) -> bool:
+    """Return whether a Close frame may hold `code` (RFC 6455 §7.4)."""
+    if code < 3000:
+        return code in tuple(CloseCode) and code not in LOCAL_CLOSE_CODES
+    return code < 5000
+
+
 def encode_close(code: int, reason: str = "") -> bytes:
     """Return the payload of a Close frame (RFC 6455 §5.5.1), the reason cut to fit."""
     if code == CloseCode.NO_STATUS:
@@ -1750,13 +1754,6 @@ def decode_close(payload: bytes) -> tuple[int, str]:
             CloseCode.PROTOCOL_ERROR, "a Close frame without a permitted code"
         )
     return code, decode_text(payload[2:])
-
-
-def is_sendable_close_code(code: int) -> bool:
-    """Return whether a Close frame may hold `code` (RFC 6455 §7.4)."""
-    if code < 3000:
-        return code in tuple(CloseCode) and code not in LOCAL_CLOSE_CODES
-    return code < 5000
 
 
 # ==============================================================================
@@ -1807,6 +1804,13 @@ def accept_value(key: str) -> str:
     return b64encode(digest)
 
 
+def _is_nonce(key: str) -> bool:
+    try:
+        return len(base64.b64decode(key.encode("ascii"), validate=True)) == 16
+    except ValueError:
+        return False
+
+
 def accept_upgrade(headers: Headers) -> list[tuple[str, str]]:
     """Return the headers of the 101 response to a client's GET (RFC 6455 §4.2).
 
@@ -1830,13 +1834,6 @@ def accept_upgrade(headers: Headers) -> list[tuple[str, str]]:
         raise HandshakeError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
     accept = ("Sec-WebSocket-Accept", accept_value(key))
     return [upgrade, ("Connection", "Upgrade"), accept]
-
-
-def _is_nonce(key: str) -> bool:
-    try:
-        return len(base64.b64decode(key.encode("ascii"), validate=True)) == 16
-    except ValueError:
-        return False
 
 
 class WebSocketUrl(Value):
@@ -2642,32 +2639,6 @@ class WebSocket:
             self._channel.sock.close()
 
 
-def connect(
-    url: str, trust: ServerTrust | None = None, *, timeout: float = CONNECT_TIMEOUT
-) -> WebSocket:
-    """Return an open WebSocket to `url`; a wss: address needs `trust`.
-
-    Raises Unreachable with one line that says why, Refused for a wrong certificate,
-    UsageError if `url` is not an address.
-    """
-    target = WebSocketUrl.parse(url)
-    deadline = Deadline(timeout)
-    key = b64encode(os.urandom(16))
-    try:
-        assert trust is not None or not target.secure
-        sock = dial(target.host, target.port, trust if target.secure else None, timeout)
-        try:
-            sock.sendall(upgrade_request(target, key))
-            head, early = _read_head(sock, deadline)
-            check_upgraded(head, key)
-        except BaseException:
-            sock.close()
-            raise
-    except (OSError, UnicodeError, HandshakeError) as error:
-        raise Unreachable(_why_unreachable(target, error, timeout)) from error
-    return WebSocket(sock, WebSocketProtocol(client=True), early=early)
-
-
 def _read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
     """Return an HTTP response up to its empty line, and what came after it."""
     data = b""
@@ -2717,6 +2688,32 @@ def _why_unreachable(target: WebSocketUrl, error: Exception, timeout: float) -> 
         if reason:
             return f"{target} did not agree on TLS ({reason}); perhaps it wants ws://"
     return f"{target} cannot be reached: {error.strerror or error}"
+
+
+def connect(
+    url: str, trust: ServerTrust | None = None, *, timeout: float = CONNECT_TIMEOUT
+) -> WebSocket:
+    """Return an open WebSocket to `url`; a wss: address needs `trust`.
+
+    Raises Unreachable with one line that says why, Refused for a wrong certificate,
+    UsageError if `url` is not an address.
+    """
+    target = WebSocketUrl.parse(url)
+    deadline = Deadline(timeout)
+    key = b64encode(os.urandom(16))
+    try:
+        assert trust is not None or not target.secure
+        sock = dial(target.host, target.port, trust if target.secure else None, timeout)
+        try:
+            sock.sendall(upgrade_request(target, key))
+            head, early = _read_head(sock, deadline)
+            check_upgraded(head, key)
+        except BaseException:
+            sock.close()
+            raise
+    except (OSError, UnicodeError, HandshakeError) as error:
+        raise Unreachable(_why_unreachable(target, error, timeout)) from error
+    return WebSocket(sock, WebSocketProtocol(client=True), early=early)
 
 
 # ==============================================================================
@@ -7982,10 +7979,10 @@ class NodeAgent:
             return ws, hello
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
-            if error.code == "UNAUTHORIZED" and self._proved_pin is not None:
-                # Without TLS, any process on the port of a stopped gateway says so.
-                if _tls_pin(ws) == self._proved_pin:
-                    self._machine.resume({})
+            # Without TLS, any process on the port of a stopped gateway says so.
+            proved = self._proved_pin is not None and _tls_pin(ws) == self._proved_pin
+            if error.code == "UNAUTHORIZED" and proved:
+                self._machine.resume({})
             kind = Unreachable if error.code in PASSING_CODES else Refused
             raise kind(f"{url} refused this node: {error.message}") from error
         except AuthenticationError as error:
@@ -8653,27 +8650,27 @@ def service_manager(
 # Store
 # Uses: Wire protocol
 #
-# What the gateway remembers, in one SQLite file: devices, jobs, the audit, operator
-# keys, sign-ins, join codes, sessions with their messages, settings.  Rows are values:
-# a field is declared in its class and its table, and statements are made from the
-# names.  One method answers one question, from any thread.  Secrets come here as
-# hashes; who may do what is decided by Access.  Times are ms since 1970.
+# The gateway's one SQLite file: devices, jobs, the audit, operator keys, sign-ins, join
+# codes, sessions with their messages, settings.  Rows are values: a field is declared
+# in its class and its table, and statements are made from the names.  One method
+# answers one question, from any thread.  Secrets are stored as hashes; Access decides
+# what a caller may do.  Times are ms since 1970.
 # ==============================================================================
 
 STORE_FILE = "moltis.db"
 MAX_PAGE = 1000  # rows of one answer
-MAX_CALLER_EVENTS = 10_000  # audit events of one caller; then its oldest are deleted
-REFUSAL_REPEATED_AFTER = 3600_000  # ms in which the same refusal is recorded once
+MAX_CALLER_EVENTS = 10_000  # audit events of one caller; the oldest are deleted
+REFUSAL_REPEATED_AFTER = 3600_000  # ms; the same refusal is recorded once in them
 DELETE_SLICE = 500  # rows deleted in one transaction: some ms
 SEARCH_SLICE = 20_000  # rows that one statement searches: some 20 ms
-STEADY_AFTER = 86_400.0  # s without a jump after which the clock decides what is old
+STEADY_AFTER = 86_400.0  # s without a jump; then the clock decides what is old
 CLOCK_RECORDED_EVERY = 60.0  # s
-CHECKPOINT_EVERY = 200  # transactions, then the next tick() copies them into the file
+CHECKPOINT_EVERY = 200  # transactions; then the next tick() copies them to the file
 LONGEST_WAL = 4000  # pages of 4 KiB; overwriting them is faster than adding more
 STORE_TICK = 1.0  # s
-VACUUM_ABOVE = 256  # free pages; the rest is given back, VACUUM_PAGES at each tick()
+VACUUM_ABOVE = 256  # free pages; each tick() releases VACUUM_PAGES of the others
 VACUUM_PAGES = 64
-STORE_BUSY_TIMEOUT = 5.0  # s; a person's `sqlite3` shell may hold the file that long
+STORE_BUSY_TIMEOUT = 5.0  # s that another program, a `sqlite3` shell, may hold the file
 
 DATABASE_ADVICE: Mapping[str, str] = {  # by a word of SQLite's message
     "not a database": "move it away and start again, or restore a backup",
@@ -8693,7 +8690,7 @@ MIGRATIONS: Mapping[int, str] = {
     CREATE TABLE devices (
         id TEXT PRIMARY KEY,
         display_name TEXT NOT NULL,
-        renamed INTEGER NOT NULL DEFAULT 0,  -- by an operator, for good
+        renamed INTEGER NOT NULL DEFAULT 0,  -- by an operator
         platform TEXT NOT NULL,
         version TEXT NOT NULL DEFAULT '',
         handle TEXT NOT NULL UNIQUE,         -- SCRAM username
@@ -8701,7 +8698,7 @@ MIGRATIONS: Mapping[int, str] = {
         verifier TEXT NOT NULL,              -- RFC 5803
         node_id TEXT,
         created_at INTEGER NOT NULL,
-        expires_at INTEGER,                  -- unless it has connected before
+        expires_at INTEGER,                  -- NULL once it has connected
         last_seen_at INTEGER,
         last_ip TEXT NOT NULL DEFAULT '',
         telemetry TEXT NOT NULL DEFAULT '{}',
@@ -8709,7 +8706,7 @@ MIGRATIONS: Mapping[int, str] = {
         commands TEXT NOT NULL DEFAULT '[]',
         revoked_at INTEGER
     );
-    -- A machine that was revoked may come back under a new token.
+    -- A revoked machine may come back under a new token.
     CREATE UNIQUE INDEX devices_node_id ON devices(node_id) WHERE revoked_at IS NULL;
     CREATE TABLE join_codes (
         code_hash TEXT PRIMARY KEY,          -- SHA-256, hex
@@ -8762,7 +8759,7 @@ MIGRATIONS: Mapping[int, str] = {
     CREATE UNIQUE INDEX messages_order ON messages(session_key, created_at);
     CREATE INDEX messages_seq ON messages(session_key, seq);
     CREATE INDEX messages_open ON messages(state) WHERE state IN ('running', 'queued');
-    CREATE TABLE turns (                     -- a session as its model gets it
+    CREATE TABLE turns (                     -- a session as sent to its model
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         session_key TEXT NOT NULL REFERENCES sessions(key) ON DELETE CASCADE,
         message TEXT NOT NULL                -- JSON
@@ -8881,13 +8878,13 @@ def _card_details(details: str) -> str:
 
 
 class Device(Value):
-    """A machine that holds a token of ours, and its last known state."""
+    """A machine that was given a token, and its last known state."""
 
     id: str
     display_name: str
     platform: str
     created_at: int
-    renamed: bool = False  # by an operator: its own name is ignored
+    renamed: bool = False  # by an operator; the name that the node sends is ignored
     version: str = ""
     node_id: str | None = None  # None: it never connected
     expires_at: int | None = None  # until it has connected
@@ -8899,7 +8896,7 @@ class Device(Value):
 
 
 class DeviceCredential(Value):
-    """What proves a device, without being of use to a thief."""
+    """What verifies a device's token; the token cannot be derived from it."""
 
     handle: str
     token_hash: str
@@ -8907,7 +8904,7 @@ class DeviceCredential(Value):
 
 
 class JobRecord(Value):
-    """One job: who asked for what, where, and how it went."""
+    """One job: its caller, its node, its work, its state and ending."""
 
     id: str  # UUID, chosen by the caller
     node_id: str
@@ -8918,11 +8915,11 @@ class JobRecord(Value):
     caller_id: str = ""  # of the operator key
     address: str = ""
     session_key: str | None = None
-    decided_by: str | None = None  # who allowed or denied it, if a person was asked
+    decided_by: str | None = None  # name of the person who allowed or denied it
     work: str = "run"
-    command: str = ""  # in words for people
+    command: str = ""  # for people; of other works their name
     cwd: str | None = None
-    timeout_ms: int | None = None  # after which the node ends it
+    timeout_ms: int | None = None  # the node ends it then
     spec: JsonObject | None = None  # while it is open
     kept: bool = False  # the gateway keeps the log
     started_at: int | None = None
@@ -8937,7 +8934,7 @@ class JobRecord(Value):
     log_end: int = 0  # offset
     cancelled_at: int | None = None
     cancelled_by: str = ""
-    sent_to: str | None = None  # `instance` of the node that was asked
+    sent_to: str | None = None  # `instance` of the node that it was sent to
     queue_until: int | None = None
     seq: int = 0  # given by the store; grows with every job
 
@@ -8959,12 +8956,12 @@ class JobRecord(Value):
         return not self.is_open
 
     def words(self) -> str:
-        """Return its state, or how it ended, in words for people."""
+        """Return the state or the ending in words for people."""
         return ending_words(self.state, self.exit_code, self.signal, self.reason)
 
 
 class AuditEvent:
-    """What the audit records besides commands."""
+    """Names of the events in the audit."""
 
     COMMAND = "command"  # of an entry that is a job
     SIGNED_IN = "login.created"
@@ -8999,14 +8996,14 @@ class AuditEntry(Value):
     decided_by: str | None = None
 
     def words(self) -> str:
-        """Return a command's state, or how it ended, in words for people."""
+        """Return a command's state or ending in words for people."""
         if self.state is None:
             return ""
         return ending_words(self.state, self.exit_code, self.signal, self.reason)
 
 
 class OperatorKey(Value):
-    """What an operator's API key may do; never the key itself."""
+    """An operator's API key, without the secret."""
 
     id: str
     name: str
@@ -9017,7 +9014,7 @@ class OperatorKey(Value):
 
 
 class Login(Value):
-    """A browser that traded an operator key for a cookie."""
+    """A browser's cookie, made with an operator key."""
 
     id: str
     key_id: str
@@ -9037,7 +9034,7 @@ class Session(Value):
     node_id: str
     created_at: int
     updated_at: int
-    approvals: str = "ask"  # before a model's command runs; "all" allows every one
+    approvals: str = "ask"  # before each command of a model; "all": allow them
     archived: bool = False
     seq: int = 0
     run_id: str = ""
@@ -9053,7 +9050,7 @@ class MessageState:
     DONE = "done"
     ERROR = "error"
     ABORTED = "aborted"
-    INTERRUPTED = "interrupted"  # the gateway ended meanwhile
+    INTERRUPTED = "interrupted"  # by the end of the gateway
 
 
 class SessionMessage(Value):
@@ -9068,7 +9065,7 @@ class SessionMessage(Value):
     seq: int
     text: str = ""
     job_id: str | None = None
-    details: Mapping[str, Any] = NOTHING  # as the page gets them
+    details: Mapping[str, Any] = NOTHING  # for the page
 
 
 def _cannot_use_database(path: Path, error: Exception) -> str:
@@ -9088,7 +9085,7 @@ def _prepare_database(db: sqlite3.Connection, path: Path) -> None:
     db.execute("PRAGMA journal_mode = WAL")
     # In WAL mode a power cut may undo the last commits, and never damages the file.
     db.execute("PRAGMA synchronous = NORMAL")
-    # A checkpoint waits for the disk: tick() makes them, beside the writers.
+    # A checkpoint waits for the disk: Database.checkpoint() runs beside the writers.
     db.execute("PRAGMA wal_autocheckpoint = 0")
     db.execute("PRAGMA foreign_keys = ON")
     db.create_function("signal_name", 1, _stored_signal_name)
@@ -9159,7 +9156,7 @@ COLUMN_DECODERS: Mapping[str, Callable[[Any], Any]] = {  # by a field's annotati
 
 @functools.lru_cache(maxsize=None)
 def _column_decoders(kind: Any) -> Mapping[str, Callable[[Any], Any]]:
-    """Return the fields of `kind` that its columns hold in another form."""
+    """Return decoders for the fields of `kind` that columns hold in another form."""
     outer = {
         name: annotation.replace(" | None", "").partition("[")[0]
         for name, annotation in kind.__annotations__.items()
@@ -9186,8 +9183,7 @@ class Database:
         self._path = path
         self._lock = threading.Lock()  # guards _db: one transaction at a time
         self._db = _open_database(path)
-        # Transactions since the last checkpoint; a lost count does no harm.
-        self._written = 0
+        self._written = 0  # transactions since the last checkpoint, about
         self._inserts: dict[Any, tuple[str, list[str]]] = {}  # statements, columns
         import sqlite3
 
@@ -9206,10 +9202,10 @@ class Database:
         conflict: str = "",
         **columns: Any,
     ) -> int:
-        """Add a row of those fields of `row` that the table has, and of `columns`.
+        """Add a row: the fields of `row` that are columns of the table, and `columns`.
 
-        Return its rowid; 0 if the row is there already and `ignore` is set, or an
-        upsert's `conflict` clause changed nothing.  Raises StoreError.
+        Return its rowid, or 0 if nothing changed: the row exists and `ignore` is set,
+        or the `conflict` clause of an upsert did not apply.  Raises StoreError.
         """
         kind: Any = type(row)
         conflict = "DO NOTHING" if ignore else conflict
@@ -9236,19 +9232,19 @@ class Database:
             and not (column["pk"] and column["type"] == "INTEGER")
         ]
         marks = ", ".join("?" * len(names))
-        sql = f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks})"
+        sql = f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks})"  # nosec B608: our names
         return f"{sql} ON CONFLICT {conflict}" if conflict else sql, names
 
     def update(self, table: str, where: Mapping[str, Any], **changes: Any) -> int:
-        """Change single columns of the rows whose columns are as `where` says.
+        """Change single columns of the rows that match `where`; return their number.
 
-        Return the number of rows.  Raises StoreError.
+        Raises StoreError.
         """
         sql = _update_sql(table, tuple(where), tuple(changes))
         return self.write(sql, [*map(_to_column, changes.values()), *where.values()])
 
     def select(self, kind: type[V], sql: str, values: SqlValues = ()) -> list[V]:
-        """Return the rows of the answer as values; other columns are ignored.
+        """Return the rows as values; columns that are no fields are ignored.
 
         Raises StoreError.
         """
@@ -9272,20 +9268,17 @@ class Database:
         return self._execute(sql, values)[1].rowcount
 
     def rows(self, sql: str, values: SqlValues = ()) -> list[sqlite3.Row]:
-        """Return all rows of the answer.  Raises StoreError."""
+        """Return all rows.  Raises StoreError."""
         return self._execute(sql, values)[0]
 
     def row(self, sql: str, values: SqlValues = ()) -> sqlite3.Row | None:
-        """Return the first row of the answer, or None.  Raises StoreError."""
+        """Return the first row, or None.  Raises StoreError."""
         rows = self.rows(sql, values)
         return rows[0] if rows else None
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection for statements that count together or not at all.
-
-        Raises StoreError.
-        """
+        """Yield the connection inside one transaction.  Raises StoreError."""
         with self._lock:
             self._written += 1
             try:
@@ -9302,9 +9295,9 @@ class Database:
                 raise
 
     def checkpoint(self) -> None:
-        """Copy transactions from the WAL into the file, once there are enough.
+        """Copy CHECKPOINT_EVERY or more transactions from the WAL to the file.
 
-        Over a connection of its own, so that no writer waits for the disk.
+        It has its own connection, so that no writer waits for the disk.
         Raises StoreError.
         """
         if self._written < CHECKPOINT_EVERY:
@@ -9315,15 +9308,15 @@ class Database:
                 passive = "PRAGMA wal_checkpoint(PASSIVE)"
                 _, logged, _ = db.execute(passive).fetchone()
                 if logged > LONGEST_WAL:
-                    # Writers that never pause keep the WAL from starting again: now
-                    # they wait, for the little that came during the second pass.
+                    # SQLite starts the WAL again only while nobody writes.  After a
+                    # second pass little is left for which writers have to wait.
                     db.execute(passive)
                     db.execute("PRAGMA wal_checkpoint(RESTART)")
         except self._sqlite.Error as error:
             raise self._store_error(error) from error
 
-    def give_back(self) -> None:
-        """Give some of the file's free pages back to the disk.  Raises StoreError."""
+    def release_pages(self) -> None:
+        """Return some of the file's free pages to the disk.  Raises StoreError."""
         if self.rows("PRAGMA freelist_count")[0][0] <= VACUUM_ABOVE:
             return
         self._written += 1
@@ -9351,7 +9344,7 @@ class Database:
 
 
 class Table:
-    """One table and the statements that it needs more than once."""
+    """One table, with the statements that most tables need."""
 
     name: ClassVar[str]
     columns: ClassVar[str] = "*"
@@ -9362,7 +9355,7 @@ class Table:
     def _find(
         self, kind: type[V], condition: str = "TRUE", values: SqlValues = ()
     ) -> list[V]:
-        # Conditions are literals; what comes from outside is in `values`.
+        # Conditions are literals; text of callers is in `values`.
         sql = f"SELECT {self.columns} FROM {self.name} WHERE {condition}"  # nosec B608
         return self._db.select(kind, sql, values)
 
@@ -9380,10 +9373,10 @@ class Table:
 
 
 class NodeNames:
-    """The names of all nodes, as of one version of the devices."""
+    """The names of all nodes, read at one version of the devices."""
 
     def __init__(self, version: object, rows: Iterable[sqlite3.Row]) -> None:
-        """Of `rows` with `node_id`, `display_name`, `renamed`."""
+        """`rows` have the columns `node_id`, `display_name`, `renamed`."""
         self.version = version
         self.by_id: dict[str, str] = {}
         self._given: dict[str, list[str]] = {}  # by operators; ids by name
@@ -9394,24 +9387,23 @@ class NodeNames:
             ids.setdefault(row["display_name"].casefold(), []).append(row["node_id"])
 
     def ids_of(self, name: str) -> Sequence[str]:
-        """Return the ids of the nodes of that name, without regard to case.
+        """Return the ids of the nodes of that name, in any case of letters.
 
-        A name given by an operator comes before one that a machine gave itself.
+        Names given by operators win over those that machines gave themselves.
         """
         known = name.casefold()
         return self._given.get(known) or self._own.get(known) or ()
 
 
 class DevicesTable(Table):
-    """The devices; one that is revoked or has expired is not found any more."""
+    """The devices; those that are revoked or expired are not found."""
 
     name = "devices"
     CURRENT = "revoked_at IS NULL AND ifnull(expires_at, :now) >= :now"
 
     def __init__(self, database: Database) -> None:
         super().__init__(database)
-        # Replaced after each change of a name or a node id.
-        self._version = object()
+        self._version = object()  # replaced after each change of a name or a node id
         # Reading 5,000 names takes 5 ms, and every job needs one.
         self._names: NodeNames | None = None
 
@@ -9447,7 +9439,7 @@ class DevicesTable(Table):
         return any(device.display_name.casefold() == wanted for device in others)
 
     def names(self) -> NodeNames:
-        """Return the nodes by id and by name; read again only after a change."""
+        """Return the names of all nodes; they are read again after a change only."""
         names, version = self._names, self._version
         if names is None or names.version is not version:
             rows = self._db.rows(
@@ -9458,26 +9450,16 @@ class DevicesTable(Table):
         return names
 
     def connect(
-        self,
-        device_id: str,
-        *,
-        node_id: str,
-        address: str,
-        now: int,
-        display_name: str = "",
-        platform: str = "",
-        version: str = "",
-        capabilities: Sequence[str] = (),
-        commands: Sequence[str] = (),
+        self, device_id: str, params: ConnectParams, address: str, now: int
     ) -> bool:
-        """Record what a node says of itself, its id first of all.
+        """Record the id and the description that a node sends when it connects.
 
-        Empty texts leave what is known, and an operator's name for it stays.  Return
-        False, and record nothing, if the id belongs to another device or the device
-        is not current any more.
+        Empty texts, and the name of a node that an operator has renamed, change
+        nothing.  Return False, and record nothing, if the id belongs to another device
+        or the device is revoked or expired.
         """
         changed = self._db.write(
-            "UPDATE devices SET node_id = :node_id, expires_at = NULL,"
+            "UPDATE devices SET node_id = :client_id, expires_at = NULL,"  # nosec B608: literals
             " display_name = CASE WHEN renamed OR :display_name = ''"
             "   THEN display_name ELSE :display_name END,"
             " platform = ifnull(nullif(:platform, ''), platform),"
@@ -9485,16 +9467,13 @@ class DevicesTable(Table):
             " capabilities = :capabilities, commands = :commands,"
             " last_ip = :address, last_seen_at = :now"
             f" WHERE id = :id AND {self.CURRENT}"
-            " AND NOT EXISTS (SELECT 1 FROM devices WHERE node_id = :node_id"
+            " AND NOT EXISTS (SELECT 1 FROM devices WHERE node_id = :client_id"
             "   AND id <> :id AND revoked_at IS NULL)",
             {
+                **params.__dict__,
+                "capabilities": to_json(params.capabilities),
+                "commands": to_json(params.commands),
                 "id": device_id,
-                "node_id": node_id,
-                "display_name": display_name,
-                "platform": platform,
-                "version": version,
-                "capabilities": to_json(capabilities),
-                "commands": to_json(commands),
                 "address": address,
                 "now": now,
             },
@@ -9511,7 +9490,7 @@ class DevicesTable(Table):
         self._change({"id": device_id}, last_seen_at=now)
 
     def rename(self, device_id: str, display_name: str) -> bool:
-        """Give the device the operator's name for good; False: no such device."""
+        """Set the operator's name for the device; False: no such device."""
         return self._replace(device_id, display_name=display_name, renamed=True)
 
     def rotate(
@@ -9520,12 +9499,12 @@ class DevicesTable(Table):
         credential: DeviceCredential,
         expires_at: int | None = None,
     ) -> bool:
-        """Replace what proves the device; False: no such device."""
+        """Replace the device's credential; False: no such device."""
         expiry = {} if expires_at is None else {"expires_at": expires_at}
         return self._replace(device_id, **credential.__dict__, **expiry)
 
     def revoke(self, device_id: str, now: int) -> bool:
-        """Admit the device no more; False: no such device."""
+        """Revoke the device's token; False: no such device."""
         return self._replace(device_id, revoked_at=now)
 
     def delete_expired(self, now: int) -> int:
@@ -9543,7 +9522,7 @@ class DevicesTable(Table):
 
 
 class JobsTable(Table):
-    """The jobs, from the moment each was asked for; with the logs of small ones."""
+    """All jobs, with the logs of those that ended if they are short."""
 
     name = "jobs"
     columns = ", ".join(JobRecord._names)  # all but the log
@@ -9565,11 +9544,11 @@ class JobsTable(Table):
         """Return `record` with its `seq`.  Raises RpcError CONFLICT for a known id."""
         seq = self._db.insert(self.name, record, ignore=True)
         if not seq:
-            raise RpcError("CONFLICT", f"there is a job {record.id} already")
+            raise RpcError("CONFLICT", f"the id {record.id} is that of another job")
         return record.replace(seq=seq)
 
     def save(self, record: JobRecord, log: bytes | None = None) -> None:
-        """Write `log` and the fields that change; the spec goes when a job ends."""
+        """Write `log` and the fields that change; a job that ended loses its spec."""
         fields = record.__dict__
         spec = to_json(record.spec) if record.is_open and record.spec else None
         changes = [fields[name] for name in self.CHANGING]
@@ -9601,8 +9580,8 @@ class JobsTable(Table):
         """Return jobs, the newest first, at most MAX_PAGE of them.
 
         `state` may also be "open", "ended" or "failed"; `query` is a part of the
-        command, in any case of letters; `kept` leaves out those that ended and whose
-        log is not kept; `before` is the `seq` of the last one known.
+        command, in any case of letters; `kept` leaves out ended jobs without a log;
+        `before` is the lowest `seq` that the caller has.
         """
         given = {
             "node_id = ?": node_id,
@@ -9613,7 +9592,7 @@ class JobsTable(Table):
             ),
             "seq < ?": before,
         }
-        # Only what is given: SQLite finds no index for `? = '' OR node_id = ?`.
+        # Only the filters that are set: SQLite uses no index for `? = '' OR …`.
         conditions = [sql for sql, value in given.items() if value]
         conditions.append(self.STATES.get(state, "TRUE"))
         if kept:
@@ -9621,7 +9600,7 @@ class JobsTable(Table):
         values, limit = [*filter(None, given.values())], max(0, min(limit, MAX_PAGE))
         if not query:
             return self._page(conditions, values, limit)
-        # A search reads all rows: slice by slice, so that writers get their turn.
+        # A search reads all rows: in slices, with room for writers in between.
         found: list[JobRecord] = []
         row = self._db.row("SELECT max(seq) newest FROM jobs")
         top = before or (row["newest"] if row and row["newest"] else 0) + 1
@@ -9645,19 +9624,18 @@ class JobsTable(Table):
         return [row["id"] for row in rows]
 
     def drop_logs(self, session_key: str) -> None:
-        """Delete the logs of a session's jobs; their rows stay in the audit."""
+        """Delete the logs of a session's jobs; the audit keeps their rows."""
         self._change({"session_key": session_key}, log=None)
 
     def delete_before(self, at: int) -> list[str]:
-        """Delete jobs that ended and were asked for before `at`; return their ids.
+        """Delete jobs that were asked for, and ended, before `at`; return their ids.
 
-        At most DELETE_SLICE: call it again until there are none.  A job that a chat
-        shows stays.  The clock may have been wrong when a job was asked for, and right
-        when it ended.
+        At most DELETE_SLICE: call it until there are none.  Jobs that a chat shows
+        stay.  Both times count, since the clock may have been wrong at one of them.
         """
         with self._db.transaction() as db:
             rows = db.execute(
-                "SELECT seq, id FROM jobs WHERE asked_at < :at"
+                "SELECT seq, id FROM jobs WHERE asked_at < :at"  # nosec B608: literals
                 f" AND ifnull(ended_at, 0) < :at AND {self.STATES['ended']}"
                 " AND NOT EXISTS (SELECT 1 FROM messages WHERE job_id = jobs.id)"
                 " LIMIT :slice",
@@ -9669,15 +9647,15 @@ class JobsTable(Table):
 
 
 class AuditTable(Table):
-    """Who was admitted or refused and who changed that, with all commands."""
+    """Sign-ins, refusals, and changes of tokens and keys; page() adds the commands."""
 
     name = "audit"
 
     def add(self, entry: AuditEntry, caller_id: str = "") -> None:
         """Record an event; the same refusal of an address is recorded once an hour.
 
-        `caller_id` is the operator key's, or what else is responsible; "" stands for
-        all strangers.  Each has a share of its own: no other can push its events out.
+        `caller_id` is that of an operator key, "device" for all devices, "" for all
+        strangers.  Each has room for MAX_CALLER_EVENTS: others cannot push them out.
         """
         since = entry.at - REFUSAL_REPEATED_AFTER
         if entry.event in AuditEvent.REFUSALS and self._db.row(
@@ -9698,8 +9676,8 @@ class AuditTable(Table):
     ) -> list[AuditEntry]:
         """Return events and commands, the newest first, at most MAX_PAGE of them.
 
-        `until` is the time of the last entry known (they may share it with others),
-        `offset` how many of that time are known.
+        To go on, `until` is the time of the last entry the caller has, and `offset`
+        the number of entries it has of that time.
         """
         return self._db.select(
             AuditEntry,
@@ -9724,7 +9702,7 @@ class AuditTable(Table):
 
 
 class OperatorKeysTable(Table):
-    """The operators' API keys; one that is revoked opens nothing and stays listed."""
+    """The operators' API keys; revoked ones stay listed."""
 
     name = "operator_keys"
 
@@ -9744,7 +9722,7 @@ class OperatorKeysTable(Table):
         self._change({"id": key_id}, last_used_at=now)
 
     def revoke(self, key_id: str, now: int) -> bool:
-        """End a key and the sign-ins made with it; False: no such key."""
+        """Revoke a key and delete its sign-ins; False: no such key."""
         with self._db.transaction() as db:
             db.execute("DELETE FROM logins WHERE key_id = ?", (key_id,))
             changed = db.execute(
@@ -9756,7 +9734,7 @@ class OperatorKeysTable(Table):
 
 
 class LoginsTable(Table):
-    """The browsers that are signed in."""
+    """The sign-ins of browsers."""
 
     name = "logins"
 
@@ -9766,7 +9744,7 @@ class LoginsTable(Table):
     def by_cookie_hash(
         self, cookie_hash: str, now: int
     ) -> tuple[Login, OperatorKey] | None:
-        """Return a sign-in that has not expired, and the key behind it."""
+        """Return a sign-in that has not expired, with its key."""
         condition = "cookie_hash = ? AND expires_at > ?"
         login = self._first(Login, condition, (cookie_hash, now))
         key = login and self._db.select(
@@ -9792,7 +9770,7 @@ class LoginsTable(Table):
 
 
 class JoinCodesTable(Table):
-    """The join codes that were not used yet."""
+    """The unused join codes."""
 
     name = "join_codes"
 
@@ -9803,7 +9781,7 @@ class JoinCodesTable(Table):
     def take(self, code_hash: str, now: int) -> str | None:
         """Return the id of the code's device and delete the code.
 
-        One of many callers wins.
+        Of several callers at once, one gets it.
         """
         values = (code_hash, now)
         with self._db.transaction() as db:
@@ -9842,9 +9820,9 @@ class SessionsTable(Table):
         return self._first(Session, "key = ?", (key,))
 
     def change(self, key: str, **changes: Any) -> bool:
-        """Write single fields of a session; False: it is gone.
+        """Write single fields of a session; False: there is none.
 
-        A whole row would undo what another caller changes meanwhile.
+        Writing a whole row would undo what another caller changes meanwhile.
         """
         return self._change({"key": key}, **changes)
 
@@ -9852,11 +9830,11 @@ class SessionsTable(Table):
         self.change(key, updated_at=now)
 
     def keep_run(self, key: str, run_id: str) -> None:
-        """Record the model's turn in progress; "" when it is over."""
+        """Record the id of the model's turn in progress; "": none."""
         self.change(key, run_id=run_id)
 
     def reserve(self, key: str, seq: int) -> None:
-        """Let messages and events be numbered up to `seq`."""
+        """Reserve the sequence numbers up to `seq`."""
         self._db.write(
             "UPDATE sessions SET seq = max(seq, ?) WHERE key = ?", (seq, key)
         )
@@ -9927,7 +9905,7 @@ class MessagesTable(Table):
 
 
 class TurnsTable(Table):
-    """Sessions as their models get them: each message as JSON."""
+    """The messages of sessions as sent to their models, in JSON."""
 
     def add(self, session_key: str, message: Mapping[str, Any]) -> None:
         self._db.write(
@@ -9966,11 +9944,11 @@ class SettingsTable(Table):
 
 
 class SteadyClock:
-    """The time of day, with a judgement of whether it may decide what is old.
+    """The time of day, and whether it is reliable enough to delete old rows.
 
     A clock that jumps ahead (a wrong time server, a machine that was off) makes every
     row look old.  After such a jump nothing is deleted until the gateway has run for
-    STEADY_AFTER without another one, restarts included.
+    STEADY_AFTER without another one; restarts do not reset that time.
     """
 
     def __init__(
@@ -9989,7 +9967,7 @@ class SteadyClock:
         self._looked = self._due = monotonic()
 
     def tick(self) -> None:
-        """Compare the time of day with the time that passed.  Raises StoreError."""
+        """Compare the time of day with the monotonic clock.  Raises StoreError."""
         running = self._monotonic()
         if running < self._due:
             return
@@ -10001,14 +9979,14 @@ class SteadyClock:
         self._settings.put("clock", {"at": now, "steady": self._steady})
 
     def before(self, age: float) -> int | None:
-        """Return the time `age` seconds ago, in ms; None: do not rely on it."""
+        """Return the time `age` seconds ago, in ms; None: the clock jumped lately."""
         if self._steady < STEADY_AFTER:
             return None
         return self._now() - round(age * 1000)
 
 
 class Store:
-    """All that the gateway remembers, table by table.
+    """The gateway's database, table by table.
 
     Every method of a table raises StoreError if the database cannot be used.
     """
@@ -10029,10 +10007,10 @@ class Store:
         self.clock = SteadyClock(self.settings)
 
     def tick(self) -> None:
-        """Do the upkeep that no caller should wait for; call it once a second or so."""
+        """Do the upkeep for which no caller should wait; call it every STORE_TICK."""
         try:
             self._database.checkpoint()
-            self._database.give_back()
+            self._database.release_pages()
             self.clock.tick()
         except StoreError as error:  # a full disk: the next tick tries again
             log.warning("%s", error)
@@ -10045,19 +10023,19 @@ class Store:
 # Access
 # Uses: SCRAM, Store
 #
-# Who is admitted, and what for: device tokens, join codes, operator keys with their
-# scopes, sign-ins of browsers, and limits for those who guess.  Each kind of credential
-# has a class of its own; all share a doorkeeper.  A secret is handed out once, and its
-# hash is stored.  What a method requires is decided by the Gateway.
+# Credentials and what they allow: device tokens, join codes, operator keys with their
+# scopes, sign-ins of browsers, and limits for failed attempts.  Each kind of credential
+# has a class of its own; all share a doorkeeper.  A secret is shown once, and its hash
+# is stored.  The Gateway decides which scope a method requires.
 # ==============================================================================
 
 LOGIN_LIFETIME = 30 * 86400  # s since its last use
 JOIN_CODE_LIFETIME = 600.0  # s; also for the device to connect after that
 USE_RECORDED_EVERY = 60.0  # s; otherwise each request would write
-MAX_FAILURES = 5  # of an address within FAILURE_WINDOW, then it has to wait
+MAX_FAILURES = 5  # of an address within FAILURE_WINDOW; then it has to wait
 FAILURE_WINDOW = 60.0  # s; also the first wait, which doubles
 MAX_FAILURE_WAIT = 3600.0  # s
-MAX_FAILING_ADDRESSES = 10_000  # then the one that failed longest ago is forgotten
+MAX_FAILING_ADDRESSES = 10_000  # beyond it, the one that failed first is dropped
 LOCAL_KEY_NAME = "this machine"  # of the key in gateway.json
 
 
@@ -10065,10 +10043,10 @@ class Scope:
     """What an operator may do."""
 
     READ = "operator.read"
-    WRITE = "operator.write"  # run commands, chat; includes reading
-    APPROVALS = "operator.approvals"  # answer an agent that asks
-    PAIRING = "operator.pairing"  # tokens of devices
-    ADMIN = "operator.admin"  # all of it, and keys
+    WRITE = "operator.write"  # run commands, chat; includes READ
+    APPROVALS = "operator.approvals"  # allow or deny commands of an agent
+    PAIRING = "operator.pairing"  # make and revoke tokens of devices
+    ADMIN = "operator.admin"  # manage keys; includes all others
 
 
 SCOPES = (Scope.READ, Scope.WRITE, Scope.APPROVALS, Scope.PAIRING, Scope.ADMIN)
@@ -10109,10 +10087,10 @@ def device_caller(device: Device, address: str = "") -> Caller:
 
 
 def secret_hash(secret: str) -> str:
-    """Return what the store keeps of a secret.
+    """Return the hash under which the store keeps a secret.
 
-    A secret has 128 random bits or more: SHA-256 is slow enough, and the time it takes
-    to find a hash reveals nothing about the secret.
+    A secret has 128 random bits or more: SHA-256 is slow enough, and the time of a
+    look-up reveals nothing about the secret.
     """
     return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
 
@@ -10123,7 +10101,10 @@ def is_loopback(address: str) -> bool:
 
 
 def address_block(address: str) -> str:
-    """Return what one customer has: an IPv4 address, or the /64 of an IPv6 one."""
+    """Return an IPv4 address as it is, and the /64 of an IPv6 address.
+
+    That is what one customer of a provider gets.
+    """
     try:
         packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
     except (OSError, ValueError):
@@ -10138,12 +10119,12 @@ class _Failures:
 
     def __init__(self) -> None:
         self.times: list[float] = []
-        self.waits = 0  # so far; each is twice as long as the one before
+        self.waits = 0  # so far; each is twice as long as the last
         self.blocked_until = 0.0
 
 
 class RateLimit:
-    """Addresses that failed too often lately, and how long each has to wait."""
+    """Addresses with recent failures, and the time that each has to wait."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -10178,7 +10159,7 @@ class RateLimit:
             record.times.append(now)
             if len(record.times) >= MAX_FAILURES:
                 wait = min(FAILURE_WINDOW * 2**record.waits, MAX_FAILURE_WAIT)
-                # No larger exponent is needed, and 2 ** 1100 would overflow a float.
+                # A larger exponent changes nothing, and 2.0 ** 1100 would overflow.
                 record.waits = min(record.waits + 1, 32)
                 record.blocked_until = now + wait
                 record.times.clear()
@@ -10192,39 +10173,39 @@ class RateLimit:
 
 
 class Doorkeeper:
-    """What all doors share: the store, the clock, and the audit of who came."""
+    """Store, clock and audit, shared by the classes below."""
 
     def __init__(self, store: Store, clock: Callable[[], int] = now_ms) -> None:
         self.store = store
         self.now = clock  # ms
 
-    def note(self, event: str, subject: str, by: Caller | None) -> None:
-        """Record an act of `by`, or of this program.  Raises StoreError."""
+    def record(self, event: str, subject: str, by: Caller | None) -> None:
+        """Record an act of `by`; None: of this program.  Raises StoreError."""
         by = by or Caller(OPERATOR, "moltis", "moltis")
-        # Devices share one share of the audit: a new token must not bring a new one.
-        share = by.id if by.kind == OPERATOR else by.kind
+        # All devices share one part of the audit: a new token brings no new one.
+        caller_id = by.id if by.kind == OPERATOR else by.kind
         entry = AuditEntry(self.now(), event, by.name, by.address, subject)
-        self.store.audit.add(entry, share)
+        self.store.audit.add(entry, caller_id)
 
-    def note_refusal(self, event: str, subject: str, address: str) -> None:
-        """Record that a stranger was refused, unless the disk is full."""
+    def record_refusal(self, event: str, subject: str, address: str) -> None:
+        """Record a refused stranger; a full disk is ignored."""
         entry = AuditEntry(self.now(), event, "", address, subject)
         with contextlib.suppress(StoreError):
             self.store.audit.add(entry)
 
     def is_use_due(self, last_used_at: int | None) -> bool:
-        """Return whether the use of a credential is to be recorded again."""
+        """Return whether the time of a credential's last use has to be recorded."""
         return self.now() - (last_used_at or 0) >= USE_RECORDED_EVERY * 1000
 
 
 class DeviceAccess:
-    """Device tokens: made, replaced, revoked and recognised."""
+    """Makes, replaces, revokes and checks device tokens."""
 
     def __init__(self, door: Doorkeeper) -> None:
         """Raises StoreError."""
         self._door = door
         self._devices = door.store.devices
-        self._decoy_key = self._kept_decoy_key()
+        self._decoy_key = self._load_decoy_key()
 
     def create_device(
         self,
@@ -10234,9 +10215,9 @@ class DeviceAccess:
         lifetime: float | None = None,
         by: Caller | None = None,
     ) -> tuple[Device, str]:
-        """Return a new device and its token, which cannot be looked up later.
+        """Return a new device and its token, which is not stored.
 
-        A device that has not connected after `lifetime` seconds is deleted.
+        A device that does not connect within `lifetime` seconds is deleted.
         """
         now, token = self._door.now(), new_secret("mdt_")
         device = Device(
@@ -10247,7 +10228,7 @@ class DeviceAccess:
             expires_at=None if lifetime is None else now + round(lifetime * 1000),
         )
         self._devices.add(device, self._credential(token))
-        self._door.note(AuditEvent.TOKEN_CREATED, device_label(device), by)
+        self._door.record(AuditEvent.TOKEN_CREATED, device_label(device), by)
         return device, token
 
     def rotate_device(
@@ -10258,32 +10239,32 @@ class DeviceAccess:
         by: Caller | None = None,
         event: str = AuditEvent.TOKEN_ROTATED,
     ) -> str:
-        """Return a new token for the device; the old one opens nothing any more.
+        """Return a new token for the device, which replaces the old one.
 
-        A device that has not connected by `expires_at` is deleted.
+        A device that does not connect by `expires_at` is deleted.
         Raises RpcError NOT_FOUND.
         """
         token = new_secret("mdt_")
         if not self._devices.rotate(device.id, self._credential(token), expires_at):
             raise RpcError("NOT_FOUND", f"there is no device {clip(device.id, 80)}")
-        self._door.note(event, device_label(device), by)
+        self._door.record(event, device_label(device), by)
         return token
 
     def revoke_device(self, device: Device, *, by: Caller | None = None) -> None:
-        """Admit the device no more.  Raises RpcError NOT_FOUND."""
+        """Revoke the device's token.  Raises RpcError NOT_FOUND."""
         if not self._devices.revoke(device.id, self._door.now()):
             raise RpcError("NOT_FOUND", f"there is no device {clip(device.id, 80)}")
-        self._door.note(AuditEvent.TOKEN_REVOKED, device_label(device), by)
+        self._door.record(AuditEvent.TOKEN_REVOKED, device_label(device), by)
 
-    def note_refused_device(self, name: str, address: str) -> None:
+    def record_refused_device(self, name: str, address: str) -> None:
         """Record that a token was refused."""
-        self._door.note_refusal(AuditEvent.TOKEN_REFUSED, clip(name, 200), address)
+        self._door.record_refusal(AuditEvent.TOKEN_REFUSED, clip(name, 200), address)
 
     def device_by_token(self, token: str) -> Device | None:
         return self._devices.by_token_hash(secret_hash(token), self._door.now())
 
     def device_by_handle(self, handle: str) -> Device | None:
-        """Return the device that a ScramServer has authenticated as `handle`."""
+        """Return the device that a ScramServer authenticated as `handle`."""
         return self._devices.by_handle(handle, self._door.now())
 
     def scram_server(self, channel_binding: bytes | None = None) -> ScramServer:
@@ -10300,11 +10281,11 @@ class DeviceAccess:
 
     def _verifier(self, handle: str) -> ScramVerifier:
         text = self._devices.verifier(handle, self._door.now())
-        # Both are made: time must not tell a known handle from an unknown one.
+        # Made for known handles too: the time must not reveal which are known.
         decoy = decoy_verifier(self._decoy_key, handle)
         return decoy if text is None else ScramVerifier.from_text(text)
 
-    def _kept_decoy_key(self) -> bytes:
+    def _load_decoy_key(self) -> bytes:
         kept = self._door.store.settings.get("scram_decoy_key")
         if not isinstance(kept, str):
             kept = secrets.token_hex(32)
@@ -10313,14 +10294,14 @@ class DeviceAccess:
 
 
 class JoinCodes:
-    """Codes that give one machine the token of a device, once and soon."""
+    """Codes with which one machine gets the token of a device, once."""
 
     def __init__(
         self, door: Doorkeeper, devices: DeviceAccess, limit: RateLimit
     ) -> None:
         self._door = door
         self._devices = devices
-        self._limit = limit  # its own: guessing codes must not lock out keys
+        self._limit = limit  # its own: failed codes must not lock out keys
 
     def create_join_code(self, device: Device) -> str:
         code = "mc_" + secrets.token_urlsafe(16)
@@ -10330,7 +10311,7 @@ class JoinCodes:
         return code
 
     def redeem_join_code(self, code: str, address: str) -> tuple[Device, str]:
-        """Return the device that a join code stands for, and a new token of it.
+        """Return the device of a join code, and a new token for it.
 
         Raises RpcError NOT_FOUND, or RATE_LIMITED with `retry_after`.
         """
@@ -10343,8 +10324,8 @@ class JoinCodes:
             raise RpcError(
                 "NOT_FOUND", "this join code was used or has expired; make another"
             )
-        # The token that was shown beside the link is void now, and one that is lost on
-        # its way expires as the code would have.
+        # This replaces the token that was shown with the code.  If the answer is lost,
+        # the new one expires as the code would have.
         token = self._devices.rotate_device(
             device,
             self._expires_at(),
@@ -10358,7 +10339,7 @@ class JoinCodes:
 
 
 class OperatorAccess:
-    """Operator keys: made, revoked and recognised."""
+    """Makes, revokes and checks operator keys."""
 
     def __init__(self, door: Doorkeeper, limit: RateLimit) -> None:
         self._door = door
@@ -10368,8 +10349,8 @@ class OperatorAccess:
     def ensure_operator_key(self, current: str | None) -> str:
         """Return the key of this machine's own operator, for gateway.json.
 
-        `current` is what that file holds.  If that opens nothing, make a new key, and
-        revoke its predecessors, which are lost.
+        That is `current`, from the file, if it is valid.  Otherwise make a new key, and
+        revoke its predecessors, whose text is lost.
         """
         if current and self.operator_by_key(current):
             return current
@@ -10390,7 +10371,7 @@ class OperatorAccess:
             wrong = clip(str(unknown[0]), 80) if unknown else "nothing"
             raise RpcError(
                 "INVALID_REQUEST",
-                f"{wrong} is no scope; there are {', '.join(SCOPES)}",
+                f"{wrong} is not a scope; choose from {', '.join(SCOPES)}",
             )
         if not name.strip() or name in (LOCAL_KEY_NAME, "moltis"):
             raise RpcError("INVALID_REQUEST", "a key needs a name of its own")
@@ -10399,7 +10380,7 @@ class OperatorAccess:
             raise RpcError("CONFLICT", f"there is a key {clip(name, 80)!r} already")
         key, text = self._add(name, tuple(s for s in SCOPES if s in scopes))
         subject = f"{name} ({', '.join(key.scopes)})"
-        self._door.note(AuditEvent.KEY_CREATED, subject, by)
+        self._door.record(AuditEvent.KEY_CREATED, subject, by)
         return key, text
 
     def keys(self) -> list[OperatorKey]:
@@ -10407,24 +10388,24 @@ class OperatorAccess:
         return self._keys.all()
 
     def revoke_key(self, key_id: str, *, by: Caller | None = None) -> None:
-        """End a key and its sign-ins.  Raises RpcError NOT_FOUND or CONFLICT."""
+        """Revoke a key and its sign-ins.  Raises RpcError NOT_FOUND or CONFLICT."""
         names = [key.name for key in self.keys() if key.id == key_id]
         if names == [LOCAL_KEY_NAME]:
             raise RpcError(
                 "CONFLICT",
-                "this key is in gateway.json; to have another, stop the gateway, "
-                "delete that file and start again",
+                "this key is in gateway.json; to replace it, stop the gateway, "
+                "delete that file and start the gateway again",
             )
         if not self._keys.revoke(key_id, self._door.now()):
             raise RpcError("NOT_FOUND", f"there is no key {clip(key_id, 80)}")
-        self._door.note(AuditEvent.KEY_REVOKED, names[0], by)
+        self._door.record(AuditEvent.KEY_REVOKED, names[0], by)
 
     def operator_by_key(self, key: str, address: str = "") -> Caller | None:
         found = self._keys.by_hash(secret_hash(key))
         if found is None:
             return None
         if self._door.is_use_due(found.last_used_at):
-            # A full disk must not lock out who could make room on it.
+            # A full disk must not lock out the operator who can make room.
             with contextlib.suppress(StoreError):
                 self._keys.used(found.id, self._door.now())
         return Caller(OPERATOR, found.id, found.name, found.scopes, address=address)
@@ -10432,19 +10413,19 @@ class OperatorAccess:
     def admit_operator(
         self, key: str, address: str, refusal: str = AuditEvent.KEY_REFUSED
     ) -> Caller:
-        """Return the operator who comes from `address` with a key.
+        """Return the operator of a key that was sent from `address`.
 
         Raises RpcError UNAUTHORIZED, or RATE_LIMITED with `retry_after`.
         """
-        # On the machine itself the right key opens whatever others there tried.
+        # On this machine, failures of other programs do not lock out the right key.
         if not is_loopback(address):
             self._limit.check(address)
         caller = self.operator_by_key(key, address)
         if caller is None:
             self._limit.check(address)
             self._limit.failed(address)
-            self._door.note_refusal(refusal, "", address)
-            raise RpcError("UNAUTHORIZED", "this operator key opens nothing here")
+            self._door.record_refusal(refusal, "", address)
+            raise RpcError("UNAUTHORIZED", "this operator key is not valid here")
         self._limit.succeeded(address)
         return caller
 
@@ -10456,7 +10437,7 @@ class OperatorAccess:
 
 
 class SignIns:
-    """Cookies of browsers that came with an operator key."""
+    """Makes, deletes and checks the cookies of browsers."""
 
     def __init__(self, door: Doorkeeper, operators: OperatorAccess) -> None:
         self._door = door
@@ -10464,7 +10445,7 @@ class SignIns:
         self._logins = door.store.logins
 
     def sign_in(self, key: str, address: str, user_agent: str) -> str:
-        """Return a cookie for a browser that came with an operator key.
+        """Return a cookie for a browser that sent an operator key.
 
         Raises RpcError UNAUTHORIZED, or RATE_LIMITED with `retry_after`.
         """
@@ -10481,7 +10462,7 @@ class SignIns:
             address=address,
         )
         self._logins.add(login, secret_hash(cookie))
-        self._door.note(AuditEvent.SIGNED_IN, login.user_agent, caller)
+        self._door.record(AuditEvent.SIGNED_IN, login.user_agent, caller)
         return cookie
 
     def caller_by_cookie(self, cookie: str, address: str = "") -> Caller | None:
@@ -10500,16 +10481,16 @@ class SignIns:
         return self._logins.all(self._door.now())
 
     def sign_out(self, login_id: str, *, by: Caller | None = None) -> bool:
-        """End a sign-in, one's own or another's; False: there was none."""
+        """Delete a sign-in; False: there is none."""
         agents = [login.user_agent for login in self.logins() if login.id == login_id]
         if not self._logins.delete(login_id):
             return False
-        self._door.note(AuditEvent.SIGNED_OUT, "".join(agents), by)
+        self._door.record(AuditEvent.SIGNED_OUT, "".join(agents), by)
         return True
 
 
 class Access:
-    """All doors of the gateway."""
+    """All credentials of the gateway."""
 
     def __init__(
         self,
@@ -10526,14 +10507,14 @@ class Access:
         self.sign_ins = SignIns(self._door, self.operators)
 
     def is_current(self, operator: Caller) -> bool:
-        """Return whether what an operator came in with is still good."""
+        """Return whether the credential of a connected operator is still valid."""
         if operator.login_id is not None:
             return operator.login_id in (login.id for login in self.sign_ins.logins())
         keys = self.operators.keys()
         return operator.id in (key.id for key in keys if key.revoked_at is None)
 
     def purge(self) -> None:
-        """Delete what has expired.  Raises StoreError."""
+        """Delete expired sign-ins and devices.  Raises StoreError."""
         now = self._door.now()
         self._door.store.logins.delete_expired(now)
         self._door.store.devices.delete_expired(now)
@@ -10543,8 +10524,8 @@ class Access:
 # Fleet
 # Uses: Wire protocol, Telemetry, Machine, Store
 #
-# The machines this gateway knows, connected or not, with `Local` among them: names,
-# presence, telemetry, views.  What they are asked to do is left to Jobs.
+# The machines this gateway knows, connected or not, `Local` included: names, presence,
+# telemetry, views.  Work on them is left to Jobs.
 # ==============================================================================
 
 LOCAL_ID = "local"
@@ -10555,16 +10536,16 @@ MAX_NAME = 200  # characters
 MIN_ID_PREFIX = 4  # characters of an id that may stand for it
 MAX_CANDIDATES = 20  # names in an error; there may be thousands
 STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without telemetry from a connected node
-CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest goes
+CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest is dropped
 REPLACE_TIMEOUT = 5.0  # s for an old connection of the same node to end
 
 
 class NodeLink(Protocol):
-    """How a connected node is reached; what sends raises ConnectionClosed."""
+    """The connection to a node; methods that send raise ConnectionClosed."""
 
     node_id: str
     instance: str  # one life of the node's process
-    resumes: bool  # whether it keeps jobs when the connection is lost
+    resumes: bool  # whether jobs outlive the connection
 
     def check(self, work: str, spec: JsonObject) -> None:
         """Raise RpcError for work that this node cannot do."""
@@ -10600,7 +10581,7 @@ class ConnectedNode:
         self.device_id = device_id
         self.link = link
         self.lends_models = CAP_LLM in params.capabilities
-        # Ours before jobs: it is served as a Moltis peer.
+        # Our own, older than `jobs`: served as a Moltis peer.
         self.outdated = (
             CAP_SCRAM in params.capabilities and CAP_JOBS not in params.capabilities
         )
@@ -10653,6 +10634,12 @@ def check_node_id(node_id: str) -> None:
         )
 
 
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - MAX_CANDIDATES
+    listed = ", ".join(names[:MAX_CANDIDATES])
+    return f"{listed} and {more:,} more" if more > 0 else listed
+
+
 class Fleet:
     """The machines this gateway can use, connected or not."""
 
@@ -10679,9 +10666,9 @@ class Fleet:
             return list(self._connected.values())
 
     def claim(self, node: ConnectedNode, device: Device) -> None:
-        """Make `node` the one connection of its id; an old one is hung up first.
+        """Make `node` the one connection of its id, and hang up the previous one.
 
-        Raises RpcError if the token or the id is in use by another machine.
+        Raises RpcError if another machine uses the token or the id.
         """
         self._check_claim(node.node_id, device)
         deadline = Deadline(REPLACE_TIMEOUT)
@@ -10690,12 +10677,12 @@ class Fleet:
                 previous = self._connected.setdefault(node.node_id, node)
             if previous is node:
                 return
-            # Its reader has to end before ours starts: log frames stay in order.
+            # Its reader ends before the new one starts: log frames stay in order.
             previous.link.hang_up("this node has connected again")
             if not previous.gone.wait(deadline.remaining()):
                 raise RpcError(
                     "UNAVAILABLE",
-                    "the node's previous connection is still closing; try again",
+                    "the previous connection of this node is still closing; try again",
                 )
 
     def release(self, node: ConnectedNode) -> None:
@@ -10720,19 +10707,19 @@ class Fleet:
         """Record a node's telemetry.  Raises RpcError for another node's."""
         reported_id = optional(payload, "nodeId", str)
         if reported_id and reported_id != node.node_id:
-            raise RpcError("FORBIDDEN", f"{node.node_id} may report on itself only")
+            raise RpcError(
+                "FORBIDDEN", f"{node.node_id} may not report telemetry of another node"
+            )
         telemetry = Telemetry.from_payload(payload)
         if telemetry.providers is None:
-            with self._lock:
-                known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
+            known = self._known_telemetry(node)
             telemetry = telemetry.replace(providers=known.providers)
         self._record_telemetry(node, telemetry)
 
     def record_providers(self, node: ConnectedNode, payload: JsonObject) -> None:
         """Record a node's answer to `system.providers`."""
         providers = Telemetry.from_payload(payload).providers or ()
-        with self._lock:
-            known, _ = self._telemetry.get(node.node_id, (Telemetry(), 0.0))
+        known = self._known_telemetry(node)
         self._record_telemetry(node, known.replace(providers=providers))
 
     def report_local(self, telemetry: Telemetry) -> None:
@@ -10744,14 +10731,14 @@ class Fleet:
             return list(self._cpu.get(node_id, ()))
 
     def resolve(self, reference: str) -> tuple[str, str]:
-        """Return id and name of the machine that a person or program names.
+        """Return id and name of the machine that `reference` names.
 
-        An exact id wins, then a name given by an operator, then one that the machine
-        gave itself, without regard to case; then a unique prefix of an id.
+        An exact id wins, then a name given by an operator, then a name that a machine
+        gave itself, in any case of letters; then a unique prefix of an id.
         Raises RpcError NOT_FOUND, or INVALID_REQUEST with the candidates.
         """
         wanted, names = reference.strip(), self._devices.names()
-        if LOCAL_ID in (wanted, wanted.casefold()):
+        if wanted.casefold() == LOCAL_ID:
             return LOCAL_ID, LOCAL_NAME
         if wanted in names.by_id:
             return wanted, names.by_id[wanted]
@@ -10772,11 +10759,11 @@ class Fleet:
         )
 
     def knows(self, node_id: str) -> bool:
-        """Return whether a node of this id may connect."""
+        """Return whether the id is that of Local or of a device with a token."""
         return node_id == LOCAL_ID or node_id in self._devices.names().by_id
 
     def require_connected(self, node_id: str, name: str) -> ConnectedNode:
-        """Raises RpcError UNAVAILABLE, with the time since when it is offline."""
+        """Raises RpcError UNAVAILABLE, with the time when it was last seen."""
         node = self.connected(node_id)
         if node is not None:
             return node
@@ -10791,18 +10778,27 @@ class Fleet:
         return [self._local_view(), *(self._view(device) for device in devices)]
 
     def select(self, text: str, limit: int) -> tuple[list[JsonObject], int]:
-        """Return views of at most `limit` machines with `text` in id or name.
+        """Return machines with `text` in id or name, and how many there are in all.
 
-        And the number of all such machines.  Connected ones come first, then by name.
+        These are views of at most `limit` machines, connected ones first, then by name.
         """
         wanted, names = text.strip().casefold(), self._devices.names().by_id
         names = {LOCAL_ID: LOCAL_NAME, **names}
         with self._lock:
             connected = set(self._connected)
-        found = [i for i in names if wanted in f"{i}\n{names[i]}".casefold()]
-        found.sort(key=lambda i: (i not in connected, names[i].casefold()))
+
+        def order(node_id: str) -> tuple[bool, str]:
+            return node_id not in connected, names[node_id].casefold()
+
+        found = list(names)
+        if wanted:
+            found = [i for i in names if wanted in f"{i}\n{names[i]}".casefold()]
+            found.sort(key=order)
+        elif len(found) > limit:
+            # Sorting thousands of names takes 3 ms, before each turn of a model.
+            found.sort(key=lambda node_id: node_id not in connected)
         views = []
-        for node_id in found[:limit]:
+        for node_id in sorted(found[:limit], key=order):
             with contextlib.suppress(RpcError):  # revoked meanwhile
                 views.append(self.view(node_id))
         return views, len(found)
@@ -10848,11 +10844,11 @@ class Fleet:
             raise RpcError(
                 "CONFLICT",
                 f"the node id {node_id} belongs to another token ({owner.display_name})"
-                "; choose another with --node-id, or revoke that one",
+                "; choose another id with --node-id, or revoke that token",
             )
         if device.node_id == node_id:
             return
-        # An id wins over a name: this node would get what is meant for that one.
+        # An id wins over a name: this node would get the other's commands.
         if self._devices.is_called(node_id, now_ms(), but=device.id):
             raise RpcError(
                 "CONFLICT",
@@ -10869,6 +10865,10 @@ class Fleet:
     def _announce_presence(self, kind: str, node: ConnectedNode) -> None:
         presence = {"type": kind, "nodeId": node.node_id, "platform": node.platform}
         self._announce("presence", presence)
+
+    def _known_telemetry(self, node: ConnectedNode) -> Telemetry:
+        with self._lock:
+            return self._telemetry.get(node.node_id, (Telemetry(), 0.0))[0]
 
     def _record_telemetry(self, node: ConnectedNode, telemetry: Telemetry) -> None:
         payload = telemetry.to_payload(node.node_id)
@@ -10940,35 +10940,32 @@ class Fleet:
         }
 
 
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - MAX_CANDIDATES
-    listed = ", ".join(names[:MAX_CANDIDATES])
-    return f"{listed} and {more:,} more" if more > 0 else listed
-
-
 # ==============================================================================
 # Jobs
-# Uses: Wire protocol, Machine, Store, Fleet
+# Uses: Wire protocol, Commands, Machine, Store, Fleet
 #
 # Every piece of work on a machine is a job: a row in the store, and a log that its node
 # writes and that followers read from an offset.  At most one follower holds a log: the
-# node keeps what the holder has not read.  The others watch.  The row tells the end.
-# How a node or a client is reached is left to a NodeLink and a Follower.
+# node keeps what the holder has not read.  The others watch.  The row has the ending.
+# Connections are left to NodeLink and Follower.
+#
+# Locks are taken in this order: Jobs._starting, Job.lock, then one of Jobs._lock, a
+# log's, the fleet's, the store's.  Followers and links are called without any of them.
 # ==============================================================================
 
 JOBS_DIRECTORY = "jobs"  # below the data directory; a directory for each log in files
-MEMORY_LOG = 64 * 1024  # bytes of a kept log in memory; beyond it goes to files
-MEMORY_AGE = 1.0  # s after which it goes to files anyway: a kill loses nothing older
+MEMORY_LOG = 64 * 1024  # bytes of a kept log in memory; a longer one moves to files
+MEMORY_AGE = 1.0  # s; an older log moves to files: a kill loses nothing older
 SMALL_PIECE = 1024  # bytes; smaller pieces in memory are joined
 ROW_LOG = 16 * 1024  # bytes; a log of at most that moves into its row when it ends
 SEGMENT = 1024 * 1024  # bytes of one file
-MAX_SEGMENTS = 64  # of one log: the first and the newest; those in between go
-KEEP_OUTPUT = 2 * 1024**3  # bytes of all logs in files, unless told otherwise
+MAX_SEGMENTS = 64  # files of one log: the first and the newest; the middle is dropped
+KEEP_OUTPUT = 2 * 1024**3  # bytes of all logs in files, by default
 MAX_LOG_READ = 256 * 1024  # bytes of a log in one answer
 TEXT_LIMIT = 30_000  # characters of output that a language model sees
-LOST_AFTER = 60.0  # s beyond a command's timeout for which its absent node is awaited
-HOLDER_PATIENCE = 600.0  # s for which an unkept job waits for its holder
-MAX_WAITS = 1000  # answers that wait; more are answered at once
+LOST_AFTER = 60.0  # s beyond a command's timeout; its node may be away that long
+HOLDER_PATIENCE = 600.0  # s that an unkept job waits for its holder
+MAX_WAITS = 1000  # answers that wait; more are refused
 SWEEP_INTERVAL = 60.0  # s between two looks at the size of all logs
 
 # The fields of an Ending that are columns of a row.
@@ -10978,9 +10975,9 @@ Piece: TypeAlias = "tuple[int, bytes]"  # offset, whole log frames
 
 
 def frame_boundary(begin: int, data: bytes, offset: int) -> int:
-    """Return the first boundary at or after `offset` in frames that begin at `begin`.
+    """Return the first boundary at or after `offset`, at most the end of `data`.
 
-    That is at most the end of `data`.
+    `data` is whole frames that begin at `begin`.
     """
     at = 0
     while begin + at < offset and at < len(data):
@@ -10989,7 +10986,7 @@ def frame_boundary(begin: int, data: bytes, offset: int) -> int:
 
 
 class Segment:
-    """A part of a log in a file of its own, named after the offset where it begins."""
+    """One file of a log, named after the offset where it begins."""
 
     def __init__(self, path: Path, size: int = 0) -> None:
         self._path = path
@@ -11002,7 +10999,7 @@ class Segment:
 
     def append(self, data: bytes) -> None:
         """Write whole frames, all or none.  Raises OSError."""
-        # Opened each time (8 µs): a thousand running jobs hold no descriptors.
+        # Opened each time (8 µs), so that a thousand jobs need no descriptors.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         descriptor = os.open(self._path, flags, 0o600)
         try:
@@ -11016,7 +11013,7 @@ class Segment:
     def read(self, offset: int, limit: int) -> bytes:
         """Return about `limit` bytes of whole frames from the boundary `offset` on.
 
-        Nothing if the file was removed meanwhile.
+        They are none if another thread has removed the file.
         """
         count = min(max(limit, MAX_LOG_MESSAGE), self.end - offset)
         with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
@@ -11036,7 +11033,7 @@ class Segment:
         return at
 
     def cut_to_frames(self) -> None:
-        """Remove what a crash left of a frame at the end.  Raises OSError."""
+        """Remove the part of a frame that a crash left at the end.  Raises OSError."""
         size = whole_frames(self._path.read_bytes())
         os.truncate(self._path, size)
         self.end = self.begin + size
@@ -11047,14 +11044,14 @@ class Segment:
 
 
 class Log:
-    """The bytes of one job's log that are held, between `begin` and `end`.
+    """One job's log, as far as it is held: from `begin` to `end`.
 
-    They are in memory at first; those of a kept job move to files.  There may be gaps:
-    bytes that could not be written, were too many, or were lost by the node.
+    It is in memory at first; that of a kept job moves to files.  It may have gaps:
+    bytes that did not fit on the disk, that were dropped, or that the node had lost.
     """
 
     def __init__(self, directory: Path | None = None, begin: int = 0) -> None:
-        """Load the files in `directory`; None: the log stays in memory.
+        """Load the files in `directory`; None: keep the log in memory.
 
         Raises OSError.
         """
@@ -11070,7 +11067,7 @@ class Log:
 
     @property
     def durable(self) -> int:
-        """The offset before which a restart loses nothing more."""
+        """The offset before which the log survives the end of this process."""
         return self.end if self._in_files else self.begin
 
     @property
@@ -11080,9 +11077,9 @@ class Log:
             return sum(segment.size for segment in self._segments)
 
     def append(self, offset: int, data: bytes) -> None:
-        """Add whole frames; those that are known are skipped.
+        """Add whole frames, except those that are in the log.
 
-        Raises RpcError PROTOCOL_ERROR for frames ahead of the end.
+        Raises RpcError PROTOCOL_ERROR for frames that begin after its end.
         """
         with self._lock:
             if offset > self.end:
@@ -11103,7 +11100,7 @@ class Log:
                 self._move_to_files()
 
     def skip_to(self, offset: int) -> None:
-        """Continue at `offset`; bytes before it that are not here are a gap."""
+        """Continue at `offset`, after a gap if the log ends before it."""
         with self._lock:
             if offset > self.end:
                 if self.begin == self.end and not self._segments:
@@ -11111,7 +11108,7 @@ class Log:
                 self.end = offset
 
     def read(self, offset: int, limit: int = MAX_LOG_READ) -> Piece:
-        """Return the offset of the first held frame at or after `offset`, and frames.
+        """Return the offset of the first frame at or after `offset`, and frames.
 
         They have about `limit` bytes; none at the end.  `offset` is a frame boundary
         or lies in a gap: see boundary().
@@ -11119,7 +11116,7 @@ class Log:
         with self._lock:
             behind = not self._memory or offset < self._memory[0][0]
             segments = [s for s in self._segments if behind and s.end > offset]
-        for segment in segments:  # the next one if this was removed meanwhile
+        for segment in segments:  # one that was just removed gives no data
             start = max(offset, segment.begin)
             data = segment.read(start, limit)
             if data:
@@ -11143,10 +11140,13 @@ class Log:
         return self.boundary(max(self.begin, self.end - count))
 
     def forget(self, offset: int) -> None:
-        """Drop what lies before `offset` if it is in memory alone."""
+        """Drop the bytes before `offset` of a log that is not kept."""
         with self._lock:
             if self._directory is None:
-                while self._memory and _end(self._memory[0]) <= offset:
+                while self._memory:
+                    begin, data = self._memory[0]
+                    if begin + len(data) > offset:
+                        break
                     self._memory.popleft()
                 self.begin = max(self.begin, min(offset, self.end))
 
@@ -11231,7 +11231,7 @@ class Log:
                 self._segments.append(new)
             else:
                 last.append(data)
-        except OSError as error:  # the command matters more than its output
+        except OSError as error:  # the command goes on: these bytes are a gap
             log.error("output is lost: %s", error)
         while len(self._segments) > MAX_SEGMENTS:
             self._remove(1)
@@ -11242,17 +11242,13 @@ class Log:
         return segment.size
 
     def _trim(self) -> None:
-        # Followers that keep up read from memory.
+        # Followers that are up to date read from memory.
         while len(self._memory) > 1 and self.end - self._memory[1][0] >= MEMORY_LOG:
             self._memory.popleft()
 
 
-def _end(piece: Piece) -> int:
-    return piece[0] + len(piece[1])
-
-
 def log_text(data: bytes) -> str:
-    """Return the output in whole log frames as text, in the order it was written."""
+    """Return the output in whole log frames as text, both streams in their order."""
     decoders = {
         kind: codecs.getincrementaldecoder("utf-8")("replace") for kind in STREAMS
     }
@@ -11265,14 +11261,14 @@ def log_text(data: bytes) -> str:
 
 
 class Origin(Value):
-    """Who asks for a job, for the audit and for who may take it up."""
+    """The caller of a job, for its row."""
 
-    kind: str  # operator, chat (a person types), model
+    kind: str  # "operator", "chat" (a person's command in a chat), "model"
     id: str  # of the key
     name: str
     address: str = ""
     session_key: str | None = None
-    decided_by: str | None = None  # who allowed a model to run it
+    decided_by: str | None = None  # name of the person who allowed it
 
 
 def new_job(
@@ -11283,11 +11279,11 @@ def new_job(
     *,
     kept: bool,
     job_id: str | None = None,
-    queue: float = 0.0,  # s to wait for a node that is away
+    queue: float = 0.0,  # s to wait for an offline node
 ) -> JobRecord:
-    """Return the row of a job that is asked for now.
+    """Return the row of a new job.
 
-    Raises RpcError INVALID_REQUEST for an id, a work or a spec that cannot be.
+    Raises RpcError INVALID_REQUEST for an id, a work or a spec that is not valid.
     """
     spec = check_spec(work, spec)
     timeout_ms: float | None = spec.get("timeout")
@@ -11314,49 +11310,49 @@ def new_job(
 
 
 class Follower(Protocol):
-    """Follows a job's log; one that holds it slows its node down."""
+    """A reader of a job's log; its node waits for a reader that holds it."""
 
     holds: bool
-    position: int  # all before it is read; only a holder's counts
+    position: int  # the offset before which all is read; of a holder
 
     def wake(self, job: Job) -> None:
-        """Look at the job: something changed.  Neither blocks nor raises."""
+        """Notice that the job has changed.  Neither blocks nor raises."""
 
 
 class Job:
-    """One job: its row, its log, who follows it."""
+    """One job: its row, its log, its followers."""
 
     def __init__(self, record: JobRecord, log: Log) -> None:
         self.id = record.id
         self.record = record  # replaced as a whole, under `lock`
         self.log = log
-        self.lock = threading.Lock()  # guards all below; taken before the log's
+        self.lock = threading.Lock()  # guards all below
         self.followers: tuple[Follower, ...] = ()
         self.holder: Follower | None = None
         self.stored = True  # False: the row has to be written again
         self.sent_over: NodeLink | None = None
         self.was_sent = record.sent_to is not None
-        self.acknowledged = log.begin  # as the node was told
-        self.settled = False  # ended, stored, all of it acknowledged
+        self.acknowledged = log.begin  # the offset that was sent to the node
+        self.settled = False  # it has ended, is stored, and all is acknowledged
         self.log_end: int | None = None  # the final offset, once known
         self.result: JsonObject | None = None  # of work other than a command
         self.place = 0  # in line on its node; 0: it runs
-        self.ends_anew = False  # it has ended, and on_end() was not called for that
+        self.ends_anew = False  # it has ended, and on_end() was not called yet
         self.input_at = 0  # bytes of input that the node has consumed
-        self.input_resumes = 0  # how often the node asked for input from there on
+        self.input_resumes = 0  # requests of the node to resend input from there
         self.away_since: float | None = None  # monotonic; None: its node is connected
-        # Monotonic; since when an unkept job waits for its holder.
+        # Monotonic; an unkept job has waited for its holder since then.
         self.alone_since: float | None = None if record.kept else time.monotonic()
 
     @property
     def away_ms(self) -> int | None:
-        """The milliseconds for which its node has been away; None: it is not."""
+        """Milliseconds since its node went away; None: the node is connected."""
         since = self.away_since if self.record.is_open else None
         return None if since is None else round((time.monotonic() - since) * 1000)
 
     @property
     def ending(self) -> Ending | None:
-        """How it ended; None while it is open."""
+        """Its ending; None while it is open."""
         if self.record.is_open:
             return None
         columns = {name: getattr(self.record, name) for name in ENDING_COLUMNS}
@@ -11367,7 +11363,7 @@ class Job:
         return WORKS[self.record.work].recorded
 
     def releasable(self) -> int:
-        """Return the offset before which the node need not keep the log."""
+        """Return the offset before which the node may drop the log."""
         if not (self.stored or self.record.is_open):
             return self.acknowledged  # the ending waits for room on the disk
         offset = self.log.end
@@ -11380,7 +11376,7 @@ class Job:
         return max(self.acknowledged, offset)
 
     def overdue(self, now: float) -> str:
-        """Return why its node is not awaited any longer, "" while it is."""
+        """Return the reason for giving it up; "": its node is still awaited."""
         if self.away_since is None or self.record.state != JobState.RUNNING:
             return ""
         timeout_ms = self.record.timeout_ms
@@ -11397,7 +11393,7 @@ class Job:
 
 
 def job_view(job: Job | JobRecord) -> JsonObject:
-    """Return a job as operators get it; without the spec, which may hold secrets."""
+    """Return a job as operators see it: without the spec, which may hold secrets."""
     record = job.record if isinstance(job, Job) else job
     view = record.to_json()
     view["end"] = view.pop("logEnd")
@@ -11416,13 +11412,13 @@ def job_view(job: Job | JobRecord) -> JsonObject:
 
 
 class Wait:
-    """A watcher that completes its future once: at news, at the end, or in time."""
+    """A watcher whose future completes at news, at the ending, or after a timeout."""
 
     holds = False
     position = 0
 
     def __init__(self, job: Job, timeout: float | None, offset: int | None) -> None:
-        """`offset`: bytes behind it, and changes of state, are news; None: the end."""
+        """News are bytes after `offset` and changes of state; None: only the ending."""
         self.future: Future[Job] = Future()
         self.job = job
         self._deadline = Deadline(timeout)
@@ -11448,34 +11444,16 @@ def _stopping() -> RpcError:
     return RpcError("UNAVAILABLE", why, details={"goesOn": True}, retryable=True)
 
 
-def _same_caller(job: Job, record: JobRecord) -> Job:
-    """Return `job`.  Raises RpcError CONFLICT unless the same key asks for it again."""
-    if job.record.caller_id != record.caller_id:
-        raise RpcError("CONFLICT", f"the id {record.id} was used by another key")
-    return job
-
-
 def _reopened(record: JobRecord) -> JobRecord:
-    """Return the row of a job that its node brings along: only a lost one changes."""
+    """Return the row of a job that its node still has: a lost one is running again."""
     if record.state != JobState.LOST:
         return record
     running = JobState.RUNNING
     return record.replace(state=running, ended_at=None, reason=None, log_end=0)
 
 
-def _too_many_waits() -> RpcError:
-    why = f"{MAX_WAITS} answers wait for commands already; ask without `wait`"
-    return RpcError("UNAVAILABLE", why, retryable=True)
-
-
-def _why_lost(link: NodeLink) -> str:
-    if link.node_id == LOCAL_ID:
-        return "the gateway was started anew"
-    return "its node came back without it"
-
-
 def _directory_sizes(directory: Path) -> dict[str, int]:
-    """Return the bytes of files in each subdirectory, by its name."""
+    """Return the size of the files in each subdirectory, by its name."""
     sizes = {}
     with contextlib.suppress(FileNotFoundError):
         for name in os.listdir(directory):
@@ -11485,7 +11463,7 @@ def _directory_sizes(directory: Path) -> dict[str, int]:
 
 
 class Jobs:
-    """All jobs: those that are open or not yet settled with their node, by id."""
+    """All jobs; those that are open, or not settled with their node, are in memory."""
 
     def __init__(
         self,
@@ -11499,8 +11477,7 @@ class Jobs:
         self._fleet = fleet
         self._directory = directory
         self._keep_output = keep_output
-        # Held from the look for an id until its job is in _jobs; the first to be taken.
-        self._starting = threading.RLock()
+        self._starting = threading.RLock()  # held until a new id is in _jobs
         self._lock = threading.Lock()  # guards all below
         self._jobs: dict[str, Job] = {}
         self._by_node: dict[str, dict[str, Job]] = {}
@@ -11510,7 +11487,7 @@ class Jobs:
         self._next_sweep = 0.0  # monotonic
         self._unswept = keep_output  # bytes of logs that ended since the last sweep
         for record in table.open():
-            self._adopt(record).away_since = time.monotonic()
+            self._add(self._load(record)).away_since = time.monotonic()
         for node_id in list(self._by_node):
             if not fleet.knows(node_id):  # revoked by a gateway that was killed then
                 self.lose(node_id, "its token was revoked")
@@ -11518,10 +11495,10 @@ class Jobs:
     # --- For callers ---
 
     def start(self, record: JobRecord) -> Job:
-        """Start a job, or queue it; return the known one if its id was used before.
+        """Start or queue a job; for a known id, return the job of that id.
 
         Raises RpcError: CONFLICT for an id of another key, UNAVAILABLE if the node is
-        away; StoreError if the row cannot be written.
+        offline; StoreError if the row cannot be written.
         """
         with self._starting:
             known = self._known(record.id)
@@ -11535,7 +11512,9 @@ class Jobs:
                         raise
                     known = self.get(record.id)  # it has ended
             if known is not None:
-                return _same_caller(known, record)
+                if known.record.caller_id == record.caller_id:
+                    return known
+                raise RpcError("CONFLICT", f"another key has used the id {record.id}")
             job = Job(record, Log(self._log_directory(record)))
             job.was_sent = False
             self._add(job)
@@ -11543,7 +11522,7 @@ class Jobs:
         return job
 
     def _addressed(self, record: JobRecord) -> JobRecord:
-        """Return the row of a new job, with the life of the node that is asked."""
+        """Return the row of a new job, with the life of the node it is sent to."""
         if self._closed:
             raise RpcError("UNAVAILABLE", "the gateway stops", retryable=True)
         link = self._link(record.node_id)
@@ -11557,7 +11536,7 @@ class Jobs:
         return record
 
     def get(self, job_id: str) -> Job:
-        """Return a job, also one that ended.  Raises RpcError NOT_FOUND, StoreError."""
+        """Return a job, open or ended.  Raises RpcError NOT_FOUND, StoreError."""
         job = self._known(job_id)
         if job is not None:
             return job
@@ -11580,7 +11559,7 @@ class Jobs:
             return [self._jobs.get(row.id, row) for row in rows]
 
     def follow(self, job: Job, follower: Follower) -> None:
-        """Wake `follower` at all changes; one that holds replaces the holder."""
+        """Wake `follower` at each change; one that holds replaces the holder."""
         with job.lock:
             job.followers = (*job.followers, follower)
             if follower.holds:
@@ -11592,7 +11571,7 @@ class Jobs:
         follower.wake(job)
 
     def unfollow(self, job: Job, follower: Follower, *, leaves: bool) -> None:
-        """Forget `follower`; a holder that `leaves` cancels an unkept job."""
+        """Remove `follower`; a holder that `leaves` cancels an unkept job."""
         with job.lock:
             job.followers = tuple(f for f in job.followers if f is not follower)
             held = job.holder is follower
@@ -11606,7 +11585,7 @@ class Jobs:
         self.acknowledge(job)
 
     def acknowledge(self, job: Job) -> None:
-        """Release the node's log, once that is worth a quarter of a window."""
+        """Acknowledge a quarter of a window or more, or the whole log, to the node."""
         with job.lock:
             offset = job.releasable()
             over = not job.record.is_open and job.stored and offset >= job.log.end
@@ -11620,7 +11599,7 @@ class Jobs:
             job.acknowledged, job.settled = offset, over
             if not job.record.kept:
                 job.log.forget(offset)
-        self._tell(job, lambda link: link.acknowledge(job.id, offset))
+        self._notify(job, lambda link: link.acknowledge(job.id, offset))
 
     def wait(
         self, job: Job, timeout: float | None, cancel: Cancellation | None = None
@@ -11649,16 +11628,19 @@ class Jobs:
         return self._watch(Wait(job, timeout, None))
 
     def news(self, job: Job, offset: int, timeout: float) -> Future[Job]:
-        """Return the same, done also at bytes behind `offset` and a change of state."""
+        """Return such a future, done also at bytes after `offset` or a new state."""
         return self._watch(Wait(job, timeout, offset))
 
     def _watch(self, wait: Wait) -> Future[Job]:
         with self._lock:
-            full = len(self._waits) >= MAX_WAITS or self._closed
+            full = len(self._waits) >= MAX_WAITS
             self._waits[wait.future] = wait
         self.follow(wait.job, wait)
-        if full:
-            wait.fail(_stopping() if self._closed else _too_many_waits())
+        if self._closed:
+            wait.fail(_stopping())
+        elif full:
+            why = f"{MAX_WAITS} answers wait for jobs already; ask without `wait`"
+            wait.fail(RpcError("UNAVAILABLE", why, retryable=True))
         wait.future.add_done_callback(self._unwatch)
         return wait.future
 
@@ -11670,7 +11652,7 @@ class Jobs:
         self.unfollow(wait.job, wait, leaves=False)
 
     def text(self, job: Job, limit: int = TEXT_LIMIT) -> str:
-        """Return the output as text; of a longer one head and tail."""
+        """Return the output as text, or its head and tail if it is longer."""
         start, data = job.log.read(0, MAX_LOG_READ)
         before = f"{gap_words(start)}\n" if start else ""
         if start + len(data) == job.log.end:
@@ -11681,9 +11663,9 @@ class Jobs:
         return f"{before}{ends[0]}\n{gap_words(cut)}\n{ends[1]}"
 
     def cancel(self, job: Job, by: str = "") -> None:
-        """End its process group, now or when its node comes back.
+        """End the process group, now or when the node comes back.
 
-        Raises RpcError for a job that its node cannot end.
+        Raises RpcError if the node cannot end it.
         """
         link = job.sent_over
         if link is not None and job.record.is_open:
@@ -11695,9 +11677,9 @@ class Jobs:
             if not job.was_sent:
                 reason = "cancelled before its node came"
                 self._end_locked(job, Ending(JobState.CANCELLED, reason=reason))
-        # First the node: what fills a disk can be cancelled.
+        # First the node: a command that fills the disk can be cancelled.
         if job.record.is_open:
-            self._tell(job, lambda link: link.cancel(job.id))
+            self._notify(job, lambda link: link.cancel(job.id))
             with job.lock:
                 if job.record.is_open:
                     self._save(job)
@@ -11705,16 +11687,16 @@ class Jobs:
         self.acknowledge(job)
 
     def input(self, job: Job, follower: Follower, offset: int, data: bytes) -> None:
-        """Pass the holder's input on; what does not arrive is asked for again.
+        """Forward the holder's input; the node requests again what gets lost.
 
-        Raises RpcError FORBIDDEN for anybody else.
+        Raises RpcError FORBIDDEN unless `follower` holds the job.
         """
         if job.holder is not follower:
-            raise RpcError("FORBIDDEN", f"another client types into {job.id} now")
-        self._tell(job, lambda link: link.input(job.id, offset, data))
+            raise RpcError("FORBIDDEN", f"another client holds {job.id} now")
+        self._notify(job, lambda link: link.input(job.id, offset, data))
 
     def resize(self, job: Job, rows: int, cols: int) -> None:
-        self._tell(job, lambda link: link.resize(job.id, rows, cols))
+        self._notify(job, lambda link: link.resize(job.id, rows, cols))
 
     def discard(self, job_ids: Iterable[str]) -> None:
         """Remove the logs of jobs that ended."""
@@ -11724,7 +11706,7 @@ class Jobs:
             shutil.rmtree(self._directory / job_id, ignore_errors=True)
 
     def close(self) -> None:
-        """Start nothing more; what runs goes on, and its kept logs are in files."""
+        """Refuse new jobs, and write kept logs to files; running jobs go on."""
         self._closed = True
         with self._lock:
             waits = list(self._waits.values())
@@ -11739,7 +11721,7 @@ class Jobs:
         """Add frames to a job's log.  Raises RpcError PROTOCOL_ERROR."""
         job = self._of_node(link.node_id, job_id)
         if job is None:
-            return  # settled, and the node has been told
+            return  # it is settled: the acknowledgement is on its way
         end = offset + len(data)
         # The one answer of a Moltis node is here already, and bounded.
         if link.resumes and end > job.acknowledged + LOG_WINDOW + MAX_LOG_MESSAGE:
@@ -11767,7 +11749,7 @@ class Jobs:
     def on_input(
         self, link: NodeLink, job_id: str, offset: int, *, resume: bool
     ) -> None:
-        """Record how much input was consumed; `resume`: it is to be sent from there."""
+        """Record the offset of consumed input; `resume`: resend it from there."""
         job = self._of_node(link.node_id, job_id)
         if job is not None:
             job.input_at = offset
@@ -11775,9 +11757,9 @@ class Jobs:
             self._wake(job)
 
     def resumed(self, link: NodeLink, held: Mapping[str, int]) -> dict[str, int]:
-        """Return from where a node shall send the logs that it holds, by id.
+        """Return the offset from which the node sends each log that it holds, by id.
 
-        `held`: the first offset it has.  Those not named are unknown here.
+        `held` has the first offset of each.  Unknown jobs are not in the answer.
         Raises StoreError.
         """
         offsets = {}
@@ -11792,21 +11774,24 @@ class Jobs:
                     self._add(job)
                     job.log.skip_to(begin)
                     job.was_sent = True
-                    # An acknowledgement may have got lost with the connection: else
-                    # the node would wait for it with a full window.
+                    # An acknowledgement may be lost with the connection, and the node
+                    # waits for it with a full window: it is sent again.
                     job.acknowledged = begin
                     offsets[job_id] = job.log.end
         return offsets
 
     def came(self, link: NodeLink, held: Mapping[str, int]) -> None:
-        """Bring the jobs of a node that has just connected up to date with it."""
+        """Send a node that has just connected what it missed, and end lost jobs."""
+        why_lost = "its node came back without it"
+        if link.node_id == LOCAL_ID:
+            why_lost = "the gateway was restarted"
         for job in self._on(link.node_id):
             with job.lock:
                 known = job.id in held
                 if known:
                     job.sent_over, job.away_since = link, None
                 elif job.was_sent and job.record.sent_to != link.instance:
-                    self._end_locked(job, Ending(JobState.LOST, reason=_why_lost(link)))
+                    self._end_locked(job, Ending(JobState.LOST, reason=why_lost))
             if job.record.is_open and not known:
                 self._send(job)
             elif known and job.record.is_open and job.record.cancelled_at is not None:
@@ -11816,7 +11801,7 @@ class Jobs:
             self.acknowledge(job)
 
     def left(self, link: NodeLink) -> None:
-        """Wait for a node whose connection ended, as long as its jobs can go on."""
+        """Record that a connection ended; its jobs are lost if they cannot resume."""
         for job in self._on(link.node_id):
             with job.lock:
                 if job.sent_over is not link:
@@ -11838,10 +11823,10 @@ class Jobs:
             self._wake(job)
             self.acknowledge(job)
 
-    # --- What time brings ---
+    # --- Time ---
 
     def tick(self) -> None:
-        """Called every second: timeouts, retries, files, bounds."""
+        """Handle timeouts, retries, files, bounds; call it every second."""
         now, now_in_ms = time.monotonic(), now_ms()
         for job in self._all():
             self._age(job, now, now_in_ms)
@@ -11871,7 +11856,7 @@ class Jobs:
                 self._save(job)
                 changed = job.stored
             if job.alone_since and now - job.alone_since > HOLDER_PATIENCE:
-                job.alone_since = None  # its output is dropped from now on
+                job.alone_since = None  # from now on its output is dropped
                 changed = True
         if now - job.log.created > MEMORY_AGE:
             job.log.flush()
@@ -11882,35 +11867,32 @@ class Jobs:
         self.acknowledge(job)
 
     def _sweep(self) -> None:
-        """Remove the oldest logs while all of them together are too large."""
+        """Remove the oldest logs while all logs are larger than the limit."""
         self._unswept = 0
         sizes = _directory_sizes(self._directory)
         excess = sum(sizes.values()) - self._keep_output
         if excess <= 0:
             return
         with self._lock:
-            live = {i: self._jobs[i] for i in sizes if i in self._jobs}
-        ended = [record for i in sizes if i not in live for record in self._rows(i)]
-        for record in sorted(ended, key=lambda record: record.seq):
+            live = [self._jobs[job_id] for job_id in sizes if job_id in self._jobs]
+        ages = {}
+        for job_id in sizes.keys() - {job.id for job in live}:
+            record = self._table.get(job_id)
+            ages[job_id] = record.seq if record else 0  # not even in the audit
+        for job_id in sorted(ages, key=ages.__getitem__):
             if excess <= 0:
                 return
-            excess -= sizes[record.id]
-            self.discard([record.id])
-        for job in sorted(live.values(), key=lambda job: -job.log.size_on_disk):
+            excess -= sizes[job_id]
+            self.discard([job_id])
+        for job in sorted(live, key=lambda job: -job.log.size_on_disk):
             if excess <= 0:
                 return
             excess -= job.log.drop_middle(excess)
 
-    def _rows(self, job_id: str) -> list[JobRecord]:
-        record = self._table.get(job_id)
-        if record is None:  # the audit has forgotten it
-            self.discard([job_id])
-        return [] if record is None else [record]
-
     # --- Inside ---
 
     def _end_locked(self, job: Job, ending: Ending) -> None:
-        """Record how a job ended, unless that is known; `job.lock` is held."""
+        """Record an ending, unless the job has one; `job.lock` is held."""
         record = job.record
         if record.is_final:
             return
@@ -11964,9 +11946,9 @@ class Jobs:
             if link is None or job.sent_over is link or not record.is_open:
                 return
             if job.was_sent and record.sent_to != link.instance:
-                return  # came() ends it as lost: it never runs twice
+                return  # it never runs twice: came() ends it as lost
             if record.sent_to != link.instance or record.state == JobState.QUEUED:
-                # The row names the life of the node before anything is sent to it.
+                # The row names the life of the node before the job is sent to it.
                 job.record = record.replace(
                     sent_to=link.instance, state=JobState.RUNNING
                 )
@@ -11983,12 +11965,12 @@ class Jobs:
         job.input_resumes += 1  # input that came before has gone nowhere
         self._wake(job)
 
-    def _tell(self, job: Job, tell: Callable[[NodeLink], None]) -> None:
-        """Tell the node something that is told again when it comes back."""
+    def _notify(self, job: Job, notify: Callable[[NodeLink], None]) -> None:
+        """Notify the node, unless it is away; came() does so again."""
         link = job.sent_over
         if link is not None:
             with contextlib.suppress(ConnectionClosed):
-                tell(link)
+                notify(link)
 
     def _wake(self, job: Job) -> None:
         if job.ends_anew and self.on_end is not None:
@@ -12007,7 +11989,7 @@ class Jobs:
         return self._directory / record.id if record.kept else None
 
     def _load(self, record: JobRecord) -> Job:
-        """Return a job whose row is known."""
+        """Return the job of a row."""
         directory = self._log_directory(record)
         kept = directory is not None and record.is_final
         stored = self._table.log(record.id) if kept else None
@@ -12019,23 +12001,19 @@ class Jobs:
             job.log_end = record.log_end
         return job
 
-    def _adopt(self, record: JobRecord) -> Job:
-        """Take up a job of an earlier life of the gateway."""
-        return self._add(self._load(record))
-
     def _reopen(self, link: NodeLink, job_id: str) -> Job | None:
-        """Take up a job that had ended here, and comes back with its node."""
+        """Add a job that has ended here and that its node still has."""
         record = self._table.get(job_id)
         if record is None or record.node_id != link.node_id:
             return None
-        return self._adopt(_reopened(record))
+        return self._add(self._load(_reopened(record)))
 
     def _known(self, job_id: str) -> Job | None:
         with self._lock:
             return self._jobs.get(job_id)
 
     def _of_node(self, node_id: str, job_id: str) -> Job | None:
-        # A node answers for its own jobs only, whatever ids it names.
+        # A node reports on its own jobs only, whatever ids it names.
         with self._lock:
             return self._by_node.get(node_id, {}).get(job_id)
 
@@ -12066,45 +12044,35 @@ class Jobs:
 class LocalLink:
     """The gateway's own machine, as both ends of a connection to a node."""
 
-    resumes = True  # for as long as the gateway lives, and it with it
+    resumes = True  # it lives as long as the gateway
     node_id = LOCAL_ID
 
     def __init__(self, machine: Machine) -> None:
-        self.instance = machine.instance
         self._machine = machine
         self._jobs: Jobs | None = None
+        self.instance = machine.instance
+        self.start = machine.start
+        self.acknowledge = machine.acknowledge
+        self.cancel = machine.cancel
+        self.input = machine.input
+        self.resize = machine.resize
 
     def attach(self, jobs: Jobs) -> None:
-        """Pass what the machine does on to `jobs` from now on."""
+        """Report the machine's logs to `jobs` from now on."""
         self._jobs = jobs
         self._machine.attach(self)
         jobs.came(self, self._machine.held())
 
-    # The gateway asks
+    # For the gateway
 
     def check(self, work: str, spec: JsonObject) -> None: ...
 
     def check_cancel(self, job_id: str) -> None: ...
 
-    def start(self, job_id: str, work: str, spec: JsonObject) -> None:
-        self._machine.start(job_id, work, spec)
-
-    def acknowledge(self, job_id: str, offset: int) -> None:
-        self._machine.acknowledge(job_id, offset)
-
-    def cancel(self, job_id: str) -> None:
-        self._machine.cancel(job_id)
-
-    def input(self, job_id: str, offset: int, data: bytes) -> None:
-        self._machine.input(job_id, offset, data)
-
-    def resize(self, job_id: str, rows: int, cols: int) -> None:
-        self._machine.resize(job_id, rows, cols)
-
     def hang_up(self, _reason: str) -> None:
         self._machine.close()
 
-    # The machine answers
+    # For the machine
 
     def log_ready(self, job_log: JobLog) -> None:
         assert self._jobs is not None
@@ -15660,7 +15628,7 @@ class Introduction:
             # Not counted against the address: 256 bits cannot be guessed, and a node
             # with an old token must not lock out others behind the same router.
             log.warning("refused address=%s: %s", client.address, error)
-            devices.note_refused_device(str(error), client.address)
+            devices.record_refused_device(str(error), client.address)
             text = "authentication failed"
             if isinstance(error, ChannelMismatch):
                 text = f"{text}: {error}"
@@ -15708,17 +15676,8 @@ def note_presence(
     with contextlib.suppress(RpcError):  # no name, or Local
         name = valid_name(params.display_name)
     try:
-        return devices.connect(
-            device.id,
-            node_id=params.client_id,
-            address=address,
-            now=now_ms(),
-            display_name=name,
-            platform=params.platform,
-            version=params.version,
-            capabilities=params.capabilities,
-            commands=params.commands,
-        )
+        params = params.replace(display_name=name)
+        return devices.connect(device.id, params, address, now_ms())
     except StoreError as error:
         known = devices.by_node_id(params.client_id, now_ms())
         if known is None or known.id != device.id:
@@ -23306,7 +23265,7 @@ def cmd_install(args: argparse.Namespace, context: Context) -> int:
     for note in (f"moltis {version} is {installation.launcher}", *notes):
         context.output.say(note)
     if args.command:
-        os.execv(installation.launcher, [str(installation.launcher), *args.command])
+        os.execv(installation.launcher, [str(installation.launcher), *args.command])  # nosec B606
     return EXIT_OK
 
 

@@ -46,14 +46,10 @@ class Machines:
     def know(self, node_id, name):
         """Add a node that is offline; return its device."""
         device, _ = moltis.Access(self.store).devices.create_device(name)
-        self.store.devices.connect(
-            device.id,
-            node_id=node_id,
-            address="",
-            now=moltis.now_ms(),
-            display_name=name,
-            platform="linux",
+        params = moltis.ConnectParams(
+            "node", client_id=node_id, display_name=name, platform="linux"
         )
+        self.store.devices.connect(device.id, params, "", moltis.now_ms())
         return self.store.devices.by_node_id(node_id, moltis.now_ms())
 
     def connect(self, node_id, name, **options):

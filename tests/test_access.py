@@ -25,6 +25,7 @@ from moltis import (
 
 HERE = "127.0.0.1"
 THERE = "192.0.2.7"
+NODE = moltis.ConnectParams("node", client_id="n1")
 MINUTE = 60.0  # s
 
 
@@ -219,7 +220,7 @@ def test_a_join_code_gives_one_machine_a_token(access):
 def test_a_join_code_dies_when_the_token_beside_it_is_used(access, store, clock):
     device, token = access.devices.create_device("Pi")
     code = access.join_codes.create_join_code(device)
-    store.devices.connect(device.id, node_id="n1", address=THERE, now=clock.ms())
+    store.devices.connect(device.id, NODE, THERE, clock.ms())
     with pytest.raises(RpcError) as caught:
         access.join_codes.redeem_join_code(code, THERE)
     assert code_of(caught) == "NOT_FOUND"
@@ -246,7 +247,7 @@ def test_a_token_that_was_fetched_and_never_used_dies(access, store, clock):
     """What a link preview fetches is worth nothing later."""
     _, token = access.join_codes.redeem_join_code(join_code(access), THERE)
     used, kept = access.join_codes.redeem_join_code(join_code(access, "Mac"), THERE)
-    store.devices.connect(used.id, node_id="n1", address=THERE, now=clock.ms())
+    store.devices.connect(used.id, NODE, THERE, clock.ms())
     clock.sleep(601)
     assert access.devices.device_by_token(token) is None
     assert access.devices.device_by_token(kept).id == used.id
@@ -451,7 +452,7 @@ def test_the_audit_says_who_did_what_from_where(access, store):
     access.join_codes.redeem_join_code(code, "192.0.2.9")
     access.devices.revoke_device(device, by=admin)
     access.operators.revoke_key(made.id, by=admin)
-    access.devices.note_refused_device("no such token", "192.0.2.9")
+    access.devices.record_refused_device("no such token", "192.0.2.9")
     access.devices.create_device("Demo")
     noted = [(e.event, e.caller, e.address, e.subject) for e in store.audit.page()]
     owner = moltis.LOCAL_KEY_NAME

@@ -44,21 +44,15 @@ class World:
             role="node",
             client_id=node_id or f"id-{name}",
             instance="life-1",
-            capabilities=capabilities,
-        )
-        node = moltis.ConnectedNode(asked.client_id, device.id, Link(), asked)
-        self.fleet.claim(node, device)
-        self.store.devices.connect(
-            device.id,
-            node_id=node.node_id,
-            address="127.0.0.1",
-            now=moltis.now_ms(),
             display_name=name,
             platform="linux",
             version="1",
             capabilities=capabilities,
             commands=("system.run",),
         )
+        node = moltis.ConnectedNode(asked.client_id, device.id, Link(), asked)
+        self.fleet.claim(node, device)
+        self.store.devices.connect(device.id, asked, "127.0.0.1", moltis.now_ms())
         self.fleet.activate(node)
         return node
 

@@ -65,9 +65,8 @@ def add_device(store, name, **more):
 
 
 def connect(store, name, node_id, **more):
-    return store.devices.connect(
-        name, node_id=node_id, address="192.0.2.7", now=NOW + 1, **more
-    )
+    params = moltis.ConnectParams("node", client_id=node_id, **more)
+    return store.devices.connect(name, params, "192.0.2.7", NOW + 1)
 
 
 def job(name, **more):

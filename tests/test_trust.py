@@ -633,7 +633,7 @@ def test_strangers_push_nothing_out_of_the_audit(tmp_path, monkeypatch):
     access = moltis.Access(store)
     access.operators.create_key("thief", [moltis.Scope.ADMIN])
     for number in range(100):
-        access.devices.note_refused_device("unknown token", f"2001:db8::{number:x}")
+        access.devices.record_refused_device("unknown token", f"2001:db8::{number:x}")
     events = [entry.event for entry in store.audit.page()]
     assert events.count("key.created") == 1
     assert events.count("token.refused") <= 20
