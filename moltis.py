@@ -3797,7 +3797,9 @@ def ending_words(
     if state == JobState.DONE and exit_code:
         return f"exit status {exit_code}"
     words = state.replace("_", " ")
-    return f"{words}: {reason}" if reason else words
+    if not reason:
+        return words
+    return f"{words} {reason}" if reason.startswith("by ") else f"{words}: {reason}"
 
 
 class Ending(Value):

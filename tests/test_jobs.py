@@ -730,7 +730,7 @@ def test_a_job_cancelled_before_it_reached_its_node_never_runs(world):
     world.jobs.cancel(job, "me")
     world.node.come()
     assert (world.row(job).state, world.node.runs) == ("cancelled", [])
-    assert world.row(job).words() == "cancelled: by me"
+    assert world.row(job).words() == "cancelled by me"
 
 
 def test_a_queued_job_is_sent_when_its_node_comes(world):
