@@ -8198,14 +8198,6 @@ class NodeLog(logging.FileHandler):
         shutil.copy2(self.baseFilename, self.baseFilename + ".1")
         os.truncate(self.baseFilename, 0)
 
-    @property
-    def is_stderr(self) -> bool:
-        """Whether what is written to stderr arrives in this file anyway."""
-        try:
-            return os.path.samestat(os.stat(self.baseFilename), os.fstat(2))
-        except OSError:
-            return False
-
 
 def _last_line(text: str) -> str:
     lines = text.strip().splitlines()

@@ -216,20 +216,6 @@ def test_who_has_the_log_open_goes_on_writing_to_the_new_one(directory, node_log
     assert (directory / "node.log").read_text() == "Traceback\nafter\n"
 
 
-def test_the_log_knows_whether_stderr_is_itself(tmp_path):
-    code = (
-        "import moltis, pathlib, sys; "
-        "print(moltis.NodeLog(pathlib.Path(sys.argv[1])).is_stderr)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with open(tmp_path / "node.log", "a") as same, open(tmp_path / "x", "a") as other:
-        for file, expected in ((same, b"True\n"), (other, b"False\n")):
-            output = subprocess.check_output(
-                command, stderr=file, cwd=str(Path(moltis.__file__).parent)
-            )
-            assert output == expected
-
-
 def test_a_log_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "node.log").mkdir()
     with pytest.raises(moltis.BadConfiguration, match=r"cannot write .*node\.log"):
