@@ -12519,9 +12519,9 @@ def describe_node(view: JsonObject) -> str:
         ("memory", "memTotal", "memAvailable"),
         ("disk", "diskTotal", "diskAvailable"),
     ):
-        if telemetry.get(total):
-            available = format_bytes(telemetry.get(free) or 0)
-            parts.append(f"{name} {available} free of {format_bytes(telemetry[total])}")
+        if telemetry.get(total) and telemetry.get(free) is not None:
+            sizes = format_bytes(telemetry[free]), format_bytes(telemetry[total])
+            parts.append(f"{name} {sizes[0]} free of {sizes[1]}")
     gpus = [str(gpu.get("name")) for gpu in telemetry.get("gpus") or ()]
     if gpus:
         parts.append("GPU " + " + ".join(gpus))
