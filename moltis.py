@@ -11353,6 +11353,11 @@ class Job:
         return Ending(**columns, result=self.result)
 
     @property
+    def end(self) -> int:
+        """The log's end; of a job that has ended, the final one."""
+        return max(self.log.end, self.log_end or 0)
+
+    @property
     def is_recorded(self) -> bool:
         return WORKS[self.record.work].recorded
 
@@ -11540,7 +11545,12 @@ class Jobs:
         if record.is_open:
             with self._starting:  # its row is written, and it is not in _jobs yet
                 job = self._known(job_id)
-        return job or self._load(record)
+        if job is not None:
+            return job
+        if record.kept or not record.is_final or self._link(record.node_id) is not None:
+            return self._load(record)
+        # The node may come back with what the holder has not read.
+        return self._add(self._load(record, node_has_it=True))
 
     def open_on(self, node_id: str) -> list[Job]:
         """Return the jobs of a node that have not ended."""
@@ -11582,7 +11592,7 @@ class Jobs:
         """Acknowledge a quarter of a window or more, or the whole log, to the node."""
         with job.lock:
             offset = job.releasable()
-            over = not job.record.is_open and job.stored and offset >= job.log.end
+            over = not job.record.is_open and job.stored and offset >= job.end
             # Followers of a lost job are notified if its node comes back with it.
             if over and (job.record.is_final or not job.followers):
                 self._remove(job)
@@ -11784,6 +11794,8 @@ class Jobs:
                 known = job.id in held
                 if known:
                     job.sent_over, job.away_since = link, None
+                elif job.record.is_final:
+                    job.log.skip_to(job.end)  # the node has no more of it
                 elif job.was_sent and job.record.sent_to != link.instance:
                     self._end_locked(job, Ending(JobState.LOST, reason=why_lost))
             if job.record.is_open and not known:
@@ -11851,6 +11863,8 @@ class Jobs:
                 changed = job.stored
             if job.alone_since and now - job.alone_since > HOLDER_PATIENCE:
                 job.alone_since = None  # from now on its output is dropped
+                if record.is_final:
+                    job.log.skip_to(job.end)
                 changed = True
         if now - job.log.created > MEMORY_AGE:
             job.log.flush()
@@ -11897,11 +11911,16 @@ class Jobs:
             ending = ending.replace(reason=f"{ending.reason}; {unknown} is not known")
         elif ending.state == JobState.CANCELLED and record.cancelled_by:
             ending = ending.replace(reason=f"by {record.cancelled_by}")
+        columns = {name: getattr(ending, name) for name in ENDING_COLUMNS}
+        # Any of the clocks may have jumped: asked_at <= started_at <= ended_at.
+        length = round((ending.duration or 0) * 1000)
+        ended_at = max(now_ms(), record.asked_at + length)
+        if ending.started_at is not None:
+            latest = ended_at - length
+            started_at = min(max(ending.started_at, record.asked_at), latest)
+            columns["started_at"] = started_at
         job.record = record.replace(
-            **{name: getattr(ending, name) for name in ENDING_COLUMNS},
-            ended_at=now_ms(),
-            log_end=job.log.end,
-            spec=None,
+            **columns, ended_at=ended_at, log_end=job.log.end, spec=None
         )
         job.result = ending.result
         job.place = 0
@@ -11982,8 +12001,8 @@ class Jobs:
     def _log_directory(self, record: JobRecord) -> Path | None:
         return self._directory / record.id if record.kept else None
 
-    def _load(self, record: JobRecord) -> Job:
-        """Return the job of a row."""
+    def _load(self, record: JobRecord, *, node_has_it: bool = False) -> Job:
+        """Return the job of a row, with what is left of its log."""
         directory = self._log_directory(record)
         kept = directory is not None and record.is_final
         stored = self._table.log(record.id) if kept else None
@@ -11991,8 +12010,9 @@ class Jobs:
         if stored:
             job.log.append(0, stored)
         if record.is_final:
-            job.log.skip_to(record.log_end)
             job.log_end = record.log_end
+            if record.kept or not node_has_it:
+                job.log.skip_to(record.log_end)
         return job
 
     def _reopen(self, link: NodeLink, job_id: str) -> Job | None:
@@ -12000,7 +12020,7 @@ class Jobs:
         record = self._table.get(job_id)
         if record is None or record.node_id != link.node_id:
             return None
-        return self._add(self._load(_reopened(record)))
+        return self._add(self._load(_reopened(record), node_has_it=True))
 
     def _known(self, job_id: str) -> Job | None:
         with self._lock:
@@ -14385,8 +14405,8 @@ class ClientFollower:
             if not self.holds:
                 self.position = self._sent
             return encode_job_data(LOG_DATA, job.id, start, data)
-        if state == self._state:
-            return None
+        if state == self._state or (record.is_final and job.log.end < job.end):
+            return None  # no news, or bytes that the node still has come first
         self._state = state
         # A lost job may still come back with its node.
         self._is_told = record.is_final

@@ -328,6 +328,39 @@ def test_a_client_ahead_of_the_log_waits_for_its_node(world):
     assert again.frames() == [(STDOUT, b"two")]
 
 
+@pytest.mark.parametrize("holder_first", [True, False])
+def test_what_a_holder_lacks_of_an_ended_job_outlives_two_gateways(world, holder_first):
+    """It ended in the second; only its node has the output that was not read."""
+    job = world.start()
+    reader = Reader(world.jobs, job)
+    world.node.write(job.id, out(b"one"))
+    reader.acknowledge()
+    world.node.drop()
+    world.restart_gateway()
+    world.node.come()
+    world.node.write(job.id, out(b"two"), end(exitCode=3))
+    assert world.row(job).state == "done"
+    world.node.drop()
+    world.restart_gateway()
+    if holder_first:
+        again = Reader(world.jobs, world.jobs.get(job.id), reader.at)
+        world.node.come()
+    else:
+        world.node.come()
+        again = Reader(world.jobs, world.jobs.get(job.id), reader.at)
+    assert again.frames() == [(STDOUT, b"two")]
+    again.acknowledge()
+    assert world.node.settled == [job.id]
+
+
+def test_times_of_a_job_are_in_order_whichever_clock_jumped(world):
+    for started_at in (1, 2**50):
+        job = world.start(kept=True)
+        world.node.write(job.id, end(startedAt=started_at, duration=7.5))
+        row = world.row(job)
+        assert row.asked_at <= row.started_at <= row.ended_at - 7500
+
+
 def test_a_node_that_was_started_anew_has_lost_its_jobs(world):
     job = world.start()
     world.node.drop()

@@ -85,8 +85,9 @@ class Relay:
         self._sockets.append(server)
         if self._tls is not None:
             client = self._tls.wrap_socket(client, server_side=True)
+            self._sockets.append(client)
             server = moltis.TlsTrust(bound=True).context().wrap_socket(server)
-            self._sockets += [client, server]
+            self._sockets.append(server)
         self._spawn(self._pass_on, client, server)
         self._spawn(self._pass_on, server, client)
 
