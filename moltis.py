@@ -20858,6 +20858,11 @@ class JobFeed:
             missing = ending.stdout_bytes + ending.stderr_bytes - job.seen
             if missing > 0:
                 yield JobOutput(job, missing, ())
+                if job.holds:  # whoever asked for all of it does not get all of it
+                    job.error = Unreachable(
+                        f"{job.name}: the command ended ({ending.words()}), but "
+                        f"{missing:,} bytes of its output are lost"
+                    )
             del self.open[job.id]
             if job.holds:
                 self._acknowledge(job, state["end"])
