@@ -97,8 +97,3 @@ def nothing_left_behind(home):
         return sorted(names)
 
     wait_for(lambda: not leftovers(), 20, lambda: f"end of {', '.join(leftovers())}")
-
-
-def pytest_collection_modifyitems(items):
-    """Begin with the longest file, so that the others run beside it."""
-    items.sort(key=lambda item: item.path.name != "test_faults.py")
