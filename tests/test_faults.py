@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from peers import InProcessGateway
 from proxy import DOWN, UP
-from support import clean_environment, wait_for
+from support import clean_environment, wait_for, wait_in_shell
 from world import MOLTIS, JumpingClock, SmallDisk, World, living_in_group
 
 import moltis
@@ -82,7 +82,7 @@ def highest_memory(process):
 
 def test_the_caller_hears_that_its_node_is_waited_for(world):
     go = world.directory / "go"
-    call = world.call(f"echo one; until [ -e {go} ]; do sleep 0.1; done; echo two")
+    call = world.call(f"echo one; {wait_in_shell(go)}; echo two")
     wait_for(lambda: call.output == b"one\n")
     world.node_proxy.silent = True
     world.node_proxy.cut()
