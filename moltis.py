@@ -1109,7 +1109,19 @@ def websocket_url(url: str) -> str:
             f"{redact(url)!r} is not a gateway's address; "
             "it looks like ws://gateway:9090/ws"
         )
-    return f"{scheme}://{parts.netloc}{parts.path.rstrip('/') or '/ws'}"
+    path = parts.path.rstrip("/")
+    # Behind a proxy the page may be at a path, as https://example.org/moltis/.
+    if "ws" not in path.split("/"):
+        path += "/ws"
+    return f"{scheme}://{parts.netloc}{path}"
+
+
+def page_url(url: str) -> str:
+    """Return the address of the page of a gateway, without a "/" at its end.
+
+    Raises UsageError.
+    """
+    return "http" + websocket_url(url)[len("ws") :].rpartition("/ws")[0]
 
 
 def data_directory(environ: Mapping[str, str]) -> Path:
@@ -3952,6 +3964,7 @@ CONNECT_FIELDS: Mapping[str, tuple[str, Callable[[JsonObject, str], Any]]] = {
     "max_protocol": ("protocol.max", _whole_number),
     "device_token": ("auth.deviceToken", _text),
     "api_key": ("auth.api_key", _text),
+    "page_secret": ("auth.pageSecret", _text),
     "scram_final": ("auth.scram.clientFinal", _text),
     "capabilities": ("extensions.moltis.caps", _texts),
     "commands": ("extensions.moltis.commands", _texts),
@@ -3974,6 +3987,7 @@ class ConnectParams(Value):
     commands: tuple[str, ...] = ()
     device_token: str = ""
     api_key: str = ""
+    page_secret: str = ""  # the page's half of a browser's sign-in
     scram_final: str = ""
     instance: str = ""  # one life of the node's process
     jobs: Mapping[str, int] = NOTHING  # first offset that the node holds, by id
@@ -8718,7 +8732,7 @@ MIGRATIONS: Mapping[int, str] = {
     );
     CREATE TABLE logins (
         id TEXT PRIMARY KEY,
-        cookie_hash TEXT NOT NULL UNIQUE,    -- SHA-256, hex
+        cookie_hash TEXT NOT NULL UNIQUE,    -- SHA-256, hex, of both halves
         key_id TEXT NOT NULL REFERENCES operator_keys(id) ON DELETE CASCADE,
         created_at INTEGER NOT NULL,
         last_used_at INTEGER NOT NULL,
@@ -10439,13 +10453,14 @@ class SignIns:
         self._logins = door.store.logins
 
     def sign_in(self, key: str, address: str, user_agent: str) -> str:
-        """Return a cookie for a browser that sent an operator key.
+        """Return the secret of a browser's sign-in, made with an operator key.
 
+        Its first half is the cookie, the other one the page keeps.
         Raises RpcError UNAUTHORIZED, or RATE_LIMITED with `retry_after`.
         """
         refusal = AuditEvent.SIGN_IN_REFUSED
         caller = self._operators.admit_operator(key, address, refusal)
-        now, cookie = self._door.now(), new_secret("ms_")
+        now, secret = self._door.now(), new_secret("ms_") + new_secret("ms_")
         login = Login(
             id=new_id(),
             key_id=caller.id,
@@ -10455,13 +10470,14 @@ class SignIns:
             user_agent=clip(user_agent, 300),
             address=address,
         )
-        self._logins.add(login, secret_hash(cookie))
+        self._logins.add(login, secret_hash(secret))
         self._door.record(AuditEvent.SIGNED_IN, login.user_agent, caller)
-        return cookie
+        return secret
 
-    def caller_by_cookie(self, cookie: str, address: str = "") -> Caller | None:
+    def caller_by_cookie(self, secret: str, address: str = "") -> Caller | None:
+        """Return the operator of a sign-in by both halves of its secret."""
         now = self._door.now()
-        found = self._logins.by_cookie_hash(secret_hash(cookie), now)
+        found = self._logins.by_cookie_hash(secret_hash(secret), now)
         if found is None:
             return None
         login, key = found
@@ -15569,7 +15585,7 @@ class Client(Value):
 
     address: str
     channel_binding: bytes | None  # None: it came without TLS
-    login: Caller | None  # the owner of the request's cookie
+    login: Callable[[str], Caller | None]  # of cookie and page secret
     on_identified: Callable[[], None]  # called once it has proved who it is
 
 
@@ -15666,8 +15682,11 @@ class Introduction:
             address = self._client.address
             caller = access.operators.admit_operator(params.api_key, address)
             return Identity(caller, params)
-        elif self._client.login is not None and params.role != "node":
-            return Identity(self._client.login, params)
+        elif params.page_secret and params.role != "node":
+            login = self._client.login(params.page_secret)
+            if login is None:
+                raise RpcError("UNAUTHORIZED", "this sign-in has ended")
+            return Identity(login, params)
         else:
             raise RpcError(
                 "FORBIDDEN",
@@ -15937,7 +15956,7 @@ LISTEN_BACKLOG = 1024  # connections; a fleet comes back all at once
 MAX_STRANGER_BODY = 64 * 1024  # bytes of a request without a credential
 MAX_STRANGER_MESSAGE = 256 * 1024  # bytes; a `connect` lists up to 4,096 jobs
 DOOR_TIMEOUT = 0.5  # s for answers under way when the gateway stops
-COOKIE_NAME = "moltis_login"
+PAGE_HEADER = "X-Moltis-Page"  # the page's half of a sign-in's secret
 JOIN_PATH = "/join/"
 JOBS_PATH = "/api/jobs/"
 PAGE_PATHS = ("/chat/", "/settings/")  # of views; all are answered with the page
@@ -15971,31 +15990,73 @@ STATUS_OF_CODE: Mapping[str, int] = {
 
 # --- Requests and replies ---
 
+DEFAULT_PORTS: Mapping[str, int] = {"http": 80, "https": 443}
+
+
+def split_host(text: str, scheme: str) -> tuple[str, int]:
+    """Return name and port of a Host header; ("", 0) for what is none."""
+    try:
+        parts = urlsplit("//" + text)
+        port = DEFAULT_PORTS[scheme] if parts.port is None else parts.port
+    except ValueError:  # a bracket that is not closed, a port that is no number
+        return "", 0
+    if parts.netloc != text or "@" in text:
+        return "", 0
+    return (parts.hostname or "").lower(), port
+
+
+class PublicAddress(Value):
+    """Where a request came from, and the address under which it found us."""
+
+    client: str  # its IP address
+    scheme: str  # "http" or "https"
+    host: str  # a name or an IP address, in lower case
+    port: int
+    prefix: str = ""  # the path before ours, as "/moltis"
+
+    @property
+    def secure(self) -> bool:
+        return self.scheme == "https"
+
+    @property
+    def url(self) -> str:
+        """Our page's address, without a "/" at its end."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == DEFAULT_PORTS[self.scheme] else f":{self.port}"
+        return f"{self.scheme}://{host}{port}{self.prefix}"
+
+    @property
+    def cookie_name(self) -> str:
+        """The name of our cookie, which goes to every port of a host."""
+        return f"moltis_login_{self.scheme}_{self.port}"
+
+    def is_origin(self, origin: str) -> bool:
+        """Return whether an Origin header (RFC 6454) is that of our own page."""
+        scheme, _, host = origin.lower().partition("://")
+        if scheme != self.scheme:
+            return False
+        return split_host(host, scheme) == (self.host, self.port)
+
 
 class HttpRequest(Value):
     """One request, read whole."""
 
     method: str
-    path: str  # without the query
+    path: str  # without the query and the prefix of PublicAddress
     headers: HttpHeaders[str, str]
     body: bytes
-    address: str  # of the client
-    host: str  # the Host header: our name and port, as the client has them
-    secure: bool = False  # came over TLS
+    public: PublicAddress
     channel_binding: bytes | None = None  # of the certificate that the client sees
 
     @property
-    def origin(self) -> str:
-        """Our own page's origin, as the client's browser writes it."""
-        return f"http{'s' if self.secure else ''}://{self.host.lower()}"
-
-    def cookie(self, name: str) -> str:
-        """Return the value of a cookie, "" if there is none."""
+    def cookie(self) -> str:
+        """The value of our cookie, "" if there is none."""
         # Other programs on this host set cookies too, in forms that parsers refuse.
-        for cookie in self.headers.get("Cookie", "").split(";"):
-            found, _, value = cookie.strip().partition("=")
-            if found == name:
-                return value
+        for header in self.headers.get_all("Cookie", []):
+            for cookie in header.split(";"):
+                name, _, value = cookie.strip().partition("=")
+                if name == self.public.cookie_name:
+                    return value
         return ""
 
 
@@ -16099,6 +16160,30 @@ def is_ip_address(text: str) -> bool:
     return True
 
 
+def forwarded_address(hop: str) -> str | None:
+    """Return the IP address of a proxy's client; None if its name is hidden.
+
+    `192.0.2.1`, `192.0.2.1:5001`, `2001:db8::1`, `[2001:db8::1]` and
+    `[2001:db8::1]:443` are in use.
+    """
+    bracketed = re.fullmatch(r"\[([^]]*)\](:\w*)?", hop)
+    if bracketed:
+        hop = bracketed[1]
+    elif hop.count(":") == 1:
+        hop = hop.partition(":")[0]
+    return unmapped(hop) if is_ip_address(hop) else None
+
+
+def forwarded_fields(headers: HttpHeaders[str, str]) -> dict[str, list[str]]:
+    """Return what `Forwarded` (RFC 7239) says, as lists with a value a proxy."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for element in header_tokens(headers, "Forwarded"):
+        for pair in element.split(";"):
+            name, _, value = pair.strip().partition("=")
+            found[name.lower()].append(value.strip('"'))
+    return found
+
+
 class TrustedProxies:
     """The reverse proxies whose forwarding headers are believed."""
 
@@ -16133,27 +16218,55 @@ class TrustedProxies:
             return False
         return any(found in network for network in self._networks)
 
-    def see_through(self, request: HttpRequest) -> HttpRequest:
-        """Return the request as its client sent it to the proxy."""
-        if not self.include(request.address):
-            return request
-        headers = request.headers
-        address = request.address
+    def public_address(
+        self, headers: HttpHeaders[str, str], direct: PublicAddress
+    ) -> PublicAddress:
+        """Return the address that the client used.
+
+        `direct` is what the connection and the Host header say.
+        """
+        if not self.include(direct.client):
+            return direct
+        found = {
+            name: header_tokens(headers, f"X-Forwarded-{name.capitalize()}")
+            for name in ("for", "proto", "host", "port", "prefix")
+        }
+        if not any(found.values()):
+            found = forwarded_fields(headers)
+        client, hops = direct.client, 1
         # Each proxy appends its client; what precedes the first stranger may be forged.
-        for hop in reversed(header_tokens(headers, "X-Forwarded-For")):
-            if not is_ip_address(hop):
+        for number, hop in enumerate(reversed(found["for"]), 1):
+            address = forwarded_address(hop)
+            if address is None:
                 break
-            address = unmapped(hop)
-            if not self.include(hop):
+            client, hops = address, number
+            if not self.include(address):
                 break
-        secure = header_tokens(headers, "X-Forwarded-Proto")[-1:] == ["https"]
-        hosts = header_tokens(headers, "X-Forwarded-Host")
-        return request.replace(
-            address=address,
-            host=hosts[-1] if hosts else request.host,
-            secure=secure,
-            channel_binding=self._channel_binding if secure else None,
+
+        def at_the_edge(name: str) -> str:
+            values = found[name]
+            return values[-min(hops, len(values))] if values else ""
+
+        scheme = at_the_edge("proto").lower()
+        scheme = "https" if scheme in ("https", "wss") else "http"
+        host, own_port = split_host(at_the_edge("host"), scheme)
+        if not host:
+            host, own_port = direct.host, direct.port
+            if own_port in DEFAULT_PORTS.values():  # it was the Host header's default
+                own_port = DEFAULT_PORTS[scheme]
+        port = at_the_edge("port")
+        prefix = at_the_edge("prefix").rstrip("/")
+        return PublicAddress(
+            client,
+            scheme,
+            host,
+            int(port) if re.fullmatch("[0-9]{1,5}", port) else own_port,
+            prefix if re.fullmatch(r"(/[\w.~%-]{1,80}){0,8}", prefix) else "",
         )
+
+    def channel_binding(self, public: PublicAddress) -> bytes | None:
+        """Return that of the certificate which a client of a proxy sees."""
+        return self._channel_binding if public.secure else None
 
 
 class Edge:
@@ -16176,34 +16289,41 @@ class Edge:
         """
         if len(request.headers.get_all("Host") or []) > 1:
             return error_reply(400, "Host comes more than once")
-        browser = "Origin" in request.headers or "Cookie" in request.headers
-        if browser and not self._is_ours(request.host):
+        public, headers = request.public, request.headers
+        if not public.host and "Host" in headers:
+            return error_reply(400, "Host is not a name and a port")
+        browser = "Origin" in headers or "Cookie" in headers
+        if browser and not self._is_ours(public.host):
             return error_reply(
                 421,
-                f"this gateway is not known as {request.host[:200]!r}; "
+                f"this gateway is not known as {public.host[:200]!r}; "
                 "start it with --allowed-host to allow that name",
             )
+        # Programs other than browsers send neither of these, and no cookie.
+        site = headers.get("Sec-Fetch-Site", "none")
+        joins = request.path.startswith(JOIN_PATH)
+        if site in ("cross-site", "same-site") and (
+            joins or headers.get("Sec-Fetch-Mode") != "navigate"
+        ):
+            return error_reply(403, "this request comes from another site's page")
+        origin = headers.get("Origin")
         cross = request.method != "GET" or request.path == "/ws"
-        # Programs other than browsers send no Origin, and no cookie by themselves.
-        origin = request.headers.get("Origin", request.origin)
-        if cross and origin.lower() != request.origin:
+        if cross and origin is not None and not public.is_origin(origin):
             return error_reply(
                 403,
-                "this request comes from another site's page; behind a proxy that "
-                "does TLS, start the gateway with --trusted-proxy",
+                f"this request comes from a page at {origin[:200]!r}, and this gateway "
+                f"is at {public.url[:200]!r}; if that is the same, name its proxy with "
+                "--trusted-proxy, and let the proxy send X-Forwarded-Proto and its own "
+                "Host, or X-Forwarded-Host and X-Forwarded-Port",
             )
         return None
 
-    def _is_ours(self, host: str) -> bool:
-        """Return whether the Host header (`name` or `name:port`) names this gateway.
+    def _is_ours(self, name: str) -> bool:
+        """Return whether the Host header names this gateway.
 
         A foreign page can point a name of its own at our address (DNS rebinding): then
         the Host header is not ours.
         """
-        try:
-            name = (urlsplit("//" + host).hostname or "").lower()
-        except ValueError:  # a bracket that is not closed
-            return False
         # An address cannot be rebound, so only names are checked.
         return name in self._names or is_ip_address(name)
 
@@ -16270,8 +16390,10 @@ class HttpApp:
         """Raises RpcError UNAUTHORIZED or RATE_LIMITED."""
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":
-            return self._access.operators.admit_operator(key.strip(), request.address)
-        caller = self._login(request)
+            return self._access.operators.admit_operator(
+                key.strip(), request.public.client
+            )
+        caller = self._login(request, request.headers.get(PAGE_HEADER, ""))
         if caller is None:
             raise RpcError(
                 "UNAUTHORIZED", "send the operator key: Authorization: Bearer mk_…"
@@ -16282,16 +16404,21 @@ class HttpApp:
         self, ws: WebSocket, request: HttpRequest, on_identified: Callable[[], None]
     ) -> Callable[[], None]:
         """Return a function that serves an upgraded connection to its end."""
-        login, binding = self._login(request), request.channel_binding
-        client = Client(request.address, binding, login, on_identified)
+        client = Client(
+            request.public.client,
+            request.channel_binding,
+            partial(self._login, request),
+            on_identified,
+        )
         return partial(self._gateway.serve, ws, client)
 
-    def _login(self, request: HttpRequest) -> Caller | None:
-        """Return the operator whose sign-in the cookie is."""
-        cookie = request.cookie(COOKIE_NAME)
-        if not cookie:
+    def _login(self, request: HttpRequest, page_secret: str) -> Caller | None:
+        """Return the operator of a sign-in: of the cookie and the page's secret."""
+        # Browsers send the cookie to each port of this host; the secret is the page's.
+        if not request.cookie or not page_secret:
             return None
-        return self._access.sign_ins.caller_by_cookie(cookie, request.address)
+        secret = request.cookie + page_secret
+        return self._access.sign_ins.caller_by_cookie(secret, request.public.client)
 
     def _not_found(self, request: HttpRequest) -> Reply:
         return error_reply(404, f"there is no {request.path[:200]} here")
@@ -16308,7 +16435,13 @@ class HttpApp:
         )
 
     def _page(self, request: HttpRequest) -> Reply:
-        return self._files.get("/") or self._not_found(request)
+        page = self._files.get("/")
+        if page is None or not isinstance(page.body, bytes):
+            return self._not_found(request)
+        # Relative to the page, for a proxy may have put a path before ours.
+        up = b"../" * (request.path.count("/") - 1)
+        body = re.sub(b'((?:href|src)=")(app\\.)', b"\\1" + up + b"\\2", page.body)
+        return page.replace(body=body)
 
     def _join(self, request: HttpRequest) -> Reply:
         """Answer a join link with a node's settings, once."""
@@ -16317,14 +16450,14 @@ class HttpApp:
         code = request.path[len(JOIN_PATH) :]
         try:
             device, token = self._access.join_codes.redeem_join_code(
-                code, request.address
+                code, request.public.client
             )
         except RpcError as error:
             if error.code != "NOT_FOUND":
                 raise
             return error_reply(410, error.message)
         offer = {
-            "gateway_url": websocket_url(request.origin),
+            "gateway_url": websocket_url(request.public.url),
             "device_token": token,
             "display_name": device.display_name,
         }
@@ -16398,19 +16531,28 @@ class HttpApp:
         if not isinstance(key, str):
             raise RpcError("INVALID_REQUEST", 'the body must be {"key": "mk_…"}')
         agent = request.headers.get("User-Agent", "")
-        cookie = self._access.sign_ins.sign_in(key.strip(), request.address, agent)
-        return self._set_cookie(request, cookie, LOGIN_LIFETIME)
+        secret = self._access.sign_ins.sign_in(
+            key.strip(), request.public.client, agent
+        )
+        half = len(secret) // 2
+        cookie, page_secret = secret[:half], secret[half:]
+        payload = {"pageSecret": page_secret}
+        return self._set_cookie(request, cookie, LOGIN_LIFETIME, payload)
 
     def _sign_out(self, request: HttpRequest) -> Reply:
-        caller = self._login(request)
+        caller = self._login(request, request.headers.get(PAGE_HEADER, ""))
         if caller is not None:
             self._gateway.sign_out(caller)
-        return self._set_cookie(request, "", 0)
+        return self._set_cookie(request, "", 0, {})
 
-    def _set_cookie(self, request: HttpRequest, value: str, lifetime: int) -> Reply:
-        flags = "Path=/; HttpOnly; SameSite=Strict" + "; Secure" * request.secure
-        cookie = f"{COOKIE_NAME}={value}; {flags}; Max-Age={lifetime}"
-        return json_reply(200, {}, [("Set-Cookie", cookie)])
+    def _set_cookie(
+        self, request: HttpRequest, value: str, lifetime: int, payload: JsonObject
+    ) -> Reply:
+        public = request.public
+        flags = "Path=/; HttpOnly; SameSite=Strict" + "; Secure" * public.secure
+        cookie = f"{public.cookie_name}={value}; {flags}; Max-Age={lifetime}"
+        headers = [("Set-Cookie", cookie), ("Cache-Control", "no-store")]
+        return json_reply(200, payload, headers)
 
 
 # --- Limits ---
@@ -16479,6 +16621,32 @@ class ConnectionLimits:
 
 class RequestTooLarge(Exception):
     """The request's head is too long: refuse it and hang up."""
+
+
+class MalformedHead(Exception):
+    """The request's head is not HTTP: refuse it and hang up."""
+
+
+# RFC 9112 §5: no white space before the colon, no continued line, no bare CR.
+_HEADER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?\n|\r?\n")
+
+
+class HeaderLines:
+    """A file of header lines as strict as RFC 9112, which http.server is not.
+
+    It drops what follows a malformed line; then a proxy and we would not agree on where
+    a request begins.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def readline(self, limit: int = -1) -> bytes:
+        """Raises MalformedHead, RequestTooLarge, OSError."""
+        line: bytes = self._file.readline(limit)
+        if line and len(line) != limit and not _HEADER_LINE.fullmatch(line):
+            raise MalformedHead(f"{clip(repr(line)[2:-1], 80)} is not a header")
+        return line
 
 
 class PatientStream(io.RawIOBase):
@@ -16558,6 +16726,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
         # Until a request line was read:
         command = requestline = ""
         request_version = "HTTP/1.1"
+        raw_requestline: bytes
         # Serves the upgraded connection after this handler is gone, whose objects and
         # buffers take 25 KiB.
         upgraded: Callable[[], None] | None = None
@@ -16575,10 +16744,37 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             self.stream.begin()
             try:
                 super().handle_one_request()
+            except MalformedHead as error:
+                self.refuse(400, str(error))
             except RequestTooLarge:
                 self.refuse(431, f"{MAX_REQUEST_HEAD} bytes are the limit")
             except OSError:
                 self.close_connection = True
+
+        def parse_request(self) -> bool:
+            file = self.rfile
+            if b"\r" in self.raw_requestline.rstrip(b"\r\n"):
+                raise MalformedHead("the request line has a CR inside")
+            self.rfile = HeaderLines(file)  # type: ignore[assignment]
+            try:
+                return super().parse_request() and self.frames_its_body()
+            finally:
+                self.rfile = file
+
+        def frames_its_body(self) -> bool:
+            """Return whether everybody agrees on where the body ends (RFC 9112 §6.3).
+
+            If not, the request is refused.
+            """
+            lengths = self.headers.get_all("Content-Length") or []
+            coded = "Transfer-Encoding" in self.headers
+            if len(lengths) > 1 or (coded and lengths):
+                self.refuse(400, "the length of the body is given more than once")
+            elif coded or not all(re.fullmatch("[0-9]{1,15}", n) for n in lengths):
+                self.refuse(411, "send the body with its Content-Length")
+            else:
+                return True
+            return False
 
         def handle_expect_100(self) -> bool:
             super().handle_expect_100()
@@ -16586,13 +16782,11 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
             return True
 
         def do_GET(self) -> None:
-            headers = self.headers
-            length = headers.get("Content-Length", "0")
-            if "Transfer-Encoding" in headers or length != "0":
+            if self.headers.get("Content-Length", "0") != "0":
                 # A body that stays unread would pass for the next request.
                 self.close_connection = True
             request = self.request_with(b"")
-            if request.path == "/ws" and "Upgrade" in headers:
+            if request.path == "/ws" and "Upgrade" in self.headers:
                 self.upgrade(request)
             else:
                 self.send(app.answer(request))
@@ -16600,12 +16794,10 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
         do_HEAD = do_GET  # noqa: N815  http.server looks for these names
 
         def do_POST(self) -> None:
-            lengths = self.headers.get_all("Content-Length") or [""]
-            coded = "Transfer-Encoding" in self.headers
-            if coded or len(lengths) > 1 or not re.fullmatch("[0-9]{1,15}", lengths[0]):
+            if "Content-Length" not in self.headers:
                 self.refuse(411, "send the body with its Content-Length")
                 return
-            length = int(lengths[0])
+            length = int(self.headers["Content-Length"])
             if length > MAX_BODY:
                 self.refuse(413, f"a body may have {MAX_BODY} bytes, not {length}")
                 return
@@ -16625,18 +16817,19 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 self.close_connection = True
 
         def request_with(self, body: bytes) -> HttpRequest:
-            tls = self.peer.tls
-            request = HttpRequest(
-                method=self.command,
-                path=self.path.partition("?")[0],
-                headers=self.headers,
-                body=body,
-                address=self.peer.address,
-                host=self.headers.get("Host", ""),
-                secure=tls is not None,
-                channel_binding=None if tls is None else tls.channel_binding,
-            )
-            return app.edge.proxies.see_through(request)
+            tls, headers = self.peer.tls, self.headers
+            scheme = "http" if tls is None else "https"
+            host, port = split_host(headers.get("Host", ""), scheme)
+            direct = PublicAddress(self.peer.address, scheme, host, port)
+            public = app.edge.proxies.public_address(headers, direct)
+            if public is not direct:
+                binding = app.edge.proxies.channel_binding(public)
+            else:
+                binding = None if tls is None else tls.channel_binding
+            path = self.path.partition("?")[0]
+            if public.prefix and path.startswith(public.prefix + "/"):
+                path = path[len(public.prefix) :]
+            return HttpRequest(self.command, path, headers, body, public, binding)
 
         def refuse(self, status: int, message: str) -> None:
             """Send an error, then close the connection."""
@@ -16917,8 +17110,8 @@ WEB_HTML = r"""<!doctype html>
  %3Cg fill='%23fff'%3E%3Ccircle cx='16' cy='16' r='4'/%3E
  %3Ccircle cx='8' cy='9' r='3'/%3E%3Ccircle cx='24' cy='9' r='3'/%3E
  %3Ccircle cx='16' cy='25' r='3'/%3E%3C/g%3E%3C/svg%3E">
-<link rel="stylesheet" href="/app.css">
-<script type="module" src="/app.js"></script>
+<link rel="stylesheet" href="app.css">
+<script type="module" src="app.js"></script>
 </head>
 <body>
 <noscript><p class="lone">moltis needs JavaScript.</p></noscript>
@@ -18379,7 +18572,38 @@ function showMarkdown(element, text) {
 
 // == socket ==
 
-const socketAddress = () => `${location.origin.replace("http", "ws")}/ws`;
+// Where the page is: a proxy may have put a path before ours.
+const BASE = new URL(".", import.meta.url).href; // ends with "/"
+const ROOT = new URL(BASE).pathname.slice(0, -1);
+const socketAddress = () => `${BASE.replace("http", "ws")}ws`;
+
+// The page's half of a sign-in.  The browser sends the cookie, the other half, to each
+// port of this host, but shows this to pages of this origin alone.
+const pageSecret = {
+  key: `secret ${ROOT}`,
+  text: "", // where the browser forbids storage
+  get() {
+    try {
+      return localStorage.getItem(this.key) || this.text;
+    } catch {
+      return this.text;
+    }
+  },
+  set(text) {
+    this.text = text;
+    try {
+      localStorage.setItem(this.key, text);
+    } catch {
+      // It lasts as long as the page.
+    }
+  },
+};
+
+const fetchOwn = (path, options = {}) =>
+  fetch(BASE + path, {
+    ...options,
+    headers: {...options.headers, "X-Moltis-Page": pageSecret.get()},
+  });
 
 const EVENTS = ["presence", "node.telemetry", "chat", "session",
   "device.pair.resolved"];
@@ -18399,6 +18623,7 @@ class Link {
     this.counter = 0;
     this.failures = 0;
     this.socket = null;
+    this.isNew = false; // signed in just now, not yet connected
     this.timer = null; // of the next open()
     setInterval(() => this.probe(), SILENCE / 3);
     on(window, "online", () => this.retryNow());
@@ -18458,6 +18683,7 @@ class Link {
       protocol: {min: 4, max: 4},
       client: {id: "page", version: "1", platform: "browser", mode: "ui"},
       role: "operator",
+      auth: {pageSecret: pageSecret.get()},
     };
     let hello;
     try {
@@ -18467,10 +18693,12 @@ class Link {
       else if (socket === this.socket) {
         this.close();
         this.handlers.refused();
+        this.isNew = false;
       }
       return;
     }
     this.isUp = true;
+    this.isNew = false;
     this.failures = 0;
     this.handlers.up(hello);
   }
@@ -18999,7 +19227,7 @@ function onTelemetry(payload) {
 
 function onSession({type, sessionKey}) {
   if (type === "deleted" || type === "reset") state.chats.delete(sessionKey);
-  if (type === "deleted" && state.route.key === sessionKey) go("/chat/main", true);
+  if (type === "deleted" && state.route.key === sessionKey) go(chatPath(MAIN), true);
   if (type === "reset") enterRoute();
   refresh("sessions");
 }
@@ -19053,6 +19281,9 @@ const link = new Link({
   refused() {
     state.link = "out";
     touch("link");
+    if (!link.isNew) return;
+    setText($("sign-in-error"), "The key is right, but this browser did not keep the " +
+      "cookie of the sign-in. Allow cookies for this address.");
   },
   event(name, payload) {
     HANDLERS[name]?.(payload);
@@ -19087,9 +19318,15 @@ function routeOf(path) {
 }
 
 // Return the key of the chat that this browser showed last.
-const lastKey = () => localStorage.getItem("session") || MAIN;
+const lastKey = () => {
+  try {
+    return localStorage.getItem("session") || MAIN;
+  } catch {
+    return MAIN; // the browser forbids storage
+  }
+};
 
-const chatPath = key => `/chat/${encodeURIComponent(key)}`;
+const chatPath = key => `${ROOT}/chat/${encodeURIComponent(key)}`;
 
 function go(path, replace = false) {
   if (replace) history.replaceState(null, "", path);
@@ -19098,10 +19335,14 @@ function go(path, replace = false) {
 }
 
 function applyAddress() {
-  state.route = routeOf(location.pathname);
+  state.route = routeOf(location.pathname.slice(ROOT.length));
   if (state.route.page === "chat") {
     history.replaceState(null, "", chatPath(state.route.key));
-    localStorage.setItem("session", state.route.key);
+    try {
+      localStorage.setItem("session", state.route.key);
+    } catch {
+      // The page forgets it.
+    }
   }
   openSidebar(false);
   enterRoute();
@@ -19481,7 +19722,7 @@ class NoticeTurn {
   }
 }
 
-const outputPath = jobId => `/api/jobs/${encodeURIComponent(jobId)}/output`;
+const outputPath = jobId => `${ROOT}/api/jobs/${encodeURIComponent(jobId)}/output`;
 
 // A command: machine, command line, end of its output, state.
 class CommandCard {
@@ -19663,7 +19904,7 @@ function drawWelcome(chat, rows) {
     : `${model} can run commands on ${node} to answer.`;
   const others = state.nodes.some(other => other.nodeId !== LOCAL)
     ? "Choose another machine at the top."
-    : h("a", {href: "/settings/nodes"}, "Add a machine");
+    : h("a", {href: `${ROOT}/settings/nodes`}, "Add a machine");
   fill(box,
     h("h2", shell ? `A shell on ${node}` : `What do you want to do on ${node}?`),
     h("p", what), h("p", {class: "starters"}, STARTERS.map(run)), h("p", others));
@@ -20001,7 +20242,7 @@ const shellWord = text =>
   /^[\w.-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
 
 function showToken({deviceToken, joinCode}) {
-  const {origin, protocol} = location;
+  const {protocol} = location;
   // The pin replaces a CA: curl accepts only this gateway's certificate.
   const pin = protocol === "https:" && state.pin;
   const [curl, pinned] = pin
@@ -20009,13 +20250,13 @@ function showToken({deviceToken, joinCode}) {
     : ["curl -fsSL", ""];
   const name = shellWord(state.token.name);
   const options = `--host ${socketAddress()} --token ${deviceToken} --name ${name}`;
-  const add = `${curl} ${origin}/moltis.py | python3 - node add`;
+  const add = `${curl} ${BASE}moltis.py | python3 - node add`;
   const lines = [
     ["The token, shown only once", deviceToken],
     ["On the machine, with Python 3.8+ and curl", `${add} ${options}${pinned}`],
     ["If moltis is installed there", `moltis node add ${options}${pinned}`],
     ["Valid for ten minutes, without the token in the shell’s history",
-      `${add} --join ${origin}/join/${joinCode}${pinned}`],
+      `${add} --join ${BASE}join/${joinCode}${pinned}`],
     ["Until you press Ctrl+C, without installing a service",
       `${add} ${options}${pinned} --foreground`],
   ].map(line => copyLine(...line));
@@ -20222,14 +20463,16 @@ async function createKey() {
 // == sign-in ==
 
 async function signIn(key) {
-  const answer = await fetch("/api/sign-in", {
+  const answer = await fetchOwn("api/sign-in", {
     method: "POST",
     headers: {"Content-Type": "application/json"},
     body: JSON.stringify({key}),
   }).catch(() => null);
   if (answer?.ok) {
+    pageSecret.set((await answer.json()).pageSecret);
     state.link = "connecting";
     touch("link");
+    link.isNew = true;
     link.open();
     return;
   }
@@ -20247,7 +20490,8 @@ async function signIn(key) {
 // Sign out and drop all data of the page.
 async function signOut() {
   try {
-    await fetch("/api/sign-out", {method: "POST"});
+    await fetchOwn("api/sign-out", {method: "POST"});
+    pageSecret.set("");
     location.reload();
   } catch {
     showError(new Error("The gateway cannot be reached: you are still signed in."));
@@ -20256,10 +20500,29 @@ async function signOut() {
 
 // == start ==
 
+// Save a file that needs the page's secret, which a link cannot send.
+async function download(path) {
+  const answer = await fetchOwn(path).catch(() => null);
+  if (!answer?.ok) {
+    const why = answer ? await answer.text() : "The gateway cannot be reached.";
+    showError(new Error(why));
+    return;
+  }
+  const name = /filename="([^"]+)"/.exec(answer.headers.get("Content-Disposition"));
+  const href = URL.createObjectURL(await answer.blob());
+  h("a", {href, download: name?.[1] ?? ""}).click();
+  setTimeout(() => URL.revokeObjectURL(href), 60_000);
+}
+
 // Follow links within the page without reloading it.
 function followLink(event) {
   const link = event.target.closest?.("a[href^='/']");
-  if (!link || link.hasAttribute("download") || event.button) return;
+  if (!link || event.button) return;
+  if (link.hasAttribute("download")) {
+    event.preventDefault();
+    download(link.getAttribute("href").slice(ROOT.length + 1));
+    return;
+  }
   if (event.ctrlKey || event.metaKey || event.shiftKey || event.defaultPrevented)
     return;
   event.preventDefault();
@@ -20313,6 +20576,9 @@ function start() {
     h("input", {type: "checkbox", value, checked: value === "write"});
   fill($("key-scopes"), SCOPES.map(scope => h("label", box(scope), scope)));
   document.querySelectorAll("[data-icon]").forEach(addIcon);
+  for (const link of document.querySelectorAll("a[href^='/']")) {
+    link.setAttribute("href", ROOT + link.getAttribute("href"));
+  }
   on(document, "click", followLink);
   on(document, "keydown", event => {
     if (event.key === "Escape" && !$("veil").hidden) openSidebar(false);
@@ -22034,6 +22300,19 @@ def node_settings(
     )
 
 
+def joined_gateway(link: str, offered: str) -> str:
+    """Return the address of the gateway that answered a join link.
+
+    A gateway behind a proxy may not know the path, or the name, of its own page.
+    Raises UsageError.
+    """
+    base = link.rpartition("/join/")[0]
+    known, own = urlsplit(websocket_url(base)), urlsplit(websocket_url(offered))
+    # The link may have led from http: to https:, which the offer knows.
+    known = (own if known.hostname == own.hostname else known)._replace(path=known.path)
+    return known.geturl()
+
+
 def join_offer(
     args: argparse.Namespace, trust: TlsTrust, environ: Mapping[str, str]
 ) -> JsonObject:
@@ -22057,6 +22336,8 @@ def join_offer(
         raise UsageError(f"this is no join offer: it is not JSON: {error}") from error
     if not isinstance(offer, dict):
         raise UsageError("this is no join offer: it is not a JSON object")
+    if args.join and isinstance(offer.get("gateway_url"), str):
+        offer["gateway_url"] = joined_gateway(args.join, offer["gateway_url"])
     return {name: text for name, text in offer.items() if isinstance(text, str)}
 
 
@@ -22068,8 +22349,7 @@ def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> i
     output, directory = context.output, context.directory
     text = own_program()
     if text is None:
-        scheme = "https" if settings.gateway_url.startswith("wss:") else "http"
-        source = f"{scheme}://{urlsplit(settings.gateway_url).netloc}/moltis.py"
+        source = page_url(settings.gateway_url) + "/moltis.py"
         text = fetch(source, trust)
         check_program(text, source)
     install_program(directory, text)
@@ -22266,7 +22546,7 @@ def paste_lines(
     """Return the shell lines that make another machine a node of wss:// `host`."""
     named = f" --name {shlex.quote(name)}" if name else ""
     command = f"node add --host {host} --token {made['deviceToken']}{named}"
-    page = "http" + host[len("ws") : -len("/ws")]
+    page = page_url(host)
     join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
     curl, pinned = "curl -fsSL", ""
     if pin is not None and page.startswith("https:"):

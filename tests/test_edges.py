@@ -126,8 +126,26 @@ def test_who_does_not_say_connect_is_closed(gateway, monkeypatch):
         (b"POST /api/rpc HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 411),
         (
             b"POST /api/rpc HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-            411,
+            400,
         ),
+        (
+            b"GET /health HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: 4\r\n\r\n",
+            400,
+        ),
+        (
+            b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
+            400,
+        ),
+        (b"GET /health HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", 411),
+        (b"GET /health HTTP/1.1\r\nno colon\r\nHost: h\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost : h\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\n: h\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nX: a\r\n folded\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\n X: a\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nX: a\rContent-Length: 9\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nX: a\0b\r\n\r\n", 400),
+        (b"GET /health\rX HTTP/1.1\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: a/b\r\nConnection: close\r\n\r\n", 400),
         (b"DELETE / HTTP/1.1\r\n\r\n", 501),
         (b"GET / HTTP/9.9\r\n\r\n", 505),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
@@ -476,16 +494,103 @@ def test_what_a_stranger_says_of_forwarding_is_not_believed(gateway):
         ("unknown", "10.0.0.1"),
         ("203.0.113.7, unknown", "10.0.0.1"),
         ("", "10.0.0.1"),
+        ("203.0.113.66:5001", "203.0.113.66"),
+        ("[2001:db8::1]:443", "2001:db8::1"),
+        ("[2001:db8::1]", "2001:db8::1"),
+        (" 198.51.100.1 ,203.0.113.7:80 , 10.1.2.3:99 ", "203.0.113.7"),
+        ("[nothing]:443", "10.0.0.1"),
     ],
 )
 def test_the_client_is_who_the_last_trusted_proxy_heard(forwarded, address):
+    assert seen_through({"X-Forwarded-For": forwarded}).client == address
+
+
+def seen_through(fields, host="gateway", scheme="http"):
+    """Return the public address of a request that comes from a trusted proxy."""
     from email.message import Message
 
     headers = Message()
-    headers["X-Forwarded-For"] = forwarded
+    for name, text in fields.items():
+        headers[name] = text
     proxies = moltis.TrustedProxies(["10.0.0.0/8"])
-    request = moltis.HttpRequest("GET", "/", headers, b"", "10.0.0.1", "gateway")
-    assert proxies.see_through(request).address == address
+    host, port = moltis.split_host(host, scheme)
+    direct = moltis.PublicAddress("10.0.0.1", scheme, host, port)
+    return proxies.public_address(headers, direct)
+
+
+@pytest.mark.parametrize(
+    ("fields", "client", "url"),
+    [
+        ({"X-Forwarded-Proto": "https"}, "10.0.0.1", "https://gateway"),
+        ({"X-Forwarded-Proto": "wss"}, "10.0.0.1", "https://gateway"),
+        ({"X-Forwarded-Proto": "WSS"}, "10.0.0.1", "https://gateway"),
+        ({"X-Forwarded-Proto": "ws"}, "10.0.0.1", "http://gateway"),
+        (
+            {"X-Forwarded-Proto": "https", "X-Forwarded-Port": "8443"},
+            *("10.0.0.1", "https://gateway:8443"),
+        ),
+        (
+            {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "Other.example:444"},
+            *("10.0.0.1", "https://other.example:444"),
+        ),
+        (
+            {"X-Forwarded-Proto": "https", "X-Forwarded-Prefix": "/moltis/"},
+            *("10.0.0.1", "https://gateway/moltis"),
+        ),
+        (
+            {"X-Forwarded-Proto": "https", "X-Forwarded-Prefix": "//evil"},
+            *("10.0.0.1", "https://gateway"),
+        ),
+        (
+            {
+                "X-Forwarded-For": "203.0.113.7, 10.0.0.2",
+                "X-Forwarded-Proto": "wss, ws",
+            },
+            *("203.0.113.7", "https://gateway"),
+        ),
+        (
+            {"Forwarded": 'for="[2001:db8::1]:443";proto=https;host="h.example:444"'},
+            *("2001:db8::1", "https://h.example:444"),
+        ),
+        (
+            {"Forwarded": "For=198.51.100.1, for=203.0.113.7:99;Proto=HTTPS"},
+            *("203.0.113.7", "https://gateway"),
+        ),
+        ({"Forwarded": "for=_hidden"}, "10.0.0.1", "http://gateway"),
+        (
+            {"X-Forwarded-For": "203.0.113.7", "Forwarded": "for=198.51.100.1"},
+            *("203.0.113.7", "http://gateway"),
+        ),
+    ],
+)
+def test_a_trusted_proxy_says_where_a_request_comes_from(fields, client, url):
+    """RFC 7239, and the headers before it"""
+    public = seen_through(fields)
+    assert (public.client, public.url) == (client, url)
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "same"),
+    [
+        ("h:443", "https://h", True),
+        ("h", "https://h:443", True),
+        ("H", "https://h", True),
+        ("h:8443", "https://h", False),
+        ("h", "https://h:8443", False),
+        ("h", "http://h", False),
+        ("[2001:db8::1]", "https://[2001:db8::1]:443", True),
+        ("h", "https://user@h", False),
+        ("h", "https://h/", False),
+        ("h", "null", False),
+        ("h", "https://h:x", False),
+        ("h", "https://", False),
+    ],
+)
+def test_an_origin_is_scheme_name_and_effective_port(host, origin, same):
+    """RFC 6454 §5"""
+    name, port = moltis.split_host(host, "https")
+    public = moltis.PublicAddress("192.0.2.1", "https", name, port)
+    assert public.is_origin(origin) is same
 
 
 def test_a_proxy_that_is_no_network_is_refused():

@@ -7,7 +7,7 @@ import json
 import socket
 
 import pytest
-from peers import InProcessGateway
+from peers import InProcessGateway, RawPeer
 from support import PROGRAM, wait_for
 
 import moltis
@@ -224,13 +224,86 @@ def test_a_sign_in_is_a_cookie_that_no_script_reads(gateway):
     cookie = answer.headers["Set-Cookie"]
     assert "HttpOnly" in cookie
     assert "SameSite=Strict" in cookie
-    value = cookie.partition(";")[0]
-    listed = rpc(gateway, {"method": "node.list"}, Authorization="", Cookie=value)
-    assert listed.status == 200
-    out = ask(gateway, "POST", "/api/sign-out", Cookie=value)
+    assert answer.json["pageSecret"] not in cookie
+    signed_in = {
+        "Cookie": cookie.partition(";")[0],
+        "X_Moltis_Page": answer.json["pageSecret"],
+        "Authorization": "",
+    }
+    assert rpc(gateway, {"method": "node.list"}, **signed_in).status == 200
+    out = ask(gateway, "POST", "/api/sign-out", **signed_in)
     assert "Max-Age=0" in out.headers["Set-Cookie"]
-    again = rpc(gateway, {"method": "node.list"}, Authorization="", Cookie=value)
-    assert again.status == 401
+    assert rpc(gateway, {"method": "node.list"}, **signed_in).status == 401
+
+
+def test_the_cookie_alone_opens_nothing(gateway):
+    """Browsers send it to every port of a host, so others may learn it."""
+    body = json.dumps({"key": gateway.api_key}).encode()
+    host = gateway.url.partition("://")[2]
+    answer = ask(gateway, "POST", "/api/sign-in", body, Host=host)
+    cookie = {"Cookie": answer.headers["Set-Cookie"].partition(";")[0]}
+    secret = answer.json["pageSecret"]
+    call = {"method": "node.list"}
+    for given in (cookie, {"X_Moltis_Page": secret}, {**cookie, "X_Moltis_Page": "x"}):
+        assert rpc(gateway, call, Authorization="", Host=host, **given).status == 401
+        for path in ("/api/audit.csv", "/api/jobs/x/output"):
+            assert ask(gateway, "GET", path, Host=host, **given).status == 401
+    with RawPeer(gateway.websocket_url, headers=list(cookie.items())) as peer:
+        params = moltis.ConnectParams(role="operator", client_id="page").to_json()
+        assert peer.request("connect", params)["error"]["code"] == "FORBIDDEN"
+    for half, code in (("x", "UNAUTHORIZED"), (secret, None)):
+        with RawPeer(gateway.websocket_url, headers=list(cookie.items())) as peer:
+            params["auth"] = {"pageSecret": half}
+            answer = peer.request("connect", params)
+            assert answer.get("error", {}).get("code") == code
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        'prefs={{"a":"b"}}; {cookie}',
+        'x="a; b; {cookie}; z=[1,2]',
+        "=; ;;{cookie}",
+        "a=" + "b;" * 20_000 + "{cookie}",
+    ],
+)
+def test_our_cookie_is_found_among_those_of_others(gateway, others):
+    body = json.dumps({"key": gateway.api_key}).encode()
+    answer = ask(gateway, "POST", "/api/sign-in", body)
+    cookie = others.format(cookie=answer.headers["Set-Cookie"].partition(";")[0])
+    headers = {"Cookie": cookie, "X_Moltis_Page": answer.json["pageSecret"]}
+    listed = rpc(gateway, {"method": "node.list"}, Authorization="", **headers)
+    assert listed.status == 200
+
+
+def test_two_gateways_on_one_host_name_their_cookies_apart(gateway, tmp_path):
+    body = json.dumps({"key": gateway.api_key}).encode()
+    with InProcessGateway(tmp_path) as other:
+        other_body = json.dumps({"key": other.api_key}).encode()
+        names = set()
+        for each, key in ((gateway, body), (other, other_body)):
+            host = each.url.partition("://")[2]
+            answer = ask(each, "POST", "/api/sign-in", key, Host=host)
+            names.add(answer.headers["Set-Cookie"].partition("=")[0])
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize("path", ["/join/x", "/api/rpc", "/health"])
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_a_page_of_another_site_gets_no_answer_and_costs_no_attempt(
+    tmp_path, path, site
+):
+    with InProcessGateway(tmp_path) as gateway:
+        for _ in range(7):
+            answer = ask(gateway, "GET", path, Sec_Fetch_Site=site)
+            assert answer.status == 403
+        code = gateway.call("device.token.create")["joinCode"]
+        assert ask(gateway, "GET", f"/join/{code}").status == 200
+
+
+def test_a_link_on_another_site_leads_to_the_page(gateway):
+    link = {"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "navigate"}
+    assert ask(gateway, "GET", "/chat/main", **link).status == 200
 
 
 # -- downloads -----------------------------------------------------------------
@@ -323,7 +396,7 @@ def test_bytes_that_are_no_request_do_no_harm(gateway, data, status):
     [
         ({"Content_Length": "x"}, 411),
         ({"Content_Length": "-1"}, 411),
-        ({"Transfer_Encoding": "chunked"}, 411),
+        ({"Transfer_Encoding": "chunked"}, 400),
         ({"Content_Length": str(10 * 1024 * 1024)}, 413),
         ({"Content_Length": "9" * 400}, 411),
     ],

@@ -25,6 +25,8 @@ NODE = {
         ("http://gateway:9090", "ws://gateway:9090/ws"),
         ("https://gateway/", "wss://gateway/ws"),
         ("wss://gateway/moltis/ws", "wss://gateway/moltis/ws"),
+        ("https://gateway/moltis", "wss://gateway/moltis/ws"),
+        ("https://gateway/moltis/", "wss://gateway/moltis/ws"),
         (" ws://[::1]:9090/ws/ ", "ws://[::1]:9090/ws"),
     ],
 )

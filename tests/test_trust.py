@@ -492,9 +492,16 @@ class Browser:
     def __init__(self, gateway):
         reply = post(gateway, "/api/sign-in", {"key": gateway.api_key})
         self.cookie = reply.headers["Set-Cookie"].partition(";")[0]
+        self.secret = json.loads(reply.body)["pageSecret"]
         self.peer = RawPeer(gateway.websocket_url, headers=[("Cookie", self.cookie)])
-        params = moltis.ConnectParams(role="operator", client_id="page").to_json()
+        params = moltis.ConnectParams(
+            role="operator", client_id="page", page_secret=self.secret
+        ).to_json()
         assert self.peer.request("connect", params)["ok"]
+
+    def sign_out(self, gateway):
+        headers = {"Cookie": self.cookie, "X-Moltis-Page": self.secret}
+        post(gateway, "/api/sign-out", {}, **headers)
 
     def close(self):
         self.peer.close()
@@ -508,7 +515,7 @@ def browser(plain):
 
 
 def test_signing_out_ends_the_websocket_too(plain, browser):
-    post(plain, "/api/sign-out", {}, Cookie=browser.cookie)
+    browser.sign_out(plain)
     assert browser.peer.close_code() == 1008
 
 
@@ -601,7 +608,7 @@ def test_the_audit_holds_who_came_and_what_was_changed(plain, browser):
         command="system.run",
         args={"command": "exit 3"},
     )
-    post(plain, "/api/sign-out", {}, Cookie=browser.cookie)
+    browser.sign_out(plain)
     entries = plain.call("audit.list")
     assert [(e["event"], e["caller"]) for e in reversed(entries)] == [
         ("login.created", "this machine"),
@@ -655,6 +662,7 @@ def test_the_audit_goes_to_a_spreadsheet_in_which_nothing_runs(plain, browser):
     with pytest.raises(OSError, match="401"):
         urllib.request.urlopen(request, timeout=10)
     request.add_header("Cookie", browser.cookie)
+    request.add_header("X-Moltis-Page", browser.secret)
     with urllib.request.urlopen(request, timeout=10) as answer:
         assert answer.headers["Content-Type"].startswith("text/csv")
         rows = list(csv.DictReader(answer.read().decode().splitlines()))

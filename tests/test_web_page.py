@@ -104,7 +104,7 @@ def test_the_page_has_no_style_and_no_script_of_its_own(document):
         assert "style" not in attributes
         assert not [name for name in attributes if name.startswith("on")]
         if tag == "script":
-            assert attributes == {"type": "module", "src": "/app.js"}
+            assert attributes == {"type": "module", "src": "app.js"}
 
 
 @pytest.mark.parametrize(
