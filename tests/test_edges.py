@@ -133,7 +133,7 @@ def test_who_does_not_say_connect_is_closed(gateway, monkeypatch):
             400,
         ),
         (
-            b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: x\r\n\r\n",
             400,
         ),
         (b"GET /health HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", 411),
