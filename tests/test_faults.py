@@ -353,7 +353,7 @@ def test_kept_output_is_where_it_was_after_a_full_disk(small_disk, monkeypatch):
     monkeypatch.setattr(moltis, "SEGMENT", 1)  # byte: each piece begins another
     monkeypatch.setattr(moltis, "MEMORY_LOG", 1)
     directory = small_disk.path / moltis.new_id()
-    log = moltis.Log(directory)
+    log = moltis.Log(str(directory))
     frames = [moltis.encode_log_frame(1, b"%04d" % n) for n in range(4)]
     log.append(0, frames[0])
     log.append(9, frames[1])
@@ -361,7 +361,7 @@ def test_kept_output_is_where_it_was_after_a_full_disk(small_disk, monkeypatch):
     log.append(18, frames[2])
     small_disk.free()
     log.append(27, frames[3])
-    found = moltis.Log(directory)
+    found = moltis.Log.load(str(directory))
     assert (found.begin, found.end) == (0, 36)
     assert found.read(0) == (0, frames[0])
     assert found.read(9) == (9, frames[1])
