@@ -388,7 +388,6 @@ def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
 SECRET_FIELDS = ("api_key", "device_token")  # never shown in a log or traceback
 
 
-@functools.lru_cache(maxsize=None)
 def camel_case(name: str) -> str:
     """Return a field's name as envelopes have it: `exit_code` is `exitCode`."""
     head, *words = name.split("_")
@@ -458,10 +457,12 @@ class Value:
 
     def to_json(self) -> JsonObject:
         """Return the fields as JSON, without those that are None."""
+        values = self.__dict__
+        kind: Any = type(self)
         return {
-            self._spell(name): encode_value(self.__dict__[name])
-            for name in self._names
-            if self.__dict__[name] is not None
+            key: encode_value(values[name])
+            for name, key, _ in _codec(kind)
+            if values[name] is not None
         }
 
     @classmethod
@@ -473,8 +474,7 @@ class Value:
         """
         kind: Any = cls
         found = {}
-        for name, decode in _decoders(kind).items():
-            key = cls._spell(name)
+        for name, key, decode in _codec(kind):
             item = value.get(key)
             if item is not None:
                 found[name] = decode(item, key)
@@ -535,12 +535,15 @@ def _decoder(annotation: str, module: Mapping[str, Any]) -> Decoder:
 
 
 @functools.lru_cache(maxsize=None)
-def _decoders(cls: Any) -> Mapping[str, Decoder]:
+def _codec(cls: Any) -> Sequence[tuple[str, str, Decoder]]:
+    """Return each field's name, its name in JSON, and its decoder."""
     kinds: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         kinds.update(base.__annotations__)
     module = vars(sys.modules[cls.__module__])
-    return {name: _decoder(kinds[name], module) for name in cls._names}
+    return [
+        (name, cls._spell(name), _decoder(kinds[name], module)) for name in cls._names
+    ]
 
 
 # -- JSON ----------------------------------------------------------------------
@@ -8782,7 +8785,7 @@ MIGRATIONS: Mapping[int, str] = {
     """,
     5: """
     CREATE TABLE jobs (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        seq INTEGER PRIMARY KEY,             -- no AUTOINCREMENT: 20 us a job
         id TEXT NOT NULL UNIQUE,
         node_id TEXT NOT NULL,
         node_name TEXT NOT NULL,
@@ -8816,7 +8819,6 @@ MIGRATIONS: Mapping[int, str] = {
         log BLOB                             -- of an ended job, if it is small
     );
     CREATE INDEX jobs_node ON jobs(node_id, seq);
-    CREATE INDEX jobs_state ON jobs(state, seq);
     CREATE INDEX jobs_session ON jobs(session_key, seq) WHERE session_key IS NOT NULL;
     CREATE INDEX jobs_asked_at ON jobs(asked_at);
     CREATE INDEX jobs_failed ON jobs(seq) WHERE
@@ -8831,8 +8833,6 @@ MIGRATIONS: Mapping[int, str] = {
         exit_code, signal_name(signal), error, stdout_bytes, stderr_bytes,
         (ended_at - started_at) / 1000.0, 0, cancelled_at, '', NULL, NULL, NULL
         FROM commands ORDER BY seq;
-    DELETE FROM sqlite_sequence WHERE name = 'jobs';
-    UPDATE sqlite_sequence SET name = 'jobs' WHERE name = 'commands';
     DROP TABLE commands;
 
     ALTER TABLE messages RENAME COLUMN invoke_id TO job_id;
@@ -9630,9 +9630,9 @@ class JobsTable(Table):
         if kept:
             conditions.append(f"(kept OR {self.STATES['open']})")
         values, limit = [*filter(None, given.values())], max(0, min(limit, MAX_PAGE))
-        if not query:
+        if not (query or state) or state == "failed":  # the order is an index's
             return self._page(conditions, values, limit)
-        # A search reads all rows: in slices, with room for writers in between.
+        # Others read all rows: in slices, with room for writers in between.
         found: list[JobRecord] = []
         row = self._db.row("SELECT max(seq) newest FROM jobs")
         top = before or (row["newest"] if row and row["newest"] else 0) + 1
@@ -11089,20 +11089,30 @@ class Log:
     bytes that did not fit on the disk, that were dropped, or that the node had lost.
     """
 
-    def __init__(self, directory: Path | None = None, begin: int = 0) -> None:
-        """Load the files in `directory`; None: keep the log in memory.
-
-        Raises OSError.
-        """
-        self._directory = directory
+    def __init__(self, directory: str | None = None) -> None:
+        """Begin an empty log that moves to `directory`; None: it stays in memory."""
+        self._directory = directory  # a Path would cost each job 8 us
         self._lock = threading.Lock()  # guards all below
         self._memory: collections.deque[Piece] = collections.deque()
         self._segments: list[Segment] = []
         self._in_files = False
-        self.begin = self.end = begin
+        self.begin = self.end = 0
         self.created = time.monotonic()
-        if directory is not None and directory.is_dir():
-            self._load(directory)
+
+    @classmethod
+    def load(cls, directory: str | None) -> Log:
+        """Return the log whose files are in `directory`.  Raises OSError."""
+        found = cls(directory)
+        if directory is not None and os.path.isdir(directory):
+            names = [name for name in os.listdir(directory) if name.isdigit()]
+            for path in (Path(directory, name) for name in sorted(names, key=int)):
+                found._segments.append(Segment(path, path.stat().st_size))
+        if found._segments:
+            found._segments[-1].cut_to_frames()
+            found._in_files = True
+            found.begin = found._segments[0].begin
+            found.end = found._segments[-1].end
+        return found
 
     @property
     def durable(self) -> int:
@@ -11215,15 +11225,6 @@ class Log:
                 removed += self._remove(1)
         return removed
 
-    def _load(self, directory: Path) -> None:
-        names = (path for path in directory.iterdir() if path.name.isdigit())
-        for path in sorted(names, key=lambda path: int(path.name)):
-            self._segments.append(Segment(path, path.stat().st_size))
-        if self._segments:
-            self._segments[-1].cut_to_frames()
-            self._in_files = True
-            self.begin, self.end = self._segments[0].begin, self._segments[-1].end
-
     def _remember(self, offset: int, data: bytes) -> None:
         if self._memory:
             begin, last = self._memory[-1]
@@ -11264,8 +11265,8 @@ class Log:
             last = self._segments[-1] if self._segments else None
             if last is None or last.end != offset or last.size >= SEGMENT:
                 if last is None:
-                    self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                new = Segment(self._directory / str(offset))
+                    os.makedirs(self._directory, mode=0o700, exist_ok=True)
+                new = Segment(Path(self._directory, str(offset)))
                 new.append(data)
                 self._segments.append(new)
             else:
@@ -12043,15 +12044,15 @@ class Jobs:
         node = self._fleet.connected(node_id)
         return node.link if node is not None and node.ready else None
 
-    def _log_directory(self, record: JobRecord) -> Path | None:
-        return self._directory / record.id if record.kept else None
+    def _log_directory(self, record: JobRecord) -> str | None:
+        return f"{self._directory}/{record.id}" if record.kept else None
 
     def _load(self, record: JobRecord, *, node_has_it: bool = False) -> Job:
         """Return the job of a row, with what is left of its log."""
         directory = self._log_directory(record)
         kept = directory is not None and record.is_final
         stored = self._table.log(record.id) if kept else None
-        job = Job(record, Log(None if stored else directory))
+        job = Job(record, Log() if stored else Log.load(directory))
         if stored:
             job.log.append(0, stored)
         if record.is_final:
