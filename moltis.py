@@ -17659,7 +17659,7 @@ function h(tag, ...children) {
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
   }
-  element.append(...present(children));
+  for (const child of present(children)) element.append(child); // may be 100,000
   return element;
 }
 
@@ -17915,6 +17915,11 @@ const TOKEN = new RegExp(
   ].join("|"),
   "gy",
 );
+// A sequence that is incomplete: the next output may complete it.
+const BEGUN = /\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)$/y;
+// What is dropped of one that can never be complete; what follows is output.
+const BROKEN = /\x1b(?:\[[0-?]*[ -/]*|[ -/]*)/y;
+const MAX_SEQUENCE = 4096; // characters; a longer one is none
 
 // The first 16 colours of a terminal, all readable on the dark background.
 const COLORS = (
@@ -17949,7 +17954,8 @@ class Pen {
     this.styles = {};
     for (let i = 0; i < codes.length; i += 1) {
       const code = codes[i];
-      if (code === 38 || code === 48) i += this.extended(code, codes.slice(i + 1));
+      const next = codes.slice(i + 1, i + 5);
+      if (code === 38 || code === 48) i += this.extended(code, next);
       else if (code === 0) this.reset();
       else if (FLAGS[code]) this.flags.add(FLAGS[code]);
       else FLAG_ENDS[code]?.forEach(flag => this.flags.delete(flag));
@@ -18005,25 +18011,36 @@ class Terminal {
 
   begin() {
     this.lines = [];
-    this.line = {runs: [], length: 0};
+    this.cells = []; // [character, style] of each column of the current line
     this.column = 0;
     this.pen = new Pen();
     this.rests = {}; // an incomplete escape sequence, by stream
   }
 
   get count() {
-    return this.dropped + this.lines.length + (this.line.length ? 1 : 0);
+    return this.dropped + this.lines.length + (this.cells.length ? 1 : 0);
   }
 
-  // Return line `number`, counted from 0; undefined if it is not kept.
+  // Return line `number`, counted from 0, as runs of text and style.
   at(number) {
     const place = number - this.dropped;
-    return place === this.lines.length ? this.line : this.lines[place];
+    return place === this.lines.length ? this.runs() : this.lines[place];
+  }
+
+  // Return the current line as runs.
+  runs() {
+    const runs = [];
+    for (const [character, style] of this.cells) {
+      const last = runs.at(-1);
+      if (last && last[1] === style) last[0] += character;
+      else runs.push([character, style]);
+    }
+    return runs;
   }
 
   text() {
-    const lines = this.line.length ? [...this.lines, this.line] : this.lines;
-    const shown = lines.map(({runs}) => runs.map(([text]) => text).join(""));
+    const lines = this.cells.length ? [...this.lines, this.runs()] : this.lines;
+    const shown = lines.map(runs => runs.map(([text]) => text).join(""));
     return (this.isCut || this.dropped ? ["…", ...shown] : shown).join("\n");
   }
 
@@ -18041,12 +18058,17 @@ class Terminal {
     while (TOKEN.lastIndex < text.length) {
       const at = TOKEN.lastIndex;
       const token = TOKEN.exec(text)?.[0];
-      if (token === undefined) {
-        // Keep an incomplete sequence for the next write; drop one that never ends.
-        if (text.length - at < 4096) this.rests[isError] = text.slice(at);
+      if (token !== undefined) {
+        this.take(token, isError);
+        continue;
+      }
+      BEGUN.lastIndex = BROKEN.lastIndex = at;
+      if (text.length - at < MAX_SEQUENCE && BEGUN.test(text)) {
+        this.rests[isError] = text.slice(at);
         break;
       }
-      this.take(token, isError);
+      BROKEN.exec(text);
+      TOKEN.lastIndex = BROKEN.lastIndex;
     }
   }
 
@@ -18067,53 +18089,32 @@ class Terminal {
     if (last === "m") this.pen.set(token.slice(2, -1).split(/[;:]/).map(Number));
     // Progress bars erase to the end of the line, or all of it.
     else if (last === "K") this.erase(token === "\x1b[2K" ? 0 : this.column);
-    else if (last === "G")
-      this.column = Math.max(1, parseInt(token.slice(2), 10) || 1) - 1;
+    else if (last === "G") {
+      const column = parseInt(token.slice(2), 10) || 1;
+      this.column = Math.min(Math.max(1, column) - 1, LINE_LIMIT);
+    }
   }
 
   put(text, isError) {
-    const {line} = this;
-    text = text.slice(0, Math.max(0, LINE_LIMIT - this.column));
     const style = this.pen.style(isError);
-    const after = this.cut(this.column + text.length, Infinity);
-    this.erase(this.column);
-    const gap = this.column - line.length;
-    if (gap > 0) line.runs.push([" ".repeat(gap), PLAIN]);
-    const last = line.runs.at(-1);
-    if (last && last[1] === style && gap <= 0) last[0] += text;
-    else if (text) line.runs.push([text, style]);
-    line.runs.push(...after);
-    this.column += text.length;
-    const afterLength = after.reduce((length, [part]) => length + part.length, 0);
-    line.length = Math.max(this.column, line.length + afterLength);
-  }
-
-  // Return the runs between two columns of the line.
-  cut(from, to) {
-    if (from >= this.line.length) return [];
-    const found = [];
-    let at = 0;
-    for (const [text, style] of this.line.runs) {
-      const part = text.slice(Math.max(0, from - at), Math.max(0, to - at));
-      if (part) found.push([part, style]);
-      at += text.length;
+    while (this.cells.length < this.column) this.cells.push([" ", PLAIN]);
+    for (let i = 0; i < text.length && this.column < LINE_LIMIT; i += 1) {
+      this.cells[this.column] = [text[i], style];
+      this.column += 1;
     }
-    return found;
   }
 
   erase(from) {
-    if (from >= this.line.length) return;
-    this.line.runs = this.cut(0, from);
-    this.line.length = from;
+    if (from < this.cells.length) this.cells.length = from;
   }
 
   newLine() {
-    this.lines.push(this.line);
+    this.lines.push(this.runs());
     if (this.lines.length >= 2 * MAX_LINES) {
       this.lines.splice(0, MAX_LINES);
       this.dropped += MAX_LINES;
     }
-    this.line = {runs: [], length: 0};
+    this.cells = [];
     this.column = 0;
   }
 }
@@ -18159,7 +18160,7 @@ class Screen {
     this.follows = false;
   }
 
-  draft({runs}) {
+  draft(runs) {
     const line = h("div");
     for (const [text, style] of runs) {
       if (style === PLAIN) {
@@ -18177,64 +18178,173 @@ class Screen {
 
 // == Markdown ==
 
+const MAX_DEPTH = 12; // of nested blocks, and of marks that wait for their end
+
 const SAFE_LINK = /^(?:https?:\/\/|mailto:)/i;
+const URL_TAIL = "[^\\s<>\"'`[\\]]*[^\\s<>\"'`[\\].,;:!?)}*_]";
+// No alternative reads again what another attempt has read: models are outsiders, and
+// the page is drawn in the thread that this runs in.
 const INLINE = new RegExp(
   [
     "\\\\(?<escaped>[!-/:-@[-`{-~])",
-    "(?<ticks>`+)(?<code>[^`]|[^`].*?[^`])\\k<ticks>(?!`)",
-    "!?\\[(?<label>(?:[^\\[\\]\\\\]|\\\\.)*)\\]" +
-      "\\((?<target>[^()\\s]*(?:\\([^()\\s]*\\))?[^()\\s]*)[^)]*\\)",
+    "(?<ticks>`+)",
+    "(?<open>!?\\[)",
+    "(?<close>\\])",
     "<(?<auto>(?:https?://|mailto:)[^\\s<>]+)>",
-    "(?<url>https?://[^\\s<>\"'`]*[^\\s<>\"'`.,;:!?)\\]}*_])",
-    "(?<mark>\\*\\*\\*|\\*\\*|\\*|~~)(?=\\S)(?<strong>.*?\\S)\\k<mark>(?!\\*)",
-    "(?<![\\w_])(?<line>__|_)(?=\\S)(?<under>.*?\\S)\\k<line>(?!\\w)",
-    "(?<hard>  +|\\\\)\\n",
+    `(?<url>https?://(?:\\[[\\da-f:.]+\\](?:${URL_TAIL})?|${URL_TAIL}))`,
+    "(?<marks>\\*+|_+|~+)",
+    "(?<hard>(?:(?<! ) {2,}|\\\\)\\n)",
   ].join("|"),
-  "s",
+  "g",
 );
+const TARGET = /\(([^()\s]*(?:\([^()\s]*\)[^()\s]*)?)(?:\s[^()]*)?\)/y;
 
-// Return the nodes of a paragraph's text; unknown syntax stays text.
-function inline(text) {
-  const nodes = [];
-  let match;
-  while ((match = INLINE.exec(text))) {
-    if (match.index) nodes.push(text.slice(0, match.index));
-    nodes.push(inlineNode(match.groups, match[0]));
-    text = text.slice(match.index + match[0].length);
+// Return nodes with the texts that follow each other made one.
+function joined(nodes) {
+  const found = [];
+  let texts = [];
+  for (const node of [...nodes, null]) {
+    if (typeof node === "string") texts.push(node);
+    else {
+      found.push(texts.join(""), node);
+      texts = [];
+    }
   }
-  return [...nodes, text];
+  return found.filter(node => node !== "" && node !== null);
 }
 
-function inlineNode(found, source) {
-  if (found.escaped) return found.escaped;
-  if (found.code) return h("code", found.code.replace(/^ (.+) $/s, "$1"));
-  if (found.label !== undefined)
-    return linkNode(found.target, inline(found.label), source);
-  if (found.auto || found.url) {
-    const target = found.auto || found.url;
-    return linkNode(target, [target], source);
+// The nodes of a paragraph's text; unknown syntax stays text.
+class Inline {
+  constructor(text) {
+    this.text = text;
+    this.nodes = [];
+    this.openers = []; // {mark, count, at}; at is the place of its text in `nodes`
+    this.lastTicks = new Map(); // length of a run of backticks → start of the last one
+    for (const {0: {length}, index} of text.matchAll(/`+/g))
+      this.lastTicks.set(length, index);
+    const token = new RegExp(INLINE);
+    let end = 0;
+    let found;
+    while ((found = token.exec(text))) {
+      if (found.index > end) this.nodes.push(text.slice(end, found.index));
+      end = token.lastIndex = this.take(found);
+    }
+    this.nodes.push(text.slice(end));
   }
-  if (found.hard) return h("br");
-  const inner = inline(found.strong || found.under);
-  const tags = {
-    "***": ["strong", "em"],
-    "**": ["strong"],
-    __: ["strong"],
-    "~~": ["del"],
-  };
-  const names = tags[found.mark || found.line] || ["em"];
-  return names.reduceRight((children, tag) => [h(tag, children)], inner)[0];
+
+  // Append what a token stands for; return the end of what was read.
+  take({0: source, index, groups}) {
+    const {escaped, ticks, open, close, auto, url, marks, hard} = groups;
+    const end = index + source.length;
+    if (ticks) return this.code(ticks, end);
+    if (close) return this.link(end);
+    if (marks) this.mark(marks, index);
+    else if (open) this.open("[", 1, open);
+    else if (auto || url) this.nodes.push(linkNode(auto || url, [auto || url]));
+    else this.nodes.push(hard ? h("br") : escaped);
+    return end;
+  }
+
+  open(mark, count, text) {
+    this.openers.push({mark, count, at: this.nodes.length});
+    if (this.openers.length > MAX_DEPTH) this.openers.shift();
+    this.nodes.push(text);
+  }
+
+  code(ticks, end) {
+    if (this.lastTicks.get(ticks.length) >= end) {
+      const runs = /`+/g;
+      runs.lastIndex = end;
+      let run;
+      do run = runs.exec(this.text);
+      while (run[0].length !== ticks.length);
+      const code = this.text.slice(end, run.index);
+      const padded = code.startsWith(" ") && code.endsWith(" ") && code.trim();
+      this.nodes.push(h("code", padded ? code.slice(1, -1) : code));
+      return runs.lastIndex;
+    }
+    this.nodes.push(ticks);
+    return end;
+  }
+
+  // Make a link of what is between brackets, if a target follows.
+  link(end) {
+    const opener = this.openers.findLast(({mark}) => mark === "[");
+    TARGET.lastIndex = end;
+    const [source, target] = (opener && TARGET.exec(this.text)) || [];
+    if (opener) this.openers.length = this.openers.indexOf(opener);
+    if (!SAFE_LINK.test(target)) {
+      this.nodes.push("]" + (source || ""));
+      return end + (source || "").length;
+    }
+    const label = this.nodes.splice(opener.at).slice(1);
+    const bare = label.map(node => (node.tagName === "A" ? node.textContent : node));
+    this.nodes.push(linkNode(target, joined(bare)));
+    this.openers = this.openers.filter(({mark}) => mark !== "[");
+    return end + source.length;
+  }
+
+  // End emphasis, or begin it.
+  mark(marks, index) {
+    const mark = marks[0];
+    let count = marks.length;
+    const before = this.text[index - 1] || " ";
+    const after = this.text[index + count] || " ";
+    const inWord = mark === "_" && /\w/.test(before) && /\w/.test(after);
+    const fits = mark === "~" ? count === 2 : count <= 3;
+    if (fits && !inWord && /\S/.test(before)) {
+      let opener;
+      while (count && (opener = this.openerFor(mark, count)))
+        count -= this.wrap(opener, count);
+    }
+    const rest = mark.repeat(count);
+    if (count && fits && !inWord && /\S/.test(after)) this.open(mark, count, rest);
+    else this.nodes.push(rest);
+  }
+
+  openerFor(mark, count) {
+    const fits = opener => opener.count === count || opener.count === 3 || count === 3;
+    return this.openers.findLast(opener => opener.mark === mark && fits(opener));
+  }
+
+  // Put what follows `opener` into an element; return the number of marks it took.
+  wrap(opener, count) {
+    const {mark, at} = opener;
+    const taken = Math.min(2, opener.count, count);
+    const inner = this.nodes.splice(at + 1);
+    const tag = mark === "~" ? "del" : taken === 2 ? "strong" : "em";
+    opener.count -= taken;
+    this.nodes[at] = mark.repeat(opener.count);
+    this.nodes.push(h(tag, joined(inner)));
+    this.openers.length = this.openers.indexOf(opener) + (opener.count ? 1 : 0);
+    return taken;
+  }
 }
 
-function linkNode(target, label, source) {
-  if (!SAFE_LINK.test(target)) return source;
+const inline = text => joined(new Inline(text).nodes);
+
+function linkNode(target, label) {
   return h("a", {href: target, target: "_blank", rel: "noreferrer"}, label);
 }
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
 const ITEM = /^( *)(?:([-*+])|(\d{1,9})[.)])(?: +|$)/;
-const TABLE_RULE = /^ {0,3}\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 const ENDS_PARAGRAPH = /^ {0,3}(?:#{1,6}\s|>|`{3}|~{3}|(?:[-*_] *){3,}$)/;
+
+function isFenceEnd(line, fence) {
+  const marks = line.trim();
+  return marks.length >= fence.length && marks === fence[0].repeat(marks.length);
+}
+
+// Return the cells of a table's line.
+const cellsOf = line =>
+  line
+    .trim()
+    .replace(/^\||(?<!\\)\|$/g, "")
+    .split(/(?<!\\)\|/)
+    .map(cell => cell.trim().replaceAll("\\|", "|"));
+
+const isTableRule = line => cellsOf(line).every(cell => /^:?-+:?$/.test(cell));
 
 // Return the blocks of a Markdown text, each with its kind and lines.
 function blocks(lines) {
@@ -18254,15 +18364,15 @@ function blocks(lines) {
     const fence = FENCE.exec(line);
     if (!line.trim()) at += 1;
     else if (fence) {
-      const close = new RegExp(`^ {0,3}${fence[1][0]}{${fence[1].length},}\\s*$`);
-      take("code", Math.min(lines.length, until(at + 1, l => close.test(l)) + 1));
+      const closes = l => isFenceEnd(l, fence[1]);
+      take("code", Math.min(lines.length, until(at + 1, closes) + 1));
     } else if (/^ {0,3}#{1,6}\s/.test(line)) take("heading", at + 1);
     else if (/^ {0,3}(?:(?:- *){3,}|(?:\* *){3,}|(?:_ *){3,})$/.test(line)) {
       take("rule", at + 1);
     } else if (/^ {0,3}>/.test(line))
       take("quote", until(at, l => !/^ {0,3}>/.test(l)));
     else if (ITEM.test(line)) take("list", listEnd(lines, at));
-    else if (line.includes("|") && TABLE_RULE.test(lines[at + 1] || "")) {
+    else if (line.includes("|") && isTableRule(lines[at + 1] || "")) {
       take("table", until(at + 2, l => !l.includes("|")));
     } else {
       const stops = (l, n) =>
@@ -18293,7 +18403,7 @@ function listEnd(lines, at) {
   return end;
 }
 
-function listNode(lines) {
+function listNode(lines, depth) {
   const first = ITEM.exec(lines[0]);
   const items = [];
   for (const line of lines) {
@@ -18304,34 +18414,31 @@ function listNode(lines) {
   }
   const tag = first[3] ? "ol" : "ul";
   const start = first[3] && first[3] !== "1" ? first[3] : null;
-  return h(tag, {start}, items.map(itemNode));
+  return h(tag, {start}, items.map(item => itemNode(item, depth)));
 }
 
-function itemNode(lines) {
-  const inner = lines.slice(1).filter(line => line.trim());
-  const indent = Math.min(...inner.map(line => line.search(/\S/)), 9);
+function itemNode(lines, depth) {
+  let indent = 9;
+  for (const line of lines.slice(1))
+    if (line.trim()) indent = Math.min(indent, line.search(/\S/));
   const task = /^\[([ xX])\] /.exec(lines[0]);
   if (task) lines[0] = (task[1] === " " ? "☐ " : "☑ ") + lines[0].slice(4);
   const text = [lines[0], ...lines.slice(1).map(line => line.slice(indent))];
-  const children = blocks(text).map(blockNode);
+  const children = blockNodes(text, depth);
   // Items of one paragraph are set without its margins.
   const tight = children[0]?.tagName === "P" && !lines.includes("");
   return h("li", tight ? [...children[0].childNodes] : children[0], children.slice(1));
 }
 
 function tableNode(lines) {
-  const cells = line =>
-    line
-      .trim()
-      .replace(/^\||\|$/g, "")
-      .split(/(?<!\\)\|/)
-      .map(cell => cell.trim().replaceAll("\\|", "|"));
-  const sides = cells(lines[1]).map(rule =>
+  const sides = cellsOf(lines[1]).map(rule =>
     /^:-+:$/.test(rule) ? "center" : /-:$/.test(rule) ? "number" : null,
   );
   const row = tag => line =>
     h("tr",
-      sides.map((side, n) => h(tag, {class: side}, inline(cells(line)[n] ?? ""))));
+      cellsOf(line)
+        .slice(0, sides.length)
+        .map((cell, n) => h(tag, {class: sides[n]}, inline(cell))));
   return h("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
     h("table", h("thead", row("th")(lines[0])),
       h("tbody", lines.slice(2).map(row("td")))));
@@ -18339,7 +18446,7 @@ function tableNode(lines) {
 
 function codeNode(lines) {
   const [, fence, language] = FENCE.exec(lines[0]);
-  const closed = lines.length > 1 && lines.at(-1).trim().startsWith(fence);
+  const closed = lines.length > 1 && isFenceEnd(lines.at(-1), fence);
   const text = lines.slice(1, closed ? -1 : undefined).join("\n");
   return h("div", {class: "code"},
     h("div", {class: "code-head"}, language || "code",
@@ -18347,25 +18454,35 @@ function codeNode(lines) {
     h("pre", {tabindex: 0}, h("code", text)));
 }
 
-function blockNode({kind, lines}) {
+// Return the nodes of lines that are inside of `depth` other blocks.
+function blockNodes(lines, depth) {
+  if (depth > MAX_DEPTH) return [h("p", lines.join("\n"))];
+  return blocks(lines).map(block => blockNode(block, depth));
+}
+
+function blockNode({kind, lines}, depth) {
   if (kind === "code") return codeNode(lines);
   if (kind === "rule") return h("hr");
-  if (kind === "list") return listNode(lines);
+  if (kind === "list") return listNode(lines, depth + 1);
   if (kind === "table") return tableNode(lines);
   if (kind === "quote") {
     const inner = lines.map(line => line.replace(/^ {0,3}> ?/, ""));
-    return h("blockquote", blocks(inner).map(blockNode));
+    return h("blockquote", blockNodes(inner, depth + 1));
   }
   if (kind === "heading") {
-    const [, marks, text] = /^ {0,3}(#+)\s+(.*?)\s*#*$/s.exec(lines[0]);
+    const [head, marks] = /^ {0,3}(#+)/.exec(lines[0]);
+    const text = lines[0].slice(head.length).trim();
     // h1 and h2 are the page's own headings.
-    return h(`h${Math.min(6, marks.length + 2)}`, inline(text));
+    const tag = `h${Math.min(6, marks.length + 2)}`;
+    return h(tag, inline(text.replace(/(?<!\S)#+$/, "").trimEnd()));
   }
   return h("p", inline(lines.map(line => line.trimStart()).join("\n")));
 }
 
 // Show a Markdown text; unchanged blocks keep their nodes.
 function showMarkdown(element, text) {
+  if (element.markdown === text) return;
+  element.markdown = text;
   const found = blocks(
     text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"));
   const sources = found.map(({lines}) => lines.join("\n"));
@@ -18373,7 +18490,7 @@ function showMarkdown(element, text) {
   let same = 0;
   while (same < sources.length && sources[same] === before[same]) same += 1;
   while (element.childNodes.length > same) element.lastChild.remove();
-  element.append(...found.slice(same).map(blockNode));
+  for (const block of found.slice(same)) element.append(blockNode(block, 0));
   element.sources = sources;
 }
 
