@@ -388,7 +388,6 @@ def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
 SECRET_FIELDS = ("api_key", "device_token")  # never shown in a log or traceback
 
 
-@functools.lru_cache(maxsize=None)
 def camel_case(name: str) -> str:
     """Return a field's name as envelopes have it: `exit_code` is `exitCode`."""
     head, *words = name.split("_")
@@ -458,10 +457,12 @@ class Value:
 
     def to_json(self) -> JsonObject:
         """Return the fields as JSON, without those that are None."""
+        values = self.__dict__
+        kind: Any = type(self)
         return {
-            self._spell(name): encode_value(self.__dict__[name])
-            for name in self._names
-            if self.__dict__[name] is not None
+            key: encode_value(values[name])
+            for name, key, _ in _codec(kind)
+            if values[name] is not None
         }
 
     @classmethod
@@ -473,8 +474,7 @@ class Value:
         """
         kind: Any = cls
         found = {}
-        for name, decode in _decoders(kind).items():
-            key = cls._spell(name)
+        for name, key, decode in _codec(kind):
             item = value.get(key)
             if item is not None:
                 found[name] = decode(item, key)
@@ -535,12 +535,15 @@ def _decoder(annotation: str, module: Mapping[str, Any]) -> Decoder:
 
 
 @functools.lru_cache(maxsize=None)
-def _decoders(cls: Any) -> Mapping[str, Decoder]:
+def _codec(cls: Any) -> Sequence[tuple[str, str, Decoder]]:
+    """Return each field's name, its name in JSON, and its decoder."""
     kinds: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         kinds.update(base.__annotations__)
     module = vars(sys.modules[cls.__module__])
-    return {name: _decoder(kinds[name], module) for name in cls._names}
+    return [
+        (name, cls._spell(name), _decoder(kinds[name], module)) for name in cls._names
+    ]
 
 
 # -- JSON ----------------------------------------------------------------------
@@ -8662,6 +8665,7 @@ CLOCK_RECORDED_EVERY = 60.0  # s
 CHECKPOINT_EVERY = 200  # transactions; then the next tick() copies them to the file
 LONGEST_WAL = 4000  # pages of 4 KiB; overwriting them is faster than adding more
 STORE_TICK = 1.0  # s
+MIN_ID_PREFIX = 4  # characters of a node's id that may stand for it
 VACUUM_ABOVE = 256  # free pages; each tick() releases VACUUM_PAGES of the others
 VACUUM_PAGES = 64
 STORE_BUSY_TIMEOUT = 5.0  # s that another program, a `sqlite3` shell, may hold the file
@@ -8781,7 +8785,7 @@ MIGRATIONS: Mapping[int, str] = {
     """,
     5: """
     CREATE TABLE jobs (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        seq INTEGER PRIMARY KEY,             -- no AUTOINCREMENT: 20 us a job
         id TEXT NOT NULL UNIQUE,
         node_id TEXT NOT NULL,
         node_name TEXT NOT NULL,
@@ -8815,7 +8819,6 @@ MIGRATIONS: Mapping[int, str] = {
         log BLOB                             -- of an ended job, if it is small
     );
     CREATE INDEX jobs_node ON jobs(node_id, seq);
-    CREATE INDEX jobs_state ON jobs(state, seq);
     CREATE INDEX jobs_session ON jobs(session_key, seq) WHERE session_key IS NOT NULL;
     CREATE INDEX jobs_asked_at ON jobs(asked_at);
     CREATE INDEX jobs_failed ON jobs(seq) WHERE
@@ -8830,8 +8833,6 @@ MIGRATIONS: Mapping[int, str] = {
         exit_code, signal_name(signal), error, stdout_bytes, stderr_bytes,
         (ended_at - started_at) / 1000.0, 0, cancelled_at, '', NULL, NULL, NULL
         FROM commands ORDER BY seq;
-    DELETE FROM sqlite_sequence WHERE name = 'jobs';
-    UPDATE sqlite_sequence SET name = 'jobs' WHERE name = 'commands';
     DROP TABLE commands;
 
     ALTER TABLE messages RENAME COLUMN invoke_id TO job_id;
@@ -8969,6 +8970,9 @@ class AuditEvent:
     TOKEN_REVOKED = "token.revoked"
     TOKEN_REFUSED = "token.refused"
     JOINED = "token.joined"
+    RENAMED = "node.renamed"
+    APPROVALS_CHANGED = "chat.approvals"
+    EXPORTED = "audit.exported"
 
     REFUSALS = (SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED)
 
@@ -9366,6 +9370,17 @@ class Table:
         return self._db.write(sql, values)
 
 
+def name_key(name: str) -> str:
+    """Return what two names have in common that people take for the same one."""
+    plain = " ".join(name.split())
+    if not plain.isascii():
+        import unicodedata
+
+        plain = unicodedata.normalize("NFKC", plain).casefold()
+        plain = unicodedata.normalize("NFKC", plain)
+    return plain.casefold()
+
+
 class NodeNames:
     """The names of all nodes, read at one version of the devices."""
 
@@ -9373,20 +9388,26 @@ class NodeNames:
         """`rows` have the columns `node_id`, `display_name`, `renamed`."""
         self.version = version
         self.by_id: dict[str, str] = {}
-        self._given: dict[str, list[str]] = {}  # by operators; ids by name
+        self._given: dict[str, list[str]] = {}  # by operators; ids by name_key()
         self._own: dict[str, list[str]] = {}  # by the machines themselves
         for row in rows:
             self.by_id[row["node_id"]] = row["display_name"]
             ids = self._given if row["renamed"] else self._own
-            ids.setdefault(row["display_name"].casefold(), []).append(row["node_id"])
+            ids.setdefault(name_key(row["display_name"]), []).append(row["node_id"])
 
-    def ids_of(self, name: str) -> Sequence[str]:
-        """Return the ids of the nodes of that name, in any case of letters.
+    def find(self, reference: str) -> Sequence[str]:
+        """Return the ids of the nodes that `reference` may mean.
 
-        Names given by operators win over those that machines gave themselves.
+        An exact id wins, then a name given by an operator, then a name that a machine
+        gave itself; then the beginning of an id.
         """
-        known = name.casefold()
-        return self._given.get(known) or self._own.get(known) or ()
+        wanted, key = reference.strip(), name_key(reference)
+        if wanted in self.by_id:
+            return [wanted]
+        ids = self._given.get(key) or self._own.get(key)
+        if ids is None and len(key) >= MIN_ID_PREFIX:
+            ids = [i for i in self.by_id if i.casefold().startswith(key)]
+        return ids or ()
 
 
 class DevicesTable(Table):
@@ -9397,6 +9418,7 @@ class DevicesTable(Table):
 
     def __init__(self, database: Database) -> None:
         super().__init__(database)
+        self.naming = threading.Lock()  # held from clash() until the name is written
         self._version = object()  # replaced after each change of a name or a node id
         # Reading 5,000 names takes 5 ms, and every job needs one.
         self._names: NodeNames | None = None
@@ -9426,11 +9448,27 @@ class DevicesTable(Table):
         found = self._current(DeviceCredential, "handle", handle, now)
         return None if found is None else found.verifier
 
-    def is_called(self, name: str, now: int, *, but: str) -> bool:
-        """Return whether a device other than `but` has a name, in any case."""
-        wanted = name.casefold()
-        others = (device for device in self.all(now) if device.id != but)
-        return any(device.display_name.casefold() == wanted for device in others)
+    def clash(self, name: str, now: int, *, but: str) -> str:
+        """Return why a name or an id could mean a device other than `but`, or ""."""
+        key = name_key(name)
+        for row in self._db.rows(
+            "SELECT ifnull(node_id, '') node_id, display_name FROM devices"  # nosec B608
+            f" WHERE id <> :but AND {self.CURRENT}",
+            {"but": but, "now": now},
+        ):
+            node_id = row["node_id"].casefold()
+            if name_key(row["display_name"]) == key:
+                return f"another machine is called {row['display_name']}"
+            if node_id == key:
+                return f"{row['node_id']} is the id of another machine"
+            if len(key) >= MIN_ID_PREFIX and node_id.startswith(key):
+                return f"the id of another machine, {row['node_id']}, begins with it"
+        return ""
+
+    def is_revoked(self, node_id: str) -> bool:
+        """Return whether a device whose token was revoked had this node id."""
+        sql = "SELECT 1 FROM devices WHERE node_id = ? AND revoked_at IS NOT NULL"
+        return self._db.row(sql, (node_id,)) is not None
 
     def names(self) -> NodeNames:
         """Return the names of all nodes; they are read again after a change only."""
@@ -9449,8 +9487,8 @@ class DevicesTable(Table):
         """Record the id and the description that a node sends when it connects.
 
         Empty texts, and the name of a node that an operator has renamed, change
-        nothing.  Return False, and record nothing, if the id belongs to another device
-        or the device is revoked or expired.
+        nothing.  Return False, and record nothing, if the id belongs to another device,
+        though that is revoked, or if the device is revoked or expired.
         """
         changed = self._db.write(
             "UPDATE devices SET node_id = :client_id, expires_at = NULL,"  # nosec B608: literals
@@ -9462,7 +9500,7 @@ class DevicesTable(Table):
             " last_ip = :address, last_seen_at = :now"
             f" WHERE id = :id AND {self.CURRENT}"
             " AND NOT EXISTS (SELECT 1 FROM devices WHERE node_id = :client_id"
-            "   AND id <> :id AND revoked_at IS NULL)",
+            "   AND id <> :id)",
             {
                 **params.__dict__,
                 "capabilities": to_json(params.capabilities),
@@ -9592,9 +9630,9 @@ class JobsTable(Table):
         if kept:
             conditions.append(f"(kept OR {self.STATES['open']})")
         values, limit = [*filter(None, given.values())], max(0, min(limit, MAX_PAGE))
-        if not query:
+        if not (query or state) or state == "failed":  # the order is an index's
             return self._page(conditions, values, limit)
-        # A search reads all rows: in slices, with room for writers in between.
+        # Others read all rows: in slices, with room for writers in between.
         found: list[JobRecord] = []
         row = self._db.row("SELECT max(seq) newest FROM jobs")
         top = before or (row["newest"] if row and row["newest"] else 0) + 1
@@ -10494,11 +10532,11 @@ class Access:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Raises StoreError."""
-        self._door = Doorkeeper(store, clock)
-        self.devices = DeviceAccess(self._door)
-        self.join_codes = JoinCodes(self._door, self.devices, RateLimit(monotonic))
-        self.operators = OperatorAccess(self._door, RateLimit(monotonic))
-        self.sign_ins = SignIns(self._door, self.operators)
+        self.door = Doorkeeper(store, clock)
+        self.devices = DeviceAccess(self.door)
+        self.join_codes = JoinCodes(self.door, self.devices, RateLimit(monotonic))
+        self.operators = OperatorAccess(self.door, RateLimit(monotonic))
+        self.sign_ins = SignIns(self.door, self.operators)
 
     def is_current(self, operator: Caller) -> bool:
         """Return whether the credential of a connected operator is still valid."""
@@ -10509,9 +10547,9 @@ class Access:
 
     def purge(self) -> None:
         """Delete expired sign-ins and devices.  Raises StoreError."""
-        now = self._door.now()
-        self._door.store.logins.delete_expired(now)
-        self._door.store.devices.delete_expired(now)
+        now = self.door.now()
+        self.door.store.logins.delete_expired(now)
+        self.door.store.devices.delete_expired(now)
 
 
 # ==============================================================================
@@ -10527,11 +10565,11 @@ LOCAL_NAME = "Local"
 
 MAX_NODE_ID = 200  # characters
 MAX_NAME = 200  # characters
-MIN_ID_PREFIX = 4  # characters of an id that may stand for it
 MAX_CANDIDATES = 20  # names in an error; there may be thousands
 STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without telemetry from a connected node
 CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest is dropped
-REPLACE_TIMEOUT = 5.0  # s for an old connection of the same node to end
+ANSWER_TIMEOUT = 3.0  # s for an old connection of the same node to show that it lives
+REPLACE_TIMEOUT = 5.0  # s for it to end otherwise
 
 
 class NodeLink(Protocol):
@@ -10556,6 +10594,9 @@ class NodeLink(Protocol):
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def resize(self, job_id: str, rows: int, cols: int) -> None: ...
+
+    def answers(self, timeout: float) -> bool:
+        """Return whether the node shows within `timeout` s that it lives."""
 
     def hang_up(self, reason: str) -> None: ...
 
@@ -10595,7 +10636,7 @@ def valid_name(text: str) -> str:
         raise RpcError(
             "INVALID_REQUEST", f"a name has 1 to {MAX_NAME} printable characters"
         )
-    if name.casefold() == LOCAL_NAME.casefold():
+    if name_key(name) == LOCAL_ID:
         raise RpcError(
             "INVALID_REQUEST",
             f"{LOCAL_NAME} is the gateway's own machine; choose another name",
@@ -10603,24 +10644,22 @@ def valid_name(text: str) -> str:
     return name
 
 
-def free_name(devices: DevicesTable, text: str, node_id: str = "") -> str:
-    """Return a valid name for a machine, which may be the node `node_id` already.
+def free_name(devices: DevicesTable, text: str, device_id: str = "") -> str:
+    """Return a valid name that means no device but `device_id`.  Raises RpcError.
 
-    Raises RpcError for a name that is invalid or another node's id.
+    The caller holds `devices.naming`.
     """
     name = valid_name(text)
-    ids = {known.casefold() for known in devices.names().by_id}
-    if name.casefold() in ids - {node_id.casefold()}:
-        raise RpcError(
-            "INVALID_REQUEST", f"{name} is the id of a node; choose another name"
-        )
+    problem = devices.clash(name, now_ms(), but=device_id)
+    if problem:
+        raise RpcError("CONFLICT", f"{problem}; choose another name")
     return name
 
 
 def check_node_id(node_id: str) -> None:
     """Raises RpcError unless a node may connect with this id."""
     fits = 0 < len(node_id) <= MAX_NODE_ID and node_id.isprintable()
-    if not fits or node_id.casefold() == LOCAL_ID:
+    if not fits or name_key(node_id) == LOCAL_ID:
         raise RpcError(
             "INVALID_REQUEST",
             f"client.id must have 1 to {MAX_NODE_ID} printable characters and not "
@@ -10660,7 +10699,7 @@ class Fleet:
             return list(self._connected.values())
 
     def claim(self, node: ConnectedNode, device: Device) -> None:
-        """Make `node` the one connection of its id, and hang up the previous one.
+        """Make `node` the one connection of its id, and hang up one that is dead.
 
         Raises RpcError if another machine uses the token or the id.
         """
@@ -10671,6 +10710,16 @@ class Fleet:
                 previous = self._connected.setdefault(node.node_id, node)
             if previous is node:
                 return
+            # The same process has connected again; of others only one may be alive.
+            life = node.link.instance
+            same = life != "" and previous.link.instance == life
+            if not same and previous.link.answers(ANSWER_TIMEOUT):
+                raise RpcError(
+                    "CONFLICT",
+                    "this token is in use by another machine that is connected now, "
+                    f"from {previous.address}; make one for each with `moltis node "
+                    "generate-token`, or end that node first",
+                )
             # Its reader ends before the new one starts: log frames stay in order.
             previous.link.hang_up("this node has connected again")
             if not previous.gone.wait(deadline.remaining()):
@@ -10725,26 +10774,20 @@ class Fleet:
             return list(self._cpu.get(node_id, ()))
 
     def resolve(self, reference: str) -> tuple[str, str]:
-        """Return id and name of the machine that `reference` names.
+        """Return id and name of the machine that `reference` means.
 
-        An exact id wins, then a name given by an operator, then a name that a machine
-        gave itself, in any case of letters; then a unique prefix of an id.
         Raises RpcError NOT_FOUND, or INVALID_REQUEST with the candidates.
         """
-        wanted, names = reference.strip(), self._devices.names()
-        if wanted.casefold() == LOCAL_ID:
+        names = self._devices.names()
+        if name_key(reference) == LOCAL_ID:
             return LOCAL_ID, LOCAL_NAME
-        if wanted in names.by_id:
-            return wanted, names.by_id[wanted]
-        matches = names.ids_of(wanted)
-        if not matches and len(wanted) >= MIN_ID_PREFIX:
-            matches = [i for i in names.by_id if i.startswith(wanted)]
+        matches = names.find(reference)
         if len(matches) == 1:
             return matches[0], names.by_id[matches[0]]
         if matches:
             raise RpcError(
                 "INVALID_REQUEST",
-                f"{wanted!r} may be any of {len(matches)} nodes; use an id: "
+                f"{reference.strip()!r} may be any of {len(matches)} nodes; use an id: "
                 f"{_some(matches)}",
             )
         known = sorted([LOCAL_NAME, *names.by_id.values()], key=str.casefold)
@@ -10842,12 +10885,14 @@ class Fleet:
             )
         if device.node_id == node_id:
             return
-        # An id wins over a name: this node would get the other's commands.
-        if self._devices.is_called(node_id, now_ms(), but=device.id):
+        # What people wrote down, and what sessions select, must not reach another one.
+        problem = self._devices.clash(node_id, now_ms(), but=device.id)
+        if not problem and self._devices.is_revoked(node_id):
+            problem = "that id had a token that was revoked"
+        if problem:
             raise RpcError(
                 "CONFLICT",
-                f"another machine is called {node_id}, or a token was made for one; "
-                "choose another id with --node-id",
+                f"{problem}; choose another id than {node_id} with --node-id",
             )
         if device.node_id and self.connected(device.node_id) is not None:
             raise RpcError(
@@ -11044,20 +11089,30 @@ class Log:
     bytes that did not fit on the disk, that were dropped, or that the node had lost.
     """
 
-    def __init__(self, directory: Path | None = None, begin: int = 0) -> None:
-        """Load the files in `directory`; None: keep the log in memory.
-
-        Raises OSError.
-        """
-        self._directory = directory
+    def __init__(self, directory: str | None = None) -> None:
+        """Begin an empty log that moves to `directory`; None: it stays in memory."""
+        self._directory = directory  # a Path would cost each job 8 us
         self._lock = threading.Lock()  # guards all below
         self._memory: collections.deque[Piece] = collections.deque()
         self._segments: list[Segment] = []
         self._in_files = False
-        self.begin = self.end = begin
+        self.begin = self.end = 0
         self.created = time.monotonic()
-        if directory is not None and directory.is_dir():
-            self._load(directory)
+
+    @classmethod
+    def load(cls, directory: str | None) -> Log:
+        """Return the log whose files are in `directory`.  Raises OSError."""
+        found = cls(directory)
+        if directory is not None and os.path.isdir(directory):
+            names = [name for name in os.listdir(directory) if name.isdigit()]
+            for path in (Path(directory, name) for name in sorted(names, key=int)):
+                found._segments.append(Segment(path, path.stat().st_size))
+        if found._segments:
+            found._segments[-1].cut_to_frames()
+            found._in_files = True
+            found.begin = found._segments[0].begin
+            found.end = found._segments[-1].end
+        return found
 
     @property
     def durable(self) -> int:
@@ -11170,15 +11225,6 @@ class Log:
                 removed += self._remove(1)
         return removed
 
-    def _load(self, directory: Path) -> None:
-        names = (path for path in directory.iterdir() if path.name.isdigit())
-        for path in sorted(names, key=lambda path: int(path.name)):
-            self._segments.append(Segment(path, path.stat().st_size))
-        if self._segments:
-            self._segments[-1].cut_to_frames()
-            self._in_files = True
-            self.begin, self.end = self._segments[0].begin, self._segments[-1].end
-
     def _remember(self, offset: int, data: bytes) -> None:
         if self._memory:
             begin, last = self._memory[-1]
@@ -11219,8 +11265,8 @@ class Log:
             last = self._segments[-1] if self._segments else None
             if last is None or last.end != offset or last.size >= SEGMENT:
                 if last is None:
-                    self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                new = Segment(self._directory / str(offset))
+                    os.makedirs(self._directory, mode=0o700, exist_ok=True)
+                new = Segment(Path(self._directory, str(offset)))
                 new.append(data)
                 self._segments.append(new)
             else:
@@ -11998,15 +12044,15 @@ class Jobs:
         node = self._fleet.connected(node_id)
         return node.link if node is not None and node.ready else None
 
-    def _log_directory(self, record: JobRecord) -> Path | None:
-        return self._directory / record.id if record.kept else None
+    def _log_directory(self, record: JobRecord) -> str | None:
+        return f"{self._directory}/{record.id}" if record.kept else None
 
     def _load(self, record: JobRecord, *, node_has_it: bool = False) -> Job:
         """Return the job of a row, with what is left of its log."""
         directory = self._log_directory(record)
         kept = directory is not None and record.is_final
         stored = self._table.log(record.id) if kept else None
-        job = Job(record, Log(None if stored else directory))
+        job = Job(record, Log() if stored else Log.load(directory))
         if stored:
             job.log.append(0, stored)
         if record.is_final:
@@ -12082,6 +12128,9 @@ class LocalLink:
     def check(self, work: str, spec: JsonObject) -> None: ...
 
     def check_cancel(self, job_id: str) -> None: ...
+
+    def answers(self, _timeout: float) -> bool:
+        return True
 
     def hang_up(self, _reason: str) -> None:
         self._machine.close()
@@ -14716,17 +14765,21 @@ class NodeMethods:
         """Return the id of the node that a parameter names.  Raises RpcError."""
         return self._fleet.resolve(required(params, name, str))[0]
 
-    def rename(self, node_id: str, display_name: str) -> None:
-        name = free_name(self._devices, display_name, node_id)
+    def rename(self, node_id: str, display_name: str, by: Caller) -> None:
         device = self._devices.by_node_id(node_id, now_ms())
         if device is None:
             raise RpcError("INVALID_REQUEST", f"{LOCAL_NAME} cannot be renamed")
-        self._devices.rename(device.id, name)
+        with self._devices.naming:
+            name = free_name(self._devices, display_name, device.id)
+            self._devices.rename(device.id, name)
+        renaming = f"{device_label(device)} is now {name}"
+        self._access.door.record(AuditEvent.RENAMED, renaming, by)
         self._announce("presence", {"type": "node.renamed", "nodeId": node_id})
 
     def create_token(self, display_name: str, platform: str, by: Caller) -> JsonObject:
-        name = free_name(self._devices, display_name) if display_name else ""
-        device, token = self._access.devices.create_device(name, platform, by=by)
+        with self._devices.naming:
+            name = free_name(self._devices, display_name) if display_name else ""
+            device, token = self._access.devices.create_device(name, platform, by=by)
         return {
             "deviceToken": token,
             "deviceId": device.id,
@@ -14736,6 +14789,13 @@ class NodeMethods:
 
     def rotate_token(self, device_id: str, by: Caller) -> JsonObject:
         device = self._device(device_id)
+        # Whoever has the new token is that machine, to everybody who sends it work.
+        if device.node_id is not None and not by.may(Scope.ADMIN):
+            raise RpcError(
+                "FORBIDDEN",
+                f"{device_label(device)} has connected: only an administrator may "
+                "replace its token; revoke it and make one for a new machine instead",
+            )
         token = self._access.devices.rotate_device(device, by=by)
         self._hang_up(device)
         return {"deviceToken": token, "scopes": []}
@@ -15116,7 +15176,7 @@ class Rpc:
             "node.list": Method(fleet.views, read),
             "node.describe": Method(fleet.view, read, nodeId=nodes.node_id),
             "node.rename": Method(
-                nodes.rename, write, nodeId=nodes.node_id, displayName=str
+                nodes.rename, write, nodeId=nodes.node_id, displayName=str, by=Caller
             ),
             "node.invoke": Method(
                 *(jobs.invoke, write),
@@ -15304,6 +15364,9 @@ class NodePeer:
     def input(self, job_id: str, offset: int, data: bytes) -> None:
         self._ws.send(encode_job_data(INPUT_DATA, job_id, offset, data))
 
+    def answers(self, timeout: float) -> bool:
+        return self._ws.answers(timeout)
+
     def hang_up(self, reason: str) -> None:
         self._ws.close(CloseCode.POLICY_VIOLATION, reason, timeout=0)
 
@@ -15469,6 +15532,10 @@ class MoltisPeer(NodePeer):
     def resize(self, job_id: str, rows: int, cols: int) -> None: ...
 
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
+
+    def answers(self, timeout: float) -> bool:
+        # While it works it reads nothing: only its deadline says that it is dead.
+        return not self._ws.keepalive or self._ws.answers(timeout)
 
     def tick(self) -> None:
         """Give up a silent node again once its command should have ended."""
@@ -15679,6 +15746,25 @@ class Introduction:
         return Identity(device_caller(device), params, device, handle, final)
 
 
+def own_name(devices: DevicesTable, device: Device, params: ConnectParams) -> str:
+    """Return the name for a node that names itself; "" to keep the one it has.
+
+    The caller holds `devices.naming`.
+    """
+    try:
+        name = valid_name(params.display_name)
+    except RpcError:
+        return ""
+    if device.renamed or name == device.display_name:
+        return name
+    # Whoever had the name first keeps it.
+    room = MAX_NAME - 9
+    for free in (name, f"{name[:room]} {params.client_id[:8]}"):
+        if not devices.clash(free, now_ms(), but=device.id):
+            return free
+    return ""
+
+
 def note_presence(
     devices: DevicesTable, device: Device, params: ConnectParams, address: str
 ) -> bool:
@@ -15686,12 +15772,11 @@ def note_presence(
 
     Raises StoreError.
     """
-    name = ""
-    with contextlib.suppress(RpcError):  # no name, or Local
-        name = valid_name(params.display_name)
     try:
-        params = params.replace(display_name=name)
-        return devices.connect(device.id, params, address, now_ms())
+        with devices.naming:
+            name = own_name(devices, device, params)
+            params = params.replace(display_name=name)
+            return devices.connect(device.id, params, address, now_ms())
     except StoreError as error:
         known = devices.by_node_id(params.client_id, now_ms())
         if known is None or known.id != device.id:
@@ -22140,7 +22225,10 @@ def node_settings(
     return NodeSettings(
         gateway_url=websocket_url(host),
         device_token=token,
-        node_id=args.node_id or (previous.node_id if previous else new_id()),
+        # A new token is another machine to the gateway, whatever became of the old one.
+        node_id=args.node_id
+        or (previous.node_id if previous and previous.device_token == token else "")
+        or new_id(),
         display_name=args.name or offer.get("display_name") or socket.gethostname(),
         working_dir=working_dir,
         timeout=args.timeout,

@@ -36,13 +36,14 @@ def wait_for(condition, timeout=30.0, what="the condition"):
         time.sleep(0.01)
 
 
-def wait_in_shell(path):
+def wait_in_shell(path, condition="[ -e '{}' ]"):
     """Return a shell command that waits for a file, a minute or two at most.
 
     It outlives a test run that is killed: nothing else would end it then.
+    `condition` is what the shell asks about the path instead.
     """
     return (
-        f"n=0; until [ -e '{path}' ] || [ $n -gt 3000 ]; "
+        f"n=0; until {condition.format(path)} || [ $n -gt 3000 ]; "
         "do sleep 0.02; n=$((n+1)); done"
     )
 

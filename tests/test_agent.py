@@ -8,7 +8,7 @@ import threading
 
 import pytest
 from machines import Machines
-from support import wait_for
+from support import wait_for, wait_in_shell
 
 import moltis
 from moltis import (
@@ -251,7 +251,7 @@ def status(chat, job_id, **arguments):
 
 def test_a_command_in_the_background_is_answered_with_its_id(chat, tmp_path):
     go = tmp_path / "go"
-    command = f"echo begun; until [ -e {go} ]; do sleep 0.02; done; echo grüße; exit 4"
+    command = f"echo begun; {wait_in_shell(go)}; echo grüße; exit 4"
     job_id = background(chat, command, node="pi")
     assert chat.results() == [{"node": "Pi", "id": job_id, "state": "started"}]
     wait_for(lambda: status(chat, job_id)["stdout"])
@@ -265,8 +265,11 @@ def test_a_command_in_the_background_is_answered_with_its_id(chat, tmp_path):
     assert status(chat, job_id)["stdout"] == "begun\ngrüße\n"
 
 
-def test_an_offset_that_a_model_makes_up_is_read_from_the_next_frame_on(chat):
-    job_id = background(chat, "echo one; sleep 0.2; echo two")
+def test_an_offset_that_a_model_makes_up_is_read_from_the_next_frame_on(chat, tmp_path):
+    go = tmp_path / "go"
+    job_id = background(chat, f"echo one; {wait_in_shell(go)}; echo two")
+    wait_for(lambda: status(chat, job_id)["stdout"])  # in a frame of its own
+    go.touch()
     assert status(chat, job_id, wait=60)["stdout"] == "one\ntwo\n"
     assert status(chat, job_id, offset=3)["stdout"] == "two\n"
     seen = status(chat, job_id, offset=10_000)
@@ -336,12 +339,12 @@ def test_characters_may_be_cut_and_gaps_are_said():
 
 
 def test_ending_a_command_waits_for_its_end(chat):
-    job_id = background(chat, "sleep 600")
+    job_id = background(chat, "sleep 120")
     assert status(chat, job_id, cancel=True)["state"] == "cancelled"
 
 
 def test_waiting_for_a_command_ends_with_the_turn_and_the_command_does_not(chat):
-    job_id = background(chat, "sleep 600")
+    job_id = background(chat, "sleep 120")
     asked = {"id": job_id, "wait": 60}
     thread = chat.start(Scripted(calls(("exec_status", asked))))
     wait_for(lambda: len(chat.talk.of("begin_call")) == 2)
@@ -360,7 +363,7 @@ def test_what_cannot_be_waited_for_or_read_is_refused(chat, wrong):
 def test_a_model_cannot_look_at_another_session_s_commands(chat):
     other = moltis.Origin("model", "anna's key", "m", session_key="other")
     record = moltis.new_job(
-        ("pi-id", "Pi"), "run", {"command": "sleep 600"}, other, kept=True
+        ("pi-id", "Pi"), "run", {"command": "sleep 120"}, other, kept=True
     )
     chat.all.jobs.start(record)
     seen = status(chat, record.id, cancel=True)
@@ -594,7 +597,7 @@ def test_cancelled_while_commands_run(chat, tmp_path):
 
 
 def test_a_gateway_that_stops_leaves_the_commands_running(chat):
-    thread = chat.start(Scripted(runs("sleep 600", node="pi")))
+    thread = chat.start(Scripted(runs("sleep 120", node="pi")))
     wait_for(lambda: chat.talk.of("begin_job"))
     chat.leaves = True
     chat.cancel.cancel()
@@ -619,7 +622,7 @@ def test_cancelled_while_a_person_is_asked(chat):
 def test_a_command_whose_turn_comes_after_stop_does_not_run(chat):
     """More calls than run side by side: the last wait for the first."""
     count = moltis.MAX_PARALLEL_CALLS + 2
-    named = [("exec", {"command": "sleep 600"}) for _ in range(count)]
+    named = [("exec", {"command": "sleep 120"}) for _ in range(count)]
     thread = chat.start(Scripted(calls(*named)))
     wait_for(lambda: len(chat.ran()) == moltis.MAX_PARALLEL_CALLS)
     chat.cancel.cancel()

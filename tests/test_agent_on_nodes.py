@@ -23,6 +23,7 @@ from support import (
     process_exists,
     run_moltis,
     wait_for,
+    wait_in_shell,
 )
 
 import moltis
@@ -238,7 +239,7 @@ def test_a_command_in_the_background_is_asked_for_and_audited_like_any_other(
 ):
     key = site.session("background")
     go = tmp_path / "go"
-    command = f"echo on $NODE; until [ -e {go} ]; do sleep 0.05; done; exit 7"
+    command = f"echo on $NODE; {wait_in_shell(go)}; exit 7"
 
     def look(_body):
         job = server.results()[0]["id"]
@@ -530,14 +531,14 @@ def test_cancel_while_a_question_is_open(site, server):
 def test_cancel_while_a_command_runs_ends_its_process(site, server, tmp_path):
     key = site.session("cancel3", approvals="all")
     pid_file = tmp_path / "pid"
-    server.turns.append(runs(f"echo $$ > {pid_file}; sleep 600", node="alpha"))
+    server.turns.append(runs(f"echo $$ > {pid_file}; sleep 120", node="alpha"))
     run_id = site.send("sleep", key)
     wait_for(lambda: pid_file.exists() and pid_file.read_text().strip())
     pid = int(pid_file.read_text())
     site.call("chat.abort", sessionKey=key)
     assert site.end(run_id)["state"] == "aborted"
     wait_for(lambda: not process_exists(pid), what="the process to end")
-    command = f"echo $$ > {pid_file}; sleep 600"
+    command = f"echo $$ > {pid_file}; sleep 120"
     wait_for(lambda: site.audit(command)["state"] == "cancelled", what="the audit")
 
 
@@ -734,7 +735,7 @@ def test_chat_with_an_unknown_model_says_how_models_are_named(site):
 
 def test_ctrl_c_ends_the_answer_and_its_command(site, tmp_path):
     pid_file = tmp_path / "pid"
-    line = f"echo $$ > {pid_file}; sleep 600"
+    line = f"echo $$ > {pid_file}; sleep 120"
     chat = Program("chat", "--session", "ctrl-c", line, home=site.home)
     try:
         wait_for(lambda: pid_file.exists() and pid_file.read_text().strip())
@@ -841,7 +842,7 @@ def test_without_a_message_chat_is_a_prompt(site):
         terminal.wait_for("› ")
         terminal.type("echo first $((40 + 2))\n")
         terminal.wait_for("first 42")
-        terminal.type("sleep 600\n")
+        terminal.type("sleep 120\n")
         session = next(s for s in site.call("sessions.list") if s["label"] == "prompt")
         wait_for(lambda: running(site, session["key"]), what="the command to run")
         terminal.process.send_signal(signal.SIGINT)
@@ -857,13 +858,13 @@ def test_without_a_message_chat_is_a_prompt(site):
 def running(site, key):
     history = site.call("chat.history", sessionKey=key)
     cards = [m for m in history if "command" in m]
-    return any(c["command"]["command"] == "sleep 600" and "job" in c for c in cards)
+    return any(c["command"]["command"] == "sleep 120" and "job" in c for c in cards)
 
 
 def test_a_gateway_that_dies_ends_the_chat_with_unreachable(tmp_path):
     with Program("gateway", "--port", "0", home=tmp_path) as gateway:
         gateway.wait_for_output("Ctrl+C stops it.")
-        chat = Program("chat", "echo pid $$; exec sleep 600", home=tmp_path)
+        chat = Program("chat", "echo pid $$; exec sleep 120", home=tmp_path)
         try:
             pid = int(chat.wait_for_output("\n").split()[1])
             gateway.end(signal.SIGKILL)

@@ -457,7 +457,7 @@ def test_an_interrupt_leaves_a_node_that_does_not_come_back_or_answer(
     with InProcessGateway(tmp_path / "gateway") as gateway, silent_node(
         gateway
     ) as peer, moltis.JobFeed(gateway.operator) as feed:
-        terminal = terminal_for(feed, {"gone": "gone"}, "sleep 600")
+        terminal = terminal_for(feed, {"gone": "gone"}, "sleep 120")
 
         def vanish():
             peer.receive_until(
@@ -580,7 +580,7 @@ def test_input_that_cannot_be_read_ends_the_command_and_says_so(
     with InProcessGateway(tmp_path / "gateway") as gateway, moltis.JobFeed(
         gateway.operator
     ) as feed:
-        terminal = terminal_for(feed, {"local": "Local"}, "cat; sleep 600", stdin=True)
+        terminal = terminal_for(feed, {"local": "Local"}, "cat; sleep 120", stdin=True)
         assert terminal.execute(feeds=True) == moltis.INTERRUPTED
     assert "standard input cannot be read: Input/output" in capsys.readouterr().err
 
@@ -621,7 +621,7 @@ def test_lines_of_nodes_of_the_same_name_have_labels_of_their_own(tmp_path):
 
 def test_an_interrupt_of_several_commands_counts_as_one(tmp_path):
     with InProcessGateway(tmp_path / ".moltis") as gateway, gateway.node("far"):
-        words = ("node", "exec", "--all", "--", "echo begun; sleep 600")
+        words = ("node", "exec", "--all", "--", "echo begun; sleep 120")
         with Program(*words, home=tmp_path) as execution:
             wait_for(lambda: execution.stdout.count("begun") == 2, 20)
             assert execution.end(signal.SIGINT) == moltis.INTERRUPTED
@@ -747,7 +747,7 @@ def test_a_command_that_was_not_detached_is_listed_while_it_runs(gateway, home):
 
 def test_a_job_is_ended_on_the_node_that_was_named_and_on_no_other(gateway, home):
     with gateway.node("far"):
-        job = start(gateway, "sleep 600", node="far")
+        job = start(gateway, "sleep 120", node="far")
         words = ("--cancel", job, "--json")
         other = run_moltis("node", "jobs", "local", *words, home=home)
         assert other.returncode == moltis.EXIT_FAILURE
@@ -777,7 +777,7 @@ def test_jobs_on_several_nodes_are_printed_with_their_names(gateway, home):
     [
         ("exit 3", "exit status 3"),
         ("kill -9 $$", "killed by SIGKILL"),
-        ("sleep 600", "timed out"),
+        ("sleep 120", "timed out"),
     ],
 )
 def test_lists_say_how_a_command_ended(gateway, command, words):
@@ -809,7 +809,7 @@ def test_ending_what_runs_on_a_node_that_is_away_says_when_that_will_be(
     gateway, capsys
 ):
     with silent_node(gateway) as peer:
-        job = start(gateway, "sleep 600", "gone")
+        job = start(gateway, "sleep 120", "gone")
         started_on(peer)
     wait_for(lambda: "awayMs" in gateway.call("job.wait", id=job, wait=0))
     with gateway.operator() as client:

@@ -25,6 +25,7 @@ from support import (
     process_exists,
     run_moltis,
     wait_for,
+    wait_in_shell,
 )
 
 OK, FAILURE, USAGE, UNREACHABLE, REFUSED, CONFIGURATION = 0, 1, 2, 69, 77, 78
@@ -220,7 +221,7 @@ def test_without_stdin_the_command_s_input_is_empty(site):
 def test_exec_prints_while_the_command_runs(site, tmp_path):
     """The command waits for a file that is made only once its output was seen."""
     gate = tmp_path / "gate"
-    line = f"echo started; while [ ! -e {gate} ]; do sleep 0.05; done; echo ended"
+    line = f"echo started; {wait_in_shell(gate)}; echo ended"
     with Program("node", "exec", "pi", "--", line, home=site.home) as running:
         running.wait_for_output("started")
         assert "ended" not in running.stdout
@@ -261,7 +262,7 @@ def test_one_who_stops_reading_ends_the_command(site, tmp_path):
 
 
 def test_ctrl_c_ends_the_remote_process_group(site, tmp_path):
-    line = f"sleep 1000 & echo $! $$ > {tmp_path}/pids; echo running; wait"
+    line = f"sleep 120 & echo $! $$ > {tmp_path}/pids; echo running; wait"
     with Program("node", "exec", "pi", "--", line, home=site.home) as running:
         running.wait_for_output("running")
         assert running.end(signal.SIGINT) == 130
@@ -270,7 +271,7 @@ def test_ctrl_c_ends_the_remote_process_group(site, tmp_path):
 
 
 def test_an_exec_that_is_ended_leaves_nothing_on_the_node(site, tmp_path):
-    line = f"echo $$ > {tmp_path}/pid; echo running; sleep 1000"
+    line = f"echo $$ > {tmp_path}/pid; echo running; sleep 120"
     with Program("node", "exec", "pi", "--", line, home=site.home) as running:
         running.wait_for_output("running")
         assert running.end(signal.SIGTERM) != OK
@@ -280,10 +281,8 @@ def test_an_exec_that_is_ended_leaves_nothing_on_the_node(site, tmp_path):
 
 def test_several_nodes_run_side_by_side_and_end_with_a_recap(site, tmp_path):
     """Each waits for the other's file: one after the other would never end."""
-    line = (
-        f'touch "{tmp_path}/$MOLTIS_TEST$$"; '
-        f'while [ "$(ls {tmp_path} | wc -l)" -lt 2 ]; do sleep 0.05; done; echo met'
-    )
+    both = wait_in_shell(tmp_path, '[ "$(ls "{}" | wc -l)" -ge 2 ]')
+    line = f'touch "{tmp_path}/$MOLTIS_TEST$$"; {both}; echo met'
     done = site.run("node", "exec", "Build Server", "pi", "--timeout", 30, "--", line)
     assert done.returncode == OK
     assert sorted(done.stdout.splitlines()) == ["Build Server | met", "pi | met"]
@@ -371,12 +370,12 @@ def test_a_demo_node_shows_everything_with_one_command(tmp_path):
 
 
 def test_a_command_that_is_running_is_running_in_the_audit(site, tmp_path):
-    with Program("node", "exec", "pi", "--", "sleep 1000", home=site.home) as running:
+    with Program("node", "exec", "pi", "--", "sleep 120", home=site.home) as running:
 
         def states():
             db = sqlite3.connect(str(site.home / ".moltis/moltis.db"))
             try:
-                sql = "SELECT state FROM jobs WHERE command = 'sleep 1000'"
+                sql = "SELECT state FROM jobs WHERE command = 'sleep 120'"
                 return [row[0] for row in db.execute(sql)]
             finally:
                 db.close()
@@ -394,10 +393,10 @@ def test_a_signal_closes_the_gateway_with_all_that_it_does(own_site, number):
     """Clients are connected, idle and busy; Local runs what will not be ended."""
     url = own_site.file["url"]
     own_site.node("far")
-    stubborn = "trap '' TERM; echo started; sleep 1000 & wait; sleep 1000"
+    stubborn = "trap '' TERM; echo started; sleep 120 & wait; sleep 120"
     local = own_site.start("node", "exec", "Local", "--", stubborn, home=own_site.home)
     far = own_site.start(
-        "node", "exec", "far", "--", "echo started; sleep 1000", home=own_site.home
+        "node", "exec", "far", "--", "echo started; sleep 120", home=own_site.home
     )
     for program in (local, far):
         program.wait_for_output("started")
@@ -417,7 +416,7 @@ def test_a_signal_closes_the_gateway_with_all_that_it_does(own_site, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_closes_a_node_and_ends_its_commands(own_site, number, tmp_path):
     node = own_site.node("far")
-    line = f"echo $$ > {tmp_path}/pid; echo running; sleep 1000"
+    line = f"echo $$ > {tmp_path}/pid; echo running; sleep 120"
     with Program("node", "exec", "far", "--", line, home=own_site.home) as running:
         running.wait_for_output("running")
         assert node.end(number) == OK

@@ -12,7 +12,7 @@ import uuid
 
 import pytest
 from peers import InProcessGateway, rust_connect
-from support import wait_for
+from support import wait_for, wait_in_shell
 
 import moltis
 
@@ -235,7 +235,7 @@ def test_a_node_cannot_answer_for_another(gateway, rust, tmp_path):
             results,
             nodeId="victim",
             command="system.run",
-            args={"command": f"until [ -e {go} ]; do sleep 0.05; done; echo honest"},
+            args={"command": f"{wait_in_shell(go)}; echo honest"},
         )
         wait_for(lambda: _active_ids(gateway), what="the invocation")
         forged = {
@@ -452,6 +452,22 @@ def test_a_rotated_token_replaces_the_old_one(gateway):
             assert peer.request("connect", rust_connect(token, "turn"))["ok"] is ok
 
 
+def test_a_pairing_key_does_not_become_a_node_that_has_connected(gateway):
+    """FAULTS D9"""
+    with gateway.operator() as admin, gateway.peer() as peer:
+        scopes = {"name": "pairs", "scopes": ["operator.pairing"]}
+        key = admin.call("keys.create", scopes)["key"]
+        made = admin.call("device.token.create", {"displayName": "turn"})
+        device = {"deviceId": made["deviceId"]}
+        with moltis.OperatorClient(gateway.url, key, gateway.trust) as pairing:
+            made = pairing.call("device.token.rotate", device)  # nobody has come yet
+            joined = peer.request("connect", rust_connect(made["deviceToken"], "turn"))
+            assert joined["ok"]
+            with pytest.raises(moltis.Refused, match="only an administrator"):
+                pairing.call("device.token.rotate", device)
+        assert admin.call("node.describe", {"nodeId": "turn"})["connected"]
+
+
 # -- methods -------------------------------------------------------------------
 
 
@@ -506,13 +522,14 @@ def test_names_renames_and_telemetry_survive_a_restart(tmp_path):
 
 def test_an_ambiguous_name_lists_the_candidates(gateway):
     with contextlib.ExitStack() as stack:
-        for node_id in ("a1", "a2"):
+        for node_id in ("beef-1", "beef-2"):
             peer = stack.enter_context(gateway.peer())
             assert peer.request("connect", rust_connect(gateway.token(), node_id))["ok"]
         client = stack.enter_context(gateway.operator())
-        with pytest.raises(moltis.UsageError, match="a1, a2"):
-            client.call("node.describe", {"nodeId": "rust BOX"})
-        assert client.call("node.describe", {"nodeId": "a2"})["nodeId"] == "a2"
+        with pytest.raises(moltis.UsageError, match="beef-1, beef-2"):
+            client.call("node.describe", {"nodeId": "beef"})
+        first = client.call("node.describe", {"nodeId": "rust BOX"})
+        assert first["nodeId"] == "beef-1"
 
 
 def test_an_unknown_node_is_an_error_that_lists_what_there_is(gateway):
@@ -810,14 +827,14 @@ def test_a_job_can_be_followed_from_its_tail(client):
 
 
 def test_a_holder_that_leaves_cancels_an_unkept_job(gateway, client):
-    job_id = client.start("local", "sleep 300", hold=True)
+    job_id = client.start("local", "sleep 120", hold=True)
     assert client.call("job.unfollow", id=job_id, leave=True) == {}
     view = client.call("job.wait", id=job_id, wait=60)
     assert view["state"] == "cancelled"
 
 
 def test_a_kept_job_outlives_its_holder(client, tmp_path):
-    command = f"until [ -e {tmp_path}/go ]; do sleep 0.05; done; echo on"
+    command = f"{wait_in_shell(tmp_path / 'go')}; echo on"
     job_id = client.start("local", command, keep=True, hold=True)
     client.call("job.unfollow", id=job_id, leave=True)
     assert client.call("job.wait", id=job_id, wait=0.2)["state"] == "running"
@@ -826,7 +843,7 @@ def test_a_kept_job_outlives_its_holder(client, tmp_path):
 
 
 def test_a_holder_whose_connection_broke_goes_on_where_it_was(gateway, tmp_path):
-    command = f"echo one; until [ -e {tmp_path}/go ]; do sleep 0.05; done; echo two"
+    command = f"echo one; {wait_in_shell(tmp_path / 'go')}; echo two"
     with Client(gateway) as first:
         job_id = first.start("local", command, hold=True)
         first.take_until(lambda: first.output(job_id) == b"one\n")
@@ -881,7 +898,7 @@ def test_input_comes_from_the_holder_alone(gateway, client):
 
 
 def test_a_client_acknowledges_what_it_has_read_itself(gateway, client):
-    job_id = client.start("local", "echo mine; sleep 300", hold=True)
+    job_id = client.start("local", "echo mine; sleep 120", hold=True)
     client.take_until(lambda: client.output(job_id))
     with Client(gateway) as other:
         assert other.call("job.ack", id=job_id, offset=10**6) == {}
@@ -892,7 +909,7 @@ def test_a_client_acknowledges_what_it_has_read_itself(gateway, client):
 
 
 def test_a_key_that_only_reads_may_watch_and_not_hold(gateway, client):
-    job_id = client.start("local", "sleep 300", keep=True)
+    job_id = client.start("local", "sleep 120", keep=True)
     made = client.call("keys.create", name="reader", scopes=["operator.read"])
     with Client(gateway, made["key"]) as reader:
         assert reader.call("job.follow", id=job_id, hold=True) == "FORBIDDEN"
@@ -915,7 +932,7 @@ def test_output_is_read_in_pieces_that_keep_their_order(client):
 
 
 def test_a_reader_waits_for_news(client, tmp_path):
-    command = f"until [ -e {tmp_path}/go ]; do sleep 0.05; done; echo here; sleep 300"
+    command = f"{wait_in_shell(tmp_path / 'go')}; echo here; sleep 120"
     job_id = client.start("local", command, keep=True)
     nothing = client.call("job.read", id=job_id, wait=0.1)
     assert nothing["pieces"] == []
@@ -928,7 +945,7 @@ def test_a_reader_waits_for_news(client, tmp_path):
 def test_jobs_are_listed_by_node_state_and_words(client):
     first = client.start("local", "echo needle", keep=True)
     second = client.start("local", "exit 4", keep=True)
-    third = client.start("local", "sleep 300", keep=True)
+    third = client.start("local", "sleep 120", keep=True)
     for job_id in (first, second):
         client.call("job.wait", id=job_id, wait=60)
 
@@ -1016,9 +1033,9 @@ def test_a_rust_node_gets_one_command_at_a_time(client, rust):
 def test_a_rust_node_is_silent_while_its_command_runs(gateway, client, rust):
     link = gateway.running.fleet.connected("rust-1").link
     wait_for(lambda: link._ws.keepalive, what="keepalive after system.providers")
-    job_id = client.start("rust-1", "sleep 300", keep=True, spec={"timeout": 1000.5})
+    job_id = client.start("rust-1", "sleep 120", keep=True, spec={"timeout": 1000.5})
     request = next_request(rust)
-    assert request["args"] == {"command": "sleep 300", "timeout": 1001}
+    assert request["args"] == {"command": "sleep 120", "timeout": 1001}
     assert not link._ws.keepalive
     answer_run(rust, request)
     client.call("job.wait", id=job_id, wait=60)
@@ -1026,7 +1043,7 @@ def test_a_rust_node_is_silent_while_its_command_runs(gateway, client, rust):
 
 
 def test_a_rust_node_ends_no_command_that_runs(client, rust):
-    first = client.start("rust-1", "sleep 300", keep=True)
+    first = client.start("rust-1", "sleep 120", keep=True)
     second = client.start("rust-1", "echo never", keep=True)
     request = next_request(rust)
     assert client.call("job.cancel", id=first) == "INVALID_REQUEST"

@@ -318,7 +318,7 @@ def test_a_program_that_is_missing_has_the_status_of_a_shell():
     assert result.text == "/no/such/program: No such file or directory"
 
 
-@pytest.mark.parametrize("script", ["sleep 1000", "sleep 1000 & exit 0", "yes"])
+@pytest.mark.parametrize("script", ["sleep 120", "sleep 120 & exit 0", "yes"])
 def test_a_program_that_does_not_end_is_killed_with_its_children(script, tmp_path):
     started = time.monotonic()
     result = run(f"echo $$ >{tmp_path}/pid; {script}", timeout=0.5)
@@ -337,9 +337,9 @@ def test_a_program_can_be_cancelled(tmp_path):
     timer = threading.Timer(0.2, cancel.cancel)
     timer.start()
     with pytest.raises(moltis.Cancelled):
-        run("sleep 1000", cancel=cancel)
+        run("sleep 120", cancel=cancel)
     with pytest.raises(moltis.Cancelled):
-        run("sleep 1000", cancel=cancel)
+        run("sleep 120", cancel=cancel)
     timer.join()
 
 

@@ -241,7 +241,7 @@ def test_a_gap_in_the_input_is_refused(machine, peer):
 
 
 def test_cancel_ends_the_command_and_says_so(machine, peer, tmp_path):
-    job_id = start(machine, "echo $$ > pid; sleep 1000")
+    job_id = start(machine, "echo $$ > pid; sleep 120")
     path = tmp_path / "pid"
     wait_for(lambda: path.exists() and path.read_text().strip(), what="its start")
     machine.cancel(job_id, "a reason")
@@ -261,7 +261,7 @@ def test_a_cancel_that_comes_before_its_start_is_remembered(machine, peer, tmp_p
 
 
 def test_closing_ends_all_jobs_and_says_why(machine, peer):
-    ids = [start(machine, "sleep 1000") for _ in range(4)]
+    ids = [start(machine, "sleep 120") for _ in range(4)]
     machine.close()
     for job_id in ids:
         ending = peer.ending(job_id)
@@ -391,7 +391,7 @@ def test_a_command_for_which_there_is_no_thread_ends_at_once(
 
     with monkeypatch.context() as crowded:
         crowded.setattr(threading.Thread, "start", refuse)
-        ending = peer.wait(start(machine, "sleep 600"))
+        ending = peer.wait(start(machine, "sleep 120"))
     assert ending.reason == "this machine has no thread left"
     assert peer.wait(start(machine, "true")).exit_code == 0
 
@@ -421,7 +421,7 @@ def test_resuming_sends_only_what_follows_the_offset(machine, peer):
 def test_what_the_peer_does_not_name_is_ended_and_forgotten(machine, peer, tmp_path):
     ended = start(machine, "true")
     peer.wait(ended)
-    runs = start(machine, "echo $$ > pid; exec sleep 1000")
+    runs = start(machine, "echo $$ > pid; exec sleep 120")
     path = tmp_path / "pid"
     wait_for(lambda: path.exists() and path.read_text().strip(), what="its start")
     machine.resume({})

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 from peers import InProcessGateway
-from support import PROGRAM, clean_environment, wait_for
+from support import PROGRAM, clean_environment, wait_for, wait_in_shell
 
 import moltis
 
@@ -118,7 +118,7 @@ def test_exec_runs_where_it_is_told_and_names_the_machine(client, gateway):
 
 def test_a_command_in_the_background_goes_on_and_is_looked_at(client, gateway):
     with gateway.node("far"):
-        wait = "until [ -e go ]; do sleep 0.02; done"
+        wait = wait_in_shell("go")
         command = f"cd {gateway.directory}; echo begun; {wait}; echo grüße; exit 3"
         failed, started = client.tool(
             1, "exec", command=command, node="far", background=True
@@ -146,7 +146,7 @@ def test_a_command_in_the_background_goes_on_and_is_looked_at(client, gateway):
 
 def test_a_command_in_the_background_outlives_the_client_and_can_be_ended(gateway):
     client = McpClient(gateway)
-    job = client.tool(1, "exec", command="sleep 600", background=True)[1]["id"]
+    job = client.tool(1, "exec", command="sleep 120", background=True)[1]["id"]
     client.close()
     assert gateway.call("job.wait", id=job, wait=0)["state"] == "running"
     client = McpClient(gateway)
@@ -165,7 +165,7 @@ def test_errors_of_a_tool_are_results_that_say_so(client):
 
 
 def test_a_cancelled_call_ends_its_command_and_is_not_answered(client, gateway):
-    call = {"name": "exec", "arguments": {"command": "sleep 600"}}
+    call = {"name": "exec", "arguments": {"command": "sleep 120"}}
     client.send(
         {"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": call},
     )
@@ -184,7 +184,7 @@ def test_a_cancelled_call_ends_its_command_and_is_not_answered(client, gateway):
 
 def test_the_end_of_input_ends_what_still_runs(gateway):
     client = McpClient(gateway)
-    call = {"name": "exec", "arguments": {"command": "sleep 600"}}
+    call = {"name": "exec", "arguments": {"command": "sleep 120"}}
     client.send({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": call})
     wait_for(lambda: open_jobs(gateway), what="the command")
     client.close()
@@ -246,7 +246,7 @@ def test_a_command_whose_connection_breaks_goes_on_and_runs_once(client, tmp_pat
 def test_a_command_that_outlives_its_gateway_is_named(client, gateway, monkeypatch):
     monkeypatch.setattr(moltis, "CALLER_PATIENCE", 0.2)
     monkeypatch.setattr(moltis, "RECONNECT_AFTER", 0.05)
-    params = {"name": "exec", "arguments": {"command": "sleep 600"}}
+    params = {"name": "exec", "arguments": {"command": "sleep 120"}}
     client.send({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})
     (job,) = wait_for(lambda: open_jobs(gateway), what="the command")
     gateway.close()

@@ -264,7 +264,7 @@ def test_death_by_signal_is_minus_one_and_the_signal(node, moltis_gateway):
 
 def test_a_timeout_in_ms_ends_the_command_and_keeps_its_output(node, moltis_gateway):
     result = moltis_gateway.invoke(
-        "system.run", {"command": "echo so far; sleep 1000", "timeout": 300}
+        "system.run", {"command": "echo so far; sleep 120", "timeout": 300}
     )
     assert result["stdout"] == "so far\n"
     assert (result["exitCode"], result["timedOut"]) == (-1, True)
@@ -444,7 +444,7 @@ def test_the_node_s_timeout_is_a_maximum(moltis_gateway, tmp_path):
     with node_for(moltis_gateway.url, tmp_path, timeout=0.3):
         moltis_gateway.connects.get(timeout=10)
         for args in ({"timeout": 900_000}, {}):
-            args = {"command": "sleep 1000", **args}
+            args = {"command": "sleep 120", **args}
             assert moltis_gateway.invoke("system.run", args)["timedOut"] is True
 
 
@@ -470,7 +470,7 @@ def test_a_node_that_wants_proof_names_the_way_to_a_moltis_gateway():
 def test_closing_ends_running_commands_and_reports_them(moltis_gateway, tmp_path):
     node = node_for(moltis_gateway.url, tmp_path)
     moltis_gateway.connects.get(timeout=10)
-    args = {"command": f"echo $$ > {tmp_path}/pid; sleep 1000"}
+    args = {"command": f"echo $$ > {tmp_path}/pid; sleep 120"}
     moltis_gateway.ask("system.run", args, "last")
     path = tmp_path / "pid"
     wait_for(lambda: path.exists() and path.read_text().strip(), what="the command")

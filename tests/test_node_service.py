@@ -42,7 +42,7 @@ def main():
     (directory / "argv.json").write_text(json.dumps(sys.argv[1:]))
     print("stand-in runs", __name__, flush=True)
     if "once" not in sys.argv:
-        time.sleep(600)
+        time.sleep(120)
 
 if __name__ == "__main__":
     main()
@@ -605,7 +605,7 @@ def test_systemd_runs_the_new_program_after_a_second_start(real):
 @pytest.mark.systemd
 def test_systemd_ends_the_node_and_all_that_it_started(real):
     directory = real._spec.directory
-    child = b'__import__("subprocess").Popen(["sleep", "600"], start_new_session=True)'
+    child = b'__import__("subprocess").Popen(["sleep", "120"], start_new_session=True)'
     program = STAND_IN.replace(
         b"    state =", b"    child = " + child + b"\n    state ="
     )

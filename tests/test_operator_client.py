@@ -7,7 +7,7 @@ import threading
 
 import pytest
 from peers import InProcessGateway, silent_node
-from support import free_port, process_exists, wait_for
+from support import free_port, process_exists, wait_for, wait_in_shell
 
 import moltis
 
@@ -102,7 +102,7 @@ def test_an_error_of_the_gateway_has_the_exit_status_that_fits(code, kind):
 
 def test_a_call_ends_when_the_gateway_goes_away(gateway):
     with gateway.operator() as client:
-        request = run_request("sleep 1000")
+        request = run_request("sleep 120")
         jobs = [{"id": moltis.new_id(), "node": "local"}]
         client.call("job.start", {**request, "jobs": jobs, "keep": True})
         answer = client.start("job.wait", {"id": jobs[0]["id"], "wait": 300})
@@ -268,7 +268,7 @@ def test_a_job_whose_first_answer_is_lost_is_started_once(gateway, tmp_path):
 def test_a_gateway_that_stays_away_ends_the_news(gateway, monkeypatch):
     monkeypatch.setattr(moltis, "CALLER_PATIENCE", 0.2)
     monkeypatch.setattr(moltis, "RECONNECT_AFTER", 0.05)
-    with started(gateway, {"local": "Local"}, run_request("sleep 1000")) as feed:
+    with started(gateway, {"local": "Local"}, run_request("sleep 120")) as feed:
         gateway.close()
         heard = list(news_until_the_end(feed))
     assert isinstance(ended(heard)["Local"].error, moltis.Unreachable)
@@ -276,7 +276,7 @@ def test_a_gateway_that_stays_away_ends_the_news(gateway, monkeypatch):
 
 def test_missing_output_is_counted(gateway, monkeypatch):
     """A watcher of an unkept job gets what its holder has not acknowledged."""
-    request = run_request("head -c 3000000 /dev/zero; sleep 1000")
+    request = run_request("head -c 3000000 /dev/zero; sleep 120")
     with started(gateway, {"local": "Local"}, request) as feed:
         heard = []
         for news in news_until_the_end(feed):
@@ -297,7 +297,7 @@ def test_a_node_that_has_more_input_than_it_was_sent_ends_no_other_s_job(
     gateway, tmp_path
 ):
     go, nodes = tmp_path / "go", {"local": "Local", "evil": "Rust box"}
-    request = run_request(f"while [ ! -e {go} ]; do sleep 0.02; done")
+    request = run_request(wait_in_shell(go))
     with silent_node(gateway, "evil") as evil, started(gateway, nodes, request) as feed:
         asked = evil.receive_until(
             lambda m: isinstance(m, dict) and m.get("event") == "job.start"
@@ -317,7 +317,7 @@ def test_a_node_that_has_more_input_than_it_was_sent_ends_no_other_s_job(
 
 
 def test_leaving_in_order_cancels_what_was_held(gateway, tmp_path):
-    request = run_request(f"echo $$ > {tmp_path}/pid; sleep 1000")
+    request = run_request(f"echo $$ > {tmp_path}/pid; sleep 120")
     with started(gateway, {"local": "Local"}, request):
         path = tmp_path / "pid"
         wait_for(lambda: path.exists() and path.read_text().strip(), what="its start")

@@ -272,7 +272,7 @@ def test_output_appears_while_the_command_runs_and_stop_ends_it(site, make_page)
     open_new_chat(page)
     choose(page, "Demo node")
     # Not the words of the command: the card has those before there is any output.
-    type_line(page, "echo $((6 * 7)); exec sleep 600")
+    type_line(page, "echo $((6 * 7)); exec sleep 120")
     page.wait_for(shows(LAST, "42"))
     page.wait_for(shows(LAST, "Running"))
     page.click(f"{LAST} footer button")

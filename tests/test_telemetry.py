@@ -12,7 +12,14 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT, ScriptedServer, free_port, process_exists, wait_for
+from support import (
+    ROOT,
+    ScriptedServer,
+    free_port,
+    process_exists,
+    wait_for,
+    wait_in_shell,
+)
 
 import moltis
 
@@ -246,7 +253,7 @@ class TestMacos:
 
     def test_a_sysctl_that_hangs_is_given_up(self, programs, environ, monkeypatch):
         monkeypatch.setattr(moltis, "SYSCTL_TIMEOUT", 0.2)
-        programs("sysctl", "exec sleep 1000")
+        programs("sysctl", "exec sleep 120")
         assert self.probe(environ).read() == moltis.Vitals()
 
 
@@ -318,7 +325,7 @@ class TestRuntimes:
     def test_names_are_known_before_versions(self, tmp_path, programs, inventory):
         """A report at connect shall not wait for a slow `java -version`."""
         go_on = tmp_path / "go-on"
-        programs("node", f"until [ -e {go_on} ]; do sleep 0.01; done; echo v1.2.3")
+        programs("node", f"{wait_in_shell(go_on)}; echo v1.2.3")
         programs("java", RUNTIME_ANSWERS["java"])
         one = inventory()
         wait_for(lambda: one.equipment.runtimes)
@@ -331,20 +338,20 @@ class TestRuntimes:
     ):
         monkeypatch.setattr(moltis, "VERSION_TIMEOUT", 2.0)
         pids = tmp_path / "pids"
-        programs("node", f"sleep 1000 & echo $! $$ >{pids}; wait")
+        programs("node", f"sleep 120 & echo $! $$ >{pids}; wait")
         programs("java", RUNTIME_ANSWERS["java"])
         assert list(known(inventory()).runtime_versions) == ["java"]
         for pid in pids.read_text().split():
             wait_for(lambda pid=pid: not process_exists(int(pid)))
 
     def test_one_that_prints_without_end_is_ended(self, programs, inventory):
-        programs("node", "while :; do echo v1.2.3 v1.2.3 v1.2.3 v1.2.3; done")
+        programs("node", "exec yes v1.2.3 v1.2.3 v1.2.3 v1.2.3")
         programs("java", RUNTIME_ANSWERS["java"])
         assert list(known(inventory()).runtime_versions) == ["java"]
 
     def test_one_that_drips_is_ended_too(self, programs, inventory, monkeypatch):
         monkeypatch.setattr(moltis, "VERSION_TIMEOUT", 2.0)
-        programs("node", "while :; do echo v1; sleep 0.01; done")
+        programs("node", "for _ in $(seq 6000); do echo v1; sleep 0.01; done")
         programs("java", RUNTIME_ANSWERS["java"])
         assert list(known(inventory()).runtime_versions) == ["java"]
 
@@ -356,7 +363,7 @@ class TestRuntimes:
 
     def test_close_ends_one_that_hangs(self, tmp_path, programs, inventory):
         pid = tmp_path / "pid"
-        programs("python3", f"echo $$ >{pid}; exec sleep 1000")
+        programs("python3", f"echo $$ >{pid}; exec sleep 120")
         one = inventory()
         wait_for(lambda: pid.exists() and pid.read_text())
         one.close()
@@ -372,7 +379,7 @@ class TestRuntimes:
         def wait_in_vain(process, timeout=None):
             raise subprocess.TimeoutExpired(process.args, timeout)
 
-        path = str(programs("node", "exec sleep 1000"))
+        path = str(programs("node", "exec sleep 120"))
         short = moltis.ShortPrograms(environ)
         with monkeypatch.context() as patch:
             patch.setattr(subprocess.Popen, "wait", wait_in_vain)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from peers import InProcessGateway, InProcessNode, RawPeer, rust_connect
-from support import Program, run_moltis, wait_for
+from support import Program, run_moltis, wait_for, wait_in_shell
 
 import moltis
 
@@ -840,7 +840,7 @@ def test_the_browser_is_opened_without_the_key_in_its_arguments(tmp_path):
 def test_a_key_that_is_revoked_gets_no_answer_to_what_it_asked_before(plain, tmp_path):
     """Over HTTP, where there is no lasting connection to hang up on."""
     made = plain.call("keys.create", name="thief", scopes=["operator.write"])
-    line = f"echo >{tmp_path}/runs; until [ -e {tmp_path}/go ]; do sleep 0.05; done; id"
+    line = f"echo >{tmp_path}/runs; {wait_in_shell(tmp_path / 'go')}; id"
     run = {"nodeId": "local", "command": "system.run", "args": {"command": line}}
     refused = []
 
