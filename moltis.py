@@ -22707,23 +22707,10 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
     return first
 
 
-def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Return names by id, made unique with the beginning of the id, or all of it."""
-    unique = dict(names)
-    for length in (8, None):
-        folded = collections.Counter(name.casefold() for name in unique.values())
-        for node_id, name in unique.items():
-            if folded[name.casefold()] > 1:
-                unique[node_id] = f"{names[node_id]} {node_id[:length]}"
-    return unique
-
-
 def connected_nodes(feed: JobFeed) -> dict[str, str]:
     """Return the names of all connected nodes by id."""
     listed = feed.client.call("node.list", {})
-    return distinct_names(
-        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
-    )
+    return {n["nodeId"]: n["displayName"] for n in listed if n["connected"]}
 
 
 def without_name(name: str, text: str) -> str:
