@@ -8839,6 +8839,7 @@ CLOCK_RECORDED_EVERY = 60.0  # s
 CHECKPOINT_EVERY = 200  # transactions; then the next tick() copies them to the file
 LONGEST_WAL = 4000  # pages of 4 KiB; overwriting them is faster than adding more
 STORE_TICK = 1.0  # s
+MIN_ID_PREFIX = 4  # characters of a node's id that may stand for it
 VACUUM_ABOVE = 256  # free pages; each tick() releases VACUUM_PAGES of the others
 VACUUM_PAGES = 64
 STORE_BUSY_TIMEOUT = 5.0  # s that another program, a `sqlite3` shell, may hold the file
@@ -9143,6 +9144,9 @@ class AuditEvent:
     TOKEN_REVOKED = "token.revoked"
     TOKEN_REFUSED = "token.refused"
     JOINED = "token.joined"
+    RENAMED = "node.renamed"
+    APPROVALS_CHANGED = "chat.approvals"
+    EXPORTED = "audit.exported"
 
     REFUSALS = (SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED)
 
@@ -9540,6 +9544,17 @@ class Table:
         return self._db.write(sql, values)
 
 
+def name_key(name: str) -> str:
+    """Return what two names have in common that people take for the same one."""
+    plain = " ".join(name.split())
+    if not plain.isascii():
+        import unicodedata
+
+        plain = unicodedata.normalize("NFKC", plain).casefold()
+        plain = unicodedata.normalize("NFKC", plain)
+    return plain.casefold()
+
+
 class NodeNames:
     """The names of all nodes, read at one version of the devices."""
 
@@ -9547,20 +9562,26 @@ class NodeNames:
         """`rows` have the columns `node_id`, `display_name`, `renamed`."""
         self.version = version
         self.by_id: dict[str, str] = {}
-        self._given: dict[str, list[str]] = {}  # by operators; ids by name
+        self._given: dict[str, list[str]] = {}  # by operators; ids by name_key()
         self._own: dict[str, list[str]] = {}  # by the machines themselves
         for row in rows:
             self.by_id[row["node_id"]] = row["display_name"]
             ids = self._given if row["renamed"] else self._own
-            ids.setdefault(row["display_name"].casefold(), []).append(row["node_id"])
+            ids.setdefault(name_key(row["display_name"]), []).append(row["node_id"])
 
-    def ids_of(self, name: str) -> Sequence[str]:
-        """Return the ids of the nodes of that name, in any case of letters.
+    def find(self, reference: str) -> Sequence[str]:
+        """Return the ids of the nodes that `reference` may mean.
 
-        Names given by operators win over those that machines gave themselves.
+        An exact id wins, then a name given by an operator, then a name that a machine
+        gave itself; then the beginning of an id.
         """
-        known = name.casefold()
-        return self._given.get(known) or self._own.get(known) or ()
+        wanted, key = reference.strip(), name_key(reference)
+        if wanted in self.by_id:
+            return [wanted]
+        ids = self._given.get(key) or self._own.get(key)
+        if ids is None and len(key) >= MIN_ID_PREFIX:
+            ids = [i for i in self.by_id if i.casefold().startswith(key)]
+        return ids or ()
 
 
 class DevicesTable(Table):
@@ -9571,6 +9592,7 @@ class DevicesTable(Table):
 
     def __init__(self, database: Database) -> None:
         super().__init__(database)
+        self.naming = threading.Lock()  # held from clash() until the name is written
         self._version = object()  # replaced after each change of a name or a node id
         # Reading 5,000 names takes 5 ms, and every job needs one.
         self._names: NodeNames | None = None
@@ -9600,11 +9622,27 @@ class DevicesTable(Table):
         found = self._current(DeviceCredential, "handle", handle, now)
         return None if found is None else found.verifier
 
-    def is_called(self, name: str, now: int, *, but: str) -> bool:
-        """Return whether a device other than `but` has a name, in any case."""
-        wanted = name.casefold()
-        others = (device for device in self.all(now) if device.id != but)
-        return any(device.display_name.casefold() == wanted for device in others)
+    def clash(self, name: str, now: int, *, but: str) -> str:
+        """Return why a name or an id could mean a device other than `but`, or ""."""
+        key = name_key(name)
+        for row in self._db.rows(
+            "SELECT ifnull(node_id, '') node_id, display_name FROM devices"  # nosec B608
+            f" WHERE id <> :but AND {self.CURRENT}",
+            {"but": but, "now": now},
+        ):
+            node_id = row["node_id"].casefold()
+            if name_key(row["display_name"]) == key:
+                return f"another machine is called {row['display_name']}"
+            if node_id == key:
+                return f"{row['node_id']} is the id of another machine"
+            if len(key) >= MIN_ID_PREFIX and node_id.startswith(key):
+                return f"the id of another machine, {row['node_id']}, begins with it"
+        return ""
+
+    def is_revoked(self, node_id: str) -> bool:
+        """Return whether a device whose token was revoked had this node id."""
+        sql = "SELECT 1 FROM devices WHERE node_id = ? AND revoked_at IS NOT NULL"
+        return self._db.row(sql, (node_id,)) is not None
 
     def names(self) -> NodeNames:
         """Return the names of all nodes; they are read again after a change only."""
@@ -9623,8 +9661,8 @@ class DevicesTable(Table):
         """Record the id and the description that a node sends when it connects.
 
         Empty texts, and the name of a node that an operator has renamed, change
-        nothing.  Return False, and record nothing, if the id belongs to another device
-        or the device is revoked or expired.
+        nothing.  Return False, and record nothing, if the id belongs to another device,
+        though that is revoked, or if the device is revoked or expired.
         """
         changed = self._db.write(
             "UPDATE devices SET node_id = :client_id, expires_at = NULL,"  # nosec B608: literals
@@ -9636,7 +9674,7 @@ class DevicesTable(Table):
             " last_ip = :address, last_seen_at = :now"
             f" WHERE id = :id AND {self.CURRENT}"
             " AND NOT EXISTS (SELECT 1 FROM devices WHERE node_id = :client_id"
-            "   AND id <> :id AND revoked_at IS NULL)",
+            "   AND id <> :id)",
             {
                 **params.__dict__,
                 "capabilities": to_json(params.capabilities),
@@ -10668,11 +10706,11 @@ class Access:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Raises StoreError."""
-        self._door = Doorkeeper(store, clock)
-        self.devices = DeviceAccess(self._door)
-        self.join_codes = JoinCodes(self._door, self.devices, RateLimit(monotonic))
-        self.operators = OperatorAccess(self._door, RateLimit(monotonic))
-        self.sign_ins = SignIns(self._door, self.operators)
+        self.door = Doorkeeper(store, clock)
+        self.devices = DeviceAccess(self.door)
+        self.join_codes = JoinCodes(self.door, self.devices, RateLimit(monotonic))
+        self.operators = OperatorAccess(self.door, RateLimit(monotonic))
+        self.sign_ins = SignIns(self.door, self.operators)
 
     def is_current(self, operator: Caller) -> bool:
         """Return whether the credential of a connected operator is still valid."""
@@ -10683,9 +10721,9 @@ class Access:
 
     def purge(self) -> None:
         """Delete expired sign-ins and devices.  Raises StoreError."""
-        now = self._door.now()
-        self._door.store.logins.delete_expired(now)
-        self._door.store.devices.delete_expired(now)
+        now = self.door.now()
+        self.door.store.logins.delete_expired(now)
+        self.door.store.devices.delete_expired(now)
 
 
 # ==============================================================================
@@ -10701,11 +10739,11 @@ LOCAL_NAME = "Local"
 
 MAX_NODE_ID = 200  # characters
 MAX_NAME = 200  # characters
-MIN_ID_PREFIX = 4  # characters of an id that may stand for it
 MAX_CANDIDATES = 20  # names in an error; there may be thousands
 STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without telemetry from a connected node
 CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest is dropped
-REPLACE_TIMEOUT = 5.0  # s for an old connection of the same node to end
+ANSWER_TIMEOUT = 3.0  # s for an old connection of the same node to show that it lives
+REPLACE_TIMEOUT = 5.0  # s for it to end otherwise
 
 
 class NodeLink(Protocol):
@@ -10730,6 +10768,9 @@ class NodeLink(Protocol):
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def resize(self, job_id: str, rows: int, cols: int) -> None: ...
+
+    def answers(self, timeout: float) -> bool:
+        """Return whether the node shows within `timeout` s that it lives."""
 
     def hang_up(self, reason: str) -> None: ...
 
@@ -10769,7 +10810,7 @@ def valid_name(text: str) -> str:
         raise RpcError(
             "INVALID_REQUEST", f"a name has 1 to {MAX_NAME} printable characters"
         )
-    if name.casefold() == LOCAL_NAME.casefold():
+    if name_key(name) == LOCAL_ID:
         raise RpcError(
             "INVALID_REQUEST",
             f"{LOCAL_NAME} is the gateway's own machine; choose another name",
@@ -10777,24 +10818,22 @@ def valid_name(text: str) -> str:
     return name
 
 
-def free_name(devices: DevicesTable, text: str, node_id: str = "") -> str:
-    """Return a valid name for a machine, which may be the node `node_id` already.
+def free_name(devices: DevicesTable, text: str, device_id: str = "") -> str:
+    """Return a valid name that means no device but `device_id`.  Raises RpcError.
 
-    Raises RpcError for a name that is invalid or another node's id.
+    The caller holds `devices.naming`.
     """
     name = valid_name(text)
-    ids = {known.casefold() for known in devices.names().by_id}
-    if name.casefold() in ids - {node_id.casefold()}:
-        raise RpcError(
-            "INVALID_REQUEST", f"{name} is the id of a node; choose another name"
-        )
+    problem = devices.clash(name, now_ms(), but=device_id)
+    if problem:
+        raise RpcError("CONFLICT", f"{problem}; choose another name")
     return name
 
 
 def check_node_id(node_id: str) -> None:
     """Raises RpcError unless a node may connect with this id."""
     fits = 0 < len(node_id) <= MAX_NODE_ID and node_id.isprintable()
-    if not fits or node_id.casefold() == LOCAL_ID:
+    if not fits or name_key(node_id) == LOCAL_ID:
         raise RpcError(
             "INVALID_REQUEST",
             f"client.id must have 1 to {MAX_NODE_ID} printable characters and not "
@@ -10834,7 +10873,7 @@ class Fleet:
             return list(self._connected.values())
 
     def claim(self, node: ConnectedNode, device: Device) -> None:
-        """Make `node` the one connection of its id, and hang up the previous one.
+        """Make `node` the one connection of its id, and hang up one that is dead.
 
         Raises RpcError if another machine uses the token or the id.
         """
@@ -10845,6 +10884,16 @@ class Fleet:
                 previous = self._connected.setdefault(node.node_id, node)
             if previous is node:
                 return
+            # The same process has connected again; of others only one may be alive.
+            life = node.link.instance
+            same = life != "" and previous.link.instance == life
+            if not same and previous.link.answers(ANSWER_TIMEOUT):
+                raise RpcError(
+                    "CONFLICT",
+                    "this token is in use by another machine that is connected now, "
+                    f"from {previous.address}; make one for each with `moltis node "
+                    "generate-token`, or end that node first",
+                )
             # Its reader ends before the new one starts: log frames stay in order.
             previous.link.hang_up("this node has connected again")
             if not previous.gone.wait(deadline.remaining()):
@@ -10899,26 +10948,20 @@ class Fleet:
             return list(self._cpu.get(node_id, ()))
 
     def resolve(self, reference: str) -> tuple[str, str]:
-        """Return id and name of the machine that `reference` names.
+        """Return id and name of the machine that `reference` means.
 
-        An exact id wins, then a name given by an operator, then a name that a machine
-        gave itself, in any case of letters; then a unique prefix of an id.
         Raises RpcError NOT_FOUND, or INVALID_REQUEST with the candidates.
         """
-        wanted, names = reference.strip(), self._devices.names()
-        if wanted.casefold() == LOCAL_ID:
+        names = self._devices.names()
+        if name_key(reference) == LOCAL_ID:
             return LOCAL_ID, LOCAL_NAME
-        if wanted in names.by_id:
-            return wanted, names.by_id[wanted]
-        matches = names.ids_of(wanted)
-        if not matches and len(wanted) >= MIN_ID_PREFIX:
-            matches = [i for i in names.by_id if i.startswith(wanted)]
+        matches = names.find(reference)
         if len(matches) == 1:
             return matches[0], names.by_id[matches[0]]
         if matches:
             raise RpcError(
                 "INVALID_REQUEST",
-                f"{wanted!r} may be any of {len(matches)} nodes; use an id: "
+                f"{reference.strip()!r} may be any of {len(matches)} nodes; use an id: "
                 f"{_some(matches)}",
             )
         known = sorted([LOCAL_NAME, *names.by_id.values()], key=str.casefold)
@@ -11016,12 +11059,14 @@ class Fleet:
             )
         if device.node_id == node_id:
             return
-        # An id wins over a name: this node would get the other's commands.
-        if self._devices.is_called(node_id, now_ms(), but=device.id):
+        # What people wrote down, and what sessions select, must not reach another one.
+        problem = self._devices.clash(node_id, now_ms(), but=device.id)
+        if not problem and self._devices.is_revoked(node_id):
+            problem = "that id had a token that was revoked"
+        if problem:
             raise RpcError(
                 "CONFLICT",
-                f"another machine is called {node_id}, or a token was made for one; "
-                "choose another id with --node-id",
+                f"{problem}; choose another id than {node_id} with --node-id",
             )
         if device.node_id and self.connected(device.node_id) is not None:
             raise RpcError(
@@ -12257,6 +12302,9 @@ class LocalLink:
     def check(self, work: str, spec: JsonObject) -> None: ...
 
     def check_cancel(self, job_id: str) -> None: ...
+
+    def answers(self, _timeout: float) -> bool:
+        return True
 
     def hang_up(self, _reason: str) -> None:
         self._machine.close()
@@ -14891,17 +14939,21 @@ class NodeMethods:
         """Return the id of the node that a parameter names.  Raises RpcError."""
         return self._fleet.resolve(required(params, name, str))[0]
 
-    def rename(self, node_id: str, display_name: str) -> None:
-        name = free_name(self._devices, display_name, node_id)
+    def rename(self, node_id: str, display_name: str, by: Caller) -> None:
         device = self._devices.by_node_id(node_id, now_ms())
         if device is None:
             raise RpcError("INVALID_REQUEST", f"{LOCAL_NAME} cannot be renamed")
-        self._devices.rename(device.id, name)
+        with self._devices.naming:
+            name = free_name(self._devices, display_name, device.id)
+            self._devices.rename(device.id, name)
+        renaming = f"{device_label(device)} is now {name}"
+        self._access.door.record(AuditEvent.RENAMED, renaming, by)
         self._announce("presence", {"type": "node.renamed", "nodeId": node_id})
 
     def create_token(self, display_name: str, platform: str, by: Caller) -> JsonObject:
-        name = free_name(self._devices, display_name) if display_name else ""
-        device, token = self._access.devices.create_device(name, platform, by=by)
+        with self._devices.naming:
+            name = free_name(self._devices, display_name) if display_name else ""
+            device, token = self._access.devices.create_device(name, platform, by=by)
         return {
             "deviceToken": token,
             "deviceId": device.id,
@@ -14911,6 +14963,13 @@ class NodeMethods:
 
     def rotate_token(self, device_id: str, by: Caller) -> JsonObject:
         device = self._device(device_id)
+        # Whoever has the new token is that machine, to everybody who sends it work.
+        if device.node_id is not None and not by.may(Scope.ADMIN):
+            raise RpcError(
+                "FORBIDDEN",
+                f"{device_label(device)} has connected: only an administrator may "
+                "replace its token; revoke it and make one for a new machine instead",
+            )
         token = self._access.devices.rotate_device(device, by=by)
         self._hang_up(device)
         return {"deviceToken": token, "scopes": []}
@@ -15291,7 +15350,7 @@ class Rpc:
             "node.list": Method(fleet.views, read),
             "node.describe": Method(fleet.view, read, nodeId=nodes.node_id),
             "node.rename": Method(
-                nodes.rename, write, nodeId=nodes.node_id, displayName=str
+                nodes.rename, write, nodeId=nodes.node_id, displayName=str, by=Caller
             ),
             "node.invoke": Method(
                 *(jobs.invoke, write),
@@ -15479,6 +15538,9 @@ class NodePeer:
     def input(self, job_id: str, offset: int, data: bytes) -> None:
         self._ws.send(encode_job_data(INPUT_DATA, job_id, offset, data))
 
+    def answers(self, timeout: float) -> bool:
+        return self._ws.answers(timeout)
+
     def hang_up(self, reason: str) -> None:
         self._ws.close(CloseCode.POLICY_VIOLATION, reason, timeout=0)
 
@@ -15644,6 +15706,10 @@ class MoltisPeer(NodePeer):
     def resize(self, job_id: str, rows: int, cols: int) -> None: ...
 
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
+
+    def answers(self, timeout: float) -> bool:
+        # While it works it reads nothing: only its deadline says that it is dead.
+        return not self._ws.keepalive or self._ws.answers(timeout)
 
     def tick(self) -> None:
         """Give up a silent node again once its command should have ended."""
@@ -15854,6 +15920,25 @@ class Introduction:
         return Identity(device_caller(device), params, device, handle, final)
 
 
+def own_name(devices: DevicesTable, device: Device, params: ConnectParams) -> str:
+    """Return the name for a node that names itself; "" to keep the one it has.
+
+    The caller holds `devices.naming`.
+    """
+    try:
+        name = valid_name(params.display_name)
+    except RpcError:
+        return ""
+    if device.renamed or name == device.display_name:
+        return name
+    # Whoever had the name first keeps it.
+    room = MAX_NAME - 9
+    for free in (name, f"{name[:room]} {params.client_id[:8]}"):
+        if not devices.clash(free, now_ms(), but=device.id):
+            return free
+    return ""
+
+
 def note_presence(
     devices: DevicesTable, device: Device, params: ConnectParams, address: str
 ) -> bool:
@@ -15861,12 +15946,11 @@ def note_presence(
 
     Raises StoreError.
     """
-    name = ""
-    with contextlib.suppress(RpcError):  # no name, or Local
-        name = valid_name(params.display_name)
     try:
-        params = params.replace(display_name=name)
-        return devices.connect(device.id, params, address, now_ms())
+        with devices.naming:
+            name = own_name(devices, device, params)
+            params = params.replace(display_name=name)
+            return devices.connect(device.id, params, address, now_ms())
     except StoreError as error:
         known = devices.by_node_id(params.client_id, now_ms())
         if known is None or known.id != device.id:
@@ -17834,7 +17918,7 @@ function h(tag, ...children) {
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
   }
-  element.append(...present(children));
+  for (const child of present(children)) element.append(child); // may be 100,000
   return element;
 }
 
@@ -18090,6 +18174,11 @@ const TOKEN = new RegExp(
   ].join("|"),
   "gy",
 );
+// A sequence that is incomplete: the next output may complete it.
+const BEGUN = /\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)$/y;
+// What is dropped of one that can never be complete; what follows is output.
+const BROKEN = /\x1b(?:\[[0-?]*[ -/]*|[ -/]*)/y;
+const MAX_SEQUENCE = 4096; // characters; a longer one is none
 
 // The first 16 colours of a terminal, all readable on the dark background.
 const COLORS = (
@@ -18124,7 +18213,8 @@ class Pen {
     this.styles = {};
     for (let i = 0; i < codes.length; i += 1) {
       const code = codes[i];
-      if (code === 38 || code === 48) i += this.extended(code, codes.slice(i + 1));
+      const next = codes.slice(i + 1, i + 5);
+      if (code === 38 || code === 48) i += this.extended(code, next);
       else if (code === 0) this.reset();
       else if (FLAGS[code]) this.flags.add(FLAGS[code]);
       else FLAG_ENDS[code]?.forEach(flag => this.flags.delete(flag));
@@ -18180,25 +18270,36 @@ class Terminal {
 
   begin() {
     this.lines = [];
-    this.line = {runs: [], length: 0};
+    this.cells = []; // [character, style] of each column of the current line
     this.column = 0;
     this.pen = new Pen();
     this.rests = {}; // an incomplete escape sequence, by stream
   }
 
   get count() {
-    return this.dropped + this.lines.length + (this.line.length ? 1 : 0);
+    return this.dropped + this.lines.length + (this.cells.length ? 1 : 0);
   }
 
-  // Return line `number`, counted from 0; undefined if it is not kept.
+  // Return line `number`, counted from 0, as runs of text and style.
   at(number) {
     const place = number - this.dropped;
-    return place === this.lines.length ? this.line : this.lines[place];
+    return place === this.lines.length ? this.runs() : this.lines[place];
+  }
+
+  // Return the current line as runs.
+  runs() {
+    const runs = [];
+    for (const [character, style] of this.cells) {
+      const last = runs.at(-1);
+      if (last && last[1] === style) last[0] += character;
+      else runs.push([character, style]);
+    }
+    return runs;
   }
 
   text() {
-    const lines = this.line.length ? [...this.lines, this.line] : this.lines;
-    const shown = lines.map(({runs}) => runs.map(([text]) => text).join(""));
+    const lines = this.cells.length ? [...this.lines, this.runs()] : this.lines;
+    const shown = lines.map(runs => runs.map(([text]) => text).join(""));
     return (this.isCut || this.dropped ? ["…", ...shown] : shown).join("\n");
   }
 
@@ -18216,12 +18317,17 @@ class Terminal {
     while (TOKEN.lastIndex < text.length) {
       const at = TOKEN.lastIndex;
       const token = TOKEN.exec(text)?.[0];
-      if (token === undefined) {
-        // Keep an incomplete sequence for the next write; drop one that never ends.
-        if (text.length - at < 4096) this.rests[isError] = text.slice(at);
+      if (token !== undefined) {
+        this.take(token, isError);
+        continue;
+      }
+      BEGUN.lastIndex = BROKEN.lastIndex = at;
+      if (text.length - at < MAX_SEQUENCE && BEGUN.test(text)) {
+        this.rests[isError] = text.slice(at);
         break;
       }
-      this.take(token, isError);
+      BROKEN.exec(text);
+      TOKEN.lastIndex = BROKEN.lastIndex;
     }
   }
 
@@ -18242,53 +18348,32 @@ class Terminal {
     if (last === "m") this.pen.set(token.slice(2, -1).split(/[;:]/).map(Number));
     // Progress bars erase to the end of the line, or all of it.
     else if (last === "K") this.erase(token === "\x1b[2K" ? 0 : this.column);
-    else if (last === "G")
-      this.column = Math.max(1, parseInt(token.slice(2), 10) || 1) - 1;
+    else if (last === "G") {
+      const column = parseInt(token.slice(2), 10) || 1;
+      this.column = Math.min(Math.max(1, column) - 1, LINE_LIMIT);
+    }
   }
 
   put(text, isError) {
-    const {line} = this;
-    text = text.slice(0, Math.max(0, LINE_LIMIT - this.column));
     const style = this.pen.style(isError);
-    const after = this.cut(this.column + text.length, Infinity);
-    this.erase(this.column);
-    const gap = this.column - line.length;
-    if (gap > 0) line.runs.push([" ".repeat(gap), PLAIN]);
-    const last = line.runs.at(-1);
-    if (last && last[1] === style && gap <= 0) last[0] += text;
-    else if (text) line.runs.push([text, style]);
-    line.runs.push(...after);
-    this.column += text.length;
-    const afterLength = after.reduce((length, [part]) => length + part.length, 0);
-    line.length = Math.max(this.column, line.length + afterLength);
-  }
-
-  // Return the runs between two columns of the line.
-  cut(from, to) {
-    if (from >= this.line.length) return [];
-    const found = [];
-    let at = 0;
-    for (const [text, style] of this.line.runs) {
-      const part = text.slice(Math.max(0, from - at), Math.max(0, to - at));
-      if (part) found.push([part, style]);
-      at += text.length;
+    while (this.cells.length < this.column) this.cells.push([" ", PLAIN]);
+    for (let i = 0; i < text.length && this.column < LINE_LIMIT; i += 1) {
+      this.cells[this.column] = [text[i], style];
+      this.column += 1;
     }
-    return found;
   }
 
   erase(from) {
-    if (from >= this.line.length) return;
-    this.line.runs = this.cut(0, from);
-    this.line.length = from;
+    if (from < this.cells.length) this.cells.length = from;
   }
 
   newLine() {
-    this.lines.push(this.line);
+    this.lines.push(this.runs());
     if (this.lines.length >= 2 * MAX_LINES) {
       this.lines.splice(0, MAX_LINES);
       this.dropped += MAX_LINES;
     }
-    this.line = {runs: [], length: 0};
+    this.cells = [];
     this.column = 0;
   }
 }
@@ -18334,7 +18419,7 @@ class Screen {
     this.follows = false;
   }
 
-  draft({runs}) {
+  draft(runs) {
     const line = h("div");
     for (const [text, style] of runs) {
       if (style === PLAIN) {
@@ -18352,64 +18437,173 @@ class Screen {
 
 // == Markdown ==
 
+const MAX_DEPTH = 12; // of nested blocks, and of marks that wait for their end
+
 const SAFE_LINK = /^(?:https?:\/\/|mailto:)/i;
+const URL_TAIL = "[^\\s<>\"'`[\\]]*[^\\s<>\"'`[\\].,;:!?)}*_]";
+// No alternative reads again what another attempt has read: models are outsiders, and
+// the page is drawn in the thread that this runs in.
 const INLINE = new RegExp(
   [
     "\\\\(?<escaped>[!-/:-@[-`{-~])",
-    "(?<ticks>`+)(?<code>[^`]|[^`].*?[^`])\\k<ticks>(?!`)",
-    "!?\\[(?<label>(?:[^\\[\\]\\\\]|\\\\.)*)\\]" +
-      "\\((?<target>[^()\\s]*(?:\\([^()\\s]*\\))?[^()\\s]*)[^)]*\\)",
+    "(?<ticks>`+)",
+    "(?<open>!?\\[)",
+    "(?<close>\\])",
     "<(?<auto>(?:https?://|mailto:)[^\\s<>]+)>",
-    "(?<url>https?://[^\\s<>\"'`]*[^\\s<>\"'`.,;:!?)\\]}*_])",
-    "(?<mark>\\*\\*\\*|\\*\\*|\\*|~~)(?=\\S)(?<strong>.*?\\S)\\k<mark>(?!\\*)",
-    "(?<![\\w_])(?<line>__|_)(?=\\S)(?<under>.*?\\S)\\k<line>(?!\\w)",
-    "(?<hard>  +|\\\\)\\n",
+    `(?<url>https?://(?:\\[[\\da-f:.]+\\](?:${URL_TAIL})?|${URL_TAIL}))`,
+    "(?<marks>\\*+|_+|~+)",
+    "(?<hard>(?:(?<! ) {2,}|\\\\)\\n)",
   ].join("|"),
-  "s",
+  "g",
 );
+const TARGET = /\(([^()\s]*(?:\([^()\s]*\)[^()\s]*)?)(?:\s[^()]*)?\)/y;
 
-// Return the nodes of a paragraph's text; unknown syntax stays text.
-function inline(text) {
-  const nodes = [];
-  let match;
-  while ((match = INLINE.exec(text))) {
-    if (match.index) nodes.push(text.slice(0, match.index));
-    nodes.push(inlineNode(match.groups, match[0]));
-    text = text.slice(match.index + match[0].length);
+// Return nodes with the texts that follow each other made one.
+function joined(nodes) {
+  const found = [];
+  let texts = [];
+  for (const node of [...nodes, null]) {
+    if (typeof node === "string") texts.push(node);
+    else {
+      found.push(texts.join(""), node);
+      texts = [];
+    }
   }
-  return [...nodes, text];
+  return found.filter(node => node !== "" && node !== null);
 }
 
-function inlineNode(found, source) {
-  if (found.escaped) return found.escaped;
-  if (found.code) return h("code", found.code.replace(/^ (.+) $/s, "$1"));
-  if (found.label !== undefined)
-    return linkNode(found.target, inline(found.label), source);
-  if (found.auto || found.url) {
-    const target = found.auto || found.url;
-    return linkNode(target, [target], source);
+// The nodes of a paragraph's text; unknown syntax stays text.
+class Inline {
+  constructor(text) {
+    this.text = text;
+    this.nodes = [];
+    this.openers = []; // {mark, count, at}; at is the place of its text in `nodes`
+    this.lastTicks = new Map(); // length of a run of backticks → start of the last one
+    for (const {0: {length}, index} of text.matchAll(/`+/g))
+      this.lastTicks.set(length, index);
+    const token = new RegExp(INLINE);
+    let end = 0;
+    let found;
+    while ((found = token.exec(text))) {
+      if (found.index > end) this.nodes.push(text.slice(end, found.index));
+      end = token.lastIndex = this.take(found);
+    }
+    this.nodes.push(text.slice(end));
   }
-  if (found.hard) return h("br");
-  const inner = inline(found.strong || found.under);
-  const tags = {
-    "***": ["strong", "em"],
-    "**": ["strong"],
-    __: ["strong"],
-    "~~": ["del"],
-  };
-  const names = tags[found.mark || found.line] || ["em"];
-  return names.reduceRight((children, tag) => [h(tag, children)], inner)[0];
+
+  // Append what a token stands for; return the end of what was read.
+  take({0: source, index, groups}) {
+    const {escaped, ticks, open, close, auto, url, marks, hard} = groups;
+    const end = index + source.length;
+    if (ticks) return this.code(ticks, end);
+    if (close) return this.link(end);
+    if (marks) this.mark(marks, index);
+    else if (open) this.open("[", 1, open);
+    else if (auto || url) this.nodes.push(linkNode(auto || url, [auto || url]));
+    else this.nodes.push(hard ? h("br") : escaped);
+    return end;
+  }
+
+  open(mark, count, text) {
+    this.openers.push({mark, count, at: this.nodes.length});
+    if (this.openers.length > MAX_DEPTH) this.openers.shift();
+    this.nodes.push(text);
+  }
+
+  code(ticks, end) {
+    if (this.lastTicks.get(ticks.length) >= end) {
+      const runs = /`+/g;
+      runs.lastIndex = end;
+      let run;
+      do run = runs.exec(this.text);
+      while (run[0].length !== ticks.length);
+      const code = this.text.slice(end, run.index);
+      const padded = code.startsWith(" ") && code.endsWith(" ") && code.trim();
+      this.nodes.push(h("code", padded ? code.slice(1, -1) : code));
+      return runs.lastIndex;
+    }
+    this.nodes.push(ticks);
+    return end;
+  }
+
+  // Make a link of what is between brackets, if a target follows.
+  link(end) {
+    const opener = this.openers.findLast(({mark}) => mark === "[");
+    TARGET.lastIndex = end;
+    const [source, target] = (opener && TARGET.exec(this.text)) || [];
+    if (opener) this.openers.length = this.openers.indexOf(opener);
+    if (!SAFE_LINK.test(target)) {
+      this.nodes.push("]" + (source || ""));
+      return end + (source || "").length;
+    }
+    const label = this.nodes.splice(opener.at).slice(1);
+    const bare = label.map(node => (node.tagName === "A" ? node.textContent : node));
+    this.nodes.push(linkNode(target, joined(bare)));
+    this.openers = this.openers.filter(({mark}) => mark !== "[");
+    return end + source.length;
+  }
+
+  // End emphasis, or begin it.
+  mark(marks, index) {
+    const mark = marks[0];
+    let count = marks.length;
+    const before = this.text[index - 1] || " ";
+    const after = this.text[index + count] || " ";
+    const inWord = mark === "_" && /\w/.test(before) && /\w/.test(after);
+    const fits = mark === "~" ? count === 2 : count <= 3;
+    if (fits && !inWord && /\S/.test(before)) {
+      let opener;
+      while (count && (opener = this.openerFor(mark, count)))
+        count -= this.wrap(opener, count);
+    }
+    const rest = mark.repeat(count);
+    if (count && fits && !inWord && /\S/.test(after)) this.open(mark, count, rest);
+    else this.nodes.push(rest);
+  }
+
+  openerFor(mark, count) {
+    const fits = opener => opener.count === count || opener.count === 3 || count === 3;
+    return this.openers.findLast(opener => opener.mark === mark && fits(opener));
+  }
+
+  // Put what follows `opener` into an element; return the number of marks it took.
+  wrap(opener, count) {
+    const {mark, at} = opener;
+    const taken = Math.min(2, opener.count, count);
+    const inner = this.nodes.splice(at + 1);
+    const tag = mark === "~" ? "del" : taken === 2 ? "strong" : "em";
+    opener.count -= taken;
+    this.nodes[at] = mark.repeat(opener.count);
+    this.nodes.push(h(tag, joined(inner)));
+    this.openers.length = this.openers.indexOf(opener) + (opener.count ? 1 : 0);
+    return taken;
+  }
 }
 
-function linkNode(target, label, source) {
-  if (!SAFE_LINK.test(target)) return source;
+const inline = text => joined(new Inline(text).nodes);
+
+function linkNode(target, label) {
   return h("a", {href: target, target: "_blank", rel: "noreferrer"}, label);
 }
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
 const ITEM = /^( *)(?:([-*+])|(\d{1,9})[.)])(?: +|$)/;
-const TABLE_RULE = /^ {0,3}\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 const ENDS_PARAGRAPH = /^ {0,3}(?:#{1,6}\s|>|`{3}|~{3}|(?:[-*_] *){3,}$)/;
+
+function isFenceEnd(line, fence) {
+  const marks = line.trim();
+  return marks.length >= fence.length && marks === fence[0].repeat(marks.length);
+}
+
+// Return the cells of a table's line.
+const cellsOf = line =>
+  line
+    .trim()
+    .replace(/^\||(?<!\\)\|$/g, "")
+    .split(/(?<!\\)\|/)
+    .map(cell => cell.trim().replaceAll("\\|", "|"));
+
+const isTableRule = line => cellsOf(line).every(cell => /^:?-+:?$/.test(cell));
 
 // Return the blocks of a Markdown text, each with its kind and lines.
 function blocks(lines) {
@@ -18429,15 +18623,15 @@ function blocks(lines) {
     const fence = FENCE.exec(line);
     if (!line.trim()) at += 1;
     else if (fence) {
-      const close = new RegExp(`^ {0,3}${fence[1][0]}{${fence[1].length},}\\s*$`);
-      take("code", Math.min(lines.length, until(at + 1, l => close.test(l)) + 1));
+      const closes = l => isFenceEnd(l, fence[1]);
+      take("code", Math.min(lines.length, until(at + 1, closes) + 1));
     } else if (/^ {0,3}#{1,6}\s/.test(line)) take("heading", at + 1);
     else if (/^ {0,3}(?:(?:- *){3,}|(?:\* *){3,}|(?:_ *){3,})$/.test(line)) {
       take("rule", at + 1);
     } else if (/^ {0,3}>/.test(line))
       take("quote", until(at, l => !/^ {0,3}>/.test(l)));
     else if (ITEM.test(line)) take("list", listEnd(lines, at));
-    else if (line.includes("|") && TABLE_RULE.test(lines[at + 1] || "")) {
+    else if (line.includes("|") && isTableRule(lines[at + 1] || "")) {
       take("table", until(at + 2, l => !l.includes("|")));
     } else {
       const stops = (l, n) =>
@@ -18468,7 +18662,7 @@ function listEnd(lines, at) {
   return end;
 }
 
-function listNode(lines) {
+function listNode(lines, depth) {
   const first = ITEM.exec(lines[0]);
   const items = [];
   for (const line of lines) {
@@ -18479,34 +18673,31 @@ function listNode(lines) {
   }
   const tag = first[3] ? "ol" : "ul";
   const start = first[3] && first[3] !== "1" ? first[3] : null;
-  return h(tag, {start}, items.map(itemNode));
+  return h(tag, {start}, items.map(item => itemNode(item, depth)));
 }
 
-function itemNode(lines) {
-  const inner = lines.slice(1).filter(line => line.trim());
-  const indent = Math.min(...inner.map(line => line.search(/\S/)), 9);
+function itemNode(lines, depth) {
+  let indent = 9;
+  for (const line of lines.slice(1))
+    if (line.trim()) indent = Math.min(indent, line.search(/\S/));
   const task = /^\[([ xX])\] /.exec(lines[0]);
   if (task) lines[0] = (task[1] === " " ? "☐ " : "☑ ") + lines[0].slice(4);
   const text = [lines[0], ...lines.slice(1).map(line => line.slice(indent))];
-  const children = blocks(text).map(blockNode);
+  const children = blockNodes(text, depth);
   // Items of one paragraph are set without its margins.
   const tight = children[0]?.tagName === "P" && !lines.includes("");
   return h("li", tight ? [...children[0].childNodes] : children[0], children.slice(1));
 }
 
 function tableNode(lines) {
-  const cells = line =>
-    line
-      .trim()
-      .replace(/^\||\|$/g, "")
-      .split(/(?<!\\)\|/)
-      .map(cell => cell.trim().replaceAll("\\|", "|"));
-  const sides = cells(lines[1]).map(rule =>
+  const sides = cellsOf(lines[1]).map(rule =>
     /^:-+:$/.test(rule) ? "center" : /-:$/.test(rule) ? "number" : null,
   );
   const row = tag => line =>
     h("tr",
-      sides.map((side, n) => h(tag, {class: side}, inline(cells(line)[n] ?? ""))));
+      cellsOf(line)
+        .slice(0, sides.length)
+        .map((cell, n) => h(tag, {class: sides[n]}, inline(cell))));
   return h("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
     h("table", h("thead", row("th")(lines[0])),
       h("tbody", lines.slice(2).map(row("td")))));
@@ -18514,7 +18705,7 @@ function tableNode(lines) {
 
 function codeNode(lines) {
   const [, fence, language] = FENCE.exec(lines[0]);
-  const closed = lines.length > 1 && lines.at(-1).trim().startsWith(fence);
+  const closed = lines.length > 1 && isFenceEnd(lines.at(-1), fence);
   const text = lines.slice(1, closed ? -1 : undefined).join("\n");
   return h("div", {class: "code"},
     h("div", {class: "code-head"}, language || "code",
@@ -18522,25 +18713,35 @@ function codeNode(lines) {
     h("pre", {tabindex: 0}, h("code", text)));
 }
 
-function blockNode({kind, lines}) {
+// Return the nodes of lines that are inside of `depth` other blocks.
+function blockNodes(lines, depth) {
+  if (depth > MAX_DEPTH) return [h("p", lines.join("\n"))];
+  return blocks(lines).map(block => blockNode(block, depth));
+}
+
+function blockNode({kind, lines}, depth) {
   if (kind === "code") return codeNode(lines);
   if (kind === "rule") return h("hr");
-  if (kind === "list") return listNode(lines);
+  if (kind === "list") return listNode(lines, depth + 1);
   if (kind === "table") return tableNode(lines);
   if (kind === "quote") {
     const inner = lines.map(line => line.replace(/^ {0,3}> ?/, ""));
-    return h("blockquote", blocks(inner).map(blockNode));
+    return h("blockquote", blockNodes(inner, depth + 1));
   }
   if (kind === "heading") {
-    const [, marks, text] = /^ {0,3}(#+)\s+(.*?)\s*#*$/s.exec(lines[0]);
+    const [head, marks] = /^ {0,3}(#+)/.exec(lines[0]);
+    const text = lines[0].slice(head.length).trim();
     // h1 and h2 are the page's own headings.
-    return h(`h${Math.min(6, marks.length + 2)}`, inline(text));
+    const tag = `h${Math.min(6, marks.length + 2)}`;
+    return h(tag, inline(text.replace(/(?<!\S)#+$/, "").trimEnd()));
   }
   return h("p", inline(lines.map(line => line.trimStart()).join("\n")));
 }
 
 // Show a Markdown text; unchanged blocks keep their nodes.
 function showMarkdown(element, text) {
+  if (element.markdown === text) return;
+  element.markdown = text;
   const found = blocks(
     text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"));
   const sources = found.map(({lines}) => lines.join("\n"));
@@ -18548,7 +18749,7 @@ function showMarkdown(element, text) {
   let same = 0;
   while (same < sources.length && sources[same] === before[same]) same += 1;
   while (element.childNodes.length > same) element.lastChild.remove();
-  element.append(...found.slice(same).map(blockNode));
+  for (const block of found.slice(same)) element.append(blockNode(block, 0));
   element.sources = sources;
 }
 
@@ -22198,7 +22399,10 @@ def node_settings(
     return NodeSettings(
         gateway_url=websocket_url(host),
         device_token=token,
-        node_id=args.node_id or (previous.node_id if previous else new_id()),
+        # A new token is another machine to the gateway, whatever became of the old one.
+        node_id=args.node_id
+        or (previous.node_id if previous and previous.device_token == token else "")
+        or new_id(),
         display_name=args.name or offer.get("display_name") or socket.gethostname(),
         working_dir=working_dir,
         timeout=args.timeout,

@@ -522,7 +522,7 @@ def test_a_node_names_itself_until_an_operator_renames_it(store):
     assert store.devices.by_id("d1", NOW).display_name == "Attic"
 
 
-def test_a_revoked_device_is_gone_and_its_machine_may_come_back(store):
+def test_a_revoked_device_is_gone_and_its_id_with_it(store):
     add_device(store, "d1")
     connect(store, "d1", "n1")
     assert store.devices.revoke("d1", NOW)
@@ -535,7 +535,8 @@ def test_a_revoked_device_is_gone_and_its_machine_may_come_back(store):
     assert not store.devices.rename("d1", "x")
     assert not store.devices.rotate("d1", credential("new"))
     add_device(store, "d2")
-    assert connect(store, "d2", "n1")
+    assert not connect(store, "d2", "n1")
+    assert connect(store, "d2", "n2")
 
 
 def test_rotating_replaces_the_credential_and_nothing_else(store):
