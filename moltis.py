@@ -5103,8 +5103,16 @@ ANTHROPIC_MAX_TOKENS = 16384  # of one answer; a required parameter
 OLLAMA_FIRST_CONTEXT = 8192  # tokens; its default silently cuts our tools off
 OLLAMA_LAST_CONTEXT = 65536  # tokens; more fits hardly any home GPU
 
-OVERLONG_PATTERN = (
-    r"(?i)context.{0,24}(length|window|size|limit)|prompt is too long|too many tokens"
+OVERLONG_PATTERN = (  # how servers say that a conversation is too long for a model
+    r"(?i)context.{0,24}(length|window|size|limit)|(prompt|input) is too long"
+    r"|too many tokens|input token count|(token|model) limit|maximum prompt length"
+    r"|reduce the length|token count of \d+ exceeds|range of input length"
+    r"|exceeds max(imum)? length|max_prompt_tokens|max_new_tokens"
+)
+CALL_NAME_PATTERN = r"[A-Za-z0-9_-]{1,64}"  # what every API takes as a tool's name
+OPENAI_OTHERS = (  # in OpenAI's list, which does not tell its chat models from them
+    "embed|whisper|tts|dall-e|moderat|image|audio|realtime|transcribe|sora|davinci"
+    "|babbage"
 )
 BUSY_STATUSES = (408, 409, 425, 429)  # and everything from 500 on
 BUSY_KINDS = ("overloaded_error", "rate_limit_error", "api_error", "server_error")
@@ -5115,8 +5123,15 @@ STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
     "tool_calls": "stop",
     "function_call": "stop",
     "max_tokens": "length",
+    "model_context_window_exceeded": "length",
     "content_filter": "refusal",
 }
+CUT_SHORT = ("length", "refusal")  # reasons for which an answer is not whole
+
+OTHER_MODEL_TYPES = (  # in lists that have a `type`
+    *("embedding", "embeddings", "image", "audio", "video", "rerank", "moderation"),
+    "transcribe",
+)
 
 
 class ToolSpec(SnakeValue):
@@ -5244,6 +5259,13 @@ def new_call_id() -> str:
     return secrets.token_hex(5)[:9]
 
 
+def call_name(name: str) -> str:
+    """Return a tool's name as every API takes it; a model may have made one up."""
+    if re.fullmatch(CALL_NAME_PATTERN, name):
+        return name
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:64] or "unnamed"
+
+
 def read_tool_call(call_id: str, name: str, arguments: object) -> ToolCall:
     """Return a call whose arguments are an object, JSON text, or nothing at all."""
     if isinstance(arguments, dict):
@@ -5299,21 +5321,27 @@ def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 
 def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Yield the lines of a body as they arrive, without their ends."""
-    pending = bytearray()
+    """Yield the lines of a body as they arrive, without their ends and a BOM.
+
+    They may end with CR alone (HTML Living Standard §9.2.6).
+    """
+    pending, first = bytearray(), True
     while True:
         data = response.read1(65536)
-        if not data:
+        if first:
+            data, first = data[3 * data.startswith(codecs.BOM_UTF8) :], False
+        elif not data:
             break
         pending += data
         if len(pending) > MAX_MODEL_LINE:
             raise ModelError("the answer has a line that is too long")
-        if b"\n" in data:
-            *lines, rest = bytes(pending).split(b"\n")
+        if b"\n" in data or b"\r" in data:
+            # A CR at the end may be half a line end.
+            *lines, rest = re.split(b"\r\n|\n|\r(?!$)", bytes(pending))
             pending = bytearray(rest)
-            yield from (line.rstrip(b"\r") for line in lines)
+            yield from lines
     if pending:
-        yield bytes(pending)
+        yield bytes(pending).rstrip(b"\r")
 
 
 def check_answer_length(length: int) -> None:
@@ -5387,11 +5415,19 @@ class AnswerReader:
         self.provider_data: JsonObject = {}
         self._model_id = model_id
         self._text: list[str] = []
+        self._surrogate = ""  # the first half of a pair that was cut in two
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
         raise NotImplementedError
 
     def say(self, text: str) -> Iterator[ModelEvent]:
+        if not text:
+            return
+        text, self._surrogate = self._surrogate + text, ""
+        if "\ud800" <= text[-1] <= "\udbff":
+            text, self._surrogate = text[:-1], text[-1]
+        # Joins the halves of a pair; U+FFFD for one alone, which no UTF-8 can carry.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if text:
             self._text.append(text)
             yield Delta("text", text)
@@ -5416,11 +5452,22 @@ class AnswerReader:
         self.reason = STOP_REASONS.get(reason, reason) or "stop"
 
     def finished(self) -> Finished:
+        """Return the whole answer; calls of one that is cut or refused are left out.
+
+        Raises ModelError for an answer without a word.
+        """
         data = self.provider_data
+        calls = [] if self.reason in CUT_SHORT else self.calls
+        if self.reason == "error":
+            raise ModelError(
+                "the server ended the answer because of an error of its own"
+            )
+        if not (self._text or calls or self.reason in CUT_SHORT):
+            raise ModelError("the model answered nothing; ask again")
         message = ChatMessage(
             role="assistant",
             text="".join(self._text),
-            tool_calls=tuple(call.finished() for call in self.calls),
+            tool_calls=tuple(call.finished() for call in calls),
             provider_data={"by": self._model_id, **data} if data else {},
         )
         return Finished(message, self.reason, self.input_tokens, self.output_tokens)
@@ -5450,6 +5497,7 @@ class OpenAiAnswer(AnswerReader):
     def __init__(self, model_id: str) -> None:
         super().__init__(model_id)
         self._slots: dict[int, PartialCall] = {}
+        self._refused = False
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
         usage = pick(document, "usage", dict)
@@ -5462,18 +5510,24 @@ class OpenAiAnswer(AnswerReader):
             yield from self._take_delta(delta)
             reason = pick(choice, "finish_reason", str)
             if reason:
-                self.end(reason)
+                self.end("refusal" if self._refused else reason)
 
     def _take_delta(self, delta: JsonObject) -> Iterator[ModelEvent]:
         field = "reasoning_content"
         yield from self.think(pick(delta, field, str), keep_as=field)
         if not delta.get(field):
             yield from self.think(pick(delta, "reasoning", str))
+        for detail in pick_objects(delta, "reasoning_details"):  # OpenRouter
+            self._keep_detail(detail)
         yield from self.say(pick(delta, "content", str))
         for part in pick_objects(delta, "content"):  # Mistral's thinking models
             for thought in pick_objects(part, "thinking"):
                 yield from self.think(pick(thought, "text", str))
             yield from self.say(pick(part, "text", str))
+        refusal = pick(delta, "refusal", str)
+        if refusal:
+            yield from self.say(refusal)
+            self._refused = True
         for piece in pick_objects(delta, "tool_calls"):
             function = pick(piece, "function", dict)
             call = self._call_of(piece, pick(function, "name", str))
@@ -5482,24 +5536,40 @@ class OpenAiAnswer(AnswerReader):
                 extras = self.provider_data.setdefault("extra_content", {})
                 extras[call.id] = piece["extra_content"]
 
+    def _keep_detail(self, detail: JsonObject) -> None:
+        """Keep a piece of reasoning, which goes back as the server would have it."""
+        kept: list[JsonObject] = self.provider_data.setdefault("reasoning_details", [])
+        last = kept[-1] if kept else {}
+        if any(last.get(name) != detail.get(name) for name in ("index", "type")):
+            kept.append(dict(detail))
+            return
+        for name, value in detail.items():
+            if name in ("text", "summary", "data") and isinstance(value, str):
+                last[name] = pick(last, name, str) + value
+            elif value is not None:
+                last[name] = value
+
     def _call_of(self, piece: JsonObject, name: str) -> PartialCall:
         """Return the call to which a piece belongs.
 
-        In theory `index` says so; servers omit it or always send 0.  So a new id opens
-        a new call, and so does a name after arguments that are complete.
+        In theory `index` says so; servers omit it or always send 0.  So a new id with
+        a name opens a new call, and so does a name after arguments that are complete.
         """
         slot = pick(piece, "index", int)
         given_id = pick(piece, "id", str)
         call = self._slots.get(slot)
-        if call is not None and not self._opens_another(call, given_id, name):
-            call.name = call.name or name
-            return call
-        self._slots[slot] = self.open_call(given_id, name)
-        return self._slots[slot]
+        if call is None or self._opens_another(call, given_id, name):
+            self._slots[slot] = call = self.open_call(given_id, name)
+        elif not call.arguments and name != call.name:
+            call.name += name  # it may come in pieces, and before the id
+        if not call.given_id and given_id:
+            taken = any(other.id == given_id for other in self.calls)
+            call.given_id, call.id = given_id, call.id if taken else given_id
+        return call
 
     def _opens_another(self, call: PartialCall, given_id: str, name: str) -> bool:
-        if given_id:
-            return given_id != call.given_id
+        if call.given_id and given_id:
+            return bool(name) and given_id != call.given_id
         return bool(name and call.arguments and not call.finished().malformed)
 
 
@@ -5527,12 +5597,22 @@ class AnthropicAnswer(AnswerReader):
             self.reason = pick(pick(document, "delta", dict), "stop_reason", str)
             self._count(pick(document, "usage", dict))
         elif kind == "message_stop":
-            self.end(self.reason)
-            self.over = True
-            # Without thinking, text and calls are all there is, for any provider.
-            if any("thinking" in pick(block, "type", str) for block in self._whole):
-                self.provider_data["blocks"] = self._whole
+            self._close_message()
+        elif kind == "message":  # of a server that does not stream
+            for index, block in enumerate(pick_objects(document, "content")):
+                yield from self._open_block(index, block)
+                self._close_block(index)
+            self.reason = pick(document, "stop_reason", str)
+            self._count(pick(document, "usage", dict))
+            self._close_message()
         # Anything else is a ping or a later addition; the API says to ignore it.
+
+    def _close_message(self) -> None:
+        self.end(self.reason)
+        self.over = True
+        # Without thinking, text and calls are all there is, for any provider.
+        if any("thinking" in pick(block, "type", str) for block in self._whole):
+            self.provider_data["blocks"] = self._whole
 
     def _open_block(self, index: int, block: JsonObject) -> Iterator[ModelEvent]:
         self._blocks[index] = dict(block)
@@ -5540,6 +5620,7 @@ class AnthropicAnswer(AnswerReader):
             call = self.open_call(pick(block, "id", str), pick(block, "name", str))
             call.add(block.get("input"))
             self._inputs[index] = call
+        yield from self.think(pick(block, "thinking", str))
         yield from self.say(pick(block, "text", str))
 
     def _take_delta(self, index: int, delta: JsonObject) -> Iterator[ModelEvent]:
@@ -5557,10 +5638,10 @@ class AnthropicAnswer(AnswerReader):
         block = self._blocks.pop(index, {})
         if index in self._inputs:
             call = self._inputs.pop(index).finished()
-            block = {**block, "id": call.id, "input": call.arguments}
-        if block.get("type") != "text" or block.get(
-            "text"
-        ):  # the API refuses empty ones
+            name = call_name(call.name)
+            block = {**block, "id": call.id, "name": name, "input": call.arguments}
+        # The API refuses blank texts.
+        if block.get("type") != "text" or pick(block, "text", str).strip():
             self._whole.append(block)
 
     def _count(self, usage: JsonObject) -> None:
@@ -5603,8 +5684,8 @@ class ProviderSpec(Value):
     label: str
     protocol: str  # of PROTOCOLS
     base_url: str
-    call_id: str = "[A-Za-z0-9_-]{1,40}"  # pattern of the ids of calls that it takes
-    wants_reasoning: bool = False  # back, or it refuses the message after a tool call
+    call_id: str = ".+"  # pattern of the ids of calls that it takes
+    wants_reasoning: bool = False  # back, or it refuses the next message
 
     @property
     def url_variable(self) -> str:
@@ -5614,8 +5695,14 @@ class ProviderSpec(Value):
 
 PROVIDERS = (
     ProviderSpec("ollama", "Ollama", "ollama", "http://127.0.0.1:11434"),
-    ProviderSpec("anthropic", "Anthropic", "anthropic", "https://api.anthropic.com"),
-    ProviderSpec("openai", "OpenAI", "openai", "https://api.openai.com/v1"),
+    ProviderSpec(
+        *("anthropic", "Anthropic", "anthropic", "https://api.anthropic.com"),
+        call_id="[A-Za-z0-9_-]+",
+    ),
+    ProviderSpec(
+        *("openai", "OpenAI", "openai", "https://api.openai.com/v1"),
+        call_id="[A-Za-z0-9_-]{1,40}",
+    ),
     ProviderSpec("openrouter", "OpenRouter", "openai", "https://openrouter.ai/api/v1"),
     ProviderSpec("groq", "Groq", "openai", "https://api.groq.com/openai/v1"),
     ProviderSpec(
@@ -5652,15 +5739,19 @@ class ModelProvider:
         first_pause: float = 1.0,  # s before the second try
     ) -> None:
         self.spec = spec
-        self.base_url = base_url.rstrip("/")
-        self._api_key = api_key
+        self.base_url = base_url.strip().rstrip("/")
+        self._api_key = api_key.strip()  # variables often end with a newline
         self._first_pause = first_pause
+        self._refusals: list[tuple[str, ModelError]] = []  # by model; amended since
 
     def stream(
         self, request: ChatRequest, cancel: Cancellation
     ) -> Generator[ModelEvent, None, None]:
         """Yield the answer as it comes; see ChatModel.stream."""
         body = self._body(request)
+        for model, refusal in self._refusals:
+            if model == request.model:
+                self._amend(body, refusal)
         backoff = Backoff(self._first_pause, 20 * self._first_pause)
         tries = 1
         while True:
@@ -5685,6 +5776,8 @@ class ModelProvider:
                 amended = self._amend(body, error) if silent else None
                 if amended is None:
                     raise
+                if not amended:  # what a person is told of may be asked for again
+                    self._refusals.append((request.model, error))
                 notice = amended
             if notice:
                 yield Delta("notice", notice)
@@ -5712,6 +5805,16 @@ class ModelProvider:
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
         return headers
+
+    def _check_header_texts(self) -> None:
+        """Raises ModelError for a key or an address that no HTTP request takes."""
+        for label, text in (("API key", self._api_key), ("address", self.base_url)):
+            odd = re.search(r"[^\x21-\x7e]", text)
+            if odd:
+                raise ModelError(
+                    f"{self.spec.label}: character {odd.start() + 1} of the {label} is "
+                    f"{odd.group()!a}, which HTTP does not take; enter it again"
+                )
 
     def _body(self, request: ChatRequest) -> JsonObject:
         raise NotImplementedError
@@ -5746,6 +5849,7 @@ class ModelProvider:
         Raises ModelError, ModelBusy if asking again may help, and Cancelled; also for
         what the block reads.
         """
+        self._check_header_texts()
         content = None if body is None else to_json(body).encode("utf-8", "replace")
         try:
             with http_exchange(
@@ -5756,8 +5860,20 @@ class ModelProvider:
                 timeout=timeout,
                 cancel=cancel,
             ) as response:
+                if 300 <= response.status < 400:
+                    place = redact(response.getheader("Location", "another address"))
+                    raise ModelError(
+                        f"{self.spec.label}: {self.base_url} redirects to {place}; "
+                        "enter that address"
+                    )
                 if response.status != 200:
                     raise self._refusal(response)
+                packing = response.getheader("Content-Encoding", "identity")
+                if packing.lower() != "identity":
+                    raise ModelError(
+                        f"{self.spec.label} compressed its answer ({packing}) although "
+                        "it was not asked to; turn that off there"
+                    )
                 yield response
         except ConnectionError as error:
             raise ModelBusy(str(error)) from error
@@ -5801,8 +5917,14 @@ class ModelProvider:
 
     def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
         # Some servers send an error, or a whole answer, without an event stream.
-        if response.getheader("Content-Type", "").startswith("application/json"):
+        kind = response.getheader("Content-Type", "")
+        if kind.startswith("application/json"):
             return iter([response.read(MAX_MODEL_REPLY)])
+        if kind.startswith("text/html"):
+            raise ModelError(
+                f"{self.base_url + self.chat_path} answers with a web page: it is no "
+                f"{self.spec.label}; check the address"
+            )
         return _server_sent_data(_lines(response))
 
     def _document(self, data: bytes) -> JsonObject:
@@ -5837,7 +5959,8 @@ class ModelProvider:
             text = text.replace(self._api_key, "…")
         message = f"{self.spec.label}: {text}" + (f" ({status})" if status else "")
         # With 429, "too many tokens" are those of the last minute.
-        if status != 429 and re.search(OVERLONG_PATTERN, text):
+        overlong = re.search(OVERLONG_PATTERN, f"{text} {kind}")
+        if status != 429 and (overlong or status == 413):
             return ContextTooLong(message, detail)
         if status in (401, 403):
             return ModelError(f"{message}; is the API key right?", detail)
@@ -5866,6 +5989,25 @@ def function_tools(tools: Sequence[ToolSpec]) -> list[JsonObject]:
     return [{"type": "function", "function": tool.to_json()} for tool in tools]
 
 
+def merged_turns(messages: Sequence[JsonObject]) -> list[JsonObject]:
+    """Return `messages` of chat completions as turns that alternate.
+
+    Texts of one role in a row are one; a system's belong to the person's first.
+    """
+    turns: list[JsonObject] = []
+    for message in messages:
+        role = "user" if message["role"] == "system" else message["role"]
+        last = turns[-1] if turns else {}
+        plain = role in ("user", "assistant") and not last.get("tool_calls")
+        if plain and last.get("role") == role:
+            texts = (last.get("content"), message.get("content"))
+            joined = "\n\n".join(text for text in texts if text)
+            turns[-1] = {**last, **message, "role": role, "content": joined}
+        else:
+            turns.append({**message, "role": role})
+    return turns
+
+
 class OllamaProvider(ModelProvider):
     """Ollama's own API, https://docs.ollama.com/api."""
 
@@ -5874,12 +6016,18 @@ class OllamaProvider(ModelProvider):
     context_tokens = OLLAMA_LAST_CONTEXT
     answer = OllamaAnswer
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._contexts: dict[str, int] = {}  # tokens, of listed models' Modelfiles
+
     def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
-        name = pick(listed, "name", str)
+        name = pick(listed, "name", str) or pick(listed, "model", str)
         try:
             shown = self._ask("POST", "/api/show", {"model": name}, cancel)
         except ModelError:  # a broken model must not hide the others
             return None
+        wanted = re.search(r"(?m)^num_ctx\s+(\d{1,9})$", pick(shown, "parameters", str))
+        self._contexts[name] = int(wanted.group(1)) if wanted else 0
         abilities = shown.get("capabilities")
         if not isinstance(abilities, list):  # before Ollama 0.6.4
             abilities = ["completion", "tools"]
@@ -5901,7 +6049,7 @@ class OllamaProvider(ModelProvider):
         # In doublings: another size makes Ollama load the model again.  Three
         # characters a token errs on the safe side, and the answer needs room too.
         needed = len(to_json(body)) // 3 + 2048
-        size = OLLAMA_FIRST_CONTEXT
+        size = max(OLLAMA_FIRST_CONTEXT, self._contexts.get(request.model, 0))
         while size < min(needed, OLLAMA_LAST_CONTEXT):
             size *= 2
         body["options"] = {"num_ctx": size}
@@ -5913,7 +6061,12 @@ class OllamaProvider(ModelProvider):
             value["tool_name"] = message.tool_name
         if message.tool_calls:
             value["tool_calls"] = [
-                {"function": {"name": call.name, "arguments": call.arguments}}
+                {
+                    "function": {
+                        "name": call_name(call.name),
+                        "arguments": call.arguments,
+                    }
+                }
                 for call in message.tool_calls
             ]
         thinking = pick(self._own_data(request, message), "thinking", str)
@@ -5953,22 +6106,27 @@ class OpenAiProvider(ModelProvider):
         value: JsonObject = {"role": message.role, "content": message.text}
         if message.role == "tool":
             value["tool_call_id"] = self._call_id(message.tool_call_id)
+        data = self._own_data(request, message)
         if message.tool_calls:
-            data = self._own_data(request, message)
             value["content"] = message.text or None  # some refuse an empty text here
             extras = pick(data, "extra_content", dict)
             value["tool_calls"] = [
                 self._call(call, extras) for call in message.tool_calls
             ]
-            if self.spec.wants_reasoning:
-                value["reasoning_content"] = pick(data, "reasoning_content", str)
+        if message.role == "assistant" and self.spec.wants_reasoning:
+            value["reasoning_content"] = pick(data, "reasoning_content", str)
+        if data.get("reasoning_details"):
+            value["reasoning_details"] = data["reasoning_details"]
         return value
 
     def _call(self, call: ToolCall, extras: JsonObject) -> JsonObject:
         value: JsonObject = {
             "id": self._call_id(call.id),
             "type": "function",
-            "function": {"name": call.name, "arguments": to_json(call.arguments)},
+            "function": {
+                "name": call_name(call.name),
+                "arguments": to_json(call.arguments),
+            },
         }
         if call.id in extras:
             value["extra_content"] = extras[call.id]
@@ -5977,17 +6135,33 @@ class OpenAiProvider(ModelProvider):
     def _amend(self, body: JsonObject, error: ModelError) -> str | None:
         if "stream_options" in error.detail and body.pop("stream_options", None):
             return ""  # only the token counts are lost
+        if "reasoning_effort" in error.detail and "none" in error.detail:
+            changed = body.get("reasoning_effort") != "none"
+            body["reasoning_effort"] = "none"
+            return "" if changed else None
+        # Templates of Mistral and Gemma demand that roles alternate.
+        if re.search("(?i)alternat|system role|system message", error.detail):
+            merged = merged_turns(body["messages"])
+            changed, body["messages"] = merged != body["messages"], merged
+            return "" if changed else None
         return None
 
     def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo | None:
         name = pick(listed, "id", str)
-        # OpenAI's list does not tell its chat models from the others.
-        if re.search("embed|whisper|tts|dall-e|moderat|image|audio|realtime", name):
-            return None
-        mistral = pick(listed, "capabilities", dict).get("function_calling")
+        mistral = pick(listed, "capabilities", dict)
         openrouter = listed.get("supported_parameters", ["tools"])
+        outputs = pick(pick(listed, "architecture", dict), "output_modalities", list)
+        if (
+            not name
+            or (self.spec.id == "openai" and re.search(OPENAI_OTHERS, name))
+            or mistral.get("completion_chat") is False
+            or (outputs and "text" not in outputs)
+            or pick(listed, "type", str) in OTHER_MODEL_TYPES
+        ):
+            return None
         tools = isinstance(openrouter, list) and "tools" in openrouter
-        return self._named(name, name, supports_tools=tools and mistral is not False)
+        tools = tools and mistral.get("function_calling") is not False
+        return self._named(name, name, supports_tools=tools)
 
 
 class AnthropicProvider(ModelProvider):
@@ -6054,7 +6228,7 @@ class AnthropicProvider(ModelProvider):
             {
                 "type": "tool_use",
                 "id": self._call_id(call.id),
-                "name": call.name,
+                "name": call_name(call.name),
                 "input": call.arguments,
             }
             for call in message.tool_calls
