@@ -3228,9 +3228,10 @@ SCRAM_MAX_ITERATIONS = 100_000  # 0.1 s on a Pi; a hostile server may ask for mo
 SCRAM_MAX_LENGTH = 4096  # characters of one SCRAM message; ours have 200
 
 
-def device_handle(token: str) -> str:
-    """Return the SCRAM username of a device; it does not reveal the token."""
-    return hashlib.sha256(b"moltis handle" + token.encode("utf-8")).digest()[:16].hex()
+def scram_handle(secret: str) -> str:
+    """Return the SCRAM username of a token or key; it does not reveal the secret."""
+    digest = hashlib.sha256(b"moltis handle" + secret.encode("utf-8")).digest()
+    return digest[:16].hex()
 
 
 def _b64(text: str) -> bytes:
@@ -3511,11 +3512,11 @@ class ScramServer:
 
 # ==============================================================================
 # Wire protocol
-# Uses: WebSocket connections
+# Uses: WebSocket frames, WebSocket connections, TLS, SCRAM
 #
 # The messages between gateway, nodes and operators: JSON envelopes as text, job logs
-# and input as binary, calls that await an answer.  Shapes only: it opens no connection.
-# Compatibility with Moltis (protocol 4) is kept here.
+# and input as binary, calls that await an answer, the first exchange of a client.  It
+# opens no connection.  Compatibility with Moltis (protocol 4) is kept here.
 # ==============================================================================
 
 CAP_SCRAM = "auth.scram"
@@ -3533,6 +3534,9 @@ JOB_RESIZE = "job.resize"
 JOB_PLACE = "job.place"
 JOB_INPUT = "job.input"
 JOB_STATE = "job.state"
+
+# Temporary refusals: the gateway starts or stops, or its disk is full.
+PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LIMITED")
 
 TOKEN_REVOKED = "the token was revoked"  # a gateway hangs up on a node for this reason
 
@@ -4019,6 +4023,57 @@ class ConnectParams(Value):
                 f"protocol mismatch: server={PROTOCOL_VERSION}, "
                 f"client={self.min_protocol}-{self.max_protocol}",
             )
+
+
+def exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
+    """Return the payload of the answer to one request; skip all other messages.
+
+    Raises RpcError as the gateway says, ConnectionClosed, or TimeoutError.
+    """
+    request = Request(new_id(), method, params)
+    ws.send(encode_envelope(request))
+    deadline = Deadline(CONNECT_TIMEOUT)
+    while True:
+        message = ws.receive(deadline.remaining())
+        if message is None:
+            raise ConnectionClosed(CloseCode.NORMAL, "the gateway hung up")
+        envelope = decode_envelope(message) if isinstance(message, str) else None
+        if isinstance(envelope, Response) and envelope.id == request.id:
+            if envelope.error is not None:
+                raise envelope.error
+            if not isinstance(envelope.payload, dict):
+                raise RpcError("PROTOCOL_ERROR", f"the answer to {method} is no object")
+            return envelope.payload
+
+
+def sign_in(ws: WebSocket, params: ConnectParams, secret: str) -> JsonObject:
+    """Return the hello, once both sides have proved that they know `secret`.
+
+    The secret itself is not sent.  Raises AuthenticationError for a gateway without a
+    proof, and as exchange().
+    """
+    certificate = ws.peer_certificate()
+    binding = None if certificate is None else tls_server_end_point(certificate)
+    scram = ScramClient(scram_handle(secret), secret, binding)
+    try:
+        first = exchange(ws, CAP_SCRAM, {"clientFirst": scram.first()})
+    except RpcError as error:
+        if error.code == "UNAUTHORIZED" or error.code in PASSING_CODES:
+            raise
+        raise RpcError(
+            error.code,
+            f"{error.message}; a gateway of the original Moltis does not know SCRAM: "
+            "nodes join it with --auth bearer",
+        ) from error
+    final = scram.final(required(first, "serverFirst", str))
+    hello = exchange(ws, "connect", params.replace(scram_final=final).to_json())
+    auth = optional(hello, "auth", dict) or {}
+    proof = optional(auth, "scram", dict) or {}
+    server_final = proof.get("serverFinal")
+    if not isinstance(server_final, str):
+        raise AuthenticationError("it sent no proof")
+    scram.verify(server_final)
+    return hello
 
 
 class Calls:
@@ -7772,15 +7827,12 @@ class Machine:
 
 # ==============================================================================
 # Node agent
-# Uses: Settings, WebSocket frames, WebSocket connections, TLS, SCRAM, Wire protocol,
+# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol,
 #       Commands, Telemetry, Machine
 #
 # A node's connection to its gateway: dial, authenticate, serve, reconnect, resume.
 # Machine runs the jobs; Node service starts the node on boot.
 # ==============================================================================
-
-# Temporary refusals: the gateway starts or stops, or its disk is full.
-PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LIMITED")
 
 MAX_COLLECTED = 200 * 1024  # bytes of a stream in one answer to a Moltis gateway
 ENVELOPE_ROOM = 1024  # bytes of a frame that are left for its envelope
@@ -8031,27 +8083,6 @@ class MoltisGatewayLink(GatewayLink):
                 self._again.append((Deadline(RESEND_PAUSE), params))
 
 
-def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
-    """Return the payload of the answer to one request; skip all other messages.
-
-    Raises RpcError as the gateway says, ConnectionClosed, or TimeoutError.
-    """
-    request = Request(new_id(), method, params)
-    ws.send(encode_envelope(request))
-    deadline = Deadline(CONNECT_TIMEOUT)
-    while True:
-        message = ws.receive(deadline.remaining())
-        if message is None:
-            raise ConnectionClosed(CloseCode.NORMAL, "the gateway hung up")
-        envelope = decode_envelope(message) if isinstance(message, str) else None
-        if isinstance(envelope, Response) and envelope.id == request.id:
-            if envelope.error is not None:
-                raise envelope.error
-            if not isinstance(envelope.payload, dict):
-                raise RpcError("PROTOCOL_ERROR", f"the answer to {method} is no object")
-            return envelope.payload
-
-
 def _tls_pin(ws: WebSocket) -> str | None:
     """Return the pin of the gateway's TLS key; None without TLS, or if unreadable."""
     certificate = ws.peer_certificate()
@@ -8059,19 +8090,6 @@ def _tls_pin(ws: WebSocket) -> str | None:
         return None if certificate is None else parse_certificate(certificate).pin
     except ValueError:
         return None
-
-
-def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
-    """Return the answer to `auth.scram`.  Raises as _exchange()."""
-    try:
-        return _exchange(ws, CAP_SCRAM, {"clientFirst": scram.first()})
-    except RpcError as error:
-        if error.code == "UNAUTHORIZED" or error.code in PASSING_CODES:
-            raise
-        raise RpcError(
-            error.code,
-            f"{error.message}; for a gateway of the original Moltis use --auth bearer",
-        ) from error
 
 
 class NodeAgent:
@@ -8192,21 +8210,8 @@ class NodeAgent:
         token = self._settings.device_token
         if self._settings.auth == "bearer":
             params = asked.replace(device_token=token)
-            return _exchange(ws, "connect", params.to_json())
-        certificate = ws.peer_certificate()
-        binding = None if certificate is None else tls_server_end_point(certificate)
-        scram = ScramClient(device_handle(token), token, binding)
-        first = _first_step(ws, scram)
-        final = scram.final(required(first, "serverFirst", str))
-        params = asked.replace(scram_final=final)
-        hello = _exchange(ws, "connect", params.to_json())
-        auth = optional(hello, "auth", dict) or {}
-        proof = optional(auth, "scram", dict) or {}
-        server_final = proof.get("serverFinal")
-        if not isinstance(server_final, str):
-            raise AuthenticationError("it sent no proof")
-        scram.verify(server_final)
-        return hello
+            return exchange(ws, "connect", params.to_json())
+        return sign_in(ws, asked, token)
 
     def _serve(self, ws: WebSocket, hello: JsonObject) -> UserError:
         """Serve one connection to its end; return the reason of the end."""
@@ -9018,6 +9023,12 @@ MIGRATIONS: Mapping[int, str] = {
         WHERE event NOT LIKE '%.refused';
     CREATE INDEX audit_caller ON audit(caller_id, seq);
     """,
+    6: """  -- operators prove their key by SCRAM; NULL until an older key is used
+    ALTER TABLE operator_keys RENAME COLUMN key_hash TO token_hash;
+    ALTER TABLE operator_keys ADD COLUMN handle TEXT;    -- SCRAM username
+    ALTER TABLE operator_keys ADD COLUMN verifier TEXT;  -- RFC 5803
+    CREATE UNIQUE INDEX operator_keys_handle ON operator_keys(handle);
+    """,
 }
 
 
@@ -9064,10 +9075,10 @@ class Device(Value):
     commands: Sequence[str] = ()
 
 
-class DeviceCredential(Value):
-    """What verifies a device's token; the token cannot be derived from it."""
+class Credential(Value):
+    """What verifies a device's token or an operator's key, which it does not reveal."""
 
-    handle: str
+    handle: str  # SCRAM username
     token_hash: str
     verifier: str  # RFC 5803
 
@@ -9597,7 +9608,7 @@ class DevicesTable(Table):
         # Reading 5,000 names takes 5 ms, and every job needs one.
         self._names: NodeNames | None = None
 
-    def add(self, device: Device, credential: DeviceCredential) -> None:
+    def add(self, device: Device, credential: Credential) -> None:
         self._db.insert(self.name, device, **credential.__dict__)
 
     def all(self, now: int) -> list[Device]:
@@ -9619,7 +9630,7 @@ class DevicesTable(Table):
 
     def verifier(self, handle: str, now: int) -> str | None:
         """Return the SCRAM verifier of a device, as RFC 5803 writes it."""
-        found = self._current(DeviceCredential, "handle", handle, now)
+        found = self._current(Credential, "handle", handle, now)
         return None if found is None else found.verifier
 
     def clash(self, name: str, now: int, *, but: str) -> str:
@@ -9702,7 +9713,7 @@ class DevicesTable(Table):
     def rotate(
         self,
         device_id: str,
-        credential: DeviceCredential,
+        credential: Credential,
         expires_at: int | None = None,
     ) -> bool:
         """Replace the device's credential; False: no such device."""
@@ -9912,17 +9923,32 @@ class OperatorKeysTable(Table):
 
     name = "operator_keys"
 
-    def add(self, key: OperatorKey, key_hash: str) -> None:
-        self._db.insert(self.name, key, key_hash=key_hash)
+    def add(self, key: OperatorKey, credential: Credential) -> None:
+        self._db.insert(self.name, key, **credential.__dict__)
 
     def all(self) -> list[OperatorKey]:
         """Return the keys, the newest first."""
         return self._find(OperatorKey, "TRUE ORDER BY created_at DESC, rowid DESC")
 
-    def by_hash(self, key_hash: str) -> OperatorKey | None:
-        """Return a key that is not revoked."""
-        condition = "key_hash = ? AND revoked_at IS NULL"
-        return self._first(OperatorKey, condition, (key_hash,))
+    def by_hash(self, token_hash: str) -> OperatorKey | None:
+        return self._current(OperatorKey, "token_hash", token_hash)
+
+    def by_handle(self, handle: str) -> OperatorKey | None:
+        return self._current(OperatorKey, "handle", handle)
+
+    def verifier(self, handle: str) -> str | None:
+        """Return the SCRAM verifier of a key, as RFC 5803 writes it."""
+        found = self._current(Credential, "handle", handle)
+        return None if found is None else found.verifier
+
+    def upgrade(self, credential: Credential) -> None:
+        """Store the verifier of a key that is older than SCRAM for keys."""
+        where = {"token_hash": credential.token_hash, "handle": None}
+        self._change(where, **credential.__dict__)
+
+    def _current(self, kind: type[V], column: str, value: str) -> V | None:
+        """Return a key, or its credential, unless it is revoked."""
+        return self._first(kind, f"{column} = ? AND revoked_at IS NULL", (value,))
 
     def used(self, key_id: str, now: int) -> None:
         self._change({"id": key_id}, last_used_at=now)
@@ -10301,6 +10327,15 @@ def secret_hash(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
 
 
+def make_credential(secret: str) -> Credential:
+    """Return what the store keeps of a token or an operator key."""
+    return Credential(
+        handle=scram_handle(secret),
+        token_hash=secret_hash(secret),
+        verifier=make_verifier(secret).to_text(),
+    )
+
+
 def is_loopback(address: str) -> bool:
     plain = unmapped(address)
     return plain.startswith("127.") or plain == "::1"
@@ -10408,10 +10443,8 @@ class DeviceAccess:
     """Makes, replaces, revokes and checks device tokens."""
 
     def __init__(self, door: Doorkeeper) -> None:
-        """Raises StoreError."""
         self._door = door
         self._devices = door.store.devices
-        self._decoy_key = self._load_decoy_key()
 
     def create_device(
         self,
@@ -10433,7 +10466,7 @@ class DeviceAccess:
             created_at=now,
             expires_at=None if lifetime is None else now + round(lifetime * 1000),
         )
-        self._devices.add(device, self._credential(token))
+        self._devices.add(device, make_credential(token))
         self._door.record(AuditEvent.TOKEN_CREATED, device_label(device), by)
         return device, token
 
@@ -10451,7 +10484,7 @@ class DeviceAccess:
         Raises RpcError NOT_FOUND.
         """
         token = new_secret("mdt_")
-        if not self._devices.rotate(device.id, self._credential(token), expires_at):
+        if not self._devices.rotate(device.id, make_credential(token), expires_at):
             raise RpcError("NOT_FOUND", f"there is no device {clip(device.id, 80)}")
         self._door.record(event, device_label(device), by)
         return token
@@ -10462,41 +10495,12 @@ class DeviceAccess:
             raise RpcError("NOT_FOUND", f"there is no device {clip(device.id, 80)}")
         self._door.record(AuditEvent.TOKEN_REVOKED, device_label(device), by)
 
-    def record_refused_device(self, name: str, address: str) -> None:
-        """Record that a token was refused."""
-        self._door.record_refusal(AuditEvent.TOKEN_REFUSED, clip(name, 200), address)
-
     def device_by_token(self, token: str) -> Device | None:
         return self._devices.by_token_hash(secret_hash(token), self._door.now())
 
     def device_by_handle(self, handle: str) -> Device | None:
         """Return the device that a ScramServer authenticated as `handle`."""
         return self._devices.by_handle(handle, self._door.now())
-
-    def scram_server(self, channel_binding: bytes | None = None) -> ScramServer:
-        """Return the gateway's half of one device's authentication."""
-        return ScramServer(self._verifier, channel_binding)
-
-    @staticmethod
-    def _credential(token: str) -> DeviceCredential:
-        return DeviceCredential(
-            handle=device_handle(token),
-            token_hash=secret_hash(token),
-            verifier=make_verifier(token).to_text(),
-        )
-
-    def _verifier(self, handle: str) -> ScramVerifier:
-        text = self._devices.verifier(handle, self._door.now())
-        # Made for known handles too: the time must not reveal which are known.
-        decoy = decoy_verifier(self._decoy_key, handle)
-        return decoy if text is None else ScramVerifier.from_text(text)
-
-    def _load_decoy_key(self) -> bytes:
-        kept = self._door.store.settings.get("scram_decoy_key")
-        if not isinstance(kept, str):
-            kept = secrets.token_hex(32)
-            self._door.store.settings.put("scram_decoy_key", kept)
-        return bytes.fromhex(kept)
 
 
 class JoinCodes:
@@ -10608,13 +10612,23 @@ class OperatorAccess:
 
     def operator_by_key(self, key: str, address: str = "") -> Caller | None:
         found = self._keys.by_hash(secret_hash(key))
-        if found is None:
+        if found is not None and self._keys.by_handle(scram_handle(key)) is None:
+            with contextlib.suppress(StoreError):
+                self._keys.upgrade(make_credential(key))
+        return self._caller(found, address)
+
+    def operator_by_handle(self, handle: str, address: str) -> Caller | None:
+        """Return the operator that a ScramServer authenticated as `handle`."""
+        return self._caller(self._keys.by_handle(handle), address)
+
+    def _caller(self, key: OperatorKey | None, address: str) -> Caller | None:
+        if key is None:
             return None
-        if self._door.is_use_due(found.last_used_at):
+        if self._door.is_use_due(key.last_used_at):
             # A full disk must not lock out the operator who can make room.
             with contextlib.suppress(StoreError):
-                self._keys.used(found.id, self._door.now())
-        return Caller(OPERATOR, found.id, found.name, found.scopes, address=address)
+                self._keys.used(key.id, self._door.now())
+        return Caller(OPERATOR, key.id, key.name, key.scopes, address=address)
 
     def admit_operator(
         self, key: str, address: str, refusal: str = AuditEvent.KEY_REFUSED
@@ -10638,7 +10652,7 @@ class OperatorAccess:
     def _add(self, name: str, scopes: Sequence[str]) -> tuple[OperatorKey, str]:
         text = new_secret("mk_")
         key = OperatorKey(new_id(), name, scopes, self._door.now())
-        self._keys.add(key, secret_hash(text))
+        self._keys.add(key, make_credential(text))
         return key, text
 
 
@@ -10711,6 +10725,32 @@ class Access:
         self.join_codes = JoinCodes(self.door, self.devices, RateLimit(monotonic))
         self.operators = OperatorAccess(self.door, RateLimit(monotonic))
         self.sign_ins = SignIns(self.door, self.operators)
+        self._decoy_key = self._load_decoy_key()
+
+    def scram_server(self, channel_binding: bytes | None = None) -> ScramServer:
+        """Return the gateway's half of one authentication, by token or by key."""
+        return ScramServer(self._verifier, channel_binding)
+
+    def record_refused_proof(self, role: object, reason: str, address: str) -> None:
+        """Record that a peer did not prove the token or key that it named."""
+        operator = role == OPERATOR
+        event = AuditEvent.KEY_REFUSED if operator else AuditEvent.TOKEN_REFUSED
+        self.door.record_refusal(event, clip(reason, 200), address)
+
+    def _verifier(self, handle: str) -> ScramVerifier:
+        store = self.door.store
+        text = store.devices.verifier(handle, self.door.now())
+        text = text or store.operator_keys.verifier(handle)
+        # Made for known handles too: the time must not reveal which are known.
+        decoy = decoy_verifier(self._decoy_key, handle)
+        return decoy if text is None else ScramVerifier.from_text(text)
+
+    def _load_decoy_key(self) -> bytes:
+        kept = self.door.store.settings.get("scram_decoy_key")
+        if not isinstance(kept, str):
+            kept = secrets.token_hex(32)
+            self.door.store.settings.put("scram_decoy_key", kept)
+        return bytes.fromhex(kept)
 
     def is_current(self, operator: Caller) -> bool:
         """Return whether the credential of a connected operator is still valid."""
@@ -15870,10 +15910,10 @@ class Introduction:
 
         Raises RpcError.
         """
-        devices, client = self._access.devices, self._client
+        access, client = self._access, self._client
         try:
             if request.method == CAP_SCRAM and self._scram is None:
-                self._scram = devices.scram_server(client.channel_binding)
+                self._scram = access.scram_server(client.channel_binding)
                 first = required(request.params, "clientFirst", str)
                 return {"serverFirst": self._scram.first(first)}
             if request.method != "connect":
@@ -15888,7 +15928,8 @@ class Introduction:
             # Not counted against the address: 256 bits cannot be guessed, and a node
             # with an old token must not lock out others behind the same router.
             log.warning("refused address=%s: %s", client.address, error)
-            devices.record_refused_device(str(error), client.address)
+            role = request.params.get("role")
+            access.record_refused_proof(role, str(error), client.address)
             text = "authentication failed"
             if isinstance(error, ChannelMismatch):
                 text = f"{text}: {error}"
@@ -15896,20 +15937,22 @@ class Introduction:
 
     def _identify(self, params: ConnectParams) -> Identity:
         """Raises AuthenticationError; RpcError if there is no credential."""
-        access, final = self._access, ""
+        access, final, address = self._access, "", self._client.address
         if params.scram_final and self._scram is not None:
             final = self._scram.final(params.scram_final)
             handle = self._scram.username or ""
+            caller = access.operators.operator_by_handle(handle, address)
+            if caller is not None:
+                return Identity(caller, params, server_final=final)
             device = access.devices.device_by_handle(handle)
         elif params.device_token:
             if self._require_scram:
                 raise RpcError(
                     "FORBIDDEN", "this gateway takes no token as it is, only SCRAM"
                 )
-            handle = device_handle(params.device_token)
+            handle = scram_handle(params.device_token)
             device = access.devices.device_by_token(params.device_token)
         elif params.api_key:
-            address = self._client.address
             caller = access.operators.admit_operator(params.api_key, address)
             return Identity(caller, params)
         elif self._client.login is not None and params.role != "node":
@@ -15921,7 +15964,7 @@ class Introduction:
                 "sign-in",
             )
         if device is None:
-            raise AuthenticationError("unknown or revoked device token")
+            raise AuthenticationError("unknown or revoked token")
         return Identity(device_caller(device), params, device, handle, final)
 
 
@@ -20790,15 +20833,15 @@ class OperatorClient:
         self._on_news = on_news
         self._ws = connect(websocket_url(url), trust or TlsTrust())
         self._calls = Calls(self._send_text)
+        try:
+            self._connect(api_key)
+        except BaseException:
+            self._ws.abort()
+            raise
         self._reader = threading.Thread(
             target=self._read, name="moltis-read-gateway", daemon=True
         )
         self._reader.start()
-        try:
-            self._connect(api_key)
-        except BaseException:
-            self.close()
-            raise
 
     def __enter__(self) -> OperatorClient:
         return self
@@ -20863,18 +20906,24 @@ class OperatorClient:
             client_id=f"cli-{os.getpid()}",
             version=__version__,
             platform=platform_name(),
-            api_key=api_key,
         )
         try:
-            self._calls.call("connect", params.to_json(), CONNECT_TIMEOUT)
+            sign_in(self._ws, params, api_key)
         except RpcError as error:
-            kind = Unreachable if error.code == "TIMEOUT" else Refused
-            raise kind(
+            if error.code == "UNAVAILABLE":
+                raise Unreachable(f"{self._url}: {error.message}") from error
+            raise Refused(
                 f"{self._url} refused the operator key: {error.message}; the right one "
                 "is in gateway.json on the gateway's machine, or give another in "
-                "MOLTIS_API_KEY"
+                "MOLTIS_API_KEY; a key of moltis 0.1 is accepted here once it was used "
+                "to sign in on the page"
             ) from error
-        except ConnectionClosed as error:
+        except AuthenticationError as error:
+            raise Refused(
+                f"{self._url} did not prove that it knows your operator key ({error}); "
+                "it may be an impostor, which has learned nothing: check the address"
+            ) from error
+        except (ConnectionClosed, TimeoutError) as error:
             raise Unreachable(f"{self._url} hung up: {error}") from error
 
     def _read(self) -> None:
@@ -22197,8 +22246,8 @@ def warn_about_plain_text(url: str, output: Output) -> None:
     host = parts.hostname or ""
     if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
         output.say(
-            f"warning: {url} is not encrypted: the network can read commands, output "
-            "and operator keys; start the gateway with --tls, then use wss://"
+            f"warning: {url} is not encrypted: the network can read commands and "
+            "output; start the gateway with --tls, then use wss://"
         )
 
 
@@ -22837,23 +22886,10 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
     return first
 
 
-def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Return names by id, made unique with the beginning of the id, or all of it."""
-    unique = dict(names)
-    for length in (8, None):
-        folded = collections.Counter(name.casefold() for name in unique.values())
-        for node_id, name in unique.items():
-            if folded[name.casefold()] > 1:
-                unique[node_id] = f"{names[node_id]} {node_id[:length]}"
-    return unique
-
-
 def connected_nodes(feed: JobFeed) -> dict[str, str]:
     """Return the names of all connected nodes by id."""
     listed = feed.client.call("node.list", {})
-    return distinct_names(
-        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
-    )
+    return {n["nodeId"]: n["displayName"] for n in listed if n["connected"]}
 
 
 def without_name(name: str, text: str) -> str:
@@ -23723,7 +23759,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             ),
             arg(
                 "--proxy-cert FILE",
-                "certificate of a proxy that does TLS, for nodes to bind to",
+                "certificate of a proxy that does TLS, for clients to bind to",
             ),
             arg(
                 "--require-scram",
