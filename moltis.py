@@ -13785,6 +13785,11 @@ CARD_STATES: Mapping[str, str] = {  # of messages, by state of their jobs
     JobState.DENIED: MessageState.ABORTED,
 }  # others: MessageState.ERROR
 
+UNFINISHED_WORDS: Mapping[str, str] = {  # by the reason why an answer ended
+    "length": "The answer was cut: it met the model's length limit. Write “continue”.",
+    "refusal": "The model, or a filter of its provider, refused to answer this.",
+}
+
 OPEN_STATES = (MessageState.QUEUED, MessageState.RUNNING)
 
 Announce: TypeAlias = "Callable[[str, JsonObject], None]"
@@ -14252,22 +14257,22 @@ class TurnChat(Conversation):
 
     def finish(self, end: RunEnd, aborted_state: str) -> None:
         """Show how the run ended."""
-        if end.state == "error":
-            self._end_answer(MessageState.ERROR)
-            fields = {"text": end.error, "error": end.error}
-            self._add("error", "notice", MessageState.ERROR, **fields)
-            return
         state = aborted_state
         details: JsonObject = {}
-        if end.state == "final":
+        error = end.error if end.state == "error" else UNFINISHED_WORDS.get(end.reason)
+        if end.state == "error":
+            state = MessageState.ERROR
+        elif end.state == "final":
             state = MessageState.DONE
             details["usage"] = {
                 "inputTokens": end.input_tokens,
                 "outputTokens": end.output_tokens,
             }
-            if end.reason != "stop":
-                details["reason"] = end.reason
-        if not self._end_answer(state, end.state, details):
+        if error:
+            self._end_answer(state, details=details)
+            fields = {"text": error, "error": error}
+            self._add("error", "notice", MessageState.ERROR, **fields)
+        elif not self._end_answer(state, end.state, details):
             self._log.note(end.state, self._turn.run_id)
 
     def _add(
