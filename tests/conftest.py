@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support import child_processes, wait_for
 
+LONGEST = ("test_faults",)
 RUN_ALL = os.environ.get("MOLTIS_TEST_ALL") == "1"
 
 
@@ -28,9 +29,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--schedules-at-once",
         type=int,
-        default=10,
+        default=5,
         metavar="N",
-        help="how many of them run side by side: they mostly wait",
+        help="how many of them each worker runs side by side: they mostly wait",
     )
     parser.addoption(
         "--first-schedule",
@@ -39,6 +40,27 @@ def pytest_addoption(parser):
         metavar="SEED",
         help="the seed of the first of them; the others follow",
     )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give a worker whole files, but the schedules of faults block by block."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            is_block = test.startswith("test_schedules_of_misfortunes[")
+            return nodeid if is_block else file
+
+    config.option.loadscopereorder = False  # our order, not by number of tests
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest files, so that short ones fill the end."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 def pytest_configure(config):

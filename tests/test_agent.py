@@ -265,8 +265,11 @@ def test_a_command_in_the_background_is_answered_with_its_id(chat, tmp_path):
     assert status(chat, job_id)["stdout"] == "begun\ngrüße\n"
 
 
-def test_an_offset_that_a_model_makes_up_is_read_from_the_next_frame_on(chat):
-    job_id = background(chat, "echo one; sleep 0.2; echo two")
+def test_an_offset_that_a_model_makes_up_is_read_from_the_next_frame_on(chat, tmp_path):
+    go = tmp_path / "go"
+    job_id = background(chat, f"echo one; {wait_in_shell(go)}; echo two")
+    wait_for(lambda: status(chat, job_id)["stdout"])  # in a frame of its own
+    go.touch()
     assert status(chat, job_id, wait=60)["stdout"] == "one\ntwo\n"
     assert status(chat, job_id, offset=3)["stdout"] == "two\n"
     seen = status(chat, job_id, offset=10_000)

@@ -33,6 +33,7 @@ BREAKS = (  # "cut_after" twice: each byte is another place to break
 )
 LOST = "is not known"
 NO_ROOM = "make room on that disk"
+SCHEDULE_BLOCKS = 10  # of seeds, each a test
 JUMPS = (-10 * 365 * 86400, -86400, -5, 5, 3600, 10 * 365 * 86400)  # s
 
 
@@ -353,7 +354,7 @@ def test_kept_output_is_where_it_was_after_a_full_disk(small_disk, monkeypatch):
     monkeypatch.setattr(moltis, "SEGMENT", 1)  # byte: each piece begins another
     monkeypatch.setattr(moltis, "MEMORY_LOG", 1)
     directory = small_disk.path / moltis.new_id()
-    log = moltis.Log(directory)
+    log = moltis.Log(str(directory))
     frames = [moltis.encode_log_frame(1, b"%04d" % n) for n in range(4)]
     log.append(0, frames[0])
     log.append(9, frames[1])
@@ -361,7 +362,7 @@ def test_kept_output_is_where_it_was_after_a_full_disk(small_disk, monkeypatch):
     log.append(18, frames[2])
     small_disk.free()
     log.append(27, frames[3])
-    found = moltis.Log(directory)
+    found = moltis.Log.load(str(directory))
     assert (found.begin, found.end) == (0, 36)
     assert found.read(0) == (0, frames[0])
     assert found.read(9) == (9, frames[1])
@@ -772,9 +773,19 @@ def test_schedules_can_have_clocks_that_jump():
         pytest.skip("Debian's package faketime is not here")
 
 
-def test_schedules_of_misfortunes(tmp_path, pytestconfig):
-    count = pytestconfig.getoption("--schedules")
-    first = pytestconfig.getoption("--first-schedule")
+def pytest_generate_tests(metafunc):
+    """Cut the schedules into blocks, which several workers of xdist share."""
+    if "seeds" in metafunc.fixturenames:
+        option = metafunc.config.getoption
+        count, first = option("--schedules"), option("--first-schedule")
+        size = max(-(-count // SCHEDULE_BLOCKS), option("--schedules-at-once"))
+        seeds = range(first, first + count)
+        blocks = [seeds[start : start + size] for start in range(0, count, size)]
+        ids = [f"{block[0]}-{block[-1]}" for block in blocks]
+        metafunc.parametrize("seeds", blocks, ids=ids)
+
+
+def test_schedules_of_misfortunes(seeds, tmp_path, pytestconfig):
     failures = []
     lock = threading.Lock()
 
@@ -789,7 +800,7 @@ def test_schedules_of_misfortunes(tmp_path, pytestconfig):
 
     at_once = pytestconfig.getoption("--schedules-at-once")
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(run, range(first, first + count)))
+        list(pool.map(run, seeds))
     assert not failures, "\n\n".join(
-        [f"{len(failures)} of {count} schedules failed", *failures]
+        [f"{len(failures)} of {len(seeds)} schedules failed", *failures]
     )
