@@ -16033,7 +16033,8 @@ class Client(Value):
     address: str
     channel_binding: bytes | None  # None: it came without TLS
     login: Callable[[str], Caller | None]  # of cookie and page secret
-    on_identified: Callable[[], None]  # called once it has proved who it is
+    # Called once it has proved who it is; raises RpcError.
+    on_identified: Callable[[Caller], None]
 
 
 class Introduction:
@@ -16063,7 +16064,7 @@ class Introduction:
             answer = self._answer(self._request(message))
             if isinstance(answer, Identity):
                 self._scram = None  # free it: this object lives as long as `ws`
-                self._client.on_identified()
+                self._client.on_identified(answer.caller)
                 return answer
             self._ws.send(encode_envelope(Response(self.request_id, answer)))
 
@@ -16416,8 +16417,10 @@ REQUEST_TIMEOUT = 10.0  # s for TLS, for a request without its body, for 64 KiB 
 REPLY_TIMEOUT = 300.0  # s for a client to take one piece of a reply
 REPLY_PIECE = 64 * 1024  # bytes
 MIN_BODY_RATE = 10 * 1024  # bytes a second
-MAX_STRANGERS = 1024  # connections without a proved identity; more are refused
-MAX_STRANGERS_EACH = 256  # of them from one address; a fleet may share its router's
+MAX_STRANGERS = 1024  # connections without a proved identity; the oldest makes room
+MAX_STRANGERS_EACH = 256  # of them from one network; a fleet may share its router's
+STRANGER_TIME = 2.0  # s that a stranger has before it makes room for its neighbours
+MAX_KEY_CONNECTIONS = 128  # of one operator key that is no administrator's
 MAX_CONNECTIONS = 16_000  # in all, or fewer where the system allows fewer descriptors
 SPARE_DESCRIPTORS = 256  # for all else: the database, Local's commands
 LISTEN_BACKLOG = 1024  # connections; a fleet comes back all at once
@@ -16514,7 +16517,8 @@ class HttpRequest(Value):
     headers: HttpHeaders[str, str]
     body: bytes
     public: PublicAddress
-    channel_binding: bytes | None = None  # of the certificate that the client sees
+    channel_binding: bytes | None  # of the certificate that the client sees
+    on_identified: Callable[[Caller], None]  # raises RpcError
 
     @property
     def cookie(self) -> str:
@@ -16857,26 +16861,26 @@ class HttpApp:
     def caller(self, request: HttpRequest) -> Caller:
         """Raises RpcError UNAUTHORIZED or RATE_LIMITED."""
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        caller: Caller | None
         if scheme.lower() == "bearer":
-            return self._access.operators.admit_operator(
-                key.strip(), request.public.client
-            )
-        caller = self._login(request, request.headers.get(PAGE_HEADER, ""))
+            address = request.public.client
+            caller = self._access.operators.admit_operator(key.strip(), address)
+        else:
+            caller = self._login(request, request.headers.get(PAGE_HEADER, ""))
         if caller is None:
             raise RpcError(
                 "UNAUTHORIZED", "send the operator key: Authorization: Bearer mk_…"
             )
+        request.on_identified(caller)
         return caller
 
-    def server(
-        self, ws: WebSocket, request: HttpRequest, on_identified: Callable[[], None]
-    ) -> Callable[[], None]:
+    def server(self, ws: WebSocket, request: HttpRequest) -> Callable[[], None]:
         """Return a function that serves an upgraded connection to its end."""
         client = Client(
             request.public.client,
             request.channel_binding,
             partial(self._login, request),
-            on_identified,
+            request.on_identified,
         )
         return partial(self._gateway.serve, ws, client)
 
@@ -17026,62 +17030,161 @@ class HttpApp:
 # --- Limits ---
 
 
+def address_network(address: str) -> str:
+    """Return the /24 of an IPv4 address, the /48 of an IPv6 address."""
+    import ipaddress
+
+    try:
+        ip = ipaddress.ip_address(unmapped(address.partition("%")[0]))
+    except ValueError:
+        return address
+    bits = 24 if ip.version == 4 else 48
+    return str(ipaddress.ip_network(f"{ip}/{bits}", strict=False))
+
+
+def _too_many(what: str) -> RpcError:
+    return RpcError(
+        "RATE_LIMITED",
+        f"there are too many {what}; close some, or try again later",
+        retryable=True,
+        retry_after=STRANGER_TIME,
+    )
+
+
 class Admission:
-    """One connection's place within ConnectionLimits."""
+    """One connection's place within ConnectionLimits, which guards it with its lock."""
 
-    def __init__(self, block: str, forget: Callable[[Admission, bool], None]) -> None:
-        self.block = block  # of addresses
-        self.is_known = False
-        self._forget = forget
+    def __init__(
+        self, limits: ConnectionLimits, sock: socket.socket, since: float
+    ) -> None:
+        self.sock = sock
+        self.since = since  # on the clock of the limits
+        self.network = ""  # where it counts as a stranger; "" once it does not
+        self.key_id: str | None = None  # of the credential that was proved
+        self._limits = limits
 
-    def identified(self) -> None:
-        """Count it as a stranger's no longer."""
-        self._forget(self, False)
+    def move(self, address: str) -> None:
+        """Count it where its client is, behind a proxy.  Raises RpcError."""
+        self._limits.move(self, address)
+
+    def identified(self, caller: Caller) -> None:
+        """Count it as a stranger's no longer.  Raises RpcError."""
+        self._limits.identify(self, caller)
 
     def end(self) -> None:
-        self._forget(self, True)
+        self._limits.forget(self)
+
+    def hang_up(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed already
+            # Not SSLSocket's own, which goes on without encryption.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
 
 class ConnectionLimits:
-    """Counts of connections, and of strangers among them.
+    """Counts of connections: of strangers by network, of the identified by key.
 
-    Strangers are counted apart: however many come, identified peers keep their places.
+    However many strangers come, identified peers keep their places, and a newcomer gets
+    one: the oldest stranger of the network that has most makes room.
     """
 
-    def __init__(self, total: int, *, strangers: int, strangers_each: int) -> None:
-        self._free = total
-        self._free_strangers = strangers
-        self._strangers_each = strangers_each
-        self._lock = threading.Lock()  # guards the counts here and in admissions
-        self._by_block: dict[str, int] = {}  # strangers; no entry for none
+    def __init__(
+        self,
+        total: int,
+        *,
+        strangers: int,
+        strangers_each: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total = total
+        self._max_strangers = min(strangers, max(1, total // 2))
+        self._each = strangers_each
+        # No credential but an administrator's takes the room for newcomers.
+        self._max_known = total - min(self._max_strangers, max(1, total // 4))
+        self._share = max(1, min(MAX_KEY_CONNECTIONS, total // 8))
+        self._clock = clock
+        self._lock = threading.Lock()  # guards all below, and admissions
+        self._strangers: dict[str, dict[Admission, None]] = {}  # the oldest first
+        self._stranger_count = 0
+        self._by_key: dict[str, int] = collections.Counter()
+        self._known = 0
 
-    def admit(self, address: str, *, shared: bool) -> Admission | None:
+    def admit(
+        self, address: str, sock: socket.socket, *, shared: bool
+    ) -> Admission | None:
         """Return a place, or None if there are too many connections.
 
         `shared` addresses, as of a proxy, may have more than others.
         """
-        block = address_block(address)
-        with self._lock:
-            here = self._by_block.get(block, 0)
-            crowded = here >= self._strangers_each and not shared
-            if crowded or not self._free or not self._free_strangers:
-                return None
-            self._by_block[block] = here + 1
-            self._free_strangers -= 1
-            self._free -= 1
-        return Admission(block, self._forget)
+        admission = Admission(self, sock, self._clock())
+        return admission if self._place(admission, address, shared=shared) else None
 
-    def _forget(self, admission: Admission, ended: bool) -> None:
-        """Count the connection as identified, or as ended."""
+    def move(self, admission: Admission, address: str) -> None:
+        """Raises RpcError RATE_LIMITED."""
+        if admission.network in ("", address_network(address)):
+            return
         with self._lock:
-            self._free += ended
-            if admission.is_known:
+            self._remove(admission)
+        if not self._place(admission, address, shared=is_loopback(address)):
+            raise _too_many("connections from your network")
+
+    def identify(self, admission: Admission, caller: Caller) -> None:
+        """Raises RpcError RATE_LIMITED."""
+        limited = not caller.may(Scope.ADMIN)
+        with self._lock:
+            if admission.key_id is not None:
                 return
-            admission.is_known = True
-            self._free_strangers += 1
-            self._by_block[admission.block] -= 1
-            if not self._by_block[admission.block]:
-                del self._by_block[admission.block]
+            if limited and self._known >= self._max_known:
+                raise _too_many("connections")
+            if limited and self._by_key[caller.id] >= self._share:
+                raise _too_many(f"connections of {caller.name}")
+            self._remove(admission)
+            admission.key_id = caller.id
+            self._by_key[caller.id] += 1
+            self._known += 1
+
+    def forget(self, admission: Admission) -> None:
+        with self._lock:
+            self._remove(admission)
+            if admission.key_id is not None:
+                self._known -= 1
+                self._by_key[admission.key_id] -= 1
+                if not self._by_key[admission.key_id]:
+                    del self._by_key[admission.key_id]
+
+    def _place(self, admission: Admission, address: str, *, shared: bool) -> bool:
+        """Count a stranger; False: there is no room."""
+        network, oldest = address_network(address), None
+        with self._lock:
+            here = self._strangers.get(network, {})
+            count = self._stranger_count
+            full = count >= self._max_strangers or count + self._known >= self._total
+            if full or (len(here) >= self._each and not shared):
+                largest = max(self._strangers.values(), key=len, default=here)
+                crowd = largest if full and len(largest) > len(here) else here
+                oldest = next(iter(crowd), None)
+                if oldest is None:
+                    return False
+                # Neighbours get a moment, or a fleet that comes back would get nowhere.
+                age = self._clock() - oldest.since
+                if crowd is here and age < STRANGER_TIME:
+                    return False
+                self._remove(oldest)
+            self._strangers.setdefault(network, {})[admission] = None
+            admission.network = network
+            self._stranger_count += 1
+        if oldest is not None:
+            oldest.hang_up()
+        return True
+
+    def _remove(self, admission: Admission) -> None:
+        """Count no stranger for it; the caller holds the lock."""
+        if admission.network:
+            here = self._strangers[admission.network]
+            del here[admission]
+            if not here:
+                del self._strangers[admission.network]
+            admission.network = ""
+            self._stranger_count -= 1
 
 
 # --- One connection ---
@@ -17214,6 +17317,8 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 super().handle_one_request()
             except MalformedHead as error:
                 self.refuse(400, str(error))
+            except RpcError as error:  # too many from the network of a proxy's client
+                self.refuse(STATUS_OF_CODE[error.code], error.message)
             except RequestTooLarge:
                 self.refuse(431, f"{MAX_REQUEST_HEAD} bytes are the limit")
             except OSError:
@@ -17294,10 +17399,16 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 binding = app.edge.proxies.channel_binding(public)
             else:
                 binding = None if tls is None else tls.channel_binding
+            if public.client != direct.client:
+                self.peer.admission.move(public.client)
             path = self.path.partition("?")[0]
             if public.prefix and path.startswith(public.prefix + "/"):
                 path = path[len(public.prefix) :]
-            return HttpRequest(self.command, path, headers, body, public, binding)
+            admission = self.peer.admission
+            return HttpRequest(
+                *(self.command, path, headers, body, public, binding),
+                on_identified=admission.identified,
+            )
 
         def refuse(self, status: int, message: str) -> None:
             """Send an error, then close the connection."""
@@ -17353,7 +17464,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 hold_pongs=True,
             )
             ws = WebSocket(self.connection, protocol, early=early)
-            self.upgraded = app.server(ws, request, self.peer.admission.identified)
+            self.upgraded = app.server(ws, request)
 
         def finish(self) -> None:
             with contextlib.suppress(OSError):
@@ -17433,7 +17544,9 @@ HTTP_ON_TLS_PORT = (
 )
 
 
-def _secured(sock: socket.socket, identity: TlsIdentity) -> socket.socket:
+def _secured(
+    sock: socket.socket, identity: TlsIdentity, admission: Admission
+) -> socket.socket:
     """Return the connection after its TLS handshake.  Raises OSError."""
     deadline = Deadline(REQUEST_TIMEOUT)
     sock.settimeout(REQUEST_TIMEOUT)
@@ -17444,6 +17557,7 @@ def _secured(sock: socket.socket, identity: TlsIdentity) -> socket.socket:
     secured = identity.context.wrap_socket(
         sock, server_side=True, do_handshake_on_connect=False
     )
+    admission.sock = secured  # for it has taken the descriptor
     try:
         # This timeout is for the whole handshake.
         secured.settimeout(deadline.remaining() or 0.001)
@@ -17519,7 +17633,7 @@ class HttpDoor:
         """Serve a connection in a thread of its own, if there is room for it."""
         # Other users of this machine have better ways to bring it down.
         shared = is_loopback(address) or self._proxies.include(address)
-        admission = self._limits.admit(address, shared=shared)
+        admission = self._limits.admit(address, sock, shared=shared)
         if admission is None:
             if time.monotonic() > self._last_refusal + 60:
                 self._last_refusal = time.monotonic()
@@ -17539,7 +17653,7 @@ class HttpDoor:
         try:
             if self._tls is not None:
                 identity = self._tls.identity
-                sock = _secured(sock, identity)
+                sock = _secured(sock, identity, admission)
                 self._threads.replace_socket(sock)
             peer = TcpPeer(address, identity, admission)
             upgraded = self._handler(sock, peer, self._server).upgraded

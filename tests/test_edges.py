@@ -234,30 +234,146 @@ def tries_to_connect(gateway):
         return gateway.call("node.list")
 
 
-def test_one_address_cannot_take_all_the_room():
-    limits = moltis.ConnectionLimits(100, strangers=10, strangers_each=3)
+class Limits:
+    """ConnectionLimits with a clock of the test's own and sockets that are no one's."""
 
-    def admit(address, shared=False):
-        return limits.admit(address, shared=shared)
+    def __init__(self, total, **limits):
+        self.now = 0.0
+        self.limits = moltis.ConnectionLimits(total, clock=lambda: self.now, **limits)
+        self.sock = socket.socket()
 
-    taken = [admit("192.0.2.1") for _ in range(4)]
-    assert taken[3] is None
-    # An IPv6 customer has a whole /64.
-    assert [bool(admit(f"2001:db8::{n}")) for n in range(4)] == [True] * 3 + [False]
-    assert all(admit("198.51.100.1", shared=True) for _ in range(4))
-    assert admit("203.0.113.1") is None  # ten strangers in all
-    taken[0].identified()
+    def admit(self, address, *, shared=False):
+        return self.limits.admit(address, self.sock, shared=shared)
+
+
+@pytest.fixture
+def limited():
+    made = []
+
+    def make(total, **limits):
+        made.append(Limits(total, **limits))
+        return made[-1]
+
+    yield make
+    for limits in made:
+        limits.sock.close()
+
+
+def operator(name, *scopes):
+    return moltis.Caller(moltis.OPERATOR, name, name, scopes)
+
+
+ADMIN = operator("owner", moltis.Scope.ADMIN)
+READER = operator("reader", moltis.Scope.READ)
+
+
+@pytest.mark.parametrize(
+    "neighbours",
+    [
+        ("192.0.2.1", "192.0.2.200", "::ffff:192.0.2.3"),
+        ("2001:db8:1::1", "2001:db8:1:ffff::1", "2001:db8:1:2:3::"),
+    ],
+)
+def test_neighbours_share_the_room_of_a_network(limited, neighbours):
+    limits = limited(100, strangers=10, strangers_each=2)
+    first, second = map(limits.admit, neighbours[:2])
+    assert limits.admit(neighbours[2]) is None  # the others have just come
+    limits.now = moltis.STRANGER_TIME
+    assert limits.admit(neighbours[2])
+    assert (first.network, bool(second.network)) == ("", True)  # the oldest made room
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        [f"2001:db8:{n % 4}::{n:x}" for n in range(1024)],
+        [f"10.{n // 256}.{n % 256}.1" for n in range(1024)],
+        ["198.51.100.1"] * 1024,
+    ],
+)
+def test_a_newcomer_gets_in_whoever_else_idles(limited, flood):
+    limits = limited(16_000, strangers=1024, strangers_each=256)
+    known = limits.admit("192.0.2.1")
+    known.identified(READER)
+    idle = [limits.admit(address, shared=True) for address in flood]
+    newcomer = limits.admit("192.0.2.9")
+    assert newcomer
+    assert (idle[0].network == "") is (len(idle) == 1024)
+    for address in flood:
+        limits.admit(address, shared=True)
+    assert newcomer.network or len(set(flood)) == 1024  # the flood's own made room
+    newcomer.identified(ADMIN)
+
+
+def test_the_client_of_a_proxy_counts_in_its_own_network(limited):
+    limits = limited(100, strangers=10, strangers_each=2)
+    for _ in range(2):
+        limits.admit("127.0.0.1", shared=True).move("203.0.113.7")
+    late = limits.admit("127.0.0.1", shared=True)
+    with pytest.raises(moltis.RpcError, match="from your network"):
+        late.move("203.0.113.9")
+    limits.admit("127.0.0.1", shared=True).move("198.51.100.9")
+
+
+def test_a_key_has_a_share_and_an_administrator_gets_in(limited):
+    limits = limited(80, strangers=20, strangers_each=20)
+    taken = [limits.admit("192.0.2.1") for _ in range(11)]
+    for admission in taken[:10]:
+        admission.identified(READER)
+    with pytest.raises(moltis.RpcError, match="too many connections of reader"):
+        taken[10].identified(READER)
+    taken[10].identified(operator("other", moltis.Scope.READ))
     taken[0].end()
-    taken[1].end()
-    assert admit("192.0.2.1")
-    assert admit("203.0.113.1")
+    limits.admit("192.0.2.1").identified(READER)
+    others = [operator(f"key {n}", moltis.Scope.WRITE) for n in range(7)]
+    room = 80 - 20 - 11
+    for n in range(room):
+        limits.admit("192.0.2.1").identified(others[n % 7])
+    with pytest.raises(moltis.RpcError, match="too many connections;"):
+        limits.admit("192.0.2.1").identified(operator("late", moltis.Scope.WRITE))
+    limits.admit("192.0.2.1").identified(ADMIN)
 
 
-def test_the_known_count_in_the_total_and_among_strangers_no_more():
-    limits = moltis.ConnectionLimits(3, strangers=2, strangers_each=2)
-    for _ in range(3):
-        limits.admit("192.0.2.1", shared=False).identified()
-    assert limits.admit("192.0.2.2", shared=False) is None
+def test_the_ended_and_the_identified_are_no_strangers(limited):
+    limits = limited(100, strangers=3, strangers_each=3)
+    for _ in range(20):
+        limits.admit("192.0.2.1").end()
+        admission = limits.admit("192.0.2.1")
+        admission.identified(ADMIN)
+        admission.identified(ADMIN)
+        admission.end()
+    assert all(limits.admit("192.0.2.1") for _ in range(3))
+    assert limits.admit("192.0.2.1") is None
+
+
+def test_idle_clients_of_a_proxy_keep_nobody_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(moltis, "MAX_STRANGERS", 8)
+    proxies = moltis.TrustedProxies(["127.0.0.1"])
+    with contextlib.ExitStack() as stack:
+        gateway = stack.enter_context(InProcessGateway(tmp_path / "g", proxies=proxies))
+        for number in range(24):
+            forwarded = [("X-Forwarded-For", f"2001:db8:{number % 4}::{number:x}")]
+            with contextlib.suppress(moltis.MoltisError):
+                url = gateway.websocket_url
+                stack.enter_context(RawPeer(url, headers=forwarded))
+        assert gateway.call("node.list")
+
+
+def test_a_key_that_has_its_share_is_told_so_and_others_get_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(moltis, "MAX_KEY_CONNECTIONS", 3)
+    with contextlib.ExitStack() as stack:
+        gateway = stack.enter_context(InProcessGateway(tmp_path / "g"))
+        made = gateway.call("keys.create", name="ci", scopes=["operator.read"])
+        for _ in range(3):
+            stack.enter_context(moltis.OperatorClient(gateway.url, made["key"]))
+        with pytest.raises(moltis.MoltisError, match="too many connections of ci"):
+            moltis.OperatorClient(gateway.url, made["key"])
+        authorization = {"Authorization": f"Bearer {made['key']}"}
+        body = json.dumps({"method": "node.list"}).encode()
+        request = urllib.request.Request(gateway.url + "/api/rpc", body, authorization)
+        with pytest.raises(urllib.error.HTTPError, match="429"):
+            urllib.request.urlopen(request, timeout=10)
+        assert gateway.call("node.list")
 
 
 # -- other sites' pages ----------------------------------------------------------------
