@@ -94,7 +94,7 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import MappingProxyType
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import parse_qs, quote, urljoin, urlsplit
 
 # `typing` would take 3 ms of each start, and 0.9 MiB of each node, for nothing that a
 # running program asks: type checkers take TYPE_CHECKING for true by its name.
@@ -8657,7 +8657,7 @@ def service_manager(
 STORE_FILE = "moltis.db"
 MAX_PAGE = 1000  # rows of one answer
 MAX_CALLER_EVENTS = 10_000  # audit events of one caller; the oldest are deleted
-REFUSAL_REPEATED_AFTER = 3600_000  # ms; the same refusal is recorded once in them
+SIMILAR_WITHIN = 3600_000  # ms; similar events in them are one row with a count
 DELETE_SLICE = 500  # rows deleted in one transaction: some ms
 SEARCH_SLICE = 20_000  # rows that one statement searches: some 20 ms
 STEADY_AFTER = 86_400.0  # s without a jump; then the clock decides what is old
@@ -8844,6 +8844,16 @@ MIGRATIONS: Mapping[int, str] = {
         WHERE event NOT LIKE '%.refused';
     CREATE INDEX audit_caller ON audit(caller_id, seq);
     """,
+    6: """
+    ALTER TABLE audit ADD COLUMN count INTEGER NOT NULL DEFAULT 1;
+    ALTER TABLE audit ADD COLUMN last_at INTEGER;  -- of the last of several
+    UPDATE operator_keys SET name = name || ' ' || substr(id, 1, 8)
+        WHERE revoked_at IS NULL AND (lower(name) IN ('owner', 'moltis') OR EXISTS (
+            SELECT 1 FROM operator_keys other WHERE other.revoked_at IS NULL
+            AND lower(other.name) = lower(operator_keys.name)
+            AND other.rowid < operator_keys.rowid));
+    UPDATE operator_keys SET name = 'owner' WHERE name = 'this machine';
+    """,
 }
 
 
@@ -8972,9 +8982,18 @@ class AuditEvent:
     JOINED = "token.joined"
     RENAMED = "node.renamed"
     APPROVALS_CHANGED = "chat.approvals"
+    CHAT_RESET = "chat.reset"
+    CHAT_DELETED = "chat.deleted"
+    MODELS_CHANGED = "models.changed"
     EXPORTED = "audit.exported"
 
-    REFUSALS = (SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED)
+    # They say no more each time: those of one caller and address are counted.
+    COUNTED = frozenset(
+        (
+            *(SIGNED_IN, SIGNED_OUT, EXPORTED),
+            *(SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED),
+        )
+    )
 
 
 class AuditEntry(Value):
@@ -8985,6 +9004,11 @@ class AuditEntry(Value):
     caller: str
     address: str
     subject: str  # a name, or the command
+    caller_id: str = (
+        ""  # of an operator key, "device" for all devices, "" for strangers
+    )
+    count: int = 1  # of similar events
+    last_at: int | None = None  # of the last of them
     job_id: str | None = None
     node: str | None = None
     state: str | None = None
@@ -9679,53 +9703,79 @@ class JobsTable(Table):
 
 
 class AuditTable(Table):
-    """Sign-ins, refusals, and changes of tokens and keys; page() adds the commands."""
+    """Who came and what was changed; page() adds the commands."""
 
     name = "audit"
 
-    def add(self, entry: AuditEntry, caller_id: str = "") -> None:
-        """Record an event; the same refusal of an address is recorded once an hour.
+    def add(self, entry: AuditEntry) -> None:
+        """Record an event, or count it if it is similar to one of the last hour.
 
-        `caller_id` is that of an operator key, "device" for all devices, "" for all
-        strangers.  Each has room for MAX_CALLER_EVENTS: others cannot push them out.
+        Each `caller_id` has room for MAX_CALLER_EVENTS: others cannot push them out.
         """
-        since = entry.at - REFUSAL_REPEATED_AFTER
-        if entry.event in AuditEvent.REFUSALS and self._db.row(
-            "SELECT 1 FROM audit WHERE event = ? AND address = ? AND subject = ?"
-            " AND at BETWEEN ? AND ?",
-            (entry.event, entry.address, entry.subject, since, entry.at),
+        if entry.event in AuditEvent.COUNTED and self._db.write(
+            "UPDATE audit SET count = count + 1, last_at = :at WHERE seq = ("
+            "   SELECT seq FROM audit WHERE event = :event AND address = :address"
+            "   AND caller_id = :caller_id AND at BETWEEN :since AND :at"
+            "   ORDER BY at DESC LIMIT 1)",
+            {**entry.__dict__, "since": entry.at - SIMILAR_WITHIN},
         ):
             return
-        self._db.insert(self.name, entry, caller_id=caller_id)
+        self._db.insert(self.name, entry)
         self._delete(
             "caller_id = :id AND seq <= (SELECT seq FROM audit"
             " WHERE caller_id = :id ORDER BY seq DESC LIMIT 1 OFFSET :kept)",
-            {"id": caller_id, "kept": MAX_CALLER_EVENTS},
+            {"id": entry.caller_id, "kept": MAX_CALLER_EVENTS},
         )
 
     def page(
-        self, *, until: int | None = None, offset: int = 0, limit: int = 100
+        self,
+        *,
+        node_id: str = "",
+        state: str = "",
+        until: int | None = None,
+        offset: int = 0,
+        limit: int = 100,
     ) -> list[AuditEntry]:
         """Return events and commands, the newest first, at most MAX_PAGE of them.
 
-        To go on, `until` is the time of the last entry the caller has, and `offset`
-        the number of entries it has of that time.
+        With a node, or a state as in JobsTable.page(), these are commands.  To go on,
+        `until` is the time of the last entry the caller has, and `offset` the number of
+        entries it has of that time.
         """
+        events = (
+            "SELECT at, event, caller, address, subject, caller_id, count, last_at,"
+            "   NULL job_id, NULL node, NULL state, NULL exit_code, NULL signal,"
+            "   NULL reason, NULL decided_by FROM audit WHERE at <= :until UNION ALL"
+        )
+        conditions = ["asked_at <= :until", JobsTable.STATES.get(state, "TRUE")]
+        if node_id:
+            conditions.append("node_id = :node_id")
+        if state and state not in JobsTable.STATES:
+            conditions.append("state = :state")
         return self._db.select(
             AuditEntry,
-            "SELECT at, event, caller, address, subject, NULL job_id, NULL node,"
-            "   NULL state, NULL exit_code, NULL signal, NULL reason, NULL decided_by"
-            "   FROM audit WHERE at <= :until"
-            " UNION ALL SELECT asked_at, 'command', caller_name, address, command, id,"
-            "   node_name, state, exit_code, signal, reason, decided_by"
-            "   FROM jobs WHERE asked_at <= :until"
+            f"{'' if node_id or state else events}"  # nosec B608: literals
+            " SELECT asked_at at, 'command' event, caller_name caller, address,"
+            "   command subject, caller_id, 1 count, NULL last_at, id job_id,"
+            "   node_name node, state, exit_code, signal, reason, decided_by"
+            f"   FROM jobs WHERE {' AND '.join(conditions)}"
             " ORDER BY at DESC LIMIT :limit OFFSET :offset",
             {
+                "node_id": node_id,
+                "state": state,
                 "until": 2**63 - 1 if until is None else until,
                 "limit": max(0, min(limit, MAX_PAGE)),
                 "offset": max(0, offset),
             },
         )
+
+    def newest(self) -> int:
+        """Return the time of the newest event or command, 0 if there is none."""
+        row = self._db.row(
+            "SELECT max(ifnull((SELECT max(at) FROM audit), 0),"
+            " ifnull((SELECT max(asked_at) FROM jobs), 0)) at"
+        )
+        return row["at"] if row else 0
 
     def delete_before(self, at: int) -> int:
         """Delete events before `at`, at most DELETE_SLICE; return how many."""
@@ -10038,6 +10088,17 @@ class Store:
         self.settings = SettingsTable(self._database)
         self.clock = SteadyClock(self.settings)
 
+    def before(self, age: float) -> int | None:
+        """Return the time, in ms, before which rows are older than `age` seconds.
+
+        Counted from the newest row: nothing is old because the gateway was off, or
+        because the clock is wrong.  None: the clock jumped lately.
+        """
+        before = self.clock.before(age)
+        if before is None:
+            return None
+        return min(before, self.audit.newest() - round(age * 1000))
+
     def tick(self) -> None:
         """Do the upkeep for which no caller should wait; call it every STORE_TICK."""
         try:
@@ -10068,7 +10129,7 @@ MAX_FAILURES = 5  # of an address within FAILURE_WINDOW; then it has to wait
 FAILURE_WINDOW = 60.0  # s; also the first wait, which doubles
 MAX_FAILURE_WAIT = 3600.0  # s
 MAX_FAILING_ADDRESSES = 10_000  # beyond it, the one that failed first is dropped
-LOCAL_KEY_NAME = "this machine"  # of the key in gateway.json
+OWNER_NAME = "owner"  # of the key in gateway.json
 
 
 class Scope:
@@ -10216,8 +10277,9 @@ class Doorkeeper:
         by = by or Caller(OPERATOR, "moltis", "moltis")
         # All devices share one part of the audit: a new token brings no new one.
         caller_id = by.id if by.kind == OPERATOR else by.kind
-        entry = AuditEntry(self.now(), event, by.name, by.address, subject)
-        self.store.audit.add(entry, caller_id)
+        self.store.audit.add(
+            AuditEntry(self.now(), event, by.name, by.address, subject, caller_id)
+        )
 
     def record_refusal(self, event: str, subject: str, address: str) -> None:
         """Record a refused stranger; a full disk is ignored."""
@@ -10376,6 +10438,7 @@ class OperatorAccess:
     def __init__(self, door: Doorkeeper, limit: RateLimit) -> None:
         self._door = door
         self._keys = door.store.operator_keys
+        self._naming = threading.Lock()  # held from the look for a name to its row
         self._limit = limit
 
     def ensure_operator_key(self, current: str | None) -> str:
@@ -10387,9 +10450,9 @@ class OperatorAccess:
         if current and self.operator_by_key(current):
             return current
         for key in self._keys.all():
-            if key.name == LOCAL_KEY_NAME:
+            if key.name == OWNER_NAME:
                 self._keys.revoke(key.id, self._door.now())
-        return self._add(LOCAL_KEY_NAME, (Scope.ADMIN,))[1]
+        return self._add(OWNER_NAME, (Scope.ADMIN,))[1]
 
     def create_key(
         self, name: str, scopes: Sequence[str], *, by: Caller | None = None
@@ -10405,12 +10468,17 @@ class OperatorAccess:
                 "INVALID_REQUEST",
                 f"{wrong} is not a scope; choose from {', '.join(SCOPES)}",
             )
-        if not name.strip() or name in (LOCAL_KEY_NAME, "moltis"):
+        if name_key(name) in ("", OWNER_NAME, "moltis"):
             raise RpcError("INVALID_REQUEST", "a key needs a name of its own")
-        current = (key for key in self.keys() if key.revoked_at is None)
-        if name.casefold() in (key.name.casefold() for key in current):
-            raise RpcError("CONFLICT", f"there is a key {clip(name, 80)!r} already")
-        key, text = self._add(name, tuple(s for s in SCOPES if s in scopes))
+        with self._naming:
+            current = [key.name for key in self.keys() if key.revoked_at is None]
+            if name_key(name) in map(name_key, current):
+                raise RpcError(
+                    "CONFLICT",
+                    f"there is a key {clip(name, 80)!r} already; choose another name, "
+                    "or revoke that key first",
+                )
+            key, text = self._add(name, tuple(s for s in SCOPES if s in scopes))
         subject = f"{name} ({', '.join(key.scopes)})"
         self._door.record(AuditEvent.KEY_CREATED, subject, by)
         return key, text
@@ -10422,7 +10490,7 @@ class OperatorAccess:
     def revoke_key(self, key_id: str, *, by: Caller | None = None) -> None:
         """Revoke a key and its sign-ins.  Raises RpcError NOT_FOUND or CONFLICT."""
         names = [key.name for key in self.keys() if key.id == key_id]
-        if names == [LOCAL_KEY_NAME]:
+        if names == [OWNER_NAME]:
             raise RpcError(
                 "CONFLICT",
                 "this key is in gateway.json; to replace it, stop the gateway, "
@@ -14765,15 +14833,13 @@ class NodeMethods:
         """Return the id of the node that a parameter names.  Raises RpcError."""
         return self._fleet.resolve(required(params, name, str))[0]
 
-    def rename(self, node_id: str, display_name: str, by: Caller) -> None:
+    def rename(self, node_id: str, display_name: str) -> None:
         device = self._devices.by_node_id(node_id, now_ms())
         if device is None:
             raise RpcError("INVALID_REQUEST", f"{LOCAL_NAME} cannot be renamed")
         with self._devices.naming:
             name = free_name(self._devices, display_name, device.id)
             self._devices.rename(device.id, name)
-        renaming = f"{device_label(device)} is now {name}"
-        self._access.door.record(AuditEvent.RENAMED, renaming, by)
         self._announce("presence", {"type": "node.renamed", "nodeId": node_id})
 
     def create_token(self, display_name: str, platform: str, by: Caller) -> JsonObject:
@@ -15070,6 +15136,9 @@ class ChatMethods:
         )
 
 
+APPROVAL_WORDS: Mapping[str, str] = {"ask": "Ask first", "all": "Run everything"}
+
+
 def session_label(params: JsonObject, name: str) -> str:
     """Return a label, "" for a blank one.  Raises RpcError."""
     label: str = required(params, name, str)
@@ -15125,10 +15194,15 @@ class AccessMethods:
             raise RpcError("NOT_FOUND", f"there is no sign-in {clip(login_id, 80)}")
         self._audience.hang_up(lambda caller: caller.login_id == login_id)
 
-    def audit(self, until: int | None, offset: int, limit: int) -> list[JsonObject]:
+    def audit(self, **place: Any) -> list[JsonObject]:
         """Answer with events and commands, the newest first; see AuditTable.page()."""
-        entries = self._audit.page(until=until, offset=offset, limit=limit)
+        entries = self._audit.page(**place)
         return [{**entry.to_json(), "words": entry.words()} for entry in entries]
+
+    def exporting(self, node_id: str, state: str, by: Caller) -> None:
+        """Record that the caller takes a copy of the audit."""
+        subject = " ".join(filter(None, (node_id, state))) or "all"
+        self._access.door.record(AuditEvent.EXPORTED, subject, by)
 
 
 def _known_events(names: list[str]) -> set[str]:
@@ -15153,11 +15227,43 @@ def unsubscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
     return {"subscriptionId": peer.id, "events": sorted(peer.events)}
 
 
+# What the audit says of a call that was carried out, if anything, by method.
+AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
+    "node.rename": (
+        AuditEvent.RENAMED,
+        lambda params: f"{params['nodeId']} is now {params['displayName']}",
+    ),
+    "sessions.patch": (
+        AuditEvent.APPROVALS_CHANGED,
+        lambda params: (
+            f"{params['key']}: {APPROVAL_WORDS[params['approvals']]}"
+            if params.get("approvals")
+            else ""
+        ),
+    ),
+    "exec.approval.resolve": (
+        AuditEvent.APPROVALS_CHANGED,
+        lambda params: (
+            f"always allowed, from command {params['id']} on"
+            if params["decision"] == "always"
+            else ""
+        ),
+    ),
+    "sessions.reset": (AuditEvent.CHAT_RESET, lambda params: str(params["key"])),
+    "sessions.delete": (AuditEvent.CHAT_DELETED, lambda params: str(params["key"])),
+    "models.configure": (
+        AuditEvent.MODELS_CHANGED,
+        lambda params: " ".join([params["provider"], params.get("baseUrl") or ""]),
+    ),
+}
+
+
 class Rpc:
     """The methods that operators may call."""
 
     def __init__(
         self,
+        door: Doorkeeper,
         fleet: Fleet,
         models: ModelDirectory,
         chats: Chats,
@@ -15166,6 +15272,7 @@ class Rpc:
         sessions: ChatMethods,
         access: AccessMethods,
     ) -> None:
+        self._door = door
         read, write, pairing = Scope.READ, Scope.WRITE, Scope.PAIRING
         admin = Scope.ADMIN
         text, word, flag = Optional(str), Optional(str, ""), Optional(bool, False)
@@ -15176,7 +15283,7 @@ class Rpc:
             "node.list": Method(fleet.views, read),
             "node.describe": Method(fleet.view, read, nodeId=nodes.node_id),
             "node.rename": Method(
-                nodes.rename, write, nodeId=nodes.node_id, displayName=str, by=Caller
+                nodes.rename, write, nodeId=nodes.node_id, displayName=str
             ),
             "node.invoke": Method(
                 *(jobs.invoke, write),
@@ -15259,7 +15366,7 @@ class Rpc:
                 label=Optional(session_label),
                 model=text,
                 archived=Optional(bool),
-                approvals=Optional(one_of("ask", "all")),
+                approvals=Optional(one_of(*APPROVAL_WORDS)),
                 node_id=sessions.node_id,
             ),
             "sessions.reset": Method(chats.reset, write, key=str),
@@ -15297,7 +15404,15 @@ class Rpc:
             "logins.list": Method(access.logins, admin, caller=Caller),
             "logins.revoke": Method(access.revoke_login, admin, loginId=str, by=Caller),
             "audit.list": Method(
-                access.audit, admin, until=number, offset=offset, limit=count
+                *(access.audit, admin),
+                nodeId=word,
+                state=word,
+                until=number,
+                offset=offset,
+                limit=count,
+            ),
+            "audit.export": Method(
+                access.exporting, admin, nodeId=word, state=word, by=Caller
             ),
             "subscribe": Method(
                 subscribe, read, peer=OperatorPeer, events=required_texts
@@ -15322,7 +15437,13 @@ class Rpc:
             raise RpcError(
                 "FORBIDDEN", f"{name} needs a key with the scope {method.scope}"
             )
-        return method(RpcCall(caller, params, peer))
+        payload = method(RpcCall(caller, params, peer))
+        if name in AUDITED:
+            event, describe = AUDITED[name]
+            subject = clip(describe(params), 200)
+            if subject:
+                self._door.record(event, subject, caller)
+        return payload
 
 
 # --- Nodes ---
@@ -16068,6 +16189,7 @@ class HttpRequest(Value):
     host: str  # the Host header: our name and port, as the client has them
     secure: bool = False  # came over TLS
     channel_binding: bytes | None = None  # of the certificate that the client sees
+    query: str = ""
 
     @property
     def origin(self) -> str:
@@ -16147,14 +16269,56 @@ def job_output(job: Job) -> Iterator[bytes]:
 AUDIT_COLUMNS = (
     *("at", "event", "caller", "address", "subject"),
     *("node", "state", "exitCode", "decidedBy", "signal", "jobId"),
+    *("callerId", "count", "lastAt"),
 )
 
 
+def audit_pages(
+    call: Callable[[str, JsonObject], Any],
+    filters: JsonObject,
+    limit: int | None = None,
+) -> Iterator[list[JsonObject]]:
+    """Yield all of the audit, or its newest `limit` rows, page by page.
+
+    `call` makes one RPC.  The first page is there when this returns.
+    """
+    place: JsonObject = {**filters, "offset": 0}
+    left = limit if limit is not None else sys.maxsize
+
+    def page() -> list[JsonObject]:
+        rows: list[JsonObject] = call(
+            "audit.list", {**place, "limit": min(MAX_PAGE, left)}
+        )
+        return rows
+
+    first = page()
+    if limit is None:
+        call("audit.export", filters)
+
+    def pages() -> Iterator[list[JsonObject]]:
+        nonlocal left
+        rows = first
+        while rows:
+            yield rows
+            left -= len(rows)
+            last = rows[-1]["at"]
+            known = sum(row["at"] == last for row in rows)
+            known += place["offset"] if last == place.get("until") else 0
+            place.update(until=last, offset=known)
+            rows = page() if len(rows) == MAX_PAGE and left > 0 else []
+
+    return pages()
+
+
 def _csv_row(row: JsonObject) -> list[str]:
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
-    values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
+    values = []
+    for name in AUDIT_COLUMNS:
+        value = row.get(name, "")
+        if name.lower().endswith("at") and value:
+            value = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(value / 1000))
+        values.append(str(value))
     # A spreadsheet would run a cell that begins like a formula.
-    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
+    return [f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values]
 
 
 def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
@@ -16428,27 +16592,21 @@ class HttpApp:
         return download_reply(name, job_output(job), "text/plain")
 
     def _audit_csv(self, request: HttpRequest) -> Reply:
-        """Answer the whole audit, the newest first, for a spreadsheet."""
+        """Answer all of the audit, the newest first, for a spreadsheet.
+
+        The query may name a node and a state, as for `audit.list`.
+        """
         caller, rpc = self.caller(request), self._gateway.rpc
-
-        def page(until: int | None, offset: int) -> list[JsonObject]:
-            place = {"until": until, "offset": offset, "limit": MAX_PAGE}
-            rows: list[JsonObject] = rpc.call(caller, "audit.list", place)
-            return rows
-
-        first = page(None, 0)  # before the reply begins: it may raise
-
-        def pages() -> Iterator[list[JsonObject]]:
-            rows, until, known = first, None, 0
-            while rows:
-                yield rows
-                last = rows[-1]["at"]
-                same = sum(row["at"] == last for row in rows)
-                known = same + (known if last == until else 0)
-                until = last
-                rows = page(until, known) if len(rows) == MAX_PAGE else []
-
-        return download_reply("moltis-audit.csv", audit_csv(pages()), "text/csv")
+        given = parse_qs(request.query, errors="replace")
+        unknown = given.keys() - {"nodeId", "state"}
+        if unknown:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"there is no filter {min(unknown)[:40]!r}; there is nodeId, state",
+            )
+        filters = {name: values[-1] for name, values in given.items()}
+        pages = audit_pages(lambda *call: rpc.call(caller, *call), filters)
+        return download_reply("moltis-audit.csv", audit_csv(pages), "text/csv")
 
     def _rpc(self, request: HttpRequest) -> Reply:
         caller = self.caller(request)
@@ -16720,6 +16878,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 host=self.headers.get("Host", ""),
                 secure=tls is not None,
                 channel_binding=None if tls is None else tls.channel_binding,
+                query=self.path.partition("?")[2],
             )
             return app.edge.proxies.see_through(request)
 
@@ -17222,8 +17381,8 @@ is also in a file on the gateway’s machine:</p>
 
 <section id="commands" class="settings" aria-labelledby="commands-title" hidden>
 <header class="bar"><h1 id="commands-title">Commands</h1>
-<a class="bare" href="/api/audit.csv" download title="Download all as CSV"
- aria-label="Download all as CSV" data-icon="save"></a>
+<a id="audit-save" class="bare" href="/api/audit.csv" download
+ title="Download as CSV" aria-label="Download as CSV" data-icon="save"></a>
 <div class="filters"><label>Node <select id="filter-node"></select></label>
 <label>Result <select id="filter-state"></select></label></div></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Command history">
@@ -20206,6 +20365,10 @@ function drawFilters() {
 function filterAudit() {
   state.audit.node = $("filter-node").value;
   state.audit.result = $("filter-state").value;
+  const filters = new URLSearchParams();
+  if (state.audit.node) filters.set("nodeId", state.audit.node);
+  if (state.audit.result) filters.set("state", state.audit.result);
+  $("audit-save").search = filters;
   loadAudit();
 }
 
@@ -21460,6 +21623,7 @@ class RunningGateway:
             approvals = Approvals()
             chats = Chats(store, fleet, jobs, models, approvals, announce)
             rpc = Rpc(
+                access.door,
                 fleet,
                 models,
                 chats,
@@ -21507,7 +21671,7 @@ class RunningGateway:
     def keep_house(self) -> None:
         """Delete what is old enough, and renew what is about to expire."""
         self._access.purge()
-        before = self.store.clock.before(self.options.keep_audit * 86_400)
+        before = self.store.before(self.options.keep_audit * 86_400)
         while before and self.store.audit.delete_before(before):
             pass  # slice by slice: writers get their turn in between
         while before and (job_ids := self.store.jobs.delete_before(before)):
@@ -21692,10 +21856,19 @@ class Output:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
-    def json(self, value: object) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
+    def json(self, value: object, indent: int | None = 2) -> None:
+        text = json.dumps(value, indent=indent, ensure_ascii=False)
         # JSON escapes the other control codes by itself.
         self.answer(re.sub("[\x7f-\x9f]", lambda c: f"\\u{ord(c[0]):04x}", text))
+
+    def json_pages(self, pages: Iterable[Sequence[JsonObject]]) -> None:
+        """Print one JSON array of the rows of all pages, each as it comes."""
+        before = "["
+        for row in itertools.chain.from_iterable(pages):
+            self.answer(before)
+            self.json(row, None)
+            before = ","
+        self.answer("[]" if before == "[" else "]")
 
     def fields(self, values: Mapping[str, Any]) -> None:
         """Print `name: value` lines; a list has a line for each item, None has none."""
@@ -22497,11 +22670,17 @@ def _audit_state_column(row: JsonObject) -> str:
     return (row["words"] + how) or "-"
 
 
+def _audit_event_column(row: JsonObject) -> str:
+    times = f" ({row['count']:,} times)" if row["count"] > 1 else ""
+    return f"{row['event']}{times}"
+
+
 AUDIT_ROW: Mapping[str, Column] = {
     "WHEN": time_column("at"),
     "WHO": "caller",
+    "KEY": lambda row: row["callerId"][:8] or "-",
     "FROM": "address",
-    "WHAT": "event",
+    "WHAT": _audit_event_column,
     "WHERE": "node",
     "HOW IT WENT": _audit_state_column,
     "DETAILS": lambda row: one_line(row["subject"], 200),
@@ -22510,17 +22689,14 @@ AUDIT_ROW: Mapping[str, Column] = {
 
 def cmd_audit(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
-    if args.limit < 1:
-        raise UsageError(f"--limit takes 1 or more, not {args.limit}")
-    entries: list[JsonObject] = []
+    limit: int | None = args.limit
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit takes 1 or more, not {limit}")
     with operator_client(args, context) as client:
-        while len(entries) < args.limit:
-            size = min(MAX_PAGE, args.limit - len(entries))
-            place = {"offset": len(entries), "limit": size}
-            page = client.call("audit.list", place)
-            entries += page
-            if len(page) < size:
-                break
+        if args.json:
+            context.output.json_pages(audit_pages(client.call, {}, limit))
+            return EXIT_OK
+        entries = [*itertools.chain(*audit_pages(client.call, {}, limit or 100))]
     return context.show(args, entries, AUDIT_ROW)
 
 
@@ -23482,7 +23658,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "show who did what: commands, sign-ins, keys, tokens",
         "moltis audit --json --limit 1000",
         (
-            arg("--limit N", "the newest N (default: 100)", type=int, default=100),
+            arg("--limit N", "the newest N (default: 100; with --json all)", type=int),
             *GATEWAY,
             JSON,
         ),
