@@ -16035,8 +16035,10 @@ class MoltisPeer(NodePeer):
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def answers(self, timeout: float) -> bool:
-        # While it works it reads nothing: only its deadline says that it is dead.
-        return not self._ws.keepalive or self._ws.answers(timeout)
+        with self._lock:
+            # While a command runs it reads nothing: only the deadline says it is dead.
+            busy = self._running != "" and not self._deadline.expired
+        return busy or self._ws.answers(timeout)
 
     def tick(self) -> None:
         """Give up a silent node again once its command should have ended."""
