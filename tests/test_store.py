@@ -21,8 +21,8 @@ from moltis import (
     AuditEntry,
     AuditEvent,
     BadConfiguration,
+    Credential,
     Device,
-    DeviceCredential,
     JobRecord,
     JobState,
     Login,
@@ -53,7 +53,7 @@ def store(path):
 
 
 def credential(name):
-    return DeviceCredential(f"handle {name}", f"hash {name}", f"verifier {name}")
+    return Credential(f"handle {name}", f"hash {name}", f"verifier {name}")
 
 
 def add_device(store, name, **more):
@@ -900,7 +900,7 @@ def test_the_clock_is_recorded_once_a_minute(store, monkeypatch):
 
 def test_a_revoked_key_opens_nothing_and_ends_its_sign_ins(store):
     for name in ("k1", "k2"):
-        store.operator_keys.add(operator_key(name), f"hash {name}")
+        store.operator_keys.add(operator_key(name), credential(name))
         store.logins.add(login(f"login {name}", name), f"cookie {name}")
     assert store.operator_keys.revoke("k1", NOW)
     assert not store.operator_keys.revoke("k1", NOW)
@@ -915,13 +915,13 @@ def test_a_revoked_key_opens_nothing_and_ends_its_sign_ins(store):
 
 
 def test_a_key_remembers_when_it_was_used(store):
-    store.operator_keys.add(operator_key("k1"), "hash")
+    store.operator_keys.add(operator_key("k1"), credential("k1"))
     store.operator_keys.used("k1", NOW + 7)
-    assert store.operator_keys.by_hash("hash").last_used_at == NOW + 7
+    assert store.operator_keys.by_hash("hash k1").last_used_at == NOW + 7
 
 
 def test_a_sign_in_lasts_until_it_expires_is_renewed_or_deleted(store):
-    store.operator_keys.add(operator_key("k1"), "hash")
+    store.operator_keys.add(operator_key("k1"), credential("k1"))
     store.logins.add(login("l1", "k1"), "cookie")
     assert store.logins.by_cookie_hash("cookie", NOW) == (
         login("l1", "k1"),
