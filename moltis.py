@@ -5594,7 +5594,10 @@ OPENAI_OTHERS = (  # in OpenAI's list, which does not tell its chat models from 
     "|babbage"
 )
 BUSY_STATUSES = (408, 409, 425, 429)  # and everything from 500 on
-BUSY_KINDS = ("overloaded_error", "rate_limit_error", "api_error", "server_error")
+BUSY_KINDS = (
+    *("overloaded_error", "rate_limit_error", "api_error", "server_error"),
+    "rate_limit_exceeded",
+)
 STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
     "end_turn": "stop",
     "stop_sequence": "stop",
@@ -5602,6 +5605,7 @@ STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
     "tool_calls": "stop",
     "function_call": "stop",
     "max_tokens": "length",
+    "max_output_tokens": "length",
     "model_context_window_exceeded": "length",
     "content_filter": "refusal",
 }
@@ -5893,6 +5897,7 @@ class AnswerReader:
         self.calls: list[PartialCall] = []
         self.provider_data: JsonObject = {}
         self._model_id = model_id
+        self._refused = False
         self._text: list[str] = []
         self._surrogate = ""  # the first half of a pair that was cut in two
 
@@ -5910,6 +5915,11 @@ class AnswerReader:
         if text:
             self._text.append(text)
             yield Delta("text", text)
+
+    def refuse(self, text: str) -> Iterator[ModelEvent]:
+        """Yield a piece of a refusal in the model's own words."""
+        self._refused = self._refused or bool(text)
+        yield from self.say(text)
 
     def think(self, text: str, keep_as: str = "") -> Iterator[ModelEvent]:
         """Yield a piece of thinking; `keep_as` names its field in what goes back."""
@@ -5929,6 +5939,8 @@ class AnswerReader:
     def end(self, reason: str) -> None:
         self.complete = True
         self.reason = STOP_REASONS.get(reason, reason) or "stop"
+        if self._refused:
+            self.reason = "refusal"
 
     def finished(self) -> Finished:
         """Return the whole answer; calls of one that is cut or refused are left out.
@@ -5976,7 +5988,6 @@ class OpenAiAnswer(AnswerReader):
     def __init__(self, model_id: str) -> None:
         super().__init__(model_id)
         self._slots: dict[int, PartialCall] = {}
-        self._refused = False
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
         usage = pick(document, "usage", dict)
@@ -5989,7 +6000,7 @@ class OpenAiAnswer(AnswerReader):
             yield from self._take_delta(delta)
             reason = pick(choice, "finish_reason", str)
             if reason:
-                self.end("refusal" if self._refused else reason)
+                self.end(reason)
 
     def _take_delta(self, delta: JsonObject) -> Iterator[ModelEvent]:
         field = "reasoning_content"
@@ -6003,10 +6014,7 @@ class OpenAiAnswer(AnswerReader):
             for thought in pick_objects(part, "thinking"):
                 yield from self.think(pick(thought, "text", str))
             yield from self.say(pick(part, "text", str))
-        refusal = pick(delta, "refusal", str)
-        if refusal:
-            yield from self.say(refusal)
-            self._refused = True
+        yield from self.refuse(pick(delta, "refusal", str))
         for piece in pick_objects(delta, "tool_calls"):
             function = pick(piece, "function", dict)
             call = self._call_of(piece, pick(function, "name", str))
@@ -6050,6 +6058,54 @@ class OpenAiAnswer(AnswerReader):
         if call.given_id and given_id:
             return bool(name) and given_id != call.given_id
         return bool(name and call.arguments and not call.finished().malformed)
+
+
+class ResponsesAnswer(AnswerReader):
+    """An answer of `/responses`."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(model_id)
+        self._items: list[JsonObject] = []  # they go back as they are
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        kind = pick(document, "type", str)
+        delta = pick(document, "delta", str)
+        if kind == "response.output_text.delta":
+            yield from self.say(delta)
+        elif kind == "response.refusal.delta":
+            yield from self.refuse(delta)
+        elif kind == "response.reasoning_summary_text.delta":
+            yield from self.think(delta)
+        elif kind == "response.output_item.done":
+            self._keep(pick(document, "item", dict))
+        elif kind in ("response.completed", "response.incomplete"):
+            self._close(pick(document, "response", dict))
+        elif document.get("object") == "response":  # of a server that does not stream
+            for item in pick_objects(document, "output"):
+                for part in pick_objects(item, "content"):
+                    yield from self.say(pick(part, "text", str))
+                    yield from self.refuse(pick(part, "refusal", str))
+                self._keep(item)
+            self._close(document)
+
+    def _keep(self, item: JsonObject) -> None:
+        """Keep an item of the answer, a call also as one to run."""
+        if item.get("type") == "function_call":
+            name = pick(item, "name", str)
+            call = self.open_call(pick(item, "call_id", str), name)
+            call.add(item.get("arguments"))
+            item = {**item, "call_id": call.id, "name": call_name(name)}
+        self._items.append(item)
+
+    def _close(self, response: JsonObject) -> None:
+        usage = pick(response, "usage", dict)
+        self.input_tokens = pick(usage, "input_tokens", int)
+        self.output_tokens = pick(usage, "output_tokens", int)
+        self.end(pick(pick(response, "incomplete_details", dict), "reason", str))
+        self.over = True
+        # Reasoning belongs to its call; without it, text and calls are all there is.
+        if any(item.get("type") == "reasoning" for item in self._items):
+            self.provider_data["items"] = self._items
 
 
 class AnthropicAnswer(AnswerReader):
@@ -6179,7 +6235,7 @@ PROVIDERS = (
         call_id="[A-Za-z0-9_-]+",
     ),
     ProviderSpec(
-        *("openai", "OpenAI", "openai", "https://api.openai.com/v1"),
+        *("openai", "OpenAI", "responses", "https://api.openai.com/v1"),
         call_id="[A-Za-z0-9_-]{1,40}",
     ),
     ProviderSpec("openrouter", "OpenRouter", "openai", "https://openrouter.ai/api/v1"),
@@ -6565,7 +6621,7 @@ class OpenAiProvider(ModelProvider):
 
     chat_path = "/chat/completions"
     list_path = "/models"
-    answer = OpenAiAnswer
+    answer: type[AnswerReader] = OpenAiAnswer
 
     def _body(self, request: ChatRequest) -> JsonObject:
         body: JsonObject = {
@@ -6641,6 +6697,69 @@ class OpenAiProvider(ModelProvider):
         tools = isinstance(openrouter, list) and "tools" in openrouter
         tools = tools and mistral.get("function_calling") is not False
         return self._named(name, name, supports_tools=tools)
+
+
+class ResponsesProvider(OpenAiProvider):
+    """OpenAI's own API, https://platform.openai.com/docs/api-reference/responses.
+
+    Its newest models take tools and reasoning together here alone.  Nothing is stored
+    there: reasoning comes and goes back encrypted.
+    """
+
+    chat_path = "/responses"
+    answer = ResponsesAnswer
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        body: JsonObject = {
+            "model": request.model,
+            "input": [
+                item
+                for message in settle_tool_calls(request.messages)
+                for item in self._items(request, message)
+            ],
+            "stream": True,
+            "store": False,
+            "include": ["reasoning.encrypted_content"],
+        }
+        if request.tools:
+            body["tools"] = [
+                {"type": "function", "strict": False, **tool.to_json()}
+                for tool in request.tools
+            ]
+        return body
+
+    def _items(self, request: ChatRequest, message: ChatMessage) -> list[JsonObject]:
+        if message.role == "tool":
+            call_id = self._call_id(message.tool_call_id)
+            output = {"type": "function_call_output", "call_id": call_id}
+            return [{**output, "output": message.text}]
+        kept = pick_objects(self._own_data(request, message), "items")
+        if kept:
+            return kept
+        text = {"role": message.role, "content": message.text}
+        return [text] * bool(message.text) + [
+            {
+                "type": "function_call",
+                "call_id": self._call_id(call.id),
+                "name": call_name(call.name),
+                "arguments": to_json(call.arguments),
+            }
+            for call in message.tool_calls
+        ]
+
+    def _document(self, data: bytes) -> JsonObject:
+        document = super()._document(data)
+        if document.get("type") == "error":
+            raise self._error(200, {"error": document}, None)
+        if document.get("type") == "response.failed":
+            raise self._error(200, pick(document, "response", dict), None)
+        return document
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        # Models that do not reason have nothing to encrypt.
+        if "ncrypted" in error.detail and body.pop("include", None):
+            return ""
+        return None
 
 
 class AnthropicProvider(ModelProvider):
@@ -6729,7 +6848,8 @@ class AnthropicProvider(ModelProvider):
 
 PROTOCOLS: Mapping[str, type[ModelProvider]] = {
     "ollama": OllamaProvider,
-    "openai": OpenAiProvider,
+    "openai": OpenAiProvider,  # chat completions, as all imitate them
+    "responses": ResponsesProvider,
     "anthropic": AnthropicProvider,
 }
 
@@ -6793,10 +6913,13 @@ def make_providers(
         base_url = environ.get(spec.url_variable) or entered.base_url
         if spec.protocol == "ollama":
             base_url = ollama_url(base_url or spec.base_url)
-        elif spec.protocol == "openai" and base_url:
+        protocol = spec.protocol
+        if protocol == "responses" and base_url and "api.openai.com" not in base_url:
+            protocol = "openai"  # an imitation
+        if protocol == "openai" and base_url:
             base_url = _with_path(base_url)
         if api_key or base_url:
-            make = PROTOCOLS[spec.protocol]
+            make = PROTOCOLS[protocol]
             providers.append(make(spec, base_url or spec.base_url, api_key))
     return providers
 
