@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
 import urllib.error
+import urllib.parse
 import urllib.request
 
 import pytest
@@ -582,6 +584,190 @@ def test_websockets_of_browsers_pass_a_trusted_proxy(proxied):
     )
     with peer:
         assert peer.request("connect", params.to_json())["ok"]
+
+
+PREFIXES = ("", "/moltis")
+
+
+def nginx_config(port, gateway, prefix):
+    return f"""
+daemon off;
+master_process off;
+pid nginx.pid;
+error_log stderr;
+events {{ }}
+http {{
+    access_log off;
+    client_body_temp_path .;
+    proxy_temp_path .;
+    fastcgi_temp_path .;
+    uwsgi_temp_path .;
+    scgi_temp_path .;
+    server {{
+        listen 127.0.0.1:{port};
+        location {prefix}/ {{
+            proxy_pass http://127.0.0.1:{gateway}/;
+            proxy_http_version 1.1;
+            proxy_set_header Host $http_host;
+            proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+            proxy_set_header X-Forwarded-Proto $scheme;
+            proxy_set_header Upgrade $http_upgrade;
+            proxy_set_header Connection "upgrade";
+        }}
+    }}
+}}
+"""
+
+
+def caddy_config(port, gateway, prefix):
+    return f"""
+{{
+    admin off
+    auto_https off
+    storage file_system .
+}}
+http://:{port} {{
+    bind 127.0.0.1
+    handle_path {prefix}/* {{
+        reverse_proxy 127.0.0.1:{gateway}
+    }}
+}}
+"""
+
+
+def haproxy_config(port, gateway, prefix):
+    return f"""
+defaults
+    mode http
+    option forwardfor
+    timeout connect 5s
+    timeout client 60s
+    timeout server 60s
+    timeout tunnel 60s
+frontend door
+    bind 127.0.0.1:{port}
+    http-request set-header X-Forwarded-Proto http
+    http-request replace-path {prefix}(/.*) \\1
+    default_backend gateway
+backend gateway
+    server moltis 127.0.0.1:{gateway}
+"""
+
+
+def apache_config(port, gateway, prefix):
+    modules = "/usr/lib/apache2/modules"
+    names = (
+        *("mpm_event", "authz_core", "headers", "rewrite"),
+        *("proxy", "proxy_http", "proxy_wstunnel"),
+    )
+    load = "\n".join(f"LoadModule {n}_module {modules}/mod_{n}.so" for n in names)
+    return f"""
+ServerRoot .
+PidFile apache.pid
+ErrorLog /dev/null
+DefaultRuntimeDir .
+Mutex pthread
+ServerName localhost
+Listen 127.0.0.1:{port}
+{load}
+ProxyRequests Off
+RequestHeader set X-Forwarded-Proto http
+RewriteEngine On
+RewriteCond %{{HTTP:Upgrade}} websocket [NC]
+RewriteRule ^{prefix}/(.*) ws://127.0.0.1:{gateway}/$1 [P,L]
+ProxyPass {prefix}/ http://127.0.0.1:{gateway}/
+"""
+
+
+# By the program's name: its configuration, and its arguments before the file's name.
+PROXIES = {
+    "nginx": (nginx_config, ("-p", ".", "-c")),
+    "caddy": (caddy_config, ("run", "--adapter", "caddyfile", "--config")),
+    "haproxy": (haproxy_config, ("-db", "-f")),
+    "apache2": (apache_config, ("-DFOREGROUND", "-d", ".", "-f")),
+}
+
+
+@pytest.fixture(params=[(name, prefix) for name in PROXIES for prefix in PREFIXES])
+def behind(request, tmp_path):
+    """A gateway, and the address of its page behind a proxy of Debian."""
+    name, prefix = request.param
+    program = shutil.which(name)
+    if not program:
+        pytest.skip(f"no {name} here")
+    proxies = moltis.TrustedProxies(["127.0.0.1"])
+    config, arguments = PROXIES[name]
+    port = free_port()
+    with InProcessGateway(tmp_path / "gateway", proxies=proxies) as gateway:
+        file = tmp_path / "proxy.conf"
+        file.write_text(config(port, gateway.running.port, prefix))
+        process = subprocess.Popen(
+            [program, *arguments, str(file)],
+            cwd=tmp_path,
+            env={**os.environ, "HOME": str(tmp_path)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+        def listens():
+            assert process.poll() is None, f"{name} ended with {process.poll()}"
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), 5).close()
+                return True
+
+        try:
+            wait_for(listens, what=f"{name} to listen")
+            yield gateway, f"http://127.0.0.1:{port}{prefix}"
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def test_all_of_a_gateway_is_there_behind_a_proxy(behind):
+    """With nothing at the proxy but what README asks for, and with a path or without"""
+    gateway, url = behind
+    origin = url[: -len("/moltis")] if url.endswith("/moltis") else url
+
+    def ask_proxy(path, body=None, **headers):
+        headers = {name.replace("_", "-"): text for name, text in headers.items()}
+        request = urllib.request.Request(url + path, body, headers)
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.read().decode(), answer.headers
+
+    for view in ("/", "/chat/main"):
+        page, _ = ask_proxy(view)
+        for link in re.findall(r'(?:href|src)="([^"]*app\.[a-z]+)"', page):
+            found = urllib.parse.urljoin(url + view, link)
+            assert ask_proxy(found[len(url) :])[0] in (moltis.WEB_CSS, moltis.WEB_JS)
+    assert ask_proxy("/install.sh")[0] == moltis.INSTALL_SH
+    assert ask_proxy("/moltis.py")[0]
+
+    key = json.dumps({"key": gateway.api_key}).encode()
+    body, headers = ask_proxy("/api/sign-in", key, Origin=origin)
+    assert gateway.call("logins.list")[0]["address"] == "127.0.0.1"
+    cookie = headers["Set-Cookie"].partition(";")[0]
+    port = urllib.parse.urlsplit(url).port
+    assert cookie.startswith(f"moltis_login_http_{port}=")
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        ask_proxy("/api/sign-in", key, Origin="https://evil.example")
+    browser = [("Cookie", cookie), ("Origin", origin)]
+    params = moltis.ConnectParams(
+        role="operator", client_id="page", page_secret=json.loads(body)["pageSecret"]
+    )
+    with RawPeer(moltis.websocket_url(url), headers=browser) as peer:
+        assert peer.request("connect", params.to_json())["ok"]
+
+    code = gateway.call("device.token.create", displayName="far")["joinCode"]
+    link = f"{url}/join/{code}"
+    offer = json.loads(ask_proxy(f"/join/{code}")[0])
+    joined = moltis.joined_gateway(link, offer["gateway_url"])
+    assert joined == moltis.websocket_url(url)
+    gateway.websocket_url = joined
+    with gateway.node("far", offer["device_token"]):
+        run = {"command": "echo through", "timeout": 20_000}
+        with moltis.OperatorClient(url, gateway.api_key) as operator:
+            call = {"nodeId": "far", "command": "system.run", "args": run}
+            assert operator.call("node.invoke", call)["stdout"] == "through\n"
 
 
 def test_what_a_stranger_says_of_forwarding_is_not_believed(gateway):
