@@ -996,7 +996,7 @@ def _read_to_end(
     """Return whether both pipes of a program ended in time, and their output."""
     import selectors
 
-    output = {pipe.fileno(): b"" for pipe in pipes}
+    output = {pipe.fileno(): bytearray() for pipe in pipes}
     with selectors.DefaultSelector() as selector:
         for descriptor in output:
             selector.register(descriptor, selectors.EVENT_READ)
@@ -1008,7 +1008,7 @@ def _read_to_end(
                     selector.unregister(key.fd)
             if sum(map(len, output.values())) > MAX_PROGRAM_OUTPUT:
                 break
-        stdout, stderr = output.values()
+        stdout, stderr = map(bytes, output.values())
         return not selector.get_map(), stdout, stderr
 
 
@@ -1907,14 +1907,13 @@ def check_upgraded(head: bytes, key: str) -> None:
     found = re.fullmatch(STATUS_LINE, status)
     if found is None:
         raise HandshakeError(502, "the answer is not HTTP")
-    fields: dict[str, str] = {}
+    values: dict[str, list[str]] = {}
     for line in lines:
         name, colon, value = line.partition(":")
         if not colon or not re.fullmatch(HTTP_TOKEN, name):
             raise HandshakeError(502, "the answer has a malformed header")
-        known = fields.get(name.lower())
-        value = value.strip(" \t")
-        fields[name.lower()] = value if known is None else f"{known}, {value}"
+        values.setdefault(name.lower(), []).append(value.strip(" \t"))
+    fields = {name: ", ".join(found) for name, found in values.items()}
     if found[1] != "101":
         by = f" (from {fields['server']})" if fields.get("server") else ""
         reason = f"HTTP {found[1]} {found[2] or ''}".rstrip()
@@ -3045,7 +3044,7 @@ def parse_if_inet6(text: str) -> set[str]:
 
 def parse_ifconfig(text: str) -> set[str]:
     """Return the addresses in the output of macOS' `ifconfig`."""
-    found = re.findall(r"^\s+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
+    found = re.findall(r"^[ \t]+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
     return {a for a in found if not a.lower().startswith("fe80:")}
 
 
@@ -5042,6 +5041,7 @@ MODEL_LIST_LIFETIME = 600.0  # s that a provider's list of models is remembered
 MODEL_LIST_RETRY = 30.0  # s; after a provider failed: an Ollama may start later
 MAX_MODEL_LINE = 16 * 1024 * 1024  # bytes; a longer one ends the answer
 MAX_MODEL_ANSWER = 64 * 1024 * 1024  # bytes as received; a longer one is an error
+MAX_EARLY_PARSING = 1_000_000  # characters of a tool call that is not complete yet
 MAX_MODEL_REPLY = 16 * 1024 * 1024  # bytes of a list or an error that are read
 ANTHROPIC_VERSION = "2023-06-01"
 ANTHROPIC_MAX_TOKENS = 16384  # of one answer; a required parameter
@@ -5228,6 +5228,8 @@ def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         if message.role == "tool" or (empty and not message.tool_calls):
             continue
         settled.append(message)
+        if not message.tool_calls:
+            continue
         results = _results_after(messages, position)
         for call in message.tool_calls:
             missing = ChatMessage(
@@ -5307,16 +5309,30 @@ class PartialCall:
         self.id = call_id
         self.given_id = given_id  # by the server; perhaps empty, or not unique
         self.name = name
-        self.arguments: object = ""
+        self._pieces: list[str] = []  # of JSON text
+        self._value: object = None  # in place of them
+        self._tried = 0  # characters that were parsed too early
 
     def add(self, arguments: object) -> None:
-        if isinstance(arguments, str) and isinstance(self.arguments, str):
-            self.arguments += arguments
+        """Append a piece of JSON text, or replace it by a value; text replaces that."""
+        if isinstance(arguments, str):
+            self._pieces.append(arguments)
+            self._value = None if arguments else self._value
         elif arguments:
-            self.arguments = arguments
+            self._pieces.clear()
+            self._value = arguments
+
+    def is_whole(self) -> bool:
+        """Return whether its arguments are complete JSON."""
+        if self._tried > MAX_EARLY_PARSING:
+            return False
+        call = self.finished()
+        self._tried += len(call.malformed)
+        return not call.malformed and bool(self._value or any(self._pieces))
 
     def finished(self) -> ToolCall:
-        return read_tool_call(self.id, self.name, self.arguments)
+        arguments = self._value or "".join(self._pieces)
+        return read_tool_call(self.id, self.name, arguments)
 
 
 class AnswerReader:
@@ -5332,6 +5348,8 @@ class AnswerReader:
         self.provider_data: JsonObject = {}
         self._model_id = model_id
         self._text: list[str] = []
+        self._thoughts: dict[str, list[str]] = {}  # by their field in provider_data
+        self._call_ids: set[str] = set()
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
         raise NotImplementedError
@@ -5345,14 +5363,14 @@ class AnswerReader:
         """Yield a piece of thinking; `keep_as` names its field in what goes back."""
         if text:
             if keep_as:
-                before = self.provider_data.get(keep_as, "")
-                self.provider_data[keep_as] = before + text
+                self._thoughts.setdefault(keep_as, []).append(text)
             yield Delta("thinking", text)
 
     def open_call(self, given_id: str, name: str) -> PartialCall:
         # Servers omit ids, or give all calls of an answer the same.
-        taken = not given_id or any(call.id == given_id for call in self.calls)
+        taken = not given_id or given_id in self._call_ids
         call = PartialCall(new_call_id() if taken else given_id, given_id, name)
+        self._call_ids.add(call.id)
         self.calls.append(call)
         return call
 
@@ -5361,7 +5379,8 @@ class AnswerReader:
         self.reason = STOP_REASONS.get(reason, reason) or "stop"
 
     def finished(self) -> Finished:
-        data = self.provider_data
+        thoughts = {name: "".join(texts) for name, texts in self._thoughts.items()}
+        data = {**thoughts, **self.provider_data}
         message = ChatMessage(
             role="assistant",
             text="".join(self._text),
@@ -5445,7 +5464,7 @@ class OpenAiAnswer(AnswerReader):
     def _opens_another(self, call: PartialCall, given_id: str, name: str) -> bool:
         if given_id:
             return given_id != call.given_id
-        return bool(name and call.arguments and not call.finished().malformed)
+        return bool(name) and call.is_whole()
 
 
 class AnthropicAnswer(AnswerReader):
@@ -5454,6 +5473,7 @@ class AnthropicAnswer(AnswerReader):
     def __init__(self, model_id: str) -> None:
         super().__init__(model_id)
         self._blocks: dict[int, JsonObject] = {}
+        self._pieces: dict[tuple[int, str], list[str]] = {}  # by block and field
         self._inputs: dict[int, PartialCall] = {}
         self._whole: list[JsonObject] = []  # the blocks that have ended
 
@@ -5488,18 +5508,22 @@ class AnthropicAnswer(AnswerReader):
         yield from self.say(pick(block, "text", str))
 
     def _take_delta(self, index: int, delta: JsonObject) -> Iterator[ModelEvent]:
-        block = self._blocks.setdefault(index, {})
+        self._blocks.setdefault(index, {})
         if index in self._inputs:
             self._inputs[index].add(pick(delta, "partial_json", str))
         for name in ("text", "thinking", "signature"):
             piece = pick(delta, name, str)
             if piece:
-                block[name] = pick(block, name, str) + piece
+                self._pieces.setdefault((index, name), []).append(piece)
         yield from self.think(pick(delta, "thinking", str))
         yield from self.say(pick(delta, "text", str))
 
     def _close_block(self, index: int) -> None:
         block = self._blocks.pop(index, {})
+        for name in ("text", "thinking", "signature"):
+            pieces = self._pieces.pop((index, name), None)
+            if pieces:
+                block[name] = "".join([pick(block, name, str), *pieces])
         if index in self._inputs:
             call = self._inputs.pop(index).finished()
             block = {**block, "id": call.id, "input": call.arguments}
@@ -6258,7 +6282,7 @@ USUAL_PLACES = (  # of programs, from the home directory
     "/sbin",
 )
 
-_VERSION = r"(\d+\.\d+[\w.+-]*)"
+_VERSION = r"(?<!\d)(\d+\.\d+[\w.+-]*)"
 # Programs that run others' programs: how to ask for the version, and where it stands.
 RUNTIMES: Mapping[str, tuple[str, str]] = {
     "python3": ("--version", _VERSION),
@@ -6276,7 +6300,7 @@ MACOS_STUBS: Mapping[str, str] = {
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d+)"
-_BOOT_TIME = r"(?m)^kern\.boottime\b\D*sec = (\d+)"
+_BOOT_TIME = r"(?m)^kern\.boottime\b[^\d\n]*sec = (\d+)"
 _VM_STAT_PAGE = r"page size of (\d+) bytes"
 _GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d+)|\[.*\]) *$"
 
@@ -6929,7 +6953,7 @@ class MachinePeer(Protocol):
 # runs the `$(…)` in an array's index, as in `${x[y]}` after `y=a['$''(…)']`.  `$NAME`
 # is harmless.
 SHELL_MARKS = r"[;&|`<>\n\r'\"\\#]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
-PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
+PATTERN_UNIT = r"(?s)\[!?\]?[^]]{0,255}\]|."
 
 
 def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
