@@ -44,14 +44,13 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Give a worker whole files, but the schedules of faults block by block."""
+    """Give a worker whole files, but the longest file test by test."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file, _, test = nodeid.partition("::")
-            is_block = test.startswith("test_schedules_of_misfortunes[")
-            return nodeid if is_block else file
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith("/test_faults.py") else file
 
     config.option.loadscopereorder = False  # our order, not by number of tests
     return ByFile(config, log)
