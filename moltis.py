@@ -184,6 +184,11 @@ API_KEY_VARIABLES: Mapping[str, str] = {  # by provider
     "deepseek": "DEEPSEEK_API_KEY",
     "xai": "XAI_API_KEY",
 }
+SECRET_VARIABLES = (
+    "MOLTIS_API_KEY",
+    "MOLTIS_DEVICE_TOKEN",
+    *API_KEY_VARIABLES.values(),
+)
 
 
 class MoltisError(Exception):
@@ -3227,9 +3232,10 @@ SCRAM_MAX_ITERATIONS = 100_000  # 0.1 s on a Pi; a hostile server may ask for mo
 SCRAM_MAX_LENGTH = 4096  # characters of one SCRAM message; ours have 200
 
 
-def device_handle(token: str) -> str:
-    """Return the SCRAM username of a device; it does not reveal the token."""
-    return hashlib.sha256(b"moltis handle" + token.encode("utf-8")).digest()[:16].hex()
+def scram_handle(secret: str) -> str:
+    """Return the SCRAM username of a token or key; it does not reveal the secret."""
+    digest = hashlib.sha256(b"moltis handle" + secret.encode("utf-8")).digest()
+    return digest[:16].hex()
 
 
 def _b64(text: str) -> bytes:
@@ -3510,11 +3516,11 @@ class ScramServer:
 
 # ==============================================================================
 # Wire protocol
-# Uses: WebSocket connections
+# Uses: WebSocket frames, WebSocket connections, TLS, SCRAM
 #
 # The messages between gateway, nodes and operators: JSON envelopes as text, job logs
-# and input as binary, calls that await an answer.  Shapes only: it opens no connection.
-# Compatibility with Moltis (protocol 4) is kept here.
+# and input as binary, calls that await an answer, the first exchange of a client.  It
+# opens no connection.  Compatibility with Moltis (protocol 4) is kept here.
 # ==============================================================================
 
 CAP_SCRAM = "auth.scram"
@@ -3532,6 +3538,9 @@ JOB_RESIZE = "job.resize"
 JOB_PLACE = "job.place"
 JOB_INPUT = "job.input"
 JOB_STATE = "job.state"
+
+# Temporary refusals: the gateway starts or stops, or its disk is full.
+PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LIMITED")
 
 TOKEN_REVOKED = "the token was revoked"  # a gateway hangs up on a node for this reason
 
@@ -4020,6 +4029,57 @@ class ConnectParams(Value):
             )
 
 
+def exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
+    """Return the payload of the answer to one request; skip all other messages.
+
+    Raises RpcError as the gateway says, ConnectionClosed, or TimeoutError.
+    """
+    request = Request(new_id(), method, params)
+    ws.send(encode_envelope(request))
+    deadline = Deadline(CONNECT_TIMEOUT)
+    while True:
+        message = ws.receive(deadline.remaining())
+        if message is None:
+            raise ConnectionClosed(CloseCode.NORMAL, "the gateway hung up")
+        envelope = decode_envelope(message) if isinstance(message, str) else None
+        if isinstance(envelope, Response) and envelope.id == request.id:
+            if envelope.error is not None:
+                raise envelope.error
+            if not isinstance(envelope.payload, dict):
+                raise RpcError("PROTOCOL_ERROR", f"the answer to {method} is no object")
+            return envelope.payload
+
+
+def sign_in(ws: WebSocket, params: ConnectParams, secret: str) -> JsonObject:
+    """Return the hello, once both sides have proved that they know `secret`.
+
+    The secret itself is not sent.  Raises AuthenticationError for a gateway without a
+    proof, and as exchange().
+    """
+    certificate = ws.peer_certificate()
+    binding = None if certificate is None else tls_server_end_point(certificate)
+    scram = ScramClient(scram_handle(secret), secret, binding)
+    try:
+        first = exchange(ws, CAP_SCRAM, {"clientFirst": scram.first()})
+    except RpcError as error:
+        if error.code == "UNAUTHORIZED" or error.code in PASSING_CODES:
+            raise
+        raise RpcError(
+            error.code,
+            f"{error.message}; a gateway of the original Moltis does not know SCRAM: "
+            "nodes join it with --auth bearer",
+        ) from error
+    final = scram.final(required(first, "serverFirst", str))
+    hello = exchange(ws, "connect", params.replace(scram_final=final).to_json())
+    auth = optional(hello, "auth", dict) or {}
+    proof = optional(auth, "scram", dict) or {}
+    server_final = proof.get("serverFinal")
+    if not isinstance(server_final, str):
+        raise AuthenticationError("it sent no proof")
+    scram.verify(server_final)
+    return hello
+
+
 class Calls:
     """Requests that were sent and not yet answered, by id."""
 
@@ -4129,11 +4189,10 @@ def command_environment(
     environ: Mapping[str, str], forwarded: Mapping[str, Any] = NOTHING
 ) -> dict[str, str]:
     """Return the environment of a command: the node user's, without our secrets."""
-    secrets_of_ours = set(API_KEY_VARIABLES.values())
     env = {
         name: value
         for name, value in environ.items()
-        if not name.startswith("MOLTIS_") and name not in secrets_of_ours
+        if not name.startswith("MOLTIS_") and name not in SECRET_VARIABLES
     }
     # Filtered here as well: a node does not rely on its gateway's filter.
     env.update(filter_environment(forwarded))
@@ -4390,27 +4449,173 @@ class InputWindow:
         self.consumed += count
 
 
-def seal_descriptors() -> None:
+# -- what commands get ---------------------------------------------------------
+
+
+# Python ignores these signals, and a child inherits that.
+RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
+
+
+class Inherited(Value):
+    """What our parent gave us, for commands, and we changed for ourselves."""
+
+    umask: int
+    open_files: int  # soft limit; RLIM_INFINITY: none
+
+
+def stay(*_: object) -> None:
+    """Handle a signal that our parent ignored, as `nohup` does with SIGHUP.
+
+    Unlike SIG_IGN, a handler does not survive exec(): commands get the default.
+    """
+
+
+def _seal_descriptors() -> None:
     """Stop children from inheriting descriptors that we inherited, as of a lock file.
 
     Python does so for those that it opens itself (PEP 446).
     """
-    with contextlib.suppress(OSError):  # there is no /dev/fd
-        for name in os.listdir("/dev/fd"):
-            with contextlib.suppress(OSError):  # the one that listed them
-                if int(name) > 2:
-                    os.set_inheritable(int(name), False)
+    try:
+        descriptors = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:  # a bare chroot
+        descriptors = list(range(1024))
+    for descriptor in descriptors:
+        if descriptor > 2:
+            with contextlib.suppress(OSError):  # not open, or the one that listed them
+                os.set_inheritable(descriptor, False)
+
+
+def settle_process() -> Inherited:
+    """Put right what our parent left; return what commands get of it.
+
+    Signals: none is blocked, ignored ones have a handler.  Descriptors beyond 2 stay
+    ours.  Files that we make are private.  Call it once, before the first thread.
+    """
+    import resource
+
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in signal.valid_signals():
+        ignored = signal.getsignal(number) is signal.SIG_IGN
+        if ignored and number not in RESTORED_SIGNALS:
+            # While SIGCHLD is ignored, the system drops the exit status of children.
+            is_end = number == signal.SIGCHLD
+            signal.signal(number, signal.SIG_DFL if is_end else stay)
+    _seal_descriptors()
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return Inherited(umask=os.umask(0o077), open_files=open_files)
+
+
+def _wipe_in_proc() -> None:
+    """Overwrite our secrets in arguments and environment, as proc(5) shows them.
+
+    Raises OSError where there is no /proc.
+    """
+    words = Path("/proc/self/stat").read_text("utf-8", "replace").rpartition(")")[2]
+    start, arguments_end, _, end = map(int, words.split()[45:49])
+    names = "|".join(SECRET_VARIABLES).encode("ascii")
+    variable = rb"(?:(?<=\0)|^)((?:%b)=)[^\0]*" % names
+    ours = rb"()%b" % SECRET_PATTERN.encode("ascii")
+
+    def blank(found: re.Match[bytes]) -> bytes:
+        return found[1] + b"*" * (len(found[0]) - len(found[1]))
+
+    with open("/proc/self/mem", "r+b", buffering=0) as memory:
+        memory.seek(start)
+        data = memory.read(end - start)
+        arguments, variables = (
+            data[: arguments_end - start],
+            data[arguments_end - start :],
+        )
+        memory.seek(start)
+        memory.write(
+            re.sub(ours, blank, arguments) + re.sub(variable, blank, variables)
+        )
+
+
+def _wipe_in_libc(names: Iterable[str]) -> None:
+    """Overwrite variables where the C library has them; the system shows the same."""
+    import ctypes
+
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_void_p
+    for name in names:
+        address = getenv(name.encode("ascii"))
+        ctypes.memset(address, ord("*"), len(os.fsencode(os.environ[name])))
+
+
+def take_environment() -> dict[str, str]:
+    """Return our environment; nobody else finds our secrets in it from now on.
+
+    The system shows a process's first environment to all processes of its user, the
+    commands too: `cat /proc/$PPID/environ`.
+    """
+    environ = dict(os.environ)
+    secret = [name for name in SECRET_VARIABLES if name in environ]
+    try:
+        _wipe_in_proc()
+    except (OSError, ValueError):
+        if secret:
+            with contextlib.suppress(ImportError, OSError):
+                _wipe_in_libc(secret)
+    for name in secret:
+        del os.environ[name]
+    return environ
+
+
+def reap_orphans() -> None:
+    """Return in a child process if we are process 1, as in a container.
+
+    Process 1 inherits all orphans.  It reaps them, passes signals on to the child, and
+    ends with it; so no exit status is taken away from whoever waits for it.
+    """
+    if os.getpid() != 1 or not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    every = signal.valid_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, every)
+    program = os.fork()
+    while program:
+        received = signal.sigwaitinfo(every)
+        if received.si_signo != signal.SIGCHLD:
+            if received.si_code <= 0:  # the terminal's reach both processes
+                os.kill(program, received.si_signo)
+            continue
+        pid = -1
+        while pid:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == program:
+                signaled = os.WIFSIGNALED(status)
+                number = os.WTERMSIG(status) if signaled else 0
+                os._exit(128 + number if signaled else os.WEXITSTATUS(status))
 
 
 # Before Python 3.10 Popen copies our page tables: `true` takes 1.2 ms with it, and 0.65
 # with posix_spawn().  Later ones let other threads run meanwhile, which that does not.
 POPEN_FORKS = sys.version_info < (3, 10) and hasattr(os, "posix_spawn")
+POPEN_SETS_UMASK = sys.version_info >= (3, 10)
 
 # Without pipe2() a spawn in another thread may inherit a new pipe before it is sealed.
 SEALED_PIPES = hasattr(os, "pipe2")
 
-# Python ignores these signals, and a child inherits that.
-RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
+
+def _shell_words(command: bytes, inherited: Inherited | None) -> list[str | bytes]:
+    """Return the arguments that start the shell of a command as our parent would."""
+    import resource
+
+    words: list[str | bytes] = [SHELL, "-c", "--", command]
+    if inherited is None:
+        return words
+    first = []
+    if not POPEN_SETS_UMASK:
+        first.append(f"umask {inherited.umask:04o}")
+    # Only exec() can do it: before it, the limit would be that of all our threads.
+    limit = inherited.open_files
+    if limit != resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+        unlimited = limit == resource.RLIM_INFINITY
+        first.append(f"ulimit -S -n {'unlimited' if unlimited else limit}")
+    if not first:
+        return words
+    return [SHELL, "-c", "; ".join([*first, 'exec "$@"']), SHELL, *words]
 
 
 def _is_here(directory: bytes | None) -> bool:
@@ -4426,12 +4631,14 @@ def _start_shell(
     cwd: bytes | None,
     env: Mapping[str, str],
     streams: Mapping[int, int],
+    inherited: Inherited | None,
 ) -> int:
     """Start a shell in a session of its own, with `streams` as its 0 to 2.
 
-    Returns its pid; the caller reaps it.  Raises OSError, ValueError.
+    All signals have their default.  Returns its pid; the caller reaps it.
+    Raises OSError, ValueError.
     """
-    arguments: list[str | bytes] = [SHELL, "-c", "--", command]
+    arguments = _shell_words(command, inherited)
     stands_clear = min(streams.values()) > 2  # none takes the place of another
     if POPEN_FORKS and SEALED_PIPES and stands_clear and _is_here(cwd):
         with contextlib.suppress(NotImplementedError):  # setsid, on some systems
@@ -4448,6 +4655,9 @@ def _start_shell(
             )
     import subprocess
 
+    umask: JsonObject = {}
+    if inherited is not None and POPEN_SETS_UMASK:
+        umask = {"umask": inherited.umask}
     shell = subprocess.Popen(
         arguments,
         stdin=streams[0],
@@ -4457,6 +4667,7 @@ def _start_shell(
         env=env,
         start_new_session=True,
         close_fds=not SEALED_PIPES,
+        **umask,
     )
     shell.returncode = 0  # or Popen would reap it, too
     return shell.pid
@@ -4538,6 +4749,7 @@ class ProcessGroup:
         cwd: bytes | None,
         env: Mapping[str, str],
         stdin: bool,
+        inherited: Inherited | None = None,
     ) -> None:
         """Raises OSError and ValueError as subprocess does."""
         self.outputs: dict[int, int] = {}  # descriptors to read, with their stream
@@ -4552,7 +4764,7 @@ class ProcessGroup:
                 theirs[0], self.input = os.pipe()
             else:
                 theirs[0] = os.open(os.devnull, os.O_RDONLY)
-            self._shell = _start_shell(command, cwd, env, theirs)
+            self._shell = _start_shell(command, cwd, env, theirs, inherited)
         except BaseException:
             self.close_pipes()
             raise
@@ -4695,6 +4907,7 @@ class Command:
         environ: Mapping[str, str],
         working_dir: str | None = None,
         max_timeout: float | None = None,  # s; no caller exceeds it
+        inherited: Inherited | None = None,  # None: what this process has
         on_input: Callable[[int], None] | None = None,
     ) -> None:
         """`environ` is the result of command_environment().
@@ -4707,6 +4920,7 @@ class Command:
         self._timeout = min((t for t in limits if t is not None), default=None)
         self._environ = environ
         self._working_dir = working_dir
+        self._inherited = inherited
         self._on_input = on_input
         self._lock = threading.Lock()  # guards the next five
         self._input = InputWindow()
@@ -4769,6 +4983,7 @@ class Command:
                 cwd=cwd,
                 env={**self._environ, **filter_environment(self.spec.env)},
                 stdin=self.spec.stdin,
+                inherited=self._inherited,
             )
         except (OSError, ValueError) as error:
             self._problem = _why_not_started(error, cwd)
@@ -5048,8 +5263,16 @@ ANTHROPIC_MAX_TOKENS = 16384  # of one answer; a required parameter
 OLLAMA_FIRST_CONTEXT = 8192  # tokens; its default silently cuts our tools off
 OLLAMA_LAST_CONTEXT = 65536  # tokens; more fits hardly any home GPU
 
-OVERLONG_PATTERN = (
-    r"(?i)context.{0,24}(length|window|size|limit)|prompt is too long|too many tokens"
+OVERLONG_PATTERN = (  # how servers say that a conversation is too long for a model
+    r"(?i)context.{0,24}(length|window|size|limit)|(prompt|input) is too long"
+    r"|too many tokens|input token count|(token|model) limit|maximum prompt length"
+    r"|reduce the length|token count of \d+ exceeds|range of input length"
+    r"|exceeds max(imum)? length|max_prompt_tokens|max_new_tokens"
+)
+CALL_NAME_PATTERN = r"[A-Za-z0-9_-]{1,64}"  # what every API takes as a tool's name
+OPENAI_OTHERS = (  # in OpenAI's list, which does not tell its chat models from them
+    "embed|whisper|tts|dall-e|moderat|image|audio|realtime|transcribe|sora|davinci"
+    "|babbage"
 )
 BUSY_STATUSES = (408, 409, 425, 429)  # and everything from 500 on
 BUSY_KINDS = ("overloaded_error", "rate_limit_error", "api_error", "server_error")
@@ -5060,8 +5283,15 @@ STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
     "tool_calls": "stop",
     "function_call": "stop",
     "max_tokens": "length",
+    "model_context_window_exceeded": "length",
     "content_filter": "refusal",
 }
+CUT_SHORT = ("length", "refusal")  # reasons for which an answer is not whole
+
+OTHER_MODEL_TYPES = (  # in lists that have a `type`
+    *("embedding", "embeddings", "image", "audio", "video", "rerank", "moderation"),
+    "transcribe",
+)
 
 
 class ToolSpec(SnakeValue):
@@ -5189,6 +5419,13 @@ def new_call_id() -> str:
     return secrets.token_hex(5)[:9]
 
 
+def call_name(name: str) -> str:
+    """Return a tool's name as every API takes it; a model may have made one up."""
+    if re.fullmatch(CALL_NAME_PATTERN, name):
+        return name
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:64] or "unnamed"
+
+
 def read_tool_call(call_id: str, name: str, arguments: object) -> ToolCall:
     """Return a call whose arguments are an object, JSON text, or nothing at all."""
     if isinstance(arguments, dict):
@@ -5246,21 +5483,27 @@ def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 
 def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Yield the lines of a body as they arrive, without their ends."""
-    pending = bytearray()
+    """Yield the lines of a body as they arrive, without their ends and a BOM.
+
+    They may end with CR alone (HTML Living Standard §9.2.6).
+    """
+    pending, first = bytearray(), True
     while True:
         data = response.read1(65536)
-        if not data:
+        if first:
+            data, first = data[3 * data.startswith(codecs.BOM_UTF8) :], False
+        elif not data:
             break
         pending += data
         if len(pending) > MAX_MODEL_LINE:
             raise ModelError("the answer has a line that is too long")
-        if b"\n" in data:
-            *lines, rest = bytes(pending).split(b"\n")
+        if b"\n" in data or b"\r" in data:
+            # A CR at the end may be half a line end.
+            *lines, rest = re.split(b"\r\n|\n|\r(?!$)", bytes(pending))
             pending = bytearray(rest)
-            yield from (line.rstrip(b"\r") for line in lines)
+            yield from lines
     if pending:
-        yield bytes(pending)
+        yield bytes(pending).rstrip(b"\r")
 
 
 def check_answer_length(length: int) -> None:
@@ -5315,12 +5558,18 @@ class PartialCall:
 
     def add(self, arguments: object) -> None:
         """Append a piece of JSON text, or replace it by a value; text replaces that."""
+        if not arguments:
+            return
         if isinstance(arguments, str):
             self._pieces.append(arguments)
-            self._value = None if arguments else self._value
-        elif arguments:
+            self._value = None
+        else:
             self._pieces.clear()
             self._value = arguments
+
+    @property
+    def has_arguments(self) -> bool:
+        return bool(self._value or self._pieces)
 
     def is_whole(self) -> bool:
         """Return whether its arguments are complete JSON."""
@@ -5328,7 +5577,7 @@ class PartialCall:
             return False
         call = self.finished()
         self._tried += len(call.malformed)
-        return not call.malformed and bool(self._value or any(self._pieces))
+        return self.has_arguments and not call.malformed
 
     def finished(self) -> ToolCall:
         arguments = self._value or "".join(self._pieces)
@@ -5350,11 +5599,19 @@ class AnswerReader:
         self._text: list[str] = []
         self._thoughts: dict[str, list[str]] = {}  # by their field in provider_data
         self._call_ids: set[str] = set()
+        self._surrogate = ""  # the first half of a pair that was cut in two
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
         raise NotImplementedError
 
     def say(self, text: str) -> Iterator[ModelEvent]:
+        if not text:
+            return
+        text, self._surrogate = self._surrogate + text, ""
+        if "\ud800" <= text[-1] <= "\udbff":
+            text, self._surrogate = text[:-1], text[-1]
+        # Joins the halves of a pair; U+FFFD for one alone, which no UTF-8 can carry.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if text:
             self._text.append(text)
             yield Delta("text", text)
@@ -5379,12 +5636,23 @@ class AnswerReader:
         self.reason = STOP_REASONS.get(reason, reason) or "stop"
 
     def finished(self) -> Finished:
+        """Return the whole answer; calls of one that is cut or refused are left out.
+
+        Raises ModelError for an answer without a word.
+        """
         thoughts = {name: "".join(texts) for name, texts in self._thoughts.items()}
         data = {**thoughts, **self.provider_data}
+        calls = [] if self.reason in CUT_SHORT else self.calls
+        if self.reason == "error":
+            raise ModelError(
+                "the server ended the answer because of an error of its own"
+            )
+        if not (self._text or calls or self.reason in CUT_SHORT):
+            raise ModelError("the model answered nothing; ask again")
         message = ChatMessage(
             role="assistant",
             text="".join(self._text),
-            tool_calls=tuple(call.finished() for call in self.calls),
+            tool_calls=tuple(call.finished() for call in calls),
             provider_data={"by": self._model_id, **data} if data else {},
         )
         return Finished(message, self.reason, self.input_tokens, self.output_tokens)
@@ -5414,6 +5682,7 @@ class OpenAiAnswer(AnswerReader):
     def __init__(self, model_id: str) -> None:
         super().__init__(model_id)
         self._slots: dict[int, PartialCall] = {}
+        self._refused = False
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
         usage = pick(document, "usage", dict)
@@ -5426,18 +5695,24 @@ class OpenAiAnswer(AnswerReader):
             yield from self._take_delta(delta)
             reason = pick(choice, "finish_reason", str)
             if reason:
-                self.end(reason)
+                self.end("refusal" if self._refused else reason)
 
     def _take_delta(self, delta: JsonObject) -> Iterator[ModelEvent]:
         field = "reasoning_content"
         yield from self.think(pick(delta, field, str), keep_as=field)
         if not delta.get(field):
             yield from self.think(pick(delta, "reasoning", str))
+        for detail in pick_objects(delta, "reasoning_details"):  # OpenRouter
+            self._keep_detail(detail)
         yield from self.say(pick(delta, "content", str))
         for part in pick_objects(delta, "content"):  # Mistral's thinking models
             for thought in pick_objects(part, "thinking"):
                 yield from self.think(pick(thought, "text", str))
             yield from self.say(pick(part, "text", str))
+        refusal = pick(delta, "refusal", str)
+        if refusal:
+            yield from self.say(refusal)
+            self._refused = True
         for piece in pick_objects(delta, "tool_calls"):
             function = pick(piece, "function", dict)
             call = self._call_of(piece, pick(function, "name", str))
@@ -5446,24 +5721,41 @@ class OpenAiAnswer(AnswerReader):
                 extras = self.provider_data.setdefault("extra_content", {})
                 extras[call.id] = piece["extra_content"]
 
+    def _keep_detail(self, detail: JsonObject) -> None:
+        """Keep a piece of reasoning, which goes back as the server would have it."""
+        kept: list[JsonObject] = self.provider_data.setdefault("reasoning_details", [])
+        last = kept[-1] if kept else {}
+        if any(last.get(name) != detail.get(name) for name in ("index", "type")):
+            kept.append(dict(detail))
+            return
+        for name, value in detail.items():
+            if name in ("text", "summary", "data") and isinstance(value, str):
+                last[name] = pick(last, name, str) + value
+            elif value is not None:
+                last[name] = value
+
     def _call_of(self, piece: JsonObject, name: str) -> PartialCall:
         """Return the call to which a piece belongs.
 
-        In theory `index` says so; servers omit it or always send 0.  So a new id opens
-        a new call, and so does a name after arguments that are complete.
+        In theory `index` says so; servers omit it or always send 0.  So a new id with
+        a name opens a new call, and so does a name after arguments that are complete.
         """
         slot = pick(piece, "index", int)
         given_id = pick(piece, "id", str)
         call = self._slots.get(slot)
-        if call is not None and not self._opens_another(call, given_id, name):
-            call.name = call.name or name
-            return call
-        self._slots[slot] = self.open_call(given_id, name)
-        return self._slots[slot]
+        if call is None or self._opens_another(call, given_id, name):
+            self._slots[slot] = call = self.open_call(given_id, name)
+        elif not call.has_arguments and name != call.name:
+            call.name += name  # it may come in pieces, and before the id
+        if not call.given_id and given_id:
+            call.given_id = given_id
+            call.id = call.id if given_id in self._call_ids else given_id
+            self._call_ids.add(call.id)
+        return call
 
     def _opens_another(self, call: PartialCall, given_id: str, name: str) -> bool:
-        if given_id:
-            return given_id != call.given_id
+        if call.given_id and given_id:
+            return bool(name) and given_id != call.given_id
         return bool(name) and call.is_whole()
 
 
@@ -5492,12 +5784,22 @@ class AnthropicAnswer(AnswerReader):
             self.reason = pick(pick(document, "delta", dict), "stop_reason", str)
             self._count(pick(document, "usage", dict))
         elif kind == "message_stop":
-            self.end(self.reason)
-            self.over = True
-            # Without thinking, text and calls are all there is, for any provider.
-            if any("thinking" in pick(block, "type", str) for block in self._whole):
-                self.provider_data["blocks"] = self._whole
+            self._close_message()
+        elif kind == "message":  # of a server that does not stream
+            for index, block in enumerate(pick_objects(document, "content")):
+                yield from self._open_block(index, block)
+                self._close_block(index)
+            self.reason = pick(document, "stop_reason", str)
+            self._count(pick(document, "usage", dict))
+            self._close_message()
         # Anything else is a ping or a later addition; the API says to ignore it.
+
+    def _close_message(self) -> None:
+        self.end(self.reason)
+        self.over = True
+        # Without thinking, text and calls are all there is, for any provider.
+        if any("thinking" in pick(block, "type", str) for block in self._whole):
+            self.provider_data["blocks"] = self._whole
 
     def _open_block(self, index: int, block: JsonObject) -> Iterator[ModelEvent]:
         self._blocks[index] = dict(block)
@@ -5505,6 +5807,7 @@ class AnthropicAnswer(AnswerReader):
             call = self.open_call(pick(block, "id", str), pick(block, "name", str))
             call.add(block.get("input"))
             self._inputs[index] = call
+        yield from self.think(pick(block, "thinking", str))
         yield from self.say(pick(block, "text", str))
 
     def _take_delta(self, index: int, delta: JsonObject) -> Iterator[ModelEvent]:
@@ -5526,10 +5829,10 @@ class AnthropicAnswer(AnswerReader):
                 block[name] = "".join([pick(block, name, str), *pieces])
         if index in self._inputs:
             call = self._inputs.pop(index).finished()
-            block = {**block, "id": call.id, "input": call.arguments}
-        if block.get("type") != "text" or block.get(
-            "text"
-        ):  # the API refuses empty ones
+            name = call_name(call.name)
+            block = {**block, "id": call.id, "name": name, "input": call.arguments}
+        # The API refuses blank texts.
+        if block.get("type") != "text" or pick(block, "text", str).strip():
             self._whole.append(block)
 
     def _count(self, usage: JsonObject) -> None:
@@ -5572,8 +5875,8 @@ class ProviderSpec(Value):
     label: str
     protocol: str  # of PROTOCOLS
     base_url: str
-    call_id: str = "[A-Za-z0-9_-]{1,40}"  # pattern of the ids of calls that it takes
-    wants_reasoning: bool = False  # back, or it refuses the message after a tool call
+    call_id: str = ".+"  # pattern of the ids of calls that it takes
+    wants_reasoning: bool = False  # back, or it refuses the next message
 
     @property
     def url_variable(self) -> str:
@@ -5583,8 +5886,14 @@ class ProviderSpec(Value):
 
 PROVIDERS = (
     ProviderSpec("ollama", "Ollama", "ollama", "http://127.0.0.1:11434"),
-    ProviderSpec("anthropic", "Anthropic", "anthropic", "https://api.anthropic.com"),
-    ProviderSpec("openai", "OpenAI", "openai", "https://api.openai.com/v1"),
+    ProviderSpec(
+        *("anthropic", "Anthropic", "anthropic", "https://api.anthropic.com"),
+        call_id="[A-Za-z0-9_-]+",
+    ),
+    ProviderSpec(
+        *("openai", "OpenAI", "openai", "https://api.openai.com/v1"),
+        call_id="[A-Za-z0-9_-]{1,40}",
+    ),
     ProviderSpec("openrouter", "OpenRouter", "openai", "https://openrouter.ai/api/v1"),
     ProviderSpec("groq", "Groq", "openai", "https://api.groq.com/openai/v1"),
     ProviderSpec(
@@ -5621,15 +5930,19 @@ class ModelProvider:
         first_pause: float = 1.0,  # s before the second try
     ) -> None:
         self.spec = spec
-        self.base_url = base_url.rstrip("/")
-        self._api_key = api_key
+        self.base_url = base_url.strip().rstrip("/")
+        self._api_key = api_key.strip()  # variables often end with a newline
         self._first_pause = first_pause
+        self._refusals: list[tuple[str, ModelError]] = []  # by model; amended since
 
     def stream(
         self, request: ChatRequest, cancel: Cancellation
     ) -> Generator[ModelEvent, None, None]:
         """Yield the answer as it comes; see ChatModel.stream."""
         body = self._body(request)
+        for model, refusal in self._refusals:
+            if model == request.model:
+                self._amend(body, refusal)
         backoff = Backoff(self._first_pause, 20 * self._first_pause)
         tries = 1
         while True:
@@ -5654,6 +5967,8 @@ class ModelProvider:
                 amended = self._amend(body, error) if silent else None
                 if amended is None:
                     raise
+                if not amended:  # what a person is told of may be asked for again
+                    self._refusals.append((request.model, error))
                 notice = amended
             if notice:
                 yield Delta("notice", notice)
@@ -5681,6 +5996,16 @@ class ModelProvider:
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
         return headers
+
+    def _check_header_texts(self) -> None:
+        """Raises ModelError for a key or an address that no HTTP request takes."""
+        for label, text in (("API key", self._api_key), ("address", self.base_url)):
+            odd = re.search(r"[^\x21-\x7e]", text)
+            if odd:
+                raise ModelError(
+                    f"{self.spec.label}: character {odd.start() + 1} of the {label} is "
+                    f"{odd.group()!a}, which HTTP does not take; enter it again"
+                )
 
     def _body(self, request: ChatRequest) -> JsonObject:
         raise NotImplementedError
@@ -5715,6 +6040,7 @@ class ModelProvider:
         Raises ModelError, ModelBusy if asking again may help, and Cancelled; also for
         what the block reads.
         """
+        self._check_header_texts()
         content = None if body is None else to_json(body).encode("utf-8", "replace")
         try:
             with http_exchange(
@@ -5725,8 +6051,20 @@ class ModelProvider:
                 timeout=timeout,
                 cancel=cancel,
             ) as response:
+                if 300 <= response.status < 400:
+                    place = redact(response.getheader("Location", "another address"))
+                    raise ModelError(
+                        f"{self.spec.label}: {self.base_url} redirects to {place}; "
+                        "enter that address"
+                    )
                 if response.status != 200:
                     raise self._refusal(response)
+                packing = response.getheader("Content-Encoding", "identity")
+                if packing.lower() != "identity":
+                    raise ModelError(
+                        f"{self.spec.label} compressed its answer ({packing}) although "
+                        "it was not asked to; turn that off there"
+                    )
                 yield response
         except ConnectionError as error:
             raise ModelBusy(str(error)) from error
@@ -5770,8 +6108,14 @@ class ModelProvider:
 
     def _documents(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
         # Some servers send an error, or a whole answer, without an event stream.
-        if response.getheader("Content-Type", "").startswith("application/json"):
+        kind = response.getheader("Content-Type", "")
+        if kind.startswith("application/json"):
             return iter([response.read(MAX_MODEL_REPLY)])
+        if kind.startswith("text/html"):
+            raise ModelError(
+                f"{self.base_url + self.chat_path} answers with a web page: it is no "
+                f"{self.spec.label}; check the address"
+            )
         return _server_sent_data(_lines(response))
 
     def _document(self, data: bytes) -> JsonObject:
@@ -5806,7 +6150,8 @@ class ModelProvider:
             text = text.replace(self._api_key, "…")
         message = f"{self.spec.label}: {text}" + (f" ({status})" if status else "")
         # With 429, "too many tokens" are those of the last minute.
-        if status != 429 and re.search(OVERLONG_PATTERN, text):
+        overlong = re.search(OVERLONG_PATTERN, f"{text} {kind}")
+        if status != 429 and (overlong or status == 413):
             return ContextTooLong(message, detail)
         if status in (401, 403):
             return ModelError(f"{message}; is the API key right?", detail)
@@ -5835,6 +6180,25 @@ def function_tools(tools: Sequence[ToolSpec]) -> list[JsonObject]:
     return [{"type": "function", "function": tool.to_json()} for tool in tools]
 
 
+def merged_turns(messages: Sequence[JsonObject]) -> list[JsonObject]:
+    """Return `messages` of chat completions as turns that alternate.
+
+    Texts of one role in a row are one; a system's belong to the person's first.
+    """
+    turns: list[JsonObject] = []
+    for message in messages:
+        role = "user" if message["role"] == "system" else message["role"]
+        last = turns[-1] if turns else {}
+        plain = role in ("user", "assistant") and not last.get("tool_calls")
+        if plain and last.get("role") == role:
+            texts = (last.get("content"), message.get("content"))
+            joined = "\n\n".join(text for text in texts if text)
+            turns[-1] = {**last, **message, "role": role, "content": joined}
+        else:
+            turns.append({**message, "role": role})
+    return turns
+
+
 class OllamaProvider(ModelProvider):
     """Ollama's own API, https://docs.ollama.com/api."""
 
@@ -5843,12 +6207,18 @@ class OllamaProvider(ModelProvider):
     context_tokens = OLLAMA_LAST_CONTEXT
     answer = OllamaAnswer
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._contexts: dict[str, int] = {}  # tokens, of listed models' Modelfiles
+
     def _info(self, listed: JsonObject, cancel: Cancellation) -> ModelInfo | None:
-        name = pick(listed, "name", str)
+        name = pick(listed, "name", str) or pick(listed, "model", str)
         try:
             shown = self._ask("POST", "/api/show", {"model": name}, cancel)
         except ModelError:  # a broken model must not hide the others
             return None
+        wanted = re.search(r"(?m)^num_ctx\s+(\d{1,9})$", pick(shown, "parameters", str))
+        self._contexts[name] = int(wanted.group(1)) if wanted else 0
         abilities = shown.get("capabilities")
         if not isinstance(abilities, list):  # before Ollama 0.6.4
             abilities = ["completion", "tools"]
@@ -5870,7 +6240,7 @@ class OllamaProvider(ModelProvider):
         # In doublings: another size makes Ollama load the model again.  Three
         # characters a token errs on the safe side, and the answer needs room too.
         needed = len(to_json(body)) // 3 + 2048
-        size = OLLAMA_FIRST_CONTEXT
+        size = max(OLLAMA_FIRST_CONTEXT, self._contexts.get(request.model, 0))
         while size < min(needed, OLLAMA_LAST_CONTEXT):
             size *= 2
         body["options"] = {"num_ctx": size}
@@ -5882,7 +6252,12 @@ class OllamaProvider(ModelProvider):
             value["tool_name"] = message.tool_name
         if message.tool_calls:
             value["tool_calls"] = [
-                {"function": {"name": call.name, "arguments": call.arguments}}
+                {
+                    "function": {
+                        "name": call_name(call.name),
+                        "arguments": call.arguments,
+                    }
+                }
                 for call in message.tool_calls
             ]
         thinking = pick(self._own_data(request, message), "thinking", str)
@@ -5922,22 +6297,27 @@ class OpenAiProvider(ModelProvider):
         value: JsonObject = {"role": message.role, "content": message.text}
         if message.role == "tool":
             value["tool_call_id"] = self._call_id(message.tool_call_id)
+        data = self._own_data(request, message)
         if message.tool_calls:
-            data = self._own_data(request, message)
             value["content"] = message.text or None  # some refuse an empty text here
             extras = pick(data, "extra_content", dict)
             value["tool_calls"] = [
                 self._call(call, extras) for call in message.tool_calls
             ]
-            if self.spec.wants_reasoning:
-                value["reasoning_content"] = pick(data, "reasoning_content", str)
+        if message.role == "assistant" and self.spec.wants_reasoning:
+            value["reasoning_content"] = pick(data, "reasoning_content", str)
+        if data.get("reasoning_details"):
+            value["reasoning_details"] = data["reasoning_details"]
         return value
 
     def _call(self, call: ToolCall, extras: JsonObject) -> JsonObject:
         value: JsonObject = {
             "id": self._call_id(call.id),
             "type": "function",
-            "function": {"name": call.name, "arguments": to_json(call.arguments)},
+            "function": {
+                "name": call_name(call.name),
+                "arguments": to_json(call.arguments),
+            },
         }
         if call.id in extras:
             value["extra_content"] = extras[call.id]
@@ -5946,17 +6326,33 @@ class OpenAiProvider(ModelProvider):
     def _amend(self, body: JsonObject, error: ModelError) -> str | None:
         if "stream_options" in error.detail and body.pop("stream_options", None):
             return ""  # only the token counts are lost
+        if "reasoning_effort" in error.detail and "none" in error.detail:
+            changed = body.get("reasoning_effort") != "none"
+            body["reasoning_effort"] = "none"
+            return "" if changed else None
+        # Templates of Mistral and Gemma demand that roles alternate.
+        if re.search("(?i)alternat|system role|system message", error.detail):
+            merged = merged_turns(body["messages"])
+            changed, body["messages"] = merged != body["messages"], merged
+            return "" if changed else None
         return None
 
     def _info(self, listed: JsonObject, _cancel: Cancellation) -> ModelInfo | None:
         name = pick(listed, "id", str)
-        # OpenAI's list does not tell its chat models from the others.
-        if re.search("embed|whisper|tts|dall-e|moderat|image|audio|realtime", name):
-            return None
-        mistral = pick(listed, "capabilities", dict).get("function_calling")
+        mistral = pick(listed, "capabilities", dict)
         openrouter = listed.get("supported_parameters", ["tools"])
+        outputs = pick(pick(listed, "architecture", dict), "output_modalities", list)
+        if (
+            not name
+            or (self.spec.id == "openai" and re.search(OPENAI_OTHERS, name))
+            or mistral.get("completion_chat") is False
+            or (outputs and "text" not in outputs)
+            or pick(listed, "type", str) in OTHER_MODEL_TYPES
+        ):
+            return None
         tools = isinstance(openrouter, list) and "tools" in openrouter
-        return self._named(name, name, supports_tools=tools and mistral is not False)
+        tools = tools and mistral.get("function_calling") is not False
+        return self._named(name, name, supports_tools=tools)
 
 
 class AnthropicProvider(ModelProvider):
@@ -6023,7 +6419,7 @@ class AnthropicProvider(ModelProvider):
             {
                 "type": "tool_use",
                 "id": self._call_id(call.id),
-                "name": call.name,
+                "name": call_name(call.name),
                 "input": call.arguments,
             }
             for call in message.tool_calls
@@ -7026,6 +7422,7 @@ class MachineOptions(Value):
     inventory: Inventory
     working_dir: str | None = None
     max_timeout: float | None = None  # s; no caller exceeds it
+    inherited: Inherited | None = None  # for commands; None: as this process has it
     catalog: ModelCatalog | None = None  # None: its models are not lent
     allowed: AllowedCommands | None = None  # None: everything is
 
@@ -7137,6 +7534,7 @@ def _run(
         environ=options.environ,
         working_dir=options.working_dir,
         max_timeout=options.max_timeout,
+        inherited=options.inherited,
         on_input=on_input,
     )
 
@@ -7248,7 +7646,6 @@ class Machine:
     """The jobs of this computer, by id; each runs at most once."""
 
     def __init__(self, options: MachineOptions) -> None:
-        seal_descriptors()
         self.instance = new_id()  # one life of this process
         # A dict: os.environ decodes at each access, 0.1 ms a command.
         environ = command_environment(options.environ)
@@ -7622,15 +8019,12 @@ class Machine:
 
 # ==============================================================================
 # Node agent
-# Uses: Settings, WebSocket frames, WebSocket connections, TLS, SCRAM, Wire protocol,
+# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol,
 #       Commands, Telemetry, Machine
 #
 # A node's connection to its gateway: dial, authenticate, serve, reconnect, resume.
 # Machine runs the jobs; Node service starts the node on boot.
 # ==============================================================================
-
-# Temporary refusals: the gateway starts or stops, or its disk is full.
-PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LIMITED")
 
 MAX_COLLECTED = 200 * 1024  # bytes of a stream in one answer to a Moltis gateway
 ENVELOPE_ROOM = 1024  # bytes of a frame that are left for its envelope
@@ -7881,27 +8275,6 @@ class MoltisGatewayLink(GatewayLink):
                 self._again.append((Deadline(RESEND_PAUSE), params))
 
 
-def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
-    """Return the payload of the answer to one request; skip all other messages.
-
-    Raises RpcError as the gateway says, ConnectionClosed, or TimeoutError.
-    """
-    request = Request(new_id(), method, params)
-    ws.send(encode_envelope(request))
-    deadline = Deadline(CONNECT_TIMEOUT)
-    while True:
-        message = ws.receive(deadline.remaining())
-        if message is None:
-            raise ConnectionClosed(CloseCode.NORMAL, "the gateway hung up")
-        envelope = decode_envelope(message) if isinstance(message, str) else None
-        if isinstance(envelope, Response) and envelope.id == request.id:
-            if envelope.error is not None:
-                raise envelope.error
-            if not isinstance(envelope.payload, dict):
-                raise RpcError("PROTOCOL_ERROR", f"the answer to {method} is no object")
-            return envelope.payload
-
-
 def _tls_pin(ws: WebSocket) -> str | None:
     """Return the pin of the gateway's TLS key; None without TLS, or if unreadable."""
     certificate = ws.peer_certificate()
@@ -7909,19 +8282,6 @@ def _tls_pin(ws: WebSocket) -> str | None:
         return None if certificate is None else parse_certificate(certificate).pin
     except ValueError:
         return None
-
-
-def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
-    """Return the answer to `auth.scram`.  Raises as _exchange()."""
-    try:
-        return _exchange(ws, CAP_SCRAM, {"clientFirst": scram.first()})
-    except RpcError as error:
-        if error.code == "UNAUTHORIZED" or error.code in PASSING_CODES:
-            raise
-        raise RpcError(
-            error.code,
-            f"{error.message}; for a gateway of the original Moltis use --auth bearer",
-        ) from error
 
 
 class NodeAgent:
@@ -8042,21 +8402,8 @@ class NodeAgent:
         token = self._settings.device_token
         if self._settings.auth == "bearer":
             params = asked.replace(device_token=token)
-            return _exchange(ws, "connect", params.to_json())
-        certificate = ws.peer_certificate()
-        binding = None if certificate is None else tls_server_end_point(certificate)
-        scram = ScramClient(device_handle(token), token, binding)
-        first = _first_step(ws, scram)
-        final = scram.final(required(first, "serverFirst", str))
-        params = asked.replace(scram_final=final)
-        hello = _exchange(ws, "connect", params.to_json())
-        auth = optional(hello, "auth", dict) or {}
-        proof = optional(auth, "scram", dict) or {}
-        server_final = proof.get("serverFinal")
-        if not isinstance(server_final, str):
-            raise AuthenticationError("it sent no proof")
-        scram.verify(server_final)
-        return hello
+            return exchange(ws, "connect", params.to_json())
+        return sign_in(ws, asked, token)
 
     def _serve(self, ws: WebSocket, hello: JsonObject) -> UserError:
         """Serve one connection to its end; return the reason of the end."""
@@ -8689,6 +9036,7 @@ CLOCK_RECORDED_EVERY = 60.0  # s
 CHECKPOINT_EVERY = 200  # transactions; then the next tick() copies them to the file
 LONGEST_WAL = 4000  # pages of 4 KiB; overwriting them is faster than adding more
 STORE_TICK = 1.0  # s
+MIN_ID_PREFIX = 4  # characters of a node's id that may stand for it
 VACUUM_ABOVE = 256  # free pages; each tick() releases VACUUM_PAGES of the others
 VACUUM_PAGES = 64
 STORE_BUSY_TIMEOUT = 5.0  # s that another program, a `sqlite3` shell, may hold the file
@@ -8867,6 +9215,12 @@ MIGRATIONS: Mapping[int, str] = {
         WHERE event NOT LIKE '%.refused';
     CREATE INDEX audit_caller ON audit(caller_id, seq);
     """,
+    6: """  -- operators prove their key by SCRAM; NULL until an older key is used
+    ALTER TABLE operator_keys RENAME COLUMN key_hash TO token_hash;
+    ALTER TABLE operator_keys ADD COLUMN handle TEXT;    -- SCRAM username
+    ALTER TABLE operator_keys ADD COLUMN verifier TEXT;  -- RFC 5803
+    CREATE UNIQUE INDEX operator_keys_handle ON operator_keys(handle);
+    """,
 }
 
 
@@ -8913,10 +9267,10 @@ class Device(Value):
     commands: Sequence[str] = ()
 
 
-class DeviceCredential(Value):
-    """What verifies a device's token; the token cannot be derived from it."""
+class Credential(Value):
+    """What verifies a device's token or an operator's key, which it does not reveal."""
 
-    handle: str
+    handle: str  # SCRAM username
     token_hash: str
     verifier: str  # RFC 5803
 
@@ -8993,6 +9347,9 @@ class AuditEvent:
     TOKEN_REVOKED = "token.revoked"
     TOKEN_REFUSED = "token.refused"
     JOINED = "token.joined"
+    RENAMED = "node.renamed"
+    APPROVALS_CHANGED = "chat.approvals"
+    EXPORTED = "audit.exported"
 
     REFUSALS = (SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED)
 
@@ -9390,6 +9747,17 @@ class Table:
         return self._db.write(sql, values)
 
 
+def name_key(name: str) -> str:
+    """Return what two names have in common that people take for the same one."""
+    plain = " ".join(name.split())
+    if not plain.isascii():
+        import unicodedata
+
+        plain = unicodedata.normalize("NFKC", plain).casefold()
+        plain = unicodedata.normalize("NFKC", plain)
+    return plain.casefold()
+
+
 class NodeNames:
     """The names of all nodes, read at one version of the devices."""
 
@@ -9397,20 +9765,26 @@ class NodeNames:
         """`rows` have the columns `node_id`, `display_name`, `renamed`."""
         self.version = version
         self.by_id: dict[str, str] = {}
-        self._given: dict[str, list[str]] = {}  # by operators; ids by name
+        self._given: dict[str, list[str]] = {}  # by operators; ids by name_key()
         self._own: dict[str, list[str]] = {}  # by the machines themselves
         for row in rows:
             self.by_id[row["node_id"]] = row["display_name"]
             ids = self._given if row["renamed"] else self._own
-            ids.setdefault(row["display_name"].casefold(), []).append(row["node_id"])
+            ids.setdefault(name_key(row["display_name"]), []).append(row["node_id"])
 
-    def ids_of(self, name: str) -> Sequence[str]:
-        """Return the ids of the nodes of that name, in any case of letters.
+    def find(self, reference: str) -> Sequence[str]:
+        """Return the ids of the nodes that `reference` may mean.
 
-        Names given by operators win over those that machines gave themselves.
+        An exact id wins, then a name given by an operator, then a name that a machine
+        gave itself; then the beginning of an id.
         """
-        known = name.casefold()
-        return self._given.get(known) or self._own.get(known) or ()
+        wanted, key = reference.strip(), name_key(reference)
+        if wanted in self.by_id:
+            return [wanted]
+        ids = self._given.get(key) or self._own.get(key)
+        if ids is None and len(key) >= MIN_ID_PREFIX:
+            ids = [i for i in self.by_id if i.casefold().startswith(key)]
+        return ids or ()
 
 
 class DevicesTable(Table):
@@ -9421,11 +9795,12 @@ class DevicesTable(Table):
 
     def __init__(self, database: Database) -> None:
         super().__init__(database)
+        self.naming = threading.Lock()  # held from clash() until the name is written
         self._version = object()  # replaced after each change of a name or a node id
         # Reading 5,000 names takes 5 ms, and every job needs one.
         self._names: NodeNames | None = None
 
-    def add(self, device: Device, credential: DeviceCredential) -> None:
+    def add(self, device: Device, credential: Credential) -> None:
         self._db.insert(self.name, device, **credential.__dict__)
 
     def all(self, now: int) -> list[Device]:
@@ -9447,14 +9822,30 @@ class DevicesTable(Table):
 
     def verifier(self, handle: str, now: int) -> str | None:
         """Return the SCRAM verifier of a device, as RFC 5803 writes it."""
-        found = self._current(DeviceCredential, "handle", handle, now)
+        found = self._current(Credential, "handle", handle, now)
         return None if found is None else found.verifier
 
-    def is_called(self, name: str, now: int, *, but: str) -> bool:
-        """Return whether a device other than `but` has a name, in any case."""
-        wanted = name.casefold()
-        others = (device for device in self.all(now) if device.id != but)
-        return any(device.display_name.casefold() == wanted for device in others)
+    def clash(self, name: str, now: int, *, but: str) -> str:
+        """Return why a name or an id could mean a device other than `but`, or ""."""
+        key = name_key(name)
+        for row in self._db.rows(
+            "SELECT ifnull(node_id, '') node_id, display_name FROM devices"  # nosec B608
+            f" WHERE id <> :but AND {self.CURRENT}",
+            {"but": but, "now": now},
+        ):
+            node_id = row["node_id"].casefold()
+            if name_key(row["display_name"]) == key:
+                return f"another machine is called {row['display_name']}"
+            if node_id == key:
+                return f"{row['node_id']} is the id of another machine"
+            if len(key) >= MIN_ID_PREFIX and node_id.startswith(key):
+                return f"the id of another machine, {row['node_id']}, begins with it"
+        return ""
+
+    def is_revoked(self, node_id: str) -> bool:
+        """Return whether a device whose token was revoked had this node id."""
+        sql = "SELECT 1 FROM devices WHERE node_id = ? AND revoked_at IS NOT NULL"
+        return self._db.row(sql, (node_id,)) is not None
 
     def names(self) -> NodeNames:
         """Return the names of all nodes; they are read again after a change only."""
@@ -9473,8 +9864,8 @@ class DevicesTable(Table):
         """Record the id and the description that a node sends when it connects.
 
         Empty texts, and the name of a node that an operator has renamed, change
-        nothing.  Return False, and record nothing, if the id belongs to another device
-        or the device is revoked or expired.
+        nothing.  Return False, and record nothing, if the id belongs to another device,
+        though that is revoked, or if the device is revoked or expired.
         """
         changed = self._db.write(
             "UPDATE devices SET node_id = :client_id, expires_at = NULL,"  # nosec B608: literals
@@ -9486,7 +9877,7 @@ class DevicesTable(Table):
             " last_ip = :address, last_seen_at = :now"
             f" WHERE id = :id AND {self.CURRENT}"
             " AND NOT EXISTS (SELECT 1 FROM devices WHERE node_id = :client_id"
-            "   AND id <> :id AND revoked_at IS NULL)",
+            "   AND id <> :id)",
             {
                 **params.__dict__,
                 "capabilities": to_json(params.capabilities),
@@ -9514,7 +9905,7 @@ class DevicesTable(Table):
     def rotate(
         self,
         device_id: str,
-        credential: DeviceCredential,
+        credential: Credential,
         expires_at: int | None = None,
     ) -> bool:
         """Replace the device's credential; False: no such device."""
@@ -9724,17 +10115,32 @@ class OperatorKeysTable(Table):
 
     name = "operator_keys"
 
-    def add(self, key: OperatorKey, key_hash: str) -> None:
-        self._db.insert(self.name, key, key_hash=key_hash)
+    def add(self, key: OperatorKey, credential: Credential) -> None:
+        self._db.insert(self.name, key, **credential.__dict__)
 
     def all(self) -> list[OperatorKey]:
         """Return the keys, the newest first."""
         return self._find(OperatorKey, "TRUE ORDER BY created_at DESC, rowid DESC")
 
-    def by_hash(self, key_hash: str) -> OperatorKey | None:
-        """Return a key that is not revoked."""
-        condition = "key_hash = ? AND revoked_at IS NULL"
-        return self._first(OperatorKey, condition, (key_hash,))
+    def by_hash(self, token_hash: str) -> OperatorKey | None:
+        return self._current(OperatorKey, "token_hash", token_hash)
+
+    def by_handle(self, handle: str) -> OperatorKey | None:
+        return self._current(OperatorKey, "handle", handle)
+
+    def verifier(self, handle: str) -> str | None:
+        """Return the SCRAM verifier of a key, as RFC 5803 writes it."""
+        found = self._current(Credential, "handle", handle)
+        return None if found is None else found.verifier
+
+    def upgrade(self, credential: Credential) -> None:
+        """Store the verifier of a key that is older than SCRAM for keys."""
+        where = {"token_hash": credential.token_hash, "handle": None}
+        self._change(where, **credential.__dict__)
+
+    def _current(self, kind: type[V], column: str, value: str) -> V | None:
+        """Return a key, or its credential, unless it is revoked."""
+        return self._first(kind, f"{column} = ? AND revoked_at IS NULL", (value,))
 
     def used(self, key_id: str, now: int) -> None:
         self._change({"id": key_id}, last_used_at=now)
@@ -10113,6 +10519,15 @@ def secret_hash(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
 
 
+def make_credential(secret: str) -> Credential:
+    """Return what the store keeps of a token or an operator key."""
+    return Credential(
+        handle=scram_handle(secret),
+        token_hash=secret_hash(secret),
+        verifier=make_verifier(secret).to_text(),
+    )
+
+
 def is_loopback(address: str) -> bool:
     plain = unmapped(address)
     return plain.startswith("127.") or plain == "::1"
@@ -10220,10 +10635,8 @@ class DeviceAccess:
     """Makes, replaces, revokes and checks device tokens."""
 
     def __init__(self, door: Doorkeeper) -> None:
-        """Raises StoreError."""
         self._door = door
         self._devices = door.store.devices
-        self._decoy_key = self._load_decoy_key()
 
     def create_device(
         self,
@@ -10245,7 +10658,7 @@ class DeviceAccess:
             created_at=now,
             expires_at=None if lifetime is None else now + round(lifetime * 1000),
         )
-        self._devices.add(device, self._credential(token))
+        self._devices.add(device, make_credential(token))
         self._door.record(AuditEvent.TOKEN_CREATED, device_label(device), by)
         return device, token
 
@@ -10263,7 +10676,7 @@ class DeviceAccess:
         Raises RpcError NOT_FOUND.
         """
         token = new_secret("mdt_")
-        if not self._devices.rotate(device.id, self._credential(token), expires_at):
+        if not self._devices.rotate(device.id, make_credential(token), expires_at):
             raise RpcError("NOT_FOUND", f"there is no device {clip(device.id, 80)}")
         self._door.record(event, device_label(device), by)
         return token
@@ -10274,41 +10687,12 @@ class DeviceAccess:
             raise RpcError("NOT_FOUND", f"there is no device {clip(device.id, 80)}")
         self._door.record(AuditEvent.TOKEN_REVOKED, device_label(device), by)
 
-    def record_refused_device(self, name: str, address: str) -> None:
-        """Record that a token was refused."""
-        self._door.record_refusal(AuditEvent.TOKEN_REFUSED, clip(name, 200), address)
-
     def device_by_token(self, token: str) -> Device | None:
         return self._devices.by_token_hash(secret_hash(token), self._door.now())
 
     def device_by_handle(self, handle: str) -> Device | None:
         """Return the device that a ScramServer authenticated as `handle`."""
         return self._devices.by_handle(handle, self._door.now())
-
-    def scram_server(self, channel_binding: bytes | None = None) -> ScramServer:
-        """Return the gateway's half of one device's authentication."""
-        return ScramServer(self._verifier, channel_binding)
-
-    @staticmethod
-    def _credential(token: str) -> DeviceCredential:
-        return DeviceCredential(
-            handle=device_handle(token),
-            token_hash=secret_hash(token),
-            verifier=make_verifier(token).to_text(),
-        )
-
-    def _verifier(self, handle: str) -> ScramVerifier:
-        text = self._devices.verifier(handle, self._door.now())
-        # Made for known handles too: the time must not reveal which are known.
-        decoy = decoy_verifier(self._decoy_key, handle)
-        return decoy if text is None else ScramVerifier.from_text(text)
-
-    def _load_decoy_key(self) -> bytes:
-        kept = self._door.store.settings.get("scram_decoy_key")
-        if not isinstance(kept, str):
-            kept = secrets.token_hex(32)
-            self._door.store.settings.put("scram_decoy_key", kept)
-        return bytes.fromhex(kept)
 
 
 class JoinCodes:
@@ -10420,13 +10804,23 @@ class OperatorAccess:
 
     def operator_by_key(self, key: str, address: str = "") -> Caller | None:
         found = self._keys.by_hash(secret_hash(key))
-        if found is None:
+        if found is not None and self._keys.by_handle(scram_handle(key)) is None:
+            with contextlib.suppress(StoreError):
+                self._keys.upgrade(make_credential(key))
+        return self._caller(found, address)
+
+    def operator_by_handle(self, handle: str, address: str) -> Caller | None:
+        """Return the operator that a ScramServer authenticated as `handle`."""
+        return self._caller(self._keys.by_handle(handle), address)
+
+    def _caller(self, key: OperatorKey | None, address: str) -> Caller | None:
+        if key is None:
             return None
-        if self._door.is_use_due(found.last_used_at):
+        if self._door.is_use_due(key.last_used_at):
             # A full disk must not lock out the operator who can make room.
             with contextlib.suppress(StoreError):
-                self._keys.used(found.id, self._door.now())
-        return Caller(OPERATOR, found.id, found.name, found.scopes, address=address)
+                self._keys.used(key.id, self._door.now())
+        return Caller(OPERATOR, key.id, key.name, key.scopes, address=address)
 
     def admit_operator(
         self, key: str, address: str, refusal: str = AuditEvent.KEY_REFUSED
@@ -10450,7 +10844,7 @@ class OperatorAccess:
     def _add(self, name: str, scopes: Sequence[str]) -> tuple[OperatorKey, str]:
         text = new_secret("mk_")
         key = OperatorKey(new_id(), name, scopes, self._door.now())
-        self._keys.add(key, secret_hash(text))
+        self._keys.add(key, make_credential(text))
         return key, text
 
 
@@ -10518,11 +10912,37 @@ class Access:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Raises StoreError."""
-        self._door = Doorkeeper(store, clock)
-        self.devices = DeviceAccess(self._door)
-        self.join_codes = JoinCodes(self._door, self.devices, RateLimit(monotonic))
-        self.operators = OperatorAccess(self._door, RateLimit(monotonic))
-        self.sign_ins = SignIns(self._door, self.operators)
+        self.door = Doorkeeper(store, clock)
+        self.devices = DeviceAccess(self.door)
+        self.join_codes = JoinCodes(self.door, self.devices, RateLimit(monotonic))
+        self.operators = OperatorAccess(self.door, RateLimit(monotonic))
+        self.sign_ins = SignIns(self.door, self.operators)
+        self._decoy_key = self._load_decoy_key()
+
+    def scram_server(self, channel_binding: bytes | None = None) -> ScramServer:
+        """Return the gateway's half of one authentication, by token or by key."""
+        return ScramServer(self._verifier, channel_binding)
+
+    def record_refused_proof(self, role: object, reason: str, address: str) -> None:
+        """Record that a peer did not prove the token or key that it named."""
+        operator = role == OPERATOR
+        event = AuditEvent.KEY_REFUSED if operator else AuditEvent.TOKEN_REFUSED
+        self.door.record_refusal(event, clip(reason, 200), address)
+
+    def _verifier(self, handle: str) -> ScramVerifier:
+        store = self.door.store
+        text = store.devices.verifier(handle, self.door.now())
+        text = text or store.operator_keys.verifier(handle)
+        # Made for known handles too: the time must not reveal which are known.
+        decoy = decoy_verifier(self._decoy_key, handle)
+        return decoy if text is None else ScramVerifier.from_text(text)
+
+    def _load_decoy_key(self) -> bytes:
+        kept = self.door.store.settings.get("scram_decoy_key")
+        if not isinstance(kept, str):
+            kept = secrets.token_hex(32)
+            self.door.store.settings.put("scram_decoy_key", kept)
+        return bytes.fromhex(kept)
 
     def is_current(self, operator: Caller) -> bool:
         """Return whether the credential of a connected operator is still valid."""
@@ -10533,9 +10953,9 @@ class Access:
 
     def purge(self) -> None:
         """Delete expired sign-ins and devices.  Raises StoreError."""
-        now = self._door.now()
-        self._door.store.logins.delete_expired(now)
-        self._door.store.devices.delete_expired(now)
+        now = self.door.now()
+        self.door.store.logins.delete_expired(now)
+        self.door.store.devices.delete_expired(now)
 
 
 # ==============================================================================
@@ -10551,11 +10971,11 @@ LOCAL_NAME = "Local"
 
 MAX_NODE_ID = 200  # characters
 MAX_NAME = 200  # characters
-MIN_ID_PREFIX = 4  # characters of an id that may stand for it
 MAX_CANDIDATES = 20  # names in an error; there may be thousands
 STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without telemetry from a connected node
 CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest is dropped
-REPLACE_TIMEOUT = 5.0  # s for an old connection of the same node to end
+ANSWER_TIMEOUT = 3.0  # s for an old connection of the same node to show that it lives
+REPLACE_TIMEOUT = 5.0  # s for it to end otherwise
 
 
 class NodeLink(Protocol):
@@ -10580,6 +11000,9 @@ class NodeLink(Protocol):
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def resize(self, job_id: str, rows: int, cols: int) -> None: ...
+
+    def answers(self, timeout: float) -> bool:
+        """Return whether the node shows within `timeout` s that it lives."""
 
     def hang_up(self, reason: str) -> None: ...
 
@@ -10619,7 +11042,7 @@ def valid_name(text: str) -> str:
         raise RpcError(
             "INVALID_REQUEST", f"a name has 1 to {MAX_NAME} printable characters"
         )
-    if name.casefold() == LOCAL_NAME.casefold():
+    if name_key(name) == LOCAL_ID:
         raise RpcError(
             "INVALID_REQUEST",
             f"{LOCAL_NAME} is the gateway's own machine; choose another name",
@@ -10627,24 +11050,22 @@ def valid_name(text: str) -> str:
     return name
 
 
-def free_name(devices: DevicesTable, text: str, node_id: str = "") -> str:
-    """Return a valid name for a machine, which may be the node `node_id` already.
+def free_name(devices: DevicesTable, text: str, device_id: str = "") -> str:
+    """Return a valid name that means no device but `device_id`.  Raises RpcError.
 
-    Raises RpcError for a name that is invalid or another node's id.
+    The caller holds `devices.naming`.
     """
     name = valid_name(text)
-    ids = {known.casefold() for known in devices.names().by_id}
-    if name.casefold() in ids - {node_id.casefold()}:
-        raise RpcError(
-            "INVALID_REQUEST", f"{name} is the id of a node; choose another name"
-        )
+    problem = devices.clash(name, now_ms(), but=device_id)
+    if problem:
+        raise RpcError("CONFLICT", f"{problem}; choose another name")
     return name
 
 
 def check_node_id(node_id: str) -> None:
     """Raises RpcError unless a node may connect with this id."""
     fits = 0 < len(node_id) <= MAX_NODE_ID and node_id.isprintable()
-    if not fits or node_id.casefold() == LOCAL_ID:
+    if not fits or name_key(node_id) == LOCAL_ID:
         raise RpcError(
             "INVALID_REQUEST",
             f"client.id must have 1 to {MAX_NODE_ID} printable characters and not "
@@ -10684,7 +11105,7 @@ class Fleet:
             return list(self._connected.values())
 
     def claim(self, node: ConnectedNode, device: Device) -> None:
-        """Make `node` the one connection of its id, and hang up the previous one.
+        """Make `node` the one connection of its id, and hang up one that is dead.
 
         Raises RpcError if another machine uses the token or the id.
         """
@@ -10695,6 +11116,16 @@ class Fleet:
                 previous = self._connected.setdefault(node.node_id, node)
             if previous is node:
                 return
+            # The same process has connected again; of others only one may be alive.
+            life = node.link.instance
+            same = life != "" and previous.link.instance == life
+            if not same and previous.link.answers(ANSWER_TIMEOUT):
+                raise RpcError(
+                    "CONFLICT",
+                    "this token is in use by another machine that is connected now, "
+                    f"from {previous.address}; make one for each with `moltis node "
+                    "generate-token`, or end that node first",
+                )
             # Its reader ends before the new one starts: log frames stay in order.
             previous.link.hang_up("this node has connected again")
             if not previous.gone.wait(deadline.remaining()):
@@ -10749,26 +11180,20 @@ class Fleet:
             return list(self._cpu.get(node_id, ()))
 
     def resolve(self, reference: str) -> tuple[str, str]:
-        """Return id and name of the machine that `reference` names.
+        """Return id and name of the machine that `reference` means.
 
-        An exact id wins, then a name given by an operator, then a name that a machine
-        gave itself, in any case of letters; then a unique prefix of an id.
         Raises RpcError NOT_FOUND, or INVALID_REQUEST with the candidates.
         """
-        wanted, names = reference.strip(), self._devices.names()
-        if wanted.casefold() == LOCAL_ID:
+        names = self._devices.names()
+        if name_key(reference) == LOCAL_ID:
             return LOCAL_ID, LOCAL_NAME
-        if wanted in names.by_id:
-            return wanted, names.by_id[wanted]
-        matches = names.ids_of(wanted)
-        if not matches and len(wanted) >= MIN_ID_PREFIX:
-            matches = [i for i in names.by_id if i.startswith(wanted)]
+        matches = names.find(reference)
         if len(matches) == 1:
             return matches[0], names.by_id[matches[0]]
         if matches:
             raise RpcError(
                 "INVALID_REQUEST",
-                f"{wanted!r} may be any of {len(matches)} nodes; use an id: "
+                f"{reference.strip()!r} may be any of {len(matches)} nodes; use an id: "
                 f"{_some(matches)}",
             )
         known = sorted([LOCAL_NAME, *names.by_id.values()], key=str.casefold)
@@ -10866,12 +11291,14 @@ class Fleet:
             )
         if device.node_id == node_id:
             return
-        # An id wins over a name: this node would get the other's commands.
-        if self._devices.is_called(node_id, now_ms(), but=device.id):
+        # What people wrote down, and what sessions select, must not reach another one.
+        problem = self._devices.clash(node_id, now_ms(), but=device.id)
+        if not problem and self._devices.is_revoked(node_id):
+            problem = "that id had a token that was revoked"
+        if problem:
             raise RpcError(
                 "CONFLICT",
-                f"another machine is called {node_id}, or a token was made for one; "
-                "choose another id with --node-id",
+                f"{problem}; choose another id than {node_id} with --node-id",
             )
         if device.node_id and self.connected(device.node_id) is not None:
             raise RpcError(
@@ -12107,6 +12534,9 @@ class LocalLink:
     def check(self, work: str, spec: JsonObject) -> None: ...
 
     def check_cancel(self, job_id: str) -> None: ...
+
+    def answers(self, _timeout: float) -> bool:
+        return True
 
     def hang_up(self, _reason: str) -> None:
         self._machine.close()
@@ -13386,6 +13816,11 @@ CARD_STATES: Mapping[str, str] = {  # of messages, by state of their jobs
     JobState.DENIED: MessageState.ABORTED,
 }  # others: MessageState.ERROR
 
+UNFINISHED_WORDS: Mapping[str, str] = {  # by the reason why an answer ended
+    "length": "The answer was cut: it met the model's length limit. Write “continue”.",
+    "refusal": "The model, or a filter of its provider, refused to answer this.",
+}
+
 OPEN_STATES = (MessageState.QUEUED, MessageState.RUNNING)
 
 Announce: TypeAlias = "Callable[[str, JsonObject], None]"
@@ -13853,22 +14288,22 @@ class TurnChat(Conversation):
 
     def finish(self, end: RunEnd, aborted_state: str) -> None:
         """Show how the run ended."""
-        if end.state == "error":
-            self._end_answer(MessageState.ERROR)
-            fields = {"text": end.error, "error": end.error}
-            self._add("error", "notice", MessageState.ERROR, **fields)
-            return
         state = aborted_state
         details: JsonObject = {}
-        if end.state == "final":
+        error = end.error if end.state == "error" else UNFINISHED_WORDS.get(end.reason)
+        if end.state == "error":
+            state = MessageState.ERROR
+        elif end.state == "final":
             state = MessageState.DONE
             details["usage"] = {
                 "inputTokens": end.input_tokens,
                 "outputTokens": end.output_tokens,
             }
-            if end.reason != "stop":
-                details["reason"] = end.reason
-        if not self._end_answer(state, end.state, details):
+        if error:
+            self._end_answer(state, details=details)
+            fields = {"text": error, "error": error}
+            self._add("error", "notice", MessageState.ERROR, **fields)
+        elif not self._end_answer(state, end.state, details):
             self._log.note(end.state, self._turn.run_id)
 
     def _add(
@@ -14741,17 +15176,21 @@ class NodeMethods:
         """Return the id of the node that a parameter names.  Raises RpcError."""
         return self._fleet.resolve(required(params, name, str))[0]
 
-    def rename(self, node_id: str, display_name: str) -> None:
-        name = free_name(self._devices, display_name, node_id)
+    def rename(self, node_id: str, display_name: str, by: Caller) -> None:
         device = self._devices.by_node_id(node_id, now_ms())
         if device is None:
             raise RpcError("INVALID_REQUEST", f"{LOCAL_NAME} cannot be renamed")
-        self._devices.rename(device.id, name)
+        with self._devices.naming:
+            name = free_name(self._devices, display_name, device.id)
+            self._devices.rename(device.id, name)
+        renaming = f"{device_label(device)} is now {name}"
+        self._access.door.record(AuditEvent.RENAMED, renaming, by)
         self._announce("presence", {"type": "node.renamed", "nodeId": node_id})
 
     def create_token(self, display_name: str, platform: str, by: Caller) -> JsonObject:
-        name = free_name(self._devices, display_name) if display_name else ""
-        device, token = self._access.devices.create_device(name, platform, by=by)
+        with self._devices.naming:
+            name = free_name(self._devices, display_name) if display_name else ""
+            device, token = self._access.devices.create_device(name, platform, by=by)
         return {
             "deviceToken": token,
             "deviceId": device.id,
@@ -14761,6 +15200,13 @@ class NodeMethods:
 
     def rotate_token(self, device_id: str, by: Caller) -> JsonObject:
         device = self._device(device_id)
+        # Whoever has the new token is that machine, to everybody who sends it work.
+        if device.node_id is not None and not by.may(Scope.ADMIN):
+            raise RpcError(
+                "FORBIDDEN",
+                f"{device_label(device)} has connected: only an administrator may "
+                "replace its token; revoke it and make one for a new machine instead",
+            )
         token = self._access.devices.rotate_device(device, by=by)
         self._hang_up(device)
         return {"deviceToken": token, "scopes": []}
@@ -15141,7 +15587,7 @@ class Rpc:
             "node.list": Method(fleet.views, read),
             "node.describe": Method(fleet.view, read, nodeId=nodes.node_id),
             "node.rename": Method(
-                nodes.rename, write, nodeId=nodes.node_id, displayName=str
+                nodes.rename, write, nodeId=nodes.node_id, displayName=str, by=Caller
             ),
             "node.invoke": Method(
                 *(jobs.invoke, write),
@@ -15329,6 +15775,9 @@ class NodePeer:
     def input(self, job_id: str, offset: int, data: bytes) -> None:
         self._ws.send(encode_job_data(INPUT_DATA, job_id, offset, data))
 
+    def answers(self, timeout: float) -> bool:
+        return self._ws.answers(timeout)
+
     def hang_up(self, reason: str) -> None:
         self._ws.close(CloseCode.POLICY_VIOLATION, reason, timeout=0)
 
@@ -15495,6 +15944,10 @@ class MoltisPeer(NodePeer):
 
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
+    def answers(self, timeout: float) -> bool:
+        # While it works it reads nothing: only its deadline says that it is dead.
+        return not self._ws.keepalive or self._ws.answers(timeout)
+
     def tick(self) -> None:
         """Give up a silent node again once its command should have ended."""
         with self._lock:
@@ -15649,10 +16102,10 @@ class Introduction:
 
         Raises RpcError.
         """
-        devices, client = self._access.devices, self._client
+        access, client = self._access, self._client
         try:
             if request.method == CAP_SCRAM and self._scram is None:
-                self._scram = devices.scram_server(client.channel_binding)
+                self._scram = access.scram_server(client.channel_binding)
                 first = required(request.params, "clientFirst", str)
                 return {"serverFirst": self._scram.first(first)}
             if request.method != "connect":
@@ -15667,7 +16120,8 @@ class Introduction:
             # Not counted against the address: 256 bits cannot be guessed, and a node
             # with an old token must not lock out others behind the same router.
             log.warning("refused address=%s: %s", client.address, error)
-            devices.record_refused_device(str(error), client.address)
+            role = request.params.get("role")
+            access.record_refused_proof(role, str(error), client.address)
             text = "authentication failed"
             if isinstance(error, ChannelMismatch):
                 text = f"{text}: {error}"
@@ -15675,20 +16129,22 @@ class Introduction:
 
     def _identify(self, params: ConnectParams) -> Identity:
         """Raises AuthenticationError; RpcError if there is no credential."""
-        access, final = self._access, ""
+        access, final, address = self._access, "", self._client.address
         if params.scram_final and self._scram is not None:
             final = self._scram.final(params.scram_final)
             handle = self._scram.username or ""
+            caller = access.operators.operator_by_handle(handle, address)
+            if caller is not None:
+                return Identity(caller, params, server_final=final)
             device = access.devices.device_by_handle(handle)
         elif params.device_token:
             if self._require_scram:
                 raise RpcError(
                     "FORBIDDEN", "this gateway takes no token as it is, only SCRAM"
                 )
-            handle = device_handle(params.device_token)
+            handle = scram_handle(params.device_token)
             device = access.devices.device_by_token(params.device_token)
         elif params.api_key:
-            address = self._client.address
             caller = access.operators.admit_operator(params.api_key, address)
             return Identity(caller, params)
         elif self._client.login is not None and params.role != "node":
@@ -15700,8 +16156,27 @@ class Introduction:
                 "sign-in",
             )
         if device is None:
-            raise AuthenticationError("unknown or revoked device token")
+            raise AuthenticationError("unknown or revoked token")
         return Identity(device_caller(device), params, device, handle, final)
+
+
+def own_name(devices: DevicesTable, device: Device, params: ConnectParams) -> str:
+    """Return the name for a node that names itself; "" to keep the one it has.
+
+    The caller holds `devices.naming`.
+    """
+    try:
+        name = valid_name(params.display_name)
+    except RpcError:
+        return ""
+    if device.renamed or name == device.display_name:
+        return name
+    # Whoever had the name first keeps it.
+    room = MAX_NAME - 9
+    for free in (name, f"{name[:room]} {params.client_id[:8]}"):
+        if not devices.clash(free, now_ms(), but=device.id):
+            return free
+    return ""
 
 
 def note_presence(
@@ -15711,12 +16186,11 @@ def note_presence(
 
     Raises StoreError.
     """
-    name = ""
-    with contextlib.suppress(RpcError):  # no name, or Local
-        name = valid_name(params.display_name)
     try:
-        params = params.replace(display_name=name)
-        return devices.connect(device.id, params, address, now_ms())
+        with devices.naming:
+            name = own_name(devices, device, params)
+            params = params.replace(display_name=name)
+            return devices.connect(device.id, params, address, now_ms())
     except StoreError as error:
         known = devices.by_node_id(params.client_id, now_ms())
         if known is None or known.id != device.id:
@@ -17684,7 +18158,7 @@ function h(tag, ...children) {
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
   }
-  element.append(...present(children));
+  for (const child of present(children)) element.append(child); // may be 100,000
   return element;
 }
 
@@ -17940,6 +18414,11 @@ const TOKEN = new RegExp(
   ].join("|"),
   "gy",
 );
+// A sequence that is incomplete: the next output may complete it.
+const BEGUN = /\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)$/y;
+// What is dropped of one that can never be complete; what follows is output.
+const BROKEN = /\x1b(?:\[[0-?]*[ -/]*|[ -/]*)/y;
+const MAX_SEQUENCE = 4096; // characters; a longer one is none
 
 // The first 16 colours of a terminal, all readable on the dark background.
 const COLORS = (
@@ -17974,7 +18453,8 @@ class Pen {
     this.styles = {};
     for (let i = 0; i < codes.length; i += 1) {
       const code = codes[i];
-      if (code === 38 || code === 48) i += this.extended(code, codes.slice(i + 1));
+      const next = codes.slice(i + 1, i + 5);
+      if (code === 38 || code === 48) i += this.extended(code, next);
       else if (code === 0) this.reset();
       else if (FLAGS[code]) this.flags.add(FLAGS[code]);
       else FLAG_ENDS[code]?.forEach(flag => this.flags.delete(flag));
@@ -18030,25 +18510,36 @@ class Terminal {
 
   begin() {
     this.lines = [];
-    this.line = {runs: [], length: 0};
+    this.cells = []; // [character, style] of each column of the current line
     this.column = 0;
     this.pen = new Pen();
     this.rests = {}; // an incomplete escape sequence, by stream
   }
 
   get count() {
-    return this.dropped + this.lines.length + (this.line.length ? 1 : 0);
+    return this.dropped + this.lines.length + (this.cells.length ? 1 : 0);
   }
 
-  // Return line `number`, counted from 0; undefined if it is not kept.
+  // Return line `number`, counted from 0, as runs of text and style.
   at(number) {
     const place = number - this.dropped;
-    return place === this.lines.length ? this.line : this.lines[place];
+    return place === this.lines.length ? this.runs() : this.lines[place];
+  }
+
+  // Return the current line as runs.
+  runs() {
+    const runs = [];
+    for (const [character, style] of this.cells) {
+      const last = runs.at(-1);
+      if (last && last[1] === style) last[0] += character;
+      else runs.push([character, style]);
+    }
+    return runs;
   }
 
   text() {
-    const lines = this.line.length ? [...this.lines, this.line] : this.lines;
-    const shown = lines.map(({runs}) => runs.map(([text]) => text).join(""));
+    const lines = this.cells.length ? [...this.lines, this.runs()] : this.lines;
+    const shown = lines.map(runs => runs.map(([text]) => text).join(""));
     return (this.isCut || this.dropped ? ["…", ...shown] : shown).join("\n");
   }
 
@@ -18066,12 +18557,17 @@ class Terminal {
     while (TOKEN.lastIndex < text.length) {
       const at = TOKEN.lastIndex;
       const token = TOKEN.exec(text)?.[0];
-      if (token === undefined) {
-        // Keep an incomplete sequence for the next write; drop one that never ends.
-        if (text.length - at < 4096) this.rests[isError] = text.slice(at);
+      if (token !== undefined) {
+        this.take(token, isError);
+        continue;
+      }
+      BEGUN.lastIndex = BROKEN.lastIndex = at;
+      if (text.length - at < MAX_SEQUENCE && BEGUN.test(text)) {
+        this.rests[isError] = text.slice(at);
         break;
       }
-      this.take(token, isError);
+      BROKEN.exec(text);
+      TOKEN.lastIndex = BROKEN.lastIndex;
     }
   }
 
@@ -18092,53 +18588,32 @@ class Terminal {
     if (last === "m") this.pen.set(token.slice(2, -1).split(/[;:]/).map(Number));
     // Progress bars erase to the end of the line, or all of it.
     else if (last === "K") this.erase(token === "\x1b[2K" ? 0 : this.column);
-    else if (last === "G")
-      this.column = Math.max(1, parseInt(token.slice(2), 10) || 1) - 1;
+    else if (last === "G") {
+      const column = parseInt(token.slice(2), 10) || 1;
+      this.column = Math.min(Math.max(1, column) - 1, LINE_LIMIT);
+    }
   }
 
   put(text, isError) {
-    const {line} = this;
-    text = text.slice(0, Math.max(0, LINE_LIMIT - this.column));
     const style = this.pen.style(isError);
-    const after = this.cut(this.column + text.length, Infinity);
-    this.erase(this.column);
-    const gap = this.column - line.length;
-    if (gap > 0) line.runs.push([" ".repeat(gap), PLAIN]);
-    const last = line.runs.at(-1);
-    if (last && last[1] === style && gap <= 0) last[0] += text;
-    else if (text) line.runs.push([text, style]);
-    line.runs.push(...after);
-    this.column += text.length;
-    const afterLength = after.reduce((length, [part]) => length + part.length, 0);
-    line.length = Math.max(this.column, line.length + afterLength);
-  }
-
-  // Return the runs between two columns of the line.
-  cut(from, to) {
-    if (from >= this.line.length) return [];
-    const found = [];
-    let at = 0;
-    for (const [text, style] of this.line.runs) {
-      const part = text.slice(Math.max(0, from - at), Math.max(0, to - at));
-      if (part) found.push([part, style]);
-      at += text.length;
+    while (this.cells.length < this.column) this.cells.push([" ", PLAIN]);
+    for (let i = 0; i < text.length && this.column < LINE_LIMIT; i += 1) {
+      this.cells[this.column] = [text[i], style];
+      this.column += 1;
     }
-    return found;
   }
 
   erase(from) {
-    if (from >= this.line.length) return;
-    this.line.runs = this.cut(0, from);
-    this.line.length = from;
+    if (from < this.cells.length) this.cells.length = from;
   }
 
   newLine() {
-    this.lines.push(this.line);
+    this.lines.push(this.runs());
     if (this.lines.length >= 2 * MAX_LINES) {
       this.lines.splice(0, MAX_LINES);
       this.dropped += MAX_LINES;
     }
-    this.line = {runs: [], length: 0};
+    this.cells = [];
     this.column = 0;
   }
 }
@@ -18184,7 +18659,7 @@ class Screen {
     this.follows = false;
   }
 
-  draft({runs}) {
+  draft(runs) {
     const line = h("div");
     for (const [text, style] of runs) {
       if (style === PLAIN) {
@@ -18202,64 +18677,173 @@ class Screen {
 
 // == Markdown ==
 
+const MAX_DEPTH = 12; // of nested blocks, and of marks that wait for their end
+
 const SAFE_LINK = /^(?:https?:\/\/|mailto:)/i;
+const URL_TAIL = "[^\\s<>\"'`[\\]]*[^\\s<>\"'`[\\].,;:!?)}*_]";
+// No alternative reads again what another attempt has read: models are outsiders, and
+// the page is drawn in the thread that this runs in.
 const INLINE = new RegExp(
   [
     "\\\\(?<escaped>[!-/:-@[-`{-~])",
-    "(?<ticks>`+)(?<code>[^`]|[^`].*?[^`])\\k<ticks>(?!`)",
-    "!?\\[(?<label>(?:[^\\[\\]\\\\]|\\\\.)*)\\]" +
-      "\\((?<target>[^()\\s]*(?:\\([^()\\s]*\\))?[^()\\s]*)[^)]*\\)",
+    "(?<ticks>`+)",
+    "(?<open>!?\\[)",
+    "(?<close>\\])",
     "<(?<auto>(?:https?://|mailto:)[^\\s<>]+)>",
-    "(?<url>https?://[^\\s<>\"'`]*[^\\s<>\"'`.,;:!?)\\]}*_])",
-    "(?<mark>\\*\\*\\*|\\*\\*|\\*|~~)(?=\\S)(?<strong>.*?\\S)\\k<mark>(?!\\*)",
-    "(?<![\\w_])(?<line>__|_)(?=\\S)(?<under>.*?\\S)\\k<line>(?!\\w)",
-    "(?<hard>  +|\\\\)\\n",
+    `(?<url>https?://(?:\\[[\\da-f:.]+\\](?:${URL_TAIL})?|${URL_TAIL}))`,
+    "(?<marks>\\*+|_+|~+)",
+    "(?<hard>(?:(?<! ) {2,}|\\\\)\\n)",
   ].join("|"),
-  "s",
+  "g",
 );
+const TARGET = /\(([^()\s]*(?:\([^()\s]*\)[^()\s]*)?)(?:\s[^()]*)?\)/y;
 
-// Return the nodes of a paragraph's text; unknown syntax stays text.
-function inline(text) {
-  const nodes = [];
-  let match;
-  while ((match = INLINE.exec(text))) {
-    if (match.index) nodes.push(text.slice(0, match.index));
-    nodes.push(inlineNode(match.groups, match[0]));
-    text = text.slice(match.index + match[0].length);
+// Return nodes with the texts that follow each other made one.
+function joined(nodes) {
+  const found = [];
+  let texts = [];
+  for (const node of [...nodes, null]) {
+    if (typeof node === "string") texts.push(node);
+    else {
+      found.push(texts.join(""), node);
+      texts = [];
+    }
   }
-  return [...nodes, text];
+  return found.filter(node => node !== "" && node !== null);
 }
 
-function inlineNode(found, source) {
-  if (found.escaped) return found.escaped;
-  if (found.code) return h("code", found.code.replace(/^ (.+) $/s, "$1"));
-  if (found.label !== undefined)
-    return linkNode(found.target, inline(found.label), source);
-  if (found.auto || found.url) {
-    const target = found.auto || found.url;
-    return linkNode(target, [target], source);
+// The nodes of a paragraph's text; unknown syntax stays text.
+class Inline {
+  constructor(text) {
+    this.text = text;
+    this.nodes = [];
+    this.openers = []; // {mark, count, at}; at is the place of its text in `nodes`
+    this.lastTicks = new Map(); // length of a run of backticks → start of the last one
+    for (const {0: {length}, index} of text.matchAll(/`+/g))
+      this.lastTicks.set(length, index);
+    const token = new RegExp(INLINE);
+    let end = 0;
+    let found;
+    while ((found = token.exec(text))) {
+      if (found.index > end) this.nodes.push(text.slice(end, found.index));
+      end = token.lastIndex = this.take(found);
+    }
+    this.nodes.push(text.slice(end));
   }
-  if (found.hard) return h("br");
-  const inner = inline(found.strong || found.under);
-  const tags = {
-    "***": ["strong", "em"],
-    "**": ["strong"],
-    __: ["strong"],
-    "~~": ["del"],
-  };
-  const names = tags[found.mark || found.line] || ["em"];
-  return names.reduceRight((children, tag) => [h(tag, children)], inner)[0];
+
+  // Append what a token stands for; return the end of what was read.
+  take({0: source, index, groups}) {
+    const {escaped, ticks, open, close, auto, url, marks, hard} = groups;
+    const end = index + source.length;
+    if (ticks) return this.code(ticks, end);
+    if (close) return this.link(end);
+    if (marks) this.mark(marks, index);
+    else if (open) this.open("[", 1, open);
+    else if (auto || url) this.nodes.push(linkNode(auto || url, [auto || url]));
+    else this.nodes.push(hard ? h("br") : escaped);
+    return end;
+  }
+
+  open(mark, count, text) {
+    this.openers.push({mark, count, at: this.nodes.length});
+    if (this.openers.length > MAX_DEPTH) this.openers.shift();
+    this.nodes.push(text);
+  }
+
+  code(ticks, end) {
+    if (this.lastTicks.get(ticks.length) >= end) {
+      const runs = /`+/g;
+      runs.lastIndex = end;
+      let run;
+      do run = runs.exec(this.text);
+      while (run[0].length !== ticks.length);
+      const code = this.text.slice(end, run.index);
+      const padded = code.startsWith(" ") && code.endsWith(" ") && code.trim();
+      this.nodes.push(h("code", padded ? code.slice(1, -1) : code));
+      return runs.lastIndex;
+    }
+    this.nodes.push(ticks);
+    return end;
+  }
+
+  // Make a link of what is between brackets, if a target follows.
+  link(end) {
+    const opener = this.openers.findLast(({mark}) => mark === "[");
+    TARGET.lastIndex = end;
+    const [source, target] = (opener && TARGET.exec(this.text)) || [];
+    if (opener) this.openers.length = this.openers.indexOf(opener);
+    if (!SAFE_LINK.test(target)) {
+      this.nodes.push("]" + (source || ""));
+      return end + (source || "").length;
+    }
+    const label = this.nodes.splice(opener.at).slice(1);
+    const bare = label.map(node => (node.tagName === "A" ? node.textContent : node));
+    this.nodes.push(linkNode(target, joined(bare)));
+    this.openers = this.openers.filter(({mark}) => mark !== "[");
+    return end + source.length;
+  }
+
+  // End emphasis, or begin it.
+  mark(marks, index) {
+    const mark = marks[0];
+    let count = marks.length;
+    const before = this.text[index - 1] || " ";
+    const after = this.text[index + count] || " ";
+    const inWord = mark === "_" && /\w/.test(before) && /\w/.test(after);
+    const fits = mark === "~" ? count === 2 : count <= 3;
+    if (fits && !inWord && /\S/.test(before)) {
+      let opener;
+      while (count && (opener = this.openerFor(mark, count)))
+        count -= this.wrap(opener, count);
+    }
+    const rest = mark.repeat(count);
+    if (count && fits && !inWord && /\S/.test(after)) this.open(mark, count, rest);
+    else this.nodes.push(rest);
+  }
+
+  openerFor(mark, count) {
+    const fits = opener => opener.count === count || opener.count === 3 || count === 3;
+    return this.openers.findLast(opener => opener.mark === mark && fits(opener));
+  }
+
+  // Put what follows `opener` into an element; return the number of marks it took.
+  wrap(opener, count) {
+    const {mark, at} = opener;
+    const taken = Math.min(2, opener.count, count);
+    const inner = this.nodes.splice(at + 1);
+    const tag = mark === "~" ? "del" : taken === 2 ? "strong" : "em";
+    opener.count -= taken;
+    this.nodes[at] = mark.repeat(opener.count);
+    this.nodes.push(h(tag, joined(inner)));
+    this.openers.length = this.openers.indexOf(opener) + (opener.count ? 1 : 0);
+    return taken;
+  }
 }
 
-function linkNode(target, label, source) {
-  if (!SAFE_LINK.test(target)) return source;
+const inline = text => joined(new Inline(text).nodes);
+
+function linkNode(target, label) {
   return h("a", {href: target, target: "_blank", rel: "noreferrer"}, label);
 }
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
 const ITEM = /^( *)(?:([-*+])|(\d{1,9})[.)])(?: +|$)/;
-const TABLE_RULE = /^ {0,3}\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 const ENDS_PARAGRAPH = /^ {0,3}(?:#{1,6}\s|>|`{3}|~{3}|(?:[-*_] *){3,}$)/;
+
+function isFenceEnd(line, fence) {
+  const marks = line.trim();
+  return marks.length >= fence.length && marks === fence[0].repeat(marks.length);
+}
+
+// Return the cells of a table's line.
+const cellsOf = line =>
+  line
+    .trim()
+    .replace(/^\||(?<!\\)\|$/g, "")
+    .split(/(?<!\\)\|/)
+    .map(cell => cell.trim().replaceAll("\\|", "|"));
+
+const isTableRule = line => cellsOf(line).every(cell => /^:?-+:?$/.test(cell));
 
 // Return the blocks of a Markdown text, each with its kind and lines.
 function blocks(lines) {
@@ -18279,15 +18863,15 @@ function blocks(lines) {
     const fence = FENCE.exec(line);
     if (!line.trim()) at += 1;
     else if (fence) {
-      const close = new RegExp(`^ {0,3}${fence[1][0]}{${fence[1].length},}\\s*$`);
-      take("code", Math.min(lines.length, until(at + 1, l => close.test(l)) + 1));
+      const closes = l => isFenceEnd(l, fence[1]);
+      take("code", Math.min(lines.length, until(at + 1, closes) + 1));
     } else if (/^ {0,3}#{1,6}\s/.test(line)) take("heading", at + 1);
     else if (/^ {0,3}(?:(?:- *){3,}|(?:\* *){3,}|(?:_ *){3,})$/.test(line)) {
       take("rule", at + 1);
     } else if (/^ {0,3}>/.test(line))
       take("quote", until(at, l => !/^ {0,3}>/.test(l)));
     else if (ITEM.test(line)) take("list", listEnd(lines, at));
-    else if (line.includes("|") && TABLE_RULE.test(lines[at + 1] || "")) {
+    else if (line.includes("|") && isTableRule(lines[at + 1] || "")) {
       take("table", until(at + 2, l => !l.includes("|")));
     } else {
       const stops = (l, n) =>
@@ -18318,7 +18902,7 @@ function listEnd(lines, at) {
   return end;
 }
 
-function listNode(lines) {
+function listNode(lines, depth) {
   const first = ITEM.exec(lines[0]);
   const items = [];
   for (const line of lines) {
@@ -18329,34 +18913,31 @@ function listNode(lines) {
   }
   const tag = first[3] ? "ol" : "ul";
   const start = first[3] && first[3] !== "1" ? first[3] : null;
-  return h(tag, {start}, items.map(itemNode));
+  return h(tag, {start}, items.map(item => itemNode(item, depth)));
 }
 
-function itemNode(lines) {
-  const inner = lines.slice(1).filter(line => line.trim());
-  const indent = Math.min(...inner.map(line => line.search(/\S/)), 9);
+function itemNode(lines, depth) {
+  let indent = 9;
+  for (const line of lines.slice(1))
+    if (line.trim()) indent = Math.min(indent, line.search(/\S/));
   const task = /^\[([ xX])\] /.exec(lines[0]);
   if (task) lines[0] = (task[1] === " " ? "☐ " : "☑ ") + lines[0].slice(4);
   const text = [lines[0], ...lines.slice(1).map(line => line.slice(indent))];
-  const children = blocks(text).map(blockNode);
+  const children = blockNodes(text, depth);
   // Items of one paragraph are set without its margins.
   const tight = children[0]?.tagName === "P" && !lines.includes("");
   return h("li", tight ? [...children[0].childNodes] : children[0], children.slice(1));
 }
 
 function tableNode(lines) {
-  const cells = line =>
-    line
-      .trim()
-      .replace(/^\||\|$/g, "")
-      .split(/(?<!\\)\|/)
-      .map(cell => cell.trim().replaceAll("\\|", "|"));
-  const sides = cells(lines[1]).map(rule =>
+  const sides = cellsOf(lines[1]).map(rule =>
     /^:-+:$/.test(rule) ? "center" : /-:$/.test(rule) ? "number" : null,
   );
   const row = tag => line =>
     h("tr",
-      sides.map((side, n) => h(tag, {class: side}, inline(cells(line)[n] ?? ""))));
+      cellsOf(line)
+        .slice(0, sides.length)
+        .map((cell, n) => h(tag, {class: sides[n]}, inline(cell))));
   return h("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
     h("table", h("thead", row("th")(lines[0])),
       h("tbody", lines.slice(2).map(row("td")))));
@@ -18364,7 +18945,7 @@ function tableNode(lines) {
 
 function codeNode(lines) {
   const [, fence, language] = FENCE.exec(lines[0]);
-  const closed = lines.length > 1 && lines.at(-1).trim().startsWith(fence);
+  const closed = lines.length > 1 && isFenceEnd(lines.at(-1), fence);
   const text = lines.slice(1, closed ? -1 : undefined).join("\n");
   return h("div", {class: "code"},
     h("div", {class: "code-head"}, language || "code",
@@ -18372,25 +18953,35 @@ function codeNode(lines) {
     h("pre", {tabindex: 0}, h("code", text)));
 }
 
-function blockNode({kind, lines}) {
+// Return the nodes of lines that are inside of `depth` other blocks.
+function blockNodes(lines, depth) {
+  if (depth > MAX_DEPTH) return [h("p", lines.join("\n"))];
+  return blocks(lines).map(block => blockNode(block, depth));
+}
+
+function blockNode({kind, lines}, depth) {
   if (kind === "code") return codeNode(lines);
   if (kind === "rule") return h("hr");
-  if (kind === "list") return listNode(lines);
+  if (kind === "list") return listNode(lines, depth + 1);
   if (kind === "table") return tableNode(lines);
   if (kind === "quote") {
     const inner = lines.map(line => line.replace(/^ {0,3}> ?/, ""));
-    return h("blockquote", blocks(inner).map(blockNode));
+    return h("blockquote", blockNodes(inner, depth + 1));
   }
   if (kind === "heading") {
-    const [, marks, text] = /^ {0,3}(#+)\s+(.*?)\s*#*$/s.exec(lines[0]);
+    const [head, marks] = /^ {0,3}(#+)/.exec(lines[0]);
+    const text = lines[0].slice(head.length).trim();
     // h1 and h2 are the page's own headings.
-    return h(`h${Math.min(6, marks.length + 2)}`, inline(text));
+    const tag = `h${Math.min(6, marks.length + 2)}`;
+    return h(tag, inline(text.replace(/(?<!\S)#+$/, "").trimEnd()));
   }
   return h("p", inline(lines.map(line => line.trimStart()).join("\n")));
 }
 
 // Show a Markdown text; unchanged blocks keep their nodes.
 function showMarkdown(element, text) {
+  if (element.markdown === text) return;
+  element.markdown = text;
   const found = blocks(
     text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n"));
   const sources = found.map(({lines}) => lines.join("\n"));
@@ -18398,7 +18989,7 @@ function showMarkdown(element, text) {
   let same = 0;
   while (same < sources.length && sources[same] === before[same]) same += 1;
   while (element.childNodes.length > same) element.lastChild.remove();
-  element.append(...found.slice(same).map(blockNode));
+  for (const block of found.slice(same)) element.append(blockNode(block, 0));
   element.sources = sources;
 }
 
@@ -20434,15 +21025,15 @@ class OperatorClient:
         self._on_news = on_news
         self._ws = connect(websocket_url(url), trust or TlsTrust())
         self._calls = Calls(self._send_text)
+        try:
+            self._connect(api_key)
+        except BaseException:
+            self._ws.abort()
+            raise
         self._reader = threading.Thread(
             target=self._read, name="moltis-read-gateway", daemon=True
         )
         self._reader.start()
-        try:
-            self._connect(api_key)
-        except BaseException:
-            self.close()
-            raise
 
     def __enter__(self) -> OperatorClient:
         return self
@@ -20507,18 +21098,24 @@ class OperatorClient:
             client_id=f"cli-{os.getpid()}",
             version=__version__,
             platform=platform_name(),
-            api_key=api_key,
         )
         try:
-            self._calls.call("connect", params.to_json(), CONNECT_TIMEOUT)
+            sign_in(self._ws, params, api_key)
         except RpcError as error:
-            kind = Unreachable if error.code == "TIMEOUT" else Refused
-            raise kind(
+            if error.code == "UNAVAILABLE":
+                raise Unreachable(f"{self._url}: {error.message}") from error
+            raise Refused(
                 f"{self._url} refused the operator key: {error.message}; the right one "
                 "is in gateway.json on the gateway's machine, or give another in "
-                "MOLTIS_API_KEY"
+                "MOLTIS_API_KEY; a key of moltis 0.1 is accepted here once it was used "
+                "to sign in on the page"
             ) from error
-        except ConnectionClosed as error:
+        except AuthenticationError as error:
+            raise Refused(
+                f"{self._url} did not prove that it knows your operator key ({error}); "
+                "it may be an impostor, which has learned nothing: check the address"
+            ) from error
+        except (ConnectionClosed, TimeoutError) as error:
             raise Unreachable(f"{self._url} hung up: {error}") from error
 
     def _read(self) -> None:
@@ -21210,9 +21807,9 @@ class McpServer:
 
 # ==============================================================================
 # Assembly
-# Uses: Settings, Install, TLS, Wire protocol, Telemetry, Language models, Machine,
-#       Node agent, Store, Access, Fleet, Jobs, Agent, Model directory, Chat, Gateway,
-#       HTTP, Web page
+# Uses: Settings, Install, TLS, Wire protocol, Commands, Telemetry, Language models,
+#       Machine, Node agent, Store, Access, Fleet, Jobs, Agent, Model directory, Chat,
+#       Gateway, HTTP, Web page
 #
 # The composition roots: how the objects of a gateway, of a node and of Local are put
 # together, and in which order they are closed.
@@ -21288,6 +21885,7 @@ class GatewayOptions(Value):
     require_scram: bool = False
     keep_audit: float = 90.0  # days
     keep_output: int = KEEP_OUTPUT  # bytes of all logs in files
+    inherited: Inherited | None = None  # for commands on Local
 
     @property
     def listen(self) -> tuple[str, int]:
@@ -21316,13 +21914,15 @@ class GatewayOptions(Value):
 class LocalNode:
     """The gateway's own machine as a node."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: Mapping[str, str], inherited: Inherited | None) -> None:
         self._fleet: Fleet | None = None  # it is made after our `node`
         self._inventory = Inventory(environ, on_change=self._report)
         self._telemetry = TelemetrySource(choose_probe(environ), self._inventory)
         home = os.path.expanduser("~")
-        machine = Machine(MachineOptions(environ, self._inventory, working_dir=home))
-        self._machine = machine
+        options = MachineOptions(
+            environ, self._inventory, working_dir=home, inherited=inherited
+        )
+        machine = self._machine = Machine(options)
         self._link = LocalLink(machine)
         params = ConnectParams(
             role="node",
@@ -21389,7 +21989,7 @@ class RunningGateway:
             self._key = self._kept_key()
             audience = Audience()
             announce = audience.announce
-            local = stack.enter_context(closing(LocalNode(environ)))
+            local = stack.enter_context(closing(LocalNode(environ, options.inherited)))
             fleet = self.fleet = Fleet(store.devices, local.node, announce)
             logs = path / JOBS_DIRECTORY
             jobs = self.jobs = Jobs(store.jobs, fleet, logs, options.keep_output)
@@ -21501,6 +22101,7 @@ class RunningNode:
         environ: Mapping[str, str],
         on_state: NodeStateHandler,
         *,
+        inherited: Inherited | None = None,
         give_up_when_refused: bool = False,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
@@ -21513,6 +22114,7 @@ class RunningNode:
                 self._inventory,
                 working_dir=settings.working_dir or os.path.expanduser("~"),
                 max_timeout=settings.timeout,
+                inherited=inherited,
                 catalog=model_catalog(environ) if settings.llm else None,
                 allowed=AllowedCommands(settings.allow) if settings.allow else None,
             )
@@ -21561,7 +22163,9 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
         llm=False,  # they are the gateway's own
     )
     settings.save(directory)
-    return RunningNode(settings, environ, lambda _connected, _problem: None)
+    return RunningNode(
+        settings, environ, lambda *_: None, inherited=gateway.options.inherited
+    )
 
 
 # ==============================================================================
@@ -21664,6 +22268,7 @@ class Context(Value):
 
     environ: Mapping[str, str]
     output: Output
+    inherited: Inherited | None = None  # for commands on this machine
 
     @property
     def directory(self) -> Path:
@@ -21841,8 +22446,8 @@ def warn_about_plain_text(url: str, output: Output) -> None:
     host = parts.hostname or ""
     if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
         output.say(
-            f"warning: {url} is not encrypted: the network can read commands, output "
-            "and operator keys; start the gateway with --tls, then use wss://"
+            f"warning: {url} is not encrypted: the network can read commands and "
+            "output; start the gateway with --tls, then use wss://"
         )
 
 
@@ -21940,6 +22545,7 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         require_scram=args.require_scram,
         keep_audit=args.keep_audit,
         keep_output=round(args.keep_output * 1024**3),
+        inherited=context.inherited,
     )
 
 
@@ -21965,7 +22571,9 @@ def say_started(output: Output, running: RunningGateway) -> None:
     output.say("Ctrl+C stops it.")
 
 
-def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
+def open_sign_in(
+    link: str, inherited: Inherited | None
+) -> tempfile.TemporaryDirectory[str]:
     """Open the browser with a private file that leads to `link`; return its directory.
 
     Every user of this machine can read the arguments of a program, and the link holds
@@ -21989,7 +22597,10 @@ def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
             f"cannot write to {home}: {error.strerror}; without --open, open the link "
             "above by hand"
         ) from error
-    webbrowser.open(page.as_uri())
+    with contextlib.ExitStack() as stack:
+        if inherited is not None:  # what a browser saves is the user's
+            stack.callback(os.umask, os.umask(inherited.umask))
+        webbrowser.open(page.as_uri())
     return directory
 
 
@@ -22009,7 +22620,7 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
             demo = start_demo_node(context.environ, running)
             stack.callback(close_together, demo.close, running.close)
         if args.open:
-            stack.enter_context(open_sign_in(running.sign_in_link))
+            stack.enter_context(open_sign_in(running.sign_in_link, context.inherited))
         stop.wait()
         context.output.say("stopping")
     return EXIT_OK
@@ -22048,7 +22659,10 @@ def node_settings(
     return NodeSettings(
         gateway_url=websocket_url(host),
         device_token=token,
-        node_id=args.node_id or (previous.node_id if previous else new_id()),
+        # A new token is another machine to the gateway, whatever became of the old one.
+        node_id=args.node_id
+        or (previous.node_id if previous and previous.device_token == token else "")
+        or new_id(),
         display_name=args.name or offer.get("display_name") or socket.gethostname(),
         working_dir=working_dir,
         timeout=args.timeout,
@@ -22167,6 +22781,7 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
         settings,
         context.environ,
         on_state,
+        inherited=context.inherited,
         give_up_when_refused=directory is None,
         on_end=stop.set,
     )
@@ -22478,23 +23093,10 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
     return first
 
 
-def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Return names by id, made unique with the beginning of the id, or all of it."""
-    unique = dict(names)
-    for length in (8, None):
-        folded = collections.Counter(name.casefold() for name in unique.values())
-        for node_id, name in unique.items():
-            if folded[name.casefold()] > 1:
-                unique[node_id] = f"{names[node_id]} {node_id[:length]}"
-    return unique
-
-
 def connected_nodes(feed: JobFeed) -> dict[str, str]:
     """Return the names of all connected nodes by id."""
     listed = feed.client.call("node.list", {})
-    return distinct_names(
-        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
-    )
+    return {n["nodeId"]: n["displayName"] for n in listed if n["connected"]}
 
 
 def without_name(name: str, text: str) -> str:
@@ -22687,7 +23289,7 @@ class JobTerminal:
         previous = {
             number: signal.signal(number, self._on_interrupt)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) is not signal.SIG_IGN  # as nohup leaves it
+            if signal.getsignal(number) not in (signal.SIG_IGN, stay)
         }
         try:
             if feeds:
@@ -23364,7 +23966,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             ),
             arg(
                 "--proxy-cert FILE",
-                "certificate of a proxy that does TLS, for nodes to bind to",
+                "certificate of a proxy that does TLS, for clients to bind to",
             ),
             arg(
                 "--require-scram",
@@ -23646,6 +24248,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(VERSION_TEXT + "\n")
         return EXIT_OK
     context = Context(dict(os.environ), Output(os.environ))
+    # `install` may replace itself by another moltis, which does this for itself.
+    if argv is None and arguments[:1] != ["install"]:
+        if runs_long(arguments):
+            reap_orphans()
+        context = context.replace(
+            inherited=settle_process(), environ=take_environment()
+        )
     try:
         status = run_subcommand(arguments, command, context)
         sys.stdout.flush()  # not at exit, where nothing could report an error

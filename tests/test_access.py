@@ -19,8 +19,8 @@ from moltis import (
     Store,
     StoreError,
     device_caller,
-    device_handle,
     redact,
+    scram_handle,
 )
 
 HERE = "127.0.0.1"
@@ -68,8 +68,8 @@ def code_of(caught):
 
 def scram(access, token, server_binding=None, client_binding=None):
     """Authenticate as a node does; return the device that the gateway then knows."""
-    client = ScramClient(device_handle(token), token, client_binding)
-    server = access.devices.scram_server(server_binding)
+    client = ScramClient(scram_handle(token), token, client_binding)
+    server = access.scram_server(server_binding)
     client.verify(server.final(client.final(server.first(client.first()))))
     return access.devices.device_by_handle(server.username)
 
@@ -158,8 +158,8 @@ def test_revoking_or_rotating_nothing_is_an_error(access):
 
 def test_a_device_is_revoked_while_it_authenticates(access):
     device, token = access.devices.create_device("Pi")
-    client = ScramClient(device_handle(token), token)
-    server = access.devices.scram_server()
+    client = ScramClient(scram_handle(token), token)
+    server = access.scram_server()
     proof = client.final(server.first(client.first()))
     access.devices.revoke_device(device)
     server.final(proof)
@@ -168,7 +168,7 @@ def test_a_device_is_revoked_while_it_authenticates(access):
 
 def test_an_unknown_handle_gets_the_same_salt_after_a_restart(store):
     def salt():
-        server = Access(store).devices.scram_server()
+        server = Access(store).scram_server()
         return server.first("n,,n=nobody,r=abc").split(",")[1]
 
     assert salt() == salt()
@@ -452,7 +452,7 @@ def test_the_audit_says_who_did_what_from_where(access, store):
     access.join_codes.redeem_join_code(code, "192.0.2.9")
     access.devices.revoke_device(device, by=admin)
     access.operators.revoke_key(made.id, by=admin)
-    access.devices.record_refused_device("no such token", "192.0.2.9")
+    access.record_refused_proof("node", "no such token", "192.0.2.9")
     access.devices.create_device("Demo")
     noted = [(e.event, e.caller, e.address, e.subject) for e in store.audit.page()]
     owner = moltis.LOCAL_KEY_NAME

@@ -13,8 +13,13 @@ import moltis
 class Link:
     """A NodeLink that records when it is hung up."""
 
-    def __init__(self):
+    def __init__(self, instance="", *, lives=False):
+        self.instance = instance
+        self.lives = lives
         self.hung_up = []
+
+    def answers(self, timeout):
+        return self.lives
 
     def hang_up(self, reason):
         self.hung_up.append(reason)
@@ -35,7 +40,7 @@ class World:
         local.ready = True
         self.devices = {}
 
-    def connect(self, name, *, node_id=None, capabilities=(moltis.CAP_JOBS,)):
+    def connect(self, name, *, node_id=None, capabilities=(moltis.CAP_JOBS,), **link):
         """Bring a node in, as the gateway does."""
         if name not in self.devices:
             self.devices[name], _ = self.access.devices.create_device(name)
@@ -50,7 +55,7 @@ class World:
             capabilities=capabilities,
             commands=("system.run",),
         )
-        node = moltis.ConnectedNode(asked.client_id, device.id, Link(), asked)
+        node = moltis.ConnectedNode(asked.client_id, device.id, Link(**link), asked)
         self.fleet.claim(node, device)
         self.store.devices.connect(device.id, asked, "127.0.0.1", moltis.now_ms())
         self.fleet.activate(node)
@@ -72,31 +77,58 @@ def node(world):
 # -- names ---------------------------------------------------------------------
 
 
+NODES = [  # id, name, given by an operator
+    ("id-one", "one", False),
+    ("two-9c41", "id-one", True),
+    ("attic-1", "Attic Pi", True),
+    ("attic-2", "attic pi", False),
+    ("7f3e-55", "alone", False),
+    ("7f3e-5", "Straße", False),
+    ("9a01-1", "twin", False),
+    ("9a01-2", "TWIN", False),
+    ("beef", "Caf\u00e9", True),
+    ("beef-1", "7f3e", False),
+    ("ABCD-1", "upper", False),
+]
+
+
 @pytest.mark.parametrize(
-    ("reference", "node_id"),
+    ("reference", "ids"),
     [
-        ("id-one", "id-one"),  # an exact id, though another is called so
-        ("ID-ONE", "two-9c41"),  # its name, given by an operator
-        ("attic PI", "attic-1"),  # an operator's name, though a machine says it too
-        (" attic pi ", "attic-1"),
-        ("alone", "7f3e-55"),
-        ("7f3e", "7f3e-55"),  # a unique prefix of an id
-        ("local", "local"),
-        ("LOCAL", "local"),
+        ("id-one", ["id-one"]),  # an exact id, though another is called so
+        ("ID-ONE", ["two-9c41"]),  # its name, given by an operator
+        ("attic PI", ["attic-1"]),  # an operator's name, though a machine says it too
+        (" attic  pi ", ["attic-1"]),
+        ("alone", ["7f3e-55"]),
+        ("7f3e-5", ["7f3e-5"]),  # an exact id, though another begins with it
+        ("STRASSE", ["7f3e-5"]),
+        ("cafe\u0301", ["beef"]),
+        ("CAFE\u0301", ["beef"]),
+        ("cafe", []),
+        ("beef", ["beef"]),
+        ("twin", ["9a01-1", "9a01-2"]),
+        ("9a01", ["9a01-1", "9a01-2"]),
+        ("9a01-", ["9a01-1", "9a01-2"]),
+        ("9a0", []),  # too short to mean an id
+        ("7F3E", ["beef-1"]),  # a name, though ids begin with it
+        ("two-", ["two-9c41"]),  # a unique prefix of an id
+        ("abcd", ["ABCD-1"]),
+        ("", []),
+        ("*", []),
+        ("local", []),  # Fleet's own
     ],
 )
-def test_a_machine_is_found_by_id_then_name_then_prefix(world, reference, node_id):
-    for name, known in [
-        ("one", "id-one"),
-        ("second", "two-9c41"),
-        ("first", "attic-1"),
-        ("Attic Pi", "attic-2"),
-        ("alone", "7f3e-55"),
-    ]:
-        world.connect(name, node_id=known)
-    world.store.devices.rename(world.devices["second"].id, "id-one")
-    world.store.devices.rename(world.devices["first"].id, "Attic Pi")
-    assert world.fleet.resolve(reference)[0] == node_id
+def test_one_rule_says_which_machine_is_meant(reference, ids):
+    """DESIGN 1.10"""
+    rows = [dict(zip(("node_id", "display_name", "renamed"), n)) for n in NODES]
+    assert list(moltis.NodeNames(None, rows).find(reference)) == ids
+
+
+@pytest.mark.parametrize("reference", ["local", "LOCAL", " Local "])
+def test_local_is_the_gateways_own_machine_and_nothing_else_is(world, reference):
+    assert world.fleet.resolve(reference) == ("local", "Local")
+    with pytest.raises(moltis.RpcError, match="there is no node"):
+        world.fleet.resolve("nowhere")
 
 
 @pytest.mark.parametrize(
@@ -119,13 +151,12 @@ def test_what_is_no_one_machine_is_an_error_with_candidates(world, reference, pr
 
 
 def test_an_error_names_twenty_of_five_thousand(world, monkeypatch):
-    class Names:
-        by_id = {f"id-{n}": f"node{n:04}" for n in range(5000)}
-
-        def ids_of(self, name):
-            return []
-
-    monkeypatch.setattr(world.store.devices, "names", Names)
+    rows = [
+        {"node_id": f"id-{n}", "display_name": f"node{n:04}", "renamed": False}
+        for n in range(5000)
+    ]
+    names = moltis.NodeNames(None, rows)
+    monkeypatch.setattr(world.store.devices, "names", lambda: names)
     with pytest.raises(moltis.RpcError, match="node0018 and 4,981 more"):
         world.fleet.resolve("nope")
 
@@ -165,6 +196,22 @@ def test_the_old_connection_ends_before_the_new_one_begins(world, node):
     world.fleet.release(node)
     thread.join()
     assert world.fleet.connected("id-far") is newer[0]
+
+
+def test_a_token_is_one_device_while_its_connection_lives(world):
+    """FAULTS D8: the thief of a token does not get the commands."""
+    first = world.connect("far", instance="life-1", lives=True)
+    with pytest.raises(moltis.RpcError, match="in use by another machine"):
+        world.connect("far", instance="life-2")
+    assert world.fleet.connected("id-far") is first
+    assert first.link.hung_up == []
+
+
+def test_the_same_process_replaces_its_own_connection(world):
+    first = world.connect("far", instance="life-1", lives=True)
+    first.link.hang_up = lambda _reason: world.fleet.release(first)
+    again = world.connect("far", instance="life-1")
+    assert world.fleet.connected("id-far") is again
 
 
 def test_an_old_connection_that_does_not_end_is_not_in_the_way_for_good(
@@ -215,11 +262,54 @@ def test_a_token_that_nobody_came_with_in_time_keeps_no_id_from_others(world):
     assert world.fleet.connected("build server") is node
 
 
-def test_no_machine_is_given_the_id_of_another_for_its_name(world, node):
-    with pytest.raises(moltis.RpcError, match="id-FAR is the id of a node"):
-        moltis.free_name(world.store.devices, "id-FAR")
-    own = moltis.free_name(world.store.devices, "id-far", "id-far")
-    assert own == "id-far"
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("id-F\u00c4R", "id-f\u00e4r is the id of another machine"),
+        ("F\u00c4R", "another machine is called f\u00e4r"),
+        ("Fa\u0308R", "another machine is called f\u00e4r"),
+        (" f\u00e4r ", "another machine is called f\u00e4r"),
+        ("ID-F", "the id of another machine, id-f\u00e4r, begins with it"),
+        ("waiting", "another machine is called waiting"),
+        ("LOCAL", "Local is the gateway's own machine"),
+    ],
+)
+def test_no_machine_is_given_what_means_another_for_its_name(world, name, problem):
+    """FAULTS D8, E5"""
+    far = world.connect("f\u00e4r").device_id
+    other = world.connect("other").device_id
+    world.access.devices.create_device("waiting")  # for its machine
+    with pytest.raises(moltis.RpcError, match=problem):
+        moltis.free_name(world.store.devices, name, other)
+    for own in ("id-f\u00e4r", "F\u00c4R"):
+        assert moltis.free_name(world.store.devices, own, far) == own
+
+
+def test_a_machine_that_calls_itself_as_another_is_told_apart(world):
+    """FAULTS D8: it must neither get what is meant for that one nor block its name."""
+    world.connect("pi")
+    second, _ = world.access.devices.create_device("")
+    params = moltis.ConnectParams(
+        role="node", client_id="7f3e55aa-1", display_name="PI"
+    )
+    devices = world.store.devices
+    for _ in range(2):  # and so each time
+        device = devices.by_id(second.id, moltis.now_ms())
+        assert moltis.note_presence(devices, device, params, "")
+        assert world.fleet.resolve("pi") == ("id-pi", "pi")
+        assert world.fleet.resolve("7f3e") == ("7f3e55aa-1", "PI 7f3e55aa")
+    devices.revoke(world.devices["pi"].id, 1)
+    device = devices.by_id(second.id, moltis.now_ms())
+    assert moltis.note_presence(devices, device, params, "")
+    assert world.fleet.resolve("pi") == ("7f3e55aa-1", "PI")
+
+
+def test_a_revoked_id_is_never_that_of_another_token(world, node):
+    """FAULTS D8: chats that selected it would reach another machine."""
+    world.fleet.release(node)
+    world.store.devices.revoke(node.device_id, 1)
+    with pytest.raises(moltis.RpcError, match="that id had a token that was revoked"):
+        world.connect("thief", node_id="id-far")
 
 
 # -- telemetry -----------------------------------------------------------------

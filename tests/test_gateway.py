@@ -452,6 +452,22 @@ def test_a_rotated_token_replaces_the_old_one(gateway):
             assert peer.request("connect", rust_connect(token, "turn"))["ok"] is ok
 
 
+def test_a_pairing_key_does_not_become_a_node_that_has_connected(gateway):
+    """FAULTS D9"""
+    with gateway.operator() as admin, gateway.peer() as peer:
+        scopes = {"name": "pairs", "scopes": ["operator.pairing"]}
+        key = admin.call("keys.create", scopes)["key"]
+        made = admin.call("device.token.create", {"displayName": "turn"})
+        device = {"deviceId": made["deviceId"]}
+        with moltis.OperatorClient(gateway.url, key, gateway.trust) as pairing:
+            made = pairing.call("device.token.rotate", device)  # nobody has come yet
+            joined = peer.request("connect", rust_connect(made["deviceToken"], "turn"))
+            assert joined["ok"]
+            with pytest.raises(moltis.Refused, match="only an administrator"):
+                pairing.call("device.token.rotate", device)
+        assert admin.call("node.describe", {"nodeId": "turn"})["connected"]
+
+
 # -- methods -------------------------------------------------------------------
 
 
@@ -506,13 +522,14 @@ def test_names_renames_and_telemetry_survive_a_restart(tmp_path):
 
 def test_an_ambiguous_name_lists_the_candidates(gateway):
     with contextlib.ExitStack() as stack:
-        for node_id in ("a1", "a2"):
+        for node_id in ("beef-1", "beef-2"):
             peer = stack.enter_context(gateway.peer())
             assert peer.request("connect", rust_connect(gateway.token(), node_id))["ok"]
         client = stack.enter_context(gateway.operator())
-        with pytest.raises(moltis.UsageError, match="a1, a2"):
-            client.call("node.describe", {"nodeId": "rust BOX"})
-        assert client.call("node.describe", {"nodeId": "a2"})["nodeId"] == "a2"
+        with pytest.raises(moltis.UsageError, match="beef-1, beef-2"):
+            client.call("node.describe", {"nodeId": "beef"})
+        first = client.call("node.describe", {"nodeId": "rust BOX"})
+        assert first["nodeId"] == "beef-1"
 
 
 def test_an_unknown_node_is_an_error_that_lists_what_there_is(gateway):

@@ -423,6 +423,100 @@ def test_an_answer_that_met_its_limit_says_so(script, vendor):
     assert list(script.ask())[-1].reason == "length"
 
 
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("length", "length"),
+        ("max_tokens", "length"),
+        ("model_context_window_exceeded", "length"),
+        ("content_filter", "refusal"),
+        ("refusal", "refusal"),
+    ],
+)
+def test_calls_of_an_answer_that_was_cut_or_refused_are_not_run(
+    script, vendor, word, reason
+):
+    script.stream(vendor.answer("and", [("a", "exec", {"command": "ls"})], reason=word))
+    finished = list(script.ask())[-1]
+    assert (finished.reason, finished.message.text) == (reason, "and")
+    assert finished.message.tool_calls == ()
+
+
+@pytest.mark.parametrize("reason", ["stop", "error"])
+def test_an_answer_without_a_word_is_an_error(script, vendor, reason):
+    script.stream(vendor.answer("", reason=reason))
+    with pytest.raises(ModelError, match=r"answered nothing|error of its own"):
+        list(script.ask())
+
+
+def test_lines_may_end_with_carriage_return_after_a_byte_order_mark(script, vendor):
+    answer = b"\xef\xbb\xbf" + vendor.answer("fine").replace(b"\n", b"\r")
+    script.stream(*[answer[at : at + 7] for at in range(0, len(answer), 7)])
+    assert text_of(script.ask()) == "fine"
+
+
+def test_halves_of_a_surrogate_pair_are_joined(vendor):
+    reader = vendor.make(vendor.spec, "http://nobody", "").answer("m")
+    pieces = ["a\ud83d", "\ude00b", "\udc00c"]
+    said = [event.text for piece in pieces for event in reader.say(piece)]
+    assert said == ["a", "\U0001f600b", "\ufffdc"]
+    said[0].encode()
+    assert "".join(said).encode()
+
+
+@pytest.mark.parametrize(
+    "name", ["multi_tool_use.parallel", "", "run: df -h", "x" * 99]
+)
+def test_a_name_that_a_model_made_up_goes_back_as_apis_take_it(script, vendor, name):
+    script.stream(vendor.answer("ok"))
+    call = ToolCall("call_a", name, {})
+    list(script.ask((*HELLO, ChatMessage("assistant", "", (call,)))))
+    sent = json.dumps(script.bodies[0]["messages"])
+    (found,) = re.findall(r'"name": "([^"]*)"', sent)[:1]
+    assert re.fullmatch(moltis.CALL_NAME_PATTERN, found)
+
+
+@pytest.mark.parametrize(
+    ("key", "address"),
+    [
+        ("sk-\u2019x", "http://127.0.0.1:1"),
+        ("sk-a\nb", "http://127.0.0.1:1"),
+        ("", "http://127.0.0.1:1/a b"),
+        ("", "http://127.0.0.1:1/\u00e9"),
+    ],
+)
+def test_a_key_or_address_that_http_does_not_take_is_said(vendor, key, address):
+    provider = vendor.make(vendor.spec, address, key)
+    with pytest.raises(ModelError, match="HTTP does not take") as caught:
+        provider.models(Cancellation())
+    assert not key or key not in str(caught.value)
+
+
+def test_a_key_may_have_white_space_around_it(vendor):
+    provider = vendor.make(vendor.spec, "http://nobody", " k-secret\n")
+    assert "k-secret" in "".join(provider._headers().values())
+    provider._check_header_texts()
+
+
+@pytest.mark.parametrize("status", [307, 308])
+def test_a_redirection_is_said_with_its_address(script, vendor, status):
+    script.replies.append((status, {"Location": "https://elsewhere.test/v1"}, []))
+    with pytest.raises(ModelError, match=r"redirects to https://elsewhere\.test/v1"):
+        list(script.ask())
+
+
+def test_a_web_page_for_an_answer_is_said(script, vendor):
+    script.replies.append((200, {"Content-Type": "text/html"}, [b"<html>hi</html>"]))
+    with pytest.raises(ModelError, match=r"web page|no JSON"):
+        list(script.ask())
+
+
+def test_a_compressed_answer_is_said(script, vendor):
+    script.stream(b"\x1f\x8b", **{"Content-Encoding": "gzip"})
+    with pytest.raises(ModelError, match="compressed its answer"):
+        list(script.ask())
+
+
 CONVERSATION = (
     ChatMessage("system", "Be brief."),
     ChatMessage("user", "Look around"),
@@ -604,10 +698,25 @@ def test_a_wrong_key_is_said_without_the_key(script, vendor):
         "This model's maximum context length is 8192 tokens",
         "prompt is too long: 210000 tokens > 200000 maximum",
         "the request exceeds the available context size, try increasing it",
+        "The input token count (1200000) exceeds the maximum number of tokens allowed",
+        "This model's maximum prompt length is 131072 but the request has 200000",
+        "Please reduce the length of the messages or completion.",
+        "Invalid request: Your request exceeded model token limit: 8192",
+        "prompt token count of 140000 exceeds the limit of 128000",
+        "Input is too long for requested model.",
+        "Range of input length should be [1, 30720]",
+        "Prompt exceeds max length",
+        "`inputs` tokens + `max_new_tokens` must be <= 4097",
     ],
 )
 def test_a_conversation_that_is_too_long_has_an_error_of_its_own(script, message):
     script.refuse(400, message)
+    with pytest.raises(ContextTooLong):
+        list(script.ask())
+
+
+def test_a_bare_413_is_a_conversation_that_is_too_long(script):
+    script.refuse(413, "")
     with pytest.raises(ContextTooLong):
         list(script.ask())
 
@@ -992,6 +1101,122 @@ def test_thinking_comes_under_several_names(script):
     assert events[-1].message.text == "d"
 
 
+@only_openai
+def test_a_refusal_is_read_and_its_calls_are_not_run(script):
+    call = piece(0, "a", "exec", "{}")
+    script.stream(
+        sse(
+            {"choices": [{"delta": {"refusal": "I can", "tool_calls": [call]}}]},
+            {"choices": [{"delta": {"refusal": "not."}, "finish_reason": "stop"}]},
+        )
+    )
+    *_, finished = script.ask()
+    assert (finished.reason, finished.message.text) == ("refusal", "I cannot.")
+    assert finished.message.tool_calls == ()
+
+
+@only_openai
+@pytest.mark.parametrize(
+    "fragments",
+    [
+        [
+            piece(0, "a", "exec", ""),
+            piece(0, "b", "", '{"command":'),
+            piece(0, "c", "", '"ls"}'),
+        ],
+        [piece(0, "", "exec", ""), piece(0, "a", "", '{"command":"ls"}')],
+        [
+            piece(0, "a", "ex", ""),
+            piece(0, "", "ec", ""),
+            piece(0, "", "", '{"command":"ls"}'),
+        ],
+        [piece(0, "a", "exec", '{"comm'), piece(0, "a", "exec", 'and":"ls"}')],
+    ],
+    ids=["a fresh id each", "name before id", "name in pieces", "name repeated"],
+)
+def test_fragments_of_one_call_are_one_call(script, fragments):
+    (call,) = openai_calls(script, *fragments)
+    assert (call.id, call.name, call.arguments) == ("a", "exec", {"command": "ls"})
+
+
+@only_openai
+def test_a_call_without_arguments_may_come_before_another(script):
+    calls = openai_calls(
+        script,
+        piece(0, "a", "nodes_list", ""),
+        piece(0, "b", "exec", '{"command":"w"}'),
+    )
+    assert [(c.id, c.name) for c in calls] == [("a", "nodes_list"), ("b", "exec")]
+
+
+@only_openai
+def test_roles_that_must_alternate_do_from_then_on(script, vendor):
+    messages = (
+        ChatMessage("system", "Be brief."),
+        ChatMessage("user", "I ran df"),
+        ChatMessage("user", "what is full?"),
+    )
+    script.refuse(400, "Conversation roles must alternate user/assistant/user/…")
+    script.stream(vendor.answer("ok"))
+    script.stream(vendor.answer("ok"))
+    for _ in range(2):
+        assert text_of(script.ask(messages)) == "ok"
+    one = {"role": "user", "content": "Be brief.\n\nI ran df\n\nwhat is full?"}
+    assert [len(body["messages"]) for body in script.bodies] == [3, 1, 1]
+    assert script.bodies[2]["messages"] == [one]
+
+
+@only_openai
+def test_a_model_that_takes_no_tools_with_reasoning_is_asked_without_reasoning(
+    script, vendor, monkeypatch
+):
+    monkeypatch.setattr(type(vendor), "check", lambda *_: None)
+    script.refuse(
+        400,
+        "function tools with reasoning_effort are not supported, use "
+        "/v1/responses or set reasoning_effort to 'none'",
+    )
+    script.stream(vendor.answer("ok"))
+    assert text_of(script.ask()) == "ok"
+    assert script.bodies[1]["reasoning_effort"] == "none"
+
+
+def test_reasoning_details_go_back_in_one_piece():
+    details = [
+        {"type": "reasoning.text", "index": 0, "text": "I "},
+        {"type": "reasoning.text", "index": 0, "text": "see", "signature": "c2ln"},
+        {"type": "reasoning.encrypted", "index": 1, "data": "ZGF0YQ=="},
+    ]
+    spec = next(s for s in moltis.PROVIDERS if s.id == "openrouter")
+    reader = moltis.OpenAiAnswer("openrouter/m")
+    for detail in details:
+        list(reader.take({"choices": [{"delta": {"reasoning_details": [detail]}}]}))
+    list(reader.take({"choices": [{"delta": {"content": "ok"}}]}))
+    message = reader.finished().message
+    provider = moltis.OpenAiProvider(spec, "http://nobody/v1", "")
+    sent = provider._body(ChatRequest("m", (*HELLO, message)))["messages"][1]
+    text = {**details[1], "text": "I see"}
+    assert sent["reasoning_details"] == [text, details[2]]
+
+
+def test_deepseek_gets_reasoning_with_every_answer():
+    spec = next(s for s in moltis.PROVIDERS if s.id == "deepseek")
+    provider = moltis.OpenAiProvider(spec, "http://nobody/v1", "")
+    answer = ChatMessage("assistant", "fine")
+    sent = provider._body(ChatRequest("m", (*HELLO, answer)))["messages"]
+    assert [message.get("reasoning_content") for message in sent] == [None, ""]
+
+
+def test_ids_go_back_as_they_came_where_they_are_taken():
+    answer = ChatMessage("assistant", "", (ToolCall("functions.exec:0", "exec", {}),))
+    for name, kept in (("openrouter", True), ("openai", False)):
+        spec = next(s for s in moltis.PROVIDERS if s.id == name)
+        provider = moltis.OpenAiProvider(spec, "http://nobody/v1", "")
+        sent = provider._body(ChatRequest("m", (*HELLO, answer)))["messages"]
+        assert (sent[2]["tool_call_id"] == "functions.exec:0") is kept
+        assert sent[1]["tool_calls"][0]["id"] == sent[2]["tool_call_id"]
+
+
 def test_what_gemini_and_deepseek_want_back_they_get():
     extra = {"google": {"thought_signature": "c2ln"}}
     call = {**piece(0, "a", "exec", "{}"), "extra_content": extra}
@@ -1016,6 +1241,27 @@ def test_mistral_gets_ids_of_nine_characters():
 
 
 # --- Anthropic alone ---
+
+
+@only_anthropic
+def test_a_whole_message_is_understood(script):
+    message = {
+        "type": "message",
+        "content": [
+            {"type": "thinking", "thinking": "hm", "signature": "c2ln"},
+            {"type": "text", "text": " "},
+            {"type": "tool_use", "id": "a", "name": "exec", "input": {"command": "w"}},
+        ],
+        "stop_reason": "tool_use",
+        "usage": {"input_tokens": 7, "output_tokens": 3},
+    }
+    body = json.dumps(message).encode()
+    script.stream(body, **{"Content-Type": "application/json"})
+    *_, finished = script.ask()
+    assert finished.message.tool_calls == (ToolCall("a", "exec", {"command": "w"}),)
+    kinds = [block["type"] for block in finished.message.provider_data["blocks"]]
+    assert kinds == ["thinking", "tool_use"]  # a blank text would be refused
+    assert (finished.reason, finished.input_tokens) == ("stop", 7)
 
 
 @only_anthropic

@@ -424,6 +424,24 @@ ANSWERS = {  # a reader, what begins, what comes n times (given its number), wha
         lambda n: openai_call(0, "exec", PIECE + "}"),
         (),
     ),
+    "a name in pieces": (
+        moltis.OpenAiAnswer,
+        (openai_call(0, "exec"),),
+        lambda n: openai_call(0, PIECE),
+        (),
+    ),
+    "calls that get their ids late": (
+        moltis.OpenAiAnswer,
+        (),
+        lambda n: openai_call(n // 2, "exec", "", f"call-{n}" if n % 2 else ""),
+        (),
+    ),
+    "empty arguments": (
+        moltis.OpenAiAnswer,
+        (openai_call(0, "exec"),),
+        lambda n: openai_call(0, "exec", ""),
+        (),
+    ),
     "many calls": (
         moltis.OpenAiAnswer,
         (),

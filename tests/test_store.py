@@ -21,8 +21,8 @@ from moltis import (
     AuditEntry,
     AuditEvent,
     BadConfiguration,
+    Credential,
     Device,
-    DeviceCredential,
     JobRecord,
     JobState,
     Login,
@@ -53,7 +53,7 @@ def store(path):
 
 
 def credential(name):
-    return DeviceCredential(f"handle {name}", f"hash {name}", f"verifier {name}")
+    return Credential(f"handle {name}", f"hash {name}", f"verifier {name}")
 
 
 def add_device(store, name, **more):
@@ -522,7 +522,7 @@ def test_a_node_names_itself_until_an_operator_renames_it(store):
     assert store.devices.by_id("d1", NOW).display_name == "Attic"
 
 
-def test_a_revoked_device_is_gone_and_its_machine_may_come_back(store):
+def test_a_revoked_device_is_gone_and_its_id_with_it(store):
     add_device(store, "d1")
     connect(store, "d1", "n1")
     assert store.devices.revoke("d1", NOW)
@@ -535,7 +535,8 @@ def test_a_revoked_device_is_gone_and_its_machine_may_come_back(store):
     assert not store.devices.rename("d1", "x")
     assert not store.devices.rotate("d1", credential("new"))
     add_device(store, "d2")
-    assert connect(store, "d2", "n1")
+    assert not connect(store, "d2", "n1")
+    assert connect(store, "d2", "n2")
 
 
 def test_rotating_replaces_the_credential_and_nothing_else(store):
@@ -899,7 +900,7 @@ def test_the_clock_is_recorded_once_a_minute(store, monkeypatch):
 
 def test_a_revoked_key_opens_nothing_and_ends_its_sign_ins(store):
     for name in ("k1", "k2"):
-        store.operator_keys.add(operator_key(name), f"hash {name}")
+        store.operator_keys.add(operator_key(name), credential(name))
         store.logins.add(login(f"login {name}", name), f"cookie {name}")
     assert store.operator_keys.revoke("k1", NOW)
     assert not store.operator_keys.revoke("k1", NOW)
@@ -914,13 +915,13 @@ def test_a_revoked_key_opens_nothing_and_ends_its_sign_ins(store):
 
 
 def test_a_key_remembers_when_it_was_used(store):
-    store.operator_keys.add(operator_key("k1"), "hash")
+    store.operator_keys.add(operator_key("k1"), credential("k1"))
     store.operator_keys.used("k1", NOW + 7)
-    assert store.operator_keys.by_hash("hash").last_used_at == NOW + 7
+    assert store.operator_keys.by_hash("hash k1").last_used_at == NOW + 7
 
 
 def test_a_sign_in_lasts_until_it_expires_is_renewed_or_deleted(store):
-    store.operator_keys.add(operator_key("k1"), "hash")
+    store.operator_keys.add(operator_key("k1"), credential("k1"))
     store.logins.add(login("l1", "k1"), "cookie")
     assert store.logins.by_cookie_hash("cookie", NOW) == (
         login("l1", "k1"),

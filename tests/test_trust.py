@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import sqlite3
 import ssl
 import subprocess
 import threading
@@ -201,10 +202,11 @@ def test_a_hostile_gateway_cannot_get_a_node_to_run_anything(
 
 
 class HostileGateway:
-    """Lets every node in, proves nothing, and orders all the while."""
+    """Lets everyone in, proves nothing, writes down what it hears, and orders."""
 
     def __init__(self, order, proof):
         self.orders = 0
+        self.heard = ""
         self._order = json.dumps(order)
         self._proof = proof
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -230,12 +232,12 @@ class HostileGateway:
         protocol = moltis.WebSocketProtocol(client=False)
         with moltis.WebSocket(sock, protocol) as ws:
             self._command(ws)
-            first = json.loads(ws.receive(10))
+            first = json.loads(self._hear(ws))
             self._command(ws)
             nonce = first["params"]["clientFirst"].partition(",r=")[2]
             server_first = f"r={nonce}more,s=c2FsdHNhbHQ=,i=4096"
             self._answer(ws, first, {"serverFirst": server_first})
-            connect = json.loads(ws.receive(10))
+            connect = json.loads(self._hear(ws))
             self._command(ws)
             auth = (
                 {} if self._proof is None else {"scram": {"serverFinal": self._proof}}
@@ -245,8 +247,13 @@ class HostileGateway:
             self._answer(ws, connect, hello)
             self._command(ws)
             with contextlib.suppress(moltis.ConnectionClosed):
-                while ws.receive(10) is not None:
+                while self._hear(ws) is not None:
                     pass
+
+    def _hear(self, ws):
+        message = ws.receive(10)
+        self.heard += str(message)
+        return message
 
     def _command(self, ws):
         ws.send(self._order)
@@ -486,6 +493,81 @@ def test_a_gateway_may_take_nothing_but_scram(tmp_path):
 # -- operators -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("node", "list"),
+        ("node", "exec", "secret-node", "--", "secret-command"),
+        ("node", "generate-token", "--name", "secret-node"),
+        ("chat", "--session", "secret-session", "secret-words"),
+        ("mcp",),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("proof", [None, "v=" + "A" * 43 + "="])
+def test_who_listens_on_the_port_of_a_gateway_that_is_down_learns_nothing(
+    home, words, proof
+):
+    """FAULTS D1: any user of a machine may listen on a port that is free."""
+    key = moltis.new_secret("mk_")
+    with HostileGateway({"type": "event", "event": "presence"}, proof) as impostor:
+        url = impostor.url.replace("ws:", "http:").replace("/ws", "")
+        moltis.GatewayFile(url, key, 1).save(home / ".moltis")
+        done = run_moltis(*words, home=home)
+    assert done.returncode == moltis.Refused.exit_code
+    assert "did not prove that it knows your operator key" in done.stderr
+    assert "connect" in impostor.heard
+    assert "mk_" not in impostor.heard
+    assert key[3:] not in impostor.heard
+    assert moltis.secret_hash(key) not in impostor.heard
+    assert "secret" not in impostor.heard
+
+
+@pytest.mark.parametrize("way", ["page", "rpc"])
+def test_a_key_of_the_first_edition_is_proved_once_it_was_used(plain, way):
+    made = plain.call("keys.create", name="old", scopes=["operator.read"])
+    with contextlib.closing(sqlite3.connect(plain.directory / "moltis.db")) as db:
+        where = "WHERE name = 'old'"
+        db.execute(f"UPDATE operator_keys SET handle = NULL, verifier = NULL {where}")
+        db.commit()
+    with pytest.raises(moltis.Refused, match=r"moltis 0\.1 .* sign in on the page"):
+        moltis.OperatorClient(plain.url, made["key"])
+    if way == "page":
+        post(plain, "/api/sign-in", {"key": made["key"]})
+    else:
+        bearer = {"Authorization": f"Bearer {made['key']}"}
+        post(plain, "/api/rpc", {"method": "node.list"}, **bearer)
+    with moltis.OperatorClient(plain.url, made["key"]) as client:
+        assert client.call("node.list", {})
+
+
+def test_the_owner_s_key_of_the_first_edition_is_proved_from_the_start(tmp_path):
+    """The key itself is in gateway.json, so its verifier can be made."""
+    with InProcessGateway(tmp_path / "old") as gateway:
+        key = gateway.api_key
+    with contextlib.closing(sqlite3.connect(tmp_path / "old" / "moltis.db")) as db:
+        db.execute("UPDATE operator_keys SET handle = NULL, verifier = NULL")
+        db.commit()
+    with InProcessGateway(tmp_path / "old") as gateway:
+        assert gateway.api_key == key
+        assert gateway.call("node.list")
+
+
+def test_a_proof_of_a_key_is_bound_to_the_certificate(gateway, monkeypatch):
+    """SCRAM-SHA-256-PLUS: a proof made for another certificate opens nothing."""
+    monkeypatch.setattr(moltis, "tls_server_end_point", lambda _certificate: b"other")
+    with pytest.raises(moltis.Refused, match="another TLS certificate"):
+        gateway.operator()
+
+
+def test_a_wrong_proof_of_a_key_is_recorded_as_one(plain):
+    with pytest.raises(moltis.Refused):
+        moltis.OperatorClient(plain.url, moltis.new_secret("mk_"))
+    newest = plain.call("audit.list", offset=0, limit=1)[0]
+    assert newest["event"] == "key.refused"
+    assert newest["address"] == "127.0.0.1"
+
+
 class Browser:
     """A page's WebSocket, signed in with a cookie."""
 
@@ -537,14 +619,14 @@ def test_a_revoked_key_ends_its_connections_and_opens_nothing_more(plain):
 def test_what_is_revoked_while_it_connects_does_not_get_in(plain, monkeypatch):
     """Between the look at the key and the entry among those to hang up on."""
     made = plain.call("keys.create", name="ci", scopes=["operator.read"])
-    admit = moltis.OperatorAccess.admit_operator
+    admit = moltis.OperatorAccess.operator_by_handle
 
     def admit_late(operators, *arguments):
         caller = admit(operators, *arguments)
         operators.revoke_key(caller.id)
         return caller
 
-    monkeypatch.setattr(moltis.OperatorAccess, "admit_operator", admit_late)
+    monkeypatch.setattr(moltis.OperatorAccess, "operator_by_handle", admit_late)
     with pytest.raises(moltis.Refused):
         moltis.OperatorClient(plain.url, made["key"])
 
@@ -634,7 +716,7 @@ def test_strangers_push_nothing_out_of_the_audit(tmp_path, monkeypatch):
     access = moltis.Access(store)
     access.operators.create_key("thief", [moltis.Scope.ADMIN])
     for number in range(100):
-        access.devices.record_refused_device("unknown token", f"2001:db8::{number:x}")
+        access.record_refused_proof("node", "unknown", f"2001:db8::{number:x}")
     events = [entry.event for entry in store.audit.page()]
     assert events.count("key.created") == 1
     assert events.count("token.refused") <= 20

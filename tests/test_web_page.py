@@ -10,6 +10,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from browser import Browser
 
 import moltis
 
@@ -166,7 +167,7 @@ for (const step of steps) {
 }
 log.settle();
 const {terminal, offset} = log;
-const styles = terminal.lines.map(({runs}) => runs.map(([, style]) => style.classes));
+const styles = terminal.lines.map(runs => runs.map(([, style]) => style.classes));
 const {isCut} = terminal;
 console.log(JSON.stringify({id, offset, isCut, text: terminal.text(), styles}));
 """
@@ -362,3 +363,242 @@ def test_a_key_that_was_revoked_ends_the_connection(link):
       await expire();
     """)
     assert shown == {"noted": ["refused"], "sockets": 1}
+
+
+# -- text of outsiders -----------------------------------------------------------
+
+# The rooms of the script that turn text into nodes, as functions of a real page.
+PARSERS = """(() => {
+%s
+globalThis.parsers = {
+  markdown(text) {
+    const box = h("div");
+    showMarkdown(box, text);
+    return box;
+  },
+  terminal(text) {
+    const box = h("div");
+    const log = JobLog.ofText("x", text);
+    const screen = new Screen(log, {screen: h("div"), cut: h("p"), lines: box});
+    screen.draw();
+    return box;
+  },
+};
+})()"""
+MEASURE = """((parser, text) => {
+  let best = Infinity;
+  for (let n = 0; n < 3 && best > 1; n += 1) {
+    const start = performance.now();
+    parsers[parser](text);
+    best = Math.min(best, performance.now() - start);
+  }
+  let depth = 0;
+  const root = parsers[parser](text);
+  for (let level = [root]; level.length; depth += 1)
+    level = level.flatMap(element => [...element.children]);
+  return [best, depth, root.textContent.length];
+})(%s, %s)"""
+
+
+@pytest.fixture(scope="module")
+def parsers():
+    """Return a page of Chromium in which `parsers` makes nodes of text."""
+    sections = re.split(r"^// == (.+?) ==$", moltis.WEB_JS, flags=re.M)
+    named = dict(zip(sections[1::2], sections[2::2]))
+    rooms = ("dom", "words", "terminal", "Markdown", "job logs")
+    body = moltis.WEB_HTML.partition("<body>")[2].partition("</body>")[0]
+    with Browser() as browser, browser.new_page() as page:
+        page.evaluate(f"document.body.innerHTML = {json.dumps(body)}; 0")
+        page.evaluate(PARSERS % "".join(named[room] for room in rooms))
+        yield page
+
+
+def numbered(pattern):
+    return lambda count: "".join(pattern % n for n in range(count // len(pattern)))
+
+
+def repeated(text, end=""):
+    return lambda count: text * (count // len(text)) + end
+
+
+MARKDOWN_SHAPES = {
+    "targets without an end": repeated("[x]("),
+    "one long target": lambda count: "[x](" + "a" * count,
+    "nested targets": repeated("[x](a(b"),
+    "titles without an end": repeated('](a "'),
+    "spaces in a target": lambda count: "[x](a" + " " * count + "b",
+    "labels": repeated("["),
+    "ends of labels": repeated("]"),
+    "labels and ends": repeated("[a]"),
+    "links in labels": lambda count: "[" * (count // 2) + "](http://a)" * (count // 22),
+    "images": repeated("!["),
+    "quotes": repeated(">"),
+    "spaced quotes": repeated("> "),
+    "lists on one line": repeated("- "),
+    "quotes and lists": repeated("> - "),
+    "nested lists": lambda count: "\n".join(
+        " " * (2 * n) + "- a" for n in range(int(count**0.5))
+    ),
+    "emphasis that opens": repeated("*a "),
+    "emphasis that closes": repeated("a* "),
+    "strong that opens": repeated("**a "),
+    "two marks": repeated("*a _b "),
+    "three marks": repeated("*a **b ~~c "),
+    "nested emphasis": lambda n: "*a **b " * (n // 16) + " b** a*" * (n // 16),
+    "stars": repeated("*"),
+    "stars and a letter": repeated("*", "a"),
+    "underscores": repeated("_"),
+    "words with underscores": repeated("a_"),
+    "tildes": repeated("a~"),
+    "backticks": repeated("`"),
+    "runs of backticks": lambda count: (
+        "x " + " ".join("`" * n for n in range(1, int((2 * count) ** 0.5)))
+    ),
+    "code without an end": repeated("a` ``b "),
+    "a long code": lambda count: "a ` " + "b" * count + " c`",
+    "a fence": lambda count: "`" * count + "\n" + "`" * (count - 1),
+    "fences": repeated("```\n~~~\n"),
+    "a heading": lambda count: "# a" + " " * count + "b",
+    "marks of a heading": lambda count: "# a" + " #" * (count // 2) + "b",
+    "more marks of a heading": lambda count: "# " + "#" * count + "b",
+    "rules": repeated("- * ", "x"),
+    "a rule": repeated("* ", "x"),
+    "a wide table": lambda count: "|" * count + "\n" + "-|" * count,
+    "a table with short rows": lambda count: (
+        "a|" * count + "\n" + "-|" * count + "\n|" * count
+    ),
+    "rules of a table": lambda count: "a|b\n" + "-" * count + "x",
+    "spaces in a rule": lambda count: "a|b\n|-" + " " * count + "x",
+    "heads of tables": repeated("a|b\n"),
+    "escaped cells": lambda count: "a|b\n-|-\n" + "\\|" * count,
+    "spaces": lambda count: "a" + " " * count + "b",
+    "breaks": repeated("a  \n"),
+    "backslashes": repeated("\\"),
+    "addresses": repeated("http://"),
+    "an address of dots": lambda count: "http://a" + "." * count,
+    "automatic links": repeated("<http://a"),
+    "paragraphs": repeated("a\n\n"),
+    "numbers": numbered("%d. a\n"),
+    "blank lines of a list": lambda count: "- a" + "\n" * count + "b",
+}
+TERMINAL_SHAPES = {
+    "sequences without an end": repeated("\x1b["),
+    "a long sequence": lambda count: "\x1b[" + "1;" * count,
+    "many colours": lambda count: "\x1b[" + "38;" * (count // 3) + "mx",
+    "titles without an end": repeated("\x1b]0;a"),
+    "a long title": lambda count: "\x1b]0;" + "a" * count,
+    "escapes": repeated("\x1b"),
+    "intermediates": lambda count: "\x1b" + " " * count,
+    "a colour for each character": repeated("\x1b[31ma\x1b[32mb"),
+    "a line written over and over": lambda count: (
+        "\x1b[31ma\x1b[32mb" * (count // 24) + "\r" + "\x1b[33mc" * (count // 12)
+    ),
+    "returns": repeated("a\rb"),
+    "backspaces": repeated("ab\b\b"),
+    "columns far away": repeated("\x1b[999999999Ga\x1b[1G"),
+    "erased lines": repeated("abc\x1b[2K\r"),
+    "tabs": repeated("\t"),
+    "a long line": repeated("a"),
+    "new lines": repeated("\n"),
+    "flags": repeated("\x1b[1;2;3;4;7;9ma"),
+}
+
+
+@pytest.mark.parametrize(
+    ("parser", "shape"),
+    [
+        *(pytest.param("markdown", s, id=n) for n, s in MARKDOWN_SHAPES.items()),
+        *(pytest.param("terminal", s, id=n) for n, s in TERMINAL_SHAPES.items()),
+    ],
+)
+def test_no_text_costs_the_page_more_than_its_size(parsers, parser, shape):
+    """In time, in depth, and in what becomes of it."""
+
+    def measure(count):
+        words = json.dumps(parser), json.dumps(shape(count))
+        return parsers.evaluate(MEASURE % words)
+
+    small, large = measure(15_000), measure(60_000)
+    # Four times the text; a quadratic parser takes sixteen times as long.
+    assert large[0] < max(9 * small[0], 200), (small, large)
+    assert large[1] <= 60
+    assert large[2] <= 8 * 60_000
+
+
+def markdown_of(page, text):
+    html = page.evaluate(f"parsers.markdown({json.dumps(text)}).innerHTML")
+    return html.replace(' target="_blank" rel="noreferrer"', "")
+
+
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        (
+            "a *b* **c** ***d*** ~~e~~",
+            "a <em>b</em> <strong>c</strong> <em><strong>d</strong></em> <del>e</del>",
+        ),
+        ("**a *b***", "<strong>a <em>b</em></strong>"),
+        ("***a** b*", "<em><strong>a</strong> b</em>"),
+        ("_a_ snake_case_name __b__", "<em>a</em> snake_case_name <strong>b</strong>"),
+        ("2 * 3 * 4, *.py", "2 * 3 * 4, *.py"),
+        ("`a` ``b ` c`` ` d", "<code>a</code> <code>b ` c</code> ` d"),
+        ("`` `a` ``", "<code>`a`</code>"),
+        ("`*a*` \\*b\\*", "<code>*a*</code> *b*"),
+        (
+            '[a **b**](http://c/d_(e) "t")',
+            '<a href="http://c/d_(e)">a <strong>b</strong></a>',
+        ),
+        ("[a](javascript:alert(1)) [b] [c](", "[a](javascript:alert(1)) [b] [c]("),
+        (
+            "see http://[::1]:80/x_y.",
+            'see <a href="http://[::1]:80/x_y">http://[::1]:80/x_y</a>.',
+        ),
+        ("a  \nb", "a<br>b"),
+    ],
+)
+def test_marks_in_a_paragraph_become_elements(parsers, text, html):
+    assert markdown_of(parsers, text) == f"<p>{html}</p>"
+
+
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("# a b ##", "<h3>a b</h3>"),
+        ("## C#", "<h4>C#</h4>"),
+        (
+            "> a\n> > b",
+            "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote>",
+        ),
+        ("- a\n  - b\n- c", "<ul><li>a<ul><li>b</li></ul></li><li>c</li></ul>"),
+        ("3. a\n4. b", '<ol start="3"><li>a</li><li>b</li></ol>'),
+        ("---", "<hr>"),
+    ],
+)
+def test_blocks_become_elements(parsers, text, html):
+    assert markdown_of(parsers, text) == html
+
+
+def test_a_table_has_its_cells_and_no_more_than_its_head(parsers):
+    text = "|a|b|\n|:-:|--:|\n|1\\|2|3|4|\n|5|"
+    rows = parsers.evaluate(
+        f"[...parsers.markdown({json.dumps(text)}).querySelectorAll('tr')]"
+        ".map(row => [...row.children].map(cell => cell.textContent))"
+    )
+    assert rows == [["a", "b"], ["1|2", "3"], ["5"]]
+
+
+@pytest.mark.parametrize(
+    ("output", "lines"),
+    [
+        ("a\x1b[3\nimportant\n", ["a", "important"]),
+        ("\x1b[31\nEND\n", ["", "END"]),
+        ("a\x1b]0;title\x1bXb\x1b\\c\n", ["a]0;titlec"]),
+        ("\x1b]0;" + "t" * 5000 + "\nshown\n", "shown"),
+        ("abc\rX\x1b[9GY\n", ["Xbc     Y"]),
+        ("50%\r100%\x1b[2K\rdone\n", ["done"]),
+    ],
+)
+def test_a_sequence_that_cannot_be_completed_hides_nothing(parsers, output, lines):
+    text = f"parsers.terminal({json.dumps(output)})"
+    shown = parsers.evaluate(f"[...{text}.children].map(line => line.textContent)")
+    assert shown[-1] == lines if isinstance(lines, str) else shown == lines
