@@ -4168,6 +4168,24 @@ LINE_PAUSE = 0.002  # s that the outputs are left alone after two small reads
 LINE_CHUNK = 4096  # bytes; a read of fewer is small
 READ_PAGES = 15 * 4096  # bytes of one read; all 64 KiB of a full pipe exceed a frame
 
+USUAL_PLACES = (  # of programs, from the home directory on
+    ".local/bin",
+    "bin",
+    ".cargo/bin",
+    "go/bin",
+    "/usr/local/bin",
+    "/usr/local/go/bin",
+    "/opt/homebrew/bin",
+    "/opt/local/bin",
+    "/snap/bin",
+    "/usr/lib/wsl/lib",
+    "/usr/bin",
+    "/bin",
+    "/usr/local/sbin",
+    "/usr/sbin",
+    "/sbin",
+)
+
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
 FORWARDED_VALUE = r"(?a)[\w.,:@+/= -]{0,256}"  # nothing that a shell runs
 
@@ -4186,18 +4204,52 @@ def filter_environment(env: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def command_environment(
-    environ: Mapping[str, str], forwarded: Mapping[str, Any] = NOTHING
-) -> dict[str, str]:
-    """Return the environment of a command: the node user's, without our secrets."""
+def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of commands: the node user's, without our secrets.
+
+    PATH has the user's usual directories at its end, as far as they exist: a service
+    is started with a bare PATH, or with none (launchd).
+    """
     env = {
         name: value
         for name, value in environ.items()
         if not name.startswith("MOLTIS_") and name not in SECRET_VARIABLES
     }
-    # Filtered here as well: a node does not rely on its gateway's filter.
-    env.update(filter_environment(forwarded))
+    home = environ.get("HOME") or os.path.expanduser("~")
+    given = environ.get("PATH") or os.defpath
+    usual = filter(os.path.isdir, (os.path.join(home, p) for p in USUAL_PLACES))
+    known = given.split(os.pathsep)
+    env["PATH"] = os.pathsep.join([given, *(p for p in usual if p not in known)])
     return env
+
+
+def _locale_key(name: str) -> str:
+    """Return a locale's name as the C library compares it: `de_DE.utf8`."""
+    language, dot, rest = name.partition(".")
+    charset, at, modifier = rest.partition("@")
+    return language + dot + re.sub("[^a-z0-9]", "", charset.lower()) + at + modifier
+
+
+@functools.lru_cache(maxsize=None)
+def _installed_locales() -> frozenset[str]:
+    """Return this system's locales; none where the C library takes any name (musl)."""
+    listed = run_program(["locale", "-a"], {"PATH": os.defpath}, timeout=KILL_AFTER)
+    names = listed.text.split() if listed.status == 0 else []
+    return frozenset(map(_locale_key, names))
+
+
+def usable_here(env: Mapping[str, str]) -> dict[str, str]:
+    """Return forwarded variables without locales that this system lacks.
+
+    Programs would warn of them, and use none at all.
+    """
+    locales = {n for n in env if n == "LANG" or n.startswith("LC_")}
+    installed = _installed_locales() if locales else ()
+    return {
+        name: value
+        for name, value in env.items()
+        if name not in locales or not installed or _locale_key(value) in installed
+    }
 
 
 class CommandSpec(Value):
@@ -4982,7 +5034,7 @@ class Command:
             self._group = ProcessGroup(
                 self.spec.command.encode("utf-8"),
                 cwd=cwd,
-                env={**self._environ, **filter_environment(self.spec.env)},
+                env={**self._environ, **usable_here(self.spec.env)},
                 stdin=self.spec.stdin,
                 inherited=self._inherited,
             )
@@ -6624,29 +6676,13 @@ class ModelCatalog:
 INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
 VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
 GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
+MAX_HOME_ENTRIES = 2000  # of a home directory; programs do not see the rest
 SYSCTL_TIMEOUT = 2.0  # s; a reading waits for it
 MAX_LISTED = 256  # entries of one list in a report; the rest is dropped
 MAX_LABEL = 200  # characters of one name in a report; the rest is cut off
 MAX_NUMBER = 2**63 - 1  # neither SQLite nor a Moltis peer takes a greater one
+MAX_MEMORY_LIMIT = 2**62  # bytes; cgroups of v1 without a limit say more
 MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is noise
-USUAL_PLACES = (  # of programs, from the home directory
-    ".local/bin",
-    "bin",
-    ".cargo/bin",
-    "go/bin",
-    "/usr/local/bin",
-    "/usr/local/go/bin",
-    "/opt/homebrew/bin",
-    "/opt/local/bin",
-    "/snap/bin",
-    "/usr/lib/wsl/lib",
-    "/usr/bin",
-    "/bin",
-    "/usr/local/sbin",
-    "/usr/sbin",
-    "/sbin",
-)
-
 _VERSION = r"(\d+\.\d+[\w.+-]*)"
 # Programs that run others' programs: how to ask for the version, and where it stands.
 RUNTIMES: Mapping[str, tuple[str, str]] = {
@@ -6664,10 +6700,10 @@ MACOS_STUBS: Mapping[str, str] = {
 }
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
-_NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d+)"
+_NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d{1,30})\b"
 _BOOT_TIME = r"(?m)^kern\.boottime\b\D*sec = (\d+)"
 _VM_STAT_PAGE = r"page size of (\d+) bytes"
-_GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d+)|\[.*\]) *$"
+_GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d{1,12})|\[.*\]) *\r?$"
 
 
 # -- what a report says --------------------------------------------------------
@@ -6852,6 +6888,7 @@ class Vitals(Value):
     cpu_times: CpuTimes | None = None
     cpu_usage: float | None = None  # 0 to 100, from a system that does the sum itself
     temperature: float | None = None  # °C
+    cpu_limit: float | None = None  # cores, of a container
 
 
 def _read_text(path: Path) -> str:
@@ -6890,14 +6927,84 @@ def _linux_cpu_times(stat_text: str) -> CpuTimes | None:
     if len(words) < 5 or words[0] != "cpu":
         return None
     # user nice system idle iowait irq softirq steal; `user` holds the guests' time.
+    if not all(re.fullmatch(r"\d{1,20}", word) for word in words[1:9]):
+        return None
     ticks = [int(word) for word in words[1:9]]
     return CpuTimes(busy=sum(ticks) - sum(ticks[3:5]), total=sum(ticks))
+
+
+def _cgroups(root: Path) -> Iterator[Path]:
+    """Yield the cgroups of this process and those above them, v1 and v2."""
+    mounts = root / "sys/fs/cgroup"
+    for line in _read_text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        v1 = {controllers, *controllers.split(",")}
+        for name in v1 if controllers else ("", "unified"):
+            # Inside a container the path may be the one outside, which is not here.
+            parts = [part for part in path.split("/") if part not in ("", "..")]
+            for depth in range(len(parts), -1, -1):
+                yield mounts.joinpath(name, *parts[:depth])
+
+
+class CgroupLimits(Value):
+    """What a container, or a service, may use of its machine; None: all."""
+
+    memory: int | None = None  # bytes
+    memory_free: int | None = None  # bytes, below the tightest limit
+    cpus: float | None = None
+
+
+def _whole_number_in(path: Path) -> int | None:
+    text = _read_text(path).strip()
+    return int(text) if re.fullmatch(r"\d{1,20}", text) else None
+
+
+def _read_cgroup(group: Path) -> CgroupLimits:
+    """Return the limits of one cgroup: v2's cpu.max and memory.max, or those of v1."""
+    memory = free = None
+    for limit_file, usage_file, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit = _whole_number_in(group / limit_file)
+        used = _whole_number_in(group / usage_file)
+        if limit is not None and limit < MAX_MEMORY_LIMIT:
+            memory = limit
+            if used is not None:
+                # The kernel gives files that were not used lately back at once.
+                found = re.search(
+                    rf"(?m)^{cache} (\d{{1,20}})$", _read_text(group / "memory.stat")
+                )
+                free = max(0, limit - used + (int(found[1]) if found else 0))
+                free = min(free, limit)
+    quota, _, period = _read_text(group / "cpu.max").strip().partition(" ")
+    if not quota:
+        quota = _read_text(group / "cpu.cfs_quota_us").strip()
+        period = _read_text(group / "cpu.cfs_period_us").strip()
+    shares = _first_number(quota), _first_number(period)
+    cpus = shares[0] / shares[1] if shares[0] and shares[1] and shares[0] > 0 else None
+    return CgroupLimits(memory, free, cpus)
+
+
+def read_cgroup_limits(root: Path = Path("/")) -> CgroupLimits:
+    """Return the tightest limits of all cgroups that this process is in."""
+    limits = [_read_cgroup(group) for group in _cgroups(root)]
+    tightest = {
+        name: min(
+            (v for v in (getattr(one, name) for one in limits) if v), default=None
+        )
+        for name in ("memory", "cpus")
+    }
+    free = [one.memory_free for one in limits if one.memory_free is not None]
+    return CgroupLimits(**tightest, memory_free=min(free, default=None))
 
 
 class ProcProbe:
     """The vital signs of Linux, from /proc and /sys."""
 
     def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
         self._proc = root / "proc"
         zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
         # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
@@ -6910,12 +7017,18 @@ class ProcProbe:
 
     def read(self) -> Vitals:
         total, available = _linux_memory(_read_text(self._proc / "meminfo"))
+        limits = read_cgroup_limits(self._root)
+        if total is not None and limits.memory is not None and limits.memory < total:
+            total = limits.memory
+        if available is not None and limits.memory_free is not None:
+            available = min(available, limits.memory_free)
         return Vitals(
             mem_total=total,
             mem_available=available,
             uptime_secs=_first_number(_read_text(self._proc / "uptime")),
             cpu_times=_linux_cpu_times(_read_text(self._proc / "stat")),
             temperature=self._temperature(),
+            cpu_limit=limits.cpus,
         )
 
     def _temperature(self) -> float | None:
@@ -6931,22 +7044,19 @@ class ProcProbe:
         return None
 
 
-def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of a program: of the user's PATH, or of the usual places.
+def find_binary(name: str, environ: Mapping[str, str]) -> str | None:
+    """Return the path of a program that a command with this environment finds.
 
-    A service is started with a bare PATH, and the user's programs lie elsewhere.
     Raises RpcError INVALID_REQUEST unless `name` is a plain name.
     """
     if not name or len(name) > 255 or "/" in name or not name.isprintable():
         raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
-    directories = environ.get("PATH", os.defpath).split(os.pathsep)
-    home = environ.get("HOME") or os.path.expanduser("~")
-    usual = [os.path.join(home, place) for place in USUAL_PLACES]
-    # "" in PATH means the working directory; `join` leaves absolute places alone.
-    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
-    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
-    for path in (os.path.join(directory, name) for directory in absolute):
-        if os.path.isfile(path) and os.access(path, os.X_OK):
+    for directory in environ.get("PATH", os.defpath).split(os.pathsep):
+        # "" in PATH means the working directory.  As shutil.which(), but `shutil`
+        # brings bz2 and lzma along: 1.5 MiB at rest.
+        path = os.path.join(directory, name)
+        usable = os.path.isabs(directory) and os.path.isfile(path)
+        if usable and os.access(path, os.X_OK):
             return path
     return None
 
@@ -6958,26 +7068,54 @@ class ShortPrograms:
         self, environ: Mapping[str, str], cancel: Cancellation | None = None
     ) -> None:
         # The patterns for their answers are English.
-        self._environ = {**command_environment(environ, {}), "LC_ALL": "C"}
+        self._environ = {**command_environment(environ), "LC_ALL": "C"}
         self._cancel = cancel
         self._stuck: dict[str, int] = {}  # by path: the process that SIGKILL spared
 
     def find(self, name: str) -> str | None:
         return find_binary(name, self._environ)
 
-    def ask(self, path: str, *arguments: str, timeout: float) -> ProgramResult:
-        """Return how the program answered.  Raises Cancelled."""
+    def ask(
+        self, path: str, *arguments: str, timeout: float, home: str | None = None
+    ) -> ProgramResult:
+        """Return how the program answered, with another HOME maybe.
+
+        Raises Cancelled.
+        """
         # A program that waits for a broken driver cannot be killed: one is enough.
         if is_running(self._stuck.get(path, 0)):
             return ProgramResult(124)
         words = [path, *arguments]
+        environ = self._environ if home is None else {**self._environ, "HOME": home}
         result = run_program(
-            words, self._environ, timeout=timeout, cwd="/", cancel=self._cancel
+            words, environ, timeout=timeout, cwd="/", cancel=self._cancel
         )
         if result.survivor:
             log.warning("cannot kill program=%s pid=%d", path, result.survivor)
             self._stuck[path] = result.survivor
         return result
+
+    @contextlib.contextmanager
+    def home_of_links(self) -> Iterator[str]:
+        """Yield a home directory with all of the user's, where new files do not stay.
+
+        Asked for their version, rustup, pyenv, volta, asdf and others set up a
+        directory of theirs.
+        """
+        real = self._environ.get("HOME") or os.path.expanduser("~")
+        # Not `tempfile`: it brings `shutil` along.
+        name = f"moltis-home-{secrets.token_hex(8)}"
+        copy = os.path.join(self._environ.get("TMPDIR") or "/tmp", name)  # nosec B108
+        with contextlib.suppress(OSError):
+            os.mkdir(copy, 0o700)
+            with os.scandir(real) as entries:
+                for entry in itertools.islice(entries, MAX_HOME_ENTRIES):
+                    os.symlink(entry.path, os.path.join(copy, entry.name))
+        try:
+            yield copy
+        finally:
+            # `rm` does not follow links.
+            run_program(["rm", "-rf", copy], self._environ, timeout=VERSION_TIMEOUT)
 
 
 class MacProbe:
@@ -7146,8 +7284,8 @@ class Inventory:
             self._publish(Equipment(tuple(paths), providers=keys))
         ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancel)
         providers = keys if ollama is None else (ollama, *keys)
-        versions = self._ask_versions(paths)
-        self._publish(Equipment(tuple(paths), versions, self._ask_gpus(), providers))
+        runtimes, versions = self._ask_versions(paths)
+        self._publish(Equipment(runtimes, versions, self._ask_gpus(), providers))
 
     def _publish(self, equipment: Equipment) -> None:
         # After close() it is cut short, and looks like a machine that lost things.
@@ -7160,15 +7298,23 @@ class Inventory:
             except Exception:
                 log.exception("cannot report a change of the inventory")
 
-    def _ask_versions(self, paths: Mapping[str, str]) -> dict[str, str]:
-        versions = {}
-        for name, path in paths.items():
-            argument, pattern = RUNTIMES[name]
-            result = self._programs.ask(path, argument, timeout=VERSION_TIMEOUT)
-            found = re.search(pattern, result.text) if result.status == 0 else None
-            if found:
-                versions[name] = _label(found[1])
-        return versions
+    def _ask_versions(
+        self, paths: Mapping[str, str]
+    ) -> tuple[tuple[str, ...], dict[str, str]]:
+        """Return the programs that work, or are slow to answer, and their versions."""
+        working, versions = [], {}
+        with self._programs.home_of_links() as home:
+            for name, path in paths.items():
+                argument, pattern = RUNTIMES[name]
+                result = self._programs.ask(
+                    path, argument, timeout=VERSION_TIMEOUT, home=home
+                )
+                if result.status in (0, 124):
+                    working.append(name)
+                found = re.search(pattern, result.text) if result.status == 0 else None
+                if found:
+                    versions[name] = _label(found[1])
+        return tuple(working), versions
 
     def _ask_gpus(self) -> tuple[Gpu, ...]:
         path = self._programs.find("nvidia-smi")
@@ -7195,9 +7341,20 @@ def _read_disk() -> tuple[int | None, int | None]:
     for path in ("/", "/var", os.path.expanduser("~")):
         with contextlib.suppress(OSError):
             disk = os.statvfs(path)
-            if not disk.f_flag & os.ST_RDONLY:
+            if disk.f_blocks and not disk.f_flag & os.ST_RDONLY:
                 return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
     return None, None
+
+
+def usable_cpus(limit: float | None) -> int | None:
+    """Return how many cores programs get here; `limit`: of a container's quota."""
+    try:
+        count: int | None = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # macOS
+        count = os.cpu_count()
+    if count is None or limit is None:
+        return count
+    return max(1, min(count, math.ceil(limit)))
 
 
 class TelemetrySource:
@@ -7214,7 +7371,7 @@ class TelemetrySource:
         """Return how the machine is doing; from any thread, within about 6 s."""
         vitals = self._probe()
         claims = {**vars(vitals), **vars(self._inventory.equipment)}
-        claims["cpu_count"] = os.cpu_count()
+        claims["cpu_count"] = usable_cpus(vitals.cpu_limit)
         claims["disk_total"], claims["disk_available"] = _read_disk()
         with contextlib.suppress(OSError):
             claims["load"] = os.getloadavg()
