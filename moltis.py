@@ -4187,6 +4187,10 @@ USUAL_PLACES = (  # of programs, from the home directory on
 )
 
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
+LOCALE_VARIABLE = (  # locale(7); others, as LC_TERMINAL, are no business of setlocale()
+    r"LANG|LC_(ALL|CTYPE|COLLATE|MESSAGES|MONETARY|NUMERIC|TIME"
+    r"|ADDRESS|IDENTIFICATION|MEASUREMENT|NAME|PAPER|TELEPHONE)"
+)
 FORWARDED_VALUE = r"(?a)[\w.,:@+/= -]{0,256}"  # nothing that a shell runs
 
 
@@ -4243,7 +4247,7 @@ def usable_here(env: Mapping[str, str]) -> dict[str, str]:
 
     Programs would warn of them, and use none at all.
     """
-    locales = {n for n in env if n == "LANG" or n.startswith("LC_")}
+    locales = {name for name in env if re.fullmatch(LOCALE_VARIABLE, name)}
     installed = _installed_locales() if locales else ()
     return {
         name: value

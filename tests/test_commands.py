@@ -571,7 +571,12 @@ def test_a_locale_that_this_system_lacks_is_not_forwarded(monkeypatch):
     """`bash` would warn of it; macOS forwards LC_CTYPE=UTF-8."""
     installed = frozenset(("C", "C.utf8", "POSIX", "de_DE.utf8@euro"))
     monkeypatch.setattr(moltis, "_installed_locales", lambda: installed)
-    there = {"LANG": "C.UTF-8", "LC_TIME": "de_DE.UTF-8@euro", "TERM": "no_SUCH"}
+    there = {
+        "LANG": "C.UTF-8",
+        "LC_TIME": "de_DE.UTF-8@euro",
+        "TERM": "no_SUCH",
+        "LC_TERMINAL": "iTerm2",
+    }
     lacking = {"LC_ALL": "de_DE.UTF-8", "LC_CTYPE": "UTF-8", "LC_NUMERIC": "de_DE"}
     assert moltis.usable_here({**there, **lacking}) == there
     monkeypatch.setattr(moltis, "_installed_locales", frozenset)  # musl takes any
