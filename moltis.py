@@ -10663,13 +10663,23 @@ class SignIns:
         self._door = door
         self._operators = operators
         self._logins = door.store.logins
+        # In memory only: on disk, say, such a code ends with this process.
+        self._one_time: dict[str, tuple[str, int]] = {}  # key, expiry in ms; by code
+
+    def one_time_key(self, key: str) -> str:
+        """Return a code that signs in one browser in place of an operator key."""
+        code = new_secret("mo_")
+        self._one_time[code] = key, self._door.now() + round(JOIN_CODE_LIFETIME * 1000)
+        return code
 
     def sign_in(self, key: str, address: str, user_agent: str) -> str:
-        """Return a cookie for a browser that sent an operator key.
+        """Return a cookie for a browser that sent an operator key, or one_time_key().
 
         Raises RpcError UNAUTHORIZED, or RATE_LIMITED with `retry_after`.
         """
         refusal = AuditEvent.SIGN_IN_REFUSED
+        stands_for, expires_at = self._one_time.pop(key, (key, self._door.now()))
+        key = stands_for if expires_at >= self._door.now() else key
         caller = self._operators.admit_operator(key, address, refusal)
         now, cookie = self._door.now(), new_secret("ms_")
         login = Login(
@@ -16367,11 +16377,15 @@ AUDIT_COLUMNS = (
 )
 
 
+# Where a spreadsheet would begin a formula: in a cell, or behind what parts cells in
+# another country.
+FORMULA_START = re.compile("(?:^|(?<=[;\t\r\n]))(?=[\t\r\n]| {0,8}[=+@＝＋－＠-])")
+
+
 def _csv_row(row: JsonObject) -> list[str]:
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
     values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
-    # A spreadsheet would run a cell that begins like a formula.
-    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
+    return [at, *(FORMULA_START.sub("'", value) for value in values)]
 
 
 def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
@@ -16379,7 +16393,7 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
     import csv
 
     text = io.StringIO()
-    writer = csv.writer(text)
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
     writer.writerow(AUDIT_COLUMNS)
     for rows in pages:
         writer.writerows(map(_csv_row, rows))
@@ -20887,12 +20901,17 @@ class OperatorClient:
             self._ws.send(message)
 
     def _send_text(self, text: str) -> None:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            # On the wire it would be `?`, which a shell takes for any character.
-            near = text[max(0, error.start - 40) : error.end + 40]
-            raise UsageError(f"{near!r} is not UTF-8, and cannot be sent") from error
+        escaped = re.search("[\ud800-\udfff]", text)
+        if escaped is not None:
+            # Bytes as they were typed, in a locale that knows only ASCII.  What is not
+            # UTF-8 would be `?` on the wire, which a shell takes for any character.
+            try:
+                text = text.encode("utf-8", "surrogateescape").decode("utf-8")
+            except UnicodeError as error:
+                near = text[max(0, escaped.start() - 40) : escaped.end() + 40]
+                raise UsageError(
+                    f"{near!r} is not UTF-8, and cannot be sent"
+                ) from error
         self._ws.send(text)
 
     def _connect(self, api_key: str) -> None:
@@ -21844,6 +21863,10 @@ class RunningGateway:
     def sign_in_link(self) -> str:
         return f"{self.url}/#key={self._key}"
 
+    def one_time_link(self) -> str:
+        """Return a link that signs in one browser, within ten minutes."""
+        return f"{self.url}/#key={self._access.sign_ins.one_time_key(self._key)}"
+
     def keep_house(self) -> None:
         """Delete what is old enough, and renew what is about to expire."""
         self._access.purge()
@@ -21998,6 +22021,26 @@ def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
         str(row.get(column) or "-") if isinstance(column, str) else column(row)
         for column in columns.values()
     ]
+
+
+ESCAPE = "moltis-escape"  # error handler for encodings
+
+
+def escape_unencodable(error: UnicodeError) -> tuple[str, int]:
+    """Spell characters that the terminal's encoding lacks as JSON spells them."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def prepare_streams() -> None:
+    """Make the standard streams usable, whatever the locale and who started us."""
+    codecs.register_error(ESCAPE, escape_unencodable)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed when we were started
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ESCAPE)
 
 
 class Output:
@@ -22368,8 +22411,8 @@ def say_started(output: Output, running: RunningGateway) -> None:
 def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
     """Open the browser with a private file that leads to `link`; return its directory.
 
-    Every user of this machine can read the arguments of a program, and the link holds
-    the operator key.  Raises BadConfiguration.
+    Every user of this machine can read the arguments of a program; the file may outlive
+    us, but not its one-time link.  Raises BadConfiguration.
     """
     import tempfile
     import webbrowser
@@ -22409,7 +22452,7 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
             demo = start_demo_node(context.environ, running)
             stack.callback(close_together, demo.close, running.close)
         if args.open:
-            stack.enter_context(open_sign_in(running.sign_in_link))
+            stack.enter_context(open_sign_in(running.one_time_link()))
         stop.wait()
         context.output.say("stopping")
     return EXIT_OK
@@ -22973,22 +23016,23 @@ class Waiting:
             )
 
 
+MAX_LABELLED_LINE = 4 * 1024 * 1024  # bytes; a longer line of several jobs is broken
+# A lone carriage return would let the next text overwrite the label.
+LINE_END = re.compile(rb"\n|\r(?=[^\r\n])")
+
+
 class StreamPrinter:
     """One output stream of one of several jobs, each line with its label."""
 
     def __init__(self, file: Any, label: bytes) -> None:
         self._file = file
         self._label = label
-        self._line = b""  # begun; past MAX_LOG_MESSAGE it is printed as it is
+        self._line = bytearray()  # begun
 
     def write(self, data: bytes) -> None:
         """Raises BrokenPipeError."""
         if self._label:
-            *lines, self._line = (self._line + data).split(b"\n")
-            if len(self._line) > MAX_LOG_MESSAGE:
-                lines.append(self._line)
-                self._line = b""
-            data = b"".join(self._label + line + b"\n" for line in lines)
+            data = b"".join(self._label + line + b"\n" for line in self._lines(data))
         self._file.write(data)
         self._file.flush()
 
@@ -22996,6 +23040,26 @@ class StreamPrinter:
         if self._line:
             with contextlib.suppress(BrokenPipeError):
                 self.write(b"\n")
+
+    def _lines(self, data: bytes) -> Iterator[bytes]:
+        """Yield the lines that `data` ends; each state of a progress bar is one."""
+        if self._line.endswith(b"\r"):  # the next byte says what it is
+            data = b"\r" + data
+            del self._line[-1:]
+        start = 0
+        for end in LINE_END.finditer(data):
+            self._line += data[start : end.start()]
+            start = end.end()
+            if self._line or end[0] == b"\n":
+                yield bytes(self._line)
+                self._line.clear()
+        self._line += data[start:]
+        while len(self._line) > MAX_LABELLED_LINE:
+            cut = MAX_LABELLED_LINE
+            while self._line[cut] & 0xC0 == 0x80 and cut > MAX_LABELLED_LINE - 4:
+                cut -= 1  # to where a character begins
+            yield bytes(self._line[:cut])
+            del self._line[:cut]
 
 
 EXIT_STATUSES: Mapping[str, int] = {
@@ -23067,7 +23131,9 @@ class JobTerminal:
         }
 
     def _label(self, job: FollowedJob) -> bytes:
-        return f"{job.name} | ".encode() if len(self._jobs) > 1 else b""
+        if len(self._jobs) == 1:
+            return b""
+        return f"{job.name} | ".encode(sys.stdout.encoding or "utf-8", ESCAPE)
 
     def execute(self, *, feeds: bool) -> int:
         """Return the exit status of `node exec`; an interrupt cancels its jobs.
@@ -23319,7 +23385,9 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
     client = LastingClient(partial(operator_client, args, context))
     with contextlib.closing(client):
         # Not with `for line in sys.stdin`, which reads ahead and answers late.
-        McpServer(client, context.output.answer).serve(iter(sys.stdin.readline, ""))
+        lines = iter(sys.stdin.buffer.readline, b"")  # MCP is UTF-8 in any locale
+        server = McpServer(client, context.output.answer)
+        server.serve(line.decode("utf-8", "replace") for line in lines)
     return EXIT_OK
 
 
@@ -23598,19 +23666,38 @@ def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
             context.output.say("")
 
 
+APPROVAL_ANSWERS: Mapping[str, str] = {
+    "y": "approve",
+    "yes": "approve",
+    "n": "deny",
+    "no": "deny",
+    "a": "always",
+    "always": "always",
+}
+
+
+def drop_typed_input() -> None:
+    """Discard what was typed and not read yet: it answers no question that follows."""
+    import termios
+
+    with contextlib.suppress(termios.error):
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
+
+
 def ask_approval(output: Output, command: JsonObject) -> str:
     where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
     lines = visible(command["command"]).replace("\n", "\n    ")
     aside = " in the background" if command.get("background") else ""
     output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
-    answers = {"y": "approve", "n": "deny", "a": "always"}
+    drop_typed_input()
     while True:
         sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
         sys.stderr.flush()
         line = sys.stdin.readline()
-        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
-        if answer is not None:
-            return answer
+        if not line:
+            return "deny"
+        if line.strip().lower() in APPROVAL_ANSWERS:
+            return APPROVAL_ANSWERS[line.strip().lower()]
 
 
 def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
@@ -23642,7 +23729,10 @@ def cmd_chat(args: argparse.Namespace, context: Context) -> int:
         if args.message is not None:
             return terminal.turn(args.message)
         if sys.stdin is not None and not sys.stdin.isatty():
-            return terminal.turn(sys.stdin.read(MAX_BODY))
+            text = sys.stdin.buffer.read(MAX_BODY).decode("utf-8", "surrogateescape")
+            if model != SHELL_ID and text.startswith("!"):
+                text = f" {text}"  # a command is only what a person has written
+            return terminal.turn(text)
         return chat_prompt(terminal, context)
 
 
@@ -24023,9 +24113,7 @@ def run_subcommand(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # it was closed when we were started
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     restart_from_bytecode(arguments)
     command: list[str] = []
