@@ -22924,12 +22924,6 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
     return first
 
 
-def connected_nodes(feed: JobFeed) -> dict[str, str]:
-    """Return the names of all connected nodes by id."""
-    listed = feed.client.call("node.list", {})
-    return {n["nodeId"]: n["displayName"] for n in listed if n["connected"]}
-
-
 def without_name(name: str, text: str) -> str:
     """Return `text` about `name` without the name before it."""
     for after in (": ", " is "):
@@ -23290,7 +23284,10 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
         spec["cwd"] = args.cwd
     request = {"work": "run", "spec": spec}
     with JobFeed(partial(operator_client, args, context)) as feed:
-        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
+        nodes = distinct_nodes(args.nodes, feed)
+        if args.all:  # those that are away as well: the recap and the status say so
+            listed = feed.client.call("node.list", {})
+            nodes = {node["nodeId"]: node["displayName"] for node in listed}
         if args.stdin and len(nodes) > 1:
             raise UsageError("--stdin feeds one node")
         if args.detach:
@@ -23999,7 +23996,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "moltis node exec pi -- 'df -h / | tail -1'",
         (
             arg("nodes NODE", "name or id", nargs="*"),
-            arg("--all", "on all connected nodes"),
+            arg("--all", "on all nodes; those that are offline count as failed"),
             arg("--timeout S", "in seconds", type=float),
             arg("--cwd DIR", "where to run it, on the node"),
             arg("--stdin", "feed it our standard input"),
