@@ -184,6 +184,11 @@ API_KEY_VARIABLES: Mapping[str, str] = {  # by provider
     "deepseek": "DEEPSEEK_API_KEY",
     "xai": "XAI_API_KEY",
 }
+SECRET_VARIABLES = (
+    "MOLTIS_API_KEY",
+    "MOLTIS_DEVICE_TOKEN",
+    *API_KEY_VARIABLES.values(),
+)
 
 
 class MoltisError(Exception):
@@ -4185,11 +4190,10 @@ def command_environment(
     environ: Mapping[str, str], forwarded: Mapping[str, Any] = NOTHING
 ) -> dict[str, str]:
     """Return the environment of a command: the node user's, without our secrets."""
-    secrets_of_ours = set(API_KEY_VARIABLES.values())
     env = {
         name: value
         for name, value in environ.items()
-        if not name.startswith("MOLTIS_") and name not in secrets_of_ours
+        if not name.startswith("MOLTIS_") and name not in SECRET_VARIABLES
     }
     # Filtered here as well: a node does not rely on its gateway's filter.
     env.update(filter_environment(forwarded))
@@ -4446,27 +4450,173 @@ class InputWindow:
         self.consumed += count
 
 
-def seal_descriptors() -> None:
+# -- what commands get ---------------------------------------------------------
+
+
+# Python ignores these signals, and a child inherits that.
+RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
+
+
+class Inherited(Value):
+    """What our parent gave us, for commands, and we changed for ourselves."""
+
+    umask: int
+    open_files: int  # soft limit; RLIM_INFINITY: none
+
+
+def stay(*_: object) -> None:
+    """Handle a signal that our parent ignored, as `nohup` does with SIGHUP.
+
+    Unlike SIG_IGN, a handler does not survive exec(): commands get the default.
+    """
+
+
+def _seal_descriptors() -> None:
     """Stop children from inheriting descriptors that we inherited, as of a lock file.
 
     Python does so for those that it opens itself (PEP 446).
     """
-    with contextlib.suppress(OSError):  # there is no /dev/fd
-        for name in os.listdir("/dev/fd"):
-            with contextlib.suppress(OSError):  # the one that listed them
-                if int(name) > 2:
-                    os.set_inheritable(int(name), False)
+    try:
+        descriptors = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:  # a bare chroot
+        descriptors = list(range(1024))
+    for descriptor in descriptors:
+        if descriptor > 2:
+            with contextlib.suppress(OSError):  # not open, or the one that listed them
+                os.set_inheritable(descriptor, False)
+
+
+def settle_process() -> Inherited:
+    """Put right what our parent left; return what commands get of it.
+
+    Signals: none is blocked, ignored ones have a handler.  Descriptors beyond 2 stay
+    ours.  Files that we make are private.  Call it once, before the first thread.
+    """
+    import resource
+
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in signal.valid_signals():
+        ignored = signal.getsignal(number) is signal.SIG_IGN
+        if ignored and number not in RESTORED_SIGNALS:
+            # While SIGCHLD is ignored, the system drops the exit status of children.
+            is_end = number == signal.SIGCHLD
+            signal.signal(number, signal.SIG_DFL if is_end else stay)
+    _seal_descriptors()
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return Inherited(umask=os.umask(0o077), open_files=open_files)
+
+
+def _wipe_in_proc() -> None:
+    """Overwrite our secrets in arguments and environment, as proc(5) shows them.
+
+    Raises OSError where there is no /proc.
+    """
+    words = Path("/proc/self/stat").read_text("utf-8", "replace").rpartition(")")[2]
+    start, arguments_end, _, end = map(int, words.split()[45:49])
+    names = "|".join(SECRET_VARIABLES).encode("ascii")
+    variable = rb"(?:(?<=\0)|^)((?:%b)=)[^\0]*" % names
+    ours = rb"()%b" % SECRET_PATTERN.encode("ascii")
+
+    def blank(found: re.Match[bytes]) -> bytes:
+        return found[1] + b"*" * (len(found[0]) - len(found[1]))
+
+    with open("/proc/self/mem", "r+b", buffering=0) as memory:
+        memory.seek(start)
+        data = memory.read(end - start)
+        arguments, variables = (
+            data[: arguments_end - start],
+            data[arguments_end - start :],
+        )
+        memory.seek(start)
+        memory.write(
+            re.sub(ours, blank, arguments) + re.sub(variable, blank, variables)
+        )
+
+
+def _wipe_in_libc(names: Iterable[str]) -> None:
+    """Overwrite variables where the C library has them; the system shows the same."""
+    import ctypes
+
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_void_p
+    for name in names:
+        address = getenv(name.encode("ascii"))
+        ctypes.memset(address, ord("*"), len(os.fsencode(os.environ[name])))
+
+
+def take_environment() -> dict[str, str]:
+    """Return our environment; nobody else finds our secrets in it from now on.
+
+    The system shows a process's first environment to all processes of its user, the
+    commands too: `cat /proc/$PPID/environ`.
+    """
+    environ = dict(os.environ)
+    secret = [name for name in SECRET_VARIABLES if name in environ]
+    try:
+        _wipe_in_proc()
+    except (OSError, ValueError):
+        if secret:
+            with contextlib.suppress(ImportError, OSError):
+                _wipe_in_libc(secret)
+    for name in secret:
+        del os.environ[name]
+    return environ
+
+
+def reap_orphans() -> None:
+    """Return in a child process if we are process 1, as in a container.
+
+    Process 1 inherits all orphans.  It reaps them, passes signals on to the child, and
+    ends with it; so no exit status is taken away from whoever waits for it.
+    """
+    if os.getpid() != 1 or not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    every = signal.valid_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, every)
+    program = os.fork()
+    while program:
+        received = signal.sigwaitinfo(every)
+        if received.si_signo != signal.SIGCHLD:
+            if received.si_code <= 0:  # the terminal's reach both processes
+                os.kill(program, received.si_signo)
+            continue
+        pid = -1
+        while pid:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == program:
+                signaled = os.WIFSIGNALED(status)
+                number = os.WTERMSIG(status) if signaled else 0
+                os._exit(128 + number if signaled else os.WEXITSTATUS(status))
 
 
 # Before Python 3.10 Popen copies our page tables: `true` takes 1.2 ms with it, and 0.65
 # with posix_spawn().  Later ones let other threads run meanwhile, which that does not.
 POPEN_FORKS = sys.version_info < (3, 10) and hasattr(os, "posix_spawn")
+POPEN_SETS_UMASK = sys.version_info >= (3, 10)
 
 # Without pipe2() a spawn in another thread may inherit a new pipe before it is sealed.
 SEALED_PIPES = hasattr(os, "pipe2")
 
-# Python ignores these signals, and a child inherits that.
-RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
+
+def _shell_words(command: bytes, inherited: Inherited | None) -> list[str | bytes]:
+    """Return the arguments that start the shell of a command as our parent would."""
+    import resource
+
+    words: list[str | bytes] = [SHELL, "-c", "--", command]
+    if inherited is None:
+        return words
+    first = []
+    if not POPEN_SETS_UMASK:
+        first.append(f"umask {inherited.umask:04o}")
+    # Only exec() can do it: before it, the limit would be that of all our threads.
+    limit = inherited.open_files
+    if limit != resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+        unlimited = limit == resource.RLIM_INFINITY
+        first.append(f"ulimit -S -n {'unlimited' if unlimited else limit}")
+    if not first:
+        return words
+    return [SHELL, "-c", "; ".join([*first, 'exec "$@"']), SHELL, *words]
 
 
 def _is_here(directory: bytes | None) -> bool:
@@ -4482,12 +4632,14 @@ def _start_shell(
     cwd: bytes | None,
     env: Mapping[str, str],
     streams: Mapping[int, int],
+    inherited: Inherited | None,
 ) -> int:
     """Start a shell in a session of its own, with `streams` as its 0 to 2.
 
-    Returns its pid; the caller reaps it.  Raises OSError, ValueError.
+    All signals have their default.  Returns its pid; the caller reaps it.
+    Raises OSError, ValueError.
     """
-    arguments: list[str | bytes] = [SHELL, "-c", "--", command]
+    arguments = _shell_words(command, inherited)
     stands_clear = min(streams.values()) > 2  # none takes the place of another
     if POPEN_FORKS and SEALED_PIPES and stands_clear and _is_here(cwd):
         with contextlib.suppress(NotImplementedError):  # setsid, on some systems
@@ -4504,6 +4656,9 @@ def _start_shell(
             )
     import subprocess
 
+    umask: JsonObject = {}
+    if inherited is not None and POPEN_SETS_UMASK:
+        umask = {"umask": inherited.umask}
     shell = subprocess.Popen(
         arguments,
         stdin=streams[0],
@@ -4513,6 +4668,7 @@ def _start_shell(
         env=env,
         start_new_session=True,
         close_fds=not SEALED_PIPES,
+        **umask,
     )
     shell.returncode = 0  # or Popen would reap it, too
     return shell.pid
@@ -4594,6 +4750,7 @@ class ProcessGroup:
         cwd: bytes | None,
         env: Mapping[str, str],
         stdin: bool,
+        inherited: Inherited | None = None,
     ) -> None:
         """Raises OSError and ValueError as subprocess does."""
         self.outputs: dict[int, int] = {}  # descriptors to read, with their stream
@@ -4608,7 +4765,7 @@ class ProcessGroup:
                 theirs[0], self.input = os.pipe()
             else:
                 theirs[0] = os.open(os.devnull, os.O_RDONLY)
-            self._shell = _start_shell(command, cwd, env, theirs)
+            self._shell = _start_shell(command, cwd, env, theirs, inherited)
         except BaseException:
             self.close_pipes()
             raise
@@ -4751,6 +4908,7 @@ class Command:
         environ: Mapping[str, str],
         working_dir: str | None = None,
         max_timeout: float | None = None,  # s; no caller exceeds it
+        inherited: Inherited | None = None,  # None: what this process has
         on_input: Callable[[int], None] | None = None,
     ) -> None:
         """`environ` is the result of command_environment().
@@ -4763,6 +4921,7 @@ class Command:
         self._timeout = min((t for t in limits if t is not None), default=None)
         self._environ = environ
         self._working_dir = working_dir
+        self._inherited = inherited
         self._on_input = on_input
         self._lock = threading.Lock()  # guards the next five
         self._input = InputWindow()
@@ -4825,6 +4984,7 @@ class Command:
                 cwd=cwd,
                 env={**self._environ, **filter_environment(self.spec.env)},
                 stdin=self.spec.stdin,
+                inherited=self._inherited,
             )
         except (OSError, ValueError) as error:
             self._problem = _why_not_started(error, cwd)
@@ -5115,7 +5275,10 @@ OPENAI_OTHERS = (  # in OpenAI's list, which does not tell its chat models from 
     "|babbage"
 )
 BUSY_STATUSES = (408, 409, 425, 429)  # and everything from 500 on
-BUSY_KINDS = ("overloaded_error", "rate_limit_error", "api_error", "server_error")
+BUSY_KINDS = (
+    *("overloaded_error", "rate_limit_error", "api_error", "server_error"),
+    "rate_limit_exceeded",
+)
 STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
     "end_turn": "stop",
     "stop_sequence": "stop",
@@ -5123,6 +5286,7 @@ STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
     "tool_calls": "stop",
     "function_call": "stop",
     "max_tokens": "length",
+    "max_output_tokens": "length",
     "model_context_window_exceeded": "length",
     "content_filter": "refusal",
 }
@@ -5414,6 +5578,7 @@ class AnswerReader:
         self.calls: list[PartialCall] = []
         self.provider_data: JsonObject = {}
         self._model_id = model_id
+        self._refused = False
         self._text: list[str] = []
         self._surrogate = ""  # the first half of a pair that was cut in two
 
@@ -5431,6 +5596,11 @@ class AnswerReader:
         if text:
             self._text.append(text)
             yield Delta("text", text)
+
+    def refuse(self, text: str) -> Iterator[ModelEvent]:
+        """Yield a piece of a refusal in the model's own words."""
+        self._refused = self._refused or bool(text)
+        yield from self.say(text)
 
     def think(self, text: str, keep_as: str = "") -> Iterator[ModelEvent]:
         """Yield a piece of thinking; `keep_as` names its field in what goes back."""
@@ -5450,6 +5620,8 @@ class AnswerReader:
     def end(self, reason: str) -> None:
         self.complete = True
         self.reason = STOP_REASONS.get(reason, reason) or "stop"
+        if self._refused:
+            self.reason = "refusal"
 
     def finished(self) -> Finished:
         """Return the whole answer; calls of one that is cut or refused are left out.
@@ -5497,7 +5669,6 @@ class OpenAiAnswer(AnswerReader):
     def __init__(self, model_id: str) -> None:
         super().__init__(model_id)
         self._slots: dict[int, PartialCall] = {}
-        self._refused = False
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
         usage = pick(document, "usage", dict)
@@ -5510,7 +5681,7 @@ class OpenAiAnswer(AnswerReader):
             yield from self._take_delta(delta)
             reason = pick(choice, "finish_reason", str)
             if reason:
-                self.end("refusal" if self._refused else reason)
+                self.end(reason)
 
     def _take_delta(self, delta: JsonObject) -> Iterator[ModelEvent]:
         field = "reasoning_content"
@@ -5524,10 +5695,7 @@ class OpenAiAnswer(AnswerReader):
             for thought in pick_objects(part, "thinking"):
                 yield from self.think(pick(thought, "text", str))
             yield from self.say(pick(part, "text", str))
-        refusal = pick(delta, "refusal", str)
-        if refusal:
-            yield from self.say(refusal)
-            self._refused = True
+        yield from self.refuse(pick(delta, "refusal", str))
         for piece in pick_objects(delta, "tool_calls"):
             function = pick(piece, "function", dict)
             call = self._call_of(piece, pick(function, "name", str))
@@ -5571,6 +5739,54 @@ class OpenAiAnswer(AnswerReader):
         if call.given_id and given_id:
             return bool(name) and given_id != call.given_id
         return bool(name and call.arguments and not call.finished().malformed)
+
+
+class ResponsesAnswer(AnswerReader):
+    """An answer of `/responses`."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(model_id)
+        self._items: list[JsonObject] = []  # they go back as they are
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        kind = pick(document, "type", str)
+        delta = pick(document, "delta", str)
+        if kind == "response.output_text.delta":
+            yield from self.say(delta)
+        elif kind == "response.refusal.delta":
+            yield from self.refuse(delta)
+        elif kind == "response.reasoning_summary_text.delta":
+            yield from self.think(delta)
+        elif kind == "response.output_item.done":
+            self._keep(pick(document, "item", dict))
+        elif kind in ("response.completed", "response.incomplete"):
+            self._close(pick(document, "response", dict))
+        elif document.get("object") == "response":  # of a server that does not stream
+            for item in pick_objects(document, "output"):
+                for part in pick_objects(item, "content"):
+                    yield from self.say(pick(part, "text", str))
+                    yield from self.refuse(pick(part, "refusal", str))
+                self._keep(item)
+            self._close(document)
+
+    def _keep(self, item: JsonObject) -> None:
+        """Keep an item of the answer, a call also as one to run."""
+        if item.get("type") == "function_call":
+            name = pick(item, "name", str)
+            call = self.open_call(pick(item, "call_id", str), name)
+            call.add(item.get("arguments"))
+            item = {**item, "call_id": call.id, "name": call_name(name)}
+        self._items.append(item)
+
+    def _close(self, response: JsonObject) -> None:
+        usage = pick(response, "usage", dict)
+        self.input_tokens = pick(usage, "input_tokens", int)
+        self.output_tokens = pick(usage, "output_tokens", int)
+        self.end(pick(pick(response, "incomplete_details", dict), "reason", str))
+        self.over = True
+        # Reasoning belongs to its call; without it, text and calls are all there is.
+        if any(item.get("type") == "reasoning" for item in self._items):
+            self.provider_data["items"] = self._items
 
 
 class AnthropicAnswer(AnswerReader):
@@ -5700,7 +5916,7 @@ PROVIDERS = (
         call_id="[A-Za-z0-9_-]+",
     ),
     ProviderSpec(
-        *("openai", "OpenAI", "openai", "https://api.openai.com/v1"),
+        *("openai", "OpenAI", "responses", "https://api.openai.com/v1"),
         call_id="[A-Za-z0-9_-]{1,40}",
     ),
     ProviderSpec("openrouter", "OpenRouter", "openai", "https://openrouter.ai/api/v1"),
@@ -6086,7 +6302,7 @@ class OpenAiProvider(ModelProvider):
 
     chat_path = "/chat/completions"
     list_path = "/models"
-    answer = OpenAiAnswer
+    answer: type[AnswerReader] = OpenAiAnswer
 
     def _body(self, request: ChatRequest) -> JsonObject:
         body: JsonObject = {
@@ -6162,6 +6378,69 @@ class OpenAiProvider(ModelProvider):
         tools = isinstance(openrouter, list) and "tools" in openrouter
         tools = tools and mistral.get("function_calling") is not False
         return self._named(name, name, supports_tools=tools)
+
+
+class ResponsesProvider(OpenAiProvider):
+    """OpenAI's own API, https://platform.openai.com/docs/api-reference/responses.
+
+    Its newest models take tools and reasoning together here alone.  Nothing is stored
+    there: reasoning comes and goes back encrypted.
+    """
+
+    chat_path = "/responses"
+    answer = ResponsesAnswer
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        body: JsonObject = {
+            "model": request.model,
+            "input": [
+                item
+                for message in settle_tool_calls(request.messages)
+                for item in self._items(request, message)
+            ],
+            "stream": True,
+            "store": False,
+            "include": ["reasoning.encrypted_content"],
+        }
+        if request.tools:
+            body["tools"] = [
+                {"type": "function", "strict": False, **tool.to_json()}
+                for tool in request.tools
+            ]
+        return body
+
+    def _items(self, request: ChatRequest, message: ChatMessage) -> list[JsonObject]:
+        if message.role == "tool":
+            call_id = self._call_id(message.tool_call_id)
+            output = {"type": "function_call_output", "call_id": call_id}
+            return [{**output, "output": message.text}]
+        kept = pick_objects(self._own_data(request, message), "items")
+        if kept:
+            return kept
+        text = {"role": message.role, "content": message.text}
+        return [text] * bool(message.text) + [
+            {
+                "type": "function_call",
+                "call_id": self._call_id(call.id),
+                "name": call_name(call.name),
+                "arguments": to_json(call.arguments),
+            }
+            for call in message.tool_calls
+        ]
+
+    def _document(self, data: bytes) -> JsonObject:
+        document = super()._document(data)
+        if document.get("type") == "error":
+            raise self._error(200, {"error": document}, None)
+        if document.get("type") == "response.failed":
+            raise self._error(200, pick(document, "response", dict), None)
+        return document
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        # Models that do not reason have nothing to encrypt.
+        if "ncrypted" in error.detail and body.pop("include", None):
+            return ""
+        return None
 
 
 class AnthropicProvider(ModelProvider):
@@ -6250,7 +6529,8 @@ class AnthropicProvider(ModelProvider):
 
 PROTOCOLS: Mapping[str, type[ModelProvider]] = {
     "ollama": OllamaProvider,
-    "openai": OpenAiProvider,
+    "openai": OpenAiProvider,  # chat completions, as all imitate them
+    "responses": ResponsesProvider,
     "anthropic": AnthropicProvider,
 }
 
@@ -6314,10 +6594,13 @@ def make_providers(
         base_url = environ.get(spec.url_variable) or entered.base_url
         if spec.protocol == "ollama":
             base_url = ollama_url(base_url or spec.base_url)
-        elif spec.protocol == "openai" and base_url:
+        protocol = spec.protocol
+        if protocol == "responses" and base_url and "api.openai.com" not in base_url:
+            protocol = "openai"  # an imitation
+        if protocol == "openai" and base_url:
             base_url = _with_path(base_url)
         if api_key or base_url:
-            make = PROTOCOLS[spec.protocol]
+            make = PROTOCOLS[protocol]
             providers.append(make(spec, base_url or spec.base_url, api_key))
     return providers
 
@@ -7231,6 +7514,7 @@ class MachineOptions(Value):
     inventory: Inventory
     working_dir: str | None = None
     max_timeout: float | None = None  # s; no caller exceeds it
+    inherited: Inherited | None = None  # for commands; None: as this process has it
     catalog: ModelCatalog | None = None  # None: its models are not lent
     allowed: AllowedCommands | None = None  # None: everything is
 
@@ -7342,6 +7626,7 @@ def _run(
         environ=options.environ,
         working_dir=options.working_dir,
         max_timeout=options.max_timeout,
+        inherited=options.inherited,
         on_input=on_input,
     )
 
@@ -7453,7 +7738,6 @@ class Machine:
     """The jobs of this computer, by id; each runs at most once."""
 
     def __init__(self, options: MachineOptions) -> None:
-        seal_descriptors()
         self.instance = new_id()  # one life of this process
         # A dict: os.environ decodes at each access, 0.1 ms a command.
         environ = command_environment(options.environ)
@@ -13634,6 +13918,11 @@ CARD_STATES: Mapping[str, str] = {  # of messages, by state of their jobs
     JobState.DENIED: MessageState.ABORTED,
 }  # others: MessageState.ERROR
 
+UNFINISHED_WORDS: Mapping[str, str] = {  # by the reason why an answer ended
+    "length": "The answer was cut: it met the model's length limit. Write “continue”.",
+    "refusal": "The model, or a filter of its provider, refused to answer this.",
+}
+
 OPEN_STATES = (MessageState.QUEUED, MessageState.RUNNING)
 
 Announce: TypeAlias = "Callable[[str, JsonObject], None]"
@@ -14101,22 +14390,22 @@ class TurnChat(Conversation):
 
     def finish(self, end: RunEnd, aborted_state: str) -> None:
         """Show how the run ended."""
-        if end.state == "error":
-            self._end_answer(MessageState.ERROR)
-            fields = {"text": end.error, "error": end.error}
-            self._add("error", "notice", MessageState.ERROR, **fields)
-            return
         state = aborted_state
         details: JsonObject = {}
-        if end.state == "final":
+        error = end.error if end.state == "error" else UNFINISHED_WORDS.get(end.reason)
+        if end.state == "error":
+            state = MessageState.ERROR
+        elif end.state == "final":
             state = MessageState.DONE
             details["usage"] = {
                 "inputTokens": end.input_tokens,
                 "outputTokens": end.output_tokens,
             }
-            if end.reason != "stop":
-                details["reason"] = end.reason
-        if not self._end_answer(state, end.state, details):
+        if error:
+            self._end_answer(state, details=details)
+            fields = {"text": error, "error": error}
+            self._add("error", "notice", MessageState.ERROR, **fields)
+        elif not self._end_answer(state, end.state, details):
             self._log.note(end.state, self._turn.run_id)
 
     def _add(
@@ -21629,9 +21918,9 @@ class McpServer:
 
 # ==============================================================================
 # Assembly
-# Uses: Settings, Install, TLS, Wire protocol, Telemetry, Language models, Machine,
-#       Node agent, Store, Access, Fleet, Jobs, Agent, Model directory, Chat, Gateway,
-#       HTTP, Web page
+# Uses: Settings, Install, TLS, Wire protocol, Commands, Telemetry, Language models,
+#       Machine, Node agent, Store, Access, Fleet, Jobs, Agent, Model directory, Chat,
+#       Gateway, HTTP, Web page
 #
 # The composition roots: how the objects of a gateway, of a node and of Local are put
 # together, and in which order they are closed.
@@ -21707,6 +21996,7 @@ class GatewayOptions(Value):
     require_scram: bool = False
     keep_audit: float = 90.0  # days
     keep_output: int = KEEP_OUTPUT  # bytes of all logs in files
+    inherited: Inherited | None = None  # for commands on Local
 
     @property
     def listen(self) -> tuple[str, int]:
@@ -21735,13 +22025,15 @@ class GatewayOptions(Value):
 class LocalNode:
     """The gateway's own machine as a node."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: Mapping[str, str], inherited: Inherited | None) -> None:
         self._fleet: Fleet | None = None  # it is made after our `node`
         self._inventory = Inventory(environ, on_change=self._report)
         self._telemetry = TelemetrySource(choose_probe(environ), self._inventory)
         home = os.path.expanduser("~")
-        machine = Machine(MachineOptions(environ, self._inventory, working_dir=home))
-        self._machine = machine
+        options = MachineOptions(
+            environ, self._inventory, working_dir=home, inherited=inherited
+        )
+        machine = self._machine = Machine(options)
         self._link = LocalLink(machine)
         params = ConnectParams(
             role="node",
@@ -21808,7 +22100,7 @@ class RunningGateway:
             self._key = self._kept_key()
             audience = Audience()
             announce = audience.announce
-            local = stack.enter_context(closing(LocalNode(environ)))
+            local = stack.enter_context(closing(LocalNode(environ, options.inherited)))
             fleet = self.fleet = Fleet(store.devices, local.node, announce)
             logs = path / JOBS_DIRECTORY
             jobs = self.jobs = Jobs(store.jobs, fleet, logs, options.keep_output)
@@ -21924,6 +22216,7 @@ class RunningNode:
         environ: Mapping[str, str],
         on_state: NodeStateHandler,
         *,
+        inherited: Inherited | None = None,
         give_up_when_refused: bool = False,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
@@ -21936,6 +22229,7 @@ class RunningNode:
                 self._inventory,
                 working_dir=settings.working_dir or os.path.expanduser("~"),
                 max_timeout=settings.timeout,
+                inherited=inherited,
                 catalog=model_catalog(environ) if settings.llm else None,
                 allowed=AllowedCommands(settings.allow) if settings.allow else None,
             )
@@ -21984,7 +22278,9 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
         llm=False,  # they are the gateway's own
     )
     settings.save(directory)
-    return RunningNode(settings, environ, lambda _connected, _problem: None)
+    return RunningNode(
+        settings, environ, lambda *_: None, inherited=gateway.options.inherited
+    )
 
 
 # ==============================================================================
@@ -22107,6 +22403,7 @@ class Context(Value):
 
     environ: Mapping[str, str]
     output: Output
+    inherited: Inherited | None = None  # for commands on this machine
 
     @property
     def directory(self) -> Path:
@@ -22383,6 +22680,7 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         require_scram=args.require_scram,
         keep_audit=args.keep_audit,
         keep_output=round(args.keep_output * 1024**3),
+        inherited=context.inherited,
     )
 
 
@@ -22408,7 +22706,9 @@ def say_started(output: Output, running: RunningGateway) -> None:
     output.say("Ctrl+C stops it.")
 
 
-def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
+def open_sign_in(
+    link: str, inherited: Inherited | None
+) -> tempfile.TemporaryDirectory[str]:
     """Open the browser with a private file that leads to `link`; return its directory.
 
     Every user of this machine can read the arguments of a program; the file may outlive
@@ -22432,7 +22732,10 @@ def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
             f"cannot write to {home}: {error.strerror}; without --open, open the link "
             "above by hand"
         ) from error
-    webbrowser.open(page.as_uri())
+    with contextlib.ExitStack() as stack:
+        if inherited is not None:  # what a browser saves is the user's
+            stack.callback(os.umask, os.umask(inherited.umask))
+        webbrowser.open(page.as_uri())
     return directory
 
 
@@ -22452,7 +22755,8 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
             demo = start_demo_node(context.environ, running)
             stack.callback(close_together, demo.close, running.close)
         if args.open:
-            stack.enter_context(open_sign_in(running.one_time_link()))
+            link = running.one_time_link()
+            stack.enter_context(open_sign_in(link, context.inherited))
         stop.wait()
         context.output.say("stopping")
     return EXIT_OK
@@ -22613,6 +22917,7 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
         settings,
         context.environ,
         on_state,
+        inherited=context.inherited,
         give_up_when_refused=directory is None,
         on_end=stop.set,
     )
@@ -23137,7 +23442,7 @@ class JobTerminal:
         previous = {
             number: signal.signal(number, self._on_interrupt)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) is not signal.SIG_IGN  # as nohup leaves it
+            if signal.getsignal(number) not in (signal.SIG_IGN, stay)
         }
         try:
             if feeds:
@@ -24121,6 +24426,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(VERSION_TEXT + "\n")
         return EXIT_OK
     context = Context(dict(os.environ), Output(os.environ))
+    # `install` may replace itself by another moltis, which does this for itself.
+    if argv is None and arguments[:1] != ["install"]:
+        if runs_long(arguments):
+            reap_orphans()
+        context = context.replace(
+            inherited=settle_process(), environ=take_environment()
+        )
     try:
         status = run_subcommand(arguments, command, context)
         sys.stdout.flush()  # not at exit, where nothing could report an error

@@ -680,6 +680,23 @@ def pick(page, picker, label):
 # -- moltis chat ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [("length", "length limit"), ("content_filter", "refused to answer")],
+)
+def test_an_answer_that_is_not_whole_is_said_and_has_a_status(
+    site, server, reason, words
+):
+    (document, *rest) = says("half of")
+    document["choices"][0]["finish_reason"] = reason
+    server.turns.append([document, *rest])
+    arguments = ("--session", f"cut-{reason}", "--model", "openai/clever", "hm?")
+    ended = site.chat(*arguments)
+    assert "half of" in ended.stdout
+    assert words in ended.stderr
+    assert ended.returncode == 1
+
+
 def test_chat_prints_the_answer_on_stdout_and_the_commands_on_stderr(site, server):
     server.turns += [runs("echo out of $NODE"), says("The answer.")]
     done = site.chat("--model", "openai/clever", "--node", "alpha", "--yes", "hm?")

@@ -1082,7 +1082,7 @@ def test_what_this_process_inherited_reaches_no_command():
     inherited = os.open("/dev/null", os.O_RDONLY)
     os.set_inheritable(inherited, True)
     try:
-        moltis.seal_descriptors()
+        moltis._seal_descriptors()
         _, reader = run(f"test -e /dev/fd/{inherited} && echo there; true")
         assert reader.stdout == b""
     finally:
