@@ -258,7 +258,7 @@ def test_a_command_in_the_background_is_asked_for_and_audited_like_any_other(
     row = wait_for(lambda: site.call("job.list", state="open"))[0]
     assert (row["id"], row["nodeName"]) == (question["jobId"], "beta")
     assert (row["callerKind"], row["sessionKey"]) == ("model", key)
-    assert row["decidedBy"] == "this machine"
+    assert row["decidedBy"] == "owner"
     listed = run_moltis("node", "jobs", "beta", home=site.home)
     assert row["id"] in listed.stdout
     go.touch()

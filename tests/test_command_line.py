@@ -894,7 +894,7 @@ def test_lists_say_how_a_command_ended(gateway, command, words):
     assert moltis.cells(row, moltis.JOB_COLUMNS)[2] == words
     rows = gateway.call("audit.list")
     row = next(row for row in rows if row["event"] == "command")
-    assert moltis.cells(row, moltis.AUDIT_ROW)[5] == words
+    assert moltis.cells(row, moltis.AUDIT_ROW)[6] == words
 
 
 def test_ending_what_has_ended_is_said_to_come_too_late(gateway, home):

@@ -597,7 +597,7 @@ def test_signing_out_ends_the_websocket_too(plain, browser):
 
 def test_a_sign_in_can_be_ended_from_elsewhere(plain, browser):
     (login,) = plain.call("logins.list")
-    assert login["keyName"] == "this machine"
+    assert login["keyName"] == "owner"
     assert login["address"] == "127.0.0.1"
     plain.call("logins.revoke", loginId=login["loginId"])
     assert browser.peer.close_code() == 1008
@@ -657,7 +657,7 @@ def test_keys_are_made_listed_and_revoked_at_the_command_line(home):
         gone = run_moltis("node", "list", home=home, MOLTIS_API_KEY=key)
         assert gone.returncode == moltis.EXIT_REFUSED
         audit = run_moltis("audit", home=home).stdout
-        assert re.search(r"this machine +127\.0\.0\.1 +key\.created .*ci", audit)
+        assert re.search(r"owner +[0-9a-f]{8} +127\.0\.0\.1 +key\.created .*ci", audit)
         events = json.loads(run_moltis("audit", "--json", home=home).stdout)
         assert [e["event"] for e in events][:3] == [
             *("key.refused", "key.revoked", "key.created")
@@ -687,15 +687,15 @@ def test_the_audit_holds_who_came_and_what_was_changed(plain, browser):
     post(plain, "/api/sign-out", {}, Cookie=browser.cookie)
     entries = plain.call("audit.list")
     assert [(e["event"], e["caller"]) for e in reversed(entries)] == [
-        ("login.created", "this machine"),
+        ("login.created", "owner"),
         ("login.refused", ""),
-        ("token.created", "this machine"),
+        ("token.created", "owner"),
         ("token.joined", "Pi"),
-        ("token.rotated", "this machine"),
-        ("token.revoked", "this machine"),
+        ("token.rotated", "owner"),
+        ("token.revoked", "owner"),
         ("token.refused", ""),
-        ("command", "this machine"),
-        ("login.ended", "this machine"),
+        ("command", "owner"),
+        ("login.ended", "owner"),
     ]
     assert {e["address"] for e in entries if e["event"] != "command"} == {"127.0.0.1"}
     command = entries[1]
@@ -727,6 +727,29 @@ def test_strangers_push_nothing_out_of_the_audit(tmp_path, monkeypatch):
     assert "far 99" in subjects
     assert "far 60" not in subjects
     store.close()
+
+
+def test_the_audit_says_who_renamed_and_who_allowed_everything(plain, tmp_path):
+    """FAULTS D12, issue 14 point 9"""
+    key = plain.call("keys.create", name="ann", scopes=["operator.write"])
+    with plain.node("far"), moltis.OperatorClient(
+        plain.url, key["key"], plain.trust
+    ) as ann:
+        ann.call("node.rename", {"nodeId": "far", "displayName": "near"})
+        ann.call("sessions.patch", {"key": "main", "label": "Main"})
+        ann.call("sessions.patch", {"key": "main", "approvals": "all"})
+        ann.call("sessions.reset", {"key": "main"})
+    entries = plain.call("audit.list")
+    acts = [(e["event"], e["subject"]) for e in entries if e["caller"] == "ann"]
+    assert acts[::-1] == [
+        ("node.renamed", "far is now near"),
+        ("chat.approvals", "main: Run everything"),
+        ("chat.reset", "main"),
+    ]
+    for entry in entries:
+        if entry["caller"] == "ann":
+            assert entry["callerId"] == key["keyId"]
+            assert entry["address"] == "127.0.0.1"
 
 
 def test_the_audit_goes_to_a_spreadsheet_in_which_nothing_runs(plain, browser):
