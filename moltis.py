@@ -20,6 +20,7 @@ Contents
   Foundation
     Constants and errors      limits with unit and source; every exception
     Helpers                   time, ids, JSON, private files, redaction
+    Dialling                  addresses, names, proxies, TCP and TLS connections
     Settings                  node.json, gateway.json and where they live
     Install                   install.sh, launcher and copies, start from bytecode
   WebSocket
@@ -94,7 +95,7 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import MappingProxyType
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urljoin, urlsplit
 
 # `typing` would take 3 ms of each start, and 0.9 MiB of each node, for nothing that a
 # running program asks: type checkers take TYPE_CHECKING for true by its name.
@@ -390,7 +391,8 @@ def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
 # -- values --------------------------------------------------------------------
 
 
-SECRET_FIELDS = ("api_key", "device_token")  # never shown in a log or traceback
+# Never shown in a log or traceback.
+SECRET_FIELDS = ("api_key", "credentials", "device_token")
 
 
 def camel_case(name: str) -> str:
@@ -822,7 +824,7 @@ class Cancellation:
                 del self._callbacks[entry]
 
 
-# -- sockets -------------------------------------------------------------------
+# -- IP addresses --------------------------------------------------------------
 
 
 # For comparison; --bind alone decides where to listen.
@@ -834,77 +836,9 @@ def unmapped(address: str) -> str:
     return address[7:] if address.lower().startswith("::ffff:") else address
 
 
-class ServerTrust(Protocol):
-    """Which TLS certificate a server has to show; see TlsTrust."""
-
-    def context(self) -> ssl.SSLContext: ...
-
-    def check(self, certificate: bytes | None) -> None:
-        """Raises Refused for another certificate than the expected one."""
-
-
-def cut(sock: socket.socket) -> None:
-    """End a connection while another thread reads from it."""
-    # The plain socket's method: SSLSocket's would take the TLS state away from the
-    # thread that is reading.
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def _connect_tcp(
-    host: str, port: int, timeout: float | None, cancel: Cancellation
-) -> socket.socket:
-    # For a name that is a str Python imports its tables of non-ASCII names: 3 ms and
-    # 0.3 MiB.
-    name: Any = host.encode("ascii") if host.isascii() else host
-    failure = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        name, port, type=socket.SOCK_STREAM
-    ):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(timeout)
-            with cancel.calling(partial(cut, sock)):
-                sock.connect(address)
-            return sock
-        except OSError as error:
-            sock.close()
-            failure = error
-        except Cancelled:
-            sock.close()
-            raise
-    raise failure
-
-
-def dial(
-    host: str,
-    port: int,
-    trust: ServerTrust | None = None,
-    timeout: float | None = None,  # s, for each address of `host`
-    cancel: Cancellation | None = None,
-) -> socket.socket:
-    """Return a TCP connection, with TLS where `trust` is given.
-
-    Raises OSError, UnicodeError, Cancelled, and what `trust` raises.
-    """
-    cancel = cancel or Cancellation()
-    # Before the connection: loading the system's certificates takes a Pi a while.
-    context = None if trust is None else trust.context()
-    sock = _connect_tcp(host, port, timeout, cancel)
-    if trust is None or context is None:
-        return sock
-    try:
-        secured = context.wrap_socket(
-            sock, server_hostname=host, do_handshake_on_connect=False
-        )
-        sock = secured
-        with cancel.calling(partial(cut, sock)):
-            secured.do_handshake()
-        trust.check(secured.getpeercert(binary_form=True))
-    except BaseException:
-        sock.close()
-        raise
-    return secured
+def is_loopback(address: str) -> bool:
+    plain = unmapped(address)
+    return plain.startswith("127.") or plain == "::1"
 
 
 # -- files ---------------------------------------------------------------------
@@ -1090,7 +1024,454 @@ def process_mark(pid: int) -> str:
 
 
 # ==============================================================================
+# Dialling
+#
+# The one way to another machine: addresses as people write them, names with several
+# addresses, TLS, and the proxies that the environment names, as curl reads it.
+# ==============================================================================
+
+NEXT_ADDRESS_AFTER = 0.25  # s; RFC 8305 §5, Connection Attempt Delay
+MAX_HEAD = 64 * 1024  # bytes of an HTTP response up to its empty line
+NO_ANSWER = "no answer in time"
+PROXY_PORT = 1080  # of a proxy without one, as curl has it
+# HTTP_PROXY is not among them: a CGI program gets it from a request's `Proxy:` header.
+PROXY_VARIABLES: Mapping[bool, Sequence[str]] = {  # with TLS, without; first one wins
+    True: ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"),
+    False: ("http_proxy", "all_proxy", "ALL_PROXY"),
+}
+NO_PROXY_VARIABLES = ("no_proxy", "NO_PROXY")
+
+
+# -- addresses -----------------------------------------------------------------
+
+
+def packed_address(text: str) -> bytes | None:
+    """Return the bytes of an IP address, in any notation that getaddrinfo() takes."""
+    with contextlib.suppress(OSError, ValueError):
+        return socket.inet_aton(text)  # 127.1 and 0x7f000001 too
+    with contextlib.suppress(OSError, ValueError):
+        packed = socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+        return packed[12:] if packed[:12] == bytes(10) + b"\xff\xff" else packed
+    return None
+
+
+def is_this_machine(host: str) -> bool:
+    """Return whether `host` is loopback by its name or address."""
+    packed = packed_address(host)
+    if packed is None:
+        name = "." + host.lower().rstrip(".")
+        return name.endswith(".localhost")
+    if len(packed) == 4:
+        return packed[0] == 127 or packed == bytes(4)
+    return packed in (bytes(16), bytes(15) + b"\x01")
+
+
+def _idna_2008(name: str) -> str:
+    """Return the ASCII form of a name that browsers and curl use (UTS 46)."""
+    import stringprep
+    import unicodedata
+
+    # These have a form of their own; IDNA 2003 makes "ss" and σ of the first two, and
+    # drops the joiners.
+    distinct = "ßς\u200c\u200d"
+    kept = "".join(
+        c for c in name if c in distinct or not stringprep.in_table_b1(c)
+    ).replace("ẞ", "ß")
+    folded = "".join(
+        c if c in distinct else c.casefold()
+        for c in unicodedata.normalize("NFKC", kept)
+    )
+    labels = unicodedata.normalize("NFKC", folded).replace("。", ".").split(".")
+    return ".".join(
+        label if label.isascii() else "xn--" + label.encode("punycode").decode()
+        for label in labels
+    )
+
+
+def ascii_host(host: str) -> str:
+    """Return a host's name as DNS, TLS and HTTP have it (RFC 3490).
+
+    Raises UsageError for one that is no name, or that IDNA 2003, all that the standard
+    library has, and IDNA 2008 take for two different ones.
+    """
+    if host.isascii():
+        return host
+    try:
+        name = host.encode("idna").decode("ascii").lower()
+        modern = _idna_2008(host)
+    except UnicodeError as error:
+        raise UsageError(
+            f"{host!r} is not an address: no host has that name"
+        ) from error
+    if name != modern:
+        raise UsageError(
+            f"{host!r} names two different hosts, {modern} today and {name} by the "
+            f"older rules; write {modern} if you mean the first"
+        )
+    return name
+
+
+class ServerUrl(Value):
+    """An http:, https:, ws: or wss: address in its parts."""
+
+    secure: bool
+    host: str  # ASCII; an IPv6 address may have a zone: fe80::1%eth0
+    port: int
+    resource: str  # path and query
+
+    @classmethod
+    def parse(cls, url: str) -> ServerUrl:
+        """Raises UsageError."""
+        shown = repr(redact(url))
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+            host = ascii_host(parts.hostname or "")
+            path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
+            query = quote(parts.query, safe="/?%:@!$&'()*+,;=~")
+        except ValueError as error:
+            raise UsageError(
+                f"{shown} is not an address: {error}; it looks like "
+                "ws://gateway:9090/ws"
+            ) from error
+        secure = parts.scheme in ("wss", "https")
+        if not (secure or parts.scheme in ("ws", "http")) or not host or port == 0:
+            raise UsageError(
+                f"{shown} is not an address of a server; "
+                "it looks like ws://gateway:9090/ws"
+            )
+        address, percent, zone = host.partition("%")
+        if percent and ":" in address:
+            # RFC 6874 wants %25 before a zone; people write %, and curl takes both.
+            zone = zone[2:] if zone.startswith("25") and zone != "25" else zone
+            host = f"{address}%{zone}"
+        return cls(
+            secure=secure,
+            host=host,
+            port=port or (443 if secure else 80),
+            resource=f"{path}?{query}" if query else path,
+        )
+
+    def _netloc(self, host: str) -> str:
+        host = f"[{host}]" if ":" in host else host
+        usual = self.port == (443 if self.secure else 80)
+        return host if usual else f"{host}:{self.port}"
+
+    @property
+    def host_header(self) -> str:
+        return self._netloc(self.host.partition("%")[0])  # RFC 6874 §1: no zone
+
+    def __str__(self) -> str:
+        """The address for people: without the query, which may hold a secret."""
+        scheme = "wss" if self.secure else "ws"
+        netloc = self._netloc(self.host.replace("%", "%25"))
+        return f"{scheme}://{netloc}{self.resource.partition('?')[0]}"
+
+
+# -- proxies -------------------------------------------------------------------
+
+
+def _no_proxy_names(pattern: str, host: str) -> bool:
+    """Return whether one word of NO_PROXY names `host`: address, network or suffix."""
+    packed = packed_address(host)
+    if packed is None:
+        wanted = "." + pattern.strip(".").lower()
+        return len(wanted) > 1 and ("." + host.lower().rstrip(".")).endswith(wanted)
+    network, slash, length = pattern.partition("/")
+    base = packed_address(network.strip("[]"))
+    bits = 8 * len(packed)
+    if base is None or len(base) != len(packed):
+        return False
+    if slash:
+        if not re.fullmatch("[0-9]{1,3}", length) or int(length) > bits:
+            return False
+        shift = bits - int(length)
+    else:
+        shift = 0
+    return (
+        int.from_bytes(packed, "big") >> shift == int.from_bytes(base, "big") >> shift
+    )
+
+
+class HttpProxy(Value):
+    """An HTTP proxy from the environment, which is asked for a tunnel (CONNECT)."""
+
+    host: str
+    port: int
+    credentials: str | None  # user:password
+    variable: str  # that named it
+
+    def __str__(self) -> str:
+        """The address for people: without the password."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    def connect_request(self, host: str, port: int) -> bytes:
+        """Return the request for a tunnel (RFC 9110 §9.3.6)."""
+        name = host.partition("%")[0]
+        target = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+        lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
+        if self.credentials is not None:
+            coded = b64encode(self.credentials.encode("utf-8", "surrogateescape"))
+            lines.append(f"Proxy-Authorization: Basic {coded}")
+        return "\r\n".join([*lines, "", ""]).encode("ascii")
+
+
+def find_proxy(
+    host: str, environ: Mapping[str, str], *, secure: bool
+) -> HttpProxy | None:
+    """Return the proxy on the way to `host`, None for the direct way.
+
+    Raises BadConfiguration for a proxy that cannot be used.
+    """
+    variable = next((v for v in PROXY_VARIABLES[secure] if environ.get(v)), None)
+    if variable is None or is_this_machine(host):
+        return None
+    exempt = next((environ[v] for v in NO_PROXY_VARIABLES if environ.get(v)), "")
+    words = exempt.replace(",", " ").split()
+    if words == ["*"] or any(_no_proxy_names(word, host) for word in words):
+        return None
+    text = environ[variable].strip()
+    scheme, _, rest = text.rpartition("://")
+    problem = f"{variable} names a proxy that cannot be used: "
+    if scheme.lower() not in ("", "http"):
+        raise BadConfiguration(
+            f"{problem}{scheme}:// is not spoken here, only http://; or name {host} in "
+            "NO_PROXY"
+        )
+    try:
+        parts = urlsplit("http://" + rest)
+        port = parts.port
+        name = ascii_host(parts.hostname or "")
+    except (ValueError, UsageError):
+        port, name = 0, ""
+    if not name or port == 0:
+        raise BadConfiguration(
+            f"{problem}it looks like http://proxy:3128, with user:password@ before the "
+            "name if need be"
+        )
+    user, at, _ = parts.netloc.rpartition("@")
+    return HttpProxy(name, port or PROXY_PORT, unquote(user) if at else None, variable)
+
+
+# -- connections ---------------------------------------------------------------
+
+
+class ServerTrust(Protocol):
+    """Which TLS certificate a server has to show; see TlsTrust."""
+
+    def context(self) -> ssl.SSLContext: ...
+
+    def check(self, certificate: bytes | None) -> None:
+        """Raises Refused for another certificate than the expected one."""
+
+
+def cut(sock: socket.socket) -> None:
+    """End a connection while another thread reads from it."""
+    # The plain socket's method: SSLSocket's would take the TLS state away from the
+    # thread that is reading.
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _limit(sock: socket.socket, deadline: Deadline) -> None:
+    """Give the next call of `sock` what is left.  Raises socket.timeout."""
+    remaining = deadline.remaining()
+    if remaining == 0:
+        raise socket.timeout(NO_ANSWER)
+    sock.settimeout(remaining)
+
+
+def read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
+    """Return an HTTP response up to its empty line, and what came after it.
+
+    Raises HandshakeError, OSError; socket.timeout at the deadline.
+    """
+    data = bytearray()
+    end = -1
+    while end < 0:
+        _limit(sock, deadline)
+        piece = sock.recv(4096)
+        if not piece:
+            raise HandshakeError(502, "nothing, and closed the connection")
+        looked = max(0, len(data) - 3)
+        data += piece
+        # Many servers of other kinds speak first and wait: they are told by that.
+        if len(data) > MAX_HEAD or data[:5] != b"HTTP/"[: len(data)]:
+            raise HandshakeError(502, "something that is not HTTP")
+        end = data.find(b"\r\n\r\n", looked)
+    return bytes(data[:end]), bytes(data[end + 4 :])
+
+
+def _addresses(host: str, port: int) -> list[tuple[Any, ...]]:
+    """Return what getaddrinfo() finds, IPv6 and IPv4 in turn (RFC 8305 §4)."""
+    # For a name that is a str Python imports its tables of non-ASCII names: 3 ms and
+    # 0.3 MiB.
+    name: Any = host.encode("ascii")
+    found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    if not found:
+        raise OSError(f"{host} has no address")
+    first = [entry for entry in found if entry[0] == found[0][0]]
+    others = [entry for entry in found if entry[0] != found[0][0]]
+    pairs = itertools.zip_longest(first, others)
+    return [entry for pair in pairs for entry in pair if entry is not None]
+
+
+class _Race:
+    """Attempts to connect, of which the first that succeeds counts."""
+
+    def __init__(self) -> None:
+        self.attempts: dict[int, socket.socket] = {}  # by descriptor
+        self.failure: OSError = socket.timeout(NO_ANSWER)  # the last one
+        self._poller = select.poll()
+
+    def start(self, entry: tuple[Any, ...]) -> None:
+        """Begin to connect to an address from getaddrinfo()."""
+        family, kind, protocol, _, address = entry
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:  # a family that is switched off
+            self.failure = error
+            return
+        self.attempts[sock.fileno()] = sock
+        self._poller.register(sock, select.POLLOUT)
+        sock.setblocking(False)
+        try:
+            sock.connect(address)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._lose(sock.fileno(), error)
+
+    def wait(self, timeout: float) -> socket.socket | None:
+        """Return the connection of the first success, None after `timeout` s."""
+        for descriptor, _ in self._poller.poll(math.ceil(timeout * 1000)):
+            sock = self.attempts[descriptor]
+            number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if number == 0:
+                return self.attempts.pop(descriptor)
+            self._lose(descriptor, OSError(number, os.strerror(number)))
+        return None
+
+    def cut(self) -> None:
+        """Wake wait(), from another thread."""
+        for sock in list(self.attempts.values()):
+            cut(sock)
+
+    def close(self) -> None:
+        for sock in self.attempts.values():
+            sock.close()
+        self.attempts.clear()
+
+    def _lose(self, descriptor: int, error: OSError) -> None:
+        self.failure = error
+        self._poller.unregister(descriptor)
+        self.attempts.pop(descriptor).close()
+
+
+def _connect_tcp(
+    host: str, port: int, deadline: Deadline, cancel: Cancellation
+) -> socket.socket:
+    """Return a connection to the first address that answers (RFC 8305 §5).
+
+    Raises OSError, socket.timeout at the deadline, Cancelled.
+    """
+    waiting = collections.deque(_addresses(host, port))
+    next_start = Deadline(0)
+    with closing(_Race()) as race, cancel.calling(race.cut):
+        while waiting or race.attempts:
+            if deadline.expired:
+                raise socket.timeout(NO_ANSWER)
+            if waiting and (next_start.expired or not race.attempts):
+                race.start(waiting.popleft())
+                next_start = Deadline(NEXT_ADDRESS_AFTER)
+            # Not longer: macOS does not wake for a cut() before a connection.
+            pause = next_start if waiting else Deadline(NEXT_ADDRESS_AFTER)
+            winner = race.wait(min(d.remaining() or 0.0 for d in (pause, deadline)))
+            if cancel.cancelled and winner is not None:
+                winner.close()
+            cancel.pause(0)
+            if winner is not None:
+                return winner
+        raise race.failure
+
+
+def _open_tunnel(
+    proxy: HttpProxy, host: str, port: int, deadline: Deadline, cancel: Cancellation
+) -> socket.socket:
+    """Return a connection to `host` through `proxy`.  Raises Unreachable, Cancelled."""
+    through = f"the proxy {proxy} (from {proxy.variable})"
+    advice = f"correct it, or name {host} in NO_PROXY"
+    try:
+        sock = _connect_tcp(proxy.host, proxy.port, deadline, cancel)
+        try:
+            with cancel.calling(partial(cut, sock)):
+                _limit(sock, deadline)
+                sock.sendall(proxy.connect_request(host, port))
+                head, _ = read_head(sock, deadline)
+            status = re.match(rb"HTTP/1\.[0-9] ([0-9]{3})(?: ([^\r\n]*))?", head)
+            if status is None or not status[1].startswith(b"2"):
+                answer = head.partition(b"\r\n")[0].decode("iso-8859-1")
+                if status is not None and status[1] in (b"401", b"407"):
+                    advice = "put user:password@ before its name"
+                raise Unreachable(
+                    f"{through} does not connect to {host}:{port}: "
+                    f"{printable(answer)}; {advice}"
+                )
+            return sock
+        except BaseException:
+            sock.close()
+            raise
+    except socket.timeout as error:
+        raise Unreachable(f"{through} does not answer; {advice}") from error
+    except (OSError, HandshakeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Unreachable(f"{through} cannot be used: {reason}; {advice}") from error
+
+
+def dial(
+    host: str,
+    port: int,
+    trust: ServerTrust | None = None,
+    timeout: float = CONNECT_TIMEOUT,
+    cancel: Cancellation | None = None,
+) -> socket.socket:
+    """Return a TCP connection, with TLS where `trust` is given, within `timeout` s.
+
+    `host` is ASCII, as in a ServerUrl.  Raises OSError, UnicodeError, Cancelled, what
+    `trust` raises, and Unreachable or BadConfiguration for a proxy.
+    """
+    cancel = cancel or Cancellation()
+    # Before the connection: loading the system's certificates takes a Pi a while.
+    context = None if trust is None else trust.context()
+    deadline = Deadline(timeout)
+    proxy = find_proxy(host, os.environ, secure=trust is not None)
+    if proxy is None:
+        sock = _connect_tcp(host, port, deadline, cancel)
+    else:
+        sock = _open_tunnel(proxy, host, port, deadline, cancel)
+    try:
+        _limit(sock, deadline)
+        if trust is None or context is None:
+            return sock
+        # A certificate has neither a zone nor the dot at the end of a whole name.
+        name = host.partition("%")[0].rstrip(".")
+        secured = context.wrap_socket(
+            sock, server_hostname=name, do_handshake_on_connect=False
+        )
+        sock = secured
+        with cancel.calling(partial(cut, sock)):
+            secured.do_handshake()
+        trust.check(secured.getpeercert(binary_form=True))
+        return secured
+    except BaseException:
+        sock.close()
+        raise
+
+
+# ==============================================================================
 # Settings
+# Uses: Dialling
 #
 # What a machine remembers between runs: `node.json` and `gateway.json` in the data
 # directory.  The command line decides which flag beats which variable.
@@ -1106,18 +1487,14 @@ def websocket_url(url: str) -> str:
     text = url.strip()
     if "://" not in text:
         text = "ws://" + text
-    try:
-        parts = urlsplit(text)
-        scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
-        usable = scheme in ("ws", "wss") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number, a bracket that is not closed
-        usable = False
-    if not usable or parts.username is not None:
+    target = ServerUrl.parse(text)
+    if "@" in urlsplit(text).netloc:
         raise UsageError(
             f"{redact(url)!r} is not a gateway's address; "
             "it looks like ws://gateway:9090/ws"
         )
-    return f"{scheme}://{parts.netloc}{parts.path.rstrip('/') or '/ws'}"
+    resource = target.resource.partition("?")[0].rstrip("/") or "/ws"
+    return str(target.replace(resource=resource))
 
 
 def data_directory(environ: Mapping[str, str]) -> Path:
@@ -1125,12 +1502,20 @@ def data_directory(environ: Mapping[str, str]) -> Path:
 
     Raises BadConfiguration.
     """
-    try:
-        return Path(environ.get("MOLTIS_DATA_DIR") or "~/.moltis").expanduser()
-    except RuntimeError as error:  # a user without a home, or a ~name of nobody
+    chosen = environ.get("MOLTIS_DATA_DIR") or "~/.moltis"
+    found = os.path.expanduser(chosen)
+    if found.startswith("~"):
+        whose = chosen.partition("/")[0]
         raise BadConfiguration(
-            f"there is no data directory ({error}); choose one with MOLTIS_DATA_DIR"
-        ) from error
+            f"there is no data directory {chosen!r}: "
+            + (
+                f"uid {os.getuid()} has no account and HOME is not set"
+                if whose == "~"
+                else f"no account {whose[1:]!r} is known"
+            )
+            + "; choose one with MOLTIS_DATA_DIR"
+        )
+    return Path(found)
 
 
 def read_settings_file(path: Path) -> JsonObject | None:
@@ -1140,14 +1525,15 @@ def read_settings_file(path: Path) -> JsonObject | None:
     """
     try:
         data = path.read_bytes()
-        value = from_json(data) if data.strip() else None
+        # Zeros are what a file system keeps of a file when the power fails.
+        value = from_json(data) if data.strip(b"\0 \t\r\n") else None
     except FileNotFoundError:
         return None
     except OSError as error:
         raise BadConfiguration(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise BadConfiguration(
-            f"{path} is not JSON ({error}); repair or delete it"
+            f"{path} is not JSON, perhaps half written ({error}); repair or delete it"
         ) from error
     if value is not None and not isinstance(value, dict):
         raise BadConfiguration(f"{path} must hold a JSON object; repair or delete it")
@@ -1766,6 +2152,7 @@ def decode_close(payload: bytes) -> tuple[int, str]:
 
 # ==============================================================================
 # WebSocket handshake
+# Uses: Dialling
 #
 # The HTTP exchange that opens a connection, both sides (RFC 6455 §4).  Text in, text
 # out: it opens no socket; paths, Origin and sign-in are left to the HTTP server.
@@ -1774,7 +2161,6 @@ def decode_close(payload: bytes) -> tuple[int, str]:
 
 WEBSOCKET_VERSION = "13"
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
-MAX_HEAD = 64 * 1024  # bytes of an HTTP response up to its empty line
 
 HTTP_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 7230 §3.2.6
 STATUS_LINE = r"HTTP/1\.[0-9] ([1-5][0-9]{2})(?: (.*))?"
@@ -1844,53 +2230,7 @@ def accept_upgrade(headers: Headers) -> list[tuple[str, str]]:
     return [upgrade, ("Connection", "Upgrade"), accept]
 
 
-class WebSocketUrl(Value):
-    """A ws: or wss: address in its parts (RFC 6455 §3)."""
-
-    secure: bool
-    host: str
-    port: int
-    resource: str  # path and query
-
-    @classmethod
-    def parse(cls, url: str) -> WebSocketUrl:
-        """Return the parts of `url`; http: and https: will do.  Raises UsageError."""
-        shown = repr(redact(url))
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-            host = parts.hostname or ""
-            if not host.isascii():
-                host = host.encode("idna").decode("ascii")
-            path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
-            query = quote(parts.query, safe="/?%:@!$&'()*+,;=~")
-        except ValueError as error:
-            raise UsageError(f"{shown} is not an address: {error}") from error
-        secure = parts.scheme in ("wss", "https")
-        if not (secure or parts.scheme in ("ws", "http")) or not host:
-            raise UsageError(
-                f"{shown} is not a WebSocket address; write it like ws://host:9090/ws"
-            )
-        return cls(
-            secure=secure,
-            host=host,
-            port=port or (443 if secure else 80),
-            resource=f"{path}?{query}" if query else path,
-        )
-
-    @property
-    def host_header(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        usual = self.port == (443 if self.secure else 80)
-        return host if usual else f"{host}:{self.port}"
-
-    def __str__(self) -> str:
-        """The address for people: without the query, which may hold a secret."""
-        scheme = "wss" if self.secure else "ws"
-        return f"{scheme}://{self.host_header}{self.resource.partition('?')[0]}"
-
-
-def upgrade_request(url: WebSocketUrl, key: str) -> bytes:
+def upgrade_request(url: ServerUrl, key: str) -> bytes:
     """Return a client's request for a WebSocket (RFC 6455 §4.1)."""
     return (
         f"GET {url.resource} HTTP/1.1\r\n"
@@ -2124,7 +2464,7 @@ class WebSocketProtocol:
 
 # ==============================================================================
 # WebSocket connections
-# Uses: WebSocket frames, WebSocket handshake, WebSocket protocol
+# Uses: Dialling, WebSocket frames, WebSocket handshake, WebSocket protocol
 #
 # The same over a socket, plain or TLS, safe from any thread: a bounded outbox, one
 # reader at a time, keepalive, and connect(url) for clients.  An idle connection has no
@@ -2647,26 +2987,7 @@ class WebSocket:
             self._channel.sock.close()
 
 
-def _read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
-    """Return an HTTP response up to its empty line, and what came after it."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        remaining = deadline.remaining()
-        if remaining == 0:
-            raise socket.timeout
-        sock.settimeout(remaining)
-        piece = sock.recv(4096)
-        if not piece:
-            raise HandshakeError(502, "nothing, and closed the connection")
-        data += piece
-        # Many servers of other kinds speak first and wait: they are told by that.
-        if len(data) > MAX_HEAD or data[:5] != b"HTTP/"[: len(data)]:
-            raise HandshakeError(502, "something that is not HTTP")
-    head, _, early = data.partition(b"\r\n\r\n")
-    return head, early
-
-
-def _why_unreachable(target: WebSocketUrl, error: Exception, timeout: float) -> str:
+def _why_unreachable(target: ServerUrl, error: Exception, timeout: float) -> str:
     """Return one line for people about a connection that did not come about."""
     if isinstance(error, HandshakeError):
         return f"{target} answered {error}; is there a gateway, and is the path right?"
@@ -2706,7 +3027,7 @@ def connect(
     Raises Unreachable with one line that says why, Refused for a wrong certificate,
     UsageError if `url` is not an address.
     """
-    target = WebSocketUrl.parse(url)
+    target = ServerUrl.parse(url)
     deadline = Deadline(timeout)
     key = b64encode(os.urandom(16))
     try:
@@ -2714,7 +3035,7 @@ def connect(
         sock = dial(target.host, target.port, trust if target.secure else None, timeout)
         try:
             sock.sendall(upgrade_request(target, key))
-            head, early = _read_head(sock, deadline)
+            head, early = read_head(sock, deadline)
             check_upgraded(head, key)
         except BaseException:
             sock.close()
@@ -3137,7 +3458,7 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
 
 # ==============================================================================
 # HTTP client
-# Uses: TLS
+# Uses: Dialling, TLS
 #
 # One HTTP request over a connection of its own, which another thread can cancel.
 # ==============================================================================
@@ -3160,39 +3481,34 @@ def http_exchange(
     ConnectionError after a connection broke, TimeoutError and Cancelled; also for
     what the block reads.
     """
-    parts = urlsplit(url)
-    secure = parts.scheme == "https"
     cancel = cancel or Cancellation()
     try:
-        sock = dial(
-            parts.hostname or "",
-            parts.port or (443 if secure else 80),
-            (trust or TlsTrust()) if secure else None,
-            CONNECT_TIMEOUT,
-            cancel,
-        )
-    # ValueError: no port or no name; BadConfiguration: a Python without TLS
-    except (OSError, ValueError, BadConfiguration) as error:
-        raise Unreachable(f"{parts.netloc} cannot be reached: {error}") from error
+        target = ServerUrl.parse(url)
+        name = target.host_header
+        secured = (trust or TlsTrust()) if target.secure else None
+        sock = dial(target.host, target.port, secured, cancel=cancel)
+    except (UsageError, BadConfiguration) as error:
+        raise Unreachable(str(error)) from error
+    except (OSError, UnicodeError) as error:
+        raise Unreachable(f"{name} cannot be reached: {error}") from error
     # Only now: it takes 2.3 MiB, and most nodes look for an Ollama in vain.
     import http.client
 
-    connection = http.client.HTTPConnection(parts.hostname or "")
+    connection = http.client.HTTPConnection(target.host)
     connection.sock = sock
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    headers = {**headers, "Host": parts.netloc, "Connection": "close"}
+    headers = {**headers, "Host": name, "Connection": "close"}
     try:
         sock.settimeout(timeout)
         with cancel.calling(partial(cut, sock)):
-            connection.request(method, target, body, headers)
+            connection.request(method, target.resource, body, headers)
             with connection.getresponse() as response:
                 yield response
     except socket.timeout as error:
-        said = f"{parts.netloc} was silent for {format_duration(timeout)}"
+        said = f"{name} was silent for {format_duration(timeout)}"
         raise TimeoutError(said) from error
     except (OSError, http.client.HTTPException) as error:
         said = str(error) or type(error).__name__
-        raise ConnectionError(f"{parts.netloc} broke off: {said}") from error
+        raise ConnectionError(f"{name} broke off: {said}") from error
     finally:
         connection.close()
 
@@ -3212,7 +3528,10 @@ def fetch(url: str, trust: TlsTrust, redirects: int = 5) -> bytes:
     except (OSError, Unreachable) as error:
         raise Unreachable(f"{redact(url)} cannot be fetched: {error}") from error
     if response.status in (301, 302, 303, 307, 308) and redirects:
-        return fetch(urljoin(url, moved), trust, redirects - 1)
+        target = urljoin(url, moved)
+        if url.lower().startswith("https:") and not target.lower().startswith("https:"):
+            raise Refused(f"{redact(url)} leads to {redact(target)}, without TLS")
+        return fetch(target, trust, redirects - 1)
     if response.status != 200:
         words = data[:300].decode("utf-8", "replace").strip()
         raise Refused(f"{redact(url)} answered {response.status}: {words}")
@@ -5331,7 +5650,10 @@ OPENAI_OTHERS = (  # in OpenAI's list, which does not tell its chat models from 
     "|babbage"
 )
 BUSY_STATUSES = (408, 409, 425, 429)  # and everything from 500 on
-BUSY_KINDS = ("overloaded_error", "rate_limit_error", "api_error", "server_error")
+BUSY_KINDS = (
+    *("overloaded_error", "rate_limit_error", "api_error", "server_error"),
+    "rate_limit_exceeded",
+)
 STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
     "end_turn": "stop",
     "stop_sequence": "stop",
@@ -5339,6 +5661,7 @@ STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
     "tool_calls": "stop",
     "function_call": "stop",
     "max_tokens": "length",
+    "max_output_tokens": "length",
     "model_context_window_exceeded": "length",
     "content_filter": "refusal",
 }
@@ -5630,6 +5953,7 @@ class AnswerReader:
         self.calls: list[PartialCall] = []
         self.provider_data: JsonObject = {}
         self._model_id = model_id
+        self._refused = False
         self._text: list[str] = []
         self._surrogate = ""  # the first half of a pair that was cut in two
 
@@ -5647,6 +5971,11 @@ class AnswerReader:
         if text:
             self._text.append(text)
             yield Delta("text", text)
+
+    def refuse(self, text: str) -> Iterator[ModelEvent]:
+        """Yield a piece of a refusal in the model's own words."""
+        self._refused = self._refused or bool(text)
+        yield from self.say(text)
 
     def think(self, text: str, keep_as: str = "") -> Iterator[ModelEvent]:
         """Yield a piece of thinking; `keep_as` names its field in what goes back."""
@@ -5666,6 +5995,8 @@ class AnswerReader:
     def end(self, reason: str) -> None:
         self.complete = True
         self.reason = STOP_REASONS.get(reason, reason) or "stop"
+        if self._refused:
+            self.reason = "refusal"
 
     def finished(self) -> Finished:
         """Return the whole answer; calls of one that is cut or refused are left out.
@@ -5713,7 +6044,6 @@ class OpenAiAnswer(AnswerReader):
     def __init__(self, model_id: str) -> None:
         super().__init__(model_id)
         self._slots: dict[int, PartialCall] = {}
-        self._refused = False
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
         usage = pick(document, "usage", dict)
@@ -5726,7 +6056,7 @@ class OpenAiAnswer(AnswerReader):
             yield from self._take_delta(delta)
             reason = pick(choice, "finish_reason", str)
             if reason:
-                self.end("refusal" if self._refused else reason)
+                self.end(reason)
 
     def _take_delta(self, delta: JsonObject) -> Iterator[ModelEvent]:
         field = "reasoning_content"
@@ -5740,10 +6070,7 @@ class OpenAiAnswer(AnswerReader):
             for thought in pick_objects(part, "thinking"):
                 yield from self.think(pick(thought, "text", str))
             yield from self.say(pick(part, "text", str))
-        refusal = pick(delta, "refusal", str)
-        if refusal:
-            yield from self.say(refusal)
-            self._refused = True
+        yield from self.refuse(pick(delta, "refusal", str))
         for piece in pick_objects(delta, "tool_calls"):
             function = pick(piece, "function", dict)
             call = self._call_of(piece, pick(function, "name", str))
@@ -5787,6 +6114,54 @@ class OpenAiAnswer(AnswerReader):
         if call.given_id and given_id:
             return bool(name) and given_id != call.given_id
         return bool(name and call.arguments and not call.finished().malformed)
+
+
+class ResponsesAnswer(AnswerReader):
+    """An answer of `/responses`."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(model_id)
+        self._items: list[JsonObject] = []  # they go back as they are
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        kind = pick(document, "type", str)
+        delta = pick(document, "delta", str)
+        if kind == "response.output_text.delta":
+            yield from self.say(delta)
+        elif kind == "response.refusal.delta":
+            yield from self.refuse(delta)
+        elif kind == "response.reasoning_summary_text.delta":
+            yield from self.think(delta)
+        elif kind == "response.output_item.done":
+            self._keep(pick(document, "item", dict))
+        elif kind in ("response.completed", "response.incomplete"):
+            self._close(pick(document, "response", dict))
+        elif document.get("object") == "response":  # of a server that does not stream
+            for item in pick_objects(document, "output"):
+                for part in pick_objects(item, "content"):
+                    yield from self.say(pick(part, "text", str))
+                    yield from self.refuse(pick(part, "refusal", str))
+                self._keep(item)
+            self._close(document)
+
+    def _keep(self, item: JsonObject) -> None:
+        """Keep an item of the answer, a call also as one to run."""
+        if item.get("type") == "function_call":
+            name = pick(item, "name", str)
+            call = self.open_call(pick(item, "call_id", str), name)
+            call.add(item.get("arguments"))
+            item = {**item, "call_id": call.id, "name": call_name(name)}
+        self._items.append(item)
+
+    def _close(self, response: JsonObject) -> None:
+        usage = pick(response, "usage", dict)
+        self.input_tokens = pick(usage, "input_tokens", int)
+        self.output_tokens = pick(usage, "output_tokens", int)
+        self.end(pick(pick(response, "incomplete_details", dict), "reason", str))
+        self.over = True
+        # Reasoning belongs to its call; without it, text and calls are all there is.
+        if any(item.get("type") == "reasoning" for item in self._items):
+            self.provider_data["items"] = self._items
 
 
 class AnthropicAnswer(AnswerReader):
@@ -5916,7 +6291,7 @@ PROVIDERS = (
         call_id="[A-Za-z0-9_-]+",
     ),
     ProviderSpec(
-        *("openai", "OpenAI", "openai", "https://api.openai.com/v1"),
+        *("openai", "OpenAI", "responses", "https://api.openai.com/v1"),
         call_id="[A-Za-z0-9_-]{1,40}",
     ),
     ProviderSpec("openrouter", "OpenRouter", "openai", "https://openrouter.ai/api/v1"),
@@ -6302,7 +6677,7 @@ class OpenAiProvider(ModelProvider):
 
     chat_path = "/chat/completions"
     list_path = "/models"
-    answer = OpenAiAnswer
+    answer: type[AnswerReader] = OpenAiAnswer
 
     def _body(self, request: ChatRequest) -> JsonObject:
         body: JsonObject = {
@@ -6378,6 +6753,69 @@ class OpenAiProvider(ModelProvider):
         tools = isinstance(openrouter, list) and "tools" in openrouter
         tools = tools and mistral.get("function_calling") is not False
         return self._named(name, name, supports_tools=tools)
+
+
+class ResponsesProvider(OpenAiProvider):
+    """OpenAI's own API, https://platform.openai.com/docs/api-reference/responses.
+
+    Its newest models take tools and reasoning together here alone.  Nothing is stored
+    there: reasoning comes and goes back encrypted.
+    """
+
+    chat_path = "/responses"
+    answer = ResponsesAnswer
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        body: JsonObject = {
+            "model": request.model,
+            "input": [
+                item
+                for message in settle_tool_calls(request.messages)
+                for item in self._items(request, message)
+            ],
+            "stream": True,
+            "store": False,
+            "include": ["reasoning.encrypted_content"],
+        }
+        if request.tools:
+            body["tools"] = [
+                {"type": "function", "strict": False, **tool.to_json()}
+                for tool in request.tools
+            ]
+        return body
+
+    def _items(self, request: ChatRequest, message: ChatMessage) -> list[JsonObject]:
+        if message.role == "tool":
+            call_id = self._call_id(message.tool_call_id)
+            output = {"type": "function_call_output", "call_id": call_id}
+            return [{**output, "output": message.text}]
+        kept = pick_objects(self._own_data(request, message), "items")
+        if kept:
+            return kept
+        text = {"role": message.role, "content": message.text}
+        return [text] * bool(message.text) + [
+            {
+                "type": "function_call",
+                "call_id": self._call_id(call.id),
+                "name": call_name(call.name),
+                "arguments": to_json(call.arguments),
+            }
+            for call in message.tool_calls
+        ]
+
+    def _document(self, data: bytes) -> JsonObject:
+        document = super()._document(data)
+        if document.get("type") == "error":
+            raise self._error(200, {"error": document}, None)
+        if document.get("type") == "response.failed":
+            raise self._error(200, pick(document, "response", dict), None)
+        return document
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        # Models that do not reason have nothing to encrypt.
+        if "ncrypted" in error.detail and body.pop("include", None):
+            return ""
+        return None
 
 
 class AnthropicProvider(ModelProvider):
@@ -6466,7 +6904,8 @@ class AnthropicProvider(ModelProvider):
 
 PROTOCOLS: Mapping[str, type[ModelProvider]] = {
     "ollama": OllamaProvider,
-    "openai": OpenAiProvider,
+    "openai": OpenAiProvider,  # chat completions, as all imitate them
+    "responses": ResponsesProvider,
     "anthropic": AnthropicProvider,
 }
 
@@ -6530,10 +6969,13 @@ def make_providers(
         base_url = environ.get(spec.url_variable) or entered.base_url
         if spec.protocol == "ollama":
             base_url = ollama_url(base_url or spec.base_url)
-        elif spec.protocol == "openai" and base_url:
+        protocol = spec.protocol
+        if protocol == "responses" and base_url and "api.openai.com" not in base_url:
+            protocol = "openai"  # an imitation
+        if protocol == "openai" and base_url:
             base_url = _with_path(base_url)
         if api_key or base_url:
-            make = PROTOCOLS[spec.protocol]
+            make = PROTOCOLS[protocol]
             providers.append(make(spec, base_url or spec.base_url, api_key))
     return providers
 
@@ -9158,7 +9600,7 @@ def service_manager(
 STORE_FILE = "moltis.db"
 MAX_PAGE = 1000  # rows of one answer
 MAX_CALLER_EVENTS = 10_000  # audit events of one caller; the oldest are deleted
-REFUSAL_REPEATED_AFTER = 3600_000  # ms; the same refusal is recorded once in them
+SIMILAR_WITHIN = 3600_000  # ms; similar events in them are one row with a count
 DELETE_SLICE = 500  # rows deleted in one transaction: some ms
 SEARCH_SLICE = 20_000  # rows that one statement searches: some 20 ms
 STEADY_AFTER = 86_400.0  # s without a jump; then the clock decides what is old
@@ -9351,6 +9793,16 @@ MIGRATIONS: Mapping[int, str] = {
     ALTER TABLE operator_keys ADD COLUMN verifier TEXT;  -- RFC 5803
     CREATE UNIQUE INDEX operator_keys_handle ON operator_keys(handle);
     """,
+    7: """
+    ALTER TABLE audit ADD COLUMN count INTEGER NOT NULL DEFAULT 1;
+    ALTER TABLE audit ADD COLUMN last_at INTEGER;  -- of the last of several
+    UPDATE operator_keys SET name = name || ' ' || substr(id, 1, 8)
+        WHERE revoked_at IS NULL AND (lower(name) IN ('owner', 'moltis') OR EXISTS (
+            SELECT 1 FROM operator_keys other WHERE other.revoked_at IS NULL
+            AND lower(other.name) = lower(operator_keys.name)
+            AND other.rowid < operator_keys.rowid));
+    UPDATE operator_keys SET name = 'owner' WHERE name = 'this machine';
+    """,
 }
 
 
@@ -9479,9 +9931,18 @@ class AuditEvent:
     JOINED = "token.joined"
     RENAMED = "node.renamed"
     APPROVALS_CHANGED = "chat.approvals"
+    CHAT_RESET = "chat.reset"
+    CHAT_DELETED = "chat.deleted"
+    MODELS_CHANGED = "models.changed"
     EXPORTED = "audit.exported"
 
-    REFUSALS = (SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED)
+    # They say no more each time: those of one caller and address are counted.
+    COUNTED = frozenset(
+        (
+            *(SIGNED_IN, SIGNED_OUT, EXPORTED),
+            *(SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED),
+        )
+    )
 
 
 class AuditEntry(Value):
@@ -9492,6 +9953,11 @@ class AuditEntry(Value):
     caller: str
     address: str
     subject: str  # a name, or the command
+    caller_id: str = (
+        ""  # of an operator key, "device" for all devices, "" for strangers
+    )
+    count: int = 1  # of similar events
+    last_at: int | None = None  # of the last of them
     job_id: str | None = None
     node: str | None = None
     state: str | None = None
@@ -10186,53 +10652,79 @@ class JobsTable(Table):
 
 
 class AuditTable(Table):
-    """Sign-ins, refusals, and changes of tokens and keys; page() adds the commands."""
+    """Who came and what was changed; page() adds the commands."""
 
     name = "audit"
 
-    def add(self, entry: AuditEntry, caller_id: str = "") -> None:
-        """Record an event; the same refusal of an address is recorded once an hour.
+    def add(self, entry: AuditEntry) -> None:
+        """Record an event, or count it if it is similar to one of the last hour.
 
-        `caller_id` is that of an operator key, "device" for all devices, "" for all
-        strangers.  Each has room for MAX_CALLER_EVENTS: others cannot push them out.
+        Each `caller_id` has room for MAX_CALLER_EVENTS: others cannot push them out.
         """
-        since = entry.at - REFUSAL_REPEATED_AFTER
-        if entry.event in AuditEvent.REFUSALS and self._db.row(
-            "SELECT 1 FROM audit WHERE event = ? AND address = ? AND subject = ?"
-            " AND at BETWEEN ? AND ?",
-            (entry.event, entry.address, entry.subject, since, entry.at),
+        if entry.event in AuditEvent.COUNTED and self._db.write(
+            "UPDATE audit SET count = count + 1, last_at = :at WHERE seq = ("
+            "   SELECT seq FROM audit WHERE event = :event AND address = :address"
+            "   AND caller_id = :caller_id AND at BETWEEN :since AND :at"
+            "   ORDER BY at DESC LIMIT 1)",
+            {**entry.__dict__, "since": entry.at - SIMILAR_WITHIN},
         ):
             return
-        self._db.insert(self.name, entry, caller_id=caller_id)
+        self._db.insert(self.name, entry)
         self._delete(
             "caller_id = :id AND seq <= (SELECT seq FROM audit"
             " WHERE caller_id = :id ORDER BY seq DESC LIMIT 1 OFFSET :kept)",
-            {"id": caller_id, "kept": MAX_CALLER_EVENTS},
+            {"id": entry.caller_id, "kept": MAX_CALLER_EVENTS},
         )
 
     def page(
-        self, *, until: int | None = None, offset: int = 0, limit: int = 100
+        self,
+        *,
+        node_id: str = "",
+        state: str = "",
+        until: int | None = None,
+        offset: int = 0,
+        limit: int = 100,
     ) -> list[AuditEntry]:
         """Return events and commands, the newest first, at most MAX_PAGE of them.
 
-        To go on, `until` is the time of the last entry the caller has, and `offset`
-        the number of entries it has of that time.
+        With a node, or a state as in JobsTable.page(), these are commands.  To go on,
+        `until` is the time of the last entry the caller has, and `offset` the number of
+        entries it has of that time.
         """
+        events = (
+            "SELECT at, event, caller, address, subject, caller_id, count, last_at,"
+            "   NULL job_id, NULL node, NULL state, NULL exit_code, NULL signal,"
+            "   NULL reason, NULL decided_by FROM audit WHERE at <= :until UNION ALL"
+        )
+        conditions = ["asked_at <= :until", JobsTable.STATES.get(state, "TRUE")]
+        if node_id:
+            conditions.append("node_id = :node_id")
+        if state and state not in JobsTable.STATES:
+            conditions.append("state = :state")
         return self._db.select(
             AuditEntry,
-            "SELECT at, event, caller, address, subject, NULL job_id, NULL node,"
-            "   NULL state, NULL exit_code, NULL signal, NULL reason, NULL decided_by"
-            "   FROM audit WHERE at <= :until"
-            " UNION ALL SELECT asked_at, 'command', caller_name, address, command, id,"
-            "   node_name, state, exit_code, signal, reason, decided_by"
-            "   FROM jobs WHERE asked_at <= :until"
+            f"{'' if node_id or state else events}"  # nosec B608: literals
+            " SELECT asked_at at, 'command' event, caller_name caller, address,"
+            "   command subject, caller_id, 1 count, NULL last_at, id job_id,"
+            "   node_name node, state, exit_code, signal, reason, decided_by"
+            f"   FROM jobs WHERE {' AND '.join(conditions)}"
             " ORDER BY at DESC LIMIT :limit OFFSET :offset",
             {
+                "node_id": node_id,
+                "state": state,
                 "until": 2**63 - 1 if until is None else until,
                 "limit": max(0, min(limit, MAX_PAGE)),
                 "offset": max(0, offset),
             },
         )
+
+    def newest(self) -> int:
+        """Return the time of the newest event or command, 0 if there is none."""
+        row = self._db.row(
+            "SELECT max(ifnull((SELECT max(at) FROM audit), 0),"
+            " ifnull((SELECT max(asked_at) FROM jobs), 0)) at"
+        )
+        return row["at"] if row else 0
 
     def delete_before(self, at: int) -> int:
         """Delete events before `at`, at most DELETE_SLICE; return how many."""
@@ -10560,6 +11052,17 @@ class Store:
         self.settings = SettingsTable(self._database)
         self.clock = SteadyClock(self.settings)
 
+    def before(self, age: float) -> int | None:
+        """Return the time, in ms, before which rows are older than `age` seconds.
+
+        Counted from the newest row: nothing is old because the gateway was off, or
+        because the clock is wrong.  None: the clock jumped lately.
+        """
+        before = self.clock.before(age)
+        if before is None:
+            return None
+        return min(before, self.audit.newest() - round(age * 1000))
+
     def tick(self) -> None:
         """Do the upkeep for which no caller should wait; call it every STORE_TICK."""
         try:
@@ -10590,7 +11093,7 @@ MAX_FAILURES = 5  # of an address within FAILURE_WINDOW; then it has to wait
 FAILURE_WINDOW = 60.0  # s; also the first wait, which doubles
 MAX_FAILURE_WAIT = 3600.0  # s
 MAX_FAILING_ADDRESSES = 10_000  # beyond it, the one that failed first is dropped
-LOCAL_KEY_NAME = "this machine"  # of the key in gateway.json
+OWNER_NAME = "owner"  # of the key in gateway.json
 
 
 class Scope:
@@ -10656,11 +11159,6 @@ def make_credential(secret: str) -> Credential:
         token_hash=secret_hash(secret),
         verifier=make_verifier(secret).to_text(),
     )
-
-
-def is_loopback(address: str) -> bool:
-    plain = unmapped(address)
-    return plain.startswith("127.") or plain == "::1"
 
 
 def address_block(address: str) -> str:
@@ -10747,8 +11245,9 @@ class Doorkeeper:
         by = by or Caller(OPERATOR, "moltis", "moltis")
         # All devices share one part of the audit: a new token brings no new one.
         caller_id = by.id if by.kind == OPERATOR else by.kind
-        entry = AuditEntry(self.now(), event, by.name, by.address, subject)
-        self.store.audit.add(entry, caller_id)
+        self.store.audit.add(
+            AuditEntry(self.now(), event, by.name, by.address, subject, caller_id)
+        )
 
     def record_refusal(self, event: str, subject: str, address: str) -> None:
         """Record a refused stranger; a full disk is ignored."""
@@ -10876,6 +11375,7 @@ class OperatorAccess:
     def __init__(self, door: Doorkeeper, limit: RateLimit) -> None:
         self._door = door
         self._keys = door.store.operator_keys
+        self._naming = threading.Lock()  # held from the look for a name to its row
         self._limit = limit
 
     def ensure_operator_key(self, current: str | None) -> str:
@@ -10887,9 +11387,9 @@ class OperatorAccess:
         if current and self.operator_by_key(current):
             return current
         for key in self._keys.all():
-            if key.name == LOCAL_KEY_NAME:
+            if key.name == OWNER_NAME:
                 self._keys.revoke(key.id, self._door.now())
-        return self._add(LOCAL_KEY_NAME, (Scope.ADMIN,))[1]
+        return self._add(OWNER_NAME, (Scope.ADMIN,))[1]
 
     def create_key(
         self, name: str, scopes: Sequence[str], *, by: Caller | None = None
@@ -10905,12 +11405,17 @@ class OperatorAccess:
                 "INVALID_REQUEST",
                 f"{wrong} is not a scope; choose from {', '.join(SCOPES)}",
             )
-        if not name.strip() or name in (LOCAL_KEY_NAME, "moltis"):
+        if name_key(name) in ("", OWNER_NAME, "moltis"):
             raise RpcError("INVALID_REQUEST", "a key needs a name of its own")
-        current = (key for key in self.keys() if key.revoked_at is None)
-        if name.casefold() in (key.name.casefold() for key in current):
-            raise RpcError("CONFLICT", f"there is a key {clip(name, 80)!r} already")
-        key, text = self._add(name, tuple(s for s in SCOPES if s in scopes))
+        with self._naming:
+            current = [key.name for key in self.keys() if key.revoked_at is None]
+            if name_key(name) in map(name_key, current):
+                raise RpcError(
+                    "CONFLICT",
+                    f"there is a key {clip(name, 80)!r} already; choose another name, "
+                    "or revoke that key first",
+                )
+            key, text = self._add(name, tuple(s for s in SCOPES if s in scopes))
         subject = f"{name} ({', '.join(key.scopes)})"
         self._door.record(AuditEvent.KEY_CREATED, subject, by)
         return key, text
@@ -10922,7 +11427,7 @@ class OperatorAccess:
     def revoke_key(self, key_id: str, *, by: Caller | None = None) -> None:
         """Revoke a key and its sign-ins.  Raises RpcError NOT_FOUND or CONFLICT."""
         names = [key.name for key in self.keys() if key.id == key_id]
-        if names == [LOCAL_KEY_NAME]:
+        if names == [OWNER_NAME]:
             raise RpcError(
                 "CONFLICT",
                 "this key is in gateway.json; to replace it, stop the gateway, "
@@ -10985,13 +11490,23 @@ class SignIns:
         self._door = door
         self._operators = operators
         self._logins = door.store.logins
+        # In memory only: on disk, say, such a code ends with this process.
+        self._one_time: dict[str, tuple[str, int]] = {}  # key, expiry in ms; by code
+
+    def one_time_key(self, key: str) -> str:
+        """Return a code that signs in one browser in place of an operator key."""
+        code = new_secret("mo_")
+        self._one_time[code] = key, self._door.now() + round(JOIN_CODE_LIFETIME * 1000)
+        return code
 
     def sign_in(self, key: str, address: str, user_agent: str) -> str:
-        """Return a cookie for a browser that sent an operator key.
+        """Return a cookie for a browser that sent an operator key, or one_time_key().
 
         Raises RpcError UNAUTHORIZED, or RATE_LIMITED with `retry_after`.
         """
         refusal = AuditEvent.SIGN_IN_REFUSED
+        stands_for, expires_at = self._one_time.pop(key, (key, self._door.now()))
+        key = stands_for if expires_at >= self._door.now() else key
         caller = self._operators.admit_operator(key, address, refusal)
         now, cookie = self._door.now(), new_secret("ms_")
         login = Login(
@@ -15306,15 +15821,13 @@ class NodeMethods:
         """Return the id of the node that a parameter names.  Raises RpcError."""
         return self._fleet.resolve(required(params, name, str))[0]
 
-    def rename(self, node_id: str, display_name: str, by: Caller) -> None:
+    def rename(self, node_id: str, display_name: str) -> None:
         device = self._devices.by_node_id(node_id, now_ms())
         if device is None:
             raise RpcError("INVALID_REQUEST", f"{LOCAL_NAME} cannot be renamed")
         with self._devices.naming:
             name = free_name(self._devices, display_name, device.id)
             self._devices.rename(device.id, name)
-        renaming = f"{device_label(device)} is now {name}"
-        self._access.door.record(AuditEvent.RENAMED, renaming, by)
         self._announce("presence", {"type": "node.renamed", "nodeId": node_id})
 
     def create_token(self, display_name: str, platform: str, by: Caller) -> JsonObject:
@@ -15611,6 +16124,9 @@ class ChatMethods:
         )
 
 
+APPROVAL_WORDS: Mapping[str, str] = {"ask": "Ask first", "all": "Run everything"}
+
+
 def session_label(params: JsonObject, name: str) -> str:
     """Return a label, "" for a blank one.  Raises RpcError."""
     label: str = required(params, name, str)
@@ -15666,10 +16182,15 @@ class AccessMethods:
             raise RpcError("NOT_FOUND", f"there is no sign-in {clip(login_id, 80)}")
         self._audience.hang_up(lambda caller: caller.login_id == login_id)
 
-    def audit(self, until: int | None, offset: int, limit: int) -> list[JsonObject]:
+    def audit(self, **place: Any) -> list[JsonObject]:
         """Answer with events and commands, the newest first; see AuditTable.page()."""
-        entries = self._audit.page(until=until, offset=offset, limit=limit)
+        entries = self._audit.page(**place)
         return [{**entry.to_json(), "words": entry.words()} for entry in entries]
+
+    def exporting(self, node_id: str, state: str, by: Caller) -> None:
+        """Record that the caller takes a copy of the audit."""
+        subject = " ".join(filter(None, (node_id, state))) or "all"
+        self._access.door.record(AuditEvent.EXPORTED, subject, by)
 
 
 def _known_events(names: list[str]) -> set[str]:
@@ -15694,11 +16215,43 @@ def unsubscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
     return {"subscriptionId": peer.id, "events": sorted(peer.events)}
 
 
+# What the audit says of a call that was carried out, if anything, by method.
+AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
+    "node.rename": (
+        AuditEvent.RENAMED,
+        lambda params: f"{params['nodeId']} is now {params['displayName']}",
+    ),
+    "sessions.patch": (
+        AuditEvent.APPROVALS_CHANGED,
+        lambda params: (
+            f"{params['key']}: {APPROVAL_WORDS[params['approvals']]}"
+            if params.get("approvals")
+            else ""
+        ),
+    ),
+    "exec.approval.resolve": (
+        AuditEvent.APPROVALS_CHANGED,
+        lambda params: (
+            f"always allowed, from command {params['id']} on"
+            if params["decision"] == "always"
+            else ""
+        ),
+    ),
+    "sessions.reset": (AuditEvent.CHAT_RESET, lambda params: str(params["key"])),
+    "sessions.delete": (AuditEvent.CHAT_DELETED, lambda params: str(params["key"])),
+    "models.configure": (
+        AuditEvent.MODELS_CHANGED,
+        lambda params: " ".join([params["provider"], params.get("baseUrl") or ""]),
+    ),
+}
+
+
 class Rpc:
     """The methods that operators may call."""
 
     def __init__(
         self,
+        door: Doorkeeper,
         fleet: Fleet,
         models: ModelDirectory,
         chats: Chats,
@@ -15707,6 +16260,7 @@ class Rpc:
         sessions: ChatMethods,
         access: AccessMethods,
     ) -> None:
+        self._door = door
         read, write, pairing = Scope.READ, Scope.WRITE, Scope.PAIRING
         admin = Scope.ADMIN
         text, word, flag = Optional(str), Optional(str, ""), Optional(bool, False)
@@ -15717,7 +16271,7 @@ class Rpc:
             "node.list": Method(fleet.views, read),
             "node.describe": Method(fleet.view, read, nodeId=nodes.node_id),
             "node.rename": Method(
-                nodes.rename, write, nodeId=nodes.node_id, displayName=str, by=Caller
+                nodes.rename, write, nodeId=nodes.node_id, displayName=str
             ),
             "node.invoke": Method(
                 *(jobs.invoke, write),
@@ -15800,7 +16354,7 @@ class Rpc:
                 label=Optional(session_label),
                 model=text,
                 archived=Optional(bool),
-                approvals=Optional(one_of("ask", "all")),
+                approvals=Optional(one_of(*APPROVAL_WORDS)),
                 node_id=sessions.node_id,
             ),
             "sessions.reset": Method(chats.reset, write, key=str),
@@ -15838,7 +16392,15 @@ class Rpc:
             "logins.list": Method(access.logins, admin, caller=Caller),
             "logins.revoke": Method(access.revoke_login, admin, loginId=str, by=Caller),
             "audit.list": Method(
-                access.audit, admin, until=number, offset=offset, limit=count
+                *(access.audit, admin),
+                nodeId=word,
+                state=word,
+                until=number,
+                offset=offset,
+                limit=count,
+            ),
+            "audit.export": Method(
+                access.exporting, admin, nodeId=word, state=word, by=Caller
             ),
             "subscribe": Method(
                 subscribe, read, peer=OperatorPeer, events=required_texts
@@ -15863,7 +16425,13 @@ class Rpc:
             raise RpcError(
                 "FORBIDDEN", f"{name} needs a key with the scope {method.scope}"
             )
-        return method(RpcCall(caller, params, peer))
+        payload = method(RpcCall(caller, params, peer))
+        if name in AUDITED:
+            event, describe = AUDITED[name]
+            subject = clip(describe(params), 200)
+            if subject:
+                self._door.record(event, subject, caller)
+        return payload
 
 
 # --- Nodes ---
@@ -16075,8 +16643,10 @@ class MoltisPeer(NodePeer):
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def answers(self, timeout: float) -> bool:
-        # While it works it reads nothing: only its deadline says that it is dead.
-        return not self._ws.keepalive or self._ws.answers(timeout)
+        with self._lock:
+            # While a command runs it reads nothing: only the deadline says it is dead.
+            busy = self._running != "" and not self._deadline.expired
+        return busy or self._ws.answers(timeout)
 
     def tick(self) -> None:
         """Give up a silent node again once its command should have ended."""
@@ -16612,6 +17182,7 @@ class HttpRequest(Value):
     host: str  # the Host header: our name and port, as the client has them
     secure: bool = False  # came over TLS
     channel_binding: bytes | None = None  # of the certificate that the client sees
+    query: str = ""
 
     @property
     def origin(self) -> str:
@@ -16691,14 +17262,60 @@ def job_output(job: Job) -> Iterator[bytes]:
 AUDIT_COLUMNS = (
     *("at", "event", "caller", "address", "subject"),
     *("node", "state", "exitCode", "decidedBy", "signal", "jobId"),
+    *("callerId", "count", "lastAt"),
 )
 
 
+def audit_pages(
+    call: Callable[[str, JsonObject], Any],
+    filters: JsonObject,
+    limit: int | None = None,
+) -> Iterator[list[JsonObject]]:
+    """Yield all of the audit, or its newest `limit` rows, page by page.
+
+    `call` makes one RPC.  The first page is there when this returns.
+    """
+    place: JsonObject = {**filters, "offset": 0}
+    left = limit if limit is not None else sys.maxsize
+
+    def page() -> list[JsonObject]:
+        rows: list[JsonObject] = call(
+            "audit.list", {**place, "limit": min(MAX_PAGE, left)}
+        )
+        return rows
+
+    first = page()
+    if limit is None:
+        call("audit.export", filters)
+
+    def pages() -> Iterator[list[JsonObject]]:
+        nonlocal left
+        rows = first
+        while rows:
+            yield rows
+            left -= len(rows)
+            last = rows[-1]["at"]
+            known = sum(row["at"] == last for row in rows)
+            known += place["offset"] if last == place.get("until") else 0
+            place.update(until=last, offset=known)
+            rows = page() if len(rows) == MAX_PAGE and left > 0 else []
+
+    return pages()
+
+
+# Where a spreadsheet would begin a formula: in a cell, or behind what parts cells in
+# another country.
+FORMULA_START = re.compile("(?:^|(?<=[;\t\r\n]))(?=[\t\r\n]| {0,8}[=+@＝＋－＠-])")
+
+
 def _csv_row(row: JsonObject) -> list[str]:
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
-    values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
-    # A spreadsheet would run a cell that begins like a formula.
-    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
+    values = []
+    for name in AUDIT_COLUMNS:
+        value = row.get(name, "")
+        if name.lower().endswith("at") and value:
+            value = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(value / 1000))
+        values.append(str(value))
+    return [FORMULA_START.sub("'", value) for value in values]
 
 
 def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
@@ -16706,7 +17323,7 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
     import csv
 
     text = io.StringIO()
-    writer = csv.writer(text)
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
     writer.writerow(AUDIT_COLUMNS)
     for rows in pages:
         writer.writerows(map(_csv_row, rows))
@@ -16972,27 +17589,21 @@ class HttpApp:
         return download_reply(name, job_output(job), "text/plain")
 
     def _audit_csv(self, request: HttpRequest) -> Reply:
-        """Answer the whole audit, the newest first, for a spreadsheet."""
+        """Answer all of the audit, the newest first, for a spreadsheet.
+
+        The query may name a node and a state, as for `audit.list`.
+        """
         caller, rpc = self.caller(request), self._gateway.rpc
-
-        def page(until: int | None, offset: int) -> list[JsonObject]:
-            place = {"until": until, "offset": offset, "limit": MAX_PAGE}
-            rows: list[JsonObject] = rpc.call(caller, "audit.list", place)
-            return rows
-
-        first = page(None, 0)  # before the reply begins: it may raise
-
-        def pages() -> Iterator[list[JsonObject]]:
-            rows, until, known = first, None, 0
-            while rows:
-                yield rows
-                last = rows[-1]["at"]
-                same = sum(row["at"] == last for row in rows)
-                known = same + (known if last == until else 0)
-                until = last
-                rows = page(until, known) if len(rows) == MAX_PAGE else []
-
-        return download_reply("moltis-audit.csv", audit_csv(pages()), "text/csv")
+        given = parse_qs(request.query, errors="replace")
+        unknown = given.keys() - {"nodeId", "state"}
+        if unknown:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"there is no filter {min(unknown)[:40]!r}; there is nodeId, state",
+            )
+        filters = {name: values[-1] for name, values in given.items()}
+        pages = audit_pages(lambda *call: rpc.call(caller, *call), filters)
+        return download_reply("moltis-audit.csv", audit_csv(pages), "text/csv")
 
     def _rpc(self, request: HttpRequest) -> Reply:
         caller = self.caller(request)
@@ -17264,6 +17875,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 host=self.headers.get("Host", ""),
                 secure=tls is not None,
                 channel_binding=None if tls is None else tls.channel_binding,
+                query=self.path.partition("?")[2],
             )
             return app.edge.proxies.see_through(request)
 
@@ -17766,8 +18378,8 @@ is also in a file on the gateway’s machine:</p>
 
 <section id="commands" class="settings" aria-labelledby="commands-title" hidden>
 <header class="bar"><h1 id="commands-title">Commands</h1>
-<a class="bare" href="/api/audit.csv" download title="Download all as CSV"
- aria-label="Download all as CSV" data-icon="save"></a>
+<a id="audit-save" class="bare" href="/api/audit.csv" download
+ title="Download as CSV" aria-label="Download as CSV" data-icon="save"></a>
 <div class="filters"><label>Node <select id="filter-node"></select></label>
 <label>Result <select id="filter-state"></select></label></div></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Command history">
@@ -20867,6 +21479,10 @@ function drawFilters() {
 function filterAudit() {
   state.audit.node = $("filter-node").value;
   state.audit.result = $("filter-state").value;
+  const filters = new URLSearchParams();
+  if (state.audit.node) filters.set("nodeId", state.audit.node);
+  if (state.audit.result) filters.set("state", state.audit.result);
+  $("audit-save").search = filters;
   loadAudit();
 }
 
@@ -21214,12 +21830,17 @@ class OperatorClient:
             self._ws.send(message)
 
     def _send_text(self, text: str) -> None:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            # On the wire it would be `?`, which a shell takes for any character.
-            near = text[max(0, error.start - 40) : error.end + 40]
-            raise UsageError(f"{near!r} is not UTF-8, and cannot be sent") from error
+        escaped = re.search("[\ud800-\udfff]", text)
+        if escaped is not None:
+            # Bytes as they were typed, in a locale that knows only ASCII.  What is not
+            # UTF-8 would be `?` on the wire, which a shell takes for any character.
+            try:
+                text = text.encode("utf-8", "surrogateescape").decode("utf-8")
+            except UnicodeError as error:
+                near = text[max(0, escaped.start() - 40) : escaped.end() + 40]
+                raise UsageError(
+                    f"{near!r} is not UTF-8, and cannot be sent"
+                ) from error
         self._ws.send(text)
 
     def _connect(self, api_key: str) -> None:
@@ -22130,6 +22751,7 @@ class RunningGateway:
             approvals = Approvals()
             chats = Chats(store, fleet, jobs, models, approvals, announce)
             rpc = Rpc(
+                access.door,
                 fleet,
                 models,
                 chats,
@@ -22174,10 +22796,14 @@ class RunningGateway:
     def sign_in_link(self) -> str:
         return f"{self.url}/#key={self._key}"
 
+    def one_time_link(self) -> str:
+        """Return a link that signs in one browser, within ten minutes."""
+        return f"{self.url}/#key={self._access.sign_ins.one_time_key(self._key)}"
+
     def keep_house(self) -> None:
         """Delete what is old enough, and renew what is about to expire."""
         self._access.purge()
-        before = self.store.clock.before(self.options.keep_audit * 86_400)
+        before = self.store.before(self.options.keep_audit * 86_400)
         while before and self.store.audit.delete_before(before):
             pass  # slice by slice: writers get their turn in between
         while before and (job_ids := self.store.jobs.delete_before(before)):
@@ -22301,7 +22927,7 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 # ==============================================================================
 # Command line
 # Uses: Settings, Install, TLS, HTTP client, Wire protocol, Commands, Node service,
-#       Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
+#       Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -22332,6 +22958,26 @@ def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
         str(row.get(column) or "-") if isinstance(column, str) else column(row)
         for column in columns.values()
     ]
+
+
+ESCAPE = "moltis-escape"  # error handler for encodings
+
+
+def escape_unencodable(error: UnicodeError) -> tuple[str, int]:
+    """Spell characters that the terminal's encoding lacks as JSON spells them."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def prepare_streams() -> None:
+    """Make the standard streams usable, whatever the locale and who started us."""
+    codecs.register_error(ESCAPE, escape_unencodable)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed when we were started
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ESCAPE)
 
 
 class Output:
@@ -22366,10 +23012,19 @@ class Output:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
-    def json(self, value: object) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
+    def json(self, value: object, indent: int | None = 2) -> None:
+        text = json.dumps(value, indent=indent, ensure_ascii=False)
         # JSON escapes the other control codes by itself.
         self.answer(re.sub("[\x7f-\x9f]", lambda c: f"\\u{ord(c[0]):04x}", text))
+
+    def json_pages(self, pages: Iterable[Sequence[JsonObject]]) -> None:
+        """Print one JSON array of the rows of all pages, each as it comes."""
+        before = "["
+        for row in itertools.chain.from_iterable(pages):
+            self.answer(before)
+            self.json(row, None)
+            before = ","
+        self.answer("[]" if before == "[" else "]")
 
     def fields(self, values: Mapping[str, Any]) -> None:
         """Print `name: value` lines; a list has a line for each item, None has none."""
@@ -22706,8 +23361,8 @@ def open_sign_in(
 ) -> tempfile.TemporaryDirectory[str]:
     """Open the browser with a private file that leads to `link`; return its directory.
 
-    Every user of this machine can read the arguments of a program, and the link holds
-    the operator key.  Raises BadConfiguration.
+    Every user of this machine can read the arguments of a program; the file may outlive
+    us, but not its one-time link.  Raises BadConfiguration.
     """
     import tempfile
     import webbrowser
@@ -22750,7 +23405,8 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
             demo = start_demo_node(context.environ, running)
             stack.callback(close_together, demo.close, running.close)
         if args.open:
-            stack.enter_context(open_sign_in(running.sign_in_link, context.inherited))
+            link = running.one_time_link()
+            stack.enter_context(open_sign_in(link, context.inherited))
         stop.wait()
         context.output.say("stopping")
     return EXIT_OK
@@ -23179,11 +23835,17 @@ def _audit_state_column(row: JsonObject) -> str:
     return (row["words"] + how) or "-"
 
 
+def _audit_event_column(row: JsonObject) -> str:
+    times = f" ({row['count']:,} times)" if row["count"] > 1 else ""
+    return f"{row['event']}{times}"
+
+
 AUDIT_ROW: Mapping[str, Column] = {
     "WHEN": time_column("at"),
     "WHO": "caller",
+    "KEY": lambda row: row["callerId"][:8] or "-",
     "FROM": "address",
-    "WHAT": "event",
+    "WHAT": _audit_event_column,
     "WHERE": "node",
     "HOW IT WENT": _audit_state_column,
     "DETAILS": lambda row: one_line(row["subject"], 200),
@@ -23192,17 +23854,14 @@ AUDIT_ROW: Mapping[str, Column] = {
 
 def cmd_audit(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
-    if args.limit < 1:
-        raise UsageError(f"--limit takes 1 or more, not {args.limit}")
-    entries: list[JsonObject] = []
+    limit: int | None = args.limit
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit takes 1 or more, not {limit}")
     with operator_client(args, context) as client:
-        while len(entries) < args.limit:
-            size = min(MAX_PAGE, args.limit - len(entries))
-            place = {"offset": len(entries), "limit": size}
-            page = client.call("audit.list", place)
-            entries += page
-            if len(page) < size:
-                break
+        if args.json:
+            context.output.json_pages(audit_pages(client.call, {}, limit))
+            return EXIT_OK
+        entries = [*itertools.chain(*audit_pages(client.call, {}, limit or 100))]
     return context.show(args, entries, AUDIT_ROW)
 
 
@@ -23221,12 +23880,6 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
         node = feed.client.call("node.describe", {"nodeId": reference})
         first.setdefault(node["nodeId"], reference)
     return first
-
-
-def connected_nodes(feed: JobFeed) -> dict[str, str]:
-    """Return the names of all connected nodes by id."""
-    listed = feed.client.call("node.list", {})
-    return {n["nodeId"]: n["displayName"] for n in listed if n["connected"]}
 
 
 def without_name(name: str, text: str) -> str:
@@ -23315,22 +23968,23 @@ class Waiting:
             )
 
 
+MAX_LABELLED_LINE = 4 * 1024 * 1024  # bytes; a longer line of several jobs is broken
+# A lone carriage return would let the next text overwrite the label.
+LINE_END = re.compile(rb"\n|\r(?=[^\r\n])")
+
+
 class StreamPrinter:
     """One output stream of one of several jobs, each line with its label."""
 
     def __init__(self, file: Any, label: bytes) -> None:
         self._file = file
         self._label = label
-        self._line = b""  # begun; past MAX_LOG_MESSAGE it is printed as it is
+        self._line = bytearray()  # begun
 
     def write(self, data: bytes) -> None:
         """Raises BrokenPipeError."""
         if self._label:
-            *lines, self._line = (self._line + data).split(b"\n")
-            if len(self._line) > MAX_LOG_MESSAGE:
-                lines.append(self._line)
-                self._line = b""
-            data = b"".join(self._label + line + b"\n" for line in lines)
+            data = b"".join(self._label + line + b"\n" for line in self._lines(data))
         self._file.write(data)
         self._file.flush()
 
@@ -23338,6 +23992,26 @@ class StreamPrinter:
         if self._line:
             with contextlib.suppress(BrokenPipeError):
                 self.write(b"\n")
+
+    def _lines(self, data: bytes) -> Iterator[bytes]:
+        """Yield the lines that `data` ends; each state of a progress bar is one."""
+        if self._line.endswith(b"\r"):  # the next byte says what it is
+            data = b"\r" + data
+            del self._line[-1:]
+        start = 0
+        for end in LINE_END.finditer(data):
+            self._line += data[start : end.start()]
+            start = end.end()
+            if self._line or end[0] == b"\n":
+                yield bytes(self._line)
+                self._line.clear()
+        self._line += data[start:]
+        while len(self._line) > MAX_LABELLED_LINE:
+            cut = MAX_LABELLED_LINE
+            while self._line[cut] & 0xC0 == 0x80 and cut > MAX_LABELLED_LINE - 4:
+                cut -= 1  # to where a character begins
+            yield bytes(self._line[:cut])
+            del self._line[:cut]
 
 
 EXIT_STATUSES: Mapping[str, int] = {
@@ -23409,7 +24083,9 @@ class JobTerminal:
         }
 
     def _label(self, job: FollowedJob) -> bytes:
-        return f"{job.name} | ".encode() if len(self._jobs) > 1 else b""
+        if len(self._jobs) == 1:
+            return b""
+        return f"{job.name} | ".encode(sys.stdout.encoding or "utf-8", ESCAPE)
 
     def execute(self, *, feeds: bool) -> int:
         """Return the exit status of `node exec`; an interrupt cancels its jobs.
@@ -23566,7 +24242,10 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
         spec["cwd"] = args.cwd
     request = {"work": "run", "spec": spec}
     with JobFeed(partial(operator_client, args, context)) as feed:
-        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
+        nodes = distinct_nodes(args.nodes, feed)
+        if args.all:  # those that are away as well: the recap and the status say so
+            listed = feed.client.call("node.list", {})
+            nodes = {node["nodeId"]: node["displayName"] for node in listed}
         if args.stdin and len(nodes) > 1:
             raise UsageError("--stdin feeds one node")
         if args.detach:
@@ -23661,7 +24340,9 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
     client = LastingClient(partial(operator_client, args, context))
     with contextlib.closing(client):
         # Not with `for line in sys.stdin`, which reads ahead and answers late.
-        McpServer(client, context.output.answer).serve(iter(sys.stdin.readline, ""))
+        lines = iter(sys.stdin.buffer.readline, b"")  # MCP is UTF-8 in any locale
+        server = McpServer(client, context.output.answer)
+        server.serve(line.decode("utf-8", "replace") for line in lines)
     return EXIT_OK
 
 
@@ -23940,19 +24621,38 @@ def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
             context.output.say("")
 
 
+APPROVAL_ANSWERS: Mapping[str, str] = {
+    "y": "approve",
+    "yes": "approve",
+    "n": "deny",
+    "no": "deny",
+    "a": "always",
+    "always": "always",
+}
+
+
+def drop_typed_input() -> None:
+    """Discard what was typed and not read yet: it answers no question that follows."""
+    import termios
+
+    with contextlib.suppress(termios.error):
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
+
+
 def ask_approval(output: Output, command: JsonObject) -> str:
     where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
     lines = visible(command["command"]).replace("\n", "\n    ")
     aside = " in the background" if command.get("background") else ""
     output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
-    answers = {"y": "approve", "n": "deny", "a": "always"}
+    drop_typed_input()
     while True:
         sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
         sys.stderr.flush()
         line = sys.stdin.readline()
-        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
-        if answer is not None:
-            return answer
+        if not line:
+            return "deny"
+        if line.strip().lower() in APPROVAL_ANSWERS:
+            return APPROVAL_ANSWERS[line.strip().lower()]
 
 
 def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
@@ -23984,7 +24684,10 @@ def cmd_chat(args: argparse.Namespace, context: Context) -> int:
         if args.message is not None:
             return terminal.turn(args.message)
         if sys.stdin is not None and not sys.stdin.isatty():
-            return terminal.turn(sys.stdin.read(MAX_BODY))
+            text = sys.stdin.buffer.read(MAX_BODY).decode("utf-8", "surrogateescape")
+            if model != SHELL_ID and text.startswith("!"):
+                text = f" {text}"  # a command is only what a person has written
+            return terminal.turn(text)
         return chat_prompt(terminal, context)
 
 
@@ -24151,7 +24854,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "show who did what: commands, sign-ins, keys, tokens",
         "moltis audit --json --limit 1000",
         (
-            arg("--limit N", "the newest N (default: 100)", type=int, default=100),
+            arg("--limit N", "the newest N (default: 100; with --json all)", type=int),
             *GATEWAY,
             JSON,
         ),
@@ -24251,7 +24954,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "moltis node exec pi -- 'df -h / | tail -1'",
         (
             arg("nodes NODE", "name or id", nargs="*"),
-            arg("--all", "on all connected nodes"),
+            arg("--all", "on all nodes; those that are offline count as failed"),
             arg("--timeout S", "in seconds", type=float),
             arg("--cwd DIR", "where to run it, on the node"),
             arg("--stdin", "feed it our standard input"),
@@ -24365,9 +25068,7 @@ def run_subcommand(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # it was closed when we were started
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     restart_from_bytecode(arguments)
     command: list[str] = []
