@@ -100,8 +100,8 @@ def scram_client_verify(text):
     moltis.ScramClient("user", "secret").verify(text)
 
 
-def websocket_address(text):
-    moltis.WebSocketUrl.parse(text)
+def server_address(text):
+    moltis.ServerUrl.parse(text)
 
 
 def ollama_address(text):
@@ -203,7 +203,7 @@ TEXTS = [
     ),
     *shapes(scram_client_verify, ("a", "e="), ("A", "v="), (",", "v=A")),
     *shapes(
-        websocket_address,
+        server_address,
         ("a.", "ws://"),
         ("a", "ws://"),
         ("é", "ws://"),
@@ -271,7 +271,6 @@ TEXTS = [
 SMALLER = {  # bytes; what is slow for each character
     allowed_command: 100_000,
     visible_text: 200_000,
-    websocket_address: 20_000,
 }
 
 
