@@ -4489,7 +4489,29 @@ LINE_PAUSE = 0.002  # s that the outputs are left alone after two small reads
 LINE_CHUNK = 4096  # bytes; a read of fewer is small
 READ_PAGES = 15 * 4096  # bytes of one read; all 64 KiB of a full pipe exceed a frame
 
+USUAL_PLACES = (  # of programs, from the home directory on
+    ".local/bin",
+    "bin",
+    ".cargo/bin",
+    "go/bin",
+    "/usr/local/bin",
+    "/usr/local/go/bin",
+    "/opt/homebrew/bin",
+    "/opt/local/bin",
+    "/snap/bin",
+    "/usr/lib/wsl/lib",
+    "/usr/bin",
+    "/bin",
+    "/usr/local/sbin",
+    "/usr/sbin",
+    "/sbin",
+)
+
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
+LOCALE_VARIABLE = (  # locale(7); others, as LC_TERMINAL, are no business of setlocale()
+    r"LANG|LC_(ALL|CTYPE|COLLATE|MESSAGES|MONETARY|NUMERIC|TIME"
+    r"|ADDRESS|IDENTIFICATION|MEASUREMENT|NAME|PAPER|TELEPHONE)"
+)
 FORWARDED_VALUE = r"(?a)[\w.,:@+/= -]{0,256}"  # nothing that a shell runs
 
 
@@ -4507,18 +4529,52 @@ def filter_environment(env: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def command_environment(
-    environ: Mapping[str, str], forwarded: Mapping[str, Any] = NOTHING
-) -> dict[str, str]:
-    """Return the environment of a command: the node user's, without our secrets."""
+def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of commands: the node user's, without our secrets.
+
+    PATH has the user's usual directories at its end, as far as they exist: a service
+    is started with a bare PATH, or with none (launchd).
+    """
     env = {
         name: value
         for name, value in environ.items()
         if not name.startswith("MOLTIS_") and name not in SECRET_VARIABLES
     }
-    # Filtered here as well: a node does not rely on its gateway's filter.
-    env.update(filter_environment(forwarded))
+    home = environ.get("HOME") or os.path.expanduser("~")
+    given = environ.get("PATH") or os.defpath
+    usual = filter(os.path.isdir, (os.path.join(home, p) for p in USUAL_PLACES))
+    known = given.split(os.pathsep)
+    env["PATH"] = os.pathsep.join([given, *(p for p in usual if p not in known)])
     return env
+
+
+def _locale_key(name: str) -> str:
+    """Return a locale's name as the C library compares it: `de_DE.utf8`."""
+    language, dot, rest = name.partition(".")
+    charset, at, modifier = rest.partition("@")
+    return language + dot + re.sub("[^a-z0-9]", "", charset.lower()) + at + modifier
+
+
+@functools.lru_cache(maxsize=None)
+def _installed_locales() -> frozenset[str]:
+    """Return this system's locales; none where the C library takes any name (musl)."""
+    listed = run_program(["locale", "-a"], {"PATH": os.defpath}, timeout=KILL_AFTER)
+    names = listed.text.split() if listed.status == 0 else []
+    return frozenset(map(_locale_key, names))
+
+
+def usable_here(env: Mapping[str, str]) -> dict[str, str]:
+    """Return forwarded variables without locales that this system lacks.
+
+    Programs would warn of them, and use none at all.
+    """
+    locales = {name for name in env if re.fullmatch(LOCALE_VARIABLE, name)}
+    installed = _installed_locales() if locales else ()
+    return {
+        name: value
+        for name, value in env.items()
+        if name not in locales or not installed or _locale_key(value) in installed
+    }
 
 
 class CommandSpec(Value):
@@ -5303,7 +5359,7 @@ class Command:
             self._group = ProcessGroup(
                 self.spec.command.encode("utf-8"),
                 cwd=cwd,
-                env={**self._environ, **filter_environment(self.spec.env)},
+                env={**self._environ, **usable_here(self.spec.env)},
                 stdin=self.spec.stdin,
                 inherited=self._inherited,
             )
@@ -7068,29 +7124,13 @@ class ModelCatalog:
 INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
 VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
 GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
+MAX_HOME_ENTRIES = 2000  # of a home directory; programs do not see the rest
 SYSCTL_TIMEOUT = 2.0  # s; a reading waits for it
 MAX_LISTED = 256  # entries of one list in a report; the rest is dropped
 MAX_LABEL = 200  # characters of one name in a report; the rest is cut off
 MAX_NUMBER = 2**63 - 1  # neither SQLite nor a Moltis peer takes a greater one
+MAX_MEMORY_LIMIT = 2**62  # bytes; cgroups of v1 without a limit say more
 MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is noise
-USUAL_PLACES = (  # of programs, from the home directory
-    ".local/bin",
-    "bin",
-    ".cargo/bin",
-    "go/bin",
-    "/usr/local/bin",
-    "/usr/local/go/bin",
-    "/opt/homebrew/bin",
-    "/opt/local/bin",
-    "/snap/bin",
-    "/usr/lib/wsl/lib",
-    "/usr/bin",
-    "/bin",
-    "/usr/local/sbin",
-    "/usr/sbin",
-    "/sbin",
-)
-
 _VERSION = r"(\d+\.\d+[\w.+-]*)"
 # Programs that run others' programs: how to ask for the version, and where it stands.
 RUNTIMES: Mapping[str, tuple[str, str]] = {
@@ -7108,10 +7148,10 @@ MACOS_STUBS: Mapping[str, str] = {
 }
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
-_NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d+)"
+_NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d{1,30})\b"
 _BOOT_TIME = r"(?m)^kern\.boottime\b\D*sec = (\d+)"
 _VM_STAT_PAGE = r"page size of (\d+) bytes"
-_GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d+)|\[.*\]) *$"
+_GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d{1,12})|\[.*\]) *\r?$"
 
 
 # -- what a report says --------------------------------------------------------
@@ -7296,6 +7336,7 @@ class Vitals(Value):
     cpu_times: CpuTimes | None = None
     cpu_usage: float | None = None  # 0 to 100, from a system that does the sum itself
     temperature: float | None = None  # °C
+    cpu_limit: float | None = None  # cores, of a container
 
 
 def _read_text(path: Path) -> str:
@@ -7334,14 +7375,84 @@ def _linux_cpu_times(stat_text: str) -> CpuTimes | None:
     if len(words) < 5 or words[0] != "cpu":
         return None
     # user nice system idle iowait irq softirq steal; `user` holds the guests' time.
+    if not all(re.fullmatch(r"\d{1,20}", word) for word in words[1:9]):
+        return None
     ticks = [int(word) for word in words[1:9]]
     return CpuTimes(busy=sum(ticks) - sum(ticks[3:5]), total=sum(ticks))
+
+
+def _cgroups(root: Path) -> Iterator[Path]:
+    """Yield the cgroups of this process and those above them, v1 and v2."""
+    mounts = root / "sys/fs/cgroup"
+    for line in _read_text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        v1 = {controllers, *controllers.split(",")}
+        for name in v1 if controllers else ("", "unified"):
+            # Inside a container the path may be the one outside, which is not here.
+            parts = [part for part in path.split("/") if part not in ("", "..")]
+            for depth in range(len(parts), -1, -1):
+                yield mounts.joinpath(name, *parts[:depth])
+
+
+class CgroupLimits(Value):
+    """What a container, or a service, may use of its machine; None: all."""
+
+    memory: int | None = None  # bytes
+    memory_free: int | None = None  # bytes, below the tightest limit
+    cpus: float | None = None
+
+
+def _whole_number_in(path: Path) -> int | None:
+    text = _read_text(path).strip()
+    return int(text) if re.fullmatch(r"\d{1,20}", text) else None
+
+
+def _read_cgroup(group: Path) -> CgroupLimits:
+    """Return the limits of one cgroup: v2's cpu.max and memory.max, or those of v1."""
+    memory = free = None
+    for limit_file, usage_file, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit = _whole_number_in(group / limit_file)
+        used = _whole_number_in(group / usage_file)
+        if limit is not None and limit < MAX_MEMORY_LIMIT:
+            memory = limit
+            if used is not None:
+                # The kernel gives files that were not used lately back at once.
+                found = re.search(
+                    rf"(?m)^{cache} (\d{{1,20}})$", _read_text(group / "memory.stat")
+                )
+                free = max(0, limit - used + (int(found[1]) if found else 0))
+                free = min(free, limit)
+    quota, _, period = _read_text(group / "cpu.max").strip().partition(" ")
+    if not quota:
+        quota = _read_text(group / "cpu.cfs_quota_us").strip()
+        period = _read_text(group / "cpu.cfs_period_us").strip()
+    shares = _first_number(quota), _first_number(period)
+    cpus = shares[0] / shares[1] if shares[0] and shares[1] and shares[0] > 0 else None
+    return CgroupLimits(memory, free, cpus)
+
+
+def read_cgroup_limits(root: Path = Path("/")) -> CgroupLimits:
+    """Return the tightest limits of all cgroups that this process is in."""
+    limits = [_read_cgroup(group) for group in _cgroups(root)]
+    tightest = {
+        name: min(
+            (v for v in (getattr(one, name) for one in limits) if v), default=None
+        )
+        for name in ("memory", "cpus")
+    }
+    free = [one.memory_free for one in limits if one.memory_free is not None]
+    return CgroupLimits(**tightest, memory_free=min(free, default=None))
 
 
 class ProcProbe:
     """The vital signs of Linux, from /proc and /sys."""
 
     def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
         self._proc = root / "proc"
         zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
         # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
@@ -7354,12 +7465,18 @@ class ProcProbe:
 
     def read(self) -> Vitals:
         total, available = _linux_memory(_read_text(self._proc / "meminfo"))
+        limits = read_cgroup_limits(self._root)
+        if total is not None and limits.memory is not None and limits.memory < total:
+            total = limits.memory
+        if available is not None and limits.memory_free is not None:
+            available = min(available, limits.memory_free)
         return Vitals(
             mem_total=total,
             mem_available=available,
             uptime_secs=_first_number(_read_text(self._proc / "uptime")),
             cpu_times=_linux_cpu_times(_read_text(self._proc / "stat")),
             temperature=self._temperature(),
+            cpu_limit=limits.cpus,
         )
 
     def _temperature(self) -> float | None:
@@ -7375,22 +7492,19 @@ class ProcProbe:
         return None
 
 
-def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of a program: of the user's PATH, or of the usual places.
+def find_binary(name: str, environ: Mapping[str, str]) -> str | None:
+    """Return the path of a program that a command with this environment finds.
 
-    A service is started with a bare PATH, and the user's programs lie elsewhere.
     Raises RpcError INVALID_REQUEST unless `name` is a plain name.
     """
     if not name or len(name) > 255 or "/" in name or not name.isprintable():
         raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
-    directories = environ.get("PATH", os.defpath).split(os.pathsep)
-    home = environ.get("HOME") or os.path.expanduser("~")
-    usual = [os.path.join(home, place) for place in USUAL_PLACES]
-    # "" in PATH means the working directory; `join` leaves absolute places alone.
-    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
-    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
-    for path in (os.path.join(directory, name) for directory in absolute):
-        if os.path.isfile(path) and os.access(path, os.X_OK):
+    for directory in environ.get("PATH", os.defpath).split(os.pathsep):
+        # "" in PATH means the working directory.  As shutil.which(), but `shutil`
+        # brings bz2 and lzma along: 1.5 MiB at rest.
+        path = os.path.join(directory, name)
+        usable = os.path.isabs(directory) and os.path.isfile(path)
+        if usable and os.access(path, os.X_OK):
             return path
     return None
 
@@ -7402,26 +7516,54 @@ class ShortPrograms:
         self, environ: Mapping[str, str], cancel: Cancellation | None = None
     ) -> None:
         # The patterns for their answers are English.
-        self._environ = {**command_environment(environ, {}), "LC_ALL": "C"}
+        self._environ = {**command_environment(environ), "LC_ALL": "C"}
         self._cancel = cancel
         self._stuck: dict[str, int] = {}  # by path: the process that SIGKILL spared
 
     def find(self, name: str) -> str | None:
         return find_binary(name, self._environ)
 
-    def ask(self, path: str, *arguments: str, timeout: float) -> ProgramResult:
-        """Return how the program answered.  Raises Cancelled."""
+    def ask(
+        self, path: str, *arguments: str, timeout: float, home: str | None = None
+    ) -> ProgramResult:
+        """Return how the program answered, with another HOME maybe.
+
+        Raises Cancelled.
+        """
         # A program that waits for a broken driver cannot be killed: one is enough.
         if is_running(self._stuck.get(path, 0)):
             return ProgramResult(124)
         words = [path, *arguments]
+        environ = self._environ if home is None else {**self._environ, "HOME": home}
         result = run_program(
-            words, self._environ, timeout=timeout, cwd="/", cancel=self._cancel
+            words, environ, timeout=timeout, cwd="/", cancel=self._cancel
         )
         if result.survivor:
             log.warning("cannot kill program=%s pid=%d", path, result.survivor)
             self._stuck[path] = result.survivor
         return result
+
+    @contextlib.contextmanager
+    def home_of_links(self) -> Iterator[str]:
+        """Yield a home directory with all of the user's, where new files do not stay.
+
+        Asked for their version, rustup, pyenv, volta, asdf and others set up a
+        directory of theirs.
+        """
+        real = self._environ.get("HOME") or os.path.expanduser("~")
+        # Not `tempfile`: it brings `shutil` along.
+        name = f"moltis-home-{secrets.token_hex(8)}"
+        copy = os.path.join(self._environ.get("TMPDIR") or "/tmp", name)  # nosec B108
+        with contextlib.suppress(OSError):
+            os.mkdir(copy, 0o700)
+            with os.scandir(real) as entries:
+                for entry in itertools.islice(entries, MAX_HOME_ENTRIES):
+                    os.symlink(entry.path, os.path.join(copy, entry.name))
+        try:
+            yield copy
+        finally:
+            # `rm` does not follow links.
+            run_program(["rm", "-rf", copy], self._environ, timeout=VERSION_TIMEOUT)
 
 
 class MacProbe:
@@ -7590,8 +7732,8 @@ class Inventory:
             self._publish(Equipment(tuple(paths), providers=keys))
         ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancel)
         providers = keys if ollama is None else (ollama, *keys)
-        versions = self._ask_versions(paths)
-        self._publish(Equipment(tuple(paths), versions, self._ask_gpus(), providers))
+        runtimes, versions = self._ask_versions(paths)
+        self._publish(Equipment(runtimes, versions, self._ask_gpus(), providers))
 
     def _publish(self, equipment: Equipment) -> None:
         # After close() it is cut short, and looks like a machine that lost things.
@@ -7604,15 +7746,23 @@ class Inventory:
             except Exception:
                 log.exception("cannot report a change of the inventory")
 
-    def _ask_versions(self, paths: Mapping[str, str]) -> dict[str, str]:
-        versions = {}
-        for name, path in paths.items():
-            argument, pattern = RUNTIMES[name]
-            result = self._programs.ask(path, argument, timeout=VERSION_TIMEOUT)
-            found = re.search(pattern, result.text) if result.status == 0 else None
-            if found:
-                versions[name] = _label(found[1])
-        return versions
+    def _ask_versions(
+        self, paths: Mapping[str, str]
+    ) -> tuple[tuple[str, ...], dict[str, str]]:
+        """Return the programs that work, or are slow to answer, and their versions."""
+        working, versions = [], {}
+        with self._programs.home_of_links() as home:
+            for name, path in paths.items():
+                argument, pattern = RUNTIMES[name]
+                result = self._programs.ask(
+                    path, argument, timeout=VERSION_TIMEOUT, home=home
+                )
+                if result.status in (0, 124):
+                    working.append(name)
+                found = re.search(pattern, result.text) if result.status == 0 else None
+                if found:
+                    versions[name] = _label(found[1])
+        return tuple(working), versions
 
     def _ask_gpus(self) -> tuple[Gpu, ...]:
         path = self._programs.find("nvidia-smi")
@@ -7639,9 +7789,20 @@ def _read_disk() -> tuple[int | None, int | None]:
     for path in ("/", "/var", os.path.expanduser("~")):
         with contextlib.suppress(OSError):
             disk = os.statvfs(path)
-            if not disk.f_flag & os.ST_RDONLY:
+            if disk.f_blocks and not disk.f_flag & os.ST_RDONLY:
                 return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
     return None, None
+
+
+def usable_cpus(limit: float | None) -> int | None:
+    """Return how many cores programs get here; `limit`: of a container's quota."""
+    try:
+        count: int | None = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # macOS
+        count = os.cpu_count()
+    if count is None or limit is None:
+        return count
+    return max(1, min(count, math.ceil(limit)))
 
 
 class TelemetrySource:
@@ -7658,7 +7819,7 @@ class TelemetrySource:
         """Return how the machine is doing; from any thread, within about 6 s."""
         vitals = self._probe()
         claims = {**vars(vitals), **vars(self._inventory.equipment)}
-        claims["cpu_count"] = os.cpu_count()
+        claims["cpu_count"] = usable_cpus(vitals.cpu_limit)
         claims["disk_total"], claims["disk_available"] = _read_disk()
         with contextlib.suppress(OSError):
             claims["load"] = os.getloadavg()
@@ -11368,13 +11529,23 @@ class SignIns:
         self._door = door
         self._operators = operators
         self._logins = door.store.logins
+        # In memory only: on disk, say, such a code ends with this process.
+        self._one_time: dict[str, tuple[str, int]] = {}  # key, expiry in ms; by code
+
+    def one_time_key(self, key: str) -> str:
+        """Return a code that signs in one browser in place of an operator key."""
+        code = new_secret("mo_")
+        self._one_time[code] = key, self._door.now() + round(JOIN_CODE_LIFETIME * 1000)
+        return code
 
     def sign_in(self, key: str, address: str, user_agent: str) -> str:
-        """Return a cookie for a browser that sent an operator key.
+        """Return a cookie for a browser that sent an operator key, or one_time_key().
 
         Raises RpcError UNAUTHORIZED, or RATE_LIMITED with `retry_after`.
         """
         refusal = AuditEvent.SIGN_IN_REFUSED
+        stands_for, expires_at = self._one_time.pop(key, (key, self._door.now()))
+        key = stands_for if expires_at >= self._door.now() else key
         caller = self._operators.admit_operator(key, address, refusal)
         now, cookie = self._door.now(), new_secret("ms_")
         login = Login(
@@ -17171,6 +17342,11 @@ def audit_pages(
     return pages()
 
 
+# Where a spreadsheet would begin a formula: in a cell, or behind what parts cells in
+# another country.
+FORMULA_START = re.compile("(?:^|(?<=[;\t\r\n]))(?=[\t\r\n]| {0,8}[=+@＝＋－＠-])")
+
+
 def _csv_row(row: JsonObject) -> list[str]:
     values = []
     for name in AUDIT_COLUMNS:
@@ -17178,8 +17354,7 @@ def _csv_row(row: JsonObject) -> list[str]:
         if name.lower().endswith("at") and value:
             value = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(value / 1000))
         values.append(str(value))
-    # A spreadsheet would run a cell that begins like a formula.
-    return [f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values]
+    return [FORMULA_START.sub("'", value) for value in values]
 
 
 def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
@@ -17187,7 +17362,7 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
     import csv
 
     text = io.StringIO()
-    writer = csv.writer(text)
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
     writer.writerow(AUDIT_COLUMNS)
     for rows in pages:
         writer.writerows(map(_csv_row, rows))
@@ -21694,12 +21869,17 @@ class OperatorClient:
             self._ws.send(message)
 
     def _send_text(self, text: str) -> None:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            # On the wire it would be `?`, which a shell takes for any character.
-            near = text[max(0, error.start - 40) : error.end + 40]
-            raise UsageError(f"{near!r} is not UTF-8, and cannot be sent") from error
+        escaped = re.search("[\ud800-\udfff]", text)
+        if escaped is not None:
+            # Bytes as they were typed, in a locale that knows only ASCII.  What is not
+            # UTF-8 would be `?` on the wire, which a shell takes for any character.
+            try:
+                text = text.encode("utf-8", "surrogateescape").decode("utf-8")
+            except UnicodeError as error:
+                near = text[max(0, escaped.start() - 40) : escaped.end() + 40]
+                raise UsageError(
+                    f"{near!r} is not UTF-8, and cannot be sent"
+                ) from error
         self._ws.send(text)
 
     def _connect(self, api_key: str) -> None:
@@ -22655,6 +22835,10 @@ class RunningGateway:
     def sign_in_link(self) -> str:
         return f"{self.url}/#key={self._key}"
 
+    def one_time_link(self) -> str:
+        """Return a link that signs in one browser, within ten minutes."""
+        return f"{self.url}/#key={self._access.sign_ins.one_time_key(self._key)}"
+
     def keep_house(self) -> None:
         """Delete what is old enough, and renew what is about to expire."""
         self._access.purge()
@@ -22813,6 +22997,26 @@ def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
         str(row.get(column) or "-") if isinstance(column, str) else column(row)
         for column in columns.values()
     ]
+
+
+ESCAPE = "moltis-escape"  # error handler for encodings
+
+
+def escape_unencodable(error: UnicodeError) -> tuple[str, int]:
+    """Spell characters that the terminal's encoding lacks as JSON spells them."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def prepare_streams() -> None:
+    """Make the standard streams usable, whatever the locale and who started us."""
+    codecs.register_error(ESCAPE, escape_unencodable)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed when we were started
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ESCAPE)
 
 
 class Output:
@@ -23197,8 +23401,8 @@ def open_sign_in(
 ) -> tempfile.TemporaryDirectory[str]:
     """Open the browser with a private file that leads to `link`; return its directory.
 
-    Every user of this machine can read the arguments of a program, and the link holds
-    the operator key.  Raises BadConfiguration.
+    Every user of this machine can read the arguments of a program; the file may outlive
+    us, but not its one-time link.  Raises BadConfiguration.
     """
     import tempfile
     import webbrowser
@@ -23241,7 +23445,8 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
             demo = start_demo_node(context.environ, running)
             stack.callback(close_together, demo.close, running.close)
         if args.open:
-            stack.enter_context(open_sign_in(running.sign_in_link, context.inherited))
+            link = running.one_time_link()
+            stack.enter_context(open_sign_in(link, context.inherited))
         stop.wait()
         context.output.say("stopping")
     return EXIT_OK
@@ -23745,12 +23950,6 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
     return first
 
 
-def connected_nodes(feed: JobFeed) -> dict[str, str]:
-    """Return the names of all connected nodes by id."""
-    listed = feed.client.call("node.list", {})
-    return {n["nodeId"]: n["displayName"] for n in listed if n["connected"]}
-
-
 def without_name(name: str, text: str) -> str:
     """Return `text` about `name` without the name before it."""
     for after in (": ", " is "):
@@ -23837,22 +24036,23 @@ class Waiting:
             )
 
 
+MAX_LABELLED_LINE = 4 * 1024 * 1024  # bytes; a longer line of several jobs is broken
+# A lone carriage return would let the next text overwrite the label.
+LINE_END = re.compile(rb"\n|\r(?=[^\r\n])")
+
+
 class StreamPrinter:
     """One output stream of one of several jobs, each line with its label."""
 
     def __init__(self, file: Any, label: bytes) -> None:
         self._file = file
         self._label = label
-        self._line = b""  # begun; past MAX_LOG_MESSAGE it is printed as it is
+        self._line = bytearray()  # begun
 
     def write(self, data: bytes) -> None:
         """Raises BrokenPipeError."""
         if self._label:
-            *lines, self._line = (self._line + data).split(b"\n")
-            if len(self._line) > MAX_LOG_MESSAGE:
-                lines.append(self._line)
-                self._line = b""
-            data = b"".join(self._label + line + b"\n" for line in lines)
+            data = b"".join(self._label + line + b"\n" for line in self._lines(data))
         self._file.write(data)
         self._file.flush()
 
@@ -23860,6 +24060,26 @@ class StreamPrinter:
         if self._line:
             with contextlib.suppress(BrokenPipeError):
                 self.write(b"\n")
+
+    def _lines(self, data: bytes) -> Iterator[bytes]:
+        """Yield the lines that `data` ends; each state of a progress bar is one."""
+        if self._line.endswith(b"\r"):  # the next byte says what it is
+            data = b"\r" + data
+            del self._line[-1:]
+        start = 0
+        for end in LINE_END.finditer(data):
+            self._line += data[start : end.start()]
+            start = end.end()
+            if self._line or end[0] == b"\n":
+                yield bytes(self._line)
+                self._line.clear()
+        self._line += data[start:]
+        while len(self._line) > MAX_LABELLED_LINE:
+            cut = MAX_LABELLED_LINE
+            while self._line[cut] & 0xC0 == 0x80 and cut > MAX_LABELLED_LINE - 4:
+                cut -= 1  # to where a character begins
+            yield bytes(self._line[:cut])
+            del self._line[:cut]
 
 
 EXIT_STATUSES: Mapping[str, int] = {
@@ -23931,7 +24151,9 @@ class JobTerminal:
         }
 
     def _label(self, job: FollowedJob) -> bytes:
-        return f"{job.name} | ".encode() if len(self._jobs) > 1 else b""
+        if len(self._jobs) == 1:
+            return b""
+        return f"{job.name} | ".encode(sys.stdout.encoding or "utf-8", ESCAPE)
 
     def execute(self, *, feeds: bool) -> int:
         """Return the exit status of `node exec`; an interrupt cancels its jobs.
@@ -24088,7 +24310,10 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
         spec["cwd"] = args.cwd
     request = {"work": "run", "spec": spec}
     with JobFeed(partial(operator_client, args, context)) as feed:
-        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
+        nodes = distinct_nodes(args.nodes, feed)
+        if args.all:  # those that are away as well: the recap and the status say so
+            listed = feed.client.call("node.list", {})
+            nodes = {node["nodeId"]: node["displayName"] for node in listed}
         if args.stdin and len(nodes) > 1:
             raise UsageError("--stdin feeds one node")
         if args.detach:
@@ -24183,7 +24408,9 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
     client = LastingClient(partial(operator_client, args, context))
     with contextlib.closing(client):
         # Not with `for line in sys.stdin`, which reads ahead and answers late.
-        McpServer(client, context.output.answer).serve(iter(sys.stdin.readline, ""))
+        lines = iter(sys.stdin.buffer.readline, b"")  # MCP is UTF-8 in any locale
+        server = McpServer(client, context.output.answer)
+        server.serve(line.decode("utf-8", "replace") for line in lines)
     return EXIT_OK
 
 
@@ -24462,19 +24689,38 @@ def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
             context.output.say("")
 
 
+APPROVAL_ANSWERS: Mapping[str, str] = {
+    "y": "approve",
+    "yes": "approve",
+    "n": "deny",
+    "no": "deny",
+    "a": "always",
+    "always": "always",
+}
+
+
+def drop_typed_input() -> None:
+    """Discard what was typed and not read yet: it answers no question that follows."""
+    import termios
+
+    with contextlib.suppress(termios.error):
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
+
+
 def ask_approval(output: Output, command: JsonObject) -> str:
     where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
     lines = visible(command["command"]).replace("\n", "\n    ")
     aside = " in the background" if command.get("background") else ""
     output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
-    answers = {"y": "approve", "n": "deny", "a": "always"}
+    drop_typed_input()
     while True:
         sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
         sys.stderr.flush()
         line = sys.stdin.readline()
-        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
-        if answer is not None:
-            return answer
+        if not line:
+            return "deny"
+        if line.strip().lower() in APPROVAL_ANSWERS:
+            return APPROVAL_ANSWERS[line.strip().lower()]
 
 
 def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
@@ -24506,7 +24752,10 @@ def cmd_chat(args: argparse.Namespace, context: Context) -> int:
         if args.message is not None:
             return terminal.turn(args.message)
         if sys.stdin is not None and not sys.stdin.isatty():
-            return terminal.turn(sys.stdin.read(MAX_BODY))
+            text = sys.stdin.buffer.read(MAX_BODY).decode("utf-8", "surrogateescape")
+            if model != SHELL_ID and text.startswith("!"):
+                text = f" {text}"  # a command is only what a person has written
+            return terminal.turn(text)
         return chat_prompt(terminal, context)
 
 
@@ -24785,7 +25034,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "moltis node exec pi -- 'df -h / | tail -1'",
         (
             arg("nodes NODE", "name or id", nargs="*"),
-            arg("--all", "on all connected nodes"),
+            arg("--all", "on all nodes; those that are offline count as failed"),
             arg("--timeout S", "in seconds", type=float),
             arg("--cwd DIR", "where to run it, on the node"),
             arg("--stdin", "feed it our standard input"),
@@ -24909,9 +25158,7 @@ def run_subcommand(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # it was closed when we were started
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     restart_from_bytecode(arguments)
     command: list[str] = []
