@@ -25119,7 +25119,9 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
                 group, help=GROUPS[group], **help_options(f"moltis {group} list")
             )
             groups[group] = above.add_subparsers(
-                metavar="SUBCOMMAND", required=group not in SUBCOMMANDS
+                metavar="SUBCOMMAND",
+                required=group in GROUPS,
+                help=None if group in GROUPS else "without one: the action above",
             )
         parsers[name] = SUBCOMMANDS[name].add_to(groups[group], last)
     return parser
