@@ -16447,6 +16447,33 @@ class Rpc:
 # --- Nodes ---
 
 
+REPORT_BURST = 10  # reports of a node at once; more are dropped, the next one tells
+REPORT_PAUSE = 1.0  # s after which it may send one more
+
+
+class Allowance:
+    """How often somebody may do something: a few at once, then one per pause."""
+
+    def __init__(
+        self,
+        burst: int,
+        pause: float,  # s
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._burst, self._pause, self._clock = burst, pause, clock
+        self._left, self._at = float(burst), clock()
+
+    def take(self) -> bool:
+        """Return whether it may be done now; for one thread."""
+        now = self._clock()
+        self._left = min(self._burst, self._left + (now - self._at) / self._pause)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
 class NodePeer:
     """The WebSocket of a node of ours: a NodeLink for Jobs."""
 
@@ -16461,6 +16488,7 @@ class NodePeer:
         self._ws = ws
         self._fleet = fleet
         self._jobs = jobs
+        self._reports = Allowance(REPORT_BURST, REPORT_PAUSE)
 
     def check(self, work: str, spec: JsonObject) -> None:
         """Raises RpcError for work that this node cannot do."""
@@ -16537,7 +16565,8 @@ class NodePeer:
         if request.method != NODE_EVENT:
             # A device token is no operator's key, whatever role its owner asked for.
             raise RpcError("FORBIDDEN", f"a node may not call {request.method[:100]!r}")
-        if required(request.params, "event", str) == NODE_TELEMETRY:
+        event = required(request.params, "event", str)
+        if event == NODE_TELEMETRY and self._reports.take():
             self._fleet.report(node, required(request.params, "payload", dict))
         return {}
 
@@ -16560,7 +16589,7 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
     if problem is not None:
         timed_out = str(problem).startswith(MOLTIS_TIMEOUT)
         state = JobState.TIMED_OUT if timed_out else JobState.FAILED
-        return Ending(state, reason=clip(str(problem), MAX_REASON))
+        return Ending(state, reason=clip(visible(str(problem)), MAX_REASON))
     if work != "run":
         return Ending(JobState.DONE, result=result)
     state = JobState.DONE
@@ -16573,7 +16602,7 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
         with contextlib.suppress(ValueError):
             name = signal.Signals(name).name
     if isinstance(name, str):
-        return Ending(state, signal=name)
+        return Ending(state, signal=printable(name, 40))
     code = required(result, "exitCode", int)
     # Windows has exit codes of 32 bits.
     return Ending(state, code if -(2**31) <= code < 2**32 else -1)
