@@ -7127,6 +7127,7 @@ GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU fir
 MAX_HOME_ENTRIES = 2000  # of a home directory; programs do not see the rest
 SYSCTL_TIMEOUT = 2.0  # s; a reading waits for it
 MAX_LISTED = 256  # entries of one list in a report; the rest is dropped
+MAX_REPORTED_PROVIDERS = 32  # each with MAX_LISTED models; the rest is dropped
 MAX_LABEL = 200  # characters of one name in a report; the rest is cut off
 MAX_NUMBER = 2**63 - 1  # neither SQLite nor a Moltis peer takes a greater one
 MAX_MEMORY_LIMIT = 2**62  # bytes; cgroups of v1 without a limit say more
@@ -7224,7 +7225,7 @@ def _gpu_list(value: Any) -> tuple[Gpu, ...]:
 def _provider_list(value: Any) -> tuple[Provider, ...]:
     return tuple(
         Provider(_label(entry["provider"]), _labels(entry.get("models", [])))
-        for entry in _items(value)
+        for entry in _items(value)[:MAX_REPORTED_PROVIDERS]
     )
 
 
@@ -13664,6 +13665,10 @@ def check_arguments(call: ToolCall, specs: Sequence[ToolSpec]) -> JsonObject:
     return {k: v for k, v in call.arguments.items() if v is not None}
 
 
+MAX_GPU_NAME = 60  # characters in a prompt; "NVIDIA RTX PRO 6000 Blackwell …" has 55
+MAX_GPU_KINDS = 4  # of one machine in a prompt; the rest is counted
+
+
 def describe_node(view: JsonObject) -> str:
     """Return one line on a machine of `node.list`, for a model."""
     telemetry = view.get("telemetry") or {}
@@ -13681,9 +13686,14 @@ def describe_node(view: JsonObject) -> str:
         if telemetry.get(total) and telemetry.get(free) is not None:
             sizes = format_bytes(telemetry[free]), format_bytes(telemetry[total])
             parts.append(f"{name} {sizes[0]} free of {sizes[1]}")
-    gpus = [str(gpu.get("name")) for gpu in telemetry.get("gpus") or ()]
-    if gpus:
-        parts.append("GPU " + " + ".join(gpus))
+    gpus = collections.Counter(
+        str(gpu.get("name"))[:MAX_GPU_NAME] for gpu in telemetry.get("gpus") or ()
+    )
+    for gpu, count in itertools.islice(gpus.items(), MAX_GPU_KINDS):
+        # Quoted: these are the node's words, which a model must not take for ours.
+        parts.append(f"{count} × GPU {to_json(gpu)}")
+    if len(gpus) > MAX_GPU_KINDS:
+        parts.append(f"{len(gpus) - MAX_GPU_KINDS} other kinds of GPU")
     name = f"{view['displayName']} ({view['nodeId']})"
     return ": ".join(filter(None, (name, ", ".join(parts))))
 
@@ -16476,6 +16486,33 @@ class Rpc:
 # --- Nodes ---
 
 
+REPORT_BURST = 10  # reports of a node at once; more are dropped, the next one tells
+REPORT_PAUSE = 1.0  # s after which it may send one more
+
+
+class Allowance:
+    """How often somebody may do something: a few at once, then one per pause."""
+
+    def __init__(
+        self,
+        burst: int,
+        pause: float,  # s
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._burst, self._pause, self._clock = burst, pause, clock
+        self._left, self._at = float(burst), clock()
+
+    def take(self) -> bool:
+        """Return whether it may be done now; for one thread."""
+        now = self._clock()
+        self._left = min(self._burst, self._left + (now - self._at) / self._pause)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
 class NodePeer:
     """The WebSocket of a node of ours: a NodeLink for Jobs."""
 
@@ -16490,6 +16527,7 @@ class NodePeer:
         self._ws = ws
         self._fleet = fleet
         self._jobs = jobs
+        self._reports = Allowance(REPORT_BURST, REPORT_PAUSE)
 
     def check(self, work: str, spec: JsonObject) -> None:
         """Raises RpcError for work that this node cannot do."""
@@ -16566,7 +16604,8 @@ class NodePeer:
         if request.method != NODE_EVENT:
             # A device token is no operator's key, whatever role its owner asked for.
             raise RpcError("FORBIDDEN", f"a node may not call {request.method[:100]!r}")
-        if required(request.params, "event", str) == NODE_TELEMETRY:
+        event = required(request.params, "event", str)
+        if event == NODE_TELEMETRY and self._reports.take():
             self._fleet.report(node, required(request.params, "payload", dict))
         return {}
 
@@ -16589,7 +16628,7 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
     if problem is not None:
         timed_out = str(problem).startswith(MOLTIS_TIMEOUT)
         state = JobState.TIMED_OUT if timed_out else JobState.FAILED
-        return Ending(state, reason=clip(str(problem), MAX_REASON))
+        return Ending(state, reason=clip(visible(str(problem)), MAX_REASON))
     if work != "run":
         return Ending(JobState.DONE, result=result)
     state = JobState.DONE
@@ -16602,7 +16641,7 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
         with contextlib.suppress(ValueError):
             name = signal.Signals(name).name
     if isinstance(name, str):
-        return Ending(state, signal=name)
+        return Ending(state, signal=printable(name, 40))
     code = required(result, "exitCode", int)
     # Windows has exit codes of 32 bits.
     return Ending(state, code if -(2**31) <= code < 2**32 else -1)
