@@ -935,7 +935,7 @@ def _read_to_end(
     """Return whether both pipes of a program ended in time, and their output."""
     import selectors
 
-    output = {pipe.fileno(): b"" for pipe in pipes}
+    output = {pipe.fileno(): bytearray() for pipe in pipes}
     with selectors.DefaultSelector() as selector:
         for descriptor in output:
             selector.register(descriptor, selectors.EVENT_READ)
@@ -947,7 +947,7 @@ def _read_to_end(
                     selector.unregister(key.fd)
             if sum(map(len, output.values())) > MAX_PROGRAM_OUTPUT:
                 break
-        stdout, stderr = output.values()
+        stdout, stderr = map(bytes, output.values())
         return not selector.get_map(), stdout, stderr
 
 
@@ -1088,6 +1088,9 @@ def _idna_2008(name: str) -> str:
     )
 
 
+MAX_HOST_NAME = 253  # characters (RFC 1035 §2.3.4)
+
+
 def ascii_host(host: str) -> str:
     """Return a host's name as DNS, TLS and HTTP have it (RFC 3490).
 
@@ -1096,6 +1099,8 @@ def ascii_host(host: str) -> str:
     """
     if host.isascii():
         return host
+    if len(host) > MAX_HOST_NAME:  # older Pythons take the square of it to convert it
+        raise UsageError(f"{host[:40]!r}… is not an address: no host's name is so long")
     try:
         name = host.encode("idna").decode("ascii").lower()
         modern = _idna_2008(host)
@@ -1826,7 +1831,9 @@ def runs_long(arguments: Sequence[str]) -> bool:
     first, second = (*arguments, "", "")[:2]
     if first == "node":
         return second == "run" or (second == "add" and "--foreground" in arguments)
-    return first in ("gateway", "chat", "mcp")
+    if first == "gateway":
+        return second not in ("backup", "restore")
+    return first in ("chat", "mcp")
 
 
 def _anonymous_file() -> IO[bytes]:
@@ -2263,14 +2270,13 @@ def check_upgraded(head: bytes, key: str) -> None:
     found = re.fullmatch(STATUS_LINE, status)
     if found is None:
         raise HandshakeError(502, "the answer is not HTTP")
-    fields: dict[str, str] = {}
+    values: dict[str, list[str]] = {}
     for line in lines:
         name, colon, value = line.partition(":")
         if not colon or not re.fullmatch(HTTP_TOKEN, name):
             raise HandshakeError(502, "the answer has a malformed header")
-        known = fields.get(name.lower())
-        value = value.strip(" \t")
-        fields[name.lower()] = value if known is None else f"{known}, {value}"
+        values.setdefault(name.lower(), []).append(value.strip(" \t"))
+    fields = {name: ", ".join(found) for name, found in values.items()}
     if found[1] != "101":
         by = f" (from {fields['server']})" if fields.get("server") else ""
         reason = f"HTTP {found[1]} {found[2] or ''}".rstrip()
@@ -3382,7 +3388,7 @@ def parse_if_inet6(text: str) -> set[str]:
 
 def parse_ifconfig(text: str) -> set[str]:
     """Return the addresses in the output of macOS' `ifconfig`."""
-    found = re.findall(r"^\s+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
+    found = re.findall(r"^[ \t]+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
     return {a for a in found if not a.lower().startswith("fe80:")}
 
 
@@ -4500,7 +4506,29 @@ LINE_PAUSE = 0.002  # s that the outputs are left alone after two small reads
 LINE_CHUNK = 4096  # bytes; a read of fewer is small
 READ_PAGES = 15 * 4096  # bytes of one read; all 64 KiB of a full pipe exceed a frame
 
+USUAL_PLACES = (  # of programs, from the home directory on
+    ".local/bin",
+    "bin",
+    ".cargo/bin",
+    "go/bin",
+    "/usr/local/bin",
+    "/usr/local/go/bin",
+    "/opt/homebrew/bin",
+    "/opt/local/bin",
+    "/snap/bin",
+    "/usr/lib/wsl/lib",
+    "/usr/bin",
+    "/bin",
+    "/usr/local/sbin",
+    "/usr/sbin",
+    "/sbin",
+)
+
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
+LOCALE_VARIABLE = (  # locale(7); others, as LC_TERMINAL, are no business of setlocale()
+    r"LANG|LC_(ALL|CTYPE|COLLATE|MESSAGES|MONETARY|NUMERIC|TIME"
+    r"|ADDRESS|IDENTIFICATION|MEASUREMENT|NAME|PAPER|TELEPHONE)"
+)
 FORWARDED_VALUE = r"(?a)[\w.,:@+/= -]{0,256}"  # nothing that a shell runs
 
 
@@ -4518,18 +4546,52 @@ def filter_environment(env: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def command_environment(
-    environ: Mapping[str, str], forwarded: Mapping[str, Any] = NOTHING
-) -> dict[str, str]:
-    """Return the environment of a command: the node user's, without our secrets."""
+def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of commands: the node user's, without our secrets.
+
+    PATH has the user's usual directories at its end, as far as they exist: a service
+    is started with a bare PATH, or with none (launchd).
+    """
     env = {
         name: value
         for name, value in environ.items()
         if not name.startswith("MOLTIS_") and name not in SECRET_VARIABLES
     }
-    # Filtered here as well: a node does not rely on its gateway's filter.
-    env.update(filter_environment(forwarded))
+    home = environ.get("HOME") or os.path.expanduser("~")
+    given = environ.get("PATH") or os.defpath
+    usual = filter(os.path.isdir, (os.path.join(home, p) for p in USUAL_PLACES))
+    known = given.split(os.pathsep)
+    env["PATH"] = os.pathsep.join([given, *(p for p in usual if p not in known)])
     return env
+
+
+def _locale_key(name: str) -> str:
+    """Return a locale's name as the C library compares it: `de_DE.utf8`."""
+    language, dot, rest = name.partition(".")
+    charset, at, modifier = rest.partition("@")
+    return language + dot + re.sub("[^a-z0-9]", "", charset.lower()) + at + modifier
+
+
+@functools.lru_cache(maxsize=None)
+def _installed_locales() -> frozenset[str]:
+    """Return this system's locales; none where the C library takes any name (musl)."""
+    listed = run_program(["locale", "-a"], {"PATH": os.defpath}, timeout=KILL_AFTER)
+    names = listed.text.split() if listed.status == 0 else []
+    return frozenset(map(_locale_key, names))
+
+
+def usable_here(env: Mapping[str, str]) -> dict[str, str]:
+    """Return forwarded variables without locales that this system lacks.
+
+    Programs would warn of them, and use none at all.
+    """
+    locales = {name for name in env if re.fullmatch(LOCALE_VARIABLE, name)}
+    installed = _installed_locales() if locales else ()
+    return {
+        name: value
+        for name, value in env.items()
+        if name not in locales or not installed or _locale_key(value) in installed
+    }
 
 
 class CommandSpec(Value):
@@ -5314,7 +5376,7 @@ class Command:
             self._group = ProcessGroup(
                 self.spec.command.encode("utf-8"),
                 cwd=cwd,
-                env={**self._environ, **filter_environment(self.spec.env)},
+                env={**self._environ, **usable_here(self.spec.env)},
                 stdin=self.spec.stdin,
                 inherited=self._inherited,
             )
@@ -5589,6 +5651,7 @@ MODEL_LIST_LIFETIME = 600.0  # s that a provider's list of models is remembered
 MODEL_LIST_RETRY = 30.0  # s; after a provider failed: an Ollama may start later
 MAX_MODEL_LINE = 16 * 1024 * 1024  # bytes; a longer one ends the answer
 MAX_MODEL_ANSWER = 64 * 1024 * 1024  # bytes as received; a longer one is an error
+MAX_EARLY_PARSING = 1_000_000  # characters of a tool call that is not complete yet
 MAX_MODEL_REPLY = 16 * 1024 * 1024  # bytes of a list or an error that are read
 ANTHROPIC_VERSION = "2023-06-01"
 ANTHROPIC_MAX_TOKENS = 16384  # of one answer; a required parameter
@@ -5801,6 +5864,8 @@ def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         if message.role == "tool" or (empty and not message.tool_calls):
             continue
         settled.append(message)
+        if not message.tool_calls:
+            continue
         results = _results_after(messages, position)
         for call in message.tool_calls:
             missing = ChatMessage(
@@ -5886,16 +5951,36 @@ class PartialCall:
         self.id = call_id
         self.given_id = given_id  # by the server; perhaps empty, or not unique
         self.name = name
-        self.arguments: object = ""
+        self._pieces: list[str] = []  # of JSON text
+        self._value: object = None  # in place of them
+        self._tried = 0  # characters that were parsed too early
 
     def add(self, arguments: object) -> None:
-        if isinstance(arguments, str) and isinstance(self.arguments, str):
-            self.arguments += arguments
-        elif arguments:
-            self.arguments = arguments
+        """Append a piece of JSON text, or replace it by a value; text replaces that."""
+        if not arguments:
+            return
+        if isinstance(arguments, str):
+            self._pieces.append(arguments)
+            self._value = None
+        else:
+            self._pieces.clear()
+            self._value = arguments
+
+    @property
+    def has_arguments(self) -> bool:
+        return bool(self._value or self._pieces)
+
+    def is_whole(self) -> bool:
+        """Return whether its arguments are complete JSON."""
+        if self._tried > MAX_EARLY_PARSING:
+            return False
+        call = self.finished()
+        self._tried += len(call.malformed)
+        return self.has_arguments and not call.malformed
 
     def finished(self) -> ToolCall:
-        return read_tool_call(self.id, self.name, self.arguments)
+        arguments = self._value or "".join(self._pieces)
+        return read_tool_call(self.id, self.name, arguments)
 
 
 class AnswerReader:
@@ -5912,6 +5997,8 @@ class AnswerReader:
         self._model_id = model_id
         self._refused = False
         self._text: list[str] = []
+        self._thoughts: dict[str, list[str]] = {}  # by their field in provider_data
+        self._call_ids: set[str] = set()
         self._surrogate = ""  # the first half of a pair that was cut in two
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
@@ -5938,14 +6025,14 @@ class AnswerReader:
         """Yield a piece of thinking; `keep_as` names its field in what goes back."""
         if text:
             if keep_as:
-                before = self.provider_data.get(keep_as, "")
-                self.provider_data[keep_as] = before + text
+                self._thoughts.setdefault(keep_as, []).append(text)
             yield Delta("thinking", text)
 
     def open_call(self, given_id: str, name: str) -> PartialCall:
         # Servers omit ids, or give all calls of an answer the same.
-        taken = not given_id or any(call.id == given_id for call in self.calls)
+        taken = not given_id or given_id in self._call_ids
         call = PartialCall(new_call_id() if taken else given_id, given_id, name)
+        self._call_ids.add(call.id)
         self.calls.append(call)
         return call
 
@@ -5960,7 +6047,8 @@ class AnswerReader:
 
         Raises ModelError for an answer without a word.
         """
-        data = self.provider_data
+        thoughts = {name: "".join(texts) for name, texts in self._thoughts.items()}
+        data = {**thoughts, **self.provider_data}
         calls = [] if self.reason in CUT_SHORT else self.calls
         if self.reason == "error":
             raise ModelError(
@@ -6060,17 +6148,18 @@ class OpenAiAnswer(AnswerReader):
         call = self._slots.get(slot)
         if call is None or self._opens_another(call, given_id, name):
             self._slots[slot] = call = self.open_call(given_id, name)
-        elif not call.arguments and name != call.name:
+        elif not call.has_arguments and name != call.name:
             call.name += name  # it may come in pieces, and before the id
         if not call.given_id and given_id:
-            taken = any(other.id == given_id for other in self.calls)
-            call.given_id, call.id = given_id, call.id if taken else given_id
+            call.given_id = given_id
+            call.id = call.id if given_id in self._call_ids else given_id
+            self._call_ids.add(call.id)
         return call
 
     def _opens_another(self, call: PartialCall, given_id: str, name: str) -> bool:
         if call.given_id and given_id:
             return bool(name) and given_id != call.given_id
-        return bool(name and call.arguments and not call.finished().malformed)
+        return bool(name) and call.is_whole()
 
 
 class ResponsesAnswer(AnswerReader):
@@ -6127,6 +6216,7 @@ class AnthropicAnswer(AnswerReader):
     def __init__(self, model_id: str) -> None:
         super().__init__(model_id)
         self._blocks: dict[int, JsonObject] = {}
+        self._pieces: dict[tuple[int, str], list[str]] = {}  # by block and field
         self._inputs: dict[int, PartialCall] = {}
         self._whole: list[JsonObject] = []  # the blocks that have ended
 
@@ -6172,18 +6262,22 @@ class AnthropicAnswer(AnswerReader):
         yield from self.say(pick(block, "text", str))
 
     def _take_delta(self, index: int, delta: JsonObject) -> Iterator[ModelEvent]:
-        block = self._blocks.setdefault(index, {})
+        self._blocks.setdefault(index, {})
         if index in self._inputs:
             self._inputs[index].add(pick(delta, "partial_json", str))
         for name in ("text", "thinking", "signature"):
             piece = pick(delta, name, str)
             if piece:
-                block[name] = pick(block, name, str) + piece
+                self._pieces.setdefault((index, name), []).append(piece)
         yield from self.think(pick(delta, "thinking", str))
         yield from self.say(pick(delta, "text", str))
 
     def _close_block(self, index: int) -> None:
         block = self._blocks.pop(index, {})
+        for name in ("text", "thinking", "signature"):
+            pieces = self._pieces.pop((index, name), None)
+            if pieces:
+                block[name] = "".join([pick(block, name, str), *pieces])
         if index in self._inputs:
             call = self._inputs.pop(index).finished()
             name = call_name(call.name)
@@ -7079,30 +7173,15 @@ class ModelCatalog:
 INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
 VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
 GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
+MAX_HOME_ENTRIES = 2000  # of a home directory; programs do not see the rest
 SYSCTL_TIMEOUT = 2.0  # s; a reading waits for it
 MAX_LISTED = 256  # entries of one list in a report; the rest is dropped
+MAX_REPORTED_PROVIDERS = 32  # each with MAX_LISTED models; the rest is dropped
 MAX_LABEL = 200  # characters of one name in a report; the rest is cut off
 MAX_NUMBER = 2**63 - 1  # neither SQLite nor a Moltis peer takes a greater one
+MAX_MEMORY_LIMIT = 2**62  # bytes; cgroups of v1 without a limit say more
 MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is noise
-USUAL_PLACES = (  # of programs, from the home directory
-    ".local/bin",
-    "bin",
-    ".cargo/bin",
-    "go/bin",
-    "/usr/local/bin",
-    "/usr/local/go/bin",
-    "/opt/homebrew/bin",
-    "/opt/local/bin",
-    "/snap/bin",
-    "/usr/lib/wsl/lib",
-    "/usr/bin",
-    "/bin",
-    "/usr/local/sbin",
-    "/usr/sbin",
-    "/sbin",
-)
-
-_VERSION = r"(\d+\.\d+[\w.+-]*)"
+_VERSION = r"(?<!\d)(\d+\.\d+[\w.+-]*)"
 # Programs that run others' programs: how to ask for the version, and where it stands.
 RUNTIMES: Mapping[str, tuple[str, str]] = {
     "python3": ("--version", _VERSION),
@@ -7119,10 +7198,10 @@ MACOS_STUBS: Mapping[str, str] = {
 }
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
-_NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d+)"
-_BOOT_TIME = r"(?m)^kern\.boottime\b\D*sec = (\d+)"
+_NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d{1,30})\b"
+_BOOT_TIME = r"(?m)^kern\.boottime\b[^\d\n]*sec = (\d+)"
 _VM_STAT_PAGE = r"page size of (\d+) bytes"
-_GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d+)|\[.*\]) *$"
+_GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d{1,12})|\[.*\]) *\r?$"
 
 
 # -- what a report says --------------------------------------------------------
@@ -7195,7 +7274,7 @@ def _gpu_list(value: Any) -> tuple[Gpu, ...]:
 def _provider_list(value: Any) -> tuple[Provider, ...]:
     return tuple(
         Provider(_label(entry["provider"]), _labels(entry.get("models", [])))
-        for entry in _items(value)
+        for entry in _items(value)[:MAX_REPORTED_PROVIDERS]
     )
 
 
@@ -7307,6 +7386,7 @@ class Vitals(Value):
     cpu_times: CpuTimes | None = None
     cpu_usage: float | None = None  # 0 to 100, from a system that does the sum itself
     temperature: float | None = None  # °C
+    cpu_limit: float | None = None  # cores, of a container
 
 
 def _read_text(path: Path) -> str:
@@ -7345,14 +7425,84 @@ def _linux_cpu_times(stat_text: str) -> CpuTimes | None:
     if len(words) < 5 or words[0] != "cpu":
         return None
     # user nice system idle iowait irq softirq steal; `user` holds the guests' time.
+    if not all(re.fullmatch(r"\d{1,20}", word) for word in words[1:9]):
+        return None
     ticks = [int(word) for word in words[1:9]]
     return CpuTimes(busy=sum(ticks) - sum(ticks[3:5]), total=sum(ticks))
+
+
+def _cgroups(root: Path) -> Iterator[Path]:
+    """Yield the cgroups of this process and those above them, v1 and v2."""
+    mounts = root / "sys/fs/cgroup"
+    for line in _read_text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        v1 = {controllers, *controllers.split(",")}
+        for name in v1 if controllers else ("", "unified"):
+            # Inside a container the path may be the one outside, which is not here.
+            parts = [part for part in path.split("/") if part not in ("", "..")]
+            for depth in range(len(parts), -1, -1):
+                yield mounts.joinpath(name, *parts[:depth])
+
+
+class CgroupLimits(Value):
+    """What a container, or a service, may use of its machine; None: all."""
+
+    memory: int | None = None  # bytes
+    memory_free: int | None = None  # bytes, below the tightest limit
+    cpus: float | None = None
+
+
+def _whole_number_in(path: Path) -> int | None:
+    text = _read_text(path).strip()
+    return int(text) if re.fullmatch(r"\d{1,20}", text) else None
+
+
+def _read_cgroup(group: Path) -> CgroupLimits:
+    """Return the limits of one cgroup: v2's cpu.max and memory.max, or those of v1."""
+    memory = free = None
+    for limit_file, usage_file, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit = _whole_number_in(group / limit_file)
+        used = _whole_number_in(group / usage_file)
+        if limit is not None and limit < MAX_MEMORY_LIMIT:
+            memory = limit
+            if used is not None:
+                # The kernel gives files that were not used lately back at once.
+                found = re.search(
+                    rf"(?m)^{cache} (\d{{1,20}})$", _read_text(group / "memory.stat")
+                )
+                free = max(0, limit - used + (int(found[1]) if found else 0))
+                free = min(free, limit)
+    quota, _, period = _read_text(group / "cpu.max").strip().partition(" ")
+    if not quota:
+        quota = _read_text(group / "cpu.cfs_quota_us").strip()
+        period = _read_text(group / "cpu.cfs_period_us").strip()
+    shares = _first_number(quota), _first_number(period)
+    cpus = shares[0] / shares[1] if shares[0] and shares[1] and shares[0] > 0 else None
+    return CgroupLimits(memory, free, cpus)
+
+
+def read_cgroup_limits(root: Path = Path("/")) -> CgroupLimits:
+    """Return the tightest limits of all cgroups that this process is in."""
+    limits = [_read_cgroup(group) for group in _cgroups(root)]
+    tightest = {
+        name: min(
+            (v for v in (getattr(one, name) for one in limits) if v), default=None
+        )
+        for name in ("memory", "cpus")
+    }
+    free = [one.memory_free for one in limits if one.memory_free is not None]
+    return CgroupLimits(**tightest, memory_free=min(free, default=None))
 
 
 class ProcProbe:
     """The vital signs of Linux, from /proc and /sys."""
 
     def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
         self._proc = root / "proc"
         zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
         # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
@@ -7365,12 +7515,18 @@ class ProcProbe:
 
     def read(self) -> Vitals:
         total, available = _linux_memory(_read_text(self._proc / "meminfo"))
+        limits = read_cgroup_limits(self._root)
+        if total is not None and limits.memory is not None and limits.memory < total:
+            total = limits.memory
+        if available is not None and limits.memory_free is not None:
+            available = min(available, limits.memory_free)
         return Vitals(
             mem_total=total,
             mem_available=available,
             uptime_secs=_first_number(_read_text(self._proc / "uptime")),
             cpu_times=_linux_cpu_times(_read_text(self._proc / "stat")),
             temperature=self._temperature(),
+            cpu_limit=limits.cpus,
         )
 
     def _temperature(self) -> float | None:
@@ -7386,22 +7542,19 @@ class ProcProbe:
         return None
 
 
-def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of a program: of the user's PATH, or of the usual places.
+def find_binary(name: str, environ: Mapping[str, str]) -> str | None:
+    """Return the path of a program that a command with this environment finds.
 
-    A service is started with a bare PATH, and the user's programs lie elsewhere.
     Raises RpcError INVALID_REQUEST unless `name` is a plain name.
     """
     if not name or len(name) > 255 or "/" in name or not name.isprintable():
         raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
-    directories = environ.get("PATH", os.defpath).split(os.pathsep)
-    home = environ.get("HOME") or os.path.expanduser("~")
-    usual = [os.path.join(home, place) for place in USUAL_PLACES]
-    # "" in PATH means the working directory; `join` leaves absolute places alone.
-    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
-    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
-    for path in (os.path.join(directory, name) for directory in absolute):
-        if os.path.isfile(path) and os.access(path, os.X_OK):
+    for directory in environ.get("PATH", os.defpath).split(os.pathsep):
+        # "" in PATH means the working directory.  As shutil.which(), but `shutil`
+        # brings bz2 and lzma along: 1.5 MiB at rest.
+        path = os.path.join(directory, name)
+        usable = os.path.isabs(directory) and os.path.isfile(path)
+        if usable and os.access(path, os.X_OK):
             return path
     return None
 
@@ -7413,26 +7566,54 @@ class ShortPrograms:
         self, environ: Mapping[str, str], cancel: Cancellation | None = None
     ) -> None:
         # The patterns for their answers are English.
-        self._environ = {**command_environment(environ, {}), "LC_ALL": "C"}
+        self._environ = {**command_environment(environ), "LC_ALL": "C"}
         self._cancel = cancel
         self._stuck: dict[str, int] = {}  # by path: the process that SIGKILL spared
 
     def find(self, name: str) -> str | None:
         return find_binary(name, self._environ)
 
-    def ask(self, path: str, *arguments: str, timeout: float) -> ProgramResult:
-        """Return how the program answered.  Raises Cancelled."""
+    def ask(
+        self, path: str, *arguments: str, timeout: float, home: str | None = None
+    ) -> ProgramResult:
+        """Return how the program answered, with another HOME maybe.
+
+        Raises Cancelled.
+        """
         # A program that waits for a broken driver cannot be killed: one is enough.
         if is_running(self._stuck.get(path, 0)):
             return ProgramResult(124)
         words = [path, *arguments]
+        environ = self._environ if home is None else {**self._environ, "HOME": home}
         result = run_program(
-            words, self._environ, timeout=timeout, cwd="/", cancel=self._cancel
+            words, environ, timeout=timeout, cwd="/", cancel=self._cancel
         )
         if result.survivor:
             log.warning("cannot kill program=%s pid=%d", path, result.survivor)
             self._stuck[path] = result.survivor
         return result
+
+    @contextlib.contextmanager
+    def home_of_links(self) -> Iterator[str]:
+        """Yield a home directory with all of the user's, where new files do not stay.
+
+        Asked for their version, rustup, pyenv, volta, asdf and others set up a
+        directory of theirs.
+        """
+        real = self._environ.get("HOME") or os.path.expanduser("~")
+        # Not `tempfile`: it brings `shutil` along.
+        name = f"moltis-home-{secrets.token_hex(8)}"
+        copy = os.path.join(self._environ.get("TMPDIR") or "/tmp", name)  # nosec B108
+        with contextlib.suppress(OSError):
+            os.mkdir(copy, 0o700)
+            with os.scandir(real) as entries:
+                for entry in itertools.islice(entries, MAX_HOME_ENTRIES):
+                    os.symlink(entry.path, os.path.join(copy, entry.name))
+        try:
+            yield copy
+        finally:
+            # `rm` does not follow links.
+            run_program(["rm", "-rf", copy], self._environ, timeout=VERSION_TIMEOUT)
 
 
 class MacProbe:
@@ -7601,8 +7782,8 @@ class Inventory:
             self._publish(Equipment(tuple(paths), providers=keys))
         ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancel)
         providers = keys if ollama is None else (ollama, *keys)
-        versions = self._ask_versions(paths)
-        self._publish(Equipment(tuple(paths), versions, self._ask_gpus(), providers))
+        runtimes, versions = self._ask_versions(paths)
+        self._publish(Equipment(runtimes, versions, self._ask_gpus(), providers))
 
     def _publish(self, equipment: Equipment) -> None:
         # After close() it is cut short, and looks like a machine that lost things.
@@ -7615,15 +7796,23 @@ class Inventory:
             except Exception:
                 log.exception("cannot report a change of the inventory")
 
-    def _ask_versions(self, paths: Mapping[str, str]) -> dict[str, str]:
-        versions = {}
-        for name, path in paths.items():
-            argument, pattern = RUNTIMES[name]
-            result = self._programs.ask(path, argument, timeout=VERSION_TIMEOUT)
-            found = re.search(pattern, result.text) if result.status == 0 else None
-            if found:
-                versions[name] = _label(found[1])
-        return versions
+    def _ask_versions(
+        self, paths: Mapping[str, str]
+    ) -> tuple[tuple[str, ...], dict[str, str]]:
+        """Return the programs that work, or are slow to answer, and their versions."""
+        working, versions = [], {}
+        with self._programs.home_of_links() as home:
+            for name, path in paths.items():
+                argument, pattern = RUNTIMES[name]
+                result = self._programs.ask(
+                    path, argument, timeout=VERSION_TIMEOUT, home=home
+                )
+                if result.status in (0, 124):
+                    working.append(name)
+                found = re.search(pattern, result.text) if result.status == 0 else None
+                if found:
+                    versions[name] = _label(found[1])
+        return tuple(working), versions
 
     def _ask_gpus(self) -> tuple[Gpu, ...]:
         path = self._programs.find("nvidia-smi")
@@ -7650,9 +7839,20 @@ def _read_disk() -> tuple[int | None, int | None]:
     for path in ("/", "/var", os.path.expanduser("~")):
         with contextlib.suppress(OSError):
             disk = os.statvfs(path)
-            if not disk.f_flag & os.ST_RDONLY:
+            if disk.f_blocks and not disk.f_flag & os.ST_RDONLY:
                 return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
     return None, None
+
+
+def usable_cpus(limit: float | None) -> int | None:
+    """Return how many cores programs get here; `limit`: of a container's quota."""
+    try:
+        count: int | None = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # macOS
+        count = os.cpu_count()
+    if count is None or limit is None:
+        return count
+    return max(1, min(count, math.ceil(limit)))
 
 
 class TelemetrySource:
@@ -7669,7 +7869,7 @@ class TelemetrySource:
         """Return how the machine is doing; from any thread, within about 6 s."""
         vitals = self._probe()
         claims = {**vars(vitals), **vars(self._inventory.equipment)}
-        claims["cpu_count"] = os.cpu_count()
+        claims["cpu_count"] = usable_cpus(vitals.cpu_limit)
         claims["disk_total"], claims["disk_available"] = _read_disk()
         with contextlib.suppress(OSError):
             claims["load"] = os.getloadavg()
@@ -7773,7 +7973,7 @@ class MachinePeer(Protocol):
 # runs the `$(…)` in an array's index, as in `${x[y]}` after `y=a['$''(…)']`.  `$NAME`
 # is harmless.
 SHELL_MARKS = r"[;&|`<>\n\r'\"\\#]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
-PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
+PATTERN_UNIT = r"(?s)\[!?\]?[^]]{0,255}\]|."
 
 
 def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
@@ -9958,6 +10158,43 @@ def _open_database(path: Path) -> sqlite3.Connection:
     return db
 
 
+def copy_database(source: Path, target: Path) -> None:
+    """Copy a gateway's database, in use or not, to the new private file `target`.
+
+    Raises UserError.
+    """
+    import sqlite3
+
+    try:
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError as error:
+        raise UserError(f"{target} exists; choose another name") from error
+    except OSError as error:
+        raise UserError(f"cannot make {target}: {error.strerror}") from error
+    try:
+        # `rw` makes no file, so that a wrong path is an error.
+        there = sqlite3.connect(f"{source.absolute().as_uri()}?mode=rw", uri=True)
+        with contextlib.closing(there), contextlib.closing(
+            sqlite3.connect(str(target))
+        ) as here:
+            found = there.execute("PRAGMA quick_check(1)").fetchone()[0]
+            version = there.execute("PRAGMA user_version").fetchone()[0]
+            if found != "ok":
+                raise UserError(f"{source} is damaged: {found}; take another backup")
+            if not min(MIGRATIONS) <= version <= max(MIGRATIONS):
+                raise UserError(
+                    f"{source} is no database of a gateway that this moltis "
+                    f"{__version__} knows; a newer moltis may have written it"
+                )
+            there.backup(here)
+            here.execute("PRAGMA journal_mode = DELETE")  # one file, without a WAL
+    except BaseException as error:
+        target.unlink()
+        if isinstance(error, sqlite3.Error):
+            raise UserError(_cannot_use_database(source, error)) from error
+        raise
+
+
 def _to_column(value: Any) -> Any:
     if isinstance(value, (tuple, list, dict, MappingProxyType)):
         return to_json(value)
@@ -11342,14 +11579,24 @@ class SignIns:
         self._door = door
         self._operators = operators
         self._logins = door.store.logins
+        # In memory only: on disk, say, such a code ends with this process.
+        self._one_time: dict[str, tuple[str, int]] = {}  # key, expiry in ms; by code
+
+    def one_time_key(self, key: str) -> str:
+        """Return a code that signs in one browser in place of an operator key."""
+        code = new_secret("mo_")
+        self._one_time[code] = key, self._door.now() + round(JOIN_CODE_LIFETIME * 1000)
+        return code
 
     def sign_in(self, key: str, address: str, user_agent: str) -> str:
-        """Return the secret of a browser's sign-in, made with an operator key.
+        """Return the secret of a sign-in, made with an operator key or one_time_key().
 
         Its first half is the cookie, the other one the page keeps.
         Raises RpcError UNAUTHORIZED, or RATE_LIMITED with `retry_after`.
         """
         refusal = AuditEvent.SIGN_IN_REFUSED
+        stands_for, expires_at = self._one_time.pop(key, (key, self._door.now()))
+        key = stands_for if expires_at >= self._door.now() else key
         caller = self._operators.admit_operator(key, address, refusal)
         now, secret = self._door.now(), new_secret("ms_") + new_secret("ms_")
         login = Login(
@@ -13469,6 +13716,10 @@ def check_arguments(call: ToolCall, specs: Sequence[ToolSpec]) -> JsonObject:
     return {k: v for k, v in call.arguments.items() if v is not None}
 
 
+MAX_GPU_NAME = 60  # characters in a prompt; "NVIDIA RTX PRO 6000 Blackwell …" has 55
+MAX_GPU_KINDS = 4  # of one machine in a prompt; the rest is counted
+
+
 def describe_node(view: JsonObject) -> str:
     """Return one line on a machine of `node.list`, for a model."""
     telemetry = view.get("telemetry") or {}
@@ -13486,9 +13737,14 @@ def describe_node(view: JsonObject) -> str:
         if telemetry.get(total) and telemetry.get(free) is not None:
             sizes = format_bytes(telemetry[free]), format_bytes(telemetry[total])
             parts.append(f"{name} {sizes[0]} free of {sizes[1]}")
-    gpus = [str(gpu.get("name")) for gpu in telemetry.get("gpus") or ()]
-    if gpus:
-        parts.append("GPU " + " + ".join(gpus))
+    gpus = collections.Counter(
+        str(gpu.get("name"))[:MAX_GPU_NAME] for gpu in telemetry.get("gpus") or ()
+    )
+    for gpu, count in itertools.islice(gpus.items(), MAX_GPU_KINDS):
+        # Quoted: these are the node's words, which a model must not take for ours.
+        parts.append(f"{count} × GPU {to_json(gpu)}")
+    if len(gpus) > MAX_GPU_KINDS:
+        parts.append(f"{len(gpus) - MAX_GPU_KINDS} other kinds of GPU")
     name = f"{view['displayName']} ({view['nodeId']})"
     return ": ".join(filter(None, (name, ", ".join(parts))))
 
@@ -16281,6 +16537,33 @@ class Rpc:
 # --- Nodes ---
 
 
+REPORT_BURST = 10  # reports of a node at once; more are dropped, the next one tells
+REPORT_PAUSE = 1.0  # s after which it may send one more
+
+
+class Allowance:
+    """How often somebody may do something: a few at once, then one per pause."""
+
+    def __init__(
+        self,
+        burst: int,
+        pause: float,  # s
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._burst, self._pause, self._clock = burst, pause, clock
+        self._left, self._at = float(burst), clock()
+
+    def take(self) -> bool:
+        """Return whether it may be done now; for one thread."""
+        now = self._clock()
+        self._left = min(self._burst, self._left + (now - self._at) / self._pause)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
 class NodePeer:
     """The WebSocket of a node of ours: a NodeLink for Jobs."""
 
@@ -16295,6 +16578,7 @@ class NodePeer:
         self._ws = ws
         self._fleet = fleet
         self._jobs = jobs
+        self._reports = Allowance(REPORT_BURST, REPORT_PAUSE)
 
     def check(self, work: str, spec: JsonObject) -> None:
         """Raises RpcError for work that this node cannot do."""
@@ -16371,7 +16655,8 @@ class NodePeer:
         if request.method != NODE_EVENT:
             # A device token is no operator's key, whatever role its owner asked for.
             raise RpcError("FORBIDDEN", f"a node may not call {request.method[:100]!r}")
-        if required(request.params, "event", str) == NODE_TELEMETRY:
+        event = required(request.params, "event", str)
+        if event == NODE_TELEMETRY and self._reports.take():
             self._fleet.report(node, required(request.params, "payload", dict))
         return {}
 
@@ -16394,7 +16679,7 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
     if problem is not None:
         timed_out = str(problem).startswith(MOLTIS_TIMEOUT)
         state = JobState.TIMED_OUT if timed_out else JobState.FAILED
-        return Ending(state, reason=clip(str(problem), MAX_REASON))
+        return Ending(state, reason=clip(visible(str(problem)), MAX_REASON))
     if work != "run":
         return Ending(JobState.DONE, result=result)
     state = JobState.DONE
@@ -16407,7 +16692,7 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
         with contextlib.suppress(ValueError):
             name = signal.Signals(name).name
     if isinstance(name, str):
-        return Ending(state, signal=name)
+        return Ending(state, signal=printable(name, 40))
     code = required(result, "exitCode", int)
     # Windows has exit codes of 32 bits.
     return Ending(state, code if -(2**31) <= code < 2**32 else -1)
@@ -17191,9 +17476,14 @@ def audit_pages(
             known = sum(row["at"] == last for row in rows)
             known += place["offset"] if last == place.get("until") else 0
             place.update(until=last, offset=known)
-            rows = page() if len(rows) == MAX_PAGE and left > 0 else []
+            rows = page() if left > 0 else []
 
     return pages()
+
+
+# Where a spreadsheet would begin a formula: in a cell, or behind what parts cells in
+# another country.
+FORMULA_START = re.compile("(?:^|(?<=[;\t\r\n]))(?=[\t\r\n]| {0,8}[=+@＝＋－＠-])")
 
 
 def _csv_row(row: JsonObject) -> list[str]:
@@ -17203,8 +17493,7 @@ def _csv_row(row: JsonObject) -> list[str]:
         if name.lower().endswith("at") and value:
             value = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(value / 1000))
         values.append(str(value))
-    # A spreadsheet would run a cell that begins like a formula.
-    return [f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values]
+    return [FORMULA_START.sub("'", value) for value in values]
 
 
 def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
@@ -17212,7 +17501,7 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
     import csv
 
     text = io.StringIO()
-    writer = csv.writer(text)
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
     writer.writerow(AUDIT_COLUMNS)
     for rows in pages:
         writer.writerows(map(_csv_row, rows))
@@ -22035,12 +22324,17 @@ class OperatorClient:
             self._ws.send(message)
 
     def _send_text(self, text: str) -> None:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            # On the wire it would be `?`, which a shell takes for any character.
-            near = text[max(0, error.start - 40) : error.end + 40]
-            raise UsageError(f"{near!r} is not UTF-8, and cannot be sent") from error
+        escaped = re.search("[\ud800-\udfff]", text)
+        if escaped is not None:
+            # Bytes as they were typed, in a locale that knows only ASCII.  What is not
+            # UTF-8 would be `?` on the wire, which a shell takes for any character.
+            try:
+                text = text.encode("utf-8", "surrogateescape").decode("utf-8")
+            except UnicodeError as error:
+                near = text[max(0, escaped.start() - 40) : escaped.end() + 40]
+                raise UsageError(
+                    f"{near!r} is not UTF-8, and cannot be sent"
+                ) from error
         self._ws.send(text)
 
     def _connect(self, api_key: str) -> None:
@@ -22996,6 +23290,10 @@ class RunningGateway:
     def sign_in_link(self) -> str:
         return f"{self.url}/#key={self._key}"
 
+    def one_time_link(self) -> str:
+        """Return a link that signs in one browser, within ten minutes."""
+        return f"{self.url}/#key={self._access.sign_ins.one_time_key(self._key)}"
+
     def keep_house(self) -> None:
         """Delete what is old enough, and renew what is about to expire."""
         self._access.purge()
@@ -23123,7 +23421,7 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 # ==============================================================================
 # Command line
 # Uses: Settings, Install, TLS, HTTP client, Wire protocol, Commands, Node service,
-#       Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
+#       Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -23154,6 +23452,26 @@ def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
         str(row.get(column) or "-") if isinstance(column, str) else column(row)
         for column in columns.values()
     ]
+
+
+ESCAPE = "moltis-escape"  # error handler for encodings
+
+
+def escape_unencodable(error: UnicodeError) -> tuple[str, int]:
+    """Spell characters that the terminal's encoding lacks as JSON spells them."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def prepare_streams() -> None:
+    """Make the standard streams usable, whatever the locale and who started us."""
+    codecs.register_error(ESCAPE, escape_unencodable)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed when we were started
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ESCAPE)
 
 
 class Output:
@@ -23300,13 +23618,14 @@ class Subcommand(Value):
     arguments: Sequence[Argument] = ()
     usage: str | None = None
 
-    def add_to(self, subcommands: Subcommands, name: str) -> None:
+    def add_to(self, subcommands: Subcommands, name: str) -> argparse.ArgumentParser:
         parser = subcommands.add_parser(
             name, help=self.help, usage=self.usage, **help_options(self.example)
         )
         for names, options in self.arguments:
             parser.add_argument(*names, **options)
         parser.set_defaults(run=self.run)
+        return parser
 
 
 def check_timeout(timeout: float | None) -> None:  # s
@@ -23537,8 +23856,8 @@ def open_sign_in(
 ) -> tempfile.TemporaryDirectory[str]:
     """Open the browser with a private file that leads to `link`; return its directory.
 
-    Every user of this machine can read the arguments of a program, and the link holds
-    the operator key.  Raises BadConfiguration.
+    Every user of this machine can read the arguments of a program; the file may outlive
+    us, but not its one-time link.  Raises BadConfiguration.
     """
     import tempfile
     import webbrowser
@@ -23581,9 +23900,38 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
             demo = start_demo_node(context.environ, running)
             stack.callback(close_together, demo.close, running.close)
         if args.open:
-            stack.enter_context(open_sign_in(running.sign_in_link, context.inherited))
+            link = running.one_time_link()
+            stack.enter_context(open_sign_in(link, context.inherited))
         stop.wait()
         context.output.say("stopping")
+    return EXIT_OK
+
+
+def cmd_gateway_backup(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    copy_database(context.directory / STORE_FILE, Path(args.file))
+    context.output.say(
+        f"{args.file} has the gateway's database.  Not in it, to be copied from "
+        f"{context.directory}: jobs/ (output of more than 16 KiB), tls/ (with --tls, "
+        "nodes know the gateway by its key), models.json"
+    )
+    return EXIT_OK
+
+
+def cmd_gateway_restore(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    with GatewayLock(context.directory):
+        for name in (STORE_FILE, f"{STORE_FILE}-wal", GatewayFile.FILE):
+            if os.path.lexists(context.directory / name):
+                raise UserError(
+                    f"{context.directory} has a gateway already ({name}); move that "
+                    "away, or choose another directory with MOLTIS_DATA_DIR"
+                )
+        copy_database(Path(args.file), context.directory / STORE_FILE)
+    context.output.say(
+        f"{context.directory} has the gateway of {args.file}; `moltis gateway` starts "
+        "it, with a new operator key of its own"
+    )
     return EXIT_OK
 
 
@@ -24071,12 +24419,6 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
     return first
 
 
-def connected_nodes(feed: JobFeed) -> dict[str, str]:
-    """Return the names of all connected nodes by id."""
-    listed = feed.client.call("node.list", {})
-    return {n["nodeId"]: n["displayName"] for n in listed if n["connected"]}
-
-
 def without_name(name: str, text: str) -> str:
     """Return `text` about `name` without the name before it."""
     for after in (": ", " is "):
@@ -24163,22 +24505,23 @@ class Waiting:
             )
 
 
+MAX_LABELLED_LINE = 4 * 1024 * 1024  # bytes; a longer line of several jobs is broken
+# A lone carriage return would let the next text overwrite the label.
+LINE_END = re.compile(rb"\n|\r(?=[^\r\n])")
+
+
 class StreamPrinter:
     """One output stream of one of several jobs, each line with its label."""
 
     def __init__(self, file: Any, label: bytes) -> None:
         self._file = file
         self._label = label
-        self._line = b""  # begun; past MAX_LOG_MESSAGE it is printed as it is
+        self._line = bytearray()  # begun
 
     def write(self, data: bytes) -> None:
         """Raises BrokenPipeError."""
         if self._label:
-            *lines, self._line = (self._line + data).split(b"\n")
-            if len(self._line) > MAX_LOG_MESSAGE:
-                lines.append(self._line)
-                self._line = b""
-            data = b"".join(self._label + line + b"\n" for line in lines)
+            data = b"".join(self._label + line + b"\n" for line in self._lines(data))
         self._file.write(data)
         self._file.flush()
 
@@ -24186,6 +24529,26 @@ class StreamPrinter:
         if self._line:
             with contextlib.suppress(BrokenPipeError):
                 self.write(b"\n")
+
+    def _lines(self, data: bytes) -> Iterator[bytes]:
+        """Yield the lines that `data` ends; each state of a progress bar is one."""
+        if self._line.endswith(b"\r"):  # the next byte says what it is
+            data = b"\r" + data
+            del self._line[-1:]
+        start = 0
+        for end in LINE_END.finditer(data):
+            self._line += data[start : end.start()]
+            start = end.end()
+            if self._line or end[0] == b"\n":
+                yield bytes(self._line)
+                self._line.clear()
+        self._line += data[start:]
+        while len(self._line) > MAX_LABELLED_LINE:
+            cut = MAX_LABELLED_LINE
+            while self._line[cut] & 0xC0 == 0x80 and cut > MAX_LABELLED_LINE - 4:
+                cut -= 1  # to where a character begins
+            yield bytes(self._line[:cut])
+            del self._line[:cut]
 
 
 EXIT_STATUSES: Mapping[str, int] = {
@@ -24257,7 +24620,9 @@ class JobTerminal:
         }
 
     def _label(self, job: FollowedJob) -> bytes:
-        return f"{job.name} | ".encode() if len(self._jobs) > 1 else b""
+        if len(self._jobs) == 1:
+            return b""
+        return f"{job.name} | ".encode(sys.stdout.encoding or "utf-8", ESCAPE)
 
     def execute(self, *, feeds: bool) -> int:
         """Return the exit status of `node exec`; an interrupt cancels its jobs.
@@ -24414,7 +24779,10 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
         spec["cwd"] = args.cwd
     request = {"work": "run", "spec": spec}
     with JobFeed(partial(operator_client, args, context)) as feed:
-        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
+        nodes = distinct_nodes(args.nodes, feed)
+        if args.all:  # those that are away as well: the recap and the status say so
+            listed = feed.client.call("node.list", {})
+            nodes = {node["nodeId"]: node["displayName"] for node in listed}
         if args.stdin and len(nodes) > 1:
             raise UsageError("--stdin feeds one node")
         if args.detach:
@@ -24509,7 +24877,9 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
     client = LastingClient(partial(operator_client, args, context))
     with contextlib.closing(client):
         # Not with `for line in sys.stdin`, which reads ahead and answers late.
-        McpServer(client, context.output.answer).serve(iter(sys.stdin.readline, ""))
+        lines = iter(sys.stdin.buffer.readline, b"")  # MCP is UTF-8 in any locale
+        server = McpServer(client, context.output.answer)
+        server.serve(line.decode("utf-8", "replace") for line in lines)
     return EXIT_OK
 
 
@@ -24788,19 +25158,38 @@ def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
             context.output.say("")
 
 
+APPROVAL_ANSWERS: Mapping[str, str] = {
+    "y": "approve",
+    "yes": "approve",
+    "n": "deny",
+    "no": "deny",
+    "a": "always",
+    "always": "always",
+}
+
+
+def drop_typed_input() -> None:
+    """Discard what was typed and not read yet: it answers no question that follows."""
+    import termios
+
+    with contextlib.suppress(termios.error):
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
+
+
 def ask_approval(output: Output, command: JsonObject) -> str:
     where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
     lines = visible(command["command"]).replace("\n", "\n    ")
     aside = " in the background" if command.get("background") else ""
     output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
-    answers = {"y": "approve", "n": "deny", "a": "always"}
+    drop_typed_input()
     while True:
         sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
         sys.stderr.flush()
         line = sys.stdin.readline()
-        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
-        if answer is not None:
-            return answer
+        if not line:
+            return "deny"
+        if line.strip().lower() in APPROVAL_ANSWERS:
+            return APPROVAL_ANSWERS[line.strip().lower()]
 
 
 def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
@@ -24832,7 +25221,10 @@ def cmd_chat(args: argparse.Namespace, context: Context) -> int:
         if args.message is not None:
             return terminal.turn(args.message)
         if sys.stdin is not None and not sys.stdin.isatty():
-            return terminal.turn(sys.stdin.read(MAX_BODY))
+            text = sys.stdin.buffer.read(MAX_BODY).decode("utf-8", "surrogateescape")
+            if model != SHELL_ID and text.startswith("!"):
+                text = f" {text}"  # a command is only what a person has written
+            return terminal.turn(text)
         return chat_prompt(terminal, context)
 
 
@@ -24971,6 +25363,18 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             arg("--open", "open the page in the browser"),
         ),
     ),
+    "gateway backup": Subcommand(
+        cmd_gateway_backup,
+        "copy the gateway's database to a file, while it runs or not",
+        "moltis gateway backup moltis-backup.db",
+        (arg("file FILE", "a new file, readable by its owner alone"),),
+    ),
+    "gateway restore": Subcommand(
+        cmd_gateway_restore,
+        "put a backup into an empty data directory",
+        "moltis gateway restore moltis-backup.db",
+        (arg("file FILE", "what `gateway backup` wrote"),),
+    ),
     "chat": Subcommand(
         cmd_chat,
         "talk to a model, or to a shell, that uses the machines",
@@ -25099,7 +25503,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "moltis node exec pi -- 'df -h / | tail -1'",
         (
             arg("nodes NODE", "name or id", nargs="*"),
-            arg("--all", "on all connected nodes"),
+            arg("--all", "on all nodes; those that are offline count as failed"),
             arg("--timeout S", "in seconds", type=float),
             arg("--cwd DIR", "where to run it, on the node"),
             arg("--stdin", "feed it our standard input"),
@@ -25168,15 +25572,27 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=VERSION_TEXT)
     groups = {"": parser.add_subparsers(metavar="SUBCOMMAND", required=True)}
-    named = {" ".join(words[:1]), " ".join(words[:2])}
-    for name in [name for name in named if name in SUBCOMMANDS] or SUBCOMMANDS:
+    first, named = " ".join(words[:1]), " ".join(words[:2])
+    chosen = [
+        name
+        for name in SUBCOMMANDS
+        # `gateway` is a subcommand with others below it.
+        if name in (first, named)
+        or (first in SUBCOMMANDS and name.startswith(f"{first} "))
+    ]
+    parsers: dict[str, argparse.ArgumentParser] = {}
+    for name in chosen or SUBCOMMANDS:
         group, _, last = name.rpartition(" ")
         if group not in groups:
-            above = groups[""].add_parser(
+            above = parsers.get(group) or groups[""].add_parser(
                 group, help=GROUPS[group], **help_options(f"moltis {group} list")
             )
-            groups[group] = above.add_subparsers(metavar="SUBCOMMAND", required=True)
-        SUBCOMMANDS[name].add_to(groups[group], last)
+            groups[group] = above.add_subparsers(
+                metavar="SUBCOMMAND",
+                required=group in GROUPS,
+                help=None if group in GROUPS else "without one: the action above",
+            )
+        parsers[name] = SUBCOMMANDS[name].add_to(groups[group], last)
     return parser
 
 
@@ -25213,9 +25629,7 @@ def run_subcommand(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # it was closed when we were started
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     restart_from_bytecode(arguments)
     command: list[str] = []

@@ -251,12 +251,134 @@ def test_lines_of_several_commands_are_labelled_even_when_they_come_in_pieces():
     assert file.getvalue() == b"pi | one\npi | two\npi | \npi | three\n"
 
 
+def labelled(data, size):
+    """Return what is printed of `data` that comes in pieces of `size` bytes."""
+    file = io.BytesIO()
+    printer = moltis.StreamPrinter(file, b"pi | ")
+    for start in range(0, len(data), size):
+        printer.write(data[start : start + size])
+    printer.finish()
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4096, 65536, 2**20])
+def test_a_line_of_several_commands_is_whole_and_so_are_its_characters(size):
+    """FAULTS A15"""
+    line = "€𝄞é" * (20 if size < 4096 else 30_000)
+    assert labelled(f"{line}\n{line}".encode(), size) == (
+        f"pi | {line}\npi | {line}\n".encode()
+    )
+
+
+def test_a_line_that_is_too_long_is_broken_between_characters(monkeypatch):
+    monkeypatch.setattr(moltis, "MAX_LABELLED_LINE", 10)
+    for shift in range(4):
+        text = "x" * shift + "€𝄞é" * 20
+        lines = labelled(text.encode(), 7).decode().splitlines()
+        assert "".join(line[len("pi | ") :] for line in lines) == text
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        (b"10%\r20%\r100%\n", b"10%|20%|100%"),
+        (b"\r10%\r20%\r", b"10%|20%\r"),
+        (b"done\r\nnext\r\n", b"done\r|next\r"),
+        (b"\n\r\rbar\n", b"|\r|bar"),
+    ],
+)
+def test_progress_of_several_commands_overwrites_no_label(data, shown, size):
+    """FAULTS A15: each state of a progress bar is a line."""
+    lines = [b"pi | " + line for line in shown.split(b"|")]
+    assert labelled(data, size) == b"\n".join(lines) + b"\n"
+
+
+LEGACY = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(
+    "locale",
+    [LEGACY, {"PYTHONIOENCODING": "latin-1"}, {**LEGACY, "PYTHONIOENCODING": "ascii"}],
+    ids=["C", "latin-1", "ascii"],
+)
+def test_what_a_locale_does_not_know_is_escaped_and_the_rest_is_there(tmp_path, locale):
+    """FAULTS C13"""
+    name = "Bücher 厨房 😀"
+
+    def run(*words, **more):
+        done = run_moltis(*words, home=tmp_path, **locale, **more)
+        assert "Traceback" not in done.stderr
+        return done
+
+    for words in ((), ("node", "add"), ("gateway",), ("node", "exec")):
+        whole = run_moltis(*words, "--help", home=tmp_path).stdout
+        assert len(run(*words, "--help").stdout.splitlines()) == len(whole.splitlines())
+    with InProcessGateway(tmp_path / ".moltis") as gateway:
+        gateway.call("device.token.create", displayName=name)
+        with gateway.node(name, gateway.token(), node_id="far"):
+            listed = run("node", "list")
+            assert listed.returncode == 0
+            assert r"\u53a8\u623f \ud83d\ude00" in listed.stdout
+            assert "Local" in listed.stdout
+            nodes = json.loads(run("node", "list", "--json").stdout)
+            assert any("厨房 😀" in node["displayName"] for node in nodes)
+            done = run("node", "exec", "--all", "--", "echo 厨 é")
+            assert done.returncode == 0
+            assert r"\u53a8\u623f" in done.stdout
+        audit = run("audit")
+        assert r"\u53a8\u623f \ud83d\ude00" in audit.stdout
+        asked = {"jsonrpc": "2.0", "id": "厨", "method": "ping"}
+        stdin = json.dumps(asked, ensure_ascii=False)
+        answer = json.loads(run("mcp", stdin=stdin).stdout)
+        assert answer["id"] == "厨"
+
+
+def test_a_command_in_an_ascii_locale_arrives_as_it_was_typed(tmp_path):
+    with InProcessGateway(tmp_path / ".moltis"):
+        words = ("node", "exec", "local", "--", "printf 厨é | od -An -tx1")
+        done = run_moltis(*words, home=tmp_path, **LEGACY)
+    assert done.stdout.split() == ["e5", "8e", "a8", "c3", "a9"]
+
+
+def test_only_whole_words_typed_after_the_question_answer_it(tmp_path, monkeypatch):
+    """FAULTS D5: a line that was typed while the model thought is none of them."""
+    terminal, ours = pty.openpty()
+    with open(ours, closefd=True) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        os.write(terminal, b"yes\ny\nal")  # typed early
+        asked = moltis.Output({})
+        question = {"command": "rm -rf /", "node": "pi"}
+        answers = []
+        asking = threading.Thread(
+            target=lambda: answers.append(moltis.ask_approval(asked, question))
+        )
+        prompted = threading.Event()
+
+        class Stderr(io.StringIO):
+            def write(self, text):
+                if "[y]es" in text:
+                    prompted.set()
+                return len(text)
+
+        monkeypatch.setattr(sys, "stderr", Stderr())
+        asking.start()
+        for typed in (b"yup\n", b"nah\n", b"alright\n", b"why?\n", b" No \n"):
+            assert prompted.wait(20)
+            assert not answers
+            prompted.clear()
+            os.write(terminal, typed)
+        asking.join(20)
+        assert answers == ["deny"]
+    os.close(terminal)
+
+
 def test_a_line_without_end_does_not_fill_the_memory():
     file = io.BytesIO()
     printer = moltis.StreamPrinter(file, b"pi | ")
     for _ in range(100):
         printer.write(b"x" * 65536)
-    assert len(printer._line) <= 2 * 65536
+    assert len(printer._line) <= moltis.MAX_LABELLED_LINE
     printer.finish()
     assert file.getvalue().replace(b"pi | ", b"").replace(b"\n", b"") == (
         b"x" * 6_553_600
@@ -911,3 +1033,85 @@ def test_a_job_is_attached_to_through_a_restart_of_the_gateway(tmp_path, home):
         attached.wait_for_output("4\n")
     assert attached.stdout == "1\n2\n3\n4\n"
     assert "waiting for the gateway to come back" in attached.stderr
+
+
+# -- backup and restore --------------------------------------------------------
+
+
+def test_a_backup_of_a_running_gateway_is_restored_whole(gateway, home, tmp_path):
+    """FAULTS D24: with what is in the WAL alone."""
+    made = gateway.call("device.token.create", displayName="Pi")
+    job = start(gateway, "echo kept")
+    gateway.call("job.wait", id=job, wait=20)
+    file, empty = tmp_path / "a backup?.db", tmp_path / "elsewhere"
+    done = run_moltis("gateway", "backup", file, home=home)
+    assert done.returncode == 0, done.stderr
+    assert "jobs/" in done.stderr
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert [p.name for p in tmp_path.glob("a backup*")] == [file.name]
+    again = run_moltis("gateway", "backup", file, home=home)
+    assert again.returncode == moltis.EXIT_FAILURE
+    assert f"{file} exists" in again.stderr
+    there = {"MOLTIS_DATA_DIR": str(empty)}
+    done = run_moltis("gateway", "restore", file, home=home, **there)
+    assert done.returncode == 0, done.stderr
+    with InProcessGateway(empty) as restored:
+        (pair,) = restored.call("device.pair.list")
+        assert pair["deviceId"] == made["deviceId"]
+        assert b"kept" in restored.running.store.jobs.log(job)
+
+
+def test_a_restore_replaces_nothing(gateway, home, tmp_path):
+    """FAULTS D24"""
+    file = tmp_path / "backup.db"
+    assert run_moltis("gateway", "backup", file, home=home).returncode == 0
+    with moltis.GatewayLock(home / ".moltis"):  # as `moltis gateway` holds it
+        running = run_moltis("gateway", "restore", file, home=home)
+    assert running.returncode == moltis.EXIT_CONFIGURATION
+    gateway.close()
+    (home / ".moltis" / "gateway.json").unlink()
+    before = (home / ".moltis" / "moltis.db").read_bytes()
+    stopped = run_moltis("gateway", "restore", file, home=home)
+    assert stopped.returncode == moltis.EXIT_FAILURE
+    assert "has a gateway already (moltis.db)" in stopped.stderr
+    assert (home / ".moltis" / "moltis.db").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "unable to open"),
+        (b"", "is no database of a gateway"),
+        (b"not a database, whatever its name says\n" * 100, "not a database"),
+    ],
+)
+def test_a_restore_of_what_is_no_backup_leaves_nothing(
+    home, tmp_path, content, problem
+):
+    file, empty = tmp_path / "backup.db", tmp_path / "elsewhere"
+    if content is not None:
+        file.write_bytes(content)
+    there = {"MOLTIS_DATA_DIR": str(empty)}
+    done = run_moltis("gateway", "restore", file, home=home, **there)
+    assert done.returncode == moltis.EXIT_FAILURE
+    assert problem in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (empty / "moltis.db").exists()
+
+
+def test_the_audit_as_json_goes_to_its_end(gateway, home, monkeypatch):
+    """FAULTS A23: without a number it is all of it, and an array all the same."""
+    monkeypatch.setattr(moltis, "MAX_PAGE", 50)
+    for number in range(120):
+        entry = moltis.AuditEntry(number, "key.created", "me", "", f"key {number}")
+        gateway.running.store.audit.add(entry)
+
+    def subjects(*words):
+        done = run_moltis("audit", "--json", *words, home=home)
+        assert done.returncode == 0, done.stderr
+        rows = json.loads(done.stdout)
+        return [row["subject"] for row in rows if row["caller"] == "me"]
+
+    everything = [f"key {number}" for number in reversed(range(120))]
+    assert subjects() == everything
+    assert subjects("--limit", "3") == everything[:2]  # and that it was exported

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import email.parser
+import io
 import json
 import os
 import re
@@ -776,6 +777,35 @@ def test_the_audit_goes_to_a_spreadsheet_in_which_nothing_runs(plain, browser):
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", rows[0]["at"])
 
 
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("=1+1", "'=1+1"),
+        ("+1", "'+1"),
+        ("-1", "'-1"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("\t=1", "'\t'=1"),
+        ("\r=1", "'\r'=1"),
+        (" =1+1", "' =1+1"),
+        ("a;=1+1", "a;'=1+1"),
+        ("a; -b", "a;' -b"),
+        ("a\n=1", "a\n'=1"),
+        ("＝1", "'＝1"),
+        ("a=1; b", "a=1; b"),
+        ("x-1+2@3", "x-1+2@3"),
+    ],
+)
+def test_no_cell_of_the_audit_begins_like_a_formula(text, cell):
+    """FAULTS D22: also where a spreadsheet parts cells at semicolons or tabs."""
+    import csv
+
+    row = {"at": 1000, "event": "e", "subject": text}
+    written = b"".join(moltis.audit_csv(iter([[row]]))).decode()
+    (found,) = csv.DictReader(io.StringIO(written, newline=""))
+    assert found["subject"] == cell
+    assert written.splitlines()[1].startswith('"1970')
+
+
 def test_the_audit_is_kept_as_long_as_was_said(tmp_path, monkeypatch):
     monkeypatch.setattr(moltis, "STEADY_AFTER", 0.0)  # the clock is relied upon
     with InProcessGateway(tmp_path / "brief", keep_audit=1.0) as gateway:
@@ -944,10 +974,22 @@ def test_the_browser_is_opened_without_the_key_in_its_arguments(tmp_path):
         (page,) = tmp_path.glob("moltis-sign-in-*/index.html")
         assert address == page.as_uri()
         assert page.parent.stat().st_mode & 0o777 == 0o700
-        link = re.search(r"Sign in:\s+(\S+)", gateway.stdout)[1]
-        assert f"url={link}" in page.read_text()
+        text = page.read_text()
         assert gateway.end() == 0
     assert not page.parent.exists()
+    assert moltis.GatewayFile.load(tmp_path / ".moltis").api_key not in text
+
+
+def test_a_gateway_that_is_killed_leaves_no_file_with_the_key(plain, tmp_path):
+    """FAULTS D23: what `--open` writes is a code for one sign-in, kept in memory."""
+    link = plain.running.one_time_link()
+    code = link.partition("#key=")[2]
+    assert plain.api_key not in link
+    answer = post(plain, "/api/sign-in", {"key": code})
+    assert answer.status == 200
+    for spent in (code, plain.running.one_time_link().replace("mo_", "mo_x")):
+        with pytest.raises(OSError, match="401"):
+            post(plain, "/api/sign-in", {"key": spent.partition("#key=")[2] or spent})
 
 
 def test_a_key_that_is_revoked_gets_no_answer_to_what_it_asked_before(plain, tmp_path):
