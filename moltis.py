@@ -5087,6 +5087,18 @@ class ToolSpec(SnakeValue):
     parameters: JsonObject  # JSON Schema of an object
 
 
+def is_json(value: object) -> bool:
+    """Return whether `value` can be stored and sent.
+
+    Python reads 1e999 as infinity and writes that as no other reader takes it.
+    """
+    try:
+        from_json(to_json(value))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 class ToolCall(SnakeValue):
     """A model's request to run a tool."""
 
@@ -5094,6 +5106,13 @@ class ToolCall(SnakeValue):
     name: str
     arguments: JsonObject
     malformed: str = ""  # the arguments as written, if they are no JSON object
+
+    @classmethod
+    def from_json(cls, value: JsonObject) -> Self:
+        call = super().from_json(value)
+        if is_json(call.arguments):
+            return call
+        return call.replace(arguments={}, malformed=to_json(call.arguments))
 
 
 class ChatMessage(SnakeValue):
@@ -5114,6 +5133,8 @@ class ChatMessage(SnakeValue):
         message = super().from_json(value)
         if message.role not in ("system", "user", "assistant", "tool"):
             raise RpcError("INVALID_REQUEST", f"{message.role!r} is no role")
+        if message.provider_data and not is_json(message.provider_data):
+            message = message.replace(provider_data=NOTHING)
         return message
 
 
@@ -5213,15 +5234,16 @@ def call_name(name: str) -> str:
 
 def read_tool_call(call_id: str, name: str, arguments: object) -> ToolCall:
     """Return a call whose arguments are an object, JSON text, or nothing at all."""
-    if isinstance(arguments, dict):
-        return ToolCall(call_id, name, arguments)
-    text = arguments if isinstance(arguments, str) else to_json(arguments)
-    try:
-        value = from_json(text) if text.strip() not in ("", "null") else {}
-    except ValueError:
-        value = None
-    if isinstance(value, dict):
+    value, text = arguments, ""
+    if isinstance(arguments, str):
+        text = arguments
+        try:
+            value = from_json(text) if text.strip() not in ("", "null") else {}
+        except ValueError:
+            value = None
+    if isinstance(value, dict) and is_json(value):
         return ToolCall(call_id, name, value)
+    text = text or to_json(arguments)
     return ToolCall(call_id, name, {}, malformed=text)
 
 
@@ -5477,7 +5499,7 @@ class OpenAiAnswer(AnswerReader):
             function = pick(piece, "function", dict)
             call = self._call_of(piece, pick(function, "name", str))
             call.add(function.get("arguments"))
-            if piece.get("extra_content"):  # Gemini's signatures
+            if piece.get("extra_content") and is_json(piece):  # Gemini's signatures
                 extras = self.provider_data.setdefault("extra_content", {})
                 extras[call.id] = piece["extra_content"]
 
@@ -11776,6 +11798,12 @@ class Jobs:
         """Return the jobs of a node that have not ended."""
         return [job for job in self._on(node_id) if job.record.is_open]
 
+    def open_of(self, key_id: str) -> list[Job]:
+        """Return the jobs that an operator key asked for and that have not ended."""
+        with self._lock:
+            jobs = list(self._jobs.values())
+        return [j for j in jobs if j.record.is_open and j.record.caller_id == key_id]
+
     def page(self, **filters: Any) -> Sequence[Job | JobRecord]:
         """Return jobs, the newest first; see JobsTable.page() for the filters."""
         rows = self._table.page(**filters)
@@ -12733,7 +12761,11 @@ def check_arguments(call: ToolCall, specs: Sequence[ToolSpec]) -> JsonObject:
         raise RpcError("NOT_FOUND", f"there is no tool {call.name!r}; there is {names}")
     if call.malformed:
         written = clip(call.malformed, 200)
-        raise RpcError("INVALID_REQUEST", f"no JSON object as arguments: {written}")
+        raise RpcError(
+            "INVALID_REQUEST",
+            f"the arguments of {call.name} must be one JSON object, with finite "
+            f"numbers and at most {MAX_JSON_DEPTH} levels, not {written}",
+        )
     properties = spec.parameters["properties"]
     for name in call.arguments:
         if name not in properties:
@@ -13957,11 +13989,11 @@ class TurnChat(Conversation):
         session_log: SessionLog,
         store: Store,
         jobs: Jobs,
-        select: Callable[[str], None],
+        selections: dict[str, tuple[str, str]],
     ) -> None:
         self.key = session_log.key
         self.key_id = turn.asked_by.id
-        self._select = select
+        self._selections = selections
         self._turn = turn
         self._log = session_log
         self._store = store
@@ -13976,10 +14008,13 @@ class TurnChat(Conversation):
         self._calls: dict[str, tuple[str, bool]] = {}
 
     def selected(self) -> str:
-        return self._session().node_id
+        chosen = self._session().node_id
+        # A model's choice counts for the model, until the person makes another.
+        before, selected = self._selections.get(self.key, (chosen, chosen))
+        return chosen if self._turn.is_typed or before != chosen else selected
 
     def select(self, node_id: str) -> None:
-        self._select(node_id)
+        self._selections[self.key] = self._session().node_id, node_id
 
     def asks_first(self) -> bool:
         return self._session().approvals == "ask"
@@ -14153,6 +14188,8 @@ class Chats:
         self._logs: dict[str, SessionLog] = {}
         self._queues: dict[str, TurnQueue] = {}
         self._closing = False
+        # By session: the person's choice of a node, and the model's that followed it.
+        self._selections: dict[str, tuple[str, str]] = {}
         self._said = threading.Event()  # there may be something to flush
         now = now_ms()
         store.sessions.add(Session(MAIN_SESSION, "Main", SHELL_ID, LOCAL_ID, now, now))
@@ -14242,14 +14279,18 @@ class Chats:
             "sessionKey": key,
         }
 
-    def key_revoked(self, key_id: str) -> None:
-        """End the turns that an operator key asked for, and its approvals."""
+    def key_revoked(self, key_id: str, by: str) -> None:
+        """End the turns and commands of an operator key, and its approvals."""
         self._approvals.forget(key_id=key_id)
         with self._lock:
             queues = dict(self._queues)
         for key, queue in queues.items():
             with contextlib.suppress(RpcError):  # the session is being deleted
                 self._drop(self._log(key), queue.abort(key_id)[1])
+        # Turns first: they start no more of them.
+        for job in self._jobs.open_of(key_id):
+            with contextlib.suppress(RpcError):  # its node cannot
+                self._jobs.cancel(job, by)
 
     def history(
         self, key: str, *, after: int | None = None, before: int | None = None
@@ -14295,9 +14336,7 @@ class Chats:
             "user_message", turn.message_id, state=MessageState.DONE, last=waited
         )
         self._tell("patched", key)
-        chat = TurnChat(
-            turn, session_log, self._store, self._jobs, partial(self._select, key)
-        )
+        chat = TurnChat(turn, session_log, self._store, self._jobs, self._selections)
         end = RunEnd("error", "the turn failed inside the gateway; its log says why")
         try:
             if not turn.is_typed:
@@ -14321,9 +14360,6 @@ class Chats:
     def _is_closing(self) -> bool:
         with self._lock:
             return self._closing
-
-    def _select(self, key: str, node_id: str) -> None:
-        self.change(key, node_id=node_id)
 
     def _drop(self, session_log: SessionLog, turns: Sequence[Turn]) -> None:
         for turn in turns:
@@ -14365,6 +14401,7 @@ class Chats:
         if queue is not None:
             queue.close()
         self._approvals.forget(key)
+        self._selections.pop(key, None)
         with self._lock:
             dropped = self._logs.pop(key, None)
         if dropped is not None:
@@ -15240,6 +15277,7 @@ class ChatMethods:
             job_id,
             allowed=decision != "deny",
             by=by.name,
+            key_id=by.id,
             always=decision == "always",
         )
 
@@ -15262,7 +15300,7 @@ class AccessMethods:
         access: Access,
         audit: AuditTable,
         audience: Audience,
-        on_key_revoked: Callable[[str], None],
+        on_key_revoked: Callable[[str, str], None],
     ) -> None:
         self._access = access
         self._audit = audit
@@ -15279,7 +15317,7 @@ class AccessMethods:
     def revoke_key(self, key_id: str, by: Caller) -> None:
         self._access.operators.revoke_key(key_id, by=by)
         self._audience.hang_up(lambda caller: caller.id == key_id)
-        self._on_key_revoked(key_id)
+        self._on_key_revoked(key_id, by.name)
 
     def logins(self, caller: Caller) -> list[JsonObject]:
         keys = self._access.operators.keys()

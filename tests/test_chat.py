@@ -759,6 +759,52 @@ def test_what_a_revoked_key_asked_for_ends_with_it(tmp_path):
         assert not (tmp_path / "queued").exists()
 
 
+def test_what_a_revoked_key_allowed_for_ever_is_asked_again(tmp_path):
+    answers = calling("echo 1"), says("ok"), calling("echo 2"), says("ok")
+    with with_model(tmp_path, *answers) as (gateway, chat, _):
+        scopes = ["operator.read", "operator.write", "operator.approvals"]
+        key = gateway.call("keys.create", name="guest", scopes=scopes)
+        chat.send("one")
+        asked = chat.until(lambda: approval(chat, "asked"))
+        with moltis.OperatorClient(gateway.url, key["key"]) as guest:
+            params = {"id": asked["jobId"], "decision": "always"}
+            guest.call("exec.approval.resolve", params)
+        chat.finish()
+        gateway.call("keys.revoke", keyId=key["keyId"])
+        chat.send("two")
+        asked = chat.until(lambda: approval(chat, "asked"))
+        assert asked["command"]["command"] == "echo 2"
+        resolve(gateway, asked, "deny")
+        chat.finish()
+
+
+def test_the_commands_of_a_revoked_key_end_with_it(tmp_path):
+    """Those in the background, and those that no chat shows, as well."""
+    answers = calling("sleep 100", background=True), says("It runs.")
+    with with_model(tmp_path, *answers) as (gateway, chat, _):
+        gateway.call("sessions.patch", key="main", approvals="all")
+        scopes = ["operator.read", "operator.write"]
+        key = gateway.call("keys.create", name="guest", scopes=scopes)
+        mine = moltis.new_id()
+        spec = {"command": "sleep 99"}
+        start = {"work": "run", "keep": True}
+        jobs = [{"id": mine, "node": "local"}]
+        gateway.call("job.start", jobs=jobs, spec=spec, **start)
+        with Watcher(gateway.websocket_url, key["key"]) as guest:
+            guest.send("leave it running")
+            chat.until(lambda: chat.saw("final"))
+        with moltis.OperatorClient(gateway.url, key["key"]) as guest:
+            jobs = [{"id": moltis.new_id(), "node": "local"}]
+            guest.call("job.start", {"jobs": jobs, "spec": spec, **start})
+        assert len(gateway.call("job.list", state="open")) == 3
+        gateway.call("keys.revoke", keyId=key["keyId"])
+        wait_for(lambda: len(gateway.call("job.list", state="open")) == 1)
+        ended = gateway.call("job.list", state="cancelled")
+        assert {job["command"] for job in ended} == {"sleep 100", "sleep 99"}
+        assert {job["words"] for job in ended} == {"cancelled by this machine"}
+        gateway.call("job.cancel", id=mine)
+
+
 # -- restarts ------------------------------------------------------------------
 
 
