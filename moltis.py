@@ -13990,10 +13990,13 @@ class TurnChat(Conversation):
         store: Store,
         jobs: Jobs,
         selections: dict[str, tuple[str, str]],
+        is_closing: Callable[[], bool],
     ) -> None:
         self.key = session_log.key
         self.key_id = turn.asked_by.id
         self._selections = selections
+        self._is_closing = is_closing
+        self._asked: set[str] = set()  # ids of jobs whose question is open
         self._turn = turn
         self._log = session_log
         self._store = store
@@ -14056,12 +14059,14 @@ class TurnChat(Conversation):
             self._calls[call.id] = (message_id, planned is not None)
 
     def ask(self, planned: PlannedCommand) -> None:
+        self._asked.add(planned.job_id)
         self._show_approval(planned, {"state": "asked"})
 
     def decide(self, planned: PlannedCommand, verdict: Verdict) -> None:
         state = "approved" if verdict.allowed else "denied"
         if verdict.by == "nobody":
             state = "expired"
+        self._asked.discard(planned.job_id)
         self._show_approval(planned, {"state": state, "by": verdict.by})
         if not verdict.allowed:
             self._record_denial(planned, verdict)
@@ -14140,7 +14145,11 @@ class TurnChat(Conversation):
         except RpcError:  # it never started
             stopped = self._turn.cancel.cancelled
             state = MessageState.ABORTED if stopped else MessageState.ERROR
-            command = {"error": error}
+            if stopped and self._is_closing():
+                state, error = MessageState.INTERRUPTED, "the gateway stopped"
+            command: JsonObject = {"error": error}
+            if job_id in self._asked:
+                command["approval"] = None
             self._log.change("tool_call_end", job_id, state=state, command=command)
         else:
             if not job.record.is_open:
@@ -14336,7 +14345,14 @@ class Chats:
             "user_message", turn.message_id, state=MessageState.DONE, last=waited
         )
         self._tell("patched", key)
-        chat = TurnChat(turn, session_log, self._store, self._jobs, self._selections)
+        chat = TurnChat(
+            turn,
+            session_log,
+            self._store,
+            self._jobs,
+            self._selections,
+            self._is_closing,
+        )
         end = RunEnd("error", "the turn failed inside the gateway; its log says why")
         try:
             if not turn.is_typed:
@@ -17483,7 +17499,7 @@ environment of the gateway or a node. A key entered here is never shown again.</
 <h2 id="token-title">Add a machine</h2>
 <p>A token admits one machine. Give it a name; you can change it later.</p>
 <label for="token-name">Name</label>
-<input id="token-name" maxlength="100" placeholder="Build Server" autocomplete="off">
+<input id="token-name" maxlength="100" placeholder="Its host name" autocomplete="off">
 <p id="token-error" class="bad" role="alert"></p>
 <div class="actions"><button id="token-cancel" class="button"
  type="button">Cancel</button>
@@ -17788,6 +17804,13 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .where { flex: none; max-width: 34%; font-size: 13px; font-weight: 580; }
 .command .line { flex: 1; min-width: 0; max-height: 40vh; overflow: auto;
   font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.command .line, .where, .approval p { unicode-bidi: bidi-override; direction: ltr; }
+.asks > header { flex-wrap: wrap; }
+.asks .line { max-height: none; flex-basis: 100%; order: 9; font-size: 14px;
+  padding-bottom: 6px; }
+.asks .where { flex: 1; max-width: none; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+.hidden { color: var(--wait); font-weight: 600; }
 .command > footer { gap: 6px 12px; min-height: 38px; font-size: 13px;
   color: var(--soft); font-variant-numeric: tabular-nums; }
 .command > footer .tools { align-items: center; }
@@ -18074,6 +18097,40 @@ function onClickCopy(button, text) {
   return button;
 }
 
+// What this browser keeps for its next visit; in memory where storage is full or
+// forbidden.
+const kept = {
+  memory: new Map(),
+
+  get(name) {
+    if (this.memory.has(name)) return this.memory.get(name);
+    try {
+      return localStorage.getItem(name) || "";
+    } catch {
+      return "";
+    }
+  },
+
+  set(name, value) {
+    this.memory.set(name, value);
+    try {
+      if (value) localStorage.setItem(name, value);
+      else localStorage.removeItem(name);
+    } catch {
+      // In memory, then.
+    }
+  },
+
+  forget() {
+    this.memory.clear();
+    try {
+      localStorage.clear();
+    } catch {
+      // Nothing is kept.
+    }
+  },
+};
+
 // Make screen readers read a text.
 function announce(text) {
   $("live").textContent = text;
@@ -18095,17 +18152,24 @@ function editInPlace(element, text, label, save) {
   if (element.querySelector("input")) return;
   const input = h("input", {class: "edit", "aria-label": label, maxlength: 200});
   const before = [...element.childNodes];
-  let open = true;
+  const leaving = new AbortController(); // ends the listener on the document
   const finish = saves => {
-    if (!open) return;
-    open = false;
+    if (leaving.signal.aborted) return;
+    leaving.abort();
     const name = input.value.trim();
+    const isShown = input.isConnected; // its row may be gone
     fill(element, before);
     delete element.dataset.edited;
-    if (saves && name && name !== text) save(name);
+    if (saves && isShown && name && name !== text) save(name);
   };
   input.value = text;
-  on(input, "blur", () => finish(true));
+  // A list that moves its rows takes the focus away: that is nobody's wish to save.
+  on(input, "blur", ({relatedTarget}) => {
+    if (relatedTarget) finish(true);
+    else setTimeout(() => input.focus());
+  });
+  const press = ({target}) => target !== input && finish(true);
+  document.addEventListener("pointerdown", press, {signal: leaving.signal});
   on(input, "keydown", event => {
     if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
     event.preventDefault();
@@ -18173,6 +18237,33 @@ function ago(ms) {
   return `${count} ${unit} ago`;
 }
 
+// What a text would hide: controls, marks of direction, what has no width, all spaces
+// but one, and blanks or line ends by which a command leaves what a person looks at.
+const HIDDEN = new RegExp(
+  "[^\\n\\P{C}]|\\p{DI}|[\\p{Zl}\\p{Zp}\\u2800]|[^\\P{Zs} ]| {24,}|\\n{4,}", "gu");
+
+const codeOf = character => {
+  const code = character.codePointAt(0).toString(16);
+  if (character === "\t") return "\\t";
+  const isShort = code.length < 3;
+  return isShort ? `\\x${code.padStart(2, "0")}` : `\\u${code.padStart(4, "0")}`;
+};
+
+// Return the nodes of a text that hides nothing.
+function visible(text) {
+  const nodes = [];
+  let end = 0;
+  for (const {0: found, index} of text.matchAll(HIDDEN)) {
+    const many = found.length > 2 && `[${found.length} ${
+      found[0] === " " ? "spaces" : "line ends"}]`;
+    nodes.push(text.slice(end, index),
+      h("span", {class: "hidden"}, many || codeOf(found)));
+    if (found[0] === "\n") nodes.push("\n");
+    end = index + found.length;
+  }
+  return [...nodes, text.slice(end)];
+}
+
 const outputSize = row => (row.stdoutBytes || 0) + (row.stderrBytes || 0);
 
 const PLATFORMS = {linux: "Linux", macos: "macOS"};
@@ -18186,14 +18277,18 @@ function jobKind({state, failed, place, awayMs}) {
   return failed ? "bad" : "ok";
 }
 
+// Return whether a card's command waits for an approval.
+const asksFor = ({state, command}) =>
+  OPEN.has(state) && command.approval?.state === "asked";
+
 // Return the state of a card's command: the kind of its dot, words.
 function cardStatus({state, command, job}) {
   const {approval, error} = command;
-  if (approval?.state === "asked") return ["wait", "Waiting for your approval"];
+  if (asksFor({state, command})) return ["wait", "Waiting for your approval"];
   if (job) return [jobKind(job), capitalized(job.words)];
   if (approval?.state === "denied" || approval?.state === "expired")
     return ["bad", capitalized(dotted(approval.state, approval.by))];
-  if (error) return ["bad", error];
+  if (error) return ["bad", capitalized(error)];
   return state === "running" ? ["run", "Starting"] : ["off", "Not started"];
 }
 
@@ -19065,6 +19160,7 @@ const HISTORY_SPAN = 30 * 60_000; // ms; CPU usage in a sparkline
 const state = {
   link: "connecting", // "up", "down", "out" (not signed in)
   retryAt: 0,
+  wasUp: false, // the document holds what only those may see who are signed in
   route: {page: "chat", key: MAIN},
   sessions: [],
   models: [],
@@ -19126,7 +19222,15 @@ class Chat {
     this.waiting = []; // events that arrived during fetch()
     this.earlier = false; // the gateway has older messages
     this.busy = false; // a turn is running
-    this.draft = "";
+  }
+
+  // What was typed and not sent; it outlives the page.
+  get draft() {
+    return kept.get(`draft ${this.key}`);
+  }
+
+  set draft(text) {
+    kept.set(`draft ${this.key}`, text);
   }
 
   // Fetch the last messages, or the changes since the last fetch.
@@ -19447,7 +19551,7 @@ const HANDLERS = {
 
 const link = new Link({
   async up({server}) {
-    Object.assign(state, {link: "up", pin: server.fingerprint});
+    Object.assign(state, {link: "up", wasUp: true, pin: server.fingerprint});
     touch("link");
     try {
       await link.call("subscribe", {events: EVENTS});
@@ -19465,6 +19569,8 @@ const link = new Link({
     touch("link");
   },
   refused() {
+    // The sign-in has ended, here or elsewhere: drop all that this page was shown.
+    if (state.wasUp) location.reload();
     state.link = "out";
     touch("link");
   },
@@ -19501,7 +19607,7 @@ function routeOf(path) {
 }
 
 // Return the key of the chat that this browser showed last.
-const lastKey = () => localStorage.getItem("session") || MAIN;
+const lastKey = () => kept.get("session") || MAIN;
 
 const chatPath = key => `/chat/${encodeURIComponent(key)}`;
 
@@ -19515,7 +19621,7 @@ function applyAddress() {
   state.route = routeOf(location.pathname);
   if (state.route.page === "chat") {
     history.replaceState(null, "", chatPath(state.route.key));
-    localStorage.setItem("session", state.route.key);
+    kept.set("session", state.route.key);
   }
   openSidebar(false);
   enterRoute();
@@ -19895,6 +20001,8 @@ class NoticeTurn {
   }
 }
 
+const READING_TIME = 500; // ms that a question is seen before it can be answered
+
 const outputPath = jobId => `/api/jobs/${encodeURIComponent(jobId)}/output`;
 
 // A command: machine, command line, end of its output, state.
@@ -19906,7 +20014,9 @@ class CommandCard {
     this.log = this.chat.logOf(row);
     this.output = new Screen(this.log, this);
     this.screen.setAttribute("aria-label", `Output of ${command.command}`);
-    this.line.textContent = command.command.replace(/[^\n\P{C}]/gu, escape);
+    fill(this.line, visible(command.command));
+    const where = command.node + (command.cwd ? `:${command.cwd}` : "");
+    fill(this.where, visible(where));
     this.save.href = this.whole.href = outputPath(jobId);
     onClickCopy(this.copyLine, () => command.command);
     onClickCopy(this.copy, () => this.log.terminal.text());
@@ -19925,13 +20035,13 @@ class CommandCard {
     const {command, job} = row;
     this.row = row;
     const [kind, words] = cardStatus(row);
-    const asks = command.approval?.state === "asked";
+    const asks = asksFor(row);
     this.isOpen = Boolean(job) && isOpen(job);
     this.root.dataset.kind = kind;
     const label = `Command on ${command.node}: ${command.command}`;
     this.root.setAttribute("aria-label", label);
     this.dot.className = `dot ${kind}`;
-    setText(this.where, command.node + (command.cwd ? `:${command.cwd}` : ""));
+    this.root.classList.toggle("asks", asks);
     setText(this.word, dotted(words, command.background && "in the background"));
     const total = outputSize(job || {});
     this.isIncomplete = (this.isOpen || total > 0) && !this.log.isComplete;
@@ -19962,16 +20072,32 @@ class CommandCard {
     setText(this.time, startedAt && seconds >= 0 ? formatDuration(seconds) : "");
   }
 
-  drawApproval({jobId: id, command: {node}}, asks) {
+  drawApproval({jobId: id, command: {node, cwd}}, asks) {
     if (asks === !this.approval.hidden) return;
     this.approval.hidden = !asks;
     if (!asks) return;
     const answer = decision => () => attempt("exec.approval.resolve", {id, decision});
-    fill(this.approval,
-      h("p", `The model wants to run this on ${node}.`),
+    const buttons = [
       button("Approve", answer("approve"), "button main"),
       button("Deny", answer("deny")),
-      button(`Always on ${node} in this chat`, answer("always")));
+      button(["Always on ", visible(node), " in this chat"], answer("always")),
+    ];
+    fill(this.approval,
+      h("p", "The model wants to run this on ", visible(node),
+        cwd && [" in ", visible(cwd)], "."),
+      buttons);
+    // What was meant for something else, a click or a key, must not answer.
+    let timer;
+    for (const each of buttons) each.disabled = true;
+    const seen = new IntersectionObserver(entries => {
+      clearTimeout(timer);
+      if (!entries.at(-1).isIntersecting) return;
+      timer = setTimeout(() => {
+        for (const each of buttons) each.disabled = false;
+        seen.disconnect();
+      }, READING_TIME);
+    });
+    seen.observe(this.approval);
     announce(`Approval is needed for a command on ${node}`);
   }
 
@@ -20013,7 +20139,7 @@ function shownRows(chat) {
 }
 
 function drawChat() {
-  if (state.route.page !== "chat") return;
+  if (state.route.page !== "chat" || !state.wasUp) return;
   const chat = currentChat();
   if (shownChat !== chat) leaveChat(chat);
   const rows = shownRows(chat);
@@ -20028,7 +20154,7 @@ function drawChat() {
 
 function leaveChat(chat) {
   const text = $("text");
-  if (shownChat) shownChat.draft = text.value;
+  recall.place = null; // of the chat that is left; its draft is kept already
   shownChat = chat;
   turns.show([]);
   text.value = chat.draft;
@@ -20105,6 +20231,11 @@ function drawComposer(chat) {
   pickers.forEach(picker => picker.draw());
 }
 
+function keepDraft() {
+  if (shownChat) shownChat.draft = $("text").value;
+  fitText();
+}
+
 // Fit the height of the field to its text, up to a third of the window.
 function fitText() {
   const text = $("text");
@@ -20116,7 +20247,8 @@ async function send(line) {
   const text = $("text");
   const typed = line ?? text.value.trim();
   if (!typed) return;
-  if (line === undefined) text.value = "";
+  const chat = currentChat();
+  if (line === undefined) text.value = chat.draft = "";
   fitText();
   recall.place = null;
   follows = true;
@@ -20125,8 +20257,11 @@ async function send(line) {
   // Until the list of sessions arrives, only the gateway knows the model.
   if (state.sessions.includes(entry)) params.model = currentModel(entry);
   const answer = await attempt("chat.send", params);
-  // Restore the text if the call failed.
-  if (!answer && line === undefined && !text.value) text.value = typed;
+  // Restore the text if the call failed, in the chat where it was typed.
+  if (answer || line !== undefined || chat.draft) return;
+  chat.draft = typed;
+  if (shownChat === chat) text.value = typed;
+  fitText();
 }
 
 const recall = {place: null, draft: ""}; // position of ↑ in earlierTexts()
@@ -20395,9 +20530,10 @@ function openToken() {
 }
 
 async function generateToken() {
-  const name = $("token-name").value.trim() || $("token-name").placeholder;
+  const name = $("token-name").value.trim();
   try {
-    const made = await link.call("device.token.create", {displayName: name});
+    const named = name ? {displayName: name} : {};
+    const made = await link.call("device.token.create", named);
     state.token = {deviceId: made.deviceId, name};
     showToken(made);
     refresh("devices"); // no event announces a token
@@ -20421,8 +20557,8 @@ function showToken({deviceToken, joinCode}) {
   const [curl, pinned] = pin
     ? [`curl -fsSk --pinnedpubkey '${pin}'`, ` --fingerprint ${pin}`]
     : ["curl -fsSL", ""];
-  const name = shellWord(state.token.name);
-  const options = `--host ${socketAddress()} --token ${deviceToken} --name ${name}`;
+  const name = state.token.name && ` --name ${shellWord(state.token.name)}`;
+  const options = `--host ${socketAddress()} --token ${deviceToken}${name}`;
   const add = `${curl} ${origin}/moltis.py | python3 - node add`;
   const lines = [
     ["The token, shown only once", deviceToken],
@@ -20435,7 +20571,7 @@ function showToken({deviceToken, joinCode}) {
   ].map(line => copyLine(...line));
   $("token-form").hidden = true;
   $("token-made").hidden = false;
-  setText($("token-made-title"), `Run this on ${state.token.name}`);
+  setText($("token-made-title"), `Run this on ${state.token.name || "the machine"}`);
   fill($("token-lines"), lines.slice(0, 3),
     h("details", h("summary", "Other ways"), lines.slice(3)));
   fill($("token-warnings"),
@@ -20469,7 +20605,7 @@ function drawTokenWait() {
   const here = Boolean(node?.connected);
   const text = here
     ? `${node.displayName} is connected`
-    : `Waiting for ${name} to connect…`;
+    : `Waiting for ${name || "the machine"} to connect…`;
   fillIfChanged($("token-wait"), text, () =>
     [here ? icon("check") : h("span", {class: "dot wait"}), text]);
   $("token-wait").classList.toggle("here", here);
@@ -20642,6 +20778,7 @@ async function signIn(key) {
     body: JSON.stringify({key}),
   }).catch(() => null);
   if (answer?.ok) {
+    $("key").value = "";
     state.link = "connecting";
     touch("link");
     link.open();
@@ -20662,6 +20799,7 @@ async function signIn(key) {
 async function signOut() {
   try {
     await fetch("/api/sign-out", {method: "POST"});
+    kept.forget();
     location.reload();
   } catch {
     showError(new Error("The gateway cannot be reached: you are still signed in."));
@@ -20739,7 +20877,7 @@ function start() {
   onSubmit("key-form", createKey);
   on($("token"), "close", forgetToken);
   on($("text"), "keydown", composerKey);
-  on($("text"), "input", fitText);
+  on($("text"), "input", keepDraft);
   on($("transcript"), "scroll", onScroll);
   // Output that is drawn later also makes the conversation longer.
   new ResizeObserver(followEnd).observe($("messages"));

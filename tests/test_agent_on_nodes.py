@@ -648,9 +648,58 @@ def test_what_would_hide_on_the_page_is_spelt_out_in_the_question(site, server):
         page.goto(f"{site.url}/chat/{key}")
         page.wait_for_text("Waiting for your approval")
         shown = page.text("#messages > :last-child code")
-        assert shown == "rm -rf /tmp/x #%1B[2K%u202E\nuptime"
+        assert shown == "rm -rf /tmp/x #\\x1b[2K\\u202e\nuptime"
     site.decide(card, "deny")
     site.end(run_id)
+
+
+WATCH_BUTTONS = """(() => {
+  globalThis.seen = {};
+  const look = () => {
+    const button = document.querySelector(".approval .main");
+    if (!button) return;
+    globalThis.seen[button.disabled ? "closed" : "open"] ??= performance.now();
+  };
+  new MutationObserver(look).observe(document.body,
+    {childList: true, subtree: true, attributes: true});
+})()"""
+
+
+def test_the_page_shows_all_of_a_question_before_it_takes_an_answer(site, server):
+    key = site.session("all of it")
+    hidden = (
+        "echo start" + " " * 300 + "; echo after spaces\u200b\u3164\u00a0" + "\n" * 90
+    )
+    command = hidden + "echo line\n" * 90 + "echo the end"
+    directory = "/tmp/\u202egpj.exe"
+    server.turns += [runs(command, working_dir=directory), says("no")]
+    with Browser() as browser, browser.new_page() as page:
+        page.goto(f"{site.url}/#key={site.key}")
+        page.wait_for(SIGNED_IN)
+        page.goto(f"{site.url}/chat/{key}")
+        page.wait_for(SIGNED_IN)
+        page.evaluate(WATCH_BUTTONS)
+        run_id = site.send("hm?", key)
+        card = site.question(run_id)
+        page.wait_for("globalThis.seen.open")
+        closed, opened = page.evaluate("[globalThis.seen.closed, globalThis.seen.open]")
+        assert opened - closed >= 450
+        line = "#messages > :last-child .line"
+        shown = page.text(line)
+        assert shown.startswith(
+            "echo start[300 spaces]; echo after spaces\\u200b\\u3164"
+        )
+        assert "\\xa0[90 line ends]\necho line" in shown
+        assert shown.endswith("echo the end")
+        box = f"document.querySelector('{line}')"
+        assert page.evaluate(f"{box}.scrollHeight <= {box}.clientHeight + 1")
+        for part in (".where", ".approval p"):
+            text = page.text(f"#messages > :last-child {part}")
+            assert "/tmp/\\u202egpj.exe" in text
+            assert "\u202e" not in text
+        page.screenshot(site.directory / "question.png", full=True)
+        site.decide(card, "deny")
+        site.end(run_id)
 
 
 @pytest.mark.parametrize(

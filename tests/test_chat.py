@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sqlite3
 import threading
 import urllib.error
 import urllib.request
@@ -553,6 +554,10 @@ def test_an_approved_command_runs_and_the_model_answers(tmp_path):
         assert "from the model" in told["content"]
 
 
+def history(gateway):
+    return gateway.call("chat.history", sessionKey="main")
+
+
 def approval(chat, state):
     for card in chat.of("command"):
         if card["command"].get("approval", {}).get("state") == state:
@@ -757,6 +762,32 @@ def test_what_a_revoked_key_asked_for_ends_with_it(tmp_path):
             resolve(gateway, asked, "approve")
         assert not (tmp_path / "ran").exists()
         assert not (tmp_path / "queued").exists()
+
+
+def test_a_question_that_is_stopped_is_closed_on_its_card(tmp_path):
+    with with_model(tmp_path, calling("echo no")) as (gateway, chat, _):
+        chat.send("do it")
+        chat.until(lambda: approval(chat, "asked"))
+        gateway.call("chat.abort", sessionKey="main")
+        (card,) = chat.finish()
+        (stored,) = [m for m in history(gateway) if m["role"] == "command"]
+        for shown in (card, stored):
+            assert shown["state"] == "aborted"
+            assert shown["command"]["error"] == "cancelled by the user"
+            assert "approval" not in shown["command"]
+
+
+def test_a_question_that_ends_with_the_gateway_is_closed_on_its_card(tmp_path):
+    with with_model(tmp_path, calling("echo no")) as (_, chat, _):
+        chat.send("do it")
+        chat.until(lambda: approval(chat, "asked"))
+    (path,) = tmp_path.rglob("moltis.db")
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        query = "SELECT state, details FROM messages WHERE role = 'command'"
+        ((state, details),) = db.execute(query).fetchall()
+    command = json.loads(details)["command"]
+    assert (state, command["error"]) == ("interrupted", "the gateway stopped")
+    assert "approval" not in command
 
 
 def test_what_a_revoked_key_allowed_for_ever_is_asked_again(tmp_path):
