@@ -20,6 +20,7 @@ Contents
   Foundation
     Constants and errors      limits with unit and source; every exception
     Helpers                   time, ids, JSON, private files, redaction
+    Dialling                  addresses, names, proxies, TCP and TLS connections
     Settings                  node.json, gateway.json and where they live
     Install                   install.sh, launcher and copies, start from bytecode
   WebSocket
@@ -94,7 +95,7 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import MappingProxyType
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urljoin, urlsplit
 
 # `typing` would take 3 ms of each start, and 0.9 MiB of each node, for nothing that a
 # running program asks: type checkers take TYPE_CHECKING for true by its name.
@@ -184,6 +185,11 @@ API_KEY_VARIABLES: Mapping[str, str] = {  # by provider
     "deepseek": "DEEPSEEK_API_KEY",
     "xai": "XAI_API_KEY",
 }
+SECRET_VARIABLES = (
+    "MOLTIS_API_KEY",
+    "MOLTIS_DEVICE_TOKEN",
+    *API_KEY_VARIABLES.values(),
+)
 
 
 class MoltisError(Exception):
@@ -385,7 +391,8 @@ def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
 # -- values --------------------------------------------------------------------
 
 
-SECRET_FIELDS = ("api_key", "device_token")  # never shown in a log or traceback
+# Never shown in a log or traceback.
+SECRET_FIELDS = ("api_key", "credentials", "device_token")
 
 
 def camel_case(name: str) -> str:
@@ -817,7 +824,7 @@ class Cancellation:
                 del self._callbacks[entry]
 
 
-# -- sockets -------------------------------------------------------------------
+# -- IP addresses --------------------------------------------------------------
 
 
 # For comparison; --bind alone decides where to listen.
@@ -829,77 +836,9 @@ def unmapped(address: str) -> str:
     return address[7:] if address.lower().startswith("::ffff:") else address
 
 
-class ServerTrust(Protocol):
-    """Which TLS certificate a server has to show; see TlsTrust."""
-
-    def context(self) -> ssl.SSLContext: ...
-
-    def check(self, certificate: bytes | None) -> None:
-        """Raises Refused for another certificate than the expected one."""
-
-
-def cut(sock: socket.socket) -> None:
-    """End a connection while another thread reads from it."""
-    # The plain socket's method: SSLSocket's would take the TLS state away from the
-    # thread that is reading.
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def _connect_tcp(
-    host: str, port: int, timeout: float | None, cancel: Cancellation
-) -> socket.socket:
-    # For a name that is a str Python imports its tables of non-ASCII names: 3 ms and
-    # 0.3 MiB.
-    name: Any = host.encode("ascii") if host.isascii() else host
-    failure = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        name, port, type=socket.SOCK_STREAM
-    ):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(timeout)
-            with cancel.calling(partial(cut, sock)):
-                sock.connect(address)
-            return sock
-        except OSError as error:
-            sock.close()
-            failure = error
-        except Cancelled:
-            sock.close()
-            raise
-    raise failure
-
-
-def dial(
-    host: str,
-    port: int,
-    trust: ServerTrust | None = None,
-    timeout: float | None = None,  # s, for each address of `host`
-    cancel: Cancellation | None = None,
-) -> socket.socket:
-    """Return a TCP connection, with TLS where `trust` is given.
-
-    Raises OSError, UnicodeError, Cancelled, and what `trust` raises.
-    """
-    cancel = cancel or Cancellation()
-    # Before the connection: loading the system's certificates takes a Pi a while.
-    context = None if trust is None else trust.context()
-    sock = _connect_tcp(host, port, timeout, cancel)
-    if trust is None or context is None:
-        return sock
-    try:
-        secured = context.wrap_socket(
-            sock, server_hostname=host, do_handshake_on_connect=False
-        )
-        sock = secured
-        with cancel.calling(partial(cut, sock)):
-            secured.do_handshake()
-        trust.check(secured.getpeercert(binary_form=True))
-    except BaseException:
-        sock.close()
-        raise
-    return secured
+def is_loopback(address: str) -> bool:
+    plain = unmapped(address)
+    return plain.startswith("127.") or plain == "::1"
 
 
 # -- files ---------------------------------------------------------------------
@@ -1085,7 +1024,454 @@ def process_mark(pid: int) -> str:
 
 
 # ==============================================================================
+# Dialling
+#
+# The one way to another machine: addresses as people write them, names with several
+# addresses, TLS, and the proxies that the environment names, as curl reads it.
+# ==============================================================================
+
+NEXT_ADDRESS_AFTER = 0.25  # s; RFC 8305 §5, Connection Attempt Delay
+MAX_HEAD = 64 * 1024  # bytes of an HTTP response up to its empty line
+NO_ANSWER = "no answer in time"
+PROXY_PORT = 1080  # of a proxy without one, as curl has it
+# HTTP_PROXY is not among them: a CGI program gets it from a request's `Proxy:` header.
+PROXY_VARIABLES: Mapping[bool, Sequence[str]] = {  # with TLS, without; first one wins
+    True: ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"),
+    False: ("http_proxy", "all_proxy", "ALL_PROXY"),
+}
+NO_PROXY_VARIABLES = ("no_proxy", "NO_PROXY")
+
+
+# -- addresses -----------------------------------------------------------------
+
+
+def packed_address(text: str) -> bytes | None:
+    """Return the bytes of an IP address, in any notation that getaddrinfo() takes."""
+    with contextlib.suppress(OSError, ValueError):
+        return socket.inet_aton(text)  # 127.1 and 0x7f000001 too
+    with contextlib.suppress(OSError, ValueError):
+        packed = socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+        return packed[12:] if packed[:12] == bytes(10) + b"\xff\xff" else packed
+    return None
+
+
+def is_this_machine(host: str) -> bool:
+    """Return whether `host` is loopback by its name or address."""
+    packed = packed_address(host)
+    if packed is None:
+        name = "." + host.lower().rstrip(".")
+        return name.endswith(".localhost")
+    if len(packed) == 4:
+        return packed[0] == 127 or packed == bytes(4)
+    return packed in (bytes(16), bytes(15) + b"\x01")
+
+
+def _idna_2008(name: str) -> str:
+    """Return the ASCII form of a name that browsers and curl use (UTS 46)."""
+    import stringprep
+    import unicodedata
+
+    # These have a form of their own; IDNA 2003 makes "ss" and σ of the first two, and
+    # drops the joiners.
+    distinct = "ßς\u200c\u200d"
+    kept = "".join(
+        c for c in name if c in distinct or not stringprep.in_table_b1(c)
+    ).replace("ẞ", "ß")
+    folded = "".join(
+        c if c in distinct else c.casefold()
+        for c in unicodedata.normalize("NFKC", kept)
+    )
+    labels = unicodedata.normalize("NFKC", folded).replace("。", ".").split(".")
+    return ".".join(
+        label if label.isascii() else "xn--" + label.encode("punycode").decode()
+        for label in labels
+    )
+
+
+def ascii_host(host: str) -> str:
+    """Return a host's name as DNS, TLS and HTTP have it (RFC 3490).
+
+    Raises UsageError for one that is no name, or that IDNA 2003, all that the standard
+    library has, and IDNA 2008 take for two different ones.
+    """
+    if host.isascii():
+        return host
+    try:
+        name = host.encode("idna").decode("ascii").lower()
+        modern = _idna_2008(host)
+    except UnicodeError as error:
+        raise UsageError(
+            f"{host!r} is not an address: no host has that name"
+        ) from error
+    if name != modern:
+        raise UsageError(
+            f"{host!r} names two different hosts, {modern} today and {name} by the "
+            f"older rules; write {modern} if you mean the first"
+        )
+    return name
+
+
+class ServerUrl(Value):
+    """An http:, https:, ws: or wss: address in its parts."""
+
+    secure: bool
+    host: str  # ASCII; an IPv6 address may have a zone: fe80::1%eth0
+    port: int
+    resource: str  # path and query
+
+    @classmethod
+    def parse(cls, url: str) -> ServerUrl:
+        """Raises UsageError."""
+        shown = repr(redact(url))
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+            host = ascii_host(parts.hostname or "")
+            path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
+            query = quote(parts.query, safe="/?%:@!$&'()*+,;=~")
+        except ValueError as error:
+            raise UsageError(
+                f"{shown} is not an address: {error}; it looks like "
+                "ws://gateway:9090/ws"
+            ) from error
+        secure = parts.scheme in ("wss", "https")
+        if not (secure or parts.scheme in ("ws", "http")) or not host or port == 0:
+            raise UsageError(
+                f"{shown} is not an address of a server; "
+                "it looks like ws://gateway:9090/ws"
+            )
+        address, percent, zone = host.partition("%")
+        if percent and ":" in address:
+            # RFC 6874 wants %25 before a zone; people write %, and curl takes both.
+            zone = zone[2:] if zone.startswith("25") and zone != "25" else zone
+            host = f"{address}%{zone}"
+        return cls(
+            secure=secure,
+            host=host,
+            port=port or (443 if secure else 80),
+            resource=f"{path}?{query}" if query else path,
+        )
+
+    def _netloc(self, host: str) -> str:
+        host = f"[{host}]" if ":" in host else host
+        usual = self.port == (443 if self.secure else 80)
+        return host if usual else f"{host}:{self.port}"
+
+    @property
+    def host_header(self) -> str:
+        return self._netloc(self.host.partition("%")[0])  # RFC 6874 §1: no zone
+
+    def __str__(self) -> str:
+        """The address for people: without the query, which may hold a secret."""
+        scheme = "wss" if self.secure else "ws"
+        netloc = self._netloc(self.host.replace("%", "%25"))
+        return f"{scheme}://{netloc}{self.resource.partition('?')[0]}"
+
+
+# -- proxies -------------------------------------------------------------------
+
+
+def _no_proxy_names(pattern: str, host: str) -> bool:
+    """Return whether one word of NO_PROXY names `host`: address, network or suffix."""
+    packed = packed_address(host)
+    if packed is None:
+        wanted = "." + pattern.strip(".").lower()
+        return len(wanted) > 1 and ("." + host.lower().rstrip(".")).endswith(wanted)
+    network, slash, length = pattern.partition("/")
+    base = packed_address(network.strip("[]"))
+    bits = 8 * len(packed)
+    if base is None or len(base) != len(packed):
+        return False
+    if slash:
+        if not re.fullmatch("[0-9]{1,3}", length) or int(length) > bits:
+            return False
+        shift = bits - int(length)
+    else:
+        shift = 0
+    return (
+        int.from_bytes(packed, "big") >> shift == int.from_bytes(base, "big") >> shift
+    )
+
+
+class HttpProxy(Value):
+    """An HTTP proxy from the environment, which is asked for a tunnel (CONNECT)."""
+
+    host: str
+    port: int
+    credentials: str | None  # user:password
+    variable: str  # that named it
+
+    def __str__(self) -> str:
+        """The address for people: without the password."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    def connect_request(self, host: str, port: int) -> bytes:
+        """Return the request for a tunnel (RFC 9110 §9.3.6)."""
+        name = host.partition("%")[0]
+        target = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+        lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
+        if self.credentials is not None:
+            coded = b64encode(self.credentials.encode("utf-8", "surrogateescape"))
+            lines.append(f"Proxy-Authorization: Basic {coded}")
+        return "\r\n".join([*lines, "", ""]).encode("ascii")
+
+
+def find_proxy(
+    host: str, environ: Mapping[str, str], *, secure: bool
+) -> HttpProxy | None:
+    """Return the proxy on the way to `host`, None for the direct way.
+
+    Raises BadConfiguration for a proxy that cannot be used.
+    """
+    variable = next((v for v in PROXY_VARIABLES[secure] if environ.get(v)), None)
+    if variable is None or is_this_machine(host):
+        return None
+    exempt = next((environ[v] for v in NO_PROXY_VARIABLES if environ.get(v)), "")
+    words = exempt.replace(",", " ").split()
+    if words == ["*"] or any(_no_proxy_names(word, host) for word in words):
+        return None
+    text = environ[variable].strip()
+    scheme, _, rest = text.rpartition("://")
+    problem = f"{variable} names a proxy that cannot be used: "
+    if scheme.lower() not in ("", "http"):
+        raise BadConfiguration(
+            f"{problem}{scheme}:// is not spoken here, only http://; or name {host} in "
+            "NO_PROXY"
+        )
+    try:
+        parts = urlsplit("http://" + rest)
+        port = parts.port
+        name = ascii_host(parts.hostname or "")
+    except (ValueError, UsageError):
+        port, name = 0, ""
+    if not name or port == 0:
+        raise BadConfiguration(
+            f"{problem}it looks like http://proxy:3128, with user:password@ before the "
+            "name if need be"
+        )
+    user, at, _ = parts.netloc.rpartition("@")
+    return HttpProxy(name, port or PROXY_PORT, unquote(user) if at else None, variable)
+
+
+# -- connections ---------------------------------------------------------------
+
+
+class ServerTrust(Protocol):
+    """Which TLS certificate a server has to show; see TlsTrust."""
+
+    def context(self) -> ssl.SSLContext: ...
+
+    def check(self, certificate: bytes | None) -> None:
+        """Raises Refused for another certificate than the expected one."""
+
+
+def cut(sock: socket.socket) -> None:
+    """End a connection while another thread reads from it."""
+    # The plain socket's method: SSLSocket's would take the TLS state away from the
+    # thread that is reading.
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _limit(sock: socket.socket, deadline: Deadline) -> None:
+    """Give the next call of `sock` what is left.  Raises socket.timeout."""
+    remaining = deadline.remaining()
+    if remaining == 0:
+        raise socket.timeout(NO_ANSWER)
+    sock.settimeout(remaining)
+
+
+def read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
+    """Return an HTTP response up to its empty line, and what came after it.
+
+    Raises HandshakeError, OSError; socket.timeout at the deadline.
+    """
+    data = bytearray()
+    end = -1
+    while end < 0:
+        _limit(sock, deadline)
+        piece = sock.recv(4096)
+        if not piece:
+            raise HandshakeError(502, "nothing, and closed the connection")
+        looked = max(0, len(data) - 3)
+        data += piece
+        # Many servers of other kinds speak first and wait: they are told by that.
+        if len(data) > MAX_HEAD or data[:5] != b"HTTP/"[: len(data)]:
+            raise HandshakeError(502, "something that is not HTTP")
+        end = data.find(b"\r\n\r\n", looked)
+    return bytes(data[:end]), bytes(data[end + 4 :])
+
+
+def _addresses(host: str, port: int) -> list[tuple[Any, ...]]:
+    """Return what getaddrinfo() finds, IPv6 and IPv4 in turn (RFC 8305 §4)."""
+    # For a name that is a str Python imports its tables of non-ASCII names: 3 ms and
+    # 0.3 MiB.
+    name: Any = host.encode("ascii")
+    found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    if not found:
+        raise OSError(f"{host} has no address")
+    first = [entry for entry in found if entry[0] == found[0][0]]
+    others = [entry for entry in found if entry[0] != found[0][0]]
+    pairs = itertools.zip_longest(first, others)
+    return [entry for pair in pairs for entry in pair if entry is not None]
+
+
+class _Race:
+    """Attempts to connect, of which the first that succeeds counts."""
+
+    def __init__(self) -> None:
+        self.attempts: dict[int, socket.socket] = {}  # by descriptor
+        self.failure: OSError = socket.timeout(NO_ANSWER)  # the last one
+        self._poller = select.poll()
+
+    def start(self, entry: tuple[Any, ...]) -> None:
+        """Begin to connect to an address from getaddrinfo()."""
+        family, kind, protocol, _, address = entry
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:  # a family that is switched off
+            self.failure = error
+            return
+        self.attempts[sock.fileno()] = sock
+        self._poller.register(sock, select.POLLOUT)
+        sock.setblocking(False)
+        try:
+            sock.connect(address)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._lose(sock.fileno(), error)
+
+    def wait(self, timeout: float) -> socket.socket | None:
+        """Return the connection of the first success, None after `timeout` s."""
+        for descriptor, _ in self._poller.poll(math.ceil(timeout * 1000)):
+            sock = self.attempts[descriptor]
+            number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if number == 0:
+                return self.attempts.pop(descriptor)
+            self._lose(descriptor, OSError(number, os.strerror(number)))
+        return None
+
+    def cut(self) -> None:
+        """Wake wait(), from another thread."""
+        for sock in list(self.attempts.values()):
+            cut(sock)
+
+    def close(self) -> None:
+        for sock in self.attempts.values():
+            sock.close()
+        self.attempts.clear()
+
+    def _lose(self, descriptor: int, error: OSError) -> None:
+        self.failure = error
+        self._poller.unregister(descriptor)
+        self.attempts.pop(descriptor).close()
+
+
+def _connect_tcp(
+    host: str, port: int, deadline: Deadline, cancel: Cancellation
+) -> socket.socket:
+    """Return a connection to the first address that answers (RFC 8305 §5).
+
+    Raises OSError, socket.timeout at the deadline, Cancelled.
+    """
+    waiting = collections.deque(_addresses(host, port))
+    next_start = Deadline(0)
+    with closing(_Race()) as race, cancel.calling(race.cut):
+        while waiting or race.attempts:
+            if deadline.expired:
+                raise socket.timeout(NO_ANSWER)
+            if waiting and (next_start.expired or not race.attempts):
+                race.start(waiting.popleft())
+                next_start = Deadline(NEXT_ADDRESS_AFTER)
+            # Not longer: macOS does not wake for a cut() before a connection.
+            pause = next_start if waiting else Deadline(NEXT_ADDRESS_AFTER)
+            winner = race.wait(min(d.remaining() or 0.0 for d in (pause, deadline)))
+            if cancel.cancelled and winner is not None:
+                winner.close()
+            cancel.pause(0)
+            if winner is not None:
+                return winner
+        raise race.failure
+
+
+def _open_tunnel(
+    proxy: HttpProxy, host: str, port: int, deadline: Deadline, cancel: Cancellation
+) -> socket.socket:
+    """Return a connection to `host` through `proxy`.  Raises Unreachable, Cancelled."""
+    through = f"the proxy {proxy} (from {proxy.variable})"
+    advice = f"correct it, or name {host} in NO_PROXY"
+    try:
+        sock = _connect_tcp(proxy.host, proxy.port, deadline, cancel)
+        try:
+            with cancel.calling(partial(cut, sock)):
+                _limit(sock, deadline)
+                sock.sendall(proxy.connect_request(host, port))
+                head, _ = read_head(sock, deadline)
+            status = re.match(rb"HTTP/1\.[0-9] ([0-9]{3})(?: ([^\r\n]*))?", head)
+            if status is None or not status[1].startswith(b"2"):
+                answer = head.partition(b"\r\n")[0].decode("iso-8859-1")
+                if status is not None and status[1] in (b"401", b"407"):
+                    advice = "put user:password@ before its name"
+                raise Unreachable(
+                    f"{through} does not connect to {host}:{port}: "
+                    f"{printable(answer)}; {advice}"
+                )
+            return sock
+        except BaseException:
+            sock.close()
+            raise
+    except socket.timeout as error:
+        raise Unreachable(f"{through} does not answer; {advice}") from error
+    except (OSError, HandshakeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Unreachable(f"{through} cannot be used: {reason}; {advice}") from error
+
+
+def dial(
+    host: str,
+    port: int,
+    trust: ServerTrust | None = None,
+    timeout: float = CONNECT_TIMEOUT,
+    cancel: Cancellation | None = None,
+) -> socket.socket:
+    """Return a TCP connection, with TLS where `trust` is given, within `timeout` s.
+
+    `host` is ASCII, as in a ServerUrl.  Raises OSError, UnicodeError, Cancelled, what
+    `trust` raises, and Unreachable or BadConfiguration for a proxy.
+    """
+    cancel = cancel or Cancellation()
+    # Before the connection: loading the system's certificates takes a Pi a while.
+    context = None if trust is None else trust.context()
+    deadline = Deadline(timeout)
+    proxy = find_proxy(host, os.environ, secure=trust is not None)
+    if proxy is None:
+        sock = _connect_tcp(host, port, deadline, cancel)
+    else:
+        sock = _open_tunnel(proxy, host, port, deadline, cancel)
+    try:
+        _limit(sock, deadline)
+        if trust is None or context is None:
+            return sock
+        # A certificate has neither a zone nor the dot at the end of a whole name.
+        name = host.partition("%")[0].rstrip(".")
+        secured = context.wrap_socket(
+            sock, server_hostname=name, do_handshake_on_connect=False
+        )
+        sock = secured
+        with cancel.calling(partial(cut, sock)):
+            secured.do_handshake()
+        trust.check(secured.getpeercert(binary_form=True))
+        return secured
+    except BaseException:
+        sock.close()
+        raise
+
+
+# ==============================================================================
 # Settings
+# Uses: Dialling
 #
 # What a machine remembers between runs: `node.json` and `gateway.json` in the data
 # directory.  The command line decides which flag beats which variable.
@@ -1101,18 +1487,14 @@ def websocket_url(url: str) -> str:
     text = url.strip()
     if "://" not in text:
         text = "ws://" + text
-    try:
-        parts = urlsplit(text)
-        scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
-        usable = scheme in ("ws", "wss") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number, a bracket that is not closed
-        usable = False
-    if not usable or parts.username is not None:
+    target = ServerUrl.parse(text)
+    if "@" in urlsplit(text).netloc:
         raise UsageError(
             f"{redact(url)!r} is not a gateway's address; "
             "it looks like ws://gateway:9090/ws"
         )
-    return f"{scheme}://{parts.netloc}{parts.path.rstrip('/') or '/ws'}"
+    resource = target.resource.partition("?")[0].rstrip("/") or "/ws"
+    return str(target.replace(resource=resource))
 
 
 def data_directory(environ: Mapping[str, str]) -> Path:
@@ -1120,12 +1502,20 @@ def data_directory(environ: Mapping[str, str]) -> Path:
 
     Raises BadConfiguration.
     """
-    try:
-        return Path(environ.get("MOLTIS_DATA_DIR") or "~/.moltis").expanduser()
-    except RuntimeError as error:  # a user without a home, or a ~name of nobody
+    chosen = environ.get("MOLTIS_DATA_DIR") or "~/.moltis"
+    found = os.path.expanduser(chosen)
+    if found.startswith("~"):
+        whose = chosen.partition("/")[0]
         raise BadConfiguration(
-            f"there is no data directory ({error}); choose one with MOLTIS_DATA_DIR"
-        ) from error
+            f"there is no data directory {chosen!r}: "
+            + (
+                f"uid {os.getuid()} has no account and HOME is not set"
+                if whose == "~"
+                else f"no account {whose[1:]!r} is known"
+            )
+            + "; choose one with MOLTIS_DATA_DIR"
+        )
+    return Path(found)
 
 
 def read_settings_file(path: Path) -> JsonObject | None:
@@ -1135,14 +1525,15 @@ def read_settings_file(path: Path) -> JsonObject | None:
     """
     try:
         data = path.read_bytes()
-        value = from_json(data) if data.strip() else None
+        # Zeros are what a file system keeps of a file when the power fails.
+        value = from_json(data) if data.strip(b"\0 \t\r\n") else None
     except FileNotFoundError:
         return None
     except OSError as error:
         raise BadConfiguration(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise BadConfiguration(
-            f"{path} is not JSON ({error}); repair or delete it"
+            f"{path} is not JSON, perhaps half written ({error}); repair or delete it"
         ) from error
     if value is not None and not isinstance(value, dict):
         raise BadConfiguration(f"{path} must hold a JSON object; repair or delete it")
@@ -1761,6 +2152,7 @@ def decode_close(payload: bytes) -> tuple[int, str]:
 
 # ==============================================================================
 # WebSocket handshake
+# Uses: Dialling
 #
 # The HTTP exchange that opens a connection, both sides (RFC 6455 §4).  Text in, text
 # out: it opens no socket; paths, Origin and sign-in are left to the HTTP server.
@@ -1769,7 +2161,6 @@ def decode_close(payload: bytes) -> tuple[int, str]:
 
 WEBSOCKET_VERSION = "13"
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
-MAX_HEAD = 64 * 1024  # bytes of an HTTP response up to its empty line
 
 HTTP_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 7230 §3.2.6
 STATUS_LINE = r"HTTP/1\.[0-9] ([1-5][0-9]{2})(?: (.*))?"
@@ -1839,53 +2230,7 @@ def accept_upgrade(headers: Headers) -> list[tuple[str, str]]:
     return [upgrade, ("Connection", "Upgrade"), accept]
 
 
-class WebSocketUrl(Value):
-    """A ws: or wss: address in its parts (RFC 6455 §3)."""
-
-    secure: bool
-    host: str
-    port: int
-    resource: str  # path and query
-
-    @classmethod
-    def parse(cls, url: str) -> WebSocketUrl:
-        """Return the parts of `url`; http: and https: will do.  Raises UsageError."""
-        shown = repr(redact(url))
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-            host = parts.hostname or ""
-            if not host.isascii():
-                host = host.encode("idna").decode("ascii")
-            path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
-            query = quote(parts.query, safe="/?%:@!$&'()*+,;=~")
-        except ValueError as error:
-            raise UsageError(f"{shown} is not an address: {error}") from error
-        secure = parts.scheme in ("wss", "https")
-        if not (secure or parts.scheme in ("ws", "http")) or not host:
-            raise UsageError(
-                f"{shown} is not a WebSocket address; write it like ws://host:9090/ws"
-            )
-        return cls(
-            secure=secure,
-            host=host,
-            port=port or (443 if secure else 80),
-            resource=f"{path}?{query}" if query else path,
-        )
-
-    @property
-    def host_header(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        usual = self.port == (443 if self.secure else 80)
-        return host if usual else f"{host}:{self.port}"
-
-    def __str__(self) -> str:
-        """The address for people: without the query, which may hold a secret."""
-        scheme = "wss" if self.secure else "ws"
-        return f"{scheme}://{self.host_header}{self.resource.partition('?')[0]}"
-
-
-def upgrade_request(url: WebSocketUrl, key: str) -> bytes:
+def upgrade_request(url: ServerUrl, key: str) -> bytes:
     """Return a client's request for a WebSocket (RFC 6455 §4.1)."""
     return (
         f"GET {url.resource} HTTP/1.1\r\n"
@@ -2119,7 +2464,7 @@ class WebSocketProtocol:
 
 # ==============================================================================
 # WebSocket connections
-# Uses: WebSocket frames, WebSocket handshake, WebSocket protocol
+# Uses: Dialling, WebSocket frames, WebSocket handshake, WebSocket protocol
 #
 # The same over a socket, plain or TLS, safe from any thread: a bounded outbox, one
 # reader at a time, keepalive, and connect(url) for clients.  An idle connection has no
@@ -2642,26 +2987,7 @@ class WebSocket:
             self._channel.sock.close()
 
 
-def _read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
-    """Return an HTTP response up to its empty line, and what came after it."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        remaining = deadline.remaining()
-        if remaining == 0:
-            raise socket.timeout
-        sock.settimeout(remaining)
-        piece = sock.recv(4096)
-        if not piece:
-            raise HandshakeError(502, "nothing, and closed the connection")
-        data += piece
-        # Many servers of other kinds speak first and wait: they are told by that.
-        if len(data) > MAX_HEAD or data[:5] != b"HTTP/"[: len(data)]:
-            raise HandshakeError(502, "something that is not HTTP")
-    head, _, early = data.partition(b"\r\n\r\n")
-    return head, early
-
-
-def _why_unreachable(target: WebSocketUrl, error: Exception, timeout: float) -> str:
+def _why_unreachable(target: ServerUrl, error: Exception, timeout: float) -> str:
     """Return one line for people about a connection that did not come about."""
     if isinstance(error, HandshakeError):
         return f"{target} answered {error}; is there a gateway, and is the path right?"
@@ -2701,7 +3027,7 @@ def connect(
     Raises Unreachable with one line that says why, Refused for a wrong certificate,
     UsageError if `url` is not an address.
     """
-    target = WebSocketUrl.parse(url)
+    target = ServerUrl.parse(url)
     deadline = Deadline(timeout)
     key = b64encode(os.urandom(16))
     try:
@@ -2709,7 +3035,7 @@ def connect(
         sock = dial(target.host, target.port, trust if target.secure else None, timeout)
         try:
             sock.sendall(upgrade_request(target, key))
-            head, early = _read_head(sock, deadline)
+            head, early = read_head(sock, deadline)
             check_upgraded(head, key)
         except BaseException:
             sock.close()
@@ -3132,7 +3458,7 @@ def ensure_certificate(directory: Path, names: Iterable[str]) -> TlsFiles:
 
 # ==============================================================================
 # HTTP client
-# Uses: TLS
+# Uses: Dialling, TLS
 #
 # One HTTP request over a connection of its own, which another thread can cancel.
 # ==============================================================================
@@ -3155,39 +3481,34 @@ def http_exchange(
     ConnectionError after a connection broke, TimeoutError and Cancelled; also for
     what the block reads.
     """
-    parts = urlsplit(url)
-    secure = parts.scheme == "https"
     cancel = cancel or Cancellation()
     try:
-        sock = dial(
-            parts.hostname or "",
-            parts.port or (443 if secure else 80),
-            (trust or TlsTrust()) if secure else None,
-            CONNECT_TIMEOUT,
-            cancel,
-        )
-    # ValueError: no port or no name; BadConfiguration: a Python without TLS
-    except (OSError, ValueError, BadConfiguration) as error:
-        raise Unreachable(f"{parts.netloc} cannot be reached: {error}") from error
+        target = ServerUrl.parse(url)
+        name = target.host_header
+        secured = (trust or TlsTrust()) if target.secure else None
+        sock = dial(target.host, target.port, secured, cancel=cancel)
+    except (UsageError, BadConfiguration) as error:
+        raise Unreachable(str(error)) from error
+    except (OSError, UnicodeError) as error:
+        raise Unreachable(f"{name} cannot be reached: {error}") from error
     # Only now: it takes 2.3 MiB, and most nodes look for an Ollama in vain.
     import http.client
 
-    connection = http.client.HTTPConnection(parts.hostname or "")
+    connection = http.client.HTTPConnection(target.host)
     connection.sock = sock
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    headers = {**headers, "Host": parts.netloc, "Connection": "close"}
+    headers = {**headers, "Host": name, "Connection": "close"}
     try:
         sock.settimeout(timeout)
         with cancel.calling(partial(cut, sock)):
-            connection.request(method, target, body, headers)
+            connection.request(method, target.resource, body, headers)
             with connection.getresponse() as response:
                 yield response
     except socket.timeout as error:
-        said = f"{parts.netloc} was silent for {format_duration(timeout)}"
+        said = f"{name} was silent for {format_duration(timeout)}"
         raise TimeoutError(said) from error
     except (OSError, http.client.HTTPException) as error:
         said = str(error) or type(error).__name__
-        raise ConnectionError(f"{parts.netloc} broke off: {said}") from error
+        raise ConnectionError(f"{name} broke off: {said}") from error
     finally:
         connection.close()
 
@@ -3207,7 +3528,10 @@ def fetch(url: str, trust: TlsTrust, redirects: int = 5) -> bytes:
     except (OSError, Unreachable) as error:
         raise Unreachable(f"{redact(url)} cannot be fetched: {error}") from error
     if response.status in (301, 302, 303, 307, 308) and redirects:
-        return fetch(urljoin(url, moved), trust, redirects - 1)
+        target = urljoin(url, moved)
+        if url.lower().startswith("https:") and not target.lower().startswith("https:"):
+            raise Refused(f"{redact(url)} leads to {redact(target)}, without TLS")
+        return fetch(target, trust, redirects - 1)
     if response.status != 200:
         words = data[:300].decode("utf-8", "replace").strip()
         raise Refused(f"{redact(url)} answered {response.status}: {words}")
@@ -3228,9 +3552,10 @@ SCRAM_MAX_ITERATIONS = 100_000  # 0.1 s on a Pi; a hostile server may ask for mo
 SCRAM_MAX_LENGTH = 4096  # characters of one SCRAM message; ours have 200
 
 
-def device_handle(token: str) -> str:
-    """Return the SCRAM username of a device; it does not reveal the token."""
-    return hashlib.sha256(b"moltis handle" + token.encode("utf-8")).digest()[:16].hex()
+def scram_handle(secret: str) -> str:
+    """Return the SCRAM username of a token or key; it does not reveal the secret."""
+    digest = hashlib.sha256(b"moltis handle" + secret.encode("utf-8")).digest()
+    return digest[:16].hex()
 
 
 def _b64(text: str) -> bytes:
@@ -3511,11 +3836,11 @@ class ScramServer:
 
 # ==============================================================================
 # Wire protocol
-# Uses: WebSocket connections
+# Uses: WebSocket frames, WebSocket connections, TLS, SCRAM
 #
 # The messages between gateway, nodes and operators: JSON envelopes as text, job logs
-# and input as binary, calls that await an answer.  Shapes only: it opens no connection.
-# Compatibility with Moltis (protocol 4) is kept here.
+# and input as binary, calls that await an answer, the first exchange of a client.  It
+# opens no connection.  Compatibility with Moltis (protocol 4) is kept here.
 # ==============================================================================
 
 CAP_SCRAM = "auth.scram"
@@ -3533,6 +3858,9 @@ JOB_RESIZE = "job.resize"
 JOB_PLACE = "job.place"
 JOB_INPUT = "job.input"
 JOB_STATE = "job.state"
+
+# Temporary refusals: the gateway starts or stops, or its disk is full.
+PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LIMITED")
 
 TOKEN_REVOKED = "the token was revoked"  # a gateway hangs up on a node for this reason
 
@@ -4021,6 +4349,57 @@ class ConnectParams(Value):
             )
 
 
+def exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
+    """Return the payload of the answer to one request; skip all other messages.
+
+    Raises RpcError as the gateway says, ConnectionClosed, or TimeoutError.
+    """
+    request = Request(new_id(), method, params)
+    ws.send(encode_envelope(request))
+    deadline = Deadline(CONNECT_TIMEOUT)
+    while True:
+        message = ws.receive(deadline.remaining())
+        if message is None:
+            raise ConnectionClosed(CloseCode.NORMAL, "the gateway hung up")
+        envelope = decode_envelope(message) if isinstance(message, str) else None
+        if isinstance(envelope, Response) and envelope.id == request.id:
+            if envelope.error is not None:
+                raise envelope.error
+            if not isinstance(envelope.payload, dict):
+                raise RpcError("PROTOCOL_ERROR", f"the answer to {method} is no object")
+            return envelope.payload
+
+
+def sign_in(ws: WebSocket, params: ConnectParams, secret: str) -> JsonObject:
+    """Return the hello, once both sides have proved that they know `secret`.
+
+    The secret itself is not sent.  Raises AuthenticationError for a gateway without a
+    proof, and as exchange().
+    """
+    certificate = ws.peer_certificate()
+    binding = None if certificate is None else tls_server_end_point(certificate)
+    scram = ScramClient(scram_handle(secret), secret, binding)
+    try:
+        first = exchange(ws, CAP_SCRAM, {"clientFirst": scram.first()})
+    except RpcError as error:
+        if error.code == "UNAUTHORIZED" or error.code in PASSING_CODES:
+            raise
+        raise RpcError(
+            error.code,
+            f"{error.message}; a gateway of the original Moltis does not know SCRAM: "
+            "nodes join it with --auth bearer",
+        ) from error
+    final = scram.final(required(first, "serverFirst", str))
+    hello = exchange(ws, "connect", params.replace(scram_final=final).to_json())
+    auth = optional(hello, "auth", dict) or {}
+    proof = optional(auth, "scram", dict) or {}
+    server_final = proof.get("serverFinal")
+    if not isinstance(server_final, str):
+        raise AuthenticationError("it sent no proof")
+    scram.verify(server_final)
+    return hello
+
+
 class Calls:
     """Requests that were sent and not yet answered, by id."""
 
@@ -4108,7 +4487,29 @@ LINE_PAUSE = 0.002  # s that the outputs are left alone after two small reads
 LINE_CHUNK = 4096  # bytes; a read of fewer is small
 READ_PAGES = 15 * 4096  # bytes of one read; all 64 KiB of a full pipe exceed a frame
 
+USUAL_PLACES = (  # of programs, from the home directory on
+    ".local/bin",
+    "bin",
+    ".cargo/bin",
+    "go/bin",
+    "/usr/local/bin",
+    "/usr/local/go/bin",
+    "/opt/homebrew/bin",
+    "/opt/local/bin",
+    "/snap/bin",
+    "/usr/lib/wsl/lib",
+    "/usr/bin",
+    "/bin",
+    "/usr/local/sbin",
+    "/usr/sbin",
+    "/sbin",
+)
+
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
+LOCALE_VARIABLE = (  # locale(7); others, as LC_TERMINAL, are no business of setlocale()
+    r"LANG|LC_(ALL|CTYPE|COLLATE|MESSAGES|MONETARY|NUMERIC|TIME"
+    r"|ADDRESS|IDENTIFICATION|MEASUREMENT|NAME|PAPER|TELEPHONE)"
+)
 FORWARDED_VALUE = r"(?a)[\w.,:@+/= -]{0,256}"  # nothing that a shell runs
 
 
@@ -4126,19 +4527,52 @@ def filter_environment(env: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def command_environment(
-    environ: Mapping[str, str], forwarded: Mapping[str, Any] = NOTHING
-) -> dict[str, str]:
-    """Return the environment of a command: the node user's, without our secrets."""
-    secrets_of_ours = set(API_KEY_VARIABLES.values())
+def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of commands: the node user's, without our secrets.
+
+    PATH has the user's usual directories at its end, as far as they exist: a service
+    is started with a bare PATH, or with none (launchd).
+    """
     env = {
         name: value
         for name, value in environ.items()
-        if not name.startswith("MOLTIS_") and name not in secrets_of_ours
+        if not name.startswith("MOLTIS_") and name not in SECRET_VARIABLES
     }
-    # Filtered here as well: a node does not rely on its gateway's filter.
-    env.update(filter_environment(forwarded))
+    home = environ.get("HOME") or os.path.expanduser("~")
+    given = environ.get("PATH") or os.defpath
+    usual = filter(os.path.isdir, (os.path.join(home, p) for p in USUAL_PLACES))
+    known = given.split(os.pathsep)
+    env["PATH"] = os.pathsep.join([given, *(p for p in usual if p not in known)])
     return env
+
+
+def _locale_key(name: str) -> str:
+    """Return a locale's name as the C library compares it: `de_DE.utf8`."""
+    language, dot, rest = name.partition(".")
+    charset, at, modifier = rest.partition("@")
+    return language + dot + re.sub("[^a-z0-9]", "", charset.lower()) + at + modifier
+
+
+@functools.lru_cache(maxsize=None)
+def _installed_locales() -> frozenset[str]:
+    """Return this system's locales; none where the C library takes any name (musl)."""
+    listed = run_program(["locale", "-a"], {"PATH": os.defpath}, timeout=KILL_AFTER)
+    names = listed.text.split() if listed.status == 0 else []
+    return frozenset(map(_locale_key, names))
+
+
+def usable_here(env: Mapping[str, str]) -> dict[str, str]:
+    """Return forwarded variables without locales that this system lacks.
+
+    Programs would warn of them, and use none at all.
+    """
+    locales = {name for name in env if re.fullmatch(LOCALE_VARIABLE, name)}
+    installed = _installed_locales() if locales else ()
+    return {
+        name: value
+        for name, value in env.items()
+        if name not in locales or not installed or _locale_key(value) in installed
+    }
 
 
 class CommandSpec(Value):
@@ -4391,27 +4825,173 @@ class InputWindow:
         self.consumed += count
 
 
-def seal_descriptors() -> None:
+# -- what commands get ---------------------------------------------------------
+
+
+# Python ignores these signals, and a child inherits that.
+RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
+
+
+class Inherited(Value):
+    """What our parent gave us, for commands, and we changed for ourselves."""
+
+    umask: int
+    open_files: int  # soft limit; RLIM_INFINITY: none
+
+
+def stay(*_: object) -> None:
+    """Handle a signal that our parent ignored, as `nohup` does with SIGHUP.
+
+    Unlike SIG_IGN, a handler does not survive exec(): commands get the default.
+    """
+
+
+def _seal_descriptors() -> None:
     """Stop children from inheriting descriptors that we inherited, as of a lock file.
 
     Python does so for those that it opens itself (PEP 446).
     """
-    with contextlib.suppress(OSError):  # there is no /dev/fd
-        for name in os.listdir("/dev/fd"):
-            with contextlib.suppress(OSError):  # the one that listed them
-                if int(name) > 2:
-                    os.set_inheritable(int(name), False)
+    try:
+        descriptors = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:  # a bare chroot
+        descriptors = list(range(1024))
+    for descriptor in descriptors:
+        if descriptor > 2:
+            with contextlib.suppress(OSError):  # not open, or the one that listed them
+                os.set_inheritable(descriptor, False)
+
+
+def settle_process() -> Inherited:
+    """Put right what our parent left; return what commands get of it.
+
+    Signals: none is blocked, ignored ones have a handler.  Descriptors beyond 2 stay
+    ours.  Files that we make are private.  Call it once, before the first thread.
+    """
+    import resource
+
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in signal.valid_signals():
+        ignored = signal.getsignal(number) is signal.SIG_IGN
+        if ignored and number not in RESTORED_SIGNALS:
+            # While SIGCHLD is ignored, the system drops the exit status of children.
+            is_end = number == signal.SIGCHLD
+            signal.signal(number, signal.SIG_DFL if is_end else stay)
+    _seal_descriptors()
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return Inherited(umask=os.umask(0o077), open_files=open_files)
+
+
+def _wipe_in_proc() -> None:
+    """Overwrite our secrets in arguments and environment, as proc(5) shows them.
+
+    Raises OSError where there is no /proc.
+    """
+    words = Path("/proc/self/stat").read_text("utf-8", "replace").rpartition(")")[2]
+    start, arguments_end, _, end = map(int, words.split()[45:49])
+    names = "|".join(SECRET_VARIABLES).encode("ascii")
+    variable = rb"(?:(?<=\0)|^)((?:%b)=)[^\0]*" % names
+    ours = rb"()%b" % SECRET_PATTERN.encode("ascii")
+
+    def blank(found: re.Match[bytes]) -> bytes:
+        return found[1] + b"*" * (len(found[0]) - len(found[1]))
+
+    with open("/proc/self/mem", "r+b", buffering=0) as memory:
+        memory.seek(start)
+        data = memory.read(end - start)
+        arguments, variables = (
+            data[: arguments_end - start],
+            data[arguments_end - start :],
+        )
+        memory.seek(start)
+        memory.write(
+            re.sub(ours, blank, arguments) + re.sub(variable, blank, variables)
+        )
+
+
+def _wipe_in_libc(names: Iterable[str]) -> None:
+    """Overwrite variables where the C library has them; the system shows the same."""
+    import ctypes
+
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_void_p
+    for name in names:
+        address = getenv(name.encode("ascii"))
+        ctypes.memset(address, ord("*"), len(os.fsencode(os.environ[name])))
+
+
+def take_environment() -> dict[str, str]:
+    """Return our environment; nobody else finds our secrets in it from now on.
+
+    The system shows a process's first environment to all processes of its user, the
+    commands too: `cat /proc/$PPID/environ`.
+    """
+    environ = dict(os.environ)
+    secret = [name for name in SECRET_VARIABLES if name in environ]
+    try:
+        _wipe_in_proc()
+    except (OSError, ValueError):
+        if secret:
+            with contextlib.suppress(ImportError, OSError):
+                _wipe_in_libc(secret)
+    for name in secret:
+        del os.environ[name]
+    return environ
+
+
+def reap_orphans() -> None:
+    """Return in a child process if we are process 1, as in a container.
+
+    Process 1 inherits all orphans.  It reaps them, passes signals on to the child, and
+    ends with it; so no exit status is taken away from whoever waits for it.
+    """
+    if os.getpid() != 1 or not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    every = signal.valid_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, every)
+    program = os.fork()
+    while program:
+        received = signal.sigwaitinfo(every)
+        if received.si_signo != signal.SIGCHLD:
+            if received.si_code <= 0:  # the terminal's reach both processes
+                os.kill(program, received.si_signo)
+            continue
+        pid = -1
+        while pid:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == program:
+                signaled = os.WIFSIGNALED(status)
+                number = os.WTERMSIG(status) if signaled else 0
+                os._exit(128 + number if signaled else os.WEXITSTATUS(status))
 
 
 # Before Python 3.10 Popen copies our page tables: `true` takes 1.2 ms with it, and 0.65
 # with posix_spawn().  Later ones let other threads run meanwhile, which that does not.
 POPEN_FORKS = sys.version_info < (3, 10) and hasattr(os, "posix_spawn")
+POPEN_SETS_UMASK = sys.version_info >= (3, 10)
 
 # Without pipe2() a spawn in another thread may inherit a new pipe before it is sealed.
 SEALED_PIPES = hasattr(os, "pipe2")
 
-# Python ignores these signals, and a child inherits that.
-RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
+
+def _shell_words(command: bytes, inherited: Inherited | None) -> list[str | bytes]:
+    """Return the arguments that start the shell of a command as our parent would."""
+    import resource
+
+    words: list[str | bytes] = [SHELL, "-c", "--", command]
+    if inherited is None:
+        return words
+    first = []
+    if not POPEN_SETS_UMASK:
+        first.append(f"umask {inherited.umask:04o}")
+    # Only exec() can do it: before it, the limit would be that of all our threads.
+    limit = inherited.open_files
+    if limit != resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+        unlimited = limit == resource.RLIM_INFINITY
+        first.append(f"ulimit -S -n {'unlimited' if unlimited else limit}")
+    if not first:
+        return words
+    return [SHELL, "-c", "; ".join([*first, 'exec "$@"']), SHELL, *words]
 
 
 def _is_here(directory: bytes | None) -> bool:
@@ -4427,12 +5007,14 @@ def _start_shell(
     cwd: bytes | None,
     env: Mapping[str, str],
     streams: Mapping[int, int],
+    inherited: Inherited | None,
 ) -> int:
     """Start a shell in a session of its own, with `streams` as its 0 to 2.
 
-    Returns its pid; the caller reaps it.  Raises OSError, ValueError.
+    All signals have their default.  Returns its pid; the caller reaps it.
+    Raises OSError, ValueError.
     """
-    arguments: list[str | bytes] = [SHELL, "-c", "--", command]
+    arguments = _shell_words(command, inherited)
     stands_clear = min(streams.values()) > 2  # none takes the place of another
     if POPEN_FORKS and SEALED_PIPES and stands_clear and _is_here(cwd):
         with contextlib.suppress(NotImplementedError):  # setsid, on some systems
@@ -4449,6 +5031,9 @@ def _start_shell(
             )
     import subprocess
 
+    umask: JsonObject = {}
+    if inherited is not None and POPEN_SETS_UMASK:
+        umask = {"umask": inherited.umask}
     shell = subprocess.Popen(
         arguments,
         stdin=streams[0],
@@ -4458,6 +5043,7 @@ def _start_shell(
         env=env,
         start_new_session=True,
         close_fds=not SEALED_PIPES,
+        **umask,
     )
     shell.returncode = 0  # or Popen would reap it, too
     return shell.pid
@@ -4539,6 +5125,7 @@ class ProcessGroup:
         cwd: bytes | None,
         env: Mapping[str, str],
         stdin: bool,
+        inherited: Inherited | None = None,
     ) -> None:
         """Raises OSError and ValueError as subprocess does."""
         self.outputs: dict[int, int] = {}  # descriptors to read, with their stream
@@ -4553,7 +5140,7 @@ class ProcessGroup:
                 theirs[0], self.input = os.pipe()
             else:
                 theirs[0] = os.open(os.devnull, os.O_RDONLY)
-            self._shell = _start_shell(command, cwd, env, theirs)
+            self._shell = _start_shell(command, cwd, env, theirs, inherited)
         except BaseException:
             self.close_pipes()
             raise
@@ -4696,6 +5283,7 @@ class Command:
         environ: Mapping[str, str],
         working_dir: str | None = None,
         max_timeout: float | None = None,  # s; no caller exceeds it
+        inherited: Inherited | None = None,  # None: what this process has
         on_input: Callable[[int], None] | None = None,
     ) -> None:
         """`environ` is the result of command_environment().
@@ -4708,6 +5296,7 @@ class Command:
         self._timeout = min((t for t in limits if t is not None), default=None)
         self._environ = environ
         self._working_dir = working_dir
+        self._inherited = inherited
         self._on_input = on_input
         self._lock = threading.Lock()  # guards the next five
         self._input = InputWindow()
@@ -4768,8 +5357,9 @@ class Command:
             self._group = ProcessGroup(
                 self.spec.command.encode("utf-8"),
                 cwd=cwd,
-                env={**self._environ, **filter_environment(self.spec.env)},
+                env={**self._environ, **usable_here(self.spec.env)},
                 stdin=self.spec.stdin,
+                inherited=self._inherited,
             )
         except (OSError, ValueError) as error:
             self._problem = _why_not_started(error, cwd)
@@ -5060,7 +5650,10 @@ OPENAI_OTHERS = (  # in OpenAI's list, which does not tell its chat models from 
     "|babbage"
 )
 BUSY_STATUSES = (408, 409, 425, 429)  # and everything from 500 on
-BUSY_KINDS = ("overloaded_error", "rate_limit_error", "api_error", "server_error")
+BUSY_KINDS = (
+    *("overloaded_error", "rate_limit_error", "api_error", "server_error"),
+    "rate_limit_exceeded",
+)
 STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
     "end_turn": "stop",
     "stop_sequence": "stop",
@@ -5068,6 +5661,7 @@ STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
     "tool_calls": "stop",
     "function_call": "stop",
     "max_tokens": "length",
+    "max_output_tokens": "length",
     "model_context_window_exceeded": "length",
     "content_filter": "refusal",
 }
@@ -5381,6 +5975,7 @@ class AnswerReader:
         self.calls: list[PartialCall] = []
         self.provider_data: JsonObject = {}
         self._model_id = model_id
+        self._refused = False
         self._text: list[str] = []
         self._surrogate = ""  # the first half of a pair that was cut in two
 
@@ -5398,6 +5993,11 @@ class AnswerReader:
         if text:
             self._text.append(text)
             yield Delta("text", text)
+
+    def refuse(self, text: str) -> Iterator[ModelEvent]:
+        """Yield a piece of a refusal in the model's own words."""
+        self._refused = self._refused or bool(text)
+        yield from self.say(text)
 
     def think(self, text: str, keep_as: str = "") -> Iterator[ModelEvent]:
         """Yield a piece of thinking; `keep_as` names its field in what goes back."""
@@ -5417,6 +6017,8 @@ class AnswerReader:
     def end(self, reason: str) -> None:
         self.complete = True
         self.reason = STOP_REASONS.get(reason, reason) or "stop"
+        if self._refused:
+            self.reason = "refusal"
 
     def finished(self) -> Finished:
         """Return the whole answer; calls of one that is cut or refused are left out.
@@ -5464,7 +6066,6 @@ class OpenAiAnswer(AnswerReader):
     def __init__(self, model_id: str) -> None:
         super().__init__(model_id)
         self._slots: dict[int, PartialCall] = {}
-        self._refused = False
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
         usage = pick(document, "usage", dict)
@@ -5477,7 +6078,7 @@ class OpenAiAnswer(AnswerReader):
             yield from self._take_delta(delta)
             reason = pick(choice, "finish_reason", str)
             if reason:
-                self.end("refusal" if self._refused else reason)
+                self.end(reason)
 
     def _take_delta(self, delta: JsonObject) -> Iterator[ModelEvent]:
         field = "reasoning_content"
@@ -5491,10 +6092,7 @@ class OpenAiAnswer(AnswerReader):
             for thought in pick_objects(part, "thinking"):
                 yield from self.think(pick(thought, "text", str))
             yield from self.say(pick(part, "text", str))
-        refusal = pick(delta, "refusal", str)
-        if refusal:
-            yield from self.say(refusal)
-            self._refused = True
+        yield from self.refuse(pick(delta, "refusal", str))
         for piece in pick_objects(delta, "tool_calls"):
             function = pick(piece, "function", dict)
             call = self._call_of(piece, pick(function, "name", str))
@@ -5538,6 +6136,54 @@ class OpenAiAnswer(AnswerReader):
         if call.given_id and given_id:
             return bool(name) and given_id != call.given_id
         return bool(name and call.arguments and not call.finished().malformed)
+
+
+class ResponsesAnswer(AnswerReader):
+    """An answer of `/responses`."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(model_id)
+        self._items: list[JsonObject] = []  # they go back as they are
+
+    def take(self, document: JsonObject) -> Iterator[ModelEvent]:
+        kind = pick(document, "type", str)
+        delta = pick(document, "delta", str)
+        if kind == "response.output_text.delta":
+            yield from self.say(delta)
+        elif kind == "response.refusal.delta":
+            yield from self.refuse(delta)
+        elif kind == "response.reasoning_summary_text.delta":
+            yield from self.think(delta)
+        elif kind == "response.output_item.done":
+            self._keep(pick(document, "item", dict))
+        elif kind in ("response.completed", "response.incomplete"):
+            self._close(pick(document, "response", dict))
+        elif document.get("object") == "response":  # of a server that does not stream
+            for item in pick_objects(document, "output"):
+                for part in pick_objects(item, "content"):
+                    yield from self.say(pick(part, "text", str))
+                    yield from self.refuse(pick(part, "refusal", str))
+                self._keep(item)
+            self._close(document)
+
+    def _keep(self, item: JsonObject) -> None:
+        """Keep an item of the answer, a call also as one to run."""
+        if item.get("type") == "function_call":
+            name = pick(item, "name", str)
+            call = self.open_call(pick(item, "call_id", str), name)
+            call.add(item.get("arguments"))
+            item = {**item, "call_id": call.id, "name": call_name(name)}
+        self._items.append(item)
+
+    def _close(self, response: JsonObject) -> None:
+        usage = pick(response, "usage", dict)
+        self.input_tokens = pick(usage, "input_tokens", int)
+        self.output_tokens = pick(usage, "output_tokens", int)
+        self.end(pick(pick(response, "incomplete_details", dict), "reason", str))
+        self.over = True
+        # Reasoning belongs to its call; without it, text and calls are all there is.
+        if any(item.get("type") == "reasoning" for item in self._items):
+            self.provider_data["items"] = self._items
 
 
 class AnthropicAnswer(AnswerReader):
@@ -5667,7 +6313,7 @@ PROVIDERS = (
         call_id="[A-Za-z0-9_-]+",
     ),
     ProviderSpec(
-        *("openai", "OpenAI", "openai", "https://api.openai.com/v1"),
+        *("openai", "OpenAI", "responses", "https://api.openai.com/v1"),
         call_id="[A-Za-z0-9_-]{1,40}",
     ),
     ProviderSpec("openrouter", "OpenRouter", "openai", "https://openrouter.ai/api/v1"),
@@ -6053,7 +6699,7 @@ class OpenAiProvider(ModelProvider):
 
     chat_path = "/chat/completions"
     list_path = "/models"
-    answer = OpenAiAnswer
+    answer: type[AnswerReader] = OpenAiAnswer
 
     def _body(self, request: ChatRequest) -> JsonObject:
         body: JsonObject = {
@@ -6129,6 +6775,69 @@ class OpenAiProvider(ModelProvider):
         tools = isinstance(openrouter, list) and "tools" in openrouter
         tools = tools and mistral.get("function_calling") is not False
         return self._named(name, name, supports_tools=tools)
+
+
+class ResponsesProvider(OpenAiProvider):
+    """OpenAI's own API, https://platform.openai.com/docs/api-reference/responses.
+
+    Its newest models take tools and reasoning together here alone.  Nothing is stored
+    there: reasoning comes and goes back encrypted.
+    """
+
+    chat_path = "/responses"
+    answer = ResponsesAnswer
+
+    def _body(self, request: ChatRequest) -> JsonObject:
+        body: JsonObject = {
+            "model": request.model,
+            "input": [
+                item
+                for message in settle_tool_calls(request.messages)
+                for item in self._items(request, message)
+            ],
+            "stream": True,
+            "store": False,
+            "include": ["reasoning.encrypted_content"],
+        }
+        if request.tools:
+            body["tools"] = [
+                {"type": "function", "strict": False, **tool.to_json()}
+                for tool in request.tools
+            ]
+        return body
+
+    def _items(self, request: ChatRequest, message: ChatMessage) -> list[JsonObject]:
+        if message.role == "tool":
+            call_id = self._call_id(message.tool_call_id)
+            output = {"type": "function_call_output", "call_id": call_id}
+            return [{**output, "output": message.text}]
+        kept = pick_objects(self._own_data(request, message), "items")
+        if kept:
+            return kept
+        text = {"role": message.role, "content": message.text}
+        return [text] * bool(message.text) + [
+            {
+                "type": "function_call",
+                "call_id": self._call_id(call.id),
+                "name": call_name(call.name),
+                "arguments": to_json(call.arguments),
+            }
+            for call in message.tool_calls
+        ]
+
+    def _document(self, data: bytes) -> JsonObject:
+        document = super()._document(data)
+        if document.get("type") == "error":
+            raise self._error(200, {"error": document}, None)
+        if document.get("type") == "response.failed":
+            raise self._error(200, pick(document, "response", dict), None)
+        return document
+
+    def _amend(self, body: JsonObject, error: ModelError) -> str | None:
+        # Models that do not reason have nothing to encrypt.
+        if "ncrypted" in error.detail and body.pop("include", None):
+            return ""
+        return None
 
 
 class AnthropicProvider(ModelProvider):
@@ -6217,7 +6926,8 @@ class AnthropicProvider(ModelProvider):
 
 PROTOCOLS: Mapping[str, type[ModelProvider]] = {
     "ollama": OllamaProvider,
-    "openai": OpenAiProvider,
+    "openai": OpenAiProvider,  # chat completions, as all imitate them
+    "responses": ResponsesProvider,
     "anthropic": AnthropicProvider,
 }
 
@@ -6281,10 +6991,13 @@ def make_providers(
         base_url = environ.get(spec.url_variable) or entered.base_url
         if spec.protocol == "ollama":
             base_url = ollama_url(base_url or spec.base_url)
-        elif spec.protocol == "openai" and base_url:
+        protocol = spec.protocol
+        if protocol == "responses" and base_url and "api.openai.com" not in base_url:
+            protocol = "openai"  # an imitation
+        if protocol == "openai" and base_url:
             base_url = _with_path(base_url)
         if api_key or base_url:
-            make = PROTOCOLS[spec.protocol]
+            make = PROTOCOLS[protocol]
             providers.append(make(spec, base_url or spec.base_url, api_key))
     return providers
 
@@ -6431,29 +7144,13 @@ class ModelCatalog:
 INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
 VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
 GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
+MAX_HOME_ENTRIES = 2000  # of a home directory; programs do not see the rest
 SYSCTL_TIMEOUT = 2.0  # s; a reading waits for it
 MAX_LISTED = 256  # entries of one list in a report; the rest is dropped
 MAX_LABEL = 200  # characters of one name in a report; the rest is cut off
 MAX_NUMBER = 2**63 - 1  # neither SQLite nor a Moltis peer takes a greater one
+MAX_MEMORY_LIMIT = 2**62  # bytes; cgroups of v1 without a limit say more
 MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is noise
-USUAL_PLACES = (  # of programs, from the home directory
-    ".local/bin",
-    "bin",
-    ".cargo/bin",
-    "go/bin",
-    "/usr/local/bin",
-    "/usr/local/go/bin",
-    "/opt/homebrew/bin",
-    "/opt/local/bin",
-    "/snap/bin",
-    "/usr/lib/wsl/lib",
-    "/usr/bin",
-    "/bin",
-    "/usr/local/sbin",
-    "/usr/sbin",
-    "/sbin",
-)
-
 _VERSION = r"(\d+\.\d+[\w.+-]*)"
 # Programs that run others' programs: how to ask for the version, and where it stands.
 RUNTIMES: Mapping[str, tuple[str, str]] = {
@@ -6471,10 +7168,10 @@ MACOS_STUBS: Mapping[str, str] = {
 }
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
-_NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d+)"
+_NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d{1,30})\b"
 _BOOT_TIME = r"(?m)^kern\.boottime\b\D*sec = (\d+)"
 _VM_STAT_PAGE = r"page size of (\d+) bytes"
-_GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d+)|\[.*\]) *$"
+_GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d{1,12})|\[.*\]) *\r?$"
 
 
 # -- what a report says --------------------------------------------------------
@@ -6659,6 +7356,7 @@ class Vitals(Value):
     cpu_times: CpuTimes | None = None
     cpu_usage: float | None = None  # 0 to 100, from a system that does the sum itself
     temperature: float | None = None  # °C
+    cpu_limit: float | None = None  # cores, of a container
 
 
 def _read_text(path: Path) -> str:
@@ -6697,14 +7395,84 @@ def _linux_cpu_times(stat_text: str) -> CpuTimes | None:
     if len(words) < 5 or words[0] != "cpu":
         return None
     # user nice system idle iowait irq softirq steal; `user` holds the guests' time.
+    if not all(re.fullmatch(r"\d{1,20}", word) for word in words[1:9]):
+        return None
     ticks = [int(word) for word in words[1:9]]
     return CpuTimes(busy=sum(ticks) - sum(ticks[3:5]), total=sum(ticks))
+
+
+def _cgroups(root: Path) -> Iterator[Path]:
+    """Yield the cgroups of this process and those above them, v1 and v2."""
+    mounts = root / "sys/fs/cgroup"
+    for line in _read_text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        v1 = {controllers, *controllers.split(",")}
+        for name in v1 if controllers else ("", "unified"):
+            # Inside a container the path may be the one outside, which is not here.
+            parts = [part for part in path.split("/") if part not in ("", "..")]
+            for depth in range(len(parts), -1, -1):
+                yield mounts.joinpath(name, *parts[:depth])
+
+
+class CgroupLimits(Value):
+    """What a container, or a service, may use of its machine; None: all."""
+
+    memory: int | None = None  # bytes
+    memory_free: int | None = None  # bytes, below the tightest limit
+    cpus: float | None = None
+
+
+def _whole_number_in(path: Path) -> int | None:
+    text = _read_text(path).strip()
+    return int(text) if re.fullmatch(r"\d{1,20}", text) else None
+
+
+def _read_cgroup(group: Path) -> CgroupLimits:
+    """Return the limits of one cgroup: v2's cpu.max and memory.max, or those of v1."""
+    memory = free = None
+    for limit_file, usage_file, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit = _whole_number_in(group / limit_file)
+        used = _whole_number_in(group / usage_file)
+        if limit is not None and limit < MAX_MEMORY_LIMIT:
+            memory = limit
+            if used is not None:
+                # The kernel gives files that were not used lately back at once.
+                found = re.search(
+                    rf"(?m)^{cache} (\d{{1,20}})$", _read_text(group / "memory.stat")
+                )
+                free = max(0, limit - used + (int(found[1]) if found else 0))
+                free = min(free, limit)
+    quota, _, period = _read_text(group / "cpu.max").strip().partition(" ")
+    if not quota:
+        quota = _read_text(group / "cpu.cfs_quota_us").strip()
+        period = _read_text(group / "cpu.cfs_period_us").strip()
+    shares = _first_number(quota), _first_number(period)
+    cpus = shares[0] / shares[1] if shares[0] and shares[1] and shares[0] > 0 else None
+    return CgroupLimits(memory, free, cpus)
+
+
+def read_cgroup_limits(root: Path = Path("/")) -> CgroupLimits:
+    """Return the tightest limits of all cgroups that this process is in."""
+    limits = [_read_cgroup(group) for group in _cgroups(root)]
+    tightest = {
+        name: min(
+            (v for v in (getattr(one, name) for one in limits) if v), default=None
+        )
+        for name in ("memory", "cpus")
+    }
+    free = [one.memory_free for one in limits if one.memory_free is not None]
+    return CgroupLimits(**tightest, memory_free=min(free, default=None))
 
 
 class ProcProbe:
     """The vital signs of Linux, from /proc and /sys."""
 
     def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
         self._proc = root / "proc"
         zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
         # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
@@ -6717,12 +7485,18 @@ class ProcProbe:
 
     def read(self) -> Vitals:
         total, available = _linux_memory(_read_text(self._proc / "meminfo"))
+        limits = read_cgroup_limits(self._root)
+        if total is not None and limits.memory is not None and limits.memory < total:
+            total = limits.memory
+        if available is not None and limits.memory_free is not None:
+            available = min(available, limits.memory_free)
         return Vitals(
             mem_total=total,
             mem_available=available,
             uptime_secs=_first_number(_read_text(self._proc / "uptime")),
             cpu_times=_linux_cpu_times(_read_text(self._proc / "stat")),
             temperature=self._temperature(),
+            cpu_limit=limits.cpus,
         )
 
     def _temperature(self) -> float | None:
@@ -6738,22 +7512,19 @@ class ProcProbe:
         return None
 
 
-def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of a program: of the user's PATH, or of the usual places.
+def find_binary(name: str, environ: Mapping[str, str]) -> str | None:
+    """Return the path of a program that a command with this environment finds.
 
-    A service is started with a bare PATH, and the user's programs lie elsewhere.
     Raises RpcError INVALID_REQUEST unless `name` is a plain name.
     """
     if not name or len(name) > 255 or "/" in name or not name.isprintable():
         raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
-    directories = environ.get("PATH", os.defpath).split(os.pathsep)
-    home = environ.get("HOME") or os.path.expanduser("~")
-    usual = [os.path.join(home, place) for place in USUAL_PLACES]
-    # "" in PATH means the working directory; `join` leaves absolute places alone.
-    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
-    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
-    for path in (os.path.join(directory, name) for directory in absolute):
-        if os.path.isfile(path) and os.access(path, os.X_OK):
+    for directory in environ.get("PATH", os.defpath).split(os.pathsep):
+        # "" in PATH means the working directory.  As shutil.which(), but `shutil`
+        # brings bz2 and lzma along: 1.5 MiB at rest.
+        path = os.path.join(directory, name)
+        usable = os.path.isabs(directory) and os.path.isfile(path)
+        if usable and os.access(path, os.X_OK):
             return path
     return None
 
@@ -6765,26 +7536,54 @@ class ShortPrograms:
         self, environ: Mapping[str, str], cancel: Cancellation | None = None
     ) -> None:
         # The patterns for their answers are English.
-        self._environ = {**command_environment(environ, {}), "LC_ALL": "C"}
+        self._environ = {**command_environment(environ), "LC_ALL": "C"}
         self._cancel = cancel
         self._stuck: dict[str, int] = {}  # by path: the process that SIGKILL spared
 
     def find(self, name: str) -> str | None:
         return find_binary(name, self._environ)
 
-    def ask(self, path: str, *arguments: str, timeout: float) -> ProgramResult:
-        """Return how the program answered.  Raises Cancelled."""
+    def ask(
+        self, path: str, *arguments: str, timeout: float, home: str | None = None
+    ) -> ProgramResult:
+        """Return how the program answered, with another HOME maybe.
+
+        Raises Cancelled.
+        """
         # A program that waits for a broken driver cannot be killed: one is enough.
         if is_running(self._stuck.get(path, 0)):
             return ProgramResult(124)
         words = [path, *arguments]
+        environ = self._environ if home is None else {**self._environ, "HOME": home}
         result = run_program(
-            words, self._environ, timeout=timeout, cwd="/", cancel=self._cancel
+            words, environ, timeout=timeout, cwd="/", cancel=self._cancel
         )
         if result.survivor:
             log.warning("cannot kill program=%s pid=%d", path, result.survivor)
             self._stuck[path] = result.survivor
         return result
+
+    @contextlib.contextmanager
+    def home_of_links(self) -> Iterator[str]:
+        """Yield a home directory with all of the user's, where new files do not stay.
+
+        Asked for their version, rustup, pyenv, volta, asdf and others set up a
+        directory of theirs.
+        """
+        real = self._environ.get("HOME") or os.path.expanduser("~")
+        # Not `tempfile`: it brings `shutil` along.
+        name = f"moltis-home-{secrets.token_hex(8)}"
+        copy = os.path.join(self._environ.get("TMPDIR") or "/tmp", name)  # nosec B108
+        with contextlib.suppress(OSError):
+            os.mkdir(copy, 0o700)
+            with os.scandir(real) as entries:
+                for entry in itertools.islice(entries, MAX_HOME_ENTRIES):
+                    os.symlink(entry.path, os.path.join(copy, entry.name))
+        try:
+            yield copy
+        finally:
+            # `rm` does not follow links.
+            run_program(["rm", "-rf", copy], self._environ, timeout=VERSION_TIMEOUT)
 
 
 class MacProbe:
@@ -6953,8 +7752,8 @@ class Inventory:
             self._publish(Equipment(tuple(paths), providers=keys))
         ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancel)
         providers = keys if ollama is None else (ollama, *keys)
-        versions = self._ask_versions(paths)
-        self._publish(Equipment(tuple(paths), versions, self._ask_gpus(), providers))
+        runtimes, versions = self._ask_versions(paths)
+        self._publish(Equipment(runtimes, versions, self._ask_gpus(), providers))
 
     def _publish(self, equipment: Equipment) -> None:
         # After close() it is cut short, and looks like a machine that lost things.
@@ -6967,15 +7766,23 @@ class Inventory:
             except Exception:
                 log.exception("cannot report a change of the inventory")
 
-    def _ask_versions(self, paths: Mapping[str, str]) -> dict[str, str]:
-        versions = {}
-        for name, path in paths.items():
-            argument, pattern = RUNTIMES[name]
-            result = self._programs.ask(path, argument, timeout=VERSION_TIMEOUT)
-            found = re.search(pattern, result.text) if result.status == 0 else None
-            if found:
-                versions[name] = _label(found[1])
-        return versions
+    def _ask_versions(
+        self, paths: Mapping[str, str]
+    ) -> tuple[tuple[str, ...], dict[str, str]]:
+        """Return the programs that work, or are slow to answer, and their versions."""
+        working, versions = [], {}
+        with self._programs.home_of_links() as home:
+            for name, path in paths.items():
+                argument, pattern = RUNTIMES[name]
+                result = self._programs.ask(
+                    path, argument, timeout=VERSION_TIMEOUT, home=home
+                )
+                if result.status in (0, 124):
+                    working.append(name)
+                found = re.search(pattern, result.text) if result.status == 0 else None
+                if found:
+                    versions[name] = _label(found[1])
+        return tuple(working), versions
 
     def _ask_gpus(self) -> tuple[Gpu, ...]:
         path = self._programs.find("nvidia-smi")
@@ -7002,9 +7809,20 @@ def _read_disk() -> tuple[int | None, int | None]:
     for path in ("/", "/var", os.path.expanduser("~")):
         with contextlib.suppress(OSError):
             disk = os.statvfs(path)
-            if not disk.f_flag & os.ST_RDONLY:
+            if disk.f_blocks and not disk.f_flag & os.ST_RDONLY:
                 return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
     return None, None
+
+
+def usable_cpus(limit: float | None) -> int | None:
+    """Return how many cores programs get here; `limit`: of a container's quota."""
+    try:
+        count: int | None = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # macOS
+        count = os.cpu_count()
+    if count is None or limit is None:
+        return count
+    return max(1, min(count, math.ceil(limit)))
 
 
 class TelemetrySource:
@@ -7021,7 +7839,7 @@ class TelemetrySource:
         """Return how the machine is doing; from any thread, within about 6 s."""
         vitals = self._probe()
         claims = {**vars(vitals), **vars(self._inventory.equipment)}
-        claims["cpu_count"] = os.cpu_count()
+        claims["cpu_count"] = usable_cpus(vitals.cpu_limit)
         claims["disk_total"], claims["disk_available"] = _read_disk()
         with contextlib.suppress(OSError):
             claims["load"] = os.getloadavg()
@@ -7198,6 +8016,7 @@ class MachineOptions(Value):
     inventory: Inventory
     working_dir: str | None = None
     max_timeout: float | None = None  # s; no caller exceeds it
+    inherited: Inherited | None = None  # for commands; None: as this process has it
     catalog: ModelCatalog | None = None  # None: its models are not lent
     allowed: AllowedCommands | None = None  # None: everything is
 
@@ -7309,6 +8128,7 @@ def _run(
         environ=options.environ,
         working_dir=options.working_dir,
         max_timeout=options.max_timeout,
+        inherited=options.inherited,
         on_input=on_input,
     )
 
@@ -7420,7 +8240,6 @@ class Machine:
     """The jobs of this computer, by id; each runs at most once."""
 
     def __init__(self, options: MachineOptions) -> None:
-        seal_descriptors()
         self.instance = new_id()  # one life of this process
         # A dict: os.environ decodes at each access, 0.1 ms a command.
         environ = command_environment(options.environ)
@@ -7794,15 +8613,12 @@ class Machine:
 
 # ==============================================================================
 # Node agent
-# Uses: Settings, WebSocket frames, WebSocket connections, TLS, SCRAM, Wire protocol,
+# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol,
 #       Commands, Telemetry, Machine
 #
 # A node's connection to its gateway: dial, authenticate, serve, reconnect, resume.
 # Machine runs the jobs; Node service starts the node on boot.
 # ==============================================================================
-
-# Temporary refusals: the gateway starts or stops, or its disk is full.
-PASSING_CODES = ("UNAVAILABLE", "TIMEOUT", "AGENT_TIMEOUT", "INTERNAL", "RATE_LIMITED")
 
 MAX_COLLECTED = 200 * 1024  # bytes of a stream in one answer to a Moltis gateway
 ENVELOPE_ROOM = 1024  # bytes of a frame that are left for its envelope
@@ -8053,27 +8869,6 @@ class MoltisGatewayLink(GatewayLink):
                 self._again.append((Deadline(RESEND_PAUSE), params))
 
 
-def _exchange(ws: WebSocket, method: str, params: JsonObject) -> JsonObject:
-    """Return the payload of the answer to one request; skip all other messages.
-
-    Raises RpcError as the gateway says, ConnectionClosed, or TimeoutError.
-    """
-    request = Request(new_id(), method, params)
-    ws.send(encode_envelope(request))
-    deadline = Deadline(CONNECT_TIMEOUT)
-    while True:
-        message = ws.receive(deadline.remaining())
-        if message is None:
-            raise ConnectionClosed(CloseCode.NORMAL, "the gateway hung up")
-        envelope = decode_envelope(message) if isinstance(message, str) else None
-        if isinstance(envelope, Response) and envelope.id == request.id:
-            if envelope.error is not None:
-                raise envelope.error
-            if not isinstance(envelope.payload, dict):
-                raise RpcError("PROTOCOL_ERROR", f"the answer to {method} is no object")
-            return envelope.payload
-
-
 def _tls_pin(ws: WebSocket) -> str | None:
     """Return the pin of the gateway's TLS key; None without TLS, or if unreadable."""
     certificate = ws.peer_certificate()
@@ -8081,19 +8876,6 @@ def _tls_pin(ws: WebSocket) -> str | None:
         return None if certificate is None else parse_certificate(certificate).pin
     except ValueError:
         return None
-
-
-def _first_step(ws: WebSocket, scram: ScramClient) -> JsonObject:
-    """Return the answer to `auth.scram`.  Raises as _exchange()."""
-    try:
-        return _exchange(ws, CAP_SCRAM, {"clientFirst": scram.first()})
-    except RpcError as error:
-        if error.code == "UNAUTHORIZED" or error.code in PASSING_CODES:
-            raise
-        raise RpcError(
-            error.code,
-            f"{error.message}; for a gateway of the original Moltis use --auth bearer",
-        ) from error
 
 
 class NodeAgent:
@@ -8214,21 +8996,8 @@ class NodeAgent:
         token = self._settings.device_token
         if self._settings.auth == "bearer":
             params = asked.replace(device_token=token)
-            return _exchange(ws, "connect", params.to_json())
-        certificate = ws.peer_certificate()
-        binding = None if certificate is None else tls_server_end_point(certificate)
-        scram = ScramClient(device_handle(token), token, binding)
-        first = _first_step(ws, scram)
-        final = scram.final(required(first, "serverFirst", str))
-        params = asked.replace(scram_final=final)
-        hello = _exchange(ws, "connect", params.to_json())
-        auth = optional(hello, "auth", dict) or {}
-        proof = optional(auth, "scram", dict) or {}
-        server_final = proof.get("serverFinal")
-        if not isinstance(server_final, str):
-            raise AuthenticationError("it sent no proof")
-        scram.verify(server_final)
-        return hello
+            return exchange(ws, "connect", params.to_json())
+        return sign_in(ws, asked, token)
 
     def _serve(self, ws: WebSocket, hello: JsonObject) -> UserError:
         """Serve one connection to its end; return the reason of the end."""
@@ -8853,7 +9622,7 @@ def service_manager(
 STORE_FILE = "moltis.db"
 MAX_PAGE = 1000  # rows of one answer
 MAX_CALLER_EVENTS = 10_000  # audit events of one caller; the oldest are deleted
-REFUSAL_REPEATED_AFTER = 3600_000  # ms; the same refusal is recorded once in them
+SIMILAR_WITHIN = 3600_000  # ms; similar events in them are one row with a count
 DELETE_SLICE = 500  # rows deleted in one transaction: some ms
 SEARCH_SLICE = 20_000  # rows that one statement searches: some 20 ms
 STEADY_AFTER = 86_400.0  # s without a jump; then the clock decides what is old
@@ -9040,6 +9809,22 @@ MIGRATIONS: Mapping[int, str] = {
         WHERE event NOT LIKE '%.refused';
     CREATE INDEX audit_caller ON audit(caller_id, seq);
     """,
+    6: """  -- operators prove their key by SCRAM; NULL until an older key is used
+    ALTER TABLE operator_keys RENAME COLUMN key_hash TO token_hash;
+    ALTER TABLE operator_keys ADD COLUMN handle TEXT;    -- SCRAM username
+    ALTER TABLE operator_keys ADD COLUMN verifier TEXT;  -- RFC 5803
+    CREATE UNIQUE INDEX operator_keys_handle ON operator_keys(handle);
+    """,
+    7: """
+    ALTER TABLE audit ADD COLUMN count INTEGER NOT NULL DEFAULT 1;
+    ALTER TABLE audit ADD COLUMN last_at INTEGER;  -- of the last of several
+    UPDATE operator_keys SET name = name || ' ' || substr(id, 1, 8)
+        WHERE revoked_at IS NULL AND (lower(name) IN ('owner', 'moltis') OR EXISTS (
+            SELECT 1 FROM operator_keys other WHERE other.revoked_at IS NULL
+            AND lower(other.name) = lower(operator_keys.name)
+            AND other.rowid < operator_keys.rowid));
+    UPDATE operator_keys SET name = 'owner' WHERE name = 'this machine';
+    """,
 }
 
 
@@ -9086,10 +9871,10 @@ class Device(Value):
     commands: Sequence[str] = ()
 
 
-class DeviceCredential(Value):
-    """What verifies a device's token; the token cannot be derived from it."""
+class Credential(Value):
+    """What verifies a device's token or an operator's key, which it does not reveal."""
 
-    handle: str
+    handle: str  # SCRAM username
     token_hash: str
     verifier: str  # RFC 5803
 
@@ -9168,9 +9953,18 @@ class AuditEvent:
     JOINED = "token.joined"
     RENAMED = "node.renamed"
     APPROVALS_CHANGED = "chat.approvals"
+    CHAT_RESET = "chat.reset"
+    CHAT_DELETED = "chat.deleted"
+    MODELS_CHANGED = "models.changed"
     EXPORTED = "audit.exported"
 
-    REFUSALS = (SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED)
+    # They say no more each time: those of one caller and address are counted.
+    COUNTED = frozenset(
+        (
+            *(SIGNED_IN, SIGNED_OUT, EXPORTED),
+            *(SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED),
+        )
+    )
 
 
 class AuditEntry(Value):
@@ -9181,6 +9975,11 @@ class AuditEntry(Value):
     caller: str
     address: str
     subject: str  # a name, or the command
+    caller_id: str = (
+        ""  # of an operator key, "device" for all devices, "" for strangers
+    )
+    count: int = 1  # of similar events
+    last_at: int | None = None  # of the last of them
     job_id: str | None = None
     node: str | None = None
     state: str | None = None
@@ -9619,7 +10418,7 @@ class DevicesTable(Table):
         # Reading 5,000 names takes 5 ms, and every job needs one.
         self._names: NodeNames | None = None
 
-    def add(self, device: Device, credential: DeviceCredential) -> None:
+    def add(self, device: Device, credential: Credential) -> None:
         self._db.insert(self.name, device, **credential.__dict__)
 
     def all(self, now: int) -> list[Device]:
@@ -9641,7 +10440,7 @@ class DevicesTable(Table):
 
     def verifier(self, handle: str, now: int) -> str | None:
         """Return the SCRAM verifier of a device, as RFC 5803 writes it."""
-        found = self._current(DeviceCredential, "handle", handle, now)
+        found = self._current(Credential, "handle", handle, now)
         return None if found is None else found.verifier
 
     def clash(self, name: str, now: int, *, but: str) -> str:
@@ -9724,7 +10523,7 @@ class DevicesTable(Table):
     def rotate(
         self,
         device_id: str,
-        credential: DeviceCredential,
+        credential: Credential,
         expires_at: int | None = None,
     ) -> bool:
         """Replace the device's credential; False: no such device."""
@@ -9875,53 +10674,79 @@ class JobsTable(Table):
 
 
 class AuditTable(Table):
-    """Sign-ins, refusals, and changes of tokens and keys; page() adds the commands."""
+    """Who came and what was changed; page() adds the commands."""
 
     name = "audit"
 
-    def add(self, entry: AuditEntry, caller_id: str = "") -> None:
-        """Record an event; the same refusal of an address is recorded once an hour.
+    def add(self, entry: AuditEntry) -> None:
+        """Record an event, or count it if it is similar to one of the last hour.
 
-        `caller_id` is that of an operator key, "device" for all devices, "" for all
-        strangers.  Each has room for MAX_CALLER_EVENTS: others cannot push them out.
+        Each `caller_id` has room for MAX_CALLER_EVENTS: others cannot push them out.
         """
-        since = entry.at - REFUSAL_REPEATED_AFTER
-        if entry.event in AuditEvent.REFUSALS and self._db.row(
-            "SELECT 1 FROM audit WHERE event = ? AND address = ? AND subject = ?"
-            " AND at BETWEEN ? AND ?",
-            (entry.event, entry.address, entry.subject, since, entry.at),
+        if entry.event in AuditEvent.COUNTED and self._db.write(
+            "UPDATE audit SET count = count + 1, last_at = :at WHERE seq = ("
+            "   SELECT seq FROM audit WHERE event = :event AND address = :address"
+            "   AND caller_id = :caller_id AND at BETWEEN :since AND :at"
+            "   ORDER BY at DESC LIMIT 1)",
+            {**entry.__dict__, "since": entry.at - SIMILAR_WITHIN},
         ):
             return
-        self._db.insert(self.name, entry, caller_id=caller_id)
+        self._db.insert(self.name, entry)
         self._delete(
             "caller_id = :id AND seq <= (SELECT seq FROM audit"
             " WHERE caller_id = :id ORDER BY seq DESC LIMIT 1 OFFSET :kept)",
-            {"id": caller_id, "kept": MAX_CALLER_EVENTS},
+            {"id": entry.caller_id, "kept": MAX_CALLER_EVENTS},
         )
 
     def page(
-        self, *, until: int | None = None, offset: int = 0, limit: int = 100
+        self,
+        *,
+        node_id: str = "",
+        state: str = "",
+        until: int | None = None,
+        offset: int = 0,
+        limit: int = 100,
     ) -> list[AuditEntry]:
         """Return events and commands, the newest first, at most MAX_PAGE of them.
 
-        To go on, `until` is the time of the last entry the caller has, and `offset`
-        the number of entries it has of that time.
+        With a node, or a state as in JobsTable.page(), these are commands.  To go on,
+        `until` is the time of the last entry the caller has, and `offset` the number of
+        entries it has of that time.
         """
+        events = (
+            "SELECT at, event, caller, address, subject, caller_id, count, last_at,"
+            "   NULL job_id, NULL node, NULL state, NULL exit_code, NULL signal,"
+            "   NULL reason, NULL decided_by FROM audit WHERE at <= :until UNION ALL"
+        )
+        conditions = ["asked_at <= :until", JobsTable.STATES.get(state, "TRUE")]
+        if node_id:
+            conditions.append("node_id = :node_id")
+        if state and state not in JobsTable.STATES:
+            conditions.append("state = :state")
         return self._db.select(
             AuditEntry,
-            "SELECT at, event, caller, address, subject, NULL job_id, NULL node,"
-            "   NULL state, NULL exit_code, NULL signal, NULL reason, NULL decided_by"
-            "   FROM audit WHERE at <= :until"
-            " UNION ALL SELECT asked_at, 'command', caller_name, address, command, id,"
-            "   node_name, state, exit_code, signal, reason, decided_by"
-            "   FROM jobs WHERE asked_at <= :until"
+            f"{'' if node_id or state else events}"  # nosec B608: literals
+            " SELECT asked_at at, 'command' event, caller_name caller, address,"
+            "   command subject, caller_id, 1 count, NULL last_at, id job_id,"
+            "   node_name node, state, exit_code, signal, reason, decided_by"
+            f"   FROM jobs WHERE {' AND '.join(conditions)}"
             " ORDER BY at DESC LIMIT :limit OFFSET :offset",
             {
+                "node_id": node_id,
+                "state": state,
                 "until": 2**63 - 1 if until is None else until,
                 "limit": max(0, min(limit, MAX_PAGE)),
                 "offset": max(0, offset),
             },
         )
+
+    def newest(self) -> int:
+        """Return the time of the newest event or command, 0 if there is none."""
+        row = self._db.row(
+            "SELECT max(ifnull((SELECT max(at) FROM audit), 0),"
+            " ifnull((SELECT max(asked_at) FROM jobs), 0)) at"
+        )
+        return row["at"] if row else 0
 
     def delete_before(self, at: int) -> int:
         """Delete events before `at`, at most DELETE_SLICE; return how many."""
@@ -9934,17 +10759,32 @@ class OperatorKeysTable(Table):
 
     name = "operator_keys"
 
-    def add(self, key: OperatorKey, key_hash: str) -> None:
-        self._db.insert(self.name, key, key_hash=key_hash)
+    def add(self, key: OperatorKey, credential: Credential) -> None:
+        self._db.insert(self.name, key, **credential.__dict__)
 
     def all(self) -> list[OperatorKey]:
         """Return the keys, the newest first."""
         return self._find(OperatorKey, "TRUE ORDER BY created_at DESC, rowid DESC")
 
-    def by_hash(self, key_hash: str) -> OperatorKey | None:
-        """Return a key that is not revoked."""
-        condition = "key_hash = ? AND revoked_at IS NULL"
-        return self._first(OperatorKey, condition, (key_hash,))
+    def by_hash(self, token_hash: str) -> OperatorKey | None:
+        return self._current(OperatorKey, "token_hash", token_hash)
+
+    def by_handle(self, handle: str) -> OperatorKey | None:
+        return self._current(OperatorKey, "handle", handle)
+
+    def verifier(self, handle: str) -> str | None:
+        """Return the SCRAM verifier of a key, as RFC 5803 writes it."""
+        found = self._current(Credential, "handle", handle)
+        return None if found is None else found.verifier
+
+    def upgrade(self, credential: Credential) -> None:
+        """Store the verifier of a key that is older than SCRAM for keys."""
+        where = {"token_hash": credential.token_hash, "handle": None}
+        self._change(where, **credential.__dict__)
+
+    def _current(self, kind: type[V], column: str, value: str) -> V | None:
+        """Return a key, or its credential, unless it is revoked."""
+        return self._first(kind, f"{column} = ? AND revoked_at IS NULL", (value,))
 
     def used(self, key_id: str, now: int) -> None:
         self._change({"id": key_id}, last_used_at=now)
@@ -10234,6 +11074,17 @@ class Store:
         self.settings = SettingsTable(self._database)
         self.clock = SteadyClock(self.settings)
 
+    def before(self, age: float) -> int | None:
+        """Return the time, in ms, before which rows are older than `age` seconds.
+
+        Counted from the newest row: nothing is old because the gateway was off, or
+        because the clock is wrong.  None: the clock jumped lately.
+        """
+        before = self.clock.before(age)
+        if before is None:
+            return None
+        return min(before, self.audit.newest() - round(age * 1000))
+
     def tick(self) -> None:
         """Do the upkeep for which no caller should wait; call it every STORE_TICK."""
         try:
@@ -10264,7 +11115,7 @@ MAX_FAILURES = 5  # of an address within FAILURE_WINDOW; then it has to wait
 FAILURE_WINDOW = 60.0  # s; also the first wait, which doubles
 MAX_FAILURE_WAIT = 3600.0  # s
 MAX_FAILING_ADDRESSES = 10_000  # beyond it, the one that failed first is dropped
-LOCAL_KEY_NAME = "this machine"  # of the key in gateway.json
+OWNER_NAME = "owner"  # of the key in gateway.json
 
 
 class Scope:
@@ -10323,9 +11174,13 @@ def secret_hash(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
 
 
-def is_loopback(address: str) -> bool:
-    plain = unmapped(address)
-    return plain.startswith("127.") or plain == "::1"
+def make_credential(secret: str) -> Credential:
+    """Return what the store keeps of a token or an operator key."""
+    return Credential(
+        handle=scram_handle(secret),
+        token_hash=secret_hash(secret),
+        verifier=make_verifier(secret).to_text(),
+    )
 
 
 def address_block(address: str) -> str:
@@ -10412,8 +11267,9 @@ class Doorkeeper:
         by = by or Caller(OPERATOR, "moltis", "moltis")
         # All devices share one part of the audit: a new token brings no new one.
         caller_id = by.id if by.kind == OPERATOR else by.kind
-        entry = AuditEntry(self.now(), event, by.name, by.address, subject)
-        self.store.audit.add(entry, caller_id)
+        self.store.audit.add(
+            AuditEntry(self.now(), event, by.name, by.address, subject, caller_id)
+        )
 
     def record_refusal(self, event: str, subject: str, address: str) -> None:
         """Record a refused stranger; a full disk is ignored."""
@@ -10430,10 +11286,8 @@ class DeviceAccess:
     """Makes, replaces, revokes and checks device tokens."""
 
     def __init__(self, door: Doorkeeper) -> None:
-        """Raises StoreError."""
         self._door = door
         self._devices = door.store.devices
-        self._decoy_key = self._load_decoy_key()
 
     def create_device(
         self,
@@ -10455,7 +11309,7 @@ class DeviceAccess:
             created_at=now,
             expires_at=None if lifetime is None else now + round(lifetime * 1000),
         )
-        self._devices.add(device, self._credential(token))
+        self._devices.add(device, make_credential(token))
         self._door.record(AuditEvent.TOKEN_CREATED, device_label(device), by)
         return device, token
 
@@ -10473,7 +11327,7 @@ class DeviceAccess:
         Raises RpcError NOT_FOUND.
         """
         token = new_secret("mdt_")
-        if not self._devices.rotate(device.id, self._credential(token), expires_at):
+        if not self._devices.rotate(device.id, make_credential(token), expires_at):
             raise RpcError("NOT_FOUND", f"there is no device {clip(device.id, 80)}")
         self._door.record(event, device_label(device), by)
         return token
@@ -10484,41 +11338,12 @@ class DeviceAccess:
             raise RpcError("NOT_FOUND", f"there is no device {clip(device.id, 80)}")
         self._door.record(AuditEvent.TOKEN_REVOKED, device_label(device), by)
 
-    def record_refused_device(self, name: str, address: str) -> None:
-        """Record that a token was refused."""
-        self._door.record_refusal(AuditEvent.TOKEN_REFUSED, clip(name, 200), address)
-
     def device_by_token(self, token: str) -> Device | None:
         return self._devices.by_token_hash(secret_hash(token), self._door.now())
 
     def device_by_handle(self, handle: str) -> Device | None:
         """Return the device that a ScramServer authenticated as `handle`."""
         return self._devices.by_handle(handle, self._door.now())
-
-    def scram_server(self, channel_binding: bytes | None = None) -> ScramServer:
-        """Return the gateway's half of one device's authentication."""
-        return ScramServer(self._verifier, channel_binding)
-
-    @staticmethod
-    def _credential(token: str) -> DeviceCredential:
-        return DeviceCredential(
-            handle=device_handle(token),
-            token_hash=secret_hash(token),
-            verifier=make_verifier(token).to_text(),
-        )
-
-    def _verifier(self, handle: str) -> ScramVerifier:
-        text = self._devices.verifier(handle, self._door.now())
-        # Made for known handles too: the time must not reveal which are known.
-        decoy = decoy_verifier(self._decoy_key, handle)
-        return decoy if text is None else ScramVerifier.from_text(text)
-
-    def _load_decoy_key(self) -> bytes:
-        kept = self._door.store.settings.get("scram_decoy_key")
-        if not isinstance(kept, str):
-            kept = secrets.token_hex(32)
-            self._door.store.settings.put("scram_decoy_key", kept)
-        return bytes.fromhex(kept)
 
 
 class JoinCodes:
@@ -10572,6 +11397,7 @@ class OperatorAccess:
     def __init__(self, door: Doorkeeper, limit: RateLimit) -> None:
         self._door = door
         self._keys = door.store.operator_keys
+        self._naming = threading.Lock()  # held from the look for a name to its row
         self._limit = limit
 
     def ensure_operator_key(self, current: str | None) -> str:
@@ -10583,9 +11409,9 @@ class OperatorAccess:
         if current and self.operator_by_key(current):
             return current
         for key in self._keys.all():
-            if key.name == LOCAL_KEY_NAME:
+            if key.name == OWNER_NAME:
                 self._keys.revoke(key.id, self._door.now())
-        return self._add(LOCAL_KEY_NAME, (Scope.ADMIN,))[1]
+        return self._add(OWNER_NAME, (Scope.ADMIN,))[1]
 
     def create_key(
         self, name: str, scopes: Sequence[str], *, by: Caller | None = None
@@ -10601,12 +11427,17 @@ class OperatorAccess:
                 "INVALID_REQUEST",
                 f"{wrong} is not a scope; choose from {', '.join(SCOPES)}",
             )
-        if not name.strip() or name in (LOCAL_KEY_NAME, "moltis"):
+        if name_key(name) in ("", OWNER_NAME, "moltis"):
             raise RpcError("INVALID_REQUEST", "a key needs a name of its own")
-        current = (key for key in self.keys() if key.revoked_at is None)
-        if name.casefold() in (key.name.casefold() for key in current):
-            raise RpcError("CONFLICT", f"there is a key {clip(name, 80)!r} already")
-        key, text = self._add(name, tuple(s for s in SCOPES if s in scopes))
+        with self._naming:
+            current = [key.name for key in self.keys() if key.revoked_at is None]
+            if name_key(name) in map(name_key, current):
+                raise RpcError(
+                    "CONFLICT",
+                    f"there is a key {clip(name, 80)!r} already; choose another name, "
+                    "or revoke that key first",
+                )
+            key, text = self._add(name, tuple(s for s in SCOPES if s in scopes))
         subject = f"{name} ({', '.join(key.scopes)})"
         self._door.record(AuditEvent.KEY_CREATED, subject, by)
         return key, text
@@ -10618,7 +11449,7 @@ class OperatorAccess:
     def revoke_key(self, key_id: str, *, by: Caller | None = None) -> None:
         """Revoke a key and its sign-ins.  Raises RpcError NOT_FOUND or CONFLICT."""
         names = [key.name for key in self.keys() if key.id == key_id]
-        if names == [LOCAL_KEY_NAME]:
+        if names == [OWNER_NAME]:
             raise RpcError(
                 "CONFLICT",
                 "this key is in gateway.json; to replace it, stop the gateway, "
@@ -10630,13 +11461,23 @@ class OperatorAccess:
 
     def operator_by_key(self, key: str, address: str = "") -> Caller | None:
         found = self._keys.by_hash(secret_hash(key))
-        if found is None:
+        if found is not None and self._keys.by_handle(scram_handle(key)) is None:
+            with contextlib.suppress(StoreError):
+                self._keys.upgrade(make_credential(key))
+        return self._caller(found, address)
+
+    def operator_by_handle(self, handle: str, address: str) -> Caller | None:
+        """Return the operator that a ScramServer authenticated as `handle`."""
+        return self._caller(self._keys.by_handle(handle), address)
+
+    def _caller(self, key: OperatorKey | None, address: str) -> Caller | None:
+        if key is None:
             return None
-        if self._door.is_use_due(found.last_used_at):
+        if self._door.is_use_due(key.last_used_at):
             # A full disk must not lock out the operator who can make room.
             with contextlib.suppress(StoreError):
-                self._keys.used(found.id, self._door.now())
-        return Caller(OPERATOR, found.id, found.name, found.scopes, address=address)
+                self._keys.used(key.id, self._door.now())
+        return Caller(OPERATOR, key.id, key.name, key.scopes, address=address)
 
     def admit_operator(
         self, key: str, address: str, refusal: str = AuditEvent.KEY_REFUSED
@@ -10660,7 +11501,7 @@ class OperatorAccess:
     def _add(self, name: str, scopes: Sequence[str]) -> tuple[OperatorKey, str]:
         text = new_secret("mk_")
         key = OperatorKey(new_id(), name, scopes, self._door.now())
-        self._keys.add(key, secret_hash(text))
+        self._keys.add(key, make_credential(text))
         return key, text
 
 
@@ -10671,13 +11512,23 @@ class SignIns:
         self._door = door
         self._operators = operators
         self._logins = door.store.logins
+        # In memory only: on disk, say, such a code ends with this process.
+        self._one_time: dict[str, tuple[str, int]] = {}  # key, expiry in ms; by code
+
+    def one_time_key(self, key: str) -> str:
+        """Return a code that signs in one browser in place of an operator key."""
+        code = new_secret("mo_")
+        self._one_time[code] = key, self._door.now() + round(JOIN_CODE_LIFETIME * 1000)
+        return code
 
     def sign_in(self, key: str, address: str, user_agent: str) -> str:
-        """Return a cookie for a browser that sent an operator key.
+        """Return a cookie for a browser that sent an operator key, or one_time_key().
 
         Raises RpcError UNAUTHORIZED, or RATE_LIMITED with `retry_after`.
         """
         refusal = AuditEvent.SIGN_IN_REFUSED
+        stands_for, expires_at = self._one_time.pop(key, (key, self._door.now()))
+        key = stands_for if expires_at >= self._door.now() else key
         caller = self._operators.admit_operator(key, address, refusal)
         now, cookie = self._door.now(), new_secret("ms_")
         login = Login(
@@ -10733,6 +11584,32 @@ class Access:
         self.join_codes = JoinCodes(self.door, self.devices, RateLimit(monotonic))
         self.operators = OperatorAccess(self.door, RateLimit(monotonic))
         self.sign_ins = SignIns(self.door, self.operators)
+        self._decoy_key = self._load_decoy_key()
+
+    def scram_server(self, channel_binding: bytes | None = None) -> ScramServer:
+        """Return the gateway's half of one authentication, by token or by key."""
+        return ScramServer(self._verifier, channel_binding)
+
+    def record_refused_proof(self, role: object, reason: str, address: str) -> None:
+        """Record that a peer did not prove the token or key that it named."""
+        operator = role == OPERATOR
+        event = AuditEvent.KEY_REFUSED if operator else AuditEvent.TOKEN_REFUSED
+        self.door.record_refusal(event, clip(reason, 200), address)
+
+    def _verifier(self, handle: str) -> ScramVerifier:
+        store = self.door.store
+        text = store.devices.verifier(handle, self.door.now())
+        text = text or store.operator_keys.verifier(handle)
+        # Made for known handles too: the time must not reveal which are known.
+        decoy = decoy_verifier(self._decoy_key, handle)
+        return decoy if text is None else ScramVerifier.from_text(text)
+
+    def _load_decoy_key(self) -> bytes:
+        kept = self.door.store.settings.get("scram_decoy_key")
+        if not isinstance(kept, str):
+            kept = secrets.token_hex(32)
+            self.door.store.settings.put("scram_decoy_key", kept)
+        return bytes.fromhex(kept)
 
     def is_current(self, operator: Caller) -> bool:
         """Return whether the credential of a connected operator is still valid."""
@@ -13616,6 +14493,11 @@ CARD_STATES: Mapping[str, str] = {  # of messages, by state of their jobs
     JobState.DENIED: MessageState.ABORTED,
 }  # others: MessageState.ERROR
 
+UNFINISHED_WORDS: Mapping[str, str] = {  # by the reason why an answer ended
+    "length": "The answer was cut: it met the model's length limit. Write “continue”.",
+    "refusal": "The model, or a filter of its provider, refused to answer this.",
+}
+
 OPEN_STATES = (MessageState.QUEUED, MessageState.RUNNING)
 
 Announce: TypeAlias = "Callable[[str, JsonObject], None]"
@@ -14091,22 +14973,22 @@ class TurnChat(Conversation):
 
     def finish(self, end: RunEnd, aborted_state: str) -> None:
         """Show how the run ended."""
-        if end.state == "error":
-            self._end_answer(MessageState.ERROR)
-            fields = {"text": end.error, "error": end.error}
-            self._add("error", "notice", MessageState.ERROR, **fields)
-            return
         state = aborted_state
         details: JsonObject = {}
-        if end.state == "final":
+        error = end.error if end.state == "error" else UNFINISHED_WORDS.get(end.reason)
+        if end.state == "error":
+            state = MessageState.ERROR
+        elif end.state == "final":
             state = MessageState.DONE
             details["usage"] = {
                 "inputTokens": end.input_tokens,
                 "outputTokens": end.output_tokens,
             }
-            if end.reason != "stop":
-                details["reason"] = end.reason
-        if not self._end_answer(state, end.state, details):
+        if error:
+            self._end_answer(state, details=details)
+            fields = {"text": error, "error": error}
+            self._add("error", "notice", MessageState.ERROR, **fields)
+        elif not self._end_answer(state, end.state, details):
             self._log.note(end.state, self._turn.run_id)
 
     def _add(
@@ -14992,15 +15874,13 @@ class NodeMethods:
         """Return the id of the node that a parameter names.  Raises RpcError."""
         return self._fleet.resolve(required(params, name, str))[0]
 
-    def rename(self, node_id: str, display_name: str, by: Caller) -> None:
+    def rename(self, node_id: str, display_name: str) -> None:
         device = self._devices.by_node_id(node_id, now_ms())
         if device is None:
             raise RpcError("INVALID_REQUEST", f"{LOCAL_NAME} cannot be renamed")
         with self._devices.naming:
             name = free_name(self._devices, display_name, device.id)
             self._devices.rename(device.id, name)
-        renaming = f"{device_label(device)} is now {name}"
-        self._access.door.record(AuditEvent.RENAMED, renaming, by)
         self._announce("presence", {"type": "node.renamed", "nodeId": node_id})
 
     def create_token(self, display_name: str, platform: str, by: Caller) -> JsonObject:
@@ -15298,6 +16178,9 @@ class ChatMethods:
         )
 
 
+APPROVAL_WORDS: Mapping[str, str] = {"ask": "Ask first", "all": "Run everything"}
+
+
 def session_label(params: JsonObject, name: str) -> str:
     """Return a label, "" for a blank one.  Raises RpcError."""
     label: str = required(params, name, str)
@@ -15353,10 +16236,15 @@ class AccessMethods:
             raise RpcError("NOT_FOUND", f"there is no sign-in {clip(login_id, 80)}")
         self._audience.hang_up(lambda caller: caller.login_id == login_id)
 
-    def audit(self, until: int | None, offset: int, limit: int) -> list[JsonObject]:
+    def audit(self, **place: Any) -> list[JsonObject]:
         """Answer with events and commands, the newest first; see AuditTable.page()."""
-        entries = self._audit.page(until=until, offset=offset, limit=limit)
+        entries = self._audit.page(**place)
         return [{**entry.to_json(), "words": entry.words()} for entry in entries]
+
+    def exporting(self, node_id: str, state: str, by: Caller) -> None:
+        """Record that the caller takes a copy of the audit."""
+        subject = " ".join(filter(None, (node_id, state))) or "all"
+        self._access.door.record(AuditEvent.EXPORTED, subject, by)
 
 
 def _known_events(names: list[str]) -> set[str]:
@@ -15381,11 +16269,43 @@ def unsubscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
     return {"subscriptionId": peer.id, "events": sorted(peer.events)}
 
 
+# What the audit says of a call that was carried out, if anything, by method.
+AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
+    "node.rename": (
+        AuditEvent.RENAMED,
+        lambda params: f"{params['nodeId']} is now {params['displayName']}",
+    ),
+    "sessions.patch": (
+        AuditEvent.APPROVALS_CHANGED,
+        lambda params: (
+            f"{params['key']}: {APPROVAL_WORDS[params['approvals']]}"
+            if params.get("approvals")
+            else ""
+        ),
+    ),
+    "exec.approval.resolve": (
+        AuditEvent.APPROVALS_CHANGED,
+        lambda params: (
+            f"always allowed, from command {params['id']} on"
+            if params["decision"] == "always"
+            else ""
+        ),
+    ),
+    "sessions.reset": (AuditEvent.CHAT_RESET, lambda params: str(params["key"])),
+    "sessions.delete": (AuditEvent.CHAT_DELETED, lambda params: str(params["key"])),
+    "models.configure": (
+        AuditEvent.MODELS_CHANGED,
+        lambda params: " ".join([params["provider"], params.get("baseUrl") or ""]),
+    ),
+}
+
+
 class Rpc:
     """The methods that operators may call."""
 
     def __init__(
         self,
+        door: Doorkeeper,
         fleet: Fleet,
         models: ModelDirectory,
         chats: Chats,
@@ -15394,6 +16314,7 @@ class Rpc:
         sessions: ChatMethods,
         access: AccessMethods,
     ) -> None:
+        self._door = door
         read, write, pairing = Scope.READ, Scope.WRITE, Scope.PAIRING
         admin = Scope.ADMIN
         text, word, flag = Optional(str), Optional(str, ""), Optional(bool, False)
@@ -15404,7 +16325,7 @@ class Rpc:
             "node.list": Method(fleet.views, read),
             "node.describe": Method(fleet.view, read, nodeId=nodes.node_id),
             "node.rename": Method(
-                nodes.rename, write, nodeId=nodes.node_id, displayName=str, by=Caller
+                nodes.rename, write, nodeId=nodes.node_id, displayName=str
             ),
             "node.invoke": Method(
                 *(jobs.invoke, write),
@@ -15487,7 +16408,7 @@ class Rpc:
                 label=Optional(session_label),
                 model=text,
                 archived=Optional(bool),
-                approvals=Optional(one_of("ask", "all")),
+                approvals=Optional(one_of(*APPROVAL_WORDS)),
                 node_id=sessions.node_id,
             ),
             "sessions.reset": Method(chats.reset, write, key=str),
@@ -15525,7 +16446,15 @@ class Rpc:
             "logins.list": Method(access.logins, admin, caller=Caller),
             "logins.revoke": Method(access.revoke_login, admin, loginId=str, by=Caller),
             "audit.list": Method(
-                access.audit, admin, until=number, offset=offset, limit=count
+                *(access.audit, admin),
+                nodeId=word,
+                state=word,
+                until=number,
+                offset=offset,
+                limit=count,
+            ),
+            "audit.export": Method(
+                access.exporting, admin, nodeId=word, state=word, by=Caller
             ),
             "subscribe": Method(
                 subscribe, read, peer=OperatorPeer, events=required_texts
@@ -15550,7 +16479,13 @@ class Rpc:
             raise RpcError(
                 "FORBIDDEN", f"{name} needs a key with the scope {method.scope}"
             )
-        return method(RpcCall(caller, params, peer))
+        payload = method(RpcCall(caller, params, peer))
+        if name in AUDITED:
+            event, describe = AUDITED[name]
+            subject = clip(describe(params), 200)
+            if subject:
+                self._door.record(event, subject, caller)
+        return payload
 
 
 # --- Nodes ---
@@ -15762,8 +16697,10 @@ class MoltisPeer(NodePeer):
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def answers(self, timeout: float) -> bool:
-        # While it works it reads nothing: only its deadline says that it is dead.
-        return not self._ws.keepalive or self._ws.answers(timeout)
+        with self._lock:
+            # While a command runs it reads nothing: only the deadline says it is dead.
+            busy = self._running != "" and not self._deadline.expired
+        return busy or self._ws.answers(timeout)
 
     def tick(self) -> None:
         """Give up a silent node again once its command should have ended."""
@@ -15919,10 +16856,10 @@ class Introduction:
 
         Raises RpcError.
         """
-        devices, client = self._access.devices, self._client
+        access, client = self._access, self._client
         try:
             if request.method == CAP_SCRAM and self._scram is None:
-                self._scram = devices.scram_server(client.channel_binding)
+                self._scram = access.scram_server(client.channel_binding)
                 first = required(request.params, "clientFirst", str)
                 return {"serverFirst": self._scram.first(first)}
             if request.method != "connect":
@@ -15937,7 +16874,8 @@ class Introduction:
             # Not counted against the address: 256 bits cannot be guessed, and a node
             # with an old token must not lock out others behind the same router.
             log.warning("refused address=%s: %s", client.address, error)
-            devices.record_refused_device(str(error), client.address)
+            role = request.params.get("role")
+            access.record_refused_proof(role, str(error), client.address)
             text = "authentication failed"
             if isinstance(error, ChannelMismatch):
                 text = f"{text}: {error}"
@@ -15945,20 +16883,22 @@ class Introduction:
 
     def _identify(self, params: ConnectParams) -> Identity:
         """Raises AuthenticationError; RpcError if there is no credential."""
-        access, final = self._access, ""
+        access, final, address = self._access, "", self._client.address
         if params.scram_final and self._scram is not None:
             final = self._scram.final(params.scram_final)
             handle = self._scram.username or ""
+            caller = access.operators.operator_by_handle(handle, address)
+            if caller is not None:
+                return Identity(caller, params, server_final=final)
             device = access.devices.device_by_handle(handle)
         elif params.device_token:
             if self._require_scram:
                 raise RpcError(
                     "FORBIDDEN", "this gateway takes no token as it is, only SCRAM"
                 )
-            handle = device_handle(params.device_token)
+            handle = scram_handle(params.device_token)
             device = access.devices.device_by_token(params.device_token)
         elif params.api_key:
-            address = self._client.address
             caller = access.operators.admit_operator(params.api_key, address)
             return Identity(caller, params)
         elif self._client.login is not None and params.role != "node":
@@ -15970,7 +16910,7 @@ class Introduction:
                 "sign-in",
             )
         if device is None:
-            raise AuthenticationError("unknown or revoked device token")
+            raise AuthenticationError("unknown or revoked token")
         return Identity(device_caller(device), params, device, handle, final)
 
 
@@ -16296,6 +17236,7 @@ class HttpRequest(Value):
     host: str  # the Host header: our name and port, as the client has them
     secure: bool = False  # came over TLS
     channel_binding: bytes | None = None  # of the certificate that the client sees
+    query: str = ""
 
     @property
     def origin(self) -> str:
@@ -16375,14 +17316,60 @@ def job_output(job: Job) -> Iterator[bytes]:
 AUDIT_COLUMNS = (
     *("at", "event", "caller", "address", "subject"),
     *("node", "state", "exitCode", "decidedBy", "signal", "jobId"),
+    *("callerId", "count", "lastAt"),
 )
 
 
+def audit_pages(
+    call: Callable[[str, JsonObject], Any],
+    filters: JsonObject,
+    limit: int | None = None,
+) -> Iterator[list[JsonObject]]:
+    """Yield all of the audit, or its newest `limit` rows, page by page.
+
+    `call` makes one RPC.  The first page is there when this returns.
+    """
+    place: JsonObject = {**filters, "offset": 0}
+    left = limit if limit is not None else sys.maxsize
+
+    def page() -> list[JsonObject]:
+        rows: list[JsonObject] = call(
+            "audit.list", {**place, "limit": min(MAX_PAGE, left)}
+        )
+        return rows
+
+    first = page()
+    if limit is None:
+        call("audit.export", filters)
+
+    def pages() -> Iterator[list[JsonObject]]:
+        nonlocal left
+        rows = first
+        while rows:
+            yield rows
+            left -= len(rows)
+            last = rows[-1]["at"]
+            known = sum(row["at"] == last for row in rows)
+            known += place["offset"] if last == place.get("until") else 0
+            place.update(until=last, offset=known)
+            rows = page() if len(rows) == MAX_PAGE and left > 0 else []
+
+    return pages()
+
+
+# Where a spreadsheet would begin a formula: in a cell, or behind what parts cells in
+# another country.
+FORMULA_START = re.compile("(?:^|(?<=[;\t\r\n]))(?=[\t\r\n]| {0,8}[=+@＝＋－＠-])")
+
+
 def _csv_row(row: JsonObject) -> list[str]:
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
-    values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
-    # A spreadsheet would run a cell that begins like a formula.
-    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
+    values = []
+    for name in AUDIT_COLUMNS:
+        value = row.get(name, "")
+        if name.lower().endswith("at") and value:
+            value = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(value / 1000))
+        values.append(str(value))
+    return [FORMULA_START.sub("'", value) for value in values]
 
 
 def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
@@ -16390,7 +17377,7 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
     import csv
 
     text = io.StringIO()
-    writer = csv.writer(text)
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
     writer.writerow(AUDIT_COLUMNS)
     for rows in pages:
         writer.writerows(map(_csv_row, rows))
@@ -16656,27 +17643,21 @@ class HttpApp:
         return download_reply(name, job_output(job), "text/plain")
 
     def _audit_csv(self, request: HttpRequest) -> Reply:
-        """Answer the whole audit, the newest first, for a spreadsheet."""
+        """Answer all of the audit, the newest first, for a spreadsheet.
+
+        The query may name a node and a state, as for `audit.list`.
+        """
         caller, rpc = self.caller(request), self._gateway.rpc
-
-        def page(until: int | None, offset: int) -> list[JsonObject]:
-            place = {"until": until, "offset": offset, "limit": MAX_PAGE}
-            rows: list[JsonObject] = rpc.call(caller, "audit.list", place)
-            return rows
-
-        first = page(None, 0)  # before the reply begins: it may raise
-
-        def pages() -> Iterator[list[JsonObject]]:
-            rows, until, known = first, None, 0
-            while rows:
-                yield rows
-                last = rows[-1]["at"]
-                same = sum(row["at"] == last for row in rows)
-                known = same + (known if last == until else 0)
-                until = last
-                rows = page(until, known) if len(rows) == MAX_PAGE else []
-
-        return download_reply("moltis-audit.csv", audit_csv(pages()), "text/csv")
+        given = parse_qs(request.query, errors="replace")
+        unknown = given.keys() - {"nodeId", "state"}
+        if unknown:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"there is no filter {min(unknown)[:40]!r}; there is nodeId, state",
+            )
+        filters = {name: values[-1] for name, values in given.items()}
+        pages = audit_pages(lambda *call: rpc.call(caller, *call), filters)
+        return download_reply("moltis-audit.csv", audit_csv(pages), "text/csv")
 
     def _rpc(self, request: HttpRequest) -> Reply:
         caller = self.caller(request)
@@ -16948,6 +17929,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 host=self.headers.get("Host", ""),
                 secure=tls is not None,
                 channel_binding=None if tls is None else tls.channel_binding,
+                query=self.path.partition("?")[2],
             )
             return app.edge.proxies.see_through(request)
 
@@ -17450,8 +18432,8 @@ is also in a file on the gateway’s machine:</p>
 
 <section id="commands" class="settings" aria-labelledby="commands-title" hidden>
 <header class="bar"><h1 id="commands-title">Commands</h1>
-<a class="bare" href="/api/audit.csv" download title="Download all as CSV"
- aria-label="Download all as CSV" data-icon="save"></a>
+<a id="audit-save" class="bare" href="/api/audit.csv" download
+ title="Download as CSV" aria-label="Download as CSV" data-icon="save"></a>
 <div class="filters"><label>Node <select id="filter-node"></select></label>
 <label>Result <select id="filter-state"></select></label></div></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Command history">
@@ -20671,6 +21653,10 @@ function drawFilters() {
 function filterAudit() {
   state.audit.node = $("filter-node").value;
   state.audit.result = $("filter-state").value;
+  const filters = new URLSearchParams();
+  if (state.audit.node) filters.set("nodeId", state.audit.node);
+  if (state.audit.result) filters.set("state", state.audit.result);
+  $("audit-save").search = filters;
   loadAudit();
 }
 
@@ -20961,15 +21947,15 @@ class OperatorClient:
         self._on_news = on_news
         self._ws = connect(websocket_url(url), trust or TlsTrust())
         self._calls = Calls(self._send_text)
+        try:
+            self._connect(api_key)
+        except BaseException:
+            self._ws.abort()
+            raise
         self._reader = threading.Thread(
             target=self._read, name="moltis-read-gateway", daemon=True
         )
         self._reader.start()
-        try:
-            self._connect(api_key)
-        except BaseException:
-            self.close()
-            raise
 
     def __enter__(self) -> OperatorClient:
         return self
@@ -21020,12 +22006,17 @@ class OperatorClient:
             self._ws.send(message)
 
     def _send_text(self, text: str) -> None:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            # On the wire it would be `?`, which a shell takes for any character.
-            near = text[max(0, error.start - 40) : error.end + 40]
-            raise UsageError(f"{near!r} is not UTF-8, and cannot be sent") from error
+        escaped = re.search("[\ud800-\udfff]", text)
+        if escaped is not None:
+            # Bytes as they were typed, in a locale that knows only ASCII.  What is not
+            # UTF-8 would be `?` on the wire, which a shell takes for any character.
+            try:
+                text = text.encode("utf-8", "surrogateescape").decode("utf-8")
+            except UnicodeError as error:
+                near = text[max(0, escaped.start() - 40) : escaped.end() + 40]
+                raise UsageError(
+                    f"{near!r} is not UTF-8, and cannot be sent"
+                ) from error
         self._ws.send(text)
 
     def _connect(self, api_key: str) -> None:
@@ -21034,18 +22025,24 @@ class OperatorClient:
             client_id=f"cli-{os.getpid()}",
             version=__version__,
             platform=platform_name(),
-            api_key=api_key,
         )
         try:
-            self._calls.call("connect", params.to_json(), CONNECT_TIMEOUT)
+            sign_in(self._ws, params, api_key)
         except RpcError as error:
-            kind = Unreachable if error.code == "TIMEOUT" else Refused
-            raise kind(
+            if error.code == "UNAVAILABLE":
+                raise Unreachable(f"{self._url}: {error.message}") from error
+            raise Refused(
                 f"{self._url} refused the operator key: {error.message}; the right one "
                 "is in gateway.json on the gateway's machine, or give another in "
-                "MOLTIS_API_KEY"
+                "MOLTIS_API_KEY; a key of moltis 0.1 is accepted here once it was used "
+                "to sign in on the page"
             ) from error
-        except ConnectionClosed as error:
+        except AuthenticationError as error:
+            raise Refused(
+                f"{self._url} did not prove that it knows your operator key ({error}); "
+                "it may be an impostor, which has learned nothing: check the address"
+            ) from error
+        except (ConnectionClosed, TimeoutError) as error:
             raise Unreachable(f"{self._url} hung up: {error}") from error
 
     def _read(self) -> None:
@@ -21737,9 +22734,9 @@ class McpServer:
 
 # ==============================================================================
 # Assembly
-# Uses: Settings, Install, TLS, Wire protocol, Telemetry, Language models, Machine,
-#       Node agent, Store, Access, Fleet, Jobs, Agent, Model directory, Chat, Gateway,
-#       HTTP, Web page
+# Uses: Settings, Install, TLS, Wire protocol, Commands, Telemetry, Language models,
+#       Machine, Node agent, Store, Access, Fleet, Jobs, Agent, Model directory, Chat,
+#       Gateway, HTTP, Web page
 #
 # The composition roots: how the objects of a gateway, of a node and of Local are put
 # together, and in which order they are closed.
@@ -21815,6 +22812,7 @@ class GatewayOptions(Value):
     require_scram: bool = False
     keep_audit: float = 90.0  # days
     keep_output: int = KEEP_OUTPUT  # bytes of all logs in files
+    inherited: Inherited | None = None  # for commands on Local
 
     @property
     def listen(self) -> tuple[str, int]:
@@ -21843,13 +22841,15 @@ class GatewayOptions(Value):
 class LocalNode:
     """The gateway's own machine as a node."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: Mapping[str, str], inherited: Inherited | None) -> None:
         self._fleet: Fleet | None = None  # it is made after our `node`
         self._inventory = Inventory(environ, on_change=self._report)
         self._telemetry = TelemetrySource(choose_probe(environ), self._inventory)
         home = os.path.expanduser("~")
-        machine = Machine(MachineOptions(environ, self._inventory, working_dir=home))
-        self._machine = machine
+        options = MachineOptions(
+            environ, self._inventory, working_dir=home, inherited=inherited
+        )
+        machine = self._machine = Machine(options)
         self._link = LocalLink(machine)
         params = ConnectParams(
             role="node",
@@ -21916,7 +22916,7 @@ class RunningGateway:
             self._key = self._kept_key()
             audience = Audience()
             announce = audience.announce
-            local = stack.enter_context(closing(LocalNode(environ)))
+            local = stack.enter_context(closing(LocalNode(environ, options.inherited)))
             fleet = self.fleet = Fleet(store.devices, local.node, announce)
             logs = path / JOBS_DIRECTORY
             jobs = self.jobs = Jobs(store.jobs, fleet, logs, options.keep_output)
@@ -21927,6 +22927,7 @@ class RunningGateway:
             approvals = Approvals()
             chats = Chats(store, fleet, jobs, models, approvals, announce)
             rpc = Rpc(
+                access.door,
                 fleet,
                 models,
                 chats,
@@ -21971,10 +22972,14 @@ class RunningGateway:
     def sign_in_link(self) -> str:
         return f"{self.url}/#key={self._key}"
 
+    def one_time_link(self) -> str:
+        """Return a link that signs in one browser, within ten minutes."""
+        return f"{self.url}/#key={self._access.sign_ins.one_time_key(self._key)}"
+
     def keep_house(self) -> None:
         """Delete what is old enough, and renew what is about to expire."""
         self._access.purge()
-        before = self.store.clock.before(self.options.keep_audit * 86_400)
+        before = self.store.before(self.options.keep_audit * 86_400)
         while before and self.store.audit.delete_before(before):
             pass  # slice by slice: writers get their turn in between
         while before and (job_ids := self.store.jobs.delete_before(before)):
@@ -22028,6 +23033,7 @@ class RunningNode:
         environ: Mapping[str, str],
         on_state: NodeStateHandler,
         *,
+        inherited: Inherited | None = None,
         give_up_when_refused: bool = False,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
@@ -22040,6 +23046,7 @@ class RunningNode:
                 self._inventory,
                 working_dir=settings.working_dir or os.path.expanduser("~"),
                 max_timeout=settings.timeout,
+                inherited=inherited,
                 catalog=model_catalog(environ) if settings.llm else None,
                 allowed=AllowedCommands(settings.allow) if settings.allow else None,
             )
@@ -22088,13 +23095,15 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
         llm=False,  # they are the gateway's own
     )
     settings.save(directory)
-    return RunningNode(settings, environ, lambda _connected, _problem: None)
+    return RunningNode(
+        settings, environ, lambda *_: None, inherited=gateway.options.inherited
+    )
 
 
 # ==============================================================================
 # Command line
 # Uses: Settings, Install, TLS, HTTP client, Wire protocol, Commands, Node service,
-#       Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
+#       Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -22125,6 +23134,26 @@ def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
         str(row.get(column) or "-") if isinstance(column, str) else column(row)
         for column in columns.values()
     ]
+
+
+ESCAPE = "moltis-escape"  # error handler for encodings
+
+
+def escape_unencodable(error: UnicodeError) -> tuple[str, int]:
+    """Spell characters that the terminal's encoding lacks as JSON spells them."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def prepare_streams() -> None:
+    """Make the standard streams usable, whatever the locale and who started us."""
+    codecs.register_error(ESCAPE, escape_unencodable)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed when we were started
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ESCAPE)
 
 
 class Output:
@@ -22159,10 +23188,19 @@ class Output:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
-    def json(self, value: object) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
+    def json(self, value: object, indent: int | None = 2) -> None:
+        text = json.dumps(value, indent=indent, ensure_ascii=False)
         # JSON escapes the other control codes by itself.
         self.answer(re.sub("[\x7f-\x9f]", lambda c: f"\\u{ord(c[0]):04x}", text))
+
+    def json_pages(self, pages: Iterable[Sequence[JsonObject]]) -> None:
+        """Print one JSON array of the rows of all pages, each as it comes."""
+        before = "["
+        for row in itertools.chain.from_iterable(pages):
+            self.answer(before)
+            self.json(row, None)
+            before = ","
+        self.answer("[]" if before == "[" else "]")
 
     def fields(self, values: Mapping[str, Any]) -> None:
         """Print `name: value` lines; a list has a line for each item, None has none."""
@@ -22191,6 +23229,7 @@ class Context(Value):
 
     environ: Mapping[str, str]
     output: Output
+    inherited: Inherited | None = None  # for commands on this machine
 
     @property
     def directory(self) -> Path:
@@ -22368,8 +23407,8 @@ def warn_about_plain_text(url: str, output: Output) -> None:
     host = parts.hostname or ""
     if parts.scheme == "ws" and host != "localhost" and not is_loopback(host):
         output.say(
-            f"warning: {url} is not encrypted: the network can read commands, output "
-            "and operator keys; start the gateway with --tls, then use wss://"
+            f"warning: {url} is not encrypted: the network can read commands and "
+            "output; start the gateway with --tls, then use wss://"
         )
 
 
@@ -22467,6 +23506,7 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         require_scram=args.require_scram,
         keep_audit=args.keep_audit,
         keep_output=round(args.keep_output * 1024**3),
+        inherited=context.inherited,
     )
 
 
@@ -22492,11 +23532,13 @@ def say_started(output: Output, running: RunningGateway) -> None:
     output.say("Ctrl+C stops it.")
 
 
-def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
+def open_sign_in(
+    link: str, inherited: Inherited | None
+) -> tempfile.TemporaryDirectory[str]:
     """Open the browser with a private file that leads to `link`; return its directory.
 
-    Every user of this machine can read the arguments of a program, and the link holds
-    the operator key.  Raises BadConfiguration.
+    Every user of this machine can read the arguments of a program; the file may outlive
+    us, but not its one-time link.  Raises BadConfiguration.
     """
     import tempfile
     import webbrowser
@@ -22516,7 +23558,10 @@ def open_sign_in(link: str) -> tempfile.TemporaryDirectory[str]:
             f"cannot write to {home}: {error.strerror}; without --open, open the link "
             "above by hand"
         ) from error
-    webbrowser.open(page.as_uri())
+    with contextlib.ExitStack() as stack:
+        if inherited is not None:  # what a browser saves is the user's
+            stack.callback(os.umask, os.umask(inherited.umask))
+        webbrowser.open(page.as_uri())
     return directory
 
 
@@ -22536,7 +23581,8 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
             demo = start_demo_node(context.environ, running)
             stack.callback(close_together, demo.close, running.close)
         if args.open:
-            stack.enter_context(open_sign_in(running.sign_in_link))
+            link = running.one_time_link()
+            stack.enter_context(open_sign_in(link, context.inherited))
         stop.wait()
         context.output.say("stopping")
     return EXIT_OK
@@ -22697,6 +23743,7 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
         settings,
         context.environ,
         on_state,
+        inherited=context.inherited,
         give_up_when_refused=directory is None,
         on_end=stop.set,
     )
@@ -22964,11 +24011,17 @@ def _audit_state_column(row: JsonObject) -> str:
     return (row["words"] + how) or "-"
 
 
+def _audit_event_column(row: JsonObject) -> str:
+    times = f" ({row['count']:,} times)" if row["count"] > 1 else ""
+    return f"{row['event']}{times}"
+
+
 AUDIT_ROW: Mapping[str, Column] = {
     "WHEN": time_column("at"),
     "WHO": "caller",
+    "KEY": lambda row: row["callerId"][:8] or "-",
     "FROM": "address",
-    "WHAT": "event",
+    "WHAT": _audit_event_column,
     "WHERE": "node",
     "HOW IT WENT": _audit_state_column,
     "DETAILS": lambda row: one_line(row["subject"], 200),
@@ -22977,17 +24030,14 @@ AUDIT_ROW: Mapping[str, Column] = {
 
 def cmd_audit(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
-    if args.limit < 1:
-        raise UsageError(f"--limit takes 1 or more, not {args.limit}")
-    entries: list[JsonObject] = []
+    limit: int | None = args.limit
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit takes 1 or more, not {limit}")
     with operator_client(args, context) as client:
-        while len(entries) < args.limit:
-            size = min(MAX_PAGE, args.limit - len(entries))
-            place = {"offset": len(entries), "limit": size}
-            page = client.call("audit.list", place)
-            entries += page
-            if len(page) < size:
-                break
+        if args.json:
+            context.output.json_pages(audit_pages(client.call, {}, limit))
+            return EXIT_OK
+        entries = [*itertools.chain(*audit_pages(client.call, {}, limit or 100))]
     return context.show(args, entries, AUDIT_ROW)
 
 
@@ -23006,25 +24056,6 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
         node = feed.client.call("node.describe", {"nodeId": reference})
         first.setdefault(node["nodeId"], reference)
     return first
-
-
-def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Return names by id, made unique with the beginning of the id, or all of it."""
-    unique = dict(names)
-    for length in (8, None):
-        folded = collections.Counter(name.casefold() for name in unique.values())
-        for node_id, name in unique.items():
-            if folded[name.casefold()] > 1:
-                unique[node_id] = f"{names[node_id]} {node_id[:length]}"
-    return unique
-
-
-def connected_nodes(feed: JobFeed) -> dict[str, str]:
-    """Return the names of all connected nodes by id."""
-    listed = feed.client.call("node.list", {})
-    return distinct_names(
-        {node["nodeId"]: node["displayName"] for node in listed if node["connected"]}
-    )
 
 
 def without_name(name: str, text: str) -> str:
@@ -23113,22 +24144,23 @@ class Waiting:
             )
 
 
+MAX_LABELLED_LINE = 4 * 1024 * 1024  # bytes; a longer line of several jobs is broken
+# A lone carriage return would let the next text overwrite the label.
+LINE_END = re.compile(rb"\n|\r(?=[^\r\n])")
+
+
 class StreamPrinter:
     """One output stream of one of several jobs, each line with its label."""
 
     def __init__(self, file: Any, label: bytes) -> None:
         self._file = file
         self._label = label
-        self._line = b""  # begun; past MAX_LOG_MESSAGE it is printed as it is
+        self._line = bytearray()  # begun
 
     def write(self, data: bytes) -> None:
         """Raises BrokenPipeError."""
         if self._label:
-            *lines, self._line = (self._line + data).split(b"\n")
-            if len(self._line) > MAX_LOG_MESSAGE:
-                lines.append(self._line)
-                self._line = b""
-            data = b"".join(self._label + line + b"\n" for line in lines)
+            data = b"".join(self._label + line + b"\n" for line in self._lines(data))
         self._file.write(data)
         self._file.flush()
 
@@ -23136,6 +24168,26 @@ class StreamPrinter:
         if self._line:
             with contextlib.suppress(BrokenPipeError):
                 self.write(b"\n")
+
+    def _lines(self, data: bytes) -> Iterator[bytes]:
+        """Yield the lines that `data` ends; each state of a progress bar is one."""
+        if self._line.endswith(b"\r"):  # the next byte says what it is
+            data = b"\r" + data
+            del self._line[-1:]
+        start = 0
+        for end in LINE_END.finditer(data):
+            self._line += data[start : end.start()]
+            start = end.end()
+            if self._line or end[0] == b"\n":
+                yield bytes(self._line)
+                self._line.clear()
+        self._line += data[start:]
+        while len(self._line) > MAX_LABELLED_LINE:
+            cut = MAX_LABELLED_LINE
+            while self._line[cut] & 0xC0 == 0x80 and cut > MAX_LABELLED_LINE - 4:
+                cut -= 1  # to where a character begins
+            yield bytes(self._line[:cut])
+            del self._line[:cut]
 
 
 EXIT_STATUSES: Mapping[str, int] = {
@@ -23207,7 +24259,9 @@ class JobTerminal:
         }
 
     def _label(self, job: FollowedJob) -> bytes:
-        return f"{job.name} | ".encode() if len(self._jobs) > 1 else b""
+        if len(self._jobs) == 1:
+            return b""
+        return f"{job.name} | ".encode(sys.stdout.encoding or "utf-8", ESCAPE)
 
     def execute(self, *, feeds: bool) -> int:
         """Return the exit status of `node exec`; an interrupt cancels its jobs.
@@ -23217,7 +24271,7 @@ class JobTerminal:
         previous = {
             number: signal.signal(number, self._on_interrupt)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) is not signal.SIG_IGN  # as nohup leaves it
+            if signal.getsignal(number) not in (signal.SIG_IGN, stay)
         }
         try:
             if feeds:
@@ -23364,7 +24418,10 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
         spec["cwd"] = args.cwd
     request = {"work": "run", "spec": spec}
     with JobFeed(partial(operator_client, args, context)) as feed:
-        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
+        nodes = distinct_nodes(args.nodes, feed)
+        if args.all:  # those that are away as well: the recap and the status say so
+            listed = feed.client.call("node.list", {})
+            nodes = {node["nodeId"]: node["displayName"] for node in listed}
         if args.stdin and len(nodes) > 1:
             raise UsageError("--stdin feeds one node")
         if args.detach:
@@ -23459,7 +24516,9 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
     client = LastingClient(partial(operator_client, args, context))
     with contextlib.closing(client):
         # Not with `for line in sys.stdin`, which reads ahead and answers late.
-        McpServer(client, context.output.answer).serve(iter(sys.stdin.readline, ""))
+        lines = iter(sys.stdin.buffer.readline, b"")  # MCP is UTF-8 in any locale
+        server = McpServer(client, context.output.answer)
+        server.serve(line.decode("utf-8", "replace") for line in lines)
     return EXIT_OK
 
 
@@ -23738,19 +24797,38 @@ def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
             context.output.say("")
 
 
+APPROVAL_ANSWERS: Mapping[str, str] = {
+    "y": "approve",
+    "yes": "approve",
+    "n": "deny",
+    "no": "deny",
+    "a": "always",
+    "always": "always",
+}
+
+
+def drop_typed_input() -> None:
+    """Discard what was typed and not read yet: it answers no question that follows."""
+    import termios
+
+    with contextlib.suppress(termios.error):
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
+
+
 def ask_approval(output: Output, command: JsonObject) -> str:
     where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
     lines = visible(command["command"]).replace("\n", "\n    ")
     aside = " in the background" if command.get("background") else ""
     output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
-    answers = {"y": "approve", "n": "deny", "a": "always"}
+    drop_typed_input()
     while True:
         sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
         sys.stderr.flush()
         line = sys.stdin.readline()
-        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
-        if answer is not None:
-            return answer
+        if not line:
+            return "deny"
+        if line.strip().lower() in APPROVAL_ANSWERS:
+            return APPROVAL_ANSWERS[line.strip().lower()]
 
 
 def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
@@ -23782,7 +24860,10 @@ def cmd_chat(args: argparse.Namespace, context: Context) -> int:
         if args.message is not None:
             return terminal.turn(args.message)
         if sys.stdin is not None and not sys.stdin.isatty():
-            return terminal.turn(sys.stdin.read(MAX_BODY))
+            text = sys.stdin.buffer.read(MAX_BODY).decode("utf-8", "surrogateescape")
+            if model != SHELL_ID and text.startswith("!"):
+                text = f" {text}"  # a command is only what a person has written
+            return terminal.turn(text)
         return chat_prompt(terminal, context)
 
 
@@ -23894,7 +24975,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             ),
             arg(
                 "--proxy-cert FILE",
-                "certificate of a proxy that does TLS, for nodes to bind to",
+                "certificate of a proxy that does TLS, for clients to bind to",
             ),
             arg(
                 "--require-scram",
@@ -23949,7 +25030,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "show who did what: commands, sign-ins, keys, tokens",
         "moltis audit --json --limit 1000",
         (
-            arg("--limit N", "the newest N (default: 100)", type=int, default=100),
+            arg("--limit N", "the newest N (default: 100; with --json all)", type=int),
             *GATEWAY,
             JSON,
         ),
@@ -24049,7 +25130,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "moltis node exec pi -- 'df -h / | tail -1'",
         (
             arg("nodes NODE", "name or id", nargs="*"),
-            arg("--all", "on all connected nodes"),
+            arg("--all", "on all nodes; those that are offline count as failed"),
             arg("--timeout S", "in seconds", type=float),
             arg("--cwd DIR", "where to run it, on the node"),
             arg("--stdin", "feed it our standard input"),
@@ -24163,9 +25244,7 @@ def run_subcommand(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # it was closed when we were started
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     restart_from_bytecode(arguments)
     command: list[str] = []
@@ -24176,6 +25255,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(VERSION_TEXT + "\n")
         return EXIT_OK
     context = Context(dict(os.environ), Output(os.environ))
+    # `install` may replace itself by another moltis, which does this for itself.
+    if argv is None and arguments[:1] != ["install"]:
+        if runs_long(arguments):
+            reap_orphans()
+        context = context.replace(
+            inherited=settle_process(), environ=take_environment()
+        )
     try:
         status = run_subcommand(arguments, command, context)
         sys.stdout.flush()  # not at exit, where nothing could report an error

@@ -19,8 +19,8 @@ from moltis import (
     Store,
     StoreError,
     device_caller,
-    device_handle,
     redact,
+    scram_handle,
 )
 
 HERE = "127.0.0.1"
@@ -68,8 +68,8 @@ def code_of(caught):
 
 def scram(access, token, server_binding=None, client_binding=None):
     """Authenticate as a node does; return the device that the gateway then knows."""
-    client = ScramClient(device_handle(token), token, client_binding)
-    server = access.devices.scram_server(server_binding)
+    client = ScramClient(scram_handle(token), token, client_binding)
+    server = access.scram_server(server_binding)
     client.verify(server.final(client.final(server.first(client.first()))))
     return access.devices.device_by_handle(server.username)
 
@@ -158,8 +158,8 @@ def test_revoking_or_rotating_nothing_is_an_error(access):
 
 def test_a_device_is_revoked_while_it_authenticates(access):
     device, token = access.devices.create_device("Pi")
-    client = ScramClient(device_handle(token), token)
-    server = access.devices.scram_server()
+    client = ScramClient(scram_handle(token), token)
+    server = access.scram_server()
     proof = client.final(server.first(client.first()))
     access.devices.revoke_device(device)
     server.final(proof)
@@ -168,7 +168,7 @@ def test_a_device_is_revoked_while_it_authenticates(access):
 
 def test_an_unknown_handle_gets_the_same_salt_after_a_restart(store):
     def salt():
-        server = Access(store).devices.scram_server()
+        server = Access(store).scram_server()
         return server.first("n,,n=nobody,r=abc").split(",")[1]
 
     assert salt() == salt()
@@ -328,7 +328,7 @@ def test_a_narrow_scope_includes_no_other(access, scope):
         ("ci", ["operator.everything"]),
         ("ci", [Scope.READ, ""]),
         ("  ", [Scope.READ]),
-        (moltis.LOCAL_KEY_NAME, [Scope.READ]),
+        (moltis.OWNER_NAME, [Scope.READ]),
         ("moltis", [Scope.READ]),
     ],
 )
@@ -452,10 +452,10 @@ def test_the_audit_says_who_did_what_from_where(access, store):
     access.join_codes.redeem_join_code(code, "192.0.2.9")
     access.devices.revoke_device(device, by=admin)
     access.operators.revoke_key(made.id, by=admin)
-    access.devices.record_refused_device("no such token", "192.0.2.9")
+    access.record_refused_proof("node", "no such token", "192.0.2.9")
     access.devices.create_device("Demo")
     noted = [(e.event, e.caller, e.address, e.subject) for e in store.audit.page()]
-    owner = moltis.LOCAL_KEY_NAME
+    owner = moltis.OWNER_NAME
     assert sorted(noted) == [
         ("key.created", owner, THERE, "ci (operator.read)"),
         ("key.revoked", owner, THERE, "ci"),
@@ -476,10 +476,33 @@ def test_signing_in_all_day_pushes_nothing_of_others_out(access, store, monkeypa
     for number in range(30):
         access.sign_ins.sign_in(text, THERE, f"Firefox {number}")
         fail(access, f"192.0.2.{number}")
-    events = [entry.event for entry in store.audit.page()]
-    assert events.count("login.created") == 10
-    assert events.count("login.refused") == 10
-    assert events.count("key.created") == 1
+    counts = [(entry.event, entry.count) for entry in store.audit.page()]
+    assert ("login.created", 30) in counts
+    assert counts.count(("login.refused", 1)) == 10
+    assert ("key.created", 1) in counts
+
+
+def test_the_audit_names_the_key_and_not_only_what_it_is_called(access, store):
+    """FAULTS D12: a name may be given again after its key was revoked."""
+    admin = access.operators.operator_by_key(access.operators.ensure_operator_key(None))
+    ids = []
+    for _ in range(2):
+        made, text = access.operators.create_key("alice", [Scope.PAIRING], by=admin)
+        alice = access.operators.operator_by_key(text, THERE)
+        access.devices.create_device("Pi", by=alice)
+        access.operators.revoke_key(made.id, by=admin)
+        ids.append(made.id)
+    created = [e for e in store.audit.page() if e.event == "token.created"]
+    assert {e.caller for e in created} == {"alice"}
+    assert {e.caller_id for e in created} == set(ids)
+
+
+@pytest.mark.parametrize("name", ["Owner", "MOLTIS", " owner "])
+def test_no_key_is_called_as_the_owner_or_as_moltis(access, name):
+    """FAULTS D12"""
+    with pytest.raises(RpcError) as caught:
+        access.operators.create_key(name, [Scope.READ])
+    assert code_of(caught) == "INVALID_REQUEST"
 
 
 # --- patience -------------------------------------------------------------------------

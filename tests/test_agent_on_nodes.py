@@ -258,7 +258,7 @@ def test_a_command_in_the_background_is_asked_for_and_audited_like_any_other(
     row = wait_for(lambda: site.call("job.list", state="open"))[0]
     assert (row["id"], row["nodeName"]) == (question["jobId"], "beta")
     assert (row["callerKind"], row["sessionKey"]) == ("model", key)
-    assert row["decidedBy"] == "this machine"
+    assert row["decidedBy"] == "owner"
     listed = run_moltis("node", "jobs", "beta", home=site.home)
     assert row["id"] in listed.stdout
     go.touch()
@@ -776,6 +776,23 @@ def pick(page, picker, label):
 # -- moltis chat ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [("length", "length limit"), ("content_filter", "refused to answer")],
+)
+def test_an_answer_that_is_not_whole_is_said_and_has_a_status(
+    site, server, reason, words
+):
+    (document, *rest) = says("half of")
+    document["choices"][0]["finish_reason"] = reason
+    server.turns.append([document, *rest])
+    arguments = ("--session", f"cut-{reason}", "--model", "openai/clever", "hm?")
+    ended = site.chat(*arguments)
+    assert "half of" in ended.stdout
+    assert words in ended.stderr
+    assert ended.returncode == 1
+
+
 def test_chat_prints_the_answer_on_stdout_and_the_commands_on_stderr(site, server):
     server.turns += [runs("echo out of $NODE"), says("The answer.")]
     done = site.chat("--model", "openai/clever", "--node", "alpha", "--yes", "hm?")
@@ -798,6 +815,20 @@ def test_chat_reads_the_message_from_a_pipe(site):
     done = site.chat("--session", "pipe", stdin="echo from the pipe\n")
     assert done.stdout == "from the pipe\n"
     assert done.returncode == 0
+
+
+def test_piped_text_for_a_model_is_no_command(site, server, tmp_path):
+    """FAULTS D4: whoever wrote the file would have a shell, and nobody is asked."""
+    server.turns.append(says("I see."))
+    trace = tmp_path / "trace"
+    arguments = ("--session", "piped", "--model", "openai/clever")
+    done = site.chat(*arguments, stdin=f"!touch {trace}\nand more\n")
+    assert done.returncode == 0
+    assert done.stdout == "I see.\n"
+    assert not trace.exists()
+    written = site.chat(*arguments, f"!touch {trace}")
+    assert written.returncode == 0
+    assert trace.exists()
 
 
 def test_chat_keeps_the_streams_of_a_typed_command_apart(site):
@@ -902,6 +933,22 @@ def test_on_a_terminal_chat_asks_and_approves(site, server):
     finally:
         assert terminal.close() == 0
     assert server.results()[0]["stdout"] == "yes I ran\n"
+
+
+def test_a_line_that_was_typed_while_the_model_thought_approves_nothing(site, server):
+    """FAULTS D5"""
+    server.turns += [runs("echo never"), says("Good.")]
+    arguments = ("chat", "--session", "tty3", "--model", "openai/clever", "hm?")
+    terminal = Terminal(*arguments, home=site.home)
+    terminal.type("yes\n" * 3)  # before the model was even asked
+    try:
+        terminal.wait_for("[y]es, [n]o, [a]lways")
+        terminal.type("nothing of the kind\n")
+        terminal.type("no\n")
+        terminal.wait_for("Good.")
+    finally:
+        assert terminal.close() == 0
+    assert server.results()[0]["error"] == "denied by the user"
 
 
 def test_ctrl_c_at_the_question_ends_the_run(site, server):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 import time
 from typing import Any, ClassVar, Mapping, Sequence
 
 import pytest
-from support import free_port, wait_for
+from support import wait_for
 
 import moltis
 
@@ -361,21 +360,3 @@ def test_a_file_gets_its_mode_whatever_the_umask_is(tmp_path):
 def test_a_process_is_told_from_a_later_one_of_its_id():
     assert moltis.process_mark(os.getpid()) == moltis.process_mark(os.getpid()) != ""
     assert moltis.process_mark(2**22 + 1) == ""
-
-
-# -- dialling ------------------------------------------------------------------------
-
-
-def test_the_second_address_of_a_name_is_dialled_too(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        addresses = [
-            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", free_port())),
-            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)),
-        ]
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_a, **_k: addresses)
-        with moltis.dial("name", port, timeout=5.0) as sock:
-            assert sock.getpeername()[1] == port
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_a, **_k: [])
-        with pytest.raises(OSError, match="name has no address"):
-            moltis.dial("name", port, timeout=5.0)

@@ -175,6 +175,98 @@ class OpenAi:
         check_function_tools(body)
 
 
+class Responses:
+    """How OpenAI's Responses API talks, and what it lets pass."""
+
+    content_type = "text/event-stream; charset=utf-8"
+    make = moltis.ResponsesProvider
+    spec = next(s for s in moltis.PROVIDERS if s.id == "openai")
+    path = "/responses"
+
+    def answer(self, text="", calls=(), thinking="", reason=None):
+        summary = "response.reasoning_summary_text.delta"
+        events = [{"type": "response.created", "response": {"id": "r"}}]
+        items = []
+        if thinking:
+            events.append({"type": summary, "item_id": "rs_1", "delta": thinking})
+            items.append({"type": "reasoning", "id": "rs_1", "encrypted_content": "ZQ"})
+        events += [
+            {"type": "response.output_text.delta", "item_id": "msg_1", "delta": piece}
+            for piece in pieces(text)
+        ]
+        if text:
+            part = {"type": "output_text", "text": text, "annotations": []}
+            items.append(
+                {
+                    "type": "message",
+                    "id": "msg_1",
+                    "role": "assistant",
+                    "status": "completed",
+                    "content": [part],
+                }
+            )
+        for number, (call_id, name, arguments) in enumerate(calls):
+            events += [
+                {"type": "response.function_call_arguments.delta", "delta": piece}
+                for piece in pieces(json.dumps(arguments))
+            ]
+            items.append(
+                {
+                    "type": "function_call",
+                    "id": f"fc_{number}",
+                    "call_id": call_id,
+                    "name": name,
+                    "arguments": json.dumps(arguments),
+                }
+            )
+        events += [
+            {"type": "response.output_item.done", "output_index": n, "item": item}
+            for n, item in enumerate(items)
+        ]
+        ended = "incomplete" if reason else "completed"
+        response = {
+            "status": ended,
+            "incomplete_details": reason and {"reason": reason},
+            "usage": {"input_tokens": 7, "output_tokens": 3},
+        }
+        return sse(*events, {"type": f"response.{ended}", "response": response})
+
+    def broken(self, text, message):
+        whole = self.answer(text)
+        return whole[: whole.index(b'data: {"type": "response.output_item')] + sse(
+            {"type": "error", "code": "x", "message": message, "param": None}
+        )
+
+    def error(self, message, kind=""):
+        error = {"message": message, "type": kind or "invalid_request_error"}
+        return json.dumps({"error": error}).encode()
+
+    def check(self, headers, body):
+        assert headers["Authorization"] == "Bearer k-secret"
+        allowed = {"model", "input", "stream", "store", "include", "tools"}
+        assert set(body) <= allowed
+        assert (body["stream"], body["store"]) == (True, False)
+        for item in body["input"]:
+            kind = item.get("type", "message")
+            assert kind in (
+                "message",
+                "reasoning",
+                "function_call",
+                "function_call_output",
+            )
+            if kind == "message":
+                assert item["role"] in ("system", "user", "assistant")
+                assert item["content"]
+            elif kind.startswith("function_call"):
+                assert re.fullmatch("[A-Za-z0-9_-]{1,64}", item["call_id"])
+                assert isinstance(item.get("arguments", item.get("output")), str)
+        open_calls = [i["call_id"] for i in body["input"] if "arguments" in i]
+        assert open_calls == [i["call_id"] for i in body["input"] if "output" in i]
+        for tool in body.get("tools", ()):
+            fields = {"type", "strict", "name", "description", "parameters"}
+            assert set(tool) == fields
+
+
 class Anthropic:
     """How Anthropic talks, and what it lets pass."""
 
@@ -277,7 +369,8 @@ def check_function_tools(body):
 
 
 @pytest.fixture(
-    params=[Ollama(), OpenAi(), Anthropic()], ids=["ollama", "openai", "anthropic"]
+    params=[Ollama(), OpenAi(), Responses(), Anthropic()],
+    ids=["ollama", "openai", "responses", "anthropic"],
 )
 def vendor(request):
     return request.param
@@ -471,7 +564,7 @@ def test_a_name_that_a_model_made_up_goes_back_as_apis_take_it(script, vendor, n
     script.stream(vendor.answer("ok"))
     call = ToolCall("call_a", name, {})
     list(script.ask((*HELLO, ChatMessage("assistant", "", (call,)))))
-    sent = json.dumps(script.bodies[0]["messages"])
+    sent = json.dumps({**script.bodies[0], "tools": []})
     (found,) = re.findall(r'"name": "([^"]*)"', sent)[:1]
     assert re.fullmatch(moltis.CALL_NAME_PATTERN, found)
 
@@ -1238,6 +1331,72 @@ def test_mistral_gets_ids_of_nine_characters():
     sent = provider._body(ChatRequest("m", (*HELLO, answer)))["messages"]
     assert re.fullmatch("[a-z0-9]{9}", sent[2]["tool_call_id"])
     assert sent[1]["tool_calls"][0]["id"] == sent[2]["tool_call_id"]
+
+
+# --- OpenAI's Responses API alone ---
+
+only_responses = pytest.mark.parametrize("vendor", [Responses()], ids=["responses"])
+
+
+@only_responses
+def test_reasoning_goes_back_encrypted_before_its_call(script, vendor):
+    script.stream(vendor.answer("", [("call_a", "exec", {"command": "w"})], "hm"))
+    script.stream(vendor.answer("ok"))
+    answer = list(script.ask())[-1].message
+    result = ChatMessage("tool", "2 users", tool_call_id="call_a", tool_name="exec")
+    assert text_of(script.ask((*HELLO, answer, result))) == "ok"
+    sent = script.bodies[1]["input"][1:]
+    kinds = ["reasoning", "function_call", "function_call_output"]
+    assert [item["type"] for item in sent] == kinds
+    assert sent[0]["encrypted_content"] == "ZQ"
+    assert sent[1]["call_id"] == sent[2]["call_id"] == "call_a"
+
+
+@only_responses
+def test_a_model_that_does_not_reason_is_asked_without_reasoning(script, vendor):
+    script.refuse(400, "Encrypted content is not supported with this model.")
+    script.stream(vendor.answer("ok"))
+    script.stream(vendor.answer("ok"))
+    assert text_of(script.ask()) == text_of(script.ask()) == "ok"
+    assert ["include" in body for body in script.bodies] == [True, False, False]
+
+
+@only_responses
+def test_a_refusal_of_a_response_is_a_refusal(script, vendor):
+    refusal = {"type": "response.refusal.delta", "delta": "I will not."}
+    script.stream(sse(refusal) + vendor.answer())
+    *_, finished = script.ask()
+    assert (finished.reason, finished.message.text) == ("refusal", "I will not.")
+
+
+@only_responses
+def test_a_response_that_failed_is_an_error(script, vendor):
+    error = {"code": "invalid_prompt", "message": "this prompt is odd"}
+    failed = {"status": "failed", "error": error}
+    script.stream(sse({"type": "response.failed", "response": failed}))
+    with pytest.raises(ModelError, match="this prompt is odd"):
+        list(script.ask())
+
+
+@only_responses
+def test_a_whole_response_is_understood(script, vendor):
+    content = [{"type": "output_text", "text": "fine"}]
+    item = {"type": "message", "role": "assistant", "content": content}
+    body = json.dumps({"object": "response", "output": [item], "usage": {}}).encode()
+    script.stream(body, **{"Content-Type": "application/json"})
+    assert text_of(script.ask()) == "fine"
+
+
+def test_openai_itself_is_asked_for_responses_and_an_imitation_for_completions():
+    def made(**environ):
+        return moltis.make_providers({"OPENAI_API_KEY": "k", **environ}, {})[-1]
+
+    assert isinstance(made(), moltis.ResponsesProvider)
+    official = made(OPENAI_BASE_URL="https://api.openai.com/v1")
+    assert isinstance(official, moltis.ResponsesProvider)
+    other = made(OPENAI_BASE_URL="http://127.0.0.1:4000")
+    assert not isinstance(other, moltis.ResponsesProvider)
+    assert other.chat_path == "/chat/completions"
 
 
 # --- Anthropic alone ---

@@ -15,8 +15,8 @@ from moltis import (
     ScramServer,
     ScramVerifier,
     decoy_verifier,
-    device_handle,
     make_verifier,
+    scram_handle,
 )
 
 # RFC 7677 §3
@@ -89,7 +89,7 @@ def test_both_sides_are_sure_of_each_other_in_the_end(binding):
 
 
 def test_the_token_is_in_no_message():
-    client, server = ScramClient(device_handle(TOKEN), TOKEN), server_for()
+    client, server = ScramClient(scram_handle(TOKEN), TOKEN), server_for()
     spoken = [client.first()]
     spoken.append(server.first(spoken[0]))
     spoken.append(client.final(spoken[1]))
@@ -406,5 +406,5 @@ def test_a_python_without_openssl_computes_the_same(monkeypatch, rfc_verifier):
 
 def test_a_handle_does_not_tell_the_token():
     expected = hashlib.sha256(b"moltis handle" + TOKEN.encode()).hexdigest()[:32]
-    assert device_handle(TOKEN) == expected
+    assert scram_handle(TOKEN) == expected
     assert hashlib.sha256(TOKEN.encode()).hexdigest()[:32] != expected

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import email.parser
+import io
 import json
 import os
 import re
 import shutil
 import socket
+import sqlite3
 import ssl
 import subprocess
 import threading
@@ -201,10 +203,11 @@ def test_a_hostile_gateway_cannot_get_a_node_to_run_anything(
 
 
 class HostileGateway:
-    """Lets every node in, proves nothing, and orders all the while."""
+    """Lets everyone in, proves nothing, writes down what it hears, and orders."""
 
     def __init__(self, order, proof):
         self.orders = 0
+        self.heard = ""
         self._order = json.dumps(order)
         self._proof = proof
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -230,12 +233,12 @@ class HostileGateway:
         protocol = moltis.WebSocketProtocol(client=False)
         with moltis.WebSocket(sock, protocol) as ws:
             self._command(ws)
-            first = json.loads(ws.receive(10))
+            first = json.loads(self._hear(ws))
             self._command(ws)
             nonce = first["params"]["clientFirst"].partition(",r=")[2]
             server_first = f"r={nonce}more,s=c2FsdHNhbHQ=,i=4096"
             self._answer(ws, first, {"serverFirst": server_first})
-            connect = json.loads(ws.receive(10))
+            connect = json.loads(self._hear(ws))
             self._command(ws)
             auth = (
                 {} if self._proof is None else {"scram": {"serverFinal": self._proof}}
@@ -245,8 +248,13 @@ class HostileGateway:
             self._answer(ws, connect, hello)
             self._command(ws)
             with contextlib.suppress(moltis.ConnectionClosed):
-                while ws.receive(10) is not None:
+                while self._hear(ws) is not None:
                     pass
+
+    def _hear(self, ws):
+        message = ws.receive(10)
+        self.heard += str(message)
+        return message
 
     def _command(self, ws):
         ws.send(self._order)
@@ -486,6 +494,81 @@ def test_a_gateway_may_take_nothing_but_scram(tmp_path):
 # -- operators -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("node", "list"),
+        ("node", "exec", "secret-node", "--", "secret-command"),
+        ("node", "generate-token", "--name", "secret-node"),
+        ("chat", "--session", "secret-session", "secret-words"),
+        ("mcp",),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("proof", [None, "v=" + "A" * 43 + "="])
+def test_who_listens_on_the_port_of_a_gateway_that_is_down_learns_nothing(
+    home, words, proof
+):
+    """FAULTS D1: any user of a machine may listen on a port that is free."""
+    key = moltis.new_secret("mk_")
+    with HostileGateway({"type": "event", "event": "presence"}, proof) as impostor:
+        url = impostor.url.replace("ws:", "http:").replace("/ws", "")
+        moltis.GatewayFile(url, key, 1).save(home / ".moltis")
+        done = run_moltis(*words, home=home)
+    assert done.returncode == moltis.Refused.exit_code
+    assert "did not prove that it knows your operator key" in done.stderr
+    assert "connect" in impostor.heard
+    assert "mk_" not in impostor.heard
+    assert key[3:] not in impostor.heard
+    assert moltis.secret_hash(key) not in impostor.heard
+    assert "secret" not in impostor.heard
+
+
+@pytest.mark.parametrize("way", ["page", "rpc"])
+def test_a_key_of_the_first_edition_is_proved_once_it_was_used(plain, way):
+    made = plain.call("keys.create", name="old", scopes=["operator.read"])
+    with contextlib.closing(sqlite3.connect(plain.directory / "moltis.db")) as db:
+        where = "WHERE name = 'old'"
+        db.execute(f"UPDATE operator_keys SET handle = NULL, verifier = NULL {where}")
+        db.commit()
+    with pytest.raises(moltis.Refused, match=r"moltis 0\.1 .* sign in on the page"):
+        moltis.OperatorClient(plain.url, made["key"])
+    if way == "page":
+        post(plain, "/api/sign-in", {"key": made["key"]})
+    else:
+        bearer = {"Authorization": f"Bearer {made['key']}"}
+        post(plain, "/api/rpc", {"method": "node.list"}, **bearer)
+    with moltis.OperatorClient(plain.url, made["key"]) as client:
+        assert client.call("node.list", {})
+
+
+def test_the_owner_s_key_of_the_first_edition_is_proved_from_the_start(tmp_path):
+    """The key itself is in gateway.json, so its verifier can be made."""
+    with InProcessGateway(tmp_path / "old") as gateway:
+        key = gateway.api_key
+    with contextlib.closing(sqlite3.connect(tmp_path / "old" / "moltis.db")) as db:
+        db.execute("UPDATE operator_keys SET handle = NULL, verifier = NULL")
+        db.commit()
+    with InProcessGateway(tmp_path / "old") as gateway:
+        assert gateway.api_key == key
+        assert gateway.call("node.list")
+
+
+def test_a_proof_of_a_key_is_bound_to_the_certificate(gateway, monkeypatch):
+    """SCRAM-SHA-256-PLUS: a proof made for another certificate opens nothing."""
+    monkeypatch.setattr(moltis, "tls_server_end_point", lambda _certificate: b"other")
+    with pytest.raises(moltis.Refused, match="another TLS certificate"):
+        gateway.operator()
+
+
+def test_a_wrong_proof_of_a_key_is_recorded_as_one(plain):
+    with pytest.raises(moltis.Refused):
+        moltis.OperatorClient(plain.url, moltis.new_secret("mk_"))
+    newest = plain.call("audit.list", offset=0, limit=1)[0]
+    assert newest["event"] == "key.refused"
+    assert newest["address"] == "127.0.0.1"
+
+
 class Browser:
     """A page's WebSocket, signed in with a cookie."""
 
@@ -514,7 +597,7 @@ def test_signing_out_ends_the_websocket_too(plain, browser):
 
 def test_a_sign_in_can_be_ended_from_elsewhere(plain, browser):
     (login,) = plain.call("logins.list")
-    assert login["keyName"] == "this machine"
+    assert login["keyName"] == "owner"
     assert login["address"] == "127.0.0.1"
     plain.call("logins.revoke", loginId=login["loginId"])
     assert browser.peer.close_code() == 1008
@@ -537,14 +620,14 @@ def test_a_revoked_key_ends_its_connections_and_opens_nothing_more(plain):
 def test_what_is_revoked_while_it_connects_does_not_get_in(plain, monkeypatch):
     """Between the look at the key and the entry among those to hang up on."""
     made = plain.call("keys.create", name="ci", scopes=["operator.read"])
-    admit = moltis.OperatorAccess.admit_operator
+    admit = moltis.OperatorAccess.operator_by_handle
 
     def admit_late(operators, *arguments):
         caller = admit(operators, *arguments)
         operators.revoke_key(caller.id)
         return caller
 
-    monkeypatch.setattr(moltis.OperatorAccess, "admit_operator", admit_late)
+    monkeypatch.setattr(moltis.OperatorAccess, "operator_by_handle", admit_late)
     with pytest.raises(moltis.Refused):
         moltis.OperatorClient(plain.url, made["key"])
 
@@ -574,7 +657,7 @@ def test_keys_are_made_listed_and_revoked_at_the_command_line(home):
         gone = run_moltis("node", "list", home=home, MOLTIS_API_KEY=key)
         assert gone.returncode == moltis.EXIT_REFUSED
         audit = run_moltis("audit", home=home).stdout
-        assert re.search(r"this machine +127\.0\.0\.1 +key\.created .*ci", audit)
+        assert re.search(r"owner +[0-9a-f]{8} +127\.0\.0\.1 +key\.created .*ci", audit)
         events = json.loads(run_moltis("audit", "--json", home=home).stdout)
         assert [e["event"] for e in events][:3] == [
             *("key.refused", "key.revoked", "key.created")
@@ -604,15 +687,15 @@ def test_the_audit_holds_who_came_and_what_was_changed(plain, browser):
     post(plain, "/api/sign-out", {}, Cookie=browser.cookie)
     entries = plain.call("audit.list")
     assert [(e["event"], e["caller"]) for e in reversed(entries)] == [
-        ("login.created", "this machine"),
+        ("login.created", "owner"),
         ("login.refused", ""),
-        ("token.created", "this machine"),
+        ("token.created", "owner"),
         ("token.joined", "Pi"),
-        ("token.rotated", "this machine"),
-        ("token.revoked", "this machine"),
+        ("token.rotated", "owner"),
+        ("token.revoked", "owner"),
         ("token.refused", ""),
-        ("command", "this machine"),
-        ("login.ended", "this machine"),
+        ("command", "owner"),
+        ("login.ended", "owner"),
     ]
     assert {e["address"] for e in entries if e["event"] != "command"} == {"127.0.0.1"}
     command = entries[1]
@@ -634,7 +717,7 @@ def test_strangers_push_nothing_out_of_the_audit(tmp_path, monkeypatch):
     access = moltis.Access(store)
     access.operators.create_key("thief", [moltis.Scope.ADMIN])
     for number in range(100):
-        access.devices.record_refused_device("unknown token", f"2001:db8::{number:x}")
+        access.record_refused_proof("node", "unknown", f"2001:db8::{number:x}")
     events = [entry.event for entry in store.audit.page()]
     assert events.count("key.created") == 1
     assert events.count("token.refused") <= 20
@@ -644,6 +727,29 @@ def test_strangers_push_nothing_out_of_the_audit(tmp_path, monkeypatch):
     assert "far 99" in subjects
     assert "far 60" not in subjects
     store.close()
+
+
+def test_the_audit_says_who_renamed_and_who_allowed_everything(plain, tmp_path):
+    """FAULTS D12, issue 14 point 9"""
+    key = plain.call("keys.create", name="ann", scopes=["operator.write"])
+    with plain.node("far"), moltis.OperatorClient(
+        plain.url, key["key"], plain.trust
+    ) as ann:
+        ann.call("node.rename", {"nodeId": "far", "displayName": "near"})
+        ann.call("sessions.patch", {"key": "main", "label": "Main"})
+        ann.call("sessions.patch", {"key": "main", "approvals": "all"})
+        ann.call("sessions.reset", {"key": "main"})
+    entries = plain.call("audit.list")
+    acts = [(e["event"], e["subject"]) for e in entries if e["caller"] == "ann"]
+    assert acts[::-1] == [
+        ("node.renamed", "far is now near"),
+        ("chat.approvals", "main: Run everything"),
+        ("chat.reset", "main"),
+    ]
+    for entry in entries:
+        if entry["caller"] == "ann":
+            assert entry["callerId"] == key["keyId"]
+            assert entry["address"] == "127.0.0.1"
 
 
 def test_the_audit_goes_to_a_spreadsheet_in_which_nothing_runs(plain, browser):
@@ -661,6 +767,35 @@ def test_the_audit_goes_to_a_spreadsheet_in_which_nothing_runs(plain, browser):
     assert [row["event"] for row in rows] == ["token.created", "login.created"]
     assert rows[0]["subject"] == '\'=HYPERLINK("x")'
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", rows[0]["at"])
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("=1+1", "'=1+1"),
+        ("+1", "'+1"),
+        ("-1", "'-1"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("\t=1", "'\t'=1"),
+        ("\r=1", "'\r'=1"),
+        (" =1+1", "' =1+1"),
+        ("a;=1+1", "a;'=1+1"),
+        ("a; -b", "a;' -b"),
+        ("a\n=1", "a\n'=1"),
+        ("＝1", "'＝1"),
+        ("a=1; b", "a=1; b"),
+        ("x-1+2@3", "x-1+2@3"),
+    ],
+)
+def test_no_cell_of_the_audit_begins_like_a_formula(text, cell):
+    """FAULTS D22: also where a spreadsheet parts cells at semicolons or tabs."""
+    import csv
+
+    row = {"at": 1000, "event": "e", "subject": text}
+    written = b"".join(moltis.audit_csv(iter([[row]]))).decode()
+    (found,) = csv.DictReader(io.StringIO(written, newline=""))
+    assert found["subject"] == cell
+    assert written.splitlines()[1].startswith('"1970')
 
 
 def test_the_audit_is_kept_as_long_as_was_said(tmp_path, monkeypatch):
@@ -831,10 +966,22 @@ def test_the_browser_is_opened_without_the_key_in_its_arguments(tmp_path):
         (page,) = tmp_path.glob("moltis-sign-in-*/index.html")
         assert address == page.as_uri()
         assert page.parent.stat().st_mode & 0o777 == 0o700
-        link = re.search(r"Sign in:\s+(\S+)", gateway.stdout)[1]
-        assert f"url={link}" in page.read_text()
+        text = page.read_text()
         assert gateway.end() == 0
     assert not page.parent.exists()
+    assert moltis.GatewayFile.load(tmp_path / ".moltis").api_key not in text
+
+
+def test_a_gateway_that_is_killed_leaves_no_file_with_the_key(plain, tmp_path):
+    """FAULTS D23: what `--open` writes is a code for one sign-in, kept in memory."""
+    link = plain.running.one_time_link()
+    code = link.partition("#key=")[2]
+    assert plain.api_key not in link
+    answer = post(plain, "/api/sign-in", {"key": code})
+    assert answer.status == 200
+    for spent in (code, plain.running.one_time_link().replace("mo_", "mo_x")):
+        with pytest.raises(OSError, match="401"):
+            post(plain, "/api/sign-in", {"key": spent.partition("#key=")[2] or spent})
 
 
 def test_a_key_that_is_revoked_gets_no_answer_to_what_it_asked_before(plain, tmp_path):

@@ -9,8 +9,8 @@ import pytest
 
 from moltis import (
     HandshakeError,
+    ServerUrl,
     UsageError,
-    WebSocketUrl,
     accept_upgrade,
     accept_value,
     check_upgraded,
@@ -138,7 +138,7 @@ def complaint(head):
 
 def test_the_request_says_what_the_rfc_demands():
     """RFC 6455 §4.1"""
-    url = WebSocketUrl.parse("ws://Example.com:8080/chat?room=1")
+    url = ServerUrl.parse("ws://Example.com:8080/chat?room=1")
     head, _, body = upgrade_request(url, KEY).partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
     assert (first, body) == ("GET /chat?room=1 HTTP/1.1", b"")
@@ -223,7 +223,7 @@ def test_what_was_not_offered_is_refused(field):
 )
 def test_an_address_is_taken_apart(url, host, port, resource, header):
     """RFC 6455 §3"""
-    target = WebSocketUrl.parse(url)
+    target = ServerUrl.parse(url)
     assert (target.host, target.port, target.resource) == (host, port, resource)
     assert target.host_header == header
     assert target.secure is url.lower().startswith(("wss:", "https:"))
@@ -245,10 +245,10 @@ def test_an_address_is_taken_apart(url, host, port, resource, header):
 )
 def test_what_is_no_address_is_refused_with_what_it_was(url):
     with pytest.raises(UsageError, match="address") as caught:
-        WebSocketUrl.parse(url)
+        ServerUrl.parse(url)
     assert "12345678" not in str(caught.value)
 
 
 def test_an_address_is_shown_without_what_may_be_secret():
-    target = WebSocketUrl.parse("wss://user:secret@h:9090/ws?token=mdt_secret")
+    target = ServerUrl.parse("wss://user:secret@h:9090/ws?token=mdt_secret")
     assert str(target) == "wss://h:9090/ws"
