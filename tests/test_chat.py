@@ -832,7 +832,7 @@ def test_the_commands_of_a_revoked_key_end_with_it(tmp_path):
         wait_for(lambda: len(gateway.call("job.list", state="open")) == 1)
         ended = gateway.call("job.list", state="cancelled")
         assert {job["command"] for job in ended} == {"sleep 100", "sleep 99"}
-        assert {job["words"] for job in ended} == {"cancelled by this machine"}
+        assert {job["words"] for job in ended} == {"cancelled by owner"}
         gateway.call("job.cancel", id=mine)
 
 
