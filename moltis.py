@@ -1815,7 +1815,9 @@ def runs_long(arguments: Sequence[str]) -> bool:
     first, second = (*arguments, "", "")[:2]
     if first == "node":
         return second == "run" or (second == "add" and "--foreground" in arguments)
-    return first in ("gateway", "chat", "mcp")
+    if first == "gateway":
+        return second not in ("backup", "restore")
+    return first in ("chat", "mcp")
 
 
 def _anonymous_file() -> IO[bytes]:
@@ -7147,6 +7149,7 @@ GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU fir
 MAX_HOME_ENTRIES = 2000  # of a home directory; programs do not see the rest
 SYSCTL_TIMEOUT = 2.0  # s; a reading waits for it
 MAX_LISTED = 256  # entries of one list in a report; the rest is dropped
+MAX_REPORTED_PROVIDERS = 32  # each with MAX_LISTED models; the rest is dropped
 MAX_LABEL = 200  # characters of one name in a report; the rest is cut off
 MAX_NUMBER = 2**63 - 1  # neither SQLite nor a Moltis peer takes a greater one
 MAX_MEMORY_LIMIT = 2**62  # bytes; cgroups of v1 without a limit say more
@@ -7244,7 +7247,7 @@ def _gpu_list(value: Any) -> tuple[Gpu, ...]:
 def _provider_list(value: Any) -> tuple[Provider, ...]:
     return tuple(
         Provider(_label(entry["provider"]), _labels(entry.get("models", [])))
-        for entry in _items(value)
+        for entry in _items(value)[:MAX_REPORTED_PROVIDERS]
     )
 
 
@@ -10126,6 +10129,43 @@ def _open_database(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def copy_database(source: Path, target: Path) -> None:
+    """Copy a gateway's database, in use or not, to the new private file `target`.
+
+    Raises UserError.
+    """
+    import sqlite3
+
+    try:
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError as error:
+        raise UserError(f"{target} exists; choose another name") from error
+    except OSError as error:
+        raise UserError(f"cannot make {target}: {error.strerror}") from error
+    try:
+        # `rw` makes no file, so that a wrong path is an error.
+        there = sqlite3.connect(f"{source.absolute().as_uri()}?mode=rw", uri=True)
+        with contextlib.closing(there), contextlib.closing(
+            sqlite3.connect(str(target))
+        ) as here:
+            found = there.execute("PRAGMA quick_check(1)").fetchone()[0]
+            version = there.execute("PRAGMA user_version").fetchone()[0]
+            if found != "ok":
+                raise UserError(f"{source} is damaged: {found}; take another backup")
+            if not min(MIGRATIONS) <= version <= max(MIGRATIONS):
+                raise UserError(
+                    f"{source} is no database of a gateway that this moltis "
+                    f"{__version__} knows; a newer moltis may have written it"
+                )
+            there.backup(here)
+            here.execute("PRAGMA journal_mode = DELETE")  # one file, without a WAL
+    except BaseException as error:
+        target.unlink()
+        if isinstance(error, sqlite3.Error):
+            raise UserError(_cannot_use_database(source, error)) from error
+        raise
 
 
 def _to_column(value: Any) -> Any:
@@ -13657,6 +13697,10 @@ def check_arguments(call: ToolCall, specs: Sequence[ToolSpec]) -> JsonObject:
     return {k: v for k, v in call.arguments.items() if v is not None}
 
 
+MAX_GPU_NAME = 60  # characters in a prompt; "NVIDIA RTX PRO 6000 Blackwell …" has 55
+MAX_GPU_KINDS = 4  # of one machine in a prompt; the rest is counted
+
+
 def describe_node(view: JsonObject) -> str:
     """Return one line on a machine of `node.list`, for a model."""
     telemetry = view.get("telemetry") or {}
@@ -13674,9 +13718,14 @@ def describe_node(view: JsonObject) -> str:
         if telemetry.get(total) and telemetry.get(free) is not None:
             sizes = format_bytes(telemetry[free]), format_bytes(telemetry[total])
             parts.append(f"{name} {sizes[0]} free of {sizes[1]}")
-    gpus = [str(gpu.get("name")) for gpu in telemetry.get("gpus") or ()]
-    if gpus:
-        parts.append("GPU " + " + ".join(gpus))
+    gpus = collections.Counter(
+        str(gpu.get("name"))[:MAX_GPU_NAME] for gpu in telemetry.get("gpus") or ()
+    )
+    for gpu, count in itertools.islice(gpus.items(), MAX_GPU_KINDS):
+        # Quoted: these are the node's words, which a model must not take for ours.
+        parts.append(f"{count} × GPU {to_json(gpu)}")
+    if len(gpus) > MAX_GPU_KINDS:
+        parts.append(f"{len(gpus) - MAX_GPU_KINDS} other kinds of GPU")
     name = f"{view['displayName']} ({view['nodeId']})"
     return ": ".join(filter(None, (name, ", ".join(parts))))
 
@@ -16491,6 +16540,33 @@ class Rpc:
 # --- Nodes ---
 
 
+REPORT_BURST = 10  # reports of a node at once; more are dropped, the next one tells
+REPORT_PAUSE = 1.0  # s after which it may send one more
+
+
+class Allowance:
+    """How often somebody may do something: a few at once, then one per pause."""
+
+    def __init__(
+        self,
+        burst: int,
+        pause: float,  # s
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._burst, self._pause, self._clock = burst, pause, clock
+        self._left, self._at = float(burst), clock()
+
+    def take(self) -> bool:
+        """Return whether it may be done now; for one thread."""
+        now = self._clock()
+        self._left = min(self._burst, self._left + (now - self._at) / self._pause)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
 class NodePeer:
     """The WebSocket of a node of ours: a NodeLink for Jobs."""
 
@@ -16505,6 +16581,7 @@ class NodePeer:
         self._ws = ws
         self._fleet = fleet
         self._jobs = jobs
+        self._reports = Allowance(REPORT_BURST, REPORT_PAUSE)
 
     def check(self, work: str, spec: JsonObject) -> None:
         """Raises RpcError for work that this node cannot do."""
@@ -16581,7 +16658,8 @@ class NodePeer:
         if request.method != NODE_EVENT:
             # A device token is no operator's key, whatever role its owner asked for.
             raise RpcError("FORBIDDEN", f"a node may not call {request.method[:100]!r}")
-        if required(request.params, "event", str) == NODE_TELEMETRY:
+        event = required(request.params, "event", str)
+        if event == NODE_TELEMETRY and self._reports.take():
             self._fleet.report(node, required(request.params, "payload", dict))
         return {}
 
@@ -16604,7 +16682,7 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
     if problem is not None:
         timed_out = str(problem).startswith(MOLTIS_TIMEOUT)
         state = JobState.TIMED_OUT if timed_out else JobState.FAILED
-        return Ending(state, reason=clip(str(problem), MAX_REASON))
+        return Ending(state, reason=clip(visible(str(problem)), MAX_REASON))
     if work != "run":
         return Ending(JobState.DONE, result=result)
     state = JobState.DONE
@@ -16617,7 +16695,7 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
         with contextlib.suppress(ValueError):
             name = signal.Signals(name).name
     if isinstance(name, str):
-        return Ending(state, signal=name)
+        return Ending(state, signal=printable(name, 40))
     code = required(result, "exitCode", int)
     # Windows has exit codes of 32 bits.
     return Ending(state, code if -(2**31) <= code < 2**32 else -1)
@@ -17352,7 +17430,7 @@ def audit_pages(
             known = sum(row["at"] == last for row in rows)
             known += place["offset"] if last == place.get("until") else 0
             place.update(until=last, offset=known)
-            rows = page() if len(rows) == MAX_PAGE and left > 0 else []
+            rows = page() if left > 0 else []
 
     return pages()
 
@@ -23103,7 +23181,7 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 # ==============================================================================
 # Command line
 # Uses: Settings, Install, TLS, HTTP client, Wire protocol, Commands, Node service,
-#       Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
+#       Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -23300,13 +23378,14 @@ class Subcommand(Value):
     arguments: Sequence[Argument] = ()
     usage: str | None = None
 
-    def add_to(self, subcommands: Subcommands, name: str) -> None:
+    def add_to(self, subcommands: Subcommands, name: str) -> argparse.ArgumentParser:
         parser = subcommands.add_parser(
             name, help=self.help, usage=self.usage, **help_options(self.example)
         )
         for names, options in self.arguments:
             parser.add_argument(*names, **options)
         parser.set_defaults(run=self.run)
+        return parser
 
 
 def check_timeout(timeout: float | None) -> None:  # s
@@ -23585,6 +23664,34 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
             stack.enter_context(open_sign_in(link, context.inherited))
         stop.wait()
         context.output.say("stopping")
+    return EXIT_OK
+
+
+def cmd_gateway_backup(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    copy_database(context.directory / STORE_FILE, Path(args.file))
+    context.output.say(
+        f"{args.file} has the gateway's database.  Not in it, to be copied from "
+        f"{context.directory}: jobs/ (output of more than 16 KiB), tls/ (with --tls, "
+        "nodes know the gateway by its key), models.json"
+    )
+    return EXIT_OK
+
+
+def cmd_gateway_restore(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    with GatewayLock(context.directory):
+        for name in (STORE_FILE, f"{STORE_FILE}-wal", GatewayFile.FILE):
+            if os.path.lexists(context.directory / name):
+                raise UserError(
+                    f"{context.directory} has a gateway already ({name}); move that "
+                    "away, or choose another directory with MOLTIS_DATA_DIR"
+                )
+        copy_database(Path(args.file), context.directory / STORE_FILE)
+    context.output.say(
+        f"{context.directory} has the gateway of {args.file}; `moltis gateway` starts "
+        "it, with a new operator key of its own"
+    )
     return EXIT_OK
 
 
@@ -25002,6 +25109,18 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             arg("--open", "open the page in the browser"),
         ),
     ),
+    "gateway backup": Subcommand(
+        cmd_gateway_backup,
+        "copy the gateway's database to a file, while it runs or not",
+        "moltis gateway backup moltis-backup.db",
+        (arg("file FILE", "a new file, readable by its owner alone"),),
+    ),
+    "gateway restore": Subcommand(
+        cmd_gateway_restore,
+        "put a backup into an empty data directory",
+        "moltis gateway restore moltis-backup.db",
+        (arg("file FILE", "what `gateway backup` wrote"),),
+    ),
     "chat": Subcommand(
         cmd_chat,
         "talk to a model, or to a shell, that uses the machines",
@@ -25199,15 +25318,27 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=VERSION_TEXT)
     groups = {"": parser.add_subparsers(metavar="SUBCOMMAND", required=True)}
-    named = {" ".join(words[:1]), " ".join(words[:2])}
-    for name in [name for name in named if name in SUBCOMMANDS] or SUBCOMMANDS:
+    first, named = " ".join(words[:1]), " ".join(words[:2])
+    chosen = [
+        name
+        for name in SUBCOMMANDS
+        # `gateway` is a subcommand with others below it.
+        if name in (first, named)
+        or (first in SUBCOMMANDS and name.startswith(f"{first} "))
+    ]
+    parsers: dict[str, argparse.ArgumentParser] = {}
+    for name in chosen or SUBCOMMANDS:
         group, _, last = name.rpartition(" ")
         if group not in groups:
-            above = groups[""].add_parser(
+            above = parsers.get(group) or groups[""].add_parser(
                 group, help=GROUPS[group], **help_options(f"moltis {group} list")
             )
-            groups[group] = above.add_subparsers(metavar="SUBCOMMAND", required=True)
-        SUBCOMMANDS[name].add_to(groups[group], last)
+            groups[group] = above.add_subparsers(
+                metavar="SUBCOMMAND",
+                required=group in GROUPS,
+                help=None if group in GROUPS else "without one: the action above",
+            )
+        parsers[name] = SUBCOMMANDS[name].add_to(groups[group], last)
     return parser
 
 
