@@ -563,7 +563,7 @@ def test_a_node_is_described_in_one_line():
     line = moltis.describe_node({**view, "connected": False, "telemetry": telemetry})
     assert line == (
         "Box (x): linux, offline, 4 CPUs, 12 % busy, "
-        "memory 1.0 GiB free of 8.0 GiB, GPU RTX 4090"
+        'memory 1.0 GiB free of 8.0 GiB, 1 × GPU "RTX 4090"'
     )
 
 
