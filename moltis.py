@@ -95,7 +95,7 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import MappingProxyType
-from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urljoin, urlsplit
 
 # `typing` would take 3 ms of each start, and 0.9 MiB of each node, for nothing that a
 # running program asks: type checkers take TYPE_CHECKING for true by its name.
@@ -4525,7 +4525,29 @@ LINE_PAUSE = 0.002  # s that the outputs are left alone after two small reads
 LINE_CHUNK = 4096  # bytes; a read of fewer is small
 READ_PAGES = 15 * 4096  # bytes of one read; all 64 KiB of a full pipe exceed a frame
 
+USUAL_PLACES = (  # of programs, from the home directory on
+    ".local/bin",
+    "bin",
+    ".cargo/bin",
+    "go/bin",
+    "/usr/local/bin",
+    "/usr/local/go/bin",
+    "/opt/homebrew/bin",
+    "/opt/local/bin",
+    "/snap/bin",
+    "/usr/lib/wsl/lib",
+    "/usr/bin",
+    "/bin",
+    "/usr/local/sbin",
+    "/usr/sbin",
+    "/sbin",
+)
+
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
+LOCALE_VARIABLE = (  # locale(7); others, as LC_TERMINAL, are no business of setlocale()
+    r"LANG|LC_(ALL|CTYPE|COLLATE|MESSAGES|MONETARY|NUMERIC|TIME"
+    r"|ADDRESS|IDENTIFICATION|MEASUREMENT|NAME|PAPER|TELEPHONE)"
+)
 FORWARDED_VALUE = r"(?a)[\w.,:@+/= -]{0,256}"  # nothing that a shell runs
 
 
@@ -4543,18 +4565,52 @@ def filter_environment(env: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def command_environment(
-    environ: Mapping[str, str], forwarded: Mapping[str, Any] = NOTHING
-) -> dict[str, str]:
-    """Return the environment of a command: the node user's, without our secrets."""
+def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of commands: the node user's, without our secrets.
+
+    PATH has the user's usual directories at its end, as far as they exist: a service
+    is started with a bare PATH, or with none (launchd).
+    """
     env = {
         name: value
         for name, value in environ.items()
         if not name.startswith("MOLTIS_") and name not in SECRET_VARIABLES
     }
-    # Filtered here as well: a node does not rely on its gateway's filter.
-    env.update(filter_environment(forwarded))
+    home = environ.get("HOME") or home_directory()
+    given = environ.get("PATH") or os.defpath
+    usual = filter(os.path.isdir, (os.path.join(home, p) for p in USUAL_PLACES))
+    known = given.split(os.pathsep)
+    env["PATH"] = os.pathsep.join([given, *(p for p in usual if p not in known)])
     return env
+
+
+def _locale_key(name: str) -> str:
+    """Return a locale's name as the C library compares it: `de_DE.utf8`."""
+    language, dot, rest = name.partition(".")
+    charset, at, modifier = rest.partition("@")
+    return language + dot + re.sub("[^a-z0-9]", "", charset.lower()) + at + modifier
+
+
+@functools.lru_cache(maxsize=None)
+def _installed_locales() -> frozenset[str]:
+    """Return this system's locales; none where the C library takes any name (musl)."""
+    listed = run_program(["locale", "-a"], {"PATH": os.defpath}, timeout=KILL_AFTER)
+    names = listed.text.split() if listed.status == 0 else []
+    return frozenset(map(_locale_key, names))
+
+
+def usable_here(env: Mapping[str, str]) -> dict[str, str]:
+    """Return forwarded variables without locales that this system lacks.
+
+    Programs would warn of them, and use none at all.
+    """
+    locales = {name for name in env if re.fullmatch(LOCALE_VARIABLE, name)}
+    installed = _installed_locales() if locales else ()
+    return {
+        name: value
+        for name, value in env.items()
+        if name not in locales or not installed or _locale_key(value) in installed
+    }
 
 
 class CommandSpec(Value):
@@ -5339,7 +5395,7 @@ class Command:
             self._group = ProcessGroup(
                 self.spec.command.encode("utf-8"),
                 cwd=cwd,
-                env={**self._environ, **filter_environment(self.spec.env)},
+                env={**self._environ, **usable_here(self.spec.env)},
                 stdin=self.spec.stdin,
                 inherited=self._inherited,
             )
@@ -7104,29 +7160,13 @@ class ModelCatalog:
 INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
 VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
 GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
+MAX_HOME_ENTRIES = 2000  # of a home directory; programs do not see the rest
 SYSCTL_TIMEOUT = 2.0  # s; a reading waits for it
 MAX_LISTED = 256  # entries of one list in a report; the rest is dropped
 MAX_LABEL = 200  # characters of one name in a report; the rest is cut off
 MAX_NUMBER = 2**63 - 1  # neither SQLite nor a Moltis peer takes a greater one
+MAX_MEMORY_LIMIT = 2**62  # bytes; cgroups of v1 without a limit say more
 MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is noise
-USUAL_PLACES = (  # of programs, from the home directory
-    ".local/bin",
-    "bin",
-    ".cargo/bin",
-    "go/bin",
-    "/usr/local/bin",
-    "/usr/local/go/bin",
-    "/opt/homebrew/bin",
-    "/opt/local/bin",
-    "/snap/bin",
-    "/usr/lib/wsl/lib",
-    "/usr/bin",
-    "/bin",
-    "/usr/local/sbin",
-    "/usr/sbin",
-    "/sbin",
-)
-
 _VERSION = r"(\d+\.\d+[\w.+-]*)"
 # Programs that run others' programs: how to ask for the version, and where it stands.
 RUNTIMES: Mapping[str, tuple[str, str]] = {
@@ -7144,10 +7184,10 @@ MACOS_STUBS: Mapping[str, str] = {
 }
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
-_NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d+)"
+_NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d{1,30})\b"
 _BOOT_TIME = r"(?m)^kern\.boottime\b\D*sec = (\d+)"
 _VM_STAT_PAGE = r"page size of (\d+) bytes"
-_GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d+)|\[.*\]) *$"
+_GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d{1,12})|\[.*\]) *\r?$"
 
 
 # -- what a report says --------------------------------------------------------
@@ -7332,6 +7372,7 @@ class Vitals(Value):
     cpu_times: CpuTimes | None = None
     cpu_usage: float | None = None  # 0 to 100, from a system that does the sum itself
     temperature: float | None = None  # °C
+    cpu_limit: float | None = None  # cores, of a container
 
 
 def _read_text(path: Path) -> str:
@@ -7370,14 +7411,84 @@ def _linux_cpu_times(stat_text: str) -> CpuTimes | None:
     if len(words) < 5 or words[0] != "cpu":
         return None
     # user nice system idle iowait irq softirq steal; `user` holds the guests' time.
+    if not all(re.fullmatch(r"\d{1,20}", word) for word in words[1:9]):
+        return None
     ticks = [int(word) for word in words[1:9]]
     return CpuTimes(busy=sum(ticks) - sum(ticks[3:5]), total=sum(ticks))
+
+
+def _cgroups(root: Path) -> Iterator[Path]:
+    """Yield the cgroups of this process and those above them, v1 and v2."""
+    mounts = root / "sys/fs/cgroup"
+    for line in _read_text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        v1 = {controllers, *controllers.split(",")}
+        for name in v1 if controllers else ("", "unified"):
+            # Inside a container the path may be the one outside, which is not here.
+            parts = [part for part in path.split("/") if part not in ("", "..")]
+            for depth in range(len(parts), -1, -1):
+                yield mounts.joinpath(name, *parts[:depth])
+
+
+class CgroupLimits(Value):
+    """What a container, or a service, may use of its machine; None: all."""
+
+    memory: int | None = None  # bytes
+    memory_free: int | None = None  # bytes, below the tightest limit
+    cpus: float | None = None
+
+
+def _whole_number_in(path: Path) -> int | None:
+    text = _read_text(path).strip()
+    return int(text) if re.fullmatch(r"\d{1,20}", text) else None
+
+
+def _read_cgroup(group: Path) -> CgroupLimits:
+    """Return the limits of one cgroup: v2's cpu.max and memory.max, or those of v1."""
+    memory = free = None
+    for limit_file, usage_file, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit = _whole_number_in(group / limit_file)
+        used = _whole_number_in(group / usage_file)
+        if limit is not None and limit < MAX_MEMORY_LIMIT:
+            memory = limit
+            if used is not None:
+                # The kernel gives files that were not used lately back at once.
+                found = re.search(
+                    rf"(?m)^{cache} (\d{{1,20}})$", _read_text(group / "memory.stat")
+                )
+                free = max(0, limit - used + (int(found[1]) if found else 0))
+                free = min(free, limit)
+    quota, _, period = _read_text(group / "cpu.max").strip().partition(" ")
+    if not quota:
+        quota = _read_text(group / "cpu.cfs_quota_us").strip()
+        period = _read_text(group / "cpu.cfs_period_us").strip()
+    shares = _first_number(quota), _first_number(period)
+    cpus = shares[0] / shares[1] if shares[0] and shares[1] and shares[0] > 0 else None
+    return CgroupLimits(memory, free, cpus)
+
+
+def read_cgroup_limits(root: Path = Path("/")) -> CgroupLimits:
+    """Return the tightest limits of all cgroups that this process is in."""
+    limits = [_read_cgroup(group) for group in _cgroups(root)]
+    tightest = {
+        name: min(
+            (v for v in (getattr(one, name) for one in limits) if v), default=None
+        )
+        for name in ("memory", "cpus")
+    }
+    free = [one.memory_free for one in limits if one.memory_free is not None]
+    return CgroupLimits(**tightest, memory_free=min(free, default=None))
 
 
 class ProcProbe:
     """The vital signs of Linux, from /proc and /sys."""
 
     def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
         self._proc = root / "proc"
         zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/type"))
         # cpu-thermal on a Raspberry Pi, x86_pkg_temp on a PC; others may be a battery.
@@ -7390,12 +7501,18 @@ class ProcProbe:
 
     def read(self) -> Vitals:
         total, available = _linux_memory(_read_text(self._proc / "meminfo"))
+        limits = read_cgroup_limits(self._root)
+        if total is not None and limits.memory is not None and limits.memory < total:
+            total = limits.memory
+        if available is not None and limits.memory_free is not None:
+            available = min(available, limits.memory_free)
         return Vitals(
             mem_total=total,
             mem_available=available,
             uptime_secs=_first_number(_read_text(self._proc / "uptime")),
             cpu_times=_linux_cpu_times(_read_text(self._proc / "stat")),
             temperature=self._temperature(),
+            cpu_limit=limits.cpus,
         )
 
     def _temperature(self) -> float | None:
@@ -7411,22 +7528,19 @@ class ProcProbe:
         return None
 
 
-def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of a program: of the user's PATH, or of the usual places.
+def find_binary(name: str, environ: Mapping[str, str]) -> str | None:
+    """Return the path of a program that a command with this environment finds.
 
-    A service is started with a bare PATH, and the user's programs lie elsewhere.
     Raises RpcError INVALID_REQUEST unless `name` is a plain name.
     """
     if not name or len(name) > 255 or "/" in name or not name.isprintable():
         raise RpcError("INVALID_REQUEST", "binary must be the plain name of a program")
-    directories = environ.get("PATH", os.defpath).split(os.pathsep)
-    home = environ.get("HOME") or home_directory()
-    usual = [os.path.join(home, place) for place in USUAL_PLACES]
-    # "" in PATH means the working directory; `join` leaves absolute places alone.
-    absolute = [d for d in [*directories, *usual] if os.path.isabs(d)]
-    # As shutil.which(), but `shutil` brings bz2 and lzma along: 1.5 MiB at rest.
-    for path in (os.path.join(directory, name) for directory in absolute):
-        if os.path.isfile(path) and os.access(path, os.X_OK):
+    for directory in environ.get("PATH", os.defpath).split(os.pathsep):
+        # "" in PATH means the working directory.  As shutil.which(), but `shutil`
+        # brings bz2 and lzma along: 1.5 MiB at rest.
+        path = os.path.join(directory, name)
+        usable = os.path.isabs(directory) and os.path.isfile(path)
+        if usable and os.access(path, os.X_OK):
             return path
     return None
 
@@ -7438,26 +7552,54 @@ class ShortPrograms:
         self, environ: Mapping[str, str], cancel: Cancellation | None = None
     ) -> None:
         # The patterns for their answers are English.
-        self._environ = {**command_environment(environ, {}), "LC_ALL": "C"}
+        self._environ = {**command_environment(environ), "LC_ALL": "C"}
         self._cancel = cancel
         self._stuck: dict[str, int] = {}  # by path: the process that SIGKILL spared
 
     def find(self, name: str) -> str | None:
         return find_binary(name, self._environ)
 
-    def ask(self, path: str, *arguments: str, timeout: float) -> ProgramResult:
-        """Return how the program answered.  Raises Cancelled."""
+    def ask(
+        self, path: str, *arguments: str, timeout: float, home: str | None = None
+    ) -> ProgramResult:
+        """Return how the program answered, with another HOME maybe.
+
+        Raises Cancelled.
+        """
         # A program that waits for a broken driver cannot be killed: one is enough.
         if is_running(self._stuck.get(path, 0)):
             return ProgramResult(124)
         words = [path, *arguments]
+        environ = self._environ if home is None else {**self._environ, "HOME": home}
         result = run_program(
-            words, self._environ, timeout=timeout, cwd="/", cancel=self._cancel
+            words, environ, timeout=timeout, cwd="/", cancel=self._cancel
         )
         if result.survivor:
             log.warning("cannot kill program=%s pid=%d", path, result.survivor)
             self._stuck[path] = result.survivor
         return result
+
+    @contextlib.contextmanager
+    def home_of_links(self) -> Iterator[str]:
+        """Yield a home directory with all of the user's, where new files do not stay.
+
+        Asked for their version, rustup, pyenv, volta, asdf and others set up a
+        directory of theirs.
+        """
+        real = self._environ.get("HOME") or home_directory()
+        # Not `tempfile`: it brings `shutil` along.
+        name = f"moltis-home-{secrets.token_hex(8)}"
+        copy = os.path.join(self._environ.get("TMPDIR") or "/tmp", name)  # nosec B108
+        with contextlib.suppress(OSError):
+            os.mkdir(copy, 0o700)
+            with os.scandir(real) as entries:
+                for entry in itertools.islice(entries, MAX_HOME_ENTRIES):
+                    os.symlink(entry.path, os.path.join(copy, entry.name))
+        try:
+            yield copy
+        finally:
+            # `rm` does not follow links.
+            run_program(["rm", "-rf", copy], self._environ, timeout=VERSION_TIMEOUT)
 
 
 class MacProbe:
@@ -7626,8 +7768,8 @@ class Inventory:
             self._publish(Equipment(tuple(paths), providers=keys))
         ollama = find_ollama(self._environ.get("OLLAMA_HOST", ""), self._cancel)
         providers = keys if ollama is None else (ollama, *keys)
-        versions = self._ask_versions(paths)
-        self._publish(Equipment(tuple(paths), versions, self._ask_gpus(), providers))
+        runtimes, versions = self._ask_versions(paths)
+        self._publish(Equipment(runtimes, versions, self._ask_gpus(), providers))
 
     def _publish(self, equipment: Equipment) -> None:
         # After close() it is cut short, and looks like a machine that lost things.
@@ -7640,15 +7782,23 @@ class Inventory:
             except Exception:
                 log.exception("cannot report a change of the inventory")
 
-    def _ask_versions(self, paths: Mapping[str, str]) -> dict[str, str]:
-        versions = {}
-        for name, path in paths.items():
-            argument, pattern = RUNTIMES[name]
-            result = self._programs.ask(path, argument, timeout=VERSION_TIMEOUT)
-            found = re.search(pattern, result.text) if result.status == 0 else None
-            if found:
-                versions[name] = _label(found[1])
-        return versions
+    def _ask_versions(
+        self, paths: Mapping[str, str]
+    ) -> tuple[tuple[str, ...], dict[str, str]]:
+        """Return the programs that work, or are slow to answer, and their versions."""
+        working, versions = [], {}
+        with self._programs.home_of_links() as home:
+            for name, path in paths.items():
+                argument, pattern = RUNTIMES[name]
+                result = self._programs.ask(
+                    path, argument, timeout=VERSION_TIMEOUT, home=home
+                )
+                if result.status in (0, 124):
+                    working.append(name)
+                found = re.search(pattern, result.text) if result.status == 0 else None
+                if found:
+                    versions[name] = _label(found[1])
+        return tuple(working), versions
 
     def _ask_gpus(self) -> tuple[Gpu, ...]:
         path = self._programs.find("nvidia-smi")
@@ -7675,9 +7825,20 @@ def _read_disk() -> tuple[int | None, int | None]:
     for path in ("/", "/var", home_directory()):
         with contextlib.suppress(OSError):
             disk = os.statvfs(path)
-            if not disk.f_flag & os.ST_RDONLY:
+            if disk.f_blocks and not disk.f_flag & os.ST_RDONLY:
                 return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
     return None, None
+
+
+def usable_cpus(limit: float | None) -> int | None:
+    """Return how many cores programs get here; `limit`: of a container's quota."""
+    try:
+        count: int | None = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # macOS
+        count = os.cpu_count()
+    if count is None or limit is None:
+        return count
+    return max(1, min(count, math.ceil(limit)))
 
 
 class TelemetrySource:
@@ -7694,7 +7855,7 @@ class TelemetrySource:
         """Return how the machine is doing; from any thread, within about 6 s."""
         vitals = self._probe()
         claims = {**vars(vitals), **vars(self._inventory.equipment)}
-        claims["cpu_count"] = os.cpu_count()
+        claims["cpu_count"] = usable_cpus(vitals.cpu_limit)
         claims["disk_total"], claims["disk_available"] = _read_disk()
         with contextlib.suppress(OSError):
             claims["load"] = os.getloadavg()
@@ -9503,7 +9664,7 @@ def service_manager(
 STORE_FILE = "moltis.db"
 MAX_PAGE = 1000  # rows of one answer
 MAX_CALLER_EVENTS = 10_000  # audit events of one caller; the oldest are deleted
-REFUSAL_REPEATED_AFTER = 3600_000  # ms; the same refusal is recorded once in them
+SIMILAR_WITHIN = 3600_000  # ms; similar events in them are one row with a count
 DELETE_SLICE = 500  # rows deleted in one transaction: some ms
 SEARCH_SLICE = 20_000  # rows that one statement searches: some 20 ms
 STEADY_AFTER = 86_400.0  # s without a jump; then the clock decides what is old
@@ -9696,6 +9857,16 @@ MIGRATIONS: Mapping[int, str] = {
     ALTER TABLE operator_keys ADD COLUMN verifier TEXT;  -- RFC 5803
     CREATE UNIQUE INDEX operator_keys_handle ON operator_keys(handle);
     """,
+    7: """
+    ALTER TABLE audit ADD COLUMN count INTEGER NOT NULL DEFAULT 1;
+    ALTER TABLE audit ADD COLUMN last_at INTEGER;  -- of the last of several
+    UPDATE operator_keys SET name = name || ' ' || substr(id, 1, 8)
+        WHERE revoked_at IS NULL AND (lower(name) IN ('owner', 'moltis') OR EXISTS (
+            SELECT 1 FROM operator_keys other WHERE other.revoked_at IS NULL
+            AND lower(other.name) = lower(operator_keys.name)
+            AND other.rowid < operator_keys.rowid));
+    UPDATE operator_keys SET name = 'owner' WHERE name = 'this machine';
+    """,
 }
 
 
@@ -9824,9 +9995,18 @@ class AuditEvent:
     JOINED = "token.joined"
     RENAMED = "node.renamed"
     APPROVALS_CHANGED = "chat.approvals"
+    CHAT_RESET = "chat.reset"
+    CHAT_DELETED = "chat.deleted"
+    MODELS_CHANGED = "models.changed"
     EXPORTED = "audit.exported"
 
-    REFUSALS = (SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED)
+    # They say no more each time: those of one caller and address are counted.
+    COUNTED = frozenset(
+        (
+            *(SIGNED_IN, SIGNED_OUT, EXPORTED),
+            *(SIGN_IN_REFUSED, KEY_REFUSED, TOKEN_REFUSED),
+        )
+    )
 
 
 class AuditEntry(Value):
@@ -9837,6 +10017,11 @@ class AuditEntry(Value):
     caller: str
     address: str
     subject: str  # a name, or the command
+    caller_id: str = (
+        ""  # of an operator key, "device" for all devices, "" for strangers
+    )
+    count: int = 1  # of similar events
+    last_at: int | None = None  # of the last of them
     job_id: str | None = None
     node: str | None = None
     state: str | None = None
@@ -10531,53 +10716,79 @@ class JobsTable(Table):
 
 
 class AuditTable(Table):
-    """Sign-ins, refusals, and changes of tokens and keys; page() adds the commands."""
+    """Who came and what was changed; page() adds the commands."""
 
     name = "audit"
 
-    def add(self, entry: AuditEntry, caller_id: str = "") -> None:
-        """Record an event; the same refusal of an address is recorded once an hour.
+    def add(self, entry: AuditEntry) -> None:
+        """Record an event, or count it if it is similar to one of the last hour.
 
-        `caller_id` is that of an operator key, "device" for all devices, "" for all
-        strangers.  Each has room for MAX_CALLER_EVENTS: others cannot push them out.
+        Each `caller_id` has room for MAX_CALLER_EVENTS: others cannot push them out.
         """
-        since = entry.at - REFUSAL_REPEATED_AFTER
-        if entry.event in AuditEvent.REFUSALS and self._db.row(
-            "SELECT 1 FROM audit WHERE event = ? AND address = ? AND subject = ?"
-            " AND at BETWEEN ? AND ?",
-            (entry.event, entry.address, entry.subject, since, entry.at),
+        if entry.event in AuditEvent.COUNTED and self._db.write(
+            "UPDATE audit SET count = count + 1, last_at = :at WHERE seq = ("
+            "   SELECT seq FROM audit WHERE event = :event AND address = :address"
+            "   AND caller_id = :caller_id AND at BETWEEN :since AND :at"
+            "   ORDER BY at DESC LIMIT 1)",
+            {**entry.__dict__, "since": entry.at - SIMILAR_WITHIN},
         ):
             return
-        self._db.insert(self.name, entry, caller_id=caller_id)
+        self._db.insert(self.name, entry)
         self._delete(
             "caller_id = :id AND seq <= (SELECT seq FROM audit"
             " WHERE caller_id = :id ORDER BY seq DESC LIMIT 1 OFFSET :kept)",
-            {"id": caller_id, "kept": MAX_CALLER_EVENTS},
+            {"id": entry.caller_id, "kept": MAX_CALLER_EVENTS},
         )
 
     def page(
-        self, *, until: int | None = None, offset: int = 0, limit: int = 100
+        self,
+        *,
+        node_id: str = "",
+        state: str = "",
+        until: int | None = None,
+        offset: int = 0,
+        limit: int = 100,
     ) -> list[AuditEntry]:
         """Return events and commands, the newest first, at most MAX_PAGE of them.
 
-        To go on, `until` is the time of the last entry the caller has, and `offset`
-        the number of entries it has of that time.
+        With a node, or a state as in JobsTable.page(), these are commands.  To go on,
+        `until` is the time of the last entry the caller has, and `offset` the number of
+        entries it has of that time.
         """
+        events = (
+            "SELECT at, event, caller, address, subject, caller_id, count, last_at,"
+            "   NULL job_id, NULL node, NULL state, NULL exit_code, NULL signal,"
+            "   NULL reason, NULL decided_by FROM audit WHERE at <= :until UNION ALL"
+        )
+        conditions = ["asked_at <= :until", JobsTable.STATES.get(state, "TRUE")]
+        if node_id:
+            conditions.append("node_id = :node_id")
+        if state and state not in JobsTable.STATES:
+            conditions.append("state = :state")
         return self._db.select(
             AuditEntry,
-            "SELECT at, event, caller, address, subject, NULL job_id, NULL node,"
-            "   NULL state, NULL exit_code, NULL signal, NULL reason, NULL decided_by"
-            "   FROM audit WHERE at <= :until"
-            " UNION ALL SELECT asked_at, 'command', caller_name, address, command, id,"
-            "   node_name, state, exit_code, signal, reason, decided_by"
-            "   FROM jobs WHERE asked_at <= :until"
+            f"{'' if node_id or state else events}"  # nosec B608: literals
+            " SELECT asked_at at, 'command' event, caller_name caller, address,"
+            "   command subject, caller_id, 1 count, NULL last_at, id job_id,"
+            "   node_name node, state, exit_code, signal, reason, decided_by"
+            f"   FROM jobs WHERE {' AND '.join(conditions)}"
             " ORDER BY at DESC LIMIT :limit OFFSET :offset",
             {
+                "node_id": node_id,
+                "state": state,
                 "until": 2**63 - 1 if until is None else until,
                 "limit": max(0, min(limit, MAX_PAGE)),
                 "offset": max(0, offset),
             },
         )
+
+    def newest(self) -> int:
+        """Return the time of the newest event or command, 0 if there is none."""
+        row = self._db.row(
+            "SELECT max(ifnull((SELECT max(at) FROM audit), 0),"
+            " ifnull((SELECT max(asked_at) FROM jobs), 0)) at"
+        )
+        return row["at"] if row else 0
 
     def delete_before(self, at: int) -> int:
         """Delete events before `at`, at most DELETE_SLICE; return how many."""
@@ -10905,6 +11116,17 @@ class Store:
         self.settings = SettingsTable(self._database)
         self.clock = SteadyClock(self.settings)
 
+    def before(self, age: float) -> int | None:
+        """Return the time, in ms, before which rows are older than `age` seconds.
+
+        Counted from the newest row: nothing is old because the gateway was off, or
+        because the clock is wrong.  None: the clock jumped lately.
+        """
+        before = self.clock.before(age)
+        if before is None:
+            return None
+        return min(before, self.audit.newest() - round(age * 1000))
+
     def tick(self) -> None:
         """Do the upkeep for which no caller should wait; call it every STORE_TICK."""
         try:
@@ -10935,7 +11157,7 @@ MAX_FAILURES = 5  # of an address within FAILURE_WINDOW; then it has to wait
 FAILURE_WINDOW = 60.0  # s; also the first wait, which doubles
 MAX_FAILURE_WAIT = 3600.0  # s
 MAX_FAILING_ADDRESSES = 10_000  # beyond it, the one that failed first is dropped
-LOCAL_KEY_NAME = "this machine"  # of the key in gateway.json
+OWNER_NAME = "owner"  # of the key in gateway.json
 
 
 class Scope:
@@ -11087,8 +11309,9 @@ class Doorkeeper:
         by = by or Caller(OPERATOR, "moltis", "moltis")
         # All devices share one part of the audit: a new token brings no new one.
         caller_id = by.id if by.kind == OPERATOR else by.kind
-        entry = AuditEntry(self.now(), event, by.name, by.address, subject)
-        self.store.audit.add(entry, caller_id)
+        self.store.audit.add(
+            AuditEntry(self.now(), event, by.name, by.address, subject, caller_id)
+        )
 
     def record_refusal(self, event: str, subject: str, address: str) -> None:
         """Record a refused stranger; a full disk is ignored."""
@@ -11216,6 +11439,7 @@ class OperatorAccess:
     def __init__(self, door: Doorkeeper, limit: RateLimit) -> None:
         self._door = door
         self._keys = door.store.operator_keys
+        self._naming = threading.Lock()  # held from the look for a name to its row
         self._limit = limit
 
     def ensure_operator_key(self, current: str | None) -> str:
@@ -11227,9 +11451,9 @@ class OperatorAccess:
         if current and self.operator_by_key(current):
             return current
         for key in self._keys.all():
-            if key.name == LOCAL_KEY_NAME:
+            if key.name == OWNER_NAME:
                 self._keys.revoke(key.id, self._door.now())
-        return self._add(LOCAL_KEY_NAME, (Scope.ADMIN,))[1]
+        return self._add(OWNER_NAME, (Scope.ADMIN,))[1]
 
     def create_key(
         self, name: str, scopes: Sequence[str], *, by: Caller | None = None
@@ -11245,12 +11469,17 @@ class OperatorAccess:
                 "INVALID_REQUEST",
                 f"{wrong} is not a scope; choose from {', '.join(SCOPES)}",
             )
-        if not name.strip() or name in (LOCAL_KEY_NAME, "moltis"):
+        if name_key(name) in ("", OWNER_NAME, "moltis"):
             raise RpcError("INVALID_REQUEST", "a key needs a name of its own")
-        current = (key for key in self.keys() if key.revoked_at is None)
-        if name.casefold() in (key.name.casefold() for key in current):
-            raise RpcError("CONFLICT", f"there is a key {clip(name, 80)!r} already")
-        key, text = self._add(name, tuple(s for s in SCOPES if s in scopes))
+        with self._naming:
+            current = [key.name for key in self.keys() if key.revoked_at is None]
+            if name_key(name) in map(name_key, current):
+                raise RpcError(
+                    "CONFLICT",
+                    f"there is a key {clip(name, 80)!r} already; choose another name, "
+                    "or revoke that key first",
+                )
+            key, text = self._add(name, tuple(s for s in SCOPES if s in scopes))
         subject = f"{name} ({', '.join(key.scopes)})"
         self._door.record(AuditEvent.KEY_CREATED, subject, by)
         return key, text
@@ -11262,7 +11491,7 @@ class OperatorAccess:
     def revoke_key(self, key_id: str, *, by: Caller | None = None) -> None:
         """Revoke a key and its sign-ins.  Raises RpcError NOT_FOUND or CONFLICT."""
         names = [key.name for key in self.keys() if key.id == key_id]
-        if names == [LOCAL_KEY_NAME]:
+        if names == [OWNER_NAME]:
             raise RpcError(
                 "CONFLICT",
                 "this key is in gateway.json; to replace it, stop the gateway, "
@@ -11325,13 +11554,23 @@ class SignIns:
         self._door = door
         self._operators = operators
         self._logins = door.store.logins
+        # In memory only: on disk, say, such a code ends with this process.
+        self._one_time: dict[str, tuple[str, int]] = {}  # key, expiry in ms; by code
+
+    def one_time_key(self, key: str) -> str:
+        """Return a code that signs in one browser in place of an operator key."""
+        code = new_secret("mo_")
+        self._one_time[code] = key, self._door.now() + round(JOIN_CODE_LIFETIME * 1000)
+        return code
 
     def sign_in(self, key: str, address: str, user_agent: str) -> str:
-        """Return a cookie for a browser that sent an operator key.
+        """Return a cookie for a browser that sent an operator key, or one_time_key().
 
         Raises RpcError UNAUTHORIZED, or RATE_LIMITED with `retry_after`.
         """
         refusal = AuditEvent.SIGN_IN_REFUSED
+        stands_for, expires_at = self._one_time.pop(key, (key, self._door.now()))
+        key = stands_for if expires_at >= self._door.now() else key
         caller = self._operators.admit_operator(key, address, refusal)
         now, cookie = self._door.now(), new_secret("ms_")
         login = Login(
@@ -15646,15 +15885,13 @@ class NodeMethods:
         """Return the id of the node that a parameter names.  Raises RpcError."""
         return self._fleet.resolve(required(params, name, str))[0]
 
-    def rename(self, node_id: str, display_name: str, by: Caller) -> None:
+    def rename(self, node_id: str, display_name: str) -> None:
         device = self._devices.by_node_id(node_id, now_ms())
         if device is None:
             raise RpcError("INVALID_REQUEST", f"{LOCAL_NAME} cannot be renamed")
         with self._devices.naming:
             name = free_name(self._devices, display_name, device.id)
             self._devices.rename(device.id, name)
-        renaming = f"{device_label(device)} is now {name}"
-        self._access.door.record(AuditEvent.RENAMED, renaming, by)
         self._announce("presence", {"type": "node.renamed", "nodeId": node_id})
 
     def create_token(self, display_name: str, platform: str, by: Caller) -> JsonObject:
@@ -15951,6 +16188,9 @@ class ChatMethods:
         )
 
 
+APPROVAL_WORDS: Mapping[str, str] = {"ask": "Ask first", "all": "Run everything"}
+
+
 def session_label(params: JsonObject, name: str) -> str:
     """Return a label, "" for a blank one.  Raises RpcError."""
     label: str = required(params, name, str)
@@ -16006,10 +16246,15 @@ class AccessMethods:
             raise RpcError("NOT_FOUND", f"there is no sign-in {clip(login_id, 80)}")
         self._audience.hang_up(lambda caller: caller.login_id == login_id)
 
-    def audit(self, until: int | None, offset: int, limit: int) -> list[JsonObject]:
+    def audit(self, **place: Any) -> list[JsonObject]:
         """Answer with events and commands, the newest first; see AuditTable.page()."""
-        entries = self._audit.page(until=until, offset=offset, limit=limit)
+        entries = self._audit.page(**place)
         return [{**entry.to_json(), "words": entry.words()} for entry in entries]
+
+    def exporting(self, node_id: str, state: str, by: Caller) -> None:
+        """Record that the caller takes a copy of the audit."""
+        subject = " ".join(filter(None, (node_id, state))) or "all"
+        self._access.door.record(AuditEvent.EXPORTED, subject, by)
 
 
 def _known_events(names: list[str]) -> set[str]:
@@ -16034,11 +16279,43 @@ def unsubscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
     return {"subscriptionId": peer.id, "events": sorted(peer.events)}
 
 
+# What the audit says of a call that was carried out, if anything, by method.
+AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
+    "node.rename": (
+        AuditEvent.RENAMED,
+        lambda params: f"{params['nodeId']} is now {params['displayName']}",
+    ),
+    "sessions.patch": (
+        AuditEvent.APPROVALS_CHANGED,
+        lambda params: (
+            f"{params['key']}: {APPROVAL_WORDS[params['approvals']]}"
+            if params.get("approvals")
+            else ""
+        ),
+    ),
+    "exec.approval.resolve": (
+        AuditEvent.APPROVALS_CHANGED,
+        lambda params: (
+            f"always allowed, from command {params['id']} on"
+            if params["decision"] == "always"
+            else ""
+        ),
+    ),
+    "sessions.reset": (AuditEvent.CHAT_RESET, lambda params: str(params["key"])),
+    "sessions.delete": (AuditEvent.CHAT_DELETED, lambda params: str(params["key"])),
+    "models.configure": (
+        AuditEvent.MODELS_CHANGED,
+        lambda params: " ".join([params["provider"], params.get("baseUrl") or ""]),
+    ),
+}
+
+
 class Rpc:
     """The methods that operators may call."""
 
     def __init__(
         self,
+        door: Doorkeeper,
         fleet: Fleet,
         models: ModelDirectory,
         chats: Chats,
@@ -16047,6 +16324,7 @@ class Rpc:
         sessions: ChatMethods,
         access: AccessMethods,
     ) -> None:
+        self._door = door
         read, write, pairing = Scope.READ, Scope.WRITE, Scope.PAIRING
         admin = Scope.ADMIN
         text, word, flag = Optional(str), Optional(str, ""), Optional(bool, False)
@@ -16057,7 +16335,7 @@ class Rpc:
             "node.list": Method(fleet.views, read),
             "node.describe": Method(fleet.view, read, nodeId=nodes.node_id),
             "node.rename": Method(
-                nodes.rename, write, nodeId=nodes.node_id, displayName=str, by=Caller
+                nodes.rename, write, nodeId=nodes.node_id, displayName=str
             ),
             "node.invoke": Method(
                 *(jobs.invoke, write),
@@ -16140,7 +16418,7 @@ class Rpc:
                 label=Optional(session_label),
                 model=text,
                 archived=Optional(bool),
-                approvals=Optional(one_of("ask", "all")),
+                approvals=Optional(one_of(*APPROVAL_WORDS)),
                 node_id=sessions.node_id,
             ),
             "sessions.reset": Method(chats.reset, write, key=str),
@@ -16178,7 +16456,15 @@ class Rpc:
             "logins.list": Method(access.logins, admin, caller=Caller),
             "logins.revoke": Method(access.revoke_login, admin, loginId=str, by=Caller),
             "audit.list": Method(
-                access.audit, admin, until=number, offset=offset, limit=count
+                *(access.audit, admin),
+                nodeId=word,
+                state=word,
+                until=number,
+                offset=offset,
+                limit=count,
+            ),
+            "audit.export": Method(
+                access.exporting, admin, nodeId=word, state=word, by=Caller
             ),
             "subscribe": Method(
                 subscribe, read, peer=OperatorPeer, events=required_texts
@@ -16203,7 +16489,13 @@ class Rpc:
             raise RpcError(
                 "FORBIDDEN", f"{name} needs a key with the scope {method.scope}"
             )
-        return method(RpcCall(caller, params, peer))
+        payload = method(RpcCall(caller, params, peer))
+        if name in AUDITED:
+            event, describe = AUDITED[name]
+            subject = clip(describe(params), 200)
+            if subject:
+                self._door.record(event, subject, caller)
+        return payload
 
 
 # --- Nodes ---
@@ -16415,8 +16707,10 @@ class MoltisPeer(NodePeer):
     def input(self, job_id: str, offset: int, data: bytes) -> None: ...
 
     def answers(self, timeout: float) -> bool:
-        # While it works it reads nothing: only its deadline says that it is dead.
-        return not self._ws.keepalive or self._ws.answers(timeout)
+        with self._lock:
+            # While a command runs it reads nothing: only the deadline says it is dead.
+            busy = self._running != "" and not self._deadline.expired
+        return busy or self._ws.answers(timeout)
 
     def tick(self) -> None:
         """Give up a silent node again once its command should have ended."""
@@ -16952,6 +17246,7 @@ class HttpRequest(Value):
     host: str  # the Host header: our name and port, as the client has them
     secure: bool = False  # came over TLS
     channel_binding: bytes | None = None  # of the certificate that the client sees
+    query: str = ""
 
     @property
     def origin(self) -> str:
@@ -17031,14 +17326,60 @@ def job_output(job: Job) -> Iterator[bytes]:
 AUDIT_COLUMNS = (
     *("at", "event", "caller", "address", "subject"),
     *("node", "state", "exitCode", "decidedBy", "signal", "jobId"),
+    *("callerId", "count", "lastAt"),
 )
 
 
+def audit_pages(
+    call: Callable[[str, JsonObject], Any],
+    filters: JsonObject,
+    limit: int | None = None,
+) -> Iterator[list[JsonObject]]:
+    """Yield all of the audit, or its newest `limit` rows, page by page.
+
+    `call` makes one RPC.  The first page is there when this returns.
+    """
+    place: JsonObject = {**filters, "offset": 0}
+    left = limit if limit is not None else sys.maxsize
+
+    def page() -> list[JsonObject]:
+        rows: list[JsonObject] = call(
+            "audit.list", {**place, "limit": min(MAX_PAGE, left)}
+        )
+        return rows
+
+    first = page()
+    if limit is None:
+        call("audit.export", filters)
+
+    def pages() -> Iterator[list[JsonObject]]:
+        nonlocal left
+        rows = first
+        while rows:
+            yield rows
+            left -= len(rows)
+            last = rows[-1]["at"]
+            known = sum(row["at"] == last for row in rows)
+            known += place["offset"] if last == place.get("until") else 0
+            place.update(until=last, offset=known)
+            rows = page() if len(rows) == MAX_PAGE and left > 0 else []
+
+    return pages()
+
+
+# Where a spreadsheet would begin a formula: in a cell, or behind what parts cells in
+# another country.
+FORMULA_START = re.compile("(?:^|(?<=[;\t\r\n]))(?=[\t\r\n]| {0,8}[=+@＝＋－＠-])")
+
+
 def _csv_row(row: JsonObject) -> list[str]:
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["at"] / 1000))
-    values = [str(row.get(name, "")) for name in AUDIT_COLUMNS[1:]]
-    # A spreadsheet would run a cell that begins like a formula.
-    return [at, *(f"'{v}" if v[:1] in tuple("=+-@\t\r") else v for v in values)]
+    values = []
+    for name in AUDIT_COLUMNS:
+        value = row.get(name, "")
+        if name.lower().endswith("at") and value:
+            value = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(value / 1000))
+        values.append(str(value))
+    return [FORMULA_START.sub("'", value) for value in values]
 
 
 def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
@@ -17046,7 +17387,7 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
     import csv
 
     text = io.StringIO()
-    writer = csv.writer(text)
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
     writer.writerow(AUDIT_COLUMNS)
     for rows in pages:
         writer.writerows(map(_csv_row, rows))
@@ -17312,27 +17653,21 @@ class HttpApp:
         return download_reply(name, job_output(job), "text/plain")
 
     def _audit_csv(self, request: HttpRequest) -> Reply:
-        """Answer the whole audit, the newest first, for a spreadsheet."""
+        """Answer all of the audit, the newest first, for a spreadsheet.
+
+        The query may name a node and a state, as for `audit.list`.
+        """
         caller, rpc = self.caller(request), self._gateway.rpc
-
-        def page(until: int | None, offset: int) -> list[JsonObject]:
-            place = {"until": until, "offset": offset, "limit": MAX_PAGE}
-            rows: list[JsonObject] = rpc.call(caller, "audit.list", place)
-            return rows
-
-        first = page(None, 0)  # before the reply begins: it may raise
-
-        def pages() -> Iterator[list[JsonObject]]:
-            rows, until, known = first, None, 0
-            while rows:
-                yield rows
-                last = rows[-1]["at"]
-                same = sum(row["at"] == last for row in rows)
-                known = same + (known if last == until else 0)
-                until = last
-                rows = page(until, known) if len(rows) == MAX_PAGE else []
-
-        return download_reply("moltis-audit.csv", audit_csv(pages()), "text/csv")
+        given = parse_qs(request.query, errors="replace")
+        unknown = given.keys() - {"nodeId", "state"}
+        if unknown:
+            raise RpcError(
+                "INVALID_REQUEST",
+                f"there is no filter {min(unknown)[:40]!r}; there is nodeId, state",
+            )
+        filters = {name: values[-1] for name, values in given.items()}
+        pages = audit_pages(lambda *call: rpc.call(caller, *call), filters)
+        return download_reply("moltis-audit.csv", audit_csv(pages), "text/csv")
 
     def _rpc(self, request: HttpRequest) -> Reply:
         caller = self.caller(request)
@@ -17604,6 +17939,7 @@ def _handler_class(app: HttpApp) -> Callable[..., Any]:  # noqa: C901  one a met
                 host=self.headers.get("Host", ""),
                 secure=tls is not None,
                 channel_binding=None if tls is None else tls.channel_binding,
+                query=self.path.partition("?")[2],
             )
             return app.edge.proxies.see_through(request)
 
@@ -18106,8 +18442,8 @@ is also in a file on the gateway’s machine:</p>
 
 <section id="commands" class="settings" aria-labelledby="commands-title" hidden>
 <header class="bar"><h1 id="commands-title">Commands</h1>
-<a class="bare" href="/api/audit.csv" download title="Download all as CSV"
- aria-label="Download all as CSV" data-icon="save"></a>
+<a id="audit-save" class="bare" href="/api/audit.csv" download
+ title="Download as CSV" aria-label="Download as CSV" data-icon="save"></a>
 <div class="filters"><label>Node <select id="filter-node"></select></label>
 <label>Result <select id="filter-state"></select></label></div></header>
 <div class="scroll" tabindex="0" role="region" aria-label="Command history">
@@ -21207,6 +21543,10 @@ function drawFilters() {
 function filterAudit() {
   state.audit.node = $("filter-node").value;
   state.audit.result = $("filter-state").value;
+  const filters = new URLSearchParams();
+  if (state.audit.node) filters.set("nodeId", state.audit.node);
+  if (state.audit.result) filters.set("state", state.audit.result);
+  $("audit-save").search = filters;
   loadAudit();
 }
 
@@ -21554,12 +21894,17 @@ class OperatorClient:
             self._ws.send(message)
 
     def _send_text(self, text: str) -> None:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            # On the wire it would be `?`, which a shell takes for any character.
-            near = text[max(0, error.start - 40) : error.end + 40]
-            raise UsageError(f"{near!r} is not UTF-8, and cannot be sent") from error
+        escaped = re.search("[\ud800-\udfff]", text)
+        if escaped is not None:
+            # Bytes as they were typed, in a locale that knows only ASCII.  What is not
+            # UTF-8 would be `?` on the wire, which a shell takes for any character.
+            try:
+                text = text.encode("utf-8", "surrogateescape").decode("utf-8")
+            except UnicodeError as error:
+                near = text[max(0, escaped.start() - 40) : escaped.end() + 40]
+                raise UsageError(
+                    f"{near!r} is not UTF-8, and cannot be sent"
+                ) from error
         self._ws.send(text)
 
     def _connect(self, api_key: str) -> None:
@@ -22470,6 +22815,7 @@ class RunningGateway:
             approvals = Approvals()
             chats = Chats(store, fleet, jobs, models, approvals, announce)
             rpc = Rpc(
+                access.door,
                 fleet,
                 models,
                 chats,
@@ -22514,10 +22860,14 @@ class RunningGateway:
     def sign_in_link(self) -> str:
         return f"{self.url}/#key={self._key}"
 
+    def one_time_link(self) -> str:
+        """Return a link that signs in one browser, within ten minutes."""
+        return f"{self.url}/#key={self._access.sign_ins.one_time_key(self._key)}"
+
     def keep_house(self) -> None:
         """Delete what is old enough, and renew what is about to expire."""
         self._access.purge()
-        before = self.store.clock.before(self.options.keep_audit * 86_400)
+        before = self.store.before(self.options.keep_audit * 86_400)
         while before and self.store.audit.delete_before(before):
             pass  # slice by slice: writers get their turn in between
         while before and (job_ids := self.store.jobs.delete_before(before)):
@@ -22642,8 +22992,7 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 # ==============================================================================
 # Command line
 # Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands,
-#       Node service, Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP,
-#       Assembly
+#       Node service, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -22674,6 +23023,26 @@ def cells(row: JsonObject, columns: Mapping[str, Column]) -> list[str]:
         str(row.get(column) or "-") if isinstance(column, str) else column(row)
         for column in columns.values()
     ]
+
+
+ESCAPE = "moltis-escape"  # error handler for encodings
+
+
+def escape_unencodable(error: UnicodeError) -> tuple[str, int]:
+    """Spell characters that the terminal's encoding lacks as JSON spells them."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def prepare_streams() -> None:
+    """Make the standard streams usable, whatever the locale and who started us."""
+    codecs.register_error(ESCAPE, escape_unencodable)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed when we were started
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ESCAPE)
 
 
 class Output:
@@ -22708,10 +23077,19 @@ class Output:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
-    def json(self, value: object) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
+    def json(self, value: object, indent: int | None = 2) -> None:
+        text = json.dumps(value, indent=indent, ensure_ascii=False)
         # JSON escapes the other control codes by itself.
         self.answer(re.sub("[\x7f-\x9f]", lambda c: f"\\u{ord(c[0]):04x}", text))
+
+    def json_pages(self, pages: Iterable[Sequence[JsonObject]]) -> None:
+        """Print one JSON array of the rows of all pages, each as it comes."""
+        before = "["
+        for row in itertools.chain.from_iterable(pages):
+            self.answer(before)
+            self.json(row, None)
+            before = ","
+        self.answer("[]" if before == "[" else "]")
 
     def fields(self, values: Mapping[str, Any]) -> None:
         """Print `name: value` lines; a list has a line for each item, None has none."""
@@ -23056,8 +23434,8 @@ def open_sign_in(
 ) -> tempfile.TemporaryDirectory[str]:
     """Open the browser with a private file that leads to `link`; return its directory.
 
-    Every user of this machine can read the arguments of a program, and the link holds
-    the operator key.  Raises BadConfiguration.
+    Every user of this machine can read the arguments of a program; the file may outlive
+    us, but not its one-time link.  Raises BadConfiguration.
     """
     import tempfile
     import webbrowser
@@ -23100,7 +23478,8 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
             demo = start_demo_node(context.environ, running)
             stack.callback(close_together, demo.close, running.close)
         if args.open:
-            stack.enter_context(open_sign_in(running.sign_in_link, context.inherited))
+            link = running.one_time_link()
+            stack.enter_context(open_sign_in(link, context.inherited))
         stop.wait()
         context.output.say("stopping")
     return EXIT_OK
@@ -23553,11 +23932,17 @@ def _audit_state_column(row: JsonObject) -> str:
     return (row["words"] + how) or "-"
 
 
+def _audit_event_column(row: JsonObject) -> str:
+    times = f" ({row['count']:,} times)" if row["count"] > 1 else ""
+    return f"{row['event']}{times}"
+
+
 AUDIT_ROW: Mapping[str, Column] = {
     "WHEN": time_column("at"),
     "WHO": "caller",
+    "KEY": lambda row: row["callerId"][:8] or "-",
     "FROM": "address",
-    "WHAT": "event",
+    "WHAT": _audit_event_column,
     "WHERE": "node",
     "HOW IT WENT": _audit_state_column,
     "DETAILS": lambda row: one_line(row["subject"], 200),
@@ -23566,17 +23951,14 @@ AUDIT_ROW: Mapping[str, Column] = {
 
 def cmd_audit(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
-    if args.limit < 1:
-        raise UsageError(f"--limit takes 1 or more, not {args.limit}")
-    entries: list[JsonObject] = []
+    limit: int | None = args.limit
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit takes 1 or more, not {limit}")
     with operator_client(args, context) as client:
-        while len(entries) < args.limit:
-            size = min(MAX_PAGE, args.limit - len(entries))
-            place = {"offset": len(entries), "limit": size}
-            page = client.call("audit.list", place)
-            entries += page
-            if len(page) < size:
-                break
+        if args.json:
+            context.output.json_pages(audit_pages(client.call, {}, limit))
+            return EXIT_OK
+        entries = [*itertools.chain(*audit_pages(client.call, {}, limit or 100))]
     return context.show(args, entries, AUDIT_ROW)
 
 
@@ -23595,12 +23977,6 @@ def distinct_nodes(references: Sequence[str], feed: JobFeed) -> dict[str, str]:
         node = feed.client.call("node.describe", {"nodeId": reference})
         first.setdefault(node["nodeId"], reference)
     return first
-
-
-def connected_nodes(feed: JobFeed) -> dict[str, str]:
-    """Return the names of all connected nodes by id."""
-    listed = feed.client.call("node.list", {})
-    return {n["nodeId"]: n["displayName"] for n in listed if n["connected"]}
 
 
 def without_name(name: str, text: str) -> str:
@@ -23689,22 +24065,23 @@ class Waiting:
             )
 
 
+MAX_LABELLED_LINE = 4 * 1024 * 1024  # bytes; a longer line of several jobs is broken
+# A lone carriage return would let the next text overwrite the label.
+LINE_END = re.compile(rb"\n|\r(?=[^\r\n])")
+
+
 class StreamPrinter:
     """One output stream of one of several jobs, each line with its label."""
 
     def __init__(self, file: Any, label: bytes) -> None:
         self._file = file
         self._label = label
-        self._line = b""  # begun; past MAX_LOG_MESSAGE it is printed as it is
+        self._line = bytearray()  # begun
 
     def write(self, data: bytes) -> None:
         """Raises BrokenPipeError."""
         if self._label:
-            *lines, self._line = (self._line + data).split(b"\n")
-            if len(self._line) > MAX_LOG_MESSAGE:
-                lines.append(self._line)
-                self._line = b""
-            data = b"".join(self._label + line + b"\n" for line in lines)
+            data = b"".join(self._label + line + b"\n" for line in self._lines(data))
         self._file.write(data)
         self._file.flush()
 
@@ -23712,6 +24089,26 @@ class StreamPrinter:
         if self._line:
             with contextlib.suppress(BrokenPipeError):
                 self.write(b"\n")
+
+    def _lines(self, data: bytes) -> Iterator[bytes]:
+        """Yield the lines that `data` ends; each state of a progress bar is one."""
+        if self._line.endswith(b"\r"):  # the next byte says what it is
+            data = b"\r" + data
+            del self._line[-1:]
+        start = 0
+        for end in LINE_END.finditer(data):
+            self._line += data[start : end.start()]
+            start = end.end()
+            if self._line or end[0] == b"\n":
+                yield bytes(self._line)
+                self._line.clear()
+        self._line += data[start:]
+        while len(self._line) > MAX_LABELLED_LINE:
+            cut = MAX_LABELLED_LINE
+            while self._line[cut] & 0xC0 == 0x80 and cut > MAX_LABELLED_LINE - 4:
+                cut -= 1  # to where a character begins
+            yield bytes(self._line[:cut])
+            del self._line[:cut]
 
 
 EXIT_STATUSES: Mapping[str, int] = {
@@ -23783,7 +24180,9 @@ class JobTerminal:
         }
 
     def _label(self, job: FollowedJob) -> bytes:
-        return f"{job.name} | ".encode() if len(self._jobs) > 1 else b""
+        if len(self._jobs) == 1:
+            return b""
+        return f"{job.name} | ".encode(sys.stdout.encoding or "utf-8", ESCAPE)
 
     def execute(self, *, feeds: bool) -> int:
         """Return the exit status of `node exec`; an interrupt cancels its jobs.
@@ -23940,7 +24339,10 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
         spec["cwd"] = args.cwd
     request = {"work": "run", "spec": spec}
     with JobFeed(partial(operator_client, args, context)) as feed:
-        nodes = distinct_nodes(args.nodes, feed) or connected_nodes(feed)
+        nodes = distinct_nodes(args.nodes, feed)
+        if args.all:  # those that are away as well: the recap and the status say so
+            listed = feed.client.call("node.list", {})
+            nodes = {node["nodeId"]: node["displayName"] for node in listed}
         if args.stdin and len(nodes) > 1:
             raise UsageError("--stdin feeds one node")
         if args.detach:
@@ -24035,7 +24437,9 @@ def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
     client = LastingClient(partial(operator_client, args, context))
     with contextlib.closing(client):
         # Not with `for line in sys.stdin`, which reads ahead and answers late.
-        McpServer(client, context.output.answer).serve(iter(sys.stdin.readline, ""))
+        lines = iter(sys.stdin.buffer.readline, b"")  # MCP is UTF-8 in any locale
+        server = McpServer(client, context.output.answer)
+        server.serve(line.decode("utf-8", "replace") for line in lines)
     return EXIT_OK
 
 
@@ -24314,19 +24718,38 @@ def chat_prompt(terminal: ChatTerminal, context: Context) -> int:
             context.output.say("")
 
 
+APPROVAL_ANSWERS: Mapping[str, str] = {
+    "y": "approve",
+    "yes": "approve",
+    "n": "deny",
+    "no": "deny",
+    "a": "always",
+    "always": "always",
+}
+
+
+def drop_typed_input() -> None:
+    """Discard what was typed and not read yet: it answers no question that follows."""
+    import termios
+
+    with contextlib.suppress(termios.error):
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
+
+
 def ask_approval(output: Output, command: JsonObject) -> str:
     where = f" in {visible(command['cwd'])}" if command.get("cwd") else ""
     lines = visible(command["command"]).replace("\n", "\n    ")
     aside = " in the background" if command.get("background") else ""
     output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
-    answers = {"y": "approve", "n": "deny", "a": "always"}
+    drop_typed_input()
     while True:
         sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
         sys.stderr.flush()
         line = sys.stdin.readline()
-        answer = answers.get(line.strip().lower()[:1]) if line else "deny"
-        if answer is not None:
-            return answer
+        if not line:
+            return "deny"
+        if line.strip().lower() in APPROVAL_ANSWERS:
+            return APPROVAL_ANSWERS[line.strip().lower()]
 
 
 def approval_answer(args: argparse.Namespace, context: Context) -> ApprovalAnswer:
@@ -24358,7 +24781,10 @@ def cmd_chat(args: argparse.Namespace, context: Context) -> int:
         if args.message is not None:
             return terminal.turn(args.message)
         if sys.stdin is not None and not sys.stdin.isatty():
-            return terminal.turn(sys.stdin.read(MAX_BODY))
+            text = sys.stdin.buffer.read(MAX_BODY).decode("utf-8", "surrogateescape")
+            if model != SHELL_ID and text.startswith("!"):
+                text = f" {text}"  # a command is only what a person has written
+            return terminal.turn(text)
         return chat_prompt(terminal, context)
 
 
@@ -24525,7 +24951,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "show who did what: commands, sign-ins, keys, tokens",
         "moltis audit --json --limit 1000",
         (
-            arg("--limit N", "the newest N (default: 100)", type=int, default=100),
+            arg("--limit N", "the newest N (default: 100; with --json all)", type=int),
             *GATEWAY,
             JSON,
         ),
@@ -24625,7 +25051,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
         "moltis node exec pi -- 'df -h / | tail -1'",
         (
             arg("nodes NODE", "name or id", nargs="*"),
-            arg("--all", "on all connected nodes"),
+            arg("--all", "on all nodes; those that are offline count as failed"),
             arg("--timeout S", "in seconds", type=float),
             arg("--cwd DIR", "where to run it, on the node"),
             arg("--stdin", "feed it our standard input"),
@@ -24739,9 +25165,7 @@ def run_subcommand(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # it was closed when we were started
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     restart_from_bytecode(arguments)
     command: list[str] = []

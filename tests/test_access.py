@@ -328,7 +328,7 @@ def test_a_narrow_scope_includes_no_other(access, scope):
         ("ci", ["operator.everything"]),
         ("ci", [Scope.READ, ""]),
         ("  ", [Scope.READ]),
-        (moltis.LOCAL_KEY_NAME, [Scope.READ]),
+        (moltis.OWNER_NAME, [Scope.READ]),
         ("moltis", [Scope.READ]),
     ],
 )
@@ -455,7 +455,7 @@ def test_the_audit_says_who_did_what_from_where(access, store):
     access.record_refused_proof("node", "no such token", "192.0.2.9")
     access.devices.create_device("Demo")
     noted = [(e.event, e.caller, e.address, e.subject) for e in store.audit.page()]
-    owner = moltis.LOCAL_KEY_NAME
+    owner = moltis.OWNER_NAME
     assert sorted(noted) == [
         ("key.created", owner, THERE, "ci (operator.read)"),
         ("key.revoked", owner, THERE, "ci"),
@@ -476,10 +476,33 @@ def test_signing_in_all_day_pushes_nothing_of_others_out(access, store, monkeypa
     for number in range(30):
         access.sign_ins.sign_in(text, THERE, f"Firefox {number}")
         fail(access, f"192.0.2.{number}")
-    events = [entry.event for entry in store.audit.page()]
-    assert events.count("login.created") == 10
-    assert events.count("login.refused") == 10
-    assert events.count("key.created") == 1
+    counts = [(entry.event, entry.count) for entry in store.audit.page()]
+    assert ("login.created", 30) in counts
+    assert counts.count(("login.refused", 1)) == 10
+    assert ("key.created", 1) in counts
+
+
+def test_the_audit_names_the_key_and_not_only_what_it_is_called(access, store):
+    """FAULTS D12: a name may be given again after its key was revoked."""
+    admin = access.operators.operator_by_key(access.operators.ensure_operator_key(None))
+    ids = []
+    for _ in range(2):
+        made, text = access.operators.create_key("alice", [Scope.PAIRING], by=admin)
+        alice = access.operators.operator_by_key(text, THERE)
+        access.devices.create_device("Pi", by=alice)
+        access.operators.revoke_key(made.id, by=admin)
+        ids.append(made.id)
+    created = [e for e in store.audit.page() if e.event == "token.created"]
+    assert {e.caller for e in created} == {"alice"}
+    assert {e.caller_id for e in created} == set(ids)
+
+
+@pytest.mark.parametrize("name", ["Owner", "MOLTIS", " owner "])
+def test_no_key_is_called_as_the_owner_or_as_moltis(access, name):
+    """FAULTS D12"""
+    with pytest.raises(RpcError) as caught:
+        access.operators.create_key(name, [Scope.READ])
+    assert code_of(caught) == "INVALID_REQUEST"
 
 
 # --- patience -------------------------------------------------------------------------

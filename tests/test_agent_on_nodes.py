@@ -258,7 +258,7 @@ def test_a_command_in_the_background_is_asked_for_and_audited_like_any_other(
     row = wait_for(lambda: site.call("job.list", state="open"))[0]
     assert (row["id"], row["nodeName"]) == (question["jobId"], "beta")
     assert (row["callerKind"], row["sessionKey"]) == ("model", key)
-    assert row["decidedBy"] == "this machine"
+    assert row["decidedBy"] == "owner"
     listed = run_moltis("node", "jobs", "beta", home=site.home)
     assert row["id"] in listed.stdout
     go.touch()
@@ -721,6 +721,20 @@ def test_chat_reads_the_message_from_a_pipe(site):
     assert done.returncode == 0
 
 
+def test_piped_text_for_a_model_is_no_command(site, server, tmp_path):
+    """FAULTS D4: whoever wrote the file would have a shell, and nobody is asked."""
+    server.turns.append(says("I see."))
+    trace = tmp_path / "trace"
+    arguments = ("--session", "piped", "--model", "openai/clever")
+    done = site.chat(*arguments, stdin=f"!touch {trace}\nand more\n")
+    assert done.returncode == 0
+    assert done.stdout == "I see.\n"
+    assert not trace.exists()
+    written = site.chat(*arguments, f"!touch {trace}")
+    assert written.returncode == 0
+    assert trace.exists()
+
+
 def test_chat_keeps_the_streams_of_a_typed_command_apart(site):
     line = "echo out; echo err >&2; exit 3"
     done = site.chat("--session", "typed2", "--node", "beta", line)
@@ -823,6 +837,22 @@ def test_on_a_terminal_chat_asks_and_approves(site, server):
     finally:
         assert terminal.close() == 0
     assert server.results()[0]["stdout"] == "yes I ran\n"
+
+
+def test_a_line_that_was_typed_while_the_model_thought_approves_nothing(site, server):
+    """FAULTS D5"""
+    server.turns += [runs("echo never"), says("Good.")]
+    arguments = ("chat", "--session", "tty3", "--model", "openai/clever", "hm?")
+    terminal = Terminal(*arguments, home=site.home)
+    terminal.type("yes\n" * 3)  # before the model was even asked
+    try:
+        terminal.wait_for("[y]es, [n]o, [a]lways")
+        terminal.type("nothing of the kind\n")
+        terminal.type("no\n")
+        terminal.wait_for("Good.")
+    finally:
+        assert terminal.close() == 0
+    assert server.results()[0]["error"] == "denied by the user"
 
 
 def test_ctrl_c_at_the_question_ends_the_run(site, server):

@@ -246,7 +246,7 @@ def test_an_abort_ends_the_command_and_what_waits_in_line(gateway, chat):
     (card,) = chat.finish()
     assert card["state"] == "aborted"
     assert card["job"]["state"] == "cancelled"
-    assert "this machine" in card["job"]["words"], "by whom"
+    assert "owner" in card["job"]["words"], "by whom"
     wait_for(lambda: not process_exists(pid), what="the end of the command")
     chat.until(lambda: chat.of("user")[1]["state"] == "aborted")
     wait_for(lambda: not gateway.call("sessions.list")[0]["replying"])
@@ -539,7 +539,7 @@ def test_an_approved_command_runs_and_the_model_answers(tmp_path):
         assert chat.text(card) == "from the model\n"
         assert card["command"]["approval"] == {
             "state": "approved",
-            "by": "this machine",
+            "by": "owner",
         }
         (answer,) = chat.of("assistant")
         assert answer["text"] == "It said hello."
@@ -547,7 +547,7 @@ def test_an_approved_command_runs_and_the_model_answers(tmp_path):
         assert answer["usage"] == {"inputTokens": 14, "outputTokens": 10}
         (row,) = gateway.call("job.list")
         assert row["callerKind"] == "model"
-        assert row["decidedBy"] == "this machine"
+        assert row["decidedBy"] == "owner"
         told = model.asked[1]["messages"][-1]
         assert told["role"] == "tool"
         assert "from the model" in told["content"]
@@ -577,8 +577,8 @@ def test_a_denied_command_does_not_run_and_is_in_the_audit(tmp_path):
         assert card["job"]["words"] == "denied"
         (row,) = gateway.call("job.list", state="denied")
         assert row["id"] == card["jobId"]
-        assert row["decidedBy"] == "this machine"
-        assert row["callerName"] == "ollama/m for this machine"
+        assert row["decidedBy"] == "owner"
+        assert row["callerName"] == "ollama/m for owner"
 
 
 def test_what_a_model_remembers_of_a_session_includes_what_was_typed(tmp_path):

@@ -255,12 +255,134 @@ def test_lines_of_several_commands_are_labelled_even_when_they_come_in_pieces():
     assert file.getvalue() == b"pi | one\npi | two\npi | \npi | three\n"
 
 
+def labelled(data, size):
+    """Return what is printed of `data` that comes in pieces of `size` bytes."""
+    file = io.BytesIO()
+    printer = moltis.StreamPrinter(file, b"pi | ")
+    for start in range(0, len(data), size):
+        printer.write(data[start : start + size])
+    printer.finish()
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4096, 65536, 2**20])
+def test_a_line_of_several_commands_is_whole_and_so_are_its_characters(size):
+    """FAULTS A15"""
+    line = "€𝄞é" * (20 if size < 4096 else 30_000)
+    assert labelled(f"{line}\n{line}".encode(), size) == (
+        f"pi | {line}\npi | {line}\n".encode()
+    )
+
+
+def test_a_line_that_is_too_long_is_broken_between_characters(monkeypatch):
+    monkeypatch.setattr(moltis, "MAX_LABELLED_LINE", 10)
+    for shift in range(4):
+        text = "x" * shift + "€𝄞é" * 20
+        lines = labelled(text.encode(), 7).decode().splitlines()
+        assert "".join(line[len("pi | ") :] for line in lines) == text
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        (b"10%\r20%\r100%\n", b"10%|20%|100%"),
+        (b"\r10%\r20%\r", b"10%|20%\r"),
+        (b"done\r\nnext\r\n", b"done\r|next\r"),
+        (b"\n\r\rbar\n", b"|\r|bar"),
+    ],
+)
+def test_progress_of_several_commands_overwrites_no_label(data, shown, size):
+    """FAULTS A15: each state of a progress bar is a line."""
+    lines = [b"pi | " + line for line in shown.split(b"|")]
+    assert labelled(data, size) == b"\n".join(lines) + b"\n"
+
+
+LEGACY = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(
+    "locale",
+    [LEGACY, {"PYTHONIOENCODING": "latin-1"}, {**LEGACY, "PYTHONIOENCODING": "ascii"}],
+    ids=["C", "latin-1", "ascii"],
+)
+def test_what_a_locale_does_not_know_is_escaped_and_the_rest_is_there(tmp_path, locale):
+    """FAULTS C13"""
+    name = "Bücher 厨房 😀"
+
+    def run(*words, **more):
+        done = run_moltis(*words, home=tmp_path, **locale, **more)
+        assert "Traceback" not in done.stderr
+        return done
+
+    for words in ((), ("node", "add"), ("gateway",), ("node", "exec")):
+        whole = run_moltis(*words, "--help", home=tmp_path).stdout
+        assert len(run(*words, "--help").stdout.splitlines()) == len(whole.splitlines())
+    with InProcessGateway(tmp_path / ".moltis") as gateway:
+        gateway.call("device.token.create", displayName=name)
+        with gateway.node(name, gateway.token(), node_id="far"):
+            listed = run("node", "list")
+            assert listed.returncode == 0
+            assert r"\u53a8\u623f \ud83d\ude00" in listed.stdout
+            assert "Local" in listed.stdout
+            nodes = json.loads(run("node", "list", "--json").stdout)
+            assert any("厨房 😀" in node["displayName"] for node in nodes)
+            done = run("node", "exec", "--all", "--", "echo 厨 é")
+            assert done.returncode == 0
+            assert r"\u53a8\u623f" in done.stdout
+        audit = run("audit")
+        assert r"\u53a8\u623f \ud83d\ude00" in audit.stdout
+        asked = {"jsonrpc": "2.0", "id": "厨", "method": "ping"}
+        stdin = json.dumps(asked, ensure_ascii=False)
+        answer = json.loads(run("mcp", stdin=stdin).stdout)
+        assert answer["id"] == "厨"
+
+
+def test_a_command_in_an_ascii_locale_arrives_as_it_was_typed(tmp_path):
+    with InProcessGateway(tmp_path / ".moltis"):
+        words = ("node", "exec", "local", "--", "printf 厨é | od -An -tx1")
+        done = run_moltis(*words, home=tmp_path, **LEGACY)
+    assert done.stdout.split() == ["e5", "8e", "a8", "c3", "a9"]
+
+
+def test_only_whole_words_typed_after_the_question_answer_it(tmp_path, monkeypatch):
+    """FAULTS D5: a line that was typed while the model thought is none of them."""
+    terminal, ours = pty.openpty()
+    with open(ours, closefd=True) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        os.write(terminal, b"yes\ny\nal")  # typed early
+        asked = moltis.Output({})
+        question = {"command": "rm -rf /", "node": "pi"}
+        answers = []
+        asking = threading.Thread(
+            target=lambda: answers.append(moltis.ask_approval(asked, question))
+        )
+        prompted = threading.Event()
+
+        class Stderr(io.StringIO):
+            def write(self, text):
+                if "[y]es" in text:
+                    prompted.set()
+                return len(text)
+
+        monkeypatch.setattr(sys, "stderr", Stderr())
+        asking.start()
+        for typed in (b"yup\n", b"nah\n", b"alright\n", b"why?\n", b" No \n"):
+            assert prompted.wait(20)
+            assert not answers
+            prompted.clear()
+            os.write(terminal, typed)
+        asking.join(20)
+        assert answers == ["deny"]
+    os.close(terminal)
+
+
 def test_a_line_without_end_does_not_fill_the_memory():
     file = io.BytesIO()
     printer = moltis.StreamPrinter(file, b"pi | ")
     for _ in range(100):
         printer.write(b"x" * 65536)
-    assert len(printer._line) <= 2 * 65536
+    assert len(printer._line) <= moltis.MAX_LABELLED_LINE
     printer.finish()
     assert file.getvalue().replace(b"pi | ", b"").replace(b"\n", b"") == (
         b"x" * 6_553_600
@@ -776,7 +898,7 @@ def test_lists_say_how_a_command_ended(gateway, command, words):
     assert moltis.cells(row, moltis.JOB_COLUMNS)[2] == words
     rows = gateway.call("audit.list")
     row = next(row for row in rows if row["event"] == "command")
-    assert moltis.cells(row, moltis.AUDIT_ROW)[5] == words
+    assert moltis.cells(row, moltis.AUDIT_ROW)[6] == words
 
 
 def test_ending_what_has_ended_is_said_to_come_too_late(gateway, home):
@@ -920,7 +1042,7 @@ def test_a_job_is_attached_to_through_a_restart_of_the_gateway(tmp_path, home):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another uid")
 def test_a_uid_without_an_account_or_a_home_gets_sentences(request):
     """As in a container that runs as a number."""
-    place = Path(tempfile.mkdtemp())  # pytest's own are for their owner alone
+    place = Path(tempfile.mkdtemp(dir="/var/tmp"))  # pytest's own are its owner's
     request.addfinalizer(partial(shutil.rmtree, place))
     place.chmod(0o755)
     copy, directory = place / "moltis.py", place / "data"

@@ -565,8 +565,42 @@ def test_only_harmless_variables_are_forwarded():
         "LC_ALL\n": "x",
     }
     assert moltis.filter_environment({**forwarded, **refused}) == forwarded
-    env = moltis.command_environment({"PATH": "/bin"}, {**forwarded, **refused})
-    assert env == {"PATH": "/bin", **forwarded}
+
+
+def test_a_locale_that_this_system_lacks_is_not_forwarded(monkeypatch):
+    """`bash` would warn of it; macOS forwards LC_CTYPE=UTF-8."""
+    installed = frozenset(("C", "C.utf8", "POSIX", "de_DE.utf8@euro"))
+    monkeypatch.setattr(moltis, "_installed_locales", lambda: installed)
+    there = {
+        "LANG": "C.UTF-8",
+        "LC_TIME": "de_DE.UTF-8@euro",
+        "TERM": "no_SUCH",
+        "LC_TERMINAL": "iTerm2",
+    }
+    lacking = {"LC_ALL": "de_DE.UTF-8", "LC_CTYPE": "UTF-8", "LC_NUMERIC": "de_DE"}
+    assert moltis.usable_here({**there, **lacking}) == there
+    monkeypatch.setattr(moltis, "_installed_locales", frozenset)  # musl takes any
+    assert moltis.usable_here(lacking) == lacking
+
+
+def test_bash_has_nothing_to_warn_of_in_a_language_that_is_not_here():
+    warned = run("bash -c true", env={"LC_ALL": "xx_YY.UTF-8", "LANG": "C.UTF-8"})[1]
+    assert warned.stderr == b""
+    assert run("echo $LC_ALL", env={"LC_ALL": "C"})[1].stdout == b"C\n"
+
+
+def test_commands_find_what_is_in_the_users_usual_places(home):
+    """A service is started with a bare PATH, under launchd with none."""
+    ruby = home / ".local/bin/ruby"
+    ruby.parent.mkdir(parents=True)
+    ruby.write_text("#!/bin/sh\necho 3.1.2\n")
+    ruby.chmod(0o755)
+    for environ in ({"PATH": "/usr/bin:/bin"}, {}, {"PATH": ""}):
+        assert run("ruby", environ={**environ, "HOME": str(home)})[1].stdout
+    path = moltis.command_environment({"PATH": "/a:/bin", "HOME": str(home)})["PATH"]
+    assert path.startswith("/a:/bin:")
+    assert path.split(":").count("/bin") == 1
+    assert "/snap/none" not in path
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,18 @@ def test_the_recap_names_a_node_that_is_offline(own_site):
     assert "unreachable: away (offline since" in done.stderr
 
 
-def test_all_means_every_connected_machine(site):
+def test_all_counts_the_machines_that_are_offline(own_site):
+    """FAULTS E16"""
+    own_site.node("here")
+    own_site.node("away").end()
+    wait_for(lambda: not own_site.nodes()["away"]["connected"], what="it to be offline")
+    done = own_site.run("node", "exec", "--all", "--", "echo hi")
+    assert done.returncode == FAILURE
+    assert sorted(done.stdout.splitlines()) == ["Local | hi", "here | hi"]
+    assert "unreachable: away (offline since" in done.stderr
+
+
+def test_all_means_every_machine(site):
     done = site.run("node", "exec", "--all", "--", "echo hi")
     assert done.returncode == OK
     assert sorted(done.stdout.splitlines()) == [

@@ -916,8 +916,8 @@ def test_a_key_that_only_reads_may_watch_and_not_hold(gateway, client):
         assert reader.call("job.follow", id=job_id)["job"]["state"] == "running"
         assert reader.call("job.cancel", id=job_id) == "FORBIDDEN"
         view = client.call("job.cancel", id=job_id)
-        assert view["cancelledBy"] == "this machine"
-        assert reader.ending(job_id)["words"] == "cancelled by this machine"
+        assert view["cancelledBy"] == "owner"
+        assert reader.ending(job_id)["words"] == "cancelled by owner"
 
 
 def test_output_is_read_in_pieces_that_keep_their_order(client):

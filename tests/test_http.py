@@ -274,7 +274,48 @@ def test_the_audit_is_a_file_in_which_nothing_is_a_formula(gateway):
     answer = download(gateway, "/api/audit.csv")
     first, *rows = answer.body.decode().splitlines()
     assert first.startswith("at,event,caller,address,subject,node,state,exitCode")
+    assert first.endswith("callerId,count,lastAt")
     assert ",'=1+1," in rows[0]
+
+
+def test_the_audit_is_downloaded_to_its_end_and_as_the_filter_says(
+    gateway, monkeypatch
+):
+    """FAULTS A23"""
+    import csv
+
+    monkeypatch.setattr(moltis, "MAX_PAGE", 7)  # rows of one answer
+    store = gateway.running.store
+    made = [
+        moltis.JobRecord(
+            id=f"job-{number}",
+            node_id=f"n{number % 2}",
+            node_name="far",
+            caller_kind="operator",
+            caller_name="owner",
+            asked_at=1000 + number // 20,  # more of one time than a page has
+            state="done",
+            exit_code=number % 3,
+        )
+        for number in range(60)
+    ]
+    for record in made:
+        store.jobs.add(record)
+
+    def jobs(query):
+        answer = download(gateway, f"/api/audit.csv{query}")
+        assert answer.status == 200
+        rows = csv.DictReader(answer.body.decode().splitlines())
+        return sorted(row["jobId"] for row in rows if row["event"] == "command")
+
+    assert jobs("") == sorted(r.id for r in made)
+    assert jobs("?nodeId=n1") == sorted(r.id for r in made if r.node_id == "n1")
+    both = [r.id for r in made if r.node_id == "n1" and r.exit_code]
+    assert jobs("?state=failed&nodeId=n1") == sorted(both)
+    assert jobs("?state=lost") == []
+    assert download(gateway, "/api/audit.csv?node=n1").status == 400
+    exports = [e for e in store.audit.page() if e.event == "audit.exported"]
+    assert (exports[0].caller, exports[0].count >= 4) == ("owner", True)
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,8 @@ def session(key):
     return Session(key, key, "shell", "n1", NOW, NOW)
 
 
-def event(name, at=NOW, address="", subject="", caller="ci"):
-    return AuditEntry(at, name, caller, address, subject)
+def event(name, at=NOW, address="", subject="", caller="ci", key=""):
+    return AuditEntry(at, name, caller, address, subject, key)
 
 
 def operator_key(name):
@@ -379,7 +379,7 @@ def test_the_commands_of_the_first_edition_are_jobs(first_edition):
     assert words[7] == "cancelled"
     assert jobs[3].timeout_ms == 500
     assert jobs[7].cancelled_at
-    (key,) = (k for k in first_edition.operator_keys.all() if k.name == "this machine")
+    (key,) = (k for k in first_edition.operator_keys.all() if k.name == "owner")
     assert {job.caller_id for job in jobs.values()} == {"", key.id}
     model = jobs[11]
     assert (model.caller_kind, model.decided_by) == ("model", "this machine")
@@ -431,7 +431,7 @@ def test_devices_keys_and_sign_ins_of_the_first_edition_stay(first_edition):
     assert [device.display_name for device in devices] == ["Demo node", "never came"]
     assert devices[0].telemetry["cpuCount"] > 0
     keys = {k.name: k.revoked_at is not None for k in first_edition.operator_keys.all()}
-    assert keys == {"this machine": False, "reader": False, "old key": True}
+    assert keys == {"owner": False, "reader": False, "old key": True}
     (browser,) = first_edition.logins.all(at)
     assert browser.user_agent == "Firefox"
 
@@ -444,7 +444,7 @@ def test_the_audit_of_the_first_edition_is_merged_with_its_commands(first_editio
     assert (entries[0].subject, entries[0].words()) == ("sleep 300", "running")
     # A lesser key's events must not push out those of the first edition.
     owners = {row[0] for row in _rows(first_edition, "SELECT caller_id FROM audit")}
-    (key,) = (k for k in first_edition.operator_keys.all() if k.name == "this machine")
+    (key,) = (k for k in first_edition.operator_keys.all() if k.name == "owner")
     assert owners == {"moltis", key.id}
 
 
@@ -780,21 +780,21 @@ def test_the_audit_is_read_page_by_page_while_it_grows(store):
 
 def test_nothing_that_others_do_pushes_out_the_events_of_a_key(store, monkeypatch):
     monkeypatch.setattr(moltis, "MAX_CALLER_EVENTS", 5)
-    store.audit.add(event(AuditEvent.KEY_CREATED, subject="reader"), "admin")
+    store.audit.add(event(AuditEvent.KEY_CREATED, subject="reader", key="admin"))
     for number in range(20):
-        store.audit.add(event(AuditEvent.SIGNED_IN, NOW + number), "reader")
+        store.audit.add(event(AuditEvent.TOKEN_CREATED, NOW + number, key="reader"))
         address = f"192.0.2.{number}"
         store.audit.add(event(AuditEvent.KEY_REFUSED, NOW + number, address))
-        store.audit.add(event(AuditEvent.JOINED, NOW + number), "device")
+        store.audit.add(event(AuditEvent.JOINED, NOW + number, key="device"))
     entries = store.audit.page(limit=1000)
     counts = {name: [e.event for e in entries].count(name) for name in vars_of(entries)}
     assert counts == {
         AuditEvent.KEY_CREATED: 1,
-        AuditEvent.SIGNED_IN: 5,
+        AuditEvent.TOKEN_CREATED: 5,
         AuditEvent.KEY_REFUSED: 5,
         AuditEvent.JOINED: 5,
     }
-    assert {e.at for e in entries if e.event == AuditEvent.SIGNED_IN} == {
+    assert {e.at for e in entries if e.event == AuditEvent.TOKEN_CREATED} == {
         NOW + number for number in range(15, 20)
     }
 
@@ -803,24 +803,59 @@ def vars_of(entries):
     return {entry.event for entry in entries}
 
 
-def test_the_same_refusal_is_recorded_once_an_hour(store):
-    hour = moltis.REFUSAL_REPEATED_AFTER
+def test_similar_refusals_and_sign_ins_are_one_row_an_hour_with_a_count(store):
+    """FAULTS D11"""
+    hour = moltis.SIMILAR_WITHIN
     for at in (NOW, NOW + 5, NOW + hour, NOW + hour + 1, NOW - 1):
         store.audit.add(event(AuditEvent.KEY_REFUSED, at, "192.0.2.7"))
     store.audit.add(event(AuditEvent.KEY_REFUSED, NOW + 5, "192.0.2.8"))
-    refused = [(e.at, e.address) for e in store.audit.page()]
-    # One of a clock that was set back is recorded: the later one may be wrong.
+    refused = [(e.at, e.address, e.count, e.last_at) for e in store.audit.page()]
+    # One of a clock that was set back has its own: the later one may be wrong.
     assert refused == [
-        (NOW + hour + 1, "192.0.2.7"),
-        (NOW + 5, "192.0.2.8"),
-        (NOW, "192.0.2.7"),
-        (NOW - 1, "192.0.2.7"),
+        (NOW + hour + 1, "192.0.2.7", 1, None),
+        (NOW + 5, "192.0.2.8", 1, None),
+        (NOW, "192.0.2.7", 3, NOW + hour),
+        (NOW - 1, "192.0.2.7", 1, None),
     ]
+
+
+def test_a_key_that_signs_in_all_day_pushes_nothing_out(store, monkeypatch):
+    """FAULTS D11: not even its own acts."""
+    monkeypatch.setattr(moltis, "MAX_CALLER_EVENTS", 100)
+    store.audit.add(event(AuditEvent.TOKEN_CREATED, NOW - 1, key="reader"))
+    for number in range(1000):
+        seen = event(AuditEvent.SIGNED_IN, NOW, "192.0.2.7", f"Firefox {number}")
+        store.audit.add(seen.replace(caller_id="reader"))
+    signed_in, made = store.audit.page()
+    assert (signed_in.count, signed_in.subject) == (1000, "Firefox 0")
+    assert made.event == AuditEvent.TOKEN_CREATED
+
+
+def test_the_audit_is_filtered_by_node_and_state(store):
+    store.audit.add(event(AuditEvent.KEY_CREATED))
+    for number, (node, code) in enumerate([("n1", 0), ("n1", 1), ("n2", 1)]):
+        record = store.jobs.add(job(f"j{number}", node_id=node))
+        store.jobs.save(ended(record, exit_code=code))
+    ids = lambda **filters: {e.job_id for e in store.audit.page(**filters)}  # noqa: E731
+    assert ids() == {None, "j0", "j1", "j2"}
+    assert ids(node_id="n1") == {"j0", "j1"}
+    assert ids(state="failed") == {"j1", "j2"}
+    assert ids(node_id="n1", state="failed") == {"j1"}
+    assert ids(state="done", node_id="n3") == set()
+
+
+def test_nothing_is_old_because_the_clock_says_so_alone(store, monkeypatch):
+    """FAULTS D11: age is counted from the newest row."""
+    monkeypatch.setattr(moltis, "STEADY_AFTER", 0.0)
+    store.audit.add(event(AuditEvent.KEY_CREATED, NOW))
+    store.jobs.add(job("j1", asked_at=NOW + 1000))
+    monkeypatch.setattr(store.clock, "_now", lambda: NOW + 365 * 86_400_000)
+    assert store.before(60.0) == NOW + 1000 - 60_000
 
 
 def test_old_events_are_deleted(store):
     for at in (1, 2, NOW):
-        store.audit.add(event(AuditEvent.SIGNED_IN, at))
+        store.audit.add(event(AuditEvent.JOINED, at))
     assert store.audit.delete_before(NOW) == 2
     assert store.audit.delete_before(NOW) == 0
     assert [e.at for e in store.audit.page()] == [NOW]

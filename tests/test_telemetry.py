@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from support import (
@@ -212,6 +213,173 @@ class TestLinux:
         linux(tmp_path, cpu=stat)
         assert moltis.ProcProbe(tmp_path).read().cpu_times is None
 
+    @pytest.mark.parametrize(
+        "stat", [f"cpu {'9 ' * 5000}", f"cpu 1 2 3 4 {'9' * 5000}"]
+    )
+    def test_numbers_without_end_spare_the_rest_of_the_reading(self, tmp_path, stat):
+        linux(tmp_path, cpu=stat, meminfo=f"{MEMINFO}Odd: {'9' * 5000} kB\n")
+        vitals = moltis.ProcProbe(tmp_path).read()
+        assert vitals.mem_total == 3884360 * 1024
+        assert vitals.uptime_secs == 93784.21
+
+
+MIB = 1 << 20
+HOST = "MemTotal: 24641536 kB\nMemFree: 900000 kB\nMemAvailable: 20971520 kB\n"
+HOST_BYTES = 24641536 * 1024
+V1_UNLIMITED = "9223372036854771712\n"
+
+# What `find /proc /sys -type f` had of it, on machines of each kind: file, content.
+MACHINES = {
+    "Pi Zero": (
+        {
+            "proc/meminfo": "MemTotal:         440052 kB\nMemFree:           71764 kB\n"
+            "MemAvailable:     280312 kB\nBuffers:           28464 kB\n",
+            "proc/stat": "cpu  36241 0 25518 2154610 8112 0 1423 0 0 0\n",
+            "proc/uptime": "22254.32 21546.10\n",
+            "proc/self/cgroup": "0::/user.slice/user-1000.slice/user@1000.service\n",
+            "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
+            "sys/class/thermal/thermal_zone0/temp": "36318\n",
+        },
+        (440052 * 1024, 280312 * 1024, None, 36.318),
+    ),
+    "Pi 5": (
+        {
+            "proc/meminfo": "MemTotal:        8256176 kB\nMemFree:         5733136 kB\n"
+            "MemAvailable:    7293568 kB\n",
+            "proc/stat": "cpu  102412 311 60411 9012345 5120 0 2210 0 0 0\n",
+            "proc/uptime": "22990.11 90123.45\n",
+            "proc/self/cgroup": "0::/user.slice/user-1000.slice/session-3.scope\n",
+            "sys/fs/cgroup/user.slice/memory.max": "max\n",
+            "sys/fs/cgroup/user.slice/memory.current": "1207959552\n",
+            "sys/fs/cgroup/user.slice/cpu.max": "max 100000\n",
+            "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
+            "sys/class/thermal/thermal_zone0/temp": "52350\n",
+        },
+        (8256176 * 1024, 7293568 * 1024, None, 52.35),
+    ),
+    "LXC": (  # lxcfs shows the limit in meminfo as well
+        {
+            "proc/meminfo": "MemTotal:        2097152 kB\nMemFree:         1853020 kB\n"
+            "MemAvailable:    1934440 kB\n",
+            "proc/stat": "cpu  18410 0 9120 880120 0 0 0 0 0 0\n",
+            "proc/uptime": "9121.00 8801.00\n",
+            "proc/self/cgroup": "0::/.lxc\n",
+            "sys/fs/cgroup/memory.max": "2147483648\n",
+            "sys/fs/cgroup/memory.current": "249987072\n",
+            "sys/fs/cgroup/memory.stat": "anon 41943040\ninactive_file 93361792\n",
+            "sys/fs/cgroup/cpu.max": "200000 100000\n",
+        },
+        (2048 * MIB, 1934440 * 1024, 2.0, None),
+    ),
+    "container, cgroup v2": (  # docker run --memory 300m --cpus 1.5
+        {
+            "proc/meminfo": HOST,
+            "proc/self/cgroup": "0::/\n",
+            "sys/fs/cgroup/memory.max": "314572800\n",
+            "sys/fs/cgroup/memory.current": "104857600\n",
+            "sys/fs/cgroup/memory.stat": "file 31457280\ninactive_file 20971520\n",
+            "sys/fs/cgroup/cpu.max": "150000 100000\n",
+        },
+        (300 * MIB, 220 * MIB, 1.5, None),
+    ),
+    "service in a slice with a limit, cgroup v2": (
+        {
+            "proc/meminfo": HOST,
+            "proc/self/cgroup": "0::/a.slice/b.service\n",
+            "sys/fs/cgroup/a.slice/memory.max": "314572800\n",
+            "sys/fs/cgroup/a.slice/memory.current": "209715200\n",
+            "sys/fs/cgroup/a.slice/cpu.max": "50000 100000\n",
+            "sys/fs/cgroup/a.slice/b.service/memory.max": "1073741824\n",
+            "sys/fs/cgroup/a.slice/b.service/memory.current": "104857600\n",
+            "sys/fs/cgroup/a.slice/b.service/cpu.max": "max 100000\n",
+        },
+        (300 * MIB, 100 * MIB, 0.5, None),
+    ),
+    "container, cgroup v1": (  # its path is the one outside
+        {
+            "proc/meminfo": HOST,
+            "proc/self/cgroup": "9:memory:/docker/5f0c\n4:cpu,cpuacct:/docker/5f0c\n"
+            "1:name=systemd:/docker/5f0c\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "314572800\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "104857600\n",
+            "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 20971520\n",
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "150000\n",
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+        },
+        (300 * MIB, 220 * MIB, 1.5, None),
+    ),
+    "no limit, cgroup v1": (
+        {
+            "proc/meminfo": HOST,
+            "proc/self/cgroup": "9:memory:/user.slice\n4:cpu:/\n0::/user.slice\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": V1_UNLIMITED,
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "20104857600\n",
+            "sys/fs/cgroup/memory/user.slice/memory.limit_in_bytes": V1_UNLIMITED,
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+        },
+        (HOST_BYTES, 20971520 * 1024, None, None),
+    ),
+    "WSL 2": (
+        {
+            "proc/meminfo": "MemTotal:        8029044 kB\nMemFree:         6623456 kB\n"
+            "MemAvailable:    7164324 kB\n",
+            "proc/stat": "cpu  1201 12 2210 402110 310 0 95 0 0 0\n",
+            "proc/uptime": "1017.44 8042.20\n",
+            "proc/self/cgroup": "0::/\n",
+        },
+        (8029044 * 1024, 7164324 * 1024, None, None),
+    ),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_recorded_machine_is_read(tmp_path, machine):
+    files, (total, available, cpus, temperature) = MACHINES[machine]
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    vitals = moltis.ProcProbe(tmp_path).read()
+    assert (vitals.mem_total, vitals.mem_available) == (total, available)
+    assert vitals.cpu_limit == cpus
+    assert vitals.temperature == temperature
+    report = moltis.Telemetry.from_payload(
+        moltis.TelemetrySource(
+            lambda: vitals, SimpleNamespace(equipment=moltis.Equipment())
+        )
+        .read()
+        .to_payload("n")
+    )
+    assert report.mem_available <= report.mem_total == total
+
+
+def test_a_quota_of_cores_counts_up_and_never_beyond_those_of_the_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    counts = [moltis.usable_cpus(limit) for limit in (None, 0.2, 1.5, 64.0)]
+    assert counts == [4, 1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("root", "expected"),
+    [
+        ("ext4", (100 * 4096, 50 * 4096)),
+        ("composefs", (900 * 4096, 300 * 4096)),  # an image: full and read-only
+        ("rootfs", (900 * 4096, 300 * 4096)),  # has no blocks at all
+    ],
+)
+def test_the_disk_is_the_one_that_fills(monkeypatch, root, expected):
+    kinds = {"ext4": (100, 50, 0), "composefs": (2048, 0, 1), "rootfs": (0, 0, 0)}
+
+    def statvfs(path):
+        blocks, free, flags = kinds[root] if path == "/" else (900, 300, 0)
+        return SimpleNamespace(
+            f_blocks=blocks, f_bavail=free, f_frsize=4096, f_flag=flags * os.ST_RDONLY
+        )
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    assert moltis._read_disk() == expected
+
 
 class TestCpuUsage:
     def test_it_is_the_share_of_ticks_between_two_readings(self):
@@ -244,6 +412,22 @@ class TestMacos:
             uptime_secs=500.0,
             cpu_usage=15.0,
         )
+
+    def test_a_recorded_intel_mac_has_smaller_pages(self, programs, environ):
+        programs("sysctl", answer(MACOS_SYSCTL.replace("17179869184", "8589934592")))
+        programs(
+            "vm_stat",
+            answer(
+                "Mach Virtual Memory Statistics: (page size of 4096 bytes)\n"
+                "Pages free:                               91284.\n"
+                "Pages active:                            702113.\n"
+                "Pages inactive:                          678901.\n"
+                "Pages speculative:                        23012.\n"
+            ),
+        )
+        vitals = self.probe(environ).read()
+        assert vitals.mem_total == 8 << 30
+        assert vitals.mem_available == (91284 + 678901 + 23012) * 4096
 
     def test_a_mac_without_vm_stat_and_ps_tells_the_rest(self, programs, environ):
         programs("sysctl", answer(MACOS_SYSCTL))
@@ -315,12 +499,32 @@ class TestRuntimes:
             "java": "21",
         }
 
-    def test_one_that_fails_is_listed_without_a_version(self, programs, inventory):
+    def test_one_that_fails_is_none(self, programs, inventory):
+        """As rustup's `rustc` does without a toolchain."""
         programs("java", RUNTIME_ANSWERS["java"])
         programs("ruby", "echo 'ruby 9.9.9'; exit 1")
         equipment = known(inventory())
-        assert "ruby" in equipment.runtimes
+        assert equipment.runtimes == ("java",)
         assert list(equipment.runtime_versions) == ["java"]
+
+    def test_to_ask_for_a_version_leaves_nothing_behind(
+        self, tmp_path, programs, inventory, home, environ
+    ):
+        """Version managers set up their directory before they know that they fail."""
+        environ["TMPDIR"] = str(tmp_path / "tmp")
+        (tmp_path / "tmp").mkdir()
+        (home / ".pyenv").mkdir()
+        (home / ".pyenv/version").write_text("3.12.1")
+        programs("rustc", 'mkdir -p "$HOME/.rustup/tmp"; exit 1')
+        programs("python3", 'echo "Python $(cat "$HOME/.pyenv/version")"')
+        programs("java", f'touch "$HOME/.java"; {RUNTIME_ANSWERS["java"]}')
+        one = inventory()
+        equipment = known(one)
+        one.close()
+        assert equipment.runtimes == ("python3", "java")
+        assert equipment.runtime_versions["python3"] == "3.12.1"
+        assert os.listdir(home) == [".pyenv"]
+        assert os.listdir(tmp_path / "tmp") == []
 
     def test_names_are_known_before_versions(self, tmp_path, programs, inventory):
         """A report at connect shall not wait for a slow `java -version`."""
@@ -446,6 +650,15 @@ class TestGpus:
             moltis.Gpu("NVIDIA GeForce RTX 4090", 24564 * 1024 * 1024),
             moltis.Gpu("NVIDIA GB10"),
         )
+
+    def test_a_worn_gpu_is_listed_and_a_warning_is_none(self, programs, inventory):
+        programs("java", RUNTIME_ANSWERS["java"])
+        programs(
+            "nvidia-smi",
+            "echo 'NVIDIA L4, 23034'; echo 'warning: infoROM is corrupted, gpu 0'; "
+            f"echo 'Odd, {'9' * 5000}'; exit 14",
+        )
+        assert known(inventory()).gpus == (moltis.Gpu("NVIDIA L4", 23034 << 20),)
 
     def test_a_driver_that_does_not_answer_means_none(self, programs, inventory):
         programs("java", RUNTIME_ANSWERS["java"])
@@ -581,6 +794,7 @@ class TestFindBinary:
         path = home / ".cargo/bin/mytool"
         path.parent.mkdir(parents=True)
         path.write_text("#!/bin/sh\n")
+        environ = moltis.command_environment(environ)
         assert moltis.find_binary("mytool", environ) is None
         path.chmod(0o755)
         assert moltis.find_binary("mytool", environ) == str(path)
@@ -601,7 +815,7 @@ class TestFindBinary:
     )
     def test_what_is_no_plain_name_is_refused(self, name):
         with pytest.raises(moltis.RpcError) as caught:
-            moltis.find_binary(name)
+            moltis.find_binary(name, {})
         assert caught.value.code == "INVALID_REQUEST"
 
 
@@ -620,6 +834,15 @@ class TestReports:
         assert source.read().cpu_usage == 25.0  # too soon for another
         linux(tmp_path, cpu="cpu  250 0 0 1050 0 0 0 0 0 0")
         assert source.read().cpu_usage == 100.0
+
+    def test_counters_that_go_back_spoil_no_later_reading(self, tmp_path, inventory):
+        """As in a container that is restarted."""
+        linux(tmp_path, cpu="cpu  900 0 0 100 0 0 0 0 0 0")
+        source = self.source(tmp_path, inventory())
+        linux(tmp_path, cpu="cpu  10 0 0 3090 0 0 0 0 0 0")
+        assert source.read().cpu_usage is None
+        linux(tmp_path, cpu="cpu  10 0 0 3190 0 0 0 0 0 0")
+        assert source.read().cpu_usage == 0.0
 
     def test_a_system_that_reckons_the_usage_itself_is_believed(self, inventory):
         source = moltis.TelemetrySource(
@@ -645,14 +868,14 @@ class TestReports:
         payload = self.source(linux(tmp_path), one).read().to_payload("n1")
         load = payload.pop("load")
         assert len(load) == 3
-        assert payload.pop("cpuCount") == os.cpu_count()
+        assert payload.pop("cpuCount") == moltis.usable_cpus(None)
         assert all(isinstance(v, int) for v in payload.pop("disk").values())
         assert payload == {
             "nodeId": "n1",
             "mem": {"total": 3884360 * 1024, "available": 2913884 * 1024},
             "uptime": 93784,
             "services": [],
-            "runtimes": list(RUNTIME_ANSWERS),
+            "runtimes": ["java"],
             "runtimeVersions": {"java": "21"},
             "gpus": [{"name": "NVIDIA L4", "memTotal": 23034 * 1024 * 1024}],
             "providers": [{"provider": "openai", "models": []}],
@@ -743,6 +966,24 @@ class TestReports:
                 assert getattr(telemetry, field) in (None, (), {}, 16 << 30)
             else:
                 assert getattr(telemetry, field) == getattr(whole, field)
+
+    @pytest.mark.parametrize(
+        "claims",
+        [
+            {"mem_available": 2**64 * 1024, "mem_total": 1 << 30},
+            {"uptime_secs": float(2**64)},
+            {"disk_available": 2, "disk_total": 1},
+            {"cpu_usage": float("nan"), "load": [float("inf")]},
+        ],
+        ids=str,
+    )
+    def test_what_the_sender_cannot_believe_is_missing_and_spares_the_rest(
+        self, claims
+    ):
+        telemetry = moltis.Telemetry.checked({"cpu_count": 4, **claims})
+        assert telemetry.cpu_count == 4
+        for name in ("mem_available", "uptime_secs", "disk_available", "cpu_usage"):
+            assert getattr(telemetry, name) is None
 
     def test_lists_and_names_of_a_report_are_bounded(self):
         telemetry = moltis.Telemetry.from_payload(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import email.parser
+import io
 import json
 import os
 import re
@@ -698,7 +699,7 @@ def test_signing_out_ends_the_websocket_too(plain, browser):
 
 def test_a_sign_in_can_be_ended_from_elsewhere(plain, browser):
     (login,) = plain.call("logins.list")
-    assert login["keyName"] == "this machine"
+    assert login["keyName"] == "owner"
     assert login["address"] == "127.0.0.1"
     plain.call("logins.revoke", loginId=login["loginId"])
     assert browser.peer.close_code() == 1008
@@ -758,7 +759,7 @@ def test_keys_are_made_listed_and_revoked_at_the_command_line(home):
         gone = run_moltis("node", "list", home=home, MOLTIS_API_KEY=key)
         assert gone.returncode == moltis.EXIT_REFUSED
         audit = run_moltis("audit", home=home).stdout
-        assert re.search(r"this machine +127\.0\.0\.1 +key\.created .*ci", audit)
+        assert re.search(r"owner +[0-9a-f]{8} +127\.0\.0\.1 +key\.created .*ci", audit)
         events = json.loads(run_moltis("audit", "--json", home=home).stdout)
         assert [e["event"] for e in events][:3] == [
             *("key.refused", "key.revoked", "key.created")
@@ -788,15 +789,15 @@ def test_the_audit_holds_who_came_and_what_was_changed(plain, browser):
     post(plain, "/api/sign-out", {}, Cookie=browser.cookie)
     entries = plain.call("audit.list")
     assert [(e["event"], e["caller"]) for e in reversed(entries)] == [
-        ("login.created", "this machine"),
+        ("login.created", "owner"),
         ("login.refused", ""),
-        ("token.created", "this machine"),
+        ("token.created", "owner"),
         ("token.joined", "Pi"),
-        ("token.rotated", "this machine"),
-        ("token.revoked", "this machine"),
+        ("token.rotated", "owner"),
+        ("token.revoked", "owner"),
         ("token.refused", ""),
-        ("command", "this machine"),
-        ("login.ended", "this machine"),
+        ("command", "owner"),
+        ("login.ended", "owner"),
     ]
     assert {e["address"] for e in entries if e["event"] != "command"} == {"127.0.0.1"}
     command = entries[1]
@@ -830,6 +831,29 @@ def test_strangers_push_nothing_out_of_the_audit(tmp_path, monkeypatch):
     store.close()
 
 
+def test_the_audit_says_who_renamed_and_who_allowed_everything(plain, tmp_path):
+    """FAULTS D12, issue 14 point 9"""
+    key = plain.call("keys.create", name="ann", scopes=["operator.write"])
+    with plain.node("far"), moltis.OperatorClient(
+        plain.url, key["key"], plain.trust
+    ) as ann:
+        ann.call("node.rename", {"nodeId": "far", "displayName": "near"})
+        ann.call("sessions.patch", {"key": "main", "label": "Main"})
+        ann.call("sessions.patch", {"key": "main", "approvals": "all"})
+        ann.call("sessions.reset", {"key": "main"})
+    entries = plain.call("audit.list")
+    acts = [(e["event"], e["subject"]) for e in entries if e["caller"] == "ann"]
+    assert acts[::-1] == [
+        ("node.renamed", "far is now near"),
+        ("chat.approvals", "main: Run everything"),
+        ("chat.reset", "main"),
+    ]
+    for entry in entries:
+        if entry["caller"] == "ann":
+            assert entry["callerId"] == key["keyId"]
+            assert entry["address"] == "127.0.0.1"
+
+
 def test_the_audit_goes_to_a_spreadsheet_in_which_nothing_runs(plain, browser):
     import csv
     import urllib.request
@@ -845,6 +869,35 @@ def test_the_audit_goes_to_a_spreadsheet_in_which_nothing_runs(plain, browser):
     assert [row["event"] for row in rows] == ["token.created", "login.created"]
     assert rows[0]["subject"] == '\'=HYPERLINK("x")'
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", rows[0]["at"])
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("=1+1", "'=1+1"),
+        ("+1", "'+1"),
+        ("-1", "'-1"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("\t=1", "'\t'=1"),
+        ("\r=1", "'\r'=1"),
+        (" =1+1", "' =1+1"),
+        ("a;=1+1", "a;'=1+1"),
+        ("a; -b", "a;' -b"),
+        ("a\n=1", "a\n'=1"),
+        ("＝1", "'＝1"),
+        ("a=1; b", "a=1; b"),
+        ("x-1+2@3", "x-1+2@3"),
+    ],
+)
+def test_no_cell_of_the_audit_begins_like_a_formula(text, cell):
+    """FAULTS D22: also where a spreadsheet parts cells at semicolons or tabs."""
+    import csv
+
+    row = {"at": 1000, "event": "e", "subject": text}
+    written = b"".join(moltis.audit_csv(iter([[row]]))).decode()
+    (found,) = csv.DictReader(io.StringIO(written, newline=""))
+    assert found["subject"] == cell
+    assert written.splitlines()[1].startswith('"1970')
 
 
 def test_the_audit_is_kept_as_long_as_was_said(tmp_path, monkeypatch):
@@ -1015,10 +1068,22 @@ def test_the_browser_is_opened_without_the_key_in_its_arguments(tmp_path):
         (page,) = tmp_path.glob("moltis-sign-in-*/index.html")
         assert address == page.as_uri()
         assert page.parent.stat().st_mode & 0o777 == 0o700
-        link = re.search(r"Sign in:\s+(\S+)", gateway.stdout)[1]
-        assert f"url={link}" in page.read_text()
+        text = page.read_text()
         assert gateway.end() == 0
     assert not page.parent.exists()
+    assert moltis.GatewayFile.load(tmp_path / ".moltis").api_key not in text
+
+
+def test_a_gateway_that_is_killed_leaves_no_file_with_the_key(plain, tmp_path):
+    """FAULTS D23: what `--open` writes is a code for one sign-in, kept in memory."""
+    link = plain.running.one_time_link()
+    code = link.partition("#key=")[2]
+    assert plain.api_key not in link
+    answer = post(plain, "/api/sign-in", {"key": code})
+    assert answer.status == 200
+    for spent in (code, plain.running.one_time_link().replace("mo_", "mo_x")):
+        with pytest.raises(OSError, match="401"):
+            post(plain, "/api/sign-in", {"key": spent.partition("#key=")[2] or spent})
 
 
 def test_a_key_that_is_revoked_gets_no_answer_to_what_it_asked_before(plain, tmp_path):
