@@ -7163,6 +7163,7 @@ GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU fir
 MAX_HOME_ENTRIES = 2000  # of a home directory; programs do not see the rest
 SYSCTL_TIMEOUT = 2.0  # s; a reading waits for it
 MAX_LISTED = 256  # entries of one list in a report; the rest is dropped
+MAX_REPORTED_PROVIDERS = 32  # each with MAX_LISTED models; the rest is dropped
 MAX_LABEL = 200  # characters of one name in a report; the rest is cut off
 MAX_NUMBER = 2**63 - 1  # neither SQLite nor a Moltis peer takes a greater one
 MAX_MEMORY_LIMIT = 2**62  # bytes; cgroups of v1 without a limit say more
@@ -7260,7 +7261,7 @@ def _gpu_list(value: Any) -> tuple[Gpu, ...]:
 def _provider_list(value: Any) -> tuple[Provider, ...]:
     return tuple(
         Provider(_label(entry["provider"]), _labels(entry.get("models", [])))
-        for entry in _items(value)
+        for entry in _items(value)[:MAX_REPORTED_PROVIDERS]
     )
 
 
@@ -13689,6 +13690,10 @@ def check_arguments(call: ToolCall, specs: Sequence[ToolSpec]) -> JsonObject:
     return {k: v for k, v in call.arguments.items() if v is not None}
 
 
+MAX_GPU_NAME = 60  # characters in a prompt; "NVIDIA RTX PRO 6000 Blackwell …" has 55
+MAX_GPU_KINDS = 4  # of one machine in a prompt; the rest is counted
+
+
 def describe_node(view: JsonObject) -> str:
     """Return one line on a machine of `node.list`, for a model."""
     telemetry = view.get("telemetry") or {}
@@ -13706,9 +13711,14 @@ def describe_node(view: JsonObject) -> str:
         if telemetry.get(total) and telemetry.get(free) is not None:
             sizes = format_bytes(telemetry[free]), format_bytes(telemetry[total])
             parts.append(f"{name} {sizes[0]} free of {sizes[1]}")
-    gpus = [str(gpu.get("name")) for gpu in telemetry.get("gpus") or ()]
-    if gpus:
-        parts.append("GPU " + " + ".join(gpus))
+    gpus = collections.Counter(
+        str(gpu.get("name"))[:MAX_GPU_NAME] for gpu in telemetry.get("gpus") or ()
+    )
+    for gpu, count in itertools.islice(gpus.items(), MAX_GPU_KINDS):
+        # Quoted: these are the node's words, which a model must not take for ours.
+        parts.append(f"{count} × GPU {to_json(gpu)}")
+    if len(gpus) > MAX_GPU_KINDS:
+        parts.append(f"{len(gpus) - MAX_GPU_KINDS} other kinds of GPU")
     name = f"{view['displayName']} ({view['nodeId']})"
     return ": ".join(filter(None, (name, ", ".join(parts))))
 

@@ -998,7 +998,7 @@ class TestReports:
         assert len(telemetry.runtimes[0]) == moltis.MAX_LABEL
         assert len(telemetry.runtime_versions) == moltis.MAX_LISTED
         assert len(telemetry.load) == 3
-        assert len(telemetry.providers) == moltis.MAX_LISTED
+        assert len(telemetry.providers) == moltis.MAX_REPORTED_PROVIDERS
         assert len(telemetry.providers[0].models) == moltis.MAX_LISTED
 
     def test_no_name_of_a_report_can_steer_a_terminal_or_break_its_encoding(self):
