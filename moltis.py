@@ -941,7 +941,7 @@ def _read_to_end(
     """Return whether both pipes of a program ended in time, and their output."""
     import selectors
 
-    output = {pipe.fileno(): b"" for pipe in pipes}
+    output = {pipe.fileno(): bytearray() for pipe in pipes}
     with selectors.DefaultSelector() as selector:
         for descriptor in output:
             selector.register(descriptor, selectors.EVENT_READ)
@@ -953,7 +953,7 @@ def _read_to_end(
                     selector.unregister(key.fd)
             if sum(map(len, output.values())) > MAX_PROGRAM_OUTPUT:
                 break
-        stdout, stderr = output.values()
+        stdout, stderr = map(bytes, output.values())
         return not selector.get_map(), stdout, stderr
 
 
@@ -1094,6 +1094,9 @@ def _idna_2008(name: str) -> str:
     )
 
 
+MAX_HOST_NAME = 253  # characters (RFC 1035 §2.3.4)
+
+
 def ascii_host(host: str) -> str:
     """Return a host's name as DNS, TLS and HTTP have it (RFC 3490).
 
@@ -1102,6 +1105,8 @@ def ascii_host(host: str) -> str:
     """
     if host.isascii():
         return host
+    if len(host) > MAX_HOST_NAME:  # older Pythons take the square of it to convert it
+        raise UsageError(f"{host[:40]!r}… is not an address: no host's name is so long")
     try:
         name = host.encode("idna").decode("ascii").lower()
         modern = _idna_2008(host)
@@ -1833,7 +1838,9 @@ def runs_long(arguments: Sequence[str]) -> bool:
     first, second = (*arguments, "", "")[:2]
     if first == "node":
         return second == "run" or (second == "add" and "--foreground" in arguments)
-    return first in ("gateway", "chat", "mcp")
+    if first == "gateway":
+        return second not in ("backup", "restore")
+    return first in ("chat", "mcp")
 
 
 def _anonymous_file() -> IO[bytes]:
@@ -2270,14 +2277,13 @@ def check_upgraded(head: bytes, key: str) -> None:
     found = re.fullmatch(STATUS_LINE, status)
     if found is None:
         raise HandshakeError(502, "the answer is not HTTP")
-    fields: dict[str, str] = {}
+    values: dict[str, list[str]] = {}
     for line in lines:
         name, colon, value = line.partition(":")
         if not colon or not re.fullmatch(HTTP_TOKEN, name):
             raise HandshakeError(502, "the answer has a malformed header")
-        known = fields.get(name.lower())
-        value = value.strip(" \t")
-        fields[name.lower()] = value if known is None else f"{known}, {value}"
+        values.setdefault(name.lower(), []).append(value.strip(" \t"))
+    fields = {name: ", ".join(found) for name, found in values.items()}
     if found[1] != "101":
         by = f" (from {fields['server']})" if fields.get("server") else ""
         reason = f"HTTP {found[1]} {found[2] or ''}".rstrip()
@@ -3409,7 +3415,7 @@ def parse_if_inet6(text: str) -> set[str]:
 
 def parse_ifconfig(text: str) -> set[str]:
     """Return the addresses in the output of macOS' `ifconfig`."""
-    found = re.findall(r"^\s+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
+    found = re.findall(r"^[ \t]+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
     return {a for a in found if not a.lower().startswith("fe80:")}
 
 
@@ -5670,6 +5676,7 @@ MODEL_LIST_LIFETIME = 600.0  # s that a provider's list of models is remembered
 MODEL_LIST_RETRY = 30.0  # s; after a provider failed: an Ollama may start later
 MAX_MODEL_LINE = 16 * 1024 * 1024  # bytes; a longer one ends the answer
 MAX_MODEL_ANSWER = 64 * 1024 * 1024  # bytes as received; a longer one is an error
+MAX_EARLY_PARSING = 1_000_000  # characters of a tool call that is not complete yet
 MAX_MODEL_REPLY = 16 * 1024 * 1024  # bytes of a list or an error that are read
 ANTHROPIC_VERSION = "2023-06-01"
 ANTHROPIC_MAX_TOKENS = 16384  # of one answer; a required parameter
@@ -5882,6 +5889,8 @@ def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         if message.role == "tool" or (empty and not message.tool_calls):
             continue
         settled.append(message)
+        if not message.tool_calls:
+            continue
         results = _results_after(messages, position)
         for call in message.tool_calls:
             missing = ChatMessage(
@@ -5967,16 +5976,36 @@ class PartialCall:
         self.id = call_id
         self.given_id = given_id  # by the server; perhaps empty, or not unique
         self.name = name
-        self.arguments: object = ""
+        self._pieces: list[str] = []  # of JSON text
+        self._value: object = None  # in place of them
+        self._tried = 0  # characters that were parsed too early
 
     def add(self, arguments: object) -> None:
-        if isinstance(arguments, str) and isinstance(self.arguments, str):
-            self.arguments += arguments
-        elif arguments:
-            self.arguments = arguments
+        """Append a piece of JSON text, or replace it by a value; text replaces that."""
+        if not arguments:
+            return
+        if isinstance(arguments, str):
+            self._pieces.append(arguments)
+            self._value = None
+        else:
+            self._pieces.clear()
+            self._value = arguments
+
+    @property
+    def has_arguments(self) -> bool:
+        return bool(self._value or self._pieces)
+
+    def is_whole(self) -> bool:
+        """Return whether its arguments are complete JSON."""
+        if self._tried > MAX_EARLY_PARSING:
+            return False
+        call = self.finished()
+        self._tried += len(call.malformed)
+        return self.has_arguments and not call.malformed
 
     def finished(self) -> ToolCall:
-        return read_tool_call(self.id, self.name, self.arguments)
+        arguments = self._value or "".join(self._pieces)
+        return read_tool_call(self.id, self.name, arguments)
 
 
 class AnswerReader:
@@ -5993,6 +6022,8 @@ class AnswerReader:
         self._model_id = model_id
         self._refused = False
         self._text: list[str] = []
+        self._thoughts: dict[str, list[str]] = {}  # by their field in provider_data
+        self._call_ids: set[str] = set()
         self._surrogate = ""  # the first half of a pair that was cut in two
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
@@ -6019,14 +6050,14 @@ class AnswerReader:
         """Yield a piece of thinking; `keep_as` names its field in what goes back."""
         if text:
             if keep_as:
-                before = self.provider_data.get(keep_as, "")
-                self.provider_data[keep_as] = before + text
+                self._thoughts.setdefault(keep_as, []).append(text)
             yield Delta("thinking", text)
 
     def open_call(self, given_id: str, name: str) -> PartialCall:
         # Servers omit ids, or give all calls of an answer the same.
-        taken = not given_id or any(call.id == given_id for call in self.calls)
+        taken = not given_id or given_id in self._call_ids
         call = PartialCall(new_call_id() if taken else given_id, given_id, name)
+        self._call_ids.add(call.id)
         self.calls.append(call)
         return call
 
@@ -6041,7 +6072,8 @@ class AnswerReader:
 
         Raises ModelError for an answer without a word.
         """
-        data = self.provider_data
+        thoughts = {name: "".join(texts) for name, texts in self._thoughts.items()}
+        data = {**thoughts, **self.provider_data}
         calls = [] if self.reason in CUT_SHORT else self.calls
         if self.reason == "error":
             raise ModelError(
@@ -6141,17 +6173,18 @@ class OpenAiAnswer(AnswerReader):
         call = self._slots.get(slot)
         if call is None or self._opens_another(call, given_id, name):
             self._slots[slot] = call = self.open_call(given_id, name)
-        elif not call.arguments and name != call.name:
+        elif not call.has_arguments and name != call.name:
             call.name += name  # it may come in pieces, and before the id
         if not call.given_id and given_id:
-            taken = any(other.id == given_id for other in self.calls)
-            call.given_id, call.id = given_id, call.id if taken else given_id
+            call.given_id = given_id
+            call.id = call.id if given_id in self._call_ids else given_id
+            self._call_ids.add(call.id)
         return call
 
     def _opens_another(self, call: PartialCall, given_id: str, name: str) -> bool:
         if call.given_id and given_id:
             return bool(name) and given_id != call.given_id
-        return bool(name and call.arguments and not call.finished().malformed)
+        return bool(name) and call.is_whole()
 
 
 class ResponsesAnswer(AnswerReader):
@@ -6208,6 +6241,7 @@ class AnthropicAnswer(AnswerReader):
     def __init__(self, model_id: str) -> None:
         super().__init__(model_id)
         self._blocks: dict[int, JsonObject] = {}
+        self._pieces: dict[tuple[int, str], list[str]] = {}  # by block and field
         self._inputs: dict[int, PartialCall] = {}
         self._whole: list[JsonObject] = []  # the blocks that have ended
 
@@ -6253,18 +6287,22 @@ class AnthropicAnswer(AnswerReader):
         yield from self.say(pick(block, "text", str))
 
     def _take_delta(self, index: int, delta: JsonObject) -> Iterator[ModelEvent]:
-        block = self._blocks.setdefault(index, {})
+        self._blocks.setdefault(index, {})
         if index in self._inputs:
             self._inputs[index].add(pick(delta, "partial_json", str))
         for name in ("text", "thinking", "signature"):
             piece = pick(delta, name, str)
             if piece:
-                block[name] = pick(block, name, str) + piece
+                self._pieces.setdefault((index, name), []).append(piece)
         yield from self.think(pick(delta, "thinking", str))
         yield from self.say(pick(delta, "text", str))
 
     def _close_block(self, index: int) -> None:
         block = self._blocks.pop(index, {})
+        for name in ("text", "thinking", "signature"):
+            pieces = self._pieces.pop((index, name), None)
+            if pieces:
+                block[name] = "".join([pick(block, name, str), *pieces])
         if index in self._inputs:
             call = self._inputs.pop(index).finished()
             name = call_name(call.name)
@@ -7168,7 +7206,7 @@ MAX_LABEL = 200  # characters of one name in a report; the rest is cut off
 MAX_NUMBER = 2**63 - 1  # neither SQLite nor a Moltis peer takes a greater one
 MAX_MEMORY_LIMIT = 2**62  # bytes; cgroups of v1 without a limit say more
 MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is noise
-_VERSION = r"(\d+\.\d+[\w.+-]*)"
+_VERSION = r"(?<!\d)(\d+\.\d+[\w.+-]*)"
 # Programs that run others' programs: how to ask for the version, and where it stands.
 RUNTIMES: Mapping[str, tuple[str, str]] = {
     "python3": ("--version", _VERSION),
@@ -7186,7 +7224,7 @@ MACOS_STUBS: Mapping[str, str] = {
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d{1,30})\b"
-_BOOT_TIME = r"(?m)^kern\.boottime\b\D*sec = (\d+)"
+_BOOT_TIME = r"(?m)^kern\.boottime\b[^\d\n]*sec = (\d+)"
 _VM_STAT_PAGE = r"page size of (\d+) bytes"
 _GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d{1,12})|\[.*\]) *\r?$"
 
@@ -7960,7 +7998,7 @@ class MachinePeer(Protocol):
 # runs the `$(…)` in an array's index, as in `${x[y]}` after `y=a['$''(…)']`.  `$NAME`
 # is harmless.
 SHELL_MARKS = r"[;&|`<>\n\r'\"\\#]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
-PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
+PATTERN_UNIT = r"(?s)\[!?\]?[^]]{0,255}\]|."
 
 
 def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:
@@ -10169,6 +10207,43 @@ def _open_database(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def copy_database(source: Path, target: Path) -> None:
+    """Copy a gateway's database, in use or not, to the new private file `target`.
+
+    Raises UserError.
+    """
+    import sqlite3
+
+    try:
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError as error:
+        raise UserError(f"{target} exists; choose another name") from error
+    except OSError as error:
+        raise UserError(f"cannot make {target}: {error.strerror}") from error
+    try:
+        # `rw` makes no file, so that a wrong path is an error.
+        there = sqlite3.connect(f"{source.absolute().as_uri()}?mode=rw", uri=True)
+        with contextlib.closing(there), contextlib.closing(
+            sqlite3.connect(str(target))
+        ) as here:
+            found = there.execute("PRAGMA quick_check(1)").fetchone()[0]
+            version = there.execute("PRAGMA user_version").fetchone()[0]
+            if found != "ok":
+                raise UserError(f"{source} is damaged: {found}; take another backup")
+            if not min(MIGRATIONS) <= version <= max(MIGRATIONS):
+                raise UserError(
+                    f"{source} is no database of a gateway that this moltis "
+                    f"{__version__} knows; a newer moltis may have written it"
+                )
+            there.backup(here)
+            here.execute("PRAGMA journal_mode = DELETE")  # one file, without a WAL
+    except BaseException as error:
+        target.unlink()
+        if isinstance(error, sqlite3.Error):
+            raise UserError(_cannot_use_database(source, error)) from error
+        raise
 
 
 def _to_column(value: Any) -> Any:
@@ -16511,6 +16586,33 @@ class Rpc:
 # --- Nodes ---
 
 
+REPORT_BURST = 10  # reports of a node at once; more are dropped, the next one tells
+REPORT_PAUSE = 1.0  # s after which it may send one more
+
+
+class Allowance:
+    """How often somebody may do something: a few at once, then one per pause."""
+
+    def __init__(
+        self,
+        burst: int,
+        pause: float,  # s
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._burst, self._pause, self._clock = burst, pause, clock
+        self._left, self._at = float(burst), clock()
+
+    def take(self) -> bool:
+        """Return whether it may be done now; for one thread."""
+        now = self._clock()
+        self._left = min(self._burst, self._left + (now - self._at) / self._pause)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
 class NodePeer:
     """The WebSocket of a node of ours: a NodeLink for Jobs."""
 
@@ -16525,6 +16627,7 @@ class NodePeer:
         self._ws = ws
         self._fleet = fleet
         self._jobs = jobs
+        self._reports = Allowance(REPORT_BURST, REPORT_PAUSE)
 
     def check(self, work: str, spec: JsonObject) -> None:
         """Raises RpcError for work that this node cannot do."""
@@ -16601,7 +16704,8 @@ class NodePeer:
         if request.method != NODE_EVENT:
             # A device token is no operator's key, whatever role its owner asked for.
             raise RpcError("FORBIDDEN", f"a node may not call {request.method[:100]!r}")
-        if required(request.params, "event", str) == NODE_TELEMETRY:
+        event = required(request.params, "event", str)
+        if event == NODE_TELEMETRY and self._reports.take():
             self._fleet.report(node, required(request.params, "payload", dict))
         return {}
 
@@ -16624,7 +16728,7 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
     if problem is not None:
         timed_out = str(problem).startswith(MOLTIS_TIMEOUT)
         state = JobState.TIMED_OUT if timed_out else JobState.FAILED
-        return Ending(state, reason=clip(str(problem), MAX_REASON))
+        return Ending(state, reason=clip(visible(str(problem)), MAX_REASON))
     if work != "run":
         return Ending(JobState.DONE, result=result)
     state = JobState.DONE
@@ -16637,7 +16741,7 @@ def moltis_ending(work: str, result: JsonObject) -> Ending:
         with contextlib.suppress(ValueError):
             name = signal.Signals(name).name
     if isinstance(name, str):
-        return Ending(state, signal=name)
+        return Ending(state, signal=printable(name, 40))
     code = required(result, "exitCode", int)
     # Windows has exit codes of 32 bits.
     return Ending(state, code if -(2**31) <= code < 2**32 else -1)
@@ -17372,7 +17476,7 @@ def audit_pages(
             known = sum(row["at"] == last for row in rows)
             known += place["offset"] if last == place.get("until") else 0
             place.update(until=last, offset=known)
-            rows = page() if len(rows) == MAX_PAGE and left > 0 else []
+            rows = page() if left > 0 else []
 
     return pages()
 
@@ -23002,7 +23106,8 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 # ==============================================================================
 # Command line
 # Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands,
-#       Node service, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
+#       Node service, Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP,
+#       Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -23199,13 +23304,14 @@ class Subcommand(Value):
     arguments: Sequence[Argument] = ()
     usage: str | None = None
 
-    def add_to(self, subcommands: Subcommands, name: str) -> None:
+    def add_to(self, subcommands: Subcommands, name: str) -> argparse.ArgumentParser:
         parser = subcommands.add_parser(
             name, help=self.help, usage=self.usage, **help_options(self.example)
         )
         for names, options in self.arguments:
             parser.add_argument(*names, **options)
         parser.set_defaults(run=self.run)
+        return parser
 
 
 def check_timeout(timeout: float | None) -> None:  # s
@@ -23492,6 +23598,34 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
             stack.enter_context(open_sign_in(link, context.inherited))
         stop.wait()
         context.output.say("stopping")
+    return EXIT_OK
+
+
+def cmd_gateway_backup(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    copy_database(context.directory / STORE_FILE, Path(args.file))
+    context.output.say(
+        f"{args.file} has the gateway's database.  Not in it, to be copied from "
+        f"{context.directory}: jobs/ (output of more than 16 KiB), tls/ (with --tls, "
+        "nodes know the gateway by its key), models.json"
+    )
+    return EXIT_OK
+
+
+def cmd_gateway_restore(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    with GatewayLock(context.directory):
+        for name in (STORE_FILE, f"{STORE_FILE}-wal", GatewayFile.FILE):
+            if os.path.lexists(context.directory / name):
+                raise UserError(
+                    f"{context.directory} has a gateway already ({name}); move that "
+                    "away, or choose another directory with MOLTIS_DATA_DIR"
+                )
+        copy_database(Path(args.file), context.directory / STORE_FILE)
+    context.output.say(
+        f"{context.directory} has the gateway of {args.file}; `moltis gateway` starts "
+        "it, with a new operator key of its own"
+    )
     return EXIT_OK
 
 
@@ -24933,6 +25067,18 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             arg("--open", "open the page in the browser"),
         ),
     ),
+    "gateway backup": Subcommand(
+        cmd_gateway_backup,
+        "copy the gateway's database to a file, while it runs or not",
+        "moltis gateway backup moltis-backup.db",
+        (arg("file FILE", "a new file, readable by its owner alone"),),
+    ),
+    "gateway restore": Subcommand(
+        cmd_gateway_restore,
+        "put a backup into an empty data directory",
+        "moltis gateway restore moltis-backup.db",
+        (arg("file FILE", "what `gateway backup` wrote"),),
+    ),
     "chat": Subcommand(
         cmd_chat,
         "talk to a model, or to a shell, that uses the machines",
@@ -25130,15 +25276,27 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=VERSION_TEXT)
     groups = {"": parser.add_subparsers(metavar="SUBCOMMAND", required=True)}
-    named = {" ".join(words[:1]), " ".join(words[:2])}
-    for name in [name for name in named if name in SUBCOMMANDS] or SUBCOMMANDS:
+    first, named = " ".join(words[:1]), " ".join(words[:2])
+    chosen = [
+        name
+        for name in SUBCOMMANDS
+        # `gateway` is a subcommand with others below it.
+        if name in (first, named)
+        or (first in SUBCOMMANDS and name.startswith(f"{first} "))
+    ]
+    parsers: dict[str, argparse.ArgumentParser] = {}
+    for name in chosen or SUBCOMMANDS:
         group, _, last = name.rpartition(" ")
         if group not in groups:
-            above = groups[""].add_parser(
+            above = parsers.get(group) or groups[""].add_parser(
                 group, help=GROUPS[group], **help_options(f"moltis {group} list")
             )
-            groups[group] = above.add_subparsers(metavar="SUBCOMMAND", required=True)
-        SUBCOMMANDS[name].add_to(groups[group], last)
+            groups[group] = above.add_subparsers(
+                metavar="SUBCOMMAND",
+                required=group in GROUPS,
+                help=None if group in GROUPS else "without one: the action above",
+            )
+        parsers[name] = SUBCOMMANDS[name].add_to(groups[group], last)
     return parser
 
 

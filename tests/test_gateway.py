@@ -1245,3 +1245,22 @@ def test_a_node_writes_into_its_own_logs_only(gateway, client, ours):
         report = {"event": "node.telemetry", "payload": {"nodeId": "thief"}}
         assert thief.request("node.event", report)["ok"]
     assert client.call("job.read", id=job_id)["job"]["state"] == "running"
+
+
+def test_reports_of_a_node_beyond_its_allowance_are_dropped():
+    """15 a second, of a megabyte each, would keep everybody busy."""
+    now = [0.0]
+    allowance = moltis.Allowance(10, 1.0, clock=lambda: now[0])
+    assert sum(allowance.take() for _ in range(1000)) == 10
+    now[0] += 2.5
+    assert sum(allowance.take() for _ in range(1000)) == 2
+    now[0] += 1e6
+    assert sum(allowance.take() for _ in range(1000)) == 10
+
+
+def test_words_of_a_moltis_node_in_an_ending_are_shown_and_bounded():
+    failed = moltis.moltis_ending("run", {"error": "\x1b[2J" + "x" * 9999})
+    assert "\x1b" not in failed.reason
+    assert len(failed.reason) < moltis.MAX_REASON + 100
+    killed = moltis.moltis_ending("run", {"signal": "SIG\x1b" + "X" * 9999})
+    assert killed.signal == "SIG" + "X" * 36
