@@ -1815,7 +1815,9 @@ def runs_long(arguments: Sequence[str]) -> bool:
     first, second = (*arguments, "", "")[:2]
     if first == "node":
         return second == "run" or (second == "add" and "--foreground" in arguments)
-    return first in ("gateway", "chat", "mcp")
+    if first == "gateway":
+        return second not in ("backup", "restore")
+    return first in ("chat", "mcp")
 
 
 def _anonymous_file() -> IO[bytes]:
@@ -10107,6 +10109,43 @@ def _open_database(path: Path) -> sqlite3.Connection:
     return db
 
 
+def copy_database(source: Path, target: Path) -> None:
+    """Copy a gateway's database, in use or not, to the new private file `target`.
+
+    Raises UserError.
+    """
+    import sqlite3
+
+    try:
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError as error:
+        raise UserError(f"{target} exists; choose another name") from error
+    except OSError as error:
+        raise UserError(f"cannot make {target}: {error.strerror}") from error
+    try:
+        # `rw` makes no file, so that a wrong path is an error.
+        there = sqlite3.connect(f"{source.absolute().as_uri()}?mode=rw", uri=True)
+        with contextlib.closing(there), contextlib.closing(
+            sqlite3.connect(str(target))
+        ) as here:
+            found = there.execute("PRAGMA quick_check(1)").fetchone()[0]
+            version = there.execute("PRAGMA user_version").fetchone()[0]
+            if found != "ok":
+                raise UserError(f"{source} is damaged: {found}; take another backup")
+            if not min(MIGRATIONS) <= version <= max(MIGRATIONS):
+                raise UserError(
+                    f"{source} is no database of a gateway that this moltis "
+                    f"{__version__} knows; a newer moltis may have written it"
+                )
+            there.backup(here)
+            here.execute("PRAGMA journal_mode = DELETE")  # one file, without a WAL
+    except BaseException as error:
+        target.unlink()
+        if isinstance(error, sqlite3.Error):
+            raise UserError(_cannot_use_database(source, error)) from error
+        raise
+
+
 def _to_column(value: Any) -> Any:
     if isinstance(value, (tuple, list, dict, MappingProxyType)):
         return to_json(value)
@@ -17337,7 +17376,7 @@ def audit_pages(
             known = sum(row["at"] == last for row in rows)
             known += place["offset"] if last == place.get("until") else 0
             place.update(until=last, offset=known)
-            rows = page() if len(rows) == MAX_PAGE and left > 0 else []
+            rows = page() if left > 0 else []
 
     return pages()
 
@@ -22966,7 +23005,7 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 # ==============================================================================
 # Command line
 # Uses: Settings, Install, TLS, HTTP client, Wire protocol, Commands, Node service,
-#       Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
+#       Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -23163,13 +23202,14 @@ class Subcommand(Value):
     arguments: Sequence[Argument] = ()
     usage: str | None = None
 
-    def add_to(self, subcommands: Subcommands, name: str) -> None:
+    def add_to(self, subcommands: Subcommands, name: str) -> argparse.ArgumentParser:
         parser = subcommands.add_parser(
             name, help=self.help, usage=self.usage, **help_options(self.example)
         )
         for names, options in self.arguments:
             parser.add_argument(*names, **options)
         parser.set_defaults(run=self.run)
+        return parser
 
 
 def check_timeout(timeout: float | None) -> None:  # s
@@ -23448,6 +23488,34 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
             stack.enter_context(open_sign_in(link, context.inherited))
         stop.wait()
         context.output.say("stopping")
+    return EXIT_OK
+
+
+def cmd_gateway_backup(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    copy_database(context.directory / STORE_FILE, Path(args.file))
+    context.output.say(
+        f"{args.file} has the gateway's database.  Not in it, to be copied from "
+        f"{context.directory}: jobs/ (output of more than 16 KiB), tls/ (with --tls, "
+        "nodes know the gateway by its key), models.json"
+    )
+    return EXIT_OK
+
+
+def cmd_gateway_restore(args: argparse.Namespace, context: Context) -> int:
+    """Raises UserError."""
+    with GatewayLock(context.directory):
+        for name in (STORE_FILE, f"{STORE_FILE}-wal", GatewayFile.FILE):
+            if os.path.lexists(context.directory / name):
+                raise UserError(
+                    f"{context.directory} has a gateway already ({name}); move that "
+                    "away, or choose another directory with MOLTIS_DATA_DIR"
+                )
+        copy_database(Path(args.file), context.directory / STORE_FILE)
+    context.output.say(
+        f"{context.directory} has the gateway of {args.file}; `moltis gateway` starts "
+        "it, with a new operator key of its own"
+    )
     return EXIT_OK
 
 
@@ -24865,6 +24933,18 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
             arg("--open", "open the page in the browser"),
         ),
     ),
+    "gateway backup": Subcommand(
+        cmd_gateway_backup,
+        "copy the gateway's database to a file, while it runs or not",
+        "moltis gateway backup moltis-backup.db",
+        (arg("file FILE", "a new file, readable by its owner alone"),),
+    ),
+    "gateway restore": Subcommand(
+        cmd_gateway_restore,
+        "put a backup into an empty data directory",
+        "moltis gateway restore moltis-backup.db",
+        (arg("file FILE", "what `gateway backup` wrote"),),
+    ),
     "chat": Subcommand(
         cmd_chat,
         "talk to a model, or to a shell, that uses the machines",
@@ -25062,15 +25142,27 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=VERSION_TEXT)
     groups = {"": parser.add_subparsers(metavar="SUBCOMMAND", required=True)}
-    named = {" ".join(words[:1]), " ".join(words[:2])}
-    for name in [name for name in named if name in SUBCOMMANDS] or SUBCOMMANDS:
+    first, named = " ".join(words[:1]), " ".join(words[:2])
+    chosen = [
+        name
+        for name in SUBCOMMANDS
+        # `gateway` is a subcommand with others below it.
+        if name in (first, named)
+        or (first in SUBCOMMANDS and name.startswith(f"{first} "))
+    ]
+    parsers: dict[str, argparse.ArgumentParser] = {}
+    for name in chosen or SUBCOMMANDS:
         group, _, last = name.rpartition(" ")
         if group not in groups:
-            above = groups[""].add_parser(
+            above = parsers.get(group) or groups[""].add_parser(
                 group, help=GROUPS[group], **help_options(f"moltis {group} list")
             )
-            groups[group] = above.add_subparsers(metavar="SUBCOMMAND", required=True)
-        SUBCOMMANDS[name].add_to(groups[group], last)
+            groups[group] = above.add_subparsers(
+                metavar="SUBCOMMAND",
+                required=group in GROUPS,
+                help=None if group in GROUPS else "without one: the action above",
+            )
+        parsers[name] = SUBCOMMANDS[name].add_to(groups[group], last)
     return parser
 
 

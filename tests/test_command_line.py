@@ -1033,3 +1033,85 @@ def test_a_job_is_attached_to_through_a_restart_of_the_gateway(tmp_path, home):
         attached.wait_for_output("4\n")
     assert attached.stdout == "1\n2\n3\n4\n"
     assert "waiting for the gateway to come back" in attached.stderr
+
+
+# -- backup and restore --------------------------------------------------------
+
+
+def test_a_backup_of_a_running_gateway_is_restored_whole(gateway, home, tmp_path):
+    """FAULTS D24: with what is in the WAL alone."""
+    made = gateway.call("device.token.create", displayName="Pi")
+    job = start(gateway, "echo kept")
+    gateway.call("job.wait", id=job, wait=20)
+    file, empty = tmp_path / "a backup?.db", tmp_path / "elsewhere"
+    done = run_moltis("gateway", "backup", file, home=home)
+    assert done.returncode == 0, done.stderr
+    assert "jobs/" in done.stderr
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert [p.name for p in tmp_path.glob("a backup*")] == [file.name]
+    again = run_moltis("gateway", "backup", file, home=home)
+    assert again.returncode == moltis.EXIT_FAILURE
+    assert f"{file} exists" in again.stderr
+    there = {"MOLTIS_DATA_DIR": str(empty)}
+    done = run_moltis("gateway", "restore", file, home=home, **there)
+    assert done.returncode == 0, done.stderr
+    with InProcessGateway(empty) as restored:
+        (pair,) = restored.call("device.pair.list")
+        assert pair["deviceId"] == made["deviceId"]
+        assert b"kept" in restored.running.store.jobs.log(job)
+
+
+def test_a_restore_replaces_nothing(gateway, home, tmp_path):
+    """FAULTS D24"""
+    file = tmp_path / "backup.db"
+    assert run_moltis("gateway", "backup", file, home=home).returncode == 0
+    with moltis.GatewayLock(home / ".moltis"):  # as `moltis gateway` holds it
+        running = run_moltis("gateway", "restore", file, home=home)
+    assert running.returncode == moltis.EXIT_CONFIGURATION
+    gateway.close()
+    (home / ".moltis" / "gateway.json").unlink()
+    before = (home / ".moltis" / "moltis.db").read_bytes()
+    stopped = run_moltis("gateway", "restore", file, home=home)
+    assert stopped.returncode == moltis.EXIT_FAILURE
+    assert "has a gateway already (moltis.db)" in stopped.stderr
+    assert (home / ".moltis" / "moltis.db").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "unable to open"),
+        (b"", "is no database of a gateway"),
+        (b"not a database, whatever its name says\n" * 100, "not a database"),
+    ],
+)
+def test_a_restore_of_what_is_no_backup_leaves_nothing(
+    home, tmp_path, content, problem
+):
+    file, empty = tmp_path / "backup.db", tmp_path / "elsewhere"
+    if content is not None:
+        file.write_bytes(content)
+    there = {"MOLTIS_DATA_DIR": str(empty)}
+    done = run_moltis("gateway", "restore", file, home=home, **there)
+    assert done.returncode == moltis.EXIT_FAILURE
+    assert problem in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (empty / "moltis.db").exists()
+
+
+def test_the_audit_as_json_goes_to_its_end(gateway, home, monkeypatch):
+    """FAULTS A23: without a number it is all of it, and an array all the same."""
+    monkeypatch.setattr(moltis, "MAX_PAGE", 50)
+    for number in range(120):
+        entry = moltis.AuditEntry(number, "key.created", "me", "", f"key {number}")
+        gateway.running.store.audit.add(entry)
+
+    def subjects(*words):
+        done = run_moltis("audit", "--json", *words, home=home)
+        assert done.returncode == 0, done.stderr
+        rows = json.loads(done.stdout)
+        return [row["subject"] for row in rows if row["caller"] == "me"]
+
+    everything = [f"key {number}" for number in reversed(range(120))]
+    assert subjects() == everything
+    assert subjects("--limit", "3") == everything[:2]  # and that it was exported

@@ -22,7 +22,9 @@ def subcommands(parser, path=()):
         help_lines = {choice.dest: choice.help for choice in action._choices_actions}
         for name, child in action.choices.items():
             below = list(subcommands(child, (*path, name)))
-            yield from below or [((*path, name), help_lines.get(name), child)]
+            if not below or child.get_default("run"):
+                yield (*path, name), help_lines.get(name), child
+            yield from below
 
 
 PARSER = moltis.build_parser()
