@@ -935,7 +935,7 @@ def _read_to_end(
     """Return whether both pipes of a program ended in time, and their output."""
     import selectors
 
-    output = {pipe.fileno(): b"" for pipe in pipes}
+    output = {pipe.fileno(): bytearray() for pipe in pipes}
     with selectors.DefaultSelector() as selector:
         for descriptor in output:
             selector.register(descriptor, selectors.EVENT_READ)
@@ -947,7 +947,7 @@ def _read_to_end(
                     selector.unregister(key.fd)
             if sum(map(len, output.values())) > MAX_PROGRAM_OUTPUT:
                 break
-        stdout, stderr = output.values()
+        stdout, stderr = map(bytes, output.values())
         return not selector.get_map(), stdout, stderr
 
 
@@ -1088,6 +1088,9 @@ def _idna_2008(name: str) -> str:
     )
 
 
+MAX_HOST_NAME = 253  # characters (RFC 1035 §2.3.4)
+
+
 def ascii_host(host: str) -> str:
     """Return a host's name as DNS, TLS and HTTP have it (RFC 3490).
 
@@ -1096,6 +1099,8 @@ def ascii_host(host: str) -> str:
     """
     if host.isascii():
         return host
+    if len(host) > MAX_HOST_NAME:  # older Pythons take the square of it to convert it
+        raise UsageError(f"{host[:40]!r}… is not an address: no host's name is so long")
     try:
         name = host.encode("idna").decode("ascii").lower()
         modern = _idna_2008(host)
@@ -2254,14 +2259,13 @@ def check_upgraded(head: bytes, key: str) -> None:
     found = re.fullmatch(STATUS_LINE, status)
     if found is None:
         raise HandshakeError(502, "the answer is not HTTP")
-    fields: dict[str, str] = {}
+    values: dict[str, list[str]] = {}
     for line in lines:
         name, colon, value = line.partition(":")
         if not colon or not re.fullmatch(HTTP_TOKEN, name):
             raise HandshakeError(502, "the answer has a malformed header")
-        known = fields.get(name.lower())
-        value = value.strip(" \t")
-        fields[name.lower()] = value if known is None else f"{known}, {value}"
+        values.setdefault(name.lower(), []).append(value.strip(" \t"))
+    fields = {name: ", ".join(found) for name, found in values.items()}
     if found[1] != "101":
         by = f" (from {fields['server']})" if fields.get("server") else ""
         reason = f"HTTP {found[1]} {found[2] or ''}".rstrip()
@@ -3373,7 +3377,7 @@ def parse_if_inet6(text: str) -> set[str]:
 
 def parse_ifconfig(text: str) -> set[str]:
     """Return the addresses in the output of macOS' `ifconfig`."""
-    found = re.findall(r"^\s+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
+    found = re.findall(r"^[ \t]+inet6? ([0-9A-Fa-f.:]+)(?=\s)", text, re.MULTILINE)
     return {a for a in found if not a.lower().startswith("fe80:")}
 
 
@@ -5634,6 +5638,7 @@ MODEL_LIST_LIFETIME = 600.0  # s that a provider's list of models is remembered
 MODEL_LIST_RETRY = 30.0  # s; after a provider failed: an Ollama may start later
 MAX_MODEL_LINE = 16 * 1024 * 1024  # bytes; a longer one ends the answer
 MAX_MODEL_ANSWER = 64 * 1024 * 1024  # bytes as received; a longer one is an error
+MAX_EARLY_PARSING = 1_000_000  # characters of a tool call that is not complete yet
 MAX_MODEL_REPLY = 16 * 1024 * 1024  # bytes of a list or an error that are read
 ANTHROPIC_VERSION = "2023-06-01"
 ANTHROPIC_MAX_TOKENS = 16384  # of one answer; a required parameter
@@ -5846,6 +5851,8 @@ def settle_tool_calls(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         if message.role == "tool" or (empty and not message.tool_calls):
             continue
         settled.append(message)
+        if not message.tool_calls:
+            continue
         results = _results_after(messages, position)
         for call in message.tool_calls:
             missing = ChatMessage(
@@ -5931,16 +5938,36 @@ class PartialCall:
         self.id = call_id
         self.given_id = given_id  # by the server; perhaps empty, or not unique
         self.name = name
-        self.arguments: object = ""
+        self._pieces: list[str] = []  # of JSON text
+        self._value: object = None  # in place of them
+        self._tried = 0  # characters that were parsed too early
 
     def add(self, arguments: object) -> None:
-        if isinstance(arguments, str) and isinstance(self.arguments, str):
-            self.arguments += arguments
-        elif arguments:
-            self.arguments = arguments
+        """Append a piece of JSON text, or replace it by a value; text replaces that."""
+        if not arguments:
+            return
+        if isinstance(arguments, str):
+            self._pieces.append(arguments)
+            self._value = None
+        else:
+            self._pieces.clear()
+            self._value = arguments
+
+    @property
+    def has_arguments(self) -> bool:
+        return bool(self._value or self._pieces)
+
+    def is_whole(self) -> bool:
+        """Return whether its arguments are complete JSON."""
+        if self._tried > MAX_EARLY_PARSING:
+            return False
+        call = self.finished()
+        self._tried += len(call.malformed)
+        return self.has_arguments and not call.malformed
 
     def finished(self) -> ToolCall:
-        return read_tool_call(self.id, self.name, self.arguments)
+        arguments = self._value or "".join(self._pieces)
+        return read_tool_call(self.id, self.name, arguments)
 
 
 class AnswerReader:
@@ -5957,6 +5984,8 @@ class AnswerReader:
         self._model_id = model_id
         self._refused = False
         self._text: list[str] = []
+        self._thoughts: dict[str, list[str]] = {}  # by their field in provider_data
+        self._call_ids: set[str] = set()
         self._surrogate = ""  # the first half of a pair that was cut in two
 
     def take(self, document: JsonObject) -> Iterator[ModelEvent]:
@@ -5983,14 +6012,14 @@ class AnswerReader:
         """Yield a piece of thinking; `keep_as` names its field in what goes back."""
         if text:
             if keep_as:
-                before = self.provider_data.get(keep_as, "")
-                self.provider_data[keep_as] = before + text
+                self._thoughts.setdefault(keep_as, []).append(text)
             yield Delta("thinking", text)
 
     def open_call(self, given_id: str, name: str) -> PartialCall:
         # Servers omit ids, or give all calls of an answer the same.
-        taken = not given_id or any(call.id == given_id for call in self.calls)
+        taken = not given_id or given_id in self._call_ids
         call = PartialCall(new_call_id() if taken else given_id, given_id, name)
+        self._call_ids.add(call.id)
         self.calls.append(call)
         return call
 
@@ -6005,7 +6034,8 @@ class AnswerReader:
 
         Raises ModelError for an answer without a word.
         """
-        data = self.provider_data
+        thoughts = {name: "".join(texts) for name, texts in self._thoughts.items()}
+        data = {**thoughts, **self.provider_data}
         calls = [] if self.reason in CUT_SHORT else self.calls
         if self.reason == "error":
             raise ModelError(
@@ -6105,17 +6135,18 @@ class OpenAiAnswer(AnswerReader):
         call = self._slots.get(slot)
         if call is None or self._opens_another(call, given_id, name):
             self._slots[slot] = call = self.open_call(given_id, name)
-        elif not call.arguments and name != call.name:
+        elif not call.has_arguments and name != call.name:
             call.name += name  # it may come in pieces, and before the id
         if not call.given_id and given_id:
-            taken = any(other.id == given_id for other in self.calls)
-            call.given_id, call.id = given_id, call.id if taken else given_id
+            call.given_id = given_id
+            call.id = call.id if given_id in self._call_ids else given_id
+            self._call_ids.add(call.id)
         return call
 
     def _opens_another(self, call: PartialCall, given_id: str, name: str) -> bool:
         if call.given_id and given_id:
             return bool(name) and given_id != call.given_id
-        return bool(name and call.arguments and not call.finished().malformed)
+        return bool(name) and call.is_whole()
 
 
 class ResponsesAnswer(AnswerReader):
@@ -6172,6 +6203,7 @@ class AnthropicAnswer(AnswerReader):
     def __init__(self, model_id: str) -> None:
         super().__init__(model_id)
         self._blocks: dict[int, JsonObject] = {}
+        self._pieces: dict[tuple[int, str], list[str]] = {}  # by block and field
         self._inputs: dict[int, PartialCall] = {}
         self._whole: list[JsonObject] = []  # the blocks that have ended
 
@@ -6217,18 +6249,22 @@ class AnthropicAnswer(AnswerReader):
         yield from self.say(pick(block, "text", str))
 
     def _take_delta(self, index: int, delta: JsonObject) -> Iterator[ModelEvent]:
-        block = self._blocks.setdefault(index, {})
+        self._blocks.setdefault(index, {})
         if index in self._inputs:
             self._inputs[index].add(pick(delta, "partial_json", str))
         for name in ("text", "thinking", "signature"):
             piece = pick(delta, name, str)
             if piece:
-                block[name] = pick(block, name, str) + piece
+                self._pieces.setdefault((index, name), []).append(piece)
         yield from self.think(pick(delta, "thinking", str))
         yield from self.say(pick(delta, "text", str))
 
     def _close_block(self, index: int) -> None:
         block = self._blocks.pop(index, {})
+        for name in ("text", "thinking", "signature"):
+            pieces = self._pieces.pop((index, name), None)
+            if pieces:
+                block[name] = "".join([pick(block, name, str), *pieces])
         if index in self._inputs:
             call = self._inputs.pop(index).finished()
             name = call_name(call.name)
@@ -7132,7 +7168,7 @@ MAX_LABEL = 200  # characters of one name in a report; the rest is cut off
 MAX_NUMBER = 2**63 - 1  # neither SQLite nor a Moltis peer takes a greater one
 MAX_MEMORY_LIMIT = 2**62  # bytes; cgroups of v1 without a limit say more
 MIN_CPU_TICKS = 25  # of all cores; over fewer the usage is noise
-_VERSION = r"(\d+\.\d+[\w.+-]*)"
+_VERSION = r"(?<!\d)(\d+\.\d+[\w.+-]*)"
 # Programs that run others' programs: how to ask for the version, and where it stands.
 RUNTIMES: Mapping[str, tuple[str, str]] = {
     "python3": ("--version", _VERSION),
@@ -7150,7 +7186,7 @@ MACOS_STUBS: Mapping[str, str] = {
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _NAMED_NUMBER = r"(?m)^([^:\n]+):\s*(\d{1,30})\b"
-_BOOT_TIME = r"(?m)^kern\.boottime\b\D*sec = (\d+)"
+_BOOT_TIME = r"(?m)^kern\.boottime\b[^\d\n]*sec = (\d+)"
 _VM_STAT_PAGE = r"page size of (\d+) bytes"
 _GPU_ROW = r"(?m)^([^,\n]+), *(?:(\d{1,12})|\[.*\]) *\r?$"
 
@@ -7924,7 +7960,7 @@ class MachinePeer(Protocol):
 # runs the `$(…)` in an array's index, as in `${x[y]}` after `y=a['$''(…)']`.  `$NAME`
 # is harmless.
 SHELL_MARKS = r"[;&|`<>\n\r'\"\\#]|\$(?=[^\w\s])|(?<=\$)[^\w\s]"
-PATTERN_UNIT = r"(?s)\[!?\]?[^]]*\]|."
+PATTERN_UNIT = r"(?s)\[!?\]?[^]]{0,255}\]|."
 
 
 def _unit_matches(unit: str, character: str, is_mark: bool) -> bool:

@@ -14,7 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support import child_processes, wait_for
 
-LONGEST = ("test_faults",)
+# Minutes each: begun first, so that nothing else waits for them at the end.
+LONGEST = ("test_end_to_end", "test_fuzz_door", "test_page_in_browser")
+LONGEST += ("test_command_line", "test_agent_on_nodes", "test_chat", "test_node_agent")
+SINGLY = "test_faults"  # handed out test by test, at the end
 RUN_ALL = os.environ.get("MOLTIS_TEST_ALL") == "1"
 
 
@@ -44,23 +47,23 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Give a worker whole files, but the schedules of faults block by block."""
+    """Give a worker whole files, which share fixtures, but for one."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file, _, test = nodeid.partition("::")
-            is_block = test.startswith("test_schedules_of_misfortunes[")
-            return nodeid if is_block else file
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith(f"{SINGLY}.py") else file
 
     config.option.loadscopereorder = False  # our order, not by number of tests
     return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the longest files, so that short ones fill the end."""
-    ranks = {name: rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+    """Begin with the longest files, so that short tests fill the end."""
+    order = [*LONGEST, "", SINGLY]
+    ranks = {name: rank for rank, name in enumerate(order)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, ranks[""]))
 
 
 def pytest_configure(config):
