@@ -392,7 +392,7 @@ def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
 
 
 # Never shown in a log or traceback.
-SECRET_FIELDS = ("api_key", "credentials", "device_token")
+SECRET_FIELDS = ("api_key", "credentials", "device_token", "proxies")
 
 
 def camel_case(name: str) -> str:
@@ -901,6 +901,12 @@ def remove_file(path: Path) -> None:
         raise BadConfiguration(f"cannot delete {path}: {error.strerror}") from error
 
 
+def home_directory() -> str:
+    """Return the user's home, or "/" for a uid without an account, as login(1) does."""
+    found = os.path.expanduser("~")
+    return "/" if found.startswith("~") else found
+
+
 # -- processes -----------------------------------------------------------------
 
 
@@ -1259,6 +1265,13 @@ def find_proxy(
     return HttpProxy(name, port or PROXY_PORT, unquote(user) if at else None, variable)
 
 
+def proxies_from(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the variables that find_proxy() reads."""
+    names = {*PROXY_VARIABLES[True], *PROXY_VARIABLES[False], *NO_PROXY_VARIABLES}
+    given = {name: environ.get(name, "") for name in sorted(names)}
+    return {name: text for name, text in given.items() if text and text.isprintable()}
+
+
 # -- connections ---------------------------------------------------------------
 
 
@@ -1587,6 +1600,11 @@ class NodeSettings(SettingsFile):
     auth: str = "scram"  # or "bearer", for Moltis gateways
     llm: bool = True  # lend the gateway this machine's language models
     allow: Sequence[str] = ()  # patterns of the only commands; none: any
+    ca: str | None = None  # certificates in PEM; None: those that the system trusts
+    # What the gateway that proved itself showed: the pin of a self-made certificate, or
+    # "ca" for one that a CA vouches for, which may have another key after a renewal.
+    gateway_pin: str | None = None
+    proxies: Mapping[str, str] = NOTHING  # variables: a service does not inherit them
 
     @classmethod
     def from_json(cls, value: JsonObject) -> Self:
@@ -3153,6 +3171,7 @@ class Certificate(Value):
     names: Sequence[str]  # "DNS:localhost", "IP:127.0.0.1", as openssl writes them
     expires_at: float  # s since 1970
     pin: str  # of the public key, as `curl --pinnedpubkey` wants it
+    self_made: bool  # no CA issued it
 
 
 def _certificate_time(value: DerValue) -> float:
@@ -3185,12 +3204,13 @@ def parse_certificate(der: bytes) -> Certificate:
         fields = der_values(der)[0].children()[0].children()
         if fields[0].tag == 0xA0:  # [0] version
             del fields[0]
-        _serial, _algorithm, _issuer, validity, _subject, key, *optionals = fields
+        _serial, _algorithm, issuer, validity, subject, key, *optionals = fields
         _not_before, not_after = validity.children()
         return Certificate(
             names=tuple(_alternative_names(optionals)),
             expires_at=_certificate_time(not_after),
             pin="sha256//" + b64encode(hashlib.sha256(key.encoding).digest()),
+            self_made=issuer.encoding == subject.encoding,
         )
     except (IndexError, OSError, ValueError) as error:
         raise ValueError("this is no X.509 certificate in DER") from error
@@ -3226,7 +3246,7 @@ class TlsTrust(Value):
     """Which certificate an https:// or wss:// address has to show."""
 
     fingerprint: str | None = None  # its pin; None: one that a CA vouches for
-    ca: str | None = None  # file in PEM; None: those that the system trusts
+    ca: str | None = None  # in PEM; None: those that the system trusts
     bound: bool = False  # any: SCRAM binds to it before anything secret is sent
 
     def context(self) -> ssl.SSLContext:
@@ -3243,11 +3263,10 @@ class TlsTrust(Value):
             context.load_default_certs()
         else:
             try:
-                context.load_verify_locations(self.ca)
-            except OSError as error:  # ssl.SSLError is one
+                context.load_verify_locations(cadata=self.ca)
+            except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
                 raise BadConfiguration(
-                    f"cannot use the CA file {self.ca}: {error.strerror or error}; "
-                    "it must be PEM"
+                    f"the CA certificates cannot be used: {error}; they must be PEM"
                 ) from error
         return context
 
@@ -3268,8 +3287,27 @@ class TlsTrust(Value):
                 f"the other side shows another TLS certificate ({found}) than the "
                 f"pinned one ({self.fingerprint}): somebody may stand in between; "
                 "nothing was sent. If the gateway was set up anew, take its new pin "
-                "from there"
+                "from there; a node takes it with another `moltis node add`"
             )
+
+
+def read_ca(path: str) -> str:
+    """Return the certificates of a PEM file, for TlsTrust.
+
+    Raises BadConfiguration.
+    """
+    try:
+        read_certificate(Path(path))
+        text = Path(path).read_text("ascii", "replace")
+        pattern = "-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----"
+        found = "\n".join(re.findall(pattern, text, re.DOTALL)) + "\n"
+        TlsTrust(ca=found).context()
+        return found
+    except (OSError, ValueError, BadConfiguration) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadConfiguration(
+            f"cannot use the CA file {path}: {reason}; it must be PEM"
+        ) from error
 
 
 class TlsFiles(Value):
@@ -4544,7 +4582,7 @@ def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
         for name, value in environ.items()
         if not name.startswith("MOLTIS_") and name not in SECRET_VARIABLES
     }
-    home = environ.get("HOME") or os.path.expanduser("~")
+    home = environ.get("HOME") or home_directory()
     given = environ.get("PATH") or os.defpath
     usual = filter(os.path.isdir, (os.path.join(home, p) for p in USUAL_PLACES))
     known = given.split(os.pathsep)
@@ -7609,7 +7647,7 @@ class ShortPrograms:
         Asked for their version, rustup, pyenv, volta, asdf and others set up a
         directory of theirs.
         """
-        real = self._environ.get("HOME") or os.path.expanduser("~")
+        real = self._environ.get("HOME") or home_directory()
         # Not `tempfile`: it brings `shutil` along.
         name = f"moltis-home-{secrets.token_hex(8)}"
         copy = os.path.join(self._environ.get("TMPDIR") or "/tmp", name)  # nosec B108
@@ -7845,7 +7883,7 @@ def _read_disk() -> tuple[int | None, int | None]:
 
     "/" may be an image that is full and read-only.
     """
-    for path in ("/", "/var", os.path.expanduser("~")):
+    for path in ("/", "/var", home_directory()):
         with contextlib.suppress(OSError):
             disk = os.statvfs(path)
             if disk.f_blocks and not disk.f_flag & os.ST_RDONLY:
@@ -8652,7 +8690,7 @@ class Machine:
 
 # ==============================================================================
 # Node agent
-# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol,
+# Uses: Dialling, Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol,
 #       Commands, Telemetry, Machine
 #
 # A node's connection to its gateway: dial, authenticate, serve, reconnect, resume.
@@ -8926,8 +8964,11 @@ class NodeAgent:
         machine: Machine,
         telemetry: TelemetrySource,
         on_state: NodeStateHandler,
+        on_pin: Callable[[str], None],
     ) -> None:
+        """`on_pin` gets what to keep as `settings.gateway_pin`."""
         self._settings = settings
+        self._on_pin = on_pin
         self._machine = machine
         self._telemetry = telemetry
         self._on_state = on_state
@@ -8993,11 +9034,11 @@ class NodeAgent:
         Raises Unreachable, Refused, BadConfiguration, each with one line for people.
         """
         url = self._settings.gateway_url
-        # SCRAM binds to any certificate; a bearer token needs a CA to vouch for it.
-        ws = connect(url, TlsTrust(bound=self._settings.auth != "bearer"))
+        ws = connect(url, self._trust())
         try:
             hello = self._authenticate(ws)
             self._proved_pin = _tls_pin(ws)
+            self._keep_pin(ws)
             return ws, hello
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
@@ -9018,6 +9059,29 @@ class NodeAgent:
             raise Unreachable(
                 f"{url} hung up while this node signed in: {error}"
             ) from error
+
+    def _trust(self) -> TlsTrust:
+        settings = self._settings
+        vouched = settings.auth == "bearer" or settings.gateway_pin == "ca"
+        if vouched or settings.ca is not None:
+            return TlsTrust(ca=settings.ca)
+        # Before the first proof any certificate will do: SCRAM binds to it.
+        return TlsTrust(settings.gateway_pin, bound=settings.gateway_pin is None)
+
+    def _keep_pin(self, ws: WebSocket) -> None:
+        """Remember the certificate, so that a stolen database makes no gateway."""
+        certificate = ws.peer_certificate()
+        if certificate is None or not self._trust().bound:
+            return
+        with contextlib.suppress(ValueError, OSError, UserError):
+            parsed, pin = parse_certificate(certificate), "ca"
+            if parsed.self_made:
+                pin = parsed.pin
+            else:  # nothing is kept unless a CA that this system trusts vouches for it
+                target = ServerUrl.parse(self._settings.gateway_url)
+                dial(target.host, target.port, TlsTrust()).close()
+            self._settings = self._settings.replace(gateway_pin=pin)
+            self._on_pin(pin)
 
     def _authenticate(self, ws: WebSocket) -> JsonObject:
         """Return the hello-ok payload, once the gateway has proved itself."""
@@ -22959,7 +23023,7 @@ class LocalNode:
         self._fleet: Fleet | None = None  # it is made after our `node`
         self._inventory = Inventory(environ, on_change=self._report)
         self._telemetry = TelemetrySource(choose_probe(environ), self._inventory)
-        home = os.path.expanduser("~")
+        home = home_directory()
         options = MachineOptions(
             environ, self._inventory, working_dir=home, inherited=inherited
         )
@@ -23150,6 +23214,7 @@ class RunningNode:
         inherited: Inherited | None = None,
         give_up_when_refused: bool = False,
         on_end: Callable[[], None] = lambda: None,
+        on_pin: Callable[[str], None] = lambda _pin: None,
     ) -> None:
         self.refused: Refused | None = None
         self._agent: NodeAgent | None = None  # made after the inventory
@@ -23158,7 +23223,7 @@ class RunningNode:
             MachineOptions(
                 environ,
                 self._inventory,
-                working_dir=settings.working_dir or os.path.expanduser("~"),
+                working_dir=settings.working_dir or home_directory(),
                 max_timeout=settings.timeout,
                 inherited=inherited,
                 catalog=model_catalog(environ) if settings.llm else None,
@@ -23166,7 +23231,7 @@ class RunningNode:
             )
         )
         telemetry = TelemetrySource(choose_probe(environ), self._inventory)
-        agent = self._agent = NodeAgent(settings, machine, telemetry, on_state)
+        agent = self._agent = NodeAgent(settings, machine, telemetry, on_state, on_pin)
         self._give_up = give_up_when_refused
         self._on_end = on_end
         self._thread = threading.Thread(
@@ -23216,8 +23281,9 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Install, TLS, HTTP client, Wire protocol, Commands, Node service,
-#       Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
+# Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands,
+#       Node service, Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP,
+#       Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -23467,7 +23533,7 @@ def chosen_trust(args: argparse.Namespace, context: Context) -> TlsTrust:
         raise UsageError("--fingerprint and --ca exclude each other")
     if pin is not None and not re.fullmatch(r"sha256//[A-Za-z0-9+/]{43}=", pin):
         raise UsageError(f"--fingerprint takes sha256//… and 44 characters, not {pin}")
-    return TlsTrust(None if args.ca else pin, args.ca)
+    return TlsTrust(None, read_ca(args.ca)) if args.ca else TlsTrust(pin)
 
 
 def is_own_gateway(url: str, file: GatewayFile) -> bool:
@@ -23512,8 +23578,16 @@ def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsT
     """Return which certificate the gateway must show before it gets `key`."""
     trust = chosen_trust(args, context)
     file = GatewayFile.load(context.directory)
-    if trust == TlsTrust() and file is not None and file.api_key == key:
+    if trust != TlsTrust():
+        return trust
+    if file is not None and file.api_key == key:
         return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
+    node = NodeSettings.load(context.directory)
+    if node is not None:
+        url = gateway_address(args, context)[0]
+        wanted, known = map(ServerUrl.parse, (websocket_url(url), node.gateway_url))
+        if (wanted.host, wanted.port) == (known.host, known.port):
+            return TlsTrust(ca=node.ca)
     return trust
 
 
@@ -23659,7 +23733,7 @@ def open_sign_in(
     import webbrowser
 
     # Browsers that come as a snap see another /tmp, and no name that begins with a dot.
-    home = Path.home()
+    home = Path(home_directory())
     try:
         directory = tempfile.TemporaryDirectory(prefix="moltis-sign-in-", dir=str(home))
         page = Path(directory.name, "index.html")
@@ -23775,6 +23849,8 @@ def node_settings(
         auth=args.auth or "scram",
         llm=not args.no_llm,
         allow=args.allow or (),
+        ca=read_ca(args.ca) if args.ca else None,
+        proxies=proxies_from(context.environ),
     )
 
 
@@ -23817,7 +23893,7 @@ def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> i
         text = fetch(source, trust)
         check_program(text, source)
     install_program(directory, text)
-    spec = ServiceSpec(lasting_python(), directory, Path.home())
+    spec = ServiceSpec(lasting_python(), directory, Path(home_directory()))
     service = service_manager(spec, context.environ)
     notes = service.install()
     service.start()
@@ -23874,6 +23950,13 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
                 "Ctrl+C stops it"
             )
 
+    def on_pin(pin: str) -> None:
+        known = None if directory is None else NodeSettings.load(directory)
+        if known is not None and directory is not None:
+            same = known.replace(working_dir=settings.working_dir) == settings
+            if same:  # not after another `node add`
+                known.replace(gateway_pin=pin).save(directory)
+
     handler: logging.Handler = logging.StreamHandler()
     if directory is not None:
         handler = NodeLog(directory)
@@ -23889,6 +23972,7 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
         inherited=context.inherited,
         give_up_when_refused=directory is None,
         on_end=stop.set,
+        on_pin=on_pin,
     )
     try:
         stop.wait()
@@ -23925,8 +24009,10 @@ def cmd_node_run(_args: object, context: Context) -> int:
         )
     # Where its commands run: to send each of them there keeps SpawnedShell from being
     # used.  The commands report a directory that is gone.
+    for name, value in settings.proxies.items():
+        os.environ.setdefault(name, value)
     directory = context.directory.absolute()
-    working_dir = os.path.abspath(settings.working_dir or os.path.expanduser("~"))
+    working_dir = os.path.abspath(settings.working_dir or home_directory())
     settings = settings.replace(working_dir=working_dir)
     with contextlib.suppress(OSError):
         os.chdir(working_dir)
@@ -23935,7 +24021,7 @@ def cmd_node_run(_args: object, context: Context) -> int:
 
 def local_service(context: Context) -> tuple[ServiceSpec, ServiceManager | None]:
     """Return this machine's node service; None without a service manager."""
-    spec = ServiceSpec(lasting_python(), context.directory, Path.home())
+    spec = ServiceSpec(lasting_python(), context.directory, Path(home_directory()))
     try:
         return spec, service_manager(spec, context.environ)
     except NoServiceManager:
@@ -23951,6 +24037,16 @@ def cmd_node_remove(_args: argparse.Namespace, context: Context) -> int:
     return EXIT_OK
 
 
+def node_proxy(settings: NodeSettings) -> str | None:
+    """Return the proxy on a node's way to its gateway, for people."""
+    target = ServerUrl.parse(settings.gateway_url)
+    try:
+        found = find_proxy(target.host, settings.proxies, secure=target.secure)
+    except BadConfiguration as error:
+        return str(error)
+    return None if found is None else str(found)
+
+
 def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
     settings = NodeSettings.load(context.directory)
     state = NodeState.load(context.directory)
@@ -23962,6 +24058,7 @@ def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
         "name": settings.display_name if settings else None,
         "nodeId": settings.node_id if settings else None,
         "gateway": settings.gateway_url if settings else None,
+        "proxy": node_proxy(settings) if settings else None,
         "allow": list(settings.allow) if settings else [],
         "service": status.state if status else "none",
         "pid": pid,
@@ -23980,6 +24077,7 @@ def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
                 "Name": value["name"],
                 "Node id": value["nodeId"],
                 "Gateway": value["gateway"],
+                "Proxy": value["proxy"],
                 "Allows": value["allow"],
                 "Service": f"{value['service']}{f', process {pid}' if pid else ''}",
                 "Connected": f"{'yes' if connected else 'no'}{since}",
