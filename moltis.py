@@ -392,7 +392,7 @@ def objects_in(params: Mapping[str, Any], name: str) -> list[JsonObject]:
 
 
 # Never shown in a log or traceback.
-SECRET_FIELDS = ("api_key", "credentials", "device_token")
+SECRET_FIELDS = ("api_key", "credentials", "device_token", "proxies")
 
 
 def camel_case(name: str) -> str:
@@ -901,6 +901,12 @@ def remove_file(path: Path) -> None:
         raise BadConfiguration(f"cannot delete {path}: {error.strerror}") from error
 
 
+def home_directory() -> str:
+    """Return the user's home, or "/" for a uid without an account, as login(1) does."""
+    found = os.path.expanduser("~")
+    return "/" if found.startswith("~") else found
+
+
 # -- processes -----------------------------------------------------------------
 
 
@@ -1259,6 +1265,13 @@ def find_proxy(
     return HttpProxy(name, port or PROXY_PORT, unquote(user) if at else None, variable)
 
 
+def proxies_from(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the variables that find_proxy() reads."""
+    names = {*PROXY_VARIABLES[True], *PROXY_VARIABLES[False], *NO_PROXY_VARIABLES}
+    given = {name: environ.get(name, "") for name in sorted(names)}
+    return {name: text for name, text in given.items() if text and text.isprintable()}
+
+
 # -- connections ---------------------------------------------------------------
 
 
@@ -1598,6 +1611,11 @@ class NodeSettings(SettingsFile):
     auth: str = "scram"  # or "bearer", for Moltis gateways
     llm: bool = True  # lend the gateway this machine's language models
     allow: Sequence[str] = ()  # patterns of the only commands; none: any
+    ca: str | None = None  # certificates in PEM; None: those that the system trusts
+    # What the gateway that proved itself showed: the pin of a self-made certificate, or
+    # "ca" for one that a CA vouches for, which may have another key after a renewal.
+    gateway_pin: str | None = None
+    proxies: Mapping[str, str] = NOTHING  # variables: a service does not inherit them
 
     @classmethod
     def from_json(cls, value: JsonObject) -> Self:
@@ -3164,6 +3182,7 @@ class Certificate(Value):
     names: Sequence[str]  # "DNS:localhost", "IP:127.0.0.1", as openssl writes them
     expires_at: float  # s since 1970
     pin: str  # of the public key, as `curl --pinnedpubkey` wants it
+    self_made: bool  # no CA issued it
 
 
 def _certificate_time(value: DerValue) -> float:
@@ -3196,12 +3215,13 @@ def parse_certificate(der: bytes) -> Certificate:
         fields = der_values(der)[0].children()[0].children()
         if fields[0].tag == 0xA0:  # [0] version
             del fields[0]
-        _serial, _algorithm, _issuer, validity, _subject, key, *optionals = fields
+        _serial, _algorithm, issuer, validity, subject, key, *optionals = fields
         _not_before, not_after = validity.children()
         return Certificate(
             names=tuple(_alternative_names(optionals)),
             expires_at=_certificate_time(not_after),
             pin="sha256//" + b64encode(hashlib.sha256(key.encoding).digest()),
+            self_made=issuer.encoding == subject.encoding,
         )
     except (IndexError, OSError, ValueError) as error:
         raise ValueError("this is no X.509 certificate in DER") from error
@@ -3237,7 +3257,7 @@ class TlsTrust(Value):
     """Which certificate an https:// or wss:// address has to show."""
 
     fingerprint: str | None = None  # its pin; None: one that a CA vouches for
-    ca: str | None = None  # file in PEM; None: those that the system trusts
+    ca: str | None = None  # in PEM; None: those that the system trusts
     bound: bool = False  # any: SCRAM binds to it before anything secret is sent
 
     def context(self) -> ssl.SSLContext:
@@ -3254,11 +3274,10 @@ class TlsTrust(Value):
             context.load_default_certs()
         else:
             try:
-                context.load_verify_locations(self.ca)
-            except OSError as error:  # ssl.SSLError is one
+                context.load_verify_locations(cadata=self.ca)
+            except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
                 raise BadConfiguration(
-                    f"cannot use the CA file {self.ca}: {error.strerror or error}; "
-                    "it must be PEM"
+                    f"the CA certificates cannot be used: {error}; they must be PEM"
                 ) from error
         return context
 
@@ -3279,8 +3298,27 @@ class TlsTrust(Value):
                 f"the other side shows another TLS certificate ({found}) than the "
                 f"pinned one ({self.fingerprint}): somebody may stand in between; "
                 "nothing was sent. If the gateway was set up anew, take its new pin "
-                "from there"
+                "from there; a node takes it with another `moltis node add`"
             )
+
+
+def read_ca(path: str) -> str:
+    """Return the certificates of a PEM file, for TlsTrust.
+
+    Raises BadConfiguration.
+    """
+    try:
+        read_certificate(Path(path))
+        text = Path(path).read_text("ascii", "replace")
+        pattern = "-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----"
+        found = "\n".join(re.findall(pattern, text, re.DOTALL)) + "\n"
+        TlsTrust(ca=found).context()
+        return found
+    except (OSError, ValueError, BadConfiguration) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadConfiguration(
+            f"cannot use the CA file {path}: {reason}; it must be PEM"
+        ) from error
 
 
 class TlsFiles(Value):
@@ -4557,7 +4595,7 @@ def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
         for name, value in environ.items()
         if not name.startswith("MOLTIS_") and name not in SECRET_VARIABLES
     }
-    home = environ.get("HOME") or os.path.expanduser("~")
+    home = environ.get("HOME") or home_directory()
     given = environ.get("PATH") or os.defpath
     usual = filter(os.path.isdir, (os.path.join(home, p) for p in USUAL_PLACES))
     known = given.split(os.pathsep)
@@ -5701,6 +5739,18 @@ class ToolSpec(SnakeValue):
     parameters: JsonObject  # JSON Schema of an object
 
 
+def is_json(value: object) -> bool:
+    """Return whether `value` can be stored and sent.
+
+    Python reads 1e999 as infinity and writes that as no other reader takes it.
+    """
+    try:
+        from_json(to_json(value))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 class ToolCall(SnakeValue):
     """A model's request to run a tool."""
 
@@ -5708,6 +5758,13 @@ class ToolCall(SnakeValue):
     name: str
     arguments: JsonObject
     malformed: str = ""  # the arguments as written, if they are no JSON object
+
+    @classmethod
+    def from_json(cls, value: JsonObject) -> Self:
+        call = super().from_json(value)
+        if is_json(call.arguments):
+            return call
+        return call.replace(arguments={}, malformed=to_json(call.arguments))
 
 
 class ChatMessage(SnakeValue):
@@ -5728,6 +5785,8 @@ class ChatMessage(SnakeValue):
         message = super().from_json(value)
         if message.role not in ("system", "user", "assistant", "tool"):
             raise RpcError("INVALID_REQUEST", f"{message.role!r} is no role")
+        if message.provider_data and not is_json(message.provider_data):
+            message = message.replace(provider_data=NOTHING)
         return message
 
 
@@ -5827,15 +5886,16 @@ def call_name(name: str) -> str:
 
 def read_tool_call(call_id: str, name: str, arguments: object) -> ToolCall:
     """Return a call whose arguments are an object, JSON text, or nothing at all."""
-    if isinstance(arguments, dict):
-        return ToolCall(call_id, name, arguments)
-    text = arguments if isinstance(arguments, str) else to_json(arguments)
-    try:
-        value = from_json(text) if text.strip() not in ("", "null") else {}
-    except ValueError:
-        value = None
-    if isinstance(value, dict):
+    value, text = arguments, ""
+    if isinstance(arguments, str):
+        text = arguments
+        try:
+            value = from_json(text) if text.strip() not in ("", "null") else {}
+        except ValueError:
+            value = None
+    if isinstance(value, dict) and is_json(value):
         return ToolCall(call_id, name, value)
+    text = text or to_json(arguments)
     return ToolCall(call_id, name, {}, malformed=text)
 
 
@@ -6120,7 +6180,7 @@ class OpenAiAnswer(AnswerReader):
             function = pick(piece, "function", dict)
             call = self._call_of(piece, pick(function, "name", str))
             call.add(function.get("arguments"))
-            if piece.get("extra_content"):  # Gemini's signatures
+            if piece.get("extra_content") and is_json(piece):  # Gemini's signatures
                 extras = self.provider_data.setdefault("extra_content", {})
                 extras[call.id] = piece["extra_content"]
 
@@ -7600,7 +7660,7 @@ class ShortPrograms:
         Asked for their version, rustup, pyenv, volta, asdf and others set up a
         directory of theirs.
         """
-        real = self._environ.get("HOME") or os.path.expanduser("~")
+        real = self._environ.get("HOME") or home_directory()
         # Not `tempfile`: it brings `shutil` along.
         name = f"moltis-home-{secrets.token_hex(8)}"
         copy = os.path.join(self._environ.get("TMPDIR") or "/tmp", name)  # nosec B108
@@ -7836,7 +7896,7 @@ def _read_disk() -> tuple[int | None, int | None]:
 
     "/" may be an image that is full and read-only.
     """
-    for path in ("/", "/var", os.path.expanduser("~")):
+    for path in ("/", "/var", home_directory()):
         with contextlib.suppress(OSError):
             disk = os.statvfs(path)
             if disk.f_blocks and not disk.f_flag & os.ST_RDONLY:
@@ -8643,7 +8703,7 @@ class Machine:
 
 # ==============================================================================
 # Node agent
-# Uses: Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol,
+# Uses: Dialling, Settings, WebSocket frames, WebSocket connections, TLS, Wire protocol,
 #       Commands, Telemetry, Machine
 #
 # A node's connection to its gateway: dial, authenticate, serve, reconnect, resume.
@@ -8917,8 +8977,11 @@ class NodeAgent:
         machine: Machine,
         telemetry: TelemetrySource,
         on_state: NodeStateHandler,
+        on_pin: Callable[[str], None],
     ) -> None:
+        """`on_pin` gets what to keep as `settings.gateway_pin`."""
         self._settings = settings
+        self._on_pin = on_pin
         self._machine = machine
         self._telemetry = telemetry
         self._on_state = on_state
@@ -8984,11 +9047,11 @@ class NodeAgent:
         Raises Unreachable, Refused, BadConfiguration, each with one line for people.
         """
         url = self._settings.gateway_url
-        # SCRAM binds to any certificate; a bearer token needs a CA to vouch for it.
-        ws = connect(url, TlsTrust(bound=self._settings.auth != "bearer"))
+        ws = connect(url, self._trust())
         try:
             hello = self._authenticate(ws)
             self._proved_pin = _tls_pin(ws)
+            self._keep_pin(ws)
             return ws, hello
         except RpcError as error:
             ws.close(CloseCode.NORMAL)
@@ -9009,6 +9072,29 @@ class NodeAgent:
             raise Unreachable(
                 f"{url} hung up while this node signed in: {error}"
             ) from error
+
+    def _trust(self) -> TlsTrust:
+        settings = self._settings
+        vouched = settings.auth == "bearer" or settings.gateway_pin == "ca"
+        if vouched or settings.ca is not None:
+            return TlsTrust(ca=settings.ca)
+        # Before the first proof any certificate will do: SCRAM binds to it.
+        return TlsTrust(settings.gateway_pin, bound=settings.gateway_pin is None)
+
+    def _keep_pin(self, ws: WebSocket) -> None:
+        """Remember the certificate, so that a stolen database makes no gateway."""
+        certificate = ws.peer_certificate()
+        if certificate is None or not self._trust().bound:
+            return
+        with contextlib.suppress(ValueError, OSError, UserError):
+            parsed, pin = parse_certificate(certificate), "ca"
+            if parsed.self_made:
+                pin = parsed.pin
+            else:  # nothing is kept unless a CA that this system trusts vouches for it
+                target = ServerUrl.parse(self._settings.gateway_url)
+                dial(target.host, target.port, TlsTrust()).close()
+            self._settings = self._settings.replace(gateway_pin=pin)
+            self._on_pin(pin)
 
     def _authenticate(self, ws: WebSocket) -> JsonObject:
         """Return the hello-ok payload, once the gateway has proved itself."""
@@ -12744,6 +12830,12 @@ class Jobs:
         """Return the jobs of a node that have not ended."""
         return [job for job in self._on(node_id) if job.record.is_open]
 
+    def open_of(self, key_id: str) -> list[Job]:
+        """Return the jobs that an operator key asked for and that have not ended."""
+        with self._lock:
+            jobs = list(self._jobs.values())
+        return [j for j in jobs if j.record.is_open and j.record.caller_id == key_id]
+
     def page(self, **filters: Any) -> Sequence[Job | JobRecord]:
         """Return jobs, the newest first; see JobsTable.page() for the filters."""
         rows = self._table.page(**filters)
@@ -13701,7 +13793,11 @@ def check_arguments(call: ToolCall, specs: Sequence[ToolSpec]) -> JsonObject:
         raise RpcError("NOT_FOUND", f"there is no tool {call.name!r}; there is {names}")
     if call.malformed:
         written = clip(call.malformed, 200)
-        raise RpcError("INVALID_REQUEST", f"no JSON object as arguments: {written}")
+        raise RpcError(
+            "INVALID_REQUEST",
+            f"the arguments of {call.name} must be one JSON object, with finite "
+            f"numbers and at most {MAX_JSON_DEPTH} levels, not {written}",
+        )
     properties = spec.parameters["properties"]
     for name in call.arguments:
         if name not in properties:
@@ -14939,11 +15035,14 @@ class TurnChat(Conversation):
         session_log: SessionLog,
         store: Store,
         jobs: Jobs,
-        select: Callable[[str], None],
+        selections: dict[str, tuple[str, str]],
+        is_closing: Callable[[], bool],
     ) -> None:
         self.key = session_log.key
         self.key_id = turn.asked_by.id
-        self._select = select
+        self._selections = selections
+        self._is_closing = is_closing
+        self._asked: set[str] = set()  # ids of jobs whose question is open
         self._turn = turn
         self._log = session_log
         self._store = store
@@ -14958,10 +15057,13 @@ class TurnChat(Conversation):
         self._calls: dict[str, tuple[str, bool]] = {}
 
     def selected(self) -> str:
-        return self._session().node_id
+        chosen = self._session().node_id
+        # A model's choice counts for the model, until the person makes another.
+        before, selected = self._selections.get(self.key, (chosen, chosen))
+        return chosen if self._turn.is_typed or before != chosen else selected
 
     def select(self, node_id: str) -> None:
-        self._select(node_id)
+        self._selections[self.key] = self._session().node_id, node_id
 
     def asks_first(self) -> bool:
         return self._session().approvals == "ask"
@@ -15003,12 +15105,14 @@ class TurnChat(Conversation):
             self._calls[call.id] = (message_id, planned is not None)
 
     def ask(self, planned: PlannedCommand) -> None:
+        self._asked.add(planned.job_id)
         self._show_approval(planned, {"state": "asked"})
 
     def decide(self, planned: PlannedCommand, verdict: Verdict) -> None:
         state = "approved" if verdict.allowed else "denied"
         if verdict.by == "nobody":
             state = "expired"
+        self._asked.discard(planned.job_id)
         self._show_approval(planned, {"state": state, "by": verdict.by})
         if not verdict.allowed:
             self._record_denial(planned, verdict)
@@ -15087,7 +15191,11 @@ class TurnChat(Conversation):
         except RpcError:  # it never started
             stopped = self._turn.cancel.cancelled
             state = MessageState.ABORTED if stopped else MessageState.ERROR
-            command = {"error": error}
+            if stopped and self._is_closing():
+                state, error = MessageState.INTERRUPTED, "the gateway stopped"
+            command: JsonObject = {"error": error}
+            if job_id in self._asked:
+                command["approval"] = None
             self._log.change("tool_call_end", job_id, state=state, command=command)
         else:
             if not job.record.is_open:
@@ -15135,6 +15243,8 @@ class Chats:
         self._logs: dict[str, SessionLog] = {}
         self._queues: dict[str, TurnQueue] = {}
         self._closing = False
+        # By session: the person's choice of a node, and the model's that followed it.
+        self._selections: dict[str, tuple[str, str]] = {}
         self._said = threading.Event()  # there may be something to flush
         now = now_ms()
         store.sessions.add(Session(MAIN_SESSION, "Main", SHELL_ID, LOCAL_ID, now, now))
@@ -15224,14 +15334,18 @@ class Chats:
             "sessionKey": key,
         }
 
-    def key_revoked(self, key_id: str) -> None:
-        """End the turns that an operator key asked for, and its approvals."""
+    def key_revoked(self, key_id: str, by: str) -> None:
+        """End the turns and commands of an operator key, and its approvals."""
         self._approvals.forget(key_id=key_id)
         with self._lock:
             queues = dict(self._queues)
         for key, queue in queues.items():
             with contextlib.suppress(RpcError):  # the session is being deleted
                 self._drop(self._log(key), queue.abort(key_id)[1])
+        # Turns first: they start no more of them.
+        for job in self._jobs.open_of(key_id):
+            with contextlib.suppress(RpcError):  # its node cannot
+                self._jobs.cancel(job, by)
 
     def history(
         self, key: str, *, after: int | None = None, before: int | None = None
@@ -15278,7 +15392,12 @@ class Chats:
         )
         self._tell("patched", key)
         chat = TurnChat(
-            turn, session_log, self._store, self._jobs, partial(self._select, key)
+            turn,
+            session_log,
+            self._store,
+            self._jobs,
+            self._selections,
+            self._is_closing,
         )
         end = RunEnd("error", "the turn failed inside the gateway; its log says why")
         try:
@@ -15303,9 +15422,6 @@ class Chats:
     def _is_closing(self) -> bool:
         with self._lock:
             return self._closing
-
-    def _select(self, key: str, node_id: str) -> None:
-        self.change(key, node_id=node_id)
 
     def _drop(self, session_log: SessionLog, turns: Sequence[Turn]) -> None:
         for turn in turns:
@@ -15347,6 +15463,7 @@ class Chats:
         if queue is not None:
             queue.close()
         self._approvals.forget(key)
+        self._selections.pop(key, None)
         with self._lock:
             dropped = self._logs.pop(key, None)
         if dropped is not None:
@@ -16220,6 +16337,7 @@ class ChatMethods:
             job_id,
             allowed=decision != "deny",
             by=by.name,
+            key_id=by.id,
             always=decision == "always",
         )
 
@@ -16245,7 +16363,7 @@ class AccessMethods:
         access: Access,
         audit: AuditTable,
         audience: Audience,
-        on_key_revoked: Callable[[str], None],
+        on_key_revoked: Callable[[str, str], None],
     ) -> None:
         self._access = access
         self._audit = audit
@@ -16262,7 +16380,7 @@ class AccessMethods:
     def revoke_key(self, key_id: str, by: Caller) -> None:
         self._access.operators.revoke_key(key_id, by=by)
         self._audience.hang_up(lambda caller: caller.id == key_id)
-        self._on_key_revoked(key_id)
+        self._on_key_revoked(key_id, by.name)
 
     def logins(self, caller: Caller) -> list[JsonObject]:
         keys = self._access.operators.keys()
@@ -18847,7 +18965,7 @@ environment of the gateway or a node. A key entered here is never shown again.</
 <h2 id="token-title">Add a machine</h2>
 <p>A token admits one machine. Give it a name; you can change it later.</p>
 <label for="token-name">Name</label>
-<input id="token-name" maxlength="100" placeholder="Build Server" autocomplete="off">
+<input id="token-name" maxlength="100" placeholder="Its host name" autocomplete="off">
 <p id="token-error" class="bad" role="alert"></p>
 <div class="actions"><button id="token-cancel" class="button"
  type="button">Cancel</button>
@@ -19152,6 +19270,13 @@ dialog h2 { font-size: 19px; margin-bottom: 8px; }
 .where { flex: none; max-width: 34%; font-size: 13px; font-weight: 580; }
 .command .line { flex: 1; min-width: 0; max-height: 40vh; overflow: auto;
   font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.command .line, .where, .approval p { unicode-bidi: bidi-override; direction: ltr; }
+.asks > header { flex-wrap: wrap; }
+.asks .line { max-height: none; flex-basis: 100%; order: 9; font-size: 14px;
+  padding-bottom: 6px; }
+.asks .where { flex: 1; max-width: none; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+.hidden { color: var(--wait); font-weight: 600; }
 .command > footer { gap: 6px 12px; min-height: 38px; font-size: 13px;
   color: var(--soft); font-variant-numeric: tabular-nums; }
 .command > footer .tools { align-items: center; }
@@ -19438,6 +19563,40 @@ function onClickCopy(button, text) {
   return button;
 }
 
+// What this browser keeps for its next visit; in memory where storage is full or
+// forbidden.
+const kept = {
+  memory: new Map(),
+
+  get(name) {
+    if (this.memory.has(name)) return this.memory.get(name);
+    try {
+      return localStorage.getItem(name) || "";
+    } catch {
+      return "";
+    }
+  },
+
+  set(name, value) {
+    this.memory.set(name, value);
+    try {
+      if (value) localStorage.setItem(name, value);
+      else localStorage.removeItem(name);
+    } catch {
+      // In memory, then.
+    }
+  },
+
+  forget() {
+    this.memory.clear();
+    try {
+      localStorage.clear();
+    } catch {
+      // Nothing is kept.
+    }
+  },
+};
+
 // Make screen readers read a text.
 function announce(text) {
   $("live").textContent = text;
@@ -19459,17 +19618,24 @@ function editInPlace(element, text, label, save) {
   if (element.querySelector("input")) return;
   const input = h("input", {class: "edit", "aria-label": label, maxlength: 200});
   const before = [...element.childNodes];
-  let open = true;
+  const leaving = new AbortController(); // ends the listener on the document
   const finish = saves => {
-    if (!open) return;
-    open = false;
+    if (leaving.signal.aborted) return;
+    leaving.abort();
     const name = input.value.trim();
+    const isShown = input.isConnected; // its row may be gone
     fill(element, before);
     delete element.dataset.edited;
-    if (saves && name && name !== text) save(name);
+    if (saves && isShown && name && name !== text) save(name);
   };
   input.value = text;
-  on(input, "blur", () => finish(true));
+  // A list that moves its rows takes the focus away: that is nobody's wish to save.
+  on(input, "blur", ({relatedTarget}) => {
+    if (relatedTarget) finish(true);
+    else setTimeout(() => input.focus());
+  });
+  const press = ({target}) => target !== input && finish(true);
+  document.addEventListener("pointerdown", press, {signal: leaving.signal});
   on(input, "keydown", event => {
     if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
     event.preventDefault();
@@ -19537,6 +19703,33 @@ function ago(ms) {
   return `${count} ${unit} ago`;
 }
 
+// What a text would hide: controls, marks of direction, what has no width, all spaces
+// but one, and blanks or line ends by which a command leaves what a person looks at.
+const HIDDEN = new RegExp(
+  "[^\\n\\P{C}]|\\p{DI}|[\\p{Zl}\\p{Zp}\\u2800]|[^\\P{Zs} ]| {24,}|\\n{4,}", "gu");
+
+const codeOf = character => {
+  const code = character.codePointAt(0).toString(16);
+  if (character === "\t") return "\\t";
+  const isShort = code.length < 3;
+  return isShort ? `\\x${code.padStart(2, "0")}` : `\\u${code.padStart(4, "0")}`;
+};
+
+// Return the nodes of a text that hides nothing.
+function visible(text) {
+  const nodes = [];
+  let end = 0;
+  for (const {0: found, index} of text.matchAll(HIDDEN)) {
+    const many = found.length > 2 && `[${found.length} ${
+      found[0] === " " ? "spaces" : "line ends"}]`;
+    nodes.push(text.slice(end, index),
+      h("span", {class: "hidden"}, many || codeOf(found)));
+    if (found[0] === "\n") nodes.push("\n");
+    end = index + found.length;
+  }
+  return [...nodes, text.slice(end)];
+}
+
 const outputSize = row => (row.stdoutBytes || 0) + (row.stderrBytes || 0);
 
 const PLATFORMS = {linux: "Linux", macos: "macOS"};
@@ -19550,14 +19743,18 @@ function jobKind({state, failed, place, awayMs}) {
   return failed ? "bad" : "ok";
 }
 
+// Return whether a card's command waits for an approval.
+const asksFor = ({state, command}) =>
+  OPEN.has(state) && command.approval?.state === "asked";
+
 // Return the state of a card's command: the kind of its dot, words.
 function cardStatus({state, command, job}) {
   const {approval, error} = command;
-  if (approval?.state === "asked") return ["wait", "Waiting for your approval"];
+  if (asksFor({state, command})) return ["wait", "Waiting for your approval"];
   if (job) return [jobKind(job), capitalized(job.words)];
   if (approval?.state === "denied" || approval?.state === "expired")
     return ["bad", capitalized(dotted(approval.state, approval.by))];
-  if (error) return ["bad", error];
+  if (error) return ["bad", capitalized(error)];
   return state === "running" ? ["run", "Starting"] : ["off", "Not started"];
 }
 
@@ -20464,6 +20661,7 @@ const HISTORY_SPAN = 30 * 60_000; // ms; CPU usage in a sparkline
 const state = {
   link: "connecting", // "up", "down", "out" (not signed in)
   retryAt: 0,
+  wasUp: false, // the document holds what only those may see who are signed in
   route: {page: "chat", key: MAIN},
   sessions: [],
   models: [],
@@ -20525,7 +20723,15 @@ class Chat {
     this.waiting = []; // events that arrived during fetch()
     this.earlier = false; // the gateway has older messages
     this.busy = false; // a turn is running
-    this.draft = "";
+  }
+
+  // What was typed and not sent; it outlives the page.
+  get draft() {
+    return kept.get(`draft ${this.key}`);
+  }
+
+  set draft(text) {
+    kept.set(`draft ${this.key}`, text);
   }
 
   // Fetch the last messages, or the changes since the last fetch.
@@ -20846,7 +21052,7 @@ const HANDLERS = {
 
 const link = new Link({
   async up({server}) {
-    Object.assign(state, {link: "up", pin: server.fingerprint});
+    Object.assign(state, {link: "up", wasUp: true, pin: server.fingerprint});
     touch("link");
     try {
       await link.call("subscribe", {events: EVENTS});
@@ -20864,6 +21070,8 @@ const link = new Link({
     touch("link");
   },
   refused() {
+    // The sign-in has ended, here or elsewhere: drop all that this page was shown.
+    if (state.wasUp) location.reload();
     state.link = "out";
     touch("link");
     if (!link.isNew) return;
@@ -20903,13 +21111,7 @@ function routeOf(path) {
 }
 
 // Return the key of the chat that this browser showed last.
-const lastKey = () => {
-  try {
-    return localStorage.getItem("session") || MAIN;
-  } catch {
-    return MAIN; // the browser forbids storage
-  }
-};
+const lastKey = () => kept.get("session") || MAIN;
 
 const chatPath = key => `${ROOT}/chat/${encodeURIComponent(key)}`;
 
@@ -20923,11 +21125,7 @@ function applyAddress() {
   state.route = routeOf(location.pathname.slice(ROOT.length));
   if (state.route.page === "chat") {
     history.replaceState(null, "", chatPath(state.route.key));
-    try {
-      localStorage.setItem("session", state.route.key);
-    } catch {
-      // The page forgets it.
-    }
+    kept.set("session", state.route.key);
   }
   openSidebar(false);
   enterRoute();
@@ -21307,6 +21505,8 @@ class NoticeTurn {
   }
 }
 
+const READING_TIME = 500; // ms that a question is seen before it can be answered
+
 const outputPath = jobId => `${ROOT}/api/jobs/${encodeURIComponent(jobId)}/output`;
 
 // A command: machine, command line, end of its output, state.
@@ -21318,7 +21518,9 @@ class CommandCard {
     this.log = this.chat.logOf(row);
     this.output = new Screen(this.log, this);
     this.screen.setAttribute("aria-label", `Output of ${command.command}`);
-    this.line.textContent = command.command.replace(/[^\n\P{C}]/gu, escape);
+    fill(this.line, visible(command.command));
+    const where = command.node + (command.cwd ? `:${command.cwd}` : "");
+    fill(this.where, visible(where));
     this.save.href = this.whole.href = outputPath(jobId);
     onClickCopy(this.copyLine, () => command.command);
     onClickCopy(this.copy, () => this.log.terminal.text());
@@ -21337,13 +21539,13 @@ class CommandCard {
     const {command, job} = row;
     this.row = row;
     const [kind, words] = cardStatus(row);
-    const asks = command.approval?.state === "asked";
+    const asks = asksFor(row);
     this.isOpen = Boolean(job) && isOpen(job);
     this.root.dataset.kind = kind;
     const label = `Command on ${command.node}: ${command.command}`;
     this.root.setAttribute("aria-label", label);
     this.dot.className = `dot ${kind}`;
-    setText(this.where, command.node + (command.cwd ? `:${command.cwd}` : ""));
+    this.root.classList.toggle("asks", asks);
     setText(this.word, dotted(words, command.background && "in the background"));
     const total = outputSize(job || {});
     this.isIncomplete = (this.isOpen || total > 0) && !this.log.isComplete;
@@ -21374,16 +21576,32 @@ class CommandCard {
     setText(this.time, startedAt && seconds >= 0 ? formatDuration(seconds) : "");
   }
 
-  drawApproval({jobId: id, command: {node}}, asks) {
+  drawApproval({jobId: id, command: {node, cwd}}, asks) {
     if (asks === !this.approval.hidden) return;
     this.approval.hidden = !asks;
     if (!asks) return;
     const answer = decision => () => attempt("exec.approval.resolve", {id, decision});
-    fill(this.approval,
-      h("p", `The model wants to run this on ${node}.`),
+    const buttons = [
       button("Approve", answer("approve"), "button main"),
       button("Deny", answer("deny")),
-      button(`Always on ${node} in this chat`, answer("always")));
+      button(["Always on ", visible(node), " in this chat"], answer("always")),
+    ];
+    fill(this.approval,
+      h("p", "The model wants to run this on ", visible(node),
+        cwd && [" in ", visible(cwd)], "."),
+      buttons);
+    // What was meant for something else, a click or a key, must not answer.
+    let timer;
+    for (const each of buttons) each.disabled = true;
+    const seen = new IntersectionObserver(entries => {
+      clearTimeout(timer);
+      if (!entries.at(-1).isIntersecting) return;
+      timer = setTimeout(() => {
+        for (const each of buttons) each.disabled = false;
+        seen.disconnect();
+      }, READING_TIME);
+    });
+    seen.observe(this.approval);
     announce(`Approval is needed for a command on ${node}`);
   }
 
@@ -21425,7 +21643,7 @@ function shownRows(chat) {
 }
 
 function drawChat() {
-  if (state.route.page !== "chat") return;
+  if (state.route.page !== "chat" || !state.wasUp) return;
   const chat = currentChat();
   if (shownChat !== chat) leaveChat(chat);
   const rows = shownRows(chat);
@@ -21440,7 +21658,7 @@ function drawChat() {
 
 function leaveChat(chat) {
   const text = $("text");
-  if (shownChat) shownChat.draft = text.value;
+  recall.place = null; // of the chat that is left; its draft is kept already
   shownChat = chat;
   turns.show([]);
   text.value = chat.draft;
@@ -21517,6 +21735,11 @@ function drawComposer(chat) {
   pickers.forEach(picker => picker.draw());
 }
 
+function keepDraft() {
+  if (shownChat) shownChat.draft = $("text").value;
+  fitText();
+}
+
 // Fit the height of the field to its text, up to a third of the window.
 function fitText() {
   const text = $("text");
@@ -21528,7 +21751,8 @@ async function send(line) {
   const text = $("text");
   const typed = line ?? text.value.trim();
   if (!typed) return;
-  if (line === undefined) text.value = "";
+  const chat = currentChat();
+  if (line === undefined) text.value = chat.draft = "";
   fitText();
   recall.place = null;
   follows = true;
@@ -21537,8 +21761,11 @@ async function send(line) {
   // Until the list of sessions arrives, only the gateway knows the model.
   if (state.sessions.includes(entry)) params.model = currentModel(entry);
   const answer = await attempt("chat.send", params);
-  // Restore the text if the call failed.
-  if (!answer && line === undefined && !text.value) text.value = typed;
+  // Restore the text if the call failed, in the chat where it was typed.
+  if (answer || line !== undefined || chat.draft) return;
+  chat.draft = typed;
+  if (shownChat === chat) text.value = typed;
+  fitText();
 }
 
 const recall = {place: null, draft: ""}; // position of ↑ in earlierTexts()
@@ -21807,9 +22034,10 @@ function openToken() {
 }
 
 async function generateToken() {
-  const name = $("token-name").value.trim() || $("token-name").placeholder;
+  const name = $("token-name").value.trim();
   try {
-    const made = await link.call("device.token.create", {displayName: name});
+    const named = name ? {displayName: name} : {};
+    const made = await link.call("device.token.create", named);
     state.token = {deviceId: made.deviceId, name};
     showToken(made);
     refresh("devices"); // no event announces a token
@@ -21833,8 +22061,8 @@ function showToken({deviceToken, joinCode}) {
   const [curl, pinned] = pin
     ? [`curl -fsSk --pinnedpubkey '${pin}'`, ` --fingerprint ${pin}`]
     : ["curl -fsSL", ""];
-  const name = shellWord(state.token.name);
-  const options = `--host ${socketAddress()} --token ${deviceToken} --name ${name}`;
+  const name = state.token.name && ` --name ${shellWord(state.token.name)}`;
+  const options = `--host ${socketAddress()} --token ${deviceToken}${name}`;
   const add = `${curl} ${BASE}moltis.py | python3 - node add`;
   const lines = [
     ["The token, shown only once", deviceToken],
@@ -21847,7 +22075,7 @@ function showToken({deviceToken, joinCode}) {
   ].map(line => copyLine(...line));
   $("token-form").hidden = true;
   $("token-made").hidden = false;
-  setText($("token-made-title"), `Run this on ${state.token.name}`);
+  setText($("token-made-title"), `Run this on ${state.token.name || "the machine"}`);
   fill($("token-lines"), lines.slice(0, 3),
     h("details", h("summary", "Other ways"), lines.slice(3)));
   fill($("token-warnings"),
@@ -21881,7 +22109,7 @@ function drawTokenWait() {
   const here = Boolean(node?.connected);
   const text = here
     ? `${node.displayName} is connected`
-    : `Waiting for ${name} to connect…`;
+    : `Waiting for ${name || "the machine"} to connect…`;
   fillIfChanged($("token-wait"), text, () =>
     [here ? icon("check") : h("span", {class: "dot wait"}), text]);
   $("token-wait").classList.toggle("here", here);
@@ -22059,6 +22287,7 @@ async function signIn(key) {
   }).catch(() => null);
   if (answer?.ok) {
     pageSecret.set((await answer.json()).pageSecret);
+    $("key").value = "";
     state.link = "connecting";
     touch("link");
     link.isNew = true;
@@ -22081,6 +22310,7 @@ async function signOut() {
   try {
     await fetchOwn("api/sign-out", {method: "POST"});
     pageSecret.set("");
+    kept.forget();
     location.reload();
   } catch {
     showError(new Error("The gateway cannot be reached: you are still signed in."));
@@ -22181,7 +22411,7 @@ function start() {
   onSubmit("key-form", createKey);
   on($("token"), "close", forgetToken);
   on($("text"), "keydown", composerKey);
-  on($("text"), "input", fitText);
+  on($("text"), "input", keepDraft);
   on($("transcript"), "scroll", onScroll);
   // Output that is drawn later also makes the conversation longer.
   new ResizeObserver(followEnd).observe($("messages"));
@@ -23163,7 +23393,7 @@ class LocalNode:
         self._fleet: Fleet | None = None  # it is made after our `node`
         self._inventory = Inventory(environ, on_change=self._report)
         self._telemetry = TelemetrySource(choose_probe(environ), self._inventory)
-        home = os.path.expanduser("~")
+        home = home_directory()
         options = MachineOptions(
             environ, self._inventory, working_dir=home, inherited=inherited
         )
@@ -23354,6 +23584,7 @@ class RunningNode:
         inherited: Inherited | None = None,
         give_up_when_refused: bool = False,
         on_end: Callable[[], None] = lambda: None,
+        on_pin: Callable[[str], None] = lambda _pin: None,
     ) -> None:
         self.refused: Refused | None = None
         self._agent: NodeAgent | None = None  # made after the inventory
@@ -23362,7 +23593,7 @@ class RunningNode:
             MachineOptions(
                 environ,
                 self._inventory,
-                working_dir=settings.working_dir or os.path.expanduser("~"),
+                working_dir=settings.working_dir or home_directory(),
                 max_timeout=settings.timeout,
                 inherited=inherited,
                 catalog=model_catalog(environ) if settings.llm else None,
@@ -23370,7 +23601,7 @@ class RunningNode:
             )
         )
         telemetry = TelemetrySource(choose_probe(environ), self._inventory)
-        agent = self._agent = NodeAgent(settings, machine, telemetry, on_state)
+        agent = self._agent = NodeAgent(settings, machine, telemetry, on_state, on_pin)
         self._give_up = give_up_when_refused
         self._on_end = on_end
         self._thread = threading.Thread(
@@ -23420,8 +23651,9 @@ def start_demo_node(environ: Mapping[str, str], gateway: RunningGateway) -> Runn
 
 # ==============================================================================
 # Command line
-# Uses: Settings, Install, TLS, HTTP client, Wire protocol, Commands, Node service,
-#       Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP, Assembly
+# Uses: Dialling, Settings, Install, TLS, HTTP client, Wire protocol, Commands,
+#       Node service, Store, Access, Jobs, Agent, Chat, HTTP, Operator client, MCP,
+#       Assembly
 #
 # What a person types: one action for each subcommand, which returns the exit status,
 # and at the end the table of all subcommands and their arguments.  Answers go to
@@ -23671,7 +23903,7 @@ def chosen_trust(args: argparse.Namespace, context: Context) -> TlsTrust:
         raise UsageError("--fingerprint and --ca exclude each other")
     if pin is not None and not re.fullmatch(r"sha256//[A-Za-z0-9+/]{43}=", pin):
         raise UsageError(f"--fingerprint takes sha256//… and 44 characters, not {pin}")
-    return TlsTrust(None if args.ca else pin, args.ca)
+    return TlsTrust(None, read_ca(args.ca)) if args.ca else TlsTrust(pin)
 
 
 def is_own_gateway(url: str, file: GatewayFile) -> bool:
@@ -23716,8 +23948,16 @@ def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsT
     """Return which certificate the gateway must show before it gets `key`."""
     trust = chosen_trust(args, context)
     file = GatewayFile.load(context.directory)
-    if trust == TlsTrust() and file is not None and file.api_key == key:
+    if trust != TlsTrust():
+        return trust
+    if file is not None and file.api_key == key:
         return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
+    node = NodeSettings.load(context.directory)
+    if node is not None:
+        url = gateway_address(args, context)[0]
+        wanted, known = map(ServerUrl.parse, (websocket_url(url), node.gateway_url))
+        if (wanted.host, wanted.port) == (known.host, known.port):
+            return TlsTrust(ca=node.ca)
     return trust
 
 
@@ -23863,7 +24103,7 @@ def open_sign_in(
     import webbrowser
 
     # Browsers that come as a snap see another /tmp, and no name that begins with a dot.
-    home = Path.home()
+    home = Path(home_directory())
     try:
         directory = tempfile.TemporaryDirectory(prefix="moltis-sign-in-", dir=str(home))
         page = Path(directory.name, "index.html")
@@ -23979,6 +24219,8 @@ def node_settings(
         auth=args.auth or "scram",
         llm=not args.no_llm,
         allow=args.allow or (),
+        ca=read_ca(args.ca) if args.ca else None,
+        proxies=proxies_from(context.environ),
     )
 
 
@@ -24035,7 +24277,7 @@ def install_node(settings: NodeSettings, trust: TlsTrust, context: Context) -> i
         text = fetch(source, trust)
         check_program(text, source)
     install_program(directory, text)
-    spec = ServiceSpec(lasting_python(), directory, Path.home())
+    spec = ServiceSpec(lasting_python(), directory, Path(home_directory()))
     service = service_manager(spec, context.environ)
     notes = service.install()
     service.start()
@@ -24092,6 +24334,13 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
                 "Ctrl+C stops it"
             )
 
+    def on_pin(pin: str) -> None:
+        known = None if directory is None else NodeSettings.load(directory)
+        if known is not None and directory is not None:
+            same = known.replace(working_dir=settings.working_dir) == settings
+            if same:  # not after another `node add`
+                known.replace(gateway_pin=pin).save(directory)
+
     handler: logging.Handler = logging.StreamHandler()
     if directory is not None:
         handler = NodeLog(directory)
@@ -24107,6 +24356,7 @@ def run_node(settings: NodeSettings, context: Context, directory: Path | None) -
         inherited=context.inherited,
         give_up_when_refused=directory is None,
         on_end=stop.set,
+        on_pin=on_pin,
     )
     try:
         stop.wait()
@@ -24143,8 +24393,10 @@ def cmd_node_run(_args: object, context: Context) -> int:
         )
     # Where its commands run: to send each of them there keeps SpawnedShell from being
     # used.  The commands report a directory that is gone.
+    for name, value in settings.proxies.items():
+        os.environ.setdefault(name, value)
     directory = context.directory.absolute()
-    working_dir = os.path.abspath(settings.working_dir or os.path.expanduser("~"))
+    working_dir = os.path.abspath(settings.working_dir or home_directory())
     settings = settings.replace(working_dir=working_dir)
     with contextlib.suppress(OSError):
         os.chdir(working_dir)
@@ -24153,7 +24405,7 @@ def cmd_node_run(_args: object, context: Context) -> int:
 
 def local_service(context: Context) -> tuple[ServiceSpec, ServiceManager | None]:
     """Return this machine's node service; None without a service manager."""
-    spec = ServiceSpec(lasting_python(), context.directory, Path.home())
+    spec = ServiceSpec(lasting_python(), context.directory, Path(home_directory()))
     try:
         return spec, service_manager(spec, context.environ)
     except NoServiceManager:
@@ -24169,6 +24421,16 @@ def cmd_node_remove(_args: argparse.Namespace, context: Context) -> int:
     return EXIT_OK
 
 
+def node_proxy(settings: NodeSettings) -> str | None:
+    """Return the proxy on a node's way to its gateway, for people."""
+    target = ServerUrl.parse(settings.gateway_url)
+    try:
+        found = find_proxy(target.host, settings.proxies, secure=target.secure)
+    except BadConfiguration as error:
+        return str(error)
+    return None if found is None else str(found)
+
+
 def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
     settings = NodeSettings.load(context.directory)
     state = NodeState.load(context.directory)
@@ -24180,6 +24442,7 @@ def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
         "name": settings.display_name if settings else None,
         "nodeId": settings.node_id if settings else None,
         "gateway": settings.gateway_url if settings else None,
+        "proxy": node_proxy(settings) if settings else None,
         "allow": list(settings.allow) if settings else [],
         "service": status.state if status else "none",
         "pid": pid,
@@ -24198,6 +24461,7 @@ def cmd_node_status(args: argparse.Namespace, context: Context) -> int:
                 "Name": value["name"],
                 "Node id": value["nodeId"],
                 "Gateway": value["gateway"],
+                "Proxy": value["proxy"],
                 "Allows": value["allow"],
                 "Service": f"{value['service']}{f', process {pid}' if pid else ''}",
                 "Connected": f"{'yes' if connected else 'no'}{since}",

@@ -460,6 +460,29 @@ def test_a_stream_without_end_is_no_answer(chat):
         ("exec", {"command": "ls", "timeout": "5"}, "timeout must be a number"),
         ("exec", {"command": "ls", "timeout": 0}, "timeout must be more than 0"),
         ("exec", {"command": "ls", "timeout": float("inf")}, "and finite"),
+        ("exec", {"command": "ls", "timeout": float("nan")}, "and finite"),
+        ("exec", {"command": "ls", "timeout": -1}, "timeout must be more than 0"),
+        ("exec", {"command": "ls", "timeout": True}, "timeout must be a number"),
+        ("exec", {"command": "ls", "timeout": 10**400}, "and finite"),
+        ("exec", {"command": "ls", "timeout": [5]}, "timeout must be a number"),
+        ("exec", {"command": ["ls"]}, "command must be a string"),
+        ("exec", {"command": None}, "command is missing"),
+        ("exec", {"command": "ls", "working_dir": 5}, "working_dir must be a string"),
+        ("exec", {"command": "ls", "node": {}}, "node must be a string"),
+        ("exec", {"command": "ls", "background": "yes"}, "must be true or false"),
+        ("exec", {"command": "ls", "background": 1}, "must be true or false"),
+        ("exec_status", {"id": 5}, "id must be a string"),
+        ("exec_status", {"id": "x", "offset": 1.5}, "offset must be a whole number"),
+        ("exec_status", {"id": "x", "offset": -1}, "offset is not negative"),
+        ("exec_status", {"id": "x", "offset": 10**400}, "offset is not negative"),
+        ("exec_status", {"id": "x", "offset": True}, "offset must be a whole number"),
+        ("exec_status", {"id": "x", "wait": "5"}, "wait must be a number"),
+        ("exec_status", {"id": "x", "wait": float("nan")}, "wait takes 0 to 60"),
+        ("exec_status", {"id": "x", "wait": 10**400}, "wait takes 0 to 60"),
+        ("exec_status", {"id": "x", "cancel": "no"}, "cancel must be true or false"),
+        ("nodes_list", {"filter": 5}, "filter must be a string"),
+        ("nodes_describe", {"node": ["Pi"]}, "node must be a string"),
+        ("nodes_select", {"node": True}, "node must be a string"),
         ("exec", {"command": "ls", "host": "pi"}, "it has command, node, timeout"),
         ("exec", {"command": "ls", "node": ""}, "there is Local, GPU box, Pi"),
         ("exec", {"command": "ls", "node": "mars"}, "there is Local, GPU box, Pi"),
@@ -540,7 +563,7 @@ def test_a_node_is_described_in_one_line():
     line = moltis.describe_node({**view, "connected": False, "telemetry": telemetry})
     assert line == (
         "Box (x): linux, offline, 4 CPUs, 12 % busy, "
-        "memory 1.0 GiB free of 8.0 GiB, GPU RTX 4090"
+        'memory 1.0 GiB free of 8.0 GiB, 1 × GPU "RTX 4090"'
     )
 
 

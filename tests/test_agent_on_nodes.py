@@ -316,7 +316,17 @@ def test_a_model_lists_describes_and_selects_a_node_and_runs_a_command_there(
     assert result["exit_code"] == 0
     assert "Selected machine, where exec runs by default: alpha" in server.prompt()
     assert "beta (id-beta)" in server.prompt()
-    assert site.call("sessions.resolve", key=key)["entry"]["node_id"] == "id-alpha"
+    # Its selection is the model's own: it lasts, and moves nothing of the person's.
+    assert site.call("sessions.resolve", key=key)["entry"]["node_id"] is None
+    server.turns += [runs("echo again on $NODE"), says("Still alpha.")]
+    site.end(site.send("!echo typed on $NODE", key))
+    assert site.audit("echo typed on $NODE")["nodeId"] == "local"
+    site.end(site.send("and now?", key))
+    assert server.results()[-1]["node"] == "alpha"
+    site.call("sessions.patch", key=key, node_id="id-beta")
+    server.turns += [runs("echo where on $NODE"), says("beta.")]
+    site.end(site.send("and now?", key))
+    assert server.results()[-1]["node"] == "beta"
 
 
 def test_what_the_model_did_is_in_the_session_for_those_who_look_later(site, server):
@@ -638,9 +648,95 @@ def test_what_would_hide_on_the_page_is_spelt_out_in_the_question(site, server):
         page.goto(f"{site.url}/chat/{key}")
         page.wait_for_text("Waiting for your approval")
         shown = page.text("#messages > :last-child code")
-        assert shown == "rm -rf /tmp/x #%1B[2K%u202E\nuptime"
+        assert shown == "rm -rf /tmp/x #\\x1b[2K\\u202e\nuptime"
     site.decide(card, "deny")
     site.end(run_id)
+
+
+WATCH_BUTTONS = """(() => {
+  globalThis.seen = {};
+  const look = () => {
+    const button = document.querySelector(".approval .main");
+    if (!button) return;
+    globalThis.seen[button.disabled ? "closed" : "open"] ??= performance.now();
+  };
+  new MutationObserver(look).observe(document.body,
+    {childList: true, subtree: true, attributes: true});
+})()"""
+
+
+def test_the_page_shows_all_of_a_question_before_it_takes_an_answer(site, server):
+    key = site.session("all of it")
+    hidden = (
+        "echo start" + " " * 300 + "; echo after spaces\u200b\u3164\u00a0" + "\n" * 90
+    )
+    command = hidden + "echo line\n" * 90 + "echo the end"
+    directory = "/tmp/\u202egpj.exe"
+    server.turns += [runs(command, working_dir=directory), says("no")]
+    with Browser() as browser, browser.new_page() as page:
+        page.goto(f"{site.url}/#key={site.key}")
+        page.wait_for(SIGNED_IN)
+        page.goto(f"{site.url}/chat/{key}")
+        page.wait_for(SIGNED_IN)
+        page.evaluate(WATCH_BUTTONS)
+        run_id = site.send("hm?", key)
+        card = site.question(run_id)
+        page.wait_for("globalThis.seen.open")
+        closed, opened = page.evaluate("[globalThis.seen.closed, globalThis.seen.open]")
+        assert opened - closed >= 450
+        line = "#messages > :last-child .line"
+        shown = page.text(line)
+        assert shown.startswith(
+            "echo start[300 spaces]; echo after spaces\\u200b\\u3164"
+        )
+        assert "\\xa0[90 line ends]\necho line" in shown
+        assert shown.endswith("echo the end")
+        box = f"document.querySelector('{line}')"
+        assert page.evaluate(f"{box}.scrollHeight <= {box}.clientHeight + 1")
+        for part in (".where", ".approval p"):
+            text = page.text(f"#messages > :last-child {part}")
+            assert "/tmp/\\u202egpj.exe" in text
+            assert "\u202e" not in text
+        page.screenshot(site.directory / "question.png", full=True)
+        site.decide(card, "deny")
+        site.end(run_id)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"command": "echo no", "timeout": 1e999}',
+        '{"command": "echo no", "timeout": -1e999}',
+        '{"command": "echo no", "timeout": NaN}',
+        '{"command": "echo no", "timeout": Infinity}',
+        '{"command": "echo no", "timeout": ' + "9" * 5000 + "}",
+        '{"command": "echo no", "timeout": "5"}',
+        '{"command": 1e999}',
+        '{"command": ' + "[" * 90_000 + "]" * 90_000 + "}",
+        '{"command": "echo no", "more": ' + '{"a":' * 500 + "1" + "}" * 501,
+        '{"command": "echo \\ud800"}',
+        '["echo no"]',
+        '{"command": "echo no"',
+        "1e999",
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_and_the_turn_goes_on(
+    site, server, arguments
+):
+    """Nothing of them is sent on or stored in a form that no JSON reader takes."""
+    key = site.session(f"wrong {hash(arguments)}", approvals="all")
+    turn = calls(("exec", {}))
+    turn[0]["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"] = arguments
+    server.turns += [turn, says("I see.")]
+    ended = site.end(site.send("go", key))
+    assert (ended["state"], ended["message"]["text"]) == ("final", "I see.")
+    (result,) = server.results()
+    assert set(result) == {"error"}
+    assert 10 < len(result["error"]) < 500
+    server.turns.append(says("Still here."))
+    ended = site.end(site.send("and?", key))
+    assert ended["message"]["text"] == "Still here."
+    moltis.from_json(json.dumps(server.asked[-1]))
 
 
 def test_the_page_shows_what_runs_in_the_background_and_stops_it(site, server):

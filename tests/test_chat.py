@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sqlite3
 import threading
 import urllib.error
 import urllib.request
@@ -553,6 +554,10 @@ def test_an_approved_command_runs_and_the_model_answers(tmp_path):
         assert "from the model" in told["content"]
 
 
+def history(gateway):
+    return gateway.call("chat.history", sessionKey="main")
+
+
 def approval(chat, state):
     for card in chat.of("command"):
         if card["command"].get("approval", {}).get("state") == state:
@@ -757,6 +762,78 @@ def test_what_a_revoked_key_asked_for_ends_with_it(tmp_path):
             resolve(gateway, asked, "approve")
         assert not (tmp_path / "ran").exists()
         assert not (tmp_path / "queued").exists()
+
+
+def test_a_question_that_is_stopped_is_closed_on_its_card(tmp_path):
+    with with_model(tmp_path, calling("echo no")) as (gateway, chat, _):
+        chat.send("do it")
+        chat.until(lambda: approval(chat, "asked"))
+        gateway.call("chat.abort", sessionKey="main")
+        (card,) = chat.finish()
+        (stored,) = [m for m in history(gateway) if m["role"] == "command"]
+        for shown in (card, stored):
+            assert shown["state"] == "aborted"
+            assert shown["command"]["error"] == "cancelled by the user"
+            assert "approval" not in shown["command"]
+
+
+def test_a_question_that_ends_with_the_gateway_is_closed_on_its_card(tmp_path):
+    with with_model(tmp_path, calling("echo no")) as (_, chat, _):
+        chat.send("do it")
+        chat.until(lambda: approval(chat, "asked"))
+    (path,) = tmp_path.rglob("moltis.db")
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        query = "SELECT state, details FROM messages WHERE role = 'command'"
+        ((state, details),) = db.execute(query).fetchall()
+    command = json.loads(details)["command"]
+    assert (state, command["error"]) == ("interrupted", "the gateway stopped")
+    assert "approval" not in command
+
+
+def test_what_a_revoked_key_allowed_for_ever_is_asked_again(tmp_path):
+    answers = calling("echo 1"), says("ok"), calling("echo 2"), says("ok")
+    with with_model(tmp_path, *answers) as (gateway, chat, _):
+        scopes = ["operator.read", "operator.write", "operator.approvals"]
+        key = gateway.call("keys.create", name="guest", scopes=scopes)
+        chat.send("one")
+        asked = chat.until(lambda: approval(chat, "asked"))
+        with moltis.OperatorClient(gateway.url, key["key"]) as guest:
+            params = {"id": asked["jobId"], "decision": "always"}
+            guest.call("exec.approval.resolve", params)
+        chat.finish()
+        gateway.call("keys.revoke", keyId=key["keyId"])
+        chat.send("two")
+        asked = chat.until(lambda: approval(chat, "asked"))
+        assert asked["command"]["command"] == "echo 2"
+        resolve(gateway, asked, "deny")
+        chat.finish()
+
+
+def test_the_commands_of_a_revoked_key_end_with_it(tmp_path):
+    """Those in the background, and those that no chat shows, as well."""
+    answers = calling("sleep 100", background=True), says("It runs.")
+    with with_model(tmp_path, *answers) as (gateway, chat, _):
+        gateway.call("sessions.patch", key="main", approvals="all")
+        scopes = ["operator.read", "operator.write"]
+        key = gateway.call("keys.create", name="guest", scopes=scopes)
+        mine = moltis.new_id()
+        spec = {"command": "sleep 99"}
+        start = {"work": "run", "keep": True}
+        jobs = [{"id": mine, "node": "local"}]
+        gateway.call("job.start", jobs=jobs, spec=spec, **start)
+        with Watcher(gateway.websocket_url, key["key"]) as guest:
+            guest.send("leave it running")
+            chat.until(lambda: chat.saw("final"))
+        with moltis.OperatorClient(gateway.url, key["key"]) as guest:
+            jobs = [{"id": moltis.new_id(), "node": "local"}]
+            guest.call("job.start", {"jobs": jobs, "spec": spec, **start})
+        assert len(gateway.call("job.list", state="open")) == 3
+        gateway.call("keys.revoke", keyId=key["keyId"])
+        wait_for(lambda: len(gateway.call("job.list", state="open")) == 1)
+        ended = gateway.call("job.list", state="cancelled")
+        assert {job["command"] for job in ended} == {"sleep 100", "sleep 99"}
+        assert {job["words"] for job in ended} == {"cancelled by owner"}
+        gateway.call("job.cancel", id=mine)
 
 
 # -- restarts ------------------------------------------------------------------

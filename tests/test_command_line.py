@@ -11,11 +11,15 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+from functools import partial
+from pathlib import Path
 
 import pytest
 from peers import InProcessGateway, silent_node
@@ -1033,6 +1037,41 @@ def test_a_job_is_attached_to_through_a_restart_of_the_gateway(tmp_path, home):
         attached.wait_for_output("4\n")
     assert attached.stdout == "1\n2\n3\n4\n"
     assert "waiting for the gateway to come back" in attached.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another uid")
+def test_a_uid_without_an_account_or_a_home_gets_sentences(request):
+    """As in a container that runs as a number."""
+    place = Path(tempfile.mkdtemp(dir="/var/tmp"))  # pytest's own are its owner's
+    request.addfinalizer(partial(shutil.rmtree, place))
+    place.chmod(0o755)
+    copy, directory = place / "moltis.py", place / "data"
+    copy.write_bytes(PROGRAM.read_bytes())
+    copy.chmod(0o644)
+    directory.mkdir()
+    os.chown(directory, 47114711, -1)
+    script = (
+        "import os, sys; os.setuid(47114711); del os.environ['HOME'];"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+
+    def run(words, **environ):
+        return subprocess.run(
+            ["/usr/bin/python3", "-c", script, str(copy), *words],
+            check=False,
+            capture_output=True,
+            text=True,
+            env={**clean_environment(place), **environ},
+            cwd="/",
+        )
+
+    done = run(["node", "status"])
+    assert done.returncode == 78
+    assert "uid 47114711 has no account" in done.stderr
+    for words in (["node", "status"], ["node", "list"], ["install", "--uninstall"]):
+        done = run(words, MOLTIS_DATA_DIR=str(directory))
+        assert done.returncode != 0 or words[0] == "install"
+        assert "Traceback" not in done.stderr, done.stderr
 
 
 # -- backup and restore --------------------------------------------------------

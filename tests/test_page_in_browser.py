@@ -231,6 +231,96 @@ def test_signing_out_ends_it_in_this_browser_only(site, make_page):
     assert run(other, "echo still here").strip() == "still here"
 
 
+@pytest.mark.parametrize("way_out", ["signed out", "ended elsewhere"])
+def test_nothing_of_a_sign_in_is_left_in_the_document(site, browser, way_out):
+    with browser.new_page(isolated=True) as page:
+        page.goto(site.url)
+        page.fill("#key", site.key)
+        page.press("Enter")
+        page.wait_for(READY)
+        assert page.evaluate("document.querySelector('#key').value") == ""
+        run(page, "echo secret of the transcript")
+        page.fill("#text", "secret of the draft")
+        if way_out == "signed out":
+            page.click("#sign-out")
+        else:
+            for login in site.call("logins.list"):
+                site.call("logins.revoke", loginId=login["loginId"])
+        page.wait_for_text("Operator key")
+        page.wait_for("document.readyState === 'complete'")
+        left = """document.documentElement.outerHTML +
+          [...document.querySelectorAll('input, textarea')].map(i => i.value)"""
+        page.wait_for(f"!({left}).includes('secret of the')")
+        assert site.key not in page.evaluate(left)
+
+
+def test_without_storage_the_page_works_and_keeps_drafts_in_memory(site, browser):
+    with browser.new_page(isolated=True) as page:
+        source = """Object.defineProperty(window, "localStorage", {
+          get() { throw new DOMException("denied", "SecurityError"); }});"""
+        page.call("Page.addScriptToEvaluateOnNewDocument", source=source)
+        page.goto(f"{site.url}/#key={site.key}")
+        page.wait_for(READY)
+        assert run(page, "echo works").strip() == "works"
+        page.fill("#text", "not sent")
+        open_new_chat(page)
+        page.click("#sessions a[href='/chat/main']")
+        page.wait_for("document.querySelector('#text').value === 'not sent'")
+        assert page.errors == []
+
+
+def test_a_key_in_the_address_that_is_none_gets_a_sentence(site, browser):
+    with browser.new_page(isolated=True) as page:
+        page.goto(f"{site.url}/chat/%E0%A4%A#key=%zz")
+        page.wait_for_text("This is not a key of this gateway")
+
+
+def test_a_draft_belongs_to_its_chat_and_outlives_the_page(site, make_page):
+    page = make_page(site)
+    open_new_chat(page)
+    run(page, "echo earlier")
+    page.fill("#text", "half a thought")
+    page.press("ArrowUp")
+    text = "document.querySelector('#text').value"
+    page.wait_for(f"{text} === 'echo earlier'")
+    chat = page.evaluate("location.pathname")
+    page.click("#sessions a[href='/chat/main']")
+    page.wait_for(f"location.pathname === '/chat/main' && {text} === ''")
+    page.click("#text")
+    page.press("ArrowDown")
+    assert page.evaluate(text) == ""
+    page.reload()
+    page.wait_for(READY)
+    page.click(f"#sessions a[href='{chat}']")
+    page.wait_for(f"{text} === 'half a thought'")
+    page.press("Enter")
+    page.click("#text")
+    page.press("Enter")
+    page.wait_for(f"{text} === ''")
+    page.reload()
+    page.wait_for(READY)
+    assert page.evaluate(text) == ""
+
+
+def test_a_name_that_is_half_typed_is_saved_only_by_those_who_type_it(site, make_page):
+    """Not by a list that moves its rows, nor by one that is drawn again."""
+    page = make_page(site)
+    open_new_chat(page)
+    run(page, "echo first")
+    page.click("#sessions .current [aria-label=Rename]")
+    page.wait_for("document.activeElement.className === 'edit'")
+    page.type("half")
+    site.call("chat.send", sessionKey="main", text="echo moves the rows")
+    main = "#sessions > :first-child"
+    page.wait_for(f"document.querySelector(\"{main} a\").href.endsWith('/chat/main')")
+    page.wait_for("document.activeElement.className === 'edit'")
+    labels = [entry["label"] for entry in site.call("sessions.list")]
+    assert "half" not in labels
+    page.type(" and whole")
+    page.press("Enter")
+    wait_for(lambda: "half and whole" in str(site.call("sessions.list")))
+
+
 # -- chat ----------------------------------------------------------------------
 
 
@@ -521,6 +611,21 @@ def test_the_audit_lists_what_ran_and_can_be_filtered(site, make_page):
         "r.dispatchEvent(new Event('change'))}"
     )
     page.wait_for(f"{shows(first, 'exit 9')} && !{shows('#audit-rows', 'Done')}")
+
+
+def test_a_machine_without_a_name_is_called_by_its_host_name(site, make_page):
+    page = make_page(site, "/settings/nodes")
+    page.click("#new-token")
+    page.click("#token-name")
+    page.press("Enter")
+    page.wait_for_text("Waiting for the machine to connect")
+    lines = page.text("#token-lines")
+    assert "node add" in lines
+    assert "--name" not in lines
+    page.press("Escape")
+    page.wait_for(shows("#unused-list", "Unnamed"))
+    page.evaluate("document.querySelector('#unused-list [aria-label=Revoke]').click()")
+    page.click("#confirm-yes")
 
 
 @pytest.mark.parametrize("way_out", ["Escape", "Done"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,43 @@ def test_models_that_are_not_lent_stay_so(tmp_path):
 def test_a_user_without_a_home_is_asked_for_a_directory(monkeypatch):
     with pytest.raises(moltis.BadConfiguration, match="MOLTIS_DATA_DIR"):
         moltis.data_directory({"MOLTIS_DATA_DIR": "~no such user/x"})
+
+
+@pytest.mark.parametrize("text", ["", "\n", "\0" * 512])
+def test_a_file_that_a_crash_emptied_is_made_anew(tmp_path, text):
+    """A file system may keep a file's length and lose what was in it."""
+    for kind in (moltis.GatewayFile, moltis.NodeSettings):
+        (tmp_path / kind.FILE).write_text(text)
+        assert kind.load(tmp_path) is None
+    moltis.GatewayFile("http://127.0.0.1:1", "mk_x", 42).save(tmp_path)
+    assert moltis.GatewayFile.load(tmp_path).pid == 42
+
+
+def test_a_half_written_file_is_named_with_what_to_do(tmp_path):
+    moltis.NodeSettings(**NODE).save(tmp_path)
+    path = tmp_path / "node.json"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(moltis.BadConfiguration, match=r"half written.*delete it"):
+        moltis.NodeSettings.load(tmp_path)
+
+
+def test_a_uid_without_an_account_is_asked_for_a_directory(monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 4711_4711)
+    with pytest.raises(moltis.BadConfiguration, match="uid 47114711 has no account"):
+        moltis.data_directory({})
+    with pytest.raises(moltis.BadConfiguration, match="no account 'nouser' is known"):
+        moltis.data_directory({"MOLTIS_DATA_DIR": "~nouser/x"})
+
+
+def test_a_node_keeps_the_proxies_that_its_service_would_not_inherit(tmp_path):
+    environ = {"https_proxy": "http://u:secret@proxy:3128", "NO_PROXY": "x", "A": "b"}
+    proxies = moltis.proxies_from(environ)
+    assert sorted(proxies) == ["NO_PROXY", "https_proxy"]
+    node = {**NODE, "gateway_url": "wss://gateway:9090/ws"}
+    moltis.NodeSettings(**node, proxies=proxies).save(tmp_path)
+    kept = moltis.NodeSettings.load(tmp_path)
+    assert kept.proxies == proxies
+    assert moltis.node_proxy(kept) == "http://proxy:3128"
+    assert "secret" not in repr(kept)
+    assert moltis.node_proxy(moltis.NodeSettings(**NODE)) is None

@@ -15,6 +15,7 @@ import ssl
 import subprocess
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,107 @@ def test_a_node_refuses_a_man_in_the_middle_and_says_so(gateway, other_files, ca
     assert "somebody stands in between" in caplog.text
 
 
+def test_a_stolen_database_makes_no_gateway(tmp_path, gateway, other_files):
+    """Its verifiers are all that a gateway needs for its own proof of a token."""
+    token = gateway.token("far")
+    pins = []
+    settings = node_settings(gateway, gateway.websocket_url, token)
+    node = moltis.RunningNode(
+        settings, gateway.environ, lambda *_: None, on_pin=pins.append
+    )
+    try:
+        wait_for(lambda: pins, what="the pin")
+    finally:
+        node.close()
+    assert pins == [gateway.running.options.fingerprint()]
+    stolen = tmp_path / "stolen"
+    stolen.mkdir(mode=0o700)
+    source = sqlite3.connect(gateway.directory / "moltis.db")
+    with contextlib.closing(source), contextlib.closing(
+        sqlite3.connect(stolen / "moltis.db")
+    ) as copy:
+        source.backup(copy)
+    tls = moltis.ServerTls(lambda: other_files)
+    with InProcessGateway(stolen, tls=tls) as thief:
+        settings = settings.replace(
+            gateway_url=thief.websocket_url, gateway_pin=pins[0]
+        )
+        assert "another TLS certificate" in refusal_of(settings, gateway.environ)
+        assert not thief.is_connected("id-of-far")
+
+
+def test_a_renewed_certificate_with_the_same_key_is_the_same_gateway(tmp_path):
+    files = moltis.ensure_certificate(tmp_path / "tls", ["localhost"])
+    pin = moltis.load_tls(files).certificate.pin
+    files = moltis.ensure_certificate(tmp_path / "tls", NAMES)
+    tls = moltis.ServerTls(lambda: files)
+    with InProcessGateway(tmp_path / "gateway", tls=tls) as gateway:
+        settings = node_settings(gateway, gateway.websocket_url, gateway_pin=pin)
+        node = moltis.RunningNode(settings, gateway.environ, lambda *_: None)
+        try:
+            wait_for(lambda: gateway.is_connected("id-of-far"), what="the node")
+        finally:
+            node.close()
+
+
+@pytest.fixture
+def issued_files(tmp_path):
+    """A certificate that a CA issued, the CA, and the next with another key."""
+    made = []
+    for name in ("ca", "one", "two"):
+        key, certificate = tmp_path / f"{name}.key", tmp_path / f"{name}.pem"
+        words = ["openssl", "req", "-x509", "-nodes", "-newkey", "rsa:2048"]
+        words += ["-subj", f"/CN={name}", "-keyout", key, "-out", certificate]
+        if name != "ca":
+            words += ["-CA", made[0].certificate, "-CAkey", made[0].key]
+            words += ["-addext", "subjectAltName=IP:127.0.0.1"]
+            words += ["-addext", "basicConstraints=critical,CA:FALSE"]
+        subprocess.run(words, check=True, capture_output=True)
+        made.append(moltis.TlsFiles(certificate, key))
+    return made
+
+
+@pytest.mark.parametrize("kept", ["system", "file"])
+def test_a_ca_s_certificate_may_come_with_another_key_and_no_other_may(
+    tmp_path, issued_files, other_files, kept, monkeypatch
+):
+    """Public CAs renew with new keys: a pin would lock every node out."""
+    ca, *files = issued_files
+    trusted = moltis.read_ca(str(ca.certificate))
+    if kept == "system":
+        monkeypatch.setenv("SSL_CERT_FILE", str(ca.certificate))
+        trusted = None
+    directory, changes = tmp_path / "gateway", {"ca": trusted}
+    token = None
+    for pair in [*files, other_files]:
+        tls = moltis.ServerTls(partial(lambda found: found, pair))
+        with InProcessGateway(directory, tls=tls) as gateway:
+            token = token or gateway.token("far")
+            settings = node_settings(gateway, gateway.websocket_url, token, **changes)
+            if pair is other_files:
+                states = []
+                on_state = partial(lambda found, *state: found.append(state), states)
+                node = moltis.RunningNode(settings, gateway.environ, on_state)
+                try:
+                    wait_for(lambda found=states: found, what="a refusal")
+                finally:
+                    node.close()
+                assert "not trusted" in str(states[0][1])
+                continue
+            pins = []
+            node = moltis.RunningNode(
+                settings, gateway.environ, lambda *_: None, on_pin=pins.append
+            )
+            try:
+                wait_for(partial(gateway.is_connected, "id-of-far"), what="the node")
+                if kept == "system" and "gateway_pin" not in changes:
+                    wait_for(lambda found=pins: found, what="what is kept")
+                    assert pins == ["ca"]
+                    changes["gateway_pin"] = "ca"
+            finally:
+                node.close()
+
+
 def test_a_node_obeys_no_gateway_that_does_not_know_its_token(tmp_path, gateway):
     """It may have taken the address over, and ask for anything before its proof."""
     with InProcessGateway(tmp_path / "impostor") as impostor:
@@ -289,7 +391,7 @@ def test_an_operator_without_a_pin_refuses_a_certificate_of_our_own(gateway):
 
 
 def test_an_operator_may_have_the_certificate_vouched_for(gateway, tls_files):
-    trust = moltis.TlsTrust(ca=str(tls_files.certificate))
+    trust = moltis.TlsTrust(ca=moltis.read_ca(str(tls_files.certificate)))
     with moltis.OperatorClient(gateway.url, gateway.api_key, trust) as client:
         assert client.call("node.list", {})
 

@@ -929,7 +929,7 @@ def test_connect_over_tls_checks_the_certificate(certificate, server_context):
             serve_echo(tls)
 
     with Server(serve) as server, connect(
-        f"wss://localhost:{server.port}/", TlsTrust(ca=str(certificate[0]))
+        f"wss://localhost:{server.port}/", TlsTrust(ca=certificate[0].read_text())
     ) as ws:
         ws.send("hi")
         assert ws.receive(LONG) == "hi"
