@@ -19,7 +19,7 @@ Contents
 
   Foundation
     Constants and errors      limits with unit and source; every exception
-    Helpers                   time, ids, JSON, private files, redaction
+    Helpers                   values and their JSON, texts, time, files, programs
     Dialling                  addresses, names, proxies, TCP and TLS connections
     Settings                  node.json, gateway.json and where they live
     Install                   install.sh, launcher and copies, start from bytecode
@@ -32,24 +32,24 @@ Contents
     TLS                       certificates, pins, channel bindings
     HTTP client               one request, which another thread can cancel
     SCRAM                     both halves of RFC 5802 / RFC 7677
-    Wire protocol             envelopes, log frames, calls awaiting an answer
-    Commands                  one shell command as a process group
+    Wire protocol             envelopes, log frames, calls, a client's sign-in
+    Commands                  one shell command as a process group, what it inherits
     Language models           Ollama, OpenAI-compatible, Anthropic
     Telemetry                 what a machine has and how it is doing
-    Machine                   what a computer does when it is asked
+    Machine                   the works of one computer, and its jobs by id
   Node
     Node agent                dial, authenticate, serve, reconnect, resume
     Node service              systemd user unit and launchd agent
   Gateway
     Store                     SQLite; one method a question
-    Access                    callers, scopes, tokens, sign-ins, limits
-    Fleet                     connected nodes, their invocations and their fate
-    Jobs                      commands in the background, their output in files
+    Access                    callers, scopes, tokens, keys, sign-ins, limits
+    Fleet                     names, presence and telemetry of all machines
+    Jobs                      work on machines: a row in the store, a log, followers
     Agent                     tools, the loop, approvals, the built-in Shell
-    Model directory           the models there are to choose from, and where they run
+    Model directory           the models of the gateway and of its nodes
     Chat                      sessions, their messages, turns and cards
     Gateway                   RPC methods, events
-    HTTP                      routes, upgrade, headers
+    HTTP                      routes, upgrade, proxies, limits for strangers
     Web page                  three raw strings, served as three files
   Program
     Operator client           the command line's side of a gateway
@@ -325,7 +325,7 @@ class StoreError(RpcError):
 # ==============================================================================
 # Helpers
 #
-# Values and their JSON codec, texts, time, cancellation, sockets, files, programs.
+# Values and their JSON codec, texts, time, cancellation, IP addresses, files, programs.
 # ==============================================================================
 
 log = logging.getLogger("moltis")
@@ -1107,8 +1107,8 @@ MAX_HOST_NAME = 253  # characters (RFC 1035 §2.3.4)
 def ascii_host(host: str) -> str:
     """Return a host's name as DNS, TLS and HTTP have it (RFC 3490).
 
-    Raises UsageError for one that is no name, or that IDNA 2003, all that the standard
-    library has, and IDNA 2008 take for two different ones.
+    Raises UsageError for an invalid name, and for one that IDNA 2003 (all that the
+    standard library has) and IDNA 2008 map to different hosts.
     """
     if host.isascii():
         return host
@@ -1139,7 +1139,7 @@ class ServerUrl(Value):
 
     @classmethod
     def parse(cls, url: str) -> ServerUrl:
-        """Raises UsageError."""
+        """Return the parts of `url`.  Raises UsageError."""
         shown = repr(redact(url))
         try:
             parts = urlsplit(url)
@@ -1190,7 +1190,7 @@ class ServerUrl(Value):
 
 
 def _no_proxy_names(pattern: str, host: str) -> bool:
-    """Return whether one word of NO_PROXY names `host`: address, network or suffix."""
+    """Return whether a word of NO_PROXY (address, network, suffix) matches `host`."""
     packed = packed_address(host)
     if packed is None:
         wanted = "." + pattern.strip(".").lower()
@@ -1254,7 +1254,7 @@ def find_proxy(
     problem = f"{variable} names a proxy that cannot be used: "
     if scheme.lower() not in ("", "http"):
         raise BadConfiguration(
-            f"{problem}{scheme}:// is not spoken here, only http://; or name {host} in "
+            f"{problem}{scheme}:// is not supported, only http://; or name {host} in "
             "NO_PROXY"
         )
     try:
@@ -1300,7 +1300,7 @@ def cut(sock: socket.socket) -> None:
 
 
 def _limit(sock: socket.socket, deadline: Deadline) -> None:
-    """Give the next call of `sock` what is left.  Raises socket.timeout."""
+    """Set what is left as the timeout of `sock`.  Raises socket.timeout at the end."""
     remaining = deadline.remaining()
     if remaining == 0:
         raise socket.timeout(NO_ANSWER)
@@ -1321,7 +1321,7 @@ def read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
             raise HandshakeError(502, "nothing, and closed the connection")
         looked = max(0, len(data) - 3)
         data += piece
-        # Many servers of other kinds speak first and wait: they are told by that.
+        # At the first bytes: servers of other protocols often greet and then wait.
         if len(data) > MAX_HEAD or data[:5] != b"HTTP/"[: len(data)]:
             raise HandshakeError(502, "something that is not HTTP")
         end = data.find(b"\r\n\r\n", looked)
@@ -1415,7 +1415,7 @@ def _connect_tcp(
             winner = race.wait(min(d.remaining() or 0.0 for d in (pause, deadline)))
             if cancel.cancelled and winner is not None:
                 winner.close()
-            cancel.pause(0)
+            cancel.pause(0)  # raises Cancelled
             if winner is not None:
                 return winner
         raise race.failure
@@ -1619,8 +1619,8 @@ class NodeSettings(SettingsFile):
     llm: bool = True  # lend the gateway this machine's language models
     allow: Sequence[str] = ()  # patterns of the only commands; none: any
     ca: str | None = None  # certificates in PEM; None: those that the system trusts
-    # What the gateway that proved itself showed: the pin of a self-made certificate, or
-    # "ca" for one that a CA vouches for, which may have another key after a renewal.
+    # The certificate of the gateway that proved itself: the pin of a self-made one, or
+    # "ca" if a CA vouches for it, since a renewal may change its key.
     gateway_pin: str | None = None
     proxies: Mapping[str, str] = NOTHING  # variables: a service does not inherit them
 
@@ -3556,7 +3556,8 @@ def http_exchange(
     # Only now: it takes 2.3 MiB, and most nodes look for an Ollama in vain.
     import http.client
 
-    connection = http.client.HTTPConnection(target.host)
+    # Without a port it would look for one in an IPv6 address.
+    connection = http.client.HTTPConnection(target.host, target.port)
     connection.sock = sock
     headers = {**headers, "Host": name, "Connection": "close"}
     try:
@@ -4897,14 +4898,14 @@ RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class Inherited(Value):
-    """What our parent gave us, for commands, and we changed for ourselves."""
+    """Attributes of our process as our parent set them; commands get these."""
 
     umask: int
     open_files: int  # soft limit; RLIM_INFINITY: none
 
 
-def stay(*_: object) -> None:
-    """Handle a signal that our parent ignored, as `nohup` does with SIGHUP.
+def ignore_signal(*_: object) -> None:
+    """Handler for a signal that our parent ignored, as `nohup` does with SIGHUP.
 
     Unlike SIG_IGN, a handler does not survive exec(): commands get the default.
     """
@@ -4926,7 +4927,7 @@ def _seal_descriptors() -> None:
 
 
 def settle_process() -> Inherited:
-    """Put right what our parent left; return what commands get of it.
+    """Make our process independent of how it was started; return what commands get.
 
     Signals: none is blocked, ignored ones have a handler.  Descriptors beyond 2 stay
     ours.  Files that we make are private.  Call it once, before the first thread.
@@ -4939,7 +4940,7 @@ def settle_process() -> Inherited:
         if ignored and number not in RESTORED_SIGNALS:
             # While SIGCHLD is ignored, the system drops the exit status of children.
             is_end = number == signal.SIGCHLD
-            signal.signal(number, signal.SIG_DFL if is_end else stay)
+            signal.signal(number, signal.SIG_DFL if is_end else ignore_signal)
     _seal_descriptors()
     open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return Inherited(umask=os.umask(0o077), open_files=open_files)
@@ -4984,10 +4985,10 @@ def _wipe_in_libc(names: Iterable[str]) -> None:
 
 
 def take_environment() -> dict[str, str]:
-    """Return our environment; nobody else finds our secrets in it from now on.
+    """Return our environment, and erase our secrets from what the system shows of it.
 
-    The system shows a process's first environment to all processes of its user, the
-    commands too: `cat /proc/$PPID/environ`.
+    All processes of a user, our commands among them, can read the environment that a
+    process was started with: `cat /proc/$PPID/environ`.
     """
     environ = dict(os.environ)
     secret = [name for name in SECRET_VARIABLES if name in environ]
@@ -5006,7 +5007,7 @@ def reap_orphans() -> None:
     """Return in a child process if we are process 1, as in a container.
 
     Process 1 inherits all orphans.  It reaps them, passes signals on to the child, and
-    ends with it; so no exit status is taken away from whoever waits for it.
+    ends with it.  The child reaps its own processes only: no exit status is lost.
     """
     if os.getpid() != 1 or not hasattr(signal, "sigwaitinfo"):
         return
@@ -5749,7 +5750,7 @@ class ToolSpec(SnakeValue):
 def is_json(value: object) -> bool:
     """Return whether `value` can be stored and sent.
 
-    Python reads 1e999 as infinity and writes that as no other reader takes it.
+    Python reads 1e999 as infinity, which it writes as `Infinity`: that is not JSON.
     """
     try:
         from_json(to_json(value))
@@ -6023,7 +6024,7 @@ class PartialCall:
         self._tried = 0  # characters that were parsed too early
 
     def add(self, arguments: object) -> None:
-        """Append a piece of JSON text, or replace it by a value; text replaces that."""
+        """Append a piece of JSON text; text and a value replace each other."""
         if not arguments:
             return
         if isinstance(arguments, str):
@@ -6112,7 +6113,7 @@ class AnswerReader:
     def finished(self) -> Finished:
         """Return the whole answer; calls of one that is cut or refused are left out.
 
-        Raises ModelError for an answer without a word.
+        Raises ModelError for an empty answer.
         """
         thoughts = {name: "".join(texts) for name, texts in self._thoughts.items()}
         data = {**thoughts, **self.provider_data}
@@ -6451,7 +6452,8 @@ class ModelProvider:
         self.base_url = base_url.strip().rstrip("/")
         self._api_key = api_key.strip()  # variables often end with a newline
         self._first_pause = first_pause
-        self._refusals: list[tuple[str, ModelError]] = []  # by model; amended since
+        # By model: later requests are amended before they are sent.
+        self._refusals: list[tuple[str, ModelError]] = []
 
     def stream(
         self, request: ChatRequest, cancel: Cancellation
@@ -6485,7 +6487,7 @@ class ModelProvider:
                 amended = self._amend(body, error) if silent else None
                 if amended is None:
                     raise
-                if not amended:  # what a person is told of may be asked for again
+                if not amended:  # amendments with a notice last for one request
                     self._refusals.append((request.model, error))
                 notice = amended
             if notice:
@@ -6701,7 +6703,7 @@ def function_tools(tools: Sequence[ToolSpec]) -> list[JsonObject]:
 def merged_turns(messages: Sequence[JsonObject]) -> list[JsonObject]:
     """Return `messages` of chat completions as turns that alternate.
 
-    Texts of one role in a row are one; a system's belong to the person's first.
+    Consecutive texts of one role are joined; a system text opens the user's turn.
     """
     turns: list[JsonObject] = []
     for message in messages:
@@ -7506,14 +7508,14 @@ def _cgroups(root: Path) -> Iterator[Path]:
         controllers, _, path = rest.partition(":")
         v1 = {controllers, *controllers.split(",")}
         for name in v1 if controllers else ("", "unified"):
-            # Inside a container the path may be the one outside, which is not here.
+            # A container may see its path on the host, which is not mounted here.
             parts = [part for part in path.split("/") if part not in ("", "..")]
             for depth in range(len(parts), -1, -1):
                 yield mounts.joinpath(name, *parts[:depth])
 
 
 class CgroupLimits(Value):
-    """What a container, or a service, may use of its machine; None: all."""
+    """The limits of a container or a service; None: there is none."""
 
     memory: int | None = None  # bytes
     memory_free: int | None = None  # bytes, below the tightest limit
@@ -7537,7 +7539,7 @@ def _read_cgroup(group: Path) -> CgroupLimits:
         if limit is not None and limit < MAX_MEMORY_LIMIT:
             memory = limit
             if used is not None:
-                # The kernel gives files that were not used lately back at once.
+                # Inactive page cache is reclaimed at once.
                 found = re.search(
                     rf"(?m)^{cache} (\d{{1,20}})$", _read_text(group / "memory.stat")
                 )
@@ -7643,7 +7645,7 @@ class ShortPrograms:
     def ask(
         self, path: str, *arguments: str, timeout: float, home: str | None = None
     ) -> ProgramResult:
-        """Return how the program answered, with another HOME maybe.
+        """Return how the program answered; `home` replaces HOME.
 
         Raises Cancelled.
         """
@@ -7662,10 +7664,10 @@ class ShortPrograms:
 
     @contextlib.contextmanager
     def home_of_links(self) -> Iterator[str]:
-        """Yield a home directory with all of the user's, where new files do not stay.
+        """Yield a temporary HOME with links to all that is in the user's.
 
-        Asked for their version, rustup, pyenv, volta, asdf and others set up a
-        directory of theirs.
+        rustup, pyenv, volta, asdf and others create a directory of their own in HOME
+        when they are asked for their version.
         """
         real = self._environ.get("HOME") or home_directory()
         # Not `tempfile`: it brings `shutil` along.
@@ -9089,7 +9091,7 @@ class NodeAgent:
         return TlsTrust(settings.gateway_pin, bound=settings.gateway_pin is None)
 
     def _keep_pin(self, ws: WebSocket) -> None:
-        """Remember the certificate, so that a stolen database makes no gateway."""
+        """Keep the certificate's pin: a stolen database alone must not pass for it."""
         certificate = ws.peer_certificate()
         if certificate is None or not self._trust().bound:
             return
@@ -10081,7 +10083,7 @@ class AuditEvent:
     MODELS_CHANGED = "models.changed"
     EXPORTED = "audit.exported"
 
-    # They say no more each time: those of one caller and address are counted.
+    # Repetitions by one caller from one address are counted in one row.
     COUNTED = frozenset(
         (
             *(SIGNED_IN, SIGNED_OUT, EXPORTED),
@@ -10098,9 +10100,8 @@ class AuditEntry(Value):
     caller: str
     address: str
     subject: str  # a name, or the command
-    caller_id: str = (
-        ""  # of an operator key, "device" for all devices, "" for strangers
-    )
+    # Id of an operator key, "device" for all devices, "" for strangers.
+    caller_id: str = ""
     count: int = 1  # of similar events
     last_at: int | None = None  # of the last of them
     job_id: str | None = None
@@ -10526,7 +10527,7 @@ class Table:
 
 
 def name_key(name: str) -> str:
-    """Return what two names have in common that people take for the same one."""
+    """Return the form in which names that people take for the same one are equal."""
     plain = " ".join(name.split())
     if not plain.isascii():
         import unicodedata
@@ -11672,7 +11673,7 @@ class SignIns:
         self._door = door
         self._operators = operators
         self._logins = door.store.logins
-        # In memory only: on disk, say, such a code ends with this process.
+        # In memory only: a copy in a file must not outlive this process.
         self._one_time: dict[str, tuple[str, int]] = {}  # key, expiry in ms; by code
 
     def one_time_key(self, key: str) -> str:
@@ -24398,10 +24399,10 @@ def cmd_node_run(_args: object, context: Context) -> int:
             f"this machine is no node: {context.directory / NodeSettings.FILE} does "
             "not exist; `moltis node add` makes it"
         )
-    # Where its commands run: to send each of them there keeps SpawnedShell from being
-    # used.  The commands report a directory that is gone.
     for name, value in settings.proxies.items():
         os.environ.setdefault(name, value)
+    # Commands start here: posix_spawn() cannot change the directory.  They report one
+    # that is gone.
     directory = context.directory.absolute()
     working_dir = os.path.abspath(settings.working_dir or home_directory())
     settings = settings.replace(working_dir=working_dir)
@@ -24903,7 +24904,7 @@ class JobTerminal:
         previous = {
             number: signal.signal(number, self._on_interrupt)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) not in (signal.SIG_IGN, stay)
+            if signal.getsignal(number) not in (signal.SIG_IGN, ignore_signal)
         }
         try:
             if feeds:
