@@ -848,7 +848,14 @@ def make_private_directory(path: Path) -> None:
     """Make the directory `path`, for its owner alone.  Raises BadConfiguration."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        found = path.stat()
+        if found.st_mode & stat.S_ISVTX or found.st_uid != os.geteuid():
+            if found.st_mode & 0o077:  # /tmp, say: it must stay what it is
+                raise BadConfiguration(
+                    f"{path} is not a directory of your own; choose one, or a name for "
+                    "a new one in it, with MOLTIS_DATA_DIR"
+                )
+        elif found.st_mode & 0o077:
             path.chmod(0o700)
     except OSError as error:
         raise BadConfiguration(
