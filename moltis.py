@@ -9748,7 +9748,9 @@ STORE_FILE = "moltis.db"
 MAX_PAGE = 1000  # rows of one answer
 MAX_CALLER_EVENTS = 10_000  # audit events of one caller; the oldest are deleted
 SIMILAR_WITHIN = 3600_000  # ms; similar events in them are one row with a count
-DELETE_SLICE = 500  # rows deleted in one transaction: some ms
+DELETE_SLICE = 500  # rows deleted in one transaction, at most
+DELETE_TIME = 0.005  # s of it; a row of 1 MiB takes 1 ms on a slow disk
+SIZE_SLICE = 200  # messages whose size one statement adds up: some ms
 SEARCH_SLICE = 20_000  # rows that one statement searches: some 20 ms
 STEADY_AFTER = 86_400.0  # s without a jump; then the clock decides what is old
 CLOCK_RECORDED_EVERY = 60.0  # s
@@ -10448,6 +10450,29 @@ class Database:
                     raise self._store_error(error) from error
                 raise
 
+    def change_slice(
+        self, change: str, rows: str, values: SqlValues = ()
+    ) -> list[sqlite3.Row]:
+        """Apply `change` to some rows, in one short transaction; return these rows.
+
+        `rows` selects them, their key first, which is the parameter of `change`: at
+        most DELETE_SLICE, for DELETE_TIME.  Call it until it returns none: writers get
+        their turn in between.  Raises StoreError.
+        """
+        with self.transaction() as db:
+            deadline = Deadline(DELETE_TIME)
+            found = db.execute(f"{rows} LIMIT {DELETE_SLICE}", values).fetchall()
+            for count, row in enumerate(found, 1):
+                db.execute(change, (row[0],))
+                if deadline.expired:
+                    return found[:count]
+        return found
+
+    def change_all(self, change: str, rows: str, values: SqlValues = ()) -> None:
+        """Apply `change` to all rows, slice by slice.  Raises StoreError."""
+        while self.change_slice(change, rows, values):
+            pass
+
     def checkpoint(self) -> None:
         """Copy CHECKPOINT_EVERY or more transactions from the WAL to the file.
 
@@ -10813,24 +10838,25 @@ class JobsTable(Table):
 
     def drop_logs(self, session_key: str) -> None:
         """Delete the logs of a session's jobs; the audit keeps their rows."""
-        self._change({"session_key": session_key}, log=None)
+        self._db.change_all(
+            "UPDATE jobs SET log = NULL WHERE seq = ?",
+            "SELECT seq FROM jobs WHERE session_key = ? AND log IS NOT NULL",
+            (session_key,),
+        )
 
     def delete_before(self, at: int) -> list[str]:
         """Delete jobs that were asked for, and ended, before `at`; return their ids.
 
-        At most DELETE_SLICE: call it until there are none.  Jobs that a chat shows
-        stay.  Both times count, since the clock may have been wrong at one of them.
+        One slice: call it until there are none.  Jobs that a chat shows stay.  Both
+        times count, since the clock may have been wrong at one of them.
         """
-        with self._db.transaction() as db:
-            rows = db.execute(
-                "SELECT seq, id FROM jobs WHERE asked_at < :at"  # nosec B608: literals
-                f" AND ifnull(ended_at, 0) < :at AND {self.STATES['ended']}"
-                " AND NOT EXISTS (SELECT 1 FROM messages WHERE job_id = jobs.id)"
-                " LIMIT :slice",
-                {"at": at, "slice": DELETE_SLICE},
-            ).fetchall()
-            seqs = [(row["seq"],) for row in rows]
-            db.executemany("DELETE FROM jobs WHERE seq = ?", seqs)
+        rows = self._db.change_slice(
+            "DELETE FROM jobs WHERE seq = ?",
+            "SELECT seq, id FROM jobs WHERE asked_at < :at"  # nosec B608: literals
+            f" AND ifnull(ended_at, 0) < :at AND {self.STATES['ended']}"
+            " AND NOT EXISTS (SELECT 1 FROM messages WHERE job_id = jobs.id)",
+            {"at": at},
+        )
         return [row["id"] for row in rows]
 
 
@@ -10910,9 +10936,9 @@ class AuditTable(Table):
         return row["at"] if row else 0
 
     def delete_before(self, at: int) -> int:
-        """Delete events before `at`, at most DELETE_SLICE; return how many."""
-        old = "SELECT seq FROM audit WHERE at < ? LIMIT ?"
-        return self._delete(f"seq IN ({old})", (at, DELETE_SLICE))
+        """Delete events before `at`, one slice of them; return how many."""
+        old = "SELECT seq FROM audit WHERE at < ?"
+        return len(self._db.change_slice("DELETE FROM audit WHERE seq = ?", old, (at,)))
 
 
 class OperatorKeysTable(Table):
@@ -11069,14 +11095,52 @@ class SessionsTable(Table):
         )
 
     def clear(self, key: str) -> None:
-        """Delete the messages of a session."""
-        with self._db.transaction() as db:
-            db.execute("DELETE FROM messages WHERE session_key = ?", (key,))
-            db.execute("DELETE FROM turns WHERE session_key = ?", (key,))
+        """Delete the messages that a session has now."""
+        for table, order in (("messages", "seq"), ("turns", "id")):
+            newest = f"SELECT max({order}) FROM {table} WHERE session_key = ?"  # nosec B608
+            (row,) = self._db.rows(newest, (key,))
+            self._db.change_all(
+                f"DELETE FROM {table} WHERE rowid = ?",  # nosec B608: literals
+                # Those that are added meanwhile have higher numbers, and stay.
+                f"SELECT rowid FROM {table} WHERE session_key = ? AND {order} <= ?",  # nosec B608
+                (key, row[0]),
+            )
 
     def delete(self, key: str) -> bool:
         """Delete a session with its messages; False: there is none."""
+        self.clear(key)  # first: the foreign key would delete them all at once
         return self._delete("key = ?", (key,)) == 1
+
+    def unused(self, since: int) -> list[str]:
+        """Return the keys of sessions without a message or a job since a time."""
+        rows = self._db.rows(
+            "SELECT key FROM sessions WHERE updated_at < :since"  # nosec B608: literals
+            " AND NOT EXISTS (SELECT 1 FROM jobs WHERE session_key = key"
+            f"  AND ({JobsTable.STATES['open']} OR ended_at >= :since))"
+            " AND NOT EXISTS (SELECT 1 FROM messages WHERE session_key = key"
+            "  AND created_at >= :since)",
+            {"since": since},
+        )
+        return [row["key"] for row in rows]
+
+    def newest(self) -> int:
+        """Return when a session was used last, 0 if there is none."""
+        row = self._db.row("SELECT max(updated_at) at FROM sessions")
+        return (row["at"] if row else None) or 0
+
+    def size(self) -> int:
+        """Return the bytes of all messages, as people see them and as models do."""
+        total = 0
+        for table, content in (("messages", "text || details"), ("turns", "message")):
+            slice_of = (
+                f"SELECT rowid, length(CAST({content} AS BLOB))"  # nosec B608: literals
+                f" FROM {table} WHERE rowid > ? ORDER BY rowid LIMIT ?"
+            )
+            rows = self._db.rows(slice_of, (0, SIZE_SLICE))
+            while rows:  # with room for writers between the slices
+                total += sum(row[1] for row in rows)
+                rows = self._db.rows(slice_of, (rows[-1][0], SIZE_SLICE))
+        return total
 
 
 class MessagesTable(Table):
@@ -11244,7 +11308,8 @@ class Store:
         before = self.clock.before(age)
         if before is None:
             return None
-        return min(before, self.audit.newest() - round(age * 1000))
+        newest = max(self.audit.newest(), self.sessions.newest())
+        return min(before, newest - round(age * 1000))
 
     def tick(self) -> None:
         """Do the upkeep for which no caller should wait; call it every STORE_TICK."""
@@ -15300,6 +15365,27 @@ class Chats:
         self._store.sessions.delete(key)
         self._announce("session", {"type": "deleted", "sessionKey": key})
 
+    def delete_unused(self, since: int) -> None:
+        """Delete the sessions that were not used since a time (ms).
+
+        The main session loses its messages.
+        """
+        for key in self._store.sessions.unused(since):
+            with self._lock:
+                queue = self._queues.get(key)
+            # Asked again: the ones before it took their time.
+            if (queue and queue.busy) or key not in self._store.sessions.unused(since):
+                continue
+            with contextlib.suppress(RpcError):  # somebody else deleted it
+                if key != MAIN_SESSION:
+                    self.delete(key)
+                elif self._session(key).message_count:
+                    self.reset(key)
+
+    def size(self) -> int:
+        """Return the bytes that the messages of all sessions have."""
+        return self._store.sessions.size()
+
     def send(
         self, key: str, text: str, model_id: str | None, asked_by: Caller
     ) -> JsonObject:
@@ -16300,10 +16386,20 @@ class JobMethods:
 class ChatMethods:
     """The methods about sessions."""
 
-    def __init__(self, chats: Chats, fleet: Fleet, approvals: Approvals) -> None:
+    def __init__(
+        self,
+        chats: Chats,
+        fleet: Fleet,
+        approvals: Approvals,
+        keep_chats: float | None = None,  # days
+    ) -> None:
         self._chats = chats
         self._fleet = fleet
         self._approvals = approvals
+        self._keep_chats = keep_chats
+
+    def storage(self) -> JsonObject:
+        return {"bytes": self._chats.size(), "keepDays": self._keep_chats}
 
     def resolve(self, key: str) -> JsonObject:
         return {"entry": self._chats.view(key), "history": self._chats.history(key)}
@@ -16583,6 +16679,7 @@ class Rpc:
                 approvals=Optional(one_of(*APPROVAL_WORDS)),
                 node_id=sessions.node_id,
             ),
+            "sessions.storage": Method(sessions.storage, read),
             "sessions.reset": Method(chats.reset, write, key=str),
             "sessions.delete": Method(chats.delete, write, key=str),
             "nodes.set_session": Method(
@@ -18947,6 +19044,8 @@ environment of the gateway or a node. A key entered here is never shown again.</
 <div class="inline"><input id="model-name" required placeholder="openai/gpt-5-mini"
  aria-label="Provider and name of the model" autocomplete="off">
 <button class="button">Use in the chat</button></div></form>
+<h2>Chats</h2>
+<p id="chat-storage" class="lead"></p>
 </div>
 </section>
 
@@ -20681,6 +20780,7 @@ const state = {
   running: [], // open jobs
   audit: {rows: [], more: false, node: "", result: ""},
   providers: [],
+  storage: null,
   keys: [],
   logins: [],
   pin: "", // of the gateway's certificate, if no public CA signed it
@@ -20900,6 +21000,7 @@ const SOURCES = {
   devices: ["device.pair.list"],
   running: ["job.list", {state: "open"}],
   providers: ["models.providers"],
+  storage: ["sessions.storage"],
   keys: ["keys.list"],
   logins: ["logins.list"],
 };
@@ -21102,7 +21203,7 @@ const PAGES = {
 };
 const PAGE_TOPICS = {
   nodes: ["nodes", "devices", "running"],
-  models: ["providers"],
+  models: ["providers", "storage"],
   access: ["keys", "logins"],
 };
 
@@ -22229,6 +22330,16 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
         h("button", {class: "button main"}, "Save"))));
 }
 
+function drawStorage() {
+  if (!state.storage) return;
+  const {bytes, keepDays} = state.storage;
+  const kept = keepDays
+    ? `A chat is deleted when it was not used for ${plural(keepDays, "day")}`
+    : "They are kept for ever";
+  const option = "(moltis gateway --keep-chats).";
+  fill($("chat-storage"), `Chats take ${formatBytes(bytes)}. ${kept} ${option}`);
+}
+
 // Choose an unlisted model by its name.
 function useNamedModel() {
   const key = lastKey();
@@ -22395,6 +22506,7 @@ function start() {
   watch("route audit", drawAudit);
   watch("route nodes", drawFilters);
   watch("providers", drawProviders);
+  watch("storage", drawStorage);
   watch("keys logins", drawAccess);
   for (const [id, action] of Object.entries(CLICKS)) on($(id), "click", action);
   for (const bar of document.querySelectorAll(".settings > .bar")) {
@@ -23367,6 +23479,7 @@ class GatewayOptions(Value):
     tls: ServerTls | None = None
     require_scram: bool = False
     keep_audit: float = 90.0  # days
+    keep_chats: float | None = None  # days; None: for ever
     keep_output: int = KEEP_OUTPUT  # bytes of all logs in files
     inherited: Inherited | None = None  # for commands on Local
 
@@ -23481,7 +23594,7 @@ class RunningGateway:
             models = self.models = ModelDirectory(path, environ, fleet, jobs)
             stack.callback(models.close)
             approvals = Approvals()
-            chats = Chats(store, fleet, jobs, models, approvals, announce)
+            chats = self._chats = Chats(store, fleet, jobs, models, approvals, announce)
             rpc = Rpc(
                 access.door,
                 fleet,
@@ -23489,7 +23602,7 @@ class RunningGateway:
                 chats,
                 NodeMethods(fleet, jobs, access, store.devices, announce),
                 JobMethods(fleet, jobs),
-                ChatMethods(chats, fleet, approvals),
+                ChatMethods(chats, fleet, approvals, options.keep_chats),
                 AccessMethods(access, store.audit, audience, chats.key_revoked),
             )
             gateway = Gateway(
@@ -23535,6 +23648,10 @@ class RunningGateway:
     def keep_house(self) -> None:
         """Delete what is old enough, and renew what is about to expire."""
         self._access.purge()
+        if self.options.keep_chats is not None:
+            unused_since = self.store.before(self.options.keep_chats * 86_400)
+            if unused_since is not None:
+                self._chats.delete_unused(unused_since)
         before = self.store.before(self.options.keep_audit * 86_400)
         while before and self.store.audit.delete_before(before):
             pass  # slice by slice: writers get their turn in between
@@ -24059,6 +24176,8 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         raise UsageError(f"--port takes 0 to 65535, not {args.port}")
     if not 0 < args.keep_audit <= 36_500:
         raise UsageError(f"--keep-audit takes days, not {args.keep_audit:g}")
+    if args.keep_chats is not None and not 0 < args.keep_chats <= 36_500:
+        raise UsageError(f"--keep-chats takes days, not {args.keep_chats:g}")
     if not 0 < args.keep_output <= 1_000_000:
         raise UsageError(f"--keep-output takes GiB, not {args.keep_output:g}")
     if args.proxy_cert and not args.trusted_proxy:
@@ -24072,6 +24191,7 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         tls=server_tls(args, context),
         require_scram=args.require_scram,
         keep_audit=args.keep_audit,
+        keep_chats=args.keep_chats,
         keep_output=round(args.keep_output * 1024**3),
         inherited=context.inherited,
     )
@@ -25619,6 +25739,11 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
                 "how long to keep commands, sign-ins and the like (default: 90)",
                 type=float,
                 default=90.0,
+            ),
+            arg(
+                "--keep-chats DAYS",
+                "how long to keep chats that are not used (default: for ever)",
+                type=float,
             ),
             arg(
                 "--keep-output GIB",
