@@ -11897,7 +11897,7 @@ class NodeLink(Protocol):
     def resize(self, job_id: str, rows: int, cols: int) -> None: ...
 
     def answers(self, timeout: float) -> bool:
-        """Return whether the node shows within `timeout` s that it lives."""
+        """Return whether the connection is alive, after `timeout` s at most."""
 
     def hang_up(self, reason: str) -> None: ...
 
@@ -16154,7 +16154,7 @@ class NodeMethods:
 
     def rotate_token(self, device_id: str, by: Caller) -> JsonObject:
         device = self._device(device_id)
-        # Whoever has the new token is that machine, to everybody who sends it work.
+        # The holder of the new token gets all work that is sent to that machine.
         if device.node_id is not None and not by.may(Scope.ADMIN):
             raise RpcError(
                 "FORBIDDEN",
@@ -16563,7 +16563,7 @@ AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
     "sessions.delete": (AuditEvent.CHAT_DELETED, lambda params: str(params["key"])),
     "models.configure": (
         AuditEvent.MODELS_CHANGED,
-        lambda params: " ".join([params["provider"], params.get("baseUrl") or ""]),
+        lambda params: f"{params['provider']} {params.get('baseUrl') or ''}".strip(),
     ),
 }
 
@@ -16760,12 +16760,12 @@ class Rpc:
 # --- Nodes ---
 
 
-REPORT_BURST = 10  # reports of a node at once; more are dropped, the next one tells
-REPORT_PAUSE = 1.0  # s after which it may send one more
+REPORT_BURST = 10  # reports of a node at once; more are dropped, each replaces the last
+REPORT_PAUSE = 1.0  # s until one more is allowed
 
 
 class Allowance:
-    """How often somebody may do something: a few at once, then one per pause."""
+    """A rate limit (token bucket): `burst` at once, then one every `pause` s."""
 
     def __init__(
         self,
@@ -16777,7 +16777,7 @@ class Allowance:
         self._left, self._at = float(burst), clock()
 
     def take(self) -> bool:
-        """Return whether it may be done now; for one thread."""
+        """Return whether one more is allowed now; for one thread."""
         now = self._clock()
         self._left = min(self._burst, self._left + (now - self._at) / self._pause)
         self._at = now
@@ -17099,8 +17099,8 @@ class Client(Value):
 
     address: str
     channel_binding: bytes | None  # None: it came without TLS
-    login: Callable[[str], Caller | None]  # of cookie and page secret
-    # Called once it has proved who it is; raises RpcError.
+    login: Callable[[str], Caller | None]  # by the page secret, with its cookie
+    # Called once it is authenticated; raises RpcError.
     on_identified: Callable[[Caller], None]
 
 
@@ -17227,7 +17227,7 @@ def own_name(devices: DevicesTable, device: Device, params: ConnectParams) -> st
         return ""
     if device.renamed or name == device.display_name:
         return name
-    # Whoever had the name first keeps it.
+    # The device that had the name first keeps it.
     room = MAX_NAME - 9
     for free in (name, f"{name[:room]} {params.client_id[:8]}"):
         if not devices.clash(free, now_ms(), but=device.id):
@@ -17471,8 +17471,8 @@ class Gateway:
 
 # ==============================================================================
 # HTTP
-# Uses: Settings, WebSocket handshake, WebSocket protocol, WebSocket connections,
-#       TLS, Wire protocol, Store, Access, Jobs, Gateway
+# Uses: Dialling, Settings, WebSocket handshake, WebSocket protocol,
+#       WebSocket connections, TLS, Wire protocol, Store, Access, Jobs, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
 # web pages out, limits for strangers.  http.server parses; Access and Gateway decide.
@@ -17851,7 +17851,7 @@ class TrustedProxies:
         )
 
     def channel_binding(self, public: PublicAddress) -> bytes | None:
-        """Return that of the certificate which a client of a proxy sees."""
+        """Return the binding to the certificate that proxies show to their clients."""
         return self._channel_binding if public.secure else None
 
 
@@ -18182,11 +18182,6 @@ class Admission:
     def end(self) -> None:
         self._limits.forget(self)
 
-    def hang_up(self) -> None:
-        with contextlib.suppress(OSError):  # it is closed already
-            # Not SSLSocket's own, which goes on without encryption.
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-
 
 class ConnectionLimits:
     """Counts of connections: of strangers by network, of the identified by key.
@@ -18272,7 +18267,7 @@ class ConnectionLimits:
                 oldest = next(iter(crowd), None)
                 if oldest is None:
                     return False
-                # Neighbours get a moment, or a fleet that comes back would get nowhere.
+                # A fleet that reconnects at once must not push out its own handshakes.
                 age = self._clock() - oldest.since
                 if crowd is here and age < STRANGER_TIME:
                     return False
@@ -18281,11 +18276,11 @@ class ConnectionLimits:
             admission.network = network
             self._stranger_count += 1
         if oldest is not None:
-            oldest.hang_up()
+            cut(oldest.sock)
         return True
 
     def _remove(self, admission: Admission) -> None:
-        """Count no stranger for it; the caller holds the lock."""
+        """Stop counting it as a stranger; the caller holds the lock."""
         if admission.network:
             here = self._strangers[admission.network]
             del here[admission]
@@ -19670,27 +19665,26 @@ function onClickCopy(button, text) {
   return button;
 }
 
-// What this browser keeps for its next visit; in memory where storage is full or
+// Texts that outlive the page, shared by all tabs; in memory where storage is full or
 // forbidden.
 const kept = {
-  memory: new Map(),
+  memory: new Map(), // only what storage did not take: another tab may change the rest
 
   get(name) {
-    if (this.memory.has(name)) return this.memory.get(name);
     try {
-      return localStorage.getItem(name) || "";
+      return this.memory.get(name) ?? localStorage.getItem(name) ?? "";
     } catch {
       return "";
     }
   },
 
   set(name, value) {
-    this.memory.set(name, value);
     try {
       if (value) localStorage.setItem(name, value);
       else localStorage.removeItem(name);
+      this.memory.delete(name);
     } catch {
-      // In memory, then.
+      this.memory.set(name, value);
     }
   },
 
@@ -19736,7 +19730,7 @@ function editInPlace(element, text, label, save) {
     if (saves && isShown && name && name !== text) save(name);
   };
   input.value = text;
-  // A list that moves its rows takes the focus away: that is nobody's wish to save.
+  // A list that moves its rows takes the focus away: that does not save.
   on(input, "blur", ({relatedTarget}) => {
     if (relatedTarget) finish(true);
     else setTimeout(() => input.focus());
@@ -19810,8 +19804,9 @@ function ago(ms) {
   return `${count} ${unit} ago`;
 }
 
-// What a text would hide: controls, marks of direction, what has no width, all spaces
-// but one, and blanks or line ends by which a command leaves what a person looks at.
+// Characters that hide part of a text: controls, bidirectional marks, those without
+// width, spaces other than U+0020, and many blanks or line ends, which push the rest
+// out of view.
 const HIDDEN = new RegExp(
   "[^\\n\\P{C}]|\\p{DI}|[\\p{Zl}\\p{Zp}\\u2800]|[^\\P{Zs} ]| {24,}|\\n{4,}", "gu");
 
@@ -19882,7 +19877,7 @@ const TOKEN = new RegExp(
 );
 // A sequence that is incomplete: the next output may complete it.
 const BEGUN = /\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)$/y;
-// What is dropped of one that can never be complete; what follows is output.
+// The part to drop of a sequence that can never be complete; the rest is output.
 const BROKEN = /\x1b(?:\[[0-?]*[ -/]*|[ -/]*)/y;
 const MAX_SEQUENCE = 4096; // characters; a longer one is none
 
@@ -20147,8 +20142,8 @@ const MAX_DEPTH = 12; // of nested blocks, and of marks that wait for their end
 
 const SAFE_LINK = /^(?:https?:\/\/|mailto:)/i;
 const URL_TAIL = "[^\\s<>\"'`[\\]]*[^\\s<>\"'`[\\].,;:!?)}*_]";
-// No alternative reads again what another attempt has read: models are outsiders, and
-// the page is drawn in the thread that this runs in.
+// Linear: no alternative rescans what another attempt has read.  The texts of models
+// are untrusted, and this runs in the page's only thread.
 const INLINE = new RegExp(
   [
     "\\\\(?<escaped>[!-/:-@[-`{-~])",
@@ -20468,30 +20463,12 @@ const socketAddress = () => `${BASE.replace("http", "ws")}ws`;
 
 // The page's half of a sign-in.  The browser sends the cookie, the other half, to each
 // port of this host, but shows this to pages of this origin alone.
-const pageSecret = {
-  key: `secret ${ROOT}`,
-  text: "", // where the browser forbids storage
-  get() {
-    try {
-      return localStorage.getItem(this.key) || this.text;
-    } catch {
-      return this.text;
-    }
-  },
-  set(text) {
-    this.text = text;
-    try {
-      localStorage.setItem(this.key, text);
-    } catch {
-      // It lasts as long as the page.
-    }
-  },
-};
+const PAGE_SECRET = `secret ${ROOT}`; // its name in `kept`
 
 const fetchOwn = (path, options = {}) =>
   fetch(BASE + path, {
     ...options,
-    headers: {...options.headers, "X-Moltis-Page": pageSecret.get()},
+    headers: {...options.headers, "X-Moltis-Page": kept.get(PAGE_SECRET)},
   });
 
 const EVENTS = ["presence", "node.telemetry", "chat", "session",
@@ -20572,7 +20549,7 @@ class Link {
       protocol: {min: 4, max: 4},
       client: {id: "page", version: "1", platform: "browser", mode: "ui"},
       role: "operator",
-      auth: {pageSecret: pageSecret.get()},
+      auth: {pageSecret: kept.get(PAGE_SECRET)},
     };
     let hello;
     try {
@@ -20768,7 +20745,7 @@ const HISTORY_SPAN = 30 * 60_000; // ms; CPU usage in a sparkline
 const state = {
   link: "connecting", // "up", "down", "out" (not signed in)
   retryAt: 0,
-  wasUp: false, // the document holds what only those may see who are signed in
+  wasUp: false, // the document may hold data of a signed-in operator
   route: {page: "chat", key: MAIN},
   sessions: [],
   models: [],
@@ -20833,7 +20810,7 @@ class Chat {
     this.busy = false; // a turn is running
   }
 
-  // What was typed and not sent; it outlives the page.
+  // The text that was typed and not sent; it outlives the page.
   get draft() {
     return kept.get(`draft ${this.key}`);
   }
@@ -21699,7 +21676,7 @@ class CommandCard {
       h("p", "The model wants to run this on ", visible(node),
         cwd && [" in ", visible(cwd)], "."),
       buttons);
-    // What was meant for something else, a click or a key, must not answer.
+    // A click or key that was meant for something else must not answer.
     let timer;
     for (const each of buttons) each.disabled = true;
     const seen = new IntersectionObserver(entries => {
@@ -22405,7 +22382,7 @@ async function signIn(key) {
     body: JSON.stringify({key}),
   }).catch(() => null);
   if (answer?.ok) {
-    pageSecret.set((await answer.json()).pageSecret);
+    kept.set(PAGE_SECRET, (await answer.json()).pageSecret);
     $("key").value = "";
     state.link = "connecting";
     touch("link");
@@ -22428,7 +22405,6 @@ async function signIn(key) {
 async function signOut() {
   try {
     await fetchOwn("api/sign-out", {method: "POST"});
-    pageSecret.set("");
     kept.forget();
     location.reload();
   } catch {
@@ -25172,7 +25148,7 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
     request = {"work": "run", "spec": spec}
     with JobFeed(partial(operator_client, args, context)) as feed:
         nodes = distinct_nodes(args.nodes, feed)
-        if args.all:  # those that are away as well: the recap and the status say so
+        if args.all:  # offline nodes too: the recap and the status report them
             listed = feed.client.call("node.list", {})
             nodes = {node["nodeId"]: node["displayName"] for node in listed}
         if args.stdin and len(nodes) > 1:
@@ -25615,7 +25591,7 @@ def cmd_chat(args: argparse.Namespace, context: Context) -> int:
         if sys.stdin is not None and not sys.stdin.isatty():
             text = sys.stdin.buffer.read(MAX_BODY).decode("utf-8", "surrogateescape")
             if model != SHELL_ID and text.startswith("!"):
-                text = f" {text}"  # a command is only what a person has written
+                text = f" {text}"  # only a typed line may be a `!command`
             return terminal.turn(text)
         return chat_prompt(terminal, context)
 
