@@ -19,7 +19,7 @@ Contents
 
   Foundation
     Constants and errors      limits with unit and source; every exception
-    Helpers                   time, ids, JSON, private files, redaction
+    Helpers                   values and their JSON, texts, time, files, programs
     Dialling                  addresses, names, proxies, TCP and TLS connections
     Settings                  node.json, gateway.json and where they live
     Install                   install.sh, launcher and copies, start from bytecode
@@ -32,24 +32,24 @@ Contents
     TLS                       certificates, pins, channel bindings
     HTTP client               one request, which another thread can cancel
     SCRAM                     both halves of RFC 5802 / RFC 7677
-    Wire protocol             envelopes, log frames, calls awaiting an answer
-    Commands                  one shell command as a process group
+    Wire protocol             envelopes, log frames, calls, a client's sign-in
+    Commands                  one shell command as a process group, what it inherits
     Language models           Ollama, OpenAI-compatible, Anthropic
     Telemetry                 what a machine has and how it is doing
-    Machine                   what a computer does when it is asked
+    Machine                   the works of one computer, and its jobs by id
   Node
     Node agent                dial, authenticate, serve, reconnect, resume
     Node service              systemd user unit and launchd agent
   Gateway
     Store                     SQLite; one method a question
-    Access                    callers, scopes, tokens, sign-ins, limits
-    Fleet                     connected nodes, their invocations and their fate
-    Jobs                      commands in the background, their output in files
+    Access                    callers, scopes, tokens, keys, sign-ins, limits
+    Fleet                     names, presence and telemetry of all machines
+    Jobs                      work on machines: a row in the store, a log, followers
     Agent                     tools, the loop, approvals, the built-in Shell
-    Model directory           the models there are to choose from, and where they run
+    Model directory           the models of the gateway and of its nodes
     Chat                      sessions, their messages, turns and cards
     Gateway                   RPC methods, events
-    HTTP                      routes, upgrade, headers
+    HTTP                      routes, upgrade, proxies, limits for strangers
     Web page                  three raw strings, served as three files
   Program
     Operator client           the command line's side of a gateway
@@ -325,7 +325,7 @@ class StoreError(RpcError):
 # ==============================================================================
 # Helpers
 #
-# Values and their JSON codec, texts, time, cancellation, sockets, files, programs.
+# Values and their JSON codec, texts, time, cancellation, IP addresses, files, programs.
 # ==============================================================================
 
 log = logging.getLogger("moltis")
@@ -848,7 +848,14 @@ def make_private_directory(path: Path) -> None:
     """Make the directory `path`, for its owner alone.  Raises BadConfiguration."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        found = path.stat()
+        if found.st_mode & stat.S_ISVTX or found.st_uid != os.geteuid():
+            if found.st_mode & 0o077:  # /tmp, say: it must stay what it is
+                raise BadConfiguration(
+                    f"{path} is not a directory of your own; choose one, or a name for "
+                    "a new one in it, with MOLTIS_DATA_DIR"
+                )
+        elif found.st_mode & 0o077:
             path.chmod(0o700)
     except OSError as error:
         raise BadConfiguration(
@@ -1100,8 +1107,8 @@ MAX_HOST_NAME = 253  # characters (RFC 1035 §2.3.4)
 def ascii_host(host: str) -> str:
     """Return a host's name as DNS, TLS and HTTP have it (RFC 3490).
 
-    Raises UsageError for one that is no name, or that IDNA 2003, all that the standard
-    library has, and IDNA 2008 take for two different ones.
+    Raises UsageError for an invalid name, and for one that IDNA 2003 (all that the
+    standard library has) and IDNA 2008 map to different hosts.
     """
     if host.isascii():
         return host
@@ -1132,7 +1139,7 @@ class ServerUrl(Value):
 
     @classmethod
     def parse(cls, url: str) -> ServerUrl:
-        """Raises UsageError."""
+        """Return the parts of `url`.  Raises UsageError."""
         shown = repr(redact(url))
         try:
             parts = urlsplit(url)
@@ -1183,7 +1190,7 @@ class ServerUrl(Value):
 
 
 def _no_proxy_names(pattern: str, host: str) -> bool:
-    """Return whether one word of NO_PROXY names `host`: address, network or suffix."""
+    """Return whether a word of NO_PROXY (address, network, suffix) matches `host`."""
     packed = packed_address(host)
     if packed is None:
         wanted = "." + pattern.strip(".").lower()
@@ -1247,7 +1254,7 @@ def find_proxy(
     problem = f"{variable} names a proxy that cannot be used: "
     if scheme.lower() not in ("", "http"):
         raise BadConfiguration(
-            f"{problem}{scheme}:// is not spoken here, only http://; or name {host} in "
+            f"{problem}{scheme}:// is not supported, only http://; or name {host} in "
             "NO_PROXY"
         )
     try:
@@ -1293,7 +1300,7 @@ def cut(sock: socket.socket) -> None:
 
 
 def _limit(sock: socket.socket, deadline: Deadline) -> None:
-    """Give the next call of `sock` what is left.  Raises socket.timeout."""
+    """Set what is left as the timeout of `sock`.  Raises socket.timeout at the end."""
     remaining = deadline.remaining()
     if remaining == 0:
         raise socket.timeout(NO_ANSWER)
@@ -1314,7 +1321,7 @@ def read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
             raise HandshakeError(502, "nothing, and closed the connection")
         looked = max(0, len(data) - 3)
         data += piece
-        # Many servers of other kinds speak first and wait: they are told by that.
+        # At the first bytes: servers of other protocols often greet and then wait.
         if len(data) > MAX_HEAD or data[:5] != b"HTTP/"[: len(data)]:
             raise HandshakeError(502, "something that is not HTTP")
         end = data.find(b"\r\n\r\n", looked)
@@ -1408,7 +1415,7 @@ def _connect_tcp(
             winner = race.wait(min(d.remaining() or 0.0 for d in (pause, deadline)))
             if cancel.cancelled and winner is not None:
                 winner.close()
-            cancel.pause(0)
+            cancel.pause(0)  # raises Cancelled
             if winner is not None:
                 return winner
         raise race.failure
@@ -1612,8 +1619,8 @@ class NodeSettings(SettingsFile):
     llm: bool = True  # lend the gateway this machine's language models
     allow: Sequence[str] = ()  # patterns of the only commands; none: any
     ca: str | None = None  # certificates in PEM; None: those that the system trusts
-    # What the gateway that proved itself showed: the pin of a self-made certificate, or
-    # "ca" for one that a CA vouches for, which may have another key after a renewal.
+    # The certificate of the gateway that proved itself: the pin of a self-made one, or
+    # "ca" if a CA vouches for it, since a renewal may change its key.
     gateway_pin: str | None = None
     proxies: Mapping[str, str] = NOTHING  # variables: a service does not inherit them
 
@@ -3560,7 +3567,8 @@ def http_exchange(
     # Only now: it takes 2.3 MiB, and most nodes look for an Ollama in vain.
     import http.client
 
-    connection = http.client.HTTPConnection(target.host)
+    # Without a port it would look for one in an IPv6 address.
+    connection = http.client.HTTPConnection(target.host, target.port)
     connection.sock = sock
     headers = {**headers, "Host": name, "Connection": "close"}
     try:
@@ -4901,14 +4909,14 @@ RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class Inherited(Value):
-    """What our parent gave us, for commands, and we changed for ourselves."""
+    """Attributes of our process as our parent set them; commands get these."""
 
     umask: int
     open_files: int  # soft limit; RLIM_INFINITY: none
 
 
-def stay(*_: object) -> None:
-    """Handle a signal that our parent ignored, as `nohup` does with SIGHUP.
+def ignore_signal(*_: object) -> None:
+    """Handler for a signal that our parent ignored, as `nohup` does with SIGHUP.
 
     Unlike SIG_IGN, a handler does not survive exec(): commands get the default.
     """
@@ -4930,7 +4938,7 @@ def _seal_descriptors() -> None:
 
 
 def settle_process() -> Inherited:
-    """Put right what our parent left; return what commands get of it.
+    """Make our process independent of how it was started; return what commands get.
 
     Signals: none is blocked, ignored ones have a handler.  Descriptors beyond 2 stay
     ours.  Files that we make are private.  Call it once, before the first thread.
@@ -4943,7 +4951,7 @@ def settle_process() -> Inherited:
         if ignored and number not in RESTORED_SIGNALS:
             # While SIGCHLD is ignored, the system drops the exit status of children.
             is_end = number == signal.SIGCHLD
-            signal.signal(number, signal.SIG_DFL if is_end else stay)
+            signal.signal(number, signal.SIG_DFL if is_end else ignore_signal)
     _seal_descriptors()
     open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return Inherited(umask=os.umask(0o077), open_files=open_files)
@@ -4988,10 +4996,10 @@ def _wipe_in_libc(names: Iterable[str]) -> None:
 
 
 def take_environment() -> dict[str, str]:
-    """Return our environment; nobody else finds our secrets in it from now on.
+    """Return our environment, and erase our secrets from what the system shows of it.
 
-    The system shows a process's first environment to all processes of its user, the
-    commands too: `cat /proc/$PPID/environ`.
+    All processes of a user, our commands among them, can read the environment that a
+    process was started with: `cat /proc/$PPID/environ`.
     """
     environ = dict(os.environ)
     secret = [name for name in SECRET_VARIABLES if name in environ]
@@ -5010,7 +5018,7 @@ def reap_orphans() -> None:
     """Return in a child process if we are process 1, as in a container.
 
     Process 1 inherits all orphans.  It reaps them, passes signals on to the child, and
-    ends with it; so no exit status is taken away from whoever waits for it.
+    ends with it.  The child reaps its own processes only: no exit status is lost.
     """
     if os.getpid() != 1 or not hasattr(signal, "sigwaitinfo"):
         return
@@ -5753,7 +5761,7 @@ class ToolSpec(SnakeValue):
 def is_json(value: object) -> bool:
     """Return whether `value` can be stored and sent.
 
-    Python reads 1e999 as infinity and writes that as no other reader takes it.
+    Python reads 1e999 as infinity, which it writes as `Infinity`: that is not JSON.
     """
     try:
         from_json(to_json(value))
@@ -6027,7 +6035,7 @@ class PartialCall:
         self._tried = 0  # characters that were parsed too early
 
     def add(self, arguments: object) -> None:
-        """Append a piece of JSON text, or replace it by a value; text replaces that."""
+        """Append a piece of JSON text; text and a value replace each other."""
         if not arguments:
             return
         if isinstance(arguments, str):
@@ -6116,7 +6124,7 @@ class AnswerReader:
     def finished(self) -> Finished:
         """Return the whole answer; calls of one that is cut or refused are left out.
 
-        Raises ModelError for an answer without a word.
+        Raises ModelError for an empty answer.
         """
         thoughts = {name: "".join(texts) for name, texts in self._thoughts.items()}
         data = {**thoughts, **self.provider_data}
@@ -6455,7 +6463,8 @@ class ModelProvider:
         self.base_url = base_url.strip().rstrip("/")
         self._api_key = api_key.strip()  # variables often end with a newline
         self._first_pause = first_pause
-        self._refusals: list[tuple[str, ModelError]] = []  # by model; amended since
+        # By model: later requests are amended before they are sent.
+        self._refusals: list[tuple[str, ModelError]] = []
 
     def stream(
         self, request: ChatRequest, cancel: Cancellation
@@ -6489,7 +6498,7 @@ class ModelProvider:
                 amended = self._amend(body, error) if silent else None
                 if amended is None:
                     raise
-                if not amended:  # what a person is told of may be asked for again
+                if not amended:  # amendments with a notice last for one request
                     self._refusals.append((request.model, error))
                 notice = amended
             if notice:
@@ -6705,7 +6714,7 @@ def function_tools(tools: Sequence[ToolSpec]) -> list[JsonObject]:
 def merged_turns(messages: Sequence[JsonObject]) -> list[JsonObject]:
     """Return `messages` of chat completions as turns that alternate.
 
-    Texts of one role in a row are one; a system's belong to the person's first.
+    Consecutive texts of one role are joined; a system text opens the user's turn.
     """
     turns: list[JsonObject] = []
     for message in messages:
@@ -7510,14 +7519,14 @@ def _cgroups(root: Path) -> Iterator[Path]:
         controllers, _, path = rest.partition(":")
         v1 = {controllers, *controllers.split(",")}
         for name in v1 if controllers else ("", "unified"):
-            # Inside a container the path may be the one outside, which is not here.
+            # A container may see its path on the host, which is not mounted here.
             parts = [part for part in path.split("/") if part not in ("", "..")]
             for depth in range(len(parts), -1, -1):
                 yield mounts.joinpath(name, *parts[:depth])
 
 
 class CgroupLimits(Value):
-    """What a container, or a service, may use of its machine; None: all."""
+    """The limits of a container or a service; None: there is none."""
 
     memory: int | None = None  # bytes
     memory_free: int | None = None  # bytes, below the tightest limit
@@ -7541,7 +7550,7 @@ def _read_cgroup(group: Path) -> CgroupLimits:
         if limit is not None and limit < MAX_MEMORY_LIMIT:
             memory = limit
             if used is not None:
-                # The kernel gives files that were not used lately back at once.
+                # Inactive page cache is reclaimed at once.
                 found = re.search(
                     rf"(?m)^{cache} (\d{{1,20}})$", _read_text(group / "memory.stat")
                 )
@@ -7647,7 +7656,7 @@ class ShortPrograms:
     def ask(
         self, path: str, *arguments: str, timeout: float, home: str | None = None
     ) -> ProgramResult:
-        """Return how the program answered, with another HOME maybe.
+        """Return how the program answered; `home` replaces HOME.
 
         Raises Cancelled.
         """
@@ -7666,10 +7675,10 @@ class ShortPrograms:
 
     @contextlib.contextmanager
     def home_of_links(self) -> Iterator[str]:
-        """Yield a home directory with all of the user's, where new files do not stay.
+        """Yield a temporary HOME with links to all that is in the user's.
 
-        Asked for their version, rustup, pyenv, volta, asdf and others set up a
-        directory of theirs.
+        rustup, pyenv, volta, asdf and others create a directory of their own in HOME
+        when they are asked for their version.
         """
         real = self._environ.get("HOME") or home_directory()
         # Not `tempfile`: it brings `shutil` along.
@@ -9093,7 +9102,7 @@ class NodeAgent:
         return TlsTrust(settings.gateway_pin, bound=settings.gateway_pin is None)
 
     def _keep_pin(self, ws: WebSocket) -> None:
-        """Remember the certificate, so that a stolen database makes no gateway."""
+        """Keep the certificate's pin: a stolen database alone must not pass for it."""
         certificate = ws.peer_certificate()
         if certificate is None or not self._trust().bound:
             return
@@ -9750,7 +9759,9 @@ STORE_FILE = "moltis.db"
 MAX_PAGE = 1000  # rows of one answer
 MAX_CALLER_EVENTS = 10_000  # audit events of one caller; the oldest are deleted
 SIMILAR_WITHIN = 3600_000  # ms; similar events in them are one row with a count
-DELETE_SLICE = 500  # rows deleted in one transaction: some ms
+DELETE_SLICE = 500  # rows deleted in one transaction, at most
+DELETE_TIME = 0.005  # s of it; a row of 1 MiB takes 1 ms on a slow disk
+SIZE_SLICE = 200  # messages whose size one statement adds up: some ms
 SEARCH_SLICE = 20_000  # rows that one statement searches: some 20 ms
 STEADY_AFTER = 86_400.0  # s without a jump; then the clock decides what is old
 CLOCK_RECORDED_EVERY = 60.0  # s
@@ -10085,7 +10096,7 @@ class AuditEvent:
     MODELS_CHANGED = "models.changed"
     EXPORTED = "audit.exported"
 
-    # They say no more each time: those of one caller and address are counted.
+    # Repetitions by one caller from one address are counted in one row.
     COUNTED = frozenset(
         (
             *(SIGNED_IN, SIGNED_OUT, EXPORTED),
@@ -10102,9 +10113,8 @@ class AuditEntry(Value):
     caller: str
     address: str
     subject: str  # a name, or the command
-    caller_id: str = (
-        ""  # of an operator key, "device" for all devices, "" for strangers
-    )
+    # Id of an operator key, "device" for all devices, "" for strangers.
+    caller_id: str = ""
     count: int = 1  # of similar events
     last_at: int | None = None  # of the last of them
     job_id: str | None = None
@@ -10451,6 +10461,29 @@ class Database:
                     raise self._store_error(error) from error
                 raise
 
+    def change_slice(
+        self, change: str, rows: str, values: SqlValues = ()
+    ) -> list[sqlite3.Row]:
+        """Apply `change` to some rows, in one short transaction; return these rows.
+
+        `rows` selects them, their key first, which is the parameter of `change`: at
+        most DELETE_SLICE, for DELETE_TIME.  Call it until it returns none: writers get
+        their turn in between.  Raises StoreError.
+        """
+        with self.transaction() as db:
+            deadline = Deadline(DELETE_TIME)
+            found = db.execute(f"{rows} LIMIT {DELETE_SLICE}", values).fetchall()
+            for count, row in enumerate(found, 1):
+                db.execute(change, (row[0],))
+                if deadline.expired:
+                    return found[:count]
+        return found
+
+    def change_all(self, change: str, rows: str, values: SqlValues = ()) -> None:
+        """Apply `change` to all rows, slice by slice.  Raises StoreError."""
+        while self.change_slice(change, rows, values):
+            pass
+
     def checkpoint(self) -> None:
         """Copy CHECKPOINT_EVERY or more transactions from the WAL to the file.
 
@@ -10530,7 +10563,7 @@ class Table:
 
 
 def name_key(name: str) -> str:
-    """Return what two names have in common that people take for the same one."""
+    """Return the form in which names that people take for the same one are equal."""
     plain = " ".join(name.split())
     if not plain.isascii():
         import unicodedata
@@ -10816,24 +10849,25 @@ class JobsTable(Table):
 
     def drop_logs(self, session_key: str) -> None:
         """Delete the logs of a session's jobs; the audit keeps their rows."""
-        self._change({"session_key": session_key}, log=None)
+        self._db.change_all(
+            "UPDATE jobs SET log = NULL WHERE seq = ?",
+            "SELECT seq FROM jobs WHERE session_key = ? AND log IS NOT NULL",
+            (session_key,),
+        )
 
     def delete_before(self, at: int) -> list[str]:
         """Delete jobs that were asked for, and ended, before `at`; return their ids.
 
-        At most DELETE_SLICE: call it until there are none.  Jobs that a chat shows
-        stay.  Both times count, since the clock may have been wrong at one of them.
+        One slice: call it until there are none.  Jobs that a chat shows stay.  Both
+        times count, since the clock may have been wrong at one of them.
         """
-        with self._db.transaction() as db:
-            rows = db.execute(
-                "SELECT seq, id FROM jobs WHERE asked_at < :at"  # nosec B608: literals
-                f" AND ifnull(ended_at, 0) < :at AND {self.STATES['ended']}"
-                " AND NOT EXISTS (SELECT 1 FROM messages WHERE job_id = jobs.id)"
-                " LIMIT :slice",
-                {"at": at, "slice": DELETE_SLICE},
-            ).fetchall()
-            seqs = [(row["seq"],) for row in rows]
-            db.executemany("DELETE FROM jobs WHERE seq = ?", seqs)
+        rows = self._db.change_slice(
+            "DELETE FROM jobs WHERE seq = ?",
+            "SELECT seq, id FROM jobs WHERE asked_at < :at"  # nosec B608: literals
+            f" AND ifnull(ended_at, 0) < :at AND {self.STATES['ended']}"
+            " AND NOT EXISTS (SELECT 1 FROM messages WHERE job_id = jobs.id)",
+            {"at": at},
+        )
         return [row["id"] for row in rows]
 
 
@@ -10913,9 +10947,9 @@ class AuditTable(Table):
         return row["at"] if row else 0
 
     def delete_before(self, at: int) -> int:
-        """Delete events before `at`, at most DELETE_SLICE; return how many."""
-        old = "SELECT seq FROM audit WHERE at < ? LIMIT ?"
-        return self._delete(f"seq IN ({old})", (at, DELETE_SLICE))
+        """Delete events before `at`, one slice of them; return how many."""
+        old = "SELECT seq FROM audit WHERE at < ?"
+        return len(self._db.change_slice("DELETE FROM audit WHERE seq = ?", old, (at,)))
 
 
 class OperatorKeysTable(Table):
@@ -11072,14 +11106,52 @@ class SessionsTable(Table):
         )
 
     def clear(self, key: str) -> None:
-        """Delete the messages of a session."""
-        with self._db.transaction() as db:
-            db.execute("DELETE FROM messages WHERE session_key = ?", (key,))
-            db.execute("DELETE FROM turns WHERE session_key = ?", (key,))
+        """Delete the messages that a session has now."""
+        for table, order in (("messages", "seq"), ("turns", "id")):
+            newest = f"SELECT max({order}) FROM {table} WHERE session_key = ?"  # nosec B608
+            (row,) = self._db.rows(newest, (key,))
+            self._db.change_all(
+                f"DELETE FROM {table} WHERE rowid = ?",  # nosec B608: literals
+                # Those that are added meanwhile have higher numbers, and stay.
+                f"SELECT rowid FROM {table} WHERE session_key = ? AND {order} <= ?",  # nosec B608
+                (key, row[0]),
+            )
 
     def delete(self, key: str) -> bool:
         """Delete a session with its messages; False: there is none."""
+        self.clear(key)  # first: the foreign key would delete them all at once
         return self._delete("key = ?", (key,)) == 1
+
+    def unused(self, since: int) -> list[str]:
+        """Return the keys of sessions without a message or a job since a time."""
+        rows = self._db.rows(
+            "SELECT key FROM sessions WHERE updated_at < :since"  # nosec B608: literals
+            " AND NOT EXISTS (SELECT 1 FROM jobs WHERE session_key = key"
+            f"  AND ({JobsTable.STATES['open']} OR ended_at >= :since))"
+            " AND NOT EXISTS (SELECT 1 FROM messages WHERE session_key = key"
+            "  AND created_at >= :since)",
+            {"since": since},
+        )
+        return [row["key"] for row in rows]
+
+    def newest(self) -> int:
+        """Return when a session was used last, 0 if there is none."""
+        row = self._db.row("SELECT max(updated_at) at FROM sessions")
+        return (row["at"] if row else None) or 0
+
+    def size(self) -> int:
+        """Return the bytes of all messages, as people see them and as models do."""
+        total = 0
+        for table, content in (("messages", "text || details"), ("turns", "message")):
+            slice_of = (
+                f"SELECT rowid, length(CAST({content} AS BLOB))"  # nosec B608: literals
+                f" FROM {table} WHERE rowid > ? ORDER BY rowid LIMIT ?"
+            )
+            rows = self._db.rows(slice_of, (0, SIZE_SLICE))
+            while rows:  # with room for writers between the slices
+                total += sum(row[1] for row in rows)
+                rows = self._db.rows(slice_of, (rows[-1][0], SIZE_SLICE))
+        return total
 
 
 class MessagesTable(Table):
@@ -11247,7 +11319,8 @@ class Store:
         before = self.clock.before(age)
         if before is None:
             return None
-        return min(before, self.audit.newest() - round(age * 1000))
+        newest = max(self.audit.newest(), self.sessions.newest())
+        return min(before, newest - round(age * 1000))
 
     def tick(self) -> None:
         """Do the upkeep for which no caller should wait; call it every STORE_TICK."""
@@ -11676,7 +11749,7 @@ class SignIns:
         self._door = door
         self._operators = operators
         self._logins = door.store.logins
-        # In memory only: on disk, say, such a code ends with this process.
+        # In memory only: a copy in a file must not outlive this process.
         self._one_time: dict[str, tuple[str, int]] = {}  # key, expiry in ms; by code
 
     def one_time_key(self, key: str) -> str:
@@ -15303,6 +15376,27 @@ class Chats:
         self._store.sessions.delete(key)
         self._announce("session", {"type": "deleted", "sessionKey": key})
 
+    def delete_unused(self, since: int) -> None:
+        """Delete the sessions that were not used since a time (ms).
+
+        The main session loses its messages.
+        """
+        for key in self._store.sessions.unused(since):
+            with self._lock:
+                queue = self._queues.get(key)
+            # Asked again: the ones before it took their time.
+            if (queue and queue.busy) or key not in self._store.sessions.unused(since):
+                continue
+            with contextlib.suppress(RpcError):  # somebody else deleted it
+                if key != MAIN_SESSION:
+                    self.delete(key)
+                elif self._session(key).message_count:
+                    self.reset(key)
+
+    def size(self) -> int:
+        """Return the bytes that the messages of all sessions have."""
+        return self._store.sessions.size()
+
     def send(
         self, key: str, text: str, model_id: str | None, asked_by: Caller
     ) -> JsonObject:
@@ -16366,10 +16460,20 @@ class JobMethods:
 class ChatMethods:
     """The methods about sessions."""
 
-    def __init__(self, chats: Chats, fleet: Fleet, approvals: Approvals) -> None:
+    def __init__(
+        self,
+        chats: Chats,
+        fleet: Fleet,
+        approvals: Approvals,
+        keep_chats: float | None = None,  # days
+    ) -> None:
         self._chats = chats
         self._fleet = fleet
         self._approvals = approvals
+        self._keep_chats = keep_chats
+
+    def storage(self) -> JsonObject:
+        return {"bytes": self._chats.size(), "keepDays": self._keep_chats}
 
     def resolve(self, key: str) -> JsonObject:
         return {"entry": self._chats.view(key), "history": self._chats.history(key)}
@@ -16657,6 +16761,7 @@ class Rpc:
                 approvals=Optional(one_of(*APPROVAL_WORDS)),
                 node_id=sessions.node_id,
             ),
+            "sessions.storage": Method(sessions.storage, read),
             "sessions.reset": Method(chats.reset, write, key=str),
             "sessions.delete": Method(chats.delete, write, key=str),
             "nodes.set_session": Method(
@@ -19046,6 +19151,8 @@ environment of the gateway or a node. A key entered here is never shown again.</
 <div class="inline"><input id="model-name" required placeholder="openai/gpt-5-mini"
  aria-label="Provider and name of the model" autocomplete="off">
 <button class="button">Use in the chat</button></div></form>
+<h2>Chats</h2>
+<p id="chat-storage" class="lead"></p>
 </div>
 </section>
 
@@ -20780,6 +20887,7 @@ const state = {
   running: [], // open jobs
   audit: {rows: [], more: false, node: "", result: ""},
   providers: [],
+  storage: null,
   keys: [],
   logins: [],
   pin: "", // of the gateway's certificate, if no public CA signed it
@@ -20999,6 +21107,7 @@ const SOURCES = {
   devices: ["device.pair.list"],
   running: ["job.list", {state: "open"}],
   providers: ["models.providers"],
+  storage: ["sessions.storage"],
   keys: ["keys.list"],
   logins: ["logins.list"],
 };
@@ -21201,7 +21310,7 @@ const PAGES = {
 };
 const PAGE_TOPICS = {
   nodes: ["nodes", "devices", "running"],
-  models: ["providers"],
+  models: ["providers", "storage"],
   access: ["keys", "logins"],
 };
 
@@ -22328,6 +22437,16 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
         h("button", {class: "button main"}, "Save"))));
 }
 
+function drawStorage() {
+  if (!state.storage) return;
+  const {bytes, keepDays} = state.storage;
+  const kept = keepDays
+    ? `A chat is deleted when it was not used for ${plural(keepDays, "day")}`
+    : "They are kept for ever";
+  const option = "(moltis gateway --keep-chats).";
+  fill($("chat-storage"), `Chats take ${formatBytes(bytes)}. ${kept} ${option}`);
+}
+
 // Choose an unlisted model by its name.
 function useNamedModel() {
   const key = lastKey();
@@ -22494,6 +22613,7 @@ function start() {
   watch("route audit", drawAudit);
   watch("route nodes", drawFilters);
   watch("providers", drawProviders);
+  watch("storage", drawStorage);
   watch("keys logins", drawAccess);
   for (const [id, action] of Object.entries(CLICKS)) on($(id), "click", action);
   for (const bar of document.querySelectorAll(".settings > .bar")) {
@@ -23466,6 +23586,7 @@ class GatewayOptions(Value):
     tls: ServerTls | None = None
     require_scram: bool = False
     keep_audit: float = 90.0  # days
+    keep_chats: float | None = None  # days; None: for ever
     keep_output: int = KEEP_OUTPUT  # bytes of all logs in files
     inherited: Inherited | None = None  # for commands on Local
 
@@ -23581,7 +23702,7 @@ class RunningGateway:
             models = self.models = ModelDirectory(path, environ, fleet, jobs)
             stack.callback(models.close)
             approvals = Approvals()
-            chats = Chats(store, fleet, jobs, models, approvals, announce)
+            chats = self._chats = Chats(store, fleet, jobs, models, approvals, announce)
             rpc = Rpc(
                 access.door,
                 shares,
@@ -23590,7 +23711,7 @@ class RunningGateway:
                 chats,
                 NodeMethods(fleet, jobs, access, store.devices, announce),
                 JobMethods(fleet, jobs),
-                ChatMethods(chats, fleet, approvals),
+                ChatMethods(chats, fleet, approvals, options.keep_chats),
                 AccessMethods(access, store.audit, audience, chats.key_revoked),
             )
             gateway = Gateway(
@@ -23637,6 +23758,10 @@ class RunningGateway:
     def keep_house(self) -> None:
         """Delete what is old enough, and renew what is about to expire."""
         self._access.purge()
+        if self.options.keep_chats is not None:
+            unused_since = self.store.before(self.options.keep_chats * 86_400)
+            if unused_since is not None:
+                self._chats.delete_unused(unused_since)
         before = self.store.before(self.options.keep_audit * 86_400)
         while before and self.store.audit.delete_before(before):
             pass  # slice by slice: writers get their turn in between
@@ -24161,6 +24286,8 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         raise UsageError(f"--port takes 0 to 65535, not {args.port}")
     if not 0 < args.keep_audit <= 36_500:
         raise UsageError(f"--keep-audit takes days, not {args.keep_audit:g}")
+    if args.keep_chats is not None and not 0 < args.keep_chats <= 36_500:
+        raise UsageError(f"--keep-chats takes days, not {args.keep_chats:g}")
     if not 0 < args.keep_output <= 1_000_000:
         raise UsageError(f"--keep-output takes GiB, not {args.keep_output:g}")
     if args.proxy_cert and not args.trusted_proxy:
@@ -24174,6 +24301,7 @@ def gateway_options(args: argparse.Namespace, context: Context) -> GatewayOption
         tls=server_tls(args, context),
         require_scram=args.require_scram,
         keep_audit=args.keep_audit,
+        keep_chats=args.keep_chats,
         keep_output=round(args.keep_output * 1024**3),
         inherited=context.inherited,
     )
@@ -24501,10 +24629,10 @@ def cmd_node_run(_args: object, context: Context) -> int:
             f"this machine is no node: {context.directory / NodeSettings.FILE} does "
             "not exist; `moltis node add` makes it"
         )
-    # Where its commands run: to send each of them there keeps SpawnedShell from being
-    # used.  The commands report a directory that is gone.
     for name, value in settings.proxies.items():
         os.environ.setdefault(name, value)
+    # Commands start here: posix_spawn() cannot change the directory.  They report one
+    # that is gone.
     directory = context.directory.absolute()
     working_dir = os.path.abspath(settings.working_dir or home_directory())
     settings = settings.replace(working_dir=working_dir)
@@ -25006,7 +25134,7 @@ class JobTerminal:
         previous = {
             number: signal.signal(number, self._on_interrupt)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) not in (signal.SIG_IGN, stay)
+            if signal.getsignal(number) not in (signal.SIG_IGN, ignore_signal)
         }
         try:
             if feeds:
@@ -25721,6 +25849,11 @@ SUBCOMMANDS: Mapping[str, Subcommand] = {
                 "how long to keep commands, sign-ins and the like (default: 90)",
                 type=float,
                 default=90.0,
+            ),
+            arg(
+                "--keep-chats DAYS",
+                "how long to keep chats that are not used (default: for ever)",
+                type=float,
             ),
             arg(
                 "--keep-output GIB",

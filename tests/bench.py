@@ -4,7 +4,8 @@ python3 tests/bench.py [--quick] [--only NAME] [--json] [--beside DIRECTORY]
 
 Every row is a ratio, or a limit, measured in one run: both sides in turn, several
 rounds, the median of each.  What is not installed is named in its row.  With --beside
-another version (a directory with its moltis.py and install.sh) is a peer of each row.
+another version (a directory with its moltis.py and install.sh) is a peer of each row,
+driven by its own client.
 Other peers: `pip install websockets paramiko ansible-core`; sshd, ssh, chromium.
 """
 
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import getpass
+import importlib.util
+import inspect
 import json
 import os
 import re
@@ -167,10 +170,27 @@ def wait_until(condition: Callable[[], Any], timeout: float = 60.0) -> Any:
 # -- ours ----------------------------------------------------------------------
 
 
+def moltis_of(source: Path) -> Any:
+    """Return the module that is the moltis.py of a directory."""
+    if source.resolve() == ROOT:
+        return moltis
+    name = "the_other_moltis"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, source / "moltis.py")
+        assert spec is not None
+        assert spec.loader is not None
+        # Known before it runs: its dataclasses look their module up.
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 class Installed:
     """An installed moltis, a gateway, and as many nodes as asked for."""
 
     def __init__(self, directory: Path, source: Path = ROOT) -> None:
+        self.source = source
+        self.moltis = moltis_of(source)
         self.home = directory / "home"
         self.home.mkdir()
         self.program = str(directory / "prefix/bin/moltis")
@@ -226,7 +246,8 @@ class Installed:
         return process
 
     def operator(self) -> Any:
-        return moltis.OperatorClient(self.url, self.api_key, moltis.TlsTrust())
+        trust = self.moltis.TlsTrust()
+        return self.moltis.OperatorClient(self.url, self.api_key, trust)
 
     def add_node(self, name: str) -> subprocess.Popen[bytes]:
         """Return the process of a node that runs as the service would run it."""
@@ -234,8 +255,9 @@ class Installed:
         home.mkdir()
         with self.operator() as client:
             made = client.call("device.token.create", {"displayName": name})
-        moltis.NodeSettings(
-            moltis.websocket_url(self.url), made["deviceToken"], str(uuid.uuid4()), name
+        url = self.moltis.websocket_url(self.url)
+        self.moltis.NodeSettings(
+            url, made["deviceToken"], str(uuid.uuid4()), name
         ).save(home / ".moltis")
         process = self.start("node", "run", home=home)
 
@@ -265,8 +287,13 @@ class PlainOperator:
     """An operator's connection as a script of twenty lines has it: one thread."""
 
     def __init__(self, site: Installed) -> None:
-        self._ws = moltis.connect(moltis.websocket_url(site.url))
-        params = moltis.ConnectParams(role="operator", api_key=site.api_key)
+        self._moltis = site.moltis
+        connect = site.moltis.connect
+        # Where there is compression it is asked for, though no client of ours does.
+        if "compression" in inspect.signature(connect).parameters:
+            connect = partial(connect, compression=False)
+        self._ws = connect(site.moltis.websocket_url(site.url))
+        params = site.moltis.ConnectParams(role="operator", api_key=site.api_key)
         self._ask("connect", params.to_json())
         self.receive()
 
@@ -278,8 +305,8 @@ class PlainOperator:
     def receive(self) -> Any:
         """Return the payload of the next answer."""
         while True:
-            envelope = moltis.decode_envelope(self._ws.receive())
-            if isinstance(envelope, moltis.Response):
+            envelope = self._moltis.decode_envelope(self._ws.receive())
+            if isinstance(envelope, self._moltis.Response):
                 if envelope.error is not None:
                     raise envelope.error
                 return envelope.payload
@@ -292,7 +319,7 @@ class PlainOperator:
         """Say something to Shell, and wait for the end of the turn."""
         self._ask("chat.send", {"sessionKey": session, "text": text, "model": "shell"})
         while True:
-            envelope = moltis.decode_envelope(self._ws.receive())
+            envelope = self._moltis.decode_envelope(self._ws.receive())
             payload = getattr(envelope, "payload", None)
             if isinstance(payload, dict) and payload.get("state") == "final":
                 return
@@ -305,8 +332,8 @@ class PlainOperator:
         self._ws.close()
 
     def _ask(self, method: str, params: Any) -> None:
-        request = moltis.Request(moltis.new_id(), method, params)
-        self._ws.send(moltis.encode_envelope(request))
+        request = self._moltis.Request(self._moltis.new_id(), method, params)
+        self._ws.send(self._moltis.encode_envelope(request))
 
 
 # -- peers ---------------------------------------------------------------------
@@ -855,11 +882,12 @@ class AsReadMeSays:
         file = directory / "gateway/.moltis/gateway.json"
         wait_until(file.exists)
         settings = json.loads(file.read_text())
-        with moltis.OperatorClient(
-            settings["url"], settings["api_key"], moltis.TlsTrust()
+        version = moltis_of(source)
+        with version.OperatorClient(
+            settings["url"], settings["api_key"], version.TlsTrust()
         ) as client:
             made = client.call("device.token.create", {"displayName": "rest"})
-        host = moltis.websocket_url(settings["url"])
+        host = version.websocket_url(settings["url"])
         token = ("--token", made["deviceToken"], "--name", "rest", "--foreground")
         self.node = self._start("node", "add", "--host", host, *token)
 
@@ -972,7 +1000,10 @@ def bench_page(bench: Bench) -> Iterator[Row]:
 class SimulatedNodes:
     """Many nodes in one process: real connections, the real protocol, no commands."""
 
-    def __init__(self, address: tuple[str, int], tokens: list[str]) -> None:
+    def __init__(
+        self, version: Any, address: tuple[str, int], tokens: list[str]
+    ) -> None:
+        self._moltis = version
         self._address = address
         self._tokens = tokens
         self._selector = selectors.DefaultSelector()
@@ -1027,8 +1058,8 @@ class SimulatedNodes:
             if not piece:
                 raise OSError("no upgrade")
             head += piece
-        protocol = moltis.WebSocketProtocol(client=True)
-        params = moltis.ConnectParams(
+        protocol = self._moltis.WebSocketProtocol(client=True)
+        params = self._moltis.ConnectParams(
             role="node",
             client_id=f"sim-{number}",
             display_name=f"sim-{number}",
@@ -1042,10 +1073,10 @@ class SimulatedNodes:
 
     def _request(self, number: int, method: str, params: Any) -> None:
         sock, protocol = self._sockets[number]
-        request = moltis.Request(moltis.new_id(), method, params)
+        request = self._moltis.Request(self._moltis.new_id(), method, params)
         # One that is closed by now is noticed, and dialled again, by _serve().
-        with contextlib.suppress(OSError, moltis.ConnectionClosed):
-            protocol.send(moltis.encode_envelope(request))
+        with contextlib.suppress(OSError, self._moltis.ConnectionClosed):
+            protocol.send(self._moltis.encode_envelope(request))
             sock.sendall(protocol.outgoing())
 
     def _report(self, number: int) -> None:
@@ -1108,7 +1139,10 @@ class Simulation:
                     tokens.append(answers.popleft().result(60)["deviceToken"])
             tokens += [answer.result(60)["deviceToken"] for answer in answers]
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--simulate", site.url],
+            [
+                *(sys.executable, __file__, "--simulate", site.url),
+                *("--beside", str(site.source)),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -1359,7 +1393,8 @@ def main() -> int:
         crowd(args.crowd, *json.loads(sys.stdin.readline()))
     if args.simulate:
         host, _, port = args.simulate.partition("//")[2].partition(":")
-        SimulatedNodes((host, int(port)), json.loads(sys.stdin.readline())).run()
+        tokens = json.loads(sys.stdin.readline())
+        SimulatedNodes(moltis_of(args.beside), (host, int(port)), tokens).run()
     rows: list[Row] = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory() as name:

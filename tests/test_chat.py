@@ -361,6 +361,67 @@ def test_the_output_of_a_chat_goes_with_it(gateway, chat):
     assert chat.text(card) in ("", f"[{card['job']['end']} cut]")
 
 
+def make_older(gateway, days):
+    """Move all that chats have, and their jobs, `days` into the past."""
+    past = days * 86_400_000
+    with contextlib.closing(sqlite3.connect(gateway.directory / "moltis.db")) as db:
+        db.execute("UPDATE sessions SET updated_at = updated_at - ?", (past,))
+        db.execute("UPDATE messages SET created_at = created_at - ?", (past,))
+        db.execute(
+            "UPDATE jobs SET asked_at = asked_at - :past, ended_at = ended_at - :past",
+            {"past": past},
+        )
+        db.commit()
+
+
+def test_chats_that_are_not_used_go_after_the_days_that_were_said(
+    tmp_path, monkeypatch
+):
+    """FAULTS D25: messages, cards, and the logs of their jobs."""
+    with InProcessGateway(tmp_path / "gateway", keep_chats=30.0) as gateway:
+        keys = {"main": "main"}
+        for name in ("old", "busy", "new"):
+            keys[name] = gateway.call("sessions.create", label=name)["key"]
+        logs = {}
+        for name in ("main", "old"):
+            with Watcher(gateway.websocket_url, gateway.api_key, keys[name]) as chat:
+                chat.send("seq 100000")
+                (card,) = chat.finish()
+                logs[name] = gateway.directory / "jobs" / card["jobId"]
+        busy = Watcher(gateway.websocket_url, gateway.api_key, keys["busy"])
+        busy.send("sleep 100")
+        busy.card()
+        assert gateway.call("sessions.storage")["bytes"] > 0
+        make_older(gateway, 31)
+        with Watcher(gateway.websocket_url, gateway.api_key, keys["new"]) as chat:
+            chat.send("echo new")
+            chat.finish()
+        gateway.running.keep_house()
+        assert logs["old"].is_dir(), "the clock is not relied upon yet"
+        monkeypatch.setattr(moltis, "STEADY_AFTER", 0.0)
+        gateway.running.keep_house()
+        left = {entry["key"] for entry in gateway.call("sessions.list")}
+        assert left == {keys["main"], keys["busy"], keys["new"]}
+        counts = {e["key"]: e["messageCount"] for e in gateway.call("sessions.list")}
+        assert counts == {keys["main"]: 0, keys["busy"]: 2, keys["new"]: 2}
+        assert not any(path.exists() for path in logs.values())
+        assert gateway.call("sessions.storage")["keepDays"] == 30
+        gateway.call("chat.abort", sessionKey=keys["busy"])
+        busy.finish()
+        busy.close()
+
+
+def test_chats_are_kept_for_ever_unless_days_are_said(gateway, chat, monkeypatch):
+    monkeypatch.setattr(moltis, "STEADY_AFTER", 0.0)
+    chat.send("echo old")
+    chat.finish()
+    make_older(gateway, 10_000)
+    gateway.call("sessions.create")
+    gateway.running.keep_house()
+    assert len(gateway.call("chat.history", sessionKey="main")) == 2
+    assert gateway.call("sessions.storage")["keepDays"] is None
+
+
 def download(gateway, path):
     headers = {"Authorization": f"Bearer {gateway.api_key}"}
     return urllib.request.urlopen(

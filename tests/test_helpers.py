@@ -168,6 +168,18 @@ def test_a_cancellation_wakes_what_is_blocked():
         raise AssertionError("not reached")
 
 
+def test_a_directory_of_all_users_stays_what_it_is(tmp_path):
+    """`MOLTIS_DATA_DIR=/tmp` must not close /tmp to the others."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    with pytest.raises(moltis.BadConfiguration, match="not a directory of your own"):
+        moltis.make_private_directory(shared)
+    assert shared.stat().st_mode & 0o7777 == 0o1777
+    moltis.make_private_directory(shared / "mine")
+    assert (shared / "mine").stat().st_mode & 0o7777 == 0o700
+
+
 def test_private_files_are_replaced_in_one_step(tmp_path):
     path = tmp_path / "deep" / "file"
     moltis.write_private(path, b"one")

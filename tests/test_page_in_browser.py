@@ -652,6 +652,7 @@ def test_the_token_is_nowhere_once_its_dialog_is_closed(site, make_page, way_out
 
 def test_a_provider_takes_a_key_and_forgets_it(site, make_page):
     page = make_page(site, "/settings/models")
+    page.wait_for(shows("#chat-storage", "They are kept for ever"))
     card = "#providers > :first-child"
     page.click(f"{card} summary")
     page.fill(f"{card} [type=password]", "sk-entered-on-the-page")

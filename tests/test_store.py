@@ -724,6 +724,7 @@ def test_old_jobs_are_deleted_unless_they_have_not_ended(store):
 
 def test_old_jobs_are_deleted_in_slices(store, monkeypatch):
     monkeypatch.setattr(moltis, "DELETE_SLICE", 2)
+    monkeypatch.setattr(moltis, "DELETE_TIME", 60.0)
     for number in range(5):
         store.jobs.save(ended(store.jobs.add(job(str(number)))))
     assert [len(store.jobs.delete_before(NOW + 9)) for _ in range(4)] == [2, 2, 1, 0]
@@ -853,7 +854,8 @@ def test_nothing_is_old_because_the_clock_says_so_alone(store, monkeypatch):
     assert store.before(60.0) == NOW + 1000 - 60_000
 
 
-def test_old_events_are_deleted(store):
+def test_old_events_are_deleted(store, monkeypatch):
+    monkeypatch.setattr(moltis, "DELETE_TIME", 60.0)
     for at in (1, 2, NOW):
         store.audit.add(event(AuditEvent.JOINED, at))
     assert store.audit.delete_before(NOW) == 2
@@ -1086,6 +1088,94 @@ def test_turns_are_read_from_the_end(store):
     for number in range(3):
         store.turns.add("main", {"n": number})
     assert store.turns.last("main", 2) == [{"n": 1}, {"n": 2}]
+
+
+def long_chat(store, rows=40, size=64 * 1024):
+    """Fill the session `main` with cards, turns and logs of jobs."""
+    store.sessions.add(session("main"))
+    for number in range(rows):
+        name = f"m{number}"
+        details = {"command": {"output": "x" * size}}
+        store.messages.save(message(name, number, job_id=name, details=details))
+        store.turns.add("main", {"content": "y" * size})
+        record = store.jobs.add(job(name, session_key="main"))
+        store.jobs.save(ended(record), b"z" * 16_000)
+
+
+@pytest.mark.parametrize("limit", ["rows", "time"])
+@pytest.mark.parametrize("action", ["reset", "delete"])
+def test_a_long_chat_is_deleted_slice_by_slice(store, monkeypatch, action, limit):
+    """FAULTS D25: 18 MB of cards in one transaction made every writer wait."""
+    most = 3 if limit == "rows" else 1
+    monkeypatch.setattr(moltis, "DELETE_SLICE", 3 if limit == "rows" else 500)
+    monkeypatch.setattr(moltis, "DELETE_TIME", 60.0 if limit == "rows" else 0.0)
+    long_chat(store)
+    statements = []
+    store.settings._db._db.set_trace_callback(statements.append)
+    store.jobs.drop_logs("main")
+    if action == "reset":
+        store.sessions.clear("main")
+    else:
+        assert store.sessions.delete("main")
+    slices = "\n".join(statements).split("BEGIN")
+    changes = [part.count("rowid = ") + part.count("seq = ") for part in slices]
+    assert max(changes) <= most
+    assert sum(changes) >= 120
+    assert store.messages.last("main", None, 10) == []
+    assert store.turns.last("main", 10) == []
+    assert store.jobs.log("m1") == b""
+    assert (store.sessions.by_key("main") is None) is (action == "delete")
+
+
+def test_a_message_that_comes_during_a_reset_stays(store, monkeypatch):
+    monkeypatch.setattr(moltis, "DELETE_SLICE", 3)
+    long_chat(store, rows=9, size=10)
+    change_slice = moltis.Database.change_slice
+    late = iter([message("m100", 100)])
+
+    def with_a_message_in_between(*args):
+        for value in late:
+            store.messages.save(value)
+            store.turns.add("main", {"n": 1})
+        return change_slice(*args)
+
+    monkeypatch.setattr(moltis.Database, "change_slice", with_a_message_in_between)
+    store.sessions.clear("main")
+    assert [m.id for m in store.messages.last("main", None, 10)] == ["m100"]
+
+
+def test_a_chat_is_unused_if_nothing_of_it_is_newer(store):
+    for name in ("old", "archived", "used", "answered", "running", "ended lately"):
+        store.sessions.add(session(name))
+    store.sessions.change("archived", archived=True)
+    store.sessions.used("used", NOW + 10)
+    answer = {"session_key": "answered", "role": "assistant", "created_at": NOW + 10}
+    store.messages.save(message("m1", **answer))
+    store.jobs.add(job("j1", session_key="running"))
+    lately = store.jobs.add(job("j2", session_key="ended lately"))
+    store.jobs.save(ended(lately, at=NOW + 10))
+    before = store.jobs.add(job("j3", session_key="old"))
+    store.jobs.save(ended(before, at=NOW + 1))
+    assert sorted(store.sessions.unused(NOW + 5)) == ["archived", "old"]
+    assert store.sessions.unused(NOW) == []
+
+
+def test_the_size_of_chats_counts_bytes_of_all_slices(store, monkeypatch):
+    monkeypatch.setattr(moltis, "SIZE_SLICE", 2)
+    assert store.sessions.size() == 0
+    store.sessions.add(session("main"))
+    for number in range(5):
+        store.messages.save(message(f"m{number}", text="é"))  # 2 bytes, and 2 of "{}"
+        store.turns.add("main", {})
+    assert store.sessions.size() == 5 * (2 + 2 + 2)
+
+
+def test_ages_count_from_the_newest_chat_too(store, monkeypatch):
+    monkeypatch.setattr(moltis, "STEADY_AFTER", 0.0)
+    store.audit.add(event("key.created", at=NOW))
+    store.sessions.add(session("main"))
+    store.sessions.used("main", NOW + 5000)
+    assert store.before(1.0) == NOW + 4000
 
 
 # --- upkeep ---------------------------------------------------------------------------
