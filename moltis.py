@@ -1551,7 +1551,15 @@ def data_directory(environ: Mapping[str, str]) -> Path:
             )
             + "; choose one with MOLTIS_DATA_DIR"
         )
-    return Path(found)
+    try:
+        # A service starts in another working directory, and systemd opens no log whose
+        # path has `..` in it.
+        return Path(os.path.abspath(found))
+    except OSError as error:
+        raise BadConfiguration(
+            f"the working directory, where the data directory {chosen!r} is to be, is "
+            "gone; use an absolute path in MOLTIS_DATA_DIR"
+        ) from error
 
 
 def read_settings_file(path: Path) -> JsonObject | None:
@@ -9439,11 +9447,16 @@ class ServiceManager:
 
     def _prepare(self) -> None:
         """Make what the unit names.  Raises BadConfiguration if no unit can name it."""
-        for text in (self._spec.python, str(self._spec.directory)):
+        for text, other in (
+            (self._spec.python, "run moltis with a Python in another place"),
+            (
+                str(self._spec.directory),
+                "choose another directory with MOLTIS_DATA_DIR",
+            ),
+        ):
             if not text.isprintable():  # a new line, or no UTF-8
                 raise BadConfiguration(
-                    f"a service cannot be started from {text!r}; "
-                    "choose another directory with MOLTIS_DATA_DIR"
+                    f"a service cannot be started from {text!r}; {other}"
                 )
         # The manager makes the log, but not its directory, and for everybody to read.
         NodeLog(self._spec.directory).close()
@@ -9492,6 +9505,15 @@ def _systemd_quote(text: str) -> str:
     return f'"{text}"'
 
 
+def _exec_start(command: Sequence[str]) -> str:
+    """Return the value of ExecStart= (systemd.service(5), Command Lines)."""
+    # In the path of a program systemd refuses quotes and backslashes, and reads $$ as
+    # two dollars; among the arguments of a shell all of them are allowed.
+    if re.search(r"[\"'\\$]", command[0]):
+        command = ["/bin/sh", "-c", 'exec "$@"', "sh", *command]
+    return " ".join(map(_systemd_quote, command))
+
+
 def render_systemd_unit(spec: ServiceSpec) -> str:
     """Return the text of the user unit."""
     log_path = str(spec.log).replace("%", "%%")
@@ -9504,7 +9526,7 @@ def render_systemd_unit(spec: ServiceSpec) -> str:
         "",
         "[Service]",
         "Type=exec",
-        f"ExecStart={' '.join(map(_systemd_quote, spec.command))}",
+        f"ExecStart={_exec_start(spec.command)}",
         "Restart=always",
         f"RestartSec={RESTART_AFTER}",
         "KillMode=control-group",
