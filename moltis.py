@@ -2758,6 +2758,9 @@ class WebSocket:
         # falls below MAX_BACKLOG.  It must not block.
         self.on_drain: Callable[[], None] | None = None
         self.keepalive = True  # False: a peer that is silent is not given up
+        # Returns the bytes that may yet wait in all outboxes of a group, if it has one.
+        # Called with our lock: it must not block, nor take another connection's.
+        self.shared_room: Callable[[], int] | None = None
         self._channel = _open_channel(sock)
         # Guards all below and the channel, whose I/O does not block under it.
         self._lock = threading.Lock()
@@ -2808,8 +2811,8 @@ class WebSocket:
     def send(self, message: Message) -> None:
         """Send a message from any thread, without ever blocking.
 
-        If more than MAX_OUTBOX bytes would wait, the peer is dropped with 1013.
-        Raises ConnectionClosed.
+        If more bytes would wait than MAX_OUTBOX, or than its group shares, the peer is
+        dropped with 1013.  Raises ConnectionClosed.
         """
         with self._lock:
             self._protocol.send(message)
@@ -2994,10 +2997,18 @@ class WebSocket:
         self._protocol.ping()
         self._transmit()
 
+    def _has_room(self, size: int) -> bool:
+        """Return whether `size` bytes may wait, here and in our group."""
+        shared = math.inf
+        # A peer that has read everything is not dropped for others of its group.
+        if self._outbox and self.shared_room is not None:
+            shared = self.shared_room()
+        return size <= shared and self._outbox.has_room(size)
+
     def _transmit(self, *, bounded: bool = True) -> None:
         """Write the protocol's bytes, and leave the rest to the writer."""
         data = self._protocol.outgoing()
-        if data and bounded and not self._outbox.has_room(len(data)):
+        if data and bounded and not self._has_room(len(data)):
             # No Close frame: it would wait behind what the peer does not read.
             self._protocol.give_up(CloseCode.TRY_AGAIN_LATER, "the peer does not read")
             self._finish()
@@ -15706,6 +15717,11 @@ MAX_FOLLOWED = 4096  # jobs that one connection follows; more are refused
 MAX_WAIT = 300.0  # s that an answer may wait for news of a job
 MAX_QUEUE = 30 * 86400.0  # s that a job may wait for a node that is away
 MAX_INVOKE_OUTPUT = 1024 * 1024  # bytes a stream in an answer to node.invoke
+# Of one operator key that is no administrator's, in all its connections:
+KEY_BACKLOG = 16 * 1024 * 1024  # bytes that its clients do not read; then no call
+MAX_KEY_OUTBOX = 2 * KEY_BACKLOG  # bytes; beyond it those that do not read are dropped
+MAX_KEY_CALLS = MAX_WAITS // 4  # calls that are not answered yet
+MAX_LIMITED_CALLS = 3 * MAX_WAITS // 4  # of all such keys; the rest is for others
 SPARED_STATES = ("delta",)  # of a chat; not sent to a browser that is behind
 
 EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session")
@@ -15983,6 +15999,11 @@ class Audience:
         with self._lock:
             self._peers.discard(peer)
 
+    def backlog(self, key_id: str) -> int:
+        """Return the bytes that wait for the clients of an operator key to read."""
+        with self._lock:
+            return sum(p.ws.backlog for p in self._peers if p.caller.id == key_id)
+
     def hang_up(self, matches: Callable[[Caller], bool]) -> None:
         """Close the connections of operators whose credential was revoked."""
         with self._lock:
@@ -16002,6 +16023,59 @@ class Audience:
         for peer in peers:
             if not spared or peer.ws.backlog <= MAX_BACKLOG:
                 peer.notify(text)
+
+
+class KeyShares:
+    """What each operator key that is no administrator's may take of the gateway."""
+
+    def __init__(self, backlog: Callable[[str], int]) -> None:
+        """`backlog` returns the bytes that wait for the clients of a key to read."""
+        self._backlog = backlog
+        self._lock = threading.Lock()  # guards all below
+        self._calls: dict[str, int] = collections.Counter()  # under way, by key id
+        self._total = 0  # of them
+        self._pages: dict[str, threading.Lock] = {}  # by key id
+
+    def room(self, key_id: str) -> int:
+        """Return the bytes that may yet wait for the clients of a key to read."""
+        return max(0, MAX_KEY_OUTBOX - self._backlog(key_id))
+
+    def page_lock(self, caller: Caller) -> threading.Lock:
+        """Return the lock under which a key gets one long answer at a time."""
+        with self._lock:
+            return self._pages.setdefault(caller.id, threading.Lock())
+
+    def begin(self, caller: Caller) -> Callable[[], None]:
+        """Count a call; return a function that ends it.
+
+        Raises RpcError RATE_LIMITED beyond the key's share.
+        """
+        if caller.may(Scope.ADMIN):
+            return lambda: None
+        unread = self._backlog(caller.id)
+        if unread >= KEY_BACKLOG:
+            raise self._refusal(f"clients of {caller.name} leave {unread} bytes unread")
+        with self._lock:
+            if self._calls[caller.id] >= MAX_KEY_CALLS:
+                raise self._refusal(
+                    f"{MAX_KEY_CALLS} calls of {caller.name} wait already"
+                )
+            if self._total >= MAX_LIMITED_CALLS:
+                raise self._refusal(f"{MAX_LIMITED_CALLS} calls wait already")
+            self._calls[caller.id] += 1
+            self._total += 1
+        return partial(self._end, caller.id)
+
+    def _refusal(self, problem: str) -> RpcError:
+        why = f"{problem}; try again later"
+        return RpcError("RATE_LIMITED", why, retryable=True)
+
+    def _end(self, key_id: str) -> None:
+        with self._lock:
+            self._total -= 1
+            self._calls[key_id] -= 1
+            if not self._calls[key_id]:
+                del self._calls[key_id]
 
 
 # --- The methods that operators may call ---
@@ -16590,12 +16664,19 @@ AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
 }
 
 
+# Methods whose answers may have megabytes.
+PAGED = ("chat.history", "sessions.resolve", "job.list", "audit.list")
+# Methods that make room, so that none is refused for want of it.
+RELIEVING = ("job.ack", "job.unfollow", "job.cancel", "chat.abort", "unsubscribe")
+
+
 class Rpc:
     """The methods that operators may call."""
 
     def __init__(
         self,
         door: Doorkeeper,
+        shares: KeyShares,
         fleet: Fleet,
         models: ModelDirectory,
         chats: Chats,
@@ -16605,6 +16686,7 @@ class Rpc:
         access: AccessMethods,
     ) -> None:
         self._door = door
+        self._shares = shares
         read, write, pairing = Scope.READ, Scope.WRITE, Scope.PAIRING
         admin = Scope.ADMIN
         text, word, flag = Optional(str), Optional(str, ""), Optional(bool, False)
@@ -16770,12 +16852,32 @@ class Rpc:
             raise RpcError(
                 "FORBIDDEN", f"{name} needs a key with the scope {method.scope}"
             )
-        payload = method(RpcCall(caller, params, peer))
+        payload = self._within_share(name, method, RpcCall(caller, params, peer))
         if name in AUDITED:
             event, describe = AUDITED[name]
             subject = clip(describe(params), 200)
             if subject:
                 self._door.record(event, subject, caller)
+        return payload
+
+    def _within_share(self, name: str, method: Method, call: RpcCall) -> Any:
+        """Raises RpcError RATE_LIMITED if the caller's key has too much under way."""
+        if name in RELIEVING:
+            return method(call)
+        end = self._shares.begin(call.caller)
+        try:
+            if name in PAGED:
+                with self._shares.page_lock(call.caller):
+                    payload = method(call)
+            else:
+                payload = method(call)
+        except BaseException:
+            end()
+            raise
+        if isinstance(payload, Future):
+            payload.add_done_callback(lambda _: end())
+        else:
+            end()
         return payload
 
 
@@ -17288,6 +17390,7 @@ class Gateway:
         fleet: Fleet,
         jobs: Jobs,
         audience: Audience,
+        shares: KeyShares,
         rpc: Rpc,
         *,
         require_scram: bool = False,
@@ -17300,6 +17403,7 @@ class Gateway:
         self._fleet = fleet
         self._jobs = jobs
         self._audience = audience
+        self._shares = shares
         self.rpc = rpc
         self._lock = threading.Lock()  # guards _connections and _closed
         self._connections: set[WebSocket] = set()
@@ -17364,11 +17468,14 @@ class Gateway:
     def _serve_operator(
         self, ws: WebSocket, request_id: str, identity: Identity
     ) -> None:
-        peer = OperatorPeer(ws, identity.caller, self.rpc.call, self._jobs)
+        caller = identity.caller
+        peer = OperatorPeer(ws, caller, self.rpc.call, self._jobs)
+        if not caller.may(Scope.ADMIN):
+            ws.shared_room = partial(self._shares.room, caller.id)
         self._audience.add(peer)
         try:
             # Checked after add(): a revocation from now on closes this connection.
-            if not self._access.is_current(identity.caller):
+            if not self._access.is_current(caller):
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             self._greet(ws, request_id, identity, peer.id, MAX_PEER_MESSAGE, {})
             peer.serve()
@@ -23582,6 +23689,7 @@ class RunningGateway:
             access = self._access = Access(store)
             self._key = self._kept_key()
             audience = Audience()
+            shares = KeyShares(audience.backlog)
             announce = audience.announce
             local = stack.enter_context(closing(LocalNode(environ, options.inherited)))
             fleet = self.fleet = Fleet(store.devices, local.node, announce)
@@ -23595,6 +23703,7 @@ class RunningGateway:
             chats = self._chats = Chats(store, fleet, jobs, models, approvals, announce)
             rpc = Rpc(
                 access.door,
+                shares,
                 fleet,
                 models,
                 chats,
@@ -23609,6 +23718,7 @@ class RunningGateway:
                 fleet,
                 jobs,
                 audience,
+                shares,
                 rpc,
                 require_scram=options.require_scram,
                 fingerprint=options.fingerprint,
