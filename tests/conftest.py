@@ -32,7 +32,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--schedules-at-once",
         type=int,
-        default=5,
+        default=3,
         metavar="N",
         help="how many of them each worker runs side by side: they mostly wait",
     )
