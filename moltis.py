@@ -6215,7 +6215,7 @@ class OpenAiAnswer(AnswerReader):
         """Keep a piece of reasoning, which goes back as the server would have it."""
         kept: list[JsonObject] = self.provider_data.setdefault("reasoning_details", [])
         last = kept[-1] if kept else {}
-        if any(last.get(name) != detail.get(name) for name in ("index", "type")):
+        if not kept or any(last.get(k) != detail.get(k) for k in ("index", "type")):
             kept.append(dict(detail))
             return
         for name, value in detail.items():
@@ -10032,7 +10032,7 @@ class Device(Value):
 
 
 class Credential(Value):
-    """What verifies a device's token or an operator's key, which it does not reveal."""
+    """The verifiers of a device's token or an operator's key; they do not reveal it."""
 
     handle: str  # SCRAM username
     token_hash: str
@@ -10894,7 +10894,7 @@ class JobsTable(Table):
 
 
 class AuditTable(Table):
-    """Who came and what was changed; page() adds the commands."""
+    """Sign-ins, refusals and changes; page() adds the commands."""
 
     name = "audit"
 
@@ -12219,7 +12219,7 @@ class Fleet:
             )
         if device.node_id == node_id:
             return
-        # What people wrote down, and what sessions select, must not reach another one.
+        # References that people and sessions keep must not reach another machine.
         problem = self._devices.clash(node_id, now_ms(), but=device.id)
         if not problem and self._devices.is_revoked(node_id):
             problem = "that id had a token that was revoked"
@@ -15409,7 +15409,7 @@ class Chats:
             # Asked again: the ones before it took their time.
             if (queue and queue.busy) or key not in self._store.sessions.unused(since):
                 continue
-            with contextlib.suppress(RpcError):  # somebody else deleted it
+            with contextlib.suppress(RpcError):  # it was deleted meanwhile
                 if key != MAIN_SESSION:
                     self.delete(key)
                 elif self._session(key).message_count:
@@ -16026,7 +16026,7 @@ class Audience:
 
 
 class KeyShares:
-    """What each operator key that is no administrator's may take of the gateway."""
+    """Limits of calls and of unread bytes for each key without operator.admin."""
 
     def __init__(self, backlog: Callable[[str], int]) -> None:
         """`backlog` returns the bytes that wait for the clients of a key to read."""
@@ -16633,7 +16633,7 @@ def unsubscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
     return {"subscriptionId": peer.id, "events": sorted(peer.events)}
 
 
-# What the audit says of a call that was carried out, if anything, by method.
+# By method: the audit event of a successful call and its subject, "" for no event.
 AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
     "node.rename": (
         AuditEvent.RENAMED,
@@ -17673,7 +17673,7 @@ def split_host(text: str, scheme: str) -> tuple[str, int]:
 
 
 class PublicAddress(Value):
-    """Where a request came from, and the address under which it found us."""
+    """The address of a request's client, and ours as the client knows it."""
 
     client: str  # its IP address
     scheme: str  # "http" or "https"
@@ -17833,8 +17833,8 @@ def audit_pages(
     return pages()
 
 
-# Where a spreadsheet would begin a formula: in a cell, or behind what parts cells in
-# another country.
+# Places where a spreadsheet begins a formula: the start of a cell, and after what
+# separates cells in another locale.
 FORMULA_START = re.compile("(?:^|(?<=[;\t\r\n]))(?=[\t\r\n]| {0,8}[=+@＝＋－＠-])")
 
 
@@ -18330,7 +18330,7 @@ class ConnectionLimits:
         self._total = total
         self._max_strangers = min(strangers, max(1, total // 2))
         self._each = strangers_each
-        # No credential but an administrator's takes the room for newcomers.
+        # Only administrators may take the room that is kept for newcomers.
         self._max_known = total - min(self._max_strangers, max(1, total // 4))
         self._share = max(1, min(MAX_KEY_CONNECTIONS, total // 8))
         self._clock = clock
@@ -22439,11 +22439,11 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
 function drawStorage() {
   if (!state.storage) return;
   const {bytes, keepDays} = state.storage;
-  const kept = keepDays
+  const lifetime = keepDays
     ? `A chat is deleted when it was not used for ${plural(keepDays, "day")}`
     : "They are kept for ever";
   const option = "(moltis gateway --keep-chats).";
-  fill($("chat-storage"), `Chats take ${formatBytes(bytes)}. ${kept} ${option}`);
+  fill($("chat-storage"), `Chats take ${formatBytes(bytes)}. ${lifetime} ${option}`);
 }
 
 // Choose an unlisted model by its name.
@@ -24961,7 +24961,7 @@ def start_detached(
 
 
 class Waiting:
-    """What the command line waits for, shown with the seconds that have passed."""
+    """Waits for nodes that are away: each start and end is a line on stderr."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
