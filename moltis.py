@@ -4938,7 +4938,7 @@ def _seal_descriptors() -> None:
     """
     try:
         descriptors = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:  # a bare chroot
+    except OSError:  # no /dev/fd, as in a bare chroot
         descriptors = list(range(1024))
     for descriptor in descriptors:
         if descriptor > 2:
@@ -5038,7 +5038,7 @@ def reap_orphans() -> None:
     while program:
         received = signal.sigwaitinfo(every)
         if received.si_signo != signal.SIGCHLD:
-            if received.si_code <= 0:  # the terminal's reach both processes
+            if received.si_code <= 0:  # from kill(); a terminal signals both itself
                 os.kill(program, received.si_signo)
             continue
         pid = -1
@@ -5751,7 +5751,7 @@ STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
     "model_context_window_exceeded": "length",
     "content_filter": "refusal",
 }
-CUT_SHORT = ("length", "refusal")  # reasons for which an answer is not whole
+CUT_SHORT = ("length", "refusal")  # reasons of an incomplete answer
 
 OTHER_MODEL_TYPES = (  # in lists that have a `type`
     *("embedding", "embeddings", "image", "audio", "video", "rerank", "moderation"),
@@ -6041,7 +6041,7 @@ class PartialCall:
         self.name = name
         self._pieces: list[str] = []  # of JSON text
         self._value: object = None  # in place of them
-        self._tried = 0  # characters that were parsed too early
+        self._tried = 0  # characters parsed while still incomplete
 
     def add(self, arguments: object) -> None:
         """Append a piece of JSON text; text and a value replace each other."""
@@ -7262,7 +7262,7 @@ class ModelCatalog:
 INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
 VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
 GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
-MAX_HOME_ENTRIES = 2000  # of a home directory; programs do not see the rest
+MAX_HOME_ENTRIES = 2000  # of a home directory; the rest is not linked
 SYSCTL_TIMEOUT = 2.0  # s; a reading waits for it
 MAX_LISTED = 256  # entries of one list in a report; the rest is dropped
 MAX_REPORTED_PROVIDERS = 32  # each with MAX_LISTED models; the rest is dropped
@@ -9111,7 +9111,7 @@ class NodeAgent:
         return TlsTrust(settings.gateway_pin, bound=settings.gateway_pin is None)
 
     def _keep_pin(self, ws: WebSocket) -> None:
-        """Keep the certificate's pin: a stolen database alone must not pass for it."""
+        """Keep the pin: a stolen database alone must not pass for the gateway."""
         certificate = ws.peer_certificate()
         if certificate is None or not self._trust().bound:
             return
@@ -11901,7 +11901,7 @@ MAX_NAME = 200  # characters
 MAX_CANDIDATES = 20  # names in an error; there may be thousands
 STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without telemetry from a connected node
 CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest is dropped
-ANSWER_TIMEOUT = 3.0  # s for an old connection of the same node to show that it lives
+ANSWER_TIMEOUT = 3.0  # s for an old connection of the same node to answer
 REPLACE_TIMEOUT = 5.0  # s for it to end otherwise
 
 
@@ -17958,6 +17958,7 @@ class TrustedProxies:
                 break
 
         def at_the_edge(name: str) -> str:
+            # Each proxy appends a value; the client's one is `hops` from the end.
             values = found[name]
             return values[-min(hops, len(values))] if values else ""
 
