@@ -1112,7 +1112,7 @@ def ascii_host(host: str) -> str:
     """
     if host.isascii():
         return host
-    if len(host) > MAX_HOST_NAME:  # older Pythons take the square of it to convert it
+    if len(host) > MAX_HOST_NAME:  # older Pythons convert it in quadratic time
         raise UsageError(f"{host[:40]!r}… is not an address: no host's name is so long")
     try:
         name = host.encode("idna").decode("ascii").lower()
@@ -4158,8 +4158,9 @@ def encode_log_frame(kind: int, data: bytes) -> bytes:
     return FRAME_HEAD.pack(kind, len(data)) + data
 
 
-def scan_frames(data: bytes | bytearray, at: int = 0) -> Iterator[tuple[int, int, int]]:
-    """Yield kind, start of the data and end of each whole frame from `at` on."""
+def scan_frames(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
+    """Yield kind, start of the data and end of each whole frame."""
+    at = 0
     while at + FRAME_HEAD.size <= len(data):
         kind, length = FRAME_HEAD.unpack_from(data, at)
         start = at + FRAME_HEAD.size
@@ -4590,7 +4591,7 @@ USUAL_PLACES = (  # of programs, from the home directory on
 )
 
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
-LOCALE_VARIABLE = (  # locale(7); others, as LC_TERMINAL, are no business of setlocale()
+LOCALE_VARIABLE = (  # locale(7); setlocale() does not read others, as LC_TERMINAL
     r"LANG|LC_(ALL|CTYPE|COLLATE|MESSAGES|MONETARY|NUMERIC|TIME"
     r"|ADDRESS|IDENTIFICATION|MEASUREMENT|NAME|PAPER|TELEPHONE)"
 )
@@ -6212,7 +6213,7 @@ class OpenAiAnswer(AnswerReader):
                 extras[call.id] = piece["extra_content"]
 
     def _keep_detail(self, detail: JsonObject) -> None:
-        """Keep a piece of reasoning, which goes back as the server would have it."""
+        """Keep a piece of reasoning in the form that the server takes back."""
         kept: list[JsonObject] = self.provider_data.setdefault("reasoning_details", [])
         last = kept[-1] if kept else {}
         if not kept or any(last.get(k) != detail.get(k) for k in ("index", "type")):
@@ -8281,7 +8282,7 @@ def _chat(options: MachineOptions, spec: ChatRequest, errand: Errand) -> JsonObj
     # The provider's address comes from this machine's settings, not from the request.
     model = _lent_catalog(options).model(spec.model)
     stream = model.stream(spec.messages, spec.tools, errand.cancellation)
-    with contextlib.closing(stream) as events:
+    with closing(stream) as events:
         for event in events:
             errand.write(event)
     return {}
@@ -10303,9 +10304,7 @@ def copy_database(source: Path, target: Path) -> None:
     try:
         # `rw` makes no file, so that a wrong path is an error.
         there = sqlite3.connect(f"{source.absolute().as_uri()}?mode=rw", uri=True)
-        with contextlib.closing(there), contextlib.closing(
-            sqlite3.connect(str(target))
-        ) as here:
+        with closing(there), closing(sqlite3.connect(str(target))) as here:
             found = there.execute("PRAGMA quick_check(1)").fetchone()[0]
             version = there.execute("PRAGMA user_version").fetchone()[0]
             if found != "ok":
@@ -10516,7 +10515,7 @@ class Database:
             return
         self._written = 0
         try:
-            with contextlib.closing(self._sqlite.connect(str(self._path))) as db:
+            with closing(self._sqlite.connect(str(self._path))) as db:
                 passive = "PRAGMA wal_checkpoint(PASSIVE)"
                 _, logged, _ = db.execute(passive).fetchone()
                 if logged > LONGEST_WAL:
@@ -10844,7 +10843,7 @@ class JobsTable(Table):
         if kept:
             conditions.append(f"(kept OR {self.STATES['open']})")
         values, limit = [*filter(None, given.values())], max(0, min(limit, MAX_PAGE))
-        if not (query or state) or state == "failed":  # the order is an index's
+        if not (query or state) or state == "failed":  # an index has the order
             return self._page(conditions, values, limit)
         # Others read all rows: in slices, with room for writers in between.
         found: list[JobRecord] = []
@@ -11656,7 +11655,7 @@ class OperatorAccess:
     def __init__(self, door: Doorkeeper, limit: RateLimit) -> None:
         self._door = door
         self._keys = door.store.operator_keys
-        self._naming = threading.Lock()  # held from the look for a name to its row
+        self._naming = threading.Lock()  # held from a name's check to its row
         self._limit = limit
 
     def ensure_operator_key(self, current: str | None) -> str:
@@ -14375,7 +14374,7 @@ class AgentRun:
         said: list[str] = []
         stream = self._model.stream(messages, self._toolbox.specs(), self._cancel)
         try:
-            with contextlib.closing(stream) as events:
+            with closing(stream) as events:
                 for event in events:
                     if isinstance(event, Finished):
                         return event
@@ -15164,7 +15163,7 @@ class TurnChat(Conversation):
 
     def selected(self) -> str:
         chosen = self._session().node_id
-        # A model's choice counts for the model, until the person makes another.
+        # A model's choice is for its own commands, until the person chooses again.
         before, selected = self._selections.get(self.key, (chosen, chosen))
         return chosen if self._turn.is_typed or before != chosen else selected
 
@@ -15406,7 +15405,7 @@ class Chats:
         for key in self._store.sessions.unused(since):
             with self._lock:
                 queue = self._queues.get(key)
-            # Asked again: the ones before it took their time.
+            # Checked again: it takes a while to delete the sessions before it.
             if (queue and queue.busy) or key not in self._store.sessions.unused(since):
                 continue
             with contextlib.suppress(RpcError):  # it was deleted meanwhile
@@ -15718,7 +15717,7 @@ MAX_WAIT = 300.0  # s that an answer may wait for news of a job
 MAX_QUEUE = 30 * 86400.0  # s that a job may wait for a node that is away
 MAX_INVOKE_OUTPUT = 1024 * 1024  # bytes a stream in an answer to node.invoke
 # Of one operator key that is no administrator's, in all its connections:
-KEY_BACKLOG = 16 * 1024 * 1024  # bytes that its clients do not read; then no call
+KEY_BACKLOG = 16 * 1024 * 1024  # bytes unread by its clients; then calls are refused
 MAX_KEY_OUTBOX = 2 * KEY_BACKLOG  # bytes; beyond it those that do not read are dropped
 MAX_KEY_CALLS = MAX_WAITS // 4  # calls that are not answered yet
 MAX_LIMITED_CALLS = 3 * MAX_WAITS // 4  # of all such keys; the rest is for others
@@ -16666,7 +16665,7 @@ AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
 
 # Methods whose answers may have megabytes.
 PAGED = ("chat.history", "sessions.resolve", "job.list", "audit.list")
-# Methods that make room, so that none is refused for want of it.
+# Methods that make room: never refused for lack of it.
 RELIEVING = ("job.ack", "job.unfollow", "job.cancel", "chat.abort", "unsubscribe")
 
 
@@ -17615,7 +17614,7 @@ REPLY_PIECE = 64 * 1024  # bytes
 MIN_BODY_RATE = 10 * 1024  # bytes a second
 MAX_STRANGERS = 1024  # connections without a proved identity; the oldest makes room
 MAX_STRANGERS_EACH = 256  # of them from one network; a fleet may share its router's
-STRANGER_TIME = 2.0  # s that a stranger has before it makes room for its neighbours
+STRANGER_TIME = 2.0  # s; then a stranger makes room for others of its network
 MAX_KEY_CONNECTIONS = 128  # of one operator key that is no administrator's
 MAX_CONNECTIONS = 16_000  # in all, or fewer where the system allows fewer descriptors
 SPARE_DESCRIPTORS = 256  # for all else: the database, Local's commands
@@ -18301,7 +18300,7 @@ class Admission:
         self._limits = limits
 
     def move(self, address: str) -> None:
-        """Count it where its client is, behind a proxy.  Raises RpcError."""
+        """Count it in the network of a proxy's client.  Raises RpcError."""
         self._limits.move(self, address)
 
     def identified(self, caller: Caller) -> None:
@@ -25375,7 +25374,7 @@ def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
 def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
     client = LastingClient(partial(operator_client, args, context))
-    with contextlib.closing(client):
+    with closing(client):
         # Not with `for line in sys.stdin`, which reads ahead and answers late.
         lines = iter(sys.stdin.buffer.readline, b"")  # MCP is UTF-8 in any locale
         server = McpServer(client, context.output.answer)
