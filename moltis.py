@@ -1112,7 +1112,7 @@ def ascii_host(host: str) -> str:
     """
     if host.isascii():
         return host
-    if len(host) > MAX_HOST_NAME:  # older Pythons take the square of it to convert it
+    if len(host) > MAX_HOST_NAME:  # older Pythons convert it in quadratic time
         raise UsageError(f"{host[:40]!r}… is not an address: no host's name is so long")
     try:
         name = host.encode("idna").decode("ascii").lower()
@@ -4158,8 +4158,9 @@ def encode_log_frame(kind: int, data: bytes) -> bytes:
     return FRAME_HEAD.pack(kind, len(data)) + data
 
 
-def scan_frames(data: bytes | bytearray, at: int = 0) -> Iterator[tuple[int, int, int]]:
-    """Yield kind, start of the data and end of each whole frame from `at` on."""
+def scan_frames(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
+    """Yield kind, start of the data and end of each whole frame."""
+    at = 0
     while at + FRAME_HEAD.size <= len(data):
         kind, length = FRAME_HEAD.unpack_from(data, at)
         start = at + FRAME_HEAD.size
@@ -4590,7 +4591,7 @@ USUAL_PLACES = (  # of programs, from the home directory on
 )
 
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
-LOCALE_VARIABLE = (  # locale(7); others, as LC_TERMINAL, are no business of setlocale()
+LOCALE_VARIABLE = (  # locale(7); setlocale() does not read others, as LC_TERMINAL
     r"LANG|LC_(ALL|CTYPE|COLLATE|MESSAGES|MONETARY|NUMERIC|TIME"
     r"|ADDRESS|IDENTIFICATION|MEASUREMENT|NAME|PAPER|TELEPHONE)"
 )
@@ -4937,7 +4938,7 @@ def _seal_descriptors() -> None:
     """
     try:
         descriptors = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:  # a bare chroot
+    except OSError:  # no /dev/fd, as in a bare chroot
         descriptors = list(range(1024))
     for descriptor in descriptors:
         if descriptor > 2:
@@ -5037,7 +5038,7 @@ def reap_orphans() -> None:
     while program:
         received = signal.sigwaitinfo(every)
         if received.si_signo != signal.SIGCHLD:
-            if received.si_code <= 0:  # the terminal's reach both processes
+            if received.si_code <= 0:  # from kill(); a terminal signals both itself
                 os.kill(program, received.si_signo)
             continue
         pid = -1
@@ -5750,7 +5751,7 @@ STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
     "model_context_window_exceeded": "length",
     "content_filter": "refusal",
 }
-CUT_SHORT = ("length", "refusal")  # reasons for which an answer is not whole
+CUT_SHORT = ("length", "refusal")  # reasons of an incomplete answer
 
 OTHER_MODEL_TYPES = (  # in lists that have a `type`
     *("embedding", "embeddings", "image", "audio", "video", "rerank", "moderation"),
@@ -6040,7 +6041,7 @@ class PartialCall:
         self.name = name
         self._pieces: list[str] = []  # of JSON text
         self._value: object = None  # in place of them
-        self._tried = 0  # characters that were parsed too early
+        self._tried = 0  # characters parsed while still incomplete
 
     def add(self, arguments: object) -> None:
         """Append a piece of JSON text; text and a value replace each other."""
@@ -6212,10 +6213,10 @@ class OpenAiAnswer(AnswerReader):
                 extras[call.id] = piece["extra_content"]
 
     def _keep_detail(self, detail: JsonObject) -> None:
-        """Keep a piece of reasoning, which goes back as the server would have it."""
+        """Keep a piece of reasoning in the form that the server takes back."""
         kept: list[JsonObject] = self.provider_data.setdefault("reasoning_details", [])
         last = kept[-1] if kept else {}
-        if any(last.get(name) != detail.get(name) for name in ("index", "type")):
+        if not kept or any(last.get(k) != detail.get(k) for k in ("index", "type")):
             kept.append(dict(detail))
             return
         for name, value in detail.items():
@@ -7261,7 +7262,7 @@ class ModelCatalog:
 INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
 VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
 GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
-MAX_HOME_ENTRIES = 2000  # of a home directory; programs do not see the rest
+MAX_HOME_ENTRIES = 2000  # of a home directory; the rest is not linked
 SYSCTL_TIMEOUT = 2.0  # s; a reading waits for it
 MAX_LISTED = 256  # entries of one list in a report; the rest is dropped
 MAX_REPORTED_PROVIDERS = 32  # each with MAX_LISTED models; the rest is dropped
@@ -8281,7 +8282,7 @@ def _chat(options: MachineOptions, spec: ChatRequest, errand: Errand) -> JsonObj
     # The provider's address comes from this machine's settings, not from the request.
     model = _lent_catalog(options).model(spec.model)
     stream = model.stream(spec.messages, spec.tools, errand.cancellation)
-    with contextlib.closing(stream) as events:
+    with closing(stream) as events:
         for event in events:
             errand.write(event)
     return {}
@@ -9110,7 +9111,7 @@ class NodeAgent:
         return TlsTrust(settings.gateway_pin, bound=settings.gateway_pin is None)
 
     def _keep_pin(self, ws: WebSocket) -> None:
-        """Keep the certificate's pin: a stolen database alone must not pass for it."""
+        """Keep the pin: a stolen database alone must not pass for the gateway."""
         certificate = ws.peer_certificate()
         if certificate is None or not self._trust().bound:
             return
@@ -10032,7 +10033,7 @@ class Device(Value):
 
 
 class Credential(Value):
-    """What verifies a device's token or an operator's key, which it does not reveal."""
+    """The verifiers of a device's token or an operator's key; they do not reveal it."""
 
     handle: str  # SCRAM username
     token_hash: str
@@ -10303,9 +10304,7 @@ def copy_database(source: Path, target: Path) -> None:
     try:
         # `rw` makes no file, so that a wrong path is an error.
         there = sqlite3.connect(f"{source.absolute().as_uri()}?mode=rw", uri=True)
-        with contextlib.closing(there), contextlib.closing(
-            sqlite3.connect(str(target))
-        ) as here:
+        with closing(there), closing(sqlite3.connect(str(target))) as here:
             found = there.execute("PRAGMA quick_check(1)").fetchone()[0]
             version = there.execute("PRAGMA user_version").fetchone()[0]
             if found != "ok":
@@ -10516,7 +10515,7 @@ class Database:
             return
         self._written = 0
         try:
-            with contextlib.closing(self._sqlite.connect(str(self._path))) as db:
+            with closing(self._sqlite.connect(str(self._path))) as db:
                 passive = "PRAGMA wal_checkpoint(PASSIVE)"
                 _, logged, _ = db.execute(passive).fetchone()
                 if logged > LONGEST_WAL:
@@ -10844,7 +10843,7 @@ class JobsTable(Table):
         if kept:
             conditions.append(f"(kept OR {self.STATES['open']})")
         values, limit = [*filter(None, given.values())], max(0, min(limit, MAX_PAGE))
-        if not (query or state) or state == "failed":  # the order is an index's
+        if not (query or state) or state == "failed":  # an index has the order
             return self._page(conditions, values, limit)
         # Others read all rows: in slices, with room for writers in between.
         found: list[JobRecord] = []
@@ -10894,7 +10893,7 @@ class JobsTable(Table):
 
 
 class AuditTable(Table):
-    """Who came and what was changed; page() adds the commands."""
+    """Sign-ins, refusals and changes; page() adds the commands."""
 
     name = "audit"
 
@@ -11656,7 +11655,7 @@ class OperatorAccess:
     def __init__(self, door: Doorkeeper, limit: RateLimit) -> None:
         self._door = door
         self._keys = door.store.operator_keys
-        self._naming = threading.Lock()  # held from the look for a name to its row
+        self._naming = threading.Lock()  # held from a name's check to its row
         self._limit = limit
 
     def ensure_operator_key(self, current: str | None) -> str:
@@ -11902,7 +11901,7 @@ MAX_NAME = 200  # characters
 MAX_CANDIDATES = 20  # names in an error; there may be thousands
 STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without telemetry from a connected node
 CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest is dropped
-ANSWER_TIMEOUT = 3.0  # s for an old connection of the same node to show that it lives
+ANSWER_TIMEOUT = 3.0  # s for an old connection of the same node to answer
 REPLACE_TIMEOUT = 5.0  # s for it to end otherwise
 
 
@@ -12219,7 +12218,7 @@ class Fleet:
             )
         if device.node_id == node_id:
             return
-        # What people wrote down, and what sessions select, must not reach another one.
+        # References that people and sessions keep must not reach another machine.
         problem = self._devices.clash(node_id, now_ms(), but=device.id)
         if not problem and self._devices.is_revoked(node_id):
             problem = "that id had a token that was revoked"
@@ -14375,7 +14374,7 @@ class AgentRun:
         said: list[str] = []
         stream = self._model.stream(messages, self._toolbox.specs(), self._cancel)
         try:
-            with contextlib.closing(stream) as events:
+            with closing(stream) as events:
                 for event in events:
                     if isinstance(event, Finished):
                         return event
@@ -15164,7 +15163,7 @@ class TurnChat(Conversation):
 
     def selected(self) -> str:
         chosen = self._session().node_id
-        # A model's choice counts for the model, until the person makes another.
+        # A model's choice is for its own commands, until the person chooses again.
         before, selected = self._selections.get(self.key, (chosen, chosen))
         return chosen if self._turn.is_typed or before != chosen else selected
 
@@ -15406,10 +15405,10 @@ class Chats:
         for key in self._store.sessions.unused(since):
             with self._lock:
                 queue = self._queues.get(key)
-            # Asked again: the ones before it took their time.
+            # Checked again: it takes a while to delete the sessions before it.
             if (queue and queue.busy) or key not in self._store.sessions.unused(since):
                 continue
-            with contextlib.suppress(RpcError):  # somebody else deleted it
+            with contextlib.suppress(RpcError):  # it was deleted meanwhile
                 if key != MAIN_SESSION:
                     self.delete(key)
                 elif self._session(key).message_count:
@@ -15718,7 +15717,7 @@ MAX_WAIT = 300.0  # s that an answer may wait for news of a job
 MAX_QUEUE = 30 * 86400.0  # s that a job may wait for a node that is away
 MAX_INVOKE_OUTPUT = 1024 * 1024  # bytes a stream in an answer to node.invoke
 # Of one operator key that is no administrator's, in all its connections:
-KEY_BACKLOG = 16 * 1024 * 1024  # bytes that its clients do not read; then no call
+KEY_BACKLOG = 16 * 1024 * 1024  # bytes unread by its clients; then calls are refused
 MAX_KEY_OUTBOX = 2 * KEY_BACKLOG  # bytes; beyond it those that do not read are dropped
 MAX_KEY_CALLS = MAX_WAITS // 4  # calls that are not answered yet
 MAX_LIMITED_CALLS = 3 * MAX_WAITS // 4  # of all such keys; the rest is for others
@@ -16026,7 +16025,7 @@ class Audience:
 
 
 class KeyShares:
-    """What each operator key that is no administrator's may take of the gateway."""
+    """Limits of calls and of unread bytes for each key without operator.admin."""
 
     def __init__(self, backlog: Callable[[str], int]) -> None:
         """`backlog` returns the bytes that wait for the clients of a key to read."""
@@ -16633,7 +16632,7 @@ def unsubscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
     return {"subscriptionId": peer.id, "events": sorted(peer.events)}
 
 
-# What the audit says of a call that was carried out, if anything, by method.
+# By method: the audit event of a successful call and its subject, "" for no event.
 AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
     "node.rename": (
         AuditEvent.RENAMED,
@@ -16666,7 +16665,7 @@ AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
 
 # Methods whose answers may have megabytes.
 PAGED = ("chat.history", "sessions.resolve", "job.list", "audit.list")
-# Methods that make room, so that none is refused for want of it.
+# Methods that make room: never refused for lack of it.
 RELIEVING = ("job.ack", "job.unfollow", "job.cancel", "chat.abort", "unsubscribe")
 
 
@@ -17615,7 +17614,7 @@ REPLY_PIECE = 64 * 1024  # bytes
 MIN_BODY_RATE = 10 * 1024  # bytes a second
 MAX_STRANGERS = 1024  # connections without a proved identity; the oldest makes room
 MAX_STRANGERS_EACH = 256  # of them from one network; a fleet may share its router's
-STRANGER_TIME = 2.0  # s that a stranger has before it makes room for its neighbours
+STRANGER_TIME = 2.0  # s; then a stranger makes room for others of its network
 MAX_KEY_CONNECTIONS = 128  # of one operator key that is no administrator's
 MAX_CONNECTIONS = 16_000  # in all, or fewer where the system allows fewer descriptors
 SPARE_DESCRIPTORS = 256  # for all else: the database, Local's commands
@@ -17673,7 +17672,7 @@ def split_host(text: str, scheme: str) -> tuple[str, int]:
 
 
 class PublicAddress(Value):
-    """Where a request came from, and the address under which it found us."""
+    """The address of a request's client, and ours as the client knows it."""
 
     client: str  # its IP address
     scheme: str  # "http" or "https"
@@ -17833,8 +17832,8 @@ def audit_pages(
     return pages()
 
 
-# Where a spreadsheet would begin a formula: in a cell, or behind what parts cells in
-# another country.
+# Places where a spreadsheet begins a formula: the start of a cell, and after what
+# separates cells in another locale.
 FORMULA_START = re.compile("(?:^|(?<=[;\t\r\n]))(?=[\t\r\n]| {0,8}[=+@＝＋－＠-])")
 
 
@@ -17959,6 +17958,7 @@ class TrustedProxies:
                 break
 
         def at_the_edge(name: str) -> str:
+            # Each proxy appends a value; the client's one is `hops` from the end.
             values = found[name]
             return values[-min(hops, len(values))] if values else ""
 
@@ -18301,7 +18301,7 @@ class Admission:
         self._limits = limits
 
     def move(self, address: str) -> None:
-        """Count it where its client is, behind a proxy.  Raises RpcError."""
+        """Count it in the network of a proxy's client.  Raises RpcError."""
         self._limits.move(self, address)
 
     def identified(self, caller: Caller) -> None:
@@ -18330,7 +18330,7 @@ class ConnectionLimits:
         self._total = total
         self._max_strangers = min(strangers, max(1, total // 2))
         self._each = strangers_each
-        # No credential but an administrator's takes the room for newcomers.
+        # Only administrators may take the room that is kept for newcomers.
         self._max_known = total - min(self._max_strangers, max(1, total // 4))
         self._share = max(1, min(MAX_KEY_CONNECTIONS, total // 8))
         self._clock = clock
@@ -22439,11 +22439,11 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
 function drawStorage() {
   if (!state.storage) return;
   const {bytes, keepDays} = state.storage;
-  const kept = keepDays
+  const lifetime = keepDays
     ? `A chat is deleted when it was not used for ${plural(keepDays, "day")}`
     : "They are kept for ever";
   const option = "(moltis gateway --keep-chats).";
-  fill($("chat-storage"), `Chats take ${formatBytes(bytes)}. ${kept} ${option}`);
+  fill($("chat-storage"), `Chats take ${formatBytes(bytes)}. ${lifetime} ${option}`);
 }
 
 // Choose an unlisted model by its name.
@@ -24961,7 +24961,7 @@ def start_detached(
 
 
 class Waiting:
-    """What the command line waits for, shown with the seconds that have passed."""
+    """Waits for nodes that are away: each start and end is a line on stderr."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -25375,7 +25375,7 @@ def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
 def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
     client = LastingClient(partial(operator_client, args, context))
-    with contextlib.closing(client):
+    with closing(client):
         # Not with `for line in sys.stdin`, which reads ahead and answers late.
         lines = iter(sys.stdin.buffer.readline, b"")  # MCP is UTF-8 in any locale
         server = McpServer(client, context.output.answer)
