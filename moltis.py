@@ -3322,7 +3322,7 @@ class TlsTrust(Value):
         if not hmac.compare_digest(found.encode(), pin):
             raise Refused(
                 f"the other side shows another TLS certificate ({found}) than the "
-                f"pinned one ({self.fingerprint}): somebody may stand in between; "
+                f"pinned one ({self.fingerprint}): it may be a man in the middle; "
                 "nothing was sent. If the gateway was set up anew, take its new pin "
                 "from there; a node takes it with another `moltis node add`"
             )
