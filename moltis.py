@@ -19,7 +19,7 @@ Contents
 
   Foundation
     Constants and errors      limits with unit and source; every exception
-    Helpers                   time, ids, JSON, private files, redaction
+    Helpers                   values and their JSON, texts, time, files, programs
     Dialling                  addresses, names, proxies, TCP and TLS connections
     Settings                  node.json, gateway.json and where they live
     Install                   install.sh, launcher and copies, start from bytecode
@@ -32,24 +32,24 @@ Contents
     TLS                       certificates, pins, channel bindings
     HTTP client               one request, which another thread can cancel
     SCRAM                     both halves of RFC 5802 / RFC 7677
-    Wire protocol             envelopes, log frames, calls awaiting an answer
-    Commands                  one shell command as a process group
+    Wire protocol             envelopes, log frames, calls, a client's sign-in
+    Commands                  one shell command as a process group, what it inherits
     Language models           Ollama, OpenAI-compatible, Anthropic
     Telemetry                 what a machine has and how it is doing
-    Machine                   what a computer does when it is asked
+    Machine                   the works of one computer, and its jobs by id
   Node
     Node agent                dial, authenticate, serve, reconnect, resume
     Node service              systemd user unit and launchd agent
   Gateway
     Store                     SQLite; one method a question
-    Access                    callers, scopes, tokens, sign-ins, limits
-    Fleet                     connected nodes, their invocations and their fate
-    Jobs                      commands in the background, their output in files
+    Access                    callers, scopes, tokens, keys, sign-ins, limits
+    Fleet                     names, presence and telemetry of all machines
+    Jobs                      work on machines: a row in the store, a log, followers
     Agent                     tools, the loop, approvals, the built-in Shell
-    Model directory           the models there are to choose from, and where they run
+    Model directory           the models of the gateway and of its nodes
     Chat                      sessions, their messages, turns and cards
     Gateway                   RPC methods, events
-    HTTP                      routes, upgrade, headers
+    HTTP                      routes, upgrade, proxies, limits for strangers
     Web page                  three raw strings, served as three files
   Program
     Operator client           the command line's side of a gateway
@@ -325,7 +325,7 @@ class StoreError(RpcError):
 # ==============================================================================
 # Helpers
 #
-# Values and their JSON codec, texts, time, cancellation, sockets, files, programs.
+# Values and their JSON codec, texts, time, cancellation, IP addresses, files, programs.
 # ==============================================================================
 
 log = logging.getLogger("moltis")
@@ -1142,8 +1142,8 @@ MAX_HOST_NAME = 253  # characters (RFC 1035 §2.3.4)
 def ascii_host(host: str) -> str:
     """Return a host's name as DNS, TLS and HTTP have it (RFC 3490).
 
-    Raises UsageError for one that is no name, or that IDNA 2003, all that the standard
-    library has, and IDNA 2008 take for two different ones.
+    Raises UsageError for an invalid name, and for one that IDNA 2003 (all that the
+    standard library has) and IDNA 2008 map to different hosts.
     """
     if host.isascii():
         return host
@@ -1174,7 +1174,7 @@ class ServerUrl(Value):
 
     @classmethod
     def parse(cls, url: str) -> ServerUrl:
-        """Raises UsageError."""
+        """Return the parts of `url`.  Raises UsageError."""
         shown = repr(redact(url))
         try:
             parts = urlsplit(url)
@@ -1225,7 +1225,7 @@ class ServerUrl(Value):
 
 
 def _no_proxy_names(pattern: str, host: str) -> bool:
-    """Return whether one word of NO_PROXY names `host`: address, network or suffix."""
+    """Return whether a word of NO_PROXY (address, network, suffix) matches `host`."""
     packed = packed_address(host)
     if packed is None:
         wanted = "." + pattern.strip(".").lower()
@@ -1289,7 +1289,7 @@ def find_proxy(
     problem = f"{variable} names a proxy that cannot be used: "
     if scheme.lower() not in ("", "http"):
         raise BadConfiguration(
-            f"{problem}{scheme}:// is not spoken here, only http://; or name {host} in "
+            f"{problem}{scheme}:// is not supported, only http://; or name {host} in "
             "NO_PROXY"
         )
     try:
@@ -1335,7 +1335,7 @@ def cut(sock: socket.socket) -> None:
 
 
 def _limit(sock: socket.socket, deadline: Deadline) -> None:
-    """Give the next call of `sock` what is left.  Raises socket.timeout."""
+    """Set what is left as the timeout of `sock`.  Raises socket.timeout at the end."""
     remaining = deadline.remaining()
     if remaining == 0:
         raise socket.timeout(NO_ANSWER)
@@ -1356,7 +1356,7 @@ def read_head(sock: socket.socket, deadline: Deadline) -> tuple[bytes, bytes]:
             raise HandshakeError(502, "nothing, and closed the connection")
         looked = max(0, len(data) - 3)
         data += piece
-        # Many servers of other kinds speak first and wait: they are told by that.
+        # At the first bytes: servers of other protocols often greet and then wait.
         if len(data) > MAX_HEAD or data[:5] != b"HTTP/"[: len(data)]:
             raise HandshakeError(502, "something that is not HTTP")
         end = data.find(b"\r\n\r\n", looked)
@@ -1450,7 +1450,7 @@ def _connect_tcp(
             winner = race.wait(min(d.remaining() or 0.0 for d in (pause, deadline)))
             if cancel.cancelled and winner is not None:
                 winner.close()
-            cancel.pause(0)
+            cancel.pause(0)  # raises Cancelled
             if winner is not None:
                 return winner
         raise race.failure
@@ -1586,7 +1586,15 @@ def data_directory(environ: Mapping[str, str]) -> Path:
             )
             + "; choose one with MOLTIS_DATA_DIR"
         )
-    return Path(found)
+    try:
+        # A service starts in another working directory, and systemd opens no log whose
+        # path has `..` in it.
+        return Path(os.path.abspath(found))
+    except OSError as error:
+        raise BadConfiguration(
+            f"the working directory, where the data directory {chosen!r} is to be, is "
+            "gone; use an absolute path in MOLTIS_DATA_DIR"
+        ) from error
 
 
 def read_settings_file(path: Path) -> JsonObject | None:
@@ -1654,8 +1662,8 @@ class NodeSettings(SettingsFile):
     llm: bool = True  # lend the gateway this machine's language models
     allow: Sequence[str] = ()  # patterns of the only commands; none: any
     ca: str | None = None  # certificates in PEM; None: those that the system trusts
-    # What the gateway that proved itself showed: the pin of a self-made certificate, or
-    # "ca" for one that a CA vouches for, which may have another key after a renewal.
+    # The certificate of the gateway that proved itself: the pin of a self-made one, or
+    # "ca" if a CA vouches for it, since a renewal may change its key.
     gateway_pin: str | None = None
     proxies: Mapping[str, str] = NOTHING  # variables: a service does not inherit them
 
@@ -2814,6 +2822,9 @@ class WebSocket:
         # falls below MAX_BACKLOG.  It must not block.
         self.on_drain: Callable[[], None] | None = None
         self.keepalive = True  # False: a peer that is silent is not given up
+        # Returns the bytes that may yet wait in all outboxes of a group, if it has one.
+        # Called with our lock: it must not block, nor take another connection's.
+        self.shared_room: Callable[[], int] | None = None
         self._channel = _open_channel(sock)
         # Guards all below and the channel, whose I/O does not block under it.
         self._lock = threading.Lock()
@@ -2864,8 +2875,8 @@ class WebSocket:
     def send(self, message: Message) -> None:
         """Send a message from any thread, without ever blocking.
 
-        If more than MAX_OUTBOX bytes would wait, the peer is dropped with 1013.
-        Raises ConnectionClosed.
+        If more bytes would wait than MAX_OUTBOX, or than its group shares, the peer is
+        dropped with 1013.  Raises ConnectionClosed.
         """
         with self._lock:
             self._protocol.send(message)
@@ -3050,10 +3061,18 @@ class WebSocket:
         self._protocol.ping()
         self._transmit()
 
+    def _has_room(self, size: int) -> bool:
+        """Return whether `size` bytes may wait, here and in our group."""
+        shared = math.inf
+        # A peer that has read everything is not dropped for others of its group.
+        if self._outbox and self.shared_room is not None:
+            shared = self.shared_room()
+        return size <= shared and self._outbox.has_room(size)
+
     def _transmit(self, *, bounded: bool = True) -> None:
         """Write the protocol's bytes, and leave the rest to the writer."""
         data = self._protocol.outgoing()
-        if data and bounded and not self._outbox.has_room(len(data)):
+        if data and bounded and not self._has_room(len(data)):
             # No Close frame: it would wait behind what the peer does not read.
             self._protocol.give_up(CloseCode.TRY_AGAIN_LATER, "the peer does not read")
             self._finish()
@@ -3620,7 +3639,8 @@ def http_exchange(
     # Only now: it takes 2.3 MiB, and most nodes look for an Ollama in vain.
     import http.client
 
-    connection = http.client.HTTPConnection(target.host)
+    # Without a port it would look for one in an IPv6 address.
+    connection = http.client.HTTPConnection(target.host, target.port)
     connection.sock = sock
     headers = {**headers, "Host": name, "Connection": "close"}
     try:
@@ -4961,14 +4981,14 @@ RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class Inherited(Value):
-    """What our parent gave us, for commands, and we changed for ourselves."""
+    """Attributes of our process as our parent set them; commands get these."""
 
     umask: int
     open_files: int  # soft limit; RLIM_INFINITY: none
 
 
-def stay(*_: object) -> None:
-    """Handle a signal that our parent ignored, as `nohup` does with SIGHUP.
+def ignore_signal(*_: object) -> None:
+    """Handler for a signal that our parent ignored, as `nohup` does with SIGHUP.
 
     Unlike SIG_IGN, a handler does not survive exec(): commands get the default.
     """
@@ -4990,7 +5010,7 @@ def _seal_descriptors() -> None:
 
 
 def settle_process() -> Inherited:
-    """Put right what our parent left; return what commands get of it.
+    """Make our process independent of how it was started; return what commands get.
 
     Signals: none is blocked, ignored ones have a handler.  Descriptors beyond 2 stay
     ours.  Files that we make are private.  Call it once, before the first thread.
@@ -5003,7 +5023,7 @@ def settle_process() -> Inherited:
         if ignored and number not in RESTORED_SIGNALS:
             # While SIGCHLD is ignored, the system drops the exit status of children.
             is_end = number == signal.SIGCHLD
-            signal.signal(number, signal.SIG_DFL if is_end else stay)
+            signal.signal(number, signal.SIG_DFL if is_end else ignore_signal)
     _seal_descriptors()
     open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return Inherited(umask=os.umask(0o077), open_files=open_files)
@@ -5048,10 +5068,10 @@ def _wipe_in_libc(names: Iterable[str]) -> None:
 
 
 def take_environment() -> dict[str, str]:
-    """Return our environment; nobody else finds our secrets in it from now on.
+    """Return our environment, and erase our secrets from what the system shows of it.
 
-    The system shows a process's first environment to all processes of its user, the
-    commands too: `cat /proc/$PPID/environ`.
+    All processes of a user, our commands among them, can read the environment that a
+    process was started with: `cat /proc/$PPID/environ`.
     """
     environ = dict(os.environ)
     secret = [name for name in SECRET_VARIABLES if name in environ]
@@ -5070,7 +5090,7 @@ def reap_orphans() -> None:
     """Return in a child process if we are process 1, as in a container.
 
     Process 1 inherits all orphans.  It reaps them, passes signals on to the child, and
-    ends with it; so no exit status is taken away from whoever waits for it.
+    ends with it.  The child reaps its own processes only: no exit status is lost.
     """
     if os.getpid() != 1 or not hasattr(signal, "sigwaitinfo"):
         return
@@ -5813,7 +5833,7 @@ class ToolSpec(SnakeValue):
 def is_json(value: object) -> bool:
     """Return whether `value` can be stored and sent.
 
-    Python reads 1e999 as infinity and writes that as no other reader takes it.
+    Python reads 1e999 as infinity, which it writes as `Infinity`: that is not JSON.
     """
     try:
         from_json(to_json(value))
@@ -6087,7 +6107,7 @@ class PartialCall:
         self._tried = 0  # characters that were parsed too early
 
     def add(self, arguments: object) -> None:
-        """Append a piece of JSON text, or replace it by a value; text replaces that."""
+        """Append a piece of JSON text; text and a value replace each other."""
         if not arguments:
             return
         if isinstance(arguments, str):
@@ -6176,7 +6196,7 @@ class AnswerReader:
     def finished(self) -> Finished:
         """Return the whole answer; calls of one that is cut or refused are left out.
 
-        Raises ModelError for an answer without a word.
+        Raises ModelError for an empty answer.
         """
         thoughts = {name: "".join(texts) for name, texts in self._thoughts.items()}
         data = {**thoughts, **self.provider_data}
@@ -6515,7 +6535,8 @@ class ModelProvider:
         self.base_url = base_url.strip().rstrip("/")
         self._api_key = api_key.strip()  # variables often end with a newline
         self._first_pause = first_pause
-        self._refusals: list[tuple[str, ModelError]] = []  # by model; amended since
+        # By model: later requests are amended before they are sent.
+        self._refusals: list[tuple[str, ModelError]] = []
 
     def stream(
         self, request: ChatRequest, cancel: Cancellation
@@ -6549,7 +6570,7 @@ class ModelProvider:
                 amended = self._amend(body, error) if silent else None
                 if amended is None:
                     raise
-                if not amended:  # what a person is told of may be asked for again
+                if not amended:  # amendments with a notice last for one request
                     self._refusals.append((request.model, error))
                 notice = amended
             if notice:
@@ -6765,7 +6786,7 @@ def function_tools(tools: Sequence[ToolSpec]) -> list[JsonObject]:
 def merged_turns(messages: Sequence[JsonObject]) -> list[JsonObject]:
     """Return `messages` of chat completions as turns that alternate.
 
-    Texts of one role in a row are one; a system's belong to the person's first.
+    Consecutive texts of one role are joined; a system text opens the user's turn.
     """
     turns: list[JsonObject] = []
     for message in messages:
@@ -7570,14 +7591,14 @@ def _cgroups(root: Path) -> Iterator[Path]:
         controllers, _, path = rest.partition(":")
         v1 = {controllers, *controllers.split(",")}
         for name in v1 if controllers else ("", "unified"):
-            # Inside a container the path may be the one outside, which is not here.
+            # A container may see its path on the host, which is not mounted here.
             parts = [part for part in path.split("/") if part not in ("", "..")]
             for depth in range(len(parts), -1, -1):
                 yield mounts.joinpath(name, *parts[:depth])
 
 
 class CgroupLimits(Value):
-    """What a container, or a service, may use of its machine; None: all."""
+    """The limits of a container or a service; None: there is none."""
 
     memory: int | None = None  # bytes
     memory_free: int | None = None  # bytes, below the tightest limit
@@ -7601,7 +7622,7 @@ def _read_cgroup(group: Path) -> CgroupLimits:
         if limit is not None and limit < MAX_MEMORY_LIMIT:
             memory = limit
             if used is not None:
-                # The kernel gives files that were not used lately back at once.
+                # Inactive page cache is reclaimed at once.
                 found = re.search(
                     rf"(?m)^{cache} (\d{{1,20}})$", _read_text(group / "memory.stat")
                 )
@@ -7707,7 +7728,7 @@ class ShortPrograms:
     def ask(
         self, path: str, *arguments: str, timeout: float, home: str | None = None
     ) -> ProgramResult:
-        """Return how the program answered, with another HOME maybe.
+        """Return how the program answered; `home` replaces HOME.
 
         Raises Cancelled.
         """
@@ -7726,10 +7747,10 @@ class ShortPrograms:
 
     @contextlib.contextmanager
     def home_of_links(self) -> Iterator[str]:
-        """Yield a home directory with all of the user's, where new files do not stay.
+        """Yield a temporary HOME with links to all that is in the user's.
 
-        Asked for their version, rustup, pyenv, volta, asdf and others set up a
-        directory of theirs.
+        rustup, pyenv, volta, asdf and others create a directory of their own in HOME
+        when they are asked for their version.
         """
         real = self._environ.get("HOME") or home_directory()
         # Not `tempfile`: it brings `shutil` along.
@@ -9153,7 +9174,7 @@ class NodeAgent:
         return TlsTrust(settings.gateway_pin, bound=settings.gateway_pin is None)
 
     def _keep_pin(self, ws: WebSocket) -> None:
-        """Remember the certificate, so that a stolen database makes no gateway."""
+        """Keep the certificate's pin: a stolen database alone must not pass for it."""
         certificate = ws.peer_certificate()
         if certificate is None or not self._trust().bound:
             return
@@ -9490,11 +9511,16 @@ class ServiceManager:
 
     def _prepare(self) -> None:
         """Make what the unit names.  Raises BadConfiguration if no unit can name it."""
-        for text in (self._spec.python, str(self._spec.directory)):
+        for text, other in (
+            (self._spec.python, "run moltis with a Python in another place"),
+            (
+                str(self._spec.directory),
+                "choose another directory with MOLTIS_DATA_DIR",
+            ),
+        ):
             if not text.isprintable():  # a new line, or no UTF-8
                 raise BadConfiguration(
-                    f"a service cannot be started from {text!r}; "
-                    "choose another directory with MOLTIS_DATA_DIR"
+                    f"a service cannot be started from {text!r}; {other}"
                 )
         # The manager makes the log, but not its directory, and for everybody to read.
         NodeLog(self._spec.directory).close()
@@ -9543,6 +9569,15 @@ def _systemd_quote(text: str) -> str:
     return f'"{text}"'
 
 
+def _exec_start(command: Sequence[str]) -> str:
+    """Return the value of ExecStart= (systemd.service(5), Command Lines)."""
+    # In the path of a program systemd refuses quotes and backslashes, and reads $$ as
+    # two dollars; among the arguments of a shell all of them are allowed.
+    if re.search(r"[\"'\\$]", command[0]):
+        command = ["/bin/sh", "-c", 'exec "$@"', "sh", *command]
+    return " ".join(map(_systemd_quote, command))
+
+
 def render_systemd_unit(spec: ServiceSpec) -> str:
     """Return the text of the user unit."""
     log_path = str(spec.log).replace("%", "%%")
@@ -9555,7 +9590,7 @@ def render_systemd_unit(spec: ServiceSpec) -> str:
         "",
         "[Service]",
         "Type=exec",
-        f"ExecStart={' '.join(map(_systemd_quote, spec.command))}",
+        f"ExecStart={_exec_start(spec.command)}",
         "Restart=always",
         f"RestartSec={RESTART_AFTER}",
         "KillMode=control-group",
@@ -10147,7 +10182,7 @@ class AuditEvent:
     MODELS_CHANGED = "models.changed"
     EXPORTED = "audit.exported"
 
-    # They say no more each time: those of one caller and address are counted.
+    # Repetitions by one caller from one address are counted in one row.
     COUNTED = frozenset(
         (
             *(SIGNED_IN, SIGNED_OUT, EXPORTED),
@@ -10164,9 +10199,8 @@ class AuditEntry(Value):
     caller: str
     address: str
     subject: str  # a name, or the command
-    caller_id: str = (
-        ""  # of an operator key, "device" for all devices, "" for strangers
-    )
+    # Id of an operator key, "device" for all devices, "" for strangers.
+    caller_id: str = ""
     count: int = 1  # of similar events
     last_at: int | None = None  # of the last of them
     job_id: str | None = None
@@ -10615,7 +10649,7 @@ class Table:
 
 
 def name_key(name: str) -> str:
-    """Return what two names have in common that people take for the same one."""
+    """Return the form in which names that people take for the same one are equal."""
     plain = " ".join(name.split())
     if not plain.isascii():
         import unicodedata
@@ -11801,7 +11835,7 @@ class SignIns:
         self._door = door
         self._operators = operators
         self._logins = door.store.logins
-        # In memory only: on disk, say, such a code ends with this process.
+        # In memory only: a copy in a file must not outlive this process.
         self._one_time: dict[str, tuple[str, int]] = {}  # key, expiry in ms; by code
 
     def one_time_key(self, key: str) -> str:
@@ -15748,6 +15782,11 @@ MAX_FOLLOWED = 4096  # jobs that one connection follows; more are refused
 MAX_WAIT = 300.0  # s that an answer may wait for news of a job
 MAX_QUEUE = 30 * 86400.0  # s that a job may wait for a node that is away
 MAX_INVOKE_OUTPUT = 1024 * 1024  # bytes a stream in an answer to node.invoke
+# Of one operator key that is no administrator's, in all its connections:
+KEY_BACKLOG = 16 * 1024 * 1024  # bytes that its clients do not read; then no call
+MAX_KEY_OUTBOX = 2 * KEY_BACKLOG  # bytes; beyond it those that do not read are dropped
+MAX_KEY_CALLS = MAX_WAITS // 4  # calls that are not answered yet
+MAX_LIMITED_CALLS = 3 * MAX_WAITS // 4  # of all such keys; the rest is for others
 SPARED_STATES = ("delta",)  # of a chat; not sent to a browser that is behind
 
 EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session")
@@ -16025,6 +16064,11 @@ class Audience:
         with self._lock:
             self._peers.discard(peer)
 
+    def backlog(self, key_id: str) -> int:
+        """Return the bytes that wait for the clients of an operator key to read."""
+        with self._lock:
+            return sum(p.ws.backlog for p in self._peers if p.caller.id == key_id)
+
     def hang_up(self, matches: Callable[[Caller], bool]) -> None:
         """Close the connections of operators whose credential was revoked."""
         with self._lock:
@@ -16044,6 +16088,59 @@ class Audience:
         for peer in peers:
             if not spared or peer.ws.backlog <= MAX_BACKLOG:
                 peer.notify(text)
+
+
+class KeyShares:
+    """What each operator key that is no administrator's may take of the gateway."""
+
+    def __init__(self, backlog: Callable[[str], int]) -> None:
+        """`backlog` returns the bytes that wait for the clients of a key to read."""
+        self._backlog = backlog
+        self._lock = threading.Lock()  # guards all below
+        self._calls: dict[str, int] = collections.Counter()  # under way, by key id
+        self._total = 0  # of them
+        self._pages: dict[str, threading.Lock] = {}  # by key id
+
+    def room(self, key_id: str) -> int:
+        """Return the bytes that may yet wait for the clients of a key to read."""
+        return max(0, MAX_KEY_OUTBOX - self._backlog(key_id))
+
+    def page_lock(self, caller: Caller) -> threading.Lock:
+        """Return the lock under which a key gets one long answer at a time."""
+        with self._lock:
+            return self._pages.setdefault(caller.id, threading.Lock())
+
+    def begin(self, caller: Caller) -> Callable[[], None]:
+        """Count a call; return a function that ends it.
+
+        Raises RpcError RATE_LIMITED beyond the key's share.
+        """
+        if caller.may(Scope.ADMIN):
+            return lambda: None
+        unread = self._backlog(caller.id)
+        if unread >= KEY_BACKLOG:
+            raise self._refusal(f"clients of {caller.name} leave {unread} bytes unread")
+        with self._lock:
+            if self._calls[caller.id] >= MAX_KEY_CALLS:
+                raise self._refusal(
+                    f"{MAX_KEY_CALLS} calls of {caller.name} wait already"
+                )
+            if self._total >= MAX_LIMITED_CALLS:
+                raise self._refusal(f"{MAX_LIMITED_CALLS} calls wait already")
+            self._calls[caller.id] += 1
+            self._total += 1
+        return partial(self._end, caller.id)
+
+    def _refusal(self, problem: str) -> RpcError:
+        why = f"{problem}; try again later"
+        return RpcError("RATE_LIMITED", why, retryable=True)
+
+    def _end(self, key_id: str) -> None:
+        with self._lock:
+            self._total -= 1
+            self._calls[key_id] -= 1
+            if not self._calls[key_id]:
+                del self._calls[key_id]
 
 
 # --- The methods that operators may call ---
@@ -16632,12 +16729,19 @@ AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
 }
 
 
+# Methods whose answers may have megabytes.
+PAGED = ("chat.history", "sessions.resolve", "job.list", "audit.list")
+# Methods that make room, so that none is refused for want of it.
+RELIEVING = ("job.ack", "job.unfollow", "job.cancel", "chat.abort", "unsubscribe")
+
+
 class Rpc:
     """The methods that operators may call."""
 
     def __init__(
         self,
         door: Doorkeeper,
+        shares: KeyShares,
         fleet: Fleet,
         models: ModelDirectory,
         chats: Chats,
@@ -16647,6 +16751,7 @@ class Rpc:
         access: AccessMethods,
     ) -> None:
         self._door = door
+        self._shares = shares
         read, write, pairing = Scope.READ, Scope.WRITE, Scope.PAIRING
         admin = Scope.ADMIN
         text, word, flag = Optional(str), Optional(str, ""), Optional(bool, False)
@@ -16812,12 +16917,32 @@ class Rpc:
             raise RpcError(
                 "FORBIDDEN", f"{name} needs a key with the scope {method.scope}"
             )
-        payload = method(RpcCall(caller, params, peer))
+        payload = self._within_share(name, method, RpcCall(caller, params, peer))
         if name in AUDITED:
             event, describe = AUDITED[name]
             subject = clip(describe(params), 200)
             if subject:
                 self._door.record(event, subject, caller)
+        return payload
+
+    def _within_share(self, name: str, method: Method, call: RpcCall) -> Any:
+        """Raises RpcError RATE_LIMITED if the caller's key has too much under way."""
+        if name in RELIEVING:
+            return method(call)
+        end = self._shares.begin(call.caller)
+        try:
+            if name in PAGED:
+                with self._shares.page_lock(call.caller):
+                    payload = method(call)
+            else:
+                payload = method(call)
+        except BaseException:
+            end()
+            raise
+        if isinstance(payload, Future):
+            payload.add_done_callback(lambda _: end())
+        else:
+            end()
         return payload
 
 
@@ -17365,6 +17490,7 @@ class Gateway:
         fleet: Fleet,
         jobs: Jobs,
         audience: Audience,
+        shares: KeyShares,
         rpc: Rpc,
         *,
         require_scram: bool = False,
@@ -17377,6 +17503,7 @@ class Gateway:
         self._fleet = fleet
         self._jobs = jobs
         self._audience = audience
+        self._shares = shares
         self.rpc = rpc
         self._lock = threading.Lock()  # guards _connections and _closed
         self._connections: set[WebSocket] = set()
@@ -17441,11 +17568,14 @@ class Gateway:
     def _serve_operator(
         self, ws: WebSocket, request_id: str, identity: Identity
     ) -> None:
-        peer = OperatorPeer(ws, identity.caller, self.rpc.call, self._jobs)
+        caller = identity.caller
+        peer = OperatorPeer(ws, caller, self.rpc.call, self._jobs)
+        if not caller.may(Scope.ADMIN):
+            ws.shared_room = partial(self._shares.room, caller.id)
         self._audience.add(peer)
         try:
             # Checked after add(): a revocation from now on closes this connection.
-            if not self._access.is_current(identity.caller):
+            if not self._access.is_current(caller):
                 raise RpcError("UNAUTHORIZED", "authentication failed")
             self._greet(ws, request_id, identity, peer.id, {})
             ws.release_pongs(MAX_PEER_MESSAGE)
@@ -23683,6 +23813,7 @@ class RunningGateway:
             access = self._access = Access(store)
             self._key = self._kept_key()
             audience = Audience()
+            shares = KeyShares(audience.backlog)
             announce = audience.announce
             local = stack.enter_context(closing(LocalNode(environ, options.inherited)))
             fleet = self.fleet = Fleet(store.devices, local.node, announce)
@@ -23696,6 +23827,7 @@ class RunningGateway:
             chats = self._chats = Chats(store, fleet, jobs, models, approvals, announce)
             rpc = Rpc(
                 access.door,
+                shares,
                 fleet,
                 models,
                 chats,
@@ -23710,6 +23842,7 @@ class RunningGateway:
                 fleet,
                 jobs,
                 audience,
+                shares,
                 rpc,
                 require_scram=options.require_scram,
                 fingerprint=options.fingerprint,
@@ -24618,10 +24751,10 @@ def cmd_node_run(_args: object, context: Context) -> int:
             f"this machine is no node: {context.directory / NodeSettings.FILE} does "
             "not exist; `moltis node add` makes it"
         )
-    # Where its commands run: to send each of them there keeps SpawnedShell from being
-    # used.  The commands report a directory that is gone.
     for name, value in settings.proxies.items():
         os.environ.setdefault(name, value)
+    # Commands start here: posix_spawn() cannot change the directory.  They report one
+    # that is gone.
     directory = context.directory.absolute()
     working_dir = os.path.abspath(settings.working_dir or home_directory())
     settings = settings.replace(working_dir=working_dir)
@@ -25123,7 +25256,7 @@ class JobTerminal:
         previous = {
             number: signal.signal(number, self._on_interrupt)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) not in (signal.SIG_IGN, stay)
+            if signal.getsignal(number) not in (signal.SIG_IGN, ignore_signal)
         }
         try:
             if feeds:

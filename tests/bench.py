@@ -1247,6 +1247,85 @@ def _fleet_rows(
         simulation.close()
 
 
+# -- rows: a crowd at the door --------------------------------------------------
+
+
+def crowd(url: str, api_key: str, job_id: str, strangers: int, readers: int) -> None:
+    """Connect strangers that say nothing and readers that do not read, for ever."""
+    where = moltis.ServerUrl.parse(url)
+    followers = []
+    for _ in range(readers):
+        follower = moltis.connect(moltis.websocket_url(url))
+        connect = moltis.ConnectParams(role="operator", api_key=api_key).to_json()
+        for method, params in (("connect", connect), ("job.follow", {"id": job_id})):
+            request = moltis.Request(moltis.new_id(), method, params)
+            follower.send(moltis.encode_envelope(request))
+        followers.append(follower)
+    selector = selectors.DefaultSelector()
+    complete = False
+    while True:
+        for _ in range(min(20, strangers - len(selector.get_map()))):
+            sock = socket.create_connection((where.host, where.port), 30)
+            selector.register(sock, selectors.EVENT_READ)
+        for key, _ in selector.select(0.05):  # the gateway has hung up on it
+            selector.unregister(key.fileobj)
+            key.fileobj.close()  # type: ignore[union-attr]
+        if len(selector.get_map()) == strangers and not complete:
+            complete = True
+            print("complete", flush=True)
+
+
+def bench_load(bench: Bench) -> Iterator[Row]:
+    """`true` beside 1,000 strangers, 20 readers that do not read, a flooding node."""
+    site = Installed(bench.directory("load"))
+    people: subprocess.Popen[str] | None = None
+    try:
+        for name in ("quiet", "flooding"):
+            site.add_node(name)
+
+        def worst() -> float:
+            """Return the p99 of the round trip of `true`, in ms."""
+            count = bench.count(1000)
+            with contextlib.closing(PlainOperator(site)) as client:
+                samples = [
+                    timed(lambda: client.run_true("quiet")) for _ in range(count)
+                ]
+            return sorted(samples)[count * 99 // 100]
+
+        with site.operator() as client:
+            params = {"name": "readers", "scopes": ["operator.read"]}
+            key = client.call("keys.create", params)["key"]
+            worst()  # warms everything up
+            quiet = worst()
+            jobs = [{"node": "flooding"}]
+            spec = {"command": "exec timeout 600 yes"}
+            start = {"jobs": jobs, "work": "run", "spec": spec, "keep": True}
+            job_id = client.call("job.start", start)["jobs"][0]["id"]
+            people = subprocess.Popen(
+                [sys.executable, __file__, "--crowd", site.url],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert people.stdin is not None
+            assert people.stdout is not None
+            people.stdin.write(json.dumps([key, job_id, 1000, 20]) + "\n")
+            people.stdin.flush()
+            if not people.stdout.readline():
+                raise NotMeasured("the crowd did not get in")
+            loud = worst()
+            client.call("job.cancel", {"id": job_id})
+        goal = at_most(3)
+        beside = ("quiet", quiet, goal.text, goal.met(loud, quiet))
+        what = "1,000 strangers, 20 idle readers, a flood: `true`, p99"
+        yield Row("load", what, "ms", loud, *beside)
+    finally:
+        if people is not None:
+            people.kill()
+            people.wait()
+        site.close()
+
+
 # -- the table -----------------------------------------------------------------
 
 BENCHES: dict[str, Callable[[Bench], Iterator[Row]]] = {
@@ -1260,6 +1339,7 @@ BENCHES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "start": bench_start,
     "page": bench_page,
     "fleet": bench_fleet,
+    "load": bench_load,
 }
 
 
@@ -1304,11 +1384,15 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     parser.add_argument("--beside", type=Path, help="directory of another moltis")
     parser.add_argument("--simulate", help=argparse.SUPPRESS)
+    parser.add_argument("--crowd", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.simulate:
-        host, _, port = args.simulate.partition("//")[2].partition(":")
+    if args.simulate or args.crowd:
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    if args.crowd:
+        crowd(args.crowd, *json.loads(sys.stdin.readline()))
+    if args.simulate:
+        host, _, port = args.simulate.partition("//")[2].partition(":")
         tokens = json.loads(sys.stdin.readline())
         SimulatedNodes(moltis_of(args.beside), (host, int(port)), tokens).run()
     rows: list[Row] = []

@@ -102,6 +102,15 @@ def test_a_dial_can_be_cancelled(monkeypatch):
         timer.join()
 
 
+def test_an_http_request_reaches_an_ipv6_address_whose_end_is_no_number():
+    """RFC 3986 §3.2.2: the brackets tell the address from the port."""
+    with ScriptedServer(lambda _: (200, {}, [b"here"])) as server:
+        url = f"http://[::ffff:127.0.0.1]:{server.port}/"
+        with moltis.http_exchange("GET", url) as response:
+            assert response.read() == b"here"
+        assert server.requests[0][2]["Host"] == f"[::ffff:127.0.0.1]:{server.port}"
+
+
 # -- names ---------------------------------------------------------------------------
 
 
@@ -263,8 +272,8 @@ def test_nothing_for_this_machine_goes_through_a_proxy(host):
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("socks5h://u:secret@p:1", "socks5h:// is not spoken here"),
-        ("https://p", "https:// is not spoken here"),
+        ("socks5h://u:secret@p:1", "socks5h:// is not supported"),
+        ("https://p", "https:// is not supported"),
         ("http://u:secret@", "looks like http://proxy:3128"),
         ("http://p:port", "looks like"),
         ("http://[::1", "looks like"),

@@ -1327,3 +1327,155 @@ def test_words_of_a_moltis_node_in_an_ending_are_shown_and_bounded():
     assert len(failed.reason) < moltis.MAX_REASON + 100
     killed = moltis.moltis_ending("run", {"signal": "SIG\x1b" + "X" * 9999})
     assert killed.signal == "SIG" + "X" * 36
+
+
+# -- the share of a key that is no administrator's -----------------------------
+
+
+@pytest.fixture
+def audience(monkeypatch):
+    """The connected operators of a gateway that is made later."""
+    audience = moltis.Audience()
+    monkeypatch.setattr(moltis, "Audience", lambda: audience)
+    return audience
+
+
+@pytest.fixture
+def shared(audience, gateway):
+    """A gateway, and a key that may only read."""
+    return gateway, gateway.call("keys.create", name="ci", scopes=["operator.read"])
+
+
+def flood(client):
+    """Start a job whose output does not end; return its id."""
+    return client.start("local", "exec timeout 100 yes", keep=True)
+
+
+def ask(client, method, **params):
+    """Send a request and leave its answer unread."""
+    request = {"type": "req", "id": str(uuid.uuid4()), "method": method}
+    client.peer.send({**request, "params": params})
+
+
+def test_a_key_whose_clients_do_not_read_is_refused_calls_and_no_other(
+    shared, audience, monkeypatch
+):
+    monkeypatch.setattr(moltis, "KEY_BACKLOG", 2 * moltis.MAX_BACKLOG)
+    gateway, made = shared
+    with contextlib.ExitStack() as stack:
+        admin = stack.enter_context(Client(gateway))
+        idle = [Client(gateway, made["key"]) for _ in range(2)]
+        for client in idle:
+            stack.callback(client.peer.ws.abort)
+        reader = stack.enter_context(Client(gateway, made["key"]))
+        job_id = flood(admin)
+        for client in idle:
+            ask(client, "job.follow", id=job_id)
+        wait_for(lambda: audience.backlog(made["keyId"]) >= moltis.KEY_BACKLOG)
+        assert reader.call("node.list") == "RATE_LIMITED"
+        assert reader.call("job.unfollow", id=job_id) == {}  # as all that makes room
+        assert admin.call("node.list")
+        for client in idle:
+            client.peer.ws.abort()
+        wait_for(lambda: reader.call("node.list") != "RATE_LIMITED")
+        admin.call("job.cancel", id=job_id)
+
+
+def test_connections_of_a_key_share_one_outbox(shared, audience, monkeypatch):
+    most = 2 * 1024 * 1024
+    monkeypatch.setattr(moltis, "MAX_KEY_OUTBOX", most)
+    gateway, made = shared
+    with contextlib.ExitStack() as stack:
+        admin = stack.enter_context(Client(gateway))
+        reader = stack.enter_context(Client(gateway, made["key"]))
+        idle = [Client(gateway, made["key"]) for _ in range(8)]
+        for client in idle:
+            stack.callback(client.peer.ws.abort)
+        job_id = admin.start("local", "head -c 200000 /dev/zero", keep=True)
+        assert admin.call("job.wait", id=job_id, wait=60)["state"] == "done"
+        largest = 0
+        for _ in range(60):  # 16 MB for each: more than any system's buffers take
+            for client in idle:
+                with contextlib.suppress(moltis.ConnectionClosed):
+                    ask(client, "job.read", id=job_id, encoding="base64")
+            largest = max(largest, audience.backlog(made["keyId"]))
+        wait_for(lambda: len(audience._peers) < 10, what="idle clients to be dropped")
+        assert largest <= most + 8 * 300_000  # the first message of each may be over
+        assert reader.call("node.list")
+        assert admin.call("node.list")
+
+
+@pytest.mark.parametrize("limit", ["MAX_KEY_CALLS", "MAX_LIMITED_CALLS"])
+def test_a_key_has_so_many_answers_that_wait_and_an_administrator_more(
+    shared, monkeypatch, limit
+):
+    monkeypatch.setattr(moltis, limit, 20)
+    gateway, made = shared
+    with Client(gateway) as admin, Client(gateway, made["key"]) as reader:
+        job_id = admin.start("local", "sleep 100", keep=True)
+        for number in range(20):
+            method = ("job.wait", "job.read")[number % 2]
+            ask(reader, method, id=job_id, offset=0, wait=60)
+        error = reader.peer.request("job.wait", {"id": job_id, "wait": 60})["error"]
+        assert error["code"] == "RATE_LIMITED"
+        assert error["retryable"]
+        assert "20 calls" in error["message"]
+        assert admin.call("job.wait", id=job_id, wait=0.1)["state"] == "running"
+        admin.call("job.cancel", id=job_id)
+        wait_for(lambda: reader.call("node.list") != "RATE_LIMITED")
+
+
+def test_a_key_gets_one_page_of_history_at_a_time(shared, monkeypatch):
+    gateway, made = shared
+    at_once, most = [], []
+    history = moltis.Chats.history
+
+    def slow(*args, **params):
+        at_once.append(1)
+        most.append(len(at_once))
+        threading.Event().wait(0.05)  # time for the others to come in
+        at_once.pop()
+        return history(*args, **params)
+
+    monkeypatch.setattr(moltis.Chats, "history", slow)
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(Client(gateway, made["key"])) for _ in range(4)]
+        for reader in readers:
+            ask(reader, "chat.history", sessionKey="main")
+        for reader in readers:
+            assert reader.take()["payload"] == []
+    assert most == [1, 1, 1, 1]
+
+
+def test_an_administrator_s_command_runs_beside_those_who_take_all_they_can(
+    shared, audience, monkeypatch
+):
+    monkeypatch.setattr(moltis, "MAX_KEY_CALLS", 100)
+    gateway, made = shared
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(gateway.node("far"))
+        admin = stack.enter_context(Client(gateway))
+        for _ in range(50):
+            address = ("127.0.0.1", gateway.running.port)
+            stack.enter_context(socket.create_connection(address, 10))
+        job_id = flood(admin)
+        idle = [Client(gateway, made["key"]) for _ in range(10)]
+        for client in idle:
+            stack.callback(client.peer.ws.abort)
+            ask(client, "job.follow", id=job_id)
+        waiter = stack.enter_context(Client(gateway, made["key"]))
+        sleep_id = admin.start("local", "sleep 100", keep=True)
+        for _ in range(100):
+            ask(waiter, "job.wait", id=sleep_id, wait=60)
+        assert waiter.call("job.wait", id=sleep_id) == "RATE_LIMITED"
+        wait_for(
+            lambda: audience.backlog(made["keyId"]) >= 10 * moltis.MAX_BACKLOG,
+            what="output to wait for all who do not read",
+        )
+        args = {"command": "true"}
+        run = {"nodeId": "far", "command": "system.run", "args": args}
+        for _ in range(3):
+            assert admin.call("node.invoke", **run)["exitCode"] == 0
+        assert audience.backlog(made["keyId"]) <= moltis.MAX_KEY_OUTBOX
+        for running in (job_id, sleep_id):
+            admin.call("job.cancel", id=running)

@@ -124,10 +124,16 @@ def test_the_service_manager_finds_a_private_log(spec, tools, not_lingering):
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\udcffb"])
-def test_a_directory_that_no_unit_can_name_is_refused(home, tools, not_lingering, name):
-    spec = moltis.ServiceSpec("/usr/bin/python3", home / name, home)
+@pytest.mark.parametrize(
+    ("part", "advice"), [("directory", "MOLTIS_DATA_DIR"), ("python", "with a Python")]
+)
+def test_a_path_that_no_unit_can_name_is_refused(
+    home, spec, tools, not_lingering, name, part, advice
+):
+    path = home / name
+    spec = spec.replace(**{part: path if part == "directory" else str(path)})
     tools.add("systemctl", "exit 0")
-    with pytest.raises(moltis.BadConfiguration, match="MOLTIS_DATA_DIR"):
+    with pytest.raises(moltis.BadConfiguration, match=advice):
         moltis.SystemdService(spec, tools.environ).install()
 
 
@@ -325,12 +331,48 @@ def test_another_data_directory_is_told_to_the_service(home):
 
 def test_the_unit_quotes_what_systemd_would_read_otherwise(home):
     """systemd.syntax(7), systemd.unit(5) on specifiers"""
-    spec = moltis.ServiceSpec("/opt/a b/$p", home / 'x "%h" \\', home)
+    spec = moltis.ServiceSpec("/opt/a b/%p", home / 'x "%h" \\', home)
     fields = dict(unit_fields(moltis.render_systemd_unit(spec)))
-    assert fields["ExecStart"].startswith('"/opt/a b/$$p" "-IS" "-c" "')
+    assert fields["ExecStart"].startswith('"/opt/a b/%%p" "-IS" "-c" "')
     assert f'"{home}/x \\"%%h\\" \\\\" "node"' in fields["ExecStart"]
     assert fields["StandardOutput"] == f'append:{home}/x "%%h" \\/node.log'
     assert fields["Environment"] == f'"MOLTIS_DATA_DIR={home}/x \\"%%h\\" \\\\"'
+
+
+@pytest.mark.parametrize("name", ["a b", "%h", "$HOME", 'a"b', "a'b", "a\\b", "a=b"])
+def test_systemd_takes_a_unit_for_paths_with_any_character(home, name):
+    """systemd.service(5): the path of a program is not unescaped like its arguments."""
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("no systemd-analyze here")
+    python = home / name / "python3"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    unit = home / moltis.UNIT_NAME
+    spec = moltis.ServiceSpec(str(python), home / f"{name} data", home)
+    unit.write_text(moltis.render_systemd_unit(spec))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--user", "--man=no", str(unit)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=clean_environment(home, XDG_RUNTIME_DIR=str(home)),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_relative_data_directory_is_the_same_for_the_service(monkeypatch, home):
+    monkeypatch.chdir(home)
+    found = moltis.data_directory({"MOLTIS_DATA_DIR": "a/../b"})
+    assert found == home / "b"
+
+
+def test_a_relative_data_directory_in_a_deleted_one_is_refused(monkeypatch, home):
+    gone = home / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(moltis.BadConfiguration, match="use an absolute path"):
+        moltis.data_directory({"MOLTIS_DATA_DIR": "a"})
 
 
 # -- systemd, with a systemctl that writes down what it is asked ---------------------
@@ -664,15 +706,17 @@ def test_removing_leaves_no_file_but_the_log(real):
 
 
 @pytest.mark.systemd
-def test_an_odd_data_directory_works(real):
+def test_an_odd_data_directory_and_interpreter_work(real):
     home = real.unit.parents[3]
     directory = home / ".moltis" / 'a "b" %h $HOME \\x'
     moltis.install_program(directory, STAND_IN)
-    spec = moltis.ServiceSpec(moltis.lasting_python(), directory, home)
+    python = directory / "it's python"
+    python.symlink_to(moltis.lasting_python())
+    spec = moltis.ServiceSpec(str(python), directory, home)
     manager = moltis.SystemdService(spec, os.environ)
     manager.install()
     manager.start()
-    running_state(directory)
+    assert manager.status().pid == running_state(directory).pid
     wait_for(lambda: "stand-in" in moltis.last_log_line(directory), what="the log")
     manager.remove()
 
