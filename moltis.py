@@ -6279,7 +6279,7 @@ class OpenAiAnswer(AnswerReader):
         """Keep a piece of reasoning, which goes back as the server would have it."""
         kept: list[JsonObject] = self.provider_data.setdefault("reasoning_details", [])
         last = kept[-1] if kept else {}
-        if any(last.get(name) != detail.get(name) for name in ("index", "type")):
+        if not kept or any(last.get(k) != detail.get(k) for k in ("index", "type")):
             kept.append(dict(detail))
             return
         for name, value in detail.items():
@@ -10096,7 +10096,7 @@ class Device(Value):
 
 
 class Credential(Value):
-    """What verifies a device's token or an operator's key, which it does not reveal."""
+    """The verifiers of a device's token or an operator's key; they do not reveal it."""
 
     handle: str  # SCRAM username
     token_hash: str
@@ -10958,7 +10958,7 @@ class JobsTable(Table):
 
 
 class AuditTable(Table):
-    """Who came and what was changed; page() adds the commands."""
+    """Sign-ins, refusals and changes; page() adds the commands."""
 
     name = "audit"
 
@@ -11994,7 +11994,7 @@ class NodeLink(Protocol):
     def resize(self, job_id: str, rows: int, cols: int) -> None: ...
 
     def answers(self, timeout: float) -> bool:
-        """Return whether the node shows within `timeout` s that it lives."""
+        """Return whether the connection is alive, after `timeout` s at most."""
 
     def hang_up(self, reason: str) -> None: ...
 
@@ -12283,7 +12283,7 @@ class Fleet:
             )
         if device.node_id == node_id:
             return
-        # What people wrote down, and what sessions select, must not reach another one.
+        # References that people and sessions keep must not reach another machine.
         problem = self._devices.clash(node_id, now_ms(), but=device.id)
         if not problem and self._devices.is_revoked(node_id):
             problem = "that id had a token that was revoked"
@@ -15473,7 +15473,7 @@ class Chats:
             # Asked again: the ones before it took their time.
             if (queue and queue.busy) or key not in self._store.sessions.unused(since):
                 continue
-            with contextlib.suppress(RpcError):  # somebody else deleted it
+            with contextlib.suppress(RpcError):  # it was deleted meanwhile
                 if key != MAIN_SESSION:
                     self.delete(key)
                 elif self._session(key).message_count:
@@ -16091,7 +16091,7 @@ class Audience:
 
 
 class KeyShares:
-    """What each operator key that is no administrator's may take of the gateway."""
+    """Limits of calls and of unread bytes for each key without operator.admin."""
 
     def __init__(self, backlog: Callable[[str], int]) -> None:
         """`backlog` returns the bytes that wait for the clients of a key to read."""
@@ -16315,7 +16315,7 @@ class NodeMethods:
 
     def rotate_token(self, device_id: str, by: Caller) -> JsonObject:
         device = self._device(device_id)
-        # Whoever has the new token is that machine, to everybody who sends it work.
+        # The holder of the new token gets all work that is sent to that machine.
         if device.node_id is not None and not by.may(Scope.ADMIN):
             raise RpcError(
                 "FORBIDDEN",
@@ -16698,7 +16698,7 @@ def unsubscribe(peer: OperatorPeer, events: list[str]) -> JsonObject:
     return {"subscriptionId": peer.id, "events": sorted(peer.events)}
 
 
-# What the audit says of a call that was carried out, if anything, by method.
+# By method: the audit event of a successful call and its subject, "" for no event.
 AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
     "node.rename": (
         AuditEvent.RENAMED,
@@ -16724,7 +16724,7 @@ AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
     "sessions.delete": (AuditEvent.CHAT_DELETED, lambda params: str(params["key"])),
     "models.configure": (
         AuditEvent.MODELS_CHANGED,
-        lambda params: " ".join([params["provider"], params.get("baseUrl") or ""]),
+        lambda params: f"{params['provider']} {params.get('baseUrl') or ''}".strip(),
     ),
 }
 
@@ -16949,12 +16949,12 @@ class Rpc:
 # --- Nodes ---
 
 
-REPORT_BURST = 10  # reports of a node at once; more are dropped, the next one tells
-REPORT_PAUSE = 1.0  # s after which it may send one more
+REPORT_BURST = 10  # reports of a node at once; more are dropped, each replaces the last
+REPORT_PAUSE = 1.0  # s until one more is allowed
 
 
 class Allowance:
-    """How often somebody may do something: a few at once, then one per pause."""
+    """A rate limit (token bucket): `burst` at once, then one every `pause` s."""
 
     def __init__(
         self,
@@ -16966,7 +16966,7 @@ class Allowance:
         self._left, self._at = float(burst), clock()
 
     def take(self) -> bool:
-        """Return whether it may be done now; for one thread."""
+        """Return whether one more is allowed now; for one thread."""
         now = self._clock()
         self._left = min(self._burst, self._left + (now - self._at) / self._pause)
         self._at = now
@@ -17323,8 +17323,8 @@ class Client(Value):
 
     address: str
     channel_binding: bytes | None  # None: it came without TLS
-    login: Callable[[str], Caller | None]  # of cookie and page secret
-    # Called once it has proved who it is; raises RpcError.
+    login: Callable[[str], Caller | None]  # by the page secret, with its cookie
+    # Called once it is authenticated; raises RpcError.
     on_identified: Callable[[Caller], None]
 
 
@@ -17451,7 +17451,7 @@ def own_name(devices: DevicesTable, device: Device, params: ConnectParams) -> st
         return ""
     if device.renamed or name == device.display_name:
         return name
-    # Whoever had the name first keeps it.
+    # The device that had the name first keeps it.
     room = MAX_NAME - 9
     for free in (name, f"{name[:room]} {params.client_id[:8]}"):
         if not devices.clash(free, now_ms(), but=device.id):
@@ -17700,8 +17700,8 @@ class Gateway:
 
 # ==============================================================================
 # HTTP
-# Uses: Settings, WebSocket handshake, WebSocket protocol, WebSocket connections,
-#       TLS, Wire protocol, Store, Access, Jobs, Gateway
+# Uses: Dialling, Settings, WebSocket handshake, WebSocket protocol,
+#       WebSocket connections, TLS, Wire protocol, Store, Access, Jobs, Gateway
 #
 # The gateway's door: TLS, routes, the upgrade to WebSocket, the headers that keep other
 # web pages out, limits for strangers.  http.server parses; Access and Gateway decide.
@@ -17773,7 +17773,7 @@ def split_host(text: str, scheme: str) -> tuple[str, int]:
 
 
 class PublicAddress(Value):
-    """Where a request came from, and the address under which it found us."""
+    """The address of a request's client, and ours as the client knows it."""
 
     client: str  # its IP address
     scheme: str  # "http" or "https"
@@ -17933,8 +17933,8 @@ def audit_pages(
     return pages()
 
 
-# Where a spreadsheet would begin a formula: in a cell, or behind what parts cells in
-# another country.
+# Places where a spreadsheet begins a formula: the start of a cell, and after what
+# separates cells in another locale.
 FORMULA_START = re.compile("(?:^|(?<=[;\t\r\n]))(?=[\t\r\n]| {0,8}[=+@＝＋－＠-])")
 
 
@@ -18080,7 +18080,7 @@ class TrustedProxies:
         )
 
     def channel_binding(self, public: PublicAddress) -> bytes | None:
-        """Return that of the certificate which a client of a proxy sees."""
+        """Return the binding to the certificate that proxies show to their clients."""
         return self._channel_binding if public.secure else None
 
 
@@ -18411,11 +18411,6 @@ class Admission:
     def end(self) -> None:
         self._limits.forget(self)
 
-    def hang_up(self) -> None:
-        with contextlib.suppress(OSError):  # it is closed already
-            # Not SSLSocket's own, which goes on without encryption.
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-
 
 class ConnectionLimits:
     """Counts of connections: of strangers by network, of the identified by key.
@@ -18435,7 +18430,7 @@ class ConnectionLimits:
         self._total = total
         self._max_strangers = min(strangers, max(1, total // 2))
         self._each = strangers_each
-        # No credential but an administrator's takes the room for newcomers.
+        # Only administrators may take the room that is kept for newcomers.
         self._max_known = total - min(self._max_strangers, max(1, total // 4))
         self._share = max(1, min(MAX_KEY_CONNECTIONS, total // 8))
         self._clock = clock
@@ -18501,7 +18496,7 @@ class ConnectionLimits:
                 oldest = next(iter(crowd), None)
                 if oldest is None:
                     return False
-                # Neighbours get a moment, or a fleet that comes back would get nowhere.
+                # A fleet that reconnects at once must not push out its own handshakes.
                 age = self._clock() - oldest.since
                 if crowd is here and age < STRANGER_TIME:
                     return False
@@ -18510,11 +18505,11 @@ class ConnectionLimits:
             admission.network = network
             self._stranger_count += 1
         if oldest is not None:
-            oldest.hang_up()
+            cut(oldest.sock)
         return True
 
     def _remove(self, admission: Admission) -> None:
-        """Count no stranger for it; the caller holds the lock."""
+        """Stop counting it as a stranger; the caller holds the lock."""
         if admission.network:
             here = self._strangers[admission.network]
             del here[admission]
@@ -19899,27 +19894,26 @@ function onClickCopy(button, text) {
   return button;
 }
 
-// What this browser keeps for its next visit; in memory where storage is full or
+// Texts that outlive the page, shared by all tabs; in memory where storage is full or
 // forbidden.
 const kept = {
-  memory: new Map(),
+  memory: new Map(), // only what storage did not take: another tab may change the rest
 
   get(name) {
-    if (this.memory.has(name)) return this.memory.get(name);
     try {
-      return localStorage.getItem(name) || "";
+      return this.memory.get(name) ?? localStorage.getItem(name) ?? "";
     } catch {
       return "";
     }
   },
 
   set(name, value) {
-    this.memory.set(name, value);
     try {
       if (value) localStorage.setItem(name, value);
       else localStorage.removeItem(name);
+      this.memory.delete(name);
     } catch {
-      // In memory, then.
+      this.memory.set(name, value);
     }
   },
 
@@ -19965,7 +19959,7 @@ function editInPlace(element, text, label, save) {
     if (saves && isShown && name && name !== text) save(name);
   };
   input.value = text;
-  // A list that moves its rows takes the focus away: that is nobody's wish to save.
+  // A list that moves its rows takes the focus away: that does not save.
   on(input, "blur", ({relatedTarget}) => {
     if (relatedTarget) finish(true);
     else setTimeout(() => input.focus());
@@ -20039,8 +20033,9 @@ function ago(ms) {
   return `${count} ${unit} ago`;
 }
 
-// What a text would hide: controls, marks of direction, what has no width, all spaces
-// but one, and blanks or line ends by which a command leaves what a person looks at.
+// Characters that hide part of a text: controls, bidirectional marks, those without
+// width, spaces other than U+0020, and many blanks or line ends, which push the rest
+// out of view.
 const HIDDEN = new RegExp(
   "[^\\n\\P{C}]|\\p{DI}|[\\p{Zl}\\p{Zp}\\u2800]|[^\\P{Zs} ]| {24,}|\\n{4,}", "gu");
 
@@ -20111,7 +20106,7 @@ const TOKEN = new RegExp(
 );
 // A sequence that is incomplete: the next output may complete it.
 const BEGUN = /\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)$/y;
-// What is dropped of one that can never be complete; what follows is output.
+// The part to drop of a sequence that can never be complete; the rest is output.
 const BROKEN = /\x1b(?:\[[0-?]*[ -/]*|[ -/]*)/y;
 const MAX_SEQUENCE = 4096; // characters; a longer one is none
 
@@ -20376,8 +20371,8 @@ const MAX_DEPTH = 12; // of nested blocks, and of marks that wait for their end
 
 const SAFE_LINK = /^(?:https?:\/\/|mailto:)/i;
 const URL_TAIL = "[^\\s<>\"'`[\\]]*[^\\s<>\"'`[\\].,;:!?)}*_]";
-// No alternative reads again what another attempt has read: models are outsiders, and
-// the page is drawn in the thread that this runs in.
+// Linear: no alternative rescans what another attempt has read.  The texts of models
+// are untrusted, and this runs in the page's only thread.
 const INLINE = new RegExp(
   [
     "\\\\(?<escaped>[!-/:-@[-`{-~])",
@@ -20697,30 +20692,12 @@ const socketAddress = () => `${BASE.replace("http", "ws")}ws`;
 
 // The page's half of a sign-in.  The browser sends the cookie, the other half, to each
 // port of this host, but shows this to pages of this origin alone.
-const pageSecret = {
-  key: `secret ${ROOT}`,
-  text: "", // where the browser forbids storage
-  get() {
-    try {
-      return localStorage.getItem(this.key) || this.text;
-    } catch {
-      return this.text;
-    }
-  },
-  set(text) {
-    this.text = text;
-    try {
-      localStorage.setItem(this.key, text);
-    } catch {
-      // It lasts as long as the page.
-    }
-  },
-};
+const PAGE_SECRET = `secret ${ROOT}`; // its name in `kept`
 
 const fetchOwn = (path, options = {}) =>
   fetch(BASE + path, {
     ...options,
-    headers: {...options.headers, "X-Moltis-Page": pageSecret.get()},
+    headers: {...options.headers, "X-Moltis-Page": kept.get(PAGE_SECRET)},
   });
 
 const EVENTS = ["presence", "node.telemetry", "chat", "session",
@@ -20801,7 +20778,7 @@ class Link {
       protocol: {min: 4, max: 4},
       client: {id: "page", version: "1", platform: "browser", mode: "ui"},
       role: "operator",
-      auth: {pageSecret: pageSecret.get()},
+      auth: {pageSecret: kept.get(PAGE_SECRET)},
     };
     let hello;
     try {
@@ -20997,7 +20974,7 @@ const HISTORY_SPAN = 30 * 60_000; // ms; CPU usage in a sparkline
 const state = {
   link: "connecting", // "up", "down", "out" (not signed in)
   retryAt: 0,
-  wasUp: false, // the document holds what only those may see who are signed in
+  wasUp: false, // the document may hold data of a signed-in operator
   route: {page: "chat", key: MAIN},
   sessions: [],
   models: [],
@@ -21062,7 +21039,7 @@ class Chat {
     this.busy = false; // a turn is running
   }
 
-  // What was typed and not sent; it outlives the page.
+  // The text that was typed and not sent; it outlives the page.
   get draft() {
     return kept.get(`draft ${this.key}`);
   }
@@ -21928,7 +21905,7 @@ class CommandCard {
       h("p", "The model wants to run this on ", visible(node),
         cwd && [" in ", visible(cwd)], "."),
       buttons);
-    // What was meant for something else, a click or a key, must not answer.
+    // A click or key that was meant for something else must not answer.
     let timer;
     for (const each of buttons) each.disabled = true;
     const seen = new IntersectionObserver(entries => {
@@ -22562,11 +22539,11 @@ function providerItem({id, label, keyFrom, keyVariable, baseUrl, models, error})
 function drawStorage() {
   if (!state.storage) return;
   const {bytes, keepDays} = state.storage;
-  const kept = keepDays
+  const lifetime = keepDays
     ? `A chat is deleted when it was not used for ${plural(keepDays, "day")}`
     : "They are kept for ever";
   const option = "(moltis gateway --keep-chats).";
-  fill($("chat-storage"), `Chats take ${formatBytes(bytes)}. ${kept} ${option}`);
+  fill($("chat-storage"), `Chats take ${formatBytes(bytes)}. ${lifetime} ${option}`);
 }
 
 // Choose an unlisted model by its name.
@@ -22634,7 +22611,7 @@ async function signIn(key) {
     body: JSON.stringify({key}),
   }).catch(() => null);
   if (answer?.ok) {
-    pageSecret.set((await answer.json()).pageSecret);
+    kept.set(PAGE_SECRET, (await answer.json()).pageSecret);
     $("key").value = "";
     state.link = "connecting";
     touch("link");
@@ -22657,7 +22634,6 @@ async function signIn(key) {
 async function signOut() {
   try {
     await fetchOwn("api/sign-out", {method: "POST"});
-    pageSecret.set("");
     kept.forget();
     location.reload();
   } catch {
@@ -25085,7 +25061,7 @@ def start_detached(
 
 
 class Waiting:
-    """What the command line waits for, shown with the seconds that have passed."""
+    """Waits for nodes that are away: each start and end is a line on stderr."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -25404,7 +25380,7 @@ def cmd_node_exec(args: argparse.Namespace, context: Context) -> int:
     request = {"work": "run", "spec": spec}
     with JobFeed(partial(operator_client, args, context)) as feed:
         nodes = distinct_nodes(args.nodes, feed)
-        if args.all:  # those that are away as well: the recap and the status say so
+        if args.all:  # offline nodes too: the recap and the status report them
             listed = feed.client.call("node.list", {})
             nodes = {node["nodeId"]: node["displayName"] for node in listed}
         if args.stdin and len(nodes) > 1:
@@ -25847,7 +25823,7 @@ def cmd_chat(args: argparse.Namespace, context: Context) -> int:
         if sys.stdin is not None and not sys.stdin.isatty():
             text = sys.stdin.buffer.read(MAX_BODY).decode("utf-8", "surrogateescape")
             if model != SHELL_ID and text.startswith("!"):
-                text = f" {text}"  # a command is only what a person has written
+                text = f" {text}"  # only a typed line may be a `!command`
             return terminal.turn(text)
         return chat_prompt(terminal, context)
 

@@ -1274,6 +1274,13 @@ def test_a_model_that_takes_no_tools_with_reasoning_is_asked_without_reasoning(
     assert script.bodies[1]["reasoning_effort"] == "none"
 
 
+def test_reasoning_details_without_index_and_type_are_kept_too():
+    reader = moltis.OpenAiAnswer("openrouter/m")
+    delta = {"reasoning_details": [{"text": "so"}]}
+    list(reader.take({"choices": [{"delta": delta}]}))
+    assert reader.provider_data["reasoning_details"] == [{"text": "so"}]
+
+
 def test_reasoning_details_go_back_in_one_piece():
     details = [
         {"type": "reasoning.text", "index": 0, "text": "I "},
