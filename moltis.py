@@ -1147,7 +1147,7 @@ def ascii_host(host: str) -> str:
     """
     if host.isascii():
         return host
-    if len(host) > MAX_HOST_NAME:  # older Pythons take the square of it to convert it
+    if len(host) > MAX_HOST_NAME:  # older Pythons convert it in quadratic time
         raise UsageError(f"{host[:40]!r}… is not an address: no host's name is so long")
     try:
         name = host.encode("idna").decode("ascii").lower()
@@ -4222,8 +4222,9 @@ def encode_log_frame(kind: int, data: bytes) -> bytes:
     return FRAME_HEAD.pack(kind, len(data)) + data
 
 
-def scan_frames(data: bytes | bytearray, at: int = 0) -> Iterator[tuple[int, int, int]]:
-    """Yield kind, start of the data and end of each whole frame from `at` on."""
+def scan_frames(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
+    """Yield kind, start of the data and end of each whole frame."""
+    at = 0
     while at + FRAME_HEAD.size <= len(data):
         kind, length = FRAME_HEAD.unpack_from(data, at)
         start = at + FRAME_HEAD.size
@@ -4654,7 +4655,7 @@ USUAL_PLACES = (  # of programs, from the home directory on
 )
 
 FORWARDED_VARIABLE = r"TERM|LANG|LC_[A-Z]+|COLORTERM|NO_COLOR|FORCE_COLOR"
-LOCALE_VARIABLE = (  # locale(7); others, as LC_TERMINAL, are no business of setlocale()
+LOCALE_VARIABLE = (  # locale(7); setlocale() does not read others, as LC_TERMINAL
     r"LANG|LC_(ALL|CTYPE|COLLATE|MESSAGES|MONETARY|NUMERIC|TIME"
     r"|ADDRESS|IDENTIFICATION|MEASUREMENT|NAME|PAPER|TELEPHONE)"
 )
@@ -5001,7 +5002,7 @@ def _seal_descriptors() -> None:
     """
     try:
         descriptors = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:  # a bare chroot
+    except OSError:  # no /dev/fd, as in a bare chroot
         descriptors = list(range(1024))
     for descriptor in descriptors:
         if descriptor > 2:
@@ -5101,7 +5102,7 @@ def reap_orphans() -> None:
     while program:
         received = signal.sigwaitinfo(every)
         if received.si_signo != signal.SIGCHLD:
-            if received.si_code <= 0:  # the terminal's reach both processes
+            if received.si_code <= 0:  # from kill(); a terminal signals both itself
                 os.kill(program, received.si_signo)
             continue
         pid = -1
@@ -5814,7 +5815,7 @@ STOP_REASONS: Mapping[str, str] = {  # vendors' words for the same; others stay
     "model_context_window_exceeded": "length",
     "content_filter": "refusal",
 }
-CUT_SHORT = ("length", "refusal")  # reasons for which an answer is not whole
+CUT_SHORT = ("length", "refusal")  # reasons of an incomplete answer
 
 OTHER_MODEL_TYPES = (  # in lists that have a `type`
     *("embedding", "embeddings", "image", "audio", "video", "rerank", "moderation"),
@@ -6104,7 +6105,7 @@ class PartialCall:
         self.name = name
         self._pieces: list[str] = []  # of JSON text
         self._value: object = None  # in place of them
-        self._tried = 0  # characters that were parsed too early
+        self._tried = 0  # characters parsed while still incomplete
 
     def add(self, arguments: object) -> None:
         """Append a piece of JSON text; text and a value replace each other."""
@@ -6276,7 +6277,7 @@ class OpenAiAnswer(AnswerReader):
                 extras[call.id] = piece["extra_content"]
 
     def _keep_detail(self, detail: JsonObject) -> None:
-        """Keep a piece of reasoning, which goes back as the server would have it."""
+        """Keep a piece of reasoning in the form that the server takes back."""
         kept: list[JsonObject] = self.provider_data.setdefault("reasoning_details", [])
         last = kept[-1] if kept else {}
         if not kept or any(last.get(k) != detail.get(k) for k in ("index", "type")):
@@ -7325,7 +7326,7 @@ class ModelCatalog:
 INVENTORY_INTERVAL = 600.0  # s; what is installed changes slowly
 VERSION_TIMEOUT = 10.0  # s; a cold `java -version` takes 3 s on a Raspberry Pi 3
 GPU_TIMEOUT = 20.0  # s; without persistence mode the driver starts each GPU first
-MAX_HOME_ENTRIES = 2000  # of a home directory; programs do not see the rest
+MAX_HOME_ENTRIES = 2000  # of a home directory; the rest is not linked
 SYSCTL_TIMEOUT = 2.0  # s; a reading waits for it
 MAX_LISTED = 256  # entries of one list in a report; the rest is dropped
 MAX_REPORTED_PROVIDERS = 32  # each with MAX_LISTED models; the rest is dropped
@@ -8345,7 +8346,7 @@ def _chat(options: MachineOptions, spec: ChatRequest, errand: Errand) -> JsonObj
     # The provider's address comes from this machine's settings, not from the request.
     model = _lent_catalog(options).model(spec.model)
     stream = model.stream(spec.messages, spec.tools, errand.cancellation)
-    with contextlib.closing(stream) as events:
+    with closing(stream) as events:
         for event in events:
             errand.write(event)
     return {}
@@ -9174,7 +9175,7 @@ class NodeAgent:
         return TlsTrust(settings.gateway_pin, bound=settings.gateway_pin is None)
 
     def _keep_pin(self, ws: WebSocket) -> None:
-        """Keep the certificate's pin: a stolen database alone must not pass for it."""
+        """Keep the pin: a stolen database alone must not pass for the gateway."""
         certificate = ws.peer_certificate()
         if certificate is None or not self._trust().bound:
             return
@@ -10367,9 +10368,7 @@ def copy_database(source: Path, target: Path) -> None:
     try:
         # `rw` makes no file, so that a wrong path is an error.
         there = sqlite3.connect(f"{source.absolute().as_uri()}?mode=rw", uri=True)
-        with contextlib.closing(there), contextlib.closing(
-            sqlite3.connect(str(target))
-        ) as here:
+        with closing(there), closing(sqlite3.connect(str(target))) as here:
             found = there.execute("PRAGMA quick_check(1)").fetchone()[0]
             version = there.execute("PRAGMA user_version").fetchone()[0]
             if found != "ok":
@@ -10580,7 +10579,7 @@ class Database:
             return
         self._written = 0
         try:
-            with contextlib.closing(self._sqlite.connect(str(self._path))) as db:
+            with closing(self._sqlite.connect(str(self._path))) as db:
                 passive = "PRAGMA wal_checkpoint(PASSIVE)"
                 _, logged, _ = db.execute(passive).fetchone()
                 if logged > LONGEST_WAL:
@@ -10908,7 +10907,7 @@ class JobsTable(Table):
         if kept:
             conditions.append(f"(kept OR {self.STATES['open']})")
         values, limit = [*filter(None, given.values())], max(0, min(limit, MAX_PAGE))
-        if not (query or state) or state == "failed":  # the order is an index's
+        if not (query or state) or state == "failed":  # an index has the order
             return self._page(conditions, values, limit)
         # Others read all rows: in slices, with room for writers in between.
         found: list[JobRecord] = []
@@ -11720,7 +11719,7 @@ class OperatorAccess:
     def __init__(self, door: Doorkeeper, limit: RateLimit) -> None:
         self._door = door
         self._keys = door.store.operator_keys
-        self._naming = threading.Lock()  # held from the look for a name to its row
+        self._naming = threading.Lock()  # held from a name's check to its row
         self._limit = limit
 
     def ensure_operator_key(self, current: str | None) -> str:
@@ -11966,7 +11965,7 @@ MAX_NAME = 200  # characters
 MAX_CANDIDATES = 20  # names in an error; there may be thousands
 STALE_AFTER = 3 * TELEMETRY_INTERVAL  # s without telemetry from a connected node
 CPU_HISTORY = 60  # readings of each machine, half an hour; the oldest is dropped
-ANSWER_TIMEOUT = 3.0  # s for an old connection of the same node to show that it lives
+ANSWER_TIMEOUT = 3.0  # s for an old connection of the same node to answer
 REPLACE_TIMEOUT = 5.0  # s for it to end otherwise
 
 
@@ -14439,7 +14438,7 @@ class AgentRun:
         said: list[str] = []
         stream = self._model.stream(messages, self._toolbox.specs(), self._cancel)
         try:
-            with contextlib.closing(stream) as events:
+            with closing(stream) as events:
                 for event in events:
                     if isinstance(event, Finished):
                         return event
@@ -15228,7 +15227,7 @@ class TurnChat(Conversation):
 
     def selected(self) -> str:
         chosen = self._session().node_id
-        # A model's choice counts for the model, until the person makes another.
+        # A model's choice is for its own commands, until the person chooses again.
         before, selected = self._selections.get(self.key, (chosen, chosen))
         return chosen if self._turn.is_typed or before != chosen else selected
 
@@ -15470,7 +15469,7 @@ class Chats:
         for key in self._store.sessions.unused(since):
             with self._lock:
                 queue = self._queues.get(key)
-            # Asked again: the ones before it took their time.
+            # Checked again: it takes a while to delete the sessions before it.
             if (queue and queue.busy) or key not in self._store.sessions.unused(since):
                 continue
             with contextlib.suppress(RpcError):  # it was deleted meanwhile
@@ -15783,7 +15782,7 @@ MAX_WAIT = 300.0  # s that an answer may wait for news of a job
 MAX_QUEUE = 30 * 86400.0  # s that a job may wait for a node that is away
 MAX_INVOKE_OUTPUT = 1024 * 1024  # bytes a stream in an answer to node.invoke
 # Of one operator key that is no administrator's, in all its connections:
-KEY_BACKLOG = 16 * 1024 * 1024  # bytes that its clients do not read; then no call
+KEY_BACKLOG = 16 * 1024 * 1024  # bytes unread by its clients; then calls are refused
 MAX_KEY_OUTBOX = 2 * KEY_BACKLOG  # bytes; beyond it those that do not read are dropped
 MAX_KEY_CALLS = MAX_WAITS // 4  # calls that are not answered yet
 MAX_LIMITED_CALLS = 3 * MAX_WAITS // 4  # of all such keys; the rest is for others
@@ -16731,7 +16730,7 @@ AUDITED: Mapping[str, tuple[str, Callable[[JsonObject], str]]] = {
 
 # Methods whose answers may have megabytes.
 PAGED = ("chat.history", "sessions.resolve", "job.list", "audit.list")
-# Methods that make room, so that none is refused for want of it.
+# Methods that make room: never refused for lack of it.
 RELIEVING = ("job.ack", "job.unfollow", "job.cancel", "chat.abort", "unsubscribe")
 
 
@@ -17715,7 +17714,7 @@ REPLY_PIECE = 64 * 1024  # bytes
 MIN_BODY_RATE = 10 * 1024  # bytes a second
 MAX_STRANGERS = 1024  # connections without a proved identity; the oldest makes room
 MAX_STRANGERS_EACH = 256  # of them from one network; a fleet may share its router's
-STRANGER_TIME = 2.0  # s that a stranger has before it makes room for its neighbours
+STRANGER_TIME = 2.0  # s; then a stranger makes room for others of its network
 MAX_KEY_CONNECTIONS = 128  # of one operator key that is no administrator's
 MAX_CONNECTIONS = 16_000  # in all, or fewer where the system allows fewer descriptors
 SPARE_DESCRIPTORS = 256  # for all else: the database, Local's commands
@@ -18059,6 +18058,7 @@ class TrustedProxies:
                 break
 
         def at_the_edge(name: str) -> str:
+            # Each proxy appends a value; the client's one is `hops` from the end.
             values = found[name]
             return values[-min(hops, len(values))] if values else ""
 
@@ -18401,7 +18401,7 @@ class Admission:
         self._limits = limits
 
     def move(self, address: str) -> None:
-        """Count it where its client is, behind a proxy.  Raises RpcError."""
+        """Count it in the network of a proxy's client.  Raises RpcError."""
         self._limits.move(self, address)
 
     def identified(self, caller: Caller) -> None:
@@ -25475,7 +25475,7 @@ def cmd_node_attach(args: argparse.Namespace, context: Context) -> int:
 def cmd_mcp(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
     client = LastingClient(partial(operator_client, args, context))
-    with contextlib.closing(client):
+    with closing(client):
         # Not with `for line in sys.stdin`, which reads ahead and answers late.
         lines = iter(sys.stdin.buffer.readline, b"")  # MCP is UTF-8 in any locale
         server = McpServer(client, context.output.answer)
