@@ -607,6 +607,41 @@ def from_json(text: str | bytes) -> Any:
     return value
 
 
+MAX_CUT_TOKENS = 10_000  # brackets and strings of a text that complete_json() takes
+CUT_CHARACTER = 12  # characters of an escaped surrogate pair
+
+
+def complete_json(text: str) -> Any:
+    """Return the value of a JSON text whose end is missing.
+
+    A string that the cut went through is shorter; one cut elsewhere, other than behind
+    a string, cannot be completed.  Raises ValueError.
+    """
+    closers: list[str] = []
+    quote, at, token = "", 0, re.compile(r'["{}\[\]]')
+    for _ in range(MAX_CUT_TOKENS):
+        found = token.search(text, at)
+        if found is None:
+            break
+        at = found.end()
+        if found[0] in "{[":
+            closers.append("}" if found[0] == "{" else "]")
+        elif found[0] != '"':
+            del closers[-1:]
+        else:
+            try:
+                _, at = _JSON_DECODER.raw_decode(text, at - 1)
+            except ValueError:
+                quote = '"'
+                break
+    # Half an escape, or half a surrogate pair, may be the end.
+    for cut in range(CUT_CHARACTER if quote else 1):
+        whole = text[: len(text) - cut] + quote + "".join(reversed(closers))
+        with contextlib.suppress(ValueError):
+            return from_json(whole)
+    raise ValueError("the rest of the JSON is missing")
+
+
 # -- ids and secrets -----------------------------------------------------------
 
 
@@ -2096,10 +2131,16 @@ class FrameParser:
     def __init__(self, *, masked: bool, max_frame: int) -> None:
         self._masked = masked  # what the peer has to do: clients mask, servers do not
         self.max_frame = max_frame  # bytes of payload
+        self.cuts = False  # whether the rest of a longer one is ignored, not refused
+        self._ignored = 0  # bytes of it that have not arrived yet
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the peer."""
+        if self._ignored:
+            ignored = min(self._ignored, len(data))
+            self._ignored -= ignored
+            data = data[ignored:]
         self._buffer += data
 
     @property
@@ -2121,16 +2162,25 @@ class FrameParser:
                 return None
             length = int.from_bytes(buffer[2:start], "big")
             self._check_length(length, start)
-        end = start + 4 * self._masked + length
+        # One byte more than the limit says that the message is longer.
+        kept = min(length, self.max_frame + 1) if self.cuts else length
+        end = start + 4 * self._masked + kept
         if len(buffer) < end:
             return None
         with memoryview(buffer) as view:
-            payload = bytes(view[end - length : end])
+            payload = bytes(view[end - kept : end])
         if self._masked:
             payload = apply_mask(payload, bytes(buffer[start : start + 4]))
         # CPython moves the start of the buffer, not the bytes behind it.
         del buffer[:end]
+        if kept < length:
+            self._ignore(length - kept)
         return Frame(opcode, payload, first >= 0x80)
+
+    def _ignore(self, count: int) -> None:
+        arrived = min(count, len(self._buffer))
+        del self._buffer[:arrived]
+        self._ignored = count - arrived
 
     def _check(self, first: int, second: int) -> Opcode:
         opcode = OPCODES.get(first & 0x0F)
@@ -2157,7 +2207,7 @@ class FrameParser:
             raise ProtocolError(
                 CloseCode.PROTOCOL_ERROR, "a payload length is not well encoded"
             )
-        if length > self.max_frame:
+        if length > self.max_frame and not self.cuts:
             raise ProtocolError(
                 CloseCode.MESSAGE_TOO_BIG, f"a frame announces {length:,} bytes"
             )
@@ -2335,6 +2385,12 @@ def check_upgraded(head: bytes, key: str) -> None:
 Message: TypeAlias = "str | bytes"
 
 
+class CutText(str):
+    """The beginning of a text message that was longer than the limit."""
+
+    __slots__ = ()
+
+
 class WebSocketProtocol:
     """One end of a WebSocket connection, without I/O."""
 
@@ -2397,12 +2453,14 @@ class WebSocketProtocol:
         self._check_open()
         self._queue(Opcode.PING, b"")
 
-    def release_pongs(self, max_message: int) -> None:
+    def release_pongs(self, max_message: int, *, cuts: bool = False) -> None:
         """Answer Pings from now on, and the last one that came before.
 
-        Messages may have `max_message` bytes from now on.
+        Messages may have `max_message` bytes from now on.  `cuts`: a longer one is
+        received as CutText, or ignored if it is binary, instead of refused.
         """
         self._parser.max_frame = max_message
+        self._parser.cuts = cuts
         self._hold_pongs = False
         if self._held_pong is not None:
             self._send_pong(self._held_pong)
@@ -2480,14 +2538,20 @@ class WebSocketProtocol:
             self._opcode = frame.opcode
         elif self._opcode is None:
             raise ProtocolError(CloseCode.PROTOCOL_ERROR, "nothing to continue")
-        if len(self._message) + len(frame.payload) > self._parser.max_frame:
-            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message is too long")
+        limit, payload = self._parser.max_frame, frame.payload
+        if len(self._message) + len(payload) > limit:
+            if not self._parser.cuts:
+                raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message is too long")
+            payload = payload[: limit + 1 - len(self._message)]
         if not frame.fin:
-            self._message += frame.payload
+            self._message += payload
             return None
-        data = bytes(self._message) + frame.payload if self._message else frame.payload
+        data = bytes(self._message) + payload if self._message else payload
         text, self._opcode = self._opcode is Opcode.TEXT, None
         self._message = bytearray()
+        if len(data) > limit:
+            # The cut may have gone through a character.
+            return CutText(data[:limit], "utf-8", "ignore") if text else None
         return decode_text(data) if text else data
 
     def _receive_control(self, frame: Frame) -> None:
@@ -2834,10 +2898,10 @@ class WebSocket:
             )
             return self._arrivals > before
 
-    def release_pongs(self, max_message: int) -> None:
+    def release_pongs(self, max_message: int, *, cuts: bool = False) -> None:
         """Answer Pings and take longer messages from now on: the peer is known."""
         with self._lock:
-            self._protocol.release_pongs(max_message)
+            self._protocol.release_pongs(max_message, cuts=cuts)
             self._transmit()
 
     def flush(self, timeout: float | None = None) -> None:
@@ -3322,7 +3386,7 @@ class TlsTrust(Value):
         if not hmac.compare_digest(found.encode(), pin):
             raise Refused(
                 f"the other side shows another TLS certificate ({found}) than the "
-                f"pinned one ({self.fingerprint}): somebody may stand in between; "
+                f"pinned one ({self.fingerprint}): it may be a man in the middle; "
                 "nothing was sent. If the gateway was set up anew, take its new pin "
                 "from there; a node takes it with another `moltis node add`"
             )
@@ -15701,8 +15765,9 @@ class Chats:
 
 # ==============================================================================
 # Gateway
-# Uses: WebSocket frames, WebSocket connections, SCRAM, Wire protocol, Commands,
-#       Machine, Store, Access, Fleet, Jobs, Agent, Model directory, Chat
+# Uses: WebSocket frames, WebSocket protocol, WebSocket connections, SCRAM,
+#       Wire protocol, Commands, Machine, Store, Access, Fleet, Jobs, Agent,
+#       Model directory, Chat
 #
 # The gateway's side of each WebSocket: the first exchange, RPC methods in one table,
 # events to subscribers, jobs between operators and nodes.  A peer's role comes from
@@ -16915,6 +16980,7 @@ class NodePeer:
 
     resumes = True  # its jobs go on without this connection
     max_message = MAX_PEER_MESSAGE
+    cuts_messages = False  # whether longer ones are cut, not refused
 
     def __init__(
         self, ws: WebSocket, params: ConnectParams, fleet: Fleet, jobs: Jobs
@@ -17013,6 +17079,7 @@ class NodePeer:
 MOLTIS_COMMANDS: Mapping[str, str] = {w: c for c, w in INVOKED_WORKS.items()}
 MOLTIS_KIND = "it is a node of Moltis, or of an old version"
 MOLTIS_TIMEOUT = "command timed out after"  # the beginning of such an error
+MOLTIS_CUT = "its node's answer was longer than 16 MiB; the rest is not known"
 MOLTIS_GRACE = 60.0  # s after a command's timeout; then a silent node is given up
 
 
@@ -17053,6 +17120,7 @@ class MoltisPeer(NodePeer):
 
     resumes = False
     max_message = MAX_MOLTIS_MESSAGE
+    cuts_messages = True  # it never comes back after a Close 1009
 
     def __init__(
         self, ws: WebSocket, params: ConnectParams, fleet: Fleet, jobs: Jobs
@@ -17163,6 +17231,39 @@ class MoltisPeer(NodePeer):
             return super()._handle(node, request)
         job_id = required(request.params, "invokeId", str)
         result = optional(request.params, "result", dict) or {"error": "no result"}
+        self._settle(job_id, result)
+        return {}
+
+    def _take(self, node: ConnectedNode, message: str | bytes) -> None:
+        if isinstance(message, CutText):
+            self._take_cut(message)
+        else:
+            super()._take(node, message)
+
+    def _take_cut(self, text: str) -> None:
+        """End a command with what was kept of an answer over `max_message`."""
+        request: JsonObject = {}
+        with contextlib.suppress(ValueError):
+            request = optional({"it": complete_json(text)}, "it", dict) or {}
+        if request.get("method", INVOKE_RESULT) != INVOKE_RESULT:
+            log.warning("node %s sent a message over 16 MiB: ignored", self.node_id)
+            return
+        params = optional(request, "params", dict) or {}
+        with self._lock:  # the one command that runs, if the name is in the rest
+            likely = self._running or next(iter(self._asked), "")
+        job_id = optional(params, "invokeId", str) or likely
+        result = optional(params, "result", dict) or {}
+        if "error" not in result and "exitCode" not in result:
+            result["error"] = MOLTIS_CUT
+        else:
+            note = f"\n[moltis: {MOLTIS_CUT}]\n"
+            result["stderr"] = f"{result.get('stderr') or ''}{note}"
+        self._settle(job_id, result)
+        if isinstance(request.get("id"), str):
+            self._ws.send(encode_envelope(Response(request["id"], {})))
+
+    def _settle(self, job_id: str, result: JsonObject) -> None:
+        """End a command as its node's answer says, and send the next one."""
         with self._lock:
             asked = self._asked.pop(job_id, None)
             if self._running == job_id:
@@ -17180,7 +17281,6 @@ class MoltisPeer(NodePeer):
             ending = ending.replace(started_at=started_at, duration=duration)
             self._end(job_id, ending, result)
         self._advance()
-        return {}
 
     def _end(self, job_id: str, ending: Ending, result: JsonObject) -> None:
         """Write the job's log: the output in `result`, then the ending."""
@@ -17476,7 +17576,8 @@ class Gateway:
             # Checked after add(): a revocation from now on closes this connection.
             if not self._access.is_current(caller):
                 raise RpcError("UNAUTHORIZED", "authentication failed")
-            self._greet(ws, request_id, identity, peer.id, MAX_PEER_MESSAGE, {})
+            self._greet(ws, request_id, identity, peer.id, {})
+            ws.release_pongs(MAX_PEER_MESSAGE)
             peer.serve()
         finally:
             self._audience.remove(peer)
@@ -17505,7 +17606,8 @@ class Gateway:
                     "and needs one of its own",
                 )
             offsets = self._jobs.resumed(peer, params.jobs) if peer.resumes else {}
-            self._greet(ws, request_id, identity, new_id(), peer.max_message, offsets)
+            self._greet(ws, request_id, identity, new_id(), offsets)
+            ws.release_pongs(peer.max_message, cuts=peer.cuts_messages)
             self._fleet.activate(node)
             log.info("node connected node=%s address=%s", node.node_id, address)
             if node.outdated:
@@ -17546,10 +17648,9 @@ class Gateway:
         request_id: str,
         identity: Identity,
         connection_id: str,
-        max_message: int,
         offsets: Mapping[str, int],
     ) -> None:
-        """Answer a `connect` and lift the limits for strangers.
+        """Answer a `connect`.
 
         `offsets`, by job, are where a node continues its logs.
         Raises ConnectionClosed.
@@ -17588,7 +17689,6 @@ class Gateway:
             "extensions": {"moltis": {"jobs": dict(offsets)}},
         }
         ws.send(encode_envelope(Response(request_id, hello)))
-        ws.release_pongs(max_message)
 
     def _tick(self) -> None:
         for node in self._fleet.all_connected():

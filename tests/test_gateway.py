@@ -1075,6 +1075,69 @@ def test_a_large_answer_of_a_rust_node_is_taken_whole(client, rust):
     assert client.output(job_id).decode().count("é") == 2_500_000
 
 
+CUT = "its node's answer was longer than 16 MiB; the rest is not known"
+
+
+def test_an_answer_of_a_rust_node_over_16_mib_is_cut_and_said_so(client, rust):
+    """FAULTS B1: its keys are sorted, so that only output is behind the cut."""
+    job_id = client.start("rust-1", "cat huge", keep=True)
+    request = next_request(rust)
+    result = {"exitCode": 3, "stderr": "", "stdout": "é\n" * 7_000_000}
+    params = {"invokeId": request["invokeId"], "result": result}
+    answer = rust.request("node.invoke.result", params)
+    assert answer["ok"]
+    view = client.call("job.wait", id=job_id, wait=60)
+    assert view["words"] == "exit status 3"
+    assert 6_000_000 < view["stdoutBytes"] < 7_000_000 * 3
+    text = read_all(client, job_id)
+    assert text.startswith("é\né\n")
+    assert CUT in text
+    # The connection goes on, whatever of the message had not arrived.
+    job_id = client.start("rust-1", "echo next", keep=True)
+    answer_run(rust, next_request(rust), stdout="next\n")
+    assert client.call("job.wait", id=job_id, wait=60)["state"] == "done"
+    assert read_all(client, job_id) == "next\n"
+
+
+def read_all(client, job_id):
+    text, offset = [], 0
+    while True:
+        answer = client.call("job.read", id=job_id, offset=offset)
+        text += [piece["text"] for piece in answer["pieces"]]
+        if answer["next"] <= offset:
+            return "".join(text)
+        offset = answer["next"]
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"stdout": "x" * 17_000_000, "exitCode": 0},
+        {"x" * 17_000_000: "", "exitCode": 0},
+    ],
+    ids=["without its exit code", "cut inside a name"],
+)
+def test_a_cut_answer_that_does_not_say_how_it_ended_has_failed(client, rust, result):
+    job_id = client.start("rust-1", "cat huge", keep=True)
+    params = {"invokeId": next_request(rust)["invokeId"], "result": result}
+    request = {"method": "node.invoke.result", "params": params}
+    rust.send({"type": "req", "id": "answer", **request})
+    view = client.call("job.wait", id=job_id, wait=60)
+    assert view["words"] == f"failed: {CUT}"
+    job_id = client.start("rust-1", "echo next", keep=True)
+    answer_run(rust, next_request(rust))
+    assert client.call("job.wait", id=job_id, wait=60)["state"] == "done"
+
+
+def test_another_message_of_a_rust_node_over_16_mib_is_ignored(client, rust):
+    job_id = client.start("rust-1", "x", keep=True)
+    request = next_request(rust)
+    params = {"event": "node.telemetry", "payload": {"x": "x" * 17_000_000}}
+    rust.send({"type": "req", "id": "1", "method": "node.event", "params": params})
+    answer_run(rust, request)
+    assert client.call("job.wait", id=job_id, wait=60)["state"] == "done"
+
+
 @pytest.mark.parametrize(
     ("result", "state", "words"),
     [

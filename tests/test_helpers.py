@@ -49,6 +49,32 @@ def test_json_is_read(text, value):
     assert moltis.from_json(text) == value
 
 
+def test_a_string_that_a_cut_went_through_is_shorter():
+    text = r'{"a": [1, {"b": "\\\"x"}], "c": {"d": "a\n\"\\\u00e9\ud83d\ude00z"}}'
+    whole = json.loads(text)
+    begins = text.index('"d": "') + len('"d": "')
+    for end in range(begins, len(text)):
+        value = moltis.complete_json(text[:end])
+        assert value["a"] == whole["a"]
+        assert whole["c"]["d"].startswith(value["c"]["d"])
+    assert value == whole
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"a', '{"a"', '{"a":', '{"a": tru', "[1,", "", "}"),
+        '["\n' + "x" * 20,
+        "[" * 20_000,
+        "[]," * 20_000,
+    ],
+    ids=lambda text: repr(text[:9]),
+)
+def test_what_a_cut_left_without_a_meaning_is_refused(text):
+    with pytest.raises(ValueError, match="JSON"):
+        moltis.complete_json(text)
+
+
 def test_json_is_written_without_spaces_and_as_it_is_spelled():
     assert moltis.to_json({"é": [1, None]}) == '{"é":[1,null]}'
 

@@ -378,7 +378,7 @@ class HostileGateway:
 
 def test_an_operator_with_the_pin_refuses_a_man_in_the_middle(gateway, other_files):
     with Relay(gateway.running.port, other_files) as relay, pytest.raises(
-        moltis.Refused, match="somebody may stand in between"
+        moltis.Refused, match="it may be a man in the middle"
     ):
         url = f"https://127.0.0.1:{relay.port}"
         moltis.OperatorClient(url, gateway.api_key, gateway.trust)
@@ -487,7 +487,7 @@ def test_a_join_link_over_tls_hands_on_the_pin(gateway):
     with pytest.raises(moltis.Unreachable, match="CERTIFICATE_VERIFY_FAILED"):
         moltis.fetch(url, moltis.TlsTrust())
     wrong = moltis.TlsTrust("sha256//" + "A" * 43 + "=")
-    with pytest.raises(moltis.Refused, match="somebody may stand in between"):
+    with pytest.raises(moltis.Refused, match="it may be a man in the middle"):
         moltis.fetch(url, wrong)
     # Neither attempt has asked for the link, so it is still good for once.
     offer = json.loads(moltis.fetch(url, gateway.trust))

@@ -12,6 +12,7 @@ from peers import raw_frame
 from moltis import (
     CloseCode,
     ConnectionClosed,
+    CutText,
     Frame,
     FrameParser,
     Opcode,
@@ -20,6 +21,7 @@ from moltis import (
 )
 
 TEXT, BINARY, MORE = Opcode.TEXT, Opcode.BINARY, Opcode.CONTINUATION
+PING = Opcode.PING
 
 
 @pytest.fixture
@@ -319,6 +321,35 @@ def test_messages_may_be_longer_once_the_pongs_are_released():
     assert server.receive(to_server(BINARY, bytes(2000))) == bytes(2000)
     server.receive(to_server(BINARY, bytes(2001)))
     assert sent(server) == [close_frame(1009)]
+
+
+@pytest.mark.parametrize("step", [1, 7, 100_000])
+@pytest.mark.parametrize("fragments", [1, 2, 7])
+def test_a_message_over_the_limit_is_cut_for_a_peer_that_never_comes_back(
+    fragments, step
+):
+    """FAULTS B1: the rest is read, and not kept."""
+    server = WebSocketProtocol(client=False, hold_pongs=True)
+    server.release_pongs(1000, cuts=True)
+    payload = ("x" + "é" * 3000).encode()
+    size = -(-len(payload) // fragments)
+    data = b""
+    for i in range(fragments):
+        piece = payload[i * size : (i + 1) * size]
+        data += to_server(TEXT if i == 0 else MORE, piece, fin=i == fragments - 1)
+        data += to_server(PING, b"p")
+    data += to_server(TEXT, b"y" * 1000) + to_server(BINARY, bytes(1001))
+    data += to_server(TEXT, b"z")
+    received, longest = [], 0
+    for start in range(0, len(data), step):
+        received += receive_all(server, data[start : start + step])
+        longest = max(longest, len(server._parser._buffer))
+    # The limit is inside the last character.
+    assert received == ["x" + "é" * 499, "y" * 1000, "z"]
+    assert [isinstance(text, CutText) for text in received] == [True, 0, 0]
+    assert longest < 1000 + 14 + step
+    assert server.close_code is None
+    assert len(sent(server)) == fragments
 
 
 def test_a_frame_that_announces_too_much_fails_before_it_arrives():
