@@ -17208,6 +17208,8 @@ class MoltisPeer(NodePeer):
                 if spec.get("timeout") is not None:
                     self._deadline = Deadline(spec["timeout"] / 1000 + MOLTIS_GRACE)
             running, line = self._running, list(self._line)
+        for place, job_id in enumerate([running, *line]):
+            self._jobs.on_place(self, job_id, place)
         if spec is not None:
             # Such a node fails on a blank cwd and ignores a timeout with a fraction.
             args = {n: spec[n] for n in ("command", "env") if spec.get(n)}
@@ -17216,8 +17218,6 @@ class MoltisPeer(NodePeer):
             if spec.get("timeout") is not None:
                 args["timeout"] = math.ceil(spec["timeout"])
             self._request(running, "run", args)
-        for place, job_id in enumerate([running, *line]):
-            self._jobs.on_place(self, job_id, place)
 
     def _request(self, job_id: str, work: str, args: JsonObject) -> None:
         # While it works it reads nothing, and so answers no ping.

@@ -138,6 +138,7 @@ def settings_for(home, *arguments, stdin=None, monkeypatch=None, **environ):
 
 
 TOKEN = "mdt_" + "x" * 43
+PIN = "sha256//" + "A" * 43 + "="
 
 
 def test_node_add_takes_flags(home, tmp_path):
@@ -193,7 +194,7 @@ def test_node_add_keeps_the_node_s_id(home):
     [
         (("--token", TOKEN), "--host is missing"),
         (("--host", "gateway"), "--token is missing"),
-        (("--host", "ftp://x", "--token", TOKEN), "is not a gateway's address"),
+        (("--host", "ftp://x", "--token", TOKEN), "is not an address of a server"),
         (("--host", "x", "--token", TOKEN, "--timeout", "0"), "positive number"),
         (("--host", "x", "--token", TOKEN, "--timeout", "inf"), "positive number"),
         (
@@ -605,7 +606,10 @@ def test_an_interrupt_leaves_a_node_that_does_not_come_back_or_answer(
     ("arguments", "words"),
     [
         (("node", "add", "--host", "h", "--token", TOKEN, "--allow", ""), "--allow"),
-        (("node", "add", "--host", "h", "--token", TOKEN, "--ca", "x"), "wss://"),
+        (
+            ("node", "add", "--host", "h", "--token", TOKEN, "--fingerprint", PIN),
+            "wss://",
+        ),
         (("node", "exec", "n", "--cwd", "", "--", "rm -rf *"), "--cwd is empty"),
         (("node", "exec", "", "--", "rm -rf *"), "word after `exec` is empty"),
         (("node", "exec", "n", " ", "--", "rm -rf *"), "word after `n` is empty"),

@@ -289,7 +289,7 @@ def test_whatever_an_operator_asks_is_answered(site, methods, data):
 @LIVE
 @given(caps=st.sampled_from(([], ["jobs"])), data=st.data())
 def test_whatever_a_node_says_concerns_itself_alone(site, methods, caps, data):
-    token = site.token("fuzz")
+    token = site.token()
     node_id = f"fuzz-{moltis.new_id()}"
     extensions = {"moltis": {"caps": caps}}
     with site.peer() as peer:
