@@ -432,7 +432,8 @@ def download(gateway, path):
 @pytest.mark.parametrize("path", ["/", "/chat/main", "/settings/nodes"])
 def test_each_view_of_the_page_has_an_address(gateway, path):
     with urllib.request.urlopen(gateway.url + path) as answer:
-        assert answer.read().decode() == moltis.WEB_HTML
+        page = answer.read().decode().replace("../", "")  # to its script and styles
+        assert page == moltis.WEB_HTML
         assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
         assert "unsafe" not in answer.headers["Content-Security-Policy"]
 
