@@ -4264,6 +4264,7 @@ class JobState:
 
     OPEN = (QUEUED, RUNNING)
     BY_NODE = (DONE, FAILED, TIMED_OUT, CANCELLED)
+    ALL = (*OPEN, *BY_NODE, LOST, EXPIRED, DENIED)
 
 
 def ending_words(
@@ -10735,7 +10736,13 @@ class DevicesTable(Table):
         ):
             node_id = row["node_id"].casefold()
             if name_key(row["display_name"]) == key:
-                return f"another machine is called {row['display_name']}"
+                called = row["display_name"]
+                if node_id:
+                    return f"another machine is called {called}"
+                return (
+                    f"a token was made for {called} and is not used yet (`moltis node "
+                    f"revoke {shlex.quote(called)}` ends it)"
+                )
             if node_id == key:
                 return f"{row['node_id']} is the id of another machine"
             if len(key) >= MIN_ID_PREFIX and node_id.startswith(key):
@@ -14658,7 +14665,7 @@ class ModelDirectory:
 
         It need not be listed.  Raises ModelError, which says what is known.
         """
-        if model_id in ("", SHELL_ID):
+        if model_id.casefold() in ("", SHELL_ID):
             return ShellModel()
         # Ids of our own models have colons too, and nodes choose their names freely.
         node = None if self._catalog.claims(model_id) else self._lender(model_id)
@@ -16757,6 +16764,7 @@ class Rpc:
         number, count = Optional(int), Optional(int, 100)
         offset = Optional(required_offset, 0)
         session = Optional(str, MAIN_SESSION)
+        filtered = Optional(one_of("", *JobsTable.STATES, *JobState.ALL), "")
         self.methods: Mapping[str, Method] = {
             "node.list": Method(fleet.views, read),
             "node.describe": Method(fleet.view, read, nodeId=nodes.node_id),
@@ -16824,7 +16832,7 @@ class Rpc:
             "job.list": Method(
                 *(jobs.page, read),
                 nodeId=word,
-                state=word,
+                state=filtered,
                 sessionKey=word,
                 query=word,
                 kept=flag,
@@ -16885,13 +16893,13 @@ class Rpc:
             "audit.list": Method(
                 *(access.audit, admin),
                 nodeId=word,
-                state=word,
+                state=filtered,
                 until=number,
                 offset=offset,
                 limit=count,
             ),
             "audit.export": Method(
-                access.exporting, admin, nodeId=word, state=word, by=Caller
+                access.exporting, admin, nodeId=word, state=filtered, by=Caller
             ),
             "subscribe": Method(
                 subscribe, read, peer=OperatorPeer, events=required_texts
@@ -17954,7 +17962,7 @@ def audit_csv(pages: Iterator[list[JsonObject]]) -> Iterator[bytes]:
     text = io.StringIO()
     writer = csv.writer(text, quoting=csv.QUOTE_ALL)
     writer.writerow(AUDIT_COLUMNS)
-    for rows in pages:
+    for rows in itertools.chain([[]], pages):  # the header also without rows
         writer.writerows(map(_csv_row, rows))
         yield text.getvalue().encode("utf-8", "replace")
         text.seek(0)
@@ -23361,11 +23369,13 @@ class JobFeed:
 
 MCP_VERSIONS = ("2025-06-18", "2025-03-26", "2024-11-05")  # the newest first
 MAX_MCP_CALLS = 64  # at a time; one more is refused
+MCP_GRACE = 2.0  # s for calls to end by themselves once the input has ended
 MAX_JOB_WAIT = 300.0  # s of one `job.wait`
 
 PARSE_ERROR = -32700  # JSON-RPC 2.0 section 5.1
 INVALID_JSON_RPC = -32600
 UNKNOWN_JSON_RPC_METHOD = -32601
+INVALID_JSON_RPC_PARAMS = -32602
 INTERNAL_JSON_RPC_ERROR = -32603
 
 
@@ -23487,9 +23497,11 @@ class McpServer:
                 self._take(line)
         with self._lock:
             running = list(self._running.values())
-        for _, cancel in running:
-            cancel.cancel()
+        grace = Deadline(MCP_GRACE)  # for what was asked right before the end
         for thread, _ in running:
+            thread.join(grace.remaining())
+        for thread, cancel in running:
+            cancel.cancel()
             thread.join()
 
     def _take(self, line: str) -> None:
@@ -23544,10 +23556,14 @@ class McpServer:
 
     def _start(self, request_id: object, params: JsonObject) -> None:
         arguments = params.get("arguments")
+        if not isinstance(arguments, (dict, type(None))):
+            problem = f"arguments must be an object, not {clip(to_json(arguments), 80)}"
+            self._fail(request_id, INVALID_JSON_RPC_PARAMS, problem)
+            return
         call = ToolCall(
             id=to_json(request_id),
             name=str(params.get("name")),
-            arguments=arguments if isinstance(arguments, dict) else {},
+            arguments=arguments or {},
         )
         cancel = Cancellation()
         thread = threading.Thread(
@@ -24277,17 +24293,26 @@ def gateway_address(args: argparse.Namespace, context: Context) -> tuple[str, st
     return url, key
 
 
-def operator_trust(args: argparse.Namespace, context: Context, key: str) -> TlsTrust:
-    """Return which certificate the gateway must show before it gets `key`."""
+def require_tls(trust: TlsTrust, url: str) -> None:
+    """Raise UsageError where `trust` is in a certificate and `url` is without TLS."""
+    if trust != TlsTrust() and websocket_url(url).startswith("ws:"):
+        raise UsageError(
+            f"--ca and --fingerprint need TLS, and {url} has none; use wss:// or "
+            "https://"
+        )
+
+
+def operator_trust(args: argparse.Namespace, context: Context, url: str) -> TlsTrust:
+    """Return which certificate the gateway at `url` must show.  Raises UsageError."""
     trust = chosen_trust(args, context)
+    require_tls(trust, url)
     file = GatewayFile.load(context.directory)
     if trust != TlsTrust():
         return trust
-    if file is not None and file.api_key == key:
-        return TlsTrust(file.fingerprint)  # that key is for this machine's gateway
+    if file is not None and is_own_gateway(url, file):
+        return TlsTrust(file.fingerprint)
     node = NodeSettings.load(context.directory)
     if node is not None:
-        url = gateway_address(args, context)[0]
         wanted, known = map(ServerUrl.parse, (websocket_url(url), node.gateway_url))
         if (wanted.host, wanted.port) == (known.host, known.port):
             return TlsTrust(ca=node.ca)
@@ -24312,7 +24337,7 @@ def operator_client(
     file = GatewayFile.load(context.directory)
     warn_about_plain_text(websocket_url(url), context.output)
     try:
-        return OperatorClient(url, key, operator_trust(args, context, key), on_news)
+        return OperatorClient(url, key, operator_trust(args, context, url), on_news)
     except Unreachable as error:
         if file is not None and file.url == url and not is_running(file.pid):
             raise Unreachable(
@@ -24485,6 +24510,11 @@ def cmd_gateway(args: argparse.Namespace, context: Context) -> int:
 
 def cmd_gateway_backup(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
+    if not (context.directory / STORE_FILE).exists():
+        raise UserError(
+            f"there is no gateway in {context.directory}; name its directory with "
+            "MOLTIS_DATA_DIR"
+        )
     copy_database(context.directory / STORE_FILE, Path(args.file))
     context.output.say(
         f"{args.file} has the gateway's database.  Not in it, to be copied from "
@@ -24496,6 +24526,8 @@ def cmd_gateway_backup(args: argparse.Namespace, context: Context) -> int:
 
 def cmd_gateway_restore(args: argparse.Namespace, context: Context) -> int:
     """Raises UserError."""
+    if not os.path.isfile(args.file):
+        raise UserError(f"{args.file} is not a file; name what `backup` made")
     with GatewayLock(context.directory):
         for name in (STORE_FILE, f"{STORE_FILE}-wal", GatewayFile.FILE):
             if os.path.lexists(context.directory / name):
@@ -24532,11 +24564,7 @@ def node_settings(
             "the whole command"
         )
     check_timeout(args.timeout)
-    if (args.ca or args.fingerprint) and websocket_url(host).startswith("ws:"):
-        raise UsageError(
-            f"--ca and --fingerprint need TLS, and {host} has none; use wss:// or "
-            "https://"
-        )
+    require_tls(chosen_trust(args, context), host)
     working_dir = args.working_dir and os.path.abspath(args.working_dir)
     if working_dir and not os.path.isdir(working_dir):
         raise UsageError(f"--working-dir {args.working_dir} is not a directory")
@@ -24827,7 +24855,9 @@ def paste_lines(
     host: str, made: JsonObject, name: str, pin: str | None
 ) -> dict[str, str]:
     """Return the shell lines that make another machine a node of wss:// `host`."""
-    named = f" --name {shlex.quote(name)}" if name else ""
+    named = f" --name={shlex.quote(name)}" if name else ""
+    if not name.startswith("-"):
+        named = named.replace("=", " ", 1)
     command = f"node add --host {host} --token {made['deviceToken']}{named}"
     page = page_url(host)
     join = f"node add --join {page}{JOIN_PATH}{made['joinCode']}"
@@ -24843,12 +24873,12 @@ def paste_lines(
 
 
 def cmd_node_generate_token(args: argparse.Namespace, context: Context) -> int:
-    url, key = gateway_address(args, context)
+    url, _ = gateway_address(args, context)
+    pin = operator_trust(args, context, url).fingerprint
     file = GatewayFile.load(context.directory)
     if file is not None and url == file.url:
         url = file.public_url or url  # the command is to be run elsewhere
     made = call_gateway(args, context, "device.token.create", displayName=args.name)
-    pin = operator_trust(args, context, key).fingerprint
     lines = paste_lines(websocket_url(url), made, args.name, pin)
     if args.json:
         context.output.json({**made, "gatewayUrl": websocket_url(url), **lines})

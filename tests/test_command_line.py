@@ -621,6 +621,10 @@ def test_an_interrupt_leaves_a_node_that_does_not_come_back_or_answer(
         (("chat", "--node", "", "hi"), "--node is empty"),
         (("node", "list", "--host", ""), "--host is empty"),
         (("node", "list", "--fingerprint", ""), "--fingerprint is empty"),
+        (
+            ("node", "list", "--host=http://x", "--api-key=k", "--fingerprint", PIN),
+            "need TLS",
+        ),
         (("audit", "--limit", "0"), "--limit"),
         (("node", "exec", "n", "--stdin", "--detach", "--", "cat"), "--stdin feeds"),
     ],
@@ -1123,7 +1127,7 @@ def test_a_restore_replaces_nothing(gateway, home, tmp_path):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (None, "unable to open"),
+        (None, "is not a file"),
         (b"", "is no database of a gateway"),
         (b"not a database, whatever its name says\n" * 100, "not a database"),
     ],

@@ -270,7 +270,7 @@ def test_a_token_that_nobody_came_with_in_time_keeps_no_id_from_others(world):
         ("Fa\u0308R", "another machine is called f\u00e4r"),
         (" f\u00e4r ", "another machine is called f\u00e4r"),
         ("ID-F", "the id of another machine, id-f\u00e4r, begins with it"),
-        ("waiting", "another machine is called waiting"),
+        ("waiting", "a token was made for waiting and is not used yet"),
         ("LOCAL", "Local is the gateway's own machine"),
     ],
 )

@@ -955,6 +955,7 @@ def test_jobs_are_listed_by_node_state_and_words(client):
     assert listed(nodeId="Local") == [third, second, first]
     assert listed(state="open") == [third]
     assert listed(state="failed") == [second]
+    assert client.call("job.list", state="bogus") == "INVALID_REQUEST"
     assert listed(query="needle") == [first]
     assert listed(limit=1, before=client.call("job.list")[0]["seq"]) == [second]
     assert "spec" not in client.call("job.list")[0]

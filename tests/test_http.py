@@ -387,6 +387,8 @@ def test_the_audit_is_downloaded_to_its_end_and_as_the_filter_says(
     both = [r.id for r in made if r.node_id == "n1" and r.exit_code]
     assert jobs("?state=failed&nodeId=n1") == sorted(both)
     assert jobs("?state=lost") == []
+    assert download(gateway, "/api/audit.csv?state=lost").body.startswith(b'"at"')
+    assert download(gateway, "/api/audit.csv?state=bogus").status == 400
     assert download(gateway, "/api/audit.csv?node=n1").status == 400
     exports = [e for e in store.audit.page() if e.event == "audit.exported"]
     assert (exports[0].caller, exports[0].count >= 4) == ("owner", True)

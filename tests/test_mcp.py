@@ -164,6 +164,21 @@ def test_errors_of_a_tool_are_results_that_say_so(client):
     assert "nodes_list" in result["error"]
 
 
+@pytest.mark.parametrize("arguments", [[], "ls", 7])
+def test_arguments_that_are_no_object_are_refused(client, arguments):
+    call = {"name": "nodes_select", "arguments": arguments}
+    error = client.request(9, "tools/call", call)["error"]
+    assert error["code"] == -32602
+    assert "must be an object" in error["message"]
+
+
+def test_what_was_asked_before_the_input_ended_is_answered(client):
+    call = {"name": "exec", "arguments": {"command": "echo last words"}}
+    client.send({"jsonrpc": "2.0", "id": 11, "method": "tools/call", "params": call})
+    client.close()
+    assert "last words" in json.dumps(client.answer(11))
+
+
 def test_a_cancelled_call_ends_its_command_and_is_not_answered(client, gateway):
     call = {"name": "exec", "arguments": {"command": "sleep 120"}}
     client.send(

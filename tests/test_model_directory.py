@@ -145,6 +145,10 @@ def test_a_node_in_a_process_of_its_own_lends_its_models(gateway, ollama, tmp_pa
         assert events[-1].message.text == "Hello there"
 
 
+def test_shell_is_found_as_it_is_written(models):
+    assert models.choose("Shell").id == models.choose("").id == "shell"
+
+
 def test_a_model_may_be_named_by_the_name_of_its_node(models, gpu_box):
     assert ask(models, "gpu BOX:ollama/llama3.2")[-1].message.text == "Hello there"
 
