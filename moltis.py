@@ -884,13 +884,14 @@ def make_private_directory(path: Path) -> None:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.stat()
-        if found.st_mode & stat.S_ISVTX or found.st_uid != os.geteuid():
-            if found.st_mode & 0o077:  # /tmp, say: it must stay what it is
+        if found.st_mode & 0o077:
+            # /tmp must stay what it is; an empty one may be a disk mounted for us.
+            shared = found.st_mode & stat.S_ISVTX and os.listdir(path)
+            if shared or found.st_uid != os.geteuid():
                 raise BadConfiguration(
                     f"{path} is not a directory of your own; choose one, or a name for "
                     "a new one in it, with MOLTIS_DATA_DIR"
                 )
-        elif found.st_mode & 0o077:
             path.chmod(0o700)
     except OSError as error:
         raise BadConfiguration(

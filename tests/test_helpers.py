@@ -199,6 +199,7 @@ def test_a_directory_of_all_users_stays_what_it_is(tmp_path):
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
+    (shared / "of another program").touch()
     with pytest.raises(moltis.BadConfiguration, match="not a directory of your own"):
         moltis.make_private_directory(shared)
     assert shared.stat().st_mode & 0o7777 == 0o1777
