@@ -286,6 +286,7 @@ globalThis.clearTimeout = id => timers.delete(id);
 globalThis.setInterval = () => 0;
 globalThis.window = globalThis.document = {hidden: false};
 globalThis.location = {origin: "http://gateway"};
+const kept = new Map(); // of the room above: what the browser stores
 const on = (target, type, action) => (target[`on${type}`] = action);
 const sockets = [];
 globalThis.WebSocket = class {
