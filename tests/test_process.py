@@ -60,7 +60,9 @@ def test_a_command_gets_what_its_table_says_whatever_started_the_node(
             wait_for(lambda: "Demo node" in listed().stdout)
         script = "; echo; ".join(f'printf %s "$({question})"' for question in TABLE)
         done = run_moltis("node", "exec", node, "--", script, home=home)
-        assert dict(zip(TABLE, done.stdout.split("\n"))) == TABLE, done.stderr
+        # posix_spawn() of glibc leaves signals 32 and 33, its own, ignored.
+        answers = done.stdout.replace("SigIgn:18\n", "SigIgn:\n").split("\n")
+        assert dict(zip(TABLE, answers)) == TABLE, done.stderr
         failed = run_moltis("node", "exec", node, "--", "false", home=home)
         assert failed.returncode == 1
         os.kill(gateway.pid, signal.SIGHUP)  # as nohup has it ignored
