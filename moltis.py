@@ -2761,8 +2761,8 @@ class Outbox:
             if not sent:
                 break
             piece = piece[sent:]
-        # Counted after the write: others read `size` without a lock, and would wait
-        # for a fall that nobody notices.
+        # Counted after the write: others read `size` without a lock, and no wake-up
+        # would follow a count that falls at once.
         if piece and not self.broken:
             self._pieces.append(piece)
             self.size += len(piece)
@@ -4594,7 +4594,7 @@ class Calls:
             ) from None
 
     def answer(self, response: Response) -> None:
-        """Settle the call; an answer that nobody waits for is dropped."""
+        """Settle the call; drop an answer without one."""
         with self._lock:
             future = self._pending.pop(response.id, None)
         if future is None:
@@ -5797,7 +5797,7 @@ OVERLONG_PATTERN = (  # how servers say that a conversation is too long for a mo
     r"|exceeds max(imum)? length|max_prompt_tokens|max_new_tokens"
 )
 CALL_NAME_PATTERN = r"[A-Za-z0-9_-]{1,64}"  # what every API takes as a tool's name
-OPENAI_OTHERS = (  # in OpenAI's list, which does not tell its chat models from them
+OPENAI_OTHERS = (  # in OpenAI's list, which does not mark its chat models
     "embed|whisper|tts|dall-e|moderat|image|audio|realtime|transcribe|sora|davinci"
     "|babbage"
 )
@@ -11215,15 +11215,19 @@ class SessionsTable(Table):
         self.clear(key)  # first: the foreign key would delete them all at once
         return self._delete("key = ?", (key,)) == 1
 
-    def unused(self, since: int) -> list[str]:
-        """Return the keys of sessions without a message or a job since a time."""
+    def unused(self, since: int, key: str = "") -> list[str]:
+        """Return the keys of sessions without a message or a job since a time (ms).
+
+        `key` limits the answer to that session.
+        """
+        of_key = "key = :key AND" if key else ""
         rows = self._db.rows(
-            "SELECT key FROM sessions WHERE updated_at < :since"  # nosec B608: literals
+            f"SELECT key FROM sessions WHERE {of_key} updated_at < :since"  # nosec B608: literals
             " AND NOT EXISTS (SELECT 1 FROM jobs WHERE session_key = key"
             f"  AND ({JobsTable.STATES['open']} OR ended_at >= :since))"
             " AND NOT EXISTS (SELECT 1 FROM messages WHERE session_key = key"
             "  AND created_at >= :since)",
-            {"since": since},
+            {"since": since, "key": key},
         )
         return [row["key"] for row in rows]
 
@@ -13009,8 +13013,7 @@ class Jobs:
 
     def open_of(self, key_id: str) -> list[Job]:
         """Return the jobs that an operator key asked for and that have not ended."""
-        with self._lock:
-            jobs = list(self._jobs.values())
+        jobs = self._all()
         return [j for j in jobs if j.record.is_open and j.record.caller_id == key_id]
 
     def page(self, **filters: Any) -> Sequence[Job | JobRecord]:
@@ -15478,7 +15481,8 @@ class Chats:
             with self._lock:
                 queue = self._queues.get(key)
             # Checked again: it takes a while to delete the sessions before it.
-            if (queue and queue.busy) or key not in self._store.sessions.unused(since):
+            used = not self._store.sessions.unused(since, key)
+            if used or (queue and queue.busy):
                 continue
             with contextlib.suppress(RpcError):  # it was deleted meanwhile
                 if key != MAIN_SESSION:
@@ -24565,7 +24569,8 @@ def node_settings(
             "the whole command"
         )
     check_timeout(args.timeout)
-    require_tls(chosen_trust(args, context), host)
+    trust = chosen_trust(args, context)
+    require_tls(trust, host)
     working_dir = args.working_dir and os.path.abspath(args.working_dir)
     if working_dir and not os.path.isdir(working_dir):
         raise UsageError(f"--working-dir {args.working_dir} is not a directory")
@@ -24584,7 +24589,7 @@ def node_settings(
         auth=args.auth or "scram",
         llm=not args.no_llm,
         allow=args.allow or (),
-        ca=read_ca(args.ca) if args.ca else None,
+        ca=trust.ca,
         proxies=proxies_from(context.environ),
     )
 
