@@ -1919,7 +1919,7 @@ def restart_from_bytecode(arguments: Sequence[str]) -> None:
     """Start this process once more from bytecode, if it was compiled to run long.
 
     What the compiler used, 40 MiB, stays with a process for good.  The bytecode goes
-    through an anonymous file: no other user can write it, no directory of ours has to be
+    through an anonymous file: no other user can write it, no directory has to be
     writable, and there is no cache to check.  Returns where the program was imported,
     and where the system cannot do this; then all stays as it is.
     """
