@@ -10852,6 +10852,8 @@ class JobsTable(Table):
     STATES: Mapping[str, str] = {
         "open": "state IN ('queued', 'running')",
         "ended": "state NOT IN ('queued', 'running')",
+        "succeeded": "state = 'done' AND ifnull(exit_code, 0) = 0"
+        " AND ifnull(signal, '') = ''",
         # The text of the index jobs_failed, or SQLite does not use it.
         "failed": "(state NOT IN ('queued', 'running', 'done')"
         " OR exit_code <> 0 OR signal <> '')",
@@ -10896,8 +10898,8 @@ class JobsTable(Table):
     ) -> list[JobRecord]:
         """Return jobs, the newest first, at most MAX_PAGE of them.
 
-        `state` may also be "open", "ended" or "failed"; `query` is a part of the
-        command, in any case of letters; `kept` leaves out ended jobs without a log;
+        `state` may also be a name of STATES; `query` is a part of the command, in any
+        case of letters; `kept` leaves out ended jobs without a log;
         `before` is the lowest `seq` that the caller has.
         """
         given = {
@@ -10932,6 +10934,17 @@ class JobsTable(Table):
     ) -> list[JobRecord]:
         condition = f"{' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?"
         return self._find(JobRecord, condition, (*values, limit))
+
+    def newest_of_sessions(self, session_key: str = "") -> dict[str, JobRecord]:
+        """Return the newest job of each session, or of one, by its key."""
+        newest = "(SELECT max(seq) FROM jobs WHERE session_key = sessions.key)"
+        of_key = "WHERE key = :key" if session_key else ""
+        records = self._find(
+            JobRecord,
+            f"seq IN (SELECT {newest} FROM sessions {of_key})",  # nosec B608: literals
+            {"key": session_key},
+        )
+        return {str(record.session_key): record for record in records}
 
     def of_session(self, session_key: str) -> list[str]:
         """Return the ids of a session's jobs."""
@@ -12787,6 +12800,7 @@ class Job:
         self.result: JsonObject | None = None  # of work other than a command
         self.place = 0  # in line on its node; 0: it runs
         self.ends_anew = False  # it has ended, and on_end() was not called yet
+        self.announced: object = None  # the state that on_change() was called with
         self.input_at = 0  # bytes of input that the node has consumed
         self.input_resumes = 0  # requests of the node to resend input from there
         self.away_since: float | None = None  # monotonic; None: its node is connected
@@ -12865,6 +12879,13 @@ def job_view(job: Job | JobRecord) -> JsonObject:
     return {**view, "words": words, "failed": record.failed}
 
 
+def job_summary(record: JobRecord) -> JsonObject:
+    """Return the part of a job's view that tells how it ended, and where."""
+    view = job_view(record)
+    names = ("id", "state", "words", "failed", "nodeName", "endedAt")
+    return {name: view[name] for name in names if name in view}
+
+
 class Wait:
     """A watcher whose future completes at news, at the ending, or after a timeout."""
 
@@ -12938,6 +12959,8 @@ class Jobs:
         self._waits: dict[Future[Job], Wait] = {}
         self._closed = False
         self.on_end: Callable[[Job], None] | None = None  # called before followers
+        # Called when a recorded job has begun or its state has changed; never blocks.
+        self.on_change: Callable[[Job], None] | None = None
         self._next_sweep = 0.0  # monotonic
         self._unswept = keep_output  # bytes of logs that ended since the last sweep
         for record in table.open():
@@ -12973,6 +12996,8 @@ class Jobs:
             job.was_sent = False
             self._add(job)
         self._send(job)
+        if job.sent_over is None:
+            self._wake(job)  # it waits for its node
         return job
 
     def _addressed(self, record: JobRecord) -> JobRecord:
@@ -13453,6 +13478,13 @@ class Jobs:
                 self.on_end(job)
         for follower in job.followers:
             follower.wake(job)
+        if self.on_change is not None:
+            record = job.record
+            away = job.away_since is not None and record.is_open
+            state = (record.state, job.place, away, record.cancelled_at)
+            if state != job.announced and job.is_recorded:
+                job.announced = state
+                self.on_change(job)
 
     def _link(self, node_id: str) -> NodeLink | None:
         node = self._fleet.connected(node_id)
@@ -13592,6 +13624,60 @@ LAST_RESULT = 2000  # characters that stay of a newest result when all else is g
 SHELL_ID = "shell"  # of the model that is always there
 
 
+MAX_JUDGED = 10_000  # characters of a command line that command_risks() reads
+
+# Where the name of a program may stand in a command line: at its beginning, behind an
+# operator or a quote, behind a program that starts another.
+_PROGRAM = (
+    r"(?:^|[;|&(){}`\n\"']|-exec[ ]|\b(?:sudo|doas|xargs|exec|env|nohup|nice|time|then|"
+    r"do|else)[ ](?:-\S{1,40}[ ](?:[\w.{}]{1,40}[ ])?){0,9})"
+    r"[ \t]{0,40}(?:\w{1,40}=\S{0,80}[ ]){0,4}(?:/[^\s;|&]{1,80}/)?"
+)
+_OUTSIDE = (
+    r"(/(?!dev/(?:null|stdout|stderr|tty)\b|tmp/|var/tmp/|home/|Users/|root/)"
+    r"[\w./-]{1,200})"
+)
+# By what a person should notice: a pattern whose group is the part that shows it.
+RISKS: Mapping[str, str] = {  # compiled when first used
+    "runs as root": rf"{_PROGRAM}(sudo|doas|pkexec|su)\b",
+    "removes files": rf"{_PROGRAM}(rm|rmdir|unlink|shred|git clean)\s"
+    r"|\bfind\b[^;|\n]{0,400}\s(-delete)\b",
+    "overwrites disks": rf"{_PROGRAM}(dd|mkfs[.\w]*|fdisk|parted|wipefs)\s",
+    "stops programs or the machine": (
+        rf"{_PROGRAM}(reboot|shutdown|poweroff|halt|kill|pkill|killall|"
+        r"systemctl (?:stop|restart|disable|kill)|docker (?:stop|rm|kill))\b"
+    ),
+    "changes installed software": (
+        rf"{_PROGRAM}(apt|apt-get|dnf|yum|apk|zypper|brew|pip3?|npm|snap) "
+        r"(?:-\S+ )?(?:install|remove|purge|uninstall|upgrade|full-upgrade|"
+        r"dist-upgrade|add|del)\b"
+    ),
+    "runs what it downloads": (
+        r"\b(curl|wget)\b[^;|\n]{0,400}\|\s{0,40}(?:sudo\s)?(?:/[^\s;|&]{1,80}/)?"
+        r"(?:(?:ba|da|z|k)?sh|python3?|perl)\b"
+    ),
+    "writes outside the home directory": (
+        rf"(?:\d?>>?[ \t]{{0,40}}|{_PROGRAM}(?:tee|touch|mkdir|chmod|chown)[ ]"
+        rf"[^;|&\n]{{0,200}}?){_OUTSIDE}"
+        rf"|{_PROGRAM}(?:cp|mv|ln|install|rsync)[ ][^;|&\n]{{0,400}}[ ]{_OUTSIDE}"
+        r"[ ]{0,9}(?:$|[;|&\n)\"'])"
+    ),
+}
+
+
+def command_risks(command: str) -> list[str]:
+    """Return what a person should notice before a command runs, in words.
+
+    These are hints: a shell has more ways to do each.
+    """
+    text = command[:MAX_JUDGED]
+    found = ((words, re.search(p, text, re.MULTILINE)) for words, p in RISKS.items())
+    risks = [f"{words} ({m[m.lastindex or 0]})" for words, m in found if m]
+    if len(command) > MAX_JUDGED:
+        risks.append(f"is too long to be judged ({len(command):,} characters)")
+    return risks
+
+
 class PlannedCommand(Value):
     """A command before it runs: what is approved is this, and this is what runs."""
 
@@ -13657,7 +13743,7 @@ class Conversation:
 
     def begin_call(self, call: ToolCall, planned: PlannedCommand | None) -> None: ...
 
-    def ask(self, planned: PlannedCommand) -> None: ...
+    def ask(self, planned: PlannedCommand, expires_at: int) -> None: ...
 
     def decide(self, planned: PlannedCommand, verdict: Verdict) -> None: ...
 
@@ -13783,13 +13869,27 @@ class FleetMachines:
 # --- Approvals ---
 
 
+class Question(Value):
+    """An approval that is asked for."""
+
+    chat: Conversation
+    planned: PlannedCommand
+    answer: Future[Verdict]
+    expires_at: int  # ms
+
+    @property
+    def scope(self) -> tuple[str, str, str]:
+        """The reach of "always"."""
+        return self.chat.key, self.planned.node_id, self.chat.key_id
+
+
 class Approvals:
     """Questions whether a model's command may run, until they are answered."""
 
     def __init__(self, *, timeout: float = APPROVAL_TIMEOUT) -> None:
         self._timeout = timeout
         self._lock = threading.Lock()  # guards the two below
-        self._open: dict[str, tuple[Conversation, str, Future[Verdict]]] = {}
+        self._open: dict[str, Question] = {}
         # Name and key of those who answered, by session, node and key that asked.
         self._always: dict[tuple[str, str, str], tuple[str, str]] = {}
 
@@ -13800,21 +13900,24 @@ class Approvals:
 
         Raises Cancelled.
         """
-        job_id, node_id = planned.job_id, planned.node_id
+        job_id = planned.job_id
         answer: Future[Verdict] = Future()
+        question = Question(
+            chat, planned, answer, now_ms() + round(self._timeout * 1000)
+        )
 
         def give_up() -> None:
             if self._close(job_id):  # an answer that came first stands
                 answer.cancel()
 
         with self._lock:
-            always = self._always.get((chat.key, node_id, chat.key_id))
+            always = self._always.get(question.scope)
             if always is None:
-                self._open[job_id] = (chat, node_id, answer)
+                self._open[job_id] = question
         if always is not None:
             return Verdict(True, f"{always[0]}, always here")
         try:
-            chat.ask(planned)
+            chat.ask(planned, question.expires_at)
             with cancel.calling(give_up):
                 return answer.result(self._timeout)
         except FutureTimeout:
@@ -13843,15 +13946,13 @@ class Approvals:
             question = self._open.pop(job_id, None)
             same = []
             if question is not None and allowed and always:
-                scope = self._scope(*question[:2])
+                scope = question.scope
                 self._always[scope] = by, key_id
-                same = [
-                    i for i, q in self._open.items() if self._scope(*q[:2]) == scope
-                ]
-            likewise = [self._open.pop(i)[2] for i in same]
+                same = [i for i, other in self._open.items() if other.scope == scope]
+            likewise = [self._open.pop(i).answer for i in same]
         if question is None:
             raise RpcError("NOT_FOUND", "this question is closed: decided, or too old")
-        question[2].set_result(Verdict(allowed, by))
+        question.answer.set_result(Verdict(allowed, by))
         for answer in likewise:
             answer.set_result(Verdict(True, f"{by}, always here"))
 
@@ -13864,8 +13965,18 @@ class Approvals:
                 ):
                     del self._always[scope]
 
-    def _scope(self, chat: Conversation, node_id: str) -> tuple[str, str, str]:
-        return chat.key, node_id, chat.key_id
+    def questions(self) -> list[JsonObject]:
+        """Return the open questions, the oldest first, as clients see them."""
+        with self._lock:
+            questions = list(self._open.values())
+        return [
+            {
+                **asked.planned.to_json(),
+                "sessionKey": asked.chat.key,
+                "expiresAt": asked.expires_at,
+            }
+            for asked in questions
+        ]
 
     def _close(self, job_id: str) -> bool:
         with self._lock:
@@ -15284,9 +15395,10 @@ class TurnChat(Conversation):
         with self._lock:
             self._calls[call.id] = (message_id, planned is not None)
 
-    def ask(self, planned: PlannedCommand) -> None:
+    def ask(self, planned: PlannedCommand, expires_at: int) -> None:
         self._asked.add(planned.job_id)
-        self._show_approval(planned, {"state": "asked"})
+        question = {"expiresAt": expires_at, "risks": command_risks(planned.command)}
+        self._show_approval(planned, {"state": "asked", **question})
 
     def decide(self, planned: PlannedCommand, verdict: Verdict) -> None:
         state = "approved" if verdict.allowed else "denied"
@@ -15438,7 +15550,9 @@ class Chats:
 
     def all(self) -> list[JsonObject]:
         """Return `sessions.list`."""
-        return [self._view(session) for session in self._store.sessions.all()]
+        jobs = self._store.jobs.newest_of_sessions()
+        sessions = self._store.sessions.all()
+        return [self._view(session, jobs.get(session.key)) for session in sessions]
 
     def create(self, label: str) -> JsonObject:
         now = now_ms()
@@ -15448,7 +15562,8 @@ class Chats:
 
     def view(self, key: str) -> JsonObject:
         """Raises RpcError NOT_FOUND."""
-        return self._view(self._session(key))
+        job = self._store.jobs.newest_of_sessions(key).get(key)
+        return self._view(self._session(key), job)
 
     def change(self, key: str, **choices: Any) -> JsonObject:
         """Store what was chosen for a session.  Raises RpcError."""
@@ -15703,10 +15818,12 @@ class Chats:
         self._announce("session", payload)
         return view
 
-    def _view(self, session: Session) -> JsonObject:
+    def _view(self, session: Session, last_job: JobRecord | None) -> JsonObject:
         with self._lock:
             queue = self._queues.get(session.key)
+        view = {} if last_job is None else {"lastJob": job_summary(last_job)}
         return {
+            **view,
             "key": session.key,
             "label": session.label,
             "model": session.model,
@@ -15800,7 +15917,13 @@ MAX_KEY_CALLS = MAX_WAITS // 4  # calls that are not answered yet
 MAX_LIMITED_CALLS = 3 * MAX_WAITS // 4  # of all such keys; the rest is for others
 SPARED_STATES = ("delta",)  # of a chat; not sent to a browser that is behind
 
-EVENTS = ("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session")
+JOBS_CHANGED = "job"  # event
+JOBS_CHANGED_INTERVAL = 0.2  # s between two of them
+MAX_JOBS_CHANGED = 256 * 1024  # characters of commands in one; others are left out
+EVENTS = (
+    *("presence", NODE_TELEMETRY, "device.pair.resolved", "chat", "session"),
+    JOBS_CHANGED,
+)
 
 
 def as_rpc_error(error: BaseException, what: str) -> RpcError:
@@ -16087,6 +16210,11 @@ class Audience:
         for peer in peers:
             peer.ws.close(CloseCode.POLICY_VIOLATION, "signed out", timeout=0)
 
+    def listens(self, name: str) -> bool:
+        """Return whether somebody gets this event."""
+        with self._lock:
+            return any(name in peer.events for peer in self._peers)
+
     def announce(self, name: str, payload: JsonObject) -> None:
         """Send an event to its subscribers, without blocking."""
         with self._lock:
@@ -16099,6 +16227,58 @@ class Audience:
         for peer in peers:
             if not spared or peer.ws.backlog <= MAX_BACKLOG:
                 peer.notify(text)
+
+
+class JobNews:
+    """Announces the jobs of all callers that change, several in one event.
+
+    A busy gateway changes thousands a second: the thread that does so only puts them
+    down, and nothing if no client listens.
+    """
+
+    def __init__(self, audience: Audience) -> None:
+        self._audience = audience
+        self._lock = threading.Lock()  # guards _changed
+        self._changed: dict[str, Job] = {}
+        self._news = threading.Event()  # _changed is not empty, or close()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name="moltis-job-news", daemon=True
+        )
+        self._thread.start()
+
+    def add(self, job: Job) -> None:
+        """Announce a job soon, as it is then."""
+        if self._audience.listens(JOBS_CHANGED):
+            with self._lock:
+                self._changed[job.id] = job
+            self._news.set()
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._news.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            self._news.wait()
+            self._news.clear()
+            with self._lock:
+                changed, self._changed = self._changed, {}
+            if changed:
+                self._audience.announce(JOBS_CHANGED, self._payload(changed.values()))
+            self._stopped.wait(JOBS_CHANGED_INTERVAL)
+
+    def _payload(self, changed: Iterable[Job]) -> JsonObject:
+        """Return their views; `more`: some are left out, and job.list has them."""
+        views: list[JsonObject] = []
+        size = 0
+        for job in changed:
+            size += len(job.record.command) + 500
+            if size > MAX_JOBS_CHANGED:
+                return {"jobs": views, "more": True}
+            views.append(job_view(job))
+        return {"jobs": views}
 
 
 class KeyShares:
@@ -16608,6 +16788,9 @@ class ChatMethods:
     ) -> list[JsonObject]:
         return self._chats.history(session_key, after=after, before=before)
 
+    def questions(self) -> list[JsonObject]:
+        return self._approvals.questions()
+
     def answer(self, job_id: str, decision: str, by: Caller) -> None:
         self._approvals.answer(
             job_id,
@@ -16877,6 +17060,7 @@ class Rpc:
             "chat.history": Method(
                 sessions.history, read, sessionKey=session, after=number, before=number
             ),
+            "exec.approval.list": Method(sessions.questions, read),
             "exec.approval.resolve": Method(
                 *(sessions.answer, Scope.APPROVALS),
                 jobId=required_id,
@@ -23816,6 +24000,7 @@ class RunningGateway:
             fleet = self.fleet = Fleet(store.devices, local.node, announce)
             logs = path / JOBS_DIRECTORY
             jobs = self.jobs = Jobs(store.jobs, fleet, logs, options.keep_output)
+            jobs.on_change = stack.enter_context(closing(JobNews(audience))).add
             stack.callback(jobs.close)
             local.start(fleet, jobs)
             models = self.models = ModelDirectory(path, environ, fleet, jobs)
@@ -25817,6 +26002,9 @@ def ask_approval(output: Output, command: JsonObject) -> str:
     lines = visible(command["command"]).replace("\n", "\n    ")
     aside = " in the background" if command.get("background") else ""
     output.say(f"May this run{aside} on {command['node']}{where}?\n    {lines}")
+    risks = command.get("approval", {}).get("risks")
+    if risks:
+        output.say(f"It {visible(', '.join(risks))}.")
     drop_typed_input()
     while True:
         sys.stderr.write("[y]es, [n]o, [a]lways on this node in this session: ")
